@@ -1,0 +1,83 @@
+# `make help` lists what there is to do. Each target makes its own environment, `.venv`, on first use.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+
+# Named after what pyproject.toml says, not after its date: a fresh checkout, a switched branch or
+# a touched file costs nothing, and without a network everything works from the second time on.
+STAMP := $(VENV)/.installed-$(firstword $(shell cksum pyproject.toml))
+
+# What the tests must cover to the last branch: the core, as pyproject.toml's import contract lists it.
+CORE := __init__ $(shell sed -n '/^source_modules/,/^]/s/.*"asyncbucket[.]\(.*\)".*/\1/p' pyproject.toml)
+comma := ,
+empty :=
+CORE_FILES := $(subst $(empty) $(empty),$(comma),$(CORE:%=asyncbucket/%.py))
+
+# What the type checkers read: folders that hold a module already.
+SOURCES := asyncbucket tests $(patsubst %/,%,$(sort $(dir $(wildcard benchmarks/*.py examples/*.py))))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-lowest lint format bench docs build clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: $(STAMP) ## Run agents under a provider's limits, without asyncbucket and with it
+	@$(VENV)/bin/asyncbucket demo $(DEMO_ARGS)
+
+test: $(STAMP) ## Run all tests; the core must be covered to the last branch
+	@$(PY) -m coverage erase
+	$(PY) -m coverage run -m pytest $(PYTEST_ARGS)
+	@$(PY) -m coverage combine --quiet
+	$(PY) -m coverage report
+	$(PY) -m coverage report --include='$(CORE_FILES)' --fail-under=100
+
+test-lowest: $(STAMP) ## Run the tests with the oldest dependencies that pyproject.toml allows
+	@$(PYTHON) -m venv $(VENV)-lowest
+	@$(PY) $(PIP_INSTALL) uv
+	$(PY) -m uv pip compile --quiet --no-annotate --no-header --resolution lowest-direct \
+	    --python $(VENV)-lowest/bin/python --extra dev --extra all \
+	    --output-file $(VENV)-lowest/lowest.txt pyproject.toml
+	$(VENV)-lowest/bin/python $(PIP_INSTALL) -c $(VENV)-lowest/lowest.txt -e '.[dev,all]'
+	@# Old libraries deprecate each other; nobody will mend them, so those warnings are let through.
+	$(VENV)-lowest/bin/python -m pytest -W default::DeprecationWarning $(PYTEST_ARGS)
+
+lint: $(STAMP) ## Check style, types and architecture
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy $(SOURCES)
+	$(VENV)/bin/basedpyright $(SOURCES)
+	$(VENV)/bin/lint-imports --no-logo
+
+format: $(STAMP) ## Format the code and mend what can be mended
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(STAMP) ## Measure against the peers; tables and plots go to benchmarks/results
+	$(PY) -m benchmarks
+
+docs: $(STAMP) ## Build the documentation; warnings are errors
+	$(PY) -m sphinx --quiet --fresh-env --fail-on-warning -b html docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
+build: $(STAMP) ## Build the wheel and the source distribution
+	@$(PY) $(PIP_INSTALL) build
+	$(PY) -m build --outdir dist .
+
+clean: ## Remove environments, caches and everything built
+	rm -rf $(VENV) $(VENV)-* build dist htmlcov docs/_build .coverage .coverage.* .hypothesis
+	rm -rf .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml
+	@test -x $(PY) || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "asyncbucket needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@echo "installing what pyproject.toml names into $(VENV) (once)"
+	@$(PY) $(PIP_INSTALL) -e '.[dev,all]'
+	@rm -f $(VENV)/.installed-*
+	@touch $@
