@@ -1,0 +1,101 @@
+"""What one call costs: an amount of each resource."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Final, Self
+
+#: Resources that every call may name, whether or not the limiter limits them.
+COMMON: Final = frozenset({"requests", "tokens", "input_tokens", "output_tokens"})
+
+
+def whole(value: float, what: str) -> int:
+    """Return ``value`` as a whole number of units, rounded up; refuse what is no amount."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{what} must be a number, not {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{what} must be finite and not negative, not {value!r}")
+    return math.ceil(value)
+
+
+def amounts_of(
+    requests: float,
+    tokens: float | None,
+    input_tokens: float | None,
+    output_tokens: float | None,
+    others: Mapping[str, float] | None = None,
+) -> dict[str, int]:
+    """Return the whole amounts of one call, and its one slot; see `Cost` for what they mean."""
+    if type(requests) is not int or requests < 0:
+        requests = whole(requests, "requests")
+    if tokens is not None and (type(tokens) is not int or tokens < 0):
+        tokens = whole(tokens, "tokens")
+    if input_tokens is not None and (type(input_tokens) is not int or input_tokens < 0):
+        input_tokens = whole(input_tokens, "input_tokens")
+    if output_tokens is not None and (type(output_tokens) is not int or output_tokens < 0):
+        output_tokens = whole(output_tokens, "output_tokens")
+    if tokens is not None and input_tokens is None and output_tokens is None:
+        input_tokens = output_tokens = tokens
+    elif input_tokens is None or output_tokens is None:
+        input_tokens, output_tokens = input_tokens or 0, output_tokens or 0
+    amounts = {
+        "requests": requests,
+        "tokens": input_tokens + output_tokens if tokens is None else tokens,
+        "input_tokens": input_tokens,
+        "output_tokens": output_tokens,
+        "concurrency": 1,
+    }
+    if others:
+        amounts.update((name, whole(amount, name)) for name, amount in others.items())
+    if not requests and sum(amounts.values()) == 1:
+        raise ValueError("a call must cost something: requests=1 is the usual least")
+    return amounts
+
+
+class Cost(Mapping[str, int]):
+    """Map each resource to the whole number of units that one call takes of it.
+
+    ``tokens`` is input plus output: where it is not given it is the sum of both. Where it alone is
+    given, nobody knows the split, and limits of input and of output tokens each count all of it.
+    Amounts are rounded up; resources that cost nothing are left out.
+
+    Raises:
+        TypeError: an amount is no number.
+        ValueError: an amount is negative, NaN or infinite, or the whole cost is nothing.
+    """
+
+    __slots__ = ("_amounts",)
+
+    def __init__(
+        self,
+        *,
+        requests: float = 1,
+        tokens: float | None = None,
+        input_tokens: float | None = None,
+        output_tokens: float | None = None,
+        **resources: float,
+    ) -> None:
+        self._amounts = _named(amounts_of(requests, tokens, input_tokens, output_tokens, resources))
+
+    @classmethod
+    def of(cls, amounts: Mapping[str, int]) -> Self:
+        """Return the cost whose amounts, slot included, `amounts_of` gave."""
+        cost = cls.__new__(cls)
+        cost._amounts = _named(amounts)  # noqa: SLF001 - our own
+        return cost
+
+    def __getitem__(self, resource: str) -> int:
+        return self._amounts[resource]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._amounts)
+
+    def __len__(self) -> int:
+        return len(self._amounts)
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{name}={amount}" for name, amount in self._amounts.items())
+        return f"Cost({inside})"
+
+
+def _named(amounts: Mapping[str, int]) -> dict[str, int]:
+    return {name: amount for name, amount in amounts.items() if amount and name != "concurrency"}

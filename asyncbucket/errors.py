@@ -1,0 +1,55 @@
+"""What can go wrong, and what the caller can do about it.
+
+::
+
+    AsyncBucketError
+    ├── LimitSyntaxError (ValueError)    a limit that cannot be read
+    ├── CostExceedsLimit (ValueError)    a call that can never pass
+    ├── WouldBlock                       ``acquire_nowait`` found no room now
+    ├── AcquireTimeout (TimeoutError)    the deadline came first, or is bound to
+    ├── QueueFull                        ``max_queue`` calls wait already
+    └── StoreError                       shared state is out of reach
+
+Every message says what happened, the numbers, and the remedy.
+"""
+
+
+class AsyncBucketError(Exception):
+    """Be the base of every error that asyncbucket raises on purpose."""
+
+
+class LimitSyntaxError(AsyncBucketError, ValueError):
+    """Say that a limit could not be read, and how limits are written."""
+
+
+class CostExceedsLimit(AsyncBucketError, ValueError):  # noqa: N818 - a name of the public interface
+    """Say that a call costs more than a limit ever allows, so that waiting would never end."""
+
+
+class _NotNow(AsyncBucketError):  # noqa: N818 - its heirs bear names of the public interface
+    """Carry what a caller needs to try again: the binding limit and the seconds until then."""
+
+    def __init__(
+        self, message: str, *, retry_after: float | None = None, bound_by: str | None = None
+    ) -> None:
+        super().__init__(message)
+        #: Seconds until such a call could pass; None if only a released slot can tell.
+        self.retry_after = retry_after
+        #: The resource that binds: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``...
+        self.bound_by = bound_by
+
+
+class WouldBlock(_NotNow):
+    """Say that a call could not be admitted without waiting."""
+
+
+class AcquireTimeout(_NotNow, TimeoutError):  # noqa: N818 - a name of the public interface
+    """Say that a call was not, or could not have been, admitted before its deadline."""
+
+
+class QueueFull(_NotNow):
+    """Say that as many calls wait already as ``max_queue`` allows."""
+
+
+class StoreError(AsyncBucketError):
+    """Say that the state shared by several processes is out of reach or unusable."""

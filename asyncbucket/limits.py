@@ -1,0 +1,159 @@
+"""Limits: an amount per window, how people write them, and what they mean."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Final, Self
+
+from asyncbucket.errors import LimitSyntaxError
+
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+_RESOURCES: Final = {"r": "requests", "t": "tokens", "it": "input_tokens", "ot": "output_tokens"}
+_PREFIXES: Final = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
+
+#: Windows, in seconds.
+_SHORTEST: Final = 1e-3
+_LONGEST: Final = 400 * 86_400
+
+#: The keyword forms, ``rpm=500`` for ``"500 RPM"``, and what each limits per how many seconds.
+KEYWORDS: Final = {
+    "rps": ("requests", 1),
+    "rpm": ("requests", 60),
+    "rph": ("requests", 3_600),
+    "rpd": ("requests", 86_400),
+    "tpm": ("tokens", 60),
+    "tpd": ("tokens", 86_400),
+    "itpm": ("input_tokens", 60),
+    "otpm": ("output_tokens", 60),
+}
+
+_AMOUNT: Final = r"(?P<amount>[0-9][0-9,_]{0,30}(?:\.[0-9]{1,30})?)(?P<prefix>[kKmMbB]?)"
+_SHORT: Final = re.compile(
+    rf"{_AMOUNT}\s*(?P<resource>[rR]|[iIoO]?[tT])[pP](?P<unit>[sSmMhHdD])"
+    r"(?:\s+burst\s+(?P<burst>[0-9][0-9,_]{0,30}))?"
+)
+_LONG: Final = re.compile(
+    rf"{_AMOUNT}\s*(?P<resource>[a-z_]+)?\s*(?:/|\bper\b)\s*(?P<every>[0-9]{{1,9}})?\s*"
+    r"(?P<unit>s|sec|seconds?|m|min|minutes?|h|hours?|d|days?)"
+    r"(?:\s+burst\s+(?P<burst>[0-9][0-9,_]{0,30}))?"
+)
+_HOW: Final = (
+    'write e.g. "500 RPM", "200k TPM", "10/s", "100 requests/minute", "3 images/10s", '
+    'with "burst 20" behind if wanted'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """Allow ``amount`` units of ``resource`` in every window of ``per`` seconds.
+
+    The limit holds in *every* sliding window of that length. ``burst`` paces it besides: at most
+    ``burst`` units at once, refilled at ``amount / per``. By default requests are paced with a
+    burst of a tenth (at least 1), so that fan-outs do not come in minute-long waves, and all else
+    is not paced. ``burst=amount`` switches the pacing off.
+
+    Raises:
+        LimitSyntaxError: an amount, window or burst that is no positive finite number, or no whole
+            number of units, or a burst above the amount.
+    """
+
+    resource: str
+    amount: int
+    per: float = 60
+    burst: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no limit; fill in the default burst."""
+        if not isinstance(self.resource, str) or not self.resource.isidentifier():
+            raise LimitSyntaxError(f"a resource is a name such as requests, not {self.resource!r}")
+        if self.resource == "concurrency":
+            raise LimitSyntaxError("concurrency has no window: pass concurrency=... instead")
+        object.__setattr__(self, "amount", _units(self.amount, f"limit of {self.resource}"))
+        if not _is_number(self.per) or not _SHORTEST <= self.per <= _LONGEST:
+            raise LimitSyntaxError(
+                f"a window of {self.per!r} s is none: give 0.001 s to 400 days in seconds"
+            )
+        if self.burst is None:
+            if self.resource == "requests":
+                object.__setattr__(self, "burst", max(1, self.amount // 10))
+            return
+        object.__setattr__(self, "burst", _units(self.burst, "burst"))
+        if self.burst > self.amount:
+            raise LimitSyntaxError(
+                f"a burst of {self.burst:,} is above the limit of {self.amount:,} {self.resource} "
+                f"per {self.per:g} s: lower the burst or raise the limit"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a limit as people write it: ``"500 RPM"``, ``"14,400 RPD"``, ``"3 images/10s"``.
+
+        Raises:
+            LimitSyntaxError: the text is no limit; the message shows how limits are written.
+        """
+        if not isinstance(text, str):
+            raise LimitSyntaxError(f"a limit is a text or a Limit, not {text!r}; {_HOW}")
+        match = _SHORT.fullmatch(text.strip()) or _LONG.fullmatch(text.strip())
+        if match is None:
+            raise LimitSyntaxError(f"{text!r} is no limit; {_HOW}")
+        resource = match["resource"] or "requests"
+        exact = Fraction(re.sub("[,_]", "", match["amount"])) * _PREFIXES[match["prefix"].lower()]
+        if exact.denominator != 1:
+            raise LimitSyntaxError(f"{text!r} is no whole number of units; {_HOW}")
+        every = int(match.groupdict().get("every") or 1)
+        return cls(
+            _RESOURCES.get(resource.lower(), resource) if match.re is _SHORT else resource,
+            int(exact),
+            per=every * _SECONDS[match["unit"][0].lower()],
+            burst=int(re.sub("[,_]", "", match["burst"])) if match["burst"] else None,
+        )
+
+    @property
+    def window(self) -> int:
+        """The window in nanoseconds."""
+        return round(self.per * 1_000_000_000)
+
+    @property
+    def keyword(self) -> str | None:
+        """The keyword that sets this limit, such as ``rpm``, if there is one."""
+        return next(
+            (word for word, what in KEYWORDS.items() if what == (self.resource, self.per)), None
+        )
+
+    def __str__(self) -> str:
+        return f"{self.amount:,} {self.resource.replace('_', ' ')} per {self.per:g} s"
+
+
+def read_limits(limits: Iterable[str | Limit], keywords: dict[str, float | None]) -> list[Limit]:
+    """Return the limits given as texts, objects and keywords such as ``rpm=500``, in that order.
+
+    Raises:
+        LimitSyntaxError: one of them is no limit, two limit the same resource over the same window,
+            or a keyword is none of ``KEYWORDS``.
+    """
+    found = [limit if isinstance(limit, Limit) else Limit.parse(limit) for limit in limits]
+    for keyword, amount in keywords.items():
+        if keyword not in KEYWORDS:
+            known = ", ".join(KEYWORDS)
+            raise LimitSyntaxError(f"{keyword}= is no limit; known are {known}, concurrency")
+        if amount is not None:
+            resource, per = KEYWORDS[keyword]
+            found.append(Limit(resource, _units(amount, keyword), per=per))
+    seen: dict[tuple[str, float], Limit] = {}
+    for limit in found:
+        twin = seen.setdefault((limit.resource, limit.per), limit)
+        if twin is not limit:
+            raise LimitSyntaxError(f"two limits of one window: {twin} and {limit}; keep one")
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _units(value: float, what: str) -> int:
+    """Return ``value`` if it is a whole positive number of units."""
+    if not _is_number(value) or not 1 <= value < float("inf") or value != int(value):
+        raise LimitSyntaxError(f"{what} must be a whole number of at least 1, not {value!r}")
+    return int(value)

@@ -1,0 +1,431 @@
+"""What may pass: the arithmetic of limits, without a clock of its own.
+
+A meter answers two questions and keeps one account. ``earliest(amount, now)`` says from when on
+that much may pass if nobody else comes in between; ``book(amount, when)`` takes it. ``unbook``
+gives back what a booking took, ``owe`` adds what a call used beyond its booking, ``available``
+says how much could pass now. Instants are integer nanoseconds of any monotonic clock; amounts are
+whole units. No method waits, reads a clock or knows asyncio, so the same arithmetic serves the
+live limiter, a plan on virtual time, and the tests of stores that keep these numbers elsewhere.
+
+``Bucket`` is the generic cell rate algorithm (ITU-T I.371): instead of a level that must be
+refilled, it keeps the one instant ``tat`` at which the bucket will be full again. Taking n units
+moves it n * p / q ns into the future (p / q ns being the exact time in which one unit flows in);
+n may pass as soon as ``tat`` would then lie at most ``burst * p / q`` ns ahead. Time is counted in
+q-ths of a nanosecond, so nothing is ever rounded but the instant that is returned, upwards.
+
+Refunds need care. What flowed into a full bucket is lost, so a refund of something taken long ago
+must not bring back more than the bucket would hold now had it never been taken. That is exactly
+the lowest backlog (distance from full) seen since the booking. The bucket remembers these lows in
+a short list that ascends in time and backlog; a list too long is halved, each pair becoming its
+lower low at its later time, so that a refund errs on the safe side only.
+
+``Window`` is the sliding window itself: bookings by time, forgotten when the window has passed
+them. To bound its memory, bookings within W/256 of each other are kept as one, dated at the last;
+and each is kept W/256 longer than the window, which is the room a network's jitter needs: two
+calls admitted exactly W apart may arrive closer. Together that is at most W/128, on the safe side.
+"""
+
+import bisect
+import math
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from typing import Final, Protocol
+
+#: "Not before something is given back": later than any instant.
+NEVER: Final = 1 << 100
+
+#: A window forgets in steps of its 256th part.
+_GRAINS: Final = 256
+#: A bucket remembers that many lows; more are halved, neighbours becoming one. (An odd number.)
+_LOWS: Final = 511
+
+#: What a call takes: resource -> whole units.
+Amounts = Mapping[str, int]
+
+
+class Meter(Protocol):
+    """Say what may pass. Amounts are whole units, instants integer nanoseconds."""
+
+    def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
+        """Return the first instant from ``now`` on at which ``amount`` may pass.
+
+        The answer never decreases as ``now`` advances and holds while nothing else is booked. A
+        waiter asks with the instant since which it is first in line. ``back`` asks what were if
+        that many units came back.
+        """
+        ...
+
+    def take(self, amount: int, now: int) -> bool:
+        """Book ``amount`` if it may pass at ``now``; return whether it did."""
+        ...
+
+    def book(self, amount: int, when: int) -> None:
+        """Take ``amount`` at ``when``, which ``earliest`` allowed."""
+        ...
+
+    def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
+        """Give back ``amount`` of what was booked at ``when``, where ``left`` of it stays booked."""
+        ...
+
+    def owe(self, amount: int, now: int, /) -> None:
+        """Take ``amount`` whether or not it may pass: later calls wait for it."""
+        ...
+
+    def available(self, now: int) -> int:
+        """Return how many units could pass at ``now``; negative while a debt is paid off."""
+        ...
+
+
+class Bucket:
+    """Admit at most ``burst`` units at once, refilled at ``rate`` units a second.
+
+    In any interval of t seconds at most ``burst + rate * t`` units pass. More than ``burst`` at
+    once passes too, where the caller allows it, once the rest has flowed in while it stood first.
+    """
+
+    __slots__ = ("_dates", "_lows", "burst", "full_at", "low", "p", "q", "room", "slack", "tat")
+
+    def __init__(self, *, rate: float | Fraction, burst: int) -> None:
+        #: When the bucket will be (or was) full again, in q-ths of a nanosecond.
+        self.tat = 0
+        #: The last instant at which a booking found it full, likewise.
+        self.full_at = 0
+        # The lows and when they were, both ascending, in q-ths of a nanosecond.
+        self._dates: list[int] = []
+        self._lows: list[int] = []
+        #: The lowest backlog found by bookings that were written out elsewhere, without `book`
+        #: (see `TokenBucket.acquire`); it joins the others when next something is booked here.
+        self.low = NEVER
+        self.p = self.q = self.room = self.slack = self.burst = 0
+        self.reshape(rate=rate, burst=burst, now=0)
+
+    def reshape(self, *, rate: float | Fraction, burst: int, now: int) -> None:
+        """Go on at another rate and burst; the units missing from a full bucket stay missing."""
+        missing = Fraction(max(0, self.tat - now * self.q), self.p) if self.p else Fraction(0)
+        self.p, self.q = (1_000_000_000 / exactly(rate)).as_integer_ratio()
+        self.burst = burst
+        self.room = burst * self.p
+        #: The backlog up to which one unit may pass.
+        self.slack = self.room - self.p
+        self.tat = now * self.q + math.ceil(missing * self.p)
+        self.full_at = now * self.q
+        self._dates.clear()
+        self._lows.clear()
+        self.low = NEVER
+
+    def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
+        """See `Meter.earliest`."""
+        start = now * self.q
+        over = (amount - self.burst) * self.p
+        tat = self.tat
+        if back:
+            tat -= back * self.p
+        if over > 0 and tat < start:  # the rest flows in while the caller is first in line
+            tat = start
+        tat += over
+        return now if tat <= start else -(-tat // self.q)
+
+    def take(self, amount: int, now: int) -> bool:
+        """See `Meter.take`."""
+        start = now * self.q
+        cost = amount * self.p
+        backlog = self.tat - start
+        if cost > self.room or backlog + cost > self.room:
+            return False
+        if backlog <= 0:  # as `_add` does, without the call: nothing is asked more often
+            self.full_at = start
+            self.tat = start + cost
+            self.low = NEVER
+        else:
+            self._add(cost, start, backlog)
+        return True
+
+    def book(self, amount: int, when: int) -> None:
+        """See `Meter.book`."""
+        cost = amount * self.p
+        start = when * self.q
+        if cost > self.room:
+            start -= cost - self.room
+        self._add(cost, start, self.tat - start)
+
+    def _add(self, cost: int, start: int, backlog: int) -> None:
+        low = min(backlog, self.low)
+        self.low = NEVER
+        if backlog <= 0:
+            self.full_at = start
+            self.tat = start + cost
+            return
+        self.tat += cost
+        dates, lows = self._dates, self._lows
+        if dates:
+            if dates[-1] == start:
+                return  # what was booked first, at the same instant, found the lower backlog
+            if dates[-1] <= self.full_at:
+                dates.clear()
+                lows.clear()
+            while lows and lows[-1] >= low:
+                del dates[-1], lows[-1]
+        dates.append(start)
+        lows.append(low)
+        if len(lows) > _LOWS:
+            self._dates, self._lows = dates[1::2], lows[::2]
+
+    def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
+        """See `Meter.unbook`: at most the lowest backlog since then comes back."""
+        start = when * self.q
+        if self.full_at > start:
+            return
+        if left:  # what a call above the burst earned by standing first is not there to come back
+            amount = min(left + amount, self.burst) - min(left, self.burst)
+        later = bisect.bisect_right(self._dates, start)
+        back = min([amount * self.p, self.low, *self._lows[later : later + 1]])
+        self.low -= back
+        lows = [low - back for low in self._lows[later:]]
+        # Lows from before `when` stay as they were; those now above a later one are none any more.
+        first = bisect.bisect_left(self._lows, lows[0], 0, later) if lows else later
+        del self._dates[first:later]
+        self._lows[first:] = lows
+        self.tat -= back
+
+    def owe(self, amount: int, now: int) -> None:
+        """See `Meter.owe`; a bucket that stood full for long enough has earned what is above."""
+        start = now * self.q
+        if self.tat + (amount - self.burst) * self.p <= start:
+            self.book(amount, now)
+        else:
+            self._add(amount * self.p, start, self.tat - start)
+
+    def available(self, now: int) -> int:
+        """See `Meter.available`; negative while a debt is paid off."""
+        return (self.room - max(0, self.tat - now * self.q)) // self.p
+
+
+def exactly(rate: float | Fraction) -> Fraction:
+    """Return ``rate`` as people mean it: 0.1 is a tenth, 66666.66666666667 is 200,000 / 3."""
+    exact = Fraction(rate)
+    simple = exact.limit_denominator(1_000_000)
+    return simple if float(simple) == float(rate) else exact
+
+
+class Window:
+    """Admit at most ``amount`` units in every window of ``window`` nanoseconds."""
+
+    __slots__ = (
+        "_closes",
+        "_dates",
+        "_forgotten",
+        "_grain",
+        "_hold",
+        "_last",
+        "_recent",
+        "_units",
+        "amount",
+        "lent",
+        "used",
+        "window",
+    )
+
+    def __init__(self, *, amount: int, window: int) -> None:
+        self.amount = amount
+        self.window = window
+        #: Units booked within the window, debts included.
+        self.used = 0
+        #: Units booked by calls that may still give them back; whoever closes a call counts it out.
+        self.lent = 0
+        self._grain = max(1, window // _GRAINS)
+        self._hold = window + self._grain
+        # Entries: the date of the last booking in each, and its units. The newest stands apart: it
+        # is open to more bookings until its grain has passed; 0 if there is none.
+        self._dates: list[int] = []
+        self._units: list[int] = []
+        self._last = 0
+        self._recent = 0
+        self._closes = 0
+        #: The date of the last entry that was forgotten.
+        self._forgotten = -1
+
+    def reshape(self, *, amount: int) -> None:
+        """Go on with another amount; what was booked stays booked."""
+        self.amount = amount
+
+    def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
+        """See `Meter.earliest`."""
+        over = self.used - back + amount - self.amount
+        if over <= 0:
+            return now
+        for date, units in zip(self._dates, self._units, strict=True):
+            over -= units
+            if over <= 0:
+                return max(now, date + self._hold)
+        return max(now, self._last + self._hold) if over <= self._recent else NEVER
+
+    def take(self, amount: int, now: int) -> bool:
+        """See `Meter.take`."""
+        if self.used + amount > self.amount and self.available(now) < amount:
+            return False
+        if now >= self._closes:
+            self._open(now)
+        self.used += amount  # as `book` does, without the call: nothing is asked more often
+        self.lent += amount
+        self._recent += amount
+        self._last = now
+        return True
+
+    def book(self, amount: int, when: int) -> None:
+        """See `Meter.book`."""
+        if when >= self._closes:
+            self._open(when)
+        self.used += amount
+        self.lent += amount
+        self._recent += amount
+        self._last = when
+
+    def unbook(self, amount: int, when: int, *, left: int = 0) -> None:  # noqa: ARG002 - units are alike
+        """See `Meter.unbook`; what the window has forgotten has come back already."""
+        self.lent -= amount
+        if when <= self._forgotten or when > self._last:
+            return
+        index = bisect.bisect_left(self._dates, when)
+        if index < len(self._dates):
+            back = min(amount, self._units[index])
+            self._units[index] -= back
+        else:
+            back = min(amount, self._recent)
+            self._recent -= back
+        self.used -= back
+
+    owe = book
+
+    def available(self, now: int) -> int:
+        """See `Meter.available`."""
+        self._forget(now)
+        return self.amount - self.used
+
+    def since(self, when: int) -> int:
+        """Return the units booked after ``when``, or within a grain before it."""
+        recent = self._recent if self._last > when else 0
+        return recent + sum(self._units[bisect.bisect_right(self._dates, when) :])
+
+    def _open(self, when: int) -> None:
+        """Put the newest entry to the others, and begin another."""
+        self._forget(when)
+        if self._closes:
+            self._dates.append(self._last)
+            self._units.append(self._recent)
+            self._recent = 0
+        self._closes = when + self._grain
+
+    def _forget(self, now: int) -> None:
+        """Drop the entries that no window reaching to ``now`` contains."""
+        horizon = now - self._hold
+        gone = bisect.bisect_right(self._dates, horizon)
+        if gone:
+            self._forgotten = self._dates[gone - 1]
+            self.used -= sum(self._units[:gone])
+            del self._dates[:gone], self._units[:gone]
+        if self._closes and self._last <= horizon:
+            self._forgotten = self._last
+            self.used -= self._recent
+            self._recent = self._closes = 0
+
+
+class Slots:
+    """Admit at most ``size`` units until some are given back."""
+
+    __slots__ = ("size", "used")
+
+    def __init__(self, *, size: int) -> None:
+        self.size = size
+        #: Slots taken.
+        self.used = 0
+
+    def reshape(self, *, size: int) -> None:
+        """Go on with another size; slots that are taken stay taken."""
+        self.size = size
+
+    def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
+        """See `Meter.earliest`: now, or not before a slot is given back."""
+        return now if self.used - back + amount <= self.size else NEVER
+
+    def take(self, amount: int, now: int) -> bool:  # noqa: ARG002 - slots know no time
+        """See `Meter.take`."""
+        if self.used + amount > self.size:
+            return False
+        self.used += amount
+        return True
+
+    def book(self, amount: int, when: int) -> None:  # noqa: ARG002 - slots know no time
+        """See `Meter.book`."""
+        self.used += amount
+
+    def unbook(self, amount: int, when: int, *, left: int = 0) -> None:  # noqa: ARG002 - slots know no time
+        """See `Meter.unbook`."""
+        self.used -= amount
+
+    owe = book
+
+    def available(self, now: int) -> int:  # noqa: ARG002 - slots know no time
+        """See `Meter.available`; negative after the size was cut."""
+        return self.size - self.used
+
+
+class Gates:
+    """Put meters side by side: a call passes all of them at once, each by its own resource."""
+
+    __slots__ = ("_takes", "meters", "slots", "windows")
+
+    def __init__(self, meters: Iterable[tuple[Meter, str]]) -> None:
+        #: Each meter with the resource that it counts.
+        self.meters = tuple(meters)
+        self._takes = tuple((meter.take, resource) for meter, resource in self.meters)
+        self.windows = tuple(
+            (meter, resource) for meter, resource in self.meters if isinstance(meter, Window)
+        )
+        self.slots = tuple(meter for meter, _ in self.meters if isinstance(meter, Slots))
+
+    def take(self, amounts: Amounts, now: int) -> bool:
+        """Book ``amounts`` in all meters if all allow it now, else in none."""
+        for take, resource in self._takes:
+            amount = amounts.get(resource)
+            if amount and not take(amount, now):
+                for earlier, taken in self.meters[: self._takes.index((take, resource))]:
+                    earlier.unbook(amounts.get(taken, 0), now)
+                return False
+        return True
+
+    def earliest(self, amounts: Amounts, since: int) -> tuple[int, str | None]:
+        """Return the first instant that suits all meters, and the resource that binds."""
+        when, bound_by = since, None
+        for meter, resource in self.meters:
+            amount = amounts.get(resource)
+            if amount:
+                earliest = meter.earliest(amount, since)
+                if earliest > when:
+                    when, bound_by = earliest, resource
+        return when, bound_by
+
+    def soonest(self, amounts: Amounts, now: int) -> int:
+        """Return what `earliest` would if all that is lent came back: nothing passes before."""
+        lent: dict[str, int] = {}
+        for window, resource in self.windows:
+            lent[resource] = max(window.lent, lent.get(resource, 0))
+        return max(
+            (
+                meter.earliest(amounts[resource], now, back=lent.get(resource, NEVER))
+                for meter, resource in self.meters
+                if amounts.get(resource)
+            ),
+            default=now,
+        )
+
+    def book(self, amounts: Amounts, when: int) -> None:
+        """Book ``amounts`` in all meters at ``when``."""
+        for meter, resource in self.meters:
+            amount = amounts.get(resource)
+            if amount:
+                meter.book(amount, when)
+
+    def unbook(self, amounts: Amounts, when: int) -> None:
+        """Undo a booking of ``amounts`` at ``when``."""
+        for meter, resource in self.meters:
+            meter.unbook(amounts.get(resource, 0), when)

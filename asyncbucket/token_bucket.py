@@ -1,0 +1,202 @@
+"""The primitive: one bucket, as `Limiter` has many."""
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self
+
+from asyncbucket.errors import AcquireTimeout, CostExceedsLimit, WouldBlock
+from asyncbucket.meters import NEVER, Amounts, Bucket, Gates
+from asyncbucket.pacer import Budget, deadline_of
+from asyncbucket.queue import Waiter
+
+_ONE: Final[Amounts] = {"units": 1}
+#: Rates (units a second) and bursts beyond which nobody's limits lie.
+_SLOWEST: Final = 1e-9
+_FASTEST: Final = 1e9
+_LARGEST: Final = 10**12
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, slots=True)
+class BucketStatistics:
+    """Show a bucket at one instant."""
+
+    #: Units that could pass now; negative while nobody could.
+    available: int
+    #: Calls that wait.
+    waiting: int
+
+
+class TokenBucket:
+    """Let ``rate`` units a second pass, and at most ``burst`` units at once.
+
+    In any interval of t seconds at most ``burst + rate * t`` units pass. Calls pass in the order in
+    which they came; a newcomer never passes those who wait. A call that is cancelled gives back
+    what it took. One bucket may be used on several event loops and threads at once.
+
+    >>> bucket = TokenBucket(rate=2.0, burst=2)
+    >>> await bucket.acquire()  # wait for one unit
+    >>> bucket.acquire_nowait()  # or take it now, or raise WouldBlock
+    >>> async with bucket:
+    ...     ...  # wait for one unit, then go on
+
+    Args:
+        rate: units a second, positive.
+        burst: whole units that a full bucket holds, at least 1.
+        clock: a callable that returns monotonic integer nanoseconds.
+    """
+
+    __slots__ = (
+        "__weakref__",  # pyright: ignore[reportUninitializedInstanceVariable]
+        "_bucket",
+        "_budget",
+        "_clock",
+        "_gates",
+        "burst",
+        "rate",
+    )
+
+    def __init__(
+        self,
+        rate: float,
+        burst: int = 1,
+        *,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        if not _is_number(rate) or not _SLOWEST <= rate <= _FASTEST:
+            raise ValueError(f"rate must be from 1e-9 to 1e9 units a second, not {rate!r}")
+        if not _is_number(burst) or not 1 <= burst <= _LARGEST or burst != int(burst):
+            raise ValueError(f"burst must be a whole number of units from 1 on, not {burst!r}")
+        self.rate = rate
+        self.burst = int(burst)
+        self._clock = clock
+        self._bucket = Bucket(rate=rate, burst=self.burst)
+        self._budget = Budget(clock)
+        self._gates = Gates([(self._bucket, "units")])
+
+    async def acquire(self, amount: int = 1, *, timeout: float | None = None) -> None:
+        """Wait until ``amount`` units may pass, at most ``timeout`` seconds.
+
+        Raises:
+            AcquireTimeout: they did not pass in time, or cannot (then at once); a TimeoutError.
+            CostExceedsLimit: ``amount`` is above ``burst`` and can never pass.
+            ValueError: ``amount`` is no whole number from 1 on, or ``timeout`` is none.
+        """
+        # The commonest case of all, one unit of a full bucket: what Bucket.book does, written
+        # out. From the clock's return to the last store there is no call and no jump back, so no
+        # other thread can come between; `easy` is 0 where that does not hold, and while anyone
+        # waits or holds the lock.
+        now = self._clock()
+        bucket = self._bucket
+        if amount is self._budget.easy and timeout is None:
+            start = now if bucket.q == 1 else now * bucket.q  # dearer than the question
+            backlog = bucket.tat - start
+            if backlog <= 0:
+                bucket.full_at = start
+                bucket.tat = start + bucket.p
+                return
+            if backlog <= bucket.slack:
+                bucket.tat += bucket.p
+                if backlog < bucket.low:
+                    bucket.low = backlog
+                return
+        waiter = self._enter(amount, timeout, now)
+        if waiter is None:
+            return
+        try:
+            when = await waiter
+        except BaseException:
+            self._budget.drop(functools.partial(self._budget.withdraw_locked, waiter))
+            raise
+        if when == NEVER:
+            raise self._too_late(amount, timeout, self._wait_of(waiter.amounts))
+
+    def acquire_nowait(self, amount: int = 1) -> None:
+        """Take ``amount`` units now.
+
+        Raises:
+            WouldBlock: they cannot pass now, or others wait; ``retry_after`` says for how long.
+            CostExceedsLimit, ValueError: as for `acquire`.
+        """
+        amounts = self._amounts(amount)
+        with self._budget.lock:
+            taken = self._budget.take_locked(self._gates, amounts, self._clock())
+        if not taken:
+            retry_after = self._wait_of(amounts) * 1e-9
+            raise WouldBlock(
+                f"{amount:,} units cannot pass before {retry_after:.3g} s from now at "
+                f"{self.rate:g} a second; wait with acquire()",
+                retry_after=retry_after,
+                bound_by="units",
+            )
+
+    async def __aenter__(self) -> Self:
+        await self.acquire()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give nothing back: a bucket counts what passes, not what is inside."""
+
+    def statistics(self) -> BucketStatistics:
+        """Return a frozen snapshot."""
+        with self._budget.lock:
+            return BucketStatistics(
+                available=self._bucket.available(self._clock()), waiting=self._budget.waiting
+            )
+
+    def __repr__(self) -> str:
+        now = self.statistics()
+        return (
+            f"<TokenBucket rate={self.rate:g}/s burst={self.burst:,} "
+            f"available={now.available:,} waiting={now.waiting:,}>"
+        )
+
+    def _amounts(self, amount: int) -> Amounts:
+        if type(amount) is int and 1 <= amount <= self.burst:
+            return _ONE if amount == 1 else {"units": amount}
+        if isinstance(amount, bool) or not isinstance(amount, int) or amount < 1:
+            raise ValueError(f"amount must be a whole number of units from 1 on, not {amount!r}")
+        if amount > self.burst:
+            raise CostExceedsLimit(
+                f"cost of {amount:,} units exceeds the burst of {self.burst:,} units and can never "
+                f"pass; raise burst or split the call"
+            )
+        return {"units": int(amount)}
+
+    def _enter(self, amount: int, timeout: float | None, now: int) -> Waiter | None:
+        """Take ``amount`` now, or return the waiter that stands in line for it."""
+        budget, gates, amounts = self._budget, self._gates, self._amounts(amount)
+        deadline = None if timeout is None else deadline_of(now, timeout=timeout)
+        with budget.lock:
+            if not budget.waiting and budget.take_locked(gates, amounts, self._clock()):
+                return None
+            if deadline is not None:
+                due, _ = budget.look_locked(gates, amounts, now)
+                if due > deadline:
+                    raise self._too_late(amount, timeout, due - now)
+            return budget.join_locked(gates, amounts, now, deadline)
+
+    def _too_late(self, amount: int, timeout: float | None, wait: int) -> AcquireTimeout:
+        return AcquireTimeout(
+            f"{amount:,} units did not pass within {timeout:g} s at {self.rate:g} a second; "
+            f"raise the timeout or the rate",
+            retry_after=wait * 1e-9,
+            bound_by="units",
+        )
+
+    def _wait_of(self, amounts: Amounts) -> int:
+        """Return for how long (ns) ``amounts`` cannot pass, whoever else waits."""
+        with self._budget.lock:
+            now = self._clock()
+            return self._budget.look_locked(self._gates, amounts, now)[0] - now

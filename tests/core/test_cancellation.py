@@ -1,0 +1,486 @@
+"""Whoever gives up, at whatever await, leaves the world as if it had never asked."""
+
+import asyncio
+import gc
+import random
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncbucket import AcquireTimeout, Lease, Limiter, TokenBucket
+from asyncbucket.testing import VirtualTime, assert_never_over, virtual_time
+
+
+def nothing_is_left(limiter: Limiter) -> None:
+    """Assert that nobody waits and nothing is held."""
+    now = limiter.statistics()
+    assert (now.waiting, now.in_flight) == (0, 0)
+    with limiter.acquire_nowait() as lease:
+        assert lease.waited == 0
+
+
+async def steps(count: int) -> None:
+    """Let the loop run `count` times."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("cancel_first", [True, False])
+@pytest.mark.parametrize("after", range(8))
+@pytest.mark.parametrize("before", range(6))
+def test_a_waiter_cancelled_at_any_step_leaks_nothing(
+    virtual_time: VirtualTime, before: int, after: int, *, cancel_first: bool
+) -> None:
+    """Whether it stands in line, is being served or was just served: its slot comes back."""
+
+    async def main() -> None:
+        limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+        holder = await limiter.acquire()
+        served: list[str] = []
+
+        async def call(name: str) -> None:
+            async with limiter.acquire():
+                served.append(name)
+                await asyncio.sleep(1)
+
+        first = asyncio.create_task(call("first"))
+        second = asyncio.create_task(call("second"))
+        await steps(before)
+        if cancel_first:
+            first.cancel()
+            await steps(after)
+            holder.release()
+        else:
+            holder.release()
+            await steps(after)
+            first.cancel()
+        await asyncio.gather(first, second, return_exceptions=True)
+        assert first.cancelled()
+        assert served[-1] == "second"
+        assert virtual_time.now == 1.0
+        nothing_is_left(limiter)
+
+    virtual_time.run(main())
+
+
+@pytest.mark.parametrize("reach", range(10))
+def test_all_waiters_cancelled_at_any_step_leak_nothing(
+    virtual_time: VirtualTime, reach: int
+) -> None:
+    """A release, and in some step soon after it everybody leaves at once."""
+
+    async def main() -> None:
+        limiter = Limiter("1000 TPM", concurrency=1, clock=virtual_time.clock)
+        holder = await limiter.acquire(tokens=10)
+        calls = [asyncio.create_task(taken(limiter)) for _ in range(3)]
+        await virtual_time.all_blocked()
+        holder.release()
+        await steps(reach)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        nothing_is_left(limiter)
+        if reach < 2:
+            assert limiter.statistics().limits[0].used == 10
+            assert limiter.statistics().cancelled == 3
+
+    virtual_time.run(main())
+
+
+async def taken(limiter: Limiter) -> None:
+    """Pass and leave."""
+    async with limiter.acquire(tokens=10):
+        pass
+
+
+def test_a_release_and_a_cancellation_in_one_step_do_not_meet(virtual_time: VirtualTime) -> None:
+    """The bell rings for a line that has emptied by the time the pacer looks."""
+
+    async def main() -> None:
+        limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+        holder = await limiter.acquire()
+        call = asyncio.create_task(taken(limiter))
+        await virtual_time.all_blocked()
+        holder.release()
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        nothing_is_left(limiter)
+
+    virtual_time.run(main())
+
+
+def test_what_a_cancelled_waiter_was_handed_goes_to_the_next(virtual_time: VirtualTime) -> None:
+    """Ninety of a hundred tokens, handed over and refused, let the next pass in the same instant."""
+
+    async def main() -> None:
+        limiter = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock)
+        holder = await limiter.acquire()
+        big = asyncio.ensure_future(limiter.acquire(tokens=90))
+        next_one = asyncio.ensure_future(limiter.acquire(tokens=90))
+        await virtual_time.all_blocked()
+        holder.release()
+        await asyncio.sleep(0)  # the pacer has handed it over; its task has not run yet
+        assert limiter.statistics().limits[0].used == 90
+        big.cancel()
+        lease = await next_one
+        assert lease.waited == virtual_time.now == 0.0
+        assert limiter.statistics().limits[0].used == 90
+        lease.release()
+
+    virtual_time.run(main())
+
+
+def test_the_head_gives_up_and_the_next_passes_at_once(virtual_time: VirtualTime) -> None:
+    """A costly call that leaves makes room for a cheap one behind it, in the same instant."""
+
+    async def main() -> None:
+        bucket = TokenBucket(rate=1.0, burst=10, clock=virtual_time.clock)
+        await bucket.acquire(9)
+        costly = asyncio.create_task(bucket.acquire(10))
+        cheap = asyncio.create_task(bucket.acquire(1))
+        await virtual_time.all_blocked()
+        assert bucket.statistics().waiting == 2
+        costly.cancel()
+        await cheap
+        assert virtual_time.now == 0.0
+        assert bucket.statistics().waiting == 0
+
+    virtual_time.run(main())
+
+
+@pytest.mark.parametrize("depth", range(5))
+def test_a_bucket_takes_back_what_a_cancelled_waiter_was_handed(
+    virtual_time: VirtualTime, depth: int
+) -> None:
+    """Cancelled in any step about its own instant, it leaves its unit to the next."""
+
+    async def main() -> None:
+        bucket = TokenBucket(rate=1.0, burst=1, clock=virtual_time.clock)
+        await bucket.acquire()
+        first = asyncio.create_task(bucket.acquire())
+        second = asyncio.create_task(bucket.acquire())
+        loop = asyncio.get_running_loop()
+        await virtual_time.all_blocked()
+        loop.call_at(1.0, call_after, depth, first.cancel)
+        await second
+        assert virtual_time.now == (1.0 if first.cancelled() else 2.0)
+
+    virtual_time.run(main())
+
+
+def call_after(steps_left: int, function: Callable[[], object]) -> None:
+    """Call `function` when the loop has run that many times more."""
+    if steps_left:
+        asyncio.get_running_loop().call_soon(call_after, steps_left - 1, function)
+    else:
+        function()
+
+
+@pytest.mark.parametrize("depth", range(4))
+def test_a_waiter_cancelled_as_its_deadline_comes_takes_nothing(
+    virtual_time: VirtualTime, depth: int
+) -> None:
+    """Out of time and cancelled in about one step: either way it is gone."""
+
+    async def main() -> None:
+        limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+        holder = await limiter.acquire()
+        late = asyncio.ensure_future(limiter.acquire(timeout=1))
+        loop = asyncio.get_running_loop()
+        await virtual_time.all_blocked()
+        loop.call_at(1.0, call_after, depth, late.cancel)
+        with pytest.raises((asyncio.CancelledError, AcquireTimeout)):
+            await late
+        holder.release()
+        nothing_is_left(limiter)
+
+    virtual_time.run(main())
+
+
+def test_closing_what_waits_takes_it_out_of_the_line(virtual_time: VirtualTime) -> None:
+    """A coroutine that is closed while it waits, not cancelled, leaves the line too."""
+
+    async def main() -> None:
+        limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+        holder = await limiter.acquire()
+        acquisition = limiter.acquire()
+        acquisition.send(None)
+        assert limiter.statistics().waiting == 1
+        acquisition.close()
+        assert limiter.statistics().waiting == 0
+        holder.release()
+        nothing_is_left(limiter)
+
+    virtual_time.run(main())
+
+
+def test_wait_for_and_timeout_cancel_without_a_trace(virtual_time: VirtualTime) -> None:
+    """Asyncio's own time-outs do what `timeout=` does."""
+
+    async def main() -> None:
+        limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+        holder = await limiter.acquire()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(limiter.acquire(), 1)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1), limiter.acquire():
+                pass
+        with pytest.raises(AcquireTimeout):
+            await limiter.acquire(timeout=1)
+        assert virtual_time.now == 3.0
+        assert limiter.statistics().cancelled == 2
+        assert limiter.statistics().refused == 1
+        holder.release()
+        nothing_is_left(limiter)
+
+    virtual_time.run(main())
+
+
+def test_cancelling_in_lifo_order_is_linear(virtual_time: VirtualTime) -> None:
+    """A hundred thousand waiters leave from the back in about a second, however long the line."""
+
+    async def main() -> None:
+        limiter = Limiter("1 RPM", clock=virtual_time.clock)
+        await limiter.acquire()
+        waiters = [Hand(limiter.acquire().__await__()) for _ in range(100_000)]
+        assert limiter.statistics().waiting == 100_000
+        for waiter in reversed(waiters):
+            waiter.cancel()
+        assert limiter.statistics().waiting == 0
+        assert limiter.statistics().cancelled == 100_000
+
+    virtual_time.run(main())
+
+
+CANCELLED = asyncio.CancelledError
+
+
+class Hand:
+    """Drive one acquisition by hand, as a task would, for a tenth of a task's cost."""
+
+    def __init__(self, steps: Generator[Any, Any, Lease | None]) -> None:
+        self._steps = steps
+        self.lease: Lease | None = None
+        self.future: asyncio.Future[int] | None = None
+        try:
+            self.future = steps.send(None)
+        except StopIteration as done:
+            self.lease = done.value
+
+    def cancel(self) -> None:
+        """Cancel the future, and then the coroutine, or only that if it has been served."""
+        assert self.future is not None
+        self.future.cancel()
+        try:
+            self._steps.throw(CANCELLED)
+        except asyncio.CancelledError:
+            return
+        raise AssertionError("a cancellation was swallowed")
+
+    def taken(self) -> bool:
+        """Pick up what it was served, if it was; return whether it is through."""
+        if self.future is not None:
+            if not self.future.done():
+                return False
+            self.future = None
+            try:
+                self._steps.send(None)
+            except StopIteration as done:
+                self.lease = done.value
+        return True
+
+
+class Crowd:
+    """Ask and give up at random; remember who was served, in the order of arrival."""
+
+    def __init__(self, ask: Callable[[int], Generator[Any, Any, Lease | None]], seed: int) -> None:
+        self._ask = ask
+        self._chance = random.Random(seed)
+        self.cancelled = 0
+        self.line: list[Hand] = []
+        self.held: list[Lease] = []
+
+    async def mill(self, cancellations: int) -> None:
+        """Let 5,000 come at a time, and all but 1 % leave before, at and after their turn."""
+        while self.cancelled < cancellations:
+            self.line += [Hand(self._ask(self._chance.randrange(1, 60))) for _ in range(5000)]
+            await asyncio.sleep(self._chance.random() * 0.05)
+            self.release()
+            waits = [hand.future is not None and not hand.future.done() for hand in self.line]
+            assert waits == sorted(waits)  # nobody was passed
+            self.line = [hand for hand in self.line if self._stays(hand)]
+
+    def _stays(self, hand: Hand) -> bool:
+        """Return whether `hand` goes on waiting."""
+        if hand.future is None or self._chance.random() < 0.01:
+            if not hand.taken():
+                return True
+            if hand.lease is not None:
+                self.held.append(hand.lease)
+        else:
+            hand.cancel()
+            self.cancelled += 1
+        return False
+
+    async def finish(self) -> None:
+        """Let those who are left pass, one after the other."""
+        for hand in self.line:
+            while not hand.taken():
+                self.release()
+                await asyncio.sleep(0.01)
+            if hand.lease is not None:
+                self.held.append(hand.lease)
+        self.release()
+
+    def release(self) -> None:
+        """Give all slots back."""
+        for lease in self.held:
+            lease.release()
+        self.held.clear()
+
+
+def test_400_000_random_cancellations_of_a_limiter_leak_nothing_and_keep_the_order() -> None:
+    """Before, at and after the hand-over: no unit and no slot is lost, and nobody is passed."""
+
+    async def main(limiter: Limiter, crowd: Crowd) -> None:
+        await crowd.mill(400_000)
+        now = limiter.statistics()
+        assert (now.waiting, now.in_flight) == (len(crowd.line), len(crowd.held))
+        assert now.cancelled == crowd.cancelled
+        await crowd.finish()
+
+    with virtual_time() as time:
+        limiter = Limiter("1000 RPS burst 1000", "20k tokens/s", concurrency=32, clock=time.clock)
+        crowd = Crowd(lambda tokens: limiter.acquire(tokens=tokens).__await__(), seed=20)
+        time.run(main(limiter, crowd))
+        nothing_is_left(limiter)
+        time.advance(2)
+        assert [use.available for use in limiter.statistics().limits] == [1000, 20_000]
+
+
+def test_600_000_random_cancellations_of_a_bucket_leak_nothing_and_keep_the_order() -> None:
+    """The same machine with one meter."""
+
+    async def main(bucket: TokenBucket, crowd: Crowd) -> None:
+        await crowd.mill(600_000)
+        assert bucket.statistics().waiting == len(crowd.line)
+        await crowd.finish()
+        assert bucket.statistics().waiting == 0
+
+    with virtual_time() as time:
+        bucket = TokenBucket(rate=20_000.0, burst=100, clock=time.clock)
+        crowd = Crowd(lambda units: bucket.acquire(units).__await__(), seed=26)
+        time.run(main(bucket, crowd))
+        time.advance(2)
+        assert bucket.statistics().available == 100
+
+
+events = st.lists(
+    st.tuples(
+        st.sampled_from(["call", "call", "cancel", "release", "settle", "undo", "drop", "time"]),
+        st.integers(0, 200),
+        st.integers(0, 1000),
+    ),
+    max_size=80,
+)
+
+
+class Story:
+    """Play a history of calls, cancellations, refunds and dropped leases on one limiter."""
+
+    def __init__(self, time: VirtualTime, limiter: Limiter) -> None:
+        self._time = time
+        self._limiter = limiter
+        self._tasks: list[asyncio.Task[None]] = []
+        self._leases: dict[int, Lease] = {}
+        #: The numbers of those who passed, in that order.
+        self.served: list[int] = []
+        #: When each passed, and what it cost in the end.
+        self.costs: dict[int, tuple[int, int]] = {}
+
+    async def play(self, history: list[tuple[str, int, int]]) -> None:
+        """Do one thing after the other, and then let all who are left pass."""
+        for verb, amount, pick in history:
+            if verb == "call":
+                self._tasks.append(asyncio.create_task(self._call(len(self._tasks), amount)))
+            elif verb == "cancel" and self._tasks:
+                self._tasks[pick % len(self._tasks)].cancel()
+            elif verb == "time":
+                await asyncio.sleep(amount / 7)
+            elif self._leases:
+                self._end(verb, list(self._leases)[pick % len(self._leases)], amount)
+            await steps(pick % 3)
+        while not all(task.done() for task in self._tasks):
+            self._release_all()
+            await asyncio.sleep(1)
+        self._release_all()
+
+    async def _call(self, number: int, amount: int) -> None:
+        tokens = min(amount, 100)
+        self._leases[number] = await self._limiter.acquire(tokens=tokens)
+        self.served.append(number)
+        self.costs[number] = (self._time.clock(), tokens)
+
+    def _end(self, verb: str, number: int, amount: int) -> None:
+        when, reserved = self.costs[number]
+        if verb == "settle":
+            self.costs[number] = (when, min(amount, reserved))
+            self._leases[number].settle(tokens=min(amount, reserved))
+        elif verb == "undo":
+            self.costs[number] = (when, 0)
+            self._leases.pop(number).undo()
+        elif verb == "release":
+            self._leases.pop(number).release()
+        else:
+            del self._leases[number]
+
+    def _release_all(self) -> None:
+        while self._leases:
+            self._leases.popitem()[1].release()
+
+
+@settings(deadline=None, max_examples=150)
+@given(events)
+def test_any_history_is_in_order_never_over_and_ends_empty(
+    history: list[tuple[str, int, int]],
+) -> None:
+    """Never over with the final costs of all calls, refunds included, and nothing is lost."""
+    with virtual_time() as time:
+        limiter = Limiter(
+            "100 tokens/10s burst 40", "300 tokens/60s", concurrency=3, clock=time.clock
+        )
+        story = Story(time, limiter)
+        time.run(story.play(history))
+        assert story.served == sorted(story.served)
+        trace = [(when, actual) for when, actual in story.costs.values() if actual]
+        for limit in limiter.limits:
+            assert_never_over(trace, limit)
+        nothing_is_left(limiter)
+        time.advance(100)
+        assert [use.available for use in limiter.statistics().limits] == [40, 300]
+
+
+def test_a_dropped_task_on_a_closed_loop_gives_nothing_twice() -> None:
+    """Loops that end with calls in line, cancelled or not, are counted out once."""
+
+    async def forever(coroutine: Coroutine[Any, Any, object]) -> None:
+        await coroutine
+
+    limiter = Limiter(concurrency=1)
+    holder = limiter.acquire_nowait()
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda _, __: None)  # "Task was destroyed", as we mean it to be
+    tasks = [loop.create_task(forever(limiter.acquire())) for _ in range(4)]
+    loop.run_until_complete(steps(3))
+    assert limiter.statistics().waiting == 4
+    tasks[1].cancel()
+    loop.close()
+    del tasks
+    gc.collect()
+    holder.release()
+    gc.collect()
+    nothing_is_left(limiter)

@@ -1,0 +1,71 @@
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncbucket import Cost, Limiter
+
+amounts = st.none() | st.integers(0, 10**6) | st.floats(0, 1e6)
+
+
+def test_a_cost_maps_resources_to_whole_amounts() -> None:
+    """One request by default; fractions are rounded up; nothing is left out but nothing."""
+    cost = Cost(tokens=10.1, images=3)
+    assert isinstance(cost, Mapping)
+    assert dict(cost) == {
+        "requests": 1, "tokens": 11, "input_tokens": 11, "output_tokens": 11, "images": 3
+    }  # fmt: skip
+    assert cost["tokens"] == 11
+    assert len(cost) == 5
+    assert repr(Cost(images=0)) == "Cost(requests=1)"
+    assert cost == Cost(tokens=11, images=3)
+    assert "concurrency" not in cost
+
+
+def test_tokens_are_input_plus_output() -> None:
+    """Where the parts are given; where one is missing, it is nothing."""
+    assert dict(Cost(input_tokens=900, output_tokens=300)) == {
+        "requests": 1, "tokens": 1200, "input_tokens": 900, "output_tokens": 300
+    }  # fmt: skip
+    assert dict(Cost(input_tokens=5)) == {"requests": 1, "tokens": 5, "input_tokens": 5}
+    assert dict(Cost(tokens=9, output_tokens=5)) == {"requests": 1, "tokens": 9, "output_tokens": 5}
+
+
+@given(amounts, amounts, amounts)
+def test_any_amounts_make_a_cost(
+    tokens: float | None, inputs: float | None, outputs: float | None
+) -> None:
+    """Whole, positive, and never less than was asked for."""
+    cost = Cost(tokens=tokens, input_tokens=inputs, output_tokens=outputs)
+    assert all(type(amount) is int and amount > 0 for amount in cost.values())
+    assert cost.get("tokens", 0) >= (tokens if tokens is not None else (inputs or 0))
+
+
+@pytest.mark.parametrize("name", ["requests", "tokens", "input_tokens", "output_tokens", "images"])
+@pytest.mark.parametrize("value", [True, False, "", "5", [], b"5", -1, -0.1, "nan", "inf"])
+def test_what_is_no_amount_is_refused(name: str, value: object) -> None:
+    """A bool, a text, a negative number, NaN and infinity, for each resource, even if false."""
+    if value in {"nan", "inf"} if isinstance(value, str) else False:
+        value = float(str(value))
+    with pytest.raises((TypeError, ValueError)):
+        Cost(**{name: value})  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    with pytest.raises((TypeError, ValueError)):
+        Limiter("5 images/s").acquire(**{name: value})  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+
+def test_messages_name_the_resource_and_the_value() -> None:
+    """What must be what, and what it was."""
+    with pytest.raises(TypeError, match=r"^tokens must be a number, not True$"):
+        Cost(tokens=True)
+    with pytest.raises(ValueError, match=r"^requests must be finite and not negative, not -1$"):
+        Cost(requests=-1)
+    with pytest.raises(ValueError, match=r"^images must be finite and not negative, not nan$"):
+        Cost(images=float("nan"))
+
+
+def test_a_call_costs_something() -> None:
+    """Nothing at all is a mistake."""
+    with pytest.raises(ValueError, match="a call must cost something: requests=1 is the usual"):
+        Cost(requests=0)
+    assert dict(Cost(requests=0, tokens=1))["tokens"] == 1

@@ -1,0 +1,243 @@
+"""A deadline is kept, a hopeless one is refused at once, and none is refused that could be kept."""
+
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncbucket import AcquireTimeout, Lease, Limiter, TokenBucket
+from asyncbucket.testing import VirtualTime, virtual_time
+
+
+def test_a_hopeless_call_is_refused_before_it_waits(virtual_time: VirtualTime) -> None:
+    """By `timeout` and by `deadline`, with both times in the message."""
+
+    async def main() -> None:
+        limiter = Limiter("60 TPM", clock=virtual_time.clock)
+        (await limiter.acquire(tokens=60)).release()
+        for timeout, deadline in ((30.0, None), (None, 30.0), (99, 30)):
+            with pytest.raises(AcquireTimeout) as error:
+                await limiter.acquire(tokens=1, timeout=timeout, deadline=deadline)
+            assert str(error.value) == (
+                "a call of 1 tokens cannot pass within 30 s: tokens bind for 60.2 s more; "
+                "raise the timeout or the limit"
+            )
+            assert error.value.bound_by == "tokens"
+            assert error.value.retry_after == pytest.approx(60 * 257 / 256)
+        assert virtual_time.now == 0
+        assert limiter.statistics().refused == 3
+
+    virtual_time.run(main())
+
+
+def test_what_is_lent_is_hope(virtual_time: VirtualTime) -> None:
+    """While a call is open its tokens may come back: who waits for them is not refused."""
+
+    async def main() -> None:
+        limiter = Limiter("60 TPM", clock=virtual_time.clock)
+        lease = await limiter.acquire(tokens=60)
+        waiting = asyncio.ensure_future(limiter.acquire(tokens=50, timeout=10))
+        await asyncio.sleep(5)
+        lease.settle(tokens=10)
+        assert (await waiting).waited == 5.0
+        lease.settle(tokens=60)
+        with pytest.raises(AcquireTimeout, match=r"in time: tokens bind for 59\.2 s more"):
+            await limiter.acquire(
+                tokens=50, timeout=1
+            )  # it is still open, and may be settled again
+        assert virtual_time.now == 6.0
+        lease.release()
+        (await waiting).release()
+
+    virtual_time.run(main())
+
+
+def test_what_was_just_handed_over_is_hope_too(virtual_time: VirtualTime) -> None:
+    """In the step between an admission and its lease, nothing is refused for want of it."""
+
+    async def main() -> None:
+        limiter = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock)
+        first = await limiter.acquire()
+        handed = asyncio.ensure_future(limiter.acquire(tokens=99))
+        await virtual_time.all_blocked()
+        first.release()
+        await asyncio.sleep(0)
+        assert limiter.statistics().limits[0].used == 99
+        assert not handed.done()
+        patient = limiter.acquire(tokens=50, timeout=2)
+        patient.send(None)  # stands in line, refused by nobody
+        (await handed).undo()
+        await asyncio.sleep(0)
+        patient.close()
+        assert limiter.statistics().waiting == 0
+
+    virtual_time.run(main())
+
+
+def test_a_debt_of_tokens_does_not_refuse_a_call_without_any(virtual_time: VirtualTime) -> None:
+    """A call waits for what it costs, and for nothing else."""
+
+    async def main() -> None:
+        limiter = Limiter("1/s", "100 TPM burst 100", clock=virtual_time.clock)
+        with await limiter.acquire(tokens=10) as lease:
+            lease.settle(tokens=500)
+        assert (await limiter.acquire(timeout=5)).bound_by == "requests"
+
+    virtual_time.run(main())
+
+
+def test_a_call_passes_at_the_very_instant_of_its_deadline(virtual_time: VirtualTime) -> None:
+    """The bucket has its unit after one second; one second is time enough."""
+
+    async def main() -> None:
+        bucket = TokenBucket(rate=1.0, burst=1, clock=virtual_time.clock)
+        for second in range(5):
+            await bucket.acquire(timeout=1)
+            assert virtual_time.now == second
+        with pytest.raises(AcquireTimeout):
+            await bucket.acquire(timeout=0.999_999_999)
+        assert virtual_time.now == 4
+
+    virtual_time.run(main())
+
+
+def test_a_loop_that_wakes_late_does_not_cost_a_call_its_turn(virtual_time: VirtualTime) -> None:
+    """Who could have passed in time does, though the pacer looked only after the deadline."""
+
+    async def main() -> None:
+        bucket = TokenBucket(rate=1.0, burst=1, clock=virtual_time.clock)
+        await bucket.acquire()
+        first = asyncio.create_task(bucket.acquire(timeout=1.5))
+        second = asyncio.create_task(bucket.acquire(timeout=2.5))
+        await virtual_time.all_blocked()
+        virtual_time.advance(3.0)  # as blocking code would
+        await first
+        with pytest.raises(AcquireTimeout, match=r"2\.5 s at 1 a second"):
+            await second
+        assert virtual_time.now == 3.0
+
+    virtual_time.run(main())
+
+
+def test_deadlines_come_in_their_own_order(virtual_time: VirtualTime) -> None:
+    """Whoever stands where: each gives up at its own instant, the others move up."""
+
+    async def main() -> None:
+        limiter = Limiter("1 RPS", concurrency=1, clock=virtual_time.clock)
+        holder = await limiter.acquire()
+        gone: list[tuple[float, float]] = []
+
+        async def call(timeout: float) -> None:
+            with pytest.raises(AcquireTimeout) as error:
+                await limiter.acquire(timeout=timeout)
+            assert "all 1 slots are taken" in str(error.value)
+            gone.append((virtual_time.now, timeout))
+
+        async with asyncio.TaskGroup() as group:
+            for timeout in (5.0, 2.0, 0.0, 9.0, 2.0, 1.0):
+                group.create_task(call(timeout))
+        assert all(now == timeout for now, timeout in gone)
+        assert [now for now, _ in gone] == [0.0, 1.0, 2.0, 2.0, 5.0, 9.0]
+        holder.release()
+        assert limiter.statistics().refused == 6
+        assert limiter.statistics().waiting == 0
+
+    virtual_time.run(main())
+
+
+def test_a_new_earliest_deadline_wakes_the_pacer(virtual_time: VirtualTime) -> None:
+    """It sleeps for the head's minute; a call with a second to live is not kept for that long."""
+
+    async def main() -> None:
+        limiter = Limiter("1 RPM", "2 images/m", clock=virtual_time.clock)
+        await limiter.acquire(images=1)
+        head = asyncio.ensure_future(limiter.acquire())
+        await virtual_time.all_blocked()
+        with pytest.raises(AcquireTimeout):
+            await limiter.acquire(requests=0, images=1, timeout=1)
+        assert virtual_time.now == 1.0
+        await head
+
+    virtual_time.run(main())
+
+
+def test_a_batch_of_deadlines_at_one_instant_is_served_in_full(virtual_time: VirtualTime) -> None:
+    """A thousand calls that may pass just then all do, though one pass takes fewer."""
+
+    async def main() -> None:
+        limiter = Limiter("1000 TPM", concurrency=1000, clock=virtual_time.clock)
+        holder = await limiter.acquire(tokens=1000)
+        calls = [asyncio.ensure_future(limiter.acquire(tokens=1, timeout=5)) for _ in range(900)]
+        await asyncio.sleep(4.9)
+        holder.settle(tokens=0)
+        leases = await asyncio.gather(*calls)
+        assert {lease.bound_by for lease in leases} == {"tokens"}
+        assert all(4.9 <= lease.waited <= 4.901 for lease in leases)
+
+    virtual_time.run(main())
+
+
+history = st.lists(
+    st.tuples(
+        st.sampled_from(["take", "take", "settle", "release", "more", "pause"]),
+        st.integers(1, 30),
+        st.floats(0, 8),
+    ),
+    max_size=14,
+)
+
+
+async def replay(
+    time: VirtualTime, moves: list[tuple[str, int, float]]
+) -> tuple[Limiter, list[Lease]]:
+    """Make a limiter with a past; return it and the leases that are open."""
+    limiter = Limiter(
+        "30 tokens/20s burst 12", "50 tokens/60s", "6/20s", concurrency=4, clock=time.clock
+    )
+    leases: list[Lease] = []
+    for verb, amount, delay in moves:
+        await asyncio.sleep(delay)
+        if verb == "take":
+            try:
+                leases.append(await limiter.acquire(tokens=amount, timeout=0))
+            except AcquireTimeout:
+                continue
+        elif verb == "pause":
+            limiter.pause(amount / 4)
+        elif leases and verb == "release":
+            leases.pop(0).release()
+        elif leases:
+            leases[-1].settle(tokens=amount * (2 if verb == "more" else 0.3))
+    return limiter, leases
+
+
+@settings(deadline=None, max_examples=250)
+@given(history, st.integers(1, 30), st.floats(0, 40))
+def test_no_call_is_refused_that_could_have_passed(
+    moves: list[tuple[str, int, float]], tokens: int, timeout: float
+) -> None:
+    """Where a call is refused at once, it would have been late had all open calls been undone."""
+
+    async def asked(time: VirtualTime) -> bool:
+        limiter, _ = await replay(time, moves)
+        before = time.now
+        try:
+            (await limiter.acquire(tokens=tokens, timeout=timeout)).release()
+        except AcquireTimeout:
+            return time.now == before
+        return False
+
+    async def undone(time: VirtualTime) -> float:
+        limiter, leases = await replay(time, moves)
+        before = time.now
+        for lease in leases:
+            lease.undo()
+        await limiter.acquire(tokens=tokens)
+        return time.now - before
+
+    with virtual_time() as time:
+        refused = time.run(asked(time))
+    if refused and timeout:
+        with virtual_time() as time:
+            assert time.run(undone(time)) > timeout - 1e-6

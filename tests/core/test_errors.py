@@ -1,0 +1,251 @@
+"""What is refused, and what the message says: what, the numbers, the remedy."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from asyncbucket import (
+    AcquireTimeout,
+    AsyncBucketError,
+    CostExceedsLimit,
+    Limiter,
+    LimitSyntaxError,
+    QueueFull,
+    StoreError,
+    TokenBucket,
+    WouldBlock,
+    pace,
+)
+from asyncbucket.testing import VirtualTime
+
+NO_TIMES = [float("nan"), True, "5", [], b""]
+
+
+def test_errors_are_the_ones_that_others_catch() -> None:
+    """ValueError for what can never be, TimeoutError for what came too late."""
+    for kind in (
+        AcquireTimeout,
+        CostExceedsLimit,
+        LimitSyntaxError,
+        QueueFull,
+        StoreError,
+        WouldBlock,
+    ):
+        assert issubclass(kind, AsyncBucketError)
+    assert issubclass(CostExceedsLimit, ValueError)
+    assert issubclass(LimitSyntaxError, ValueError)
+    assert issubclass(AcquireTimeout, TimeoutError)
+
+
+def test_a_cost_above_a_limit_fails_at_once(virtual_time: VirtualTime) -> None:
+    """With the cost, the limit and the keyword to raise, whoever waits and however one asks."""
+
+    async def main() -> None:
+        limiter = Limiter("500 RPM", "30k TPM", "3 images/10s", clock=virtual_time.clock)
+        message = (
+            "cost of 36,055 tokens exceeds the limit of 30,000 tokens per 60 s and can never pass; "
+            "raise tpm or split the request"
+        )
+        with pytest.raises(CostExceedsLimit) as error:
+            await limiter.acquire(tokens=36_055)
+        assert str(error.value) == message
+        with pytest.raises(CostExceedsLimit) as error:
+            limiter.acquire_nowait(tokens=36_055)
+        assert str(error.value) == message
+        with pytest.raises(CostExceedsLimit) as error:
+            async with limiter.acquire(images=4):
+                pass
+        assert str(error.value) == (
+            "cost of 4 images exceeds the limit of 3 images per 10 s and can never pass; "
+            "raise the limit or split the request"
+        )
+        assert limiter.statistics().refused == 3
+        assert virtual_time.now == 0
+
+    virtual_time.run(main())
+
+
+def test_would_block_says_what_binds_and_for_how_long(virtual_time: VirtualTime) -> None:
+    """Requests, tokens for most of a day, slots, a pause, and others who wait."""
+
+    async def main() -> None:
+        clock = virtual_time.clock
+        limiter = Limiter("2 RPS burst 1", "100 TPD", concurrency=2, name="x", clock=clock)
+        held = limiter.acquire_nowait(tokens=60)
+        with pytest.raises(WouldBlock) as error:
+            limiter.acquire_nowait()
+        assert str(error.value) == (
+            "a call of 1 requests cannot pass without waiting: requests bind for 0.5 s more; "
+            "wait with acquire()"
+        )
+        assert (error.value.retry_after, error.value.bound_by) == (0.5, "requests")
+        with pytest.raises(WouldBlock) as error:
+            limiter.acquire_nowait(tokens=60)
+        assert str(error.value) == (
+            "a call of 1 requests, 60 tokens cannot pass without waiting: tokens bind for 86,738 s "
+            "more; wait with acquire()"
+        )
+        assert error.value.retry_after == pytest.approx(86_400 * 257 / 256)
+        limiter.pause(3, reason="429")
+        with pytest.raises(WouldBlock) as error:
+            limiter.acquire_nowait()
+        assert "the limiter is paused for 3 s more" in str(error.value)
+        assert (error.value.retry_after, error.value.bound_by) == (3.0, "paused")
+        await asyncio.sleep(3)
+        with limiter.acquire_nowait():
+            await asyncio.sleep(1)
+            with pytest.raises(WouldBlock) as error:
+                limiter.acquire_nowait()
+            assert "all 2 slots are taken" in str(error.value)
+            assert (error.value.retry_after, error.value.bound_by) == (None, "concurrency")
+            waiting = asyncio.ensure_future(limiter.acquire())
+            await virtual_time.all_blocked()
+            held.release()
+            with pytest.raises(WouldBlock, match="cannot pass without waiting: others came first"):
+                limiter.acquire_nowait()
+            (await waiting).release()
+
+    virtual_time.run(main())
+
+
+def test_a_full_queue_refuses(virtual_time: VirtualTime) -> None:
+    """With how many wait, and the number to raise."""
+
+    async def main() -> None:
+        limiter = Limiter("1 RPS", max_queue=2, clock=virtual_time.clock)
+        calls = [asyncio.ensure_future(limiter.acquire()) for _ in range(3)]
+        await virtual_time.all_blocked()
+        with pytest.raises(QueueFull) as error:
+            await limiter.acquire()
+        assert str(error.value) == (
+            "a call of 1 requests cannot pass behind 2 calls that wait already: requests bind for "
+            "1 s more; try again later or raise max_queue=2"
+        )
+        assert error.value.retry_after == 257 / 256
+        await asyncio.gather(*calls)
+        assert virtual_time.now == 2 * 257 / 256
+
+    virtual_time.run(main())
+
+
+def test_no_queue_at_all_is_a_choice(virtual_time: VirtualTime) -> None:
+    """`max_queue=0`: a call passes at once or is refused."""
+
+    async def main() -> None:
+        limiter = Limiter("1 RPS", max_queue=0, clock=virtual_time.clock)
+        await limiter.acquire()
+        with pytest.raises(QueueFull, match="behind 0 calls that wait already"):
+            await limiter.acquire()
+
+    virtual_time.run(main())
+
+
+def test_a_hopeless_deadline_is_refused_at_once(virtual_time: VirtualTime) -> None:
+    """By a limiter and by a bucket, with the time there is and the time it takes."""
+
+    async def main() -> None:
+        limiter = Limiter("1 RPM", clock=virtual_time.clock)
+        await limiter.acquire()
+        bucket = TokenBucket(rate=0.5, burst=3, clock=virtual_time.clock)
+        await bucket.acquire(3)
+        with pytest.raises(AcquireTimeout) as error:
+            await bucket.acquire(2, timeout=3.5)
+        assert str(error.value) == (
+            "2 units did not pass within 3.5 s at 0.5 a second; raise the timeout or the rate"
+        )
+        assert (error.value.retry_after, error.value.bound_by) == (4.0, "units")
+        assert virtual_time.now == 0
+        assert bucket.statistics().waiting == 0
+
+    virtual_time.run(main())
+
+
+@pytest.mark.parametrize("seconds", NO_TIMES)
+def test_what_is_no_time_is_refused(seconds: float) -> None:
+    """NaN, bools and texts, at once and by name, for every argument that is a time."""
+    limiter = Limiter("5 RPM")
+    for name in ("timeout", "deadline"):
+        times: dict[str, Any] = {name: seconds}
+        for acquire in (limiter.acquire, limiter.acquire_sync):
+            with pytest.raises(ValueError) as error:
+                acquire(**times)
+            assert str(error.value) == f"{name} must be a number of seconds, not {seconds!r}"
+    with pytest.raises(ValueError):
+        limiter.pause(seconds)
+    with pytest.raises(ValueError):
+        asyncio.run(TokenBucket(rate=1).acquire(timeout=seconds))
+
+
+def test_a_timeout_is_not_negative_and_may_be_endless() -> None:
+    """Minus one second is a mistake; infinity is no deadline; a pause must end."""
+    limiter = Limiter("5 RPM burst 5")
+    with pytest.raises(ValueError, match="timeout must be at least 0 s, not -1; None waits for"):
+        limiter.acquire(timeout=-1)
+    limiter.acquire_sync(timeout=float("inf"), deadline=float("inf")).release()
+    with pytest.raises(ValueError, match="a pause must end: give a finite number of seconds"):
+        limiter.pause(float("inf"))
+    with pytest.raises(AcquireTimeout):
+        Limiter("5 RPM").acquire_sync(requests=2, deadline=-5)
+
+
+@pytest.mark.parametrize("amount", [0, -1, 1.0, 1.5, float("nan"), True, "1", None])
+def test_a_bucket_counts_whole_units(amount: int) -> None:
+    """All else is refused, waiting or not, with the value that was given."""
+    bucket = TokenBucket(rate=1.0, burst=5)
+    message = f"amount must be a whole number of units from 1 on, not {amount!r}"
+    with pytest.raises(ValueError) as error:
+        asyncio.run(bucket.acquire(amount))
+    assert str(error.value) == message
+    with pytest.raises(ValueError) as error:
+        bucket.acquire_nowait(amount)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), True, "x", None, 1e-300])
+def test_a_bucket_has_a_rate_and_a_burst(value: float) -> None:
+    """Each refused with the value that was given."""
+    with pytest.raises(ValueError) as error:
+        TokenBucket(value)
+    assert str(error.value) == f"rate must be from 1e-9 to 1e9 units a second, not {value!r}"
+    with pytest.raises(ValueError) as error:
+        TokenBucket(1.0, value)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    assert str(error.value) == f"burst must be a whole number of units from 1 on, not {value!r}"
+
+
+def test_a_bucket_refuses_what_is_above_its_burst() -> None:
+    """It could never pass."""
+    with pytest.raises(CostExceedsLimit) as error:
+        TokenBucket(rate=1.0, burst=1000).acquire_nowait(2000)
+    assert str(error.value) == (
+        "cost of 2,000 units exceeds the burst of 1,000 units and can never pass; "
+        "raise burst or split the call"
+    )
+
+
+def test_resources_that_nothing_limits_are_typos() -> None:
+    """With the names there are; the four common ones are always known."""
+    limiter = Limiter("5 RPM", "3 images/s")
+    with pytest.raises(TypeError) as error:
+        limiter.acquire(imges=3, token=5)
+    assert str(error.value) == (
+        "no limit counts imges, token: this limiter counts images, input_tokens, output_tokens, "
+        "requests, tokens"
+    )
+    with pytest.raises(TypeError, match="no limit counts concurrency"):
+        limiter.acquire(concurrency=2)
+    limiter.acquire_nowait(tokens=5, input_tokens=5, images=1).release()
+
+
+def test_a_cost_is_a_cost() -> None:
+    """A number in its place is refused."""
+    with pytest.raises(TypeError, match=r"a cost is a Cost or keywords such as tokens=500, not 5"):
+        Limiter("5 RPM").acquire(5)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+
+def test_pacing_by_nothing_is_a_mistake() -> None:
+    """`pace` without a limit is told how to give one."""
+    with pytest.raises(LimitSyntaxError, match="pace\\(\\) without a limit would pace nothing"):
+        pace(object())
+    with pytest.raises(LimitSyntaxError, match="pace\\(\\) without a limit would pace nothing"):
+        pace(object(), rpm=None)

@@ -1,0 +1,125 @@
+"""First come, first served: nobody is passed, however cheap the others are."""
+
+import asyncio
+import random
+
+import pytest
+
+from asyncbucket import Limiter, TokenBucket
+from asyncbucket.testing import VirtualTime
+
+
+def test_calls_pass_in_the_order_of_their_arrival(virtual_time: VirtualTime) -> None:
+    """Whatever they cost, and whatever they wait for."""
+
+    async def main() -> None:
+        chance = random.Random(3)
+        limiter = Limiter("20 RPS", "500 tokens/s", concurrency=5, clock=virtual_time.clock)
+        served: list[int] = []
+
+        async def call(number: int) -> None:
+            async with limiter.acquire(tokens=chance.randint(1, 200)):
+                served.append(number)
+                await asyncio.sleep(chance.random())
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(400):
+                group.create_task(call(number))
+                if chance.random() < 0.5:
+                    await asyncio.sleep(chance.random() / 10)
+        assert served == list(range(400))
+
+    virtual_time.run(main())
+
+
+def test_a_costly_call_waits_no_longer_than_its_turn(virtual_time: VirtualTime) -> None:
+    """Ninety per cent of the burst among cheap calls that ask for twice the rate."""
+
+    async def main() -> None:
+        rate, burst = 100.0, 100
+        bucket = TokenBucket(rate=rate, burst=burst, clock=virtual_time.clock)
+        ahead = 0
+
+        async def cheap() -> None:
+            nonlocal ahead
+            ahead += 1
+            await bucket.acquire()
+            ahead -= 1
+
+        async def flood() -> None:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(2000):
+                    group.create_task(cheap())
+                    await asyncio.sleep(0.5 / rate)
+
+        flooding = asyncio.create_task(flood())
+        for _ in range(5):
+            await asyncio.sleep(1)
+            before, turn = virtual_time.now, (ahead + 90) / rate
+            await bucket.acquire(90)
+            assert virtual_time.now - before <= turn + 1e-9
+        await flooding
+
+    virtual_time.run(main())
+
+
+def test_a_call_above_the_burst_waits_no_longer_than_its_turn(virtual_time: VirtualTime) -> None:
+    """It earns the rest while it stands first; nobody takes that from it."""
+
+    async def main() -> None:
+        limiter = Limiter("6000 TPM burst 100", clock=virtual_time.clock)
+        served: list[str] = []
+
+        async def call(name: str, tokens: int) -> None:
+            async with limiter.acquire(tokens=tokens) as lease:
+                served.append(name)
+                assert lease.waited <= 4.0
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(call("first", 100))
+            group.create_task(call("costly", 300))
+            group.create_task(call("cheap", 1))
+        assert served == ["first", "costly", "cheap"]
+        assert virtual_time.now == pytest.approx(3.01)
+
+    virtual_time.run(main())
+
+
+def test_a_newcomer_never_passes_those_who_wait(virtual_time: VirtualTime) -> None:
+    """Though there is room for one token, ninety-nine come first; so too without waiting."""
+
+    async def main() -> None:
+        limiter = Limiter("100 tokens/s", clock=virtual_time.clock)
+        bucket = TokenBucket(rate=100.0, burst=100, clock=virtual_time.clock)
+        served: list[str] = []
+
+        async def call(name: str, tokens: int) -> None:
+            async with limiter.acquire(tokens=tokens):
+                await bucket.acquire(tokens)
+                served.append(name)
+
+        async with asyncio.TaskGroup() as group:
+            for name, tokens in (("first", 50), ("costly", 99), ("newcomer", 1)):
+                group.create_task(call(name, tokens))
+                await virtual_time.all_blocked()
+        assert served == ["first", "costly", "newcomer"]
+
+    virtual_time.run(main())
+
+
+def test_a_queue_of_cheap_calls_is_served_by_one_wake_up(virtual_time: VirtualTime) -> None:
+    """A refund admits, in the same instant, everyone who now fits."""
+
+    async def main() -> None:
+        limiter = Limiter("100 TPM", clock=virtual_time.clock)
+        lease = await limiter.acquire(tokens=100)
+        calls = [asyncio.ensure_future(limiter.acquire(tokens=10)) for _ in range(9)]
+        await asyncio.sleep(7)
+        lease.settle(tokens=20)
+        await virtual_time.all_blocked()
+        assert [call.done() for call in calls] == [True] * 8 + [False]
+        assert virtual_time.now == 7
+        await calls[-1]
+        assert virtual_time.now == 60 * 257 / 256
+
+    virtual_time.run(main())

@@ -1,0 +1,137 @@
+"""A forked child begins anew: no lock, loop or slot of its parent's binds it."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+
+HEAD = """
+import asyncio, os, sys, threading, time
+from asyncbucket import Limiter, TokenBucket
+
+def in_child(check):
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        check()
+        sys.exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert status == 0, status
+"""
+
+
+def run(code: str) -> str:
+    """Run a program in a fresh interpreter, for a fork copies all threads' locks."""
+    command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c"]
+    program = HEAD + textwrap.dedent(code)
+    done = subprocess.run(
+        [*command, program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_a_child_has_all_the_slots_and_what_is_left_of_the_windows() -> None:
+    """The parent's leases are not the child's to count, nor to give back."""
+    run("""
+        limiter = Limiter("100 TPM", concurrency=2)
+        held = [limiter.acquire_nowait(tokens=10) for _ in range(2)]
+        unlimited = Limiter("5 RPS")
+
+        def check():
+            now = limiter.statistics()
+            assert (now.in_flight, now.limits[0].used) == (0, 20)
+            mine = [limiter.acquire_sync(timeout=0), limiter.acquire_sync(timeout=0)]
+            for lease in held:
+                lease.release()
+            assert limiter.statistics().in_flight == 2
+            for lease in mine:
+                lease.release()
+            held.clear()
+            assert limiter.statistics().in_flight == 0
+
+        in_child(check)
+        assert limiter.statistics().in_flight == 2
+        for lease in held:
+            lease.release()
+        assert limiter.statistics().in_flight == 0
+    """)
+
+
+def test_a_lock_held_in_another_thread_does_not_deadlock_the_child() -> None:
+    """Whichever thread holds what at the fork."""
+    run("""
+        limiter = Limiter("100 TPM", concurrency=1)
+        inside, out = threading.Event(), threading.Event()
+
+        def hold():
+            with limiter._budget.lock:
+                inside.set()
+                out.wait(20)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        inside.wait(20)
+
+        def check():
+            limiter.acquire_nowait(tokens=5).release()
+            with limiter.acquire_sync(tokens=95):
+                pass
+
+        in_child(check)
+        out.set()
+        thread.join()
+    """)
+
+
+def test_calls_that_wait_in_the_parent_do_not_wait_in_the_child() -> None:
+    """Forked while asynchronous and synchronous calls stand in line."""
+    run("""
+        limiter = Limiter(concurrency=1)
+        holder = limiter.acquire_nowait()
+        thread = threading.Thread(target=lambda: limiter.acquire_sync().release())
+        thread.start()
+        while limiter.statistics().waiting == 0:
+            time.sleep(0.001)
+
+        def check():
+            assert limiter.statistics().waiting == 0
+            lease = limiter.acquire_nowait()
+            second = threading.Thread(target=lambda: limiter.acquire_sync().release())
+            second.start()
+            while limiter.statistics().waiting == 0:
+                time.sleep(0.001)
+            lease.release()
+            second.join(20)
+            assert not second.is_alive()
+
+            async def main():
+                async with limiter.acquire():
+                    assert limiter.statistics().in_flight == 1
+
+            asyncio.run(main())
+
+        in_child(check)
+        holder.release()
+        thread.join(20)
+        assert not thread.is_alive()
+    """)
+
+
+def test_a_bucket_goes_on_in_the_child() -> None:
+    """Its units are the child's own from then on."""
+    run("""
+        bucket = TokenBucket(rate=0.001, burst=3)
+        bucket.acquire_nowait()
+
+        def check():
+            bucket.acquire_nowait(2)
+            assert bucket.statistics().available == 0
+
+        in_child(check)
+        bucket.acquire_nowait(2)
+    """)

@@ -1,0 +1,244 @@
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncbucket import Limiter
+from asyncbucket.testing import VirtualTime, virtual_time
+
+
+def test_settling_below_gives_back_at_once(virtual_time: VirtualTime) -> None:
+    """Whoever waits passes in the same instant."""
+
+    async def main() -> None:
+        limiter = Limiter("100 TPM", clock=virtual_time.clock)
+        lease = await limiter.acquire(tokens=90)
+        waiting = asyncio.ensure_future(limiter.acquire(tokens=60))
+        await asyncio.sleep(3)
+        lease.settle(tokens=40)
+        assert (await waiting).waited == 3.0
+        assert limiter.statistics().refunded == {"tokens": 50}
+
+    virtual_time.run(main())
+
+
+def test_settling_above_leaves_a_debt(virtual_time: VirtualTime) -> None:
+    """Later calls wait until it has left the window."""
+
+    async def main() -> None:
+        limiter = Limiter("100 TPM", clock=virtual_time.clock)
+        lease = await limiter.acquire(tokens=10)
+        await asyncio.sleep(3)
+        lease.settle(tokens=160)
+        assert limiter.statistics().limits[0].available == -60
+        assert limiter.statistics().refunded == {}
+        await limiter.acquire(tokens=50)
+        assert virtual_time.now == 3 + 60 * 257 / 256
+
+    virtual_time.run(main())
+
+
+def test_settling_is_idempotent_and_corrects_itself(virtual_time: VirtualTime) -> None:
+    """The last word holds, before and after the release."""
+    limiter = Limiter("100 TPM", clock=virtual_time.clock)
+    lease = limiter.acquire_nowait(tokens=50)
+    used: list[int] = []
+    for tokens in (20, 20, 45, 10):
+        lease.settle(tokens=tokens)
+        used.append(limiter.statistics().limits[0].used)
+    lease.release()
+    lease.settle(tokens=7)
+    used.append(limiter.statistics().limits[0].used)
+    assert used == [20, 20, 45, 10, 7]
+
+
+def test_what_is_not_named_stays_as_it_is(virtual_time: VirtualTime) -> None:
+    """Parts of tokens correct their sum; the sum leaves the parts alone."""
+    limiter = Limiter("1k ITPM", "1k OTPM", "2k TPM", "5 images/s", clock=virtual_time.clock)
+
+    def used() -> list[int]:
+        return [use.used for use in limiter.statistics().limits]
+
+    lease = limiter.acquire_nowait(input_tokens=100, output_tokens=50, images=2)
+    lease.settle(output_tokens=10)
+    assert used() == [100, 10, 110, 2]
+    lease.settle(input_tokens=90)
+    assert used() == [90, 10, 100, 2]
+    lease.settle(tokens=70, images=1)
+    assert used() == [90, 10, 70, 1]
+    lease.settle()
+    assert used() == [90, 10, 70, 1]
+    lease.settle(requests=3)
+    assert used() == [90, 10, 70, 1]
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), True, "5"])
+def test_a_settlement_is_a_number(virtual_time: VirtualTime, value: float) -> None:
+    """What is none is refused, and changes nothing."""
+    limiter = Limiter("100 TPM", "5 RPS", clock=virtual_time.clock)
+    lease = limiter.acquire_nowait(tokens=50)
+    with pytest.raises((TypeError, ValueError), match="tokens must be"):
+        lease.settle(requests=0, tokens=value)
+    assert [use.used for use in limiter.statistics().limits] == [50, 1]
+
+
+def test_releasing_twice_gives_one_slot_back(virtual_time: VirtualTime) -> None:
+    """However it is released, and whoever drops it after that."""
+
+    async def main() -> None:
+        limiter = Limiter(concurrency=2, clock=virtual_time.clock)
+        one, other = await limiter.acquire(), await limiter.acquire()
+        async with one:
+            one.release()
+            with one:
+                one.release()
+        assert limiter.statistics().in_flight == 1
+        del one
+        assert limiter.statistics().in_flight == 1
+        other.release()
+
+    virtual_time.run(main())
+
+
+def test_an_error_inside_releases_too(virtual_time: VirtualTime) -> None:
+    """The slot comes back, the cost stays counted."""
+
+    async def main() -> None:
+        limiter = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock)
+        with pytest.raises(ZeroDivisionError):
+            async with limiter.acquire(tokens=30):
+                raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError), limiter.acquire_nowait(tokens=30):
+            raise ZeroDivisionError
+        now = limiter.statistics()
+        assert now.in_flight == 0
+        assert now.limits[0].used == 60
+
+    virtual_time.run(main())
+
+
+def test_undoing_gives_everything_back(virtual_time: VirtualTime) -> None:
+    """For a call that was never made, at once and once; the admission stays counted."""
+
+    async def main() -> None:
+        limiter = Limiter("5 RPS burst 5", "100 TPM", concurrency=1, clock=virtual_time.clock)
+        lease = await limiter.acquire(tokens=100)
+        waiting = asyncio.ensure_future(limiter.acquire(tokens=100))
+        await virtual_time.all_blocked()
+        lease.undo()
+        lease.undo()
+        other = await waiting
+        assert other.waited == 0
+        other.undo()
+        assert [use.used for use in limiter.statistics().limits] == [0, 0]
+        assert limiter.statistics().admitted == 2
+        limiter.acquire_nowait(requests=0, tokens=1).undo()
+
+    virtual_time.run(main())
+
+
+def test_a_booking_is_dated_anew_when_the_call_leaves(virtual_time: VirtualTime) -> None:
+    """Three seconds after its admission: it stays in the window for three seconds longer."""
+
+    async def main() -> None:
+        limiter = Limiter("1 requests/10s", "9 images/s", concurrency=1, clock=virtual_time.clock)
+        lease = await limiter.acquire()
+        await asyncio.sleep(3)
+        lease.sent()
+        lease.sent()
+        lease.release()
+        await limiter.acquire()
+        assert virtual_time.now == 3 + 10 * 257 / 256
+
+    virtual_time.run(main())
+
+
+def test_dating_anew_never_charges_a_paced_call_twice(virtual_time: VirtualTime) -> None:
+    """A call above the burst, sent as soon as it was admitted, costs what it costs."""
+
+    async def main() -> None:
+        limiter = Limiter("6000 TPM burst 100", clock=virtual_time.clock)
+        for number in range(5):
+            lease = await limiter.acquire(tokens=300)
+            assert virtual_time.now == pytest.approx(2 + 3 * number)
+            lease.sent()
+            lease.release()
+
+    virtual_time.run(main())
+
+
+def test_a_partial_refund_of_a_call_above_the_burst_keeps_the_burst(
+    virtual_time: VirtualTime,
+) -> None:
+    """Three hundred reserved, fifty used: another fifty may pass at once, not a hundred."""
+
+    async def main() -> None:
+        limiter = Limiter("6000 TPM burst 100", clock=virtual_time.clock)
+        lease = await limiter.acquire(tokens=300)
+        lease.settle(tokens=50)
+        assert limiter.statistics().limits[0].available == 50
+        lease.undo()
+        assert limiter.statistics().limits[0].available == 100
+
+    virtual_time.run(main())
+
+
+def test_a_call_that_ends_after_its_window_refunds_nobody_elses(virtual_time: VirtualTime) -> None:
+    """What has left the window has come back already."""
+
+    async def main() -> None:
+        limiter = Limiter("10 tokens/s", clock=virtual_time.clock)
+        slow = await limiter.acquire(tokens=10)
+        await asyncio.sleep(2)
+        await limiter.acquire(tokens=10)
+        slow.settle(tokens=0)
+        assert limiter.statistics().limits[0].available == 0
+
+    virtual_time.run(main())
+
+
+def test_a_lease_speaks_for_itself(virtual_time: VirtualTime) -> None:
+    """Open or released, what it cost, what it waited for."""
+
+    async def main() -> None:
+        limiter = Limiter("1/s", clock=virtual_time.clock)
+        await limiter.acquire()
+        lease = await limiter.acquire(tokens=5)
+        assert repr(lease) == (
+            "<Lease open Cost(requests=1, tokens=5, input_tokens=5, output_tokens=5) "
+            "waited=1.004 s bound_by=requests>"
+        )
+        lease.release()
+        assert repr(lease).startswith("<Lease released Cost(")
+
+    virtual_time.run(main())
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    reserved=st.integers(1, 60),
+    words=st.lists(st.tuples(st.integers(0, 90), st.sampled_from([0.0, 0.3, 5.0])), max_size=8),
+    early=st.booleans(),
+)
+def test_in_the_end_the_last_word_is_what_counts(
+    *, reserved: int, words: list[tuple[int, float]], early: bool
+) -> None:
+    """However often it is corrected: never less is counted; and no more if it was never raised."""
+    with virtual_time() as time:
+        limiter = Limiter("1000 tokens/100s", concurrency=1, clock=time.clock)
+        lease = limiter.acquire_nowait(tokens=reserved)
+        said = [reserved]
+        for tokens, delay in words:
+            time.advance(delay)
+            lease.settle(tokens=tokens)
+            said.append(tokens)
+            if early:
+                lease.release()
+        used = limiter.statistics().limits[0].used
+        assert used >= said[-1]
+        if said == sorted(said, reverse=True):
+            assert used == said[-1]
+        lease.release()
+        window = limiter._gates.windows[0][0]
+        assert window.lent == 0

@@ -1,0 +1,195 @@
+import asyncio
+
+import pytest
+
+from asyncbucket import Cost, Lease, Limit, Limiter, Statistics
+from asyncbucket.statistics import LimitUse, Waits
+from asyncbucket.testing import VirtualTime
+
+
+def test_acquire_is_awaited_or_entered(virtual_time: VirtualTime) -> None:
+    """Awaited it gives a lease to keep; entered it gives one that is released on leaving."""
+
+    async def main() -> None:
+        limiter = Limiter("10 RPS burst 10", concurrency=2, clock=virtual_time.clock)
+        kept = await limiter.acquire(tokens=5)
+        async with limiter.acquire() as lease:
+            assert limiter.statistics().in_flight == 2
+            assert not lease.released
+        assert lease.released
+        async with kept as same:
+            assert same is kept
+        assert kept.released
+        with limiter.acquire_nowait() as lease:
+            assert not lease.released
+        assert lease.released
+        assert limiter.statistics().in_flight == 0
+
+    virtual_time.run(main())
+
+
+def test_an_acquisition_takes_nothing_until_it_is_awaited(virtual_time: VirtualTime) -> None:
+    """It may be made early, thrown away, closed, or awaited again for another lease."""
+
+    async def main() -> None:
+        limiter = Limiter("10 RPS burst 10", clock=virtual_time.clock)
+        acquisition = limiter.acquire()
+        limiter.acquire().close()
+        assert limiter.statistics().admitted == 0
+        first, second = await acquisition, await acquisition
+        assert first is not second
+        assert limiter.statistics().admitted == 2
+
+    virtual_time.run(main())
+
+
+def test_leaving_an_acquisition_that_was_not_entered_is_harmless(virtual_time: VirtualTime) -> None:
+    """As when entering failed."""
+
+    async def main() -> None:
+        limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+        acquisition = limiter.acquire()
+        await acquisition.__aexit__(None, None, None)
+        assert limiter.statistics().admitted == 0
+
+    virtual_time.run(main())
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_an_acquisition_is_a_coroutine_to_asyncio(*, debug: bool) -> None:
+    """create_task, gather, wait_for, shield and TaskGroup take it, in debug mode too."""
+    with VirtualTime(debug=debug) as time:
+
+        async def main() -> None:
+            limiter = Limiter("1/s", clock=time.clock)
+            tasks = [asyncio.create_task(limiter.acquire()) for _ in range(2)]
+            await asyncio.gather(*tasks, limiter.acquire())
+            await asyncio.shield(limiter.acquire())
+            await asyncio.wait_for(limiter.acquire(), 5)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(limiter.acquire())
+            assert limiter.statistics().admitted == 6
+            assert time.now == pytest.approx(5 * 257 / 256)
+
+        time.run(main())
+
+
+def test_one_admission_covers_everything_or_nothing(virtual_time: VirtualTime) -> None:
+    """While a call waits for tokens it holds neither a slot nor a request."""
+
+    async def main() -> None:
+        limiter = Limiter("5 RPS burst 5", "100 TPM", concurrency=2, clock=virtual_time.clock)
+        (await limiter.acquire(tokens=100)).release()
+        waiting = asyncio.ensure_future(limiter.acquire(tokens=1))
+        await virtual_time.all_blocked()
+        now = limiter.statistics()
+        assert (now.in_flight, now.waiting) == (0, 1)
+        assert now.limits[0].used == 1
+        lease = await waiting
+        assert lease.waited == pytest.approx(60 * 257 / 256)
+        assert lease.bound_by == "tokens"
+
+    virtual_time.run(main())
+
+
+def test_a_lease_tells_what_it_waited_for(virtual_time: VirtualTime) -> None:
+    """Requests, slots, or nothing; the statistics sum it up."""
+
+    async def main() -> None:
+        limiter = Limiter("1 requests/2s", concurrency=1, clock=virtual_time.clock)
+        first = await limiter.acquire()
+        assert (first.waited, first.bound_by) == (0.0, None)
+        second = asyncio.ensure_future(limiter.acquire())
+        await asyncio.sleep(5)
+        first.release()
+        assert (await second).bound_by == "concurrency"
+        (await second).release()
+        third = await limiter.acquire()
+        assert (third.waited, third.bound_by) == (2 * 257 / 256, "requests")
+        assert limiter.statistics().waits == {
+            "concurrency": Waits(1, 5.0),
+            "requests": Waits(1, pytest.approx(2 * 257 / 256)),  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+        }
+
+    virtual_time.run(main())
+
+
+def test_a_cost_object_is_the_whole_cost(virtual_time: VirtualTime) -> None:
+    """As good as its parts, however one asks."""
+    limiter = Limiter("10 images/s", "500 TPM", clock=virtual_time.clock)
+    cost = Cost(tokens=100, images=2)
+    assert limiter.acquire_nowait(cost).cost == cost
+    assert limiter.acquire_sync(cost).cost == cost
+    assert virtual_time.run(keep(limiter, cost)).cost == cost
+    assert [use.used for use in limiter.statistics().limits] == [6, 300]
+    with pytest.raises(TypeError, match="no limit counts audio"):
+        limiter.acquire(Cost(audio=2))
+
+
+async def keep(limiter: Limiter, cost: Cost) -> Lease:
+    """Pass, and keep the lease."""
+    return await limiter.acquire(cost)
+
+
+def test_input_and_output_tokens_have_limits_of_their_own(virtual_time: VirtualTime) -> None:
+    """Where only their sum is known, each counts all of it."""
+    limiter = Limiter("1k ITPM", "1k OTPM", "2k TPM", clock=virtual_time.clock)
+    limiter.acquire_nowait(input_tokens=100, output_tokens=30)
+    assert [use.used for use in limiter.statistics().limits] == [100, 30, 130]
+    limiter.acquire_nowait(tokens=50)
+    assert [use.used for use in limiter.statistics().limits] == [150, 80, 180]
+
+
+def test_statistics_are_a_frozen_snapshot(virtual_time: VirtualTime) -> None:
+    """All of it, at one instant."""
+
+    async def main() -> None:
+        limiter = Limiter("100 TPM", concurrency=3, name="openai", clock=virtual_time.clock)
+        lease = await limiter.acquire(tokens=60)
+        waiting = asyncio.ensure_future(limiter.acquire(tokens=60))
+        await virtual_time.all_blocked()
+        before = limiter.statistics()
+        lease.settle(tokens=15)
+        await waiting
+        assert before == Statistics(
+            name="openai",
+            admitted=1,
+            refused=0,
+            cancelled=0,
+            waiting=1,
+            in_flight=1,
+            concurrency=3,
+            paused=0,
+            upstream_429=0,
+            overridden=0,
+            waits={},
+            refunded={},
+            limits=(LimitUse(Limit("tokens", 100), used=60, available=40),),
+        )
+        after = limiter.statistics()
+        assert after.refunded == {"tokens": 45}
+        assert (after.admitted, after.waiting, after.in_flight) == (2, 0, 2)
+        assert after.limits[0] == LimitUse(Limit("tokens", 100), used=75, available=25)
+
+    virtual_time.run(main())
+
+
+def test_a_limiter_without_limits_lets_everything_pass(virtual_time: VirtualTime) -> None:
+    """It counts all the same."""
+    limiter = Limiter(clock=virtual_time.clock)
+    for _ in range(100):
+        limiter.acquire_nowait(tokens=10**9).release()
+    assert limiter.statistics().admitted == 100
+
+
+def test_the_clock_is_the_machines_unless_one_is_given() -> None:
+    """On the real clock an idle limiter and its deadline work, too."""
+
+    async def main() -> None:
+        import time
+
+        limiter = Limiter("10 RPS")
+        async with limiter.acquire(deadline=time.monotonic() + 5) as lease:
+            assert lease.waited == 0
+
+    asyncio.run(main())

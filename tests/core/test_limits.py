@@ -1,0 +1,181 @@
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncbucket import Limit, Limiter, LimitSyntaxError
+from asyncbucket.limits import KEYWORDS
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"),
+    [
+        ("500 RPM", Limit("requests", 500)),
+        ("500rpm", Limit("requests", 500)),
+        (" 5 RPS ", Limit("requests", 5, per=1)),
+        ("100 RPH", Limit("requests", 100, per=3600)),
+        ("14,400 RPD", Limit("requests", 14_400, per=86_400)),
+        ("200k TPM", Limit("tokens", 200_000)),
+        ("1.5M TPM", Limit("tokens", 1_500_000)),
+        ("2b TPD", Limit("tokens", 2_000_000_000, per=86_400)),
+        ("40k ITPM", Limit("input_tokens", 40_000)),
+        ("8k otpm", Limit("output_tokens", 8_000)),
+        ("10/s", Limit("requests", 10, per=1)),
+        ("10 / sec", Limit("requests", 10, per=1)),
+        ("10 per minute", Limit("requests", 10)),
+        ("100 requests/minute", Limit("requests", 100)),
+        ("100 requests per hour", Limit("requests", 100, per=3600)),
+        ("3 images/10s", Limit("images", 3, per=10)),
+        ("3 images / 2 days", Limit("images", 3, per=2 * 86_400)),
+        ("1_000 tokens/min burst 1_00", Limit("tokens", 1000, burst=100)),
+        ("500 RPM burst 20", Limit("requests", 500, burst=20)),
+    ],
+)
+def test_a_limit_is_read_as_people_write_it(text: str, limit: Limit) -> None:
+    """Short and long forms, prefixes, separators, windows and bursts."""
+    assert Limit.parse(text) == limit
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", " ", "RPM", "500", "-5 RPM", "5 XPM", "0 RPM", "0.5 RPM", "1.0001k RPM", "5 RPM burst",
+        "5 RPM burst 6", "5 RPM burst 0", "nan RPM", "inf RPM", "1e3 RPM", "500 RPM\n500 TPM",
+        "5/0s", "5/fortnight", "\u0665 RPM", "5 concurrency/s", "5 class names/s", "\u00b2/s", "5/401d",
+        "9" * 5000 + " RPM", "1/" + "9" * 5000 + "s", "5 RPM burst " + "9" * 5000,
+    ],
+)  # fmt: skip
+def test_garbage_is_no_limit(text: str) -> None:
+    """What cannot be read is refused at once, whatever it is."""
+    with pytest.raises(LimitSyntaxError):
+        Limit.parse(text)
+
+
+@given(st.text(alphabet="0123456789.,_kKmMrRtTiIpPsSdD/ burstequ-²", max_size=20))
+def test_any_text_is_a_limit_or_refused(text: str) -> None:
+    """Nothing but a limit or a LimitSyntaxError comes out of `parse`."""
+    try:
+        limit = Limit.parse(text)
+    except LimitSyntaxError:
+        return
+    assert limit.amount >= 1
+    assert limit.per > 0
+
+
+def test_the_message_shows_how_limits_are_written() -> None:
+    """The text that was given, and examples to copy."""
+    with pytest.raises(LimitSyntaxError) as error:
+        Limit.parse("five per minute")
+    assert str(error.value) == (
+        '\'five per minute\' is no limit; write e.g. "500 RPM", "200k TPM", "10/s", '
+        '"100 requests/minute", "3 images/10s", with "burst 20" behind if wanted'
+    )
+    with pytest.raises(LimitSyntaxError, match=r"^'0.5 RPM' is no whole number of units; write"):
+        Limit.parse("0.5 RPM")
+    with pytest.raises(LimitSyntaxError, match="a limit is a text or a Limit, not 500; write"):
+        Limiter(500)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("amount", [0, -1, 1.5, float("nan"), float("inf"), True, "5", None])
+def test_an_amount_is_a_whole_positive_number(amount: float) -> None:
+    """All else is refused with the value that was given."""
+    with pytest.raises(LimitSyntaxError) as error:
+        Limit("tokens", amount)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    assert str(error.value) == (
+        f"limit of tokens must be a whole number of at least 1, not {amount!r}"
+    )
+    if isinstance(amount, (int, float, str)):  # None is no keyword at all, and no burst
+        with pytest.raises(LimitSyntaxError, match="rpm must be a whole number of at least 1"):
+            Limiter(rpm=amount)
+        with pytest.raises(LimitSyntaxError, match="burst must be a whole number of at least 1"):
+            Limit("tokens", 10, burst=amount)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("per", [0, -1, 1e-4, float("nan"), float("inf"), True, "60", None, 1e9])
+def test_a_window_is_a_millisecond_to_400_days(per: float) -> None:
+    """All else is refused with the value that was given."""
+    with pytest.raises(LimitSyntaxError) as error:
+        Limit("tokens", 5, per=per)
+    assert str(error.value) == (
+        f"a window of {per!r} s is none: give 0.001 s to 400 days in seconds"
+    )
+
+
+def test_a_burst_is_at_most_the_amount() -> None:
+    """A larger one is refused with both numbers."""
+    with pytest.raises(LimitSyntaxError) as error:
+        Limit("requests", 500, burst=1000)
+    assert str(error.value) == (
+        "a burst of 1,000 is above the limit of 500 requests per 60 s: "
+        "lower the burst or raise the limit"
+    )
+
+
+@pytest.mark.parametrize("resource", ["", "two words", "1st", 5, None])
+def test_a_resource_is_a_name(resource: str) -> None:
+    """All else is refused."""
+    with pytest.raises(LimitSyntaxError, match="a resource is a name such as requests, not"):
+        Limit(resource, 5)
+
+
+def test_concurrency_has_no_window() -> None:
+    """It is a keyword of its own."""
+    with pytest.raises(LimitSyntaxError, match=r"no window: pass concurrency=\.\.\."):
+        Limit("concurrency", 5)
+
+
+def test_requests_are_paced_by_a_tenth_and_nothing_else_is() -> None:
+    """The default burst: at least one request, none for tokens."""
+    assert Limit("requests", 500).burst == 50
+    assert Limit("requests", 5).burst == 1
+    assert Limit("tokens", 500).burst is None
+    assert Limit("requests", 500.0, burst=20.0).burst == 20  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+
+def test_a_limit_knows_its_window_keyword_and_text() -> None:
+    """In nanoseconds, as an argument, and as a person reads it."""
+    limit = Limit("input_tokens", 40_000)
+    assert (limit.window, limit.keyword) == (60_000_000_000, "itpm")
+    assert str(limit) == "40,000 input tokens per 60 s"
+    assert Limit("images", 3, per=0.5).keyword is None
+    assert Limit("images", 3, per=0.5).window == Fraction("0.5") * 1_000_000_000
+
+
+def test_keywords_are_limits() -> None:
+    """Each keyword is the text of its name; None is no limit."""
+    for keyword in KEYWORDS:
+        keywords: dict[str, Any] = {keyword: 7}
+        assert Limiter(**keywords).limits == Limiter(f"7 {keyword.upper()}").limits
+    assert Limiter(rpm=None).limits == ()
+    assert Limiter(Limit("tokens", 5), "6 RPM", rpd=7.0).limits == (
+        Limit("tokens", 5),
+        Limit("requests", 6),
+        Limit("requests", 7, per=86_400),
+    )
+
+
+def test_unknown_keywords_and_twins_are_refused() -> None:
+    """A typo is told what there is; two limits of one window contradict each other."""
+    with pytest.raises(LimitSyntaxError) as error:
+        Limiter(rpmm=5)
+    assert str(error.value) == (
+        "rpmm= is no limit; known are rps, rpm, rph, rpd, tpm, tpd, itpm, otpm, concurrency"
+    )
+    with pytest.raises(LimitSyntaxError) as error:
+        Limiter("500 RPM", rpm=600)
+    assert str(error.value) == (
+        "two limits of one window: 500 requests per 60 s and 600 requests per 60 s; keep one"
+    )
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, float("nan"), True, "5"])
+def test_counts_are_whole_numbers(value: int) -> None:
+    """`concurrency` and `max_queue` refuse all else with the value that was given."""
+    with pytest.raises(ValueError) as error:
+        Limiter(concurrency=value)
+    assert str(error.value) == f"concurrency must be a whole number of at least 1, not {value!r}"
+    if value != 0:
+        with pytest.raises(ValueError, match="max_queue must be a whole number of at least 0"):
+            Limiter(max_queue=value)

@@ -1,0 +1,486 @@
+"""The arithmetic against oracles that keep every booking and know no shortcut."""
+
+import copy
+from dataclasses import dataclass, field
+from fractions import Fraction
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncbucket.meters import NEVER, Bucket, Gates, Meter, Slots, Window
+from asyncbucket.testing import assert_within_bucket, busiest_window
+
+SECOND = 1_000_000_000
+moderate = settings(deadline=None, max_examples=150)
+
+rates = st.sampled_from([0.1, 0.5, 1, 2.0, 3, 7, 1 / 3, 200_000 / 60, 1e9, Fraction(500, 60)])
+bursts = st.integers(1, 20)
+
+
+@dataclass
+class Booking:
+    """What was booked when, and how much of it stays."""
+
+    when: int
+    amount: int
+    left: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = self.amount
+
+
+def nanoseconds_of(rate: float | Fraction) -> Fraction:
+    """Return the exact time in which one unit flows in."""
+    exact = Fraction(rate)
+    simple = exact.limit_denominator(1_000_000)
+    return SECOND / (simple if float(simple) == float(rate) else exact)
+
+
+def missing(history: list[Booking], rate: float | Fraction, burst: int, now: int) -> Fraction:
+    """Return the units that a bucket lacks at `now` if it saw just what stays of `history`.
+
+    A call above the burst has filled an emptied bucket while it stood first, so it leaves it empty.
+    """
+    each = nanoseconds_of(rate)
+    full_at = Fraction(0)
+    for booking in history:
+        full_at = max(full_at, Fraction(booking.when)) + min(booking.left, burst) * each
+    return max(Fraction(0), full_at - now) / each
+
+
+# -- Bucket ----------------------------------------------------------------------------------------
+
+
+@moderate
+@given(
+    rates, bursts, st.lists(st.tuples(st.integers(0, 5 * SECOND), st.integers(1, 40)), max_size=40)
+)
+def test_bucket_is_never_over(
+    rate: float | Fraction, burst: int, calls: list[tuple[int, int]]
+) -> None:
+    """Calls that pass as early as they may keep rate and burst in every interval."""
+    bucket = Bucket(rate=rate, burst=burst)
+    trace: list[tuple[int, int]] = []
+    now = 0
+    for delay, amount in calls:
+        now = bucket.earliest(amount, now + delay)
+        bucket.book(amount, now)
+        trace.append((now, amount))
+    exact = float(SECOND / nanoseconds_of(rate))
+    if Fraction(exact) == SECOND / nanoseconds_of(rate):
+        assert_within_bucket(trace, rate=exact, burst=burst)
+    for first, (start, one) in enumerate(trace):
+        total = 0
+        for when, amount in trace[first:]:
+            total += amount
+            allowed = max(burst, one) + (when - start) / nanoseconds_of(rate)
+            assert total <= allowed
+
+
+@moderate
+@given(
+    rates,
+    bursts,
+    st.lists(st.tuples(st.integers(0, 3 * SECOND), st.integers(1, 20)), max_size=20),
+    st.integers(0, SECOND),
+    st.integers(1, 20),
+    st.lists(st.floats(0, 1, exclude_max=True), max_size=8),
+)
+def test_bucket_fails_before_and_passes_at_the_promised_instant(
+    rate: float | Fraction,
+    burst: int,
+    calls: list[tuple[int, int]],
+    pause: int,
+    amount: int,
+    before: list[float],
+) -> None:
+    """`take` fails at every instant before `earliest`, and succeeds exactly at it."""
+    bucket = Bucket(rate=rate, burst=burst)
+    now = 0
+    for delay, units in calls:
+        now += delay
+        bucket.take(min(units, burst), now)
+    now += pause
+    amount = min(amount, burst)
+    promised = bucket.earliest(amount, now)
+    for share in before:
+        instant = now + int((promised - now) * share)
+        if instant < promised:
+            assert not copy.deepcopy(bucket).take(amount, instant)
+    if promised > now:
+        assert not copy.deepcopy(bucket).take(amount, promised - 1)
+    assert copy.deepcopy(bucket).take(amount, promised)
+    assert bucket.earliest(amount, (now + promised) // 2) == promised
+
+
+@moderate
+@given(
+    rates, bursts, st.lists(st.integers(0, 4 * SECOND), min_size=1, max_size=10), st.integers(1, 60)
+)
+def test_bucket_answers_never_decrease_as_time_goes_by(
+    rate: float | Fraction, burst: int, delays: list[int], amount: int
+) -> None:
+    """Asking later never gives an earlier instant, calls above the burst included."""
+    bucket = Bucket(rate=rate, burst=burst)
+    bucket.book(burst, 0)
+    now = answer = 0
+    for delay in delays:
+        now += delay
+        assert bucket.earliest(amount, now) >= max(answer, now)
+        answer = bucket.earliest(amount, now)
+
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(["book", "book", "undo", "part", "owe"]),
+        st.integers(0, 3 * SECOND),
+        st.integers(1, 30),
+        st.integers(0, 1000),
+    ),
+    max_size=60,
+)
+
+
+def play(bucket: Bucket, moves: list[tuple[str, int, int, int]]) -> tuple[list[Booking], int]:
+    """Book, and give back, as `moves` say; return what stays booked, and the last instant."""
+    history: list[Booking] = []
+    now = 0
+    for verb, delay, amount, pick in moves:
+        if verb == "book":
+            now = bucket.earliest(amount, now + delay)
+            bucket.book(amount, now)
+            history.append(Booking(now, amount))
+        elif verb == "owe":
+            now += delay
+            bucket.owe(min(amount, bucket.burst), now)
+            history.append(Booking(now, min(amount, bucket.burst)))
+        elif history:
+            now += delay
+            booking = history[pick % len(history)]
+            back = booking.left if verb == "undo" else booking.left // 2
+            booking.left -= back
+            bucket.unbook(back, booking.when, left=booking.left)
+    return history, now
+
+
+@moderate
+@given(rates, bursts, steps, st.integers(0, 5 * SECOND))
+def test_unbook_leaves_a_bucket_as_if_that_had_never_been_booked(
+    rate: float | Fraction,
+    burst: int,
+    moves: list[tuple[str, int, int, int]],
+    pause: int,
+) -> None:
+    """Whatever is given back, whole or in part and however late: exactly the other bucket."""
+    bucket = Bucket(rate=rate, burst=burst)
+    history, now = play(bucket, moves)
+    now += pause
+    lacking = missing(history, rate, burst, now)
+    assert bucket.available(now) == (burst - lacking) // 1
+    for amount in range(1, burst + 1):
+        wait = max(Fraction(0), (lacking + amount - burst) * nanoseconds_of(rate))
+        assert bucket.earliest(amount, now) == now + -(-wait // 1)
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 10**9))
+def test_hundreds_of_refunds_of_a_busy_bucket_are_exact(seed: int) -> None:
+    """A long history of a bucket that is seldom full, refunds in any order: exact at each step."""
+    random = Random(seed)
+    bucket = Bucket(rate=1, burst=100)
+    history: list[Booking] = []
+    now = 0
+    for _ in range(200):
+        now += random.randrange(SECOND)
+        amount = random.choice([1, 1, 2, 7])
+        if bucket.take(amount, now):
+            history.append(Booking(now, amount))
+        if history and random.random() < 0.4:
+            booking = random.choice(history)
+            back = random.randint(0, booking.left)
+            booking.left -= back
+            bucket.unbook(back, booking.when, left=booking.left)
+        assert bucket.available(now) == (100 - missing(history, 1, 100, now)) // 1
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10**9))
+def test_unbook_errs_on_the_safe_side_once_lows_are_merged(seed: int) -> None:
+    """After more bookings than a bucket remembers, no more comes back than is due."""
+    random = Random(seed)
+    bucket = Bucket(rate=1, burst=1000)
+    history: list[Booking] = []
+    now = 0
+    for _ in range(1500):
+        now += random.randrange(SECOND)
+        amount = random.choice([1, 1, 1, 2])
+        if bucket.take(amount, now):
+            history.append(Booking(now, amount))
+        if random.random() < 0.1:
+            booking = random.choice(history)
+            bucket.unbook(booking.left, booking.when)
+            booking.left = 0
+    assert bucket.available(now) <= 1000 - missing(history, 1, 1000, now)
+
+
+def test_a_bucket_remembers_in_bounded_memory() -> None:
+    """However long it is busy, it keeps some hundreds of numbers."""
+    bucket = Bucket(rate=1, burst=100_000)
+    for step in range(50_000):
+        assert bucket.take(1, step * 1000)
+    assert len(bucket._lows) <= 512
+
+
+def test_a_part_of_a_call_above_the_burst_brings_back_no_more_than_a_burst() -> None:
+    """Thirty units of a bucket of ten, settled to five: five more may pass, not ten."""
+    bucket = Bucket(rate=1, burst=10)
+    when = bucket.earliest(30, 0)
+    assert when == 20 * SECOND
+    bucket.book(30, when)
+    assert bucket.available(when) == 0
+    bucket.unbook(25, when, left=5)
+    assert bucket.available(when) == 5
+
+
+def test_dating_a_call_above_the_burst_anew_charges_it_once() -> None:
+    """Given back whole and owed a second later, it leaves an empty bucket, and no debt."""
+    bucket = Bucket(rate=1, burst=10)
+    bucket.book(30, 20 * SECOND)
+    bucket.unbook(30, 20 * SECOND)
+    bucket.owe(30, 21 * SECOND)
+    assert bucket.available(21 * SECOND) == 0
+
+
+def test_a_debt_is_paid_off_before_anything_passes() -> None:
+    """Twenty-five units owed by a full bucket of ten: minus fifteen, and 16 s for one more."""
+    bucket = Bucket(rate=1, burst=10)
+    bucket.book(10, 0)
+    bucket.owe(15, 0)
+    assert bucket.available(0) == -15
+    assert bucket.earliest(1, 0) == 16 * SECOND
+
+
+def test_a_bucket_reshaped_lacks_what_it_lacked() -> None:
+    """Four of ten are missing before and after; the rest follows the new rate."""
+    bucket = Bucket(rate=1, burst=10)
+    bucket.book(4, SECOND)
+    bucket.reshape(rate=4, burst=5, now=SECOND)
+    assert bucket.available(SECOND) == 1
+    assert bucket.earliest(5, SECOND) == 2 * SECOND
+    bucket.unbook(4, 0)
+    assert bucket.available(SECOND) == 1
+
+
+@pytest.mark.parametrize("rate", [0.1, 2 / 3, 200_000 / 60, 1e-9, 123_456_789.123])
+def test_a_rate_is_met_exactly_over_thousands_of_units(rate: float) -> None:
+    """No rounding adds up: the n-th unit beyond the burst passes at n / rate, rounded up."""
+    bucket = Bucket(rate=rate, burst=2)
+    when = 0
+    for _ in range(5002):
+        when = bucket.earliest(1, when)
+        bucket.book(1, when)
+    exact = 5000 * nanoseconds_of(rate)
+    assert exact <= when < exact + 1
+
+
+# -- Window ----------------------------------------------------------------------------------------
+
+windows = st.sampled_from([1_000_000, SECOND // 10, SECOND, 60 * SECOND])
+
+
+def within(history: list[Booking], now: int, span: int) -> int:
+    """Return the units of `history` whose date is less than `span` before `now`."""
+    return sum(booking.left for booking in history if booking.when > now - span)
+
+
+@moderate
+@given(
+    windows,
+    st.integers(1, 50),
+    st.lists(st.tuples(st.floats(0, 1.2), st.integers(1, 50)), max_size=60),
+)
+def test_window_is_never_over_and_holds_back_no_longer_than_a_128th(
+    span: int, limit: int, calls: list[tuple[float, int]]
+) -> None:
+    """Every window keeps the limit; no call waits longer than W/128 beyond the exact instant."""
+    window = Window(amount=limit, window=span)
+    history: list[Booking] = []
+    now = 0
+    for delay, units in calls:
+        now += int(delay * span / 4)
+        amount = min(units, limit)
+        when = window.earliest(amount, now)
+        assert within(history, when, span) + amount <= limit
+        if when > now:
+            assert not copy.deepcopy(window).take(amount, when - 1)
+            too_early = max(now, when - span // 128 - 1)
+            assert too_early == now or within(history, too_early, span) + amount > limit
+        assert window.take(amount, when)
+        history.append(Booking(when, amount))
+        now = when
+    trace = [(booking.when, booking.amount) for booking in history]
+    assert busiest_window(trace, per=span / SECOND).amount <= limit
+
+
+@moderate
+@given(
+    windows,
+    st.integers(1, 50),
+    st.lists(
+        st.tuples(
+            st.sampled_from(["take", "take", "undo", "part", "owe"]),
+            st.floats(0, 1.2),
+            st.integers(1, 50),
+            st.integers(0, 1000),
+        ),
+        max_size=80,
+    ),
+)
+def test_window_gives_back_exactly_what_was_booked(
+    span: int, limit: int, moves: list[tuple[str, float, int, int]]
+) -> None:
+    """With refunds at any time, whole or in part, it lacks what the window holds: no more, no less.
+
+    More only for what left less than W/128 ago.
+    """
+    window = Window(amount=limit, window=span)
+    history: list[Booking] = []
+    now = 0
+    for verb, delay, amount, pick in moves:
+        now += int(delay * span / 3)
+        if verb in {"take", "owe"}:
+            if verb == "owe":
+                window.owe(amount, now)
+            elif not window.take(amount, now):
+                continue
+            history.append(Booking(now, amount))
+        elif history:
+            booking = history[pick % len(history)]
+            back = booking.left if verb == "undo" else booking.left // 2
+            booking.left -= back
+            window.unbook(back, booking.when, left=booking.left)
+        available = window.available(now)
+        assert limit - within(history, now, span + span // 128) <= available
+        assert available <= limit - within(history, now, span)
+
+
+def test_a_booking_that_left_the_window_is_not_refunded_from_a_younger_one() -> None:
+    """A call that ends after its window has been forgotten: nothing to give back."""
+    window = Window(amount=1, window=SECOND)
+    window.book(1, 0)
+    assert window.take(1, 2 * SECOND)
+    window.unbook(1, 0)
+    assert window.available(2 * SECOND) == 0
+
+
+def test_a_window_remembers_in_bounded_memory() -> None:
+    """A hundred thousand bookings within one window are kept as some 257."""
+    window = Window(amount=1_000_000, window=SECOND)
+    for step in range(100_000):
+        assert window.take(1, step * 20_000)
+    assert len(window._dates) <= 260
+    assert len(window._units) == len(window._dates)
+
+
+def test_a_window_in_debt_passes_nothing_until_it_leaves() -> None:
+    """Twice the limit is owed: minus ten is available, and nothing for the whole window."""
+    window = Window(amount=10, window=SECOND)
+    window.owe(20, 0)
+    assert window.available(0) == -10
+    assert window.earliest(1, 0) == SECOND + SECOND // 256
+    assert window.earliest(11, 0) == NEVER
+
+
+def test_a_window_knows_what_was_booked_since() -> None:
+    """To a grain: what shares the entry of a later booking counts as later."""
+    window = Window(amount=10, window=SECOND)
+    for when, amount in ((0, 1), (1000, 2), (SECOND // 2, 4)):
+        window.book(amount, when)
+    assert [window.since(when) for when in (0, 1000, SECOND // 2)] == [7, 4, 0]
+
+
+def test_a_window_reshaped_keeps_what_was_booked() -> None:
+    """Six of ten are used; with four allowed it is two over, with twenty there is room for 14."""
+    window = Window(amount=10, window=SECOND)
+    window.book(6, 0)
+    window.reshape(amount=4)
+    assert window.available(1) == -2
+    window.reshape(amount=20)
+    assert window.available(1) == 14
+
+
+# -- Slots and Gates -------------------------------------------------------------------------------
+
+
+def test_slots_pass_until_they_are_full() -> None:
+    """Two slots: two pass, the third never does until one comes back."""
+    slots = Slots(size=2)
+    assert slots.take(1, 0)
+    assert slots.earliest(1, 5) == 5
+    slots.book(1, 0)
+    assert not slots.take(1, 0)
+    assert slots.earliest(1, 7) == NEVER
+    slots.unbook(1, 0)
+    assert slots.available(0) == 1
+    slots.reshape(size=1)
+    slots.owe(1, 0)
+    assert slots.available(0) == -1
+
+
+amounts = st.fixed_dictionaries(
+    {"a": st.integers(0, 12), "b": st.integers(0, 6), "c": st.integers(0, 1)}
+)
+
+
+@moderate
+@given(st.lists(st.tuples(st.integers(0, SECOND), amounts), max_size=40))
+def test_gates_take_all_or_nothing(calls: list[tuple[int, dict[str, int]]]) -> None:
+    """A call that one meter refuses leaves no trace in the others."""
+
+    def meters() -> list[tuple[Meter, str]]:
+        return [
+            (Bucket(rate=5, burst=10), "a"),
+            (Window(amount=20, window=3 * SECOND), "a"),
+            (Bucket(rate=2, burst=5), "b"),
+            (Slots(size=3), "c"),
+        ]
+
+    tried, only_passed = Gates(meters()), Gates(meters())
+    now = 0
+    for delay, costs in calls:
+        now += delay
+        when, bound_by = only_passed.earliest(costs, now)
+        passed = tried.take(costs, now)
+        oversize = costs["a"] > 10 or costs["b"] > 5
+        assert passed == (bound_by is None) or oversize
+        if passed:
+            assert when == now
+            only_passed.book(costs, now)
+        for (one, _), (other, _) in zip(tried.meters, only_passed.meters, strict=True):
+            assert one.available(now) == other.available(now)
+            assert one.earliest(3, now) >= other.earliest(3, now) - SECOND // 128
+
+
+def test_gates_name_what_binds() -> None:
+    """The latest meter binds; resources that a call takes none of do not."""
+    gates = Gates([(Bucket(rate=1, burst=1), "a"), (Bucket(rate=1, burst=9), "b")])
+    gates.book({"a": 1, "b": 9}, 0)
+    assert gates.earliest({"a": 1, "b": 3}, 0) == (3 * SECOND, "b")
+    assert gates.earliest({"a": 1}, 0) == (SECOND, "a")
+    assert gates.earliest({}, 5) == (5, None)
+
+
+def test_what_is_lent_may_come_back() -> None:
+    """`soonest` counts on everything that open calls booked, and on every slot."""
+    gates = Gates([(Slots(size=1), "c"), (Window(amount=10, window=SECOND), "a")])
+    cost = {"a": 8, "c": 1}
+    assert gates.take(cost, 0)
+    assert gates.soonest(cost, 0) == 0
+    gates.windows[0][0].lent = 0
+    assert gates.soonest(cost, 0) == SECOND + SECOND // 256
+    assert gates.soonest({"c": 1}, 0) == 0
+    gates.windows[0][0].lent = 8
+    gates.unbook(cost, 0)
+    assert gates.take(cost, 0)

@@ -1,0 +1,104 @@
+import asyncio
+import functools
+import inspect
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from asyncbucket import CostExceedsLimit, Limiter
+from asyncbucket.testing import VirtualTime
+
+
+def test_each_call_of_a_paced_function_is_admitted_first(virtual_time: VirtualTime) -> None:
+    """Bare decorator, async function: arguments, result and name go through."""
+    limiter = Limiter("1/s", concurrency=1, clock=virtual_time.clock)
+
+    @limiter.paced
+    async def ask(prompt: str, *, loud: bool = False) -> str:
+        """Ask."""
+        assert limiter.statistics().in_flight == 1
+        await asyncio.sleep(0)
+        return prompt.upper() if loud else prompt
+
+    async def main() -> None:
+        replies = await asyncio.gather(ask("a"), ask("b", loud=True))
+        assert list(replies) == ["a", "B"]
+        assert virtual_time.now == 257 / 256
+        assert limiter.statistics().in_flight == 0
+
+    virtual_time.run(main())
+    assert (ask.__name__, ask.__doc__) == ("ask", "Ask.")
+    assert inspect.iscoroutinefunction(ask)
+
+
+def test_a_callable_prices_the_call_by_its_own_arguments(virtual_time: VirtualTime) -> None:
+    """And a number is the price of every call."""
+    limiter = Limiter("100 TPM", "50 images/m", clock=virtual_time.clock)
+
+    @limiter.paced(tokens=len, images=2)
+    async def ask(prompt: str) -> str:
+        return prompt
+
+    async def main() -> None:
+        await ask("seven ch")
+        await ask("two")
+        assert [use.used for use in limiter.statistics().limits] == [11, 4]
+        with pytest.raises(CostExceedsLimit):
+            await ask("x" * 101)
+
+    virtual_time.run(main())
+
+
+def test_a_plain_function_blocks_its_thread() -> None:
+    """It holds its slot while it runs, and gives it back after an error."""
+    limiter = Limiter("10 TPM burst 10", concurrency=1)
+
+    @limiter.paced(tokens=3)
+    def ask(number: int) -> float:
+        assert limiter.statistics().in_flight == 1
+        return 1 / number
+
+    assert ask(2) == 0.5
+    with pytest.raises(ZeroDivisionError):
+        ask(0)
+    now = limiter.statistics()
+    assert (now.in_flight, now.limits[0].used) == (0, 6)
+
+
+def test_a_method_and_a_partial_are_functions_too(virtual_time: VirtualTime) -> None:
+    """`self` is the first argument; a partial of an async function is async."""
+    limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+
+    class Agent:
+        @limiter.paced
+        async def ask(self, prompt: str) -> str:
+            return prompt
+
+    async def plain(one: int, other: int) -> int:
+        return one + other
+
+    async def main() -> None:
+        assert await Agent().ask("x") == "x"
+        assert await limiter.paced(functools.partial(plain, 1))(2) == 3
+        assert limiter.statistics().admitted == 2
+
+    virtual_time.run(main())
+
+
+def test_a_generator_is_refused() -> None:
+    """A call of it holds nothing yet: the message says where to acquire."""
+    limiter = Limiter(concurrency=1)
+
+    async def stream() -> AsyncIterator[int]:
+        yield 1
+
+    def items() -> Iterator[int]:
+        yield 1
+
+    for function in (stream, items):
+        with pytest.raises(TypeError) as error:
+            limiter.paced(function)
+        assert str(error.value) == (
+            f"{function.__qualname__} is a generator: a call of it holds nothing yet; "
+            f"acquire inside it, around what it iterates over"
+        )

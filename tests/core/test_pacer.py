@@ -1,0 +1,166 @@
+"""When to look again: one task a loop, alive only while someone waits."""
+
+import asyncio
+import contextvars
+from collections.abc import Callable
+from typing import TypeVarTuple
+
+import pytest
+
+from asyncbucket import Limiter, TokenBucket
+from asyncbucket.testing import VirtualTime, VirtualTimeLoop
+
+Ts = TypeVarTuple("Ts")
+
+
+def pacers() -> list[asyncio.Task[object]]:
+    """Return the running loop's pacers."""
+    return [task for task in asyncio.all_tasks() if task.get_name() == "asyncbucket pacer"]
+
+
+def test_the_pacer_lives_only_while_someone_waits(virtual_time: VirtualTime) -> None:
+    """None while all pass at once, one for any number who wait, none afterwards."""
+
+    async def main() -> None:
+        limiter = Limiter("10 RPS burst 1", clock=virtual_time.clock)
+        await limiter.acquire()
+        await asyncio.sleep(0)
+        assert not pacers()
+        calls = [asyncio.ensure_future(limiter.acquire()) for _ in range(3)]
+        await virtual_time.all_blocked()
+        assert len(pacers()) == 1
+        await asyncio.gather(*calls)
+        await virtual_time.all_blocked()
+        assert not pacers()
+
+    virtual_time.run(main())
+
+
+def test_a_pacer_serves_everyone_not_the_context_that_came_first(virtual_time: VirtualTime) -> None:
+    """It keeps nobody's context variables alive."""
+    variable = contextvars.ContextVar("variable", default="nobody's")
+    seen: list[str] = []
+
+    def clock() -> int:
+        if pacers_step():
+            seen.append(variable.get())
+        return virtual_time.clock()
+
+    def pacers_step() -> bool:
+        task = asyncio.current_task()
+        return task is not None and task.get_name() == "asyncbucket pacer"
+
+    async def main() -> None:
+        bucket = TokenBucket(rate=1.0, clock=clock)
+        variable.set("mine")
+        await bucket.acquire()
+        await bucket.acquire()
+
+    virtual_time.run(main())
+    assert set(seen) == {"nobody's"}
+
+
+def test_a_pacer_cancelled_by_a_stranger_begins_anew(virtual_time: VirtualTime) -> None:
+    """Code that cancels every task it finds does not strand those who wait."""
+
+    async def main() -> None:
+        bucket = TokenBucket(rate=1.0, clock=virtual_time.clock)
+        await bucket.acquire()
+        waiting = asyncio.create_task(bucket.acquire())
+        await virtual_time.all_blocked()
+        for _ in range(3):
+            (pacer,) = pacers()
+            pacer.cancel()
+            await virtual_time.all_blocked()
+        await waiting
+        assert virtual_time.now == 1.0
+        await virtual_time.all_blocked()
+        assert not pacers()
+
+    virtual_time.run(main())
+
+
+def test_a_run_that_ends_with_calls_in_line_leaves_nothing(virtual_time: VirtualTime) -> None:
+    """asyncio.run cancels them all, pacer included; the next run finds an empty line."""
+    limiter = Limiter("1 RPS", concurrency=1, clock=virtual_time.clock)
+
+    async def left_behind() -> None:
+        held = await limiter.acquire()
+        for _ in range(20):
+            asyncio.create_task(call())  # noqa: RUF006 - to be cancelled by asyncio.run
+        await asyncio.sleep(0)
+        assert limiter.statistics().waiting == 20
+        held.release()
+
+    async def call() -> None:
+        async with limiter.acquire():
+            await asyncio.sleep(3)
+
+    asyncio.run(left_behind())
+    now = limiter.statistics()
+    assert (now.waiting, now.in_flight, now.cancelled) == (0, 0, 20)
+    virtual_time.advance(2)
+    asyncio.run(call_once(limiter))
+
+
+async def call_once(limiter: Limiter) -> None:
+    """Pass."""
+    async with limiter.acquire() as lease:
+        assert lease.waited == 0
+
+
+def test_many_are_admitted_in_batches(virtual_time: VirtualTime) -> None:
+    """A thousand at one instant, with turns for the loop's other tasks in between."""
+
+    async def main() -> None:
+        limiter = Limiter("1000 TPM", clock=virtual_time.clock)
+        holder = await limiter.acquire(tokens=1000)
+        calls = [asyncio.ensure_future(limiter.acquire(tokens=1)) for _ in range(1000)]
+        await virtual_time.all_blocked()
+        holder.settle(tokens=0)
+        leases = await asyncio.gather(*calls)
+        assert len({lease.waited for lease in leases}) == 4
+        assert virtual_time.now < 0.001
+
+    virtual_time.run(main())
+
+
+def test_a_timer_that_fires_early_admits_nobody_early() -> None:
+    """As uvloop's do, by up to a millisecond: the pacer looks again, and sleeps for the rest."""
+    naps: list[float] = []
+
+    class EarlyLoop(VirtualTimeLoop):
+        def call_at(
+            self,
+            when: float,
+            callback: Callable[[*Ts], object],
+            *args: *Ts,
+            context: contextvars.Context | None = None,
+        ) -> asyncio.TimerHandle:
+            naps.append(when - self.time())
+            early = max(self.time() + 1e-5, when - 0.001)
+            return super().call_at(early, callback, *args, context=context)
+
+    async def main(loop: EarlyLoop) -> None:
+        bucket = TokenBucket(rate=1.0, clock=loop.clock)
+        for _ in range(4):
+            await bucket.acquire()
+
+    with asyncio.Runner(loop_factory=EarlyLoop) as runner:
+        loop = runner.get_loop()
+        assert isinstance(loop, EarlyLoop)
+        runner.run(main(loop))
+        assert 3.0 <= loop.time() < 3.0001
+    assert len(naps) < 400
+
+
+def test_waits_of_days_are_slept_in_stretches(virtual_time: VirtualTime) -> None:
+    """No event loop's timer is asked for more than a day."""
+
+    async def main() -> None:
+        bucket = TokenBucket(rate=1 / (10 * 86_400), clock=virtual_time.clock)
+        await bucket.acquire()
+        await bucket.acquire()
+        assert virtual_time.now == pytest.approx(10 * 86_400)
+
+    virtual_time.run(main())

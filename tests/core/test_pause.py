@@ -1,0 +1,95 @@
+import asyncio
+
+import pytest
+
+from asyncbucket import AcquireTimeout, Limiter, WouldBlock
+from asyncbucket.testing import VirtualTime
+
+
+def test_nobody_passes_during_a_pause(virtual_time: VirtualTime) -> None:
+    """Neither those who wait nor newcomers; afterwards all do, in order."""
+
+    async def main() -> None:
+        limiter = Limiter("10 RPS burst 10", clock=virtual_time.clock)
+        first = asyncio.ensure_future(limiter.acquire())
+        limiter.pause(5)
+        second = asyncio.ensure_future(limiter.acquire())
+        with pytest.raises(WouldBlock) as error:
+            limiter.acquire_nowait()
+        assert error.value.bound_by == "paused"
+        assert error.value.retry_after == 5.0
+        leases = await asyncio.gather(first, second)
+        assert [lease.waited for lease in leases] == [5.0, 5.0]
+        assert {lease.bound_by for lease in leases} == {"paused"}
+        assert limiter.statistics().waits["paused"].count == 2
+        assert limiter.statistics().waits["paused"].seconds == 10.0
+
+    virtual_time.run(main())
+
+
+def test_a_longer_pause_stays_in_force(virtual_time: VirtualTime) -> None:
+    """A later, shorter one does not cut it; a longer one extends it under those who wait."""
+
+    async def main() -> None:
+        limiter = Limiter(clock=virtual_time.clock)
+        limiter.pause(5)
+        limiter.pause(1)
+        assert limiter.statistics().paused == 5.0
+        waiting = asyncio.ensure_future(limiter.acquire())
+        await asyncio.sleep(2)
+        limiter.pause(10)
+        assert (await waiting).waited == 12.0
+        assert limiter.statistics().paused == 0
+        limiter.pause(0)
+        await limiter.acquire()
+        assert virtual_time.now == 12.0
+
+    virtual_time.run(main())
+
+
+def test_only_refusals_of_the_provider_are_counted_as_such(virtual_time: VirtualTime) -> None:
+    """`reason="429"` counts; another reason does not."""
+    limiter = Limiter(clock=virtual_time.clock)
+    limiter.pause(1, reason="429")
+    limiter.pause(1, reason="maintenance")
+    limiter.pause(1)
+    assert limiter.statistics().upstream_429 == 1
+
+
+def test_a_deadline_within_a_pause_is_hopeless(virtual_time: VirtualTime) -> None:
+    """Refused at once; one that comes while it waits is refused then."""
+
+    async def main() -> None:
+        limiter = Limiter("5 RPM", clock=virtual_time.clock)
+        await limiter.acquire()
+        waiting = asyncio.ensure_future(limiter.acquire(timeout=60))
+        await virtual_time.all_blocked()
+        limiter.pause(30)
+        with pytest.raises(AcquireTimeout) as error:
+            await limiter.acquire(timeout=10)
+        assert str(error.value) == (
+            "a call of 1 requests cannot pass within 10 s: the limiter is paused for 30 s more; "
+            "raise the timeout or the limit"
+        )
+        assert virtual_time.now == 0
+        limiter.pause(90)
+        with pytest.raises(AcquireTimeout, match="in time: the limiter is paused for 30 s more"):
+            await waiting
+        assert virtual_time.now == 60
+
+    virtual_time.run(main())
+
+
+def test_a_pause_outlasts_blocked_slots(virtual_time: VirtualTime) -> None:
+    """A slot that comes back during a pause admits nobody before its end."""
+
+    async def main() -> None:
+        limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+        lease = await limiter.acquire()
+        limiter.pause(3)
+        waiting = asyncio.ensure_future(limiter.acquire())
+        await asyncio.sleep(1)
+        lease.release()
+        assert (await waiting).waited == 3.0
+
+    virtual_time.run(main())

@@ -1,0 +1,197 @@
+"""Limits change while calls wait."""
+
+import asyncio
+import contextlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncbucket import CostExceedsLimit, Lease, Limit, Limiter, LimitSyntaxError
+from asyncbucket.testing import VirtualTime, assert_never_over, virtual_time
+
+
+def test_a_raised_limit_admits_who_waits_at_once(virtual_time: VirtualTime) -> None:
+    """In the same instant, without a newcomer's help."""
+
+    async def main() -> None:
+        limiter = Limiter("100 TPM", clock=virtual_time.clock)
+        await limiter.acquire(tokens=100)
+        waiting = asyncio.ensure_future(limiter.acquire(tokens=80))
+        await asyncio.sleep(5)
+        limiter.reconfigure(tpm=200)
+        assert (await waiting).waited == 5.0
+        assert limiter.limits == (Limit("tokens", 200),)
+
+    virtual_time.run(main())
+
+
+def test_a_lowered_limit_is_kept_from_the_first_moment(virtual_time: VirtualTime) -> None:
+    """What was admitted stays counted."""
+
+    async def main() -> None:
+        limiter = Limiter("100 TPM", clock=virtual_time.clock)
+        (await limiter.acquire(tokens=70)).release()
+        limiter.reconfigure("50 TPM")
+        assert limiter.statistics().limits[0].available == -20
+        await limiter.acquire(tokens=1)
+        assert virtual_time.now == 60 * 257 / 256
+
+    virtual_time.run(main())
+
+
+def test_who_can_never_pass_any_more_is_told(virtual_time: VirtualTime) -> None:
+    """At once, with the new limit; those behind go on."""
+
+    async def main() -> None:
+        limiter = Limiter("100 TPM", clock=virtual_time.clock)
+        first = await limiter.acquire(tokens=100)
+        costly = asyncio.ensure_future(limiter.acquire(tokens=80))
+        cheap = asyncio.ensure_future(limiter.acquire(tokens=50))
+        await virtual_time.all_blocked()
+        limiter.reconfigure(tpm=60)
+        with pytest.raises(CostExceedsLimit) as error:
+            await costly
+        assert str(error.value) == (
+            "cost of 80 tokens exceeds the limit of 60 tokens per 60 s and can never pass; "
+            "raise tpm or split the request"
+        )
+        assert virtual_time.now == 0
+        first.settle(tokens=0)
+        await cheap
+        assert virtual_time.now == 0
+        now = limiter.statistics()
+        assert (now.refused, now.cancelled, now.waiting) == (1, 0, 0)
+
+    virtual_time.run(main())
+
+
+def test_who_gives_up_at_that_moment_is_not_told_twice(virtual_time: VirtualTime) -> None:
+    """Cancelled and refused in one step: cancelled it is, and nothing breaks."""
+
+    async def main() -> None:
+        limiter = Limiter("100 TPM", clock=virtual_time.clock)
+        await limiter.acquire(tokens=100)
+        waiting = asyncio.ensure_future(limiter.acquire(tokens=80))
+        await virtual_time.all_blocked()
+        limiter.reconfigure(tpm=60)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert limiter.statistics().waiting == 0
+
+    virtual_time.run(main())
+
+
+def test_a_new_limit_and_new_slots_bind_from_now_on(virtual_time: VirtualTime) -> None:
+    """A limiter may learn of its limits later; leases from before hold no slot."""
+
+    async def main() -> None:
+        limiter = Limiter(clock=virtual_time.clock)
+        before = await limiter.acquire(tokens=10)
+        assert limiter.concurrency is None
+        limiter.reconfigure("2/s burst 1", concurrency=1)
+        assert limiter.concurrency == 1
+        after = await limiter.acquire()
+        waiting = asyncio.ensure_future(limiter.acquire())
+        await asyncio.sleep(3)
+        before.settle(tokens=0)
+        before.release()
+        await virtual_time.all_blocked()
+        assert not waiting.done()
+        limiter.reconfigure(concurrency=2)
+        assert (await waiting).waited == 3.0
+        after.release()
+        assert repr(limiter) == (
+            "<Limiter 'default', 2 requests per 1 s, concurrency 1/2, 0 waiting>"
+        )
+
+    virtual_time.run(main())
+
+
+def test_fewer_slots_wait_until_enough_have_come_back(virtual_time: VirtualTime) -> None:
+    """Three are held, two remain: the next call passes when two have been released."""
+
+    async def main() -> None:
+        limiter = Limiter(concurrency=3, clock=virtual_time.clock)
+        held = [await limiter.acquire() for _ in range(3)]
+        limiter.reconfigure(concurrency=2)
+        waiting = asyncio.ensure_future(limiter.acquire())
+        held.pop().release()
+        await virtual_time.all_blocked()
+        assert not waiting.done()
+        held.pop().release()
+        (await waiting).release()
+
+    virtual_time.run(main())
+
+
+def test_pacing_changes_with_its_limit(virtual_time: VirtualTime) -> None:
+    """Slower, faster, off, on again."""
+
+    async def main() -> None:
+        limiter = Limiter("60 RPM burst 2", clock=virtual_time.clock)
+        for _ in range(2):
+            await limiter.acquire()
+        limiter.reconfigure("30 RPM burst 1")
+        assert (await limiter.acquire()).waited == 4.0
+        limiter.reconfigure("600 RPM burst 600")
+        for _ in range(500):
+            await limiter.acquire()
+        assert virtual_time.now == 4.0
+        limiter.reconfigure("600 RPM")
+        assert limiter.statistics().limits[0].available == 60
+        await limiter.acquire()
+
+    virtual_time.run(main())
+
+
+def test_a_mistake_changes_nothing(virtual_time: VirtualTime) -> None:
+    """Either all of it is put in force, or none."""
+    limiter = Limiter("60 RPM", concurrency=2, clock=virtual_time.clock)
+    with pytest.raises(LimitSyntaxError):
+        limiter.reconfigure("30 RPM", "nonsense")
+    with pytest.raises(ValueError, match="concurrency must be a whole number"):
+        limiter.reconfigure("30 RPM", concurrency=0)
+    assert limiter.limits == (Limit("requests", 60),)
+    assert limiter.concurrency == 2
+
+
+changes = st.lists(
+    st.tuples(st.sampled_from([10, 20, 50, 100]), st.integers(1, 5), st.floats(0, 30)), max_size=8
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(changes, st.randoms(use_true_random=False))
+def test_the_highest_limit_is_never_exceeded_through_changes(
+    limits: list[tuple[int, int, float]], chance: object
+) -> None:
+    """Whatever limits come and go: over no window is more admitted than the highest allowed."""
+    del chance
+    trace: list[tuple[int, int]] = []
+    leases: list[Lease] = []
+
+    async def caller(limiter: Limiter, time: VirtualTime, tokens: int) -> None:
+        with contextlib.suppress(CostExceedsLimit):
+            while time.now < 300:
+                async with limiter.acquire(tokens=tokens):
+                    trace.append((time.clock(), tokens))
+                    await asyncio.sleep(tokens / 10)
+
+    async def main(time: VirtualTime) -> None:
+        limiter = Limiter("50 TPM", concurrency=3, clock=time.clock)
+        async with asyncio.TaskGroup() as group:
+            for tokens in (1, 3, 7, 20, 2):
+                group.create_task(caller(limiter, time, tokens))
+            for amount, slots, delay in limits:
+                await asyncio.sleep(delay)
+                limiter.reconfigure(Limit("tokens", amount), concurrency=slots)
+        now = limiter.statistics()
+        assert (now.waiting, now.in_flight) == (0, 0)
+
+    with virtual_time() as time:
+        time.run(main(time))
+    highest = max([50, *(amount for amount, _, _ in limits)])
+    assert_never_over(trace, Limit("tokens", highest))
+    assert not leases

@@ -1,0 +1,34 @@
+import asyncio
+
+from asyncbucket import Limiter, LimitSyntaxError
+from asyncbucket.meters import Bucket, Slots, Window
+from asyncbucket.testing import VirtualTime
+
+
+def test_a_limiter_speaks_for_itself(virtual_time: VirtualTime) -> None:
+    """Its name, its limits, its slots and who waits."""
+
+    async def main() -> None:
+        limiter = Limiter(
+            "14,400 RPD", "40k ITPM", concurrency=2, name="groq", clock=virtual_time.clock
+        )
+        held = [await limiter.acquire() for _ in range(2)]
+        waiting = asyncio.ensure_future(limiter.acquire())
+        await virtual_time.all_blocked()
+        assert repr(limiter) == (
+            "<Limiter 'groq', 14,400 requests per 86400 s, 40,000 input tokens per 60 s, "
+            "concurrency 2/2, 1 waiting>"
+        )
+        for lease in held:
+            lease.release()
+        await waiting
+
+    virtual_time.run(main())
+    assert repr(Limiter()) == "<Limiter 'default', 0 waiting>"
+
+
+def test_values_are_small() -> None:
+    """Meters and errors carry no instance dictionary beyond what they need."""
+    for meter in (Bucket(rate=1, burst=1), Window(amount=1, window=1000), Slots(size=1)):
+        assert not hasattr(meter, "__dict__")
+    assert str(LimitSyntaxError("what")) == "what"

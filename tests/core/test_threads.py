@@ -1,0 +1,478 @@
+"""One budget for all loops and threads of a process. Real threads meet here, so time is real."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import functools
+import gc
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Generator
+
+import pytest
+
+from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limiter, TokenBucket, loops
+from asyncbucket.testing import VirtualClock, assert_never_over
+
+#: Seconds after which a test that waits for another thread gives up.
+ENOUGH = 20
+
+
+@contextlib.contextmanager
+def loop_in_thread() -> Generator[asyncio.AbstractEventLoop]:
+    """Run an event loop in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield loop
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(ENOUGH)
+        loop.close()
+
+
+def run_until_waiting(loop: asyncio.AbstractEventLoop, limiter: Limiter) -> None:
+    """Run `loop` until somebody waits, and then abandon it."""
+
+    async def waiting() -> None:
+        while not limiter.statistics().waiting:  # noqa: ASYNC110 - it takes two turns of the loop
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    loop.run_until_complete(waiting())
+
+
+def eventually(happened: Callable[[], bool]) -> None:
+    """Wait until something that happens in another thread has happened."""
+    end = time.monotonic() + ENOUGH
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_several_loops_and_threads_share_one_budget() -> None:
+    """Three loops and three plain threads, contended: never over, and all are served."""
+    limiter = Limiter("300 requests/s burst 300", concurrency=4)
+    trace: list[tuple[int, int]] = []
+    most = 0
+
+    def passes(lease: Lease) -> None:
+        nonlocal most
+        trace.append((time.monotonic_ns(), 1))
+        most = max(most, limiter.statistics().in_flight)
+        assert lease.cost["requests"] == 1
+
+    async def asynchronously() -> None:
+        async def call() -> None:
+            async with limiter.acquire() as lease:
+                passes(lease)
+                await asyncio.sleep(0.0005)
+
+        await asyncio.gather(*(call() for _ in range(60)))
+
+    def synchronously() -> None:
+        for _ in range(60):
+            with limiter.acquire_sync() as lease:
+                passes(lease)
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        jobs = [pool.submit(asyncio.run, asynchronously()) for _ in range(3)]
+        jobs += [pool.submit(synchronously) for _ in range(3)]
+        for job in jobs:
+            job.result(ENOUGH)
+    assert len(trace) == 360
+    assert most <= 4
+    # A trace is noted after its admission: allow for what the machine put in between.
+    now = limiter.statistics()
+    assert (now.admitted, now.waiting, now.in_flight) == (360, 0, 0)
+    assert max(trace)[0] - min(trace)[0] >= 0.9 * 1_000_000_000
+
+
+def test_a_second_run_works_under_contention() -> None:
+    """Nothing is bound to the loop that came first."""
+    limiter = Limiter("1000/s", concurrency=1)
+    bucket = TokenBucket(rate=10_000, burst=1)
+
+    async def main() -> None:
+        async def call() -> None:
+            async with limiter.acquire(), bucket:
+                await asyncio.sleep(0)
+
+        await asyncio.gather(*(call() for _ in range(10)))
+
+    for _ in range(3):
+        asyncio.run(main())
+    assert limiter.statistics().admitted == 30
+
+
+def test_arrival_orders_calls_of_two_loops() -> None:
+    """With one slot, calls of two loops pass in turn as they came, not loop by loop."""
+    limiter = Limiter(concurrency=1)
+    holder = limiter.acquire_nowait()
+    served: list[int] = []
+
+    async def call(number: int) -> None:
+        async with limiter.acquire():
+            served.append(number)
+
+    with loop_in_thread() as one, loop_in_thread() as other:
+        jobs: list[concurrent.futures.Future[None]] = []
+        for number in range(12):
+            loop = one if number % 2 else other
+            jobs.append(asyncio.run_coroutine_threadsafe(call(number), loop))
+            eventually(lambda: limiter.statistics().waiting == len(jobs))
+        holder.release()
+        for job in jobs:
+            job.result(ENOUGH)
+    assert served == list(range(12))
+
+
+def test_a_lease_may_be_released_and_settled_in_another_thread() -> None:
+    """Its slot and its refund reach a waiter on this loop."""
+
+    async def main() -> None:
+        limiter = Limiter("100 TPM", concurrency=1)
+        lease = await limiter.acquire(tokens=100)
+        waiting = asyncio.ensure_future(limiter.acquire(tokens=60))
+        await asyncio.sleep(0)
+
+        def elsewhere() -> None:
+            lease.settle(tokens=40)
+            lease.release()
+            lease.release()
+
+        await asyncio.to_thread(elsewhere)
+        async with asyncio.timeout(ENOUGH):
+            (await waiting).release()
+        assert limiter.statistics().in_flight == 0
+
+    asyncio.run(main())
+
+
+# -- acquire_sync ----------------------------------------------------------------------------------
+
+
+def test_acquire_sync_waits_for_a_slot() -> None:
+    """A thread sleeps until another gives its slot back; `waited` and `bound_by` say so."""
+    limiter = Limiter(concurrency=1)
+    holder = limiter.acquire_sync()
+    assert (holder.waited, holder.bound_by) == (0, None)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        job = pool.submit(limiter.acquire_sync)
+        eventually(lambda: limiter.statistics().waiting == 1)
+        holder.release()
+        with job.result(ENOUGH) as lease:
+            assert lease.waited > 0
+            assert lease.bound_by == "concurrency"
+    assert limiter.statistics().in_flight == 0
+
+
+def test_acquire_sync_refuses_like_acquire() -> None:
+    """A cost that can never pass, a hopeless deadline, and one that comes."""
+    limiter = Limiter("10 TPM burst 10", concurrency=1)
+    with pytest.raises(CostExceedsLimit, match="cost of 11 tokens exceeds the limit of 10 tokens"):
+        limiter.acquire_sync(tokens=11)
+    held = limiter.acquire_sync(tokens=10)
+    with pytest.raises(AcquireTimeout, match="cannot pass in time"):
+        limiter.acquire_sync(timeout=0.01)
+    held.release()
+    with pytest.raises(AcquireTimeout, match=r"within 0\.0\d+ s: tokens bind for 60\.\d s more"):
+        limiter.acquire_sync(tokens=1, timeout=0.01)
+    assert limiter.statistics().refused == 3
+    assert limiter.statistics().waiting == 0
+
+
+class Interrupted(BaseException):
+    """Stand for a KeyboardInterrupt that arrives while a thread waits."""
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, before: Callable[[], None]) -> None:
+    """Make the wait for a background answer end in an interruption, after `before()`."""
+
+    def result(_: object) -> object:
+        monkeypatch.undo()
+        before()
+        raise Interrupted
+
+    monkeypatch.setattr(concurrent.futures.Future, "result", result)
+
+
+def test_an_interrupted_thread_leaves_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in `acquire_sync`: the call no longer waits, and takes nothing later."""
+    limiter = Limiter(concurrency=1)
+    holder = limiter.acquire_nowait()
+    interrupt(monkeypatch, lambda: eventually(lambda: limiter.statistics().waiting == 1))
+    with pytest.raises(Interrupted):
+        limiter.acquire_sync()
+    eventually(lambda: limiter.statistics().waiting == 0)
+    holder.release()
+    limiter.acquire_nowait().release()
+    assert limiter.statistics().cancelled == 1
+
+
+def test_an_interrupted_thread_gives_back_what_it_was_just_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ctrl-C when the answer is there already: all of it comes back, tokens too."""
+    limiter = Limiter("100 TPM", concurrency=1)
+    holder = limiter.acquire_nowait()
+
+    def served() -> None:
+        eventually(lambda: limiter.statistics().waiting == 1)
+        holder.release()
+        eventually(lambda: limiter.statistics().admitted == 2)
+        time.sleep(0.01)  # until the answer has been written, too
+
+    interrupt(monkeypatch, served)
+    with pytest.raises(Interrupted):
+        limiter.acquire_sync(tokens=70)
+    eventually(lambda: limiter.statistics().in_flight == 0)
+    assert limiter.statistics().limits[0].used == 0
+
+
+def test_an_answer_that_nobody_awaits_any_more_is_undone() -> None:
+    """Cancelled a moment too late to stop it: what it brings is given back."""
+    limiter = Limiter(concurrency=1)
+    answer: concurrent.futures.Future[Lease] = concurrent.futures.Future()
+    answer.cancel()
+    asyncio.run(loops._answer(functools.partial(take, limiter), answer, Lease.undo))
+    now = limiter.statistics()
+    assert (now.admitted, now.in_flight) == (1, 0)
+
+
+def test_the_background_loop_ends_with_its_limiter() -> None:
+    """Nothing keeps a limiter alive; its thread goes with it."""
+    before = set(threading.enumerate())
+    limiter = Limiter(concurrency=1)
+    holder = limiter.acquire_nowait()
+    with pytest.raises(AcquireTimeout):
+        limiter.acquire_sync(timeout=0.001)
+    holder.release()
+    (thread,) = set(threading.enumerate()) - before
+    gone = weakref.ref(limiter)
+    del limiter, holder
+    gc.collect()
+    assert gone() is None
+    thread.join(ENOUGH)
+    assert not thread.is_alive()
+
+
+# -- loops that do not run -------------------------------------------------------------------------
+
+
+def test_a_blocked_loop_that_holds_all_slots_does_not_deadlock(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its calls elsewhere pass after a second's patience; they are counted, and warned of once."""
+    limiter = Limiter(concurrency=2)
+
+    async def elsewhere() -> None:
+        await limiter.acquire()
+
+    async def main() -> None:
+        held = [await limiter.acquire() for _ in range(2)]
+        for _ in range(2):  # as VectorStoreIndex(use_async=True) does in a running loop
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                pool.submit(asyncio.run, elsewhere()).result(ENOUGH)
+        for lease in held:
+            lease.release()
+
+    with caplog.at_level(logging.WARNING, logger="asyncbucket"):
+        asyncio.run(main())
+    assert limiter.statistics().overridden == 2
+    assert limiter.statistics().in_flight == 0
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "a call passed without a slot: every slot is held on an event loop that has been blocked "
+        "for over 1 s; await on that loop instead of blocking it"
+    )
+
+
+def test_acquire_sync_on_a_loop_that_holds_all_slots_does_not_deadlock() -> None:
+    """Blocking code on the loop's own thread passes too."""
+    limiter = Limiter(concurrency=1)
+
+    async def main() -> None:
+        async with limiter.acquire():
+            with limiter.acquire_sync():
+                pass
+
+    asyncio.run(main())
+    assert limiter.statistics().overridden == 1
+
+
+def test_a_slot_left_on_a_loop_that_has_ended_holds_up_nobody_for_ever() -> None:
+    """Leaked by a run that is over, it is passed by as one on a blocked loop is."""
+    limiter = Limiter(concurrency=1)
+    leaked = asyncio.run(take(limiter))
+    with limiter.acquire_sync(timeout=ENOUGH) as lease:
+        assert lease.waited >= 1
+    leaked.release()
+    assert limiter.statistics().overridden == 1
+    assert limiter.statistics().in_flight == 0
+
+
+def test_a_call_that_passes_without_a_slot_keeps_the_other_limits() -> None:
+    """Blocked slots do not open the windows: the third call waits for the second to leave."""
+    limiter = Limiter("2 requests/3s burst 2", concurrency=1)
+    trace: list[tuple[int, int]] = []
+
+    async def elsewhere() -> None:
+        await limiter.acquire()
+        trace.append((time.monotonic_ns(), 1))
+
+    async def main() -> None:
+        async with limiter.acquire():
+            trace.append((time.monotonic_ns(), 1))
+            for _ in range(2):
+                with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                    pool.submit(asyncio.run, elsewhere()).result(ENOUGH)
+
+    asyncio.run(main())
+    assert limiter.statistics().overridden == 2
+    assert trace[2][0] - trace[0][0] >= 2_900_000_000
+    assert_never_over(trace, limiter.limits[0])
+
+
+def test_a_busy_loop_that_holds_all_slots_is_waited_for() -> None:
+    """Slots on a loop that runs are not passed by, however long they are held."""
+    clock = VirtualClock()
+    limiter = Limiter(concurrency=1, clock=clock)
+
+    with loop_in_thread() as loop:
+        lease = asyncio.run_coroutine_threadsafe(take(limiter), loop).result(ENOUGH)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            job = pool.submit(limiter.acquire_sync)
+            eventually(lambda: limiter.statistics().waiting == 1)
+            for _ in range(20):
+                clock.advance(0.6)
+                limiter.pause(0)  # rings
+                time.sleep(0.005)
+            assert not job.done()
+            lease.release()
+            job.result(ENOUGH).release()
+    assert limiter.statistics().overridden == 0
+
+
+async def take(limiter: Limiter) -> Lease:
+    """Pass, and keep the lease."""
+    return await limiter.acquire()
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_dead_loop_with_waiters_holds_up_nobody(*, closed: bool) -> None:
+    """Calls that wait on a loop that has stopped do not stand before others for ever."""
+    limiter = Limiter("1000/s burst 1", concurrency=1)
+    holder = limiter.acquire_nowait()
+    dead = asyncio.new_event_loop()
+    dead.set_exception_handler(lambda _, __: None)  # "Task was destroyed", as we mean it to be
+    task = dead.create_task(take(limiter))
+    run_until_waiting(dead, limiter)
+    assert limiter.statistics().waiting == 1
+    if closed:
+        dead.close()
+
+    async def main() -> None:
+        async with asyncio.timeout(ENOUGH):
+            waiting = asyncio.create_task(take(limiter))
+            await asyncio.sleep(0)
+            holder.release()
+            (await waiting).release()
+            (await take(limiter)).release()
+
+    asyncio.run(main())
+    assert limiter.statistics().in_flight == 0
+    if not closed:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            dead.run_until_complete(task)
+        dead.close()
+    assert limiter.statistics().waiting == 0
+    del task
+    gc.collect()
+    assert limiter.statistics().waiting == 0
+
+
+# -- finalizers ------------------------------------------------------------------------------------
+
+
+def test_a_dropped_lease_releases_itself() -> None:
+    """Forgotten without `release`: the slot comes back with the object, to whoever waits."""
+
+    async def main() -> None:
+        limiter = Limiter(concurrency=1)
+        lease: Lease | None = await limiter.acquire()
+        waiting = asyncio.ensure_future(limiter.acquire())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        del lease
+        async with asyncio.timeout(ENOUGH):
+            (await waiting).release()
+
+    asyncio.run(main())
+
+
+def test_a_lease_dropped_inside_the_lock_is_released_soon() -> None:
+    """The collector may run while this very thread holds the lock: no deadlock, no lost slot."""
+
+    async def main() -> None:
+        limiter = Limiter(concurrency=1)
+        lease: Lease | None = await limiter.acquire()
+        waiting = asyncio.ensure_future(limiter.acquire())
+        await asyncio.sleep(0)
+        with limiter._budget.lock:
+            del lease
+        async with asyncio.timeout(ENOUGH):
+            (await waiting).release()
+        assert limiter.statistics().in_flight == 0
+
+    asyncio.run(main())
+
+
+def test_a_lease_dropped_inside_the_lock_is_there_for_a_newcomer() -> None:
+    """Where nobody waits, the next call collects what was dropped; so does a look."""
+    limiter = Limiter(concurrency=1)
+    for look in (limiter.acquire_nowait, limiter.statistics):
+        lease: Lease | None = limiter.acquire_nowait()
+        with limiter._budget.lock:
+            del lease
+        look()
+        assert limiter.statistics().in_flight == 0
+
+
+def test_a_coroutine_closed_inside_the_lock_leaves_the_line() -> None:
+    """The collector may close a coroutine that waits: that does not deadlock either."""
+
+    async def main() -> None:
+        limiter = Limiter(concurrency=1)
+        holder = await limiter.acquire()
+        acquisition = limiter.acquire()
+        acquisition.send(None)
+        with limiter._budget.lock:
+            acquisition.close()
+        await asyncio.sleep(0.01)
+        assert limiter.statistics().waiting == 0
+        holder.release()
+        (await limiter.acquire()).release()
+
+    asyncio.run(main())
+
+
+def test_dropping_inside_the_lock_survives_a_closed_loop() -> None:
+    """Ringing a loop that is closed is no error."""
+    limiter = Limiter(concurrency=1)
+    lease: Lease | None = limiter.acquire_nowait()
+    dead = asyncio.new_event_loop()
+    dead.set_exception_handler(lambda _, __: None)
+    task = dead.create_task(take(limiter))
+    run_until_waiting(dead, limiter)
+    dead.close()
+    with limiter._budget.lock:
+        del lease
+    limiter.acquire_sync(timeout=ENOUGH).release()
+    del task
+    gc.collect()
+    assert limiter.statistics().in_flight == 0

@@ -1,0 +1,154 @@
+import asyncio
+import enum
+
+import pytest
+
+from asyncbucket import AcquireTimeout, TokenBucket, WouldBlock
+from asyncbucket.testing import VirtualTime
+
+
+async def instants(time: VirtualTime, bucket: TokenBucket, calls: int) -> list[float]:
+    """Return when each of `calls` concurrent calls passed."""
+
+    async def call() -> float:
+        await bucket.acquire()
+        return time.now
+
+    return await asyncio.gather(*(call() for _ in range(calls)))
+
+
+def test_two_at_once_then_every_half_second(virtual_time: VirtualTime) -> None:
+    """rate=2.0, burst=2."""
+    bucket = TokenBucket(rate=2.0, burst=2, clock=virtual_time.clock)
+    passed = virtual_time.run(instants(virtual_time, bucket, 6))
+    assert passed == [0.0, 0.0, 0.5, 1.0, 1.5, 2.0]
+
+
+def test_five_calls_two_seconds_apart(virtual_time: VirtualTime) -> None:
+    """rate=0.5."""
+    bucket = TokenBucket(rate=0.5, clock=virtual_time.clock)
+    passed = virtual_time.run(instants(virtual_time, bucket, 5))
+    assert passed == [0.0, 2.0, 4.0, 6.0, 8.0]
+
+
+def test_an_idle_bucket_fills_up_to_its_burst(virtual_time: VirtualTime) -> None:
+    """After a minute there are three units, not sixty."""
+
+    async def main() -> None:
+        bucket = TokenBucket(rate=1.0, burst=3, clock=virtual_time.clock)
+        await bucket.acquire(3)
+        await asyncio.sleep(60)
+        assert bucket.statistics().available == 3
+        before = virtual_time.now
+        passed = await instants(virtual_time, bucket, 5)
+        assert [now - before for now in passed] == [0, 0, 0, 1, 2]
+
+    virtual_time.run(main())
+
+
+def test_acquire_nowait_takes_or_refuses(virtual_time: VirtualTime) -> None:
+    """The refusal says for how long, and takes nothing."""
+    bucket = TokenBucket(rate=4.0, burst=2, clock=virtual_time.clock)
+    bucket.acquire_nowait(2)
+    with pytest.raises(WouldBlock) as error:
+        bucket.acquire_nowait()
+    assert str(error.value) == (
+        "1 units cannot pass before 0.25 s from now at 4 a second; wait with acquire()"
+    )
+    assert (error.value.retry_after, error.value.bound_by) == (0.25, "units")
+    virtual_time.advance(0.25)
+    bucket.acquire_nowait()
+    assert bucket.statistics().available == 0
+
+
+def test_acquire_nowait_does_not_pass_those_who_wait(virtual_time: VirtualTime) -> None:
+    """One unit is there, but the call that waits for two came first."""
+
+    async def main() -> None:
+        bucket = TokenBucket(rate=1.0, burst=2, clock=virtual_time.clock)
+        await bucket.acquire(1)
+        waiting = asyncio.create_task(bucket.acquire(2))
+        await virtual_time.all_blocked()
+        assert bucket.statistics().available == 1
+        with pytest.raises(WouldBlock):
+            bucket.acquire_nowait()
+        await waiting
+        assert virtual_time.now == 1.0
+
+    virtual_time.run(main())
+
+
+def test_a_bucket_is_a_context_manager(virtual_time: VirtualTime) -> None:
+    """Entering takes one unit; leaving gives nothing back, after an error neither."""
+
+    async def main() -> None:
+        bucket = TokenBucket(rate=1.0, burst=2, clock=virtual_time.clock)
+        async with bucket as entered:
+            assert entered is bucket
+            assert bucket.statistics().available == 1
+        with pytest.raises(ZeroDivisionError):
+            async with bucket:
+                raise ZeroDivisionError
+        assert bucket.statistics().available == 0
+
+    virtual_time.run(main())
+
+
+def test_a_timeout_is_kept(virtual_time: VirtualTime) -> None:
+    """Refused at once where it is hopeless, in time where others came first."""
+
+    async def main() -> None:
+        bucket = TokenBucket(rate=1.0, burst=5, clock=virtual_time.clock)
+        await bucket.acquire(4)
+        first = asyncio.create_task(bucket.acquire(5))
+        await virtual_time.all_blocked()
+        with pytest.raises(AcquireTimeout) as error:
+            await bucket.acquire(timeout=3)
+        assert virtual_time.now == 3.0
+        assert str(error.value) == (
+            "1 units did not pass within 3 s at 1 a second; raise the timeout or the rate"
+        )
+        assert error.value.retry_after == 0
+        await first
+        assert virtual_time.now == 4.0
+        await bucket.acquire(timeout=10)
+        assert virtual_time.now == 5.0
+
+    virtual_time.run(main())
+
+
+def test_a_bucket_speaks_for_itself(virtual_time: VirtualTime) -> None:
+    """Its repr and its statistics tell what there is and who waits."""
+
+    async def main() -> None:
+        bucket = TokenBucket(rate=0.5, burst=2_000, clock=virtual_time.clock)
+        await bucket.acquire(1_500)
+        waiting = asyncio.create_task(bucket.acquire(501))
+        await virtual_time.all_blocked()
+        assert repr(bucket) == "<TokenBucket rate=0.5/s burst=2,000 available=500 waiting=1>"
+        await waiting
+        now = bucket.statistics()
+        assert (now.available, now.waiting) == (0, 0)
+
+    virtual_time.run(main())
+
+
+def test_a_whole_float_is_a_burst() -> None:
+    """2.0 is two."""
+    assert TokenBucket(1, 2.0).burst == 2  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+
+def test_an_integer_by_another_name_is_an_amount(virtual_time: VirtualTime) -> None:
+    """An IntEnum's member counts as its value."""
+
+    class Size(enum.IntEnum):
+        SMALL = 1
+        LARGE = 3
+
+    async def main() -> None:
+        bucket = TokenBucket(rate=1.0, burst=4, clock=virtual_time.clock)
+        await bucket.acquire(Size.LARGE)
+        bucket.acquire_nowait(Size.SMALL)
+        assert bucket.statistics().available == 0
+
+    virtual_time.run(main())

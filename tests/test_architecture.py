@@ -1,0 +1,125 @@
+"""The borders that a reader of the code relies on."""
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import asyncbucket
+
+ROOT = Path(__file__).parents[1]
+EXTRAS = (
+    "httpx",
+    "httpx2",
+    "llama_index",
+    "openai",
+    "opentelemetry",
+    "prometheus_client",
+    "redis",
+    "rich",
+    "stamina",
+    "typer",
+)
+PUBLIC_NAMES = {
+    "AcquireTimeout",
+    "AsyncBucketError",
+    "Cost",
+    "CostExceedsLimit",
+    "Lease",
+    "Limit",
+    "LimitSyntaxError",
+    "Limiter",
+    "QueueFull",
+    "Statistics",
+    "StoreError",
+    "TokenBucket",
+    "WouldBlock",
+    "pace",
+}
+
+
+def in_fresh_interpreter(code: str) -> list[str]:
+    """Run `code` where nothing has been imported yet and return the lines that it prints."""
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    return done.stdout.split()
+
+
+def core_modules() -> list[str]:
+    """Return the core's modules as the import contract of pyproject.toml lists them."""
+    pyproject: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    contracts = pyproject["tool"]["importlinter"]["contracts"]
+    (core,) = (c["source_modules"] for c in contracts if c["id"] == "standard-library-core")
+    return ["asyncbucket", *core]
+
+
+def imported_packages(module: str) -> set[str]:
+    """Return the packages that `module` imports when it is loaded (not later, when called)."""
+    file = importlib.import_module(module).__file__
+    assert file is not None
+    names: set[str] = set()
+    for node in ast.parse(Path(file).read_text("utf-8")).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "asyncbucket")
+    return {name.partition(".")[0] for name in names}
+
+
+def test_import_loads_no_extra() -> None:
+    """`import asyncbucket` costs nobody the libraries that only an adapter needs."""
+    loaded = in_fresh_interpreter("import asyncbucket, sys; print(*sys.modules)")
+
+    assert "asyncbucket.limiter" in loaded
+    assert sorted(set(EXTRAS) & set(loaded)) == []
+
+
+@pytest.mark.parametrize("module", core_modules())
+def test_core_imports_the_standard_library_alone(module: str) -> None:
+    """A module of the core imports the standard library and other modules of this package."""
+    assert imported_packages(module) - sys.stdlib_module_names <= {"asyncbucket"}
+
+
+def test_public_names_are_exactly_these() -> None:
+    """Nobody adds or removes a public name by accident."""
+    assert sorted(asyncbucket.__all__) == sorted(PUBLIC_NAMES)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC_NAMES))
+def test_public_name_exists_and_is_documented(name: str) -> None:
+    """Every public name can be imported and says what it is for."""
+    assert getattr(asyncbucket, name).__doc__
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC_NAMES))
+def test_public_members_are_documented(name: str) -> None:
+    """Every public method and property says what it does, itself or where it was declared."""
+    public = getattr(asyncbucket, name)
+    members = vars(public) if inspect.isclass(public) else {}
+
+    assert [
+        member
+        for member, value in members.items()
+        if not member.startswith("_")
+        and (callable(value) or isinstance(value, classmethod | property))
+        and not inspect.getdoc(getattr(public, member))
+    ] == []
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    """A typing error is not mistaken for a missing extra."""
+    misspelt = "Limitter"
+
+    with pytest.raises(AttributeError, match=misspelt):
+        _ = getattr(asyncbucket, misspelt)
+
+
+def test_package_is_typed() -> None:
+    """Type checkers of users read our annotations."""
+    assert (ROOT / "asyncbucket" / "py.typed").is_file()
