@@ -1,0 +1,70 @@
+"""A kit for test suites of code that is paced, asyncbucket's own among them.
+
+- `virtual_time`: an event loop on which an hour passes in milliseconds.
+- `RateLimitedProvider`, `ProviderProcess`: an OpenAI-compatible provider on loopback that enforces
+  its limits (needs `pip install "asyncbucket[testing]"`).
+- `assert_never_over`: an exact check that a trace of admissions kept a limit.
+
+The provider is loaded when one of its names is first used, so that virtual time costs nobody a web
+framework.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from asyncbucket.testing.assertions import (
+    BusiestWindow,
+    assert_never_over,
+    assert_within_bucket,
+    busiest_window,
+)
+
+# Not lazily: the function has its module's name, and an import of the module later on would put
+# the module in its place.
+from asyncbucket.testing.virtual_time import (
+    DeadlockError,
+    VirtualClock,
+    VirtualTime,
+    VirtualTimeLoop,
+    virtual_time,
+)
+
+if TYPE_CHECKING:
+    from asyncbucket.testing.provider import (
+        Arrival,
+        Failure,
+        ProviderProcess,
+        ProviderStatistics,
+        RateLimitedProvider,
+    )
+
+__all__ = [
+    "Arrival",
+    "BusiestWindow",
+    "DeadlockError",
+    "Failure",
+    "ProviderProcess",
+    "ProviderStatistics",
+    "RateLimitedProvider",
+    "VirtualClock",
+    "VirtualTime",
+    "VirtualTimeLoop",
+    "assert_never_over",
+    "assert_within_bucket",
+    "busiest_window",
+    "virtual_time",
+]
+
+_LAZY = {"Arrival", "Failure", "ProviderProcess", "ProviderStatistics", "RateLimitedProvider"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f"{__name__}.provider"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,174 @@
+"""Exact checks that a trace of admissions kept a limit: every window, one pass, integers only.
+
+A trace is what was admitted when: pairs of time and amount in any order. Times are integer
+nanoseconds (what a clock gives) or float seconds, not a mix. Arithmetic is on integers and
+fractions throughout, so there is no tolerance to choose: a nanosecond or a unit too much fails.
+
+*Window.* A window of length W is half-open, [t, t + W): two admissions exactly W apart are never
+in one window. The busiest window ends with an admission, so two pointers over the sorted trace see
+it.
+
+*Bucket.* With refill r and burst b, what is admitted from s to t (both included) is at most
+b + r (t - s). With P the running sum, that is: the maximum of P_i - r t_i minus the running
+minimum of P_before - r t is at most b (`rate.go` and every GCRA proof use the same line). A single
+call that costs more than b earns the rest before it goes, so an interval that begins with a call
+of n units may hold max(b, n) instead of b.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Protocol, TypeAlias
+
+NANOSECONDS = 1_000_000_000
+
+Trace: TypeAlias = Iterable[tuple[float, int]]
+"""Pairs of time (int: nanoseconds, float: seconds) and amount."""
+
+
+class LimitLike(Protocol):
+    """What a limit must tell: at most `amount` in any `per` seconds; with `burst`, paced too."""
+
+    @property
+    def amount(self) -> float: ...
+    @property
+    def per(self) -> float: ...
+    @property
+    def burst(self) -> float | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class BusiestWindow:
+    """The window that held most.
+
+    Attributes:
+        amount: Units admitted in it.
+        admissions: How many admissions that were.
+        first: Time of its first admission, in nanoseconds.
+        last: Time of its last admission, in nanoseconds.
+    """
+
+    amount: int
+    admissions: int
+    first: int
+    last: int
+
+
+def assert_never_over(trace: Trace, limit: LimitLike) -> BusiestWindow:
+    """Assert that every window of `limit.per` seconds holds at most `limit.amount`.
+
+    Where `limit.burst` is set, assert too that the trace keeps the bucket of that burst, refilled
+    at `amount / per`.
+
+    Returns:
+        The busiest window, to assert that the limit was used: `.amount >= 0.99 * limit.amount`.
+
+    Raises:
+        AssertionError: Naming the worst window, by how much it is over and when.
+        ValueError, TypeError: If the trace isn't one.
+    """
+    admissions = _admissions(trace)
+    worst = _busiest(admissions, _nanoseconds(limit.per))
+    if worst.amount > limit.amount:
+        raise AssertionError(
+            f"over the limit: {_number(worst.amount)} units in {worst.admissions} admissions from "
+            f"{_seconds(worst.first)} to {_seconds(worst.last)}, where any {limit.per:g} s may "
+            f"hold {_number(limit.amount)}"
+        )
+    if limit.burst is not None:
+        _check_bucket(admissions, Fraction(limit.amount) / Fraction(limit.per), limit.burst)
+    return worst
+
+
+def assert_within_bucket(trace: Trace, *, rate: float, burst: float) -> None:
+    """Assert that a bucket refilled at `rate` units a second and holding `burst` admits the trace.
+
+    Raises:
+        AssertionError: Naming the worst interval, by how much it is over and when.
+        ValueError, TypeError: If the trace isn't one.
+    """
+    _check_bucket(_admissions(trace), Fraction(rate), burst)
+
+
+def busiest_window(trace: Trace, *, per: float) -> BusiestWindow:
+    """Find the window of `per` seconds that holds most; an empty trace gives zeros."""
+    return _busiest(_admissions(trace), _nanoseconds(per))
+
+
+def _busiest(admissions: list[tuple[int, int]], window: int) -> BusiestWindow:
+    worst = BusiestWindow(0, 0, 0, 0)
+    oldest = held = 0
+    for newest, (now, amount) in enumerate(admissions):
+        held += amount
+        while admissions[oldest][0] <= now - window:
+            held -= admissions[oldest][1]
+            oldest += 1
+        if held > worst.amount:
+            worst = BusiestWindow(held, newest - oldest + 1, admissions[oldest][0], now)
+    return worst
+
+
+def _check_bucket(admissions: list[tuple[int, int]], rate: Fraction, burst: float) -> None:
+    """Count in units of 1 / scale, in which a nanosecond's refill and the burst are integers."""
+    size = Fraction(burst)
+    scale = NANOSECONDS * rate.denominator * size.denominator
+    refill = rate.numerator * size.denominator
+    full = size.numerator * (scale // size.denominator)
+    total = worst = lowest = start = 0
+    interval = (0, 0)
+    for index, (now, amount) in enumerate(admissions):
+        below = total - refill * now + max(0, amount * scale - full)
+        if index == 0 or below < lowest:
+            lowest, start = below, index
+        total += amount * scale
+        excess = total - refill * now - lowest - full
+        if excess > worst:
+            worst, interval = excess, (start, index)
+    if worst:
+        _fail_bucket(admissions[interval[0] : interval[1] + 1], rate, burst, Fraction(worst, scale))
+
+
+def _fail_bucket(
+    interval: list[tuple[int, int]], rate: Fraction, burst: float, excess: Fraction
+) -> None:
+    amount = sum(amount for _, amount in interval)
+    raise AssertionError(
+        f"over the burst by {_number(float(excess))}: {_number(amount)} units in {len(interval)} "
+        f"admissions from {_seconds(interval[0][0])} to {_seconds(interval[-1][0])}, where a "
+        f"bucket of {_number(burst)} refilled at {_number(float(rate))}/s admits "
+        f"{_number(float(amount - excess))}"
+    )
+
+
+def _admissions(trace: Trace) -> list[tuple[int, int]]:
+    """Sort a trace and turn its times into nanoseconds, refusing what has no clear meaning."""
+    pairs = list(trace)
+    kinds = {type(when) for when, _ in pairs}
+    for when, amount in pairs:
+        if isinstance(amount, bool) or not isinstance(amount, int) or amount < 0:
+            raise ValueError(f"an amount in a trace must be an integer >= 0, not {amount!r}")
+        if type(when) not in (int, float):
+            raise TypeError(f"a time in a trace must be int (ns) or float (s), not {when!r}")
+    if len(kinds) > 1:
+        raise TypeError(
+            "a trace mixes int times (nanoseconds) and float times (seconds); use one kind"
+        )
+    if float in kinds:
+        return sorted((_nanoseconds(when), amount) for when, amount in pairs)
+    return sorted((int(when), amount) for when, amount in pairs)
+
+
+def _nanoseconds(seconds: float) -> int:
+    try:
+        return round(seconds * NANOSECONDS)
+    except (ValueError, OverflowError) as exc:
+        raise ValueError(f"a time must be finite, not {seconds}") from exc
+
+
+def _number(value: float) -> str:
+    return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
+
+
+def _seconds(nanoseconds: int) -> str:
+    whole, rest = divmod(nanoseconds, NANOSECONDS)
+    return f"{whole}.{rest:09d}".rstrip("0").rstrip(".") + " s"

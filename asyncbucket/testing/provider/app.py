@@ -1,0 +1,223 @@
+"""The provider as an ASGI application.
+
+Starlette holds the frame: the control endpoints (`/statistics`, `/arrivals`, `/reconfigure`,
+`/fail_next`). The metered endpoints are one plain ASGI application mounted beside them, because
+routing, request and response objects would take longer than the answer.
+"""
+
+import functools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from itertools import count
+from typing import NamedTuple
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Mount, Route
+from starlette.types import Receive, Scope, Send
+
+from asyncbucket.testing.provider import headers as say
+from asyncbucket.testing.provider import prompt as read
+from asyncbucket.testing.provider import responses, wire
+from asyncbucket.testing.provider.admission import Admission, Refusal
+from asyncbucket.testing.provider.charging import charge
+from asyncbucket.testing.provider.exchange import Exchange
+from asyncbucket.testing.provider.model import Reply, answer
+from asyncbucket.testing.provider.prompt import InvalidRequestError, Json, Prompt
+from asyncbucket.testing.provider.settings import Failure, draw_latency
+
+
+class _Endpoint(NamedTuple):
+    """How one endpoint that generates text reads and writes."""
+
+    read: Callable[[Json], Prompt]
+    whole: Callable[..., bytes]
+    chunks: Callable[..., list[bytes]]
+
+
+class _Answer(NamedTuple):
+    """What will be said if the call is admitted."""
+
+    model: str
+    tokens: int
+    whole: Callable[[], bytes]
+    chunks: Callable[[], list[bytes]] | None
+
+
+_GENERATING: Mapping[str, _Endpoint] = {
+    "chat/completions": _Endpoint(read.read_chat, wire.chat_completion, wire.chat_chunks),
+    "completions": _Endpoint(read.read_completion, wire.completion, wire.completion_chunks),
+    "responses": _Endpoint(read.read_responses, responses.response, responses.response_events),
+}
+
+
+def make_app(admission: Admission) -> Starlette:
+    """Make the application whose calls are decided and counted by `admission`."""
+
+    async def statistics(_: Request) -> JSONResponse:
+        return JSONResponse(asdict(admission.statistics()))
+
+    async def arrivals(_: Request) -> JSONResponse:
+        return JSONResponse(admission.arrivals())
+
+    async def reconfigure(request: Request) -> JSONResponse:
+        options = await request.json()
+        if isinstance(options.get("latency"), list):
+            options["latency"] = tuple(options["latency"])
+        return _control(lambda: admission.reconfigure(**options))
+
+    async def fail_next(request: Request) -> JSONResponse:
+        order = await request.json()
+        return _control(lambda: admission.fail_next(order.pop("count"), Failure(**order)))
+
+    return Starlette(
+        routes=[
+            Route("/statistics", statistics),
+            Route("/arrivals", arrivals),
+            Route("/reconfigure", reconfigure, methods=["POST"]),
+            Route("/fail_next", fail_next, methods=["POST"]),
+            Mount("/", app=_Api(admission)),
+        ]
+    )
+
+
+def _control(order: Callable[[], None]) -> JSONResponse:
+    try:
+        order()
+    except (TypeError, ValueError) as exc:
+        return JSONResponse({"error": str(exc)}, status_code=400)
+    return JSONResponse({})
+
+
+class _Api:
+    """The endpoints of OpenAI, at any prefix: `/v1/...` or Azure's `/openai/deployments/x/...`."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._numbers = count(1)
+        self._chance = random.Random(admission.settings.seed)  # noqa: S311 - repeatable, not secret
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            exchange = Exchange(scope, receive, send, f"{next(self._numbers):08x}")
+            try:
+                await self._serve(exchange)
+            finally:
+                exchange.close()
+
+    async def _serve(self, exchange: Exchange) -> None:
+        if not exchange.has_key:
+            await self._turn_away(exchange, 401, "You didn't provide an API key.")
+            return
+        endpoint = exchange.endpoint
+        if endpoint == "models" and exchange.method == "GET":
+            await exchange.reply(200, wire.models(), self._limits())
+            return
+        if exchange.method != "POST" or endpoint not in (*_GENERATING, "embeddings"):
+            message = f"Invalid URL ({exchange.method} {exchange.path})"
+            await self._turn_away(exchange, 404, message)
+            return
+        try:
+            prepared = self._prepare(endpoint, await exchange.body(), exchange.number)
+        except InvalidRequestError as exc:
+            await self._turn_away(exchange, 400, str(exc), parameter=exc.parameter)
+            return
+        outcome = self._admission.enter(
+            endpoint, prepared.tokens, request_id=exchange.header(b"x-request-id")
+        )
+        if isinstance(outcome, Refusal):
+            body, extra = say.refusal_reply(outcome, prepared.model)
+            await exchange.reply(429, body, self._limits() + extra)
+        elif outcome is not None and outcome.status == 429:  # noqa: PLR2004 - HTTP
+            await self._fail(exchange, outcome)
+        else:
+            await self._answer(exchange, prepared, outcome)
+
+    def _prepare(self, endpoint: str, body: Json, call_id: str) -> _Answer:
+        """Read the request, compose its reply and say what it is charged."""
+        settings = self._admission.settings
+        try:
+            if endpoint == "embeddings":
+                texts = read.read_embeddings(body)
+                write = functools.partial(wire.embeddings, texts, dimensions=settings.dimensions)
+                return _Answer(texts.model, texts.tokens, write, None)
+            form = _GENERATING[endpoint]
+            prompt = form.read(body)
+            reply: Reply = answer(prompt, reply_tokens=settings.reply_tokens)
+        except (AttributeError, KeyError, RecursionError, TypeError) as exc:
+            # A part of the wrong JSON type, anywhere: the reading above takes the types for granted.
+            raise InvalidRequestError(f"the request can't be understood: {exc!r}") from exc
+        tokens = charge(
+            settings.charge, prompt, reply, default_max_tokens=settings.default_max_tokens
+        )
+        whole = functools.partial(form.whole, prompt, reply, call_id=call_id)
+        chunks = functools.partial(form.chunks, prompt, reply, call_id=call_id)
+        return _Answer(prompt.model, tokens, whole, chunks if prompt.stream else None)
+
+    async def _answer(self, exchange: Exchange, prepared: _Answer, failure: Failure | None) -> None:
+        stay = _Stay(self._admission)
+        seconds = draw_latency(self._admission.settings.latency, self._chance)
+        try:
+            if failure is not None and (failure.after_chunks is None or prepared.chunks is None):
+                stay.end()
+                await self._fail(exchange, failure)
+            elif prepared.chunks is not None:
+                await self._stream(exchange, stay, prepared.chunks(), seconds, failure)
+            elif await exchange.pause(seconds):
+                stay.end()
+                await exchange.reply(200, prepared.whole(), self._limits())
+        finally:
+            stay.end(disconnected=True)
+
+    async def _stream(
+        self,
+        exchange: Exchange,
+        stay: "_Stay",
+        chunks: Sequence[bytes],
+        seconds: float,
+        failure: Failure | None,
+    ) -> None:
+        """Send chunks over `seconds`; one that fails just ends, upon which the server cuts it."""
+        pause = seconds / len(chunks)
+        if failure is not None:
+            chunks = chunks[: failure.after_chunks]
+        await exchange.start_stream(self._limits())
+        for left, chunk in zip(reversed(range(len(chunks))), chunks, strict=True):
+            if not await exchange.pause(pause):
+                return
+            if left == 0:
+                stay.end()
+            await exchange.send_chunk(chunk, more=left > 0 or failure is not None)
+        stay.end()
+
+    async def _fail(self, exchange: Exchange, failure: Failure) -> None:
+        body, extra = say.failure_reply(failure)
+        await exchange.reply(failure.status, body, self._limits() + extra)
+
+    async def _turn_away(
+        self, exchange: Exchange, status: int, message: str, *, parameter: str | None = None
+    ) -> None:
+        self._admission.note_invalid()
+        body = say.error_body(status, message, parameter=parameter)
+        await exchange.reply(status, body, self._limits())
+
+    def _limits(self) -> say.Headers:
+        return say.limit_headers(self._admission.budget())
+
+
+class _Stay:
+    """The slot of an admitted call.
+
+    It ends once, right before the last bytes are sent: a client that has them may count on it.
+    """
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._ended = False
+
+    def end(self, *, disconnected: bool = False) -> None:
+        if not self._ended:
+            self._ended = True
+            self._admission.leave(disconnected=disconnected)

@@ -1,0 +1,256 @@
+"""How a provider counts: four policies, each a pure object that is told the time.
+
+They judge asyncbucket, so they share no code with it: `meters.py` books the future, these look at
+the past. Each holds one limit of N units a minute and answers four questions at an instant `now`
+(integer nanoseconds, never going backwards): how long until an amount would pass, what is left,
+when all of it is back; and it is told what was admitted.
+
+- `TokenBucketPolicy`: N at once, refilled continuously at N a minute.
+- `SlidingWindowPolicy`: at most N in any minute, exactly (a log of what was admitted).
+- `FixedWindowPolicy`: at most N in each minute of the clock; twice that across a boundary.
+- `OneSecondSlicesPolicy`: N / 60 (rounded up) in each second of the clock, and N in any minute.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Literal, Protocol, TypeAlias, get_args
+
+PolicyName: TypeAlias = Literal[
+    "token_bucket", "sliding_window", "fixed_window", "one_second_slices"
+]
+POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
+
+SLICES = 60
+
+
+class Policy(Protocol):
+    """One limit as a provider enforces it."""
+
+    @property
+    def limit(self) -> int:
+        """Units a minute."""
+        ...
+
+    def wait(self, amount: int, now: int) -> int | None:
+        """Say in how many nanoseconds `amount` would pass: 0 is now, None is never."""
+        ...
+
+    def charge(self, amount: int, now: int) -> None:
+        """Count `amount` as admitted at `now`."""
+        ...
+
+    def remaining(self, now: int) -> int:
+        """Say how many units would pass now."""
+        ...
+
+    def reset(self, now: int) -> int:
+        """Say in how many nanoseconds everything is back, if nothing else comes."""
+        ...
+
+    def resize(self, limit: int, now: int) -> None:
+        """Change the limit from `now` on; what was used stays used."""
+        ...
+
+
+class TokenBucketPolicy:
+    """A bucket of N units, full at the start, refilled continuously at N a minute.
+
+    The level is kept in units x minute, in which a nanosecond refills exactly N.
+    """
+
+    def __init__(self, limit: int, *, minute: int, now: int) -> None:
+        self.limit = limit
+        self._minute = minute
+        self._level = limit * minute
+        self._at = now
+
+    def wait(self, amount: int, now: int) -> int | None:
+        if amount > self.limit:
+            return None
+        missing = amount * self._minute - self._refill(now)
+        return max(0, _ceil(missing, self.limit))
+
+    def charge(self, amount: int, now: int) -> None:
+        self._level = self._refill(now) - amount * self._minute
+
+    def remaining(self, now: int) -> int:
+        return max(0, self._refill(now) // self._minute)
+
+    def reset(self, now: int) -> int:
+        return _ceil(self.limit * self._minute - self._refill(now), self.limit)
+
+    def resize(self, limit: int, now: int) -> None:
+        self._level = min(self._refill(now), limit * self._minute)
+        self.limit = limit
+
+    def _refill(self, now: int) -> int:
+        gained = (now - self._at) * self.limit
+        self._level = min(self.limit * self._minute, self._level + gained)
+        self._at = now
+        return self._level
+
+
+class SlidingWindowPolicy:
+    """At most N units in any window [t, t + minute): a log of admissions, exact to the entry."""
+
+    def __init__(self, limit: int, *, minute: int, now: int) -> None:
+        del now
+        self.limit = limit
+        self._minute = minute
+        self._log: deque[tuple[int, int]] = deque()
+        self._used = 0
+
+    def wait(self, amount: int, now: int) -> int | None:
+        self._forget(now)
+        if amount > self.limit:
+            return None
+        over = self._used + amount - self.limit
+        if over <= 0:
+            return 0
+        # Walks no further than the entries that must leave, which are few under saturation.
+        for expires, used in self._log:
+            over -= used
+            if over <= 0:
+                return expires - now
+        raise AssertionError("the log holds all that is used")
+
+    def charge(self, amount: int, now: int) -> None:
+        self._forget(now)
+        self._log.append((now + self._minute, amount))
+        self._used += amount
+
+    def remaining(self, now: int) -> int:
+        self._forget(now)
+        return max(0, self.limit - self._used)
+
+    def reset(self, now: int) -> int:
+        self._forget(now)
+        return self._log[-1][0] - now if self._log else 0
+
+    def resize(self, limit: int, now: int) -> None:
+        self._forget(now)
+        self.limit = limit
+
+    def _forget(self, now: int) -> None:
+        while self._log and self._log[0][0] <= now:
+            self._used -= self._log.popleft()[1]
+
+
+class FixedWindowPolicy:
+    """At most N units in each window [k x minute, (k + 1) x minute) of the clock."""
+
+    def __init__(self, limit: int, *, minute: int, now: int) -> None:
+        self.limit = limit
+        self._minute = minute
+        self._window = now // minute
+        self._used = 0
+
+    def wait(self, amount: int, now: int) -> int | None:
+        self._turn(now)
+        if amount > self.limit:
+            return None
+        return 0 if self._used + amount <= self.limit else self._rest(now)
+
+    def charge(self, amount: int, now: int) -> None:
+        self._turn(now)
+        self._used += amount
+
+    def remaining(self, now: int) -> int:
+        self._turn(now)
+        return max(0, self.limit - self._used)
+
+    def reset(self, now: int) -> int:
+        self._turn(now)
+        return self._rest(now) if self._used else 0
+
+    def resize(self, limit: int, now: int) -> None:
+        self._turn(now)
+        self.limit = limit
+
+    def _turn(self, now: int) -> None:
+        if now // self._minute != self._window:
+            self._window = now // self._minute
+            self._used = 0
+
+    def _rest(self, now: int) -> int:
+        return self._minute - now % self._minute
+
+
+class OneSecondSlicesPolicy:
+    """N / 60 units in each second of the clock, and at most N in any minute.
+
+    Providers may enforce 60,000 a minute as 1,000 a second. Where N / 60 isn't whole it is rounded
+    up, and the minute keeps the sum at N. A call that costs more than a slice passes in a slice
+    that nothing has used, and closes the slices after it until it is paid off.
+    """
+
+    def __init__(self, limit: int, *, minute: int, now: int) -> None:
+        self._whole = SlidingWindowPolicy(limit, minute=minute, now=now)
+        self._slice = minute // SLICES
+        self._index = now // self._slice
+        self._used = 0
+
+    @property
+    def limit(self) -> int:
+        return self._whole.limit
+
+    @property
+    def share(self) -> int:
+        """Units in a slice."""
+        return _ceil(self.limit, SLICES)
+
+    def wait(self, amount: int, now: int) -> int | None:
+        whole = self._whole.wait(amount, now)
+        if whole is None:
+            return None
+        self._turn(now)
+        room = max(0, self.share - amount)
+        if self._used <= room:
+            return whole
+        slices = _ceil(self._used - room, self.share)
+        return max(whole, (self._index + slices) * self._slice - now)
+
+    def charge(self, amount: int, now: int) -> None:
+        self._turn(now)
+        self._used += amount
+        self._whole.charge(amount, now)
+
+    def remaining(self, now: int) -> int:
+        self._turn(now)
+        return min(max(0, self.share - self._used), self._whole.remaining(now))
+
+    def reset(self, now: int) -> int:
+        return self._whole.reset(now)
+
+    def resize(self, limit: int, now: int) -> None:
+        self._turn(now)
+        self._whole.resize(limit, now)
+
+    def _turn(self, now: int) -> None:
+        index = now // self._slice
+        self._used = max(0, self._used - (index - self._index) * self.share)
+        self._index = index
+
+
+_POLICIES: dict[PolicyName, Callable[..., Policy]] = {
+    "token_bucket": TokenBucketPolicy,
+    "sliding_window": SlidingWindowPolicy,
+    "fixed_window": FixedWindowPolicy,
+    "one_second_slices": OneSecondSlicesPolicy,
+}
+
+
+def make_policy(name: PolicyName, limit: int, *, minute: int, now: int) -> Policy:
+    """Make the policy called `name` with nothing used.
+
+    Args:
+        name: One of `POLICY_NAMES`.
+        limit: Units a minute, at least 1.
+        minute: How long a minute is, in nanoseconds.
+        now: The time at which it starts, in nanoseconds.
+    """
+    return _POLICIES[name](limit, minute=minute, now=now)
+
+
+def _ceil(amount: int, divisor: int) -> int:
+    return -(-amount // divisor)

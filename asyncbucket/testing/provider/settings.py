@@ -1,0 +1,148 @@
+"""What can be set about the provider, once: names, types, defaults and checks."""
+
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, TypedDict, get_args
+
+from asyncbucket.testing.provider.policies import POLICY_NAMES, SLICES, PolicyName
+
+NANOSECONDS = 1_000_000_000
+
+Latency: TypeAlias = float | tuple[float, float] | Callable[[], float]
+"""Seconds a reply takes: fixed, uniform between two, or asked for each call."""
+
+ChargeRule: TypeAlias = Literal["openai", "azure", "usage"]
+CHARGE_RULES: tuple[ChargeRule, ...] = get_args(ChargeRule)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A failure told in advance.
+
+    Attributes:
+        status: HTTP status; 429 refuses without charging, any other is admitted, charged and
+            then fails, as a call that breaks down inside a provider.
+        code: The error's `code`; by default what OpenAI says with that status. With
+            `"insufficient_quota"` a 429 says that the account is empty.
+        retry_after: Seconds, for `retry-after` and `retry-after-ms`; by default none is sent.
+        after_chunks: Break a stream off after so many chunks, instead of answering with `status`.
+    """
+
+    status: int = 500
+    code: str | None = None
+    retry_after: float | None = None
+    after_chunks: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.status // 100 not in (4, 5):
+            raise ValueError(f"status must be 400 to 599, not {self.status}")
+        if self.retry_after is not None and not 0 <= self.retry_after < math.inf:
+            raise ValueError(f"retry_after must be finite and >= 0 s, not {self.retry_after}")
+
+
+class Options(TypedDict, total=False):
+    """The keywords of `RateLimitedProvider` and `ProviderProcess`; see `Settings`."""
+
+    rpm: int | None
+    tpm: int | None
+    policy: PolicyName
+    charge: ChargeRule
+    concurrency: int | None
+    latency: Latency
+    error_rate: float
+    always: int | None
+    seed: int
+    minute: float
+    default_max_tokens: int
+    reply_tokens: int
+    dimensions: int
+    history: int
+    port: int
+    clock: Callable[[], int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How the provider behaves.
+
+    Attributes:
+        rpm: Requests a minute; None for no limit.
+        tpm: Tokens a minute; None for no limit.
+        policy: How both are counted, see `policies`.
+        charge: What a call costs in tokens at admission, see `charging`.
+        concurrency: Calls in flight at most; None for no limit.
+        latency: Seconds a reply takes; a stream spreads them over its chunks.
+        error_rate: Share of admitted calls that fail with a 500, by a random draw from `seed`.
+        always: Answer every call with this status.
+        seed: Of latencies and errors.
+        minute: Seconds a minute lasts. A short one makes tests on a real clock short.
+        default_max_tokens: What a call without `max_tokens` is charged for its output.
+        reply_tokens: Length to which text replies are padded.
+        dimensions: Length of an embedding if the request doesn't say.
+        history: How many arrivals are kept, the latest ones.
+        port: Port on 127.0.0.1; 0 takes a free one.
+        clock: What the policies are judged by, integer nanoseconds.
+    """
+
+    rpm: int | None = None
+    tpm: int | None = None
+    policy: PolicyName = "token_bucket"
+    charge: ChargeRule = "openai"
+    concurrency: int | None = None
+    latency: Latency = 0.0
+    error_rate: float = 0.0
+    always: int | None = None
+    seed: int = 0
+    minute: float = 60.0
+    default_max_tokens: int = 16
+    reply_tokens: int = 0
+    dimensions: int = 64
+    history: int = 1_000_000
+    port: int = 0
+    clock: Callable[[], int] = time.monotonic_ns
+
+    def __post_init__(self) -> None:
+        for name in ("rpm", "tpm", "concurrency"):
+            value: int | None = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 or None for no limit, not {value}")
+        if self.policy not in POLICY_NAMES:
+            raise ValueError(
+                f"policy must be one of {', '.join(POLICY_NAMES)}, not {self.policy!r}"
+            )
+        if self.charge not in CHARGE_RULES:
+            raise ValueError(
+                f"charge must be one of {', '.join(CHARGE_RULES)}, not {self.charge!r}"
+            )
+        if not 0 <= self.error_rate <= 1:
+            raise ValueError(f"error_rate must be a share from 0 to 1, not {self.error_rate}")
+        if not SLICES / NANOSECONDS <= self.minute < math.inf:
+            raise ValueError(f"minute must be a positive number of seconds, not {self.minute}")
+        if self.always is not None:
+            Failure(self.always)
+        _check_latency(self.latency)
+
+    @property
+    def minute_ns(self) -> int:
+        """The length of a minute in nanoseconds."""
+        return round(self.minute * NANOSECONDS)
+
+
+def draw_latency(latency: Latency, chance: random.Random) -> float:
+    """Return the seconds that one reply takes."""
+    if callable(latency):
+        return latency()
+    if isinstance(latency, tuple):
+        return chance.uniform(*latency)
+    return latency
+
+
+def _check_latency(latency: Latency) -> None:
+    if callable(latency):
+        return
+    low, high = latency if isinstance(latency, tuple) else (latency, latency)
+    if not 0 <= low <= high < math.inf:
+        raise ValueError(f"latency must be seconds >= 0 or (low, high), not {latency}")

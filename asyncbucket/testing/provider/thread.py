@@ -1,0 +1,141 @@
+"""The provider in a thread of this process."""
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, Unpack
+
+from asyncbucket.testing.provider.admission import Admission
+from asyncbucket.testing.provider.app import make_app
+from asyncbucket.testing.provider.server import HOST, ThreadedServer, in_thread
+from asyncbucket.testing.provider.settings import Failure, Options, Settings
+from asyncbucket.testing.provider.statistics import Arrival, ProviderStatistics
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+
+class RateLimitedProvider:
+    """An OpenAI-compatible provider on loopback that enforces its limits.
+
+    A context manager, async or not; inside it answers at `base_url`::
+
+        async with RateLimitedProvider(rpm=600, tpm=100_000) as provider:
+            client = AsyncOpenAI(base_url=provider.base_url, api_key="any")
+
+    It runs in a thread with an event loop of its own and shares the interpreter's lock with the
+    caller; `ProviderProcess` doesn't. Its methods may be called from any thread, before, while and
+    after it runs. Any API key will do; all keys share one budget.
+
+    Args:
+        options: See `Settings`: `rpm`, `tpm`, `policy`, `concurrency`, `latency`, `error_rate`, ...
+
+    Raises:
+        ValueError: For an option out of its range.
+    """
+
+    def __init__(self, **options: Unpack[Options]) -> None:
+        self._admission = Admission(Settings(**options))
+        self._server: ThreadedServer | None = None
+        self._port = 0
+        self.app: ASGIApp = make_app(self._admission)
+        """The application itself, for `httpx.ASGITransport(provider.app)`: no server, no sockets,
+        and with `clock=time.clock` on virtual time."""
+
+    def __repr__(self) -> str:
+        settings = self._admission.settings
+        where = self.url if self._server else "not running"
+        return (
+            f"<RateLimitedProvider rpm={settings.rpm} tpm={settings.tpm} "
+            f"policy={settings.policy} {where}>"
+        )
+
+    @property
+    def url(self) -> str:
+        """The root, such as `http://127.0.0.1:8000`; what an Azure client calls its endpoint."""
+        if not self._port:
+            raise RuntimeError("the provider isn't running: enter it with `with` or `async with`")
+        return f"http://{HOST}:{self._port}"
+
+    @property
+    def base_url(self) -> str:
+        """What an OpenAI client calls its base URL, such as `http://127.0.0.1:8000/v1`."""
+        return f"{self.url}/v1"
+
+    @property
+    def arrivals(self) -> list[Arrival]:
+        """The latest calls and whether they were admitted, oldest first."""
+        return self._admission.arrivals()
+
+    def statistics(self) -> ProviderStatistics:
+        """Take a snapshot of what was seen since it was made."""
+        return self._admission.statistics()
+
+    def reconfigure(self, **options: Unpack[Options]) -> None:
+        """Change limits, latency, error rate and the like; what was used stays used.
+
+        Raises:
+            ValueError: For a value out of range, or an option that is fixed at the start.
+        """
+        self._admission.reconfigure(**options)
+
+    def fail_next(
+        self,
+        count: int = 1,
+        *,
+        status: int = 500,
+        code: str | None = None,
+        retry_after: float | None = None,
+        after_chunks: int | None = None,
+    ) -> None:
+        """Let the next `count` calls fail, after those told before; 0 forgets them all.
+
+        Args:
+            count: How many calls.
+            status: See `Failure`, as for the others.
+            code: Such as "insufficient_quota".
+            retry_after: Seconds.
+            after_chunks: Break streams off after so many chunks; other calls get `status`.
+        """
+        failure = Failure(status, code, retry_after, after_chunks)
+        self._admission.fail_next(count, failure)
+
+    def start(self) -> None:
+        """Start to answer. Done by entering the context."""
+        if self._server is not None:
+            raise RuntimeError(f"the provider runs already, at {self.url}")
+        server = ThreadedServer(self.app, port=self._admission.settings.port)
+        server.start()
+        self._server, self._port = server, server.port
+
+    def stop(self) -> None:
+        """Stop; thread and sockets are gone afterwards. Done by leaving the context. Idempotent."""
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await in_thread(self.start)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await in_thread(self.stop)

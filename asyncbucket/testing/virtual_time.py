@@ -1,0 +1,320 @@
+"""Virtual time: an event loop that jumps to its next timer when there is nothing else to do.
+
+Code that waits is slow to test and, on a real clock, never twice the same. On this loop
+`await asyncio.sleep(3600)` returns at once, and afterwards the clock reads exactly 3,600 s::
+
+    with virtual_time() as time:
+        limiter = Limiter("500 RPM", clock=time.clock)
+        time.run(main(limiter))
+        assert time.now == 60.0
+
+How it works. asyncio's loop asks its selector to wait "until I/O is ready, or at most until the
+next timer". `_JumpingSelector` never waits for a timer: it looks whether I/O is ready, and if not,
+moves the clock by the time-out and returns. All else is asyncio's own loop. So the whole machine
+rests on two public seams, `SelectorEventLoop(selector)` and `loop.time()`, and one private name,
+`_clock_resolution`, by which the loop decides which timers are due.
+
+What is guaranteed:
+
+- *Exact*. Time is kept in integer nanoseconds; `loop.time()` is those nanoseconds as a float. A
+  timer runs at its own instant rounded up to a nanosecond, never before it and never a
+  microsecond late, so `clock()` can be compared with `==`. Time stands still while code runs.
+- *Deterministic*. Timers run in order of their instants; those of one instant in the order in
+  which asyncio's heap gives them.
+- *No hang*. When nothing is ready, no timer is set and the main task isn't done, `DeadlockError`
+  names the tasks that wait and where.
+- *Executors*. Work given to `run_in_executor` (`asyncio.to_thread`) takes no virtual time: while
+  any is out, the loop really waits for it and the clock stands still.
+- *Other threads and sockets* are unknown to the loop: a callback from `call_soon_threadsafe` or
+  data on a socket is served at the instant at which it arrives, and a loop with timers may have
+  jumped by then. `real_wait` makes each jump wait that many real seconds for them first. When no
+  timer is left, the loop gives them a real second before it calls the silence a deadlock.
+
+Rejected: patching `time.monotonic` (it reaches code that isn't under test), and advancing the clock
+by hand from the test (the test must then know every instant at which the code under test waits;
+`VirtualTime.advance` is there for synchronous code). Trio's `MockClock(autojump_threshold=0)` is
+the model.
+"""
+
+import asyncio
+import contextlib
+import math
+import selectors
+import threading
+from collections.abc import Callable, Coroutine, Generator
+from concurrent.futures import Executor
+from pathlib import PurePath
+from types import TracebackType
+from typing import Any, Self, TypeVar, TypeVarTuple
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+NANOSECONDS = 1_000_000_000
+
+NOISE = 2
+"""Units in the last place by which a sum of floats may miss the instant that was meant."""
+
+LAST_CHANCE = 1.0
+"""Real seconds that threads and sockets get to wake a loop that has no timer left."""
+
+
+class DeadlockError(RuntimeError):
+    """Nothing is ready, no timer is set, and the main task isn't done: it would hang for ever."""
+
+
+class VirtualClock:
+    """A clock that moves only when told to; call it for integer nanoseconds.
+
+    It is what `Limiter(..., clock=...)` and `TokenBucket(..., clock=...)` take. Loops that share a
+    clock must run one after the other, not at once.
+    """
+
+    __slots__ = ("_now",)
+
+    def __init__(self, start: float = 0.0) -> None:
+        self._now: int = round(start * NANOSECONDS)
+
+    def __repr__(self) -> str:
+        return f"<VirtualClock at {self.seconds} s>"
+
+    def __call__(self) -> int:
+        return self._now
+
+    @property
+    def seconds(self) -> float:
+        """The time as float seconds, the same value as `loop.time()`."""
+        return self._now / NANOSECONDS
+
+    def advance(self, seconds: float) -> None:
+        """Move forward by `seconds`.
+
+        Raises:
+            ValueError: If `seconds` is negative, NaN or infinite.
+        """
+        if not 0 <= seconds < math.inf:
+            raise ValueError(
+                f"virtual time can't advance by {seconds} s; give a finite number >= 0"
+            )
+        self._now += round(seconds * NANOSECONDS)
+
+    def advance_to(self, when: float) -> None:
+        """Move to `when` (seconds), rounded up to a nanosecond; always at least by one.
+
+        Sums of floats miss the nanosecond that was meant by a few units in the last place (0.1 +
+        0.2 is 0.30000000000000004), so the rounding up forgives that much.
+        """
+        noise = NOISE * math.ulp(when) * NANOSECONDS
+        self._now = max(self._now + 1, math.ceil(when * NANOSECONDS - noise))
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+    """A selector that leaves waiting to the loop: it polls, and asks the loop when it finds none.
+
+    `idle` takes the time-out and says how many real seconds to wait for I/O after all.
+    """
+
+    idle: Callable[[float | None], float]
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if ready or (timeout is not None and timeout <= 0):
+            return ready
+        return super().select(self.idle(timeout))
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """An asyncio event loop on virtual time; `loop.clock` is its clock.
+
+    Usable wherever a loop factory is: `asyncio.Runner(loop_factory=VirtualTimeLoop)`.
+
+    Args:
+        clock: The clock to move; by default its own, from 0.
+        real_wait: Real seconds given to threads and sockets before each jump.
+    """
+
+    def __init__(self, clock: VirtualClock | None = None, *, real_wait: float = 0.0) -> None:
+        # Before super(): the base class registers its self-pipe and asks for the time.
+        self.clock = VirtualClock() if clock is None else clock
+        self._real_wait = real_wait
+        self._idle_waiters: list[asyncio.Future[None]] = []
+        self._jobs: set[asyncio.Future[Any]] = set()
+        selector = _JumpingSelector()
+        selector.idle = self._on_idle
+        super().__init__(selector)
+        self._io = selector
+        self._own_files = len(selector.get_map())
+        self._set_resolution()
+
+    def time(self) -> float:
+        return self.clock.seconds
+
+    def run_in_executor(
+        self, executor: Executor | None, func: Callable[[*Ts], T], *args: *Ts
+    ) -> asyncio.Future[T]:
+        job = super().run_in_executor(executor, func, *args)
+        self._jobs.add(job)
+        job.add_done_callback(self._jobs.discard)
+        return job
+
+    async def shutdown_default_executor(self, *timeout: Any) -> None:
+        # From Python 3.12 on there is a timer around it, which must not be jumped over.
+        joining = self.create_future()
+        self._jobs.add(joining)
+        try:
+            await super().shutdown_default_executor(*timeout)
+        finally:
+            self._jobs.discard(joining)
+
+    async def all_blocked(self) -> None:
+        """Wait until every other task is blocked on a timer, on I/O or on another task.
+
+        No time passes. A test says with it "by now they all wait" without a sleep.
+        """
+        waiter = self.create_future()
+        self._idle_waiters.append(waiter)
+        await waiter
+
+    def _on_idle(self, timeout: float | None) -> float:
+        """Do what an idle loop does next; return the real seconds to wait for I/O after it."""
+        if self._jobs:
+            # The job's completion wakes the selector through the loop's self-pipe. Bounded, so
+            # that a wake-up for anything else lets the loop look at its work again.
+            return LAST_CHANCE
+        if self._idle_waiters:
+            self._wake_idle_waiters()
+            return 0.0
+        if timeout is None:
+            self._give_last_chance()
+            return 0.0
+        if self._real_wait and self._arrived_within(self._real_wait):
+            return 0.0
+        self.clock.advance_to(self.time() + timeout)
+        self._set_resolution()
+        return 0.0
+
+    def _wake_idle_waiters(self) -> None:
+        waiters, self._idle_waiters = self._idle_waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _give_last_chance(self) -> None:
+        outside = threading.active_count() > 1 or len(self._io.get_map()) > self._own_files
+        if not (outside and self._arrived_within(LAST_CHANCE)):
+            raise DeadlockError(self._describe_deadlock())
+
+    def _arrived_within(self, seconds: float) -> bool:
+        return bool(selectors.DefaultSelector.select(self._io, seconds))
+
+    def _describe_deadlock(self) -> str:
+        tasks = sorted(asyncio.all_tasks(self), key=lambda task: task.get_name())
+        lines = [f"  {task.get_name()}: {_where(task)}" for task in tasks]
+        head = f"deadlock at {self.time()} s of virtual time: nothing is ready and no timer is set"
+        if not lines:
+            return f"{head}; no task is left, yet the loop was told to run on"
+        return "\n".join([f"{head}, but {len(lines)} task(s) wait:", *lines])
+
+    def _set_resolution(self) -> None:
+        # A timer is due when it is earlier than now plus this: a nanosecond, up to 24 days. Beyond,
+        # floats are coarse, and a resolution below what `advance_to` forgives would make the loop
+        # creep up to a timer by nanoseconds.
+        self._clock_resolution = max(1e-9, 2 * NOISE * math.ulp(self.time()))
+
+
+def _where(task: asyncio.Task[Any]) -> str:
+    """Say where a task waits: its coroutines from the outermost to the one that is suspended."""
+    places: list[str] = []
+    coroutine: Any = task.get_coro()
+    while coroutine is not None:
+        frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None)
+        if frame is not None:
+            file = PurePath(frame.f_code.co_filename).name
+            places.append(f"{frame.f_code.co_qualname} ({file}:{frame.f_lineno})")
+        coroutine = getattr(coroutine, "cr_await", None) or getattr(coroutine, "gi_yieldfrom", None)
+    return " > ".join(places)
+
+
+class VirtualTime:
+    """A stretch of virtual time: one clock, and loops that run on it one after the other.
+
+    `run` may be called several times; time goes on where it stopped. What `virtual_time()` gives.
+
+    Args:
+        start: Seconds at which the clock starts. Near zero a float of seconds is exact to the
+            nanosecond; from 24 days on it isn't.
+        real_wait: See `VirtualTimeLoop`.
+        debug: asyncio's debug mode.
+    """
+
+    def __init__(
+        self, *, start: float = 0.0, real_wait: float = 0.0, debug: bool | None = None
+    ) -> None:
+        self.clock = VirtualClock(start)
+        self._real_wait = real_wait
+        self._runner = asyncio.Runner(debug=debug, loop_factory=self.new_loop)
+
+    def __repr__(self) -> str:
+        return f"<VirtualTime at {self.now} s>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def now(self) -> float:
+        """Seconds of virtual time."""
+        return self.clock.seconds
+
+    def run(self, main: Coroutine[Any, Any, T]) -> T:
+        """Run `main` on virtual time and return what it returns.
+
+        Raises:
+            DeadlockError: When nothing is ready, no timer is set and `main` isn't done.
+            RuntimeError: When called inside a running event loop.
+        """
+        return self._runner.run(main)
+
+    def new_loop(self) -> VirtualTimeLoop:
+        """Make another loop on the same clock, for `asyncio.Runner(loop_factory=...)`."""
+        return VirtualTimeLoop(self.clock, real_wait=self._real_wait)
+
+    def advance(self, seconds: float) -> None:
+        """Let `seconds` pass at once, as if code had been busy for so long.
+
+        For synchronous code between two steps of a test; asynchronous code just sleeps.
+        """
+        self.clock.advance(seconds)
+
+    async def all_blocked(self) -> None:
+        """Wait until every other task of the running loop is blocked; no time passes."""
+        loop = asyncio.get_running_loop()
+        if not isinstance(loop, VirtualTimeLoop):
+            raise TypeError(f"all_blocked() needs a VirtualTimeLoop, this is {loop!r}")
+        await loop.all_blocked()
+
+    def close(self) -> None:
+        """Cancel what still runs and close the loop. Done by leaving the context."""
+        self._runner.close()
+
+
+@contextlib.contextmanager
+def virtual_time(
+    *, start: float = 0.0, real_wait: float = 0.0, debug: bool | None = None
+) -> Generator[VirtualTime]:
+    """Open a stretch of virtual time; see the module for what is guaranteed, `VirtualTime` for Args.
+
+    Example:
+        with virtual_time() as time:
+            time.run(asyncio.sleep(3600))
+            assert time.now == 3600.0
+    """
+    with VirtualTime(start=start, real_wait=real_wait, debug=debug) as time:
+        yield time

@@ -1,0 +1,169 @@
+from dataclasses import dataclass
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncbucket.testing.assertions import (
+    BusiestWindow,
+    assert_never_over,
+    assert_within_bucket,
+    busiest_window,
+)
+
+SECOND = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What `assert_never_over` needs of a limit."""
+
+    amount: float
+    per: float
+    burst: float | None = None
+
+
+traces = st.lists(
+    st.tuples(
+        st.one_of(
+            st.integers(min_value=0, max_value=20).map(lambda half: half * SECOND // 2),
+            st.integers(min_value=0, max_value=10 * SECOND),
+        ),
+        st.integers(min_value=0, max_value=9),
+    ),
+    max_size=30,
+)
+
+
+def test_window_over_by_one_fails_with_the_numbers() -> None:
+    """The message says how much, in how many admissions, when, and what was allowed."""
+    trace = [(0, 5), (30 * SECOND, 3), (60 * SECOND - 1, 3), (60 * SECOND, 5)]
+
+    with pytest.raises(AssertionError) as caught:
+        assert_never_over(trace, Limit(10, per=60))
+
+    assert str(caught.value) == (
+        "over the limit: 11 units in 3 admissions from 0 s to 59.999999999 s, "
+        "where any 60 s may hold 10"
+    )
+
+
+def test_admissions_a_window_apart_are_not_in_one_window() -> None:
+    """Windows are half-open: 10 at 0 and 10 at 60 s keep 10 per 60 s; a nanosecond less doesn't."""
+    limit = Limit(10, per=60)
+
+    assert assert_never_over([(0.0, 10), (60.0, 10)], limit).amount == 10
+    with pytest.raises(AssertionError, match=r"^over the limit: 20 units in 2 admissions"):
+        assert_never_over([(1, 10), (60 * SECOND, 10)], limit)
+
+
+def test_trace_may_come_in_any_order_and_in_either_unit() -> None:
+    """Ints are nanoseconds, floats seconds."""
+    in_seconds = busiest_window([(1.5, 2), (0.5, 3), (9.0, 4)], per=2)
+
+    assert in_seconds == BusiestWindow(5, 2, SECOND // 2, 3 * SECOND // 2)
+    assert in_seconds == busiest_window(
+        [(9 * SECOND, 4), (SECOND // 2, 3), (3 * SECOND // 2, 2)], per=2
+    )
+    assert busiest_window([], per=2) == BusiestWindow(0, 0, 0, 0)
+
+
+def test_burst_over_fails_with_the_numbers() -> None:
+    """Two at once, then one every half second is what rate 2 and burst 2 allow; 1 ns early isn't."""
+    kept = [(0, 1), (0, 1), (SECOND // 2, 1), (SECOND, 1)]
+    assert_within_bucket(kept, rate=2.0, burst=2)
+
+    with pytest.raises(AssertionError) as caught:
+        assert_within_bucket([(0, 1), (0, 1), (SECOND // 4, 1)], rate=2.0, burst=2)
+
+    assert str(caught.value) == (
+        "over the burst by 0.5: 3 units in 3 admissions from 0 s to 0.25 s, "
+        "where a bucket of 2 refilled at 2/s admits 2.5"
+    )
+    with pytest.raises(AssertionError, match="over the burst"):
+        assert_within_bucket([*kept[:3], (SECOND - 1, 1)], rate=2.0, burst=2)
+
+
+def test_limit_with_a_burst_is_checked_for_both() -> None:
+    """Never over 10 in 10 s, and never more than 2 at once."""
+    limit = Limit(10, per=10, burst=2)
+
+    assert_never_over([(float(second), 1) for second in range(10)], limit)
+    with pytest.raises(AssertionError, match=r"^over the burst by 1: 3 units"):
+        assert_never_over([(0.0, 3 - 1), (0.0, 1)], limit)
+
+
+def test_call_above_the_burst_passes_when_it_has_earned_the_rest() -> None:
+    """Burst 2 at 1/s: 5 may go at 3 s after the bucket was full, and nothing right behind it."""
+    assert_within_bucket([(0, 2), (5 * SECOND, 5), (6 * SECOND, 1)], rate=1.0, burst=2)
+
+    with pytest.raises(AssertionError, match="over the burst"):
+        assert_within_bucket([(0, 2), (5 * SECOND - 1, 5)], rate=1.0, burst=2)
+    with pytest.raises(AssertionError, match="over the burst"):
+        assert_within_bucket([(5 * SECOND, 5), (6 * SECOND - 1, 1)], rate=1.0, burst=2)
+
+
+@pytest.mark.parametrize(
+    ("trace", "error", "message"),
+    [
+        ([(0, 1), (0.5, 1)], TypeError, "mixes int times"),
+        ([("0", 1)], TypeError, r"int \(ns\) or float \(s\), not '0'"),
+        ([(True, 1)], TypeError, "not True"),
+        ([(float("nan"), 1)], ValueError, "must be finite, not nan"),
+        ([(float("inf"), 1)], ValueError, "must be finite, not inf"),
+        ([(0, -1)], ValueError, "integer >= 0, not -1"),
+        ([(0, 1.5)], ValueError, "integer >= 0, not 1.5"),
+        ([(0, True)], ValueError, "integer >= 0, not True"),
+    ],
+)
+def test_trace_without_a_clear_meaning_is_refused(
+    trace: list[tuple[float, int]], error: type[Exception], message: str
+) -> None:
+    """A check that guesses is worth nothing."""
+    with pytest.raises(error, match=message):
+        assert_never_over(trace, Limit(10, per=60))
+
+
+@given(traces, st.integers(min_value=1, max_value=40), st.integers(min_value=1, max_value=8))
+def test_window_check_agrees_with_every_window(
+    trace: list[tuple[int, int]], amount: int, halves: int
+) -> None:
+    """One pass finds what a look at the window before each admission finds."""
+    window = halves * SECOND // 2
+    worst = max(
+        (sum(amount for when, amount in trace if end - window < when <= end) for end, _ in trace),
+        default=0,
+    )
+
+    assert busiest_window(trace, per=halves / 2).amount == worst
+    if worst <= amount:
+        assert_never_over(trace, Limit(amount, per=halves / 2))
+    else:
+        with pytest.raises(AssertionError, match=f"over the limit: {worst} units"):
+            assert_never_over(trace, Limit(amount, per=halves / 2))
+
+
+@given(
+    traces,
+    st.sampled_from([0.5, 1.0, 1 / 3, 2.0, 7.25]),
+    st.sampled_from([1, 2, 2.5, 5, 9]),
+)
+def test_bucket_check_agrees_with_every_interval(
+    trace: list[tuple[int, int]], rate: float, burst: float
+) -> None:
+    """One pass finds what a look at every pair of admissions finds."""
+    ordered = sorted(trace)
+    over = any(
+        sum(amount for _, amount in ordered[first : last + 1])
+        > max(Fraction(burst), Fraction(ordered[first][1]))
+        + Fraction(rate) * (ordered[last][0] - ordered[first][0]) / SECOND
+        for first in range(len(ordered))
+        for last in range(first, len(ordered))
+    )
+
+    if over:
+        with pytest.raises(AssertionError, match="over the burst by"):
+            assert_within_bucket(trace, rate=rate, burst=burst)
+    else:
+        assert_within_bucket(trace, rate=rate, burst=burst)

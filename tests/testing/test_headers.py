@@ -1,0 +1,38 @@
+from datetime import timedelta
+
+import durationpy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncbucket.testing.provider.headers import go_duration
+
+MILLISECOND = 1_000_000
+SECOND = 1_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("nanoseconds", "text"),
+    [
+        (0, "0s"),
+        (1, "1ms"),
+        (120 * MILLISECOND, "120ms"),
+        (999 * MILLISECOND + 1, "1s"),
+        (8640 * MILLISECOND, "8.64s"),
+        (59_999 * MILLISECOND, "59.999s"),
+        (60 * SECOND, "1m0s"),
+        (360 * SECOND, "6m0s"),
+        (3661 * SECOND + 500 * MILLISECOND, "1h1m1.5s"),
+    ],
+)
+def test_duration_is_written_as_go_does(nanoseconds: int, text: str) -> None:
+    """The formats that OpenAI sends."""
+    assert go_duration(nanoseconds) == text
+
+
+@given(st.integers(min_value=0, max_value=100 * 3600 * SECOND))
+def test_duration_reads_back_rounded_up_to_a_millisecond(nanoseconds: int) -> None:
+    """Never too early, by less than a millisecond too late."""
+    read = durationpy.from_str(go_duration(nanoseconds)) / timedelta(milliseconds=1)
+
+    assert read == -(-nanoseconds // MILLISECOND)

@@ -1,0 +1,49 @@
+import subprocess
+import sys
+
+import pytest
+
+from asyncbucket import testing
+
+
+def test_virtual_time_and_assertions_cost_no_web_framework() -> None:
+    """In a fresh interpreter neither starlette nor uvicorn is loaded by them or by the fixtures."""
+    script = """
+import sys
+from asyncbucket.testing import assert_never_over, virtual_time
+import asyncbucket.testing.pytest_plugin
+print(sorted({"starlette", "uvicorn", "openai", "httpx"} & sys.modules.keys()), virtual_time)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout.startswith("[] <function virtual_time at ")
+
+
+def test_public_names_are_all_there() -> None:
+    """Each name of `__all__` loads, and no other."""
+    assert dir(testing) == sorted(testing.__all__)
+    for name in testing.__all__:
+        assert getattr(testing, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = getattr(testing, "nonsense")  # noqa: B009 - a type checker would see it
+
+
+def test_missing_extra_names_its_install_command() -> None:
+    """Without starlette and uvicorn the provider says what to install."""
+    script = """
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name in ("starlette", "uvicorn") else real(name)
+import asyncbucket.testing.provider
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 1
+    assert done.stderr.endswith(
+        "ImportError: the bundled provider needs starlette and uvicorn: "
+        "pip install 'asyncbucket[testing]'\n"
+    )

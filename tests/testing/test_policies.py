@@ -1,0 +1,202 @@
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncbucket.testing.assertions import assert_never_over, assert_within_bucket
+from asyncbucket.testing.provider.policies import (
+    POLICY_NAMES,
+    OneSecondSlicesPolicy,
+    Policy,
+    PolicyName,
+    make_policy,
+)
+
+SECOND = 1_000_000_000
+MINUTE = 60 * SECOND
+
+limits = st.integers(min_value=1, max_value=200)
+# Steps in nanoseconds: many at one instant, many on the edges of seconds and minutes.
+steps = st.one_of(
+    st.just(0),
+    st.sampled_from([1, SECOND - 1, SECOND, SECOND + 1, MINUTE - 1, MINUTE, MINUTE + 1]),
+    st.integers(min_value=0, max_value=2 * MINUTE),
+)
+histories = st.lists(st.tuples(steps, st.integers(min_value=0, max_value=250)), max_size=60)
+policies = st.sampled_from(POLICY_NAMES)
+
+
+@dataclass(frozen=True)
+class Minute:
+    """A limit of so many a minute, for `assert_never_over`."""
+
+    amount: int
+    per: float = 60.0
+    burst: float | None = None
+
+
+def play(
+    policy: Policy, history: list[tuple[int, int]], *, start: int = 0
+) -> list[tuple[int, int]]:
+    """Ask for each amount of a history and admit what passes; return the trace of admissions."""
+    now = start
+    trace: list[tuple[int, int]] = []
+    for step, amount in history:
+        now += step
+        if policy.wait(amount, now) == 0:
+            policy.charge(amount, now)
+            trace.append((now, amount))
+    return trace
+
+
+@given(limits, histories)
+def test_sliding_window_is_never_over_in_any_minute(
+    limit: int, history: list[tuple[int, int]]
+) -> None:
+    """No window of a minute, wherever it starts, holds more than the limit."""
+    policy = make_policy("sliding_window", limit, minute=MINUTE, now=0)
+
+    assert_never_over(play(policy, history), Minute(limit))
+
+
+@given(limits, histories)
+def test_token_bucket_admits_a_limit_at_once_and_the_refill(
+    limit: int, history: list[tuple[int, int]]
+) -> None:
+    """In any interval: at most the limit plus what was refilled in it."""
+    policy = make_policy("token_bucket", limit, minute=MINUTE, now=0)
+
+    trace = play(policy, history)
+
+    # In nanoseconds of a sixtieth of the limit, the rate is exact only scaled: 60 s become 1 s.
+    assert_within_bucket(
+        [(now, 60 * amount) for now, amount in trace], rate=limit, burst=60 * limit
+    )
+
+
+@given(limits, histories)
+def test_fixed_window_is_never_over_in_a_minute_of_the_clock(
+    limit: int, history: list[tuple[int, int]]
+) -> None:
+    """The sum of each minute of the clock is at most the limit."""
+    policy = make_policy("fixed_window", limit, minute=MINUTE, now=0)
+
+    sums: dict[int, int] = {}
+    for now, amount in play(policy, history):
+        sums[now // MINUTE] = sums.get(now // MINUTE, 0) + amount
+
+    assert all(total <= limit for total in sums.values())
+
+
+def test_fixed_window_lets_twice_the_limit_pass_across_its_edge() -> None:
+    """What makes this policy different: a limit before the edge and another right after it."""
+    policy = make_policy("fixed_window", 10, minute=MINUTE, now=0)
+
+    trace = play(policy, [(MINUTE - 1, 10), (0, 1), (1, 10), (0, 1)])
+
+    assert trace == [(MINUTE - 1, 10), (MINUTE, 10)]
+
+
+@given(limits, histories)
+def test_one_second_slices_hold_a_sixtieth_each(limit: int, history: list[tuple[int, int]]) -> None:
+    """A second of the clock holds a sixtieth (rounded up), a minute the limit, whatever comes."""
+    policy = OneSecondSlicesPolicy(limit, minute=MINUTE, now=0)
+    share = -(-limit // 60)
+    assert policy.share == share
+
+    trace = play(policy, [(step, min(amount, share)) for step, amount in history])
+
+    sums: dict[int, int] = {}
+    for now, amount in trace:
+        sums[now // SECOND] = sums.get(now // SECOND, 0) + amount
+    assert all(total <= share for total in sums.values())
+    assert_never_over(trace, Minute(limit))
+
+
+def test_call_larger_than_a_slice_closes_the_slices_it_pays_with() -> None:
+    """10 a second: 25 pass in an unused second and take the next one and a half as well."""
+    policy = make_policy("one_second_slices", 600, minute=MINUTE, now=0)
+    assert policy.wait(25, 0) == 0
+    policy.charge(25, 0)
+
+    assert policy.wait(1, 0) == 2 * SECOND
+    assert policy.wait(6, 2 * SECOND) == SECOND
+    assert policy.wait(5, 2 * SECOND) == 0
+    assert policy.wait(25, SECOND // 2) == 3 * SECOND - SECOND // 2
+
+
+@given(policies, limits, histories, st.integers(min_value=0, max_value=200))
+def test_promised_wait_is_exact(
+    name: PolicyName, limit: int, history: list[tuple[int, int]], amount: int
+) -> None:
+    """Refused until a nanosecond before the promised time, admitted at it; `None` is never."""
+    policy = make_policy(name, limit, minute=MINUTE, now=0)
+    play(policy, history)
+    now = sum(step for step, _ in history)
+
+    wait = policy.wait(amount, now)
+
+    if wait is None:
+        assert amount > limit
+        assert policy.wait(amount, now + 10 * MINUTE) is None
+    elif wait:
+        assert policy.wait(amount, now + wait - 1) == 1
+        assert policy.wait(amount, now + wait) == 0
+
+
+@given(policies, limits, histories)
+def test_remaining_is_what_passes_now(
+    name: PolicyName, limit: int, history: list[tuple[int, int]]
+) -> None:
+    """`remaining` passes and one more doesn't, except in a slice that nothing has used."""
+    policy = make_policy(name, limit, minute=MINUTE, now=0)
+    play(policy, history)
+    now = sum(step for step, _ in history)
+
+    remaining = policy.remaining(now)
+
+    assert policy.wait(remaining, now) == 0 or remaining == 0
+    if name != "one_second_slices":
+        assert policy.wait(remaining + 1, now) != 0
+
+
+@given(policies, limits, histories)
+def test_everything_is_back_at_the_reset(
+    name: PolicyName, limit: int, history: list[tuple[int, int]]
+) -> None:
+    """After `reset` nanoseconds the policy is as new; a new one resets in 0."""
+    policy = make_policy(name, limit, minute=MINUTE, now=0)
+    fresh = make_policy(name, limit, minute=MINUTE, now=0)
+    play(policy, history)
+    now = sum(step for step, _ in history)
+
+    later = now + policy.reset(now)
+
+    assert policy.remaining(later) == fresh.remaining(later)
+    assert policy.reset(later) == 0
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_resized_policy_keeps_what_was_used(name: PolicyName) -> None:
+    """Halving a limit of which half is used leaves nothing; doubling it doesn't refill it."""
+    policy = make_policy(name, 60 * 60, minute=MINUTE, now=0)
+    policy.charge(30, 0)
+
+    policy.resize(30 * 60, 0)
+
+    assert policy.limit == 1800
+    assert policy.wait(1, 0) == (SECOND if name == "one_second_slices" else 0)
+    policy.resize(1, 0)
+    assert policy.wait(2, 0) is None
+
+
+def test_only_a_smaller_limit_takes_from_a_bucket() -> None:
+    """A bucket of 100 with 40 left holds 30 when resized to 30, and 30 when resized back."""
+    policy = make_policy("token_bucket", 100, minute=MINUTE, now=0)
+    policy.charge(60, 0)
+
+    policy.resize(30, 0)
+    assert policy.remaining(0) == 30
+    policy.resize(100, 0)
+    assert policy.remaining(0) == 30

@@ -1,0 +1,120 @@
+"""The provider as LlamaIndex sees it: agents and structured output work on the fake model."""
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeAlias
+
+import httpx
+import pytest
+from llama_index.core.agent.workflow import FunctionAgent, ReActAgent, ToolCallResult
+from llama_index.core.llms import ChatMessage
+from llama_index.embeddings.openai import (  # type: ignore[import-untyped]
+    OpenAIEmbedding,
+)
+from llama_index.llms.openai import OpenAI, OpenAIResponses
+from pydantic import BaseModel
+
+from asyncbucket.testing.provider import RateLimitedProvider
+from asyncbucket.testing.pytest_plugin import ProviderFactory
+
+# LlamaIndex's own ReActAgent calls what its workflow engine has deprecated.
+LLAMA_INDEX_WARNS = pytest.mark.filterwarnings("ignore:is_running called:DeprecationWarning")
+
+Connect: TypeAlias = Callable[[RateLimitedProvider], dict[str, Any]]
+
+
+def multiply(a: int, b: int) -> int:
+    """Multiply two numbers."""
+    return a * b
+
+
+def ask(agent: Any, question: str) -> Any:
+    """Start a run: as `Any`, for of its overloads the type checkers take the deprecated one."""
+    return agent.run(user_msg=question)
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Connect]:
+    """Say what points a LlamaIndex model at a provider, with a client that gets closed."""
+    async with httpx.AsyncClient() as client:
+        yield lambda provider: {
+            "api_base": provider.base_url,
+            "api_key": "test-key",
+            "max_retries": 0,
+            "async_http_client": client,
+        }
+
+
+@pytest.mark.parametrize("model", [OpenAI, OpenAIResponses])
+@pytest.mark.parametrize("streaming", [True, False])
+async def test_function_agent_calls_its_tool_once_and_answers(
+    rate_limited_provider: ProviderFactory, connect: Connect, model: Any, *, streaming: bool
+) -> None:
+    """Two calls: one that asks for the tool, one that answers."""
+    provider = rate_limited_provider()
+    llm = model(model="gpt-4o-mini", **connect(provider))
+    agent = FunctionAgent(tools=[multiply], llm=llm, streaming=streaming)
+
+    run = ask(agent, "What is 6 x 7?")
+    results = [event async for event in run.stream_events() if isinstance(event, ToolCallResult)]
+
+    assert str(await run) == "You said: What is 6 x 7?"
+    assert [result.tool_output.raw_output for result in results] == [1]
+    assert provider.statistics().admitted == 2
+
+
+@LLAMA_INDEX_WARNS
+async def test_react_agent_calls_its_tool_once_and_answers(
+    rate_limited_provider: ProviderFactory, connect: Connect
+) -> None:
+    """In ReAct's own format, which LlamaIndex parses."""
+    provider = rate_limited_provider()
+    llm = OpenAI(model="gpt-4o-mini", **connect(provider))
+    agent = ReActAgent(tools=[multiply], llm=llm)
+
+    run = ask(agent, "What is 6 x 7?")
+    results = [event async for event in run.stream_events() if isinstance(event, ToolCallResult)]
+
+    assert str(await run) == "You said: What is 6 x 7?"
+    assert [result.tool_output.raw_output for result in results] == [1]
+    assert provider.statistics().admitted == 2
+
+
+@LLAMA_INDEX_WARNS
+async def test_react_agent_without_tools_answers_at_once(
+    rate_limited_provider: ProviderFactory, connect: Connect
+) -> None:
+    """There is nothing to call."""
+    provider = rate_limited_provider()
+    agent = ReActAgent(tools=[], llm=OpenAI(model="gpt-4o-mini", **connect(provider)))
+
+    assert str(await ask(agent, "Hello")) == "You said: Hello"
+    assert provider.statistics().admitted == 1
+
+
+async def test_structured_output_is_valid(
+    rate_limited_provider: ProviderFactory, connect: Connect
+) -> None:
+    """By JSON schema, and by a tool that must be called."""
+
+    class Song(BaseModel):
+        title: str
+        seconds: int
+
+    provider = rate_limited_provider()
+    for name in ("gpt-4o-mini", "gpt-4"):
+        llm = OpenAI(model=name, **connect(provider)).as_structured_llm(Song)
+        reply = await llm.achat([ChatMessage("Write a song")])
+        assert isinstance(reply.raw, Song)
+
+
+async def test_embedding_batches_are_one_request_each(
+    rate_limited_provider: ProviderFactory, connect: Connect
+) -> None:
+    """25 texts in batches of 10 are three requests."""
+    provider = rate_limited_provider()
+    model = OpenAIEmbedding(embed_batch_size=10, **connect(provider))
+
+    vectors = await model.aget_text_embedding_batch([f"text {number}" for number in range(25)])
+
+    assert len(vectors) == 25
+    assert provider.statistics().endpoints == {"embeddings": 3}

@@ -1,0 +1,301 @@
+"""Starting, stopping and steering the provider, in a thread and in a process."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+import uvicorn
+
+from asyncbucket.testing.provider import (
+    Options,
+    ProviderProcess,
+    RateLimitedProvider,
+    Settings,
+)
+
+Until: TypeAlias = Callable[[Callable[[], bool]], Awaitable[None]]
+
+CALL: dict[str, Any] = {
+    "headers": {"authorization": "Bearer test-key"},
+    "json": {"model": "m", "messages": [{"role": "user", "content": "Hello"}]},
+}
+
+
+def call(provider: RateLimitedProvider | ProviderProcess) -> httpx.Response:
+    """Make one chat call."""
+    return httpx.post(f"{provider.base_url}/chat/completions", **CALL)
+
+
+def refuses_connections(url: str) -> bool:
+    """Say whether nobody listens."""
+    parts = urlsplit(url)
+    with socket.socket() as probe:
+        return probe.connect_ex((parts.hostname, parts.port)) != 0
+
+
+async def test_nothing_is_left_behind(until: Until) -> None:
+    """Neither thread nor socket, even with a call in flight and a connection open."""
+    before = set(threading.enumerate())
+    async with RateLimitedProvider(latency=60.0) as provider:
+        url = provider.url
+        async with httpx.AsyncClient() as client:
+            pending = asyncio.create_task(
+                client.post(f"{provider.base_url}/chat/completions", **CALL)
+            )
+            await until(lambda: provider.statistics().in_flight == 1)
+            begun = time.monotonic()
+            await provider.__aexit__(None, None, None)
+            assert time.monotonic() - begun < 2
+            with pytest.raises(httpx.HTTPError):
+                await pending
+
+    assert set(threading.enumerate()) == before
+    assert refuses_connections(url)
+    assert provider.statistics().in_flight == 0
+
+
+@pytest.mark.real_clock
+def test_reply_does_not_wait_for_an_acknowledgement() -> None:
+    """Real time, because it is the kernel's: twenty calls on one connection within 20 x 40 ms."""
+    with RateLimitedProvider() as provider, httpx.Client() as client:
+        url = f"{provider.base_url}/chat/completions"
+        client.post(url, **CALL)
+        begun = time.monotonic()
+        for _ in range(20):
+            client.post(url, **CALL)
+
+    assert time.monotonic() - begun < 0.4
+
+
+def test_provider_may_be_started_again() -> None:
+    """One object, several runs, one book."""
+    provider = RateLimitedProvider(rpm=60)
+    assert repr(provider) == (
+        "<RateLimitedProvider rpm=60 tpm=None policy=token_bucket not running>"
+    )
+    for _ in range(2):
+        with provider:
+            assert call(provider).status_code == 200
+            assert repr(provider).endswith(f" {provider.url}>")
+            with pytest.raises(RuntimeError, match=f"runs already, at {provider.url}"):
+                provider.start()
+
+    assert provider.statistics().admitted == 2
+
+
+def test_url_of_a_provider_that_does_not_run_says_so() -> None:
+    """With the remedy."""
+    for provider in (RateLimitedProvider(), ProviderProcess()):
+        with pytest.raises(RuntimeError, match="isn't running: enter it with `with`"):
+            _ = provider.base_url
+    with pytest.raises(RuntimeError, match="isn't running"):
+        ProviderProcess().fail_next()
+
+
+def test_taken_port_is_an_error_at_the_start() -> None:
+    """And the one who has it goes on."""
+    with RateLimitedProvider() as first:
+        second = RateLimitedProvider(port=urlsplit(first.url).port or 0)
+        with pytest.raises(OSError, match="in use"):
+            second.start()
+        assert call(first).status_code == 200
+
+
+async def test_cancelled_start_leaves_nothing_behind() -> None:
+    """A task that is cancelled while the provider starts."""
+    before = set(threading.enumerate())
+
+    async def enter() -> None:
+        async with RateLimitedProvider():
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(enter())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert set(threading.enumerate()) == before
+
+
+async def test_process_has_the_same_surface() -> None:
+    """Calls, statistics, arrivals, orders; and the last statistics after the end."""
+    async with ProviderProcess(rpm=600, latency=(0.0, 0.001), policy="sliding_window") as provider:
+        assert provider.pid != os.getpid()
+        assert repr(provider).endswith(f" {provider.base_url}>")
+        assert provider.url + "/v1" == provider.base_url
+        before = time.monotonic_ns()
+        assert call(provider).status_code == 200
+        (arrival,) = provider.arrivals
+        assert before < arrival.time_ns < time.monotonic_ns()
+        assert arrival.admitted
+
+        provider.fail_next(status=503)
+        assert call(provider).status_code == 503
+        provider.reconfigure(rpm=2, latency=(0.0, 0.0))
+        assert call(provider).status_code == 429
+        with pytest.raises(ValueError, match="policy can't change while the provider runs"):
+            provider.reconfigure(policy="fixed_window")
+        with pytest.raises(RuntimeError, match="runs already"):
+            provider.start()
+        running = provider.statistics()
+
+    assert (running.admitted, running.errors, running.refused_429) == (2, 1, {"requests": 1})
+    assert provider.statistics() == running
+    assert provider.pid is None
+    assert refuses_connections(provider.url)
+
+
+def test_process_of_a_killed_parent_ends() -> None:
+    """`kill -9` of whoever started it closes its standard input, and it goes."""
+    script = """
+import os, signal
+from asyncbucket.testing.provider import ProviderProcess
+provider = ProviderProcess()
+provider.start()
+print(provider.url, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+
+    url = done.stdout.split()[0]
+    deadline = time.monotonic() + 10
+    while not refuses_connections(url):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("kind", [RateLimitedProvider, ProviderProcess])
+async def test_failed_start_may_be_tried_again(kind: Any) -> None:
+    """The error comes through `async with`, and nothing of the first try is in the way."""
+    with RateLimitedProvider() as first:
+        second = kind(port=urlsplit(first.url).port)
+        with pytest.raises((OSError, RuntimeError)):
+            await second.__aenter__()
+    async with second:
+        assert call(second).status_code == 200
+
+
+def test_server_that_breaks_at_its_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever uvicorn says, it reaches whoever started it."""
+
+    async def broken(*_: object) -> None:
+        raise LookupError("no such thing")
+
+    monkeypatch.setattr(uvicorn.Server, "startup", broken)
+    with pytest.raises(RuntimeError, match="the provider's server did not start") as caught:
+        RateLimitedProvider().start()
+
+    assert isinstance(caught.value.__cause__, LookupError)
+
+
+def test_process_leaves_ctrl_c_to_its_parent() -> None:
+    """SIGINT reaches a whole terminal; the parent must still be able to ask what was seen."""
+    with ProviderProcess() as provider:
+        assert provider.pid is not None
+        os.kill(provider.pid, signal.SIGINT)
+        time.sleep(0.05)
+        assert call(provider).status_code == 200
+    assert provider.statistics().admitted == 1
+
+
+def test_dead_process_says_that_it_is_dead() -> None:
+    """Not a bare connection error."""
+    with ProviderProcess() as provider:
+        assert provider.pid is not None
+        os.kill(provider.pid, signal.SIGKILL)
+        while not refuses_connections(provider.url):
+            time.sleep(0.005)
+        with pytest.raises(RuntimeError, match="process doesn't answer"):
+            provider.statistics()
+
+
+def test_process_that_can_not_start_says_so() -> None:
+    """Its own error goes to standard error, its status into ours."""
+    with RateLimitedProvider() as first:
+        second = ProviderProcess(port=urlsplit(first.url).port or 0)
+        with pytest.raises(RuntimeError, match="process ended with status 1 at its start"):
+            second.start()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_command_prints_its_url_and_at_the_end_its_statistics(number: signal.Signals) -> None:
+    """One line when it is ready, one line of JSON when it is told to end; status 0."""
+    command = [sys.executable, "-m", "asyncbucket.testing.provider", "--rpm", "60"]
+    with subprocess.Popen([*command, "--latency", "0.001"], stdout=-1, text=True) as process:
+        assert process.stdout is not None
+        base_url = process.stdout.readline().strip()
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/v1", base_url)
+        reply = httpx.post(f"{base_url}/chat/completions", **CALL)
+        assert reply.headers["x-ratelimit-limit-requests"] == "60"
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=10)
+
+    assert json.loads(said)["admitted"] == 1
+    assert process.returncode == 0
+
+
+def test_command_refuses_a_bad_setting_with_its_number() -> None:
+    """Not a traceback."""
+    command = [sys.executable, "-m", "asyncbucket.testing.provider", "--rpm", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert done.stderr == "error: rpm must be at least 1 or None for no limit, not 0\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rpm": 0}, "rpm must be at least 1 or None for no limit, not 0"),
+        ({"concurrency": -1}, "concurrency must be at least 1 or None for no limit, not -1"),
+        ({"policy": "magic"}, "policy must be one of token_bucket, sliding_window, .* not 'magic'"),
+        ({"charge": "magic"}, "charge must be one of openai, azure, usage, not 'magic'"),
+        ({"error_rate": 1.5}, "error_rate must be a share from 0 to 1, not 1.5"),
+        ({"minute": 0}, "minute must be a positive number of seconds, not 0"),
+        ({"latency": -1.0}, r"latency must be seconds >= 0 or \(low, high\), not -1.0"),
+        ({"latency": (2, 1)}, r"latency must be seconds >= 0 or \(low, high\), not \(2, 1\)"),
+        ({"latency": float("nan")}, "latency must be .* not nan"),
+        ({"always": 200}, "status must be 400 to 599, not 200"),
+    ],
+)
+def test_bad_option_is_refused_at_once(options: Any, message: str) -> None:
+    """With its name and its value, in this process and before another is started."""
+    for provider in (RateLimitedProvider, ProviderProcess):
+        with pytest.raises(ValueError, match=message):
+            provider(**options)
+
+
+def test_bad_failure_is_refused_at_once() -> None:
+    """Here, not when it is due."""
+    for provider in (RateLimitedProvider(), ProviderProcess()):
+        with pytest.raises(ValueError, match="status must be 400 to 599, not 200"):
+            provider.fail_next(status=200)
+        with pytest.raises(ValueError, match=r"retry_after must be finite and >= 0 s, not -1"):
+            provider.fail_next(retry_after=-1)
+
+
+@pytest.mark.parametrize("options", [{"clock": time.monotonic_ns}, {"latency": lambda: 0.1}])
+def test_process_takes_no_functions(options: Any) -> None:
+    """They can't be sent."""
+    with pytest.raises(ValueError, match="can't be sent to another process"):
+        ProviderProcess(**options)
+
+
+def test_options_are_the_settings() -> None:
+    """The keywords that the type checker knows are those that there are."""
+    assert set(Options.__annotations__) == set(Settings.__dataclass_fields__)

@@ -1,0 +1,637 @@
+"""The provider as the OpenAI SDK sees it, over real HTTP."""
+
+import asyncio
+import base64
+import json
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeAlias
+
+import httpx
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from openai.types.chat import ChatCompletionToolParam
+from pydantic import BaseModel, Field
+
+from asyncbucket.testing.assertions import assert_within_bucket, busiest_window
+from asyncbucket.testing.provider import RateLimitedProvider
+from asyncbucket.testing.pytest_plugin import ProviderFactory
+from asyncbucket.testing.virtual_time import VirtualTime
+
+MODEL = "gpt-4o-mini"
+
+Until: TypeAlias = Callable[[Callable[[], bool]], Awaitable[None]]
+
+MULTIPLY: ChatCompletionToolParam = {
+    "type": "function",
+    "function": {
+        "name": "multiply",
+        "description": "Multiply two numbers.",
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "integer"}, "b": {"type": "integer", "minimum": 3}},
+            "required": ["a", "b"],
+        },
+    },
+}
+
+
+@pytest.fixture
+async def provider() -> AsyncIterator[RateLimitedProvider]:
+    """A provider without limits."""
+    async with RateLimitedProvider() as provider:
+        yield provider
+
+
+@pytest.fixture
+async def client(provider: RateLimitedProvider) -> AsyncIterator[AsyncOpenAI]:
+    """A client of that provider that doesn't retry."""
+    async with client_of(provider) as client:
+        yield client
+
+
+def client_of(provider: RateLimitedProvider) -> AsyncOpenAI:
+    """Make a client that doesn't retry."""
+    return AsyncOpenAI(base_url=provider.base_url, api_key="test-key", max_retries=0)
+
+
+async def ask(client: AsyncOpenAI, text: str = "Hello", **more: Any) -> Any:
+    """Make one chat call."""
+    messages: Any = [{"role": "user", "content": text}]
+    return await client.chat.completions.create(model=MODEL, messages=messages, **more)
+
+
+async def test_chat_repeats_the_question_and_reports_usage(client: AsyncOpenAI) -> None:
+    """Which answer belongs to which call can be seen, and the usage adds up."""
+    reply = await ask(client, "What is 6 x 7?")
+
+    assert reply.choices[0].message.content == "You said: What is 6 x 7?"
+    assert reply.choices[0].finish_reason == "stop"
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (4, 6)
+    assert reply.usage.total_tokens == 10
+
+
+async def test_max_tokens_cuts_the_reply(client: AsyncOpenAI) -> None:
+    """Both names of it; the reply ends for length."""
+    for name in ("max_tokens", "max_completion_tokens"):
+        reply = await ask(client, "Hello " * 50, **{name: 5})
+        assert reply.choices[0].finish_reason == "length"
+        assert reply.usage.completion_tokens == 5
+
+
+async def test_reply_tokens_sets_the_length_of_replies(
+    provider: RateLimitedProvider, client: AsyncOpenAI
+) -> None:
+    """For loads in which the output matters."""
+    provider.reconfigure(reply_tokens=300)
+
+    assert (await ask(client)).usage.completion_tokens == 300
+
+
+async def test_stream_is_the_reply_in_pieces_and_ends_with_the_usage(client: AsyncOpenAI) -> None:
+    """The last chunk has no choices and the usage; those before have none."""
+    stream = await ask(client, stream=True, stream_options={"include_usage": True})
+    chunks = [chunk async for chunk in stream]
+
+    *parts, finish, last = chunks
+    assert "".join(part.choices[0].delta.content for part in parts) == "You said: Hello"
+    assert len(parts) > 3
+    assert finish.choices[0].finish_reason == "stop"
+    assert last.choices == []
+    assert last.usage.total_tokens == 2 + 4
+    assert {chunk.usage for chunk in chunks[:-1]} == {None}
+
+
+async def test_stream_reports_no_usage_unless_asked(client: AsyncOpenAI) -> None:
+    """As OpenAI: the last chunk is the one with the finish reason."""
+    chunks = [chunk async for chunk in await ask(client, stream=True)]
+
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert {chunk.usage for chunk in chunks} == {None}
+
+
+async def test_model_calls_the_first_tool_once_and_then_answers(client: AsyncOpenAI) -> None:
+    """Arguments are valid for the tool's schema; a result is followed by text."""
+    reply = await ask(client, tools=[MULTIPLY])
+
+    message = reply.choices[0].message
+    assert reply.choices[0].finish_reason == "tool_calls"
+    (call,) = message.tool_calls
+    assert call.function.name == "multiply"
+    assert json.loads(call.function.arguments) == {"a": 1, "b": 3}
+    history: Any = [
+        {"role": "user", "content": "Hello"},
+        message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": call.id, "content": "3"},
+    ]
+    answer = await client.chat.completions.create(model=MODEL, messages=history, tools=[MULTIPLY])
+    assert answer.choices[0].message.content == "You said: Hello"
+    history += [{"role": "assistant", "content": "3"}, {"role": "user", "content": "Again"}]
+    again = await client.chat.completions.create(model=MODEL, messages=history, tools=[MULTIPLY])
+    assert again.choices[0].finish_reason == "tool_calls"
+
+
+async def test_tool_choice_is_obeyed(client: AsyncOpenAI) -> None:
+    """None, any, or the one that is named."""
+    other: Any = {"type": "function", "function": {"name": "other", "parameters": {}}}
+    named = {"type": "function", "function": {"name": "other"}}
+    tools = [MULTIPLY, other]
+
+    silent = await ask(client, tools=tools, tool_choice="none")
+    forced = await ask(client, tools=tools, tool_choice="required")
+    chosen = await ask(client, tools=tools, tool_choice=named)
+    unknown = await ask(client, tools=[MULTIPLY], tool_choice=named)
+
+    assert silent.choices[0].message.tool_calls is None
+    assert forced.choices[0].message.tool_calls[0].function.name == "multiply"
+    assert chosen.choices[0].message.tool_calls[0].function.name == "other"
+    assert unknown.choices[0].message.tool_calls is None
+
+
+async def test_tool_call_streams_in_pieces(client: AsyncOpenAI) -> None:
+    """The name comes first, the arguments in parts that join to the whole."""
+    stream = await ask(client, tools=[MULTIPLY], stream=True)
+    deltas = [chunk.choices[0] async for chunk in stream]
+
+    calls = [choice.delta.tool_calls[0] for choice in deltas if choice.delta.tool_calls]
+    assert calls[0].function.name == "multiply"
+    assert json.loads("".join(call.function.arguments for call in calls)) == {"a": 1, "b": 3}
+    assert deltas[-1].finish_reason == "tool_calls"
+
+
+async def test_response_format_gets_json_that_is_valid_for_it(client: AsyncOpenAI) -> None:
+    """A schema is met by the SDK's own parser; json_object is an object."""
+
+    class Point(BaseModel):
+        x: int = Field(ge=10)
+        label: str
+        neighbours: list["Point"]
+
+    messages: Any = [{"role": "user", "content": "Hello"}]
+    parsed = await client.chat.completions.parse(
+        model=MODEL, messages=messages, response_format=Point
+    )
+    plain = await ask(client, response_format={"type": "json_object"})
+
+    assert parsed.choices[0].message.parsed == Point(x=10, label="text", neighbours=[])
+    assert json.loads(plain.choices[0].message.content) == {}
+
+
+async def test_embeddings_are_unit_vectors_that_depend_on_the_text(client: AsyncOpenAI) -> None:
+    """Equal texts are equal, others differ; as floats and as base64, at any length."""
+    floats = await client.embeddings.create(
+        model="e", input=["a", "b", "a"], encoding_format="float"
+    )
+    packed = await client.embeddings.create(model="e", input=["a", "b", "a"])
+    short = await client.embeddings.create(model="e", input="a", dimensions=3)
+
+    vectors = [item.embedding for item in floats.data]
+    assert [item.index for item in floats.data] == [0, 1, 2]
+    assert vectors[0] == vectors[2] != vectors[1]
+    assert sum(x * x for x in vectors[0]) == pytest.approx(1)
+    assert [item.embedding for item in packed.data] == vectors
+    assert len(vectors[0]) == 64
+    assert len(short.data[0].embedding) == 3
+    assert floats.usage.total_tokens == 3
+
+
+async def test_embeddings_take_tokens(provider: RateLimitedProvider) -> None:
+    """One list of token ids is one text; their number is what they cost."""
+    async with httpx.AsyncClient(headers={"authorization": "Bearer k"}) as client:
+        one = await client.post(
+            f"{provider.base_url}/embeddings",
+            json={"model": "e", "input": [1, 2, 3], "encoding_format": "base64"},
+        )
+        two = await client.post(
+            f"{provider.base_url}/embeddings", json={"model": "e", "input": [[1, 2, 3], [4]]}
+        )
+
+    (item,) = one.json()["data"]
+    assert len(struct.unpack("<64f", base64.b64decode(item["embedding"]))) == 64
+    assert one.json()["usage"]["total_tokens"] == 3
+    assert len(two.json()["data"]) == 2
+    assert provider.statistics().tokens == 3 + 4
+
+
+async def test_responses_give_text_and_usage(client: AsyncOpenAI) -> None:
+    """Of a text or of messages, cut at max_output_tokens."""
+    reply = await client.responses.create(model=MODEL, input="Hello", instructions="Be kind.")
+    cut = await client.responses.create(
+        model=MODEL, input=[{"role": "user", "content": "Hello " * 50}], max_output_tokens=16
+    )
+
+    assert reply.output_text == "You said: Hello"
+    assert reply.status == "completed"
+    assert reply.usage is not None
+    assert (reply.usage.input_tokens, reply.usage.output_tokens) == (4, 4)
+    assert cut.status == "incomplete"
+    assert cut.usage is not None
+    assert cut.usage.output_tokens == 16
+
+
+async def test_responses_stream_their_main_events(client: AsyncOpenAI) -> None:
+    """In order, numbered, joined to the text; the last carries the usage."""
+    stream = await client.responses.create(model=MODEL, input="Hello", stream=True)
+    events: list[Any] = [event async for event in stream]
+
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    text = "".join(e.delta for e in events if e.type == "response.output_text.delta")
+    assert text == events[-1].response.output_text == "You said: Hello"
+    kinds = list(dict.fromkeys(event.type.removeprefix("response.") for event in events))
+    assert kinds == [
+        "created",
+        "in_progress",
+        "output_item.added",
+        "content_part.added",
+        "output_text.delta",
+        "output_text.done",
+        "content_part.done",
+        "output_item.done",
+        "completed",
+    ]
+    assert events[-1].response.usage.total_tokens == 6
+
+
+async def test_responses_call_tools(client: AsyncOpenAI) -> None:
+    """Once, streamed or not; after the output there is text."""
+    tool: Any = {"type": "function", **MULTIPLY["function"], "strict": False}
+    reply = await client.responses.create(model=MODEL, input="Hello", tools=[tool])
+    stream = await client.responses.create(model=MODEL, input="Hello", tools=[tool], stream=True)
+    events: list[Any] = [event async for event in stream]
+
+    call: Any = reply.output[0]
+    assert (call.type, call.name, json.loads(call.arguments)) == (
+        "function_call",
+        "multiply",
+        {"a": 1, "b": 3},
+    )
+    deltas = [e.delta for e in events if e.type == "response.function_call_arguments.delta"]
+    assert "".join(deltas) == call.arguments
+    history: Any = [
+        {"role": "user", "content": "Hello"},
+        call.model_dump(exclude_none=True),
+        {"type": "function_call_output", "call_id": call.call_id, "output": "3"},
+    ]
+    answer = await client.responses.create(model=MODEL, input=history, tools=[tool])
+    assert answer.output_text == "You said: Hello"
+
+
+async def test_responses_obey_a_text_format(client: AsyncOpenAI) -> None:
+    """A schema given in `text.format`, as the SDK's parser gives it."""
+
+    class City(BaseModel):
+        name: str
+
+    reply = await client.responses.parse(model=MODEL, input="Hello", text_format=City)
+
+    assert reply.output_parsed == City(name="text")
+
+
+async def test_legacy_completions_answer(client: AsyncOpenAI) -> None:
+    """For clients that know no chat: whole, and as a stream with usage."""
+    whole = await client.completions.create(model=MODEL, prompt="Hello")
+    stream = await client.completions.create(
+        model=MODEL, prompt="Hello", stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in stream]
+
+    assert whole.choices[0].text == "You said: Hello"
+    assert "".join(c.choices[0].text for c in chunks if c.choices) == "You said: Hello"
+    assert chunks[-1].usage == whole.usage
+
+
+async def test_models_are_listed_and_cost_nothing(
+    provider: RateLimitedProvider, client: AsyncOpenAI
+) -> None:
+    """What clients ask to see whether a provider is there."""
+    names = [model.id async for model in client.models.list()]
+
+    assert MODEL in names
+    assert provider.statistics().requests == 0
+
+
+async def test_azure_client_finds_its_deployment(provider: RateLimitedProvider) -> None:
+    """Its prefix, its api-key header."""
+    async with openai.AsyncAzureOpenAI(
+        azure_endpoint=provider.url, api_key="test-key", api_version="2024-10-21"
+    ) as client:
+        reply = await ask(client)
+
+    assert reply.choices[0].message.content == "You said: Hello"
+
+
+def test_synchronous_client_and_context(rate_limited_provider: ProviderFactory) -> None:
+    """The provider and the SDK without asyncio."""
+    provider = rate_limited_provider()
+    with OpenAI(base_url=provider.base_url, api_key="test-key") as client:
+        reply = client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "Hello"}]
+        )
+
+    assert reply.choices[0].message.content == "You said: Hello"
+
+
+@pytest.mark.parametrize("key", [None, "", "Bearer", "Basic abc"])
+async def test_call_without_a_key_is_401(provider: RateLimitedProvider, key: str | None) -> None:
+    """Any key will do, but one is needed."""
+    headers = {} if key is None else {"authorization": key}
+    async with httpx.AsyncClient() as client:
+        reply = await client.post(f"{provider.base_url}/chat/completions", headers=headers, json={})
+
+    assert reply.status_code == 401
+    assert reply.json()["error"]["code"] == "invalid_api_key"
+    assert (provider.statistics().requests, provider.statistics().invalid) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("chat/completions", {}, "you must provide a model parameter"),
+        ("chat/completions", {"model": "m"}, "'messages' must be a list of messages"),
+        ("chat/completions", {"model": "m", "messages": []}, "'messages' must be a list"),
+        ("chat/completions", {"model": "m", "messages": ["x"]}, "'messages' must hold objects"),
+        ("chat/completions", {"model": "m", "messages": [{"content": 7}]}, "must be text or parts"),
+        ("chat/completions", {"model": "m", "messages": [{"content": [7]}]}, "must be an object"),
+        (
+            "chat/completions",
+            {"model": "m", "messages": [{"content": "x"}], "max_tokens": 0},
+            "'max_tokens' must be an integer of at least 1",
+        ),
+        (
+            "chat/completions",
+            {"model": "m", "messages": [{"content": "x"}], "tools": [7]},
+            "can't be understood",
+        ),
+        ("completions", {"model": "m", "prompt": ["a", "b"]}, "'prompt' must be one string"),
+        ("responses", {"model": "m"}, "'input' must be a list of messages"),
+        ("embeddings", {"model": "m", "input": []}, "'input' must be a text or a list"),
+        ("embeddings", {"model": "m", "input": [{}]}, "'input' holds neither text nor tokens"),
+        ("embeddings", [], "the body must be a JSON object"),
+    ],
+)
+async def test_bad_request_is_400_and_costs_nothing(
+    provider: RateLimitedProvider, path: str, body: object, message: str
+) -> None:
+    """With OpenAI's error body, never a 500."""
+    async with httpx.AsyncClient(headers={"authorization": "Bearer k"}) as client:
+        reply = await client.post(f"{provider.base_url}/{path}", json=body)
+
+    assert reply.status_code == 400
+    assert reply.json()["error"]["type"] == "invalid_request_error"
+    assert message in reply.json()["error"]["message"]
+    assert (provider.statistics().admitted, provider.statistics().invalid) == (0, 1)
+
+
+async def test_what_is_not_there_is_404_and_what_is_not_json_400(
+    provider: RateLimitedProvider,
+) -> None:
+    """Unknown paths and methods; garbage."""
+    async with httpx.AsyncClient(headers={"authorization": "Bearer k"}) as client:
+        unknown = await client.post(f"{provider.base_url}/nonsense", json={})
+        method = await client.get(f"{provider.base_url}/chat/completions")
+        garbage = await client.post(f"{provider.base_url}/chat/completions", content=b"{")
+
+    assert (unknown.status_code, method.status_code, garbage.status_code) == (404, 404, 400)
+    assert unknown.json()["error"]["message"] == "Invalid URL (POST /v1/nonsense)"
+    assert provider.statistics().invalid == 3
+
+
+async def test_every_reply_tells_the_limits(rate_limited_provider: ProviderFactory) -> None:
+    """Limit, what remains, and until when in Go's format."""
+    provider = rate_limited_provider(rpm=60, tpm=6000)
+    async with client_of(provider) as client:
+        reply = await client.chat.completions.with_raw_response.create(
+            model=MODEL, messages=[{"role": "user", "content": "Hello"}], max_tokens=600
+        )
+
+    headers = reply.headers
+    assert headers["x-ratelimit-limit-requests"] == "60"
+    assert headers["x-ratelimit-remaining-requests"] == "59"
+    assert headers["x-ratelimit-reset-requests"] in ("1s", *(f"{ms}ms" for ms in range(900, 1000)))
+    assert headers["x-ratelimit-limit-tokens"] == "6000"
+    assert int(headers["x-ratelimit-remaining-tokens"]) in range(5400, 5410)
+    assert headers["x-ratelimit-reset-tokens"].startswith(("6s", "5.9"))
+    assert headers["x-request-id"].startswith("req_")
+
+
+async def test_429_says_why_and_when_to_come_back(rate_limited_provider: ProviderFactory) -> None:
+    """OpenAI's body with the numbers; retry-after in seconds and in milliseconds."""
+    provider = rate_limited_provider(rpm=1, policy="sliding_window")
+    async with client_of(provider) as client:
+        await ask(client)
+        with pytest.raises(openai.RateLimitError) as caught:
+            await ask(client)
+
+    error: Any = caught.value
+    assert error.code == "rate_limit_exceeded"
+    assert error.type == "requests"
+    assert "on requests per min (RPM): Limit 1, Used 1, Requested 1." in error.message
+    assert "Please try again in 59." in error.message or "in 1m0s" in error.message
+    assert error.response.headers["retry-after"] == "60"
+    assert 59_000 < int(error.response.headers["retry-after-ms"]) <= 60_000
+    assert error.response.headers["x-ratelimit-remaining-requests"] == "0"
+
+
+async def test_429_for_tokens_larger_than_the_limit_promises_nothing(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    """Waiting wouldn't help, so there is no retry-after."""
+    provider = rate_limited_provider(tpm=100)
+    async with client_of(provider) as client:
+        with pytest.raises(openai.RateLimitError, match="can never pass") as caught:
+            await ask(client, max_tokens=101)
+
+    assert getattr(caught.value, "type", None) == "tokens"
+    assert "retry-after" not in caught.value.response.headers
+
+
+async def test_sdk_retries_after_what_the_429_says(rate_limited_provider: ProviderFactory) -> None:
+    """With its own retries on, the SDK waits as told and gets through: the headers are right."""
+    provider = rate_limited_provider(rpm=1, minute=0.2, policy="sliding_window")
+    async with AsyncOpenAI(base_url=provider.base_url, api_key="test-key", max_retries=2) as client:
+        for _ in range(2):
+            await ask(client)
+
+    seen = provider.statistics()
+    assert (seen.admitted, seen.refused_429) == (2, {"requests": 1})
+
+
+@pytest.mark.parametrize(
+    ("charge", "tokens"), [("openai", 50), ("azure", 53), ("usage", 3 + 6)], ids=str
+)
+async def test_call_is_charged_by_the_rule(
+    rate_limited_provider: ProviderFactory, charge: Any, tokens: int
+) -> None:
+    """The larger of prompt and max_tokens, their sum, or what is used in the end."""
+    provider = rate_limited_provider(charge=charge)
+    async with client_of(provider) as client:
+        reply = await ask(client, "Hello, world!"[:12], max_tokens=50)
+
+    assert reply.usage.prompt_tokens == 3
+    assert provider.statistics().tokens == tokens
+
+
+async def test_prompt_counts_tools_images_and_formats(provider: RateLimitedProvider) -> None:
+    """All that is sent as text costs; an image costs 85 tokens."""
+    async with client_of(provider) as client:
+        bare = await ask(client, "x" * 400)
+        tools = await ask(client, "x" * 400, tools=[MULTIPLY], tool_choice="none")
+        image: Any = [
+            {"type": "text", "text": "x" * 400},
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 9000}},
+        ]
+        seen = await ask(client, image)
+
+    assert bare.usage.prompt_tokens == 100
+    assert 130 < tools.usage.prompt_tokens < 200
+    assert seen.usage.prompt_tokens == 185
+
+
+async def test_calls_over_the_concurrency_are_refused(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    """Five at once on three slots: two are refused, and the slots come back."""
+    provider = rate_limited_provider(concurrency=3, latency=0.2)
+    async with client_of(provider) as client:
+        results = await asyncio.gather(*(ask(client) for _ in range(5)), return_exceptions=True)
+        assert sum(isinstance(result, openai.RateLimitError) for result in results) == 2
+        await ask(client)
+
+    seen = provider.statistics()
+    assert (seen.peak_in_flight, seen.in_flight, seen.refused_429) == (3, 0, {"concurrency": 2})
+
+
+async def test_failures_come_as_told(provider: RateLimitedProvider, client: AsyncOpenAI) -> None:
+    """Statuses, codes and retry-after; then all is well again."""
+    provider.fail_next(status=503, retry_after=1.5)
+    provider.fail_next(status=429, code="insufficient_quota")
+
+    with pytest.raises(openai.InternalServerError) as overloaded:
+        await ask(client)
+    with pytest.raises(openai.RateLimitError) as quota:
+        await ask(client)
+    await ask(client)
+
+    assert overloaded.value.status_code == 503
+    assert overloaded.value.response.headers["retry-after-ms"] == "1500"
+    assert (quota.value.code, getattr(quota.value, "type", None)) == ("insufficient_quota",) * 2
+    seen = provider.statistics()
+    assert (seen.admitted, seen.errors, seen.refused_429) == (2, 1, {"scripted": 1})
+
+
+async def test_error_rate_fails_its_share(rate_limited_provider: ProviderFactory) -> None:
+    """With 1.0 every call is a 500."""
+    provider = rate_limited_provider(error_rate=1.0)
+    async with client_of(provider) as client:
+        with pytest.raises(openai.InternalServerError):
+            await ask(client)
+
+
+async def test_stream_breaks_off_when_told(
+    provider: RateLimitedProvider, client: AsyncOpenAI
+) -> None:
+    """After two chunks the connection is cut; a call that isn't a stream gets the status."""
+    provider.fail_next(2, after_chunks=2)
+
+    got: list[Any] = []
+    with pytest.raises((openai.APIConnectionError, httpx.RemoteProtocolError)):
+        got.extend([chunk async for chunk in await ask(client, stream=True)])
+    with pytest.raises(openai.InternalServerError):
+        await ask(client)
+
+    assert provider.statistics().errors == 2
+    assert provider.statistics().in_flight == 0
+
+
+@pytest.mark.real_clock
+async def test_stream_spreads_its_latency_over_its_chunks(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    """Real time, because it is a server's: the first chunk is there long before the last."""
+    provider = rate_limited_provider(latency=lambda: 0.3)
+    loop = asyncio.get_running_loop()
+    async with client_of(provider) as client:
+        begun = loop.time()
+        arrived = [loop.time() - begun async for _ in await ask(client, stream=True)]
+
+    assert arrived[0] < 0.2
+    assert arrived[-1] > 0.25
+
+
+@pytest.mark.real_clock
+@pytest.mark.parametrize("stream", [True, False])
+async def test_slot_comes_back_when_the_client_goes_away(
+    rate_limited_provider: ProviderFactory, until: Until, *, stream: bool
+) -> None:
+    """Real time, because a socket must close: an abandoned call doesn't hold its slot to the end."""
+    provider = rate_limited_provider(latency=60.0)
+
+    async def consume(client: AsyncOpenAI) -> None:
+        reply = await ask(client, stream=stream)
+        async with reply:
+            async for _ in reply:
+                pass
+
+    async with client_of(provider) as client:
+        call = asyncio.create_task(consume(client))
+        await until(lambda: provider.statistics().in_flight == 1)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+    await until(lambda: provider.statistics().in_flight == 0)
+
+    assert provider.statistics().disconnected == 1
+
+
+async def test_arrivals_are_a_trace_of_what_was_admitted(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    """Under a storm a token bucket admits its burst and its refill, to the nanosecond."""
+    provider = rate_limited_provider(rpm=20, minute=1.0)
+    async with client_of(provider) as client:
+        await asyncio.gather(*(ask(client) for _ in range(60)), return_exceptions=True)
+
+    trace = [(arrival.time_ns, 1) for arrival in provider.arrivals if arrival.admitted]
+    assert 20 <= len(trace) < 60
+    assert len(provider.arrivals) == 60
+    assert_within_bucket(trace, rate=20, burst=20)
+
+
+async def test_application_answers_without_a_server() -> None:
+    """`provider.app` under httpx's ASGI transport: no sockets, not even started."""
+    provider = RateLimitedProvider(rpm=1)
+    transport = httpx.ASGITransport(provider.app)
+    async with (
+        httpx.AsyncClient(transport=transport) as http,
+        AsyncOpenAI(
+            base_url="http://provider/v1", api_key="test-key", http_client=http, max_retries=0
+        ) as client,
+    ):
+        await ask(client)
+        with pytest.raises(openai.RateLimitError):
+            await ask(client)
+
+
+def test_application_runs_on_virtual_time(virtual_time: VirtualTime) -> None:
+    """Three minutes of 60 a minute, the SDK retrying as told, and no real second passes."""
+    provider = RateLimitedProvider(
+        rpm=60, policy="sliding_window", latency=2.0, clock=virtual_time.clock
+    )
+
+    async def main() -> None:
+        transport = httpx.ASGITransport(provider.app)
+        async with (
+            httpx.AsyncClient(transport=transport) as http,
+            AsyncOpenAI(
+                base_url="http://provider/v1", api_key="test-key", http_client=http, max_retries=9
+            ) as client,
+        ):
+            await asyncio.gather(*(ask(client) for _ in range(180)))
+
+    virtual_time.run(main())
+
+    trace = [(arrival.time_ns, 1) for arrival in provider.arrivals if arrival.admitted]
+    assert busiest_window(trace, per=60).amount == 60
+    assert virtual_time.now >= 120 + 2.0
+    assert provider.statistics().admitted == 180

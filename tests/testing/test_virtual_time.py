@@ -1,0 +1,301 @@
+import asyncio
+import re
+import socket
+import threading
+import time as real
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncbucket.testing.virtual_time import (
+    DeadlockError,
+    VirtualClock,
+    VirtualTime,
+    VirtualTimeLoop,
+    virtual_time,
+)
+
+SECOND = 1_000_000_000
+
+
+def test_an_hour_passes_in_milliseconds() -> None:
+    """3,600 one-second sleeps take well under a real second and end at exactly 3,600 s."""
+
+    async def an_hour() -> None:
+        for _ in range(3600):
+            await asyncio.sleep(1)
+
+    started = real.monotonic()
+    with virtual_time() as time:
+        time.run(an_hour())
+
+    assert time.clock() == 3600 * SECOND
+    assert time.now == 3600.0
+    assert real.monotonic() - started < 1.0
+
+
+def test_clock_and_loop_agree() -> None:
+    """`clock()` is integer nanoseconds, `loop.time()` the same in seconds, and code takes no time."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(10):
+            await asyncio.sleep(0.1)
+            assert loop.time() == time.clock() / SECOND == time.now
+        assert time.clock() == SECOND
+        _ = sum(range(10_000))
+        assert time.clock() == SECOND
+
+    with virtual_time() as time:
+        time.run(main())
+
+
+@given(st.lists(st.floats(min_value=0, max_value=1e5), min_size=1, max_size=50))
+def test_timers_run_in_order_at_their_own_nanosecond(delays: list[float]) -> None:
+    """Never before its instant, less than a nanosecond (and a float's last digits) after it."""
+    ran: list[tuple[float, int]] = []
+
+    def note(due: float) -> None:
+        ran.append((due, time.clock()))
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        for delay in delays:
+            loop.call_at(delay, note, delay)
+        await asyncio.sleep(1e5)
+
+    with virtual_time() as time:
+        time.run(main())
+
+    assert [due for due, _ in ran] == sorted(delays)
+    for due, at in ran:
+        assert due * SECOND - 0.1 <= at <= due * SECOND + 1.1
+
+
+def test_a_nanosecond_can_be_told_from_the_next() -> None:
+    """Two timers a nanosecond apart run at two instants."""
+
+    async def main() -> list[int]:
+        seen: list[int] = []
+        loop = asyncio.get_running_loop()
+        for nanoseconds in (5_000_000_001, 5_000_000_000):
+            loop.call_at(nanoseconds / SECOND, lambda: seen.append(time.clock()))
+        await asyncio.sleep(6)
+        return seen
+
+    with virtual_time() as time:
+        assert time.run(main()) == [5_000_000_000, 5_000_000_001]
+
+
+@pytest.mark.parametrize("start", [0.0, 1e6, 1e7, 1e9, 1e12])
+def test_loop_never_spins_however_late_it_is(start: float) -> None:
+    """Where a float of seconds is coarser than a nanosecond, timers still come due."""
+
+    async def main() -> None:
+        for _ in range(100):
+            await asyncio.sleep(0.25)
+
+    with virtual_time(start=start) as time:
+        time.run(main())
+        assert time.now == pytest.approx(start + 25, abs=0.05)
+
+
+def test_time_goes_on_from_run_to_run_and_from_loop_to_loop() -> None:
+    """One clock for several runs; `advance` lets it pass without a loop."""
+    with virtual_time() as time:
+        time.run(asyncio.sleep(1))
+        time.advance(0.5)
+        time.run(asyncio.sleep(1))
+        with asyncio.Runner(loop_factory=time.new_loop) as runner:
+            runner.run(asyncio.sleep(1))
+        assert time.now == 3.5
+        assert repr(time) == "<VirtualTime at 3.5 s>"
+        assert repr(time.clock) == "<VirtualClock at 3.5 s>"
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf")])
+def test_time_advances_by_finite_seconds_alone(seconds: float) -> None:
+    """The clock never goes back."""
+    with pytest.raises(ValueError, match=f"can't advance by {seconds} s"):
+        VirtualClock().advance(seconds)
+
+
+def test_timeouts_of_asyncio_run_on_virtual_time() -> None:
+    """`asyncio.timeout` and `wait_for` end at their instants."""
+
+    async def main() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(30):
+                await asyncio.Event().wait()
+        assert time.now == 30.0
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.Event().wait(), 15)
+        assert time.now == 45.0
+
+    with virtual_time() as time:
+        time.run(main())
+
+
+def test_deadlock_names_the_tasks_that_wait() -> None:
+    """Instead of a hang: when, who, and where."""
+
+    async def waits_for_ever() -> None:
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        await asyncio.sleep(2)
+        other = asyncio.create_task(waits_for_ever(), name="other")
+        await other
+
+    with virtual_time() as time, pytest.raises(DeadlockError) as caught:
+        time.run(main())
+
+    assert re.fullmatch(
+        r"deadlock at 2\.0 s of virtual time: nothing is ready and no timer is set, "
+        r"but 2 task\(s\) wait:\n"
+        r"  Task-\d+: \S*main \(test_virtual_time\.py:\d+\)\n"
+        r"  other: \S*waits_for_ever \(test_virtual_time\.py:\d+\) > Event\.wait \(locks\.py:\d+\)",
+        str(caught.value),
+    )
+
+
+def test_loop_without_a_task_is_a_deadlock_too() -> None:
+    """`run_forever` with nothing to do would hang."""
+    loop = VirtualTimeLoop()
+    try:
+        with pytest.raises(DeadlockError, match="no task is left, yet the loop was told to run on"):
+            loop.run_forever()
+    finally:
+        loop.close()
+
+
+def test_executor_work_takes_no_virtual_time() -> None:
+    """A timer of a millisecond doesn't overtake a thread that takes 50 real ones."""
+
+    async def main() -> list[str]:
+        order: list[str] = []
+
+        async def timer() -> None:
+            await asyncio.sleep(0.001)
+            order.append("timer")
+
+        async def thread() -> None:
+            await asyncio.to_thread(real.sleep, 0.05)
+            assert time.clock() == 0
+            order.append("thread")
+
+        await asyncio.gather(timer(), thread())
+        return order
+
+    with virtual_time() as time:
+        assert time.run(main()) == ["thread", "timer"]
+
+
+def test_thread_may_wake_a_loop_that_has_no_timer() -> None:
+    """It gets a real second before the silence is called a deadlock."""
+
+    async def main() -> str:
+        loop = asyncio.get_running_loop()
+        woken: asyncio.Future[str] = loop.create_future()
+
+        def other() -> None:
+            real.sleep(0.05)
+            loop.call_soon_threadsafe(woken.set_result, "woken")
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        try:
+            return await woken
+        finally:
+            thread.join()
+
+    with virtual_time() as time:
+        assert time.run(main()) == "woken"
+        assert time.clock() == 0
+
+
+def test_real_wait_lets_sockets_come_before_timers() -> None:
+    """With `real_wait`, data that arrives within it is read before the clock jumps."""
+
+    async def main(reading: socket.socket, writing: socket.socket) -> bytes:
+        loop = asyncio.get_running_loop()
+        reading.setblocking(False)
+        sender = threading.Timer(0.02, writing.sendall, [b"x"])
+        sender.start()
+        try:
+            async with asyncio.timeout(60):
+                return await loop.sock_recv(reading, 1)
+        finally:
+            sender.join()
+
+    reading, writing = socket.socketpair()
+    with reading, writing, virtual_time(real_wait=5) as time:
+        assert time.run(main(reading, writing)) == b"x"
+        assert time.clock() == 0
+
+
+def test_real_wait_ends_in_a_jump_when_nothing_comes() -> None:
+    """The wait is bounded: afterwards the timer has its turn."""
+    with virtual_time(real_wait=0.001) as time:
+        time.run(asyncio.sleep(1))
+        assert time.now == 1.0
+
+
+def test_all_blocked_returns_when_every_task_waits() -> None:
+    """Not before each has run as far as it can, and without time passing."""
+
+    async def main() -> None:
+        steps = 0
+
+        async def worker() -> None:
+            nonlocal steps
+            for _ in range(10):
+                await asyncio.sleep(0)
+                steps += 1
+            await asyncio.sleep(5)
+            steps += 1
+
+        task = asyncio.create_task(worker())
+        await time.all_blocked()
+        assert (steps, time.clock()) == (10, 0)
+        await task
+
+    with virtual_time() as time:
+        time.run(main())
+
+
+def test_all_blocked_says_that_it_needs_virtual_time() -> None:
+    """On a real loop there is no telling."""
+    with virtual_time() as time, pytest.raises(TypeError, match="needs a VirtualTimeLoop"):
+        asyncio.run(time.all_blocked())
+
+
+def test_cancelled_wait_for_all_blocked_is_forgotten() -> None:
+    """A task that stopped waiting isn't woken."""
+
+    async def main() -> None:
+        waiting = asyncio.create_task(time.all_blocked())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await time.all_blocked()
+        assert waiting.cancelled()
+
+    with virtual_time() as time:
+        time.run(main())
+
+
+def test_loop_is_a_loop_factory() -> None:
+    """For `asyncio.Runner` and for plugins that ask for one."""
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        runner.run(asyncio.sleep(86_400))
+        loop = runner.get_loop()
+        assert isinstance(loop, VirtualTimeLoop)
+        assert loop.clock() == 86_400 * SECOND
+
+
+def test_fixture_gives_virtual_time(virtual_time: VirtualTime) -> None:
+    """The pytest fixture is the same thing, from 0."""
+    virtual_time.run(asyncio.sleep(1.5))
+
+    assert virtual_time.now == 1.5
