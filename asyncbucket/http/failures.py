@@ -1,0 +1,141 @@
+"""What a failed call means: whether another attempt may succeed, and when.
+
+Errors are judged by what they look like, so that no SDK needs to be imported: OpenAI's, Anthropic's,
+httpx's and httpx2's are alike, and others are near enough. What they carry comes from outside; the
+only part of it that gets into a `Verdict` is a status, a code of a few letters and a clamped number.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from time import time as wall_clock
+from typing import Any, Final
+
+from asyncbucket.errors import AsyncBucketError
+from asyncbucket.http import headers
+
+_FIRST_ERROR: Final = 400
+_RATE_LIMITED: Final = 429
+_FIRST_SERVER_ERROR: Final = 500
+_TRANSIENT_STATUSES: Final = frozenset({408, 409, _RATE_LIMITED})
+
+#: A 429 that no waiting helps: platform.openai.com/docs/guides/error-codes, read in 2025.
+_EXHAUSTED: Final = frozenset(
+    {"billing_hard_limit_reached", "billing_not_active", "insufficient_quota"}
+)
+#: Error events in a stream whose status was 200: OpenAI's `code` and `type`, Anthropic's `type`.
+_TRANSIENT_CODES: Final = frozenset(
+    {
+        "api_error",
+        "overloaded_error",
+        "rate_limit_error",
+        "rate_limit_exceeded",
+        "server_error",
+        "timeout_error",
+    }
+)
+#: Python's own, OpenAI's, Anthropic's, httpx's and httpx2's, aiohttp's, requests'.
+_CONNECTION_ERRORS: Final = frozenset(
+    {
+        "APIConnectionError",
+        "ClientConnectionError",
+        "ConnectionError",
+        "Timeout",
+        "TimeoutError",
+        "TransportError",
+    }
+)
+#: Causes that the next attempt would meet again: a wrong URL, header or certificate.
+_LASTING_ERRORS: Final = frozenset(
+    {"LocalProtocolError", "SSLCertVerificationError", "UnsupportedProtocol"}
+)
+_CODE: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Say what an error means for the call that met it."""
+
+    #: Whether another attempt may succeed.
+    retry: bool
+    #: What happened, in a few words that hold nothing from outside but a status and a code.
+    reason: str
+    #: Seconds that the server asks to wait, if it says so.
+    retry_after: float | None = None
+    #: Whether it was refused for rate, which concerns all calls of the limiter.
+    rate_limited: bool = False
+
+
+def classify(error: BaseException) -> Verdict:
+    """Judge an error of OpenAI's or Anthropic's SDK, httpx or the like, by what it looks like.
+
+    A status decides where there is one. An error without (a lost connection, an error event in a
+    stream) is known by the names of its classes, or by the code that it carries. An error that is
+    none of these, or of asyncbucket itself, or not an `Exception`, is not to be retried.
+    """
+    if not isinstance(error, Exception) or isinstance(error, AsyncBucketError):
+        return Verdict(retry=False, reason=type(error).__name__)
+    status, codes = _status(error), frozenset(_codes(error))
+    if status is not None and status >= _FIRST_ERROR:
+        return _judge_status(error, status, codes)
+    if codes & _TRANSIENT_CODES:
+        reason = min(codes & _TRANSIENT_CODES)
+        return Verdict(retry=True, reason=reason, rate_limited=reason.startswith("rate_limit"))
+    names = {kind.__name__ for kind in type(error).__mro__}
+    causes = {type(cause).__name__ for cause in _causes(error)}
+    return Verdict(
+        retry=bool(names & _CONNECTION_ERRORS and not causes & _LASTING_ERRORS),
+        reason=type(error).__name__,
+    )
+
+
+def _judge_status(error: Exception, status: int, codes: frozenset[str]) -> Verdict:
+    code = next((code for code in sorted(codes) if _CODE.fullmatch(code)), None)
+    reason = f"HTTP {status} ({code})" if code else f"HTTP {status}"
+    reply_headers = getattr(getattr(error, "response", None), "headers", None)
+    if not isinstance(reply_headers, Mapping):
+        reply_headers = {}
+    transient = status in _TRANSIENT_STATUSES or status >= _FIRST_SERVER_ERROR
+    if not transient or codes & _EXHAUSTED or headers.forbids_retry(reply_headers):
+        return Verdict(retry=False, reason=reason)
+    return Verdict(
+        retry=True,
+        reason=reason,
+        # Who says 0 names no wait, and is asked again after a back-off.
+        retry_after=headers.retry_after(reply_headers, now=wall_clock()) or None,
+        rate_limited=status == _RATE_LIMITED,
+    )
+
+
+def _status(error: Exception) -> int | None:
+    """Return the HTTP status that an error or its response carries, by the usual names."""
+    for holder in (error, getattr(error, "response", None)):
+        for name in ("status_code", "status", "code"):
+            value = getattr(holder, name, None)
+            if isinstance(value, int) and 100 <= value < 600:  # noqa: PLR2004 - HTTP's range
+                return int(value)
+    return None
+
+
+def _codes(error: Exception) -> Iterator[str]:
+    """Yield the codes and types in an error and its body, in lower case."""
+    body: Any = getattr(error, "body", None)
+    holders: list[Any] = [vars(error), body]
+    if isinstance(body, Mapping):
+        holders.append(body.get("error"))
+    for holder in holders:
+        if isinstance(holder, Mapping):
+            for name in ("code", "type"):
+                value = holder.get(name)
+                # Anthropic's outer `type` is "error", which is no news.
+                if isinstance(value, str) and value != "error":
+                    yield value.lower()
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what caused it, and so on; a chain may be a ring."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__

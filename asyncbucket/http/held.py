@@ -1,0 +1,84 @@
+"""Who holds a lease just now: the guard against paying twice for one call.
+
+Layers lie on top of each other. LlamaIndex's public methods call each other: ``CustomLLM.achat``
+calls ``chat``, that calls ``complete``, and each of them is paced; and beneath them may be an HTTP
+client whose transport is paced, too. Whoever comes first pays, and notes it in a context variable
+for as long as the inner code runs; whoever finds the note passes.
+
+Two traps shape this module. A context outlives the call that ran in it: asyncio keeps a copy for
+every connection that the call opened, and a task started inside keeps one for good. So the note
+refers to its lease weakly, or a pooled connection would hold a slot for ever, and it counts only
+until the lease is released. And a variable set in the body of an async generator leaks into
+whoever iterates over it. So it is set around one step of the inner stream at a time.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Generator
+from contextvars import ContextVar
+from typing import Final
+
+from asyncbucket.lease import Lease
+from asyncbucket.limiter import Limiter
+
+
+class Held:
+    """Note that calls in this context run under a lease of ``limiter``."""
+
+    __slots__ = ("_lease", "limiter", "outer", "requests")
+
+    def __init__(self, limiter: Limiter, lease: Lease) -> None:
+        self.limiter = limiter
+        self.outer = _HELD.get()
+        #: Requests that were seen to leave under this lease.
+        self.requests = 0
+        self._lease = weakref.ref(lease)
+
+    @property
+    def lease(self) -> Lease | None:
+        """The lease, while it is held."""
+        lease = self._lease()
+        return None if lease is None or lease.released else lease
+
+    def leaves(self) -> None:
+        """Count a request that is about to leave, and date the booking by it."""
+        lease = self.lease
+        if lease is not None:
+            self.requests += 1
+            if self.requests > 1:  # one call of the model, several of the provider
+                lease.settle(requests=self.requests)
+            lease.sent()
+
+    def left(self) -> None:
+        """Date the booking by the moment at which the request really went out."""
+        lease = self.lease
+        if lease is not None:
+            lease.sent()
+
+
+_HELD: Final[ContextVar[Held | None]] = ContextVar("asyncbucket_held", default=None)
+
+
+def current() -> Held | None:
+    """Return the innermost note of this context."""
+    return _HELD.get()
+
+
+def is_held(limiter: Limiter) -> bool:
+    """Tell whether this context runs under a lease of ``limiter``."""
+    held = _HELD.get()
+    while held is not None:
+        if held.limiter is limiter and held.lease is not None:
+            return True
+        held = held.outer
+    return False
+
+
+@contextlib.contextmanager
+def holding(held: Held) -> Generator[None]:
+    """Put ``held`` up for the time of a ``with`` block."""
+    token = _HELD.set(held)
+    try:
+        yield
+    finally:
+        _HELD.reset(token)

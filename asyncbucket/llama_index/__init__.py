@@ -1,0 +1,31 @@
+"""LlamaIndex models behind limits: `wrap` for those that exist, mixins for classes of your own.
+
+Read `asyncbucket.llama_index.wrap` first: how wrapping works, and why so.
+"""
+
+try:
+    from llama_index.core.llms.llm import LLM as _LLM
+    from stamina import retry as _retry
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"pacing LlamaIndex models needs {error.name}: pip install 'asyncbucket[llama-index]'"
+    ) from error
+else:
+    del _LLM, _retry  # they were only asked whether they are there
+
+from asyncbucket.llama_index.embedding import RateLimitedEmbedding, RateLimitedMultiModalEmbedding
+from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator
+from asyncbucket.llama_index.events import RateLimitWaitEvent
+from asyncbucket.llama_index.llm import RateLimitedLLM
+from asyncbucket.llama_index.wrap import wrap
+
+__all__ = [
+    "DefaultEstimator",
+    "Estimate",
+    "Estimator",
+    "RateLimitWaitEvent",
+    "RateLimitedEmbedding",
+    "RateLimitedLLM",
+    "RateLimitedMultiModalEmbedding",
+    "wrap",
+]

@@ -1,0 +1,128 @@
+"""A paced embedding model: every request of it is admitted first, once.
+
+The methods that people call (``get_text_embedding_batch`` and its like) look into the embeddings
+cache and cut batches; what is left for the model goes to the private methods below, one request
+each. Pacing there is exact with and without a cache: what the cache has, costs nothing.
+
+Some of them the base class implements by calling others. ``_get_text_embeddings`` and its like then
+make one request a text, so each text pays for itself and the batch as such does not.
+``_aget_text_embedding`` then calls its synchronous twin on the event loop: it pays without blocking
+the loop, and the twin, called within, does not pay again.
+"""
+
+# mypy: disable-error-code="safe-super"
+# Some of what is called by super() is abstract in LlamaIndex; it is a model's class that is paced.
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
+from llama_index.core.embeddings.multi_modal_base import MultiModalEmbedding
+
+from asyncbucket.llama_index.estimate import Estimate
+from asyncbucket.llama_index.mixin import Paced
+from asyncbucket.llama_index.pacing import no_usage
+
+if TYPE_CHECKING:
+    from abc import ABC
+    from dataclasses import InitVar
+
+    from llama_index.core.schema import ImageType
+
+    from asyncbucket.limiter import Limiter
+    from asyncbucket.llama_index.estimate import Estimator
+    from asyncbucket.retry import Retry
+
+    class _Embedding(Paced, BaseEmbedding, ABC):
+        """Let a type checker see what ``super()`` will find, and what a subclass is made with."""
+
+        limiter: Limiter
+        retry: InitVar[Retry | int | None] = None
+        estimator: InitVar[Estimator | None] = None
+
+    class _MultiModalEmbedding(_Embedding, MultiModalEmbedding, ABC):
+        """The same for images."""
+
+else:
+    _Embedding = _MultiModalEmbedding = Paced
+
+
+class RateLimitedEmbedding(_Embedding):
+    """Pace an embedding model: mix it in before the model's class, and give the limiter.
+
+    >>> class PacedEmbedding(RateLimitedEmbedding, OpenAIEmbedding):
+    ...     '''OpenAI's embeddings under my limits.'''
+    >>> embed_model = PacedEmbedding(limiter=limiter)
+
+    `Limiter.wrap` does the same to a model that exists already. A batch of ``embed_batch_size``
+    texts is one request.
+    """
+
+    async def _aget_query_embedding(self, query: str) -> Embedding:
+        send = functools.partial(super()._aget_query_embedding, query)
+        return await self._pacing.call(send, self._cost([query]), read=no_usage)
+
+    async def _aget_text_embedding(self, text: str) -> Embedding:
+        send = functools.partial(super()._aget_text_embedding, text)
+        return await self._pacing.call(send, self._cost([text]), read=no_usage)
+
+    async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
+        send = functools.partial(super()._aget_text_embeddings, texts)
+        if _is_of(BaseEmbedding, send):
+            return await send()
+        return await self._pacing.call(send, self._cost(texts), read=no_usage)
+
+    def _get_query_embedding(self, query: str) -> Embedding:
+        send = functools.partial(super()._get_query_embedding, query)
+        return self._pacing.call_sync(send, self._cost([query]), read=no_usage)
+
+    def _get_text_embedding(self, text: str) -> Embedding:
+        send = functools.partial(super()._get_text_embedding, text)
+        return self._pacing.call_sync(send, self._cost([text]), read=no_usage)
+
+    def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
+        send = functools.partial(super()._get_text_embeddings, texts)
+        if _is_of(BaseEmbedding, send):
+            return send()
+        return self._pacing.call_sync(send, self._cost(texts), read=no_usage)
+
+    def _cost(self, texts: list[str]) -> Callable[[], Estimate]:
+        def estimate() -> Estimate:
+            return Estimate(input_tokens=self._pacing.estimator.embedding(texts), output_tokens=0)
+
+        return estimate
+
+
+class RateLimitedMultiModalEmbedding(RateLimitedEmbedding, _MultiModalEmbedding):
+    """Pace an embedding model for texts and images; an image costs a request and no tokens."""
+
+    async def _aget_image_embedding(self, img_file_path: "ImageType") -> Embedding:
+        send = functools.partial(super()._aget_image_embedding, img_file_path)
+        return await self._pacing.call(send, _no_tokens, read=no_usage)
+
+    async def _aget_image_embeddings(self, img_file_paths: "list[ImageType]") -> list[Embedding]:
+        send = functools.partial(super()._aget_image_embeddings, img_file_paths)
+        if _is_of(MultiModalEmbedding, send):
+            return await send()
+        return await self._pacing.call(send, _no_tokens, read=no_usage)
+
+    def _get_image_embedding(self, img_file_path: "ImageType") -> Embedding:
+        send = functools.partial(super()._get_image_embedding, img_file_path)
+        return self._pacing.call_sync(send, _no_tokens, read=no_usage)
+
+    def _get_image_embeddings(self, img_file_paths: "list[ImageType]") -> list[Embedding]:
+        send = functools.partial(super()._get_image_embeddings, img_file_paths)
+        if _is_of(MultiModalEmbedding, send):
+            return send()
+        return self._pacing.call_sync(send, _no_tokens, read=no_usage)
+
+
+def _no_tokens() -> Estimate:
+    return Estimate(input_tokens=0, output_tokens=0)
+
+
+def _is_of(base: type, send: "functools.partial[Any]") -> bool:
+    """Tell whether a model inherits the method in ``send`` from ``base``, which calls others."""
+    name: str = send.func.__name__
+    return getattr(send.func, "__func__", None) is vars(base)[name]

@@ -1,0 +1,43 @@
+"""The guard against paying twice, which the wrap shares with the transports beneath it.
+
+Here a note carries the usage besides: where a method of a model ends in another and makes something
+of its reply, the usage is seen within, and settles the call outside.
+"""
+
+import contextlib
+
+from asyncbucket.http.held import Held, current, holding
+from asyncbucket.lease import Lease
+from asyncbucket.limiter import Limiter
+from asyncbucket.llama_index.usage import Usage
+
+
+class HeldCall(Held):
+    """Note that a model's call runs in this context under a lease of ``limiter``."""
+
+    __slots__ = ("usage",)
+
+    def __init__(self, limiter: Limiter, lease: Lease) -> None:
+        super().__init__(limiter, lease)
+        #: What a method called within said it used.
+        self.usage: Usage | None = None
+
+    def inside(self) -> contextlib.AbstractContextManager[None]:
+        """Put the note up for the time of a ``with`` block."""
+        return holding(self)
+
+
+def held_call(limiter: Limiter) -> Held | None:
+    """Return the note that this context runs under a lease of ``limiter``, or None."""
+    held = current()
+    while held is not None:
+        if held.limiter is limiter and held.lease is not None:
+            return held
+        held = held.outer
+    return None
+
+
+def note_usage(held: Held, usage: Usage | None) -> None:
+    """Keep the usage that a nested call has seen, for the call outside."""
+    if usage is not None and isinstance(held, HeldCall):
+        held.usage = usage

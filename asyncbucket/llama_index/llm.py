@@ -1,0 +1,128 @@
+"""A paced LLM: every call of it is admitted first, once."""
+
+# mypy: disable-error-code="safe-super"
+# Some of what is called by super() is abstract in LlamaIndex; it is a model's class that is paced.
+
+import functools
+import sys
+from abc import ABC
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+)
+from llama_index.core.llms.llm import LLM
+
+from asyncbucket.llama_index.held import held_call
+from asyncbucket.llama_index.streams import AsyncPacedStream, PacedStream
+from asyncbucket.llama_index.structured import RateLimitedPrediction
+
+if TYPE_CHECKING:
+    from asyncbucket.llama_index.estimate import Estimate
+
+
+class RateLimitedLLM(RateLimitedPrediction, ABC):
+    """Pace an LLM: mix it in before the LLM's class, and give the limiter when making one.
+
+    >>> class PacedOpenAI(RateLimitedLLM, OpenAI):
+    ...     '''OpenAI's models under my limits.'''
+    >>> llm = PacedOpenAI(model="gpt-4o-mini", limiter=limiter)
+
+    `Limiter.wrap` does the same to a model that exists already. What LlamaIndex builds on these
+    methods (prediction, tools, agents, structured output, query engines) passes through them, and
+    is paced by them.
+    """
+
+    # -- asynchronous ------------------------------------------------------------------------------
+
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        send = functools.partial(super().achat, messages, **kwargs)
+        return await self._pacing.call(send, self._chat_cost(messages, kwargs))
+
+    async def acomplete(self, prompt: str, *args: Any, **kwargs: Any) -> CompletionResponse:
+        send = functools.partial(super().acomplete, prompt, *args, **kwargs)
+        return await self._pacing.call(send, self._completion_cost(prompt, kwargs))
+
+    async def astream_chat(
+        self, messages: Sequence[ChatMessage], **kwargs: Any
+    ) -> ChatResponseAsyncGen:
+        if held_call(self.limiter):
+            return await super().astream_chat(messages, **kwargs)
+        messages = list(messages)  # the stream starts later, when the list may have grown
+        return AsyncPacedStream(
+            self._pacing,
+            functools.partial(super().astream_chat, messages, **kwargs),
+            self._chat_cost(messages, kwargs),
+            ask_for_usage=_has_to_ask(self, kwargs),
+        )
+
+    async def astream_complete(
+        self, prompt: str, *args: Any, **kwargs: Any
+    ) -> CompletionResponseAsyncGen:
+        if held_call(self.limiter):
+            return await super().astream_complete(prompt, *args, **kwargs)
+        return AsyncPacedStream(
+            self._pacing,
+            functools.partial(super().astream_complete, prompt, *args, **kwargs),
+            self._completion_cost(prompt, kwargs),
+            ask_for_usage=_has_to_ask(self, kwargs),
+        )
+
+    # -- synchronous -------------------------------------------------------------------------------
+
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        send = functools.partial(super().chat, messages, **kwargs)
+        return self._pacing.call_sync(send, self._chat_cost(messages, kwargs))
+
+    def complete(self, prompt: str, *args: Any, **kwargs: Any) -> CompletionResponse:
+        send = functools.partial(super().complete, prompt, *args, **kwargs)
+        return self._pacing.call_sync(send, self._completion_cost(prompt, kwargs))
+
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        if held_call(self.limiter):
+            return super().stream_chat(messages, **kwargs)
+        messages = list(messages)
+        return PacedStream(
+            self._pacing,
+            functools.partial(super().stream_chat, messages, **kwargs),
+            self._chat_cost(messages, kwargs),
+            ask_for_usage=_has_to_ask(self, kwargs),
+        )
+
+    def stream_complete(self, prompt: str, *args: Any, **kwargs: Any) -> CompletionResponseGen:
+        if held_call(self.limiter):
+            return super().stream_complete(prompt, *args, **kwargs)
+        return PacedStream(
+            self._pacing,
+            functools.partial(super().stream_complete, prompt, *args, **kwargs),
+            self._completion_cost(prompt, kwargs),
+            ask_for_usage=_has_to_ask(self, kwargs),
+        )
+
+    # -- what a call costs -------------------------------------------------------------------------
+
+    def _chat_cost(
+        self, messages: Sequence[ChatMessage], kwargs: dict[str, Any]
+    ) -> "functools.partial[Estimate]":
+        return functools.partial(self._pacing.estimator.chat, self, messages, kwargs)
+
+    def _completion_cost(
+        self, prompt: str, kwargs: dict[str, Any]
+    ) -> "functools.partial[Estimate]":
+        return functools.partial(self._pacing.estimator.completion, self, prompt, kwargs)
+
+
+def _has_to_ask(llm: LLM, kwargs: dict[str, Any]) -> bool:
+    """Tell whether a stream of ``llm`` ends with its usage only if asked, and the user did not."""
+    if "stream_options" in kwargs or "stream_options" in getattr(llm, "additional_kwargs", {}):
+        return False
+    # Whoever has a model of that class has loaded the module.
+    openai = sys.modules.get("llama_index.llms.openai.base")
+    return openai is not None and isinstance(llm, openai.OpenAI)

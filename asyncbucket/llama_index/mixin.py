@@ -1,0 +1,118 @@
+"""What paced LLMs and paced embedding models have in common."""
+
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from asyncbucket.limiter import Limiter
+from asyncbucket.llama_index.clients import is_client, reporting, without_retries
+from asyncbucket.llama_index.copies import reduce
+from asyncbucket.llama_index.estimate import Estimator
+from asyncbucket.llama_index.pacing import Pacing
+from asyncbucket.retry import Retry
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+_PACING: Final = "_asyncbucket_pacing"
+
+
+class _NoRetries:
+    """Be 0 on an instance, whatever its field says: one layer retries, and it is ours.
+
+    The field's own value stays where it is, so that it is serialised, copied and set as ever. On
+    the class there is nothing, as with any pydantic field: a property would be taken for a
+    subclass's default.
+    """
+
+    def __get__(self, model: object, owner: type | None = None) -> int:
+        if model is None:
+            raise AttributeError("max_retries")
+        return 0
+
+    def __set__(self, model: object, value: int) -> None:
+        vars(model)["max_retries"] = value
+
+
+class Paced:
+    """Be the part of a paced model that is neither LLM nor embedding.
+
+    The class is no pydantic model, so that mixing it in adds no field, changes no default, and
+    leaves its methods to us: LlamaIndex puts a span around what a *model's* class overrides.
+    """
+
+    # For a type checker both are fields of the model's class.
+    if not TYPE_CHECKING:  # pragma: no branch - always so at run time
+        max_retries = _NoRetries()
+
+        @property
+        def limiter(self) -> Limiter:
+            """The limiter that paces this model."""
+            return self._pacing.limiter
+
+    def __init__(
+        self,
+        *args: Any,
+        limiter: Limiter,
+        retry: Retry | int | None = None,
+        estimator: Estimator | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Make the model of all other arguments, paced by ``limiter``."""
+        super().__init__(*args, **kwargs)
+        bind(self, Pacing(limiter, retry=retry, estimator=estimator))
+
+    @property
+    def _pacing(self) -> Pacing:
+        return cast("Pacing", _private(self)[_PACING])
+
+    def _get_client(self) -> Any:
+        above: Any = super()  # some models have it
+        return self._ours(above._get_client())  # noqa: SLF001 - an override
+
+    def _get_aclient(self) -> Any:
+        above: Any = super()
+        return self._ours(above._get_aclient())  # noqa: SLF001 - as above
+
+    def _ours(self, client: Any) -> Any:
+        """Have a client report that was made under our `max_retries`; fields are the user's."""
+        if any(client is value for value in vars(self).values()):
+            return client
+        return reporting(client)
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        return reduce(self, self._pacing)
+
+    def __repr_args__(self) -> "Generator[tuple[str | None, Any]]":
+        """Show what a reader asks for. The fields of a model hold its API key."""
+        for name in ("model", "model_name"):
+            if name in vars(self):
+                yield name, vars(self)[name]
+                break
+        yield "limiter", self._pacing.limiter
+
+
+def bind(model: object, pacing: Pacing) -> None:
+    """Pace ``model``, of a class with `Paced`: keep ``pacing`` and clients that do not retry.
+
+    Both go among pydantic's private values: no field, so in no schema, dump, comparison of
+    ingestion caches, or dialogue with a server.
+    """
+    private = {
+        name: without_retries(value) if is_client(value) else value
+        for name, value in _private(model).items()
+    }
+    object.__setattr__(model, "__pydantic_private__", {**private, _PACING: pacing})
+
+
+def pacing_of(model: object) -> Pacing | None:
+    """Return how ``model`` is paced, or None."""
+    return model._pacing if isinstance(model, Paced) else None  # noqa: SLF001 - ours
+
+
+def unpaced_private(model: object) -> dict[str, Any]:
+    """Return the private values of ``model`` but ours."""
+    return {name: value for name, value in _private(model).items() if name != _PACING}
+
+
+def _private(model: object) -> dict[str, Any]:
+    private: dict[str, Any] | None = getattr(model, "__pydantic_private__", None)
+    return private or {}

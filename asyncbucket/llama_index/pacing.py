@@ -1,0 +1,155 @@
+"""How one model is paced: its limiter, its retries, its estimates, and one call of it."""
+
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Self, TypeVar
+
+from llama_index_instrumentation import get_dispatcher
+
+from asyncbucket.lease import Lease
+from asyncbucket.limiter import Limiter
+from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator, Observer
+from asyncbucket.llama_index.events import RateLimitWaitEvent
+from asyncbucket.llama_index.held import HeldCall, held_call, note_usage
+from asyncbucket.llama_index.usage import Usage, usage_of
+from asyncbucket.retry import Retrier, Retry
+
+T = TypeVar("T")
+
+_dispatcher: Final = get_dispatcher(__name__)
+
+
+class Pacing:
+    """Belong to one paced model and pace its calls; copies of the model share it."""
+
+    __slots__ = ("asks_for_usage", "estimator", "limiter", "options", "retrier")
+
+    def __init__(
+        self,
+        limiter: Limiter,
+        *,
+        retry: Retry | int | None = None,
+        estimator: Estimator | None = None,
+    ) -> None:
+        self.limiter = limiter
+        #: As they were given, to pace a copy alike.
+        self.options: dict[str, Any] = {"retry": retry, "estimator": estimator}
+        self.estimator = DefaultEstimator() if estimator is None else estimator
+        self.retrier = Retrier(Retry.of(retry), limiter)
+        #: Whether a stream asks its provider for the usage; off for good once one refuses.
+        self.asks_for_usage = True
+
+    # -- one call ----------------------------------------------------------------------------------
+
+    async def call(
+        self,
+        send: Callable[[], Awaitable[T]],
+        estimate: Callable[[], Estimate],
+        *,
+        read: Callable[[T], Usage | None] = usage_of,
+    ) -> T:
+        """Return what ``send()`` does, paced and retried; or just that within a paced call.
+
+        ``read`` finds the usage in a reply. One that is made of what the model wrote has none, and
+        must not be searched for it.
+        """
+        held = held_call(self.limiter)
+        if held is None:
+            cost = estimate()
+            return await self.retrier.call(functools.partial(self._attempt, send, cost, read))
+        reply = await send()
+        note_usage(held, read(reply))
+        return reply
+
+    def call_sync(
+        self,
+        send: Callable[[], T],
+        estimate: Callable[[], Estimate],
+        *,
+        read: Callable[[T], Usage | None] = usage_of,
+    ) -> T:
+        """Do what `call` does, on a thread that may be blocked."""
+        held = held_call(self.limiter)
+        if held is None:
+            cost = estimate()
+            return self.retrier.call_sync(functools.partial(self._attempt_sync, send, cost, read))
+        reply = send()
+        note_usage(held, read(reply))
+        return reply
+
+    async def _attempt(
+        self,
+        send: Callable[[], Awaitable[T]],
+        estimate: Estimate,
+        read: Callable[[T], Usage | None],
+    ) -> T:
+        with await self.admit(estimate) as lease:
+            held = HeldCall(self.limiter, lease)
+            with held.inside():
+                reply = await send()
+            self.settle(lease, read(reply) or held.usage)
+            return reply
+
+    def _attempt_sync(
+        self, send: Callable[[], T], estimate: Estimate, read: Callable[[T], Usage | None]
+    ) -> T:
+        with self.admit_sync(estimate) as lease:
+            held = HeldCall(self.limiter, lease)
+            with held.inside():
+                reply = send()
+            self.settle(lease, read(reply) or held.usage)
+            return reply
+
+    # -- before and after it -----------------------------------------------------------------------
+
+    async def admit(self, estimate: Estimate) -> Lease:
+        """Wait for the admission of a call that costs ``estimate``."""
+        lease = await self.limiter.acquire(
+            input_tokens=estimate.input_tokens, output_tokens=self._output(estimate)
+        )
+        self._tell(lease)
+        return lease
+
+    def admit_sync(self, estimate: Estimate) -> Lease:
+        """Do what `admit` does, on a thread that may be blocked."""
+        lease = self.limiter.acquire_sync(
+            input_tokens=estimate.input_tokens, output_tokens=self._output(estimate)
+        )
+        self._tell(lease)
+        return lease
+
+    def settle(self, lease: Lease, usage: Usage | None) -> None:
+        """Correct what was reserved by what a whole reply used, where that is known."""
+        if usage is not None:
+            lease.settle(input_tokens=usage.input_tokens, output_tokens=usage.output_tokens)
+            if isinstance(self.estimator, Observer):
+                self.estimator.observe(usage.output_tokens)
+
+    def _output(self, estimate: Estimate) -> int:
+        """Return the output to reserve: a guess of it must not make a call impossible."""
+        output = estimate.output_tokens
+        if estimate.foreseen:
+            for limit in self.limiter.limits:
+                if limit.resource == "output_tokens":
+                    output = min(output, limit.amount)
+                elif limit.resource == "tokens":
+                    output = min(output, limit.amount - estimate.input_tokens)
+        return max(0, output)
+
+    def _tell(self, lease: Lease) -> None:
+        if lease.waited > 0:
+            _dispatcher.event(
+                RateLimitWaitEvent(
+                    waited=lease.waited, bound_by=lease.bound_by, limiter=self.limiter.name
+                )
+            )
+
+    # -- copies ------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """Be shared: a copy of a model spends from the same budget."""
+        return self
+
+
+def no_usage(_: object) -> None:
+    """Find no usage: what a reply says is the model's, not the provider's."""

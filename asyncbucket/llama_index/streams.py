@@ -1,0 +1,247 @@
+"""Streams that hold their slot until they are exhausted, closed, broken off or dropped.
+
+They are classes and not generators, because the ``finally`` of a generator that was never started
+never runs: a stream must take nothing before its first item is asked for, and must not depend on
+being closed. All is done at the first ``__anext__``: admission, the model's own call, and the first
+item of its stream, which is where OpenAI's 429 shows. Up to that point a failed attempt is made
+anew, as of any call; after it never, for the caller has seen a part of the answer.
+
+A dropped stream drops its lease, and a lease that is dropped releases itself, safely even where
+the garbage collector interrupts the limiter. (A ``__del__`` here could not call `Lease.release`.)
+
+The usage comes with a stream's last chunk, from OpenAI only if it is asked for. Where we asked and
+the user did not, that chunk, empty but for the usage, is kept from the caller: whoever looks at the
+last chunk expects the end of the answer there.
+"""
+
+import contextlib
+import functools
+from collections.abc import AsyncGenerator, Callable, Generator
+from types import TracebackType
+from typing import Any, Final, Generic, TypeVar
+
+from llama_index_instrumentation.span import active_span_id
+
+from asyncbucket.lease import Lease
+from asyncbucket.llama_index.estimate import Estimate
+from asyncbucket.llama_index.held import HeldCall
+from asyncbucket.llama_index.pacing import Pacing
+from asyncbucket.llama_index.usage import Usage, usage_of
+
+T = TypeVar("T")
+
+#: What makes OpenAI's streams end with their usage.
+USAGE_OPTION: Final = {"stream_options": {"include_usage": True}}
+
+_BAD_REQUEST: Final = (400, 404, 422)
+
+
+class _Stream(Generic[T]):
+    """What both kinds of stream do alike: hold a lease, see the usage go by, let go once."""
+
+    def __init__(
+        self,
+        pacing: Pacing,
+        start: Callable[..., Any],
+        estimate: Callable[[], Estimate],
+        *,
+        ask_for_usage: bool = False,
+        read: Callable[[T], Usage | None] = usage_of,
+    ) -> None:
+        """Pace the stream that ``start()`` gives; nothing is taken and nothing sent yet."""
+        self._pacing = pacing
+        self._start = start
+        self._estimate = functools.cache(estimate)
+        self._read = read
+        self._asks = ask_for_usage and pacing.asks_for_usage
+        self._parent_span = active_span_id.get()
+        self._inner: Any = None
+        self._lease: Lease | None = None
+        self._held: HeldCall | None = None
+        self._usage: Usage | None = None
+        self._over = False
+
+    def _admitted(self, lease: Lease) -> None:
+        self._lease, self._held = lease, HeldCall(self._pacing.limiter, lease)
+
+    def _options(self) -> dict[str, Any]:
+        return USAGE_OPTION if self._asks else {}
+
+    @contextlib.contextmanager
+    def _inside(self) -> Generator[None]:
+        """Run the model's own code: under our lease, and its span below the caller's."""
+        assert self._held is not None
+        token = active_span_id.set(self._parent_span)
+        try:
+            with self._held.inside():
+                yield
+        finally:
+            active_span_id.reset(token)
+
+    def _is_for_caller(self, item: T) -> bool:
+        """Note the usage that ``item`` carries; tell whether it carries anything else."""
+        usage = self._read(item)
+        if usage is not None:
+            self._usage = usage | self._usage
+        return not (self._asks and usage and not getattr(getattr(item, "raw", None), "choices", 1))
+
+    def _must_not_ask(self, error: BaseException) -> bool:
+        """Tell whether the provider refused to be asked for the usage; ask no more then."""
+        if not (self._asks and getattr(error, "status_code", None) in _BAD_REQUEST):
+            return False
+        if "stream_options" not in str(error):
+            return False
+        self._asks = self._pacing.asks_for_usage = False
+        return True
+
+    def _let_go(self) -> None:
+        """Give the slot back, and forget the attempt."""
+        lease, self._lease = self._lease, None
+        self._inner = self._held = None
+        if lease is not None:
+            lease.release()
+
+    def _exhaust(self) -> None:
+        """End after the last item, by now the usage is known; of a broken stream it never is."""
+        assert self._lease is not None
+        self._pacing.settle(self._lease, self._usage)
+        self._end()
+
+    def _end(self) -> None:
+        self._over = True
+        self._let_go()
+
+
+class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
+    """Pace an asynchronous stream of a model's replies."""
+
+    async def asend(self, _: None, /) -> T:
+        """Return the next item, as ``__anext__`` does."""
+        if self._over:
+            raise StopAsyncIteration
+        try:
+            if self._inner is None:
+                item = await self._pacing.retrier.call(self._begin)
+            else:
+                item = await self._pull()
+        except BaseException:
+            self._end()
+            raise
+        if item is None:
+            self._exhaust()
+            raise StopAsyncIteration
+        return item
+
+    async def _begin(self) -> T | None:
+        """Return the first item, None if there is none: one attempt."""
+        self._admitted(await self._pacing.admit(self._estimate()))
+        try:
+            with self._inside():
+                self._inner = aiter(await self._start(**self._options()))
+            return await self._pull()
+        except BaseException as error:
+            self._let_go()
+            if not self._must_not_ask(error):
+                raise
+        return await self._begin()
+
+    async def _pull(self) -> T | None:
+        while True:
+            with self._inside():
+                item: T | None = await anext(self._inner, None)
+            if item is None or self._is_for_caller(item):
+                return item
+
+    async def athrow(
+        self,
+        kind: type[BaseException] | BaseException,
+        value: BaseException | object = None,
+        traceback: TracebackType | None = None,
+        /,
+    ) -> T:
+        """End the stream and raise: nobody inside would handle it."""
+        await self.aclose()
+        raise _raised(kind, value, traceback)
+
+    async def aclose(self) -> None:
+        """End the stream and give the slot back. Idempotent."""
+        inner = self._inner
+        try:
+            if inner is not None and hasattr(inner, "aclose"):
+                await inner.aclose()
+        finally:
+            self._end()
+
+
+class PacedStream(_Stream[T], Generator[T, None, None]):
+    """Pace a synchronous stream of a model's replies."""
+
+    def send(self, _: None, /) -> T:
+        """Return the next item, as ``__next__`` does."""
+        if self._over:
+            raise StopIteration
+        try:
+            if self._inner is None:
+                item = self._pacing.retrier.call_sync(self._begin)
+            else:
+                item = self._pull()
+        except BaseException:
+            self._end()
+            raise
+        if item is None:
+            self._exhaust()
+            raise StopIteration
+        return item
+
+    def _begin(self) -> T | None:
+        """Return the first item, None if there is none: one attempt."""
+        self._admitted(self._pacing.admit_sync(self._estimate()))
+        try:
+            with self._inside():
+                self._inner = iter(self._start(**self._options()))
+            return self._pull()
+        except BaseException as error:
+            self._let_go()
+            if not self._must_not_ask(error):
+                raise
+        return self._begin()
+
+    def _pull(self) -> T | None:
+        while True:
+            with self._inside():
+                item: T | None = next(self._inner, None)
+            if item is None or self._is_for_caller(item):
+                return item
+
+    def throw(
+        self,
+        kind: type[BaseException] | BaseException,
+        value: BaseException | object = None,
+        traceback: TracebackType | None = None,
+        /,
+    ) -> T:
+        """End the stream and raise: nobody inside would handle it."""
+        self.close()
+        raise _raised(kind, value, traceback)
+
+    def close(self) -> None:
+        """End the stream and give the slot back. Idempotent."""
+        inner = self._inner
+        try:
+            if inner is not None and hasattr(inner, "close"):
+                inner.close()
+        finally:
+            self._end()
+
+
+def _raised(
+    kind: type[BaseException] | BaseException, value: object, traceback: TracebackType | None
+) -> BaseException:
+    """Return the exception that ``throw(kind, value, traceback)`` raises."""
+    if isinstance(kind, BaseException):
+        error = kind
+    elif isinstance(value, BaseException):
+        error = value
+    else:
+        error = kind() if value is None else kind(value)
+    return error if traceback is None else error.with_traceback(traceback)

@@ -1,0 +1,146 @@
+"""Structured prediction: paced by the chat inside it, or as a whole where there is none.
+
+LlamaIndex's own ways of structured prediction end in ``chat`` and its like, which are paced and see
+the usage; so they pass here. Some integrations talk to their client instead: OpenAIResponses and
+Anthropic call ``parse``. And of most we know nothing. All these are paced here, as one call: should
+there be a ``chat`` inside after all, it does not pay again, and its usage settles the call.
+"""
+
+# mypy: disable-error-code="safe-super"
+# Some of what is called by super() is abstract in LlamaIndex; it is a model's class that is paced.
+
+import functools
+from abc import ABC
+from typing import TYPE_CHECKING, Any, Final
+
+from asyncbucket.llama_index.held import held_call
+from asyncbucket.llama_index.mixin import Paced
+from asyncbucket.llama_index.pacing import no_usage
+from asyncbucket.llama_index.streams import AsyncPacedStream, PacedStream
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Generator
+    from dataclasses import InitVar
+
+    from llama_index.core.llms.llm import LLM
+    from llama_index.core.prompts import PromptTemplate
+    from llama_index.core.types import Model
+
+    from asyncbucket.limiter import Limiter
+    from asyncbucket.llama_index.estimate import Estimate, Estimator
+    from asyncbucket.retry import Retry
+
+    class _LLM(Paced, LLM, ABC):
+        """Let a type checker see what ``super()`` will find, and what a subclass is made with."""
+
+        limiter: Limiter
+        retry: InitVar[Retry | int | None] = None
+        estimator: InitVar[Estimator | None] = None
+
+else:
+    _LLM = Paced
+
+#: Implementations outside of LlamaIndex's core that are known to end in ``chat`` and its like.
+_END_IN_CHAT: Final = frozenset(
+    {
+        "llama_index.llms.openai.base.OpenAI.astream_structured_predict",
+        "llama_index.llms.openai.base.OpenAI.astructured_predict",
+        "llama_index.llms.openai.base.OpenAI.stream_structured_predict",
+        "llama_index.llms.openai.base.OpenAI.structured_predict",
+        "llama_index.llms.openai.responses.OpenAIResponses.astream_structured_predict",
+        "llama_index.llms.openai.responses.OpenAIResponses.stream_structured_predict",
+    }
+)
+
+
+class RateLimitedPrediction(_LLM, ABC):
+    """Be the part of a paced LLM that predicts structures."""
+
+    async def astructured_predict(
+        self,
+        output_cls: "type[Model]",
+        prompt: "PromptTemplate",
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> "Model":
+        """Predict an ``output_cls``; one admission, in here or as a whole."""
+        send = functools.partial(
+            super().astructured_predict, output_cls, prompt, llm_kwargs, **prompt_args
+        )
+        if _ends_in_chat(type(self), "astructured_predict"):
+            passed: Model = await send()
+            return passed
+        cost = self._prediction_cost(output_cls, prompt, llm_kwargs, prompt_args)
+        predicted: Model = await self._pacing.call(send, cost, read=no_usage)
+        return predicted
+
+    async def astream_structured_predict(
+        self,
+        output_cls: "type[Model]",
+        prompt: "PromptTemplate",
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> "AsyncGenerator[Any, None]":
+        """Predict an ``output_cls`` bit by bit; one admission, in here or as a whole."""
+        send = functools.partial(
+            super().astream_structured_predict, output_cls, prompt, llm_kwargs, **prompt_args
+        )
+        if _ends_in_chat(type(self), "astream_structured_predict") or held_call(self.limiter):
+            return await send()
+        cost = self._prediction_cost(output_cls, prompt, llm_kwargs, prompt_args)
+        return AsyncPacedStream(self._pacing, send, cost, read=no_usage)
+
+    def structured_predict(
+        self,
+        output_cls: "type[Model]",
+        prompt: "PromptTemplate",
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> "Model":
+        """Predict an ``output_cls``; one admission, in here or as a whole."""
+        send = functools.partial(
+            super().structured_predict, output_cls, prompt, llm_kwargs, **prompt_args
+        )
+        if _ends_in_chat(type(self), "structured_predict"):
+            passed: Model = send()
+            return passed
+        cost = self._prediction_cost(output_cls, prompt, llm_kwargs, prompt_args)
+        predicted: Model = self._pacing.call_sync(send, cost, read=no_usage)
+        return predicted
+
+    def stream_structured_predict(
+        self,
+        output_cls: "type[Model]",
+        prompt: "PromptTemplate",
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> "Generator[Any, None, None]":
+        """Predict an ``output_cls`` bit by bit; one admission, in here or as a whole."""
+        send = functools.partial(
+            super().stream_structured_predict, output_cls, prompt, llm_kwargs, **prompt_args
+        )
+        if _ends_in_chat(type(self), "stream_structured_predict") or held_call(self.limiter):
+            return send()
+        cost = self._prediction_cost(output_cls, prompt, llm_kwargs, prompt_args)
+        return PacedStream(self._pacing, send, cost, read=no_usage)
+
+    def _prediction_cost(
+        self,
+        output_cls: "type[Model]",
+        prompt: "PromptTemplate",
+        llm_kwargs: dict[str, Any] | None,
+        prompt_args: dict[str, Any],
+    ) -> "functools.partial[Estimate]":
+        messages = prompt.format_messages(**prompt_args)
+        kwargs = {"response_format": output_cls, **(llm_kwargs or {})}
+        return functools.partial(self._pacing.estimator.chat, self, messages, kwargs)
+
+
+@functools.lru_cache(maxsize=1024)
+def _ends_in_chat(cls: type[Any], name: str) -> bool:
+    """Tell whether what a class does as ``name`` is known to come to its ``chat`` methods."""
+    after = cls.__mro__[cls.__mro__.index(RateLimitedPrediction) + 1 :]
+    owner = next(base for base in after if name in vars(base))
+    if owner.__module__.startswith("llama_index.core."):
+        return True
+    return f"{owner.__module__}.{owner.__qualname__}.{name}" in _END_IN_CHAT

@@ -1,0 +1,201 @@
+import math
+import sys
+import timeit
+from collections.abc import Callable
+from datetime import UTC, datetime
+from email.utils import format_datetime
+
+import httpx
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from asyncbucket.http import headers
+from asyncbucket.testing.provider.headers import go_duration
+
+NOW = datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()
+
+READERS: list[Callable[[object], float | None]] = [
+    headers.number,
+    headers.duration,
+    lambda value: headers.rfc3339(value, now=NOW),
+    lambda value: headers.http_date(value, now=NOW),
+    lambda value: headers.reset(value, now=NOW),
+    lambda value: headers.retry_after({"retry-after": value}, now=NOW),
+    lambda value: headers.retry_after({"retry-after-ms": value}, now=NOW),
+    lambda value: headers.retry_after({"retry-after": "9", "date": value}, now=NOW),
+]
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("0", 0.0),
+        ("59", 59.0),
+        ("1.5", 1.5),
+        (" 7\t", 7.0),
+        ("1s", 1.0),
+        ("120ms", 0.12),
+        ("6m0s", 360.0),
+        ("1h2m3.5s", 3723.5),
+        ("1500us", 0.0015),
+        ("-3s", 0.0),
+        ("2026-01-31T12:00:10Z", 10.0),
+        ("2026-01-31t12:00:10.250z", 10.25),
+        ("2026-01-31T14:00:10+02:00", 10.0),
+        ("2026-01-31T11:59:00Z", 0.0),
+        ("Sat, 31 Jan 2026 12:01:00 GMT", 60.0),
+        ("Saturday, 31-Jan-26 12:01:00 GMT", 60.0),
+        ("Sat Jan 31 12:01:00 2026", 60.0),
+        ("Sat, 31 Jan 2026 11:00:00 GMT", 0.0),
+    ],
+)
+def test_every_format_of_a_reset_is_read(value: str, seconds: float) -> None:
+    """Bare numbers, Go durations, RFC 3339 and the three HTTP dates all give seconds from now."""
+    assert headers.reset(value, now=NOW) == pytest.approx(seconds, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(
+            "nan",
+            "NaN",
+            "inf",
+            "-inf",
+            "Infinity",
+            "1e3",
+            "0x10",
+            "1_0",
+            "+1",
+            "-1",
+            ".5",
+            "1.",
+            "",
+        ),
+        *("²", "٣", "\uff11", "1\n", "1\x00", "1, 1", "1;2", "1 2"),
+        *("1s$$2s", "1.2.3s", "1mm", "1d", "1y", "1µs", "s", "1s ago", "--1s", "1 s"),
+        *("2026-13-01T00:00:00Z", "2026-01-31T25:00:00Z", "2026-01-31", "2026-01-31T12:00:10"),
+        "2026-01-31T12:00:10+99:99",
+        *("Sat, 99 Jan 2026 12:00:00 GMT", "Sat, 31 Jan 2026 12:00:00 PST", "Sat, 31 Foo 2026"),
+        *("Tue, 31 Feb 2026 12:00:00 GMT", "Sat Jan 31 99:01:00 2026", "tomorrow"),
+        *("1" * 65, " " * 64 + "1"),
+    ],
+)
+def test_what_is_no_time_says_nothing(value: str) -> None:
+    """What does not match a grammar in full, in 64 ASCII characters, is ignored."""
+    assert headers.reset(value, now=NOW) is None
+
+
+@pytest.mark.parametrize("value", [None, 5, 5.0, True, b"5", ["5"], math.nan])
+def test_what_is_no_text_says_nothing(value: object) -> None:
+    """Values that aren't `str` are ignored by every reader."""
+    readings = {reader(value) for reader in READERS[:-1]}
+
+    assert readings == {None}
+
+
+def test_long_waits_are_clamped() -> None:
+    """However long a value claims, the result is at most the cap; below zero there is nothing."""
+    assert headers.number("9" * 64) == headers.WEEK
+    assert headers.duration("9" * 60 + "h") == headers.WEEK
+    assert headers.duration("-" + "9" * 60 + "h") == 0.0
+    assert headers.rfc3339("9999-12-31T23:59:59Z", now=NOW) == headers.WEEK
+    assert headers.http_date("Fri, 31 Dec 9999 23:59:59 GMT", now=NOW) == headers.WEEK
+    assert headers.reset("90m", now=NOW, cap=60.0) == 60.0
+
+
+def test_milliseconds_go_before_seconds() -> None:
+    """`retry-after-ms` is the finer of the two, and wins; an unreadable one does not."""
+    both = {"retry-after": "2", "retry-after-ms": "1250"}
+
+    assert headers.retry_after(both, now=NOW) == 1.25
+    assert headers.retry_after({**both, "retry-after-ms": "soon"}, now=NOW) == 2.0
+    assert headers.retry_after({}, now=NOW) is None
+
+
+def test_retry_after_date_is_taken_by_the_servers_clock() -> None:
+    """A date is compared with the reply's own `date`; without one, with this machine's clock."""
+    date = {"retry-after": "Sat, 31 Jan 2026 12:00:30 GMT"}
+
+    assert headers.retry_after(date, now=NOW) == 30.0
+    skewed = {**date, "date": "Sat, 31 Jan 2026 12:00:20 GMT"}
+    assert headers.retry_after(skewed, now=NOW + 3600) == 10.0
+
+
+def test_case_of_names_does_not_matter() -> None:
+    """The mapping of httpx and a plain dict of any case give the same."""
+    assert headers.retry_after({"Retry-After-MS": "1500"}, now=NOW) == 1.5
+    assert headers.retry_after(httpx.Headers({"Retry-After": "3"}), now=NOW) == 3.0
+    assert headers.forbids_retry(httpx.Headers({"X-Should-Retry": "false"}))
+    assert not headers.forbids_retry({"x-should-retry": "true"})
+    assert not headers.forbids_retry({})
+
+
+def test_missing_durationpy_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has no durationpy reads what to install; formats that don't need it still work."""
+    monkeypatch.setitem(sys.modules, "durationpy", None)
+
+    assert headers.reset("5", now=NOW) == 5.0
+    with pytest.raises(ImportError, match=r"pip install 'asyncbucket\[http\]'"):
+        _ = headers.duration("5s")
+
+
+@given(st.integers(min_value=0, max_value=10**14))
+def test_go_durations_are_read_back(nanoseconds: int) -> None:
+    """What the bundled provider writes is what is read, rounded up to its milliseconds."""
+    expected = -(-nanoseconds // 1_000_000) / 1000
+
+    # Beyond a second Go's `%g` style keeps six digits.
+    assert headers.duration(go_duration(nanoseconds)) == pytest.approx(expected, rel=1e-5)
+
+
+@given(st.datetimes(min_value=datetime(1970, 1, 1), max_value=datetime(2999, 1, 1)))  # noqa: DTZ001 - hypothesis wants them naive
+def test_dates_are_read_back(naive: datetime) -> None:
+    """Any instant in either format is the seconds from now until it, within the cap."""
+    instant = naive.replace(tzinfo=UTC, microsecond=0)
+    expected = min(max(instant.timestamp() - NOW, 0.0), headers.WEEK)
+
+    assert headers.http_date(format_datetime(instant, usegmt=True), now=NOW) == expected
+    assert headers.rfc3339(instant.isoformat(), now=NOW) == expected
+
+
+HOSTILE = st.one_of(
+    st.text(max_size=80),
+    st.text(alphabet="0123456789.hmsunµ-+_eE TZ:,GMTJanFri\x00²٣", max_size=70),
+    st.from_regex(headers._GO_DURATION, fullmatch=True),
+    st.from_regex(headers._RFC_3339, fullmatch=True),
+    st.from_regex(headers._HTTP_DATE, fullmatch=True),
+    st.from_regex(headers._NUMBER, fullmatch=True),
+    st.binary(max_size=8),
+    st.floats(),
+    st.none(),
+)
+
+
+@given(HOSTILE)
+@example("0001-01-01T00:00:00+23:59")
+@example("9999-12-31T23:59:59.999999999-23:59")
+@example("Fri, 31 Dec 0001 00:00:00 GMT")
+@example("Mon, 01 Jan 0000 00:00:00 GMT")
+def test_nothing_that_a_server_sends_raises_or_leaves_the_range(value: object) -> None:
+    """Every reader gives None or a finite number from 0 to the cap, whatever the value is."""
+    for reader in READERS:
+        seconds = reader(value)
+        assert seconds is None or 0.0 <= seconds <= headers.WEEK
+
+
+@pytest.mark.real_clock
+@pytest.mark.skipif(sys.gettrace() is not None, reason="a tracer would be what is measured")
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("1.5", "6m0s", "2026-01-31T12:00:10Z", "Sat, 31 Jan 2026 12:01:00 GMT"),
+        *("1" * 63 + "x", "1h" * 31 + "h", "1.1" * 21, "Sat, 31 Jan 2026 12:01:00 GMX"),
+    ],
+)
+def test_reading_is_quick(value: str) -> None:
+    """A value, friendly or not, costs under 20 µs: what is measured is the machine's own time."""
+    best = min(timeit.repeat(lambda: headers.reset(value, now=NOW), number=1000, repeat=5))
+
+    assert best / 1000 < 20e-6

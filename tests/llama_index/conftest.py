@@ -1,0 +1,231 @@
+"""What the tests of the wrap share: records of instrumentation, and a scripted OpenAI."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+import respx
+from llama_index_instrumentation import get_dispatcher
+from llama_index_instrumentation.base import BaseEvent
+from llama_index_instrumentation.event_handlers import BaseEventHandler
+from llama_index_instrumentation.span_handlers import NullSpanHandler
+from pydantic import PrivateAttr
+
+API_BASE = "https://llm.test/v1"
+
+
+class _Events(BaseEventHandler):
+    _names: list[str] = PrivateAttr()
+    _events: list[BaseEvent] = PrivateAttr()
+
+    def __init__(self, names: list[str], events: list[BaseEvent]) -> None:
+        super().__init__()
+        self._names, self._events = names, events
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "Events"
+
+    def handle(self, event: BaseEvent, **_: Any) -> None:
+        self._names.append(event.class_name())
+        self._events.append(event)
+
+
+class _Spans(NullSpanHandler):
+    _names: list[str] = PrivateAttr()
+    _parents: list[str | None] = PrivateAttr()
+
+    def __init__(self, names: list[str], parents: list[str | None]) -> None:
+        super().__init__()
+        self._names, self._parents = names, parents
+
+    def span_enter(self, id_: str, *_: Any, parent_id: str | None = None, **__: Any) -> None:
+        self._names.append(id_.split("-", maxsplit=1)[0].rsplit(".", maxsplit=1)[-1])
+        self._parents.append(parent_id)
+
+
+@dataclass
+class Instrumentation:
+    """The names of events and spans in the order in which LlamaIndex told of them."""
+
+    events: list[str] = field(default_factory=list)
+    spans: list[str] = field(default_factory=list)
+    parents: list[str | None] = field(default_factory=list)
+    objects: list[BaseEvent] = field(default_factory=list)
+
+    def take(self) -> tuple[list[str], list[str]]:
+        """Return spans and events so far, progress of a stream as one event, and forget them."""
+        events = [name for name, _ in itertools.groupby(self.events)]
+        taken = list(self.spans), events
+        self.spans.clear()
+        self.events.clear()
+        return taken
+
+
+@pytest.fixture
+def instrumentation() -> Iterator[Instrumentation]:
+    """Listen to LlamaIndex's instrumentation during a test."""
+    seen = Instrumentation()
+    root = get_dispatcher()
+    before = list(root.event_handlers), list(root.span_handlers)
+    root.add_event_handler(_Events(seen.events, seen.objects))
+    root.add_span_handler(_Spans(seen.spans, seen.parents))
+    yield seen
+    root.event_handlers[:], root.span_handlers[:] = before
+
+
+@dataclass
+class ScriptedOpenAI:
+    """An OpenAI that answers everything, and whatever a test scripts first."""
+
+    script: list[httpx.Response | Exception] = field(default_factory=list)
+    requests: list[httpx.Request] = field(default_factory=list)
+    usage: dict[str, int] = field(
+        default_factory=lambda: {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
+    )
+
+    @property
+    def bodies(self) -> list[dict[str, Any]]:
+        """What was sent, in order."""
+        return [json.loads(request.content) for request in self.requests]
+
+    def answer(self, request: httpx.Request) -> httpx.Response:
+        """Answer as the provider would, or as the script says."""
+        self.requests.append(request)
+        if self.script:
+            scripted = self.script.pop(0)
+            if isinstance(scripted, Exception):
+                raise scripted
+            return scripted
+        body = json.loads(request.content)
+        make: Callable[[dict[str, Any]], httpx.Response] = {
+            "chat/completions": self._chat,
+            "completions": self._completion,
+            "responses": self._response,
+            "embeddings": self._embeddings,
+        }[request.url.path.removeprefix("/v1/").removeprefix("/openai/deployments/gpt/")]
+        return make(body)
+
+    def _chat(self, body: dict[str, Any]) -> httpx.Response:
+        message: dict[str, Any] = {"role": "assistant", "content": "hello there"}
+        if body.get("response_format"):
+            message["content"] = '{"name": "Ada"}'
+        if body.get("tools"):
+            function = body["tools"][0]["function"]
+            call = {"name": function["name"], "arguments": '{"name": "Ada"}'}
+            message = {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"id": "call_1", "type": "function", "index": 0, "function": call}],
+            }
+        base = {"id": "1", "created": 1, "model": body["model"]}
+        if not body.get("stream"):
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            reply = {**base, "object": "chat.completion", "choices": [choice], "usage": self.usage}
+            return httpx.Response(200, json=reply)
+        deltas = [message]
+        if message["content"]:
+            deltas = [{"role": "assistant", "content": part} for part in message["content"].split()]
+        return self._stream(body, base, "chat.completion.chunk", [{"delta": d} for d in deltas])
+
+    def _completion(self, body: dict[str, Any]) -> httpx.Response:
+        base = {"id": "1", "created": 1, "model": body["model"]}
+        if not body.get("stream"):
+            choice = {"index": 0, "text": "hello there", "finish_reason": "stop"}
+            reply = {**base, "object": "text_completion", "choices": [choice], "usage": self.usage}
+            return httpx.Response(200, json=reply)
+        return self._stream(body, base, "text_completion", [{"text": "hello"}, {"text": "there"}])
+
+    def _stream(
+        self, body: dict[str, Any], base: dict[str, Any], kind: str, choices: list[dict[str, Any]]
+    ) -> httpx.Response:
+        chunks = [
+            {**base, "object": kind, "choices": [{"index": 0, "finish_reason": None, **choice}]}
+            for choice in choices
+        ]
+        if (body.get("stream_options") or {}).get("include_usage"):
+            chunks.append({**base, "object": kind, "choices": [], "usage": self.usage})
+        lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks] + ["data: [DONE]\n\n"]
+        return httpx.Response(
+            200, text="".join(lines), headers={"content-type": "text/event-stream"}
+        )
+
+    def _response(self, body: dict[str, Any]) -> httpx.Response:
+        text = '{"name": "Ada"}' if body.get("text") else "hello there"
+        message = {
+            "type": "message",
+            "id": "m",
+            "role": "assistant",
+            "status": "completed",
+            "content": [{"type": "output_text", "text": text, "annotations": []}],
+        }
+        reply = {
+            "id": "r",
+            "object": "response",
+            "created_at": 1,
+            "model": body["model"],
+            "status": "completed",
+            "output": [message],
+            "parallel_tool_calls": False,
+            "tool_choice": "auto",
+            "tools": [],
+            "usage": {
+                "input_tokens": self.usage["prompt_tokens"],
+                "output_tokens": self.usage["completion_tokens"],
+                "total_tokens": self.usage["total_tokens"],
+                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": 0},
+            },
+        }
+        if not body.get("stream"):
+            return httpx.Response(200, json=reply)
+        delta = {
+            "type": "response.output_text.delta",
+            "item_id": "m",
+            "output_index": 0,
+            "content_index": 0,
+            "delta": text,
+            "sequence_number": 1,
+            "logprobs": [],
+        }
+        done = {"type": "response.completed", "response": reply, "sequence_number": 2}
+        lines = [
+            f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in (delta, done)
+        ]
+        return httpx.Response(
+            200, text="".join(lines), headers={"content-type": "text/event-stream"}
+        )
+
+    def _embeddings(self, body: dict[str, Any]) -> httpx.Response:
+        data = [
+            {"object": "embedding", "index": i, "embedding": [0.5, 0.5]}
+            for i, _ in enumerate(body["input"])
+        ]
+        usage = {"prompt_tokens": 3, "total_tokens": 3}
+        reply = {"object": "list", "data": data, "model": body["model"], "usage": usage}
+        return httpx.Response(200, json=reply)
+
+
+@pytest.fixture
+def openai_api() -> Iterator[ScriptedOpenAI]:
+    """Answer all that goes to `API_BASE`, in place of the network."""
+    api = ScriptedOpenAI()
+    with respx.mock(assert_all_called=False) as mock:
+        mock.route(host="llm.test").mock(side_effect=api.answer)
+        yield api
+
+
+def error(status: int, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
+    """Return a provider's refusal."""
+    body = {"error": {"message": "scripted", "type": "scripted", "code": None, **fields}}
+    return httpx.Response(status, json=body, headers=headers)
+
+
+@pytest.fixture
+def refusal() -> Callable[..., httpx.Response]:
+    """Make refusals: `refusal(429, {"retry-after": "1"}, code="...")`."""
+    return error

@@ -1,0 +1,344 @@
+"""One layer retries, and a booking is dated by the moment when its request leaves."""
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from unittest.mock import MagicMock
+
+import httpx
+import openai
+import pytest
+from llama_index.core.base.llms.types import ChatMessage, CompletionResponse
+from llama_index.core.llms import LLM, MockLLM
+from llama_index.embeddings.openai import OpenAIEmbedding
+from llama_index.llms.azure_openai import AzureOpenAI
+from llama_index.llms.openai import OpenAI, OpenAIResponses
+from openai import AsyncAzureOpenAI, AsyncOpenAI
+from pydantic import PrivateAttr
+
+from asyncbucket import Limiter
+from asyncbucket.lease import Lease
+from asyncbucket.testing import virtual_time
+
+if TYPE_CHECKING:
+    from asyncbucket.testing.pytest_plugin import ProviderFactory
+    from tests.llama_index.conftest import ScriptedOpenAI
+
+API_BASE = "https://llm.test/v1"
+MESSAGES = [ChatMessage("hi")]
+
+
+def make_openai(**options: Any) -> OpenAI:
+    """Return OpenAI's chat model."""
+    return OpenAI(model="gpt-4o-mini", api_key="k", api_base=API_BASE, **options)
+
+
+def make_fresh_client(**options: Any) -> OpenAI:
+    """Return one that makes a client for each call."""
+    return make_openai(reuse_client=False, **options)
+
+
+def make_users_client(**options: Any) -> OpenAI:
+    """Return one with clients of the user's own."""
+    retries = options.get("max_retries", 2)
+    return make_openai(
+        async_openai_client=AsyncOpenAI(api_key="k", base_url=API_BASE, max_retries=retries),
+        openai_client=openai.OpenAI(api_key="k", base_url=API_BASE, max_retries=retries),
+        **options,
+    )
+
+
+def make_users_http_client(**options: Any) -> OpenAI:
+    """Return one with HTTP clients of the user's own."""
+    return make_openai(async_http_client=httpx.AsyncClient(), http_client=httpx.Client(), **options)
+
+
+def make_used_client(**options: Any) -> OpenAI:
+    """Return one that has made its clients already."""
+    llm = make_openai(**options)
+    llm._get_client()
+    llm._get_aclient()
+    return llm
+
+
+def make_responses(**options: Any) -> OpenAIResponses:
+    """Return a model of the Responses API."""
+    return OpenAIResponses(model="gpt-4o-mini", api_key="k", api_base=API_BASE, **options)
+
+
+def make_azure(**options: Any) -> AzureOpenAI:
+    """Return Azure's."""
+    return AzureOpenAI(
+        engine="gpt",
+        model="gpt-4o-mini",
+        api_key="k",
+        azure_endpoint="https://llm.test",
+        api_version="2024-10-21",
+        **options,
+    )
+
+
+MAKERS: list[Callable[..., LLM]] = [
+    make_openai,
+    make_fresh_client,
+    make_users_client,
+    make_users_http_client,
+    make_used_client,
+    make_responses,
+    make_azure,
+]
+
+
+def name_of(make: Callable[..., Any]) -> str:
+    """Name a case."""
+    return make.__name__.removeprefix("make_")
+
+
+# -- retries ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=name_of)
+def test_always_429_is_five_requests_for_one_call(
+    make: Callable[..., LLM], openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
+) -> None:
+    """Class, SDK and tenacity would make 12 or 16 of it; we make 5, each admitted."""
+    openai_api.script = [refusal(429) for _ in range(50)]
+    with virtual_time() as time:
+        limiter = Limiter("1000 RPM", clock=time.clock)
+        llm = limiter.wrap(make(max_retries=3))
+
+        with pytest.raises(openai.RateLimitError, match="scripted") as raised:
+            time.run(llm.achat(MESSAGES))
+
+    assert len(openai_api.requests) == 5
+    assert limiter.statistics().admitted == 5
+    assert "asyncbucket: tried 5 times" in raised.value.__notes__[0]
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=name_of)
+def test_retry_false_is_one_request(
+    make: Callable[..., LLM], openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
+) -> None:
+    """Switched off means off: nobody else retries in our place."""
+    openai_api.script = [refusal(500) for _ in range(50)]
+    llm = Limiter("1000 RPM").wrap(make(max_retries=3), retry=False)
+
+    with pytest.raises(openai.InternalServerError):
+        llm.chat(MESSAGES)
+
+    assert len(openai_api.requests) == 1
+
+
+def test_embeddings_are_five_requests_too(
+    openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
+) -> None:
+    """Their default of 10 retries in each of two layers is 110 requests without us."""
+    openai_api.script = [refusal(429) for _ in range(200)]
+    with virtual_time() as time:
+        limiter = Limiter("1000 RPM", clock=time.clock)
+        model = limiter.wrap(OpenAIEmbedding(api_key="k", api_base=API_BASE))
+
+        with pytest.raises(openai.RateLimitError):
+            time.run(model.aget_text_embedding("hi"))
+
+    assert len(openai_api.requests) == 5
+
+
+def test_no_slot_is_held_while_backing_off(
+    openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
+) -> None:
+    """The next call passes while the first one waits to be tried again."""
+    openai_api.script = [refusal(500)]
+    with virtual_time() as time:
+        limiter = Limiter("1000 RPM", concurrency=1, clock=time.clock)
+        llm = limiter.wrap(make_openai())
+
+        async def main() -> tuple[bool, float]:
+            first = asyncio.create_task(llm.achat(MESSAGES))
+            while not openai_api.requests:  # noqa: ASYNC110 - nobody sets an event for us
+                await asyncio.sleep(0)
+            await llm.achat(MESSAGES)
+            done_meanwhile, then = not first.done(), time.now
+            await first
+            return done_meanwhile, then
+
+        assert time.run(main()) == (True, 0.0)
+
+    assert len(openai_api.requests) == 3
+
+
+def test_429_pauses_all_models_of_the_limiter(
+    openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
+) -> None:
+    """What one model is told, all heed."""
+    openai_api.script = [refusal(429, {"retry-after": "3"})]
+    with virtual_time() as time:
+        limiter = Limiter("1000 RPM", clock=time.clock)
+        llm = limiter.wrap(make_openai())
+        embed_model = limiter.wrap(OpenAIEmbedding(api_key="k", api_base=API_BASE))
+
+        async def main() -> float:
+            first = asyncio.create_task(llm.achat(MESSAGES))
+            while not limiter.statistics().paused:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0)
+            await embed_model.aget_query_embedding("hi")
+            then = time.now
+            await first
+            return then
+
+        assert time.run(main()) >= 3.0
+    assert limiter.statistics().upstream_429 == 1
+
+
+# -- clients ---------------------------------------------------------------------------------------
+
+
+def test_client_of_the_user_is_left_alone() -> None:
+    """Ours is a copy on the same connections, of a class that is still the SDK's."""
+    theirs = AsyncOpenAI(api_key="k", base_url=API_BASE, max_retries=4)
+
+    llm = Limiter("1 RPM").wrap(make_openai(async_openai_client=theirs))
+
+    ours = llm._get_aclient()
+    assert isinstance(ours, AsyncOpenAI)
+    assert (ours.max_retries, theirs.max_retries) == (0, 4)
+    assert ours._client is theirs._client
+    assert type(theirs) is AsyncOpenAI
+    assert theirs._client.event_hooks == {"request": [], "response": []}
+
+
+def test_client_of_azure_stays_azures() -> None:
+    """The copy keeps endpoint, version and class."""
+    theirs = AsyncAzureOpenAI(api_key="k", azure_endpoint="https://llm.test", api_version="v")
+
+    ours = Limiter("1 RPM").wrap(make_azure(async_openai_client=theirs))._get_aclient()
+
+    assert isinstance(ours, AsyncAzureOpenAI)
+    assert (ours.max_retries, ours.base_url) == (0, theirs.base_url)
+
+
+def test_pool_is_as_large_as_openai_makes_it() -> None:
+    """Pacing costs none of the 1,000 connections that the SDK allows itself."""
+    client = Limiter("1 RPM").wrap(make_openai())._get_aclient()
+
+    transport: Any = client._client._transport
+    assert transport._pool._max_connections == 1_000
+
+
+def test_clients_are_made_once() -> None:
+    """Asking twice gives the same client, as in the plain model, and not the plain model's."""
+    inner = make_openai()
+    llm = Limiter("1 RPM").wrap(inner)
+
+    assert llm._get_aclient() is llm._get_aclient()
+    assert inner._aclient is None
+    assert type(inner._get_aclient()) is AsyncOpenAI
+
+
+def test_client_in_a_field_is_the_users() -> None:
+    """A model that hands out a client from one of its fields hands out that one."""
+    theirs = AsyncOpenAI(api_key="k")
+
+    class WithField(MockLLM):
+        client: Any = None
+
+        def _get_aclient(self) -> Any:
+            return self.client
+
+    inner = WithField(max_tokens=None)
+    inner.client = theirs
+
+    assert Limiter("1 RPM").wrap(inner)._get_aclient() is theirs
+    assert type(theirs) is AsyncOpenAI
+
+
+def test_mock_in_place_of_a_client_is_left_in_place() -> None:
+    """Tests of users put mocks where clients belong."""
+    mock = MagicMock()
+
+    llm = Limiter("1 RPM").wrap(make_openai(async_openai_client=mock))
+
+    assert llm._get_aclient() is mock
+
+
+# -- dating ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=name_of)
+async def test_booking_is_dated_when_the_request_leaves(
+    make: Callable[..., LLM], openai_api: "ScriptedOpenAI", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every client that makes requests for a paced model tells when they leave, once each."""
+    seen: list[int] = []
+
+    def sent(_: Lease) -> None:
+        seen.append(len(openai_api.requests))
+
+    monkeypatch.setattr(Lease, "sent", sent)
+    llm = Limiter("1000 RPM").wrap(make())
+
+    await llm.achat(MESSAGES)
+    await anext(await llm.astream_chat(MESSAGES))
+    await asyncio.to_thread(llm.chat, MESSAGES)
+
+    assert seen == [0, 1, 2]
+
+
+async def test_booking_is_dated_again_when_the_first_byte_goes_out(
+    rate_limited_provider: "ProviderFactory", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection takes its time; over real HTTP the last word is httpcore's."""
+    provider = rate_limited_provider()
+    seen: list[int] = []
+
+    def sent(_: Lease) -> None:
+        seen.append(1)
+
+    monkeypatch.setattr(Lease, "sent", sent)
+    async with httpx.AsyncClient() as client:
+        inner = OpenAI(api_key="k", api_base=provider.base_url, async_http_client=client)
+
+        await Limiter("1000 RPM").wrap(inner).achat(MESSAGES)
+
+    assert len(seen) == 2
+    with httpx.Client() as http_client:
+        inner = OpenAI(api_key="k", api_base=provider.base_url, http_client=http_client)
+
+        await asyncio.to_thread(Limiter("1000 RPM").wrap(inner).chat, MESSAGES)
+
+    assert len(seen) == 4
+
+
+async def test_call_of_several_requests_is_booked_as_several(openai_api: "ScriptedOpenAI") -> None:
+    """A model that makes two requests of one call owes the second."""
+
+    class Twice(MockLLM):
+        _client: AsyncOpenAI = PrivateAttr()
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._client = AsyncOpenAI(api_key="k", base_url=API_BASE)
+
+        async def acomplete(self, prompt: str, *_: Any, **__: Any) -> CompletionResponse:
+            for _turn in range(2):
+                await self._client.completions.create(model="m", prompt=prompt)
+            return CompletionResponse(text=prompt)
+
+    limiter = Limiter("1000 RPM")
+
+    await limiter.wrap(Twice()).acomplete("hi")
+
+    assert len(openai_api.requests) == 2
+    assert limiter.statistics().limits[0].used == 2
+
+
+async def test_request_outside_of_a_call_is_nobodys(openai_api: "ScriptedOpenAI") -> None:
+    """Who takes the client and asks by himself books nothing, and nothing breaks."""
+    limiter = Limiter("1000 RPM")
+    llm = limiter.wrap(make_openai())
+
+    await llm._get_aclient().completions.create(model="m", prompt="hi")
+    llm._get_client().completions.create(model="m", prompt="hi")
+
+    assert limiter.statistics().admitted == 0
+    assert len(openai_api.requests) == 2

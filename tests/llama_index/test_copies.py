@@ -1,0 +1,184 @@
+"""A paced model survives being pickled, and so does the original."""
+
+import multiprocessing
+import os
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+from llama_index.core.embeddings import MockEmbedding
+from llama_index.core.ingestion import IngestionPipeline
+from llama_index.core.llms import CustomLLM, MockLLM
+from llama_index.core.schema import TextNode
+from llama_index.embeddings.openai import OpenAIEmbedding
+from llama_index.llms.openai import OpenAI
+
+from asyncbucket import Limit, Limiter
+from asyncbucket.llama_index import RateLimitedLLM, copies
+from asyncbucket.retry import Retry
+
+KEY = "sk-very-secret"
+
+
+class PacedMock(RateLimitedLLM, MockLLM):
+    """A class written by hand."""
+
+
+class Stubborn(CustomLLM):
+    """A model whose `__init__` does not take its own fields."""
+
+    max_tokens: int = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    @property
+    def metadata(self) -> Any:
+        return MockLLM().metadata
+
+    def complete(self, prompt: str, *_: Any, **__: Any) -> Any:
+        return MockLLM().complete(prompt)
+
+    def stream_complete(self, prompt: str, *_: Any, **__: Any) -> Any:
+        return MockLLM().stream_complete(prompt)
+
+
+class PacedStubborn(RateLimitedLLM, Stubborn):
+    """The same, paced."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        limiter = kwargs.pop("limiter")
+        if kwargs:
+            raise TypeError("takes nothing else")
+        super().__init__(limiter=limiter)
+
+
+def models() -> list[Any]:
+    """Return a model of each kind."""
+    return [
+        MockLLM(max_tokens=3),
+        OpenAI(model="gpt-4o-mini", api_key=KEY, max_retries=7),
+        MockEmbedding(embed_dim=2),
+        OpenAIEmbedding(api_key=KEY),
+        Stubborn(),
+    ]
+
+
+@pytest.mark.parametrize("inner", models(), ids=lambda model: type(model).__name__)
+def test_unpickled_model_shares_the_limiter_within_a_process(inner: Any) -> None:
+    """Who copies by pickling gets a copy that spends from the same budget, as by copying."""
+    limiter = Limiter("100 RPM")
+    paced = limiter.wrap(inner)
+
+    twin = pickle.loads(pickle.dumps(paced))  # noqa: S301 - our own
+
+    assert twin.limiter is limiter
+    assert type(twin) is type(paced)
+    assert twin.to_dict() == paced.to_dict()
+
+
+def test_pickling_leaves_the_original_as_it_is() -> None:
+    """LlamaIndex deletes from the live object what does not pickle; here it is a twin's."""
+    limiter = Limiter("100 RPM")
+    inner = OpenAI(api_key=KEY, completion_to_prompt=lambda prompt: prompt)
+    paced = limiter.wrap(inner)
+    client = paced._get_aclient()
+    before = dict(vars(paced))
+
+    pickle.dumps(paced)
+
+    assert vars(paced) == vars(inner) == before
+    assert paced._get_aclient() is client
+
+
+@pytest.mark.parametrize("make", [PacedMock, PacedStubborn])
+def test_class_written_by_hand_is_pickled_too(make: Any) -> None:
+    """A static mixin keeps its class, its fields and its limiter, whatever its `__init__` takes."""
+    limiter = Limiter("100 RPM")
+    paced = make(limiter=limiter)
+    paced.max_tokens = 2
+
+    twin = pickle.loads(pickle.dumps(paced))  # noqa: S301 - our own
+
+    assert type(twin) is make
+    assert twin.limiter is limiter
+    assert twin.max_tokens == 2
+    assert str(twin.complete("hi"))
+
+
+def test_options_go_along() -> None:
+    """A copy retries as the original does."""
+    paced = Limiter("100 RPM").wrap(MockLLM(), retry=Retry(attempts=2))
+
+    twin = pickle.loads(pickle.dumps(paced))  # noqa: S301 - our own
+
+    assert twin._pacing.retrier.policy.attempts == 2
+
+
+def _unpickle(pickled: list[bytes]) -> dict[str, Any]:
+    """Run in another process: say what paces the copies there."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        twins = [pickle.loads(each) for each in pickled]  # noqa: S301 - our own
+        for twin in twins:
+            twin.complete("hi")
+    limiter: Limiter = twins[0].limiter
+    return {
+        "shared": all(twin.limiter is limiter for twin in twins),
+        "limits": limiter.limits,
+        "concurrency": limiter.concurrency,
+        "name": limiter.name,
+        "admitted": limiter.statistics().admitted,
+        "pid": os.getpid(),
+        "warnings": [str(w.message) for w in caught if w.category is RuntimeWarning],
+    }
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_copies_in_another_process_share_a_limiter_of_their_own(method: str) -> None:
+    """They keep the limits among themselves, and say once that they don't share the original's."""
+    limiter = Limiter("100 RPM burst 7", "10k TPM", concurrency=3, name="mine")
+    pickled = [pickle.dumps(limiter.wrap(MockLLM(max_tokens=2))) for _ in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads, from 3.12 on
+        with multiprocessing.get_context(method).Pool(1) as pool:
+            seen = pool.apply(_unpickle, (pickled,))
+
+    assert seen["pid"] != os.getpid()
+    assert seen["shared"]
+    assert seen["limits"] == (Limit("requests", 100, burst=7), Limit("tokens", 10_000))
+    assert (seen["concurrency"], seen["name"], seen["admitted"]) == (3, "mine", 2)
+    assert limiter.statistics().admitted == 0
+    (said,) = seen["warnings"]
+    assert said.startswith("this copy of MockLLM came from another process, where 'mine' paces")
+    assert "give each process its share" in said
+
+
+def test_limiter_of_a_pickle_that_outlives_it_is_made_anew() -> None:
+    """A pickle from before a limiter was dropped brings one with the same limits, and says so."""
+    paced = Limiter("100 RPM", name="gone").wrap(MockLLM())
+    pickled = pickle.dumps(paced)
+    del paced
+
+    with pytest.warns(RuntimeWarning, match="'gone'"):
+        twin = pickle.loads(pickled)  # noqa: S301 - our own
+
+    assert twin.limiter.name == "gone"
+    assert copies._REGISTRY.immigrants
+
+
+def test_ingestion_pipeline_spreads_a_paced_model_over_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`IngestionPipeline(num_workers=2)` works, and the model here is whole afterwards."""
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")  # of the workers: the one above
+    limiter = Limiter("1000 RPM")
+    model = limiter.wrap(MockEmbedding(embed_dim=2))
+    pipeline = IngestionPipeline(transformations=[model])
+
+    nodes = pipeline.run(nodes=[TextNode(text=f"text {n}") for n in range(4)], num_workers=2)
+
+    assert [node.embedding for node in nodes] == [[0.5, 0.5]] * 4
+    assert model.get_text_embedding("here") == [0.5, 0.5]
+    assert limiter.statistics().admitted == 1

@@ -1,0 +1,215 @@
+"""Each request of an embedding model is paid for once, and what a cache has is free."""
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.embeddings import MockEmbedding
+from llama_index.core.embeddings.mock_embed_model import MockMultiModalEmbedding
+from llama_index.core.storage.kvstore import SimpleKVStore
+from llama_index.embeddings.openai import OpenAIEmbedding
+
+from asyncbucket import Limiter
+from asyncbucket.llama_index import RateLimitedMultiModalEmbedding
+
+if TYPE_CHECKING:
+    from tests.llama_index.conftest import Instrumentation, ScriptedOpenAI
+
+API_BASE = "https://llm.test/v1"
+TEXTS = [f"text {number}" for number in range(6)]
+
+
+class OnlySync(BaseEmbedding):
+    """The least that a user writes: the asynchronous methods fall back on the synchronous ones."""
+
+    def _get_query_embedding(self, query: str) -> list[float]:
+        return self._get_text_embedding(query)
+
+    async def _aget_query_embedding(self, query: str) -> list[float]:
+        return self._get_query_embedding(query)
+
+    def _get_text_embedding(self, text: str) -> list[float]:
+        return [float(len(text))]
+
+
+class Batching(OnlySync):
+    """A model with a batch method of its own, here by way of the single one."""
+
+    def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+        return [self._get_text_embedding(text) for text in texts]
+
+    async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+        return await asyncio.gather(*map(self._aget_text_embedding, texts))
+
+
+def openai_embedding(**options: Any) -> OpenAIEmbedding:
+    """Return OpenAI's embedding model."""
+    return OpenAIEmbedding(api_key="k", api_base=API_BASE, embed_batch_size=2, **options)
+
+
+def admitted(limiter: Limiter) -> int:
+    """Return how many calls were admitted."""
+    now = limiter.statistics()
+    assert now.in_flight == 0
+    return now.admitted
+
+
+@pytest.fixture
+def limiter() -> Limiter:
+    """Return a limiter with one slot."""
+    return Limiter("1000 RPM", concurrency=1)
+
+
+async def test_batch_is_one_request(limiter: Limiter, openai_api: "ScriptedOpenAI") -> None:
+    """`embed_batch_size` texts are one admission and one HTTP request, each way."""
+    model = limiter.wrap(openai_embedding())
+
+    await model.aget_text_embedding_batch(TEXTS)
+    assert admitted(limiter) == len(openai_api.requests) == 3
+    await asyncio.to_thread(model.get_text_embedding_batch, TEXTS)
+
+    assert admitted(limiter) == len(openai_api.requests) == 6
+
+
+async def test_batches_of_several_workers_are_paced(
+    limiter: Limiter, openai_api: "ScriptedOpenAI"
+) -> None:
+    """`num_workers` changes who asks, not what it costs."""
+    model = limiter.wrap(openai_embedding(num_workers=3))
+
+    await model.aget_text_embedding_batch(TEXTS)
+
+    assert admitted(limiter) == len(openai_api.requests) == 3
+
+
+async def test_single_texts_and_queries_are_paced(
+    limiter: Limiter, openai_api: "ScriptedOpenAI"
+) -> None:
+    """A text, a query, or queries that are averaged: one request each."""
+    model = limiter.wrap(openai_embedding())
+
+    await model.aget_text_embedding("a")
+    await model.aget_query_embedding("a")
+    await model.aget_agg_embedding_from_queries(["a", "b"])
+    await asyncio.to_thread(model.get_text_embedding, "a")
+    await asyncio.to_thread(model.get_query_embedding, "a")
+
+    assert admitted(limiter) == len(openai_api.requests) == 6
+
+
+async def test_cached_embeddings_are_free(limiter: Limiter, openai_api: "ScriptedOpenAI") -> None:
+    """With a cache: cold 3 of 3 batches are paid for, warm none."""
+    model = limiter.wrap(openai_embedding(embeddings_cache=SimpleKVStore()))
+
+    await model.aget_text_embedding_batch(TEXTS)
+    cold = admitted(limiter), len(openai_api.requests)
+    await model.aget_text_embedding_batch(TEXTS)
+    await asyncio.to_thread(model.get_text_embedding_batch, TEXTS)
+    await model.aget_text_embedding(TEXTS[0])
+    await model.aget_query_embedding(TEXTS[0])
+
+    assert cold == (3, 3)
+    assert (admitted(limiter), len(openai_api.requests)) == (3, 3)
+
+
+async def test_partly_cached_batch_costs_its_rest(openai_api: "ScriptedOpenAI") -> None:
+    """Only the texts that are sent are counted."""
+    limiter = Limiter("100k TPM")
+    model = limiter.wrap(openai_embedding(embeddings_cache=SimpleKVStore()))
+    long = "many words " * 500
+
+    await model.aget_text_embedding(long)
+    first = limiter.statistics().limits[0].used
+    await model.aget_text_embedding_batch([long, "short"])
+
+    assert first > 500
+    assert limiter.statistics().limits[0].used - first < 10
+    assert len(openai_api.requests) == 2
+
+
+@pytest.mark.parametrize("make", [OnlySync, lambda: MockEmbedding(embed_dim=2)])
+async def test_inherited_batch_method_costs_a_request_a_text(make: Any, limiter: Limiter) -> None:
+    """Where the base class makes a request a text, each text pays, and the batch does not."""
+    model = limiter.wrap(make())
+
+    await model.aget_text_embedding_batch(TEXTS)
+    assert admitted(limiter) == 6
+    await asyncio.to_thread(model.get_text_embedding_batch, TEXTS)
+
+    assert admitted(limiter) == 12
+
+
+async def test_own_batch_method_costs_one_request(limiter: Limiter) -> None:
+    """What a class does within its own batch method is that batch; one slot is enough for it."""
+    model = limiter.wrap(Batching())
+
+    await model.aget_text_embedding_batch(TEXTS)
+    await asyncio.to_thread(model.get_text_embedding_batch, TEXTS)
+
+    assert admitted(limiter) == 2
+
+
+async def test_fallback_on_the_synchronous_method_does_not_block_the_loop() -> None:
+    """The asynchronous method waits for its turn asynchronously, and its twin passes within."""
+    limiter = Limiter("1000 RPM", concurrency=1)
+    model = limiter.wrap(OnlySync())
+
+    lease = await limiter.acquire()
+    waiting = asyncio.create_task(model.aget_text_embedding("a"))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    lease.release()
+
+    assert await waiting == [1.0]
+    assert admitted(limiter) == 2
+
+
+async def test_images_are_paced(limiter: Limiter) -> None:
+    """An image is a request, in a batch that the class does not make itself, too."""
+    model = limiter.wrap(MockMultiModalEmbedding(embed_dim=2))
+
+    await model.aget_image_embedding("a.png")
+    await model.aget_image_embedding_batch(["a.png", "b.png"])
+    await asyncio.to_thread(model.get_image_embedding, "a.png")
+    await asyncio.to_thread(model.get_image_embedding_batch, ["a.png", "b.png"])
+    await model.aget_text_embedding("text")
+
+    assert isinstance(model, RateLimitedMultiModalEmbedding)
+    assert admitted(limiter) == 7
+
+
+async def test_image_batches_of_a_class_are_one_request(limiter: Limiter) -> None:
+    """A class with a batch method for images pays once a batch."""
+
+    class BatchingImages(MockMultiModalEmbedding):
+        def _get_image_embeddings(self, img_file_paths: Any) -> list[list[float]]:
+            return [[0.5] for _ in img_file_paths]
+
+        async def _aget_image_embeddings(self, img_file_paths: Any) -> list[list[float]]:
+            return self._get_image_embeddings(img_file_paths)
+
+    model = limiter.wrap(BatchingImages(embed_dim=1))
+
+    await model.aget_image_embedding_batch(["a.png", "b.png"])
+    await asyncio.to_thread(model.get_image_embedding_batch, ["a.png", "b.png"])
+
+    assert admitted(limiter) == 2
+
+
+async def test_spans_and_events_are_those_of_the_plain_model(
+    openai_api: "ScriptedOpenAI", instrumentation: "Instrumentation"
+) -> None:
+    """Pacing doubles no span and no event of embeddings."""
+
+    async def use(model: BaseEmbedding) -> None:
+        await model.aget_text_embedding_batch(TEXTS)
+        await model.aget_query_embedding("a")
+        await asyncio.to_thread(model.get_text_embedding, "a")
+
+    await use(openai_embedding())
+    plain = instrumentation.take()
+    await use(Limiter("1000 RPM").wrap(openai_embedding()))
+
+    assert instrumentation.take() == plain
+    assert len(openai_api.requests) == 10

@@ -1,0 +1,303 @@
+"""What LlamaIndex builds on a model is paced, against a provider that counts for itself.
+
+These run on the machine's clock, because the provider is real HTTP in a thread of its own. Limits
+are wide where a test only counts, so that they take a fraction of a second.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from llama_index.core import Document, SummaryIndex, VectorStoreIndex
+from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent, ReActAgent
+from llama_index.core.chat_engine.types import ChatMode
+from llama_index.core.embeddings import MockEmbedding
+from llama_index.core.ingestion import IngestionPipeline
+from llama_index.core.llms.mock import MockFunctionCallingLLM
+from llama_index.core.memory import ChatMemoryBuffer
+from llama_index.core.node_parser import SentenceSplitter
+from llama_index.embeddings.openai import OpenAIEmbedding
+from llama_index.llms.openai import OpenAI
+from llama_index.llms.openai_like import OpenAILike
+
+from asyncbucket import Limit, Limiter
+from asyncbucket.testing import RateLimitedProvider
+
+if TYPE_CHECKING:
+    from asyncbucket.testing.pytest_plugin import ProviderFactory
+
+DOCUMENTS = [
+    Document(text=f"Document {number} is about the number {number}.") for number in range(5)
+]
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+class Bench:
+    """A provider, and models of OpenAI's classes behind one limiter."""
+
+    def __init__(self, provider: RateLimitedProvider) -> None:
+        self.provider = provider
+        self.limiter = Limiter("60k RPM", concurrency=3)
+        self.http_client = httpx.Client()
+        self.async_http_client = httpx.AsyncClient()
+        options: Any = {
+            "api_key": "k",
+            "api_base": provider.base_url,
+            "http_client": self.http_client,
+            "async_http_client": self.async_http_client,
+        }
+        self.llm = self.limiter.wrap(OpenAI(model="gpt-4o-mini", **options))
+        self.like = self.limiter.wrap(OpenAILike(model="m", is_chat_model=True, **options))
+        self.embed_model = self.limiter.wrap(OpenAIEmbedding(embed_batch_size=2, **options))
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        self.http_client.close()
+        await self.async_http_client.aclose()
+
+    def assert_paced(self, *, at_least: int = 1) -> None:
+        """Each request was admitted, each admission was a request, and nothing is left over."""
+        here, there = self.limiter.statistics(), self.provider.statistics()
+        assert here.admitted == there.requests >= at_least
+        assert there.refused == 0
+        assert there.peak_in_flight <= 3
+        assert (here.in_flight, here.waiting) == (0, 0)
+
+
+@pytest.fixture
+async def bench(rate_limited_provider: "ProviderFactory") -> AsyncIterator[Bench]:
+    """A provider without limits, and models that three slots pace."""
+    made = Bench(rate_limited_provider())
+    yield made
+    await made.aclose()
+
+
+def ask(agent: Any, question: str) -> Any:
+    """Start an agent, with a memory in no database: the default one leaves a connection open."""
+    memory = ChatMemoryBuffer.from_defaults(token_limit=10_000)
+    return agent.run(user_msg=question, memory=memory)
+
+
+async def test_function_agent_is_paced(bench: Bench) -> None:
+    """A tool call and an answer: two calls of the model."""
+    agent = FunctionAgent(tools=[add], llm=bench.llm)
+
+    reply = await ask(agent, "add 1 and 2")
+
+    assert "add 1 and 2" in str(reply)
+    bench.assert_paced(at_least=2)
+
+
+async def test_agents_at_once_are_paced(bench: Bench) -> None:
+    """Twenty agents share three slots, and each gets its answer."""
+    agents = [FunctionAgent(tools=[add], llm=bench.llm) for _ in range(20)]
+
+    replies = await asyncio.gather(*(ask(agent, f"question {n}") for n, agent in enumerate(agents)))
+
+    assert [f"question {n}" in str(reply) for n, reply in enumerate(replies)] == [True] * 20
+    bench.assert_paced(at_least=40)
+
+
+@pytest.mark.filterwarnings("ignore:is_running called from within a step:DeprecationWarning")
+async def test_react_agent_is_paced(bench: Bench) -> None:
+    """An agent that thinks in text, of a model that knows no functions."""
+    agent = ReActAgent(tools=[add], llm=bench.like)
+
+    reply = await ask(agent, "add 1 and 2")
+
+    assert "You said" in str(reply)
+    bench.assert_paced(at_least=2)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+async def test_agent_workflow_is_paced(bench: Bench, streaming: bool) -> None:  # noqa: FBT001 - a case
+    """Agents under a workflow, streamed or not."""
+    agent = FunctionAgent(
+        name="adder", description="adds", tools=[add], llm=bench.llm, streaming=streaming
+    )
+
+    reply = await ask(AgentWorkflow(agents=[agent], root_agent="adder"), "add 1 and 2")
+
+    assert "add 1 and 2" in str(reply)
+    bench.assert_paced(at_least=2)
+
+
+async def test_agent_of_a_mock_is_paced() -> None:
+    """A mock, with which people test their agents, is paced as any other model."""
+    limiter = Limiter("60k RPM", concurrency=1)
+    agent = FunctionAgent(tools=[add], llm=limiter.wrap(MockFunctionCallingLLM()))
+
+    await ask(agent, "hello")
+
+    assert limiter.statistics().admitted >= 1
+    assert limiter.statistics().in_flight == 0
+
+
+async def test_index_and_query_engine_are_paced(bench: Bench) -> None:
+    """The usual tutorial: index documents, ask a question, all synchronously."""
+    index = VectorStoreIndex.from_documents(DOCUMENTS, embed_model=bench.embed_model)
+
+    reply = index.as_query_engine(llm=bench.llm).query("which number?")
+
+    assert "You said" in str(reply)
+    bench.assert_paced(at_least=3 + 1 + 1)
+
+
+async def test_index_built_asynchronously_in_a_running_loop_is_paced() -> None:
+    """`use_async=True` embeds on a second loop in another thread, while this one stands still."""
+    provider = RateLimitedProvider()
+    limiter = Limiter("60k RPM", concurrency=3)
+    # No sockets, for those of a loop that has gone can't be closed on another.
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(provider.app)) as client:
+        embed_model = limiter.wrap(
+            OpenAIEmbedding(
+                api_key="k", api_base="http://asgi/v1", embed_batch_size=2, async_http_client=client
+            )
+        )
+
+        index = VectorStoreIndex.from_documents(DOCUMENTS, embed_model=embed_model, use_async=True)
+        await embed_model.aget_text_embedding("and on this loop again")
+
+    assert len(index.index_struct.nodes_dict) == 5
+    assert limiter.statistics().admitted == provider.statistics().requests == 4
+
+
+async def test_index_built_in_a_blocked_loop_does_not_wait_for_its_slots(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """While this loop, which holds the only slot, is blocked by the index, the index gets on."""
+    limiter = Limiter("60k RPM", concurrency=1)
+    model = limiter.wrap(MockEmbedding(embed_dim=2))
+    async with limiter.acquire():
+        VectorStoreIndex.from_documents(DOCUMENTS[:1], embed_model=model, use_async=True)
+
+    assert limiter.statistics().overridden >= 1
+    assert limiter.statistics().in_flight == 0
+    assert "a call passed without a slot" in caplog.text
+
+
+async def test_query_engines_are_paced(bench: Bench) -> None:
+    """Asynchronous and streaming queries, and one that asks of each document."""
+    index = VectorStoreIndex.from_documents(DOCUMENTS, embed_model=bench.embed_model)
+
+    reply = await index.as_query_engine(llm=bench.llm).aquery("first?")
+    streaming: Any = await index.as_query_engine(llm=bench.llm, streaming=True).aquery("second?")
+    text = "".join([token async for token in streaming.async_response_gen()])
+    summary = SummaryIndex.from_documents(DOCUMENTS).as_query_engine(
+        llm=bench.llm, response_mode="tree_summarize", use_async=True
+    )
+    third = await summary.aquery("third?")
+
+    assert "You said" in str(reply)
+    assert "You said" in text
+    assert "You said" in str(third)
+    bench.assert_paced(at_least=3 + 2 + 2 + 1)
+
+
+async def test_streaming_query_engine_is_paced(bench: Bench) -> None:
+    """A synchronous streamed answer gives its slot back at its end."""
+    index = VectorStoreIndex.from_documents(DOCUMENTS, embed_model=bench.embed_model)
+
+    reply = index.as_query_engine(llm=bench.llm, streaming=True).query("which number?")
+
+    assert "You said" in str(reply)
+    bench.assert_paced(at_least=5)
+
+
+async def test_chat_engine_is_paced(bench: Bench) -> None:
+    """A chat engine reads its stream in a task of its own."""
+    index = VectorStoreIndex.from_documents(DOCUMENTS, embed_model=bench.embed_model)
+    engine = index.as_chat_engine(
+        chat_mode=ChatMode.CONTEXT,
+        llm=bench.llm,
+        memory=ChatMemoryBuffer.from_defaults(token_limit=10_000),
+    )
+
+    reply = await engine.achat("hello")
+    stream = await engine.astream_chat("again")
+    text = "".join([token async for token in stream.async_response_gen()])
+
+    assert "hello" in str(reply)
+    assert "again" in text
+    bench.assert_paced(at_least=7)
+
+
+async def test_ingestion_pipeline_is_paced(bench: Bench) -> None:
+    """A pipeline's embeddings are paced; what its cache has is free."""
+    pipeline = IngestionPipeline(transformations=[SentenceSplitter(), bench.embed_model])
+
+    nodes = await pipeline.arun(documents=DOCUMENTS)
+    await pipeline.arun(documents=DOCUMENTS)
+
+    assert len(nodes) == 5
+    bench.assert_paced(at_least=3)
+    assert bench.limiter.statistics().admitted == 3
+
+
+async def test_slots_of_streams_dropped_by_an_agent_come_back(bench: Bench) -> None:
+    """An agent cancelled in the middle of its stream leaves nothing behind."""
+    bench.provider.reconfigure(latency=0.3)
+    handler = ask(FunctionAgent(tools=[add], llm=bench.llm), "add 1 and 2")
+    while not bench.limiter.statistics().in_flight:  # noqa: ASYNC110 - nobody sets an event
+        await asyncio.sleep(0.01)
+
+    await handler.cancel_run()
+    for _ in range(100):
+        if not bench.limiter.statistics().in_flight:
+            break
+        await asyncio.sleep(0.01)
+
+    assert bench.limiter.statistics().in_flight == 0
+
+
+@pytest.mark.real_clock
+async def test_storm_meets_no_429(rate_limited_provider: "ProviderFactory") -> None:
+    """Agents, chats, streams and embeddings at once, under the provider's own limits: no refusal.
+
+    On the real clock, since a provider in another thread judges by it.
+    """
+    provider = rate_limited_provider(
+        rpm=180,
+        tpm=60_000,
+        minute=6.0,
+        concurrency=8,
+        latency=(0.01, 0.05),
+        policy="sliding_window",
+    )
+    limiter = Limiter(Limit("requests", 180, per=6), Limit("tokens", 60_000, per=6), concurrency=8)
+    http_client = httpx.AsyncClient()
+    options: Any = {
+        "api_key": "k",
+        "api_base": provider.base_url,
+        "async_http_client": http_client,
+    }
+    llm = limiter.wrap(OpenAI(model="gpt-4o-mini", max_tokens=50, **options))
+    embed_model = limiter.wrap(OpenAIEmbedding(embed_batch_size=5, **options))
+
+    async def stream(n: int) -> str:
+        return "".join([c.delta or "" async for c in await llm.astream_complete(f"stream {n}")])
+
+    async def chat(n: int) -> str:
+        return str(await llm.acomplete(f"chat {n}"))
+
+    agents = [ask(FunctionAgent(tools=[add], llm=llm), f"agent {n}") for n in range(30)]
+    others = [each(n) for n in range(60) for each in (stream, chat)]
+    *replies, vectors = await asyncio.gather(
+        *agents, *others, embed_model.aget_text_embedding_batch([f"text {n}" for n in range(100)])
+    )
+    await http_client.aclose()
+
+    seen = provider.statistics()
+    assert (seen.refused_429, seen.errors, seen.invalid) == ({}, 0, 0)
+    assert seen.requests == limiter.statistics().admitted == 60 + 120 + 20
+    assert seen.peak_in_flight <= 8
+    assert len(vectors) == 100
+    expected = [f"agent {n}" for n in range(30)]
+    expected += [f"{kind} {n}" for n in range(60) for kind in ("stream", "chat")]
+    assert [e for e, reply in zip(expected, replies, strict=True) if e not in str(reply)] == []

@@ -1,0 +1,457 @@
+import asyncio
+import base64
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from llama_index.core.base.llms.types import (
+    AudioBlock,
+    CacheControl,
+    CachePoint,
+    ChatMessage,
+    CitableBlock,
+    CitationBlock,
+    ContentBlock,
+    DocumentBlock,
+    ImageBlock,
+    MessageRole,
+    TextBlock,
+    ThinkingBlock,
+    ToolCallBlock,
+    VideoBlock,
+)
+from llama_index.core.llms import LLM, MockLLM
+from llama_index.core.tools import FunctionTool
+from llama_index.llms.openai import OpenAI, OpenAIResponses
+from pydantic import BaseModel
+
+from asyncbucket.llama_index.estimate import (
+    DefaultEstimator,
+    Estimate,
+    Estimator,
+    Observer,
+    OutputForecast,
+)
+from asyncbucket.llama_index.tokens import bundled_tokenizer
+from asyncbucket.llama_index.usage import usage_of
+from asyncbucket.testing.provider import RateLimitedProvider
+
+FRAME = 4 + 3
+"""What one message and the reply's opening cost."""
+
+
+class City(BaseModel):
+    """A city."""
+
+    name: str
+    inhabitants: int
+
+
+def weather(city: str, days: int = 1) -> str:
+    """Tell what the weather in a city will be like."""
+    return f"{city}: {days}"
+
+
+def words(text: str) -> Sequence[str]:
+    """Be a tokenizer whose count everybody can check: half a token for each character."""
+    return text[::2]
+
+
+@pytest.fixture(name="llm")
+def make_llm() -> LLM:
+    """Make a model without any limit of its output."""
+    return MockLLM()
+
+
+def input_of(*blocks: ContentBlock, **options: Any) -> int:
+    """Return the input of a chat of one message, without the frame."""
+    message = ChatMessage(role=MessageRole.USER, blocks=list(blocks), **options)
+    return DefaultEstimator(words).chat(MockLLM(), [message], {}).input_tokens - FRAME
+
+
+# -- the input -------------------------------------------------------------------------------------
+
+
+def test_every_message_counts_and_its_frame(llm: LLM) -> None:
+    """System prompt, question and answer: their tokens, 4 each, and 3 for the reply."""
+    messages = [
+        ChatMessage(role="system", content="You are terse."),
+        ChatMessage(role="user", content="What is the capital of France?"),
+        ChatMessage(role="assistant", content="Paris."),
+    ]
+    estimator = DefaultEstimator()
+    text_tokens = estimator.count(*(str(message.content) for message in messages))
+
+    assert estimator.chat(llm, messages, {}).input_tokens == text_tokens + 3 * 4 + 3
+
+
+def test_the_larger_of_tokens_and_a_quarter_of_characters_counts() -> None:
+    """OpenAI estimates by characters at its door; where tokens are fewer, that is what it takes."""
+    estimator = DefaultEstimator()
+    encode = bundled_tokenizer()
+    assert encode is not None
+    long_words = "internationalization responsibility " * 20
+    dense = "我能吞下玻璃而不伤身体。" * 20
+
+    assert len(encode(long_words)) < len(long_words) / 4
+    assert estimator.count(long_words) == len(long_words) // 4
+    assert estimator.count(dense) == len(encode(dense)) > len(dense)
+
+
+@pytest.mark.parametrize(
+    ("block", "tokens"),
+    [
+        (TextBlock(text="x" * 40), 20),
+        (ImageBlock(url="http://provider.test/cat.png"), 765),
+        (ImageBlock(url="http://provider.test/cat.png", detail="high"), 765),
+        (ImageBlock(url="http://provider.test/cat.png", detail="low"), 85),
+        (AudioBlock(url="http://provider.test/song.mp3"), 256),
+        (AudioBlock(audio=b"\x00" * 500_000, format="mp3"), 1000),
+        (VideoBlock(url="http://provider.test/film.mp4"), 2048),
+        (VideoBlock(video=b"\x00" * 9_500_000, video_mimetype="video/mp4"), 10_000),
+        (
+            DocumentBlock(url="http://provider.test/a.pdf", document_mimetype="application/pdf"),
+            2048,
+        ),
+        (DocumentBlock(data=b"\x00" * 200_000, document_mimetype="application/pdf"), 10_000),
+        (DocumentBlock(data=b"note " * 12, document_mimetype="text/plain"), 15),
+        (CachePoint(cache_control=CacheControl(type="ephemeral")), 0),
+        (ThinkingBlock(content="x" * 40), 20),
+        (ThinkingBlock(), 0),
+        (CitableBlock(title="ab", source="cd", content=[TextBlock(text="x" * 40)]), 22),
+        (
+            CitationBlock(
+                title="ab",
+                source="cd",
+                cited_content=TextBlock(text="x" * 40),
+                additional_location_info={},
+            ),
+            22,
+        ),
+    ],
+)
+def test_every_kind_of_block_counts(block: ContentBlock, tokens: int) -> None:
+    """Texts by their tokens, pictures and other media by the constants that are documented."""
+    assert input_of(block) == pytest.approx(tokens, abs=1)
+
+
+def test_tool_calls_count_once_wherever_they_are_kept() -> None:
+    """As a block, as text in a block, beside the blocks, or both: the same call costs the same."""
+    call = {
+        "id": "call_1",
+        "type": "function",
+        "function": {"name": "weather", "arguments": '{"city": "Paris"}'},
+    }
+    block = ToolCallBlock(tool_call_id="call_1", tool_name="weather", tool_kwargs={"city": "Paris"})
+    text_block = ToolCallBlock(
+        tool_call_id="call_1", tool_name="weather", tool_kwargs='{"city": "Paris"}'
+    )
+    as_block = input_of(block)
+
+    assert as_block > 40
+    assert input_of(text_block) == as_block
+    assert input_of(block, additional_kwargs={"tool_calls": [call]}) == as_block
+    assert input_of(additional_kwargs={"tool_calls": [call]}) == pytest.approx(as_block, abs=2)
+
+
+def test_name_of_who_speaks_counts() -> None:
+    """A message may say who of several users it is from."""
+    assert input_of(TextBlock(text="x" * 40), additional_kwargs={"name": "Ada"}) == 22
+
+
+def test_block_of_an_unknown_kind_counts_as_its_text(llm: LLM) -> None:
+    """A block that a later LlamaIndex brings breaks no call."""
+
+    class NewBlock(BaseModel):
+        block_type: str = "new"
+        text: str = "x" * 40
+
+    blocks: list[Any] = [NewBlock()]
+    message = ChatMessage()
+    message.blocks = blocks
+
+    assert DefaultEstimator(words).chat(llm, [message], {}).input_tokens == 20 + FRAME
+
+
+def test_tools_and_response_format_count(llm: LLM) -> None:
+    """What LlamaIndex sends along counts as the JSON that it is, specs and objects alike."""
+    estimator = DefaultEstimator()
+    tool = FunctionTool.from_defaults(weather)
+    messages = [ChatMessage(content="?")]
+
+    def costs(**kwargs: Any) -> int:
+        bare = estimator.chat(llm, messages, {}).input_tokens
+        return estimator.chat(llm, messages, kwargs).input_tokens - bare
+
+    spec = tool.metadata.to_openai_tool()
+    assert costs(tools=[spec]) > 60
+    assert costs(tools=[tool]) == costs(tools=[spec])
+    assert costs(tools=[spec] * 3) > 2.5 * costs(tools=[spec])
+    schema = {"type": "json_schema", "json_schema": City.model_json_schema()}
+    assert costs(response_format=schema) > 40
+    assert costs(response_format=City) > 40
+    assert costs(response_format=City(name="Paris", inhabitants=2)) > 5
+    assert costs(tools=[], response_format=None, temperature=0.5) == 0
+
+
+def test_tools_that_are_no_json_break_no_call(llm: LLM) -> None:
+    """Rings, sets and generators count as the text that they are, and are not used up."""
+    ring: list[object] = []
+    ring.append(ring)
+    numbers = iter(range(3))
+    estimator = DefaultEstimator()
+    for odd in (ring, {1, 2}, numbers, object(), City, int, b"\x00"):
+        assert estimator.chat(llm, [], {"tools": [odd]}).input_tokens > 3
+
+    assert list(numbers) == [0, 1, 2]
+
+
+def test_tool_with_a_long_description_breaks_no_call(llm: LLM) -> None:
+    """What LlamaIndex will refuse is not refused here, before its time."""
+    tool = FunctionTool.from_defaults(weather, description="long " * 300)
+
+    assert DefaultEstimator().chat(llm, [], {"tools": [tool]}).input_tokens > 300
+
+
+def test_structured_llm_is_estimated_as_the_one_it_asks() -> None:
+    """Its inner model's `max_tokens` counts, and so does the schema that it is sent."""
+    inner = OpenAI(model="gpt-4o-mini", api_key="test-key", max_tokens=77)
+    messages = [ChatMessage(content="Name a city.")]
+    plain = DefaultEstimator().chat(inner, messages, {})
+    structured = DefaultEstimator().chat(inner.as_structured_llm(City), messages, {})
+
+    assert structured.output_tokens == plain.output_tokens == 77
+    assert structured.input_tokens > plain.input_tokens + 30
+
+
+def test_completion_is_estimated_as_one_message(llm: LLM) -> None:
+    """A chat model is sent the prompt in a message."""
+    expected = Estimate(20 + FRAME, 256, foreseen=True)
+
+    assert DefaultEstimator(words).completion(llm, "x" * 40, {}) == expected
+
+
+def test_embeddings_cost_their_texts() -> None:
+    """One batch is one request of all its texts; an empty text still costs something."""
+    assert DefaultEstimator(words).embedding(["x" * 40, "y" * 20]) == 30
+    assert DefaultEstimator(words).embedding([""]) == 1
+
+
+# -- the output ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "max_output_tokens"])
+def test_limit_of_the_call_counts(llm: LLM, name: str) -> None:
+    """A limit by any of its names is what a provider may charge, and no guess."""
+    estimate = DefaultEstimator().completion(llm, "?", {name: 40})
+
+    assert estimate.output_tokens == 40
+    assert not estimate.foreseen
+
+
+def test_limit_of_the_model_counts_after_that_of_the_call() -> None:
+    """The call's own limit, then the model's extra arguments, then its field."""
+    field = OpenAI(api_key="test-key", max_tokens=100)
+    extra = OpenAI(
+        api_key="test-key", max_tokens=100, additional_kwargs={"max_completion_tokens": 50}
+    )
+    responses = OpenAIResponses(api_key="test-key", max_output_tokens=60)
+    estimate = DefaultEstimator().completion
+
+    assert estimate(field, "?", {}).output_tokens == 100
+    assert estimate(extra, "?", {}).output_tokens == 50
+    assert estimate(extra, "?", {"max_tokens": 7}).output_tokens in {7, 50}
+    assert estimate(field, "?", {"max_tokens": 7}).output_tokens == 7
+    assert estimate(responses, "?", {}).output_tokens == 60
+
+
+@pytest.mark.parametrize("value", [None, 0, -5, True, "many", 1.5])
+def test_what_is_no_limit_is_foreseen(llm: LLM, value: object) -> None:
+    """A `max_tokens` that says nothing leaves it to the forecast."""
+    expected = Estimate(1 + FRAME, 256, foreseen=True)
+
+    assert DefaultEstimator().completion(llm, "?", {"max_tokens": value}) == expected
+
+
+def test_several_replies_cost_several_times(llm: LLM) -> None:
+    """`n` asks for so many replies, each up to the limit."""
+    estimate = DefaultEstimator().completion
+
+    assert estimate(llm, "?", {"max_tokens": 10, "n": 3}).output_tokens == 30
+    assert estimate(llm, "?", {"max_tokens": 10, "best_of": 2, "n": 1}).output_tokens == 20
+
+
+def test_output_is_foreseen_from_replies(llm: LLM) -> None:
+    """After a dozen short replies no call reserves the start any more."""
+    estimator = DefaultEstimator()
+    for _ in range(12):
+        estimator.observe(20)
+
+    assert estimator.completion(llm, "?", {}).output_tokens == 20
+    assert repr(estimator) == "<DefaultEstimator <OutputForecast 20 tokens from 13 replies>>"
+
+
+# -- the forecast ----------------------------------------------------------------------------------
+
+
+def test_forecast_starts_as_stated() -> None:
+    """256 tokens, or what is asked for, before any reply was seen."""
+    assert OutputForecast().foresee() == 256
+    assert OutputForecast(start=1000).foresee() == 1000
+
+
+def test_longer_replies_are_believed_at_once() -> None:
+    """One reply longer than foreseen is enough: the next calls reserve as much."""
+    forecast = OutputForecast()
+    forecast.observe(2000)
+
+    assert forecast.foresee() == 2000
+
+
+def test_shorter_replies_are_believed_when_they_are_nine_of_ten() -> None:
+    """Eight short replies may be chance; with the ninth nine of ten are short."""
+    forecast = OutputForecast()
+    foreseen: list[int] = []
+    for _ in range(10):
+        forecast.observe(20)
+        foreseen.append(forecast.foresee())
+
+    assert foreseen == [256] * 8 + [20] * 2
+
+
+def test_rare_long_replies_do_not_make_every_call_dear() -> None:
+    """One reply in twenty is forty times as long: the forecast stays with the others."""
+    forecast = OutputForecast()
+    for number in range(200):
+        forecast.observe(4000 if number % 20 == 0 else 100)
+
+    assert forecast.foresee() == 100
+
+
+def test_forecast_follows_a_change() -> None:
+    """Replies of yesterday are forgotten."""
+    forecast = OutputForecast(window=50)
+    for _ in range(500):
+        forecast.observe(3000)
+    for _ in range(50):
+        forecast.observe(10)
+
+    assert forecast.foresee() == 10
+
+
+@given(
+    st.lists(st.integers(min_value=0, max_value=10_000), max_size=120),
+    st.integers(min_value=1, max_value=30),
+    st.floats(min_value=0.01, max_value=1.0),
+)
+def test_forecast_is_the_nearest_rank(replies: list[int], window: int, quantile: float) -> None:
+    """At least the stated share of the last replies is no longer than foreseen; it is one of them."""
+    forecast = OutputForecast(start=256, quantile=quantile, window=window)
+    for reply in replies:
+        forecast.observe(reply)
+    latest = [256, *replies][-window:]
+    foreseen = forecast.foresee()
+
+    assert foreseen in latest
+    assert sum(reply <= foreseen for reply in latest) >= quantile * len(latest)
+    assert sum(reply < foreseen for reply in latest) < quantile * len(latest)
+
+
+def test_forecast_may_be_fed_by_several_threads() -> None:
+    """No reply is lost or counted twice."""
+    forecast = OutputForecast(window=100)
+
+    def feed(length: int) -> None:
+        for _ in range(2000):
+            forecast.observe(length)
+
+    threads = [threading.Thread(target=feed, args=(length,)) for length in (1, 2, 3, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(forecast._latest) == forecast._sorted
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"quantile": 0}, "quantile must be above 0 and at most 1, not 0"),
+        ({"quantile": 1.1}, "quantile must be above 0 and at most 1, not 1.1"),
+        ({"start": -1}, "start must be at least 0 and window at least 1, not -1 and 200"),
+        ({"window": 0}, "start must be at least 0 and window at least 1, not 256 and 0"),
+    ],
+)
+def test_senseless_forecasts_are_refused(wrong: dict[str, Any], message: str) -> None:
+    """Each wrong value is named, with what would be right."""
+    with pytest.raises(ValueError) as caught:
+        _ = OutputForecast(**wrong)
+
+    assert str(caught.value) == message
+
+
+# -- the protocol, and the truth -------------------------------------------------------------------
+
+
+def test_default_estimator_is_what_it_says() -> None:
+    """It is an estimator that observes; one that doesn't observe is an estimator still."""
+    estimator: Estimator = DefaultEstimator()
+
+    assert isinstance(estimator, Observer)
+    assert not isinstance(object(), Observer)
+
+
+async def test_estimates_are_at_least_what_the_provider_charges() -> None:
+    """Over real HTTP: with text, tools, tool calls and pictures, usage is never above the estimate."""
+    tool = FunctionTool.from_defaults(weather).metadata.to_openai_tool()
+    call = ToolCallBlock(tool_call_id="call_1", tool_name="weather", tool_kwargs={"city": "Rom"})
+    question = ChatMessage(content="What will the weather in Rom be like tomorrow? " * 20)
+    conversations: list[tuple[list[ChatMessage], dict[str, Any]]] = [
+        ([question], {}),
+        ([ChatMessage(role="system", content="Answer briefly."), question], {"tools": [tool]}),
+        (
+            [
+                question,
+                ChatMessage(role="assistant", blocks=[call]),
+                ChatMessage(
+                    role="tool", content="sunny", additional_kwargs={"tool_call_id": "call_1"}
+                ),
+            ],
+            {"tools": [tool] * 5},
+        ),
+        (
+            [
+                ChatMessage(
+                    blocks=[
+                        TextBlock(text="What is this?"),
+                        ImageBlock(
+                            image=base64.b64encode(b"\x89PNG\r\n\x1a\n"),
+                            image_mimetype="image/png",
+                            detail="low",
+                        ),
+                    ]
+                )
+            ],
+            {"max_tokens": 50},
+        ),
+        ([ChatMessage(content="人人生而自由,在尊严和权利上一律平等。" * 20)], {}),
+    ]
+    async with RateLimitedProvider(charge="usage") as provider, httpx.AsyncClient() as client:
+        llm = OpenAI(
+            model="gpt-4o-mini",
+            api_base=provider.base_url,
+            api_key="test-key",
+            async_http_client=client,
+        )
+        replies = await asyncio.gather(
+            *(llm.achat(messages, **kwargs) for messages, kwargs in conversations)
+        )
+    for (messages, kwargs), reply in zip(conversations, replies, strict=True):
+        usage, estimate = usage_of(reply), DefaultEstimator().chat(llm, messages, kwargs)
+        assert usage is not None
+        assert usage.input_tokens <= estimate.input_tokens
+        assert usage.output_tokens <= estimate.output_tokens

@@ -1,0 +1,524 @@
+"""Every call of an LLM is paced, once, whichever method it came by."""
+
+import asyncio
+import contextvars
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    CompletionResponse,
+    CompletionResponseGen,
+    LLMMetadata,
+)
+from llama_index.core.llms import LLM, CustomLLM, MockLLM
+from llama_index.core.llms.callbacks import llm_completion_callback
+from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.prompts import PromptTemplate
+from llama_index.core.tools import FunctionTool
+from llama_index.llms.azure_openai import AzureOpenAI
+from llama_index.llms.openai import OpenAI, OpenAIResponses
+from llama_index.llms.openai_like import OpenAILike
+from pydantic import BaseModel
+
+from asyncbucket import CostExceedsLimit, Limiter
+from asyncbucket.llama_index import Estimate, RateLimitWaitEvent
+from asyncbucket.testing import virtual_time
+
+if TYPE_CHECKING:
+    from tests.llama_index.conftest import Instrumentation, ScriptedOpenAI
+
+API_BASE = "https://llm.test/v1"
+
+MESSAGES = [ChatMessage("hi")]
+PROMPT = PromptTemplate("Name a {thing}.")
+
+
+class Person(BaseModel):
+    """What structured prediction fills in."""
+
+    name: str
+
+
+class Echo(CustomLLM):
+    """A model of a user's own, whose asynchronous methods call the synchronous ones."""
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        return LLMMetadata()
+
+    @llm_completion_callback()  # pyright: ignore[reportUntypedFunctionDecorator]  # LlamaIndex's
+    def complete(self, prompt: str, *_: Any, **__: Any) -> CompletionResponse:
+        return CompletionResponse(text=prompt)
+
+    @llm_completion_callback()  # pyright: ignore[reportUntypedFunctionDecorator]  # LlamaIndex's
+    def stream_complete(self, prompt: str, *_: Any, **__: Any) -> CompletionResponseGen:
+        def words() -> CompletionResponseGen:
+            for word in prompt.split():
+                yield CompletionResponse(text=prompt, delta=word)
+
+        return words()
+
+
+def greet(name: str) -> str:
+    """Greet somebody."""
+    return f"hello {name}"
+
+
+TOOL = FunctionTool.from_defaults(greet)
+
+
+def make_openai() -> LLM:
+    """Return OpenAI's chat model."""
+    return OpenAI(model="gpt-4o-mini", api_key="k", api_base=API_BASE)
+
+
+def make_completing_openai() -> LLM:
+    """Return a model of OpenAI's that knows no chat."""
+    return OpenAI(model="gpt-3.5-turbo-instruct", api_key="k", api_base=API_BASE, max_tokens=5)
+
+
+def make_responses() -> LLM:
+    """Return a model of the Responses API."""
+    return OpenAIResponses(model="gpt-4o-mini", api_key="k", api_base=API_BASE)
+
+
+def make_azure() -> Any:
+    """Return Azure's."""
+    return AzureOpenAI(
+        engine="gpt",
+        model="gpt-4o-mini",
+        api_key="k",
+        azure_endpoint="https://llm.test",
+        api_version="2024-10-21",
+    )
+
+
+def make_like() -> Any:
+    """Return a chat model of somebody like OpenAI."""
+    return OpenAILike(model="m", api_key="k", api_base=API_BASE, is_chat_model=True)
+
+
+def make_completing_like() -> Any:
+    """Return one that knows no chat, whose achat calls acomplete."""
+    return OpenAILike(model="m", api_key="k", api_base=API_BASE, is_chat_model=False)
+
+
+REMOTE = [
+    make_openai,
+    make_completing_openai,
+    make_responses,
+    make_azure,
+    make_like,
+    make_completing_like,
+]
+LOCAL = [lambda: MockLLM(max_tokens=3), Echo]
+
+
+async def drain(stream: Awaitable[Any]) -> list[Any]:
+    """Read a stream to its end."""
+    return [item async for item in await stream]
+
+
+ASYNC_CALLS: dict[str, Callable[[LLM], Awaitable[Any]]] = {
+    "achat": lambda llm: llm.achat(MESSAGES),
+    "acomplete": lambda llm: llm.acomplete("hi"),
+    "astream_chat": lambda llm: drain(llm.astream_chat(MESSAGES)),
+    "astream_complete": lambda llm: drain(llm.astream_complete("hi")),
+    "apredict": lambda llm: llm.apredict(PROMPT, thing="star"),
+    "astream": lambda llm: drain(llm.astream(PROMPT, thing="star")),
+}
+SYNC_CALLS: dict[str, Callable[[LLM], Any]] = {
+    "chat": lambda llm: llm.chat(MESSAGES),
+    "complete": lambda llm: llm.complete("hi"),
+    "stream_chat": lambda llm: list(llm.stream_chat(MESSAGES)),
+    "stream_complete": lambda llm: list(llm.stream_complete("hi")),
+    "predict": lambda llm: llm.predict(PROMPT, thing="star"),
+    "stream": lambda llm: list(llm.stream(PROMPT, thing="star")),
+}
+
+
+@pytest.mark.parametrize("name", ASYNC_CALLS)
+@pytest.mark.parametrize("make", REMOTE, ids=lambda make: make.__name__.removeprefix("make_"))
+async def test_asynchronous_call_is_one_admission_and_one_request(
+    make: Callable[[], LLM], name: str, openai_api: "ScriptedOpenAI"
+) -> None:
+    """However a class's methods call each other, a call is paid for once and sent once."""
+    limiter = Limiter("100 RPM", concurrency=1)
+
+    await ASYNC_CALLS[name](limiter.wrap(make()))
+
+    now = limiter.statistics()
+    assert (now.admitted, now.in_flight, len(openai_api.requests)) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("name", SYNC_CALLS)
+@pytest.mark.parametrize("make", REMOTE, ids=lambda make: make.__name__.removeprefix("make_"))
+def test_synchronous_call_is_one_admission_and_one_request(
+    make: Callable[[], LLM], name: str, openai_api: "ScriptedOpenAI"
+) -> None:
+    """The synchronous twins pay alike."""
+    limiter = Limiter("100 RPM", concurrency=1)
+
+    SYNC_CALLS[name](limiter.wrap(make()))
+
+    now = limiter.statistics()
+    assert (now.admitted, now.in_flight, len(openai_api.requests)) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("name", ASYNC_CALLS | SYNC_CALLS)
+@pytest.mark.parametrize("make", LOCAL, ids=["MockLLM", "CustomLLM"])
+async def test_method_that_calls_methods_pays_once(make: Callable[[], LLM], name: str) -> None:
+    """CustomLLM goes from achat to chat to complete; with one slot a second charge would hang."""
+    limiter = Limiter("100 RPM", concurrency=1)
+    llm = limiter.wrap(make())
+
+    if name in ASYNC_CALLS:
+        await ASYNC_CALLS[name](llm)
+    else:
+        await asyncio.to_thread(SYNC_CALLS[name], llm)
+
+    now = limiter.statistics()
+    assert (now.admitted, now.in_flight) == (1, 0)
+
+
+@pytest.mark.parametrize("make", [make_openai, make_responses])
+async def test_calls_with_tools_are_paced(
+    make: Callable[[], FunctionCallingLLM], openai_api: "ScriptedOpenAI"
+) -> None:
+    """All four ways to chat with tools, and `apredict_and_call`, are one admission each."""
+    limiter = Limiter("100 RPM", concurrency=1)
+    llm = limiter.wrap(make())
+
+    await llm.achat_with_tools([TOOL], "hi")
+    await drain(llm.astream_chat_with_tools([TOOL], "hi"))
+    await asyncio.to_thread(llm.chat_with_tools, [TOOL], "hi")
+    await asyncio.to_thread(lambda: list(llm.stream_chat_with_tools([TOOL], "hi")))
+
+    assert limiter.statistics().admitted == len(openai_api.requests) == 4
+
+
+async def test_tools_run_outside_of_the_guard(openai_api: "ScriptedOpenAI") -> None:
+    """A tool that asks the model itself pays for it, and finds a free slot."""
+    limiter = Limiter("100 RPM", concurrency=1)
+    llm = limiter.wrap(OpenAI(model="gpt-4o-mini", api_key="k", api_base=API_BASE))
+
+    async def ask(name: str) -> str:
+        return str(await llm.acomplete(name))
+
+    reply = await llm.apredict_and_call([FunctionTool.from_defaults(async_fn=ask)], "hi")
+
+    assert str(reply) == "hello there"
+    assert limiter.statistics().admitted == len(openai_api.requests) == 2
+
+
+@pytest.mark.parametrize("model", ["gpt-4o-mini", "gpt-4"], ids=["json_schema", "function"])
+async def test_structured_prediction_is_paced(model: str, openai_api: "ScriptedOpenAI") -> None:
+    """Structured prediction, by schema or by function, is one admission each way."""
+    limiter = Limiter("100 RPM", concurrency=1)
+    llm = limiter.wrap(OpenAI(model=model, api_key="k", api_base=API_BASE))
+
+    one = await llm.astructured_predict(Person, PROMPT, thing="star")
+    stream = await llm.astream_structured_predict(Person, PROMPT, thing="star")
+    many: list[Any] = [person async for person in stream]
+    three = await asyncio.to_thread(llm.structured_predict, Person, PROMPT, thing="star")
+    four: list[Any] = await asyncio.to_thread(
+        lambda: list(llm.stream_structured_predict(Person, PROMPT, thing="star"))
+    )
+
+    assert {one.name, many[-1].name, three.name, four[-1].name} == {"Ada"}
+    assert limiter.statistics().admitted == len(openai_api.requests) == 4
+
+
+async def test_structured_prediction_by_text_is_paced() -> None:
+    """A model without functions is asked for JSON, by LlamaIndex's own program: one admission."""
+
+    class Json(Echo):
+        @llm_completion_callback()  # pyright: ignore[reportUntypedFunctionDecorator]  # LlamaIndex's
+        def complete(self, prompt: str, *_: Any, **__: Any) -> CompletionResponse:
+            return CompletionResponse(text='{"name": "Ada"}' if "star" in prompt else "")
+
+    limiter = Limiter("100 RPM", concurrency=1)
+
+    prompt = PromptTemplate("Name a star.")  # one of its own: LlamaIndex puts a parser into it
+    person = await limiter.wrap(Json()).astructured_predict(Person, prompt)
+
+    assert person.name == "Ada"
+    assert limiter.statistics().admitted == 1
+
+
+async def test_responses_api_is_paced_where_it_talks_to_its_client_itself(
+    openai_api: "ScriptedOpenAI",
+) -> None:
+    """OpenAIResponses.structured_predict passes no chat method, and is paced all the same."""
+    limiter = Limiter("100 RPM", concurrency=1)
+    llm = limiter.wrap(make_responses())
+
+    one = await llm.astructured_predict(Person, PROMPT, thing="star")
+    two = await asyncio.to_thread(llm.structured_predict, Person, PROMPT, thing="star")
+
+    assert (one.name, two.name) == ("Ada", "Ada")
+    now = limiter.statistics()
+    assert (now.admitted, now.in_flight, len(openai_api.requests)) == (2, 0, 2)
+
+
+@pytest.mark.parametrize("by_itself", [True, False], ids=["by its client", "by its chat"])
+async def test_structured_prediction_of_an_unknown_class_is_paid_once(
+    by_itself: bool,  # noqa: FBT001 - a case
+    openai_api: "ScriptedOpenAI",
+) -> None:
+    """Whether it makes requests of its own or ends in `achat`, nobody knows; either pays once."""
+
+    class Unknown(OpenAI):
+        async def astructured_predict(self, output_cls: Any, *_: Any, **__: Any) -> Any:
+            if by_itself:
+                await self._get_aclient().completions.create(model="m", prompt="hi")
+            else:
+                await self.achat(MESSAGES)
+            return output_cls(name="Ada")
+
+        async def astream_structured_predict(self, *args: Any, **kwargs: Any) -> Any:
+            async def stream() -> Any:
+                yield await self.astructured_predict(*args, **kwargs)
+
+            return stream()
+
+        def structured_predict(self, output_cls: Any, *_: Any, **__: Any) -> Any:
+            if by_itself:
+                self._get_client().completions.create(model="m", prompt="hi")
+            else:
+                self.chat(MESSAGES)
+            return output_cls(name="Ada")
+
+        def stream_structured_predict(self, *args: Any, **kwargs: Any) -> Any:
+            yield self.structured_predict(*args, **kwargs)
+
+    limiter = Limiter("100k TPM", concurrency=1)
+    llm = limiter.wrap(Unknown(model="gpt-4o-mini", api_key="k", api_base=API_BASE))
+
+    await llm.astructured_predict(Person, PROMPT, thing="star")
+    await asyncio.to_thread(llm.structured_predict, Person, PROMPT, thing="star")
+    used = limiter.statistics().limits[0].used
+    assert len(await drain(llm.astream_structured_predict(Person, PROMPT, thing="star"))) == 1
+    assert len(list(llm.stream_structured_predict(Person, PROMPT, thing="star"))) == 1
+
+    now = limiter.statistics()
+    assert (now.admitted, now.in_flight, len(openai_api.requests)) == (4, 0, 4)
+    assert (used == 2 * 18) is not by_itself
+
+
+@pytest.mark.parametrize("outside", [True, False], ids=["wrapped outside", "wrapped inside"])
+async def test_structured_llm_is_paced_once(outside: bool, openai_api: "ScriptedOpenAI") -> None:  # noqa: FBT001 - a case
+    """`as_structured_llm` of a paced model, or a structured LLM that is wrapped: one admission."""
+    limiter = Limiter("100 RPM", concurrency=1)
+    llm = make_openai()
+    structured = (
+        limiter.wrap(llm.as_structured_llm(Person))
+        if outside
+        else limiter.wrap(llm).as_structured_llm(Person)
+    )
+
+    reply = await structured.achat(MESSAGES)
+    await drain(structured.astream_chat(MESSAGES))
+    await asyncio.to_thread(structured.complete, "hi")
+
+    assert isinstance(reply.raw, Person)
+    assert limiter.statistics().admitted == len(openai_api.requests) == 3
+
+
+@pytest.mark.parametrize("name", ASYNC_CALLS)
+@pytest.mark.parametrize(
+    "make", [*REMOTE, Echo], ids=lambda make: make.__name__.removeprefix("make_")
+)
+async def test_spans_and_events_are_those_of_the_plain_model(
+    make: Callable[[], LLM],
+    name: str,
+    openai_api: "ScriptedOpenAI",
+    instrumentation: "Instrumentation",
+) -> None:
+    """Pacing doubles no span and no event; a stream's usage, asked for by us, is progress."""
+    await ASYNC_CALLS[name](make())
+    plain = instrumentation.take()
+
+    await ASYNC_CALLS[name](Limiter("100 RPM").wrap(make()))
+
+    assert instrumentation.take() == plain
+    assert openai_api.requests or make is Echo
+
+
+async def test_achat_is_one_span_one_start_and_one_end(
+    openai_api: "ScriptedOpenAI", instrumentation: "Instrumentation"
+) -> None:
+    """What a tracing backend shows of a call is exactly what happened."""
+    await Limiter("100 RPM").wrap(make_openai()).achat(MESSAGES)
+
+    assert instrumentation.spans == ["achat"]
+    assert instrumentation.events == ["LLMChatStartEvent", "LLMChatEndEvent"]
+    assert len(openai_api.requests) == 1
+
+
+def test_wait_is_an_event_before_the_call_starts(instrumentation: "Instrumentation") -> None:
+    """The time in the queue is told, and is no part of the model's latency."""
+    with virtual_time() as time:
+        limiter = Limiter("2/s burst 1", name="mine", clock=time.clock)
+        llm = limiter.wrap(MockLLM(max_tokens=3))
+
+        async def main() -> None:
+            await llm.acomplete("one")
+            await llm.acomplete("two")
+
+        time.run(main())
+
+    waits = [event for event in instrumentation.objects if isinstance(event, RateLimitWaitEvent)]
+    assert [(wait.waited, wait.bound_by, wait.limiter) for wait in waits] == [
+        (0.5, "requests", "mine")
+    ]
+    second = instrumentation.events[instrumentation.events.index("RateLimitWaitEvent") :]
+    assert second[:2] == ["RateLimitWaitEvent", "LLMCompletionStartEvent"]
+    with pytest.raises(ValueError, match="frozen"):
+        waits[0].waited = 0.0
+
+
+async def test_reserved_tokens_are_settled_by_the_usage(openai_api: "ScriptedOpenAI") -> None:
+    """What the provider says it used is what stays booked, in every way of asking."""
+    limiter = Limiter("100k TPM", "50k ITPM", "50k OTPM")
+    openai_api.usage = {"prompt_tokens": 30, "completion_tokens": 12, "total_tokens": 42}
+    calls = 0
+    for make in REMOTE:
+        llm = limiter.wrap(make())
+        for call in ASYNC_CALLS.values():
+            await call(llm)
+            calls += 1
+
+    used = {use.limit.resource: use.used for use in limiter.statistics().limits}
+    assert used["tokens"] == 42 * calls
+    assert used["input_tokens"] == 30 * calls
+    assert used["output_tokens"] == 12 * calls
+
+
+async def test_estimator_of_ones_own_is_asked(openai_api: "ScriptedOpenAI") -> None:
+    """It decides what is reserved, and need not learn from replies; the usage settles."""
+
+    class Fixed:
+        def chat(self, *_: Any) -> Estimate:
+            return Estimate(input_tokens=100, output_tokens=400)
+
+    limiter = Limiter("100k TPM")
+    llm = limiter.wrap(make_openai(), estimator=Fixed())
+
+    await llm.achat(MESSAGES)
+
+    now = limiter.statistics()
+    assert now.limits[0].used == openai_api.usage["total_tokens"]
+    assert now.refunded["tokens"] == 500 - openai_api.usage["total_tokens"]
+
+
+@pytest.mark.parametrize("limit", ["100 TPM", "100 OTPM", "100 RPM"])
+@pytest.mark.usefixtures("openai_api")
+async def test_guess_of_the_output_makes_no_call_impossible(limit: str) -> None:
+    """256 tokens are foreseen of a first reply; under a lower limit it is cut down to that."""
+    limiter = Limiter(limit)
+
+    await limiter.wrap(make_openai()).achat(MESSAGES)
+
+    assert limiter.statistics().admitted == 1
+
+
+async def test_structured_llm_settles_inside(openai_api: "ScriptedOpenAI") -> None:
+    """A structured LLM's reply has lost the usage; the model in it has it still."""
+    limiter = Limiter("100k TPM")
+    structured = limiter.wrap(make_openai()).as_structured_llm(Person)
+
+    await structured.achat(MESSAGES)
+
+    assert limiter.statistics().limits[0].used == openai_api.usage["total_tokens"]
+
+
+async def test_call_over_a_limit_fails_at_once(openai_api: "ScriptedOpenAI") -> None:
+    """A prompt that can never pass is refused with the numbers, and sent nowhere."""
+    llm = Limiter("1k TPM").wrap(make_openai())
+
+    with pytest.raises(CostExceedsLimit, match="exceeds the limit of 1,000 tokens per 60 s"):
+        await llm.achat([ChatMessage("many words " * 2_000)])
+
+    assert openai_api.requests == []
+
+
+async def test_slot_comes_back_from_a_failed_call(
+    openai_api: "ScriptedOpenAI", refusal: Callable[..., Any]
+) -> None:
+    """An error of the provider leaves no slot behind, and keeps its type."""
+    limiter = Limiter("100 RPM", concurrency=1)
+    openai_api.script = [refusal(400)]
+
+    with pytest.raises(Exception, match="400"):
+        await limiter.wrap(make_openai()).achat(MESSAGES)
+
+    assert limiter.statistics().in_flight == 0
+
+
+async def test_slot_comes_back_from_a_cancelled_call() -> None:
+    """A call that is cancelled while it runs gives its slot back."""
+    limiter = Limiter("100 RPM", concurrency=1)
+
+    class Slow(MockLLM):
+        async def acomplete(self, prompt: str, *_: Any, **__: Any) -> CompletionResponse:
+            await asyncio.sleep(3600)
+            return CompletionResponse(text=prompt)
+
+    task = asyncio.create_task(limiter.wrap(Slow(max_tokens=None)).acomplete("hi"))
+    await asyncio.sleep(0)
+    assert limiter.statistics().in_flight == 1
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert limiter.statistics().in_flight == 0
+
+
+async def test_task_that_outlives_its_call_pays_for_itself() -> None:
+    """A task started within a call inherits its context; after the call that is no free ticket."""
+    limiter = Limiter("100 RPM", concurrency=1)
+    plain = MockLLM(max_tokens=2)
+    other = limiter.wrap(plain)
+    started: list[contextvars.Context] = []
+
+    class Keeping(MockLLM):
+        async def acomplete(self, prompt: str, *_: Any, **__: Any) -> CompletionResponse:
+            started.append(contextvars.copy_context())
+            return CompletionResponse(text=prompt)
+
+    await limiter.wrap(Keeping(max_tokens=None)).acomplete("hi")
+    started[0].run(other.complete, "later")
+
+    assert limiter.statistics().admitted == 2
+
+
+async def test_task_inside_a_call_belongs_to_it() -> None:
+    """A call that does its work in tasks and threads of its own pays once."""
+    limiter = Limiter("100 RPM", concurrency=1)
+
+    class Busy(MockLLM):
+        async def achat(self, messages: Sequence[ChatMessage], **_: Any) -> Any:
+            first = asyncio.create_task(self.acomplete("one"))
+            return await first, await asyncio.to_thread(self.chat, messages)
+
+    await limiter.wrap(Busy(max_tokens=2)).achat(MESSAGES)
+
+    assert limiter.statistics().admitted == 1
+
+
+async def test_two_limiters_do_not_guard_each_other() -> None:
+    """A model of another limiter that is called within a call pays its own limiter."""
+    mine, other = Limiter("100 RPM"), Limiter("100 RPM")
+    helper = other.wrap(MockLLM(max_tokens=2))
+
+    class Asking(MockLLM):
+        async def acomplete(self, prompt: str, *_: Any, **__: Any) -> CompletionResponse:
+            reply: CompletionResponse = await helper.acomplete(prompt)
+            return reply
+
+    await mine.wrap(Asking(max_tokens=None)).acomplete("hi")
+
+    assert (mine.statistics().admitted, other.statistics().admitted) == (1, 1)

@@ -1,0 +1,446 @@
+"""A stream holds its slot from its first item until it ends, however it ends."""
+
+import asyncio
+import gc
+from collections.abc import AsyncGenerator, Callable, Generator
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import openai
+import pytest
+from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.llms import MockLLM
+from llama_index.llms.openai import OpenAI, OpenAIResponses
+from llama_index_instrumentation.span import active_span_id
+
+from asyncbucket import Limiter
+from asyncbucket.llama_index import Estimate
+from asyncbucket.testing import virtual_time
+
+if TYPE_CHECKING:
+    from asyncbucket.testing.pytest_plugin import ProviderFactory
+    from tests.llama_index.conftest import Instrumentation, ScriptedOpenAI
+
+API_BASE = "https://llm.test/v1"
+MESSAGES = [ChatMessage("one two three")]
+
+
+def openai_llm(**options: Any) -> OpenAI:
+    """Return OpenAI's chat model."""
+    return OpenAI(model="gpt-4o-mini", api_key="k", api_base=API_BASE, **options)
+
+
+def in_flight(limiter: Limiter) -> int:
+    """Return how many slots are taken."""
+    return limiter.statistics().in_flight
+
+
+def admitted(limiter: Limiter) -> int:
+    """Return how many calls were admitted."""
+    return limiter.statistics().admitted
+
+
+@pytest.fixture
+def limiter() -> Limiter:
+    """Return a limiter with one slot."""
+    return Limiter("1000 RPM", concurrency=1)
+
+
+async def test_stream_never_iterated_takes_nothing(limiter: Limiter) -> None:
+    """Neither a slot nor a request goes to a stream that nobody looks at."""
+    stream = await limiter.wrap(MockLLM()).astream_chat(MESSAGES)
+
+    assert admitted(limiter) == 0
+    del stream
+    gc.collect()
+    assert admitted(limiter) == 0
+
+
+async def test_slot_is_held_until_exhaustion(limiter: Limiter) -> None:
+    """Up to the last item the slot is taken, and then it is free."""
+    stream = await limiter.wrap(MockLLM(max_tokens=3)).astream_chat(MESSAGES)
+    held = [in_flight(limiter) async for _ in stream]
+
+    assert held == [1, 1, 1]
+    assert in_flight(limiter) == 0
+
+
+def test_synchronous_stream_holds_its_slot_until_exhaustion(limiter: Limiter) -> None:
+    """The synchronous twin does the same, and takes nothing before it is iterated."""
+    stream = limiter.wrap(MockLLM(max_tokens=3)).stream_chat(MESSAGES)
+
+    assert admitted(limiter) == 0
+    assert [in_flight(limiter) for _ in stream] == [1, 1, 1]
+    assert in_flight(limiter) == 0
+    assert list(stream) == []
+
+
+async def test_closed_stream_gives_its_slot_back(limiter: Limiter) -> None:
+    """`aclose` ends it, any number of times."""
+    stream = await limiter.wrap(MockLLM(max_tokens=3)).astream_chat(MESSAGES)
+    await anext(stream)
+
+    await stream.aclose()
+    await stream.aclose()
+
+    assert in_flight(limiter) == 0
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+
+
+def test_closed_synchronous_stream_gives_its_slot_back(limiter: Limiter) -> None:
+    """`close` ends it, any number of times."""
+    stream = limiter.wrap(MockLLM(max_tokens=3)).stream_complete("hi")
+    next(stream)
+
+    stream.close()
+    stream.close()
+
+    assert in_flight(limiter) == 0
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+async def test_stream_closed_before_its_start_takes_nothing(limiter: Limiter) -> None:
+    """Closing what was never begun is free, and final."""
+    stream = await limiter.wrap(MockLLM()).astream_chat(MESSAGES)
+
+    await stream.aclose()
+
+    assert [item async for item in stream] == []
+    assert admitted(limiter) == 0
+
+
+async def test_dropped_stream_gives_its_slot_back(limiter: Limiter) -> None:
+    """Half read and forgotten: the garbage collector finds the slot."""
+    stream = await limiter.wrap(MockLLM(max_tokens=3)).astream_chat(MESSAGES)
+    await anext(stream)
+    assert in_flight(limiter) == 1
+
+    del stream
+    gc.collect()
+
+    assert in_flight(limiter) == 0
+
+
+async def test_dropped_stream_of_a_pooled_connection_gives_its_slot_back(
+    limiter: Limiter, rate_limited_provider: "ProviderFactory"
+) -> None:
+    """A connection keeps the context of the call that opened it; the slot is not kept by that."""
+    provider = rate_limited_provider(latency=0.5, reply_tokens=10)
+    async with httpx.AsyncClient() as client:
+        llm = OpenAI(api_key="k", api_base=provider.base_url, async_http_client=client)
+        stream = await limiter.wrap(llm).astream_chat(MESSAGES)
+        await anext(stream)
+        assert in_flight(limiter) == 1
+
+        del stream
+        gc.collect()
+
+        assert in_flight(limiter) == 0
+
+
+async def test_dropped_synchronous_stream_gives_its_slot_back(limiter: Limiter) -> None:
+    """A `break` in a loop is the end of it."""
+    for _ in limiter.wrap(MockLLM(max_tokens=3)).stream_chat(MESSAGES):
+        break
+    gc.collect()
+
+    assert in_flight(limiter) == 0
+
+
+async def test_broken_stream_gives_its_slot_back_and_is_not_begun_anew(limiter: Limiter) -> None:
+    """An error after the first item reaches the caller, who has seen a part of the answer."""
+    begun = []
+
+    class Breaking(MockLLM):
+        async def astream_chat(self, *_: Any, **__: Any) -> Any:
+            async def stream() -> AsyncGenerator[str, None]:
+                begun.append(1)
+                yield "a"
+                raise ConnectionError("reset")
+
+            return stream()
+
+    stream = await limiter.wrap(Breaking(max_tokens=None)).astream_chat(MESSAGES)
+    await anext(stream)
+    with pytest.raises(ConnectionError, match="reset"):
+        await anext(stream)
+
+    assert (begun, in_flight(limiter)) == ([1], 0)
+    assert [item async for item in stream] == []
+
+
+def test_broken_synchronous_stream_gives_its_slot_back(limiter: Limiter) -> None:
+    """The synchronous twin ends alike."""
+
+    class Breaking(MockLLM):
+        def stream_chat(self, *_: Any, **__: Any) -> Any:
+            yield "a"
+            raise ConnectionError("reset")
+
+    stream = limiter.wrap(Breaking(max_tokens=None)).stream_chat(MESSAGES)
+    next(stream)
+    with pytest.raises(ConnectionError, match="reset"):
+        next(stream)
+
+    assert in_flight(limiter) == 0
+    assert list(stream) == []
+
+
+async def test_cancelled_stream_gives_its_slot_back(limiter: Limiter) -> None:
+    """Cancelled while it waits for an item: the slot is free at once."""
+
+    class Slow(MockLLM):
+        async def astream_chat(self, *_: Any, **__: Any) -> Any:
+            async def stream() -> AsyncGenerator[str, None]:
+                await asyncio.sleep(3600)
+                yield "late"
+
+            return stream()
+
+    async def read() -> None:
+        async for _ in await limiter.wrap(Slow(max_tokens=None)).astream_chat(MESSAGES):
+            pass
+
+    task = asyncio.create_task(read())
+    for _ in range(5):  # to the sleep in the stream
+        await asyncio.sleep(0)
+    assert in_flight(limiter) == 1
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert in_flight(limiter) == 0
+
+
+async def test_thrown_error_ends_the_stream(limiter: Limiter) -> None:
+    """`athrow` and `throw` close the stream and raise what they are given."""
+    llm = limiter.wrap(MockLLM(max_tokens=3))
+    stream = await llm.astream_chat(MESSAGES)
+    await anext(stream)
+    with pytest.raises(KeyError, match="mine"):
+        await stream.athrow(KeyError("mine"))
+    assert in_flight(limiter) == 0
+
+    twin = llm.stream_chat(MESSAGES)
+    next(twin)
+    with pytest.raises(KeyError, match="mine"):
+        twin.throw(KeyError, "mine")
+    with pytest.raises(KeyError):
+        twin.throw(KeyError, KeyError("other"), None)
+    with pytest.raises(KeyError):
+        twin.throw(KeyError)
+    assert in_flight(limiter) == 0
+
+
+async def test_stream_is_what_llama_index_takes_for_a_generator(limiter: Limiter) -> None:
+    """`isinstance(stream, AsyncGenerator)`, by which LlamaIndex decides, is true."""
+    llm = limiter.wrap(MockLLM())
+
+    assert isinstance(await llm.astream_chat(MESSAGES), AsyncGenerator)
+    assert isinstance(llm.stream_chat(MESSAGES), Generator)
+
+
+async def test_guard_does_not_leak_into_the_consumer(limiter: Limiter) -> None:
+    """Between two items of a stream the consumer's own calls pay for themselves."""
+    limiter = Limiter("1000 RPM", concurrency=2)
+    llm = limiter.wrap(MockLLM(max_tokens=2))
+    async for _ in await llm.astream_chat(MESSAGES):
+        await llm.acomplete("aside")
+
+    assert admitted(limiter) == 1 + 2
+
+
+async def test_stream_can_be_read_by_several_tasks_in_turn(limiter: Limiter) -> None:
+    """Each step may come from another task, as with any iterator."""
+    stream = await limiter.wrap(MockLLM(max_tokens=3)).astream_chat(MESSAGES)
+
+    async def step() -> Any:
+        return (await anext(stream)).delta
+
+    items = [await asyncio.create_task(step()) for _ in range(3)]
+
+    assert items == ["text ", "text ", "text"]
+    with pytest.raises(StopAsyncIteration):
+        await asyncio.create_task(anext(stream))
+    assert in_flight(limiter) == 0
+
+
+async def test_messages_are_those_of_the_call(
+    limiter: Limiter, openai_api: "ScriptedOpenAI"
+) -> None:
+    """A list that grows between the call and the first item is sent as it was."""
+    messages = [ChatMessage("one")]
+    stream = await limiter.wrap(openai_llm()).astream_chat(messages)
+    messages.append(ChatMessage("two"))
+
+    await anext(stream)
+
+    assert len(openai_api.bodies[0]["messages"]) == 1
+
+
+async def test_span_of_a_stream_is_below_that_of_its_caller(
+    limiter: Limiter, instrumentation: "Instrumentation"
+) -> None:
+    """Read later or elsewhere, a stream's events still belong to the span that asked for it."""
+    token = active_span_id.set("the caller")
+    stream = await limiter.wrap(MockLLM(max_tokens=2)).astream_chat(MESSAGES)
+    active_span_id.reset(token)
+
+    await anext(stream)
+
+    assert instrumentation.parents[0] == "the caller"
+    assert active_span_id.get() is None
+
+
+# -- usage -----------------------------------------------------------------------------------------
+
+
+async def test_stream_asks_for_usage_and_keeps_it_to_itself(openai_api: "ScriptedOpenAI") -> None:
+    """OpenAI tells a stream's usage only if asked; the chunk that tells it is not the caller's."""
+    limiter = Limiter("100k TPM")
+    llm = limiter.wrap(openai_llm())
+
+    chunks: list[Any] = [chunk async for chunk in await llm.astream_chat(MESSAGES)]
+
+    assert openai_api.bodies[0]["stream_options"] == {"include_usage": True}
+    assert [chunk.delta for chunk in chunks] == ["hello", "there"]
+    assert all(chunk.raw.choices for chunk in chunks)
+    assert limiter.statistics().limits[0].used == 18
+
+
+@pytest.mark.parametrize(
+    "where", ["call", "model"], ids=["asked by the call", "asked by the model"]
+)
+@pytest.mark.usefixtures("openai_api")
+async def test_usage_that_the_user_asked_for_is_theirs(where: str) -> None:
+    """Who asks for the usage sees the chunk that tells it, and it settles the call."""
+    option = {"stream_options": {"include_usage": True}}
+    limiter = Limiter("100k TPM")
+    llm = limiter.wrap(openai_llm(additional_kwargs=option if where == "model" else {}))
+
+    stream = await llm.astream_chat(MESSAGES, **(option if where == "call" else {}))
+    chunks: list[Any] = [chunk async for chunk in stream]
+
+    assert len(chunks) == 3
+    assert chunks[-1].raw.usage.total_tokens == 18
+    assert limiter.statistics().limits[0].used == 18
+
+
+async def test_usage_that_the_user_does_not_want_is_not_asked_for(
+    openai_api: "ScriptedOpenAI",
+) -> None:
+    """An explicit no stays; the estimate stays booked."""
+    limiter = Limiter("100k TPM")
+    llm = limiter.wrap(openai_llm(additional_kwargs={"stream_options": {}}))
+
+    _ = [chunk async for chunk in await llm.astream_chat(MESSAGES)]
+
+    assert openai_api.bodies[0]["stream_options"] == {}
+    assert limiter.statistics().limits[0].used > 18
+
+
+async def test_provider_that_knows_no_usage_option_is_asked_once(
+    openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
+) -> None:
+    """A server that refuses the option gets the request without it, and is not asked again."""
+    limiter = Limiter("1000 RPM", concurrency=1)
+    llm = limiter.wrap(openai_llm())
+    openai_api.script = [refusal(400, message="Unrecognized request argument: stream_options")]
+
+    for _ in range(2):
+        assert len([chunk async for chunk in await llm.astream_chat(MESSAGES)]) == 2
+    await asyncio.to_thread(lambda: list(llm.stream_chat(MESSAGES)))
+
+    assert ["stream_options" in body for body in openai_api.bodies] == [True, False, False, False]
+    assert (admitted(limiter), in_flight(limiter)) == (4, 0)
+
+
+def test_synchronous_stream_without_the_usage_option_goes_on(
+    openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
+) -> None:
+    """The synchronous twin recovers alike."""
+    llm = Limiter("1000 RPM").wrap(openai_llm())
+    openai_api.script = [refusal(422, message="stream_options: extra fields not permitted")]
+
+    assert len(list(llm.stream_chat(MESSAGES))) == 2
+
+
+async def test_other_refusals_are_the_callers(
+    limiter: Limiter, openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
+) -> None:
+    """A bad request for another reason is not tried again."""
+    openai_api.script = [refusal(400)]
+
+    with pytest.raises(openai.BadRequestError, match="scripted"):
+        await anext(await limiter.wrap(openai_llm()).astream_chat(MESSAGES))
+
+    assert len(openai_api.requests) == 1
+
+
+async def test_responses_stream_is_settled_without_asking(openai_api: "ScriptedOpenAI") -> None:
+    """The Responses API ends each stream with its usage; nothing is added or left out."""
+    limiter = Limiter("100k TPM")
+    llm = limiter.wrap(OpenAIResponses(model="gpt-4o-mini", api_key="k", api_base=API_BASE))
+
+    chunks = [chunk async for chunk in await llm.astream_chat(MESSAGES)]
+
+    assert "stream_options" not in openai_api.bodies[0]
+    assert len(chunks) == 2
+    assert limiter.statistics().limits[0].used == 18
+
+
+@pytest.mark.usefixtures("openai_api")
+async def test_stream_broken_off_stays_booked_as_reserved() -> None:
+    """How much a provider charges for what was not read, nobody says."""
+
+    class Fixed:
+        def chat(self, *_: Any) -> Estimate:
+            return Estimate(input_tokens=100, output_tokens=400)
+
+    limiter = Limiter("100k TPM")
+    llm = limiter.wrap(openai_llm(), estimator=Fixed())
+    stream = await llm.astream_chat(MESSAGES)
+    await anext(stream)
+
+    await stream.aclose()
+
+    assert limiter.statistics().limits[0].used == 500
+
+
+# -- retries ---------------------------------------------------------------------------------------
+
+
+def test_429_of_a_stream_is_retried_at_its_first_item(
+    openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
+) -> None:
+    """It shows when the first item is asked for; then it waits as it was told, and begins anew."""
+    openai_api.script = [refusal(429, {"retry-after": "2"})]
+    with virtual_time() as time:
+        limiter = Limiter("1000 RPM", concurrency=1, clock=time.clock)
+
+        async def main() -> int:
+            stream = await limiter.wrap(openai_llm()).astream_chat(MESSAGES)
+            return len([chunk async for chunk in stream])
+
+        assert time.run(main()) == 2
+        assert 2.0 <= time.now <= 2.3
+
+    assert len(openai_api.requests) == 2
+    assert (admitted(limiter), in_flight(limiter)) == (2, 0)
+
+
+async def test_error_of_the_first_item_gives_the_slot_back(
+    limiter: Limiter, openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
+) -> None:
+    """What can't be retried ends the stream before it began, asynchronous or not."""
+    openai_api.script = [refusal(401), refusal(401)]
+    llm = limiter.wrap(openai_llm())
+
+    with pytest.raises(openai.AuthenticationError):
+        await anext(await llm.astream_chat(MESSAGES))
+    with pytest.raises(openai.AuthenticationError):
+        next(llm.stream_chat(MESSAGES))
+
+    assert in_flight(limiter) == 0

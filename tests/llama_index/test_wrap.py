@@ -1,0 +1,355 @@
+"""A wrapped model is the model: its class, its fields, its name."""
+
+import copy
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from llama_index.core import Settings
+from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent, ReActAgent
+from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.embeddings import MockEmbedding
+from llama_index.core.ingestion.pipeline import get_transformation_hash
+from llama_index.core.llms import LLM, ChatMessage, MockLLM
+from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.llms.structured_llm import StructuredLLM
+from llama_index.core.rate_limiter import TokenBucketRateLimiter
+from llama_index.core.schema import TextNode
+from llama_index.embeddings.openai import OpenAIEmbedding
+from llama_index.llms.openai import OpenAI
+from openai import AsyncOpenAI
+from pydantic import BaseModel
+
+from asyncbucket import Limiter, pace
+from asyncbucket.llama_index import RateLimitedEmbedding, RateLimitedLLM, wrap
+
+KEY = "sk-very-secret"
+
+
+class PacedOpenAI(RateLimitedLLM, OpenAI):
+    """What a reader of the docs writes."""
+
+
+class PacedMockEmbedding(RateLimitedEmbedding, MockEmbedding):
+    """The same with an embedding model."""
+
+
+class Person(BaseModel):
+    """What structured prediction fills in."""
+
+    name: str
+
+
+def models() -> list[Any]:
+    """Return a model of each kind."""
+    return [
+        MockLLM(max_tokens=3),
+        OpenAI(model="gpt-4o-mini", api_key=KEY, max_retries=7),
+        MockEmbedding(embed_dim=2),
+        OpenAIEmbedding(api_key=KEY),
+    ]
+
+
+def limiter_of(model: Any) -> Limiter:
+    """Return what a wrapped model has besides, unknown to a type checker."""
+    limiter: Limiter = model.limiter
+    return limiter
+
+
+def named(model: object) -> str:
+    """Name a case."""
+    return type(model).__name__
+
+
+@pytest.mark.parametrize("inner", models(), ids=named)
+def test_wrapped_model_is_of_its_own_class(inner: Any) -> None:
+    """isinstance, which LlamaIndex decides by, finds what it found before."""
+    paced = Limiter("100 RPM").wrap(inner)
+
+    assert isinstance(paced, type(inner))
+    assert isinstance(paced, LLM | BaseEmbedding)
+    assert isinstance(paced, FunctionCallingLLM) == isinstance(inner, FunctionCallingLLM)
+    assert paced.class_name() == inner.class_name()
+
+
+@pytest.mark.parametrize("inner", models(), ids=named)
+def test_wrapped_model_serialises_as_the_inner_one(inner: Any) -> None:
+    """Dumps, payloads and schemas are equal, so that caches keyed by them stay valid."""
+    paced = Limiter("100 RPM").wrap(inner)
+
+    assert paced.to_dict() == inner.to_dict()
+    assert paced.to_payload() == inner.to_payload()
+    assert (
+        type(paced).model_json_schema()["properties"]
+        == (type(inner).model_json_schema()["properties"])
+    )
+    assert type(paced).model_fields.keys() == type(inner).model_fields.keys()
+
+
+def test_wrapped_embedding_has_the_ingestion_cache_s_hash() -> None:
+    """A cache filled by the plain model serves the paced one."""
+    inner = MockEmbedding(embed_dim=2)
+    nodes = [TextNode(text="a")]
+
+    paced = Limiter("100 RPM").wrap(inner)
+
+    assert get_transformation_hash(nodes, paced) == get_transformation_hash(nodes, inner)
+
+
+def test_inner_model_is_left_as_it_was() -> None:
+    """Wrapping changes neither fields nor private values nor the retries of the inner model."""
+    client = AsyncOpenAI(api_key=KEY, max_retries=4)
+    inner = OpenAI(api_key=KEY, max_retries=7, async_openai_client=client)
+    fields, private = dict(vars(inner)), dict(inner.__pydantic_private__ or {})
+
+    Limiter("100 RPM").wrap(inner)
+
+    assert vars(inner) == fields
+    assert inner.__pydantic_private__ == private
+    assert inner._aclient is client
+    assert (client.max_retries, type(client)) == (4, AsyncOpenAI)
+
+
+def test_inner_model_stays_unpaced() -> None:
+    """Who calls the inner model spends nothing of the limiter."""
+    limiter = Limiter("100 RPM")
+    inner = MockLLM(max_tokens=3)
+    limiter.wrap(inner)
+
+    inner.complete("hi")
+
+    assert limiter.statistics().admitted == 0
+
+
+def test_fields_are_shared_with_the_inner_model() -> None:
+    """What Settings or a user writes into one of them later, both have."""
+    inner = OpenAI(api_key=KEY)
+    paced = Limiter("100 RPM").wrap(inner)
+    manager: Any = Settings.callback_manager
+
+    paced.callback_manager = manager
+    inner.temperature = 0.7
+
+    assert inner.callback_manager is manager
+    assert paced.temperature == 0.7
+
+
+def test_limiter_is_no_field() -> None:
+    """The limiter is reachable, and in no dump."""
+    limiter = Limiter("100 RPM", name="here")
+    paced = limiter.wrap(OpenAI(api_key=KEY))
+
+    assert limiter_of(paced) is limiter
+    assert "here" not in str(paced.to_dict())
+    assert "limiter" not in type(paced).model_fields
+
+
+def test_repr_says_what_paces_the_model_and_no_secret() -> None:
+    """A repr that lands in a log shows model and limiter, and no API key."""
+    paced = Limiter("100 RPM", name="mine").wrap(OpenAI(model="gpt-4o-mini", api_key=KEY))
+
+    assert repr(paced).startswith("PacedOpenAI(model='gpt-4o-mini', limiter=<Limiter 'mine'")
+    assert KEY not in repr(paced) + str(paced)
+
+
+def test_wrapping_twice_is_the_same_object() -> None:
+    """A model is paced by a limiter once, however often one asks."""
+    limiter = Limiter("100 RPM")
+    paced = limiter.wrap(MockLLM())
+
+    assert limiter.wrap(paced) is paced
+
+
+def test_wrapping_again_with_options_paces_anew_once() -> None:
+    """Options given later hold for the new object, which pays once a call."""
+    limiter = Limiter("100 RPM")
+    paced = limiter.wrap(MockLLM(max_tokens=2))
+
+    again = limiter.wrap(paced, retry=1)
+    again.complete("hi")
+
+    assert again is not paced
+    assert type(again) is type(paced)
+    assert limiter.statistics().admitted == 1
+
+
+def test_second_limiter_is_refused() -> None:
+    """Two queues in a row would hold one budget while waiting for the other."""
+    paced = Limiter("100 RPM", name="a").wrap(MockLLM())
+
+    with pytest.raises(ValueError, match=r"paced already and can't be paced by <Limiter 'b'"):
+        Limiter("100 RPM", name="b").wrap(paced)
+
+
+def test_generated_class_is_made_once() -> None:
+    """Two models of a class are of one paced class."""
+    limiter = Limiter("100 RPM")
+
+    assert type(limiter.wrap(MockLLM())) is type(limiter.wrap(MockLLM()))
+
+
+def test_structured_llm_is_paced_inside() -> None:
+    """A structured LLM stays one; the model in it, which makes the requests, is paced."""
+    limiter = Limiter("100 RPM")
+    structured = MockLLM().as_structured_llm(Person)
+
+    paced = limiter.wrap(structured)
+
+    assert isinstance(paced, StructuredLLM)
+    assert isinstance(paced.llm, RateLimitedLLM)
+    assert not isinstance(structured.llm, RateLimitedLLM)
+    assert limiter.wrap(paced) is paced
+
+
+def test_native_rate_limiter_is_warned_of() -> None:
+    """LlamaIndex's own limiter inside would hold our slot while it sleeps."""
+    inner = OpenAI(api_key=KEY, rate_limiter=TokenBucketRateLimiter(requests_per_minute=10))
+
+    with pytest.warns(
+        UserWarning, match="OpenAI has a rate_limiter of its own: .* make it without"
+    ):
+        Limiter("100 RPM").wrap(inner)
+
+
+@pytest.mark.parametrize("thing", ["gpt-4o", 3, None, object(), Limiter("1 RPM")], ids=named)
+def test_anything_else_is_refused(thing: object) -> None:
+    """The error says what can be wrapped, and what to do with other code."""
+    with pytest.raises(TypeError, match=rf"not {named(thing)}; pace other code by `async with"):
+        Limiter("100 RPM").wrap(thing)
+
+
+def test_class_in_place_of_a_model_is_refused() -> None:
+    """Forgotten parentheses are named."""
+    with pytest.raises(TypeError, match=r"not its class: limiter.wrap\(MockLLM\(...\)\)"):
+        Limiter("100 RPM").wrap(MockLLM)
+
+
+def test_pace_gives_a_limiter_of_its_own() -> None:
+    """One line does it all, and the limiter can still be reached."""
+    paced = pace(MockLLM(max_tokens=2), rpm=100, concurrency=2, name="own")
+
+    paced.complete("hi")
+
+    limiter = limiter_of(paced)
+    assert (limiter.name, limiter.statistics().admitted, limiter.concurrency) == ("own", 1, 2)
+
+
+def test_settings_and_agents_hold_the_same_object() -> None:
+    """Nothing of LlamaIndex copies the model on the way, validation included."""
+    limiter = Limiter("100 RPM")
+    llm, embed_model = limiter.wrap(OpenAI(api_key=KEY)), limiter.wrap(MockEmbedding(embed_dim=2))
+    before = Settings._llm, Settings._embed_model
+    try:
+        Settings.llm, Settings.embed_model = llm, embed_model
+        assert Settings.llm is llm
+        assert Settings.embed_model is embed_model
+    finally:
+        Settings._llm, Settings._embed_model = before
+
+    function_agent = FunctionAgent(name="f", description="f", llm=llm, tools=[])
+    react_agent = ReActAgent(name="r", description="r", llm=llm, tools=[])
+    workflow = AgentWorkflow(agents=[function_agent], root_agent="f")
+
+    assert function_agent.llm is llm
+    assert react_agent.llm is llm
+    assert workflow.agents["f"].llm is llm
+    assert llm.as_structured_llm(Person).llm is llm
+
+
+@pytest.mark.parametrize("make_copy", [copy.copy, copy.deepcopy, BaseModel.model_copy])
+def test_copy_is_paced_by_the_same_limiter(make_copy: Any) -> None:
+    """A copied model spends from the budget of the original."""
+    limiter = Limiter("100 RPM")
+    paced = limiter.wrap(MockLLM(max_tokens=2))
+
+    twin = make_copy(paced)
+    twin.complete("hi")
+
+    assert twin is not paced
+    assert twin.limiter is limiter
+    assert limiter.statistics().admitted == 1
+
+
+def test_copy_has_fields_of_its_own() -> None:
+    """`model_copy(update=...)` does what it says, to the copy alone."""
+    paced = Limiter("100 RPM").wrap(OpenAI(api_key=KEY))
+
+    twin = paced.model_copy(update={"model": "gpt-4o"})
+
+    assert (twin.model, paced.model) == ("gpt-4o", "gpt-3.5-turbo")
+
+
+def test_mixin_makes_paced_models_of_a_class() -> None:
+    """`PacedOpenAI(model=..., limiter=...)` takes the arguments of OpenAI and the limiter."""
+    limiter = Limiter("100 RPM")
+
+    llm = PacedOpenAI(model="gpt-4o-mini", api_key=KEY, max_retries=7, limiter=limiter)
+
+    assert (llm.model, llm.limiter, llm.max_retries) == ("gpt-4o-mini", limiter, 0)
+    assert llm.to_dict() == OpenAI(model="gpt-4o-mini", api_key=KEY, max_retries=7).to_dict()
+    assert limiter.wrap(llm) is llm
+    assert PacedOpenAI.model_fields.keys() == OpenAI.model_fields.keys()
+    assert PacedOpenAI.model_fields["max_retries"].default == 3
+
+
+def test_mixin_paces() -> None:
+    """A model made of a mixin pays for its calls."""
+    limiter = Limiter("100 RPM")
+
+    PacedMockEmbedding(embed_dim=2, limiter=limiter).get_text_embedding("hi")
+
+    assert limiter.statistics().admitted == 1
+
+
+def test_mixin_without_a_limiter_says_so() -> None:
+    """There is no unpaced paced model."""
+    with pytest.raises(TypeError, match="required keyword-only argument: 'limiter'"):
+        PacedOpenAI(api_key=KEY)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]  # the point
+
+
+def test_subclass_of_a_paced_class_keeps_its_defaults() -> None:
+    """The 0 that keeps others from retrying is nobody's default."""
+
+    class Mine(PacedOpenAI):
+        extra: int = 1
+
+    assert Mine.model_fields["max_retries"].default == 3
+    assert Mine(api_key=KEY, limiter=Limiter("1 RPM")).to_dict()["max_retries"] == 3
+
+
+def test_max_retries_can_still_be_set() -> None:
+    """Setting it changes the field that is serialised, and nothing about who retries."""
+    inner = OpenAI(api_key=KEY)
+    paced = Limiter("100 RPM").wrap(inner)
+
+    paced.max_retries = 8
+    assert inner.max_retries == 8
+    object.__setattr__(paced, "max_retries", 9)
+
+    assert (paced.max_retries, inner.max_retries, paced.to_dict()["max_retries"]) == (0, 9, 9)
+
+
+def test_missing_llama_index_names_the_extra() -> None:
+    """Without LlamaIndex `pace` says what to install."""
+    code = (
+        "import sys; sys.modules['llama_index.core'] = None\n"
+        "from asyncbucket import pace\n"
+        "try: pace(object(), rpm=1)\n"
+        "except ImportError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+
+    assert "pip install 'asyncbucket[llama-index]'" in done.stdout
+
+
+def test_wrap_is_what_limiter_wrap_calls() -> None:
+    """The function can be used without the method."""
+    limiter = Limiter("100 RPM")
+
+    paced = wrap(MockLLM(max_tokens=2), limiter)
+    paced.chat([ChatMessage("hi")])
+
+    assert limiter.statistics().admitted == 1

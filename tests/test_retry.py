@@ -1,0 +1,855 @@
+import asyncio
+import logging
+import math
+import random
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import Any, TypeVar
+
+import httpx
+import openai
+import pytest
+import stamina
+import stamina.instrumentation
+from stamina.instrumentation import RetryDetails
+
+from asyncbucket import AcquireTimeout, CostExceedsLimit, Limiter, QueueFull
+from asyncbucket.http.headers import WEEK
+from asyncbucket.retry import Retrier, Retry, RetryBudget, Verdict, classify
+from asyncbucket.testing import VirtualTime, virtual_time
+from asyncbucket.testing.provider import RateLimitedProvider
+
+T = TypeVar("T")
+REQUEST = httpx.Request("POST", "http://provider.test/v1/chat/completions")
+SECRET = "sk-very-secret"
+
+
+def status_error(
+    status: int, code: str | None = None, *, text: str = "no", **headers: str
+) -> openai.APIStatusError:
+    """Make the error that OpenAI's SDK raises for a status; `_` in a header's name is `-`."""
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    response = httpx.Response(status, headers=names, request=REQUEST)
+    kind = openai.RateLimitError if status == 429 else openai.APIStatusError
+    return kind(text, response=response, body={"code": code, "type": "requests"})
+
+
+class Script:
+    """An attempt that raises or returns what the script says, the last line for ever."""
+
+    def __init__(self, *lines: object, clock: Callable[[], int]) -> None:
+        self.lines = list(lines)
+        self.clock = clock
+        self.times: list[float] = []
+
+    def play(self) -> str:
+        self.times.append(self.clock() / 1e9)
+        line = self.lines.pop(0) if len(self.lines) > 1 else self.lines[0]
+        if isinstance(line, BaseException):
+            raise line
+        return str(line)
+
+    async def __call__(self) -> str:
+        return self.play()
+
+
+class Stage:
+    """A retrier on virtual time, whose chance is always the same."""
+
+    def __init__(self, time: VirtualTime) -> None:
+        self.time = time
+        self.limiter = Limiter(concurrency=1, name="openai", clock=time.clock)
+
+    def retrier(self, policy: Retry | None = None, *, chance: float = 0.0) -> Retrier:
+        return Retrier(policy or Retry(), self.limiter, chance=lambda: chance)
+
+    def script(self, *lines: object) -> Script:
+        return Script(*lines, clock=self.time.clock)
+
+    def run(self, main: Coroutine[Any, Any, T]) -> T:
+        return self.time.run(main)
+
+
+@pytest.fixture(name="stage")
+def open_stage() -> Iterator[Stage]:
+    """Open a stretch of virtual time with a limiter of one slot on it."""
+    with virtual_time() as time:
+        yield Stage(time)
+
+
+# -- which errors ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504, 529])
+def test_transient_statuses_are_retried(status: int) -> None:
+    """Time-outs, conflicts, rate limits and server errors may pass."""
+    verdict = classify(status_error(status))
+
+    assert verdict.retry
+    assert verdict.rate_limited == (status == 429)
+    assert verdict.reason == f"HTTP {status} (requests)"
+
+
+@pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 413, 422])
+def test_other_client_errors_are_not(status: int) -> None:
+    """Who asks for the wrong thing gets the same answer again."""
+    assert not classify(status_error(status, retry_after="1")).retry
+
+
+@pytest.mark.parametrize(
+    "code", ["insufficient_quota", "billing_not_active", "billing_hard_limit_reached"]
+)
+def test_exhausted_quota_is_not_retried(code: str) -> None:
+    """A 429 for want of credit is final, and is no reason for others to pause."""
+    expected = Verdict(retry=False, reason=f"HTTP 429 ({code})")
+
+    assert classify(status_error(429, code)) == expected
+
+
+def test_exhausted_quota_in_a_nested_body_is_not_retried() -> None:
+    """Some SDKs keep the whole body, with the error inside."""
+    error = status_error(429)
+    error.body = {"type": "error", "error": {"code": None, "type": "insufficient_quota"}}
+    vars(error).update(code=None, type=None)
+
+    assert classify(error) == Verdict(retry=False, reason="HTTP 429 (insufficient_quota)")
+
+
+def test_server_may_forbid_a_retry() -> None:
+    """`x-should-retry: false` is obeyed; `true` makes no client error worth repeating."""
+    assert not classify(status_error(429, x_should_retry="false")).retry
+    assert not classify(status_error(400, x_should_retry="true")).retry
+    assert classify(status_error(503, x_should_retry="true")).retry
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry_after_ms": "1500", "retry_after": "9"}, 1.5),
+        ({"retry_after": "9"}, 9.0),
+        ({"retry_after": "Fri, 31 Dec 9999 23:59:59 GMT"}, WEEK),
+        *(({"retry_after": value}, None) for value in ("nan", "inf", "-1", "1_0", "0", "²", "")),
+        ({}, None),
+    ],
+)
+def test_retry_after_is_read(headers: dict[str, str], seconds: float | None) -> None:
+    """Milliseconds first, then seconds or a date; nonsense and 0 name no wait."""
+    raw = [(name.replace("_", "-").encode(), text.encode()) for name, text in headers.items()]
+    error = status_error(429)
+    error.response = httpx.Response(429, headers=raw, request=REQUEST)
+
+    assert classify(error).retry_after == seconds
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        openai.APIConnectionError(request=REQUEST),
+        openai.APITimeoutError(request=REQUEST),
+        httpx.ConnectError("refused"),
+        httpx.ReadTimeout("slow"),
+        httpx.RemoteProtocolError("cut"),
+        ConnectionResetError(),
+        TimeoutError(),
+    ],
+)
+def test_lost_connections_and_timeouts_are_retried(error: Exception) -> None:
+    """Errors without a status are known by the names of their classes."""
+    assert classify(error) == Verdict(retry=True, reason=type(error).__name__)
+
+
+def test_http_errors_of_plain_httpx_are_judged_by_status() -> None:
+    """`raise_for_status` gives an error whose response has the status."""
+    response = httpx.Response(503, headers={"retry-after": "2"}, request=REQUEST)
+    error = httpx.HTTPStatusError("no", request=REQUEST, response=response)
+
+    assert classify(error) == Verdict(retry=True, reason="HTTP 503", retry_after=2.0)
+
+
+def test_errors_of_other_sdks_are_judged_by_status() -> None:
+    """A status by any of its usual names will do; without headers there is nothing to obey."""
+    for name in ("status_code", "status", "code"):
+        error = RuntimeError("no")
+        vars(error)[name] = 503
+        assert classify(error) == Verdict(retry=True, reason="HTTP 503")
+
+
+def test_error_event_in_a_stream_is_judged_by_its_code() -> None:
+    """A stream's status was 200; what went wrong is in the event."""
+    limited = openai.APIError("no", REQUEST, body={"code": "rate_limit_exceeded"})
+    invalid = openai.APIError("no", REQUEST, body={"code": "invalid_prompt"})
+    overloaded = openai.APIStatusError(
+        "no",
+        response=httpx.Response(200, request=REQUEST),
+        body={"error": {"type": "overloaded_error"}},
+    )
+
+    assert classify(limited) == Verdict(retry=True, reason="rate_limit_exceeded", rate_limited=True)
+    assert classify(overloaded) == Verdict(retry=True, reason="overloaded_error")
+    assert not classify(invalid).retry
+
+
+def test_a_cause_that_lasts_is_not_retried() -> None:
+    """A wrong URL or header is no lost connection, though the SDK calls it one."""
+    error = openai.APIConnectionError(request=REQUEST)
+    error.__cause__ = httpx.UnsupportedProtocol("no scheme")
+    ring = openai.APIConnectionError(request=REQUEST)
+    ring.__cause__ = httpx.ConnectError("refused")
+    ring.__cause__.__cause__ = ring
+
+    assert not classify(error).retry
+    assert classify(ring).retry
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(ValueError("yours"), KeyError("k"), FileNotFoundError(), RuntimeError()),
+        *(AcquireTimeout("ours"), QueueFull("ours"), CostExceedsLimit("ours")),
+        *(asyncio.CancelledError(), KeyboardInterrupt(), SystemExit(500), GeneratorExit()),
+    ],
+)
+def test_nothing_else_is_retried(error: BaseException) -> None:
+    """Neither the caller's errors, nor the limiter's, nor what is no `Exception`."""
+    assert not classify(error).retry
+
+
+def test_reason_holds_no_text_from_outside() -> None:
+    """A code that is more than a word is left out: reasons are logged."""
+    error = status_error(500, f"key {SECRET}\n", text=SECRET)
+    error.body = {"code": f"key {SECRET}\n", "type": "x" * 65}
+    vars(error).update(code=None, type=None)
+
+    assert classify(error).reason == "HTTP 500"
+
+
+# -- the policy ------------------------------------------------------------------------------------
+
+
+def test_retry_is_read_from_what_people_pass() -> None:
+    """A policy, a number of attempts, False for none, True or nothing for the usual."""
+    assert Retry.of(None) == Retry.of(True) == Retry()
+    assert Retry().attempts == 5
+    assert Retry.of(False) == Retry(attempts=1)
+    assert Retry.of(3) == Retry(attempts=3)
+    policy = Retry(max_wait=5)
+    assert Retry.of(policy) is policy
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"attempts": 0},
+            "attempts must be at least 1, not 0; 1 or retry=False means no retry",
+        ),
+        ({"attempts": 2.5}, "attempts must be a whole number, not 2.5"),
+        ({"attempts": True}, "attempts must be a whole number, not True"),
+        ({"max_wait": math.nan}, "max_wait must be at least 0 and at most 604800, not nan"),
+        ({"max_wait": math.inf}, "max_wait must be at least 0 and at most 604800, not inf"),
+        ({"backoff": -1}, "backoff must be at least 0 and at most 604800, not -1"),
+        ({"jitter": 1.5}, "jitter must be at least 0 and at most 1, not 1.5"),
+        ({"jitter": "0"}, "jitter must be a number, not '0'"),
+    ],
+)
+def test_senseless_policies_are_refused(wrong: dict[str, Any], message: str) -> None:
+    """Each wrong value is named, with what would be right."""
+    with pytest.raises((TypeError, ValueError)) as caught:
+        _ = Retry(**wrong)
+
+    assert str(caught.value) == message
+
+
+def test_senseless_budget_is_refused() -> None:
+    """A budget may be nothing or endless, never less than nothing."""
+    _ = RetryBudget(capacity=0, per_success=math.inf)
+    with pytest.raises(ValueError, match="the retry budget's capacity must be at least 0, not -1"):
+        _ = RetryBudget(capacity=-1)
+
+
+# -- when, and how often ---------------------------------------------------------------------------
+
+
+def test_failures_are_tried_again_after_a_doubling_wait(stage: Stage) -> None:
+    """1, 2, 4 and 8 s; at the luckiest half of each; then the reply is the call's."""
+    for chance, times in ((1.0, [0.0, 1.0, 3.0, 7.0, 15.0]), (0.0, [15.0, 15.5, 16.5, 18.5, 22.5])):
+        script = stage.script(*[status_error(500)] * 4, "reply")
+
+        assert stage.run(stage.retrier(chance=chance).call(script)) == "reply"
+        assert script.times == times
+
+
+def test_last_error_is_raised_itself_with_a_note(stage: Stage) -> None:
+    """After five attempts the user sees the provider's error, and what was done about it."""
+    errors = [status_error(500) for _ in range(5)]
+    script = stage.script(*errors)
+
+    with pytest.raises(openai.APIStatusError) as caught:
+        stage.run(stage.retrier(chance=1.0).call(script))
+
+    assert caught.value is errors[-1]
+    assert len(script.times) == 5
+    assert caught.value.__notes__ == [
+        "asyncbucket: tried 5 times in 15.0 s; gave up: Retry(attempts=5) allows no more"
+    ]
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None
+    assert not any(hasattr(error, "__notes__") for error in errors[:-1])
+
+
+def test_client_error_fails_at_once(stage: Stage) -> None:
+    """Nobody waits for a 400 to go away."""
+    script = stage.script(status_error(400))
+
+    with pytest.raises(openai.APIStatusError) as caught:
+        stage.run(stage.retrier().call(script))
+
+    assert script.times == [0.0]
+    assert caught.value.__notes__ == [
+        "asyncbucket: tried once in 0.0 s; gave up: HTTP 400 (requests) is not retried"
+    ]
+
+
+def test_errors_of_the_caller_pass_untouched(stage: Stage) -> None:
+    """An error that has nothing to do with the provider gets no note."""
+    script = stage.script(ValueError("yours"))
+
+    with pytest.raises(ValueError, match="yours") as caught:
+        stage.run(stage.retrier().call(script))
+
+    assert not hasattr(caught.value, "__notes__")
+    assert len(script.times) == 1
+
+
+def test_retries_can_be_switched_off(stage: Stage) -> None:
+    """With one attempt an error is final, and the note says why."""
+    script = stage.script(status_error(503))
+
+    with pytest.raises(openai.APIStatusError) as caught:
+        stage.run(stage.retrier(Retry.of(False)).call(script))
+
+    assert caught.value.__notes__ == [
+        "asyncbucket: tried once in 0.0 s; gave up: Retry(attempts=1) allows no more"
+    ]
+
+
+@pytest.mark.parametrize(("chance", "again"), [(0.0, 8.0), (0.5, 8.4), (1.0, 8.8)])
+def test_retry_after_gets_a_tenth_of_jitter(stage: Stage, chance: float, again: float) -> None:
+    """The next attempt is never earlier than the server says, and at most a tenth later."""
+    script = stage.script(status_error(503, retry_after="8"), "reply")
+
+    assert stage.run(stage.retrier(chance=chance).call(script)) == "reply"
+    assert script.times == [0.0, again]
+
+
+def test_jitter_does_not_exceed_the_longest_wait(stage: Stage) -> None:
+    """A server that asks for just the longest wait gets just that."""
+    script = stage.script(status_error(503, retry_after="120"), "reply")
+
+    assert stage.run(stage.retrier(chance=1.0).call(script)) == "reply"
+    assert script.times == [0.0, 120.0]
+
+
+def test_longer_wait_than_allowed_fails_at_once(stage: Stage) -> None:
+    """Who is told to come back in five minutes isn't kept waiting for two."""
+    script = stage.script(status_error(503, retry_after="300"))
+
+    with pytest.raises(openai.APIStatusError) as caught:
+        stage.run(stage.retrier().call(script))
+
+    assert script.times == [0.0]
+    assert caught.value.__notes__ == [
+        (
+            "asyncbucket: tried once in 0.0 s; gave up: the provider asks to wait 300 s, "
+            "and Retry(max_wait=120) allows no more"
+        )
+    ]
+
+
+def test_wait_past_the_deadline_fails_at_once(stage: Stage) -> None:
+    """The deadline is an instant of the limiter's clock, and nobody sleeps towards it in vain."""
+    script = stage.script(status_error(503, retry_after="8"))
+
+    with pytest.raises(openai.APIStatusError) as caught:
+        stage.run(stage.retrier().call(script, deadline=10.0))
+
+    assert script.times == [0.0, 8.0]
+    assert stage.time.now == 8.0
+    assert caught.value.__notes__ == [
+        (
+            "asyncbucket: tried 2 times in 8.0 s; gave up: "
+            "the next attempt is due in 8 s, the deadline in 2 s"
+        )
+    ]
+
+
+def test_nan_deadline_fails_rather_than_hangs(stage: Stage) -> None:
+    """A deadline that can't be compared lets nobody wait."""
+    script = stage.script(status_error(503))
+
+    with pytest.raises(openai.APIStatusError):
+        stage.run(stage.retrier().call(script, deadline=math.nan))
+
+    assert script.times == [0.0]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-5", "1e400", "9" * 60])
+def test_hostile_waits_never_hang(stage: Stage, value: str) -> None:
+    """A wait that is no number is none; one that is none too short ends the call."""
+    script = stage.script(status_error(503, retry_after=value), "reply")
+
+    try:
+        _ = stage.run(stage.retrier(chance=1.0).call(script))
+    except openai.APIStatusError:
+        assert script.times == [0.0]
+    else:
+        assert script.times == [0.0, 1.0]
+
+
+def test_time_in_the_queue_does_not_count(stage: Stage) -> None:
+    """Stamina's own time-out of 45 s is off: an attempt that queued for an hour is tried again."""
+    attempts: list[float] = []
+
+    async def attempt() -> str:
+        attempts.append(stage.time.now)
+        await asyncio.sleep(3600)
+        if len(attempts) == 1:
+            raise status_error(500)
+        return "reply"
+
+    assert stage.run(stage.retrier(chance=1.0).call(attempt)) == "reply"
+    assert attempts == [0.0, 3601.0]
+
+
+# -- cancellation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.2])
+def test_cancellation_is_never_retried(stage: Stage, seconds: float) -> None:
+    """In an attempt (the first second) and in a back-off (the next), a cancel is the end."""
+    attempts: list[float] = []
+
+    async def attempt() -> None:
+        attempts.append(stage.time.now)
+        await asyncio.sleep(1)
+        raise status_error(500)
+
+    async def main() -> None:
+        task = asyncio.ensure_future(stage.retrier().call(attempt))
+        await asyncio.sleep(seconds)
+        task.cancel("enough")
+        with pytest.raises(asyncio.CancelledError, match="enough"):
+            await task
+
+    stage.run(main())
+    assert attempts == [0.0]
+    assert stage.time.now == seconds
+
+
+def test_timeout_around_a_call_ends_it(stage: Stage) -> None:
+    """`asyncio.timeout` turns its cancellation into a TimeoutError, which isn't retried here."""
+    script = stage.script(status_error(503, retry_after="60"))
+
+    async def main() -> None:
+        async with asyncio.timeout(10):
+            await stage.retrier().call(script)
+
+    with pytest.raises(TimeoutError):
+        stage.run(main())
+    assert script.times == [0.0]
+    assert stage.time.now == 10.0
+
+
+# -- the limiter -----------------------------------------------------------------------------------
+
+
+def test_no_slot_is_held_during_a_back_off(stage: Stage) -> None:
+    """With one slot, a call that backs off lets the next one pass."""
+    passed: list[tuple[str, float]] = []
+    failing = iter([True, False])
+
+    async def attempt() -> None:
+        async with stage.limiter.acquire():
+            passed.append(("retried", stage.time.now))
+            if next(failing):
+                raise status_error(503, retry_after="5")
+
+    async def other() -> None:
+        async with stage.limiter.acquire():
+            passed.append(("other", stage.time.now))
+
+    async def main() -> None:
+        _ = await asyncio.gather(stage.retrier().call(attempt), other())
+
+    stage.run(main())
+    assert passed == [("retried", 0.0), ("other", 0.0), ("retried", 5.0)]
+
+
+def test_a_429_pauses_everyone(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    """While the provider wants no calls, no other user of the limiter makes one."""
+    others: list[float] = []
+    script = stage.script(status_error(429, retry_after="7"), "reply")
+
+    async def other() -> None:
+        async with stage.limiter.acquire():
+            others.append(stage.time.now)
+
+    async def main() -> None:
+        call = asyncio.ensure_future(stage.retrier(chance=1.0).call(script))
+        await asyncio.sleep(1)
+        await asyncio.gather(other(), call)
+
+    stage.run(main())
+    assert script.times == [0.0, 7.7]
+    assert others == [7.0]
+    assert stage.limiter.statistics().upstream_429 == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        (
+            "limiter 'openai' pauses for 7 s: the provider refused a call for rate (429); "
+            "its limits may be lower than yours, or others use the same key"
+        )
+    ]
+
+
+@pytest.mark.parametrize("policy", [Retry(attempts=1), Retry(max_wait=5.0)])
+def test_a_429_pauses_everyone_even_if_its_own_call_gives_up(stage: Stage, policy: Retry) -> None:
+    """The last attempt too tells others to wait, though never longer than `max_wait`."""
+    script = stage.script(status_error(429, retry_after="7"))
+
+    with pytest.raises(openai.RateLimitError):
+        stage.run(stage.retrier(policy).call(script))
+
+    assert stage.limiter.statistics().paused == min(7.0, policy.max_wait)
+
+
+def test_a_server_error_pauses_nobody(stage: Stage) -> None:
+    """An error of one call says nothing about the others."""
+    with pytest.raises(openai.APIStatusError):
+        stage.run(stage.retrier(Retry(attempts=1)).call(stage.script(status_error(503))))
+
+    assert stage.limiter.statistics().paused == 0
+
+
+def test_one_wave_of_refusals_makes_one_pause(
+    stage: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without Retry-After a pause doubles from wave to wave, not from refusal to refusal."""
+    retrier = stage.retrier()
+    pauses: list[float] = []
+
+    async def main() -> None:
+        for _ in range(4):
+            pauses.append(retrier.pause(None))
+            await asyncio.sleep(pauses[-1] / 4)
+            for _ in range(50):
+                retrier.pause(None)
+            retrier.succeeded()  # a reply that was under way ends no series of refusals
+            await asyncio.sleep(stage.limiter.statistics().paused)
+        retrier.succeeded()
+        pauses.append(retrier.pause(None))
+
+    stage.run(main())
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 1.0]
+    assert stage.limiter.statistics().upstream_429 == 4 * 51 + 1
+    assert len(caplog.records) == 5
+
+
+def test_longer_retry_after_lengthens_a_pause(stage: Stage) -> None:
+    """Of one wave's refusals the longest wait counts; a shorter one takes nothing away."""
+    retrier = stage.retrier()
+    for asked in (2.0, 6.0, 3.0):
+        _ = retrier.pause(asked)
+
+    assert stage.limiter.statistics().paused == 6.0
+
+
+def test_endless_refusals_pause_at_most_so_long(stage: Stage) -> None:
+    """The two-thousandth wave still gives a number."""
+    retrier = stage.retrier()
+
+    async def main() -> None:
+        for _ in range(2000):
+            await asyncio.sleep(retrier.pause(None))
+
+    stage.run(main())
+    assert retrier.pause(None) == 120.0
+
+
+def test_refusal_by_the_limiter_itself_passes_untouched(stage: Stage) -> None:
+    """A call that can't be admitted in time never reached the provider: that is its error."""
+    stage.limiter.pause(60)
+
+    async def attempt() -> None:
+        _ = await stage.limiter.acquire(timeout=1)
+
+    with pytest.raises(AcquireTimeout) as caught:
+        stage.run(stage.retrier().call(attempt))
+
+    assert not hasattr(caught.value, "__notes__")
+
+
+def test_refusal_of_another_attempt_shows_the_providers_error(stage: Stage) -> None:
+    """The limiter leaves no time for a second attempt: the first one's error is the cause."""
+    first = status_error(503)
+
+    async def attempt() -> None:
+        async with stage.limiter.acquire(deadline=2.0):
+            stage.limiter.pause(60)
+            raise first
+
+    with pytest.raises(openai.APIStatusError) as caught:
+        stage.run(stage.retrier(chance=1.0).call(attempt, deadline=2.0))
+
+    assert caught.value is first
+    (note,) = first.__notes__
+    assert note.startswith(
+        "asyncbucket: tried once in 1.0 s; gave up: no other attempt was admitted: "
+    )
+    assert "59" in note
+
+
+# -- the budget ------------------------------------------------------------------------------------
+
+
+def faulty(share: float, chance: random.Random, tried: list[int]) -> Callable[[], Awaitable[str]]:
+    """Make an attempt that fails at random at once, or answers after a second."""
+
+    async def attempt() -> str:
+        tried.append(1)
+        if chance.random() < share:
+            raise status_error(500)
+        await asyncio.sleep(1)
+        return "reply"
+
+    return attempt
+
+
+@pytest.mark.parametrize(
+    ("share", "agents", "seed"), [(0.15, 300, 1), (0.2, 100, 2), (0.2, 300, 3)]
+)
+def test_random_errors_are_always_retried_through(
+    stage: Stage, share: float, agents: int, seed: int
+) -> None:
+    """At 15 and 20 % errors, hundreds at once, the budget never says no (more attempts allowed)."""
+    retrier = Retrier(Retry(attempts=30), stage.limiter, chance=random.Random(seed).random)
+    tried: list[int] = []
+    attempt = faulty(share, random.Random(seed), tried)
+
+    async def agent() -> list[str]:
+        return [await retrier.call(attempt) for _ in range(10)]
+
+    async def main() -> list[list[str]]:
+        return await asyncio.gather(*(agent() for _ in range(agents)))
+
+    replies = stage.run(main())
+    assert sum(map(len, replies)) == agents * 10
+    assert len(tried) == pytest.approx(agents * 10 / (1 - share), rel=0.05)
+
+
+def test_outage_costs_at_most_a_tenth_more(stage: Stage) -> None:
+    """Of 1,000 calls into an outage 100 are retries; the error says that the budget is spent."""
+    tried: list[int] = []
+    attempt = faulty(1.0, random.Random(0), tried)
+    retrier = stage.retrier()
+
+    async def main() -> list[str | BaseException]:
+        calls = (retrier.call(attempt) for _ in range(1000))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    results = stage.run(main())
+    assert len(tried) == 1100
+    assert {type(result) for result in results} == {openai.APIStatusError}
+    notes = {note for result in results for note in getattr(result, "__notes__", ())}
+    assert any("gave up: the retry budget is spent" in note for note in notes)
+    assert repr(retrier) == "<Retrier 5 attempts, 0 retries in the budget>"
+
+
+def test_successes_refill_the_budget_up_to_its_capacity(stage: Stage) -> None:
+    """Two successes pay for a retry; riches are not saved for ever."""
+    retrier = stage.retrier(Retry(budget=RetryBudget(capacity=2)))
+    assert [retrier.spend() for _ in range(3)] == [True, True, False]
+    retrier.succeeded()
+    assert not retrier.spend()
+    retrier.succeeded()
+    assert retrier.spend()
+    for _ in range(100):
+        retrier.succeeded()
+    assert [retrier.spend() for _ in range(3)] == [True, True, False]
+
+
+def test_refusals_for_rate_are_not_charged(stage: Stage) -> None:
+    """A whole wave of 429s comes back after its pause, however small the budget."""
+    retrier = stage.retrier(Retry(budget=RetryBudget(capacity=0)))
+    refused = [stage.script(status_error(429, retry_after="1"), "reply") for _ in range(300)]
+
+    async def main() -> list[str]:
+        return await asyncio.gather(*(retrier.call(script) for script in refused))
+
+    assert stage.run(main()) == ["reply"] * 300
+
+
+def test_always_429_makes_at_most_five_requests(stage: Stage) -> None:
+    """A provider that never gives in is asked five times, in pauses of 1, 2, 4 and 8 s."""
+    script = stage.script(status_error(429))
+
+    with pytest.raises(openai.RateLimitError) as caught:
+        stage.run(stage.retrier().call(script))
+
+    assert script.times == [0.0, 1.0, 3.0, 7.0, 15.0]
+    assert caught.value.__notes__ == [
+        "asyncbucket: tried 5 times in 15.0 s; gave up: Retry(attempts=5) allows no more"
+    ]
+
+
+# -- stamina ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(name="hook_details")
+def record_hook_details() -> Iterator[list[RetryDetails]]:
+    """Instrument stamina, and record what the hook is told."""
+    seen: list[RetryDetails] = []
+
+    def record(details: RetryDetails) -> None:
+        seen.append(details)
+
+    stamina.instrumentation.set_on_retry_hooks([record])
+    yield seen
+    stamina.instrumentation.set_on_retry_hooks(None)
+
+
+def test_instrumentation_never_sees_the_providers_error(
+    stage: Stage, hook_details: list[RetryDetails]
+) -> None:
+    """An application that instruments stamina counts our retries, and reads no secret in them."""
+    script = stage.script(status_error(500, text=f"your key {SECRET} is fine"), "reply")
+    _ = stage.run(stage.retrier(chance=1.0).call(script))
+
+    (details,) = hook_details
+    assert details.wait_for == 1.0
+    assert repr(details.caused_by) == "_TryAgain('HTTP 500 (requests)')"
+    assert details.caused_by.__context__ is None
+    assert SECRET not in repr(details)
+
+
+def test_stamina_logs_nothing_of_ours(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    """A retry is no warning; with DEBUG on it is one line without a word of the provider's."""
+    caplog.set_level(logging.DEBUG)
+    script = stage.script(status_error(500, text=SECRET), "reply")
+    _ = stage.run(stage.retrier(chance=1.0).call(script))
+
+    lines = [(r.name, r.getMessage()) for r in caplog.records if r.name != "asyncio"]
+    assert lines == [("asyncbucket", "attempt 1: HTTP 500 (requests); again in 1 s")]
+
+
+def test_stamina_still_logs_for_others(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    """Who uses stamina for something else keeps its warnings."""
+    _ = stage.retrier()
+    failing = iter([True, False])
+
+    def flaky() -> None:
+        if next(failing):
+            raise ValueError
+
+    stamina.RetryingCaller(wait_initial=0, wait_jitter=0)(ValueError, flaky)
+
+    assert [record.message for record in caplog.records] == ["stamina.retry_scheduled"]
+
+
+@pytest.mark.parametrize("switch", ["inactive", "testing"])
+def test_stamina_switched_off_by_the_application(stage: Stage, switch: str) -> None:
+    """Switches of stamina are obeyed, and still the provider's error is what is seen."""
+    error = status_error(500)
+    script = stage.script(error)
+    stamina.set_active(switch != "inactive")
+    stamina.set_testing(switch == "testing")
+    try:
+        with pytest.raises(openai.APIStatusError) as caught:
+            stage.run(stage.retrier().call(script))
+    finally:
+        stamina.set_active(True)
+        stamina.set_testing(False)
+
+    assert caught.value is error
+    assert script.times == [0.0]
+    assert error.__notes__ == [
+        "asyncbucket: tried once in 0.0 s; gave up: stamina is switched off, or in its testing mode"
+    ]
+
+
+# -- without an event loop -------------------------------------------------------------------------
+
+
+def test_synchronous_calls_do_the_same(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits, notes and the limiter's own refusals are those of the asynchronous twin."""
+    monkeypatch.setattr("time.sleep", stage.time.advance)
+    retrier = stage.retrier(chance=1.0)
+    script = stage.script(status_error(500), "reply")
+    assert retrier.call_sync(script.play) == "reply"
+    assert script.times == [0.0, 1.0]
+
+    always = stage.script(status_error(500))
+    with pytest.raises(openai.APIStatusError) as caught:
+        retrier.call_sync(always.play)
+    assert caught.value.__notes__ == [
+        "asyncbucket: tried 5 times in 15.0 s; gave up: Retry(attempts=5) allows no more"
+    ]
+
+    refusal = QueueFull("ours")
+    with pytest.raises(QueueFull) as refused:
+        retrier.call_sync(stage.script(refusal).play)
+    assert refused.value is refusal
+
+    first = status_error(500)
+    with pytest.raises(openai.APIStatusError) as then_refused:
+        retrier.call_sync(stage.script(first, refusal).play)
+    assert then_refused.value is first
+
+
+def test_threads_share_one_budget() -> None:
+    """Calls in several threads take no retry twice."""
+    retrier = Retrier(Retry(backoff=0.0, budget=RetryBudget(capacity=50)), Limiter("500 RPM"))
+    tried: list[int] = []
+
+    def attempt() -> None:
+        tried.append(1)
+        raise status_error(500)
+
+    def work() -> None:
+        for _ in range(50):
+            with pytest.raises(openai.APIStatusError):
+                retrier.call_sync(attempt)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(tried) == 4 * 50 + 50
+
+
+# -- end to end ------------------------------------------------------------------------------------
+
+
+@pytest.mark.real_clock
+async def test_every_call_is_answered_at_15_percent_errors() -> None:
+    """Real HTTP to a faulty provider: requests are calls plus failures, and nobody gets an error."""
+    retrier = Retrier(Retry(backoff=0.01), Limiter("100k RPM burst 1000", concurrency=32))
+    async with (
+        RateLimitedProvider(error_rate=0.15, latency=0.005, seed=7) as provider,
+        openai.AsyncOpenAI(base_url=provider.base_url, api_key="test-key", max_retries=0) as client,
+    ):
+
+        async def call(number: int) -> str | None:
+            reply = await retrier.call(
+                lambda: client.chat.completions.create(
+                    model="m", messages=[{"role": "user", "content": f"question {number}"}]
+                )
+            )
+            return reply.choices[0].message.content
+
+        replies = await asyncio.gather(*map(call, range(200)))
+        seen = provider.statistics()
+
+    assert replies == [f"You said: question {number}" for number in range(200)]
+    assert seen.requests == 200 + seen.errors
+    assert seen.errors > 20
