@@ -1,0 +1,124 @@
+"""Draw rates over time with characters, in colours or without, in Unicode or ASCII."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from rich.text import Text
+
+#: Columns left of a plot: a number and the axis.
+MARGIN: Final = 8
+_EIGHTHS: Final = " ▁▂▃▄▅▆▇█"
+_FOURTHS: Final = " .:|#"
+_STEPS: Final = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1_200, 1_800, 3_600)
+#: Columns between two marks of the axis at least.
+_APART: Final = 9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Canvas:
+    """How much room there is, and for how long a time; plots to be compared share one.
+
+    Attributes:
+        seconds: the time that the width stands for.
+        width: columns, with the margin.
+        height: rows above the axis, an even number.
+        unicode: whether the terminal can show blocks.
+    """
+
+    seconds: float
+    width: int = 80
+    height: int = 6
+    unicode: bool = True
+
+    @property
+    def columns(self) -> int:
+        """The columns right of the margin."""
+        return max(10, self.width - MARGIN)
+
+    @property
+    def bins(self) -> int:
+        """In how many parts the time is counted."""
+        return max(1, math.ceil(self.seconds / self.bin))
+
+    @property
+    def bin(self) -> int:
+        """The seconds that are counted together: one, or more if the time is long."""
+        return max(1, math.ceil(self.seconds / self.columns))
+
+    def rates(self, times: Sequence[float], *, until: float) -> list[float]:
+        """Count events by their times (s), and return so many a second for each bin.
+
+        The bin in which everything ended, at ``until``, reaches back to be as long as the others.
+        """
+        counts = [0] * self.bins
+        for time in times:
+            counts[min(max(int(time / self.bin), 0), len(counts) - 1)] += 1
+        last = min(int(until / self.bin), len(counts) - 1)
+        counts[last] = sum(until - self.bin < time for time in times)
+        return [count / self.bin for count in counts]
+
+    def spread(self, rates: Sequence[float], *, until: float) -> list[float]:
+        """Return a rate for each column, of one for each bin; 0 after the end."""
+        span = self.bins * self.bin
+        last = math.ceil(until / span * self.columns)
+        return [
+            rates[column * self.bins // self.columns] if column < last else 0.0
+            for column in range(self.columns)
+        ]
+
+
+def against_limit(canvas: Canvas, columns: Sequence[float], limit: float, *, style: str) -> Text:
+    """Draw a rate for each column, up to twice the limit, and the limit as a line."""
+    text = Text()
+    above = canvas.height // 2  # the row on whose lower edge the limit lies
+    labels = {canvas.height - 1: _rate(2 * limit), above - 1: _rate(limit)}
+    for row in reversed(range(canvas.height)):
+        text.append(f"{labels.get(row, ''):>{MARGIN - 2}} ")
+        text.append("│" if canvas.unicode else "|", "dim")
+        for rate in columns:
+            cell = _cell(canvas, rate / limit * above - row)
+            line = row == above and cell == " "
+            text.append("_" if line else cell, "yellow" if line else style)
+        text.append("\n")
+    text.append(_axis(canvas))
+    return text
+
+
+def sparkline(canvas: Canvas, columns: Sequence[float], label: str, *, style: str) -> Text:
+    """Draw a rate for each column, in one row and on a scale of its own."""
+    text = Text(f"{label:>{MARGIN - 2}}  ")
+    most = max(columns) or 1.0
+    ramp = _EIGHTHS if canvas.unicode else _FOURTHS
+    for rate in columns:
+        # Rounded up: what is there is seen.
+        text.append(ramp[math.ceil(rate / most * (len(ramp) - 1))], style)
+    return text
+
+
+def _cell(canvas: Canvas, filled: float) -> str:
+    """Return a character of which a part, ``filled``, is ink."""
+    eighths = min(8, max(0, round(filled * 8)))
+    if canvas.unicode:
+        return _EIGHTHS[eighths]
+    return "#" if 2 * eighths >= len(_EIGHTHS) - 1 else " "
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}/s" if value >= 10 else f"{value:.2g}/s"  # noqa: PLR2004 - two digits
+
+
+def _axis(canvas: Canvas) -> Text:
+    corner, line, tick = ("└", "─", "┬") if canvas.unicode else "+-+"
+    span = canvas.bins * canvas.bin
+    steps = (step for step in _STEPS if step / span * canvas.columns >= _APART)
+    every = next(steps, span + 1)
+    marks, labels = [line] * canvas.columns, [" "] * (canvas.columns + MARGIN)
+    for time in range(0, span, every):
+        column = math.ceil(time / span * canvas.columns)
+        marks[column] = tick
+        labels[column : column + MARGIN] = f"{time} s".ljust(MARGIN)
+    indent = " " * (MARGIN - 1)
+    ruler, legend = "".join(marks), "".join(labels)[: canvas.columns].rstrip()
+    return Text(f"{indent}{corner}{ruler}\n{indent} {legend}", "dim")

@@ -1,0 +1,125 @@
+"""The command line: help, versions and errors, as one sees them."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from asyncbucket.cli import app as cli
+from asyncbucket.cli import main
+
+WITHOUT = """
+import sys
+sys.modules[{module!r}] = None
+sys.argv[1:] = {arguments!r}
+from asyncbucket.cli import main
+main()
+"""
+
+
+def without(module: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run `asyncbucket` where a module is not installed."""
+    program = WITHOUT.format(module=module, arguments=list(arguments))
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"]])
+def test_help_has_an_example(arguments: list[str]) -> None:
+    """And says what the command is for."""
+    result = CliRunner().invoke(cli.app, arguments, prog_name="asyncbucket")
+
+    assert result.exit_code == 0
+    assert "Example" in result.output
+    assert "asyncbucket demo" in result.output.partition("Example")[2]
+
+
+def test_version_is_the_packages() -> None:
+    """`asyncbucket --version`."""
+    result = CliRunner().invoke(cli.app, ["--version"])
+
+    assert result.output == f"asyncbucket {version('asyncbucket')}\n"
+
+
+def test_module_is_the_command() -> None:
+    """`python -m asyncbucket --version`."""
+    result = subprocess.run(
+        [sys.executable, "-m", "asyncbucket", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert result.stdout.startswith("asyncbucket ")
+
+
+@pytest.mark.parametrize("module", ["typer", "rich"])
+def test_missing_extra_names_its_install_command(module: str) -> None:
+    """One line, no traceback."""
+    result = without(module, "demo")
+
+    assert result.returncode != 0
+    assert f'needs {module}: pip install "asyncbucket[cli]"' in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("module", ["llama_index", "starlette"])
+def test_demo_without_what_it_drives_names_the_install_command(module: str) -> None:
+    """LlamaIndex and the bundled provider are extras, too."""
+    result = without(module, "demo")
+
+    assert result.returncode == 2
+    assert "pip install" in result.stderr
+    assert "asyncbucket[" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_error_is_one_line_and_status_2() -> None:
+    """An option that doesn't fit is the user's to mend: no traceback."""
+    result = CliRunner().invoke(cli.app, ["demo", "--compare"])
+
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: --compare is for a real provider; the bundled one always compares\n"
+    )
+
+
+def test_interrupt_before_a_command_is_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while modules load."""
+
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 130
+
+
+def test_bench_without_the_source_tree_says_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A wheel has no benchmarks."""
+    monkeypatch.setattr(cli, "TREE", tmp_path)
+
+    result = CliRunner().invoke(cli.app, ["bench"])
+
+    assert result.exit_code == 1
+    assert "run `make bench` in a checkout" in result.stderr
+
+
+def test_bench_passes_options_and_status_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The benchmarks' own options, and their exit status."""
+    package = tmp_path / "benchmarks"
+    package.mkdir()
+    (package / "__main__.py").write_text("import sys; sys.exit(sys.argv[1:] == ['--fast'] and 7)")
+    monkeypatch.setattr(cli, "TREE", tmp_path)
+
+    assert CliRunner().invoke(cli.app, ["bench", "--fast"]).exit_code == 7

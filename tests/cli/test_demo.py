@@ -1,0 +1,136 @@
+"""The demo itself, with real agents and real HTTP on loopback, in seconds of the machine's clock.
+
+It measures waits and a wall time, and the provider runs in another process: virtual time won't do.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from asyncbucket.cli.app import app
+from asyncbucket.testing.pytest_plugin import ProviderFactory
+
+pytestmark = pytest.mark.real_clock
+
+COMMAND = [sys.executable, "-m", "asyncbucket", "demo"]
+ESCAPE = "\x1b"
+
+
+def demo(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run the demo with its output in a pipe."""
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+        env=os.environ | environment,
+    )
+
+
+def test_storm_without_asyncbucket_and_calm_with_it() -> None:
+    """Without: hundreds of 429s and failed calls. With: none, and each call is sent once."""
+    result = demo("--seconds", "4", "--json")
+    figures: dict[str, Any] = json.loads(result.stdout)
+    storm, calm = figures["runs"]
+
+    assert (result.returncode, result.stderr) == (0, "")
+    assert storm["refused"] > figures["agents"]
+    assert storm["failed"] > 0
+    assert (calm["refused"], calm["failed"], calm["interrupted"]) == (0, 0, False)
+    assert calm["agents_finished"] == figures["agents"]
+    assert calm["requests"] == calm["calls"] == 2 * figures["agents"] + figures["batches"]
+    assert len(calm["admitted_at"]) == calm["requests"]
+    assert 0.5 < calm["shares"]["requests"] <= 1
+    assert 0 < calm["waits"]["p50"] <= calm["waits"]["p95"] < calm["seconds"]
+
+
+def test_pipe_gets_plain_lines() -> None:
+    """No escape codes, nothing wider than 80 columns but the lines of progress, no logs."""
+    result = demo("--seconds", "2", TERM="xterm-256color")
+
+    assert (result.returncode, result.stderr) == (0, "")
+    assert ESCAPE not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 90
+    assert re.search(r"^ 429s +[1-9][\d,]* +0 *$", result.stdout, re.MULTILINE)
+    assert re.search(r"^ failed +[1-9][\d,]* +0 *$", result.stdout, re.MULTILINE)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+def test_interrupt_ends_it_with_the_table_so_far() -> None:
+    """Ctrl-C while agents run: a table, status 130, no traceback, and the provider is gone."""
+    with subprocess.Popen(
+        [*COMMAND, "--seconds", "20"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    ) as process:
+        assert process.stdout is not None
+        # The first line of progress: agents are running.
+        seen = next(line for line in process.stdout if "calls answered" in line)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
+
+    assert "429s" in seen
+    assert (process.returncode, errors) == (130, "")
+    assert "(so far)" in output
+    assert re.search(r"^ agents finished +\d+ of \d+ *$", output, re.MULTILINE)
+
+
+def test_real_provider_is_paced_and_its_key_stays_secret(
+    rate_limited_provider: ProviderFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that LlamaIndex doesn't know, at a URL, with a key from the environment: one run."""
+    provider = rate_limited_provider()
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    arguments = ["--api-base", provider.base_url, "--model", "llama-3-8b", "--embed-model", "bge"]
+
+    result = CliRunner().invoke(app, ["demo", *arguments, "--rpm", "9000", "--agents", "6"])
+
+    assert result.exit_code == 0, result.output
+    assert "6 of 6" in result.output
+    assert "without asyncbucket" not in result.output
+    assert "sk-very-secret" not in result.output
+    assert provider.statistics().endpoints == {"chat/completions": 12, "embeddings": 1}
+
+
+def test_refused_key_ends_the_demo_at_once(
+    rate_limited_provider: ProviderFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No agent could succeed, so the others aren't tried; the provider's reason is shown."""
+    provider = rate_limited_provider(always=401)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+
+    result = CliRunner().invoke(
+        app, ["demo", "--api-base", provider.base_url, "--rpm", "60", "--agents", "20"]
+    )
+
+    assert result.exit_code == 1
+    assert "error: AuthenticationError: Error code: 401" in result.stderr
+    assert "sk-very-secret" not in result.output
+    assert provider.statistics().requests < 20
+
+
+def test_failed_calls_are_counted_by_kind(
+    rate_limited_provider: ProviderFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exhausted account: each first call fails without a retry, and the status says so."""
+    provider = rate_limited_provider()
+    provider.fail_next(100, status=429, code="insufficient_quota")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+
+    result = CliRunner().invoke(
+        app, ["demo", "--api-base", provider.base_url, "--rpm", "9000", "--agents", "3"]
+    )
+
+    assert result.exit_code == 1
+    assert "with asyncbucket, 3 failed: RateLimitError (insufficient_quota)" in result.output
+    assert provider.statistics().requests == 3

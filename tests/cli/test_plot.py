@@ -1,0 +1,100 @@
+"""Plots in characters: what is drawn is what was counted."""
+
+import pytest
+
+from asyncbucket.cli.plot import MARGIN, Canvas, against_limit, sparkline
+
+
+def rows(text: object) -> list[str]:
+    """Return the rows of a plot without its margin."""
+    return [line[MARGIN:] for line in str(text).splitlines()]
+
+
+def test_rate_is_events_a_second() -> None:
+    """Three seconds, two events in the first and one in the second."""
+    canvas = Canvas(seconds=3.0, width=MARGIN + 30)
+
+    assert canvas.rates([0.0, 0.9, 1.0], until=3.0) == [2.0, 1.0, 0.0]
+
+
+def test_long_time_is_counted_in_longer_bins() -> None:
+    """100 s in 50 columns: 2 s each, and rates stay rates."""
+    canvas = Canvas(seconds=100.0, width=MARGIN + 50)
+
+    assert (canvas.bin, canvas.bins) == (2, 50)
+    assert canvas.rates([0.5, 1.5, 99.0], until=100.0)[::49] == [1.0, 0.5]
+
+
+def test_last_second_is_a_whole_second() -> None:
+    """A run that ended at 2.25 s shows no drop there: its last bin reaches back to 1.25 s."""
+    canvas = Canvas(seconds=2.25, width=MARGIN + 30)
+    steady = [number / 4 for number in range(9)]
+
+    assert canvas.rates(steady, until=2.25) == [4.0, 4.0, 3.0]
+    assert canvas.rates([*steady, 2.2], until=2.25)[-1] == 4.0
+
+
+def test_nothing_is_drawn_after_the_end() -> None:
+    """A run of 1 s on a canvas of 3 s fills a third of it."""
+    canvas = Canvas(seconds=3.0, width=MARGIN + 30)
+
+    assert canvas.spread([5.0, 5.0, 5.0], until=1.0) == [5.0] * 10 + [0.0] * 20
+
+
+def test_column_at_the_limit_touches_the_line() -> None:
+    """The limit lies on the lower edge of the middle row; a rate of the limit fills all below."""
+    canvas = Canvas(seconds=10.0, width=MARGIN + 10, height=4)
+    plot = rows(against_limit(canvas, [10.0] * 5 + [5.0] * 5, 10.0, style=""))
+
+    assert plot[:4] == [" " * 10, "_" * 10, "█" * 5 + " " * 5, "█" * 10]
+
+
+def test_column_over_twice_the_limit_is_cut() -> None:
+    """It ends at the top."""
+    canvas = Canvas(seconds=10.0, width=MARGIN + 10, height=2)
+
+    assert rows(against_limit(canvas, [90.0] * 10, 10.0, style=""))[:2] == ["█" * 10, "█" * 10]
+
+
+@pytest.mark.parametrize(("limit", "label"), [(1_200, "1,200/s"), (20, "20/s"), (25 / 3, "8.3/s")])
+def test_limit_is_written_at_its_row(limit: float, label: str) -> None:
+    """In as many digits as say something."""
+    canvas = Canvas(seconds=10.0, width=MARGIN + 10)
+
+    lines = str(against_limit(canvas, [0.0] * 10, limit, style="")).splitlines()
+
+    assert lines[3].split("│")[0].strip() == label
+
+
+def test_ascii_is_enough() -> None:
+    """A terminal without Unicode gets none."""
+    canvas = Canvas(seconds=4.0, width=MARGIN + 12, unicode=False)
+    values = [0.0, 5.0, 10.0, 25.0] * 3
+
+    plot = (
+        f"{against_limit(canvas, values, 10.0, style='')}{sparkline(canvas, values, '', style='')}"
+    )
+
+    assert plot.isascii()
+
+
+def test_sparkline_shows_the_smallest_rate() -> None:
+    """One among a thousand is seen; zero is blank."""
+    canvas = Canvas(seconds=3.0, width=MARGIN + 10)
+
+    assert str(sparkline(canvas, [0.0, 1.0, 1000.0], "429s", style="")) == "  429s   ▁█"
+
+
+def test_axis_names_seconds_under_their_marks() -> None:
+    """A mark at 10 s stands in the column of 10 s."""
+    canvas = Canvas(seconds=20.0, width=MARGIN + 40)
+    *_, ruler, labels = rows(against_limit(canvas, [1.0] * 40, 1.0, style=""))
+
+    marks = [column for column, mark in enumerate(ruler) if mark == "┬"]
+    assert marks == [0, 10, 20, 30]
+    assert [labels[column : column + 4].strip() for column in marks] == [
+        "0 s",
+        "5 s",
+        "10 s",
+        "15 s",
+    ]

@@ -1,0 +1,91 @@
+"""What is run, from what was typed."""
+
+import pytest
+
+from asyncbucket.cli.demo.scenario import CALLS_OF_AN_AGENT, Wish, scenario_of
+
+
+@pytest.mark.parametrize("seconds", [2.0, 6.0, 36.0, 120.0])
+@pytest.mark.parametrize("rpm", [600, 1_200, 3_000])
+def test_paced_run_takes_as_long_as_asked(rpm: int, seconds: float) -> None:
+    """There are as many calls as the limit lets pass in that time."""
+    scenario = scenario_of(Wish(rpm=rpm, seconds=seconds))
+    calls = scenario.agents * CALLS_OF_AN_AGENT + scenario.batches
+
+    assert calls / (rpm / 60) == pytest.approx(seconds, rel=0.05)
+
+
+@pytest.mark.parametrize("seconds", [2.0, 6.0, 36.0])
+def test_agents_are_more_than_a_full_bucket_lets_pass(seconds: float) -> None:
+    """Or there would be nothing to see without asyncbucket."""
+    scenario = scenario_of(Wish(seconds=seconds))
+    amount = scenario.amount("requests")
+
+    assert amount is not None
+    assert scenario.agents + scenario.batches > 1.5 * amount
+
+
+def test_limits_are_those_of_a_minute_held_over_every_window() -> None:
+    """1,200 a minute are 120 in 6 s."""
+    scenario = scenario_of(Wish())
+
+    assert [str(limit) for limit in scenario.limits] == [
+        "120 requests per 6 s",
+        "30,000 tokens per 6 s",
+    ]
+
+
+def test_agents_given_are_agents_run() -> None:
+    """With their share of embeddings beside them."""
+    scenario = scenario_of(Wish(agents=60))
+
+    assert (scenario.agents, scenario.batches) == (60, 10)
+
+
+def test_real_provider_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read from the environment alone, so that it is in no shell history."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+    with pytest.raises(ValueError, match="OPENAI_API_KEY is not set: a real provider needs a key"):
+        scenario_of(Wish(model="gpt-4o-mini", rpm=500))
+
+
+def test_real_provider_needs_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else knows them."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+
+    with pytest.raises(ValueError, match="--rpm 500 --tpm 200000"):
+        scenario_of(Wish(model="gpt-4o-mini"))
+
+
+def test_real_provider_has_its_own_minute_and_is_not_stormed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Limits hold over 60 s, there are no embeddings unless named, and no run without asyncbucket."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+
+    scenario = scenario_of(Wish(model="gpt-4o-mini", rpm=500, tpm=200_000))
+
+    assert [limit.per for limit in scenario.limits] == [60, 60]
+    assert (scenario.agents, scenario.batches, scenario.compare) == (20, 0, False)
+    assert "sk-test" not in repr(scenario)
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        (Wish(compare=True), "--compare is for a real provider"),
+        (
+            Wish(model="gpt-4o-mini", rpm=5, seconds=6.0),
+            "--seconds and --quick are for the bundled",
+        ),
+    ],
+)
+def test_option_of_the_other_provider_is_refused(
+    wish: Wish, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rather than ignored."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+
+    with pytest.raises(ValueError, match=message):
+        scenario_of(wish)
