@@ -1,0 +1,63 @@
+"""What README and docs point at is there: files, links, classes and their members."""
+
+import ast
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    page
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"))
+    if "_build" not in page.parts
+)
+each_page = pytest.mark.parametrize(
+    "page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix()
+)
+
+
+def members_of_classes() -> dict[str, set[str]]:
+    """Return each class of the package with the names that its body and `self.` give it."""
+    members: dict[str, set[str]] = defaultdict(set)
+    for file in (ROOT / "asyncbucket").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                members[node.name] |= set(_names_in(node))
+    return members
+
+
+def _names_in(node: ast.ClassDef) -> list[str]:
+    names: list[str] = []
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef):
+            names.append(inner.name)
+        elif isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store):
+            names.append(inner.attr)
+        elif isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+            names.append(inner.id)
+    return names
+
+
+@each_page
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """Who follows a path or a link finds something."""
+    text = page.read_text("utf-8")
+    paths = re.findall(r"`((?:asyncbucket|tests|docs|benchmarks|examples)/[\w/.-]*)`", text)
+    links = re.findall(r"\]\(([^)#:]+)\)", text)
+
+    missing = [path for path in paths if not (ROOT / path).exists()]
+    missing += [link for link in links if not (page.parent / link).exists()]
+
+    assert missing == []
+
+
+@each_page
+def test_members_that_a_page_names_exist(page: Path) -> None:
+    """A method that was renamed is renamed in the docs, too."""
+    members = members_of_classes()
+    del members["Settings"]  # pages speak of LlamaIndex's
+    named = re.findall(r"`([A-Z]\w+)\.(\w+)(?:\([^`]*\))?`", page.read_text("utf-8"))
+
+    assert [pair for pair in named if pair[0] in members and pair[1] not in members[pair[0]]] == []
