@@ -13,22 +13,25 @@ from asyncbucket.errors import (
 from asyncbucket.lease import Lease
 from asyncbucket.limiter import Limiter, pace
 from asyncbucket.limits import Limit
-from asyncbucket.statistics import Statistics
-from asyncbucket.token_bucket import TokenBucket
+from asyncbucket.statistics import LimitUse, Statistics, Waits
+from asyncbucket.token_bucket import BucketStatistics, TokenBucket
 
 __all__ = [
     "AcquireTimeout",
     "AsyncBucketError",
+    "BucketStatistics",
     "Cost",
     "CostExceedsLimit",
     "Lease",
     "Limit",
     "LimitSyntaxError",
+    "LimitUse",
     "Limiter",
     "QueueFull",
     "Statistics",
     "StoreError",
     "TokenBucket",
+    "Waits",
     "WouldBlock",
     "pace",
 ]

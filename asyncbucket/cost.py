@@ -99,3 +99,9 @@ class Cost(Mapping[str, int]):
 
 def _named(amounts: Mapping[str, int]) -> dict[str, int]:
     return {name: amount for name, amount in amounts.items() if amount and name != "concurrency"}
+
+
+def counted(amount: int, resource: str) -> str:
+    """Return an amount as people say it: "1 request", "36,055 input tokens"."""
+    name = resource.replace("_", " ")
+    return f"{amount:,} {name.removesuffix('s') if amount == 1 else name}"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any, Final, ParamSpec, TypeVar, overload
 
-from asyncbucket.cost import COMMON, Cost, amounts_of
+from asyncbucket.cost import COMMON, Cost, amounts_of, counted
 from asyncbucket.errors import (
     AcquireTimeout,
     CostExceedsLimit,
@@ -265,23 +265,25 @@ class Limiter:
 
     # -- steering ----------------------------------------------------------------------------------
 
-    def pause(self, seconds: float, *, reason: str = "") -> None:
+    def pause(self, seconds: float, *, reason: str = "", gradually: bool = False) -> None:
         """Admit nobody for ``seconds`` from now; an earlier, longer pause stays in force.
 
         Args:
             seconds: how long.
             reason: why, for people; ``"429"`` counts as a refusal by the provider.
+            gradually: begin again slowly, so that the end of the pause is no storm: one call at
+                first, then twice as many in each 16th of the pause (at most 0.25 s), up to 256.
 
         Raises:
             ValueError: ``seconds`` is no finite number from 0 on.
         """
-        until = deadline_of(self._clock(), timeout=seconds)
+        now = self._clock()
+        until = deadline_of(now, timeout=seconds)
         if until is None:
             raise ValueError("a pause must end: give a finite number of seconds")
         with self._budget.lock:
             self._upstream_429 += reason == "429"
-            self._budget.paused_until = max(self._budget.paused_until, until)
-            self._budget.ring_locked()
+            self._budget.pause_locked(until, now, gradually=gradually)
 
     def observe_remaining(
         self,
@@ -429,7 +431,8 @@ class Limiter:
             raise
         with budget.lock:
             if when == NEVER:
-                raise self._refusal_locked(AcquireTimeout, amounts, "in time", _PATIENCE)
+                how = f"within {_seconds(((deadline or now) - now) * 1e-9)}"
+                raise self._refusal_locked(AcquireTimeout, amounts, how, _PATIENCE)
             holder = budget.blocked.here() if on_loop else budget.blocked.threads
             lease = Lease(self._account, waiter.gates, amounts, when, holder)
             self._account.waited_locked(lease, when - now, waiter.bound_by)
@@ -463,7 +466,7 @@ class Limiter:
         now = self._clock()
         due, bound_by = self._budget.look_locked(self._gates, amounts, now)
         after = (due - now) * 1e-9
-        what = ", ".join(f"{amounts[resource]:,} {resource}" for resource in self._counted(amounts))
+        what = ", ".join(counted(amounts[each], each) for each in self._counted(amounts))
         if bound_by is None:
             why = "others came first"
         elif bound_by == "paused":
@@ -523,7 +526,7 @@ class Limiter:
     def _never(self, limit: Limit, amount: int) -> CostExceedsLimit:
         self._account.refused += 1
         return CostExceedsLimit(
-            f"cost of {amount:,} {limit.resource.replace('_', ' ')} exceeds the limit of {limit} "
+            f"cost of {counted(amount, limit.resource)} exceeds the limit of {limit} "
             f"and can never pass; raise {limit.keyword or 'the limit'} or split the request"
         )
 

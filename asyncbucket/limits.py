@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final, Self
 
+from asyncbucket.cost import counted
 from asyncbucket.errors import LimitSyntaxError
 
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
@@ -122,7 +123,7 @@ class Limit:
         )
 
     def __str__(self) -> str:
-        return f"{self.amount:,} {self.resource.replace('_', ' ')} per {self.per:g} s"
+        return f"{counted(self.amount, self.resource)} per {self.per:g} s"
 
 
 def read_limits(limits: Iterable[str | Limit], keywords: dict[str, float | None]) -> list[Limit]:

@@ -149,7 +149,7 @@ class Bucket:
         self._add(cost, start, self.tat - start)
 
     def _add(self, cost: int, start: int, backlog: int) -> None:
-        low = min(backlog, self.low)
+        low = min(self.low, backlog)
         self.low = NEVER
         if backlog <= 0:
             self.full_at = start

@@ -69,7 +69,10 @@ class Budget:
         self.waiting = 0
         #: 1 while lock-free callers may book (see `TokenBucket.acquire`), else 0.
         self.easy: Literal[0, 1] = 0
+        #: Nobody passes before this instant.
         self.paused_until = 0
+        #: The slow start after a pause, while it lasts.
+        self.ramp: Ramp | None = None
         self.pacers: dict[asyncio.AbstractEventLoop, Pacer] = {}
         #: Counts the forks: what was taken in a parent process is not given back by its child.
         self.epoch = 0
@@ -89,7 +92,24 @@ class Budget:
         self.easy = 0
         taken = gates.take(amounts, now)
         self.easy = _EASY
+        if taken and self.ramp is not None:
+            self.climb_locked(now)
         return taken
+
+    def pause_locked(self, until: int, now: int, *, gradually: bool) -> None:
+        """Let nobody pass before ``until``, and then, if so wished, few at first."""
+        if until > self.paused_until:
+            self.paused_until = until
+            self.ramp = Ramp(until, pause=until - now) if gradually else None
+        self.ring_locked()
+
+    def climb_locked(self, now: int) -> None:
+        """Count an admission of a slow start: the next has its own instant."""
+        ramp = self.ramp
+        if ramp is not None and not ramp.over:
+            self.paused_until = ramp.climb()
+        elif self.paused_until <= now:
+            self.ramp = None
 
     def look_locked(self, gates: Gates, amounts: Amounts, since: int) -> tuple[int, str | None]:
         """Return from when on the first in line since ``since`` may pass, and what binds."""
@@ -290,11 +310,12 @@ class Pacer:
         """Admit all who may pass, in order; return when to look again, None if nobody is left."""
         budget, queue = self._budget, self.queue
         with budget.lock:
-            budget.collect_locked()
+            if budget._dropped:
+                budget.collect_locked()
             now = budget.clock()
             admitted, due = 0, NEVER
             # No pause and no other loop: nobody but the meters has a say.
-            alone = budget.paused_until <= now and len(budget.pacers) == 1
+            alone = budget.paused_until <= now and budget.ramp is None and len(budget.pacers) == 1
             while (head := queue.head()) is not None:
                 full = admitted == _BATCH
                 if full or not alone or not head.gates.take(head.amounts, now):
@@ -305,13 +326,15 @@ class Pacer:
                     if full or due > now:
                         break
                     head.gates.book(head.amounts, now)
+                if budget.ramp is not None:
+                    budget.climb_locked(now)
                 head.bound_by = self._bound_by
                 head.set_result(now)
                 self._since = now
                 admitted += 1
             budget.waiting -= admitted
             queue.passed(admitted)
-            if admitted < _BATCH:
+            if queue.next_deadline() <= now and admitted < _BATCH:
                 for waiter in queue.expired(now):
                     self._expire_locked(waiter)
             if admitted and len(budget.pacers) > 1:
@@ -361,6 +384,31 @@ class Pacer:
             self._timer = None
         self._budget.pacers.pop(self.loop, None)
         self._budget.settle_down_locked()
+
+
+class Ramp:
+    """Let calls in gradually after a pause: at first one, and twice as many in each step.
+
+    The n-th call of the slow start may pass log2(n) steps after the end of the pause. A step is a
+    16th of the pause, at most a quarter of a second; after 256 calls only the limits count.
+    """
+
+    __slots__ = ("_calls", "_start", "_step")
+
+    def __init__(self, start: int, *, pause: int) -> None:
+        self._start = start
+        self._step = min(pause // 16, 250_000_000)
+        self._calls = 1
+
+    @property
+    def over(self) -> bool:
+        """Whether so many have passed that the rest may follow."""
+        return self._calls >= 256  # noqa: PLR2004 - eight doublings
+
+    def climb(self) -> int:
+        """Count a call that passes, and return from when on the next one may."""
+        self._calls += 1
+        return self._start + int(self._step * math.log2(self._calls))
 
 
 class _TheLoop(asyncio.Lock):

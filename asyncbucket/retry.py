@@ -207,7 +207,7 @@ class Retrier:
             else:
                 seconds = self._doubled(self._wave) if new_wave else self._paused_until - now
             self._paused_until = max(self._paused_until, now + seconds)
-        self._limiter.pause(seconds, reason="429")
+        self._limiter.pause(seconds, reason="429", gradually=True)
         if new_wave:
             _log.warning(
                 "limiter %r pauses for %.3g s: the provider refused a call for rate (429); "

@@ -18,6 +18,7 @@ from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimat
 from asyncbucket.llama_index.events import RateLimitWaitEvent
 from asyncbucket.llama_index.llm import RateLimitedLLM
 from asyncbucket.llama_index.wrap import wrap
+from asyncbucket.retry import Retry, RetryBudget
 
 __all__ = [
     "DefaultEstimator",
@@ -27,5 +28,7 @@ __all__ = [
     "RateLimitedEmbedding",
     "RateLimitedLLM",
     "RateLimitedMultiModalEmbedding",
+    "Retry",
+    "RetryBudget",
     "wrap",
 ]

@@ -76,14 +76,14 @@ def test_would_block_says_what_binds_and_for_how_long(virtual_time: VirtualTime)
         with pytest.raises(WouldBlock) as error:
             limiter.acquire_nowait()
         assert str(error.value) == (
-            "a call of 1 requests cannot pass without waiting: requests bind for 0.5 s more; "
+            "a call of 1 request cannot pass without waiting: requests bind for 0.5 s more; "
             "wait with acquire()"
         )
         assert (error.value.retry_after, error.value.bound_by) == (0.5, "requests")
         with pytest.raises(WouldBlock) as error:
             limiter.acquire_nowait(tokens=60)
         assert str(error.value) == (
-            "a call of 1 requests, 60 tokens cannot pass without waiting: tokens bind for 86,738 s "
+            "a call of 1 request, 60 tokens cannot pass without waiting: tokens bind for 86,738 s "
             "more; wait with acquire()"
         )
         assert error.value.retry_after == pytest.approx(86_400 * 257 / 256)
@@ -119,7 +119,7 @@ def test_a_full_queue_refuses(virtual_time: VirtualTime) -> None:
         with pytest.raises(QueueFull) as error:
             await limiter.acquire()
         assert str(error.value) == (
-            "a call of 1 requests cannot pass behind 2 calls that wait already: requests bind for "
+            "a call of 1 request cannot pass behind 2 calls that wait already: requests bind for "
             "1 s more; try again later or raise max_queue=2"
         )
         assert error.value.retry_after == 257 / 256

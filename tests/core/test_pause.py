@@ -68,12 +68,14 @@ def test_a_deadline_within_a_pause_is_hopeless(virtual_time: VirtualTime) -> Non
         with pytest.raises(AcquireTimeout) as error:
             await limiter.acquire(timeout=10)
         assert str(error.value) == (
-            "a call of 1 requests cannot pass within 10 s: the limiter is paused for 30 s more; "
+            "a call of 1 request cannot pass within 10 s: the limiter is paused for 30 s more; "
             "raise the timeout or the limit"
         )
         assert virtual_time.now == 0
         limiter.pause(90)
-        with pytest.raises(AcquireTimeout, match="in time: the limiter is paused for 30 s more"):
+        with pytest.raises(
+            AcquireTimeout, match="within 60 s: the limiter is paused for 30 s more"
+        ):
             await waiting
         assert virtual_time.now == 60
 
@@ -91,5 +93,50 @@ def test_a_pause_outlasts_blocked_slots(virtual_time: VirtualTime) -> None:
         await asyncio.sleep(1)
         lease.release()
         assert (await waiting).waited == 3.0
+
+    virtual_time.run(main())
+
+
+def test_the_end_of_a_gradual_pause_is_no_storm(virtual_time: VirtualTime) -> None:
+    """One call at first, then twice as many in each step, in order; after 256 nothing holds back."""
+    passed: list[tuple[float, int]] = []
+
+    async def call(limiter: Limiter, number: int) -> None:
+        async with limiter.acquire() as lease:
+            passed.append((virtual_time.now, number))
+            assert lease.bound_by == "paused"
+
+    async def main() -> None:
+        limiter = Limiter(clock=virtual_time.clock)
+        limiter.pause(1.6, gradually=True)
+        await asyncio.gather(*(call(limiter, number) for number in range(300)))
+        assert [number for _, number in passed] == list(range(300))
+        assert [sum(at <= 1.6 + 0.1 * step for at, _ in passed) for step in range(9)] == [
+            *(2**step for step in range(8)),
+            300,
+        ]
+        await limiter.acquire()
+        assert virtual_time.now == pytest.approx(2.4)
+
+    virtual_time.run(main())
+
+
+def test_newcomers_climb_too(virtual_time: VirtualTime) -> None:
+    """Whoever comes during a slow start takes its next step, or waits for it."""
+
+    async def main() -> None:
+        limiter = Limiter(clock=virtual_time.clock)
+        limiter.pause(16, gradually=True)
+        await limiter.acquire()
+        assert virtual_time.now == 16
+        with pytest.raises(WouldBlock, match="paused"):
+            limiter.acquire_nowait()
+        await asyncio.sleep(0.25)
+        limiter.acquire_nowait()
+        with pytest.raises(WouldBlock, match="paused"):
+            limiter.acquire_nowait()
+        await asyncio.sleep(60)
+        for _ in range(300):
+            limiter.acquire_nowait()
 
     virtual_time.run(main())

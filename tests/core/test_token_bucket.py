@@ -53,7 +53,7 @@ def test_acquire_nowait_takes_or_refuses(virtual_time: VirtualTime) -> None:
     with pytest.raises(WouldBlock) as error:
         bucket.acquire_nowait()
     assert str(error.value) == (
-        "1 units cannot pass before 0.25 s from now at 4 a second; wait with acquire()"
+        "1 unit cannot pass before 0.25 s from now at 4 a second; wait with acquire()"
     )
     assert (error.value.retry_after, error.value.bound_by) == (0.25, "units")
     virtual_time.advance(0.25)
@@ -106,7 +106,7 @@ def test_a_timeout_is_kept(virtual_time: VirtualTime) -> None:
             await bucket.acquire(timeout=3)
         assert virtual_time.now == 3.0
         assert str(error.value) == (
-            "1 units did not pass within 3 s at 1 a second; raise the timeout or the rate"
+            "1 unit did not pass within 3 s at 1 a second; raise the timeout or the rate"
         )
         assert error.value.retry_after == 0
         await first
