@@ -1,0 +1,151 @@
+"""One HTTP attempt, from its admission to the end of its reply: what both kinds of transport share.
+
+The admission is given back by whatever happens first: the body is read to its end, it is closed, the
+attempt fails, or the reply is dropped, and with it the lease, which then releases itself.
+"""
+
+from typing import Any, Final
+
+from asyncbucket.http.body import Tail, find_usage, is_complete, read_json
+from asyncbucket.http.failures import classify
+from asyncbucket.http.forecast import OutputForecast
+from asyncbucket.http.learn import Ear, pairs
+from asyncbucket.http.profiles import Call, Profile
+from asyncbucket.http.refusals import Refusals
+from asyncbucket.lease import Lease
+
+_FIRST_ERROR: Final = 400
+#: Errors of httpx and httpx2 that mean: nothing was sent, so nothing was charged.
+_NEVER_SENT: Final = frozenset(
+    {"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"}
+)
+
+
+class Attempt:
+    """Hold a lease until a reply's body is over, and see the usage go by."""
+
+    __slots__ = (
+        "_call",
+        "_ear",
+        "_encoding",
+        "_forecast",
+        "_lease",
+        "_over",
+        "_profile",
+        "_refusals",
+        "_reply",
+        "_sent_at",
+        "_settles",
+        "_tail",
+    )
+
+    def __init__(
+        self,
+        lease: Lease,
+        call: Call,
+        profile: Profile,
+        *,
+        ear: Ear,
+        refusals: Refusals,
+        forecast: OutputForecast,
+        sent_at: float,
+        settles: bool,
+    ) -> None:
+        self._lease = lease
+        self._call = call
+        self._profile = profile
+        self._ear = ear
+        self._refusals = refusals
+        self._forecast = forecast
+        self._sent_at = sent_at
+        self._settles = settles
+        self._over = False
+        self._reply: Any = None
+        self._encoding: str | None = None
+        self._tail: Tail | None = None
+
+    def failed(self, error: BaseException) -> None:
+        """End without a reply; what never left costs nothing."""
+        names = {kind.__name__ for kind in type(error).__mro__}
+        if names & _NEVER_SENT:
+            self._lease.undo()
+        elif classify(error).overloaded:
+            self._lease.overloaded()
+        else:
+            self._lease.failed()
+
+    def answered(self, reply: Any) -> None:
+        """Take in status and headers; the body follows."""
+        self._reply = reply
+        self._ear.hear(reply.headers, self._profile, since=self._sent_at)
+        if reply.status_code < _FIRST_ERROR:
+            self._refusals.succeeded()
+            if not self._settles:
+                return
+        self._encoding = _encoding(reply.headers)
+        self._tail = Tail(encoded=self._encoding is not None)
+
+    def passes(self, chunk: bytes) -> None:
+        """See a part of the body on its way to the client."""
+        if self._tail is not None:
+            self._tail.add(chunk)
+
+    def ended(self, *, complete: bool) -> None:
+        """End with the body: read to its end, or cut off. Again it does nothing."""
+        if self._over:
+            return
+        self._over = True
+        tail, self._tail = self._tail, None
+        try:
+            if tail is None:
+                return
+            if self._reply.status_code >= _FIRST_ERROR:
+                self._judge(tail)
+            else:
+                self._settle(tail, complete=complete)
+        finally:
+            self._lease.release()
+            self._reply = None
+
+    def _judge(self, tail: Tail) -> None:
+        """Let the limiter know what a reply that is an error means, and release."""
+        body = read_json(self._decode(tail))
+        verdict = self._refusals.judge(self._reply.status_code, self._reply.headers, body)
+        if verdict is not None and verdict.overloaded:
+            self._lease.overloaded()
+        else:
+            self._lease.failed()
+
+    def _settle(self, tail: Tail, *, complete: bool) -> None:
+        end = self._decode(tail)
+        if not complete and not is_complete(end):
+            return
+        events = end.lstrip()[:1] != b"{"
+        usage = find_usage(end, tail.head if events else b"")
+        if usage is not None:
+            amounts = self._profile.settled(self._call, usage)
+            if amounts:
+                if "tokens" not in amounts:  # or input and output would make the sum of them
+                    amounts = {"tokens": self._lease.cost.get("tokens", 0), **amounts}
+                self._lease.settle(**amounts)
+            if usage.output_tokens:
+                self._forecast.observe(usage.output_tokens)
+
+    def _decode(self, tail: Tail) -> bytes:
+        """Return what is kept of the body, decoded by the client's own library if need be."""
+        raw = tail.read()
+        if self._encoding is None or self._reply.is_closed:  # a body that came along is decoded
+            return raw
+        headers = {"content-encoding": self._encoding}
+        try:
+            return bytes(type(self._reply)(200, headers=headers, content=raw).content)
+        except Exception:  # noqa: BLE001 - cut off, or of a kind that nobody here can read
+            return b""
+
+
+def _encoding(headers: Any) -> str | None:
+    """Return the encoding of a body, None for none."""
+    for name, value in pairs(headers):
+        if name.lower() == b"content-encoding":
+            return None if value == b"identity" else value.decode("latin-1")
+    return None

@@ -1,0 +1,238 @@
+"""What a call's body says about its cost, and what is kept of a reply's body to find its usage.
+
+A request's body is looked at only where it is in memory already: a streamed upload stays a stream.
+Counting is what providers do at their door, by characters; no tokenizer runs. Everything that is
+sent to the model counts: messages, instructions, tools and formats. Pictures, sound and files
+count by constants and by size, for in JSON they are base64 and no text.
+
+A reply's body passes through untouched. References to its last chunks are kept (`Tail`), and once
+it is complete the usage is found in them by its key, not by parsing: a reply's text may hold the
+letters ``"usage"``, but JSON escapes the quotes around them, so the bytes are the real key alone.
+"""
+
+import json
+import re
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Final, TypeGuard
+
+from asyncbucket.http.usage import Usage, read_usage
+
+#: The ends of paths whose calls make a model write.
+_WRITES: Final = (
+    "/chat/completions",
+    "/completions",
+    "/responses",
+    "/messages",
+    "/api/chat",
+    "/api/generate",
+)
+#: The ends of paths whose calls only send tokens.
+_READS: Final = ("/embeddings", "/api/embed", "/rerank", "/messages/count_tokens")
+#: What the parts of a body are, in the words of OpenAI's chat, completions, responses and embeddings,
+#: Anthropic's messages and Ollama.
+_PARTS: Final = {
+    **dict.fromkeys(
+        ("messages", "input", "prompt", "instructions", "system", "suffix", "documents"), "text"
+    ),
+    **dict.fromkeys(("tools", "functions"), "tools"),
+    **dict.fromkeys(("response_format", "text", "format"), "json"),
+    **dict.fromkeys(
+        ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_tokens_to_sample"),
+        "limit",
+    ),
+    **dict.fromkeys(("n", "best_of"), "replies"),
+    "options": "options",
+}
+#: In a message, all but these is sent.
+_NOT_SENT: Final = frozenset(
+    {"cache_control", "detail", "id", "role", "status", "tool_call_id", "type"}
+)
+#: OpenAI's GPT-4o and 4.1: 85 in low detail; 85 and 170 for each of four tiles of 512 pixels ("Images
+#: and vision", read in 2025). Anthropic: width * height / 750, at most about 1,600.
+_AN_IMAGE: Final = 765
+_A_SMALL_IMAGE: Final = 85
+#: Bytes of sound or of a file that count as a token, as a guess that usage corrects.
+_BYTES_A_TOKEN: Final = 64
+
+#: How much of a reply is kept, in bytes: more than an error's body, or what follows a usage.
+_KEPT: Final = 65_536
+#: How much of a compressed reply is kept, which must be whole to be read.
+_KEPT_ENCODED: Final = 1_048_576
+#: The first bytes of a stream: Anthropic's first event has the tokens of the prompt.
+_HEAD: Final = 4_096
+_KEY: Final = b'"usage"'
+_USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
+#: A stream is complete by these, though the client, content, reads no further.
+_ENDS: Final = (b"[DONE]", b"message_stop", b"response.completed", b"response.incomplete")
+_READER: Final = json.JSONDecoder()
+
+
+class Sent:
+    """Add up what a call sends and asks for."""
+
+    __slots__ = ("characters", "extra", "max_output", "replies", "size", "writes")
+
+    def __init__(self, *, writes: bool = False) -> None:
+        #: Whether the model writes a reply.
+        self.writes = writes
+        #: Characters of all text.
+        self.characters = 0
+        #: The same in bytes of UTF-8.
+        self.size = 0
+        #: Tokens of what is no text, or is sent as tokens.
+        self.extra = 0
+        #: The most tokens that a reply may have, where the call says so.
+        self.max_output: int | None = None
+        #: How many replies are asked for.
+        self.replies = 1
+
+    @property
+    def by_characters(self) -> int:
+        """Tokens at four characters each, as OpenAI counts at its door."""
+        return -(-self.characters // 4) + self.extra
+
+    @property
+    def by_size(self) -> int:
+        """Tokens at four bytes each: nearer to the truth where the text is not English."""
+        return -(-self.size // 4) + self.extra
+
+    def weigh(self, value: object) -> None:
+        """Add text, parts of messages, or lists of them."""
+        if isinstance(value, str):
+            self.characters += len(value)
+            self.size += len(value) if value.isascii() else len(value.encode("utf-8", "replace"))
+        elif isinstance(value, list):
+            for item in value:
+                self.weigh(item)
+                if isinstance(item, str):  # each text of many has its own last token
+                    self.characters += -len(item) % 4
+                    self.size += -len(item) % 4
+        elif isinstance(value, dict):
+            self._weigh_part(value)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            self.extra += 1  # texts to embed may be sent as the numbers of their tokens
+
+    def weigh_json(self, value: object) -> None:
+        """Add what the model gets to see as JSON."""
+        if value:
+            self.weigh(json.dumps(value, ensure_ascii=False))
+
+    def _weigh_part(self, part: dict[str, Any]) -> None:
+        kind = part.get("type")
+        kind = kind if isinstance(kind, str) else ""
+        if "image" in kind:
+            self.extra += _A_SMALL_IMAGE if _detail(part) == "low" else _AN_IMAGE
+        elif "audio" in kind or kind in ("document", "file", "input_file"):
+            self.extra += len(json.dumps(part)) * 3 // 4 // _BYTES_A_TOKEN
+        else:
+            for name, value in part.items():
+                if name in ("tool_calls", "function_call"):
+                    self.weigh_json(value)
+                elif name not in _NOT_SENT:
+                    self.weigh(value)
+
+
+def read_json(content: bytes | None) -> Mapping[str, Any]:
+    """Return the JSON object in ``content``; an empty one if there is none."""
+    if not content or content.lstrip()[:1] != b"{":
+        return {}
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def sent(path: str, body: Mapping[str, Any]) -> Sent:
+    """Return what the call of ``path`` with the JSON ``body`` sends and asks for."""
+    path = path.rstrip("/")
+    found = Sent(writes=path.endswith(_WRITES))
+    if not (found.writes or path.endswith(_READS)):
+        return found
+    for name, value in body.items():
+        part = _PARTS.get(name)
+        if part == "text":
+            found.weigh(value)
+        elif part == "json":
+            found.weigh_json(value)
+        elif part == "tools" and isinstance(value, list):
+            for tool in value:  # without OpenAI's wrapping
+                found.weigh_json(tool.get("function", tool) if isinstance(tool, dict) else tool)
+        elif part == "limit" and _is_count(value):
+            found.max_output = value
+        elif part == "replies" and _is_count(value):
+            found.replies = max(found.replies, value)
+        elif part == "options" and isinstance(value, dict) and _is_count(value.get("num_predict")):
+            found.max_output = value["num_predict"]
+    return found
+
+
+def _detail(part: dict[str, Any]) -> object:
+    """Return the detail in which a picture is looked at, in OpenAI's two ways to say it."""
+    image = part.get("image_url")
+    return image.get("detail") if isinstance(image, dict) else part.get("detail")
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+class Tail:
+    """Keep the end of a body that passes by, without copying it."""
+
+    __slots__ = ("_chunks", "_head", "_limit", "_size")
+
+    def __init__(self, *, encoded: bool = False) -> None:
+        self._chunks: deque[bytes] = deque()
+        self._head = b""
+        self._size = 0
+        self._limit = _KEPT_ENCODED if encoded else _KEPT
+
+    def add(self, chunk: bytes) -> None:
+        """Note the next chunk."""
+        chunks = self._chunks
+        if not self._head:
+            self._head = chunk[:_HEAD]
+        chunks.append(chunk)
+        self._size += len(chunk)
+        while self._size - len(chunks[0]) >= self._limit:
+            self._size -= len(chunks.popleft())
+
+    def read(self) -> bytes:
+        """Return what is kept."""
+        return b"".join(self._chunks)
+
+    @property
+    def head(self) -> bytes:
+        """The beginning of the first chunk."""
+        return self._head
+
+
+def is_complete(end: bytes) -> bool:
+    """Tell whether a stream of events has said all, though it was not read to its end."""
+    return any(mark in end[-_HEAD:] for mark in _ENDS)
+
+
+def find_usage(end: bytes, head: bytes = b"") -> Usage | None:
+    """Return the usage in the end of a reply's body, joined with that in its ``head``."""
+    usage, at, tries = None, end.rfind(_KEY), 8
+    while usage is None and at >= 0 and tries:
+        usage = _usage_at(end, at)
+        at = end.rfind(_KEY, 0, at)
+        tries -= 1
+    first = head.find(_KEY)
+    early = None if first < 0 else _usage_at(head, first)
+    return early if usage is None else usage | early
+
+
+def _usage_at(data: bytes, key: int) -> Usage | None:
+    value = _USAGE.match(data, key)
+    if value is None:
+        return None
+    text = data[value.end() : value.end() + _HEAD].decode("utf-8", "replace")
+    try:
+        found, _ = _READER.raw_decode(text)
+    except (ValueError, RecursionError):  # cut off, or no JSON after all
+        return None
+    return read_usage(found)

@@ -1,0 +1,70 @@
+"""HTTP clients that are paced and else what the SDKs would have made for themselves."""
+
+import importlib
+import importlib.util
+from typing import Any, Final
+
+from asyncbucket.http.profiles import Profile
+from asyncbucket.http.transport import FAMILIES, POOL, Family, transport, transport_sync
+from asyncbucket.limiter import Limiter
+
+#: The time-outs (s) of the SDKs of OpenAI and Anthropic: a reply may take ten minutes.
+_TIMEOUT: Final = 600.0
+_CONNECT_TIMEOUT: Final = 5.0
+
+
+def http_client(
+    limiter: Limiter,
+    *,
+    family: Family = "auto",
+    sync: bool = False,
+    profile: Profile | str | None = None,
+    learn: bool = True,
+    **options: Any,
+) -> Any:
+    """Return an ``AsyncClient``, or a ``Client``, all of whose requests ``limiter`` paces.
+
+    Pool, time-outs and redirects are those of OpenAI's and Anthropic's SDKs; ``http2=``, ``verify=``,
+    ``proxy=``, ``mounts=`` and the proxies of the environment work as ever.
+
+    Args:
+        limiter: what admits the requests.
+        family: ``"httpx"`` (openai before 3) or ``"httpx2"``; ``"auto"`` takes the first installed.
+        sync: return a synchronous client.
+        profile: see `asyncbucket.http.transport.transport`.
+        learn: likewise.
+        options: those of the client, ``timeout=`` for example.
+
+    Raises:
+        ImportError: the library is not installed.
+        ValueError: ``family`` or ``profile`` is none that is known.
+    """
+    library = _library(family)
+    usual = {
+        "timeout": library.Timeout(timeout=_TIMEOUT, connect=_CONNECT_TIMEOUT),
+        "limits": library.Limits(**POOL),
+        "follow_redirects": True,
+    }
+    client = (library.Client if sync else library.AsyncClient)(**(usual | options))
+    pace = transport_sync if sync else transport
+    # Not `transport=`: a client that gets one makes no others, for proxies say, and those that it
+    # makes take its options. There is no public way to put something above them.
+    for name in ("_transport", "_mounts"):
+        made = getattr(client, name)
+        if isinstance(made, dict):
+            for pattern, inner in made.items():
+                if inner is not None:
+                    made[pattern] = pace(limiter, inner, profile=profile, learn=learn)
+        else:
+            setattr(client, name, pace(limiter, made, profile=profile, learn=learn))
+    return client
+
+
+def _library(family: Family) -> Any:
+    if family != "auto" and family not in FAMILIES:
+        raise ValueError(f"family must be auto, httpx or httpx2, not {family!r}")
+    names = FAMILIES if family == "auto" else (family,)
+    for name in names:
+        if importlib.util.find_spec(name) is not None:
+            return importlib.import_module(name)
+    raise ImportError(f"no HTTP client is installed: pip install {names[0]}")

@@ -1,0 +1,262 @@
+"""What is known of providers: how they charge a call, and which headers speak of which limit.
+
+This is the one place for such facts; each has its source and the date when it was read. A profile
+is found by the host that a request goes to, or given by name, or made by the user::
+
+    @dataclass(frozen=True)
+    class Mine:
+        name: str = "mine"
+        settles: frozenset[str] = frozenset()
+        tells: tuple[Told, ...] = (Told("requests", per=60, remaining="x-left", limit="x-limit"),)
+
+        def cost(self, call: Call) -> Cost | None:
+            return Cost(images=call.body.get("n", 1))
+
+        def settled(self, call: Call, usage: Usage) -> Mapping[str, int]:
+            return {}
+
+
+    httpx.AsyncClient(transport=limiter.transport(profile=Mine()))
+
+Providers count either at their door, by what a call asks for, and leave it at that; or by what was
+really used. The first kind is charged alike and not corrected by the usage (only limits of input
+or output tokens are, which are then the user's own); the second is settled by it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from asyncbucket.cost import Cost
+from asyncbucket.http.body import Sent, sent
+from asyncbucket.http.usage import Usage
+
+_MINUTE: Final = 60
+#: What the user may limit besides the tokens that were counted at the door.
+_AT_THE_DOOR: Final = frozenset({"input_tokens", "output_tokens"})
+_DAY: Final = 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One HTTP request, as a profile sees it."""
+
+    method: str
+    host: str
+    path: str
+    #: The JSON object that is sent; empty if it is none, or is streamed.
+    body: Mapping[str, Any]
+    #: Tokens that the reply probably stays under, to judge by the last ones.
+    foreseen: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Name the headers that speak of one limit: ``per`` is its window in seconds."""
+
+    resource: str
+    per: float
+    remaining: str
+    limit: str | None = None
+    #: By how many units ``remaining`` may be rounded down.
+    rounding: int = 0
+
+
+class Profile(Protocol):
+    """Say what a provider's calls cost and what its headers mean."""
+
+    @property
+    def name(self) -> str:
+        """How it is called."""
+        ...
+
+    @property
+    def settles(self) -> frozenset[str]:
+        """The resources that are corrected by the usage; of others no reply is looked through."""
+        ...
+
+    @property
+    def tells(self) -> tuple[Told, ...]:
+        """The limits of which its headers speak."""
+        ...
+
+    def cost(self, call: Call) -> Cost | None:
+        """Return what ``call`` is to be charged at admission; None lets it pass unpaced."""
+        ...
+
+    def settled(self, call: Call, usage: Usage) -> Mapping[str, int]:
+        """Return the amounts of those resources that were really used, once the usage is known."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProviderProfile:
+    """The usual profile: a rule for tokens, and what to make of the usage."""
+
+    name: str
+    #: Hosts, and the ends of hosts after a dot, by which it is found.
+    hosts: tuple[str, ...] = ()
+    tells: tuple[Told, ...] = ()
+    #: Returns the tokens charged at admission: input, output, and both as the provider counts them.
+    charge: Callable[[Sent, int], tuple[int, int, int]]
+    settles: frozenset[str] = frozenset({"tokens", "input_tokens", "output_tokens"})
+
+    def cost(self, call: Call) -> Cost:
+        """See `Profile.cost`: a request, and its tokens where a model reads or writes."""
+        asked = sent(call.path, call.body)
+        given, received, both = self.charge(asked, call.foreseen)
+        return Cost(tokens=both, input_tokens=given, output_tokens=received)
+
+    def settled(self, call: Call, usage: Usage) -> Mapping[str, int]:  # noqa: ARG002 - others may look
+        """See `Profile.settled`."""
+        used = {
+            "tokens": usage.total,
+            "input_tokens": usage.input_tokens,
+            "output_tokens": usage.output_tokens,
+        }
+        return {name: amount for name, amount in used.items() if name in self.settles}
+
+
+# -- how calls are charged -------------------------------------------------------------------------
+
+#: What OpenAI's API reference gives as the default of ``max_tokens`` of completions, and the figure
+#: that its rate limits assume (cookbook, "How to handle rate limits"; read in 2025).
+_DEFAULT_OUTPUT: Final = 16
+
+
+def _openai(asked: Sent, foreseen: int) -> tuple[int, int, int]:
+    """Charge the larger of the characters' estimate and ``max_tokens``.
+
+    "Your rate limit is calculated as the maximum of max_tokens and the estimated number of tokens
+    based on the character count of your request": platform.openai.com/docs/guides/rate-limits,
+    read in 2025.
+    """
+    given = asked.by_characters
+    if not asked.writes:
+        return given, 0, given
+    at_the_door = (asked.max_output or _DEFAULT_OUTPUT) * asked.replies
+    return given, (asked.max_output or foreseen) * asked.replies, max(given, at_the_door)
+
+
+def _azure(asked: Sent, foreseen: int) -> tuple[int, int, int]:
+    """Charge prompt, ``max_tokens`` and ``best_of``, all estimated at admission.
+
+    learn.microsoft.com/azure/ai-services/openai/how-to/quota, "Understanding rate limits", read in
+    2025.
+    """
+    given = asked.by_characters
+    if not asked.writes:
+        return given, 0, given
+    at_the_door = (asked.max_output or _DEFAULT_OUTPUT) * asked.replies
+    return given, (asked.max_output or foreseen) * asked.replies, given + at_the_door
+
+
+def _anthropic(asked: Sent, foreseen: int) -> tuple[int, int, int]:
+    """Charge the prompt, and the output that is to be expected.
+
+    Output counts as it is produced, whatever ``max_tokens`` says; input counts without what is
+    read from the prompt cache: docs.anthropic.com/en/api/rate-limits, read in 2025.
+    """
+    given = asked.by_size
+    received = 0
+    if asked.writes:
+        received = foreseen if asked.max_output is None else min(asked.max_output, foreseen)
+    return given, received, given + received
+
+
+def _both(asked: Sent, foreseen: int) -> tuple[int, int, int]:
+    """Charge the prompt, and the longest reply that is allowed, or else to be expected."""
+    given = asked.by_size
+    received = (asked.max_output or foreseen) * asked.replies if asked.writes else 0
+    return given, received, given + received
+
+
+# -- what headers say ------------------------------------------------------------------------------
+
+
+def _ratelimit(resource: str, name: str, *, per: float = _MINUTE) -> Told:
+    return Told(
+        resource, per, remaining=f"x-ratelimit-remaining-{name}", limit=f"x-ratelimit-limit-{name}"
+    )
+
+
+def _anthropic_says(resource: str, *, rounding: int = 0) -> Told:
+    stem = f"anthropic-ratelimit-{resource.replace('_', '-')}"
+    return Told(
+        resource, _MINUTE, remaining=f"{stem}-remaining", limit=f"{stem}-limit", rounding=rounding
+    )
+
+
+#: platform.openai.com/docs/guides/rate-limits, "Rate limits in headers", read in 2025. Models with
+#: few requests a day speak of the day instead; `asyncbucket.http.learn` tells by the limit.
+_OPENAI_TELLS: Final = (
+    _ratelimit("requests", "requests"),
+    _ratelimit("tokens", "tokens"),
+    _ratelimit("tokens", "project-tokens"),
+)
+
+OPENAI: Final = ProviderProfile(
+    name="openai",
+    hosts=("api.openai.com",),
+    tells=_OPENAI_TELLS,
+    charge=_openai,
+    settles=_AT_THE_DOOR,
+)
+
+#: The same names. Counters are per minute, requests are looked at over 1 or 10 s besides.
+AZURE: Final = ProviderProfile(
+    name="azure",
+    hosts=("openai.azure.com", "cognitiveservices.azure.com", "services.ai.azure.com"),
+    tells=_OPENAI_TELLS,
+    charge=_azure,
+    settles=_AT_THE_DOOR,
+)
+
+#: docs.anthropic.com/en/api/rate-limits, "Response headers", read in 2025: tokens are rounded to the
+#: nearest thousand. Left out is ``-tokens-``, which speaks of whichever limit is nearest.
+ANTHROPIC: Final = ProviderProfile(
+    name="anthropic",
+    hosts=("api.anthropic.com",),
+    tells=(
+        _anthropic_says("requests"),
+        _anthropic_says("input_tokens", rounding=1_000),
+        _anthropic_says("output_tokens", rounding=1_000),
+    ),
+    charge=_anthropic,
+)
+
+#: console.groq.com/docs/rate-limits, "Rate limit headers", read in 2025: requests are those of the
+#: day, tokens those of the minute.
+GROQ: Final = ProviderProfile(
+    name="groq",
+    hosts=("api.groq.com",),
+    tells=(_ratelimit("requests", "requests", per=_DAY), _ratelimit("tokens", "tokens")),
+    charge=_both,
+)
+
+#: Servers and gateways that speak as OpenAI does: vLLM, LiteLLM and many more.
+GENERIC: Final = ProviderProfile(name="generic", tells=_OPENAI_TELLS, charge=_both)
+
+_ALL: Final = (OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC)
+
+
+def profile_named(name: str) -> Profile:
+    """Return the profile called ``name``.
+
+    Raises:
+        ValueError: there is none; the message names those that there are.
+    """
+    for profile in _ALL:
+        if profile.name == name:
+            return profile
+    known = ", ".join(profile.name for profile in _ALL)
+    raise ValueError(f"no profile is called {name!r}; known are {known}; or pass one of your own")
+
+
+def profile_of(host: str) -> Profile:
+    """Return the profile of the provider at ``host``."""
+    host = host.lower().rstrip(".")
+    for profile in _ALL:
+        if any(host == end or host.endswith(f".{end}") for end in profile.hosts):
+            return profile
+    return GENERIC

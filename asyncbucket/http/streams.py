@@ -1,0 +1,79 @@
+"""Bodies of replies that tell the attempt what passes, and when it is over.
+
+A client insists on its own library's kind of stream, so a body's class is made from the one that the
+reply came with, whichever library that is from.
+"""
+
+import functools
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from typing import Any, Final
+
+from asyncbucket.http.attempt import Attempt
+
+
+class _AsyncBody:
+    """Pass an async body on, and tell the attempt."""
+
+    def __init__(self, inner: Any, attempt: Attempt) -> None:
+        self._inner = inner
+        self._attempt = attempt
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        complete = False
+        chunks = self._inner.__aiter__()
+        try:
+            async for chunk in chunks:
+                self._attempt.passes(chunk)
+                yield chunk
+            complete = True
+        finally:
+            self._attempt.ended(complete=complete)
+            if isinstance(chunks, AsyncGenerator):
+                await chunks.aclose()
+
+    async def aclose(self) -> None:
+        try:
+            await self._inner.aclose()
+        finally:
+            self._attempt.ended(complete=False)
+
+
+class _SyncBody:
+    """Pass a body on, and tell the attempt."""
+
+    def __init__(self, inner: Any, attempt: Attempt) -> None:
+        self._inner = inner
+        self._attempt = attempt
+
+    def __iter__(self) -> Iterator[bytes]:
+        complete = False
+        try:
+            for chunk in self._inner:
+                self._attempt.passes(chunk)
+                yield chunk
+            complete = True
+        finally:
+            self._attempt.ended(complete=complete)
+
+    def close(self) -> None:
+        try:
+            self._inner.close()
+        finally:
+            self._attempt.ended(complete=False)
+
+
+_BODIES: Final = {"AsyncByteStream": _AsyncBody, "SyncByteStream": _SyncBody}
+
+
+def body_class(stream: object, name: str) -> type[Any] | None:
+    """Return a kind of body that is what ``stream`` is: a subclass of its library's ``name``."""
+    kind: Any = type(stream)  # hashable, as mypy cannot know of a class of anything
+    return _made_of(kind, name)
+
+
+@functools.lru_cache(maxsize=64)
+def _made_of(stream: type[Any], name: str) -> type[Any] | None:
+    for kind in stream.__mro__:
+        if kind.__name__ == name:
+            return type("PacedBody", (_BODIES[name], kind), {})
+    return None

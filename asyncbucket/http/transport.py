@@ -1,0 +1,355 @@
+"""Transports that pace every HTTP attempt, under httpx and httpx2.
+
+A transport is the lowest layer of a client: redirects, authentication and an SDK's retries are above
+it, so each attempt of theirs comes through here and waits its turn, before the client's time-outs
+begin to count. It has no base class, for httpx and httpx2 ask for none; what it hands back is its
+inner transport's own response, whose stream is exchanged for one that looks on as the chunks pass.
+That stream must be of the library's own kind (the client insists), so its class is made from the
+one that the response came with.
+
+Where a call is paced already by the same limiter, by a wrapped model above or a paced transport
+beneath, it is charged once: the transport lets it pass, listens to the headers, and says what to
+change. An SDK's own retries above are fine for the limits, since each attempt is admitted; but they
+wait twice, in the SDK's back-off and in line, and so they are mentioned once.
+"""
+
+import importlib
+import logging
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Final, Literal, Self
+
+from asyncbucket.cost import Cost
+from asyncbucket.http.attempt import Attempt
+from asyncbucket.http.body import read_json
+from asyncbucket.http.forecast import OutputForecast
+from asyncbucket.http.held import is_held
+from asyncbucket.http.learn import Ear
+from asyncbucket.http.profiles import Call, Profile, profile_named, profile_of
+from asyncbucket.http.refusals import Refusals
+from asyncbucket.http.streams import body_class
+from asyncbucket.limiter import Limiter
+
+Family = Literal["auto", "httpx", "httpx2"]
+
+FAMILIES: Final = ("httpx", "httpx2")
+#: The SDKs' pool: how many calls are in flight is for the limiter to say.
+POOL: Final = {"max_connections": 1_000, "max_keepalive_connections": 100}
+
+_RETRY_COUNT: Final = "x-stainless-retry-count"
+_FIRST_ERROR: Final = 400
+
+_log: Final = logging.getLogger("asyncbucket")
+
+
+def transport(
+    limiter: Limiter,
+    inner: Any = None,
+    *,
+    family: Family = "auto",
+    profile: Profile | str | None = None,
+    learn: bool = True,
+) -> "PacedTransport":
+    """Return an async transport that paces every request by ``limiter``.
+
+    A client that is given a transport ignores its own ``http2=``, ``verify=``, ``limits=`` and the
+    proxies of the environment: give ``inner=httpx.AsyncHTTPTransport(http2=True)`` for those, or
+    use `asyncbucket.http.clients.http_client`, which keeps them.
+
+    Args:
+        limiter: what admits the requests.
+        inner: the transport that sends them; it is closed with this one. By default the library's
+            own with the SDKs' pool of 1,000 connections.
+        family: the library of the default ``inner``; ``"auto"`` goes by the first request.
+        profile: a provider's name or a profile; by default it is found by the host of each request.
+        learn: hear what headers say is left, and of a limiter without limits, which there are.
+
+    Raises:
+        ValueError: ``family`` or ``profile`` is none that is known.
+        TypeError: ``inner`` is no async transport.
+    """
+    return PacedTransport(limiter, inner, family=family, profile=profile, learn=learn)
+
+
+def transport_sync(
+    limiter: Limiter,
+    inner: Any = None,
+    *,
+    family: Family = "auto",
+    profile: Profile | str | None = None,
+    learn: bool = True,
+) -> "PacedTransportSync":
+    """Return a transport for synchronous clients; see `transport`. Waiting blocks the thread."""
+    return PacedTransportSync(limiter, inner, family=family, profile=profile, learn=learn)
+
+
+class _Paced:
+    """What both kinds of transport do alike."""
+
+    #: The inner transport's method that sends a request, and the library's class of them.
+    _method = ""
+    _default = ""
+
+    def __init__(
+        self,
+        limiter: Limiter,
+        inner: Any,
+        *,
+        family: Family,
+        profile: Profile | str | None,
+        learn: bool,
+    ) -> None:
+        if family != "auto" and family not in FAMILIES:
+            raise ValueError(f"family must be auto, httpx or httpx2, not {family!r}")
+        self.limiter: Limiter = limiter
+        if isinstance(inner, _Paced) and inner.limiter is limiter:
+            _log.warning(
+                "a transport of limiter %r is put above another of it: calls are charged once; "
+                "give the inner transport itself",
+                limiter.name,
+            )
+            inner = inner.inner
+        if inner is not None and not callable(getattr(inner, self._method, None)):
+            raise TypeError(
+                f"inner must be a transport with {self._method}(), not {type(inner).__name__}"
+            )
+        if inner is None and family != "auto":
+            inner = self._make(family)
+        #: What sends the requests; None until the first one tells by which library.
+        self.inner: Any = inner
+        self._given = profile_named(profile) if isinstance(profile, str) else profile
+        self._profiles: dict[str, Profile] = {}
+        self._ear = Ear(limiter, learn=learn)
+        self._refusals = Refusals(limiter)
+        self._forecast = OutputForecast()
+        self._entered = False
+        self._failures = False
+        self._told: set[str] = set()
+
+    @property
+    def ignored_headers(self) -> int:
+        """How many headers about limits held no number."""
+        return self._ear.ignored
+
+    def __repr__(self) -> str:
+        inner = "transport" if self.inner is None else type(self.inner).__name__
+        return f"<{type(self).__name__} of {self.limiter.name!r} above {inner}>"
+
+    def _make(self, family: str) -> Any:
+        library = importlib.import_module(family)
+        return getattr(library, self._default)(limits=library.Limits(**POOL))
+
+    def _profile(self, host: str) -> Profile:
+        if self._given is not None:
+            return self._given
+        profile = self._profiles.get(host)
+        if profile is None:
+            profile = profile_of(host)
+            if len(self._profiles) < 256:  # noqa: PLR2004 - a crawler's hosts need not be kept
+                self._profiles[host] = profile
+        return profile
+
+    def _read(self, request: Any) -> tuple[Call, Profile, Cost | None]:
+        """Return a request as its profile sees it, and what it costs: None for no admission."""
+        url = request.url
+        host: str = url.host
+        try:
+            content: bytes | None = request.content
+        except RuntimeError:  # it is still to be streamed, and left alone
+            content = None
+        call = Call(request.method, host, url.path, read_json(content), self._forecast.foresee())
+        profile = self._profile(host)
+        cost = profile.cost(call)
+        excess = 0 if cost is None else self._excess(cost)
+        if excess:  # what is only foreseen must not make a call impossible
+            cost = profile.cost(replace(call, foreseen=max(0, call.foreseen - excess)))
+        return call, profile, cost
+
+    def _excess(self, cost: Cost) -> int:
+        """Return by how much ``cost`` is above what the limits ever allow."""
+        excess = 0
+        amounts = cost._amounts  # noqa: SLF001 - looked at for each request
+        for limit in self.limiter.limits:
+            excess = max(excess, amounts.get(limit.resource, 0) - limit.amount)
+        return excess
+
+    def _is_held(self) -> bool:
+        if not is_held(self.limiter):
+            return False
+        self._tell(
+            "held",
+            "a model that is paced by limiter %r has an HTTP client paced by it, too: calls are "
+            "charged once, by the model; give it a plain client, or don't wrap it",
+            self.limiter.name,
+        )
+        return True
+
+    def _look_for_retries(self, request: Any) -> None:
+        if self._failures and request.headers.get(_RETRY_COUNT, "0") != "0":
+            self._tell(
+                "retries",
+                "the SDK above the transport of limiter %r tries failed calls again by itself: "
+                "each attempt is charged and waits in line after the SDK's own back-off; if "
+                "anything above it retries too, pass max_retries=0 to the SDK",
+                self.limiter.name,
+            )
+
+    def _tell(self, what: str, message: str, *args: object) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            _log.warning(message, *args)
+
+    def _now(self) -> float:
+        return self.limiter._clock() * 1e-9  # noqa: SLF001 - headers are dated in its time
+
+    def _heard(self, reply: Any, profile: Profile, sent_at: float) -> Any:
+        """Hear the headers of a reply that somebody else holds a lease for."""
+        self._ear.hear(reply.headers, profile, since=sent_at)
+        return reply
+
+    def _send(self, attempt: Attempt, reply: Any, kind: type[Any] | None) -> Any:
+        """Return ``reply`` with a stream that looks on."""
+        attempt.answered(reply)
+        self._failures = self._failures or reply.status_code >= _FIRST_ERROR
+        if kind is None or reply.is_closed:
+            if reply.is_closed:  # it came with its body, as those of tests do
+                attempt.passes(reply.content)
+            attempt.ended(complete=True)
+        else:
+            reply.stream = kind(reply.stream, attempt)
+        return reply
+
+    def _attempt(self, lease: Any, call: Call, profile: Profile) -> Attempt:
+        return Attempt(
+            lease,
+            call,
+            profile,
+            ear=self._ear,
+            refusals=self._refusals,
+            forecast=self._forecast,
+            sent_at=self._now(),
+            settles=any(limit.resource in profile.settles for limit in self.limiter.limits),
+        )
+
+
+class PacedTransport(_Paced):
+    """Pace an async client's requests; made by `transport`."""
+
+    _method = "handle_async_request"
+    _default = "AsyncHTTPTransport"
+
+    async def handle_async_request(self, request: Any) -> Any:
+        """Send ``request`` when it is its turn, and return the inner transport's response."""
+        inner = self.inner or await self._open(request)
+        call, profile, cost = self._read(request)
+        self._look_for_retries(request)
+        if cost is None or self._is_held():
+            sent_at = self._now()
+            return self._heard(await inner.handle_async_request(request), profile, sent_at)
+        lease = await self.limiter.acquire(**_parts(cost))
+        attempt = self._attempt(lease, call, profile)
+        try:
+            reply = await inner.handle_async_request(request)
+            return self._send(attempt, reply, body_class(reply.stream, "AsyncByteStream"))
+        except BaseException as error:
+            self._failures = True
+            attempt.failed(error)
+            raise
+
+    async def _open(self, request: Any) -> Any:
+        """Make the inner transport that goes with ``request``."""
+        self.inner = self._make(family_of(request))
+        if self._entered:
+            await self.inner.__aenter__()
+        return self.inner
+
+    async def aclose(self) -> None:
+        """Close the inner transport."""
+        if self.inner is not None:
+            await self.inner.aclose()
+
+    async def __aenter__(self) -> Self:
+        self._entered = True
+        if self.inner is not None:
+            await self.inner.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        self._entered = False
+        if self.inner is not None:
+            await self.inner.__aexit__(kind, error, trace)
+
+
+class PacedTransportSync(_Paced):
+    """Pace a synchronous client's requests; made by `transport_sync`."""
+
+    _method = "handle_request"
+    _default = "HTTPTransport"
+
+    def handle_request(self, request: Any) -> Any:
+        """Send ``request`` when it is its turn, and return the inner transport's response."""
+        inner = self.inner or self._open(request)
+        call, profile, cost = self._read(request)
+        self._look_for_retries(request)
+        if cost is None or self._is_held():
+            sent_at = self._now()
+            return self._heard(inner.handle_request(request), profile, sent_at)
+        lease = self.limiter.acquire_sync(**_parts(cost))
+        attempt = self._attempt(lease, call, profile)
+        try:
+            reply = inner.handle_request(request)
+            return self._send(attempt, reply, body_class(reply.stream, "SyncByteStream"))
+        except BaseException as error:
+            self._failures = True
+            attempt.failed(error)
+            raise
+
+    def _open(self, request: Any) -> Any:
+        self.inner = self._make(family_of(request))
+        if self._entered:
+            self.inner.__enter__()
+        return self.inner
+
+    def close(self) -> None:
+        """Close the inner transport."""
+        if self.inner is not None:
+            self.inner.close()
+
+    def __enter__(self) -> Self:
+        self._entered = True
+        if self.inner is not None:
+            self.inner.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        self._entered = False
+        if self.inner is not None:
+            self.inner.__exit__(kind, error, trace)
+
+
+def _parts(cost: Cost) -> dict[str, Any]:
+    """Return a cost as keywords, which `Limiter.acquire` takes faster."""
+    return {"requests": 0, "input_tokens": 0, "output_tokens": 0, **cost._amounts}  # noqa: SLF001
+
+
+def family_of(request: Any) -> str:
+    """Return the library that a request is made by.
+
+    Raises:
+        TypeError: it is made by neither.
+    """
+    for kind in type(request).__mro__:
+        family = kind.__module__.partition(".")[0]
+        if family in FAMILIES:
+            return family
+    raise TypeError(f"a request of httpx or httpx2 can be sent, not {type(request).__name__}")

@@ -1,0 +1,60 @@
+"""What the tests of the HTTP door share: both libraries, and inner transports that are scripted."""
+
+import importlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import pytest
+
+from asyncbucket import Limiter
+
+
+@pytest.fixture(params=["httpx", "httpx2"])
+def library(request: pytest.FixtureRequest) -> Any:
+    """Either of the libraries that SDKs are built on."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def limiter() -> Limiter:
+    """A limiter with room, whose books show what a call took."""
+    return Limiter("1000 RPM burst 1000", "100k TPM", concurrency=4)
+
+
+def chunked(library: Any, *chunks: bytes, error: BaseException | None = None) -> Any:
+    """Return a body of both kinds that gives `chunks`, and then raises `error` if there is one."""
+
+    class Body(library.AsyncByteStream, library.SyncByteStream):  # type: ignore[misc]
+        closed = False
+
+        def __iter__(self) -> Iterator[bytes]:
+            yield from chunks
+            if error is not None:
+                raise error
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            for chunk in chunks:
+                yield chunk
+            if error is not None:
+                raise error
+
+        def close(self) -> None:
+            self.closed = True
+
+        async def aclose(self) -> None:
+            self.closed = True
+
+    return Body()
+
+
+Answer = Callable[[Any], Any]
+
+
+def answering(library: Any, *chunks: bytes, status: int = 200, **headers: str) -> Answer:
+    """Return a handler for MockTransport that streams `chunks`."""
+    fields = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    def answer(_: Any) -> Any:
+        return library.Response(status, headers=fields, stream=chunked(library, *chunks))
+
+    return answer

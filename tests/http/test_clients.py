@@ -1,0 +1,82 @@
+"""A paced client is what the SDK would have made, with a limiter underneath."""
+
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from asyncbucket import Limiter
+from asyncbucket.http import clients
+
+
+def inside(client: Any) -> Any:
+    """Return the transport that a paced client sends by."""
+    return client._transport.inner
+
+
+async def test_client_has_the_sdks_defaults(library: Any, limiter: Limiter) -> None:
+    """Pool, time-outs and redirects are those of the SDK's own client."""
+    async with limiter.http_client(family=library.__name__) as client:
+        assert type(client) is library.AsyncClient
+        assert client.timeout == library.Timeout(timeout=600, connect=5.0)
+        assert client.follow_redirects
+        assert inside(client)._pool._max_connections == 1_000
+        assert inside(client)._pool._max_keepalive_connections == 100
+
+
+async def test_defaults_are_those_of_openai() -> None:
+    """OpenAI's own client and ours agree, whatever its version says."""
+    theirs: Any = openai.DefaultAsyncHttpxClient()
+    async with Limiter(concurrency=1).http_client() as ours, theirs:
+        assert ours.timeout.as_dict() == theirs.timeout.as_dict()
+        assert ours.follow_redirects == theirs.follow_redirects
+        assert inside(ours)._pool._max_connections == theirs._transport._pool._max_connections
+
+
+def test_synchronous_client_is_made_alike(library: Any, limiter: Limiter) -> None:
+    """`sync=True` makes a synchronous client; options are the client's."""
+    with limiter.http_client(family=library.__name__, sync=True, timeout=3) as client:
+        assert type(client) is library.Client
+        assert client.timeout == library.Timeout(3)
+        assert type(inside(client)) is library.HTTPTransport
+
+
+async def test_proxies_are_paced_too(
+    library: Any, limiter: Limiter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the client mounts for the environment's proxies stands under the limiter, too."""
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "local.test")
+    async with limiter.http_client(family=library.__name__) as client:
+        request = library.URL("https://api.openai.com/")
+        paced = client._transport_for_url(request)
+        assert paced is not client._transport
+        assert paced.limiter is limiter
+        assert type(paced.inner) is library.AsyncHTTPTransport
+        direct = client._transport_for_url(library.URL("https://local.test/"))
+        assert direct is client._transport
+
+
+def test_unknown_family_is_refused(limiter: Limiter) -> None:
+    """The error names those that there are."""
+    with pytest.raises(ValueError, match="family must be auto, httpx or httpx2, not 'aiohttp'"):
+        limiter.http_client(family="aiohttp")
+
+
+def test_missing_library_is_named(limiter: Limiter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without any HTTP library, the error says what to install."""
+
+    def find_nothing(_: str) -> None:
+        return None
+
+    monkeypatch.setattr("importlib.util.find_spec", find_nothing)
+
+    with pytest.raises(ImportError, match="no HTTP client is installed: pip install httpx"):
+        clients.http_client(limiter)
+
+
+async def test_auto_takes_httpx_first(limiter: Limiter) -> None:
+    """Where both are installed, it is httpx."""
+    async with limiter.http_client() as client:
+        assert type(client) is httpx.AsyncClient

@@ -1,0 +1,244 @@
+"""Headers are heard: they lower what is available, never raise it, and can do no harm."""
+
+import random
+import time
+from typing import Any
+
+import pytest
+
+from asyncbucket import Limiter
+from asyncbucket.http import ANTHROPIC, GROQ, OPENAI, Profile
+from asyncbucket.http.learn import Ear
+from asyncbucket.testing import VirtualClock
+
+MINUTE = 60_000_000_000
+
+
+def available(limiter: Limiter) -> list[int]:
+    """Return what of each limit could pass now."""
+    return [use.available for use in limiter.statistics().limits]
+
+
+def said(**numbers: object) -> dict[str, object]:
+    """Return headers of OpenAI's kind."""
+    return {f"x-ratelimit-{name.replace('_', '-')}": value for name, value in numbers.items()}
+
+
+def test_header_lowers_what_is_available() -> None:
+    """What the provider says is left is all that may pass, whatever we have used."""
+    limiter = Limiter("500 RPM burst 500", "10k TPM")
+
+    Ear(limiter).hear(
+        said(remaining_requests="40", limit_requests="500", remaining_tokens="900"), OPENAI
+    )
+
+    assert available(limiter) == [40, 900]
+    assert [use.used for use in limiter.statistics().limits] == [0, 0]
+
+
+def test_header_never_raises_the_limit() -> None:
+    """The provider may allow more than the user does."""
+    limiter = Limiter("5 RPM burst 5")
+
+    Ear(limiter).hear(said(remaining_requests="9000", limit_requests="10000"), OPENAI)
+
+    assert available(limiter) == [5]
+    assert [limit.amount for limit in limiter.limits] == [5]
+
+
+def test_least_of_several_headers_counts() -> None:
+    """Tokens of the organisation and of the project are two limits of one window."""
+    limiter = Limiter("10k TPM")
+    ear = Ear(limiter)
+
+    ear.hear(said(remaining_tokens="5000", remaining_project_tokens="300"), OPENAI)
+    assert available(limiter) == [300]
+    ear.hear(said(remaining_project_tokens="5000", remaining_tokens="200"), OPENAI)
+    assert available(limiter) == [200]
+
+
+def test_nothing_is_heard_if_told_not_to() -> None:
+    """`learn=False` is deaf."""
+    limiter = Limiter("500 RPM burst 500")
+
+    Ear(limiter, learn=False).hear(said(remaining_requests="40"), OPENAI)
+
+    assert available(limiter) == [500]
+
+
+def test_remaining_above_the_limit_is_the_limit() -> None:
+    """A provider that contradicts itself is believed the less of both."""
+    limiter = Limiter("500 RPM burst 500")
+
+    Ear(limiter).hear(said(remaining_requests="499", limit_requests="30"), OPENAI)
+
+    assert available(limiter) == [30]
+
+
+def test_limit_tells_which_window_is_meant() -> None:
+    """OpenAI speaks of the minute or of the day; the number of the limit gives it away."""
+    limiter = Limiter("500 RPM burst 500", "10k RPD burst 10000")
+
+    Ear(limiter).hear(said(remaining_requests="70", limit_requests="10000"), OPENAI)
+
+    assert available(limiter) == [500, 70]
+
+
+def test_groq_speaks_of_the_day() -> None:
+    """Groq's requests are those of the day."""
+    limiter = Limiter("30 RPM burst 30", "14,400 RPD burst 14400")
+
+    Ear(limiter).hear(said(remaining_requests="70", limit_requests="14400"), GROQ)
+
+    assert available(limiter) == [30, 70]
+
+
+def test_anthropics_thousands_are_rounded() -> None:
+    """What lies within the rounding is no news: our own books are the better ones."""
+    limiter = Limiter("50k ITPM")
+    ear = Ear(limiter)
+    for tokens, remaining in ((300, "50000"), (300, "49000"), (300, "49000")):
+        limiter.acquire_nowait(input_tokens=tokens).release()
+        ear.hear({"Anthropic-Ratelimit-Input-Tokens-Remaining": remaining}, ANTHROPIC)
+
+    assert 49_000 <= available(limiter)[0] <= 49_100
+
+
+def test_late_header_leaves_out_what_is_on_its_way() -> None:
+    """A reply to an early call does not know of later ones: they are not mistaken for others'."""
+    clock = VirtualClock()
+    limiter = Limiter("500 RPM burst 500", clock=clock)
+    ear = Ear(limiter)
+    limiter.acquire_nowait().release()
+    ear.hear(said(remaining_requests="499"), OPENAI, since=clock.seconds)
+    clock.advance(1)
+    start = clock.seconds
+    limiter.acquire_nowait().release()
+    clock.advance(1)
+    for _ in range(10):
+        limiter.acquire_nowait().release()
+    ear.hear(said(remaining_requests="498"), OPENAI, since=start)
+
+    assert available(limiter) == [488]
+
+
+def test_limits_are_learned_where_none_were_given() -> None:
+    """A limiter without limits takes those announced, and follows them; others it keeps."""
+    limiter = Limiter(concurrency=3)
+    ear = Ear(limiter)
+
+    ear.hear(said(limit_requests="500", remaining_requests="400", limit_tokens="30000"), OPENAI)
+    assert [str(limit) for limit in limiter.limits] == [
+        "500 requests per 60 s",
+        "30,000 tokens per 60 s",
+    ]
+    assert available(limiter) == [50, 30_000]
+
+    ear.hear(said(limit_requests="1000"), OPENAI)
+    assert limiter.limits[0].amount == 1_000
+
+    limiter.reconfigure(rpm=700)
+    ear.hear(said(limit_requests="2000", limit_tokens="50000"), OPENAI)
+    assert [limit.amount for limit in limiter.limits] == [700, 30_000]
+
+
+def test_limits_that_were_given_stay() -> None:
+    """Where the user set one, nothing is added and nothing changed."""
+    limiter = Limiter("500 RPM")
+
+    Ear(limiter).hear(said(limit_requests="900", limit_tokens="30000"), OPENAI)
+
+    assert [str(limit) for limit in limiter.limits] == ["500 requests per 60 s"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "nan",
+        "inf",
+        "-1",
+        "1_0",
+        "1e3",
+        "²",
+        "٣",
+        "0x10",
+        "1" * 16,
+        "9" * 10_000,
+        "5 5",
+        "5\n",
+        None,
+        5.5,
+        b"\xff",
+    ],
+)
+def test_hostile_value_is_ignored_and_counted(value: Any) -> None:
+    """What is no plain number says nothing."""
+    limiter = Limiter("500 RPM burst 500")
+    ear = Ear(limiter)
+
+    ear.hear(said(remaining_requests=value), OPENAI)
+
+    assert available(limiter) == [500]
+    assert ear.ignored == 1
+
+
+def test_largest_number_does_no_harm() -> None:
+    """Fifteen digits are a number, and more than anybody has."""
+    limiter = Limiter("500 RPM burst 500")
+    learning = Limiter()
+    headers = said(remaining_requests="9" * 15, limit_requests="9" * 15, limit_tokens="0")
+
+    Ear(limiter).hear(headers, OPENAI)
+    Ear(learning).hear(headers, OPENAI)
+
+    assert available(limiter) == [500]
+    assert [limit.amount for limit in learning.limits] == [10**15 - 1]
+
+
+def headers_by(chance: random.Random, profile: Profile) -> list[tuple[bytes, bytes]]:
+    """Return headers of a reply as a hostile server may write them."""
+    names = [name for told in profile.tells for name in (told.remaining, told.limit or "x")]
+    pieces = [
+        b"0",
+        b"7",
+        b"500",
+        b"1_0",
+        b"-",
+        b"nan",
+        b"inf",
+        b" ",
+        b"\xff",
+        b"\x00",
+        b"e9",
+        b"9" * 70,
+    ]
+    return [
+        (
+            chance.choice([str.upper, str.lower])(chance.choice(names)).encode(),
+            chance.choice([b"", chance.randbytes(chance.randrange(9))]).join(
+                chance.choices(pieces, k=chance.randrange(4))
+            ),
+        )
+        for _ in range(chance.randrange(8))
+    ]
+
+
+@pytest.mark.parametrize("profile", [OPENAI, ANTHROPIC, GROQ], ids=lambda p: p.name)
+def test_fuzzed_headers_raise_nothing_and_cost_little(profile: Profile) -> None:
+    """Twenty thousand replies with hostile headers: no error, under 20 µs a header, limits kept."""
+    chance = random.Random(profile.name)
+    replies = [headers_by(chance, profile) for _ in range(20_000)]
+    limiter = Limiter("500 RPM", "100k TPM", "50k ITPM", "8k OTPM", "14k RPD")
+    ears = Ear(limiter), Ear(Limiter())
+    start = time.process_time()
+
+    for reply in replies:
+        for ear in ears:
+            ear.hear(reply, profile, since=time.monotonic())
+
+    assert (time.process_time() - start) / (2 * sum(map(len, replies))) < 20e-6
+    assert ears[0].ignored > 10_000
+    for use in limiter.statistics().limits:
+        assert use.used == 0
+        assert use.available <= use.limit.amount

@@ -1,0 +1,265 @@
+"""The OpenAI SDK over the transport behaves as it does without, byte for byte."""
+
+import asyncio
+import importlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import AsyncAzureOpenAI, AsyncOpenAI, OpenAI
+
+from asyncbucket import Limiter
+from asyncbucket.testing import RateLimitedProvider
+
+MODEL = "gpt-4o-mini"
+HELLO: list[Any] = [{"role": "user", "content": "What is 6 times 7?"}]
+TOOLS: list[Any] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "multiply",
+            "parameters": {
+                "type": "object",
+                "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+            },
+        },
+    }
+]
+#: The library that this version of the SDK is built on.
+FAMILY = "httpx" if openai.VERSION < "3" else "httpx2"
+
+Outcome = tuple[Any, ...]
+Script = Callable[[AsyncOpenAI, RateLimitedProvider], Awaitable[Any]]
+
+
+async def chat(client: AsyncOpenAI, _: RateLimitedProvider) -> Outcome:
+    """Make a chat call and return its raw bytes."""
+    raw = await client.chat.completions.with_raw_response.create(
+        model=MODEL, messages=HELLO, tools=TOOLS, max_tokens=50
+    )
+    return raw.status_code, raw.content, raw.retries_taken
+
+
+async def stream(client: AsyncOpenAI, _: RateLimitedProvider) -> Outcome:
+    """Stream a chat call; return what the SDK makes of it, and the raw bytes of another one."""
+    options: Any = {"model": MODEL, "messages": HELLO, "stream": True, "max_tokens": 50}
+    parts = [
+        part.model_dump_json()
+        async for part in await client.chat.completions.create(
+            **options, stream_options={"include_usage": True}
+        )
+    ]
+    async with client.chat.completions.with_streaming_response.create(**options) as reply:
+        raw = [line async for line in reply.iter_lines()]
+    return parts, raw
+
+
+async def responses(client: AsyncOpenAI, _: RateLimitedProvider) -> Outcome:
+    """Call the responses endpoint, whole and streamed."""
+    whole = await client.responses.create(model=MODEL, input="Hello", max_output_tokens=50)
+    events = [
+        event.model_dump_json()
+        async for event in await client.responses.create(model=MODEL, input="Hello", stream=True)
+    ]
+    return whole.model_dump_json(), events
+
+
+async def embeddings(client: AsyncOpenAI, _: RateLimitedProvider) -> Outcome:
+    """Embed two texts."""
+    raw = await client.embeddings.with_raw_response.create(
+        model="text-embedding-3-small", input=["one", "two"]
+    )
+    return raw.content, raw.parse().usage.total_tokens
+
+
+async def errors(client: AsyncOpenAI, provider: RateLimitedProvider) -> Outcome:
+    """Meet an error of each kind that isn't retried."""
+    seen = []
+    for make in (
+        lambda: client.chat.completions.create(model="", messages=HELLO),
+        lambda: client.post("/nothing", cast_to=httpx.Response, body={}),
+        lambda: client.models.retrieve("unknown"),
+    ):
+        with pytest.raises(openai.APIStatusError) as caught:
+            await make()
+        seen.append((type(caught.value), caught.value.status_code, caught.value.body))
+    provider.fail_next(status=429, code="insufficient_quota")
+    with pytest.raises(openai.RateLimitError) as quota:
+        await client.with_options(max_retries=0).chat.completions.create(
+            model=MODEL, messages=HELLO
+        )
+    return seen, quota.value.code, str(quota.value)
+
+
+async def retries(client: AsyncOpenAI, provider: RateLimitedProvider) -> Outcome:
+    """Succeed at the third attempt."""
+    provider.fail_next(2, status=503, retry_after=0.001)
+    done = await chat(client, provider)
+    provider.fail_next(3, status=500, retry_after=0.001)
+    with pytest.raises(openai.InternalServerError) as caught:
+        await client.chat.completions.create(model=MODEL, messages=HELLO)
+    return done, caught.value.body, provider.statistics().requests
+
+
+async def broken_stream(client: AsyncOpenAI, provider: RateLimitedProvider) -> Outcome:
+    """Have a stream break off after two chunks."""
+    provider.fail_next(status=500, after_chunks=2)
+    parts: list[str] = []
+
+    async def collect() -> None:
+        got = await client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
+        async for part in got:
+            parts.append(part.model_dump_json())  # noqa: PERF401 - it ends in an error
+
+    with pytest.raises(Exception, match=r"incomplete chunked read|Connection error") as caught:
+        await collect()
+    return parts, type(caught.value), str(caught.value)
+
+
+async def outcome(script: Script, http_client: Any) -> Any:
+    """Run a script with its own provider; two of them give the same replies."""
+    with RateLimitedProvider(seed=1) as provider:
+        client = AsyncOpenAI(base_url=provider.base_url, api_key="k", http_client=http_client)
+        async with client:
+            return await script(client, provider)
+
+
+@pytest.mark.parametrize(
+    "script", [chat, stream, responses, embeddings, errors, retries, broken_stream]
+)
+async def test_sdk_sees_no_difference(script: Script) -> None:
+    """Replies, streams, errors and retries are the same with the transport and without."""
+    limiter = Limiter("10k RPM", "10M TPM", concurrency=1)
+    plain = await outcome(script, None)
+
+    assert await outcome(script, limiter.http_client(family=FAMILY)) == plain
+
+    statistics = limiter.statistics()
+    assert statistics.admitted > 0
+    assert statistics.in_flight == 0
+
+
+def test_synchronous_sdk_sees_no_difference() -> None:
+    """So it is for the synchronous client."""
+    limiter = Limiter("10k RPM", "10M TPM", concurrency=1)
+    seen = []
+    for http_client in (None, limiter.http_client(family=FAMILY, sync=True)):
+        with (
+            RateLimitedProvider() as provider,
+            OpenAI(base_url=provider.base_url, api_key="k", http_client=http_client) as client,
+        ):
+            parts = client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
+            seen.append(
+                [
+                    *(part.model_dump_json() for part in parts),
+                    client.embeddings.create(model="e", input="a").model_dump_json(),
+                ]
+            )
+
+    assert seen[0] == seen[1]
+    assert limiter.statistics().in_flight == 0
+
+
+@pytest.fixture
+async def provider() -> AsyncIterator[RateLimitedProvider]:
+    """A provider that allows 60 calls in 3 s, which is its minute."""
+    async with RateLimitedProvider(rpm=60, tpm=6_000, minute=3) as provider:
+        yield provider
+
+
+@pytest.mark.real_clock
+async def test_provider_refuses_nothing(provider: RateLimitedProvider) -> None:
+    """Ninety calls at once against sixty a minute: no 429, and no longer than they must take.
+
+    On the machine's clock, since it is the real SDK on real sockets.
+    """
+    limiter = Limiter("60 requests/3s burst 60", "6000 tokens/3s", concurrency=30)
+    client = AsyncOpenAI(
+        base_url=provider.base_url,
+        api_key="k",
+        http_client=limiter.http_client(family=FAMILY, profile="openai"),
+        max_retries=0,
+    )
+    async with client:
+        await asyncio.gather(
+            *(
+                client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=50)
+                for _ in range(90)
+            )
+        )
+
+    statistics = provider.statistics()
+    assert (statistics.admitted, statistics.refused) == (90, 0)
+    assert limiter.statistics().upstream_429 == 0
+
+
+async def test_azure_client_is_charged_as_azure_does() -> None:
+    """Prompt and max_tokens both count at Azure's door; the provider and the limiter agree."""
+    limiter = Limiter("10k RPM", "10M TPM")
+    with RateLimitedProvider(charge="azure", tpm=1_000_000) as provider:
+        client = AsyncAzureOpenAI(
+            azure_endpoint=provider.url,
+            api_key="k",
+            api_version="2024-10-21",
+            http_client=limiter.http_client(family=FAMILY, profile="azure"),
+        )
+        async with client:
+            await client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=50)
+
+    assert limiter.statistics().limits[1].used == provider.statistics().tokens == 55
+
+
+@pytest.mark.parametrize("family", ["httpx", "httpx2"])
+async def test_charge_agrees_with_the_provider(family: str) -> None:
+    """What the limiter books for any kind of call is what the provider charges."""
+    library = importlib.import_module(family)
+    limiter = Limiter("10k RPM", "10M TPM")
+    part = {"type": "text", "text": "part"}
+    image = {"type": "image_url", "image_url": {"url": "data:", "detail": "low"}}
+    calls: list[tuple[str, dict[str, Any]]] = [
+        ("chat/completions", {"messages": HELLO, "max_tokens": 3}),
+        ("chat/completions", {"messages": HELLO, "max_completion_tokens": 77}),
+        ("chat/completions", {"messages": HELLO, "tools": TOOLS}),
+        ("chat/completions", {"messages": [{"role": "user", "content": [part, image]}]}),
+        ("completions", {"prompt": "x" * 401}),
+        ("responses", {"input": "x" * 401, "instructions": "Be brief."}),
+        ("responses", {"input": HELLO, "max_output_tokens": 90}),
+        ("embeddings", {"input": "x" * 401}),
+        ("embeddings", {"input": ["a", "bcdef"]}),
+        ("embeddings", {"input": [1, 2, 3]}),
+        ("embeddings", {"input": [[1, 2, 3], [4]]}),
+    ]
+    with RateLimitedProvider(tpm=1_000_000) as provider:
+        headers = {"authorization": "Bearer k"}
+        transport = limiter.transport(profile="openai")
+        async with library.AsyncClient(transport=transport, headers=headers) as client:
+            for path, body in calls:
+                before = provider.statistics().tokens, limiter.statistics().limits[1].used
+                reply = await client.post(
+                    f"{provider.base_url}/{path}", json={"model": MODEL, **body}
+                )
+                assert reply.status_code == 200, reply.text
+                charged = provider.statistics().tokens - before[0]
+                booked = limiter.statistics().limits[1].used - before[1]
+                assert charged <= booked <= charged + 2, (path, body)
+
+
+async def test_refusals_of_the_sdk_pause_everyone(caplog: pytest.LogCaptureFixture) -> None:
+    """A 429 that comes all the same pauses the limiter for as long as it says."""
+    limiter = Limiter("10k RPM", name="shared")
+    with RateLimitedProvider() as provider:
+        http_client = limiter.http_client(family=FAMILY)
+        client = AsyncOpenAI(
+            base_url=provider.base_url, api_key="k", http_client=http_client, max_retries=0
+        )
+        async with client:
+            provider.fail_next(status=429, retry_after=30)
+            with caplog.at_level(logging.WARNING), pytest.raises(openai.RateLimitError):
+                await client.chat.completions.create(model=MODEL, messages=HELLO)
+
+    assert 29 < limiter.statistics().paused <= 30
+    assert limiter.statistics().upstream_429 == 1
+    assert "limiter 'shared' pauses for 30 s" in caplog.text

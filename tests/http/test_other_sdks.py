@@ -1,0 +1,118 @@
+"""Anthropic's SDK and OpenAI's third, both on httpx2: as without the transport, byte for byte.
+
+They are not among the development dependencies, since LlamaIndex pins an older OpenAI; where they are
+installed, in an environment of their own, this runs.
+"""
+
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from asyncbucket import Limiter
+
+anthropic: Any = pytest.importorskip("anthropic")
+httpx2: Any = pytest.importorskip("httpx2")
+
+MESSAGES = [{"role": "user", "content": "x" * 400}]
+HEADERS = {
+    "anthropic-ratelimit-requests-remaining": "40",
+    "anthropic-ratelimit-requests-limit": "50",
+    "anthropic-ratelimit-input-tokens-remaining": "29000",
+    "anthropic-ratelimit-input-tokens-limit": "30000",
+    "request-id": "req_1",
+}
+WHOLE = {
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "model": "m",
+    "content": [{"type": "text", "text": "Hi."}],
+    "stop_reason": "end_turn",
+    "stop_sequence": None,
+    "usage": {"input_tokens": 80, "cache_creation_input_tokens": 10, "output_tokens": 7},
+}
+EVENTS: list[dict[str, Any]] = [
+    {
+        "type": "message_start",
+        "message": {**WHOLE, "content": [], "usage": {"input_tokens": 90, "output_tokens": 1}},
+    },
+    {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Hi."}},
+    {"type": "content_block_stop", "index": 0},
+    {
+        "type": "message_delta",
+        "delta": {"stop_reason": "end_turn", "stop_sequence": None},
+        "usage": {"output_tokens": 7},
+    },
+    {"type": "message_stop"},
+]
+
+
+class Events(httpx2.AsyncByteStream):  # type: ignore[misc]
+    """A stream as Anthropic sends it."""
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for event in EVENTS:
+            yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
+
+
+def provider() -> Callable[[Any], Any]:
+    """Return a handler for MockTransport: overloaded at the first call, then as it should be."""
+    calls = 0
+
+    def answer(request: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            error = {
+                "type": "error",
+                "error": {"type": "overloaded_error", "message": "Overloaded"},
+            }
+            return httpx2.Response(529, json=error, headers={**HEADERS, "retry-after-ms": "1"})
+        if json.loads(request.content).get("stream"):
+            return httpx2.Response(200, stream=Events(), headers=HEADERS)
+        return httpx2.Response(200, json=WHOLE, headers=HEADERS)
+
+    return answer
+
+
+async def script(http_client: Any) -> Any:
+    """Make a call that is retried, a stream and a call that fails, and tell what came of them."""
+    async with anthropic.AsyncAnthropic(api_key="k", http_client=http_client) as client:
+        options = {"model": "m", "max_tokens": 500, "messages": MESSAGES}
+        raw = await client.messages.with_raw_response.create(**options)
+        stream = await client.messages.create(**options, stream=True)
+        events = [event.model_dump_json() async for event in stream]
+        async with client.messages.stream(**options) as helper:
+            text = [part async for part in helper.text_stream]
+        return await raw.text(), raw.retries_taken, events, text
+
+
+async def test_anthropics_sdk_sees_no_difference() -> None:
+    """A reply after a retry, streams of both kinds: the same, charged and settled as Anthropic does."""
+    limiter = Limiter("50 RPM burst 50", "30k ITPM", "8k OTPM", concurrency=1)
+    plain = httpx2.AsyncClient(transport=httpx2.MockTransport(provider()))
+    paced = httpx2.AsyncClient(transport=limiter.transport(httpx2.MockTransport(provider())))
+
+    assert await script(paced) == await script(plain)
+
+    requests, given, received = limiter.statistics().limits
+    assert limiter.statistics().in_flight == 0
+    assert requests.used == 4
+    assert requests.available <= 40
+    # The failed attempt stays as it was reserved, 100 and 256; three replies were settled.
+    assert given.used == 100 + 3 * 90
+    assert received.used == 256 + 3 * 7
+
+
+async def test_anthropics_default_client_is_ours() -> None:
+    """Pool, time-outs and redirects agree with those of Anthropic's own client."""
+    theirs = anthropic.DefaultAsyncHttpxClient()
+    async with Limiter(concurrency=1).http_client(family="httpx2") as ours, theirs:
+        pool, their_pool = ours._transport.inner._pool, theirs._transport._pool
+        assert pool._max_connections == their_pool._max_connections
+        assert pool._max_keepalive_connections == their_pool._max_keepalive_connections
+        assert ours.follow_redirects == theirs.follow_redirects
+        assert ours.timeout.as_dict() == theirs.timeout.as_dict()

@@ -1,0 +1,196 @@
+"""What a call costs, by provider: the numbers that each provider's documentation gives."""
+
+import json
+from typing import Any
+
+import pytest
+
+from asyncbucket import Cost
+from asyncbucket.http import ANTHROPIC, AZURE, GENERIC, GROQ, OPENAI, Call, Profile, Usage
+from asyncbucket.http.body import find_usage, read_json, sent
+from asyncbucket.http.profiles import profile_named, profile_of
+
+MESSAGES = [{"role": "user", "content": "x" * 400}]
+USAGE = Usage(90, 7, 97)
+
+
+def call(path: str = "/v1/chat/completions", *, foreseen: int = 256, **body: Any) -> Call:
+    """Return a call as a profile sees it."""
+    return Call("POST", "host", path, body, foreseen)
+
+
+@pytest.mark.parametrize(
+    ("host", "profile"),
+    [
+        ("api.openai.com", OPENAI),
+        ("API.OpenAI.com.", OPENAI),
+        ("mine.openai.azure.com", AZURE),
+        ("api.anthropic.com", ANTHROPIC),
+        ("api.groq.com", GROQ),
+        ("127.0.0.1", GENERIC),
+        ("notapi.openai.com", GENERIC),
+        ("api.openai.com.evil.test", GENERIC),
+    ],
+)
+def test_profile_is_found_by_host(host: str, profile: Profile) -> None:
+    """A host is a provider's if it is the name, or ends in it after a dot."""
+    assert profile_of(host) is profile
+
+
+def test_profile_is_found_by_name() -> None:
+    """Each goes by its name."""
+    for profile in (OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC):
+        assert profile_named(profile.name) is profile
+
+
+@pytest.mark.parametrize(
+    ("profile", "body", "cost"),
+    [
+        (OPENAI, {"max_tokens": 300}, Cost(tokens=300, input_tokens=100, output_tokens=300)),
+        (OPENAI, {"max_tokens": 20}, Cost(tokens=100, input_tokens=100, output_tokens=20)),
+        (OPENAI, {"max_tokens": 90, "n": 2}, Cost(tokens=180, input_tokens=100, output_tokens=180)),
+        (OPENAI, {}, Cost(tokens=100, input_tokens=100, output_tokens=256)),
+        (AZURE, {"max_tokens": 20}, Cost(tokens=120, input_tokens=100, output_tokens=20)),
+        (
+            AZURE,
+            {"max_tokens": 20, "best_of": 3},
+            Cost(tokens=160, input_tokens=100, output_tokens=60),
+        ),
+        (AZURE, {}, Cost(tokens=116, input_tokens=100, output_tokens=256)),
+        (ANTHROPIC, {"max_tokens": 8192}, Cost(tokens=356, input_tokens=100, output_tokens=256)),
+        (ANTHROPIC, {"max_tokens": 20}, Cost(tokens=120, input_tokens=100, output_tokens=20)),
+        (ANTHROPIC, {}, Cost(tokens=356, input_tokens=100, output_tokens=256)),
+        (GROQ, {"max_completion_tokens": 20}, Cost(tokens=120, input_tokens=100, output_tokens=20)),
+        (GENERIC, {}, Cost(tokens=356, input_tokens=100, output_tokens=256)),
+    ],
+)
+def test_call_is_charged_as_the_provider_does(
+    profile: Profile, body: dict[str, Any], cost: Cost
+) -> None:
+    """400 characters are 100 tokens; what the reply adds is each provider's own rule."""
+    assert profile.cost(call(messages=MESSAGES, **body)) == cost
+
+
+@pytest.mark.parametrize("profile", [OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC])
+def test_embeddings_cost_their_input(profile: Profile) -> None:
+    """Nothing is written, so only what is sent counts."""
+    assert profile.cost(call("/v1/embeddings", input="x" * 40)) == Cost(tokens=10, input_tokens=10)
+
+
+@pytest.mark.parametrize("profile", [OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC])
+def test_other_calls_cost_a_request(profile: Profile) -> None:
+    """A list of models, or a file, is a request and no tokens."""
+    assert profile.cost(call("/v1/files", prompt="x" * 40)) == Cost(requests=1, tokens=0)
+
+
+def test_tokens_are_settled_where_the_provider_does() -> None:
+    """OpenAI and Azure leave it at what they counted at their door; the others count what was used."""
+    at_the_door = {"input_tokens": 90, "output_tokens": 7}
+    for profile in (OPENAI, AZURE):
+        assert profile.settled(call(), USAGE) == at_the_door
+    for profile in (ANTHROPIC, GROQ, GENERIC):
+        assert profile.settled(call(), USAGE) == {**at_the_door, "tokens": 97}
+
+
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        ({"messages": [{"role": "user", "content": "four"}]}, 1),
+        ({"messages": "four", "system": [{"type": "text", "text": "four"}]}, 2),
+        ({"input": ["a", "b", "abcde"]}, 4),
+        ({"input": [[1, 2], [3]]}, 3),
+        (
+            {"messages": [{"content": [{"type": "image_url", "image_url": {"url": "x" * 9_999}}]}]},
+            765,
+        ),
+        ({"messages": [{"content": [{"type": "input_image", "detail": "low"}]}]}, 85),
+        ({"messages": [{"content": [{"type": "image_url", "image_url": {"detail": "low"}}]}]}, 85),
+        ({"messages": [{"content": [{"type": "input_audio", "data": "x" * 8_500}]}]}, 100),
+        ({"messages": [{"tool_calls": [{"id": "c"}], "content": None}]}, 4),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 4),
+        ({"tools": [{"name": "f"}, "odd"]}, 5),
+        ({"response_format": {"type": "json_object"}}, 6),
+        ({"messages": [None, True, 1.5, {"role": "user", "type": 3, "content": "four"}]}, 1),
+    ],
+)
+def test_everything_that_is_sent_counts(body: dict[str, Any], tokens: int) -> None:
+    """Text by its length, pictures and files by constants and size, tools and formats as JSON."""
+    assert sent("/v1/chat/completions", body).by_characters == tokens
+
+
+def test_text_that_is_not_english_counts_by_size() -> None:
+    """Where a provider counts tokens and not characters, bytes are the better guess."""
+    asked = sent("/api/chat", {"messages": [{"content": "これはテスト。"}]})
+
+    assert (asked.by_characters, asked.by_size) == (2, 6)
+
+
+@pytest.mark.parametrize(
+    ("body", "limit"),
+    [
+        ({"max_output_tokens": 5}, 5),
+        ({"max_tokens_to_sample": 5}, 5),
+        ({"options": {"num_predict": 5}}, 5),
+        ({"options": {"num_predict": -1}}, None),
+        ({"options": "odd"}, None),
+        ({"max_tokens": 0}, None),
+        ({"max_tokens": True}, None),
+        ({"max_tokens": "5"}, None),
+        ({"n": 3}, None),
+    ],
+)
+def test_limit_of_output_goes_by_many_names(body: dict[str, Any], limit: int | None) -> None:
+    """What is no positive whole number limits nothing."""
+    assert sent("/v1/responses", body).max_output == limit
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"[1]", b"{", b"\xff{", b'{"a":' + b"[" * 100_000, b"--boundary", b'{"a": \xff}'],
+)
+def test_what_is_no_json_object_has_no_parts(content: bytes | None) -> None:
+    """Uploads, forms and broken JSON are sent as they are and cost a request."""
+    assert read_json(content) == {}
+
+
+def test_json_object_is_read() -> None:
+    """Blanks before it don't matter."""
+    assert read_json(b' \n{"a": 1}') == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("end", "usage"),
+    [
+        (b'{"usage": {"prompt_tokens": 90, "completion_tokens": 7}}', USAGE),
+        (b'{"usage" : {"input_tokens":90,"output_tokens":7},"metadata":{"usage":"x"}}', USAGE),
+        (b'{"usage":{"input_tokens":90,"output_tokens":7},"x":{"usage":{}}}', USAGE),
+        (b'{"text":"\\"usage\\":{\\"prompt_tokens\\":5}"}', None),
+        (b'{"usage":null}', None),
+        (b'{"usage":{"prompt_tokens":90', None),
+        (b'{"usage":{"prompt_tokens":-1}}', None),
+        (b'{"usage":' + b'{"usage":' * 50_000, None),
+        (b"", None),
+    ],
+)
+def test_usage_is_found_by_its_key(end: bytes, usage: Usage | None) -> None:
+    """The last real key counts; a text that looks like it is escaped and does not."""
+    assert find_usage(end) == usage
+
+
+def test_anthropics_stream_says_it_in_two_places() -> None:
+    """The first event has the tokens of the prompt, the last one those of the reply."""
+    first = b'data: {"message":{"usage":{"input_tokens":90,"cache_read_input_tokens":500,"output_tokens":1}}}'
+    last = b'data: {"type":"message_delta","usage":{"output_tokens":7}}'
+
+    assert find_usage(last, first) == USAGE
+    assert find_usage(b"", first) == Usage(90, 1, 91)
+
+
+def test_profile_survives_any_json() -> None:
+    """Whatever a body holds, pricing it raises nothing and gives a whole cost."""
+    odd: list[Any] = [None, True, 0, -1, 1e400, "x", [], [[]], {}, {"type": []}, {"type": "image"}]
+    for name in ("messages", "input", "tools", "max_tokens", "n", "options", "response_format"):
+        for value in odd:
+            body = json.loads(json.dumps({name: value}))
+            cost = GENERIC.cost(Call("POST", "h", "/v1/responses", body, 9))
+            assert all(type(amount) is int for amount in cost.values())

@@ -1,0 +1,119 @@
+"""A refusal pauses everyone once, for as long as it says; what no waiting helps pauses nobody."""
+
+import logging
+from typing import Any
+
+import pytest
+
+from asyncbucket import Limiter
+from asyncbucket.http.refusals import Refusals
+from asyncbucket.testing import VirtualClock
+
+
+@pytest.fixture
+def clock() -> VirtualClock:
+    """Time that moves when told to."""
+    return VirtualClock()
+
+
+@pytest.fixture
+def limiter(clock: VirtualClock) -> Limiter:
+    """A limiter on that time."""
+    return Limiter("500 RPM", clock=clock, name="shared")
+
+
+def error(code: str | None = None, kind: str | None = None) -> dict[str, Any]:
+    """Return the body of an error."""
+    return {"error": {"code": code, "type": kind}}
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "body", "paused"),
+    [
+        (429, {"retry-after": "7"}, error("rate_limit_exceeded"), 7),
+        (429, {"retry-after-ms": "250"}, {}, 0.25),
+        (429, {}, error("rate_limit_exceeded", "requests"), 1),
+        (429, {"retry-after": "86400"}, {}, 120),
+        (529, {}, error(kind="overloaded_error"), 1),
+        (503, {"retry-after": "3"}, {}, 3),
+        (503, {}, error("overloaded"), 1),
+        (503, {}, {}, 0),
+        (500, {"retry-after": "3"}, {}, 0),
+        (429, {"retry-after": "7"}, error("insufficient_quota"), 0),
+        (429, {"retry-after": "7", "x-should-retry": "false"}, {}, 0),
+        (400, {}, {}, 0),
+    ],
+)
+def test_kind_of_refusal_decides(
+    limiter: Limiter, status: int, headers: dict[str, str], body: dict[str, Any], paused: float
+) -> None:
+    """Rate, want of slots and overload concern everyone; an empty account and mistakes don't."""
+    Refusals(limiter).judge(status, headers, body)
+
+    assert limiter.statistics().paused == pytest.approx(paused)
+    assert limiter.statistics().upstream_429 == (status == 429 and paused > 0)
+
+
+def test_one_wave_is_one_pause(limiter: Limiter, clock: VirtualClock) -> None:
+    """What was in flight when the first refusal came makes no longer pause, unless it says so."""
+    refusals = Refusals(limiter)
+    for _ in range(20):
+        refusals.judge(429, {}, {})
+    assert limiter.statistics().paused == 1
+
+    clock.advance(0.5)
+    refusals.judge(429, {}, {})
+    assert limiter.statistics().paused == 0.5
+
+    refusals.judge(429, {"retry-after": "4"}, {})
+    assert limiter.statistics().paused == 4
+
+
+def test_pause_doubles_from_wave_to_wave_until_a_success(
+    limiter: Limiter, clock: VirtualClock
+) -> None:
+    """Where the provider names no time, it is found out, up to two minutes."""
+    refusals = Refusals(limiter)
+    pauses = []
+    for _ in range(9):
+        refusals.judge(429, {}, {})
+        pauses.append(limiter.statistics().paused)
+        refusals.succeeded()  # late, from before: it says nothing of what comes after the pause
+        clock.advance(pauses[-1])
+
+    assert pauses == pytest.approx([1, 2, 4, 8, 16, 32, 64, 120, 120])
+
+    refusals.succeeded()
+    refusals.judge(429, {}, {})
+    assert limiter.statistics().paused == 1
+
+
+def test_people_are_told_once_a_minute(
+    limiter: Limiter, clock: VirtualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning says how long and why; a storm of refusals is no storm of warnings."""
+    refusals = Refusals(limiter)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(11):
+            refusals.judge(429, {"retry-after": "7"}, {})
+            clock.advance(7)
+
+    first, second = (record.message for record in caplog.records)
+    assert first == second
+    assert first == (
+        "limiter 'shared' pauses for 7 s: the provider refused a call (429); its limits may be "
+        "lower than yours, or others use the same key"
+    )
+
+
+def test_empty_account_is_told_once(limiter: Limiter, caplog: pytest.LogCaptureFixture) -> None:
+    """The remedy is not to wait."""
+    refusals = Refusals(limiter)
+    for _ in range(3):
+        refusals.judge(429, {}, error("insufficient_quota"))
+
+    (record,) = caplog.records
+    assert record.message == (
+        "the provider refuses calls of limiter 'shared' for good (HTTP 429 (insufficient_quota)): "
+        "no waiting helps; look at the account's plan and balance"
+    )

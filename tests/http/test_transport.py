@@ -1,0 +1,613 @@
+"""Every attempt is admitted, and its slot is held for exactly as long as it is in use."""
+
+import asyncio
+import gc
+import zlib
+from typing import Any
+
+import httpx
+import httpx2
+import pytest
+
+from asyncbucket import Cost, CostExceedsLimit, Limiter
+from asyncbucket.http import Call, Told, Usage
+from asyncbucket.http.held import Held, holding
+from asyncbucket.testing import RateLimitedProvider
+from tests.http.conftest import answering, chunked
+
+URL = "https://api.openai.com/v1/chat/completions"
+BODY = {"model": "m", "messages": [{"role": "user", "content": "x" * 400}], "max_tokens": 300}
+REPLY = b'{"choices":[],"usage":{"prompt_tokens":90,"completion_tokens":7,"total_tokens":97}}'
+
+
+def in_flight(limiter: Limiter) -> int:
+    """Return how many slots are taken."""
+    return limiter.statistics().in_flight
+
+
+def used(limiter: Limiter, resource: str) -> int:
+    """Return how much of a limit is used."""
+    return next(u.used for u in limiter.statistics().limits if u.limit.resource == resource)
+
+
+def client_over(library: Any, limiter: Limiter, answer: Any, **options: Any) -> Any:
+    """Return an async client whose paced transport gets its replies from `answer`."""
+    inner = library.MockTransport(answer)
+    return library.AsyncClient(transport=limiter.transport(inner, **options))
+
+
+def giving(reply: Any) -> Any:
+    """Return a handler for MockTransport that gives `reply`."""
+
+    def answer(_: Any) -> Any:
+        return reply
+
+    return answer
+
+
+# -- how long a slot is held -----------------------------------------------------------------------
+
+
+async def test_slot_is_held_until_the_body_is_read(library: Any, limiter: Limiter) -> None:
+    """A reply's headers give nothing back; the end of its body does."""
+    client = client_over(library, limiter, answering(library, b"a", b"b"))
+    async with client, client.stream("GET", URL) as reply:
+        assert in_flight(limiter) == 1
+        chunks = [chunk async for chunk in reply.aiter_raw()]
+        assert in_flight(limiter) == 0
+
+    assert chunks == [b"a", b"b"]
+    assert limiter.statistics().admitted == 1
+
+
+async def test_slot_is_held_until_the_body_is_closed(library: Any, limiter: Limiter) -> None:
+    """A body that nobody reads gives its slot back when it is closed, once."""
+    body = chunked(library, b"a")
+    async with client_over(library, limiter, giving(library.Response(200, stream=body))) as client:
+        reply = await client.send(client.build_request("GET", URL), stream=True)
+        assert in_flight(limiter) == 1
+        await reply.aclose()
+        await reply.aclose()
+
+    assert body.closed
+    assert in_flight(limiter) == 0
+
+
+async def test_slot_of_a_dropped_reply_comes_back(library: Any, limiter: Limiter) -> None:
+    """A reply that is neither read nor closed gives its slot back when it is collected."""
+    async with client_over(library, limiter, answering(library, b"a")) as client:
+        await client.send(client.build_request("GET", URL), stream=True)
+        gc.collect()
+
+        assert in_flight(limiter) == 0
+
+
+async def test_slot_of_a_half_read_body_comes_back(library: Any, limiter: Limiter) -> None:
+    """Leaving off in the middle of a body gives its slot back."""
+    async with client_over(library, limiter, answering(library, b"a", b"b")) as client:
+        async with client.stream("GET", URL) as reply:
+            async for _ in reply.aiter_raw():
+                break
+
+        assert in_flight(limiter) == 0
+
+
+async def test_body_that_breaks_off_gives_its_slot_back(library: Any, limiter: Limiter) -> None:
+    """An error inside a body comes through as it is."""
+    body = chunked(library, b"a", error=library.ReadError("gone"))
+    async with client_over(library, limiter, giving(library.Response(200, stream=body))) as client:
+        with pytest.raises(library.ReadError, match="gone"):
+            await client.get(URL)
+
+    assert in_flight(limiter) == 0
+
+
+async def test_cancellation_in_mid_body_gives_the_slot_back(library: Any, limiter: Limiter) -> None:
+    """A task that is cancelled while it waits for the next chunk holds nothing any more."""
+    first = asyncio.Event()
+
+    class Slow(library.AsyncByteStream):  # type: ignore[misc]
+        async def __aiter__(self) -> Any:
+            yield b"a"
+            first.set()
+            await asyncio.Event().wait()
+
+    async with client_over(
+        library, limiter, giving(library.Response(200, stream=Slow()))
+    ) as client:
+        task = asyncio.create_task(client.get(URL))
+        await first.wait()
+        assert in_flight(limiter) == 1
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+        assert in_flight(limiter) == 0
+
+
+async def test_cancellation_while_waiting_takes_nothing(library: Any) -> None:
+    """A request that is cancelled in line was never sent and costs nothing."""
+    limiter = Limiter(concurrency=1)
+    sent: list[Any] = []
+
+    def answer(request: Any) -> Any:
+        sent.append(request)
+        return library.Response(200, stream=chunked(library, b"a"))
+
+    async with client_over(library, limiter, answer) as client:
+        reply = await client.send(client.build_request("GET", URL), stream=True)
+        task = asyncio.create_task(client.get(URL))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await reply.aclose()
+
+    assert len(sent) == 1
+    assert limiter.statistics().admitted == 1
+
+
+async def test_failed_attempt_is_charged_and_gives_its_slot_back(
+    library: Any, limiter: Limiter
+) -> None:
+    """Nobody knows what came of a request that was sent, so its cost stays."""
+
+    def answer(_: Any) -> Any:
+        raise library.ReadTimeout("no reply")
+
+    async with client_over(library, limiter, answer) as client:
+        with pytest.raises(library.ReadTimeout):
+            await client.get(URL)
+
+    assert in_flight(limiter) == 0
+    assert used(limiter, "requests") == 1
+
+
+async def test_request_that_never_left_costs_nothing(library: Any, limiter: Limiter) -> None:
+    """Without a connection there was no call."""
+
+    def answer(_: Any) -> Any:
+        raise library.ConnectError("refused")
+
+    async with client_over(library, limiter, answer) as client:
+        with pytest.raises(library.ConnectError):
+            await client.post(URL, json=BODY)
+
+    assert in_flight(limiter) == 0
+    assert used(limiter, "requests") == used(limiter, "tokens") == 0
+
+
+async def test_body_that_came_along_gives_the_slot_back_at_once(
+    library: Any, limiter: Limiter
+) -> None:
+    """A reply that is whole already, as tests make them, holds nothing, and settles."""
+    answer = library.Response(200, content=REPLY)
+    async with client_over(library, limiter, giving(answer), profile="generic") as client:
+        reply = await client.send(client.build_request("POST", URL, json=BODY), stream=True)
+
+        assert in_flight(limiter) == 0
+        assert used(limiter, "tokens") == 97
+        assert await reply.aread() == REPLY
+
+
+def test_synchronous_client_is_paced_alike(library: Any, limiter: Limiter) -> None:
+    """All of it holds for synchronous clients."""
+    bodies = [chunked(library, b"a", REPLY), chunked(library, b"a"), chunked(library, b"a")]
+    script = iter(bodies)
+
+    def answer(_: Any) -> Any:
+        return library.Response(200, stream=next(script))
+
+    inner = library.MockTransport(answer)
+    with library.Client(transport=limiter.transport_sync(inner)) as client:
+        with client.stream("POST", URL, json=BODY) as reply:
+            assert in_flight(limiter) == 1
+            assert reply.read() == b"a" + REPLY
+            assert in_flight(limiter) == 0
+        with client.stream("GET", URL):
+            assert in_flight(limiter) == 1
+        assert in_flight(limiter) == 0
+        client.send(client.build_request("GET", URL), stream=True)
+        gc.collect()
+        assert in_flight(limiter) == 0
+
+    assert bodies[1].closed
+    assert limiter.statistics().admitted == 3
+
+
+def test_synchronous_failure_gives_the_slot_back(library: Any, limiter: Limiter) -> None:
+    """A request that fails holds nothing; one that never left costs nothing either."""
+
+    def answer(_: Any) -> Any:
+        raise library.ConnectTimeout("nobody there")
+
+    with (
+        library.Client(transport=limiter.transport_sync(library.MockTransport(answer))) as client,
+        pytest.raises(library.ConnectTimeout),
+    ):
+        client.get(URL)
+
+    assert in_flight(limiter) == used(limiter, "requests") == 0
+
+
+# -- as without it ---------------------------------------------------------------------------------
+
+
+async def test_each_hop_of_a_redirect_is_an_attempt(library: Any, limiter: Limiter) -> None:
+    """Redirects are the client's business, above the transport."""
+
+    def answer(request: Any) -> Any:
+        if request.url.path == "/old":
+            return library.Response(307, headers={"location": "/new"})
+        return library.Response(200, content=request.content)
+
+    async with client_over(library, limiter, answer) as client:
+        reply = await client.post("https://x.test/old", content=b"hello", follow_redirects=True)
+
+    assert reply.content == b"hello"
+    assert [each.status_code for each in reply.history] == [307]
+    assert limiter.statistics().admitted == 2
+
+
+async def test_streamed_upload_stays_a_stream(library: Any, limiter: Limiter) -> None:
+    """A body that is made as it is sent is not read beforehand; it is charged as a request."""
+    asked: list[str] = []
+
+    class Inner(library.AsyncBaseTransport):  # type: ignore[misc]
+        async def handle_async_request(self, request: Any) -> Any:
+            asked.append("sent")
+            got = [chunk async for chunk in request.stream]
+            return library.Response(200, content=b"|".join(got))
+
+        async def aclose(self) -> None:
+            asked.append("closed")
+
+    async def parts() -> Any:
+        for part in (b'{"messages":', b"[]}"):
+            asked.append("part")
+            yield part
+
+    async with library.AsyncClient(transport=limiter.transport(Inner())) as client:
+        reply = await client.post(URL, content=parts())
+        assert asked == ["sent", "part", "part"]
+
+    assert reply.content == b'{"messages":|[]}'
+    assert asked[-1] == "closed"
+    assert used(limiter, "requests") == 1
+
+
+async def test_reply_is_the_inner_transports_own(library: Any, limiter: Limiter) -> None:
+    """The same response object comes back, so that extensions and subclasses survive."""
+    answer = library.Response(200, stream=chunked(library), extensions={"http_version": b"HTTP/2"})
+    paced = limiter.transport(library.MockTransport(giving(answer)))
+
+    got = await paced.handle_async_request(library.Request("GET", URL))
+
+    assert got is answer
+    assert isinstance(got.stream, library.AsyncByteStream)
+    assert got.http_version == "HTTP/2"
+    await got.stream.aclose()
+
+
+async def test_reply_of_a_foreign_kind_passes_untouched(limiter: Limiter) -> None:
+    """A stream that no library knows is handed on as it is, and holds nothing."""
+
+    class Foreign:
+        status_code = 200
+        headers = {"x-ratelimit-remaining-requests": "5"}  # noqa: RUF012 - a plain mapping will do
+        stream = object()
+        is_closed = False
+
+    class Inner:
+        async def handle_async_request(self, _: Any) -> Any:
+            return Foreign
+
+    got = await limiter.transport(Inner()).handle_async_request(httpx.Request("GET", URL))
+
+    assert got is Foreign
+    assert in_flight(limiter) == 0
+
+
+@pytest.mark.real_clock
+async def test_first_event_passes_before_the_second_is_sent(limiter: Limiter) -> None:
+    """Nothing is buffered: the server sends its second event when the client has seen the first.
+
+    On the machine's clock, since it is real sockets that must not wait.
+    """
+    seen = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\ndata: 1\n\n")
+        await asyncio.wait_for(seen.wait(), 10)
+        writer.write(b"data: 2\n\n")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server, limiter.http_client() as client:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        lines = []
+        async with client.stream("GET", url) as reply:
+            async for line in reply.aiter_lines():
+                lines.append(line)
+                seen.set()
+
+    assert lines == ["data: 1", "", "data: 2", ""]
+
+
+@pytest.mark.real_clock
+async def test_waiting_in_line_does_not_eat_the_time_out(library: Any) -> None:
+    """A time-out begins when a request is sent; on the machine's clock, for it is the socket's."""
+    limiter = Limiter(concurrency=1)
+    headers = {"authorization": "Bearer k"}
+    with RateLimitedProvider(latency=0.15) as provider:
+        url = f"{provider.base_url}/chat/completions"
+        client = library.AsyncClient(transport=limiter.transport(), headers=headers, timeout=0.4)
+        async with client:
+            replies = await asyncio.gather(*(client.post(url, json=BODY) for _ in range(4)))
+            assert [reply.status_code for reply in replies] == [200] * 4
+            with pytest.raises(library.ReadTimeout):
+                await client.post(url, json=BODY, timeout=0.05)
+
+    assert in_flight(limiter) == 0
+    assert provider.statistics().peak_in_flight == 1
+
+
+# -- what it costs ---------------------------------------------------------------------------------
+
+
+async def test_cost_is_read_from_the_body_by_host(library: Any, limiter: Limiter) -> None:
+    """A call to OpenAI is charged as OpenAI charges it: the larger of prompt and max_tokens."""
+    async with client_over(library, limiter, answering(library, REPLY)) as client:
+        await client.post(URL, json=BODY)
+        assert used(limiter, "tokens") == 300
+        await client.post(URL, json={**BODY, "max_tokens": 20})
+        assert used(limiter, "tokens") == 300 + 100
+
+
+async def test_limits_of_output_are_settled_though_tokens_are_not(library: Any) -> None:
+    """OpenAI's own count stays as it was at its door; a user's limit of output follows the usage."""
+    limiter = Limiter("10k TPM", "10k OTPM")
+    async with client_over(library, limiter, answering(library, REPLY)) as client:
+        await client.post(URL, json=BODY)
+
+    assert used(limiter, "tokens") == 300
+    assert used(limiter, "output_tokens") == 7
+
+
+async def test_usage_settles_the_lease(library: Any, limiter: Limiter) -> None:
+    """Where a provider corrects its count by what was used, so does the limiter."""
+    client = client_over(library, limiter, answering(library, REPLY), profile="groq")
+    async with client, client.stream("POST", URL, json=BODY) as reply:
+        assert used(limiter, "tokens") == 400
+        await reply.aread()
+
+    assert used(limiter, "tokens") == 97
+
+
+async def test_last_event_of_a_stream_settles(library: Any, limiter: Limiter) -> None:
+    """The usage is found in the last chunk of a stream, though the client stops at [DONE]."""
+    events = [
+        b'data: {"choices":[{"delta":{"content":"hi \\"usage\\":{"}}],"usage":null}\n\n',
+        b'data: {"choices":[],"usage":{"prompt_tokens":90,"completion_tokens":7,"total_tok',
+        b'ens":97}}\n\ndata: [DONE]\n\n',
+        b": never asked for",
+    ]
+    async with (
+        client_over(library, limiter, answering(library, *events), profile="generic") as client,
+        client.stream("POST", URL, json={**BODY, "stream": True}) as reply,
+    ):
+        async for chunk in reply.aiter_raw():
+            if b"[DONE]" in chunk:
+                break
+
+    assert used(limiter, "tokens") == 97
+    assert in_flight(limiter) == 0
+
+
+async def test_stream_that_is_cut_off_stays_charged(library: Any, limiter: Limiter) -> None:
+    """What the beginning of a stream says of its usage is not the whole."""
+    start = b'data: {"type":"message_start","message":{"usage":{"input_tokens":9,"output_tokens":1}}}\n\n'
+    answer = answering(library, start, b"data: more\n\n")
+    client = client_over(library, limiter, answer, profile="generic")
+    async with client, client.stream("POST", URL, json={**BODY, "stream": True}) as reply:
+        async for _ in reply.aiter_raw():
+            break
+
+    assert used(limiter, "tokens") == 400
+
+
+async def test_long_reply_settles_by_its_end(library: Any, limiter: Limiter) -> None:
+    """Megabytes of vectors pass; the usage behind them is found in what is kept of the end."""
+    chunks = [b'{"data":[', *(b"0.123456789," * 1_000 for _ in range(100)), b"0],", REPLY[1:]]
+    client = client_over(library, limiter, answering(library, *chunks), profile="generic")
+    async with client:
+        reply = await client.post(URL, json=BODY)
+
+    assert reply.content == b"".join(chunks)
+    assert used(limiter, "tokens") == 97
+
+
+async def test_compressed_reply_settles_too(library: Any, limiter: Limiter) -> None:
+    """What is compressed is read by the client's own library, and passes as it came."""
+    packed = zlib.compress(REPLY)
+    answer = answering(library, packed[:20], packed[20:], content_encoding="deflate")
+    async with client_over(library, limiter, answer, profile="generic") as client:
+        reply = await client.post(URL, json=BODY)
+
+    assert reply.content == REPLY
+    assert used(limiter, "tokens") == 97
+
+
+@pytest.mark.parametrize("encoding", ["deflate", "gzip, odd"])
+async def test_unreadable_reply_stays_charged(
+    library: Any, limiter: Limiter, encoding: str
+) -> None:
+    """A body that can't be decoded is the client's problem; the reservation stays."""
+    answer = answering(library, b"\x00not compressed", content_encoding=encoding)
+    client = client_over(library, limiter, answer, profile="generic")
+    async with client, client.stream("POST", URL, json=BODY) as reply:
+        assert [chunk async for chunk in reply.aiter_raw()] == [b"\x00not compressed"]
+
+    assert used(limiter, "tokens") == 400
+
+
+async def test_foreseen_output_does_not_make_a_call_impossible(library: Any) -> None:
+    """A guess is cut to what the limits allow; what is sent for sure is not."""
+    limiter = Limiter("300 TPM", "50 OTPM")
+    body = {"messages": [{"role": "user", "content": "x" * 400}]}
+    async with client_over(
+        library, limiter, answering(library, b"{}"), profile="generic"
+    ) as client:
+        await client.post(URL, json=body)
+        assert used(limiter, "tokens") == 150
+
+        body["messages"][0]["content"] = "x" * 4_000
+        with pytest.raises(CostExceedsLimit, match="1,000"):
+            await client.post(URL, json=body)
+
+
+async def test_profile_of_ones_own_prices_and_settles(library: Any) -> None:
+    """Twenty lines describe another provider: its prices, its headers, and what passes free."""
+
+    class Pictures:
+        name = "pictures"
+        settles = frozenset({"images"})
+        tells = (Told("images", per=60, remaining="x-left"),)
+
+        def cost(self, call: Call) -> Cost | None:
+            return Cost(images=call.body.get("n", 1)) if call.method == "POST" else None
+
+        def settled(self, call: Call, usage: Usage) -> dict[str, int]:
+            assert usage.total == 97
+            return {"images": 1} if call.body else {}
+
+    limiter = Limiter("20 images/minute")
+    answer = answering(library, REPLY, x_left="12")
+    async with client_over(library, limiter, answer, profile=Pictures()) as client:
+        await client.get("https://pictures.test/")
+        assert limiter.statistics().admitted == 0
+        await client.post("https://pictures.test/", json={"n": 3})
+
+    (images,) = limiter.statistics().limits
+    assert (images.used, images.available) == (1, 12)
+
+
+# -- layers ----------------------------------------------------------------------------------------
+
+
+async def test_call_that_is_paced_above_is_charged_once(
+    library: Any, limiter: Limiter, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Under a wrapped model of the same limiter a transport lets pass, listens, and says so once."""
+    answer = answering(library, REPLY, x_ratelimit_remaining_requests="40")
+    async with client_over(library, limiter, answer) as client:
+        with await limiter.acquire(tokens=5) as lease, holding(Held(limiter, lease)):
+            await client.post(URL, json=BODY)
+            await client.post(URL, json=BODY)
+
+    assert limiter.statistics().admitted == 1
+    assert limiter.statistics().limits[0].available == 40
+    (record,) = caplog.records
+    assert "calls are charged once, by the model" in record.message
+    assert "give it a plain client" in record.message
+
+
+def test_synchronous_call_that_is_paced_above_is_charged_once(
+    library: Any, limiter: Limiter
+) -> None:
+    """So it is for synchronous clients."""
+    inner = library.MockTransport(answering(library, REPLY))
+    with (
+        library.Client(transport=limiter.transport_sync(inner)) as client,
+        limiter.acquire_sync(tokens=5) as lease,
+        holding(Held(limiter, lease)),
+    ):
+        client.post(URL, json=BODY)
+
+    assert limiter.statistics().admitted == 1
+
+
+async def test_transport_above_a_transport_is_charged_once(
+    library: Any, limiter: Limiter, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A paced transport around a paced transport of the same limiter is one."""
+    inner = library.MockTransport(answering(library, b"{}"))
+    outer = limiter.transport(limiter.transport(inner))
+    async with library.AsyncClient(transport=outer) as client:
+        await client.get(URL)
+
+    assert outer.inner is inner
+    assert limiter.statistics().admitted == 1
+    assert "give the inner transport itself" in caplog.text
+
+
+async def test_retries_above_the_transport_are_mentioned_once(
+    library: Any, limiter: Limiter, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An SDK that tries again by itself is told how not to; each attempt is charged."""
+    async with client_over(library, limiter, answering(library, b"{}", status=500)) as client:
+        for attempt in range(3):
+            await client.get(URL, headers={"x-stainless-retry-count": str(attempt)})
+
+    assert limiter.statistics().admitted == 3
+    (record,) = caplog.records
+    assert "pass max_retries=0 to the SDK" in record.message
+
+
+# -- making one ------------------------------------------------------------------------------------
+
+
+async def test_inner_transport_goes_by_the_first_request(library: Any, limiter: Limiter) -> None:
+    """Without an inner transport, a request of httpx2 is sent by httpx2, and so on."""
+    paced = limiter.transport()
+    sync = limiter.transport_sync()
+    assert "above transport" in repr(paced)
+    await paced.aclose()
+    sync.close()
+    with RateLimitedProvider() as provider:
+        async with library.AsyncClient(transport=paced) as client:
+            assert (await client.get(provider.base_url)).status_code == 401
+        with library.Client(transport=sync) as client:
+            reply = await asyncio.to_thread(client.get, provider.base_url)
+            assert reply.status_code == 401
+
+    assert type(paced.inner) is library.AsyncHTTPTransport
+    assert type(sync.inner) is library.HTTPTransport
+    assert "AsyncHTTPTransport" in repr(paced)
+
+
+async def test_family_is_made_at_once_where_it_is_named(limiter: Limiter) -> None:
+    """`family=` makes the inner transport of that library."""
+    paced = limiter.transport(family="httpx2")
+
+    assert type(paced.inner) is httpx2.AsyncHTTPTransport
+    await paced.aclose()
+
+
+async def test_request_of_no_known_library_is_refused(limiter: Limiter) -> None:
+    """What is neither httpx nor httpx2 can't be sent, and is told so."""
+    with pytest.raises(TypeError, match="a request of httpx or httpx2 can be sent, not object"):
+        await limiter.transport().handle_async_request(object())
+
+
+def test_wrong_arguments_name_the_right_ones(limiter: Limiter) -> None:
+    """Errors say what would have been understood."""
+    with pytest.raises(ValueError, match="family must be auto, httpx or httpx2, not 'requests'"):
+        limiter.transport(family="requests")
+    with pytest.raises(ValueError, match="no profile is called 'acme'; known are openai, azure"):
+        limiter.transport(profile="acme")
+    with pytest.raises(TypeError, match=r"transport with handle_async_request\(\), not object"):
+        limiter.transport(object())
+    with pytest.raises(TypeError, match=r"transport with handle_request\(\), not object"):
+        limiter.transport_sync(object())
+
+
+async def test_memory_of_hosts_is_bounded(limiter: Limiter) -> None:
+    """A crawler with many hosts does not fill the memory."""
+    async with client_over(httpx, limiter, answering(httpx, b"")) as client:
+        for number in range(300):
+            await client.get(f"https://host{number}.test/")
+
+        assert len(client._transport._profiles) == 256
