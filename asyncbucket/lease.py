@@ -4,7 +4,9 @@ from collections.abc import Coroutine, Generator
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from asyncbucket.adaptive import Adaptive
 from asyncbucket.cost import Cost, whole
+from asyncbucket.errors import AsyncBucketError
 from asyncbucket.loops import Holder, reset_after_fork
 from asyncbucket.meters import Gates, Slots, Window
 from asyncbucket.pacer import Budget
@@ -15,6 +17,7 @@ class Account:
 
     __slots__ = (
         "__weakref__",  # pyright: ignore[reportUninitializedInstanceVariable]
+        "adaptive",
         "admitted",
         "budget",
         "cancelled",
@@ -32,6 +35,8 @@ class Account:
         self.refused = 0
         self.in_flight = 0
         self.slots: Slots | None = None
+        #: What finds the number of slots, where it is not given.
+        self.adaptive: Adaptive | None = None
         #: Units given back by settling, by resource.
         self.refunded: dict[str, int] = {}
         #: How many calls waited, and for how many ns together, by what bound them.
@@ -43,6 +48,15 @@ class Account:
         self.in_flight = 0
         if self.slots is not None:
             self.slots.used = 0
+
+    def resize_locked(self) -> None:
+        """Take over the number of slots that was found, and let in whoever fits by it."""
+        assert self.adaptive is not None
+        assert self.slots is not None
+        larger = self.adaptive.size > self.slots.size
+        self.slots.reshape(size=self.adaptive.size)
+        if larger and self.budget.waiting:
+            self.budget.ring_locked()
 
     def waited_locked(self, lease: "Lease", waited: int, bound_by: str | None) -> None:
         """Note in the lease and in the books that a call waited ``waited`` ns."""
@@ -73,6 +87,9 @@ class Lease:
     It is a context manager, plain and async, that releases on leaving. `settle` says what the call
     really used; `release` gives the slot back. Both are synchronous, may be called from any thread
     and repeatedly, and before or after each other. A lease that is dropped releases itself.
+
+    Where the limiter finds its concurrency by itself, how a call ended is told by which of `release`,
+    `overloaded` and `failed` comes first; leaving by an exception is one of the latter two.
     """
 
     __slots__ = (
@@ -208,12 +225,48 @@ class Lease:
     def release(self) -> None:
         """Give the slot back; the cost stays counted, as reserved or as settled."""
         if self._open:
-            lock = self._account.budget.lock
+            account = self._account
+            lock = account.budget.lock
             lock.acquire()  # `with` would take twice the time
             try:
+                if account.adaptive is not None and self._counts():
+                    self._succeeded_locked(account.adaptive)
                 self._release_locked()
             finally:
                 lock.release()
+
+    def overloaded(self) -> None:
+        """Release, and say that the server refused the call (429, 503) or let it time out.
+
+        It matters where the limiter finds its concurrency by itself: there will be fewer slots.
+        """
+        account = self._account
+        with account.budget.lock:
+            if account.adaptive is not None and self._counts():
+                account.adaptive.overloaded(started=self._when, now=account.budget.clock())
+                account.resize_locked()
+            self._release_locked()
+
+    def failed(self) -> None:
+        """Release, and say that how long the call took tells nothing about the server's load."""
+        with self._account.budget.lock:
+            self._release_locked()
+
+    def _succeeded_locked(self, adaptive: Adaptive) -> None:
+        latency = self._account.budget.clock() - self._when
+        adaptive.succeeded(latency, waited=self.bound_by == "concurrency")
+        self._account.resize_locked()
+
+    def _counts(self) -> bool:
+        """Tell whether the lease is still to be released, and in the process that took it."""
+        return self._open and self._epoch == self._account.budget.epoch
+
+    def _broken(self, error: BaseException) -> None:
+        """Release on leaving a ``with`` block by an exception."""
+        if isinstance(error, TimeoutError) and not isinstance(error, AsyncBucketError):
+            self.overloaded()
+        else:
+            self.failed()
 
     def _release_locked(self) -> None:
         account = self._account
@@ -237,7 +290,7 @@ class Lease:
         with self._account.budget.lock:
             if self._settle_locked(reserved):
                 self._account.budget.ring_locked()
-        self.release()
+        self.failed()
 
     def __enter__(self) -> Self:
         return self
@@ -248,7 +301,10 @@ class Lease:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.release()
+        if error is None:
+            self.release()
+        else:
+            self._broken(error)
 
     async def __aenter__(self) -> Self:
         return self
@@ -259,7 +315,7 @@ class Lease:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.release()
+        self.__exit__(kind, error, trace)
 
     def __del__(self) -> None:
         if self._open:  # a finalizer may run anywhere, even inside the lock
@@ -306,7 +362,7 @@ class Acquisition(Coroutine[Any, Any, Lease]):
         trace: TracebackType | None,
     ) -> None:
         if self._lease is not None:
-            self._lease.release()
+            self._lease.__exit__(kind, error, trace)
 
     def _running(self) -> Generator[Any, Any, Lease]:
         if self._coroutine is None:

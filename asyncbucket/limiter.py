@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any, Final, ParamSpec, TypeVar, overload
 
+from asyncbucket.adaptive import Adaptive, Concurrency, read_concurrency
 from asyncbucket.cost import COMMON, Cost, amounts_of, counted
 from asyncbucket.errors import (
     AcquireTimeout,
@@ -44,7 +45,9 @@ class Limiter:
 
     Args:
         limits: texts such as ``"500 RPM"`` or `Limit` objects.
-        concurrency: the most calls in flight at once: leases not yet released.
+        concurrency: the most calls in flight at once: leases not yet released. ``"auto"`` finds the
+            number by how the calls go, between 1 and 1,000, and a pair ``(least, most)`` between
+            those: for servers that publish no limits. See `asyncbucket.adaptive`.
         name: how statistics, logs and metrics call it.
         max_queue: the most calls that may wait; more are refused with `QueueFull`.
         clock: a callable that returns monotonic integer nanoseconds.
@@ -52,12 +55,13 @@ class Limiter:
 
     Raises:
         LimitSyntaxError: a limit cannot be read; a ValueError.
+        ValueError: ``concurrency`` or ``max_queue`` is no such number.
     """
 
     def __init__(
         self,
         *limits: str | Limit,
-        concurrency: int | None = None,
+        concurrency: Concurrency | None = None,
         name: str = "default",
         max_queue: int | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
@@ -347,17 +351,22 @@ class Limiter:
     def reconfigure(
         self,
         *limits: str | Limit,
-        concurrency: int | None = None,
+        concurrency: Concurrency | None = None,
         **limits_by_keyword: float | None,
     ) -> None:
         """Change the limits that are named, at once, while calls wait; the others stay.
 
+        ``concurrency`` may change between a fixed number and one to be found, too.
         What was admitted stays counted, so a lower limit is kept from the first moment. Calls that
         wait and could never pass again fail with `CostExceedsLimit`.
         """
         given = read_limits(limits, limits_by_keyword)
         self._learned.difference_update((limit.resource, limit.per) for limit in given)
         self._set(given, concurrency)
+
+    def now(self) -> float:
+        """Return the present instant in seconds of the limiter's clock, as deadlines are given."""
+        return self._clock() * 1e-9
 
     @property
     def limits(self) -> tuple[Limit, ...]:
@@ -366,7 +375,7 @@ class Limiter:
 
     @property
     def concurrency(self) -> int | None:
-        """The most calls in flight at once, or None."""
+        """The most calls in flight at once, as it is now; None for no bound."""
         return None if self._slots is None else self._slots.size
 
     def statistics(self) -> Statistics:
@@ -394,7 +403,9 @@ class Limiter:
     def __repr__(self) -> str:
         parts = [f"Limiter {self.name!r}", *map(str, self.limits)]
         if self._slots is not None:
-            parts.append(f"concurrency {self._slots.used}/{self._slots.size}")
+            adaptive = self._account.adaptive
+            found = "" if adaptive is None else f" of {adaptive.least:,} to {adaptive.most:,}"
+            parts.append(f"concurrency {self._slots.used}/{self._slots.size}{found}")
         return f"<{', '.join(parts)}, {self._budget.waiting} waiting>"
 
     # -- inside ------------------------------------------------------------------------------------
@@ -530,9 +541,9 @@ class Limiter:
             f"and can never pass; raise {limit.keyword or 'the limit'} or split the request"
         )
 
-    def _set(self, limits: list[Limit], concurrency: int | None) -> None:
+    def _set(self, limits: list[Limit], concurrency: Concurrency | None) -> None:
         """Put limits in force, keeping what was booked under those of the same window."""
-        size = _count(concurrency, "concurrency", least=1)
+        bounds = read_concurrency(concurrency)
         budget = self._budget
         with budget.lock:
             now = self._clock()
@@ -543,13 +554,24 @@ class Limiter:
                     window = Window(amount=limit.amount, window=limit.window)
                 window.reshape(amount=limit.amount)
                 self._limits[key] = (limit, window, _pacing(limit, bucket, now))
-            if size is not None and self._slots is None:
-                self._slots = Slots(size=size)
-            elif size is not None and self._slots is not None:
-                self._slots.reshape(size=size)
-            self._account.slots = self._slots
+            if bounds is not None:
+                self._set_slots_locked(bounds, fixed=isinstance(concurrency, int))
             self._regate_locked()
             budget.ring_locked()
+
+    def _set_slots_locked(self, bounds: tuple[int, int], *, fixed: bool) -> None:
+        """Have a fixed number of slots, or one to be found; a search goes on from where it is."""
+        account, size = self._account, bounds[0]
+        if fixed:
+            account.adaptive = None
+        else:
+            start = {} if account.adaptive is None else {"start": account.adaptive.size}
+            account.adaptive = Adaptive(least=bounds[0], most=bounds[1], **start)
+            size = account.adaptive.size
+        if self._slots is None:
+            self._slots = account.slots = Slots(size=size)
+        else:
+            self._slots.reshape(size=size)
 
     def _regate_locked(self) -> None:
         """Send newcomers and those who wait through the meters as they are now."""
@@ -578,7 +600,7 @@ class Limiter:
 def pace(
     obj: T,
     *limits: str | Limit,
-    concurrency: int | None = None,
+    concurrency: Concurrency | None = None,
     name: str = "default",
     retry: Any = None,
     estimator: Any = None,

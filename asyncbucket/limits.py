@@ -29,15 +29,15 @@ KEYWORDS: Final = {
     "otpm": ("output_tokens", 60),
 }
 
-_AMOUNT: Final = r"(?P<amount>[0-9][0-9,_]{0,30}(?:\.[0-9]{1,30})?)(?P<prefix>[kKmMbB]?)"
+_NUMBER: Final = r"[0-9][0-9,_]{0,30}(?:\.[0-9]{1,30})?[kKmMbB]?"
+_AMOUNT: Final = rf"(?P<amount>{_NUMBER})"
+_BURST: Final = rf"(?:\s+burst\s+(?P<burst>{_NUMBER}))?"
 _SHORT: Final = re.compile(
-    rf"{_AMOUNT}\s*(?P<resource>[rR]|[iIoO]?[tT])[pP](?P<unit>[sSmMhHdD])"
-    r"(?:\s+burst\s+(?P<burst>[0-9][0-9,_]{0,30}))?"
+    rf"{_AMOUNT}\s*(?P<resource>[rR]|[iIoO]?[tT])[pP](?P<unit>[sSmMhHdD]){_BURST}"
 )
 _LONG: Final = re.compile(
     rf"{_AMOUNT}\s*(?P<resource>[a-z_]+)?\s*(?:/|\bper\b)\s*(?P<every>[0-9]{{1,9}})?\s*"
-    r"(?P<unit>s|sec|seconds?|m|min|minutes?|h|hours?|d|days?)"
-    r"(?:\s+burst\s+(?P<burst>[0-9][0-9,_]{0,30}))?"
+    rf"(?P<unit>s|sec|seconds?|m|min|minutes?|h|hours?|d|days?){_BURST}"
 )
 _HOW: Final = (
     'write e.g. "500 RPM", "200k TPM", "10/s", "100 requests/minute", "3 images/10s", '
@@ -99,15 +99,12 @@ class Limit:
         if match is None:
             raise LimitSyntaxError(f"{text!r} is no limit; {_HOW}")
         resource = match["resource"] or "requests"
-        exact = Fraction(re.sub("[,_]", "", match["amount"])) * _PREFIXES[match["prefix"].lower()]
-        if exact.denominator != 1:
-            raise LimitSyntaxError(f"{text!r} is no whole number of units; {_HOW}")
         every = int(match.groupdict().get("every") or 1)
         return cls(
             _RESOURCES.get(resource.lower(), resource) if match.re is _SHORT else resource,
-            int(exact),
+            _whole(match["amount"], text),
             per=every * _SECONDS[match["unit"][0].lower()],
-            burst=int(re.sub("[,_]", "", match["burst"])) if match["burst"] else None,
+            burst=_whole(match["burst"], text) if match["burst"] else None,
         )
 
     @property
@@ -147,6 +144,16 @@ def read_limits(limits: Iterable[str | Limit], keywords: dict[str, float | None]
         if twin is not limit:
             raise LimitSyntaxError(f"two limits of one window: {twin} and {limit}; keep one")
     return found
+
+
+def _whole(number: str, text: str) -> int:
+    """Read a number such as ``14,400`` or ``1.5k``, of which ``text`` is written."""
+    digits = re.sub("[,_]", "", number)
+    prefix = digits.lstrip("0123456789.")
+    exact = Fraction(digits.removesuffix(prefix)) * _PREFIXES[prefix.lower()]
+    if exact.denominator != 1:
+        raise LimitSyntaxError(f"{text!r} is no whole number of units; {_HOW}")
+    return int(exact)
 
 
 def _is_number(value: object) -> bool:

@@ -4,7 +4,8 @@ Every call that cannot pass at once stands in its loop's `Queue` and awaits a fu
 One task a loop, the pacer, serves that queue: it asks the meters from when on the head may pass,
 sleeps on an `asyncio.Condition` until then or until the doorbell rings (something was given back,
 limits have changed, the head has gone), admits in one pass everyone who is admissible, and hands
-each admission over by resolving a future. It lives only while someone waits.
+each admission over by resolving a future. It lives only while someone waits. (When the timer falls
+due the pass is made right there, without the detour of waking the task; only the bell wakes it.)
 
 Why so? Nobody but the pacer waits on the Condition, so that a notification cannot be lost to a
 waiter that is being cancelled (CPython gh-112202), nobody is woken in vain, and nobody barges.
@@ -310,8 +311,7 @@ class Pacer:
         """Admit all who may pass, in order; return when to look again, None if nobody is left."""
         budget, queue = self._budget, self.queue
         with budget.lock:
-            if budget._dropped:
-                budget.collect_locked()
+            budget.collect_locked()
             now = budget.clock()
             admitted, due = 0, NEVER
             # No pause and no other loop: nobody but the meters has a say.

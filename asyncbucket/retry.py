@@ -135,7 +135,6 @@ class Retrier:
     ) -> None:
         self.policy = policy
         self._limiter = limiter
-        self._clock = limiter._clock  # noqa: SLF001 - deadlines are the limiter's
         self._chance = chance
         self._lock = threading.Lock()
         self._budget = policy.budget.capacity
@@ -234,7 +233,7 @@ class Retrier:
 
     def now(self) -> float:
         """Return the seconds of the limiter's clock."""
-        return self._clock() * 1e-9
+        return self._limiter.now()
 
     def _doubled(self, times: int) -> float:
         # Bounded, for a series of refusals may be long and a power of floats overflows.

@@ -155,7 +155,9 @@ def test_retry_after_is_read(headers: dict[str, str], seconds: float | None) -> 
 )
 def test_lost_connections_and_timeouts_are_retried(error: Exception) -> None:
     """Errors without a status are known by the names of their classes."""
-    assert classify(error) == Verdict(retry=True, reason=type(error).__name__)
+    timed_out = isinstance(error, (openai.APITimeoutError, httpx.ReadTimeout, TimeoutError))
+    name = type(error).__name__
+    assert classify(error) == Verdict(retry=True, reason=name, overloaded=timed_out)
 
 
 def test_http_errors_of_plain_httpx_are_judged_by_status() -> None:
@@ -163,7 +165,9 @@ def test_http_errors_of_plain_httpx_are_judged_by_status() -> None:
     response = httpx.Response(503, headers={"retry-after": "2"}, request=REQUEST)
     error = httpx.HTTPStatusError("no", request=REQUEST, response=response)
 
-    assert classify(error) == Verdict(retry=True, reason="HTTP 503", retry_after=2.0)
+    assert classify(error) == Verdict(
+        retry=True, reason="HTTP 503", retry_after=2.0, overloaded=True
+    )
 
 
 def test_errors_of_other_sdks_are_judged_by_status() -> None:
@@ -171,7 +175,7 @@ def test_errors_of_other_sdks_are_judged_by_status() -> None:
     for name in ("status_code", "status", "code"):
         error = RuntimeError("no")
         vars(error)[name] = 503
-        assert classify(error) == Verdict(retry=True, reason="HTTP 503")
+        assert classify(error) == Verdict(retry=True, reason="HTTP 503", overloaded=True)
 
 
 def test_error_event_in_a_stream_is_judged_by_its_code() -> None:
@@ -184,8 +188,10 @@ def test_error_event_in_a_stream_is_judged_by_its_code() -> None:
         body={"error": {"type": "overloaded_error"}},
     )
 
-    assert classify(limited) == Verdict(retry=True, reason="rate_limit_exceeded", rate_limited=True)
-    assert classify(overloaded) == Verdict(retry=True, reason="overloaded_error")
+    assert classify(limited) == Verdict(
+        retry=True, reason="rate_limit_exceeded", rate_limited=True, overloaded=True
+    )
+    assert classify(overloaded) == Verdict(retry=True, reason="overloaded_error", overloaded=True)
     assert not classify(invalid).retry
 
 

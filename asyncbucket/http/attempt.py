@@ -111,7 +111,7 @@ class Attempt:
         """Let the limiter know what a reply that is an error means, and release."""
         body = read_json(self._decode(tail))
         verdict = self._refusals.judge(self._reply.status_code, self._reply.headers, body)
-        if verdict is not None and verdict.overloaded:
+        if verdict.overloaded:
             self._lease.overloaded()
         else:
             self._lease.failed()

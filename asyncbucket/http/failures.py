@@ -17,6 +17,8 @@ from asyncbucket.http import headers
 _FIRST_ERROR: Final = 400
 _RATE_LIMITED: Final = 429
 _FIRST_SERVER_ERROR: Final = 500
+#: Request time-out, too many requests, service unavailable, gateway time-out; Anthropic's and Google's.
+_OVERLOADED: Final = frozenset({408, _RATE_LIMITED, 503, 504, 529})
 _TRANSIENT_STATUSES: Final = frozenset({408, 409, _RATE_LIMITED})
 
 #: A 429 that no waiting helps: platform.openai.com/docs/guides/error-codes, read in 2025.
@@ -33,6 +35,12 @@ _TRANSIENT_CODES: Final = frozenset(
         "server_error",
         "timeout_error",
     }
+)
+_OVERLOADED_CODES: Final = frozenset({"overloaded_error", "timeout_error"})
+#: Python's own (also as asyncio's), the SDKs', httpx's and httpx2's, aiohttp's, requests'; but a
+#: connection that could not be had says nothing about calls.
+_TIMEOUTS: Final = frozenset(
+    {"APITimeoutError", "ReadTimeout", "ServerTimeoutError", "TimeoutError"}
 )
 #: Python's own, OpenAI's, Anthropic's, httpx's and httpx2's, aiohttp's, requests'.
 _CONNECTION_ERRORS: Final = frozenset(
@@ -64,6 +72,8 @@ class Verdict:
     retry_after: float | None = None
     #: Whether it was refused for rate, which concerns all calls of the limiter.
     rate_limited: bool = False
+    #: Whether the server had too much to do: fewer calls at once would have helped.
+    overloaded: bool = False
 
 
 def classify(error: BaseException) -> Verdict:
@@ -80,12 +90,19 @@ def classify(error: BaseException) -> Verdict:
         return _judge_status(error, status, codes)
     if codes & _TRANSIENT_CODES:
         reason = min(codes & _TRANSIENT_CODES)
-        return Verdict(retry=True, reason=reason, rate_limited=reason.startswith("rate_limit"))
+        rate_limited = reason.startswith("rate_limit")
+        return Verdict(
+            retry=True,
+            reason=reason,
+            rate_limited=rate_limited,
+            overloaded=rate_limited or reason in _OVERLOADED_CODES,
+        )
     names = {kind.__name__ for kind in type(error).__mro__}
     causes = {type(cause).__name__ for cause in _causes(error)}
     return Verdict(
         retry=bool(names & _CONNECTION_ERRORS and not causes & _LASTING_ERRORS),
         reason=type(error).__name__,
+        overloaded=bool(names & _TIMEOUTS),
     )
 
 
@@ -104,6 +121,7 @@ def _judge_status(error: Exception, status: int, codes: frozenset[str]) -> Verdi
         # Who says 0 names no wait, and is asked again after a back-off.
         retry_after=headers.retry_after(reply_headers, now=wall_clock()) or None,
         rate_limited=status == _RATE_LIMITED,
+        overloaded=status in _OVERLOADED,
     )
 
 

@@ -16,19 +16,25 @@ import contextlib
 import weakref
 from collections.abc import Generator
 from contextvars import ContextVar
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.lease import Lease
 from asyncbucket.limiter import Limiter
+
+if TYPE_CHECKING:
+    from asyncbucket.http.learn import Ear
+    from asyncbucket.http.profiles import Profile
 
 
 class Held:
     """Note that calls in this context run under a lease of ``limiter``."""
 
-    __slots__ = ("_lease", "limiter", "outer", "requests")
+    __slots__ = ("_ear", "_lease", "_left", "limiter", "outer", "requests")
 
-    def __init__(self, limiter: Limiter, lease: Lease) -> None:
+    def __init__(self, limiter: Limiter, lease: Lease, ear: "Ear | None" = None) -> None:
         self.limiter = limiter
+        self._ear = ear
+        self._left: float | None = None
         self.outer = _HELD.get()
         #: Requests that were seen to leave under this lease.
         self.requests = 0
@@ -51,9 +57,15 @@ class Held:
 
     def left(self) -> None:
         """Date the booking by the moment at which the request really went out."""
+        self._left = self.limiter.now()
         lease = self.lease
         if lease is not None:
             lease.sent()
+
+    def answered(self, headers: Any, profile: "Profile") -> None:
+        """Hear what the headers of a reply say of the provider's limits."""
+        if self._ear is not None:
+            self._ear.hear(headers, profile, since=self._left)
 
 
 _HELD: Final[ContextVar[Held | None]] = ContextVar("asyncbucket_held", default=None)

@@ -114,7 +114,9 @@ class Ear:
 
 def pairs(headers: Any) -> Iterable[tuple[bytes, bytes]]:
     """Return names and values in bytes, which httpx and httpx2 keep as they came."""
-    raw = headers if isinstance(headers, list) else getattr(headers, "raw", None)
+    if isinstance(headers, list):
+        return headers
+    raw = getattr(headers, "raw", None)
     if isinstance(raw, list):
         return raw
     return [(_bytes(name), _bytes(value)) for name, value in headers.items()]

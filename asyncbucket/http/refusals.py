@@ -70,9 +70,7 @@ class Refusals:
                 if self._now() >= self._paused_until:
                     self._waves = 0
 
-    def judge(
-        self, status: int, headers: Mapping[str, Any], body: Mapping[str, Any]
-    ) -> Verdict | None:
+    def judge(self, status: int, headers: Mapping[str, Any], body: Mapping[str, Any]) -> Verdict:
         """Judge a reply whose status is an error, and pause the limiter if it concerns all."""
         verdict = classify(_Refusal(status, headers, body))
         if verdict.rate_limited:
@@ -121,4 +119,4 @@ class Refusals:
             )
 
     def _now(self) -> float:
-        return self._limiter._clock() * 1e-9  # noqa: SLF001 - pauses are in its time
+        return self._limiter.now()

@@ -200,7 +200,7 @@ class _Paced:
             _log.warning(message, *args)
 
     def _now(self) -> float:
-        return self.limiter._clock() * 1e-9  # noqa: SLF001 - headers are dated in its time
+        return self.limiter.now()
 
     def _heard(self, reply: Any, profile: Profile, sent_at: float) -> Any:
         """Hear the headers of a reply that somebody else holds a lease for."""

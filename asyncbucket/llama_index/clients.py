@@ -10,43 +10,54 @@ hooks on the user's would have been seen by all that the user does with it.)
 
 ``_prepare_request`` comes before the client waits for a connection, which may take a handshake or
 more. httpcore tells by its trace extension when the first byte goes out; where it is underneath,
-the booking is dated once more by that.
+the booking is dated once more by that. The same extension shows the reply's headers, and so the
+limiter hears what the provider says is left: of providers that are known by their host, since a
+gateway that only looks like one may mean something else by the same names.
 """
 
 import functools
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Mapping
 from typing import Any, Final, Protocol, TypeVar
 
 from asyncbucket.http.held import Held, current
+from asyncbucket.http.profiles import GENERIC, profile_of
 
 C = TypeVar("C")
 
 #: Marks the classes made here.
 _REPORTS: Final = "__asyncbucket_reports__"
 _GOES_OUT: Final = "send_request_headers.started"
+_ANSWERED: Final = "receive_response_headers.complete"
 
 
 class _Request(Protocol):
     """What httpx and httpx2 requests have in common here."""
 
     extensions: dict[str, Any]
+    url: Any
 
 
-def _tracer(held: Held) -> Callable[[str, object], None]:
-    def trace(event: str, _: object) -> None:
+class _Trace:
+    """Listen to one request on its way, by httpcore's trace extension."""
+
+    __slots__ = ("_held", "_profile")
+
+    def __init__(self, held: Held, request: _Request) -> None:
+        self._held = held
+        self._profile = profile_of(request.url.host)
+
+    def hear(self, event: str, info: Mapping[str, Any]) -> None:
+        """Take in what httpcore tells."""
         if event.endswith(_GOES_OUT):
-            held.left()
+            self._held.left()
+        elif event.endswith(_ANSWERED) and self._profile is not GENERIC:
+            headers = next((each for each in info["return_value"] if isinstance(each, list)), [])
+            self._held.answered(headers, self._profile)
 
-    return trace
-
-
-def _async_tracer(held: Held) -> Callable[[str, object], Awaitable[None]]:
-    async def trace(event: str, _: object) -> None:
-        if event.endswith(_GOES_OUT):
-            held.left()
-
-    return trace
+    async def hear_async(self, event: str, info: Mapping[str, Any]) -> None:
+        """Do so on an event loop."""
+        self.hear(event, info)
 
 
 def is_client(value: object) -> bool:
@@ -77,13 +88,13 @@ def _reporting_class(cls: type[Any]) -> type[Any]:
         cls._prepare_request(self, request)
         if (held := current()) is not None:
             held.leaves()
-            request.extensions = {"trace": _tracer(held), **request.extensions}
+            request.extensions = {"trace": _Trace(held, request).hear, **request.extensions}
 
     async def prepare_async(self: Any, request: _Request) -> None:
         await cls._prepare_request(self, request)
         if (held := current()) is not None:
             held.leaves()
-            request.extensions = {"trace": _async_tracer(held), **request.extensions}
+            request.extensions = {"trace": _Trace(held, request).hear_async, **request.extensions}
 
     is_async = inspect.iscoroutinefunction(cls._prepare_request)
     names = {

@@ -7,6 +7,7 @@ of its reply, the usage is seen within, and settles the call outside.
 import contextlib
 
 from asyncbucket.http.held import Held, current, holding
+from asyncbucket.http.learn import Ear
 from asyncbucket.lease import Lease
 from asyncbucket.limiter import Limiter
 from asyncbucket.llama_index.usage import Usage
@@ -17,8 +18,8 @@ class HeldCall(Held):
 
     __slots__ = ("usage",)
 
-    def __init__(self, limiter: Limiter, lease: Lease) -> None:
-        super().__init__(limiter, lease)
+    def __init__(self, limiter: Limiter, lease: Lease, ear: Ear) -> None:
+        super().__init__(limiter, lease, ear)
         #: What a method called within said it used.
         self.usage: Usage | None = None
 

@@ -1,18 +1,20 @@
 """How one model is paced: its limiter, its retries, its estimates, and one call of it."""
 
+import contextlib
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from typing import Any, Final, Self, TypeVar
 
 from llama_index_instrumentation import get_dispatcher
 
+from asyncbucket.http.learn import Ear
 from asyncbucket.lease import Lease
 from asyncbucket.limiter import Limiter
 from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator, Observer
 from asyncbucket.llama_index.events import RateLimitWaitEvent
 from asyncbucket.llama_index.held import HeldCall, held_call, note_usage
 from asyncbucket.llama_index.usage import Usage, usage_of
-from asyncbucket.retry import Retrier, Retry
+from asyncbucket.retry import Retrier, Retry, classify
 
 T = TypeVar("T")
 
@@ -22,7 +24,7 @@ _dispatcher: Final = get_dispatcher(__name__)
 class Pacing:
     """Belong to one paced model and pace its calls; copies of the model share it."""
 
-    __slots__ = ("asks_for_usage", "estimator", "limiter", "options", "retrier")
+    __slots__ = ("asks_for_usage", "ear", "estimator", "limiter", "options", "retrier")
 
     def __init__(
         self,
@@ -36,6 +38,8 @@ class Pacing:
         self.options: dict[str, Any] = {"retry": retry, "estimator": estimator}
         self.estimator = DefaultEstimator() if estimator is None else estimator
         self.retrier = Retrier(Retry.of(retry), limiter)
+        #: What hears the headers of replies, where an HTTP client lets it.
+        self.ear = Ear(limiter)
         #: Whether a stream asks its provider for the usage; off for good once one refuses.
         self.asks_for_usage = True
 
@@ -83,8 +87,8 @@ class Pacing:
         estimate: Estimate,
         read: Callable[[T], Usage | None],
     ) -> T:
-        with await self.admit(estimate) as lease:
-            held = HeldCall(self.limiter, lease)
+        with await self.admit(estimate) as lease, told_of_overload(lease):
+            held = HeldCall(self.limiter, lease, self.ear)
             with held.inside():
                 reply = await send()
             self.settle(lease, read(reply) or held.usage)
@@ -93,8 +97,8 @@ class Pacing:
     def _attempt_sync(
         self, send: Callable[[], T], estimate: Estimate, read: Callable[[T], Usage | None]
     ) -> T:
-        with self.admit_sync(estimate) as lease:
-            held = HeldCall(self.limiter, lease)
+        with self.admit_sync(estimate) as lease, told_of_overload(lease):
+            held = HeldCall(self.limiter, lease, self.ear)
             with held.inside():
                 reply = send()
             self.settle(lease, read(reply) or held.usage)
@@ -149,6 +153,17 @@ class Pacing:
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         """Be shared: a copy of a model spends from the same budget."""
         return self
+
+
+@contextlib.contextmanager
+def told_of_overload(lease: Lease) -> Generator[None]:
+    """Let ``lease`` know of an error that says that the provider has too much to do."""
+    try:
+        yield
+    except Exception as error:
+        if classify(error).overloaded:
+            lease.overloaded()
+        raise
 
 
 def no_usage(_: object) -> None:

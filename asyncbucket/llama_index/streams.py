@@ -27,6 +27,7 @@ from asyncbucket.llama_index.estimate import Estimate
 from asyncbucket.llama_index.held import HeldCall
 from asyncbucket.llama_index.pacing import Pacing
 from asyncbucket.llama_index.usage import Usage, usage_of
+from asyncbucket.retry import classify
 
 T = TypeVar("T")
 
@@ -62,7 +63,7 @@ class _Stream(Generic[T]):
         self._over = False
 
     def _admitted(self, lease: Lease) -> None:
-        self._lease, self._held = lease, HeldCall(self._pacing.limiter, lease)
+        self._lease, self._held = lease, HeldCall(self._pacing.limiter, lease, self._pacing.ear)
 
     def _options(self) -> dict[str, Any]:
         return USAGE_OPTION if self._asks else {}
@@ -94,12 +95,18 @@ class _Stream(Generic[T]):
         self._asks = self._pacing.asks_for_usage = False
         return True
 
-    def _let_go(self) -> None:
+    def _let_go(self, error: BaseException | None = None) -> None:
         """Give the slot back, and forget the attempt."""
         lease, self._lease = self._lease, None
         self._inner = self._held = None
-        if lease is not None:
+        if lease is None:
+            return
+        if error is None:
             lease.release()
+        elif classify(error).overloaded:
+            lease.overloaded()
+        else:
+            lease.failed()
 
     def _exhaust(self) -> None:
         """End after the last item, by now the usage is known; of a broken stream it never is."""
@@ -107,9 +114,9 @@ class _Stream(Generic[T]):
         self._pacing.settle(self._lease, self._usage)
         self._end()
 
-    def _end(self) -> None:
+    def _end(self, error: BaseException | None = None) -> None:
         self._over = True
-        self._let_go()
+        self._let_go(error)
 
 
 class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
@@ -124,8 +131,8 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
                 item = await self._pacing.retrier.call(self._begin)
             else:
                 item = await self._pull()
-        except BaseException:
-            self._end()
+        except BaseException as error:
+            self._end(error)
             raise
         if item is None:
             self._exhaust()
@@ -140,7 +147,7 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
                 self._inner = aiter(await self._start(**self._options()))
             return await self._pull()
         except BaseException as error:
-            self._let_go()
+            self._let_go(error)
             if not self._must_not_ask(error):
                 raise
         return await self._begin()
@@ -185,8 +192,8 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
                 item = self._pacing.retrier.call_sync(self._begin)
             else:
                 item = self._pull()
-        except BaseException:
-            self._end()
+        except BaseException as error:
+            self._end(error)
             raise
         if item is None:
             self._exhaust()
@@ -201,7 +208,7 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
                 self._inner = iter(self._start(**self._options()))
             return self._pull()
         except BaseException as error:
-            self._let_go()
+            self._let_go(error)
             if not self._must_not_ask(error):
                 raise
         return self._begin()

@@ -31,6 +31,7 @@ from asyncbucket.limits import KEYWORDS
         ("3 images / 2 days", Limit("images", 3, per=2 * 86_400)),
         ("1_000 tokens/min burst 1_00", Limit("tokens", 1000, burst=100)),
         ("500 RPM burst 20", Limit("requests", 500, burst=20)),
+        ("200k TPM burst 20k", Limit("tokens", 200_000, burst=20_000)),
     ],
 )
 def test_a_limit_is_read_as_people_write_it(text: str, limit: Limit) -> None:
@@ -175,7 +176,10 @@ def test_counts_are_whole_numbers(value: int) -> None:
     """`concurrency` and `max_queue` refuse all else with the value that was given."""
     with pytest.raises(ValueError) as error:
         Limiter(concurrency=value)
-    assert str(error.value) == f"concurrency must be a whole number of at least 1, not {value!r}"
+    assert str(error.value) == (
+        f'concurrency must be a whole number of at least 1, "auto" or a pair of such numbers, '
+        f"not {value!r}"
+    )
     if value != 0:
         with pytest.raises(ValueError, match="max_queue must be a whole number of at least 0"):
             Limiter(max_queue=value)

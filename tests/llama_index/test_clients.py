@@ -1,7 +1,8 @@
 """One layer retries, and a booking is dated by the moment when its request leaves."""
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Any
 from unittest.mock import MagicMock
 
@@ -17,8 +18,9 @@ from openai import AsyncAzureOpenAI, AsyncOpenAI
 from pydantic import PrivateAttr
 
 from asyncbucket import Limiter
+from asyncbucket.http.profiles import OPENAI, Profile
 from asyncbucket.lease import Lease
-from asyncbucket.testing import virtual_time
+from asyncbucket.testing import RateLimitedProvider, virtual_time
 
 if TYPE_CHECKING:
     from asyncbucket.testing.pytest_plugin import ProviderFactory
@@ -342,3 +344,51 @@ async def test_request_outside_of_a_call_is_nobodys(openai_api: "ScriptedOpenAI"
 
     assert limiter.statistics().admitted == 0
     assert len(openai_api.requests) == 2
+
+
+@contextlib.asynccontextmanager
+async def spent_from(provider: RateLimitedProvider) -> AsyncGenerator[OpenAI]:
+    """Yield a model of a key from which somebody else has spent 40 requests."""
+    with httpx.Client() as client:
+        async with httpx.AsyncClient() as async_client:
+            llm = OpenAI(
+                model="gpt-4o-mini",
+                api_key="k",
+                api_base=provider.base_url,
+                http_client=client,
+                async_http_client=async_client,
+            )
+            for _ in range(40):
+                await llm.achat(MESSAGES)
+            yield llm
+
+
+def profile_of_everybody(_: str) -> Profile:
+    """Take every host for OpenAI's."""
+    return OPENAI
+
+
+@pytest.mark.parametrize("synchronous", [False, True])
+async def test_a_wrapped_model_hears_what_the_provider_says_is_left(
+    rate_limited_provider: "ProviderFactory", monkeypatch: pytest.MonkeyPatch, *, synchronous: bool
+) -> None:
+    """Another program has spent from the same key: what it took is not available here."""
+    monkeypatch.setattr("asyncbucket.llama_index.clients.profile_of", profile_of_everybody)
+    async with spent_from(rate_limited_provider(rpm=60, tpm=100_000)) as llm:
+        limiter = Limiter("60 RPM burst 60", "100k TPM")
+        paced = limiter.wrap(llm)
+        if synchronous:
+            await asyncio.to_thread(paced.chat, MESSAGES)
+        else:
+            await paced.achat(MESSAGES)
+    assert 15 <= limiter.statistics().limits[0].available <= 20
+
+
+async def test_a_gateway_that_is_not_known_is_not_listened_to(
+    rate_limited_provider: "ProviderFactory",
+) -> None:
+    """It may mean something else by the same names."""
+    async with spent_from(rate_limited_provider(rpm=60, tpm=100_000)) as llm:
+        limiter = Limiter("60 RPM burst 60")
+        await limiter.wrap(llm).achat(MESSAGES)
+    assert limiter.statistics().limits[0].available == 59

@@ -29,12 +29,12 @@ from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai import OpenAI, OpenAIResponses
 from pydantic import BaseModel
 
+from asyncbucket.http.forecast import OutputForecast
 from asyncbucket.llama_index.estimate import (
     DefaultEstimator,
     Estimate,
     Estimator,
     Observer,
-    OutputForecast,
 )
 from asyncbucket.llama_index.tokens import bundled_tokenizer
 from asyncbucket.llama_index.usage import usage_of

@@ -7,9 +7,7 @@ import httpx
 import pytest
 from llama_index.core.agent.workflow import FunctionAgent, ReActAgent, ToolCallResult
 from llama_index.core.llms import ChatMessage
-from llama_index.embeddings.openai import (  # type: ignore[import-untyped]
-    OpenAIEmbedding,
-)
+from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai import OpenAI, OpenAIResponses
 from pydantic import BaseModel
 

@@ -1,0 +1,289 @@
+"""How many calls at once, when nobody says: a controller that finds a server's hidden capacity.
+
+A server that publishes no limits (vLLM, Ollama, a gateway) still has a number of calls beyond which
+more at once bring nothing: they queue, and each takes longer, or they are refused. `Adaptive` looks
+for that number. It is fed the end of each call and says how many may be in flight; time is an
+argument, and nothing here waits.
+
+It works in rounds: as many calls as there are slots end unheeded, for they began under the old
+size, and the mean latency of the next (at least ten) counts. A round is busy if half of these had to
+wait for a slot; one that is not raises nothing, for with slots to spare nothing is learned of what
+would be too much.
+
+The mean of such a round has a standard error; where replies vary a lot the round goes on, up to
+three times the size, and what the error may explain is taken off every rise in latency.
+
+*By latency.* An earlier, smaller size and its latency are the anchor. By Little's law throughput is
+size / latency, so from the anchor (n0, l0) to (n, l) the slope
+
+    e = ln(l / l0) / ln(n / n0)
+
+is 0 where more calls bring as much more throughput, and 1 where they only queue. Up to a quarter
+the size grows, by a step that doubles from round to round: additive at first, yet it follows a
+capacity that has doubled. From 0.6 on it is cut to what the server carries at l0, n * l0 / l, and a
+tenth: a short queue keeps the server at work. It is never cut by more than half at once. One busy
+round in 25, and the one after a cut, is run at 0.7 of the size, as the new anchor. So an anchor is
+never stale for long: when prompts get longer, or the anchor was itself in a queue, a few rounds
+mend it.
+
+*By refusals.* A 429, a 503 or a time-out cuts the size to 0.9 of it, or to what it was before its
+last raise if that is less; if the next round brings another, to half. Refusals of calls that were
+admitted before the cut belong to it. The size refused is a ceiling: half the way to it is regained
+each round, and ten rounds just below it pass before it is forgotten and tried again.
+
+Prior art. TCP Vegas (Brakmo and Peterson 1994) compares with the lowest latency ever seen; here
+that is a trap, for a batching server is slower at 32 than at 1 and still much better off there.
+Netflix's concurrency-limits has Gradient2, which compares with a slow average of the latency; the
+average takes a standing queue for normal, and the limit drifts up. BBR (Cardwell and others 2016)
+pays a round at a lower size for a true base now and then, as here; its maximum and minimum filters
+suit packets, not replies whose length varies tenfold, of which any extreme is an accident. CUBIC
+(Ha, Rhee and Xu 2008) waits below the last refusal, as here. Plain AIMD on refusals alone, as in
+concurrency-limits, never notices a server that queues and does not refuse.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Final, Literal, Self, TypeAlias
+
+#: What people pass as ``concurrency=``: a fixed size, or bounds within which to find it.
+Concurrency: TypeAlias = int | Literal["auto"] | tuple[int, int]
+
+#: The bounds of ``"auto"``, and where the search begins.
+AUTO: Final = (1, 1_000)
+_START: Final = 4
+#: The fewest calls whose mean latency means something.
+_SAMPLE: Final = 10
+#: A round goes on until its mean is known that well, or for so many times the size.
+_SURE: Final = 0.1
+_PATIENCE: Final = 3
+#: Below this slope the size grows; from the other on it is cut.
+_FLAT: Final = 0.25
+_STEEP: Final = 0.6
+#: The least distance from the anchor that a slope is reckoned over, and where it is moved.
+_NEAR: Final = math.log(1.2)
+_FAR: Final = 1.4
+#: The queue that is kept, on top of what the server carries at once.
+_QUEUE: Final = 1.1
+#: The most that one cut takes.
+_HALF: Final = 0.5
+#: What is left after a refusal.
+_BACKOFF: Final = 0.9
+#: The size of the round that gives a new anchor, and how many rounds lie between two.
+_PROBE: Final = 0.7
+_PROBE_EVERY: Final = 25
+#: Rounds just below a size that was refused, before it is tried again.
+_HOLD: Final = 10
+
+
+class Adaptive:
+    """Say how many calls may be in flight, within bounds, by how earlier ones ended.
+
+    After each call of `succeeded` or `overloaded`, ``size`` is what to keep to. The same history
+    gives the same sizes.
+
+    Args:
+        least: the lower bound, at least 1.
+        most: the upper bound.
+        start: the first size; it is brought within the bounds.
+    """
+
+    __slots__ = (
+        "_anchor",
+        "_busy",
+        "_ceiling",
+        "_clean",
+        "_cut_at",
+        "_held",
+        "_raised",
+        "_resume",
+        "_rounds",
+        "_seen",
+        "_squares",
+        "_step",
+        "_total",
+        "least",
+        "most",
+        "size",
+    )
+
+    def __init__(self, *, least: int, most: int, start: int = _START) -> None:
+        self.least = least
+        self.most = most
+        self.size = self._within(start)
+        #: A size, and how long calls took there.
+        self._anchor: tuple[int, _Took] | None = None
+        #: The size to go back to after a round at a lower one for the anchor.
+        self._resume: int | None = None
+        #: Busy rounds since the anchor was set.
+        self._rounds = 0
+        #: What the next raise adds, and what the last one added.
+        self._step = self.size
+        self._raised = 0
+        #: A size that was refused, and how many rounds were spent just below it.
+        self._ceiling: int | None = None
+        self._held = 0
+        #: When the last refusal cut the size, and whether a round has passed since without another.
+        self._cut_at = -1
+        self._clean = True
+        # The round so far: calls seen; of those that count how many had waited, and the sums of
+        # their latencies and of the squares.
+        self._seen = self._busy = self._total = self._squares = 0
+
+    def __repr__(self) -> str:
+        return f"<Adaptive {self.size} of {self.least} to {self.most:,}>"
+
+    def succeeded(self, latency: int, *, waited: bool) -> None:
+        """Take in a call that ended well.
+
+        Args:
+            latency: ns since it was admitted.
+            waited: whether it had to wait for a slot before.
+        """
+        self._seen += 1
+        over = self._seen - self.size
+        if over <= 0:
+            return
+        self._busy += waited
+        self._total += latency
+        self._squares += latency * latency
+        if over < max(self.size, _SAMPLE):
+            return
+        took = _Took.of(over, self._total, self._squares)
+        if took.error <= _SURE or over >= _PATIENCE * self.size:
+            busy = self._busy * 2 >= over
+            self._begin()
+            self._clean = True
+            self._end_round(took, busy=busy)
+
+    def overloaded(self, *, started: int, now: int) -> None:
+        """Take in a call, admitted at ``started``, that the server refused or didn't answer in time.
+
+        Calls admitted before the size was last cut for it say nothing new.
+        """
+        if started <= self._cut_at:
+            return
+        size = self.size if self._resume is None else self._resume
+        self._ceiling, self._held = size, 0
+        if self._clean:
+            self._resize(int(min(size * _BACKOFF, size - self._raised)))
+        else:
+            self._resize(int(size * _HALF))
+        self._cut_at = now
+        self._clean = False
+        self._step, self._raised, self._resume = 1, 0, None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._seen = self._busy = self._total = self._squares = 0
+
+    def _end_round(self, took: "_Took", *, busy: bool) -> None:
+        """Choose the next size by how long the calls of a round took at this one."""
+        if self._resume is not None:
+            self._set_anchor(took)
+            self._resize(self._resume)
+            self._resume = None
+            return
+        if self._anchor is None:
+            self._set_anchor(took)
+        elif self.size < self._anchor[0]:
+            slower = took.rise_from(self._anchor[1]) > _NEAR
+            self._set_anchor(took)
+            self._rounds = _PROBE_EVERY if slower else 0  # then here, too, calls may be in a queue
+        size, base = self._anchor or (self.size, took)
+        slope = took.rise_from(base) / max(math.log(self.size / size), _NEAR)
+        if slope >= _STEEP:
+            self._cut(base.mean / took.mean)
+        elif busy:
+            self._go_on(took, slope)
+
+    def _go_on(self, took: "_Took", slope: float) -> None:
+        """Stay, grow, or look again at a lower size."""
+        self._rounds += 1
+        if self._rounds >= _PROBE_EVERY and self.size > self.least:
+            self._resume = self.size
+            self._resize(int(self.size * _PROBE))
+        elif slope < _FLAT:
+            if self._anchor is not None and self.size >= self._anchor[0] * _FAR:
+                self._set_anchor(took)
+            self._raise()
+        else:
+            self._step, self._raised = max(1, self._step // 2), 0
+
+    def _set_anchor(self, took: "_Took") -> None:
+        self._anchor = (self.size, took)
+        self._rounds = 0
+
+    def _cut(self, left: float) -> None:
+        """Cut the size to what the server carries at the anchor's latency, and a short queue."""
+        left = max(left * _QUEUE, _HALF)
+        self._step, self._raised = 1, 0
+        self._resize(min(int(self.size * left), self.size - 1))
+        if self._anchor is not None and self.size > self._anchor[0]:  # it may be queued itself
+            self._rounds = _PROBE_EVERY
+
+    def _raise(self) -> None:
+        """Grow by the step, which doubles, or half the way to a size that was refused."""
+        step = self._step
+        if self._ceiling is not None:
+            step = (self._ceiling - self.size) // 2
+            if step < 1:
+                self._held += 1
+                self._raised = 0
+                if self._held < _HOLD:
+                    return
+                self._ceiling, step = None, 1
+        before = self.size
+        self._resize(before + step)
+        self._raised = self.size - before
+        self._step = min(2 * step, self.size)
+
+    def _resize(self, size: int) -> None:
+        self.size = self._within(size)
+
+    def _within(self, size: int) -> int:
+        return max(self.least, min(size, self.most))
+
+
+@dataclass(frozen=True, slots=True)
+class _Took:
+    """How long the calls of a round took, in ns, and the standard error of it as a part of it."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, count: int, total: int, squares: int) -> Self:
+        """Sum up latencies by their number, their sum and the sum of their squares."""
+        mean = max(total / count, 1.0)
+        variance = max(squares / count - mean * mean, 0.0)
+        return cls(mean, math.sqrt(variance / count) / mean)
+
+    def rise_from(self, base: Self) -> float:
+        """Return the logarithm of mean over mean, less what may be chance."""
+        return math.log(self.mean / base.mean) - math.hypot(self.error, base.error)
+
+
+def read_concurrency(value: Concurrency | None) -> tuple[int, int] | None:
+    """Return the bounds that ``concurrency=`` asks for; a fixed number is both of them.
+
+    Raises:
+        ValueError: it is no whole number of at least 1, no ``"auto"``, and no pair of such numbers
+            in ascending order.
+    """
+    if value is None:
+        return None
+    if value == "auto":
+        return AUTO
+    bounds = value if isinstance(value, tuple) else (value, value)
+    if len(bounds) != 2 or not all(_is_count(bound) for bound in bounds):  # noqa: PLR2004 - a pair
+        raise ValueError(
+            f'concurrency must be a whole number of at least 1, "auto" or a pair of such numbers, '
+            f"not {value!r}"
+        )
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"concurrency={value!r} has its bounds the wrong way round")
+    return bounds
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

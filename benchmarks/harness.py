@@ -1,0 +1,88 @@
+"""Measure contenders side by side, so that what disturbs one disturbs all.
+
+Every contender is sampled once a round, in turn, all in one process; a figure is the median over
+the rounds, with the lowest and the highest sample beside it. Ratios are formed within a round and
+then their median is taken: a machine that slows down for a while slows both sides. The garbage
+collector is on, as it is for users; it starts each sample with nothing to do, and what the imports
+brought is frozen, so that no contender pays for another's libraries. Waiting costs are
+CPU time (time asleep is the limiter's job); the rest is wall time of a loop that never sleeps.
+"""
+
+import asyncio
+import gc
+import statistics
+import sys
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+#: One sample: set up, measure, return the figure.
+Sample: TypeAlias = Callable[[], Coroutine[Any, Any, float]]
+Acquire: TypeAlias = Callable[[], Coroutine[Any, Any, object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one contender came to."""
+
+    name: str
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The figure."""
+        return statistics.median(self.samples)
+
+    @property
+    def low(self) -> float:
+        """The least of all rounds."""
+        return min(self.samples)
+
+    @property
+    def high(self) -> float:
+        """The most of all rounds."""
+        return max(self.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A bound that asyncbucket sets itself: ``ours`` at most ``bound`` times ``theirs``."""
+
+    ours: str
+    theirs: str
+    bound: float
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One measurement of all contenders; rows in the order in which they were given."""
+
+    key: str
+    title: str
+    unit: str
+    note: str
+    rows: tuple[Row, ...]
+    claims: tuple[Claim, ...] = ()
+    #: Contenders left out, and why.
+    absent: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def row(self, name: str) -> Row:
+        """Return the row of contender ``name``."""
+        return next(row for row in self.rows if row.name == name)
+
+    def ratio(self, ours: str, theirs: str) -> float:
+        """Return the median over the rounds of ``ours`` / ``theirs``."""
+        pairs = zip(self.row(ours).samples, self.row(theirs).samples, strict=True)
+        return statistics.median(mine / other for mine, other in pairs)
+
+
+def measure(samples: Mapping[str, Sample], *, rounds: int) -> tuple[Row, ...]:
+    """Sample all in turn, ``rounds`` times, each on a fresh event loop."""
+    found: dict[str, list[float]] = {name: [] for name in samples}
+    for number in range(rounds):
+        for name, sample in samples.items():
+            sys.stderr.write(f"\r\x1b[K  round {number + 1} of {rounds}: {name}")
+            gc.collect()
+            found[name].append(asyncio.run(sample()))
+    sys.stderr.write("\r\x1b[K")
+    return tuple(Row(name, tuple(values)) for name, values in found.items())

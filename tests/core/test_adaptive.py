@@ -1,0 +1,408 @@
+"""A number of slots that is found: as good as the best fixed one, and it follows."""
+
+import asyncio
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncbucket import Limiter
+from asyncbucket.adaptive import AUTO, Adaptive, Concurrency, read_concurrency
+from asyncbucket.errors import AcquireTimeout
+from asyncbucket.testing import VirtualTime, virtual_time
+
+SECOND = 1_000_000_000
+#: What a call takes (s) on a server that has nothing else to do.
+LATENCY = 1.0
+Capacity = Callable[[float], int]
+
+
+class RefusedError(Exception):
+    """A server's 429."""
+
+
+class QueueingServer:
+    """Serve `capacity` calls at once; let the others wait, first come first served."""
+
+    def __init__(self, time: VirtualTime, capacity: Capacity, spread: float) -> None:
+        self._time = time
+        self._capacity = capacity
+        self._spread = spread
+        self._chance = random.Random(3)
+        self._line: list[asyncio.Future[None]] = []
+        self.serving = 0
+
+    async def call(self) -> None:
+        """Return when the call is served."""
+        turn = asyncio.get_running_loop().create_future()
+        self._line.append(turn)
+        self._serve()
+        await turn
+        await self._work()
+
+    async def _work(self) -> None:
+        latency = LATENCY
+        if self._spread:
+            latency *= self._chance.lognormvariate(-(self._spread**2) / 2, self._spread)
+        await asyncio.sleep(latency)
+        self.serving -= 1
+        self._serve()
+
+    def _serve(self) -> None:
+        while self._line and self.serving < self._capacity(self._time.now):
+            self.serving += 1
+            self._line.pop(0).set_result(None)
+
+
+class RefusingServer(QueueingServer):
+    """Serve `capacity` calls at once, and refuse the others after 20 ms."""
+
+    async def call(self) -> None:
+        """Return when the call is served."""
+        if self.serving >= self._capacity(self._time.now):
+            await asyncio.sleep(0.02)
+            raise RefusedError
+        self.serving += 1
+        await self._work()
+
+
+@dataclass
+class Run:
+    """What came of a run: when calls were served, and what sizes there were."""
+
+    served: list[float] = field(default_factory=list)
+    sizes: list[tuple[float, int]] = field(default_factory=list)
+    refused: int = 0
+
+    def rate(self, start: float, end: float) -> float:
+        """Return the calls served in each second from `start` to `end`."""
+        return sum(start <= when < end for when in self.served) / (end - start)
+
+    def sizes_from(self, start: float) -> list[int]:
+        """Return the sizes from `start` on."""
+        return [size for when, size in self.sizes if when >= start]
+
+
+def run(
+    kind: type[QueueingServer],
+    capacity: Capacity,
+    *,
+    concurrency: Concurrency = "auto",
+    seconds: float = 300,
+    callers: int = 150,
+    spread: float = 0.05,
+) -> Run:
+    """Let `callers` call a server again and again through a limiter, and watch."""
+    found = Run()
+
+    async def caller(time: VirtualTime, limiter: Limiter, server: QueueingServer) -> None:
+        while time.now < seconds:
+            lease = await limiter.acquire()
+            try:
+                await server.call()
+            except RefusedError:
+                found.refused += 1
+                lease.overloaded()
+            else:
+                lease.release()
+                found.served.append(time.now)
+            found.sizes.append((time.now, limiter.concurrency or 0))
+
+    async def main(time: VirtualTime) -> None:
+        limiter = Limiter(concurrency=concurrency, clock=time.clock)
+        server = kind(time, capacity, spread)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(callers):
+                group.create_task(caller(time, limiter, server))
+        assert limiter.statistics().in_flight == server.serving == 0
+
+    with virtual_time() as time:
+        time.run(main(time))
+    return found
+
+
+def always(capacity: int) -> Capacity:
+    """Return a capacity that never changes."""
+    return lambda _: capacity
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.3])
+@pytest.mark.parametrize("capacity", [3, 10, 40])
+@pytest.mark.parametrize("kind", [QueueingServer, RefusingServer])
+def test_throughput_is_within_10_percent_of_the_best_fixed_number(
+    kind: type[QueueingServer], capacity: int, spread: float
+) -> None:
+    """Whether a server queues or refuses what is too much, 90 % of what it can do is done."""
+    fixed = run(kind, always(capacity), concurrency=capacity, spread=spread)
+    found = run(kind, always(capacity), spread=spread)
+    assert found.rate(60, 300) >= 0.9 * fixed.rate(60, 300)
+    assert found.rate(0, 60) >= 0.75 * fixed.rate(0, 60)
+
+
+@pytest.mark.parametrize("capacity", [10, 40])
+def test_a_queue_stays_short(capacity: int) -> None:
+    """On average at most half as much waits in a server as it serves, at worst as much."""
+    sizes = run(QueueingServer, always(capacity)).sizes_from(60)
+    assert sum(sizes) / len(sizes) <= 1.5 * capacity
+    assert max(sizes) <= 2 * capacity
+
+
+def test_refusals_are_rare() -> None:
+    """A server that refuses is asked for more than it has by under 1 % of calls."""
+    found = run(RefusingServer, always(40))
+    assert found.refused <= 0.01 * len(found.served)
+
+
+@pytest.mark.parametrize("kind", [QueueingServer, RefusingServer])
+def test_it_follows_a_capacity_that_halves_and_doubles(kind: type[QueueingServer]) -> None:
+    """Within 40 s, which are 40 calls in a row, it does 90 % of what can be done."""
+
+    def capacity(now: float) -> int:
+        return 20 if 200 <= now < 400 else 40
+
+    found = run(kind, capacity, seconds=600)
+    assert found.rate(150, 200) >= 0.9 * 40
+    assert found.rate(240, 400) >= 0.9 * 20
+    assert found.rate(440, 600) >= 0.9 * 40
+    halved = [size for when, size in found.sizes if 240 <= when < 400]
+    assert sum(halved) / len(halved) <= 1.5 * 20
+
+
+def test_calls_that_take_longer_are_no_overload_for_long() -> None:
+    """When all calls take three times as long, the number comes back within 100 calls in a row."""
+    adaptive = Adaptive(least=1, most=1_000)
+    feed(adaptive, 5_000, lambda size: SECOND * max(size, 40) // 40)
+    before = adaptive.size
+    feed(adaptive, 4_000, lambda size: 3 * SECOND * max(size, 40) // 40)
+    assert adaptive.size >= 0.7 * before
+
+
+def test_a_server_that_is_slower_with_more_calls_is_still_used() -> None:
+    """A batch of 64 takes twice as long as one call and does 32 times the work: take it."""
+    adaptive = Adaptive(least=1, most=1_000)
+    feed(adaptive, 5_000, lambda size: int(SECOND * (1 + size / 64)))
+    assert adaptive.size >= 32
+
+
+def test_the_same_history_gives_the_same_sizes() -> None:
+    """There is no chance in it."""
+    runs = [run(RefusingServer, always(10), seconds=60, spread=0.3) for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def feed(
+    adaptive: Adaptive, calls: int, latency: Callable[[int], int], *, waited: bool = True
+) -> None:
+    """Let calls end well that took what `latency` says for the size."""
+    for _ in range(calls):
+        adaptive.succeeded(latency(adaptive.size), waited=waited)
+
+
+def test_an_idle_phase_raises_nothing() -> None:
+    """While slots are free, calls that go well teach nothing."""
+    adaptive = Adaptive(least=1, most=1_000)
+    feed(adaptive, 1_000, lambda _: SECOND, waited=False)
+    assert adaptive.size == 4
+    feed(adaptive, 100, lambda _: SECOND)
+    assert adaptive.size > 16
+
+
+def test_an_idle_phase_may_cut() -> None:
+    """Calls that take longer than they should are too many, whether or not slots are free."""
+    adaptive = Adaptive(least=1, most=1_000)
+    feed(adaptive, 200, lambda _: SECOND)
+    before = adaptive.size
+    feed(adaptive, 3 * before, lambda _: 10 * SECOND, waited=False)
+    assert adaptive.size < before
+
+
+def test_refusals_of_one_wave_cut_once() -> None:
+    """What was admitted before a cut says nothing new; the next wave halves."""
+    adaptive = Adaptive(least=1, most=1_000, start=100)
+    for _ in range(50):
+        adaptive.overloaded(started=1, now=10)
+    assert adaptive.size == 90
+    adaptive.overloaded(started=11, now=20)
+    assert adaptive.size == 45
+
+
+def test_a_cut_takes_back_the_last_raise() -> None:
+    """Where a doubled size is refused, the size before it is known to be good."""
+    adaptive = Adaptive(least=1, most=1_000, start=16)
+    feed(adaptive, 32, lambda _: SECOND)
+    assert adaptive.size == 32
+    adaptive.overloaded(started=1, now=2)
+    assert adaptive.size == 16
+    feed(adaptive, 32, lambda _: SECOND)
+    assert adaptive.size == 24  # half the way to what was refused
+
+
+def test_a_refusal_during_a_round_at_a_lower_size_is_of_the_usual_size() -> None:
+    """The round that looks for a new anchor is no new size to cut from."""
+    adaptive = Adaptive(least=1, most=20, start=20)
+    while adaptive.size == 20:
+        feed(adaptive, 1, lambda _: SECOND)
+    assert adaptive.size == 14
+    adaptive.overloaded(started=1, now=2)
+    assert adaptive.size == 18
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    least=st.integers(1, 5),
+    more=st.integers(0, 60),
+    events=st.lists(
+        st.tuples(st.integers(0, 5 * SECOND), st.booleans(), st.integers(0, 40)), max_size=60
+    ),
+)
+def test_the_bounds_are_kept_whatever_happens(
+    least: int, more: int, events: list[tuple[int, bool, int]]
+) -> None:
+    """Any latencies, also of nothing, and any refusals: the size stays within its bounds."""
+    adaptive = Adaptive(least=least, most=least + more)
+    now = 0
+    for latency, waited, calls in events:
+        now += SECOND
+        if calls:
+            feed(adaptive, calls, lambda _, ns=latency: ns, waited=waited)  # type: ignore[misc]
+        else:
+            adaptive.overloaded(started=now - latency, now=now)
+        assert least <= adaptive.size <= least + more
+
+
+def test_one_slot_is_the_least() -> None:
+    """A server that refuses everything is still asked, one call at a time."""
+    found = run(RefusingServer, always(0), seconds=20, callers=10)
+    assert found.sizes[-1][1] == 1
+    assert not found.served
+
+
+# -- in a limiter ----------------------------------------------------------------------------------
+
+
+def test_auto_starts_with_four_slots_and_shows_them(virtual_time: VirtualTime) -> None:
+    """Statistics and repr show the present number, the repr its bounds too."""
+
+    async def main() -> None:
+        limiter = Limiter(concurrency="auto", clock=virtual_time.clock)
+        leases = [limiter.acquire_nowait() for _ in range(4)]
+        with pytest.raises(AcquireTimeout, match="all 4 slots are taken"):
+            await limiter.acquire(timeout=1)
+        assert limiter.statistics().concurrency == limiter.concurrency == 4
+        assert repr(limiter) == "<Limiter 'default', concurrency 4/4 of 1 to 1,000, 0 waiting>"
+        for lease in leases:
+            lease.release()
+
+    virtual_time.run(main())
+
+
+def test_a_larger_number_lets_in_whoever_waits(virtual_time: VirtualTime) -> None:
+    """A raise at the end of a call admits two: one by the slot that it gave back, one by the new."""
+
+    async def main() -> None:
+        limiter = Limiter(concurrency=(1, 2), clock=virtual_time.clock)
+        limiter.reconfigure(concurrency=1)
+        limiter.reconfigure(concurrency=(1, 2))
+
+        async def call() -> None:
+            async with limiter.acquire():
+                await asyncio.sleep(1)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(60):
+                group.create_task(call())
+        assert virtual_time.now < 60
+
+    virtual_time.run(main())
+
+
+def test_how_a_with_block_ends_tells_how_the_call_did(virtual_time: VirtualTime) -> None:
+    """A time-out in it is overload; our own, cancellation, and other errors are not."""
+
+    async def leave_by(limiter: Limiter, error: BaseException) -> int | None:
+        await asyncio.sleep(1)
+        with pytest.raises(type(error)):
+            async with limiter.acquire():
+                raise error
+        with pytest.raises(type(error)), limiter.acquire_sync():
+            raise error
+        return limiter.concurrency
+
+    async def main() -> None:
+        limiter = Limiter(concurrency=(1, 100), clock=virtual_time.clock)
+        assert await leave_by(limiter, ValueError()) == 4
+        assert await leave_by(limiter, asyncio.CancelledError()) == 4
+        assert await leave_by(limiter, AcquireTimeout("another limiter's")) == 4
+        assert await leave_by(limiter, TimeoutError()) == 3
+        assert limiter.statistics().in_flight == 0
+
+    virtual_time.run(main())
+
+
+def test_only_the_first_word_about_a_call_counts(virtual_time: VirtualTime) -> None:
+    """`overloaded` and `failed` release; whatever is said of a released lease changes nothing."""
+    limiter = Limiter(concurrency=(1, 100), clock=virtual_time.clock)
+    lease = limiter.acquire_nowait()
+    lease.failed()
+    assert lease.released
+    lease.overloaded()
+    lease.release()
+    assert (limiter.concurrency, limiter.statistics().in_flight) == (4, 0)
+    plain = Limiter(concurrency=3, clock=virtual_time.clock).acquire_nowait()
+    plain.overloaded()
+    assert plain.released
+
+
+def test_calls_that_were_not_made_teach_nothing(virtual_time: VirtualTime) -> None:
+    """Leases that are undone, dropped, or failed are no rounds."""
+    limiter = Limiter(concurrency=(1, 100), clock=virtual_time.clock)
+    for _ in range(200):
+        limiter.acquire_nowait().undo()
+        limiter.acquire_nowait().failed()
+        limiter.acquire_nowait()
+    assert limiter.concurrency == 4
+    assert limiter.statistics().in_flight == 0
+
+
+def test_reconfigure_goes_between_fixed_and_found(virtual_time: VirtualTime) -> None:
+    """A search begins anew after a fixed number, and goes on within other bounds."""
+    limiter = Limiter("60 RPM", clock=virtual_time.clock)
+    lease = limiter.acquire_nowait()
+    limiter.reconfigure(concurrency="auto")
+    lease.release()
+    assert limiter.concurrency == 4
+    limiter.reconfigure(concurrency=(8, 20))
+    assert limiter.concurrency == 8
+    limiter.reconfigure(concurrency=(1, 20))
+    assert limiter.concurrency == 8
+    limiter.reconfigure(concurrency=7)
+    assert repr(limiter).endswith("concurrency 0/7, 0 waiting>")
+    limiter.reconfigure(concurrency=(1, 2))
+    assert limiter.concurrency == 2
+    assert limiter.statistics().in_flight == 0
+
+
+def test_bounds_are_a_number_auto_or_a_pair() -> None:
+    """All else is refused, with the value that was given."""
+    assert read_concurrency(None) is None
+    assert read_concurrency(7) == (7, 7)
+    assert read_concurrency("auto") == AUTO
+    assert read_concurrency((2, 9)) == (2, 9)
+    wrong: tuple[Any, ...] = ((1,), (0, 4), (1, 2, 3), (1, math.inf), "many", [1, 2], (True, 2))
+    for bad in wrong:
+        with pytest.raises(ValueError, match="or a pair of such numbers, not"):
+            read_concurrency(bad)
+    with pytest.raises(
+        ValueError, match=r"concurrency=\(9, 2\) has its bounds the wrong way round"
+    ):
+        read_concurrency((9, 2))
+
+
+def test_it_shows_where_it_is() -> None:
+    """The repr has the size and the bounds."""
+    assert repr(Adaptive(least=1, most=1_000)) == "<Adaptive 4 of 1 to 1,000>"
