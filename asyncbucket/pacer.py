@@ -94,7 +94,7 @@ class Budget:
         taken = gates.take(amounts, now)
         self.easy = _EASY
         if taken and self.ramp is not None:
-            self.climb_locked(now)
+            self.climb_locked()
         return taken
 
     def pause_locked(self, until: int, now: int, *, gradually: bool) -> None:
@@ -104,12 +104,12 @@ class Budget:
             self.ramp = Ramp(until, pause=until - now) if gradually else None
         self.ring_locked()
 
-    def climb_locked(self, now: int) -> None:
+    def climb_locked(self) -> None:
         """Count an admission of a slow start: the next has its own instant."""
         ramp = self.ramp
         if ramp is not None and not ramp.over:
             self.paused_until = ramp.climb()
-        elif self.paused_until <= now:
+        else:
             self.ramp = None
 
     def look_locked(self, gates: Gates, amounts: Amounts, since: int) -> tuple[int, str | None]:
@@ -327,7 +327,7 @@ class Pacer:
                         break
                     head.gates.book(head.amounts, now)
                 if budget.ramp is not None:
-                    budget.climb_locked(now)
+                    budget.climb_locked()
                 head.bound_by = self._bound_by
                 head.set_result(now)
                 self._since = now
