@@ -20,8 +20,8 @@ a short list that ascends in time and backlog; a list too long is halved, each p
 lower low at its later time, so that a refund errs on the safe side only.
 
 ``Window`` is the sliding window itself: bookings by time, forgotten when the window has passed
-them. To bound its memory, bookings within W/256 of each other are kept as one, dated at the last;
-and each is kept W/256 longer than the window, which is the room a network's jitter needs: two
+them. To bound its memory, bookings within W/512 of each other are kept as one, dated at the last;
+and each is kept 3W/512 longer than the window, which is the room a network's jitter needs: two
 calls admitted exactly W apart may arrive closer. Together that is at most W/128, on the safe side.
 """
 
@@ -34,8 +34,10 @@ from typing import Final, Protocol
 #: "Not before something is given back": later than any instant.
 NEVER: Final = 1 << 100
 
-#: A window forgets in steps of its 256th part.
-_GRAINS: Final = 256
+#: A window forgets in steps of its 512th part,
+_GRAINS: Final = 512
+#: and holds what it keeps for so many of them longer, for the network's jitter.
+_JITTER: Final = 3
 #: A bucket remembers that many lows; more are halved, neighbours becoming one. (An odd number.)
 _LOWS: Final = 511
 
@@ -233,7 +235,7 @@ class Window:
         #: Units booked by calls that may still give them back; whoever closes a call counts it out.
         self.lent = 0
         self._grain = max(1, window // _GRAINS)
-        self._hold = window + self._grain
+        self._hold = window + _JITTER * window // _GRAINS
         # Entries: the date of the last booking in each, and its units. The newest stands apart: it
         # is open to more bookings until its grain has passed; 0 if there is none.
         self._dates: list[int] = []

@@ -99,8 +99,8 @@ def _refusals(outcomes: Sequence[Outcome]) -> Iterator[str]:
     yield (
         f"{outcomes[0].calls:,} chats at once through LlamaIndex's OpenAI class, at most 50 in "
         "flight, to the bundled provider: 300 requests and 60,000 tokens a minute, which lasts 10 s. "
-        "Retries are off. So short a minute leaves 39 ms for what lies between an admission and the "
-        "arrival at the provider; a real one leaves 234 ms."
+        "Retries are off. So short a minute leaves 59 ms for what lies between an admission and the "
+        "arrival at the provider; a real one leaves 352 ms."
     )
     yield ""
     yield "| provider | paced by | answered | refused (429) | s |"

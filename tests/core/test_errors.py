@@ -83,10 +83,10 @@ def test_would_block_says_what_binds_and_for_how_long(virtual_time: VirtualTime)
         with pytest.raises(WouldBlock) as error:
             limiter.acquire_nowait(tokens=60)
         assert str(error.value) == (
-            "a call of 1 request, 60 tokens cannot pass without waiting: tokens bind for 86,738 s "
+            "a call of 1 request, 60 tokens cannot pass without waiting: tokens bind for 86,906 s "
             "more; wait with acquire()"
         )
-        assert error.value.retry_after == pytest.approx(86_400 * 257 / 256)
+        assert error.value.retry_after == pytest.approx(86_400 * 515 / 512)
         limiter.pause(3, reason="429")
         with pytest.raises(WouldBlock) as error:
             limiter.acquire_nowait()
@@ -120,11 +120,11 @@ def test_a_full_queue_refuses(virtual_time: VirtualTime) -> None:
             await limiter.acquire()
         assert str(error.value) == (
             "a call of 1 request cannot pass behind 2 calls that wait already: requests bind for "
-            "1 s more; try again later or raise max_queue=2"
+            "1.01 s more; try again later or raise max_queue=2"
         )
-        assert error.value.retry_after == 257 / 256
+        assert error.value.retry_after == 515 / 512
         await asyncio.gather(*calls)
-        assert virtual_time.now == 2 * 257 / 256
+        assert virtual_time.now == 2 * 515 / 512
 
     virtual_time.run(main())
 

@@ -120,6 +120,6 @@ def test_a_queue_of_cheap_calls_is_served_by_one_wake_up(virtual_time: VirtualTi
         assert [call.done() for call in calls] == [True] * 8 + [False]
         assert virtual_time.now == 7
         await calls[-1]
-        assert virtual_time.now == 60 * 257 / 256
+        assert virtual_time.now == 60 * 515 / 512
 
     virtual_time.run(main())

@@ -69,7 +69,7 @@ def test_an_acquisition_is_a_coroutine_to_asyncio(*, debug: bool) -> None:
             async with asyncio.TaskGroup() as group:
                 group.create_task(limiter.acquire())
             assert limiter.statistics().admitted == 6
-            assert time.now == pytest.approx(5 * 257 / 256)
+            assert time.now == pytest.approx(5 * 515 / 512)
 
         time.run(main())
 
@@ -86,7 +86,7 @@ def test_one_admission_covers_everything_or_nothing(virtual_time: VirtualTime) -
         assert (now.in_flight, now.waiting) == (0, 1)
         assert now.limits[0].used == 1
         lease = await waiting
-        assert lease.waited == pytest.approx(60 * 257 / 256)
+        assert lease.waited == pytest.approx(60 * 515 / 512)
         assert lease.bound_by == "tokens"
 
     virtual_time.run(main())
@@ -105,10 +105,10 @@ def test_a_lease_tells_what_it_waited_for(virtual_time: VirtualTime) -> None:
         assert (await second).bound_by == "concurrency"
         (await second).release()
         third = await limiter.acquire()
-        assert (third.waited, third.bound_by) == (2 * 257 / 256, "requests")
+        assert (third.waited, third.bound_by) == (2 * 515 / 512, "requests")
         assert limiter.statistics().waits == {
             "concurrency": Waits(1, 5.0),
-            "requests": Waits(1, pytest.approx(2 * 257 / 256)),  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+            "requests": Waits(1, pytest.approx(2 * 515 / 512)),  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
         }
 
     virtual_time.run(main())

@@ -376,11 +376,11 @@ def test_a_booking_that_left_the_window_is_not_refunded_from_a_younger_one() -> 
 
 
 def test_a_window_remembers_in_bounded_memory() -> None:
-    """A hundred thousand bookings within one window are kept as some 257."""
+    """A hundred thousand bookings within one window are kept as some 513."""
     window = Window(amount=1_000_000, window=SECOND)
     for step in range(100_000):
         assert window.take(1, step * 20_000)
-    assert len(window._dates) <= 260
+    assert len(window._dates) <= 520
     assert len(window._units) == len(window._dates)
 
 
@@ -389,7 +389,7 @@ def test_a_window_in_debt_passes_nothing_until_it_leaves() -> None:
     window = Window(amount=10, window=SECOND)
     window.owe(20, 0)
     assert window.available(0) == -10
-    assert window.earliest(1, 0) == SECOND + SECOND // 256
+    assert window.earliest(1, 0) == SECOND + 3 * SECOND // 512
     assert window.earliest(11, 0) == NEVER
 
 
@@ -479,7 +479,7 @@ def test_what_is_lent_may_come_back() -> None:
     assert gates.take(cost, 0)
     assert gates.soonest(cost, 0) == 0
     gates.windows[0][0].lent = 0
-    assert gates.soonest(cost, 0) == SECOND + SECOND // 256
+    assert gates.soonest(cost, 0) == SECOND + 3 * SECOND // 512
     assert gates.soonest({"c": 1}, 0) == 0
     gates.windows[0][0].lent = 8
     gates.unbook(cost, 0)

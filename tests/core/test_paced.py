@@ -23,7 +23,7 @@ def test_each_call_of_a_paced_function_is_admitted_first(virtual_time: VirtualTi
     async def main() -> None:
         replies = await asyncio.gather(ask("a"), ask("b", loud=True))
         assert list(replies) == ["a", "B"]
-        assert virtual_time.now == 257 / 256
+        assert virtual_time.now == 515 / 512
         assert limiter.statistics().in_flight == 0
 
     virtual_time.run(main())

@@ -35,7 +35,7 @@ def test_a_lowered_limit_is_kept_from_the_first_moment(virtual_time: VirtualTime
         limiter.reconfigure("50 TPM")
         assert limiter.statistics().limits[0].available == -20
         await limiter.acquire(tokens=1)
-        assert virtual_time.now == 60 * 257 / 256
+        assert virtual_time.now == 60 * 515 / 512
 
     virtual_time.run(main())
 
