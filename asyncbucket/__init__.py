@@ -1,5 +1,9 @@
 """Asyncio-native rate-limiting for concurrent agents: never over, never idle, in order."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from asyncbucket.context import deadline, priority, tenant
 from asyncbucket.cost import Cost
 from asyncbucket.errors import (
     AcquireTimeout,
@@ -10,11 +14,28 @@ from asyncbucket.errors import (
     StoreError,
     WouldBlock,
 )
+from asyncbucket.explain import Explanation
 from asyncbucket.lease import Lease
 from asyncbucket.limiter import Limiter, pace
 from asyncbucket.limits import Limit
+from asyncbucket.plan import plan
 from asyncbucket.statistics import LimitUse, Statistics, Waits
 from asyncbucket.token_bucket import BucketStatistics, TokenBucket
+
+if TYPE_CHECKING:
+    from asyncbucket.plan import Plan
+
+_LAZY = frozenset({"batch", "presets", "settings", "stores", "telemetry", "testing"})
+
+
+def __getattr__(name: str) -> object:
+    """Load what few need when it is first spoken of: ``asyncbucket.telemetry``, `Plan`."""
+    if name in _LAZY:
+        return import_module(f"asyncbucket.{name}")
+    if name == "Plan":
+        return import_module("asyncbucket.plan").Plan
+    raise AttributeError(f"module 'asyncbucket' has no attribute {name!r}")
+
 
 __all__ = [
     "AcquireTimeout",
@@ -22,16 +43,22 @@ __all__ = [
     "BucketStatistics",
     "Cost",
     "CostExceedsLimit",
+    "Explanation",
     "Lease",
     "Limit",
     "LimitSyntaxError",
     "LimitUse",
     "Limiter",
+    "Plan",
     "QueueFull",
     "Statistics",
     "StoreError",
     "TokenBucket",
     "Waits",
     "WouldBlock",
+    "deadline",
     "pace",
+    "plan",
+    "priority",
+    "tenant",
 ]

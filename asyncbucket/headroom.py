@@ -5,49 +5,91 @@ is left of a limit. `Headroom` keeps that number between replies: our own bookin
 raises it, the next reply corrects it. It stands beside a limit's `Window` and can only hold calls
 back; what the user allows at most is the window's business.
 
-How it is corrected. A reply is late: what we sent after the call that it answers may be in its
-number or not. And it may be rounded down. So it names an interval, and what we expected is moved
-into it, no further. While we are alone, what we expect lies inside, and nothing happens. If it
-was too high, others took the difference; if too low, they took less than expected. A low-pass
-filter over an eighth of the window (`_others`) makes a rate of these differences, and the headroom
-is expected to grow by the limit less that rate. This is the integral part of a controller whose
-proportional part is the level itself.
+*The level.* A reply is late: what we sent after the call that it answers may be in its number or
+not. And it may be rounded down. So it names an interval, and what we expected is moved into it, no
+further. While we are alone, what we expect lies inside, and nothing happens. What came back less
+than the limit would bring (`_missing`, a low-pass filter over an eighth of the window) slows the
+growth that is expected. This is the integral part of a controller whose proportional part is the
+level itself. While something is missing a margin of the level stays untouched, for at the edge every
+call of others between two replies would cost a refusal.
 
-At the edge every call of others between two replies would cost a refusal, so while others are at
-work a margin stays untouched: what they take in a 60th of the window, and two calls of the size
-asked for, and what is on its way; yet at most a quarter of the most that was ever said to be left.
+*The reserve.* That is enough for a bucket, which refills steadily. Where a log of the last minute
+counts, or a minute of the clock, nothing comes back for a long time, and who takes all that is left
+leaves nothing to others until then. So `Others` reckons what they will take of a whole window, and
+in every window we take the rest, and evenly. Nobody says how a provider counts; but whichever way it
+is, others have taken at least (1) what is used beyond what we booked in the last window, and (2) as
+far as nothing came back, what is left less now than at some earlier moment, beyond our bookings
+since. The larger of these is the truth for a log and for the clock's minutes, and too little for a
+bucket, where the level is enough. On top of it is room for chance: calls that come independently
+have a variance like their number.
 
-Providers count by a bucket, as a rule, and there the expectation is exact. One that counts in
-short slices (60,000 a minute as 1,000 a second) says that little is left whenever it is asked;
-growth up to the most that was ever left, at the limit's rate, is right there too. Where a log or a
-fixed window counts, the numbers are right and the growth a guess that each reply mends. When no
-reply comes for two windows, all is forgotten: what others took before counts no more.
-The numbers above were found by simulation of all of these, with others at 0, 10, 40 and 60 %.
+*Slices.* Providers may count in shorter slices than they say, 60,000 a minute as 1,000 a second. So
+before the first word no more than a slice's worth passes in each slice (`Slices`), and it stays so
+until more than that is said to be left. Where it is never more, the same is done for the slice as
+above for the window: what others take of it is not touched.
+
+In the first window that we listen, and whenever others are at work, calls come evenly, at most a
+tenth of the limit at once: else all is spent before anything was heard.
+
+When no reply comes for two windows, all is forgotten: what others took before counts no more.
+The numbers below were found by simulation of buckets, logs, minutes of the clock and slices, with
+others at 0, 10, 40 and 60 %.
 """
 
-from typing import Final
+from typing import ClassVar, Final
 
-#: Others are at work when they take at least this part of the limit.
+from asyncbucket.meters import Window
+from asyncbucket.others import Others, Slices, with_room
+
+#: Something is missing when it is at least this part of the limit.
 _BUSY: Final = 8
 #: The filter's time constant is this part of the window.
 _SMOOTHING: Final = 8
-#: The margin covers what others take in this part of the window...
+#: The margin covers what is missing in this part of the window...
 _MARGIN: Final = 60
 #: ...and so many calls like the one that asks,
 _CALLS: Final = 2
 #: ...and is at most this part of what was ever left.
 _MOST: Final = 4
+#: Of a window longer than this (ns) only the level counts: nobody can tell from a while how much
+#: others take in a day.
+_LONG: Final = 120_000_000_000
 #: So many windows after the last word, it counts no more.
 _MEMORY: Final = 2
-#: Growth is never expected to be less than this part of the limit a window, so that some call
-#: passes, whose reply tells more.
+#: Some calls always pass, whose replies tell more: this part of the limit in a window.
 _LEAST: Final = 20
+#: The part of a window's worth that may pass at once where calls are to come evenly.
+_AT_ONCE: Final = 10
 
 
 class Headroom:
     """Admit what the provider says is left. Levels are kept in units times window, hence exact."""
 
-    __slots__ = ("_at", "_heard", "_level", "_most", "_others", "_under_way", "amount", "window")
+    __slots__ = (
+        "_alone",
+        "_at",
+        "_booked",
+        "_even",
+        "_first",
+        "_growth",
+        "_heard",
+        "_last",
+        "_left",
+        "_level",
+        "_long",
+        "_margin",
+        "_missing",
+        "_most",
+        "_others",
+        "_ours",
+        "_pace",
+        "_slices",
+        "amount",
+        "window",
+    )
+
+    bound_by: ClassVar[str | None] = None
+    remote: ClassVar[bool] = False
 
     def __init__(self, *, amount: int, window: int) -> None:
         self.amount = amount
@@ -55,19 +97,43 @@ class Headroom:
         #: What was left at ``_at``, as far as is known; None before any word from the provider.
         self._level: int | None = None
         self._at = 0
-        self._heard = 0
-        #: What others take in a window.
-        self._others = 0
+        #: When the last word was heard, and the first.
+        self._heard = self._first = 0
+        #: What comes back less than the limit in a window, and what is expected to come.
+        self._missing = 0
+        self._growth = amount
+        #: What stays untouched while something is missing.
+        self._margin = 0
+        #: What was said to be left last, at least, and the most that ever was.
+        self._left = 0
         self._most = 0
-        self._under_way = 0
+        #: Units that we booked, in the last window and ever.
+        self._ours = Window(amount=amount, window=window)
+        self._booked = 0
+        self._others = Others(amount=amount, window=window)
+        #: When what was booked would have passed, had it come evenly, and when it did.
+        self._even = self._last = 0
+        #: Whether it is as if nobody else were there, and the ns after which a unit comes then.
+        self._alone = False
+        self._pace = 0
+        self._long = window > _LONG
+        #: None once it is known that the window is counted as a whole.
+        self._slices = None if self._long else Slices(amount=amount, window=window)
 
     @property
     def others(self) -> int:
         """Units that others take of the limit in each window, estimated."""
-        return self._others
+        return self._others.estimate
 
     def hear(
-        self, remaining: int, now: int, *, amount: int, under_way: int = 0, rounding: int = 0
+        self,
+        remaining: int,
+        now: int,
+        *,
+        amount: int,
+        under_way: int = 0,
+        lent: int = 0,
+        rounding: int = 0,
     ) -> None:
         """Correct what is expected by what a reply says.
 
@@ -76,22 +142,49 @@ class Headroom:
             now: the instant.
             amount: the limit, the provider's or ours, whichever is lower.
             under_way: units that we booked after the call that the reply answers.
+            lent: units that calls in flight may still give back.
             rounding: by how many units it may have been rounded down.
         """
-        self.amount = amount
-        self._under_way = under_way
-        self._most = min(amount, max(self._most, remaining + rounding + 1))
+        if self._level is None:
+            self._first = now
+        if amount != self.amount:
+            self.amount = amount
+            self._ours.reshape(amount=amount)
+            # What was expected of another limit counts no more.
+            self._level = None
+            self._others = Others(amount=amount, window=self.window)
+        self._correct(remaining, now, under_way=under_way, rounding=rounding)
+        if self._slices is not None and remaining > self._slices.share:
+            self._slices = None
+        if self._slices is not None:
+            self._slices.hear(remaining, now)
+        elif not self._long:
+            used = -remaining - rounding
+            ours = amount - self._ours.available(now)
+            total = max(amount, remaining + ours)  # the provider's limit may be far above ours
+            unsure = max(under_way, lent) + rounding
+            self._others.hear(used - self._booked, now, used + total - ours, unsure)
+        self._alone = not (self._slices or self._others.estimate or self._margin)
+        self._pace = self.window // amount
+
+    def _correct(self, remaining: int, now: int, *, under_way: int, rounding: int) -> None:
+        """Move the level into the interval that a reply names, and note what was missing."""
+        self._left = remaining - under_way
+        self._most = min(self.amount, max(self._most, remaining + rounding + 1))
         low = (remaining - under_way) * self.window
         high = (remaining + rounding) * self.window
         expected = self._expect(now)
         if expected is None:
-            self._level, self._others = low, 0
+            self._level, self._missing = low, 0
         else:
             self._level = min(max(expected, low), high)
-            taken = (expected - self._level) // (
+            less = (expected - self._level) // (
                 now - self._heard + _MEMORY * self.window // _SMOOTHING
             )
-            self._others = min(amount, max(0, self._others + taken))
+            self._missing = min(self.amount, max(0, self._missing + less))
+        self._growth = max(self.amount - self._missing, self.amount // _LEAST, 1)
+        missed = self._missing * _BUSY >= self.amount
+        self._margin = max(1, self._missing // _MARGIN) if missed else 0
         self._at = self._heard = now
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
@@ -100,61 +193,105 @@ class Headroom:
         level = self._expect(now, needed)
         if level is None or back:
             return now
-        missing = needed - level
-        if missing <= 0:
-            return now
-        return min(
-            max(now, self._at) - -missing // self._growth, self._heard + _MEMORY * self.window
-        )
+        when = now
+        if needed > level:
+            when = max(now, self._at) - -(needed - level) // self._growth
+        reserve = self._reserve(amount)
+        if reserve or (now < self._first + self.window and not self._long):
+            when = max(when, self._evenly(amount, now, reserve))
+        if self._slices is not None:
+            when = max(when, self._slices.earliest(amount, now))
+        return min(when, self._heard + _MEMORY * self.window)
+
+    def _evenly(self, amount: int, now: int, reserve: int) -> int:
+        """Return when ``amount`` may pass so that we take evenly what others leave."""
+        amount = min(amount, self.amount)
+        cost = amount * self.window // (self.amount - reserve)
+        even = self._even - max(0, self.window // _AT_ONCE - cost)
+        when = max(even, self._ours.earliest(amount + reserve, now))
+        return min(when, self._last + self.window // _LEAST)
 
     def take(self, amount: int, now: int) -> bool:
         """See `asyncbucket.meters.Meter.take`."""
-        if self.earliest(amount, now) > now:
-            return False
+        level = self._level
+        if level is not None:
+            if self._alone and self._first + self.window <= now < self._heard + self.window:
+                needed = amount * self.window  # as `earliest` does, without the calls
+                if level + (now - self._at) * self._growth < needed:
+                    return False
+            elif self.earliest(amount, now) > now:
+                return False
         self.book(amount, now)
         return True
 
     def book(self, amount: int, when: int) -> None:
         """See `asyncbucket.meters.Meter.book`."""
-        level = self._expect(when)
+        level = self._expect(when, self._needed(amount))
         if level is not None:
-            self._level = level - amount * self.window
-            self._at = max(when, self._at)
+            self._level = level - self._share(amount) * self.window
+            self._at = max(self._at, when)
+        self._booked += amount
+        self._ours.book(amount, when)
+        apart = amount * self._pace if self._alone else self._apart(amount)
+        self._even = max(self._even, when) + apart
+        self._last = when
+        if self._slices is not None:
+            self._slices.book(amount, when)
 
     def owe(self, amount: int, now: int) -> None:
         """See `asyncbucket.meters.Meter.owe`."""
         self.book(amount, now)
 
-    def unbook(self, amount: int, when: int, *, left: int = 0) -> None:  # noqa: ARG002 - units are alike
+    def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
         """See `asyncbucket.meters.Meter.unbook`; the last word counts what was booked before."""
         if self._level is not None and when >= self._heard:
-            self._level += amount * self.window
+            self._level += self._share(amount) * self.window
+        self._booked -= amount
+        self._ours.unbook(amount, when, left=left)
+        self._even -= self._apart(amount)
+        if self._slices is not None:
+            self._slices.unbook(amount, when, left)
 
     def available(self, now: int) -> int:
-        """See `asyncbucket.meters.Meter.available`."""
+        """See `asyncbucket.meters.Meter.available`: what is left, whatever is reserved of it."""
         level = self._expect(now)
         if level is None:
             return self.amount
         return (level - self._needed(0)) // self.window
-
-    @property
-    def _growth(self) -> int:
-        """Units that are expected to come back in each window; a ns brings so many levels."""
-        return max(self.amount - self._others, self.amount // _LEAST, 1)
 
     def _expect(self, now: int, needed: int = 0) -> int | None:
         """Return the level at ``now``; None if nothing that was heard counts any more.
 
         It grows to the most that was ever left, or to what a larger call needs: none is impossible.
         """
-        if self._level is None or now >= self._heard + _MEMORY * self.window:
+        level, at = self._level, self._at
+        if level is None or now >= self._heard + _MEMORY * self.window:
             return None
-        grown = self._level + max(0, now - self._at) * self._growth
-        return min(grown, max(self._level, self._most * self.window, needed))
+        if now <= at:
+            return level
+        return min(level + (now - at) * self._growth, max(level, self._most * self.window, needed))
 
     def _needed(self, amount: int) -> int:
         """Return the level at which ``amount`` may pass."""
-        margin = 0
-        if self._others * _BUSY >= self.amount:
-            margin = self._others // _MARGIN + _CALLS * amount + self._under_way
-        return (amount + min(margin, self._most // _MOST)) * self.window
+        amount = self._share(amount)
+        if self._margin:
+            amount += min(self._margin + _CALLS * amount, self._most // _MOST)
+        return amount * self.window
+
+    def _share(self, amount: int) -> int:
+        """Return what ``amount`` takes of the level: no more than there ever is in a slice."""
+        return amount if self._slices is None else min(amount, self._slices.share)
+
+    def _reserve(self, amount: int) -> int:
+        """Return what is left to others in a window, where calls cost about ``amount``."""
+        others = self._others.estimate
+        if not others:
+            return 0
+        reserve = with_room(others, amount)
+        if self._left >= reserve + self.amount:  # there is enough for all
+            return 0
+        return max(0, min(reserve, self.amount - max(amount, self.amount // _LEAST)))
+
+    def _apart(self, amount: int) -> int:
+        """Return the ns after which an even flow brings the next call."""
+        return amount * self.window // max(1, self.amount - self._reserve(amount))

@@ -1,84 +1,15 @@
-"""What an admission gives: a lease, and the object that one awaits or enters to get it."""
+"""What an admission gives: the lease that holds it."""
 
-from collections.abc import Coroutine, Generator
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Self
 
-from asyncbucket.adaptive import Adaptive
+from asyncbucket.account import Account
 from asyncbucket.cost import Cost, whole
 from asyncbucket.errors import AsyncBucketError
-from asyncbucket.loops import Holder, reset_after_fork
-from asyncbucket.meters import Gates, Slots, Window
-from asyncbucket.pacer import Budget
-
-
-class Account:
-    """Keep a limiter's books of leases; all its numbers are read and written under the lock."""
-
-    __slots__ = (
-        "__weakref__",  # pyright: ignore[reportUninitializedInstanceVariable]
-        "adaptive",
-        "admitted",
-        "budget",
-        "cancelled",
-        "in_flight",
-        "refunded",
-        "refused",
-        "slots",
-        "waits",
-    )
-
-    def __init__(self, budget: Budget) -> None:
-        self.budget = budget
-        self.admitted = 0
-        self.cancelled = 0
-        self.refused = 0
-        self.in_flight = 0
-        self.slots: Slots | None = None
-        #: What finds the number of slots, where it is not given.
-        self.adaptive: Adaptive | None = None
-        #: Units given back by settling, by resource.
-        self.refunded: dict[str, int] = {}
-        #: How many calls waited, and for how many ns together, by what bound them.
-        self.waits: dict[str, tuple[int, int]] = {}
-        reset_after_fork(self)
-
-    def after_fork(self) -> None:
-        """Begin anew in a child process: the leases in flight are the parent's."""
-        self.in_flight = 0
-        if self.slots is not None:
-            self.slots.used = 0
-
-    def resize_locked(self) -> None:
-        """Take over the number of slots that was found, and let in whoever fits by it."""
-        assert self.adaptive is not None
-        assert self.slots is not None
-        larger = self.adaptive.size > self.slots.size
-        self.slots.reshape(size=self.adaptive.size)
-        if larger and self.budget.waiting:
-            self.budget.ring_locked()
-
-    def waited_locked(self, lease: "Lease", waited: int, bound_by: str | None) -> None:
-        """Note in the lease and in the books that a call waited ``waited`` ns."""
-        lease.waited = waited * 1e-9
-        lease.bound_by = bound_by
-        if bound_by is not None:
-            count, total = self.waits.get(bound_by, (0, 0))
-            self.waits[bound_by] = (count + 1, total + waited)
-
-
-class Door(Protocol):
-    """Let calls in; a `Limiter` as an `Acquisition` sees it."""
-
-    def try_now(self, amounts: dict[str, int], *, on_loop: bool = True) -> "Lease | None":
-        """Return a lease if that is possible without waiting."""
-        ...
-
-    async def wait(
-        self, amounts: dict[str, int], deadline: int | None, *, on_loop: bool = True
-    ) -> "Lease":
-        """Return a lease in turn."""
-        ...
+from asyncbucket.events import Outcome, Released, Settled
+from asyncbucket.gates import Gates
+from asyncbucket.loops import Holder
+from asyncbucket.meters import Window
 
 
 class Lease:
@@ -96,10 +27,12 @@ class Lease:
         "__weakref__",  # pyright: ignore[reportUninitializedInstanceVariable]
         "_account",
         "_amounts",
+        "_cost",
         "_epoch",
         "_gates",
         "_holder",
         "_open",
+        "_priority",
         "_settled",
         "_when",
         "bound_by",
@@ -113,29 +46,38 @@ class Lease:
         amounts: dict[str, int],
         when: int,
         holder: Holder,
+        priority: int | None = None,
     ) -> None:
-        """Open the books for a booking at ``when``; called with the budget's lock held."""
+        """Open the books for a booking at ``when``; called with the budget's lock held.
+
+        ``priority`` is that of a call that had to wait, and whose share was charged for it.
+        """
         self._account = account
         self._gates = gates
         self._amounts = amounts
+        self._cost: Cost | None = None
         self._when = when
         self._holder = holder
         self._settled: dict[str, int] | None = None
         self._open = True
         self._epoch = account.budget.epoch
+        self._priority = priority
         #: Seconds between asking and admission.
         self.waited = 0.0
         #: The resource that held it up: ``"requests"``, ``"tokens"``, ``"concurrency"``,
         #: ``"paused"``...; None if it did not wait.
         self.bound_by: str | None = None
-        account.admitted += 1
-        account.in_flight += 1
+        for each in account.path:
+            each.admitted += 1
+            each.in_flight += 1
         holder.leases += 1
 
     @property
     def cost(self) -> Cost:
         """What was reserved."""
-        return Cost.of(self._amounts)
+        if self._cost is None:
+            self._cost = Cost.of(self._amounts)
+        return self._cost
 
     @property
     def released(self) -> bool:
@@ -178,33 +120,43 @@ class Lease:
             **resources,
         }
         used = {name: whole(value, name) for name, value in named.items() if value is not None}
-        budget = self._account.budget
-        with budget.lock:
-            if self._settle_locked(used):
-                budget.ring_locked()
+        self._settle(used)
 
-    def _settle_locked(self, used: dict[str, int]) -> bool:
-        """Correct the meters to ``used``; return whether anything came back."""
-        now = self._account.budget.clock()
-        reserved, settled = self._amounts, self._settled or {}
+    def _settle(self, used: dict[str, int]) -> None:
+        account, earlier = self._account, self._settled
+        with account.budget.lock:
+            self._settle_locked(used)
+        if account.budget.observed:
+            corrects = {name: earlier[name] for name in used if name in earlier} if earlier else {}
+            account.tell(Settled, reserved=self.cost, used=used, corrects=corrects)
+
+    def _settle_locked(self, used: dict[str, int]) -> None:
+        """Correct the meters to ``used``, and let in whoever fits by what comes back."""
+        account = self._account
+        now = account.budget.clock()
+        booked = self._booked()
         for meter, resource in self._gates.meters:
             if resource in used:
-                more = used[resource] - settled.get(resource, reserved.get(resource, 0))
+                more = used[resource] - booked.get(resource, 0)
                 if more > 0:
                     meter.owe(more, now)
                 elif more < 0:
                     meter.unbook(-more, self._when, left=used[resource])
                 if not self._open and isinstance(meter, Window):
                     meter.lent -= more
-        back = False
-        for resource, actual in used.items():
-            less = settled.get(resource, reserved.get(resource, 0)) - actual
-            if less > 0:
-                refunded = self._account.refunded
-                refunded[resource] = refunded.get(resource, 0) + less
-                back = True
-        self._settled = settled | used
-        return back
+        self._settled = (self._settled or {}) | used
+        if self._priority is not None:
+            account.correct(self._priority, booked, self._booked())
+        less = {name: booked.get(name, 0) - amount for name, amount in used.items()}
+        for name, amount in less.items():
+            if amount > 0:
+                account.refund_locked(name, amount)
+        if max(less.values(), default=0) > 0:
+            account.budget.ring_locked(account)
+
+    def _booked(self) -> dict[str, int]:
+        """Return what is booked: as settled, else as reserved."""
+        return self._amounts if self._settled is None else self._amounts | self._settled
 
     def sent(self) -> None:
         """Say that the call leaves only now, so that its cost is dated now.
@@ -215,51 +167,83 @@ class Lease:
         budget = self._account.budget
         with budget.lock:
             now = budget.clock()
-            booked = self._amounts | (self._settled or {})
+            booked = self._booked()
             for meter, resource in self._gates.meters:
-                if resource != "concurrency" and booked.get(resource):
+                if resource != "concurrency" and booked.get(resource) and not meter.remote:
                     meter.unbook(booked[resource], self._when)
                     meter.owe(booked[resource], now)
             self._when = now
 
     def release(self) -> None:
         """Give the slot back; the cost stays counted, as reserved or as settled."""
-        if self._open:
-            account = self._account
-            lock = account.budget.lock
-            lock.acquire()  # `with` would take twice the time
-            try:
-                if account.adaptive is not None and self._counts():
-                    self._succeeded_locked(account.adaptive)
-                self._release_locked()
-            finally:
-                lock.release()
+        self._end("ok")
 
     def overloaded(self) -> None:
         """Release, and say that the server refused the call (429, 503) or let it time out.
 
         It matters where the limiter finds its concurrency by itself: there will be fewer slots.
         """
-        account = self._account
-        with account.budget.lock:
-            if account.adaptive is not None and self._counts():
-                account.adaptive.overloaded(started=self._when, now=account.budget.clock())
-                account.resize_locked()
-            self._release_locked()
+        self._end("overloaded")
 
     def failed(self) -> None:
         """Release, and say that how long the call took tells nothing about the server's load."""
-        with self._account.budget.lock:
-            self._release_locked()
+        self._end("failed")
 
-    def _succeeded_locked(self, adaptive: Adaptive) -> None:
-        latency = self._account.budget.clock() - self._when
-        adaptive.succeeded(latency, waited=self.bound_by == "concurrency")
-        self._account.resize_locked()
+    def _end(self, outcome: Outcome) -> None:
+        if not self._open:
+            return
+        account = self._account
+        budget = account.budget
+        budget.lock.acquire()  # `with` would take twice the time
+        try:
+            ended = self._end_locked(outcome)
+        finally:
+            budget.lock.release()
+        if ended and budget.observed:
+            now = budget.clock()
+            account.emit(
+                Released(
+                    limiter=account.shown,
+                    at=now * 1e-9,
+                    cost=self.cost,
+                    held=(now - self._when) * 1e-9,
+                    outcome=outcome,
+                )
+            )
 
-    def _counts(self) -> bool:
-        """Tell whether the lease is still to be released, and in the process that took it."""
-        return self._open and self._epoch == self._account.budget.epoch
+    def _end_locked(self, outcome: Outcome) -> bool:
+        """Close the books, here and above; return whether they were open, in this process."""
+        account = self._account
+        budget = account.budget
+        if not self._open or self._epoch != budget.epoch:
+            return False
+        self._open = False
+        self._holder.leases -= 1
+        for each in account.path:
+            each.in_flight -= 1
+            if each.adaptive is not None:
+                self._tell_locked(each, outcome)
+        gates = self._gates
+        booked = self._amounts if self._settled is None else self._booked()
+        for window, resource in gates.windows:
+            window.lent -= booked.get(resource, 0)
+        awaited = False  # nobody waits for a slot while there are some
+        for slots in gates.slots:
+            awaited = awaited or slots.used >= slots.size or slots.remote
+            slots.give_back()
+        if awaited and budget.waiting:
+            budget.ring_locked(account)
+        return True
+
+    def _tell_locked(self, account: Account, outcome: Outcome) -> None:
+        """Let what finds the number of slots know how the call ended."""
+        adaptive, now = account.adaptive, account.budget.clock()
+        assert adaptive is not None
+        if outcome == "ok":
+            adaptive.succeeded(now - self._when, waited=self.bound_by == "concurrency")
+        elif outcome == "overloaded":
+            adaptive.overloaded(started=self._when, now=now)
+        account.resize_locked()
 
     def _broken(self, error: BaseException) -> None:
         """Release on leaving a ``with`` block by an exception."""
@@ -268,28 +252,16 @@ class Lease:
         else:
             self.failed()
 
-    def _release_locked(self) -> None:
-        account = self._account
-        budget = account.budget
-        if not self._open or self._epoch != budget.epoch:
-            return
-        self._open = False
-        account.in_flight -= 1
-        self._holder.leases -= 1
-        booked = self._amounts if self._settled is None else self._amounts | self._settled
-        for window, resource in self._gates.windows:
-            window.lent -= booked.get(resource, 0)
-        for slots in self._gates.slots:
-            slots.used -= 1
-            if budget.waiting:
-                budget.ring_locked()
+    def _drop_locked(self) -> None:
+        """Release what the collector found."""
+        if self._end_locked("failed") and self._account.budget.observed:
+            held = (self._account.budget.clock() - self._when) * 1e-9
+            self._account.tell_later(Released, cost=self.cost, held=held, outcome="failed")
 
     def undo(self) -> None:
         """Give everything back, as if the call had never been; for calls that were not made."""
         reserved = {name: 0 for name in self._amounts if name != "concurrency"}
-        with self._account.budget.lock:
-            if self._settle_locked(reserved):
-                self._account.budget.ring_locked()
+        self._settle(reserved)
         self.failed()
 
     def __enter__(self) -> Self:
@@ -319,65 +291,8 @@ class Lease:
 
     def __del__(self) -> None:
         if self._open:  # a finalizer may run anywhere, even inside the lock
-            self._account.budget.drop(self._release_locked)
+            self._account.budget.drop(self._drop_locked)
 
     def __repr__(self) -> str:
         state = "open" if self._open else "released"
         return f"<Lease {state} {self.cost} waited={self.waited:.3f} s bound_by={self.bound_by}>"
-
-
-class Acquisition(Coroutine[Any, Any, Lease]):
-    """Be awaited for a lease, or entered for one that is released on leaving.
-
-    Nothing is taken before that. It is a coroutine as far as ``asyncio.create_task`` and its like
-    are concerned.
-    """
-
-    __slots__ = ("_amounts", "_coroutine", "_deadline", "_door", "_lease")
-
-    def __init__(self, door: Door, amounts: dict[str, int], deadline: int | None) -> None:
-        self._door = door
-        self._amounts = amounts
-        self._deadline = deadline
-        self._lease: Lease | None = None
-        self._coroutine: Generator[Any, Any, Lease] | None = None
-
-    def __await__(self) -> Generator[Any, Any, Lease]:
-        lease = self._door.try_now(self._amounts)
-        if lease is None:
-            lease = yield from self._door.wait(self._amounts, self._deadline).__await__()
-        return lease
-
-    async def __aenter__(self) -> Lease:
-        lease = self._door.try_now(self._amounts)
-        if lease is None:
-            lease = await self._door.wait(self._amounts, self._deadline)
-        self._lease = lease
-        return lease
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._lease is not None:
-            self._lease.__exit__(kind, error, trace)
-
-    def _running(self) -> Generator[Any, Any, Lease]:
-        if self._coroutine is None:
-            self._coroutine = self.__await__()
-        return self._coroutine
-
-    def send(self, value: Any) -> Any:
-        """Run as a coroutine."""
-        return self._running().send(value)
-
-    def throw(self, *args: Any) -> Any:
-        """Raise inside, as in a coroutine."""
-        return self._running().throw(*args)
-
-    def close(self) -> None:
-        """End, as a coroutine does."""
-        if self._coroutine is not None:
-            self._coroutine.close()

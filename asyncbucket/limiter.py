@@ -1,37 +1,33 @@
 """Many limits, one admission: requests, tokens and a slot together, or nothing."""
 
 import functools
-import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping
-from fractions import Fraction
-from typing import Any, Final, ParamSpec, TypeVar, overload
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Final, Literal, NoReturn, TypeVar, Unpack
 
-from asyncbucket.adaptive import Adaptive, Concurrency, read_concurrency
-from asyncbucket.cost import COMMON, Cost, amounts_of, counted
-from asyncbucket.errors import (
-    AcquireTimeout,
-    CostExceedsLimit,
-    LimitSyntaxError,
-    QueueFull,
-    WouldBlock,
-)
-from asyncbucket.headroom import Headroom
-from asyncbucket.lease import Account, Acquisition, Lease
+from asyncbucket.account import Account
+from asyncbucket.acquisition import Acquisition
+from asyncbucket.adaptive import Concurrency
+from asyncbucket.context import Inherited, Priority, deadline_of, inherited, read_tenant
+from asyncbucket.cost import COMMON, Cost, amounts_of
+from asyncbucket.door import Door
+from asyncbucket.doors import Doors
+from asyncbucket.errors import LimitSyntaxError
+from asyncbucket.events import Callback, Event, Paused
+from asyncbucket.explain import Explanation, explain_locked
+from asyncbucket.keys import Keys
+from asyncbucket.lease import Lease
 from asyncbucket.limits import Limit, read_limits
-from asyncbucket.meters import NEVER, Amounts, Bucket, Gates, Meter, Slots, Window
-from asyncbucket.pacer import Budget, deadline_of
-from asyncbucket.queue import Waiter
-from asyncbucket.statistics import LimitUse, Statistics, Waits
+from asyncbucket.statistics import Statistics, Waits
+from asyncbucket.terms import Keywords, Terms, read_count, read_timeout, read_weight
 
-P = ParamSpec("P")
-R = TypeVar("R")
 T = TypeVar("T")
-_PATIENCE: Final = "raise the timeout or the limit"
-Refusal = TypeVar("Refusal", WouldBlock, AcquireTimeout, QueueFull)
+#: How many tenants' limiters are kept alive where nothing else was said.
+_ALIVE: Final = 1_000
 
 
-class Limiter:
+class Limiter(Doors):
     """Pace calls under any number of limits, on any number of event loops and threads.
 
     For every limit of N per window W, in every window of length W the cost admitted is at most N.
@@ -48,15 +44,34 @@ class Limiter:
         concurrency: the most calls in flight at once: leases not yet released. ``"auto"`` finds the
             number by how the calls go, between 1 and 1,000, and a pair ``(least, most)`` between
             those: for servers that publish no limits. See `asyncbucket.adaptive`.
-        name: how statistics, logs and metrics call it.
+        name: how statistics, events, logs and metrics call it.
         max_queue: the most calls that may wait; more are refused with `QueueFull`.
+        timeout: the most seconds that a call waits which does not say so itself.
+        store: where the limits are kept if several processes share them, e.g.
+            ``"redis://127.0.0.1:6379/0"`` or ``"sqlite:///limits.db"``: those that give the same
+            ``name`` share. See `asyncbucket.stores`.
+        on_outage: what to do while the store is gone: go on with this process's ``"share"`` of the
+            limits, admit nobody (``"closed"``) or everybody (``"open"``).
+        slot_ttl: seconds after which the slots of a process that died come back.
         clock: a callable that returns monotonic integer nanoseconds.
         limits_by_keyword: ``rpm=500`` for ``"500 RPM"``; also rps, rph, rpd, tpm, tpd, itpm, otpm.
 
     Raises:
         LimitSyntaxError: a limit cannot be read; a ValueError.
-        ValueError: ``concurrency`` or ``max_queue`` is no such number.
+        ValueError: ``concurrency``, ``max_queue`` or ``timeout`` is no such number.
     """
+
+    __slots__ = (
+        "__dict__",
+        "__weakref__",
+        "_budget",
+        "_children",
+        "_clock",
+        "_door",
+        "_keys",
+        "_parent",
+        "_terms",
+    )
 
     def __init__(
         self,
@@ -64,25 +79,35 @@ class Limiter:
         concurrency: Concurrency | None = None,
         name: str = "default",
         max_queue: int | None = None,
+        timeout: float | None = None,
+        store: Any = None,
+        on_outage: Literal["share", "closed", "open"] = "share",
+        slot_ttl: float = 30.0,
         clock: Callable[[], int] = time.monotonic_ns,
         **limits_by_keyword: float | None,
     ) -> None:
-        self.name = name
-        self.max_queue = _count(max_queue, "max_queue", least=0)
-        self._clock = clock
-        self._budget = Budget(clock)
-        self._account = Account(self._budget)
-        self._upstream_429 = 0
-        self._limits: dict[tuple[str, float], tuple[Limit, Window, Bucket | None]] = {}
-        self._headrooms: dict[tuple[str, float], Headroom] = {}
-        self._learned: set[tuple[str, float]] = set()
-        self._slots: Slots | None = None
-        self._gates = Gates(())
-        self._set(read_limits(limits, limits_by_keyword), concurrency)
+        given = read_limits(limits, limits_by_keyword)
+        account = Account(name, clock=clock, max_queue=read_count(max_queue, "max_queue"))
+        self._open(Door(account, timeout=read_timeout(timeout)), None)
+        account.set_limits(given, concurrency)
+        if store is not None:
+            from asyncbucket.stores.shared import share
+
+            share(account, store, on_outage=on_outage, slot_ttl=slot_ttl)
+
+    def _open(self, door: Door, parent: "Limiter | None", terms: Terms | None = None) -> None:
+        """Be the interface of a door."""
+        self._door = door
+        self._budget = door.account.budget
+        self._clock = self._budget.clock
+        self._parent = parent
+        self._children: dict[str, Limiter] | None = None
+        self._keys: Keys[Limiter] | None = None
+        self._terms = terms
 
     # -- acquiring ---------------------------------------------------------------------------------
 
-    def acquire(
+    def acquire(  # noqa: PLR0913 - each says something else, and all but one by keyword
         self,
         cost: Cost | None = None,
         *,
@@ -92,6 +117,8 @@ class Limiter:
         output_tokens: float | None = None,
         timeout: float | None = None,
         deadline: float | None = None,
+        priority: Priority | None = None,
+        tenant: str | None = None,
         **resources: float,
     ) -> Acquisition:
         """Wait for an admission: ``await`` it for a `Lease`, or enter it with ``async with``.
@@ -102,8 +129,10 @@ class Limiter:
             tokens: LLM tokens, input and output together.
             input_tokens: LLM tokens sent.
             output_tokens: LLM tokens expected back.
-            timeout: the most seconds to wait.
+            timeout: the most seconds to wait; ``math.inf`` lifts the limiter's own ``timeout``.
             deadline: the latest instant, in seconds of the limiter's clock (``time.monotonic()``).
+            priority: how urgent it is; see `asyncbucket.priority`.
+            tenant: whose call it is: the same as to ask ``limiter.key(tenant)``.
             resources: amounts of other resources that the limiter limits, e.g. ``images=3``.
 
         Raises:
@@ -113,14 +142,17 @@ class Limiter:
             QueueFull: ``max_queue`` calls wait already.
             TypeError, ValueError: an amount or a time is no finite number from 0 on.
         """
+        here, door = inherited.get(), self._door
+        if tenant is not None or here is not None:
+            door = self._door_for(tenant, here)
         if cost is None and not resources:  # the usual case, without the detour
             amounts = amounts_of(requests, tokens, input_tokens, output_tokens)
         else:
-            amounts = self._price(cost, requests, tokens, input_tokens, output_tokens, resources)
-        end = None
-        if timeout is not None or deadline is not None:
-            end = deadline_of(self._clock(), timeout=timeout, deadline=deadline)
-        return Acquisition(self, amounts, end)
+            amounts = _price(door, cost, requests, tokens, input_tokens, output_tokens, resources)
+        if here is None and priority is None and timeout is deadline is door.timeout is None:
+            return Acquisition(door, amounts, None, door.priority)
+        end = door.deadline(timeout, deadline, here)
+        return Acquisition(door, amounts, end, door.urgency(priority, here))
 
     def acquire_nowait(
         self,
@@ -130,6 +162,7 @@ class Limiter:
         tokens: float | None = None,
         input_tokens: float | None = None,
         output_tokens: float | None = None,
+        tenant: str | None = None,
         **resources: float,
     ) -> Lease:
         """Take a lease now, or refuse; see `acquire`.
@@ -138,17 +171,11 @@ class Limiter:
             WouldBlock: it cannot pass now, or others wait; ``retry_after`` says for how long.
             CostExceedsLimit, TypeError, ValueError: as for `acquire`.
         """
-        amounts = self._price(cost, requests, tokens, input_tokens, output_tokens, resources)
-        lease = self.try_now(amounts)
-        if lease is None:
-            with self._budget.lock:
-                self._check(amounts)
-                raise self._refusal_locked(
-                    WouldBlock, amounts, "without waiting", "wait with acquire()"
-                )
-        return lease
+        door = self._door_for(tenant, inherited.get())
+        amounts = _price(door, cost, requests, tokens, input_tokens, output_tokens, resources)
+        return door.take(amounts)
 
-    def acquire_sync(
+    def acquire_sync(  # noqa: PLR0913 - as `acquire`
         self,
         cost: Cost | None = None,
         *,
@@ -158,114 +185,179 @@ class Limiter:
         output_tokens: float | None = None,
         timeout: float | None = None,
         deadline: float | None = None,
+        priority: Priority | None = None,
+        tenant: str | None = None,
         **resources: float,
     ) -> Lease:
         """Block this thread until an admission; the lease is a context manager. See `acquire`.
 
         The wait itself is served by one background event loop, in one line with all others.
         """
-        amounts = self._price(cost, requests, tokens, input_tokens, output_tokens, resources)
-        end = deadline_of(self._clock(), timeout=timeout, deadline=deadline)
-        lease = self.try_now(amounts, on_loop=False)
+        here = inherited.get()
+        door = self._door_for(tenant, here)
+        amounts = _price(door, cost, requests, tokens, input_tokens, output_tokens, resources)
+        end, urgency = door.deadline(timeout, deadline, here), door.urgency(priority, here)
+        lease = door.try_now(amounts, on_loop=False)
         if lease is None:
-            wait = functools.partial(self.wait, amounts, end, on_loop=False)
+            wait = functools.partial(door.wait, amounts, end, urgency, on_loop=False)
             lease = self._budget.background.call(wait, Lease.undo)
         return lease
 
-    @overload
-    def paced(self, function: Callable[P, R], /) -> Callable[P, R]: ...
-    @overload
-    def paced(
-        self, /, **cost: float | Callable[..., float] | None
-    ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
-    def paced(self, function: Any = None, /, **cost: Any) -> Any:
-        """Decorate a function, async or plain, so that each call of it is admitted first.
+    def explain(
+        self,
+        cost: Cost | None = None,
+        *,
+        requests: float = 1,
+        tokens: float | None = None,
+        input_tokens: float | None = None,
+        output_tokens: float | None = None,
+        **resources: float,
+    ) -> Explanation:
+        """Say which limit binds such a call now, how long it would wait, and what would help.
 
-        Keywords are those of `acquire`; a callable gets the call's own arguments:
-        ``@limiter.paced(tokens=lambda prompt: len(prompt) // 4)``.
-        """
-        if function is None:
-            return functools.partial(self._paced, cost=cost)
-        return self._paced(function, cost={})
+        >>> print(limiter.explain(tokens=1_000))
+        a call would wait 12 s behind 40 calls: tokens bind; tokens allow 200 such calls a minute
+        (200,000 tokens per 60 s); requests alone would allow 2.5x more (500 requests per 60 s)
 
-    def _paced(self, function: Callable[..., Any], *, cost: dict[str, Any]) -> Callable[..., Any]:
-        if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
-            raise TypeError(
-                f"{function.__qualname__} is a generator: a call of it holds nothing yet; "
-                f"acquire inside it, around what it iterates over"
-            )
-
-        def price(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-            return {
-                name: value(*args, **kwargs) if callable(value) else value
-                for name, value in cost.items()
-            }
-
-        @functools.wraps(function)
-        async def paced(*args: Any, **kwargs: Any) -> Any:
-            async with self.acquire(**price(args, kwargs)):
-                return await function(*args, **kwargs)
-
-        @functools.wraps(function)
-        def paced_sync(*args: Any, **kwargs: Any) -> Any:
-            with self.acquire_sync(**price(args, kwargs)):
-                return function(*args, **kwargs)
-
-        return paced if inspect.iscoroutinefunction(function) else paced_sync
-
-    def wrap(self, obj: T, **options: Any) -> T:
-        """Return ``obj``, a LlamaIndex LLM or embedding model, paced by this limiter.
-
-        It is of the same class, with the same fields, tools, streaming and structured output.
-        Needs the extra ``asyncbucket[llama-index]``.
-
-        Args:
-            obj: any LlamaIndex ``LLM`` or ``BaseEmbedding``.
-            options: ``retry=`` and ``estimator=``, as in `asyncbucket.llama_index.wrap`.
+        It takes nothing, and answers for the tenant and the priority that calls inherit here. With
+        many calls waiting it takes about 10 µs for each.
 
         Raises:
-            TypeError: ``obj`` is nothing that can be wrapped.
+            CostExceedsLimit, TypeError, ValueError: as for `acquire`.
         """
-        from asyncbucket.llama_index.wrap import wrap
+        here = inherited.get()
+        door = self._door_for(None, here)
+        amounts = _price(door, cost, requests, tokens, input_tokens, output_tokens, resources)
+        account, urgency = door.account, door.urgency(None, here)
+        with self._budget.lock:
+            account.check_locked(amounts)
+            return explain_locked(account, amounts, urgency)
 
-        return wrap(obj, self, **options)
+    # -- children ----------------------------------------------------------------------------------
 
-    def transport(self, inner: Any = None, **options: Any) -> Any:
-        """Return a transport for ``httpx.AsyncClient`` or ``httpx2.AsyncClient``, paced.
+    def child(self, name: str, *limits: str | Limit, **terms: Unpack[Keywords]) -> "Limiter":
+        """Return the limiter of that name under this one, made at the first call.
 
-        Every HTTP attempt waits for its admission, and holds its slot until the reply's body is
-        read, closed or dropped; else all is as without it. Needs ``asyncbucket[http]``.
+        What passes it is counted here, too, at once and once. Children that want more than there is
+        share it by weight, in cost: see `asyncbucket.shares`. One that is out of its own limits
+        holds up nobody else.
 
-        >>> http = httpx.AsyncClient(transport=limiter.transport())
-        >>> client = AsyncOpenAI(http_client=http, max_retries=0)
+        >>> acme = limiter.child("acme", rpm=100, weight=2)
+        >>> tools = limiter.child("tools", concurrency=4)
 
         Args:
-            inner: the transport that does the work; by default the client's own kind.
-            options: ``family=``, ``profile=`` and ``learn=``, as in
-                `asyncbucket.http.transport.transport`.
+            name: of this child among its siblings; its own name is the path, ``"openai/chat"``.
+            limits: what its calls are limited by, besides the limits of this one.
+            terms: ``weight=``, its share beside its siblings', 1 by default; ``concurrency=``,
+                ``max_queue=``, ``timeout=`` and limits such as ``rpm=`` as for `Limiter`;
+                ``priority=`` of its calls, where they have none of their own.
+
+        Raises:
+            LimitSyntaxError: a limit cannot be read; a ValueError.
+            ValueError: the child exists and is on other terms (see `reconfigure`), or a number is
+                none of what it must be.
         """
-        from asyncbucket.http.transport import transport
+        if not isinstance(name, str) or not name or "/" in name or name.startswith("*"):
+            raise ValueError(
+                f"a child's name is a text without a slash, and without a star in front, not {name!r}"
+            )
+        agreed = Terms.read(limits, terms)
+        with self._budget.making:
+            if self._children is None:
+                self._children = {}
+            child = self._children.get(name)
+            if child is None:
+                child = self._children[name] = Limiter._under(self, name, agreed)
+        if (limits or terms) and agreed != child._terms:  # noqa: SLF001 - its own kind
+            raise ValueError(
+                f"{child.name!r} exists on other terms: ask for it by name alone, and change it "
+                f"with child({name!r}).reconfigure(...)"
+            )
+        return child
 
-        return transport(self, inner, **options)
+    def key(self, tenant: str, *limits: str | Limit, **terms: Unpack[Keywords]) -> "Limiter":
+        """Return the limiter of a tenant under this one, made on demand.
 
-    def transport_sync(self, inner: Any = None, **options: Any) -> Any:
-        """Return a transport for ``httpx.Client`` or ``httpx2.Client``; see `transport`."""
-        from asyncbucket.http.transport import transport_sync
-
-        return transport_sync(self, inner, **options)
-
-    def http_client(self, **options: Any) -> Any:
-        """Return an ``AsyncClient``, paced, with the pool, time-outs and redirects of the SDKs.
-
-        >>> client = AsyncOpenAI(http_client=limiter.http_client(), max_retries=0)
+        Any number of tenants may come: those that have not been asked for in a while are put to
+        rest, and their quota is remembered (see `per_key`). What is returned stays good for ever.
+        Its name shows a hash, never the tenant.
 
         Args:
-            options: ``family=``, ``sync=``, ``profile=`` and ``learn=``, as in
-                `asyncbucket.http.clients.http_client`, and those of the client itself.
-        """
-        from asyncbucket.http.clients import http_client
+            tenant: any text that stands for whoever shares this limiter.
+            limits: what it is made with; without terms, what `per_key` said holds.
+            terms: as for `child`.
 
-        return http_client(self, **options)
+        Raises:
+            LimitSyntaxError, ValueError: as for `child`; the tenant is no text, or empty.
+        """
+        read_tenant(tenant)
+        return self._tenants().get(tenant, Terms.read(limits, terms) if limits or terms else None)
+
+    def per_key(self, *limits: str | Limit, alive: int = _ALIVE, **terms: Unpack[Keywords]) -> None:
+        """Say on what terms tenants stand that have none of their own; see `key`.
+
+        It holds for those that come from now on.
+
+        Args:
+            limits: as for `child`.
+            alive: how many are kept in full. Of others just what they used is remembered, until
+                their limits are as good as new. Those with calls waiting or in flight stay, and
+                those that were reconfigured.
+            terms: as for `child`.
+
+        Raises:
+            LimitSyntaxError, ValueError: as for `child`.
+        """
+        count = read_count(alive, "alive")
+        assert count is not None
+        self._tenants().agree(Terms.read(limits, terms), alive=count)
+
+    @property
+    def parent(self) -> "Limiter | None":
+        """The limiter above this one."""
+        return self._parent
+
+    @property
+    def children(self) -> Mapping[str, "Limiter"]:
+        """The children by name, without tenants."""
+        return MappingProxyType(self._children or {})
+
+    def _tenants(self) -> Keys["Limiter"]:
+        with self._budget.making:
+            if self._keys is None:
+                account = self._account
+                account.steered = True  # what a tenant's own tenants used is not told in its `Rest`
+                self._keys = Keys(account, self._tenant, alive=_ALIVE)
+            return self._keys
+
+    def _tenant(
+        self, name: str, terms: Terms, again: Callable[[], Account]
+    ) -> tuple["Limiter", Account]:
+        child = Limiter._under(self, name, terms)
+        door = child._door  # noqa: SLF001 - its own kind
+        door.again = again
+        return child, door.account
+
+    @classmethod
+    def _under(cls, parent: "Limiter", name: str, terms: Terms) -> "Limiter":
+        above = parent._door  # noqa: SLF001 - its own kind
+        stem = above.account
+        with stem.budget.lock:
+            account = stem.beget_locked(name, terms)
+        timeout = above.timeout if terms.timeout is None else terms.timeout
+        priority = above.priority if terms.priority is None else terms.priority
+        child = cls.__new__(cls)
+        child._open(  # noqa: SLF001 - its own kind
+            Door(account, timeout=timeout, priority=priority), parent, terms
+        )
+        account.set_limits(list(terms.limits), terms.concurrency)
+        return child
+
+    def _door_for(self, tenant: str | None, here: Inherited | None) -> Door:
+        """Return the door that is asked: a tenant's, if there is one and it is not this one's."""
+        if tenant is None:
+            tenant = None if here is None or self._account.personal else here.tenant
+        return self._door if tenant is None else self.key(tenant)._door  # noqa: SLF001 - its own kind
 
     # -- steering ----------------------------------------------------------------------------------
 
@@ -285,9 +377,12 @@ class Limiter:
         until = deadline_of(now, timeout=seconds)
         if until is None:
             raise ValueError("a pause must end: give a finite number of seconds")
+        account = self._account
         with self._budget.lock:
-            self._upstream_429 += reason == "429"
-            self._budget.pause_locked(until, now, gradually=gradually)
+            for each in account.path:
+                each.upstream_429 += reason == "429"
+            account.pause_locked(until, gradually=gradually)
+        account.tell(Paused, seconds=seconds, reason=reason)
 
     def observe_remaining(
         self,
@@ -314,287 +409,172 @@ class Limiter:
                 later calls may or may not be in ``remaining`` yet.
             rounding: by how many units ``remaining`` may have been rounded down.
         """
-        key = (resource, per)
+        account = self._account
         with self._budget.lock:
-            if key not in self._limits:
-                return
-            ours, window, _ = self._limits[key]
-            now = self._clock()
-            headroom = self._headrooms.get(key)
-            if headroom is None:
-                headroom = Headroom(amount=ours.amount, window=ours.window)
-                self._headrooms[key] = headroom
-                self._regate_locked()
-            sent = now if since is None else round(since * 1_000_000_000)
-            headroom.hear(
-                remaining,
-                now,
-                amount=ours.amount if limit is None else max(1, min(limit, ours.amount)),
-                under_way=window.since(sent),
-                rounding=rounding,
+            sent = self._clock() if since is None else round(since * 1_000_000_000)
+            account.hear_remaining_locked(
+                (resource, per), remaining, limit=limit, since=sent, rounding=rounding
             )
-            self._budget.ring_locked()
 
     def learn(self, limit: Limit) -> None:
         """Take over a limit that the provider announces, if this limiter was given none.
 
         What was learned follows what is announced later; what was given stays as it is.
         """
-        key = (limit.resource, limit.per)
-        with self._budget.lock:
-            ours = self._limits.get(key)
-            if self._limits.keys() - self._learned or (ours and ours[0].amount == limit.amount):
-                return
-            self._learned.add(key)
-        self._set([limit], None)
+        self._account.learn(limit)
 
     def reconfigure(
         self,
         *limits: str | Limit,
         concurrency: Concurrency | None = None,
+        weight: float | None = None,
         **limits_by_keyword: float | None,
     ) -> None:
         """Change the limits that are named, at once, while calls wait; the others stay.
 
-        ``concurrency`` may change between a fixed number and one to be found, too.
-        What was admitted stays counted, so a lower limit is kept from the first moment. Calls that
-        wait and could never pass again fail with `CostExceedsLimit`.
+        ``concurrency`` may change between a fixed number and one to be found, too; ``weight`` is
+        that of a child. What was admitted stays counted, so a lower limit is kept from the first
+        moment. Calls that wait and could never pass again fail with `CostExceedsLimit`.
+
+        Raises:
+            LimitSyntaxError, ValueError: as for `Limiter` and `child`.
         """
         given = read_limits(limits, limits_by_keyword)
-        self._learned.difference_update((limit.resource, limit.per) for limit in given)
-        self._set(given, concurrency)
+        share = None if weight is None else read_weight(weight)
+        self._account.reconfigure(given, concurrency, weight=share)
+
+    def observe(self, callback: Callback) -> Callable[[], None]:
+        """Tell ``callback`` of all that happens here and below; call what is returned to end that.
+
+        See `asyncbucket.events` for what there is to hear. It is called synchronously, in the
+        thread where something happens; what it raises is logged once, and harms nothing. While
+        nobody listens, no events are made.
+        """
+        return self._account.observe(callback)
+
+    def emit(self, event: Event) -> None:
+        """Tell those who listen of an event of an adapter."""
+        self._account.emit(event)
+
+    async def aclose(self) -> None:
+        """Leave the store, if the limits are in one: what is booked ahead is given back.
+
+        Without a store there is nothing to close. Call it on the loop that used the limiter.
+        """
+        if self._account.remote is not None:
+            await self._account.remote.aclose()
+
+    async def __aenter__(self) -> NoReturn:
+        """Say what was meant: a limiter is no context, an admission is.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "a limiter lets calls in one by one: write `async with limiter.acquire():`, "
+            "or `async with bucket:` with a TokenBucket"
+        )
+
+    async def __aexit__(self, *_: object) -> None:
+        """Never be reached."""
 
     def now(self) -> float:
         """Return the present instant in seconds of the limiter's clock, as deadlines are given."""
         return self._clock() * 1e-9
 
     @property
+    def name(self) -> str:
+        """How statistics, events, logs and metrics call it: ``"openai"``, ``"openai/chat"``."""
+        return self._account.name
+
+    @property
+    def max_queue(self) -> int | None:
+        """The most calls that may wait."""
+        return self._account.max_queue
+
+    @property
     def limits(self) -> tuple[Limit, ...]:
-        """The limits in force."""
-        return tuple(limit for limit, _, _ in self._limits.values())
+        """The limits in force here; those of limiters above hold besides."""
+        return tuple(limit for limit, _, _ in self._account.limits.values())
 
     @property
     def concurrency(self) -> int | None:
         """The most calls in flight at once, as it is now; None for no bound."""
-        return None if self._slots is None else self._slots.size
+        slots = self._account.slots
+        return None if slots is None else slots.size
 
     def statistics(self) -> Statistics:
-        """Return a frozen snapshot: what passed, what waits, and for what."""
+        """Return a frozen snapshot: what passed, what waits, and for what; children included."""
         budget, account = self._budget, self._account
+        account.flush()
         with budget.lock:
             budget.collect_locked()
-            now = self._clock()
+            pause = 0 if account.pause is None else account.pause.until - self._clock()
             return Statistics(
-                name=self.name,
+                name=account.name,
                 admitted=account.admitted,
                 refused=account.refused,
                 cancelled=account.cancelled,
-                waiting=budget.waiting,
+                waiting=account.waiting_now(),
                 in_flight=account.in_flight,
-                concurrency=self.concurrency,
-                paused=max(0, budget.paused_until - now) * 1e-9,
-                upstream_429=self._upstream_429,
+                concurrency=None if account.slots is None else account.slots.size,
+                paused=max(0, pause) * 1e-9,
+                upstream_429=account.upstream_429,
                 overridden=budget.blocked.overridden,
                 waits={name: Waits(n, ns * 1e-9) for name, (n, ns) in account.waits.items()},
                 refunded=dict(account.refunded),
-                limits=tuple(self._use(now)),
+                limits=tuple(account.use_locked()),
+                bound_by=account.binding_locked(),
             )
 
+    def _repr_html_(self) -> str:
+        return self.statistics()._repr_html_()
+
     def __repr__(self) -> str:
+        account = self._account
         parts = [f"Limiter {self.name!r}", *map(str, self.limits)]
-        if self._slots is not None:
-            adaptive = self._account.adaptive
+        if account.slots is not None:
+            adaptive = account.adaptive
             found = "" if adaptive is None else f" of {adaptive.least:,} to {adaptive.most:,}"
-            parts.append(f"concurrency {self._slots.used}/{self._slots.size}{found}")
-        return f"<{', '.join(parts)}, {self._budget.waiting} waiting>"
+            parts.append(f"concurrency {account.slots.used}/{account.slots.size}{found}")
+        return f"<{', '.join(parts)}, {account.waiting_now():,} waiting>"
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def try_now(self, amounts: dict[str, int], *, on_loop: bool = True) -> Lease | None:
-        """Return a lease, held on this loop or thread, if nobody has to wait for it; see `Door`."""
-        budget = self._budget
-        lock = budget.lock
-        lock.acquire()  # `with` would take twice the time
-        try:
-            gates, now = self._gates, self._clock()
-            if not budget.take_locked(gates, amounts, now):
-                return None
-            blocked = budget.blocked
-            holder = blocked.here() if on_loop else blocked.threads
-            return Lease(self._account, gates, amounts, now, holder)
-        finally:
-            lock.release()
+    @property
+    def _account(self) -> Account:
+        return self._door.account
 
-    async def wait(
-        self, amounts: dict[str, int], deadline: int | None, *, on_loop: bool = True
-    ) -> Lease:
-        """Return a lease in turn; ``on_loop`` tells whether this loop's task will hold it."""
-        budget = self._budget
-        with budget.lock:
-            gates = self._check(amounts)
-            now = self._clock()
-            self._refuse_if_hopeless_locked(amounts, now, deadline)
-            waiter = budget.join_locked(gates, amounts, now, deadline)
-        try:
-            when = await waiter
-        except BaseException:
-            budget.drop(functools.partial(self._withdraw_locked, waiter))
-            raise
-        with budget.lock:
-            if when == NEVER:
-                how = f"within {_seconds(((deadline or now) - now) * 1e-9)}"
-                raise self._refusal_locked(AcquireTimeout, amounts, how, _PATIENCE)
-            holder = budget.blocked.here() if on_loop else budget.blocked.threads
-            lease = Lease(self._account, waiter.gates, amounts, when, holder)
-            self._account.waited_locked(lease, when - now, waiter.bound_by)
-            return lease
 
-    def _withdraw_locked(self, waiter: Waiter) -> None:
-        self._account.cancelled += self._budget.withdraw_locked(waiter)
+def _price(
+    door: Door,
+    cost: Cost | None,
+    requests: float,
+    tokens: float | None,
+    input_tokens: float | None,
+    output_tokens: float | None,
+    others: Mapping[str, float],
+) -> dict[str, int]:
+    """Return the amounts of a call, the slot it takes included."""
+    if cost is None:
+        amounts = amounts_of(requests, tokens, input_tokens, output_tokens, others)
+    elif isinstance(cost, Cost):
+        amounts, others = {**cost, "concurrency": 1}, cost
+    else:
+        raise TypeError(f"a cost is a Cost or keywords such as tokens=500, not {cost!r}")
+    if others:
+        _check_known(door, others)
+    return amounts
 
-    def _refuse_if_hopeless_locked(
-        self, amounts: dict[str, int], now: int, deadline: int | None
-    ) -> None:
-        budget = self._budget
-        if self.max_queue is not None and budget.waiting >= self.max_queue:
-            raise self._refusal_locked(
-                QueueFull,
-                amounts,
-                f"behind {budget.waiting:,} calls that wait already",
-                f"try again later or raise max_queue={self.max_queue:,}",
-            )
-        if deadline is not None:
-            soonest = max(budget.paused_until, self._gates.soonest(amounts, now))
-            if soonest > deadline:
-                how = f"within {_seconds(max(0, deadline - now) * 1e-9)}"
-                raise self._refusal_locked(AcquireTimeout, amounts, how, _PATIENCE)
 
-    def _refusal_locked(
-        self, kind: type[Refusal], amounts: dict[str, int], how: str, remedy: str
-    ) -> Refusal:
-        """Count a refusal and return its error, with what binds and for how long."""
-        self._account.refused += 1
-        now = self._clock()
-        due, bound_by = self._budget.look_locked(self._gates, amounts, now)
-        after = (due - now) * 1e-9
-        what = ", ".join(counted(amounts[each], each) for each in self._counted(amounts))
-        if bound_by is None:
-            why = "others came first"
-        elif bound_by == "paused":
-            why = f"the limiter is paused for {_seconds(after)} more"
-        elif due >= NEVER:
-            why = f"all {self.concurrency} slots are taken"
-        else:
-            why = f"{bound_by} bind for {_seconds(after)} more"
-        return kind(
-            f"a call of {what} cannot pass {how}: {why}; {remedy}",
-            retry_after=None if due >= NEVER else after,
-            bound_by=bound_by,
+def _check_known(door: Door, names: Mapping[str, float]) -> None:
+    limited = door.account.resources()
+    unknown = sorted(names.keys() - COMMON - limited)
+    if unknown:
+        raise TypeError(
+            f"no limit counts {', '.join(unknown)}: this limiter counts "
+            f"{', '.join(sorted(COMMON | limited))}"
         )
-
-    def _price(
-        self,
-        cost: Cost | None,
-        requests: float,
-        tokens: float | None,
-        input_tokens: float | None,
-        output_tokens: float | None,
-        others: Mapping[str, float],
-    ) -> dict[str, int]:
-        """Return the amounts of a call, the slot it takes included."""
-        if cost is None:
-            amounts = amounts_of(requests, tokens, input_tokens, output_tokens, others)
-        elif isinstance(cost, Cost):
-            amounts, others = {**cost, "concurrency": 1}, cost
-        else:
-            raise TypeError(f"a cost is a Cost or keywords such as tokens=500, not {cost!r}")
-        if others:
-            self._check_known(others)
-        return amounts
-
-    def _check_known(self, names: Mapping[str, float]) -> None:
-        limited = {limit.resource for limit in self.limits}
-        unknown = sorted(names.keys() - COMMON - limited)
-        if unknown:
-            raise TypeError(
-                f"no limit counts {', '.join(unknown)}: this limiter counts "
-                f"{', '.join(sorted(COMMON | limited))}"
-            )
-
-    def _counted(self, amounts: Amounts) -> Iterator[str]:
-        """Yield the resources of ``amounts`` that this limiter limits, or requests."""
-        limited = {limit.resource for limit in self.limits}
-        counted = [name for name, amount in amounts.items() if amount and name in limited]
-        return iter(counted or Cost.of(amounts))
-
-    def _check(self, amounts: Amounts) -> Gates:
-        """Return the gates, unless ``amounts`` can never pass them."""
-        for limit in self.limits:
-            if amounts.get(limit.resource, 0) > limit.amount:
-                raise self._never(limit, amounts[limit.resource])
-        return self._gates
-
-    def _never(self, limit: Limit, amount: int) -> CostExceedsLimit:
-        self._account.refused += 1
-        return CostExceedsLimit(
-            f"cost of {counted(amount, limit.resource)} exceeds the limit of {limit} "
-            f"and can never pass; raise {limit.keyword or 'the limit'} or split the request"
-        )
-
-    def _set(self, limits: list[Limit], concurrency: Concurrency | None) -> None:
-        """Put limits in force, keeping what was booked under those of the same window."""
-        bounds = read_concurrency(concurrency)
-        budget = self._budget
-        with budget.lock:
-            now = self._clock()
-            for limit in limits:
-                key = (limit.resource, limit.per)
-                _, window, bucket = self._limits.get(key, (None, None, None))
-                if window is None:
-                    window = Window(amount=limit.amount, window=limit.window)
-                window.reshape(amount=limit.amount)
-                self._limits[key] = (limit, window, _pacing(limit, bucket, now))
-            if bounds is not None:
-                self._set_slots_locked(bounds, fixed=isinstance(concurrency, int))
-            self._regate_locked()
-            budget.ring_locked()
-
-    def _set_slots_locked(self, bounds: tuple[int, int], *, fixed: bool) -> None:
-        """Have a fixed number of slots, or one to be found; a search goes on from where it is."""
-        account, size = self._account, bounds[0]
-        if fixed:
-            account.adaptive = None
-        else:
-            start = {} if account.adaptive is None else {"start": account.adaptive.size}
-            account.adaptive = Adaptive(least=bounds[0], most=bounds[1], **start)
-            size = account.adaptive.size
-        if self._slots is None:
-            self._slots = account.slots = Slots(size=size)
-        else:
-            self._slots.reshape(size=size)
-
-    def _regate_locked(self) -> None:
-        """Send newcomers and those who wait through the meters as they are now."""
-        self._gates = Gates(self._meters())
-        for pacer in self._budget.pacers.values():
-            pacer.regate_locked(self._check)
-
-    def _meters(self) -> Iterator[tuple[Meter, str]]:
-        if self._slots is not None:
-            yield self._slots, "concurrency"
-        for limit, window, bucket in self._limits.values():
-            yield window, limit.resource
-            if bucket is not None:
-                yield bucket, limit.resource
-        for (resource, _), headroom in self._headrooms.items():
-            yield headroom, resource
-
-    def _use(self, now: int) -> Iterator[LimitUse]:
-        for limit, window, bucket in self._limits.values():
-            heard = self._headrooms.get((limit.resource, limit.per))
-            meters = [meter for meter in (window, bucket, heard) if meter is not None]
-            available = min(meter.available(now) for meter in meters)
-            yield LimitUse(limit, used=window.used, available=available)
 
 
 def pace(
@@ -602,11 +582,14 @@ def pace(
     *limits: str | Limit,
     concurrency: Concurrency | None = None,
     name: str = "default",
+    max_queue: int | None = None,
+    timeout: float | None = None,
+    store: Any = None,
     retry: Any = None,
     estimator: Any = None,
     **limits_by_keyword: Any,
 ) -> T:
-    """Return ``obj``, a LlamaIndex LLM or embedding model, paced by a limiter of its own.
+    """Return ``obj``, a LlamaIndex LLM, embedding model or tool, paced by a limiter of its own.
 
     >>> llm = pace(OpenAI(model="gpt-4o-mini"), rpm=500, tpm=200_000, concurrency=20)
 
@@ -615,6 +598,9 @@ def pace(
         limits: see `Limiter`.
         concurrency: see `Limiter`.
         name: see `Limiter`.
+        max_queue: see `Limiter`.
+        timeout: see `Limiter`.
+        store: see `Limiter`.
         retry: see `asyncbucket.llama_index.wrap`.
         estimator: see `asyncbucket.llama_index.wrap`.
         limits_by_keyword: see `Limiter`.
@@ -625,29 +611,14 @@ def pace(
     """
     if not limits and concurrency is None and not any(limits_by_keyword.values()):
         raise LimitSyntaxError("pace() without a limit would pace nothing: give e.g. rpm=500")
-    limiter = Limiter(*limits, concurrency=concurrency, name=name, **limits_by_keyword)
+    limiter = Limiter(
+        *limits,
+        concurrency=concurrency,
+        name=name,
+        max_queue=max_queue,
+        timeout=timeout,
+        store=store,
+        **limits_by_keyword,
+    )
     options = {"retry": retry, "estimator": estimator}
     return limiter.wrap(obj, **{key: value for key, value in options.items() if value is not None})
-
-
-def _pacing(limit: Limit, bucket: Bucket | None, now: int) -> Bucket | None:
-    """Return the bucket that paces ``limit`` from now on, or None where nothing does."""
-    if limit.burst is None or limit.burst == limit.amount:
-        return None
-    rate = Fraction(limit.amount * 1_000_000_000, limit.window)
-    if bucket is None:
-        return Bucket(rate=rate, burst=limit.burst)
-    bucket.reshape(rate=rate, burst=limit.burst, now=now)
-    return bucket
-
-
-def _seconds(value: float) -> str:
-    return f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"  # noqa: PLR2004 - three digits
-
-
-def _count(value: int | None, name: str, *, least: int) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
-    return value

@@ -27,9 +27,9 @@ calls admitted exactly W apart may arrive closer. Together that is at most W/128
 
 import bisect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import Final, Protocol
+from typing import ClassVar, Final, Protocol
 
 #: "Not before something is given back": later than any instant.
 NEVER: Final = 1 << 100
@@ -47,6 +47,11 @@ Amounts = Mapping[str, int]
 
 class Meter(Protocol):
     """Say what may pass. Amounts are whole units, instants integer nanoseconds."""
+
+    #: What binds where this meter does, if that is not the resource that it counts.
+    bound_by: ClassVar[str | None]
+    #: Whether it stands for one that is kept elsewhere, which dates bookings itself.
+    remote: ClassVar[bool]
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
         """Return the first instant from ``now`` on at which ``amount`` may pass.
@@ -84,6 +89,9 @@ class Bucket:
     In any interval of t seconds at most ``burst + rate * t`` units pass. More than ``burst`` at
     once passes too, where the caller allows it, once the rest has flowed in while it stood first.
     """
+
+    bound_by: ClassVar[str | None] = None
+    remote: ClassVar[bool] = False
 
     __slots__ = ("_dates", "_lows", "burst", "full_at", "low", "p", "q", "room", "slack", "tat")
 
@@ -201,6 +209,10 @@ class Bucket:
         """See `Meter.available`; negative while a debt is paid off."""
         return (self.room - max(0, self.tat - now * self.q)) // self.p
 
+    def missing(self, now: int) -> int:
+        """Return how many units, begun ones included, a full bucket would hold more."""
+        return self.burst - self.available(now)
+
 
 def exactly(rate: float | Fraction) -> Fraction:
     """Return ``rate`` as people mean it: 0.1 is a tenth, 66666.66666666667 is 200,000 / 3."""
@@ -211,6 +223,9 @@ def exactly(rate: float | Fraction) -> Fraction:
 
 class Window:
     """Admit at most ``amount`` units in every window of ``window`` nanoseconds."""
+
+    bound_by: ClassVar[str | None] = None
+    remote: ClassVar[bool] = False
 
     __slots__ = (
         "_closes",
@@ -303,6 +318,11 @@ class Window:
         self._forget(now)
         return self.amount - self.used
 
+    @property
+    def last(self) -> int:
+        """The date of the last booking that is remembered."""
+        return self._last
+
     def since(self, when: int) -> int:
         """Return the units booked after ``when``, or within a grain before it."""
         recent = self._recent if self._last > when else 0
@@ -333,6 +353,9 @@ class Window:
 
 class Slots:
     """Admit at most ``size`` units until some are given back."""
+
+    bound_by: ClassVar[str | None] = None
+    remote: ClassVar[bool] = False
 
     __slots__ = ("size", "used")
 
@@ -366,68 +389,10 @@ class Slots:
 
     owe = book
 
+    def give_back(self) -> None:
+        """Give back one slot."""
+        self.used -= 1
+
     def available(self, now: int) -> int:  # noqa: ARG002 - slots know no time
         """See `Meter.available`; negative after the size was cut."""
         return self.size - self.used
-
-
-class Gates:
-    """Put meters side by side: a call passes all of them at once, each by its own resource."""
-
-    __slots__ = ("_takes", "meters", "slots", "windows")
-
-    def __init__(self, meters: Iterable[tuple[Meter, str]]) -> None:
-        #: Each meter with the resource that it counts.
-        self.meters = tuple(meters)
-        self._takes = tuple((meter.take, resource) for meter, resource in self.meters)
-        self.windows = tuple(
-            (meter, resource) for meter, resource in self.meters if isinstance(meter, Window)
-        )
-        self.slots = tuple(meter for meter, _ in self.meters if isinstance(meter, Slots))
-
-    def take(self, amounts: Amounts, now: int) -> bool:
-        """Book ``amounts`` in all meters if all allow it now, else in none."""
-        for take, resource in self._takes:
-            amount = amounts.get(resource)
-            if amount and not take(amount, now):
-                for earlier, taken in self.meters[: self._takes.index((take, resource))]:
-                    earlier.unbook(amounts.get(taken, 0), now)
-                return False
-        return True
-
-    def earliest(self, amounts: Amounts, since: int) -> tuple[int, str | None]:
-        """Return the first instant that suits all meters, and the resource that binds."""
-        when, bound_by = since, None
-        for meter, resource in self.meters:
-            amount = amounts.get(resource)
-            if amount:
-                earliest = meter.earliest(amount, since)
-                if earliest > when:
-                    when, bound_by = earliest, resource
-        return when, bound_by
-
-    def soonest(self, amounts: Amounts, now: int) -> int:
-        """Return what `earliest` would if all that is lent came back: nothing passes before."""
-        lent: dict[str, int] = {}
-        for window, resource in self.windows:
-            lent[resource] = max(window.lent, lent.get(resource, 0))
-        return max(
-            (
-                meter.earliest(amounts[resource], now, back=lent.get(resource, NEVER))
-                for meter, resource in self.meters
-                if amounts.get(resource)
-            ),
-            default=now,
-        )
-
-    def book(self, amounts: Amounts, when: int) -> None:
-        """Book ``amounts`` in all meters at ``when``."""
-        for meter, resource in self.meters:
-            amount = amounts.get(resource)
-            if amount:
-                meter.book(amount, when)
-
-    def unbook(self, amounts: Amounts, when: int) -> None:
-        """Undo a booking of ``amounts`` at ``when``."""
-        for meter, resource in self.meters:
-            meter.unbook(amounts.get(resource, 0), when)

@@ -1,71 +1,121 @@
 """Who goes next: the calls that wait, in the order in which they came.
 
 A waiter is a future in a deque. Whoever gives up is marked and skipped, so that cancelling is
-O(1) wherever it stands; the dead are swept out once they outnumber the living. Deadlines lie on a
-heap beside the deque, so that one timer serves them all.
+O(1) wherever it stands; the dead are swept out once they outnumber the living. Where several lines
+compete, `asyncbucket.shares` chooses among them.
 """
 
 import asyncio
 import heapq
 from collections import deque
 from collections.abc import Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final, Protocol
 
-from asyncbucket.meters import NEVER, Amounts, Gates
+from asyncbucket.gates import Gates
+from asyncbucket.meters import NEVER, Amounts
 
+if TYPE_CHECKING:
+    from asyncbucket.pacer import Pacer
+    from asyncbucket.shares import Node
+
+#: "Nobody is left": later even than `NEVER`, at which a slot may still come back.
+EMPTY: Final = NEVER << 1
 #: Sweeping is worth its while from this many dead entries on.
 _SWEEP: Final = 64
 
 
 class Waiter(asyncio.Future[int]):
-    """Stand in line for ``amounts`` to pass ``gates``.
+    """Stand in line for ``amounts`` to pass all gates from ``node`` up to the root.
 
     It is resolved with the instant at which they were booked, or with `NEVER` when the deadline
     came first.
     """
 
-    __slots__ = ("amounts", "arrived", "bound_by", "deadline", "gates", "number", "queue")
+    __slots__ = (
+        "amounts",
+        "arrived",
+        "bound_by",
+        "deadline",
+        "gates",
+        "line",
+        "node",
+        "number",
+        "outlet",
+        "pacer",
+        "priority",
+        "taken",
+    )
 
-    gates: Gates
+    node: "Node"
     amounts: Amounts
+    priority: int
     #: The place in the order of arrival over all loops.
     number: int
     arrived: int
     deadline: int | None
-    #: The resource that held up the line when this waiter left it.
+    #: What held up the line when this waiter left it.
     bound_by: str | None
-    #: Where it stands; set by `Queue.push`.
-    queue: "Queue"
+    #: What it was booked in, and when, once it has passed.
+    gates: Gates
+    taken: int
+    #: Who serves it.
+    pacer: "Pacer"
+    #: Where it stands; set by `Line.push`.
+    line: "Line"
+    #: Who has taken it over, where limits are kept elsewhere.
+    outlet: "Outlet | None"
 
     def __lt__(self, other: "Waiter") -> bool:
         return self.number < other.number
 
 
-class Queue:
-    """Hold waiters in order of arrival; every operation is O(1), amortised, or O(log n)."""
+class Outlet(Protocol):
+    """Take over those who go next, where the limits of the root are kept elsewhere."""
 
-    __slots__ = ("_deadlines", "_line", "_living")
+    def room(self) -> bool:
+        """Tell whether it takes another one now; it rings the pacer when that changes."""
+        ...
+
+    def push(self, waiter: Waiter) -> None:
+        """Take over ``waiter``, which is booked in its ``gates``; its pacer is told what becomes."""
+        ...
+
+    def leave(self, waiter: Waiter) -> bool:
+        """Give back all that ``waiter``, done, has taken; return True."""
+        ...
+
+
+class Line:
+    """Hold waiters in order of arrival; every operation is O(1), amortised."""
+
+    __slots__ = ("_line", "_living", "_since", "bound_by")
+
+    #: A line never sleeps: without a head nobody is left.
+    wake: Final = EMPTY
+    #: Lines of several loops compete by arrival alone.
+    turn: Final = ()
 
     def __init__(self) -> None:
         self._line: deque[Waiter] = deque()
-        self._deadlines: list[tuple[int, Waiter]] = []
         self._living = 0
+        self._since = 0
+        #: What held up its head last.
+        self.bound_by: str | None = None
 
     def __len__(self) -> int:
         return self._living
 
-    def __iter__(self) -> Iterator[Waiter]:
+    def waiters(self) -> Iterator[Waiter]:
+        """Yield all who wait, in order."""
         return (waiter for waiter in self._line if not waiter.done())
 
     def push(self, waiter: Waiter) -> None:
         """Let ``waiter`` stand at the end of the line."""
-        waiter.queue = self
+        waiter.line = self
         self._line.append(waiter)
         self._living += 1
-        if waiter.deadline is not None:
-            heapq.heappush(self._deadlines, (waiter.deadline, waiter))
 
-    def head(self) -> Waiter | None:
+    def head(self, now: int = 0, *, slotless: bool = False) -> Waiter | None:  # noqa: ARG002 - as `Branch.head`
         """Return the first who still waits."""
         line = self._line
         while line:
@@ -74,12 +124,35 @@ class Queue:
             line.popleft()
         return None
 
-    def passed(self, count: int) -> None:
-        """Count that ``count`` heads, done, have left the line."""
-        self._living -= count
+    def since(self, head: Waiter) -> int:
+        """Return since when ``head`` is the first in line."""
+        return max(self._since, head.arrived)
+
+    def served(self, head: Waiter, now: int) -> None:  # noqa: ARG002 - as `Tree.served`
+        """Take ``head``, which passed, out of the line."""
+        self._line.popleft()
+        self._living -= 1
+        self._since = now
+
+    def begin(self) -> None:
+        """In a line nobody is expected: whoever comes back stands at its end."""
+
+    def expects(self) -> bool:
+        """See `begin`."""
+        return False
+
+    def clear(self, node: "Node", now: int) -> bool:  # noqa: ARG002 - as `Tree.clear`
+        """Tell whether a newcomer would overtake nobody."""
+        return self.head() is None
+
+    def rouse(self, node: "Node") -> None:
+        """Nobody sleeps in a line."""
+
+    def rouse_all(self) -> None:
+        """Nobody sleeps in a line."""
 
     def leave(self, waiter: Waiter) -> bool:
-        """Count that ``waiter``, done, has left the line; return whether it was its head.
+        """Take ``waiter``, done, out of the line; return whether it was its head.
 
         It may have been skipped already, by whoever looked for the head since.
         """
@@ -87,20 +160,36 @@ class Queue:
         line = self._line
         first = not line or line[0].number >= waiter.number
         if len(line) > 2 * self._living + _SWEEP:
-            self._line = deque(self)
-        if len(self._deadlines) > 2 * self._living + _SWEEP:
-            self._deadlines = [each for each in self._deadlines if not each[1].done()]
-            heapq.heapify(self._deadlines)
+            self._line = deque(self.waiters())
         return first
 
-    def expired(self, now: int) -> Iterator[Waiter]:
-        """Yield those whose deadline has come; the caller resolves them and lets them leave."""
-        while self.next_deadline() <= now:
-            yield self._deadlines[0][1]
 
-    def next_deadline(self) -> int:
+class Deadlines:
+    """Know whose deadline comes first, so that one timer serves them all."""
+
+    __slots__ = ("_heap",)
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, Waiter]] = []
+
+    def push(self, waiter: Waiter, deadline: int) -> None:
+        """Watch ``waiter``."""
+        heapq.heappush(self._heap, (deadline, waiter))
+
+    def first(self) -> int:
         """Return the first deadline of those who still wait, or `NEVER`."""
-        deadlines = self._deadlines
-        while deadlines and deadlines[0][1].done():
-            heapq.heappop(deadlines)
-        return deadlines[0][0] if deadlines else NEVER
+        heap = self._heap
+        while heap and heap[0][1].done():
+            heapq.heappop(heap)
+        return heap[0][0] if heap else NEVER
+
+    def expired(self, now: int) -> Iterator[Waiter]:
+        """Yield those whose deadline has come; the caller resolves them."""
+        while self.first() <= now:
+            yield self._heap[0][1]
+
+    def sweep(self, living: int) -> None:
+        """Forget the dead if they outnumber the ``living``."""
+        if len(self._heap) > 2 * living + _SWEEP:
+            self._heap = [each for each in self._heap if not each[1].done()]
+            heapq.heapify(self._heap)

@@ -4,9 +4,9 @@ What is decided here, for each failed attempt:
 
 1. *Is it worth it?* `classify` looks at the error, whoever's it is, without importing its library:
    time-outs, lost connections, 408, 409, 429 and 5xx are; other 4xx and an exhausted quota aren't.
-2. *For whom?* A 429 speaks to all users of the limiter, so all pause. The refusals of one wave (what
-   was in flight when the first came back) make one pause; without a ``Retry-After`` it doubles from
-   wave to wave until a call succeeds.
+2. *For whom?* A 429 speaks to all users of the limiter, so all pause, by the rule of
+   `asyncbucket.http.refusals`: the refusals of one wave make one pause, which doubles from wave to
+   wave where the server names none.
 3. *When?* As the server says, plus up to a tenth; else an exponential back-off, of which a random
    part between a half and the whole is waited. Never past the deadline, never over `max_wait`: a
    longer wait is no back-off, and the call fails at once.
@@ -31,11 +31,16 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
-import stamina
+try:
+    import stamina
+except ModuleNotFoundError as error:
+    raise ImportError('retrying needs stamina: pip install "asyncbucket[llama-index]"') from error
 
 from asyncbucket.errors import AsyncBucketError
+from asyncbucket.events import Retried
 from asyncbucket.http.failures import Verdict, classify
 from asyncbucket.http.headers import WEEK
+from asyncbucket.http.refusals import Refusals, doubled
 from asyncbucket.limiter import Limiter
 
 __all__ = ["Retrier", "Retry", "RetryBudget", "Verdict", "classify"]
@@ -138,8 +143,7 @@ class Retrier:
         self._chance = chance
         self._lock = threading.Lock()
         self._budget = policy.budget.capacity
-        self._wave = 0
-        self._paused_until = 0.0
+        self._refusals = Refusals(limiter)
         self._call = stamina.AsyncRetryingCaller(attempts=policy.attempts, timeout=None)
         self._call_sync = stamina.RetryingCaller(attempts=policy.attempts, timeout=None)
         # A retry is a warning to stamina, which in a storm is hundreds of lines that say nothing.
@@ -187,38 +191,17 @@ class Retrier:
         with self._lock:
             budget = self.policy.budget
             self._budget = min(budget.capacity, self._budget + budget.per_success)
-            if self.now() >= self._paused_until:
-                self._wave = 0
+        self._refusals.succeeded()
 
     def pause(self, retry_after: float | None) -> float:
-        """Pause the limiter after a refusal for rate; return the seconds until it ends.
-
-        During a pause nothing is sent, so a refusal that arrives during one belongs to the wave
-        that made it; it may only be longer if the server says so.
-        """
+        """Pause the limiter after a refusal for rate; return the seconds until it ends."""
         policy = self.policy
-        with self._lock:
-            now = self.now()
-            new_wave = now >= self._paused_until
-            self._wave += new_wave
-            if retry_after is not None:
-                seconds = min(retry_after, policy.max_wait)
-            else:
-                seconds = self._doubled(self._wave) if new_wave else self._paused_until - now
-            self._paused_until = max(self._paused_until, now + seconds)
-        self._limiter.pause(seconds, reason="429", gradually=True)
-        if new_wave:
-            _log.warning(
-                "limiter %r pauses for %.3g s: the provider refused a call for rate (429); "
-                "its limits may be lower than yours, or others use the same key",
-                self._limiter.name,
-                seconds,
-            )
-        return seconds
+        return self._refusals.pause(retry_after, first=policy.backoff, longest=policy.max_wait)
 
     def back_off(self, failures: int) -> float:
         """Return the seconds to wait after so many failures in a row, jitter included."""
-        return self._doubled(failures) * (1 + self._chance()) / 2
+        longest = doubled(self.policy.backoff, failures, most=self.policy.max_wait)
+        return longest * (1 + self._chance()) / 2
 
     def hold_on(self, seconds: float) -> float:
         """Return the seconds to wait where the server said how many, jitter included."""
@@ -231,13 +214,16 @@ class Retrier:
             self._budget -= enough
             return enough
 
+    def tell_of_retry(self, attempt: int, error: str, delay: float) -> None:
+        """Let those who watch the limiter know that a call will be tried again."""
+        limiter, at = self._limiter, self.now()
+        limiter.emit(
+            Retried(limiter=limiter.name, at=at, attempt=attempt, error=error, delay=delay)
+        )
+
     def now(self) -> float:
         """Return the seconds of the limiter's clock."""
         return self._limiter.now()
-
-    def _doubled(self, times: int) -> float:
-        # Bounded, for a series of refusals may be long and a power of floats overflows.
-        return min(self.policy.backoff * 2.0 ** min(times - 1, 30), self.policy.max_wait)
 
 
 class _Trial:
@@ -289,6 +275,7 @@ class _Trial:
             end = "the retry budget is spent, too few calls succeed; Retry(budget=...) sets it"
         if end is None:
             _log.debug("attempt %d: %s; again in %.3g s", self.attempts, verdict.reason, wait)
+            self.retrier.tell_of_retry(self.attempts, verdict.reason, wait)
             return _TryAgain(verdict.reason, wait)
         # A ValueError of the caller's own is his business; a provider's answer is ours.
         if self.attempts > 1 or verdict.retry or verdict.reason.startswith("HTTP"):

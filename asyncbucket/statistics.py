@@ -54,3 +54,33 @@ class Statistics:
     #: Units given back by settling, by resource.
     refunded: Mapping[str, int] = field(default_factory=dict)
     limits: tuple[LimitUse, ...] = ()
+    #: What holds up the first in line now; None if nobody waits.
+    bound_by: str | None = None
+
+    def _repr_html_(self) -> str:
+        """Show it as a table, in a notebook."""
+        from html import escape  # who has no notebook need not load it
+
+        rows = "".join(
+            f"<tr><td>{escape(str(use.limit))}</td>"
+            f'<td><meter value="{min(use.used / use.limit.amount, 1):.3f}"></meter></td>'
+            f"<td>{use.used:,} used, {use.available:,} available</td></tr>"
+            for use in self.limits
+        )
+        waits = ", ".join(
+            f"{each.count:,} for {escape(name)} ({each.seconds:,.1f} s)"
+            for name, each in self.waits.items()
+        )
+        most = "" if self.concurrency is None else f" of {self.concurrency:,}"
+        told = [
+            f"{self.admitted:,} admitted",
+            f"{self.waiting:,} waiting",
+            f"{self.in_flight:,}{most} in flight",
+            f"{self.refused:,} refused",
+            f"{self.cancelled:,} cancelled",
+            f"{self.upstream_429:,} upstream 429s",
+            f"paused for {self.paused:.1f} s" if self.paused else "",
+            f"waited so far: {waits}" if waits else "",
+        ]
+        facts = " · ".join(filter(None, told))
+        return f"<b>{escape(self.name)}</b><br>{facts}<table>{rows}</table>"

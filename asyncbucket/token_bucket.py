@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
+from asyncbucket.budget import Budget
+from asyncbucket.context import deadline_of
 from asyncbucket.cost import counted
 from asyncbucket.errors import AcquireTimeout, CostExceedsLimit, WouldBlock
-from asyncbucket.meters import NEVER, Amounts, Bucket, Gates
-from asyncbucket.pacer import Budget, deadline_of
+from asyncbucket.gates import Gates
+from asyncbucket.meters import NEVER, Amounts, Bucket
 from asyncbucket.queue import Waiter
+from asyncbucket.shares import Node
 
 _ONE: Final[Amounts] = {"units": 1}
 #: Rates (units a second) and bursts beyond which nobody's limits lie.
@@ -58,7 +61,7 @@ class TokenBucket:
         "_bucket",
         "_budget",
         "_clock",
-        "_gates",
+        "_node",
         "burst",
         "rate",
     )
@@ -78,8 +81,8 @@ class TokenBucket:
         self.burst = int(burst)
         self._clock = clock
         self._bucket = Bucket(rate=rate, burst=self.burst)
-        self._budget = Budget(clock)
-        self._gates = Gates([(self._bucket, "units")])
+        self._node = Node(gates=Gates([(self._bucket, "units")]))
+        self._budget = Budget(clock, self._node)
 
     async def acquire(self, amount: int = 1, *, timeout: float | None = None) -> None:
         """Wait until ``amount`` units may pass, at most ``timeout`` seconds.
@@ -126,7 +129,7 @@ class TokenBucket:
         """
         amounts = self._amounts(amount)
         with self._budget.lock:
-            taken = self._budget.take_locked(self._gates, amounts, self._clock())
+            taken = self._take_locked(amounts)
         if not taken:
             retry_after = self._wait_of(amounts) * 1e-9
             raise WouldBlock(
@@ -174,17 +177,25 @@ class TokenBucket:
 
     def _enter(self, amount: int, timeout: float | None, now: int) -> Waiter | None:
         """Take ``amount`` now, or return the waiter that stands in line for it."""
-        budget, gates = self._budget, self._gates
+        budget = self._budget
         amounts = _ONE if amount == 1 and type(amount) is int else self._amounts(amount)
         deadline = None if timeout is None else deadline_of(now, timeout=timeout)
         with budget.lock:
-            if not budget.waiting and budget.take_locked(gates, amounts, self._clock()):
+            if not budget.waiting and self._take_locked(amounts):
                 return None
             if deadline is not None:
-                due, _ = budget.look_locked(gates, amounts, now)
+                due, _ = self._node.through.earliest(amounts, now)
                 if due > deadline:
                     raise self._too_late(amount, timeout, due - now)
-            return budget.join_locked(gates, amounts, now, deadline)
+            return budget.join_locked(self._node, amounts, now, deadline)
+
+    def _take_locked(self, amounts: Amounts) -> bool:
+        """Take ``amounts`` now if nobody has to wait longer, with no lock-free caller in between."""
+        budget = self._budget
+        budget.easy = 0
+        taken = budget.take_locked(self._node, amounts, self._clock()) is not None
+        budget.settle_down_locked()
+        return taken
 
     def _too_late(self, amount: int, timeout: float | None, wait: int) -> AcquireTimeout:
         return AcquireTimeout(
@@ -198,4 +209,4 @@ class TokenBucket:
         """Return for how long (ns) ``amounts`` cannot pass, whoever else waits."""
         with self._budget.lock:
             now = self._clock()
-            return self._budget.look_locked(self._gates, amounts, now)[0] - now
+            return self._node.through.earliest(amounts, now)[0] - now

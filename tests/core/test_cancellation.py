@@ -343,6 +343,7 @@ class Crowd:
         self.held.clear()
 
 
+@pytest.mark.heavy
 def test_400_000_random_cancellations_of_a_limiter_leak_nothing_and_keep_the_order() -> None:
     """Before, at and after the hand-over: no unit and no slot is lost, and nobody is passed."""
 
@@ -362,6 +363,7 @@ def test_400_000_random_cancellations_of_a_limiter_leak_nothing_and_keep_the_ord
         assert [use.available for use in limiter.statistics().limits] == [1000, 20_000]
 
 
+@pytest.mark.heavy
 def test_600_000_random_cancellations_of_a_bucket_leak_nothing_and_keep_the_order() -> None:
     """The same machine with one meter."""
 

@@ -135,3 +135,42 @@ def test_a_bucket_goes_on_in_the_child() -> None:
         in_child(check)
         bucket.acquire_nowait(2)
     """)
+
+
+def test_a_child_process_has_its_own_children_of_a_limiter() -> None:
+    """Calls that waited in the tree, and slots and tenants in use, are the parent's."""
+    run("""
+        key = Limiter("100 RPM", concurrency=3)
+        key.per_key("50 RPM", concurrency=1, alive=1)
+        chat = key.child("chat", "50 RPM", concurrency=1)
+        held = [chat.acquire_nowait(), key.acquire_nowait(tenant="acme")]
+
+        async def main():
+            waiting = [
+                asyncio.ensure_future(chat.acquire(timeout=60)),
+                asyncio.ensure_future(key.acquire(tenant="acme", timeout=60)),
+            ]
+            await asyncio.sleep(0)
+            assert key.statistics().waiting == 2
+            key._budget.making.acquire()
+
+            def check():
+                for limiter in (key, chat, key.key("acme")):
+                    now = limiter.statistics()
+                    assert (now.waiting, now.in_flight) == (0, 0), now
+                    assert now.limits[0].used > 0
+                with chat.acquire_nowait(), key.acquire_nowait(tenant="acme"):
+                    pass
+                key.key("acme").statistics()
+                for number in range(9):
+                    key.key(str(number))
+                assert key._tenants().__len__() == 1
+                os._exit(0)
+
+            in_child(check)
+            key._budget.making.release()
+            for call in waiting:
+                call.cancel()
+
+        asyncio.run(main())
+    """)

@@ -240,5 +240,5 @@ def test_in_the_end_the_last_word_is_what_counts(
         if said == sorted(said, reverse=True):
             assert used == said[-1]
         lease.release()
-        window = limiter._gates.windows[0][0]
+        window = limiter._account.gates.windows[0][0]
         assert window.lent == 0

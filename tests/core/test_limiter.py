@@ -1,4 +1,5 @@
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -165,6 +166,7 @@ def test_statistics_are_a_frozen_snapshot(virtual_time: VirtualTime) -> None:
             waits={},
             refunded={},
             limits=(LimitUse(Limit("tokens", 100), used=60, available=40),),
+            bound_by="tokens",
         )
         after = limiter.statistics()
         assert after.refunded == {"tokens": 45}
@@ -193,3 +195,27 @@ def test_the_clock_is_the_machines_unless_one_is_given() -> None:
             assert lease.waited == 0
 
     asyncio.run(main())
+
+
+def test_limits_may_come_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From environment variables, or from a file."""
+    monkeypatch.setenv("PACE_RPM", "60")
+    assert Limiter.from_env("PACE_").limits == (Limit("requests", 60),)
+    file = tmp_path / "asyncbucket.toml"
+    file.write_text("rpm = 30\n", "utf-8")
+    assert Limiter.from_toml(file).limits == (Limit("requests", 30),)
+
+
+async def test_closing_without_a_store_does_nothing() -> None:
+    """So that code need not know where its limits are kept."""
+    limiter = Limiter("10 RPS")
+    await limiter.aclose()
+    (await limiter.acquire()).release()
+    await limiter.aclose()
+
+
+async def test_a_limiter_itself_is_no_context() -> None:
+    """Who comes from a limiter that is one reads what to write instead."""
+    with pytest.raises(TypeError, match=r"write `async with limiter\.acquire\(\):`"):
+        async with Limiter("5 RPM"):
+            pass  # pragma: no cover - never entered

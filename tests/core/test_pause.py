@@ -3,6 +3,8 @@ import asyncio
 import pytest
 
 from asyncbucket import AcquireTimeout, Limiter, WouldBlock
+from asyncbucket.meters import NEVER
+from asyncbucket.pause import Pause
 from asyncbucket.testing import VirtualTime
 
 
@@ -140,3 +142,91 @@ def test_newcomers_climb_too(virtual_time: VirtualTime) -> None:
             limiter.acquire_nowait()
 
     virtual_time.run(main())
+
+
+def test_a_pause_meets_priorities_and_tenants(virtual_time: VirtualTime) -> None:
+    """At its end the urgent go first; a tenant that is paused alone holds up nobody."""
+    passed: list[str] = []
+
+    async def call(limiter: Limiter, name: str, priority: int) -> None:
+        async with limiter.acquire(priority=priority):
+            passed.append(name)
+
+    async def main() -> None:
+        key = Limiter("60 RPM burst 1", clock=virtual_time.clock)
+        key.pause(10)
+        async with asyncio.TaskGroup() as group:
+            for name, priority in (("batch", -1), ("normal", 0), ("interactive", 1)):
+                group.create_task(call(key.child(name), name, priority))
+        assert passed == ["interactive", "normal", "batch"]
+        key.key("paused").pause(100)
+        waiting = asyncio.ensure_future(key.acquire(tenant="paused"))
+        assert (await key.acquire(tenant="other")).bound_by == "requests"
+        assert (await waiting).bound_by == "paused"
+
+    virtual_time.run(main())
+
+
+def test_a_pause_that_is_longer_than_a_slow_start_restarts_it(virtual_time: VirtualTime) -> None:
+    """One that is shorter changes nothing: those who climb go on."""
+
+    async def main() -> None:
+        limiter = Limiter(clock=virtual_time.clock)
+        limiter.pause(16, gradually=True)
+        await limiter.acquire()
+        limiter.pause(0.1, gradually=True)
+        await limiter.acquire()
+        assert virtual_time.now == 16.25
+        limiter.pause(32, gradually=True)
+        await limiter.acquire()
+        assert virtual_time.now == 48.25
+
+    virtual_time.run(main())
+
+
+def test_whoever_gives_up_in_a_slow_start_leaves_its_step_to_the_next(
+    virtual_time: VirtualTime,
+) -> None:
+    """Handed over and cancelled in one instant: the next one passes at once."""
+
+    async def main() -> None:
+        limiter = Limiter(clock=virtual_time.clock)
+        limiter.pause(16, gradually=True)
+        calls = [asyncio.ensure_future(limiter.acquire()) for _ in range(3)]
+        await virtual_time.all_blocked()
+        calls[1].cancel()
+        await asyncio.wait(calls)
+        assert virtual_time.now == 16.25
+
+    virtual_time.run(main())
+
+
+def test_a_call_that_is_closed_after_its_hand_over_gives_its_step_back(
+    virtual_time: VirtualTime,
+) -> None:
+    """In a slow start, too: the next call passes in the same instant."""
+
+    async def main() -> None:
+        limiter = Limiter(clock=virtual_time.clock)
+        limiter.pause(16, gradually=True)
+        waiting = limiter.acquire()
+        waiting.send(None)
+        await asyncio.sleep(16)
+        await virtual_time.all_blocked()
+        with pytest.raises(WouldBlock):
+            limiter.acquire_nowait()
+        waiting.close()
+        limiter.acquire_nowait()
+        assert limiter.statistics().cancelled == 1
+
+    virtual_time.run(main())
+
+
+def test_a_pause_counts_instants_not_units() -> None:
+    """There is nothing to owe, and all or nothing to be had."""
+    pause = Pause()
+    assert pause.available(0) == NEVER
+    pause.begin(10, 0, gradually=False)
+    pause.owe(5, 0)
+    assert pause.available(9) == 0
+    assert pause.available(10) == NEVER

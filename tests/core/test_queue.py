@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncbucket.meters import NEVER
-from asyncbucket.queue import Queue, Waiter
+from asyncbucket.queue import Deadlines, Line, Waiter
+from asyncbucket.shares import Node
 
 
 @pytest.fixture
@@ -38,69 +39,92 @@ moves = st.lists(
 
 @settings(deadline=None, max_examples=100)
 @given(moves)
-def test_a_queue_is_a_list_without_its_costs(history: list[tuple[str, int]]) -> None:
+def test_a_line_is_a_list_without_its_costs(history: list[tuple[str, int]]) -> None:
     """Whoever pushes, passes, leaves or expires: who is head, who is left and when is as said."""
     loop = asyncio.new_event_loop()
-    queue = Queue()
-    line: list[Waiter] = []
+    line, deadlines = Line(), Deadlines()
+    waiting: list[Waiter] = []
     now = 0
     for number, (verb, pick) in enumerate(history):
         if verb == "push":
             deadline = None if pick % 2 else now + pick
-            queue.push(waiter(loop, number, deadline))
-            line.append(list(queue)[-1])
-        elif verb == "pass" and line:
-            line.pop(0).set_result(0)
-            queue.passed(1)
-        elif verb.startswith("leave") and line:
-            head, told = line[0], False
-            for gone in [line.pop(pick % len(line)) for _ in range(min(len(line), pick % 20))]:
+            made = waiter(loop, number, deadline)
+            line.push(made)
+            if deadline is not None:
+                deadlines.push(made, deadline)
+            waiting.append(made)
+        elif verb == "pass" and waiting:
+            head = line.head()
+            assert head is not None
+            assert head is waiting.pop(0)
+            head.set_result(0)
+            line.served(head, now)
+        elif verb.startswith("leave") and waiting:
+            head, told = waiting[0], False
+            for gone in [
+                waiting.pop(pick % len(waiting)) for _ in range(min(len(waiting), pick % 20))
+            ]:
                 gone.cancel()
-                told = queue.leave(gone) or told
+                told = line.leave(gone) or told
+                deadlines.sweep(len(line))
             assert told == head.done()
         elif verb == "expire":
             now += pick
-            for gone in queue.expired(now):
+            for gone in deadlines.expired(now):
                 gone.set_result(NEVER)
-                queue.leave(gone)
-                line.remove(gone)
-        assert len(queue) == len(line)
-        assert list(queue) == line
-        assert queue.head() is (line[0] if line else None)
-        deadlines = [each.deadline for each in line if each.deadline is not None]
-        assert queue.next_deadline() == min(deadlines, default=NEVER)
-        assert all(deadline > now or verb != "expire" for deadline in deadlines)
-        assert len(queue._line) <= 2 * len(line) + 70
-        assert len(queue._deadlines) <= 2 * len(line) + 70
+                line.leave(gone)
+                waiting.remove(gone)
+        assert len(line) == len(waiting)
+        assert list(line.waiters()) == waiting
+        assert line.head() is (waiting[0] if waiting else None)
+        ends = [each.deadline for each in waiting if each.deadline is not None]
+        assert deadlines.first() == min(ends, default=NEVER)
+        assert all(end > now or verb != "expire" for end in ends)
+        assert len(line._line) <= 2 * len(waiting) + 70
+        deadlines.sweep(len(waiting))
+        assert len(deadlines._heap) <= 2 * len(waiting) + 70
     loop.close()
 
 
 def test_the_dead_are_swept_out(loop: asyncio.AbstractEventLoop) -> None:
     """Ten thousand who left from the middle are not remembered, nor are their deadlines."""
-    queue = Queue()
+    line, deadlines = Line(), Deadlines()
     first, last = waiter(loop, 0), waiter(loop, 10_001)
-    queue.push(first)
+    line.push(first)
     crowd = [waiter(loop, number, number) for number in range(1, 10_001)]
     for each in crowd:
-        queue.push(each)
-    queue.push(last)
+        line.push(each)
+        deadlines.push(each, each.number)
+    line.push(last)
     for each in crowd:
         each.cancel()
-        assert not queue.leave(each)
-    assert list(queue) == [first, last]
-    assert len(queue._line) < 100
-    assert len(queue._deadlines) < 100
+        assert not line.leave(each)
+        deadlines.sweep(len(line))
+    assert list(line.waiters()) == [first, last]
+    assert len(line._line) < 100
+    assert len(deadlines._heap) < 100
 
 
 def test_a_head_that_was_skipped_still_counts_as_head(loop: asyncio.AbstractEventLoop) -> None:
     """Somebody else may have looked for the head before it could say that it left."""
-    queue = Queue()
+    line = Line()
     first, second = waiter(loop, 0), waiter(loop, 1)
-    queue.push(first)
-    queue.push(second)
+    line.push(first)
+    line.push(second)
     first.cancel()
-    assert queue.head() is second
-    assert queue.leave(first)
+    assert line.head() is second
+    assert line.leave(first)
     second.cancel()
-    assert queue.head() is None
-    assert queue.leave(second)
+    assert line.head() is None
+    assert line.leave(second)
+
+
+def test_nobody_sleeps_in_a_line(loop: asyncio.AbstractEventLoop) -> None:
+    """It answers what a tree is asked, so that a pacer need not know which it serves."""
+    line, node = Line(), Node()
+    assert line.clear(node, 0)
+    line.push(waiter(loop, 0))
+    line.rouse(node)
+    line.rouse_all()
+    assert not line.clear(node, 0)
+    assert line.wake > NEVER

@@ -1,0 +1,454 @@
+"""What a limiter keeps: its limits in force with what they count, and its books."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final, Protocol, Self, TypeAlias
+
+from asyncbucket.adaptive import Adaptive, Concurrency, read_concurrency
+from asyncbucket.budget import Budget
+from asyncbucket.cost import counted
+from asyncbucket.errors import CostExceedsLimit
+from asyncbucket.events import Callback, Event, LimitChanged, LimitLearned, Observers
+from asyncbucket.gates import Gates, pacing
+from asyncbucket.headroom import Headroom
+from asyncbucket.limits import Limit
+from asyncbucket.meters import Amounts, Bucket, Meter, Slots, Window
+from asyncbucket.pause import Pause
+from asyncbucket.queue import Waiter
+from asyncbucket.shares import Node
+from asyncbucket.statistics import LimitUse
+from asyncbucket.terms import Terms
+
+#: What a limit is known by: its resource and its window in seconds.
+Key: TypeAlias = tuple[str, float]
+
+#: What most of ten thousand idle limiters have of something: a container each would be dear.
+_NOTHING: Final[Any] = MappingProxyType({})
+_NONE: Final[frozenset[Any]] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """Hold what is left of an account that nobody uses for a while: what it used, and when."""
+
+    #: When its limits are as good as new, in ns.
+    until: int
+    #: For each limit the units in its window, the date of the last of them, and the units that are
+    #: missing in its bucket.
+    used: tuple[tuple[Key, int, int, int], ...]
+    #: When that was, in ns.
+    when: int
+
+
+class Remote(Protocol):
+    """Keep an account's limits where other processes reach them."""
+
+    def use(self) -> Iterator[LimitUse]:
+        """Yield how much of each limit is used, as last heard."""
+        ...
+
+    def held_up(self) -> tuple[str, int] | None:
+        """Return what those who wait there wait for, and until when at least, if it is known."""
+        ...
+
+    def pause(self, span: int, *, gradually: bool) -> None:
+        """Tell all processes to let nobody pass for ``span`` ns."""
+        ...
+
+    def configure(self) -> None:
+        """Tell all processes of the limits as they are now."""
+        ...
+
+    async def aclose(self) -> None:
+        """Give back what this process holds, and take leave."""
+        ...
+
+
+class Account(Node):
+    """Keep a limiter's limits and books; all is read and written with the budget's lock held."""
+
+    __slots__ = (
+        "_headrooms",
+        "_learned",
+        "adaptive",
+        "admitted",
+        "budget",
+        "cancelled",
+        "children",
+        "in_flight",
+        "limits",
+        "max_queue",
+        "name",
+        "observers",
+        "pause",
+        "refunded",
+        "refused",
+        "remote",
+        "retired",
+        "shown",
+        "slots",
+        "steered",
+        "upstream_429",
+        "waits",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        parent: "Self | None" = None,
+        *,
+        clock: Callable[[], int],
+        weight: float = 1.0,
+        max_queue: int | None = None,
+    ) -> None:
+        super().__init__(parent, weight=weight)
+        self.budget: Budget = Budget(clock, self) if parent is None else parent.budget
+        self.name = name
+        #: What others may see of the name: tenants are nobody's business.
+        self.shown = re.sub(r"/\*[^/]*", "/*", name)
+        self.max_queue = max_queue
+        self.children: dict[str, Account] = _NOTHING
+        self.limits: dict[Key, tuple[Limit, Window, Bucket | None]] = {}
+        self.slots: Slots | None = None
+        #: What finds the number of slots, where it is not given.
+        self.adaptive: Adaptive | None = None
+        self.pause: Pause | None = None
+        self._headrooms: dict[Key, Headroom] = _NOTHING
+        self._learned: frozenset[Key] = _NONE
+        #: Where the limits are kept, if that is not here.
+        self.remote: Remote | None = None
+        self.observers: Observers | None = None
+        #: Whether its limits were changed after it was made.
+        self.steered = False
+        #: Whether it was put to rest, and another will stand for the same tenant.
+        self.retired = False
+        self.admitted = 0
+        self.cancelled = 0
+        self.refused = 0
+        self.in_flight = 0
+        self.upstream_429 = 0
+        #: Units given back by settling, by resource.
+        self.refunded: dict[str, int] = _NOTHING
+        #: How many calls waited, and for how many ns together, by what bound them.
+        self.waits: dict[str, tuple[int, int]] = _NOTHING
+
+    @property
+    def personal(self) -> bool:
+        """Whether it is a tenant's, or belongs to one."""
+        return any("/*" in account.name for account in self.path)
+
+    def beget_locked(self, name: str, terms: Terms) -> "Account":
+        """Return a new account under this one."""
+        child = Account(
+            f"{self.name}/{name}",
+            self,
+            clock=self.budget.clock,
+            weight=terms.weight,
+            max_queue=terms.max_queue,
+        )
+        self.children = self.children or {}
+        self.children[child.name] = child
+        return child
+
+    def after_fork(self) -> None:
+        """Begin anew in a child process: the leases in flight are the parent's."""
+        self.in_flight = self.waiting = 0
+        if self.slots is not None:
+            self.slots.used = 0
+        for _, window, _ in self.limits.values():
+            window.lent = 0
+        for child in self.children.values():
+            child.after_fork()
+
+    # -- limits ------------------------------------------------------------------------------------
+
+    def set_limits(self, limits: list[Limit], concurrency: Concurrency | None) -> None:
+        """Put limits in force, keeping what was booked under those of the same window."""
+        bounds = read_concurrency(concurrency)
+        with self.budget.lock:
+            now = self.budget.clock()
+            for limit in limits:
+                key = (limit.resource, limit.per)
+                _, window, bucket = self.limits.get(key, (None, None, None))
+                if window is None:
+                    window = Window(amount=limit.amount, window=limit.window)
+                window.reshape(amount=limit.amount)
+                self.limits[key] = (limit, window, pacing(limit, bucket, now))
+            if bounds is not None:
+                self._set_slots_locked(bounds, fixed=isinstance(concurrency, int))
+            self.changed_locked()
+
+    def reconfigure(
+        self, limits: list[Limit], concurrency: Concurrency | None, *, weight: float | None
+    ) -> None:
+        """Change limits that were given, or that were learned, and a child's share."""
+        with self.budget.lock:
+            self.steered = True
+            self._learned -= {(limit.resource, limit.per) for limit in limits}
+            if weight is not None:
+                self.reweigh(weight)
+        self.set_limits(limits, concurrency)
+        if self.remote is not None:
+            self.remote.configure()
+        for limit in limits:
+            self.tell(LimitChanged, limit=str(limit))
+        if concurrency is not None and self.slots is not None:
+            self.tell(LimitChanged, limit=f"concurrency {self.slots.size}")
+
+    def learn(self, limit: Limit) -> None:
+        """Take over a limit that the provider announces, if none was given."""
+        key = (limit.resource, limit.per)
+        with self.budget.lock:
+            ours = self.limits.get(key)
+            if self.limits.keys() - self._learned or (ours and ours[0].amount == limit.amount):
+                return
+            self.steered = True
+            self._learned |= {key}
+        self.set_limits([limit], None)
+        self.tell(LimitLearned, limit=str(limit))
+
+    def hear_remaining_locked(
+        self, key: Key, remaining: int, *, limit: int | None, since: int, rounding: int
+    ) -> None:
+        """Hear from the provider what is left of a limit that others spend from, too."""
+        if key not in self.limits:
+            return
+        ours, window, _ = self.limits[key]
+        headroom = self._headrooms.get(key)
+        if headroom is None:
+            headroom = Headroom(amount=ours.amount, window=ours.window)
+            self._headrooms = {**self._headrooms, key: headroom}
+            self.changed_locked()
+        headroom.hear(
+            remaining,
+            self.budget.clock(),
+            amount=ours.amount if limit is None else max(1, min(limit, ours.amount)),
+            under_way=window.since(since),
+            lent=window.lent,
+            rounding=rounding,
+        )
+        self.budget.ring_locked(self)
+
+    def pause_locked(self, until: int, *, gradually: bool) -> None:
+        """Let nobody pass before ``until``, and then, if so wished, few at first."""
+        if self.pause is None:
+            self.pause = Pause()
+            self.changed_locked()
+        now = self.budget.clock()
+        self.pause.begin(until, now, gradually=gradually)
+        if self.remote is not None:
+            self.remote.pause(until - now, gradually=gradually)
+        self.budget.ring_locked(self)
+
+    def resize_locked(self) -> None:
+        """Take over the number of slots that was found, and let in whoever fits by it."""
+        assert self.adaptive is not None
+        assert self.slots is not None
+        larger = self.adaptive.size > self.slots.size
+        self.slots.reshape(size=self.adaptive.size)
+        if larger and self.budget.waiting:
+            self.budget.ring_locked(self)
+
+    def changed_locked(self) -> None:
+        """Send newcomers and those who wait through the meters as they are now."""
+        self.forget_gates()
+        if self.waiting_now():
+            self.budget.changed_locked(_check)
+
+    def make_gates(self) -> Gates:
+        """See `Node.make_gates`."""
+        return Gates(self._meters(), tuple(limit for limit, _, _ in self.limits.values()))
+
+    def forget_through(self) -> None:
+        """See `Node.forget_through`; what lies below has other meters above it now, too."""
+        super().forget_through()
+        for child in self.children.values():
+            child.forget_through()
+
+    def check_locked(self, amounts: Amounts) -> None:
+        """Refuse what can never pass, here or above.
+
+        Raises:
+            CostExceedsLimit: it costs more than a limit.
+        """
+        for account in self.path:
+            for limit, _, _ in account.limits.values():
+                amount = amounts.get(limit.resource, 0)
+                if amount > limit.amount:
+                    self.refuse_locked()
+                    raise CostExceedsLimit(
+                        f"cost of {counted(amount, limit.resource)} exceeds the limit of {limit} "
+                        f"and can never pass; raise {limit.keyword or 'the limit'} "
+                        f"or split the request"
+                    )
+
+    def resources(self) -> set[str]:
+        """Return what is limited, here or above."""
+        return {resource for account in self.path for resource, _ in account.limits}
+
+    def use_locked(self) -> Iterator[LimitUse]:
+        """Yield how much of each limit is used."""
+        now = self.budget.clock()
+        if self.remote is not None:
+            yield from self.remote.use()
+            return
+        for key, (limit, window, bucket) in self.limits.items():
+            meters = [each for each in (window, bucket, self._headrooms.get(key)) if each]
+            available = min(each.available(now) for each in meters)
+            yield LimitUse(limit, used=window.used, available=available)
+
+    def _set_slots_locked(self, bounds: tuple[int, int], *, fixed: bool) -> None:
+        """Have a fixed number of slots, or one to be found; a search goes on from where it is."""
+        size = bounds[0]
+        if fixed:
+            self.adaptive = None
+        else:
+            start = {} if self.adaptive is None else {"start": self.adaptive.size}
+            self.adaptive = Adaptive(least=bounds[0], most=bounds[1], **start)
+            size = self.adaptive.size
+        if self.slots is None:
+            self.slots = Slots(size=size)
+        else:
+            self.slots.reshape(size=size)
+
+    def _meters(self) -> Iterator[tuple[Meter, str]]:
+        if self.pause is not None:
+            yield self.pause, "concurrency"
+        if self.remote is not None:
+            return
+        if self.slots is not None:
+            yield self.slots, "concurrency"
+        for limit, window, bucket in self.limits.values():
+            yield window, limit.resource
+            if bucket is not None:
+                yield bucket, limit.resource
+        for (resource, _), headroom in self._headrooms.items():
+            yield headroom, resource
+
+    # -- rest --------------------------------------------------------------------------------------
+
+    def busy_locked(self, now: int) -> bool:
+        """Tell whether somebody uses it, or it knows what cannot be told in a `Rest`."""
+        return bool(
+            self.in_flight
+            or self.waiting
+            or self.children
+            or self.steered
+            or self._headrooms
+            or self.observers
+            or (self.pause is not None and self.pause.until > now)
+            # Somebody was admitted, and has not run since.
+            or (self.slots is not None and self.slots.used)
+            or any(window.lent > 0 for _, window, _ in self.limits.values())
+        )
+
+    def rest_locked(self, now: int) -> Rest | None:
+        """Retire, and return what somebody must remember; None if the limits are as good as new."""
+        assert isinstance(self.parent, Account)
+        self.retired = True
+        del self.parent.children[self.name]
+        used, until = [], now
+        for key, (limit, window, bucket) in self.limits.items():
+            missing = 0 if bucket is None else bucket.missing(now)
+            if window.available(now) < window.amount or missing > 0:
+                used.append((key, window.used, window.last, missing))
+                refill = missing * limit.window // limit.amount
+                until = max(until, now + max(2 * limit.window, refill))
+        return Rest(until, tuple(used), now) if used else None
+
+    def wake_locked(self, rest: Rest) -> None:
+        """Go on from what somebody remembered."""
+        for key, units, last, missing in rest.used:
+            if key in self.limits:
+                _, window, bucket = self.limits[key]
+                window.owe(units, last)
+                window.lent -= units
+                if bucket is not None and missing > 0:
+                    bucket.book(min(missing, bucket.burst), rest.when)
+                    bucket.owe(max(0, missing - bucket.burst), rest.when)
+
+    # -- books -------------------------------------------------------------------------------------
+
+    def refuse_locked(self) -> None:
+        """Count a call that was turned away, here and above."""
+        for account in self.path:
+            account.refused += 1
+
+    def withdraw_locked(self, waiter: Waiter) -> None:
+        """Let ``waiter`` go, and count that it gave up, here and above, if it did so by itself."""
+        if self.budget.withdraw_locked(waiter):
+            for account in self.path:
+                account.cancelled += 1
+
+    def waited_locked(self, waited: int, bound_by: str | None) -> None:
+        """Count a call that waited ``waited`` ns."""
+        if bound_by is None:
+            return
+        for account in self.path:
+            count, total = account.waits.get(bound_by, (0, 0))
+            account.waits = account.waits or {}
+            account.waits[bound_by] = (count + 1, total + waited)
+
+    def refund_locked(self, resource: str, amount: int) -> None:
+        """Count what was given back, here and above."""
+        for account in self.path:
+            account.refunded = account.refunded or {}
+            account.refunded[resource] = account.refunded.get(resource, 0) + amount
+
+    def waiting_now(self) -> int:
+        """Return how many calls wait, here or below."""
+        return self.budget.waiting if self.parent is None else self.waiting
+
+    def observe(self, callback: Callback) -> Callable[[], None]:
+        """Tell ``callback`` of all that happens here and below, until what is returned is called."""
+        if self.observers is None:
+            self.observers = Observers()
+        remove = self.observers.add(callback)
+        with self.budget.lock:
+            self.budget.observed += 1
+        left = [1]
+
+        def unobserve() -> None:
+            remove()
+            with self.budget.lock:
+                self.budget.observed -= left.pop() if left else 0
+
+        return unobserve
+
+    def emit(self, event: Event) -> None:
+        """Tell those who watch, here or above; called without the lock."""
+        for account in reversed(self.path):
+            if account.observers is not None:
+                account.observers.emit(event)
+
+    def tell(self, kind: type[Event], **what: Any) -> None:
+        """Make an event for those who watch, here or above; called without the lock."""
+        if self.budget.observed:
+            self.emit(kind(limiter=self.shown, at=self.budget.clock() * 1e-9, **what))
+
+    def tell_later(self, kind: type[Event], **what: Any) -> None:
+        """Make an event that observers hear with the next one: this may run with the lock held."""
+        event = kind(limiter=self.shown, at=self.budget.clock() * 1e-9, **what)
+        for account in self.path:
+            if account.observers is not None:
+                account.observers.emit_later(event)
+
+    def binding_locked(self) -> str | None:
+        """Return what holds up who goes next, if anybody waits here."""
+        if not self.waiting_now():
+            return None
+        bound = (pacer.bound_by for pacer in self.budget.pacers.values())
+        return next((each for each in bound if each is not None), None)
+
+    def flush(self) -> None:
+        """Make those who watch hear what was to be told later; called without the lock."""
+        for account in self.path:
+            if account.observers is not None:
+                account.observers.flush()
+
+
+def _check(waiter: Waiter) -> None:
+    assert isinstance(waiter.node, Account)
+    waiter.node.check_locked(waiter.amounts)

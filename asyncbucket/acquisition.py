@@ -1,0 +1,69 @@
+"""What `Limiter.acquire` returns: to be awaited for a lease, or entered for one."""
+
+from collections.abc import Coroutine, Generator
+from types import TracebackType
+from typing import Any
+
+from asyncbucket.door import Door
+from asyncbucket.lease import Lease
+
+
+class Acquisition(Coroutine[Any, Any, Lease]):
+    """Be awaited for a lease, or entered for one that is released on leaving.
+
+    Nothing is taken before that. It is a coroutine as far as ``asyncio.create_task`` and its like
+    are concerned.
+    """
+
+    __slots__ = ("_amounts", "_coroutine", "_deadline", "_door", "_lease", "_priority")
+
+    def __init__(
+        self, door: Door, amounts: dict[str, int], deadline: int | None, priority: int
+    ) -> None:
+        self._door = door
+        self._amounts = amounts
+        self._deadline = deadline
+        self._priority = priority
+        self._lease: Lease | None = None
+        self._coroutine: Generator[Any, Any, Lease] | None = None
+
+    def __await__(self) -> Generator[Any, Any, Lease]:
+        lease = self._door.try_now(self._amounts)
+        if lease is None:
+            waiting = self._door.wait(self._amounts, self._deadline, self._priority)
+            lease = yield from waiting.__await__()
+        return lease
+
+    async def __aenter__(self) -> Lease:
+        lease = self._door.try_now(self._amounts)
+        if lease is None:
+            lease = await self._door.wait(self._amounts, self._deadline, self._priority)
+        self._lease = lease
+        return lease
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._lease is not None:
+            self._lease.__exit__(kind, error, trace)
+
+    def _running(self) -> Generator[Any, Any, Lease]:
+        if self._coroutine is None:
+            self._coroutine = self.__await__()
+        return self._coroutine
+
+    def send(self, value: Any) -> Any:
+        """Run as a coroutine."""
+        return self._running().send(value)
+
+    def throw(self, *args: Any) -> Any:
+        """Raise inside, as in a coroutine."""
+        return self._running().throw(*args)
+
+    def close(self) -> None:
+        """End, as a coroutine does."""
+        if self._coroutine is not None:
+            self._coroutine.close()

@@ -1,0 +1,181 @@
+"""What the loops and threads of a process share: meters under one lock, and one order of arrival."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Final, Literal
+
+from asyncbucket.errors import CostExceedsLimit
+from asyncbucket.gates import Gates
+from asyncbucket.loops import (
+    Background,
+    BlockedLoops,
+    reset_after_fork,
+    thread_switches_only_at_calls,
+)
+from asyncbucket.meters import NEVER, Amounts
+from asyncbucket.pacer import Pacer
+from asyncbucket.queue import Outlet, Waiter
+from asyncbucket.shares import Node
+
+#: What `Budget.easy` is while nobody waits.
+_EASY: Final[Literal[0, 1]] = 1 if thread_switches_only_at_calls else 0
+
+
+class Budget:
+    """Share a tree of meters among all loops and threads; every method may be called anywhere.
+
+    Methods whose name ends in ``_locked`` are called with ``lock`` held, which is never held across
+    an await. Each loop has a pacer of its own while somebody waits on it.
+    """
+
+    def __init__(self, clock: Callable[[], int], root: Node) -> None:
+        self.clock = clock
+        self.root = root
+        self.lock = threading.Lock()
+        #: Held while a limiter is made, so that two threads never make it twice; the outer of both.
+        self.making = threading.RLock()
+        #: Calls that wait, over all loops. While this is 0 newcomers pass if the meters allow it.
+        self.waiting = 0
+        #: 1 while lock-free callers may book (see `TokenBucket.acquire`), else 0.
+        self.easy: Literal[0, 1] = 0
+        #: Whether those who wait do so in a tree: there are children or priorities among them.
+        self.fair = False
+        #: How many watch what happens; while this is 0 no events are made.
+        self.observed = 0
+        #: Where the root's limits are kept elsewhere: what each loop hands those over to who go next.
+        self.outlet_for: Callable[[asyncio.AbstractEventLoop], Outlet] | None = None
+        self.pacers: dict[asyncio.AbstractEventLoop, Pacer] = {}
+        #: Counts the forks: what was taken in a parent process is not given back by its child.
+        self.epoch = 0
+        self.blocked = BlockedLoops()
+        self.background = Background()
+        self._arrivals = 0
+        self._dropped: list[Callable[[], object]] = []
+        self.settle_down_locked()
+        reset_after_fork(self)
+
+    def take_locked(self, node: Node, amounts: Amounts, now: int) -> Gates | None:
+        """Book ``amounts`` now if that lets nobody wait longer; return the gates they passed."""
+        if self._dropped:
+            self.collect_locked()
+        if (self.waiting or self.outlet_for is not None) and not self._clear_locked(node, now):
+            return None
+        gates = node.through
+        return gates if gates.take(amounts, now) else None
+
+    def _clear_locked(self, node: Node, now: int) -> bool:
+        """Tell whether a newcomer at ``node`` need not stand behind anybody, here or elsewhere."""
+        return self.outlet_for is None and all(
+            pacer.queue.clear(node, now) for pacer in self.pacers.values()
+        )
+
+    def join_locked(
+        self, node: Node, amounts: Amounts, now: int, deadline: int | None, priority: int = 0
+    ) -> Waiter:
+        """Stand in line on the running loop; await what is returned, withdraw it on failure."""
+        loop = asyncio.get_running_loop()
+        pacer = self.pacers.get(loop)
+        if pacer is None:
+            pacer = self.pacers[loop] = Pacer(self, loop, now)
+        if not self.fair and (priority or node is not self.root):
+            self.fair = True
+            for each in self.pacers.values():
+                each.plant_locked()
+        waiter = Waiter(loop=loop)
+        waiter.node = node
+        waiter.amounts = amounts
+        waiter.priority = priority
+        waiter.number = self._arrivals = self._arrivals + 1
+        waiter.arrived = now
+        waiter.deadline = deadline
+        waiter.bound_by = None
+        waiter.pacer = pacer
+        waiter.outlet = None
+        self.waiting += 1
+        self.easy = 0
+        pacer.push_locked(waiter)
+        return waiter
+
+    def withdraw_locked(self, waiter: Waiter) -> bool:
+        """Take a cancelled waiter out of the line, or give back what it was handed just then.
+
+        Return whether it gave up by itself, rather than being refused.
+        """
+        if not waiter.done() or waiter.cancelled():
+            if waiter.get_loop().is_closed():  # whoever rings next counts out all that were alive
+                for node in waiter.node.below_root if waiter.cancelled() else ():
+                    node.waiting -= 1
+                return True
+            waiter.cancel()
+            if waiter.pacer.leave_locked(waiter):
+                self.ring_locked(waiter.node)
+        elif waiter.exception() is not None:
+            return False
+        elif waiter.result() != NEVER:
+            self.give_back_locked(waiter)
+        return True
+
+    def give_back_locked(self, waiter: Waiter) -> None:
+        """Undo the booking of a waiter that was handed it and is gone, and ring."""
+        self.easy = 0
+        waiter.gates.unbook(waiter.amounts, waiter.taken)
+        self.settle_down_locked()
+        self.ring_locked(waiter.node)
+
+    def ring_locked(self, node: Node) -> None:
+        """Make every pacer look again, for something has changed at ``node`` or above."""
+        for pacer in tuple(self.pacers.values()):
+            pacer.queue.rouse(node)
+            pacer.ring_locked()
+
+    def changed_locked(self, check: Callable[[Waiter], object]) -> None:
+        """Have all who wait look at new limits; whoever can never pass them is told by ``check``."""
+        for pacer in tuple(self.pacers.values()):
+            pacer.queue.rouse_all()
+            for waiter in pacer.queue.waiters():
+                try:
+                    check(waiter)
+                except CostExceedsLimit as error:
+                    pacer.fail_locked(waiter, error)
+            pacer.ring_locked()
+
+    def drop(self, release: Callable[[], object]) -> None:
+        """Run ``release`` with the lock held, now or soon: a finalizer may interrupt its holder.
+
+        The collector closes coroutines that wait and leases that nobody holds, whenever it likes.
+        """
+        self._dropped.append(release)
+        if self.lock.acquire(blocking=False):
+            try:
+                self.collect_locked()
+            finally:
+                self.lock.release()
+        else:  # the holder may have looked already
+            for pacer in tuple(self.pacers.values()):
+                with contextlib.suppress(RuntimeError):  # its loop is closed
+                    pacer.loop.call_soon_threadsafe(pacer.ring)
+
+    def collect_locked(self) -> None:
+        """Release what was dropped while the lock was held."""
+        while self._dropped:
+            self._dropped.pop()()
+
+    def settle_down_locked(self) -> None:
+        """Let lock-free callers pass again if nobody waits."""
+        self.easy = 0 if self.waiting else _EASY
+
+    def after_fork(self) -> None:
+        """Begin anew in a child process: none of the parent's tasks, locks and slots live here."""
+        self.lock = threading.Lock()
+        self.making = threading.RLock()
+        self.pacers.clear()
+        self._dropped.clear()
+        self.blocked = BlockedLoops()
+        self.background = Background()
+        self.waiting = 0
+        self.fair = False
+        self.epoch += 1
+        self.root.after_fork()
+        self.settle_down_locked()

@@ -1,0 +1,158 @@
+"""What code inherits from whoever calls it: a priority, a tenant, a deadline.
+
+An agent makes its calls deep inside a framework that knows nothing of limits. Context variables
+reach them there, through every task that is started inside:
+
+>>> with asyncbucket.priority("interactive"), asyncbucket.tenant("acme"), asyncbucket.deadline(30):
+...     reply = await agent.run("...")
+"""
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import Generator
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal, TypeAlias
+
+from asyncbucket.meters import NEVER
+
+#: How urgent a call is: a name, or a whole number, larger ones first.
+Priority: TypeAlias = int | Literal["interactive", "normal", "batch"]
+
+_NAMES: Final = {"interactive": 1, "normal": 0, "batch": -1}
+_HIGHEST: Final = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Inherited:
+    """Hold what was given around a call; None where nothing was."""
+
+    priority: int | None = None
+    tenant: str | None = None
+    #: In seconds of the event loop's clock, which tasks and threads of one program agree on.
+    deadline: float | None = None
+
+    def seconds_left(self) -> float | None:
+        """Return the seconds until the deadline; 0 once it is over."""
+        return None if self.deadline is None else max(0.0, self.deadline - _now())
+
+
+#: One variable for all, so that a call looks once; None is what most find.
+inherited: Final[ContextVar[Inherited | None]] = ContextVar("asyncbucket", default=None)
+
+
+@contextlib.contextmanager
+def priority(value: Priority) -> Generator[None]:
+    """Give all calls inside a priority, where they have none of their own.
+
+    Urgent calls go first, and none starves: of the priorities that wait each is served at least an
+    eighth as much as the next more urgent one. Those of one priority go in order of arrival.
+
+    Args:
+        value: ``"interactive"``, ``"normal"``, ``"batch"``, or a whole number from -100 to 100:
+            these names are 1, 0 and -1.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    with _inherit(priority=read_priority(value)):
+        yield
+
+
+@contextlib.contextmanager
+def tenant(name: str) -> Generator[None]:
+    """Make all calls inside for a tenant: through ``limiter.key(name)`` of the limiter they ask.
+
+    Raises:
+        ValueError: the name is no text, or empty.
+    """
+    with _inherit(tenant=read_tenant(name)):
+        yield
+
+
+@contextlib.contextmanager
+def deadline(seconds: float) -> Generator[None]:
+    """Have all calls inside admitted within so many seconds from now; an earlier deadline stays.
+
+    A call that cannot be is refused at once with `AcquireTimeout`, which says what binds and for
+    how long. It ends no call that was admitted: use ``asyncio.timeout`` for that.
+
+    Args:
+        seconds: from 0 on; ``math.inf`` lifts nothing.
+
+    Raises:
+        ValueError: it is no such number.
+    """
+    if seconds is None:  # pyright: ignore[reportUnnecessaryComparison] - whatever people type
+        raise ValueError("a deadline is a number of seconds, not None; math.inf lifts nothing")
+    deadline_of(0, timeout=seconds)
+    end, outer = _now() + seconds, inherited.get()
+    if outer is not None and outer.deadline is not None:
+        end = min(end, outer.deadline)
+    with _inherit(deadline=end):
+        yield
+
+
+@contextlib.contextmanager
+def _inherit(**what: Any) -> Generator[None]:
+    token = inherited.set(replace(inherited.get() or Inherited(), **what))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # a generator that was closed in another context
+            inherited.reset(token)
+
+
+def read_priority(value: Priority) -> int:
+    """Return a priority as a number.
+
+    Raises:
+        ValueError: it is neither a name nor a whole number within the bounds.
+    """
+    number = _NAMES.get(value, value) if isinstance(value, str) else value
+    if isinstance(number, int) and not isinstance(number, bool) and abs(number) <= _HIGHEST:
+        return number
+    raise ValueError(
+        f"priority must be {', '.join(map(repr, _NAMES))} or a whole number from "
+        f"{-_HIGHEST} to {_HIGHEST}, not {value!r}"
+    )
+
+
+def read_tenant(name: str) -> str:
+    """Return the name of a tenant.
+
+    Raises:
+        ValueError: it is no text, or empty.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a tenant is a text that is not empty, not {type(name).__name__}")
+    return name
+
+
+def deadline_of(
+    now: int, *, timeout: float | None = None, deadline: float | None = None
+) -> int | None:
+    """Return the earlier of ``timeout`` seconds from ``now`` and ``deadline``, in nanoseconds.
+
+    Raises:
+        ValueError: one of them is NaN or no number, or the timeout is negative.
+    """
+    ends: list[int] = []
+    for name, seconds, start in (("timeout", timeout, now), ("deadline", deadline, 0)):
+        if seconds is None:
+            continue
+        number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+        if not number or (isinstance(seconds, float) and math.isnan(seconds)):
+            raise ValueError(f"{name} must be a number of seconds, not {seconds!r}")
+        if name == "timeout" and seconds < 0:
+            raise ValueError(f"timeout must be at least 0 s, not {seconds!r}; None waits for ever")
+        if seconds < NEVER * 1e-9:
+            ends.append(start + round(seconds * 1_000_000_000))
+    return min(ends, default=None)
+
+
+def _now() -> float:
+    loop = asyncio._get_running_loop()  # noqa: SLF001 - None in a plain thread
+    return time.monotonic() if loop is None else loop.time()

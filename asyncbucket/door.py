@@ -1,0 +1,218 @@
+"""How a call gets in: at once, in turn, or not at all."""
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+from asyncbucket.account import Account
+from asyncbucket.context import Inherited, Priority, deadline_of, read_priority
+from asyncbucket.cost import Cost
+from asyncbucket.errors import AcquireTimeout, CostExceedsLimit, QueueFull, WouldBlock
+from asyncbucket.events import Admitted, Cancelled, Queued, Reason, Refused
+from asyncbucket.lease import Lease
+from asyncbucket.meters import NEVER
+from asyncbucket.queue import Waiter
+from asyncbucket.refusal import refuse_locked, seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_PATIENCE: Final = "raise the timeout or the limit"
+
+
+class Door:
+    """Let calls in under the limits of one account, and of those above it."""
+
+    __slots__ = ("_account", "again", "priority", "timeout")
+
+    def __init__(
+        self, account: Account, *, timeout: float | None = None, priority: int = 0
+    ) -> None:
+        self._account = account
+        #: What finds the account anew, after it was put to rest.
+        self.again: Callable[[], Account] | None = None
+        #: What holds for calls that say nothing themselves.
+        self.timeout = timeout
+        self.priority = priority
+
+    @property
+    def account(self) -> Account:
+        """The account whose limits hold here."""
+        if self._account.retired:
+            assert self.again is not None
+            self._account = self.again()
+        return self._account
+
+    def deadline(
+        self, timeout: float | None, deadline: float | None, here: Inherited | None
+    ) -> int | None:
+        """Return the earliest of all ends that were given, in ns of the limiter's clock."""
+        if timeout is None:
+            timeout = self.timeout
+        now = self.account.budget.clock()
+        end = deadline_of(now, timeout=timeout, deadline=deadline)
+        left = None if here is None else here.seconds_left()
+        if left is None or math.isinf(left):
+            return end
+        inherited = now + round(left * 1_000_000_000)
+        return inherited if end is None else min(end, inherited)
+
+    def urgency(self, priority: Priority | None, here: Inherited | None) -> int:
+        """Return the priority of a call: its own, what it inherits, or the limiter's."""
+        if priority is not None:
+            return read_priority(priority)
+        return self.priority if here is None or here.priority is None else here.priority
+
+    def try_now(self, amounts: dict[str, int], *, on_loop: bool = True) -> Lease | None:
+        """Return a lease, held on this loop or thread, if nobody has to wait for it."""
+        account = self._account
+        budget = account.budget
+        budget.lock.acquire()  # `with` would take twice the time
+        if account.retired:
+            budget.lock.release()
+            account = self._lock()
+        try:
+            now = budget.clock()
+            gates = budget.take_locked(account, amounts, now)
+            if gates is None:
+                return None
+            blocked = budget.blocked
+            holder = blocked.here() if on_loop else blocked.threads
+            lease = Lease(account, gates, amounts, now, holder)
+        finally:
+            budget.lock.release()
+        if budget.observed:
+            _tell_admitted(account, lease)
+        return lease
+
+    def take(self, amounts: dict[str, int]) -> Lease:
+        """Return a lease now, or refuse.
+
+        Raises:
+            WouldBlock: it cannot pass now, or others wait.
+            CostExceedsLimit: it can never pass.
+        """
+        lease = self.try_now(amounts)
+        if lease is not None:
+            return lease
+        account = self._lock()
+        try:
+            try:
+                account.check_locked(amounts)
+                raise refuse_locked(
+                    WouldBlock, account, amounts, "without waiting", "wait with acquire()"
+                )
+            finally:
+                account.budget.lock.release()
+        except (WouldBlock, CostExceedsLimit) as error:
+            _tell_refused(account, amounts, error)
+            raise
+
+    async def wait(
+        self,
+        amounts: dict[str, int],
+        deadline: int | None,
+        priority: int,
+        *,
+        on_loop: bool = True,
+    ) -> Lease:
+        """Return a lease in turn; ``on_loop`` tells whether this loop's task will hold it."""
+        account = self._lock()
+        budget = account.budget
+        try:
+            try:
+                account.check_locked(amounts)
+                now = budget.clock()
+                _refuse_if_hopeless_locked(account, amounts, now, deadline)
+                waiter = budget.join_locked(account, amounts, now, deadline, priority)
+            finally:
+                budget.lock.release()
+            try:
+                if budget.observed:
+                    account.tell(Queued, cost=Cost.of(amounts), waiting=account.waiting_now())
+                when = await waiter
+            except BaseException as error:
+                budget.drop(functools.partial(account.withdraw_locked, waiter))
+                _tell_cancelled(account, waiter, error)
+                raise
+            with budget.lock:
+                if when == NEVER:
+                    how = f"within {seconds(((deadline or now) - now) * 1e-9)}"
+                    raise refuse_locked(AcquireTimeout, account, amounts, how, _PATIENCE)
+                holder = budget.blocked.here() if on_loop else budget.blocked.threads
+                lease = Lease(account, waiter.gates, amounts, waiter.taken, holder, priority)
+                lease.waited = (when - now) * 1e-9
+                lease.bound_by = waiter.bound_by
+                account.waited_locked(when - now, waiter.bound_by)
+        except (AcquireTimeout, QueueFull, CostExceedsLimit) as error:
+            _tell_refused(account, amounts, error)
+            raise
+        if budget.observed:
+            _tell_admitted(account, lease)
+        return lease
+
+    def _lock(self) -> Account:
+        """Return the account, with its budget's lock held; another thread may put it to rest."""
+        while True:
+            account = self.account
+            account.budget.lock.acquire()
+            if not account.retired:
+                return account
+            account.budget.lock.release()
+
+
+def _refuse_if_hopeless_locked(
+    account: Account, amounts: dict[str, int], now: int, deadline: int | None
+) -> None:
+    for each in account.path:
+        waiting = each.waiting_now()
+        if each.max_queue is not None and waiting >= each.max_queue:
+            raise refuse_locked(
+                QueueFull,
+                account,
+                amounts,
+                f"behind {waiting:,} calls that wait already",
+                f"try again later or raise max_queue={each.max_queue:,}",
+            )
+    if deadline is not None and account.through.soonest(amounts, now) > deadline:
+        how = f"within {seconds(max(0, deadline - now) * 1e-9)}"
+        raise refuse_locked(AcquireTimeout, account, amounts, how, _PATIENCE)
+
+
+def _tell_admitted(account: Account, lease: Lease) -> None:
+    account.tell(
+        Admitted,
+        cost=lease.cost,
+        waited=lease.waited,
+        bound_by=lease.bound_by,
+        waiting=account.waiting_now(),
+        in_flight=account.in_flight,
+    )
+
+
+def _tell_cancelled(account: Account, waiter: Waiter, error: BaseException) -> None:
+    if account.budget.observed and not isinstance(error, CostExceedsLimit):
+        collected = isinstance(error, GeneratorExit)  # perhaps with the lock held
+        tell = account.tell_later if collected else account.tell
+        waited = (account.budget.clock() - waiter.arrived) * 1e-9
+        tell(Cancelled, cost=Cost.of(waiter.amounts), waited=waited)
+
+
+def _tell_refused(
+    account: Account,
+    amounts: dict[str, int],
+    error: WouldBlock | AcquireTimeout | QueueFull | CostExceedsLimit,
+) -> None:
+    if account.budget.observed:
+        bound: Any = {"bound_by": None, "retry_after": None}
+        if not isinstance(error, CostExceedsLimit):
+            bound = {"bound_by": error.bound_by, "retry_after": error.retry_after}
+        account.tell(Refused, cost=Cost.of(amounts), reason=_REASONS[type(error)], **bound)
+
+
+_REASONS: Final[dict[type, Reason]] = {
+    WouldBlock: "would_block",
+    AcquireTimeout: "timeout",
+    QueueFull: "queue_full",
+    CostExceedsLimit: "too_costly",
+}

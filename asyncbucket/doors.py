@@ -1,0 +1,269 @@
+"""What a limiter stands in front of: functions, models, HTTP clients, whole batches.
+
+Each method loads the adapter that does the work when it is called, so that the core needs none.
+"""
+
+import functools
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ParamSpec,
+    Self,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    cast,
+    overload,
+)
+
+from asyncbucket.acquisition import Acquisition
+from asyncbucket.lease import Lease
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable, Awaitable, Generator, Iterable
+
+    from asyncbucket.batch import Item, Results
+    from asyncbucket.limiter import Limiter
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+class Wrapping(TypedDict, total=False):
+    """What `Doors.wrap` takes by keyword."""
+
+    child: "str | Limiter | None"
+    #: A ``Retry``, attempts at most, or False.
+    retry: Any
+    #: An ``Estimator``.
+    estimator: Any
+    #: A ``ToolCost``.
+    cost: Any
+
+
+class Doors(ABC):
+    """Put things behind the limits of a `Limiter`, which inherits all of this."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def acquire(self, **cost: Any) -> Acquisition:
+        """See `Limiter.acquire`."""
+
+    @abstractmethod
+    def acquire_sync(self, **cost: Any) -> Lease:
+        """See `Limiter.acquire_sync`."""
+
+    @classmethod
+    def from_env(cls, prefix: str = "ASYNCBUCKET_", **options: Any) -> Self:
+        """Return a limiter as environment variables describe it: ``ASYNCBUCKET_RPM=500``...
+
+        Args:
+            prefix: how the variables' names begin.
+            options: as in `asyncbucket.settings.from_env`.
+
+        Raises:
+            LimitSyntaxError: a variable cannot be read, or none limits anything; a ValueError.
+        """
+        from asyncbucket.settings import from_env
+
+        return from_env(cls, prefix, **options)
+
+    @classmethod
+    def from_toml(cls, path: Any = None, **options: Any) -> Self:
+        """Return a limiter as ``[tool.asyncbucket]`` in a TOML file describes it.
+
+        Args:
+            path: the file; by default ``asyncbucket.toml`` or ``pyproject.toml`` here or above.
+            options: as in `asyncbucket.settings.from_toml`.
+
+        Raises:
+            LimitSyntaxError: the file cannot be read, or limits nothing; a ValueError.
+        """
+        from asyncbucket.settings import from_toml
+
+        return from_toml(cls, path, **options)
+
+    @property
+    def _limiter(self) -> "Limiter":
+        return cast("Limiter", self)
+
+    @overload
+    def paced(self, function: Callable[P, R], /) -> Callable[P, R]: ...
+    @overload
+    def paced(
+        self, /, **cost: float | str | Callable[..., float | str] | None
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+    def paced(self, function: Any = None, /, **cost: Any) -> Any:
+        """Decorate a function, async or plain, so that each call of it is admitted first.
+
+        Keywords are those of `acquire`; a callable gets the call's own arguments:
+        ``@limiter.paced(tokens=lambda prompt: len(prompt) // 4)``.
+        """
+        if function is None:
+            return functools.partial(self._paced, cost=cost)
+        return self._paced(function, cost={})
+
+    def _paced(self, function: Callable[..., Any], *, cost: dict[str, Any]) -> Callable[..., Any]:
+        if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
+            raise TypeError(
+                f"{function.__qualname__} is a generator: a call of it holds nothing yet; "
+                f"acquire inside it, around what it iterates over"
+            )
+
+        def price(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+            return {
+                name: value(*args, **kwargs) if callable(value) else value
+                for name, value in cost.items()
+            }
+
+        @functools.wraps(function)
+        async def paced(*args: Any, **kwargs: Any) -> Any:
+            async with self.acquire(**price(args, kwargs)):
+                return await function(*args, **kwargs)
+
+        @functools.wraps(function)
+        def paced_sync(*args: Any, **kwargs: Any) -> Any:
+            with self.acquire_sync(**price(args, kwargs)):
+                return function(*args, **kwargs)
+
+        return paced if inspect.iscoroutinefunction(function) else paced_sync
+
+    @overload
+    def wrap(self, obj: list[Any], **options: Unpack["Wrapping"]) -> list[Any]: ...
+    @overload
+    def wrap(self, obj: tuple[Any, ...], **options: Unpack["Wrapping"]) -> tuple[Any, ...]: ...
+    @overload
+    def wrap(self, obj: T, **options: Unpack["Wrapping"]) -> T: ...
+    def wrap(self, obj: Any, **options: Unpack["Wrapping"]) -> Any:
+        """Return ``obj``, a LlamaIndex LLM, embedding model or tool, paced by this limiter.
+
+        It is of the same class, with the same fields, tools, streaming and structured output; a list
+        comes back as a list. Needs the extra ``asyncbucket[llama-index]``.
+
+        >>> llm = limiter.wrap(OpenAI(model="gpt-4o-mini"), child="chat")
+        >>> tools = limiter.wrap([search, weather], child="tools")
+
+        Args:
+            obj: any LlamaIndex ``LLM``, ``BaseEmbedding`` or ``BaseTool``, or a list or tuple of them;
+                plain functions in it become tools.
+            options: ``child=``, the name of a child of this limiter to be used instead, or one that
+                is under it; ``retry=`` and ``estimator=`` of models; ``cost=`` of tools, one request by
+                default. As in `asyncbucket.llama_index.wrap`.
+
+        Raises:
+            TypeError: ``obj`` is nothing that can be wrapped, or an option does not apply to it.
+            ValueError: ``obj`` is paced by another limiter, or ``child`` is not under this one.
+        """
+        from asyncbucket.llama_index.wrap import wrap
+
+        return wrap(obj, self._limiter, **options)
+
+    def transport(self, inner: Any = None, **options: Any) -> Any:
+        """Return a transport for ``httpx.AsyncClient`` or ``httpx2.AsyncClient``, paced.
+
+        Every HTTP attempt waits for its admission, and holds its slot until the reply's body is
+        read, closed or dropped; else all is as without it. Needs ``asyncbucket[http]``.
+
+        >>> http = httpx.AsyncClient(transport=limiter.transport())
+        >>> client = AsyncOpenAI(http_client=http, max_retries=0)
+
+        Args:
+            inner: the transport that does the work; by default the client's own kind.
+            options: ``family=``, ``profile=`` and ``learn=``, as in
+                `asyncbucket.http.transport.transport`.
+        """
+        from asyncbucket.http.transport import transport
+
+        return transport(self._limiter, inner, **options)
+
+    def transport_sync(self, inner: Any = None, **options: Any) -> Any:
+        """Return a transport for ``httpx.Client`` or ``httpx2.Client``; see `transport`."""
+        from asyncbucket.http.transport import transport_sync
+
+        return transport_sync(self._limiter, inner, **options)
+
+    def http_client(self, **options: Any) -> Any:
+        """Return an ``AsyncClient``, paced, with the pool, time-outs and redirects of the SDKs.
+
+        >>> client = AsyncOpenAI(http_client=limiter.http_client(), max_retries=0)
+
+        Args:
+            options: ``family=``, ``sync=``, ``profile=`` and ``learn=``, as in
+                `asyncbucket.http.clients.http_client`, and those of the client itself.
+        """
+        from asyncbucket.http.clients import http_client
+
+        return http_client(self._limiter, **options)
+
+    def amap(
+        self,
+        fn: "Callable[[T], Awaitable[R]]",
+        items: "Iterable[T] | AsyncIterable[T]",
+        **options: Any,
+    ) -> "Results[T, R]":
+        """Call ``fn`` with each of ``items``, paced, and iterate over the results as they come.
+
+        Memory is bounded however many items there are. Needs ``asyncbucket[batch]``.
+
+        >>> async for item in limiter.amap(llm.acomplete, prompts, checkpoint="run.db"):
+        ...     print(item.index, item.result)
+
+        Args:
+            fn: an async function of one item.
+            items: any iterable, plain or async, endless ones too.
+            options: ``ordered=``, ``errors=``, ``show_progress=``, ``checkpoint=`` and others, as
+                in `asyncbucket.batch.amap`.
+        """
+        from asyncbucket.batch import amap
+
+        return amap(self._limiter, fn, items, **options)
+
+    @overload
+    def map(
+        self,
+        fn: "Callable[[T], Awaitable[R]]",
+        items: "Iterable[T] | AsyncIterable[T]",
+        **options: Any,
+    ) -> "Generator[Item[T, R]]": ...
+    @overload
+    def map(
+        self, fn: Callable[[T], R], items: "Iterable[T] | AsyncIterable[T]", **options: Any
+    ) -> "Generator[Item[T, R]]": ...
+    def map(self, fn: Callable[..., Any], items: Any, **options: Any) -> Any:
+        """Call ``fn`` with each of ``items``, paced, for code without an event loop; see `amap`."""
+        from asyncbucket.batch import map_sync
+
+        return map_sync(self._limiter, fn, items, **options)
+
+    def serve_stats(self, **options: Any) -> Any:
+        """Serve what this limiter and its children do, read-only, on this machine alone.
+
+        >>> server = limiter.serve_stats()
+        >>> server.url  # for: asyncbucket watch http://127.0.0.1:40317
+        'http://127.0.0.1:40317'
+
+        Args:
+            options: ``host=``, ``port=`` and ``path=``, as in `asyncbucket.stats.serve_stats`.
+
+        Raises:
+            ValueError: ``host`` is no loopback address.
+            OSError: the port or the path is taken.
+        """
+        from asyncbucket.stats import serve_stats
+
+        return serve_stats(self._limiter, **options)
+
+    def trace(self, last: int = 10_000) -> Any:
+        """Keep the last events from now on, for a plot or a test; see `asyncbucket.stats.Trace`.
+
+        Args:
+            last: how many are kept.
+        """
+        from asyncbucket.stats import Trace
+
+        return Trace(self._limiter, last=last)

@@ -1,0 +1,278 @@
+"""What happens inside a limiter, as one stream of frozen events, and those who watch it.
+
+A call that passes at once makes `Admitted` and `Released`; one that waits makes `Queued` first, and
+ends in `Admitted`, `Refused` or `Cancelled`. `Settled` may come any time after `Admitted`. The
+others are about the limiter, not about one call.
+
+What the core promises to an observer: every event of a limiter and of its children reaches it, once;
+it is called with no lock held, so that it may ask the limiter for its ``statistics()``; the events
+of waiting (`Queued`, `Admitted`, `Refused`, `Cancelled`) come in the context of the call itself, so
+that the current span is the caller's. It is called in whichever thread the thing happens, must not
+block, and what it raises is reported once and breaks nothing. While nobody watches, no event is made.
+A lease that nobody released is released by the collector, which may interrupt an observer anywhere,
+its locks held: such an event waits for the next one (`Observers.emit_later`).
+
+No event holds a prompt, a key, a URL, the message of somebody else's error or the name of a tenant:
+a limiter goes by its path, ``"openai/chat"``, and those of tenants are one, ``"openai/chat/*"``.
+"""
+
+import collections
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+__all__ = [
+    "Admitted",
+    "Callback",
+    "Cancelled",
+    "Event",
+    "LimitChanged",
+    "LimitLearned",
+    "Observers",
+    "Outcome",
+    "Paused",
+    "Queued",
+    "Reason",
+    "Refused",
+    "Released",
+    "Retried",
+    "Settled",
+    "StoreLost",
+    "StoreRecovered",
+]
+
+#: Why a call was turned away.
+Reason = Literal["would_block", "timeout", "queue_full", "too_costly"]
+#: How a call ended, as its lease was told.
+Outcome = Literal["ok", "overloaded", "failed"]
+
+_log: Final = logging.getLogger("asyncbucket")
+# What a library has to say goes where its user wants it, and nowhere unless he says so.
+_log.addHandler(logging.NullHandler())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Say that something happened in a limiter. Costs are amounts by resource; times are seconds."""
+
+    #: The path of the limiter: ``"openai"``, ``"openai/chat"``, ``"openai/chat/*"`` for tenants.
+    limiter: str
+    #: When it happened, in seconds of the limiter's clock.
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queued(Event):
+    """A call has to wait."""
+
+    cost: Mapping[str, int]
+    #: Calls that wait now, this one included.
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admitted(Event):
+    """A call passed."""
+
+    cost: Mapping[str, int]
+    #: Seconds between asking and admission.
+    waited: float
+    #: The resource that held it up, ``"concurrency"`` or ``"paused"``; None if it did not wait.
+    bound_by: str | None
+    #: Calls that wait now.
+    waiting: int
+    #: Leases not yet released, this one included.
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused(Event):
+    """A call was turned away: at once, or when its time was up."""
+
+    cost: Mapping[str, int]
+    reason: Reason
+    #: The resource that had no room, ``"concurrency"`` or ``"paused"``; None if others came first.
+    bound_by: str | None
+    #: In how many seconds it might pass; None where nobody can tell, or it never will.
+    retry_after: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancelled(Event):
+    """A call gave up while it waited."""
+
+    cost: Mapping[str, int]
+    #: Seconds between asking and giving up.
+    waited: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled(Event):
+    """A lease was told what its call really used; only the resources that were named."""
+
+    #: What had been reserved.
+    reserved: Mapping[str, int]
+    #: What was used.
+    used: Mapping[str, int]
+    #: What an earlier word had said, which this one corrects; empty for the first word.
+    corrects: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Released(Event):
+    """A lease was released: the call is over."""
+
+    cost: Mapping[str, int]
+    #: Seconds between admission and release.
+    held: float
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paused(Event):
+    """Nobody is admitted for a while. A provider's refusal for rate has the reason ``"429"``."""
+
+    seconds: float
+    #: Why, as whoever paused it said.
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retried(Event):
+    """A call failed and will be tried again."""
+
+    #: How often it was tried so far, from 1 on.
+    attempt: int
+    #: The kind of error, such as ``"HTTP 429"`` or ``"ReadTimeout"``; never its message.
+    error: str
+    #: Seconds until the next attempt asks for its admission.
+    delay: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitLearned(Event):
+    """A limit that the provider announces was taken over."""
+
+    #: As people write it: ``"500 requests per 60 s"``.
+    limit: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitChanged(Event):
+    """A limit was changed while the limiter runs, or the number of slots was."""
+
+    #: As people write it: ``"500 requests per 60 s"``, ``"concurrency 12"``.
+    limit: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreLost(Event):
+    """The shared store cannot be reached: from now on this process does what it was told to."""
+
+    #: What is wrong, as the `StoreError` says; the password of a URL is never in it.
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreRecovered(Event):
+    """The shared store is back."""
+
+    #: For how long it was lost.
+    seconds: float
+
+
+Callback = Callable[[Event], object]
+
+
+class Observers:
+    """Hold who watches one limiter, and tell them in the order in which they came.
+
+    Every method may be called from any thread, and by an observer while it is told.
+    """
+
+    __slots__ = ("_callbacks", "_late", "_lock")
+
+    def __init__(self) -> None:
+        self._callbacks: tuple[_Observer, ...] = ()
+        self._late: collections.deque[Event] = collections.deque()
+        self._lock = threading.RLock()
+
+    def __bool__(self) -> bool:
+        return bool(self._callbacks)
+
+    def add(self, callback: Callback) -> Callable[[], None]:
+        """Tell ``callback`` of every event from now on; call what is returned to end that.
+
+        Raises:
+            TypeError: it is nothing that can be called, or a coroutine function: nobody awaits it.
+        """
+        if not callable(callback):
+            raise TypeError(f"an observer is called with each event; {_name(callback)} cannot be")
+        if inspect.iscoroutinefunction(callback):
+            raise TypeError(
+                f"an observer is a plain function, and {_name(callback)} is a coroutine function: "
+                f"let it put the event into a queue"
+            )
+        observer = _Observer(callback)
+        with self._lock:
+            self._callbacks = (*self._callbacks, observer)
+
+        def remove() -> None:
+            with self._lock:
+                self._callbacks = tuple(each for each in self._callbacks if each is not observer)
+
+        return remove
+
+    def emit(self, event: Event) -> None:
+        """Tell everybody; who raises is reported once and told on."""
+        if self._late:
+            self.flush()
+        self._tell(event)
+
+    def emit_later(self, event: Event) -> None:
+        """Tell everybody with the next event, or at `flush`; for finalizers."""
+        if self._callbacks:
+            self._late.append(event)
+
+    def flush(self) -> None:
+        """Tell what was to be told later."""
+        while True:
+            try:
+                event = self._late.popleft()
+            except IndexError:
+                return
+            self._tell(event)
+
+    def _tell(self, event: Event) -> None:
+        for observer in self._callbacks:
+            try:
+                observer.callback(event)
+            except Exception as error:  # noqa: BLE001 - the call that made the event goes on
+                observer.report(event, error)
+
+
+class _Observer:
+    __slots__ = ("_reported", "callback")
+
+    def __init__(self, callback: Callback) -> None:
+        self.callback = callback
+        self._reported = False
+
+    def report(self, event: Event, error: Exception) -> None:
+        """Log the first error."""
+        if not self._reported:
+            self._reported = True
+            _log.error(
+                "observer %s raised on %s; later errors of it are not reported",
+                _name(self.callback),
+                type(event).__name__,
+                exc_info=error,
+            )
+
+
+def _name(callback: object) -> str:
+    """Return the name of a callback: its repr might show what it was made with."""
+    return str(getattr(callback, "__qualname__", type(callback).__qualname__))

@@ -1,0 +1,133 @@
+"""Why would a call wait, for how long, and what would have to change?"""
+
+import copy
+from dataclasses import dataclass
+
+from asyncbucket.account import Account
+from asyncbucket.cost import Cost, counted
+from asyncbucket.gates import Gates
+from asyncbucket.limits import Limit
+from asyncbucket.meters import NEVER, Amounts
+from asyncbucket.refusal import seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Show how many calls like the one asked about a limit lets pass, in the long run."""
+
+    #: The limiter that has it: the one asked, or one above it.
+    limiter: str
+    limit: Limit
+    #: Calls a second.
+    calls: float
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Say which limit binds a call, how long it would wait, and what would have to change.
+
+    ``print`` it: it reads as a sentence.
+    """
+
+    cost: Cost
+    #: Seconds until such a call would pass, after all that go before it; None where only a slot
+    #: that is given back can tell. Settling, cancelling and a fair share of its own make it less.
+    wait: float | None
+    #: What it would wait for: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``; None
+    #: if it would pass at once.
+    bound_by: str | None
+    #: Calls that may go before it: those that wait, without less urgent ones and without those
+    #: that wait for limits which are not its own.
+    ahead: int
+    #: What each limit allows of such calls in the long run, the tightest first.
+    rates: tuple[Rate, ...]
+
+    def __str__(self) -> str:
+        return "; ".join([self._now(), *self._in_the_long_run()])
+
+    def _now(self) -> str:
+        behind = f" behind {counted(self.ahead, 'calls')}" if self.ahead else ""
+        if self.bound_by is None:
+            return f"a call would pass at once{behind}"
+        if self.wait is None:
+            return f"a call would wait{behind} until a slot is given back"
+        verb = "the limiter is paused" if self.bound_by == "paused" else f"{self.bound_by} bind"
+        return f"a call would wait {seconds(self.wait)}{behind}: {verb}"
+
+    def _in_the_long_run(self) -> list[str]:
+        if not self.rates:
+            return ["no limit over time binds such calls"]
+        first, *others = self.rates
+        told = [f"{first.limit.resource} allow {_such_calls(first)} ({first.limit})"]
+        for other in others[:1]:
+            more = other.calls / first.calls
+            times = f"{more:.1f}" if more < 10 else f"{more:,.0f}"  # noqa: PLR2004 - two digits
+            told.append(f"{other.limit.resource} alone would allow {times}x more ({other.limit})")
+        return told
+
+
+def explain_locked(account: Account, amounts: dict[str, int], priority: int) -> Explanation:
+    """Explain what a call of those amounts would meet; called with the budget's lock held."""
+    now = account.budget.clock()
+    gates, ahead, last, bound_by = _line_up(account, now, priority)
+    when: int = last
+    if last < NEVER:
+        due, binds = gates.earliest(amounts, last)
+        when, bound_by = due, binds if due > last else bound_by
+    return Explanation(
+        cost=Cost.of(amounts),
+        wait=None if when >= NEVER else (when - now) * 1e-9,
+        bound_by=bound_by if when > now else None,
+        ahead=ahead,
+        rates=tuple(sorted(_rates(account, amounts), key=lambda rate: rate.calls)),
+    )
+
+
+def _line_up(account: Account, now: int, priority: int) -> tuple[Gates, int, int, str | None]:
+    """Book all who go before in copies of the meters, in order of arrival.
+
+    Return the copies, how many there are, when the last of them passes, and what held it up.
+    """
+    waiters = sorted(
+        waiter for pacer in account.budget.pacers.values() for waiter in pacer.queue.waiters()
+    )
+    copies: dict[int, object] = {}
+    first: dict[object, int] = {}  # when whoever stands first in a line came to be that
+    gates = copy.deepcopy(account.through, copies)
+    ahead, when, bound_by = 0, now, None
+    for waiter in waiters:
+        apart = [node for node in waiter.node.path if node not in account.path]
+        others = any(node.gates.earliest(waiter.amounts, now)[0] > now for node in apart)
+        if others or waiter.priority < priority:
+            continue
+        ahead += 1
+        theirs = copy.deepcopy(waiter.node.through, copies)
+        since = first.get(waiter.line, waiter.line.since(waiter))
+        due, binds = theirs.earliest(waiter.amounts, since)
+        if due > when:
+            when, bound_by = due, binds
+        if when < NEVER:
+            theirs.book(waiter.amounts, when)
+            first[waiter.line] = when
+    return gates, ahead, when, bound_by
+
+
+def _rates(account: Account, amounts: Amounts) -> list[Rate]:
+    return [
+        Rate(each.name, limit, limit.amount / limit.per / amounts[limit.resource])
+        for each in account.path
+        for limit, _, _ in each.limits.values()
+        if amounts.get(limit.resource)
+    ]
+
+
+def _such_calls(rate: Rate) -> str:
+    """Return a rate in the unit that reads best: one as long as the limit's window, and no fraction."""
+    for unit, length in (("a second", 1), ("a minute", 60), ("an hour", 3_600)):
+        if length >= rate.limit.per and rate.calls * length >= 1:
+            return f"{_number(rate.calls * length)} such calls {unit}"
+    return f"{_number(rate.calls * 86_400)} such calls a day"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # noqa: PLR2004 - three digits

@@ -1,0 +1,120 @@
+"""All that one call passes: meters side by side, those of its limiter and of the limiters above."""
+
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import Final, Self
+
+from asyncbucket.limits import Limit
+from asyncbucket.meters import NEVER, Amounts, Bucket, Meter, Slots, Window
+
+#: Windows so many times longer than the shortest say nothing about who goes next.
+_LONG: Final = 100
+
+
+class Gates:
+    """Put meters side by side: a call passes all of them at once, each by its own resource."""
+
+    __slots__ = ("_prices", "_takes", "limits", "meters", "slots", "windows")
+
+    def __init__(self, meters: Iterable[tuple[Meter, str]], limits: tuple[Limit, ...] = ()) -> None:
+        #: Each meter with the resource that it counts.
+        self.meters = tuple(meters)
+        #: The limits that they, or others elsewhere, keep.
+        self.limits = limits
+        self._takes = tuple((meter.take, resource) for meter, resource in self.meters)
+        self.windows = tuple(
+            (meter, resource) for meter, resource in self.meters if isinstance(meter, Window)
+        )
+        self.slots = tuple(meter for meter, _ in self.meters if isinstance(meter, Slots))
+        self._prices: tuple[tuple[str, float], ...] | None = None
+
+    def above(self, others: Self) -> "Gates":
+        """Return these gates and ``others`` in one."""
+        return Gates(self.meters + others.meters, self.limits + others.limits)
+
+    @property
+    def slotless(self) -> "Gates":
+        """These gates without those that count slots."""
+        return Gates(each for each in self.meters if not isinstance(each[0], Slots))
+
+    def take(self, amounts: Amounts, now: int) -> bool:
+        """Book ``amounts`` in all meters if all allow it now, else in none."""
+        for take, resource in self._takes:
+            amount = amounts.get(resource)
+            if amount and not take(amount, now):
+                for earlier, taken in self.meters[: self._takes.index((take, resource))]:
+                    earlier.unbook(amounts.get(taken, 0), now)
+                return False
+        return True
+
+    def earliest(self, amounts: Amounts, since: int) -> tuple[int, str | None]:
+        """Return the first instant that suits all meters, and what binds."""
+        when, bound_by = since, None
+        for meter, resource in self.meters:
+            amount = amounts.get(resource)
+            if amount:
+                earliest = meter.earliest(amount, since)
+                if earliest > when:
+                    when, bound_by = earliest, meter.bound_by or resource
+        return when, bound_by
+
+    def soonest(self, amounts: Amounts, now: int) -> int:
+        """Return what `earliest` would if all that is lent came back: nothing passes before."""
+        lent: dict[str, int] = {}
+        for window, resource in self.windows:
+            lent[resource] = max(window.lent, lent.get(resource, 0))
+        return max(
+            (
+                meter.earliest(amounts[resource], now, back=lent.get(resource, NEVER))
+                for meter, resource in self.meters
+                if amounts.get(resource)
+            ),
+            default=now,
+        )
+
+    def book(self, amounts: Amounts, when: int) -> None:
+        """Book ``amounts`` in all meters at ``when``."""
+        for meter, resource in self.meters:
+            amount = amounts.get(resource)
+            if amount:
+                meter.book(amount, when)
+
+    def unbook(self, amounts: Amounts, when: int) -> None:
+        """Undo a booking of ``amounts`` at ``when``."""
+        for meter, resource in self.meters:
+            meter.unbook(amounts.get(resource, 0), when)
+
+    def price(self, amounts: Amounts) -> float:
+        """Return the largest part, in seconds, that ``amounts`` takes of any limit.
+
+        6,000 tokens of 60,000 a minute are six seconds. Of several limits of a resource the fastest
+        counts, for that one binds from call to call; limits over a day say nothing beside those
+        over a minute. Without any limit a call costs one.
+        """
+        if self._prices is None:
+            self._prices = self._find_prices()
+        price = 0.0
+        for resource, seconds in self._prices:
+            price = max(price, amounts.get(resource, 0) * seconds)
+        return price if self._prices else 1.0
+
+    def _find_prices(self) -> tuple[tuple[str, float], ...]:
+        """Return for each resource that counts how many seconds a unit of it costs."""
+        shortest = min((limit.per for limit in self.limits), default=0)
+        prices: dict[str, float] = {}
+        for limit in self.limits:
+            if limit.per <= _LONG * shortest:
+                price = limit.per / limit.amount
+                prices[limit.resource] = min(price, prices.get(limit.resource, price))
+        return tuple(prices.items())
+
+
+def pacing(limit: Limit, bucket: Bucket | None, now: int) -> Bucket | None:
+    """Return the bucket that paces ``limit`` from now on, or None where nothing does."""
+    if limit.burst is None or limit.burst == limit.amount:
+        return None
+    rate = Fraction(limit.amount * 1_000_000_000, limit.window)
+    if bucket is None:
+        return Bucket(rate=rate, burst=limit.burst)
+    bucket.reshape(rate=rate, burst=limit.burst, now=now)
+    return bucket

@@ -1,0 +1,74 @@
+"""Nobody passes for a while, and then few at first: a meter that counts no units but instants."""
+
+import math
+from typing import ClassVar, Final
+
+from asyncbucket.meters import NEVER
+
+#: A slow start goes by steps, each a 16th of the pause, at most a quarter of a second,
+_STEPS: Final = 16
+_LONGEST_STEP: Final = 250_000_000
+#: and is over after so many calls.
+_CALLS: Final = 256
+
+
+class Pause:
+    """Let nobody pass before ``until``; a slow start after it lets calls in gradually.
+
+    The n-th call of a slow start may pass log2(n) steps after the end of the pause: at first one,
+    and twice as many in each step. The next call of it is what ``until`` speaks of then.
+    """
+
+    __slots__ = ("_calls", "_start", "_step", "until")
+
+    bound_by: ClassVar[str | None] = "paused"
+    remote: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.until = 0
+        self._start = 0
+        #: The length of a step; 0 while there is no slow start.
+        self._step = 0
+        self._calls = 1
+
+    def begin(self, until: int, now: int, *, gradually: bool) -> None:
+        """Pause until then; an earlier, longer pause stays in force."""
+        if until > self.until:
+            self.until = self._start = until
+            self._step = min((until - now) // _STEPS, _LONGEST_STEP) if gradually else 0
+            self._calls = 1
+
+    def earliest(self, amount: int, now: int, *, back: int = 0) -> int:  # noqa: ARG002 - all calls are alike
+        """See `asyncbucket.meters.Meter.earliest`."""
+        return max(now, self.until)
+
+    def take(self, amount: int, now: int) -> bool:
+        """See `asyncbucket.meters.Meter.take`."""
+        if self.until > now:
+            return False
+        self.book(amount, now)
+        return True
+
+    def book(self, amount: int, when: int) -> None:  # noqa: ARG002 - all calls are alike
+        """See `asyncbucket.meters.Meter.book`: the next call of a slow start has its own instant."""
+        if self._step:
+            self._climb(1)
+
+    def unbook(self, amount: int, when: int, *, left: int = 0) -> None:  # noqa: ARG002 - all calls are alike
+        """See `asyncbucket.meters.Meter.unbook`."""
+        if self._step:
+            self._climb(-1)
+
+    def owe(self, amount: int, now: int) -> None:
+        """See `asyncbucket.meters.Meter.owe`: nothing is owed to a pause."""
+
+    def available(self, now: int) -> int:
+        """See `asyncbucket.meters.Meter.available`."""
+        return 0 if self.until > now else NEVER
+
+    def _climb(self, calls: int) -> None:
+        if self._calls >= _CALLS:
+            self._step = 0
+            return
+        self._calls = max(1, self._calls + calls)
+        self.until = self._start + int(self._step * math.log2(self._calls))

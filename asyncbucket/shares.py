@@ -1,0 +1,548 @@
+"""Who goes next among several: the children of a limiter, and priorities.
+
+The calls that wait form a tree, like the limiters at which they wait. At the leaves stand lines,
+first come, first served: those of a limiter's own calls. A limiter's `Branch` holds its own line and
+the branches of its children, and chooses among them by start-time fair queueing (Goyal, Vin and
+Cheng, SIGCOMM 1996): each has a tag, the virtual time at which its next call may start; the lowest
+goes first, and grows by the price of the call over the weight. So whoever has something waiting is
+served in proportion to its weight, in cost, not in calls; what one does not want goes to the others,
+at once; an idle child saves nothing up and loses nothing.
+
+The price of a call is the largest part that it takes of any limit of the node or above it, in
+seconds (`Gates.price`). It is what was reserved; settling corrects the tag.
+
+Whoever comes anew starts at the node's virtual time: the start of the call that was served last, as
+in the paper. That alone would let an endless stream of newcomers overtake whoever was just served.
+So where it stands still it follows the potential, at which each of those who want something would
+have been served since if all were at once, and lags behind that by one call at most.
+
+A child that is out of its own quota is no candidate. It sleeps until its meters say when, and holds
+up nobody; when it wakes it is as if it had been idle. Whoever goes next may still have to wait for
+the limits of the node itself; only who is entitled to go before may overtake then, and that is
+bounded by virtual time.
+
+Many callers ask one call after the other: when theirs has passed they are gone, and back in the
+loop's next turn. Whoever was emptied by a pass, and would be next if it came back, gets that turn
+before somebody with a higher tag is served (`Tree.expects`). Or the patient would get the share of
+the busy.
+
+Above all that stand the priorities: there is such a tree for each, and they compete by the same
+rule, with a weight that is eight times that of the next below. So an urgent call that comes alone is
+next, eight in a row may be, and a class that is always outbid has its share all the same: beside n
+that are more urgent at least 1 / (1 + 8 + ... + 8^n) of the limit.
+
+Several loops have a tree each, and the tags and virtual times in common: the tags on the way from
+the root to its head say which loop is next.
+"""
+
+import heapq
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Final, Self, TypeAlias
+
+from asyncbucket.gates import Gates
+from asyncbucket.meters import Amounts
+from asyncbucket.queue import EMPTY, Line, Waiter
+
+#: How many times the weight of a priority is that of the next below among those that wait.
+STEP: Final = 8.0
+
+
+class Share:
+    """Be one claimant's account of virtual time, over all loops."""
+
+    __slots__ = ("_credit", "tag", "weight")
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+        #: The virtual time at which its next call may start.
+        self.tag = 0.0
+        self._credit = 0.0
+
+    def join(self, virtual: float) -> None:
+        """Want something again, after nothing was wanted: what was not used then is lost."""
+        self.tag = max(self.tag - self._credit, virtual)
+        self._credit = 0.0
+
+    def charge(self, step: float) -> None:
+        """Pay for a call, with what came back from earlier ones first."""
+        step -= self._credit
+        self._credit = max(0.0, -step)
+        self.tag += max(0.0, step)
+
+    def correct(self, step: float) -> None:
+        """Hear that earlier calls used so much less than they paid for."""
+        self._credit += step
+
+
+class VirtualClock:
+    """Tell the virtual time at which newcomers start."""
+
+    __slots__ = ("_potential", "_steepest", "now")
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._potential = 0.0
+        #: The most that one call has moved a tag.
+        self._steepest = 0.0
+
+    def advance(self, tag: float, price: float, step: float, *, weights: float) -> None:
+        """Serve who is at ``tag`` with a call of that price, beside others of so many weights."""
+        self._steepest = max(self._steepest, step)
+        if tag > self.now:
+            self.now = self._potential = tag
+        self._potential += price / weights
+        self.now = max(self.now, self._potential - self._steepest)
+
+
+class Fairness:
+    """Remember the shares and clocks of a node that somebody has waited at, by priority."""
+
+    __slots__ = ("classes", "clocks", "lines", "shares", "top")
+
+    def __init__(self) -> None:
+        #: The node's claims on its parent, and those of its own calls on itself.
+        self.shares: dict[int, Share] = {}
+        self.lines: dict[int, Share] = {}
+        self.clocks: dict[int, VirtualClock] = {}
+        #: At the root, the claims of the priorities on it, and their clock.
+        self.classes: dict[int, Share] = {}
+        self.top = VirtualClock()
+
+    def line(self, priority: int) -> Share:
+        """Return the claim of the node's own calls of that priority."""
+        return self.lines.setdefault(priority, Share(1.0))
+
+
+class Node:
+    """Be a limiter's place in the tree: what its calls pass, and its share of its parent."""
+
+    __slots__ = (
+        "_fairness",
+        "_gates",
+        "_through",
+        "below_root",
+        "parent",
+        "path",
+        "waiting",
+        "weight",
+    )
+
+    def __init__(
+        self,
+        parent: "Self | None" = None,
+        *,
+        weight: float = 1.0,
+        gates: Gates | None = None,
+    ) -> None:
+        self.parent = parent
+        self.weight = weight
+        #: This node and those above it, up to the root; and the same without the root.
+        self.path: tuple[Self, ...] = (self, *parent.path) if parent is not None else (self,)
+        self.below_root = self.path[:-1]
+        #: Calls that wait here or below, over all loops; not counted at the root.
+        self.waiting = 0
+        # Thousands of children may be idle: what they need to let a call in is made for the first.
+        self._gates = gates
+        self._through: Gates | None = None
+        self._fairness: Fairness | None = None
+
+    @property
+    def gates(self) -> Gates:
+        """The meters of this limiter alone."""
+        if self._gates is None:
+            self._gates = self.make_gates()
+        return self._gates
+
+    def make_gates(self) -> Gates:
+        """Put the meters of this limiter side by side."""
+        return Gates(())
+
+    def forget_gates(self) -> None:
+        """Look at the meters anew when next somebody passes: they have changed here."""
+        self._gates = None
+        self.forget_through()
+
+    @property
+    def through(self) -> Gates:
+        """All meters that a call from here passes, up to the root's."""
+        if self._through is None:
+            above = self.parent
+            self._through = self.gates if above is None else self.gates.above(above.through)
+        return self._through
+
+    def forget_through(self) -> None:
+        """Look at the meters anew when next somebody passes: they have changed, here or above."""
+        self._through = None
+
+    def after_fork(self) -> None:
+        """Begin anew in a child process: those who waited are the parent's."""
+        self.waiting = 0
+
+    @property
+    def fairness(self) -> Fairness:
+        """Its shares and clocks, made when first somebody has to wait."""
+        if self._fairness is None:
+            self._fairness = Fairness()
+        return self._fairness
+
+    def reweigh(self, weight: float) -> None:
+        """Go on with another weight."""
+        self.weight = weight
+        if self._fairness is not None:
+            for share in self._fairness.shares.values():
+                share.weight = weight
+
+    def correct(self, priority: int, reserved: Amounts, used: Amounts) -> None:
+        """Give the shares on the path credit for what a call did not use after all."""
+        root = self.path[-1]
+        claims: list[tuple[dict[int, Share], Node]]
+        claims = [(self.fairness.lines, self), (root.fairness.classes, root)]
+        claims += [(node.fairness.shares, above) for node, above in itertools.pairwise(self.path)]
+        for shares, node in claims:
+            share = shares.get(priority)
+            if share is not None:
+                price = node.through.price
+                share.correct((price(reserved) - price(used)) / share.weight)
+
+
+Source: TypeAlias = "Line | Branch"
+
+
+class Flow:
+    """Be one of those among whom a branch chooses."""
+
+    __slots__ = ("asleep", "child", "key", "order", "share", "source", "weight")
+
+    def __init__(
+        self, key: object, source: Source, share: Share, *, child: Node | None, order: int
+    ) -> None:
+        self.key = key
+        self.source = source
+        self.share = share
+        #: The limiter whose limits lie between this flow and the branch, if it is a child's.
+        self.child = child
+        self.order = order
+        #: Until when it is no candidate; 0 while it is one. Its weight among those that compete: 0
+        #: while nobody is left in it.
+        self.asleep = 0
+        self.weight = share.weight
+
+    def __lt__(self, other: "Flow") -> bool:
+        return self.order < other.order
+
+
+class Branch:
+    """Choose among several flows on one loop: the lowest tag of those that may go."""
+
+    __slots__ = (
+        "_asleep",
+        "_clock",
+        "_flows",
+        "_orders",
+        "_ready",
+        "_weights",
+        "emptied",
+        "first",
+        "living",
+        "node",
+    )
+
+    def __init__(self, node: Node, clock: VirtualClock) -> None:
+        self.node = node
+        self._clock = clock
+        self._flows: dict[object, Flow] = {}
+        # Entries with an outdated tag, or of a flow that was woken earlier, are mended when found.
+        self._ready: list[tuple[float, Flow]] = []
+        self._asleep: list[tuple[int, Flow]] = []
+        #: The weights of those that are ready, together.
+        self._weights = 0.0
+        self._orders = 0
+        #: The flow whose head was found last.
+        self.first: Flow | None = None
+        #: How many wait here and below.
+        self.living = 0
+        #: The lowest tag of those that this pass has emptied.
+        self.emptied = math.inf
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(self._flows)
+
+    def __len__(self) -> int:
+        return self.living
+
+    def waiters(self) -> Iterator[Waiter]:
+        """Yield all who wait here and below."""
+        for flow in self._flows.values():
+            yield from flow.source.waiters()
+
+    @property
+    def wake(self) -> int:
+        """When to look again after no head was found; `EMPTY` if nobody is left."""
+        asleep = self._asleep
+        while asleep and asleep[0][1].asleep != asleep[0][0]:
+            heapq.heappop(asleep)
+        return asleep[0][0] if asleep else EMPTY
+
+    def find(self, key: object) -> Flow | None:
+        """Return a flow in which somebody waits."""
+        return self._flows.get(key)
+
+    def add(self, key: object, source: Source, share: Share, *, child: Node | None = None) -> Flow:
+        """Take in a flow; its source has, or is about to have, a head."""
+        self._orders += 1
+        flow = Flow(key, source, share, child=child, order=self._orders)
+        self._flows[key] = flow
+        self._rise(flow)
+        return flow
+
+    def want(self, flow: Flow) -> None:
+        """Have a flow compete in which somebody waits anew."""
+        if flow.asleep:
+            self._rise(flow)
+        elif not flow.weight:
+            self._weights += flow.share.weight
+            flow.weight = flow.share.weight
+
+    def rouse(self, flow: Flow) -> None:
+        """Look at a sleeping flow again: something has changed below."""
+        if flow.asleep:
+            self._rise(flow)
+
+    def rouse_all(self) -> None:
+        """Look at all again, here and below: the limits have changed."""
+        for flow in self._flows.values():
+            self.rouse(flow)
+            if isinstance(flow.source, Branch):
+                flow.source.rouse_all()
+
+    def head(self, now: int, *, slotless: bool = False) -> Waiter | None:
+        """Return who goes next, as far as the limits *below* this node are concerned.
+
+        ``slotless`` looks at those who wait for a slot as if there were one.
+        """
+        asleep, ready = self._asleep, self._ready
+        while asleep and (asleep[0][0] <= now or slotless):
+            due, flow = heapq.heappop(asleep)
+            if flow.asleep == due:
+                self._rise(flow)
+        while ready:
+            tag, flow = ready[0]
+            if tag != flow.share.tag:
+                heapq.heapreplace(ready, (flow.share.tag, flow))
+                continue
+            waiter, due = self._ask(flow, now, slotless=slotless)
+            if waiter is not None and due <= now:
+                self.first = flow
+                return waiter
+            heapq.heappop(ready)
+            self._sink(flow, due)
+        self.first = None
+        return None
+
+    def _ask(self, flow: Flow, now: int, *, slotless: bool) -> tuple[Waiter | None, int]:
+        """Return the head of a flow, if it has one now, and when it may have one."""
+        waiter = flow.source.head(now, slotless=slotless)
+        if waiter is None:
+            return None, flow.source.wake
+        if flow.child is None or not flow.child.gates.meters:
+            return waiter, now
+        gates = flow.child.gates.slotless if slotless else flow.child.gates
+        due, bound_by = gates.earliest(waiter.amounts, waiter.line.since(waiter))
+        if due > now:
+            waiter.line.bound_by = bound_by
+            due = min(due, flow.source.wake)  # somebody else may be the head by then
+        return waiter, due
+
+    def _rise(self, flow: Flow) -> None:
+        """Make ``flow`` a candidate, as if it had been idle until now."""
+        flow.asleep = 0
+        flow.weight = flow.share.weight
+        flow.share.join(self._clock.now)
+        self._weights += flow.weight
+        heapq.heappush(self._ready, (flow.share.tag, flow))
+
+    def _sink(self, flow: Flow, due: int) -> None:
+        """Let ``flow`` sleep until then, or forget it if nobody is left in it."""
+        self._weights -= flow.weight
+        if due < EMPTY:
+            flow.asleep = due
+            heapq.heappush(self._asleep, (due, flow))
+        else:
+            del self._flows[flow.key]
+
+    def served(self, head: Waiter, now: int) -> None:
+        """Take ``head``, which `head` returned and which passed, out of its line; charge for it."""
+        flow = self.first
+        assert flow is not None
+        flow.source.served(head, now)
+        self.living -= 1
+        price = self.node.through.price(head.amounts)
+        weights = self._weigh(flow)
+        step = price / flow.share.weight
+        self._clock.advance(flow.share.tag, price, step, weights=weights)
+        flow.share.charge(step)
+        if not flow.source:
+            # It is forgotten when it would be next, unless somebody is back by then.
+            self.emptied = min(self.emptied, flow.share.tag)
+            self._weights -= flow.weight
+            flow.weight = 0.0
+
+    def _weigh(self, flow: Flow) -> float:
+        """Return the weights of all who are ready, with that of ``flow`` as it is by now."""
+        self._weights += flow.share.weight - flow.weight
+        flow.weight = flow.share.weight
+        return max(self._weights, flow.weight)  # a sum of floats that come and go
+
+
+class Classes(Branch):
+    """Choose among priorities: of two with the same tag the more urgent goes first."""
+
+    __slots__ = ()
+
+    def add(self, key: object, source: Source, share: Share, *, child: Node | None = None) -> Flow:
+        assert isinstance(key, int)
+        self._orders = -key - 1
+        return super().add(key, source, share, child=child)
+
+    def _weigh(self, flow: Flow) -> float:
+        ready = sorted(
+            each.order for each in self._flows.values() if each.weight and not each.asleep
+        )
+        weights = [STEP**rank for rank in reversed(range(len(ready)))]
+        flow.share.weight = weights[ready.index(flow.order)]
+        return sum(weights)
+
+
+class Tree:
+    """Choose among all who wait on one loop, wherever in the tree of limiters they do."""
+
+    __slots__ = ("_classes", "_emptied", "_root")
+
+    def __init__(self, root: Node, line: Line) -> None:
+        """Take over the ``line`` of those who have waited at the root so far."""
+        self._root = root
+        self._emptied: list[Branch] = []
+        self._classes = Classes(root, root.fairness.top)
+        branch = self._class(0)
+        branch.add(None, line, root.fairness.line(0))
+        branch.living = self._classes.living = len(line)
+
+    def waiters(self) -> Iterator[Waiter]:
+        """Yield all who wait."""
+        return self._classes.waiters()
+
+    @property
+    def wake(self) -> int:
+        """When somebody wakes who may then be the head; `EMPTY` if nobody is left or asleep."""
+        return min(branch.wake for branch in self._chosen())
+
+    @property
+    def turn(self) -> tuple[float, ...]:
+        """The tags by which the head that was found last competes with those of other loops."""
+        return tuple(branch.first.share.tag for branch in self._chosen() if branch.first)
+
+    def push(self, waiter: Waiter) -> None:
+        """Let ``waiter`` stand in the line of its node and priority."""
+        priority = waiter.priority
+        branch = self._class(priority)
+        self._classes.living += 1
+        branch.living += 1
+        for node in reversed(waiter.node.below_root):
+            branch = self._branch(branch, node, node, priority, node.fairness.shares)
+            branch.living += 1
+        flow = branch.find(None)
+        if flow is None:
+            flow = branch.add(None, Line(), waiter.node.fairness.line(priority))
+        line = flow.source
+        assert isinstance(line, Line)
+        if not line:
+            for chooser, each in self._way(waiter.node, (priority,)):
+                chooser.want(each)
+            branch.want(flow)
+        line.push(waiter)
+
+    def head(self, now: int, *, slotless: bool = False) -> Waiter | None:
+        """Return who goes next as far as the limits below the root are concerned."""
+        return self._classes.head(now, slotless=slotless)
+
+    def served(self, head: Waiter, now: int) -> None:
+        """Take ``head``, which `head` returned and which passed, out of its line; charge for it."""
+        self._classes.served(head, now)
+        if not head.line:
+            self._emptied.extend(branch for branch in self._chosen() if branch.emptied < math.inf)
+
+    def expects(self) -> bool:
+        """Tell whether the head that was found should wait for somebody to come back first."""
+        return bool(self._emptied) and any(
+            branch.first is not None and branch.first.share.tag > branch.emptied
+            for branch in self._chosen()
+        )
+
+    def begin(self) -> None:
+        """Begin a new pass: whoever was to come back has had the time."""
+        for branch in self._emptied:
+            branch.emptied = math.inf
+        self._emptied.clear()
+
+    def _chosen(self) -> Iterator[Branch]:
+        """Yield the branches on the way to the head that was found last."""
+        branch: Source = self._classes
+        while isinstance(branch, Branch):
+            yield branch
+            if branch.first is None:
+                return
+            branch = branch.first.source
+
+    def clear(self, node: Node, now: int) -> bool:
+        """Tell whether a newcomer at ``node`` would overtake nobody who may go now or next."""
+        return self._classes.head(now) is None and all(
+            flow.source.head(now) is None for _, flow in self._way(node, tuple(self._classes))
+        )
+
+    def leave(self, waiter: Waiter) -> bool:
+        """Take ``waiter``, done, out of its line; return whether it was the head of it."""
+        self._classes.living -= 1
+        for _, flow in self._way(waiter.node, (waiter.priority,)):
+            assert isinstance(flow.source, Branch)
+            flow.source.living -= 1
+        return waiter.line.leave(waiter)
+
+    def rouse(self, node: Node) -> None:
+        """Look again at those who sleep at ``node`` or above: something has changed there."""
+        for branch, flow in self._way(node, tuple(self._classes)):
+            branch.rouse(flow)
+
+    def rouse_all(self) -> None:
+        """Look at all again: limits have changed."""
+        self._classes.rouse_all()
+
+    def _way(self, node: Node, priorities: tuple[object, ...]) -> Iterator[tuple[Branch, Flow]]:
+        """Yield the flows from the top to ``node`` in which somebody waits, and who chooses them."""
+        for priority in priorities:
+            branch: Branch = self._classes
+            for key in (priority, *reversed(node.below_root)):
+                flow = branch.find(key)
+                if flow is None:
+                    break
+                yield branch, flow
+                assert isinstance(flow.source, Branch)
+                branch = flow.source
+
+    def _class(self, priority: int) -> Branch:
+        root = self._root
+        return self._branch(self._classes, priority, root, priority, root.fairness.classes)
+
+    def _branch(
+        self, branch: Branch, key: object, node: Node, priority: int, shares: dict[int, Share]
+    ) -> Branch:
+        """Return the branch of ``node`` in ``branch``, made if nobody waits in it yet."""
+        flow = branch.find(key)
+        if flow is None:
+            source = Branch(node, node.fairness.clocks.setdefault(priority, VirtualClock()))
+            share = shares.setdefault(priority, Share(node.weight))
+            branch.add(key, source, share, child=None if key == priority else node)
+            return source
+        assert isinstance(flow.source, Branch)
+        return flow.source

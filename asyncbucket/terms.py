@@ -1,0 +1,98 @@
+"""On what terms a child stands under its parent."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self, TypedDict
+
+from asyncbucket.adaptive import Concurrency, read_concurrency
+from asyncbucket.context import Priority, deadline_of, read_priority
+from asyncbucket.limits import Limit, read_limits
+
+
+class Keywords(TypedDict, total=False):
+    """What `Limiter.child` and `Limiter.key` take by keyword."""
+
+    #: The share beside the siblings', any positive number; 1 by default.
+    weight: float
+    #: The most calls in flight; see `Limiter`.
+    concurrency: Concurrency | None
+    #: The most calls that wait; that of the parent holds, too.
+    max_queue: int | None
+    #: Of calls that have none of their own; by default the parent's.
+    priority: Priority | None
+    #: Seconds that calls wait at most that do not say themselves; by default the parent's.
+    timeout: float | None
+    rps: float | None
+    rpm: float | None
+    rph: float | None
+    rpd: float | None
+    tpm: float | None
+    tpd: float | None
+    itpm: float | None
+    otpm: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Hold what was agreed for a child."""
+
+    limits: tuple[Limit, ...] = ()
+    weight: float = 1.0
+    concurrency: Concurrency | None = None
+    max_queue: int | None = None
+    priority: int | None = None
+    timeout: float | None = None
+
+    @classmethod
+    def read(cls, limits: Iterable[str | Limit], keywords: Mapping[str, Any]) -> Self:
+        """Return terms as people give them.
+
+        Raises:
+            LimitSyntaxError: a limit cannot be read; a ValueError.
+            ValueError: a number is none of what it must be.
+        """
+        others = dict(keywords)
+        priority = others.pop("priority", None)
+        terms = cls(
+            weight=read_weight(others.pop("weight", 1.0)),
+            concurrency=others.pop("concurrency", None),
+            max_queue=read_count(others.pop("max_queue", None), "max_queue"),
+            priority=None if priority is None else read_priority(priority),
+            timeout=read_timeout(others.pop("timeout", None)),
+            limits=tuple(read_limits(limits, others)),
+        )
+        read_concurrency(terms.concurrency)
+        return terms
+
+
+def read_weight(weight: float) -> float:
+    """Return a weight.
+
+    Raises:
+        ValueError: it is no positive finite number.
+    """
+    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not number or not 1e-6 <= weight <= 1e6:  # noqa: PLR2004 - what floats can weigh exactly
+        raise ValueError(f"weight must be a number from 0.000001 to 1,000,000, not {weight!r}")
+    return float(weight)
+
+
+def read_timeout(timeout: float | None) -> float | None:
+    """Return seconds to wait at most.
+
+    Raises:
+        ValueError: they are no number from 0 on.
+    """
+    deadline_of(0, timeout=timeout)
+    return timeout
+
+
+def read_count(value: int | None, name: str) -> int | None:
+    """Return a number of calls.
+
+    Raises:
+        ValueError: it is no whole number from 0 on.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ValueError(f"{name} must be a whole number of at least 0, not {value!r}")
+    return value

@@ -1,0 +1,671 @@
+"""Limiters under limiters: fair among siblings, never over at any level, nobody forgotten."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncbucket import AcquireTimeout, Cost, CostExceedsLimit, Limit, Limiter, WouldBlock
+from asyncbucket.queue import Waiter
+from asyncbucket.shares import Node
+from asyncbucket.testing import VirtualTime, assert_never_over, virtual_time
+
+#: Tokens a minute of the key that tenants share, and how many come back at once.
+TPM, BURST = 60_000, 3_000
+MINUTES = 10
+
+Price = Callable[[int, random.Random], int]
+
+
+@dataclass
+class Shared:
+    """What tenants got of one key in ten minutes, the first of which does not count."""
+
+    got: list[int]
+    trace: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def use(self) -> float:
+        """The part of the key that was used."""
+        return sum(self.got) / (TPM * (MINUTES - 1))
+
+
+def jain(shares: list[float]) -> float:
+    """Return Jain's index of fairness: 1 if all are equal, 1/n if one has all."""
+    return sum(shares) ** 2 / (len(shares) * sum(share * share for share in shares))
+
+
+def share_a_key(
+    weights: list[float],
+    callers: list[int],
+    price: Price,
+    *,
+    limits: tuple[str, ...] = (f"{TPM} TPM burst {BURST}",),
+    latency: float = 0.0,
+    used: float = 1.0,
+) -> Shared:
+    """Let tenants saturate one key; each caller asks again as soon as its call is over."""
+    chance = random.Random(5)
+    shared = Shared([0] * len(weights))
+
+    async def caller(time: VirtualTime, limiter: Limiter, number: int) -> None:
+        while time.now < 60 * MINUTES:
+            reserved = price(number, chance)
+            async with limiter.acquire(tokens=reserved) as lease:
+                admitted, spent = time.now, round(used * reserved)
+                shared.trace.append((time.clock(), spent))
+                if latency:
+                    await asyncio.sleep(2 * latency * chance.random())
+                lease.settle(tokens=spent)
+                if 60 <= admitted < 60 * MINUTES:
+                    shared.got[number] += spent
+
+    async def main(time: VirtualTime, key: Limiter) -> None:
+        async with asyncio.TaskGroup() as group:
+            for number, weight in enumerate(weights):
+                tenant = key.child(f"tenant {number}", weight=weight)
+                for _ in range(callers[number]):
+                    group.create_task(caller(time, tenant, number))
+
+    with virtual_time() as time:
+        key = Limiter(*limits, clock=time.clock)
+        time.run(main(time, key))
+    assert_never_over(shared.trace, Limit("tokens", TPM))
+    return shared
+
+
+def huge_or_small(number: int, chance: random.Random) -> int:
+    """Cost much if it is the heavy tenant's, the first, else little."""
+    return chance.randint(400, 800) if number == 0 else chance.randint(20, 120)
+
+
+def middling(_: int, chance: random.Random) -> int:
+    """Cost something in between."""
+    return chance.randint(50, 300)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"latency": 0.5},
+        {"limits": (f"{TPM} TPM", "900 RPM"), "callers": 20},
+        {"limits": (f"{TPM} TPM",), "callers": 20},
+    ],
+    ids=["paced", "calls that last", "requests beside", "a minute at once"],
+)
+def test_one_heavy_and_99_light_tenants_get_the_same(how: dict[str, Any]) -> None:
+    """Two hundred callers with huge prompts beside small ones: equal in cost, 99 % used."""
+    callers = how.pop("callers", 2)
+    shared = share_a_key([1.0] * 100, [200] + [callers] * 99, huge_or_small, **how)
+    assert jain([float(got) for got in shared.got]) >= 0.99
+    if "900 RPM" not in how.get("limits", ()):
+        assert shared.use >= 0.99
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"latency": 0.2}, {"latency": 0.2, "used": 0.5}, {"limits": (f"{TPM} TPM",)}],
+    ids=["at once", "calls that last", "refunds", "a minute at once"],
+)
+def test_weights_are_kept_in_cost(how: dict[str, Any]) -> None:
+    """1 : 2 : 4 within 2 %, also where half of what was reserved comes back."""
+    callers = 200 if "limits" in how else 20
+    weights = [1.0, 2.0, 4.0]
+    shared = share_a_key(weights, [callers] * 3, middling, **how)
+    assert shared.use >= 0.985
+    for got, weight in zip(shared.got, weights, strict=True):
+        assert got / sum(shared.got) == pytest.approx(weight / 7, rel=0.02)
+
+
+def test_one_patient_caller_each_is_enough() -> None:
+    """Weights hold, within 5 %, where each has one call, and the next follows on it at once."""
+    shared = share_a_key([1.0, 2.0, 4.0], [1, 1, 1], middling)
+    for got, weight in zip(shared.got, (1, 2, 4), strict=True):
+        assert got / sum(shared.got) == pytest.approx(weight / 7, rel=0.05)
+
+
+def test_what_one_does_not_want_goes_to_the_others_at_once(virtual_time: VirtualTime) -> None:
+    """A sibling that pauses leaves its half; when it is back it has its half, and no more."""
+    passed: list[tuple[float, str]] = []
+
+    async def caller(limiter: Limiter, *, resting: bool) -> None:
+        while virtual_time.now < 300:
+            if resting and 100 <= virtual_time.now < 200:
+                await asyncio.sleep(200 - virtual_time.now)
+            async with limiter.acquire():
+                passed.append((virtual_time.now, limiter.name))
+
+    async def main() -> None:
+        key = Limiter("10 RPS burst 1", name="key", clock=virtual_time.clock)
+        async with asyncio.TaskGroup() as group:
+            for name in ("a", "b"):
+                for _ in range(20):
+                    group.create_task(caller(key.child(name), resting=name == "b"))
+
+    def count(name: str, start: float, end: float) -> int:
+        return sum(at >= start and at < end and who == name for at, who in passed)
+
+    virtual_time.run(main())
+    assert count("key/a", 60, 100) == pytest.approx(200, abs=2)
+    assert count("key/a", 105, 200) == pytest.approx(945, abs=4)
+    assert count("key/b", 203, 300) == pytest.approx(482, abs=8)
+
+
+def test_a_child_out_of_its_own_quota_holds_up_nobody(virtual_time: VirtualTime) -> None:
+    """A sibling's newcomer passes in the same instant, without waiting too."""
+
+    async def main() -> None:
+        key = Limiter("600 RPM", name="key", clock=virtual_time.clock)
+        poor, rich = key.child("poor", rpm=1), key.child("rich")
+        await poor.acquire()
+        queue = [asyncio.ensure_future(poor.acquire()) for _ in range(50)]
+        await virtual_time.all_blocked()
+        rich.acquire_nowait()
+        key.acquire_nowait()
+        assert (await rich.acquire(timeout=0)).waited == 0
+        with pytest.raises(WouldBlock) as error:
+            poor.acquire_nowait()
+        assert error.value.bound_by == "requests"
+        assert virtual_time.now == 0
+        assert (poor.statistics().waiting, rich.statistics().waiting) == (50, 0)
+        assert key.statistics().waiting == 50
+        for call in queue:
+            call.cancel()
+
+    virtual_time.run(main())
+
+
+def test_a_newcomer_waits_behind_whoever_waits_for_the_same(virtual_time: VirtualTime) -> None:
+    """Where an uncle's costly call is next at a common limit, a nephew's cheap one is not."""
+
+    async def main() -> None:
+        key = Limiter("100 TPM", name="key", clock=virtual_time.clock)
+        await key.acquire(tokens=50)
+        costly = asyncio.ensure_future(key.child("a").acquire(tokens=90))
+        await virtual_time.all_blocked()
+        with pytest.raises(WouldBlock):
+            key.child("b").acquire_nowait(tokens=1)
+        with pytest.raises(WouldBlock):
+            key.acquire_nowait(tokens=1)
+        model = key.child("model", "10 TPM")
+        await asyncio.sleep(1)
+        cheap = asyncio.ensure_future(model.child("c").acquire(tokens=5))
+        await virtual_time.all_blocked()
+        assert not cheap.done()
+        await costly
+        await cheap
+
+    virtual_time.run(main())
+
+
+def test_a_newcomer_under_a_child_waits_behind_its_cousin(virtual_time: VirtualTime) -> None:
+    """What is next at a limit in the middle is not overtaken there, though the root is free."""
+
+    async def main() -> None:
+        model = Limiter(name="key", clock=virtual_time.clock).child("model", "100 TPM")
+        await model.acquire(tokens=50)
+        costly = asyncio.ensure_future(model.child("a").acquire(tokens=90))
+        await virtual_time.all_blocked()
+        with pytest.raises(WouldBlock):
+            model.child("b").acquire_nowait(tokens=1)
+        assert model.parent is not None
+        model.parent.acquire_nowait(tokens=1)
+        await costly
+
+    virtual_time.run(main())
+
+
+def test_one_that_wakes_below_is_looked_at_while_another_is_next(
+    virtual_time: VirtualTime,
+) -> None:
+    """Two levels down, one call every 30 s passes while a costly sibling earns its own for 100 s."""
+    passed: list[float] = []
+
+    async def caller(limiter: Limiter, tokens: int) -> None:
+        while virtual_time.now < 1000:
+            async with limiter.acquire(tokens=tokens):
+                if tokens == 10:
+                    passed.append(virtual_time.now)
+
+    async def main() -> None:
+        model = Limiter(clock=virtual_time.clock).child("model", Limit("tokens", 1000, per=100))
+        slow = model.child("slow", Limit("requests", 1, per=30))
+        async with asyncio.TaskGroup() as group:
+            for _ in range(3):
+                group.create_task(caller(model.child("costly"), 900))
+            group.create_task(caller(slow, 10))
+
+    virtual_time.run(main())
+    assert len(passed) >= 25
+
+
+def test_a_costly_call_does_not_starve_among_cheap_siblings(virtual_time: VirtualTime) -> None:
+    """Ninety per cent of the window: it comes when the others have had as much."""
+    waits: list[float] = []
+
+    async def cheap(limiter: Limiter) -> None:
+        while virtual_time.now < 1200:
+            await limiter.acquire(tokens=20)
+
+    async def costly(limiter: Limiter) -> None:
+        while virtual_time.now < 1000:
+            lease = await limiter.acquire(tokens=900)
+            waits.append(lease.waited)
+
+    async def main() -> None:
+        key = Limiter("1000 TPM", clock=virtual_time.clock)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(20):
+                group.create_task(cheap(key.child("cheap")))
+            group.create_task(costly(key.child("costly")))
+
+    virtual_time.run(main())
+    assert len(waits) >= 7
+    assert max(waits) <= 2 * 60 * 515 / 512 + 1
+
+
+@pytest.mark.parametrize("rate", [9, 10, 12, 20])
+def test_endless_newcomers_do_not_starve_an_old_flow(virtual_time: VirtualTime, rate: int) -> None:
+    """However many tenants come that were never seen before, few of them overtake one who waits.
+
+    Whoever came first goes first, but for one round: of those who came later no more pass before
+    than had waited already, and four dozen.
+    """
+    passed: list[tuple[float, float]] = []
+    most = 0
+
+    async def old(limiter: Limiter) -> None:
+        nonlocal most
+        assert limiter.parent is not None
+        while virtual_time.now < 200:
+            asked, waiting = virtual_time.now, limiter.parent.statistics().waiting
+            await limiter.acquire()
+            most = max(most, sum(came >= asked for came, _ in passed) - waiting)
+
+    async def new(limiter: Limiter) -> None:
+        came = virtual_time.now
+        await limiter.acquire()
+        passed.append((came, virtual_time.now))
+
+    async def main() -> None:
+        key = Limiter("10 RPS burst 1", clock=virtual_time.clock)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(old(key.child("old")))
+            for number in range(200 * rate):
+                group.create_task(new(key.child(f"new {number}")))
+                await asyncio.sleep(1 / rate)
+
+    virtual_time.run(main())
+    assert len(passed) == 200 * rate
+    assert most <= 45
+
+
+@pytest.mark.parametrize("who", ["siblings", "the parent's own", "a priority"])
+def test_refunds_are_credited_to_whoever_reserved(virtual_time: VirtualTime, who: str) -> None:
+    """Who uses a tenth of what it reserves has its share of what is used, not of what is reserved."""
+    got = {"thrifty": 0, "honest": 0}
+
+    async def caller(limiter: Limiter, name: str, used: int, priority: int) -> None:
+        while virtual_time.now < 600:
+            async with limiter.acquire(tokens=500, priority=priority) as lease:
+                got[name] += used
+                lease.settle(tokens=used)
+
+    async def main() -> None:
+        key = Limiter(f"{TPM} TPM burst 1000", clock=virtual_time.clock)
+        thrifty = key if who == "the parent's own" else key.child("thrifty")
+        urgent = int(who == "a priority")
+        async with asyncio.TaskGroup() as group:
+            for _ in range(20):
+                group.create_task(caller(thrifty, "thrifty", 50, 0))
+                group.create_task(caller(key.child("honest"), "honest", 500, urgent))
+
+    virtual_time.run(main())
+    fair = 1 / 9 if who == "a priority" else 1 / 2
+    assert got["thrifty"] / sum(got.values()) == pytest.approx(fair, rel=0.05)
+
+
+def test_weight_changes_while_calls_wait(virtual_time: VirtualTime) -> None:
+    """From equal shares to 1 : 3, though no line has ever been empty."""
+    passed: dict[str, int] = {"a": 0, "b": 0}
+
+    async def caller(limiter: Limiter, name: str) -> None:
+        while virtual_time.now < 400:
+            await limiter.acquire()
+            passed[name] += 1
+
+    async def main() -> None:
+        key = Limiter("10 RPS burst 1", clock=virtual_time.clock)
+        async with asyncio.TaskGroup() as group:
+            for name in passed:
+                for _ in range(20):
+                    group.create_task(caller(key.child(name), name))
+            await asyncio.sleep(200)
+            assert passed["a"] == pytest.approx(passed["b"], abs=3)
+            key.child("b").reconfigure(weight=3)
+            before = dict(passed)
+            await asyncio.sleep(190)
+            more = {name: passed[name] - before[name] for name in passed}
+            assert more["b"] == pytest.approx(3 * more["a"], rel=0.02)
+
+    virtual_time.run(main())
+
+
+def test_limits_change_at_every_level_while_children_wait(virtual_time: VirtualTime) -> None:
+    """A raised limit lets in who waits for it; one that is cut tells who can never pass."""
+
+    async def main() -> None:
+        key = Limiter("100 TPM", name="key", clock=virtual_time.clock)
+        child = key.child("child", tpm=10)
+        grandchild = child.child("grandchild")
+        first = asyncio.ensure_future(grandchild.acquire(tokens=10))
+        second = asyncio.ensure_future(grandchild.acquire(tokens=10))
+        await first
+        await virtual_time.all_blocked()
+        assert not second.done()
+        child.reconfigure(tpm=20)
+        assert (await second).waited == 0
+        third = asyncio.ensure_future(grandchild.acquire(tokens=20))
+        await virtual_time.all_blocked()
+        key.reconfigure(tpm=15)
+        with pytest.raises(CostExceedsLimit, match="20 tokens exceeds the limit of 15 tokens"):
+            await third
+        with pytest.raises(CostExceedsLimit, match="exceeds the limit of 15 tokens"):
+            await grandchild.acquire(tokens=16)
+        assert virtual_time.now == 0
+        now = key.statistics()
+        assert (now.admitted, now.waiting, now.refused) == (2, 0, 2)
+
+    virtual_time.run(main())
+
+
+def test_books_of_a_child_are_in_those_above(virtual_time: VirtualTime) -> None:
+    """Admitted, refused, cancelled, waiting, in flight, refunded, paused by the provider."""
+
+    async def main() -> None:
+        key = Limiter("100 TPM", concurrency=3, name="key", clock=virtual_time.clock)
+        child, other = key.child("child", concurrency=2), key.child("other")
+        leases = [await child.acquire(tokens=20), await child.acquire(tokens=20)]
+        waiting = asyncio.ensure_future(child.acquire(tokens=20))
+        await virtual_time.all_blocked()
+        with pytest.raises(WouldBlock):
+            child.acquire_nowait(tokens=20)
+        with pytest.raises(AcquireTimeout):
+            await child.acquire(tokens=20, timeout=1)
+        for limiter in (child, key):
+            now = limiter.statistics()
+            assert (now.admitted, now.in_flight, now.waiting, now.refused) == (2, 2, 1, 2)
+            assert now.limits == () or now.limits[0].used == 40
+        assert other.statistics().admitted == other.statistics().refused == 0
+        leases[0].settle(tokens=5)
+        waiting.cancel()
+        await virtual_time.all_blocked()
+        child.pause(1, reason="429")
+        for limiter in (child, key):
+            now = limiter.statistics()
+            assert (now.waiting, now.cancelled, now.upstream_429) == (0, 1, 1)
+            assert now.refunded == {"tokens": 15}
+        for lease in leases:
+            lease.release()
+        assert key.statistics().in_flight == child.statistics().in_flight == 0
+        assert repr(child) == "<Limiter 'key/child', concurrency 0/2, 0 waiting>"
+
+    virtual_time.run(main())
+
+
+def test_a_child_is_made_once(virtual_time: VirtualTime) -> None:
+    """By name alone or on the same terms it is found; on others that is a mistake."""
+    key = Limiter("100 RPM", name="key", clock=virtual_time.clock)
+    child = key.child("child", rpm=10, weight=2)
+    assert key.child("child") is child
+    assert key.child("child", "10 RPM", weight=2.0) is child
+    with pytest.raises(ValueError, match="'key/child' exists on other terms: ask for it by name"):
+        key.child("child", rpm=20)
+    assert child.parent is key
+    assert key.parent is None
+    assert dict(key.children) == {"child": child}
+    assert dict(child.children) == {}
+    assert child.name == "key/child"
+    assert child.limits == (Limit("requests", 10),)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "*a", 7])
+def test_a_childs_name_can_stand_in_a_path(name: Any) -> None:
+    """No slash, no star in front, and a text."""
+    with pytest.raises(ValueError, match="a child's name is a text without a slash"):
+        Limiter().child(name)
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ({"weight": 0}, "weight must be a number from 0.000001 to 1,000,000, not 0"),
+        ({"weight": float("nan")}, "weight must be a number from 0.000001 to 1,000,000, not nan"),
+        ({"weight": True}, "weight must be a number from 0.000001 to 1,000,000, not True"),
+        ({"max_queue": -1}, "max_queue must be a whole number of at least 0, not -1"),
+        ({"max_queue": 1.5}, "max_queue must be a whole number of at least 0, not 1.5"),
+        ({"timeout": -1}, "timeout must be at least 0 s, not -1"),
+        ({"priority": "urgent"}, "priority must be 'interactive', 'normal', 'batch' or a whole"),
+        ({"concurrency": 0}, "concurrency must be a whole number"),
+        ({"rpm": 0}, "must be a whole number of at least 1, not 0"),
+        ({"speed": 1}, "speed"),
+    ],
+)
+def test_terms_are_checked_before_anything_is_made(terms: dict[str, Any], message: str) -> None:
+    """A mistake leaves no child behind."""
+    limiter = Limiter()
+    with pytest.raises(ValueError, match=message):
+        limiter.child("child", **terms)
+    assert not limiter.children
+
+
+def test_a_pause_holds_for_all_below_and_nobody_beside(virtual_time: VirtualTime) -> None:
+    """Pausing a child pauses its children; siblings and the parent go on."""
+
+    async def main() -> None:
+        key = Limiter(clock=virtual_time.clock)
+        model, other = key.child("model"), key.child("other")
+        model.pause(5)
+        waiting = asyncio.ensure_future(model.child("tenant").acquire())
+        await virtual_time.all_blocked()
+        other.acquire_nowait()
+        key.acquire_nowait()
+        lease = await waiting
+        assert (lease.waited, lease.bound_by) == (5.0, "paused")
+        key.pause(5)
+        waiting = asyncio.ensure_future(other.acquire())
+        assert (await waiting).waited == 5.0
+
+    virtual_time.run(main())
+
+
+def test_slots_of_a_level_come_back_to_whoever_waits_for_them(virtual_time: VirtualTime) -> None:
+    """A cousin's release lets in a cousin, an uncle's does not matter."""
+
+    async def main() -> None:
+        key = Limiter(concurrency=3, clock=virtual_time.clock)
+        model = key.child("model", concurrency=1)
+        uncle = await key.child("uncle").acquire()
+        held = await model.child("a").acquire()
+        waiting = asyncio.ensure_future(model.child("b").acquire())
+        await virtual_time.all_blocked()
+        uncle.release()
+        await virtual_time.all_blocked()
+        assert not waiting.done()
+        held.release()
+        lease = await waiting
+        assert lease.bound_by == "concurrency"
+        assert virtual_time.now == 0
+
+    virtual_time.run(main())
+
+
+# -- random trees ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plant:
+    """Describe a limiter under another: which one, its limits, slots and weight."""
+
+    above: int
+    limits: tuple[Limit, ...]
+    concurrency: int | None
+    weight: float
+
+
+LIMITS: list[tuple[Limit, ...]] = [
+    (),
+    (),
+    (Limit("tokens", 100),),
+    (Limit("tokens", 300, burst=60),),
+    (Limit("requests", 30),),
+    (Limit("requests", 4, per=5, burst=4), Limit("tokens", 200)),
+    (Limit("requests", 100, per=600), Limit("tokens", 40, per=10)),
+]
+plants = st.builds(
+    Plant,
+    above=st.integers(0, 6),
+    limits=st.sampled_from(LIMITS),
+    concurrency=st.sampled_from([None, None, 1, 2, 5]),
+    weight=st.sampled_from([1.0, 1.0, 0.5, 3.0]),
+)
+
+
+def waiting_below(node: Node, heads: list[Waiter], now: int) -> tuple[list[Waiter], bool]:
+    """Return who may be the next below ``node``, and whether there must be one."""
+    may = [head for head in heads if head.node is node]
+    must = bool(may)
+    for child in {each for head in heads for each in head.node.path if each.parent is node}:
+        inside, some = waiting_below(child, heads, now)
+        passing = [
+            head
+            for head in inside
+            if child.gates.earliest(head.amounts, head.line.since(head))[0] <= now
+        ]
+        may += passing
+        must = must or (some and bool(passing) and len(passing) == len(inside))
+    return may, must
+
+
+def assert_nobody_is_stuck(root: Limiter) -> None:
+    """Assert, while all tasks are blocked, that no waiter is left whom all limits would let pass.
+
+    Who is next at a limit may wait for it, and others behind; so somebody is stuck if whoever might
+    be the next, at each level, would pass.
+    """
+    budget = root._budget
+    heads: dict[int, Waiter] = {}
+    for pacer in budget.pacers.values():
+        for waiter in pacer.queue.waiters():
+            heads.setdefault(id(waiter.line), waiter)
+    now = budget.clock()
+    may, must = waiting_below(budget.root, list(heads.values()), now)
+    gates = budget.root.gates
+    passing = [h for h in may if gates.earliest(h.amounts, h.line.since(h))[0] <= now]
+    assert not (must and passing and len(passing) == len(may)), passing
+
+
+class Forest:
+    """Drive a random tree of limiters with calls that come, hold, settle and give up by chance."""
+
+    def __init__(self, time: VirtualTime, plants: list[Plant], seed: int) -> None:
+        self.time = time
+        self.chance = random.Random(seed)
+        self.root = Limiter("200 TPM", "20 requests/10s burst 3", concurrency=4, clock=time.clock)
+        self.limiters = [self.root]
+        for number, plant in enumerate(plants):
+            above = self.limiters[plant.above % len(self.limiters)]
+            self.limiters.append(
+                above.child(
+                    str(number),
+                    *plant.limits,
+                    weight=plant.weight,
+                    concurrency=plant.concurrency,
+                )
+            )
+        self.traces: dict[str, list[tuple[int, Cost]]] = {each.name: [] for each in self.limiters}
+        self.flying = dict.fromkeys(self.traces, 0)
+
+    def above(self, limiter: Limiter | None) -> Iterator[Limiter]:
+        """Yield ``limiter`` and those above it."""
+        while limiter is not None:
+            yield limiter
+            limiter = limiter.parent
+
+    async def call(self, limiter: Limiter) -> None:
+        """Call once, and note at each level what was used, and how many calls are in flight."""
+        chance = self.chance
+        tokens = chance.randint(0, 40)
+        timeout = chance.choice([None, None, None, 30.0])
+        priority = chance.choice([None, None, 1, -1])
+        async with limiter.acquire(tokens=tokens, timeout=timeout, priority=priority) as lease:
+            used = chance.randint(0, tokens) if chance.random() < 0.3 else tokens
+            for each in self.above(limiter):
+                self.traces[each.name].append(
+                    (self.time.clock(), Cost(requests=1, tokens=used or None))
+                )
+                self.flying[each.name] += 1
+                assert each.concurrency is None or self.flying[each.name] <= each.concurrency
+            try:
+                await asyncio.sleep(chance.choice([0, 0, 0.5, 5]))
+                lease.settle(tokens=used)
+            finally:
+                for each in self.above(limiter):
+                    self.flying[each.name] -= 1
+
+    async def caller(self, limiter: Limiter) -> None:
+        """Call again and again."""
+        while self.time.now < 150:
+            with contextlib.suppress(AcquireTimeout, TimeoutError):
+                if self.chance.random() < 0.2:
+                    async with asyncio.timeout(self.chance.random() * 20):
+                        await self.call(limiter)
+                else:
+                    await self.call(limiter)
+            if self.chance.random() < 0.3:
+                await asyncio.sleep(self.chance.random() * 10)
+
+    async def run(self) -> None:
+        """Let all call for minutes, looking now and then whether somebody is stuck."""
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(self.caller(limiter))
+                for limiter in self.limiters
+                for _ in range(self.chance.randint(1, 4))
+            ]
+            while not all(task.done() for task in tasks):
+                await asyncio.sleep(self.chance.random() * 4)
+                await self.time.all_blocked()
+                assert_nobody_is_stuck(self.root)
+                assert self.time.now < 5_000
+
+    def check(self) -> None:
+        """Assert that every level kept its limits, and that nothing is left behind."""
+        for limiter in self.limiters:
+            for limit in limiter.limits:
+                trace = [
+                    (at, cost.get(limit.resource, 0)) for at, cost in self.traces[limiter.name]
+                ]
+                assert_never_over([each for each in trace if each[1]], limit)
+            now = limiter.statistics()
+            assert (now.waiting, now.in_flight) == (0, 0)
+            account = limiter._account
+            assert account.slots is None or account.slots.used == 0
+            assert all(window.lent == 0 for _, window, _ in account.limits.values())
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(plants, max_size=7), st.integers(0, 2**32))
+def test_random_trees_are_never_over_and_nobody_is_forgotten(trees: list[Plant], seed: int) -> None:
+    """Any depth, limits and slots at every level, cancels and refunds by chance, priorities."""
+    with virtual_time() as time:
+        forest = Forest(time, trees, seed)
+        time.run(forest.run())
+    forest.check()

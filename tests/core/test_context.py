@@ -1,0 +1,297 @@
+"""What calls inherit from whoever makes them: a priority, a tenant, a deadline."""
+
+import asyncio
+import contextlib
+import contextvars
+import gc
+import math
+import threading
+import time
+from collections.abc import AsyncGenerator, Generator
+from typing import Any
+
+import pytest
+
+import asyncbucket
+from asyncbucket import AcquireTimeout, Limiter
+from asyncbucket.context import Inherited, inherited
+from asyncbucket.testing import VirtualTime
+
+
+def test_contexts_add_up_and_end(virtual_time: VirtualTime) -> None:
+    """The inner word of a kind holds inside, other kinds stay, and nothing stays afterwards."""
+
+    async def main() -> None:
+        assert inherited.get() is None
+        with asyncbucket.priority("batch"), asyncbucket.tenant("acme"):
+            with asyncbucket.priority(7), asyncbucket.deadline(5):
+                assert inherited.get() == Inherited(
+                    priority=7, tenant="acme", deadline=asyncio.get_running_loop().time() + 5
+                )
+            assert inherited.get() == Inherited(priority=-1, tenant="acme")
+        assert inherited.get() is None
+
+    virtual_time.run(main())
+
+
+def test_an_error_inside_leaves_the_context_behind() -> None:
+    """It passes through, and what was set is undone."""
+    with pytest.raises(KeyError), asyncbucket.tenant("acme"):
+        raise KeyError
+    assert inherited.get() is None
+
+
+def test_tasks_and_threads_inherit(virtual_time: VirtualTime) -> None:
+    """Whatever is started inside: tasks, tasks of tasks, `asyncio.to_thread`; not bare threads."""
+    seen: list[Any] = []
+
+    def note() -> None:
+        here = inherited.get()
+        seen.append(here and (here.priority, here.tenant))
+
+    async def deeper() -> None:
+        note()
+        await asyncio.create_task(deepest())
+
+    async def deepest() -> None:
+        note()
+
+    async def main() -> None:
+        with asyncbucket.priority("interactive"), asyncbucket.tenant("acme"):
+            task = asyncio.create_task(deeper())
+            await asyncio.to_thread(note)
+            thread = threading.Thread(target=note)
+            thread.start()
+            thread.join()
+        await task
+
+    virtual_time.run(main())
+    assert sorted(seen, key=str) == [(1, "acme")] * 3 + [None]
+
+
+def test_a_task_keeps_what_it_was_started_with(virtual_time: VirtualTime) -> None:
+    """Though its starter has left the context, and entered another."""
+
+    async def main() -> None:
+        limiter = Limiter("100 RPM", name="key", clock=virtual_time.clock)
+
+        async def call() -> str:
+            await asyncio.sleep(1)
+            lease = await limiter.acquire()
+            return lease._account.name
+
+        with asyncbucket.tenant("a"):
+            task = asyncio.create_task(call())
+        with asyncbucket.tenant("b"):
+            assert await task == limiter.key("a").name
+
+    virtual_time.run(main())
+
+
+def test_a_call_in_a_thread_goes_to_its_tenant() -> None:
+    """`acquire_sync` under `asyncio.to_thread`, with what is left of the deadline."""
+    limiter = Limiter(concurrency=1, name="key")
+
+    def call() -> str:
+        with limiter.acquire_sync() as lease:
+            return lease._account.name
+
+    async def main() -> None:
+        with asyncbucket.tenant("acme"), asyncbucket.deadline(20):
+            assert await asyncio.to_thread(call) == limiter.key("acme").name
+            with (
+                limiter.acquire_nowait(),
+                asyncbucket.deadline(0.01),
+                pytest.raises(AcquireTimeout),
+            ):
+                await asyncio.to_thread(call)
+
+    asyncio.run(main())
+
+
+def test_a_generator_shares_the_context_of_whoever_iterates(virtual_time: VirtualTime) -> None:
+    """As context variables do: what it sets is seen outside between two items, and undone at its end."""
+
+    def items() -> Generator[int]:
+        with asyncbucket.tenant("inside"):
+            yield 1
+
+    with asyncbucket.tenant("outside"):
+        iterator = items()
+        next(iterator)
+        assert inherited.get() == Inherited(tenant="inside")
+        assert next(iterator, None) is None
+        assert inherited.get() == Inherited(tenant="outside")
+    assert virtual_time.now == 0
+
+
+def test_a_generator_may_be_closed_in_another_context(virtual_time: VirtualTime) -> None:
+    """By the loop, when it was left half-way: no error, and nothing is changed there."""
+    errors: list[Any] = []
+
+    async def items() -> AsyncGenerator[int]:
+        with asyncbucket.priority("batch"):
+            yield 1
+            yield 2
+
+    async def leave_early() -> None:
+        async for _ in items():
+            break
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: errors.append(what))
+        await asyncio.create_task(leave_early())
+        gc.collect()
+        await virtual_time.all_blocked()
+        left = items()
+        await asyncio.create_task(anext(left), context=contextvars.copy_context())
+        await left.aclose()
+        assert inherited.get() is None
+
+    virtual_time.run(main())
+    assert errors == []
+
+
+def test_an_earlier_deadline_stays(virtual_time: VirtualTime) -> None:
+    """Whichever of the two is the inner one; the limiter's and the call's own hold besides."""
+
+    async def main() -> None:
+        limiter = Limiter("1 RPM", timeout=50, clock=virtual_time.clock)
+        await limiter.acquire()
+        for outer, inner, own, expected in (
+            (10, 20, None, "10 s"),
+            (20, 10, None, "10 s"),
+            (20, 30, 5, "5 s"),
+            (math.inf, 40, None, "40 s"),
+            (math.inf, math.inf, None, "50 s"),
+            (30, math.inf, math.inf, "30 s"),
+        ):
+            with (
+                asyncbucket.deadline(outer),
+                asyncbucket.deadline(inner),
+                pytest.raises(AcquireTimeout, match=f"within {expected}: requests bind"),
+            ):
+                await limiter.acquire(timeout=own)
+        assert virtual_time.now == 0
+
+    virtual_time.run(main())
+
+
+def test_a_call_that_cannot_make_it_fails_at_once_and_says_why(virtual_time: VirtualTime) -> None:
+    """What binds, and when it could; later calls of the same block know what is left."""
+
+    async def main() -> None:
+        limiter = Limiter("100 TPM", clock=virtual_time.clock)
+        await limiter.acquire(tokens=100)
+        with asyncbucket.deadline(30):
+            with pytest.raises(AcquireTimeout) as error:
+                await limiter.acquire(tokens=50)
+            assert error.value.bound_by == "tokens"
+            assert error.value.retry_after == pytest.approx(60 * 515 / 512)
+            assert str(error.value) == (
+                "a call of 50 tokens cannot pass within 30 s: tokens bind for 60.4 s more; "
+                "raise the timeout or the limit"
+            )
+            assert virtual_time.now == 0
+            await asyncio.sleep(20)
+            with pytest.raises(AcquireTimeout, match=r"within 10 s: tokens bind for 40\.4 s more"):
+                await limiter.acquire(tokens=50)
+        with asyncbucket.deadline(50):
+            lease = await limiter.acquire(tokens=50)
+        assert virtual_time.now == pytest.approx(60 * 515 / 512)
+        assert lease.bound_by == "tokens"
+
+    virtual_time.run(main())
+
+
+def test_a_deadline_that_is_over_refuses_what_would_wait(virtual_time: VirtualTime) -> None:
+    """What can pass passes."""
+
+    async def main() -> None:
+        limiter = Limiter("1 RPM", clock=virtual_time.clock)
+        with asyncbucket.deadline(1):
+            await asyncio.sleep(2)
+            await limiter.acquire()
+            with pytest.raises(AcquireTimeout, match="within 0 s"):
+                await limiter.acquire()
+
+    virtual_time.run(main())
+
+
+def test_a_deadline_comes_while_a_call_waits(virtual_time: VirtualTime) -> None:
+    """At its instant, in a tree as in a line."""
+
+    async def main() -> None:
+        key = Limiter(concurrency=1, clock=virtual_time.clock)
+        held = await key.acquire()
+        late = pytest.raises(AcquireTimeout, match="within 3 s: all 1 slots are taken")
+        with asyncbucket.deadline(3), late:
+            await key.acquire()
+        assert virtual_time.now == 3
+        with asyncbucket.deadline(3), pytest.raises(AcquireTimeout):
+            await key.child("a").child("b").acquire()
+        assert virtual_time.now == 6
+        held.release()
+
+    virtual_time.run(main())
+
+
+def test_a_deadline_holds_outside_of_loops() -> None:
+    """A plain thread waits no longer than it says."""
+    limiter = Limiter(concurrency=1)
+    with limiter.acquire_nowait():
+        start = time.monotonic()
+        with asyncbucket.deadline(0.02), pytest.raises(AcquireTimeout):
+            limiter.acquire_sync()
+        assert 0.02 <= time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan"), "soon", True, None])
+def test_what_is_no_deadline_is_refused(seconds: Any) -> None:
+    """Before anything inside runs."""
+    ran = False
+    with contextlib.suppress(ValueError), asyncbucket.deadline(seconds):
+        ran = True
+    assert not ran
+
+
+@pytest.mark.parametrize("name", ["", None, 7])
+def test_what_is_no_tenant_is_refused(name: Any) -> None:
+    """By the context, by the call and by `key`."""
+    message = f"a tenant is a text that is not empty, not {type(name).__name__}"
+    with pytest.raises(ValueError, match=message), asyncbucket.tenant(name):
+        pass
+    with pytest.raises(ValueError, match=message):
+        Limiter().key(name)
+    if name is not None:
+        with pytest.raises(ValueError, match=message):
+            Limiter().acquire(tenant=name)
+
+
+def test_calls_inherit_their_tenant(virtual_time: VirtualTime) -> None:
+    """All ways to ask, at the root and below; one that is asked for by name is not asked again."""
+
+    async def main() -> None:
+        key = Limiter("100 RPM", name="key", clock=virtual_time.clock)
+        chat = key.child("chat")
+        with asyncbucket.tenant("acme"):
+            leases = [
+                await key.acquire(),
+                key.acquire_nowait(),
+                key.acquire_sync(),
+                await chat.acquire(),
+                await key.key("other").acquire(),
+                await key.key("other").child("tools").acquire(),
+                await key.acquire(tenant="third"),
+            ]
+        assert [lease._account.name for lease in leases] == [
+            key.key("acme").name,
+            key.key("acme").name,
+            key.key("acme").name,
+            chat.key("acme").name,
+            key.key("other").name,
+            key.key("other").name + "/tools",
+            key.key("third").name,
+        ]
+
+    virtual_time.run(main())

@@ -1,0 +1,303 @@
+"""The stream of events and those who watch it, without a limiter."""
+
+import dataclasses
+import logging
+import pickle
+from typing import Any
+
+import pytest
+
+from asyncbucket import events
+from asyncbucket.events import Admitted, Event, Observers, Paused, Settled
+
+ADMITTED = Admitted(
+    limiter="openai/chat",
+    at=12.5,
+    cost={"requests": 1, "tokens": 900},
+    waited=1.8,
+    bound_by="tokens",
+    waiting=3,
+    in_flight=20,
+)
+KINDS = [
+    kind
+    for kind in (getattr(events, name) for name in events.__all__)
+    if isinstance(kind, type) and issubclass(kind, Event)
+]
+
+
+def paused(seconds: float = 1.0) -> Paused:
+    """Make an event that differs by its number."""
+    return Paused(limiter="openai", at=0.0, seconds=seconds, reason="429")
+
+
+# -- events ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_event_is_a_frozen_value_without_a_dict(kind: type[Event]) -> None:
+    """Nobody who is told changes what the next one is told, and many events cost little memory."""
+    fields: dict[str, Any] = {field.name: "x" for field in dataclasses.fields(kind)}
+    event, same = kind(**fields), kind(**fields)
+
+    assert event == same
+    assert not hasattr(event, "__dict__")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(event, "limiter", "other")  # noqa: B010 - what type checkers refuse
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_event_says_where_and_when(kind: type[Event]) -> None:
+    """Whatever happened, it happened in one limiter at one instant."""
+    assert {"limiter", "at"} <= {field.name for field in dataclasses.fields(kind)}
+    assert kind.__doc__
+
+
+def test_an_event_goes_into_json_and_into_another_process() -> None:
+    """It is made of plain values all the way down."""
+    settled = Settled(limiter="openai", at=1.0, reserved={"tokens": 9}, used={"tokens": 7})
+
+    assert dataclasses.asdict(settled) == {
+        "limiter": "openai",
+        "at": 1.0,
+        "reserved": {"tokens": 9},
+        "used": {"tokens": 7},
+        "corrects": {},
+    }
+    assert pickle.loads(pickle.dumps(ADMITTED)) == ADMITTED  # noqa: S301 - our own
+
+
+def test_an_event_reads_well() -> None:
+    """Printed, it says all that it knows."""
+    assert repr(ADMITTED) == (
+        "Admitted(limiter='openai/chat', at=12.5, cost={'requests': 1, 'tokens': 900}, "
+        "waited=1.8, bound_by='tokens', waiting=3, in_flight=20)"
+    )
+
+
+# -- observers ---------------------------------------------------------------------------------------
+
+
+def test_every_observer_is_told_in_the_order_of_coming() -> None:
+    """The same event, the same object."""
+    observers = Observers()
+    seen: list[tuple[str, Event]] = []
+    observers.add(lambda event: seen.append(("first", event)))
+    observers.add(lambda event: seen.append(("second", event)))
+
+    observers.emit(ADMITTED)
+
+    assert seen == [("first", ADMITTED), ("second", ADMITTED)]
+    assert all(event is ADMITTED for _, event in seen)
+
+
+def test_nobody_is_told_any_more_after_removal() -> None:
+    """Removing again, or one of two registrations of one callback, removes no other."""
+    observers = Observers()
+    seen: list[Event] = []
+    first, second = observers.add(seen.append), observers.add(seen.append)
+
+    first()
+    first()
+    observers.emit(ADMITTED)
+    assert len(seen) == 1
+
+    second()
+    observers.emit(ADMITTED)
+    assert len(seen) == 1
+
+
+def test_observers_are_true_while_somebody_watches() -> None:
+    """The core makes no event while they are not."""
+    observers = Observers()
+    assert not observers
+
+    remove = observers.add(print)
+    assert observers
+
+    remove()
+    assert not observers
+
+
+def test_an_observer_that_raises_is_reported_once_and_stops_nobody(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The log says which one, on what, and why; the others hear everything."""
+    observers = Observers()
+    seen: list[Event] = []
+
+    def faulty(_: Event) -> None:
+        raise RuntimeError("disk full")
+
+    observers.add(faulty)
+    observers.add(seen.append)
+
+    with caplog.at_level(logging.DEBUG):
+        for _ in range(3):
+            observers.emit(ADMITTED)
+
+    assert len(seen) == 3
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("asyncbucket", "ERROR")
+    assert record.getMessage() == (
+        "observer test_an_observer_that_raises_is_reported_once_and_stops_nobody.<locals>.faulty "
+        "raised on Admitted; later errors of it are not reported"
+    )
+    assert record.exc_info
+    assert str(record.exc_info[1]) == "disk full"
+
+
+def test_a_report_does_not_show_what_an_observer_was_made_with(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The repr of a bound method or of a partial may hold a secret."""
+
+    class Sender:
+        def __repr__(self) -> str:
+            return "Sender(key='sk-canary')"
+
+        def __call__(self, _: Event) -> None:
+            raise RuntimeError("unreachable")
+
+    observers = Observers()
+    observers.add(Sender())
+    observers.emit(ADMITTED)
+
+    assert "Sender raised on Admitted" in caplog.text
+    assert "sk-canary" not in caplog.text
+
+
+def test_an_interrupt_is_no_error_of_an_observer() -> None:
+    """Ctrl-C while an observer works ends the program, as anywhere."""
+    observers = Observers()
+
+    def interrupted(_: Event) -> None:
+        raise KeyboardInterrupt
+
+    observers.add(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        observers.emit(ADMITTED)
+
+
+def test_an_observer_may_come_and_go_while_it_is_told() -> None:
+    """The round that is under way is finished as it began."""
+    observers = Observers()
+    seen: list[str] = []
+
+    def once(_: Event) -> None:
+        seen.append("once")
+        remove()
+        observers.add(lambda _: seen.append("new"))
+
+    remove = observers.add(once)
+    observers.emit(ADMITTED)
+    assert seen == ["once"]
+
+    observers.emit(ADMITTED)
+    assert seen == ["once", "new"]
+
+
+def test_an_observer_may_make_events_itself() -> None:
+    """Each is told when it happens; the first is not lost."""
+    observers = Observers()
+    seen: list[float] = []
+
+    def echo(event: Event) -> None:
+        assert isinstance(event, Paused)
+        seen.append(event.seconds)
+        if event.seconds < 3:
+            observers.emit(paused(event.seconds + 1))
+
+    observers.add(echo)
+    observers.emit(paused(1))
+
+    assert seen == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (None, "an observer is called with each event; NoneType cannot be"),
+        ("print", "an observer is called with each event; str cannot be"),
+    ],
+)
+def test_what_cannot_be_called_is_no_observer(callback: Any, message: str) -> None:
+    """It is said at once, not with the first event."""
+    with pytest.raises(TypeError) as caught:
+        Observers().add(callback)
+    assert str(caught.value) == message
+
+
+def test_a_coroutine_function_is_no_observer() -> None:
+    """Nobody would await it, and nothing would happen."""
+
+    async def watch(_: Event) -> None: ...
+
+    with pytest.raises(TypeError) as caught:
+        Observers().add(watch)
+    assert str(caught.value) == (
+        "an observer is a plain function, and "
+        "test_a_coroutine_function_is_no_observer.<locals>.watch is a coroutine function: "
+        "let it put the event into a queue"
+    )
+
+
+# -- later -------------------------------------------------------------------------------------------
+
+
+def test_an_event_for_later_comes_before_the_next_one() -> None:
+    """A finalizer may run inside an observer, so it only leaves a note."""
+    observers = Observers()
+    seen: list[Event] = []
+    observers.add(seen.append)
+
+    observers.emit_later(paused(1))
+    observers.emit_later(paused(2))
+    assert seen == []
+
+    observers.emit(paused(3))
+    assert seen == [paused(1), paused(2), paused(3)]
+
+
+def test_an_event_for_later_is_told_when_asked_for() -> None:
+    """Who reads the statistics finds all that happened before."""
+    observers = Observers()
+    seen: list[Event] = []
+    observers.add(seen.append)
+    observers.emit_later(ADMITTED)
+
+    observers.flush()
+    observers.flush()
+
+    assert seen == [ADMITTED]
+
+
+def test_an_event_for_later_is_not_kept_while_nobody_watches() -> None:
+    """Nothing piles up, and nobody hears what was before he came."""
+    observers = Observers()
+    observers.emit_later(ADMITTED)
+    seen: list[Event] = []
+    observers.add(seen.append)
+
+    observers.flush()
+
+    assert seen == []
+
+
+def test_thousands_of_events_for_later_are_no_deep_recursion() -> None:
+    """One after the other."""
+    observers = Observers()
+    seen: list[Event] = []
+    observers.add(seen.append)
+    for _ in range(5_000):
+        observers.emit_later(ADMITTED)
+
+    observers.emit(ADMITTED)
+
+    assert len(seen) == 5_001
+
+
+def test_the_library_prints_nothing_that_nobody_asked_for() -> None:
+    """Its logger has a handler that does nothing, as a library's has."""
+    handlers = logging.getLogger("asyncbucket").handlers
+    assert [type(handler) for handler in handlers] == [logging.NullHandler]

@@ -1,0 +1,200 @@
+"""Which limit binds, for how long, and what would have to change."""
+
+import asyncio
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import asyncbucket
+from asyncbucket import Cost, CostExceedsLimit, Limit, Limiter
+from asyncbucket.testing import VirtualTime, virtual_time
+
+
+def test_it_reads_well(virtual_time: VirtualTime) -> None:
+    """What binds now, behind how many, and what binds in the long run."""
+
+    async def main() -> None:
+        limiter = Limiter("500 RPM burst 500", "200k TPM", clock=virtual_time.clock)
+        assert str(limiter.explain(tokens=1_000)) == (
+            "a call would pass at once; tokens allow 200 such calls a minute "
+            "(200,000 tokens per 60 s); requests alone would allow 2.5x more "
+            "(500 requests per 60 s)"
+        )
+        await limiter.acquire(tokens=200_000)
+        calls = [asyncio.ensure_future(limiter.acquire(tokens=1_000)) for _ in range(40)]
+        await asyncio.sleep(48)
+        assert str(limiter.explain(tokens=1_000)) == (
+            "a call would wait 12.4 s behind 40 calls: tokens bind; tokens allow 200 such calls a "
+            "minute (200,000 tokens per 60 s); requests alone would allow 2.5x more "
+            "(500 requests per 60 s)"
+        )
+        await asyncio.gather(*calls)
+
+    virtual_time.run(main())
+
+
+def test_what_is_asked_is_part_of_the_answer(virtual_time: VirtualTime) -> None:
+    """The cost, and what each limit allows of such calls, the tightest first, here and above."""
+    key = Limiter("100 RPD", "60k TPM", name="key", clock=virtual_time.clock)
+    chat = key.child("chat", "30 RPM")
+    explanation = chat.explain(input_tokens=50, output_tokens=100)
+    assert explanation.cost == Cost(input_tokens=50, output_tokens=100)
+    assert [(rate.limiter, rate.limit.resource, rate.calls) for rate in explanation.rates] == [
+        ("key", "requests", pytest.approx(100 / 86_400)),
+        ("key/chat", "requests", 0.5),
+        ("key", "tokens", pytest.approx(60_000 / 150 / 60)),
+    ]
+    assert (explanation.wait, explanation.bound_by, explanation.ahead) == (0.0, None, 0)
+    assert str(explanation) == (
+        "a call would pass at once; requests allow 100 such calls a day "
+        "(100 requests per 86400 s); requests alone would allow 432x more (30 requests per 60 s)"
+    )
+    assert "tokens allow 2 such calls a minute" in str(Limiter("1k TPM").explain(tokens=500))
+    assert "tokens allow 10 such calls a second" in str(
+        Limiter("1000 tokens/s").explain(tokens=100)
+    )
+    assert "requests allow 5 such calls a day" in str(Limiter("5 RPD").explain())
+
+
+def test_slots_tell_no_time(virtual_time: VirtualTime) -> None:
+    """Nobody knows when one is given back; not for whoever stands behind, either."""
+
+    async def main() -> None:
+        limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+        held = await limiter.acquire()
+        explanation = limiter.explain()
+        assert (explanation.wait, explanation.bound_by) == (None, "concurrency")
+        assert str(explanation) == (
+            "a call would wait until a slot is given back; no limit over time binds such calls"
+        )
+        waiting = asyncio.ensure_future(limiter.acquire())
+        await virtual_time.all_blocked()
+        assert str(limiter.explain()).startswith(
+            "a call would wait behind 1 call until a slot is given back"
+        )
+        assert limiter.explain().ahead == 1
+        held.release()
+        (await waiting).release()
+        assert limiter.explain().wait == 0
+
+    virtual_time.run(main())
+
+
+def test_a_pause_is_named(virtual_time: VirtualTime) -> None:
+    """With its length."""
+    limiter = Limiter("60 RPM", clock=virtual_time.clock)
+    limiter.pause(90)
+    assert str(limiter.explain()).startswith("a call would wait 90 s: the limiter is paused;")
+
+
+def test_asking_changes_nothing(virtual_time: VirtualTime) -> None:
+    """Nothing is booked, counted or awaited; what can never pass is said so."""
+
+    async def main() -> None:
+        limiter = Limiter("60 RPM", "100 TPM", concurrency=2, clock=virtual_time.clock)
+        await limiter.acquire(tokens=50)
+        calls = [asyncio.ensure_future(limiter.acquire(tokens=30)) for _ in range(3)]
+        await virtual_time.all_blocked()
+        before = limiter.statistics()
+        for _ in range(3):
+            limiter.explain(tokens=60)
+        assert limiter.statistics() == before
+        for call in calls:
+            call.cancel()
+        with pytest.raises(CostExceedsLimit, match="101 tokens exceeds the limit of 100 tokens"):
+            limiter.explain(tokens=101)
+
+    virtual_time.run(main())
+
+
+costs = st.lists(st.integers(1, 60), min_size=1, max_size=25)
+
+
+@settings(deadline=None, max_examples=100)
+@given(costs, st.integers(1, 60), st.floats(0, 70))
+def test_the_wait_is_the_real_one_in_a_line(ahead: list[int], tokens: int, pause: float) -> None:
+    """To the nanosecond, where nobody gives anything back and nobody is more urgent."""
+
+    async def main(time: VirtualTime) -> None:
+        limiter = Limiter("60 TPM burst 20", "12 RPM burst 3", clock=time.clock)
+        calls = [asyncio.ensure_future(limiter.acquire(tokens=each)) for each in ahead]
+        await asyncio.sleep(pause)
+        await time.all_blocked()
+        said = limiter.explain(tokens=tokens)
+        assert said.ahead == limiter.statistics().waiting
+        lease = await limiter.acquire(tokens=tokens)
+        assert said.wait == pytest.approx(lease.waited, abs=2e-9)
+        assert (said.bound_by is None) == (lease.waited == 0)
+        await asyncio.gather(*calls)
+
+    with virtual_time() as time:
+        time.run(main(time))
+
+
+def test_in_a_tree_the_wait_is_that_of_whoever_comes_last(virtual_time: VirtualTime) -> None:
+    """One out of its own quota holds up nobody; who shares may pass earlier, never later."""
+
+    async def main() -> None:
+        chance = random.Random(8)
+        key = Limiter("60 RPM burst 1", clock=virtual_time.clock)
+        poor, rich, third = key.child("poor", rpm=1), key.child("rich"), key.child("third")
+        await poor.acquire()
+        calls = [asyncio.ensure_future(poor.acquire()) for _ in range(5)]
+        await asyncio.sleep(2)
+        assert rich.explain().wait == 0
+        assert rich.explain().bound_by is None
+        assert poor.explain().wait == pytest.approx(6 * 60 * 515 / 512 - 2)
+        calls += [asyncio.ensure_future(rich.acquire()) for _ in range(20)]
+        await virtual_time.all_blocked()
+        said = third.explain()
+        assert said.wait is not None
+        lease = await third.acquire()
+        assert lease.waited <= said.wait + 1e-9
+        assert said.wait <= 21
+        for call in chance.sample(calls, len(calls)):
+            call.cancel()
+
+    virtual_time.run(main())
+
+
+def test_limits_of_a_child_are_named_with_their_place(virtual_time: VirtualTime) -> None:
+    """So that one knows which to raise."""
+    key = Limiter("600 RPM", name="key", clock=virtual_time.clock)
+    child = key.child("chat", Limit("tokens", 1_000, per=1))
+    names = [rate.limiter for rate in child.explain(tokens=50).rates]
+    assert names == ["key", "key/chat"]
+
+
+def test_those_that_go_later_are_not_counted(virtual_time: VirtualTime) -> None:
+    """Less urgent calls, and those of a sibling that is out of its own quota."""
+
+    async def main() -> None:
+        key = Limiter("10 RPS burst 1", clock=virtual_time.clock)
+        calls = [asyncio.ensure_future(key.acquire(priority="batch")) for _ in range(100)]
+        calls += [asyncio.ensure_future(key.acquire()) for _ in range(10)]
+        poor = key.child("poor", rpm=1)
+        calls += [asyncio.ensure_future(poor.acquire()) for _ in range(50)]
+        await asyncio.sleep(0.35)
+        assert key.explain().ahead == pytest.approx(10, abs=4)
+        with asyncbucket.priority("batch"):
+            said = key.explain()
+        assert said.ahead > 100
+        assert said.wait == pytest.approx(11, abs=1)
+        with asyncbucket.tenant("acme"), asyncbucket.priority("interactive"):
+            assert key.explain().ahead == 0
+        for call in calls:
+            call.cancel()
+
+    virtual_time.run(main())
+
+
+def test_it_speaks_for_the_tenant_that_is_inherited(virtual_time: VirtualTime) -> None:
+    """As a call in its place would be."""
+    key = Limiter("100 RPM", name="key", clock=virtual_time.clock)
+    key.per_key("1 RPM")
+    key.acquire_nowait(tenant="acme").release()
+    assert key.explain().wait == 0
+    with asyncbucket.tenant("acme"):
+        assert key.explain().wait == pytest.approx(60 * 515 / 512)

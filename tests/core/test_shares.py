@@ -1,0 +1,351 @@
+"""The arithmetic of shares, and the tree that chooses, without a pacer."""
+
+import asyncio
+import math
+from collections.abc import Iterator
+
+import pytest
+
+from asyncbucket import Limit
+from asyncbucket.gates import Gates
+from asyncbucket.meters import NEVER, Slots, Window
+from asyncbucket.queue import EMPTY, Line, Waiter
+from asyncbucket.shares import Branch, Flow, Node, Share, Tree, VirtualClock
+
+#: A price of one second.
+ONE = {"tokens": 1}
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """Give a loop for futures to belong to; it never runs."""
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.close()
+
+
+class Grove:
+    """A tree of nodes and the calls that wait in it; one token costs one second of the root."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.root = Node()
+        limit = Limit("tokens", 1_000, per=1_000)
+        window = Window(amount=limit.amount, window=limit.window)
+        self.root._gates = Gates([(window, "tokens")], (limit,))
+        self.tree = Tree(self.root, Line())
+        self.arrivals = 0
+
+    def child(self, above: Node | None = None, *, weight: float = 1.0) -> Node:
+        """Make a limiter's node."""
+        return Node(self.root if above is None else above, weight=weight)
+
+    def push(self, node: Node, tokens: int = 1, *, priority: int = 0) -> Waiter:
+        """Let a call stand in line."""
+        self.arrivals += 1
+        waiter = Waiter(loop=self.loop)
+        waiter.node, waiter.priority = node, priority
+        waiter.amounts = {"tokens": tokens, "concurrency": 1}
+        waiter.number, waiter.arrived = self.arrivals, 0
+        waiter.deadline = None
+        self.tree.push(waiter)
+        return waiter
+
+    def serve(self, now: int = 0) -> Waiter:
+        """Let the head pass; nobody who was served comes back."""
+        self.tree.begin()
+        head = self.tree.head(now)
+        assert head is not None
+        head.set_result(now)
+        self.tree.served(head, now)
+        return head
+
+
+@pytest.fixture
+def grove(loop: asyncio.AbstractEventLoop) -> Grove:
+    """Give a tree in which nobody waits."""
+    return Grove(loop)
+
+
+def test_an_idle_claimant_saves_nothing_up() -> None:
+    """Who wants something again starts now, however long nothing was wanted."""
+    share = Share(2.0)
+    share.join(10.0)
+    share.charge(3.0)
+    assert share.tag == 13.0
+    share.join(11.0)
+    assert share.tag == 13.0
+    share.join(50.0)
+    assert share.tag == 50.0
+
+
+def test_what_came_back_pays_for_later_calls() -> None:
+    """First credit, then the tag; a debt is paid with the next call."""
+    share = Share(1.0)
+    share.charge(10.0)
+    share.correct(4.0)
+    assert share.tag == 10.0
+    share.charge(3.0)
+    assert share.tag == 10.0
+    share.charge(3.0)
+    assert share.tag == 12.0
+    share.correct(-5.0)
+    share.charge(1.0)
+    assert share.tag == 18.0
+
+
+def test_credit_of_one_who_was_idle_is_lost() -> None:
+    """It brings the tag down to the present at most."""
+    share = Share(1.0)
+    share.charge(10.0)
+    share.correct(8.0)
+    share.join(5.0)
+    assert share.tag == 5.0
+    share.charge(1.0)
+    assert share.tag == 6.0
+
+
+def test_virtual_time_is_the_start_of_the_call_served_last() -> None:
+    """As in the paper."""
+    clock = VirtualClock()
+    clock.advance(0.0, 1.0, 1.0, weights=2.0)
+    assert clock.now == 0.0
+    clock.advance(3.0, 1.0, 1.0, weights=2.0)
+    assert clock.now == 3.0
+
+
+def test_virtual_time_does_not_stand_still_among_newcomers() -> None:
+    """One after the other served at the same tag: it follows the potential, a call behind."""
+    clock = VirtualClock()
+    for _ in range(20):
+        clock.advance(0.0, 1.0, 1.0, weights=10.0)
+    assert clock.now == pytest.approx(1.0)
+
+
+def test_siblings_go_by_cost_over_weight(grove: Grove) -> None:
+    """Heavy calls of a light one, light calls of a heavy one: 1 to 3 in tokens."""
+    one, three = grove.child(), grove.child(weight=3.0)
+    for _ in range(40):
+        grove.push(one, 20)
+        grove.push(three, 5)
+        grove.push(three, 5)
+    served = [grove.serve() for _ in range(70)]
+    tokens = {
+        node: sum(each.amounts["tokens"] for each in served if each.node is node)
+        for node in (one, three)
+    }
+    assert tokens[one] >= 100
+    assert abs(tokens[three] / 3 - tokens[one]) <= 20
+
+
+def test_of_one_claimant_the_first_goes_first(grove: Grove) -> None:
+    """And those of one tag by when they began to wait."""
+    a, b = grove.child(), grove.child()
+    calls = [grove.push(a), grove.push(b), grove.push(a), grove.push(b)]
+    assert [grove.serve() for _ in range(4)] == calls
+
+
+def test_a_class_eight_times_as_urgent_has_eight_ninths(grove: Grove) -> None:
+    """Of three classes 1 : 8 : 64; of two of them 1 : 8, whichever they are."""
+    node = grove.child()
+    for priority in (-1, 0, 1):
+        for _ in range(800):
+            grove.push(node, priority=priority)
+    served = [grove.serve().priority for _ in range(730)]
+    assert [served.count(priority) for priority in (-1, 0, 1)] == [
+        pytest.approx(10, abs=1),
+        pytest.approx(80, abs=1),
+        pytest.approx(640, abs=1),
+    ]
+    for waiter in list(grove.tree.waiters()):
+        if waiter.priority == 0:
+            waiter.cancel()
+            grove.tree.leave(waiter)
+    served = [grove.serve().priority for _ in range(90)]
+    assert served.count(-1) == pytest.approx(10, abs=1)
+
+
+def test_an_urgent_newcomer_is_next(grove: Grove) -> None:
+    """However many wait that are less urgent."""
+    node = grove.child()
+    for _ in range(100):
+        grove.push(node, priority=-1)
+    for _ in range(10):
+        grove.serve()
+    urgent = grove.push(node, priority=1)
+    assert grove.serve() is urgent
+    assert grove.serve().priority == -1
+
+
+def test_one_out_of_its_quota_sleeps_and_the_next_goes(grove: Grove) -> None:
+    """It wakes by time, or when something of its path was given back."""
+    poor, rich = grove.child(), grove.child()
+    window = Window(amount=1, window=1_000)
+    poor._gates = Gates([(window, "tokens")])
+    window.book(1, 0)
+    first, second = grove.push(poor), grove.push(rich)
+    assert grove.serve() is second
+    assert grove.tree.head(0) is None
+    due = grove.tree.wake
+    assert 1_000 <= due < NEVER
+    assert grove.tree.head(due - 1) is None
+    assert grove.tree.head(due) is first
+    again = grove.child()
+    again._gates = Gates([(window, "tokens")])
+    waiting = grove.push(again)
+    first.cancel()
+    grove.tree.leave(first)
+    assert grove.tree.head(0) is None
+    window.unbook(1, 0)
+    grove.tree.rouse(again)
+    assert grove.tree.head(0) is waiting
+
+
+def test_one_that_waits_for_a_slot_is_found_without_it(grove: Grove) -> None:
+    """For when all slots are held by those who are blocked; all else still binds."""
+    slots = Slots(size=1)
+    slots.book(1, 0)
+    node, other = grove.child(), grove.child()
+    node._gates = Gates([(slots, "concurrency")])
+    window = Window(amount=1, window=1_000)
+    window.book(1, 0)
+    other._gates = Gates([(window, "tokens"), (slots, "concurrency")])
+    call = grove.push(node)
+    grove.push(other)
+    assert grove.tree.head(0) is None
+    assert grove.tree.wake < EMPTY
+    assert grove.tree.head(0, slotless=True) is call
+
+
+def test_whoever_was_emptied_is_expected_back(grove: Grove) -> None:
+    """One with a higher tag waits a pass for it, and no longer."""
+    patient, busy = grove.child(weight=8.0), grove.child()
+    first = grove.push(patient)
+    for _ in range(3):
+        grove.push(busy)
+    assert grove.serve() is first
+    assert grove.serve().node is busy
+    assert grove.tree.head(0) is not None
+    assert not grove.tree.expects()
+    back = grove.push(patient)
+    assert grove.serve() is back
+    assert grove.tree.head(0) is not None
+    assert grove.tree.expects()
+    grove.tree.begin()
+    assert not grove.tree.expects()
+
+
+def test_a_tree_takes_over_a_line(loop: asyncio.AbstractEventLoop) -> None:
+    """Those who waited before there were children or priorities are neither lost nor passed."""
+    root = Node()
+    line = Line()
+    waiters: list[Waiter] = []
+    for number in range(3):
+        waiter = Waiter(loop=loop)
+        waiter.node, waiter.priority, waiter.number, waiter.arrived = root, 0, number, 0
+        waiter.amounts, waiter.deadline = ONE, None
+        line.push(waiter)
+        waiters.append(waiter)
+    tree = Tree(root, line)
+    assert list(tree.waiters()) == waiters
+    assert tree.head(0) is waiters[0]
+    assert not tree.clear(root, 0)
+
+
+def test_a_flow_in_which_nobody_is_left_is_forgotten(grove: Grove) -> None:
+    """Ten thousand who came once leave no flow behind, and no weight."""
+    for _ in range(10_000):
+        grove.push(grove.child())
+    for _ in range(10_000):
+        grove.serve()
+    assert grove.tree.head(0) is None
+    assert grove.tree.wake == EMPTY
+    assert list(grove.tree._classes) == []
+
+
+def test_weights_of_those_that_compete_add_up(loop: asyncio.AbstractEventLoop) -> None:
+    """Empty and sleeping ones do not count; who comes back does."""
+    root = Node()
+    branch = Branch(root, VirtualClock())
+    line = Line()
+
+    def push() -> Waiter:
+        waiter = Waiter(loop=loop)
+        waiter.number = waiter.arrived = 0
+        waiter.amounts = ONE
+        line.push(waiter)
+        return waiter
+
+    push()
+    flow = branch.add("a", line, Share(2.0))
+    assert branch._weights == 2.0
+    head = branch.head(0)
+    assert head is not None
+    branch.living += 1
+    head.set_result(0)
+    branch.served(head, 0)
+    assert (branch._weights, flow.weight) == (0.0, 0.0)
+    branch.want(flow)
+    branch.want(flow)
+    assert branch._weights == 2.0
+    flow.share.weight = 5.0
+    push()
+    head = branch.head(0)
+    assert head is not None
+    head.set_result(0)
+    branch.served(head, 0)
+    assert branch._weights == 0.0
+    assert branch.head(0) is None
+    assert branch.find("a") is None
+    assert branch.emptied < math.inf
+
+
+def test_flows_of_one_instant_keep_their_order() -> None:
+    """Those that were made first; entries of one flow are alike."""
+    first = Flow("a", Line(), Share(1.0), child=None, order=1)
+    second = Flow("b", Line(), Share(1.0), child=None, order=2)
+    assert first < second
+    assert not second < first
+
+
+def test_tags_along_the_way_decide_between_loops(loop: asyncio.AbstractEventLoop) -> None:
+    """On another loop stands a sibling whose turn it is, though it came later."""
+    here, there = Grove(loop), Grove(loop)
+    there.root = here.root
+    there.tree = Tree(here.root, Line())
+    heavy, light = here.child(), here.child()
+    for _ in range(10):
+        here.push(heavy)
+    for _ in range(5):
+        here.serve()
+    there.push(light)
+    assert here.tree.head(0) is not None
+    assert there.tree.head(0) is not None
+    assert there.tree.turn < here.tree.turn
+    assert len(here.tree.turn) == 3
+    assert Line.turn == ()
+
+
+def test_a_node_without_waiters_has_no_shares_yet() -> None:
+    """Ten thousand idle children keep no books on fairness."""
+    node = Node(Node())
+    assert node._fairness is None
+    node.reweigh(3.0)
+    assert node._fairness is None
+    node.fairness.shares[0] = Share(3.0)
+    node.reweigh(4.0)
+    assert node.fairness.shares[0].weight == 4.0
+
+
+def test_a_call_is_priced_by_what_binds_from_call_to_call() -> None:
+    """The largest part of any limit, of several of a resource the fastest; days do not count."""
+    limits = (
+        Limit("requests", 600),
+        Limit("requests", 100, per=86_400),
+        Limit("tokens", 60_000),
+        Limit("tokens", 500, per=1),
+    )
+    gates = Gates((), limits)
+    assert gates.price({"requests": 1}) == 0.1
+    assert gates.price({"requests": 1, "tokens": 5_000}) == 5.0
+    assert Gates(()).price({"requests": 7}) == 1.0

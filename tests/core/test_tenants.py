@@ -1,0 +1,443 @@
+"""A limiter for each tenant, on demand: few alive, and nobody's quota forgotten."""
+
+import asyncio
+import concurrent.futures
+import gc
+import threading
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncbucket import AcquireTimeout, Limit, Limiter, WouldBlock
+from asyncbucket.account import Account
+from asyncbucket.testing import VirtualTime, assert_never_over, assert_within_bucket, virtual_time
+
+
+def crowd_out(limiter: Limiter, *, times: int = 8) -> None:
+    """Ask for so many others that those who are idle are put to rest."""
+    for number in range(times):
+        limiter.key(f"passer-by {number} of {limiter.now()}")
+
+
+def test_a_tenant_is_one_limiter(virtual_time: VirtualTime) -> None:
+    """Asked by `key`, by `acquire(tenant=)` or in a context: the same, under the same limits."""
+
+    async def main() -> None:
+        key = Limiter("100 RPM", name="openai", clock=virtual_time.clock)
+        key.per_key("2 RPM burst 2", concurrency=5)
+        acme = key.key("acme")
+        assert key.key("acme") is acme
+        assert acme.parent is key
+        assert acme.limits == (Limit("requests", 2, burst=2),)
+        await acme.acquire()
+        await key.acquire(tenant="acme")
+        with pytest.raises(WouldBlock):
+            key.acquire_nowait(tenant="acme")
+        key.acquire_nowait(tenant="other")
+        assert key.statistics().admitted == 3
+
+    virtual_time.run(main())
+
+
+def test_a_tenants_name_is_nobodys_business(virtual_time: VirtualTime) -> None:
+    """It is in no name, repr, error or statistics, and children do not list it."""
+
+    async def main() -> None:
+        key = Limiter(name="openai", clock=virtual_time.clock)
+        secret = "jane@example.org"
+        tenant = key.key(secret, "1 RPM")
+        await tenant.acquire()
+        with pytest.raises(WouldBlock) as error:
+            tenant.acquire_nowait()
+        for text in (tenant.name, repr(tenant), str(error.value), repr(tenant.statistics())):
+            assert "jane" not in text
+        assert tenant.name == f"openai/{tenant.name.removeprefix('openai/')}"
+        assert tenant.name.startswith("openai/*")
+        assert len(tenant.name) == len("openai/*") + 16
+        assert dict(key.children) == {}
+        assert key.key("\ud800").name != tenant.name
+
+    virtual_time.run(main())
+
+
+def test_terms_of_a_tenants_own_stay_its_own(virtual_time: VirtualTime) -> None:
+    """However long nobody asks for it; other terms are a mistake, as for a child."""
+    key = Limiter(name="key", clock=virtual_time.clock)
+    key.per_key("100 RPM", alive=1)
+    key.key("vip", rpm=500, weight=2)
+    message = "this tenant exists on other terms: ask for it by name alone, and change it with key"
+    for _ in range(2):
+        assert key.key("vip").limits == (Limit("requests", 500),)
+        assert key.key("vip", "500 RPM", weight=2).limits == (Limit("requests", 500),)
+        with pytest.raises(ValueError, match=message):
+            key.key("vip", rpm=5)
+        crowd_out(key)
+    key.key("usual")
+    with pytest.raises(ValueError, match=message):
+        key.key("usual", rpm=5)
+    key.key("same", rpm=500, weight=2)
+    keys = key._tenants()
+    assert keys._own["same"] is keys._own["vip"]
+
+
+def test_a_template_holds_for_those_that_come_later(virtual_time: VirtualTime) -> None:
+    """Whoever is there stays on the terms that it came on."""
+    key = Limiter(clock=virtual_time.clock)
+    assert key.key("first").limits == ()
+    key.per_key(rpm=10)
+    assert key.key("first").limits == ()
+    assert key.key("second").limits == (Limit("requests", 10),)
+    with pytest.raises(ValueError, match="alive must be a whole number of at least 0, not -1"):
+        key.per_key(alive=-1)
+
+
+def test_few_are_alive_and_old_handles_stay_good(virtual_time: VirtualTime) -> None:
+    """A handle from before goes on with the quota as it was left, in every method."""
+
+    async def main() -> None:
+        key = Limiter("1000 RPM", name="key", clock=virtual_time.clock)
+        key.per_key("60 TPM", "10 RPM burst 5", alive=2)
+        old = key.key("old")
+        (await old.acquire(tokens=40)).release()
+        methods: list[Callable[[], Any]] = [
+            lambda: old.explain(tokens=1).cost,
+            lambda: old.statistics().limits[0].used,
+            lambda: repr(old),
+            lambda: old.limits,
+            lambda: old.acquire_nowait(tokens=0).release(),
+            lambda: old.pause(0),
+            lambda: old.observe_remaining(5, resource="images", per=1),
+            lambda: old.learn(Limit("images", 3)),
+            lambda: old.max_queue,
+            lambda: old.acquire(tokens=1).close(),
+        ]
+        for method in methods:
+            account = old._account
+            crowd_out(key)
+            assert account.retired
+            assert len(key._tenants()) <= 3
+            method()
+            assert old.statistics().limits[0].used == 40
+            await asyncio.sleep(0.1)
+        crowd_out(key)
+        waiting = asyncio.ensure_future(old.acquire(tokens=30))
+        await virtual_time.all_blocked()
+        assert not waiting.done()
+        assert key.key("old").statistics().waiting == 1
+        crowd_out(key)
+        assert key.statistics().waiting == 1
+        await waiting
+        assert virtual_time.now >= 60
+
+    virtual_time.run(main())
+
+
+def test_whoever_is_busy_is_not_put_to_rest(virtual_time: VirtualTime) -> None:
+    """In flight, in line, paused, watched, reconfigured, with children or tenants of its own."""
+
+    def idle(_: Limiter) -> None:
+        pass
+
+    async def main() -> None:
+        key = Limiter(name="key", clock=virtual_time.clock)
+        key.per_key("100 RPM", alive=1)
+        reasons: list[tuple[bool, Callable[[Limiter], Any]]] = [
+            (False, idle),
+            (True, lambda limiter: limiter.acquire_nowait()),
+            (True, lambda limiter: limiter.pause(1)),
+            (True, lambda limiter: limiter.observe(print)),
+            (False, lambda limiter: limiter.observe(print)()),
+            (True, lambda limiter: limiter.reconfigure(rpm=50)),
+            (True, lambda limiter: limiter.reconfigure(weight=2)),
+            (True, lambda limiter: limiter.child("chat")),
+            (True, lambda limiter: limiter.key("its own tenant")),
+            (True, lambda limiter: limiter.observe_remaining(5, resource="requests", per=60)),
+            (False, lambda limiter: limiter.acquire_nowait().release()),
+        ]
+        for number, (busy, why) in enumerate(reasons):
+            limiter = key.key(f"tenant {number}")
+            account, held = limiter._account, why(limiter)
+            crowd_out(key, times=30)
+            assert account.retired != busy, number
+            del held
+
+    virtual_time.run(main())
+
+
+def test_a_learned_limit_is_not_forgotten(virtual_time: VirtualTime) -> None:
+    """What a tenant's own key was announced holds as long as it is known."""
+    key = Limiter(clock=virtual_time.clock)
+    key.per_key(alive=1)
+    key.key("learned").learn(Limit("requests", 7))
+    crowd_out(key)
+    assert key.key("learned").limits == (Limit("requests", 7),)
+
+
+@pytest.mark.parametrize("limits", [(), ("100 RPM",)], ids=["slots alone", "a window, too"])
+def test_whoever_was_admitted_and_has_not_run_since_is_busy(
+    virtual_time: VirtualTime, limits: tuple[str, ...]
+) -> None:
+    """Its slot is not given out again in between."""
+
+    async def main() -> None:
+        key = Limiter(clock=virtual_time.clock)
+        key.per_key(*limits, concurrency=1, alive=1)
+        held = await key.acquire(tenant="a")
+        waiting = asyncio.ensure_future(key.acquire(tenant="a"))
+        await virtual_time.all_blocked()
+        held.release()
+        account = key.key("a")._account
+        while account.waiting:
+            await asyncio.sleep(0)
+            crowd_out(key)
+        assert not account.retired
+        lease = await waiting
+        with pytest.raises(WouldBlock):
+            key.acquire_nowait(tenant="a")
+        lease.release()
+
+    virtual_time.run(main())
+
+
+def test_debts_are_remembered(virtual_time: VirtualTime) -> None:
+    """Also what is owed to a bucket for longer than the window remembers it."""
+
+    async def main() -> None:
+        key = Limiter(clock=virtual_time.clock)
+        key.per_key("600 TPM burst 60", alive=1)
+        await asyncio.sleep(1_000)
+        debtor, twin = key.key("debtor"), key.child("twin", "600 TPM burst 60")
+        for limiter in (debtor, twin):
+            async with limiter.acquire(tokens=60) as lease:
+                lease.settle(tokens=3_000)
+        for _ in range(12):
+            account = debtor._account
+            crowd_out(key)
+            assert account.retired
+            assert debtor.statistics().limits[0].available == twin.statistics().limits[0].available
+            await asyncio.sleep(29.5)
+        assert len(key._tenants()._resting) <= 8
+
+    virtual_time.run(main())
+
+
+asks = st.lists(
+    st.tuples(st.integers(0, 5), st.integers(1, 30), st.sampled_from([0.0, 0.0, 0.3, 5.0, 40.0])),
+    min_size=20,
+    max_size=80,
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(asks)
+def test_no_quota_is_reset_by_rest(history: list[tuple[int, int, float]]) -> None:
+    """With three of six tenants alive at a time: each is within its own limits all the same."""
+    traces: dict[int, list[tuple[int, int]]] = {}
+    requests: dict[int, list[tuple[int, int]]] = {}
+
+    async def call(time: VirtualTime, key: Limiter, tenant: int, tokens: int) -> None:
+        async with key.acquire(tokens=tokens, tenant=f"tenant {tenant}"):
+            traces.setdefault(tenant, []).append((time.clock(), tokens))
+            requests.setdefault(tenant, []).append((time.clock(), 1))
+
+    async def main(time: VirtualTime) -> None:
+        key = Limiter("10k TPM", clock=time.clock)
+        key.per_key("60 TPM", "30 RPM burst 4", concurrency=2, alive=3)
+        async with asyncio.TaskGroup() as group:
+            for tenant, tokens, pause in history:
+                group.create_task(call(time, key, tenant, tokens))
+                await asyncio.sleep(pause)
+        now = key.statistics()
+        assert (now.waiting, now.in_flight, now.admitted) == (0, 0, len(history))
+
+    with virtual_time() as time:
+        time.run(main(time))
+    for tenant, trace in traces.items():
+        assert_never_over(trace, Limit("tokens", 60))
+        assert_never_over(requests[tenant], Limit("requests", 30, burst=4))
+        assert_within_bucket(requests[tenant], rate=0.5, burst=4)
+
+
+@pytest.mark.heavy
+def test_any_number_of_tenants_needs_the_memory_of_a_thousand(virtual_time: VirtualTime) -> None:
+    """Those who are gone for longer than their windows leave nothing behind."""
+    gc.collect()
+    tracemalloc.start()
+    key = Limiter("1M RPM", clock=virtual_time.clock)
+    key.per_key("10 RPM", "1k TPM", weight=2)
+
+    def visit(count: int, start: int) -> None:
+        for number in range(start, start + count):
+            key.acquire_nowait(tokens=100, tenant=f"tenant {number}").release()
+            virtual_time.advance(0.1)
+
+    visit(4_000, 0)
+    gc.collect()
+    before = tracemalloc.get_traced_memory()[0]
+    visit(6_000, 4_000)
+    gc.collect()
+    assert tracemalloc.get_traced_memory()[0] < before + 100_000
+    assert before < 8_000_000
+    tracemalloc.stop()
+    visit(10_000, 10_000)
+    keys = key._tenants()
+    assert len(keys) == len(key._account.children) == 1_000
+    assert len(keys._resting) <= 1_300
+    assert not keys._own
+
+
+def test_10_000_idle_children_cost_no_tasks_and_little_memory(virtual_time: VirtualTime) -> None:
+    """Under 2 kB each, without limits of their own and with one."""
+
+    async def main() -> None:
+        key = Limiter("1000 RPM", clock=virtual_time.clock)
+        gc.collect()
+        tracemalloc.start()
+        for prefix, limits in (("plain", ()), ("limited", ("10 RPM",))):
+            before = tracemalloc.get_traced_memory()[0]
+            for number in range(10_000):
+                key.child(f"{prefix} {number}", *limits)
+            gc.collect()
+            each = (tracemalloc.get_traced_memory()[0] - before) / 10_000
+            assert each < 2_048
+        tracemalloc.stop()
+        assert len(asyncio.all_tasks()) == 1
+        assert len(key.children) == 20_000
+
+    virtual_time.run(main())
+
+
+def test_two_threads_that_ask_for_one_tenant_get_the_same() -> None:
+    """And for one child: nobody has two quotas."""
+    for _ in range(20):
+        key = Limiter()
+        key.per_key("5 RPM burst 5", alive=2)
+        start = threading.Barrier(4)
+
+        def ask(key: Limiter = key, start: threading.Barrier = start) -> tuple[Limiter, Limiter]:
+            start.wait(20)
+            return key.key("acme"), key.child("chat")
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            found = [job.result(20) for job in [pool.submit(ask) for _ in range(4)]]
+        assert len({id(tenant) for tenant, _ in found}) == 1
+        assert len({id(child) for _, child in found}) == 1
+        assert len(key._account.children) == 2
+
+
+def test_whoever_asks_while_it_is_made_waits_for_it(virtual_time: VirtualTime) -> None:
+    """A thread that asks for a tenant just then gets that one, not another."""
+    key = Limiter(clock=virtual_time.clock)
+    keys, found = key._tenants(), []
+    make = keys._make
+
+    def slowly(*what: Any) -> Any:
+        if not others:
+            others.append(threading.Thread(target=lambda: found.append(key.key("acme"))))
+            others[0].start()
+            others[0].join(0.1)  # until it is there, or was kept out for so long
+        return make(*what)
+
+    others: list[threading.Thread] = []
+    keys._make = slowly
+    acme = key.key("acme")
+    others[0].join(20)
+    assert found == [acme]
+
+
+class Snatching:
+    """A lock whose holder finds, the first times, that another thread came first."""
+
+    def __init__(self, snatch: Callable[[], bool], *, times: int) -> None:
+        self._lock = threading.Lock()
+        self._snatch, self._times = snatch, times
+
+    def acquire(self, blocking: bool = True) -> bool:  # noqa: FBT001, FBT002 - as `Lock.acquire`
+        if self._times and self._snatch():
+            self._times -= 1
+        return self._lock.acquire(blocking)
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+@pytest.mark.parametrize("how", ["nowait", "await", "refused", "line"])
+def test_one_put_to_rest_by_another_thread_is_found_again(
+    virtual_time: VirtualTime, how: str
+) -> None:
+    """Between the look at it and the lock: the call is booked with whoever stands for it now."""
+
+    async def main() -> None:
+        key = Limiter(clock=virtual_time.clock)
+        key.per_key("2 RPM burst 2", alive=1)
+        tenant = key.key("a")
+        tenant.acquire_nowait().release()
+        if how in ("refused", "line"):
+            tenant.acquire_nowait().release()
+
+        def retire() -> bool:
+            account = tenant._door._account
+            if account.retired:
+                return False
+            now = virtual_time.clock()
+            rest = account.rest_locked(now)
+            assert rest is not None
+            keys = key._tenants()
+            del keys._limiters["a"]
+            keys._resting["a"] = rest
+            return True
+
+        budget = key._budget
+        budget.lock = Snatching(retire, times=2)  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+        if how == "nowait":
+            tenant.acquire_nowait().release()
+        elif how == "await":
+            (await tenant.acquire()).release()
+        elif how == "refused":
+            with pytest.raises(WouldBlock):
+                tenant.acquire_nowait()
+        else:
+            with pytest.raises(AcquireTimeout):
+                await tenant.acquire(timeout=1)
+        assert tenant.statistics().limits[0].used == 2
+        with pytest.raises(WouldBlock):
+            key.acquire_nowait(tenant="a")
+
+    virtual_time.run(main())
+
+
+def test_tenants_of_tenants_keep_their_quota(virtual_time: VirtualTime) -> None:
+    """An organisation's users are remembered with it."""
+    key = Limiter(clock=virtual_time.clock)
+    key.per_key("100 RPM", alive=1)
+    organisation = key.key("organisation")
+    organisation.per_key("5 RPM burst 5", alive=1)
+    organisation.key("user").acquire_nowait().release()
+    crowd_out(key)
+    crowd_out(organisation)
+    user = key.key("organisation").key("user")
+    assert user.statistics().limits[0].used == 1
+    assert user.parent is organisation
+    assert isinstance(user._account, Account)
+    assert user._account.personal
+
+
+def test_what_was_used_counts_where_it_is_still_limited(virtual_time: VirtualTime) -> None:
+    """The template has changed while a tenant was at rest: it comes back on the new terms."""
+    key = Limiter(clock=virtual_time.clock)
+    key.per_key("100 RPM", "50 images/60s", alive=1)
+    key.acquire_nowait(tenant="a", images=7).release()
+    crowd_out(key)
+    key.per_key("20 RPM", "60 TPM", alive=1)
+    used = {use.limit.resource: use.used for use in key.key("a").statistics().limits}
+    assert used == {"requests": 1, "tokens": 0}

@@ -1,0 +1,284 @@
+"""Children on several loops and threads, in forks, cancelled at every step, on blocked loops."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import gc
+import threading
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import asyncbucket
+from asyncbucket import CostExceedsLimit, Lease, Limiter
+from asyncbucket.testing import VirtualTime, virtual_time
+
+#: Seconds after which a test that waits for another thread gives up.
+ENOUGH = 20
+
+
+@pytest.mark.real_clock
+def test_children_are_shared_by_loops_and_threads() -> None:
+    """Three loops and three threads, each on its own child and on one in common; all are served."""
+    key = Limiter("600 requests/s burst 600", concurrency=4)
+    common = key.child("common", concurrency=2)
+    most = {"key": 0, "common": 0}
+
+    def look() -> None:
+        for limiter, name in ((key, "key"), (common, "common")):
+            most[name] = max(most[name], limiter.statistics().in_flight)
+
+    async def asynchronously(own: Limiter) -> None:
+        async def call(limiter: Limiter, priority: int) -> None:
+            async with limiter.acquire(priority=priority):
+                look()
+                await asyncio.sleep(0.0005)
+
+        calls = [call(limiter, number % 3 - 1) for limiter in (own, common) for number in range(30)]
+        await asyncio.gather(*calls)
+
+    def synchronously(own: Limiter) -> None:
+        for number in range(30):
+            for limiter in (own, common):
+                with limiter.acquire_sync(priority=number % 2):
+                    look()
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        jobs = [
+            pool.submit(asyncio.run, asynchronously(key.child(f"loop {number}")))
+            for number in range(3)
+        ]
+        jobs += [pool.submit(synchronously, key.key(f"thread {number}")) for number in range(3)]
+        for job in jobs:
+            job.result(ENOUGH)
+    assert most["key"] <= 4
+    assert most["common"] <= 2
+    for limiter in (key, common):
+        now = limiter.statistics()
+        assert (now.waiting, now.in_flight) == (0, 0)
+    assert key.statistics().admitted == 360
+
+
+@pytest.mark.real_clock
+def test_a_light_tenant_of_another_loop_does_not_wait_for_a_heavy_ones_line() -> None:
+    """Though all of that line came first: shares hold across loops."""
+    key = Limiter(concurrency=1)
+    heavy, light = key.child("heavy"), key.child("light")
+    holder = key.acquire_nowait()
+    served: list[str] = []
+
+    async def call(limiter: Limiter) -> None:
+        async with limiter.acquire():
+            served.append(limiter.name.rpartition("/")[2])
+
+    async def many(limiter: Limiter, calls: int) -> None:
+        await asyncio.gather(*(call(limiter) for _ in range(calls)))
+
+    def wait_for(count: int) -> None:
+        end = time.monotonic() + ENOUGH
+        while key.statistics().waiting < count:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(asyncio.run, many(heavy, 60))
+        wait_for(60)
+        second = pool.submit(asyncio.run, many(light, 20))
+        wait_for(80)
+        holder.release()
+        first.result(ENOUGH)
+        second.result(ENOUGH)
+    # A loop that is late for its turn is passed over, so the order is not exact.
+    assert served[:50].count("light") >= 12
+
+
+def test_a_loop_that_ends_with_calls_in_a_tree_leaves_nothing(virtual_time: VirtualTime) -> None:
+    """Neither at the root nor in between: a tenant's queue has its places back."""
+    key = Limiter("1 RPS", concurrency=1, clock=virtual_time.clock)
+    chat = key.child("chat", max_queue=20)
+    agent = chat.child("agent")
+
+    async def call() -> None:
+        async with agent.acquire():
+            await asyncio.sleep(3)
+
+    async def left_behind() -> None:
+        held = await key.acquire()
+        for _ in range(20):
+            asyncio.create_task(call())  # noqa: RUF006 - to be cancelled by asyncio.run
+        await asyncio.sleep(0)
+        assert agent.statistics().waiting == 20
+        held.release()
+
+    asyncio.run(left_behind())
+    for limiter in (key, chat, agent):
+        now = limiter.statistics()
+        assert (now.waiting, now.in_flight) == (0, 0)
+
+    async def once() -> None:
+        async with agent.acquire() as lease:
+            assert lease.waited == 0
+
+    virtual_time.advance(2)
+    asyncio.run(once())
+
+
+def test_a_loop_that_is_closed_with_calls_in_a_tree_is_counted_out() -> None:
+    """Found when next somebody rings; also those that were cancelled and never ran again."""
+    key = Limiter(concurrency=1)
+    agent = key.child("chat").child("agent")
+    held = key.acquire_nowait()
+    loop = asyncio.new_event_loop()
+
+    async def waiting() -> None:
+        abandoned.extend(asyncio.ensure_future(agent.acquire()) for _ in range(5))
+        await asyncio.sleep(0)
+
+    abandoned: list[asyncio.Task[Lease]] = []
+    loop.run_until_complete(waiting())
+    abandoned[2].cancel()
+    while abandoned:
+        setattr(abandoned.pop(), "_log_destroy_pending", False)  # noqa: B010 - not in the stubs
+    loop.close()
+    held.release()
+    gc.collect()
+    for limiter in (key, agent):
+        assert limiter.statistics().waiting == 0
+    key.acquire_nowait().release()
+
+
+def test_a_blocked_loop_that_holds_a_childs_slots_blocks_nobody() -> None:
+    """The call passes without a slot: of the child, and of a limiter between it and the root."""
+    key = Limiter(concurrency=10)
+    model = key.child("model", concurrency=1)
+
+    async def one() -> None:
+        async with model.child("agent").acquire():
+            pass
+
+    async def main() -> None:
+        async with model.acquire():
+            thread = threading.Thread(target=asyncio.run, args=(one(),))
+            thread.start()
+            thread.join(ENOUGH)  # blocks the loop, as synchronous code on it does
+            assert not thread.is_alive()
+
+    asyncio.run(main())
+    now = key.statistics()
+    assert (now.overridden, now.in_flight, now.waiting) == (1, 0, 0)
+
+
+steps = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(0, 12)), min_size=2, max_size=12
+)
+
+
+@settings(deadline=None, max_examples=80)
+@given(steps, st.integers(0, 60))
+def test_whoever_is_cancelled_at_any_step_gives_all_back(
+    calls: list[tuple[int, int, int]], settles: int
+) -> None:
+    """After any number of turns of the loop, at any level: the books close, and the others pass."""
+
+    async def main(time: VirtualTime) -> None:
+        key = Limiter("100 TPM", concurrency=2, clock=time.clock)
+        chat = key.child("chat", "60 TPM", concurrency=1)
+        limiters = [key, chat, chat.child("agent", weight=3), key.child("tools")]
+
+        async def call(limiter: Limiter, tokens: int) -> None:
+            async with limiter.acquire(tokens=tokens, priority=tokens % 2) as lease:
+                await asyncio.sleep(0)
+                lease.settle(tokens=min(tokens, settles))
+                await asyncio.sleep(0.5)
+
+        tasks = [
+            (asyncio.ensure_future(call(limiters[where], tokens)), turns)
+            for where, tokens, turns in calls
+        ]
+        for turn in range(13):
+            for task, turns in tasks:
+                if turns == turn and turn < 12:
+                    task.cancel()
+            await asyncio.sleep(0)
+        await asyncio.wait([task for task, _ in tasks])
+        for limiter in limiters:
+            now = limiter.statistics()
+            assert (now.waiting, now.in_flight) == (0, 0)
+            account = limiter._account
+            assert account.slots is None or account.slots.used == 0
+            assert all(window.lent == 0 for _, window, _ in account.limits.values())
+        assert not key._budget.pacers or not any(
+            True for pacer in key._budget.pacers.values() for _ in pacer.queue.waiters()
+        )
+
+    with virtual_time() as time:
+        time.run(main(time))
+
+
+def test_one_that_can_never_pass_any_more_makes_room_below(virtual_time: VirtualTime) -> None:
+    """Whoever stands behind it in its child goes on in the same instant."""
+
+    async def main() -> None:
+        key = Limiter("100 TPM", clock=virtual_time.clock)
+        child = key.child("child", "100 TPM")
+        held = await child.acquire(tokens=40)
+        costly = asyncio.ensure_future(child.acquire(tokens=90))
+        cheap = asyncio.ensure_future(child.acquire(tokens=20))
+        await virtual_time.all_blocked()
+        child.reconfigure(tpm=60)
+        with pytest.raises(CostExceedsLimit):
+            await costly
+        assert (await cheap).waited == 0
+        held.release()
+
+    virtual_time.run(main())
+
+
+def test_a_deadline_in_a_tree_leaves_a_place_in_the_middle(virtual_time: VirtualTime) -> None:
+    """A call that times out in one tenant's line is nobody's business but its own."""
+
+    async def main() -> None:
+        key = Limiter("60 RPM burst 1", clock=virtual_time.clock)
+        await key.acquire()
+        served: list[int] = []
+
+        async def call(number: int) -> None:
+            with (
+                contextlib.suppress(asyncbucket.AcquireTimeout),
+                asyncbucket.deadline(2.5 if number % 2 else 100),
+            ):
+                async with key.acquire(tenant=f"tenant {number % 3}"):
+                    served.append(number)
+
+        await asyncio.gather(*(call(number) for number in range(12)))
+        assert len(served) == 6 + sum(number % 2 for number in served)
+        assert virtual_time.now <= 10
+        assert key.statistics().waiting == 0
+
+    virtual_time.run(main())
+
+
+def test_a_forked_process_begins_anew_at_every_level(virtual_time: VirtualTime) -> None:
+    """What `os.fork` calls: nobody waits and nothing is in flight, but what was used stays used."""
+
+    async def main() -> None:
+        key = Limiter("100 RPM", concurrency=3, clock=virtual_time.clock)
+        agent = key.child("chat", concurrency=2).child("agent", "10 RPM", concurrency=1)
+        held = [await agent.acquire(), await key.acquire()]
+        waiting = asyncio.ensure_future(agent.acquire())
+        await virtual_time.all_blocked()
+        making = key._budget.making
+        key._budget.after_fork()
+        for limiter in (key, *key.children.values(), agent):
+            now = limiter.statistics()
+            assert (now.waiting, now.in_flight) == (0, 0)
+        assert agent.statistics().limits[0].used == 1
+        assert key._budget.making is not making
+        for lease in held:
+            lease.release()
+        assert key.statistics().in_flight == 0
+        waiting.cancel()
+
+    virtual_time.run(main())

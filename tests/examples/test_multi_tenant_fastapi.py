@@ -1,0 +1,116 @@
+"""What the multi-tenant service answers its own callers, on virtual time and as a stranger runs it."""
+
+import asyncio
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import httpx
+import pytest
+from openai import AsyncOpenAI
+
+from asyncbucket import Limiter
+from asyncbucket.testing import RateLimitedProvider, VirtualTime
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "multi_tenant_fastapi.py"
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    """Load the example without running it."""
+    spec = importlib.util.spec_from_file_location("multi_tenant_fastapi", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Service:
+    """The service under test, and its callers."""
+
+    def __init__(self, example: ModuleType, limiter: Limiter, time: VirtualTime) -> None:
+        self.provider = RateLimitedProvider(rpm=600, latency=1.0, clock=time.clock)
+        client = AsyncOpenAI(
+            api_key="any",
+            max_retries=0,
+            http_client=httpx.AsyncClient(transport=self.provider.mock_transport()),
+        )
+        self.http = httpx.AsyncClient(
+            transport=httpx.ASGITransport(example.service(limiter, client)),
+            base_url="http://service",
+        )
+
+    async def ask(self, key: str) -> httpx.Response:
+        """Ask as the owner of an API key."""
+        return await self.http.post("/ask", json={"text": "Why?"}, headers={"authorization": key})
+
+    async def ask_at_once(self, key: str, times: int) -> list[tuple[int, str | None]]:
+        """Ask so often, and return the answers' status codes and when to come back, in order."""
+        replies = await asyncio.gather(*(self.ask(key) for _ in range(times)))
+        return sorted((reply.status_code, reply.headers.get("retry-after")) for reply in replies)
+
+
+def test_whoever_is_over_its_plan_is_told_429(
+    example: ModuleType, virtual_time: VirtualTime
+) -> None:
+    """After what it may at once, with when there is more; others do not notice."""
+
+    async def main() -> None:
+        limiter = Limiter("600 RPM", max_queue=100, clock=virtual_time.clock)
+        service = Service(example, limiter, virtual_time)
+        heard = await service.ask_at_once("key-2", 30)
+        assert [status for status, _ in heard].count(200) == 11
+        assert {again for status, again in heard if status == 429} == {"1"}
+        assert {status for status, _ in heard} == {200, 429}
+        reply = await service.ask("key-1")
+        assert reply.json()["answer"].startswith("You said")
+        assert limiter.key("acme").statistics().waits == {}
+
+    virtual_time.run(main())
+
+
+def test_when_the_service_is_full_it_is_503(example: ModuleType, virtual_time: VirtualTime) -> None:
+    """Though the tenant has enough left of its own."""
+
+    async def main() -> None:
+        limiter = Limiter("60 RPM burst 2", max_queue=3, clock=virtual_time.clock)
+        service = Service(example, limiter, virtual_time)
+        heard = await service.ask_at_once("key-1", 8)
+        assert heard == [*[(200, None)] * 5, *[(503, "1")] * 3]
+        assert (await service.ask("nobody's")).status_code == 401
+
+    virtual_time.run(main())
+
+
+@pytest.mark.real_clock  # a process of its own, and a real server: a stranger's clock
+@pytest.mark.timeout(120)
+def test_a_tenant_that_floods_is_told_so_and_the_others_are_served(tmp_path: Path) -> None:
+    """Forty callers on a plan for sixty a minute hear 429; nobody is refused by the provider."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLE)],
+        capture_output=True,
+        check=False,
+        cwd=tmp_path,
+        env=clean,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    heard = {
+        (tenant, int(status)): int(count)
+        for tenant, count, status in re.findall(
+            r"^(\w+): (\d+) times (\d+)$", done.stdout, re.MULTILINE
+        )
+    }
+    assert heard["bob", 429] > heard["bob", 200]
+    assert heard["acme", 200] > 3 * heard["bob", 200]
+    assert heard["eve", 200] > 0
+    assert ("acme", 429) not in heard
+    assert ", 0 refused (429)" in done.stdout
