@@ -1,67 +1,13 @@
 """Measure asyncbucket and its peers: ``python -m benchmarks``, or ``make bench``."""
 
-import argparse
-import gc
 import sys
-from collections.abc import Callable
-from pathlib import Path
-
-from benchmarks import cases
-from benchmarks.admission import admission
-from benchmarks.harness import Figure
-from benchmarks.plot import plot
-from benchmarks.provider import POLICIES, Outcome, refusals
-from benchmarks.report import Report
-
-RESULTS = Path(__file__).parent / "results"
-CROWD = (cases.OURS, cases.LEAKY, cases.AIO)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Measure, print the report, and write it to ``--out``."""
-    options = _parser().parse_args(arguments)
-    gc.freeze()
-    rounds: int = options.rounds or (3 if options.quick else 11)
-    figures = [figure() for figure in _figures(rounds, quick=options.quick)]
-    outcomes: list[Outcome] = []
-    if not options.no_provider:
-        calls, policies = (400, POLICIES[1:]) if options.quick else (1000, POLICIES)
-        outcomes = refusals(calls=calls, policies=policies)
-    report = Report(figures, outcomes)
-    print("\n".join(report.lines()))
-    report.write(options.out)
-    plot(figures, options.out)
-    sys.stderr.write(f"written to {options.out}\n")
-    return 0
-
-
-def _figures(rounds: int, *, quick: bool) -> list[Callable[[], Figure]]:
-    calls = 2_000 if quick else 20_000
-    few = min(rounds, 5)
-    figures = [
-        lambda: cases.idle(rounds=rounds, calls=calls),
-        lambda: cases.idle_turning(rounds=rounds, calls=500),
-        lambda: admission(rounds=rounds, calls=calls),
-        lambda: cases.contended(10_000, rounds=few, names=CROWD),
-    ]
-    if not quick:
-        crowd = (*CROWD, "llama_index", "langchain", "pyrate-limiter")
-        figures += [
-            lambda: cases.contended(100_000, rounds=few, names=CROWD),
-            lambda: cases.contended(1_000, rounds=3, names=crowd),
-            lambda: cases.giving_up(100_000, rounds=few),
-        ]
-    return [*figures, lambda: cases.giving_up(10_000, rounds=few)]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a minute instead of a quarter hour")
-    parser.add_argument("--rounds", type=int, help="samples of each contender")
-    parser.add_argument("--no-provider", action="store_true", help="leave out the calls over HTTP")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the results go")
-    return parser
-
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        # Loading all the peers takes seconds, in which Ctrl-C shall end it as quietly as later on.
+        from benchmarks.run import main
+
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped: nothing is written before the end\n")
+        sys.exit(130)

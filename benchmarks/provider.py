@@ -3,8 +3,9 @@
 The bundled provider runs in a process of its own and enforces its limits exactly; its minute lasts
 a few seconds, so that a run of several minutes' worth of calls is short. Each way of pacing drives
 LlamaIndex's own OpenAI class through the same calls, at most 50 in flight; retries are off, so
-that a refusal is seen. Two providers: one is a token bucket that holds a minute's worth, which is
-kind to limiters of that kind, and one counts every sliding minute.
+that a refusal is seen. Four providers: one is a token bucket that holds a minute's worth, which is
+kind to limiters of that kind, and one counts every sliding minute; asyncbucket also meets one that
+counts the clock's minutes, and its HTTP transport one that counts in slices, a 60th of a minute.
 """
 
 import asyncio
@@ -31,8 +32,8 @@ _CONCURRENCY = 50
 _MAX_TOKENS = 100
 
 Chat: TypeAlias = Callable[[str], Coroutine[Any, Any, object]]
-Way: TypeAlias = Callable[[str, httpx.AsyncClient], Chat]
-Policy: TypeAlias = Literal["token_bucket", "sliding_window"]
+Way: TypeAlias = Callable[[str, httpx.AsyncBaseTransport], Chat]
+Policy: TypeAlias = Literal["token_bucket", "sliding_window", "fixed_window", "one_second_slices"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
@@ -49,12 +50,12 @@ class Outcome:
     seconds: float
 
 
-def _model(base_url: str, client: httpx.AsyncClient, **options: Any) -> OpenAI:
+def _model(base_url: str, inner: httpx.AsyncBaseTransport, **options: Any) -> OpenAI:
     return OpenAI(
         model="gpt-4o-mini",
         api_base=base_url,
         api_key="none",
-        async_http_client=client,
+        async_http_client=httpx.AsyncClient(transport=inner, timeout=120),
         max_retries=0,
         max_tokens=_MAX_TOKENS,
         timeout=120,
@@ -72,35 +73,48 @@ def _chat(llm: OpenAI, *gates: AbstractAsyncContextManager[Any]) -> Chat:
     return chat
 
 
-def _unpaced(base_url: str, client: httpx.AsyncClient) -> Chat:
-    return _chat(_model(base_url, client), asyncio.Semaphore(_CONCURRENCY))
+def _unpaced(base_url: str, inner: httpx.AsyncBaseTransport) -> Chat:
+    return _chat(_model(base_url, inner), asyncio.Semaphore(_CONCURRENCY))
 
 
-def _llama_index(base_url: str, client: httpx.AsyncClient) -> Chat:
+def _llama_index(base_url: str, inner: httpx.AsyncBaseTransport) -> Chat:
     minutes = 60 / _MINUTE
     limiter = TokenBucketRateLimiter(
         requests_per_minute=_RPM * minutes, tokens_per_minute=_TPM * minutes
     )
-    return _chat(_model(base_url, client, rate_limiter=limiter), asyncio.Semaphore(_CONCURRENCY))
+    return _chat(_model(base_url, inner, rate_limiter=limiter), asyncio.Semaphore(_CONCURRENCY))
 
 
-def _aiolimiter(base_url: str, client: httpx.AsyncClient) -> Chat:
+def _aiolimiter(base_url: str, inner: httpx.AsyncBaseTransport) -> Chat:
     limiter = aiolimiter.AsyncLimiter(_RPM, _MINUTE)
-    return _chat(_model(base_url, client), asyncio.Semaphore(_CONCURRENCY), limiter)
+    return _chat(_model(base_url, inner), asyncio.Semaphore(_CONCURRENCY), limiter)
 
 
-def _asyncbucket(base_url: str, client: httpx.AsyncClient) -> Chat:
+def _limiter() -> asyncbucket.Limiter:
     requests = asyncbucket.Limit("requests", _RPM, per=_MINUTE)
     tokens = asyncbucket.Limit("tokens", _TPM, per=_MINUTE)
-    limiter = asyncbucket.Limiter(requests, tokens, concurrency=_CONCURRENCY)
-    return _chat(limiter.wrap(_model(base_url, client), retry=False))
+    return asyncbucket.Limiter(requests, tokens, concurrency=_CONCURRENCY)
+
+
+def _asyncbucket(base_url: str, inner: httpx.AsyncBaseTransport) -> Chat:
+    return _chat(_limiter().wrap(_model(base_url, inner), retry=False))
+
+
+def _transport(base_url: str, inner: httpx.AsyncBaseTransport) -> Chat:
+    return _chat(_model(base_url, _limiter().transport(inner)))
 
 
 _WAYS: dict[str, Way] = {
     "a semaphore": _unpaced,
     "LlamaIndex's own and a semaphore": _llama_index,
     "aiolimiter and a semaphore": _aiolimiter,
-    "asyncbucket": _asyncbucket,
+    "asyncbucket, wrapped model": _asyncbucket,
+    "asyncbucket, HTTP transport": _transport,
+}
+#: Who meets the providers that are hard on all; those who break the kinder ones need not.
+_HARD: dict[Policy, tuple[Way, ...]] = {
+    "fixed_window": (_asyncbucket, _transport),
+    "one_second_slices": (_transport,),
 }
 
 
@@ -109,6 +123,8 @@ def refusals(*, calls: int, policies: tuple[Policy, ...]) -> list[Outcome]:
     outcomes: list[Outcome] = []
     for policy in policies:
         for name, way in _WAYS.items():
+            if way not in _HARD.get(policy, (way,)):
+                continue
             sys.stderr.write(f"\r\x1b[K  {calls} calls to a {policy} paced by {name}")
             outcomes.append(asyncio.run(_drive(name, way, policy, calls)))
     sys.stderr.write("\r\x1b[K")
@@ -119,8 +135,8 @@ async def _drive(name: str, way: Way, policy: Policy, calls: int) -> Outcome:
     with ProviderProcess(
         rpm=_RPM, tpm=_TPM, minute=_MINUTE, policy=policy, latency=(0.1, 0.5)
     ) as provider:
-        async with httpx.AsyncClient(limits=httpx.Limits(max_connections=None)) as client:
-            chat = way(provider.base_url, client)
+        async with httpx.AsyncHTTPTransport(limits=httpx.Limits(max_connections=None)) as inner:
+            chat = way(provider.base_url, inner)
             start = time.monotonic()
             replies = await asyncio.gather(
                 *(chat(f"Tell me about number {n}.") for n in range(calls)), return_exceptions=True

@@ -15,6 +15,8 @@ from asyncbucket.http.refusals import Refusals
 from asyncbucket.lease import Lease
 
 _FIRST_ERROR: Final = 400
+#: Where calls wait, many leave at once: it is not sure that those of so long ago (s) arrived first.
+_LAG: Final = 0.2
 #: Errors of httpx and httpx2 that mean: nothing was sent, so nothing was charged.
 _NEVER_SENT: Final = frozenset(
     {"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"}
@@ -77,8 +79,11 @@ class Attempt:
     def answered(self, reply: Any) -> None:
         """Take in status and headers; the body follows."""
         self._reply = reply
-        self._ear.hear(reply.headers, self._profile, since=self._sent_at)
-        if reply.status_code < _FIRST_ERROR:
+        good = reply.status_code < _FIRST_ERROR
+        if not good or self._ear.is_due(self._sent_at):
+            since = self._sent_at - (_LAG if self._lease.waited else 0.0)
+            self._ear.hear(reply.headers, self._profile, since=since, good=good)
+        if good:
             self._refusals.succeeded()
             if not self._settles:
                 return

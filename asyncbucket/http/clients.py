@@ -5,6 +5,7 @@ import importlib.util
 from typing import Any, Final
 
 from asyncbucket.http.profiles import Profile
+from asyncbucket.http.routes import Routing
 from asyncbucket.http.transport import FAMILIES, POOL, Family, transport, transport_sync
 from asyncbucket.limiter import Limiter
 
@@ -20,6 +21,7 @@ def http_client(
     sync: bool = False,
     profile: Profile | str | None = None,
     learn: bool = True,
+    routes: Routing | None = None,
     **options: Any,
 ) -> Any:
     """Return an ``AsyncClient``, or a ``Client``, all of whose requests ``limiter`` paces.
@@ -33,6 +35,7 @@ def http_client(
         sync: return a synchronous client.
         profile: see `asyncbucket.http.transport.transport`.
         learn: likewise.
+        routes: likewise.
         options: those of the client, ``timeout=`` for example.
 
     Raises:
@@ -47,6 +50,7 @@ def http_client(
     }
     client = (library.Client if sync else library.AsyncClient)(**(usual | options))
     pace = transport_sync if sync else transport
+    how: dict[str, Any] = {"profile": profile, "learn": learn, "routes": routes}
     # Not `transport=`: a client that gets one makes no others, for proxies say, and those that it
     # makes take its options. There is no public way to put something above them.
     for name in ("_transport", "_mounts"):
@@ -54,9 +58,9 @@ def http_client(
         if isinstance(made, dict):
             for pattern, inner in made.items():
                 if inner is not None:
-                    made[pattern] = pace(limiter, inner, profile=profile, learn=learn)
+                    made[pattern] = pace(limiter, inner, **how)
         else:
-            setattr(client, name, pace(limiter, made, profile=profile, learn=learn))
+            setattr(client, name, pace(limiter, made, **how))
     return client
 
 

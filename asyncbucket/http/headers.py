@@ -96,11 +96,11 @@ def duration(value: object, *, cap: float = WEEK) -> float | None:
         import durationpy
     except ImportError as error:
         raise ImportError(
-            "reading durations needs durationpy: pip install 'asyncbucket[http]'"
+            'reading durations needs durationpy: pip install "asyncbucket[http]"'
         ) from error
     try:
         seconds: float = durationpy.from_str(text).total_seconds()
-    except durationpy.DurationError:  # longer than a timedelta can be
+    except (durationpy.DurationError, OverflowError):  # longer than a timedelta can be
         return 0.0 if text.startswith("-") else cap
     return _clamp(seconds, cap)
 

@@ -18,6 +18,7 @@ from collections.abc import Generator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
+from asyncbucket.http.levels import is_under
 from asyncbucket.lease import Lease
 from asyncbucket.limiter import Limiter
 
@@ -77,10 +78,10 @@ def current() -> Held | None:
 
 
 def is_held(limiter: Limiter) -> bool:
-    """Tell whether this context runs under a lease of ``limiter``."""
+    """Tell whether this context runs under a lease that counts at ``limiter``."""
     held = _HELD.get()
     while held is not None:
-        if held.limiter is limiter and held.lease is not None:
+        if is_under(held.limiter, limiter) and held.lease is not None:
             return True
         held = held.outer
     return False

@@ -3,98 +3,207 @@
 What comes in is input from outside. A number is one to fifteen ASCII digits and nothing else, or it
 says nothing and is counted; no value, however long or odd, raises anything. All headers of a reply
 are gone through once, for the mappings of httpx search theirs for every name that they are asked.
+
+A limiter may stand under others, and only one of them has the limit that the provider speaks of:
+the one whose number is announced, or else the one that comes next below it.
 """
 
-import re
+import math
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
+from weakref import WeakKeyDictionary
 
+from asyncbucket.http.levels import levels
 from asyncbucket.http.profiles import Profile, Told
 from asyncbucket.limiter import Limiter
 from asyncbucket.limits import Limit
+from asyncbucket.others import SLICES
 
-_NUMBER: Final = re.compile(rb"[0-9]{1,15}")
+#: A limit's resource and window.
+_Key: TypeAlias = tuple[str, float]
+#: The same, and the limiter that has it.
+_Place: TypeAlias = tuple[Limiter, str, float]
+
 _LONGEST: Final = 64
+_DIGITS: Final = 15
+#: So many times in a window replies are listened to, at most.
+_TIMES: Final = 6_000
+#: So many different limits are announced, by anyone who means well.
+_MANY: Final = 64
+#: Windows longer than this (s) are not counted in slices.
+_LONG: Final = 60
+
+
+#: Windows of which something was said, or of which the least is taken for granted.
+_KNOWN: Final[WeakKeyDictionary[Limiter, set[_Key]]] = WeakKeyDictionary()
 
 
 class Ear:
-    """Listen for one limiter.
+    """Listen for one limiter, and for those above it.
 
     Args:
         limiter: whom to tell.
         learn: whether to listen at all; a limiter without limits then takes over those announced.
     """
 
-    __slots__ = ("_indexes", "_learn", "_limiter", "ignored")
+    __slots__ = (
+        "_assumed",
+        "_deaf_until",
+        "_expected",
+        "_in_force",
+        "_indexes",
+        "_learn",
+        "_limiter",
+        "_line",
+        "_pause",
+        "_places",
+        "ignored",
+    )
 
     def __init__(self, limiter: Limiter, *, learn: bool = True) -> None:
         self._limiter = limiter
+        self._line = tuple(levels(limiter))
         self._learn = learn
         #: For each profile, where each header's value belongs.
         self._indexes: dict[int, tuple[Profile, dict[bytes, tuple[int, bool]]]] = {}
+        #: Profiles of which a first reply is awaited or was heard.
+        self._expected: dict[int, Profile] = {}
+        #: What is taken for granted until that reply.
+        self._assumed: dict[_Place, int] = {}
+        #: Of which limits headers speak, while the limits in force are these.
+        self._places: dict[tuple[int, int, int | None], _Place] = {}
+        self._in_force: tuple[tuple[Limit, ...], ...] = ()
+        #: How long not to listen after listening (s), and until when.
+        self._pause = 0.0
+        self._deaf_until = -math.inf
         #: Values that were no numbers.
         self.ignored = 0
 
-    def hear(self, headers: Any, profile: Profile, *, since: float | None = None) -> None:
+    def expect(self, profile: Profile) -> None:
+        """Take for granted, before the first reply, only what any provider would let pass.
+
+        Until a reply says more that is a slice of a window; see `asyncbucket.headroom`. A reply that
+        says nothing lifts it.
+        """
+        if not self._learn or id(profile) in self._expected:
+            return
+        self._expected[id(profile)] = profile
+        told = {each.resource: each.per for each in profile.tells}
+        for limiter in self._line:
+            known = _KNOWN.setdefault(limiter, set())
+            for limit in limiter.limits:
+                key = limit.resource, limit.per
+                if limit.per <= min(told.get(limit.resource, 0), _LONG) and key not in known:
+                    known.add(key)
+                    self._assumed[limiter, *key] = limit.amount
+                    slice_ = -(-limit.amount // SLICES)
+                    limiter.observe_remaining(slice_, resource=limit.resource, per=limit.per)
+
+    def is_due(self, now: float) -> bool:
+        """Tell whether it is time to listen again, at an instant of the limiter's clock.
+
+        In between nothing changes by much, and listening is a good part of what a call costs.
+        """
+        return now >= self._deaf_until or bool(self._assumed)
+
+    def hear(
+        self, headers: Any, profile: Profile, *, since: float | None = None, good: bool = True
+    ) -> None:
         """Take in the headers of a reply to a call that was sent at ``since``.
 
         Args:
             headers: what httpx or httpx2 makes of a reply's headers, pairs of bytes, or a mapping.
             profile: which of them speak of what.
             since: in seconds of the limiter's clock.
+            good: whether the call succeeded; an error that says nothing of limits means nothing.
         """
         if not self._learn or not profile.tells:
             return
-        found: dict[int, dict[bool, int]] = {}
         index = self._index(profile)
+        left: dict[int, int] = {}
+        limits: dict[int, int] = {}
         for name, value in pairs(headers):
             place = index.get(name.lower())
             if place is not None:
+                header, says_left = place
                 number = self._number(value)
                 if number is not None:
-                    found.setdefault(place[0], {})[place[1]] = number
-        if found:
-            self._tell(profile.tells, found, since)
+                    (left if says_left else limits)[header] = number
+        if left or limits:
+            self._tell(profile, left, limits, since)
+        if self._assumed and good:
+            assumed, self._assumed = self._assumed, {}  # at once: other threads listen too
+            for (limiter, resource, per), amount in assumed.items():
+                limiter.observe_remaining(amount, resource=resource, per=per)
+        if since is not None:
+            self._deaf_until = since + self._pause
 
     def _tell(
-        self, tells: tuple[Told, ...], found: dict[int, dict[bool, int]], since: float | None
+        self, profile: Profile, left: dict[int, int], limits: dict[int, int], since: float | None
     ) -> None:
         """Tell the limiter; where several headers speak of one window, the least counts."""
-        least: dict[tuple[str, float], tuple[int, int | None, int]] = {}
-        for place, numbers in found.items():
-            told = tells[place]
-            limit = numbers.get(False) or None
-            if limit is not None:
-                self._limiter.learn(Limit(told.resource, limit, per=told.per))
-            remaining = numbers.get(True)
+        least: dict[_Place, tuple[int, int | None, int]] = {}
+        for number in left.keys() | limits.keys():
+            limit = limits.get(number) or None
+            place = self._place(profile, number, limit)
+            remaining = left.get(number)
             if remaining is None:
                 continue
-            key = (told.resource, self._window(told, limit))
-            word = (remaining, limit, told.rounding)
-            if key not in least or remaining < least[key][0]:
-                least[key] = word
-        for (resource, per), (remaining, limit, rounding) in least.items():
-            self._limiter.observe_remaining(
-                remaining if limit is None else min(remaining, limit),
-                resource=resource,
-                per=per,
-                limit=limit,
-                since=since,
-                rounding=rounding,
+            if limit is not None and limit < remaining:
+                remaining = limit
+            if place not in least or remaining < least[place][0]:
+                least[place] = remaining, limit, profile.tells[number].rounding
+        for place, (remaining, limit, rounding) in least.items():
+            if self._assumed:
+                self._assumed.pop(place, None)
+            limiter, resource, per = place
+            limiter.observe_remaining(
+                remaining, resource=resource, per=per, limit=limit, since=since, rounding=rounding
             )
 
-    def _window(self, told: Told, limit: int | None) -> float:
-        """Return the window that is spoken of: another of the limiter's, if the number is its."""
-        windows = {
-            ours.per: ours.amount for ours in self._limiter.limits if ours.resource == told.resource
-        }
-        if limit is None or windows.get(told.per) == limit:
-            return told.per
-        return next((per for per, amount in windows.items() if amount == limit), told.per)
+    def _place(self, profile: Profile, number: int, limit: int | None) -> _Place:
+        """Return the limiter and the window that are spoken of; what is learned is learned here."""
+        in_force = tuple(limiter.limits for limiter in self._line)
+        if in_force != self._in_force:
+            self._in_force = in_force
+            self._places.clear()
+            windows = [limit.per for limits in in_force for limit in limits]
+            self._pause = min(windows, default=0.0) / _TIMES
+        key = id(profile), number, limit
+        place = self._places.get(key)
+        if place is None:
+            told = profile.tells[number]
+            if limit is not None and not any(in_force[1:]):
+                self._limiter.learn(Limit(told.resource, limit, per=told.per))
+            limiter, per = self._whose(told, limit)
+            place = limiter, told.resource, per
+            if len(self._places) < _MANY:
+                self._places[key] = place
+        return place
+
+    def _whose(self, told: Told, limit: int | None) -> tuple[Limiter, float]:
+        """Find the limiter and the window that are spoken of."""
+        ours = [
+            (each, limiter)
+            for limiter in self._line
+            for each in limiter.limits
+            if each.resource == told.resource
+        ]
+        same = [(each, limiter) for each, limiter in ours if each.per == told.per]
+        for each, limiter in (*same, *ours):
+            if each.amount == limit:  # perhaps that of another window
+                return limiter, each.per
+        if not same:
+            return self._limiter, told.per
+        if limit is None:
+            return same[-1][1], told.per
+        below = [pair for pair in same if pair[0].amount < limit]
+        nearest = max(below or same, key=lambda pair: pair[0].amount if below else -pair[0].amount)
+        return nearest[1], told.per
 
     def _number(self, value: bytes) -> int | None:
         value = value.strip(b" \t") if len(value) <= _LONGEST else b""
-        if _NUMBER.fullmatch(value):
+        if value.isdigit() and len(value) <= _DIGITS:  # of bytes, that is ASCII's digits
             return int(value)
         self.ignored += 1
         return None
@@ -104,10 +213,10 @@ class Ear:
         if known is not None:
             return known[1]
         index: dict[bytes, tuple[int, bool]] = {}
-        for place, told in enumerate(profile.tells):
-            index[told.remaining.lower().encode()] = (place, True)
+        for number, told in enumerate(profile.tells):
+            index[told.remaining.lower().encode()] = (number, True)
             if told.limit is not None:
-                index[told.limit.lower().encode()] = (place, False)
+                index[told.limit.lower().encode()] = (number, False)
         self._indexes[id(profile)] = (profile, index)
         return index
 

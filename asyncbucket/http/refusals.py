@@ -5,6 +5,9 @@ rate, or for want of slots, concerns all calls, and so does an overloaded provid
 that says so). Those of one wave, what was in flight when the first came back, make one pause; where
 the provider names no time, it doubles from wave to wave until a call succeeds. An exhausted quota is
 nothing that waiting helps, and pauses nobody.
+
+Several may hear of one wave: each transport of a limiter, and whoever tries calls again for a model
+that is wrapped. What they have heard is kept once for each limiter, so that it stays one wave.
 """
 
 import logging
@@ -12,6 +15,7 @@ import math
 import threading
 from collections.abc import Mapping
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 from asyncbucket.http.failures import Verdict, classify
 from asyncbucket.limiter import Limiter
@@ -52,33 +56,49 @@ class _Response:
         self.headers = headers
 
 
+class _Heard:
+    """What is known of one limiter's refusals, whoever heard of them."""
+
+    __slots__ = ("lock", "paused_until", "quiet_until", "told_of_quota", "waves")
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.waves = 0
+        self.paused_until = -math.inf
+        self.quiet_until = -math.inf
+        self.told_of_quota = False
+
+
+_HEARD: Final[WeakKeyDictionary[Limiter, _Heard]] = WeakKeyDictionary()
+
+
 class Refusals:
-    """Pause one limiter by what its provider refuses. Safe on several threads."""
+    """Pause one limiter by what its provider refuses; all that are made for it know the same.
+
+    Safe on several threads.
+    """
 
     def __init__(self, limiter: Limiter) -> None:
         self._limiter = limiter
-        self._lock = threading.Lock()
-        self._waves = 0
-        self._paused_until = -math.inf
-        self._quiet_until = -math.inf
-        self._told_of_quota = False
+        self._heard = _HEARD.setdefault(limiter, _Heard())
 
     def succeeded(self) -> None:
-        """End a series of waves."""
-        if self._waves:
-            with self._lock:
-                if self._now() >= self._paused_until:
-                    self._waves = 0
+        """End a series of waves; a call that was answered during a pause was sent before it."""
+        heard = self._heard
+        if heard.waves:
+            with heard.lock:
+                if self._limiter.now() >= heard.paused_until:
+                    heard.waves = 0
 
     def judge(self, status: int, headers: Mapping[str, Any], body: Mapping[str, Any]) -> Verdict:
         """Judge a reply whose status is an error, and pause the limiter if it concerns all."""
         verdict = classify(_Refusal(status, headers, body))
         if verdict.rate_limited:
-            self._pause(verdict.retry_after, reason="429")
+            self.pause(verdict.retry_after)
         elif self._is_overload(status, verdict):
-            self._pause(verdict.retry_after, reason="overload")
-        elif status == _RATE_LIMITED and not self._told_of_quota:
-            self._told_of_quota = True
+            self.pause(verdict.retry_after, reason="overload")
+        elif status == _RATE_LIMITED and not self._heard.told_of_quota:
+            self._heard.told_of_quota = True
             _log.warning(
                 "the provider refuses calls of limiter %r for good (%s): no waiting helps; "
                 "look at the account's plan and balance",
@@ -93,23 +113,42 @@ class Refusals:
         says_so = verdict.retry_after is not None or "overloaded" in verdict.reason
         return status == _OVERLOADED or (status == _UNAVAILABLE and says_so)
 
-    def _pause(self, asked: float | None, *, reason: str) -> None:
-        with self._lock:
-            now = self._now()
-            new_wave = now >= self._paused_until
-            self._waves += new_wave
+    def pause(
+        self,
+        asked: float | None,
+        *,
+        reason: str = "429",
+        first: float = _FIRST,
+        longest: float = _LONGEST,
+    ) -> float:
+        """Pause the limiter after a refusal that concerns all; return the seconds until it ends.
+
+        During a pause nothing is sent, so a refusal that arrives during one belongs to the wave
+        that made it; it may only be longer if the server says so.
+
+        Args:
+            asked: the seconds that the server asks for, if it does.
+            reason: ``"429"`` or ``"overload"``.
+            first: the seconds of a first pause that the server doesn't name; the next ones double.
+            longest: the most seconds.
+        """
+        heard = self._heard
+        with heard.lock:
+            now = self._limiter.now()
+            new_wave = now >= heard.paused_until
+            heard.waves += new_wave
             if asked is not None:
-                seconds = min(asked, _LONGEST)
+                seconds = min(asked, longest)
             elif new_wave:
-                seconds = min(_FIRST * 2.0 ** min(self._waves - 1, 30), _LONGEST)
+                seconds = doubled(first, heard.waves, most=longest)
             else:
-                seconds = self._paused_until - now
-            self._paused_until = max(self._paused_until, now + seconds)
+                seconds = heard.paused_until - now
+            heard.paused_until = max(heard.paused_until, now + seconds)
+            loud = new_wave and now >= heard.quiet_until
+            if loud:
+                heard.quiet_until = now + _QUIET
         self._limiter.pause(seconds, reason=reason, gradually=True)
         if new_wave:
-            loud = now >= self._quiet_until
-            if loud:
-                self._quiet_until = now + _QUIET
             _log.log(
                 logging.WARNING if loud else logging.DEBUG,
                 "limiter %r pauses for %.3g s: %s",
@@ -117,6 +156,12 @@ class Refusals:
                 seconds,
                 _WHY[reason],
             )
+        return seconds
 
-    def _now(self) -> float:
-        return self._limiter.now()
+
+def doubled(first: float, times: int, *, most: float) -> float:
+    """Return ``first`` doubled from time to time, up to ``most``: 1, 2, 4...
+
+    The exponent is bounded, for a series may be long and a power of floats overflows.
+    """
+    return min(first * 2.0 ** min(times - 1, 30), most)

@@ -17,20 +17,23 @@ import importlib
 import logging
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self, TypeAlias
 
 from asyncbucket.cost import Cost
 from asyncbucket.http.attempt import Attempt
 from asyncbucket.http.body import read_json
-from asyncbucket.http.forecast import OutputForecast
 from asyncbucket.http.held import is_held
-from asyncbucket.http.learn import Ear
+from asyncbucket.http.lane import Lane, parts
+from asyncbucket.http.levels import provider_of
 from asyncbucket.http.profiles import Call, Profile, profile_named, profile_of
-from asyncbucket.http.refusals import Refusals
+from asyncbucket.http.routes import Routes, Routing
 from asyncbucket.http.streams import body_class
 from asyncbucket.limiter import Limiter
 
 Family = Literal["auto", "httpx", "httpx2"]
+
+#: Whose a request is, what it is, by which profile, and what it costs: None for no admission.
+_Asked: TypeAlias = tuple[Lane, Call, Profile, Cost | None]
 
 FAMILIES: Final = ("httpx", "httpx2")
 #: The SDKs' pool: how many calls are in flight is for the limiter to say.
@@ -38,6 +41,8 @@ POOL: Final = {"max_connections": 1_000, "max_keepalive_connections": 100}
 
 _RETRY_COUNT: Final = "x-stainless-retry-count"
 _FIRST_ERROR: Final = 400
+#: So many hosts and routes are remembered.
+_MANY: Final = 256
 
 _log: Final = logging.getLogger("asyncbucket")
 
@@ -49,6 +54,7 @@ def transport(
     family: Family = "auto",
     profile: Profile | str | None = None,
     learn: bool = True,
+    routes: Routing | None = None,
 ) -> "PacedTransport":
     """Return an async transport that paces every request by ``limiter``.
 
@@ -63,12 +69,17 @@ def transport(
         family: the library of the default ``inner``; ``"auto"`` goes by the first request.
         profile: a provider's name or a profile; by default it is found by the host of each request.
         learn: hear what headers say is left, and of a limiter without limits, which there are.
+        routes: which child a request is for, by its path and model, with wildcards:
+            ``{"/v1/embeddings": "embeddings", "gpt-4o*": "big"}``; see `asyncbucket.http.routes`.
+            A refusal then pauses that child.
 
     Raises:
-        ValueError: ``family`` or ``profile`` is none that is known.
-        TypeError: ``inner`` is no async transport.
+        ValueError: ``family``, ``profile`` or a route is none that can be understood.
+        TypeError: ``inner`` is no async transport, or a route leads nowhere.
     """
-    return PacedTransport(limiter, inner, family=family, profile=profile, learn=learn)
+    return PacedTransport(
+        limiter, inner, family=family, profile=profile, learn=learn, routes=routes
+    )
 
 
 def transport_sync(
@@ -78,9 +89,12 @@ def transport_sync(
     family: Family = "auto",
     profile: Profile | str | None = None,
     learn: bool = True,
+    routes: Routing | None = None,
 ) -> "PacedTransportSync":
     """Return a transport for synchronous clients; see `transport`. Waiting blocks the thread."""
-    return PacedTransportSync(limiter, inner, family=family, profile=profile, learn=learn)
+    return PacedTransportSync(
+        limiter, inner, family=family, profile=profile, learn=learn, routes=routes
+    )
 
 
 class _Paced:
@@ -98,6 +112,7 @@ class _Paced:
         family: Family,
         profile: Profile | str | None,
         learn: bool,
+        routes: Routing | None,
     ) -> None:
         if family != "auto" and family not in FAMILIES:
             raise ValueError(f"family must be auto, httpx or httpx2, not {family!r}")
@@ -119,9 +134,10 @@ class _Paced:
         self.inner: Any = inner
         self._given = profile_named(profile) if isinstance(profile, str) else profile
         self._profiles: dict[str, Profile] = {}
-        self._ear = Ear(limiter, learn=learn)
-        self._refusals = Refusals(limiter)
-        self._forecast = OutputForecast()
+        self._learn = learn
+        self._lane = Lane(limiter, pauses=provider_of(limiter), learn=learn)
+        self._routes = None if routes is None else Routes(limiter, routes)
+        self._lanes: dict[Limiter, Lane] = {limiter: self._lane}
         self._entered = False
         self._failures = False
         self._told: set[str] = set()
@@ -129,7 +145,7 @@ class _Paced:
     @property
     def ignored_headers(self) -> int:
         """How many headers about limits held no number."""
-        return self._ear.ignored
+        return sum(lane.ear.ignored for lane in self._lanes.values())
 
     def __repr__(self) -> str:
         inner = "transport" if self.inner is None else type(self.inner).__name__
@@ -145,36 +161,37 @@ class _Paced:
         profile = self._profiles.get(host)
         if profile is None:
             profile = profile_of(host)
-            if len(self._profiles) < 256:  # noqa: PLR2004 - a crawler's hosts need not be kept
+            if len(self._profiles) < _MANY:  # a crawler's hosts need not be kept
                 self._profiles[host] = profile
         return profile
 
-    def _read(self, request: Any) -> tuple[Call, Profile, Cost | None]:
-        """Return a request as its profile sees it, and what it costs: None for no admission."""
+    def _read(self, request: Any) -> _Asked:
+        """Return a request as its profile sees it, whose it is, and what it costs."""
         url = request.url
-        host: str = url.host
         try:
             content: bytes | None = request.content
         except RuntimeError:  # it is still to be streamed, and left alone
             content = None
-        call = Call(request.method, host, url.path, read_json(content), self._forecast.foresee())
+        lane, host = self._lane, url.host
+        call = Call(request.method, host, url.path, read_json(content), lane.foresee())
+        if self._routes is not None:
+            lane = self._lane_of(self._routes.of(call))
+            call = replace(call, foreseen=lane.foresee())
         profile = self._profile(host)
-        cost = profile.cost(call)
-        excess = 0 if cost is None else self._excess(cost)
-        if excess:  # what is only foreseen must not make a call impossible
-            cost = profile.cost(replace(call, foreseen=max(0, call.foreseen - excess)))
-        return call, profile, cost
+        call, cost = lane.price(call, profile)
+        self._look_for_retries(request)
+        return lane, call, profile, cost
 
-    def _excess(self, cost: Cost) -> int:
-        """Return by how much ``cost`` is above what the limits ever allow."""
-        excess = 0
-        amounts = cost._amounts  # noqa: SLF001 - looked at for each request
-        for limit in self.limiter.limits:
-            excess = max(excess, amounts.get(limit.resource, 0) - limit.amount)
-        return excess
+    def _lane_of(self, limiter: Limiter) -> Lane:
+        lane = self._lanes.get(limiter)
+        if lane is None:
+            if len(self._lanes) >= _MANY:  # of tenants, say
+                self._lanes = {self.limiter: self._lane}
+            lane = self._lanes[limiter] = Lane(limiter, pauses=limiter, learn=self._learn)
+        return lane
 
-    def _is_held(self) -> bool:
-        if not is_held(self.limiter):
+    def _is_held(self, limiter: Limiter) -> bool:
+        if not is_held(limiter):
             return False
         self._tell(
             "held",
@@ -199,14 +216,6 @@ class _Paced:
             self._told.add(what)
             _log.warning(message, *args)
 
-    def _now(self) -> float:
-        return self.limiter.now()
-
-    def _heard(self, reply: Any, profile: Profile, sent_at: float) -> Any:
-        """Hear the headers of a reply that somebody else holds a lease for."""
-        self._ear.hear(reply.headers, profile, since=sent_at)
-        return reply
-
     def _send(self, attempt: Attempt, reply: Any, kind: type[Any] | None) -> Any:
         """Return ``reply`` with a stream that looks on."""
         attempt.answered(reply)
@@ -219,18 +228,6 @@ class _Paced:
             reply.stream = kind(reply.stream, attempt)
         return reply
 
-    def _attempt(self, lease: Any, call: Call, profile: Profile) -> Attempt:
-        return Attempt(
-            lease,
-            call,
-            profile,
-            ear=self._ear,
-            refusals=self._refusals,
-            forecast=self._forecast,
-            sent_at=self._now(),
-            settles=any(limit.resource in profile.settles for limit in self.limiter.limits),
-        )
-
 
 class PacedTransport(_Paced):
     """Pace an async client's requests; made by `transport`."""
@@ -241,13 +238,15 @@ class PacedTransport(_Paced):
     async def handle_async_request(self, request: Any) -> Any:
         """Send ``request`` when it is its turn, and return the inner transport's response."""
         inner = self.inner or await self._open(request)
-        call, profile, cost = self._read(request)
-        self._look_for_retries(request)
-        if cost is None or self._is_held():
-            sent_at = self._now()
-            return self._heard(await inner.handle_async_request(request), profile, sent_at)
-        lease = await self.limiter.acquire(**_parts(cost))
-        attempt = self._attempt(lease, call, profile)
+        lane, call, profile, cost = self._read(request)
+        limiter = lane.limiter
+        if cost is None or self._is_held(limiter):
+            sent_at = limiter.now()
+            reply = await inner.handle_async_request(request)
+            lane.ear.hear(reply.headers, profile, since=sent_at)
+            return reply
+        lease = await limiter.acquire(**parts(cost))
+        attempt = lane.attempt(lease, call, profile)
         try:
             reply = await inner.handle_async_request(request)
             return self._send(attempt, reply, body_class(reply.stream, "AsyncByteStream"))
@@ -294,13 +293,15 @@ class PacedTransportSync(_Paced):
     def handle_request(self, request: Any) -> Any:
         """Send ``request`` when it is its turn, and return the inner transport's response."""
         inner = self.inner or self._open(request)
-        call, profile, cost = self._read(request)
-        self._look_for_retries(request)
-        if cost is None or self._is_held():
-            sent_at = self._now()
-            return self._heard(inner.handle_request(request), profile, sent_at)
-        lease = self.limiter.acquire_sync(**_parts(cost))
-        attempt = self._attempt(lease, call, profile)
+        lane, call, profile, cost = self._read(request)
+        limiter = lane.limiter
+        if cost is None or self._is_held(limiter):
+            sent_at = limiter.now()
+            reply = inner.handle_request(request)
+            lane.ear.hear(reply.headers, profile, since=sent_at)
+            return reply
+        lease = limiter.acquire_sync(**parts(cost))
+        attempt = lane.attempt(lease, call, profile)
         try:
             reply = inner.handle_request(request)
             return self._send(attempt, reply, body_class(reply.stream, "SyncByteStream"))
@@ -335,11 +336,6 @@ class PacedTransportSync(_Paced):
         self._entered = False
         if self.inner is not None:
             self.inner.__exit__(kind, error, trace)
-
-
-def _parts(cost: Cost) -> dict[str, Any]:
-    """Return a cost as keywords, which `Limiter.acquire` takes faster."""
-    return {"requests": 0, "input_tokens": 0, "output_tokens": 0, **cost._amounts}  # noqa: SLF001
 
 
 def family_of(request: Any) -> str:

@@ -106,6 +106,8 @@ def _number(place: object, *names: str) -> int | None:
     look = place.get if isinstance(place, dict) else functools.partial(_get, place)
     for name in names:
         value = look(name)
+        if value is None:
+            continue
         if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= _MOST:
             return round(value)
     return None

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import itertools
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -21,15 +23,19 @@ from asyncbucket.testing import (
 
 SECOND = 1_000_000_000
 MINUTE = 60 * SECOND
+HOUR = 60 * MINUTE
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hello world"}], "max_tokens": 400}
 
 
-def meter(*, remaining: int | None = None) -> Headroom:
-    """Return the headroom of 600 a minute, of which a reply at 0 left so much."""
-    headroom = Headroom(amount=600, window=MINUTE)
+def meter(*, remaining: int | None = None, window: int = MINUTE) -> Headroom:
+    """Return the headroom of 600 in a window, of which a reply at 0 left so much."""
+    headroom = Headroom(amount=600, window=window)
     if remaining is not None:
         headroom.hear(remaining, 0, amount=600)
     return headroom
+
+
+# -- the level -------------------------------------------------------------------------------------
 
 
 def test_knows_nothing_before_it_is_told() -> None:
@@ -44,13 +50,13 @@ def test_knows_nothing_before_it_is_told() -> None:
 
 def test_what_is_left_passes_and_the_rest_flows_in() -> None:
     """Sixty are left: sixty pass at once, the next one when a unit has come back."""
-    headroom = meter(remaining=60)
+    headroom = meter(remaining=60, window=HOUR)
 
     assert headroom.take(60, 0)
     assert not headroom.take(1, 0)
-    assert headroom.earliest(1, 0) == SECOND // 10
-    assert not headroom.take(1, SECOND // 10 - 1)
-    assert headroom.take(1, SECOND // 10)
+    assert headroom.earliest(1, 0) == 6 * SECOND
+    assert not headroom.take(1, 6 * SECOND - 1)
+    assert headroom.take(1, 6 * SECOND)
 
 
 def test_answer_holds_for_those_who_stood_in_line_before() -> None:
@@ -99,14 +105,187 @@ def test_what_comes_back_may_bring_better_news() -> None:
     assert headroom.earliest(1, 0) > 0
 
 
-def test_others_are_noticed_and_left_a_margin() -> None:
-    """Others who take half of the limit slow us down to the other half, and a margin stays."""
+def test_announced_limit_below_ours_is_taken_over() -> None:
+    """The provider's limit was lowered: a call larger than it is not impossible."""
     headroom = meter(remaining=600)
-    for second in range(1, 60):
-        headroom.hear(600 - 5 * second, second * SECOND, amount=600)
+    headroom.hear(300, SECOND, amount=300)
 
-    assert 250 < headroom.others < 700
-    assert headroom.available(59 * SECOND) < 305
+    assert headroom.amount == 300
+    assert headroom.earliest(400, SECOND) < 2 * MINUTE
+
+
+# -- others ----------------------------------------------------------------------------------------
+
+
+def listen(headroom: Headroom, *, rate: int, seconds: int, start: int = 0, ours: int = 0) -> int:
+    """Hear for a while of others who take so many a second, and we beside them; return the end."""
+    for second in range(start + 1, start + seconds + 1):
+        headroom.book(ours, second * SECOND)
+        headroom.hear(600 - (rate + ours) * second, second * SECOND, amount=600)
+    return (start + seconds) * SECOND
+
+
+def test_others_are_noticed_and_left_their_share() -> None:
+    """Others take four a second: of a whole minute they are left 240, and some more for chance."""
+    headroom = meter(remaining=600)
+    now = listen(headroom, rate=4, seconds=30, ours=5)
+
+    assert 230 <= headroom.others <= 270
+    assert not headroom.take(600 - 240 - 150, now)
+
+
+def test_what_others_leave_is_taken_evenly() -> None:
+    """No more than a tenth of what is left to us at once; then one every 60 / 336 s or so."""
+    headroom = meter(remaining=600)
+    now = listen(headroom, rate=4, seconds=30)
+    burst = sum(headroom.take(1, now) for _ in range(100))
+    first = headroom.earliest(1, now)
+    assert headroom.take(1, first)
+
+    assert 28 <= burst <= 36
+    assert 0.15 * SECOND < headroom.earliest(1, first) - first < 0.21 * SECOND
+
+
+def test_some_calls_pass_however_much_others_take() -> None:
+    """Whose replies tell whether it is still so: one in a 20th of the window."""
+    headroom = meter(remaining=600)
+    now = listen(headroom, rate=9, seconds=60)
+    headroom.hear(60, now, amount=600)
+    while headroom.take(1, now):
+        pass
+
+    assert headroom.earliest(1, now) <= now + 3 * SECOND
+
+
+def test_provider_with_enough_for_all_holds_nobody_back() -> None:
+    """A limit far above ours, others who take ten times ours: there is no need to share."""
+    headroom = Headroom(amount=600, window=MINUTE)
+    for second in range(60):
+        headroom.hear(60_000 - 100 * second, second * SECOND, amount=600)
+
+    assert headroom.others > 1_000
+    assert headroom.take(600, MINUTE)
+
+
+@given(
+    st.sampled_from(["log", "clock", "bucket"]),
+    st.lists(st.tuples(st.integers(0, 2 * SECOND), st.integers(0, 3 * SECOND)), max_size=120),
+    st.sampled_from(["at admission", "at the end"]),
+)
+def test_nothing_is_reserved_while_we_are_alone(
+    counts: str, calls: list[tuple[int, int]], says: str
+) -> None:
+    """Whatever the provider counts by, and however late and out of order it says it."""
+    headroom = Headroom(amount=100, window=MINUTE)
+    now = 0
+    sent: list[int] = []
+    events: list[tuple[int, int, int]] = []
+    for number, (pause, took) in enumerate(calls):
+        now += pause
+        events += [(now, 0, number), (now + took, 1, number)]
+        sent.append(now)
+    said: dict[int, int] = {}
+    booked: list[int] = []
+    for instant, replies, number in sorted(events):
+        if not replies:
+            headroom.book(1, instant)
+            booked.append(instant)
+        left = 100 - used(counts, booked, instant)
+        if not replies:
+            said[number] = left
+            continue
+        under_way = sum(when >= sent[number] for when in booked)
+        remaining = said[number] if says == "at admission" else left
+        headroom.hear(max(0, remaining), instant, amount=100, under_way=under_way)
+        assert headroom.others == 0
+
+
+def used(counts: str, booked: list[int], now: int) -> int:
+    """Return what a provider that counts in this way has counted of calls at these instants."""
+    if counts == "log":
+        return sum(when > now - MINUTE for when in booked)
+    if counts == "clock":
+        return sum(when // MINUTE == now // MINUTE for when in booked)
+    level, last = 0, 0
+    for when in booked:
+        level, last = max(0, level - (when - last) * 100) + MINUTE, when
+    return -(-max(0, level - (now - last) * 100) // MINUTE)
+
+
+# -- slices ----------------------------------------------------------------------------------------
+
+
+def passed(headroom: Headroom, amount: int, *, until: int) -> list[int]:
+    """Return when calls of ``amount`` pass that wait in line from 0 on."""
+    times: list[int] = []
+    now = 0
+    while (now := headroom.earliest(amount, now)) < until:
+        headroom.book(amount, now)
+        times.append(now)
+    return times
+
+
+def test_no_slice_holds_more_than_its_share_until_more_is_said_to_be_left() -> None:
+    """Ten a second at most, five of them at once; they are 97 % of 600 a minute."""
+    headroom = meter(remaining=10)
+    times = passed(headroom, 1, until=MINUTE)
+
+    assert_never_over([(when, 1) for when in times], Limit("units", 10, per=1))
+    assert times[:5] == [0] * 5
+    assert times[5] > 0
+    assert 0.97 < len(times) / 600 <= 1
+
+
+def test_slices_end_with_the_word_that_more_is_left() -> None:
+    """Then a tenth of the limit may pass at once."""
+    headroom = meter(remaining=10)
+    headroom.hear(600, 0, amount=600)
+
+    assert all(headroom.take(1, 0) for _ in range(60))
+
+
+def test_call_larger_than_a_slice_closes_those_after_it() -> None:
+    """Twenty-five take a slice of ten, the next, and half of the third."""
+    times = passed(meter(remaining=10), 25, until=10 * SECOND)
+
+    assert all(
+        2.5 * SECOND <= later - earlier < 3.5 * SECOND
+        for earlier, later in itertools.pairwise(times)
+    )
+
+
+def test_settling_a_large_call_opens_the_slices_again() -> None:
+    """What it reserved and did not use stands in nobody's way."""
+    headroom = meter(remaining=10)
+    headroom.book(45, 0)
+    assert headroom.earliest(5, 0) > 4 * SECOND
+    headroom.unbook(40, 0, left=5)
+    headroom.hear(10, 2 * SECOND, amount=600)
+
+    assert headroom.take(5, 2 * SECOND)
+
+
+def test_undone_call_leaves_its_slice() -> None:
+    """What was never sent counts in no slice."""
+    headroom = meter(remaining=10)
+    headroom.book(10, 0)
+    assert not headroom.take(10, 0)
+    headroom.unbook(10, 0)
+
+    assert headroom.take(10, 0)
+
+
+def test_others_in_a_slice_are_left_what_they_take() -> None:
+    """Four of ten are gone at the end of each slice: five, less than six, are ours."""
+    headroom = meter(remaining=10)
+    for tenth in range(400):
+        headroom.hear(10 - min(4, tenth % 10), tenth * SECOND // 10, amount=600)
+    headroom.book(3, 41 * SECOND)
+
+    assert headroom.earliest(1, 41 * SECOND) > 41 * SECOND
+
+
+# -- in a limiter ----------------------------------------------------------------------------------
 
 
 def test_deadline_is_not_refused_for_what_a_reply_may_mend() -> None:
@@ -170,13 +349,28 @@ def test_user_limit_is_never_exceeded_whatever_is_heard(
 # -- against the provider --------------------------------------------------------------------------
 
 
-def share(policy: Any, *, others: float, seconds: int, **limit: Any) -> tuple[int, int, float]:
-    """Saturate 600 RPM beside others who take a part of it; return calls, refusals, use."""
+@dataclass(frozen=True)
+class Shared:
+    """What became of a key that is saturated beside others."""
+
+    calls: int
+    refused: int
+    #: The part of the limit that was used after the first minute.
+    use: float
+
+
+def share(policy: Any, *, others: float, minutes: int = 4, tpm: int | None = None) -> Shared:
+    """Saturate 600 RPM, or the TPM that are as many calls, beside others who take a part of it."""
     with virtual_time() as time:
         provider = RateLimitedProvider(
-            rpm=600, policy=policy, latency=(0.2, 1.5), clock=time.clock, seed=1
+            rpm=None if tpm else 600,
+            tpm=tpm,
+            policy=policy,
+            latency=(0.2, 1.5),
+            clock=time.clock,
+            seed=1,
         )
-        limiter = Limiter(Limit("requests", 600, **limit), clock=time.clock)
+        limiter = Limiter(rpm=None if tpm else 600, tpm=tpm, clock=time.clock)
         headers = {"authorization": "Bearer k"}
         direct = httpx.ASGITransport(provider.app)
         chance = random.Random(1)
@@ -191,7 +385,7 @@ def share(policy: Any, *, others: float, seconds: int, **limit: Any) -> tuple[in
                     await asyncio.sleep(chance.expovariate(others * 10))
                     calls.create_task(client.post("/chat/completions", json=BODY))
 
-        async def main() -> None:
+        async def main() -> int:
             where: dict[str, Any] = {"base_url": "https://api.openai.com/v1", "headers": headers}
             async with (
                 httpx.AsyncClient(transport=limiter.transport(direct), **where) as paced,
@@ -200,30 +394,46 @@ def share(policy: Any, *, others: float, seconds: int, **limit: Any) -> tuple[in
                 tasks = [asyncio.create_task(ours(paced)) for _ in range(100)]
                 if others:
                     tasks.append(asyncio.create_task(theirs(plain)))
-                await asyncio.sleep(seconds)
+                await asyncio.sleep(60)
+                first = provider.statistics().admitted
+                await asyncio.sleep(60 * (minutes - 1))
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+                return first
 
-        time.run(main())
+        first = time.run(main())
         seen = provider.statistics()
-        return seen.requests, seen.refused, seen.admitted / (10 * seconds)
+        use = (seen.admitted - first) / (600 * (minutes - 1))
+        return Shared(seen.requests, seen.refused, use)
 
 
-def test_key_is_shared_with_others_without_refusals() -> None:
+@pytest.mark.heavy
+@pytest.mark.parametrize("tpm", [None, 240_000])
+@pytest.mark.parametrize("policy", ["token_bucket", "sliding_window", "fixed_window"])
+def test_key_is_shared_with_others_without_refusals(policy: str, tpm: int | None) -> None:
     """Others take 40 % of the key: under 0.5 % of all calls are refused, and 90 % are used."""
-    calls, refused, use = share("token_bucket", others=0.4, seconds=150)
+    seen = share(policy, others=0.4, tpm=tpm)
 
-    assert refused / calls < 0.005
-    assert use > 0.9
+    assert seen.refused / seen.calls < 0.005
+    assert seen.use > 0.9
 
 
+def test_key_that_is_counted_in_slices_is_shared_with_fewer_refusals() -> None:
+    """Six and a random four in slices of ten cannot all pass: 18 % are refused unless we give way."""
+    seen = share("one_second_slices", others=0.4)
+
+    assert seen.refused / seen.calls < 0.1
+    assert seen.use > 0.75
+
+
+@pytest.mark.parametrize("tpm", [None, 240_000])
 @pytest.mark.parametrize(
     "policy", ["token_bucket", "sliding_window", "fixed_window", "one_second_slices"]
 )
-def test_alone_nothing_is_refused_and_little_is_lost(policy: str) -> None:
-    """However the provider counts: while we are alone its headers cost no call and under 5 %."""
-    _, refused, use = share(policy, others=0, seconds=90, burst=1)
+def test_alone_nothing_is_refused_and_little_is_lost(policy: str, tpm: int | None) -> None:
+    """However the provider counts: while we are alone no call is refused, and 95 % are used."""
+    seen = share(policy, others=0, minutes=3, tpm=tpm)
 
-    assert refused == 0
-    assert use > 0.95
+    assert seen.refused == 0
+    assert seen.use > 0.95

@@ -1,12 +1,13 @@
 """Headers are heard: they lower what is available, never raise it, and can do no harm."""
 
+import contextlib
 import random
 import time
 from typing import Any
 
 import pytest
 
-from asyncbucket import Limiter
+from asyncbucket import Limiter, WouldBlock
 from asyncbucket.http import ANTHROPIC, GROQ, OPENAI, Profile
 from asyncbucket.http.learn import Ear
 from asyncbucket.testing import VirtualClock
@@ -149,6 +150,143 @@ def test_limits_that_were_given_stay() -> None:
     Ear(limiter).hear(said(limit_requests="900", limit_tokens="30000"), OPENAI)
 
     assert [str(limit) for limit in limiter.limits] == ["500 requests per 60 s"]
+
+
+# -- before the first reply ------------------------------------------------------------------------
+
+
+def passing(limiter: Limiter) -> int:
+    """Return how many calls pass at once."""
+    passed = 0
+    with contextlib.suppress(WouldBlock):
+        while passed < 1_000:
+            limiter.acquire_nowait().release()
+            passed += 1
+    return passed
+
+
+def test_first_calls_are_a_slice_until_a_reply_says_more() -> None:
+    """Nobody knows yet how the provider counts: half of a second's worth goes out at once."""
+    limiter = Limiter("600 RPM", clock=VirtualClock())
+    ear = Ear(limiter)
+    ear.expect(OPENAI)
+    assert passing(limiter) == 5
+
+    ear.hear(said(remaining_requests="595", limit_requests="600"), OPENAI)
+    assert passing(limiter) == 55  # a tenth of the limit, as ever
+
+
+def test_first_call_passes_at_once_however_large() -> None:
+    """A slice that nothing has used takes a call of any size; the next one waits for a reply."""
+    limiter = Limiter("30k TPM", clock=VirtualClock())
+    ear = Ear(limiter)
+    ear.expect(OPENAI)
+    assert limiter.acquire_nowait(tokens=5_000).waited == 0
+    with pytest.raises(WouldBlock):
+        limiter.acquire_nowait(tokens=100)
+
+    ear.hear(said(remaining_tokens="25000", limit_tokens="30000"), OPENAI)
+    assert (limiter.explain(tokens=2_000).wait or 0) < 4  # the first minute goes evenly
+
+
+def test_reply_that_says_nothing_lifts_the_caution() -> None:
+    """A gateway without headers is believed to count as the user says."""
+    limiter = Limiter("600 RPM", clock=VirtualClock())
+    ear = Ear(limiter)
+    ear.expect(OPENAI)
+    ear.hear({}, OPENAI, good=False)
+    assert passing(limiter) == 5  # an error page is no gateway's word
+
+    ear.hear({}, OPENAI)
+    assert passing(limiter) == 55
+
+
+def test_second_transport_forgets_nothing_that_was_heard() -> None:
+    """What one has heard is not taken back because another begins."""
+    limiter = Limiter("600 RPM burst 600", clock=VirtualClock())
+    Ear(limiter).expect(OPENAI)
+    Ear(limiter).hear(said(remaining_requests="600"), OPENAI)
+    Ear(limiter).expect(OPENAI)
+
+    assert available(limiter) == [600]
+
+
+@pytest.mark.parametrize("learn", [True, False])
+def test_nothing_is_taken_for_granted_of_days(learn: bool) -> None:  # noqa: FBT001 - a parameter
+    """A day's limit is not counted by the minute; and who is deaf expects nothing."""
+    limiter = Limiter("10k RPD", "10k TPM" if not learn else "10k ITPM", clock=VirtualClock())
+    Ear(limiter, learn=learn).expect(GROQ)
+
+    assert passing(limiter) == 1_000
+
+
+# -- how often -------------------------------------------------------------------------------------
+
+
+def test_listening_rests_for_a_moment() -> None:
+    """Of hundreds of replies a second some are enough: one in 10 ms, where a minute is limited."""
+    ear = Ear(Limiter("600 RPM"))
+    assert ear.is_due(0.0)
+    ear.hear(said(remaining_requests="590"), OPENAI, since=1.0)
+
+    assert not ear.is_due(1.009)
+    assert ear.is_due(1.011)
+
+
+def test_first_reply_is_listened_to_whenever_it_comes() -> None:
+    """What is taken for granted until then may hold others back."""
+    ear = Ear(Limiter("600 RPM"))
+    ear.hear({}, OPENAI, since=1.0)
+    ear.expect(OPENAI)
+
+    assert ear.is_due(1.0)
+
+
+# -- whose limit -----------------------------------------------------------------------------------
+
+
+def lefts(*limiters: Limiter) -> list[int]:
+    """Return what is available of the only limit of each."""
+    return [available(limiter)[0] for limiter in limiters]
+
+
+def test_tenants_reply_speaks_of_the_key_that_is_shared() -> None:
+    """The provider knows nothing of tenants: what is left is left of the limit above them."""
+    root = Limiter("450 RPM burst 450")
+    tenant = root.child("acme", "100 RPM burst 100")
+
+    Ear(tenant).hear(said(remaining_requests="70", limit_requests="500"), OPENAI)
+    assert lefts(root, tenant) == [70, 100]
+    Ear(tenant).hear(said(remaining_requests="60"), OPENAI)
+    assert lefts(root, tenant) == [60, 100]
+
+
+def test_models_reply_speaks_of_the_limit_of_that_model() -> None:
+    """Where each child has a limit of the provider's, the number tells whose it is."""
+    root = Limiter("5000 RPM burst 5000")
+    model = root.child("gpt-4o", "450 RPM burst 450")
+
+    Ear(model).hear(said(remaining_requests="70", limit_requests="500"), OPENAI)
+    assert lefts(root, model) == [5000, 70]
+    Ear(model).hear(said(remaining_requests="60", limit_requests="5000"), OPENAI)
+    assert lefts(root, model) == [60, 70]
+    Ear(model).hear(said(remaining_requests="50", limit_requests="90"), OPENAI)
+    assert lefts(root, model) == [60, 50]
+
+
+def test_child_learns_nothing_where_limits_stand_above_it() -> None:
+    """The limit that is announced is not a second one for each tenant."""
+    root = Limiter("450 RPM")
+    tenant = root.child("acme")
+    alone = Limiter().child("acme")
+    for limiter in (tenant, alone):
+        Ear(limiter).hear(said(remaining_requests="70", limit_requests="500"), OPENAI)
+
+    assert tenant.limits == ()
+    assert [limit.amount for limit in alone.limits] == [500]
+
+
+# -- hostile values --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -468,6 +468,23 @@ async def test_foreseen_output_does_not_make_a_call_impossible(library: Any) -> 
             await client.post(URL, json=body)
 
 
+async def test_refusal_is_listened_to_at_once(library: Any) -> None:
+    """Between replies that follow each other closely, what a refusal says is not missed."""
+    limiter = Limiter("500 RPM burst 500")
+    left = iter(["400", "300", "200"])
+    status = iter([200, 200, 429])
+
+    def answer(_: Any) -> Any:
+        headers = {"x-ratelimit-remaining-requests": next(left), "retry-after-ms": "1"}
+        return library.Response(next(status), headers=headers, stream=chunked(library, b"{}"))
+
+    async with client_over(library, limiter, answer) as client:
+        for _ in range(3):
+            await client.get(URL)
+
+    assert limiter.statistics().limits[0].available <= 200
+
+
 async def test_profile_of_ones_own_prices_and_settles(library: Any) -> None:
     """Twenty lines describe another provider: its prices, its headers, and what passes free."""
 
@@ -491,7 +508,8 @@ async def test_profile_of_ones_own_prices_and_settles(library: Any) -> None:
         await client.post("https://pictures.test/", json={"n": 3})
 
     (images,) = limiter.statistics().limits
-    assert (images.used, images.available) == (1, 12)
+    assert images.used == 1
+    assert images.available in (11, 12)  # as the last reply says, if it was listened to
 
 
 # -- layers ----------------------------------------------------------------------------------------
@@ -512,6 +530,18 @@ async def test_call_that_is_paced_above_is_charged_once(
     (record,) = caplog.records
     assert "calls are charged once, by the model" in record.message
     assert "give it a plain client" in record.message
+
+
+async def test_call_of_a_childs_model_is_charged_once_above_it(
+    library: Any, limiter: Limiter
+) -> None:
+    """A lease of a child counts at its parent: the parent's transport beneath lets it pass."""
+    child = limiter.child("chat")
+    async with client_over(library, limiter, answering(library, REPLY)) as client:
+        with await child.acquire(tokens=5) as lease, holding(Held(child, lease)):
+            await client.post(URL, json=BODY)
+
+    assert limiter.statistics().admitted == child.statistics().admitted == 1
 
 
 def test_synchronous_call_that_is_paced_above_is_charged_once(
@@ -604,6 +634,7 @@ def test_wrong_arguments_name_the_right_ones(limiter: Limiter) -> None:
         limiter.transport_sync(object())
 
 
+@pytest.mark.heavy
 async def test_memory_of_hosts_is_bounded(limiter: Limiter) -> None:
     """A crawler with many hosts does not fill the memory."""
     async with client_over(httpx, limiter, answering(httpx, b"")) as client:

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 
 if not (find_spec("starlette") and find_spec("uvicorn")):
     raise ImportError(
-        "the bundled provider needs starlette and uvicorn: pip install 'asyncbucket[testing]'"
+        'the bundled provider needs starlette and uvicorn: pip install "asyncbucket[testing]"'
     )
 
 from asyncbucket.testing.provider.process import ProviderProcess

@@ -6,10 +6,9 @@ import sys
 import urllib.error
 import urllib.request
 from dataclasses import asdict
-from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Unpack
 
-from asyncbucket.testing.provider.server import in_thread
+from asyncbucket.testing.provider.running import Running
 from asyncbucket.testing.provider.settings import Failure, Options, Settings
 from asyncbucket.testing.provider.statistics import Arrival, ProviderStatistics
 
@@ -17,7 +16,7 @@ TIMEOUT = 10.0
 """Seconds for the process to answer or to end."""
 
 
-class ProviderProcess:
+class ProviderProcess(Running):
     """`RateLimitedProvider` in a process: no shared interpreter lock, for demos and benchmarks.
 
     The surface is the same; statistics, arrivals and orders travel over HTTP (a millisecond or
@@ -101,7 +100,11 @@ class ProviderProcess:
                 [f"--{name.replace('_', '-')}", _argument(value)] if value is not None else []
             )
         self._process = subprocess.Popen(  # noqa: S603 - this interpreter, this module
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            process_group=0,  # Ctrl-C is for whoever started it, who then ends it
         )
         assert self._process.stdout is not None
         self._base_url = self._process.stdout.readline().strip()
@@ -123,34 +126,6 @@ class ProviderProcess:
             said, _ = process.communicate()
         if said.strip():
             self._last = ProviderStatistics(**json.loads(said))
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.stop()
-
-    async def __aenter__(self) -> Self:
-        try:
-            await in_thread(self.start)
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    async def __aexit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await in_thread(self.stop)
 
     def _ask(self, path: str, order: dict[str, Any] | None = None) -> Any:
         if self._process is None:

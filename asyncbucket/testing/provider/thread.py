@@ -1,11 +1,12 @@
 """The provider in a thread of this process."""
 
-from types import TracebackType
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from asyncbucket.testing.provider.admission import Admission
 from asyncbucket.testing.provider.app import make_app
-from asyncbucket.testing.provider.server import HOST, ThreadedServer, in_thread
+from asyncbucket.testing.provider.mock import Family, mock_transport
+from asyncbucket.testing.provider.running import Running
+from asyncbucket.testing.provider.server import HOST, ThreadedServer
 from asyncbucket.testing.provider.settings import Failure, Options, Settings
 from asyncbucket.testing.provider.statistics import Arrival, ProviderStatistics
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 
-class RateLimitedProvider:
+class RateLimitedProvider(Running):
     """An OpenAI-compatible provider on loopback that enforces its limits.
 
     A context manager, async or not; inside it answers at `base_url`::
@@ -37,8 +38,7 @@ class RateLimitedProvider:
         self._server: ThreadedServer | None = None
         self._port = 0
         self.app: ASGIApp = make_app(self._admission)
-        """The application itself, for `httpx.ASGITransport(provider.app)`: no server, no sockets,
-        and with `clock=time.clock` on virtual time."""
+        """The application itself, for frameworks' test clients; see `mock_transport` too."""
 
     def __repr__(self) -> str:
         settings = self._admission.settings
@@ -59,6 +59,24 @@ class RateLimitedProvider:
     def base_url(self) -> str:
         """What an OpenAI client calls its base URL, such as `http://127.0.0.1:8000/v1`."""
         return f"{self.url}/v1"
+
+    def mock_transport(self, *, family: Family = "httpx", sync: bool = False) -> Any:
+        """Return a ``MockTransport`` by which this provider answers: no server, no sockets.
+
+        It need not be started for that, and with `clock=time.clock` it is on virtual time::
+
+            provider = RateLimitedProvider(rpm=600, latency=1.5, clock=time.clock)
+            http = httpx.AsyncClient(transport=provider.mock_transport())
+            client = AsyncOpenAI(http_client=http, api_key="any")
+
+        Args:
+            family: The library whose clients take it: "httpx" or "httpx2".
+            sync: For ``Client`` instead of ``AsyncClient``; see `mock`.
+
+        Raises:
+            ImportError: The library isn't installed.
+        """
+        return mock_transport(self.app, family=family, sync=sync)
 
     @property
     def arrivals(self) -> list[Arrival]:
@@ -111,31 +129,3 @@ class RateLimitedProvider:
         if self._server is not None:
             self._server.stop()
             self._server = None
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.stop()
-
-    async def __aenter__(self) -> Self:
-        try:
-            await in_thread(self.start)
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    async def __aexit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await in_thread(self.stop)

@@ -1,0 +1,100 @@
+"""What a transport knows of one limiter: what calls cost there, and what its provider said."""
+
+from dataclasses import replace
+from typing import Any
+
+from asyncbucket.cost import Cost
+from asyncbucket.http.attempt import Attempt
+from asyncbucket.http.forecast import OutputForecast
+from asyncbucket.http.learn import Ear
+from asyncbucket.http.levels import levels
+from asyncbucket.http.profiles import Call, Profile
+from asyncbucket.http.refusals import Refusals
+from asyncbucket.lease import Lease
+from asyncbucket.limiter import Limiter
+from asyncbucket.limits import Limit
+
+
+class Lane:
+    """Stand between a transport and one limiter.
+
+    Args:
+        limiter: what admits the calls.
+        pauses: what a refusal pauses.
+        learn: whether to hear what headers say.
+    """
+
+    __slots__ = (
+        "_forecast",
+        "_levels",
+        "_limits",
+        "_refusals",
+        "_settles",
+        "ear",
+        "limiter",
+    )
+
+    def __init__(self, limiter: Limiter, *, pauses: Limiter, learn: bool) -> None:
+        self.limiter = limiter
+        self.ear = Ear(limiter, learn=learn)
+        self._levels = tuple(levels(limiter))
+        self._refusals = Refusals(pauses)
+        self._forecast = OutputForecast()
+        #: The limits when they were last looked at, and whether a profile settles any of them.
+        self._limits: tuple[Limit, ...] = ()
+        self._settles: dict[int, tuple[Profile, bool]] = {}
+
+    def foresee(self) -> int:
+        """Return the tokens that a reply probably stays under, to judge by the last ones."""
+        return self._forecast.foresee()
+
+    def price(self, call: Call, profile: Profile) -> tuple[Call, Cost | None]:
+        """Return what ``call`` costs, None for no admission; and the call as it is priced."""
+        self.ear.expect(profile)
+        cost = profile.cost(call)
+        if cost is None:
+            return call, None
+        excess, amounts = 0, cost._amounts  # noqa: SLF001 - looked at for each request
+        for limit in self._in_force():
+            excess = max(excess, amounts.get(limit.resource, 0) - limit.amount)
+        if excess:  # what is only foreseen must not make a call impossible
+            call = replace(call, foreseen=max(0, call.foreseen - excess))
+            cost = profile.cost(call)
+        return call, cost
+
+    def attempt(self, lease: Lease, call: Call, profile: Profile) -> Attempt:
+        """Return the attempt that ``lease`` was taken for, which leaves now."""
+        if lease.waited:  # since the admission, the loop may have been busy with others
+            lease.sent()
+        return Attempt(
+            lease,
+            call,
+            profile,
+            ear=self.ear,
+            refusals=self._refusals,
+            forecast=self._forecast,
+            sent_at=self.limiter.now(),
+            settles=self._is_settled(profile),
+        )
+
+    def _in_force(self) -> tuple[Limit, ...]:
+        """Return the limits here and above."""
+        limits = self.limiter.limits
+        for level in self._levels[1:]:
+            limits += level.limits
+        if limits != self._limits:
+            self._limits = limits
+            self._settles.clear()
+        return limits
+
+    def _is_settled(self, profile: Profile) -> bool:
+        known = self._settles.get(id(profile))
+        if known is None:
+            settles = any(limit.resource in profile.settles for limit in self._limits)
+            self._settles[id(profile)] = known = profile, settles
+        return known[1]
+
+
+def parts(cost: Cost) -> dict[str, Any]:
+    """Return a cost as keywords, which `Limiter.acquire` takes faster."""
+    return {"requests": 0, "input_tokens": 0, "output_tokens": 0, **cost._amounts}  # noqa: SLF001

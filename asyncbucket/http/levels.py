@@ -1,0 +1,28 @@
+"""A limiter and those above it: a call counts at each of them, and one of them is the provider's."""
+
+from collections.abc import Iterator
+
+from asyncbucket.limiter import Limiter
+
+
+def levels(limiter: Limiter) -> Iterator[Limiter]:
+    """Yield ``limiter`` and those above it, up to the root."""
+    level: Limiter | None = limiter
+    while level is not None:
+        yield level
+        level = level.parent
+
+
+def is_under(limiter: Limiter, other: Limiter) -> bool:
+    """Tell whether what ``limiter`` admits counts at ``other``, too."""
+    return any(level is other for level in levels(limiter))
+
+
+def provider_of(limiter: Limiter) -> Limiter:
+    """Return the level whose limits are the provider's own: the highest that has any.
+
+    What a provider says of its limits, by a header or by a refusal, concerns all below that level.
+    Those above have no limits of their own, and only group what several providers serve.
+    """
+    path = list(levels(limiter))
+    return next((level for level in reversed(path) if level.limits), path[-1])

@@ -1,0 +1,90 @@
+"""Which limiter a request is for: by its path, and by the model that it names.
+
+A key may have limits that differ from model to model and from endpoint to endpoint. Each of these
+is a child of the transport's limiter; `Routes` says whose a request is.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+from asyncbucket.http.levels import is_under
+from asyncbucket.http.profiles import Call
+from asyncbucket.limiter import Limiter
+
+#: A child's name, or the child itself; None for the transport's own limiter.
+Target: TypeAlias = str | Limiter | None
+#: What people pass as ``routes=``.
+Routing: TypeAlias = Mapping[str, Target] | Callable[[Call], Target]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """Send calls of a path and a model, either of them with wildcards, to a limiter."""
+
+    path: str | None
+    model: str | None
+    target: Target
+
+    def matches(self, call: Call) -> bool:
+        if self.path is not None and not fnmatchcase(call.path, self.path):
+            return False
+        if self.model is None:
+            return True
+        model = call.body.get("model")
+        return isinstance(model, str) and fnmatchcase(model, self.model)
+
+
+class Routes:
+    """Say which limiter a call is for.
+
+    Args:
+        limiter: whose calls they are, where nothing else is said.
+        routing: patterns with wildcards, of which the first that matches counts: a path begins with
+            a slash (``"/v1/embeddings"``), all else is a model (``"gpt-4o*"``), and both may stand
+            together (``"/v1/chat/completions gpt-4o*"``); or a function of the `Call`.
+
+    Raises:
+        ValueError: a pattern is none of these, or a limiter is none under ``limiter``.
+        TypeError: a target is neither a name nor a limiter.
+    """
+
+    def __init__(self, limiter: Limiter, routing: Routing) -> None:
+        self._limiter = limiter
+        if isinstance(routing, Mapping):
+            rules = [_read(pattern, target) for pattern, target in routing.items()]
+            for rule in rules:
+                self._resolve(rule.target)  # a mistake shows at once
+            self._choose: Callable[[Call], Target] = lambda call: next(
+                (rule.target for rule in rules if rule.matches(call)), None
+            )
+        else:
+            self._choose = routing
+
+    def of(self, call: Call) -> Limiter:
+        """Return the limiter that ``call`` is for."""
+        return self._resolve(self._choose(call))
+
+    def _resolve(self, target: Target) -> Limiter:
+        if target is None:
+            return self._limiter
+        if isinstance(target, str):
+            return self._limiter.child(target)
+        if not isinstance(target, Limiter):
+            raise TypeError(f"a route leads to a child or its name, not to {target!r}")
+        if not is_under(target, self._limiter):
+            raise ValueError(f"{target.name!r} is no child of {self._limiter.name!r}")
+        return target
+
+
+def _read(pattern: str, target: Target) -> _Rule:
+    parts = pattern.split()
+    path = parts.pop(0) if parts and parts[0].startswith("/") else None
+    model = parts.pop(0) if parts else None
+    if parts or (path is None and model is None):
+        raise ValueError(
+            f'a route is a path, a model, or both, such as "/v1/chat/completions gpt-4o*", '
+            f"not {pattern!r}"
+        )
+    return _Rule(path, model, target)

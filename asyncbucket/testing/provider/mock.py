@@ -1,0 +1,142 @@
+"""The provider without a server: a MockTransport of httpx or httpx2 whose replies are the application's.
+
+Nothing is listened on and nothing is sent, so it goes together with virtual time. What a client can
+tell from a real server by is there: a streamed reply arrives chunk by chunk, one that is cut off
+raises, and a client that goes away early is seen to go.
+"""
+
+import asyncio
+import contextlib
+import importlib
+from collections.abc import AsyncIterator
+from typing import Any, Literal, TypeAlias
+from urllib.parse import unquote
+
+from starlette.types import ASGIApp, Message
+
+Family: TypeAlias = Literal["httpx", "httpx2"]
+
+_CUT: str = "peer closed connection without sending complete message body (incomplete chunked read)"
+
+
+def mock_transport(app: ASGIApp, *, family: Family = "httpx", sync: bool = False) -> Any:
+    """Return a ``MockTransport`` by which ``app`` answers every request, at whatever address.
+
+    Args:
+        app: The application, such as `RateLimitedProvider.app`.
+        family: The library whose clients take it.
+        sync: For ``Client`` instead of ``AsyncClient``; each reply comes whole then, and must be
+            asked for outside of event loops.
+
+    Raises:
+        ImportError: The library isn't installed.
+    """
+    try:
+        library = importlib.import_module(family)
+    except ModuleNotFoundError as exc:
+        raise ImportError(f"{family} isn't installed: pip install {family}") from exc
+    body = type("Body", (_Body, library.AsyncByteStream), {})
+
+    async def answer(request: Any) -> Any:
+        talk = _Talk(app, request, await request.aread(), cut=library.RemoteProtocolError)
+        status, headers = await talk.begin()
+        return library.Response(status, headers=headers, stream=body(talk))
+
+    async def answer_whole(request: Any) -> Any:
+        talk = _Talk(app, request, request.content, cut=library.RemoteProtocolError)
+        status, headers = await talk.begin()
+        content = b"".join([chunk async for chunk in talk.chunks()])
+        return library.Response(status, headers=headers, content=content)
+
+    def answer_sync(request: Any) -> Any:
+        request.read()
+        return asyncio.run(answer_whole(request))
+
+    return library.MockTransport(answer_sync if sync else answer)
+
+
+class _Body:
+    """The body of a streamed reply; closing it early is what a client does that goes away."""
+
+    def __init__(self, talk: "_Talk") -> None:
+        self._talk = talk
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._talk.chunks()
+
+    async def aclose(self) -> None:
+        """See `_Talk.end`."""
+        await self._talk.end()
+
+
+class _Talk:
+    """One request and its reply, between a client and an ASGI application."""
+
+    def __init__(self, app: ASGIApp, request: Any, content: bytes, *, cut: type[Exception]) -> None:
+        self._cut = cut
+        self._said: asyncio.Queue[Message | None] = asyncio.Queue()
+        self._gone = asyncio.Event()
+        self._content: bytes | None = content
+        self._app = asyncio.create_task(self._run(app, _scope(request)))
+
+    async def begin(self) -> tuple[int, list[tuple[bytes, bytes]]]:
+        """Return the status and the headers of the reply, once they are said."""
+        try:
+            start = await self._said.get()
+        except BaseException:
+            await self.end()
+            raise
+        if start is None:
+            await self._app  # raises what it raised
+            raise self._cut("Server disconnected without sending a response.")
+        return start["status"], list(start["headers"])
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Yield the reply's chunks as they are said."""
+        more = True
+        while more:
+            message = await self._said.get()
+            if message is None:
+                await self._app
+                raise self._cut(_CUT)
+            more = message.get("more_body", False)
+            if message.get("body"):
+                yield message["body"]
+        await self.end()
+
+    async def end(self) -> None:
+        """Go away, and wait until the application has seen it."""
+        self._gone.set()
+        with contextlib.suppress(Exception):  # `begin` and `chunks` raise what matters
+            await self._app
+
+    async def _run(self, app: ASGIApp, scope: dict[str, Any]) -> None:
+        try:
+            await app(scope, self._receive, self._said.put)
+        finally:
+            self._said.put_nowait(None)
+
+    async def _receive(self) -> Message:
+        if self._content is not None:
+            content, self._content = self._content, None
+            return {"type": "http.request", "body": content, "more_body": False}
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+
+def _scope(request: Any) -> dict[str, Any]:
+    url = request.url
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": request.method,
+        "scheme": url.scheme,
+        "path": unquote(url.path),
+        "raw_path": url.raw_path.partition(b"?")[0],
+        "query_string": url.query,
+        "root_path": "",
+        "headers": [(name.lower(), value) for name, value in request.headers.raw],
+        "client": ("127.0.0.1", 123),
+        "server": (url.host, url.port),
+    }

@@ -1,0 +1,165 @@
+"""A transport sends each request to the child that it is for, by its path and its model."""
+
+from typing import Any
+
+import pytest
+
+from asyncbucket import Limiter
+from asyncbucket.http import Call
+from tests.http.conftest import answering
+
+HOST = "https://api.openai.com"
+CHAT = "/v1/chat/completions"
+
+
+async def send(library: Any, limiter: Limiter, routes: Any, *calls: tuple[str, str]) -> None:
+    """Send a call of each path and model through a transport with `routes`."""
+    inner = library.MockTransport(answering(library, b"{}"))
+    async with library.AsyncClient(transport=limiter.transport(inner, routes=routes)) as client:
+        for path, model in calls:
+            await client.post(HOST + path, json={"model": model, "input": "x", "max_tokens": 9})
+
+
+def admitted(limiter: Limiter) -> dict[str, int]:
+    """Return how many calls the children admitted."""
+    children = limiter.children
+    return {name: child.statistics().admitted for name, child in children.items()}
+
+
+async def test_request_goes_to_the_child_of_its_path_or_model(library: Any) -> None:
+    """The first pattern that matches counts; what matches none is the limiter's own."""
+    limiter = Limiter("500 RPM", name="openai")
+    limiter.child("big", "100 RPM")
+    routes = {
+        "/v1/embeddings": "vectors",
+        "/v1/responses gpt-4o*": "answers",
+        "gpt-4o*": "big",
+        "o?-mini": limiter.child("thinking"),
+        "gpt-4*": None,
+    }
+    await send(
+        library,
+        limiter,
+        routes,
+        ("/v1/embeddings", "gpt-4o"),
+        ("/v1/responses", "gpt-4o-mini"),
+        (CHAT, "gpt-4o-mini"),
+        (CHAT, "gpt-4o"),
+        (CHAT, "o3-mini"),
+        (CHAT, "gpt-4.1"),
+        ("/v1/responses", "gpt-3.5"),
+    )
+
+    assert admitted(limiter) == {"big": 2, "thinking": 1, "vectors": 1, "answers": 1}
+    assert limiter.statistics().admitted == 7
+    assert limiter.statistics().in_flight == 0
+
+
+async def test_function_may_choose(library: Any) -> None:
+    """It gets the call as a profile does."""
+
+    def choose(call: Call) -> str | None:
+        return "cheap" if call.body["max_tokens"] < 10 and call.path == CHAT else None
+
+    limiter = Limiter("500 RPM")
+    await send(library, limiter, choose, (CHAT, "m"), ("/v1/embeddings", "m"))
+
+    assert admitted(limiter) == {"cheap": 1}
+
+
+async def test_refusal_of_one_model_pauses_that_model_alone(library: Any) -> None:
+    """The others' calls go on."""
+    limiter = Limiter("500 RPM", name="openai")
+
+    def answer(request: Any) -> Any:
+        refused = b"gpt-4o" in request.content
+        return library.Response(429 if refused else 200, headers={"retry-after": "7"}, json={})
+
+    routes = {"gpt-4o*": "big", "gpt-3*": "small"}
+    transport = limiter.transport(library.MockTransport(answer), routes=routes)
+    async with library.AsyncClient(transport=transport) as client:
+        for model in ("gpt-4o", "gpt-3.5"):
+            await client.post(HOST + CHAT, json={"model": model})
+
+    assert limiter.child("big").statistics().paused == pytest.approx(7, abs=0.1)
+    assert limiter.child("small").statistics().paused == 0
+    assert limiter.statistics().paused == 0
+
+
+async def test_refusal_of_a_tenant_pauses_all_who_share_the_key(library: Any) -> None:
+    """Where no route says that a child is a limit of the provider's own, its limits are the key's."""
+    limiter = Limiter("500 RPM", name="openai")
+    tenant = limiter.child("acme", "50 RPM")
+    inner = library.MockTransport(answering(library, b"{}", status=429, retry_after="7"))
+    async with library.AsyncClient(transport=tenant.transport(inner)) as client:
+        await client.post(HOST + CHAT, json={"model": "m"})
+
+    assert limiter.statistics().paused == pytest.approx(7, abs=0.1)
+    assert limiter.statistics().upstream_429 == 1
+
+
+async def test_headers_of_a_model_are_heard_by_its_child(library: Any) -> None:
+    """What is left of the model's limit is left of no other."""
+    limiter = Limiter("5000 RPM burst 5000")
+    big = limiter.child("big", "500 RPM burst 500")
+    inner = library.MockTransport(
+        answering(
+            library,
+            b"{}",
+            x_ratelimit_remaining_requests="40",
+            x_ratelimit_limit_requests="500",
+        )
+    )
+    transport = limiter.transport(inner, routes={"gpt-4o*": "big"})
+    async with library.AsyncClient(transport=transport) as client:
+        await client.post(HOST + CHAT, json={"model": "gpt-4o"})
+
+    assert big.statistics().limits[0].available == 40
+    assert limiter.statistics().limits[0].available > 4_900
+
+
+def test_clients_take_routes_too(library: Any) -> None:
+    """For synchronous clients as well."""
+    limiter = Limiter("500 RPM")
+    inner = library.MockTransport(answering(library, b"{}"))
+    transport = limiter.transport_sync(inner, routes={CHAT: "chat"})
+    with library.Client(transport=transport) as client:
+        client.post(HOST + CHAT, json={"model": "m"})
+    limiter.http_client(family=library.__name__, sync=True, routes={CHAT: "chat"}).close()
+
+    assert admitted(limiter) == {"chat": 1}
+
+
+async def test_memory_of_routes_is_bounded(library: Any) -> None:
+    """Thousands of tenants may be routed; what was heard of some is forgotten, calls are not."""
+    limiter = Limiter("500k RPM")
+    inner = library.MockTransport(answering(library, b"{}"))
+
+    def tenant(call: Call) -> Limiter:
+        return limiter.key(call.body["model"])
+
+    transport = limiter.transport(inner, routes=tenant)
+    async with library.AsyncClient(transport=transport) as client:
+        for number in range(300):
+            await client.post(HOST + CHAT, json={"model": f"tenant {number}"})
+
+    assert len(transport._lanes) <= 256
+    assert limiter.statistics().admitted == 300
+
+
+@pytest.mark.parametrize("pattern", ["", "  ", "gpt-4o /v1/chat", "/v1/chat gpt-4o mini"])
+def test_pattern_that_cannot_be_understood_is_refused(pattern: str) -> None:
+    """A route that matches nothing would go unseen."""
+    with pytest.raises(
+        ValueError, match=r'such as "/v1/chat/completions gpt-4o\*", not '
+    ) as caught:
+        Limiter().transport(routes={pattern: "child"})
+    assert repr(pattern) in str(caught.value)
+
+
+def test_route_must_lead_to_a_child() -> None:
+    """A stranger's calls would not count at the transport's limiter."""
+    with pytest.raises(ValueError, match=r"'stranger' is no child of 'openai'"):
+        Limiter(name="openai").transport(routes={"*": Limiter(name="stranger")})
+    with pytest.raises(TypeError, match="a route leads to a child or its name, not to 5"):
+        Limiter().transport(routes={"*": 5})
