@@ -1,4 +1,4 @@
-"""LlamaIndex models behind limits: `wrap` for those that exist, mixins for classes of your own.
+"""LlamaIndex behind limits: `wrap` for models and tools, mixins for model classes of your own.
 
 Read `asyncbucket.llama_index.wrap` first: how wrapping works, and why so.
 """
@@ -8,15 +8,21 @@ try:
     from stamina import retry as _retry
 except ModuleNotFoundError as error:
     raise ImportError(
-        f"pacing LlamaIndex models needs {error.name}: pip install 'asyncbucket[llama-index]'"
+        f'pacing LlamaIndex models needs {error.name}: pip install "asyncbucket[llama-index]"'
     ) from error
 else:
     del _LLM, _retry  # they were only asked whether they are there
 
 from asyncbucket.llama_index.embedding import RateLimitedEmbedding, RateLimitedMultiModalEmbedding
 from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator
-from asyncbucket.llama_index.events import RateLimitWaitEvent
+from asyncbucket.llama_index.events import (
+    RateLimitPauseEvent,
+    RateLimitRefusedEvent,
+    RateLimitRetryEvent,
+    RateLimitWaitEvent,
+)
 from asyncbucket.llama_index.llm import RateLimitedLLM
+from asyncbucket.llama_index.tools import ToolCost
 from asyncbucket.llama_index.wrap import wrap
 from asyncbucket.retry import Retry, RetryBudget
 
@@ -24,11 +30,15 @@ __all__ = [
     "DefaultEstimator",
     "Estimate",
     "Estimator",
+    "RateLimitPauseEvent",
+    "RateLimitRefusedEvent",
+    "RateLimitRetryEvent",
     "RateLimitWaitEvent",
     "RateLimitedEmbedding",
     "RateLimitedLLM",
     "RateLimitedMultiModalEmbedding",
     "Retry",
     "RetryBudget",
+    "ToolCost",
     "wrap",
 ]

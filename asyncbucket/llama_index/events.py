@@ -1,28 +1,96 @@
 """Queueing, as LlamaIndex's instrumentation shows it."""
 
-from typing import ClassVar
+import contextlib
+from collections.abc import Generator
+from contextvars import ContextVar
+from typing import ClassVar, Final
 
+from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
 from pydantic import ConfigDict
 
+from asyncbucket.lease import Lease
 
-class RateLimitWaitEvent(BaseEvent):
-    """Say that a call waited for its admission, and for what.
+_dispatcher: Final = get_dispatcher(__name__)
 
-    It comes before the event that starts the call (``LLMChatStartEvent`` and its like), so that a
-    model's latency is the model's alone. A call that passed at once has none.
-    """
+#: Whether the admission that is asked for right now is told of by whoever asks.
+_told: Final[ContextVar[bool]] = ContextVar("asyncbucket told of waits", default=False)
+
+
+class RateLimitEvent(BaseEvent):
+    """Say what a limiter did."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
-    #: Seconds between asking and admission.
-    waited: float
-    #: The resource that held it up: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``.
-    bound_by: str | None
     #: The limiter's name.
     limiter: str
 
     @classmethod
     def class_name(cls) -> str:
         """Return the name that LlamaIndex's handlers know an event by."""
-        return "RateLimitWaitEvent"
+        return cls.__name__
+
+
+class RateLimitWaitEvent(RateLimitEvent):
+    """Say that a call waited for its admission, and for what.
+
+    It comes before the event that starts the call (``LLMChatStartEvent`` and its like), so that a
+    model's latency is the model's alone. A call that passed at once has none.
+    """
+
+    #: Seconds between asking and admission.
+    waited: float
+    #: The resource that held it up: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``.
+    bound_by: str | None
+
+
+class RateLimitRefusedEvent(RateLimitEvent):
+    """Say that a call was turned away before it reached the model."""
+
+    #: ``"would_block"``, ``"timeout"``, ``"queue_full"`` or ``"too_costly"``.
+    reason: str
+    #: The resource that had no room; None if others came first.
+    bound_by: str | None
+    #: In how many seconds it might pass; None where nobody can tell, or it never will.
+    retry_after: float | None
+
+
+class RateLimitRetryEvent(RateLimitEvent):
+    """Say that a call failed and will be tried again."""
+
+    #: How often it was tried so far, from 1 on.
+    attempt: int
+    #: The kind of error; never its message.
+    error: str
+    #: Seconds until the next attempt asks for its admission.
+    delay: float
+
+
+class RateLimitPauseEvent(RateLimitEvent):
+    """Say that nobody is admitted for a while: after a provider's refusal the reason is ``"429"``."""
+
+    seconds: float
+    reason: str
+
+
+@contextlib.contextmanager
+def told_of_waits() -> Generator[None]:
+    """Keep others from telling of the admissions that are asked for inside: that is done here."""
+    _told.set(True)
+    try:
+        yield
+    finally:
+        _told.set(False)  # no token: a coroutine may be closed in another context than it ran in
+
+
+def is_told() -> bool:
+    """Return whether whoever asks for the present admission tells of its wait."""
+    return _told.get()
+
+
+def tell_of_wait(lease: Lease, limiter: str) -> None:
+    """Tell of the wait for ``lease``, if there was one; admissions inside `told_of_waits` do so."""
+    if lease.waited > 0:
+        _dispatcher.event(
+            RateLimitWaitEvent(waited=lease.waited, bound_by=lease.bound_by, limiter=limiter)
+        )

@@ -8,6 +8,7 @@ import contextlib
 
 from asyncbucket.http.held import Held, current, holding
 from asyncbucket.http.learn import Ear
+from asyncbucket.http.levels import is_under
 from asyncbucket.lease import Lease
 from asyncbucket.limiter import Limiter
 from asyncbucket.llama_index.usage import Usage
@@ -29,10 +30,10 @@ class HeldCall(Held):
 
 
 def held_call(limiter: Limiter) -> Held | None:
-    """Return the note that this context runs under a lease of ``limiter``, or None."""
+    """Return the note that this context runs under a lease that counts at ``limiter``, or None."""
     held = current()
     while held is not None:
-        if held.limiter is limiter and held.lease is not None:
+        if is_under(held.limiter, limiter) and held.lease is not None:
             return held
         held = held.outer
     return None

@@ -6,6 +6,7 @@ from asyncbucket.limiter import Limiter
 from asyncbucket.llama_index.clients import is_client, reporting, without_retries
 from asyncbucket.llama_index.copies import reduce
 from asyncbucket.llama_index.estimate import Estimator
+from asyncbucket.llama_index.misuse import warn_of_misuse
 from asyncbucket.llama_index.pacing import Pacing
 from asyncbucket.retry import Retry
 
@@ -58,7 +59,9 @@ class Paced:
     ) -> None:
         """Make the model of all other arguments, paced by ``limiter``."""
         super().__init__(*args, **kwargs)
-        bind(self, Pacing(limiter, retry=retry, estimator=estimator))
+        pacing = Pacing(limiter, retry=retry, estimator=estimator)
+        warn_of_misuse(self, limiter, attempts=pacing.retrier.policy.attempts)
+        bind(self, pacing)
 
     @property
     def _pacing(self) -> Pacing:
@@ -101,11 +104,6 @@ def bind(model: object, pacing: Pacing) -> None:
         for name, value in _private(model).items()
     }
     object.__setattr__(model, "__pydantic_private__", {**private, _PACING: pacing})
-
-
-def pacing_of(model: object) -> Pacing | None:
-    """Return how ``model`` is paced, or None."""
-    return model._pacing if isinstance(model, Paced) else None  # noqa: SLF001 - ours
 
 
 def unpaced_private(model: object) -> dict[str, Any]:

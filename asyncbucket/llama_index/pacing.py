@@ -3,22 +3,22 @@
 import contextlib
 import functools
 from collections.abc import Awaitable, Callable, Generator
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Self, TypeVar
 
-from llama_index_instrumentation import get_dispatcher
-
+from asyncbucket.context import inherited
 from asyncbucket.http.learn import Ear
+from asyncbucket.http.levels import levels, provider_of
 from asyncbucket.lease import Lease
 from asyncbucket.limiter import Limiter
 from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator, Observer
-from asyncbucket.llama_index.events import RateLimitWaitEvent
+from asyncbucket.llama_index.events import tell_of_wait, told_of_waits
 from asyncbucket.llama_index.held import HeldCall, held_call, note_usage
+from asyncbucket.llama_index.running import make_way
+from asyncbucket.llama_index.tenants import asked
 from asyncbucket.llama_index.usage import Usage, usage_of
 from asyncbucket.retry import Retrier, Retry, classify
 
 T = TypeVar("T")
-
-_dispatcher: Final = get_dispatcher(__name__)
 
 
 class Pacing:
@@ -37,11 +37,19 @@ class Pacing:
         #: As they were given, to pace a copy alike.
         self.options: dict[str, Any] = {"retry": retry, "estimator": estimator}
         self.estimator = DefaultEstimator() if estimator is None else estimator
-        self.retrier = Retrier(Retry.of(retry), limiter)
+        # A refusal concerns all who share the provider's limits.
+        self.retrier = Retrier(Retry.of(retry), provider_of(limiter))
         #: What hears the headers of replies, where an HTTP client lets it.
         self.ear = Ear(limiter)
         #: Whether a stream asks its provider for the usage; off for good once one refuses.
         self.asks_for_usage = True
+
+    def again(self, limiter: Limiter, options: dict[str, Any]) -> Self:
+        """Return the same for ``limiter``, but for the options that are given."""
+        new = type(self)(limiter, **self.options | options)
+        if new.options["estimator"] is None:
+            new.estimator = self.estimator  # it knows the replies so far
+        return new
 
     # -- one call ----------------------------------------------------------------------------------
 
@@ -59,8 +67,8 @@ class Pacing:
         """
         held = held_call(self.limiter)
         if held is None:
-            cost = estimate()
-            return await self.retrier.call(functools.partial(self._attempt, send, cost, read))
+            attempt = functools.partial(self._attempt, send, estimate(), read)
+            return await self.retrier.call(attempt, deadline=self.deadline())
         reply = await send()
         note_usage(held, read(reply))
         return reply
@@ -75,8 +83,8 @@ class Pacing:
         """Do what `call` does, on a thread that may be blocked."""
         held = held_call(self.limiter)
         if held is None:
-            cost = estimate()
-            return self.retrier.call_sync(functools.partial(self._attempt_sync, send, cost, read))
+            attempt = functools.partial(self._attempt_sync, send, estimate(), read)
+            return self.retrier.call_sync(attempt, deadline=self.deadline())
         reply = send()
         note_usage(held, read(reply))
         return reply
@@ -108,18 +116,22 @@ class Pacing:
 
     async def admit(self, estimate: Estimate) -> Lease:
         """Wait for the admission of a call that costs ``estimate``."""
-        lease = await self.limiter.acquire(
-            input_tokens=estimate.input_tokens, output_tokens=self._output(estimate)
-        )
-        self._tell(lease)
+        make_way(self.limiter)
+        with told_of_waits():
+            lease = await self.limiter.acquire(
+                input_tokens=estimate.input_tokens, output_tokens=self._output(estimate)
+            )
+        tell_of_wait(lease, self.limiter.name)
         return lease
 
     def admit_sync(self, estimate: Estimate) -> Lease:
         """Do what `admit` does, on a thread that may be blocked."""
-        lease = self.limiter.acquire_sync(
-            input_tokens=estimate.input_tokens, output_tokens=self._output(estimate)
-        )
-        self._tell(lease)
+        make_way(self.limiter)
+        with told_of_waits():
+            lease = self.limiter.acquire_sync(
+                input_tokens=estimate.input_tokens, output_tokens=self._output(estimate)
+            )
+        tell_of_wait(lease, self.limiter.name)
         return lease
 
     def settle(self, lease: Lease, usage: Usage | None) -> None:
@@ -129,24 +141,22 @@ class Pacing:
             if isinstance(self.estimator, Observer):
                 self.estimator.observe(usage.output_tokens)
 
+    def deadline(self) -> float | None:
+        """Return until when another attempt may begin, in seconds of the limiter's clock."""
+        here = inherited.get()
+        left = None if here is None else here.seconds_left()
+        return None if left is None else self.limiter.now() + left
+
     def _output(self, estimate: Estimate) -> int:
         """Return the output to reserve: a guess of it must not make a call impossible."""
         output = estimate.output_tokens
-        if estimate.foreseen:
-            for limit in self.limiter.limits:
-                if limit.resource == "output_tokens":
-                    output = min(output, limit.amount)
-                elif limit.resource == "tokens":
-                    output = min(output, limit.amount - estimate.input_tokens)
+        limits = (limit for level in levels(asked(self.limiter)) for limit in level.limits)
+        for limit in limits if estimate.foreseen else ():
+            if limit.resource == "output_tokens":
+                output = min(output, limit.amount)
+            elif limit.resource == "tokens":
+                output = min(output, limit.amount - estimate.input_tokens)
         return max(0, output)
-
-    def _tell(self, lease: Lease) -> None:
-        if lease.waited > 0:
-            _dispatcher.event(
-                RateLimitWaitEvent(
-                    waited=lease.waited, bound_by=lease.bound_by, limiter=self.limiter.name
-                )
-            )
 
     # -- copies ------------------------------------------------------------------------------------
 

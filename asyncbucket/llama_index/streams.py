@@ -22,6 +22,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from llama_index_instrumentation.span import active_span_id
 
+from asyncbucket.context import inherited
 from asyncbucket.lease import Lease
 from asyncbucket.llama_index.estimate import Estimate
 from asyncbucket.llama_index.held import HeldCall
@@ -56,6 +57,7 @@ class _Stream(Generic[T]):
         self._read = read
         self._asks = ask_for_usage and pacing.asks_for_usage
         self._parent_span = active_span_id.get()
+        self._terms = inherited.get()
         self._inner: Any = None
         self._lease: Lease | None = None
         self._held: HeldCall | None = None
@@ -78,6 +80,21 @@ class _Stream(Generic[T]):
                 yield
         finally:
             active_span_id.reset(token)
+
+    @contextlib.contextmanager
+    def _as_asked(self) -> Generator[None]:
+        """Be admitted as whoever asked for the stream would be, wherever it is read.
+
+        Engines hand streams to threads and tasks of their own, which know no priority, tenant or
+        deadline.
+        """
+        token = None if self._terms is None else inherited.set(self._terms)
+        try:
+            yield
+        finally:
+            if token is not None:
+                with contextlib.suppress(ValueError):  # closed in another context than it ran in
+                    inherited.reset(token)
 
     def _is_for_caller(self, item: T) -> bool:
         """Note the usage that ``item`` carries; tell whether it carries anything else."""
@@ -128,7 +145,10 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
             raise StopAsyncIteration
         try:
             if self._inner is None:
-                item = await self._pacing.retrier.call(self._begin)
+                with self._as_asked():
+                    item = await self._pacing.retrier.call(
+                        self._begin, deadline=self._pacing.deadline()
+                    )
             else:
                 item = await self._pull()
         except BaseException as error:
@@ -189,7 +209,10 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
             raise StopIteration
         try:
             if self._inner is None:
-                item = self._pacing.retrier.call_sync(self._begin)
+                with self._as_asked():
+                    item = self._pacing.retrier.call_sync(
+                        self._begin, deadline=self._pacing.deadline()
+                    )
             else:
                 item = self._pull()
         except BaseException as error:

@@ -11,6 +11,7 @@ there be a ``chat`` inside after all, it does not pay again, and its usage settl
 
 import functools
 from abc import ABC
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.llama_index.held import held_call
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from llama_index.core.types import Model
 
     from asyncbucket.limiter import Limiter
-    from asyncbucket.llama_index.estimate import Estimate, Estimator
+    from asyncbucket.llama_index.estimate import Estimator
     from asyncbucket.retry import Retry
 
     class _LLM(Paced, LLM, ABC):
@@ -54,7 +55,7 @@ _END_IN_CHAT: Final = frozenset(
 
 
 class RateLimitedPrediction(_LLM, ABC):
-    """Be the part of a paced LLM that predicts structures."""
+    """Be the part of a paced LLM that predicts structures: one admission, inside or as a whole."""
 
     async def astructured_predict(
         self,
@@ -63,15 +64,9 @@ class RateLimitedPrediction(_LLM, ABC):
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> "Model":
-        """Predict an ``output_cls``; one admission, in here or as a whole."""
-        send = functools.partial(
-            super().astructured_predict, output_cls, prompt, llm_kwargs, **prompt_args
-        )
-        if _ends_in_chat(type(self), "astructured_predict"):
-            passed: Model = await send()
-            return passed
-        cost = self._prediction_cost(output_cls, prompt, llm_kwargs, prompt_args)
-        predicted: Model = await self._pacing.call(send, cost, read=no_usage)
+        """Predict an ``output_cls``."""
+        predict = functools.partial(super().astructured_predict, output_cls, prompt, llm_kwargs)
+        predicted: Model = await self._once(predict, prompt_args, self._pacing.call)
         return predicted
 
     async def astream_structured_predict(
@@ -81,14 +76,12 @@ class RateLimitedPrediction(_LLM, ABC):
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> "AsyncGenerator[Any, None]":
-        """Predict an ``output_cls`` bit by bit; one admission, in here or as a whole."""
-        send = functools.partial(
-            super().astream_structured_predict, output_cls, prompt, llm_kwargs, **prompt_args
+        """Predict an ``output_cls`` bit by bit."""
+        predict = functools.partial(
+            super().astream_structured_predict, output_cls, prompt, llm_kwargs
         )
-        if _ends_in_chat(type(self), "astream_structured_predict") or held_call(self.limiter):
-            return await send()
-        cost = self._prediction_cost(output_cls, prompt, llm_kwargs, prompt_args)
-        return AsyncPacedStream(self._pacing, send, cost, read=no_usage)
+        stream: AsyncGenerator[Any, None] = await self._once(predict, prompt_args, self._stream)
+        return stream
 
     def structured_predict(
         self,
@@ -97,15 +90,9 @@ class RateLimitedPrediction(_LLM, ABC):
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> "Model":
-        """Predict an ``output_cls``; one admission, in here or as a whole."""
-        send = functools.partial(
-            super().structured_predict, output_cls, prompt, llm_kwargs, **prompt_args
-        )
-        if _ends_in_chat(type(self), "structured_predict"):
-            passed: Model = send()
-            return passed
-        cost = self._prediction_cost(output_cls, prompt, llm_kwargs, prompt_args)
-        predicted: Model = self._pacing.call_sync(send, cost, read=no_usage)
+        """Predict an ``output_cls``."""
+        predict = functools.partial(super().structured_predict, output_cls, prompt, llm_kwargs)
+        predicted: Model = self._once(predict, prompt_args, self._pacing.call_sync)
         return predicted
 
     def stream_structured_predict(
@@ -115,25 +102,33 @@ class RateLimitedPrediction(_LLM, ABC):
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> "Generator[Any, None, None]":
-        """Predict an ``output_cls`` bit by bit; one admission, in here or as a whole."""
-        send = functools.partial(
-            super().stream_structured_predict, output_cls, prompt, llm_kwargs, **prompt_args
+        """Predict an ``output_cls`` bit by bit."""
+        predict = functools.partial(
+            super().stream_structured_predict, output_cls, prompt, llm_kwargs
         )
-        if _ends_in_chat(type(self), "stream_structured_predict") or held_call(self.limiter):
-            return send()
-        cost = self._prediction_cost(output_cls, prompt, llm_kwargs, prompt_args)
-        return PacedStream(self._pacing, send, cost, read=no_usage)
+        stream: Generator[Any, None, None] = self._once(
+            predict, prompt_args, functools.partial(PacedStream, self._pacing)
+        )
+        return stream
 
-    def _prediction_cost(
+    def _once(
         self,
-        output_cls: "type[Model]",
-        prompt: "PromptTemplate",
-        llm_kwargs: dict[str, Any] | None,
+        predict: "functools.partial[Any]",
         prompt_args: dict[str, Any],
-    ) -> "functools.partial[Estimate]":
+        pace: Callable[..., Any],
+    ) -> Any:
+        """Call ``predict`` through ``pace``, or as it is if somebody pays inside or outside."""
+        send = functools.partial(predict, **prompt_args)
+        if _ends_in_chat(type(self), predict.func.__name__) or held_call(self.limiter):
+            return send()
+        output_cls, prompt, llm_kwargs = predict.args
         messages = prompt.format_messages(**prompt_args)
         kwargs = {"response_format": output_cls, **(llm_kwargs or {})}
-        return functools.partial(self._pacing.estimator.chat, self, messages, kwargs)
+        cost = functools.partial(self._pacing.estimator.chat, self, messages, kwargs)
+        return pace(send, cost, read=no_usage)
+
+    async def _stream(self, *args: Any, **kwargs: Any) -> AsyncPacedStream[Any]:
+        return AsyncPacedStream(self._pacing, *args, **kwargs)
 
 
 @functools.lru_cache(maxsize=1024)

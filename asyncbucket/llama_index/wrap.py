@@ -23,6 +23,8 @@ Where a call is paced
     to their client themselves. See `llm` and `structured`.
     *Embeddings*: beneath the cache, at the private methods that make one request. See `embedding`.
     *Structured LLMs* (``llm.as_structured_llm(...)``) have a model inside; that one is paced.
+    *Tools*: at ``call`` and ``acall``, with which agents run them. What they ask inside is not theirs.
+    See `tools`, and `running` for what they hold meanwhile.
 
 The traps, and where they are dealt with
     Public methods call public methods, and would pay twice: `held`. A stream holds its slot until it
@@ -37,21 +39,26 @@ many requests did go out. Between attempts no slot is held.
 """
 
 import functools
+import inspect
 import types
-import warnings
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, Final, TypeVar, cast
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.embeddings.multi_modal_base import MultiModalEmbedding
 from llama_index.core.llms.llm import LLM
 from llama_index.core.llms.structured_llm import StructuredLLM
+from llama_index.core.tools import BaseTool, FunctionTool
 
+from asyncbucket.http.levels import is_under
 from asyncbucket.limiter import Limiter
 from asyncbucket.llama_index.embedding import RateLimitedEmbedding, RateLimitedMultiModalEmbedding
 from asyncbucket.llama_index.estimate import Estimator
 from asyncbucket.llama_index.llm import RateLimitedLLM
-from asyncbucket.llama_index.mixin import Paced, bind, pacing_of
+from asyncbucket.llama_index.misuse import warn_of_misuse
+from asyncbucket.llama_index.mixin import Paced, bind
 from asyncbucket.llama_index.pacing import Pacing
+from asyncbucket.llama_index.tools import PacedTool, ToolCost, ToolPacing, paced_tool
 from asyncbucket.retry import Retry
 
 T = TypeVar("T")
@@ -63,40 +70,117 @@ def wrap(
     obj: T,
     limiter: Limiter,
     *,
+    child: str | Limiter | None = None,
     retry: Retry | int | None = None,
     estimator: Estimator | None = None,
+    cost: ToolCost | None = None,
 ) -> T:
-    """Return ``obj``, a LlamaIndex LLM or embedding model, paced by ``limiter``.
+    """Return ``obj``, a LlamaIndex LLM, embedding model or tool, paced by ``limiter``.
 
     It is of a subclass of its class and shares its fields; ``obj`` itself stays unpaced. What is
-    paced by ``limiter`` already is returned as it is, or paced anew if options are given.
+    paced by ``limiter`` already, or by one below it, is returned as it is, or paced anew if options
+    are given. What is paced by one above ``limiter`` is paced by ``limiter`` from now on: it counts
+    there and above, once each.
 
     Args:
-        obj: any ``LLM`` or ``BaseEmbedding``.
+        obj: any ``LLM``, ``BaseEmbedding`` or ``BaseTool``, or a list or tuple of them, which comes
+            back as one. Plain functions in it become tools, as they would in an agent.
         limiter: what admits its calls; it may be shared with other models and plain code.
-        retry: attempts at most, or a `Retry`; False for a single one. 5 attempts by default.
-        estimator: what foresees the cost of a call in tokens, instead of the default.
+        child: a limiter under ``limiter``, or the name of its child, to be used instead.
+        retry: attempts at most, or a `Retry`; False for a single one. 5 attempts by default. Models
+            only: a tool is never tried again.
+        estimator: what foresees the cost of a model's call in tokens, instead of the default.
+        cost: what a tool's call costs, instead of one request; see `ToolCost`.
 
     Raises:
-        TypeError: ``obj`` is neither LLM nor embedding model.
-        ValueError: ``obj`` is paced by another limiter.
+        TypeError: ``obj`` is nothing that can be wrapped, or an option does not apply to it.
+        ValueError: ``obj`` is paced by another limiter, or ``child`` is not under ``limiter``.
     """
-    options: dict[str, Any] = {"retry": retry, "estimator": estimator}
+    options = {"retry": retry, "estimator": estimator, "cost": cost}
+    given = {name: value for name, value in options.items() if value is not None}
+    limiter = _child_of(limiter, child)
+    if not isinstance(obj, (list, tuple)):
+        _check_options(given, [obj])
+        one: T = _wrap_one(obj, limiter, given)
+        return one
+    things = [_as_tool(each) for each in obj]
+    _check_options(given, things)
+    several: Any = [_wrap_one(each, limiter, given) for each in things]
+    if isinstance(obj, tuple):
+        several = tuple(several)
+    return cast("T", several)
+
+
+def _wrap_one(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
+    """Return ``obj`` paced by ``limiter``, with those options that apply to it."""
     if isinstance(obj, StructuredLLM):
-        inside = wrap(obj.llm, limiter, **options)
+        inside = _wrap_one(obj.llm, limiter, options)
         return obj if inside is obj.llm else obj.model_copy(update={"llm": inside})
-    if not isinstance(obj, (LLM, BaseEmbedding)):
-        raise TypeError(_refusal(obj))
-    pacing = pacing_of(obj)
-    if pacing is not None and pacing.limiter is not limiter:
-        raise ValueError(
-            f"{obj!r} is paced already and can't be paced by {limiter!r} too: wrap the model that "
-            f"it was made of, or put all limits into one limiter"
+    mine = {name: options[name] for name in _OPTIONS[_kind(obj)] if name in options}
+    if not isinstance(obj, (Paced, PacedTool)):
+        return _pace(obj, limiter, mine)
+    pacing = obj._pacing  # noqa: SLF001 - ours
+    if is_under(pacing.limiter, limiter):
+        limiter = pacing.limiter
+        if not mine:
+            return obj
+    elif not is_under(limiter, pacing.limiter):
+        raise ValueError(_two_limiters(obj, limiter))
+    again: Any = pacing.again(limiter, mine)
+    return paced_tool(obj, again) if isinstance(obj, PacedTool) else _share(obj, again)
+
+
+def _pace(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
+    if _kind(obj) == "tool":
+        return paced_tool(obj, ToolPacing(limiter, **options))
+    pacing = Pacing(limiter, **options)
+    warn_of_misuse(obj, limiter, attempts=pacing.retrier.policy.attempts)
+    return _share(obj, pacing)
+
+
+#: What can be said of each kind of thing.
+_OPTIONS: Final = {"model": ("retry", "estimator"), "tool": ("cost",)}
+
+
+def _kind(obj: object) -> str:
+    """Return ``"model"`` or ``"tool"``.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(obj, (LLM, BaseEmbedding)):
+        return "model"
+    if isinstance(obj, BaseTool):
+        return "tool"
+    raise TypeError(_refusal(obj))
+
+
+def _check_options(options: Mapping[str, Any], things: list[Any]) -> None:
+    """Refuse options of which nothing comes."""
+    kinds = {_kind(each) for each in things}
+    idle = options.keys() - {name for kind in kinds for name in _OPTIONS[kind]}
+    if idle and kinds:
+        raise TypeError(
+            f"{', '.join(sorted(idle))}= is for {'models' if kinds == {'tool'} else 'tools'}: "
+            f"a model's calls are estimated and tried again, a tool's have a cost"
         )
-    if pacing is not None and retry is None and estimator is None:
-        return obj
-    _warn_of_native_limiter(obj)
-    return _share(obj, Pacing(limiter, **options))
+
+
+def _as_tool(obj: Any) -> Any:
+    """Return a plain function as the tool that an agent would make of it."""
+    return FunctionTool.from_defaults(obj) if inspect.isroutine(obj) else obj
+
+
+def _child_of(limiter: Limiter, child: str | Limiter | None) -> Limiter:
+    if child is None:
+        return limiter
+    if not isinstance(child, Limiter):
+        return limiter.child(child)
+    if not is_under(child, limiter):
+        raise ValueError(
+            f"{child!r} is not under {limiter!r}: make it by child(...), or wrap with it alone"
+        )
+    return child
 
 
 def plain_class(cls: type[Any]) -> type[Any]:
@@ -147,18 +231,20 @@ def paced_class(cls: type[Any]) -> type[Any]:
 
 def _refusal(obj: object) -> str:
     if isinstance(obj, type):
-        return f"wrap a model, not its class: limiter.wrap({obj.__name__}(...))"
+        return f"wrap a model or tool, not its class: limiter.wrap({obj.__name__}(...))"
+    if hasattr(obj, "llm"):
+        return f"wrap what {type(obj).__name__} is made of: its llm, and its tools if it has any"
+    if hasattr(obj, "to_tool_list"):
+        return f"wrap the tools of {type(obj).__name__}: limiter.wrap(spec.to_tool_list())"
     return (
-        f"a LlamaIndex LLM or embedding model can be wrapped, not {type(obj).__name__}; pace other "
-        f"code by `async with limiter.acquire(...)` or @limiter.paced"
+        f"a LlamaIndex LLM, embedding model or tool can be wrapped, not {type(obj).__name__}; pace "
+        f"other code by `async with limiter.acquire(...)` or @limiter.paced"
     )
 
 
-def _warn_of_native_limiter(model: LLM | BaseEmbedding) -> None:
-    if model.rate_limiter is not None:
-        warnings.warn(
-            f"{type(model).__name__} has a rate_limiter of its own: each call would wait there, too, "
-            f"with its slot held and as part of the model's latency; make it without rate_limiter=",
-            UserWarning,
-            stacklevel=4,
-        )
+def _two_limiters(obj: object, limiter: Limiter) -> str:
+    return (
+        f"{obj!r} is paced already and can't be paced by {limiter!r} too: neither limiter is under the "
+        f"other, so that a call would wait in two lines; wrap what it was made of, or make one of "
+        f"them a child of the other"
+    )

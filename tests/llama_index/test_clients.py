@@ -239,7 +239,7 @@ def test_clients_are_made_once() -> None:
 
 def test_client_in_a_field_is_the_users() -> None:
     """A model that hands out a client from one of its fields hands out that one."""
-    theirs = AsyncOpenAI(api_key="k")
+    theirs = AsyncOpenAI(api_key="k", max_retries=0)
 
     class WithField(MockLLM):
         client: Any = None

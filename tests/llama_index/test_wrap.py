@@ -14,7 +14,6 @@ from llama_index.core.ingestion.pipeline import get_transformation_hash
 from llama_index.core.llms import LLM, ChatMessage, MockLLM
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.structured_llm import StructuredLLM
-from llama_index.core.rate_limiter import TokenBucketRateLimiter
 from llama_index.core.schema import TextNode
 from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai import OpenAI
@@ -202,16 +201,6 @@ def test_structured_llm_is_paced_inside() -> None:
     assert limiter.wrap(paced) is paced
 
 
-def test_native_rate_limiter_is_warned_of() -> None:
-    """LlamaIndex's own limiter inside would hold our slot while it sleeps."""
-    inner = OpenAI(api_key=KEY, rate_limiter=TokenBucketRateLimiter(requests_per_minute=10))
-
-    with pytest.warns(
-        UserWarning, match="OpenAI has a rate_limiter of its own: .* make it without"
-    ):
-        Limiter("100 RPM").wrap(inner)
-
-
 @pytest.mark.parametrize("thing", ["gpt-4o", 3, None, object(), Limiter("1 RPM")], ids=named)
 def test_anything_else_is_refused(thing: object) -> None:
     """The error says what can be wrapped, and what to do with other code."""
@@ -342,7 +331,7 @@ def test_missing_llama_index_names_the_extra() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
 
-    assert "pip install 'asyncbucket[llama-index]'" in done.stdout
+    assert 'pip install "asyncbucket[llama-index]"' in done.stdout
 
 
 def test_wrap_is_what_limiter_wrap_calls() -> None:
@@ -353,3 +342,18 @@ def test_wrap_is_what_limiter_wrap_calls() -> None:
     paced.chat([ChatMessage("hi")])
 
     assert limiter.statistics().admitted == 1
+
+
+def test_what_is_made_of_models_is_told_what_to_wrap() -> None:
+    """An agent and a tool spec are neither model nor tool, but have some."""
+
+    class Spec:
+        def to_tool_list(self) -> list[Any]:
+            return []
+
+    agent = FunctionAgent(name="f", description="f", llm=MockLLM(), tools=[])
+    limiter = Limiter("1 RPM")
+    with pytest.raises(TypeError, match=r"wrap the tools of Spec: limiter.wrap\(spec.to_tool_list"):
+        limiter.wrap(Spec())
+    with pytest.raises(TypeError, match="wrap what FunctionAgent is made of: its llm, and its too"):
+        limiter.wrap(agent)

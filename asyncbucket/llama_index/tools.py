@@ -1,0 +1,177 @@
+"""A paced tool: each call of it is admitted first, once; see `running` for what it may call itself.
+
+A tool is never tried again: nobody but its author knows what it has done by then. LlamaIndex's agents
+show a tool's error to the model, and so they do with a refusal by the limiter.
+"""
+
+# mypy: disable-error-code="safe-super"
+# What is called by super() is abstract in LlamaIndex; it is a tool's class that is paced.
+
+import functools
+import types
+from abc import ABC
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar, cast
+
+from llama_index.core.tools.types import AsyncBaseTool
+
+from asyncbucket.limiter import Limiter
+from asyncbucket.llama_index.events import tell_of_wait, told_of_waits
+from asyncbucket.llama_index.running import is_running, make_way, running
+
+T = TypeVar("T")
+
+ToolCost: TypeAlias = (
+    Mapping[str, float | Callable[..., float]] | Callable[..., Mapping[str, float]]
+)
+"""What a call of a tool costs: an amount of each resource, or what returns it.
+
+A callable gets the call's own arguments. One request is the default, also of a mapping that names
+none.
+"""
+
+_PACING: Final = "_asyncbucket_pacing"
+
+
+class ToolPacing:
+    """Belong to one paced tool and pace its calls; copies of the tool share it."""
+
+    __slots__ = ("_price", "limiter", "options")
+
+    def __init__(self, limiter: Limiter, *, cost: ToolCost | None = None) -> None:
+        self.limiter = limiter
+        #: As they were given, to pace a copy alike.
+        self.options: dict[str, Any] = {"cost": cost}
+        self._price = _reader(cost)
+
+    def again(self, limiter: Limiter, options: dict[str, Any]) -> Self:
+        """Return the same for ``limiter``, but for the options that are given."""
+        return type(self)(limiter, **self.options | options)
+
+    async def call(self, tool: object, send: "functools.partial[Awaitable[T]]") -> T:
+        """Return what ``send()`` does, paced; or just that within a call of the same tool."""
+        if is_running(tool):
+            return await send()
+        amounts = self._amounts(send)
+        make_way(self.limiter)
+        with told_of_waits():
+            lease = await self.limiter.acquire(**amounts)
+        tell_of_wait(lease, self.limiter.name)
+        with lease, running(tool, lease):
+            return await send()
+
+    def call_sync(self, tool: object, send: "functools.partial[T]") -> T:
+        """Do what `call` does, on a thread that may be blocked."""
+        if is_running(tool):
+            return send()
+        amounts = self._amounts(send)
+        make_way(self.limiter)
+        with told_of_waits():
+            lease = self.limiter.acquire_sync(**amounts)
+        tell_of_wait(lease, self.limiter.name)
+        with lease, running(tool, lease):
+            return send()
+
+    def _amounts(self, send: "functools.partial[Any]") -> dict[str, Any]:
+        amounts = self._price(*send.args, **send.keywords)
+        if not isinstance(amounts, Mapping):
+            raise TypeError(
+                f"cost= returned {amounts!r}; it returns amounts by resource, {{'images': 3}}"
+            )
+        return dict(amounts)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """Be shared: a copy of a tool spends from the same budget."""
+        return self
+
+
+class PacedTool:
+    """Be the part of a paced tool that is no tool."""
+
+    @property
+    def limiter(self) -> Limiter:
+        """The limiter that paces this tool."""
+        return self._pacing.limiter
+
+    @property
+    def _pacing(self) -> ToolPacing:
+        return cast("ToolPacing", vars(self)[_PACING])
+
+    def __repr__(self) -> str:
+        tool: Any = self
+        return f"{type(self).__name__}({tool.metadata.name!r}, limiter={self.limiter!r})"
+
+
+if TYPE_CHECKING:
+    from llama_index.core.tools import BaseTool, ToolOutput
+
+    class _Tool(PacedTool, BaseTool, ABC):
+        """Let a type checker see what ``super()`` will find."""
+
+    class _AsyncTool(PacedTool, AsyncBaseTool, ABC):
+        """The same."""
+
+else:
+    _Tool = _AsyncTool = PacedTool
+
+
+class RateLimitedTool(_Tool, ABC):
+    """Pace a tool that is called by ``tool(...)`` alone."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> "ToolOutput":
+        return self._pacing.call_sync(self, functools.partial(super().__call__, *args, **kwargs))
+
+
+class RateLimitedAsyncTool(_AsyncTool, ABC):
+    """Pace a tool that has ``call`` and ``acall``; ``tool(...)`` comes to the former."""
+
+    def call(self, *args: Any, **kwargs: Any) -> "ToolOutput":
+        return self._pacing.call_sync(self, functools.partial(super().call, *args, **kwargs))
+
+    async def acall(self, *args: Any, **kwargs: Any) -> "ToolOutput":
+        send: functools.partial[Any] = functools.partial(super().acall, *args, **kwargs)
+        output: ToolOutput = await self._pacing.call(self, send)
+        return output
+
+
+def paced_tool(tool: Any, pacing: ToolPacing) -> Any:
+    """Return a paced tool with the attributes of ``tool``, which stays as it is."""
+    cls: Any = type(tool)
+    if not isinstance(tool, PacedTool):
+        cls = _paced_class(cls)
+    paced = object.__new__(cls)
+    vars(paced).update(vars(tool))
+    vars(paced)[_PACING] = pacing
+    return paced
+
+
+@functools.lru_cache(maxsize=256)
+def _paced_class(cls: type[Any]) -> type[Any]:
+    """Return the paced subclass of a tool's class."""
+    mixin = RateLimitedAsyncTool if issubclass(cls, AsyncBaseTool) else RateLimitedTool
+    names = {
+        "__doc__": cls.__doc__,
+        "__module__": cls.__module__,
+        "__qualname__": f"Paced{cls.__qualname__}",
+    }
+    return types.new_class(f"Paced{cls.__name__}", (mixin, cls), {}, lambda ns: ns.update(names))
+
+
+def _reader(cost: ToolCost | None) -> Callable[..., Mapping[str, float]]:
+    """Return what finds the cost of a call from its arguments."""
+    if callable(cost):
+        return cost
+    if cost is None or isinstance(cost, Mapping):
+        return functools.partial(_read, dict(cost or {}))
+    raise TypeError(
+        f"cost= takes amounts by resource, {{'images': 3}}, or a callable, not {cost!r}"
+    )
+
+
+def _read(
+    cost: dict[str, float | Callable[..., float]], /, *args: Any, **kwargs: Any
+) -> dict[str, float]:
+    return {
+        name: amount(*args, **kwargs) if callable(amount) else amount
+        for name, amount in cost.items()
+    }

@@ -1,0 +1,335 @@
+"""A model or tool behind a child: charged once at each level, moved down and never twice."""
+
+import asyncio
+import multiprocessing
+import pickle
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from llama_index.core.llms import ChatMessage, CustomLLM, MockLLM
+from llama_index.core.tools import FunctionTool
+from llama_index.llms.openai import OpenAI
+from pydantic import BaseModel
+
+import asyncbucket
+from asyncbucket import AcquireTimeout, CostExceedsLimit, Limit, Limiter
+from asyncbucket.llama_index import RateLimitedLLM, copies
+from asyncbucket.testing import VirtualTime
+
+if TYPE_CHECKING:
+    from tests.llama_index.conftest import ScriptedOpenAI
+
+API_BASE = "https://llm.test/v1"
+
+
+class Person(BaseModel):
+    """What structured prediction fills in."""
+
+    name: str
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+def admitted(*limiters: Limiter) -> list[int]:
+    """Return how many calls each has let pass."""
+    return [limiter.statistics().admitted for limiter in limiters]
+
+
+def test_child_is_made_if_need_be() -> None:
+    """By its name, and the same one the next time."""
+    limiter = Limiter("100 RPM", name="openai")
+
+    llm: Any = limiter.wrap(MockLLM(), child="chat")
+    again: Any = limiter.wrap(MockLLM(), child="chat")
+
+    assert llm.limiter is again.limiter is limiter.children["chat"]
+    assert llm.limiter.name == "openai/chat"
+
+
+def test_limiter_is_taken_as_child() -> None:
+    """Any limiter under this one, a tenant's too; a stranger is refused."""
+    limiter = Limiter("100 RPM", name="openai")
+    deep = limiter.child("acme").child("chat")
+
+    for child in (deep, limiter.key("acme"), limiter):
+        llm: Any = limiter.wrap(MockLLM(), child=child)
+        assert llm.limiter is child
+    with pytest.raises(ValueError, match=r"<Limiter 'openai', .*> is not under <Limiter 'openai/"):
+        deep.wrap(MockLLM(), child=limiter)
+
+
+def test_call_is_charged_once_at_each_level() -> None:
+    """Requests and tokens, at the child and above."""
+    limiter = Limiter("100 RPM", "10k TPM")
+    chat = limiter.child("chat", "5k TPM")
+    llm = limiter.wrap(MockLLM(max_tokens=3), child=chat)
+
+    llm.complete("hi")
+
+    assert admitted(limiter, chat) == [1, 1]
+    assert limiter.statistics().limits[1].used == chat.statistics().limits[0].used > 0
+
+
+def test_model_is_moved_to_a_descendant() -> None:
+    """What is behind the root already is wrapped anew below, and each call counts once a level."""
+    limiter = Limiter("100 RPM")
+    first = limiter.wrap(MockLLM(max_tokens=3), retry=2)
+    acme = limiter.child("acme")
+
+    second = acme.wrap(first)
+    third = limiter.wrap(first, child="chat")
+    second.complete("hi")
+    third.complete("hi")
+
+    assert type(second) is type(first)
+    assert isinstance(second, RateLimitedLLM)
+    assert second.limiter is acme
+    assert second._pacing.options["retry"] == 2
+    assert second._pacing.estimator is first._pacing.estimator  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    assert admitted(limiter, acme, limiter.children["chat"]) == [2, 1, 1]
+
+
+def test_what_is_paced_below_is_returned_as_it_is() -> None:
+    """Its calls pass this limiter already."""
+    limiter = Limiter("100 RPM")
+    llm = limiter.child("chat").wrap(MockLLM())
+    tool = limiter.child("tools").wrap(FunctionTool.from_defaults(add))
+
+    assert limiter.wrap(llm) is llm
+    assert limiter.wrap([llm, tool]) == [llm, tool]
+
+
+def test_tool_is_moved_to_a_descendant() -> None:
+    """With the cost that it had."""
+    limiter = Limiter("100 RPM", "100 images/m")
+    tool = limiter.wrap(FunctionTool.from_defaults(add), cost={"images": 2})
+
+    moved = limiter.wrap(tool, child="tools")
+    moved(a=1, b=2)
+
+    assert admitted(limiter, limiter.children["tools"]) == [1, 1]
+    assert limiter.statistics().limits[1].used == 2
+
+
+@pytest.mark.parametrize("thing", [MockLLM(), FunctionTool.from_defaults(add)])
+def test_sibling_and_stranger_are_refused(thing: Any) -> None:
+    """Two lines in a row would hold one budget while waiting for the other."""
+    limiter = Limiter("100 RPM", name="openai")
+    paced = limiter.wrap(thing, child="chat")
+
+    for other in (limiter.child("embeddings"), Limiter("100 RPM", name="b")):
+        with pytest.raises(
+            ValueError,
+            match=rf"^Paced.*<Limiter 'openai/chat', .* paced already and can't be paced by "
+            rf"<Limiter '{other.name}', .* make one of them a child of the other",
+        ):
+            other.wrap(paced)
+
+
+def test_structured_llm_is_moved_inside() -> None:
+    """The model in it pays at the child."""
+    limiter = Limiter("100 RPM")
+
+    paced: Any = limiter.wrap(
+        limiter.wrap(MockLLM().as_structured_llm(Person)), child=limiter.child("chat")
+    )
+
+    assert paced.llm.limiter.name == "default/chat"
+
+
+class Outer(CustomLLM):
+    """A model that is made of another one."""
+
+    inner: Any
+
+    @property
+    def metadata(self) -> Any:
+        return self.inner.metadata
+
+    def complete(self, prompt: str, *_: Any, **__: Any) -> Any:
+        return self.inner.complete(prompt)
+
+    def stream_complete(self, prompt: str, *_: Any, **__: Any) -> Any:
+        return self.inner.stream_complete(prompt)
+
+
+def test_model_in_a_model_does_not_pay_where_the_outer_one_has() -> None:
+    """A lease of the child counts at the root, too."""
+    limiter = Limiter("100 RPM", concurrency=1)
+    inner = limiter.wrap(MockLLM(max_tokens=2))
+
+    limiter.wrap(Outer(inner=inner), child="chat").complete("hi")
+
+    assert admitted(limiter, limiter.children["chat"]) == [1, 1]
+
+
+def test_guess_of_the_output_is_cut_to_what_any_level_can_admit() -> None:
+    """Nobody said how long the reply is; a small limit above must not make the call impossible."""
+    limiter = Limiter("100 TPM")
+    chat = limiter.child("chat", "10k TPM")
+
+    limiter.wrap(MockLLM(), child=chat).complete("hi")
+
+    assert admitted(limiter, chat) == [1, 1]
+    with pytest.raises(CostExceedsLimit, match="exceeds the limit of 100 tokens"):
+        limiter.wrap(MockLLM(max_tokens=200), child=chat).complete("hi")
+
+
+def test_guess_of_the_output_is_cut_to_what_a_tenant_has() -> None:
+    """Whose limits only count within `tenant`."""
+    limiter = Limiter("10k TPM")
+    limiter.per_key("50 TPM")
+
+    with asyncbucket.tenant("acme"):
+        limiter.wrap(MockLLM()).complete("hi")
+
+    assert admitted(limiter, limiter.key("acme")) == [1, 1]
+
+
+async def test_refusal_pauses_all_who_share_the_provider_s_limits(
+    openai_api: "ScriptedOpenAI", refusal: Any
+) -> None:
+    """A 429 at one child holds back its siblings, too: it is their key."""
+    limiter = Limiter("100 RPM")
+    openai_api.script = [refusal(429, {"retry-after": "30"})]
+    llm = limiter.wrap(
+        OpenAI(api_key="k", api_base=API_BASE), child=limiter.child("acme", rpm=50), retry=False
+    )
+
+    with pytest.raises(Exception, match="scripted"):
+        await llm.achat([ChatMessage("hi")])
+
+    assert 25 < limiter.statistics().paused <= 30
+    assert limiter.children["acme"].statistics().paused == 0
+
+
+async def test_refusal_pauses_nobody_else_s_limits(
+    openai_api: "ScriptedOpenAI", refusal: Any
+) -> None:
+    """Above the highest level with limits other providers may be served."""
+    everything = Limiter(concurrency=100)
+    openai = everything.child("openai", "100 RPM")
+    openai_api.script = [refusal(429, {"retry-after": "30"})]
+    llm = openai.wrap(OpenAI(api_key="k", api_base=API_BASE), child="chat", retry=False)
+
+    with pytest.raises(Exception, match="scripted"):
+        await llm.achat([ChatMessage("hi")])
+
+    assert openai.statistics().paused > 25
+    assert everything.statistics().paused == 0
+
+
+def test_child_out_of_its_own_limit_holds_up_nobody_else(virtual_time: VirtualTime) -> None:
+    """One tenant waits for its minute, the other's calls pass at once."""
+    limiter = Limiter("1000 RPM burst 1000", clock=virtual_time.clock)
+    llm = limiter.wrap(MockLLM(max_tokens=1))
+    small = limiter.child("small", "1 RPM").wrap(llm)
+    large = limiter.child("large").wrap(llm)
+
+    async def main() -> None:
+        waiting = asyncio.gather(*(small.acomplete("hi") for _ in range(2)))
+        await asyncio.gather(*(large.acomplete("hi") for _ in range(100)))
+        assert virtual_time.now == 0
+        await waiting
+        assert virtual_time.now >= 60
+
+    virtual_time.run(main())
+
+
+# -- copies ----------------------------------------------------------------------------------------
+
+
+def tree() -> tuple[Limiter, Limiter]:
+    """Return a limiter and one under it, made on every term that there is."""
+    root = Limiter("100 RPM burst 7", concurrency=5, name="openai", timeout=50, max_queue=90)
+    acme = root.child("acme", "10k TPM", weight=3, priority="batch", max_queue=9)
+    return root, acme.child("chat", "5k TPM", concurrency=2, timeout=20)
+
+
+def terms(limiter: Limiter) -> list[Any]:
+    """Return on what terms a limiter stands, and those above it."""
+    level: Limiter | None = limiter
+    found: list[Any] = []
+    while level is not None:
+        found.append((level.name, level.limits, copies._terms_of(level)))
+        level = level.parent
+    return found
+
+
+def test_unpickled_model_shares_the_child_within_a_process() -> None:
+    """A copy spends from the same budgets, at each level."""
+    root, chat = tree()
+    paced: Any = root.wrap(MockLLM(max_tokens=2), child=chat)
+
+    twin = pickle.loads(pickle.dumps(paced))  # noqa: S301 - our own
+
+    assert twin.limiter is chat
+
+
+def _unpickle(pickled: list[bytes]) -> dict[str, Any]:
+    """Run in another process: say what paces the copies there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        first, second, tenant = [pickle.loads(each) for each in pickled]  # noqa: S301 - our own
+    first.complete("hi")
+    second.complete("hi")
+    root = second.limiter
+    return {
+        "terms": terms(first.limiter),
+        "admitted": [root.statistics().admitted, first.limiter.statistics().admitted],
+        "tree": first.limiter.parent.parent is root is tenant.limiter.parent,
+        "tenant": tenant.limiter.limits,
+    }
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_copies_in_another_process_stand_under_the_same_tree(method: str) -> None:
+    """The limits above hold there, too, and together for all copies."""
+    root, chat = tree()
+    llm = MockLLM(max_tokens=2)
+    acme = root.key("acme", "7 RPM")
+    models = [root.wrap(llm, child=chat), root.wrap(llm), root.wrap(llm, child=acme)]
+    pickled = [pickle.dumps(model) for model in models]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads, from 3.12 on
+        with multiprocessing.get_context(method).Pool(1) as pool:
+            seen = pool.apply(_unpickle, (pickled,))
+
+    assert seen["terms"] == terms(chat)
+    assert seen["admitted"] == [2, 1]
+    assert seen["tree"]
+    assert seen["tenant"] == (Limit("requests", 7),)
+    assert root.statistics().admitted == 0
+
+
+def _spend(pickled: bytes) -> list[str]:
+    """Run in another process: spend two calls, and say what was warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        twin = pickle.loads(pickled)  # noqa: S301 - our own
+        twin.complete("one")
+        twin.complete("two")
+    return [str(each.message) for each in caught if each.category is RuntimeWarning]
+
+
+@pytest.mark.real_clock
+def test_copy_in_another_process_shares_what_is_in_a_store(tmp_path: Path) -> None:
+    """Nothing to warn of: it is the same limit. On the machine's clock, as processes share a store."""
+    store = f"sqlite:///{tmp_path}/limits.db"
+    limiter = Limiter("3 RPM burst 3", name="openai", store=store)
+    paced = limiter.wrap(MockLLM(max_tokens=2), child="chat")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_spend, (pickle.dumps(paced),)) == []
+
+    paced.complete("three")
+
+    with (
+        pytest.raises(AcquireTimeout, match="a call of 1 request cannot pass"),
+        asyncbucket.deadline(0.2),
+    ):
+        paced.complete("four")

@@ -1,0 +1,373 @@
+"""What is given around an agent's run reaches each call in it: priority, tenant, deadline.
+
+The agents are real, and so is the provider, though without a socket: all runs on virtual time.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+from llama_index.core import Document, VectorStoreIndex
+from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent, ReActAgent
+from llama_index.core.llms import MockLLM
+from llama_index.core.memory import ChatMemoryBuffer
+from llama_index.core.tools import FunctionTool
+from llama_index.core.workflow import StartEvent, StopEvent, Workflow, step
+from llama_index.embeddings.openai import OpenAIEmbedding
+from llama_index.llms.openai import OpenAI
+from llama_index.llms.openai_like import OpenAILike
+from openai import RateLimitError
+
+import asyncbucket
+from asyncbucket import AcquireTimeout, Limiter
+from asyncbucket.context import Inherited, inherited
+from asyncbucket.events import Admitted, Event
+from asyncbucket.testing import RateLimitedProvider, VirtualTime
+
+GIVEN = Inherited(priority=1, tenant="acme", deadline=1_000.0)
+
+
+@dataclass
+class Bench:
+    """A provider on virtual time, and models and a tool behind children of one limiter."""
+
+    time: VirtualTime
+    provider: RateLimitedProvider
+    limiter: Limiter
+    options: dict[str, Any]
+    #: Who was admitted, and what held around them.
+    seen: list[tuple[str, Inherited | None]] = field(default_factory=list)
+
+    llm: OpenAI = field(init=False)
+    like: OpenAILike = field(init=False)
+    embed_model: OpenAIEmbedding = field(init=False)
+    tool: FunctionTool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.llm = self.limiter.wrap(OpenAI(model="gpt-4o-mini", **self.options), child="chat")
+        self.like = self.limiter.wrap(
+            OpenAILike(model="m", is_chat_model=True, **self.options), child="chat"
+        )
+        self.embed_model = self.limiter.wrap(OpenAIEmbedding(**self.options), child="embeddings")
+        self.tool = self.limiter.wrap(
+            FunctionTool.from_defaults(async_fn=self._look_up, name="look_up"), child="tools"
+        )
+        self.limiter.observe(self._note)
+
+    async def _look_up(self, a: int, b: int) -> str:
+        """Look up two numbers."""
+        return str(len(await self.embed_model.aget_query_embedding(f"{a} {b}")))
+
+    def _note(self, event: Event) -> None:
+        if isinstance(event, Admitted):
+            self.seen.append((event.limiter, inherited.get()))
+
+    def agent(self, **options: Any) -> FunctionAgent:
+        """Return an agent with the tool."""
+        return FunctionAgent(name="f", description="f", tools=[self.tool], llm=self.llm, **options)
+
+
+@pytest.fixture
+def bench(virtual_time: VirtualTime) -> Iterator[Bench]:
+    """Return a bench with sixty calls a minute, one a second."""
+    provider = RateLimitedProvider(clock=virtual_time.clock)
+    limiter = Limiter("60 RPM burst 1", name="openai", clock=virtual_time.clock)
+    http_client = httpx.Client(transport=provider.mock_transport(sync=True))
+    async_http_client = httpx.AsyncClient(transport=provider.mock_transport())
+    yield Bench(
+        time=virtual_time,
+        provider=provider,
+        limiter=limiter,
+        options={
+            "api_key": "k",
+            "api_base": "http://provider.test/v1",
+            "http_client": http_client,
+            "async_http_client": async_http_client,
+        },
+    )
+    http_client.close()
+    virtual_time.run(async_http_client.aclose())
+
+
+def ask(agent: Any) -> Any:
+    """Start an agent, with a memory in no database: the default one leaves a connection open."""
+    memory = ChatMemoryBuffer.from_defaults(token_limit=10_000)
+    return agent.run(user_msg="look up 1 and 2", memory=memory)
+
+
+async def under(start: Any) -> Any:
+    """Run what ``start()`` starts under all that can be given."""
+    with (
+        asyncbucket.tenant("acme"),
+        asyncbucket.priority("interactive"),
+        asyncbucket.deadline(1_000 - asyncio.get_running_loop().time()),
+    ):
+        started = asyncio.ensure_future(start())
+    return await started  # its tasks were made inside
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_calls_of_a_function_agent_are_seen_under_what_was_given(
+    bench: Bench,
+    streaming: bool,  # noqa: FBT001 - a case
+) -> None:
+    """Each of its LLM, tool and embedding calls: at the tenant's key of each child."""
+    bench.time.run(under(lambda: ask(bench.agent(streaming=streaming))))
+
+    assert [name for name, _ in bench.seen] == [
+        "openai/chat/*",
+        "openai/tools/*",
+        "openai/embeddings/*",
+        "openai/chat/*",
+    ]
+    assert {terms for _, terms in bench.seen} == {GIVEN}
+    for name, calls in {"chat": 2, "tools": 1, "embeddings": 1}.items():
+        child = bench.limiter.children[name]
+        assert child.key("acme").statistics().admitted == child.statistics().admitted == calls
+    assert bench.provider.statistics().requests == 3
+
+
+def test_calls_of_an_agent_workflow_are_seen_under_what_was_given(bench: Bench) -> None:
+    """The agents of a workflow run in its tasks."""
+    workflow = AgentWorkflow(agents=[bench.agent()], root_agent="f")
+
+    bench.time.run(under(lambda: ask(workflow)))
+
+    assert len(bench.seen) == 4
+    assert {terms for _, terms in bench.seen} == {GIVEN}
+
+
+@pytest.mark.filterwarnings("ignore:is_running called from within a step:DeprecationWarning")
+def test_calls_of_a_react_agent_are_seen_under_what_was_given(bench: Bench) -> None:
+    """An agent that thinks in text."""
+    agent = ReActAgent(tools=[bench.tool], llm=bench.like)
+
+    bench.time.run(under(lambda: ask(agent)))
+
+    assert [name for name, _ in bench.seen if name != "openai/chat/*"] == [
+        "openai/tools/*",
+        "openai/embeddings/*",
+    ]
+    assert len(bench.seen) >= 4
+    assert {terms for _, terms in bench.seen} == {GIVEN}
+
+
+def test_calls_of_a_query_engine_are_seen_under_what_was_given(bench: Bench) -> None:
+    """Its embedding and the answer, streamed or not."""
+    index = VectorStoreIndex.from_documents([Document(text="a")], embed_model=bench.embed_model)
+    bench.seen.clear()
+    engine = index.as_query_engine(llm=bench.llm)
+    streaming = index.as_query_engine(llm=bench.llm, streaming=True)
+
+    async def stream() -> str:
+        reply: Any = await streaming.aquery("which?")  # asks the model only when it is read
+        return "".join([part async for part in reply.async_response_gen()])
+
+    whole = bench.time.run(under(lambda: engine.aquery("which?")))
+    assert "You said" in str(whole)
+    assert "You said" in bench.time.run(under(stream))
+
+    assert [name for name, _ in bench.seen] == ["openai/embeddings/*", "openai/chat/*"] * 2
+    assert {terms for _, terms in bench.seen} == {GIVEN}
+
+
+def test_stream_is_admitted_on_the_terms_under_which_it_was_asked_for(bench: Bench) -> None:
+    """Engines read streams in tasks and threads of their own, which know nothing of them."""
+
+    async def main() -> None:
+        with asyncbucket.tenant("acme"), asyncbucket.priority(3):
+            stream = await bench.llm.astream_complete("hi")
+        with asyncbucket.tenant("other"):
+            assert [part.delta async for part in stream]
+            assert inherited.get() == Inherited(tenant="other")
+        assert inherited.get() is None
+
+    bench.time.run(main())
+    assert bench.seen == [("openai/chat/*", Inherited(priority=3, tenant="acme"))]
+    assert bench.limiter.children["chat"].key("acme").statistics().admitted == 1
+
+
+def test_synchronous_stream_does_so_too() -> None:
+    """A chat engine reads it in a thread."""
+    limiter = Limiter("1000/s")
+    llm = limiter.wrap(MockLLM())
+
+    with asyncbucket.tenant("acme"):
+        stream = llm.stream_complete("hi there")
+    with asyncbucket.tenant("other"):
+        assert "".join([part.delta or "" for part in stream]) == "hi there"
+
+    assert limiter.key("acme").statistics().admitted == 1
+    assert limiter.key("other").statistics().admitted == 0
+
+
+def test_urgent_agent_goes_before_what_waits(bench: Bench) -> None:
+    """Four calls of one agent at one a second, past a queue of a hundred."""
+
+    async def batch() -> None:
+        with asyncbucket.priority("batch"):
+            await asyncio.gather(*(bench.llm.acomplete(f"{n}") for n in range(100)))
+
+    async def main() -> None:
+        queue = asyncio.create_task(batch())
+        await asyncio.sleep(0.5)
+        with asyncbucket.priority("interactive"):
+            await ask(bench.agent())
+        assert bench.time.now <= 6
+        await queue
+
+    bench.time.run(main())
+    assert bench.limiter.statistics().admitted == 104
+
+
+def test_tenants_agents_share_by_their_limits(bench: Bench) -> None:
+    """One with a small limit waits for it, the other one does not wait with it."""
+    bench.limiter.reconfigure("600 RPM burst 600")
+    chat = bench.limiter.children["chat"]
+    chat.key("small", "1 RPM")
+    ends: dict[str, float] = {}
+
+    async def run(tenant: str) -> None:
+        with asyncbucket.tenant(tenant):
+            await ask(bench.agent())
+        ends[tenant] = bench.time.now
+
+    async def main() -> None:
+        await asyncio.gather(run("small"), run("large"))
+
+    bench.time.run(main())
+    assert ends["large"] < 1
+    assert ends["small"] >= 60
+
+
+# -- deadlines -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("kind", ["agent", "workflow", "engine"])
+def test_run_that_cannot_make_its_deadline_fails_at_once(
+    bench: Bench,
+    kind: str,
+    streaming: bool,  # noqa: FBT001 - a case
+) -> None:
+    """With the error of the limiter, which names what binds; LlamaIndex wraps it in nothing."""
+    index = VectorStoreIndex.from_documents([Document(text="a")], embed_model=bench.embed_model)
+    agent = bench.agent(streaming=streaming)
+    start: Any = {
+        "agent": lambda: ask(agent),
+        "workflow": lambda: ask(AgentWorkflow(agents=[agent], root_agent="f")),
+        "engine": lambda: index.as_query_engine(llm=bench.llm).aquery("which?"),
+    }[kind]
+
+    async def main() -> None:
+        with (
+            pytest.raises(AcquireTimeout) as caught,
+            asyncbucket.deadline(0.5),
+        ):
+            await start()
+        assert "cannot pass within 0.5 s: requests bind for 1 s more" in str(caught.value)
+        assert caught.value.bound_by == "requests"
+        assert caught.value.retry_after == pytest.approx(1)
+        assert bench.time.now == 0
+
+    bench.time.run(main())
+    assert bench.provider.statistics().requests == 1  # the index's
+
+
+def test_agent_stops_at_the_call_that_cannot_make_it(bench: Bench) -> None:
+    """What was in time was made; the model is told of a tool's refusal, and cannot be asked then."""
+
+    async def main() -> None:
+        with pytest.raises(AcquireTimeout, match="requests bind for"), asyncbucket.deadline(0.9):
+            await ask(bench.agent())
+        assert bench.time.now < 0.9
+
+    bench.time.run(main())
+    assert [name for name, _ in bench.seen] == ["openai/chat"]
+
+
+def test_deadline_ends_retries(bench: Bench) -> None:
+    """A back-off that would end after it is not slept through."""
+    bench.provider.reconfigure(rpm=1)
+
+    async def main() -> None:
+        await bench.llm.acomplete("hi")
+        await asyncio.sleep(2)
+        before = bench.time.now
+        with pytest.raises(RateLimitError) as caught, asyncbucket.deadline(5):
+            await bench.llm.acomplete("hi")
+        assert bench.time.now - before < 1
+        (note,) = caught.value.__notes__
+        assert "asyncbucket: tried once" in note
+        assert "the deadline in" in note
+
+    bench.time.run(main())
+
+
+class Slow(Workflow):
+    """A workflow of one's own, with LlamaIndex's time-out of 45 s."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__()
+        self.bench = bench
+
+    @step
+    async def ask(self, ev: StartEvent) -> StopEvent:  # noqa: ARG002 - workflows look at the signature
+        return StopEvent(result=str(await self.bench.llm.acomplete("hi")))
+
+
+async def queued(bench: Bench) -> AsyncIterator[None]:
+    """Have a minute's worth of calls wait."""
+    waiting = asyncio.gather(*(bench.llm.acomplete(f"{n}") for n in range(60)))
+    await asyncio.sleep(0)
+    yield
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+
+
+def test_deadline_says_more_than_the_time_out_of_a_workflow(bench: Bench) -> None:
+    """Behind a minute's queue a workflow times out; with a deadline the limiter says why."""
+
+    async def main() -> None:
+        async for _ in queued(bench):
+            with (
+                pytest.raises(AcquireTimeout, match="cannot pass within 40 s"),
+                asyncbucket.deadline(40),
+            ):
+                await Slow(bench).run()
+            assert 39 < bench.time.now < 41
+
+    bench.time.run(main())
+
+
+def test_agents_whose_tools_ask_models_meet_no_429(bench: Bench) -> None:
+    """Twenty at once under two slots and a narrow limit: each is answered, no slot is exceeded."""
+    bench.provider.reconfigure(rpm=60, concurrency=2, latency=1.5)
+    bench.limiter.reconfigure(concurrency=2)
+    searches = bench.limiter.child("searches", concurrency=1)
+    running: list[int] = []
+
+    async def search(a: int, b: int) -> str:
+        """Search, and sum up what is found."""
+        running.append(1)
+        assert len(running) == 1
+        found = str(await bench.llm.acomplete(f"sum up {a} and {b}"))
+        running.pop()
+        return found
+
+    tools = bench.limiter.wrap([FunctionTool.from_defaults(async_fn=search)], child=searches)
+
+    async def main() -> list[Any]:
+        async with asyncio.timeout(600):
+            agents = [FunctionAgent(tools=tools, llm=bench.llm) for _ in range(20)]
+            return await asyncio.gather(*map(ask, agents))
+
+    replies = bench.time.run(main())
+    assert ["look up 1 and 2" in str(reply) for reply in replies] == [True] * 20
+    there = bench.provider.statistics()
+    assert (there.requests, there.refused, there.peak_in_flight) == (60, 0, 2)
+    assert searches.statistics().admitted == 20
+    assert bench.limiter.statistics().in_flight == 0

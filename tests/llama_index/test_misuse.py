@@ -1,0 +1,141 @@
+"""What undoes pacing is said once, where it is done, with the remedy; and nothing else is."""
+
+import asyncio
+import warnings
+from typing import Any
+
+import pytest
+from llama_index.core.embeddings import MockEmbedding
+from llama_index.core.llms import CustomLLM, MockLLM
+from llama_index.core.rate_limiter import TokenBucketRateLimiter
+from llama_index.embeddings.openai import OpenAIEmbedding
+from llama_index.llms.openai import OpenAI
+from openai import AsyncOpenAI
+
+from asyncbucket import Limiter, pace
+from asyncbucket.llama_index import RateLimitedLLM, misuse
+
+KEY = "sk-very-secret"
+NATIVE = TokenBucketRateLimiter(requests_per_minute=10)
+
+
+class PacedOpenAI(RateLimitedLLM, OpenAI):
+    """A class written by hand."""
+
+
+class Holder(CustomLLM):
+    """A model around something else."""
+
+    inner: Any
+
+    @property
+    def metadata(self) -> Any:
+        return MockLLM().metadata
+
+    def complete(self, prompt: str, *_: Any, **__: Any) -> Any:
+        return self.inner.complete(prompt)
+
+    def stream_complete(self, prompt: str, *_: Any, **__: Any) -> Any:
+        return self.inner.stream_complete(prompt)
+
+
+@pytest.fixture
+async def client() -> Any:
+    """Return a client that retries, as the SDK makes them."""
+    async with AsyncOpenAI(api_key=KEY, base_url="https://llm.test/v1") as made:
+        yield made
+
+
+def test_native_rate_limiter_is_warned_of_where_it_is_wrapped() -> None:
+    """However the model comes to be paced; the warning names the caller's line."""
+    limiter = Limiter("100 RPM")
+    inner = OpenAI(api_key=KEY, rate_limiter=NATIVE)
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        limiter.wrap(inner)
+        limiter.wrap([inner])
+        pace(inner, rpm=5)
+        PacedOpenAI(api_key=KEY, rate_limiter=NATIVE, limiter=limiter)
+
+    assert {str(each.message).partition(":")[0] for each in seen} == {
+        "OpenAI has a rate_limiter of its own",
+        "PacedOpenAI has a rate_limiter of its own",
+    }
+    assert [each.filename for each in seen] == [__file__] * 4
+
+
+def test_client_in_a_field_that_retries_is_warned_of(client: AsyncOpenAI) -> None:
+    """It is the user's own and stays as it is; with retry=False it is the only layer."""
+    limiter = Limiter("100 RPM")
+
+    with pytest.warns(
+        UserWarning,
+        match=r"Holder.inner tries again by itself \(max_retries=2\): one call may become 5 x 3 "
+        r"requests, of which the limiter sees 5; make it with max_retries=0, or wrap with retry=F",
+    ):
+        limiter.wrap(Holder(inner=client))
+    with pytest.warns(UserWarning, match=r"Holder.inner .*5 x 8"):
+        limiter.wrap(Holder(inner=OpenAI(api_key=KEY, max_retries=7)))
+
+    limiter.wrap(Holder(inner=client), retry=False)
+    limiter.wrap(Holder(inner=client.with_options(max_retries=0)))
+    limiter.wrap(Holder(inner=limiter.wrap(OpenAI(api_key=KEY))))
+
+
+def test_retries_that_are_switched_off_are_not_warned_of(client: AsyncOpenAI) -> None:
+    """A client given to OpenAI's class, the class itself, an embedding: all ours to change."""
+    limiter = Limiter("100 RPM")
+
+    limiter.wrap(OpenAI(api_key=KEY, max_retries=9, async_openai_client=client))
+    limiter.wrap(OpenAIEmbedding(api_key=KEY, max_retries=9))
+    limiter.wrap(MockEmbedding(embed_dim=2))
+    PacedOpenAI(api_key=KEY, max_retries=9, limiter=limiter)
+
+
+async def test_limiter_for_each_request_is_warned_of_once() -> None:
+    """Ten alike for one key, on one event loop, whether or not the model is made anew, too."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(30):
+            pace(OpenAI(model="gpt-4o-mini", api_key=KEY), rpm=500, name="openai")
+
+    (said,) = seen
+    assert said.filename == __file__
+    assert str(said.message).startswith("10 limiters like <Limiter 'openai', 500 requests per 60 s")
+    assert "make it once, when the program starts" in str(said.message)
+    assert KEY not in str(said.message)
+
+
+async def test_many_limiters_that_are_right_are_not_warned_of() -> None:
+    """For tenants with keys of their own, for several models, by children; one for many models."""
+    one = Limiter("500 RPM")
+    for number in range(30):
+        pace(OpenAI(api_key=f"{KEY} {number}"), rpm=500)
+        pace(OpenAI(api_key=KEY, model=f"gpt-4.{number}"), rpm=500)
+        pace(OpenAI(api_key=KEY), rpm=500, name=f"{number}")
+        pace(OpenAI(api_key=KEY), rpm=500 + number)
+        one.wrap(OpenAI(api_key=KEY))
+        one.child(f"{number}").wrap(OpenAI(api_key=KEY))
+        pace(MockLLM(), rpm=500)
+
+
+def test_test_suites_are_not_warned_of() -> None:
+    """One limiter a test is right: each has an event loop of its own, or none."""
+
+    async def test() -> None:
+        pace(OpenAI(api_key=KEY), rpm=500)
+
+    for _ in range(30):
+        asyncio.run(test())
+        pace(OpenAI(api_key=KEY), rpm=500)
+
+
+async def test_what_is_counted_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that sees any number of keys remembers a bounded number of them."""
+    monkeypatch.setattr(misuse, "_MOST_KEYS", 5)
+
+    for number in range(50):
+        pace(OpenAI(api_key=f"{KEY} {number}"), rpm=500)
+
+    assert len(misuse._COUNT._seen[asyncio.get_running_loop()]) <= 6

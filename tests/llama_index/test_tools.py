@@ -1,0 +1,679 @@
+"""A paced tool is the tool, each call of it is admitted once, and nothing inside it waits for it."""
+
+import asyncio
+import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llama_index.core import Settings
+from llama_index.core.base.base_query_engine import BaseQueryEngine
+from llama_index.core.base.response.schema import Response
+from llama_index.core.llms import MockLLM
+from llama_index.core.tools import FunctionTool, QueryEngineTool, ToolMetadata, ToolOutput
+from llama_index.core.tools.calling import acall_tool, call_tool
+from llama_index.core.tools.types import AsyncBaseTool, BaseTool, adapt_to_async_tool
+from llama_index.core.workflow import Context
+from llama_index.llms.openai import OpenAI
+
+from asyncbucket import AcquireTimeout, Limiter
+from asyncbucket.llama_index.running import make_way, running
+from asyncbucket.testing import VirtualTime
+
+if TYPE_CHECKING:
+    from asyncbucket.testing.pytest_plugin import ProviderFactory
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+async def multiply(a: int, b: int) -> int:
+    """Multiply two numbers."""
+    return a * b
+
+
+class Engine(BaseQueryEngine):
+    """A query engine that answers with the question."""
+
+    def __init__(self) -> None:
+        super().__init__(callback_manager=Settings.callback_manager)
+
+    def _query(self, query_bundle: Any) -> Response:
+        return Response(query_bundle.query_str)
+
+    async def _aquery(self, query_bundle: Any) -> Response:
+        return Response(query_bundle.query_str)
+
+    def _get_prompt_modules(self) -> Any:
+        return {}
+
+
+class Plain(BaseTool):
+    """A tool that is synchronous alone."""
+
+    @property
+    def metadata(self) -> ToolMetadata:
+        return ToolMetadata("plain", name="plain")
+
+    def __call__(self, input: Any) -> ToolOutput:  # noqa: A002 - LlamaIndex's name
+        return ToolOutput("plain", content=str(input), raw_input={})
+
+
+class Threaded(AsyncBaseTool):
+    """A tool whose asynchronous call is its synchronous one, in a thread."""
+
+    @property
+    def metadata(self) -> ToolMetadata:
+        return ToolMetadata("threaded", name="threaded")
+
+    def call(self, input: Any) -> ToolOutput:  # noqa: A002 - LlamaIndex's name
+        return ToolOutput("threaded", content=str(input), raw_input={})
+
+    async def acall(self, input: Any) -> ToolOutput:  # noqa: A002 - LlamaIndex's name
+        return await asyncio.to_thread(self.call, input)
+
+
+def tools() -> list[Any]:
+    """Return a tool of each kind."""
+    return [
+        FunctionTool.from_defaults(add),
+        FunctionTool.from_defaults(async_fn=multiply),
+        QueryEngineTool.from_defaults(Engine()),
+        Plain(),
+        Threaded(),
+    ]
+
+
+def named(tool: Any) -> str:
+    """Name a case."""
+    return str(tool.metadata.name)
+
+
+def arguments(tool: Any) -> dict[str, Any]:
+    """Return what to call a tool with."""
+    return {"a": 2, "b": 3} if isinstance(tool, FunctionTool) else {"input": "hi"}
+
+
+@pytest.mark.parametrize("inner", tools(), ids=named)
+def test_wrapped_tool_is_of_its_own_class(inner: Any) -> None:
+    """isinstance, metadata, schema and attributes are what they were."""
+    paced = Limiter("100 RPM").wrap(inner)
+
+    assert isinstance(paced, type(inner))
+    assert isinstance(paced, AsyncBaseTool) == isinstance(inner, AsyncBaseTool)
+    assert paced.metadata.to_openai_tool() == inner.metadata.to_openai_tool()
+    assert hasattr(paced, "acall") == hasattr(inner, "acall")
+    assert {name: vars(paced)[name] for name in vars(inner)} == vars(inner)
+    if isinstance(inner, FunctionTool):
+        assert paced.real_fn is inner.real_fn
+
+
+@pytest.mark.parametrize("inner", tools(), ids=named)
+def test_each_call_of_a_tool_is_admitted_once(inner: Any) -> None:
+    """However it is called, and with the result that it always had."""
+    limiter = Limiter("100 RPM", concurrency=1)
+    paced = limiter.wrap(inner)
+    given = arguments(inner)
+
+    outputs = [paced(**given), call_tool(paced, given)]
+    if isinstance(inner, AsyncBaseTool):
+        outputs.append(paced.call(**given))
+        outputs.append(asyncio.run(inner_acall(paced, given)))
+    outputs.append(asyncio.run(acall_tool(paced, given)))
+    outputs.append(asyncio.run(inner_acall(adapt_to_async_tool(paced), given)))
+
+    assert {str(output) for output in outputs} == {str(inner(**given))}
+    assert limiter.statistics().admitted == len(outputs)
+    assert limiter.statistics().in_flight == 0
+
+
+async def inner_acall(tool: Any, given: dict[str, Any]) -> Any:
+    """Call a tool asynchronously."""
+    return await tool.acall(**given)
+
+
+def test_inner_tool_stays_unpaced() -> None:
+    """Who calls the inner tool spends nothing of the limiter."""
+    limiter = Limiter("100 RPM")
+    inner = FunctionTool.from_defaults(add)
+    limiter.wrap(inner)
+
+    inner(a=1, b=2)
+
+    assert limiter.statistics().admitted == 0
+    assert type(inner) is FunctionTool
+
+
+def test_tools_wait_for_their_limit(virtual_time: VirtualTime) -> None:
+    """Ten calls at ten a second take nine tenths of a second, and no two run at once."""
+    limiter = Limiter("10/s burst 1", clock=virtual_time.clock)
+    paced = limiter.wrap(FunctionTool.from_defaults(async_fn=multiply), child="tools")
+
+    async def main() -> None:
+        await asyncio.gather(*(paced.acall(a=n, b=1) for n in range(10)))
+        assert virtual_time.now == pytest.approx(0.9)
+
+    virtual_time.run(main())
+    assert limiter.children["tools"].statistics().admitted == 10
+
+
+def test_list_comes_back_as_a_list_of_paced_ones() -> None:
+    """Models, tools and functions, in their order; a tuple comes back as a tuple."""
+    limiter = Limiter("100 RPM")
+    things = [MockLLM(), FunctionTool.from_defaults(add), multiply]
+
+    paced: Any = limiter.wrap(things)
+
+    assert [type(each).__name__ for each in paced] == [
+        "PacedMockLLM",
+        "PacedFunctionTool",
+        "PacedFunctionTool",
+    ]
+    assert [each.limiter for each in paced] == [limiter] * 3
+    assert paced[2].metadata.name == "multiply"
+    assert things[2] is multiply
+    assert isinstance(limiter.wrap(tuple(things)), tuple)
+    assert limiter.wrap([]) == []
+    assert all(a is b for a, b in zip(limiter.wrap(paced), paced, strict=True))
+
+
+def test_list_with_a_stranger_is_refused() -> None:
+    """And nothing of it is wrapped by halves."""
+    with pytest.raises(TypeError, match="embedding model or tool can be wrapped, not str"):
+        Limiter("100 RPM").wrap([FunctionTool.from_defaults(add), "add"])
+
+
+def test_cost_is_a_mapping_or_a_callable() -> None:
+    """Amounts, amounts by argument, or a whole cost by argument; one request else."""
+    limiter = Limiter("1000 RPM burst 1000", "1000 images/m")
+    inner = FunctionTool.from_defaults(add)
+
+    def product(a: int, b: int) -> int:
+        return a * b
+
+    def both(a: int, b: int) -> dict[str, float]:
+        return {"requests": a, "images": b}
+
+    limiter.wrap(inner, cost={"images": 3})(a=1, b=2)
+    limiter.wrap(inner, cost={"images": product, "requests": 2})(a=4, b=5)
+    limiter.wrap(inner, cost=both)(a=6, b=7)
+
+    requests, images = limiter.statistics().limits
+    assert (requests.used, images.used) == (1 + 2 + 6, 3 + 20 + 7)
+
+
+def test_bad_costs_are_refused() -> None:
+    """With what a cost is."""
+    limiter = Limiter("100 RPM")
+    inner = FunctionTool.from_defaults(add)
+    wrong: Any = 3
+
+    def returns(**_: Any) -> Any:
+        return wrong
+
+    with pytest.raises(TypeError, match=r"cost= takes amounts by resource, .* not 3"):
+        limiter.wrap(inner, cost=wrong)
+    with pytest.raises(TypeError, match=r"cost= returned 3; it returns amounts by resource"):
+        limiter.wrap(inner, cost=returns)(a=1, b=2)
+    with pytest.raises(TypeError, match="no limit counts images: this limiter counts"):
+        limiter.wrap(inner, cost={"images": 1})(a=1, b=2)
+    assert limiter.statistics().admitted == 0
+
+
+def test_options_that_do_not_apply_are_refused() -> None:
+    """A tool is not retried, a model has no cost; in a list each gets its own."""
+    limiter = Limiter("1000 RPM", "1000 images/m")
+    tool, llm = FunctionTool.from_defaults(add), MockLLM()
+
+    with pytest.raises(TypeError, match="retry= is for models"):
+        limiter.wrap(tool, retry=2)
+    with pytest.raises(TypeError, match="cost= is for tools"):
+        limiter.wrap([llm], cost={"images": 1})
+
+    both: Any = limiter.wrap([tool, llm], retry=2, cost={"images": 1})
+    both[0](a=1, b=2)
+    assert both[1]._pacing.retrier.policy.attempts == 2
+    assert limiter.statistics().limits[1].used == 1
+
+
+def test_failing_tool_gives_its_slot_back_and_is_not_tried_again() -> None:
+    """Nobody but its author knows what a tool has done by the time it fails."""
+    limiter = Limiter("100 RPM", concurrency=1)
+    calls: list[int] = []
+
+    # Two arguments: a tool of one is tried again by older LlamaIndex itself, without its keyword.
+    def fail(number: int, unit: str) -> None:
+        """Fail."""
+        calls.append(number)
+        raise TimeoutError(unit)
+
+    paced = limiter.wrap(FunctionTool.from_defaults(fail))
+    with pytest.raises(TimeoutError):
+        paced.call(number=1, unit="m")
+    output = asyncio.run(acall_tool(paced, {"number": 2, "unit": "m"}))
+
+    assert output.is_error
+    assert calls == [1, 2]
+    assert limiter.statistics().in_flight == 0
+
+
+def test_refusal_reaches_the_agent_s_model_as_the_tool_s_error() -> None:
+    """As LlamaIndex does with all that a tool raises: the model reads why."""
+    limiter = Limiter("1 RPM", timeout=1)
+    paced = limiter.wrap(FunctionTool.from_defaults(add))
+    paced(a=1, b=2)
+
+    output = asyncio.run(acall_tool(paced, {"a": 1, "b": 2}))
+
+    assert isinstance(output.exception, AcquireTimeout)
+    assert "a call of 1 request cannot pass within 1 s: requests bind for" in str(output)
+
+
+def test_tool_with_a_context_gets_it() -> None:
+    """The agent passes its context to a tool that asks for one, paced or not."""
+
+    async def greet(ctx: Context, name: str) -> str:
+        """Greet."""
+        return f"{ctx} {name}"
+
+    paced = Limiter("100 RPM").wrap(FunctionTool.from_defaults(async_fn=greet))
+
+    assert paced.requires_context
+    assert paced.ctx_param_name == "ctx"
+    with pytest.raises(ValueError, match="Context is required"):
+        asyncio.run(inner_acall(paced, {"name": "Ada"}))
+    assert str(asyncio.run(inner_acall(paced, {"name": "Ada", "ctx": "hello"}))) == "hello Ada"
+
+
+def test_repr_says_tool_and_limiter() -> None:
+    """Enough for a log."""
+    paced = Limiter("100 RPM", name="mine").wrap(FunctionTool.from_defaults(add))
+
+    assert repr(paced).startswith("PacedFunctionTool('add', limiter=<Limiter 'mine'")
+
+
+@pytest.mark.parametrize("make_copy", [copy.copy, copy.deepcopy])
+def test_copy_of_a_tool_spends_from_the_same_budget(make_copy: Any) -> None:
+    """However it is copied."""
+    limiter = Limiter("100 RPM")
+    paced = limiter.wrap(FunctionTool.from_defaults(add))
+
+    twin = make_copy(paced)
+    twin(a=1, b=2)
+
+    assert twin is not paced
+    assert twin.limiter is limiter
+    assert limiter.statistics().admitted == 1
+
+
+def test_spans_are_those_of_the_tool(instrumentation: Any) -> None:
+    """LlamaIndex sees one span a call, as before, after the wait."""
+    inner = FunctionTool.from_defaults(async_fn=multiply)
+    asyncio.run(inner_acall(inner, {"a": 1, "b": 2}))
+    before, _ = instrumentation.take()
+
+    paced = Limiter("100 RPM").wrap(inner)
+    asyncio.run(inner_acall(paced, {"a": 1, "b": 2}))
+    after, _ = instrumentation.take()
+
+    assert after == before
+
+
+# -- tools that call -------------------------------------------------------------------------------
+
+
+class Tree:
+    """A limiter of one slot with a child for models and one for tools."""
+
+    def __init__(self, clock: Any, **options: Any) -> None:
+        self.root = Limiter("1000/s", clock=clock, **options)
+        self.chat = self.root.child("chat")
+        self.tools = self.root.child("tools", concurrency=1)
+        self.llm = self.root.wrap(MockLLM(), child=self.chat)
+        self.running = self.most = 0
+
+    def ask(self, seconds: float = 1.0) -> Any:
+        """Return a tool that asks the model, and takes so long besides."""
+
+        async def ask(prompt: str) -> str:
+            """Ask."""
+            self.running += 1
+            self.most = max(self.most, self.running)
+            reply = await self.llm.acomplete(prompt)
+            await asyncio.sleep(seconds)
+            self.running -= 1
+            return str(reply)
+
+        return self.root.wrap(FunctionTool.from_defaults(async_fn=ask), child=self.tools)
+
+    def assert_at_rest(self) -> None:
+        """Nothing is left over anywhere."""
+        for limiter in (self.root, self.chat, self.tools):
+            assert (limiter.statistics().in_flight, limiter.statistics().waiting) == (0, 0)
+            assert all(slots.used == 0 for slots in limiter._account.gates.slots)
+
+
+def test_tool_that_asks_a_paced_model_does_not_wait_for_itself(virtual_time: VirtualTime) -> None:
+    """One slot above both: the tool lends it to the model's call, and keeps that of its own child."""
+    tree = Tree(virtual_time.clock, concurrency=1)
+    tool = tree.ask()
+
+    async def main() -> None:
+        async with asyncio.timeout(60):
+            replies = await asyncio.gather(*(tool.acall(prompt="a b") for _ in range(5)))
+        assert [str(reply) for reply in replies] == ["a b"] * 5
+        assert virtual_time.now >= 5  # one tool at a time, whatever it asks
+
+    virtual_time.run(main())
+    assert tree.most == 1
+    assert tree.root.statistics().admitted == 10
+    tree.assert_at_rest()
+
+
+def test_models_in_tools_keep_the_slots_of_the_root(virtual_time: VirtualTime) -> None:
+    """A tool that asks ten times at once has no more of them in flight than the root allows."""
+    limiter = Limiter("1000/s", concurrency=2, clock=virtual_time.clock)
+    most: list[int] = []
+
+    @limiter.child("chat").paced
+    async def call() -> None:
+        most.append(limiter._account.gates.slots[0].used)
+        await asyncio.sleep(1)
+
+    llm = limiter.wrap(MockLLM(max_tokens=1), child="chat")
+
+    async def fan_out() -> str:
+        """Fan out."""
+        await llm.acomplete("first")
+        await asyncio.gather(*(call() for _ in range(10)))
+        return "done"
+
+    tool = limiter.wrap(FunctionTool.from_defaults(async_fn=fan_out), child="tools")
+
+    async def main() -> None:
+        async with asyncio.timeout(60):
+            await asyncio.gather(*(tool.acall() for _ in range(3)))
+
+    virtual_time.run(main())
+    assert max(most) == 2
+    assert limiter.statistics().in_flight == 0
+
+
+def test_tool_that_calls_a_tool_does_not_wait_for_itself(virtual_time: VirtualTime) -> None:
+    """Agents as tools, three deep, under one slot of one limiter, synchronous and not."""
+    limiter = Limiter("1000/s", concurrency=1, clock=virtual_time.clock)
+    inner = limiter.wrap(FunctionTool.from_defaults(async_fn=multiply))
+
+    async def middle(a: int) -> str:
+        """Call the inner one."""
+        return str(await inner.acall(a=a, b=2))
+
+    between = limiter.wrap(FunctionTool.from_defaults(async_fn=middle))
+
+    async def outer(a: int) -> str:
+        """Call the middle one, twice."""
+        outputs = await asyncio.gather(between.acall(a=a), between.acall(a=a + 1))
+        return " ".join(map(str, outputs))
+
+    tool = limiter.wrap(FunctionTool.from_defaults(async_fn=outer))
+
+    async def main() -> None:
+        async with asyncio.timeout(60):
+            outputs = await asyncio.gather(*(tool.acall(a=n) for n in range(3)))
+        assert [str(output) for output in outputs] == ["0 2", "2 4", "4 6"]
+
+    virtual_time.run(main())
+    assert limiter.statistics().admitted == 3 * (1 + 2 + 2)
+    assert limiter.statistics().in_flight == 0
+    assert limiter._account.gates.slots[0].used == 0
+
+
+def test_tool_that_is_asked_for_again_inside_pays_again(virtual_time: VirtualTime) -> None:
+    """Not the method of a tool that calls another one, but an agent in it that runs it anew."""
+    tree = Tree(virtual_time.clock, concurrency=1)
+    tool: Any = None
+
+    async def recurse(depth: int) -> str:
+        """Recurse."""
+        await tree.llm.acomplete("deeper?")
+        return "bottom" if depth == 0 else str(await tool.acall(depth=depth - 1))
+
+    tool = tree.root.wrap(FunctionTool.from_defaults(async_fn=recurse), child=tree.tools)
+
+    async def main() -> None:
+        async with asyncio.timeout(60):
+            assert str(await tool.acall(depth=3)) == "bottom"
+
+    virtual_time.run(main())
+    assert tree.tools.statistics().admitted == 4
+    tree.assert_at_rest()
+
+
+def test_synchronous_tool_that_asks_a_paced_model_does_not_wait_for_itself() -> None:
+    """In a thread, where LlamaIndex runs it, with one slot for all."""
+    limiter = Limiter("1000/s", concurrency=1)
+    llm = limiter.wrap(MockLLM())
+
+    def ask(prompt: str) -> str:
+        """Ask."""
+        return str(llm.complete(prompt))
+
+    tool = limiter.wrap(FunctionTool.from_defaults(ask))
+
+    async def main() -> list[str]:
+        async with asyncio.timeout(30):
+            return [
+                str(each)
+                for each in await asyncio.gather(*(tool.acall(prompt="a b") for _ in range(3)))
+            ]
+
+    assert asyncio.run(main()) == ["a b"] * 3
+    assert str(tool.call(prompt="a b")) == "a b"
+    assert limiter.statistics().admitted == 8
+    assert limiter.statistics().in_flight == 0
+
+
+def test_tools_that_ask_each_other_do_not_wait_for_each_other(virtual_time: VirtualTime) -> None:
+    """One slot each, and one goes from here to there while the other comes the other way."""
+    limiter = Limiter("1000/s", clock=virtual_time.clock)
+    tools: dict[str, Any] = {}
+
+    def make(mine: str, other: str) -> Any:
+        async def ask(depth: int) -> str:
+            """Ask the other one."""
+            await asyncio.sleep(1)
+            return str(await tools[other].acall(depth=depth - 1)) if depth else "bottom"
+
+        child = limiter.child(mine, concurrency=1)
+        return limiter.wrap(FunctionTool.from_defaults(async_fn=ask), child=child)
+
+    tools.update(a=make("a", "b"), b=make("b", "a"))
+
+    async def main() -> None:
+        async with asyncio.timeout(60):
+            await asyncio.gather(*(tools[name].acall(depth=3) for name in "abab"))
+
+    virtual_time.run(main())
+    assert [child.statistics().admitted for child in limiter.children.values()] == [8, 8]
+    assert limiter.statistics().in_flight == 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a tool call does: of which child it is, how long it takes, and what it asks inside."""
+
+    child: str
+    seconds: int
+    asks: "tuple[Plan, ...]" = ()
+
+
+PLANS = st.recursive(
+    st.builds(Plan, st.sampled_from("abc"), st.integers(0, 3)),
+    lambda inner: st.builds(
+        Plan, st.sampled_from("abc"), st.integers(0, 3), st.lists(inner, max_size=3).map(tuple)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    plans=st.lists(PLANS, min_size=1, max_size=6),
+    slots=st.lists(st.integers(1, 2), min_size=4, max_size=4),
+    cancelled=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 8)), max_size=4),
+    models=st.booleans(),
+)
+def test_no_history_of_tools_hangs_or_leaks(
+    plans: list[Plan],
+    slots: list[int],
+    cancelled: list[tuple[int, int]],
+    models: bool,  # noqa: FBT001 - a case
+) -> None:
+    """Tools that ask tools and models, of any child and at once, cancelled at any time."""
+    with VirtualTime() as time:
+        root = Limiter("1000/s", concurrency=slots[0], clock=time.clock)
+        children = {
+            name: root.child(name, concurrency=size)
+            for name, size in zip("abc", slots[1:], strict=True)
+        }
+        llm = root.wrap(MockLLM())
+        tools: dict[str, Any] = {}
+
+        async def run(plan: Plan) -> str:
+            """Run."""
+            assert all(each.used <= each.size for each in root._account.gates.slots)
+            await asyncio.sleep(plan.seconds)
+            if models:
+                await llm.acomplete("hi")
+            await asyncio.gather(*(tools[each.child].acall(plan=each) for each in plan.asks))
+            return "done"
+
+        for name, child in children.items():
+            tool = FunctionTool.from_defaults(async_fn=run, name=name)
+            tools[name] = root.wrap(tool, child=child)
+
+        async def main() -> None:
+            tasks = [asyncio.create_task(tools[plan.child].acall(plan=plan)) for plan in plans]
+            for number, seconds in cancelled:
+                await asyncio.sleep(seconds)
+                tasks[number % len(tasks)].cancel()
+            async with asyncio.timeout(10_000):
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+        time.run(main())
+        for limiter in (root, *children.values()):
+            assert (limiter.statistics().in_flight, limiter.statistics().waiting) == (0, 0)
+            assert limiter._account.gates.slots[0].used == 0
+
+
+def test_slot_is_lent_once_to_many_threads() -> None:
+    """However many of them ask at the same time."""
+    limiter = Limiter("1000/s", concurrency=3)
+    llm = limiter.wrap(MockLLM())
+
+    def fan_out() -> str:
+        """Fan out."""
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(copy_context().run, llm.complete, f"{n}") for n in range(50)]
+            return " ".join(str(each.result()) for each in asked)
+
+    tool = limiter.wrap(FunctionTool.from_defaults(fan_out))
+    for _ in range(5):
+        assert str(tool()) == " ".join(map(str, range(50)))
+
+    assert limiter.statistics().in_flight == 0
+    assert limiter._account.gates.slots[0].used == 0
+
+
+def test_slot_of_a_parent_process_is_not_lent_by_its_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a fork the leases in flight are the parent's, and the child's slots are all free."""
+    limiter = Limiter("1000/s", concurrency=1)
+    lease = limiter.acquire_nowait()
+    monkeypatch.setattr(limiter._budget, "epoch", 1)
+    limiter._account.after_fork()
+
+    with running("tool", lease):
+        make_way(limiter)
+
+    assert limiter._account.gates.slots[0].used == 0
+
+
+def test_cancelled_tool_gives_back_what_it_still_holds(virtual_time: VirtualTime) -> None:
+    """Before and after it has lent its slot, at any instant."""
+
+    async def main() -> None:
+        for tenths in range(30):
+            tree = Tree(virtual_time.clock, concurrency=1)
+            tool = tree.ask()
+            tasks = [asyncio.create_task(tool.acall(prompt="a b")) for _ in range(3)]
+            await asyncio.sleep(tenths / 10)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            tree.assert_at_rest()
+
+    virtual_time.run(main())
+
+
+def test_tool_of_another_limiter_keeps_its_slot(virtual_time: VirtualTime) -> None:
+    """Who waits elsewhere holds up nobody there."""
+    limiter = Limiter("1000/s", concurrency=1, clock=virtual_time.clock)
+    tree = Tree(virtual_time.clock, concurrency=1)
+
+    async def ask(prompt: str) -> str:
+        """Ask."""
+        reply = await tree.llm.acomplete(prompt)
+        assert limiter._account.gates.slots[0].used == 1
+        return str(reply)
+
+    tool = limiter.wrap(FunctionTool.from_defaults(async_fn=ask))
+
+    async def main() -> None:
+        assert str(await tool.acall(prompt="a b")) == "a b"
+
+    virtual_time.run(main())
+    assert limiter._account.gates.slots[0].used == 0
+    tree.assert_at_rest()
+
+
+@pytest.mark.real_clock
+def test_slot_in_a_store_is_lent_too(tmp_path: Path) -> None:
+    """Shared with other processes or not. On the machine's clock, which is the store's."""
+
+    async def main() -> None:
+        store = f"sqlite:///{tmp_path}/limits.db"
+        tree = Tree(time.monotonic_ns, concurrency=1, store=store)
+        tool = tree.ask(seconds=0)
+        async with asyncio.timeout(30):
+            replies = await asyncio.gather(*(tool.acall(prompt="a b") for _ in range(3)))
+        assert [str(reply) for reply in replies] == ["a b"] * 3
+        assert tree.most == 1
+        tree.assert_at_rest()
+        await tree.root.aclose()
+
+    asyncio.run(main())
+
+
+async def test_tools_that_a_model_calls_are_paced_beside_it(
+    rate_limited_provider: "ProviderFactory",
+) -> None:
+    """`apredict_and_call` holds no slot of the model's while it runs tools: one slot does for both."""
+    limiter = Limiter("60k RPM", concurrency=1)
+    tool = limiter.wrap(FunctionTool.from_defaults(add), child="tools")
+    async with httpx.AsyncClient() as http_client:
+        url = rate_limited_provider().base_url
+        llm = OpenAI(api_key="k", api_base=url, async_http_client=http_client)
+        async with asyncio.timeout(30):
+            reply = await limiter.wrap(llm, child="chat").apredict_and_call([tool], "add 1 and 2")
+
+    assert str(reply)
+    assert [child.statistics().admitted for child in limiter.children.values()] == [1, 1]
