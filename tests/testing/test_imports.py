@@ -45,5 +45,5 @@ import asyncbucket.testing.provider
     assert done.returncode == 1
     assert done.stderr.endswith(
         "ImportError: the bundled provider needs starlette and uvicorn: "
-        "pip install 'asyncbucket[testing]'\n"
+        'pip install "asyncbucket[testing]"\n'
     )

@@ -207,6 +207,7 @@ def test_process_leaves_ctrl_c_to_its_parent() -> None:
     """SIGINT reaches a whole terminal; the parent must still be able to ask what was seen."""
     with ProviderProcess() as provider:
         assert provider.pid is not None
+        assert os.getpgid(provider.pid) != os.getpgid(0)  # nor does a terminal send it one
         os.kill(provider.pid, signal.SIGINT)
         time.sleep(0.05)
         assert call(provider).status_code == 200

@@ -1,0 +1,88 @@
+"""Stores: limits that several processes share, in a file or on a server.
+
+`open_store` makes one from a URL; `asyncbucket.stores.store` says what every store does.
+"""
+
+import importlib
+from typing import Final
+from urllib.parse import urlsplit, urlunsplit
+
+from asyncbucket.errors import StoreError
+from asyncbucket.stores.store import (
+    Batch,
+    Booking,
+    Correction,
+    Ledger,
+    Outcome,
+    Pulse,
+    Receipt,
+    Snapshot,
+    Store,
+    Terms,
+    Use,
+)
+
+__all__ = [
+    "Batch",
+    "Booking",
+    "Correction",
+    "Ledger",
+    "Outcome",
+    "Pulse",
+    "Receipt",
+    "Snapshot",
+    "Store",
+    "StoreError",
+    "Terms",
+    "Use",
+    "open_store",
+    "without_password",
+]
+
+#: Which module serves a scheme: each has ``from_url(url) -> Store``.
+_MODULES: Final = {
+    "sqlite": "asyncbucket.stores.sqlite",
+    "redis": "asyncbucket.stores.redis",
+    "rediss": "asyncbucket.stores.redis",
+    "valkey": "asyncbucket.stores.redis",
+    "valkeys": "asyncbucket.stores.redis",
+    "unix": "asyncbucket.stores.redis",
+    "redis+sentinel": "asyncbucket.stores.redis",
+    "rediss+sentinel": "asyncbucket.stores.redis",
+    "redis+cluster": "asyncbucket.stores.redis",
+    "rediss+cluster": "asyncbucket.stores.redis",
+}
+
+
+def open_store(url: str) -> Store:
+    """Return the store at ``url``; nothing is connected yet.
+
+    >>> open_store("sqlite:///limits.db")
+    >>> open_store("redis://127.0.0.1:6379/0")
+
+    Raises:
+        ValueError: no store is reached by such a URL.
+        ImportError: the extra that serves it is not installed; the message names it.
+    """
+    scheme = urlsplit(url).scheme if isinstance(url, str) else ""
+    if scheme not in _MODULES:
+        raise ValueError(
+            f"{without_password(url)!r} is no store: write sqlite:///limits.db, "
+            f"redis://host:6379/0 or one of {', '.join(sorted(_MODULES))}"
+        )
+    store: Store = importlib.import_module(_MODULES[scheme]).from_url(url)
+    return store
+
+
+def without_password(url: object) -> str:
+    """Return ``url`` as it may be shown: its password and its query left out."""
+    if not isinstance(url, str):
+        return repr(url)
+    if url.startswith("sqlite:"):  # a path may hold an @
+        return url.partition("?")[0]
+    head, at, hosts = url.rpartition("@")
+    if not at:
+        return urlunsplit(urlsplit(url)._replace(query=""))
+    scheme, _, login = head.partition("://")
+    user, colon, _ = login.partition(":")
+    return f"{scheme}://{user}{':***' if colon else ''}@{hosts.partition('?')[0]}"

@@ -1,0 +1,333 @@
+"""The desk between a worker's line of calls and the store: one round trip for all who wait.
+
+The line decides who goes next; the desk sends as many of its heads as may start soon, and with them
+all corrections and slots that came back since. One batch flies at a time; what comes up meanwhile
+goes with the next. A call that was booked leaves the line and is let go when its start has come.
+Those that were not stay where they are, so that a more urgent call may still pass them.
+
+While the store is gone, calls pass as `asyncbucket.stores.lifeline` allows.
+"""
+
+import asyncio
+import collections
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Generic, Protocol, TypeVar
+
+from asyncbucket.errors import StoreError
+from asyncbucket.events import Event
+from asyncbucket.meters import NEVER, Amounts
+from asyncbucket.stores.lifeline import Lifeline, end, leaving, rung
+from asyncbucket.stores.outage import OnOutage
+from asyncbucket.stores.store import Batch, Booking, Correction, Ledger, Outcome, Terms
+
+#: Calls in one batch.
+_BATCH: Final = 512
+#: For how long (ns) what came back gathers, while nobody is known to wait for it.
+_GATHER: Final = 50_000_000
+#: The shortest sleep (s): a timer may fire early, and must not spin when it does.
+_NAP: Final = 20e-6
+
+_log: Final = logging.getLogger("asyncbucket")
+
+
+class Waiting(Protocol):
+    """Be a call in the line."""
+
+    @property
+    def amounts(self) -> Amounts:
+        """What it costs, its slot included."""
+        ...
+
+
+W = TypeVar("W", bound=Waiting)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """Say what an admitted call was given."""
+
+    #: When it was booked, in the store's clock: what `Correction.start` asks for.
+    booked_at: int
+    #: When it may go, in the worker's clock.
+    start: int
+    #: The slot that it holds, to be released.
+    slot: str | None = None
+    #: What held it up; None if nothing did.
+    bound_by: str | None = None
+
+
+class Line(Protocol[W]):
+    """Be the calls of a worker that wait, in the order that is fair among them."""
+
+    def heads(self, most: int) -> Sequence[W]:
+        """Return the calls that go next, at most ``most``; they stay in line."""
+        ...
+
+    def book(self, waiting: W, grant: Grant) -> None:
+        """Take a call out of the line: it will go at ``grant.start``, unless it is given up."""
+        ...
+
+    def admit(self, waiting: W, grant: Grant) -> None:
+        """Let a booked call go: its start has come."""
+        ...
+
+    def refuse(self, waiting: W, bound_by: str) -> None:
+        """Take out of the line a call that costs more than a limit and can never pass."""
+        ...
+
+
+class Desk(Generic[W]):
+    """Serve one line of one event loop at one ledger.
+
+    `ring`, `correct`, `release` and `cancel` are synchronous and belong to the loop's thread.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        line: Line[W],
+        *,
+        slot_ttl: float = 30.0,
+        horizon: float = 0.05,
+        on_outage: OnOutage = "share",
+        clock: Callable[[], int] = time.monotonic_ns,
+        emit: Callable[[Event], None] | None = None,
+        on_terms: Callable[[Terms], None] | None = None,
+    ) -> None:
+        """Begin to serve; needs a running loop.
+
+        Args:
+            ledger: where the meters are.
+            line: the calls that wait.
+            slot_ttl: as the ledger was opened with.
+            horizon: seconds that one batch of starts spans at most; see `Batch.horizon`.
+            on_outage: what to do while the store is gone: see `asyncbucket.stores.outage`.
+            clock: monotonic integer nanoseconds.
+            emit: is told when the store is lost and when it is back.
+            on_terms: is told that another worker has changed the limits.
+        """
+        self.ledger = ledger
+        self._line = line
+        self._horizon = round(horizon * 1_000_000_000)
+        self._clock = clock
+        self._lifeline = Lifeline(
+            ledger,
+            slot_ttl=slot_ttl,
+            on_outage=on_outage,
+            clock=clock,
+            emit=emit,
+            on_change=self._changed,
+            on_terms=on_terms,
+        )
+        self._corrections: list[Correction] = []
+        self._released: list[str] = []
+        #: Calls whose start lies ahead, in order.
+        self._booked: collections.deque[tuple[W, Grant]] = collections.deque()
+        self._timer: asyncio.TimerHandle | None = None
+        #: Before this instant the line's heads are not sent: they would not be booked.
+        self._ask_at = 0
+        #: When what came back must be told, though no call goes.
+        self._tell_at = NEVER
+        #: What the first of those who were not booked waits for, and until when at least.
+        self.held_up: tuple[str, int] | None = None
+        #: What each of them waits for.
+        self._bounds: dict[W, str] = {}
+        #: Heads stand in a line of the store's: they go with every batch.
+        self._waits = False
+        self._crowded = False
+        self._bell = asyncio.Event()
+        self._listener: asyncio.Task[None] | None = None
+        self._task = asyncio.create_task(self._serve(), name="asyncbucket desk")
+
+    @property
+    def alone(self) -> bool:
+        """Whether the store is gone."""
+        return self._lifeline.alone is not None
+
+    @property
+    def left(self) -> tuple[int, ...]:
+        """The units left of each limit, as last heard."""
+        return self._lifeline.left
+
+    def ring(self) -> None:
+        """Look at the line: somebody came, or left."""
+        self._bell.set()
+
+    def correct(self, correction: Correction) -> None:
+        """Have a booking changed; it goes with the next batch.
+
+        Of what was admitted without the store (``start`` is 0) nothing comes back, but debts count.
+        """
+        if not correction.start:
+            booked = correction.booked
+            more = {name: max(used, booked.get(name, 0)) for name, used in correction.used.items()}
+            correction = Correction(start=0, booked=booked, used=more)
+        else:
+            self._lifeline.record.correct(correction)
+        self._corrections.append(correction)
+        self._gather()
+
+    def release(self, slot: str) -> None:
+        """Give a slot back; it goes with the next batch."""
+        if slot in self._lifeline.slots:
+            self._lifeline.slots.discard(slot)
+            self._released.append(slot)
+            self._gather()
+
+    def _gather(self) -> None:
+        """Have what came back told soon: at once if a call waits for it, here or elsewhere."""
+        if self._waits or self._crowded:
+            self._tell_at = 0
+        elif self._tell_at >= NEVER:
+            self._tell_at = self._clock() + _GATHER
+        self._bell.set()
+
+    def cancel(self, waiting: W, grant: Grant) -> None:
+        """Give back what was booked for a call that is gone, whether or not its start has come."""
+        if grant.booked_at:
+            self.correct(Correction.undo(waiting.amounts, grant.booked_at))
+        if grant.slot is not None:
+            self.release(grant.slot)
+
+    async def aclose(self) -> None:
+        """Stop serving. What was booked and has not started is given back; then the ledger closes."""
+        await self._lifeline.aclose()
+        await end(self._task, self._listener)
+        if self._timer is not None:
+            self._timer.cancel()
+        while self._booked:
+            self.cancel(*self._booked.popleft())
+        if self._corrections or self._released:
+            try:
+                await self.ledger.commit(self._batch(()))
+            except StoreError:
+                _log.debug("the store is gone: slots expire by themselves")
+        await self.ledger.aclose()
+
+    # -- flights -----------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        while not leaving():
+            heads = self._line.heads(_BATCH)
+            if self.alone:
+                await self._sleep(self._admit_alone(heads))
+                continue
+            if self._waits and not heads:  # those who waited have gone: leave the store's line
+                self._waits, self.held_up = False, None
+                await self._fly(())
+                continue
+            now = self._clock()
+            due = heads and now >= self._ask_at
+            if not due and now < self._tell_at:
+                await self._sleep(min(self._ask_at if heads else NEVER, self._tell_at))
+                continue
+            await self._fly(heads if due or self._waits else ())
+
+    async def _sleep(self, until: int) -> None:
+        """Sleep until the bell rings or ``until`` has come."""
+        left = (until - self._clock()) * 1e-9
+        await rung(self._bell, None if until >= NEVER else max(_NAP, left))
+
+    def _batch(self, heads: Sequence[W]) -> Batch:
+        batch = Batch(
+            corrections=tuple(self._corrections),
+            released=tuple(self._released),
+            calls=tuple(waiting.amounts for waiting in heads),
+            horizon=self._horizon,
+        )
+        self._corrections, self._released, self._tell_at = [], [], NEVER
+        return batch
+
+    async def _fly(self, heads: Sequence[W]) -> None:
+        try:
+            receipt = await self.ledger.commit(self._batch(heads))
+        except StoreError as error:
+            self._lifeline.lose(error)
+            return
+        now = self._clock()
+        self._lifeline.hear(receipt.now, receipt.changed, receipt.left)
+        self._crowded = receipt.crowded
+        if heads:
+            self._waits = False
+            # Not before a horizon is left of what it has: others shall have their turn, and more go
+            # with one trip.
+            last = max((booking.start for booking in receipt.bookings), default=0)
+            ask_at = max(receipt.ask_at, last - self._horizon)
+            self._ask_at = now + max(0, ask_at - receipt.now)
+        offset, bounds, booked = now - receipt.now, self._bounds, False
+        self._bounds = {}
+        held_up: tuple[str, int] | None = None
+        for waiting, booking in zip(heads, receipt.bookings, strict=True):
+            if booking.outcome is Outcome.BOOKED:
+                start, booked = max(now, booking.start + offset), True
+                self._deliver(waiting, booking, start, booking.bound_by or bounds.get(waiting))
+            elif booking.outcome is Outcome.NEVER:
+                self._line.refuse(waiting, booking.bound_by or "")
+            else:
+                self._waits |= booking.outcome is Outcome.FULL or not booked
+                if booking.bound_by is not None:
+                    self._bounds[waiting] = booking.bound_by
+                    held_up = held_up or (booking.bound_by, self._ask_at)
+        if heads:
+            self.held_up = held_up
+        self._lifeline.record.book_all(heads, receipt.bookings)
+        self._let_go()
+        if self._waits:
+            self._listen()
+
+    def _deliver(self, waiting: W, booking: Booking, start: int, bound_by: str | None) -> None:
+        slot = booking.slot
+        grant = Grant(booked_at=booking.start, start=start, slot=slot, bound_by=bound_by)
+        if slot is not None:
+            self._lifeline.slots.add(slot)
+        self._line.book(waiting, grant)
+        self._booked.append((waiting, grant))
+
+    def _let_go(self) -> None:
+        """Admit those whose start has come, and set the timer for the next."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        booked, now = self._booked, self._clock()
+        while booked and booked[0][1].start <= now:
+            self._line.admit(*booked.popleft())
+        if booked:
+            nap = (booked[0][1].start - self._clock()) * 1e-9
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(max(_NAP, nap), self._let_go)
+
+    def _listen(self) -> None:
+        """Ask again when the store calls, or when it said that it would be time to."""
+        if self._listener is None or self._listener.done():
+            self._listener = asyncio.create_task(self._hark(), name="asyncbucket slots")
+
+    async def _hark(self) -> None:
+        while self._waits and not self.alone and not leaving():
+            wait = max(0.01, (self._ask_at - self._clock()) * 1e-9)
+            called = await self.ledger.changed(timeout=wait)
+            if called or self._clock() >= self._ask_at:
+                self._waits, self._ask_at = False, 0
+                self._bell.set()
+
+    def _admit_alone(self, heads: Sequence[W]) -> int:
+        """Admit whom the policy allows; return when to look again."""
+        for waiting in heads:
+            now = self._clock()
+            when, slot = self._lifeline.admit(waiting.amounts, now)
+            if when > now:
+                return when
+            grant = Grant(booked_at=0, start=now, slot=slot)
+            self._line.book(waiting, grant)
+            self._line.admit(waiting, grant)
+        return self._clock() if heads else NEVER
+
+    def _changed(self, debts: Correction | None) -> None:
+        """The store is gone, or back: look anew."""
+        self._waits, self._ask_at = False, 0
+        if debts is not None:
+            self._corrections.append(debts)
+            self._tell_at = 0
+        self._bell.set()

@@ -1,0 +1,189 @@
+"""Signs of life: what a worker tells the store now and then, and how it learns that it is gone.
+
+One task sends heartbeats, which keep the worker's slots and tell how many workers there are. When the
+store does not answer, here or for a batch, the worker goes on alone, says so once, and knocks at the
+store's door with growing pauses. When it answers it is told what was admitted meanwhile, as debts;
+slots that were given out meanwhile are registered by the heartbeat itself.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from asyncbucket.errors import StoreError
+from asyncbucket.events import Event, StoreLost, StoreRecovered
+from asyncbucket.meters import Amounts
+from asyncbucket.stores.outage import Alone, OnOutage, Record
+from asyncbucket.stores.store import Correction, Ledger, Terms
+
+#: Seconds between heartbeats at most.
+_HEARTBEAT: Final = 5.0
+#: Seconds between knocks at a store that is gone: the first pause, and the longest.
+_KNOCK: Final = 0.1
+_LONGEST_KNOCK: Final = 2.0
+
+_log: Final = logging.getLogger("asyncbucket")
+
+
+class Lifeline:
+    """Keep a worker alive at its ledger, and going when the ledger is gone."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        slot_ttl: float,
+        on_outage: OnOutage,
+        clock: Callable[[], int],
+        emit: Callable[[Event], None] | None,
+        on_change: Callable[[Correction | None], None],
+        on_terms: Callable[[Terms], None] | None,
+    ) -> None:
+        """Begin; needs a running loop.
+
+        Args:
+            ledger: where the meters are.
+            slot_ttl: as the ledger was opened with.
+            on_outage: what to do while it is gone.
+            clock: monotonic integer nanoseconds.
+            emit: is told when the store is lost and when it is back.
+            on_change: is called then, with what the store has to be told.
+            on_terms: is told of other limits.
+        """
+        self.ledger = ledger
+        #: Slots held by calls under way.
+        self.slots: set[str] = set()
+        self.record = Record(ledger.terms)
+        self.alone: Alone | None = None
+        self.workers = 1
+        self._on_outage: OnOutage = on_outage
+        self._clock = clock
+        self._emit = emit
+        self._on_change = on_change
+        self._on_terms = on_terms
+        self._beat = min(_HEARTBEAT, slot_ttl / 3)
+        #: What the store has left of each limit, as last heard.
+        self.left: tuple[int, ...] = ()
+        #: The store's clock less this one's.
+        self._offset = 0
+        self._since = 0
+        self._outages = 0
+        self._lost = asyncio.Event()
+        self._task = asyncio.create_task(self._live(), name="asyncbucket heartbeat")
+
+    def hear(self, now: int, changed: Terms | None, left: tuple[int, ...]) -> None:
+        """Take note of what an answer says besides; ``now`` is the store's clock."""
+        self._offset = now - self._clock()
+        self.left = left
+        if self.record.terms != self.ledger.terms:
+            self.record.adopt(self.ledger.terms)
+        if changed is not None and self._on_terms is not None:
+            self._on_terms(changed)
+
+    def lose(self, error: StoreError) -> None:
+        """Go on alone from now on."""
+        if self.alone is not None:
+            return
+        self._outages += 1
+        self._since = self._clock()
+        self.alone = Alone(
+            self._on_outage,
+            self.record,
+            workers=self.workers,
+            left=self.left,
+            now=self._since + self._offset,
+        )
+        manner = {
+            "share": f"with its share, 1 of {self.workers}",
+            "open": "admitting everybody",
+            "closed": "admitting nobody",
+        }[self._on_outage]
+        _log.warning("%s; limiter %s goes on %s", error, self.ledger.name, manner)
+        self._tell(StoreLost(limiter=self.ledger.name, at=self._since * 1e-9, reason=str(error)))
+        self._lost.set()
+        self._on_change(None)
+
+    def admit(self, amounts: Amounts, now: int) -> tuple[int, str | None]:
+        """Admit a call without the store, if that may be; return when, and its slot."""
+        assert self.alone is not None
+        due = self.alone.earliest(amounts, now + self._offset, held=len(self.slots))
+        if due > now + self._offset:
+            return due - self._offset, None
+        self.alone.book(amounts, due)
+        slot = None
+        if self.ledger.terms.concurrency is not None and amounts.get("concurrency"):
+            slot = f"{self.ledger.worker}:alone:{self._outages}:{now}:{len(self.slots)}"
+            self.slots.add(slot)
+        return now, slot
+
+    async def aclose(self) -> None:
+        """Give no more signs of life."""
+        await end(self._task)
+
+    async def _live(self) -> None:
+        pause = self._beat
+        while not leaving():
+            if await rung(self._lost, pause):
+                pause = _KNOCK
+                continue
+            try:
+                pulse = await self.ledger.heartbeat(tuple(self.slots))
+            except StoreError as error:
+                pause = min(_LONGEST_KNOCK, 2 * pause)
+                self.lose(error)
+                continue
+            pause = self._beat
+            self.workers = pulse.workers
+            self.hear(pulse.now, pulse.changed, pulse.left)
+            self._recover()
+
+    def _recover(self) -> None:
+        """Go on with the store, and tell it what was admitted meanwhile."""
+        if self.alone is None:
+            return
+        alone, self.alone = self.alone, None
+        gone = (self._clock() - self._since) * 1e-9
+        _log.warning(
+            "the store of limiter %s is back after %.3g s; admitted without it: %s",
+            self.ledger.name,
+            gone,
+            ", ".join(f"{n:,} {name}" for name, n in alone.admitted.items()) or "nothing",
+        )
+        self._tell(StoreRecovered(limiter=self.ledger.name, at=self._clock() * 1e-9, seconds=gone))
+        debts = any(alone.admitted.values())
+        self._on_change(Correction(start=0, booked={}, used=alone.admitted) if debts else None)
+
+    def _tell(self, event: Event) -> None:
+        if self._emit is not None:
+            self._emit(event)
+
+
+def leaving() -> bool:
+    """Return whether the running task has been asked to end.
+
+    redis-py at times swallows a cancellation that comes while it connects: loops ask.
+    """
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def end(*tasks: asyncio.Task[None] | None) -> None:
+    """Cancel ``tasks`` until they have ended: see `leaving`."""
+    running = {task for task in tasks if task is not None and not task.done()}
+    while running:
+        for task in running:
+            task.cancel()
+        ended, running = await asyncio.wait(running, timeout=_KNOCK)
+        await asyncio.gather(*ended, return_exceptions=True)
+
+
+async def rung(bell: asyncio.Event, seconds: float | None) -> bool:
+    """Wait until ``bell`` rings, for so many seconds at most; take it down, say whether it did."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await bell.wait()
+    was_rung = bell.is_set()
+    bell.clear()
+    return was_rung

@@ -1,0 +1,180 @@
+-- State: one hash holds all that a limiter's meters know, so that it is lost as a whole or not at all.
+--
+-- `state` is packed numbers, `config` the terms as their last author wrote them, `r:<worker>` what
+-- the worker's last batch was answered; the rest are windows' entries. Instants are microseconds of
+-- the server's clock plus an offset that grows when that clock goes back: they never decrease.
+
+local MINUTE = 60000000
+
+local function whole(number)
+  return string.format('%.0f', number)
+end
+
+local function clock(s)
+  local time = redis.call('TIME')
+  local raw = time[1] * 1000000 + time[2]
+  if raw < s.seen then
+    s.offset = s.offset + s.seen - raw
+  end
+  s.seen = raw
+  s.now = raw + s.offset
+end
+
+local function prefix_of(key)
+  return 'e:' .. key .. ':'
+end
+
+-- Give the meters of `config` their numbers and what was kept of them; return what is new.
+local function shape(s, config)
+  local meters, fresh = {}, {}
+  for i, m in ipairs(config.meters) do
+    local w, b = s.windows[m.key], s.buckets[m.key]
+    if not w then
+      w = window_new()
+      fresh[#fresh + 1] = m.key
+    end
+    w.amount, w.grain, w.hold, w.prefix = m.amount, m.grain, m.hold, prefix_of(m.key)
+    w.cache, w.dirty, w.gone = {}, {}, {}
+    s.windows[m.key] = w
+    if m.p then
+      b = b or bucket_new()
+      if b.p and (b.p ~= m.p or b.q ~= m.q) then
+        bucket_reshape(b, m.p, m.q, math.max(s.now, s.last))
+      end
+      b.p, b.q, b.burst, b.room = m.p, m.q, m.burst, m.burst * m.p
+      s.buckets[m.key] = b
+    else
+      s.buckets[m.key] = nil
+      b = nil
+    end
+    meters[i] = { resource = m.resource, window = w, bucket = b }
+  end
+  s.meters, s.config = meters, config
+  return fresh
+end
+
+-- Nothing is available until all has flowed in anew.
+local function drain(s)
+  local date = math.max(s.now, s.last)
+  for _, m in ipairs(s.meters) do
+    window_drain(m.window, date)
+    if m.bucket then
+      bucket_drain(m.bucket, date)
+    end
+  end
+end
+
+local function blank(epoch)
+  return {
+    epoch = epoch, before = '', seen = 0, offset = 0, last = 0, bound = 0, paused = 0, ttl = 0,
+    windows = {}, buckets = {}, line = {}, turns = {},
+  }
+end
+
+-- Load what is kept, or begin: with all available, unless a worker knows of an epoch that is gone.
+local function load(known, fresh_epoch, config_text, ttl)
+  local kept = redis.call('HMGET', KEYS[1], 'state', 'config')
+  local s
+  if kept[1] then
+    s = cmsgpack.unpack(kept[1])
+    s.text = kept[2]
+    clock(s)
+    shape(s, cjson.decode(s.text))
+  else
+    s = blank(fresh_epoch)
+    s.text = config_text
+    clock(s)
+    shape(s, cjson.decode(s.text))
+  end
+  s.ttl = math.max(s.ttl, tonumber(ttl))
+  if known ~= '' and known ~= s.epoch and known ~= s.before then
+    s.lost = true
+    s.before = known
+    drain(s)
+  end
+  return s
+end
+
+local function keep_window(w)
+  for at = 1, #w.gone, 500 do
+    redis.call('HDEL', KEYS[1], unpack(w.gone, at, math.min(at + 499, #w.gone)))
+  end
+  local fields = {}
+  for i in pairs(w.dirty) do
+    if i >= w.head then
+      fields[#fields + 1] = w.prefix .. i
+      fields[#fields + 1] = struct.pack(ENTRY, w.cache[i][1], w.cache[i][2])
+    end
+    if #fields >= 1000 then
+      redis.call('HSET', KEYS[1], unpack(fields))
+      fields = {}
+    end
+  end
+  if #fields > 0 then
+    redis.call('HSET', KEYS[1], unpack(fields))
+  end
+end
+
+-- How long (ms) it takes until nothing is left to remember.
+local function lifetime(s)
+  local ends = math.max(s.paused, s.now + s.ttl)
+  for _, m in ipairs(s.meters) do
+    local w, b = m.window, m.bucket
+    ends = math.max(ends, math.max(w.last, s.now) + w.hold)
+    if b then
+      ends = math.max(ends, b.at + math.ceil(b.backlog / b.q))
+    end
+  end
+  return math.ceil((ends - s.now + MINUTE) / 1000)
+end
+
+-- Write all at once; the first write is one that a server short of memory refuses.
+local function save(s)
+  local windows, buckets = {}, {}
+  for key, w in pairs(s.windows) do
+    windows[key] = {
+      used = w.used, last = w.last, recent = w.recent, closes = w.closes,
+      forgotten = w.forgotten, head = w.head, tail = w.tail,
+    }
+  end
+  for key, b in pairs(s.buckets) do
+    buckets[key] = {
+      at = b.at, backlog = b.backlog, full_at = b.full_at, dates = b.dates, lows = b.lows,
+      p = b.p, q = b.q,
+    }
+  end
+  local kept = cmsgpack.pack({
+    epoch = s.epoch, before = s.before, seen = s.seen, offset = s.offset, last = s.last,
+    bound = s.bound, paused = s.paused, ramp = s.ramp, line = s.line, turns = s.turns, ttl = s.ttl,
+    windows = windows, buckets = buckets,
+  })
+  redis.call('HSET', KEYS[1], 'state', kept, 'config', s.text)
+  for _, m in ipairs(s.meters) do
+    keep_window(m.window)
+  end
+  redis.call('PEXPIRE', KEYS[1], whole(lifetime(s)))
+end
+
+-- Put other terms in force; what is booked under limits that stay, stays.
+local function configure(s, text)
+  if text == s.text then
+    return false
+  end
+  local config = cjson.decode(text)
+  local named = {}
+  for _, m in ipairs(config.meters) do
+    named[m.key] = true
+  end
+  for key, w in pairs(s.windows) do
+    if not named[key] then
+      for i = w.head, w.tail - 1 do
+        redis.call('HDEL', KEYS[1], w.prefix .. i)
+      end
+      s.windows[key], s.buckets[key] = nil, nil
+    end
+  end
+  s.text = text
+  s.turns = {} -- what they wait for is named by other numbers now: they ask again
+  shape(s, config)
+  return true
+end

@@ -1,0 +1,203 @@
+-- Verbs: what a worker may ask. Every script is this one; ARGV[1] says which.
+
+local function reply(s, fields)
+  local parts = { '"now":' .. whole(s.now), '"epoch":"' .. s.epoch .. '"' }
+  for name, value in pairs(fields) do
+    parts[#parts + 1] = '"' .. name .. '":' .. value
+  end
+  return '{' .. table.concat(parts, ',') .. '}'
+end
+
+local function read(text)
+  return text == '' and {} or cjson.decode(text)
+end
+
+-- What the windows have left, for whoever must go on alone.
+local function left(s)
+  local units = {}
+  for i, m in ipairs(s.meters) do
+    units[i] = whole(m.window.amount - m.window.used)
+  end
+  return '[' .. table.concat(units, ',') .. ']'
+end
+
+-- Those whose turn has come, each with the microseconds until then.
+local function due(s, free)
+  local told = {}
+  if s.config.concurrency and #s.line > 0 then
+    line_prune(s)
+    told = line_call(s, free or s.config.concurrency - slots_used(s))
+  end
+  turns_prune(s)
+  local first, delay = turns_call(s)
+  if first then
+    told[#told + 1] = { first, delay }
+  end
+  return told
+end
+
+-- What a worker says about itself comes first in ARGV, behind the verb.
+local worker, known, fresh, config, channel, ttl = unpack(ARGV, 2, 7)
+ttl = tonumber(ttl)
+
+local verbs = {}
+
+function verbs.commit(seq, horizon, held, corrections, released, calls)
+  corrections, released, calls = read(corrections), read(released), read(calls)
+  seq, horizon, held = tonumber(seq), tonumber(horizon), tonumber(held)
+  local s = load(known, fresh, config, ttl)
+  if s.text ~= config then
+    return reply(s, { terms = s.text })
+  end
+  local answered = redis.call('HGET', KEYS[1], 'r:' .. worker)
+  if answered then
+    local last, text = answered:match('^(%d+) (.*)$')
+    if tonumber(last) == seq then
+      return text
+    elseif tonumber(last) > seq then
+      return redis.error_reply('STALE batch ' .. whole(seq) .. ' after ' .. last)
+    end
+  end
+  local debts = correct(s, corrections)
+  for at = 1, #released, 500 do
+    redis.call('ZREM', KEYS[2], unpack(released, at, math.min(at + 499, #released)))
+  end
+  local a = admit(s, worker, seq, calls, horizon, held)
+  if a.stopped == BOOKED_NOT.full then
+    a.ask = ask_again(s, s.now + ttl)
+  end
+  local told = due(s, a.free)
+  local text = reply(s, {
+    debts = whole(debts),
+    ask = whole(a.ask),
+    lost = s.lost and 'true' or 'false',
+    life = whole(lifetime(s)),
+    left = left(s),
+    crowded = tostring(#s.line > (a.stopped == BOOKED_NOT.full and 1 or 0)),
+    bookings = '[' .. table.concat(a.answers, ',') .. ']',
+  })
+  save(s)
+  redis.call('HSET', KEYS[1], 'r:' .. worker, whole(seq) .. ' ' .. text)
+  if #a.slots > 0 then
+    revive(s, worker, ttl, a.slots, a.starts)
+  end
+  tell(channel, told)
+  return text
+end
+
+function verbs.open()
+  local s = load(known, fresh, config, ttl)
+  local other = configure(s, config)
+  bury(s)
+  save(s)
+  revive(s, worker, ttl, {})
+  if other then
+    redis.call('PUBLISH', channel .. '*', '0')
+  end
+  return reply(s, { life = whole(lifetime(s)) })
+end
+
+function verbs.heartbeat(slots)
+  local s = load(known, fresh, config, ttl)
+  bury(s)
+  local told = due(s)
+  save(s)
+  revive(s, worker, ttl, read(slots))
+  tell(channel, told)
+  local fields = { workers = redis.call('ZCARD', KEYS[3]), life = whole(lifetime(s)), left = left(s) }
+  if s.text ~= config then
+    fields.terms = s.text
+  end
+  return reply(s, fields)
+end
+
+function verbs.pause(span, step)
+  local s = load(known, fresh, config, ttl)
+  local till = s.now + tonumber(span)
+  if till > s.paused then
+    s.paused, s.ramp = till, nil
+    if tonumber(step) > 0 then
+      s.ramp = { start = till, step = tonumber(step), calls = 1 }
+    end
+  end
+  save(s)
+  return reply(s, {})
+end
+
+function verbs.configure(text)
+  local s = load(known, fresh, config, ttl)
+  if configure(s, text) then
+    local told = due(s)
+    save(s)
+    redis.call('PUBLISH', channel .. '*', '0')
+    tell(channel, told)
+  end
+  return reply(s, {})
+end
+
+-- What the worker was told while it was not listening: in how long to come, or -1. Writes nothing.
+function verbs.turn(waits)
+  local s = load('', fresh, config, ttl)
+  local come = -1
+  if s.text ~= config then
+    come = 0
+  elseif waits == '1' then
+    local place, i = turns_of(s, worker)
+    if place then
+      local when = earliest(s, place.amounts, 0, place.since > 0 and place.since or nil)
+      come = i == 1 and math.max(0, when - FAR - s.now) or -1
+    else
+      come = 0
+      for _, each in ipairs(s.line) do
+        if each[1] == worker and each[2] == 0 then
+          come = -1
+        end
+      end
+    end
+  end
+  return reply(s, { come = whole(come) })
+end
+
+-- Writes nothing.
+function verbs.peek()
+  if config == '' and redis.call('EXISTS', KEYS[1]) == 0 then
+    return '{}'
+  end
+  local s = load('', fresh, config, ttl)
+  local uses, date = {}, math.max(s.now, s.last) -- nothing more starts before
+  for i, m in ipairs(s.meters) do
+    local available = window_available(m.window, date)
+    if m.bucket then
+      available = math.min(available, bucket_available(m.bucket, date))
+    end
+    if date > s.now then
+      available = math.min(0, available)
+    end
+    uses[i] = whole(m.window.used) .. ',' .. whole(available)
+  end
+  return reply(s, {
+    terms = s.text,
+    uses = '[' .. table.concat(uses, ',') .. ']',
+    slots = whole(s.config.concurrency and slots_used(s) or 0),
+    paused = whole(s.paused),
+    last = whole(s.last),
+    workers = whole(redis.call('ZCOUNT', KEYS[3], '(' .. whole(s.now), '+inf')),
+  })
+end
+
+function verbs.leave()
+  if redis.call('EXISTS', KEYS[1]) == 0 then
+    return '{}'
+  end
+  local s = load('', fresh, config, ttl)
+  line_leave(s, worker)
+  turns_leave(s, worker)
+  local told = due(s)
+  save(s)
+  redis.call('ZREM', KEYS[3], worker)
+  redis.call('HDEL', KEYS[1], 'r:' .. worker)
+  tell(channel, told)
+  return '{}'
+end
+
+return verbs[ARGV[1]](unpack(ARGV, 8))

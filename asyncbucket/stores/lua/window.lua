@@ -1,0 +1,124 @@
+-- Window: at most `amount` units in every window. As asyncbucket.meters.Window does it.
+--
+-- Entries lie in fields of the hash, numbered from `head` to `tail` - 1, each a date and units. They
+-- are read when needed and written at the end: a batch touches few of them.
+
+local ENTRY = '<dd'
+
+local function window_new()
+  return { used = 0, last = 0, recent = 0, closes = 0, forgotten = -1, head = 0, tail = 0 }
+end
+
+local function window_entry(w, i)
+  local entry = w.cache[i]
+  if not entry then
+    local stop = math.min(i + 15, w.tail - 1)
+    local fields = {}
+    for n = i, stop do
+      fields[#fields + 1] = w.prefix .. n
+    end
+    local values = redis.call('HMGET', KEYS[1], unpack(fields))
+    for n = i, stop do
+      if not w.cache[n] then
+        local date, units = struct.unpack(ENTRY, values[n - i + 1])
+        w.cache[n] = { date, units }
+      end
+    end
+    entry = w.cache[i]
+  end
+  return entry
+end
+
+-- The first entry dated `when` or later, or `tail`.
+local function window_find(w, when)
+  local low, high = w.head, w.tail
+  while low < high do
+    local middle = math.floor((low + high) / 2)
+    if window_entry(w, middle)[1] < when then
+      low = middle + 1
+    else
+      high = middle
+    end
+  end
+  return low
+end
+
+local function window_forget(w, now)
+  local horizon = now - w.hold
+  while w.head < w.tail do
+    local entry = window_entry(w, w.head)
+    if entry[1] > horizon then
+      break
+    end
+    w.forgotten = entry[1]
+    w.used = w.used - entry[2]
+    w.cache[w.head] = nil
+    w.gone[#w.gone + 1] = w.prefix .. w.head
+    w.head = w.head + 1
+  end
+  if w.closes > 0 and w.last <= horizon then
+    w.forgotten = w.last
+    w.used = w.used - w.recent
+    w.recent = 0
+    w.closes = 0
+  end
+end
+
+local function window_earliest(w, amount, since)
+  local over = w.used + amount - w.amount
+  if over <= 0 then
+    return since
+  end
+  for i = w.head, w.tail - 1 do
+    local entry = window_entry(w, i)
+    over = over - entry[2]
+    if over <= 0 then
+      return math.max(since, entry[1] + w.hold)
+    end
+  end
+  return math.max(since, w.last + w.hold)
+end
+
+local function window_book(w, amount, when)
+  if when >= w.closes then
+    window_forget(w, when)
+    if w.closes > 0 then
+      w.cache[w.tail] = { w.last, w.recent }
+      w.dirty[w.tail] = true
+      w.tail = w.tail + 1
+      w.recent = 0
+    end
+    w.closes = when + w.grain
+  end
+  w.used = w.used + amount
+  w.recent = w.recent + amount
+  w.last = when
+end
+
+local function window_unbook(w, amount, when)
+  if when <= w.forgotten or when > w.last then
+    return
+  end
+  local back
+  local i = window_find(w, when)
+  if i < w.tail then
+    local entry = window_entry(w, i)
+    back = math.min(amount, entry[2])
+    entry[2] = entry[2] - back
+    w.dirty[i] = true
+  else
+    back = math.min(amount, w.recent)
+    w.recent = w.recent - back
+  end
+  w.used = w.used - back
+end
+
+-- Nothing is left until a whole window has passed.
+local function window_drain(w, now)
+  window_book(w, w.amount, now)
+end
+
+local function window_available(w, now)
+  window_forget(w, now)
+  return w.amount - w.used
+end

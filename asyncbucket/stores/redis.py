@@ -1,0 +1,70 @@
+"""Redis and Valkey: one budget for processes on many machines.
+
+A batch is one run of one script, so it happens at once or not at all; the server's clock is the only
+one. `asyncbucket.stores.redis_ledger` says how it is charged once, whatever breaks.
+"""
+
+import secrets
+from typing import Any, Final
+
+from asyncbucket.stores import servers
+from asyncbucket.stores.redis_ledger import RedisLedger
+from asyncbucket.stores.servers import Server
+from asyncbucket.stores.store import Snapshot, Terms
+
+_LONGEST_NAME: Final = 200
+
+
+def from_url(url: str) -> "RedisStore":
+    """Return the store at ``url``: see `asyncbucket.stores.open_store`."""
+    return RedisStore(servers.connect(url))
+
+
+class RedisStore:
+    """Keep limiters on a Redis or Valkey server; see `asyncbucket.stores.store.Store`."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    @classmethod
+    def of(cls, client: Any) -> "RedisStore":
+        """Return a store on a client of yours, `redis.asyncio.Redis` or ``RedisCluster``.
+
+        It stays yours: closing the store leaves it open. Give it time-outs below a second.
+        """
+        return cls(servers.given(client))
+
+    @property
+    def url(self) -> str:
+        """Where it is, without a password."""
+        return self._server.url
+
+    async def open(
+        self, name: str, terms: Terms, *, worker: str | None = None, slot_ttl: float = 30.0
+    ) -> "RedisLedger":
+        """See `asyncbucket.stores.store.Store.open`."""
+        if not (0 < len(name) <= _LONGEST_NAME and name.isprintable()) or set(name) & set("{}"):
+            raise ValueError(f"a limiter is called by 1 to 200 printable characters, not {name!r}")
+        if not 0.1 <= slot_ttl <= 86_400:  # noqa: PLR2004 - a tenth of a second to a day
+            raise ValueError(f"slots live 0.1 s to a day without a heartbeat, not {slot_ttl!r} s")
+        ledger = RedisLedger(self._server, name, worker or secrets.token_hex(8), slot_ttl)
+        await ledger.join(terms)
+        return ledger
+
+    async def peek(self, name: str) -> Snapshot | None:
+        """See `asyncbucket.stores.store.Store.peek`."""
+        onlooker = RedisLedger(self._server, name, "", 0)
+        return await onlooker.look()
+
+    async def names(self) -> list[str]:
+        """See `asyncbucket.stores.store.Store.names`."""
+        head, tail = "asyncbucket:{", "}:state"
+        keys = await self._server.keys(f"{head}*{tail}")
+        return sorted(key.removeprefix(head).removesuffix(tail) for key in keys)
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._server.aclose()
+
+    def __repr__(self) -> str:
+        return f"<RedisStore {self.url}>"

@@ -1,0 +1,299 @@
+"""What a worker has at a Redis or Valkey server: one limiter, charged once whatever breaks.
+
+*Charged once.* Nothing is sent again blindly. A batch carries its worker's running number, and the
+script keeps what it answered the last one; so a batch whose answer was lost can be asked about again
+and is not booked twice.
+
+*In doubt.* A batch that got no answer may have been booked. The ledger raises `StoreError` and keeps
+the batch. Before anything else is sent, it asks again with the same number, and gives back whatever
+was booked for calls that have long been told no. The caller's cancellation is treated alike: the
+script runs in a task of the ledger's own, and what it brings is given back.
+
+*Lost.* The state bears the name of its epoch. A worker that knows of an epoch which the server does
+not (flushed, restarted without its data) finds everything used up: a full window must pass.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import json
+import secrets
+import time
+from collections.abc import Coroutine, Sequence
+from typing import Any, Final
+
+from asyncbucket.errors import StoreError
+from asyncbucket.pause import Pause
+from asyncbucket.stores.bell import Bell
+from asyncbucket.stores.script import GRAIN, Dialect
+from asyncbucket.stores.servers import PATIENCE, Server
+from asyncbucket.stores.store import (
+    Batch,
+    Correction,
+    Outcome,
+    Pulse,
+    Receipt,
+    Snapshot,
+    Terms,
+    Use,
+)
+
+#: Seconds that the first answer may take, connecting and reading the script included.
+_FIRST: Final = 2.0
+
+
+class RedisLedger:
+    """Keep one limiter on a server; see `asyncbucket.stores.store.Ledger`."""
+
+    def __init__(self, server: Server, name: str, worker: str, slot_ttl: float) -> None:
+        self._server = server
+        self._name = name
+        self._worker = worker
+        self._ttl = round(slot_ttl * 1_000_000)
+        hash_tag = f"asyncbucket:{{{name}}}"
+        self._keys = tuple(f"{hash_tag}:{part}" for part in ("state", "slots", "workers"))
+        self._channel = f"{hash_tag}:wake:"
+        self._dialect = Dialect(Terms(limits=()))
+        #: What the worker believes the state to be, until when it would be forgotten unheard.
+        self._epoch = ""
+        self._heard = self._life = 0.0
+        self._flight = asyncio.Lock()
+        self._closed = False
+        self._number = 0
+        #: Slots that this worker was given and has not given back.
+        self._held: set[str] = set()
+        #: Slots given back since the last heartbeat was asked for.
+        self._gone: set[str] = set()
+        #: The last batch, if nobody knows whether it was booked.
+        self._doubt: Batch | None = None
+        #: Whether that batch found the store's memory lost.
+        self._lost = False
+        #: What came back while the store could not be told.
+        self._corrections: list[Correction] = []
+        self._released: list[str] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+        #: The last batch left calls in the line for slots.
+        self._waits = False
+        channels = (f"{self._channel}{worker}", f"{self._channel}*")
+        self._bell = Bell(server, channels, self._missed)
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def worker(self) -> str:
+        return self._worker
+
+    @property
+    def terms(self) -> Terms:
+        return self._dialect.terms
+
+    # -- batches -----------------------------------------------------------------------------------
+
+    async def commit(self, batch: Batch) -> Receipt:
+        """See `asyncbucket.stores.store.Ledger.commit`."""
+        task = self._spawn(self._commit(batch))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(functools.partial(self._abandon, batch))
+            raise
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work, name="asyncbucket store")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _abandon(self, batch: Batch, task: asyncio.Task[Receipt]) -> None:
+        """Give back what was booked for a caller that is gone."""
+        if not task.cancelled() and task.exception() is None:
+            self._undo(batch, task.result())
+            self._spawn(self._flush())
+
+    def _undo(self, batch: Batch, receipt: Receipt) -> None:
+        for call, booking in zip(batch.calls, receipt.bookings, strict=True):
+            if booking.outcome is Outcome.BOOKED:
+                self._corrections.append(Correction.undo(call, booking.start))
+                if booking.slot is not None:
+                    self._released.append(booking.slot)
+
+    async def _flush(self) -> None:
+        """Tell the store what came back, if it can be told now; else it waits for the next batch."""
+        with contextlib.suppress(StoreError):
+            await self._commit(Batch())
+
+    async def _commit(self, batch: Batch) -> Receipt:
+        kept = False
+        try:
+            async with asyncio.timeout(PATIENCE), self._flight:
+                await self._settle_doubt()
+                batch = dataclasses.replace(
+                    batch,
+                    corrections=(*self._corrections, *batch.corrections),
+                    released=(*self._released, *batch.released),
+                )
+                self._corrections, self._released = [], []
+                self._doubt, kept = batch, True
+                self._number += 1
+                receipt = await self._fly(batch)
+                self._doubt = None
+                lost, self._lost = self._lost or receipt.lost, False
+                return dataclasses.replace(receipt, lost=lost)
+        except TimeoutError as error:
+            raise self._server.silent() from error
+        finally:
+            if not kept:  # nothing of it was sent
+                self._corrections += batch.corrections
+                self._released += batch.released
+
+    async def _settle_doubt(self) -> None:
+        """Learn what became of a batch that got no answer; give back what nobody waits for now."""
+        if self._doubt is not None:
+            receipt = await self._fly(self._doubt)
+            self._undo(self._doubt, receipt)
+            self._doubt = None
+            self._lost |= receipt.lost
+
+    async def _fly(self, batch: Batch) -> Receipt:
+        """Send ``batch`` under the present number; if the terms are others by now, under those."""
+        self._bell.reset()
+        changed = None
+        while True:
+            dialect = self._dialect
+            reply = await self._run(
+                "commit",
+                self._number,
+                batch.horizon // GRAIN,
+                len(self._held.difference(batch.released)),
+                dialect.corrections(batch.corrections),
+                json.dumps(batch.released) if batch.released else "",
+                dialect.calls(batch.calls),
+            )
+            if "bookings" in reply:
+                slot = f"{self._worker}:{self._number}:"
+                receipt = dialect.receipt(reply, batch, slot, changed)
+                self._waits = receipt.ask_at > 0
+                self._held.difference_update(batch.released)
+                self._gone.update(batch.released)
+                self._held.update(each.slot for each in receipt.bookings if each.slot is not None)
+                return receipt
+            changed = self._adopt(reply)
+
+    # -- the rest ----------------------------------------------------------------------------------
+
+    async def join(self, terms: Terms) -> None:
+        """Make the limiter, or take part in it, under ``terms``."""
+        self._dialect = Dialect(terms)
+        await self._ask("open", patience=_FIRST)
+
+    async def heartbeat(self, slots: Sequence[str]) -> Pulse:
+        """See `asyncbucket.stores.store.Ledger.heartbeat`."""
+        gone = self._gone = set()
+        try:
+            # Not while a batch is under way: a slot that it gives back must not be taken again.
+            async with asyncio.timeout(PATIENCE), self._flight:
+                held = [slot for slot in slots if slot not in gone]
+                reply = await self._run("heartbeat", json.dumps(held))
+        except TimeoutError as error:
+            raise self._server.silent() from error
+        changed = self._adopt(reply) if "terms" in reply else None
+        return Pulse(
+            now=reply["now"] * GRAIN,
+            workers=reply["workers"],
+            changed=changed,
+            left=tuple(reply["left"]),
+        )
+
+    async def changed(self, *, timeout: float) -> bool:
+        """See `asyncbucket.stores.store.Ledger.changed`."""
+        return await self._bell.wait(timeout)
+
+    async def _missed(self) -> int:
+        reply = await self._ask("turn", int(self._waits))
+        come: int = reply["come"]
+        return come
+
+    async def pause(self, span: int, *, gradually: bool = False) -> None:
+        """See `asyncbucket.stores.store.Ledger.pause`."""
+        local = Pause()
+        local.begin(span, 0, gradually=gradually)
+        step = local._step // GRAIN  # noqa: SLF001 - one rule for all slow starts
+        await self._ask("pause", -(-span // GRAIN), step)
+
+    async def configure(self, terms: Terms) -> None:
+        """See `asyncbucket.stores.store.Ledger.configure`."""
+        dialect = Dialect(terms)
+        await self._ask("configure", dialect.text)
+        self._dialect = dialect
+
+    async def peek(self) -> Snapshot:
+        """See `asyncbucket.stores.store.Ledger.peek`."""
+        snapshot = await self.look()
+        assert snapshot is not None
+        return snapshot
+
+    async def look(self) -> Snapshot | None:
+        """Return what there is to see; None if there is no such limiter."""
+        reply = await self._ask("peek", patience=PATIENCE if self._worker else _FIRST)
+        if not reply:
+            return None
+        terms = Dialect.read(reply["terms"]).terms
+        uses = zip(terms.limits, reply["uses"][::2], reply["uses"][1::2], strict=True)
+        return Snapshot(
+            now=reply["now"] * GRAIN,
+            terms=terms,
+            limits=tuple(Use(limit=limit, used=used, available=left) for limit, used, left in uses),
+            slots=reply["slots"],
+            paused_until=reply["paused"] * GRAIN,
+            last_start=reply["last"] * GRAIN,
+            workers=reply["workers"],
+        )
+
+    async def aclose(self) -> None:
+        """See `asyncbucket.stores.store.Ledger.aclose`."""
+        if self._closed:
+            return
+        self._closed = True
+        await self._bell.aclose()
+        with contextlib.suppress(StoreError):
+            if self._doubt or self._corrections or self._released:
+                await self._commit(Batch())
+            await self._ask("leave")
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _adopt(self, reply: dict[str, Any]) -> Terms:
+        self._dialect = Dialect.read(reply["terms"])
+        return self._dialect.terms
+
+    async def _ask(self, verb: str, *args: str | int, patience: float = PATIENCE) -> dict[str, Any]:
+        try:
+            async with asyncio.timeout(patience):
+                return await self._run(verb, *args)
+        except TimeoutError as error:
+            raise self._server.silent() from error
+
+    async def _run(self, verb: str, *args: str | int) -> dict[str, Any]:
+        # An epoch that could have expired by itself, with nothing left to remember, is no loss.
+        known = self._epoch if time.monotonic() < self._heard + self._life else ""
+        sent = time.monotonic()
+        reply = await self._server.run(
+            self._keys,
+            verb,
+            self._worker,
+            known,
+            secrets.token_hex(8),
+            self._dialect.text if self._worker else "",
+            self._channel,
+            self._ttl,
+            *args,
+        )
+        self._epoch = reply.get("epoch", self._epoch)
+        if "life" in reply:
+            self._heard, self._life = sent, reply["life"] * 1e-3
+        return reply
+
+    def __repr__(self) -> str:
+        return f"<RedisLedger {self._name!r} on {self._server.url}, worker {self._worker}>"

@@ -1,0 +1,255 @@
+"""Reach a Redis or Valkey server: URLs, connections that never send twice, errors without secrets.
+
+redis-py sends a command again up to ten times when a connection breaks, although the server may have
+run it. For a script that charges this is wrong, so connections made here do not. What is sent again
+is sent here: the text of a script that the server does not know, which proves that nothing has
+happened, and once, on a new connection, what a broken one carried. The latter is safe because the
+script recognises a batch by its number, and all else says the same twice. A server that is silent
+for a fifth of a second is asked no more.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from asyncbucket.errors import StoreError
+from asyncbucket.stores import script
+
+try:
+    from redis import exceptions
+    from redis.asyncio import Redis, RedisCluster
+    from redis.asyncio.cluster import ClusterNode
+    from redis.asyncio.retry import Retry
+    from redis.asyncio.sentinel import Sentinel
+    from redis.backoff import NoBackoff
+except ImportError as missing:
+    raise ImportError(
+        'a redis:// store needs redis-py: pip install "asyncbucket[redis]"'
+    ) from missing
+
+#: Seconds after which a server counts as gone; the caller has its answer within 0.3 s.
+PATIENCE: Final = 0.2
+#: Seconds after which a connection gives up by itself, should nobody have ended it before.
+_BACKSTOP: Final = 5.0
+FAILURES: Final = (exceptions.RedisError, OSError, asyncio.IncompleteReadError)
+
+
+class Server:
+    """Run the script on a server, a cluster's node, or whatever a sentinel calls the primary."""
+
+    def __init__(
+        self,
+        url: str,
+        client: Any,
+        *,
+        owned: bool = True,
+        listener: Callable[[], Any] | None = None,
+        others: Sequence[Any] = (),
+    ) -> None:
+        """Take over ``client``, and ``others`` that are to be closed with it, if ``owned``.
+
+        ``listener`` makes a client to listen on; by default it is the same.
+        """
+        self.url = url
+        self.client = client
+        self._owned = owned
+        self._others = others
+        self._listener = listener
+        self._listening: Any = None
+
+    async def run(self, keys: tuple[str, ...], *args: str | int) -> dict[str, Any]:
+        """Run the script once and return its answer.
+
+        Raises:
+            StoreError: it could not be run, or nobody knows whether it was.
+        """
+        try:
+            text = await self._send(keys, args)
+        except FAILURES as error:
+            raise self._explain(error) from error
+        reply: dict[str, Any] = json.loads(text)
+        return reply
+
+    async def _send(self, keys: tuple[str, ...], args: tuple[str | int, ...]) -> Any:
+        for last in (False, True):
+            try:
+                return await self.client.execute_command(
+                    "EVALSHA", script.digest(), len(keys), *keys, *args
+                )
+            except exceptions.NoScriptError:
+                return await self.client.execute_command(
+                    "EVAL", script.source(), len(keys), *keys, *args
+                )
+            except exceptions.AuthenticationError:
+                raise
+            except exceptions.ConnectionError:  # closed while idle, most likely
+                if last:
+                    raise
+        raise AssertionError
+
+    async def keys(self, pattern: str) -> list[str]:
+        """Return the names of all keys that look like ``pattern``, on all nodes."""
+        try:
+            found = [key async for key in self.client.scan_iter(match=pattern, count=1_000)]
+        except FAILURES as error:
+            raise self._explain(error) from error
+        return [key.decode() if isinstance(key, bytes) else key for key in found]
+
+    def silent(self) -> StoreError:
+        """Return the error of a server that does not answer in time."""
+        return StoreError(
+            f"the store {self.url} gave no answer within {PATIENCE:g} s; "
+            f"see whether it runs and how far away it is"
+        )
+
+    def _explain(self, error: Exception) -> StoreError:
+        if isinstance(error, exceptions.TimeoutError):
+            return self.silent()
+        words = _without(str(error), _secrets_of(self.client))
+        return StoreError(f"the store {self.url} {_remedy(error, words)}")
+
+    def pubsub(self) -> Any:
+        """Return something to listen with."""
+        if self._listening is None:
+            self._listening = self.client if self._listener is None else self._listener()
+        return self._listening.pubsub()
+
+    async def aclose(self) -> None:
+        """Close the connections that were made here."""
+        if self._listening is not None and self._listening is not self.client:
+            await self._listening.aclose()
+        if self._owned:
+            for client in (self.client, *self._others):
+                await client.aclose()
+
+
+def connect(url: str) -> Server:
+    """Return the server at ``url``, not connected yet.
+
+    Raises:
+        ValueError: the URL cannot be read.
+    """
+    from asyncbucket.stores import without_password
+
+    shown = without_password(url)
+    scheme = urlsplit(url).scheme
+    try:
+        if scheme.endswith("+sentinel"):
+            client, watchers = _sentinel(url)
+            return Server(shown, client, others=watchers)
+        if scheme.endswith("+cluster"):
+            client, listener = _cluster(url)
+            return Server(shown, client, listener=listener)
+        plain = url.replace("valkey", "redis", 1) if scheme.startswith("valkey") else url
+        settings = _settings()
+        if scheme == "unix":
+            del settings["socket_keepalive"]
+        return Server(shown, Redis.from_url(plain, **settings))
+    except (ValueError, TypeError) as error:
+        words = _without(str(error), [urlsplit(url).password or ""])
+        raise ValueError(f"{shown!r} cannot be read: {words}") from None
+
+
+def given(client: Any) -> Server:
+    """Return the server that a client of the user's is connected to."""
+    if not isinstance(client, (Redis, RedisCluster)):
+        raise TypeError(f"a client is a redis.asyncio.Redis or RedisCluster, not {client!r}")
+    kind = "cluster" if isinstance(client, RedisCluster) else "server"
+    return Server(f"redis ({kind} of your client)", client, owned=False)
+
+
+def _settings() -> dict[str, Any]:
+    return {
+        "retry": Retry(NoBackoff(), 0),
+        "socket_timeout": _BACKSTOP,
+        "socket_connect_timeout": _BACKSTOP,
+        "socket_keepalive": True,
+        "protocol": 2,
+    }
+
+
+def _parts(url: str) -> tuple[dict[str, Any], list[tuple[str, int]], list[str]]:
+    """Return the settings, the hosts and the path of ``scheme://user:password@a:1,b:2/path?...``."""
+    split = urlsplit(url)
+    settings = _settings() | dict(parse_qsl(split.query))
+    login, _, hosts = split.netloc.rpartition("@")
+    user, _, password = login.partition(":")
+    if user:
+        settings["username"] = unquote(user)
+    if password:
+        settings["password"] = unquote(password)
+    if split.scheme.startswith("rediss"):
+        settings["ssl"] = True
+    nodes: list[tuple[str, int]] = []
+    for each in hosts.split(","):
+        host, colon, port = each.rpartition(":")
+        if not colon or not port.isdecimal():
+            raise ValueError("write host:port, with commas in between")
+        nodes.append((host, int(port)))
+    return settings, nodes, [part for part in split.path.split("/") if part]
+
+
+def _sentinel(url: str) -> tuple[Any, Sequence[Any]]:
+    """Return a client of the primary, and those of the sentinels who know which that is."""
+    settings, nodes, path = _parts(url)
+    if not path:
+        raise ValueError("write the service behind the hosts: redis+sentinel://host:port/service/0")
+    if path[1:]:
+        settings["db"] = int(path[1])
+    theirs = _settings()
+    if "sentinel_password" in settings:
+        theirs["password"] = settings.pop("sentinel_password")
+    if "sentinel_username" in settings:
+        theirs["username"] = settings.pop("sentinel_username")
+    for name in list(settings):
+        if name.startswith("ssl"):
+            theirs[name] = settings[name]
+    kind: Any = Sentinel
+    sentinel = kind(nodes, sentinel_kwargs=theirs, **settings)
+    return sentinel.master_for(path[0]), sentinel.sentinels
+
+
+def _cluster(url: str) -> tuple[Any, Callable[[], Any]]:
+    settings, nodes, _ = _parts(url)
+    client = RedisCluster(startup_nodes=[ClusterNode(*node) for node in nodes], **settings)
+
+    def listener() -> Any:
+        """Return a client of any node: a cluster carries messages everywhere."""
+        node = client.get_random_node()
+        return Redis(host=node.host, port=int(node.port), **settings)
+
+    return client, listener
+
+
+def _secrets_of(client: Any) -> list[str]:
+    kwargs: dict[str, Any] = getattr(
+        getattr(client, "connection_pool", None), "connection_kwargs", {}
+    )
+    return [str(kwargs["password"])] if kwargs.get("password") else []
+
+
+def _without(words: str, secrets: list[str]) -> str:
+    for secret in secrets:
+        if secret:
+            words = words.replace(secret, "***")
+    return words
+
+
+def _remedy(error: Exception, words: str) -> str:
+    """Say what a failure means to the person who must mend it."""
+    if isinstance(error, (exceptions.AuthenticationError, exceptions.NoPermissionError)):
+        return (
+            f"refuses the login: {words}; the user needs +@scripting +@hash +@sortedset +@keyspace "
+            f"+time +publish +subscribe ~asyncbucket:* &asyncbucket:*"
+        )
+    if isinstance(error, exceptions.OutOfMemoryError):
+        return f"is out of memory: {words}; raise maxmemory or delete what is not needed"
+    if isinstance(error, exceptions.ReadOnlyError):
+        return f"is a replica: {words}; give the primary's address, or a Sentinel's"
+    if isinstance(error, exceptions.ConnectionError) or not isinstance(
+        error, exceptions.RedisError
+    ):
+        return f"cannot be reached: {words or type(error).__name__}; see whether it runs"
+    return f"failed: {words}"

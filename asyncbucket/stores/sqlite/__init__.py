@@ -1,0 +1,142 @@
+"""Limits shared by the processes of one machine, in a file: ``store="sqlite:///limits.db"``.
+
+No server, nothing to install. What was booked survives restarts, so limits of a day or a month hold
+over them. Processes may be killed at any instant: the file holds whole batches only, and the slots
+of the dead come back when they expire.
+
+How it is made, from below: `books` is the arithmetic, pure, with `trip`, a batch's way through it, and
+`line`, who is next; `verbs` what is done to it, as values; `written` the books as text; `clock` the one
+clock of all processes; `file` the SQLite file, and `faults` what its errors mean; `shelf` a process's
+copy of the books; `clerk` the thread that works on the file; `ledger` what a worker holds.
+"""
+
+import asyncio
+import os
+import secrets
+import weakref
+from pathlib import Path
+from typing import Final
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from asyncbucket.stores.sqlite.clerk import Clerk
+from asyncbucket.stores.sqlite.clock import SharedClock
+from asyncbucket.stores.sqlite.file import File
+from asyncbucket.stores.sqlite.ledger import SQLiteLedger
+from asyncbucket.stores.store import Snapshot, Terms
+
+__all__ = ["SQLiteLedger", "SQLiteStore", "from_url"]
+
+#: Seconds within which the store answers or says why not.
+PATIENCE: Final = 0.2
+_LONGEST_NAME: Final = 200
+_HOW: Final = (
+    "write sqlite:///limits.db for a file in this folder, sqlite:////var/lib/limits.db for another"
+)
+
+
+class SQLiteStore:
+    """Keep limiters in the file at ``path``; any number of processes of this machine may.
+
+    Nothing is opened before it is used. The file, and beside it the ``-wal`` and ``-shm`` of SQLite,
+    belong on a local disk: network file systems share no memory between machines.
+
+    Args:
+        path: the file; it is made if need be, its folder is not.
+        patience: seconds to wait for the file's write lock, which others hold for well under a
+            millisecond.
+        clock: tells the time that all processes share, for tests.
+
+    Raises:
+        ValueError: ``patience`` is no positive number of seconds.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        patience: float = PATIENCE,
+        clock: SharedClock | None = None,
+    ) -> None:
+        if not 0 < patience < float("inf"):
+            raise ValueError(f"patience must be a positive number of seconds, not {patience!r}")
+        self._path = Path(path).absolute()
+        self._patience = patience
+        self._clerk = Clerk(
+            File(self._path, patience=patience), SharedClock() if clock is None else clock
+        )
+        weakref.finalize(self, self._clerk.stop).atexit = False
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return f"sqlite:///{self._path}"
+
+    async def open(
+        self, name: str, terms: Terms, *, worker: str | None = None, slot_ttl: float = 30.0
+    ) -> SQLiteLedger:
+        """See `asyncbucket.stores.store.Store.open`."""
+        if not (
+            0 < len(name) <= _LONGEST_NAME and name.isprintable() and not set("{}") & set(name)
+        ):
+            raise ValueError(
+                f"a limiter's name has 1 to {_LONGEST_NAME} printable characters and no braces, "
+                f"not {name!r}"
+            )
+        if not 0 < slot_ttl < float("inf"):
+            raise ValueError(f"slot_ttl must be a positive number of seconds, not {slot_ttl!r}")
+        worker = worker or f"{os.getpid()}-{secrets.token_hex(6)}"
+        ledger = self._ledger(name, terms, worker, life=round(slot_ttl * 1_000_000_000))
+        await ledger.join()
+        return ledger
+
+    async def peek(self, name: str) -> Snapshot | None:
+        """See `asyncbucket.stores.store.Store.peek`; where there is no file none is made."""
+        return await self._onlooker(name).look() if self._path.exists() else None
+
+    async def names(self) -> list[str]:
+        """See `asyncbucket.stores.store.Store.names`; where there is no file none is made."""
+        return await self._onlooker("").names() if self._path.exists() else []
+
+    def _onlooker(self, name: str) -> SQLiteLedger:
+        return self._ledger(name, Terms(limits=()), "", life=0)
+
+    def _ledger(self, name: str, terms: Terms, worker: str, *, life: int) -> SQLiteLedger:
+        ledger = SQLiteLedger(
+            self._clerk, name, terms, worker=worker, life=life, patience=self._patience
+        )
+        ledger.store = self
+        return ledger
+
+    async def aclose(self) -> None:
+        """Finish what is under way, and close the file."""
+        thread = self._clerk.stop()
+        if thread is not None:
+            await asyncio.to_thread(thread.join)
+
+    def __repr__(self) -> str:
+        return f"<SQLiteStore {self._path}>"
+
+
+def from_url(url: str) -> SQLiteStore:
+    """Return the store that ``url`` names; ``?patience=5`` waits so many seconds for the lock.
+
+    Raises:
+        ValueError: the URL names no file, or says something unknown.
+    """
+    parts = urlsplit(url)
+    path = unquote(parts.path.removeprefix("/"))
+    if parts.netloc:
+        raise ValueError(f"{url!r} names a host, {parts.netloc!r}, and a file has none: {_HOW}")
+    if path in ("", ":memory:") or parts.fragment:
+        raise ValueError(
+            f"{url!r} names no file that processes could share: {_HOW}; for one process no store "
+            f"is needed"
+        )
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    patience = options.pop("patience", str(PATIENCE))
+    if options:
+        raise ValueError(f"{url!r} sets {', '.join(sorted(options))}: only patience can be set")
+    try:
+        return SQLiteStore(path, patience=float(patience))
+    except ValueError as error:
+        raise ValueError(f"{url!r}: patience is a positive number of seconds, e.g. 0.2") from error

@@ -1,0 +1,279 @@
+"""The books of one limiter: its meters and slots, and what each batch of a worker does to them.
+
+Nothing here waits, reads a clock or knows of files. Each verb gets ``now`` and leaves the books in
+a state that follows from what they were and from its arguments alone. So two processes that apply
+the same verbs in the same order keep the same books: the journal in the file holds verbs.
+
+Calls are booked at instants that may lie ahead, never before the last one booked: dates in a
+`Window` ascend, whoever books.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Final, TypeAlias
+
+from asyncbucket.gates import pacing
+from asyncbucket.limits import Limit
+from asyncbucket.meters import NEVER, Amounts, Bucket, Meter, Window
+from asyncbucket.pause import Pause
+from asyncbucket.stores.sqlite.line import Line, Turns
+from asyncbucket.stores.sqlite.trip import SLOT, Trip
+from asyncbucket.stores.store import (
+    FAR,
+    Batch,
+    Booking,
+    Correction,
+    Outcome,
+    Pulse,
+    Receipt,
+    Snapshot,
+    Terms,
+    Use,
+)
+
+#: What makes two limits the same limit: the resource, and the window in ns.
+Key: TypeAlias = tuple[str, int]
+#: A limit with its meters; there is a bucket where it is paced.
+Account: TypeAlias = tuple[Limit, Window, Bucket | None]
+
+#: Books are kept for so long (ns) at least.
+_LEAST: Final = 60_000_000_000
+
+
+class Books:
+    """Keep the meters and slots of one limiter; all instants are ns of one clock."""
+
+    def __init__(self, terms: Terms) -> None:
+        #: Counts the terms that have been in force.
+        self.edition = 0
+        self.terms = Terms(limits=())
+        self.accounts: dict[Key, Account] = {}
+        #: The meters of all accounts, each with the resource that it counts.
+        self.meters: tuple[tuple[Meter, str], ...] = ()
+        #: Slots that are taken, and until when they live without a heartbeat.
+        self.slots: dict[str, int] = {}
+        #: Workers that wait for slots, and those that wait for units.
+        self.line = Line()
+        self.turns = Turns()
+        #: Workers, and until when they count without a sign of life.
+        self.workers: dict[str, int] = {}
+        self.pause = Pause()
+        self.last_start = 0
+        self.last_bound: str | None = None
+        #: Counts the slots ever given, for their names.
+        self.given = 0
+        self.configure(terms, 0)
+
+    # -- verbs -------------------------------------------------------------------------------------
+
+    def commit(self, worker: str, batch: Batch, now: int, *, life: int) -> Receipt:
+        """See `asyncbucket.stores.store.Ledger.commit`; ``life`` (ns) is that of a slot."""
+        self._expire(now)
+        self.workers[worker] = now + life
+        debts_at = max(now, self.last_start)
+        for correction in batch.corrections:
+            self._correct(correction, debts_at)
+        for slot in batch.released:
+            self.slots.pop(slot, None)
+        bookings, ask_at = Trip(self, worker, batch, now, life=life).run()
+        return Receipt(
+            now=now,
+            bookings=bookings,
+            debts_at=debts_at,
+            ask_at=ask_at,
+            left=self._left(now),
+            crowded=self.line.others(worker),
+        )
+
+    def heartbeat(self, worker: str, slots: tuple[str, ...], now: int, *, life: int) -> Pulse:
+        """See `asyncbucket.stores.store.Ledger.heartbeat`."""
+        self._expire(now)
+        self.workers[worker] = now + life
+        for slot in slots:
+            self.slots[slot] = max(self.slots.get(slot, 0), now + life)
+        return Pulse(now=now, workers=len(self.workers), left=self._left(now))
+
+    def hold(self, span: int, now: int, *, gradually: bool) -> None:
+        """Let nobody start before ``now + span``; see `asyncbucket.stores.store.Ledger.pause`."""
+        self.pause.begin(now + span, now, gradually=gradually)
+
+    def configure(self, terms: Terms, now: int) -> None:
+        """Put ``terms`` in force, keeping what was booked under limits that stay."""
+        if terms == self.terms:
+            return
+        accounts: dict[Key, Account] = {}
+        for limit in terms.limits:
+            key = (limit.resource, limit.window)
+            _, window, bucket = self.accounts.get(key, (None, None, None))
+            if window is None:
+                window = Window(amount=limit.amount, window=limit.window)
+            window.reshape(amount=limit.amount)
+            accounts[key] = (limit, window, pacing(limit, bucket, now))
+        self.accounts = accounts
+        self.meters = tuple((meter, name[0][0]) for name, meter, _ in self.each())
+        self.terms = terms
+        self.edition += 1
+
+    def leave(self, worker: str) -> None:
+        """Forget ``worker``; its slots live on until they are released, or expire."""
+        self.line.leave(worker)
+        self.turns.leave(worker)
+        self.workers.pop(worker, None)
+
+    def absorb(self, ours: "Books", now: int, *, origin: "Books") -> None:
+        """Charge what ``ours`` know of the past and these books do not.
+
+        ``origin`` is what these were begun from: a copy of ours at an earlier time, or nothing.
+        """
+        when = max(now, self.last_start)
+        before = {name: meter.available(now) for name, meter, _ in origin.each()}
+        after = {name: meter.available(now) for name, meter, _ in ours.each()}
+        for name, meter, full in self.each():
+            begun_with = before.get(name, full)
+            lacking = begun_with - after.get(name, begun_with)
+            if lacking > 0:
+                meter.owe(lacking, when)
+        self.slots = ours.slots | self.slots
+        self.last_start = max(self.last_start, ours.last_start)
+        self.given = max(self.given, ours.given)
+
+    def each(self) -> Iterator[tuple[tuple[Key, type], Meter, int]]:
+        """Yield each meter with a name for it, and with what it can hold."""
+        for key, (limit, window, bucket) in self.accounts.items():
+            yield (key, Window), window, limit.amount
+            if bucket is not None:
+                yield (key, Bucket), bucket, bucket.burst
+
+    # -- questions ---------------------------------------------------------------------------------
+
+    def turn(self, worker: str, now: int) -> bool:
+        """Return whether ``worker``, which waits, should ask again; change nothing."""
+        waiting = self.turns.of(worker)
+        if waiting is not None:
+            start, _ = self.earliest(waiting.amounts, now, since=waiting.since)
+            first = self.turns.first(now, self.workers)
+            return start <= now + FAR and (first is None or first.worker == worker)
+        size = self.terms.concurrency
+        held = self.held(now)
+        free = NEVER if size is None else size - held.total()
+        return self.line.turn(worker, now, held, free=free)
+
+    def peek(self, now: int) -> Snapshot:
+        """See `asyncbucket.stores.store.Ledger.peek`."""
+        self._expire(now)
+        uses: list[Use] = []
+        for limit, window, bucket in self.accounts.values():
+            available = window.available(now)
+            if bucket is not None:
+                available = min(available, bucket.available(now))
+            if self.last_start > now:
+                available = min(available, 0)
+            uses.append(Use(limit=limit, used=window.used, available=available))
+        return Snapshot(
+            now=now,
+            terms=self.terms,
+            limits=tuple(uses),
+            slots=len(self.slots) if self.terms.concurrency is not None else 0,
+            paused_until=self.pause.until,
+            last_start=self.last_start,
+            workers=len(self.workers),
+        )
+
+    def until(self, now: int) -> int:
+        """Return from when on there is nothing left to remember, if nothing happens any more."""
+        ends = [now + _LEAST, self.pause.until, *self.slots.values(), *self.workers.values()]
+        for _, window, bucket in self.accounts.values():
+            ends.append(max(now, self.last_start) + 2 * window.window)
+            if bucket is not None:
+                ends.append(bucket.tat // bucket.q + 1)
+        return max(ends)
+
+    def check(self) -> int:
+        """Return a number that two copies of the same books have in common.
+
+        What windows and slots have forgotten is left out: they do so when they are looked at.
+        """
+        total = self.last_start + self.pause.until + self.given + self.edition
+        for _, _, bucket in self.accounts.values():
+            total += 0 if bucket is None else bucket.tat
+        return total % (1 << 31)
+
+    # -- for a batch on its way ----------------------------------------------------------------------
+
+    def held(self, now: int) -> Counter[str]:
+        """Count the slots that each worker holds; their names begin with its own."""
+        return Counter(slot.partition(":")[0] for slot, until in self.slots.items() if until > now)
+
+    def slotless(self, worker: str, now: int, held: Mapping[str, int]) -> bool:
+        """Return whether there is no slot for a call of ``worker``."""
+        size = self.terms.concurrency
+        if size is None:
+            return False
+        return size - len(self.slots) <= self.line.kept(worker, now, held)
+
+    def exceeded(self, amounts: Amounts) -> str | None:
+        """Return the resource of which ``amounts`` asks more than a limit ever allows."""
+        for limit, _, _ in self.accounts.values():
+            if amounts.get(limit.resource, 0) > limit.amount:
+                return limit.resource
+        return None
+
+    def earliest(self, amounts: Amounts, now: int, *, since: int = 0) -> tuple[int, str | None]:
+        """Return when a call may start, all that was booked considered, and what it waits for.
+
+        A call above a burst earns what is above it while it is first in line: ``since`` when, if
+        not since now.
+        """
+        start = max(now, self.last_start)
+        bound_by = self.last_bound if start > now else None
+        since = since or start
+        for meter, resource in self.meters:
+            amount = amounts.get(resource)
+            if amount:
+                earliest = meter.earliest(amount, since)
+                if earliest > start:
+                    start, bound_by = earliest, resource
+        if self.pause.until > start:
+            return self.pause.until, "paused"
+        return start, bound_by
+
+    def book(
+        self, worker: str, amounts: Amounts, start: int, bound_by: str | None, *, life: int
+    ) -> Booking:
+        """Book a call in all limits, and give it a slot."""
+        for meter, resource in self.meters:
+            amount = amounts.get(resource)
+            if amount:
+                meter.book(amount, start)
+        self.pause.book(1, start)
+        self.last_start, self.last_bound = start, bound_by
+        slot = None
+        if self.terms.concurrency is not None and amounts.get(SLOT):
+            self.given += 1
+            slot = f"{worker}:{self.given}"
+            self.slots[slot] = start + life
+        return Booking(Outcome.BOOKED, start, bound_by, slot)
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _expire(self, now: int) -> None:
+        for living in (self.slots, self.workers):
+            if living and min(living.values()) <= now:
+                for name in [name for name, until in living.items() if until <= now]:
+                    del living[name]
+        self.line.expire(now)
+        self.turns.expire(now, self.workers)
+
+    def _left(self, now: int) -> tuple[int, ...]:
+        return tuple(max(0, window.available(now)) for _, window, _ in self.accounts.values())
+
+    def _correct(self, correction: Correction, debts_at: int) -> None:
+        for resource, used in correction.used.items():
+            more = used - correction.booked.get(resource, 0)
+            for meter, counted in self.meters if more else ():
+                if counted != resource:
+                    continue
+                if more > 0:
+                    meter.owe(more, debts_at)
+                else:
+                    meter.unbook(-more, correction.start, left=used)

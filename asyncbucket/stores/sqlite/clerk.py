@@ -1,0 +1,305 @@
+"""The clerk: the one thread that works on the file, for all ledgers of a store.
+
+The event loop never waits for the disk: it hands over jobs, and is called back. All jobs that came
+up while the clerk was busy become one transaction (group commit), so that the disk and the lock cost
+a batch of jobs as much as a single one. If that transaction fails, all jobs fail, those that have
+come up meanwhile too: nobody waits behind a lock for longer than the store's patience.
+
+Slots that come back are found by looking: while somebody waits for one, the clerk asks every few
+milliseconds whether another connection has written, which costs a look into shared memory.
+"""
+
+import asyncio
+import atexit
+import contextlib
+import queue
+import sqlite3
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+from asyncbucket.errors import StoreError
+from asyncbucket.loops import reset_after_fork
+from asyncbucket.stores.sqlite.clock import Reading, SharedClock
+from asyncbucket.stores.sqlite.file import File
+from asyncbucket.stores.sqlite.shelf import Shelf
+from asyncbucket.stores.sqlite.verbs import Verb
+from asyncbucket.stores.store import Terms
+
+#: How often (s) the clerk looks for changes while somebody waits for one.
+_LOOK: Final = 0.005
+#: How often (ns) it looks whether a slot has expired meanwhile.
+_EXPIRY: Final = 20_000_000
+#: Jobs in one transaction.
+_BATCH: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of a job."""
+
+    #: The last verb's answer, or the snapshot asked for.
+    result: Any
+    #: Which terms are in force.
+    edition: int
+    terms: Terms
+
+
+#: Is called on the job's loop with an answer or an error.
+Done: TypeAlias = Callable[[Answer | None, StoreError | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Do to the books of limiter ``name`` what ``verbs`` returns at that moment.
+
+    Without verbs it is asked for a snapshot, which is None if there is no such limiter.
+    """
+
+    name: str
+    verbs: Callable[[], tuple[Verb, ...]]
+    loop: asyncio.AbstractEventLoop
+    done: Done
+
+
+class Names(Job):
+    """Ask for the names of all limiters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Wait until it is ``worker``'s turn for a slot, or other terms are in force."""
+
+    name: str
+    worker: str
+    edition: int
+    in_line: bool
+    changed: "asyncio.Future[bool]"
+
+
+class Clerk:
+    """Serve jobs in order, on a thread that begins with the first of them."""
+
+    def __init__(self, file: File, clock: SharedClock) -> None:
+        self._file = file
+        self._clock = clock
+        self._shelves: dict[str, Shelf] = {}
+        self.after_fork(new=True)
+        reset_after_fork(self)
+
+        _CLERKS.add(self)
+
+    def after_fork(self, *, new: bool = False) -> None:
+        """Begin anew in a child process: thread and connection are the parent's."""
+        self._jobs: queue.SimpleQueue[Job | Watch | None] = queue.SimpleQueue()
+        self._watches: list[Watch] = []
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+        self._closed = False
+        #: What the file was when those who wait were last told, and when time alone may change it.
+        self._seen = -1
+        self._look_again = 0
+        if not new:
+            self._file.forget()
+
+    def put(self, job: Job | Watch) -> None:
+        """Have ``job`` done; its ``done`` is called on its loop.
+
+        Raises:
+            StoreError: the clerk was told to stop.
+        """
+        with self._starting:
+            if self._closed:
+                raise StoreError(f"{self._file.path}: this store has been closed: open another")
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._work, name="asyncbucket sqlite", daemon=True
+                )
+                self._thread.start()
+            self._jobs.put(job)
+
+    def stop(self) -> threading.Thread | None:
+        """End the thread when it has done what there is; return it, to be waited for."""
+        with self._starting:
+            if not self._closed:
+                self._closed = True
+                self._jobs.put(None)
+            return self._thread
+
+    # -- on the thread -----------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        jobs = self._jobs
+        try:
+            while self._step(jobs):
+                pass
+        finally:
+            self._file.close()
+            self._thread = None
+
+    def _step(self, jobs: "queue.SimpleQueue[Job | Watch | None]") -> bool:
+        """Do what there is to do; return whether there will be more.
+
+        Between steps no job is held, for it would hold its ledger, and that its store.
+        """
+        batch, more = self._gathered(jobs)
+        if batch:
+            self._serve(batch, jobs)
+        if self._watches:
+            self._look()
+        return more
+
+    def _gathered(self, jobs: "queue.SimpleQueue[Job | Watch | None]") -> tuple[list[Job], bool]:
+        """Return what there is to do, and whether there will be more."""
+        batch: list[Job] = []
+        wait: float | None = _LOOK if self._watches else None
+        with contextlib.suppress(queue.Empty):
+            while len(batch) < _BATCH:
+                job = jobs.get(timeout=wait)
+                wait = 0
+                if job is None:
+                    return batch, False
+                if isinstance(job, Watch):
+                    self._watches.append(job)
+                    self._look_again = 0
+                else:
+                    batch.append(job)
+        return batch, True
+
+    def _serve(self, batch: list[Job], jobs: "queue.SimpleQueue[Job | Watch | None]") -> None:
+        touched: dict[str, Shelf] = {}
+        try:
+            with self._file.transaction() as connection:
+                answers = self._enter(connection, batch, touched)
+            for shelf in touched.values():
+                shelf.committed()
+            self._look_again = 0
+        except StoreError as error:
+            failure = error
+        except Exception as error:  # noqa: BLE001 - a mistake of ours must not end the thread
+            failure = StoreError(f"{self._file.path}: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+        else:
+            _call_back([(job, answer, None) for job, answer in zip(batch, answers, strict=True)])
+            return
+        for shelf in touched.values():
+            shelf.failed()
+        batch += self._waiting(jobs)
+        _call_back([(job, None, failure) for job in batch])
+
+    def _waiting(self, jobs: "queue.SimpleQueue[Job | Watch | None]") -> list[Job]:
+        """Return the jobs that have come up during one that failed."""
+        rest: list[Job] = []
+        for _ in range(jobs.qsize()):
+            job = jobs.get()
+            if isinstance(job, Job):
+                rest.append(job)
+            else:
+                jobs.put(job)
+        return rest
+
+    def _enter(
+        self, connection: sqlite3.Connection, batch: list[Job], touched: dict[str, Shelf]
+    ) -> list[Answer]:
+        known = connection.execute("SELECT boot, ahead, last FROM clock").fetchone()
+        reading = self._clock.read(None if known is None else Reading(*known))
+        connection.execute("INSERT OR REPLACE INTO clock VALUES (1, ?, ?, ?)", reading)
+        now, file = reading.last, self._file.files
+        answers: list[Answer] = []
+        for job in batch:
+            if isinstance(job, Names):
+                names = connection.execute(
+                    "SELECT name FROM limiters WHERE until >= ? ORDER BY name", (now,)
+                ).fetchall()
+                answers.append(Answer([name for (name,) in names], 0, Terms(limits=())))
+                continue
+            shelf = touched.get(job.name)
+            if shelf is None:
+                shelf = touched[job.name] = self._shelves.setdefault(job.name, Shelf(job.name))
+                shelf.catch_up(connection, file, now)
+            answers.append(self._answer(connection, shelf, job.verbs(), now))
+        for shelf in touched.values():
+            shelf.put_away(connection, now)
+        return answers
+
+    def _answer(
+        self, connection: sqlite3.Connection, shelf: Shelf, verbs: tuple[Verb, ...], now: int
+    ) -> Answer:
+        result: Any = None
+        for verb in verbs:
+            result = shelf.enter(connection, self._file.files, verb, now)
+        books = shelf.books
+        if books is None:
+            return Answer(None, 0, Terms(limits=()))
+        if not verbs:
+            result = books.peek(now)
+            result.details.update(self._file.details())
+        return Answer(result, books.edition, books.terms)
+
+    def _look(self) -> None:
+        """Tell those who wait for a change if there was one."""
+        self._watches = [watch for watch in self._watches if not watch.changed.done()]
+        now = self._clock.now()
+        if not self._watches or not (self._follow() or now >= self._look_again):
+            return
+        self._look_again = now + _EXPIRY
+        for watch in [watch for watch in self._watches if self._is_due(watch, now)]:
+            self._watches.remove(watch)
+            _call(watch.changed.get_loop(), _resolve, watch.changed)
+
+    def _follow(self) -> bool:
+        """Keep those books that somebody watches abreast of the file; return whether it changed."""
+        with contextlib.suppress(StoreError):  # whoever commits next is told
+            seen = self._file.changes()
+            if seen != self._seen:
+                with self._file.view() as connection:
+                    for name in {watch.name for watch in self._watches}:
+                        self._shelves[name].view(connection, self._file.files)
+                self._seen = seen
+                return True
+        return False
+
+    def _is_due(self, watch: Watch, now: int) -> bool:
+        books = self._shelves[watch.name].books
+        if books is None:
+            return False
+        return books.edition != watch.edition or (watch.in_line and books.turn(watch.worker, now))
+
+
+def _call_back(done: Iterable[tuple[Job, Answer | None, StoreError | None]]) -> None:
+    """Call every job back, with one wake-up for each loop."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Done, Answer | None, StoreError | None]]]
+    by_loop = {}
+    for job, answer, error in done:
+        by_loop.setdefault(job.loop, []).append((job.done, answer, error))
+    for loop, calls in by_loop.items():
+        _call(loop, _run, calls)
+
+
+def _run(calls: list[tuple[Done, Answer | None, StoreError | None]]) -> None:
+    for done, answer, error in calls:
+        done(answer, error)
+
+
+def _resolve(changed: "asyncio.Future[bool]") -> None:
+    if not changed.done():
+        changed.set_result(True)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # closed: nobody waits there any more
+        loop.call_soon_threadsafe(function, *args)
+
+
+#: All clerks, for the one thing to do when the interpreter ends: have each close its file.
+_CLERKS: Final["weakref.WeakSet[Clerk]"] = weakref.WeakSet()
+
+
+@atexit.register
+def _finish() -> None:
+    for clerk in tuple(_CLERKS):
+        thread = clerk.stop()
+        if thread is not None:
+            thread.join(timeout=1)

@@ -1,0 +1,260 @@
+"""One worker's way to the books of a limiter; see `asyncbucket.stores.store.Ledger`."""
+
+import asyncio
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from asyncbucket.errors import StoreError
+from asyncbucket.loops import reset_after_fork
+from asyncbucket.stores.sqlite.clerk import Answer, Clerk, Job, Names, Watch
+from asyncbucket.stores.sqlite.trip import SLOT
+from asyncbucket.stores.sqlite.verbs import Commit, Configure, Heartbeat, Hold, Leave, Verb
+from asyncbucket.stores.store import (
+    Batch,
+    Correction,
+    Outcome,
+    Pulse,
+    Receipt,
+    Snapshot,
+    Terms,
+)
+
+#: How much longer (s) than for the lock one waits for the thread to say so.
+_GRACE: Final = 0.05
+#: Seconds that opening may take at least: a new file is written through to the disk.
+_OPENING: Final = 5.0
+
+
+class SQLiteLedger:
+    """Keep the meters of one limiter in a file; made by `SQLiteStore.open`."""
+
+    def __init__(
+        self, clerk: Clerk, name: str, terms: Terms, *, worker: str, life: int, patience: float
+    ) -> None:
+        self._clerk = clerk
+        self._name = name
+        self._terms = terms
+        self._worker = worker
+        self._life = life
+        self._patience = patience
+        self._edition = 0
+        #: What failed batches wanted corrected and released.
+        self._kept = Batch()
+        #: This worker stands in one of the store's lines.
+        self._in_line = False
+        self._open = True
+        #: The store that must not be collected while its ledger lives.
+        self.store: object = None
+        reset_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Be another worker in a child process."""
+        self._worker += "'"
+        self._kept = Batch()
+        self._in_line = False
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def worker(self) -> str:
+        return self._worker
+
+    @property
+    def terms(self) -> Terms:
+        return self._terms
+
+    async def join(self) -> None:
+        """Make the limiter if need be, and put the terms in force."""
+        heartbeat = Heartbeat(self._worker, self._life)
+        patience = max(self._patience, _OPENING)
+        answer = await self._ask(Configure(self._terms), heartbeat, patience=patience)
+        self._edition = answer.edition
+
+    async def commit(self, batch: Batch) -> Receipt:
+        _check(batch)
+        answer = await self._commit(batch)
+        receipt: Receipt = answer.result
+        if receipt.bookings:
+            outcomes = {each.outcome for each in receipt.bookings}
+            self._in_line = Outcome.FULL in outcomes or (
+                Outcome.LATER in outcomes and Outcome.BOOKED not in outcomes
+            )
+        return replace(receipt, changed=self._news(answer))
+
+    async def heartbeat(self, slots: Sequence[str]) -> Pulse:
+        answer = await self._ask(Heartbeat(self._worker, self._life, tuple(slots)))
+        pulse: Pulse = answer.result
+        return replace(pulse, changed=self._news(answer))
+
+    async def changed(self, *, timeout: float) -> bool:
+        loop = asyncio.get_running_loop()
+        changed: asyncio.Future[bool] = loop.create_future()
+        watch = Watch(self._name, self._worker, self._edition, self._in_line, changed)
+        timer = loop.call_later(timeout, _give_up, changed)
+        try:
+            self._clerk.put(watch)
+            return await changed
+        finally:
+            timer.cancel()
+
+    async def pause(self, span: int, *, gradually: bool = False) -> None:
+        await self._ask(Hold(span, gradually))
+
+    async def configure(self, terms: Terms) -> None:
+        answer = await self._ask(Configure(terms))
+        self._terms, self._edition = terms, answer.edition
+
+    async def peek(self) -> Snapshot:
+        snapshot = await self.look()
+        assert snapshot is not None
+        return snapshot
+
+    async def look(self) -> Snapshot | None:
+        """Return how the limiter stands, whether or not one has joined it; None if there is none."""
+        snapshot: Snapshot | None = (await self._ask()).result
+        return snapshot
+
+    async def names(self) -> list[str]:
+        """Return the names of all limiters in the file."""
+        names: list[str] = (await self._ask(kind=Names)).result
+        return names
+
+    async def aclose(self) -> None:
+        if self._open:
+            self._open = False
+            with contextlib.suppress(StoreError):  # the line and the count expire by themselves
+                await self._ask(Leave(self._worker))
+
+    def __repr__(self) -> str:
+        return f"<SQLiteLedger {self._name!r}, worker {self._worker}>"
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _news(self, answer: Answer) -> Terms | None:
+        """Return the terms in force if they are others than we knew."""
+        if answer.edition == self._edition:
+            return None
+        self._edition = answer.edition
+        ours, self._terms = self._terms, answer.terms
+        return None if ours == answer.terms else answer.terms
+
+    async def _commit(self, batch: Batch) -> Answer:
+        """Apply ``batch`` behind what failed batches have left; give back what nobody awaits."""
+        kept, self._kept = self._kept, Batch()
+        batch = replace(
+            batch,
+            corrections=kept.corrections + batch.corrections,
+            released=kept.released + batch.released,
+        )
+        answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+
+        def now() -> tuple[Verb, ...]:
+            wanted = replace(batch, calls=()) if answered.done() else batch
+            return (Commit(self._worker, self._life, wanted),)
+
+        def done(answer: Answer | None, error: StoreError | None) -> None:
+            if answer is None:
+                self._kept = Batch(
+                    corrections=batch.corrections + self._kept.corrections,
+                    released=batch.released + self._kept.released,
+                )
+            elif answered.done():
+                self._undo(batch, answer.result)
+            _settle(answered, answer, error)
+
+        job = Job(self._name, now, answered.get_loop(), done)
+        return await self._wait(answered, job, self._patience)
+
+    def _undo(self, batch: Batch, receipt: Receipt) -> None:
+        """Give back what was booked for a caller that has gone."""
+        booked = [
+            (amounts, booking)
+            for amounts, booking in zip(batch.calls, receipt.bookings, strict=False)
+            if booking.outcome is Outcome.BOOKED
+        ]
+        self._kept = Batch(
+            corrections=self._kept.corrections
+            + tuple(Correction.undo(amounts, booking.start) for amounts, booking in booked),
+            released=self._kept.released
+            + tuple(booking.slot for _, booking in booked if booking.slot is not None),
+        )
+        if booked:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Send what is kept, now; if that fails, it is kept."""
+        kept, self._kept = self._kept, Batch()
+
+        def done(answer: Answer | None, _: StoreError | None) -> None:
+            if answer is None:
+                self._kept = Batch(
+                    corrections=kept.corrections + self._kept.corrections,
+                    released=kept.released + self._kept.released,
+                )
+
+        verb = Commit(self._worker, self._life, kept)
+        with contextlib.suppress(StoreError):  # closed meanwhile: it stays counted, and expires
+            self._clerk.put(Job(self._name, lambda: (verb,), asyncio.get_running_loop(), done))
+
+    async def _ask(
+        self, *verbs: Verb, kind: type[Job] = Job, patience: float | None = None
+    ) -> Answer:
+        answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+
+        def done(answer: Answer | None, error: StoreError | None) -> None:
+            _settle(answered, answer, error)
+
+        if self._kept.corrections or self._kept.released:
+            self._flush()
+        job = kind(self._name, lambda: verbs, answered.get_loop(), done)
+        return await self._wait(answered, job, patience or self._patience)
+
+    async def _wait(self, answered: "asyncio.Future[Answer]", job: Job, patience: float) -> Answer:
+        loop = answered.get_loop()
+        timer = loop.call_later(patience + _GRACE, _overdue, answered, patience)
+        try:
+            self._clerk.put(job)
+            return await answered
+        finally:
+            timer.cancel()
+
+
+def _overdue(answered: "asyncio.Future[Answer]", patience: float) -> None:
+    error = StoreError(
+        f"the disk has not answered for {patience:g} s: see what keeps it busy, or allow more with "
+        f"?patience={max(5, patience * 4):g}"
+    )
+    _settle(answered, None, error)
+
+
+def _settle(
+    answered: "asyncio.Future[Answer]", answer: Answer | None, error: StoreError | None
+) -> None:
+    if answered.done():
+        return
+    if answer is not None:
+        answered.set_result(answer)
+    elif error is not None:
+        answered.set_exception(error)
+
+
+def _give_up(changed: "asyncio.Future[bool]") -> None:
+    if not changed.done():
+        changed.set_result(False)
+
+
+def _check(batch: Batch) -> None:
+    """Refuse amounts and instants that are no whole numbers from 0 on, before they are kept."""
+    amounts: list[Mapping[str, Any]] = list(batch.calls)
+    for each in batch.corrections:
+        amounts += [each.booked, each.used, {"start": each.start}]
+    for each_amounts in (*amounts, {"horizon": batch.horizon}):
+        for name, amount in each_amounts.items():
+            if type(amount) is not int or amount < 0:
+                raise ValueError(f"{name} must be a whole number from 0 on, not {amount!r}")
+        if each_amounts.get(SLOT, 0) > 1:
+            raise ValueError(f"a call takes one slot, not {each_amounts[SLOT]:,}")

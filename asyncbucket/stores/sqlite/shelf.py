@@ -1,0 +1,175 @@
+"""A process's own copy of one limiter's books, kept abreast of the file.
+
+Reading the books whole for each batch would cost more than the batch. So each process keeps them,
+and does what others have entered in the journal since. Each entry carries a sum of the books after
+it; a copy that arrives at another sum was made by other arithmetic, and is of no use.
+"""
+
+import secrets
+import sqlite3
+from typing import Any, Final
+
+from asyncbucket.errors import StoreError
+from asyncbucket.stores.sqlite import verbs, written
+from asyncbucket.stores.sqlite.books import Books
+from asyncbucket.stores.sqlite.verbs import Configure, Verb
+
+#: After so many entries in the journal the books are written anew.
+_ENTRIES: Final = 256
+
+
+class Shelf:
+    """Keep the books of the limiter called ``name``; used inside transactions of one file."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.books: Books | None = None
+        #: A name for the books that survives the file: who has it knows some of their past.
+        self._lineage = ""
+        #: The last entry that has been done to our copy, and the one as of which the file has it.
+        self._seq = 0
+        self._written = 0
+        #: Which of the files at its path the copy is of.
+        self._file = 0
+        #: Our copy holds what is in no file, or there is none.
+        self._stale = True
+        #: This transaction has done something to our copy.
+        self._dirty = False
+
+    def catch_up(self, connection: sqlite3.Connection, file: int, now: int) -> None:
+        """Make our copy what the file says; put it into a file that was lost and made anew."""
+        row = connection.execute(
+            "SELECT lineage, seq, written FROM limiters WHERE name = ?", (self.name,)
+        ).fetchone()
+        if row is None:
+            if self.books is not None:
+                self._restore(connection, file, now)
+            return
+        ours = self.books if file != self._file else None
+        lineage, seq, self._written = row
+        if ours is not None or self._stale or self._seq < self._written:
+            self._read(connection)
+        self._follow(connection, seq)
+        self._file = file
+        if ours is not None:
+            self._absorb(connection, ours, now, known=lineage == self._lineage)
+        self._lineage = lineage
+
+    def view(self, connection: sqlite3.Connection, file: int) -> None:
+        """Do what others have entered, if our copy is of this file at all; write nothing."""
+        if not self._stale and file == self._file:
+            self.catch_up(connection, file, 0)
+
+    def enter(self, connection: sqlite3.Connection, file: int, verb: Verb, now: int) -> Any:
+        """Do ``verb`` to the books, enter it in the journal, and return its answer."""
+        self._dirty = True
+        if self.books is None:
+            assert isinstance(verb, Configure)
+            self._begin(connection, file, Books(verb.terms), now)
+        assert self.books is not None
+        answer = verbs.do(verb, self.books, now)
+        self._seq += 1
+        connection.execute(
+            "INSERT INTO journal VALUES (?, ?, ?, ?, ?)",
+            (self.name, self._seq, now, verbs.to_text(verb), self.books.check()),
+        )
+        return answer
+
+    def put_away(self, connection: sqlite3.Connection, now: int) -> None:
+        """Note how far the journal goes; write the books anew if it has grown long."""
+        if not self._dirty:
+            return
+        assert self.books is not None
+        connection.execute(
+            "UPDATE limiters SET seq = ?, until = ? WHERE name = ?",
+            (self._seq, self.books.until(now), self.name),
+        )
+        if self._seq - self._written >= _ENTRIES:
+            self._write(connection)
+
+    def committed(self) -> None:
+        """Hear that the file has what our copy has."""
+        self._dirty = False
+
+    def failed(self) -> None:
+        """Hear that the transaction failed: what it did to our copy never was."""
+        self._stale = self._stale or self._dirty
+        self._dirty = False
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _begin(self, connection: sqlite3.Connection, file: int, books: Books, now: int) -> None:
+        connection.execute("DELETE FROM limiters WHERE until < ?", (now,))
+        connection.execute("DELETE FROM journal WHERE name NOT IN (SELECT name FROM limiters)")
+        self.books, self._file = books, file
+        self._lineage = secrets.token_hex(8)
+        self._seq = self._written = 0
+        self._insert(connection, "", now)
+        self._stale = False
+
+    def _restore(self, connection: sqlite3.Connection, file: int, now: int) -> None:
+        """Put our copy into the file, which was deleted under us, or thought it past."""
+        assert self.books is not None
+        self._file, self._dirty = file, True
+        self._insert(connection, written.to_text(self.books), now)
+        self._written = self._seq
+        self._stale = False
+
+    def _insert(self, connection: sqlite3.Connection, origin: str, now: int) -> None:
+        assert self.books is not None
+        text, until = written.to_text(self.books), self.books.until(now)
+        connection.execute(
+            "INSERT INTO limiters VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (self.name, self._lineage, origin, until, self._seq, self._seq, text),
+        )
+
+    def _read(self, connection: sqlite3.Connection) -> None:
+        (text,) = connection.execute(
+            "SELECT books FROM limiters WHERE name = ?", (self.name,)
+        ).fetchone()
+        self.books = written.from_text(text)
+        self._seq = self._written
+        self._stale = False
+
+    def _follow(self, connection: sqlite3.Connection, seq: int) -> None:
+        """Do the entries up to ``seq`` that our copy lacks."""
+        if self._seq == seq:
+            return
+        assert self.books is not None
+        entries = connection.execute(
+            "SELECT seq, at, entry, sum FROM journal WHERE name = ? AND seq > ? ORDER BY seq",
+            (self.name, self._seq),
+        )
+        for number, at, entry, total in entries:
+            verbs.do(verbs.from_text(entry), self.books, at)
+            self._seq = number
+            if self.books.check() != total:
+                self._stale = True
+                raise StoreError(
+                    f"entry {number:,} of limiter {self.name!r} was made by an asyncbucket that "
+                    f"counts otherwise: run one version of it on one file"
+                )
+
+    def _absorb(
+        self, connection: sqlite3.Connection, ours: Books, now: int, *, known: bool
+    ) -> None:
+        """Charge what only our copy of a lost file knows to the books that others began since."""
+        assert self.books is not None
+        (origin,) = connection.execute(
+            "SELECT origin FROM limiters WHERE name = ?", (self.name,)
+        ).fetchone()
+        begun = written.from_text(origin) if known and origin else Books(self.books.terms)
+        self.books.absorb(ours, now, origin=begun)
+        self._dirty = True
+        self._seq += 1
+        self._write(connection)
+
+    def _write(self, connection: sqlite3.Connection) -> None:
+        """Write the books as they are, and begin the journal again."""
+        assert self.books is not None
+        connection.execute(
+            "UPDATE limiters SET seq = ?, written = ?, books = ? WHERE name = ?",
+            (self._seq, self._seq, written.to_text(self.books), self.name),
+        )
+        connection.execute("DELETE FROM journal WHERE name = ?", (self.name,))
+        self._written = self._seq

@@ -1,0 +1,58 @@
+"""The books as text: every number that the meters keep, by name, as JSON.
+
+What follows from the terms (rates, sizes) is not written: it is made anew from them.
+"""
+
+import json
+from typing import Any, Final
+
+from asyncbucket.stores.sqlite.books import Books
+from asyncbucket.stores.sqlite.line import Line, Turn, Turns
+from asyncbucket.stores.sqlite.verbs import terms_from_data, terms_to_data
+
+#: What changes in each part while it is used. Together with what follows from the terms (and
+#: `Window.lent`, which only the process that lent it knows) that is all there is; a test compares.
+BUCKET: Final = ("tat", "full_at", "_dates", "_lows", "low")
+WINDOW: Final = ("used", "_dates", "_units", "_last", "_recent", "_closes", "_forgotten")
+PAUSE: Final = ("until", "_start", "_step", "_calls")
+BOOKS: Final = ("edition", "slots", "workers", "last_start", "last_bound", "given")
+
+
+def to_text(books: Books) -> str:
+    """Write ``books`` down."""
+    data = _taken(books, BOOKS)
+    data["terms"] = terms_to_data(books.terms)
+    data["pause"] = _taken(books.pause, PAUSE)
+    data["line"] = list(books.line)
+    data["turns"] = list(books.turns)
+    data["meters"] = [
+        [_taken(window, WINDOW), None if bucket is None else _taken(bucket, BUCKET)]
+        for _, window, bucket in books.accounts.values()
+    ]
+    return json.dumps(data, separators=(",", ":"))
+
+
+def from_text(text: str) -> Books:
+    """Read what `to_text` wrote."""
+    data = json.loads(text)
+    books = Books(terms_from_data(data["terms"]))
+    _put(books, BOOKS, data)
+    _put(books.pause, PAUSE, data["pause"])
+    books.line = Line(tuple(place) for place in data["line"])
+    books.turns = Turns(Turn(*place) for place in data["turns"])
+    for (_, window, bucket), (of_window, of_bucket) in zip(
+        books.accounts.values(), data["meters"], strict=True
+    ):
+        _put(window, WINDOW, of_window)
+        if bucket is not None:
+            _put(bucket, BUCKET, of_bucket)
+    return books
+
+
+def _taken(thing: object, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(thing, name) for name in names}
+
+
+def _put(thing: object, names: tuple[str, ...], data: dict[str, Any]) -> None:
+    for name in names:
+        setattr(thing, name, data[name])

@@ -1,0 +1,28 @@
+"""A suite for stores: does this one keep limits as `asyncbucket.stores.store` promises?
+
+Subclass `StoreConformance` in a test module, say how the store is reached, and run pytest::
+
+    class TestMyStore(StoreConformance):
+        @pytest.fixture(autouse=True)
+        def place(self, tmp_path):
+            self.path = tmp_path / "limits.db"
+
+        def make_store(self):
+            return open_store(f"sqlite:///{self.path}")
+
+Each scenario opens limiters of fresh names and several connections, as processes would. Histories
+of calls, refunds and debts are compared with `asyncbucket.meters`: each start must be what the
+meters say at that instant of the store's clock. Scenarios run on the machine's clock, for that is
+what stores share; together they take about half a minute.
+"""
+
+from asyncbucket.testing.store_conformance.arithmetic import Arithmetic
+from asyncbucket.testing.store_conformance.oracle import Oracle
+from asyncbucket.testing.store_conformance.slots import Slots
+from asyncbucket.testing.store_conformance.steering import Steering
+
+__all__ = ["Oracle", "StoreConformance"]
+
+
+class StoreConformance(Arithmetic, Slots, Steering):
+    """Test a store: override `make_store`, and `grain` where its clock is coarser than 1 ns."""

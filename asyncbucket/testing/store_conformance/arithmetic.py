@@ -1,0 +1,290 @@
+"""Scenarios of limits: the store answers as the meters do, whoever asks."""
+
+import asyncio
+import time
+from random import Random
+
+from asyncbucket.meters import Amounts
+from asyncbucket.stores.store import Batch, Correction, Ledger, Outcome
+from asyncbucket.testing.assertions import assert_never_over
+from asyncbucket.testing.store_conformance.oracle import Oracle
+from asyncbucket.testing.store_conformance.place import (
+    MILLISECOND,
+    SECOND,
+    Place,
+    Suite,
+    amount_of,
+    batch,
+    booked,
+    place_all,
+    scenario,
+    terms,
+)
+
+_PACED = amount_of("requests", 20, 0.2, 4)
+_PLAIN = amount_of("tokens", 1_000, 0.15)
+_SLOW = amount_of("tokens", 1_000, 0.6, 100)
+_DAILY = amount_of("requests", 5_000, 86_400, 300)
+_HISTORIES = (
+    terms(_PACED),
+    terms(_PLAIN),
+    terms(_PACED, _PLAIN),
+    terms(_SLOW),
+    terms(_PACED, _PLAIN, _DAILY, amount_of("tokens", 100_000, 3_600, 7_001)),
+)
+
+
+class Arithmetic(Suite):
+    """Test what is booked when."""
+
+    @scenario
+    async def test_a_history_is_answered_as_the_meters_answer_it(self, place: Place) -> None:
+        """Calls, refunds and debts of two workers: each start is what `asyncbucket.meters` says."""
+        for seed, kind in enumerate(_HISTORIES * 2):
+            name = f"{place.name}-{seed}"
+            workers = [await place.worker(kind, name=name) for _ in range(2)]
+            await _History(Random(seed), workers, Oracle(kind, grain=self.grain)).play()
+
+    @scenario
+    async def test_workers_together_are_never_over(self, place: Place) -> None:
+        """Three workers that ask for all they can get keep every window of the shared clock."""
+        requests, tokens = amount_of("requests", 60, 0.5, 10), amount_of("tokens", 2_000, 0.3)
+        both = terms(requests, tokens)
+        trace: list[tuple[int, Amounts]] = []
+
+        async def work(worker: Ledger, random: Random) -> None:
+            for _ in range(15):
+                calls = [{"requests": 1, "tokens": random.randint(1, 90)} for _ in range(4)]
+                bookings = await place_all(worker, *calls)
+                trace.extend((each.start, call) for each, call in zip(bookings, calls, strict=True))
+
+        workers = [await place.worker(both) for _ in range(3)]
+        await asyncio.gather(*(work(each, Random(seed)) for seed, each in enumerate(workers)))
+        for limit in both.limits:
+            busiest = assert_never_over(
+                [(when, each[limit.resource]) for when, each in trace], limit
+            )
+            assert busiest.amount > limit.amount // 2, f"hardly used: {busiest}"
+
+    @scenario
+    async def test_no_call_starts_before_one_that_was_booked_earlier(self, place: Place) -> None:
+        """A newcomer passes nobody, at whatever worker it comes in, and however little it costs."""
+        both = terms(amount_of("requests", 100, 1), amount_of("tokens", 100, 0.2))
+        first, second = [await place.worker(both) for _ in range(2)]
+        await first.commit(batch({"requests": 1, "tokens": 100}))
+        waits = booked(await first.commit(batch({"requests": 1, "tokens": 50})))[0].start
+        receipt = await second.commit(batch({"requests": 1}))
+        assert receipt.now < waits
+        assert booked(receipt)[0].start >= waits
+        assert booked(receipt)[0].bound_by is not None
+
+    @scenario
+    async def test_a_newcomer_stands_behind_those_who_wait(self, place: Place) -> None:
+        """Nothing is booked yet for who waits long, and still nobody passes."""
+        both = terms(amount_of("requests", 100, 1), amount_of("tokens", 100, 0.8))
+        first, second = [await place.worker(both) for _ in range(2)]
+        await first.commit(batch({"requests": 1, "tokens": 100}))
+        receipt = await first.commit(batch({"requests": 1, "tokens": 50}))
+        assert receipt.bookings[0].outcome is Outcome.LATER
+        assert receipt.bookings[0].bound_by == "tokens"
+        receipt = await second.commit(batch({"requests": 1}))
+        assert receipt.bookings[0].outcome is Outcome.LATER
+        then, behind = await asyncio.gather(
+            place_all(first, {"requests": 1, "tokens": 50}), place_all(second, {"requests": 1})
+        )
+        assert then[0].start <= behind[0].start
+        assert then[0].bound_by == "tokens"
+
+    @scenario
+    async def test_what_comes_back_serves_those_who_wait(self, place: Place) -> None:
+        """A call of a minute's tokens used few: who waits elsewhere is told, and starts at once."""
+        kind = terms(amount_of("tokens", 1_000, 60))
+        first, second = [await place.worker(kind) for _ in range(2)]
+        start = booked(await first.commit(batch({"tokens": 900})))[0].start
+        receipt = await second.commit(batch({"tokens": 800}))
+        assert receipt.bookings[0].outcome is Outcome.LATER
+        told = asyncio.create_task(second.changed(timeout=5))
+        used = Correction(start=start, booked={"tokens": 900}, used={"tokens": 100})
+        await first.commit(Batch(corrections=(used,)))
+        began = time.monotonic()
+        assert await told
+        assert time.monotonic() - began < 0.5
+        receipt = await second.commit(batch({"tokens": 800}))
+        assert booked(receipt)[0].start == receipt.now
+
+    @scenario
+    async def test_a_call_above_the_burst_earns_the_rest_while_it_is_first(
+        self, place: Place
+    ) -> None:
+        """Thirty of a burst of ten: asking again and again it comes nearer, and passes."""
+        worker = await place.worker(terms(amount_of("requests", 500, 10, 10)))
+        began = (await worker.commit(Batch())).now
+        (booking,) = await place_all(worker, {"requests": 30})
+        assert 400 * MILLISECOND <= booking.start - began < 800 * MILLISECOND
+        assert booking.bound_by == "requests"
+
+    @scenario
+    async def test_one_that_never_asks_again_holds_up_nobody_for_long(self, place: Place) -> None:
+        """The first of those who wait has died: within 3 s the next one is booked."""
+        kind = terms(amount_of("tokens", 100, 0.5))
+        dead, living = [await place.worker(kind) for _ in range(2)]
+        await dead.commit(batch({"tokens": 100}))
+        assert (await dead.commit(batch({"tokens": 1}))).bookings[0].outcome is Outcome.LATER
+        began = time.monotonic()
+        await place_all(living, {"tokens": 1})
+        assert time.monotonic() - began < 3
+
+    @scenario
+    async def test_a_call_takes_all_it_costs_or_nothing(self, place: Place) -> None:
+        """What was not booked has cost nothing of any resource."""
+        both = terms(amount_of("requests", 10, 60), amount_of("tokens", 100, 60))
+        worker = await place.worker(both)
+        calls: list[Amounts] = [
+            {"requests": 1, "tokens": 101},
+            {"requests": 1, "tokens": 100},
+            {"requests": 1, "tokens": 1},
+            {"requests": 11},
+        ]
+        receipt = await worker.commit(batch(*calls, horizon=0))
+        outcomes = [each.outcome for each in receipt.bookings]
+        assert outcomes == [Outcome.NEVER, Outcome.BOOKED, Outcome.LATER, Outcome.NEVER]
+        assert [receipt.bookings[0].bound_by, receipt.bookings[3].bound_by] == [
+            "tokens",
+            "requests",
+        ]
+        used = {each.limit.resource: each.used for each in (await worker.peek()).limits}
+        assert used == {"requests": 1, "tokens": 100}
+
+    @scenario
+    async def test_a_call_is_booked_ahead_only_if_it_starts_soon(self, place: Place) -> None:
+        """What lies far ahead is not booked, for what comes back may serve it earlier."""
+        worker = await place.worker(terms(amount_of("requests", 1, 100)))
+        await worker.commit(batch({"requests": 1}))
+        receipt = await worker.commit(batch({"requests": 1}, {"requests": 1}))
+        assert {each.outcome for each in receipt.bookings} == {Outcome.LATER}
+        assert receipt.now < receipt.ask_at < receipt.now + 102 * SECOND
+        (use,) = (await worker.peek()).limits
+        assert (use.used, use.available) == (1, 0)
+
+    @scenario
+    async def test_calls_beyond_the_horizon_ask_again(self, place: Place) -> None:
+        """A batch is given a slice of time from its first start on; others have their turn."""
+        worker = await place.worker(terms(amount_of("requests", 1_000, 10, 1)))
+        horizon = 30 * MILLISECOND
+        receipt = await worker.commit(batch(*[{"requests": 1}] * 9, horizon=horizon))
+        starts = [each.start for each in receipt.bookings if each.outcome is Outcome.BOOKED]
+        assert [start - starts[0] for start in starts] == [0, *range(10**7, 31 * 10**6, 10**7)]
+        assert receipt.now <= receipt.ask_at <= starts[-1]
+        (use,) = (await worker.peek()).limits
+        assert use.available <= 0, "nothing passes before the last start"
+
+    @scenario
+    async def test_a_booking_for_nothing_leaves_no_trace(self, place: Place) -> None:
+        """Undone, it is as if it had never been, and at once."""
+        worker = await place.worker(terms(amount_of("tokens", 1_000, 60, 100)))
+        call = {"tokens": 100}
+        start = booked(await worker.commit(batch(call)))[0].start
+        correction = Correction(start=start, booked=call, used={"tokens": 0})
+        receipt = await worker.commit(Batch(corrections=(correction,), calls=(call,)))
+        assert booked(receipt)[0].start == receipt.now
+        assert (await worker.peek()).limits[0].used == 100
+
+    @scenario
+    async def test_a_debt_is_paid_off_before_anything_passes(self, place: Place) -> None:
+        """What a call used beyond its booking, later calls wait for."""
+        worker = await place.worker(terms(amount_of("tokens", 100, 60)))
+        start = booked(await worker.commit(batch({"tokens": 10})))[0].start
+        correction = Correction(start=start, booked={"tokens": 10}, used={"tokens": 150})
+        await worker.commit(Batch(corrections=(correction,)))
+        use = (await worker.peek()).limits[0]
+        assert (use.used, use.available) == (150, -50)
+        receipt = await worker.commit(batch({"tokens": 1}))
+        assert receipt.bookings[0].outcome is Outcome.LATER
+
+    @scenario
+    async def test_a_cancelled_commit_costs_nothing(self, place: Place) -> None:
+        """Whenever its caller goes: either the receipt arrived, or nothing stays booked."""
+        worker = await place.worker(terms(amount_of("requests", 1_000, 600), concurrency=1_000))
+        held = 0
+        for turns in range(30):
+            call = batch({"requests": 1, "concurrency": 1})
+            task = asyncio.create_task(worker.commit(call))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            (answer,) = await asyncio.gather(task, return_exceptions=True)
+            held += not isinstance(answer, BaseException)
+        right = 0
+        for _ in range(100):  # what was given back is on its way
+            snapshot = await worker.peek()
+            right = right + 1 if (snapshot.limits[0].used, snapshot.slots) == (held, held) else 0
+            if right == 4:
+                break
+            await asyncio.sleep(0.03)
+        assert right == 4, f"{held} bookings were told of, and others are counted"
+
+    @scenario
+    async def test_batches_at_the_same_time_are_each_applied_once(self, place: Place) -> None:
+        """Fifty callers of one ledger get fifty bookings, and fifty are charged."""
+        worker = await place.worker(terms(amount_of("requests", 1_000, 600)))
+        receipts = await asyncio.gather(
+            *(worker.commit(batch({"requests": 1}, {"requests": 1})) for _ in range(50))
+        )
+        assert sum(len(booked(each)) for each in receipts) == 100
+        assert (await worker.peek()).limits[0].used == 100
+
+    @scenario
+    async def test_a_look_changes_nothing(self, place: Place) -> None:
+        """Peeking tells what is used and what is left, and leaves both."""
+        worker = await place.worker(terms(amount_of("requests", 100, 600, 10)))
+        await worker.commit(batch({"requests": 7}))
+        for _ in range(3):
+            snapshot = await worker.peek()
+            assert snapshot.terms == worker.terms
+            (use,) = snapshot.limits
+            assert (use.used, use.available) == (7, 3)
+            assert snapshot.last_start <= snapshot.now
+        receipt = await worker.commit(batch({"requests": 3}))
+        assert booked(receipt)[0].start == receipt.now
+
+
+class _History:
+    """Play a random history of two workers, and have each answer checked."""
+
+    def __init__(self, random: Random, workers: list[Ledger], oracle: Oracle) -> None:
+        self._random = random
+        self._workers = workers
+        self._oracle = oracle
+        self._booked: list[tuple[int, Amounts]] = []
+
+    async def play(self) -> None:
+        random = self._random
+        for _ in range(50):
+            asked = Batch(
+                corrections=tuple(self._correction() for _ in range(random.choice([0, 0, 1, 2]))),
+                calls=tuple(self._call() for _ in range(random.choice([0, 1, 1, 3, 8]))),
+                horizon=random.choice([0, 20 * MILLISECOND, SECOND]),
+            )
+            worker = random.choice(self._workers)
+            receipt = await worker.commit(asked)
+            self._oracle.check(worker.worker, asked, receipt)
+            self._booked += [
+                (booking.start, call)
+                for booking, call in zip(receipt.bookings, asked.calls, strict=True)
+                if booking.outcome is Outcome.BOOKED
+            ]
+            await asyncio.sleep(random.choice([0, 0, 0.001, 0.01]))
+
+    def _call(self) -> Amounts:
+        requests = self._random.choice([1, 1, 1, 2, 6, 21])
+        return {"requests": requests, "tokens": self._random.choice([1, 10, 50, 300])}
+
+    def _correction(self) -> Correction:
+        if not self._booked:
+            return Correction(start=0, booked={}, used={})
+        index = self._random.randrange(len(self._booked))
+        start, amounts = self._booked[index]
+        factor = self._random.choice([0, 0.5, 1, 1.5])
+        used = {name: int(amount * factor) for name, amount in amounts.items()}
+        self._booked[index] = (start, used)
+        return Correction(start=start, booked=amounts, used=used)

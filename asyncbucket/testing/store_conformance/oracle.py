@@ -1,0 +1,117 @@
+"""What a store has to answer: the meters of `asyncbucket.meters`, asked in the same order.
+
+The oracle is told what was asked and what the store answered, and works out for itself what the
+answer had to be at that instant of the store's clock. It then books what the store has booked, so
+that a grain's difference never adds up.
+"""
+
+from fractions import Fraction
+
+from asyncbucket.meters import Amounts, Bucket, Meter, Window
+from asyncbucket.stores.store import FAR, Batch, Booking, Outcome, Receipt, Terms
+
+
+class Oracle:
+    """Keep the meters that a store's limiter should have; slots are not its business."""
+
+    def __init__(self, terms: Terms, *, grain: int) -> None:
+        self._grain = grain
+        self._amounts = [(limit.resource, limit.amount) for limit in terms.limits]
+        self._meters: list[tuple[str, Meter]] = []
+        self._last_start = self._last_now = 0
+        #: Workers whose next call could not start soon, in order of arrival: which call that is,
+        #: and since when it is the first of all.
+        self._waiting: dict[str, tuple[Amounts, int]] = {}
+        for limit in terms.limits:
+            window = Window(amount=limit.amount, window=limit.window)
+            self._meters.append((limit.resource, window))
+            if limit.burst not in (None, limit.amount):
+                assert limit.burst is not None
+                rate = Fraction(limit.amount * 1_000_000_000, limit.window)
+                self._meters.append((limit.resource, Bucket(rate=rate, burst=limit.burst)))
+
+    def check(self, worker: str, batch: Batch, receipt: Receipt) -> None:
+        """Assert that ``receipt`` is the right answer to ``batch``, and remember both."""
+        now = receipt.now
+        assert now >= self._last_now, f"the clock went back by {self._last_now - now:,} ns"
+        self._last_now = now
+        debts_at = max(now, self._last_start)
+        assert receipt.debts_at == debts_at, (receipt.debts_at, debts_at)
+        for each in batch.corrections:
+            for resource, meter in self._meters:
+                if resource in each.used:
+                    used = each.used[resource]
+                    more = used - each.booked.get(resource, 0)
+                    if more > 0:
+                        meter.owe(more, debts_at)
+                    elif more < 0:
+                        meter.unbook(-more, each.start, left=used)
+        self._check_calls(worker, batch, receipt)
+
+    def _check_calls(self, worker: str, batch: Batch, receipt: Receipt) -> None:
+        edge: int | None = None
+        later = False
+        if not batch.calls:
+            self._waiting.pop(worker, None)
+        assert len(receipt.bookings) == len(batch.calls)
+        for amounts, booking in zip(batch.calls, receipt.bookings, strict=True):
+            exceeded = {name for name, most in self._amounts if amounts.get(name, 0) > most}
+            if exceeded:
+                assert booking.outcome is Outcome.NEVER, booking
+                assert booking.bound_by in exceeded, booking
+                continue
+            start = self._earliest(amounts, receipt.now)
+            if not later and edge is None:
+                start = self._since(worker, amounts, receipt.now)
+                later = self._waits(worker, amounts, start, receipt)
+            elif not later and edge is not None and start > edge:
+                assert receipt.now <= receipt.ask_at <= self._last_start, receipt.ask_at
+                later = True
+            if later:
+                assert booking.outcome is Outcome.LATER, (booking, start - receipt.now)
+                continue
+            self._check_booking(booking, start, receipt.now)
+            edge = booking.start + batch.horizon if edge is None else edge
+            for resource, meter in self._meters:
+                if amounts.get(resource):
+                    meter.book(amounts[resource], booking.start)
+            self._last_start = booking.start
+
+    def _since(self, worker: str, amounts: Amounts, now: int) -> int:
+        """Return when the worker's next call may start; what it earned as the first is its own."""
+        waits_for, since = self._waiting.get(worker, (None, 0))
+        return self._earliest(amounts, now, since=since if waits_for == amounts else 0)
+
+    def _waits(self, worker: str, amounts: Amounts, start: int, receipt: Receipt) -> bool:
+        """Return whether the worker's next call is too far ahead, or others come first."""
+        now = receipt.now
+        first = next(iter(self._waiting), worker) == worker
+        if first and start <= now + FAR:
+            self._waiting.pop(worker, None)
+            return False
+        assert now < receipt.ask_at, receipt.ask_at
+        waits_for, since = self._waiting.get(worker, (None, 0))
+        if not first:
+            since = 0
+        elif not since or waits_for != amounts:
+            since = max(now, self._last_start)
+        self._waiting[worker] = (amounts, since)
+        return True
+
+    def _earliest(self, amounts: Amounts, now: int, *, since: int = 0) -> int:
+        floor = max(now, self._last_start)
+        return max(
+            floor,
+            *(
+                meter.earliest(amounts[resource], since or floor)
+                for resource, meter in self._meters
+                if amounts.get(resource)
+            ),
+        )
+
+    def _check_booking(self, booking: Booking, start: int, now: int) -> None:
+        assert booking.outcome is Outcome.BOOKED, (booking, start - now)
+        late = booking.start - start
+        assert late >= 0, f"{-late:,} ns too early: {booking}"
+        assert late <= self._grain, f"{late:,} ns too late, where {self._grain:,} are allowed"
+        assert booking.bound_by is not None or booking.start <= now, booking

@@ -1,0 +1,109 @@
+"""Where a scenario plays: fresh limiters in the store under test, closed when it is over."""
+
+import asyncio
+import secrets
+from collections.abc import Callable, Coroutine
+from typing import Any, ClassVar, TypeAlias
+
+from asyncbucket.limits import Limit
+from asyncbucket.meters import Amounts
+from asyncbucket.stores.store import Batch, Booking, Ledger, Outcome, Receipt, Store, Terms
+
+MILLISECOND = 1_000_000
+SECOND = 1_000_000_000
+
+
+class Place:
+    """Open workers of one limiter, each on a connection of its own, as processes would."""
+
+    def __init__(self, make_store: Callable[[], Store]) -> None:
+        self._make_store = make_store
+        self._stores: list[Store] = []
+        self._ledgers: list[Ledger] = []
+        #: The limiter that the scenario is about.
+        self.name = f"conformance-{secrets.token_hex(6)}"
+
+    def store(self) -> Store:
+        """Return another connection to the place."""
+        store = self._make_store()
+        self._stores.append(store)
+        return store
+
+    async def worker(
+        self, terms: Terms, *, slot_ttl: float = 30.0, name: str | None = None
+    ) -> Ledger:
+        """Return another worker of the limiter."""
+        ledger = await self.store().open(name or self.name, terms, slot_ttl=slot_ttl)
+        self._ledgers.append(ledger)
+        return ledger
+
+    async def close(self) -> None:
+        """Close all that was opened."""
+        for ledger in self._ledgers:
+            await ledger.aclose()
+        for store in self._stores:
+            await store.aclose()
+
+
+class Suite:
+    """Hold scenarios; subclasses say where they play."""
+
+    #: By how much (ns) a store may answer later than the arithmetic: one grain of its clock.
+    grain: ClassVar[int] = 1
+
+    def make_store(self) -> Store:
+        """Return another `Store` object that reaches the same place; to be overridden."""
+        raise NotImplementedError("say which store is tested: override make_store()")
+
+
+Scenario: TypeAlias = Callable[[Any, Place], Coroutine[Any, Any, None]]
+
+
+def scenario(play: Scenario) -> Callable[[Suite], None]:
+    """Make a test of a coroutine method that is given a `Place`."""
+
+    def test(self: Suite) -> None:
+        async def run() -> None:
+            place = Place(self.make_store)
+            try:
+                await play(self, place)
+            finally:
+                await place.close()
+
+        asyncio.run(run())
+
+    test.__name__, test.__qualname__, test.__doc__ = play.__name__, play.__qualname__, play.__doc__
+    return test
+
+
+def terms(*limits: Limit, concurrency: int | None = None) -> Terms:
+    """Return terms of these limits."""
+    return Terms(limits=limits, concurrency=concurrency)
+
+
+def amount_of(limit: str, amount: int, per: float, burst: int | None = None) -> Limit:
+    """Return a limit that is paced only if a burst is given."""
+    return Limit(limit, amount, per=per, burst=amount if burst is None else burst)
+
+
+def batch(*calls: Amounts, horizon: int = 60 * SECOND) -> Batch:
+    """Return a batch of calls alone."""
+    return Batch(calls=calls, horizon=horizon)
+
+
+def booked(receipt: Receipt) -> list[Booking]:
+    """Return the bookings of a receipt, having checked that every call was booked."""
+    outcomes = [each.outcome for each in receipt.bookings]
+    assert set(outcomes) <= {Outcome.BOOKED}, f"not all calls were booked: {outcomes}"
+    return list(receipt.bookings)
+
+
+async def place_all(worker: Ledger, *calls: Amounts) -> list[Booking]:
+    """Ask as a pacer would until all ``calls`` are booked; return their bookings in order."""
+    bookings: list[Booking] = []
+    while len(bookings) < len(calls):
+        receipt = await worker.commit(batch(*calls[len(bookings) :]))
+        bookings += [each for each in receipt.bookings if each.outcome is Outcome.BOOKED]
+        if len(bookings) < len(calls):
+            await worker.changed(timeout=(receipt.ask_at - receipt.now) / SECOND)
+    return bookings

@@ -1,0 +1,244 @@
+"""Scenarios of slots: leases that come back, and a line of workers that wait for them."""
+
+import asyncio
+import time
+
+from asyncbucket.stores.store import Batch, Ledger, Outcome
+from asyncbucket.testing.store_conformance.place import (
+    MILLISECOND,
+    SECOND,
+    Place,
+    Suite,
+    amount_of,
+    batch,
+    booked,
+    scenario,
+    terms,
+)
+
+_CALL = {"requests": 1, "concurrency": 1}
+_ROOMY = amount_of("requests", 10_000, 600)
+
+
+async def _slots(worker: Ledger, count: int) -> list[str]:
+    """Take ``count`` slots and return their names."""
+    bookings = booked(await worker.commit(batch(*[_CALL] * count)))
+    names = [each.slot for each in bookings if each.slot is not None]
+    assert len(set(names)) == count, names
+    return names
+
+
+class Slots(Suite):
+    """Test who holds a slot, and who is next."""
+
+    @scenario
+    async def test_slots_are_shared_by_all_workers(self, place: Place) -> None:
+        """Three slots, two of them taken here: there is one there, and the rest find none."""
+        kind = terms(_ROOMY, concurrency=3)
+        first, second = [await place.worker(kind) for _ in range(2)]
+        await _slots(first, 2)
+        receipt = await second.commit(batch(_CALL, _CALL, _CALL))
+        assert [each.outcome for each in receipt.bookings] == [
+            Outcome.BOOKED,
+            Outcome.FULL,
+            Outcome.FULL,
+        ]
+        assert receipt.bookings[1].bound_by == "concurrency"
+        assert receipt.ask_at > receipt.now
+        assert not receipt.crowded
+        assert (await first.commit(Batch())).crowded, "another worker waits for slots"
+        snapshot = await second.peek()
+        assert (snapshot.slots, snapshot.limits[0].used) == (3, 3)
+
+    @scenario
+    async def test_a_slot_that_is_given_back_serves_the_same_batch(self, place: Place) -> None:
+        """Releases count before calls; giving back twice, or what was never held, is passed over."""
+        worker = await place.worker(terms(_ROOMY, concurrency=1))
+        (slot,) = await _slots(worker, 1)
+        receipt = await worker.commit(Batch(released=(slot, "unknown"), calls=(_CALL,)))
+        (again,) = booked(receipt)
+        assert again.slot not in (None, slot)
+        receipt = await worker.commit(Batch(released=(slot,), calls=(_CALL,)))
+        assert receipt.bookings[0].outcome is Outcome.FULL
+
+    @scenario
+    async def test_a_call_without_a_slot_passes_a_full_house(self, place: Place) -> None:
+        """Only who needs a slot waits for one; none are given where none are counted."""
+        worker = await place.worker(terms(_ROOMY, concurrency=1))
+        await _slots(worker, 1)
+        (booking,) = booked(await worker.commit(batch({"requests": 1})))
+        assert booking.slot is None
+        unbound = await place.worker(terms(_ROOMY), name=f"{place.name}-unbound")
+        (booking,) = booked(await unbound.commit(batch(_CALL)))
+        assert booking.slot is None
+
+    @scenario
+    async def test_a_slot_is_held_from_the_booking_on(self, place: Place) -> None:
+        """A call that starts later has its slot already; it lives on after the start."""
+        kind = terms(amount_of("requests", 1, 0.24), concurrency=2)
+        worker = await place.worker(kind, slot_ttl=0.2)
+        receipt = await worker.commit(batch(_CALL, _CALL, _CALL))
+        assert [each.outcome for each in receipt.bookings] == [
+            Outcome.BOOKED,
+            Outcome.BOOKED,
+            Outcome.FULL,
+        ]
+        assert receipt.bookings[1].start - receipt.now > 200 * MILLISECOND
+        await asyncio.sleep(0.3)
+        assert (await worker.peek()).slots == 1
+
+    @scenario
+    async def test_slots_of_the_dead_come_back(self, place: Place) -> None:
+        """No heartbeat for the time to live: the slot is free within 0.1 s, and not before."""
+        kind = terms(_ROOMY, concurrency=1)
+        dead = await place.worker(kind, slot_ttl=0.5)
+        living = await place.worker(kind, slot_ttl=0.5)
+        began = time.monotonic()
+        await _slots(dead, 1)
+        freed = await _wait_for_slot(living)
+        assert 0.45 < freed - began < 0.8, f"after {freed - began:.3f} s"
+
+    @scenario
+    async def test_a_heartbeat_keeps_slots_alive(self, place: Place) -> None:
+        """Beaten in time, a slot outlives its first life by far."""
+        kind = terms(_ROOMY, concurrency=1)
+        worker = await place.worker(kind, slot_ttl=0.3)
+        slots = await _slots(worker, 1)
+        for _ in range(6):
+            await asyncio.sleep(0.1)
+            assert (await worker.heartbeat(slots)).workers == 1
+        assert (await worker.commit(batch(_CALL))).bookings[0].outcome is Outcome.FULL
+
+    @scenario
+    async def test_a_slot_that_expired_is_taken_again_by_a_heartbeat(self, place: Place) -> None:
+        """The call is still under way: it counts, though others may have its place by now."""
+        kind = terms(_ROOMY, concurrency=1)
+        late = await place.worker(kind, slot_ttl=0.1)
+        other = await place.worker(kind, slot_ttl=5)
+        slots = await _slots(late, 1)
+        await asyncio.sleep(0.2)
+        await _slots(other, 1)
+        await late.heartbeat(slots)
+        assert (await other.peek()).slots == 2
+
+    @scenario
+    async def test_whoever_asked_first_gets_the_slot(self, place: Place) -> None:
+        """A slot that comes back is kept for the first in line, though another asks before it."""
+        kind = terms(_ROOMY, concurrency=1)
+        holder, first, second = [await place.worker(kind) for _ in range(3)]
+        slots = await _slots(holder, 1)
+        for each in (first, second):
+            assert (await each.commit(batch(_CALL))).bookings[0].outcome is Outcome.FULL
+        told = asyncio.create_task(first.changed(timeout=5))
+        await holder.commit(Batch(released=tuple(slots)))
+        began = time.monotonic()
+        assert await told
+        assert time.monotonic() - began < 0.5
+        (booking,) = booked(await first.commit(batch(_CALL)))
+        assert booking.bound_by == "concurrency", "it waited for a slot"
+        assert booking.slot is not None
+        assert (await second.commit(batch(_CALL))).bookings[0].outcome is Outcome.FULL
+        await first.commit(Batch(released=(booking.slot,)))
+        assert await second.changed(timeout=5)
+        await _slots(second, 1)
+
+    @scenario
+    async def test_a_newcomer_leaves_the_slot_to_the_first_in_line(self, place: Place) -> None:
+        """Asking at the instant when it comes back is no way past those who wait."""
+        kind = terms(_ROOMY, concurrency=1)
+        holder, first, newcomer = [await place.worker(kind) for _ in range(3)]
+        slots = await _slots(holder, 1)
+        assert (await first.commit(batch(_CALL))).bookings[0].outcome is Outcome.FULL
+        await holder.commit(Batch(released=tuple(slots)))
+        assert (await newcomer.commit(batch(_CALL))).bookings[0].outcome is Outcome.FULL
+        await _slots(first, 1)
+
+    @scenario
+    async def test_whoever_waits_no_more_leaves_the_line(self, place: Place) -> None:
+        """A batch without calls says so: the slot that comes back is the next worker's at once."""
+        kind = terms(_ROOMY, concurrency=1)
+        holder, first, second = [await place.worker(kind) for _ in range(3)]
+        slots = await _slots(holder, 1)
+        for each in (first, second):
+            assert (await each.commit(batch(_CALL))).bookings[0].outcome is Outcome.FULL
+        await first.commit(Batch())
+        await holder.commit(Batch(released=tuple(slots)))
+        await _slots(second, 1)
+
+    @scenario
+    async def test_many_slots_that_come_back_at_once_are_shared(self, place: Place) -> None:
+        """Whoever gives back a dozen and asks for a dozen gets no more than others that wait."""
+        kind = terms(_ROOMY, concurrency=12)
+        workers = [await place.worker(kind) for _ in range(3)]
+        slots = await _slots(workers[0], 12)
+        for each in workers[1:]:
+            await each.commit(batch(*[_CALL] * 12))
+        got: list[int] = []
+        for each in workers:
+            released = tuple(slots) if each is workers[0] else ()
+            receipt = await each.commit(Batch(released=released, calls=(_CALL,) * 12))
+            got.append(sum(booking.outcome is Outcome.BOOKED for booking in receipt.bookings))
+        assert sum(got) == 12, got
+        assert max(got) - min(got) <= 2, got
+
+    @scenario
+    async def test_one_that_does_not_come_holds_up_nobody_for_long(self, place: Place) -> None:
+        """The first in line has died: within 3 s the next one is served."""
+        kind = terms(_ROOMY, concurrency=1)
+        holder, dead, living = [await place.worker(kind) for _ in range(3)]
+        slots = await _slots(holder, 1)
+        for each in (dead, living):
+            assert (await each.commit(batch(_CALL))).bookings[0].outcome is Outcome.FULL
+        await holder.commit(Batch(released=tuple(slots)))
+        began = time.monotonic()
+        assert await _wait_for_slot(living) - began < 3
+
+    @scenario
+    async def test_waiting_for_a_change_ends_in_time(self, place: Place) -> None:
+        """Nothing happens: it says so after the time that was asked for."""
+        kind = terms(_ROOMY, concurrency=1)
+        holder, waiting = [await place.worker(kind) for _ in range(2)]
+        await _slots(holder, 1)
+        await waiting.commit(batch(_CALL))
+        began = time.monotonic()
+        assert not await waiting.changed(timeout=0.2)
+        assert 0.19 < time.monotonic() - began < 0.6
+
+    @scenario
+    async def test_what_happened_before_waiting_counts(self, place: Place) -> None:
+        """A slot that came back between the answer and the question is not missed."""
+        kind = terms(_ROOMY, concurrency=1)
+        holder, waiting = [await place.worker(kind) for _ in range(2)]
+        slots = await _slots(holder, 1)
+        await waiting.commit(batch(_CALL))
+        await holder.commit(Batch(released=tuple(slots)))
+        await asyncio.sleep(0.05)
+        began = time.monotonic()
+        assert await waiting.changed(timeout=2)
+        assert time.monotonic() - began < 0.5
+
+    @scenario
+    async def test_the_living_are_counted(self, place: Place) -> None:
+        """Workers count from opening on, for one time to live after each sign of life."""
+        kind = terms(_ROOMY)
+        first = await place.worker(kind, slot_ttl=0.4)
+        second = await place.worker(kind, slot_ttl=0.4)
+        third = await place.worker(kind, slot_ttl=0.4)
+        assert len({first.worker, second.worker, third.worker}) == 3
+        assert (await first.heartbeat(())).workers == 3
+        await third.aclose()
+        await third.aclose()
+        assert (await first.heartbeat(())).workers == 2
+        await asyncio.sleep(0.25)
+        await first.heartbeat(())
+        await asyncio.sleep(0.25)
+        assert (await first.heartbeat(())).workers == 1
+
+
+async def _wait_for_slot(worker: Ledger) -> float:
+    """Take a slot as a pacer would; return when that was."""
+    while True:
+        receipt = await worker.commit(batch(_CALL, horizon=0))
+        if receipt.bookings[0].outcome is Outcome.BOOKED:
+            return time.monotonic()
+        await worker.changed(timeout=max(0, receipt.ask_at - receipt.now) / SECOND)

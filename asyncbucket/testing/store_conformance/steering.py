@@ -1,0 +1,144 @@
+"""Scenarios of what is decided for all workers: terms, pauses, and what outlives a process."""
+
+import asyncio
+
+from asyncbucket.stores.store import Outcome
+from asyncbucket.testing.store_conformance.place import (
+    MILLISECOND,
+    SECOND,
+    Place,
+    Suite,
+    amount_of,
+    batch,
+    booked,
+    place_all,
+    scenario,
+    terms,
+)
+
+
+class Steering(Suite):
+    """Test what concerns all workers at once."""
+
+    @scenario
+    async def test_a_pause_holds_for_all_workers(self, place: Place) -> None:
+        """Nobody books a start within it; a shorter one afterwards does not cut it short."""
+        kind = terms(amount_of("requests", 100, 1))
+        first, second = [await place.worker(kind) for _ in range(2)]
+        await first.pause(800 * MILLISECOND)
+        await first.pause(100 * MILLISECOND)
+        receipt = await second.commit(batch({"requests": 1}))
+        assert receipt.bookings[0].outcome is Outcome.LATER
+        assert receipt.bookings[0].bound_by == "paused"
+        snapshot = await second.peek()
+        assert 700 * MILLISECOND < snapshot.paused_until - snapshot.now <= 800 * MILLISECOND
+        (booking,) = await place_all(second, {"requests": 1})
+        assert booking.start >= snapshot.paused_until
+
+    @scenario
+    async def test_a_gradual_pause_is_followed_by_a_slow_start(self, place: Place) -> None:
+        """One call at first, and then twice as many in each 16th of the pause."""
+        kind = terms(amount_of("requests", 1_000, 1))
+        worker = await place.worker(kind)
+        await worker.pause(160 * MILLISECOND, gradually=True)
+        starts = [
+            each.start for each in booked(await worker.commit(batch(*[{"requests": 1}] * 17)))
+        ]
+        since = [(start - starts[0]) / (10 * MILLISECOND) for start in starts]
+        assert [round(since[n - 1], 2) for n in (1, 2, 4, 8, 16)] == [0, 1, 2, 3, 4], since
+
+    @scenario
+    async def test_the_last_terms_hold_for_all(self, place: Place) -> None:
+        """A worker hears once that others have set other terms, and is held to them at once."""
+        old, new = terms(amount_of("requests", 10, 60)), terms(amount_of("requests", 3, 60))
+        first = await place.worker(old)
+        await first.commit(batch(*[{"requests": 1}] * 3))
+        second = await place.worker(new)
+        receipt = await first.commit(batch({"requests": 1}, {"requests": 4}))
+        assert receipt.changed == new == first.terms
+        held, never = receipt.bookings
+        assert held.outcome is Outcome.LATER, "what was booked stays booked"
+        assert never.outcome is Outcome.NEVER
+        assert (await first.heartbeat(())).changed is None
+        await second.configure(old)
+        assert (await first.heartbeat(())).changed == old == first.terms
+
+    @scenario
+    async def test_those_who_wait_hear_of_other_terms(self, place: Place) -> None:
+        """More slots are there to be had at once."""
+        few, more = [terms(amount_of("requests", 10, 60), concurrency=n) for n in (1, 2)]
+        first, second = [await place.worker(few) for _ in range(2)]
+        await first.commit(batch({"requests": 1, "concurrency": 1}))
+        await second.commit(batch({"requests": 1, "concurrency": 1}))
+        told = asyncio.create_task(second.changed(timeout=5))
+        await asyncio.sleep(0.02)
+        await first.configure(more)
+        assert await told
+        receipt = await second.commit(batch({"requests": 1, "concurrency": 1}))
+        assert receipt.changed == more
+        booked(receipt)
+
+    @scenario
+    async def test_limits_that_stay_keep_what_was_booked(self, place: Place) -> None:
+        """Others come with nothing used, or go; a lower limit is kept from the first moment."""
+        requests, tokens = amount_of("requests", 10, 60), amount_of("tokens", 100, 60)
+        worker = await place.worker(terms(requests))
+        await worker.commit(batch({"requests": 4, "tokens": 50}))
+        await worker.configure(terms(amount_of("requests", 5, 60), tokens))
+        uses = {each.limit.resource: each for each in (await worker.peek()).limits}
+        assert (uses["requests"].used, uses["requests"].available) == (4, 1)
+        assert (uses["tokens"].used, uses["tokens"].available) == (0, 100)
+        await worker.configure(terms(tokens))
+        assert [each.limit.resource for each in (await worker.peek()).limits] == ["tokens"]
+
+    @scenario
+    async def test_what_is_booked_outlives_the_process(self, place: Place) -> None:
+        """All have gone and somebody comes: a limit of a day goes on where it was."""
+        kind = terms(amount_of("requests", 10, 86_400))
+        store = place.store()
+        worker = await store.open(place.name, kind)
+        await worker.commit(batch({"requests": 7}))
+        await worker.aclose()
+        await store.aclose()
+        again = await place.worker(kind)
+        (use,) = (await again.peek()).limits
+        assert (use.used, use.available) == (7, 3)
+
+    @scenario
+    async def test_limiters_of_other_names_are_strangers(self, place: Place) -> None:
+        """Neither limits nor slots nor pauses of one are the other's."""
+        kind = terms(amount_of("requests", 10, 60), concurrency=1)
+        one = await place.worker(kind)
+        other = await place.worker(kind, name=f"{place.name}/other: ä b")
+        await one.commit(batch({"requests": 10, "concurrency": 1}))
+        await one.pause(10 * SECOND)
+        receipt = await other.commit(batch({"requests": 1, "concurrency": 1}))
+        assert booked(receipt)[0].start == receipt.now
+        assert (one.name, other.name) == (place.name, f"{place.name}/other: ä b")
+
+    @scenario
+    async def test_an_onlooker_joins_nothing(self, place: Place) -> None:
+        """It sees which limiters there are and how they stand, and is no worker for it."""
+        kind = terms(amount_of("requests", 10, 60))
+        store = place.store()
+        assert await store.peek(place.name) is None
+        assert place.name not in await store.names()
+        worker = await place.worker(kind)
+        await worker.commit(batch({"requests": 3}))
+        assert place.name in await store.names()
+        snapshot = await store.peek(place.name)
+        assert snapshot is not None
+        assert (snapshot.terms, snapshot.limits[0].used, snapshot.workers) == (kind, 3, 1)
+        assert await store.peek(f"{place.name}-unknown") is None
+        assert f"{place.name}-unknown" not in await store.names()
+
+    @scenario
+    async def test_names_and_times_that_cannot_be_are_refused(self, place: Place) -> None:
+        """Before anything is made of them."""
+        kind = terms(amount_of("requests", 10, 60))
+        for name, life in (("", 30.0), ("a{b}", 30.0), ("a\nb", 30.0), ("a" * 201, 30.0), ("a", 0)):
+            try:
+                await place.worker(kind, name=name or "\0", slot_ttl=life)
+            except ValueError:
+                continue
+            raise AssertionError(f"{name!r} with a time to live of {life} s was taken")

@@ -1,0 +1,255 @@
+"""Real servers: Debian's valkey-server, else redis-server, on loopback, each in a folder of its own."""
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+from redis import Redis as SyncRedis
+from redis.asyncio import Redis
+
+from asyncbucket.stores import open_store
+from asyncbucket.stores.redis import RedisStore
+
+SERVER = shutil.which("valkey-server") or shutil.which("redis-server")
+
+
+class RunningServer:
+    """Be a server process; it can be killed, frozen and started again on the same port."""
+
+    def __init__(self, folder: Path, *options: str, tls: bool = False) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.options = options
+        self.tls = tls
+        if tls:
+            self.options = ("--tls-port", str(self.port), "--port", "0", *options)
+        #: A file of settings, which comes first on the command line, and what follows it.
+        self.config: tuple[str, ...] = ()
+        if options[:1] == ("--sentinel",):
+            path = folder / "sentinel.conf"
+            path.write_text(options[1])
+            self.config, self.options = (str(path), "--sentinel"), ()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        assert SERVER is not None
+        self.process = subprocess.Popen(
+            [
+                SERVER,
+                *self.config,
+                *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)),
+                *("--save", "", "--appendonly", "no", "--daemonize", "no", *self.options),
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        wait_for_port(self.port, tls=self.tls)
+
+    def freeze(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """Stop it without giving it time to save anything."""
+        assert self.process is not None
+        self.thaw()
+        self.process.kill()
+        self.process.wait(10)
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.kill()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on, below those that the system gives to clients."""
+    for port in range(20_000 + os.getpid() % 5_000, 32_000):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("no free port")
+
+
+def wait_for_port(port: int, *, tls: bool) -> None:
+    """Return as soon as somebody listens there, and has loaded what it kept."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                if tls:
+                    return
+                probe.sendall(b"PING\r\n")
+                if not probe.recv(100).startswith(b"-LOADING"):
+                    return
+        time.sleep(0.01)
+    raise TimeoutError(f"nobody listens on port {port} after 10 s")
+
+
+@pytest.fixture(scope="session")
+def server_program() -> str:
+    """Have a server, or say loudly that none can be had here."""
+    if SERVER is None:
+        if "CI" in os.environ:
+            pytest.fail("no valkey-server or redis-server: install the Debian package")
+        pytest.skip("NO SERVER: install valkey-server (or redis-server) to test shared limits")
+    return SERVER
+
+
+@pytest.fixture
+def start_server(server_program: str, tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
+    """Start servers with options of one's own; all are stopped at the end."""
+    running: list[RunningServer] = []
+    assert server_program
+
+    def start(*options: str, tls: bool = False) -> RunningServer:
+        folder = tmp_path / f"server-{len(running)}"
+        folder.mkdir()
+        running.append(RunningServer(folder, *options, tls=tls))
+        return running[-1]
+
+    yield start
+    for each in running:
+        each.stop()
+
+
+@pytest.fixture(scope="session")
+def shared_server(
+    server_program: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    """Be one server for all tests that do it no harm."""
+    assert server_program
+    with RunningServer(tmp_path_factory.mktemp("valkey")) as server:
+        yield server
+
+
+@pytest.fixture
+async def redis(shared_server: RunningServer) -> AsyncIterator[Any]:
+    """Look at the shared server from outside; it is empty at first."""
+    client = Redis.from_url(shared_server.url, decode_responses=True)
+    await client.flushall()
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+async def store(shared_server: RunningServer, redis: Any) -> AsyncIterator[RedisStore]:
+    """Be a store on the shared server, empty at first."""
+    assert await redis.dbsize() == 0
+    store = open_store(shared_server.url)
+    assert isinstance(store, RedisStore)
+    yield store
+    await store.aclose()
+    await asyncio.sleep(0)
+
+
+@pytest.fixture
+def redis_sync(shared_server: RunningServer) -> Iterator[Any]:
+    """Look at the shared server without a loop."""
+    client = SyncRedis.from_url(shared_server.url, decode_responses=True)
+    client.flushall()
+    yield client
+    client.close()
+
+
+class Proxy:
+    """Stand between a client and a server, and break the connection where it hurts."""
+
+    def __init__(self, target: int) -> None:
+        self.target = target
+        self.port = free_port()
+        #: How many bytes of answers pass from now on before the connection breaks; None for all.
+        self.left: int | None = None
+        #: How many connections break so.
+        self.cuts = 1
+        self.broken = 0
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._open: set[asyncio.StreamWriter] = set()
+
+    def cut(self, left: int, *, times: int = 1) -> None:
+        """Break the connection after ``left`` bytes, and the next ones after the first."""
+        self.left, self.cuts, self.broken = left, times, 0
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        assert self._server is not None
+        self._server.close()
+        for writer in self._open:
+            writer.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        there, back = await asyncio.open_connection("127.0.0.1", self.target)
+        self._open |= {writer, back}
+        forth = asyncio.create_task(self._forward(reader, back))
+        try:
+            while data := await there.read(65_536):
+                left = self.left if self.broken < self.cuts else None
+                if left is not None:
+                    data, self.left = data[:left], max(0, left - len(data))
+                writer.write(data)
+                await writer.drain()
+                if left is not None and self.left == 0:
+                    self.broken += 1
+                    self.left = 1
+                    break
+        except OSError:
+            pass
+        finally:
+            forth.cancel()
+            await asyncio.gather(forth, return_exceptions=True)
+            for each in (writer, back):
+                each.close()
+            await asyncio.gather(writer.wait_closed(), back.wait_closed(), return_exceptions=True)
+            self._open -= {writer, back}
+            self._tasks.discard(task)
+
+    async def _forward(self, reader: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65_536):
+            back.write(data)
+            await back.drain()
+        back.write_eof()
+
+
+@pytest.fixture
+async def proxy(shared_server: RunningServer, redis: Any) -> AsyncIterator[Proxy]:
+    """Stand before the shared server, empty at first."""
+    assert await redis.dbsize() == 0
+    async with Proxy(shared_server.port) as proxy:
+        yield proxy

@@ -1,0 +1,34 @@
+"""Every row of the failure table in the docs has its test."""
+
+import re
+from pathlib import Path
+
+HERE = Path(__file__).parent
+#: What every store is put through.
+SUITE = HERE.parents[1] / "asyncbucket" / "testing" / "store_conformance"
+PAGE = HERE.parents[1] / "docs" / "shared-stores.md"
+
+
+def test_every_fault_in_the_docs_is_tested() -> None:
+    """A row names tests that are there."""
+    there = {
+        name
+        for file in (*HERE.glob("test_*.py"), *SUITE.glob("*.py"))
+        for name in re.findall(
+            r"^ *(?:async )?def (test_\w+)", file.read_text("utf-8"), re.MULTILINE
+        )
+    }
+    rows = [row for row in PAGE.read_text("utf-8").splitlines() if "`test_" in row]
+    named = {name for row in rows for name in re.findall(r"`(test_\w+)`", row)}
+    assert len(rows) >= 15
+    assert named - there == set()
+
+
+def test_rights_in_the_docs_are_those_that_were_tested() -> None:
+    """Whoever copies the ACL of the docs gets the login that the TLS test used."""
+    page, test = PAGE.read_text("utf-8"), (HERE / "test_redis_places.py").read_text("utf-8")
+    shown = re.search(r"ACL SETUSER limits on >password (.*?)\n\n", page, re.DOTALL)
+    used = re.search(r"RULES = \((.*?)\)", test, re.DOTALL)
+    assert shown is not None
+    assert used is not None
+    assert shown[1].split() == re.sub(r'"', "", used[1]).split()

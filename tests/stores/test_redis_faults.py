@@ -1,0 +1,304 @@
+"""What a ledger promises while the server, the network or a worker is unwell: one row a fault."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from asyncbucket.limits import Limit
+from asyncbucket.stores import (
+    Batch,
+    Correction,
+    Ledger,
+    Outcome,
+    Receipt,
+    Store,
+    StoreError,
+    Terms,
+    open_store,
+)
+from asyncbucket.stores.redis import RedisStore
+from asyncbucket.stores.store import FAR
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.stores.conftest import Proxy, RunningServer
+
+SECOND = 1_000_000_000
+FREE = {"requests": 1}
+CALL = {"requests": 1, "concurrency": 1}
+#: A store that is gone is known to be gone after so many seconds.
+DECISION = 1.0  # 0.3 s is promised; a machine that runs other things gets room
+
+
+def terms(*limits: str, concurrency: int | None = None) -> Terms:
+    """Read limits as people write them."""
+    return Terms(limits=tuple(map(Limit.parse, limits)), concurrency=concurrency)
+
+
+def outcomes(receipt: Receipt) -> list[str]:
+    """Return what became of each call, as a word."""
+    return [booking.outcome.value for booking in receipt.bookings]
+
+
+def closed_for(receipt: Receipt) -> int:
+    """Return in how many ns the call of a batch will start that was not booked yet."""
+    assert outcomes(receipt) == ["later"]
+    return receipt.ask_at + FAR - receipt.now
+
+
+async def used(ledger: Ledger) -> int:
+    """Return the units of the first limit that are used."""
+    return (await ledger.peek()).limits[0].used
+
+
+async def refused(ledger: Ledger, batch: Batch) -> StoreError:
+    """Return the error with which `batch` fails, in time."""
+    begun = time.perf_counter()
+    with pytest.raises(StoreError) as error:
+        await ledger.commit(batch)
+    assert time.perf_counter() - begun < DECISION
+    return error.value
+
+
+async def test_script_flush_costs_nothing(store: RedisStore, redis: Any) -> None:
+    """A server that has forgotten the script is sent its text, and charges once."""
+    ledger = await store.open("flush", terms("100 requests/minute"))
+    await redis.script_flush()
+    await ledger.commit(Batch(calls=(FREE,)))
+    await redis.script_flush()
+    assert await used(ledger) == 1
+
+
+async def test_flushall_begins_empty(store: RedisStore, redis: Any) -> None:
+    """After a total loss nothing passes until a whole window has."""
+    one = await store.open("lost", terms("100 requests/minute", "1000 tokens/s", concurrency=2))
+    two = await store.open("lost", one.terms)
+    await one.commit(Batch(calls=(CALL,)))
+    await redis.flushall()
+    receipt = await one.commit(Batch(calls=(CALL,)))
+    assert receipt.lost
+    assert closed_for(receipt) >= 60 * SECOND
+    again = await two.commit(Batch(calls=(CALL,), horizon=0))
+    assert not again.lost, "one loss was paid for twice"
+    third = await store.open("lost", one.terms)
+    assert (await third.peek()).limits[0].available <= 0
+
+
+async def test_newcomer_cannot_hide_a_loss(store: RedisStore, redis: Any) -> None:
+    """Whoever opens a lost limiter first finds it new; those who know better empty it."""
+    one = await store.open("hide", terms("100 requests/minute"))
+    await one.commit(Batch(calls=(FREE,)))
+    await redis.flushall()
+    newcomer = await store.open("hide", one.terms)
+    assert outcomes(await newcomer.commit(Batch(calls=(FREE,)))) == ["booked"]
+    assert (await one.commit(Batch(calls=(FREE,)))).lost
+    receipt = await newcomer.commit(Batch(calls=(FREE,)))
+    assert closed_for(receipt) >= 60 * SECOND
+
+
+async def test_restart_without_data_begins_empty(
+    start_server: "Callable[..., RunningServer]",
+) -> None:
+    """A server that comes back with nothing is a loss; the worker goes on by itself."""
+    server = start_server()
+    store = open_store(server.url)
+    ledger = await store.open("restart", terms("100 requests/minute"))
+    await ledger.commit(Batch(calls=(FREE,)))
+    server.kill()
+    error = await refused(ledger, Batch(calls=(FREE,)))
+    assert "cannot be reached" in str(error)
+    server.start()
+    receipt = await ledger.commit(Batch(calls=(FREE,)))
+    assert receipt.lost
+    assert closed_for(receipt) >= 60 * SECOND
+    await store.aclose()
+
+
+async def test_restart_with_its_data_forgets_nothing(
+    start_server: "Callable[..., RunningServer]",
+) -> None:
+    """With appendfsync always a killed server still knows all that it had answered."""
+    server = start_server("--appendonly", "yes", "--appendfsync", "always")
+    store = open_store(server.url)
+    ledger = await store.open("kept", terms("100 requests/minute burst 100", concurrency=3))
+    await ledger.commit(Batch(calls=(CALL,) * 2))
+    server.kill()
+    server.start()
+    receipt = await ledger.commit(Batch(calls=(CALL,) * 2))
+    assert not receipt.lost
+    assert outcomes(receipt) == ["booked", "full"]
+    assert await used(ledger) == 3
+    await store.aclose()
+
+
+async def test_frozen_server_is_told_within_300_ms_and_charges_once(
+    start_server: "Callable[..., RunningServer]",
+) -> None:
+    """A server that does not answer may still do it later: what it booked then is given back."""
+    server = start_server()
+    store = open_store(server.url)
+    ledger = await store.open("frozen", terms("100 requests/minute burst 100", concurrency=9))
+    held = await ledger.commit(Batch(calls=(CALL,) * 3))
+    undone = Correction.undo(CALL, held.bookings[0].start)
+    server.freeze()
+    slot = held.bookings[0].slot
+    assert slot is not None
+    error = await refused(ledger, Batch(corrections=(undone,), released=(slot,), calls=(CALL,) * 4))
+    assert "gave no answer within 0.2 s" in str(error)
+    await refused(ledger, Batch(calls=(CALL,)))
+    begun = time.perf_counter()
+    with pytest.raises(StoreError, match="gave no answer"):
+        await ledger.heartbeat([])
+    assert time.perf_counter() - begun < DECISION
+    server.thaw()
+    receipt = await ledger.commit(Batch(calls=(CALL,)))
+    assert outcomes(receipt) == ["booked"]
+    seen = await ledger.peek()
+    assert (seen.limits[0].used, seen.slots) == (3, 3), "two of before, one of now"
+    await store.aclose()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_connection_cut_at_any_byte_charges_once(proxy: "Proxy", times: int) -> None:
+    """Wherever the answer breaks off, a call is charged once; if that happens twice, not at all."""
+    store = open_store(proxy.url)
+    ledger = await store.open("cut", terms("1000 requests/minute burst 1000", concurrency=99))
+    whole = await ledger.commit(Batch(calls=(CALL,)))
+    assert outcomes(whole) == ["booked"]
+    failed = cut = 0
+    for cut in range(1, 400):
+        proxy.cut(cut, times=times)
+        try:
+            receipt = await ledger.commit(Batch(calls=(CALL,)))
+        except StoreError:
+            failed += 1
+            await ledger.commit(Batch())
+        else:
+            slot = receipt.bookings[0].slot
+            assert slot is not None
+            undone = Correction.undo(CALL, receipt.bookings[0].start)
+            proxy_is_done = proxy.broken == 0
+            proxy.cuts = 0
+            await ledger.commit(Batch(corrections=(undone,), released=(slot,)))
+            if proxy_is_done:
+                break
+        seen = await ledger.peek()
+        assert (seen.limits[0].used, seen.slots) == (1, 1), f"cut after {cut} bytes"
+    assert cut > 100
+    assert failed == 0 if times == 1 else failed > 100
+    await ledger.aclose()
+    await store.aclose()
+
+
+async def test_corrections_of_a_failed_batch_are_applied_once(
+    start_server: "Callable[..., RunningServer]",
+) -> None:
+    """What is given back while the store is gone is not lost, and not given back twice."""
+    server = start_server("--appendonly", "yes", "--appendfsync", "always")
+    store = open_store(server.url)
+    ledger = await store.open("owed", terms("100 requests/minute burst 100", concurrency=9))
+    held = await ledger.commit(Batch(calls=(CALL,) * 4))
+    server.kill()
+    for booking in held.bookings[:3]:
+        assert booking.slot is not None
+        undone = Correction.undo(CALL, booking.start)
+        await refused(ledger, Batch(corrections=(undone,), released=(booking.slot,)))
+    server.start()
+    await ledger.commit(Batch())
+    seen = await ledger.peek()
+    assert (seen.limits[0].used, seen.slots) == (1, 1)
+    await store.aclose()
+
+
+async def test_server_short_of_memory_books_nothing(
+    start_server: "Callable[..., RunningServer]",
+) -> None:
+    """A server that may not write refuses the whole batch, and the error says what to do."""
+    server = start_server("--maxmemory-policy", "noeviction")
+    store = open_store(server.url)
+    assert isinstance(store, RedisStore)
+    ledger = await store.open("memory", terms("100 requests/minute burst 100"))
+    client = store._server.client
+    await client.config_set("maxmemory", "1")
+    error = await refused(ledger, Batch(calls=(FREE,) * 5))
+    assert "out of memory" in str(error)
+    assert "raise maxmemory" in str(error)
+    await client.config_set("maxmemory", "0")
+    assert await used(ledger) == 0
+    await ledger.commit(Batch(calls=(FREE,)))
+    assert await used(ledger) == 1
+    await store.aclose()
+
+
+WORKER = """
+import asyncio, sys
+from asyncbucket.limits import Limit
+from asyncbucket.stores import Batch, Terms, open_store
+
+async def main():
+    store = open_store(sys.argv[1])
+    terms = Terms(limits=(Limit.parse("1000/s"),), concurrency=4)
+    ledger = await store.open("killed", terms, slot_ttl=1.0)
+    call = {"requests": 1, "concurrency": 1}
+    receipt = await ledger.commit(Batch(calls=(call,) * 4))
+    await ledger.heartbeat([booking.slot for booking in receipt.bookings])
+    print("holding", flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.real_clock
+async def test_killed_worker_gives_back_its_slots(
+    shared_server: "RunningServer", store: Store
+) -> None:
+    """After kill -9 slots come back when their time to live is over, by the server's clock."""
+    ledger = await store.open("killed", terms("1000/s", concurrency=4), slot_ttl=1.0)
+    worker = subprocess.Popen(  # noqa: ASYNC220 - it has to be killed from outside
+        [sys.executable, "-c", WORKER, shared_server.url], stdout=subprocess.PIPE
+    )
+    assert worker.stdout is not None
+    assert worker.stdout.readline() == b"holding\n"
+    held = time.perf_counter()
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.wait(10)
+    worker.stdout.close()
+    while True:
+        receipt = await ledger.commit(Batch(calls=(CALL,) * 4))
+        if receipt.bookings[0].outcome is Outcome.BOOKED:
+            break
+        await ledger.changed(timeout=(receipt.ask_at - receipt.now) * 1e-9)
+    assert outcomes(receipt) == ["booked"] * 4
+    assert 0.9 < time.perf_counter() - held < 2.0
+    await ledger.aclose()
+
+
+async def test_heartbeat_takes_lost_slots_again(store: RedisStore, redis: Any) -> None:
+    """After a loss the slots of calls under way are counted again with the next heartbeat."""
+    ledger = await store.open("held", terms("1000/s", concurrency=4))
+    receipt = await ledger.commit(Batch(calls=(CALL,) * 3))
+    await redis.flushall()
+    await ledger.heartbeat([booking.slot or "" for booking in receipt.bookings])
+    assert (await ledger.peek()).slots == 3
+
+
+async def test_worker_in_line_that_does_not_come_is_passed_over(store: RedisStore) -> None:
+    """One that was called and is dead holds up the others for a tenth of a second."""
+    one, dead, two = [await store.open("dead", terms("1000/s", concurrency=1)) for _ in range(3)]
+    held = await one.commit(Batch(calls=(CALL,)))
+    await dead.commit(Batch(calls=(CALL,)))
+    await two.commit(Batch(calls=(CALL,)))
+    slot = held.bookings[0].slot
+    assert slot is not None
+    await one.commit(Batch(released=(slot,)))
+    assert outcomes(await two.commit(Batch(calls=(CALL,)))) == ["full"]
+    await asyncio.sleep(0.12)
+    assert outcomes(await two.commit(Batch(calls=(CALL,)))) == ["booked"]

@@ -1,0 +1,355 @@
+"""What a ledger on a real server promises while the server is well."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from asyncbucket.limits import Limit
+from asyncbucket.stores import (
+    Batch,
+    Booking,
+    Correction,
+    Outcome,
+    Receipt,
+    StoreError,
+    Terms,
+    open_store,
+)
+from asyncbucket.stores.redis import RedisStore
+from asyncbucket.stores.redis_ledger import RedisLedger
+from asyncbucket.stores.store import FAR
+from asyncbucket.testing import assert_within_bucket
+
+SECOND = 1_000_000_000
+MILLISECOND = 1_000_000
+CALL = {"requests": 1, "tokens": 100, "concurrency": 1}
+FREE = {"requests": 1}
+
+
+def terms(*limits: str, concurrency: int | None = None) -> Terms:
+    """Read limits as people write them."""
+    return Terms(limits=tuple(map(Limit.parse, limits)), concurrency=concurrency)
+
+
+def outcomes(receipt: Receipt) -> list[str]:
+    """Return what became of each call, as a word."""
+    return [booking.outcome.value for booking in receipt.bookings]
+
+
+def slots(receipt: Receipt) -> tuple[str, ...]:
+    """Return the slots that were given out."""
+    return tuple(booking.slot for booking in receipt.bookings if booking.slot is not None)
+
+
+async def test_processes_share_one_limit_in_order_of_arrival(store: RedisStore) -> None:
+    """Starts of two workers never decrease, and together they keep the limit."""
+    one = await store.open("shared", terms("100/s burst 10"))
+    two = await store.open("shared", terms("100/s burst 10"))
+    starts: list[int] = []
+    for _ in range(8):
+        for ledger in (one, two):
+            receipt = await ledger.commit(Batch(calls=(FREE,) * 2))
+            starts += [booking.start for booking in receipt.bookings]
+    assert len(starts) == 32
+    assert starts == sorted(starts)
+    assert_within_bucket([(start, 1) for start in starts], rate=100, burst=10)
+
+
+async def test_horizon_leaves_the_rest_for_the_next_turn(store: RedisStore) -> None:
+    """A batch books a slice of time, from its first start on."""
+    ledger = await store.open("horizon", terms("40/s burst 1"))
+    horizon = 60 * MILLISECOND
+    receipt = await ledger.commit(Batch(calls=(FREE,) * 5, horizon=horizon))
+    assert outcomes(receipt) == ["booked", "booked", "booked", "later", "later"]
+    assert receipt.bookings[2].bound_by == receipt.bookings[4].bound_by == "requests"
+    assert receipt.ask_at == max(receipt.now, receipt.bookings[2].start - horizon)
+    next_one = await ledger.commit(Batch(calls=(FREE, FREE), horizon=0))
+    assert outcomes(next_one) == ["booked", "later"]
+    assert next_one.bookings[0].start == receipt.bookings[2].start + 25 * MILLISECOND
+
+
+async def test_nothing_is_booked_far_ahead(store: RedisStore) -> None:
+    """What comes back until then shall serve it; others stand behind, however little they want."""
+    one, two = [await store.open("far", terms("2/s burst 1", "1000 tokens/s")) for _ in range(2)]
+    await one.commit(Batch(calls=(FREE,)))
+    receipt = await one.commit(Batch(calls=(FREE,)))
+    assert outcomes(receipt) == ["later"]
+    assert 240 * MILLISECOND < receipt.ask_at - receipt.now <= SECOND // 2 - FAR
+    other = await two.commit(Batch(calls=({"tokens": 1},)))
+    assert outcomes(other) == ["later"], "it passed one that stands in line"
+    await one.commit(Batch())
+    assert outcomes(await two.commit(Batch(calls=({"tokens": 1},)))) == ["booked"]
+
+
+async def test_first_in_line_is_told_when_to_come(store: RedisStore) -> None:
+    """A refund calls it at once; whoever becomes the first is told how long it still takes."""
+    spender, one, two = [await store.open("told", terms("1000 tokens/minute")) for _ in range(3)]
+    for ledger in (one, two):
+        await ledger.changed(timeout=0.2)  # begins to listen
+    call = {"tokens": 400}
+    spent = await spender.commit(Batch(calls=({"tokens": 1000},)))
+    for ledger in (one, two):
+        assert outcomes(await ledger.commit(Batch(calls=(call,)))) == ["later"]
+    less = Correction(start=spent.bookings[0].start, booked={"tokens": 1000}, used={"tokens": 100})
+    await spender.commit(Batch(corrections=(less,)))
+    assert await one.changed(timeout=2)
+    assert not await two.changed(timeout=0.05)
+    assert outcomes(await one.commit(Batch(calls=(call,)))) == ["booked"]
+    assert await two.changed(timeout=2)
+    receipt = await two.commit(Batch(calls=(call,)))
+    assert (receipt.bookings[0].start, receipt.bookings[0].bound_by) == (receipt.now, "tokens")
+    for ledger in (one, two):
+        await ledger.aclose()
+
+
+async def test_call_above_a_limit_is_told_never_and_others_pass(store: RedisStore) -> None:
+    """A call that can never pass does not hold up those behind it."""
+    ledger = await store.open("never", terms("100/s", "1000 tokens/s"))
+    receipt = await ledger.commit(Batch(calls=({"requests": 1, "tokens": 1001}, CALL)))
+    assert receipt.bookings[0] == Booking(Outcome.NEVER, 0, "tokens")
+    assert outcomes(receipt) == ["never", "booked"]
+
+
+async def test_call_without_a_slot_takes_nothing(store: RedisStore) -> None:
+    """All or nothing: without a slot neither requests nor tokens are charged."""
+    ledger = await store.open("slots", terms("100/s", "1000 tokens/s", concurrency=2))
+    receipt = await ledger.commit(Batch(calls=(CALL,) * 3))
+    assert outcomes(receipt) == ["booked", "booked", "full"]
+    assert receipt.bookings[2].bound_by == "concurrency"
+    seen = await ledger.peek()
+    assert seen.slots == 2
+    assert [(use.limit.resource, use.used) for use in seen.limits] == [
+        ("requests", 2),
+        ("tokens", 200),
+    ]
+
+
+async def test_slot_given_back_serves_the_waiting_call_of_the_same_batch(store: RedisStore) -> None:
+    """Release and admission are one round trip."""
+    ledger = await store.open("same", terms("100/s", concurrency=1))
+    first = await ledger.commit(Batch(calls=(CALL, CALL)))
+    second = await ledger.commit(Batch(released=slots(first), calls=(CALL,)))
+    assert outcomes(second) == ["booked"]
+    again = await ledger.commit(Batch(released=slots(first), calls=(CALL,)))
+    assert outcomes(again) == ["full"], "a slot given back twice came back twice"
+
+
+async def test_workers_take_turns_for_slots(store: RedisStore) -> None:
+    """Whoever waited longest is called; a newcomer does not pass those in line."""
+    ledgers = [await store.open("turns", terms("100/s", concurrency=1)) for _ in range(3)]
+    held = await ledgers[0].commit(Batch(calls=(CALL,)))
+    for ledger in ledgers[1:]:
+        assert outcomes(await ledger.commit(Batch(calls=(CALL, CALL)))) == ["full", "full"]
+    order: list[int] = []
+    turn = 0
+    for _ in range(6):
+        released = await ledgers[turn].commit(Batch(released=slots(held), calls=(CALL,)))
+        assert outcomes(released) == ["full"], "the releaser passed those who wait"
+        for number, ledger in enumerate(ledgers):
+            receipt = await ledger.commit(Batch(calls=(CALL, CALL)))
+            if outcomes(receipt)[0] == "booked":
+                order.append(number)
+                held, turn = receipt, number
+    assert order == [1, 2, 0, 1, 2, 0]
+
+
+async def test_next_in_line_hears_that_a_slot_is_free(store: RedisStore) -> None:
+    """Nobody polls: the worker whose turn it is hears of it, and no other does."""
+    one, two, three = [await store.open("bell", terms("100/s", concurrency=1)) for _ in range(3)]
+    for ledger in (two, three):
+        await ledger.changed(timeout=1)  # begins to listen
+    held = await one.commit(Batch(calls=(CALL,)))
+    assert outcomes(await two.commit(Batch(calls=(CALL,)))) == ["full"]
+    assert outcomes(await three.commit(Batch(calls=(CALL,)))) == ["full"]
+    await one.commit(Batch(released=slots(held)))
+    assert await two.changed(timeout=2)
+    assert not await three.changed(timeout=0.05)
+    assert outcomes(await two.commit(Batch(calls=(CALL,)))) == ["booked"]
+    for ledger in (one, two, three):
+        await ledger.aclose()
+
+
+async def test_refund_comes_back_and_debt_is_waited_for(store: RedisStore) -> None:
+    """A correction changes what later calls find."""
+    ledger = await store.open("settle", terms("1000 tokens/minute"))
+    call = {"tokens": 800}
+    receipt = await ledger.commit(Batch(calls=(call,)))
+    start = receipt.bookings[0].start
+    less = Correction(start=start, booked=call, used={"tokens": 300})
+    after = await ledger.commit(Batch(corrections=(less,), calls=({"tokens": 700},)))
+    assert after.bookings[0].start == after.now
+    more = Correction(start=start, booked={"tokens": 300}, used={"tokens": 900})
+    await ledger.commit(Batch(corrections=(more,)))
+    assert (await ledger.peek()).limits[0].available == -600
+    owed = await ledger.commit(Batch(calls=({"tokens": 1},)))
+    assert outcomes(owed) == ["later"]
+    assert owed.ask_at - owed.now > 59 * SECOND
+
+
+async def test_pause_holds_up_all_workers(store: RedisStore) -> None:
+    """A 429 that one worker met stops the others, and they begin again slowly."""
+    one, two = [await store.open("pause", terms("1000/s burst 1000")) for _ in range(2)]
+    await one.pause(SECOND // 5, gradually=True)
+    await one.pause(SECOND // 10)
+    receipt = await two.commit(Batch(calls=(FREE,) * 9))
+    assert {booking.bound_by for booking in receipt.bookings} == {"paused"}
+    starts = [booking.start - receipt.now for booking in receipt.bookings]
+    assert SECOND // 10 < starts[0] < SECOND // 5
+    steps = [start - starts[0] for start in starts]
+    assert steps[1] == SECOND // 80
+    assert steps[3] == 2 * SECOND // 80
+    assert steps[7] == 3 * SECOND // 80
+
+
+async def test_last_word_on_the_limits_counts_for_all(store: RedisStore) -> None:
+    """A worker that opens or configures others' limits changes them for everyone, at once."""
+    one = await store.open("terms", terms("10 requests/minute burst 10"))
+    await one.commit(Batch(calls=(FREE,) * 8))
+    two = await store.open("terms", terms("12 requests/minute burst 12", concurrency=3))
+    receipt = await one.commit(Batch(calls=(CALL,) * 5))
+    assert receipt.changed == two.terms == one.terms
+    assert outcomes(receipt)[:4] == ["booked", "booked", "booked", "full"]
+    assert (await two.peek()).limits[0].used == 11
+    await one.configure(terms("12 requests/minute burst 12", concurrency=4))
+    assert (await two.heartbeat([])).changed == one.terms
+
+
+async def test_cancelled_commit_gives_back_what_it_booked(store: RedisStore) -> None:
+    """A caller that is gone when the answer arrives has its units and slots returned."""
+    ledger = await store.open("gone", terms("100 requests/minute burst 100", concurrency=10))
+    for delay in range(6):
+        task = asyncio.create_task(ledger.commit(Batch(calls=(CALL,) * 5)))
+        for _ in range(delay):
+            await asyncio.sleep(0)
+        assert task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    await asyncio.gather(*ledger._tasks)
+    await asyncio.gather(*ledger._tasks)
+    seen = await ledger.peek()
+    assert (seen.limits[0].used, seen.slots) == (0, 0)
+
+
+async def test_batch_is_charged_once_though_it_is_sent_again(store: RedisStore) -> None:
+    """A batch that was booked, but whose answer was lost, is recognised by its number."""
+    ledger = await store.open("once", terms("100 requests/minute burst 100"))
+    first = await ledger.commit(Batch(calls=(FREE,) * 3))
+    ledger._doubt = Batch(calls=(FREE,) * 3)  # as if the answer had not arrived
+    second = await ledger.commit(Batch(calls=(FREE,)))
+    assert outcomes(first) == ["booked"] * 3
+    assert outcomes(second) == ["booked"]
+    assert (await ledger.peek()).limits[0].used == 1, "what was in doubt was not given back once"
+
+
+async def test_keys_carry_the_name_only_and_expire(store: RedisStore, redis: Any) -> None:
+    """No tenant and no secret in a key; one hash tag; nothing stays for ever."""
+    ledger = await store.open("acme", terms("10 requests/minute", concurrency=2), slot_ttl=5)
+    await ledger.commit(Batch(calls=(CALL,)))
+    keys = await redis.keys("*")
+    assert sorted(keys) == [
+        f"asyncbucket:{{acme}}:{part}" for part in ("slots", "state", "workers")
+    ]
+    for key in keys:
+        assert 0 < await redis.pttl(key) < 200_000
+
+
+async def test_worker_that_leaves_is_forgotten(store: RedisStore) -> None:
+    """Closing gives up the place in line and the worker's name."""
+    one = await store.open("leave", terms("10/s", concurrency=1))
+    two = await store.open("leave", terms("10/s", concurrency=1))
+    held = await one.commit(Batch(calls=(CALL,)))
+    await two.commit(Batch(calls=(CALL,)))
+    await two.aclose()
+    await two.aclose()
+    assert (await one.peek()).workers == 1
+    after = await one.commit(Batch(released=slots(held), calls=(CALL,)))
+    assert outcomes(after) == ["booked"], "one who had left was waited for"
+
+
+async def test_window_forgets_after_its_length_and_keeps_memory_bounded(
+    store: RedisStore, redis: Any
+) -> None:
+    """A long stream leaves at most 515 entries in the hash."""
+    ledger = await store.open("memory", terms("100000/s burst 100000"))
+    for _ in range(700):
+        await ledger.commit(Batch(calls=(FREE,) * 3))
+    assert await redis.hlen("asyncbucket:{memory}:state") < 530
+
+
+@pytest.mark.parametrize("name", ["", "a{b}", "x" * 201, "line\nbreak"])
+async def test_name_that_would_break_keys_is_refused(store: RedisStore, name: str) -> None:
+    """A name is part of a key."""
+    with pytest.raises(ValueError, match="1 to 200 printable characters"):
+        await store.open(name, terms("10/s"))
+
+
+async def test_own_client_is_accepted_and_stays_open(redis: Any) -> None:
+    """A client that decodes answers serves as well, and is not closed by the store."""
+    store = RedisStore.of(redis)
+    ledger = await store.open("own", terms("10/s"))
+    assert outcomes(await ledger.commit(Batch(calls=(FREE,)))) == ["booked"]
+    await ledger.aclose()
+    await store.aclose()
+    assert await redis.ping()
+    with pytest.raises(TypeError, match=r"redis\.asyncio\.Redis"):
+        RedisStore.of("redis://")
+
+
+async def test_two_ledgers_of_one_name_are_two_workers(store: RedisStore) -> None:
+    """Workers are counted by their signs of life."""
+    one = await store.open("count", terms("10/s"), slot_ttl=0.2)
+    two = await store.open("count", terms("10/s"), slot_ttl=0.2)
+    assert (await one.heartbeat([])).workers == 2
+    for _ in range(5):
+        await asyncio.sleep(0.05)
+        await one.heartbeat([])
+    assert (await one.heartbeat([])).workers == 1
+    assert isinstance(two, RedisLedger)
+
+
+async def test_url_is_shown_without_its_password() -> None:
+    """Neither repr nor errors carry a secret."""
+    store = open_store("redis://user:s3cret@127.0.0.1:1/0?health_check_interval=0")
+    assert "s3cret" not in repr(store)
+    assert store.url == "redis://user:***@127.0.0.1:1/0"
+    with pytest.raises(StoreError) as error:
+        await store.open("x", terms("10/s"))
+    assert "cannot be reached" in str(error.value)
+    assert "s3cret" not in str(error.value)
+    with pytest.raises(ValueError, match="cannot be read") as wrong:
+        open_store("redis+sentinel://:s3cret@host/mymaster")
+    assert "s3cret" not in str(wrong.value)
+
+
+async def test_heartbeat_does_not_take_again_what_was_given_back(store: RedisStore) -> None:
+    """A heartbeat that was asked for before a release, and sent after it, knows better."""
+    ledger = await store.open("late", terms("1000/s", concurrency=9))
+    for _ in range(20):
+        held = slots(await ledger.commit(Batch(calls=(CALL,) * 3)))
+        release = asyncio.create_task(ledger.commit(Batch(released=held)))
+        beat = asyncio.create_task(ledger.heartbeat(held))
+        await asyncio.gather(release, beat)
+        assert (await ledger.peek()).slots == 0
+
+
+async def test_what_dead_workers_leave_is_buried(store: RedisStore, redis: Any) -> None:
+    """A job that is started again and again, and never closes, does not fill the memory."""
+    for _ in range(5):
+        ledger = await store.open("cron", terms("1000 requests/day"), slot_ttl=0.1)
+        await ledger.commit(Batch(calls=(FREE,)))
+        await asyncio.sleep(0.15)
+    fields = await redis.hkeys("asyncbucket:{cron}:state")
+    assert sum(field.startswith("r:") for field in fields) == 1
+    assert await redis.pttl("asyncbucket:{cron}:workers") > 86_400_000
+
+
+async def test_closing_ends_though_a_cancellation_is_swallowed(store: RedisStore) -> None:
+    """At whatever await of connecting and listening it comes: nothing goes on, nothing hangs."""
+    ledgers = [await store.open("close", terms("1 RPM")) for _ in range(40)]
+    for number, ledger in enumerate(ledgers):
+        listening = asyncio.create_task(ledger.changed(timeout=5))
+        await asyncio.sleep(number * 0.0001)
+        listening.cancel()
+        async with asyncio.timeout(5):
+            await ledger.aclose()

@@ -1,0 +1,216 @@
+"""The script against the meters of the live limiter: same histories, same answers.
+
+Time is given to the server by the test, so that every instant is exact.
+"""
+
+import asyncio
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from asyncbucket.gates import Gates
+from asyncbucket.limits import Limit
+from asyncbucket.meters import Bucket, Meter, Window
+from asyncbucket.stores import Batch, Correction, Outcome, Terms, open_store, script
+
+if TYPE_CHECKING:
+    from tests.stores.conftest import RunningServer
+
+MICROSECOND = 1_000
+SECOND = 1_000_000_000
+#: When histories begin: an instant of this age has as many digits as the server's own.
+START = 1_795_000_000 * SECOND
+RESOURCES: tuple[str, ...] = ("requests", "tokens")
+
+moderate = settings(
+    deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def ceil_to_grain(instant: int) -> int:
+    """Round up to what the script can say."""
+    return -(-instant // MICROSECOND) * MICROSECOND
+
+
+@dataclass
+class Oracle:
+    """Answer as the live limiter's meters do, booked where the store has booked."""
+
+    limits: tuple[Limit, ...]
+    last: int = 0
+    meters: list[tuple[Limit, Meter]] = field(default_factory=list)
+    gates: Gates = field(default_factory=lambda: Gates(()))
+
+    def __post_init__(self) -> None:
+        for limit in self.limits:
+            self.meters.append((limit, Window(amount=limit.amount, window=limit.window)))
+            if limit.burst is not None and limit.burst != limit.amount:
+                rate = Fraction(limit.amount * SECOND, limit.window)
+                bucket = Bucket(rate=rate, burst=limit.burst)
+                ticks = script._meter(limit)
+                bucket.p, bucket.q = ticks["p"] * MICROSECOND, ticks["q"]
+                bucket.room = limit.burst * bucket.p
+                self.meters.append((limit, bucket))
+        self.gates = Gates((meter, limit.resource) for limit, meter in self.meters)
+
+    def start(self, call: dict[str, int], now: int) -> int:
+        start, _ = self.gates.earliest(call, max(now, self.last))
+        return start
+
+    def book(self, call: dict[str, int], start: int) -> None:
+        self.gates.book(call, start)
+        self.last = start
+
+    def correct(self, correction: Correction, now: int) -> None:
+        for limit, meter in self.meters:
+            used = correction.used.get(limit.resource, 0)
+            more = used - correction.booked.get(limit.resource, 0)
+            if more > 0:
+                meter.owe(more, max(now, self.last))
+            elif more < 0:
+                meter.unbook(-more, correction.start, left=used)
+
+    def available(self, limit: Limit, now: int) -> int:
+        return min(meter.available(now) for each, meter in self.meters if each is limit)
+
+
+@pytest.fixture
+def clock(redis_sync: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Set the time that the script reads; return how."""
+    text = script.source()
+    mine = text.replace("redis.call('TIME')", "redis.call('HMGET', KEYS[1] .. ':test', 's', 'us')")
+    assert mine != text
+    # Arithmetic is about any distance; what lies too far ahead is another promise.
+    far = mine.replace("local FAR = 250000 ", "local FAR = 1e15 ")
+    assert far != mine
+    mine = far
+    monkeypatch.setattr(script, "source", lambda: mine)
+    monkeypatch.setattr(script, "digest", lambda: "0" * 40)
+
+    def set_to(instant: int) -> None:
+        seconds, rest = divmod(instant // MICROSECOND, 1_000_000)
+        key = "asyncbucket:{oracle}:state:test"
+        redis_sync.hset(key, mapping={"s": seconds, "us": rest})
+
+    return set_to
+
+
+limits = st.lists(
+    st.builds(
+        Limit,
+        st.sampled_from(RESOURCES),
+        st.integers(20, 60) | st.sampled_from([199_999, 1_000_003]),
+        per=st.sampled_from([1, 7, 60, 86_400]),
+        burst=st.none() | st.integers(1, 20),
+    ),
+    min_size=1,
+    max_size=3,
+    unique_by=lambda limit: (limit.resource, limit.per),
+).map(tuple)
+
+moves = st.lists(
+    st.tuples(
+        st.sampled_from(["calls", "calls", "calls", "undo", "less", "more"]),
+        # How long after the last move, in microseconds: often at once, sometimes after a window.
+        st.sampled_from([0, 0, 1]) | st.integers(0, 3_000_000) | st.integers(0, 90_000_000),
+        st.lists(st.tuples(st.integers(0, 30), st.integers(0, 50)), min_size=1, max_size=6),
+        st.integers(0, 1_000),
+    ),
+    max_size=30,
+)
+
+
+@moderate
+@given(limits=limits, moves=moves)
+def test_script_answers_as_the_meters_do(
+    shared_server: "RunningServer", redis_sync: Any, clock: Any, limits: Any, moves: Any
+) -> None:
+    """Every start is the meters' own, rounded up to a microsecond; so is what is available."""
+    redis_sync.flushall()
+    asyncio.run(replay(shared_server.url, clock, limits, moves))
+
+
+@given(
+    st.integers(1, 1_000_000_000),
+    st.sampled_from([1, 7, 60, 3_600, 86_400, 400 * 86_400]),
+    st.floats(0, 1),
+)
+def test_ticks_are_exact_or_safe(amount: int, per: int, share: float) -> None:
+    """A unit takes exactly its time, or longer by less than a ten-thousandth."""
+    limit = Limit("requests", amount, per=per, burst=max(1, int(amount * share)))
+    meter = script._meter(limit)
+    if "p" in meter:
+        exact = Fraction(per * 1_000_000, amount)
+        assert exact <= Fraction(meter["p"], meter["q"]) <= exact * Fraction(10_001, 10_000)
+        assert meter["p"] * (amount + (limit.burst or 0)) < 1 << 53
+        if exact.numerator * 2 * amount < 1 << 46:
+            assert Fraction(meter["p"], meter["q"]) == exact
+
+
+async def replay(url: str, clock: Any, limits: tuple[Limit, ...], moves: Any) -> None:
+    """Do the same with the store and with the meters, and compare."""
+    oracle = Oracle(limits)
+    now = START
+    clock(now)
+    store = open_store(url)
+    ledger = await store.open("oracle", Terms(limits=limits))
+    booked: list[tuple[dict[str, int], int]] = []
+    for verb, delay, amounts, pick in moves:
+        now += delay * MICROSECOND
+        clock(now)
+        if verb == "calls":
+            calls = tuple(dict(zip(RESOURCES, amount, strict=True)) for amount in amounts)
+            receipt = await ledger.commit(Batch(calls=calls, horizon=1 << 60))
+            assert receipt.now == now
+            for call, booking in zip(calls, receipt.bookings, strict=True):
+                if booking.outcome is Outcome.NEVER:
+                    assert any(call[limit.resource] > limit.amount for limit in limits)
+                    continue
+                assert booking.start == ceil_to_grain(oracle.start(call, now))
+                oracle.book(call, booking.start)
+                booked.append((call, booking.start))
+        elif booked:
+            call, start = booked.pop(pick % len(booked))
+            share = {"undo": 0, "less": 0.5, "more": 1.5}[verb]
+            used = {name: int(amount * share) for name, amount in call.items()}
+            correction = Correction(start=start, booked=call, used=used)
+            await ledger.commit(Batch(corrections=(correction,)))
+            oracle.correct(correction, now)
+            booked.append((used, start))
+        snapshot = await ledger.peek()
+        for use in snapshot.limits:
+            limit = next(each for each in limits if each == use.limit)
+            available = oracle.available(limit, max(now, oracle.last))
+            assert use.available == (available if oracle.last <= now else min(0, available))
+    await ledger.aclose()
+    await store.aclose()
+
+
+def test_clock_that_goes_back_stops_nothing(
+    shared_server: "RunningServer", redis_sync: Any, clock: Any
+) -> None:
+    """Time goes on from where it was: nothing passes twice, and nobody waits for the clock."""
+    asyncio.run(set_back(shared_server.url, clock))
+    assert redis_sync.dbsize() > 0
+
+
+async def set_back(url: str, clock: Any) -> None:
+    """Set the server's clock back by an hour between two batches."""
+    store = open_store(url)
+    clock(START)
+    limit = Limit("requests", 2, per=10, burst=2)
+    ledger = await store.open("oracle", Terms(limits=(limit,)))
+    call = {"requests": 1}
+    first = await ledger.commit(Batch(calls=(call, call)))
+    clock(START - 3_600 * SECOND)
+    second = await ledger.commit(Batch(calls=(call,), horizon=0))
+    assert second.now == first.now
+    assert second.bookings[0].start >= first.now + 10 * SECOND
+    clock(START - 3_589 * SECOND)
+    assert (await ledger.peek()).now == first.now + 11 * SECOND
+    await ledger.aclose()
+    await store.aclose()

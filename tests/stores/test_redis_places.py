@@ -1,0 +1,252 @@
+"""Where a server may be: behind TLS and a login, in a cluster, behind a Sentinel, at a socket."""
+
+import asyncio
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from redis.asyncio import Redis
+
+from asyncbucket.limits import Limit
+from asyncbucket.stores import Batch, Receipt, StoreError, Terms, open_store
+from asyncbucket.stores.redis import RedisStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.stores.conftest import RunningServer
+
+SECOND = 1_000_000_000
+CALL = {"requests": 1, "concurrency": 1}
+#: What a login must be allowed, as docs/shared-stores.md says.
+RULES = (
+    "~asyncbucket:* &asyncbucket:* +eval +evalsha +time +exists +pexpire +hget +hmget +hset +hdel "
+    "+zadd +zrem +zcard +zcount +zrangebyscore +zremrangebyscore +publish +subscribe +unsubscribe"
+)
+
+
+def terms(*limits: str, concurrency: int | None = None) -> Terms:
+    """Read limits as people write them."""
+    return Terms(limits=tuple(map(Limit.parse, limits)), concurrency=concurrency)
+
+
+def outcomes(receipt: Receipt) -> list[str]:
+    """Return what became of each call, as a word."""
+    return [booking.outcome.value for booking in receipt.bookings]
+
+
+async def use(url: str, name: str = "place") -> None:
+    """Do all that a worker does, at `url`."""
+    store = open_store(url)
+    one, two = [await store.open(name, terms("100/s", concurrency=1)) for _ in range(2)]
+    held = await one.commit(Batch(calls=(CALL,)))
+    assert outcomes(held) == ["booked"]
+    assert outcomes(await two.commit(Batch(calls=(CALL,)))) == ["full"]
+    waiting = asyncio.create_task(two.changed(timeout=5))
+    await asyncio.sleep(0.1)
+    slot = held.bookings[0].slot
+    assert slot is not None
+    await one.commit(Batch(released=(slot,)))
+    assert await waiting
+    held = await two.commit(Batch(calls=(CALL,)))
+    assert outcomes(held) == ["booked"]
+    await two.commit(Batch(released=(held.bookings[0].slot or "",)))
+    assert (await one.heartbeat([])).workers == 2
+    await one.pause(SECOND)
+    await one.configure(terms("50/s", concurrency=2))
+    assert (await two.peek()).terms == one.terms
+    for ledger in (one, two):
+        await ledger.aclose()
+    await store.aclose()
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """Make a certificate of 127.0.0.1 that nobody else trusts."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("NO OPENSSL: install it to test TLS")
+    subprocess.run(
+        [
+            *(openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"),
+            *("-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem")),
+            *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return tmp_path / "cert.pem"
+
+
+async def test_tls_with_the_least_rights(
+    start_server: "Callable[..., RunningServer]", certificate: Path
+) -> None:
+    """A login that may run the script on its own keys, and no more, is enough; TLS is checked."""
+    key = str(certificate.with_name("key.pem"))
+    server = start_server(
+        *("--tls-cert-file", str(certificate), "--tls-key-file", key),
+        *("--tls-ca-cert-file", str(certificate), "--tls-auth-clients", "no"),
+        *f"--user app on >s3cret {RULES} --user default off".split(),
+        tls=True,
+    )
+    where = f"127.0.0.1:{server.port}/0?ssl_ca_certs={certificate}"
+    await use(f"rediss://app:s3cret@{where}")
+    await use(f"valkeys://app:s3cret@{where}", "another place")
+    wrong = open_store(f"rediss://app:wr0ng@{where}")
+    with pytest.raises(StoreError, match="refuses the login") as error:
+        await wrong.open("place", terms("1/s"))
+    assert "wr0ng" not in str(error.value)
+    await wrong.aclose()
+    stranger = open_store(f"rediss://app:s3cret@127.0.0.1:{server.port}/0")
+    with pytest.raises(StoreError, match=r"(?i)certificate verify failed") as error:
+        await stranger.open("place", terms("1/s"))
+    assert "s3cret" not in str(error.value)
+    await stranger.aclose()
+
+
+async def test_login_without_a_right_is_told_which(
+    start_server: "Callable[..., RunningServer]",
+) -> None:
+    """The error names what the login needs, and nothing is booked."""
+    server = start_server("--user", "app", "on", ">s3cret", "~other:*", "+@all")
+    store = open_store(f"redis://app:s3cret@127.0.0.1:{server.port}/0")
+    with pytest.raises(StoreError, match=r"refuses the login.*~asyncbucket:\*"):
+        await store.open("place", terms("1/s"))
+    await store.aclose()
+
+
+async def test_unix_socket(start_server: "Callable[..., RunningServer]", tmp_path: Path) -> None:
+    """A server on the same machine needs no network."""
+    path = tmp_path / "valkey.sock"
+    start_server("--unixsocket", str(path))
+    await use(f"unix://{path}?db=0")
+
+
+async def test_cluster_of_three(start_server: "Callable[..., RunningServer]") -> None:
+    """A limiter lives on one node, whichever; limiters spread over all."""
+    nodes = [
+        start_server("--cluster-enabled", "yes", "--cluster-node-timeout", "2000") for _ in range(3)
+    ]
+    await join(nodes)
+    url = "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in nodes[:2])
+    await use(url)
+    store = open_store(url)
+    for number in range(12):
+        ledger = await store.open(f"limiter {number}", terms("10/s"))
+        assert outcomes(await ledger.commit(Batch(calls=({"requests": 1},)))) == ["booked"]
+        await ledger.aclose()
+    spread = [await keys_of(node) for node in nodes]
+    assert all(spread), spread
+    await store.aclose()
+
+
+async def join(nodes: "list[RunningServer]") -> None:
+    """Make a cluster of servers, each with a third of the slots."""
+    clients: list[Any] = [Redis(port=node.port) for node in nodes]
+    for number, client in enumerate(clients):
+        first, last = 16_384 * number // 3, 16_384 * (number + 1) // 3 - 1
+        await client.execute_command("CLUSTER", "ADDSLOTSRANGE", first, last)
+        await client.execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[0].port)
+    until = time.monotonic() + 20
+    while True:
+        infos = [await client.execute_command("CLUSTER", "INFO") for client in clients]
+        known = [str(info).count("cluster_known_nodes:3") for info in map(_text, infos)]
+        fine = [str(info).count("cluster_state:ok") for info in map(_text, infos)]
+        if all(known) and all(fine):
+            break
+        assert time.monotonic() < until, infos
+        await asyncio.sleep(0.05)
+    for client in clients:
+        await client.aclose()
+
+
+def _text(info: Any) -> str:
+    if isinstance(info, dict):
+        return "\n".join(f"{name}:{value}" for name, value in info.items())
+    return info.decode() if isinstance(info, bytes) else str(info)
+
+
+async def keys_of(node: "RunningServer") -> int:
+    """Return how many keys a node holds."""
+    client = Redis(port=node.port)
+    count: int = await client.dbsize()
+    await client.aclose()
+    return count
+
+
+@pytest.mark.real_clock
+async def test_failover_to_a_replica(start_server: "Callable[..., RunningServer]") -> None:
+    """A promoted replica knows what was replicated: no more passes than the limit allows."""
+    primary = start_server()
+    replica = start_server(
+        "--replicaof", f"127.0.0.1 {primary.port}", "--repl-diskless-sync-delay", "0"
+    )
+    await wait_for_replica(replica)
+    sentinel = start_server(
+        "--sentinel",
+        f"sentinel monitor main 127.0.0.1 {primary.port} 1\n"
+        "sentinel down-after-milliseconds main 300\n"
+        "sentinel failover-timeout main 2000\n",
+    )
+    store = open_store(f"redis+sentinel://127.0.0.1:{sentinel.port}/main/0")
+    ledger = await store.open("failover", terms("100 requests/minute burst 100", concurrency=99))
+    await ledger.commit(Batch(calls=(CALL,) * 60))
+    await until_replicated(primary)
+    primary.kill()
+    until = time.monotonic() + 20
+    while True:
+        begun = time.perf_counter()
+        try:
+            receipt = await ledger.commit(Batch(calls=(CALL,) * 50))
+            break
+        except StoreError:
+            assert time.perf_counter() - begun < 1.0
+            assert time.monotonic() < until
+            await asyncio.sleep(0.05)
+    now = [each for each in receipt.bookings if each.outcome.value == "booked"]
+    soon = [each for each in now if each.start - receipt.now < SECOND]
+    assert len(soon) == 39, "slots of before the failover are held, and those calls counted"
+    assert not receipt.lost
+    await ledger.aclose()
+    await store.aclose()
+
+
+async def wait_for_replica(replica: "RunningServer") -> None:
+    """Return when a replica is in step."""
+    client = Redis(port=replica.port, decode_responses=True)
+    until = time.monotonic() + 20
+    while (await client.info("replication"))["master_link_status"] != "up":
+        assert time.monotonic() < until
+        await asyncio.sleep(0.02)
+    await client.aclose()
+
+
+async def until_replicated(primary: "RunningServer") -> None:
+    """Return when the replica has all that was written until now."""
+    client: Any = Redis(port=primary.port)
+    await client.set("asyncbucket:mark", 1)
+    assert await client.execute_command("WAIT", 1, 5_000) == 1
+    await client.aclose()
+
+
+async def test_store_is_of_the_kind_that_the_url_names() -> None:
+    """Every scheme is served, and what is none is refused with what could be written."""
+    for url in (
+        "redis://127.0.0.1:6379/0",
+        "valkey://127.0.0.1",
+        "valkeys://127.0.0.1",
+        "rediss://127.0.0.1",
+        "unix:///run/valkey.sock",
+        "redis+sentinel://a:1,b:2/main",
+        "redis+cluster://a:1,b:2",
+    ):
+        store = open_store(url)
+        assert isinstance(store, RedisStore)
+        assert store.url.startswith(url.split("://", maxsplit=1)[0])
+    with pytest.raises(ValueError, match="is no store: write sqlite"):
+        open_store("postgres://user:s3cret@host/db")
+    with pytest.raises(ValueError, match="write the service behind the hosts"):
+        open_store("redis+sentinel://a:1")

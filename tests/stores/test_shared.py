@@ -1,0 +1,190 @@
+"""A limiter above a store, as people use it: loops, threads, steering, refusals, who goes first."""
+
+import asyncio
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from asyncbucket import AcquireTimeout, Limiter, WouldBlock
+from asyncbucket.stores import open_store
+
+if TYPE_CHECKING:
+    from tests.stores.conftest import RunningServer
+
+#: The store's clock is a server's.
+pytestmark = pytest.mark.real_clock
+
+
+@pytest.fixture
+def url(shared_server: "RunningServer", redis_sync: Any) -> str:
+    """Be an empty server."""
+    assert redis_sync.dbsize() == 0
+    return shared_server.url
+
+
+async def test_nowait_says_that_the_store_has_to_be_asked(url: str) -> None:
+    """What a store keeps cannot be had without waiting for it; the error says so."""
+    limiter = Limiter("10 RPM", store=url, name="nowait")
+    with pytest.raises(WouldBlock, match="the store that keeps its limits has to be asked"):
+        limiter.acquire_nowait()
+    await limiter.aclose()
+
+
+async def test_deadline_ends_the_wait_and_says_what_binds(url: str) -> None:
+    """As without a store: the resource, and for how long; nothing stays booked."""
+    limiter = Limiter("10 RPM burst 1", concurrency=5, store=url, name="deadline")
+    (await limiter.acquire()).release()
+    begun = time.perf_counter()
+    with pytest.raises(AcquireTimeout, match=r"requests bind for 5\.\d+ s more") as error:
+        await limiter.acquire(timeout=0.2)
+    assert time.perf_counter() - begun < 1.5
+    assert error.value.bound_by == "requests"
+    await asyncio.sleep(0.1)
+    snapshot = await open_and_peek(url, "deadline")
+    assert (snapshot.limits[0].used, snapshot.slots) == (1, 0)
+    await limiter.aclose()
+
+
+async def open_and_peek(url: str, name: str) -> Any:
+    """Look at a limiter from outside."""
+    store = open_store(url)
+    snapshot = await store.peek(name)
+    await store.aclose()
+    assert snapshot is not None
+    return snapshot
+
+
+async def test_one_that_gave_up_holds_up_nobody_elsewhere(url: str) -> None:
+    """Its place in the store's line goes with it: a small call in another process passes at once."""
+    one = Limiter("1000 tokens/minute", store=url, name="gone")
+    two = Limiter("1000 tokens/minute", store=url, name="gone")
+    (await one.acquire(tokens=900)).release()
+    with pytest.raises(AcquireTimeout):
+        await one.acquire(tokens=500, timeout=0.1)
+    begun = time.perf_counter()
+    (await two.acquire(tokens=50, timeout=2)).release()
+    assert time.perf_counter() - begun < 1.5
+    await one.aclose()
+    await two.aclose()
+
+
+async def test_pause_and_new_limits_are_heard_by_the_others(url: str) -> None:
+    """What one process learns from its provider, all of them obey."""
+    one = Limiter("1000 RPM burst 100", store=url, name="steer")
+    two = Limiter("1000 RPM burst 100", store=url, name="steer")
+    for limiter in (one, two):
+        (await limiter.acquire()).release()
+    one.pause(0.6, reason="429")
+    await asyncio.sleep(0.1)
+    lease = await two.acquire()
+    assert 0.35 < lease.waited < 2.0
+    assert lease.bound_by == "paused"
+    lease.release()
+    one.reconfigure("5 RPM burst 5")
+    await asyncio.sleep(0.1)
+    for _ in range(2):  # three were admitted before
+        (await two.acquire(timeout=0.5)).release()
+    with pytest.raises(AcquireTimeout):
+        await two.acquire(timeout=0.5)
+    assert two.limits == one.limits
+    await one.aclose()
+    await two.aclose()
+
+
+async def test_urgent_call_passes_those_that_wait(url: str) -> None:
+    """Priorities hold above the store: few calls stand where they cannot be passed any more."""
+    limiter = Limiter("20/s burst 1", store=url, name="urgent")
+    order: list[str] = []
+
+    async def call(name: str, **options: Any) -> None:
+        async with limiter.acquire(**options):
+            order.append(name)
+
+    waiting = [asyncio.create_task(call("batch", priority=2)) for _ in range(60)]
+    await asyncio.sleep(0.3)
+    await call("urgent", priority=0)
+    assert order.count("batch") < 40
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    await limiter.aclose()
+
+
+def test_second_run_of_a_loop_goes_on(url: str) -> None:
+    """A script may call `asyncio.run` again, with the same limiter; what was used stays used."""
+    limiter = Limiter("3 RPM burst 3", store=url, name="again")
+
+    async def once() -> None:
+        (await limiter.acquire(timeout=2)).release()
+        await limiter.aclose()
+
+    for _ in range(3):
+        asyncio.run(once())
+    with pytest.raises(AcquireTimeout):
+        asyncio.run(once())
+    asyncio.run(limiter.aclose())
+
+
+def test_loops_and_threads_of_a_process_share_it(url: str) -> None:
+    """Two loops in two threads, and threads without one: together they get what there is."""
+    limiter = Limiter("12 RPM burst 12", store=url, name="threads")
+    passed: list[str] = []
+
+    def loop() -> None:
+        async def work() -> None:
+            for _ in range(4):
+                (await limiter.acquire(timeout=5)).release()
+                passed.append("loop")
+            await limiter.aclose()
+
+        asyncio.run(work())
+
+    def plain() -> None:
+        limiter.acquire_sync(timeout=5).release()
+        passed.append("plain")
+
+    threads = [threading.Thread(target=loop) for _ in range(2)]
+    threads += [threading.Thread(target=plain) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(passed) == ["loop"] * 8 + ["plain"] * 4
+    with pytest.raises(AcquireTimeout):
+        limiter.acquire_sync(timeout=0.3)
+
+
+async def test_refund_reaches_who_waits_for_long(url: str) -> None:
+    """Estimates above use, the usual case: what comes back serves the next, as in one process."""
+    limiter = Limiter("1000 tokens/minute", store=url, name="refund")
+    done = 0
+
+    async def call() -> None:
+        nonlocal done
+        async with limiter.acquire(tokens=500) as lease:
+            await asyncio.sleep(0.05)
+            lease.settle(tokens=100)
+            done += 1
+
+    calls = [asyncio.create_task(call()) for _ in range(8)]
+    await asyncio.sleep(1.5)
+    assert done >= 6, "refunds waited for the window"
+    for task in calls:
+        task.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+    await limiter.aclose()
+
+
+async def test_statistics_tell_what_the_store_told_last(url: str) -> None:
+    """Used and available are those of all processes together."""
+    one = Limiter("100 RPM burst 100", store=url, name="statistics")
+    two = Limiter("100 RPM burst 100", store=url, name="statistics")
+    for limiter in (one, two, one):
+        (await limiter.acquire()).release()
+    await asyncio.sleep(0.1)
+    (use,) = one.statistics().limits
+    assert (use.used, use.available) == (3, 97)
+    await one.aclose()
+    await two.aclose()

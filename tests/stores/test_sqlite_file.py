@@ -1,0 +1,589 @@
+"""What a file may do to us: each fault, its message, and what holds afterwards."""
+
+import asyncio
+import contextlib
+import gc
+import os
+import resource
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncGenerator, Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncbucket import Limit, StoreError
+from asyncbucket.stores import Batch, Correction, Outcome, Terms, open_store
+from asyncbucket.stores.sqlite import SQLiteLedger, SQLiteStore, from_url
+from asyncbucket.stores.sqlite.clock import SharedClock
+from asyncbucket.stores.sqlite.file import VERSION
+
+TERMS = Terms(limits=(Limit("requests", 1_000, per=86_400, burst=1_000),), concurrency=10)
+#: Locks and disks know no virtual time.
+pytestmark = pytest.mark.real_clock
+
+CALL = {"requests": 1, "concurrency": 1}
+HALF: Any = {"requests": 1.5}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A file that is not there yet."""
+    return tmp_path / "limits.db"
+
+
+@contextlib.asynccontextmanager
+async def opened(path: Path, *, patience: float = 0.2) -> AsyncGenerator[SQLiteLedger]:
+    """Open a worker in the file at `path`."""
+    store = SQLiteStore(path, patience=patience)
+    try:
+        ledger = await store.open("openai", TERMS)
+        yield ledger
+        await ledger.aclose()
+    finally:
+        await store.aclose()
+
+
+async def used(ledger: SQLiteLedger) -> int:
+    """Return the units booked."""
+    return (await ledger.peek()).limits[0].used
+
+
+# -- where it is -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("sqlite:///limits.db", "limits.db"),
+        ("sqlite:////var/lib/limits.db", "/var/lib/limits.db"),
+        ("sqlite:///a%20b%3F/limits.db?patience=2", "a b?/limits.db"),
+    ],
+)
+def test_a_url_names_a_file(url: str, path: str) -> None:
+    """Three slashes for a path from here, four for one from the root."""
+    assert open_store(url).url == f"sqlite:///{Path(path).absolute()}"
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        (
+            "sqlite://:memory:",
+            "names a host, ':memory:', and a file has none: write sqlite:///limit",
+        ),
+        ("sqlite://limits.db", "names a host, 'limits.db', and a file has none"),
+        ("sqlite:///", "names no file that processes could share: write sqlite:///limits.db"),
+        ("sqlite:///:memory:", "names no file .*; for one process no store is needed"),
+        ("sqlite:///limits.db?mode=ro&patience=1", "sets mode: only patience can be set"),
+        ("sqlite:///limits.db?patience=soon", "patience is a positive number of seconds"),
+        ("sqlite:///limits.db?patience=nan", "patience is a positive number of seconds"),
+        ("sqlite:///limits.db?patience=0", "patience is a positive number of seconds"),
+    ],
+)
+def test_a_url_that_names_no_file_is_refused_with_a_remedy(url: str, why: str) -> None:
+    """At once, when the store is made."""
+    with pytest.raises(ValueError, match=why):
+        from_url(url)
+
+
+async def test_nothing_is_made_before_it_is_used(path: Path) -> None:
+    """A store that nobody uses leaves no file, and closes all the same."""
+    store = SQLiteStore(path)
+    assert repr(store) == f"<SQLiteStore {path}>"
+    await store.aclose()
+    assert not path.exists()
+
+
+async def test_one_file_is_left_behind(path: Path) -> None:
+    """The last to close folds the log into the file."""
+    async with opened(path) as ledger:
+        await ledger.commit(Batch(calls=(CALL,)))
+        assert repr(ledger) == f"<SQLiteLedger 'openai', worker {ledger.worker}>"
+        details = (await ledger.peek()).details
+        assert details["path"] == str(path)
+        assert details["schema"] == str(VERSION)
+    assert [each.name for each in path.parent.iterdir()] == ["limits.db"]
+
+
+async def test_a_closed_store_says_so(path: Path) -> None:
+    """Closing twice is fine, also of a ledger whose store has gone."""
+    store = SQLiteStore(path)
+    ledger = await store.open("openai", TERMS)
+    await store.aclose()
+    await store.aclose()
+    with pytest.raises(StoreError, match=f"{path}: this store has been closed: open another"):
+        await ledger.commit(Batch(calls=(CALL,)))
+    await ledger.aclose()
+
+
+async def test_a_store_that_nobody_holds_closes_its_file(path: Path) -> None:
+    """A ledger keeps its store; with both gone the thread ends, and the log is folded in."""
+    ledger = await SQLiteStore(path).open("openai", TERMS)
+    gc.collect()
+    await ledger.commit(Batch(calls=(CALL,)))
+    thread = ledger._clerk._thread
+    assert thread is not None
+    del ledger
+    gc.collect()
+    await asyncio.to_thread(thread.join, 5)
+    assert [each.name for each in path.parent.iterdir()] == ["limits.db"]
+
+
+# -- files that cannot be used ---------------------------------------------------------------------
+
+
+async def failure(path: Path) -> str:
+    """Return why the file cannot be used."""
+    with pytest.raises(StoreError) as caught:
+        async with opened(path):
+            pass
+    return str(caught.value)
+
+
+async def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    """It is not made: a typing error would give each process a limit of its own."""
+    path = tmp_path / "nowhere" / "limits.db"
+    assert await failure(path) == (
+        f"{path}: it cannot be opened: there is no folder {path.parent}; make the folder, or give "
+        f"another path"
+    )
+    assert "it is no plain file" in await failure(tmp_path)
+
+
+async def test_a_newer_schema_is_refused(path: Path) -> None:
+    """And the file is left as it is."""
+    async with opened(path):
+        pass
+    with contextlib.closing(sqlite3.connect(path)) as newer:
+        newer.execute(f"PRAGMA user_version = {VERSION + 1}")
+    before = path.read_bytes()
+    assert await failure(path) == (
+        f"{path} has schema version {VERSION + 1}, and this asyncbucket knows versions up to "
+        f"{VERSION}: upgrade asyncbucket, or use another file"
+    )
+    assert path.read_bytes() == before
+
+
+async def test_a_database_of_another_program_is_left_alone(path: Path) -> None:
+    """Nobody's tables are mixed with ours, and not a byte is changed."""
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE people (name)")
+    before = path.read_bytes()
+    assert await failure(path) == (
+        f"{path} is a database of another program (1 tables, application id 0x0): give "
+        f"asyncbucket a file of its own"
+    )
+    assert path.read_bytes() == before
+
+
+async def test_what_is_no_database_is_left_alone(path: Path) -> None:
+    """A text file stays one."""
+    path.write_text("not a database at all, " * 100)
+    assert await failure(path) == (
+        f"{path}: it is no SQLite file, or is damaged (file is not a database): move it away, and "
+        f"a new one is made"
+    )
+    assert path.read_text().startswith("not a database")
+
+
+async def test_a_disk_that_fails_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what nobody has foreseen says where and what."""
+    async with opened(path) as ledger:
+        error = sqlite3.OperationalError("disk I/O error")
+        for code, why in (
+            (
+                sqlite3.SQLITE_IOERR_WRITE,
+                "the disk failed to read or write .disk I/O error; .* free",
+            ),
+            (sqlite3.SQLITE_CONSTRAINT, "SQLite failed .disk I/O error., and nothing was booked"),
+            (sqlite3.SQLITE_READONLY, "give this user the right to write the file and its folder"),
+        ):
+            error.sqlite_errorcode = code
+            monkeypatch.setattr(ledger._clerk, "_enter", _raising(error))
+            with pytest.raises(StoreError, match=f"{path}.*{why}"):
+                await ledger.commit(Batch(calls=(CALL,)))
+        monkeypatch.undo()
+        assert await used(ledger) == 0
+
+
+def _raising(error: Exception) -> Any:
+    def fail(*_: Any) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everything")
+async def test_a_file_that_may_not_be_written_is_named(path: Path) -> None:
+    """With the remedy."""
+    async with opened(path):
+        pass
+    path.chmod(0o400)
+    assert "give this user the right to write the file" in await failure(path)
+
+
+# -- a lock that is held ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Generator[None]:
+    """Hold the write lock, as a frozen process or a careless tool would."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        yield
+        holder.execute("ROLLBACK")
+
+
+async def test_a_held_lock_is_an_error_within_the_patience(path: Path) -> None:
+    """All who ask meanwhile are answered as soon; when the lock is free all goes on."""
+    async with opened(path) as ledger:
+        with locked(path):
+            began = time.monotonic()
+            asked = [asyncio.create_task(ledger.commit(Batch(calls=(CALL,)))) for _ in range(5)]
+            await asyncio.sleep(0.1)
+            asked += [asyncio.create_task(ledger.commit(Batch(calls=(CALL,)))) for _ in range(5)]
+            errors = await asyncio.gather(*asked, return_exceptions=True)
+            assert time.monotonic() - began < 1.5
+        assert {str(error) for error in errors} == {
+            (
+                f"{path}: another process has held the write lock for over 0.2 s; find it with "
+                f"`fuser {path}`, or allow more with ?patience=5"
+            )
+        }
+        assert {type(error) for error in errors} == {StoreError}
+        assert await used(ledger) == 0
+        receipt = await ledger.commit(Batch(calls=(CALL,)))
+        assert receipt.bookings[0].outcome is Outcome.BOOKED
+
+
+async def test_corrections_of_a_failed_batch_are_applied_once(path: Path) -> None:
+    """Later, with whatever is sent next, be it a look; calls are not: their callers were told."""
+    async with opened(path) as ledger:
+        receipt = await ledger.commit(Batch(calls=(CALL,) * 3))
+        first, second, third = receipt.bookings
+        with locked(path):
+            for booking in (first, second):
+                assert booking.slot is not None
+                batch = Batch(
+                    corrections=(Correction.undo(CALL, booking.start),),
+                    released=(booking.slot,),
+                    calls=(CALL,),
+                )
+                with pytest.raises(StoreError):
+                    await ledger.commit(batch)
+        await ledger.peek()
+        for _ in range(3):
+            snapshot = await ledger.peek()
+            assert (snapshot.limits[0].used, snapshot.slots) == (1, 1)
+        assert third.slot is not None
+        await ledger.commit(Batch(released=(third.slot,)))
+        assert (await ledger.peek()).slots == 0
+
+
+async def test_a_booking_is_given_back_though_the_lock_is_held(path: Path) -> None:
+    """Its caller has gone, and giving back fails at first: it is kept until it succeeds."""
+    async with opened(path) as ledger:
+        await ledger.commit(Batch())
+        receipt = await ledger.commit(Batch(calls=(CALL,)))
+        with locked(path):
+            ledger._undo(Batch(calls=(CALL,)), receipt)
+            await asyncio.sleep(0.4)
+            assert ledger._kept.corrections
+        snapshot = await ledger.peek()
+        assert (snapshot.limits[0].used, snapshot.slots) == (0, 0)
+
+
+async def test_a_lock_held_for_less_than_the_patience_is_only_a_delay(path: Path) -> None:
+    """More patience waits longer."""
+    async with opened(path, patience=5) as ledger:
+        held = threading.Event()
+
+        def hold() -> None:
+            with locked(path):
+                held.set()
+                time.sleep(0.4)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        await asyncio.to_thread(held.wait)
+        receipt = await ledger.commit(Batch(calls=(CALL,)))
+        holder.join()
+        assert receipt.bookings[0].outcome is Outcome.BOOKED
+
+
+async def test_a_disk_that_does_not_answer_is_an_error_in_time(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hanging write holds up its thread alone; what it books after all is given back."""
+    async with opened(path) as ledger:
+        clerk = ledger._clerk
+        serve, hang = clerk._serve, threading.Event()
+
+        def hanging(*args: Any) -> None:
+            hang.wait()
+            serve(*args)
+
+        monkeypatch.setattr(clerk, "_serve", hanging)
+        with pytest.raises(StoreError, match=r"the disk has not answered for 0.2 s: .*patience=5"):
+            await ledger.commit(Batch(calls=(CALL,)))
+        monkeypatch.undo()
+        hang.set()
+        assert await used(ledger) == 0
+
+
+async def test_opening_may_take_longer_than_a_batch(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow disk writes the tables through; those who wait for the first call wait for that."""
+    store = SQLiteStore(path)
+    connect = store._clerk._file._connect
+
+    def slowly() -> sqlite3.Connection:
+        time.sleep(0.5)
+        return connect()
+
+    monkeypatch.setattr(store._clerk._file, "_connect", slowly)
+    ledger = await store.open("openai", TERMS)
+    assert await used(ledger) == 0
+    await store.aclose()
+
+
+# -- a full disk -----------------------------------------------------------------------------------
+
+
+async def test_a_full_disk_is_an_error_and_nothing_is_booked(path: Path) -> None:
+    """Space is short: StoreError says how much is free; when there is some all goes on."""
+    async with opened(path) as ledger:
+        await ledger.commit(Batch(calls=(CALL,)))
+        log = path.with_name("limits.db-wal")
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (log.stat().st_size, before[1]))
+        try:
+            with pytest.raises(StoreError) as caught:
+                await ledger.commit(Batch(calls=(CALL,) * 5))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert str(path) in str(caught.value)
+        assert " bytes free" in str(caught.value)
+        assert await used(ledger) == 1
+        receipt = await ledger.commit(Batch(calls=(CALL,)))
+        assert receipt.bookings[0].outcome is Outcome.BOOKED
+        assert await used(ledger) == 2
+
+
+ON_A_SMALL_DISK = """
+import asyncio, pathlib, sys
+from asyncbucket import Limit, StoreError
+from asyncbucket.stores import Batch, Terms, open_store
+
+folder = pathlib.Path(sys.argv[1])
+
+async def main():
+    store = open_store(f"sqlite:///{folder / 'limits.db'}")
+    terms = Terms(limits=(Limit("requests", 10**9, per=86_400, burst=10**9),))
+    ledger = await store.open("openai", terms)
+    booked, error = 0, None
+    ballast = folder / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            pass
+    for _ in range(20_000):
+        try:
+            await ledger.commit(Batch(calls=({"requests": 1},) * 50))
+        except StoreError as failed:
+            error = failed
+            break
+        booked += 50
+    print(error)
+    ballast.unlink()
+    await ledger.commit(Batch(calls=({"requests": 1},)))
+    print((await ledger.peek()).limits[0].used - booked)
+    await store.aclose()
+
+asyncio.run(main())
+"""
+
+
+def test_a_disk_that_fills_up_loses_no_booking(tmp_path: Path) -> None:
+    """A real file system of 1 MB runs full: an error that says so, and not a call too many or few."""
+    mount = f"mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} - {tmp_path}"
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount]
+    if os.geteuid() == 0:
+        command = ["unshare", "--mount", "sh", "-c", mount]
+    try:
+        done = subprocess.run(
+            command, input=ON_A_SMALL_DISK, capture_output=True, text=True, check=False, timeout=60
+        )
+    except FileNotFoundError:
+        pytest.skip("no unshare on this system")
+    if done.returncode and "Traceback" not in done.stderr:
+        pytest.skip(f"no file system can be made here: {done.stderr.strip()}")
+    assert not done.stderr
+    error, difference = done.stdout.splitlines()
+    assert error.endswith(
+        "limits.db: no space is left (0 bytes free), so nothing was booked; free some, or move the "
+        "file to another disk"
+    )
+    assert difference == "1"
+
+
+# -- a file that goes ------------------------------------------------------------------------------
+
+
+async def test_a_deleted_file_is_made_anew_from_what_its_users_know(path: Path) -> None:
+    """Somebody cleans up: the limit of the day is no fuller for it, for old workers and new."""
+    async with opened(path) as one, opened(path) as two:
+        await one.commit(Batch(calls=(CALL,) * 3))
+        await two.commit(Batch(calls=(CALL,) * 3))
+        for each in path.parent.glob("limits.db*"):
+            each.unlink()
+        await one.commit(Batch(calls=(CALL,)))  # it never saw what `two` did last
+        await two.commit(Batch(calls=(CALL,)))
+        assert await used(one) == 8
+        async with opened(path) as new:
+            assert await used(new) == 8
+            assert (await new.peek()).slots == 8
+
+
+async def test_a_successor_that_strangers_have_begun_is_charged_too(path: Path) -> None:
+    """Deleted, and made anew by a newcomer: those who knew the old one bring their part."""
+    async with opened(path) as old:
+        await old.commit(Batch(calls=(CALL,) * 3))
+        for each in path.parent.glob("limits.db*"):
+            each.unlink()
+        async with opened(path) as new:
+            await new.commit(Batch(calls=(CALL,) * 2))
+            await old.commit(Batch(calls=(CALL,)))
+            assert await used(new) == 6
+
+
+async def test_a_log_cut_off_at_any_byte_leaves_whole_batches(path: Path) -> None:
+    """What a loss of power leaves on the disk: a prefix of what was booked, and a sound file."""
+    async with opened(path) as ledger:
+        for _ in range(30):
+            await ledger.commit(Batch(calls=({"requests": 1},)))
+        log = path.with_name("limits.db-wal").read_bytes()
+        file = path.read_bytes()
+    seen = []
+    for cut in range(0, len(log) + 1, len(log) // 50):
+        folder = path.parent / str(cut)
+        folder.mkdir()
+        (folder / "limits.db").write_bytes(file)
+        (folder / "limits.db-wal").write_bytes(log[:cut])
+        async with opened(folder / "limits.db") as after:
+            seen.append(await used(after))
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 10
+    assert seen[-1] >= 29
+
+
+async def test_an_entry_that_counts_otherwise_stops_all(path: Path) -> None:
+    """Two versions whose arithmetic differs do not share a limit, lest it be exceeded."""
+    async with opened(path) as one, opened(path) as two:
+        await one.commit(Batch(calls=(CALL,)))
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            other.execute(
+                "UPDATE journal SET sum = sum + 1 WHERE seq = (SELECT max(seq) FROM journal)"
+            )
+            other.commit()
+        with pytest.raises(
+            StoreError, match=r"entry \d of limiter 'openai' was made by an async.*"
+        ):
+            await two.commit(Batch(calls=(CALL,)))
+
+
+async def test_the_journal_is_cut_again_and_again(path: Path) -> None:
+    """However many batches there were, the file stays small and a newcomer reads little."""
+    async with opened(path) as ledger:
+        for _ in range(900):
+            await ledger.commit(Batch(calls=({"requests": 1},)))
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            (entries,) = other.execute("SELECT count(*) FROM journal").fetchone()
+        assert entries < 256
+        async with opened(path) as new:
+            assert await used(new) == 900
+
+
+def mistaken(*_: Any, **__: Any) -> None:
+    """Be a mistake."""
+    raise ZeroDivisionError("division by zero")
+
+
+async def test_limiters_that_have_nothing_to_remember_go(path: Path) -> None:
+    """Names that nobody uses any more do not pile up; whoever still holds one goes on with it."""
+    hands = Hands()
+    store = SQLiteStore(path, clock=hands.clock("boot"))
+    minute, day = (Terms(limits=(Limit("requests", 5, per=per),)) for per in (60, 86_400))
+    ledgers = [await store.open(name, terms) for name, terms in (("m", minute), ("d", day))]
+    for ledger in ledgers:
+        await ledger.commit(Batch(calls=({"requests": 1},)))
+    hands.pass_by(3_600)
+    assert await store.names() == ["d"]
+    await store.open("new", minute)
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        assert other.execute("SELECT name FROM limiters ORDER BY 1").fetchall() == [
+            ("d",),
+            ("new",),
+        ]
+        assert other.execute("SELECT count(*) FROM journal WHERE name = 'm'").fetchone() == (0,)
+    await ledgers[0].commit(Batch(calls=({"requests": 1},)))
+    assert await store.names() == ["d", "m", "new"]
+    assert [(await ledger.peek()).limits[0].used for ledger in ledgers] == [1, 1]
+    await store.aclose()
+
+
+class Hands:
+    """Turn the clocks by hand."""
+
+    def __init__(self) -> None:
+        self.now = 10**18
+
+    def clock(self, boot: str) -> SharedClock:
+        """Return a clock that shows the hands."""
+        return SharedClock(wall=lambda: self.now, steady=lambda: self.now, boot=boot)
+
+    def pass_by(self, seconds: int) -> None:
+        """Let time go by."""
+        self.now += seconds * 1_000_000_000
+
+
+async def test_a_mistake_of_ours_is_an_error_and_no_hang(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread lives on, and nothing is booked."""
+    async with opened(path) as ledger:
+        books = ledger._clerk._shelves["openai"].books
+        monkeypatch.setattr(books, "commit", mistaken)
+        with pytest.raises(StoreError, match="ZeroDivisionError: division by zero"):
+            await ledger.commit(Batch(calls=(CALL,)))
+        receipt = await ledger.commit(Batch(calls=(CALL,)))
+        assert receipt.bookings[0].outcome is Outcome.BOOKED
+
+
+@pytest.mark.parametrize(
+    ("batch", "why"),
+    [
+        (Batch(calls=(HALF,)), "requests must be a whole number from 0 on, not 1.5"),
+        (Batch(calls=({"requests": -1},)), "requests must be a whole number from 0 on, not -1"),
+        (Batch(horizon=-1), "horizon must be a whole number from 0 on, not -1"),
+        (Batch(calls=({"concurrency": 2},)), "a call takes one slot, not 2"),
+        (
+            Batch(corrections=(Correction(start=True, booked={}, used={}),)),
+            "start must be a whole number from 0 on, not True",
+        ),
+    ],
+)
+async def test_amounts_that_are_none_are_refused(path: Path, batch: Batch, why: str) -> None:
+    """Before anything is written that others would have to read."""
+    async with opened(path) as ledger:
+        with pytest.raises(ValueError, match=why):
+            await ledger.commit(batch)
+        assert await used(ledger) == 0

@@ -1,0 +1,251 @@
+"""What people type: `Limiter(..., store="sqlite:///limits.db")`, in one process and in several."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncGenerator, Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncbucket import AcquireTimeout, CostExceedsLimit, Limit, Limiter, StoreError
+from asyncbucket.events import Event, StoreLost, StoreRecovered
+from asyncbucket.testing import assert_never_over
+
+#: What processes wait for is each other: nothing of it runs on virtual time.
+pytestmark = pytest.mark.real_clock
+
+AGENTS = """
+import asyncio, json, sys, time
+from asyncbucket import Limiter
+
+def start_of(lease):  # on the clock that all share; when the call goes is the scheduler's affair
+    return next(m._entry.grant.booked_at for m, _ in lease._gates.meters if hasattr(m, "_entry"))
+
+async def main():
+    limiter = Limiter(
+        "400 requests/4s burst 20", "100k TPM", concurrency=12,
+        store=f"sqlite:///{sys.argv[1]}?patience=5", name="openai",
+    )
+    print("ready", flush=True)
+    sys.stdin.readline()
+    went, end = [], time.monotonic() + 9
+
+    async def agent():
+        while time.monotonic() < end:
+            async with limiter.acquire(tokens=50, deadline=end) as lease:
+                went.append(start_of(lease))
+                await asyncio.sleep(0.02)
+
+    await asyncio.gather(*(agent() for _ in range(20)), return_exceptions=True)
+    await limiter.aclose()
+    print(json.dumps(went))
+
+asyncio.run(main())
+"""
+
+HOLDING = """
+import asyncio, sys
+from asyncbucket import Limiter
+
+async def main():
+    limiter = Limiter(concurrency=2, store=f"sqlite:///{sys.argv[1]}", name="openai", slot_ttl=1)
+    leases = [await limiter.acquire() for _ in range(2)]
+    print("held", flush=True)
+    await asyncio.sleep(3)
+    print("still held", flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+ONE_CALL = """
+import asyncio, sys
+from asyncbucket import Limiter
+
+async def main():
+    limiter = Limiter("3 RPD burst 3", store=f"sqlite:///{sys.argv[1]}", name="openai")
+    try:
+        print((await limiter.acquire(timeout=0.5)).waited < 0.5)
+    finally:
+        await limiter.aclose()
+
+asyncio.run(main())
+"""
+
+
+def start(script: str, path: Path) -> "subprocess.Popen[str]":
+    """Run `script` in an interpreter of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-X", "dev", "-c", script, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A file that is not there yet."""
+    return tmp_path / "limits.db"
+
+
+@contextlib.asynccontextmanager
+async def limited(path: Path, *limits: str, **options: Any) -> AsyncGenerator[Limiter]:
+    """Make a limiter in the file at `path`."""
+    limiter = Limiter(*limits, store=f"sqlite:///{path}", name="openai", **options)
+    try:
+        yield limiter
+    finally:
+        await limiter.aclose()
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Generator[None]:
+    """Hold the write lock, as a frozen process would."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        yield
+        holder.execute("ROLLBACK")
+
+
+def test_three_processes_share_one_limit_in_equal_parts(path: Path) -> None:
+    """Sixty agents: never over, at least 97 % used, and no process served worse than another."""
+    processes = [start(AGENTS, path) for _ in range(3)]
+    for each in processes:
+        assert each.stdout is not None
+        assert each.stdout.readline() == "ready\n"
+    for each in processes:
+        assert each.stdin is not None
+        each.stdin.write("go\n")
+        each.stdin.flush()
+    went = [json.loads(each.communicate()[0]) for each in processes]
+    every = sorted(when for each in went for when in each)
+    limit = Limit("requests", 400, per=4, burst=20)
+    assert_never_over([(when, 1) for when in every], limit)
+    until = every[0] + 8_000_000_000
+    used = sum(when < until for when in every) - 20
+    assert used >= 0.97 * 800, f"{used / 8:.1f} % used"
+    shares = [len(each) for each in went]
+    assert max(shares) - min(shares) <= 0.1 * max(shares), shares
+
+
+def test_a_limit_of_a_day_survives_restarts(path: Path) -> None:
+    """Three processes, one after the other, have used it up; the fourth waits for tomorrow."""
+    for _ in range(3):
+        process = start(ONE_CALL, path)
+        assert process.communicate()[0] == "True\n"
+
+    async def fourth() -> None:
+        async with limited(path, "3 RPD burst 3") as limiter:
+            began = time.monotonic()
+            with pytest.raises(AcquireTimeout):
+                await limiter.acquire(timeout=0.2)
+            assert time.monotonic() - began < 2
+
+    asyncio.run(fourth())
+
+
+async def test_slots_of_a_killed_process_come_back_to_those_who_wait(path: Path) -> None:
+    """Held far beyond their life while it beats; back within their life once it is dead."""
+    process = start(HOLDING, path)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    async with limited(path, concurrency=2, slot_ttl=1) as limiter:
+        waiting = asyncio.create_task(asyncio.wait_for(limiter.acquire(), 20))
+        assert await asyncio.to_thread(process.stdout.readline) == "still held\n"
+        assert not waiting.done()
+        with process:
+            process.kill()
+        killed = time.monotonic()
+        lease = await waiting
+        assert time.monotonic() - killed < 2.0
+        assert lease.bound_by == "concurrency"
+        lease.release()
+
+
+async def test_what_comes_back_in_one_process_admits_another(path: Path) -> None:
+    """A call that used less than it reserved: who waits elsewhere need not wait for the window."""
+    async with limited(path, "1000 TPM") as one, limited(path, "1000 TPM") as two:
+        async with one.acquire(tokens=900) as lease:
+            lease.settle(tokens=100)
+        async with asyncio.timeout(5):
+            await two.acquire(tokens=800)
+
+
+async def test_a_lock_that_is_held_is_an_outage_and_no_hang(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A decision within 300 ms; one line and one event at each change; what passed is told later."""
+    events: list[Event] = []
+    back = asyncio.Event()
+
+    def hear(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, StoreRecovered):
+            back.set()
+
+    async with limited(path, "100 RPM burst 100") as limiter:
+        limiter.observe(hear)
+        (await limiter.acquire()).release()
+        with caplog.at_level(logging.WARNING, "asyncbucket"), locked(path):
+            began = time.monotonic()
+            (await limiter.acquire()).release()
+            assert time.monotonic() - began < 1.5
+            (await limiter.acquire()).release()
+        async with asyncio.timeout(5):
+            await back.wait()
+        (await limiter.acquire()).release()
+    changes = [event for event in events if isinstance(event, (StoreLost, StoreRecovered))]
+    assert [type(event) for event in changes] == [StoreLost, StoreRecovered]
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "another process has held the write lock for over 0.2 s" in first
+    assert "is back after" in second
+    async with limited(path, "100 RPM burst 100") as other:
+        (await other.acquire()).release()
+        assert other.statistics().limits[0].used == 5
+
+
+async def test_a_file_that_cannot_be_opened_is_told_to_those_who_wait(tmp_path: Path) -> None:
+    """At the first call, with the remedy."""
+    async with limited(tmp_path / "nowhere" / "limits.db", "100 RPM") as limiter:
+        with pytest.raises(StoreError, match="make the folder, or give another path"):
+            await limiter.acquire()
+
+
+def test_a_url_that_names_no_file_is_told_at_once() -> None:
+    """When the limiter is made, not at its first call."""
+    with pytest.raises(ValueError, match="for one process no store is needed"):
+        Limiter("100 RPM", store="sqlite:///:memory:")
+
+
+async def test_a_call_that_can_never_pass_says_so(path: Path) -> None:
+    """As without a store."""
+    async with limited(path, "100 TPM") as limiter:
+        with pytest.raises(CostExceedsLimit, match="cost of 101 tokens exceeds the limit"):
+            await limiter.acquire(tokens=101)
+
+
+def test_threads_without_a_loop_share_it_too(path: Path) -> None:
+    """Plain code on plain threads: the background loop keeps the store, and all are admitted."""
+    limiter = Limiter("100 RPM burst 100", store=f"sqlite:///{path}", name="openai")
+    done: list[int] = []
+
+    def work() -> None:
+        with limiter.acquire_sync(timeout=10):
+            done.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert len(done) == 8
+    assert limiter.statistics().limits[0].used == 8

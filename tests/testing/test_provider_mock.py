@@ -1,0 +1,173 @@
+"""The provider as a MockTransport: the same replies without a server, on virtual time too."""
+
+import asyncio
+import time
+from collections.abc import Generator
+from importlib import import_module
+from typing import Any
+
+import openai
+import pytest
+
+from asyncbucket import Limiter
+from asyncbucket.testing import RateLimitedProvider, VirtualTime, assert_never_over, virtual_time
+
+FAMILIES = ["httpx", "httpx2"]
+CALL: dict[str, Any] = {
+    "model": "gpt-4o-mini",
+    "messages": [{"role": "user", "content": "Is 7 prime?"}],
+    "max_tokens": 50,
+}
+HEADERS = {"authorization": "Bearer any"}
+
+
+@pytest.fixture
+def library(request: pytest.FixtureRequest) -> Any:
+    """The library that a test is run with."""
+    return pytest.importorskip(request.param)
+
+
+@pytest.fixture
+def virtual() -> Generator[VirtualTime]:
+    """Virtual time."""
+    with virtual_time() as stretch:
+        yield stretch
+
+
+each_family = pytest.mark.parametrize("library", FAMILIES, indirect=True)
+
+
+def client_of(provider: RateLimitedProvider, library: Any) -> Any:
+    """Return an async client on the provider."""
+    return library.AsyncClient(
+        transport=provider.mock_transport(family=library.__name__),
+        base_url="http://provider/v1/",
+        headers=HEADERS,
+    )
+
+
+@each_family
+async def test_reply_is_that_of_the_server(library: Any) -> None:
+    """Status, headers and body."""
+    provider = RateLimitedProvider(rpm=600)
+    async with client_of(provider, library) as client:
+        mocked = await client.post("chat/completions", json=CALL)
+    async with provider, library.AsyncClient(headers=HEADERS) as client:
+        real = await client.post(f"{provider.base_url}/chat/completions", json=CALL)
+
+    assert mocked.status_code == real.status_code == 200
+    assert mocked.json()["choices"] == real.json()["choices"]
+    assert set(mocked.headers) == set(real.headers)
+    assert provider.statistics().requests == 2
+
+
+@each_family
+async def test_call_over_the_limit_is_refused(library: Any) -> None:
+    """With the headers by which clients know when to come again."""
+    provider = RateLimitedProvider(rpm=1)
+    async with client_of(provider, library) as client:
+        replies = [await client.post("chat/completions", json=CALL) for _ in range(2)]
+
+    assert [reply.status_code for reply in replies] == [200, 429]
+    assert float(replies[1].headers["retry-after"]) > 0
+
+
+@each_family
+async def test_stream_comes_chunk_by_chunk(library: Any) -> None:
+    """Spread over the latency."""
+    provider = RateLimitedProvider()
+    async with (
+        client_of(provider, library) as client,
+        client.stream("POST", "chat/completions", json={**CALL, "stream": True}) as reply,
+    ):
+        chunks = [chunk async for chunk in reply.aiter_raw()]
+
+    assert len(chunks) > 3
+    assert chunks[-1].endswith(b"data: [DONE]\n\n")
+
+
+@each_family
+async def test_client_that_goes_away_is_seen(library: Any) -> None:
+    """Its slot is free again."""
+    provider = RateLimitedProvider(latency=30.0)
+    async with (
+        client_of(provider, library) as client,
+        client.stream("POST", "chat/completions", json={**CALL, "stream": True}),
+    ):
+        assert provider.statistics().in_flight == 1
+
+    assert provider.statistics().in_flight == 0
+    assert provider.statistics().disconnected == 1
+
+
+@each_family
+async def test_cancelled_call_leaves_nothing_behind(library: Any) -> None:
+    """Neither a task nor a slot."""
+    provider = RateLimitedProvider(latency=30.0)
+    async with client_of(provider, library) as client:
+        call = asyncio.create_task(client.post("chat/completions", json=CALL))
+        while not provider.statistics().in_flight:  # noqa: ASYNC110 - two turns of this loop
+            await asyncio.sleep(0)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    assert provider.statistics().in_flight == 0
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@each_family
+async def test_stream_that_breaks_off_raises(library: Any) -> None:
+    """As a closed connection does."""
+    provider = RateLimitedProvider()
+    provider.fail_next(1, after_chunks=2)
+    async with client_of(provider, library) as client:
+        with pytest.raises(library.RemoteProtocolError, match="peer closed connection"):
+            await client.post("chat/completions", json={**CALL, "stream": True})
+
+
+@each_family
+def test_sync_clients_have_one_too(library: Any) -> None:
+    """Each reply comes whole."""
+    provider = RateLimitedProvider()
+    transport = provider.mock_transport(family=library.__name__, sync=True)
+
+    with library.Client(transport=transport, headers=HEADERS) as client:
+        reply = client.post("http://provider/v1/chat/completions", json=CALL)
+
+    assert reply.json()["choices"][0]["message"]["content"] == "You said: Is 7 prime?"
+
+
+def test_an_hour_of_paced_calls_takes_a_second(virtual: VirtualTime) -> None:
+    """OpenAI's SDK, the transport, the limiter and the provider, all on virtual time."""
+    provider = RateLimitedProvider(rpm=6, latency=2.0, clock=virtual.clock)
+    limiter = Limiter("6 RPM burst 1", clock=virtual.clock)
+    httpx = import_module("httpx")
+
+    async def main() -> None:
+        transport = limiter.transport(provider.mock_transport())
+        async with (
+            httpx.AsyncClient(transport=transport) as http,
+            openai.AsyncOpenAI(
+                http_client=http, api_key="any", base_url="http://provider/v1", max_retries=0
+            ) as client,
+        ):
+            await asyncio.gather(*(client.chat.completions.create(**CALL) for _ in range(361)))
+
+    begun = time.process_time()
+    virtual.run(main())
+    took = time.process_time() - begun
+
+    seen = provider.statistics()
+    assert 3_600 < virtual.now < 3_640
+    assert (seen.admitted, seen.refused) == (361, 0)
+    assert_never_over([(call.time_ns, 1) for call in provider.arrivals], limiter.limits[0])
+    assert took < 3  # on a machine that has other things to do
+
+
+def test_missing_library_names_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As extras do."""
+    monkeypatch.setitem(__import__("sys").modules, "httpx2", None)
+
+    with pytest.raises(ImportError, match="pip install httpx2"):
+        RateLimitedProvider().mock_transport(family="httpx2")
