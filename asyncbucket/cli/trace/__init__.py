@@ -1,0 +1,1 @@
+"""`asyncbucket plot`: a trace as a picture."""

@@ -1,0 +1,96 @@
+"""What can be typed after `asyncbucket watch`."""
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Annotated, Any, Final
+
+import typer
+
+EXAMPLES: Final = """\b
+Examples:
+  asyncbucket watch http://127.0.0.1:4294
+  asyncbucket watch unix:///run/limits.sock --once
+  asyncbucket watch redis://127.0.0.1:6379/0
+"""
+
+_WRONG: Final = 2
+_GONE: Final = 1
+
+
+def watch(
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="What limiter.serve_stats() tells, or a store.")
+    ],
+    *,
+    interval: Annotated[
+        float, typer.Option(min=0.1, max=60, metavar="S", help="Seconds between two looks.")
+    ] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once, and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line for a look.")] = False,
+) -> None:
+    """Show what running limiters do: how full each limit is, what binds, and who waits.
+
+    A program opens itself to it by limiter.serve_stats(); several that share a store are seen in
+    the store. End it with Ctrl-C.
+    """
+    from asyncbucket.cli.watch.source import SourceError, source
+
+    try:
+        look = source(url)
+    except (ValueError, ImportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(_WRONG) from error
+    try:
+        if as_json:
+            _print_json(_looks(look, None if once else interval))
+        else:
+            _show(_looks(look, None if once else interval), once=once)
+    except SourceError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(_GONE) from error
+
+
+def _looks(look: Any, interval: float | None) -> Iterator[dict[str, Any]]:
+    while True:
+        yield look()
+        if interval is None:
+            return
+        time.sleep(interval)
+
+
+def _print_json(looks: Iterator[dict[str, Any]]) -> None:
+    for seen in looks:
+        typer.echo(json.dumps(seen))
+
+
+def _show(looks: Iterator[dict[str, Any]], *, once: bool) -> None:
+    from rich.console import Console
+    from rich.live import Live
+
+    from asyncbucket.cli.watch.screen import draw, plain
+
+    console = Console(highlight=False)
+    unicode = (console.encoding or "").lower().startswith("utf")
+    if once or not console.is_terminal or console.is_dumb_terminal:
+        for views in _views(looks):
+            if console.is_terminal and not console.is_dumb_terminal:
+                console.print(draw(views, width=console.width, unicode=unicode))
+            else:
+                typer.echo("\n".join(plain(views)))
+        return
+    with Live(console=console, screen=False, auto_refresh=False) as live:
+        for views in _views(looks):
+            live.update(draw(views, width=console.width, unicode=unicode), refresh=True)
+
+
+def _views(looks: Iterator[dict[str, Any]]) -> Iterator[list[Any]]:
+    from asyncbucket.cli.watch.view import View
+
+    before: dict[str, Any] = {}
+    last = time.monotonic()
+    for seen in looks:
+        now = time.monotonic()
+        limiters = seen["limiters"]
+        yield [View.of(each, before.get(each["name"]), now - last) for each in limiters]
+        before, last = {each["name"]: each for each in limiters}, now

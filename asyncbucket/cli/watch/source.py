@@ -1,0 +1,109 @@
+"""Whom to ask: a program's own endpoint, or a store that several programs share."""
+
+import asyncio
+import http.client
+import json
+import socket
+from collections.abc import Callable
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from asyncbucket.errors import StoreError
+from asyncbucket.stores import Snapshot, open_store, without_password
+
+#: What a look gives: the JSON of `asyncbucket.stats.report`.
+Look = Callable[[], dict[str, Any]]
+
+_PATIENCE: Final = 5.0
+_OK: Final = 200
+
+
+class SourceError(Exception):
+    """Say why there is nothing to see, and what to do about it."""
+
+
+def source(url: str) -> Look:
+    """Return what looks at ``url``.
+
+    Raises:
+        ValueError: nobody can be asked by such a URL.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "http":
+        host, port = parts.hostname or "127.0.0.1", parts.port or 80
+        return lambda: _fetch(http.client.HTTPConnection(host, port, timeout=_PATIENCE), url)
+    if parts.scheme == "unix" and not parts.query:
+        return lambda: _fetch(_Unix(parts.path), url)
+    if parts.scheme in {"", "https"}:
+        raise ValueError(
+            f"{url!r} is no limiter to watch: give the URL that limiter.serve_stats() tells "
+            f"(http://127.0.0.1:4294, unix:///run/limits.sock) or a store's (redis://host:6379/0)"
+        )
+    open_store(url)
+    return lambda: asyncio.run(_peek(url))
+
+
+class _Unix(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=_PATIENCE)
+        self._path = path
+
+    def connect(self) -> None:
+        """Connect to the socket."""
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def _fetch(connection: http.client.HTTPConnection, url: str) -> dict[str, Any]:
+    try:
+        connection.request("GET", "/")
+        reply = connection.getresponse()
+        if reply.status != _OK:
+            raise SourceError(f"{url} answers {reply.status}: is that limiter.serve_stats()?")
+        seen: dict[str, Any] = json.loads(reply.read())
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise SourceError(
+            f"nobody serves statistics at {url} ({str(error) or type(error).__name__}): does the "
+            f"program run, and did it call limiter.serve_stats()?"
+        ) from error
+    finally:
+        connection.close()
+    return seen
+
+
+async def _peek(url: str) -> dict[str, Any]:
+    """Look at all limiters of a store."""
+    store = open_store(url)
+    try:
+        names = await store.names()
+        looks = [(name, await store.peek(name)) for name in names]
+    except StoreError as error:
+        raise SourceError(str(error)) from error
+    finally:
+        await store.aclose()
+    if not names:
+        raise SourceError(f"no limiter is kept in {without_password(url)} yet")
+    return {"limiters": [_limiter(name, look) for name, look in looks if look is not None]}
+
+
+def _limiter(name: str, look: Snapshot) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in_flight": look.slots,
+        "concurrency": look.terms.concurrency,
+        "paused": max(0, look.paused_until - look.now) * 1e-9,
+        "ahead": max(0, look.last_start - look.now) * 1e-9,
+        "workers": look.workers,
+        "limits": [
+            {
+                "limit": str(use.limit),
+                "resource": use.limit.resource,
+                "amount": use.limit.amount,
+                "per": use.limit.per,
+                "used": use.used,
+                "available": use.available,
+            }
+            for use in look.limits
+        ],
+    }

@@ -1,0 +1,94 @@
+"""What a look means: bars, rates since the last look, and how long the line will take."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """Show one limit."""
+
+    limit: str
+    used: int
+    amount: int
+    #: Whether it holds up the first in line.
+    binds: bool
+
+    @property
+    def part(self) -> float:
+        """How much of it is used, from 0 to 1."""
+        return min(1.0, max(0.0, self.used / self.amount))
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Show one limiter."""
+
+    name: str
+    bars: tuple[Bar, ...]
+    #: Facts in words, the most pressing first.
+    facts: tuple[str, ...]
+    #: Whether something needs a person's eye: a pause, or refusals by the provider.
+    alarming: bool
+
+    @classmethod
+    def of(cls, now: Mapping[str, Any], before: Mapping[str, Any] | None, seconds: float) -> Self:
+        """Compare a limiter with how it was ``seconds`` ago."""
+        binding = now.get("bound_by")
+        bars = [
+            Bar(each["limit"], each["used"], each["amount"], each["resource"] == binding)
+            for each in now["limits"]
+        ]
+        if now.get("concurrency"):
+            slots = Bar(
+                f"{now['concurrency']:,} at once",
+                now["in_flight"],
+                now["concurrency"],
+                binding == "concurrency",
+            )
+            bars.append(slots)
+        rate = 0.0
+        if before is not None and seconds > 0 and "admitted" in now:
+            rate = max(0, now["admitted"] - before["admitted"]) / seconds
+        return cls(
+            now["name"],
+            tuple(bars),
+            tuple(_facts(now, rate)),
+            bool(now["paused"] or now.get("upstream_429")),
+        )
+
+
+def _facts(now: Mapping[str, Any], rate: float) -> list[str]:
+    facts: list[str] = []
+    if now["paused"]:
+        facts.append(f"paused for {now['paused']:.1f} s more")
+    if "waiting" in now:
+        facts.append(f"{now['waiting']:,} waiting{_eta(now['waiting'], rate)}")
+    if not now.get("concurrency"):
+        facts.append(f"{now['in_flight']:,} in flight")
+    if now.get("ahead"):
+        facts.append(f"starts are booked {now['ahead']:.1f} s ahead")
+    if "workers" in now:
+        facts.append(f"{now['workers']:,} workers")
+    if "admitted" in now:
+        facts.append(f"{now['admitted']:,} admitted" + (f", {rate:,.1f}/s now" if rate else ""))
+    facts += [
+        f"{now[field]:,} {said}"
+        for field, said in (
+            ("upstream_429", "refused by the provider (429)"),
+            ("refused", "turned away"),
+            ("cancelled", "gave up"),
+        )
+        if now.get(field)
+    ]
+    waits = now.get("waits") or {}
+    count = sum(each["count"] for each in waits.values())
+    if count:
+        mean = sum(each["seconds"] for each in waits.values()) / count
+        facts.append(f"{count:,} had to wait, {mean:,.1f} s on average")
+    return facts
+
+
+def _eta(waiting: int, rate: float) -> str:
+    return f" (about {waiting / rate:,.0f} s)" if waiting and rate else ""

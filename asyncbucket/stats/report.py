@@ -1,0 +1,101 @@
+"""What there is to see of limiters: plain values, and the text that Prometheus reads.
+
+Tenants are nobody's business: they are in the numbers of the limiter above, not in the list.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+from asyncbucket.limiter import Limiter
+from asyncbucket.statistics import LimitUse
+
+#: Names, kinds and what they mean. A parent's numbers include its children's, as its statistics do.
+_GAUGES: Final = (
+    ("asyncbucket_queued_requests", "waiting", "Calls that wait, children included."),
+    ("asyncbucket_in_flight_requests", "in_flight", "Leases not yet released, children included."),
+    ("asyncbucket_paused_seconds", "paused", "Seconds until the end of a pause."),
+)
+_COUNTERS: Final = (
+    ("asyncbucket_admitted_total", "admitted", "Calls that passed, children included."),
+    ("asyncbucket_refused_total", "refused", "Calls turned away, children included."),
+    (
+        "asyncbucket_cancelled_total",
+        "cancelled",
+        "Calls that gave up while they waited, children included.",
+    ),
+    ("asyncbucket_upstream_429_total", "upstream_429", "Refusals that the provider sent."),
+)
+
+
+def report(limiters: Sequence[Limiter]) -> dict[str, Any]:
+    """Return what there is to see of ``limiters`` and their children, as JSON takes it.
+
+    Shape: ``{"time": Unix seconds, "limiters": [{"name", "admitted", "waiting", "limits": [...]}]}``.
+    Times are seconds, amounts whole units.
+    """
+    return {
+        "time": time.time(),
+        "limiters": [_limiter(each) for limiter in limiters for each in _family(limiter)],
+    }
+
+
+def as_prometheus(limiters: Sequence[Limiter]) -> str:
+    """Return the same as text in Prometheus's format, version 0.0.4."""
+    rows = report(limiters)["limiters"]
+    lines: list[str] = []
+    for kind, metrics in (("gauge", _GAUGES), ("counter", _COUNTERS)):
+        for metric, field, help_ in metrics:
+            lines += [f"# HELP {metric} {help_}", f"# TYPE {metric} {kind}"]
+            lines += [f"{metric}{{limiter={_quoted(row['name'])}}} {row[field]}" for row in rows]
+    metric = "asyncbucket_limit_used_ratio"
+    lines += [f"# HELP {metric} Part of a limit that is used.", f"# TYPE {metric} gauge"]
+    lines += [
+        f"{metric}{{limiter={_quoted(row['name'])},limit={_quoted(each['limit'])}}} "
+        f"{each['used'] / each['amount']}"
+        for row in rows
+        for each in row["limits"]
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _family(limiter: Limiter) -> Iterator[Limiter]:
+    yield limiter
+    for child in limiter.children.values():
+        yield from _family(child)
+
+
+def _limiter(limiter: Limiter) -> dict[str, Any]:
+    now = limiter.statistics()
+    return {
+        "name": now.name,
+        "admitted": now.admitted,
+        "refused": now.refused,
+        "cancelled": now.cancelled,
+        "waiting": now.waiting,
+        "in_flight": now.in_flight,
+        "concurrency": now.concurrency,
+        "paused": round(now.paused, 3),
+        "upstream_429": now.upstream_429,
+        "bound_by": now.bound_by,
+        "waits": {name: {"count": w.count, "seconds": w.seconds} for name, w in now.waits.items()},
+        "refunded": dict(now.refunded),
+        "limits": [_use(use) for use in now.limits],
+    }
+
+
+def _use(use: LimitUse) -> dict[str, Any]:
+    limit = use.limit
+    return {
+        "limit": str(limit),
+        "resource": limit.resource,
+        "amount": limit.amount,
+        "per": limit.per,
+        "used": use.used,
+        "available": use.available,
+    }
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return f'"{escaped}"'

@@ -1,0 +1,175 @@
+"""A small endpoint on this machine alone, for `asyncbucket watch`, for scripts and for Prometheus.
+
+It is read-only, listens on loopback or on a unix socket and nowhere else, and lives in a thread of
+its own, so that it answers even while the event loop is busy. A browser that was lured to it by a
+name other than this machine's gets nothing (DNS rebinding).
+"""
+
+import contextlib
+import http.server
+import ipaddress
+import json
+import os
+import socket
+import socketserver
+import stat
+import threading
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final, Self
+
+from asyncbucket.limiter import Limiter
+from asyncbucket.stats.report import as_prometheus, report
+
+_NAMES: Final = ("localhost", "127.0.0.1", "[::1]")
+_NEXT_NAMES: Final = "see / for limiters, /metrics for Prometheus"
+
+
+class StatsServer:
+    """Serve what limiters do; made by `Limiter.serve_stats`.
+
+    ``GET /`` is JSON (see `asyncbucket.stats.report`), ``GET /metrics`` Prometheus's text. It is a
+    context manager that closes on leaving.
+    """
+
+    def __init__(self, server: socketserver.BaseServer, url: str, path: Path | None) -> None:
+        self._server = server
+        self._path = path
+        #: Where it is: ``"http://127.0.0.1:4294"`` or ``"unix:///run/limits.sock"``.
+        self.url = url
+        threading.Thread(
+            target=server.serve_forever, name="asyncbucket stats", daemon=True, args=(0.1,)
+        ).start()
+
+    def close(self) -> None:
+        """Stop. Closing twice is fine."""
+        self._server.shutdown()
+        self._server.server_close()
+        if self._path is not None:
+            with contextlib.suppress(FileNotFoundError):
+                self._path.unlink()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<StatsServer at {self.url}>"
+
+
+def serve_stats(
+    limiters: Limiter | Sequence[Limiter],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    path: str | PathLike[str] | None = None,
+) -> StatsServer:
+    """Serve what ``limiters`` and their children do, on this machine alone.
+
+    Args:
+        limiters: one, or several in one answer.
+        host: a loopback address.
+        port: 0 for any that is free; `StatsServer.url` tells which.
+        path: of a unix socket, instead of host and port; only its owner may connect.
+
+    Raises:
+        ValueError: ``host`` is no loopback address.
+        OSError: the port or the path is taken.
+    """
+    them = [limiters] if isinstance(limiters, Limiter) else list(limiters)
+    if path is not None:
+        where = Path(path)
+        _clear(where)
+        return StatsServer(_UnixServer(where, them), f"unix://{where.resolve()}", where)
+    if not (host == "localhost" or _is_loopback(host)):
+        raise ValueError(
+            f"statistics are served on this machine alone: host must be a loopback address such as "
+            f"127.0.0.1, not {host!r}"
+        )
+    server = _TcpServer(host, port, them)
+    name = f"[{host}]" if ":" in host else host
+    return StatsServer(server, f"http://{name}:{server.server_address[1]}", None)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _clear(path: Path) -> None:
+    """Remove a socket that nobody listens on any more."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.stat().st_mode):
+            return
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server_version = "asyncbucket"
+    sys_version = ""
+    timeout = 5.0
+    #: Set by the server.
+    limiters: Sequence[Limiter] = ()
+
+    def do_GET(self) -> None:
+        """Answer."""
+        host = (self.headers.get("Host") or "localhost").rsplit(":", 1)[0]
+        if host not in _NAMES and not _is_loopback(host.strip("[]")):
+            self._reply(403, "text/plain", "this is for this machine alone\n")
+        elif self.path.partition("?")[0] == "/":
+            self._reply(200, "application/json", json.dumps(report(self.limiters)))
+        elif self.path.partition("?")[0] == "/metrics":
+            self._reply(200, "text/plain; version=0.0.4", as_prometheus(self.limiters))
+        else:
+            self._reply(404, "text/plain", f"nothing here; {_NEXT_NAMES}\n")
+
+    def _reply(self, status: int, kind: str, text: str) -> None:
+        body = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - http.server calls it so
+        """Say nothing: this is somebody else's terminal."""
+
+
+def _handler(limiters: Sequence[Limiter]) -> type[_Handler]:
+    return type("_Handler", (_Handler,), {"limiters": limiters})
+
+
+class _TcpServer(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, host: str, port: int, limiters: Sequence[Limiter]) -> None:
+        if ":" in host:
+            self.address_family = socket.AF_INET6
+        super().__init__((host, port), _handler(limiters))
+
+
+class _UnixServer(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+
+    def __init__(self, path: Path, limiters: Sequence[Limiter]) -> None:
+        before = os.umask(0o177)
+        try:
+            super().__init__(str(path), _handler(limiters))
+        finally:
+            os.umask(before)
+
+    def get_request(self) -> tuple[Any, Any]:
+        """Give the peer a name: http.server wants one, and a unix socket has none."""
+        request, _ = super().get_request()
+        return request, ("unix", 0)

@@ -1,0 +1,103 @@
+"""The last admissions of a limiter, for a plot or a test."""
+
+import collections
+import json
+import threading
+from collections.abc import Callable, Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final, Self
+
+from asyncbucket.events import Admitted, Cancelled, Event, Paused, Queued, Refused
+from asyncbucket.limiter import Limiter
+
+_KINDS: Final[dict[type[Event], str]] = {
+    Admitted: "admitted",
+    Queued: "queued",
+    Refused: "refused",
+    Cancelled: "cancelled",
+    Paused: "paused",
+}
+
+
+class Trace:
+    """Keep what happened last at a limiter and below: admissions, and what explains them.
+
+    >>> trace = limiter.trace()
+    >>> ...
+    >>> trace.save("trace.jsonl")  # for: asyncbucket plot trace.jsonl -o out.png
+
+    It may be read from any thread while it goes on. `stop` it when you have seen enough.
+
+    Args:
+        limiter: whose.
+        last: how many events are kept, at about 300 bytes each.
+    """
+
+    def __init__(self, limiter: Limiter, *, last: int) -> None:
+        if isinstance(last, bool) or not isinstance(last, int) or last < 1:
+            raise ValueError(f"last must be a whole number of at least 1, not {last!r}")
+        self._limiter = limiter
+        self._events: collections.deque[Event] = collections.deque(maxlen=last)
+        self._lock = threading.Lock()
+        self._unobserve: Callable[[], None] = limiter.observe(self._keep)
+
+    def _keep(self, event: Event) -> None:
+        if type(event) in _KINDS:
+            with self._lock:
+                self._events.append(event)
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def __iter__(self) -> Iterator[Event]:
+        with self._lock:
+            return iter(tuple(self._events))
+
+    def amounts(self, resource: str) -> list[tuple[int, int]]:
+        """Return each admission's instant (ns of the limiter's clock) and units of ``resource``.
+
+        It is what `asyncbucket.testing.assert_never_over` takes.
+        """
+        return [
+            (round(event.at * 1_000_000_000), event.cost[resource])
+            for event in self
+            if isinstance(event, Admitted) and event.cost.get(resource)
+        ]
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write it as JSON lines: first the limits, then an event a line."""
+        lines = [self._head(), *map(_line, self)]
+        text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+        Path(path).write_text(text, "utf-8")
+
+    def _head(self) -> dict[str, Any]:
+        limiter = self._limiter
+        limits = [
+            {"resource": each.resource, "amount": each.amount, "per": each.per, "burst": each.burst}
+            for each in limiter.limits
+        ]
+        return {"limiter": limiter.name, "limits": limits, "concurrency": limiter.concurrency}
+
+    def stop(self) -> None:
+        """Keep what there is, and no more."""
+        self._unobserve()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        return f"<Trace of {self._limiter.name!r}, {len(self):,} events>"
+
+
+def _line(event: Event) -> dict[str, Any]:
+    line: dict[str, Any] = {"event": _KINDS[type(event)], "at": round(event.at, 6)}
+    line["limiter"] = event.limiter
+    for name in ("cost", "waited", "bound_by", "waiting", "in_flight", "reason", "seconds"):
+        value = getattr(event, name, None)
+        if value is not None:
+            line[name] = dict(value) if name == "cost" else value
+    return line

@@ -1,0 +1,137 @@
+"""See what a limiter does: in the log, in Prometheus, in OpenTelemetry, in LlamaIndex's traces.
+
+Each function switches one of them on for a limiter and all limiters below it, and returns a
+function that switches it off again. They are observers (`Limiter.observe`), so they may be combined,
+and what goes wrong in one of them is logged once and disturbs no call.
+
+>>> from asyncbucket import telemetry
+>>> off = telemetry.prometheus(limiter)
+>>> off()
+
+Nothing that is shown holds a prompt, a key or the name of a tenant: a limiter goes by its path, such
+as ``openai/chat``, and all tenants of it together by ``openai/chat/*``.
+"""
+
+from collections.abc import Callable, Mapping
+from logging import Logger
+from typing import TYPE_CHECKING
+
+from asyncbucket.telemetry.watched import Source
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import MeterProvider
+    from opentelemetry.trace import TracerProvider
+    from prometheus_client import CollectorRegistry
+
+__all__ = ["llama_index", "logging", "opentelemetry", "prometheus"]
+
+
+def logging(
+    limiter: Source, *, threshold: float = 1.0, logger: Logger | str = "asyncbucket.events"
+) -> Callable[[], None]:
+    """Log what happens, one readable line an event; the rest goes as ``extra`` to structured logs.
+
+    A wait of ``threshold`` or more is worth INFO, everything else DEBUG. The fields of an event are
+    attributes of the log record: ``asyncbucket.limiter``, ``asyncbucket.waited`` and so on.
+
+    Args:
+        limiter: what to watch.
+        threshold: the shortest wait, in seconds, that is logged at INFO.
+        logger: where to, a logger or its name.
+    """
+    from asyncbucket.telemetry.to_logging import observer
+
+    return limiter.observe(observer(logger, threshold=threshold))
+
+
+def prometheus(
+    limiter: Source, *, registry: "CollectorRegistry | None" = None, max_limiters: int = 100
+) -> Callable[[], None]:
+    """Count into Prometheus metrics, which a scrape of ``registry`` shows.
+
+    Any number of limiters may share a registry. In multiprocess mode, that is with
+    ``PROMETHEUS_MULTIPROC_DIR`` in the environment, each process writes its own part: counters add
+    up, queued and in-flight calls are summed over live processes, and of the use of a limit the
+    highest is shown. Gauges are then as old as a second.
+
+    Args:
+        limiter: what to watch.
+        registry: what to register with; by default prometheus_client's own ``REGISTRY``.
+        max_limiters: how many limiters a registry tells apart; those beyond are ``other``.
+
+    Raises:
+        ImportError: prometheus_client is not installed; the message names the extra.
+        ValueError: the limiter, or one above or below it, is watched by this registry already, so
+            that its calls would count twice.
+    """
+    try:
+        from asyncbucket.telemetry.to_prometheus import watch
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'Prometheus metrics need {error.name}: pip install "asyncbucket[prometheus]"'
+        ) from error
+    return watch(limiter, registry, max_limiters=max_limiters)
+
+
+def opentelemetry(
+    limiter: Source,
+    *,
+    meter_provider: "MeterProvider | None" = None,
+    tracer_provider: "TracerProvider | None" = None,
+    attributes: Mapping[str, str] | None = None,
+    max_limiters: int = 100,
+) -> Callable[[], None]:
+    """Measure with OpenTelemetry, and make a span of each wait within the span of the caller.
+
+    The metrics go by the names of ASP.NET's, which are stable, with ``asyncbucket`` in front:
+    ``asyncbucket.rate_limiting.request.time_in_queue`` and so on. The span of a wait is no span of
+    inference and has no ``gen_ai.usage.*``: beside an instrumentation of the model nothing is
+    counted twice.
+
+    Args:
+        limiter: what to watch.
+        meter_provider: where metrics go; by default the global one.
+        tracer_provider: where spans go; by default the global one.
+        attributes: what else to say of each span, such as ``{"gen_ai.request.model": "gpt-4o"}``.
+            A limiter that is called like a provider, ``openai`` or ``anthropic``, gives its spans
+            ``gen_ai.provider.name`` without being told.
+        max_limiters: how many limiters a meter provider tells apart; those beyond are ``other``.
+
+    Raises:
+        ImportError: opentelemetry-api is not installed; the message names the extra.
+        ValueError: as for `prometheus`, of the meter provider.
+    """
+    try:
+        from asyncbucket.telemetry.to_opentelemetry import watch
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'OpenTelemetry needs {error.name}: pip install "asyncbucket[otel]"'
+        ) from error
+    return watch(
+        limiter,
+        meter_provider,
+        tracer_provider,
+        attributes=attributes or {},
+        max_limiters=max_limiters,
+    )
+
+
+def llama_index(limiter: Source) -> Callable[[], None]:
+    """Send waits, refusals, pauses and retries through LlamaIndex's instrumentation.
+
+    They are events of `asyncbucket.llama_index`, dispatched in the span of whoever asked for the
+    admission. What a wrapped model says of its waits by itself is not said twice.
+
+    Args:
+        limiter: what to watch.
+
+    Raises:
+        ImportError: LlamaIndex is not installed; the message names the extra.
+    """
+    try:
+        from asyncbucket.telemetry.to_llama_index import observer
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'events for LlamaIndex need {error.name}: pip install "asyncbucket[llama-index]"'
+        ) from error
+    return limiter.observe(observer)

@@ -1,0 +1,131 @@
+"""Gauges in Prometheus: read when somebody scrapes, or written now and then for others to read.
+
+In multiprocess mode nobody asks the process at a scrape: what it knows must lie in its files by then.
+Counters are there anyway; gauges are written once a second by a thread.
+"""
+
+import contextlib
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Final
+
+from prometheus_client import Gauge, Metric
+from prometheus_client.core import GaugeMetricFamily
+
+from asyncbucket.telemetry.watched import Reading, Watched
+
+#: Seconds between two writings in multiprocess mode.
+_EVERY: Final = 1.0
+
+_QUEUED: Final = ("asyncbucket_queued_requests", "Calls that wait for their admission now.")
+_IN_FLIGHT: Final = ("asyncbucket_in_flight_requests", "Calls admitted and not yet over.")
+_USED: Final = (
+    "asyncbucket_limit_used_ratio",
+    "Share of a limit that is used now, 1 for all of it.",
+)
+
+
+def make_gauges(watched: Watched) -> "Scraped | Pushed":
+    """Return the gauges as this process needs them."""
+    return Pushed(watched) if _multiprocess() else Scraped(watched)
+
+
+def describe() -> Iterator[Metric]:
+    """Yield their names."""
+    for name, text in (_QUEUED, _IN_FLIGHT, _USED):
+        yield GaugeMetricFamily(name, text)
+
+
+class Scraped:
+    """Read the gauges when somebody scrapes."""
+
+    def __init__(self, watched: Watched) -> None:
+        self._watched = watched
+
+    def collect(self) -> Iterator[Metric]:
+        queued = GaugeMetricFamily(*_QUEUED, labels=("limiter",))
+        in_flight = GaugeMetricFamily(*_IN_FLIGHT, labels=("limiter",))
+        used = GaugeMetricFamily(*_USED, labels=("limiter", "limit"))
+        for label, reading in self._watched.read().items():
+            queued.add_metric((label,), reading.queued)
+            in_flight.add_metric((label,), reading.in_flight)
+            for limit, share in reading.used.items():
+                used.add_metric((label, limit), share)
+        yield from (queued, in_flight, used)
+
+    def close(self) -> None:
+        pass
+
+
+class Pushed:
+    """Write the gauges into this process's files, again and again, in a process's children too."""
+
+    def __init__(self, watched: Watched) -> None:
+        self._watched = watched
+        one, two = ("limiter",), ("limiter", "limit")
+        self._queued = Gauge(*_QUEUED, one, registry=None, multiprocess_mode="livesum")
+        self._in_flight = Gauge(*_IN_FLIGHT, one, registry=None, multiprocess_mode="livesum")
+        self._used = Gauge(*_USED, two, registry=None, multiprocess_mode="livemax")
+        #: What was written last: who is gone is 0 from then on.
+        self._last: dict[str, Reading] = {}
+        self._closed = threading.Event()
+        self.start()
+        _PUSHING.add(self)
+
+    def start(self) -> None:
+        if not self._closed.is_set():
+            self._closed = threading.Event()
+            name = "asyncbucket gauges"
+            threading.Thread(
+                target=_push, args=(weakref.ref(self), self._closed), name=name, daemon=True
+            ).start()
+
+    def push(self) -> None:
+        readings = dict(self._watched.read())
+        gone = {
+            label: Reading(used=dict.fromkeys(was.used, 0.0)) for label, was in self._last.items()
+        }
+        for label, reading in (gone | readings).items():
+            self._queued.labels(label).set(reading.queued)
+            self._in_flight.labels(label).set(reading.in_flight)
+            for limit, share in reading.used.items():
+                self._used.labels(label, limit).set(share)
+        self._last = readings
+
+    def collect(self) -> Iterator[Metric]:
+        self.push()
+        for gauge in (self._queued, self._in_flight, self._used):
+            yield from gauge.collect()
+
+    def close(self) -> None:
+        self._closed.set()
+        self.push()
+
+
+def _push(pushed: "weakref.ref[Pushed]", closed: threading.Event) -> None:
+    """Write until the gauges are closed or gone."""
+    while not closed.wait(_EVERY):
+        alive = pushed()
+        if alive is None:
+            return
+        alive.push()
+        del alive
+
+
+def _multiprocess() -> bool:
+    """Tell whether prometheus_client writes files that another process reads."""
+    return "PROMETHEUS_MULTIPROC_DIR" in os.environ or "prometheus_multiproc_dir" in os.environ
+
+
+def _after_fork() -> None:
+    for each in tuple(_PUSHING):
+        each.start()
+
+
+#: Threads do not survive a fork: whoever writes gauges begins again in the child.
+_PUSHING: Final["weakref.WeakSet[Pushed]"] = weakref.WeakSet()
+
+with contextlib.suppress(AttributeError):  # Windows does not fork
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,132 @@
+"""Events as lines of a log."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from logging import DEBUG, INFO, Logger, getLogger
+from typing import Any, Final
+
+from asyncbucket import events
+from asyncbucket.cost import counted
+from asyncbucket.events import Callback, Event
+
+#: Fields of the record that an event's own cannot hide: they are called ``asyncbucket.<field>``.
+_PREFIX: Final = "asyncbucket."
+#: Fields that are amounts by resource.
+_AMOUNTS: Final = {"cost", "reserved", "used", "corrects"}
+
+
+def observer(logger: Logger | str, *, threshold: float) -> Callback:
+    """Return what writes each event to ``logger``, waits of ``threshold`` seconds or more at INFO."""
+    log = getLogger(logger) if isinstance(logger, str) else logger
+
+    def observe(event: Event) -> None:
+        level = INFO if getattr(event, "waited", -1.0) >= threshold else DEBUG
+        if log.isEnabledFor(level):
+            log.log(level, "%s: %s", event.limiter, _line(event), extra=_extra(event))
+
+    return observe
+
+
+def _extra(event: Event) -> dict[str, Any]:
+    extra: dict[str, Any] = {f"{_PREFIX}event": type(event).__name__}
+    for field in dataclasses.fields(event):
+        value = getattr(event, field.name)
+        extra[_PREFIX + field.name] = _plain(value) if field.name in _AMOUNTS else value
+    return extra
+
+
+def _line(event: Event) -> str:
+    write = _LINES.get(type(event))
+    return type(event).__name__ if write is None else write(event)
+
+
+def _queued(event: events.Queued) -> str:
+    return f"a call of {_cost(event.cost)} waits, {_number(event.waiting, 'wait')}"
+
+
+def _admitted(event: events.Admitted) -> str:
+    waited = ""
+    if event.waited:
+        held_up = f" for {_resource(event.bound_by)}" if event.bound_by else ""
+        waited = f" after {_seconds(event.waited)}{held_up}"
+    return (
+        f"a call of {_cost(event.cost)} passed{waited}; "
+        f"{_number(event.waiting, 'wait')}, {event.in_flight:,} in flight"
+    )
+
+
+def _refused(event: events.Refused) -> str:
+    why = event.reason.replace("_", " ")
+    bound = f", bound by {_resource(event.bound_by)}" if event.bound_by else ""
+    again = "" if event.retry_after is None else f"; free in {_seconds(event.retry_after)}"
+    return f"a call of {_cost(event.cost)} was refused: {why}{bound}{again}"
+
+
+def _cancelled(event: events.Cancelled) -> str:
+    return f"a call of {_cost(event.cost)} gave up after {_seconds(event.waited)}"
+
+
+def _settled(event: events.Settled) -> str:
+    words = [
+        f"{counted(used, resource)} of {event.reserved.get(resource, 0):,} reserved"
+        for resource, used in event.used.items()
+    ]
+    return f"a call used {', '.join(words)}"
+
+
+def _released(event: events.Released) -> str:
+    return f"a call ended after {_seconds(event.held)}: {event.outcome}"
+
+
+def _paused(event: events.Paused) -> str:
+    why = f": {event.reason}" if event.reason else ""
+    return f"nobody passes for {_seconds(event.seconds)}{why}"
+
+
+def _retried(event: events.Retried) -> str:
+    return f"attempt {event.attempt} failed ({event.error}), again in {_seconds(event.delay)}"
+
+
+_LINES: Final[Mapping[type[Event], Callable[[Any], str]]] = {
+    events.Queued: _queued,
+    events.Admitted: _admitted,
+    events.Refused: _refused,
+    events.Cancelled: _cancelled,
+    events.Settled: _settled,
+    events.Released: _released,
+    events.Paused: _paused,
+    events.Retried: _retried,
+    events.LimitLearned: lambda event: f"the provider announces {event.limit}",
+    events.LimitChanged: lambda event: f"the limit is now {event.limit}",
+    events.StoreLost: lambda event: f"the shared store cannot be reached: {event.reason}",
+    events.StoreRecovered: lambda event: (
+        f"the shared store is back after {_seconds(event.seconds)}"
+    ),
+}
+
+
+def _plain(amounts: Mapping[str, int]) -> dict[str, int]:
+    """Return a cost as people give it: without the slot and without what costs nothing."""
+    return {name: amount for name, amount in amounts.items() if amount and name != "concurrency"}
+
+
+def _cost(amounts: Mapping[str, int]) -> str:
+    told = {
+        name: amount
+        for name, amount in _plain(amounts).items()
+        # Input and output say what their sum says, unless it is not there.
+        if name not in {"input_tokens", "output_tokens"} or "tokens" not in amounts
+    }
+    return ", ".join(counted(amount, name) for name, amount in told.items()) or "nothing"
+
+
+def _resource(name: str) -> str:
+    return "the end of a pause" if name == "paused" else name.replace("_", " ")
+
+
+def _number(count: int, verb: str) -> str:
+    return f"{count:,} {verb}" if count else f"none {verb}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"  # noqa: PLR2004 - three digits

@@ -1,0 +1,282 @@
+"""Events as OpenTelemetry's metrics and spans.
+
+The names are those of ASP.NET's rate limiting, the only ones of their kind that are stable in the
+semantic conventions (https://opentelemetry.io/docs/specs/semconv/dotnet/dotnet-aspnetcore-metrics/),
+with ``asyncbucket`` in front: who has a dashboard for the one can read the other.
+
+A wait is a span of its own, made when it is over, within the span that was current where the call
+asked. It says what it waited for, and, of the GenAI conventions
+(https://github.com/open-telemetry/semantic-conventions-genai), who the provider is and whatever else
+it is told. It has no ``gen_ai.operation.name`` and no ``gen_ai.usage.*``: those mark an inference, and
+whoever adds up inferences or tokens must not find a wait among them.
+"""
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any, Final
+
+from opentelemetry import metrics, trace
+from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
+from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, TracerProvider
+
+from asyncbucket import events
+from asyncbucket.telemetry.watched import Source, Watched, by_kind
+
+#: Buckets in seconds: those of ASP.NET, and longer ones, for minutes are nothing unusual here.
+BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+#: Names that the GenAI conventions know a provider by.
+PROVIDERS: Final = frozenset(
+    {
+        "anthropic",
+        "aws.bedrock",
+        "azure.ai.inference",
+        "azure.ai.openai",
+        "cohere",
+        "deepseek",
+        "gcp.gemini",
+        "gcp.gen_ai",
+        "gcp.vertex_ai",
+        "groq",
+        "ibm.watsonx.ai",
+        "mistral_ai",
+        "moonshot_ai",
+        "openai",
+        "perplexity",
+        "x_ai",
+    }
+)
+
+_SCOPE: Final = "asyncbucket"
+_PREFIX: Final = "asyncbucket.rate_limiting."
+_POLICY: Final = _PREFIX + "policy"
+_RESULT: Final = _PREFIX + "result"
+_BOUND_BY: Final = _PREFIX + "bound_by"
+_ACQUIRED: Final = "acquired"
+_CANCELED: Final = "request_canceled"
+
+#: When the call of this context began to wait, by the wall clock in ns; 0 for not at all.
+_waiting_since: Final[ContextVar[int]] = ContextVar("asyncbucket waiting since", default=0)
+
+
+def watch(
+    limiter: Source,
+    meter_provider: MeterProvider | None,
+    tracer_provider: TracerProvider | None,
+    *,
+    attributes: Mapping[str, str],
+    max_limiters: int,
+) -> Callable[[], None]:
+    """Measure what happens in ``limiter``, and trace its waits, until the result is called."""
+    meters = metrics.get_meter_provider() if meter_provider is None else meter_provider
+    with _LOCK:
+        instruments = _INSTRUMENTS.get(meters)
+        if instruments is None:
+            instruments = _INSTRUMENTS[meters] = Instruments(meters, max_limiters)
+        instruments.watched.add(limiter, "this meter provider")
+    spans = Spans(trace.get_tracer(_SCOPE, tracer_provider=tracer_provider), attributes)
+    stops = (limiter.observe(spans.observe), limiter.observe(instruments.observe))
+
+    def off() -> None:
+        for stop in stops:
+            stop()
+        instruments.watched.remove(limiter)
+
+    return off
+
+
+class Instruments:
+    """Be all instruments of one meter provider; an instrument cannot be taken back, only fall silent."""
+
+    def __init__(self, provider: MeterProvider, max_limiters: int) -> None:
+        self.watched = Watched(max_limiters)
+        meter = provider.get_meter(_SCOPE)
+        self._time_in_queue = meter.create_histogram(
+            _PREFIX + "request.time_in_queue",
+            unit="s",
+            description="The time a request spent in a queue waiting to acquire a lease.",
+            explicit_bucket_boundaries_advisory=BUCKETS,
+        )
+        self._lease_duration = meter.create_histogram(
+            _PREFIX + "request_lease.duration",
+            unit="s",
+            description="The time that a lease was held by a request.",
+            explicit_bucket_boundaries_advisory=BUCKETS,
+        )
+        self._requests = meter.create_counter(
+            _PREFIX + "requests",
+            unit="{request}",
+            description="Number of requests that tried to acquire a lease.",
+        )
+        self._tokens = meter.create_counter(
+            _PREFIX + "tokens",
+            unit="{token}",
+            description="Tokens reserved by admissions; used and refunded, as they were settled.",
+        )
+        self._refusals = meter.create_counter(
+            _PREFIX + "upstream_refusals",
+            unit="{request}",
+            description="Requests that the provider refused for rate all the same.",
+        )
+        self._retries = meter.create_counter(
+            _PREFIX + "retries", unit="{request}", description="Requests that are tried again."
+        )
+        meter.create_observable_up_down_counter(
+            _PREFIX + "queued_requests",
+            [self._queued],
+            unit="{request}",
+            description="Number of requests that are currently queued.",
+        )
+        meter.create_observable_up_down_counter(
+            _PREFIX + "active_request_leases",
+            [self._active],
+            unit="{request}",
+            description="Number of requests that currently hold a lease.",
+        )
+        meter.create_observable_gauge(
+            _PREFIX + "limit.utilization",
+            [self._used],
+            unit="1",
+            description="Share of a limit that is used now, 1 for all of it.",
+        )
+        self.observe = by_kind(
+            {
+                events.Admitted: self._admitted,
+                events.Refused: self._refused,
+                events.Cancelled: self._cancelled,
+                events.Settled: self._settled,
+                events.Released: self._released,
+                events.Paused: self._paused,
+                events.Retried: self._retried,
+            }
+        )
+
+    # -- as it happens -----------------------------------------------------------------------------
+
+    def _admitted(self, event: events.Admitted) -> None:
+        self._decided(event.limiter, _ACQUIRED, event.bound_by, event.waited)
+        tokens = event.cost.get("tokens")
+        if tokens:
+            self._tokens.add(tokens, self._of(event.limiter, kind="reserved"))
+
+    def _refused(self, event: events.Refused) -> None:
+        self._decided(event.limiter, event.reason, event.bound_by, None)
+
+    def _cancelled(self, event: events.Cancelled) -> None:
+        self._decided(event.limiter, _CANCELED, None, event.waited)
+
+    def _decided(
+        self, limiter: str, result: str, bound_by: str | None, waited: float | None
+    ) -> None:
+        attributes = self._of(limiter, result=result)
+        self._requests.add(1, attributes)
+        if waited is not None:
+            self._time_in_queue.record(waited, {**attributes, _BOUND_BY: bound_by or "none"})
+
+    def _settled(self, event: events.Settled) -> None:
+        used = event.used.get("tokens")
+        if used is None:
+            return
+        before = event.corrects.get("tokens")
+        booked = event.reserved.get("tokens", 0) if before is None else before
+        self._tokens.add(max(0, used - (before or 0)), self._of(event.limiter, kind="used"))
+        self._tokens.add(max(0, booked - used), self._of(event.limiter, kind="refunded"))
+
+    def _released(self, event: events.Released) -> None:
+        self._lease_duration.record(event.held, self._of(event.limiter, outcome=event.outcome))
+
+    def _paused(self, event: events.Paused) -> None:
+        if event.reason == "429":
+            self._refusals.add(1, self._of(event.limiter))
+
+    def _retried(self, event: events.Retried) -> None:
+        self._retries.add(1, self._of(event.limiter))
+
+    def _of(self, limiter: str, **more: str) -> dict[str, str]:
+        named = {_PREFIX + name: value for name, value in more.items()}
+        return {_POLICY: self.watched.label(limiter), **named}
+
+    # -- when asked --------------------------------------------------------------------------------
+
+    def _queued(self, _: CallbackOptions) -> Iterable[Observation]:
+        for label, reading in self.watched.read().items():
+            yield Observation(reading.queued, {_POLICY: label})
+
+    def _active(self, _: CallbackOptions) -> Iterable[Observation]:
+        for label, reading in self.watched.read().items():
+            yield Observation(reading.in_flight, {_POLICY: label})
+
+    def _used(self, _: CallbackOptions) -> Iterator[Observation]:
+        for label, reading in self.watched.read().items():
+            for limit, share in reading.used.items():
+                yield Observation(share, {_POLICY: label, _PREFIX + "limit": limit})
+
+
+class Spans:
+    """Make a span of each wait; a call that passes at once has none."""
+
+    def __init__(self, tracer: Tracer, attributes: Mapping[str, str]) -> None:
+        self._tracer = tracer
+        self._attributes = attributes
+        self.observe = by_kind(
+            {
+                events.Queued: self._queued,
+                events.Admitted: self._admitted,
+                events.Refused: self._refused,
+                events.Cancelled: self._cancelled,
+            }
+        )
+
+    def _queued(self, _: events.Queued) -> None:
+        _waiting_since.set(time.time_ns())
+
+    def _admitted(self, event: events.Admitted) -> None:
+        _waiting_since.set(0)
+        if event.waited > 0:
+            more = {_PREFIX + "queued_requests": event.waiting}
+            self._span(event, _ACQUIRED, event.bound_by, event.waited, more)
+
+    def _refused(self, event: events.Refused) -> None:
+        since = _waiting_since.get()
+        _waiting_since.set(0)
+        if since:  # who was refused at once has not waited
+            waited = (time.time_ns() - since) * 1e-9
+            self._span(event, event.reason, event.bound_by, waited, {"error.type": event.reason})
+
+    def _cancelled(self, event: events.Cancelled) -> None:
+        _waiting_since.set(0)
+        self._span(event, _CANCELED, None, event.waited, {})
+
+    def _span(
+        self,
+        event: events.Admitted | events.Refused | events.Cancelled,
+        result: str,
+        bound_by: str | None,
+        waited: float,
+        more: Mapping[str, Any],
+    ) -> None:
+        now = time.time_ns()
+        provider = event.limiter.partition("/")[0]
+        known = {"gen_ai.provider.name": provider} if provider in PROVIDERS else {}
+        bound = {} if bound_by is None else {_BOUND_BY: bound_by}
+        cost = {f"{_PREFIX}cost.{name}": amount for name, amount in event.cost.items() if amount}
+        cost.pop(_PREFIX + "cost.concurrency", None)
+        mine = {_POLICY: event.limiter, _RESULT: result, **bound, **cost, **more}
+        span = self._tracer.start_span(
+            f"wait {event.limiter}",
+            kind=SpanKind.INTERNAL,
+            start_time=now - round(waited * 1e9),
+            attributes={**known, **self._attributes, **mine},
+        )
+        if "error.type" in more:
+            span.set_status(Status(StatusCode.ERROR))
+        span.end(now)
+
+
+#: The instruments of a meter provider, made once: the callbacks of a second set would never be asked.
+_INSTRUMENTS: Final["weakref.WeakKeyDictionary[MeterProvider, Instruments]"] = (
+    weakref.WeakKeyDictionary()
+)
+_LOCK: Final = threading.Lock()

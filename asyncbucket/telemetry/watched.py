@@ -1,0 +1,149 @@
+"""What metrics know of limiters beside their events: who is watched, by which name, and how full."""
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from asyncbucket.events import Callback, Event
+from asyncbucket.limits import Limit
+from asyncbucket.statistics import Statistics
+
+_TENANT: Final = re.compile(r"/\*[^/]*")
+#: The label of limiters beyond those that are told apart.
+OTHER: Final = "other"
+
+
+class Source(Protocol):
+    """Be a limiter, as telemetry sees it."""
+
+    @property
+    def name(self) -> str:
+        """The path, ``openai/chat``."""
+        ...
+
+    @property
+    def parent(self) -> "Source | None":
+        """The limiter above."""
+        ...
+
+    @property
+    def children(self) -> "Mapping[str, Source]":
+        """The limiters below, those of tenants not."""
+        ...
+
+    def statistics(self) -> Statistics:
+        """Return a snapshot."""
+        ...
+
+    def observe(self, callback: Callback) -> Callable[[], None]:
+        """Tell of every event."""
+        ...
+
+
+@dataclass(slots=True)
+class Reading:
+    """Say how full the limiters of one label are."""
+
+    queued: int = 0
+    in_flight: int = 0
+    #: The share of each limit that is used, 1 for all of it; of several limiters the highest.
+    used: dict[str, float] = field(default_factory=dict)
+
+
+class Watched:
+    """Hold the limiters that one registry watches, and the few names that it knows them by.
+
+    Args:
+        most: how many names there may be, whatever happens. `OTHER` is one more.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.RLock()
+        self._labels: dict[str, str] = {}
+        self._sources: tuple[Source, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self._sources)
+
+    def add(self, limiter: Source, where: str) -> None:
+        """Watch ``limiter`` and all below it.
+
+        Raises:
+            ValueError: it or one above or below it is watched already.
+        """
+        with self._lock:
+            for other in self._sources:
+                if other in _upwards(limiter) or limiter in _upwards(other):
+                    raise ValueError(
+                        f"{where} watches limiter {other.name!r} already, and the calls of "
+                        f"{limiter.name!r} would count twice; switch that off first"
+                    )
+            self._sources = (*self._sources, limiter)
+
+    def remove(self, limiter: Source) -> None:
+        """Watch ``limiter`` no longer."""
+        with self._lock:
+            self._sources = tuple(each for each in self._sources if each is not limiter)
+
+    def label(self, name: str) -> str:
+        """Return what the limiter called ``name`` is known by."""
+        known = self._labels.get(name)
+        if known is not None:
+            return known
+        name = _TENANT.sub("/*", name)  # a tenant's limiter goes by a hash, all of them by a star
+        with self._lock:
+            if len(self._labels) >= self._most:
+                return self._labels.get(name, OTHER)
+            return self._labels.setdefault(name, name)
+
+    def read(self) -> Mapping[str, Reading]:
+        """Return how full each limiter is now, by label."""
+        readings: dict[str, Reading] = {}
+        for source in self._sources:
+            self._read(source, readings)
+        return readings
+
+    def _read(self, limiter: Source, readings: dict[str, Reading]) -> Statistics:
+        now = limiter.statistics()
+        reading = readings.setdefault(self.label(now.name), Reading())
+        below = [self._read(child, readings) for child in tuple(limiter.children.values())]
+        # A limiter's statistics hold those below it; here each call stands where it asked.
+        reading.queued += max(0, now.waiting - sum(each.waiting for each in below))
+        reading.in_flight += max(0, now.in_flight - sum(each.in_flight for each in below))
+        _add_use(reading, now)
+        return now
+
+
+def _add_use(reading: Reading, now: Statistics) -> None:
+    shares = {limit_label(use.limit): use.used / use.limit.amount for use in now.limits}
+    if now.concurrency:
+        shares["concurrency"] = now.in_flight / now.concurrency
+    for limit, share in shares.items():
+        reading.used[limit] = max(share, reading.used.get(limit, 0.0))
+
+
+def limit_label(limit: Limit) -> str:
+    """Return what ``limit`` is known by, whatever its amount: ``rpm``, or ``images/10s``."""
+    return limit.keyword or f"{limit.resource}/{limit.per:g}s"
+
+
+def by_kind(handlers: Mapping[type[Event], Callable[[Any], object]]) -> Callback:
+    """Return an observer that gives each event to the handler of its kind, if there is one."""
+    get = dict(handlers).get
+
+    def observe(event: Event) -> None:
+        handle = get(type(event))
+        if handle is not None:
+            handle(event)
+
+    return observe
+
+
+def _upwards(limiter: Source) -> Iterator[Source]:
+    above: Source | None = limiter
+    while above is not None:
+        yield above
+        above = above.parent

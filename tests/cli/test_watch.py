@@ -1,0 +1,159 @@
+"""`asyncbucket watch` and `asyncbucket plot`: what a person sees."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from asyncbucket import Limiter
+from asyncbucket.cli.app import app
+from asyncbucket.cli.watch.screen import draw, plain
+from asyncbucket.cli.watch.view import View
+from asyncbucket.testing import VirtualTime
+
+run = CliRunner()
+
+LOOK = {
+    "name": "openai",
+    "admitted": 120,
+    "refused": 2,
+    "cancelled": 0,
+    "waiting": 30,
+    "in_flight": 8,
+    "concurrency": 8,
+    "paused": 1.5,
+    "upstream_429": 1,
+    "bound_by": "tokens",
+    "waits": {"tokens": {"count": 10, "seconds": 25.0}},
+    "limits": [
+        {"limit": "300 requests per 60 s", "resource": "requests", "amount": 300, "used": 120},
+        {"limit": "10,000 tokens per 60 s", "resource": "tokens", "amount": 10_000, "used": 9_900},
+    ],
+}
+
+
+def shown(*, width: int, unicode: bool) -> list[str]:
+    """Return the lines of the picture."""
+    from rich.console import Console
+
+    console = Console(width=width, color_system=None, legacy_windows=False)
+    view = View.of(LOOK, {**LOOK, "admitted": 110}, 2.0)
+    with console.capture() as captured:
+        console.print(draw([view], width=width, unicode=unicode))
+    return [line.rstrip() for line in captured.get().splitlines()]
+
+
+def test_a_view_says_what_binds_and_how_long_the_line_takes() -> None:
+    """Thirty wait, five a second pass: six seconds."""
+    view = View.of(LOOK, {**LOOK, "admitted": 110}, 2.0)
+    assert [bar.binds for bar in view.bars] == [False, True, False]
+    assert view.alarming
+    assert view.facts == (
+        "paused for 1.5 s more",
+        "30 waiting (about 6 s)",
+        "120 admitted, 5.0/s now",
+        "1 refused by the provider (429)",
+        "2 turned away",
+        "10 had to wait, 2.5 s on average",
+    )
+
+
+def test_the_picture_fits_its_terminal() -> None:
+    """At 80 and at 160 columns, with blocks or without."""
+    lines = shown(width=80, unicode=True)
+    assert lines[0] == "openai"
+    assert lines[2].endswith("99% ◀ binds")
+    assert max(map(len, lines)) <= 80
+    assert max(map(len, shown(width=160, unicode=True))) <= 160
+    ascii_only = shown(width=80, unicode=False)
+    assert "[####" in ascii_only[1]
+    assert all("█" not in line for line in ascii_only)
+
+
+def test_a_pipe_gets_a_line_for_each_limiter() -> None:
+    """Greppable, without colours."""
+    (line,) = plain([View.of(LOOK, None, 0.0)])
+    assert line.startswith(
+        "openai: 120 of 300 requests per 60 s, 9,900 of 10,000 tokens per 60 s (binds), "
+    )
+
+
+def test_watch_looks_at_a_running_limiter() -> None:
+    """By the address that it tells; as lines and as JSON."""
+    limiter = Limiter("600 RPM", name="openai")
+    with limiter.acquire_nowait(), limiter.serve_stats() as server:
+        text = run.invoke(app, ["watch", server.url, "--once"])
+        told = run.invoke(app, ["watch", server.url, "--once", "--json"])
+    assert text.exit_code == 0
+    assert text.output.startswith("openai: 1 of 600 requests per 60 s, 0 waiting, 1 in flight")
+    assert json.loads(told.output)["limiters"][0]["name"] == "openai"
+
+
+def test_watch_looks_at_a_unix_socket(tmp_path: Path) -> None:
+    """As at a port."""
+    with Limiter("600 RPM", name="openai").serve_stats(path=tmp_path / "s") as server:
+        assert "openai" in run.invoke(app, ["watch", server.url, "--once"]).output
+
+
+@pytest.mark.parametrize(
+    ("url", "status", "message"),
+    [
+        ("http://127.0.0.1:1", 1, "nobody serves statistics at http://127.0.0.1:1"),
+        ("limits", 2, "'limits' is no limiter to watch"),
+        ("https://example.org", 2, "is no limiter to watch"),
+        ("ftp://example.org", 2, "is no store"),
+    ],
+)
+def test_watch_says_what_is_wrong(url: str, status: int, message: str) -> None:
+    """And ends with a status that scripts can tell."""
+    done = run.invoke(app, ["watch", url, "--once"])
+    assert done.exit_code == status
+    assert message in done.stderr
+
+
+def test_plot_draws_a_trace(virtual_time: VirtualTime, tmp_path: Path) -> None:
+    """On light and on dark ground."""
+    limiter = Limiter("60 RPM burst 2", "1k TPM", clock=virtual_time.clock)
+
+    async def main() -> None:
+        with limiter.trace() as trace:
+            for number in range(20):
+                await limiter.acquire(tokens=10)
+                if number == 10:
+                    limiter.pause(3)
+            trace.save(tmp_path / "trace.jsonl")
+
+    virtual_time.run(main())
+    for name, dark in (("light.png", []), ("dark.svg", ["--dark"])):
+        done = run.invoke(
+            app, ["plot", str(tmp_path / "trace.jsonl"), "-o", str(tmp_path / name), *dark]
+        )
+        assert done.exit_code == 0, done.output
+        assert (tmp_path / name).stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "nothing happened in this trace"),
+        ("hello\n", "line 1: no trace; write one by limiter.trace().save()"),
+        ('{"limits": [], "limiter": "a"}\n', "nothing happened in this trace"),
+        ('{"limits": [], "limiter": "a"}\n{"at": 1}\n', "line 2: no trace"),
+    ],
+)
+def test_plot_refuses_what_is_no_trace(tmp_path: Path, text: str, message: str) -> None:
+    """With the line where it noticed."""
+    (tmp_path / "trace.jsonl").write_text(text)
+    done = run.invoke(app, ["plot", str(tmp_path / "trace.jsonl"), "-o", str(tmp_path / "out.png")])
+    assert done.exit_code == 2
+    assert message in done.stderr
+
+
+def test_plot_knows_its_kinds_of_pictures(tmp_path: Path) -> None:
+    """And names them."""
+    (tmp_path / "t").write_text(
+        '{"limits": [], "limiter": "a"}\n{"event": "admitted", "at": 1, "cost": {}, "waiting": 0}\n'
+    )
+    done = run.invoke(app, ["plot", str(tmp_path / "t"), "-o", "out.gif"])
+    assert "a picture is one of .png, .svg, .pdf, not 'out.gif'" in done.stderr

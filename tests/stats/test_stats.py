@@ -1,0 +1,185 @@
+"""What a limiter does, as somebody else on this machine sees it."""
+
+import http.client
+import json
+import socket
+import stat
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from asyncbucket import Limiter
+from asyncbucket.stats import report, serve_stats
+from asyncbucket.stats.report import as_prometheus
+from asyncbucket.testing import VirtualTime, assert_never_over
+
+
+def busy() -> Limiter:
+    """Return a limiter with a child, a tenant and a call in flight."""
+    limiter = Limiter("600 RPM", "10k TPM", concurrency=3, name="openai")
+    limiter.child("chat", rpm=100).acquire_nowait(tokens=100).release()
+    limiter.key("secret-tenant").acquire_nowait(tokens=50).release()
+    limiter.pause(60, reason="429")
+    return limiter
+
+
+def get(url: str, **headers: str) -> str:
+    """Return what an address answers."""
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers)) as reply:  # noqa: S310 - our own
+        return str(reply.read().decode())
+
+
+def test_report_shows_children_and_counts_tenants_unnamed() -> None:
+    """Tenants are in the numbers above, never in the list."""
+    seen = report([busy()])
+    assert [each["name"] for each in seen["limiters"]] == ["openai", "openai/chat"]
+    root, chat = seen["limiters"]
+    assert (root["admitted"], chat["admitted"]) == (2, 1)
+    assert root["upstream_429"] == 1
+    assert 59 < root["paused"] <= 60
+    assert root["limits"][1] == {
+        "limit": "10,000 tokens per 60 s",
+        "resource": "tokens",
+        "amount": 10_000,
+        "per": 60,
+        "used": 150,
+        "available": 9_850,
+    }
+    assert "secret" not in json.dumps(seen)
+
+
+def test_endpoint_serves_json_and_prometheus_text() -> None:
+    """To whoever asks on this machine."""
+    limiter = busy()
+    with limiter.serve_stats() as server:
+        seen = json.loads(get(server.url))
+        text = get(f"{server.url}/metrics")
+        assert repr(server) == f"<StatsServer at {server.url}>"
+    assert [each["name"] for each in seen["limiters"]] == ["openai", "openai/chat"]
+    assert 'asyncbucket_admitted_total{limiter="openai"} 2' in text
+    assert (
+        'asyncbucket_limit_used_ratio{limiter="openai",limit="10,000 tokens per 60 s"} 0.015'
+        in text
+    )
+
+
+def test_prometheus_text_is_what_its_parser_reads() -> None:
+    """Quotes in a name included."""
+    parser = pytest.importorskip("prometheus_client.parser")
+    limiter = Limiter("5 RPM", name='a "b"\\c')
+    families = list(parser.text_string_to_metric_families(as_prometheus([limiter])))
+    assert {sample.labels["limiter"] for each in families for sample in each.samples} == {
+        'a "b"\\c'
+    }
+    assert len(families) == 8
+
+
+def test_unix_socket_is_its_owner_s_alone_and_gone_afterwards(tmp_path: Path) -> None:
+    """One that a dead process left is taken over; a live one is not."""
+    path = tmp_path / "limits.sock"
+    left = socket.socket(socket.AF_UNIX)
+    left.bind(str(path))
+    left.close()
+    with serve_stats([busy()], path=path) as server:
+        assert server.url == f"unix://{path}"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        connection = http.client.HTTPConnection("localhost")
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.connect(str(path))
+        connection.request("GET", "/")
+        assert json.loads(connection.getresponse().read())["limiters"]
+        connection.close()
+        with pytest.raises(OSError, match="Address already in use"):
+            serve_stats([busy()], path=path)
+    assert not path.exists()
+
+
+def test_a_file_is_no_socket_to_take_over(tmp_path: Path) -> None:
+    """Somebody's file stays."""
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    with pytest.raises(OSError, match="Address already in use"):
+        serve_stats([busy()], path=path)
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.1", "example.org"])  # noqa: S104 - refused
+def test_other_machines_are_not_served(host: str) -> None:
+    """The message says what is."""
+    with pytest.raises(ValueError, match="on this machine alone: host must be a loopback address"):
+        busy().serve_stats(host=host)
+
+
+def test_strange_names_and_paths_get_nothing() -> None:
+    """A browser lured here by another name is refused; unknown paths say what there is."""
+    with busy().serve_stats(host="localhost") as server:
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            get(server.url, Host="evil.example")
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            get(f"{server.url}/secrets")
+
+
+def test_loopback_of_version_six_is_loopback() -> None:
+    """Where the machine has it."""
+    try:
+        server = busy().serve_stats(host="::1")
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with server:
+        assert server.url.startswith("http://[::1]:")
+        assert "openai" in get(server.url)
+
+
+def test_statistics_read_well_in_a_notebook() -> None:
+    """As a table, with nothing that HTML would misread."""
+    limiter = Limiter("600 RPM", concurrency=3, name="<b>")
+    lease = limiter.acquire_nowait()
+    limiter.pause(9)
+    html = limiter._repr_html_()
+    lease.release()
+    assert "&lt;b&gt;" in html
+    assert "1 admitted · 0 waiting · 1 of 3 in flight" in html
+    assert "paused for 9.0 s" in html
+    assert "600 requests per 60 s" in html
+
+
+def test_trace_keeps_the_last_admissions(virtual_time: VirtualTime, tmp_path: Path) -> None:
+    """In full for a test, in lines for a plot; nothing after it was stopped."""
+    limiter = Limiter("60 RPM burst 1", "1k TPM", clock=virtual_time.clock, name="openai")
+
+    async def main() -> None:
+        with limiter.trace() as trace, limiter.trace(last=2) as short:
+            for _ in range(5):
+                await limiter.child("chat").acquire(tokens=10)
+            limiter.pause(1)
+        await limiter.acquire()
+        assert len(short) == 2
+        assert len(trace) == 10  # four of the five were queued first, and one pause
+        assert repr(trace) == "<Trace of 'openai', 10 events>"
+        assert [units for _, units in trace.amounts("tokens")] == [10] * 5
+        assert_never_over(trace.amounts("requests"), limiter.limits[0])
+        trace.save(tmp_path / "trace.jsonl")
+
+    virtual_time.run(main())
+    head, *events = map(json.loads, (tmp_path / "trace.jsonl").read_text().splitlines())
+    assert head["limiter"] == "openai"
+    assert head["limits"][1] == {"resource": "tokens", "amount": 1000, "per": 60, "burst": None}
+    assert events[0]["event"] == "admitted"
+    assert events[0]["limiter"] == "openai/chat"
+    assert events[-1] == {
+        "event": "paused",
+        "at": 4.0,
+        "limiter": "openai",
+        "seconds": 1,
+        "reason": "",
+    }
+
+
+@pytest.mark.parametrize("last", [0, -1, 1.5, True])
+def test_a_trace_of_nothing_is_refused(last: object) -> None:
+    """At once."""
+    with pytest.raises(ValueError, match="last must be a whole number of at least 1"):
+        Limiter("5 RPM").trace(cast("int", last))

@@ -1,0 +1,145 @@
+"""The dashboard and the alerts of the documentation, held against what is really exposed."""
+
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from asyncbucket import Limit, events, telemetry
+
+if TYPE_CHECKING:
+    from tests.telemetry.conftest import ScriptedLimiter
+
+ROOT = Path(__file__).parents[2]
+DASHBOARDS = ROOT / "docs" / "dashboards"
+ALERTS = DASHBOARDS / "alerts.yml"
+DASHBOARD: dict[str, Any] = json.loads((DASHBOARDS / "asyncbucket.json").read_text("utf-8"))
+COST = {"requests": 1, "tokens": 900}
+#: Labels that whoever scrapes adds.
+SCRAPED = {"instance", "job"}
+
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None,
+    reason="PROMTOOL IS MISSING: the alert rules were not tested; apt-get install prometheus",
+)
+
+
+def queries() -> list[str]:
+    """Return every PromQL expression of the dashboard, its variables filled in."""
+    targets = itertools.chain(*(panel["targets"] for panel in DASHBOARD["panels"]))
+    return [
+        target["expr"].replace("$limiter", "openai.*").replace("$__rate_interval", "1m")
+        for target in targets
+    ]
+
+
+def rules() -> list[str]:
+    """Return the expressions of the alert rules, in one line each."""
+    found = re.findall(r"expr:(.*?)\n {8}(?:for|labels):", ALERTS.read_text("utf-8"), re.DOTALL)
+    return [" ".join(text.replace(">-", "").split()) for text in found]
+
+
+def promtool(*arguments: str) -> None:
+    """Run promtool and show what it says if it complains."""
+    done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False)  # noqa: S607 - wherever it is
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def exposed(limiter: "ScriptedLimiter") -> dict[str, set[str]]:
+    """Return the labels of every sample that a scrape shows."""
+    registry = CollectorRegistry()
+    telemetry.prometheus(limiter, registry=registry)
+    limiter.numbers["concurrency"] = 5
+    limiter.used = [(Limit.parse("500 RPM"), 1)]
+    limiter.say(events.Admitted, cost=COST, waited=1.0, bound_by="tokens", waiting=0, in_flight=1)
+    limiter.say(events.Released, cost=COST, held=1.0, outcome="ok")
+    limiter.say(events.Paused, seconds=1.0, reason="429")
+    limiter.say(events.Retried, attempt=1, error="HTTP 429", delay=1.0)
+    return {
+        sample.name: set(sample.labels)
+        for family in text_string_to_metric_families(generate_latest(registry).decode())
+        for sample in family.samples
+    }
+
+
+@pytest.mark.parametrize("expression", [*queries(), *rules()])
+def test_a_query_names_what_exists(expression: str, exposed: dict[str, set[str]]) -> None:
+    """A renamed metric or label breaks a test, not an evening."""
+    named = re.findall(r"(asyncbucket_\w+)(?:\{([^}]*)\})?", expression)
+    assert named
+    for metric, selector in named:
+        assert metric in exposed
+        labels = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector))
+        assert labels <= exposed[metric] | SCRAPED
+    grouped = set(
+        itertools.chain(
+            *(g.split(",") for g in re.findall(r"(?:by|without) \(([^)]*)\)", expression))
+        )
+    )
+    known = set().union(*(exposed[metric] for metric, _ in named))
+    assert {label.strip() for label in grouped} <= known
+
+
+def test_every_metric_is_on_the_dashboard(exposed: dict[str, set[str]]) -> None:
+    """Nothing is exposed that nobody would see."""
+    shown = set(re.findall(r"asyncbucket_\w+", " ".join(queries())))
+    suffixes = ("_bucket", "_sum", "_count", "_created")
+    families = {name for name in exposed if not name.endswith(suffixes)}
+    assert families <= shown
+    assert {"asyncbucket_wait_seconds_bucket", "asyncbucket_wait_seconds_sum"} <= shown
+
+
+def test_panels_are_whole_and_do_not_overlap() -> None:
+    """Each says in a sentence how it is to be read; Grafana would push overlapping ones about."""
+    taken: set[tuple[int, int]] = set()
+    for panel in DASHBOARD["panels"]:
+        assert panel["title"]
+        assert panel["description"]
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & taken
+        assert max(x for x, _ in cells) < 24
+        taken |= cells
+    ids = [panel["id"] for panel in DASHBOARD["panels"]]
+    assert len(set(ids)) == len(ids)
+
+
+def test_rules_are_found() -> None:
+    """The tests above look at all of them."""
+    assert len(rules()) == ALERTS.read_text("utf-8").count("- alert:") == 8
+    assert len(queries()) == 15
+
+
+@needs_promtool
+def test_promtool_accepts_the_alert_rules() -> None:
+    """They load into a Prometheus server."""
+    promtool("check", "rules", "--lint-fatal", str(ALERTS))
+
+
+@needs_promtool
+def test_promtool_accepts_the_queries_of_the_dashboard(tmp_path: Path) -> None:
+    """Grafana would show an error in the panel."""
+    lines = ["groups:", "  - name: dashboard", "    rules:"]
+    for number, query in enumerate(queries()):
+        lines += [f"      - record: panel:query:{number}", f"        expr: {json.dumps(query)}"]
+    file = tmp_path / "dashboard.yml"
+    file.write_text("\n".join(lines) + "\n", "utf-8")
+    promtool("check", "rules", str(file))
+
+
+@needs_promtool
+def test_alerts_fire_when_they_should_and_only_then() -> None:
+    """Each for trouble of its kind, with a text that can be acted upon; none for a calm day."""
+    promtool("test", "rules", str(Path(__file__).with_name("alerts_test.yml")))

@@ -1,0 +1,221 @@
+"""Waits and refusals beside what LlamaIndex tells of models and agents."""
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from llama_index.core.callbacks import TokenCountingHandler
+from llama_index.core.llms import MockLLM
+from llama_index_instrumentation import get_dispatcher
+from llama_index_instrumentation.base import BaseEvent
+from llama_index_instrumentation.event_handlers import BaseEventHandler
+from pydantic import PrivateAttr
+
+from asyncbucket import AcquireTimeout, Limiter, events, telemetry
+from asyncbucket.llama_index import (
+    RateLimitPauseEvent,
+    RateLimitRefusedEvent,
+    RateLimitRetryEvent,
+    RateLimitWaitEvent,
+)
+from asyncbucket.testing import VirtualTime
+
+if TYPE_CHECKING:
+    from tests.telemetry.conftest import ScriptedLimiter
+
+COST = {"requests": 1, "tokens": 900}
+dispatcher = get_dispatcher("tests.telemetry")
+
+
+class _Handler(BaseEventHandler):
+    _seen: list[BaseEvent] = PrivateAttr()
+
+    def __init__(self, seen: list[BaseEvent]) -> None:
+        super().__init__()
+        self._seen = seen
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "Handler"
+
+    def handle(self, event: BaseEvent, **_: Any) -> None:
+        self._seen.append(event)
+
+
+@pytest.fixture
+def seen() -> Iterator[list[BaseEvent]]:
+    """Return what LlamaIndex's instrumentation tells of during the test."""
+    root, heard = get_dispatcher(), list[BaseEvent]()
+    before = list(root.event_handlers)
+    root.add_event_handler(_Handler(heard))
+    yield heard
+    root.event_handlers[:] = before
+
+
+def names(heard: list[BaseEvent]) -> list[str]:
+    """Return what the events are called."""
+    return [event.class_name() for event in heard]
+
+
+@dispatcher.span
+async def ask_by_hand(limiter: Limiter, **options: Any) -> None:
+    """Be a step of somebody's workflow that calls an API of its own."""
+    async with limiter.acquire(**options):
+        await asyncio.sleep(0.1)
+
+
+def test_what_happens_is_told_with_its_numbers(
+    limiter: "ScriptedLimiter", seen: list[BaseEvent]
+) -> None:
+    """A call that passed at once has no event: nothing happened to it."""
+    telemetry.llama_index(limiter)
+    for waited in (0.0, 1.8):
+        limiter.say(
+            events.Admitted, cost=COST, waited=waited, bound_by="tokens", waiting=0, in_flight=1
+        )
+    limiter.say(events.Refused, cost=COST, reason="timeout", bound_by="tokens", retry_after=3.0)
+    limiter.say(events.Retried, attempt=1, error="HTTP 429", delay=2.0)
+    limiter.say(events.Paused, seconds=2.0, reason="429")
+    limiter.say(events.Released, cost=COST, held=1.0, outcome="ok")
+
+    wait, refused, retry, pause = seen
+    assert isinstance(wait, RateLimitWaitEvent)
+    assert (wait.limiter, wait.waited, wait.bound_by) == ("openai", 1.8, "tokens")
+    assert isinstance(refused, RateLimitRefusedEvent)
+    assert (refused.reason, refused.bound_by, refused.retry_after) == ("timeout", "tokens", 3.0)
+    assert isinstance(retry, RateLimitRetryEvent)
+    assert (retry.attempt, retry.error, retry.delay) == (1, "HTTP 429", 2.0)
+    assert isinstance(pause, RateLimitPauseEvent)
+    assert (pause.seconds, pause.reason) == (2.0, "429")
+    assert names(seen) == [type(event).__name__ for event in seen]
+
+
+def test_it_is_silent_once_it_is_off(limiter: "ScriptedLimiter", seen: list[BaseEvent]) -> None:
+    """Nobody watches any more."""
+    telemetry.llama_index(limiter)()
+    limiter.say(events.Paused, seconds=2.0, reason="429")
+
+    assert seen == []
+    assert not limiter.observers
+
+
+def test_a_wait_stands_in_the_span_of_who_asked(
+    virtual_time: VirtualTime, seen: list[BaseEvent]
+) -> None:
+    """Of several that wait at once each has its own, and it is the caller's."""
+    limiter = Limiter(concurrency=1, name="mine", clock=virtual_time.clock)
+    telemetry.llama_index(limiter)
+
+    @dispatcher.span
+    async def step() -> None:
+        dispatcher.event(BaseEvent())
+        await ask_by_hand(limiter)
+
+    async def main() -> None:
+        await asyncio.gather(*(step() for _ in range(3)))
+
+    virtual_time.run(main())
+    spans = [event.span_id for event in seen if not isinstance(event, RateLimitWaitEvent)]
+    waits = [event for event in seen if isinstance(event, RateLimitWaitEvent)]
+    assert [round(wait.waited, 6) for wait in waits] == [0.1, 0.2]
+    assert len({wait.span_id for wait in waits}) == 2
+    assert all(str(wait.span_id).startswith("ask_by_hand-") for wait in waits)
+    assert len(set(spans)) == 3
+
+
+def test_a_refusal_stands_in_the_span_of_who_asked(
+    virtual_time: VirtualTime, seen: list[BaseEvent]
+) -> None:
+    """The trace shows why the step failed."""
+    limiter = Limiter(concurrency=1, name="mine", clock=virtual_time.clock)
+    telemetry.llama_index(limiter)
+
+    async def main() -> None:
+        async with limiter.acquire():
+            with pytest.raises(AcquireTimeout):
+                await ask_by_hand(limiter, timeout=2)
+
+    virtual_time.run(main())
+    (refused,) = [event for event in seen if isinstance(event, RateLimitRefusedEvent)]
+    assert (refused.reason, refused.bound_by) == ("timeout", "concurrency")
+    assert str(refused.span_id).startswith("ask_by_hand-")
+
+
+def test_the_wait_of_a_wrapped_model_is_told_once(
+    virtual_time: VirtualTime, seen: list[BaseEvent]
+) -> None:
+    """The wrap tells of it by itself; both together are no two waits."""
+    limiter = Limiter("2/s burst 1", name="mine", clock=virtual_time.clock)
+    telemetry.llama_index(limiter)
+    llm = limiter.wrap(MockLLM(max_tokens=3))
+
+    async def main() -> None:
+        await llm.acomplete("one")
+        await llm.acomplete("two")
+        await ask_by_hand(limiter)
+
+    virtual_time.run(main())
+    told = names(seen)
+    assert told.count("RateLimitWaitEvent") == 2
+    second = told.index("RateLimitWaitEvent")
+    assert told[second + 1] == "LLMCompletionStartEvent"
+    waits = [event for event in seen if isinstance(event, RateLimitWaitEvent)]
+    assert [wait.waited for wait in waits] == [0.5, pytest.approx(0.5, abs=0.01)]
+    assert str(waits[1].span_id).startswith("ask_by_hand-")
+
+
+def test_the_wait_of_a_wrapped_model_is_told_once_to_threads_too(seen: list[BaseEvent]) -> None:
+    """A blocking call waits on a loop in the background, and is the same call.
+
+    On the machine's clock, for threads do not wait in virtual time.
+    """
+    limiter = Limiter("50/s burst 1", name="mine")
+    telemetry.llama_index(limiter)
+    llm = limiter.wrap(MockLLM(max_tokens=3))
+
+    llm.complete("one")
+    llm.complete("two")
+
+    assert names(seen).count("RateLimitWaitEvent") == 1
+
+
+def test_token_counters_count_as_before(virtual_time: VirtualTime) -> None:
+    """What LlamaIndex's own handler counts of a run does not change by being paced and watched."""
+
+    def count(*, watched: bool) -> list[tuple[int, int]]:
+        counter = TokenCountingHandler()
+        llm = MockLLM(max_tokens=5)
+        llm.callback_manager.add_handler(counter)
+        if watched:
+            limiter = Limiter("2/s burst 1", clock=virtual_time.clock)
+            telemetry.llama_index(limiter)
+            llm = limiter.wrap(llm)
+
+        async def main() -> None:
+            for prompt in ("one", "two and three", "four"):
+                await llm.acomplete(prompt)
+
+        virtual_time.run(main())
+        return [
+            (each.prompt_token_count, each.completion_token_count)
+            for each in counter.llm_token_counts
+        ]
+
+    assert count(watched=True) == count(watched=False)
+    assert len(count(watched=True)) >= 3
+
+
+def test_a_missing_library_names_its_extra(
+    limiter: "ScriptedLimiter", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The remedy is the message."""
+    monkeypatch.setitem(sys.modules, "llama_index_instrumentation", None)
+    monkeypatch.delitem(sys.modules, "asyncbucket.telemetry.to_llama_index", raising=False)
+    with pytest.raises(ImportError) as caught:
+        telemetry.llama_index(limiter)
+    assert str(caught.value) == (
+        "events for LlamaIndex need llama_index_instrumentation: "
+        'pip install "asyncbucket[llama-index]"'
+    )

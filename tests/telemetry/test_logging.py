@@ -1,0 +1,200 @@
+import logging
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from asyncbucket import events, telemetry
+
+if TYPE_CHECKING:
+    from tests.telemetry.conftest import ScriptedLimiter
+
+COST = {"requests": 1, "tokens": 900, "input_tokens": 600, "output_tokens": 300, "concurrency": 1}
+LINES: list[tuple[type[events.Event], dict[str, Any], str]] = [
+    (
+        events.Queued,
+        {"cost": COST, "waiting": 4},
+        "openai: a call of 1 request, 900 tokens waits, 4 wait",
+    ),
+    (
+        events.Admitted,
+        {"cost": COST, "waited": 1.834, "bound_by": "input_tokens", "waiting": 3, "in_flight": 20},
+        (
+            "openai: a call of 1 request, 900 tokens passed after 1.83 s for input tokens; "
+            "3 wait, 20 in flight"
+        ),
+    ),
+    (
+        events.Admitted,
+        {"cost": COST, "waited": 2.0, "bound_by": "paused", "waiting": 0, "in_flight": 1},
+        (
+            "openai: a call of 1 request, 900 tokens passed after 2 s for the end of a pause; "
+            "none wait, 1 in flight"
+        ),
+    ),
+    (
+        events.Admitted,
+        {"cost": {"requests": 1}, "waited": 0.0, "bound_by": None, "waiting": 0, "in_flight": 1},
+        "openai: a call of 1 request passed; none wait, 1 in flight",
+    ),
+    (
+        events.Refused,
+        {"cost": COST, "reason": "would_block", "bound_by": "tokens", "retry_after": 3.25},
+        (
+            "openai: a call of 1 request, 900 tokens was refused: would block, bound by tokens; "
+            "free in 3.25 s"
+        ),
+    ),
+    (
+        events.Refused,
+        {"cost": COST, "reason": "queue_full", "bound_by": None, "retry_after": None},
+        "openai: a call of 1 request, 900 tokens was refused: queue full",
+    ),
+    (
+        events.Cancelled,
+        {"cost": COST, "waited": 1_200.4},
+        "openai: a call of 1 request, 900 tokens gave up after 1,200 s",
+    ),
+    (
+        events.Settled,
+        {"reserved": COST, "used": {"tokens": 700, "output_tokens": 100}},
+        "openai: a call used 700 tokens of 900 reserved, 100 output tokens of 300 reserved",
+    ),
+    (
+        events.Released,
+        {"cost": COST, "held": 1.2, "outcome": "ok"},
+        "openai: a call ended after 1.2 s: ok",
+    ),
+    (events.Paused, {"seconds": 2.0, "reason": "429"}, "openai: nobody passes for 2 s: 429"),
+    (events.Paused, {"seconds": 2.0, "reason": ""}, "openai: nobody passes for 2 s"),
+    (
+        events.Retried,
+        {"attempt": 1, "error": "HTTP 429", "delay": 2.1},
+        "openai: attempt 1 failed (HTTP 429), again in 2.1 s",
+    ),
+    (
+        events.LimitLearned,
+        {"limit": "500 requests per 60 s"},
+        "openai: the provider announces 500 requests per 60 s",
+    ),
+    (events.LimitChanged, {"limit": "concurrency 12"}, "openai: the limit is now concurrency 12"),
+    (
+        events.StoreLost,
+        {"reason": "ConnectionError"},
+        "openai: the shared store cannot be reached: ConnectionError",
+    ),
+    (
+        events.StoreRecovered,
+        {"seconds": 0.5},
+        "openai: the shared store is back after 0.5 s",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "what", "line"), LINES)
+def test_an_event_is_one_readable_line(
+    limiter: "ScriptedLimiter",
+    caplog: pytest.LogCaptureFixture,
+    kind: type[events.Event],
+    what: dict[str, Any],
+    line: str,
+) -> None:
+    """Whoever is on call reads what happened, with its numbers."""
+    telemetry.logging(limiter)
+    with caplog.at_level(logging.DEBUG, "asyncbucket"):
+        limiter.say(kind, **what)
+
+    assert [record.getMessage() for record in caplog.records] == [line]
+
+
+def test_every_kind_of_event_has_a_line() -> None:
+    """None is left to its class's name."""
+    kinds = {kind for kind in vars(events).values() if isinstance(kind, type)}
+    kinds = {kind for kind in kinds if issubclass(kind, events.Event)} - {events.Event}
+
+    assert {kind for kind, _, _ in LINES} == kinds
+
+
+@pytest.mark.parametrize(
+    ("waited", "level"), [(0.0, "DEBUG"), (1.499, "DEBUG"), (1.5, "INFO"), (60.0, "INFO")]
+)
+def test_a_wait_from_the_threshold_on_is_worth_knowing(
+    limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture, waited: float, level: str
+) -> None:
+    """Shorter ones, and all else, are for whoever debugs."""
+    telemetry.logging(limiter, threshold=1.5)
+    with caplog.at_level(logging.DEBUG, "asyncbucket"):
+        limiter.say(
+            events.Admitted, cost=COST, waited=waited, bound_by="tokens", waiting=0, in_flight=1
+        )
+        limiter.say(events.Cancelled, cost=COST, waited=waited)
+        limiter.say(events.Released, cost=COST, held=waited, outcome="ok")
+
+    assert [record.levelname for record in caplog.records] == [level, level, "DEBUG"]
+
+
+def test_the_fields_of_an_event_are_structured(
+    limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture
+) -> None:
+    """A formatter that writes JSON has them all, by name; a cost is as the user gave it."""
+    telemetry.logging(limiter)
+    with caplog.at_level(logging.DEBUG, "asyncbucket"):
+        limiter.say(
+            events.Admitted, cost=COST, waited=1.8, bound_by="tokens", waiting=3, in_flight=20
+        )
+
+    (record,) = caplog.records
+    assert record.name == "asyncbucket.events"
+    assert {key: value for key, value in vars(record).items() if key.startswith("asyncbucket")} == {
+        "asyncbucket.event": "Admitted",
+        "asyncbucket.limiter": "openai",
+        "asyncbucket.at": 1.0,
+        "asyncbucket.cost": {
+            "requests": 1,
+            "tokens": 900,
+            "input_tokens": 600,
+            "output_tokens": 300,
+        },
+        "asyncbucket.waited": 1.8,
+        "asyncbucket.bound_by": "tokens",
+        "asyncbucket.waiting": 3,
+        "asyncbucket.in_flight": 20,
+    }
+
+
+def test_it_goes_to_a_logger_of_ones_own(
+    limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture
+) -> None:
+    """Given by name or as an object; a child's line says which it is."""
+    telemetry.logging(limiter, logger=logging.getLogger("mine"))
+    telemetry.logging(limiter, logger="too")
+    with caplog.at_level(logging.DEBUG):
+        limiter.child("chat").say(events.Paused, seconds=1.0, reason="429")
+
+    assert [(record.name, record.getMessage()) for record in caplog.records] == [
+        ("mine", "openai/chat: nobody passes for 1 s: 429"),
+        ("too", "openai/chat: nobody passes for 1 s: 429"),
+    ]
+
+
+def test_it_is_silent_once_it_is_off(
+    limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody watches any more, so no event is made."""
+    off = telemetry.logging(limiter)
+    off()
+    with caplog.at_level(logging.DEBUG):
+        limiter.say(events.Paused, seconds=1.0, reason="429")
+
+    assert caplog.records == []
+    assert not limiter.observers
+
+
+def test_lines_that_nobody_would_read_are_not_made(
+    limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture
+) -> None:
+    """At INFO, the usual level, a short wait costs a comparison."""
+    telemetry.logging(limiter)
+    with caplog.at_level(logging.INFO, "asyncbucket"):
+        limiter.say(events.Released, cost=None, held=1.0, outcome="ok")
+
+    assert caplog.records == []

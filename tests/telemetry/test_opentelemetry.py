@@ -1,0 +1,365 @@
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+
+from asyncbucket import Limit, events, telemetry
+from asyncbucket.telemetry import to_opentelemetry
+
+if TYPE_CHECKING:
+    from tests.telemetry.conftest import ScriptedLimiter
+
+COST = {"requests": 1, "tokens": 900, "input_tokens": 600, "output_tokens": 300, "concurrency": 1}
+POLICY = "asyncbucket.rate_limiting.policy"
+#: What the semantic conventions call the metrics of ASP.NET's rate limiting (stable), and their units.
+STABLE = {
+    "request.time_in_queue": "s",
+    "request_lease.duration": "s",
+    "requests": "{request}",
+    "queued_requests": "{request}",
+    "active_request_leases": "{request}",
+}
+
+
+class Telemetry:
+    """Keep what is measured and traced."""
+
+    def __init__(self) -> None:
+        self._reader = InMemoryMetricReader()
+        self._spans = InMemorySpanExporter()
+        self.meters = MeterProvider(metric_readers=[self._reader])
+        self.tracers = TracerProvider()
+        self.tracers.add_span_processor(SimpleSpanProcessor(self._spans))
+
+    def watch(self, limiter: "ScriptedLimiter", **options: Any) -> Callable[[], None]:
+        """Watch a limiter with these providers."""
+        return telemetry.opentelemetry(
+            limiter, meter_provider=self.meters, tracer_provider=self.tracers, **options
+        )
+
+    @property
+    def spans(self) -> tuple[ReadableSpan, ...]:
+        """The spans that are over."""
+        return self._spans.get_finished_spans()
+
+    def metrics(self) -> dict[str, Any]:
+        """Return the metrics of ours, by name without the prefix."""
+        data = self._reader.get_metrics_data()
+        return {
+            metric.name.removeprefix("asyncbucket.rate_limiting."): metric
+            for resource in ([] if data is None else data.resource_metrics)
+            for scope in resource.scope_metrics
+            for metric in scope.metrics
+        }
+
+    def points(self, name: str, key: str) -> dict[Any, Any]:
+        """Return the points of a metric by one attribute."""
+        points = self.metrics()[name].data.data_points
+        prefixed = f"asyncbucket.rate_limiting.{key}"
+        return {point.attributes[prefixed]: point for point in points}
+
+
+@pytest.fixture
+def otel() -> Iterator[Telemetry]:
+    """Return what keeps all that is measured and traced."""
+    kept = Telemetry()
+    yield kept
+    kept.meters.shutdown()
+    kept.tracers.shutdown()
+
+
+def admit(limiter: "ScriptedLimiter", **what: Any) -> None:
+    """Have a call pass."""
+    usual = {"cost": COST, "waited": 0.0, "bound_by": None, "waiting": 0, "in_flight": 1}
+    limiter.say(events.Admitted, **{**usual, **what})
+
+
+# -- metrics -----------------------------------------------------------------------------------------
+
+
+def test_names_and_units_mirror_the_stable_ones(
+    limiter: "ScriptedLimiter", otel: Telemetry
+) -> None:
+    """Who knows ASP.NET's `aspnetcore.rate_limiting.*` knows these."""
+    otel.watch(limiter)
+    admit(limiter)
+    limiter.say(events.Released, cost=COST, held=1.0, outcome="ok")
+
+    metrics = otel.metrics()
+    assert {name: metrics[name].unit for name in STABLE} == STABLE
+    assert all(metric.description for metric in metrics.values())
+    assert not any(metric.name.startswith("gen_ai.") for metric in metrics.values())
+
+
+def test_requests_are_counted_by_result(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
+    """When it is decided, as in ASP.NET: acquired, canceled, or why it was refused."""
+    otel.watch(limiter)
+    admit(limiter)
+    admit(limiter)
+    limiter.say(events.Refused, cost=COST, reason="timeout", bound_by="tokens", retry_after=3.0)
+    limiter.say(events.Cancelled, cost=COST, waited=1.0)
+
+    results = otel.points("requests", "result")
+    assert {result: point.value for result, point in results.items()} == {
+        "acquired": 2,
+        "timeout": 1,
+        "request_canceled": 1,
+    }
+    assert {point.attributes[POLICY] for point in results.values()} == {"openai"}
+
+
+def test_time_in_queue_says_what_bound_it(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
+    """Minutes have buckets of their own."""
+    otel.watch(limiter)
+    admit(limiter, waited=90.0, bound_by="tokens")
+    admit(limiter)
+
+    points = otel.points("request.time_in_queue", "bound_by")
+    assert (points["tokens"].count, points["tokens"].sum) == (1, 90.0)
+    assert (points["none"].count, points["none"].sum) == (1, 0.0)
+    assert points["tokens"].explicit_bounds == to_opentelemetry.BUCKETS
+
+
+def test_how_long_a_lease_was_held_says_how_it_ended(
+    limiter: "ScriptedLimiter", otel: Telemetry
+) -> None:
+    """A call that was overloaded is told from one that went well."""
+    otel.watch(limiter)
+    limiter.say(events.Released, cost=COST, held=2.0, outcome="ok")
+    limiter.say(events.Released, cost=COST, held=0.5, outcome="overloaded")
+
+    points = otel.points("request_lease.duration", "outcome")
+    assert {outcome: point.sum for outcome, point in points.items()} == {
+        "ok": 2.0,
+        "overloaded": 0.5,
+    }
+
+
+def test_tokens_refusals_and_retries_are_counted(
+    limiter: "ScriptedLimiter", otel: Telemetry
+) -> None:
+    """Reserved, used and refunded tokens, under a name that no GenAI instrumentation uses."""
+    otel.watch(limiter)
+    admit(limiter)
+    admit(limiter, cost={"requests": 1})
+    limiter.say(events.Settled, reserved=COST, used={"tokens": 700})
+    limiter.say(events.Settled, reserved=COST, used={"tokens": 750}, corrects={"tokens": 700})
+    limiter.say(events.Settled, reserved=COST, used={"requests": 2})
+    limiter.say(events.Paused, seconds=1.0, reason="429")
+    limiter.say(events.Paused, seconds=1.0, reason="lunch")
+    limiter.say(events.Retried, attempt=1, error="HTTP 429", delay=1.0)
+
+    kinds = otel.points("tokens", "kind")
+    assert {kind: point.value for kind, point in kinds.items()} == {
+        "reserved": 900,
+        "used": 750,
+        "refunded": 200,
+    }
+    assert otel.points("upstream_refusals", "policy")["openai"].value == 1
+    assert otel.points("retries", "policy")["openai"].value == 1
+
+
+def test_what_waits_and_what_is_used_is_read_when_asked_for(
+    limiter: "ScriptedLimiter", otel: Telemetry
+) -> None:
+    """Each call stands where it asked, and a limit goes by its keyword."""
+    chat = limiter.child("chat")
+    otel.watch(limiter)
+    limiter.numbers.update(waiting=5, in_flight=4, concurrency=8)
+    chat.numbers.update(waiting=2, in_flight=1)
+    limiter.used = [(Limit.parse("500 RPM"), 125)]
+
+    queued = otel.points("queued_requests", "policy")
+    active = otel.points("active_request_leases", "policy")
+    used = otel.points("limit.utilization", "limit")
+    assert {policy: point.value for policy, point in queued.items()} == {
+        "openai": 3,
+        "openai/chat": 2,
+    }
+    assert {policy: point.value for policy, point in active.items()} == {
+        "openai": 3,
+        "openai/chat": 1,
+    }
+    assert {limit: point.value for limit, point in used.items()} == {
+        "rpm": 0.25,
+        "concurrency": 0.5,
+    }
+
+
+def test_limiters_share_a_meter_provider_and_fall_silent_one_by_one(
+    make_limiter: "Callable[[str], ScriptedLimiter]", otel: Telemetry
+) -> None:
+    """Instruments cannot be taken back; what is off is not in them any more."""
+    one, two = make_limiter("openai"), make_limiter("anthropic")
+    off_one, off_two = otel.watch(one), otel.watch(two)
+    assert set(otel.points("queued_requests", "policy")) == {"openai", "anthropic"}
+
+    off_one()
+    off_one()
+    admit(one)
+    assert set(otel.points("queued_requests", "policy")) == {"anthropic"}
+    assert not one.observers
+
+    off_two()
+    assert "queued_requests" not in otel.metrics()
+
+    otel.watch(one)
+    assert set(otel.points("queued_requests", "policy")) == {"openai"}
+
+
+def test_no_call_is_counted_twice(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
+    """A limiter and one below it cannot both be watched by one provider."""
+    child = limiter.child("chat")
+    otel.watch(limiter)
+
+    with pytest.raises(ValueError, match="would count twice") as caught:
+        otel.watch(child)
+    assert str(caught.value) == (
+        "this meter provider watches limiter 'openai' already, and the calls of 'openai/chat' "
+        "would count twice; switch that off first"
+    )
+    assert not child.observers
+
+
+def test_cardinality_is_bounded_whatever_happens(
+    limiter: "ScriptedLimiter", otel: Telemetry
+) -> None:
+    """Who names a limiter after each user gets one attribute for all beyond the bound."""
+    otel.watch(limiter, max_limiters=2)
+    for number in range(100):
+        admit(limiter.child(f"user-{number}"))
+
+    policies = {policy: point.value for policy, point in otel.points("requests", "policy").items()}
+    assert policies == {"openai/user-0": 1, "openai/user-1": 1, "other": 98}
+
+
+# -- spans -------------------------------------------------------------------------------------------
+
+
+def test_a_wait_is_a_span_within_the_callers(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
+    """As long as the wait, and it says what bound it and what the call costs."""
+    otel.watch(limiter)
+    with otel.tracers.get_tracer("mine").start_as_current_span("agent step"):
+        limiter.say(events.Queued, cost=COST, waiting=4)
+        admit(limiter, waited=1.8, bound_by="tokens", waiting=3)
+
+    wait, step = otel.spans
+    assert wait.name == "wait openai"
+    assert wait.kind is SpanKind.INTERNAL
+    assert wait.parent is not None
+    assert step.context is not None
+    assert wait.parent.span_id == step.context.span_id
+    assert wait.start_time is not None
+    assert wait.end_time is not None
+    assert wait.end_time - wait.start_time == 1_800_000_000
+    assert wait.status.status_code is StatusCode.UNSET
+    assert dict(wait.attributes or {}) == {
+        "gen_ai.provider.name": "openai",
+        "asyncbucket.rate_limiting.policy": "openai",
+        "asyncbucket.rate_limiting.result": "acquired",
+        "asyncbucket.rate_limiting.bound_by": "tokens",
+        "asyncbucket.rate_limiting.queued_requests": 3,
+        "asyncbucket.rate_limiting.cost.requests": 1,
+        "asyncbucket.rate_limiting.cost.tokens": 900,
+        "asyncbucket.rate_limiting.cost.input_tokens": 600,
+        "asyncbucket.rate_limiting.cost.output_tokens": 300,
+    }
+
+
+def test_a_call_that_passes_at_once_has_no_span(
+    limiter: "ScriptedLimiter", otel: Telemetry
+) -> None:
+    """A trace shows what took time."""
+    otel.watch(limiter)
+    admit(limiter)
+    limiter.say(events.Refused, cost=COST, reason="would_block", bound_by=None, retry_after=1.0)
+
+    assert otel.spans == ()
+
+
+def test_a_wait_that_ends_in_a_refusal_is_an_error(
+    limiter: "ScriptedLimiter", otel: Telemetry
+) -> None:
+    """It says which, by the stable `error.type`; giving up is none."""
+    otel.watch(limiter)
+    limiter.say(events.Queued, cost=COST, waiting=1)
+    limiter.say(events.Refused, cost=COST, reason="timeout", bound_by="tokens", retry_after=3.0)
+    limiter.say(events.Queued, cost=COST, waiting=1)
+    limiter.say(events.Cancelled, cost=COST, waited=2.0)
+
+    refused, cancelled = otel.spans
+    assert refused.status.status_code is StatusCode.ERROR
+    assert refused.attributes is not None
+    assert refused.attributes["error.type"] == "timeout"
+    assert refused.attributes["asyncbucket.rate_limiting.result"] == "timeout"
+    assert cancelled.status.status_code is StatusCode.UNSET
+    assert cancelled.attributes is not None
+    assert cancelled.attributes["asyncbucket.rate_limiting.result"] == "request_canceled"
+
+
+def test_who_is_refused_at_once_does_not_inherit_an_earlier_wait(
+    limiter: "ScriptedLimiter", otel: Telemetry
+) -> None:
+    """Each call's wait is its own."""
+    otel.watch(limiter)
+    limiter.say(events.Queued, cost=COST, waiting=1)
+    admit(limiter, waited=1.0, bound_by="tokens")
+    limiter.say(events.Refused, cost=COST, reason="queue_full", bound_by=None, retry_after=None)
+
+    assert [span.name for span in otel.spans] == ["wait openai"]
+
+
+def test_a_span_is_told_what_only_its_user_knows(
+    make_limiter: "Callable[[str], ScriptedLimiter]", otel: Telemetry
+) -> None:
+    """The model, for one; and the provider, where the limiter is not called like one."""
+    limiter = make_limiter("mine")
+    otel.watch(
+        limiter, attributes={"gen_ai.request.model": "gpt-4o", "gen_ai.provider.name": "openai"}
+    )
+    admit(limiter, waited=1.0, bound_by="tokens")
+
+    (span,) = otel.spans
+    assert span.attributes is not None
+    assert span.attributes["gen_ai.request.model"] == "gpt-4o"
+    assert span.attributes["gen_ai.provider.name"] == "openai"
+
+
+def test_a_wait_is_no_inference(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
+    """Who adds up inferences or their tokens beside an instrumentation finds no wait among them."""
+    otel.watch(limiter)
+    admit(limiter, waited=1.0, bound_by="tokens")
+
+    (span,) = otel.spans
+    gen_ai = {key for key in span.attributes or {} if key.startswith("gen_ai.")}
+    assert gen_ai == {"gen_ai.provider.name"}
+
+
+def test_spans_go_to_the_global_provider_by_default(limiter: "ScriptedLimiter") -> None:
+    """Without an SDK that is one that does nothing, and costs next to nothing."""
+    off = telemetry.opentelemetry(limiter)
+    admit(limiter, waited=1.0, bound_by="tokens")
+    assert not trace.get_current_span().is_recording()
+    off()
+    assert not limiter.observers
+
+
+def test_a_missing_library_names_its_extra(
+    limiter: "ScriptedLimiter", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The remedy is the message."""
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+    monkeypatch.delitem(sys.modules, "asyncbucket.telemetry.to_opentelemetry")
+    with pytest.raises(ImportError) as caught:
+        telemetry.opentelemetry(limiter)
+    assert str(caught.value) == (
+        'OpenTelemetry needs opentelemetry: pip install "asyncbucket[otel]"'
+    )

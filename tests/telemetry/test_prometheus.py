@@ -1,0 +1,433 @@
+import gc
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from asyncbucket import Limit, events, telemetry
+from asyncbucket.telemetry import gauges, to_prometheus
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.telemetry.conftest import ScriptedLimiter
+
+COST = {"requests": 1, "tokens": 900, "input_tokens": 600, "output_tokens": 300, "concurrency": 1}
+#: Every metric that there is, and its labels.
+METRICS = {
+    "asyncbucket_wait_seconds": {"limiter", "bound_by"},
+    "asyncbucket_requests": {"limiter", "outcome"},
+    "asyncbucket_tokens": {"limiter", "kind"},
+    "asyncbucket_queued_requests": {"limiter"},
+    "asyncbucket_in_flight_requests": {"limiter"},
+    "asyncbucket_limit_used_ratio": {"limiter", "limit"},
+    "asyncbucket_upstream_429": {"limiter"},
+    "asyncbucket_retries": {"limiter"},
+}
+
+
+def scrape(registry: CollectorRegistry) -> dict[tuple[str, ...], float]:
+    """Return what a Prometheus server reads: samples by name and label values, times of birth not."""
+    text = generate_latest(registry).decode()
+    return {
+        (sample.name, *(value for key, value in sorted(sample.labels.items()) if key != "le")): (
+            sample.value
+        )
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if not sample.name.endswith(("_created", "_bucket"))
+    }
+
+
+def admit(limiter: "ScriptedLimiter", **what: Any) -> None:
+    """Have a call pass."""
+    usual = {"cost": COST, "waited": 0.0, "bound_by": None, "waiting": 0, "in_flight": 1}
+    limiter.say(events.Admitted, **{**usual, **what})
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    """Return a registry of the test's own."""
+    return CollectorRegistry()
+
+
+def test_names_and_labels_are_exactly_these(
+    limiter: "ScriptedLimiter", registry: CollectorRegistry
+) -> None:
+    """Dashboards and alerts are built on them."""
+    telemetry.prometheus(limiter, registry=registry)
+    limiter.numbers["concurrency"] = 5
+    admit(limiter)
+    limiter.say(events.Settled, reserved=COST, used={"tokens": 1})
+    limiter.say(events.Released, cost=COST, held=1.0, outcome="ok")
+    limiter.say(events.Paused, seconds=1.0, reason="429")
+    limiter.say(events.Retried, attempt=1, error="HTTP 429", delay=1.0)
+
+    families = list(text_string_to_metric_families(generate_latest(registry).decode()))
+    labels = {
+        family.name: {label for sample in family.samples for label in sample.labels} - {"le"}
+        for family in families
+        if not family.name.endswith("_created")
+    }
+    assert labels == METRICS
+    assert all(family.documentation for family in families)
+    assert {metric.name for metric in to_prometheus.Metrics(1).describe()} == set(METRICS)
+
+
+def test_a_wait_is_counted_with_what_bound_it(
+    limiter: "ScriptedLimiter", registry: CollectorRegistry
+) -> None:
+    """Calls that passed at once count too, or percentiles would lie."""
+    telemetry.prometheus(limiter, registry=registry)
+    admit(limiter, waited=1.5, bound_by="tokens")
+    admit(limiter, waited=2.5, bound_by="tokens")
+    admit(limiter)
+
+    seen = scrape(registry)
+    assert seen["asyncbucket_wait_seconds_count", "tokens", "openai"] == 2
+    assert seen["asyncbucket_wait_seconds_sum", "tokens", "openai"] == 4.0
+    assert seen["asyncbucket_wait_seconds_count", "none", "openai"] == 1
+
+
+def test_a_call_is_counted_once_by_how_it_ended(
+    limiter: "ScriptedLimiter", registry: CollectorRegistry
+) -> None:
+    """Admitted ones when they are over, the others when they are turned away or give up."""
+    telemetry.prometheus(limiter, registry=registry)
+    admit(limiter)
+    for outcome in ("ok", "ok", "overloaded", "failed"):
+        limiter.say(events.Released, cost=COST, held=1.0, outcome=outcome)
+    for reason in ("would_block", "timeout", "queue_full", "too_costly"):
+        limiter.say(events.Refused, cost=COST, reason=reason, bound_by=None, retry_after=None)
+    limiter.say(events.Cancelled, cost=COST, waited=1.0)
+
+    seen = scrape(registry)
+    assert {
+        key[2]: value for key, value in seen.items() if key[0] == "asyncbucket_requests_total"
+    } == {
+        "ok": 2,
+        "overloaded": 1,
+        "failed": 1,
+        "would_block": 1,
+        "timeout": 1,
+        "queue_full": 1,
+        "too_costly": 1,
+        "cancelled": 1,
+    }
+
+
+def test_counters_begin_at_zero(limiter: "ScriptedLimiter", registry: CollectorRegistry) -> None:
+    """The first refusal is a rise that an alert sees: from 0, not out of nothing."""
+    telemetry.prometheus(limiter, registry=registry)
+    limiter.child("chat").say(events.Paused, seconds=1.0, reason="lunch")
+    limiter.child("tools").say(events.Paused, seconds=1.0, reason="429")
+
+    seen = scrape(registry)
+    assert seen["asyncbucket_upstream_429_total", "openai"] == 0
+    assert seen["asyncbucket_retries_total", "openai"] == 0
+    assert seen["asyncbucket_requests_total", "openai", "too_costly"] == 0
+    assert seen["asyncbucket_tokens_total", "used", "openai/tools"] == 0
+
+
+def test_tokens_are_counted_as_reserved_used_and_refunded(
+    limiter: "ScriptedLimiter", registry: CollectorRegistry
+) -> None:
+    """A later word counts only what it adds; a call without tokens counts none."""
+    telemetry.prometheus(limiter, registry=registry)
+    admit(limiter)
+    admit(limiter, cost={"requests": 1})
+    limiter.say(events.Settled, reserved=COST, used={"tokens": 700})
+    limiter.say(events.Settled, reserved=COST, used={"tokens": 750}, corrects={"tokens": 700})
+    limiter.say(events.Settled, reserved=COST, used={"tokens": 720}, corrects={"tokens": 750})
+    limiter.say(events.Settled, reserved=COST, used={"requests": 2})
+
+    seen = scrape(registry)
+    assert seen["asyncbucket_tokens_total", "reserved", "openai"] == 900
+    assert seen["asyncbucket_tokens_total", "used", "openai"] == 750  # a counter never falls
+    assert seen["asyncbucket_tokens_total", "refunded", "openai"] == 200 + 30
+
+
+def test_only_a_providers_refusal_is_an_upstream_429(
+    limiter: "ScriptedLimiter", registry: CollectorRegistry
+) -> None:
+    """A pause of the user's own, or for overload, is none."""
+    telemetry.prometheus(limiter, registry=registry)
+    for reason in ("429", "lunch", "overload", "429"):
+        limiter.say(events.Paused, seconds=1.0, reason=reason)
+    limiter.say(events.Retried, attempt=1, error="HTTP 429", delay=1.0)
+
+    seen = scrape(registry)
+    assert seen["asyncbucket_upstream_429_total", "openai"] == 2
+    assert seen["asyncbucket_retries_total", "openai"] == 1
+
+
+def test_gauges_are_as_of_the_scrape(
+    limiter: "ScriptedLimiter", registry: CollectorRegistry
+) -> None:
+    """Use of a limit falls although nothing happens; nobody pushes it."""
+    telemetry.prometheus(limiter, registry=registry)
+    limiter.numbers.update(waiting=7, in_flight=3, concurrency=4)
+    limiter.used = [
+        (Limit.parse("500 RPM"), 125),
+        (Limit.parse("200k TPM"), 220_000),
+        (Limit.parse("3 images/10s"), 3),
+    ]
+    seen = scrape(registry)
+    assert seen["asyncbucket_queued_requests", "openai"] == 7
+    assert seen["asyncbucket_in_flight_requests", "openai"] == 3
+    assert {key[1]: value for key, value in seen.items() if key[0].endswith("_ratio")} == {
+        "rpm": 0.25,
+        "tpm": 1.1,
+        "images/10s": 1.0,
+        "concurrency": 0.75,
+    }
+
+    limiter.numbers.update(waiting=0)
+    assert scrape(registry)["asyncbucket_queued_requests", "openai"] == 0
+
+
+def test_a_call_stands_once_where_it_asked(
+    limiter: "ScriptedLimiter", registry: CollectorRegistry
+) -> None:
+    """Statistics of a limiter hold those of its children; metrics add up to what there is."""
+    chat, tools = limiter.child("chat"), limiter.child("tools")
+    telemetry.prometheus(limiter, registry=registry)
+    limiter.numbers.update(waiting=10, in_flight=6, concurrency=8)
+    chat.numbers.update(waiting=4, in_flight=3)
+    tools.numbers.update(waiting=5, in_flight=4)
+    admit(chat)
+
+    seen = scrape(registry)
+    queued = {key[1]: value for key, value in seen.items() if key[0].endswith("queued_requests")}
+    assert queued == {"openai": 1, "openai/chat": 4, "openai/tools": 5}
+    # Read one after the other, numbers may not quite agree; none is below nothing.
+    assert seen["asyncbucket_in_flight_requests", "openai"] == 0
+    assert seen["asyncbucket_limit_used_ratio", "concurrency", "openai"] == 0.75
+    assert seen["asyncbucket_wait_seconds_count", "none", "openai/chat"] == 1
+
+
+def test_all_tenants_are_one_label(limiter: "ScriptedLimiter", registry: CollectorRegistry) -> None:
+    """Their events go by a star; their limiters by a hash, which nobody sees either."""
+    telemetry.prometheus(limiter, registry=registry)
+    for used in (100, 400, 200):
+        tenant = limiter.child(f"*{used:016x}")
+        tenant.numbers.update(waiting=2)
+        tenant.used = [(Limit.parse("500 RPM"), used)]
+    limiter.numbers.update(waiting=6)
+    tenant.name = "openai/*"
+    admit(tenant)
+
+    seen = scrape(registry)
+    assert seen["asyncbucket_queued_requests", "openai/*"] == 6
+    assert seen["asyncbucket_limit_used_ratio", "rpm", "openai/*"] == 0.8
+    assert seen["asyncbucket_wait_seconds_count", "none", "openai/*"] == 1
+    assert not any("00000" in label for key in seen for label in key)
+
+
+def test_cardinality_is_bounded_whatever_happens(
+    limiter: "ScriptedLimiter", registry: CollectorRegistry
+) -> None:
+    """Who names a limiter after each user gets one label for all beyond the bound."""
+    off = telemetry.prometheus(limiter, registry=registry, max_limiters=3)
+    for number in range(1_000):
+        admit(limiter.child(f"user-{number}"))
+
+    seen = scrape(registry)
+    labels = {key[-1] for key in seen if key[0] == "asyncbucket_wait_seconds_count"}
+    assert labels == {"openai/user-0", "openai/user-1", "other"}  # and the root
+    assert seen["asyncbucket_wait_seconds_count", "none", "other"] == 998
+    assert len(seen) < 100
+    off()
+
+
+def test_several_limiters_share_a_registry(
+    make_limiter: "Callable[[str], ScriptedLimiter]", registry: CollectorRegistry
+) -> None:
+    """A name is registered once, whoever comes first; the last to go takes the metrics along."""
+    one, two = make_limiter("openai"), make_limiter("anthropic")
+    off_one = telemetry.prometheus(one, registry=registry)
+    off_two = telemetry.prometheus(two, registry=registry)
+    admit(one)
+    admit(two)
+    assert scrape(registry)["asyncbucket_wait_seconds_count", "none", "anthropic"] == 1
+
+    off_one()
+    off_one()
+    admit(one)
+    seen = scrape(registry)
+    assert seen["asyncbucket_wait_seconds_count", "none", "openai"] == 1
+    assert ("asyncbucket_queued_requests", "openai") not in seen
+
+    off_two()
+    assert scrape(registry) == {}
+    assert not one.observers
+    assert not two.observers
+
+    off_one()  # of long ago: it takes nothing from who comes later
+    telemetry.prometheus(one, registry=registry)
+    off_two()
+    assert scrape(registry)["asyncbucket_queued_requests", "openai"] == 0
+
+
+@pytest.mark.parametrize(("first", "then"), [("root", "root"), ("root", "leaf"), ("leaf", "root")])
+def test_no_call_is_counted_twice(
+    limiter: "ScriptedLimiter", registry: CollectorRegistry, first: str, then: str
+) -> None:
+    """A limiter and one above or below it cannot both be watched by one registry."""
+    tree = {"root": limiter, "leaf": limiter.child("chat").child("fast")}
+    off = telemetry.prometheus(tree[first], registry=registry)
+
+    with pytest.raises(ValueError, match="would count twice") as caught:
+        telemetry.prometheus(tree[then], registry=registry)
+    assert str(caught.value) == (
+        f"this registry watches limiter {tree[first].name!r} already, and the calls of "
+        f"{tree[then].name!r} would count twice; switch that off first"
+    )
+
+    off()
+    telemetry.prometheus(tree[then], registry=registry)
+    telemetry.prometheus(tree[first], registry=CollectorRegistry())
+    admit(tree["leaf"])
+    assert scrape(registry)["asyncbucket_wait_seconds_count", "none", "openai/chat/fast"] == 1
+
+
+def test_the_default_is_the_librarys_own_registry(limiter: "ScriptedLimiter") -> None:
+    """So that `start_http_server` or a framework's `/metrics` shows it without more."""
+    off = telemetry.prometheus(limiter)
+    assert b"asyncbucket_queued_requests" in generate_latest(REGISTRY)
+    off()
+    assert b"asyncbucket_" not in generate_latest(REGISTRY)
+
+
+def test_a_registry_that_is_gone_leaves_nothing_behind(limiter: "ScriptedLimiter") -> None:
+    """Not even when nobody switched anything off."""
+    registry = CollectorRegistry()
+    telemetry.prometheus(limiter, registry=registry)
+    gone = weakref.ref(registry)
+    limiter.observers._callbacks = ()
+    del registry
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_missing_library_names_its_extra(
+    limiter: "ScriptedLimiter", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The remedy is the message."""
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    monkeypatch.delitem(sys.modules, "asyncbucket.telemetry.to_prometheus")
+    with pytest.raises(ImportError) as caught:
+        telemetry.prometheus(limiter)
+    assert str(caught.value) == (
+        'Prometheus metrics need prometheus_client: pip install "asyncbucket[prometheus]"'
+    )
+
+
+# -- several processes -------------------------------------------------------------------------------
+
+WORKER = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from conftest import COST, ScriptedLimiter
+from asyncbucket import Limit, events, telemetry
+from asyncbucket.telemetry import gauges
+
+gauges._EVERY = 0.01
+limiter = ScriptedLimiter("openai")
+limiter.numbers.update(waiting=0, in_flight=0)
+off = telemetry.prometheus(limiter)  # before the fork, as a server that preloads its application
+
+def work(number):
+    limiter.numbers.update(waiting=number, in_flight=1)
+    limiter.used = [(Limit.parse("100 RPM"), 10 * number)]
+    for _ in range(number):
+        limiter.say(events.Admitted, cost=COST, waited=1.0, bound_by="tokens", waiting=0, in_flight=1)
+        limiter.say(events.Released, cost=COST, held=1.0, outcome="ok")
+
+children = []
+ready, done = os.pipe(), os.pipe()
+for number in (1, 2, 3):
+    pid = os.fork()
+    if pid == 0:
+        work(number)
+        time.sleep(0.2)  # the thread that writes the gauges runs in the child, too
+        os.write(ready[1], b"x")
+        os.read(done[0], 1)
+        os._exit(0)
+    children.append(pid)
+for _ in children:
+    os.read(ready[0], 1)
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+registry = CollectorRegistry()
+MultiProcessCollector(registry)
+print(generate_latest(registry).decode())
+print("#####")
+for pid in children:
+    os.write(done[1], b"x")
+for pid in children:
+    os.waitpid(pid, 0)
+    mark_process_dead(pid)
+print(generate_latest(registry).decode())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_workers_add_up(tmp_path: Path) -> None:
+    """Counters of all processes are one sum; gauges are those of the living.
+
+    Real processes, as only they have files of their own; what is waited for is their word.
+    """
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", WORKER, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    alive, dead = (
+        {
+            (sample.name, *(v for key, v in sorted(sample.labels.items()) if key != "le")): (
+                sample.value
+            )
+            for family in text_string_to_metric_families(text.strip() + "\n")
+            for sample in family.samples
+        }
+        for text in done.stdout.split("#####")
+    )
+    for seen in (alive, dead):
+        assert seen["asyncbucket_requests_total", "openai", "ok"] == 6
+        assert seen["asyncbucket_wait_seconds_count", "tokens", "openai"] == 6
+        assert seen["asyncbucket_tokens_total", "reserved", "openai"] == 6 * 900
+    assert alive["asyncbucket_queued_requests", "openai"] == 6
+    assert alive["asyncbucket_in_flight_requests", "openai"] == 3
+    assert alive["asyncbucket_limit_used_ratio", "rpm", "openai"] == 0.3
+    assert dead["asyncbucket_queued_requests", "openai"] == 0
+
+
+def test_the_thread_of_the_gauges_ends_with_them(
+    limiter: "ScriptedLimiter", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Switched off, the last values are written and the thread is gone."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/unused")
+    monkeypatch.setattr(gauges, "_EVERY", 0.001)
+    registry = CollectorRegistry()
+    off = telemetry.prometheus(limiter, registry=registry)
+    limiter.numbers.update(waiting=4)
+    limiter.used = [(Limit.parse("100 RPM"), 10)]
+    assert scrape(registry)["asyncbucket_queued_requests", "openai"] == 4
+    threads = [each for each in threading.enumerate() if each.name == "asyncbucket gauges"]
+    assert len(threads) == 1
+
+    metrics = to_prometheus._COLLECTORS[registry]()
+    off()
+    threads[0].join(timeout=10)
+    assert not threads[0].is_alive()
+    assert metrics is not None
+    last = {sample.name: sample.value for metric in metrics.collect() for sample in metric.samples}
+    assert last["asyncbucket_queued_requests"] == 0
+    assert last["asyncbucket_limit_used_ratio"] == 0

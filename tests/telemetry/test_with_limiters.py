@@ -1,0 +1,356 @@
+"""Real limiters, real agents and a provider that counts for itself."""
+
+import asyncio
+import gc
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from llama_index.core.agent.workflow import FunctionAgent
+from llama_index.llms.openai import OpenAI
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from asyncbucket import AcquireTimeout, CostExceedsLimit, Limiter, QueueFull, WouldBlock, telemetry
+from asyncbucket.testing import RateLimitedProvider, VirtualTime
+
+if TYPE_CHECKING:
+    from asyncbucket.events import Event
+
+#: What must never be seen: a key, a prompt, the password of a URL, the name of a tenant.
+CANARIES = ("sk-canary-key", "canary-prompt", "canary-password", "canary-tenant")
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+def scrape(registry: CollectorRegistry) -> Counter[tuple[str, ...]]:
+    """Return the samples that a Prometheus server would read, by name and label values."""
+    return Counter(
+        {
+            (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
+            for family in text_string_to_metric_families(generate_latest(registry).decode())
+            for sample in family.samples
+        }
+    )
+
+
+def total(seen: Counter[tuple[str, ...]], name: str) -> float:
+    """Add up all series of a metric."""
+    return sum(value for key, value in seen.items() if key[0] == name)
+
+
+async def test_counters_equal_what_the_provider_saw() -> None:
+    """To the call and to the token: agents, refusals, errors and retries included.
+
+    On the machine's clock: the provider is a server, and agents are LlamaIndex's own.
+    """
+    registry = CollectorRegistry()
+    async with (
+        RateLimitedProvider(latency=0.01, charge="usage", reply_tokens=40) as provider,
+        httpx.AsyncClient() as client,
+    ):
+        limiter = Limiter("6k RPM burst 6k", "600k TPM", concurrency=8, name="openai")
+        telemetry.prometheus(limiter, registry=registry)
+        model = OpenAI(
+            model="gpt-4o-mini",
+            api_base=provider.base_url,
+            api_key="any",
+            max_tokens=50,
+            async_http_client=client,
+        )
+        chat = limiter.child("chat").wrap(model)
+        provider.fail_next(2, status=429, retry_after=0.05)
+
+        async def run(number: int) -> None:
+            # As `Any`: of the overloads of `run` the type checkers take a deprecated one.
+            agent: Any = FunctionAgent(tools=[add], llm=chat, streaming=False)
+            await agent.run(user_msg=f"What is {number} plus 1?")
+
+        await asyncio.gather(*(run(number) for number in range(20)))
+        await asyncio.sleep(0)
+        saw, seen, ours = provider.statistics(), scrape(registry), limiter.statistics()
+
+    ended = {
+        outcome: seen["asyncbucket_requests_total", "openai/chat", outcome]
+        for outcome in ("ok", "overloaded", "failed")
+    }
+    assert ended == {"ok": saw.admitted, "overloaded": saw.refused, "failed": 0}
+    assert saw.refused == 2
+    assert sum(ended.values()) == saw.requests == ours.admitted
+    assert seen["asyncbucket_tokens_total", "used", "openai/chat"] == saw.tokens
+    assert saw.tokens > 20 * 40
+    refunded = seen["asyncbucket_tokens_total", "refunded", "openai/chat"]
+    assert refunded == ours.refunded["tokens"]
+    # Whose they are: those of the limiter that the refusal concerns, which may be the one above.
+    assert total(seen, "asyncbucket_upstream_429_total") == saw.refused
+    assert total(seen, "asyncbucket_retries_total") == saw.refused
+    waits = sum(value for key, value in seen.items() if key[0] == "asyncbucket_wait_seconds_count")
+    assert waits == saw.requests
+    assert seen["asyncbucket_in_flight_requests", "openai/chat"] == 0
+    assert seen["asyncbucket_queued_requests", "openai/chat"] == 0
+
+
+def test_every_way_of_ending_is_counted_by_a_real_limiter(virtual_time: VirtualTime) -> None:
+    """One call each that passes, gives up, runs out of time, finds no room, or never can pass."""
+    limiter = Limiter("100 TPM", concurrency=1, max_queue=2, clock=virtual_time.clock, name="mine")
+    registry = CollectorRegistry()
+    telemetry.prometheus(limiter, registry=registry)
+
+    async def main() -> None:
+        lease = await limiter.acquire(tokens=10)
+        waiting = asyncio.create_task(limiter.acquire(tokens=10))
+        late = asyncio.create_task(limiter.acquire(tokens=10, timeout=1))
+        await asyncio.sleep(0)
+        assert scrape(registry)["asyncbucket_queued_requests", "mine"] == 2
+        with pytest.raises(QueueFull):
+            await limiter.acquire(tokens=10)
+        with pytest.raises(WouldBlock):
+            limiter.acquire_nowait(tokens=10)
+        with pytest.raises(CostExceedsLimit):
+            await limiter.acquire(tokens=101)
+        with pytest.raises(AcquireTimeout):
+            await late
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        lease.settle(tokens=4)
+        lease.settle(tokens=6)
+        assert scrape(registry)["asyncbucket_limit_used_ratio", "tpm", "mine"] == 0.06
+        lease.release()
+        with pytest.raises(RuntimeError, match="broken"):
+            async with limiter.acquire(tokens=10):
+                raise RuntimeError("broken")
+        (await limiter.acquire(tokens=10)).overloaded()
+
+    virtual_time.run(main())
+    seen = scrape(registry)
+    assert {key[2]: value for key, value in seen.items() if key[0].endswith("requests_total")} == {
+        "ok": 1,
+        "failed": 1,
+        "overloaded": 1,
+        "cancelled": 1,
+        "timeout": 1,
+        "queue_full": 1,
+        "would_block": 1,
+        "too_costly": 1,
+    }
+    assert seen["asyncbucket_tokens_total", "reserved", "mine"] == 30
+    assert seen["asyncbucket_tokens_total", "used", "mine"] == 6
+    assert seen["asyncbucket_tokens_total", "refunded", "mine"] == 6
+
+
+def test_an_observer_may_ask_the_limiter(virtual_time: VirtualTime) -> None:
+    """Whatever happens, it is told without a lock; a lease that the collector found, later."""
+    limiter = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock, name="mine")
+    told: list[str] = []
+
+    def ask(event: "Event") -> None:
+        told.append(type(event).__name__)
+        limiter.statistics()
+        limiter.explain(tokens=1)
+
+    limiter.observe(ask)
+
+    async def main() -> None:
+        lease = await limiter.acquire(tokens=10)
+        waiting = asyncio.create_task(limiter.acquire(tokens=10))
+        late = asyncio.create_task(limiter.acquire(tokens=10, timeout=1))
+        with pytest.raises(AcquireTimeout):
+            await late
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        lease.settle(tokens=4)
+        del lease
+        gc.collect()
+        limiter.statistics()
+        limiter.pause(1, reason="429")
+        limiter.reconfigure("200 TPM")
+
+    virtual_time.run(main())
+    assert told == [
+        "Admitted",
+        "Queued",
+        "Queued",
+        "Refused",
+        "Cancelled",
+        "Settled",
+        "Released",
+        "Paused",
+        "LimitChanged",
+    ]
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_a_wait_is_in_the_trace_of_who_asked(*, threads: bool) -> None:
+    """On an event loop, where many wait at once, and in a thread, whose wait is served elsewhere.
+
+    On the machine's clock, for threads do not wait in virtual time.
+    """
+    spans = InMemorySpanExporter()
+    tracers = TracerProvider()
+    tracers.add_span_processor(SimpleSpanProcessor(spans))
+    limiter = Limiter(concurrency=1, name="openai")
+    telemetry.opentelemetry(limiter, tracer_provider=tracers)
+    tracer = tracers.get_tracer("mine")
+
+    def timeout(number: int) -> float | None:
+        return 0.05 if number == 3 else None
+
+    async def ask(number: int) -> None:
+        with tracer.start_as_current_span(f"agent {number}"):
+            (await limiter.acquire(timeout=timeout(number))).release()
+
+    def ask_sync(number: int) -> None:
+        with tracer.start_as_current_span(f"agent {number}"):
+            limiter.acquire_sync(timeout=timeout(number)).release()
+
+    async def main() -> None:
+        held = limiter.acquire_nowait()
+        each = [
+            asyncio.to_thread(ask_sync, number) if threads else ask(number) for number in range(4)
+        ]
+        all_of_them = asyncio.gather(*each, return_exceptions=True)
+        for _ in range(1_000):
+            now = limiter.statistics()
+            if (now.waiting, now.refused) == (3, 1):
+                break
+            await asyncio.sleep(0.01)
+        held.release()
+        ended = await all_of_them
+        assert [type(error) for error in ended if error] == [AcquireTimeout]
+
+    asyncio.run(main())
+    finished = spans.get_finished_spans()
+    agents = {span.context.span_id: span.name for span in finished if span.context}
+    waits = {
+        agents[span.parent.span_id]: (span.attributes or {})["asyncbucket.rate_limiting.result"]
+        for span in finished
+        if span.name == "wait openai" and span.parent
+    }
+    acquired = dict.fromkeys(("agent 0", "agent 1", "agent 2"), "acquired")
+    assert waits == {**acquired, "agent 3": "timeout"}
+
+
+class Everything:
+    """Watch a limiter in every way that there is, and keep all that can be seen."""
+
+    def __init__(self, limiter: Limiter) -> None:
+        self._registry = CollectorRegistry()
+        self._reader = InMemoryMetricReader()
+        self._spans = InMemorySpanExporter()
+        self._events: list[Event] = []
+        self._records: list[logging.LogRecord] = []
+        tracers = TracerProvider()
+        tracers.add_span_processor(SimpleSpanProcessor(self._spans))
+        meters = MeterProvider(metric_readers=[self._reader])
+        telemetry.prometheus(limiter, registry=self._registry)
+        telemetry.opentelemetry(limiter, meter_provider=meters, tracer_provider=tracers)
+        telemetry.logging(limiter, threshold=0.0, logger="asyncbucket.canary")
+        telemetry.llama_index(limiter)
+        limiter.observe(self._events.append)
+
+    def seen(self, records: list[logging.LogRecord]) -> str:
+        """Return all of it as one text."""
+        data = self._reader.get_metrics_data()
+        assert data is not None
+        shown: list[Any] = [
+            generate_latest(self._registry).decode(),
+            json.loads(data.to_json()),
+            [json.loads(span.to_json()) for span in self._spans.get_finished_spans()],
+            self._events,
+            [(record.getMessage(), vars(record)) for record in records],
+        ]
+        assert all(shown)
+        return repr(shown)
+
+
+async def test_no_secret_is_seen(caplog: pytest.LogCaptureFixture) -> None:
+    """No key, prompt, password or tenant in an event, a log, a label, a span or an error.
+
+    On the machine's clock, against the provider, with refusals, errors and a caller who gives up.
+    """
+    key, prompt, password, tenant = CANARIES
+    errors: list[BaseException] = []
+    async with RateLimitedProvider(latency=0.01) as provider, httpx.AsyncClient() as client:
+        limiter = Limiter("6k RPM burst 6k", concurrency=1, name="openai")
+        everything = Everything(limiter)
+        own = limiter.key(tenant)
+        llm = own.wrap(
+            OpenAI(
+                model="gpt-4o-mini",
+                api_base=provider.base_url,
+                api_key=key,
+                async_http_client=client,
+            )
+        )
+        with caplog.at_level(logging.DEBUG, "asyncbucket"):
+            provider.fail_next(1, status=429, retry_after=0.05)
+            await asyncio.gather(*(llm.acomplete(prompt) for _ in range(3)))
+            provider.fail_next(5, status=400)
+            for asked in (
+                llm.acomplete(prompt),
+                own.acquire(tokens=1, timeout=0.001),
+                limiter.acquire(timeout=0.001, tenant=tenant),
+            ):
+                held = await own.acquire() if asked.__class__.__name__ == "Acquisition" else None
+                try:
+                    await asked
+                except Exception as error:  # noqa: BLE001 - whichever it is, it is looked at
+                    errors.append(error)
+                if held is not None:
+                    held.release()
+            paced = httpx.AsyncClient(transport=limiter.transport())
+            async with paced:
+                with pytest.raises(httpx.ConnectError):
+                    await paced.get(f"http://user:{password}@127.0.0.1:1/{prompt}")
+        shown = everything.seen(caplog.records)
+
+    ours = [error for error in errors if isinstance(error, AcquireTimeout)]
+    assert len(ours) == 2
+    shown += repr([(str(error), repr(error)) for error in ours])
+    shown += repr((own, limiter, limiter.statistics(), own.statistics()))
+    assert "openai/*" in shown
+    assert [canary for canary in CANARIES if canary in shown] == []
+
+
+COST = """
+import time, timeit
+from prometheus_client import CollectorRegistry
+from asyncbucket import Limiter, telemetry
+
+def admission(limiter):
+    one = lambda: limiter.acquire_nowait(tokens=9).release()
+    return min(timeit.repeat(one, number=200, repeat=100, timer=time.thread_time)) / 200 * 1e6
+
+plain = Limiter("1m RPM burst 1m", "100m TPM", concurrency=8)
+watched = Limiter("1m RPM burst 1m", "100m TPM", concurrency=8)
+telemetry.prometheus(watched, registry=CollectorRegistry())
+print(admission(watched) - admission(plain))
+"""
+
+
+def test_watching_with_prometheus_costs_little() -> None:
+    """A few µs an admission; twice what a slow machine takes is the alarm.
+
+    Of many rounds the best, in the thread's own time, so that what else the machine does is not
+    counted, and in a process that nobody measures the coverage of.
+    """
+    environment = {name: value for name, value in os.environ.items() if "COV" not in name}
+    command = [sys.executable, "-c", COST]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+
+    assert 0 < float(done.stdout) < 12
