@@ -11,7 +11,11 @@ from rich.text import Text
 MARGIN: Final = 8
 _EIGHTHS: Final = " ▁▂▃▄▅▆▇█"
 _FOURTHS: Final = " .:|#"
-_STEPS: Final = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1_200, 1_800, 3_600)
+_MINUTES: Final = (60, 120, 300, 600, 1_200, 1_800)
+_HOURS: Final = (3_600, 7_200, 10_800, 21_600, 43_200)
+_DAY: Final = 86_400
+_DAYS: Final = tuple(days * _DAY for days in (1, 2, 5, 10, 20, 50, 100, 200, 500))
+_STEPS: Final = (1, 2, 5, 10, 20, 30, *_MINUTES, *_HOURS, *_DAYS)
 #: Columns between two marks of the axis at least.
 _APART: Final = 9
 
@@ -106,7 +110,17 @@ def _cell(canvas: Canvas, filled: float) -> str:
 
 
 def _rate(value: float) -> str:
+    if 0 < value < 0.1:  # noqa: PLR2004 - what would take more digits than there is room for
+        hourly = value * _HOURS[0]
+        return f"{hourly:,.0f}/h" if hourly >= 10 else f"{hourly * 24:.2g}/d"  # noqa: PLR2004
     return f"{value:,.0f}/s" if value >= 10 else f"{value:.2g}/s"  # noqa: PLR2004 - two digits
+
+
+def _time(seconds: int, every: int) -> str:
+    """Write an instant in the unit of the steps between marks."""
+    units = ((_DAYS, "d"), (_HOURS, "h"), (_MINUTES, "min"))
+    unit, name = next(((steps[0], name) for steps, name in units if every in steps), (1, "s"))
+    return f"{seconds // unit:,} {name}"
 
 
 def _axis(canvas: Canvas) -> Text:
@@ -117,8 +131,10 @@ def _axis(canvas: Canvas) -> Text:
     marks, labels = [line] * canvas.columns, [" "] * (canvas.columns + MARGIN)
     for time in range(0, span, every):
         column = math.ceil(time / span * canvas.columns)
+        if column == canvas.columns:
+            break
         marks[column] = tick
-        labels[column : column + MARGIN] = f"{time} s".ljust(MARGIN)
+        labels[column : column + MARGIN] = _time(time, every).ljust(MARGIN)
     indent = " " * (MARGIN - 1)
     ruler, legend = "".join(marks), "".join(labels)[: canvas.columns].rstrip()
     return Text(f"{indent}{corner}{ruler}\n{indent} {legend}", "dim")

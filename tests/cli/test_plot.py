@@ -98,3 +98,29 @@ def test_axis_names_seconds_under_their_marks() -> None:
         "10 s",
         "15 s",
     ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "labels"),
+    [
+        (240.0, ["0 min", "1 min", "2 min", "3 min"]),
+        (14_400.0, ["0 h", "1 h", "2 h", "3 h"]),
+        (345_600.0, ["0 d", "1 d", "2 d", "3 d"]),
+    ],
+)
+def test_long_axis_names_minutes_hours_and_days(seconds: float, labels: list[str]) -> None:
+    """In the unit of the steps between its marks."""
+    canvas = Canvas(seconds=seconds, width=MARGIN + 40)
+    *_, names = rows(against_limit(canvas, [1.0] * 40, 1.0, style=""))
+
+    assert [name.strip() for name in names.split("  ") if name.strip()] == labels
+
+
+@pytest.mark.parametrize(("limit", "label"), [(0.05, "180/h"), (0.001, "86/d")])
+def test_slow_rates_are_said_by_the_hour_or_day(limit: float, label: str) -> None:
+    """0.0035/s says nothing to anybody."""
+    canvas = Canvas(seconds=10.0, width=MARGIN + 10)
+
+    lines = str(against_limit(canvas, [0.0] * 10, limit, style="")).splitlines()
+
+    assert lines[3].split("│")[0].strip() == label

@@ -1,0 +1,145 @@
+"""What is installed: HTTP families, SDKs, who retries beneath whom, how texts are counted."""
+
+import importlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Final
+
+from asyncbucket.cli.doctor.findings import Finding, bad, good, note
+
+#: Each SDK: its package, its module, and from which major version on it sends by httpx2.
+_SDKS: Final = (("openai", "openai", 3), ("anthropic", "anthropic", 1))
+_FAMILIES: Final = ("httpx", "httpx2")
+#: The packages of asyncbucket's extras that have a range of versions worth checking.
+_RANGED: Final = ("llama-index-core", "stamina", "redis", "prometheus-client", "durationpy")
+
+Look = Callable[[str], str | None]
+
+
+def version_of(package: str) -> str | None:
+    """Return the installed version of a package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def http_families(look: Look = version_of) -> Iterator[Finding]:
+    """Say which HTTP clients there are, and which one each SDK sends by."""
+    found = {family: look(family) for family in _FAMILIES}
+    if not any(found.values()):
+        yield note(
+            "HTTP",
+            "neither httpx nor httpx2 is installed, so limiter.transport() has nothing to pace",
+            "pip install httpx",
+        )
+        return
+    said = ", ".join(f"{family} {number}" for family, number in found.items() if number)
+    yield good("HTTP", said)
+    if look("durationpy") is None:
+        yield note(
+            "HTTP",
+            "headers that say durations such as 6m0s cannot be read",
+            'pip install "asyncbucket[http]"',
+        )
+
+
+def sdks(look: Look = version_of) -> Iterator[Finding]:
+    """Say which SDKs there are, by what they send, and how often they retry by themselves."""
+    for package, module, turned in _SDKS:
+        number = look(package)
+        if number is None:
+            continue
+        family = _FAMILIES[_major(number) >= turned]
+        if look(family) is None:
+            yield bad(
+                package,
+                f"{package} {number} sends by {family}, which is not installed",
+                f"pip install --upgrade {package}",
+            )
+            continue
+        yield good(package, f"{package} {number}, sends by {family}")
+        yield from _retries_of(package, module)
+
+
+def _retries_of(package: str, module: str) -> Iterator[Finding]:
+    retries = getattr(importlib.import_module(module), "DEFAULT_MAX_RETRIES", 0)
+    if retries:
+        yield note(
+            f"{package} retries",
+            f"its clients try a call {retries + 1} times, beneath whatever else retries",
+            "give max_retries=0 to a client on limiter.transport() or limiter.http_client(); "
+            "wrapped LlamaIndex models see to it by themselves",
+        )
+
+
+def llama_index(look: Look = version_of) -> Iterator[Finding]:
+    """Say which LlamaIndex there is, and which of its retries multiply."""
+    number = look("llama-index-core")
+    if number is None:
+        return
+    yield good("LlamaIndex", f"llama-index-core {number}")
+    if look("llama-index-llms-openai") is not None:
+        model = importlib.import_module("llama_index.llms.openai").OpenAI
+        retries = model.model_fields["max_retries"].default
+        yield note(
+            "LlamaIndex retries",
+            f"OpenAI(...) retries {retries} times around the SDK's own retries; that multiplies",
+            "pace it with limiter.wrap(llm) or pace(llm, ...), which leaves one layer; "
+            "unpaced models want max_retries=0",
+        )
+
+
+def ranges(
+    look: Look = version_of,
+    wanted: Callable[[], list[str] | None] = lambda: requires("asyncbucket"),
+) -> Iterator[Finding]:
+    """Compare versions with those that asyncbucket is tested with."""
+    try:
+        from packaging.requirements import Requirement
+
+        lines = wanted() or []
+    except (ModuleNotFoundError, PackageNotFoundError):  # without pip's help, or a source tree
+        return
+    for package in _RANGED:
+        number = look(package)
+        for requirement in map(Requirement, lines):
+            if number is None or requirement.name != package:
+                continue
+            if not requirement.specifier.contains(number, prereleases=True):
+                yield bad(
+                    package,
+                    f"{package} {number} is not in {requirement.specifier}, what asyncbucket is "
+                    "tested with",
+                    f'pip install "{package}{requirement.specifier}"',
+                )
+            break
+
+
+def tokenizer(look: Look = version_of) -> Iterator[Finding]:
+    """Say how texts are counted, and whether that may reach for the network."""
+    if look("llama-index-core") is not None:
+        from asyncbucket.llama_index.tokens import bundled_tokenizer
+
+        if bundled_tokenizer() is None:
+            yield note(
+                "tokenizer",
+                "wrapped models count tokens by characters: cl100k_base is not at hand",
+                "pip install --upgrade llama-index-core tiktoken",
+            )
+        else:
+            yield good("tokenizer", "cl100k_base from LlamaIndex's own files; no download")
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR")
+    if folder is not None and not os.path.isdir(folder):  # noqa: PTH112 - a text from outside
+        yield note(
+            "tokenizer",
+            "TIKTOKEN_CACHE_DIR names no folder: tiktoken will download when LlamaIndex counts",
+            "unset TIKTOKEN_CACHE_DIR, or fill the folder beforehand",
+        )
+
+
+def _major(number: str) -> int:
+    found = re.match(r"\d+", number)
+    return int(found[0]) if found else 0

@@ -1,0 +1,111 @@
+"""What can be typed after `asyncbucket doctor`, and how the findings are shown."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Annotated, Final
+
+import typer
+
+from asyncbucket.cli.doctor.findings import Finding, State, bad
+
+EXAMPLES: Final = """\b
+Examples:
+  asyncbucket doctor
+  asyncbucket doctor --store redis://127.0.0.1:6379/0
+"""
+
+_PROBLEM: Final = 1
+_SIGNS: Final = {
+    State.GOOD: ("ok", "green"),
+    State.NOTE: ("note", "yellow"),
+    State.BAD: ("BAD", "red"),
+}
+
+
+def doctor(
+    *,
+    store: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="A store to look at, e.g. redis://host:6379/0."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say what is installed and set up here, what of it is wrong, and the remedy.
+
+    The status is 1 if something is wrong. In a store it makes a limiter of its own, which expires.
+    """
+    findings = list(_look(store))
+    if as_json:
+        typer.echo(json.dumps([_as_dict(each) for each in findings], indent=2))
+    else:
+        _show(findings)
+    if any(each.state is State.BAD for each in findings):
+        raise typer.Exit(_PROBLEM)
+
+
+def _look(store: str | None) -> Iterator[Finding]:
+    from asyncbucket.cli.doctor import installed, surroundings
+
+    looks: list[Callable[[], Iterable[Finding]]] = [
+        surroundings.interpreter,
+        surroundings.event_loop,
+        surroundings.clock,
+        installed.http_families,
+        installed.sdks,
+        installed.llama_index,
+        installed.ranges,
+        installed.tokenizer,
+        surroundings.environment,
+        surroundings.project,
+    ]
+    if store is not None:
+        from asyncbucket.cli.doctor import shared
+
+        looks.append(partial(shared.store, store))
+    for look in looks:
+        yield from _safely(look)
+
+
+def _safely(look: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+    """Yield what is found; a package that breaks when it is loaded is a finding, too."""
+    try:
+        yield from look()
+    except Exception as error:  # noqa: BLE001 - whatever others' packages raise
+        name = getattr(look, "__name__", "store").replace("_", " ")
+        found = f"looking failed: {type(error).__name__}: {error}"
+        yield bad(name, found, "reinstall what the message names, or report it with the message")
+
+
+def _as_dict(finding: Finding) -> dict[str, str | None]:
+    return {
+        "about": finding.about,
+        "state": finding.state.value,
+        "found": finding.found,
+        "remedy": finding.remedy,
+    }
+
+
+def _show(findings: Sequence[Finding]) -> None:
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column()
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        sign, style = _SIGNS[finding.state]
+        text = Text(finding.found)
+        if finding.remedy is not None:
+            text.append(f"\n-> {finding.remedy}", style)
+        table.add_row(Text(sign, style), finding.about, text)
+    console.print(Padding(table, (0, 0, 1, 0)))
+    wrong = sum(finding.state is State.BAD for finding in findings)
+    notes = sum(finding.state is State.NOTE for finding in findings)
+    console.print(
+        f"{wrong} wrong, {notes} to be known, {len(findings) - wrong - notes} as they should be"
+    )

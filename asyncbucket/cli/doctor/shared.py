@@ -1,0 +1,66 @@
+"""A store: whether it answers, how fast, and what it says of itself."""
+
+import asyncio
+import statistics
+import time
+from typing import Final
+
+from asyncbucket.cli.doctor.findings import Finding, bad, good, note
+from asyncbucket.errors import StoreError
+from asyncbucket.limits import Limit
+from asyncbucket.stores import Batch, Outcome, Snapshot, Store, Terms, open_store, without_password
+
+#: The limiter that is made in the store for the look; nobody else uses it.
+NAME: Final = "asyncbucket-doctor"
+_TERMS: Final = Terms(
+    limits=(Limit("requests", 1_000_000, per=60, burst=1_000_000),), concurrency=9
+)
+_TRIPS: Final = 20
+#: Round trips longer than this (s) are felt by every admission that has to wait for one.
+_SLOW: Final = 0.02
+#: Seconds that the whole look may take.
+_PATIENCE: Final = 10.0
+
+
+def store(url: str) -> list[Finding]:
+    """Look at the store at ``url``: open it, book a call in it several times, and peek."""
+    shown = without_password(url)
+    try:
+        return asyncio.run(asyncio.wait_for(_look(open_store(url), shown), _PATIENCE))
+    except (StoreError, TimeoutError, OSError) as error:
+        why = str(error) or f"no answer within {_PATIENCE:g} s"
+        return [bad("store", f"{shown}: {why}", "start the server, or correct the URL")]
+    except (ImportError, ValueError) as error:
+        return [bad("store", str(error), "correct the URL, or install what it names")]
+
+
+async def _look(place: Store, shown: str) -> list[Finding]:
+    try:
+        ledger = await place.open(NAME, _TERMS, slot_ttl=5.0)
+        try:
+            trips: list[float] = []
+            for _ in range(_TRIPS):
+                begun = time.perf_counter()
+                receipt = await ledger.commit(Batch(calls=({"requests": 1},)))
+                trips.append(time.perf_counter() - begun)
+                if receipt.bookings[0].outcome is not Outcome.BOOKED:
+                    raise StoreError(f"a call was {receipt.bookings[0].outcome.value}, not booked")
+            return _judge(shown, statistics.median(trips), await ledger.peek())
+        finally:
+            await ledger.aclose()
+    finally:
+        await place.aclose()
+
+
+def _judge(shown: str, trip: float, snapshot: Snapshot) -> list[Finding]:
+    details = ", ".join(f"{name} {value}" for name, value in snapshot.details.items())
+    said = f"{shown} answers in {trip * 1e3:.2g} ms" + (f" ({details})" if details else "")
+    if trip > _SLOW:
+        return [
+            note(
+                "store",
+                said,
+                "keep the store near its workers: a call that waits waits a round trip more",
+            )
+        ]
+    return [good("store", said)]

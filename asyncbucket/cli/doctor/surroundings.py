@@ -1,0 +1,84 @@
+"""Where it runs: the interpreter, its event loop and clock, and the settings around."""
+
+import asyncio
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
+
+from asyncbucket import Limiter
+from asyncbucket.cli.doctor.findings import Finding, bad, good, note
+from asyncbucket.settings import from_env, from_toml
+
+_PREFIX: Final = "ASYNCBUCKET_"
+#: A clock coarser than this (s) admits calls in visible steps.
+_COARSE: Final = 0.002
+
+
+def interpreter() -> Iterator[Finding]:
+    """Say what runs what."""
+    try:
+        number = version("asyncbucket")
+    except PackageNotFoundError:
+        number = "(not installed)"
+    locked = getattr(sys, "_is_gil_enabled", lambda: True)()
+    threads = "" if locked else ", free-threaded"
+    python = ".".join(map(str, sys.version_info[:3]))
+    yield good(
+        "asyncbucket", f"asyncbucket {number} on {sys.implementation.name} {python}{threads}"
+    )
+
+
+def event_loop(make: Callable[[], Any] = asyncio.new_event_loop) -> Iterator[Finding]:
+    """Say which event loop ``asyncio.run`` takes, and how fine the clock is."""
+    loop = make()
+    kind = f"{type(loop).__module__.partition('.')[0]}.{type(loop).__name__}"
+    loop.close()
+    spare = importlib.util.find_spec("uvloop") is not None and not kind.startswith("uvloop")
+    yield good("event loop", kind + (" (uvloop is installed, and not used)" if spare else ""))
+
+
+def clock(resolution: float | None = None) -> Iterator[Finding]:
+    """Say how fine the clock is."""
+    if resolution is None:
+        resolution = time.get_clock_info("monotonic").resolution
+    if resolution > _COARSE:
+        yield note(
+            "clock",
+            f"time.monotonic() moves in steps of {resolution * 1e3:g} ms: calls pass in such steps",
+            "nothing to do: no limit is exceeded by it",
+        )
+    else:
+        yield good("clock", f"time.monotonic() resolves {resolution * 1e9:g} ns")
+
+
+def environment() -> Iterator[Finding]:
+    """Say what the environment asks for, if it can be read."""
+    named = sorted(name for name in os.environ if name.startswith(_PREFIX))
+    if not named:
+        return
+    try:
+        limiter = from_env(Limiter)
+    except ValueError as error:
+        yield bad("settings", str(error), f"correct or unset {', '.join(named)}")
+    else:
+        yield good("settings", f"Limiter.from_env(): {_said(limiter)}")
+
+
+def project() -> Iterator[Finding]:
+    """Say what the nearest TOML file asks for, if it can be read."""
+    try:
+        limiter = from_toml(Limiter)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        yield bad("settings", str(error), "correct the table; docs/plan.md shows one")
+    else:
+        yield good("settings", f"Limiter.from_toml(): {_said(limiter)}")
+
+
+def _said(limiter: Limiter) -> str:
+    return ", ".join(map(str, limiter.limits)) or f"concurrency {limiter.concurrency}"

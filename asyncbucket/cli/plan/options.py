@@ -1,0 +1,218 @@
+"""What can be typed after `asyncbucket plan`."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Final, overload
+
+import typer
+
+from asyncbucket.cli import INTERRUPTED
+from asyncbucket.limits import KEYWORDS, Limit, read_limits
+from asyncbucket.plan import AgentTree, Arrivals, Plan, Poisson, Tenant
+from asyncbucket.plan import plan as foresee
+
+#: A backspace keeps the lines of a paragraph as they are.
+EXAMPLES: Final = """\b
+Examples:
+  asyncbucket plan --calls 10000 --tokens 800 --rpm 500 --tpm 200000
+  asyncbucket plan --tokens prompts.jsonl --preset openai/tier-1/gpt-4o-mini
+  asyncbucket plan --rpm 60 --tenant "a weight=2 calls=9" --tenant "b calls=9"
+  asyncbucket plan --agents 20 --depth 3 --fan-out 4 --rpm 500 --out plan.png
+"""
+
+_WRONG_USAGE: Final = 2
+#: What a tenant may be told besides limits.
+_SIDES: Final = ("weight", "tokens", "input_tokens", "output_tokens", "latency", "poisson")
+
+
+def plan(  # noqa: PLR0913 - one for each option
+    *,
+    calls: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="How many calls; default: all samples.")
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(metavar="N|FILE", help="Tokens a call, or JSONL: prompts, requests, numbers."),
+    ] = None,
+    input_tokens: Annotated[
+        str | None, typer.Option(metavar="N|FILE", help="Tokens sent, where they count apart.")
+    ] = None,
+    output_tokens: Annotated[
+        str | None, typer.Option(metavar="N|FILE", help="Tokens expected back.")
+    ] = None,
+    used_tokens: Annotated[
+        str | None, typer.Option(metavar="N|FILE", help="Tokens really used, if not all.")
+    ] = None,
+    latency: Annotated[
+        str, typer.Option(metavar="S|FILE", help="Seconds a call takes, or JSONL of them.")
+    ] = "0",
+    rpm: Annotated[int | None, typer.Option(min=1, metavar="N", help="Requests a minute.")] = None,
+    tpm: Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens a minute.")] = None,
+    rpd: Annotated[int | None, typer.Option(min=1, metavar="N", help="Requests a day.")] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help='Any other limit, e.g. "40k ITPM" or "10/s burst 1".'),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A provider's published limits.")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Calls in flight at most.")
+    ] = None,
+    poisson: Annotated[
+        float | None, typer.Option(metavar="RATE", help="Calls come by chance, so many a second.")
+    ] = None,
+    agents: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Agents, each with calls in a row.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Calls of each agent.")] = 1,
+    depth: Annotated[int, typer.Option(min=1, metavar="N", help="Generations of agents.")] = 1,
+    fan_out: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Agents that each one calls when it is done.")
+    ] = 1,
+    tenant: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT", help='Who shares the limits, e.g. "acme weight=2 calls=500 rpm=60".'
+        ),
+    ] = None,
+    profile: Annotated[
+        str, typer.Option(metavar="NAME", help="How requests are charged: openai, anthropic, ...")
+    ] = "openai",
+    what_if: Annotated[
+        bool | None,
+        typer.Option("--what-if/--no-what-if", help="What other limits would be worth."),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of all that is drawn.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw it: .png, .svg or .pdf.")
+    ] = None,
+    dark: Annotated[bool, typer.Option("--dark", help="Draw it for a dark page.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Foresee how long calls take under limits, what binds, and what other limits are worth.
+
+    The calls run through the real limiter on virtual time: nothing is sent, nothing waits.
+    """
+    try:
+        if calls is None and agents is None and not tenant:
+            _refuse_unless_samples(tokens, input_tokens, output_tokens, used_tokens, latency)
+        limits = [*(limit or ()), *_preset(preset)]
+        planned = foresee(
+            *limits,
+            calls=calls,
+            tokens=_samples(tokens),
+            input_tokens=_samples(input_tokens),
+            output_tokens=_samples(output_tokens),
+            used_tokens=_samples(used_tokens),
+            latency=_samples(latency),
+            concurrency=concurrency,
+            arrivals=_arrivals(poisson, agents, depth=depth, fan_out=fan_out, steps=steps),
+            tenants=dict(map(_tenant, tenant or ())),
+            profile=profile,
+            what_if=what_if,
+            seed=seed,
+            rpm=rpm,
+            tpm=tpm,
+            rpd=rpd,
+        )
+        _show(planned, as_json=as_json, out=out, dark=dark)
+    except (ImportError, OSError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(_WRONG_USAGE) from error
+    except KeyboardInterrupt as error:
+        raise typer.Exit(INTERRUPTED) from error
+
+
+def _show(planned: Plan, *, as_json: bool, out: Path | None, dark: bool) -> None:
+    if out is not None:
+        from asyncbucket.cli.plan import picture
+
+        picture.draw(planned, out, dark=dark)
+    if as_json:
+        typer.echo(json.dumps(planned.as_dict(), indent=2))
+        return
+    from asyncbucket.cli.plan import report
+
+    report.show(planned)
+    if out is not None:
+        typer.echo(f"drawn: {out}")
+
+
+def _refuse_unless_samples(*texts: str | None) -> None:
+    """Raise a ValueError if no file says how many calls there are; in the words of the options."""
+    if not any(isinstance(_samples(text), Path) for text in texts):
+        raise ValueError("how many calls? give --calls, a file of --tokens, --agents or --tenant")
+
+
+@overload
+def _samples(text: str) -> float | Path: ...
+@overload
+def _samples(text: None) -> None: ...
+def _samples(text: str | None) -> float | Path | None:
+    """Return a number that was typed, or else the path of a file."""
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return Path(text)
+
+
+def _tenant(text: str) -> tuple[str, Tenant]:
+    """Read a tenant: its name, and words such as ``weight=2``.
+
+    Raises:
+        ValueError: a word is none of those that are known.
+    """
+    name, *words = text.split() or [""]
+    given: dict[str, Any] = {}
+    limits: list[Limit] = []
+    for word in words:
+        side, _, value = word.partition("=")
+        if side in KEYWORDS:
+            limits += read_limits((), {side: _whole(side, value)})
+        elif side in ("calls", "concurrency"):
+            given[side] = _whole(side, value)
+        elif side in _SIDES and value:
+            given[side] = Poisson(float(value)) if side == "poisson" else _samples(value)
+        elif side == "priority":
+            given[side] = value
+        else:
+            known = ", ".join((*_SIDES, "calls", "concurrency", "priority", *KEYWORDS))
+            raise ValueError(
+                f"--tenant {text!r}: {word!r} is no word such as weight=2; known: {known}"
+            )
+    if "poisson" in given:
+        given["arrivals"] = given.pop("poisson")
+    return name, Tenant(limits=tuple(limits), **given)
+
+
+def _whole(side: str, value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"--tenant: {side} must be a whole number, not {value!r}") from None
+
+
+def _preset(name: str | None) -> Iterable[Limit]:
+    if name is None:
+        return ()
+    from asyncbucket.presets import preset
+
+    return preset(name)
+
+
+def _arrivals(
+    poisson: float | None, agents: int | None, *, depth: int, fan_out: int, steps: int
+) -> Arrivals:
+    if agents is not None:
+        if poisson is not None:
+            raise ValueError("--poisson and --agents are two ways for calls to come: choose one")
+        return AgentTree(agents=agents, depth=depth, fan_out=fan_out, steps=steps)
+    if (depth, fan_out, steps) != (1, 1, 1):
+        raise ValueError(
+            "--depth, --fan-out and --steps are about agents: say how many with --agents"
+        )
+    return None if poisson is None else Poisson(poisson)

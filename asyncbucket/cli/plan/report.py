@@ -1,0 +1,77 @@
+"""A plan in a terminal: a sentence, a table, and the admissions over time."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from asyncbucket.cli.plot import Canvas, against_limit
+from asyncbucket.plan.result import Plan, details, table, tenants
+
+_WIDEST: Final = 120
+
+
+def show(plan: Plan) -> None:
+    """Print a plan."""
+    console = Console(highlight=False)
+    unicode = console.encoding.startswith("utf")
+    console.print(Text(plan.summary, "bold"))
+    for line in details(plan):
+        console.print(line, markup=False)
+    if plan.limits:
+        console.print(_limits(plan, unicode=unicode))
+    if plan.tenants:
+        console.print(_table(tenants(plan), unicode=unicode))
+    if plan.bound_by is not None or plan.waits.max:
+        canvas = Canvas(seconds=plan.duration, width=min(console.width, _WIDEST), unicode=unicode)
+        _plot(console, canvas, plan)
+
+
+def _limits(plan: Plan, *, unicode: bool) -> Table:
+    shown = _table(table(plan), unicode=unicode)
+    for row, limit in zip(shown.rows, plan.limits, strict=True):
+        row.style = "bold yellow" if limit is plan.binding else None
+    return shown
+
+
+def _table(rows: Sequence[tuple[str, ...]], *, unicode: bool) -> Table:
+    head, *others = rows
+    shown = Table(box=box.SIMPLE_HEAD if unicode else box.ASCII2, pad_edge=False)
+    shown.add_column(head[0])
+    for name in head[1:]:
+        shown.add_column(name, justify="right")
+    for row in others:
+        shown.add_row(*row)
+    return shown
+
+
+def _plot(console: Console, canvas: Canvas, plan: Plan) -> None:
+    binding = plan.binding
+    rate = None if binding is None else binding.rate
+    title = "admitted over time"
+    if rate is not None and binding is not None:
+        title += f"; ____ is the limit of {binding.limit}"
+    columns = columns_of(plan, canvas)
+    limit = rate or max(columns)
+    if max(columns) > 2 * limit:
+        title += f", {max(columns):,.3g} the peak"
+    console.print(Text(title, "bold"))
+    console.print(against_limit(canvas, columns, limit, style="green"))
+
+
+def columns_of(plan: Plan, canvas: Canvas) -> list[float]:
+    """Return the admissions a second in each column, of the plan's parts that it covers."""
+    part = plan.duration / len(plan.timeline)
+    wide = canvas.bins * canvas.bin / canvas.columns
+    columns = [0.0] * canvas.columns
+    for number, count in enumerate(plan.timeline):
+        start, end = number * part, (number + 1) * part
+        column = int(start / wide)
+        while start < end and column < len(columns):
+            border = min(end, (column + 1) * wide)
+            columns[column] += count / part * (border - start) / wide
+            start, column = border, column + 1
+    return columns

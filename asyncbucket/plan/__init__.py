@@ -1,0 +1,136 @@
+"""Know before you pay: how long calls take under limits, what binds, and what another limit is worth.
+
+`plan` runs the calls through the real meters on virtual time (`asyncbucket.plan.drive`), so there is
+no second model of a limiter that could be wrong. The rest of the package says what calls cost and
+how long they take (`samples`), when they come (`arrivals`), and what came out (`result`).
+"""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
+
+from asyncbucket.limits import Limit, read_limits
+
+if TYPE_CHECKING:
+    from asyncbucket.plan.arrivals import AgentTree, Arrivals, Poisson
+    from asyncbucket.plan.result import Plan, PlannedLimit, PlannedTenant, PlannedWaits
+    from asyncbucket.plan.samples import Sample, Samples
+    from asyncbucket.plan.tenants import Tenant
+
+__all__ = [
+    "AgentTree",
+    "Arrivals",
+    "Plan",
+    "PlannedLimit",
+    "PlannedTenant",
+    "PlannedWaits",
+    "Poisson",
+    "Sample",
+    "Samples",
+    "Tenant",
+    "plan",
+]
+
+#: Where the other names are; loaded when they are used, so that `import asyncbucket` stays light.
+_LAZY: Final = {
+    "AgentTree": "arrivals",
+    "Arrivals": "arrivals",
+    "Poisson": "arrivals",
+    "Plan": "result",
+    "PlannedLimit": "result",
+    "PlannedTenant": "result",
+    "PlannedWaits": "result",
+    "Sample": "samples",
+    "Samples": "samples",
+    "Tenant": "tenants",
+}
+
+
+def plan(  # noqa: PLR0913 - a plan has as many sides
+    *limits: str | Limit,
+    calls: int | None = None,
+    tokens: "Samples | None" = None,
+    input_tokens: "Samples | None" = None,
+    output_tokens: "Samples | None" = None,
+    used_tokens: "Samples | None" = None,
+    resources: "Mapping[str, Samples] | None" = None,
+    concurrency: int | None = None,
+    latency: "Samples" = 0.0,
+    arrivals: "Arrivals" = None,
+    tenants: "Mapping[str, Tenant] | None" = None,
+    what_if: bool | None = None,
+    count_tokens: Callable[[str], int] | None = None,
+    profile: str = "openai",
+    seed: int = 0,
+    **limits_by_keyword: float | None,
+) -> "Plan":
+    """Foresee how long calls take under limits, what binds, and how much other limits would help.
+
+    Nothing waits and nothing is sent: a thousand calls take about 10 ms. The same arguments give
+    the same plan.
+
+    >>> print(plan(calls=10_000, tokens=800, rpm=500, tpm=200_000, concurrency=32, latency=1.5))
+
+    What is said of each call (``tokens``, ``latency`` and their like) may be a number; samples,
+    taken in order if there are as many as calls, else drawn with replacement; the path of a JSONL
+    file of samples; or a function that is given a ``random.Random`` and draws a number. A sample
+    of tokens is a number, a `Cost`, a text, whose tokens are counted, or an object: amounts such as
+    ``{"input_tokens": 900, "output_tokens": 300}``, a request's body, or a line of OpenAI's batch
+    files. A sample of latency is a number or an object with ``latency``.
+
+    Args:
+        limits: as for `Limiter`: texts such as ``"500 RPM"`` or `Limit` objects.
+        calls: how many; may be left out where samples, instants or an agent tree say it.
+        tokens: tokens reserved by a call, input and output together.
+        input_tokens: tokens sent.
+        output_tokens: tokens expected back.
+        used_tokens: tokens that a call turns out to have used when it ends, if not those reserved;
+            see `Lease.settle`.
+        resources: amounts of other resources that are limited, e.g. ``{"images": 3}``.
+        concurrency: the most calls in flight at once.
+        latency: seconds from a call's admission to its end.
+        arrivals: when calls come: all at once, `Poisson`, the instants in seconds, or an `AgentTree`.
+        tenants: those who share the limits, by name, each with calls of its own: `Tenant`.
+        what_if: whether to find out what each limit is worth, which takes two more runs for each
+            limit that anybody waits for; by default up to 100,000 calls, and 20,000 of tenants.
+        count_tokens: counts the tokens of a text; by default four characters are a token.
+        profile: how the provider charges a request's body: see `asyncbucket.http.profiles`.
+        seed: of all that is drawn.
+        limits_by_keyword: as for `Limiter`: ``rpm=500``, ``tpm=200_000``...
+
+    Raises:
+        LimitSyntaxError: a limit cannot be read; a ValueError.
+        CostExceedsLimit: no call can ever pass; single ones are only counted.
+        ValueError: something is missing or makes no sense; the message says what.
+        OSError: a file cannot be read.
+    """
+    from asyncbucket.plan.load import loads_of
+    from asyncbucket.plan.outlook import foresee
+    from asyncbucket.plan.samples import Tokens
+    from asyncbucket.plan.tenants import Tenant, bounds_of
+
+    everyone = Tenant(
+        calls=calls,
+        tokens=tokens,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        used_tokens=used_tokens,
+        latency=latency,
+        arrivals=arrivals,
+    )
+    read = Tokens(count=count_tokens, profile=profile)
+    loads = loads_of(everyone, tenants or {}, resources or {}, read, seed)
+    limits_read = read_limits(limits, limits_by_keyword)
+    return foresee(loads, bounds_of(limits_read, concurrency, tenants or {}), what_if=what_if)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,111 @@
+"""When calls come: all at once, by chance, at given instants, or as agents who call further agents."""
+
+import math
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import repeat
+from typing import TypeAlias
+
+_NANOSECONDS = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Poisson:
+    """Let calls come by chance, independent of each other: ``rate`` of them a second on average."""
+
+    rate: float
+
+    def __post_init__(self) -> None:
+        """Refuse what is no rate."""
+        if not _is_number(self.rate) or not 0 < self.rate < math.inf:
+            raise ValueError(
+                f"a rate is a finite number of calls a second above 0, not {self.rate!r}"
+            )
+
+    def instants(self, calls: int, seed: str) -> Iterator[int]:
+        """Yield when each call comes, in nanoseconds."""
+        chance = random.Random(f"{seed} arrivals")  # noqa: S311 - repeatable, not secret
+        now = 0.0
+        for _ in range(calls):
+            now += chance.expovariate(self.rate)
+            yield round(now * _NANOSECONDS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentTree:
+    """Let ``agents`` start at once, each make ``steps`` calls in a row, and then call others.
+
+    An agent that has finished calls ``fan_out`` further agents, which do the same, until there are
+    ``depth`` generations. So a call comes when the one before it has ended, however long that took.
+
+    Args:
+        agents: how many start.
+        depth: generations, the first included.
+        fan_out: agents that each of them calls; of no matter where ``depth`` is 1.
+        steps: calls that an agent makes, one after the other.
+    """
+
+    agents: int = 1
+    depth: int = 1
+    fan_out: int = 1
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what is no tree."""
+        for name in ("agents", "depth", "fan_out", "steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+    @property
+    def calls(self) -> int:
+        """The calls that all of them make together."""
+        agents, family = self.agents, 0
+        for _ in range(self.depth):
+            family += agents
+            agents *= self.fan_out
+        return family * self.steps
+
+    @property
+    def generations(self) -> int:
+        """How many calls there are in a row."""
+        return self.depth * self.steps
+
+    def followers(self, generations: int) -> int:
+        """Return how many calls follow one that has ``generations`` more to come after it."""
+        if not generations:
+            return 0
+        return 1 if generations % self.steps else self.fan_out
+
+
+Arrivals: TypeAlias = Poisson | AgentTree | Iterable[float] | None
+"""`Poisson`, an `AgentTree`, the instants at which calls come (seconds), or None: all at once."""
+
+
+def instants_of(
+    arrivals: "Poisson | Iterable[float] | None", calls: int, seed: str
+) -> Iterator[int]:
+    """Yield when each call comes, in nanoseconds, ascending."""
+    if arrivals is None:
+        return repeat(0, calls)
+    if isinstance(arrivals, Poisson):
+        return arrivals.instants(calls, seed)
+    return iter(sorted(round(second * _NANOSECONDS) for second in arrivals))
+
+
+def read_instants(arrivals: Iterable[float]) -> list[float]:
+    """Return instants that were given, if they are some.
+
+    Raises:
+        ValueError: one of them is no finite number of seconds from 0 on.
+    """
+    instants = list(arrivals)
+    for second in instants:
+        if not _is_number(second) or not 0 <= second < math.inf:
+            raise ValueError(f"a call comes at a finite second from 0 on, not at {second!r}")
+    return instants
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

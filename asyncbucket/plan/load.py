@@ -1,0 +1,173 @@
+"""What is asked: which calls there are, what they cost, how long they take and when they come."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice, repeat
+from typing import Any
+
+from asyncbucket.cost import Cost, amounts_of, whole
+from asyncbucket.limits import Limit
+from asyncbucket.plan.arrivals import AgentTree, Arrivals, Poisson, instants_of, read_instants
+from asyncbucket.plan.drive import Call, Follow
+from asyncbucket.plan.samples import Samples, Series, Tokens, read_seconds
+from asyncbucket.plan.tenants import Tenant
+
+_NANOSECONDS = 1_000_000_000
+
+
+class Load:
+    """Yield the calls of a plan, the same ones each time; see `plan` for the arguments."""
+
+    def __init__(
+        self,
+        *,
+        calls: int | None,
+        tokens: Mapping[str, Samples | None],
+        used_tokens: Samples | None,
+        resources: Mapping[str, Samples],
+        latency: Samples,
+        arrivals: Arrivals,
+        read: Tokens,
+        seed: str,
+    ) -> None:
+        self._tokens = {name: Series(value, name, read) for name, value in tokens.items()}
+        self._used = Series(used_tokens, "used_tokens", read)
+        self._others = {name: Series(value, name, read) for name, value in resources.items()}
+        self._latency = Series(latency, "latency", read_seconds)
+        if arrivals is not None and not isinstance(arrivals, (AgentTree, Poisson)):
+            arrivals = read_instants(arrivals)
+        self._arrivals = arrivals
+        self._seed = seed
+        #: How many calls there are.
+        self.calls = self._count(calls)
+
+    def _all(self) -> Iterator[Series]:
+        yield from (*self._tokens.values(), self._used, *self._others.values(), self._latency)
+
+    def _count(self, calls: int | None) -> int:
+        """Return how many calls there are, by whatever says so."""
+        if calls is not None and (not isinstance(calls, int) or calls is True or calls < 1):
+            raise ValueError(f"calls must be a whole number of at least 1, not {calls!r}")
+        if isinstance(self._arrivals, AgentTree):
+            told = self._arrivals.calls
+        elif isinstance(self._arrivals, list):
+            told = len(self._arrivals)
+        else:
+            told = calls or max(map(len, self._all()))
+        if not told:
+            raise ValueError("how many calls? give calls=, samples, instants or an AgentTree")
+        if calls not in (None, told):
+            raise ValueError(
+                f"calls={calls:,} contradicts the arrivals, which are {told:,} calls; leave it out"
+            )
+        return told
+
+    def check(self, limits: Iterable[Limit], concurrency: int | None) -> None:
+        """Refuse limits on something that nothing is said of, which would not bind in the plan.
+
+        Raises:
+            ValueError: the message says what is missing.
+        """
+        limited = {limit.resource for limit in limits}
+        tokens = sorted(limited & self._tokens.keys())
+        if tokens and not any(series.given for series in self._tokens.values()):
+            raise ValueError(
+                f"a limit counts {' and '.join(tokens)}, but nothing says how many a call has: "
+                "give tokens=, or input_tokens= and output_tokens="
+            )
+        others = limited - self._tokens.keys() - {"requests"}
+        if others != self._others.keys():
+            odd = ", ".join(sorted(others ^ self._others.keys()))
+            raise ValueError(
+                f"limits and resources= must name the same: {odd} is in one of them only"
+            )
+        if concurrency is not None and self._latency.constant and not self._latency.value:
+            raise ValueError(
+                f"concurrency={concurrency} binds by how long calls take: give latency= in seconds"
+            )
+
+    def arrivals(self) -> tuple[Iterator[tuple[int, Call]], Follow | None]:
+        """Return the calls with the instants (ns) at which they come, and what follows a call."""
+        calls = self._draw()
+        tree = self._arrivals
+        if not isinstance(tree, AgentTree):
+            return zip(instants_of(tree, self.calls, self._seed), calls, strict=True), None
+
+        def generation(count: int, left: int) -> Iterator[Call]:
+            return (call._replace(generations=left) for call in islice(calls, count))
+
+        def follow(call: Call) -> Iterable[Call]:
+            left = call.generations
+            return generation(tree.followers(left), left - 1)
+
+        return zip(repeat(0), generation(tree.agents, tree.generations - 1), strict=False), follow
+
+    def _draw(self) -> Iterator[Call]:
+        if all(series.constant for series in self._all()):
+            return repeat(next(self._drawn(1)), self.calls)
+        return self._drawn(self.calls)
+
+    def _drawn(self, count: int) -> Iterator[Call]:
+        tokens = zip(*(self._values(each, count) for each in self._tokens.values()), strict=True)
+        others = {name: self._values(each, count) for name, each in self._others.items()}
+        used = self._values(self._used, count)
+        seconds = self._values(self._latency, count)
+        for drawn, latency, really in zip(tokens, seconds, used, strict=True):
+            amounts = _amounts(dict(zip(self._tokens, drawn, strict=True)))
+            amounts |= {name: whole(next(each), name) for name, each in others.items()}
+            settled = (
+                None if really is None else {"tokens": whole(_one(really, "tokens"), "tokens")}
+            )
+            yield Call(amounts, round(latency * _NANOSECONDS), settled)
+
+    def _values(self, series: Series, count: int) -> Iterator[Any]:
+        return series.draw(count, self._seed)
+
+
+def _amounts(drawn: dict[str, float | Cost | None]) -> dict[str, int]:
+    """Return what a call takes, its slot included, of what was drawn for its tokens."""
+    tokens = drawn["tokens"]
+    if isinstance(tokens, Cost):
+        return {**tokens, "concurrency": 1}
+    given, received = (
+        None if drawn[name] is None else _one(drawn[name], name)
+        for name in ("input_tokens", "output_tokens")
+    )
+    return amounts_of(1, tokens, given, received)
+
+
+def _one(value: float | Cost | None, name: str) -> float:
+    """Return a number of units; of a cost the part that is asked for."""
+    if isinstance(value, Cost):
+        return value.get(name, 0)
+    assert value is not None
+    return value
+
+
+def loads_of(
+    everyone: Tenant,
+    tenants: Mapping[str, Tenant],
+    resources: Mapping[str, Samples],
+    read: Tokens,
+    seed: int,
+) -> dict[str | None, Load]:
+    """Return the calls of each tenant, or under None those of a plan without any."""
+
+    def load(name: str | None, tenant: Tenant) -> Load:
+        def given(side: str) -> Any:
+            own = getattr(tenant, side)
+            return getattr(everyone, side) if own is None else own
+
+        return Load(
+            calls=given("calls"),
+            tokens={side: given(side) for side in ("tokens", "input_tokens", "output_tokens")},
+            used_tokens=given("used_tokens"),
+            resources=resources,
+            latency=given("latency"),
+            arrivals=given("arrivals"),
+            read=read,
+            seed=f"{seed}" if name is None else f"{seed} {name}",
+        )
+
+    if not tenants:
+        return {None: load(None, everyone)}
+    return {name: load(name, tenant) for name, tenant in tenants.items()}

@@ -1,0 +1,255 @@
+"""Make a plan of a run: what was used, what bound, and what other limits would have been worth."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from asyncbucket.cost import Cost
+from asyncbucket.errors import CostExceedsLimit
+from asyncbucket.limiter import Limiter
+from asyncbucket.limits import Limit
+from asyncbucket.plan.drive import Course, drive
+from asyncbucket.plan.load import Load
+from asyncbucket.plan.result import Plan, PlannedLimit, PlannedTenant, PlannedWaits
+
+if TYPE_CHECKING:
+    from array import array
+
+_NANOSECONDS: Final = 1_000_000_000
+#: Up to so many calls other limits are tried without being asked to; with tenants it takes longer.
+_MANY: Final = 100_000
+_MANY_OF_TENANTS: Final = 20_000
+#: Parts of the timeline.
+_PARTS: Final = 240
+
+
+class Bound(NamedTuple):
+    """One limit of a plan: whose, None being all, and which, None being the slots."""
+
+    tenant: str | None
+    limit: Limit | None
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The limits of a plan or of a tenant in it, windows and slots."""
+
+    limits: Sequence[Limit]
+    concurrency: int | None
+    tenants: "Mapping[str, Bounds]" = field(default_factory=dict)
+    #: Of a tenant, how it shares: weight and priority.
+    terms: Mapping[str, Any] = field(default_factory=dict)
+
+    def limiter(self, clock: Callable[[], int] = lambda: 0) -> Limiter:
+        """Return a limiter with these limits, and children for tenants, that nobody has used."""
+        root = Limiter(*self.limits, concurrency=self.concurrency, clock=clock)
+        for name, each in self.tenants.items():
+            root.child(name, *each.limits, concurrency=each.concurrency, **each.terms)
+        return root
+
+    def without(self, bound: Bound) -> "Bounds":
+        """Return all but one limit."""
+        if bound.tenant is not None:
+            return self._with(bound.tenant, self.tenants[bound.tenant].without(_own(bound)))
+        if bound.limit is None:
+            return replace(self, concurrency=None)
+        return replace(self, limits=[each for each in self.limits if each is not bound.limit])
+
+    def doubled(self, bound: Bound) -> "Bounds":
+        """Return the same with twice as much of one limit."""
+        if bound.tenant is not None:
+            return self._with(bound.tenant, self.tenants[bound.tenant].doubled(_own(bound)))
+        limit = bound.limit
+        if limit is None:
+            assert self.concurrency is not None
+            return replace(self, concurrency=2 * self.concurrency)
+        burst = None if limit.burst is None else 2 * limit.burst
+        twice = replace(limit, amount=2 * limit.amount, burst=burst)
+        return replace(self, limits=[twice if each is limit else each for each in self.limits])
+
+    def _with(self, name: str, tenant: "Bounds") -> "Bounds":
+        return replace(self, tenants={**self.tenants, name: tenant})
+
+    def each(self, tenant: str | None = None) -> Iterator[Bound]:
+        """Yield all limits, those of tenants after those that all share."""
+        yield from (Bound(tenant, limit) for limit in self.limits)
+        if self.concurrency is not None:
+            yield Bound(tenant, None)
+        for name, bounds in self.tenants.items():
+            yield from bounds.each(name)
+
+    def of(self, tenant: str | None) -> "Bounds":
+        """Return the bounds of a tenant, or those that all share."""
+        return self if tenant is None else self.tenants[tenant]
+
+
+def _own(bound: Bound) -> Bound:
+    return bound._replace(tenant=None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What happened, in all and to each tenant."""
+
+    whole: Course
+    tenants: Mapping[str, Course] = field(default_factory=dict)
+
+    def of(self, tenant: str | None) -> Course:
+        """Return what happened to a tenant, or in all."""
+        return self.whole if tenant is None else self.tenants[tenant]
+
+
+#: Calls, by tenant; under None those of a plan without any.
+Loads = Mapping[str | None, Load]
+
+
+def foresee(loads: Loads, bounds: Bounds, *, what_if: bool | None) -> Plan:
+    """Return the plan of calls under limits; see `asyncbucket.plan.plan`."""
+    _check(loads, bounds)
+    run = _run(loads, bounds)
+    refusal = _refusal(run, bounds)
+    if refusal is not None and not run.whole.admitted:
+        raise CostExceedsLimit(f"no call can ever pass: {refusal}")
+    calls = sum(load.calls for load in loads.values())
+    few = calls <= (_MANY if None in loads else _MANY_OF_TENANTS)
+    tried = loads if (few if what_if is None else what_if) else None
+    limits = tuple(_limit(bound, bounds, run, tried) for bound in bounds.each())
+    return _plan(run, limits, refusal)
+
+
+def _check(loads: Loads, bounds: Bounds) -> None:
+    """Refuse what no plan can know, or says nothing of.
+
+    Raises:
+        ValueError: the message says what is missing.
+    """
+    for name, load in loads.items():
+        own = bounds.of(name)
+        for slots in (own.concurrency, bounds.concurrency):
+            if slots is not None and (isinstance(slots, bool) or not isinstance(slots, int)):
+                raise ValueError(
+                    f"concurrency={slots!r} is found by how a server answers, which no plan knows: "
+                    "give a number"
+                )
+        shared = [] if name is None else bounds.limits
+        load.check([*own.limits, *shared], own.concurrency or bounds.concurrency)
+
+
+def _run(loads: Loads, bounds: Bounds) -> _Run:
+    only = loads.get(None)
+    if only is None:
+        from asyncbucket.plan.fair import drive_fair
+
+        named = {name: load for name, load in loads.items() if name is not None}
+        return _Run(*drive_fair(bounds, named))
+    arrivals, follow = only.arrivals()
+    passage = bounds.limiter()._door.account.through  # noqa: SLF001 - nobody else needs them
+    return _Run(drive(passage, arrivals, follow))
+
+
+def _refusal(run: _Run, bounds: Bounds) -> str | None:
+    """Return what the limiter tells the first call that can never pass."""
+    limiter = bounds.limiter()
+    for name in run.tenants or (None,):
+        door = limiter if name is None else limiter.child(name)
+        for call in run.of(name).refused[:1]:
+            try:
+                door.acquire_nowait(Cost.of(call.amounts))
+            except CostExceedsLimit as error:
+                return str(error)
+    return None
+
+
+def _limit(bound: Bound, bounds: Bounds, run: _Run, loads: Loads | None) -> PlannedLimit:
+    """Return what a limit does; with ``loads`` also what it would do if it were another."""
+    tenant, limit = bound
+    course, own = run.of(tenant), bounds.of(tenant)
+    resource = "concurrency" if limit is None else limit.resource
+    doubled = removed = None
+    if loads is not None:
+        doubled = removed = run.whole.end / _NANOSECONDS
+        if course.held_up.get(resource):
+            doubled, removed = (
+                _run(loads, other).whole.end / _NANOSECONDS
+                for other in (bounds.doubled(bound), bounds.without(bound))
+            )
+    return PlannedLimit(
+        limit=f"{own.concurrency:,} at once" if limit is None else str(limit),
+        resource=resource,
+        tenant=tenant,
+        used=_used(limit, own, course),
+        rate=_rate(limit, own, course),
+        if_doubled=doubled,
+        if_removed=removed,
+    )
+
+
+def _used(limit: Limit | None, bounds: Bounds, course: Course) -> float:
+    """Return the share of a limit that was used, of the most that could have been in that time."""
+    if limit is None:
+        assert bounds.concurrency is not None
+        return course.busy / (bounds.concurrency * course.end) if course.end else 0.0
+    last = course.admitted[-1] if course.admitted else 0
+    most: float = limit.amount * (last // limit.window + 1)
+    if limit.burst is not None:
+        most = min(most, limit.burst + limit.amount * last / limit.window)
+    return course.used.get(limit.resource, 0) / most
+
+
+def _rate(limit: Limit | None, bounds: Bounds, course: Course) -> float | None:
+    """Return how many calls a second a limit lets pass, at their mean cost or latency."""
+    calls = len(course.admitted)
+    if limit is None:
+        assert bounds.concurrency is not None
+        return bounds.concurrency * calls * _NANOSECONDS / course.busy if course.busy else None
+    used = course.used.get(limit.resource)
+    return limit.amount / limit.per * calls / used if used else None
+
+
+def _plan(run: _Run, limits: tuple[PlannedLimit, ...], refusal: str | None) -> Plan:
+    course, end = run.whole, run.whole.end
+    return Plan(
+        duration=end / _NANOSECONDS,
+        calls=len(course.admitted),
+        tokens=course.used.get("tokens", 0),
+        waits=_waits(course.waited),
+        limits=limits,
+        held_up=_shares(course.held_up),
+        peak_in_flight=course.peak,
+        mean_in_flight=course.busy / end if end else 0.0,
+        refused=len(course.refused),
+        refusal=refusal,
+        timeline=_timeline(course),
+        tenants={name: _tenant(each) for name, each in run.tenants.items()},
+    )
+
+
+def _tenant(course: Course) -> PlannedTenant:
+    return PlannedTenant(
+        calls=len(course.admitted),
+        tokens=course.used.get("tokens", 0),
+        duration=course.end / _NANOSECONDS,
+        waits=_waits(course.waited),
+        held_up=_shares(course.held_up),
+        refused=len(course.refused),
+    )
+
+
+def _shares(held_up: Mapping[str, int]) -> dict[str, float]:
+    total = sum(held_up.values())
+    return {resource: spent / total for resource, spent in held_up.items() if total}
+
+
+def _waits(waited: "array[int]") -> PlannedWaits:
+    ranked = sorted(waited) or [0]
+    p50, p95, most = (
+        ranked[max(0, -(-len(ranked) * rank // 100) - 1)] / _NANOSECONDS for rank in (50, 95, 100)
+    )
+    return PlannedWaits(p50=p50, p95=p95, max=most, mean=sum(ranked) / len(ranked) / _NANOSECONDS)
+
+
+def _timeline(course: Course) -> tuple[int, ...]:
+    counts = [0] * _PARTS
+    for instant in course.admitted:
+        counts[min(instant * _PARTS // max(1, course.end), _PARTS - 1)] += 1
+    return tuple(counts)

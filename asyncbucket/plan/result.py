@@ -1,0 +1,233 @@
+"""What a plan says, as numbers and in words."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+_MINUTE: Final = 60
+_HOUR: Final = 3_600
+_DAY: Final = 86_400
+#: From so many seconds on, tenths say nothing.
+_LONG: Final = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedWaits:
+    """How long calls wait for their admission, in seconds."""
+
+    p50: float
+    p95: float
+    max: float
+    mean: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedLimit:
+    """What one limit does to the plan.
+
+    Attributes:
+        limit: as people say it: "500 requests per 60 s", "32 calls at once".
+        resource: what it limits: "requests", "tokens", "concurrency", ...
+        tenant: whose limit it is; None for one that all share.
+        used: the share of it that is used until the last call is admitted; for concurrency until
+            the last one ends.
+        rate: how many calls a second it lets pass in the long run, at their mean cost or latency;
+            None if they use nothing of it.
+        if_doubled: how many seconds all would take if it were twice as high; None if nobody asked.
+        if_removed: the same without it.
+    """
+
+    limit: str
+    resource: str
+    used: float
+    rate: float | None
+    if_doubled: float | None = None
+    if_removed: float | None = None
+    tenant: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedTenant:
+    """What becomes of one tenant's calls.
+
+    Attributes:
+        calls: how many pass.
+        tokens: what they use together.
+        duration: seconds from the start to the end of its last call.
+        waits: how long they wait for admission.
+        held_up: for each resource, its share in what held them up.
+        refused: how many can never pass.
+    """
+
+    calls: int
+    tokens: int
+    duration: float
+    waits: PlannedWaits
+    held_up: Mapping[str, float] = field(default_factory=dict)
+    refused: int = 0
+
+    @property
+    def bound_by(self) -> str | None:
+        """The resource that its calls waited for most; None if none waited."""
+        return max(self.held_up, key=self.held_up.__getitem__, default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Say how long calls take under limits, and why; ``print`` it.
+
+    Attributes:
+        duration: seconds from the start to the end of the last call.
+        calls: how many calls pass.
+        tokens: what they use together.
+        waits: how long they wait for admission.
+        limits: what each limit does.
+        held_up: for each resource, its share in what held calls up.
+        peak_in_flight: the most calls at once.
+        mean_in_flight: calls at once on average.
+        refused: how many calls can never pass, because they cost more than a limit.
+        refusal: what the first of these is told.
+        timeline: admissions in each of as many equal parts of the duration.
+        tenants: what becomes of each tenant's calls.
+    """
+
+    duration: float
+    calls: int
+    tokens: int
+    waits: PlannedWaits
+    limits: tuple[PlannedLimit, ...]
+    held_up: Mapping[str, float] = field(default_factory=dict)
+    peak_in_flight: int = 0
+    mean_in_flight: float = 0.0
+    refused: int = 0
+    refusal: str | None = None
+    timeline: tuple[int, ...] = ()
+    tenants: Mapping[str, PlannedTenant] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [self.summary, *details(self)]
+        if self.limits:
+            lines += ["", *_aligned(table(self))]
+        if self.tenants:
+            lines += ["", *_aligned(tenants(self))]
+        return "\n".join(lines)
+
+    @property
+    def binding(self) -> PlannedLimit | None:
+        """The limit that binds."""
+        waited = [
+            each for each in self.limits if self.held_up.get(each.resource) and each.tenant is None
+        ]
+        return max(waited, key=lambda each: each.used, default=None)
+
+    @property
+    def bound_by(self) -> str | None:
+        """The resource of the limit that binds: "requests", "tokens", "concurrency"...
+
+        That is the limit of which most is used among those that anybody waited for; None if nobody
+        waited.
+        """
+        return None if self.binding is None else self.binding.resource
+
+    @property
+    def summary(self) -> str:
+        """The plan in a line: "39 min 39 s, tokens bind: 10,000 calls with 8,000,000 tokens"."""
+        what = f"{self.calls:,} {'call' if self.calls == 1 else 'calls'}"
+        if self.tokens:
+            what += f" with {self.tokens:,} tokens"
+        return f"{spoken(self.duration)}, {binds(self.bound_by)}: {what}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as what JSON can hold; times are seconds."""
+        return {"bound_by": self.bound_by, **asdict(self)}
+
+
+def binds(resource: str | None) -> str:
+    """Say what binds: "tokens bind", "concurrency binds", "nothing binds"."""
+    if resource is None:
+        return "nothing binds"
+    return f"{resource.replace('_', ' ')} {'bind' if resource.endswith('s') else 'binds'}"
+
+
+def spoken(seconds: float) -> str:
+    """Return a length of time in two units at most: "1.5 s", "39 min 39 s", "6 h 42 min"."""
+    if seconds < _LONG:
+        return f"{seconds:.3g} s"
+    whole = round(seconds)
+    if whole < _HOUR:
+        return _pair(whole, _MINUTE, "min", 1, "s")
+    if whole < _DAY:
+        return _pair(whole, _HOUR, "h", _MINUTE, "min")
+    return _pair(whole, _DAY, "d", _HOUR, "h")
+
+
+def percent(share: float) -> str:
+    """Return a share in tenths of a percent, rounded down: 99.96 % is not 100 %."""
+    return f"{int(share * 1000 + 1e-6) / 10:.1f} %"
+
+
+def _pair(seconds: int, large: int, name: str, small: int, rest_name: str) -> str:
+    rounded = round(seconds / small) * small
+    whole, rest = divmod(rounded, large)
+    return f"{whole:,} {name} {rest // small} {rest_name}" if rest else f"{whole:,} {name}"
+
+
+def details(plan: Plan) -> Iterator[str]:
+    """Yield what is to be said beside the summary and the table."""
+    waits = plan.waits
+    if waits.max:
+        yield (
+            f"waits: {spoken(waits.p50)} at the median, {spoken(waits.p95)} at 95 %, "
+            f"{spoken(waits.max)} at most"
+        )
+    if plan.mean_in_flight:
+        yield f"in flight: {plan.mean_in_flight:.3g} on average, {plan.peak_in_flight:,} at most"
+    if plan.refused:
+        calls = "1 call" if plan.refused == 1 else f"{plan.refused:,} calls"
+        yield f"never passed: {calls}: {plan.refusal}"
+
+
+def table(plan: Plan) -> list[tuple[str, ...]]:
+    """Return the head and a row for each limit: what is used of it, and what others would do."""
+    rows: list[tuple[str, ...]] = [("limit", "used", "if doubled", "if removed")]
+    for each in plan.limits:
+        others = (each.if_doubled, each.if_removed)
+        changes = (change(seconds, plan.duration) for seconds in others)
+        rows.append((whose(each), percent(each.used), *changes))
+    if all(each.if_doubled is None for each in plan.limits):
+        rows = [row[:2] for row in rows]
+    return rows
+
+
+def whose(limit: PlannedLimit) -> str:
+    """Return a limit as people say it, and whose it is."""
+    return limit.limit if limit.tenant is None else f"{limit.tenant}: {limit.limit}"
+
+
+def tenants(plan: Plan) -> list[tuple[str, ...]]:
+    """Return the head and a row for each tenant: how much it had, how long it took and waited."""
+    rows: list[tuple[str, ...]] = [
+        ("tenant", "calls", "done after", "wait p50", "wait p95", "waits for")
+    ]
+    for name, each in plan.tenants.items():
+        waits = (spoken(each.waits.p50), spoken(each.waits.p95))
+        reason = "" if each.bound_by is None else each.bound_by.replace("_", " ")
+        rows.append((name, f"{each.calls:,}", spoken(each.duration), *waits, reason))
+    return rows
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        yield "  ".join([first.ljust(widths[0]), *cells])
+
+
+def change(seconds: float | None, duration: float) -> str:
+    """Say how long all would take instead of ``duration``: "19 min 52 s (-50 %)", or "the same"."""
+    if seconds is None:
+        return ""
+    share = (seconds - duration) / duration if duration else 0.0
+    if abs(share) < 0.005:  # noqa: PLR2004 - what would be written as 0 %
+        return "the same"
+    return f"{spoken(seconds)} ({share:+.0%})".replace("%", " %")

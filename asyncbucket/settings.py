@@ -1,0 +1,223 @@
+"""Limits from outside the code: environment variables, and tables in TOML files.
+
+Both give what a limiter's own arguments are, under the same names: ``limits`` (texts), ``preset``,
+the keywords ``rpm``, ``tpm`` and their like, ``concurrency``, ``max_queue``, ``name``, ``store``.
+"""
+
+import os
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from asyncbucket.errors import LimitSyntaxError
+from asyncbucket.limits import KEYWORDS, Limit
+
+L = TypeVar("L")
+
+_FILES: Final = ("asyncbucket.toml", "pyproject.toml")
+_TABLE: Final = "asyncbucket"
+_KNOWN: Final = ("limits", "preset", *KEYWORDS, "concurrency", "max_queue", "name", "store")
+
+
+def from_env(
+    cls: Callable[..., L],
+    prefix: str = "ASYNCBUCKET_",
+    *,
+    environ: Mapping[str, str] | None = None,
+    **arguments: Any,
+) -> L:
+    """Return a limiter as the environment describes it.
+
+    ``ASYNCBUCKET_RPM=500``, ``_TPM=200k``, ``_CONCURRENCY=20`` (or ``auto``, or ``8-64``),
+    ``_LIMITS="10k RPD; 3 images/10s"``, ``_PRESET=openai/tier-1/gpt-4o-mini``, ``_NAME``,
+    ``_MAX_QUEUE``, ``_STORE``. Empty variables count as not set.
+
+    Args:
+        cls: what is made of it: `Limiter`.
+        prefix: how the variables' names begin.
+        environ: where they are, by default ``os.environ``.
+        arguments: further arguments of the limiter, which go before variables of the same name.
+
+    Raises:
+        LimitSyntaxError: a variable cannot be read, is not known, or none limits anything; a
+            ValueError. The message names the variable.
+    """
+    variables = os.environ if environ is None else environ
+    found: dict[str, Any] = {}
+    for variable, text in variables.items():
+        name = variable.removeprefix(prefix).lower()
+        if variable.startswith(prefix) and text.strip():
+            _check_name(name, f"environment variable {variable}", prefix=prefix)
+            if arguments.get(name) is None:
+                found[name] = _told(variable, partial(_read, name, text.strip()))
+    hint = f"set e.g. {prefix}RPM=500 and {prefix}TPM=200k"
+    return _make(cls, found, arguments, where=f"environment variables {prefix}*", hint=hint)
+
+
+def from_toml(
+    cls: Callable[..., L],
+    path: str | PathLike[str] | None = None,
+    *,
+    limiter: str | None = None,
+    **arguments: Any,
+) -> L:
+    """Return a limiter as a TOML file describes it: the table ``[tool.asyncbucket]``.
+
+    In ``pyproject.toml`` that is the table; in other files it is ``[asyncbucket]``, or the whole
+    file. Tables in it describe further limiters, found by their name::
+
+        [tool.asyncbucket]
+        rpm = 500
+        tpm = "200k"
+        concurrency = 20
+
+        [tool.asyncbucket.batch]
+        limits = ["100 RPM burst 10", "1M TPD"]
+
+    Args:
+        cls: what is made of it: `Limiter`.
+        path: the file; by default the nearest ``asyncbucket.toml``, or ``pyproject.toml`` that has
+            the table, from the working directory upwards.
+        limiter: the name of a table in the table; it is the limiter's name unless that has one.
+        arguments: further arguments of the limiter, which go before entries of the same name.
+
+    Raises:
+        LimitSyntaxError: an entry cannot be read, is not known, or none limits anything; a
+            ValueError. The message names the file and the entry.
+        FileNotFoundError: there is no such file.
+    """
+    file, table = _find(path)
+    where = f"{file}, [{_TABLE if file.name != _FILES[1] else f'tool.{_TABLE}'}]"
+    tables = {name: value for name, value in table.items() if isinstance(value, Mapping)}
+    if limiter is not None:
+        if limiter not in tables:
+            known = ", ".join(tables) or "none"
+            raise LimitSyntaxError(f"{where} has no table {limiter!r}; it has {known}")
+        where = f"{where[:-1]}.{limiter}]"
+        table, tables = {"name": limiter, **tables[limiter]}, {}
+    found: dict[str, Any] = {}
+    for name, value in table.items():
+        if name not in tables:
+            _check_name(name, f"entry {name!r} of {where}")
+            if arguments.get(name) is None:
+                found[name] = _told(f"{where}: {name}", partial(_read, name, value))
+    hint = "write e.g. rpm = 500"
+    return _make(cls, found, arguments, where=where, hint=hint)
+
+
+def _make(
+    cls: Callable[..., L],
+    found: dict[str, Any],
+    arguments: dict[str, Any],
+    *,
+    where: str,
+    hint: str,
+) -> L:
+    limits = [*found.pop("limits", ()), *found.pop("preset", ())]
+    given = {**found, **{name: value for name, value in arguments.items() if value is not None}}
+    if not limits and not given.keys() & {*KEYWORDS, "concurrency"}:
+        raise LimitSyntaxError(f"{where} limit nothing; {hint}")
+    return _told(where, lambda: cls(*limits, **given))
+
+
+def _told(where: str, make: Callable[[], L]) -> L:
+    """Return what ``make`` does; an error says where it comes from."""
+    try:
+        return make()
+    except (TypeError, ValueError) as error:
+        raise LimitSyntaxError(f"{where}: {error}") from error
+
+
+def _check_name(name: str, what: str, *, prefix: str | None = None) -> None:
+    if name not in _KNOWN:
+        known = (name if prefix is None else f"{prefix}{name.upper()}" for name in _KNOWN)
+        raise LimitSyntaxError(f"{what} is not known; known are {', '.join(known)}")
+
+
+def _read(name: str, value: object) -> Any:
+    """Return the argument called ``name``, of a text from the environment or a value from TOML."""
+    if name == "limits":
+        return _limits(value)
+    if name == "preset":
+        from asyncbucket.presets import preset
+
+        return preset(_text(value))
+    if name in ("name", "store"):
+        return _text(value)
+    if name == "concurrency":
+        return _concurrency(value)
+    return _number(value)
+
+
+def _limits(value: object) -> list[Limit]:
+    texts: Iterable[Any] = value.split(";") if isinstance(value, str) else _list(value)
+    return [Limit.parse(text) for text in texts if not isinstance(text, str) or text.strip()]
+
+
+def _concurrency(value: object) -> Any:
+    if isinstance(value, str):
+        least, _, most = value.partition("-")
+        if value == "auto":
+            return value
+        return (int(_number(least)), int(_number(most))) if most else int(_number(value))
+    return tuple(_list(value)) if isinstance(value, list) else value
+
+
+def _number(value: object) -> float:
+    """Return a number; a text may be written as in limits: "14,400", "200k", "1.5M"."""
+    if isinstance(value, str):
+        try:
+            return Limit.parse(f"{value.strip()}/s").amount
+        except LimitSyntaxError:
+            raise ValueError(f"{value!r} is no number such as 500, 14,400 or 200k") from None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{value!r} is no number")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f'{value!r} is no list such as ["500 RPM", "200k TPM"]')
+    return value
+
+
+def _find(path: str | PathLike[str] | None) -> tuple[Path, Mapping[str, Any]]:
+    """Return the file and the table that describes limiters."""
+    if path is not None:
+        file = Path(path)
+        return file, _table(file, required=True)
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        for name in _FILES:
+            file = folder / name
+            if file.is_file() and (table := _table(file, required=False)):
+                return file, table
+    raise FileNotFoundError(
+        f"no {_FILES[0]}, nor a {_FILES[1]} with [tool.{_TABLE}], in {here} or above it: write one, "
+        "or give its path"
+    )
+
+
+def _table(file: Path, *, required: bool) -> Mapping[str, Any]:
+    with file.open("rb") as content:
+        try:
+            document = tomllib.load(content)
+        except ValueError as error:
+            raise LimitSyntaxError(f"{file} is no TOML: {error}") from error
+    project = file.name == _FILES[1]
+    place = document.get("tool", {}) if project else document
+    table = place.get(_TABLE, {} if project else document)
+    if required and not table:
+        raise LimitSyntaxError(f"{file} has no table [{'tool.' if project else ''}{_TABLE}]")
+    if not isinstance(table, Mapping):
+        raise LimitSyntaxError(f"{file}: {_TABLE} is no table but {table!r}")
+    return table

@@ -1,0 +1,275 @@
+"""`asyncbucket doctor`: what it finds, and what it says to do about it."""
+
+import json
+import socket
+import sys
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from asyncbucket.cli.app import app
+from asyncbucket.cli.doctor import installed, surroundings
+from asyncbucket.cli.doctor.findings import Finding, State
+
+
+def packages(**versions: str) -> Callable[[str], str | None]:
+    """Pretend that these are installed, and nothing else."""
+    return {name.replace("_", "-"): number for name, number in versions.items()}.get
+
+
+def said(findings: Iterable[Finding]) -> list[tuple[str, str]]:
+    """Return what was found, and how good it is."""
+    return [(each.state.value, each.found) for each in findings]
+
+
+def typed(*arguments: str, status: int = 0) -> str:
+    """Run the command and return what it printed."""
+    result = CliRunner().invoke(app, ["doctor", *arguments])
+    assert result.exit_code == status, result.output
+    return result.stdout
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither this project's settings nor the machine's are found."""
+    monkeypatch.chdir(tmp_path)
+
+
+def test_findings_are_listed_and_counted() -> None:
+    """In this environment nothing is wrong."""
+    shown = typed()
+
+    assert "asyncbucket" in shown
+    assert "0 wrong, " in shown.splitlines()[-1]
+
+
+def test_help_has_an_example() -> None:
+    """With a store."""
+    shown = CliRunner().invoke(app, ["doctor", "--help"]).stdout
+
+    assert "asyncbucket doctor --store redis://127.0.0.1:6379/0" in shown
+
+
+def test_json_has_each_finding_with_its_remedy() -> None:
+    """Whatever is not good has one."""
+    findings = json.loads(typed("--json"))
+
+    assert all(each.keys() == {"about", "state", "found", "remedy"} for each in findings)
+    assert all(each["remedy"] for each in findings if each["state"] != "good")
+
+
+def test_problem_is_status_1() -> None:
+    """So that a deployment stops at it."""
+    shown = typed("--store", "nowhere://x", status=1)
+
+    assert "BAD" in shown
+    assert "1 wrong" in shown
+
+
+def test_package_that_breaks_when_it_is_loaded_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A doctor does not die of what its patient has."""
+
+    def broken() -> list[Finding]:
+        raise TypeError("unsupported operand")
+
+    monkeypatch.setattr(installed, "tokenizer", broken)
+
+    findings = json.loads(typed("--json", status=1))
+
+    (problem,) = (each for each in findings if each["state"] == "bad")
+    assert (problem["about"], problem["found"]) == (
+        "broken",
+        "looking failed: TypeError: unsupported operand",
+    )
+
+
+def test_store_answers(tmp_path: Path) -> None:
+    """It is opened, booked in, and asked what it is."""
+    shown = " ".join(typed("--store", f"sqlite:///{tmp_path}/limits.db").split())
+
+    assert " answers in " in shown
+
+
+def test_store_that_is_out_of_reach_is_named_without_its_password() -> None:
+    """With what to do."""
+    pytest.importorskip("redis")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    url = f"redis://user:secret@127.0.0.1:{port}/0"  # closed by now
+
+    (finding,) = (
+        each
+        for each in json.loads(typed("--json", "--store", url, status=1))
+        if each["about"] == "store"
+    )
+
+    assert f"redis://user:***@127.0.0.1:{port}/0" in finding["found"]
+    assert "secret" not in finding["found"]
+    assert finding["remedy"] == "start the server, or correct the URL"
+
+
+def test_no_http_client_is_a_note() -> None:
+    """There may be nothing to pace over HTTP."""
+    assert said(installed.http_families(packages())) == [
+        (
+            "note",
+            "neither httpx nor httpx2 is installed, so limiter.transport() has nothing to pace",
+        )
+    ]
+
+
+def test_durations_need_their_extra() -> None:
+    """Or resets such as 6m0s stay unread."""
+    findings = said(installed.http_families(packages(httpx="0.28.1")))
+
+    assert findings == [
+        ("good", "httpx 0.28.1"),
+        ("note", "headers that say durations such as 6m0s cannot be read"),
+    ]
+
+
+@pytest.mark.parametrize(("number", "family"), [("2.54.0", "httpx"), ("3.1.0", "httpx2")])
+def test_sdk_is_told_with_its_family(number: str, family: str) -> None:
+    """It changed at version 3."""
+    findings = said(installed.sdks(packages(openai=number, httpx="0.28", httpx2="2.16")))
+
+    assert findings[0] == ("good", f"openai {number}, sends by {family}")
+    assert findings[1] == (
+        "note",
+        "its clients try a call 3 times, beneath whatever else retries",
+    )
+
+
+def test_sdk_without_its_family_is_wrong() -> None:
+    """It cannot send anything."""
+    findings = said(installed.sdks(packages(openai="3.1.0", httpx="0.28")))
+
+    assert findings == [("bad", "openai 3.1.0 sends by httpx2, which is not installed")]
+
+
+def test_retries_around_retries_are_told() -> None:
+    """LlamaIndex's own, where its model for OpenAI is installed."""
+    alone = said(installed.llama_index(packages(llama_index_core="0.14.25")))
+    both = said(
+        installed.llama_index(packages(llama_index_core="0.14.25", llama_index_llms_openai="0.8.3"))
+    )
+
+    assert alone == [("good", "llama-index-core 0.14.25")]
+    assert both[1] == (
+        "note",
+        "OpenAI(...) retries 3 times around the SDK's own retries; that multiplies",
+    )
+    assert said(installed.llama_index(packages())) == []
+
+
+def test_version_out_of_range_is_wrong() -> None:
+    """With the range, and how to get into it."""
+    wanted = ['llama-index-core<0.15,>=0.14.21; extra == "llama-index"', "stamina>=25.2"]
+
+    (finding,) = installed.ranges(
+        packages(llama_index_core="0.13.0", stamina="26.1"), lambda: wanted
+    )
+
+    assert finding.state is State.BAD
+    assert finding.found.startswith("llama-index-core 0.13.0 is not in ")
+    assert finding.remedy is not None
+    assert finding.remedy.startswith('pip install "llama-index-core')
+
+
+def test_source_tree_has_no_ranges() -> None:
+    """Nothing is installed there."""
+
+    def missing() -> list[str]:
+        raise PackageNotFoundError
+
+    assert list(installed.ranges(packages(stamina="1"), missing)) == []
+
+
+def test_tokenizer_that_may_download_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would fail where there is no network."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "/no/such/folder")
+
+    assert said(installed.tokenizer(packages())) == [
+        (
+            "note",
+            "TIKTOKEN_CACHE_DIR names no folder: tiktoken will download when LlamaIndex counts",
+        )
+    ]
+
+
+def test_missing_tokenizer_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts are counted by characters then."""
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    monkeypatch.setattr("asyncbucket.llama_index.tokens.bundled_tokenizer", lambda: None)
+
+    (finding,) = installed.tokenizer(packages(llama_index_core="0.14.25"))
+
+    assert finding.found == "wrapped models count tokens by characters: cl100k_base is not at hand"
+
+
+def test_settings_that_cannot_be_read_are_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Those of the environment and those of the project."""
+    monkeypatch.setenv("ASYNCBUCKET_RPM", "fast")
+    (tmp_path / "pyproject.toml").write_text("[tool.asyncbucket]\ntpm = 'much'\n", "utf-8")
+
+    (variable,) = surroundings.environment()
+    (entry,) = surroundings.project()
+
+    assert variable.state is entry.state is State.BAD
+    assert variable.found.startswith("ASYNCBUCKET_RPM: 'fast' is no number")
+    assert variable.remedy == "correct or unset ASYNCBUCKET_RPM"
+    assert "tpm: 'much' is no number" in entry.found
+
+
+def test_settings_that_can_be_read_are_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As the limits that they make."""
+    monkeypatch.setenv("ASYNCBUCKET_RPM", "500")
+    (tmp_path / "pyproject.toml").write_text("[tool.asyncbucket]\nconcurrency = 7\n", "utf-8")
+
+    assert said(surroundings.environment()) == [
+        ("good", "Limiter.from_env(): 500 requests per 60 s")
+    ]
+    assert said(surroundings.project()) == [("good", "Limiter.from_toml(): concurrency 7")]
+
+
+def test_coarse_clock_is_a_note() -> None:
+    """As on Windows."""
+    (finding,) = surroundings.clock(0.015625)
+
+    assert finding.found.startswith("time.monotonic() moves in steps of 15.6")
+    assert next(surroundings.clock(1e-9)).state is State.GOOD
+
+
+def test_event_loop_in_use_is_named() -> None:
+    """Not the one that could be."""
+    uvloop = pytest.importorskip("uvloop")
+
+    (own,) = surroundings.event_loop(uvloop.new_event_loop)
+    (usual,) = surroundings.event_loop()
+
+    assert own.found == "uvloop.Loop"
+    assert usual.found.startswith("asyncio.")
+    assert usual.found.endswith("(uvloop is installed, and not used)")
+
+
+def test_source_tree_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says so."""
+
+    def missing(_: str) -> str:
+        raise PackageNotFoundError
+
+    monkeypatch.setattr(surroundings, "version", missing)
+
+    (finding,) = surroundings.interpreter()
+
+    assert finding.found.startswith("asyncbucket (not installed) on ")
+    assert f"{sys.version_info.major}." in finding.found

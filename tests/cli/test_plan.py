@@ -1,0 +1,211 @@
+"""`asyncbucket plan`: what is typed, what is seen, what is drawn."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from asyncbucket.cli.app import app
+from asyncbucket.cli.plan.options import EXAMPLES
+from asyncbucket.cli.plan.report import columns_of
+from asyncbucket.cli.plot import Canvas
+from asyncbucket.plan import AgentTree, plan
+
+EXAMPLE = (
+    *("--calls", "10000", "--tokens", "800", "--rpm", "500", "--tpm", "200000"),
+    *("--concurrency", "32", "--latency", "1.5"),
+)
+
+
+def typed(*arguments: str, status: int = 0) -> str:
+    """Run the command and return what it printed, or its error."""
+    result = CliRunner().invoke(app, ["plan", *arguments])
+    assert result.exit_code == status, result.output
+    return result.stdout if status == 0 else result.stderr
+
+
+def test_example_of_the_docs() -> None:
+    """A sentence, a table and a plot with the limit in it."""
+    lines = typed(*EXAMPLE).splitlines()
+
+    assert lines[0] == "39 min 39 s, tokens bind: 10,000 calls with 8,000,000 tokens"
+    assert any("200,000 tokens per 60 s" in line and "20 min 2 s (-49 %)" in line for line in lines)
+    assert any(line.lstrip().startswith("4.2/s") for line in lines)
+    assert "35 min" in lines[-1]
+
+
+@pytest.mark.filterwarnings("ignore::asyncbucket.presets.PresetWarning")
+@pytest.mark.parametrize("line", [line for line in EXAMPLES.splitlines() if "plan " in line])
+def test_examples_of_the_help_run(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever copies one sees a plan."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('"What is a bucket?"\n' * 50, "utf-8")
+
+    _, command, *arguments = shlex.split(line)
+
+    assert command == "plan"
+    assert line.strip() in CliRunner().invoke(app, ["plan", "--help"]).stdout
+    assert " calls" in typed(*arguments).splitlines()[0]
+
+
+def test_json_is_the_plan() -> None:
+    """The same as from Python."""
+    planned = plan(calls=100, rpm=60, latency=[1.0, 2.0, 3.0], seed=7)
+
+    shown = json.loads(
+        typed("--calls", "100", "--rpm", "60", "--latency", "2", "--json", "--seed", "7")
+    )
+
+    assert shown.keys() == planned.as_dict().keys()
+    assert shown["bound_by"] == "requests"
+
+
+def test_samples_are_read_from_files(tmp_path: Path) -> None:
+    """Prompts for tokens, a log for latencies."""
+    prompts, log = tmp_path / "prompts.jsonl", tmp_path / "log.jsonl"
+    prompts.write_text('"What is a bucket?"\n{"prompt": "And a token?"}\n', "utf-8")
+    log.write_text("1.5\n2.5\n", "utf-8")
+
+    shown = json.loads(typed("--tokens", str(prompts), "--latency", str(log), "--json"))
+
+    assert (shown["calls"], shown["tokens"], shown["duration"]) == (2, 5 + 16, 2.5)
+
+
+def test_agents_are_a_tree() -> None:
+    """Each option is a side of it."""
+    tree = AgentTree(agents=2, depth=2, fan_out=3, steps=2)
+
+    shown = json.loads(
+        typed(
+            *("--agents", "2", "--depth", "2", "--fan-out", "3", "--steps", "2"),
+            *("--latency", "1", "--json"),
+        )
+    )
+
+    assert (shown["calls"], shown["duration"]) == (tree.calls, 4.0)
+
+
+def test_limits_of_all_kinds_are_one_list(recwarn: pytest.WarningsRecorder) -> None:
+    """Options, texts and a preset, which may be old by now."""
+    shown = json.loads(
+        typed(
+            *("--calls", "5", "--tokens", "10", "--rpd", "9", "--limit", "8 RPH"),
+            *("--limit", "7k TPD", "--preset", "openai/tier-2/gpt-4o-mini", "--json"),
+        )
+    )
+
+    assert [limit["limit"] for limit in shown["limits"]] == [
+        "8 requests per 3600 s",
+        "7,000 tokens per 86400 s",
+        "5,000 requests per 60 s",
+        "2,000,000 tokens per 60 s",
+        "9 requests per 86400 s",
+    ]
+    assert {warning.category.__name__ for warning in recwarn} <= {"PresetWarning"}
+
+
+def test_tenants_are_told_in_words() -> None:
+    """Each with its own calls, limits and share."""
+    shown = json.loads(
+        typed(
+            *("--tpm", "60000", "--tokens", "1000", "--latency", "1", "--json"),
+            *("--tenant", "acme weight=2 calls=60 latency=3"),
+            *("--tenant", "bob calls=30 rpm=20 concurrency=2 priority=batch poisson=1"),
+        )
+    )
+
+    assert {name: each["calls"] for name, each in shown["tenants"].items()} == {
+        "acme": 60,
+        "bob": 30,
+    }
+    assert [limit["tenant"] for limit in shown["limits"]] == [None, "bob", "bob"]
+
+
+def test_tenants_have_a_table() -> None:
+    """Below that of the limits."""
+    shown = typed("--rpm", "60", "--tenant", "acme calls=90", "--tenant", "bob calls=30")
+
+    assert "wait p95" in shown
+    assert any(line.split()[:2] == ["acme", "90"] for line in shown.splitlines())
+
+
+def test_what_nobody_waits_for_is_not_drawn() -> None:
+    """There is nothing to see."""
+    assert "│" not in typed("--calls", "5", "--rpm", "500")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ((), "error: how many calls? give --calls, a file of --tokens, --agents or --tenant\n"),
+        (("--calls", "3", "--limit", "many"), "error: 'many' is no limit; write e.g."),
+        (("--calls", "3", "--tokens", "none.jsonl"), "error: [Errno 2] No such file"),
+        (
+            ("--calls", "3", "--depth", "2"),
+            "error: --depth, --fan-out and --steps are about agents",
+        ),
+        (("--agents", "3", "--poisson", "2"), "error: --poisson and --agents are two ways"),
+        (("--calls", "3", "--out", "plan.gif"), "error: a picture is one of .png, .svg, .pdf"),
+        (
+            ("--tenant", "a calls=3 pace=2"),
+            "error: --tenant 'a calls=3 pace=2': 'pace=2' is no word",
+        ),
+        (("--tenant", "a calls=few"), "error: --tenant: calls must be a whole number, not 'few'"),
+        (("--calls", "3", "--preset", "x"), "error: no preset is called 'x'"),
+        (("--calls", "3", "--tokens", "9", "--limit", "5 TPM"), "error: no call can ever pass"),
+    ],
+)
+def test_mistake_is_a_line_and_status_2(arguments: tuple[str, ...], error: str) -> None:
+    """No traceback."""
+    assert typed(*arguments, status=2).startswith(error)
+
+
+@pytest.mark.parametrize("options", [(), ("--dark",)])
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_picture_is_drawn(tmp_path: Path, kind: str, options: tuple[str, ...]) -> None:
+    """For a light page and a dark one."""
+    path = tmp_path / f"plan.{kind}"
+
+    shown = typed("--calls", "300", "--rpm", "60", "--out", str(path), *options)
+
+    assert shown.endswith(f"drawn: {path}\n")
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG" if kind == "png" else b"<?xml")
+    if kind == "svg":
+        assert (b"#17191c" in content) == bool(options)
+
+
+def test_picture_of_a_plan_without_waits(tmp_path: Path) -> None:
+    """No limit, no alternatives, no duration."""
+    path = tmp_path / "plan.png"
+
+    typed("--calls", "3", "--out", str(path))
+
+    assert path.stat().st_size > 1_000
+
+
+def test_columns_of_a_plot_hold_all_admissions() -> None:
+    """Whatever the widths of columns and of parts."""
+    planned = plan(calls=500, rpm=60)
+    canvas: Any = Canvas(seconds=planned.duration, width=70)
+
+    columns = columns_of(planned, canvas)
+
+    width = canvas.bins * canvas.bin / canvas.columns
+    assert sum(columns) * width == pytest.approx(500)
+
+
+def test_missing_matplotlib_names_its_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One line."""
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+
+    error = typed("--calls", "3", "--out", str(tmp_path / "plan.png"), status=2)
+
+    assert error.endswith('pip install "asyncbucket[plot]"\n')

@@ -1,0 +1,487 @@
+"""`asyncbucket run` as one uses it: real HTTP on loopback, real processes, real signals.
+
+The provider runs on the machine's clock, in a thread or a process of its own: virtual time won't do.
+"""
+
+import contextlib
+import http.server
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from asyncbucket.cli.app import app
+from asyncbucket.testing import ProviderProcess
+from asyncbucket.testing.pytest_plugin import ProviderFactory
+
+pytestmark = pytest.mark.real_clock
+
+COMMAND = [sys.executable, "-m", "asyncbucket", "run"]
+SECRET = "sk-very-secret"
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_with_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each test has its own folder, and a key."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+
+
+def batch(count: int, *, path: str = "in.jsonl", **body: Any) -> str:
+    """Write a batch file of chats and return its name."""
+    with Path(path).open("w") as file:
+        for number in range(count):
+            chat = {
+                "model": "gpt",
+                "max_tokens": 16,
+                "messages": [{"role": "user", "content": f"What is {number} times {number}?"}],
+            }
+            line = {
+                "custom_id": f"q{number}",
+                "method": "POST",
+                "url": "/v1/chat/completions",
+                "body": chat | body,
+            }
+            file.write(json.dumps(line) + "\n")
+    return path
+
+
+def run(provider: Any, *arguments: str) -> Result:
+    """Run it in this process."""
+    given = ["run", *arguments, "--api-base", provider.base_url]
+    return CliRunner().invoke(app, given, prog_name="asyncbucket")
+
+
+def lines_of(path: str) -> list[dict[str, Any]]:
+    """Return the lines of a file of JSON."""
+    return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+
+
+def test_every_line_is_answered_once(rate_limited_provider: ProviderFactory) -> None:
+    """In the form of OpenAI's output files, with usage, attempts, wait and line beside."""
+    provider = rate_limited_provider(rpm=6_000)
+
+    result = run(provider, batch(50), "-o", "out.jsonl", "--rpm", "6000", "--concurrency", "8")
+
+    answers = {line["custom_id"]: line for line in lines_of("out.jsonl")}
+    assert result.exit_code == 0, result.output
+    assert provider.statistics().admitted == len(answers) == 50
+    assert provider.statistics().refused == 0
+    answer = answers["q7"]
+    content = answer["response"]["body"]["choices"][0]["message"]["content"]
+    assert content == "You said: What is 7 times 7?"
+    assert answer["response"]["status_code"] == 200
+    assert answer["response"]["request_id"].startswith("req_")
+    assert answer["usage"] == answer["response"]["body"]["usage"]
+    assert (answer["error"], answer["attempts"], answer["line"]) == (None, 1, 8)
+    assert "50 answered" in result.stderr
+    assert not Path("out.errors.jsonl").exists()
+
+
+def test_second_run_sends_nothing(rate_limited_provider: ProviderFactory) -> None:
+    """And lines that were added meanwhile are sent."""
+    provider = rate_limited_provider()
+    arguments = ["-o", "out.jsonl", "--rpm", "6000"]
+    run(provider, batch(10), *arguments)
+
+    again = run(provider, batch(10), *arguments)
+    more = run(provider, batch(12), *arguments)
+
+    assert (again.exit_code, more.exit_code) == (0, 0)
+    assert "0 answered and 10 earlier" in again.stderr
+    assert provider.statistics().admitted == len(lines_of("out.jsonl")) == 12
+
+
+def test_bad_lines_are_named_and_the_rest_goes_on(rate_limited_provider: ProviderFactory) -> None:
+    """The errors file has their numbers and reasons; the status says that not all is well."""
+    provider = rate_limited_provider()
+    good = Path(batch(2)).read_bytes()
+    Path("in.jsonl").write_bytes(b'{"custom_id": \n' + good + b"\xff\n\n" + good)
+
+    result = run(provider, "in.jsonl", "-o", "out.jsonl", "--rpm", "6000")
+
+    errors = {line["line"]: line["error"] for line in lines_of("out.errors.jsonl")}
+    assert result.exit_code == 1
+    assert sorted(errors) == [1, 4, 6, 7]
+    assert {error["code"] for error in errors.values()} == {"bad_line"}
+    assert errors[6]["message"] == "custom_id 'q0' is that of line 2, too"
+    assert len(lines_of("out.jsonl")) == provider.statistics().admitted == 2
+    assert "4 bad lines" in result.stderr
+    assert "line 1: no JSON" in result.stderr
+
+
+def test_refused_request_is_an_error_and_is_tried_again_by_the_next_run(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    """What the provider says of it is in the errors file, and the run goes on."""
+    provider = rate_limited_provider()
+    provider.fail_next(1, status=400, code="string_above_max_length")
+    arguments = [batch(3), "-o", "out.jsonl", "--rpm", "6000", "--concurrency", "1"]
+
+    first = run(provider, *arguments)
+    (error,) = lines_of("out.errors.jsonl")
+    second = run(provider, *arguments)
+
+    assert (first.exit_code, second.exit_code) == (1, 0)
+    assert error["error"]["code"] == "string_above_max_length"
+    assert error["response"]["status_code"] == 400
+    assert error["custom_id"] == "q0"
+    assert sorted(line["custom_id"] for line in lines_of("out.jsonl")) == ["q0", "q1", "q2"]
+    assert not Path("out.errors.jsonl").exists()
+
+
+def test_failed_attempts_are_tried_again(rate_limited_provider: ProviderFactory) -> None:
+    """A 429 with its Retry-After, once; the line says how many attempts it took."""
+    provider = rate_limited_provider()
+    provider.fail_next(1, status=429, retry_after=0.1)
+
+    result = run(provider, batch(1), "-o", "out.jsonl", "--rpm", "6000")
+
+    (answer,) = lines_of("out.jsonl")
+    assert result.exit_code == 0
+    assert answer["attempts"] == 2
+    assert "1 429s" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        ({"status": 401}, "HTTP 401"),
+        ({"status": 429, "code": "insufficient_quota"}, "HTTP 429"),
+        ({"status": 404}, "HTTP 404"),
+    ],
+)
+def test_what_every_request_would_get_ends_the_run(
+    rate_limited_provider: ProviderFactory, failure: dict[str, Any], said: str
+) -> None:
+    """A wrong key, an empty account, a wrong model: a thousand lines are not tried."""
+    provider = rate_limited_provider()
+    provider.fail_next(1_000, **failure)
+
+    result = run(provider, batch(1_000), "-o", "out.jsonl", "--rpm", "60000", "--concurrency", "4")
+
+    assert result.exit_code == 2
+    assert f"error: no request succeeds: {said}" in result.stderr
+    assert provider.statistics().requests < 50
+    assert SECRET not in result.output + Path("out.errors.jsonl").read_text()
+
+
+def test_outage_ends_the_run_before_it_has_burnt_the_file(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    """Fifty failures in a row; the lines after them are left for the next run."""
+    provider = rate_limited_provider(always=500)
+    arguments = [batch(500), "-o", "out.jsonl", "--rpm", "60000", "--attempts", "1"]
+
+    result = run(provider, *arguments, "--concurrency", "4")
+    provider.reconfigure(always=None)
+    again = run(provider, *arguments)
+
+    assert (result.exit_code, again.exit_code) == (2, 0)
+    assert "error: no request succeeds: HTTP 500" in result.stderr
+    assert len(lines_of("out.jsonl")) == 500
+    assert provider.statistics().errors < 60
+
+
+def test_prompts_go_in_and_answers_come_out_of_pipes(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    """Standard input and output; nothing else is in the latter, and no file is left."""
+    provider = rate_limited_provider()
+    options = ["-", "-o", "-", "--model", "m", "--rpm", "6000", "--api-base", provider.base_url]
+    done = subprocess.run(
+        [*COMMAND, *options],
+        input="Why?\n\nWhy not?\nWhy?",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, done.stderr
+    assert sorted(answer["custom_id"] for answer in answers) == ["line-1", "line-3", "line-4"]
+    assert list(Path().iterdir()) == []
+
+
+def test_pipe_that_nobody_reads_any_more_ends_it_quietly(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    """As `head` does it."""
+    provider = rate_limited_provider(latency=0.05)
+    options = [batch(500), "--rpm", "60000", "--concurrency", "4", "--api-base", provider.base_url]
+    with subprocess.Popen(
+        [*COMMAND, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+        process.wait(30)
+
+    assert "Traceback" not in errors
+    assert "Broken" not in errors
+    assert provider.statistics().requests < 100
+
+
+def test_embeddings_and_responses_have_their_usage(rate_limited_provider: ProviderFactory) -> None:
+    """Each endpoint counts tokens by names of its own; the price adds them up."""
+    provider = rate_limited_provider()
+    Path("in.txt").write_text("How far is the moon?\n")
+    arguments = ["in.txt", "--rpm", "6000", "--model", "m", "--price", "1000/2000", "--json"]
+
+    for endpoint in ("embeddings", "responses"):
+        result = run(provider, *arguments, "-o", f"{endpoint}.jsonl", "--endpoint", endpoint)
+        summary = json.loads(result.stdout)
+        (answer,) = lines_of(f"{endpoint}.jsonl")
+        usage = answer["usage"]
+        sent = usage.get("prompt_tokens", usage.get("input_tokens"))
+        assert summary["input_tokens"] == sent > 0
+        assert summary["output_tokens"] == usage.get("output_tokens", 0)
+        assert summary["cost"] == pytest.approx(
+            (sent * 1_000 + summary["output_tokens"] * 2_000) / 1e6
+        )
+    assert provider.statistics().endpoints == {"embeddings": 1, "responses": 1}
+
+
+def test_key_that_a_provider_quotes_is_shown_to_nobody(httpx_says: Callable[[str], str]) -> None:
+    """Nor is the password of a URL: not on the screen, in the errors, or in the checkpoint."""
+    base = httpx_says(f"Incorrect API key provided: {SECRET}")
+    arguments = [batch(1), "-o", "out.jsonl", "--rpm", "60", "--model", "m", "--api-base", base]
+
+    result = CliRunner().invoke(app, ["run", *arguments])
+
+    written = "".join(path.read_bytes().decode("latin-1") for path in Path().iterdir())
+    assert result.exit_code == 2
+    assert "Incorrect API key provided: ***" in result.stderr
+    assert SECRET not in result.output + written
+    assert "pass-word" not in result.output + written
+
+
+@pytest.fixture
+def httpx_says() -> Generator[Callable[[str], str]]:
+    """Make a server that answers 401 with a message, at a URL with a password."""
+    with contextlib.ExitStack() as stack:
+
+        def start(message: str) -> str:
+            body = json.dumps({"error": {"message": message, "code": "invalid_api_key"}}).encode()
+
+            class Handler(http.server.BaseHTTPRequestHandler):
+                def do_POST(self) -> None:
+                    self.rfile.read(int(self.headers["content-length"]))
+                    self.send_response(401)
+                    self.send_header("content-length", str(len(body)))
+                    self.end_headers()
+                    self.wfile.write(body)
+
+                def log_message(self, format: str, *args: Any) -> None: ...  # noqa: A002
+
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+            stack.callback(server.server_close)
+            stack.callback(server.shutdown)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            return f"http://somebody:pass-word@127.0.0.1:{server.server_port}/v1"
+
+        yield start
+
+
+def test_limits_may_be_those_that_a_provider_publishes(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    """By the name of a preset, as for `asyncbucket plan`."""
+    provider = rate_limited_provider()
+
+    result = run(provider, batch(1), "-o", "out.jsonl", "--preset", "openai/tier-1/gpt-4o-mini")
+
+    assert result.exit_code == 0
+    assert "500 requests a minute, 10,000 requests a day, 200,000 tokens" in result.stderr
+
+
+def test_first_lines_only(rate_limited_provider: ProviderFactory) -> None:
+    """To see whether it does what one means before paying for all."""
+    provider = rate_limited_provider()
+
+    run(provider, batch(100), "-o", "out.jsonl", "--rpm", "6000", "--limit", "5")
+
+    assert sorted(line["line"] for line in lines_of("out.jsonl")) == [1, 2, 3, 4, 5]
+
+
+def test_restart_begins_anew(rate_limited_provider: ProviderFactory) -> None:
+    """Other settings are refused first: two models' answers in one file are no use."""
+    provider = rate_limited_provider()
+    arguments = [batch(3), "-o", "out.jsonl", "--rpm", "6000", "--model"]
+    run(provider, *arguments, "a")
+
+    refused = run(provider, *arguments, "b")
+    anew = run(provider, *arguments, "b", "--restart")
+
+    assert refused.exit_code == 2
+    assert "holds answers with model 'a', not 'b': give another -o, or --restart" in refused.stderr
+    assert anew.exit_code == 0
+    assert {line["response"]["body"]["model"] for line in lines_of("out.jsonl")} == {"b"}
+
+
+def test_dry_run_sends_nothing_and_says_how_long_it_would_take(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    """By the limiter itself on virtual time; what is done already is not counted."""
+    provider = rate_limited_provider()
+    arguments = [batch(600), "-o", "out.jsonl", "--rpm", "60", "--price", "1/1"]
+    run(provider, *arguments, "--limit", "2")
+    before = Path("out.jsonl").read_bytes()
+
+    result = run(provider, *arguments, "--dry-run")
+
+    assert result.exit_code == 0
+    assert result.stdout.startswith("598 requests to send, 2 answered earlier\n")
+    assert re.search(r"^(9|10) min.*requests bind", result.stdout, re.MULTILINE)
+    assert "tokens in" in result.stdout
+    assert "$" in result.stdout
+    assert provider.statistics().requests == 2
+    assert Path("out.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["in.jsonl"], "say what your key may do: --rpm and --tpm"),
+        (["none.jsonl", "--rpm", "1"], "none.jsonl is no file that can be read"),
+        (["in.jsonl", "--rpm", "1", "-o", "in.jsonl"], "in.jsonl is read and cannot be written"),
+        (["in.jsonl", "--rpm", "1", "-o", "no/out.jsonl"], "no is no folder"),
+        (["in.jsonl", "--rpm", "1", "--api-base", "localhost:8000"], "--api-base must begin with"),
+        (["in.jsonl", "--rpm", "1", "--price", "cheap"], "--price is dollars for a million tokens"),
+        (["in.jsonl", "--concurrency", "many"], "--concurrency is a number from 1 on, or auto"),
+        (["in.jsonl", "--rpm", "1", "--endpoint", "x"], "--endpoint is one of chat, responses"),
+        (
+            ["in.jsonl", "--rpm", "1", "--key-from", "NO_SUCH"],
+            "NO_SUCH is not set: export your key",
+        ),
+        (["in.jsonl", "--rpm", "1", "--json"], "--json prints on standard output"),
+        (["in.jsonl", "--also", "many"], "'many' is no limit"),
+        (["in.jsonl", "--rpm", "1", "--profile", "x"], "no profile is called 'x'"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_and_status_2(arguments: list[str], message: str) -> None:
+    """Before anything is sent or written."""
+    batch(1)
+
+    result = CliRunner().invoke(app, ["run", *arguments])
+
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+def test_interrupt_lets_requests_under_way_finish(rate_limited_provider: ProviderFactory) -> None:
+    """What was paid for is written; what waits in line is not sent; the next run goes on."""
+    provider = rate_limited_provider(latency=0.5)
+    arguments = [batch(200), "-o", "out.jsonl", "--rpm", "600", "--concurrency", "4"]
+    with subprocess.Popen(
+        [*COMMAND, *arguments, "--api-base", provider.base_url],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while provider.statistics().in_flight < 4:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
+
+    seen = provider.statistics()
+    assert (process.returncode, output) == (130, "")
+    assert "Traceback" not in errors
+    assert re.search(r"^stopping when \d requests? under way are answered", errors, re.MULTILINE)
+    assert "the same command goes on from here" in errors
+    assert len(lines_of("out.jsonl")) == seen.admitted < 20
+    assert seen.disconnected == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_killed_and_started_again_each_line_is_paid_once(tmp_path: Path) -> None:
+    """Five kills at random, against a provider that counts: nothing lost, no 429, limit used.
+
+    The sliding window is the strictest of its policies: a restart that burst would be refused.
+    """
+    chance = random.Random(5)
+    lines, rpm, at_once = 400, 3_000, 16
+    with ProviderProcess(rpm=rpm, latency=(0.05, 0.2), policy="sliding_window") as provider:
+        arguments = [batch(lines), "-o", "out.jsonl", "--rpm", str(rpm), "--quiet"]
+        arguments += ["--concurrency", str(at_once), "--api-base", provider.base_url]
+        for _ in range(5):
+            with subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE) as process:
+                wait_for_admissions(provider, chance.randrange(5, 60))
+                process.send_signal(signal.SIGKILL)
+        end = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+        seen = provider.statistics()
+
+    answers = Counter(line["custom_id"] for line in lines_of("out.jsonl"))
+    assert (end.returncode, end.stderr) == (0, "")
+    assert answers == Counter(f"q{number}" for number in range(lines))
+    assert seen.refused == 0
+    assert seen.admitted - lines <= 5 * at_once
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "in.jsonl",
+        "out.jsonl",
+        "out.jsonl.checkpoint",
+    }
+
+
+def wait_for_admissions(provider: ProviderProcess, more: int) -> None:
+    """Wait until the provider has admitted so many more."""
+    before = provider.statistics().admitted
+    while provider.statistics().admitted < before + more:
+        time.sleep(0.005)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_restarted_run_does_not_burst_over_the_limit() -> None:
+    """Sixty a minute with six at once: a second process finds the six used up."""
+    with ProviderProcess() as provider:
+        arguments = [batch(40), "-o", "out.jsonl", "--rpm", "60", "--api-base", provider.base_url]
+        for _ in range(3):
+            with subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE) as process:
+                wait_for_admissions(provider, 1)
+                time.sleep(0.2)
+                process.send_signal(signal.SIGKILL)
+        times = [arrival.time_ns for arrival in provider.arrivals]
+
+    seconds = (times[-1] - times[0]) / 1e9
+    assert len(times) <= 6 + seconds + 1
+
+
+def test_help_shows_how_it_is_used() -> None:
+    """With examples that are commands of this program."""
+    result = CliRunner().invoke(app, ["run", "--help"], prog_name="asyncbucket")
+
+    assert result.exit_code == 0
+    assert result.output.partition("Examples:")[2].count("asyncbucket run ") == 4
+
+
+def test_output_in_a_pipe_is_plain_and_fits(rate_limited_provider: ProviderFactory) -> None:
+    """No escape codes; at most 80 columns."""
+    provider = rate_limited_provider()
+    done = subprocess.run(
+        [*COMMAND, batch(5), "-o", "out.jsonl", "--rpm", "600", "--api-base", provider.base_url],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"TERM": "xterm-256color"},
+    )
+
+    assert "\x1b" not in done.stderr
+    assert max(map(len, done.stderr.splitlines())) <= 80
+    assert SECRET not in done.stderr

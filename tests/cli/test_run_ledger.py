@@ -1,0 +1,177 @@
+"""Which lines are answered: the file of answers is the truth, the index follows it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncbucket.cli.run.job import Job
+from asyncbucket.cli.run.ledger import Ledger
+from asyncbucket.cli.run.output import answer
+from asyncbucket.cli.run.request import BadLine, Request, read_request
+
+JOB = Job(source="-", out="-", model="m")
+SETTINGS: dict[str, Any] = {"model": "m"}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A file of answers that isn't there yet."""
+    return tmp_path / "out.jsonl"
+
+
+def opened(out: Path, settings: dict[str, Any] = SETTINGS) -> Ledger:
+    """Open it as a run does."""
+    return Ledger(out, Path(f"{out}.checkpoint"), settings)
+
+
+def prompt(text: str, line: int = 1) -> Request:
+    """Return a prompt."""
+    request = read_request(line, text.encode(), JOB)
+    assert request is not None
+    return request
+
+
+def answered(ledger: Ledger, request: Request) -> None:
+    """Answer a request."""
+    key, _ = ledger.look_up(request)
+    ledger.write(
+        key,
+        answer(
+            key=key,
+            line=request.line,
+            custom_id=request.custom_id,
+            status=200,
+            request_id="",
+            body={},
+            usage=None,
+            attempts=1,
+            waited=0,
+        ),
+    )
+
+
+def killed(ledger: Ledger) -> None:
+    """Close the files as the end of a process does: nothing is noted any more."""
+    ledger.close()
+
+
+def is_done(ledger: Ledger, request: Request) -> bool:
+    """Tell whether a request is answered."""
+    return ledger.look_up(request)[1]
+
+
+def test_answered_line_is_done_even_if_nobody_noted_it(out: Path) -> None:
+    """Killed right after the write: the index catches up with the file."""
+    ledger = opened(out)
+    answered(ledger, prompt("a"))
+    killed(ledger)
+
+    with opened(out) as again:
+        assert is_done(again, prompt("a"))
+        assert not is_done(again, prompt("b", 2))
+
+
+def test_half_a_line_is_cut_off(out: Path) -> None:
+    """Killed in the middle of a write: that line is asked for again, the others stand."""
+    with opened(out) as ledger:
+        answered(ledger, prompt("a"))
+    whole = out.read_bytes()
+    out.write_bytes(whole + b'{"id":"batch_req_00')
+
+    with opened(out) as again:
+        assert is_done(again, prompt("a"))
+    assert out.read_bytes() == whole
+
+
+def test_index_that_is_lost_or_broken_is_made_anew(out: Path) -> None:
+    """The answers hold all that it knew of lines."""
+    index = Path(f"{out}.checkpoint")
+    with opened(out) as ledger:
+        answered(ledger, prompt("a"))
+
+    index.unlink()
+    with opened(out) as again:
+        assert is_done(again, prompt("a"))
+
+    index.write_bytes(b"\0" * 9_000)
+    with opened(out) as again:
+        assert is_done(again, prompt("a"))
+
+
+def test_equal_prompts_are_lines_of_their_own(out: Path) -> None:
+    """Two of three were answered; the third is still to be."""
+    with opened(out) as ledger:
+        answered(ledger, prompt("a", 1))
+        answered(ledger, prompt("a", 2))
+
+    with opened(out) as again:
+        assert [is_done(again, prompt("a", line)) for line in (1, 2, 3)] == [True, True, False]
+
+
+def test_second_line_of_one_id_is_bad(out: Path) -> None:
+    """Nobody could tell their answers apart."""
+    line = {"custom_id": "x", "body": {"messages": [1]}}
+    first = read_request(1, json.dumps(line).encode(), JOB)
+    second = read_request(7, json.dumps(line).encode(), JOB)
+    assert first is not None
+    assert second is not None
+
+    with opened(out) as ledger:
+        ledger.look_up(first)
+        with pytest.raises(BadLine, match="custom_id 'x' is that of line 1, too"):
+            ledger.look_up(second)
+
+
+def test_answers_with_other_settings_are_not_continued(out: Path) -> None:
+    """The file would hold answers of two models."""
+    opened(out).close()
+
+    with pytest.raises(
+        ValueError, match=r"out.jsonl holds answers with model 'm', not 'n'.*--restart"
+    ):
+        opened(out, {"model": "n"})
+
+
+def test_file_of_somebody_else_is_left_alone(out: Path) -> None:
+    """It is no file of answers: nothing is appended, nothing cut off."""
+    out.write_text('{"my": "notes"}\nand more')
+
+    with pytest.raises(ValueError, match="was not written by `asyncbucket run`"):
+        opened(out)
+    assert out.read_text() == '{"my": "notes"}\nand more'
+
+
+def test_second_run_of_one_file_is_refused(out: Path) -> None:
+    """While the first is at it."""
+    with opened(out), pytest.raises(ValueError, match="is being written by another run"):
+        opened(out)
+
+
+def test_admissions_are_known_after_a_kill(out: Path) -> None:
+    """Those that came after the last note of the limiter's bookings."""
+    ledger = opened(out)
+    ledger.admitted({"requests": 1})
+    ledger.keep({"at": 1})
+    ledger.admitted({"requests": 1, "tokens": 5})
+    killed(ledger)
+
+    with opened(out) as again:
+        assert again.bookings() == {"at": 1}
+        assert [admission.cost for admission in again.admissions()] == [
+            {"requests": 1, "tokens": 5}
+        ]
+
+
+def test_file_that_became_shorter_is_read_anew(out: Path) -> None:
+    """Somebody removed answers to have them asked for again."""
+    with opened(out) as ledger:
+        answered(ledger, prompt("a"))
+        answered(ledger, prompt("b", 2))
+        ledger.keep({})
+    out.write_bytes(out.read_bytes().splitlines(keepends=True)[1])
+
+    with opened(out) as again:
+        assert not is_done(again, prompt("a"))
+        assert is_done(again, prompt("b", 2))

@@ -1,0 +1,130 @@
+"""One line: what it may be, and why it can't be sent."""
+
+import json
+from typing import Any
+
+import pytest
+
+from asyncbucket.cli.run.job import Job
+from asyncbucket.cli.run.request import BadLine, Request, read_request
+
+JOB = Job(source="-", out="-", model="m")
+
+
+def read(line: Any, job: Job = JOB, number: int = 1) -> Request:
+    """Read a line that is a request; what is no bytes is written as JSON."""
+    data = line if isinstance(line, bytes) else json.dumps(line).encode()
+    request = read_request(number, data, job)
+    assert request is not None
+    return request
+
+
+def batch(**members: Any) -> dict[str, Any]:
+    """Return a line of a batch file."""
+    body = {"model": "gpt", "messages": [{"role": "user", "content": "Hi"}]}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    return {name: value for name, value in (line | members).items() if value is not None}
+
+
+def test_batch_line_is_sent_as_it_is() -> None:
+    """Its id, its URL and its body."""
+    request = read(batch(), Job(source="-", out="-"))
+
+    assert (request.custom_id, request.path, request.named) == ("a", "/v1/chat/completions", True)
+    assert request.body == batch()["body"]
+
+
+def test_model_of_the_command_line_replaces_that_of_the_body() -> None:
+    """The same file can be sent to another server."""
+    assert read(batch()).body["model"] == "m"
+
+
+@pytest.mark.parametrize(
+    "line", [b"Why?", b'"Why?"', b"  Why?\r", "﻿Why?".encode(), b'{"prompt": "Why?"}']
+)
+def test_prompt_becomes_a_chat(line: bytes) -> None:
+    """Plain text, a JSON string, or an object with a prompt; numbered by its line."""
+    request = read(line)
+
+    assert request.body == {"messages": [{"role": "user", "content": "Why?"}], "model": "m"}
+    assert (request.custom_id, request.named) == ("line-1", False)
+
+
+def test_text_that_only_begins_as_json_is_a_prompt() -> None:
+    """A quotation is no mistake."""
+    assert read(b'"Why?" she said').body["messages"][0]["content"] == '"Why?" she said'
+
+
+def test_prompt_goes_to_the_endpoint_that_was_named() -> None:
+    """With the system message where there is one, and the bound of the reply by its right name."""
+    options: dict[str, Any] = {"source": "-", "out": "-", "model": "m", "system": "Be brief."}
+    chat = read(b"Why?", Job(**options, max_tokens=9))
+    responses = read(b"Why?", Job(**options, endpoint="responses", max_tokens=9))
+    embedding = read(b"Why?", Job(**options, endpoint="embeddings", max_tokens=9))
+
+    assert chat.body["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert chat.body["max_completion_tokens"] == 9
+    assert responses.path == "/v1/responses"
+    assert responses.body == {
+        "input": "Why?",
+        "instructions": "Be brief.",
+        "max_output_tokens": 9,
+        "model": "m",
+    }
+    assert (embedding.path, embedding.body) == ("/v1/embeddings", {"input": "Why?", "model": "m"})
+
+
+def test_bound_of_a_line_stays() -> None:
+    """`--max-tokens` is for those that have none."""
+    body = {"messages": [1], "max_tokens": 3}
+
+    assert read(body, Job(source="-", out="-", model="m", max_tokens=9)).body == body | {
+        "model": "m"
+    }
+
+
+def test_members_beside_a_prompt_are_kept() -> None:
+    """A temperature, a response format."""
+    assert read({"prompt": "Why?", "temperature": 0}).body["temperature"] == 0
+
+
+@pytest.mark.parametrize("line", [b"", b"   ", b"\t\r"])
+def test_empty_line_is_nothing(line: bytes) -> None:
+    """Neither a request nor a mistake."""
+    assert read_request(1, line, JOB) is None
+
+
+def test_key_depends_on_what_is_asked() -> None:
+    """Not on the order of members, nor on the place of a prompt in the file."""
+    assert read(b"Why?", number=1).key == read(b"Why?", number=2).key
+    assert read({"messages": [1], "n": 2}).key == read({"n": 2, "messages": [1]}).key
+    assert read(batch()).key != read(batch(custom_id="b")).key
+    assert read(b"Why?").key != read(b"Why not?").key
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"custom_id": ', "no JSON: Expecting value: line 1 column "),
+        (b"\xff\xfe", "not UTF-8 text at byte 0"),
+        (batch(custom_id=7), "custom_id is missing, or no text"),
+        (batch(custom_id="x" * 513), "custom_id has 513 characters, more than 512"),
+        (batch(method="GET"), "method is 'GET', only POST can be sent"),
+        (batch(url="/v1/files"), "url is '/v1/files', known are /v1/chat/completions, /v1/"),
+        (batch(body=None), "body is missing, or no object"),
+        (batch(body={"messages": []}), "the body has no messages"),
+        (batch(body={"messages": [1], "stream": True}), "the body asks for a stream"),
+        ({"input": "Hi"}, "the body has no messages, which /v1/chat/completions needs"),
+    ],
+)
+def test_bad_line_says_why(line: Any, reason: str) -> None:
+    """In words that somebody who mends the file can use."""
+    with pytest.raises(BadLine) as caught:
+        read(line)
+    assert reason in str(caught.value)
+
+
+def test_line_without_a_model_says_where_to_put_it() -> None:
+    """Where the command line names none either."""
+    with pytest.raises(BadLine, match="no model: give --model, or name one in the body"):
+        read(b"Why?", Job(source="-", out="-"))

@@ -1,0 +1,140 @@
+"""What is seen of a run: on a terminal of 80 columns, in a pipe, and at its end."""
+
+import asyncio
+import io
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from asyncbucket import Limiter
+from asyncbucket.cli.run.job import Job, Price, limits_of
+from asyncbucket.cli.run.report import headline, summary
+from asyncbucket.cli.run.screen import screen_for
+from asyncbucket.cli.run.tally import Tally
+from asyncbucket.testing import VirtualTime
+
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+
+
+def tally_in_the_middle(total: int | None = 5_000) -> Tally:
+    """Return a run in its middle, with something of everything."""
+    tally = Tally(price=Price(0.15, 0.6), total=total)
+    tally.earlier, tally.answered, tally.failed, tally.bad = 1_000, 1_234, 7, 3
+    tally.refused, tally.sent = 2, 1_250
+    tally.input_tokens, tally.output_tokens = 1_203_400, 301_200
+    tally.admitted = Counter({"requests": 1_250, "tokens": 1_504_600})
+    return tally
+
+
+def shown(
+    time: VirtualTime, tally: Tally, *, terminal: bool, seconds: float, quiet: bool = False
+) -> str:
+    """Return what is shown in some seconds."""
+    file = io.StringIO()
+    console = Console(file=file, width=80, force_terminal=terminal, highlight=False)
+    limiter = Limiter("500 RPM", "200k TPM", clock=time.clock)
+    screen = screen_for(console, quiet=quiet)
+
+    async def main() -> None:
+        showing = asyncio.create_task(screen.keep_up(tally, limiter))
+        await asyncio.sleep(seconds)
+        screen.say("stopping")
+        showing.cancel()
+        await asyncio.wait([showing])
+
+    time.run(main())
+    return ESCAPES.sub("", file.getvalue())
+
+
+def widest(text: str) -> int:
+    """Return the length of the longest line."""
+    return max(map(len, text.splitlines()))
+
+
+def test_terminal_of_80_columns_shows_all(virtual_time: VirtualTime) -> None:
+    """How far, how long, what goes wrong, what it costs: nothing is cut."""
+    output = shown(virtual_time, tally_in_the_middle(), terminal=True, seconds=1.0)
+
+    assert "2,244 of 5,000" in output
+    assert re.search(r"\d+ min left", output)
+    assert "0 in flight  2 429s  7 failed  3 bad  1,203,400 + 301,200 tokens  $0.3612" in output
+    assert widest(output) <= 80
+
+
+def test_unknown_end_shows_a_count(virtual_time: VirtualTime) -> None:
+    """Of a pipe: no bar, no time left."""
+    output = shown(virtual_time, tally_in_the_middle(None), terminal=True, seconds=1.0)
+
+    assert "2,244 lines" in output
+    assert "left" not in output
+
+
+def test_pipe_gets_a_line_every_ten_seconds(virtual_time: VirtualTime) -> None:
+    """A log that somebody reads later."""
+    output = shown(virtual_time, tally_in_the_middle(), terminal=False, seconds=35.0)
+
+    lines = output.splitlines()
+    assert (len(lines), lines[-1]) == (4, "stopping")
+    assert "2,244 of 5,000 done" in lines[0]
+
+
+def test_quiet_shows_nothing(virtual_time: VirtualTime) -> None:
+    """Not even that it stops."""
+    assert shown(virtual_time, tally_in_the_middle(), terminal=True, seconds=1, quiet=True) == ""
+
+
+def job(**options: object) -> Job:
+    """Return a job with limits."""
+    limits = limits_of(["40k ITPM"], rpm=500, tpm=200_000)
+    given = {"source": "in.jsonl", "out": "out.jsonl", "limits": limits, "model": "gpt-4o-mini"}
+    return Job(**(given | options))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def test_headline_says_what_and_under_which_limits() -> None:
+    """And where to, without the password that a URL may hold."""
+    text = headline(job(api_base="https://me:secret@example.org:8443/v1"), Tally(total=5_000))
+
+    assert text.splitlines() == [
+        "in.jsonl, 5,000 lines with gpt-4o-mini; https://example.org:8443/v1",
+        "40,000 input tokens a minute, 500 requests a minute, 200,000 tokens a minute, 100 at once",
+    ]
+
+
+def ended(change: Callable[[Tally], None]) -> str:
+    """Return the summary of a run that ended after 100 s."""
+    tally = tally_in_the_middle()
+    tally.started, tally.ended = 0.0, 100.0
+    change(tally)
+    return summary(job(errors=Path("bad.jsonl")), tally)
+
+
+def test_summary_adds_up() -> None:
+    """Every line is in one of its numbers; the commonest reasons are there."""
+
+    def change(tally: Tally) -> None:
+        tally.reasons.update({"http_500: overloaded": 6, "line 3: no JSON": 1})
+
+    assert ended(change).splitlines() == [
+        "done in 2 min: 1,234 answered and 1,000 earlier, 7 failed, 3 bad lines",
+        "1,250 requests (12.3 answers/s), 2 429s, 1,203,400 + 301,200 tokens, $0.3612",
+        "  6 x http_500: overloaded",
+        "  line 3: no JSON",
+        "answers: out.jsonl, the rest: bad.jsonl",
+    ]
+
+
+def test_stopped_run_says_how_to_go_on() -> None:
+    """But not where going on is of no use."""
+
+    def stop(tally: Tally) -> None:
+        tally.stopping = True
+
+    def fail(tally: Tally) -> None:
+        tally.stopping, tally.fatal = True, "HTTP 401"
+
+    assert ended(stop).startswith("stopped after 2 min: ")
+    assert ended(stop).endswith("\nthe same command goes on from here")
+    assert "goes on" not in ended(fail)

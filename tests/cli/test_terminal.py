@@ -1,0 +1,86 @@
+"""What is seen at a terminal of 80 columns, a dumb one, and when Ctrl-C is pressed."""
+
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from asyncbucket.cli.app import app
+
+COMMANDS = sorted(set(getattr(get_command(app), "commands", {})) - {"bench"})
+_PATIENCE = 60.0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_and_fits(command: str) -> None:
+    """In 80 columns, the examples too: they are there to be copied."""
+    result = CliRunner().invoke(app, [command, "--help"], prog_name="asyncbucket")
+
+    assert result.exit_code == 0
+    assert f"asyncbucket {command}" in result.output.partition("Examples:")[2]
+    assert [line for line in result.output.splitlines() if len(line) > 80] == []
+
+
+def at_a_terminal(
+    folder: Path, *arguments: str, terminal: str, interrupt_after: str = ""
+) -> tuple[int, str]:
+    """Run a command at a terminal; press Ctrl-C once a text is seen. Return status and output."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "asyncbucket", *arguments],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        cwd=folder,
+        env={**os.environ, "TERM": terminal, "COLUMNS": "80"},
+        start_new_session=True,
+    )
+    os.close(theirs)
+    seen, end = "", time.monotonic() + _PATIENCE
+    while time.monotonic() < end:
+        if not select.select([ours], [], [], 0.05)[0]:
+            continue
+        try:
+            seen += os.read(ours, 65_536).decode(errors="replace")
+        except OSError:  # it has ended, and nobody holds the other side
+            break
+        if interrupt_after and interrupt_after in seen:
+            os.killpg(process.pid, 2)
+            interrupt_after = ""
+    os.close(ours)
+    process.kill()
+    return process.wait(), seen
+
+
+@pytest.mark.real_clock  # a terminal and a signal: another process's time
+@pytest.mark.parametrize("terminal", ["xterm-256color", "dumb"])
+def test_ctrl_c_ends_a_demo_quietly(terminal: str, tmp_path: Path) -> None:
+    """Status 130, no traceback, and the cursor is there again."""
+    status, seen = at_a_terminal(
+        tmp_path, "demo", "--seconds", "30", terminal=terminal, interrupt_after="without"
+    )
+
+    assert status == 130, seen
+    assert "Traceback" not in seen
+    assert seen.count("\x1b[?25l") == seen.count("\x1b[?25h")
+
+
+@pytest.mark.real_clock  # another process's time
+def test_a_dumb_terminal_gets_no_escapes_and_no_wide_lines(tmp_path: Path) -> None:
+    """A plan as plain text."""
+    status, seen = at_a_terminal(
+        *(tmp_path, "plan", "--calls", "9000", "--tokens", "800", "--rpm", "500"),
+        terminal="dumb",
+    )
+
+    assert status == 0, seen
+    assert not re.search(r"\x1b", seen)
+    assert [line for line in seen.splitlines() if len(line.rstrip()) > 80] == []

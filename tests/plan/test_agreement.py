@@ -1,0 +1,141 @@
+"""A plan is what a limiter does: the same calls through a real one, on virtual time."""
+
+import asyncio
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from asyncbucket import Limiter
+from asyncbucket.plan import Plan, plan
+from asyncbucket.testing import virtual_time
+
+#: A timer of the event loop may be late by so much (s): its instants are floats.
+LATE = 1e-6
+
+
+def run(
+    limiter: dict[str, Any],
+    tokens: Sequence[int],
+    latencies: Sequence[float],
+    *,
+    arrivals: Sequence[float] | None = None,
+    used: Sequence[int] | None = None,
+) -> tuple[float, list[float]]:
+    """Return how long the calls take with a real limiter, and how long each waited."""
+    waits: list[float] = []
+
+    with virtual_time() as time:
+        real = Limiter(*limiter.pop("limits", ()), clock=time.clock, **limiter)
+
+        async def call(number: int) -> None:
+            if arrivals is not None:
+                await asyncio.sleep(arrivals[number])
+            async with real.acquire(tokens=tokens[number]) as lease:
+                waits.append(lease.waited)
+                await asyncio.sleep(latencies[number])
+                if used is not None:
+                    lease.settle(tokens=used[number])
+
+        async def main() -> None:
+            await asyncio.gather(*(call(number) for number in range(len(tokens))))
+
+        time.run(main())
+        return time.now, sorted(waits)
+
+
+def assert_same(planned: Plan, real: tuple[float, list[float]]) -> None:
+    """Compare the figures of a plan with those of a run."""
+    duration, waits = real
+    calls = len(waits)
+    assert planned.calls == calls
+    assert planned.duration == pytest.approx(duration, abs=LATE * calls)
+    assert planned.waits.max == pytest.approx(waits[-1], abs=LATE * calls)
+    assert planned.waits.p50 == pytest.approx(waits[-(-calls // 2) - 1], abs=LATE * calls)
+    assert planned.waits.p95 == pytest.approx(waits[-(-calls * 95 // 100) - 1], abs=LATE * calls)
+
+
+def drawn(seed: int, calls: int, low: float, high: float) -> Iterator[float]:
+    """Draw numbers between two bounds."""
+    chance = random.Random(seed)
+    return (chance.uniform(low, high) for _ in range(calls))
+
+
+LIMITS: dict[str, dict[str, Any]] = {
+    "requests": {"rpm": 120, "tpm": 900_000, "concurrency": 30},
+    "tokens": {"rpm": 600, "tpm": 60_000, "concurrency": 30},
+    "concurrency": {"rpm": 6_000, "tpm": 900_000, "concurrency": 3},
+    "burst": {"limits": ("60k TPM burst 2k",)},
+    "day": {"rpm": 600, "rpd": 150},
+}
+
+
+@pytest.mark.parametrize("binds", LIMITS)
+def test_plan_is_what_a_limiter_does(binds: str) -> None:
+    """Whatever binds, down to costs above a burst, which are earned at the head of the line."""
+    tokens = [round(each) for each in drawn(1, 400, 100, 4_000)]
+    latencies = list(drawn(2, 400, 0.1, 3.0))
+    limits = dict(LIMITS[binds])
+    planned = plan(
+        *limits.pop("limits", ()), tokens=tokens, latency=latencies, what_if=False, **limits
+    )
+
+    assert_same(planned, run(dict(LIMITS[binds]), tokens, latencies))
+
+
+def test_calls_that_come_one_after_the_other_wait_as_they_do() -> None:
+    """Arrivals in the middle of a run join the end of the line."""
+    tokens = [round(each) for each in drawn(3, 300, 100, 4_000)]
+    latencies = list(drawn(4, 300, 0.1, 3.0))
+    arrivals = list(drawn(5, 300, 0.0, 400.0))
+    ranked = sorted(range(300), key=arrivals.__getitem__)
+    limits: dict[str, Any] = {"rpm": 60, "tpm": 90_000, "concurrency": 2}
+    planned = plan(
+        tokens=[tokens[number] for number in ranked],
+        latency=[latencies[number] for number in ranked],
+        arrivals=arrivals,
+        **limits,
+    )
+
+    assert_same(planned, run(limits, tokens, latencies, arrivals=arrivals))
+
+
+def test_what_calls_give_back_when_they_end_is_used_again() -> None:
+    """Refunds and debts are those of `Lease.settle`."""
+    tokens = [1_000] * 300
+    used = [round(each) for each in drawn(6, 300, 200, 1_300)]
+    latencies = list(drawn(7, 300, 0.5, 2.0))
+    limits: dict[str, Any] = {"tpm": 30_000, "concurrency": 10}
+    planned = plan(tokens=tokens, used_tokens=used, latency=latencies, **limits)
+
+    assert_same(planned, run(limits, tokens, latencies, used=used))
+    assert planned.tokens == sum(used)
+
+
+@pytest.mark.parametrize("calls", [1, 7, 100])
+def test_agents_call_further_agents_as_they_end(calls: int) -> None:
+    """A tree of agents is the same as tasks that start tasks."""
+    from asyncbucket.plan import AgentTree
+
+    tree = AgentTree(agents=calls, depth=3, fan_out=2, steps=2)
+    planned = plan(arrivals=tree, latency=1.5, rpm=300, concurrency=8)
+
+    with virtual_time() as time:
+        real = Limiter(rpm=300, concurrency=8, clock=time.clock)
+
+        async def agent(generation: int) -> None:
+            for _ in range(tree.steps):
+                async with real.acquire():
+                    await asyncio.sleep(1.5)
+            if generation < tree.depth:
+                await asyncio.gather(*(agent(generation + 1) for _ in range(tree.fan_out)))
+
+        async def main() -> None:
+            await asyncio.gather(*(agent(1) for _ in range(tree.agents)))
+
+        time.run(main())
+        admitted = real.statistics().admitted
+
+    assert planned.calls == tree.calls == admitted
+    assert planned.duration == pytest.approx(time.now, abs=LATE * admitted)

@@ -1,0 +1,258 @@
+"""What a plan says, and how it says it."""
+
+import json
+import pickle
+import random
+from typing import Any
+
+import pytest
+
+from asyncbucket import CostExceedsLimit, LimitSyntaxError
+from asyncbucket.plan import AgentTree, Plan, Poisson, plan
+from asyncbucket.plan.result import binds, change, percent, spoken
+
+EXAMPLE = """\
+39 min 39 s, tokens bind: 10,000 calls with 8,000,000 tokens
+waits: 19 min 31 s at the median, 37 min 37 s at 95 %, 39 min 38 s at most
+in flight: 6.3 on average, 32 at most
+
+limit                       used          if doubled          if removed
+500 requests per 60 s     50.3 %  39 min 26 s (-1 %)  39 min 26 s (-1 %)
+200,000 tokens per 60 s  100.0 %  20 min 2 s (-49 %)  20 min 2 s (-49 %)
+32 at once                19.7 %            the same            the same"""
+
+
+def by(plan: Plan, resource: str) -> tuple[float | None, float | None]:
+    """Return what twice the limit, and no limit, of a resource would take."""
+    (limit,) = (each for each in plan.limits if each.resource == resource)
+    return limit.if_doubled, limit.if_removed
+
+
+def test_example_of_the_readme_prints_well() -> None:
+    """A sentence, then a table."""
+    planned = plan(calls=10_000, tokens=800, rpm=500, tpm=200_000, concurrency=32, latency=1.5)
+
+    assert str(planned) == EXAMPLE
+
+
+@pytest.mark.parametrize(
+    ("binding", "limits"),
+    [
+        ("requests", {"rpm": 60, "tpm": 200_000, "concurrency": 10}),
+        ("tokens", {"rpm": 600, "tpm": 20_000, "concurrency": 10}),
+        ("concurrency", {"rpm": 600, "tpm": 2_000_000, "concurrency": 2}),
+    ],
+)
+def test_doubling_what_binds_helps_most(binding: str, limits: dict[str, Any]) -> None:
+    """And what binds is the only limit that is worth money."""
+    planned = plan(calls=500, tokens=800, latency=2.0, **limits)
+
+    assert planned.bound_by == binding
+    for limit in planned.limits:
+        assert limit.if_doubled is not None
+        assert limit.if_removed is not None
+        assert limit.if_removed <= limit.if_doubled <= planned.duration * 1.001
+        helps = limit.if_doubled < 0.6 * planned.duration
+        assert helps == (limit.resource == binding)
+
+
+def test_what_nobody_waits_for_does_not_bind() -> None:
+    """Without a wait a plan is as long as its longest call."""
+    planned = plan(calls=5, rpm=500, latency=2.5)
+
+    assert planned.bound_by is None
+    assert planned.duration == 2.5
+    assert planned.waits.max == 0
+    assert by(planned, "requests") == (2.5, 2.5)
+
+
+def test_same_seed_same_plan() -> None:
+    """Whatever is drawn, another time and in another order of arguments."""
+
+    def one(seed: int) -> Plan:
+        return plan(
+            calls=300,
+            tokens=lambda chance: chance.lognormvariate(6, 1),
+            latency=[0.5, 1.0, 4.0],
+            arrivals=Poisson(20.0),
+            tpm=100_000,
+            concurrency=5,
+            seed=seed,
+        )
+
+    assert one(1) == one(1)
+    assert one(1) != one(2)
+
+
+def test_a_plan_reads_no_clock_and_no_global_chance() -> None:
+    """It is the same in a test that seeds `random` otherwise."""
+    state = random.getstate()
+
+    plan(calls=10, tokens=lambda chance: chance.random(), latency=1, rpm=5)
+
+    assert random.getstate() == state
+
+
+def test_calls_that_can_never_pass_are_counted() -> None:
+    """One text too long in a thousand is no reason to have no plan."""
+    planned = plan(tokens=[500, 50_000, 700], tpm=30_000, latency=1.0)
+
+    assert (planned.calls, planned.refused) == (2, 1)
+    assert "never passed: 1 call: cost of 50,000 tokens exceeds the limit of 30,000 tokens" in str(
+        planned
+    )
+
+
+def test_no_call_passes_is_an_error() -> None:
+    """With the numbers and the remedy of the limiter."""
+    with pytest.raises(
+        CostExceedsLimit,
+        match="no call can ever pass: cost of 800 tokens exceeds the limit of 500 tokens per 60 s",
+    ):
+        plan(calls=3, tokens=800, tpm=500)
+
+
+def test_many_calls_are_asked_what_if_only_on_request() -> None:
+    """Each limit would take two more runs."""
+    planned = plan(calls=100_001, rpm=6_000_000, concurrency=1_000, latency=0.001)
+
+    assert by(planned, "concurrency") == (None, None)
+    assert "if doubled" not in str(planned)
+
+
+def test_what_if_can_be_left_out() -> None:
+    """For those who want the duration alone."""
+    assert by(plan(calls=10, rpm=5, what_if=False), "requests") == (None, None)
+
+
+def test_timeline_adds_up_to_all_calls() -> None:
+    """Admissions in equal parts of the duration."""
+    planned = plan(calls=1_000, rpm=500, latency=1.0)
+
+    assert sum(planned.timeline) == 1_000
+    assert planned.timeline[0] >= 50
+
+
+def test_poisson_arrivals_come_at_their_rate() -> None:
+    """A thousand calls at five a second take about 200 s."""
+    planned = plan(calls=1_000, arrivals=Poisson(5.0), rpm=6_000)
+
+    assert planned.duration == pytest.approx(200, rel=0.1)
+    assert planned.bound_by is None
+
+
+def test_debt_of_a_request_limit_of_the_day_shows_in_the_share() -> None:
+    """Two limits of one resource are judged each by its own window."""
+    planned = plan("100 RPD burst 100", calls=150, rpm=600)
+
+    day, minute = sorted(planned.limits, key=lambda each: each.limit)
+    assert day.limit == "100 requests per 86400 s"
+    assert day.used == pytest.approx(150 / 200)
+    assert minute.used < 0.01
+    assert planned.duration > 86_400
+
+
+def test_plan_survives_json_and_pickle() -> None:
+    """It may be written down and sent to another process."""
+    planned = plan(calls=10, tokens=100, rpm=5, tpm=1_000, latency=1)
+
+    assert json.loads(json.dumps(planned.as_dict()))["bound_by"] == planned.bound_by
+    assert pickle.loads(pickle.dumps(planned)) == planned  # noqa: S301 - our own
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "how many calls"),
+        ({"calls": 0}, "calls must be a whole number of at least 1, not 0"),
+        ({"calls": 1.5}, r"calls must be a whole number of at least 1, not 1\.5"),
+        ({"calls": True}, "calls must be a whole number of at least 1, not True"),
+        ({"calls": 5, "tpm": 100}, "a limit counts tokens, but nothing says how many a call has"),
+        ({"calls": 5, "itpm": 100}, "a limit counts input_tokens"),
+        ({"calls": 5, "concurrency": 2}, "concurrency=2 binds by how long calls take"),
+        ({"calls": 5, "concurrency": "auto", "latency": 1}, "concurrency='auto' is found by how"),
+        ({"calls": 5, "latency": -1}, "latency: expected a finite number from 0 on, not -1"),
+        ({"calls": 5, "tokens": True}, "tokens: expected a number, not True"),
+        ({"tokens": []}, "tokens has no samples"),
+        ({"tokens": [1, -2]}, "tokens, sample 2: expected a finite number from 0 on, not -2"),
+        ({"calls": 5, "arrivals": [0, 1]}, "calls=5 contradicts the arrivals, which are 2 calls"),
+        ({"arrivals": [0, -1]}, "a call comes at a finite second from 0 on, not at -1"),
+        ({"calls": 5, "resources": {"images": 3}}, "must name the same: images is in one"),
+    ],
+)
+def test_what_makes_no_plan_says_what_is_missing(arguments: dict[str, Any], message: str) -> None:
+    """Each message has the remedy."""
+    with pytest.raises(ValueError, match=message):
+        plan(**arguments)
+
+
+def test_limit_that_cannot_be_read_is_an_error_of_limits() -> None:
+    """Limits are written as for a limiter."""
+    with pytest.raises(LimitSyntaxError):
+        plan("many", calls=3)
+
+
+def test_other_resources_are_planned_too() -> None:
+    """Images, pages, dollars."""
+    planned = plan("6 images/10s", calls=10, resources={"images": 3})
+
+    assert planned.bound_by == "images"
+    assert planned.duration > 40
+
+
+@pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf"), True, "5"])
+def test_rate_of_arrivals_is_a_number_above_zero(rate: float) -> None:
+    """Anything else is no rate."""
+    with pytest.raises(ValueError, match="a rate is a finite number of calls a second above 0"):
+        Poisson(rate)
+
+
+@pytest.mark.parametrize("sides", [{"agents": 0}, {"depth": 1.5}, {"fan_out": True}, {"steps": -1}])
+def test_a_tree_is_made_of_whole_numbers(sides: dict[str, int]) -> None:
+    """Anything else is no tree."""
+    with pytest.raises(ValueError, match="must be a whole number of at least 1"):
+        AgentTree(**sides)
+
+
+def test_tree_counts_its_calls() -> None:
+    """Three agents, each calls two, each of which calls two; four calls each."""
+    assert AgentTree(agents=3, depth=3, fan_out=2, steps=4).calls == 3 * (1 + 2 + 4) * 4
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (0.0123, "0.0123 s"),
+        (99.94, "99.9 s"),
+        (120, "2 min"),
+        (2_379.21, "39 min 39 s"),
+        (3_599.6, "1 h"),
+        (24_120, "6 h 42 min"),
+        (86_399, "24 h"),
+        (300_000, "3 d 11 h"),
+    ],
+)
+def test_times_are_said_in_two_units_at_most(seconds: float, text: str) -> None:
+    """As people say them, and never 60 of the smaller one."""
+    assert spoken(seconds) == text
+
+
+def test_shares_are_rounded_down() -> None:
+    """99.96 % is not 100 %."""
+    assert percent(0.9996) == "99.9 %"
+    assert percent(1.0) == "100.0 %"
+
+
+def test_what_binds_is_said_in_the_right_number() -> None:
+    """Tokens bind, concurrency binds."""
+    assert binds("input_tokens") == "input tokens bind"
+    assert binds("concurrency") == "concurrency binds"
+    assert binds(None) == "nothing binds"
+
+
+def test_a_change_below_half_a_percent_is_none() -> None:
+    """Nobody pays for that."""
+    assert change(100.4, 100) == "the same"
+    assert change(50, 100) == "50 s (-50 %)"
+    assert change(None, 100) == ""

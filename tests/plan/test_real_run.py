@@ -1,0 +1,59 @@
+"""A plan against the clock: real calls over HTTP to the bundled provider."""
+
+import asyncio
+import time
+
+import httpx
+import pytest
+
+from asyncbucket import Limiter
+from asyncbucket.plan import plan
+from asyncbucket.testing import RateLimitedProvider
+
+CALLS = 300
+LATENCY = 0.05
+REQUEST = {
+    "model": "m",
+    "max_tokens": 100,
+    "messages": [{"role": "user", "content": "Is it?"}],
+}
+HEADERS = {"authorization": "Bearer any"}
+LOADS: dict[str, tuple[str, str, int]] = {
+    "requests": ("100 requests/s", "100k tokens/s", 50),
+    "tokens": ("1k requests/s", "10k tokens/s", 50),
+    "concurrency": ("1k requests/s", "100k tokens/s", 5),
+}
+
+
+async def run_for_real(requests: str, tokens: str, concurrency: int) -> tuple[float, list[float]]:
+    """Return how long all calls took over real sockets, and how long each was under way."""
+    took: list[float] = []
+    limiter = Limiter(requests, tokens, concurrency=concurrency)
+    with RateLimitedProvider(latency=LATENCY) as provider:
+        async with httpx.AsyncClient(base_url=provider.base_url, headers=HEADERS) as client:
+
+            async def call() -> None:
+                async with limiter.acquire(tokens=100):
+                    begun = time.monotonic()
+                    reply = await client.post("chat/completions", json=REQUEST)
+                    took.append(time.monotonic() - begun)
+                assert reply.status_code == 200
+
+            start = time.monotonic()
+            await asyncio.gather(*(call() for _ in range(CALLS)))
+            return time.monotonic() - start, took
+
+
+@pytest.mark.real_clock  # what is planned is the time that it really takes
+@pytest.mark.parametrize("binds", LOADS)
+async def test_plan_agrees_with_a_real_run_within_three_percent(binds: str) -> None:
+    """Whatever binds, given how long calls took; thrice, where a busy machine delays a run."""
+    requests, tokens, concurrency = LOADS[binds]
+    for attempt in (1, 2, 3):
+        real, took = await run_for_real(requests, tokens, concurrency)
+        planned = plan(requests, tokens, tokens=100, latency=took, concurrency=concurrency)
+
+        assert planned.bound_by == binds
+        if planned.duration == pytest.approx(real, rel=0.03) or attempt == 3:
+            break
+    assert planned.duration == pytest.approx(real, rel=0.03)

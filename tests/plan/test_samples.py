@@ -1,0 +1,130 @@
+"""What a call costs and how long it takes may be said in many ways."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncbucket import Cost
+from asyncbucket.plan import plan
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "w" * 4_000}], "max_tokens": 300}
+BATCH = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": CHAT}
+EMBEDDING = {"model": "text-embedding-3-small", "input": ["w" * 40, "w" * 40]}
+
+
+def written(folder: Path, *lines: Any) -> Path:
+    """Write lines of JSON."""
+    path = folder / "samples.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines), "utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("sample", "tokens"),
+    [
+        (800, 800),
+        ("w" * 400, 100),
+        (Cost(tokens=70), 70),
+        ({"tokens": 55}, 55),
+        ({"input_tokens": 40, "output_tokens": 2}, 42),
+        (CHAT, 1_000),
+        (BATCH, 1_000),
+        ({"prompt": "w" * 400}, 100),
+        (EMBEDDING, 20),
+        ({"model": "m", "input": "w" * 400, "max_output_tokens": 300}, 300),
+    ],
+)
+def test_sample_of_tokens_is_charged_as_a_call_would_be(
+    tmp_path: Path, sample: Any, tokens: int
+) -> None:
+    """In a list, and as a line of a file; bodies as OpenAI charges them at its door."""
+    assert plan(tokens=[sample]).tokens == tokens
+    if not isinstance(sample, Cost):
+        assert plan(tokens=written(tmp_path, sample)).tokens == tokens
+        assert plan(tokens=str(written(tmp_path, sample))).tokens == tokens
+
+
+def test_body_is_charged_as_the_named_provider_does() -> None:
+    """Azure adds up what OpenAI takes the larger of."""
+    assert plan(tokens=[CHAT], profile="azure").tokens == 1_300
+
+
+def test_input_and_output_limits_see_their_own_part() -> None:
+    """A body says both."""
+    planned = plan(tokens=[CHAT] * 4, itpm=2_000, otpm=10_000)
+
+    assert planned.bound_by == "input_tokens"
+
+
+def test_texts_are_counted_by_a_tokenizer_if_one_is_given() -> None:
+    """By words, say."""
+    assert (
+        plan(tokens=["one two", "three"], count_tokens=lambda text: len(text.split())).tokens == 3
+    )
+
+
+def test_as_many_samples_as_calls_are_taken_in_order() -> None:
+    """Then the plan is about exactly these."""
+    assert plan(calls=3, tokens=[1, 2, 3]).tokens == 6
+
+
+def test_few_samples_stand_for_many_calls() -> None:
+    """They are drawn with replacement."""
+    planned = plan(calls=3_000, tokens=[100, 300])
+
+    assert planned.calls == 3_000
+    assert planned.tokens == pytest.approx(600_000, rel=0.05)
+
+
+def test_samples_of_latency_may_be_lines_of_a_log(tmp_path: Path) -> None:
+    """Numbers, or objects that have one."""
+    path = written(tmp_path, 1.5, {"latency": 2.5}, {"seconds": 0.5, "id": 7})
+
+    assert plan(calls=3, latency=path).duration == 2.5
+
+
+def test_drawn_amounts_are_rounded_up() -> None:
+    """As everywhere else."""
+    assert plan(calls=2, tokens=lambda _: 10.2).tokens == 22
+
+
+def test_empty_lines_are_skipped(tmp_path: Path) -> None:
+    """Editors leave one at the end."""
+    path = tmp_path / "samples.jsonl"
+    path.write_text("5\n\n6\n\n", "utf-8")
+
+    assert plan(tokens=path).calls == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"samples\.jsonl, line 2: no JSON"),
+        ('{"cost": 3}', r"tokens: .*samples\.jsonl, line 2: an object with cost says no tokens"),
+        ("{}", "an object with nothing says no tokens"),
+        ("null", "line 2: expected a number, not None"),
+        ("NaN", "line 2: expected a finite number from 0 on, not nan"),
+        ('{"tokens": "many"}', "line 2: expected a number, not 'many'"),
+    ],
+)
+def test_bad_line_is_named_with_its_number(tmp_path: Path, line: str, message: str) -> None:
+    """A file of a million lines has one that is wrong."""
+    path = tmp_path / "samples.jsonl"
+    path.write_text(f"5\n{line}\n", "utf-8")
+
+    with pytest.raises(ValueError, match=message):
+        plan(tokens=path)
+
+
+def test_object_without_seconds_says_which_names_are_known() -> None:
+    """And which are not."""
+    with pytest.raises(ValueError, match="an object without latency, seconds, duration"):
+        plan(latency=[{"time": 3}])
+
+
+def test_missing_file_is_the_usual_error(tmp_path: Path) -> None:
+    """A path is a path."""
+    with pytest.raises(FileNotFoundError):
+        plan(tokens=tmp_path / "none.jsonl")

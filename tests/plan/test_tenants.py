@@ -1,0 +1,184 @@
+"""Plans of several tenants: real children of a real limiter, on virtual time."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from asyncbucket import CostExceedsLimit, Limiter, priority, tenant
+from asyncbucket.plan import AgentTree, Plan, PlannedTenant, Poisson, Tenant, plan
+from asyncbucket.testing import virtual_time
+
+
+def two(**others: Any) -> Plan:
+    """Plan for a heavy tenant and a light one."""
+    tenants = {"acme": Tenant(calls=400, weight=2), "bob": Tenant(calls=400)}
+    return plan(tokens=1_000, tpm=60_000, latency=1.0, tenants=tenants, what_if=False, **others)
+
+
+def test_weights_decide_who_is_done_first() -> None:
+    """Two thirds go to the one until it has all it wants."""
+    planned = two()
+
+    acme, bob = planned.tenants["acme"], planned.tenants["bob"]
+    assert planned.calls == 800
+    assert acme.duration == pytest.approx(10 * 60, rel=0.15)
+    assert bob.duration == planned.duration == pytest.approx(13 * 60, rel=0.1)
+    assert acme.waits.p50 < bob.waits.p50
+
+
+def test_tenants_of_a_plan_are_children_of_a_limiter() -> None:
+    """The same figures as of tasks that call them."""
+    planned = two(concurrency=7)
+    done: dict[str, float] = {}
+
+    with virtual_time() as time:
+        limiter = Limiter(tpm=60_000, concurrency=7, clock=time.clock)
+
+        async def call(child: Limiter) -> None:
+            async with child.acquire(tokens=1_000):
+                await asyncio.sleep(1.0)
+            done[child.name] = time.now
+
+        async def main() -> None:
+            children = [limiter.child("acme", weight=2), limiter.child("bob")]
+            await asyncio.gather(*(call(child) for child in children for _ in range(400)))
+
+        time.run(main())
+
+    for name, each in planned.tenants.items():
+        assert each.duration == pytest.approx(done[f"default/{name}"], abs=1.0)
+    assert planned.duration == pytest.approx(time.now, abs=0.01)
+
+
+def test_one_tenants_limit_holds_up_nobody_else() -> None:
+    """And what it is worth is asked, too."""
+    planned = plan(
+        rpm=600,
+        latency=1.0,
+        tenants={
+            "slow": Tenant(calls=60, limits=("12 RPM burst 1",)),
+            "fast": Tenant(calls=200, arrivals=Poisson(4.0)),
+        },
+    )
+
+    slow, fast = planned.tenants["slow"], planned.tenants["fast"]
+    assert (slow.bound_by, fast.bound_by) == ("requests", None)
+    assert slow.duration > 5 * 59 > fast.duration
+    own = next(limit for limit in planned.limits if limit.tenant == "slow")
+    assert own.if_doubled == pytest.approx(planned.duration / 2, rel=0.05)
+    assert "slow: 12 requests per 60 s" in str(planned)
+    assert planned.bound_by == "requests"
+
+
+def test_urgent_calls_wait_less() -> None:
+    """A tenant's priority is that of its calls."""
+    planned = plan(
+        tpm=60_000,
+        tokens=1_000,
+        latency=1.0,
+        tenants={
+            "batch": Tenant(calls=300, priority="batch"),
+            "chat": Tenant(calls=40, priority="interactive", arrivals=Poisson(0.2)),
+        },
+    )
+
+    assert planned.tenants["chat"].waits.p95 < planned.tenants["batch"].waits.p50
+
+
+def test_each_tenants_calls_are_its_own() -> None:
+    """What it does not say is as the plan says."""
+    planned = plan(
+        calls=10,
+        tokens=100,
+        used_tokens=50,
+        latency=2.0,
+        concurrency=50,
+        tpm=1_000_000,
+        tenants={
+            "usual": Tenant(),
+            "long": Tenant(latency=[5.0, 9.0, 7.0], calls=3),
+            "agents": Tenant(
+                tokens=300,
+                used_tokens=200,
+                arrivals=AgentTree(agents=2, depth=2, fan_out=2),
+                calls=6,
+            ),
+        },
+    )
+
+    assert {
+        name: (each.calls, each.tokens, each.duration) for name, each in planned.tenants.items()
+    } == {
+        "usual": (10, 500, 2.0),
+        "long": (3, 150, 9.0),
+        "agents": (6, 1_200, 4.0),
+    }
+    assert planned.tokens == 1_850
+
+
+def test_calls_that_can_never_pass_end_at_once() -> None:
+    """An agent goes on after one, and the others do not mind."""
+    planned = plan(
+        tpm=1_000,
+        tenants={
+            "greedy": Tenant(tokens=5_000, arrivals=AgentTree(agents=1, steps=3)),
+            "modest": Tenant(calls=2, tokens=100),
+        },
+    )
+
+    assert planned.tenants["greedy"] == PlannedTenant(
+        calls=0,
+        tokens=0,
+        duration=0.0,
+        waits=planned.tenants["greedy"].waits,
+        refused=3,
+    )
+    assert planned.calls == 2
+    assert "never passed: 3 calls: cost of 5,000 tokens exceeds" in str(planned)
+
+
+def test_no_tenant_passes_is_an_error() -> None:
+    """As without tenants."""
+    with pytest.raises(CostExceedsLimit, match="no call can ever pass: cost of 50 tokens"):
+        plan(calls=2, tokens=50, tpm=10, tenants={"a": Tenant(), "b": Tenant()})
+
+
+def test_same_seed_same_plan_of_tenants() -> None:
+    """And tenants draw each their own."""
+
+    def one(seed: int) -> Plan:
+        tenants = {name: Tenant(arrivals=Poisson(5.0)) for name in ("a", "b")}
+        return plan(
+            calls=50, rpm=60, latency=lambda chance: chance.random(), tenants=tenants, seed=seed
+        )
+
+    assert one(1) == one(1)
+    assert one(1) != one(2)
+    assert one(1).tenants["a"] != one(1).tenants["b"]
+
+
+async def test_plan_may_be_made_on_an_event_loop() -> None:
+    """In a notebook, with a priority and a tenant of its own around it."""
+    with priority("interactive"), tenant("someone"):
+        inside = two()
+
+    assert inside == two()
+
+
+@pytest.mark.parametrize(
+    ("tenants", "message"),
+    [
+        ({"a": Tenant()}, "how many calls"),
+        ({"a/b": Tenant(calls=2)}, "a child's name is a text without a slash"),
+        ({"a": Tenant(calls=2, weight=0)}, "weight must be a number"),
+        ({"a": Tenant(calls=2, limits=("5 TPM",))}, "a limit counts tokens"),
+        ({"a": Tenant(calls=2, concurrency=3)}, "concurrency=3 binds by how long calls take"),
+    ],
+)
+def test_tenant_that_makes_no_plan_says_what_is_missing(
+    tenants: dict[str, Tenant], message: str
+) -> None:
+    """As without tenants."""
+    with pytest.raises(ValueError, match=message):
+        plan(rpm=60, tenants=tenants)

@@ -1,0 +1,77 @@
+"""Published limits: what is there, where it comes from, and what is said of its age."""
+
+from datetime import date, timedelta
+from urllib.parse import urlsplit
+
+import pytest
+
+from asyncbucket import Limit, Limiter
+from asyncbucket.presets import PresetWarning, preset, preset_names
+
+NOW = date(2026, 11, 25)
+
+
+def test_preset_is_what_a_limiter_takes() -> None:
+    """Its limits, and nothing else to learn."""
+    limiter = Limiter(*preset("openai/tier-2/gpt-4o-mini", today=NOW), concurrency=20)
+
+    assert [str(limit) for limit in limiter.limits] == [
+        "5,000 requests per 60 s",
+        "2,000,000 tokens per 60 s",
+    ]
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_preset_has_limits_a_date_and_a_page(name: str) -> None:
+    """Of a provider's own, that anybody can compare it with."""
+    found = preset(name, today=NOW)
+
+    provider, tier, model = name.split("/")
+    page = urlsplit(found.source)
+    assert found.name == name
+    assert all((provider, tier, model, found.limits))
+    assert page.scheme == "https"
+    assert provider in page.netloc.replace("claude", "anthropic")
+    assert date(2026, 1, 1) < found.dated <= NOW
+
+
+def test_daily_limits_are_not_paced() -> None:
+    """A provider lets one use up the day in the morning."""
+    (daily,) = (
+        limit
+        for limit in preset("groq/free/gpt-oss-20b", today=NOW)
+        if limit.per > 60 and limit.resource == "requests"
+    )
+
+    assert daily == Limit("requests", 1_000, per=86_400, burst=1_000)
+
+
+def test_old_preset_warns_and_says_where_to_look() -> None:
+    """Half a year later the figures are still given."""
+    dated = preset("groq/free/gpt-oss-20b", today=NOW).dated
+
+    with pytest.warns(
+        PresetWarning,
+        match=r"'groq/free/gpt-oss-20b' were read 181 days ago, .* with https://console\.groq\.com",
+    ):
+        found = preset("groq/free/gpt-oss-20b", today=dated + timedelta(days=181))
+    assert found.limits
+
+
+def test_young_preset_says_nothing() -> None:
+    """Warnings are errors here."""
+    dated = preset("groq/free/gpt-oss-20b", today=NOW).dated
+
+    assert preset("groq/free/gpt-oss-20b", today=dated + timedelta(days=180)).dated == dated
+
+
+def test_unknown_preset_names_those_like_it() -> None:
+    """A typing error is mended at once."""
+    with pytest.raises(ValueError, match=r"there is e\.g\. openai/tier-1/gpt-4o-mini"):
+        preset("openai/tier1/gpt-4o-mini")
+
+
+def test_nothing_like_it_names_the_first() -> None:
+    """And how to see all."""
+    with pytest.raises(ValueError, match=r"preset_names\(\) names all"):
+        preset("?")

@@ -1,0 +1,223 @@
+"""Limiters described by the environment and by TOML files."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncbucket import Limiter, LimitSyntaxError
+from asyncbucket.settings import from_env, from_toml
+
+
+def env(**variables: str) -> Limiter:
+    """Return the limiter that an environment describes."""
+    return from_env(
+        Limiter, environ={f"ASYNCBUCKET_{name}": text for name, text in variables.items()}
+    )
+
+
+def written(folder: Path, text: str, name: str = "pyproject.toml") -> Path:
+    """Write a file."""
+    path = folder / name
+    path.write_text(text, "utf-8")
+    return path
+
+
+def said(limiter: Limiter) -> list[str]:
+    """Return the limits as they are said."""
+    return [str(limit) for limit in limiter.limits]
+
+
+def test_environment_describes_a_limiter() -> None:
+    """In the words of its own arguments."""
+    limiter = env(RPM="500", TPM="200k", CONCURRENCY="20", NAME="openai", MAX_QUEUE="1,000")
+
+    assert said(limiter) == ["500 requests per 60 s", "200,000 tokens per 60 s"]
+    assert (limiter.name, limiter.concurrency, limiter.max_queue) == ("openai", 20, 1_000)
+
+
+def test_environment_has_any_limit() -> None:
+    """Several, with a semicolon between them, for commas are in numbers."""
+    limiter = env(LIMITS="14,400 RPD; 3 images/10s burst 1;")
+
+    assert said(limiter) == ["14,400 requests per 86400 s", "3 images per 10 s"]
+
+
+@pytest.mark.filterwarnings("ignore::asyncbucket.presets.PresetWarning")
+def test_environment_has_presets() -> None:
+    """And further limits beside them."""
+    limiter = env(PRESET="openai/tier-2/gpt-4o-mini", RPD="20k")
+
+    assert len(limiter.limits) == 3
+
+
+@pytest.mark.parametrize(("text", "size"), [("auto", 4), ("8-64", 8), ("7", 7)])
+def test_concurrency_may_be_found(text: str, size: int) -> None:
+    """As in code: a number, bounds, or "auto"."""
+    concurrency = env(CONCURRENCY=text).concurrency
+
+    assert concurrency is not None
+    assert concurrency >= 1
+    if text != "auto":
+        assert concurrency == size
+
+
+def test_code_goes_before_the_environment() -> None:
+    """What is typed is meant."""
+    environ = {"ASYNCBUCKET_RPM": "many", "ASYNCBUCKET_TPM": "5k"}
+
+    limiter = from_env(Limiter, environ=environ, rpm=60, name=None)
+
+    assert said(limiter) == ["5,000 tokens per 60 s", "60 requests per 60 s"]
+    assert limiter.name == "default"
+
+
+def test_prefix_keeps_two_limiters_apart() -> None:
+    """And empty variables are none."""
+    environ = {"OPENAI_LIMIT_RPM": "60", "ASYNCBUCKET_RPM": "500", "OPENAI_LIMIT_TPM": " "}
+
+    assert said(from_env(Limiter, "OPENAI_LIMIT_", environ=environ)) == ["60 requests per 60 s"]
+
+
+def test_environment_is_the_processs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless another is given."""
+    for name in [name for name in os.environ if name.startswith("ASYNCBUCKET_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("ASYNCBUCKET_RPM", "60")
+
+    assert said(from_env(Limiter)) == ["60 requests per 60 s"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, r"environment variables ASYNCBUCKET_\* limit nothing; set e\.g\. ASYNCBUCKET_RPM=500"),
+        ({"NAME": "openai"}, "limit nothing"),
+        ({"RPM": "fast"}, "ASYNCBUCKET_RPM: 'fast' is no number such as 500, 14,400 or 200k"),
+        ({"RPM": "-5"}, "ASYNCBUCKET_RPM: '-5' is no number"),
+        ({"LIMITS": "500 RPX"}, "ASYNCBUCKET_LIMITS: '500 RPX' is no limit; write e.g."),
+        ({"CONCURRENCY": "some"}, "ASYNCBUCKET_CONCURRENCY: 'some' is no number"),
+        ({"PRESET": "openai"}, "ASYNCBUCKET_PRESET: no preset is called 'openai'"),
+        (
+            {"RMP": "500"},
+            "environment variable ASYNCBUCKET_RMP is not known; known are ASYNC.*_RPM",
+        ),
+        ({"RPM": "5", "LIMITS": "6 RPM"}, r"ASYNCBUCKET_\*: two limits of one window"),
+    ],
+)
+def test_variable_that_cannot_be_read_is_named(variables: dict[str, str], message: str) -> None:
+    """With what it should be."""
+    with pytest.raises(LimitSyntaxError, match=message):
+        env(**variables)
+
+
+TABLE = """
+[tool.asyncbucket]
+rpm = 500
+tpm = "200k"
+concurrency = [8, 64]
+max_queue = 100
+
+[tool.asyncbucket.batch]
+limits = ["100 RPM burst 10", "1M TPD"]
+"""
+
+
+def test_project_describes_a_limiter(tmp_path: Path) -> None:
+    """In the table [tool.asyncbucket]."""
+    limiter = from_toml(Limiter, written(tmp_path, TABLE))
+
+    assert said(limiter) == ["500 requests per 60 s", "200,000 tokens per 60 s"]
+    assert (limiter.name, limiter.concurrency, limiter.max_queue) == ("default", 8, 100)
+
+
+def test_project_describes_several_limiters(tmp_path: Path) -> None:
+    """Each has its table, and is called so."""
+    limiter = from_toml(Limiter, written(tmp_path, TABLE), limiter="batch")
+
+    assert said(limiter) == ["100 requests per 60 s", "1,000,000 tokens per 86400 s"]
+    assert limiter.limits[0].burst == 10
+    assert limiter.name == "batch"
+
+
+@pytest.mark.parametrize("text", ["rpm = 60", "[asyncbucket]\nrpm = 60\n[other]\nx = 1"])
+def test_other_files_have_the_table_at_the_top(tmp_path: Path, text: str) -> None:
+    """Or are nothing else."""
+    assert said(from_toml(Limiter, written(tmp_path, text, "limits.toml"))) == [
+        "60 requests per 60 s"
+    ]
+
+
+def test_nearest_file_above_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A project without the table is passed by."""
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    written(tmp_path, "rpm = 60", "asyncbucket.toml")
+    written(inner, "[tool.other]\nx = 1")
+    monkeypatch.chdir(inner)
+
+    assert said(from_toml(Limiter)) == ["60 requests per 60 s"]
+
+
+def test_no_file_says_what_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the machine has one at its root."""
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(
+        FileNotFoundError, match=r"no asyncbucket\.toml, nor a pyproject\.toml with"
+    ):
+        from_toml(Limiter)
+
+
+def test_code_goes_before_the_file(tmp_path: Path) -> None:
+    """Entry by entry."""
+    limiter = from_toml(Limiter, written(tmp_path, TABLE), concurrency=3, rpm=None)
+
+    assert limiter.concurrency == 3
+    assert len(limiter.limits) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "[tool.asyncbucket]\nrmp = 5",
+            r"entry 'rmp' of .*pyproject\.toml, \[tool\.asyncbucket\] is",
+        ),
+        ("[tool.asyncbucket]\nrpm = 'x'", r"\[tool\.asyncbucket\]: rpm: 'x' is no number"),
+        ("[tool.asyncbucket]\nrpm = true", "rpm: True is no number"),
+        ("[tool.asyncbucket]\nname = 5", "name: 5 is no text"),
+        (
+            "[tool.asyncbucket]\nlimits = 5",
+            r'limits: 5 is no list such as \["500 RPM", "200k TPM"\]',
+        ),
+        ("[tool.asyncbucket]\nlimits = [5]", "a limit is a text or a Limit, not 5"),
+        ("[tool.asyncbucket]\nname = 'a'", r"limit nothing; write e\.g\. rpm = 500"),
+        ("[tool.asyncbucket]\nrpm = 0.5", "rpm must be a whole number of at least 1, not 0.5"),
+        ("[tool.other]\nrpm = 5", r"has no table \[tool\.asyncbucket\]"),
+        ("[tool]\nasyncbucket = 5", "asyncbucket is no table but 5"),
+        ("[tool.asyncbucket", "is no TOML"),
+    ],
+)
+def test_entry_that_cannot_be_read_is_named(tmp_path: Path, text: str, message: str) -> None:
+    """With its file and table."""
+    with pytest.raises(LimitSyntaxError, match=message):
+        from_toml(Limiter, written(tmp_path, text))
+
+
+def test_missing_table_names_those_that_are_there(tmp_path: Path) -> None:
+    """For typing errors."""
+    with pytest.raises(LimitSyntaxError, match="has no table 'btach'; it has batch"):
+        from_toml(Limiter, written(tmp_path, TABLE), limiter="btach")
+
+
+def test_store_and_name_go_to_the_limiter_as_they_are() -> None:
+    """Whatever `cls` makes of them."""
+
+    def make(*limits: Any, **arguments: Any) -> tuple[Any, ...]:
+        return (limits, arguments)
+
+    found = from_env(make, environ={"ASYNCBUCKET_RPM": "5", "ASYNCBUCKET_STORE": "sqlite:///a.db"})
+
+    assert found == ((), {"rpm": 5, "store": "sqlite:///a.db"})
