@@ -10,6 +10,11 @@ import typer
 
 from asyncbucket.cli import INTERRUPTED
 from asyncbucket.cli.demo.scenario import Wish
+from asyncbucket.cli.doctor import options as doctor_options
+from asyncbucket.cli.plan import options as plan_options
+from asyncbucket.cli.run import options as run_options
+from asyncbucket.cli.trace import options as trace_options
+from asyncbucket.cli.watch import options as watch_options
 
 app = typer.Typer(
     add_completion=False,
@@ -123,6 +128,25 @@ def _demo(wish: Wish, *, as_json: bool) -> int:
         return INTERRUPTED
     typer.echo(f"error: {message}", err=True)
     return _WRONG_USAGE
+
+
+app.command(
+    short_help="How long calls take under limits, and what binds.", epilog=plan_options.EXAMPLES
+)(plan_options.plan)
+app.command(
+    short_help="Send every line of a file to a model, under your limits.",
+    epilog=run_options.EXAMPLES,
+)(run_options.run)
+app.command(short_help="What running limiters do, live.", epilog=watch_options.EXAMPLES)(
+    watch_options.watch
+)
+app.command(short_help="Draw what limiter.trace() has kept.", epilog=trace_options.EXAMPLES)(
+    trace_options.plot
+)
+app.command(
+    short_help="What is set up here, what of it is wrong, and the remedy.",
+    epilog=doctor_options.EXAMPLES,
+)(doctor_options.doctor)
 
 
 @app.command(

@@ -64,8 +64,9 @@ class _LineScreen:
         del uses
         if time.monotonic() >= self._next:
             self._next += _EVERY
-            done = f"{tally.agents_finished:,} of {self._scenario.agents:,} agents"
-            self._console.print(f"{tally.seconds:5.0f} s  {done}, {_counts(tally)}", soft_wrap=True)
+            done = f"{tally.agents_finished:,}/{self._scenario.agents:,} agents"
+            line = f"{tally.seconds:3.0f} s {done}; {_counts(tally)}"
+            self._console.print(line, soft_wrap=True)
 
     def end(self) -> None: ...
 
@@ -101,7 +102,8 @@ class _LiveScreen:
         finished = f"{tally.agents_finished:,} of {agents:,} finished"
         grid.add_row("agents", _bar(tally.agents_finished, agents), finished)
         head = Text.assemble((self._name, "bold"), f"  {tally.seconds:.0f} s")
-        return Group(Text(), head, grid, Text(_counts(tally)))
+        flying = f"{_counts(tally)}, {tally.traffic.in_flight:,} in flight"
+        return Group(Text(), head, grid, Text(flying))
 
 
 def _bar(used: int, amount: int) -> ProgressBar:
@@ -109,8 +111,9 @@ def _bar(used: int, amount: int) -> ProgressBar:
 
 
 def _counts(tally: Tally) -> str:
+    """Return what fits into 80 columns behind the time and the agents."""
     traffic = tally.traffic
     return (
-        f"{traffic.answered:,} calls answered, {traffic.refused:,} 429s, {tally.failed:,} failed, "
-        f"{tally.waiting:,} waiting, {traffic.in_flight:,} in flight"
+        f"{traffic.answered:,} calls answered, {traffic.refused:,} 429s, "
+        f"{tally.failed:,} failed, {tally.waiting:,} waiting"
     )

@@ -1,0 +1,226 @@
+"""Results on disk, so that a run that was killed goes on where it was.
+
+A checkpoint is one SQLite file. A result is in it before it is handed out, in a transaction, so that
+a process may be killed at any instant: what was committed is never called for again, what was in
+flight is. An item is known again by a hash of what it holds, and by how many like it came before, so
+that ten equal prompts are ten calls. What failed is not kept: the next run tries it again.
+
+The file is locked while it is in use, for two runs of the same items would pay twice.
+
+Results that JSON gives back as they were are kept as JSON, others are pickled. So treat a checkpoint
+as you treat a pickle: do not open one that came from elsewhere. `Checkpoint` takes functions of your
+own instead.
+"""
+
+import contextlib
+import copy
+import json
+import os
+import pickle
+import sqlite3
+import threading
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from asyncbucket.batch.item import Entry
+from asyncbucket.batch.keys import digest, is_plain, key_of
+from asyncbucket.errors import AsyncBucketError
+
+_JSON, _PICKLE, _OWN = 0, 1, 2
+_VERSION: Final = "1"
+_SCHEMA: Final = """
+PRAGMA locking_mode = EXCLUSIVE;
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = NORMAL;
+CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS results (key BLOB PRIMARY KEY, kind INTEGER NOT NULL, value BLOB NOT NULL);
+CREATE TEMP TABLE seen (key BLOB PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID;
+"""
+#: Counts how often an item came in this run, on disk rather than in memory.
+_COUNT: Final = """
+INSERT INTO seen VALUES (?, 1) ON CONFLICT (key) DO UPDATE SET times = times + 1 RETURNING times
+"""
+
+
+class CheckpointError(AsyncBucketError):
+    """Say that a checkpoint is in use, belongs to something else, or cannot keep a result."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Codec:
+    dump: Callable[[Any], bytes]
+    load: Callable[[bytes], Any]
+
+
+class Checkpoint:
+    """Say where results are kept, and how; a path alone will do for ``checkpoint=``.
+
+    Args:
+        path: the file; it is made if it isn't there.
+        key: tells a text by which an item is known again, if what it holds is no plain data.
+        dump: makes bytes of a result, instead of JSON or pickle.
+        load: makes the result of these bytes; given with ``dump``.
+        name: what the results are of; a checkpoint of another name is refused. By default the
+            function's name.
+
+    Raises:
+        TypeError: only one of ``dump`` and ``load`` is given.
+    """
+
+    __slots__ = ("codec", "key", "name", "path")
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        key: Callable[[Any], str] | None = None,
+        dump: Callable[[Any], bytes] | None = None,
+        load: Callable[[bytes], Any] | None = None,
+        name: str | None = None,
+    ) -> None:
+        if (dump is None) != (load is None):
+            raise TypeError("dump and load belong together: give both, or neither")
+        self.path = Path(path)
+        self.key = key
+        self.codec = None if dump is None or load is None else _Codec(dump=dump, load=load)
+        self.name = name
+
+    @classmethod
+    def of(cls, value: "str | os.PathLike[str] | Checkpoint", *, name: str) -> "Checkpoint":
+        """Return what is passed as ``checkpoint=`` as one that has a name."""
+        if not isinstance(value, Checkpoint):
+            return cls(value, name=name)
+        named = copy.copy(value)
+        named.name = value.name or name
+        return named
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {str(self.path)!r}>"
+
+
+class Ledger:
+    """A checkpoint in use. Its methods block for as long as a disk takes, and may run in any thread.
+
+    Args:
+        checkpoint: where it is, and what the results are of.
+
+    Raises:
+        CheckpointError: the file is in use, is no checkpoint, or is one of something else.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._lock = threading.Lock()
+        try:
+            self._database = sqlite3.connect(
+                checkpoint.path, timeout=0.5, isolation_level=None, check_same_thread=False
+            )
+            with contextlib.ExitStack() as undo:
+                undo.callback(self._database.close)
+                self._open(checkpoint.name or "")
+                undo.pop_all()
+        except sqlite3.Error as error:
+            raise CheckpointError(self._reason(error)) from error
+
+    def _open(self, name: str) -> None:
+        database = self._database
+        database.executescript(_SCHEMA)
+        database.execute("BEGIN EXCLUSIVE")
+        about = dict(database.execute("SELECT name, value FROM about"))
+        found = about.get("of", name)
+        if about.get("version", _VERSION) != _VERSION:
+            raise CheckpointError(
+                f"{self._checkpoint.path} is a checkpoint of version {about['version']}, "
+                f"this is version {_VERSION}: give another file"
+            )
+        if found != name:
+            raise CheckpointError(
+                f"{self._checkpoint.path} holds results of {found}, not of {name}: give another "
+                f"file, or Checkpoint(..., name={found!r}) if they are the same"
+            )
+        database.executemany(
+            "INSERT OR IGNORE INTO about VALUES (?, ?)", [("version", _VERSION), ("of", name)]
+        )
+        database.execute("COMMIT")
+
+    def _reason(self, error: sqlite3.Error) -> str:
+        path = self._checkpoint.path
+        if "locked" in str(error):
+            return f"{path} is in use by another run: let it end, or give another file"
+        return f"{path} cannot be used as a checkpoint: {error}"
+
+    def look_up(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Return the entries with their keys, and with their results where there are any.
+
+        Raises:
+            TypeError: an item has no key.
+            CheckpointError: the file cannot be read.
+        """
+        with self._lock, self._transaction():
+            return [self._found(entry) for entry in entries]
+
+    def _found(self, entry: Entry) -> Entry:
+        given = self._checkpoint.key
+        text = None if given is None else given(entry.input)
+        item = key_of(entry.input) if text is None else digest(b"k" + text.encode())
+        ((times,),) = self._database.execute(_COUNT, (item,)).fetchall()
+        key = item + times.to_bytes(4, "big")
+        query = "SELECT kind, value FROM results WHERE key = ?"
+        row = self._database.execute(query, (key,)).fetchone()
+        stored = None if row is None else (self._load(*row),)
+        return entry._replace(key=key, stored=stored)
+
+    def save(self, results: Iterable[tuple[bytes, Any]]) -> None:
+        """Keep results by their keys, all or none.
+
+        Raises:
+            CheckpointError: one of them cannot be kept, or the disk is full.
+        """
+        rows = [(key, *self._dump(result)) for key, result in results]
+        with self._lock, self._transaction():
+            self._database.executemany("INSERT OR REPLACE INTO results VALUES (?, ?, ?)", rows)
+
+    def _dump(self, result: Any) -> tuple[int, bytes]:
+        codec = self._checkpoint.codec
+        try:
+            if codec is not None:
+                return _OWN, codec.dump(result)
+            if is_plain(result):
+                return _JSON, json.dumps(result, separators=(",", ":")).encode()
+            return _PICKLE, pickle.dumps(result, protocol=pickle.HIGHEST_PROTOCOL)
+        except Exception as error:
+            raise CheckpointError(
+                f"a result of type {type(result).__name__} cannot be kept: {error}; give "
+                f"Checkpoint(..., dump=, load=), or return what can be pickled"
+            ) from error
+
+    def _load(self, kind: int, value: bytes) -> Any:
+        codec = self._checkpoint.codec
+        if (kind == _OWN) != (codec is not None):
+            raise CheckpointError(
+                f"{self._checkpoint.path} was written {'with' if kind == _OWN else 'without'} "
+                f"dump= and load=: read it likewise, or give another file"
+            )
+        if codec is not None:
+            return codec.load(value)
+        return json.loads(value) if kind == _JSON else pickle.loads(value)  # noqa: S301 - said above
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Generator[None]:
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._database.execute("ROLLBACK")
+                raise
+            self._database.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise CheckpointError(self._reason(error)) from error
+
+    def close(self) -> None:
+        """Let the next run have the file."""
+        with self._lock:
+            self._database.close()

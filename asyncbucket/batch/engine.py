@@ -1,0 +1,246 @@
+"""The workers: each takes an item, has it called, and puts down what came of it.
+
+Not a task for each item but a few that go on: as many as are in flight, and one that waits in line.
+A worker whose call has been admitted sees to it that another one stands there; so their number
+follows what the limiter lets through, and nobody fills its queue who need not be there.
+
+*Bounded.* An item that was taken holds a place in the window until its result is fetched, so that
+a slow reader stops the workers, and endless items need no more memory than a window full of them.
+*In order*, if so wished: results that come early wait in their place. The window is what they can
+be early by. *Kept*, if there is a checkpoint: a result is on disk before it is handed out; those that
+come while the disk is busy are one transaction.
+
+The tasks live in one anyio task group in a task of its own, not in the reader's: a task group must
+end in the task in which it began, and a reader may stop reading anywhere.
+"""
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar
+
+import anyio
+from anyio import to_thread
+from anyio.abc import TaskGroup
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from asyncbucket.batch.checkpoint import Checkpoint, Ledger
+from asyncbucket.batch.item import Entry, Item
+from asyncbucket.batch.pacing import Call, Stopped
+from asyncbucket.batch.progress import Progress
+from asyncbucket.batch.source import Source
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Engine(Generic[T, R]):
+    """Run everything between the items and the reader; `run` is the task to be cancelled.
+
+    Args:
+        source: hands out the items.
+        call: calls the function for one.
+        workers: the most of them.
+        window: the most items that are taken and whose results are not fetched.
+        ordered: whether results come out in the order of the items.
+        stop_on_error: whether nothing is begun any more once an item has failed.
+        checkpoint: where results are kept.
+        progress: what shows how far it is.
+    """
+
+    def __init__(
+        self,
+        source: Source[T],
+        call: Call,
+        *,
+        workers: int,
+        window: int,
+        ordered: bool,
+        stop_on_error: bool,
+        checkpoint: Checkpoint | None,
+        progress: Progress,
+    ) -> None:
+        self._source = source
+        self._call = call
+        self._most = workers
+        self._workers = 0
+        #: Workers that have no admitted call: they stand in line, or fetch an item.
+        self._at_hand = 0
+        #: Places in the window.
+        self.places = anyio.Semaphore(window, fast_acquire=True)
+        self._ordered = ordered
+        self._early: dict[int, Item[T, R]] = {}
+        self._next = 0
+        self._stop_on_error = stop_on_error
+        self._failed = False
+        self._checkpoint = checkpoint
+        self._progress = progress
+        #: Why it ended early, if not by an item's own error.
+        self.failure: Exception | None = None
+        self._group: TaskGroup | None = None
+        self._put: MemoryObjectSendStream[Item[T, R]]
+        self.results: MemoryObjectReceiveStream[Item[T, R]]
+        # Without a bound of its own: the places are the bound.
+        self._put, self.results = anyio.create_memory_object_stream(float("inf"))
+        self._save: MemoryObjectSendStream[tuple[bytes, Item[T, R]]] | None = None
+
+    def close(self) -> None:
+        """Let go of what is not read."""
+        self._put.close()
+        self.results.close()
+
+    async def run(self) -> None:
+        """Work until all is done; the stream of results ends with it."""
+        with self._put:
+            try:
+                async with (
+                    self._progress.shown(self._source.total),
+                    anyio.create_task_group() as all_,
+                ):
+                    await self._work_all(all_)
+                for index in sorted(self._early):  # behind one that was not begun any more
+                    self._put.send_nowait(self._early[index])
+            except BaseException:  # cancelled: nobody will read on
+                self.results.close()
+                raise
+            finally:
+                await self._source.aclose()
+
+    async def _work_all(self, group: TaskGroup) -> None:
+        self._group = group
+        if self._checkpoint is None:
+            self._enlist()
+            return
+        try:
+            ledger = await to_thread.run_sync(Ledger, self._checkpoint)
+        except Exception as error:  # noqa: BLE001 - the reader gets it
+            self.failure = error
+            return
+        self._source.ledger = ledger
+        self._save, to_save = anyio.create_memory_object_stream(float("inf"))
+        try:
+            async with anyio.create_task_group() as keeping:
+                keeping.start_soon(self._keep, ledger, to_save)
+                with self._save:
+                    async with anyio.create_task_group() as self._group:
+                        self._enlist()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await to_thread.run_sync(ledger.close)
+
+    # -- workers -----------------------------------------------------------------------------------
+
+    def _enlist(self) -> None:
+        assert self._group is not None
+        self._workers += 1
+        self._at_hand += 1
+        self._group.start_soon(self._work, name="asyncbucket amap")
+
+    def _begin(self) -> None:
+        """Note that a worker left the line; see that another one stands there."""
+        if self._failed and self._stop_on_error:
+            raise Stopped
+        self._at_hand -= 1
+        if not self._at_hand and self._workers < self._most:
+            self._enlist()
+
+    async def _work(self) -> None:
+        while True:
+            await self.places.acquire()
+            entry = await self._fetch()
+            if entry is None:
+                self._at_hand -= 1
+                self.places.release()  # for the others, who shall hear of the end, too
+                return
+            if entry.stored is not None:
+                self._progress.count(restored=True)
+                self._hand_out(Item(entry.number, entry.input, entry.stored[0], restored=True))
+            else:
+                await self._do(entry)
+
+    async def _fetch(self) -> Entry | None:
+        try:
+            return await self._source.next()
+        except Exception as error:  # noqa: BLE001 - the reader gets it
+            self._fail(error)
+            return None
+
+    async def _do(self, entry: Entry) -> None:
+        begun = False
+
+        def begin() -> None:
+            nonlocal begun
+            self._begin()
+            begun = True
+
+        try:
+            result = await self._call(entry.input, begin)
+        except Stopped:
+            pass
+        except Exception as error:  # noqa: BLE001 - it belongs to the item
+            self._hand_out_failed(entry, error)
+        except asyncio.CancelledError as cancelled:
+            if anyio.current_effective_deadline() == -math.inf:  # it is us who are cancelled
+                raise
+            what = RuntimeError("the call was cancelled from within, by something that it awaits")
+            what.__cause__ = cancelled
+            self._hand_out_failed(entry, what)
+        else:
+            self._progress.count()
+            self._done(entry, Item(entry.number, entry.input, result))
+        finally:
+            self._at_hand += begun
+
+    def _hand_out_failed(self, entry: Entry, error: Exception) -> None:
+        self._failed = True
+        if self._stop_on_error:
+            self._source.stop()
+        self._progress.count(failed=True)
+        self._hand_out(Item(entry.number, entry.input, error=error))
+
+    def _fail(self, error: Exception) -> None:
+        self._source.stop()
+        if self.failure is None:
+            self.failure = error
+
+    # -- results -----------------------------------------------------------------------------------
+
+    def _done(self, entry: Entry, item: Item[T, R]) -> None:
+        if self._save is None:
+            self._hand_out(item)
+        else:
+            self._save.send_nowait((entry.key, item))
+
+    def _hand_out(self, item: Item[T, R]) -> None:
+        if not self._ordered:
+            self._put.send_nowait(item)
+            return
+        self._early[item.index] = item
+        while self._next in self._early:
+            self._put.send_nowait(self._early.pop(self._next))
+            self._next += 1
+
+    async def _keep(
+        self, ledger: Ledger, to_save: MemoryObjectReceiveStream[tuple[bytes, Item[T, R]]]
+    ) -> None:
+        """Save results in order of arrival, all that there are in one transaction.
+
+        Whatever ends the workers, what they got is saved: it ends when their stream does.
+        """
+        with anyio.CancelScope(shield=True), to_save:
+            async for first in to_save:
+                batch = [first, *_waiting(to_save)]
+                try:
+                    rows = [(key, item.result) for key, item in batch]
+                    await to_thread.run_sync(ledger.save, rows)
+                except Exception as error:  # noqa: BLE001 - the reader gets the results, then this
+                    self._fail(error)
+                for _, item in batch:
+                    self._hand_out(item)
+
+
+def _waiting(stream: MemoryObjectReceiveStream[Any]) -> Iterator[Any]:
+    with contextlib.suppress(anyio.WouldBlock, anyio.EndOfStream):
+        while True:
+            yield stream.receive_nowait()

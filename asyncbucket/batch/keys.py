@@ -1,0 +1,66 @@
+"""Know an item again: a hash that is the same in the next process."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+#: Bytes of a key; the chance that two of a billion items share one is under 1e-20.
+SIZE: Final = 16
+
+
+def key_of(item: object) -> bytes:
+    """Return a key that depends on what ``item`` holds, and on nothing else.
+
+    Text, bytes, numbers, None, lists, tuples, dicts, dataclasses and pydantic models, each of each.
+
+    Raises:
+        TypeError: it holds something else, whose `repr` may differ from one process to the next.
+    """
+    if isinstance(item, str):
+        return digest(b"s" + item.encode("utf-8", "surrogatepass"))
+    if isinstance(item, bytes):
+        return digest(b"b" + item)
+    text = json.dumps(item, sort_keys=True, separators=(",", ":"), default=_plain)
+    return digest(b"j" + text.encode("utf-8", "surrogatepass"))
+
+
+def digest(data: bytes) -> bytes:
+    """Return the key of bytes."""
+    return hashlib.sha256(data).digest()[:SIZE]
+
+
+def _plain(value: Any) -> object:
+    """Return what JSON can hold instead of ``value``, with its kind."""
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if hasattr(value, "__pydantic_fields_set__"):
+        return [kind, value.model_dump(mode="json")]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+        return [kind, fields]
+    if isinstance(value, (bytes, bytearray)):
+        return [kind, value.hex()]
+    if isinstance(value, Mapping):
+        return [kind, dict(value)]
+    raise TypeError(
+        f"an item with {type(value).__name__} in it has no key by which a checkpoint knows it again: "
+        f"give key=, a function from the item to a text"
+    )
+
+
+def is_plain(value: object) -> bool:
+    """Tell whether JSON gives ``value`` back just as it is."""
+    kind = type(value)
+    if value is None or kind is str or kind is bool or kind is int:
+        return True
+    if isinstance(value, float):
+        return kind is float and math.isfinite(value)
+    if isinstance(value, list):
+        return kind is list and all(map(is_plain, value))
+    if isinstance(value, dict):
+        return kind is dict and all(
+            type(name) is str and is_plain(each) for name, each in value.items()
+        )
+    return False

@@ -1,0 +1,137 @@
+"""Does a function come to the limiter by itself? Then `amap` must not acquire for it, too.
+
+A call must be admitted once. Twice would charge it twice, and worse: calls that hold a slot and wait
+for a second one wait for ever. So these are left alone:
+
+- a method of a model that the limiter wraps, ``llm.acomplete``;
+- a function that `Limiter.paced` decorates;
+- a function that names one of these, or a client on a paced transport, or calls ``acquire`` of the
+  limiter or of a child of it; likewise in what its closure and its object hold by these names, and
+  in the functions that it names.
+
+This reads code, which can say much that this does not see. Whoever passes ``cost=`` or ``paced=``
+decides.
+"""
+
+import functools
+import types
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+from asyncbucket.limiter import Limiter
+
+#: How far, and at how many things, is looked.
+_DEPTH: Final = 6
+_MOST: Final = 2_000
+#: So many of a list's or a dict's: models may be kept in one.
+_OF_MANY: Final = 8
+_ACQUIRES: Final = frozenset({"acquire", "acquire_nowait", "acquire_sync"})
+_LEAVES: Final = (str, bytes, int, float, complex, type(None), type, types.ModuleType, Limiter)
+
+
+def acquires_itself(fn: Callable[..., object], limiter: Limiter) -> bool:
+    """Tell whether a call of ``fn`` is admitted by ``limiter``, as far as its code shows."""
+    seen: dict[int, object] = {}
+    rest: deque[tuple[object, int]] = deque([(fn, 0)])
+    while rest and len(seen) < _MOST:
+        value, depth = rest.popleft()
+        if isinstance(value, _LEAVES) or id(value) in seen:
+            continue
+        seen[id(value)] = value  # kept, or its id might be given to another
+        if _is_paced(value, limiter):
+            return True
+        if depth < _DEPTH:
+            rest.extend((each, depth + 1) for each in _parts(value))
+    return False
+
+
+def _is_paced(value: object, limiter: Limiter) -> bool:
+    """Tell whether ``value`` is a model or transport behind the limiter, or code that acquires."""
+    if isinstance(value, types.MethodType):
+        if not isinstance(value.__func__, types.FunctionType):
+            return False
+        return _acquires(value.__func__, limiter, holder=value.__self__)
+    if isinstance(value, types.FunctionType):
+        return _acquires(value, limiter)
+    return _is_ours(value) and _leads_to(getattr(value, "limiter", None), limiter)
+
+
+def _acquires(function: types.FunctionType, limiter: Limiter, *, holder: object = None) -> bool:
+    """Tell whether the code acquires, and has the limiter to do it with."""
+    names = _names(function.__code__)
+    if not names & _ACQUIRES:
+        return False
+    near = [holder, *_named(function)]
+    held = [getattr(each, "__dict__", {}).get(name) for each in near for name in names]
+    return any(_leads_to(each, limiter) for each in (*near, *held))
+
+
+def _leads_to(value: object, limiter: Limiter) -> bool:
+    """Tell whether ``value`` is the limiter or one below it."""
+    while isinstance(value, Limiter):
+        if value is limiter:
+            return True
+        value = getattr(value, "parent", None)
+    return False
+
+
+def _parts(value: Any) -> Iterator[object]:
+    """Yield what ``value`` uses or holds, one step away."""
+    if isinstance(value, types.FunctionType):
+        yield from _named(value)
+    elif isinstance(value, types.MethodType):
+        yield from _parts_of_method(value)
+    elif isinstance(value, functools.partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, Mapping):
+        yield from list(value.values())[:_OF_MANY]
+    elif isinstance(value, (list, tuple)):
+        yield from value[:_OF_MANY]
+    else:
+        yield from getattr(value, "__dict__", {}).values()
+        call = getattr(type(value), "__call__", None)  # noqa: B004 - the function itself is wanted
+        if isinstance(call, types.FunctionType):
+            yield types.MethodType(call, value)
+
+
+def _parts_of_method(method: types.MethodType) -> Iterator[object]:
+    """Yield what a method names, and of its object just that: others of its parts are not used."""
+    function, holder = method.__func__, method.__self__
+    if not isinstance(function, types.FunctionType):
+        return
+    yield from _named(function)
+    # An object of ours is known by its limiter, which lies deeper than a name.
+    if _is_ours(holder):
+        yield holder
+    for name in _names(function.__code__):
+        if name in getattr(holder, "__dict__", {}):
+            yield vars(holder)[name]
+        elif isinstance(used := getattr(type(holder), name, None), types.FunctionType):
+            yield types.MethodType(used, holder)
+
+
+def _is_ours(value: object) -> bool:
+    return any(kind.__module__.startswith("asyncbucket.") for kind in type(value).__mro__)
+
+
+def _named(function: types.FunctionType) -> Iterator[object]:
+    """Yield the globals that a function names, what its closure holds, and its defaults."""
+    names = function.__globals__
+    yield from (names[name] for name in _names(function.__code__) if name in names)
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Return the names in code, and in the code within it."""
+    found = set(code.co_names)
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            found |= _names(inner)
+    return found

@@ -1,0 +1,89 @@
+"""One item's call: admitted first, or as it is where the function sees to that."""
+
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol, TypeAlias
+
+from asyncbucket.cost import Cost
+from asyncbucket.limiter import Limiter
+
+#: What an item costs: a `Cost`, the keywords of `Limiter.acquire`, or a function that says.
+Price: TypeAlias = Cost | Mapping[str, float]
+PriceOf: TypeAlias = Price | Callable[[Any], Price]
+
+
+class Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """Tell that a call is not to begin any more."""
+
+
+class Call(Protocol):
+    """Call the function for one item; ``begin`` is asked when it is about to be.
+
+    ``begin`` may raise `Stopped`: then nothing is charged.
+    """
+
+    async def __call__(self, item: Any, begin: Callable[[], None]) -> Any: ...
+
+
+def leave_to(fn: Callable[[Any], Awaitable[Any]]) -> Call:
+    """Leave the admission to ``fn``."""
+
+    async def call(item: Any, begin: Callable[[], None]) -> Any:
+        begin()
+        return await awaitable(fn, item)
+
+    return call
+
+
+def admit_each(
+    limiter: Limiter, fn: Callable[[Any], Awaitable[Any]], price: PriceOf | None = None
+) -> Call:
+    """Have each call admitted at its price; without one it is a request."""
+    keywords_of = _keywords_of({} if price is None else price)
+
+    async def call(item: Any, begin: Callable[[], None]) -> Any:
+        async with limiter.acquire(**keywords_of(item)) as lease:
+            try:
+                begin()
+            except Stopped:
+                lease.undo()
+                raise
+            return await awaitable(fn, item)
+
+    return call
+
+
+def _keywords_of(price: PriceOf) -> Callable[[Any], dict[str, Any]]:
+    """Return a function from an item to the keywords of `Limiter.acquire`."""
+    if callable(price):
+        return lambda item: _keywords(price(item))
+    keywords = _keywords(price)
+    return lambda _: keywords
+
+
+def _keywords(price: Price) -> dict[str, Any]:
+    """Return the keywords of `Limiter.acquire`."""
+    if isinstance(price, Cost):
+        return {"cost": price}
+    if isinstance(price, Mapping):
+        return dict(price)
+    raise TypeError(
+        f"a cost is a Cost, a dict such as {{'tokens': 500}}, or a function from an item to one, "
+        f"not {price!r}"
+    )
+
+
+def awaitable(fn: Callable[[Any], Awaitable[Any]], item: Any) -> Awaitable[Any]:
+    """Call ``fn`` and return what is to be awaited.
+
+    Raises:
+        TypeError: it is a plain function, which would have blocked the event loop.
+    """
+    waiting = fn(item)
+    if not inspect.isawaitable(waiting):
+        name = getattr(fn, "__qualname__", repr(fn))
+        raise TypeError(
+            f"{name} returned {type(waiting).__name__}, nothing to await: amap takes async "
+            f"functions; map takes plain ones"
+        )
+    return waiting

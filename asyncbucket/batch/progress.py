@@ -1,0 +1,153 @@
+"""A bar on standard error while it runs: rich's, tqdm's, or none."""
+
+import contextlib
+import sys
+from collections.abc import AsyncGenerator
+from typing import Any, Final, Literal, Protocol, TypeAlias
+
+import anyio
+
+from asyncbucket.batch.outlook import Look, Outlook, duration
+from asyncbucket.limiter import Limiter
+
+Shown: TypeAlias = bool | Literal["rich", "tqdm"]
+
+#: Seconds between two looks.
+_EVERY: Final = 0.2
+
+
+class Progress:
+    """Show nothing."""
+
+    def count(self, *, failed: bool = False, restored: bool = False) -> None:
+        """Count an item that is done."""
+
+    @contextlib.asynccontextmanager
+    async def shown(self, total: int | None) -> AsyncGenerator[None]:
+        """Show it for the time of an ``async with`` block."""
+        del total
+        yield
+
+
+class _Bar(Protocol):
+    """A bar of either library."""
+
+    def show(self, done: int, words: str) -> None: ...
+    def close(self) -> None: ...
+
+
+def progress_for(limiter: Limiter, shown: Shown) -> Progress:
+    """Return what shows the progress.
+
+    Raises:
+        ImportError: the library is not installed.
+        ValueError: ``shown`` is nothing that can be asked for.
+    """
+    if shown is False:
+        return Progress()
+    if shown is True:
+        shown = "rich" if _has("rich") or not _has("tqdm") else "tqdm"
+    if shown not in ("rich", "tqdm"):
+        raise ValueError(f"show_progress must be True, False, 'rich' or 'tqdm', not {shown!r}")
+    if not _has(shown):
+        remedy = '"asyncbucket[batch]"' if shown == "rich" else "tqdm"
+        raise ImportError(f"a progress bar needs {shown}: pip install {remedy}")
+    return _ShownProgress(limiter, _RichBar if shown == "rich" else _TqdmBar)
+
+
+def _has(library: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(library) is not None
+
+
+class _ShownProgress(Progress):
+    """Look at the limiter a few times a second; counting itself costs next to nothing."""
+
+    def __init__(self, limiter: Limiter, bar: "type[_RichBar | _TqdmBar]") -> None:
+        self._limiter = limiter
+        self._make = bar
+        self._done = 0
+        self._failed = 0
+        self._restored = 0
+
+    def count(self, *, failed: bool = False, restored: bool = False) -> None:
+        self._done += 1
+        self._failed += failed
+        self._restored += restored
+
+    @contextlib.asynccontextmanager
+    async def shown(self, total: int | None) -> AsyncGenerator[None]:
+        bar = self._make(total)
+        outlook = Outlook(self._limiter, clock=anyio.current_time)
+        started = anyio.current_time()
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._keep_up, bar, outlook, total)
+                try:
+                    yield
+                finally:
+                    group.cancel_scope.cancel()
+        finally:
+            took = f"in {duration(anyio.current_time() - started)}"
+            bar.show(self._done, ", ".join([took, *self._words(Look())]))
+            bar.close()
+
+    async def _keep_up(self, bar: _Bar, outlook: Outlook, total: int | None) -> None:
+        while True:
+            left = None if total is None else float(total - self._done)
+            amounts = None if left is None else {"items": left, "requests": left}
+            look = outlook.look(self._done - self._restored, left=amounts)
+            bar.show(self._done, ", ".join(self._words(look)))
+            await anyio.sleep(_EVERY)
+
+    def _words(self, look: Look) -> list[str]:
+        words = [f"{look.rate:.3g}/s"] if look.rate else []
+        if look.left:
+            words.append(f"{duration(look.left)} left")
+        if look.bound_by is not None:
+            words.append(f"waiting for {look.bound_by.replace('_', ' ')}")
+        if self._restored:
+            words.append(f"{self._restored:,} restored")
+        if self._failed:
+            words.append(f"{self._failed:,} failed")
+        return words
+
+
+class _RichBar:
+    def __init__(self, total: int | None) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        # Refreshed by `show` alone: a thread of rich's would compete with the calls.
+        self._progress = Progress(
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=Console(stderr=True),
+            auto_refresh=False,
+        )
+        self._task = self._progress.add_task("", total=total)
+        self._progress.start()
+
+    def show(self, done: int, words: str) -> None:
+        self._progress.update(self._task, completed=done, description=words, refresh=True)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class _TqdmBar:
+    def __init__(self, total: int | None) -> None:
+        from tqdm import tqdm
+
+        form = "{l_bar}{bar:30}| {n_fmt}/{total_fmt} {elapsed}{postfix}"
+        known: dict[str, Any] = {} if total is None else {"bar_format": form}
+        self._bar = tqdm(total=total, file=sys.stderr, mininterval=0, unit=" items", **known)
+
+    def show(self, done: int, words: str) -> None:
+        self._bar.n = done
+        self._bar.set_postfix_str(words, refresh=True)
+
+    def close(self) -> None:
+        self._bar.close()

@@ -1,0 +1,217 @@
+"""What one iterates over: results as they come, and a clean end wherever one stops."""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from types import TracebackType
+from typing import Generic, Literal, Self, TypeVar
+
+import anyio
+from anyio import ClosedResourceError, EndOfStream, WouldBlock
+
+from asyncbucket.batch.checkpoint import Checkpoint
+from asyncbucket.batch.engine import Engine
+from asyncbucket.batch.item import Item
+from asyncbucket.batch.paced import acquires_itself
+from asyncbucket.batch.pacing import PriceOf, admit_each, leave_to
+from asyncbucket.batch.progress import Shown, progress_for
+from asyncbucket.batch.source import Source
+from asyncbucket.limiter import Limiter
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+Errors = Literal["raise", "collect"]
+
+#: The most workers where no concurrency says how many are of use: there are as many as are admitted,
+#: if `amap` acquires, ...
+_MOST = 1_000
+#: ... and this many, if the function does.
+_MOST_UNSEEN = 256
+
+
+def amap(  # noqa: PLR0913 - each is an option of its own, by keyword
+    limiter: Limiter,
+    fn: Callable[[T], Awaitable[R]],
+    items: Iterable[T] | AsyncIterable[T],
+    *,
+    ordered: bool = False,
+    errors: Errors = "raise",
+    cost: PriceOf | None = None,
+    paced: bool | None = None,
+    show_progress: Shown = False,
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
+    workers: int | None = None,
+    window: int | None = None,
+) -> "Results[T, R]":
+    """Call ``fn`` for each item behind ``limiter``; iterate over what comes of it, as it comes.
+
+    >>> async for item in limiter.amap(llm.acomplete, prompts, checkpoint="run.db"):
+    ...     print(item.index, item.input, item.result)
+
+    Items may be endless: there are never more than ``window`` that are taken and not handed out.
+    Breaking out, ``aclose()``, leaving ``async with`` and cancelling end all that is in flight.
+
+    Each call is admitted once: by ``fn`` itself if it belongs to a model that the limiter wraps, or
+    is decorated with `Limiter.paced`, or acquires; else here. See `asyncbucket.batch.paced`.
+
+    Args:
+        limiter: what admits the calls.
+        fn: an async function of one item.
+        items: any iterable or async iterable. A plain one is iterated on the event loop.
+        ordered: hand results out in the order of the items, not as they come.
+        errors: ``"raise"`` begins nothing new once an item failed, hands out what came before it, and
+            raises its error; ``"collect"`` goes on, and ``item.error`` says what failed.
+        cost: what a call costs, if not one request: a `Cost`, a dict such as ``{"tokens": 500}``, or
+            a function from an item to one. Given, it is acquired here, whatever ``fn`` does.
+        paced: say that ``fn`` acquires by itself (True), or does not (False), where looking is wrong.
+        show_progress: a bar on standard error; True takes rich if it is installed, else tqdm.
+        checkpoint: a path, or a `Checkpoint`: results are kept there, and items that are in it are
+            not called for again.
+        workers: the most calls at once; by default the limiter's concurrency decides.
+        window: by default twice the workers.
+
+    Raises:
+        ValueError, TypeError: an option is none that there is.
+        ImportError: the library for the bar is not installed.
+    """
+    if errors not in ("raise", "collect"):
+        raise ValueError(f"errors must be 'raise' or 'collect', not {errors!r}")
+    if cost is not None and paced:
+        raise ValueError("cost= is acquired here, paced=True says that fn acquires: give one")
+    if cost is None and paced is None:
+        paced = acquires_itself(fn, limiter)
+    by_fn = bool(paced) and cost is None
+    most = _workers(limiter, workers, by_fn=by_fn)
+    engine: Engine[T, R] = Engine(
+        Source(items),
+        leave_to(fn) if by_fn else admit_each(limiter, fn, cost),
+        workers=most,
+        window=_window(window, most),
+        ordered=ordered,
+        stop_on_error=errors == "raise",
+        checkpoint=None if checkpoint is None else Checkpoint.of(checkpoint, name=_name(fn)),
+        progress=progress_for(limiter, show_progress),
+    )
+    return Results(engine, raises=errors == "raise")
+
+
+def _name(fn: object) -> str:
+    """Return what the results of ``fn`` are called in a checkpoint."""
+    return getattr(fn, "__qualname__", type(fn).__qualname__)
+
+
+def _workers(limiter: Limiter, workers: int | None, *, by_fn: bool) -> int:
+    if workers is not None:
+        if workers < 1:
+            raise ValueError(f"workers must be at least 1, not {workers!r}")
+        return workers
+    if not by_fn:
+        return _MOST
+    # One more than the slots, so that somebody always stands in line. Where the slots are found by
+    # the limiter itself, there may be more of them later on.
+    return _MOST_UNSEEN if limiter.concurrency is None else max(32, limiter.concurrency + 1)
+
+
+def _window(window: int | None, workers: int) -> int:
+    if window is None:
+        return 2 * workers
+    if window < 1:
+        raise ValueError(f"window must be at least 1, not {window!r}")
+    return window
+
+
+class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
+    """Iterate over the `Item`s; made by `amap`. It begins with the first step, and may end anywhere.
+
+    An ``async for`` that is left lets it go, and whatever runs is cancelled. ``async with`` around it,
+    or ``await results.aclose()``, waits for the end of that, too.
+    """
+
+    def __init__(self, engine: Engine[T, R], *, raises: bool) -> None:
+        self._engine = engine
+        self._raises = raises
+        self._task: asyncio.Task[None] | None = None
+        self._over = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Item[T, R]:
+        """Return the next item that is done.
+
+        Raises:
+            StopAsyncIteration: there is none.
+            Exception: with ``errors="raise"``, what ``fn`` raised; what the items' iterable raised.
+            CheckpointError: the checkpoint cannot be used.
+        """
+        if self._over:
+            raise StopAsyncIteration
+        if self._task is None:
+            # The engine knows nothing of this object: so it can be dropped while that works.
+            self._task = asyncio.create_task(self._engine.run(), name="asyncbucket amap")
+        try:
+            item = self._engine.results.receive_nowait()
+        except (WouldBlock, EndOfStream, ClosedResourceError):
+            item = await self._wait()
+        self._engine.places.release()
+        if item.error is not None and self._raises:
+            await self.aclose()
+            raise item.error
+        return item
+
+    async def _wait(self) -> Item[T, R]:
+        try:
+            return await self._engine.results.receive()
+        except (EndOfStream, ClosedResourceError):
+            pass
+        except BaseException:
+            await self.aclose()
+            raise
+        await self._end()
+        raise StopAsyncIteration
+
+    async def _end(self) -> None:
+        """Take leave of an engine that has ended by itself."""
+        self._over = True
+        self._engine.results.close()
+        assert self._task is not None
+        await self._task
+        if self._engine.failure is not None:
+            raise self._engine.failure
+
+    async def aclose(self) -> None:
+        """Cancel what is in flight, and wait for its end. Again it does nothing."""
+        self._over = True
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([task])
+            if not task.cancelled():
+                task.exception()  # seen: what it was is of no interest any more
+        self._engine.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        task = self._task
+        if task is None or task.done():
+            self._engine.close()
+            return
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and with it all tasks
+            task.get_loop().call_soon_threadsafe(task.cancel)
+
+    def __repr__(self) -> str:
+        state = "over" if self._over else "not begun" if self._task is None else "at work"
+        return f"<Results {state}>"

@@ -1,0 +1,99 @@
+"""What goes in: items one after the other, from any iterable, and whether they are done already."""
+
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sized
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+import anyio
+from anyio import to_thread
+
+from asyncbucket.batch.item import Entry
+
+if TYPE_CHECKING:
+    from asyncbucket.batch.checkpoint import Ledger
+
+T = TypeVar("T")
+
+#: Items that are looked up in a checkpoint at a time, where they are at hand.
+_AHEAD: Final = 64
+
+
+class Source(Generic[T]):
+    """Hand out items, to one worker at a time. At most `_AHEAD` are taken before they are wanted.
+
+    A plain iterable is iterated on the event loop's thread: one that blocks would block the loop.
+    """
+
+    def __init__(self, items: Iterable[T] | AsyncIterable[T]) -> None:
+        self._each: Iterator[T] | None = None
+        self._each_async: AsyncIterator[T] | None = None
+        if isinstance(items, AsyncIterable):
+            self._each_async = aiter(items)
+        else:
+            self._each = iter(items)
+        #: How many items there are, where that is known.
+        self.total = len(items) if isinstance(items, Sized) else None
+        #: What knows which items are done; set before the first is asked for.
+        self.ledger: Ledger | None = None
+        self._lock = anyio.Lock(fast_acquire=True)
+        self._ready: list[Entry] = []
+        self._number = 0
+        self._over = False
+        self._failure: Exception | None = None
+
+    def stop(self) -> None:
+        """Hand out no more."""
+        self._over = True
+
+    async def next(self) -> Entry | None:
+        """Return the next item, or None after the last.
+
+        Raises:
+            Exception: what the iterable raised, once all before it is handed out.
+        """
+        if self._each is not None and self.ledger is None:  # the usual case, without the detour
+            if self._over:
+                return None
+            for item in self._each:
+                return self._entry(item)
+            self._over = True
+            return None
+        async with self._lock:
+            if not self._ready and not self._over:
+                await self._fetch()
+            return None if self._over or not self._ready else self._ready.pop()
+
+    def _entry(self, item: Any) -> Entry:
+        index = self._number
+        self._number = index + 1
+        return Entry(index, item)
+
+    async def _fetch(self) -> None:
+        """Take some items and see which of them are done."""
+        if self._failure is not None:
+            raise self._failure
+        entries: list[Entry] = []
+        try:
+            if self._each_async is None:
+                assert self._each is not None
+                for item in islice(self._each, _AHEAD):
+                    entries.append(self._entry(item))  # noqa: PERF401 - kept if the next one raises
+            else:
+                async for item in self._each_async:
+                    entries.append(self._entry(item))
+                    break
+        except Exception as error:
+            if not entries:
+                raise
+            self._failure = error
+        self._over = not entries
+        if entries and self.ledger is not None:
+            entries = await to_thread.run_sync(self.ledger.look_up, entries)
+        self._ready = entries[::-1]
+
+    async def aclose(self) -> None:
+        """Close an async generator: nobody else would in time."""
+        close = getattr(self._each_async, "aclose", None)
+        if close is not None:
+            with anyio.CancelScope(shield=True):
+                await close()

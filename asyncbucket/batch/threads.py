@@ -1,0 +1,96 @@
+"""The same for code without an event loop: `Limiter.map`."""
+
+import functools
+import inspect
+from collections.abc import AsyncIterable, Awaitable, Callable, Generator, Iterable
+from typing import Any, TypeVar, overload
+
+from anyio import CapacityLimiter, to_thread
+from anyio.from_thread import start_blocking_portal
+
+from asyncbucket.batch.item import Item
+from asyncbucket.batch.paced import acquires_itself
+from asyncbucket.batch.results import Results, amap
+from asyncbucket.limiter import Limiter
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+#: The most threads where no concurrency says how many are of use.
+_THREADS = 64
+
+
+@overload
+def map_sync(
+    limiter: Limiter,
+    fn: Callable[[T], Awaitable[R]],
+    items: Iterable[T] | AsyncIterable[T],
+    *,
+    workers: int | None = None,
+    **options: Any,
+) -> Generator[Item[T, R]]: ...
+@overload
+def map_sync(
+    limiter: Limiter,
+    fn: Callable[[T], R],
+    items: Iterable[T] | AsyncIterable[T],
+    *,
+    workers: int | None = None,
+    **options: Any,
+) -> Generator[Item[T, R]]: ...
+def map_sync(
+    limiter: Limiter,
+    fn: Callable[[T], Any],
+    items: Iterable[T] | AsyncIterable[T],
+    *,
+    workers: int | None = None,
+    **options: Any,
+) -> Generator[Item[T, Any]]:
+    """Call ``fn`` for each item, and iterate over what comes of it; see `amap` for the options.
+
+    >>> for item in limiter.map(llm.complete, prompts):
+    ...     print(item.input, item.result)
+
+    A plain function is called in threads, as many at once as the limiter's concurrency, or at most 64;
+    an async one on an event loop in a thread. The items are iterated in that thread as well. Leaving
+    the loop waits for the calls that run: a thread cannot be cancelled.
+    """
+    if workers is None and not inspect.iscoroutinefunction(fn):
+        workers = min(limiter.concurrency or _THREADS, _THREADS)
+    if options.get("paced") is None and options.get("cost") is None:
+        options["paced"] = acquires_itself(fn, limiter)
+    return _iterate(limiter, fn, items, {**options, "workers": workers})
+
+
+def _iterate(
+    limiter: Limiter, fn: Callable[[T], Any], items: Any, options: dict[str, Any]
+) -> Generator[Item[T, Any]]:
+    with start_blocking_portal() as portal:
+        results: Results[T, Any] = portal.call(_begin, limiter, fn, items, options)
+        try:
+            while True:
+                try:
+                    yield portal.call(results.__anext__)
+                except StopAsyncIteration:
+                    return
+        finally:
+            portal.call(results.aclose)
+
+
+async def _begin(
+    limiter: Limiter, fn: Callable[[T], Any], items: Any, options: dict[str, Any]
+) -> Results[T, Any]:
+    return amap(limiter, _in_threads(fn, options["workers"]), items, **options)
+
+
+def _in_threads(fn: Callable[[T], Any], threads: int | None) -> Callable[[T], Awaitable[Any]]:
+    if inspect.iscoroutinefunction(fn):
+        return fn
+    bound = CapacityLimiter(threads or _THREADS)
+
+    @functools.wraps(fn)
+    async def call(item: T) -> Any:
+        result = await to_thread.run_sync(fn, item, limiter=bound)
+        return await result if inspect.isawaitable(result) else result
+
+    return call

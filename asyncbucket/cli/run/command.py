@@ -1,0 +1,92 @@
+"""The run as a command: what is seen of it, and its exit status."""
+
+import asyncio
+import json
+import logging
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+
+from asyncbucket.cli import INTERRUPTED
+from asyncbucket.cli.run import report
+from asyncbucket.cli.run.estimate import describe, estimate
+from asyncbucket.cli.run.feed import count_lines
+from asyncbucket.cli.run.job import STANDARD, Job
+from asyncbucket.cli.run.ledger import forget
+from asyncbucket.cli.run.screen import screen_for
+from asyncbucket.cli.run.tally import Tally
+from asyncbucket.cli.run.work import Run
+
+#: All lines are answered; some are not; none could be.
+DONE: Final = 0
+FAILED: Final = 1
+WRONG: Final = 2
+
+
+def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
+    """Run ``job`` and return the exit status: 0, 1 if lines failed, 2 if none can succeed, 130.
+
+    Raises:
+        ValueError: the options or files don't fit together.
+    """
+    job.check()
+    console = Console(stderr=True, highlight=False)
+    tally = Tally(price=job.price)
+    if job.restart and job.checkpoint is not None:
+        forget(Path(job.out), job.checkpoint)
+    if job.source != STANDARD:
+        tally.total = count_lines(job.source, job.most)
+    if not quiet:
+        console.print(report.headline(job, tally), markup=False, soft_wrap=True)
+    tally.started = time.monotonic()
+    interrupted = False
+    try:
+        with _quiet():
+            asyncio.run(_run(job, tally, console, quiet=quiet))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        tally.stopping = interrupted = True
+    tally.ended = time.monotonic()
+    _say(job, tally, console, quiet=quiet, as_json=as_json)
+    if tally.fatal is not None:
+        return WRONG
+    if interrupted or tally.stopping:
+        return INTERRUPTED
+    return FAILED if tally.failed or tally.bad else DONE
+
+
+async def _run(job: Job, tally: Tally, console: Console, *, quiet: bool) -> None:
+    await Run(job, tally, screen_for(console, quiet=quiet)).run()
+
+
+def _say(job: Job, tally: Tally, console: Console, *, quiet: bool, as_json: bool) -> None:
+    if not quiet:
+        console.print(report.summary(job, tally), markup=False, soft_wrap=True)
+    if tally.fatal is not None:
+        print(f"error: no request succeeds: {tally.fatal}", file=sys.stderr)  # noqa: T201 - a command's output
+    if as_json:
+        print(json.dumps(tally.as_dict(), indent=2))  # noqa: T201 - a command's output
+
+
+def dry_run(job: Job, *, latency: float) -> int:
+    """Say what ``job`` would take, and return the exit status: 1 if lines are bad."""
+    job.check()
+    tally = Tally(price=job.price)
+    found = asyncio.run(estimate(job, tally))
+    print(describe(job, tally, found, latency=latency))  # noqa: T201 - a command's output
+    return FAILED if tally.bad else DONE
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Keep logs off the screen: what they say is counted and shown."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)

@@ -1,0 +1,87 @@
+"""The dry run: read all lines, send none, and say how long they would take and cost."""
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from asyncbucket.cli.run.feed import tasks
+from asyncbucket.cli.run.job import Job
+from asyncbucket.cli.run.ledger import Ledger
+from asyncbucket.cli.run.output import Errors
+from asyncbucket.cli.run.report import reasons
+from asyncbucket.cli.run.request import Request
+from asyncbucket.cli.run.screen import dollars
+from asyncbucket.cli.run.tally import Tally
+from asyncbucket.cost import Cost
+from asyncbucket.http.profiles import Call, Profile, profile_named, profile_of
+
+#: Costs that are kept to plan by: enough for any distribution, and little memory.
+_SAMPLES: Final = 20_000
+#: Tokens of a reply that nothing bounds, as the transport foresees at its start.
+_FORESEEN: Final = 256
+
+
+@dataclass(slots=True)
+class Estimate:
+    """What was found in the lines."""
+
+    calls: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    costs: list[Cost] = field(default_factory=list[Cost])
+
+    def add(self, cost: Cost, chance: random.Random) -> None:
+        """Count a call; of many, a random sample of costs is kept."""
+        self.calls += 1
+        self.input_tokens += cost.get("input_tokens", 0)
+        self.output_tokens += cost.get("output_tokens", 0)
+        if len(self.costs) < _SAMPLES:
+            self.costs.append(cost)
+        elif (place := chance.randrange(self.calls)) < _SAMPLES:
+            self.costs[place] = cost
+
+
+async def estimate(job: Job, tally: Tally) -> Estimate:
+    """Read the lines that would be sent."""
+    host = urlsplit(job.api_base).hostname or ""
+    profile = profile_of(host) if job.profile is None else profile_named(job.profile)
+    found, chance = Estimate(), random.Random(0)  # noqa: S311 - a sample, no secret
+    known = job.checkpoint is not None and job.checkpoint.exists() and not job.restart
+    with Ledger(
+        Path(job.out) if known else None, job.checkpoint if known else None, job.settings
+    ) as ledger:
+        async for task in tasks(job, ledger, Errors(None), tally):
+            cost = _cost(profile, task.request, host)
+            if cost is not None:
+                found.add(cost, chance)
+    return found
+
+
+def _cost(profile: Profile, request: Request, host: str) -> Cost | None:
+    return profile.cost(Call("POST", host, request.path, request.body, _FORESEEN))
+
+
+def describe(job: Job, tally: Tally, found: Estimate, *, latency: float) -> str:
+    """Say how long the calls take, what binds, and what they cost at most."""
+    from asyncbucket.plan import plan
+
+    earlier = f", {tally.earlier:,} answered earlier" if tally.earlier else ""
+    bad = f", {tally.bad:,} bad" if tally.bad else ""
+    lines = [f"{found.calls:,} requests to send{earlier}{bad}"]
+    if found.calls:
+        concurrency = None if job.concurrency == "auto" else job.concurrency
+        planned = plan(
+            *job.limits,
+            calls=found.calls,
+            tokens=found.costs,
+            concurrency=concurrency,
+            latency=latency,
+        )
+        lines.append(str(planned))
+        tokens = f"about {found.input_tokens:,} tokens in, {found.output_tokens:,} out at most"
+        if job.price is not None:
+            tokens += f": {dollars(job.price.of(found.input_tokens, found.output_tokens))}"
+        lines.append(tokens)
+    return "\n".join([*lines, *reasons(tally)])

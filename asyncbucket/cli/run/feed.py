@@ -1,0 +1,112 @@
+"""Read lines as they are wanted: a file of a million, or a pipe that somebody types into."""
+
+import os
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator
+from pathlib import Path
+from typing import BinaryIO, Final, NamedTuple
+
+from anyio import to_thread
+
+from asyncbucket.cli.run.job import STANDARD, Job
+from asyncbucket.cli.run.ledger import Ledger
+from asyncbucket.cli.run.output import Errors, failure
+from asyncbucket.cli.run.request import BadLine, Request, read_request
+from asyncbucket.cli.run.tally import Tally
+
+_CHUNK: Final = 1 << 18
+#: The longest line: a batch file of OpenAI's may have 200 MB in all.
+_LONGEST: Final = 64 << 20
+
+
+class Task(NamedTuple):
+    """A request that is not answered yet."""
+
+    request: Request
+    key: bytes
+
+
+async def tasks(job: Job, ledger: Ledger, errors: Errors, tally: Tally) -> AsyncGenerator[Task]:
+    """Yield what is to be sent; what is answered or cannot be read is counted, and passed over."""
+    number = 0
+    async for chunk in _chunks(job):
+        if tally.stopping:
+            return
+        with ledger.looking_up():
+            found = []
+            for data in chunk:
+                number += 1
+                if job.most is not None and number > job.most:
+                    break
+                task = _task(number, data, job, ledger, errors, tally)
+                if task is not None:
+                    found.append(task)
+        for task in found:
+            if tally.stopping:
+                return
+            yield task
+        if job.most is not None and number >= job.most:
+            return
+
+
+def _task(
+    number: int, data: bytes | None, job: Job, ledger: Ledger, errors: Errors, tally: Tally
+) -> Task | None:
+    custom_id = None
+    try:
+        request = read_request(number, _whole(data), job)
+        if request is None:
+            return None
+        custom_id = request.custom_id
+        key, done = ledger.look_up(request)
+    except BadLine as bad:
+        tally.bad += 1
+        tally.reasons[f"line {number}: {bad}" if tally.bad <= 3 else "other bad lines"] += 1  # noqa: PLR2004 - a few tell enough
+        errors.write(failure(line=number, custom_id=custom_id, code="bad_line", message=str(bad)))
+        return None
+    tally.earlier += done
+    return None if done else Task(request, key)
+
+
+def _whole(data: bytes | None) -> bytes:
+    if data is None:
+        raise BadLine(f"the line has more than {_LONGEST >> 20} MB")
+    return data
+
+
+async def _chunks(job: Job) -> AsyncIterator[list[bytes | None]]:
+    """Yield the lines that a read gives, without their ends; None for one that is too long."""
+    file: BinaryIO = sys.stdin.buffer if job.source == STANDARD else Path(job.source).open("rb")  # noqa: ASYNC230, SIM115 - closed below
+    rest, skipping = b"", False
+    try:
+        while chunk := await to_thread.run_sync(_read, file, abandon_on_cancel=True):
+            first, *others = (rest + chunk).split(b"\n")
+            if others:
+                *whole, rest = others
+                lines: list[bytes | None] = [None if skipping else first, *whole]
+                skipping = False
+                yield lines
+            else:
+                rest = b"" if skipping else first
+            if len(rest) > _LONGEST:
+                rest, skipping = b"", True
+        if skipping or rest:
+            yield [None if skipping else rest]
+    finally:
+        if job.source != STANDARD:
+            file.close()
+
+
+def _read(file: BinaryIO) -> bytes:
+    return os.read(file.fileno(), _CHUNK)
+
+
+def count_lines(path: str, most: int | None) -> int:
+    """Return how many lines a file has that are not empty; a gigabyte takes about a second."""
+    count = 0
+    with Path(path).open("rb") as file:
+        for line in file:
+            count += not line.isspace()
+            if count == most:
+                break
+    return count

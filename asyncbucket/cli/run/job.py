@@ -1,0 +1,166 @@
+"""What is to be done, checked before anything is begun."""
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from asyncbucket.http.profiles import profile_named
+from asyncbucket.limits import Limit, read_limits
+
+Endpoint = Literal["chat", "responses", "embeddings"]
+
+#: Paths of the API by what people call them, with what holds a prompt and what bounds a reply.
+PATHS: Final[dict[str, str]] = {
+    "chat": "/v1/chat/completions",
+    "responses": "/v1/responses",
+    "embeddings": "/v1/embeddings",
+}
+OPENAI: Final = "https://api.openai.com/v1"
+#: Calls at once, where nobody says how many.
+CONCURRENCY: Final = 100
+STANDARD: Final = "-"
+
+_PRICE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)/([0-9]+(?:\.[0-9]+)?)")
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """Dollars for a million tokens."""
+
+    input: float
+    output: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Price":
+        """Read ``0.15/0.60``.
+
+        Raises:
+            ValueError: it is no such pair.
+        """
+        match = _PRICE.fullmatch(text.strip())
+        if match is None:
+            raise ValueError(
+                f"--price is dollars for a million tokens, input/output, e.g. 0.15/0.60; not {text!r}"
+            )
+        return cls(float(match[1]), float(match[2]))
+
+    def of(self, input_tokens: int, output_tokens: int) -> float:
+        """Return what tokens cost, in dollars."""
+        return (input_tokens * self.input + output_tokens * self.output) / 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Hold the options of a run.
+
+    Attributes:
+        source: a file, or ``-`` for standard input.
+        out: a file, or ``-`` for standard output.
+        model: put into every request; None leaves what the lines say.
+        endpoint: what a plain prompt is sent to.
+        system: the system message before each prompt.
+        max_tokens: the most tokens of a reply, where a line does not say.
+        most: so many lines are read, the first ones; None for all.
+        restart: begin anew, whatever was answered before.
+        bounded: whether somebody said how many calls may be in flight.
+    """
+
+    source: str
+    out: str
+    limits: tuple[Limit, ...] = ()
+    concurrency: int | Literal["auto"] = CONCURRENCY
+    model: str | None = None
+    endpoint: Endpoint = "chat"
+    system: str | None = None
+    max_tokens: int | None = None
+    api_base: str = OPENAI
+    api_key: str | None = field(default=None, repr=False)
+    profile: str | None = None
+    price: Price | None = None
+    attempts: int = 5
+    timeout: float = 600.0
+    most: int | None = None
+    errors: Path | None = None
+    restart: bool = False
+    bounded: bool = False
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The file that knows what is done; None where the answers go to standard output."""
+        return None if self.out == STANDARD else Path(f"{self.out}.checkpoint")
+
+    @property
+    def errors_file(self) -> Path | None:
+        """The file of lines without an answer; None where the answers go to standard output."""
+        if self.errors is not None or self.out == STANDARD:
+            return self.errors
+        out = Path(self.out)
+        return out.with_name(f"{out.stem}.errors{out.suffix}")
+
+    @property
+    def place(self) -> str:
+        """Where requests go, as it may be shown: without a password that a URL may hold."""
+        parts = urlsplit(self.api_base)
+        host = parts.netloc.rpartition("@")[2]
+        return urlunsplit((parts.scheme, host, parts.path, "", ""))
+
+    def secret_free(self, text: str) -> str:
+        """Return ``text`` without the key, which a provider's complaint may quote."""
+        return text if self.api_key is None else text.replace(self.api_key, "***")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes an answer another answer: a run with other settings is another run."""
+        return {
+            "model": self.model,
+            "api_base": self.place,
+            "endpoint": self.endpoint,
+            "system": self.system,
+            "max_tokens": self.max_tokens,
+        }
+
+    def check(self) -> None:
+        """Refuse what does not fit together.
+
+        Raises:
+            ValueError: the message says what, and the remedy.
+        """
+        if not self.limits and not self.bounded:
+            raise ValueError(
+                "say what your key may do: --rpm and --tpm, e.g. --rpm 500 --tpm 200000; or, for a "
+                "server without limits, --concurrency 20 or --concurrency auto"
+            )
+        if urlsplit(self.api_base).scheme not in ("http", "https"):
+            raise ValueError(f"--api-base must begin with http:// or https://, not {self.place!r}")
+        if self.source != STANDARD and not Path(self.source).is_file():
+            raise ValueError(f"{self.source} is no file that can be read")
+        if self.source != STANDARD and self.out == self.source:
+            raise ValueError(f"{self.out} is read and cannot be written, too: give another -o")
+        if self.profile is not None:
+            profile_named(self.profile)
+        folder = Path(self.out).parent
+        if self.out != STANDARD and not folder.is_dir():
+            raise ValueError(f"{folder} is no folder: make it, or give another -o")
+
+
+def key_from(variable: str, *, api_base: str) -> str | None:
+    """Return the API key in an environment variable.
+
+    Raises:
+        ValueError: there is none, and the provider needs one.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not key and api_base == OPENAI:
+        raise ValueError(
+            f"{variable} is not set: export your key in it, or name another variable with "
+            f"--key-from, or another provider with --api-base"
+        )
+    return key or None
+
+
+def limits_of(texts: list[str | Limit], **keywords: float | None) -> tuple[Limit, ...]:
+    """Return limits as they were typed."""
+    return tuple(read_limits(texts, keywords))

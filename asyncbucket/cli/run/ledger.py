@@ -1,0 +1,228 @@
+"""Which lines are answered, and what was admitted: a run that was killed goes on where it was.
+
+The file of answers is the truth: a line that is in it, whole, is answered. Beside it lies a SQLite
+file, the index: the keys of the lines that are answered up to a place in that file, and the limiter's
+bookings. It is brought up to date twice a second, and after a kill by reading the file from that
+place on. Every admission is written down before its request leaves; so whatever is killed, what
+counts in the provider's window is known.
+
+SQLite does not wait for the disk here: a process may be killed at any time and nothing is lost. If
+the machine loses power the index may be broken; then it is made anew from the answers.
+"""
+
+import contextlib
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Generator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Final, Self
+
+from asyncbucket.cli.run.books import Admission
+from asyncbucket.cli.run.request import BadLine, Request
+
+PREFIX: Final = "batch_req_"
+_SCHEMA: Final = """
+PRAGMA locking_mode = EXCLUSIVE;
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = OFF;
+CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS answered (key BLOB PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS admissions (at INTEGER NOT NULL, cost TEXT NOT NULL);
+CREATE TEMP TABLE seen (key BLOB PRIMARY KEY, line INTEGER NOT NULL, times INTEGER NOT NULL)
+WITHOUT ROWID;
+"""
+_SEE: Final = """
+INSERT INTO seen VALUES (?, ?, 1) ON CONFLICT (key) DO UPDATE SET times = times + 1
+RETURNING line, times
+"""
+
+
+class Ledger:
+    """Keep the answers of one run in ``out``, and know what is in it.
+
+    Args:
+        out: the file of answers; None if they go to standard output, and nothing is kept.
+        checkpoint: the index beside it.
+        settings: what makes an answer another answer.
+
+    Raises:
+        ValueError: another run has the files, or they were made with other settings, or ``out`` is
+            a file of somebody else's. The message says the remedy.
+    """
+
+    def __init__(self, out: Path | None, checkpoint: Path | None, settings: dict[str, Any]) -> None:
+        self._out = out
+        self._settings = settings
+        self._new: list[tuple[bytes]] = []
+        self._path = ":memory:" if checkpoint is None else str(checkpoint)
+        self._database = self._connect()
+        self._file: BinaryIO | None = None
+        try:
+            self._check_settings()
+            if out is not None:
+                self._file = out.open("ab", buffering=0)
+                self._catch_up(out)
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self) -> sqlite3.Connection:
+        database = sqlite3.connect(self._path, timeout=0.5, isolation_level=None)
+        try:
+            database.executescript(_SCHEMA)
+            database.execute("BEGIN EXCLUSIVE")
+            database.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            database.close()
+            if "locked" in str(error):
+                raise ValueError(f"{self._out} is being written by another run") from None
+            raise ValueError(f"{self._path}: {error}") from None
+        except sqlite3.DatabaseError:
+            database.close()
+            for end in ("", "-wal", "-shm"):
+                Path(f"{self._path}{end}").unlink(missing_ok=True)
+            return self._connect()
+        return database
+
+    def _about(self, name: str) -> Any:
+        row = self._database.execute("SELECT value FROM about WHERE name = ?", (name,)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def _note(self, name: str, value: Any) -> None:
+        text = json.dumps(value)
+        self._database.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", (name, text))
+
+    def _check_settings(self) -> None:
+        before = self._about("settings")
+        if before is None:
+            self._note("settings", self._settings)
+            return
+        for name, value in self._settings.items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"{self._out} holds answers with {name.replace('_', '-')} {before.get(name)!r}, "
+                    f"not {value!r}: give another -o, or --restart to begin anew"
+                )
+
+    def _catch_up(self, out: Path) -> None:
+        """Index what was written after the last note, and cut off half a line at the end."""
+        noted = self._about("size") or 0
+        if noted > out.stat().st_size:  # somebody shortened it: all of it is looked at again
+            self._database.execute("DELETE FROM answered")
+            noted = 0
+        whole = noted
+        with out.open("rb") as file:
+            file.seek(noted)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._new.append((self._key_in(line),))
+                whole += len(line)
+                if len(self._new) >= 10_000:  # noqa: PLR2004 - a transaction of some size
+                    self._write(whole)
+        os.truncate(out, whole)
+        self._write(whole)
+
+    def _key_in(self, line: bytes) -> bytes:
+        try:
+            found = json.loads(line)["id"]
+            return bytes.fromhex(found.removeprefix(PREFIX))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"{self._out} exists and was not written by `asyncbucket run`: give another -o, or "
+                f"--restart to overwrite it"
+            ) from None
+
+    # -- lines -------------------------------------------------------------------------------------
+
+    def look_up(self, request: Request) -> tuple[bytes, bool]:
+        """Return the key of a line, which counts how many like it came before, and whether it is done.
+
+        Raises:
+            BadLine: another line has its ``custom_id``.
+        """
+        known = request.custom_id.encode("utf-8", "surrogatepass") if request.named else request.key
+        row = (b"n" + known if request.named else b"k" + known, request.line)
+        ((line, times),) = self._database.execute(_SEE, row).fetchall()
+        if request.named and times > 1:
+            raise BadLine(f"custom_id {request.custom_id!r} is that of line {line}, too")
+        key = request.key + (1 if request.named else times).to_bytes(4, "big")
+        query = "SELECT 1 FROM answered WHERE key = ?"
+        return key, self._database.execute(query, (key,)).fetchone() is not None
+
+    @contextlib.contextmanager
+    def looking_up(self) -> Generator[None]:
+        """Look up several lines at once: one transaction is faster."""
+        self._database.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._database.execute("COMMIT")
+
+    def write(self, key: bytes, line: bytes) -> None:
+        """Append an answer; after that it is safe from the end of this process."""
+        if self._file is None:
+            return
+        view = memoryview(line)
+        while view:  # a signal may cut a write short
+            view = view[self._file.write(view) or 0 :]
+        self._new.append((key,))
+
+    # -- admissions --------------------------------------------------------------------------------
+
+    def admitted(self, cost: dict[str, int]) -> None:
+        """Write down an admission, before its request leaves."""
+        row = (time.time_ns(), json.dumps(cost))
+        self._database.execute("INSERT INTO admissions VALUES (?, ?)", row)
+
+    def admissions(self) -> list[Admission]:
+        """Return the admissions since the limiter's bookings were kept last."""
+        rows = self._database.execute("SELECT at, cost FROM admissions ORDER BY at").fetchall()
+        return [Admission(at, json.loads(cost)) for at, cost in rows]
+
+    def bookings(self) -> dict[str, Any] | None:
+        """Return the limiter's bookings as they were kept."""
+        found: dict[str, Any] | None = self._about("bookings")
+        return found
+
+    def keep(self, bookings: dict[str, Any]) -> None:
+        """Bring the index up to date, with the limiter's bookings of this very instant."""
+        self._write(None if self._file is None else self._file.tell(), bookings)
+
+    def _write(self, size: int | None, bookings: dict[str, Any] | None = None) -> None:
+        database = self._database
+        database.execute("BEGIN")
+        database.executemany("INSERT OR IGNORE INTO answered VALUES (?)", self._new)
+        if size is not None:
+            self._note("size", size)
+        if bookings is not None:
+            self._note("bookings", bookings)
+            database.execute("DELETE FROM admissions")
+        database.execute("COMMIT")
+        self._new.clear()
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._file is not None:
+            self._file.close()
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def forget(out: Path, checkpoint: Path) -> None:
+    """Remove what an earlier run has left."""
+    for path in (out, checkpoint, Path(f"{checkpoint}-wal"), Path(f"{checkpoint}-shm")):
+        path.unlink(missing_ok=True)

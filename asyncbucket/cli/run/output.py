@@ -1,0 +1,99 @@
+"""What is written for a line: its answer, or why it has none. The form is that of OpenAI's batches."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from asyncbucket.cli.run.ledger import PREFIX
+
+
+def answer(  # noqa: PLR0913 - the members of a line
+    *,
+    key: bytes,
+    line: int,
+    custom_id: str,
+    status: int,
+    request_id: str,
+    body: Any,
+    usage: Mapping[str, Any] | None,
+    attempts: int,
+    waited: float,
+) -> bytes:
+    """Return the line of a request that the provider answered."""
+    return _line(
+        {
+            "id": PREFIX + key.hex(),
+            "custom_id": custom_id,
+            "response": {"status_code": status, "request_id": request_id, "body": body},
+            "error": None,
+            "usage": usage,
+            "attempts": attempts,
+            "waited": round(waited, 3),
+            "line": line,
+        }
+    )
+
+
+def failure(
+    *,
+    line: int,
+    custom_id: str | None,
+    code: str,
+    message: str,
+    response: Mapping[str, Any] | None = None,
+    attempts: int = 0,
+) -> bytes:
+    """Return the line of a request that failed, or of a line that is none."""
+    return _line(
+        {
+            "id": None,
+            "custom_id": custom_id,
+            "response": response,
+            "error": {"code": code, "message": message},
+            "usage": None,
+            "attempts": attempts,
+            "line": line,
+        }
+    )
+
+
+def _line(members: dict[str, Any]) -> bytes:
+    text = json.dumps(members, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+class Errors:
+    """Write failures to a file that is made with the first of them; without a file, to nowhere."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._file: IO[bytes] | None = None
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+    def write(self, line: bytes) -> None:
+        """Append a line."""
+        if self._path is not None:
+            if self._file is None:
+                self._file = self._path.open("wb", buffering=0)
+            self._file.write(line)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def to_standard_output(line: bytes) -> bool:
+    """Write an answer to a pipe; return whether there is still somebody who reads it."""
+    try:
+        sys.stdout.buffer.write(line)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        # Or the interpreter would try again when it ends, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True

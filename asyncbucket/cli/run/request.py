@@ -1,0 +1,147 @@
+"""One line: a request of OpenAI's batch files, the body of one, or just a prompt."""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Final
+
+from asyncbucket.batch.keys import digest
+from asyncbucket.cli.run.job import PATHS, Job
+
+#: The member of a body that holds what is asked, by path.
+_ASKED: Final = {
+    "/v1/chat/completions": "messages",
+    "/v1/responses": "input",
+    "/v1/embeddings": "input",
+    "/v1/completions": "prompt",
+}
+#: The member that bounds the reply, by path, as this program writes it.
+_BOUND: Final = {
+    "/v1/chat/completions": "max_completion_tokens",
+    "/v1/responses": "max_output_tokens",
+}
+_BOUNDS: Final = frozenset({"max_tokens", "max_completion_tokens", "max_output_tokens"})
+_LONGEST_ID: Final = 512
+
+
+class BadLine(ValueError):  # noqa: N818 - what it is about
+    """Say why a line cannot be sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call to be made.
+
+    Attributes:
+        line: the number of its line, from 1.
+        custom_id: what the user calls it; made of the number where there is none.
+        path: ``/v1/chat/completions`` and its like.
+        key: by what it is known again in another run.
+        named: whether the line had an id of its own, which no other line may have.
+    """
+
+    line: int
+    custom_id: str
+    path: str
+    body: dict[str, Any]
+    key: bytes
+    named: bool
+
+
+def read_request(number: int, data: bytes, job: Job) -> Request | None:
+    """Read line ``number``; None for an empty one.
+
+    A line that begins with ``{`` is JSON: a batch line if it has a ``body`` or a ``custom_id``, else
+    a body. A JSON string, and every other line, is a prompt.
+
+    Raises:
+        BadLine: it is none of these; the message is for people.
+    """
+    try:
+        text = data.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise BadLine(f"not UTF-8 text at byte {error.start}") from None
+    if not text:
+        return None
+    if not text.startswith("{"):
+        return _prompt(number, _unquoted(text), job)
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadLine(f"no JSON: {error}") from None
+    if "custom_id" in line or "body" in line:
+        return _batch_line(number, line, job)
+    return _made(number, None, PATHS[job.endpoint], _body_of(line, job), job)
+
+
+def _unquoted(text: str) -> str:
+    """Return the text of a JSON string, or the line as it is."""
+    if text.startswith('"'):
+        try:
+            inner = json.loads(text)
+        except ValueError:
+            return text
+        return str(inner)
+    return text
+
+
+def _prompt(number: int, prompt: str, job: Job) -> Request:
+    if job.endpoint == "chat":
+        messages = [{"role": "user", "content": prompt}]
+        if job.system is not None:
+            messages.insert(0, {"role": "system", "content": job.system})
+        body: dict[str, Any] = {"messages": messages}
+    else:
+        body = {"input": prompt}
+        if job.endpoint == "responses" and job.system is not None:
+            body["instructions"] = job.system
+    return _made(number, None, PATHS[job.endpoint], body, job)
+
+
+def _body_of(line: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Return the body that a line without an envelope is; ``{"prompt": "..."}`` is a prompt."""
+    if isinstance(line.get("prompt"), str) and _ASKED[PATHS[job.endpoint]] not in line:
+        body = _prompt(0, line["prompt"], job).body if job.model else {}
+        rest = {name: value for name, value in line.items() if name != "prompt"}
+        if not body:  # without a model of the job's, the line names its own
+            raise BadLine("a line with a prompt needs --model")
+        return body | rest
+    return line
+
+
+def _batch_line(number: int, line: dict[str, Any], job: Job) -> Request:
+    custom_id, body = line.get("custom_id"), line.get("body")
+    if not isinstance(custom_id, str) or not custom_id:
+        raise BadLine("custom_id is missing, or no text")
+    if len(custom_id) > _LONGEST_ID:
+        raise BadLine(f"custom_id has {len(custom_id):,} characters, more than {_LONGEST_ID}")
+    if line.get("method", "POST") != "POST":
+        raise BadLine(f"method is {line['method']!r}, only POST can be sent")
+    path = line.get("url", PATHS[job.endpoint])
+    if path not in _ASKED:
+        raise BadLine(f"url is {path!r}, known are {', '.join(_ASKED)}")
+    if not isinstance(body, dict):
+        raise BadLine("body is missing, or no object")
+    return _made(number, custom_id, path, body, job)
+
+
+def _made(number: int, custom_id: str | None, path: str, body: dict[str, Any], job: Job) -> Request:
+    if job.model is not None:
+        body = {**body, "model": job.model}
+    if not isinstance(body.get("model"), str):
+        raise BadLine("no model: give --model, or name one in the body")
+    if not body.get(_ASKED[path]):
+        raise BadLine(f"the body has no {_ASKED[path]}, which {path} needs")
+    if body.get("stream"):
+        raise BadLine("the body asks for a stream, which cannot be a line of a file")
+    if job.max_tokens is not None and path in _BOUND and not _BOUNDS & body.keys():
+        body = {**body, _BOUND[path]: job.max_tokens}
+    content = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    identity = json.dumps([custom_id, path]) + content
+    return Request(
+        number,
+        f"line-{number}" if custom_id is None else custom_id,
+        path,
+        body,
+        digest(identity.encode("utf-8", "surrogatepass")),
+        named=custom_id is not None,
+    )

@@ -1,0 +1,123 @@
+"""What is seen while it runs, on standard error: lines that move on a terminal, few ones in a pipe."""
+
+from typing import Final, Protocol
+
+import anyio
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from asyncbucket.batch.outlook import Look, Outlook, duration
+from asyncbucket.cli.run.tally import Tally
+from asyncbucket.limiter import Limiter
+
+#: Seconds between two looks on a terminal, and between two lines in a pipe.
+_LIVE: Final = 0.2
+_LINES: Final = 10.0
+_BAR: Final = 28
+
+
+class Screen(Protocol):
+    """Show the progress of a run."""
+
+    async def keep_up(self, tally: Tally, limiter: Limiter) -> None:
+        """Show it until cancelled."""
+        ...
+
+    def say(self, text: str) -> None:
+        """Show a line that stays."""
+        ...
+
+
+def screen_for(console: Console, *, quiet: bool) -> Screen:
+    """Return the screen that suits a terminal, a pipe, or nobody."""
+    if quiet:
+        return _NoScreen()
+    if console.is_terminal and not console.is_dumb_terminal:
+        return _LiveScreen(console)
+    return _LineScreen(console)
+
+
+class _NoScreen:
+    async def keep_up(self, tally: Tally, limiter: Limiter) -> None: ...
+    def say(self, text: str) -> None: ...
+
+
+class _LineScreen:
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    async def keep_up(self, tally: Tally, limiter: Limiter) -> None:
+        outlook = Outlook(limiter)
+        while True:
+            await anyio.sleep(_LINES)
+            look = look_at(tally, outlook)
+            of = "" if tally.total is None else f" of {tally.total:,}"
+            parts = [f"{tally.done:,}{of} done", *_pace(look), *_counts(tally, limiter)]
+            self.say(f"{duration(tally.seconds):>6}  {', '.join(parts)}")
+
+    def say(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True, markup=False)
+
+
+class _LiveScreen:
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    async def keep_up(self, tally: Tally, limiter: Limiter) -> None:
+        outlook = Outlook(limiter)
+        # Refreshed by this task alone: a thread of rich's would compete with the calls.
+        with Live(console=self._console, auto_refresh=False, transient=True) as live:
+            while True:
+                live.update(self._view(tally, limiter, look_at(tally, outlook)), refresh=True)
+                await anyio.sleep(_LIVE)
+
+    def _view(self, tally: Tally, limiter: Limiter, look: Look) -> RenderableType:
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        if tally.total is None:
+            grid.add_row(Text(f"{tally.done:,} lines", "bold"), "  ".join(_pace(look)))
+        else:
+            done = Text(f"{tally.done:,} of {tally.total:,}", "bold")
+            bar = ProgressBar(max(1, tally.total), tally.done, width=_BAR)
+            grid.add_row(done, bar, "  ".join(_pace(look)))
+        return Group(grid, Text("  ".join(_counts(tally, limiter)), "dim"))
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+
+def look_at(tally: Tally, outlook: Outlook) -> Look:
+    """Judge how long it will take, by what was done and by what the limits allow."""
+    left = None
+    if tally.total is not None:
+        items = max(0, tally.total - tally.done)
+        calls = max(1, tally.admitted["requests"])
+        left = {name: items * units / calls for name, units in tally.admitted.items()}
+        left |= {"items": float(items), "requests": float(items)}
+    return outlook.look(tally.answered + tally.failed, left=left)
+
+
+def _pace(look: Look) -> list[str]:
+    words = [f"{look.rate:.3g}/s"] if look.rate else []
+    if look.left:
+        words.append(f"{duration(look.left)} left")
+    if look.bound_by is not None:
+        words.append(f"{look.bound_by.replace('_', ' ')} bind{'s' * (look.bound_by[-1] != 's')}")
+    return words
+
+
+def _counts(tally: Tally, limiter: Limiter) -> list[str]:
+    words = [f"{limiter.statistics().in_flight:,} in flight", f"{tally.refused:,} 429s"]
+    words += [f"{tally.failed:,} failed"] if tally.failed else []
+    words += [f"{tally.bad:,} bad"] if tally.bad else []
+    words.append(f"{tally.input_tokens:,} + {tally.output_tokens:,} tokens")
+    if tally.cost is not None:
+        words.append(dollars(tally.cost))
+    return words
+
+
+def dollars(amount: float) -> str:
+    """Return an amount of money, with as many digits as say something."""
+    return f"${amount:,.2f}" if amount >= 1 else f"${amount:.4f}"

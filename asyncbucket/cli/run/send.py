@@ -1,0 +1,212 @@
+"""Ask the provider: one request, paced, tried again as long as that makes sense."""
+
+import functools
+import json
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Final, Self
+from urllib.parse import urlsplit
+
+import anyio
+import httpx
+
+from asyncbucket.cli.run.job import Job
+from asyncbucket.cli.run.ledger import Ledger
+from asyncbucket.cli.run.request import Request
+from asyncbucket.cli.run.tally import Tally
+from asyncbucket.events import Admitted, Event
+from asyncbucket.limiter import Limiter
+from asyncbucket.retry import Retrier, Retry
+
+_FIRST_ERROR: Final = 400
+_TOO_MANY: Final = 429
+_MESSAGE: Final = 500
+#: Connections that are kept for the next request. For each request httpcore looks at every pair of
+#: idle ones: with a hundred of them that takes more time than all else together.
+_IDLE: Final = 32
+
+
+class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
+    """Carry a reply whose status is an error, as `asyncbucket.retry` reads it."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self.response = response
+        self.status_code: int = response.status_code
+        try:
+            self.body: Any = response.json()
+        except ValueError:
+            self.body = response.text[:_MESSAGE]
+        super().__init__(f"HTTP {self.status_code}: {self.message}")
+
+    @property
+    def error(self) -> Mapping[str, Any]:
+        """What the provider says about it."""
+        error = self.body.get("error") if isinstance(self.body, dict) else None
+        return error if isinstance(error, dict) else {}
+
+    @property
+    def message(self) -> str:
+        """What it says, for people."""
+        return str(self.error.get("message") or self.body or "no reason given")[:_MESSAGE]
+
+    @property
+    def code(self) -> str:
+        """What it says, for programs."""
+        return str(self.error.get("code") or self.error.get("type") or f"http_{self.status_code}")
+
+
+class Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """Tell that a request was not sent, for the run is to end."""
+
+
+@dataclass(slots=True)
+class Reply:
+    """What came of one request."""
+
+    attempts: int = 0
+    #: Seconds in line, over all attempts.
+    waited: float = 0.0
+    status: int = 0
+    request_id: str = ""
+    body: Any = None
+    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+
+    @property
+    def usage(self) -> Mapping[str, Any] | None:
+        """The tokens as the provider counts them."""
+        usage = self.body.get("usage") if isinstance(self.body, dict) else None
+        return usage if isinstance(usage, dict) else None
+
+    def tokens(self) -> tuple[int, int]:
+        """Return the tokens sent and received."""
+        usage = self.usage or {}
+        sent = usage.get("prompt_tokens", usage.get("input_tokens"))
+        received = usage.get("completion_tokens", usage.get("output_tokens"))
+        return (
+            sent if isinstance(sent, int) else 0,
+            received if isinstance(received, int) else 0,
+        )
+
+
+#: The reply that is waited for in this task.
+_CURRENT: Final[ContextVar[Reply | None]] = ContextVar("asyncbucket_run", default=None)
+
+
+class Sender:
+    """Send requests through a paced client; an async context manager."""
+
+    def __init__(self, job: Job, limiter: Limiter, ledger: Ledger, tally: Tally) -> None:
+        self._ledger = ledger
+        self._tally = tally
+        self._retrier = Retrier(Retry(attempts=job.attempts), limiter)
+        self._base = job.api_base.rstrip("/")
+        self._client: httpx.AsyncClient = limiter.http_client(
+            family="httpx",
+            profile=job.profile,
+            timeout=job.timeout,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=_IDLE),
+            headers=_headers(job),
+        )
+        #: Requests that wait in line or in a back-off.
+        self._unsent: dict[int, Reply] = {}
+        self._begun = 0
+        #: Set, and made anew, whenever a request is over.
+        self.over = anyio.Event()
+        self._forget = limiter.observe(self._hear)
+
+    async def send(self, request: Request, reply: Reply) -> None:
+        """Send ``request``, and put into ``reply`` what comes of it.
+
+        Raises:
+            HTTPFailure: the provider's last word is an error.
+            httpx.HTTPError: there was none.
+            Stopped: it was not sent.
+            AsyncBucketError: it can never be admitted.
+        """
+        _CURRENT.set(reply)
+        content = json.dumps(request.body, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        with reply.scope:
+            self._begun += 1
+            self._waits(reply)
+            try:
+                await self._retrier.call(
+                    functools.partial(self._attempt, reply, request.path, content)
+                )
+            finally:
+                self._begun -= 1
+                self._unsent.pop(id(reply), None)
+                self.over.set()
+                self.over = anyio.Event()
+        if reply.scope.cancelled_caught:
+            raise Stopped
+
+    @property
+    def under_way(self) -> int:
+        """Requests that were sent and are not answered yet."""
+        return self._begun - len(self._unsent)
+
+    def stop(self) -> None:
+        """Have no more requests sent; those that are under way go on."""
+        for reply in self._unsent.values():
+            reply.scope.cancel()
+
+    def _waits(self, reply: Reply) -> None:
+        self._unsent[id(reply)] = reply
+        if self._tally.stopping:
+            reply.scope.cancel()
+
+    def _hear(self, event: Event) -> None:
+        """Note an admission, in the ledger first: the request leaves after that."""
+        if isinstance(event, Admitted):
+            cost = {name: units for name, units in event.cost.items() if name != "concurrency"}
+            self._ledger.admitted(cost)
+            self._tally.admitted.update(cost)
+            reply = _CURRENT.get()
+            if reply is not None:
+                reply.waited += event.waited
+                self._unsent.pop(id(reply), None)
+
+    async def _attempt(self, reply: Reply, path: str, content: bytes) -> None:
+        reply.attempts += 1
+        try:
+            response = await self._client.post(
+                self._base + path.removeprefix("/v1"), content=content
+            )
+        except httpx.HTTPError:
+            self._waits(reply)
+            raise
+        self._tally.sent += 1
+        if response.status_code >= _FIRST_ERROR:
+            self._tally.refused += response.status_code == _TOO_MANY
+            self._waits(reply)
+            raise HTTPFailure(response)
+        reply.status = response.status_code
+        reply.request_id = response.headers.get("x-request-id", "")
+        try:
+            reply.body = response.json()
+        except ValueError:
+            raise HTTPFailure(response) from None
+
+    async def __aenter__(self) -> Self:
+        await self._client.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._forget()
+        await self._client.__aexit__(kind, error, trace)
+
+
+def _headers(job: Job) -> dict[str, str]:
+    headers = {"content-type": "application/json", "user-agent": "asyncbucket-run"}
+    if job.api_key is not None:
+        azure = (urlsplit(job.api_base).hostname or "").endswith(".azure.com")
+        name, prefix = ("api-key", "") if azure else ("authorization", "Bearer ")
+        headers[name] = prefix + job.api_key
+    return headers

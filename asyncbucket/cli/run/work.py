@@ -1,0 +1,221 @@
+"""The run itself: feed, workers, files and books, from the first line to the last."""
+
+import asyncio
+import contextlib
+import functools
+import signal
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Final
+
+import anyio
+import httpx
+
+from asyncbucket.batch import amap
+from asyncbucket.cli.run.books import restore, snapshot
+from asyncbucket.cli.run.feed import Task, tasks
+from asyncbucket.cli.run.job import STANDARD, Job
+from asyncbucket.cli.run.ledger import Ledger
+from asyncbucket.cli.run.output import Errors, answer, failure, to_standard_output
+from asyncbucket.cli.run.screen import Screen
+from asyncbucket.cli.run.send import HTTPFailure, Reply, Sender, Stopped
+from asyncbucket.cli.run.tally import Tally
+from asyncbucket.cost import counted
+from asyncbucket.errors import AsyncBucketError
+from asyncbucket.limiter import Limiter
+from asyncbucket.retry import classify
+
+#: Seconds between two notes of what is done.
+_KEEP: Final = 0.5
+#: Statuses that any other request would get, too: the key, the account, its rights.
+_FATAL: Final = frozenset({401, 402, 403})
+_NOT_FOUND: Final = 404
+#: So many failures in a row, each after its own attempts, are an outage: the other lines are for
+#: another time.
+_OUTAGE: Final = 50
+_SPENT: Final = frozenset(
+    {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
+)
+
+
+class Run:
+    """One run, from where the last one stopped.
+
+    Args:
+        job: what is to be done.
+        tally: what is counted while it runs.
+        screen: what shows it.
+    """
+
+    def __init__(self, job: Job, tally: Tally, screen: Screen) -> None:
+        self._job = job
+        self._tally = tally
+        self._screen = screen
+        self._ledger = Ledger(
+            None if job.out == STANDARD else Path(job.out),
+            job.checkpoint,
+            job.settings,
+        )
+        self._errors = Errors(job.errors_file)
+        self._stopped = anyio.Event()
+        #: Requests since the last answer that failed as those of an outage do.
+        self._lost_in_a_row = 0
+        self.limiter = Limiter(*job.limits, concurrency=job.concurrency, name="run")
+        self._sender = Sender(job, self.limiter, self._ledger, tally)
+
+    async def run(self) -> None:
+        """Send all lines that are not answered; Ctrl-C ends it when those under way are done."""
+        ledger = self._ledger
+        restore(self.limiter, ledger.admissions(), saved=ledger.bookings())
+        try:
+            ledger.keep(snapshot(self.limiter))
+            async with self._sender:
+                with _on_signal(self._stop_once):
+                    await self._work()
+        finally:
+            ledger.keep(snapshot(self.limiter))
+            ledger.close()
+            self._errors.close()
+
+    async def _work(self) -> None:
+        """Do all of it.
+
+        Raises:
+            Exception: as it was raised, not in a group.
+        """
+        try:
+            await self._work_together()
+        except BaseExceptionGroup as group:
+            error: BaseException = group
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            raise error from None
+
+    async def _work_together(self) -> None:
+        feed = tasks(self._job, self._ledger, self._errors, self._tally)
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._keep_books)
+            group.start_soon(self._screen.keep_up, self._tally, self.limiter)
+            with anyio.CancelScope() as reading:
+                group.start_soon(self._end_when_stopped, reading)
+                async with amap(self.limiter, self._do, feed, paced=True) as results:
+                    async for _ in results:
+                        pass
+            group.cancel_scope.cancel()
+
+    async def _do(self, task: Task) -> None:
+        reply = Reply()
+        try:
+            await self._sender.send(task.request, reply)
+        except Stopped:
+            return
+        except (AsyncBucketError, HTTPFailure, httpx.HTTPError, httpx.InvalidURL) as error:
+            self._failed(task, error, reply.attempts)
+        else:
+            self._answered(task, reply)
+
+    def _answered(self, task: Task, reply: Reply) -> None:
+        """Write an answer, with nothing between it and its arrival."""
+        line = answer(
+            key=task.key,
+            line=task.request.line,
+            custom_id=task.request.custom_id,
+            status=reply.status,
+            request_id=reply.request_id,
+            body=reply.body,
+            usage=reply.usage,
+            attempts=reply.attempts,
+            waited=reply.waited,
+        )
+        if self._job.out == STANDARD:
+            if not to_standard_output(line):
+                self._stop()
+                return
+        else:
+            self._ledger.write(task.key, line)
+        sent, received = reply.tokens()
+        self._lost_in_a_row = 0
+        self._tally.answered += 1
+        self._tally.input_tokens += sent
+        self._tally.output_tokens += received
+
+    def _failed(self, task: Task, error: Exception, attempts: int) -> None:
+        tally, response = self._tally, None
+        code, message = type(error).__name__, str(error) or "no more is known"
+        if isinstance(error, HTTPFailure):
+            code, message = error.code, error.message
+            response = {"status_code": error.status_code, "body": error.body}
+        message = self._job.secret_free(message)
+        tally.failed += 1
+        tally.reasons[f"{code}: {message}"[:200] if len(tally.reasons) < 20 else "others"] += 1  # noqa: PLR2004 - a screenful
+        line = failure(
+            line=task.request.line,
+            custom_id=task.request.custom_id,
+            code=code,
+            message=message,
+            response=response,
+            attempts=attempts,
+        )
+        self._errors.write(self._job.secret_free(line.decode()).encode())
+        self._look_for_the_end(error)
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def _look_for_the_end(self, error: Exception) -> None:
+        """Stop where every other request would fail likewise."""
+        tally, status = self._tally, getattr(error, "status_code", None)
+        lost = status in _FATAL or (status == _NOT_FOUND and not tally.answered)
+        if isinstance(error, HTTPFailure) and error.code in _SPENT:
+            lost = True
+        self._lost_in_a_row += classify(error).retry
+        if self._lost_in_a_row >= _OUTAGE:
+            lost = True
+        if lost and tally.fatal is None:
+            tally.fatal = self._job.secret_free(f"{error} ({self._job.place})")
+            self._stop()
+
+    def _stop(self) -> None:
+        self._tally.stopping = True
+        self._stopped.set()
+        self._sender.stop()
+
+    def _stop_once(self) -> bool:
+        """Begin to stop; return whether that is news."""
+        if self._tally.stopping:
+            return False
+        self._stop()
+        calls = counted(self._sender.under_way, "requests")
+        self._screen.say(f"stopping when {calls} under way are answered; Ctrl-C again to drop them")
+        return True
+
+    async def _end_when_stopped(self, reading: anyio.CancelScope) -> None:
+        """End what may wait for ever for the next line of a pipe."""
+        await self._stopped.wait()
+        while self._sender.under_way:
+            await self._sender.over.wait()
+        reading.cancel()
+
+    async def _keep_books(self) -> None:
+        while True:
+            await anyio.sleep(_KEEP)
+            self._ledger.keep(snapshot(self.limiter))
+
+
+@contextlib.contextmanager
+def _on_signal(stop: Callable[[], bool]) -> Generator[None]:
+    """Have the first SIGINT or SIGTERM call ``stop``, and the second cancel this task."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+
+    def on_signal(task: "asyncio.Task[object]") -> None:
+        if not stop():
+            task.cancel()
+
+    signals = [signal.SIGINT, signal.SIGTERM]
+    with contextlib.ExitStack() as undo:
+        # Windows' loop has no handlers: there, Ctrl-C cancels at once.
+        with contextlib.suppress(NotImplementedError):
+            for number in signals:
+                loop.add_signal_handler(number, functools.partial(on_signal, task))
+                undo.callback(loop.remove_signal_handler, number)
+        yield

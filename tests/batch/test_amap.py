@@ -1,0 +1,476 @@
+"""Many items through one function: what comes out, in which order, and what an end leaves behind."""
+
+import asyncio
+import contextlib
+import itertools
+import subprocess
+import sys
+import weakref
+from collections.abc import AsyncGenerator, Callable, Iterator
+from typing import Any, cast
+
+import anyio
+import pytest
+
+from asyncbucket import AcquireTimeout, Cost, CostExceedsLimit, Limiter, priority
+from asyncbucket.batch import Item, amap
+from asyncbucket.context import inherited, read_priority
+from asyncbucket.testing import VirtualTime
+
+
+class Work:
+    """An async function that takes its time and counts."""
+
+    def __init__(self, seconds: Callable[[int], float] = lambda _: 1.0) -> None:
+        self.seconds = seconds
+        self.begun: list[int] = []
+        self.running = 0
+        self.most = 0
+
+    async def __call__(self, number: int) -> int:
+        self.begun.append(number)
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            await asyncio.sleep(self.seconds(number))
+        finally:
+            self.running -= 1
+        return number * 10
+
+
+async def odd_ones_fail(number: int) -> int:
+    """Fail for odd numbers."""
+    await asyncio.sleep(0.01)
+    if number % 2:
+        raise ValueError(f"{number} is odd")
+    return number
+
+
+def test_results_come_as_they_come(virtual_time: VirtualTime) -> None:
+    """The quick ones first, each with its item and its place."""
+    limiter = Limiter(concurrency=3, clock=virtual_time.clock)
+    work = Work(lambda number: 3.0 - number)
+
+    async def main() -> list[Item[int, int]]:
+        return [item async for item in amap(limiter, work, [0, 1, 2])]
+
+    items = virtual_time.run(main())
+
+    assert [(item.index, item.input, item.result) for item in items] == [
+        (2, 2, 20),
+        (1, 1, 10),
+        (0, 0, 0),
+    ]
+    assert virtual_time.now == 3.0
+
+
+def test_ordered_results_come_in_the_order_of_the_items(virtual_time: VirtualTime) -> None:
+    """An early one waits in its place, and the next items are called for meanwhile."""
+    limiter = Limiter(concurrency=3, clock=virtual_time.clock)
+    work = Work(lambda number: 5.0 if number == 0 else 1.0)
+
+    async def main() -> list[int]:
+        return [item.index async for item in amap(limiter, work, range(10), ordered=True)]
+
+    assert virtual_time.run(main()) == list(range(10))
+    assert virtual_time.now == 5.0
+
+
+def test_ordered_results_wait_no_longer_than_the_window_reaches(virtual_time: VirtualTime) -> None:
+    """With one item that hangs, no more than a window of others is called for."""
+    limiter = Limiter(concurrency=4, clock=virtual_time.clock)
+    work = Work(lambda number: 1_000.0 if number == 0 else 1.0)
+
+    async def main() -> None:
+        async with amap(limiter, work, itertools.count(), ordered=True, window=8) as results:
+            first = asyncio.ensure_future(anext(results))
+            await asyncio.sleep(500)
+            assert len(work.begun) == 8
+            assert (await first).index == 0
+
+    virtual_time.run(main())
+
+
+def test_every_limit_of_the_limiter_holds(virtual_time: VirtualTime) -> None:
+    """Twenty a minute with a burst of two, three at once: each call is admitted."""
+    limiter = Limiter("20 RPM burst 2", concurrency=3, clock=virtual_time.clock)
+    work = Work()
+
+    async def main() -> int:
+        return sum([1 async for _ in amap(limiter, work, range(20))])
+
+    assert virtual_time.run(main()) == 20
+    assert virtual_time.now == 18 * 3 + 1
+    assert limiter.statistics().admitted == 20
+
+
+def test_cost_says_what_an_item_is_charged(virtual_time: VirtualTime) -> None:
+    """A function of the item, a dict for all, or a `Cost`."""
+    limiter = Limiter(tpm=100, clock=virtual_time.clock)
+
+    async def main() -> int:
+        both = (
+            amap(limiter, Work(), [10, 15], cost=lambda number: {"tokens": 2 * number}),
+            amap(limiter, Work(), [1], cost={"tokens": 15}),
+            amap(limiter, Work(), [1], cost=Cost(tokens=5)),
+        )
+        for results in both:
+            async for _ in results:
+                pass
+        return limiter.statistics().limits[0].used
+
+    assert virtual_time.run(main()) == 70
+
+
+def test_cost_that_can_never_pass_is_the_items_error(virtual_time: VirtualTime) -> None:
+    """It says so at once, and the others go on."""
+    limiter = Limiter(tpm=100, clock=virtual_time.clock)
+
+    async def main() -> list[Item[int, int]]:
+        results = amap(limiter, Work(), [1, 200, 2], cost=lambda n: {"tokens": n}, errors="collect")
+        return [item async for item in results]
+
+    items = virtual_time.run(main())
+
+    assert [item.input for item in items if isinstance(item.error, CostExceedsLimit)] == [200]
+    assert [item.result for item in items if item.ok] == [10, 20]
+
+
+def test_no_more_workers_than_are_admitted_and_one_that_waits(virtual_time: VirtualTime) -> None:
+    """A batch does not fill the limiter's line: whoever else comes is soon served."""
+    limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
+
+    async def main() -> float:
+        async with amap(limiter, Work(), itertools.count()) as results:
+            await anext(results)
+            assert limiter.statistics().waiting == 1
+            async with limiter.acquire() as lease:
+                return lease.waited
+
+    assert virtual_time.run(main()) == pytest.approx(2.0)
+
+
+def test_as_many_workers_as_the_calls_need(virtual_time: VirtualTime) -> None:
+    """Ten a second that take 5 s each: fifty at once."""
+    limiter = Limiter("10/s burst 1", clock=virtual_time.clock)
+    work = Work(lambda _: 5.0)
+
+    async def main() -> None:
+        async for _ in amap(limiter, work, range(500)):
+            pass
+
+    virtual_time.run(main())
+
+    # A window holds a hundredth of itself longer, for the network's jitter.
+    assert virtual_time.now <= 499 / 10 * 1.01 + 5
+    assert work.most == 50
+
+
+def test_endless_items_take_no_more_than_a_window(virtual_time: VirtualTime) -> None:
+    """A reader that stops reading stops the workers."""
+    limiter = Limiter(concurrency=5, clock=virtual_time.clock)
+    taken = 0
+
+    def numbers() -> Iterator[int]:
+        nonlocal taken
+        for number in itertools.count():
+            taken += 1
+            yield number
+
+    async def main() -> None:
+        async with amap(limiter, Work(), numbers(), window=12) as results:
+            for _ in range(3):
+                await anext(results)
+            await asyncio.sleep(1_000)
+
+    virtual_time.run(main())
+
+    assert taken == 15
+
+
+def test_items_may_be_an_async_iterable(virtual_time: VirtualTime) -> None:
+    """They are asked for one at a time, and an async generator is closed in the end."""
+    limiter = Limiter(concurrency=2, clock=virtual_time.clock)
+    closed = False
+
+    async def numbers() -> AsyncGenerator[int]:
+        nonlocal closed
+        try:
+            for number in itertools.count():
+                await asyncio.sleep(0.5)
+                yield number
+        finally:
+            closed = True
+
+    async def main() -> list[int]:
+        async with amap(limiter, Work(), numbers()) as results:
+            return [(await anext(results)).input for _ in range(5)]
+
+    assert virtual_time.run(main()) == [0, 1, 2, 3, 4]
+    assert closed
+
+
+def test_error_is_raised_as_it_is(virtual_time: VirtualTime) -> None:
+    """No group around it; nothing new is begun, nor charged, and what came before is handed out."""
+    limiter = Limiter("100 RPM", concurrency=1, clock=virtual_time.clock)
+    begun: list[int] = []
+    seen: list[int] = []
+
+    async def work(number: int) -> int:
+        begun.append(number)
+        return await odd_ones_fail(number)
+
+    async def main() -> None:
+        async for item in amap(limiter, work, itertools.count()):
+            seen.append(item.result)  # noqa: PERF401 - it raises on the way
+
+    with pytest.raises(ValueError, match=r"^1 is odd$"):
+        virtual_time.run(main())
+    assert (seen, begun) == ([0], [0, 1])
+    assert limiter.statistics().limits[0].used == 2
+
+
+def test_collected_errors_come_with_their_items(virtual_time: VirtualTime) -> None:
+    """The result of an item that failed raises its error rather than be None."""
+    limiter = Limiter(concurrency=4, clock=virtual_time.clock)
+
+    async def main() -> list[Item[int, int]]:
+        results = amap(limiter, odd_ones_fail, range(4), errors="collect", ordered=True)
+        return [item async for item in results]
+
+    items = virtual_time.run(main())
+
+    assert [item.ok for item in items] == [True, False, True, False]
+    with pytest.raises(ValueError, match="3 is odd"):
+        _ = items[3].result
+    assert repr(items[2]) == "<Item 2: 2, result=2>"
+    assert repr(items[3]) == "<Item 3: 3, error=ValueError('3 is odd')>"
+
+
+def test_call_that_is_cancelled_from_within_is_a_failed_item(virtual_time: VirtualTime) -> None:
+    """It is neither lost nor taken for the end of all."""
+    limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+
+    async def ask(number: int) -> int:
+        task = asyncio.ensure_future(asyncio.sleep(1, number))
+        if number == 1:
+            task.cancel()
+        return await task
+
+    async def main() -> list[Item[int, int]]:
+        return [item async for item in amap(limiter, ask, range(3), errors="collect")]
+
+    items = virtual_time.run(main())
+
+    assert [item.ok for item in items] == [True, False, True]
+    assert "cancelled from within" in str(items[1].error)
+    assert limiter.statistics().in_flight == 0
+
+
+def test_error_of_the_iterable_comes_after_the_results(virtual_time: VirtualTime) -> None:
+    """What was paid for is not lost by it."""
+    limiter = Limiter(concurrency=2, clock=virtual_time.clock)
+    seen: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        yield from range(3)
+        raise OSError("the disk is gone")
+
+    async def main() -> None:
+        async for item in amap(limiter, Work(), numbers()):
+            seen.append(item.input)  # noqa: PERF401 - it raises in the end
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        virtual_time.run(main())
+    assert sorted(seen) == [0, 1, 2]
+
+
+def test_breaking_out_cancels_what_is_in_flight(virtual_time: VirtualTime) -> None:
+    """Nobody needs to close anything: the loop's own iterator is dropped."""
+    limiter = Limiter(concurrency=3, clock=virtual_time.clock)
+    work = Work()
+
+    async def main() -> None:
+        async for _ in amap(limiter, work, itertools.count()):
+            break
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+    virtual_time.run(main())
+
+    assert virtual_time.now == 1.0
+    assert work.running == 0
+    assert limiter.statistics().in_flight == 0
+
+
+def test_leaving_the_context_waits_for_the_end(virtual_time: VirtualTime) -> None:
+    """Even where the function takes a while to clean up."""
+    limiter = Limiter(concurrency=2, clock=virtual_time.clock)
+    cleaned = 0
+
+    async def slow_to_go(_: int) -> None:
+        nonlocal cleaned
+        try:
+            await asyncio.sleep(100)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await asyncio.sleep(2)
+            cleaned += 1
+
+    async def main() -> None:
+        async with amap(limiter, slow_to_go, itertools.count()) as results:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(5):
+                    await anext(results)
+        assert (cleaned, limiter.statistics().in_flight) == (2, 0)
+
+    virtual_time.run(main())
+
+    assert virtual_time.now == 7.0
+
+
+def test_cancelled_reader_leaves_nothing_behind(virtual_time: VirtualTime) -> None:
+    """When the task is over, so are its calls."""
+    limiter = Limiter("60 RPM burst 1", concurrency=3, clock=virtual_time.clock)
+    work = Work(lambda _: 100.0)
+
+    async def read() -> None:
+        async for _ in amap(limiter, work, itertools.count()):
+            pass
+
+    async def main() -> None:
+        task = asyncio.create_task(read())
+        await asyncio.sleep(1.5)
+        assert work.running == 2
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        statistics = limiter.statistics()
+        assert (work.running, statistics.in_flight, statistics.waiting) == (0, 0, 0)
+
+    virtual_time.run(main())
+
+
+def test_closed_before_the_first_step_calls_nothing() -> None:
+    """Nothing is taken before somebody asks for a result."""
+    work = Work()
+
+    async def main() -> None:
+        results = amap(Limiter(concurrency=1), work, [1])
+        assert repr(results) == "<Results not begun>"
+        await results.aclose()
+        await results.aclose()
+        assert [item async for item in results] == []
+
+    asyncio.run(main())
+
+    assert work.begun == []
+
+
+def test_end_of_the_loop_ends_it() -> None:
+    """`asyncio.run` that returns in the middle leaves no warning, and no task."""
+
+    async def main() -> Any:
+        results = amap(Limiter(concurrency=2), Work(lambda _: 60.0), itertools.count())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0):
+                await anext(results)
+        left = amap(Limiter(concurrency=2), Work(lambda n: 60.0 * n), itertools.count())
+        await anext(left)
+        return left
+
+    left = asyncio.run(main())
+
+    assert repr(left) == "<Results at work>" or left is not None
+
+
+def test_timeouts_of_acquire_may_be_part_of_the_cost(virtual_time: VirtualTime) -> None:
+    """A dict holds any keyword of `Limiter.acquire`."""
+    limiter = Limiter("1 RPM", clock=virtual_time.clock)
+
+    async def main() -> list[Item[int, int]]:
+        results = amap(limiter, Work(), [1, 2], cost={"timeout": 5}, errors="collect")
+        return [item async for item in results]
+
+    items = virtual_time.run(main())
+
+    assert [type(item.error) for item in items if not item.ok] == [AcquireTimeout]
+
+
+async def test_calls_have_the_priority_of_whoever_iterates() -> None:
+    """A batch lets others go first, if so wished."""
+    seen: list[int | None] = []
+
+    async def ask(_: int) -> None:
+        here = inherited.get()
+        seen.append(None if here is None else here.priority)
+
+    with priority("batch"):
+        async for _ in amap(Limiter(concurrency=1), ask, [1, 2]):
+            pass
+
+    assert seen == [read_priority("batch")] * 2
+
+
+def test_without_anyio_the_install_command_is_named() -> None:
+    """The core has no dependency; this needs one."""
+    program = "import sys; sys.modules['anyio'] = None; import asyncbucket.batch"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+
+    assert 'ImportError: amap and map need anyio: pip install "asyncbucket[batch]"' in done.stderr
+
+
+async def test_plain_function_is_refused() -> None:
+    """It would have blocked the loop; the message names the way out."""
+    with pytest.raises(TypeError, match=r"returned str, nothing to await: .* map takes plain ones"):
+        async for _ in amap(Limiter(concurrency=1), cast("Any", str), [1]):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"errors": "ignore"}, "errors must be 'raise' or 'collect', not 'ignore'"),
+        ({"workers": 0}, "workers must be at least 1, not 0"),
+        ({"window": 0}, "window must be at least 1, not 0"),
+        ({"cost": {"tokens": 1}, "paced": True}, "give one"),
+        ({"show_progress": "curses"}, "show_progress must be True, False, 'rich' or 'tqdm'"),
+    ],
+)
+def test_bad_option_says_what_is_good(options: dict[str, Any], message: str) -> None:
+    """At once, not with the first result."""
+    with pytest.raises(ValueError, match=message):
+        amap(Limiter(concurrency=1), Work(), [1], **options)
+
+
+async def test_cost_that_is_none_says_so() -> None:
+    """A number would leave open of what."""
+    with pytest.raises(TypeError, match=r"a dict such as \{'tokens': 500\}"):
+        async for _ in amap(Limiter(tpm=100), Work(), [1], cost=cast("Any", int)):
+            pass
+
+
+@pytest.mark.heavy
+async def test_many_items_are_alive_a_window_at_a_time() -> None:
+    """Twenty thousand that do nothing, in the memory of a hundred."""
+    limiter = Limiter("1000000000 RPM", concurrency=20)
+    alive: weakref.WeakSet[Thing] = weakref.WeakSet()
+    most = 0
+
+    async def touch(thing: Thing) -> None:
+        nonlocal most
+        alive.add(thing)
+        most = max(most, len(alive))
+
+    async for _ in amap(limiter, touch, (Thing() for _ in range(20_000)), window=100):
+        pass
+
+    assert most <= 102
+
+
+class Thing:
+    """Be something that can be counted."""
+
+    __slots__ = ("__weakref__",)  # pyright: ignore[reportUninitializedInstanceVariable]

@@ -1,0 +1,279 @@
+"""A run that was killed goes on where it was: nothing is called for twice, nothing is lost."""
+
+import asyncio
+import itertools
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncbucket import Limiter
+from asyncbucket.batch import Checkpoint, CheckpointError, Item, amap
+
+
+class Calls:
+    """An async function that counts what it is called for."""
+
+    __qualname__ = "Calls"
+
+    def __init__(self, *fails: Any) -> None:
+        self.seen: list[Any] = []
+        self.fails = fails
+
+    async def __call__(self, item: Any) -> Any:
+        self.seen.append(item)
+        await asyncio.sleep(0)
+        if item in self.fails:
+            raise ValueError(item)
+        return {"said": item}
+
+
+async def run(checkpoint: Any, calls: Any, items: Any, **options: Any) -> list[Item[Any, Any]]:
+    """Run it to the end."""
+    limiter = Limiter(concurrency=4)
+    return [item async for item in amap(limiter, calls, items, checkpoint=checkpoint, **options)]
+
+
+async def test_second_run_calls_for_nothing(tmp_path: Path) -> None:
+    """All comes from the checkpoint, in place, and says so."""
+    path = tmp_path / "run.db"
+    first, second = Calls(), Calls()
+
+    await run(path, first, range(200))
+    items = await run(path, second, range(200), ordered=True)
+
+    assert sorted(first.seen) == list(range(200))
+    assert second.seen == []
+    assert [(item.index, item.result, item.restored) for item in items] == [
+        (number, {"said": number}, True) for number in range(200)
+    ]
+
+
+async def test_what_was_not_done_is_called_for(tmp_path: Path) -> None:
+    """A run that was left early, then one over more items in another order."""
+    path = tmp_path / "run.db"
+    first, second = Calls(), Calls()
+    async with amap(Limiter(concurrency=1), first, range(100), checkpoint=path) as results:
+        done = [(await anext(results)).input for _ in range(10)]
+
+    items = await run(path, second, reversed(range(50)))
+
+    assert set(done) <= set(first.seen)
+    assert set(second.seen) >= set(range(50)) - set(first.seen)
+    assert len(set(first.seen) & set(second.seen)) <= 1  # the one that was in flight
+    assert {item.input for item in items} == set(range(50))
+
+
+async def test_equal_items_are_calls_of_their_own(tmp_path: Path) -> None:
+    """Ten equal prompts are asked for ten times, and not again."""
+    path = tmp_path / "run.db"
+    first, second = Calls(), Calls()
+
+    await run(path, first, ["why?"] * 10)
+    items = await run(path, second, ["why?"] * 12)
+
+    assert (len(first.seen), len(second.seen)) == (10, 2)
+    assert sum(item.restored for item in items) == 10
+
+
+async def test_failed_items_are_tried_again(tmp_path: Path) -> None:
+    """Only results are kept."""
+    path = tmp_path / "run.db"
+    second = Calls()
+
+    await run(path, Calls(3), range(6), errors="collect")
+    items = await run(path, second, range(6))
+
+    assert second.seen == [3]
+    assert all(item.ok for item in items)
+
+
+async def test_none_is_a_result(tmp_path: Path) -> None:
+    """It is restored, not called for again."""
+    calls = 0
+
+    async def nothing(_: int) -> None:
+        nonlocal calls
+        calls += 1
+
+    await run(tmp_path / "run.db", nothing, [1])
+    (item,) = await run(tmp_path / "run.db", nothing, [1])
+
+    assert calls == 1
+    assert (item.result, item.restored) == (None, True)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A result that is no plain data."""
+
+    text: str
+    tokens: tuple[int, int]
+
+
+async def test_any_result_that_can_be_pickled_is_kept(tmp_path: Path) -> None:
+    """It comes back as it was, type and all."""
+
+    async def ask(number: int) -> Reply:
+        return Reply(str(number), (number, 1))
+
+    await run(tmp_path / "run.db", ask, [7])
+    (item,) = await run(tmp_path / "run.db", ask, [7])
+
+    assert item.restored
+    assert item.result == Reply("7", (7, 1))
+
+
+async def test_result_that_cannot_be_kept_is_handed_out_before_the_error(tmp_path: Path) -> None:
+    """It was paid for. The message says what to do."""
+    seen: list[Any] = []
+
+    async def ask(_: int) -> Any:
+        return lambda: None
+
+    results = amap(Limiter(concurrency=1), ask, itertools.count(), checkpoint=tmp_path / "run.db")
+
+    async def read() -> None:
+        async for item in results:
+            seen.append(item.result)  # noqa: PERF401 - it raises in the end
+
+    with pytest.raises(CheckpointError, match=r"result of type function cannot be kept.*dump="):
+        await read()
+    assert callable(seen[0])
+
+
+async def test_functions_of_ones_own_write_and_read(tmp_path: Path) -> None:
+    """No pickle then; and a checkpoint written so is not read otherwise."""
+    own = Checkpoint(
+        tmp_path / "run.db",
+        dump=lambda result: result["said"].encode(),
+        load=lambda data: {"said": data.decode()},
+    )
+    await run(own, Calls(), ["a"])
+    (item,) = await run(own, Calls(), ["a"])
+
+    assert (item.result, item.restored) == ({"said": "a"}, True)
+    with pytest.raises(CheckpointError, match="was written with dump= and load="):
+        await run(tmp_path / "run.db", Calls(), ["a"])
+
+
+async def test_key_says_by_what_an_item_is_known(tmp_path: Path) -> None:
+    """An object has no hash that lasts; the message names the way out."""
+    item = object()
+    with pytest.raises(TypeError, match=r"an item with object in it has no key.*give key="):
+        await run(tmp_path / "one.db", Calls(), [item])
+
+    keyed = Checkpoint(tmp_path / "two.db", key=lambda _: "the one")
+
+    async def ask(_: object) -> int:
+        return 1
+
+    await run(keyed, ask, [item])
+    (again,) = await run(keyed, ask, [object()])
+
+    assert again.restored
+
+
+async def test_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    """Or the answers of one question were taken for those of another."""
+    path = tmp_path / "run.db"
+    await run(path, Calls(), [1])
+
+    async def other(_: int) -> int:
+        return 1
+
+    with pytest.raises(CheckpointError, match=r"holds results of Calls, not of test_.*other"):
+        await run(path, other, [1])
+    (item,) = await run(Checkpoint(path, name="Calls"), other, [1])
+    assert item.restored
+
+
+async def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
+    """They would pay twice. When the first is over, the second may go on."""
+    path = tmp_path / "run.db"
+    async with amap(Limiter(concurrency=1), Calls(), itertools.count(), checkpoint=path) as results:
+        await anext(results)
+        with pytest.raises(CheckpointError, match=r"run.db is in use by another run"):
+            await run(path, Calls(), [1])
+
+    assert (await run(path, Calls(), [0]))[0].restored
+
+
+async def test_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    """It is left as it is."""
+    path = tmp_path / "notes.txt"
+    path.write_text("not a database, but long enough to look like something" * 100)
+
+    with pytest.raises(CheckpointError, match=r"notes.txt cannot be used as a checkpoint"):
+        await run(path, Calls(), [1])
+    assert path.read_text().startswith("not a database")
+
+
+async def test_checkpoint_of_a_later_version_is_refused(tmp_path: Path) -> None:
+    """Rather than misread."""
+    path = tmp_path / "run.db"
+    await run(path, Calls(), [1])
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE about SET value = '2' WHERE name = 'version'")
+    database.close()
+
+    with pytest.raises(CheckpointError, match="of version 2, this is version 1"):
+        await run(path, Calls(), [1])
+
+
+def test_dump_and_load_belong_together() -> None:
+    """One without the other is a mistake."""
+    with pytest.raises(TypeError, match="give both, or neither"):
+        Checkpoint("run.db", dump=str.encode)
+
+
+KILLED = """
+import asyncio, os, sys
+from asyncbucket import Limiter
+from asyncbucket.batch import amap
+
+async def ask(number):
+    await asyncio.sleep(0.002)
+    os.write(1, b"%d\\n" % number)  # paid for
+    return number
+
+async def main():
+    async for item in amap(Limiter(concurrency=8), ask, range(400), checkpoint=sys.argv[1]):
+        pass
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.real_clock
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_killed_at_any_instant_nothing_is_paid_twice_but_what_was_in_flight(tmp_path: Path) -> None:
+    """Real processes, killed with SIGKILL at several places, then one that ends by itself."""
+    paid: list[int] = []
+    for lines in (50, 120, 1):
+        with subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(tmp_path / "run.db")],
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            paid += [int(process.stdout.readline()) for _ in range(lines)]
+            os.kill(process.pid, signal.SIGKILL)
+            paid += [int(line) for line in process.stdout if line.endswith("\n")]
+    end = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "run.db")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    paid += map(int, end.stdout.split())
+
+    assert set(paid) == set(range(400))
+    # Three kills, eight in flight at each, and those whose transaction was under way.
+    assert len(paid) - 400 <= 3 * 8 * 3

@@ -1,0 +1,106 @@
+"""The same for code without an event loop. Threads run on the machine's clock."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncbucket import Limiter
+from asyncbucket.batch import map_sync
+
+pytestmark = pytest.mark.real_clock
+
+
+def test_plain_function_runs_in_as_many_threads_as_there_are_slots() -> None:
+    """Four at once, none of them this one; each call is admitted."""
+    limiter = Limiter("6000 RPM", concurrency=4)
+    lock, running, most, threads = threading.Lock(), 0, 0, set[str]()
+
+    def work(number: int) -> int:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+            threads.add(threading.current_thread().name)
+        time.sleep(0.02)
+        with lock:
+            running -= 1
+        return number * 2
+
+    items = list(map_sync(limiter, work, range(24), ordered=True))
+
+    assert [item.result for item in items] == [number * 2 for number in range(24)]
+    assert most == 4
+    assert threading.current_thread().name not in threads
+    assert limiter.statistics().admitted == 24
+
+
+def test_async_function_runs_on_a_loop_of_its_own() -> None:
+    """Its results come as they are, not as coroutines."""
+
+    async def double(number: int) -> int:
+        return number * 2
+
+    items = list(map_sync(Limiter(concurrency=2), double, [1, 2], ordered=True))
+
+    assert [item.result for item in items] == [2, 4]
+
+
+def test_paced_function_is_charged_once() -> None:
+    """It acquires in its thread, and nobody does so for it."""
+    limiter = Limiter("6000 RPM", concurrency=1)
+
+    @limiter.paced
+    def work(number: int) -> int:
+        return number
+
+    assert len(list(map_sync(limiter, work, range(5)))) == 5
+    assert limiter.statistics().admitted == 5
+
+
+def test_leaving_the_loop_ends_it() -> None:
+    """After the calls that run: no thread of it is left."""
+    limiter = Limiter(concurrency=2)
+    begun: list[int] = []
+
+    def work(number: int) -> int:
+        begun.append(number)
+        time.sleep(0.02)
+        return number
+
+    for _ in map_sync(limiter, work, range(10_000), window=4):
+        break
+
+    assert len(begun) <= 6
+    assert limiter.statistics().in_flight == 0
+
+
+def test_error_is_raised_as_it_is() -> None:
+    """With the traceback into the function."""
+
+    def work(_: int) -> int:
+        raise LookupError("nothing there")
+
+    with pytest.raises(LookupError, match="nothing there"):
+        list(map_sync(Limiter(concurrency=2), work, range(3)))
+
+
+def test_options_are_those_of_amap(tmp_path: Path) -> None:
+    """Checkpoints, collected errors, costs."""
+    limiter = Limiter(tpm=100, concurrency=1)
+    calls: list[Any] = []
+
+    def work(number: int) -> int:
+        calls.append(number)
+        return 10 // number
+
+    def sweep() -> list[bool]:
+        options: dict[str, Any] = {"errors": "collect", "checkpoint": tmp_path / "run.db"}
+        found = map_sync(limiter, work, [0, 1, 2], ordered=True, cost={"tokens": 10}, **options)
+        return [item.ok for item in found]
+
+    assert sweep() == sweep() == [False, True, True]
+    assert calls == [0, 1, 2, 0]
+    assert limiter.statistics().limits[0].used == 40

@@ -1,0 +1,200 @@
+"""Each call is admitted once: by the function itself, or by `amap`."""
+
+import functools
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from llama_index.core.llms import MockLLM
+from openai import AsyncOpenAI
+
+from asyncbucket import Limiter
+from asyncbucket.batch import amap
+from asyncbucket.batch.paced import acquires_itself
+
+limiter = Limiter("1000 RPM", concurrency=2, name="of the module")
+other = Limiter("1000 RPM")
+llm = limiter.wrap(MockLLM(max_tokens=3))
+client = AsyncOpenAI(
+    api_key="any", max_retries=0, http_client=httpx.AsyncClient(transport=limiter.transport())
+)
+
+
+async def plain(prompt: str) -> str:
+    """Know nothing of limiters."""
+    return prompt
+
+
+async def by_the_model(prompt: str) -> str:
+    """Name a wrapped model."""
+    return str(await llm.acomplete(f"Please: {prompt}"))
+
+
+async def by_the_client(prompt: str) -> object:
+    """Name an SDK's client above a paced transport."""
+    return await client.responses.create(model="m", input=prompt)
+
+
+async def by_hand(prompt: str) -> str:
+    """Acquire."""
+    async with limiter.acquire(tokens=len(prompt)):
+        return prompt
+
+
+async def for_the_looks(prompt: str) -> str:
+    """Name the limiter, but acquire nothing of it."""
+    return f"{prompt} {limiter.name}"
+
+
+async def by_another(prompt: str) -> str:
+    """Acquire of another limiter."""
+    async with other.acquire():
+        return prompt
+
+
+class Pipeline:
+    """Hold a model that some methods use, and some don't."""
+
+    def __init__(self) -> None:
+        self.model = llm
+        self.limiter = limiter
+
+    async def ask(self, prompt: str) -> str:
+        """Use it."""
+        return str(await self.model.acomplete(prompt))
+
+    async def ask_politely(self, prompt: str) -> str:
+        """Use it by way of another method."""
+        return await self.ask(prompt)
+
+    async def by_hand(self, prompt: str) -> str:
+        """Acquire."""
+        async with self.limiter.acquire():
+            return prompt
+
+    async def look_up(self, prompt: str) -> str:
+        """Use neither."""
+        return prompt
+
+    async def __call__(self, prompt: str) -> str:
+        """Be a function itself."""
+        return await self.ask(prompt)
+
+
+def closure(model: Any) -> Callable[[str], Awaitable[str]]:
+    """Return a function that knows a model from outside."""
+
+    async def ask(prompt: str) -> str:
+        return str(await model.acomplete(prompt))
+
+    return ask
+
+
+async def prefixed(prefix: str, model: Any, prompt: str) -> str:
+    """Take a model as an argument."""
+    return str(await model.acomplete(prefix + prompt))
+
+
+@limiter.paced
+async def decorated(prompt: str) -> str:
+    """Be paced."""
+    return prompt
+
+
+child = limiter.child("below")
+
+
+async def by_a_child(prompt: str) -> str:
+    """Acquire of a child, and so of the limiter."""
+    async with child.acquire():
+        return prompt
+
+
+def paced_functions() -> Iterator[tuple[str, Callable[[str], Awaitable[object]]]]:
+    """Yield functions that come to the limiter by themselves."""
+    pipeline = Pipeline()
+    yield "a model's method", llm.acomplete
+    yield "names a model", by_the_model
+    yield "names a client", by_the_client
+    yield "acquires", by_hand
+    yield "is decorated", decorated
+    yield "acquires of a child", by_a_child
+    yield "a lambda", lambda prompt: decorated(prompt)  # noqa: PLW0108 - it is the point
+    yield "a closure", closure(llm)
+    yield "a partial", functools.partial(prefixed, "Please: ", llm)
+    yield "a method", pipeline.ask
+    yield "a method of a method", pipeline.ask_politely
+    yield "a method that acquires", pipeline.by_hand
+    yield "an object", pipeline
+
+
+def plain_functions() -> Iterator[tuple[str, Callable[[str], Awaitable[object]]]]:
+    """Yield functions that don't."""
+    yield "knows nothing", plain
+    yield "looks at it", for_the_looks
+    yield "another limiter", by_another
+    yield "another model", closure(other.wrap(MockLLM()))
+    yield "an unpaced model", MockLLM().acomplete
+    yield "a method beside the model", Pipeline().look_up
+
+
+@pytest.mark.parametrize(("what", "function"), list(paced_functions()))
+def test_function_that_comes_by_itself_is_seen(
+    what: str, function: Callable[[str], Awaitable[object]]
+) -> None:
+    """It would be charged twice, and with few slots wait for ever."""
+    assert acquires_itself(function, limiter), what
+
+
+@pytest.mark.parametrize(("what", "function"), list(plain_functions()))
+def test_function_that_does_not_come_is_admitted_here(
+    what: str, function: Callable[[str], Awaitable[object]]
+) -> None:
+    """It would not be paced at all."""
+    assert not acquires_itself(function, limiter), what
+
+
+async def test_wrapped_model_is_charged_once() -> None:
+    """As many slots as one call has: a second lease for it would hang."""
+    here = Limiter("1000 RPM", concurrency=1)
+    model = here.wrap(MockLLM(max_tokens=3))
+
+    items = [item async for item in amap(here, model.acomplete, ["a b c d", "e"])]
+
+    assert len(items) == 2
+    assert here.statistics().admitted == 2
+
+
+async def test_whoever_says_so_decides() -> None:
+    """`paced=` and `cost=` go before what is found."""
+    here = Limiter("1000 RPM")
+
+    async def ask(prompt: str) -> str:
+        async with here.acquire():
+            return prompt
+
+    said: list[tuple[dict[str, Any], int]] = [
+        ({"paced": False}, 2),
+        ({"cost": {"requests": 3}}, 4),
+        ({}, 1),
+    ]
+    for options, charged in said:
+        before = here.statistics().limits[0].used
+        async for _ in amap(here, ask, ["once"], **options):
+            pass
+        assert here.statistics().limits[0].used - before == charged
+
+
+def test_thing_that_holds_itself_is_no_endless_search() -> None:
+    """Nor is a large one a long search."""
+
+    class Ring:
+        def __init__(self) -> None:
+            self.ring = self
+            self.many = {number: [number] for number in range(100_000)}
+
+        async def __call__(self, prompt: str) -> str:
+            return f"{prompt}{self.ring}{self.many}"
+
+    assert not acquires_itself(Ring(), limiter)

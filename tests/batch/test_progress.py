@@ -1,0 +1,123 @@
+"""What is seen while it runs, and how long it says it will take."""
+
+import asyncio
+import itertools
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from asyncbucket import Limiter
+from asyncbucket.batch import amap
+from asyncbucket.batch.outlook import Outlook, duration
+from asyncbucket.testing import VirtualTime
+
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+
+
+@pytest.mark.parametrize("library", ["rich", "tqdm", True])
+def test_bar_says_how_far_how_fast_and_what_binds(
+    library: Any, virtual_time: VirtualTime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On standard error; with what is restored and what failed, if any."""
+    limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
+
+    async def ask(number: int) -> int:
+        await asyncio.sleep(0.1)
+        return 1 // (number % 10)
+
+    async def main() -> int:
+        results = amap(limiter, ask, range(20), errors="collect", show_progress=library)
+        return sum([item.ok async for item in results])
+
+    done = virtual_time.run(main())
+    output, shown = capsys.readouterr()
+
+    shown = ESCAPES.sub("", shown)
+    assert (output, done) == ("", 18)
+    assert "20/20" in shown
+    assert "2 failed" in shown
+    if library == "tqdm":  # rich shows a pipe the end alone
+        assert re.search(r"10/20 .*[\d.]+/s, \d+ s left, waiting for requests, 1 failed", shown)
+
+
+def test_bar_of_endless_items_shows_a_count(
+    virtual_time: VirtualTime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No end, no time left."""
+    limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
+
+    async def main() -> None:
+        async with amap(
+            limiter, asyncio.sleep, itertools.repeat(0.1), show_progress="tqdm"
+        ) as results:
+            for _ in range(5):
+                await anext(results)
+
+    virtual_time.run(main())
+
+    assert "left" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("library", "remedy"), [("rich", '"asyncbucket[batch]"'), ("tqdm", "tqdm")]
+)
+def test_missing_library_names_its_install_command(library: str, remedy: str) -> None:
+    """At once, not with the first result."""
+    program = (
+        f"import sys; sys.modules[{library!r}] = None\n"
+        f"from asyncbucket import Limiter\n"
+        f"from asyncbucket.batch import amap\n"
+        f"amap(Limiter(rpm=1), print, [], show_progress={library!r})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+
+    assert f"ImportError: a progress bar needs {library}: pip install {remedy}" in done.stderr
+
+
+def test_limits_say_how_long_before_there_is_any_experience() -> None:
+    """A thousand at a hundred a minute, ten of them at once: 9.9 minutes."""
+    limiter = Limiter("100 RPM burst 10")
+    outlook = Outlook(limiter)
+
+    look = outlook.look(0, left={"items": 1_000, "requests": 1_000})
+
+    assert look.rate == 0.0
+    assert look.left == pytest.approx(594)
+
+
+def test_experience_says_how_long_where_calls_are_slower_than_the_limits() -> None:
+    """Two a second where five would be allowed."""
+    now = 0.0
+    outlook = Outlook(Limiter("300 RPM"), clock=lambda: now)
+    now = 10.0
+
+    look = outlook.look(20, left={"items": 100, "requests": 100})
+
+    assert (look.rate, look.left) == (2.0, 50.0)
+
+
+def test_rate_is_that_of_lately() -> None:
+    """What was fast at the start does not promise a fast end."""
+    now = 0.0
+    outlook = Outlook(Limiter("300 RPM"), clock=lambda: now)
+    looks: list[float] = []
+    for second in range(1, 100):
+        now = float(second)
+        looks.append(outlook.look(1_000 + second, left=None).rate)
+
+    assert looks[0] == 1_001.0
+    assert looks[-1] == pytest.approx(1.0, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.4, "0 s"), (99.0, "99 s"), (100.0, "2 min"), (5_900.0, "98 min"), (12_000.0, "3 h 20 min")],
+)
+def test_duration_is_said_as_people_say_it(seconds: float, words: str) -> None:
+    """With two digits that matter."""
+    assert duration(seconds) == words
