@@ -3,6 +3,9 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+# Interpreters that `make test-wheel` installs into, and further options such as `--extra openai`.
+WHEEL_PYTHONS ?= $(PYTHON)
+WHEEL_ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -22,7 +25,7 @@ CORE_FILES := $(subst $(empty) $(empty),$(comma),$(CORE:%=asyncbucket/%.py))
 SOURCES := asyncbucket tests $(patsubst %/,%,$(sort $(dir $(wildcard benchmarks/*.py examples/*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest lint format bench docs build clean
+.PHONY: help demo test test-lowest test-wheel lint format bench docs build clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -30,9 +33,12 @@ help: ## List the targets
 demo: $(STAMP) ## Run agents under a provider's limits, without asyncbucket and with it
 	@$(VENV)/bin/asyncbucket demo $(DEMO_ARGS)
 
+# What waits on the machine's clock runs last, undisturbed by the others.
 test: $(STAMP) ## Run all tests; the core must be covered to the last branch
 	@$(PY) -m coverage erase
-	$(PY) -m coverage run -m pytest $(PYTEST_ARGS)
+	$(PY) -m coverage run -m pytest -n auto -m 'not heavy and not real_clock' $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto -m 'heavy and not real_clock' $(PYTEST_ARGS)
+	$(PY) -m coverage run -m pytest -m real_clock $(PYTEST_ARGS)
 	@$(PY) -m coverage combine --quiet
 	$(PY) -m coverage report
 	$(PY) -m coverage report --include='$(CORE_FILES)' --fail-under=100
@@ -65,9 +71,12 @@ docs: $(STAMP) ## Build the documentation; warnings are errors
 	$(PY) -m sphinx --quiet --fresh-env --fail-on-warning -b html docs docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
-build: $(STAMP) ## Build the wheel and the source distribution
-	@$(PY) $(PIP_INSTALL) build
-	$(PY) -m build --outdir dist .
+build: $(STAMP) ## Build the wheel and the source distribution, without a network
+	@rm -rf dist
+	$(PY) -m build --no-isolation --outdir dist .
+
+test-wheel: build ## Install the wheel with each extra alone, and ask what it promises
+	$(PY) tests/packaging/matrix.py dist $(WHEEL_PYTHONS:%=--python %) $(WHEEL_ARGS)
 
 clean: ## Remove environments, caches and everything built
 	rm -rf $(VENV) $(VENV)-* build dist htmlcov docs/_build .coverage .coverage.* .hypothesis

@@ -20,3 +20,4 @@ autodoc_typehints = "description"
 html_theme = "furo"
 html_title = "asyncbucket"
 html_copy_source = False
+html_extra_path = ["llms.txt"]

@@ -19,12 +19,17 @@ each_page = pytest.mark.parametrize(
 
 
 def members_of_classes() -> dict[str, set[str]]:
-    """Return each class of the package with the names that its body and `self.` give it."""
+    """Return each class with the names that its body, `self.` and its bases give it."""
     members: dict[str, set[str]] = defaultdict(set)
+    bases: dict[str, set[str]] = defaultdict(set)
     for file in (ROOT / "asyncbucket").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.ClassDef):
                 members[node.name] |= set(_names_in(node))
+                bases[node.name] |= {base.id for base in node.bases if isinstance(base, ast.Name)}
+    for name, above in bases.items():
+        for base in above & members.keys():
+            members[name] |= members[base]
     return members
 
 

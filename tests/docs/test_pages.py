@@ -9,6 +9,7 @@ in HTML comments, which no reader sees, what it needs beyond that:
   such a page sets in LlamaIndex's `Settings` ends with it.
 - `<!-- run: provider -->`: the same, and the bundled provider behind the address and key that OpenAI's
   clients find in the environment.
+- `<!-- run: server -->`: the machine's clock, and a Valkey or Redis server at ``$LIMITS_URL``.
 - `<!-- skip: next "the reason" -->` before a block: it is shown, not run.
 """
 
@@ -19,6 +20,9 @@ import gc
 import inspect
 import io
 import re
+import shutil
+import subprocess
+import time
 from collections.abc import Callable, Coroutine, Generator
 from importlib import import_module
 from pathlib import Path
@@ -36,7 +40,7 @@ from asyncbucket.testing import RateLimitedProvider, virtual_time
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     page
-    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+    for page in (ROOT / "README.md", ROOT / "docs" / "llms.txt", *(ROOT / "docs").rglob("*.md"))
     if "_build" not in page.parts and "```python" in page.read_text("utf-8")
 )
 
@@ -109,7 +113,33 @@ def with_provider(patch: pytest.MonkeyPatch) -> Generator[Run]:
         yield run
 
 
-STAGES = {"virtual": on_virtual_time, "real": on_real_time, "provider": with_provider}
+@contextlib.contextmanager
+def with_server(patch: pytest.MonkeyPatch) -> Generator[Run]:
+    """Run a page on the machine's clock with a server for shared limits."""
+    program = shutil.which("valkey-server") or shutil.which("redis-server")
+    if program is None:
+        pytest.skip("NO SERVER: install valkey-server (or redis-server) to run this page")
+    path = Path.cwd() / "valkey.sock"
+    settings = ["--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(path.parent)]
+    with subprocess.Popen([program, *settings], stdout=subprocess.DEVNULL) as server:
+        try:
+            until = time.monotonic() + 10
+            while not path.exists():
+                assert time.monotonic() < until, "the server did not start"
+                time.sleep(0.01)
+            with on_real_time(patch) as run:
+                patch.setenv("LIMITS_URL", f"unix://{path}?db=0")
+                yield run
+        finally:
+            server.terminate()
+
+
+STAGES = {
+    "virtual": on_virtual_time,
+    "real": on_real_time,
+    "provider": with_provider,
+    "server": with_server,
+}
 
 
 def stage_of(page: Path) -> str:

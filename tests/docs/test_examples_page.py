@@ -1,0 +1,17 @@
+"""The page of examples shows each of them."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_example_is_on_the_page() -> None:
+    """Who adds one adds it here."""
+    page = (ROOT / "docs" / "examples.md").read_text("utf-8")
+    files = {
+        file.name for file in (ROOT / "examples").iterdir() if file.suffix in {".py", ".ipynb"}
+    }
+
+    assert set(re.findall(r"^\| \[([\w.]+)\]", page, re.MULTILINE)) == files
+    assert set(re.findall(r"\.\./examples/([\w.]+)", page)) == files

@@ -1,0 +1,94 @@
+"""Each example runs as a stranger would run it, and shows what it says that it shows."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+pytestmark = [
+    pytest.mark.real_clock,  # processes of their own, and a real server: a stranger's clock
+    pytest.mark.timeout(300),
+]
+
+
+def run(name: str, *arguments: str, cwd: Path) -> str:
+    """Return what `python examples/NAME` prints, from another folder and without a key."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        capture_output=True,
+        check=False,
+        cwd=cwd,
+        env=clean,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # neither a warning nor a log line
+    return done.stdout
+
+
+def test_every_agent_answers_and_no_call_is_refused(tmp_path: Path) -> None:
+    """Sixty-four calls under a limit of forty in six seconds: all of them pass, some wait."""
+    printed = run("agents_with_tools.py", cwd=tmp_path)
+
+    assert "32 agents answered with 64 calls, 0 refused (429)" in printed
+    assert re.search(r"^openai: \d+ calls waited for requests$", printed, re.MULTILINE)
+
+
+def test_the_sdk_is_paced_beneath(tmp_path: Path) -> None:
+    """Chat, a stream and embeddings pass through one client, and nothing stays in flight."""
+    printed = run("plain_openai_sdk.py", cwd=tmp_path)
+
+    assert "a stream: 'You said: Tell me a story.'" in printed
+    assert "80 vectors in one call\n82 calls, 0 refused (429)" in printed
+    assert "concurrency 0/32, 0 waiting" in printed
+
+
+def test_questions_pass_while_a_manual_is_embedded(tmp_path: Path) -> None:
+    """Who asks waits less than what is ingested behind, on one key."""
+    printed = run("rag_ingestion.py", cwd=tmp_path)
+
+    behind = [int(number) for number in re.findall(r"; (\d+) batches in line behind", printed)]
+    assert len(behind) == 5
+    assert behind[0] > 20
+    assert ", 0 refused (429)" in printed
+    waited = dict(re.findall(r"openai/(\w+): \d+ calls, ([\d.]+) s in line", printed))
+    assert float(waited["questions"]) < float(waited["ingestion"]) / 3
+
+
+def test_processes_share_a_file(tmp_path: Path) -> None:
+    """Four processes that each want a third more than there is stay under one limit."""
+    printed = run("shared_store.py", cwd=tmp_path)
+
+    assert re.findall(r"(\d+) of 40 answered", printed) == ["40"] * 4
+    assert "160 calls in all, 0 refused (429)" in printed
+    most = re.search(r"at most (\d+) at once, where 16 may be", printed)
+    assert most is not None
+    assert int(most[1]) <= 16
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(shutil.which("valkey-server") is None, reason="there is no valkey-server")
+def test_processes_share_a_valkey(tmp_path: Path) -> None:
+    """The same with a URL."""
+    path = tmp_path / "valkey.sock"
+    server = subprocess.Popen(
+        ["valkey-server", "--port", "0", "--unixsocket", str(path), "--save", ""],  # noqa: S607
+        stdout=subprocess.DEVNULL,
+        cwd=tmp_path,
+    )
+    try:
+        printed = run("shared_store.py", f"unix://{path}", cwd=tmp_path)
+    finally:
+        server.terminate()
+        server.wait()
+
+    assert "160 calls in all, 0 refused (429)" in printed

@@ -1,0 +1,59 @@
+"""The notebook runs in a real kernel, whose event loop runs already."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOK = Path(__file__).parents[2] / "examples" / "notebook.ipynb"
+
+pytestmark = [
+    pytest.mark.real_clock,  # a kernel is a process of its own
+    pytest.mark.timeout(300),
+]
+
+
+@pytest.fixture(name="client")
+def opened(tmp_path: Path) -> Iterator[Any]:
+    """Open it with a kernel of its own."""
+    notebook: Any = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
+    resources = {"metadata": {"path": str(tmp_path)}}
+    client: Any = NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources=resources, record_timing=False
+    )
+    with client.setup_kernel():
+        yield client
+
+
+def printed(cell: Any) -> str:
+    """Return what a cell shows."""
+    return "".join(
+        output.get("text") or output.get("data", {}).get("text/html", "") for output in cell.outputs
+    )
+
+
+def test_each_cell_runs_and_may_be_run_again(client: Any) -> None:
+    """Top-level await, synchronous calls, and a second run of a cell on the same limiter."""
+    cells = {n: cell for n, cell in enumerate(client.nb.cells) if cell.cell_type == "code"}
+    last = max(cells)
+    for number, cell in cells.items():
+        if number < last:  # which stops the provider
+            client.execute_cell(cell, number)
+    (many,) = (n for n, cell in cells.items() if "asyncio.gather" in cell.source)
+    again = client.execute_cell(cells[many], many)
+    client.execute_cell(cells[last], last)
+
+    assert "You said: Is 39 prime? | 0 refused (429)" in printed(again)
+    assert any("<b>openai</b>" in printed(cell) for cell in cells.values())
+
+
+def test_what_it_shows_on_a_page_is_no_error() -> None:
+    """It is kept with its outputs, for those who only read it."""
+    notebook: Any = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+
+    assert {output.output_type for output in outputs} == {"stream", "execute_result"}
+    assert all(output.get("name") != "stderr" for output in outputs)

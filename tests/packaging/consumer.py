@@ -1,0 +1,150 @@
+"""A program of somebody else's, as type checkers see it: every line says what type it expects.
+
+`test_types.py` checks it against the installed wheel, under mypy's strict mode and basedpyright.
+"""
+
+import asyncio
+from typing import TYPE_CHECKING, Any, assert_type
+
+from asyncbucket import (
+    AcquireTimeout,
+    BucketStatistics,
+    Cost,
+    Explanation,
+    Lease,
+    Limit,
+    Limiter,
+    Plan,
+    Statistics,
+    TokenBucket,
+    WouldBlock,
+    deadline,
+    pace,
+    plan,
+    priority,
+    telemetry,
+    tenant,
+)
+from asyncbucket.batch import Item, Results
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+
+class Model:
+    """Stands for a LlamaIndex model: any class may be wrapped as far as types go."""
+
+    async def acomplete(self, prompt: str) -> str:
+        """Answer."""
+        return prompt
+
+
+def wrapping_keeps_the_type(limiter: Limiter, model: Model) -> None:
+    """A wrapped model is what it was; functions in a list become tools."""
+    assert_type(limiter.wrap(model), Model)
+    assert_type(limiter.wrap([model], child="tools"), list[Any])
+    assert_type(pace(model, rpm=500, tpm=200_000, concurrency=20), Model)
+
+
+async def acquiring_gives_a_lease(limiter: Limiter) -> None:
+    """Awaited, entered, at once or without a loop."""
+    async with limiter.acquire(input_tokens=900, output_tokens=300, timeout=30) as lease:
+        assert_type(lease, Lease)
+        lease.settle(tokens=800)
+        assert_type(lease.waited, float)
+        assert_type(lease.bound_by, str | None)
+        assert_type(lease.cost, Cost)
+    assert_type(await limiter.acquire(tokens=5, priority="batch", tenant="acme"), Lease)
+    with limiter.acquire_sync(tokens=5) as lease:
+        lease.release()
+    task = asyncio.create_task(limiter.acquire())
+    assert_type(await task, Lease)
+    try:
+        limiter.acquire_nowait(tokens=5).release()
+    except WouldBlock as full:
+        assert_type(full.retry_after, float | None)
+    except AcquireTimeout:
+        raise
+
+
+def pacing_keeps_the_signature(limiter: Limiter) -> None:
+    """Parameters, results and whether it is async stay as they were."""
+
+    def tokens(prompt: str, *, loud: bool = False) -> float:
+        return len(prompt) / 4 + loud
+
+    @limiter.paced(tokens=tokens, priority="interactive")
+    async def ask(prompt: str, *, loud: bool = False) -> int:
+        return len(prompt) + loud
+
+    @limiter.paced
+    def plain(number: int) -> str:
+        return str(number)
+
+    assert_type(plain(3), str)
+    coroutine: Coroutine[Any, Any, int] = ask("salve", loud=True)
+    coroutine.close()
+    ask(3).close()  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def children_are_limiters(limiter: Limiter) -> None:
+    """So are those of tenants, and the one above."""
+    assert_type(limiter.child("chat", "100 RPM", weight=2, concurrency=4), Limiter)
+    assert_type(limiter.key("acme"), Limiter)
+    assert_type(limiter.parent, Limiter | None)
+    assert_type(limiter.statistics(), Statistics)
+    assert_type(limiter.explain(tokens=800), Explanation)
+    assert_type(limiter.limits, tuple[Limit, ...])
+    with priority("batch"), tenant("acme"), deadline(30):
+        pass
+    stop: Callable[[], None] = limiter.observe(print)
+    stop()
+    stop = telemetry.logging(limiter)
+
+
+def planning_gives_a_plan() -> None:
+    """Which says how long, and what binds."""
+    planned = plan("500 RPM", calls=10_000, tokens=800, latency=1.5)
+    assert_type(planned, Plan)
+    assert_type(planned.duration, float)
+    assert_type(planned.bound_by, str | None)
+
+
+async def batches_know_their_items(limiter: Limiter, model: Model) -> None:
+    """What went in, and what came of it."""
+
+    async def measure(prompt: str) -> int:
+        return len(prompt)
+
+    results = limiter.amap(measure, ["salve"], ordered=True, checkpoint="run.db")
+    assert_type(results, Results[str, int])
+    async for item in results:
+        assert_type(item, Item[str, int])
+        assert_type(item.result, int)
+        assert_type(item.input, str)
+    async for answer in limiter.amap(model.acomplete, ["salve"]):
+        assert_type(answer.result, str)
+    for synchronous in limiter.map(measure, ["salve"]):
+        assert_type(synchronous.result, int)
+    for counted in limiter.map(len, ["salve"]):
+        assert_type(counted.result, int)
+
+
+async def buckets_are_typed() -> None:
+    """The primitive, too."""
+    bucket = TokenBucket(rate=2.0, burst=2)
+    async with bucket:
+        bucket.acquire_nowait()
+    assert_type(bucket.statistics(), BucketStatistics)
+
+
+def limiters_are_made_from_outside() -> None:
+    """From variables, from a file; a subclass stays one."""
+
+    class Mine(Limiter):
+        pass
+
+    assert_type(Limiter.from_env(), Limiter)
+    assert_type(Mine.from_toml("limits.toml"), Mine)
+    Limiter("500 RPM", Limit("tokens", 200_000, per=60), concurrency="auto", name="openai")
+    Limiter(rps="five")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

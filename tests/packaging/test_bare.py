@@ -1,0 +1,56 @@
+"""The wheel in an interpreter that has the standard library and nothing else."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PROMISES = Path(__file__).with_name("promises.py")
+#: What of the standard library the core needs and asyncio has not loaded.
+ALSO = {
+    "_bisect",
+    "_decimal",
+    "bisect",
+    "copy",
+    "dataclasses",
+    "decimal",
+    "fractions",
+    "numbers",
+    "org",  # copy looks for Jython
+    "org.python",
+    "org.python.core",
+}
+
+
+def alone(unpacked: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a fresh interpreter that sees no site-packages."""
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-B", "-W", "error", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "WHEEL": str(unpacked)},
+        timeout=60,
+    )
+
+
+def test_without_extras_the_core_works_and_the_rest_says_what_to_install(unpacked: Path) -> None:
+    """Calls are paced, planned, shared and shown; each other door names its `pip install`."""
+    done = alone(unpacked, str(PROMISES))
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": ok") >= 15
+
+
+def test_import_loads_no_more_than_it_needs(unpacked: Path) -> None:
+    """Beyond asyncio: its own core, and a few small modules of the standard library."""
+    code = (
+        f"import asyncio, sys; sys.path.insert(0, {str(unpacked)!r}); before = set(sys.modules);"
+        "import asyncbucket; print(*sorted(sys.modules.keys() - before))"
+    )
+    done = alone(unpacked, "-c", code)
+    loaded = set(done.stdout.split())
+
+    assert "asyncbucket.limiter" in loaded
+    assert {name for name in loaded if not name.startswith("asyncbucket")} <= ALSO
+    assert {name for name in loaded if name.count(".") > 1} == set(), "a part that few need"

@@ -1,0 +1,154 @@
+"""What a part of the package imports, its extra installs; what an extra installs, a part imports."""
+
+import ast
+import functools
+import re
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "asyncbucket"
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+#: Which extras a part of the package may rely on; the longest path that fits counts.
+SERVES = {
+    "": (),
+    "batch": ("batch",),
+    "cli": ("cli",),
+    "cli/plan/picture.py": ("cli", "plot"),
+    "cli/trace/picture.py": ("cli", "plot"),
+    "http": ("http",),
+    "llama_index": ("llama-index",),
+    "retry.py": ("llama-index",),
+    "stores/redis.py": ("redis",),
+    "stores/servers.py": ("redis",),
+    "telemetry/gauges.py": ("prometheus",),
+    "telemetry/to_llama_index.py": ("llama-index",),
+    "telemetry/to_opentelemetry.py": ("otel",),
+    "telemetry/to_prometheus.py": ("prometheus",),
+    "testing": ("testing",),
+}
+#: What is used where it happens to be, and by which file.
+WHERE_IT_HAPPENS_TO_BE = {
+    "batch/progress.py": {"tqdm"},  # a bar, if rich is missing
+}
+#: Installed for the user's own imports, or for what has no import of ours.
+FOR_THE_USER = {
+    "openai": {"llama-index-llms-openai", "llama-index-embeddings-openai", "openai"},
+    # The wrap reads what httpx's clients and errors hold, without its classes.
+    "llama-index": {"httpx"},
+}
+
+
+def canonical(name: str) -> str:
+    """Return a distribution's name as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def modules() -> Iterator[tuple[str, str]]:
+    """Yield each third-party module that a file imports, wherever in it."""
+    for file in sorted(PACKAGE.rglob("*.py")):
+        path = file.relative_to(PACKAGE).as_posix()
+        for name in sorted(imported(ast.parse(file.read_text("utf-8")))):
+            if name not in sys.stdlib_module_names and name != "asyncbucket":
+                yield path, name
+
+
+def imported(node: ast.AST) -> set[str]:
+    """Return the packages that are imported at or below a node, types aside."""
+    names: set[str] = set()
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            continue
+        if isinstance(child, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in child.names}
+        elif isinstance(child, ast.ImportFrom):
+            names.add((child.module or "").partition(".")[0])
+        else:
+            names |= imported(child)
+    return names
+
+
+def named(extra: str) -> set[str]:
+    """Return the distributions that an extra names, through other extras of ours too."""
+    found: set[str] = set()
+    for line in EXTRAS[extra]:
+        requirement = Requirement(line)
+        if requirement.name == "asyncbucket":
+            for other in requirement.extras:
+                found |= named(other)
+        else:
+            found.add(canonical(requirement.name))
+    return found
+
+
+@functools.cache
+def required_by(name: str) -> frozenset[str]:
+    """Return the distributions that one requires by itself, here and now."""
+    try:
+        lines = requires(name) or []
+    except PackageNotFoundError:  # not on this Python or system
+        return frozenset()
+    wanted = [Requirement(line) for line in lines]
+    return frozenset(
+        canonical(each.name)
+        for each in wanted
+        if each.marker is None or each.marker.evaluate({"extra": ""})
+    )
+
+
+def installed_by(names: set[str]) -> set[str]:
+    """Return the distributions with all that they require in turn."""
+    found, todo = set[str](), list(names)
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            todo += required_by(name)
+    return found
+
+
+@functools.cache
+def provided() -> Mapping[str, list[str]]:
+    """Return which distributions bring a package."""
+    return packages_distributions()
+
+
+def extras_of(path: str) -> tuple[str, ...]:
+    """Return the extras that a file may rely on."""
+    parts = [part for part in SERVES if not part or path == part or path.startswith(f"{part}/")]
+    return SERVES[max(parts, key=len)]
+
+
+@pytest.mark.parametrize(("path", "module"), list(modules()))
+def test_what_a_part_imports_its_extra_installs(path: str, module: str) -> None:
+    """Nobody meets a ModuleNotFoundError behind an extra that was installed."""
+    providers = {canonical(name) for name in provided().get(module, [])}
+    there = installed_by({name for extra in extras_of(path) for name in named(extra)})
+
+    assert providers, f"{module} is not installed here, so nobody can say who brings it"
+    assert providers & there or module in WHERE_IT_HAPPENS_TO_BE.get(path, ()), (
+        f"{path} imports {module}, which {extras_of(path) or 'no extra'} installs"
+    )
+
+
+@pytest.mark.parametrize("extra", sorted(set(EXTRAS) - {"all", "bench", "dev", "docs", "test"}))
+def test_what_an_extra_installs_is_used(extra: str) -> None:
+    """Nobody downloads what nothing imports."""
+    used = {module for _, module in modules()}
+    providers = {canonical(name) for module in used for name in provided().get(module, [])}
+    own = {canonical(Requirement(line).name) for line in EXTRAS[extra]} - {"asyncbucket"}
+
+    assert own - providers <= FOR_THE_USER.get(extra, set())
+
+
+def test_parts_that_are_named_here_are_there() -> None:
+    """A part that moved takes its line with it."""
+    assert [part for part in SERVES if not (PACKAGE / part).exists()] == []

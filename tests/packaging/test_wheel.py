@@ -1,0 +1,116 @@
+"""The wheel and the source distribution hold what they should, and say so."""
+
+import ast
+import configparser
+import email.message
+import tomllib
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+#: Extras for those who work on asyncbucket; all others are for users.
+FOR_DEVELOPERS = {"bench", "dev", "docs", "test"}
+
+
+def info(unpacked: Path, name: str) -> str:
+    """Return a file of what the wheel says about itself."""
+    (folder,) = unpacked.glob("*.dist-info")
+    return (folder / name).read_text("utf-8")
+
+
+@pytest.fixture
+def metadata(unpacked: Path) -> email.message.Message:
+    """Return what an index shows."""
+    return Parser().parsestr(info(unpacked, "METADATA"))
+
+
+def requirements(metadata: email.message.Message, extra: str) -> set[str]:
+    """Return what an extra installs, as the wheel says it."""
+    condition = f"extra == '{extra}'"
+    lines = metadata.get_all("Requires-Dist", [])
+    return {line.partition(";")[0].strip() for line in lines if condition in line}
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    """Every file of `asyncbucket/`: modules, the scripts of the Redis store, the typing marker."""
+    with zipfile.ZipFile(wheel) as archive:
+        ours = {name for name in archive.namelist() if ".dist-info/" not in name}
+
+    assert ours == {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "asyncbucket").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert "asyncbucket/py.typed" in ours
+    assert any(name.endswith(".lua") for name in ours)
+
+
+def test_installing_it_installs_nothing_else(metadata: email.message.Message) -> None:
+    """Whatever it requires, an extra requires."""
+    assert [each for each in metadata.get_all("Requires-Dist", []) if "extra ==" not in each] == []
+
+
+def test_all_is_every_extra_for_users(metadata: email.message.Message) -> None:
+    """`asyncbucket[all]` leaves nothing out, and brings no tool of developers."""
+    extras = set(metadata.get_all("Provides-Extra", []))
+    wanted = {
+        requirement
+        for extra in extras - FOR_DEVELOPERS - {"all"}
+        for requirement in requirements(metadata, extra)
+    }
+
+    assert extras >= FOR_DEVELOPERS
+    assert requirements(metadata, "all") == wanted
+
+
+def test_pages_of_an_index_have_what_they_show(metadata: email.message.Message) -> None:
+    """The readme, the licence, the oldest Python, the marker for types."""
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata["License-Expression"] == "MIT"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert "Typing :: Typed" in metadata.get_all("Classifier", [])
+    assert str(metadata.get_payload()).strip() == (ROOT / "README.md").read_text("utf-8").strip()
+
+
+def test_entry_points_lead_to_what_is_there(unpacked: Path) -> None:
+    """The command's function and the fixtures' module are in the wheel."""
+    points = configparser.ConfigParser()
+    points.read_string(info(unpacked, "entry_points.txt"))
+    named = [value for section in points.sections() for _, value in points.items(section)]
+
+    for target in named:
+        module, _, function = target.partition(":")
+        path = unpacked / module.replace(".", "/")
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        defined = {getattr(node, "name", None) for node in ast.parse(file.read_text("utf-8")).body}
+        assert not function or function in defined, target
+    assert named == ["asyncbucket.cli:main", "asyncbucket.testing.pytest_plugin"]
+
+
+def test_source_distribution_builds_the_same_wheel(wheel: Path, rebuilt: Path) -> None:
+    """To the byte, the archive's time stamps aside."""
+    with zipfile.ZipFile(wheel) as ours, zipfile.ZipFile(rebuilt) as theirs:
+        assert sorted(ours.namelist()) == sorted(theirs.namelist())
+        assert [name for name in ours.namelist() if ours.read(name) != theirs.read(name)] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tests/core/test_limiter.py",
+        "benchmarks/__main__.py",
+        "docs/index.md",
+        "CHANGELOG.md",
+        "LICENSE",
+        "Makefile",
+        "SECURITY.md",
+    ],
+)
+def test_source_distribution_holds_what_packagers_need(source: Path, name: str) -> None:
+    """Tests, docs and licence: a distribution can build and test from it alone."""
+    assert (source / name).is_file()
