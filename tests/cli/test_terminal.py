@@ -53,6 +53,7 @@ def at_a_terminal(
         except OSError:  # it has ended, and nobody holds the other side
             break
         if interrupt_after and interrupt_after in seen:
+            time.sleep(0.5)  # until it is at work: Python itself is noisy while it makes a loop
             os.killpg(process.pid, 2)
             interrupt_after = ""
     os.close(ours)
