@@ -121,6 +121,14 @@ def test_public_members_are_documented(name: str) -> None:
     ] == []
 
 
+def test_parts_with_extras_are_there_when_spoken_of() -> None:
+    """`asyncbucket.telemetry` needs no import of its own."""
+    assert in_fresh_interpreter("import asyncbucket; print(asyncbucket.telemetry.__name__)") == [
+        "asyncbucket.telemetry"
+    ]
+    assert asyncbucket.testing.__name__ == "asyncbucket.testing"
+
+
 def test_unknown_name_is_an_attribute_error() -> None:
     """A typing error is not mistaken for a missing extra."""
     misspelt = "Limitter"

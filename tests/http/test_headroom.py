@@ -437,3 +437,10 @@ def test_alone_nothing_is_refused_and_little_is_lost(policy: str, tpm: int | Non
 
     assert seen.refused == 0
     assert seen.use > 0.95
+
+
+def test_before_any_word_of_the_provider_all_pass() -> None:
+    """It holds up nobody by what it does not know."""
+    headroom = Headroom(amount=10, window=60 * 1_000_000_000)
+    assert headroom.take(10, 0)
+    assert headroom.earliest(10, 0) == 0
