@@ -3,7 +3,7 @@
     python examples/agents_with_tools.py
 
 It needs no key: a provider on this machine answers, and refuses with 429 what is over its limits. Its
-minute lasts six seconds, so that you need not wait for long.
+minute lasts three seconds, so that you need not wait for long.
 Leave the provider, `api_base` and `api_key` out, set OPENAI_API_KEY, and the same code talks to OpenAI.
 
 Needs: pip install "asyncbucket[openai,testing]"
@@ -23,7 +23,7 @@ AGENTS = 32
 
 # What a key may do belongs together: all who call with this key share this one limiter.
 # For a real one write "500 RPM", "200k TPM", or whatever your account says.
-openai = Limiter("40 requests/6s", "40k tokens/6s", concurrency=32, name="openai")
+openai = Limiter("40 requests/3s", "40k tokens/3s", concurrency=32, name="openai")
 
 # The tool asks a service of its own, with limits of its own.
 weather = Limiter("20/s", concurrency=4, name="weather")
@@ -37,7 +37,7 @@ async def look_up_weather(city: str) -> str:
 
 async def main() -> None:
     """Let all agents start at once, as if there were no limits."""
-    with RateLimitedProvider(rpm=40, tpm=40_000, minute=6, latency=(0.1, 0.4)) as provider:
+    with RateLimitedProvider(rpm=40, tpm=40_000, minute=3, latency=(0.1, 0.4)) as provider:
         url = provider.base_url
         llm = openai.wrap(OpenAI(model="gpt-4o-mini", max_tokens=200, api_base=url, api_key="any"))
         tools: list[Any] = weather.wrap([look_up_weather])

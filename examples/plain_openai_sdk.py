@@ -3,7 +3,7 @@
     python examples/plain_openai_sdk.py
 
 It needs no key: a provider on this machine answers, and refuses with 429 what is over its limits. Its
-minute lasts six seconds, so that you need not wait for long.
+minute lasts three seconds, so that you need not wait for long.
 Leave the provider, `base_url` and `api_key` out, set OPENAI_API_KEY, and the same code talks to OpenAI.
 
 Needs: pip install "asyncbucket[http,testing]" openai
@@ -19,12 +19,12 @@ from asyncbucket.testing import RateLimitedProvider
 
 # For a real key write "500 RPM", "200k TPM burst 20k", or whatever your account says. A burst for the
 # tokens, too: if others use the same key, no more than this goes out before a reply says what is left.
-limiter = Limiter("60 requests/6s", "40k tokens/6s burst 10k", concurrency=32, name="openai")
+limiter = Limiter("60 requests/3s", "40k tokens/3s burst 10k", concurrency=32, name="openai")
 
 
 async def main() -> None:
     """Ask eighty questions at once, then stream an answer, then embed them all."""
-    with RateLimitedProvider(rpm=60, tpm=40_000, minute=6, latency=(0.05, 0.2)) as provider:
+    with RateLimitedProvider(rpm=60, tpm=40_000, minute=3, latency=(0.05, 0.2)) as provider:
         # Each HTTP attempt is admitted at the transport. `max_retries=0`: one layer retries, or
         # none. This one doesn't; it has nothing to retry as long as nobody is refused.
         async with AsyncOpenAI(

@@ -6,7 +6,7 @@ Ingestion and questions spend from one key. Ingestion takes whatever is left: it
 priority "batch", those of a person who waits are "interactive".
 
 It needs no key: a provider on this machine answers, and refuses with 429 what is over its limits. Its
-minute lasts six seconds, so that you need not wait for long.
+minute lasts three seconds, so that you need not wait for long.
 Leave the provider, `api_base` and `api_key` out, set OPENAI_API_KEY, and the same code talks to OpenAI.
 
 Needs: pip install "asyncbucket[openai,testing]"
@@ -25,7 +25,7 @@ from asyncbucket import Limiter
 from asyncbucket.testing import RateLimitedProvider
 
 # For a real key write "500 RPM", "200k TPM", or whatever your account says.
-limiter = Limiter("60 requests/6s", "40k tokens/6s", concurrency=16, name="openai")
+limiter = Limiter("60 requests/3s", "40k tokens/3s", concurrency=16, name="openai")
 ingestion = limiter.child("ingestion", priority="batch")
 questions = limiter.child("questions", priority="interactive")
 
@@ -37,7 +37,7 @@ MANUAL = [
 
 async def main() -> None:
     """Ingest a manual, and answer questions about its first chapters meanwhile."""
-    with RateLimitedProvider(rpm=60, tpm=40_000, minute=6, latency=(0.05, 0.2)) as provider:
+    with RateLimitedProvider(rpm=60, tpm=40_000, minute=3, latency=(0.05, 0.2)) as provider:
         url = provider.base_url
         # One request embeds `embed_batch_size` texts, and each batch is one admission.
         embedding = OpenAIEmbedding(embed_batch_size=8, api_base=url, api_key="any")

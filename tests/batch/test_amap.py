@@ -452,6 +452,14 @@ async def test_cost_that_is_none_says_so() -> None:
             pass
 
 
+def test_a_limiter_maps_for_code_without_a_loop() -> None:
+    """In threads, admitted one by one, and in order where that is asked for."""
+    limiter = Limiter(concurrency=2)
+    results = [item.result for item in limiter.map(abs, [-1, -2, -3], ordered=True)]
+    assert results == [1, 2, 3]
+    assert limiter.statistics().admitted == 3
+
+
 @pytest.mark.heavy
 async def test_many_items_are_alive_a_window_at_a_time() -> None:
     """Twenty thousand that do nothing, in the memory of a hundred."""

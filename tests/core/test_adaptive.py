@@ -131,6 +131,7 @@ def always(capacity: int) -> Capacity:
     return lambda _: capacity
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("spread", [0.05, 0.3])
 @pytest.mark.parametrize("capacity", [3, 10, 40])
 @pytest.mark.parametrize("kind", [QueueingServer, RefusingServer])
@@ -144,6 +145,7 @@ def test_throughput_is_within_10_percent_of_the_best_fixed_number(
     assert found.rate(0, 60) >= 0.75 * fixed.rate(0, 60)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("capacity", [10, 40])
 def test_a_queue_stays_short(capacity: int) -> None:
     """On average at most half as much waits in a server as it serves, at worst as much."""
@@ -152,12 +154,14 @@ def test_a_queue_stays_short(capacity: int) -> None:
     assert max(sizes) <= 2 * capacity
 
 
+@pytest.mark.heavy
 def test_refusals_are_rare() -> None:
     """A server that refuses is asked for more than it has by under 1 % of calls."""
     found = run(RefusingServer, always(40))
     assert found.refused <= 0.01 * len(found.served)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", [QueueingServer, RefusingServer])
 def test_it_follows_a_capacity_that_halves_and_doubles(kind: type[QueueingServer]) -> None:
     """Within 40 s, which are 40 calls in a row, it does 90 % of what can be done."""

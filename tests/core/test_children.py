@@ -90,6 +90,7 @@ def middling(_: int, chance: random.Random) -> int:
     return chance.randint(50, 300)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "how",
     [
@@ -109,6 +110,7 @@ def test_one_heavy_and_99_light_tenants_get_the_same(how: dict[str, Any]) -> Non
         assert shared.use >= 0.99
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "how",
     [{}, {"latency": 0.2}, {"latency": 0.2, "used": 0.5}, {"limits": (f"{TPM} TPM",)}],
@@ -271,6 +273,7 @@ def test_a_costly_call_does_not_starve_among_cheap_siblings(virtual_time: Virtua
     assert max(waits) <= 2 * 60 * 515 / 512 + 1
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("rate", [9, 10, 12, 20])
 def test_endless_newcomers_do_not_starve_an_old_flow(virtual_time: VirtualTime, rate: int) -> None:
     """However many tenants come that were never seen before, few of them overtake one who waits.
@@ -307,6 +310,7 @@ def test_endless_newcomers_do_not_starve_an_old_flow(virtual_time: VirtualTime, 
     assert most <= 45
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("who", ["siblings", "the parent's own", "a priority"])
 def test_refunds_are_credited_to_whoever_reserved(virtual_time: VirtualTime, who: str) -> None:
     """Who uses a tenth of what it reserves has its share of what is used, not of what is reserved."""

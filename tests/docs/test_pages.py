@@ -148,6 +148,7 @@ def stage_of(page: Path) -> str:
     return asked[1] if asked else "virtual"
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_block_of_a_page_runs(

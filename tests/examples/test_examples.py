@@ -36,7 +36,7 @@ def run(name: str, *arguments: str, cwd: Path) -> str:
 
 
 def test_every_agent_answers_and_no_call_is_refused(tmp_path: Path) -> None:
-    """Sixty-four calls under a limit of forty in six seconds: all of them pass, some wait."""
+    """Sixty-four calls under a limit of forty in three seconds: all of them pass, some wait."""
     printed = run("agents_with_tools.py", cwd=tmp_path)
 
     assert "32 agents answered with 64 calls, 0 refused (429)" in printed

@@ -419,6 +419,7 @@ def test_key_is_shared_with_others_without_refusals(policy: str, tpm: int | None
     assert seen.use > 0.9
 
 
+@pytest.mark.heavy
 def test_key_that_is_counted_in_slices_is_shared_with_fewer_refusals() -> None:
     """Six and a random four in slices of ten cannot all pass: 18 % are refused unless we give way."""
     seen = share("one_second_slices", others=0.4)
@@ -427,6 +428,7 @@ def test_key_that_is_counted_in_slices_is_shared_with_fewer_refusals() -> None:
     assert seen.use > 0.75
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("tpm", [None, 240_000])
 @pytest.mark.parametrize(
     "policy", ["token_bucket", "sliding_window", "fixed_window", "one_second_slices"]
@@ -444,3 +446,13 @@ def test_before_any_word_of_the_provider_all_pass() -> None:
     headroom = Headroom(amount=10, window=60 * 1_000_000_000)
     assert headroom.take(10, 0)
     assert headroom.earliest(10, 0) == 0
+
+
+def test_alone_what_was_said_to_be_left_is_not_taken_twice() -> None:
+    """Whoever takes without asking first is told the same as whoever asks."""
+    headroom = Headroom(amount=10, window=SECOND)
+    for now in (0, SECOND, 2 * SECOND):
+        headroom.hear(10, now, amount=10)
+    assert headroom.take(10, 2 * SECOND)
+    assert not headroom.take(1, 2 * SECOND)
+    assert headroom.take(1, 2 * SECOND + SECOND // 10)

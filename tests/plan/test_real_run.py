@@ -47,13 +47,13 @@ async def run_for_real(requests: str, tokens: str, concurrency: int) -> tuple[fl
 @pytest.mark.real_clock  # what is planned is the time that it really takes
 @pytest.mark.parametrize("binds", LOADS)
 async def test_plan_agrees_with_a_real_run_within_three_percent(binds: str) -> None:
-    """Whatever binds, given how long calls took; thrice, where a busy machine delays a run."""
+    """Whatever binds, given how long calls took; a busy machine may have spoilt a run."""
     requests, tokens, concurrency = LOADS[binds]
-    for attempt in (1, 2, 3):
+    for attempt in range(1, 6):
         real, took = await run_for_real(requests, tokens, concurrency)
         planned = plan(requests, tokens, tokens=100, latency=took, concurrency=concurrency)
 
         assert planned.bound_by == binds
-        if planned.duration == pytest.approx(real, rel=0.03) or attempt == 3:
+        if planned.duration == pytest.approx(real, rel=0.03) or attempt == 5:
             break
     assert planned.duration == pytest.approx(real, rel=0.03)

@@ -1,6 +1,8 @@
 """Real servers: Debian's valkey-server, else redis-server, on loopback, each in a folder of its own."""
 
 import asyncio
+import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -26,11 +28,9 @@ class RunningServer:
 
     def __init__(self, folder: Path, *options: str, tls: bool = False) -> None:
         self.folder = folder
-        self.port = free_port()
+        self.port = 0
         self.options = options
         self.tls = tls
-        if tls:
-            self.options = ("--tls-port", str(self.port), "--port", "0", *options)
         #: A file of settings, which comes first on the command line, and what follows it.
         self.config: tuple[str, ...] = ()
         if options[:1] == ("--sentinel",):
@@ -38,7 +38,13 @@ class RunningServer:
             path.write_text(options[1])
             self.config, self.options = (str(path), "--sentinel"), ()
         self.process: subprocess.Popen[bytes] | None = None
-        self.start()
+        for _ in range(5):  # another program may take a port that was free a moment ago
+            self.port = free_port()
+            with contextlib.suppress(ConnectionRefusedError):
+                self.start()
+                break
+        else:
+            raise TimeoutError(f"{SERVER} did not start on five ports")
 
     @property
     def url(self) -> str:
@@ -50,13 +56,18 @@ class RunningServer:
             [
                 SERVER,
                 *self.config,
-                *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)),
+                *self._ports(),
+                *("--bind", "127.0.0.1", "--dir", str(self.folder)),
                 *("--save", "", "--appendonly", "no", "--daemonize", "no", *self.options),
             ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        wait_for_port(self.port, tls=self.tls)
+        wait_for_port(self.process, self.port, tls=self.tls)
+
+    def _ports(self) -> tuple[str, ...]:
+        port = str(self.port)
+        return ("--port", "0", "--tls-port", port) if self.tls else ("--port", port)
 
     def freeze(self) -> None:
         assert self.process is not None
@@ -85,21 +96,36 @@ class RunningServer:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on, below those that the system gives to clients."""
-    for port in range(20_000 + os.getpid() % 5_000, 32_000):
+    """Return a port that nobody listens on, another one each time.
+
+    Those of a cluster's nodes, 10,000 further up, are below what the system gives to clients, too.
+    """
+    for port in _PORTS:
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
             return port
-    raise OSError("no free port")
+    raise AssertionError
 
 
-def wait_for_port(port: int, *, tls: bool) -> None:
-    """Return as soon as somebody listens there, and has loaded what it kept."""
-    until = time.monotonic() + 10
+#: Processes that run tests beside each other begin at different places.
+_PORTS = itertools.cycle(
+    [10_000 + (1_200 * (os.getpid() % 10) + each) % 12_000 for each in range(12_000)]
+)
+
+
+def wait_for_port(process: "subprocess.Popen[bytes]", port: int, *, tls: bool) -> None:
+    """Return as soon as the server listens there, and has loaded what it kept.
+
+    Raises:
+        ConnectionRefusedError: it has ended.
+    """
+    until = time.monotonic() + 20
     while time.monotonic() < until:
+        if process.poll() is not None:
+            raise ConnectionRefusedError
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 if tls:
@@ -108,7 +134,7 @@ def wait_for_port(port: int, *, tls: bool) -> None:
                 if not probe.recv(100).startswith(b"-LOADING"):
                     return
         time.sleep(0.01)
-    raise TimeoutError(f"nobody listens on port {port} after 10 s")
+    raise TimeoutError(f"nobody listens on port {port} after 20 s")
 
 
 @pytest.fixture(scope="session")
