@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import os
 import resource
@@ -19,6 +20,7 @@ import pytest
 from asyncbucket import Limit, StoreError
 from asyncbucket.stores import Batch, Correction, Outcome, Terms, open_store
 from asyncbucket.stores.sqlite import SQLiteLedger, SQLiteStore, from_url
+from asyncbucket.stores.sqlite.clerk import Clerk
 from asyncbucket.stores.sqlite.clock import SharedClock
 from asyncbucket.stores.sqlite.file import VERSION
 
@@ -294,6 +296,31 @@ async def test_a_booking_is_given_back_though_the_lock_is_held(path: Path) -> No
             ledger._undo(Batch(calls=(CALL,)), receipt)
             await asyncio.sleep(0.4)
             assert ledger._kept.corrections
+        snapshot = await ledger.peek()
+        assert (snapshot.limits[0].used, snapshot.slots) == (0, 0)
+
+
+async def test_a_caller_that_goes_as_its_answer_comes_is_charged_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The booking was made, and told, but not to anybody who was still there."""
+    put = Clerk.put
+    tasks: list[asyncio.Task[Any]] = []
+
+    def put_and_cancel(clerk: Clerk, job: Any) -> None:
+        def done(*what: Any) -> None:
+            job.done(*what)
+            for task in tasks:
+                task.cancel()
+            tasks.clear()
+
+        put(clerk, dataclasses.replace(job, done=done))
+
+    async with opened(path) as ledger:
+        monkeypatch.setattr(Clerk, "put", put_and_cancel)
+        tasks.append(asyncio.create_task(ledger.commit(Batch(calls=(CALL,)))))
+        with pytest.raises(asyncio.CancelledError):
+            await tasks[0]
         snapshot = await ledger.peek()
         assert (snapshot.limits[0].used, snapshot.slots) == (0, 0)
 

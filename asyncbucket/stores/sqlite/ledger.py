@@ -167,7 +167,13 @@ class SQLiteLedger:
             _settle(answered, answer, error)
 
         job = Job(self._name, now, answered.get_loop(), done)
-        return await self._wait(answered, job, self._patience)
+        try:
+            return await self._wait(answered, job, self._patience)
+        except asyncio.CancelledError:
+            # The answer was there, and the caller went before it could be told.
+            if not answered.cancelled() and answered.exception() is None:
+                self._undo(batch, answered.result().result)
+            raise
 
     def _undo(self, batch: Batch, receipt: Receipt) -> None:
         """Give back what was booked for a caller that has gone."""
