@@ -37,8 +37,8 @@ demo: $(STAMP) ## Run agents under a provider's limits, without asyncbucket and 
 test: $(STAMP) ## Run all tests; the core must be covered to the last branch
 	@$(PY) -m coverage erase
 	$(PY) -m coverage run -m pytest -n auto -m 'not real_clock' $(PYTEST_ARGS)
-	$(PY) -m pytest -n 3 -m real_clock $(PYTEST_ARGS)
 	@$(PY) -m coverage combine --quiet
+	$(PY) -m pytest -n 3 -m real_clock $(PYTEST_ARGS)
 	$(PY) -m coverage report --include='$(CORE_FILES)' --fail-under=100
 
 coverage: $(STAMP) ## Run all tests and show what they cover, outside the core, too

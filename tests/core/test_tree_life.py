@@ -19,7 +19,6 @@ from asyncbucket.testing import VirtualTime, virtual_time
 ENOUGH = 20
 
 
-@pytest.mark.real_clock
 def test_children_are_shared_by_loops_and_threads() -> None:
     """Three loops and three threads, each on its own child and on one in common; all are served."""
     key = Limiter("600 requests/s burst 600", concurrency=4)
@@ -61,7 +60,6 @@ def test_children_are_shared_by_loops_and_threads() -> None:
     assert key.statistics().admitted == 360
 
 
-@pytest.mark.real_clock
 def test_a_light_tenant_of_another_loop_does_not_wait_for_a_heavy_ones_line() -> None:
     """Though all of that line came first: shares hold across loops."""
     key = Limiter(concurrency=1)

@@ -13,9 +13,6 @@ from asyncbucket.stores import open_store
 if TYPE_CHECKING:
     from tests.stores.conftest import RunningServer
 
-#: The store's clock is a server's.
-pytestmark = pytest.mark.real_clock
-
 
 @pytest.fixture
 def url(shared_server: "RunningServer", redis_sync: Any) -> str:
@@ -45,6 +42,18 @@ async def test_deadline_ends_the_wait_and_says_what_binds(url: str) -> None:
     snapshot = await open_and_peek(url, "deadline")
     assert (snapshot.limits[0].used, snapshot.slots) == (1, 0)
     await limiter.aclose()
+
+
+async def test_slots_that_others_hold_are_named_too(url: str) -> None:
+    """When they come back nobody knows."""
+    one = Limiter("1000 RPM", concurrency=1, store=url, name="held")
+    two = Limiter("1000 RPM", concurrency=1, store=url, name="held")
+    async with one.acquire():
+        with pytest.raises(AcquireTimeout, match="all slots are taken") as error:
+            await two.acquire(timeout=0.2)
+    assert (error.value.bound_by, error.value.retry_after) == ("concurrency", None)
+    await two.aclose()
+    await one.aclose()
 
 
 async def open_and_peek(url: str, name: str) -> Any:
