@@ -77,14 +77,19 @@ def current() -> Held | None:
     return _HELD.get()
 
 
-def is_held(limiter: Limiter) -> bool:
-    """Tell whether this context runs under a lease that counts at ``limiter``."""
+def payer(limiter: Limiter) -> Limiter | None:
+    """Return whose lease this context runs under, if that is ``limiter``, one below it or above it.
+
+    Another lease above it would be a second one of the same call: where there is one slot, the call
+    would wait for itself.
+    """
     held = _HELD.get()
     while held is not None:
-        if is_under(held.limiter, limiter) and held.lease is not None:
-            return True
+        ours = held.limiter
+        if held.lease is not None and (is_under(ours, limiter) or is_under(limiter, ours)):
+            return ours
         held = held.outer
-    return False
+    return None
 
 
 @contextlib.contextmanager

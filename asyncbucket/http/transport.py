@@ -22,9 +22,9 @@ from typing import Any, Final, Literal, Self, TypeAlias
 from asyncbucket.cost import Cost
 from asyncbucket.http.attempt import Attempt
 from asyncbucket.http.body import read_json
-from asyncbucket.http.held import is_held
+from asyncbucket.http.held import payer
 from asyncbucket.http.lane import Lane, parts
-from asyncbucket.http.levels import provider_of
+from asyncbucket.http.levels import is_under, provider_of
 from asyncbucket.http.profiles import Call, Profile, profile_named, profile_of
 from asyncbucket.http.routes import Routes, Routing
 from asyncbucket.http.streams import body_class
@@ -191,14 +191,25 @@ class _Paced:
         return lane
 
     def _is_held(self, limiter: Limiter) -> bool:
-        if not is_held(limiter):
+        """Tell whether a paced model above has paid for the request already, and warn once."""
+        paid = payer(limiter)
+        if paid is None:
             return False
-        self._tell(
-            "held",
-            "a model that is paced by limiter %r has an HTTP client paced by it, too: calls are "
-            "charged once, by the model; give it a plain client, or don't wrap it",
-            self.limiter.name,
-        )
+        if is_under(paid, limiter):
+            self._tell(
+                "held",
+                "a model that is paced by limiter %r has an HTTP client paced by it, too: calls are "
+                "charged once, by the model; give it a plain client, or don't wrap it",
+                self.limiter.name,
+            )
+        else:
+            self._tell(
+                f"held {limiter.name}",
+                "a model that is paced by limiter %r has an HTTP client paced by %r below it: calls "
+                "are charged once, by the model, so the limits of %r are not kept; wrap the model "
+                "by that child, or don't wrap it",
+                *(paid.name, limiter.name, limiter.name),
+            )
         return True
 
     def _look_for_retries(self, request: Any) -> None:

@@ -452,6 +452,14 @@ async def test_cost_that_is_none_says_so() -> None:
             pass
 
 
+async def test_a_limiter_maps_as_results_come() -> None:
+    """Its own method does what the function does."""
+    limiter = Limiter(concurrency=2)
+    results = [item.result async for item in limiter.amap(Work(lambda _: 0), [1, 2], ordered=True)]
+    assert results == [await Work(lambda _: 0)(1), await Work(lambda _: 0)(2)]
+    assert limiter.statistics().admitted == 2
+
+
 def test_a_limiter_maps_for_code_without_a_loop() -> None:
     """In threads, admitted one by one, and in order where that is asked for."""
     limiter = Limiter(concurrency=2)

@@ -544,6 +544,25 @@ async def test_call_of_a_childs_model_is_charged_once_above_it(
     assert limiter.statistics().admitted == child.statistics().admitted == 1
 
 
+async def test_call_of_a_model_does_not_wait_for_itself_at_a_child(
+    library: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With one slot it would for ever, if a route beneath led to a child that asks for it again."""
+    limiter = Limiter("60 RPM", concurrency=1, name="openai")
+    transport = limiter.transport(
+        library.MockTransport(answering(library, REPLY)), routes={"/v1/*": "chat"}
+    )
+    async with library.AsyncClient(transport=transport) as client:
+        with await limiter.acquire(tokens=5) as lease, holding(Held(limiter, lease)):
+            await client.post(URL, json=BODY)
+            await client.post(URL, json=BODY)
+
+    assert limiter.statistics().admitted == 1
+    assert limiter.child("chat").statistics().admitted == 0
+    (record,) = caplog.records
+    assert "so the limits of 'openai/chat' are not kept; wrap the model by that" in record.message
+
+
 def test_synchronous_call_that_is_paced_above_is_charged_once(
     library: Any, limiter: Limiter
 ) -> None:
