@@ -216,10 +216,10 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         return "\n".join([f"{head}, but {len(lines)} task(s) wait:", *lines])
 
     def _set_resolution(self) -> None:
-        # A timer is due when it is earlier than now plus this: a nanosecond, up to 24 days. Beyond,
-        # floats are coarse, and a resolution below what `advance_to` forgives would make the loop
-        # creep up to a timer by nanoseconds.
-        self._clock_resolution = max(1e-9, 2 * NOISE * math.ulp(self.time()))
+        # A timer is due when it is earlier than now plus this. Less than what `advance_to` forgives
+        # would make the loop creep up to a timer by nanoseconds; more would run one that is due
+        # within the next nanosecond before its instant.
+        self._clock_resolution = 2 * NOISE * math.ulp(self.time())
 
 
 def _where(task: asyncio.Task[Any]) -> str:

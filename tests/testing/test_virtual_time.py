@@ -5,7 +5,7 @@ import threading
 import time as real
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from asyncbucket.testing.virtual_time import (
@@ -52,6 +52,8 @@ def test_clock_and_loop_agree() -> None:
 
 
 @given(st.lists(st.floats(min_value=0, max_value=1e5), min_size=1, max_size=50))
+@example([1.26e-09, 1.6e-71])
+@example([1.0, 1.0000000005])
 def test_timers_run_in_order_at_their_own_nanosecond(delays: list[float]) -> None:
     """Never before its instant, less than a nanosecond (and a float's last digits) after it."""
     ran: list[tuple[float, int]] = []
