@@ -126,7 +126,7 @@ def test_parts_with_extras_are_there_when_spoken_of() -> None:
     assert in_fresh_interpreter("import asyncbucket; print(asyncbucket.telemetry.__name__)") == [
         "asyncbucket.telemetry"
     ]
-    assert asyncbucket.testing.__name__ == "asyncbucket.testing"
+    assert asyncbucket.testing is sys.modules["asyncbucket.testing"]
 
 
 def test_unknown_name_is_an_attribute_error() -> None:
