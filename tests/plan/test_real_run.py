@@ -49,11 +49,11 @@ async def run_for_real(requests: str, tokens: str, concurrency: int) -> tuple[fl
 async def test_plan_agrees_with_a_real_run_within_three_percent(binds: str) -> None:
     """Whatever binds, given how long calls took; a busy machine may have spoilt a run."""
     requests, tokens, concurrency = LOADS[binds]
-    for attempt in range(1, 6):
+    misses: list[float] = []
+    while not misses or (misses[-1] > 0.03 and len(misses) < 5):
         real, took = await run_for_real(requests, tokens, concurrency)
         planned = plan(requests, tokens, tokens=100, latency=took, concurrency=concurrency)
 
         assert planned.bound_by == binds
-        if planned.duration == pytest.approx(real, rel=0.03) or attempt == 5:
-            break
-    assert planned.duration == pytest.approx(real, rel=0.03)
+        misses.append(abs(planned.duration / real - 1))
+    assert misses[-1] <= 0.03, misses
