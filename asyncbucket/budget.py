@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable
-from typing import Final, Literal
+from typing import Final
 
 from asyncbucket.errors import CostExceedsLimit
 from asyncbucket.gates import Gates
@@ -19,8 +19,10 @@ from asyncbucket.pacer import Pacer
 from asyncbucket.queue import Outlet, Waiter
 from asyncbucket.shares import Node
 
+#: An amount that no caller can name.
+NONE_AT_ALL: Final[object] = object()
 #: What `Budget.easy` is while nobody waits.
-_EASY: Final[Literal[0, 1]] = 1 if thread_switches_only_at_calls else 0
+_EASY: Final[object] = 1 if thread_switches_only_at_calls else NONE_AT_ALL
 
 
 class Budget:
@@ -38,8 +40,8 @@ class Budget:
         self.making = threading.RLock()
         #: Calls that wait, over all loops. While this is 0 newcomers pass if the meters allow it.
         self.waiting = 0
-        #: 1 while lock-free callers may book (see `TokenBucket.acquire`), else 0.
-        self.easy: Literal[0, 1] = 0
+        #: The amount that lock-free callers may book (see `TokenBucket.acquire`): 1, or none.
+        self.easy: object = NONE_AT_ALL
         #: Whether those who wait do so in a tree: there are children or priorities among them.
         self.fair = False
         #: How many watch what happens; while this is 0 no events are made.
@@ -94,7 +96,7 @@ class Budget:
         waiter.pacer = pacer
         waiter.outlet = None
         self.waiting += 1
-        self.easy = 0
+        self.easy = NONE_AT_ALL
         pacer.push_locked(waiter)
         return waiter
 
@@ -119,7 +121,7 @@ class Budget:
 
     def give_back_locked(self, waiter: Waiter) -> None:
         """Undo the booking of a waiter that was handed it and is gone, and ring."""
-        self.easy = 0
+        self.easy = NONE_AT_ALL
         waiter.gates.unbook(waiter.amounts, waiter.taken)
         self.settle_down_locked()
         self.ring_locked(waiter.node)
@@ -164,7 +166,7 @@ class Budget:
 
     def settle_down_locked(self) -> None:
         """Let lock-free callers pass again if nobody waits."""
-        self.easy = 0 if self.waiting else _EASY
+        self.easy = NONE_AT_ALL if self.waiting else _EASY
 
     def after_fork(self) -> None:
         """Begin anew in a child process: none of the parent's tasks, locks and slots live here."""

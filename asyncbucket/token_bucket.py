@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
-from asyncbucket.budget import Budget
+from asyncbucket.budget import NONE_AT_ALL, Budget
 from asyncbucket.context import deadline_of
 from asyncbucket.cost import counted
 from asyncbucket.errors import AcquireTimeout, CostExceedsLimit, WouldBlock
@@ -94,8 +94,8 @@ class TokenBucket:
         """
         # The commonest case of all, one unit of a bucket that holds it: what `Bucket.take` does,
         # written out. From the clock's return to the last store there is no call and no jump back,
-        # so no other thread can come between; `easy` is 0 where that does not hold, and while
-        # anyone waits or changes the bucket. That takes a quarter of the time that a lock would.
+        # so no other thread can come between; `easy` is no amount where that does not hold, and
+        # while anyone waits or changes the bucket. That takes a quarter of the time that a lock would.
         now = self._clock()
         bucket = self._bucket
         if amount is self._budget.easy and timeout is None:
@@ -192,7 +192,7 @@ class TokenBucket:
     def _take_locked(self, amounts: Amounts) -> bool:
         """Take ``amounts`` now if nobody has to wait longer, with no lock-free caller in between."""
         budget = self._budget
-        budget.easy = 0
+        budget.easy = NONE_AT_ALL
         taken = budget.take_locked(self._node, amounts, self._clock()) is not None
         budget.settle_down_locked()
         return taken

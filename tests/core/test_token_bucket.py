@@ -152,3 +152,21 @@ def test_an_integer_by_another_name_is_an_amount(virtual_time: VirtualTime) -> N
         assert bucket.statistics().available == 0
 
     virtual_time.run(main())
+
+
+@pytest.mark.parametrize("amount", [0, -1, True, 1.0, None])
+def test_no_amount_is_refused_while_others_wait(virtual_time: VirtualTime, amount: int) -> None:
+    """There is a unit, but it is not for whoever asks for none."""
+
+    async def main() -> None:
+        bucket = TokenBucket(rate=1.0, burst=10, clock=virtual_time.clock)
+        await bucket.acquire(5)
+        first = asyncio.create_task(bucket.acquire(8))
+        await asyncio.sleep(0)
+        with pytest.raises(ValueError, match="amount must be a whole number of units from 1 on"):
+            await bucket.acquire(amount)
+        assert bucket.statistics().available == 5
+        await first
+        assert virtual_time.now == 3.0
+
+    virtual_time.run(main())
