@@ -1,14 +1,14 @@
 """What a limiter keeps: its limits in force with what they count, and its books."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, Protocol, Self, TypeAlias
 
 from asyncbucket.adaptive import Adaptive, Concurrency, read_concurrency
 from asyncbucket.budget import Budget
-from asyncbucket.cost import counted
+from asyncbucket.cost import COMMON, counted
 from asyncbucket.errors import CostExceedsLimit
 from asyncbucket.events import Callback, Event, LimitChanged, LimitLearned, Observers
 from asyncbucket.gates import Gates, pacing
@@ -184,6 +184,7 @@ class Account(Node):
         self, limits: list[Limit], concurrency: Concurrency | None, *, weight: float | None
     ) -> None:
         """Change limits that were given, or that were learned, and a child's share."""
+        read_concurrency(concurrency)  # a mistake shows before anything is changed
         with self.budget.lock:
             self.steered = True
             self._learned -= {(limit.resource, limit.per) for limit in limits}
@@ -287,6 +288,20 @@ class Account(Node):
     def resources(self) -> set[str]:
         """Return what is limited, here or above."""
         return {resource for account in self.path for resource, _ in account.limits}
+
+    def check_known(self, names: Iterable[str]) -> None:
+        """Refuse resources that nothing counts, here or above.
+
+        Raises:
+            TypeError: there is one among ``names``.
+        """
+        known = COMMON | self.resources()
+        unknown = sorted(set(names) - known)
+        if unknown:
+            raise TypeError(
+                f"no limit counts {', '.join(unknown)}: this limiter counts "
+                f"{', '.join(sorted(known))}"
+            )
 
     def use_locked(self) -> Iterator[LimitUse]:
         """Yield how much of each limit is used."""

@@ -101,8 +101,11 @@ class Lease:
         changes nothing.
 
         Raises:
-            TypeError, ValueError: an amount is no finite number from 0 on; nothing is changed then.
+            TypeError, ValueError: an amount is no finite number from 0 on, or nothing counts the
+                resource; nothing is changed then.
         """
+        if resources:
+            self._account.check_known(resources)
         if tokens is None and (input_tokens is not None or output_tokens is not None):
             reserved = self._settled or self._amounts
             tokens = sum(

@@ -10,7 +10,7 @@ from asyncbucket.account import Account
 from asyncbucket.acquisition import Acquisition
 from asyncbucket.adaptive import Concurrency
 from asyncbucket.context import Inherited, Priority, deadline_of, inherited, read_tenant
-from asyncbucket.cost import COMMON, Cost, amounts_of
+from asyncbucket.cost import Cost, amounts_of
 from asyncbucket.door import Door
 from asyncbucket.doors import Doors
 from asyncbucket.errors import LimitSyntaxError
@@ -563,18 +563,8 @@ def _price(
     else:
         raise TypeError(f"a cost is a Cost or keywords such as tokens=500, not {cost!r}")
     if others:
-        _check_known(door, others)
+        door.account.check_known(others)
     return amounts
-
-
-def _check_known(door: Door, names: Mapping[str, float]) -> None:
-    limited = door.account.resources()
-    unknown = sorted(names.keys() - COMMON - limited)
-    if unknown:
-        raise TypeError(
-            f"no limit counts {', '.join(unknown)}: this limiter counts "
-            f"{', '.join(sorted(COMMON | limited))}"
-        )
 
 
 def pace(

@@ -83,6 +83,18 @@ def test_a_settlement_is_a_number(virtual_time: VirtualTime, value: float) -> No
     assert [use.used for use in limiter.statistics().limits] == [50, 1]
 
 
+@pytest.mark.parametrize("unknown", ["concurrency", "token", "images"])
+def test_only_what_is_counted_is_settled(virtual_time: VirtualTime, unknown: str) -> None:
+    """A slot is no amount to settle, and a misspelt resource would settle nothing."""
+    limiter = Limiter("100 TPM", concurrency=2, clock=virtual_time.clock)
+    lease = limiter.acquire_nowait(tokens=50)
+    with pytest.raises(TypeError, match=f"no limit counts {unknown}: this limiter counts input"):
+        lease.settle(tokens=5, **{unknown: 0})
+    assert limiter.statistics().limits[0].used == 50
+    lease.release()
+    assert "concurrency 0/2" in repr(limiter)
+
+
 def test_releasing_twice_gives_one_slot_back(virtual_time: VirtualTime) -> None:
     """However it is released, and whoever drops it after that."""
 

@@ -157,6 +157,28 @@ def test_a_mistake_changes_nothing(virtual_time: VirtualTime) -> None:
     assert limiter.concurrency == 2
 
 
+def test_a_mistake_leaves_a_childs_share_as_it_is(virtual_time: VirtualTime) -> None:
+    """Its weight is changed with all else, or not at all."""
+    limiter = Limiter("60 RPM", clock=virtual_time.clock)
+    child = limiter.child("a")
+    with pytest.raises(ValueError, match="concurrency must be a whole number"):
+        child.reconfigure(weight=9, concurrency=0)
+
+    async def share() -> list[str]:
+        went: list[str] = []
+
+        async def call(of: Limiter) -> None:
+            await of.acquire()
+            went.append(of.name)
+
+        children = [child] * 12 + [limiter.child("b")] * 12
+        await asyncio.gather(*(call(of) for of in children))
+        return went
+
+    went = virtual_time.run(share())
+    assert went[6:12].count(child.name) == 3
+
+
 changes = st.lists(
     st.tuples(st.sampled_from([10, 20, 50, 100]), st.integers(1, 5), st.floats(0, 30)), max_size=8
 )
