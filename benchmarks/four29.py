@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
@@ -32,6 +31,7 @@ from matplotlib.figure import Figure as Canvas
 import asyncbucket
 from asyncbucket.testing import ProviderProcess
 from benchmarks.contenders import VERSIONS
+from benchmarks.harness import progress
 from benchmarks.report import machine
 
 MINUTE: Final = 12.0
@@ -224,9 +224,9 @@ def measure(*, calls: int = CALLS, policies: Sequence[Policy] = POLICIES) -> lis
     outcomes: list[Outcome] = []
     for policy in policies:
         for name in WAYS:
-            sys.stderr.write(f"\r\x1b[K  {calls} calls to a {policy} paced by {name}")
+            progress(f"{calls} calls to a {policy} paced by {name}")
             outcomes.append(asyncio.run(drive(name, policy, calls=calls)))
-    sys.stderr.write("\r\x1b[K")
+    progress()
     return outcomes
 
 

@@ -76,13 +76,19 @@ class Figure:
         return statistics.median(mine / other for mine, other in pairs)
 
 
+def progress(now: str = "") -> None:
+    """Say in the terminal, if there is one, what is measured now; without a word say nothing more."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K  {now}" if now else "\r\x1b[K")
+
+
 def measure(samples: Mapping[str, Sample], *, rounds: int) -> tuple[Row, ...]:
     """Sample all in turn, ``rounds`` times, each on a fresh event loop."""
     found: dict[str, list[float]] = {name: [] for name in samples}
     for number in range(rounds):
         for name, sample in samples.items():
-            sys.stderr.write(f"\r\x1b[K  round {number + 1} of {rounds}: {name}")
+            progress(f"round {number + 1} of {rounds}: {name}")
             gc.collect()
             found[name].append(asyncio.run(sample()))
-    sys.stderr.write("\r\x1b[K")
+    progress()
     return tuple(Row(name, tuple(values)) for name, values in found.items())

@@ -9,7 +9,6 @@ counts the clock's minutes, and its HTTP transport one that counts in slices, a 
 """
 
 import asyncio
-import sys
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -24,6 +23,7 @@ from llama_index.llms.openai import OpenAI
 
 import asyncbucket
 from asyncbucket.testing import ProviderProcess
+from benchmarks.harness import progress
 
 _MINUTE = 10.0
 _RPM = 300
@@ -125,9 +125,9 @@ def refusals(*, calls: int, policies: tuple[Policy, ...]) -> list[Outcome]:
         for name, way in _WAYS.items():
             if way not in _HARD.get(policy, (way,)):
                 continue
-            sys.stderr.write(f"\r\x1b[K  {calls} calls to a {policy} paced by {name}")
+            progress(f"{calls} calls to a {policy} paced by {name}")
             outcomes.append(asyncio.run(_drive(name, way, policy, calls)))
-    sys.stderr.write("\r\x1b[K")
+    progress()
     return outcomes
 
 
