@@ -25,7 +25,7 @@ CORE_FILES := $(subst $(empty) $(empty),$(comma),$(CORE:%=asyncbucket/%.py))
 SOURCES := asyncbucket tests $(patsubst %/,%,$(sort $(dir $(wildcard benchmarks/*.py examples/*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage test-lowest test-wheel lint format bench docs build clean
+.PHONY: help demo test coverage test-lowest test-wheel lint format bench docs links build clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -74,6 +74,9 @@ bench: $(STAMP) ## Measure against the peers; tables and plots go to benchmarks/
 docs: $(STAMP) ## Build the documentation; warnings are errors
 	$(PY) -m sphinx --quiet --fresh-env --fail-on-warning -b html docs docs/_build/html
 	@echo "open docs/_build/html/index.html"
+
+links: $(STAMP) ## Look whether what the documentation links to is still there
+	$(PY) -m sphinx --quiet -b linkcheck docs docs/_build/links
 
 build: $(STAMP) ## Build the wheel and the source distribution, without a network
 	@rm -rf dist
