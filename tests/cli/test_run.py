@@ -333,6 +333,21 @@ def test_restart_begins_anew(rate_limited_provider: ProviderFactory) -> None:
     assert {line["response"]["body"]["model"] for line in lines_of("out.jsonl")} == {"b"}
 
 
+def test_lines_that_are_empty_count_for_the_first_ones(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    """What is announced is what is done."""
+    Path("in.txt").write_text("one\n\n\nfour\n")
+
+    result = run(
+        rate_limited_provider(),
+        *["in.txt", "-o", "out.jsonl", "--model", "m", "--rpm", "6000", "--limit", "2"],
+    )
+
+    assert result.stderr.startswith("in.txt, 1 line with m")
+    assert len(lines_of("out.jsonl")) == 1
+
+
 def test_dry_run_sends_nothing_and_says_how_long_it_would_take(
     rate_limited_provider: ProviderFactory,
 ) -> None:
@@ -358,8 +373,10 @@ def test_dry_run_sends_nothing_and_says_how_long_it_would_take(
     [
         (["in.jsonl"], "say what your key may do: --rpm and --tpm"),
         (["none.jsonl", "--rpm", "1"], "none.jsonl is no file that can be read"),
-        (["in.jsonl", "--rpm", "1", "-o", "in.jsonl"], "in.jsonl is read and cannot be written"),
         (["in.jsonl", "--rpm", "1", "-o", "no/out.jsonl"], "no is no folder"),
+        (["in.jsonl", "--rpm", "1", "-o", "."], ". is no file that can be written"),
+        (["in.jsonl", "--rpm", "1", "-o", os.devnull], "is no file that can be written"),
+        (["in.jsonl", "--rpm", "1", "--errors", "no/errors.jsonl"], "no is no folder"),
         (["in.jsonl", "--rpm", "1", "--api-base", "localhost:8000"], "--api-base must begin with"),
         (["in.jsonl", "--rpm", "1", "--price", "cheap"], "--price is dollars for a million tokens"),
         (["in.jsonl", "--concurrency", "many"], "--concurrency is a number from 1 on, or auto"),
@@ -383,6 +400,81 @@ def test_what_does_not_fit_is_one_line_and_status_2(arguments: list[str], messag
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["-o", "in.jsonl"],
+        ["-o", "./in.jsonl", "--restart"],
+        ["-o", "out.jsonl", "--errors", "in.jsonl"],
+        ["-o", "in.jsonl.out", "--errors", "in.jsonl.out"],
+        ["-o", "out.jsonl", "--errors", "out.jsonl.checkpoint"],
+    ],
+)
+def test_no_file_is_taken_for_two_things(files: list[str]) -> None:
+    """The lines that failed are a file, too, which one might send again: it must not be lost."""
+    before = Path(batch(1)).read_bytes()
+
+    result = CliRunner().invoke(app, ["run", "in.jsonl", "--rpm", "1", *files])
+
+    assert result.exit_code == 2
+    assert "is read or written already: give another" in result.stderr
+    assert Path("in.jsonl").read_bytes() == before
+    assert [path.name for path in Path().iterdir()] == ["in.jsonl"]
+
+
+def test_errors_may_go_to_a_device(rate_limited_provider: ProviderFactory) -> None:
+    """It is written to, and never removed."""
+    os.mkfifo("pipe")
+    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
+    Path("in.txt").write_text("{\n")
+
+    result = run(
+        rate_limited_provider(), "in.txt", "-o", "out.jsonl", "--errors", "pipe", "--rpm", "1"
+    )
+
+    assert result.exit_code == 1
+    assert json.loads(os.read(reader, 10_000))["error"]["code"] == "bad_line"
+    os.close(reader)
+
+
+@pytest.mark.parametrize("key", ["sk-secret\nsk-secret", "sk-s\u00e9cret"])
+def test_key_that_cannot_be_sent_is_not_shown(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library's own complaint would quote it."""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+
+    result = CliRunner().invoke(app, ["run", batch(1), "--rpm", "1"])
+
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: OPENAI_API_KEY holds characters that no key has: export the key alone in it\n"
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="resource is of Unix")
+def test_disk_that_fills_up_is_one_line(rate_limited_provider: ProviderFactory) -> None:
+    """The index or the answers, whichever comes first: no traceback."""
+    limited = [
+        "sh",
+        "-c",
+        'ulimit -f 16; exec "$0" "$@"',
+        *COMMAND,
+        batch(200),
+        "-o",
+        "out.jsonl",
+        "--api-base",
+        rate_limited_provider().base_url,
+        "--concurrency",
+        "20",
+        "--quiet",
+    ]
+
+    done = subprocess.run(limited, capture_output=True, text=True, check=False, timeout=60)
+
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")

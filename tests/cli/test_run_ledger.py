@@ -175,3 +175,23 @@ def test_file_that_became_shorter_is_read_anew(out: Path) -> None:
     with opened(out) as again:
         assert not is_done(again, prompt("a"))
         assert is_done(again, prompt("b", 2))
+
+
+def test_restart_forgets_what_is_there_and_never_what_another_run_writes(out: Path) -> None:
+    """Files that were removed beneath a run would take its answers with them."""
+    with opened(out) as ledger:
+        answered(ledger, prompt("a"))
+        before = out.read_bytes()
+        with pytest.raises(ValueError, match="is being written by another run"):
+            Ledger(out, Path(f"{out}.checkpoint"), SETTINGS, restart=True)
+        assert out.read_bytes() == before
+
+    with Ledger(out, Path(f"{out}.checkpoint"), {"model": "n"}, restart=True) as ledger:
+        assert out.read_bytes() == b""
+        assert not is_done(ledger, prompt("a"))
+
+
+def test_index_that_cannot_be_made_is_an_error_that_names_it(tmp_path: Path) -> None:
+    """Such as in a folder where one may not write."""
+    with pytest.raises(ValueError, match=r"none/out\.jsonl\.checkpoint: unable to open"):
+        opened(tmp_path / "none" / "out.jsonl")

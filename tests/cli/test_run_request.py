@@ -111,6 +111,7 @@ def test_key_depends_on_what_is_asked() -> None:
         (batch(custom_id="x" * 513), "custom_id has 513 characters, more than 512"),
         (batch(method="GET"), "method is 'GET', only POST can be sent"),
         (batch(url="/v1/files"), "url is '/v1/files', known are /v1/chat/completions, /v1/"),
+        (batch(url={}), "url is {}, known are /v1/chat/completions, /v1/"),
         (batch(body=None), "body is missing, or no object"),
         (batch(body={"messages": []}), "the body has no messages"),
         (batch(body={"messages": [1], "stream": True}), "the body asks for a stream"),

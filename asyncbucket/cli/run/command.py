@@ -3,11 +3,11 @@
 import asyncio
 import json
 import logging
+import sqlite3
 import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Final
 
 from rich.console import Console
@@ -17,7 +17,6 @@ from asyncbucket.cli.run import report
 from asyncbucket.cli.run.estimate import describe, estimate
 from asyncbucket.cli.run.feed import count_lines
 from asyncbucket.cli.run.job import STANDARD, Job
-from asyncbucket.cli.run.ledger import forget
 from asyncbucket.cli.run.screen import screen_for
 from asyncbucket.cli.run.tally import Tally
 from asyncbucket.cli.run.work import Run
@@ -37,8 +36,6 @@ def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
     job.check()
     console = Console(stderr=True, highlight=False)
     tally = Tally(price=job.price)
-    if job.restart and job.checkpoint is not None:
-        forget(Path(job.out), job.checkpoint)
     if job.source != STANDARD:
         tally.total = count_lines(job.source, job.most)
     if not quiet:
@@ -50,6 +47,8 @@ def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
             asyncio.run(_run(job, tally, console, quiet=quiet))
     except (KeyboardInterrupt, asyncio.CancelledError):
         tally.stopping = interrupted = True
+    except sqlite3.Error as error:
+        raise ValueError(f"{job.checkpoint}: {error}") from error
     tally.ended = time.monotonic()
     _say(job, tally, console, quiet=quiet, as_json=as_json)
     if tally.fatal is not None:

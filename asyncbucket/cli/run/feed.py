@@ -1,5 +1,6 @@
 """Read lines as they are wanted: a file of a million, or a pipe that somebody types into."""
 
+import itertools
 import os
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -102,11 +103,6 @@ def _read(file: BinaryIO) -> bytes:
 
 
 def count_lines(path: str, most: int | None) -> int:
-    """Return how many lines a file has that are not empty; a gigabyte takes about a second."""
-    count = 0
+    """Return how many of the first lines are not empty; a gigabyte takes about a second."""
     with Path(path).open("rb") as file:
-        for line in file:
-            count += not line.isspace()
-            if count == most:
-                break
-    return count
+        return sum(not line.isspace() for line in itertools.islice(file, most))

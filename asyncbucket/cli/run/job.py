@@ -98,7 +98,7 @@ class Job:
         if self.errors is not None or self.out == STANDARD:
             return self.errors
         out = Path(self.out)
-        return out.with_name(f"{out.stem}.errors{out.suffix}")
+        return out.parent / f"{out.stem}.errors{out.suffix}"
 
     @property
     def place(self) -> str:
@@ -137,22 +137,38 @@ class Job:
             raise ValueError(f"--api-base must begin with http:// or https://, not {self.place!r}")
         if self.source != STANDARD and not Path(self.source).is_file():
             raise ValueError(f"{self.source} is no file that can be read")
-        if self.source != STANDARD and self.out == self.source:
-            raise ValueError(f"{self.out} is read and cannot be written, too: give another -o")
         if self.profile is not None:
             profile_named(self.profile)
-        folder = Path(self.out).parent
-        if self.out != STANDARD and not folder.is_dir():
-            raise ValueError(f"{folder} is no folder: make it, or give another -o")
+        self._check_files()
+
+    def _check_files(self) -> None:
+        """Refuse files that cannot be written, and one that is two of them: it would be lost."""
+        taken = set() if self.source == STANDARD else {Path(self.source).resolve()}
+        out = None if self.out == STANDARD else Path(self.out)
+        for path, option in ((out, "-o"), (self.checkpoint, "-o"), (self.errors_file, "--errors")):
+            if path is None:
+                continue
+            if not path.parent.is_dir():
+                raise ValueError(f"{path.parent} is no folder: make it, or give another {option}")
+            pipe = path.exists() and not path.is_file()
+            if path.is_dir() or (pipe and option == "-o"):  # answers are read again, errors are not
+                raise ValueError(f"{path} is no file that can be written: give another {option}")
+            if path.resolve() in taken:
+                raise ValueError(
+                    f"{path} is read or written already: give another {option}, or it would be lost"
+                )
+            taken.add(path.resolve())
 
 
 def key_from(variable: str, *, api_base: str) -> str | None:
     """Return the API key in an environment variable.
 
     Raises:
-        ValueError: there is none, and the provider needs one.
+        ValueError: there is none, and the provider needs one; or it cannot be sent.
     """
     key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"{variable} holds characters that no key has: export the key alone in it")
     if not key and api_base == OPENAI:
         raise ValueError(
             f"{variable} is not set: export your key in it, or name another variable with "

@@ -47,13 +47,21 @@ class Ledger:
         out: the file of answers; None if they go to standard output, and nothing is kept.
         checkpoint: the index beside it.
         settings: what makes an answer another answer.
+        restart: forget what is in them.
 
     Raises:
         ValueError: another run has the files, or they were made with other settings, or ``out`` is
             a file of somebody else's. The message says the remedy.
     """
 
-    def __init__(self, out: Path | None, checkpoint: Path | None, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        out: Path | None,
+        checkpoint: Path | None,
+        settings: dict[str, Any],
+        *,
+        restart: bool = False,
+    ) -> None:
         self._out = out
         self._settings = settings
         self._new: list[tuple[bytes]] = []
@@ -61,16 +69,23 @@ class Ledger:
         self._database = self._connect()
         self._file: BinaryIO | None = None
         try:
+            if restart:  # the files are ours alone by now
+                self._forget()
             self._check_settings()
             if out is not None:
                 self._file = out.open("ab", buffering=0)
+                if restart:
+                    self._file.truncate(0)
                 self._catch_up(out)
         except BaseException:
             self.close()
             raise
 
     def _connect(self) -> sqlite3.Connection:
-        database = sqlite3.connect(self._path, timeout=0.5, isolation_level=None)
+        try:
+            database = sqlite3.connect(self._path, timeout=0.5, isolation_level=None)
+        except sqlite3.OperationalError as error:
+            raise ValueError(f"{self._path}: {error}") from None
         try:
             database.executescript(_SCHEMA)
             database.execute("BEGIN EXCLUSIVE")
@@ -86,6 +101,10 @@ class Ledger:
                 Path(f"{self._path}{end}").unlink(missing_ok=True)
             return self._connect()
         return database
+
+    def _forget(self) -> None:
+        for table in ("about", "answered", "admissions"):
+            self._database.execute(f"DELETE FROM {table}")  # noqa: S608 - names from the line above
 
     def _about(self, name: str) -> Any:
         row = self._database.execute("SELECT value FROM about WHERE name = ?", (name,)).fetchone()
@@ -220,9 +239,3 @@ class Ledger:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def forget(out: Path, checkpoint: Path) -> None:
-    """Remove what an earlier run has left."""
-    for path in (out, checkpoint, Path(f"{checkpoint}-wal"), Path(f"{checkpoint}-shm")):
-        path.unlink(missing_ok=True)

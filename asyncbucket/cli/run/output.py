@@ -71,8 +71,8 @@ class Errors:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._file: IO[bytes] | None = None
-        if path is not None:
-            path.unlink(missing_ok=True)
+        if path is not None and path.is_file():  # no device: there is no other
+            path.unlink()
 
     def write(self, line: bytes) -> None:
         """Append a line."""

@@ -117,7 +117,7 @@ def _batch_line(number: int, line: dict[str, Any], job: Job) -> Request:
     if line.get("method", "POST") != "POST":
         raise BadLine(f"method is {line['method']!r}, only POST can be sent")
     path = line.get("url", PATHS[job.endpoint])
-    if path not in _ASKED:
+    if not isinstance(path, str) or path not in _ASKED:
         raise BadLine(f"url is {path!r}, known are {', '.join(_ASKED)}")
     if not isinstance(body, dict):
         raise BadLine("body is missing, or no object")

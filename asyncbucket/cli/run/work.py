@@ -55,6 +55,7 @@ class Run:
             None if job.out == STANDARD else Path(job.out),
             job.checkpoint,
             job.settings,
+            restart=job.restart,
         )
         self._errors = Errors(job.errors_file)
         self._stopped = anyio.Event()
