@@ -5,7 +5,7 @@
 
 import importlib
 from typing import Final
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from asyncbucket.errors import StoreError
 from asyncbucket.stores.store import (
@@ -64,7 +64,13 @@ def open_store(url: str) -> Store:
         ValueError: no store is reached by such a URL.
         ImportError: the extra that serves it is not installed; the message names it.
     """
-    scheme = urlsplit(url).scheme if isinstance(url, str) else ""
+    try:
+        scheme = urlsplit(url).scheme if isinstance(url, str) else ""
+    except ValueError:  # which might quote a password
+        raise ValueError(
+            f"{without_password(url)!r} is no URL: write special characters of a password as "
+            f"%5B for [, %40 for @ and so on"
+        ) from None
     if scheme not in _MODULES:
         raise ValueError(
             f"{without_password(url)!r} is no store: write sqlite:///limits.db, "
@@ -82,7 +88,7 @@ def without_password(url: object) -> str:
         return url.partition("?")[0]
     head, at, hosts = url.rpartition("@")
     if not at:
-        return urlunsplit(urlsplit(url)._replace(query=""))
+        return url.partition("?")[0]
     scheme, _, login = head.partition("://")
     user, colon, _ = login.partition(":")
     return f"{scheme}://{user}{':***' if colon else ''}@{hosts.partition('?')[0]}"

@@ -22,7 +22,7 @@ try:
     from redis.asyncio import Redis, RedisCluster
     from redis.asyncio.cluster import ClusterNode
     from redis.asyncio.retry import Retry
-    from redis.asyncio.sentinel import Sentinel
+    from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
     from redis.backoff import NoBackoff
 except ImportError as missing:
     raise ImportError(
@@ -33,7 +33,12 @@ except ImportError as missing:
 PATIENCE: Final = 0.2
 #: Seconds after which a connection gives up by itself, should nobody have ended it before.
 _BACKSTOP: Final = 5.0
-FAILURES: Final = (exceptions.RedisError, OSError, asyncio.IncompleteReadError)
+FAILURES: Final = (
+    exceptions.RedisError,
+    exceptions.RedisClusterException,
+    OSError,
+    asyncio.IncompleteReadError,
+)
 
 
 class Server:
@@ -248,6 +253,8 @@ def _remedy(error: Exception, words: str) -> str:
         return f"is out of memory: {words}; raise maxmemory or delete what is not needed"
     if isinstance(error, exceptions.ReadOnlyError):
         return f"is a replica: {words}; give the primary's address, or a Sentinel's"
+    if isinstance(error, MasterNotFoundError):  # behind that it describes its clients
+        return f"cannot be reached: {words.partition(' : ')[0]}; see whether the Sentinels run"
     if isinstance(error, exceptions.ConnectionError) or not isinstance(
         error, exceptions.RedisError
     ):

@@ -15,6 +15,7 @@ from asyncbucket.stores import (
     StoreError,
     Terms,
     open_store,
+    without_password,
 )
 from asyncbucket.stores.redis import RedisStore
 from asyncbucket.stores.redis_ledger import RedisLedger
@@ -320,6 +321,33 @@ async def test_url_is_shown_without_its_password() -> None:
     with pytest.raises(ValueError, match="cannot be read") as wrong:
         open_store("redis+sentinel://:s3cret@host/mymaster")
     assert "s3cret" not in str(wrong.value)
+    for url in ("redis://:s3[cret@host/0", "redis://:s3\uff1acret@host/0"):
+        with pytest.raises(ValueError, match=r"'redis://:\*\*\*@host/0' is no URL") as wrong:
+            open_store(url)
+        assert "cret" not in str(wrong.value)
+    assert without_password("unix:///run/redis.sock?db=1") == "unix:///run/redis.sock"
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        (
+            "redis+cluster://127.0.0.1:1",
+            r"the store redis\+cluster://127\.0\.0\.1:1 cannot be reached: .*; see whether it runs",
+        ),
+        (
+            "redis+sentinel://127.0.0.1:1/mymaster/0",
+            r"cannot be reached: No master found for 'mymaster'; see whether the Sentinels run",
+        ),
+    ],
+)
+async def test_servers_of_which_none_is_there_are_one_error(url: str, message: str) -> None:
+    """A cluster's and the Sentinels' errors are of other kinds, and describe their clients."""
+    store = open_store(url)
+    with pytest.raises(StoreError, match=message) as error:
+        await store.open("x", terms("10/s"))
+    assert "<redis." not in str(error.value)
+    await store.aclose()
 
 
 async def test_heartbeat_does_not_take_again_what_was_given_back(store: RedisStore) -> None:
