@@ -128,9 +128,18 @@ class Budget:
 
     def ring_locked(self, node: Node) -> None:
         """Make every pacer look again, for something has changed at ``node`` or above."""
+        self.rouse_locked(node)
         for pacer in tuple(self.pacers.values()):
-            pacer.queue.rouse(node)
             pacer.ring_locked()
+
+    def rouse_locked(self, node: Node) -> None:
+        """Have every pacer ask those at ``node`` and above anew when next it looks.
+
+        A limiter may sleep for the sake of a costly call of a child. When that child is out of its
+        own limits, another call goes next there, and maybe sooner.
+        """
+        for pacer in self.pacers.values():
+            pacer.queue.rouse(node)
 
     def changed_locked(self, check: Callable[[Waiter], object]) -> None:
         """Have all who wait look at new limits; whoever can never pass them is told by ``check``."""

@@ -154,7 +154,8 @@ class Lease:
         for name, amount in less.items():
             if amount > 0:
                 account.refund_locked(name, amount)
-        if max(less.values(), default=0) > 0:
+        debt = min(less.values(), default=0) < 0  # above its limiter others may be next by that
+        if max(less.values(), default=0) > 0 or (debt and len(account.below_root) > 1):
             account.budget.ring_locked(account)
 
     def _booked(self) -> dict[str, int]:

@@ -214,7 +214,7 @@ class Pacer:
                 head.gates = gates
                 head.taken = now
                 head.bound_by = head.line.bound_by or self.bound_by
-                queue.served(head, now)
+                self._served_locked(head, now)
                 if outlet is not None:
                     outlet.push(head)
                     handed_over += 1
@@ -234,6 +234,12 @@ class Pacer:
             self.due = max(now, min(due, wake, self._deadlines.first()))
             nobody = head is None and wake >= EMPTY
             return None if nobody and not (outlet and self._waiting) else self.due
+
+    def _served_locked(self, head: Waiter, now: int) -> None:
+        """Take ``head`` out of the line, and look again at who goes next where it has passed."""
+        self.queue.served(head, now)
+        if len(head.node.below_root) > 1:
+            self._budget.rouse_locked(head.node)
 
     def _expire_locked(self, waiter: Waiter) -> None:
         waiter.bound_by = waiter.line.bound_by or self.bound_by
@@ -278,7 +284,7 @@ class Pacer:
         head.gates.book(head.amounts, now)
         head.bound_by = head.line.bound_by
         head.set_result(now)
-        queue.served(head, now)
+        self._served_locked(head, now)
         self._count_out_locked(head)
         self._override_locked()
         return now

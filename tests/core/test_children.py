@@ -511,6 +511,50 @@ def test_slots_of_a_level_come_back_to_whoever_waits_for_them(virtual_time: Virt
     virtual_time.run(main())
 
 
+def test_nobody_sleeps_for_the_sake_of_who_is_out_of_its_own_limits(
+    virtual_time: VirtualTime,
+) -> None:
+    """A costly call is next until an urgent or a batch call takes what its own limiter had left."""
+
+    async def main() -> None:
+        model = Limiter(clock=virtual_time.clock).child("model", Limit("tokens", 300, burst=60))
+        tenant = model.child("tenant", tpm=40)
+        await model.acquire(tokens=60)
+        costly = asyncio.ensure_future(tenant.acquire(tokens=37))
+        await asyncio.sleep(0)
+        cheap = asyncio.ensure_future(model.acquire(tokens=3))
+        await asyncio.sleep(0)
+        async with tenant.acquire(tokens=10, priority=-1):
+            assert virtual_time.now == 2
+        await cheap
+        assert virtual_time.now == pytest.approx(2.6)
+        await costly
+        assert virtual_time.now > 60
+
+    virtual_time.run(main())
+
+
+def test_nobody_sleeps_for_the_sake_of_who_is_in_debt(virtual_time: VirtualTime) -> None:
+    """A costly call is next until its own limiter has nothing left, by a call that used more."""
+
+    async def main() -> None:
+        model = Limiter(clock=virtual_time.clock).child("model", Limit("tokens", 300, burst=60))
+        tenant = model.child("tenant", tpm=40)
+        lease = await tenant.acquire(tokens=1)
+        await model.acquire(tokens=59)
+        costly = asyncio.ensure_future(tenant.acquire(tokens=37))
+        await asyncio.sleep(0)
+        cheap = asyncio.ensure_future(model.acquire(tokens=3))
+        await asyncio.sleep(1)
+        lease.settle(tokens=10)
+        await cheap
+        assert virtual_time.now == pytest.approx(2.4)
+        await costly
+        assert virtual_time.now > 60
+
+    virtual_time.run(main())
+
+
 # -- random trees ------------------------------------------------------------------------------------
 
 
