@@ -31,13 +31,14 @@ from asyncbucket.errors import AsyncBucketError
 _JSON, _PICKLE, _OWN = 0, 1, 2
 _VERSION: Final = "1"
 _SCHEMA: Final = """
-PRAGMA locking_mode = EXCLUSIVE;
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = NORMAL;
 CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS results (key BLOB PRIMARY KEY, kind INTEGER NOT NULL, value BLOB NOT NULL);
 CREATE TEMP TABLE seen (key BLOB PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID;
 """
+_TABLES: Final = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
+_OURS: Final = frozenset({"about", "results"})
 #: Counts how often an item came in this run, on disk rather than in memory.
 _COUNT: Final = """
 INSERT INTO seen VALUES (?, 1) ON CONFLICT (key) DO UPDATE SET times = times + 1 RETURNING times
@@ -126,6 +127,11 @@ class Ledger:
 
     def _open(self, name: str) -> None:
         database = self._database
+        database.execute("PRAGMA locking_mode = EXCLUSIVE")
+        if {table for (table,) in database.execute(_TABLES)} - _OURS:
+            raise CheckpointError(
+                f"{self._checkpoint.path} is a database of another program: give another file"
+            )
         database.executescript(_SCHEMA)
         database.execute("BEGIN EXCLUSIVE")
         about = dict(database.execute("SELECT name, value FROM about"))
@@ -203,9 +209,15 @@ class Ledger:
                 f"{self._checkpoint.path} was written {'with' if kind == _OWN else 'without'} "
                 f"dump= and load=: read it likewise, or give another file"
             )
-        if codec is not None:
-            return codec.load(value)
-        return json.loads(value) if kind == _JSON else pickle.loads(value)  # noqa: S301 - said above
+        if kind == _JSON:
+            return json.loads(value)
+        try:
+            return pickle.loads(value) if codec is None else codec.load(value)  # noqa: S301 - said above
+        except Exception as error:
+            raise CheckpointError(
+                f"a result in {self._checkpoint.path} cannot be read: {error}; what it was made of "
+                f"must be there again, or give another file"
+            ) from error
 
     @contextlib.contextmanager
     def _transaction(self) -> Generator[None]:

@@ -158,6 +158,8 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
         self._engine.places.release()
         if item.error is not None and self._raises:
             await self.aclose()
+            if isinstance(item.error, StopAsyncIteration):  # would end the loop as if all were done
+                raise RuntimeError("the function raised StopAsyncIteration") from item.error
             raise item.error
         return item
 

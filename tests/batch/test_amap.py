@@ -230,6 +230,18 @@ def test_error_is_raised_as_it_is(virtual_time: VirtualTime) -> None:
     assert limiter.statistics().limits[0].used == 2
 
 
+async def test_end_of_another_iteration_is_an_error_and_no_end() -> None:
+    """Such as of `anext`, which finds nothing: the loop must not end as if all were done."""
+
+    async def nothing(number: int) -> int:
+        if number:
+            raise StopAsyncIteration
+        return number
+
+    with pytest.raises(RuntimeError, match="the function raised StopAsyncIteration"):
+        _ = [item async for item in amap(Limiter(concurrency=1), nothing, range(3))]
+
+
 def test_collected_errors_come_with_their_items(virtual_time: VirtualTime) -> None:
     """The result of an item that failed raises its error rather than be None."""
     limiter = Limiter(concurrency=4, clock=virtual_time.clock)

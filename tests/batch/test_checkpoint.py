@@ -215,6 +215,36 @@ async def test_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     assert path.read_text().startswith("not a database")
 
 
+async def test_database_of_another_program_is_left_alone(tmp_path: Path) -> None:
+    """Such as the store of a limiter: a checkpoint would add its tables, and lock it."""
+    path = tmp_path / "limits.db"
+    limiter = Limiter("10 RPM", store=f"sqlite:///{path}", name="x")
+    (await limiter.acquire()).release()
+    await limiter.aclose()
+    before = path.read_bytes()
+
+    with pytest.raises(CheckpointError, match=r"limits\.db is a database of another program: give"):
+        await run(path, Calls(), [1])
+
+    assert path.read_bytes() == before
+
+
+async def test_result_that_cannot_be_read_says_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its class is gone, or has another name by now."""
+    path = tmp_path / "run.db"
+
+    async def reply(text: str) -> Reply:
+        return Reply(text, (1, 1))
+
+    await run(path, reply, ["a"])
+    monkeypatch.delattr(f"{__name__}.Reply")
+
+    with pytest.raises(CheckpointError, match=r"a result in .*run\.db cannot be read: .*Reply"):
+        await run(path, reply, ["a"])
+
+
 async def test_checkpoint_of_a_later_version_is_refused(tmp_path: Path) -> None:
     """Rather than misread."""
     path = tmp_path / "run.db"
