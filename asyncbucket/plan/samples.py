@@ -94,7 +94,7 @@ def _read(sample: object, where: str, read: Read) -> float | Cost:
 def _read_file(path: Path, name: str, read: Read) -> list[float | Cost]:
     """Return the samples in a file, one in a line; empty lines are skipped."""
     values: list[float | Cost] = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

@@ -477,6 +477,26 @@ def test_disk_that_fills_up_is_one_line(rate_limited_provider: ProviderFactory) 
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes are of Unix")
+def test_nobody_need_read_what_it_says(rate_limited_provider: ProviderFactory) -> None:
+    """As in ``asyncbucket run ... 2>&1 | head -1``: it is the answers that were asked for."""
+    provider = rate_limited_provider()
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    done = subprocess.run(
+        [*COMMAND, batch(5), "--rpm", "6000", "--api-base", provider.base_url],
+        stdout=subprocess.PIPE,
+        stderr=writer,
+        check=False,
+        timeout=60,
+    )
+    os.close(writer)
+
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) == provider.statistics().admitted == 5
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
 def test_interrupt_lets_requests_under_way_finish(rate_limited_provider: ProviderFactory) -> None:
     """What was paid for is written; what waits in line is not sent; the next run goes on."""

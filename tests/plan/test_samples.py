@@ -98,6 +98,15 @@ def test_empty_lines_are_skipped(tmp_path: Path) -> None:
     assert plan(tokens=path).calls == 2
 
 
+def test_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    """A picture, say."""
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(b"5\n\x85\xff\n")
+
+    with pytest.raises(ValueError, match=r"samples\.jsonl, line 2: no JSON: 'utf-8' codec"):
+        plan(tokens=path)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -22,6 +22,7 @@ Examples:
 """
 
 _WRONG_USAGE: Final = 2
+_BEYOND: Final = "a plan reaches 292 years and 10^18 calls: some number is larger than that"
 #: What a tenant may be told besides limits.
 _SIDES: Final = ("weight", "tokens", "input_tokens", "output_tokens", "latency", "poisson")
 
@@ -109,7 +110,7 @@ def plan(  # noqa: PLR0913 - one for each option
             latency=_samples(latency),
             concurrency=concurrency,
             arrivals=_arrivals(poisson, agents, depth=depth, fan_out=fan_out, steps=steps),
-            tenants=dict(map(_tenant, tenant or ())),
+            tenants=_tenants(tenant or ()),
             profile=profile,
             what_if=what_if,
             seed=seed,
@@ -118,8 +119,11 @@ def plan(  # noqa: PLR0913 - one for each option
             rpd=rpd,
         )
         _show(planned, as_json=as_json, out=out, dark=dark)
-    except (ImportError, OSError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
+    except BrokenPipeError:  # whoever read it has read enough: no error
+        raise
+    except (ImportError, OSError, OverflowError, ValueError) as error:
+        beyond = isinstance(error, OverflowError)
+        typer.echo(f"error: {_BEYOND if beyond else error}", err=True)
         raise typer.Exit(_WRONG_USAGE) from error
     except KeyboardInterrupt as error:
         raise typer.Exit(INTERRUPTED) from error
@@ -160,6 +164,15 @@ def _samples(text: str | None) -> float | Path | None:
         return Path(text)
 
 
+def _tenants(texts: Iterable[str]) -> dict[str, Tenant]:
+    found: dict[str, Tenant] = {}
+    for name, each in map(_tenant, texts):
+        if name in found:
+            raise ValueError(f"--tenant {name!r} is given twice: each is one tenant of its own")
+        found[name] = each
+    return found
+
+
 def _tenant(text: str) -> tuple[str, Tenant]:
     """Read a tenant: its name, and words such as ``weight=2``.
 
@@ -176,7 +189,7 @@ def _tenant(text: str) -> tuple[str, Tenant]:
         elif side in ("calls", "concurrency"):
             given[side] = _whole(side, value)
         elif side in _SIDES and value:
-            given[side] = Poisson(float(value)) if side == "poisson" else _samples(value)
+            given[side] = Poisson(_number(side, value)) if side == "poisson" else _samples(value)
         elif side == "priority":
             given[side] = value
         else:
@@ -187,6 +200,13 @@ def _tenant(text: str) -> tuple[str, Tenant]:
     if "poisson" in given:
         given["arrivals"] = given.pop("poisson")
     return name, Tenant(limits=tuple(limits), **given)
+
+
+def _number(side: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"--tenant: {side} must be a number, not {value!r}") from None
 
 
 def _whole(side: str, value: str) -> int:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import sqlite3
 import sys
 import time
@@ -27,6 +28,15 @@ FAILED: Final = 1
 WRONG: Final = 2
 
 
+class _Console(Console):
+    """Standard error; if nobody reads it any more, the run goes on without."""
+
+    def on_broken_pipe(self) -> None:
+        """Say nothing more: rich would have ended the program, and closed standard output."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
     """Run ``job`` and return the exit status: 0, 1 if lines failed, 2 if none can succeed, 130.
 
@@ -34,7 +44,7 @@ def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
         ValueError: the options or files don't fit together.
     """
     job.check()
-    console = Console(stderr=True, highlight=False)
+    console = _Console(stderr=True, highlight=False)
     tally = Tally(price=job.price)
     if job.source != STANDARD:
         tally.total = count_lines(job.source, job.most)

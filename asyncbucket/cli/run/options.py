@@ -145,6 +145,8 @@ def run(  # noqa: PLR0913 - one for each option
         package = (error.name or "").partition(".")[0]
         typer.echo(f'error: run needs {package}: pip install "asyncbucket[cli]"', err=True)
         raise typer.Exit(_WRONG_USAGE) from error
+    except BrokenPipeError:  # whoever read it has read enough: no error
+        raise
     except (ImportError, OSError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(_WRONG_USAGE) from error
