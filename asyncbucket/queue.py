@@ -152,13 +152,13 @@ class Line:
         """Nobody sleeps in a line."""
 
     def leave(self, waiter: Waiter) -> bool:
-        """Take ``waiter``, done, out of the line; return whether it was its head.
+        """Take ``waiter``, done, out of the line; return whether it was its head, or the last.
 
         It may have been skipped already, by whoever looked for the head since.
         """
         self._living -= 1
         line = self._line
-        first = not line or line[0].number >= waiter.number
+        first = line[0].number >= waiter.number if line else not self._living
         if len(line) > 2 * self._living + _SWEEP:
             self._line = deque(self.waiters())
         return first
