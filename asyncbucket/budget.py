@@ -33,6 +33,11 @@ class Budget:
     """
 
     def __init__(self, clock: Callable[[], int], root: Node) -> None:
+        if not callable(clock) or not isinstance(clock(), int):
+            raise TypeError(
+                f"clock must be a callable that returns integer nanoseconds, such as "
+                f"time.monotonic_ns, not {clock!r}"
+            )
         self.clock = clock
         self.root = root
         self.lock = threading.Lock()

@@ -23,6 +23,7 @@ Priority: TypeAlias = int | Literal["interactive", "normal", "batch"]
 
 _NAMES: Final = {"interactive": 1, "normal": 0, "batch": -1}
 _HIGHEST: Final = 100
+_FOR_EVER: Final = NEVER * 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +88,8 @@ def deadline(seconds: float) -> Generator[None]:
     """
     if seconds is None:  # pyright: ignore[reportUnnecessaryComparison] - whatever people type
         raise ValueError("a deadline is a number of seconds, not None; math.inf lifts nothing")
-    deadline_of(0, timeout=seconds)
-    end, outer = _now() + seconds, inherited.get()
+    ever = deadline_of(0, timeout=seconds) is None
+    end, outer = math.inf if ever else _now() + seconds, inherited.get()
     if outer is not None and outer.deadline is not None:
         end = min(end, outer.deadline)
     with _inherit(deadline=end):
@@ -139,18 +140,27 @@ def deadline_of(
     Raises:
         ValueError: one of them is NaN or no number, or the timeout is negative.
     """
-    ends: list[int] = []
-    for name, seconds, start in (("timeout", timeout, now), ("deadline", deadline, 0)):
-        if seconds is None:
-            continue
-        number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-        if not number or (isinstance(seconds, float) and math.isnan(seconds)):
-            raise ValueError(f"{name} must be a number of seconds, not {seconds!r}")
-        if name == "timeout" and seconds < 0:
-            raise ValueError(f"timeout must be at least 0 s, not {seconds!r}; None waits for ever")
-        if seconds < NEVER * 1e-9:
-            ends.append(start + round(seconds * 1_000_000_000))
-    return min(ends, default=None)
+    end = NEVER if deadline is None else nanoseconds(deadline, "deadline")
+    if timeout is not None:
+        span = nanoseconds(timeout, "timeout")
+        if span < 0:
+            raise ValueError(f"timeout must be at least 0 s, not {timeout!r}; None waits for ever")
+        end = min(end, NEVER if span >= NEVER else now + span)
+    return None if end >= NEVER else end
+
+
+def nanoseconds(seconds: float, name: str) -> int:
+    """Return ``seconds`` in whole nanoseconds, `NEVER` for what is as good as for ever.
+
+    Raises:
+        ValueError: they are NaN or no number.
+    """
+    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if not number or (isinstance(seconds, float) and math.isnan(seconds)):
+        raise ValueError(f"{name} must be a number of seconds, not {seconds!r}")
+    if abs(seconds) >= _FOR_EVER:
+        return NEVER if seconds > 0 else -NEVER
+    return round(seconds * 1_000_000_000)
 
 
 def _now() -> float:

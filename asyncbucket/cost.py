@@ -45,6 +45,8 @@ def amounts_of(
         "concurrency": 1,
     }
     if others:
+        if "concurrency" in others:
+            raise TypeError("a call takes one slot: concurrency is no part of its cost")
         amounts.update((name, whole(amount, name)) for name, amount in others.items())
     if not requests and sum(amounts.values()) == 1:
         raise ValueError("a call must cost something: requests=1 is the usual least")
@@ -59,7 +61,7 @@ class Cost(Mapping[str, int]):
     Amounts are rounded up; resources that cost nothing are left out.
 
     Raises:
-        TypeError: an amount is no number.
+        TypeError: an amount is no number, or one of ``concurrency``: a call takes one slot.
         ValueError: an amount is negative, NaN or infinite, or the whole cost is nothing.
     """
 

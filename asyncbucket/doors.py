@@ -103,12 +103,20 @@ class Doors(ABC):
 
         Keywords are those of `acquire`; a callable gets the call's own arguments:
         ``@limiter.paced(tokens=lambda prompt: len(prompt) // 4)``.
+
+        Raises:
+            TypeError: it is no function, or a generator.
         """
         if function is None:
             return functools.partial(self._paced, cost=cost)
         return self._paced(function, cost={})
 
     def _paced(self, function: Callable[..., Any], *, cost: dict[str, Any]) -> Callable[..., Any]:
+        if not callable(function):
+            raise TypeError(
+                f"paced decorates a function, not {function!r}; amounts go by keyword: "
+                f"@limiter.paced(tokens=500)"
+            )
         if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
             raise TypeError(
                 f"{function.__qualname__} is a generator: a call of it holds nothing yet; "
@@ -131,7 +139,9 @@ class Doors(ABC):
             with self.acquire_sync(**price(args, kwargs)):
                 return function(*args, **kwargs)
 
-        return paced if inspect.iscoroutinefunction(function) else paced_sync
+        call = getattr(function, "__call__", None)  # noqa: B004 - of an object, it may be async
+        is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+        return paced if is_async else paced_sync
 
     @overload
     def wrap(self, obj: list[Any], **options: Unpack["Wrapping"]) -> list[Any]: ...

@@ -9,7 +9,14 @@ from typing import Any, Final, Literal, NoReturn, TypeVar, Unpack
 from asyncbucket.account import Account
 from asyncbucket.acquisition import Acquisition
 from asyncbucket.adaptive import Concurrency
-from asyncbucket.context import Inherited, Priority, deadline_of, inherited, read_tenant
+from asyncbucket.context import (
+    Inherited,
+    Priority,
+    deadline_of,
+    inherited,
+    nanoseconds,
+    read_tenant,
+)
 from asyncbucket.cost import Cost, amounts_of
 from asyncbucket.door import Door
 from asyncbucket.doors import Doors
@@ -20,7 +27,14 @@ from asyncbucket.keys import Keys
 from asyncbucket.lease import Lease
 from asyncbucket.limits import Limit, read_limits
 from asyncbucket.statistics import Statistics, Waits
-from asyncbucket.terms import Keywords, Terms, read_count, read_timeout, read_weight
+from asyncbucket.terms import (
+    Keywords,
+    Terms,
+    read_count,
+    read_max_queue,
+    read_timeout,
+    read_weight,
+)
 
 T = TypeVar("T")
 #: How many tenants' limiters are kept alive where nothing else was said.
@@ -59,6 +73,7 @@ class Limiter(Doors):
     Raises:
         LimitSyntaxError: a limit cannot be read; a ValueError.
         ValueError: ``concurrency``, ``max_queue`` or ``timeout`` is no such number.
+        TypeError: ``name`` is no text, or ``clock`` returns no integer.
     """
 
     __slots__ = (
@@ -87,7 +102,9 @@ class Limiter(Doors):
         **limits_by_keyword: float | None,
     ) -> None:
         given = read_limits(limits, limits_by_keyword)
-        account = Account(name, clock=clock, max_queue=read_count(max_queue, "max_queue"))
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a text, not {name!r}")
+        account = Account(name, clock=clock, max_queue=read_max_queue(max_queue))
         self._open(Door(account, timeout=read_timeout(timeout)), None)
         account.set_limits(given, concurrency)
         if store is not None:
@@ -309,7 +326,6 @@ class Limiter(Doors):
             LimitSyntaxError, ValueError: as for `child`.
         """
         count = read_count(alive, "alive")
-        assert count is not None
         self._tenants().agree(Terms.read(limits, terms), alive=count)
 
     @property
@@ -408,10 +424,17 @@ class Limiter(Doors):
             since: when the call was sent that was answered so, in seconds of the limiter's clock:
                 later calls may or may not be in ``remaining`` yet.
             rounding: by how many units ``remaining`` may have been rounded down.
+
+        Raises:
+            ValueError: a number of units is no whole number from 0 on, or ``since`` no number.
         """
+        read_count(remaining, "remaining")
+        read_count(rounding, "rounding")
+        if limit is not None:
+            read_count(limit, "limit")
         account = self._account
+        sent = self._clock() if since is None else nanoseconds(since, "since")
         with self._budget.lock:
-            sent = self._clock() if since is None else round(since * 1_000_000_000)
             account.hear_remaining_locked(
                 (resource, per), remaining, limit=limit, since=sent, rounding=rounding
             )
@@ -420,7 +443,12 @@ class Limiter(Doors):
         """Take over a limit that the provider announces, if this limiter was given none.
 
         What was learned follows what is announced later; what was given stays as it is.
+
+        Raises:
+            TypeError: it is no `Limit`.
         """
+        if not isinstance(limit, Limit):
+            raise TypeError(f'learn() takes a Limit, such as Limit("requests", 500), not {limit!r}')
         self._account.learn(limit)
 
     def reconfigure(
@@ -559,6 +587,9 @@ def _price(
     if cost is None:
         amounts = amounts_of(requests, tokens, input_tokens, output_tokens, others)
     elif isinstance(cost, Cost):
+        parts = (tokens, input_tokens, output_tokens)
+        if requests != 1 or others or any(part is not None for part in parts):
+            raise TypeError(f"{cost!r} is a whole cost: give no amounts besides")
         amounts, others = {**cost, "concurrency": 1}, cost
     else:
         raise TypeError(f"a cost is a Cost or keywords such as tokens=500, not {cost!r}")

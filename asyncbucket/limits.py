@@ -16,6 +16,8 @@ _PREFIXES: Final = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 #: Windows, in seconds.
 _SHORTEST: Final = 1e-3
 _LONGEST: Final = 400 * 86_400
+#: The most units in one of them.
+_LARGEST: Final = 1e18
 
 #: The keyword forms, ``rpm=500`` for ``"500 RPM"``, and what each limits per how many seconds.
 KEYWORDS: Final = {
@@ -164,4 +166,6 @@ def _units(value: float, what: str) -> int:
     """Return ``value`` if it is a whole positive number of units."""
     if not _is_number(value) or not 1 <= value < float("inf") or value != int(value):
         raise LimitSyntaxError(f"{what} must be a whole number of at least 1, not {value!r}")
+    if value > _LARGEST:
+        raise LimitSyntaxError(f"{what} must be at most {_LARGEST:.0e}; leave it out for no limit")
     return int(value)

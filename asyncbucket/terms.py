@@ -56,7 +56,7 @@ class Terms:
         terms = cls(
             weight=read_weight(others.pop("weight", 1.0)),
             concurrency=others.pop("concurrency", None),
-            max_queue=read_count(others.pop("max_queue", None), "max_queue"),
+            max_queue=read_max_queue(others.pop("max_queue", None)),
             priority=None if priority is None else read_priority(priority),
             timeout=read_timeout(others.pop("timeout", None)),
             limits=tuple(read_limits(limits, others)),
@@ -87,12 +87,21 @@ def read_timeout(timeout: float | None) -> float | None:
     return timeout
 
 
-def read_count(value: int | None, name: str) -> int | None:
-    """Return a number of calls.
+def read_count(value: int, name: str) -> int:
+    """Return a number of calls, or of other units.
 
     Raises:
         ValueError: it is no whole number from 0 on.
     """
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{name} must be a whole number of at least 0, not {value!r}")
     return value
+
+
+def read_max_queue(value: int | None) -> int | None:
+    """Return the most calls that may wait, None for no bound.
+
+    Raises:
+        ValueError: it is no whole number from 0 on.
+    """
+    return None if value is None else read_count(value, "max_queue")

@@ -295,3 +295,18 @@ def test_calls_inherit_their_tenant(virtual_time: VirtualTime) -> None:
         ]
 
     virtual_time.run(main())
+
+
+def test_a_deadline_may_be_past_or_never(virtual_time: VirtualTime) -> None:
+    """However far: there is an order even of what no clock shows."""
+    limiter = Limiter("1/s", clock=virtual_time.clock)
+
+    async def main() -> None:
+        await limiter.acquire()
+        for past in (-math.inf, -(10**400), -1e300, 0):
+            with pytest.raises(AcquireTimeout, match="cannot pass within 0 s"):
+                await limiter.acquire(deadline=past)
+        with asyncbucket.deadline(10**400):
+            await limiter.acquire(deadline=10**400, timeout=10**400)
+
+    virtual_time.run(main())

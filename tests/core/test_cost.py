@@ -69,3 +69,11 @@ def test_a_call_costs_something() -> None:
     with pytest.raises(ValueError, match="a call must cost something: requests=1 is the usual"):
         Cost(requests=0)
     assert dict(Cost(requests=0, tokens=1))["tokens"] == 1
+
+
+def test_a_slot_is_no_part_of_a_cost() -> None:
+    """A call takes one, and could not give back more."""
+    with pytest.raises(
+        TypeError, match="a call takes one slot: concurrency is no part of its cost"
+    ):
+        Cost(concurrency=3)

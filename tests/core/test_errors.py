@@ -232,7 +232,7 @@ def test_resources_that_nothing_limits_are_typos() -> None:
         "no limit counts imges, token: this limiter counts images, input_tokens, output_tokens, "
         "requests, tokens"
     )
-    with pytest.raises(TypeError, match="no limit counts concurrency"):
+    with pytest.raises(TypeError, match="a call takes one slot: concurrency is no part"):
         limiter.acquire(concurrency=2)
     limiter.acquire_nowait(tokens=5, input_tokens=5, images=1).release()
 

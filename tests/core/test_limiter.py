@@ -1,9 +1,13 @@
 import asyncio
+import functools
+import re
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from asyncbucket import Cost, Lease, Limit, Limiter, Statistics
+from asyncbucket import Cost, Lease, Limit, Limiter, Statistics, TokenBucket
 from asyncbucket.statistics import LimitUse, Waits
 from asyncbucket.testing import VirtualTime
 
@@ -219,3 +223,52 @@ async def test_a_limiter_itself_is_no_context() -> None:
     with pytest.raises(TypeError, match=r"write `async with limiter\.acquire\(\):`"):
         async with Limiter("5 RPM"):
             pass  # pragma: no cover - never entered
+
+
+@pytest.mark.parametrize("clock", [None, 5, "now", time.monotonic, str])
+def test_a_clock_counts_whole_nanoseconds(clock: Any) -> None:
+    """Seconds would make a minute last for years."""
+    for kind in (Limiter, functools.partial(TokenBucket, 1.0)):
+        with pytest.raises(TypeError, match="clock must be a callable that returns integer nano"):
+            kind(clock=clock)
+
+
+@pytest.mark.parametrize("name", [None, 5, b"openai"])
+def test_a_name_is_a_text(name: Any) -> None:
+    """It is shown, and split."""
+    with pytest.raises(TypeError, match=f"name must be a text, not {name!r}"):
+        Limiter("5 RPM", name=name)
+
+
+@pytest.mark.parametrize("parts", [{"tokens": 5}, {"requests": 2}, {"images": 3}])
+def test_a_whole_cost_has_no_parts_besides(parts: dict[str, Any]) -> None:
+    """One of both would be ignored."""
+    limiter = Limiter("10 images/s")
+    with pytest.raises(
+        TypeError, match=r"Cost\(requests=1\) is a whole cost: give no amounts besides"
+    ):
+        limiter.acquire(Cost(), **parts)
+
+
+@pytest.mark.parametrize(
+    ("heard", "message"),
+    [
+        ({"remaining": float("nan")}, "remaining must be a whole number of at least 0, not nan"),
+        ({"remaining": -1}, "remaining must be a whole number of at least 0, not -1"),
+        ({"limit": "600"}, "limit must be a whole number of at least 0, not '600'"),
+        ({"rounding": None}, "rounding must be a whole number of at least 0, not None"),
+        ({"since": float("nan")}, "since must be a number of seconds, not nan"),
+    ],
+)
+def test_what_is_left_is_a_number(heard: dict[str, Any], message: str) -> None:
+    """All else is refused before it is heard."""
+    limiter = Limiter("60 RPM")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        limiter.observe_remaining(resource="requests", per=60, **{"remaining": 0, **heard})
+    assert limiter.acquire_nowait().waited == 0
+
+
+def test_a_limit_is_learned_as_an_object() -> None:
+    """A text is for people, and headers are not."""
+    with pytest.raises(TypeError, match=r"learn\(\) takes a Limit, such as .*, not '60 RPM'"):
+        Limiter().learn("60 RPM")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]

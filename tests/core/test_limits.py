@@ -94,6 +94,16 @@ def test_an_amount_is_a_whole_positive_number(amount: float) -> None:
             Limit("tokens", 10, burst=amount)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("amount", [10**19, 1e308, 10**400], ids=["1e19", "1e308", "1e400"])
+def test_an_amount_is_no_larger_than_anything(amount: float) -> None:
+    """Arithmetic ends somewhere; a limit that nobody reaches is none."""
+    limiter = Limiter("60 RPM")
+    for refuse in (Limiter, limiter.child("a").reconfigure, limiter.reconfigure):
+        with pytest.raises(LimitSyntaxError, match=r"rpm must be at most 1e\+18; leave it out"):
+            refuse(rpm=amount)
+    assert limiter.limits == (Limit("requests", 60),)
+
+
 @pytest.mark.parametrize("per", [0, -1, 1e-4, float("nan"), float("inf"), True, "60", None, 1e9])
 def test_a_window_is_a_millisecond_to_400_days(per: float) -> None:
     """All else is refused with the value that was given."""

@@ -102,3 +102,28 @@ def test_a_generator_is_refused() -> None:
             f"{function.__qualname__} is a generator: a call of it holds nothing yet; "
             f"acquire inside it, around what it iterates over"
         )
+
+
+def test_only_what_can_be_called_is_paced() -> None:
+    """A number is meant as a cost, and says how."""
+    with pytest.raises(
+        TypeError, match="paced decorates a function, not 500; amounts go by keyword"
+    ):
+        Limiter("1/s").paced(500)  # type: ignore[call-overload] # pyright: ignore[reportArgumentType]
+
+
+def test_an_object_that_is_called_asynchronously_blocks_nobody(virtual_time: VirtualTime) -> None:
+    """As an async function it waits its turn on the loop."""
+
+    class Model:
+        async def __call__(self, prompt: str) -> str:
+            return prompt.upper()
+
+    limiter = Limiter("1/s", clock=virtual_time.clock)
+    ask = limiter.paced(Model())
+
+    async def main() -> None:
+        assert {*await asyncio.gather(ask("a"), ask("b"))} == {"A", "B"}
+        assert virtual_time.now == 515 / 512
+
+    virtual_time.run(main())

@@ -93,6 +93,8 @@ def test_a_template_holds_for_those_that_come_later(virtual_time: VirtualTime) -
     assert key.key("second").limits == (Limit("requests", 10),)
     with pytest.raises(ValueError, match="alive must be a whole number of at least 0, not -1"):
         key.per_key(alive=-1)
+    with pytest.raises(ValueError, match="alive must be a whole number of at least 0, not None"):
+        key.per_key(alive=None)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
 def test_few_are_alive_and_old_handles_stay_good(virtual_time: VirtualTime) -> None:
