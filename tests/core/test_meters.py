@@ -263,6 +263,30 @@ def test_a_debt_is_paid_off_before_anything_passes() -> None:
     assert bucket.earliest(1, 0) == 16 * SECOND
 
 
+@pytest.mark.parametrize(
+    ("rate", "now", "available"),
+    [
+        (1, 20 * SECOND, 0),
+        (1, 20 * SECOND - 1, -20),
+        (7, 2_857_142_858, 0),
+        (7, 2_857_142_857, -20),
+    ],
+)
+def test_what_is_owed_above_the_burst_is_earned_by_standing_full(
+    rate: int, now: int, available: int
+) -> None:
+    """Thirty of a bucket of ten: full for as long as twenty take, it is empty, else it is in debt."""
+    bucket = Bucket(rate=rate, burst=10)
+    bucket.owe(30, now)
+    assert bucket.available(now) == available
+
+
+def test_units_a_nanosecond_apart_are_all_counted() -> None:
+    """The smallest backlog there is, is one."""
+    bucket = Bucket(rate=1e9, burst=3)
+    assert [bucket.take(1, 0) for _ in range(4)] == [True, True, True, False]
+
+
 def test_a_bucket_reshaped_lacks_what_it_lacked() -> None:
     """Four of ten are missing before and after; the rest follows the new rate."""
     bucket = Bucket(rate=1, burst=10)
@@ -400,6 +424,27 @@ def test_a_window_knows_what_was_booked_since() -> None:
     for when, amount in ((0, 1), (1000, 2), (SECOND // 2, 4)):
         window.book(amount, when)
     assert [window.since(when) for when in (0, 1000, SECOND // 2)] == [7, 4, 0]
+
+
+def test_a_window_knows_what_may_come_back() -> None:
+    """What was booked and not given back, until whoever closes the call counts it out."""
+    window = Window(amount=10, window=60 * SECOND)
+    assert (window.amount, window.window, window.lent, window.last) == (10, 60 * SECOND, 0, 0)
+    window.take(3, 1)
+    window.take(2, 1)
+    window.book(4, 2)
+    assert window.lent == 9
+    window.unbook(2, 1)
+    assert window.lent == 7
+
+
+@pytest.mark.parametrize(("window", "held"), [(100, 100), (513, 516)])
+def test_a_window_of_nanoseconds_keeps_them_apart(window: int, held: int) -> None:
+    """Where a 512th is less than a nanosecond, or a little more, bookings are kept by nanoseconds."""
+    meter = Window(amount=10, window=window)
+    meter.book(5, 0)
+    meter.book(5, 1)
+    assert [meter.available(held + now) for now in (-1, 0, 1)] == [0, 5, 10]
 
 
 def test_a_window_reshaped_keeps_what_was_booked() -> None:
