@@ -231,7 +231,7 @@ def test_a_bucket_remembers_in_bounded_memory() -> None:
     bucket = Bucket(rate=1, burst=100_000)
     for step in range(50_000):
         assert bucket.take(1, step * 1000)
-    assert len(bucket._lows) <= 512
+    assert len(bucket._dates) == len(bucket._lows) <= 512
 
 
 def test_a_part_of_a_call_above_the_burst_brings_back_no_more_than_a_burst() -> None:
@@ -279,6 +279,18 @@ def test_what_is_owed_above_the_burst_is_earned_by_standing_full(
     bucket = Bucket(rate=rate, burst=10)
     bucket.owe(30, now)
     assert bucket.available(now) == available
+
+
+def test_what_comes_back_is_there_sooner() -> None:
+    """An empty bucket of ten passes five after five seconds; with three more at hand, after two."""
+    bucket = Bucket(rate=1, burst=10)
+    bucket.book(10, 3 * SECOND)
+    assert [bucket.earliest(5, 3 * SECOND, back=n) for n in (0, 3, 5, 9)] == [
+        8 * SECOND,
+        5 * SECOND,
+        3 * SECOND,
+        3 * SECOND,
+    ]
 
 
 def test_units_a_nanosecond_apart_are_all_counted() -> None:
