@@ -125,7 +125,7 @@ class Desk(Generic[W]):
         self._corrections: list[Correction] = []
         self._released: list[str] = []
         #: Calls whose start lies ahead, in order.
-        self._booked: collections.deque[tuple[W, Grant]] = collections.deque()
+        self._booked: collections.OrderedDict[W, Grant] = collections.OrderedDict()
         self._timer: asyncio.TimerHandle | None = None
         #: Before this instant the line's heads are not sent: they would not be booked.
         self._ask_at = 0
@@ -187,6 +187,7 @@ class Desk(Generic[W]):
 
     def cancel(self, waiting: W, grant: Grant) -> None:
         """Give back what was booked for a call that is gone, whether or not its start has come."""
+        self._booked.pop(waiting, None)
         if grant.booked_at:
             self.correct(Correction.undo(waiting.amounts, grant.booked_at))
         if grant.slot is not None:
@@ -199,7 +200,7 @@ class Desk(Generic[W]):
         if self._timer is not None:
             self._timer.cancel()
         while self._booked:
-            self.cancel(*self._booked.popleft())
+            self.cancel(*self._booked.popitem(last=False))
         if self._corrections or self._released:
             try:
                 await self.ledger.commit(self._batch(()))
@@ -283,8 +284,8 @@ class Desk(Generic[W]):
         grant = Grant(booked_at=booking.start, start=start, slot=slot, bound_by=bound_by)
         if slot is not None:
             self._lifeline.slots.add(slot)
+        self._booked[waiting] = grant
         self._line.book(waiting, grant)
-        self._booked.append((waiting, grant))
 
     def _let_go(self) -> None:
         """Admit those whose start has come, and set the timer for the next."""
@@ -292,10 +293,10 @@ class Desk(Generic[W]):
             self._timer.cancel()
             self._timer = None
         booked, now = self._booked, self._clock()
-        while booked and booked[0][1].start <= now:
-            self._line.admit(*booked.popleft())
+        while booked and next(iter(booked.values())).start <= now:
+            self._line.admit(*booked.popitem(last=False))
         if booked:
-            nap = (booked[0][1].start - self._clock()) * 1e-9
+            nap = (next(iter(booked.values())).start - self._clock()) * 1e-9
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(max(_NAP, nap), self._let_go)
 

@@ -208,6 +208,24 @@ async def test_closing_gives_back_what_has_not_started(url: str, hire: Any) -> N
     assert (seen.limits[0].used, seen.slots, seen.workers) == (1, 1, 1)
 
 
+async def test_what_was_given_back_is_not_given_back_again_by_closing(url: str, hire: Any) -> None:
+    """Or what another worker has booked for the same instant would come back with it."""
+    one = await hire(url, terms("3 requests/s burst 3"))
+    two = await hire(url, one.desk.ledger.terms)
+    for _ in range(3):
+        await two.acquire()
+    late, other = one.ask(), two.ask()
+    await until(lambda: late.grant and other.grant)
+    assert late.grant is not None
+    assert not late.granted.done()
+
+    one.desk.cancel(late, late.grant)
+    await one.desk.aclose()
+
+    await other.granted
+    assert (await two.desk.ledger.peek()).limits[0].used == 1
+
+
 async def test_terms_that_another_worker_sets_are_told(url: str, hire: Any) -> None:
     """The limiter above hears of limits that it did not set itself."""
     heard: list[Terms] = []
