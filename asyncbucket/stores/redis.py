@@ -44,7 +44,10 @@ class RedisStore:
     ) -> "RedisLedger":
         """See `asyncbucket.stores.store.Store.open`."""
         if not (0 < len(name) <= _LONGEST_NAME and name.isprintable()) or set(name) & set("{}"):
-            raise ValueError(f"a limiter is called by 1 to 200 printable characters, not {name!r}")
+            raise ValueError(
+                f"a limiter's name has 1 to {_LONGEST_NAME} printable characters and no braces, "
+                f"not {name!r}"
+            )
         if not 0.1 <= slot_ttl <= 86_400:  # noqa: PLR2004 - a tenth of a second to a day
             raise ValueError(f"slots live 0.1 s to a day without a heartbeat, not {slot_ttl!r} s")
         ledger = RedisLedger(self._server, name, worker or secrets.token_hex(8), slot_ttl)

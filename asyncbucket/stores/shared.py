@@ -28,6 +28,7 @@ from asyncbucket.stores.store import Correction, Ledger, Store, Terms
 #: The bounds of how many stand at the counter.
 _LEAST: Final = 8
 _MOST: Final = 512
+_CLOSED: Final = "the limiter was closed while this call waited: close it when all calls have ended"
 
 
 def share(
@@ -110,16 +111,16 @@ class Shared:
 
     def pause(self, span: int, *, gradually: bool) -> None:
         """See `asyncbucket.account.Remote`."""
-        for counter in self._counters.values():
-            counter.ask(lambda ledger: ledger.pause(span, gradually=gradually))
-            return
+        self._ask(lambda ledger: ledger.pause(span, gradually=gradually))
 
     def configure(self) -> None:
         """See `asyncbucket.account.Remote`."""
         terms = self.terms()
-        for counter in self._counters.values():
-            counter.ask(lambda ledger: ledger.configure(terms))
-            return
+        self._ask(lambda ledger: ledger.configure(terms))
+
+    def _ask(self, what: Callable[[Ledger], Coroutine[Any, Any, None]]) -> None:
+        """Have one ledger do something: the store tells the others."""
+        any(counter.ask(what) for counter in self._counters.values())
 
     def hear(self, terms: Terms) -> None:
         """Take over limits that another process has set."""
@@ -127,7 +128,7 @@ class Shared:
 
     async def aclose(self) -> None:
         """See `asyncbucket.account.Remote`; of the running loop."""
-        counter = self._counters.pop(asyncio.get_running_loop(), None)
+        counter = self._counters.get(asyncio.get_running_loop())
         if counter is not None:
             await counter.aclose()
 
@@ -147,6 +148,7 @@ class Counter:
         self._store: Store | None = None
         self._desk: Desk[Waiter] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._opening = self._closing = False
 
     # -- for the pacer -----------------------------------------------------------------------------
 
@@ -160,7 +162,8 @@ class Counter:
         waiter.outlet = self
         if self._desk is not None:
             self._desk.ring()
-        elif not self._tasks:
+        elif not self._opening:
+            self._opening = True
             self._spawn(self._open())
 
     def leave(self, waiter: Waiter) -> bool:
@@ -267,23 +270,29 @@ class Counter:
         """Return what the first who is not booked waits for, and until when at least."""
         return None if self._desk is None else self._desk.held_up
 
-    def ask(self, what: Callable[[Ledger], Coroutine[Any, Any, None]]) -> None:
-        """Have the ledger do something soon; a store that is gone hears it never."""
+    def ask(self, what: Callable[[Ledger], Coroutine[Any, Any, None]]) -> bool:
+        """Have the ledger do something soon, if it is open; a store that is gone hears it never."""
         desk = self._desk
-        if desk is not None:
-            self.on_loop(lambda: self._spawn(_quietly(what(desk.ledger))))
+        if desk is None or self._loop.is_closed():
+            return False
+        self.on_loop(lambda: self._spawn(_quietly(what(desk.ledger))))
+        return True
 
     async def _open(self) -> None:
         """Join the limiter at the store; if that fails, those who wait are told."""
         shared = self._shared
         account = shared.account
         try:
-            self._store = shared.make()
-            ledger = await self._store.open(account.name, shared.terms(), slot_ttl=shared.slot_ttl)
-        except StoreError as error:
-            for waiter in tuple(self._line.waiters()):
-                self._fail(waiter, StoreError(str(error)))
+            if self._closing:
+                self._turn_away(_CLOSED)
+                return
+            store = self._store = self._store or shared.make()
+            ledger = await store.open(account.name, shared.terms(), slot_ttl=shared.slot_ttl)
+        except Exception as error:  # noqa: BLE001 - such as a name that the store does not take
+            self._turn_away(str(error) or repr(error), error)
             return
+        finally:
+            self._opening = False
         if leaving():  # the loop ends, and cancels no task that is made now
             return
         self._desk = Desk(
@@ -297,18 +306,39 @@ class Counter:
         )
         self._desk.ring()
 
+    def _turn_away(self, why: str, cause: Exception | None = None) -> None:
+        """Fail all who wait here."""
+        for waiter in (*self._grants, *self._line.waiters()):
+            error = StoreError(why)
+            error.__cause__ = cause
+            self._fail(waiter, error)
+
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(coroutine, name="asyncbucket store")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def aclose(self) -> None:
-        """Give back what was booked and has not started, and close the store."""
+        """Give back what was booked and has not started, and close the store.
+
+        Those who wait are told; later calls open it again.
+        """
+        self._closing = True
+        await self._settle()
+        self._turn_away(_CLOSED)
         desk, self._desk = self._desk, None
+        store, self._store = self._store, None
         if desk is not None:
             await desk.aclose()
-        if self._store is not None:
-            await self._store.aclose()
+        if store is not None:
+            await store.aclose()
+        await self._settle()
+        self._closing = False
+
+    async def _settle(self) -> None:
+        """Wait for what is asked of the store already."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
 
 
 class _Entry:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from asyncbucket import AcquireTimeout, Limiter, WouldBlock
+from asyncbucket import AcquireTimeout, Limiter, StoreError, WouldBlock
 from asyncbucket.stores import open_store
 
 if TYPE_CHECKING:
@@ -54,6 +54,63 @@ async def test_slots_that_others_hold_are_named_too(url: str) -> None:
     assert (error.value.bound_by, error.value.retry_after) == ("concurrency", None)
     await two.aclose()
     await one.aclose()
+
+
+async def test_calls_that_wait_are_told_that_the_limiter_closes(url: str) -> None:
+    """More of them than go to the store at once, booked ahead or not; nothing stays booked."""
+    limiter = Limiter("20/s burst 1", store=url, name="closes")
+    (await limiter.acquire()).release()
+    calls = [asyncio.ensure_future(take(limiter)) for _ in range(60)]
+    await asyncio.sleep(0.02)
+
+    await limiter.aclose()
+
+    async with asyncio.timeout(5):
+        ended = await asyncio.gather(*calls, return_exceptions=True)
+    told = [error for error in ended if error is not None]
+    assert all(isinstance(error, StoreError) for error in told)
+    assert "was closed while this call waited: close it when all calls" in str(told[0])
+    snapshot = await open_and_peek(url, "closes")
+    assert (snapshot.limits[0].used, snapshot.workers) == (1 + len(calls) - len(told), 0)
+
+
+async def test_limiter_may_be_used_and_closed_again(url: str) -> None:
+    """Later calls open the store anew."""
+    limiter = Limiter("20/s", store=url, name="again")
+    for count in (1, 2):
+        (await limiter.acquire()).release()
+        assert (await open_and_peek(url, "again")).workers == 1
+        await limiter.aclose()
+        await limiter.aclose()
+        snapshot = await open_and_peek(url, "again")
+        assert (snapshot.limits[0].used, snapshot.workers) == (count, 0)
+
+
+@pytest.mark.parametrize(
+    ("limits", "name", "message"),
+    [
+        ("10 RPM", "a{b}", "name has 1 to 200 printable characters and no braces, not 'a{b}'"),
+        ("1000000000000000 TPM", "big", "a store counts to"),
+    ],
+)
+async def test_what_a_store_does_not_take_is_an_error_and_no_hang(
+    url: str, limits: str, name: str, message: str
+) -> None:
+    """All who wait are told."""
+    limiter = Limiter(limits, store=url, name=name)
+
+    async with asyncio.timeout(5):
+        ended = await asyncio.gather(*(take(limiter) for _ in range(30)), return_exceptions=True)
+
+    assert {type(error) for error in ended} == {StoreError}
+    assert message in str(ended[0])
+    await limiter.aclose()
+
+
+async def take(limiter: Limiter) -> None:
+    """Be a call that takes no time."""
+    async with limiter.acquire():
+        pass
 
 
 async def open_and_peek(url: str, name: str) -> Any:
