@@ -30,7 +30,7 @@ def read(path: Path) -> Story:
         OSError: it cannot be read.
     """
     lines: list[dict[str, Any]] = []
-    for number, text in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, text in enumerate(path.read_bytes().splitlines(), 1):
         try:
             line = json.loads(text)
         except ValueError:
