@@ -310,6 +310,19 @@ def test_a_bucket_reshaped_lacks_what_it_lacked() -> None:
     assert bucket.available(SECOND) == 1
 
 
+def test_a_full_bucket_reshaped_is_full() -> None:
+    """To the last part of a nanosecond, and what was booked before it was does not come back."""
+    bucket = Bucket(rate=7, burst=10)
+    bucket.book(5, SECOND)
+    bucket.reshape(rate=7, burst=20, now=2 * SECOND)
+    assert bucket.available(2 * SECOND) == 20
+    bucket.book(3, 2 * SECOND)
+    bucket.reshape(rate=7, burst=20, now=2 * SECOND)
+    assert bucket.available(2 * SECOND) == 17
+    bucket.unbook(3, SECOND)
+    assert bucket.available(2 * SECOND) == 17
+
+
 @pytest.mark.parametrize("rate", [0.1, 2 / 3, 200_000 / 60, 1e-9, 123_456_789.123])
 def test_a_rate_is_met_exactly_over_thousands_of_units(rate: float) -> None:
     """No rounding adds up: the n-th unit beyond the burst passes at n / rate, rounded up."""
