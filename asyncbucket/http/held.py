@@ -18,11 +18,13 @@ from collections.abc import Generator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
+from asyncbucket.http.lending import give_back
 from asyncbucket.http.levels import is_under
 from asyncbucket.lease import Lease
 from asyncbucket.limiter import Limiter
 
 if TYPE_CHECKING:
+    from asyncbucket.account import Account
     from asyncbucket.http.learn import Ear
     from asyncbucket.http.profiles import Profile
 
@@ -46,6 +48,18 @@ class Held:
         """The lease, while it is held."""
         lease = self._lease()
         return None if lease is None or lease.released else lease
+
+    def make_way(self, path: "tuple[Account, ...]") -> None:
+        """Give back the slots that a call at the levels of ``path`` needs, here and in what is around.
+
+        Such a call is made inside, by another model or a transport, and is not paid for by this one.
+        """
+        held: Held | None = self
+        while held is not None:
+            lease = held.lease
+            if lease is not None:
+                give_back(lease, path)
+            held = held.outer
 
     def leaves(self) -> None:
         """Count a request that is about to leave, and date the booking by it."""

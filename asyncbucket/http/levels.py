@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from asyncbucket.context import inherited
 from asyncbucket.limiter import Limiter
 
 
@@ -26,3 +27,11 @@ def provider_of(limiter: Limiter) -> Limiter:
     """
     path = list(levels(limiter))
     return next((level for level in reversed(path) if level.limits), path[-1])
+
+
+def asked(limiter: Limiter) -> Limiter:
+    """Return who admits a call here: the limiter itself, or within `tenant` that of the tenant."""
+    here = inherited.get()
+    if here is None or here.tenant is None or "/*" in limiter.name:  # a tenant's own, or under it
+        return limiter
+    return limiter.key(here.tenant)

@@ -27,6 +27,7 @@ from asyncbucket.http.lane import Lane, parts
 from asyncbucket.http.levels import is_under, provider_of
 from asyncbucket.http.profiles import Call, Profile, profile_named, profile_of
 from asyncbucket.http.routes import Routes, Routing
+from asyncbucket.http.running import make_way
 from asyncbucket.http.streams import body_class
 from asyncbucket.limiter import Limiter
 
@@ -194,6 +195,7 @@ class _Paced:
         """Tell whether a paced model above has paid for the request already, and warn once."""
         paid = payer(limiter)
         if paid is None:
+            make_way(limiter)
             return False
         if is_under(paid, limiter):
             self._tell(

@@ -7,14 +7,13 @@ from typing import Any, Self, TypeVar
 
 from asyncbucket.context import inherited
 from asyncbucket.http.learn import Ear
-from asyncbucket.http.levels import levels, provider_of
+from asyncbucket.http.levels import asked, levels, provider_of
+from asyncbucket.http.running import make_way
 from asyncbucket.lease import Lease
 from asyncbucket.limiter import Limiter
 from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator, Observer
 from asyncbucket.llama_index.events import tell_of_wait, told_of_waits
 from asyncbucket.llama_index.held import HeldCall, held_call, note_usage
-from asyncbucket.llama_index.running import make_way
-from asyncbucket.llama_index.tenants import asked
 from asyncbucket.llama_index.usage import Usage, usage_of
 from asyncbucket.retry import Retrier, Retry, classify
 

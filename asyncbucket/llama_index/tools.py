@@ -1,6 +1,6 @@
-"""A paced tool: each call of it is admitted first, once; see `running` for what it may call itself.
+"""A paced tool: each call of it is admitted first, once.
 
-A tool is never tried again: nobody but its author knows what it has done by then. LlamaIndex's agents
+What it may call itself meanwhile, and what it holds then: `asyncbucket.http.running`. A tool is never tried again: nobody but its author knows what it has done by then. LlamaIndex's agents
 show a tool's error to the model, and so they do with a refusal by the limiter.
 """
 
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar, cast
 
 from llama_index.core.tools.types import AsyncBaseTool
 
+from asyncbucket.http.running import is_running, make_way, running
 from asyncbucket.limiter import Limiter
 from asyncbucket.llama_index.events import tell_of_wait, told_of_waits
-from asyncbucket.llama_index.running import is_running, make_way, running
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ Where a call is paced
     *Embeddings*: beneath the cache, at the private methods that make one request. See `embedding`.
     *Structured LLMs* (``llm.as_structured_llm(...)``) have a model inside; that one is paced.
     *Tools*: at ``call`` and ``acall``, with which agents run them. What they ask inside is not theirs.
-    See `tools`, and `running` for what they hold meanwhile.
+    See `tools`, and `asyncbucket.http.running` for what they hold meanwhile.
 
 The traps, and where they are dealt with
     Public methods call public methods, and would pay twice: `held`. A stream holds its slot until it

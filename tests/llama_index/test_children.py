@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 from llama_index.core.llms import ChatMessage, CustomLLM, MockLLM
 from llama_index.core.tools import FunctionTool
@@ -16,7 +17,7 @@ from pydantic import BaseModel
 import asyncbucket
 from asyncbucket import AcquireTimeout, CostExceedsLimit, Limit, Limiter
 from asyncbucket.llama_index import RateLimitedLLM, copies
-from asyncbucket.testing import VirtualTime
+from asyncbucket.testing import RateLimitedProvider, VirtualTime
 
 if TYPE_CHECKING:
     from tests.llama_index.conftest import ScriptedOpenAI
@@ -166,6 +167,37 @@ def test_model_in_a_model_does_not_pay_where_the_outer_one_has() -> None:
     limiter.wrap(Outer(inner=inner), child="chat").complete("hi")
 
     assert admitted(limiter, limiter.children["chat"]) == [1, 1]
+
+
+@pytest.mark.parametrize(("outside", "inside"), [(None, "chat"), ("router", "chat")])
+def test_model_in_a_model_does_not_wait_for_it(outside: str | None, inside: str) -> None:
+    """Paced by a child or a sibling it counts there; the outer call lends it the slot they share."""
+    limiter = Limiter("100 RPM", concurrency=1, timeout=5)
+    inner = limiter.wrap(MockLLM(max_tokens=2), child=inside)
+    outer = limiter.wrap(Outer(inner=inner), child=outside)
+
+    assert outer.complete("hi").text == "text text"
+    assert [each.delta for each in outer.stream_complete("hi")] == ["text ", "text"]
+
+    now = limiter.statistics()
+    assert (now.admitted, now.in_flight, now.overridden) == (4, 0, 0)
+    assert limiter.children[inside].statistics().admitted == 2
+    assert "concurrency 0/1" in repr(limiter)
+
+
+async def test_model_does_not_wait_for_its_client_at_a_sibling() -> None:
+    """Its HTTP client is paced by another child: each keeps its limits, and they share a slot."""
+    limiter = Limiter("100 RPM", concurrency=1)
+    provider = RateLimitedProvider()
+    transport = limiter.child("http").transport(provider.mock_transport())
+    async with httpx.AsyncClient(transport=transport) as client:
+        plain = OpenAI("gpt-4o-mini", api_key="k", api_base=API_BASE, async_http_client=client)
+        llm = limiter.wrap(plain, child="chat")
+        async with asyncio.timeout(60):
+            await asyncio.gather(llm.acomplete("hi"), llm.acomplete("hi"))
+
+    assert admitted(limiter, *limiter.children.values()) == [4, 2, 2]
+    assert (limiter.statistics().in_flight, limiter.statistics().overridden) == (0, 0)
 
 
 def test_guess_of_the_output_is_cut_to_what_any_level_can_admit() -> None:

@@ -24,7 +24,7 @@ from llama_index.core.workflow import Context
 from llama_index.llms.openai import OpenAI
 
 from asyncbucket import AcquireTimeout, Limiter
-from asyncbucket.llama_index.running import make_way, running
+from asyncbucket.http.running import make_way, running
 from asyncbucket.testing import VirtualTime
 
 if TYPE_CHECKING:
@@ -377,6 +377,28 @@ def test_tool_that_asks_a_paced_model_does_not_wait_for_itself(virtual_time: Vir
     assert tree.most == 1
     assert tree.root.statistics().admitted == 10
     tree.assert_at_rest()
+
+
+def test_tool_with_a_paced_http_client_does_not_wait_for_itself(virtual_time: VirtualTime) -> None:
+    """As many tools as there are slots ask a service at once, behind the same limiter."""
+    limiter = Limiter(concurrency=2, clock=virtual_time.clock)
+
+    async def main() -> None:
+        service = httpx.MockTransport(lambda _: httpx.Response(200, text="sunny"))
+        async with httpx.AsyncClient(transport=limiter.transport(service)) as client:
+
+            async def weather(city: str) -> str:
+                """Look up the weather."""
+                return (await client.get(f"https://weather.test/{city}")).text
+
+            tool = limiter.wrap(FunctionTool.from_defaults(async_fn=weather))
+            async with asyncio.timeout(60):
+                replies = await asyncio.gather(*(tool.acall(city="Rome") for _ in range(4)))
+        assert [str(reply) for reply in replies] == ["sunny"] * 4
+
+    virtual_time.run(main())
+    now = limiter.statistics()
+    assert (now.admitted, now.in_flight, now.overridden) == (8, 0, 0)
 
 
 def test_models_in_tools_keep_the_slots_of_the_root(virtual_time: VirtualTime) -> None:

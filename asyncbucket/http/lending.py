@@ -1,0 +1,83 @@
+"""Slots that are lent: what a call gives back while it waits for another one made inside it.
+
+A tool or a model that asks another model does nothing itself meanwhile, yet holds a slot; and where
+both pass the same limiter, up to its root, the call inside may be waiting for that very slot. So it
+gives back its slots at the levels that both pass, for good. At the others it keeps them.
+
+To hold one slot while waiting for another is still how two come to wait for each other: a tool of
+``a`` asks one of ``b`` just when that asks one of ``a``. So it is remembered which levels were held
+while which were waited for, and where that would go round in a circle the slot is given back as well.
+"""
+
+import re
+import weakref
+from typing import TYPE_CHECKING, Final
+
+from asyncbucket.gates import Gates
+from asyncbucket.lease import Lease
+
+if TYPE_CHECKING:
+    from asyncbucket.account import Account
+    from asyncbucket.budget import Budget
+
+
+def give_back(lease: Lease, path: "tuple[Account, ...]") -> None:
+    """Release the slots of ``lease`` that a call at the levels of ``path`` may need."""
+    account = lease._account  # noqa: SLF001 - a lease gives its slots back all at once
+    budget = account.budget
+    if budget is not path[-1].budget:
+        return
+    with budget.lock:
+        if lease.released or lease._epoch != budget.epoch:  # noqa: SLF001 - as above
+            return
+        order = _ORDER.setdefault(budget, _Order())
+        held = lease._gates  # noqa: SLF001 - as above
+        wanted = [each for each in path if each not in account.path and each.gates.slots]
+        lent = [slots for each in path for slots in each.gates.slots]
+        for each in account.path:
+            if each not in path and each.gates.slots and order.is_circle(each, wanted):
+                lent += each.gates.slots
+        # Those in a store are the lease's own, and are the root's.
+        lent = [slots for slots in held.slots if slots in lent or slots.remote]
+        for slots in lent:
+            slots.give_back()
+        if lent:
+            lease._gates = Gates(each for each in held.meters if each[0] not in lent)  # noqa: SLF001
+            budget.ring_locked(account)
+
+
+class _Order:
+    """Remember which levels' slots were held while others' were waited for."""
+
+    __slots__ = ("_after",)
+
+    def __init__(self) -> None:
+        self._after: dict[str, set[str]] = {}
+
+    def is_circle(self, held: "Account", wanted: "list[Account]") -> bool:
+        """Tell whether those who wait may wait for each other; if not, keep it in mind."""
+        name = _name(held)
+        goals = {_name(each) for each in wanted}
+        if any(self._leads(goal, name) for goal in goals):
+            return True
+        self._after.setdefault(name, set()).update(goals)
+        return False
+
+    def _leads(self, start: str, goal: str) -> bool:
+        seen, rest = {start}, [start]
+        while rest:
+            here = rest.pop()
+            if here == goal:
+                return True
+            new = self._after.get(here, set()) - seen
+            seen |= new
+            rest += new
+        return False
+
+
+_ORDER: Final["weakref.WeakKeyDictionary[Budget, _Order]"] = weakref.WeakKeyDictionary()
+
+
+def _name(account: "Account") -> str:
+    """Return a level's name; the tenants are taken for one, for there may be many."""
+    return re.sub(r"/\*[^/]*", "/*", account.name)

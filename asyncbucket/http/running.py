@@ -1,0 +1,95 @@
+"""Tool calls under way in a context, and how they make way for the calls made inside them.
+
+A tool may ask a paced model, or another tool, or run a whole agent. While it waits for that it does
+nothing itself, yet holds a slot; and where both pass the same limiter, up to its root, the call
+inside may be waiting for that very slot: for ever, if all slots are held so. So before a call inside
+is admitted, the tools around it give back their slots at the levels that both pass. At the others
+they keep them: of a child ``tools`` with two slots no more than two tools run, though both ask models
+of a sibling. What a tool costs stays charged.
+
+See `asyncbucket.http.lending` for which slots those are, and how two are kept from waiting for each
+other.
+
+A model may ask another one that is paced elsewhere: by a child of its limiter, or by a sibling. Where
+that call is not paid for by the model's own (see `held`), the model makes way as a tool does.
+
+A task that a tool has started knows the tool by its context, even when that has ended. A note counts
+only until its lease is released.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Generator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Final
+
+from asyncbucket.http.held import current
+from asyncbucket.http.lending import give_back
+from asyncbucket.http.levels import asked
+from asyncbucket.lease import Lease
+from asyncbucket.limiter import Limiter
+
+if TYPE_CHECKING:
+    from asyncbucket.account import Account
+
+
+class Running:
+    """Note that a tool's call runs in this context."""
+
+    __slots__ = ("_lease", "made_way", "outer", "tool")
+
+    def __init__(self, tool: object, lease: Lease, outer: "Running | None") -> None:
+        self.tool = tool
+        self._lease = weakref.ref(lease)
+        self.outer = outer
+        #: Whether another call was made inside.
+        self.made_way = False
+
+    @property
+    def lease(self) -> Lease | None:
+        """The lease, while it is held."""
+        lease = self._lease()
+        return None if lease is None or lease.released else lease
+
+    def make_way(self, path: "tuple[Account, ...]") -> None:
+        """Give back the slots at the levels of ``path``."""
+        self.made_way = True
+        lease = self.lease
+        if lease is not None:
+            give_back(lease, path)
+
+
+_RUNNING: Final[ContextVar[Running | None]] = ContextVar("asyncbucket tools", default=None)
+
+
+@contextlib.contextmanager
+def running(tool: object, lease: Lease) -> Generator[None]:
+    """Note for the time of a ``with`` block that ``tool`` runs under ``lease``."""
+    token = _RUNNING.set(Running(tool, lease, _RUNNING.get()))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # closed in another context than it ran in
+            _RUNNING.reset(token)
+
+
+def is_running(tool: object) -> bool:
+    """Tell whether a method of ``tool`` runs here and calls another one: that is one call.
+
+    Once another call was made inside, a model's, say, ``tool`` is asked for anew by that.
+    """
+    here = _RUNNING.get()
+    return here is not None and here.tool is tool and not here.made_way and here.lease is not None
+
+
+def make_way(limiter: Limiter) -> None:
+    """Have what runs around this context give back the slots that a call of ``limiter`` needs."""
+    here, held = _RUNNING.get(), current()
+    if here is None and held is None:
+        return
+    path = asked(limiter)._account.path  # noqa: SLF001 - a lease gives its slots back all at once
+    while here is not None:
+        here.make_way(path)
+        here = here.outer
+    if held is not None:
+        held.make_way(path)
