@@ -127,6 +127,8 @@ class Lease:
 
     def _settle(self, used: dict[str, int]) -> None:
         account, earlier = self._account, self._settled
+        if self._epoch != account.budget.epoch:  # of a parent process, whose books are its own
+            return
         with account.budget.lock:
             self._settle_locked(used)
         if account.budget.observed:

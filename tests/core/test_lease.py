@@ -95,6 +95,25 @@ def test_only_what_is_counted_is_settled(virtual_time: VirtualTime, unknown: str
     assert "concurrency 0/2" in repr(limiter)
 
 
+def test_a_child_process_does_not_settle_for_its_parent(virtual_time: VirtualTime) -> None:
+    """Else what is lent there would fall below nothing, and calls be refused that can pass."""
+    limiter = Limiter("100 TPM", clock=virtual_time.clock)
+    inherited = limiter.acquire_nowait(tokens=40)
+    limiter._budget.after_fork()
+    inherited.settle(tokens=0)
+    inherited.undo()
+    assert limiter.statistics().limits[0].used == 40
+
+    async def main() -> None:
+        async with limiter.acquire(tokens=60) as lease:
+            hopeful = asyncio.create_task(limiter.acquire(tokens=60, timeout=5))
+            await asyncio.sleep(1)
+            lease.settle(tokens=0)
+            assert (await hopeful).waited == 1
+
+    virtual_time.run(main())
+
+
 def test_releasing_twice_gives_one_slot_back(virtual_time: VirtualTime) -> None:
     """However it is released, and whoever drops it after that."""
 
