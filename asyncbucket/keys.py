@@ -91,8 +91,8 @@ class Keys(Generic[L]):
         return made
 
     def _put_to_rest_locked(self, now: int) -> None:
-        """Let go of those that have not been asked for in the longest time."""
-        for _ in range(min(_LOOKS, len(self._limiters) - self._alive)):
+        """Let go of those that have not been asked for in the longest time; the last asked stays."""
+        for _ in range(min(_LOOKS, len(self._limiters) - max(self._alive, 1))):
             tenant, (limiter, account) = self._limiters.popitem(last=False)
             if account.busy_locked(now):
                 self._limiters[tenant] = (limiter, account)  # asked again later

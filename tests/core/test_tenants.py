@@ -97,6 +97,18 @@ def test_a_template_holds_for_those_that_come_later(virtual_time: VirtualTime) -
         key.per_key(alive=None)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
+def test_whoever_asked_last_is_alive(virtual_time: VirtualTime) -> None:
+    """Even where none are to be kept: a handle finds its account, and not another one for ever."""
+    key = Limiter(clock=virtual_time.clock)
+    key.per_key("10 RPM burst 10", alive=0)
+    first, second = key.key("first"), key.key("second")
+    for _ in range(3):
+        first.acquire_nowait().release()
+        second.acquire_nowait().release()
+        assert len(key._tenants()) == 1
+    assert [each.statistics().limits[0].used for each in (first, second)] == [3, 3]
+
+
 def test_few_are_alive_and_old_handles_stay_good(virtual_time: VirtualTime) -> None:
     """A handle from before goes on with the quota as it was left, in every method."""
 
