@@ -217,7 +217,7 @@ class Desk(Generic[W]):
                 await self._sleep(self._admit_alone(heads))
                 continue
             if self._waits and not heads:  # those who waited have gone: leave the store's line
-                self._waits, self.held_up = False, None
+                self._waits, self._ask_at, self.held_up = False, 0, None
                 await self._fly(())
                 continue
             now = self._clock()

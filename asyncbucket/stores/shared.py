@@ -210,8 +210,8 @@ class Counter:
     def admit(self, waiting: Waiter, grant: Grant) -> None:
         """See `asyncbucket.stores.desk.Line`."""
         with self._budget.lock:
-            if self._grants.pop(waiting, None) is None:
-                return  # it gave up, and was given back
+            if waiting.done() or self._grants.pop(waiting, None) is None:
+                return  # it gave up: it was given back, or will be when its task comes to know
             entry = _Entry(self, grant, waiting)
             waiting.gates = Gates((*waiting.gates.meters, *entry.meters()))
             waiting.bound_by = grant.bound_by or waiting.bound_by

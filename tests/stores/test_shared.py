@@ -107,6 +107,52 @@ async def test_what_a_store_does_not_take_is_an_error_and_no_hang(
     await limiter.aclose()
 
 
+async def test_call_that_is_cancelled_as_it_is_let_go_gives_back_and_holds_up_nobody(
+    url: str,
+) -> None:
+    """Its start comes in the turn of the loop in which it is cancelled, before its task knows."""
+    limiter = Limiter("20/s burst 1", concurrency=9, store=url, name="as-it-goes")
+    (await limiter.acquire()).release()
+    calls = [asyncio.ensure_future(take(limiter)) for _ in range(3)]
+    remote: Any = limiter._account.remote
+    counter = remote.counter(asyncio.get_running_loop())
+    async with asyncio.timeout(5):
+        while not counter._grants:  # noqa: ASYNC110 - what is waited for rings no bell
+            await asyncio.sleep(0.002)
+    waiter, grant = next(iter(counter._grants.items()))
+
+    calls[0].cancel()
+    counter.admit(waiter, grant)
+
+    async with asyncio.timeout(5):
+        ended = await asyncio.gather(*calls, return_exceptions=True)
+        await take(limiter)
+    assert [type(each).__name__ for each in ended] == ["CancelledError", "NoneType", "NoneType"]
+    await limiter.aclose()
+    snapshot = await open_and_peek(url, "as-it-goes")
+    assert (snapshot.limits[0].used, snapshot.slots) == (4, 0)
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+@pytest.mark.parametrize(("limit", "slots"), [("1000 TPM", None), ("1M TPM", 1)])
+async def test_calls_after_one_that_gave_up_pass_as_soon_as_they_may(
+    url: str, limit: str, slots: int | None, behind: int
+) -> None:
+    """Whether they stood behind it, or came when nobody waited any more."""
+    limiter = Limiter(limit, concurrency=slots, store=url, name="gave-up")
+    lease = await limiter.acquire(tokens=900)
+    costly = asyncio.ensure_future(limiter.acquire(tokens=500))
+    await asyncio.sleep(0.1)
+    calls = [asyncio.ensure_future(take(limiter)) for _ in range(behind)]
+    costly.cancel()
+    await asyncio.sleep(0.1)
+    lease.release()
+
+    async with asyncio.timeout(5):
+        await asyncio.gather(*calls, take(limiter))
+    await limiter.aclose()
+
+
 async def take(limiter: Limiter) -> None:
     """Be a call that takes no time."""
     async with limiter.acquire():
