@@ -25,7 +25,7 @@ CORE_FILES := $(subst $(empty) $(empty),$(comma),$(CORE:%=asyncbucket/%.py))
 SOURCES := asyncbucket tests $(patsubst %/,%,$(sort $(dir $(wildcard benchmarks/*.py examples/*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage test-lowest test-wheel lint format bench docs links build clean
+.PHONY: help demo test coverage mutants test-lowest test-wheel lint format bench docs links build clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,11 @@ coverage: $(STAMP) ## Run all tests and show what they cover, outside the core, 
 	$(PY) -m coverage run -m pytest -n auto $(PYTEST_ARGS)
 	@$(PY) -m coverage combine --quiet
 	$(PY) -m coverage report --fail-under=95
+
+mutants: $(STAMP) ## Change the meters and the pacer in hundreds of ways, and look which no test notices
+	@$(PY) $(PIP_INSTALL) 'mutmut>=3.8'
+	$(VENV)/bin/mutmut run
+	$(VENV)/bin/mutmut results
 
 test-lowest: $(STAMP) ## Run the tests with the oldest dependencies that pyproject.toml allows
 	@$(PYTHON) -m venv $(VENV)-lowest
@@ -87,7 +92,7 @@ test-wheel: build ## Install the wheel with each extra alone, and ask what it pr
 
 clean: ## Remove environments, caches and everything built
 	rm -rf $(VENV) $(VENV)-* build dist htmlcov docs/_build .coverage .coverage.* .hypothesis
-	rm -rf .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf mutants .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml
