@@ -85,10 +85,16 @@ class Outlet(Protocol):
         ...
 
 
+class Counting(Protocol):
+    """Count who waits in one of several lines."""
+
+    living: int
+
+
 class Line:
     """Hold waiters in order of arrival; every operation is O(1), amortised."""
 
-    __slots__ = ("_line", "_living", "_since", "bound_by")
+    __slots__ = ("_line", "_living", "_since", "above", "bound_by")
 
     #: A line never sleeps: without a head nobody is left.
     wake: Final = EMPTY
@@ -99,6 +105,8 @@ class Line:
         self._line: deque[Waiter] = deque()
         self._living = 0
         self._since = 0
+        #: Who counts those who wait here, too.
+        self.above: tuple[Counting, ...] = ()
         #: What held up its head last.
         self.bound_by: str | None = None
 

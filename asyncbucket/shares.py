@@ -428,6 +428,7 @@ class Tree:
         branch = self._class(0)
         branch.add(None, line, root.fairness.line(0))
         branch.living = self._classes.living = len(line)
+        line.above = (self._classes, branch)
 
     def waiters(self) -> Iterator[Waiter]:
         """Yield all who wait."""
@@ -447,16 +448,18 @@ class Tree:
         """Let ``waiter`` stand in the line of its node and priority."""
         priority = waiter.priority
         branch = self._class(priority)
-        self._classes.living += 1
-        branch.living += 1
+        above = [self._classes, branch]
         for node in reversed(waiter.node.below_root):
             branch = self._branch(branch, node, node, priority, node.fairness.shares)
-            branch.living += 1
+            above.append(branch)
         flow = branch.find(None)
         if flow is None:
             flow = branch.add(None, Line(), waiter.node.fairness.line(priority))
         line = flow.source
         assert isinstance(line, Line)
+        line.above = tuple(above)
+        for counting in above:
+            counting.living += 1
         if not line:
             for chooser, each in self._way(waiter.node, (priority,)):
                 chooser.want(each)
@@ -502,11 +505,12 @@ class Tree:
         )
 
     def leave(self, waiter: Waiter) -> bool:
-        """Take ``waiter``, done, out of its line; return whether it was the head of it."""
-        self._classes.living -= 1
-        for _, flow in self._way(waiter.node, (waiter.priority,)):
-            assert isinstance(flow.source, Branch)
-            flow.source.living -= 1
+        """Take ``waiter``, done, out of its line; return whether it was the head of it.
+
+        It is some time since it was cancelled, and others may stand in its place in a line anew.
+        """
+        for each in waiter.line.above:
+            each.living -= 1
         return waiter.line.leave(waiter)
 
     def rouse(self, node: Node) -> None:

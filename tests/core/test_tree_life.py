@@ -258,6 +258,30 @@ def test_a_deadline_in_a_tree_leaves_a_place_in_the_middle(virtual_time: Virtual
     virtual_time.run(main())
 
 
+def test_whoever_leaves_late_is_not_taken_for_the_next_in_its_place(
+    virtual_time: VirtualTime,
+) -> None:
+    """Cancelled, found gone by the pacer, and followed by another before its task has run."""
+
+    async def main() -> None:
+        key = Limiter(clock=virtual_time.clock)
+        child, other = key.child("child", "1/s"), key.child("other", "1/s")
+        for limiter in (child, other):
+            await limiter.acquire()
+        waiting = asyncio.create_task(other.acquire())
+        gone = asyncio.create_task(child.acquire())
+        await asyncio.sleep(0)
+        key.pause(0.5)  # the pacer looks first,
+        followers = [asyncio.create_task(child.acquire()) for _ in range(2)]
+        gone.cancel()
+        async with asyncio.timeout(60):
+            leases = await asyncio.gather(waiting, *followers)
+        assert [lease.bound_by for lease in leases] == ["requests"] * 3
+        assert (key.statistics().waiting, key.statistics().cancelled) == (0, 1)
+
+    virtual_time.run(main())
+
+
 def test_a_forked_process_begins_anew_at_every_level(virtual_time: VirtualTime) -> None:
     """What `os.fork` calls: nobody waits and nothing is in flight, but what was used stays used."""
 
