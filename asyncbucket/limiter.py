@@ -630,7 +630,8 @@ def pace(
         LimitSyntaxError: a limit cannot be read, or there is none.
         TypeError: ``obj`` is nothing that can be wrapped.
     """
-    if not limits and concurrency is None and not any(limits_by_keyword.values()):
+    given = any(amount is not None for amount in limits_by_keyword.values())
+    if not limits and concurrency is None and not given:
         raise LimitSyntaxError("pace() without a limit would pace nothing: give e.g. rpm=500")
     limiter = Limiter(
         *limits,

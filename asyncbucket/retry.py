@@ -109,6 +109,8 @@ class Retry:
         _check_number(self.max_wait, "max_wait", most=WEEK)
         _check_number(self.backoff, "backoff", most=WEEK)
         _check_number(self.jitter, "jitter", most=1.0)
+        if not isinstance(self.budget, RetryBudget):
+            raise TypeError(f"budget must be a RetryBudget, not {self.budget!r}")
 
     @classmethod
     def of(cls, value: "Retry | int | None") -> "Retry":

@@ -257,6 +257,7 @@ def test_retry_is_read_from_what_people_pass() -> None:
         ({"backoff": -1}, "backoff must be at least 0 and at most 604800, not -1"),
         ({"jitter": 1.5}, "jitter must be at least 0 and at most 1, not 1.5"),
         ({"jitter": "0"}, "jitter must be a number, not '0'"),
+        ({"budget": 5}, "budget must be a RetryBudget, not 5"),
     ],
 )
 def test_senseless_policies_are_refused(wrong: dict[str, Any], message: str) -> None:

@@ -52,6 +52,11 @@ class Routes:
 
     def __init__(self, limiter: Limiter, routing: Routing) -> None:
         self._limiter = limiter
+        if not isinstance(routing, Mapping) and not callable(routing):
+            raise TypeError(
+                f'routes are a mapping such as {{"gpt-4o*": "big"}}, or a function of the call, '
+                f"not {routing!r}"
+            )
         if isinstance(routing, Mapping):
             rules = [_read(pattern, target) for pattern, target in routing.items()]
             for rule in rules:
@@ -79,7 +84,7 @@ class Routes:
 
 
 def _read(pattern: str, target: Target) -> _Rule:
-    parts = pattern.split()
+    parts = pattern.split() if isinstance(pattern, str) else []
     path = parts.pop(0) if parts and parts[0].startswith("/") else None
     model = parts.pop(0) if parts else None
     if parts or (path is None and model is None):

@@ -134,6 +134,8 @@ class _Paced:
         #: What sends the requests; None until the first one tells by which library.
         self.inner: Any = inner
         self._given = profile_named(profile) if isinstance(profile, str) else profile
+        if self._given is not None and not callable(getattr(self._given, "cost", None)):
+            raise TypeError(f"profile must be a provider's name or a Profile, not {profile!r}")
         self._profiles: dict[str, Profile] = {}
         self._learn = learn
         self._lane = Lane(limiter, pauses=provider_of(limiter), learn=learn)

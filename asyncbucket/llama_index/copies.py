@@ -102,8 +102,9 @@ _REGISTRY: Final = _Registry()
 def _terms_of(limiter: Limiter) -> dict[str, Any]:
     """Return what ``limiter`` was made with besides its name and its limits."""
     door = limiter._door  # noqa: SLF001 - what was said when it was made is asked for nowhere else
+    found = door.account.adaptive
     terms: dict[str, Any] = {
-        "concurrency": limiter.concurrency,
+        "concurrency": limiter.concurrency if found is None else (found.least, found.most),
         "max_queue": limiter.max_queue,
         "timeout": door.timeout,
     }

@@ -32,6 +32,12 @@ class Pacing:
         retry: Retry | int | None = None,
         estimator: Estimator | None = None,
     ) -> None:
+        methods = ("chat", "completion", "embedding")
+        if estimator is not None and not any(hasattr(estimator, name) for name in methods):
+            raise TypeError(
+                f"an estimator has chat(), completion() and embedding(), or those that are asked, "
+                f"not {estimator!r}"
+            )
         self.limiter = limiter
         #: As they were given, to pace a copy alike.
         self.options: dict[str, Any] = {"retry": retry, "estimator": estimator}

@@ -249,3 +249,5 @@ def test_pacing_by_nothing_is_a_mistake() -> None:
         pace(object())
     with pytest.raises(LimitSyntaxError, match="pace\\(\\) without a limit would pace nothing"):
         pace(object(), rpm=None)
+    with pytest.raises(LimitSyntaxError, match="rpm must be a whole number of at least 1, not 0"):
+        pace(object(), rpm=0)

@@ -163,3 +163,17 @@ def test_route_must_lead_to_a_child() -> None:
         Limiter(name="openai").transport(routes={"*": Limiter(name="stranger")})
     with pytest.raises(TypeError, match="a route leads to a child or its name, not to 5"):
         Limiter().transport(routes={"*": 5})
+
+
+@pytest.mark.parametrize(
+    ("routes", "message"),
+    [
+        (5, "routes are a mapping such as .*, or a function of the call, not 5"),
+        ([], r"routes are a mapping such as .*, or a function of the call, not \[\]"),
+        ({5: "big"}, "a route is a path, a model, or both, such as .*, not 5"),
+    ],
+)
+def test_what_routes_nothing_is_refused(routes: Any, message: str) -> None:
+    """At once, not by the first request."""
+    with pytest.raises((TypeError, ValueError), match=message):
+        Limiter("500 RPM").transport(routes=routes)

@@ -647,6 +647,8 @@ def test_wrong_arguments_name_the_right_ones(limiter: Limiter) -> None:
         limiter.transport(family="requests")
     with pytest.raises(ValueError, match="no profile is called 'acme'; known are openai, azure"):
         limiter.transport(profile="acme")
+    with pytest.raises(TypeError, match="profile must be a provider's name or a Profile, not 5"):
+        limiter.transport(profile=5)
     with pytest.raises(TypeError, match=r"transport with handle_async_request\(\), not object"):
         limiter.transport(object())
     with pytest.raises(TypeError, match=r"transport with handle_request\(\), not object"):

@@ -293,6 +293,12 @@ def terms(limiter: Limiter) -> list[Any]:
     return found
 
 
+@pytest.mark.parametrize(("given", "kept"), [("auto", (1, 1_000)), ((2, 8), (2, 8)), (3, 3)])
+def test_copy_elsewhere_finds_its_concurrency_itself(given: Any, kept: Any) -> None:
+    """It searches within the same bounds, and does not stay where the original began."""
+    assert copies._terms_of(Limiter(concurrency=given))["concurrency"] == kept
+
+
 def test_unpickled_model_shares_the_child_within_a_process() -> None:
     """A copy spends from the same budgets, at each level."""
     root, chat = tree()

@@ -357,3 +357,9 @@ def test_what_is_made_of_models_is_told_what_to_wrap() -> None:
         limiter.wrap(Spec())
     with pytest.raises(TypeError, match="wrap what FunctionAgent is made of: its llm, and its too"):
         limiter.wrap(agent)
+
+
+def test_what_estimates_nothing_is_refused() -> None:
+    """At once, not by the first call."""
+    with pytest.raises(TypeError, match=r"an estimator has chat\(\), completion\(\) and embedding"):
+        Limiter("1 RPM").wrap(MockLLM(), estimator=5)
