@@ -99,6 +99,11 @@ def test_watch_looks_at_a_unix_socket(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "status", "message"),
     [
+        (
+            "http://me:s3cret@127.0.0.1:1",
+            1,
+            "nobody serves statistics at http://me:***@127.0.0.1:1",
+        ),
         ("http://127.0.0.1:1", 1, "nobody serves statistics at http://127.0.0.1:1"),
         ("limits", 2, "'limits' is no limiter to watch"),
         ("https://example.org", 2, "is no limiter to watch"),
@@ -138,13 +143,14 @@ def test_plot_draws_a_trace(virtual_time: VirtualTime, tmp_path: Path) -> None:
     [
         ("", "nothing happened in this trace"),
         ("hello\n", "line 1: no trace; write one by limiter.trace().save()"),
+        ("\udcff", "line 1: no trace"),
         ('{"limits": [], "limiter": "a"}\n', "nothing happened in this trace"),
         ('{"limits": [], "limiter": "a"}\n{"at": 1}\n', "line 2: no trace"),
     ],
 )
 def test_plot_refuses_what_is_no_trace(tmp_path: Path, text: str, message: str) -> None:
     """With the line where it noticed."""
-    (tmp_path / "trace.jsonl").write_text(text)
+    (tmp_path / "trace.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
     done = run.invoke(app, ["plot", str(tmp_path / "trace.jsonl"), "-o", str(tmp_path / "out.png")])
     assert done.exit_code == 2
     assert message in done.stderr

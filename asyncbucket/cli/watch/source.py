@@ -28,15 +28,15 @@ def source(url: str) -> Look:
     Raises:
         ValueError: nobody can be asked by such a URL.
     """
-    parts = urlsplit(url)
+    parts, shown = urlsplit(url), without_password(url)
     if parts.scheme == "http":
         host, port = parts.hostname or "127.0.0.1", parts.port or 80
-        return lambda: _fetch(http.client.HTTPConnection(host, port, timeout=_PATIENCE), url)
+        return lambda: _fetch(http.client.HTTPConnection(host, port, timeout=_PATIENCE), shown)
     if parts.scheme == "unix" and not parts.query:
-        return lambda: _fetch(_Unix(parts.path), url)
+        return lambda: _fetch(_Unix(parts.path), shown)
     if parts.scheme in {"", "https"}:
         raise ValueError(
-            f"{url!r} is no limiter to watch: give the URL that limiter.serve_stats() tells "
+            f"{shown!r} is no limiter to watch: give the URL that limiter.serve_stats() tells "
             f"(http://127.0.0.1:4294, unix:///run/limits.sock) or a store's (redis://host:6379/0)"
         )
     open_store(url)
