@@ -219,7 +219,7 @@ class Account(Node):
         ours, window, _ = self.limits[key]
         headroom = self._headrooms.get(key)
         if headroom is None:
-            headroom = Headroom(amount=ours.amount, window=ours.window)
+            headroom = Headroom(amount=ours.amount, window=ours.window, ours=window.closed())
             self._headrooms = {**self._headrooms, key: headroom}
             self.changed_locked()
         headroom.hear(

@@ -91,7 +91,8 @@ class Headroom:
     bound_by: ClassVar[str | None] = None
     remote: ClassVar[bool] = False
 
-    def __init__(self, *, amount: int, window: int) -> None:
+    def __init__(self, *, amount: int, window: int, ours: Window | None = None) -> None:
+        """Know nothing yet, but ``ours``: what we booked before anybody listened."""
         self.amount = amount
         self.window = window
         #: What was left at ``_at``, as far as is known; None before any word from the provider.
@@ -108,7 +109,7 @@ class Headroom:
         self._left = 0
         self._most = 0
         #: Units that we booked, in the last window and ever.
-        self._ours = Window(amount=amount, window=window)
+        self._ours = Window(amount=amount, window=window) if ours is None else ours
         self._booked = 0
         self._others = Others(amount=amount, window=window)
         #: When what was booked would have passed, had it come evenly, and when it did.

@@ -328,6 +328,17 @@ class Window:
         recent = self._recent if self._last > when else 0
         return recent + sum(self._units[bisect.bisect_right(self._dates, when) :])
 
+    def closed(self) -> "Window":
+        """Return another window with what no call gives back any more: the oldest bookings."""
+        twin = Window(amount=self.amount, window=self.window)
+        left = self.used - self.lent
+        for date, units in zip((*self._dates, self._last), (*self._units, self._recent), strict=True):
+            if left > 0:
+                twin.book(min(units, left), date)
+            left -= units
+        twin.lent = 0
+        return twin
+
     def _open(self, when: int) -> None:
         """Put the newest entry to the others, and begin another."""
         self._forget(when)

@@ -463,6 +463,24 @@ def test_a_window_knows_what_may_come_back() -> None:
     assert window.lent == 7
 
 
+def test_what_is_closed_of_a_window_is_the_oldest() -> None:
+    """Nine of ten are booked, and four may come back: five are closed, as old as they are."""
+    window = Window(amount=10, window=60 * SECOND)
+    for when in (1, 2, 3):
+        window.book(3, when * SECOND)
+    window.lent = 4
+    closed = window.closed()
+    assert (closed.used, closed.lent, closed.last) == (5, 0, 2 * SECOND)
+    held = 60 * SECOND * 515 // 512
+    assert [closed.earliest(n, 3 * SECOND) for n in (5, 8, 10)] == [
+        3 * SECOND,
+        SECOND + held,
+        2 * SECOND + held,
+    ]
+    closed.book(5, 3 * SECOND)
+    assert window.used == 9
+
+
 @pytest.mark.parametrize(("window", "held"), [(100, 100), (513, 516)])
 def test_a_window_of_nanoseconds_keeps_them_apart(window: int, held: int) -> None:
     """Where a 512th is less than a nanosecond, or a little more, bookings are kept by nanoseconds."""

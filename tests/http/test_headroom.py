@@ -359,8 +359,13 @@ class Shared:
     use: float
 
 
-def share(policy: Any, *, others: float, minutes: int = 4, tpm: int | None = None) -> Shared:
-    """Saturate 600 RPM, or the TPM that are as many calls, beside others who take a part of it."""
+def share(
+    policy: Any, *, others: float, minutes: int = 4, tpm: int | None = None, deaf: float = 0
+) -> Shared:
+    """Saturate 600 RPM, or the TPM that are as many calls, beside others who take a part of it.
+
+    For `deaf` seconds nobody listens to what replies say.
+    """
     with virtual_time() as time:
         provider = RateLimitedProvider(
             rpm=None if tpm else 600,
@@ -391,10 +396,19 @@ def share(policy: Any, *, others: float, minutes: int = 4, tpm: int | None = Non
                 httpx.AsyncClient(transport=limiter.transport(direct), **where) as paced,
                 httpx.AsyncClient(transport=direct, **where) as plain,
             ):
+                if deaf:
+                    async with httpx.AsyncClient(
+                        transport=limiter.transport(direct, learn=False), **where
+                    ) as unheard:
+                        early = [asyncio.create_task(ours(unheard)) for _ in range(100)]
+                        await asyncio.sleep(deaf)
+                        for task in early:
+                            task.cancel()
+                        await asyncio.gather(*early, return_exceptions=True)
                 tasks = [asyncio.create_task(ours(paced)) for _ in range(100)]
                 if others:
                     tasks.append(asyncio.create_task(theirs(plain)))
-                await asyncio.sleep(60)
+                await asyncio.sleep(60 - deaf)
                 first = provider.statistics().admitted
                 await asyncio.sleep(60 * (minutes - 1))
                 for task in tasks:
@@ -436,6 +450,16 @@ def test_key_that_is_counted_in_slices_is_shared_with_fewer_refusals() -> None:
 def test_alone_nothing_is_refused_and_little_is_lost(policy: str, tpm: int | None) -> None:
     """However the provider counts: while we are alone no call is refused, and 95 % are used."""
     seen = share(policy, others=0, minutes=3, tpm=tpm)
+
+    assert seen.refused == 0
+    assert seen.use > 0.95
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("policy", ["token_bucket", "sliding_window", "fixed_window"])
+def test_what_we_sent_before_anybody_listened_is_taken_for_ours(policy: str) -> None:
+    """A program that is started again, and knows what it sent, is not cautious of itself."""
+    seen = share(policy, others=0, minutes=3, deaf=40)
 
     assert seen.refused == 0
     assert seen.use > 0.95
