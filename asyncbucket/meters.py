@@ -332,7 +332,9 @@ class Window:
         """Return another window with what no call gives back any more: the oldest bookings."""
         twin = Window(amount=self.amount, window=self.window)
         left = self.used - self.lent
-        for date, units in zip((*self._dates, self._last), (*self._units, self._recent), strict=True):
+        for date, units in zip(
+            (*self._dates, self._last), (*self._units, self._recent), strict=True
+        ):
             if left > 0:
                 twin.book(min(units, left), date)
             left -= units

@@ -23,4 +23,7 @@ html_copy_source = False
 html_extra_path = ["llms.txt"]
 
 # Addresses in examples, where nobody answers.
-linkcheck_ignore = [r"https?://(127\.0\.0\.1|localhost|provider|gpu)\b", r"https://api\.openai\.com/"]
+linkcheck_ignore = [
+    r"https?://(127\.0\.0\.1|localhost|provider|gpu)\b",
+    r"https://api\.openai\.com/",
+]
