@@ -242,7 +242,6 @@ class Pacer:
             self._budget.rouse_locked(head.node)
 
     def _expire_locked(self, waiter: Waiter) -> None:
-        waiter.bound_by = waiter.line.bound_by or self.bound_by
         waiter.set_result(NEVER)
         self.leave_locked(waiter)
         self.queue.rouse(waiter.node)

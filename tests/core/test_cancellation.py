@@ -470,20 +470,25 @@ def test_any_history_is_in_order_never_over_and_ends_empty(
 def test_a_dropped_task_on_a_closed_loop_gives_nothing_twice() -> None:
     """Loops that end with calls in line, cancelled or not, are counted out once."""
 
-    async def forever(coroutine: Coroutine[Any, Any, object]) -> None:
-        await coroutine
+    held: list[object] = []
 
-    limiter = Limiter(concurrency=1)
-    holder = limiter.acquire_nowait()
+    async def forever(coroutine: Coroutine[Any, Any, object]) -> None:
+        held.append(await coroutine)
+
+    limiter = Limiter(concurrency=2)
+    holder, other = limiter.acquire_nowait(), limiter.acquire_nowait()
     loop = asyncio.new_event_loop()
     loop.set_exception_handler(lambda _, __: None)  # "Task was destroyed", as we mean it to be
-    tasks = [loop.create_task(forever(limiter.acquire())) for _ in range(4)]
+    tasks = [loop.create_task(forever(limiter.acquire())) for _ in range(5)]
     loop.run_until_complete(steps(3))
-    assert limiter.statistics().waiting == 4
-    tasks[1].cancel()
+    other.release()
+    loop.run_until_complete(steps(5))  # the first passes
+    assert (limiter.statistics().waiting, len(held)) == (4, 1)
+    tasks[2].cancel()
     loop.close()
     del tasks
     gc.collect()
     holder.release()
+    held.clear()
     gc.collect()
     nothing_is_left(limiter)
