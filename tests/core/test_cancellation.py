@@ -469,7 +469,6 @@ def test_any_history_is_in_order_never_over_and_ends_empty(
 
 def test_a_dropped_task_on_a_closed_loop_gives_nothing_twice() -> None:
     """Loops that end with calls in line, cancelled or not, are counted out once."""
-
     held: list[object] = []
 
     async def forever(coroutine: Coroutine[Any, Any, object]) -> None:
