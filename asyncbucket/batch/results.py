@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import os
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from types import TracebackType
@@ -99,6 +100,8 @@ def amap(  # noqa: PLR0913 - each is an option of its own, by keyword
 
 def _name(fn: object) -> str:
     """Return what the results of ``fn`` are called in a checkpoint."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
     return getattr(fn, "__qualname__", type(fn).__qualname__)
 
 

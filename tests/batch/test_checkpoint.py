@@ -1,6 +1,7 @@
 """A run that was killed goes on where it was: nothing is called for twice, nothing is lost."""
 
 import asyncio
+import functools
 import itertools
 import os
 import signal
@@ -191,6 +192,20 @@ async def test_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds results of Calls, not of test_.*other"):
         await run(path, other, [1])
     (item,) = await run(Checkpoint(path, name="Calls"), other, [1])
+    assert item.restored
+
+
+async def test_a_partial_goes_by_the_function_that_it_calls(tmp_path: Path) -> None:
+    """All partials would be one function else, and take over each other's results."""
+
+    async def other(item: int) -> int:
+        return item
+
+    path = tmp_path / "run.db"
+    await run(path, functools.partial(Calls()), [1])
+    with pytest.raises(CheckpointError):
+        await run(path, functools.partial(other), [1])
+    (item,) = await run(path, Calls(), [1])
     assert item.restored
 
 
