@@ -14,17 +14,15 @@ whoever iterates over it. So it is set around one step of the inner stream at a 
 
 import contextlib
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
-from asyncbucket.http.lending import give_back
 from asyncbucket.http.levels import is_under
 from asyncbucket.lease import Lease
 from asyncbucket.limiter import Limiter
 
 if TYPE_CHECKING:
-    from asyncbucket.account import Account
     from asyncbucket.http.learn import Ear
     from asyncbucket.http.profiles import Profile
 
@@ -48,18 +46,6 @@ class Held:
         """The lease, while it is held."""
         lease = self._lease()
         return None if lease is None or lease.released else lease
-
-    def make_way(self, path: "tuple[Account, ...]") -> None:
-        """Give back the slots that a call at the levels of ``path`` needs, here and in what is around.
-
-        Such a call is made inside, by another model or a transport, and is not paid for by this one.
-        """
-        held: Held | None = self
-        while held is not None:
-            lease = held.lease
-            if lease is not None:
-                give_back(lease, path)
-            held = held.outer
 
     def leaves(self) -> None:
         """Count a request that is about to leave, and date the booking by it."""
@@ -91,18 +77,25 @@ def current() -> Held | None:
     return _HELD.get()
 
 
+def around() -> Iterator[tuple[Held, Lease]]:
+    """Yield the notes of this context whose leases are held, with them, from within outward."""
+    held = _HELD.get()
+    while held is not None:
+        lease = held.lease
+        if lease is not None:
+            yield held, lease
+        held = held.outer
+
+
 def payer(limiter: Limiter) -> Limiter | None:
     """Return whose lease this context runs under, if that is ``limiter``, one below it or above it.
 
     Another lease above it would be a second one of the same call: where there is one slot, the call
     would wait for itself.
     """
-    held = _HELD.get()
-    while held is not None:
-        ours = held.limiter
-        if held.lease is not None and (is_under(ours, limiter) or is_under(limiter, ours)):
-            return ours
-        held = held.outer
+    for held, _ in around():
+        if is_under(held.limiter, limiter) or is_under(limiter, held.limiter):
+            return held.limiter
     return None
 
 

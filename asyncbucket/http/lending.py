@@ -9,7 +9,6 @@ To hold one slot while waiting for another is still how two come to wait for eac
 while which were waited for, and where that would go round in a circle the slot is given back as well.
 """
 
-import re
 import weakref
 from typing import TYPE_CHECKING, Final
 
@@ -56,8 +55,8 @@ class _Order:
 
     def is_circle(self, held: "Account", wanted: "list[Account]") -> bool:
         """Tell whether those who wait may wait for each other; if not, keep it in mind."""
-        name = _name(held)
-        goals = {_name(each) for each in wanted}
+        name = held.shown  # tenants are one there, for there may be many
+        goals = {each.shown for each in wanted}
         if any(self._leads(goal, name) for goal in goals):
             return True
         self._after.setdefault(name, set()).update(goals)
@@ -76,8 +75,3 @@ class _Order:
 
 
 _ORDER: Final["weakref.WeakKeyDictionary[Budget, _Order]"] = weakref.WeakKeyDictionary()
-
-
-def _name(account: "Account") -> str:
-    """Return a level's name; the tenants are taken for one, for there may be many."""
-    return re.sub(r"/\*[^/]*", "/*", account.name)

@@ -23,7 +23,7 @@ from collections.abc import Generator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final
 
-from asyncbucket.http.held import current
+from asyncbucket.http.held import around, current
 from asyncbucket.http.lending import give_back
 from asyncbucket.http.levels import asked
 from asyncbucket.lease import Lease
@@ -84,12 +84,12 @@ def is_running(tool: object) -> bool:
 
 def make_way(limiter: Limiter) -> None:
     """Have what runs around this context give back the slots that a call of ``limiter`` needs."""
-    here, held = _RUNNING.get(), current()
-    if here is None and held is None:
+    here = _RUNNING.get()
+    if here is None and current() is None:
         return
     path = asked(limiter)._account.path  # noqa: SLF001 - a lease gives its slots back all at once
     while here is not None:
         here.make_way(path)
         here = here.outer
-    if held is not None:
-        held.make_way(path)
+    for _, lease in around():
+        give_back(lease, path)

@@ -197,7 +197,6 @@ class _Paced:
         """Tell whether a paced model above has paid for the request already, and warn once."""
         paid = payer(limiter)
         if paid is None:
-            make_way(limiter)
             return False
         if is_under(paid, limiter):
             self._tell(
@@ -260,6 +259,7 @@ class PacedTransport(_Paced):
             reply = await inner.handle_async_request(request)
             lane.ear.hear(reply.headers, profile, since=sent_at)
             return reply
+        make_way(limiter)
         lease = await limiter.acquire(**parts(cost))
         attempt = lane.attempt(lease, call, profile)
         try:
@@ -315,6 +315,7 @@ class PacedTransportSync(_Paced):
             reply = inner.handle_request(request)
             lane.ear.hear(reply.headers, profile, since=sent_at)
             return reply
+        make_way(limiter)
         lease = limiter.acquire_sync(**parts(cost))
         attempt = lane.attempt(lease, call, profile)
         try:

@@ -6,7 +6,7 @@ of its reply, the usage is seen within, and settles the call outside.
 
 import contextlib
 
-from asyncbucket.http.held import Held, current, holding
+from asyncbucket.http.held import Held, around, holding
 from asyncbucket.http.learn import Ear
 from asyncbucket.http.levels import is_under
 from asyncbucket.lease import Lease
@@ -31,12 +31,7 @@ class HeldCall(Held):
 
 def held_call(limiter: Limiter) -> Held | None:
     """Return the note that this context runs under a lease that counts at ``limiter``, or None."""
-    held = current()
-    while held is not None:
-        if is_under(held.limiter, limiter) and held.lease is not None:
-            return held
-        held = held.outer
-    return None
+    return next((held for held, _ in around() if is_under(held.limiter, limiter)), None)
 
 
 def note_usage(held: Held, usage: Usage | None) -> None:

@@ -1,7 +1,8 @@
 """A paced tool: each call of it is admitted first, once.
 
-What it may call itself meanwhile, and what it holds then: `asyncbucket.http.running`. A tool is never tried again: nobody but its author knows what it has done by then. LlamaIndex's agents
-show a tool's error to the model, and so they do with a refusal by the limiter.
+What it may call itself meanwhile, and what it holds then: `asyncbucket.http.running`. A tool is
+never tried again: nobody but its author knows what it has done by then. LlamaIndex's agents show a
+tool's error to the model, and so they do with a refusal by the limiter.
 """
 
 # mypy: disable-error-code="safe-super"
