@@ -168,15 +168,22 @@ class Ledger:
             return [self._found(entry) for entry in entries]
 
     def _found(self, entry: Entry) -> Entry:
-        given = self._checkpoint.key
-        text = None if given is None else given(entry.input)
-        item = key_of(entry.input) if text is None else digest(b"k" + text.encode())
+        item = self._key(entry.input)
         ((times,),) = self._database.execute(_COUNT, (item,)).fetchall()
         key = item + times.to_bytes(4, "big")
         query = "SELECT kind, value FROM results WHERE key = ?"
         row = self._database.execute(query, (key,)).fetchone()
         stored = None if row is None else (self._load(*row),)
         return entry._replace(key=key, stored=stored)
+
+    def _key(self, item: Any) -> bytes:
+        given = self._checkpoint.key
+        if given is None:
+            return key_of(item)
+        text: object = given(item)
+        if not isinstance(text, str):
+            raise TypeError(f"key= of a checkpoint must return a text, not {text!r}")
+        return digest(b"k" + text.encode("utf-8", "surrogatepass"))
 
     def save(self, results: Iterable[tuple[bytes, Any]]) -> None:
         """Keep results by their keys, all or none.

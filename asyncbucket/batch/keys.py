@@ -15,6 +15,7 @@ def key_of(item: object) -> bytes:
     """Return a key that depends on what ``item`` holds, and on nothing else.
 
     Text, bytes, numbers, None, lists, tuples, dicts, dataclasses and pydantic models, each of each.
+    Those of different types are different items; the order of a dict's keys is of no matter.
 
     Raises:
         TypeError: it holds something else, whose `repr` may differ from one process to the next.
@@ -23,7 +24,7 @@ def key_of(item: object) -> bytes:
         return digest(b"s" + item.encode("utf-8", "surrogatepass"))
     if isinstance(item, bytes):
         return digest(b"b" + item)
-    text = json.dumps(item, sort_keys=True, separators=(",", ":"), default=_plain)
+    text = json.dumps(_told_apart(item), separators=(",", ":"))
     return digest(b"j" + text.encode("utf-8", "surrogatepass"))
 
 
@@ -32,18 +33,26 @@ def digest(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()[:SIZE]
 
 
-def _plain(value: Any) -> object:
-    """Return what JSON can hold instead of ``value``, with its kind."""
+def _told_apart(value: Any) -> object:
+    """Return what JSON can hold instead of ``value``: what has parts as a list, its kind first.
+
+    JSON alone takes tuples for lists, and the key 1 for "1".
+    """
+    if value is None or isinstance(value, (str, int, float)):
+        return value
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     if hasattr(value, "__pydantic_fields_set__"):
-        return [kind, value.model_dump(mode="json")]
+        return [kind, _told_apart(value.model_dump(mode="json"))]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
-        return [kind, fields]
+        fields = dataclasses.fields(value)
+        return [kind, *([each.name, _told_apart(getattr(value, each.name))] for each in fields)]
     if isinstance(value, (bytes, bytearray)):
         return [kind, value.hex()]
     if isinstance(value, Mapping):
-        return [kind, dict(value)]
+        pairs = ([_told_apart(key), _told_apart(each)] for key, each in value.items())
+        return [kind, *sorted(pairs, key=json.dumps)]
+    if isinstance(value, (list, tuple)):
+        return [kind, *map(_told_apart, value)]
     raise TypeError(
         f"an item with {type(value).__name__} in it has no key by which a checkpoint knows it again: "
         f"give key=, a function from the item to a text"

@@ -181,6 +181,46 @@ async def test_key_says_by_what_an_item_is_known(tmp_path: Path) -> None:
     assert again.restored
 
 
+@pytest.mark.parametrize(
+    ("item", "other"),
+    [
+        ({1: "a"}, {"1": "a"}),
+        ({1: "a"}, {True: "a"}),
+        ({None: "a"}, {"null": "a"}),
+        ((1, 2), [1, 2]),
+        ({"at": (1, 2)}, {"at": [1, 2]}),
+        ([b"ab"], [["builtins.bytes", "6162"]]),
+        ({"a": "b"}, ["builtins.dict", ["a", "b"]]),
+        ([1], [1.0]),
+    ],
+    ids=repr,
+)
+async def test_items_that_only_look_alike_are_told_apart(
+    tmp_path: Path, item: Any, other: Any
+) -> None:
+    """Or one would be given the other's result."""
+    await run(tmp_path / "run.db", Calls(), [item])
+    (found,) = await run(tmp_path / "run.db", Calls(), [other])
+
+    assert not found.restored
+
+
+async def test_dict_is_known_again_whatever_its_keys_and_their_order(tmp_path: Path) -> None:
+    """Keys of several types included, which nothing can sort."""
+    await run(tmp_path / "run.db", Calls(), [{1: "a", "b": 2, (3, 4): None}])
+    (found,) = await run(tmp_path / "run.db", Calls(), [{(3, 4): None, "b": 2, 1: "a"}])
+
+    assert found.restored
+
+
+async def test_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    """A number, say, as rows of a table have it."""
+    keyed = Checkpoint(tmp_path / "run.db", key=lambda row: row["id"])
+
+    with pytest.raises(TypeError, match=r"key= of a checkpoint must return a text, not 7"):
+        await run(keyed, Calls(), [{"id": 7}])
+
+
 async def test_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     """Or the answers of one question were taken for those of another."""
     path = tmp_path / "run.db"
