@@ -6,6 +6,7 @@ name other than this machine's gets nothing (DNS rebinding).
 """
 
 import contextlib
+import errno
 import http.server
 import ipaddress
 import json
@@ -14,7 +15,7 @@ import socket
 import socketserver
 import stat
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final, Self
@@ -23,6 +24,7 @@ from asyncbucket.limiter import Limiter
 from asyncbucket.stats.report import as_prometheus, report
 
 _NAMES: Final = ("localhost", "127.0.0.1", "[::1]")
+_PORTS: Final = 65_535
 _NEXT_NAMES: Final = "see / for limiters, /metrics for Prometheus"
 
 
@@ -76,22 +78,39 @@ def serve_stats(
         path: of a unix socket, instead of host and port; only its owner may connect.
 
     Raises:
-        ValueError: ``host`` is no loopback address.
-        OSError: the port or the path is taken.
+        ValueError: ``host`` is no loopback address, or there is no such port.
+        OSError: the port or the path is taken, or cannot be had; it says which.
     """
     them = [limiters] if isinstance(limiters, Limiter) else list(limiters)
     if path is not None:
         where = Path(path)
-        _clear(where)
-        return StatsServer(_UnixServer(where, them), f"unix://{where.resolve()}", where)
+        with _said_of(str(where)):
+            _clear(where)
+            unix = _UnixServer(where, them)
+        return StatsServer(unix, f"unix://{where.resolve()}", where)
     if not (host == "localhost" or _is_loopback(host)):
         raise ValueError(
             f"statistics are served on this machine alone: host must be a loopback address such as "
             f"127.0.0.1, not {host!r}"
         )
-    server = _TcpServer(host, port, them)
+    if not isinstance(port, int) or not 0 <= port <= _PORTS:
+        raise ValueError(
+            f"port must be a whole number from 0 (any that is free) to {_PORTS}, not {port!r}"
+        )
     name = f"[{host}]" if ":" in host else host
+    with _said_of(f"{name}:{port}"):
+        server = _TcpServer(host, port, them)
     return StatsServer(server, f"http://{name}:{server.server_address[1]}", None)
+
+
+@contextlib.contextmanager
+def _said_of(where: str) -> Generator[None]:
+    """Let an error say where nothing can be served; sockets keep it to themselves."""
+    try:
+        yield
+    except OSError as error:
+        number = error.errno or errno.ENAMETOOLONG  # the one that Python finds, not the system
+        raise OSError(number, error.strerror or str(error), where) from error
 
 
 def _is_loopback(host: str) -> bool:

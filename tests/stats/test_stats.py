@@ -7,7 +7,7 @@ import stat
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -111,6 +111,26 @@ def test_other_machines_are_not_served(host: str) -> None:
     """The message says what is."""
     with pytest.raises(ValueError, match="on this machine alone: host must be a loopback address"):
         busy().serve_stats(host=host)
+
+
+@pytest.mark.parametrize("port", [99_999, -1, "80"])
+def test_port_that_there_is_not_is_refused_with_the_ports_that_there_are(port: Any) -> None:
+    """Before a socket is made of it; one from the environment is a text."""
+    with pytest.raises(ValueError, match=rf"number from 0 .any.* to 65535, not {port!r}$"):
+        busy().serve_stats(port=port)
+
+
+def test_error_says_where_nothing_can_be_served(tmp_path: Path) -> None:
+    """A port that is taken, a folder that is not there, a path that no socket may have."""
+    with busy().serve_stats() as server:
+        where = server.url.removeprefix("http://")
+        port = int(where.partition(":")[2])
+        with pytest.raises(OSError, match=rf"Address already in use: '{where}'$"):
+            busy().serve_stats(port=port)
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*/none/x'$"):
+        busy().serve_stats(path=tmp_path / "none" / "x")
+    with pytest.raises(OSError, match=r"AF_UNIX path too long: '.*x'$"):
+        busy().serve_stats(path=tmp_path / ("x" * 200))
 
 
 def test_strange_names_and_paths_get_nothing() -> None:
