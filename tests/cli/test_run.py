@@ -402,6 +402,27 @@ def test_what_does_not_fit_is_one_line_and_status_2(arguments: list[str], messag
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="streams are closed so on Unix")
+@pytest.mark.parametrize(
+    ("arguments", "closed", "message"),
+    [
+        ("-", "<&-", "standard input is closed: name a file, or pipe the lines in"),
+        ("- --dry-run", "<&-", "standard input is closed: name a file, or pipe the lines in"),
+        ("in.jsonl", ">&-", "standard output is closed, where the answers go: give -o"),
+    ],
+)
+def test_closed_stream_is_one_line_and_status_2(arguments: str, closed: str, message: str) -> None:
+    """Some programs that run others close what they don't use."""
+    batch(1)
+    line = f'exec "$0" -m asyncbucket run {arguments} --rpm 1 {closed}'
+
+    done = subprocess.run(
+        ["/bin/sh", "-c", line, sys.executable], capture_output=True, text=True, check=False
+    )
+
+    assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
+
+
 @pytest.mark.parametrize(
     "files",
     [

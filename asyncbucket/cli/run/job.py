@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -139,7 +140,15 @@ class Job:
             raise ValueError(f"{self.source} is no file that can be read")
         if self.profile is not None:
             profile_named(self.profile)
+        self._check_streams()
         self._check_files()
+
+    def _check_streams(self) -> None:
+        """Refuse to read or write where nothing is: whoever runs us may have closed it."""
+        if self.source == STANDARD and sys.stdin is None:
+            raise ValueError("standard input is closed: name a file, or pipe the lines in")
+        if self.out == STANDARD and sys.stdout is None:
+            raise ValueError("standard output is closed, where the answers go: give -o")
 
     def _check_files(self) -> None:
         """Refuse files that cannot be written, and one that is two of them: it would be lost."""
