@@ -80,7 +80,8 @@ def plan(  # noqa: PLR0913 - a plan has as many sides
 
     Args:
         limits: as for `Limiter`: texts such as ``"500 RPM"`` or `Limit` objects.
-        calls: how many; may be left out where samples, instants or an agent tree say it.
+        calls: how many; may be left out where samples, instants or an agent tree say it. At most
+            10 million, or a million of tenants: a plan runs through each.
         tokens: tokens reserved by a call, input and output together.
         input_tokens: tokens sent.
         output_tokens: tokens expected back.
@@ -121,7 +122,11 @@ def plan(  # noqa: PLR0913 - a plan has as many sides
     read = Tokens(count=count_tokens, profile=profile)
     loads = loads_of(everyone, tenants or {}, resources or {}, read, seed)
     limits_read = read_limits(limits, limits_by_keyword)
-    return foresee(loads, bounds_of(limits_read, concurrency, tenants or {}), what_if=what_if)
+    bounds = bounds_of(limits_read, concurrency, tenants or {})
+    try:
+        return foresee(loads, bounds, what_if=what_if)
+    except OverflowError as error:
+        raise ValueError("a plan reaches 292 years: some latency or instant is beyond") from error
 
 
 def __getattr__(name: str) -> object:

@@ -5,9 +5,13 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
-_NANOSECONDS = 1_000_000_000
+#: The most calls of a plan, which are a minute or two and some gigabytes.
+MOST: Final = 10_000_000
+_NANOSECONDS: Final = 1_000_000_000
+#: Generations of twins whose calls nobody counts any more.
+_DEEP: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +61,20 @@ class AgentTree:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if (self.fan_out > 1 and self.depth > _DEEP) or self.calls > MOST:
+            raise ValueError(
+                f"agents={self.agents:,}, depth={self.depth:,}, fan_out={self.fan_out:,} and "
+                f"steps={self.steps:,} make more than {MOST:,} calls, the most of a plan: give a "
+                f"smaller tree"
+            )
 
     @property
     def calls(self) -> int:
         """The calls that all of them make together."""
-        agents, family = self.agents, 0
-        for _ in range(self.depth):
-            family += agents
-            agents *= self.fan_out
-        return family * self.steps
+        if self.fan_out == 1:
+            return self.agents * self.depth * self.steps
+        family = (self.fan_out**self.depth - 1) // (self.fan_out - 1)
+        return self.agents * family * self.steps
 
     @property
     def generations(self) -> int:

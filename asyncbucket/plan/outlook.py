@@ -8,6 +8,7 @@ from asyncbucket.cost import Cost
 from asyncbucket.errors import CostExceedsLimit
 from asyncbucket.limiter import Limiter
 from asyncbucket.limits import Limit
+from asyncbucket.plan.arrivals import MOST
 from asyncbucket.plan.drive import Course, drive
 from asyncbucket.plan.load import Load
 from asyncbucket.plan.result import Plan, PlannedLimit, PlannedTenant, PlannedWaits
@@ -19,6 +20,8 @@ _NANOSECONDS: Final = 1_000_000_000
 #: Up to so many calls other limits are tried without being asked to; with tenants it takes longer.
 _MANY: Final = 100_000
 _MANY_OF_TENANTS: Final = 20_000
+#: The most calls of tenants, which take ten times as long as `MOST` of one line would.
+_MOST_OF_TENANTS: Final = MOST // 10
 #: Parts of the timeline.
 _PARTS: Final = 240
 
@@ -105,16 +108,32 @@ Loads = Mapping[str | None, Load]
 
 def foresee(loads: Loads, bounds: Bounds, *, what_if: bool | None) -> Plan:
     """Return the plan of calls under limits; see `asyncbucket.plan.plan`."""
+    calls = _count(loads)
     _check(loads, bounds)
     run = _run(loads, bounds)
     refusal = _refusal(run, bounds)
     if refusal is not None and not run.whole.admitted:
         raise CostExceedsLimit(f"no call can ever pass: {refusal}")
-    calls = sum(load.calls for load in loads.values())
     few = calls <= (_MANY if None in loads else _MANY_OF_TENANTS)
     tried = loads if (few if what_if is None else what_if) else None
     limits = tuple(_limit(bound, bounds, run, tried) for bound in bounds.each())
     return _plan(run, limits, refusal)
+
+
+def _count(loads: Loads) -> int:
+    """Return how many calls there are.
+
+    Raises:
+        ValueError: they are more than can be run through.
+    """
+    calls = sum(load.calls for load in loads.values())
+    most, whose = (MOST, "") if None in loads else (_MOST_OF_TENANTS, " of tenants")
+    if calls > most:
+        raise ValueError(
+            f"{calls:,} calls are more than the {most:,}{whose} that a plan runs through: plan a "
+            f"part of them; where limits bind, twice the calls take twice as long"
+        )
+    return calls
 
 
 def _check(loads: Loads, bounds: Bounds) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import CostExceedsLimit, LimitSyntaxError
-from asyncbucket.plan import AgentTree, Plan, Poisson, plan
+from asyncbucket.plan import AgentTree, Plan, Poisson, Tenant, plan
 from asyncbucket.plan.result import binds, change, percent, spoken
 
 EXAMPLE = """\
@@ -171,6 +171,8 @@ def test_plan_survives_json_and_pickle() -> None:
         ({"calls": 5, "itpm": 100}, "a limit counts input_tokens"),
         ({"calls": 5, "concurrency": 2}, "concurrency=2 binds by how long calls take"),
         ({"calls": 5, "concurrency": "auto", "latency": 1}, "concurrency='auto' is found by how"),
+        ({"calls": 5, "latency": 1e300}, "a plan reaches 292 years"),
+        ({"calls": 5, "arrivals": Poisson(1e-12)}, "a plan reaches 292 years"),
         ({"calls": 5, "latency": -1}, "latency: expected a finite number from 0 on, not -1"),
         ({"calls": 5, "tokens": True}, "tokens: expected a number, not True"),
         ({"tokens": []}, "tokens has no samples"),
@@ -256,3 +258,28 @@ def test_a_change_below_half_a_percent_is_none() -> None:
     assert change(100.4, 100) == "the same"
     assert change(50, 100) == "50 s (-50 %)"
     assert change(None, 100) == ""
+
+
+@pytest.mark.parametrize(
+    "sides",
+    [
+        {"depth": 10**9},
+        {"depth": 10**9, "fan_out": 2},
+        {"depth": 10, "fan_out": 10},
+        {"agents": 5_000, "steps": 2_001},
+        {"fan_out": 10**12, "depth": 2},
+    ],
+    ids=str,
+)
+def test_a_tree_that_nobody_can_run_through_is_refused_at_once(sides: dict[str, int]) -> None:
+    """Before its calls are counted one by one."""
+    with pytest.raises(ValueError, match=r"^agents=.* make more than 10,000,000 calls, the most"):
+        AgentTree(**sides)
+
+
+def test_calls_that_nobody_can_run_through_are_refused_at_once() -> None:
+    """With the numbers, and what to do; tenants take longer, so theirs are fewer."""
+    with pytest.raises(ValueError, match=r"10,000,001 calls are more than the 10,000,000 that a"):
+        plan(calls=10_000_001, rpm=500)
+    with pytest.raises(ValueError, match=r"1,200,000 calls are more than the 1,000,000 of tenants"):
+        plan(calls=600_000, rpm=500, tenants={"a": Tenant(), "b": Tenant()})
