@@ -73,7 +73,7 @@ class AgentTree:
         """The calls that all of them make together."""
         if self.fan_out == 1:
             return self.agents * self.depth * self.steps
-        family = (self.fan_out**self.depth - 1) // (self.fan_out - 1)
+        family: int = (self.fan_out**self.depth - 1) // (self.fan_out - 1)
         return self.agents * family * self.steps
 
     @property
