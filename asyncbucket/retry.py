@@ -19,10 +19,12 @@ How stamina is used, and why so. Its time-out would count the time in the queue 
 deadline is ours), and a back-off that a hook returns goes past its own jitter and cap (ours too),
 even if it is NaN, which would hang. Its instrumentation reports the error that caused a retry, and
 a provider's error may quote the prompt or the key. So stamina never sees it: what it catches and
-retries is `_TryAgain`, and the real error waits in `_Trial`. Everything else, cancellation first of
-all, passes through stamina as through no hands at all.
+retries is a `_TryAgain` that goes by the error's name, and the real error waits in `_Trial`. What
+it calls has no arguments, and goes by the name of what is tried: the model's method. Everything
+else, cancellation first of all, passes through stamina as through no hands at all.
 """
 
+import functools
 import logging
 import math
 import random
@@ -48,6 +50,8 @@ __all__ = ["Retrier", "Retry", "RetryBudget", "Verdict", "classify"]
 T = TypeVar("T")
 
 _log: Final = logging.getLogger("asyncbucket")
+#: How what stamina is told of an error ends, so that its log can be told from others'.
+_OURS: Final = "; tried again by asyncbucket>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,8 +150,6 @@ class Retrier:
         self._lock = threading.Lock()
         self._budget = policy.budget.capacity
         self._refusals = Refusals(limiter)
-        self._call = stamina.AsyncRetryingCaller(attempts=policy.attempts, timeout=None)
-        self._call_sync = stamina.RetryingCaller(attempts=policy.attempts, timeout=None)
         # A retry is a warning to stamina, which in a storm is hundreds of lines that say nothing.
         logging.getLogger("stamina").addFilter(_not_ours)
 
@@ -155,7 +157,11 @@ class Retrier:
         return f"<Retrier {self.policy.attempts} attempts, {self._budget:g} retries in the budget>"
 
     async def call(
-        self, attempt: Callable[[], Awaitable[T]], *, deadline: float | None = None
+        self,
+        attempt: Callable[[], Awaitable[T]],
+        *,
+        deadline: float | None = None,
+        tried: Callable[..., object] | None = None,
     ) -> T:
         """Await ``attempt()`` until it succeeds or there is no point in another.
 
@@ -164,29 +170,47 @@ class Retrier:
         Args:
             attempt: makes one attempt; it acquires for itself and gives back whatever happens.
             deadline: the latest instant for an attempt to begin, in seconds of the limiter's clock.
+            tried: what the attempt calls in the end, by whose name stamina's hooks know of retries.
 
         Raises:
             Exception: the provider's last error, with a note; or whatever else `attempt` raised.
         """
         trial = _Trial(self, deadline)
+
+        async def once() -> T:
+            return await trial.run(attempt)
+
         try:
-            return await self._call(_wait_of, trial.run, attempt)
+            return await self._again(_renamed(once, tried or attempt))()
         except (_TryAgain, AsyncBucketError) as ended:
             error = trial.last_word(ended)
         finally:
             trial.error = None  # its traceback leads back here
         raise error
 
-    def call_sync(self, attempt: Callable[[], T], *, deadline: float | None = None) -> T:
+    def call_sync(
+        self,
+        attempt: Callable[[], T],
+        *,
+        deadline: float | None = None,
+        tried: Callable[..., object] | None = None,
+    ) -> T:
         """Call ``attempt()`` as `call` does, and block this thread during a back-off."""
         trial = _Trial(self, deadline)
+
+        def once() -> T:
+            return trial.run_sync(attempt)
+
         try:
-            return self._call_sync(_wait_of, trial.run_sync, attempt)
+            return self._again(_renamed(once, tried or attempt))()
         except (_TryAgain, AsyncBucketError) as ended:
             error = trial.last_word(ended)
         finally:
             trial.error = None
         raise error
+
+    def _again(self, once: Callable[[], T]) -> Callable[[], T]:
+        return stamina.retry(on=_wait_of, attempts=self.policy.attempts, timeout=None)(once)
 
     def succeeded(self) -> None:
         """Count a success: it pays into the budget, and ends a series of refusals."""
@@ -278,7 +302,8 @@ class _Trial:
         if end is None:
             _log.debug("attempt %d: %s; again in %.3g s", self.attempts, verdict.reason, wait)
             self.retrier.tell_of_retry(self.attempts, verdict.reason, wait)
-            return _TryAgain(verdict.reason, wait)
+            named = _by_the_name(type(error).__module__, type(error).__qualname__)
+            return named(verdict.reason, wait)
         # A ValueError of the caller's own is his business; a provider's answer is ours.
         if self.attempts > 1 or verdict.retry or verdict.reason.startswith("HTTP"):
             self._note(error, end)
@@ -329,6 +354,24 @@ class _TryAgain(Exception):  # noqa: N818 - a request, not an error that anybody
         super().__init__(reason)
         self.wait = wait
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__qualname__}: {self}{_OURS}"
+
+
+@functools.lru_cache(maxsize=64)
+def _by_the_name(module: str, name: str) -> type[_TryAgain]:
+    """Return a `_TryAgain` of another name: by that of its class an error is told in metrics."""
+    return type(name, (_TryAgain,), {"__module__": module, "__qualname__": name})
+
+
+def _renamed(once: Callable[[], T], tried: Callable[..., object]) -> Callable[[], T]:
+    """Return ``once`` by the name of what is ``tried``, below partials and bound methods."""
+    while isinstance(tried, functools.partial):
+        tried = tried.func
+    named = tried if hasattr(tried, "__qualname__") else type(tried)
+    once.__module__, once.__qualname__ = named.__module__, named.__qualname__
+    return once
+
 
 def _wait_of(error: BaseException) -> bool | float:
     """Tell stamina when to try again; it asks about everything raised, cancellation too."""
@@ -337,7 +380,7 @@ def _wait_of(error: BaseException) -> bool | float:
 
 def _not_ours(record: logging.LogRecord) -> bool:
     """Keep stamina's log of retries to those of other users of stamina in this process."""
-    return not str(vars(record).get("stamina.caused_by")).startswith(_TryAgain.__name__)
+    return not str(vars(record).get("stamina.caused_by")).endswith(_OURS)
 
 
 def _check_number(value: float, name: str, *, most: float) -> None:

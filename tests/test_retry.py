@@ -1,4 +1,5 @@
 import asyncio
+import functools
 import logging
 import math
 import random
@@ -752,9 +753,56 @@ def test_instrumentation_never_sees_the_providers_error(
 
     (details,) = hook_details
     assert details.wait_for == 1.0
-    assert repr(details.caused_by) == "_TryAgain('HTTP 500 (requests)')"
+    assert repr(details.caused_by) == (
+        "<APIStatusError: HTTP 500 (requests); tried again by asyncbucket>"
+    )
     assert details.caused_by.__context__ is None
     assert SECRET not in repr(details)
+
+
+def test_instrumentation_counts_retries_by_the_users_call_and_the_providers_error(
+    stage: Stage,
+) -> None:
+    """As Prometheus shows them: no name of ours, which says nothing to who reads a dashboard."""
+    prometheus = pytest.importorskip("prometheus_client")
+    instrumentation = stamina.instrumentation
+    client = openai.OpenAI(api_key="k", max_retries=0)
+    script = stage.script(status_error(500), "reply")
+    instrumentation.set_on_retry_hooks([instrumentation.PrometheusOnRetryHook])
+    try:
+        tried = functools.partial(client.chat.completions.create, messages=[])
+        _ = stage.run(stage.retrier().call(script, tried=tried))
+    finally:
+        instrumentation.set_on_retry_hooks(None)
+
+    retries = prometheus.REGISTRY.get_sample_value(
+        "stamina_retries_total",
+        {
+            "callable": "openai.resources.chat.completions.completions.Completions.create",
+            "retry_num": "1",
+            "error_type": "openai.APIStatusError",
+        },
+    )
+    assert retries == 1
+
+
+@pytest.mark.parametrize("is_sync", [True, False])
+def test_what_is_tried_goes_by_its_own_name_where_no_other_is_given(
+    stage: Stage,
+    hook_details: list[RetryDetails],
+    is_sync: bool,  # noqa: FBT001 - pytest passes it so
+) -> None:
+    """An object that is called, by that of its class."""
+    script = stage.script(status_error(500), "reply")
+    retrier = stage.retrier(Retry(backoff=0.0))
+    if is_sync:
+        retrier.call_sync(functools.partial(script.play))
+    else:
+        _ = stage.run(retrier.call(script))
+
+    (details,) = hook_details
+    assert details.name == f"{__name__}.Script{'.play' if is_sync else ''}"
+    assert (details.args, details.kwargs) == ((), {})
 
 
 def test_stamina_logs_nothing_of_ours(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:

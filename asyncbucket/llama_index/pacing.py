@@ -73,7 +73,7 @@ class Pacing:
         held = held_call(self.limiter)
         if held is None:
             attempt = functools.partial(self._attempt, send, estimate(), read)
-            return await self.retrier.call(attempt, deadline=self.deadline())
+            return await self.retrier.call(attempt, deadline=self.deadline(), tried=send)
         reply = await send()
         note_usage(held, read(reply))
         return reply
@@ -89,7 +89,7 @@ class Pacing:
         held = held_call(self.limiter)
         if held is None:
             attempt = functools.partial(self._attempt_sync, send, estimate(), read)
-            return self.retrier.call_sync(attempt, deadline=self.deadline())
+            return self.retrier.call_sync(attempt, deadline=self.deadline(), tried=send)
         reply = send()
         note_usage(held, read(reply))
         return reply

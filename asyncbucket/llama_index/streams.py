@@ -147,7 +147,7 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
             if self._inner is None:
                 with self._as_asked():
                     item = await self._pacing.retrier.call(
-                        self._begin, deadline=self._pacing.deadline()
+                        self._begin, deadline=self._pacing.deadline(), tried=self._start
                     )
             else:
                 item = await self._pull()
@@ -211,7 +211,7 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
             if self._inner is None:
                 with self._as_asked():
                     item = self._pacing.retrier.call_sync(
-                        self._begin, deadline=self._pacing.deadline()
+                        self._begin, deadline=self._pacing.deadline(), tried=self._start
                     )
             else:
                 item = self._pull()
