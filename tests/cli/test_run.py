@@ -537,10 +537,39 @@ def test_interrupt_lets_requests_under_way_finish(rate_limited_provider: Provide
     seen = provider.statistics()
     assert (process.returncode, output) == (130, "")
     assert "Traceback" not in errors
-    assert re.search(r"^stopping when \d requests? under way are answered", errors, re.MULTILINE)
+    assert re.search(
+        r"^stopping when (1 request under way is|\d requests under way are) answered",
+        errors,
+        re.MULTILINE,
+    )
     assert "the same command goes on from here" in errors
     assert len(lines_of("out.jsonl")) == seen.admitted < 20
     assert seen.disconnected == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+def test_interrupt_ends_a_run_that_waits_for_a_line(rate_limited_provider: ProviderFactory) -> None:
+    """Of a pipe that stays open, or of somebody who types: a read cannot be cancelled."""
+    provider = rate_limited_provider()
+    reader, writer = os.pipe()
+    arguments = ["-", "-o", "out.jsonl", "--rpm", "600", "--model", "m"]
+    with subprocess.Popen(
+        [*COMMAND, *arguments, "--api-base", provider.base_url],
+        stdin=reader,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        os.write(writer, b"Hi\n")
+        while not Path("out.jsonl").exists() or not lines_of("out.jsonl"):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    os.close(reader)
+    os.close(writer)
+
+    assert process.returncode == 130
+    assert "1 answered" in errors
+    assert "stopping when" not in errors
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")

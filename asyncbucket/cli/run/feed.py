@@ -1,13 +1,14 @@
 """Read lines as they are wanted: a file of a million, or a pipe that somebody types into."""
 
+import asyncio
+import contextlib
 import itertools
 import os
 import sys
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
-
-from anyio import to_thread
 
 from asyncbucket.cli.run.job import STANDARD, Job
 from asyncbucket.cli.run.ledger import Ledger
@@ -80,7 +81,7 @@ async def _chunks(job: Job) -> AsyncIterator[list[bytes | None]]:
     file: BinaryIO = sys.stdin.buffer if job.source == STANDARD else Path(job.source).open("rb")  # noqa: ASYNC230, SIM115 - closed below
     rest, skipping = b"", False
     try:
-        while chunk := await to_thread.run_sync(_read, file, abandon_on_cancel=True):
+        while chunk := await _read(file.fileno()):
             first, *others = (rest + chunk).split(b"\n")
             if others:
                 *whole, rest = others
@@ -98,8 +99,34 @@ async def _chunks(job: Job) -> AsyncIterator[list[bytes | None]]:
             file.close()
 
 
-def _read(file: BinaryIO) -> bytes:
-    return os.read(file.fileno(), _CHUNK)
+async def _read(descriptor: int) -> bytes:
+    """Return what is to be read next; empty at the end.
+
+    It may take as long as somebody does who types, and cannot be cancelled. So it runs in a thread
+    that nobody waits for, when all else has ended.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[bytes] = loop.create_future()
+
+    def end(data: bytes, error: OSError | None) -> None:
+        if done.done():  # cancelled
+            return
+        if error is None:
+            done.set_result(data)
+        else:
+            done.set_exception(error)
+
+    def read() -> None:
+        data, failed = b"", None
+        try:
+            data = os.read(descriptor, _CHUNK)
+        except OSError as error:
+            failed = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it was not waited for
+            loop.call_soon_threadsafe(end, data, failed)
+
+    threading.Thread(target=read, name="asyncbucket run", daemon=True).start()
+    return await done
 
 
 def count_lines(path: str, most: int | None) -> int:

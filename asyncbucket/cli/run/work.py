@@ -185,8 +185,13 @@ class Run:
         if self._tally.stopping:
             return False
         self._stop()
-        calls = counted(self._sender.under_way, "requests")
-        self._screen.say(f"stopping when {calls} under way are answered; Ctrl-C again to drop them")
+        under_way = self._sender.under_way
+        if under_way:
+            are, them = ("are", "them") if under_way > 1 else ("is", "it")
+            self._screen.say(
+                f"stopping when {counted(under_way, 'requests')} under way {are} answered; "
+                f"Ctrl-C again to drop {them}"
+            )
         return True
 
     async def _end_when_stopped(self, reading: anyio.CancelScope) -> None:
