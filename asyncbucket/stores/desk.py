@@ -309,6 +309,8 @@ class Desk(Generic[W]):
         while self._waits and not self.alone and not leaving():
             wait = max(0.01, (self._ask_at - self._clock()) * 1e-9)
             called = await self.ledger.changed(timeout=wait)
+            if not self._waits:  # a batch went meanwhile, and was booked: that call is answered
+                return
             if called or self._clock() >= self._ask_at:
                 self._waits, self._ask_at = False, 0
                 self._bell.set()

@@ -6,6 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -142,6 +143,28 @@ async def test_fifty_waiters_cost_at_most_one_round_trip_each(
     await asyncio.gather(*(agent() for _ in range(50)))
     assert grants == 150
     assert await scripts_run(redis) - before <= grants
+
+
+@pytest.mark.real_clock
+@pytest.mark.parametrize("kind", ["server", "file"])
+async def test_workers_that_want_more_than_there_is_take_turns(
+    kind: str, url: str, hire: Any, tmp_path: Path
+) -> None:
+    """Whoever was served stands behind those who wait: no two calls of one worker in a row."""
+    where = url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}"
+    workers = [await hire(where, terms("10/s burst 1", concurrency=50)) for _ in range(3)]
+    went: list[tuple[int, Worker]] = []
+
+    async def agent(worker: Worker) -> None:
+        for _ in range(4):
+            grant = await worker.acquire()
+            went.append((grant.booked_at, worker))
+            await asyncio.sleep(0.03)
+            worker.release(grant)
+
+    await asyncio.gather(*(agent(worker) for worker in workers * 4))
+    order = [worker for _, worker in sorted(went, key=lambda each: each[0])][3:]
+    assert [one for one, next_one in itertools.pairwise(order) if one is next_one] == []
 
 
 @pytest.mark.real_clock
