@@ -25,8 +25,10 @@ from asyncbucket.stores.store import Batch, Booking, Correction, Ledger, Outcome
 
 #: Calls in one batch.
 _BATCH: Final = 512
-#: For how long (ns) what came back gathers, while nobody is known to wait for it.
+#: For how long (ns) what came back gathers, while nobody is known to wait for it, and while somebody
+#: does: less than a trip takes, and what comes back in between goes with it.
 _GATHER: Final = 50_000_000
+_GATHER_BRIEFLY: Final = 500_000
 #: The shortest sleep (s): a timer may fire early, and must not spin when it does.
 _NAP: Final = 20e-6
 
@@ -137,7 +139,8 @@ class Desk(Generic[W]):
         self._bounds: dict[W, str] = {}
         #: Heads stand in a line of the store's: they go with every batch.
         self._waits = False
-        self._crowded = False
+        #: It is the one for slots; another worker stands there.
+        self._slotless = self._crowded = False
         self._bell = asyncio.Event()
         self._listener: asyncio.Task[None] | None = None
         self._task = asyncio.create_task(self._serve(), name="asyncbucket desk")
@@ -168,21 +171,19 @@ class Desk(Generic[W]):
         else:
             self._lifeline.record.correct(correction)
         self._corrections.append(correction)
-        self._gather()
+        self._gather(awaited=self._waits)
 
     def release(self, slot: str) -> None:
         """Give a slot back; it goes with the next batch."""
         if slot in self._lifeline.slots:
             self._lifeline.slots.discard(slot)
             self._released.append(slot)
-            self._gather()
+            self._gather(awaited=self._slotless or self._crowded)
 
-    def _gather(self) -> None:
-        """Have what came back told soon: at once if a call waits for it, here or elsewhere."""
-        if self._waits or self._crowded:
-            self._tell_at = 0
-        elif self._tell_at >= NEVER:
-            self._tell_at = self._clock() + _GATHER
+    def _gather(self, *, awaited: bool) -> None:
+        """Have what came back told soon: very soon if a call waits for it, here or elsewhere."""
+        span = _GATHER_BRIEFLY if awaited else _GATHER
+        self._tell_at = min(self._tell_at, self._clock() + span)
         self._bell.set()
 
     def cancel(self, waiting: W, grant: Grant) -> None:
@@ -217,7 +218,8 @@ class Desk(Generic[W]):
                 await self._sleep(self._admit_alone(heads))
                 continue
             if self._waits and not heads:  # those who waited have gone: leave the store's line
-                self._waits, self._ask_at, self.held_up = False, 0, None
+                self._waits = self._slotless = False
+                self._ask_at, self.held_up = 0, None
                 await self._fly(())
                 continue
             now = self._clock()
@@ -252,7 +254,7 @@ class Desk(Generic[W]):
         self._lifeline.hear(receipt.now, receipt.changed, receipt.left)
         self._crowded = receipt.crowded
         if heads:
-            self._waits = False
+            self._waits = self._slotless = False
             # Not before a horizon is left of what it has: others shall have their turn, and more go
             # with one trip.
             last = max((booking.start for booking in receipt.bookings), default=0)
@@ -268,7 +270,8 @@ class Desk(Generic[W]):
             elif booking.outcome is Outcome.NEVER:
                 self._line.refuse(waiting, booking.bound_by or "")
             else:
-                self._waits |= booking.outcome is Outcome.FULL or not booked
+                self._slotless |= booking.outcome is Outcome.FULL
+                self._waits |= self._slotless or not booked
                 if booking.bound_by is not None:
                     self._bounds[waiting] = booking.bound_by
                     held_up = held_up or (booking.bound_by, self._ask_at)
@@ -329,7 +332,7 @@ class Desk(Generic[W]):
 
     def _changed(self, debts: Correction | None) -> None:
         """The store is gone, or back: look anew."""
-        self._waits, self._ask_at = False, 0
+        self._waits, self._slotless, self._ask_at = False, False, 0
         if debts is not None:
             self._corrections.append(debts)
             self._tell_at = 0

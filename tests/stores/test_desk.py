@@ -4,6 +4,7 @@ import asyncio
 import collections
 import itertools
 import logging
+import random
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -142,6 +143,29 @@ async def test_fifty_waiters_cost_at_most_one_round_trip_each(
     before = await scripts_run(redis)
     await asyncio.gather(*(agent() for _ in range(50)))
     assert grants == 150
+    assert await scripts_run(redis) - before <= grants
+
+
+@pytest.mark.real_clock
+async def test_workers_short_of_slots_cost_at_most_one_round_trip_a_call(
+    url: str, redis: Any, hire: Any
+) -> None:
+    """Four of them share 50 slots among 100 agents; slots that change hands cost two."""
+    workers = [await hire(url, terms("1000/s", concurrency=50)) for _ in range(4)]
+    chance = random.Random(1)
+    end, grants = time.monotonic() + 4, 0
+
+    async def agent(worker: Worker) -> None:
+        nonlocal grants
+        while time.monotonic() < end:
+            grant = await worker.acquire()
+            grants += 1
+            await asyncio.sleep(chance.uniform(0.15, 0.45))
+            worker.release(grant)
+
+    before = await scripts_run(redis)
+    await asyncio.gather(*(agent(worker) for worker in workers * 25))
+    assert grants > 500
     assert await scripts_run(redis) - before <= grants
 
 

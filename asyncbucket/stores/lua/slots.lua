@@ -4,12 +4,14 @@
 -- it was called (0: not yet), how many slots it held and how many more it wanted when it last asked.
 -- A worker may take a slot if enough are free besides to bring the others in line up to what it holds
 -- already, and one further those ahead of it. So what a worker with few slots gives back serves its own
--- calls at once; those with many wait for their turn, and equals take turns, in order of arrival. (To
--- save round trips, of equals with several slots three in four take back what they gave.) Whoever was
--- called and does not come in time loses its place.
+-- calls at once; those with many wait for their turn, and equals take turns, in order of arrival. (A slot
+-- that changes hands costs two round trips, one to give and one to take. So of equals with several slots
+-- all but one in `ROUND` take back what they gave.) Whoever was called and does not come in time loses
+-- its place.
 
 local COME = 100000
 local FEW = 4
+local ROUND = 32
 
 local function slots_used(s)
   return redis.call('ZCOUNT', KEYS[2], '(' .. whole(s.now), '+inf')
@@ -47,7 +49,7 @@ end
 -- Whether a worker that holds `held` slots, with `ahead` others before it, may take one of `free`.
 local function line_lets(s, free, ahead, held, seq)
   local kept = 0
-  local first = (held >= FEW and seq % 4 ~= 0) and 0 or 1
+  local first = (held >= FEW and seq % ROUND ~= 0) and 0 or 1
   for i, place in ipairs(s.line) do
     local level = held + (i <= ahead and first or 0)
     kept = kept + math.max(0, math.min(level - place[3], place[4]))
