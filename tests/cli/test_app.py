@@ -28,14 +28,16 @@ def without(module: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"]])
-def test_help_has_an_example(arguments: list[str]) -> None:
+@pytest.mark.parametrize("command", ["", "demo", "plan", "run", "watch", "plot", "doctor"])
+def test_help_has_an_example_and_fits(command: str) -> None:
     """And says what the command is for."""
-    result = CliRunner().invoke(cli.app, arguments, prog_name="asyncbucket")
+    given = [*command.split(), "--help"]
+
+    result = CliRunner().invoke(cli.app, given, prog_name="asyncbucket", terminal_width=80)
 
     assert result.exit_code == 0
-    assert "Example" in result.output
-    assert "asyncbucket demo" in result.output.partition("Example")[2]
+    assert f"asyncbucket {command or 'demo'}" in result.output.partition("Example")[2]
+    assert max(map(len, result.output.splitlines())) <= 80
 
 
 def test_version_is_the_packages() -> None:

@@ -368,6 +368,23 @@ def test_dry_run_sends_nothing_and_says_how_long_it_would_take(
     assert Path("out.jsonl").read_bytes() == before
 
 
+def test_dry_run_says_the_same_as_json() -> None:
+    """With the whole plan in it, and what lines are bad."""
+    lines = Path(batch(600)).read_text() + "{\n"
+    Path("in.jsonl").write_text(lines)
+
+    result = CliRunner().invoke(
+        app, ["run", "in.jsonl", "--rpm", "60", "--price", "0/1", "--dry-run", "--json"]
+    )
+
+    said = json.loads(result.stdout)
+    assert result.exit_code == 1
+    assert (said["requests"], said["bad"], said["answered_earlier"]) == (600, 1, 0)
+    assert said["cost"] == pytest.approx(said["output_tokens"] / 1e6)
+    assert said["plan"]["bound_by"] == "requests"
+    assert [reason[:8] for reason in said["reasons"]] == ["line 601"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -8,6 +8,8 @@ from typing import Annotated, Final
 import typer
 
 from asyncbucket.cli.doctor.findings import Finding, State, bad
+from asyncbucket.cli.ends import in_a_line
+from asyncbucket.cli.typed import switch, words
 
 EXAMPLES: Final = """\b
 Examples:
@@ -27,19 +29,20 @@ def doctor(
     *,
     store: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="A store to look at, e.g. redis://host:6379/0."),
+        words("A store to look at, e.g. redis://host:6379/0.", metavar="URL"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    as_json: Annotated[bool, switch("Print the findings as JSON.", "--json")] = False,
 ) -> None:
     """Say what is installed and set up here, what of it is wrong, and the remedy.
 
     The status is 1 if something is wrong. In a store it makes a limiter of its own, which expires.
     """
-    findings = list(_look(store))
-    if as_json:
-        typer.echo(json.dumps([_as_dict(each) for each in findings], indent=2))
-    else:
-        _show(findings)
+    with in_a_line("doctor"):
+        findings = list(_look(store))
+        if as_json:
+            typer.echo(json.dumps([_as_dict(each) for each in findings], indent=2))
+        else:
+            _show(findings)
     if any(each.state is State.BAD for each in findings):
         raise typer.Exit(_PROBLEM)
 

@@ -7,7 +7,19 @@ from typing import Annotated, Any, Final, overload
 
 import typer
 
-from asyncbucket.cli import INTERRUPTED
+from asyncbucket.cli.ends import in_a_line
+from asyncbucket.cli.typed import (
+    Preset,
+    Rpd,
+    Rpm,
+    Tpm,
+    count,
+    file,
+    named,
+    published,
+    switch,
+    words,
+)
 from asyncbucket.limits import KEYWORDS, Limit, read_limits
 from asyncbucket.plan import AgentTree, Arrivals, Plan, Poisson, Tenant
 from asyncbucket.plan import plan as foresee
@@ -21,86 +33,68 @@ Examples:
   asyncbucket plan --agents 20 --depth 3 --fan-out 4 --rpm 500 --out plan.png
 """
 
-_WRONG_USAGE: Final = 2
 #: What a tenant may be told besides limits.
 _SIDES: Final = ("weight", "tokens", "input_tokens", "output_tokens", "latency", "poisson")
 
 
+def _samples_of(text: str) -> Any:
+    return words(text, metavar="N|FILE")
+
+
 def plan(  # noqa: PLR0913 - one for each option
     *,
-    calls: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="How many calls; default: all samples.")
-    ] = None,
+    # What is asked.
+    calls: Annotated[int | None, count("How many calls; default: all samples.")] = None,
     tokens: Annotated[
-        str | None,
-        typer.Option(metavar="N|FILE", help="Tokens a call, or JSONL: prompts, requests, numbers."),
+        str | None, _samples_of("Tokens a call, or JSONL: prompts, requests, numbers.")
     ] = None,
-    input_tokens: Annotated[
-        str | None, typer.Option(metavar="N|FILE", help="Tokens sent, where they count apart.")
-    ] = None,
-    output_tokens: Annotated[
-        str | None, typer.Option(metavar="N|FILE", help="Tokens expected back.")
-    ] = None,
-    used_tokens: Annotated[
-        str | None, typer.Option(metavar="N|FILE", help="Tokens really used, if not all.")
-    ] = None,
+    input_tokens: Annotated[str | None, _samples_of("Tokens sent, where they count apart.")] = None,
+    output_tokens: Annotated[str | None, _samples_of("Tokens expected back.")] = None,
+    used_tokens: Annotated[str | None, _samples_of("Tokens really used, if not all.")] = None,
     latency: Annotated[
-        str, typer.Option(metavar="S|FILE", help="Seconds a call takes, or JSONL of them.")
+        str, words("Seconds a call takes, or JSONL of them.", metavar="S|FILE")
     ] = "0",
-    rpm: Annotated[int | None, typer.Option(min=1, metavar="N", help="Requests a minute.")] = None,
-    tpm: Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens a minute.")] = None,
-    rpd: Annotated[int | None, typer.Option(min=1, metavar="N", help="Requests a day.")] = None,
+    # What is allowed.
+    rpm: Rpm = None,
+    tpm: Tpm = None,
+    rpd: Rpd = None,
     limit: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TEXT", help='Any other limit, e.g. "40k ITPM" or "10/s burst 1".'),
+        list[str] | None, words('Any other limit, e.g. "40k ITPM" or "10/s burst 1".')
     ] = None,
-    preset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A provider's published limits.")
-    ] = None,
-    concurrency: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Calls in flight at most.")
-    ] = None,
+    preset: Preset = None,
+    concurrency: Annotated[int | None, count("Calls in flight at most.")] = None,
+    # When calls come, and whose they are.
     poisson: Annotated[
-        float | None, typer.Option(metavar="RATE", help="Calls come by chance, so many a second.")
+        float | None, words("Calls come by chance, so many a second.", metavar="RATE")
     ] = None,
-    agents: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Agents, each with calls in a row.")
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Calls of each agent.")] = 1,
-    depth: Annotated[int, typer.Option(min=1, metavar="N", help="Generations of agents.")] = 1,
-    fan_out: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Agents that each one calls when it is done.")
-    ] = 1,
+    agents: Annotated[int | None, count("Agents, each with calls in a row.")] = None,
+    steps: Annotated[int, count("Calls of each agent.")] = 1,
+    depth: Annotated[int, count("Generations of agents.")] = 1,
+    fan_out: Annotated[int, count("Agents that each one calls when it is done.")] = 1,
     tenant: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="TEXT", help='Who shares the limits, e.g. "acme weight=2 calls=500 rpm=60".'
-        ),
+        words('Who shares the limits, e.g. "acme weight=2 calls=500 rpm=60".'),
     ] = None,
-    profile: Annotated[
-        str, typer.Option(metavar="NAME", help="How requests are charged: openai, anthropic, ...")
-    ] = "openai",
+    profile: Annotated[str, named("How requests are charged: openai, anthropic, ...")] = "openai",
+    # What is found out, and shown.
     what_if: Annotated[
-        bool | None,
-        typer.Option("--what-if/--no-what-if", help="What other limits would be worth."),
+        bool | None, switch("What other limits would be worth.", "--what-if/--no-what-if")
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of all that is drawn.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw it: .png, .svg or .pdf.")
-    ] = None,
-    dark: Annotated[bool, typer.Option("--dark", help="Draw it for a dark page.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    seed: Annotated[int, words("Of all that is drawn.", metavar="N")] = 0,
+    out: Annotated[Path | None, file("Draw it: .png, .svg or .pdf.")] = None,
+    dark: Annotated[bool, switch("Draw it for a dark page.", "--dark")] = False,
+    as_json: Annotated[bool, switch("Print the plan as JSON.", "--json")] = False,
 ) -> None:
     """Foresee how long calls take under limits, what binds, and what other limits are worth.
 
     The calls run through the real limiter on virtual time: nothing is sent, nothing waits.
     """
-    try:
+    with in_a_line("plan"):
         if calls is None and agents is None and not tenant:
             _refuse_unless_samples(tokens, input_tokens, output_tokens, used_tokens, latency)
-        limits = [*(limit or ()), *_preset(preset)]
         planned = foresee(
-            *limits,
+            *(limit or ()),
+            *published(preset),
             calls=calls,
             tokens=_samples(tokens),
             input_tokens=_samples(input_tokens),
@@ -118,13 +112,6 @@ def plan(  # noqa: PLR0913 - one for each option
             rpd=rpd,
         )
         _show(planned, as_json=as_json, out=out, dark=dark)
-    except BrokenPipeError:  # whoever read it has read enough: no error
-        raise
-    except (ImportError, OSError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(_WRONG_USAGE) from error
-    except KeyboardInterrupt as error:
-        raise typer.Exit(INTERRUPTED) from error
 
 
 def _show(planned: Plan, *, as_json: bool, out: Path | None, dark: bool) -> None:
@@ -212,14 +199,6 @@ def _whole(side: str, value: str) -> int:
         return int(value)
     except ValueError:
         raise ValueError(f"--tenant: {side} must be a whole number, not {value!r}") from None
-
-
-def _preset(name: str | None) -> Iterable[Limit]:
-    if name is None:
-        return ()
-    from asyncbucket.presets import preset
-
-    return preset(name)
 
 
 def _arrivals(

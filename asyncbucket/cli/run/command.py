@@ -15,7 +15,7 @@ from rich.console import Console
 
 from asyncbucket.cli import INTERRUPTED
 from asyncbucket.cli.run import report
-from asyncbucket.cli.run.estimate import describe, estimate
+from asyncbucket.cli.run.estimate import as_dict, describe, estimate, foresee
 from asyncbucket.cli.run.feed import count_lines
 from asyncbucket.cli.run.job import STANDARD, Job
 from asyncbucket.cli.run.screen import screen_for
@@ -81,12 +81,16 @@ def _say(job: Job, tally: Tally, console: Console, *, quiet: bool, as_json: bool
         print(json.dumps(tally.as_dict(), indent=2))  # noqa: T201 - a command's output
 
 
-def dry_run(job: Job, *, latency: float) -> int:
+def dry_run(job: Job, *, latency: float, as_json: bool = False) -> int:
     """Say what ``job`` would take, and return the exit status: 1 if lines are bad."""
     job.check()
     tally = Tally(price=job.price)
     found = asyncio.run(estimate(job, tally))
-    print(describe(job, tally, found, latency=latency))  # noqa: T201 - a command's output
+    planned = foresee(job, found, latency=latency)
+    if as_json:
+        print(json.dumps(as_dict(job, tally, found, planned), indent=2))  # noqa: T201 - a command's output
+    else:
+        print(describe(job, tally, found, planned))  # noqa: T201 - a command's output
     return FAILED if tally.bad else DONE
 
 

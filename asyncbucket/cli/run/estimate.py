@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from asyncbucket.cli.run.feed import tasks
@@ -14,8 +14,11 @@ from asyncbucket.cli.run.report import reasons
 from asyncbucket.cli.run.request import Request
 from asyncbucket.cli.run.screen import dollars
 from asyncbucket.cli.run.tally import Tally
-from asyncbucket.cost import Cost
+from asyncbucket.cost import Cost, counted
 from asyncbucket.http.profiles import Call, Profile, profile_named, profile_of
+
+if TYPE_CHECKING:
+    from asyncbucket.plan import Plan
 
 #: Costs that are kept to plan by: enough for any distribution, and little memory.
 _SAMPLES: Final = 20_000
@@ -63,25 +66,48 @@ def _cost(profile: Profile, request: Request, host: str) -> Cost | None:
     return profile.cost(Call("POST", host, request.path, request.body, _FORESEEN))
 
 
-def describe(job: Job, tally: Tally, found: Estimate, *, latency: float) -> str:
-    """Say how long the calls take, what binds, and what they cost at most."""
+def foresee(job: Job, found: Estimate, *, latency: float) -> "Plan | None":
+    """Return the plan of the calls that were found; None if there are none."""
+    if not found.calls:
+        return None
     from asyncbucket.plan import plan
 
+    return plan(
+        *job.limits,
+        calls=found.calls,
+        tokens=found.costs,
+        concurrency=None if job.concurrency == "auto" else job.concurrency,
+        latency=latency,
+    )
+
+
+def describe(job: Job, tally: Tally, found: Estimate, planned: "Plan | None") -> str:
+    """Say how long the calls take, what binds, and what they cost at most."""
     earlier = f", {tally.earlier:,} answered earlier" if tally.earlier else ""
     bad = f", {tally.bad:,} bad" if tally.bad else ""
-    lines = [f"{found.calls:,} requests to send{earlier}{bad}"]
-    if found.calls:
-        concurrency = None if job.concurrency == "auto" else job.concurrency
-        planned = plan(
-            *job.limits,
-            calls=found.calls,
-            tokens=found.costs,
-            concurrency=concurrency,
-            latency=latency,
-        )
+    lines = [f"{counted(found.calls, 'requests')} to send{earlier}{bad}"]
+    if planned is not None:
         lines.append(str(planned))
         tokens = f"about {found.input_tokens:,} tokens in, {found.output_tokens:,} out at most"
-        if job.price is not None:
-            tokens += f": {dollars(job.price.of(found.input_tokens, found.output_tokens))}"
-        lines.append(tokens)
+        cost = _dollars(job, found)
+        lines.append(tokens if cost is None else f"{tokens}: {dollars(cost)}")
     return "\n".join([*lines, *reasons(tally)])
+
+
+def as_dict(job: Job, tally: Tally, found: Estimate, planned: "Plan | None") -> dict[str, Any]:
+    """Say the same as JSON can hold it."""
+    return {
+        "requests": found.calls,
+        "answered_earlier": tally.earlier,
+        "bad": tally.bad,
+        "input_tokens": found.input_tokens,
+        "output_tokens": found.output_tokens,
+        "cost": _dollars(job, found),
+        "plan": None if planned is None else planned.as_dict(),
+        "reasons": dict(tally.reasons),
+    }
+
+
+def _dollars(job: Job, found: Estimate) -> float | None:
+    """Return what the calls cost at most, where the price is known."""
+    return None if job.price is None else job.price.of(found.input_tokens, found.output_tokens)

@@ -1,14 +1,26 @@
 """What can be typed after `asyncbucket run`."""
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import typer
 
+from asyncbucket.cli.ends import in_a_line
 from asyncbucket.cli.run.job import CONCURRENCY, OPENAI, STANDARD, Job, Price, key_from, limits_of
-from asyncbucket.limits import Limit
+from asyncbucket.cli.typed import (
+    Preset,
+    Rpd,
+    Rpm,
+    Tpd,
+    Tpm,
+    count,
+    file,
+    named,
+    published,
+    switch,
+    words,
+)
 
 #: A backspace keeps the lines of a paragraph as they are.
 EXAMPLES: Final = """\b
@@ -19,83 +31,59 @@ Examples:
   grep -v '^#' prompts.txt | asyncbucket run - --model gpt-4o-mini | jq .
 """
 
-_WRONG_USAGE: Final = 2
-
 
 def run(  # noqa: PLR0913 - one for each option
     source: Annotated[
         str, typer.Argument(metavar="FILE", help="Batch lines or prompts, one a line; - is stdin.")
     ],
     *,
-    out: Annotated[
-        str, typer.Option("--out", "-o", metavar="FILE", help="Answers as JSONL; - is stdout.")
-    ] = STANDARD,
-    model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The model; default: what the lines say.")
-    ] = None,
-    rpm: Annotated[int | None, typer.Option(min=1, metavar="N", help="Requests a minute.")] = None,
-    tpm: Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens a minute.")] = None,
-    rpd: Annotated[int | None, typer.Option(min=1, metavar="N", help="Requests a day.")] = None,
-    tpd: Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens a day.")] = None,
+    out: Annotated[str, file("Answers as JSONL; - is stdout.", "--out", "-o")] = STANDARD,
+    model: Annotated[str | None, named("The model; default: what the lines say.")] = None,
+    # What is allowed.
+    rpm: Rpm = None,
+    tpm: Tpm = None,
+    rpd: Rpd = None,
+    tpd: Tpd = None,
     limits: Annotated[
-        list[str] | None,
-        typer.Option("--also", metavar="TEXT", help='Any other limit, e.g. "40k ITPM" or "10/s".'),
+        list[str] | None, words('Any other limit, e.g. "40k ITPM" or "10/s".', "--also")
     ] = None,
-    preset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A provider's published limits.")
-    ] = None,
+    preset: Preset = None,
     concurrency: Annotated[
-        str | None, typer.Option(metavar="N|auto", help=f"Calls at once; default: {CONCURRENCY}.")
+        str | None, words(f"Calls at once; default: {CONCURRENCY}.", metavar="N|auto")
     ] = None,
+    # Where requests go, and what is in them.
     api_base: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="Any OpenAI-compatible server; default: OpenAI."),
+        str | None, words("Any OpenAI-compatible server; default: OpenAI.", metavar="URL")
     ] = None,
     key_variable: Annotated[
-        str, typer.Option("--key-from", metavar="NAME", help="The variable that holds the key.")
+        str, named("The variable that holds the key.", "--key-from")
     ] = "OPENAI_API_KEY",
-    endpoint: Annotated[
-        str, typer.Option(metavar="NAME", help="Of prompts: chat, responses or embeddings.")
-    ] = "chat",
-    system: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="The system message before each prompt.")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Of a reply, where lines don't say.")
-    ] = None,
-    most: Annotated[
-        int | None, typer.Option("--limit", min=1, metavar="N", help="The first N lines only.")
-    ] = None,
+    endpoint: Annotated[str, named("Of prompts: chat, responses or embeddings.")] = "chat",
+    system: Annotated[str | None, words("The system message before each prompt.")] = None,
+    max_tokens: Annotated[int | None, count("Of a reply, where lines don't say.")] = None,
+    # How much, and how often.
+    most: Annotated[int | None, count("The first N lines only.", "--limit")] = None,
     price: Annotated[
-        str | None,
-        typer.Option(metavar="IN/OUT", help="Dollars for a million tokens, e.g. 0.15/0.60."),
+        str | None, words("Dollars for a million tokens, e.g. 0.15/0.60.", metavar="IN/OUT")
     ] = None,
-    errors: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Failed lines; default: beside the answers.")
-    ] = None,
-    attempts: Annotated[
-        int, typer.Option(min=1, metavar="N", help="For one line, the first included.")
-    ] = 5,
+    errors: Annotated[Path | None, file("Failed lines; default: beside the answers.")] = None,
+    attempts: Annotated[int, count("For one line, the first included.")] = 5,
     timeout: Annotated[
         float, typer.Option(min=1, metavar="S", help="For a reply, without the time in line.")
     ] = 600.0,
-    profile: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="How calls are charged; default: by the host."),
-    ] = None,
+    profile: Annotated[str | None, named("How calls are charged; default: by the host.")] = None,
     latency: Annotated[
         float, typer.Option(min=0, metavar="S", help="What --dry-run takes a call to last.")
     ] = 2.0,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Send nothing; say how long it would take.")
+        bool, switch("Send nothing; say how long it would take.", "--dry-run")
     ] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew: answers so far are deleted.")
+        bool, switch("Begin anew: answers so far are deleted.", "--restart")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the summary as JSON on stdout.")
-    ] = False,
+    # What is shown.
+    quiet: Annotated[bool, switch("Show nothing but errors.", "--quiet", "-q")] = False,
+    as_json: Annotated[bool, switch("Print the summary as JSON on stdout.", "--json")] = False,
 ) -> None:
     """Send every line of a file to a model, under your limits, and write every answer once.
 
@@ -107,15 +95,16 @@ def run(  # noqa: PLR0913 - one for each option
     can be, 130 after Ctrl-C.
     """
     base = api_base or os.environ.get("OPENAI_BASE_URL") or OPENAI
+    with in_a_line("run"):
+        from asyncbucket.cli.run import command
 
-    def job() -> Job:
-        if as_json and out == STANDARD:
+        if as_json and out == STANDARD and not dry_run:
             raise ValueError("--json prints on standard output, where the answers go: give -o")
-        return Job(
+        job = Job(
             source=source,
             out=out,
             limits=limits_of(
-                [*(limits or ()), *_preset(preset)], rpm=rpm, tpm=tpm, rpd=rpd, tpd=tpd
+                [*(limits or ()), *published(preset)], rpm=rpm, tpm=tpm, rpd=rpd, tpd=tpd
             ),
             concurrency=_concurrency(concurrency),
             model=model,
@@ -133,32 +122,11 @@ def run(  # noqa: PLR0913 - one for each option
             restart=restart,
             bounded=concurrency is not None,
         )
-
-    try:
-        from asyncbucket.cli.run import command
-
         if dry_run:
-            status = command.dry_run(job(), latency=latency)
+            status = command.dry_run(job, latency=latency, as_json=as_json)
         else:
-            status = command.run(job(), quiet=quiet, as_json=as_json)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        typer.echo(f'error: run needs {package}: pip install "asyncbucket[cli]"', err=True)
-        raise typer.Exit(_WRONG_USAGE) from error
-    except BrokenPipeError:  # whoever read it has read enough: no error
-        raise
-    except (ImportError, OSError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(_WRONG_USAGE) from error
-    raise typer.Exit(status)
-
-
-def _preset(name: str | None) -> Iterable[Limit]:
-    if name is None:
-        return ()
-    from asyncbucket.presets import preset
-
-    return preset(name)
+            status = command.run(job, quiet=quiet, as_json=as_json)
+        raise typer.Exit(status)
 
 
 def _concurrency(text: str | None) -> int | Literal["auto"]:

@@ -5,13 +5,14 @@ from typing import Annotated, Final
 
 import typer
 
+from asyncbucket.cli.ends import in_a_line
+from asyncbucket.cli.typed import file, switch
+
 EXAMPLES: Final = """\b
 Examples:
   asyncbucket plot trace.jsonl -o out.png
   asyncbucket plot trace.jsonl -o out.svg --dark
 """
-
-_WRONG: Final = 2
 
 
 def plot(
@@ -19,16 +20,13 @@ def plot(
         Path, typer.Argument(metavar="TRACE", help="What limiter.trace().save(...) wrote.")
     ],
     *,
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="A .png, .svg or .pdf.")],
-    dark: Annotated[bool, typer.Option("--dark", help="On a dark ground.")] = False,
+    out: Annotated[Path, file("A .png, .svg or .pdf.", "-o", "--out")],
+    dark: Annotated[bool, switch("On a dark ground.", "--dark")] = False,
 ) -> None:
     """Draw a trace: admissions against each limit, the line of those who waited, and pauses."""
-    try:
+    with in_a_line("plot"):
         from asyncbucket.cli.trace.picture import draw
         from asyncbucket.cli.trace.story import read
 
         draw(read(trace), out, dark=dark)
-    except (ValueError, ImportError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(_WRONG) from error
-    typer.echo(f"drawn: {out}")
+        typer.echo(f"drawn: {out}")

@@ -7,6 +7,9 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from asyncbucket.cli.ends import in_a_line
+from asyncbucket.cli.typed import switch
+
 EXAMPLES: Final = """\b
 Examples:
   asyncbucket watch http://127.0.0.1:4294
@@ -14,7 +17,6 @@ Examples:
   asyncbucket watch redis://127.0.0.1:6379/0
 """
 
-_WRONG: Final = 2
 _GONE: Final = 1
 
 
@@ -26,8 +28,8 @@ def watch(
     interval: Annotated[
         float, typer.Option(min=0.1, max=60, metavar="S", help="Seconds between two looks.")
     ] = 1.0,
-    once: Annotated[bool, typer.Option("--once", help="Look once, and end.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line for a look.")] = False,
+    once: Annotated[bool, switch("Look once, and end.", "--once")] = False,
+    as_json: Annotated[bool, switch("Print JSON, a line for a look.", "--json")] = False,
 ) -> None:
     """Show what running limiters do: how full each limit is, what binds, and who waits.
 
@@ -36,19 +38,16 @@ def watch(
     """
     from asyncbucket.cli.watch.source import SourceError, source
 
-    try:
-        look = source(url)
-    except (ValueError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(_WRONG) from error
-    try:
-        if as_json:
-            _print_json(_looks(look, None if once else interval))
-        else:
-            _show(_looks(look, None if once else interval), once=once)
-    except SourceError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(_GONE) from error
+    with in_a_line("watch"):
+        looks = _looks(source(url), None if once else interval)
+        try:
+            if as_json:
+                _print_json(looks)
+            else:
+                _show(looks, once=once)
+        except SourceError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(_GONE) from error
 
 
 def _looks(look: Any, interval: float | None) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,38 @@
+"""How a command ends: what goes wrong is a line and a status, never a traceback."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Final
+
+import typer
+
+from asyncbucket.cli import INTERRUPTED
+
+#: The status of what cannot be done as it was asked for.
+WRONG: Final = 2
+
+
+@contextmanager
+def in_a_line(command: str) -> Generator[None]:
+    """End ``command`` with a line where the user can mend the error, and Ctrl-C without a word.
+
+    Raises:
+        typer.Exit: with the status.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise typer.Exit(INTERRUPTED) from error
+    except BrokenPipeError:  # whoever read it has read enough: no error
+        raise
+    except (ImportError, OSError, ValueError) as error:
+        typer.echo(f"error: {_said(error, command)}", err=True)
+        raise typer.Exit(WRONG) from error
+
+
+def _said(error: Exception, command: str) -> str:
+    """Return what to say of ``error``; our own ImportErrors name their remedy already."""
+    if not isinstance(error, ModuleNotFoundError):
+        return str(error)
+    package = (error.name or "").partition(".")[0]
+    return f'{command} needs {package}: pip install "asyncbucket[cli]"'

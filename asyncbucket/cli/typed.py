@@ -1,0 +1,55 @@
+"""What is typed after commands, in one form each; and limits, which several of them take."""
+
+from collections.abc import Iterable
+from typing import Annotated, Any, TypeAlias
+
+import typer
+
+from asyncbucket.limits import Limit
+
+# Typer's functions return Any, whatever the type of what is typed.
+
+
+def count(text: str, *names: str) -> Any:
+    """Return an option whose help is ``text``: a whole number from 1 on."""
+    return typer.Option(*names, min=1, metavar="N", help=text)
+
+
+def words(text: str, *names: str, metavar: str = "TEXT") -> Any:
+    """Return an option that takes what ``metavar`` says."""
+    return typer.Option(*names, metavar=metavar, help=text)
+
+
+def named(text: str, *names: str) -> Any:
+    """Return an option that takes the name of something."""
+    return words(text, *names, metavar="NAME")
+
+
+def file(text: str, *names: str) -> Any:
+    """Return an option that takes a file."""
+    return words(text, *names, metavar="FILE")
+
+
+def switch(text: str, *names: str) -> Any:
+    """Return an option that is given or not."""
+    return typer.Option(*names, help=text)
+
+
+Rpm: TypeAlias = Annotated[int | None, count("Requests a minute.")]
+Tpm: TypeAlias = Annotated[int | None, count("Tokens a minute.")]
+Rpd: TypeAlias = Annotated[int | None, count("Requests a day.")]
+Tpd: TypeAlias = Annotated[int | None, count("Tokens a day.")]
+Preset: TypeAlias = Annotated[str | None, named("A provider's published limits.")]
+
+
+def published(preset: str | None) -> Iterable[Limit]:
+    """Return the limits of a preset that was named.
+
+    Raises:
+        ValueError: none is called so.
+    """
+    if preset is None:
+        return ()
+    from asyncbucket.presets import preset as limits_of
+
+    return limits_of(preset)
