@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from asyncbucket.stores import servers
 from asyncbucket.stores.redis_ledger import RedisLedger
+from asyncbucket.stores.script import Dialect
 from asyncbucket.stores.servers import Server
 from asyncbucket.stores.store import Snapshot, Terms
 
@@ -38,6 +39,10 @@ class RedisStore:
     def url(self) -> str:
         """Where it is, without a password."""
         return self._server.url
+
+    def check(self, terms: Terms) -> None:
+        """See `asyncbucket.stores.store.Store.check`."""
+        Dialect(terms)
 
     async def open(
         self, name: str, terms: Terms, *, worker: str | None = None, slot_ttl: float = 30.0

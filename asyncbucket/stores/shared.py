@@ -43,8 +43,8 @@ def share(
         slot_ttl: seconds without a sign of life after which a process's slots come back.
 
     Raises:
-        ValueError: ``on_outage`` or ``slot_ttl`` is none, the URL is no store's, or the limiter
-            finds its concurrency by itself.
+        ValueError: ``on_outage`` or ``slot_ttl`` is none, the URL is no store's, the limiter finds
+            its concurrency by itself, or the store cannot count that far.
         ImportError: the extra that serves such a store is not installed.
     """
     if on_outage not in POLICIES:
@@ -55,8 +55,9 @@ def share(
     if account.adaptive is not None:
         raise ValueError("with a store, concurrency must be a number: nobody can find it alone")
     make: Callable[[], Store] = functools.partial(_made, store)
-    make()  # a URL that is none is refused here, not at the first call
     shared = Shared(account, make, on_outage=on_outage, slot_ttl=slot_ttl)
+    # A URL that is none is refused here, not at the first call, and so is what cannot be counted.
+    shared.check(shared.terms())
     with account.budget.lock:
         account.remote = shared
         account.budget.outlet_for = shared.counter
@@ -113,9 +114,22 @@ class Shared:
         """See `asyncbucket.account.Remote`."""
         self._ask(lambda ledger: ledger.pause(span, gradually=gradually))
 
+    def check(self, terms: Terms) -> None:
+        """Refuse what the store cannot keep.
+
+        Raises:
+            ValueError: it cannot count that far.
+        """
+        self.make().check(terms)
+
     def configure(self) -> None:
-        """See `asyncbucket.account.Remote`."""
+        """See `asyncbucket.account.Remote`.
+
+        Raises:
+            ValueError: the store cannot count that far; it is told nothing.
+        """
         terms = self.terms()
+        self.check(terms)
         self._ask(lambda ledger: ledger.configure(terms))
 
     def _ask(self, what: Callable[[Ledger], Coroutine[Any, Any, None]]) -> None:

@@ -278,6 +278,14 @@ class Store(Protocol):
         """Where it is, without a password."""
         ...
 
+    def check(self, terms: Terms) -> None:
+        """Refuse terms that cannot be kept here; nobody is asked, and nothing happens.
+
+        Raises:
+            ValueError: a limit is above what the store counts; the message has both numbers.
+        """
+        ...
+
     async def open(
         self, name: str, terms: Terms, *, worker: str | None = None, slot_ttl: float = 30.0
     ) -> Ledger:

@@ -86,24 +86,33 @@ async def test_limiter_may_be_used_and_closed_again(url: str) -> None:
         assert (snapshot.limits[0].used, snapshot.workers) == (count, 0)
 
 
-@pytest.mark.parametrize(
-    ("limits", "name", "message"),
-    [
-        ("10 RPM", "a{b}", "name has 1 to 200 printable characters and no braces, not 'a{b}'"),
-        ("1000000000000000 TPM", "big", "a store counts to"),
-    ],
-)
-async def test_what_a_store_does_not_take_is_an_error_and_no_hang(
-    url: str, limits: str, name: str, message: str
-) -> None:
+async def test_limit_above_what_the_store_counts_is_refused_at_once(url: str) -> None:
+    """When the limiter is made and when it is changed, with the numbers; the store is told nothing."""
+    message = (
+        r"a store counts to 70,368,744,177,664: 1,000,000,000,000,000 tokens per .* is above; "
+        r"lower the limit"
+    )
+    with pytest.raises(ValueError, match=message):
+        Limiter("1000000000000000 TPM", store=url, name="big")
+    limiter = Limiter("10 RPM", store=url, name="big")
+    (await limiter.acquire()).release()
+
+    with pytest.raises(ValueError, match=message):
+        limiter.reconfigure("1000000000000000 TPM")
+
+    assert len((await open_and_peek(url, "big")).limits) == 1
+    await limiter.aclose()
+
+
+async def test_what_a_store_does_not_take_is_an_error_and_no_hang(url: str) -> None:
     """All who wait are told."""
-    limiter = Limiter(limits, store=url, name=name)
+    limiter = Limiter("10 RPM", store=url, name="a{b}")
 
     async with asyncio.timeout(5):
         ended = await asyncio.gather(*(take(limiter) for _ in range(30)), return_exceptions=True)
 
     assert {type(error) for error in ended} == {StoreError}
-    assert message in str(ended[0])
+    assert "name has 1 to 200 printable characters and no braces, not 'a{b}'" in str(ended[0])
     await limiter.aclose()
 
 

@@ -71,6 +71,9 @@ class SQLiteStore:
         """Where it is."""
         return f"sqlite:///{self._path}"
 
+    def check(self, terms: Terms) -> None:
+        """See `asyncbucket.stores.store.Store.check`: whole numbers of any size are counted."""
+
     async def open(
         self, name: str, terms: Terms, *, worker: str | None = None, slot_ttl: float = 30.0
     ) -> SQLiteLedger:
