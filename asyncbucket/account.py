@@ -77,7 +77,7 @@ class Account(Node):
         "budget",
         "cancelled",
         "children",
-        "in_flight",
+        "ended",
         "limits",
         "max_queue",
         "name",
@@ -127,12 +127,18 @@ class Account(Node):
         self.admitted = 0
         self.cancelled = 0
         self.refused = 0
-        self.in_flight = 0
+        #: Admissions whose leases are open no more.
+        self.ended = 0
         self.upstream_429 = 0
         #: Units given back by settling, by resource.
         self.refunded: dict[str, int] = _NOTHING
         #: How many calls waited, and for how many ns together, by what bound them.
         self.waits: dict[str, tuple[int, int]] = _NOTHING
+
+    @property
+    def in_flight(self) -> int:
+        """How many leases are open."""
+        return self.admitted - self.ended
 
     @property
     def personal(self) -> bool:
@@ -154,7 +160,7 @@ class Account(Node):
 
     def after_fork(self) -> None:
         """Begin anew in a child process: the leases in flight are the parent's."""
-        self.in_flight = self.waiting = 0
+        self.ended, self.waiting = self.admitted, 0
         if self.slots is not None:
             self.slots.used = 0
         for _, window, _ in self.limits.values():

@@ -47,8 +47,12 @@ class Acquisition(Coroutine[Any, Any, Lease]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._lease is not None:
-            self._lease.__exit__(kind, error, trace)
+        lease = self._lease
+        if lease is not None:
+            if error is None:
+                lease.release()
+            else:
+                lease.broken(error)
 
     def _running(self) -> Generator[Any, Any, Lease]:
         if self._coroutine is None:

@@ -84,6 +84,16 @@ class Gates:
         for meter, resource in self.meters:
             meter.unbook(amounts.get(resource, 0), when)
 
+    def close(self, booked: Amounts) -> bool:
+        """End a call: its slots come back, the rest stays; return whether somebody may wait for one."""
+        for window, resource in self.windows:
+            window.lent -= booked.get(resource, 0)
+        awaited = False  # nobody waits for a slot while there are some
+        for slots in self.slots:
+            awaited = awaited or slots.used >= slots.size or slots.remote
+            slots.give_back()
+        return awaited
+
     def price(self, amounts: Amounts) -> float:
         """Return the largest part, in seconds, that ``amounts`` takes of any limit.
 

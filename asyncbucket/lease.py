@@ -69,7 +69,6 @@ class Lease:
         self.bound_by: str | None = None
         for each in account.path:
             each.admitted += 1
-            each.in_flight += 1
         holder.leases += 1
 
     @property
@@ -226,18 +225,11 @@ class Lease:
         self._open = False
         self._holder.leases -= 1
         for each in account.path:
-            each.in_flight -= 1
+            each.ended += 1
             if each.adaptive is not None:
                 self._tell_locked(each, outcome)
-        gates = self._gates
         booked = self._amounts if self._settled is None else self._booked()
-        for window, resource in gates.windows:
-            window.lent -= booked.get(resource, 0)
-        awaited = False  # nobody waits for a slot while there are some
-        for slots in gates.slots:
-            awaited = awaited or slots.used >= slots.size or slots.remote
-            slots.give_back()
-        if awaited and budget.waiting:
+        if self._gates.close(booked) and budget.waiting:
             budget.ring_locked(account)
         return True
 
@@ -251,7 +243,7 @@ class Lease:
             adaptive.overloaded(started=self._when, now=now)
         account.resize_locked()
 
-    def _broken(self, error: BaseException) -> None:
+    def broken(self, error: BaseException) -> None:
         """Release on leaving a ``with`` block by an exception."""
         if isinstance(error, TimeoutError) and not isinstance(error, AsyncBucketError):
             self.overloaded()
@@ -282,7 +274,7 @@ class Lease:
         if error is None:
             self.release()
         else:
-            self._broken(error)
+            self.broken(error)
 
     async def __aenter__(self) -> Self:
         return self

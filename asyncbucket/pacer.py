@@ -74,7 +74,7 @@ class Pacer:
     def plant_locked(self) -> None:
         """Have those who wait do so in a tree, because not all are alike any more."""
         assert isinstance(self.queue, Line)
-        self.queue = Tree(self._budget.root, self.queue)
+        self.queue = Tree(self._budget.root, self.queue, self._budget.rouse_locked)
 
     def push_locked(self, waiter: Waiter) -> None:
         """Let ``waiter`` stand in line."""
@@ -85,7 +85,7 @@ class Pacer:
         deadline = waiter.deadline
         if deadline is not None:
             self._deadlines.push(waiter, deadline)
-        if isinstance(self.queue, Tree) or (deadline is not None and deadline < self.due):
+        if self._budget.fair or (deadline is not None and deadline < self.due):
             self.ring_locked()
 
     def leave_locked(self, waiter: Waiter) -> bool:
@@ -196,55 +196,59 @@ class Pacer:
         budget, outlet = self._budget, self._outlet
         with budget.lock:
             budget.collect_locked()
-            queue, now = self.queue, budget.clock()
-            queue.begin()
-            admitted, handed_over, due = 0, 0, NEVER
-            alone = len(budget.pacers) == 1  # then nobody but the meters has a say
-            while (head := queue.head(now)) is not None and (outlet is None or outlet.room()):
-                full = admitted == _BATCH or queue.expects()
-                gates = head.node.through
-                if full or not alone or not gates.take(head.amounts, now):
-                    due = self._due_locked(head, now)
-                    if head.deadline is not None and now >= head.deadline < due:
-                        self._expire_locked(head)
-                        continue
-                    if full or due > now:
-                        break
-                    gates.book(head.amounts, now)
-                head.gates = gates
-                head.taken = now
-                head.bound_by = head.line.bound_by or self.bound_by
-                self._served_locked(head, now)
-                if outlet is not None:
-                    outlet.push(head)
-                    handed_over += 1
-                    continue
-                head.set_result(now)
-                for node in head.node.below_root:
-                    node.waiting -= 1
-                admitted += 1
-            budget.waiting -= admitted
-            self._waiting -= admitted
-            if self._deadlines.first() <= now and admitted < _BATCH:
-                for waiter in self._deadlines.expired(now):
-                    self._expire_locked(waiter)
-            if (admitted or handed_over) and not alone:
-                budget.ring_locked(budget.root)
-            wake = self._wake_locked(now) if head is None else queue.wake
+            now = budget.clock()
+            self.queue.begin()
+            passed, due = self._admit_locked(now)
+            if passed:
+                if outlet is None:
+                    budget.waiting -= passed
+                    self._waiting -= passed
+                if len(budget.pacers) > 1:
+                    budget.ring_locked(budget.root)
+            if (passed < _BATCH or outlet is not None) and self._expire_locked(now):
+                due = now  # the next in line may pass at once
+            nobody = due == EMPTY
+            wake = self._wake_locked(now) if nobody else self.queue.wake
             self.due = max(now, min(due, wake, self._deadlines.first()))
-            nobody = head is None and wake >= EMPTY
-            return None if nobody and not (outlet and self._waiting) else self.due
+            return None if nobody and wake >= EMPTY and not (outlet and self._waiting) else self.due
 
-    def _served_locked(self, head: Waiter, now: int) -> None:
-        """Take ``head`` out of the line, and look again at who goes next where it has passed."""
-        self.queue.served(head, now)
-        if len(head.node.below_root) > 1:
-            self._budget.rouse_locked(head.node)
+    def _admit_locked(self, now: int) -> tuple[int, int]:
+        """Let pass who may; return how many did, and when the next may: `EMPTY` if there is none."""
+        queue, outlet = self.queue, self._outlet
+        alone = len(self._budget.pacers) == 1  # then nobody but the meters has a say
+        passed, node = 0, self._budget.root
+        gates = node.through
+        for head in queue.going(now):
+            if outlet is not None and not outlet.room():
+                return passed, NEVER
+            if head.node is not node:
+                node, gates = head.node, head.node.through
+            full = (passed == _BATCH and outlet is None) or queue.expects
+            if full or not alone or not gates.take(head.amounts, now):
+                due = self._due_locked(head, now)
+                if full or due > now:
+                    return passed, due
+                gates.book(head.amounts, now)
+            head.gates = gates
+            head.taken = now
+            head.bound_by = head.line.bound_by or self.bound_by
+            passed += 1
+            if outlet is not None:
+                outlet.push(head)
+                continue
+            head.set_result(now)
+            for below in head.node.below_root:
+                below.waiting -= 1
+        return passed, EMPTY
 
-    def _expire_locked(self, waiter: Waiter) -> None:
-        waiter.set_result(NEVER)
-        self.leave_locked(waiter)
-        self.queue.rouse(waiter.node)
+    def _expire_locked(self, now: int) -> bool:
+        """Tell those whose deadline has come; return whether one was the head of its line."""
+        first = False
+        for waiter in self._deadlines.expired(now):
+            waiter.set_result(NEVER)
+            first |= self.leave_locked(waiter)
+            self.queue.rouse(waiter.node)
+        return first
 
     def _due_locked(self, head: Waiter, now: int) -> int:
         """Return from when on ``head`` may pass, other loops considered."""
@@ -257,14 +261,20 @@ class Pacer:
             due = budget.blocked.check(self.loop, now)
             if due <= now:
                 due, _ = gates.slotless.earliest(head.amounts, since)
-        turn = (self.queue.turn, head.number)
-        for other in budget.pacers.values():
+        if len(budget.pacers) > 1:
+            due = max(due, self._turn_locked(head, now))
+        if slotless and due <= now:
+            self._override_locked()
+        return due
+
+    def _turn_locked(self, head: Waiter, now: int) -> int:
+        """Return from when on ``head`` need not let older heads of other loops go first."""
+        turn, due = (self.queue.turn, head.number), now
+        for other in self._budget.pacers.values():
             if other is not self and now < other.due + _GRACE:
                 elder = other.queue.head(now)
                 if elder is not None and (other.queue.turn, elder.number) < turn:
                     due = max(due, other.due + _GRACE)
-        if slotless and due <= now:
-            self._override_locked()
         return due
 
     def _wake_locked(self, now: int) -> int:
@@ -283,7 +293,7 @@ class Pacer:
         head.gates.book(head.amounts, now)
         head.bound_by = head.line.bound_by
         head.set_result(now)
-        self._served_locked(head, now)
+        queue.served(head, now)
         self._count_out_locked(head)
         self._override_locked()
         return now

@@ -100,6 +100,8 @@ class Line:
     wake: Final = EMPTY
     #: Lines of several loops compete by arrival alone.
     turn: Final = ()
+    #: In a line nobody is expected: whoever comes back stands at its end.
+    expects: Final = False
 
     def __init__(self) -> None:
         self._line: deque[Waiter] = deque()
@@ -142,12 +144,19 @@ class Line:
         self._living -= 1
         self._since = now
 
-    def begin(self) -> None:
-        """In a line nobody is expected: whoever comes back stands at its end."""
+    def going(self, now: int) -> Iterator[Waiter]:
+        """Yield who goes next, and whoever asks for another has `served` the one before."""
+        line = self._line
+        while line:
+            head = line[0]
+            if not head.done():
+                yield head
+                self._living -= 1
+                self._since = now
+            line.popleft()
 
-    def expects(self) -> bool:
-        """See `begin`."""
-        return False
+    def begin(self) -> None:
+        """See `expects`."""
 
     def clear(self, node: "Node", now: int) -> bool:  # noqa: ARG002 - as `Tree.clear`
         """Tell whether a newcomer would overtake nobody."""

@@ -38,7 +38,7 @@ the root to its head say which loop is next.
 import heapq
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, Self, TypeAlias
 
 from asyncbucket.gates import Gates
@@ -121,8 +121,8 @@ class Node:
     __slots__ = (
         "_fairness",
         "_gates",
-        "_through",
         "below_root",
+        "known_through",
         "parent",
         "path",
         "waiting",
@@ -145,7 +145,8 @@ class Node:
         self.waiting = 0
         # Thousands of children may be idle: what they need to let a call in is made for the first.
         self._gates = gates
-        self._through: Gates | None = None
+        #: What `through` is, if it has been found since something changed.
+        self.known_through: Gates | None = None
         self._fairness: Fairness | None = None
 
     @property
@@ -167,14 +168,14 @@ class Node:
     @property
     def through(self) -> Gates:
         """All meters that a call from here passes, up to the root's."""
-        if self._through is None:
+        if self.known_through is None:
             above = self.parent
-            self._through = self.gates if above is None else self.gates.above(above.through)
-        return self._through
+            self.known_through = self.gates if above is None else self.gates.above(above.through)
+        return self.known_through
 
     def forget_through(self) -> None:
         """Look at the meters anew when next somebody passes: they have changed, here or above."""
-        self._through = None
+        self.known_through = None
 
     def after_fork(self) -> None:
         """Begin anew in a child process: those who waited are the parent's."""
@@ -418,11 +419,15 @@ class Classes(Branch):
 class Tree:
     """Choose among all who wait on one loop, wherever in the tree of limiters they do."""
 
-    __slots__ = ("_classes", "_emptied", "_root")
+    __slots__ = ("_classes", "_emptied", "_root", "_rouse")
 
-    def __init__(self, root: Node, line: Line) -> None:
-        """Take over the ``line`` of those who have waited at the root so far."""
+    def __init__(self, root: Node, line: Line, rouse: Callable[[Node], object]) -> None:
+        """Take over the ``line`` of those who have waited at the root so far.
+
+        ``rouse`` is `Tree.rouse` for the trees of all loops.
+        """
         self._root = root
+        self._rouse = rouse
         self._emptied: list[Branch] = []
         self._classes = Classes(root, root.fairness.top)
         branch = self._class(0)
@@ -475,9 +480,18 @@ class Tree:
         self._classes.served(head, now)
         if not head.line:
             self._emptied.extend(branch for branch in self._chosen() if branch.emptied < math.inf)
+        if len(head.node.below_root) > 1:  # who goes next where it has passed may be another
+            self._rouse(head.node)
 
+    def going(self, now: int) -> Iterator[Waiter]:
+        """Yield who goes next, and whoever asks for another has `served` the one before."""
+        while (head := self.head(now)) is not None:
+            yield head
+            self.served(head, now)
+
+    @property
     def expects(self) -> bool:
-        """Tell whether the head that was found should wait for somebody to come back first."""
+        """Whether the head that was found should wait for somebody to come back first."""
         return bool(self._emptied) and any(
             branch.first is not None and branch.first.share.tag > branch.emptied
             for branch in self._chosen()

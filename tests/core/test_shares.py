@@ -33,8 +33,12 @@ class Grove:
         limit = Limit("tokens", 1_000, per=1_000)
         window = Window(amount=limit.amount, window=limit.window)
         self.root._gates = Gates([(window, "tokens")], (limit,))
-        self.tree = Tree(self.root, Line())
+        self.tree = Tree(self.root, Line(), self.rouse)
         self.arrivals = 0
+
+    def rouse(self, node: Node) -> None:
+        """Look again at those who sleep at ``node`` or above, on the only loop."""
+        self.tree.rouse(node)
 
     def child(self, above: Node | None = None, *, weight: float = 1.0) -> Node:
         """Make a limiter's node."""
@@ -226,13 +230,13 @@ def test_whoever_was_emptied_is_expected_back(grove: Grove) -> None:
     assert grove.serve() is first
     assert grove.serve().node is busy
     assert grove.tree.head(0) is not None
-    assert not grove.tree.expects()
+    assert not grove.tree.expects
     back = grove.push(patient)
     assert grove.serve() is back
     assert grove.tree.head(0) is not None
-    assert grove.tree.expects()
+    assert grove.tree.expects
     grove.tree.begin()
-    assert not grove.tree.expects()
+    assert not grove.tree.expects
 
 
 def test_a_tree_takes_over_a_line(loop: asyncio.AbstractEventLoop) -> None:
@@ -246,10 +250,12 @@ def test_a_tree_takes_over_a_line(loop: asyncio.AbstractEventLoop) -> None:
         waiter.amounts, waiter.deadline = ONE, None
         line.push(waiter)
         waiters.append(waiter)
-    tree = Tree(root, line)
+    roused: list[Node] = []
+    tree = Tree(root, line, roused.append)
     assert list(tree.waiters()) == waiters
     assert tree.head(0) is waiters[0]
     assert not tree.clear(root, 0)
+    assert not roused
 
 
 def test_a_flow_in_which_nobody_is_left_is_forgotten(grove: Grove) -> None:
@@ -312,7 +318,7 @@ def test_tags_along_the_way_decide_between_loops(loop: asyncio.AbstractEventLoop
     """On another loop stands a sibling whose turn it is, though it came later."""
     here, there = Grove(loop), Grove(loop)
     there.root = here.root
-    there.tree = Tree(here.root, Line())
+    there.tree = Tree(here.root, Line(), here.rouse)
     heavy, light = here.child(), here.child()
     for _ in range(10):
         here.push(heavy)
