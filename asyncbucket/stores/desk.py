@@ -12,14 +12,14 @@ import asyncio
 import collections
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from asyncbucket.errors import StoreError
 from asyncbucket.events import Event
 from asyncbucket.meters import NEVER, Amounts
-from asyncbucket.stores.lifeline import Lifeline, end, leaving, rung
+from asyncbucket.stores.lifeline import Lifeline, end, guarded, leaving, rung
 from asyncbucket.stores.outage import OnOutage
 from asyncbucket.stores.store import Batch, Booking, Correction, Ledger, Outcome, Terms
 
@@ -80,6 +80,10 @@ class Line(Protocol[W]):
         """Take out of the line a call that costs more than a limit and can never pass."""
         ...
 
+    def abandon(self, error: Exception) -> None:
+        """Do without the desk, which has failed and serves nobody any more: to be closed."""
+        ...
+
 
 class Desk(Generic[W]):
     """Serve one line of one event loop at one ledger.
@@ -123,6 +127,7 @@ class Desk(Generic[W]):
             emit=emit,
             on_change=self._changed,
             on_terms=on_terms,
+            on_fall=self._fall,
         )
         self._corrections: list[Correction] = []
         self._released: list[str] = []
@@ -143,7 +148,8 @@ class Desk(Generic[W]):
         self._slotless = self._crowded = False
         self._bell = asyncio.Event()
         self._listener: asyncio.Task[None] | None = None
-        self._task = asyncio.create_task(self._serve(), name="asyncbucket desk")
+        self._fallen = False
+        self._task = self._guard(self._serve(), "asyncbucket desk")
 
     @property
     def alone(self) -> bool:
@@ -208,6 +214,21 @@ class Desk(Generic[W]):
             except StoreError:
                 _log.debug("the store is gone: slots expire by themselves")
         await self.ledger.aclose()
+
+    def _guard(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        return asyncio.create_task(guarded(work, self._fall), name=name)
+
+    def _fall(self, error: Exception) -> None:
+        """Say once that the desk serves nobody any more."""
+        if not self._fallen:
+            self._fallen = True
+            _log.error(
+                "the desk of limiter %s has failed; calls that wait are told, later ones get another "
+                "desk; please report this",
+                self.ledger.name,
+                exc_info=error,
+            )
+            self._line.abandon(error)
 
     # -- flights -----------------------------------------------------------------------------------
 
@@ -301,17 +322,27 @@ class Desk(Generic[W]):
         if booked:
             nap = (next(iter(booked.values())).start - self._clock()) * 1e-9
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(max(_NAP, nap), self._let_go)
+            self._timer = loop.call_later(max(_NAP, nap), self._let_go_late)
+
+    def _let_go_late(self) -> None:
+        try:
+            self._let_go()
+        except Exception as error:  # noqa: BLE001 - the loop would log it, and the others wait on
+            self._fall(error)
 
     def _listen(self) -> None:
         """Ask again when the store calls, or when it said that it would be time to."""
         if self._listener is None or self._listener.done():
-            self._listener = asyncio.create_task(self._hark(), name="asyncbucket slots")
+            self._listener = self._guard(self._hark(), "asyncbucket slots")
 
     async def _hark(self) -> None:
         while self._waits and not self.alone and not leaving():
             wait = max(0.01, (self._ask_at - self._clock()) * 1e-9)
-            called = await self.ledger.changed(timeout=wait)
+            try:
+                called = await self.ledger.changed(timeout=wait)
+            except StoreError as error:
+                self._lifeline.lose(error)
+                return
             if not self._waits:  # a batch went meanwhile, and was booked: that call is answered
                 return
             if called or self._clock() >= self._ask_at:

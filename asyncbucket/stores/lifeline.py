@@ -9,8 +9,8 @@ slots that were given out meanwhile are registered by the heartbeat itself.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
 
 from asyncbucket.errors import StoreError
 from asyncbucket.events import Event, StoreLost, StoreRecovered
@@ -40,6 +40,7 @@ class Lifeline:
         emit: Callable[[Event], None] | None,
         on_change: Callable[[Correction | None], None],
         on_terms: Callable[[Terms], None] | None,
+        on_fall: Callable[[Exception], None],
     ) -> None:
         """Begin; needs a running loop.
 
@@ -51,6 +52,7 @@ class Lifeline:
             emit: is told when the store is lost and when it is back.
             on_change: is called then, with what the store has to be told.
             on_terms: is told of other limits.
+            on_fall: is told of an error that nobody has foreseen: there are no more signs of life.
         """
         self.ledger = ledger
         #: Slots held by calls under way.
@@ -71,7 +73,9 @@ class Lifeline:
         self._since = 0
         self._outages = 0
         self._lost = asyncio.Event()
-        self._task = asyncio.create_task(self._live(), name="asyncbucket heartbeat")
+        self._task = asyncio.create_task(
+            guarded(self._live(), on_fall), name="asyncbucket heartbeat"
+        )
 
     def hear(self, now: int, changed: Terms | None, left: tuple[int, ...]) -> None:
         """Take note of what an answer says besides; ``now`` is the store's clock."""
@@ -167,6 +171,14 @@ def leaving() -> bool:
     """
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
+
+
+async def guarded(work: Coroutine[Any, Any, None], on_fall: Callable[[Exception], None]) -> None:
+    """Do ``work``; tell ``on_fall`` if it fails, for nobody awaits it who could be told."""
+    try:
+        await work
+    except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must not wait on
+        on_fall(error)
 
 
 async def end(*tasks: asyncio.Task[None] | None) -> None:

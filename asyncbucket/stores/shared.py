@@ -29,6 +29,9 @@ from asyncbucket.stores.store import Correction, Ledger, Store, Terms
 _LEAST: Final = 8
 _MOST: Final = 512
 _CLOSED: Final = "the limiter was closed while this call waited: close it when all calls have ended"
+_FAILED: Final = (
+    "what asks the store for this call has failed, see the log: ask again, and report this error"
+)
 
 
 def share(
@@ -243,6 +246,13 @@ class Counter:
             except CostExceedsLimit as told:
                 error = told
         self._fail(waiting, error)
+
+    def abandon(self, error: Exception) -> None:
+        """See `asyncbucket.stores.desk.Line`: those who wait here are told, others get a new one."""
+        self._turn_away(_FAILED, error)
+        desk, self._desk = self._desk, None
+        if desk is not None:
+            self._spawn(desk.aclose())
 
     def _cancel(self, waiting: Waiter, grant: Grant) -> None:
         if self._desk is not None:

@@ -60,6 +60,9 @@ class Fifo:
         self.calls.remove(waiting)
         waiting.granted.set_exception(ValueError(bound_by))
 
+    def abandon(self, error: Exception) -> None:
+        raise AssertionError from error
+
 
 class Worker:
     """Be one worker: a desk, its line, and calls."""

@@ -1,6 +1,7 @@
 """A limiter above a store, as people use it: loops, threads, steering, refusals, who goes first."""
 
 import asyncio
+import logging
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ import pytest
 
 from asyncbucket import AcquireTimeout, Limiter, StoreError, WouldBlock
 from asyncbucket.stores import open_store
+from asyncbucket.stores.redis_ledger import RedisLedger
 
 if TYPE_CHECKING:
     from tests.stores.conftest import RunningServer
@@ -113,6 +115,36 @@ async def test_what_a_store_does_not_take_is_an_error_and_no_hang(url: str) -> N
 
     assert {type(error) for error in ended} == {StoreError}
     assert "name has 1 to 200 printable characters and no braces, not 'a{b}'" in str(ended[0])
+    await limiter.aclose()
+
+
+@pytest.mark.parametrize("verb", ["commit", "heartbeat", "changed"])
+async def test_desk_that_fails_is_told_to_those_who_wait_and_replaced(
+    url: str, verb: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error that nobody has foreseen: no call hangs, each desk logs a line, later calls pass."""
+    limiter = Limiter("1000/s", concurrency=2, store=url, name="odd", slot_ttl=0.3)
+    leases = [await limiter.acquire() for _ in range(2)]
+
+    async def fail(*_: object, **__: object) -> None:
+        raise ArithmeticError("odd")
+
+    with monkeypatch.context() as patched, caplog.at_level(logging.ERROR, "asyncbucket"):
+        patched.setattr(RedisLedger, verb, fail)
+        calls = [asyncio.ensure_future(take(limiter)) for _ in range(30)]
+        async with asyncio.timeout(5):
+            ended = await asyncio.gather(*calls, return_exceptions=True)
+    assert {type(error) for error in ended} == {StoreError}
+    assert "has failed, see the log: ask again, and report this error" in str(ended[0])
+    said = [record.getMessage().partition(";")[0] for record in caplog.records]
+    assert 1 <= len(said) <= 30 / 8 + 1
+    assert set(said) == {"the desk of limiter odd has failed"}
+    assert "ArithmeticError: odd" in caplog.text
+
+    for lease in leases:
+        lease.release()
+    async with asyncio.timeout(5):
+        (await limiter.acquire()).release()
     await limiter.aclose()
 
 
