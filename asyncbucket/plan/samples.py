@@ -22,6 +22,8 @@ Read: TypeAlias = Callable[[object], float | Cost]
 
 #: The length of a reply that nothing limits, as `asyncbucket.http.forecast` begins with.
 _FORESEEN: Final = 256
+#: Of whom nothing has to be loaded to know that there is one.
+_PROFILE: Final = "openai"
 _TOKENS: Final = frozenset({"tokens", "input_tokens", "output_tokens"})
 _SECONDS: Final = ("latency", "seconds", "duration")
 
@@ -102,7 +104,9 @@ def _read_file(path: Path, name: str, read: Read) -> list[float | Cost]:
             try:
                 sample = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{where}: no JSON: {error}") from error
+                raise ValueError(
+                    f"{where}: no JSON: {error}; a line is a number, a text in quotes or an object"
+                ) from error
             values.append(_read(sample, f"{name}: {where}", read))
     return values
 
@@ -119,6 +123,10 @@ class Tokens:
     def __init__(self, *, count: Callable[[str], int] | None, profile: str) -> None:
         self._count = count
         self._profile = profile
+        if profile != _PROFILE:  # a typing error is one, whether or not there are bodies to read
+            from asyncbucket.http.profiles import profile_named
+
+            profile_named(profile)
 
     def __call__(self, sample: object) -> float | Cost:
         """Return a number of tokens, or a cost.

@@ -270,6 +270,20 @@ def test_key_that_a_provider_quotes_is_shown_to_nobody(httpx_says: Callable[[str
     assert "pass-word" not in result.output + written
 
 
+def test_word_that_stands_for_a_key_is_no_secret(
+    httpx_says: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A local server wants some; hiding it would blot out the words of messages."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    base = httpx_says("there is none, nonetheless")
+
+    result = CliRunner().invoke(
+        app, ["run", batch(1), "--rpm", "60", "--model", "m", "--api-base", base]
+    )
+
+    assert "there is none, nonetheless" in result.stderr
+
+
 @pytest.fixture
 def httpx_says() -> Generator[Callable[[str], str]]:
     """Make a server that answers 401 with a message, at a URL with a password."""
@@ -395,6 +409,11 @@ def test_dry_run_says_the_same_as_json() -> None:
         (["in.jsonl", "--rpm", "1", "-o", os.devnull], "is no file that can be written"),
         (["in.jsonl", "--rpm", "1", "--errors", "no/errors.jsonl"], "no is no folder"),
         (["in.jsonl", "--rpm", "1", "--api-base", "localhost:8000"], "--api-base must begin with"),
+        (
+            ["in.jsonl", "--rpm", "1", "--api-base", "http://me:pass-word@/v1"],
+            "and a host, not 'http:///v1'",
+        ),
+        (["in.jsonl", "--rpm", "1", "--api-base", "http://x:99999"], "Port out of range 0-65535"),
         (["in.jsonl", "--rpm", "1", "--price", "cheap"], "--price is dollars for a million tokens"),
         (["in.jsonl", "--concurrency", "many"], "--concurrency is a number from 1 on, or auto"),
         (["in.jsonl", "--rpm", "1", "--endpoint", "x"], "--endpoint is one of chat, responses"),

@@ -2,6 +2,7 @@
 
 import pytest
 
+from asyncbucket.cli.demo.report import headline
 from asyncbucket.cli.demo.scenario import CALLS_OF_AN_AGENT, Wish, scenario_of
 
 
@@ -89,3 +90,29 @@ def test_option_of_the_other_provider_is_refused(
 
     with pytest.raises(ValueError, match=message):
         scenario_of(wish)
+
+
+@pytest.mark.parametrize("api_base", ["localhost:8000", "http://", "ftp://example.org"])
+def test_real_provider_has_the_url_of_a_server(
+    api_base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or every agent would fail, after all its attempts."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+
+    with pytest.raises(ValueError, match="--api-base must begin with http:// or https:// and a"):
+        scenario_of(Wish(rpm=500, api_base=api_base))
+
+
+def test_headline_shows_no_password_and_counts_as_people_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One is one."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    base = "http://me:pass-word@example.org/v1"
+
+    said = headline(scenario_of(Wish(rpm=1, agents=1, api_base=base, embed_model="e")))
+
+    assert said == (
+        "1 LlamaIndex agent with a tool and 1 batch of embeddings, all at once,\n"
+        "against http://example.org/v1: 1 request every 60 s\n"
+    )

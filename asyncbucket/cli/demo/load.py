@@ -24,6 +24,7 @@ from pydantic import PrivateAttr
 from asyncbucket.cli.demo.scenario import Scenario
 from asyncbucket.cli.demo.tally import Tally
 from asyncbucket.cli.demo.traffic import CountingTransport
+from asyncbucket.cli.provider import secret_free
 from asyncbucket.llama_index import RateLimitWaitEvent
 
 #: Agents that start before the loop gets a breath; they cost some milliseconds of CPU each.
@@ -129,7 +130,7 @@ async def _do(job: Job, tally: Tally, secret: str) -> None:
         await job()
     except Exception as error:  # noqa: BLE001 - whatever ends an agent is counted and shown
         if getattr(error, "status_code", None) in _FATAL:
-            raise Fatal(f"{type(error).__name__}: {error}".replace(secret, "***")) from None
+            raise Fatal(secret_free(f"{type(error).__name__}: {error}", secret)) from None
         tally.failures[_kind(error, secret)] += 1
 
 
@@ -139,7 +140,7 @@ def _kind(error: Exception, secret: str) -> str:
     if hasattr(error, "status_code"):
         code = getattr(error, "code", None)
         return f"{name} ({code})" if code else name
-    return f"{name}: {error}".replace(secret, "***")
+    return secret_free(f"{name}: {error}", secret)
 
 
 def _jobs(scenario: Scenario, tally: Tally, llm: Any, embed_model: Any) -> Iterator[Job]:

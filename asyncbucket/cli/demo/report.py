@@ -12,6 +12,8 @@ from rich.text import Text
 from asyncbucket.cli.demo.outcome import Outcome
 from asyncbucket.cli.demo.scenario import Scenario
 from asyncbucket.cli.plot import Canvas, against_limit, sparkline
+from asyncbucket.cli.provider import place
+from asyncbucket.cost import counted
 
 _WIDEST: Final = 120
 _UNKNOWN: Final = "-"
@@ -19,11 +21,12 @@ _UNKNOWN: Final = "-"
 
 def headline(scenario: Scenario) -> str:
     """Say in a few lines what is going to be run."""
-    work = f"{scenario.agents:,} LlamaIndex agents with a tool"
+    work = f"{counted(scenario.agents, 'LlamaIndex agents')} with a tool"
     if scenario.batches:
-        work += f" and {scenario.batches:,} batches of embeddings"
-    limits = " and ".join(f"{limit.amount:,} {limit.resource}" for limit in scenario.limits)
-    where = scenario.api_base or "a bundled provider"
+        batches = "batch" if scenario.batches == 1 else "batches"
+        work += f" and {scenario.batches:,} {batches} of embeddings"
+    limits = " and ".join(counted(limit.amount, limit.resource) for limit in scenario.limits)
+    where = "a bundled provider" if scenario.api_base is None else place(scenario.api_base)
     buckets = "" if scenario.api_base else "\n(token buckets, full at the start)"
     return f"{work}, all at once,\nagainst {where}: {limits} every {scenario.window:g} s{buckets}\n"
 
@@ -61,7 +64,7 @@ def as_dict(scenario: Scenario, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         )
         runs.append(run)
     return {
-        "provider": scenario.api_base or "bundled",
+        "provider": "bundled" if scenario.api_base is None else place(scenario.api_base),
         "model": scenario.model,
         "limits": [
             {"resource": limit.resource, "amount": limit.amount, "per": limit.per}

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Final
 
+from asyncbucket.cli import provider
 from asyncbucket.limits import Limit
 
 #: The bundled provider enforces its limits over windows so long, unless the demo is too short.
@@ -135,6 +136,8 @@ def _real(wish: Wish) -> Scenario:
         raise ValueError(
             "give the limits of your key with --rpm and --tpm, e.g. --rpm 500 --tpm 200000"
         )
+    if wish.api_base is not None:
+        provider.check(wish.api_base)
     agents = wish.agents or AGENTS_OF_A_REAL_DEMO
     batches = max(1, agents // (A_BATCH_IN // CALLS_OF_AN_AGENT)) if wish.embed_model else 0
     return Scenario(

@@ -164,10 +164,12 @@ def _tenant(text: str) -> tuple[str, Tenant]:
     Raises:
         ValueError: a word is none of those that are known.
     """
-    name, *words = text.split() or [""]
+    name, *told = text.split() or [""]
+    if "=" in name:
+        raise ValueError(f'--tenant {text!r}: a name comes first, e.g. "acme weight=2 calls=500"')
     given: dict[str, Any] = {}
     limits: list[Limit] = []
-    for word in words:
+    for word in told:
         side, _, value = word.partition("=")
         if side in KEYWORDS:
             limits += read_limits((), {side: _whole(side, value)})

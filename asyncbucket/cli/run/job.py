@@ -6,8 +6,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
-from urllib.parse import urlsplit, urlunsplit
 
+from asyncbucket.cli import provider
 from asyncbucket.http.profiles import profile_named
 from asyncbucket.limits import Limit, read_limits
 
@@ -104,13 +104,11 @@ class Job:
     @property
     def place(self) -> str:
         """Where requests go, as it may be shown: without a password that a URL may hold."""
-        parts = urlsplit(self.api_base)
-        host = parts.netloc.rpartition("@")[2]
-        return urlunsplit((parts.scheme, host, parts.path, "", ""))
+        return provider.place(self.api_base)
 
     def secret_free(self, text: str) -> str:
         """Return ``text`` without the key, which a provider's complaint may quote."""
-        return text if self.api_key is None else text.replace(self.api_key, "***")
+        return provider.secret_free(text, self.api_key)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -134,8 +132,7 @@ class Job:
                 "say what your key may do: --rpm and --tpm, e.g. --rpm 500 --tpm 200000; or, for a "
                 "server without limits, --concurrency 20 or --concurrency auto"
             )
-        if urlsplit(self.api_base).scheme not in ("http", "https"):
-            raise ValueError(f"--api-base must begin with http:// or https://, not {self.place!r}")
+        provider.check(self.api_base)
         if self.source != STANDARD and not Path(self.source).is_file():
             raise ValueError(f"{self.source} is no file that can be read")
         if self.profile is not None:
