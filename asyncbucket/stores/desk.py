@@ -12,7 +12,7 @@ import asyncio
 import collections
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, Protocol, TypeVar
 
@@ -157,9 +157,18 @@ class Desk(Generic[W]):
         return self._lifeline.alone is not None
 
     @property
+    def slots(self) -> frozenset[str]:
+        """The slots that calls hold, and those of calls that are booked."""
+        return frozenset(self._lifeline.slots)
+
+    @property
     def left(self) -> tuple[int, ...]:
         """The units left of each limit, as last heard."""
         return self._lifeline.left
+
+    def look_after(self, slots: Iterable[str]) -> None:
+        """Keep alive, and take back, what calls hold that another desk has admitted."""
+        self._lifeline.slots.update(slots)
 
     def ring(self) -> None:
         """Look at the line: somebody came, or left."""

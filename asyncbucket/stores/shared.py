@@ -21,6 +21,7 @@ from asyncbucket.queue import Line, Waiter
 from asyncbucket.statistics import LimitUse
 from asyncbucket.stores import open_store
 from asyncbucket.stores.desk import Desk, Grant
+from asyncbucket.stores.late import Latecomers
 from asyncbucket.stores.lifeline import leaving
 from asyncbucket.stores.outage import POLICIES, OnOutage
 from asyncbucket.stores.store import Correction, Ledger, Store, Terms
@@ -166,6 +167,9 @@ class Counter:
         self._desk: Desk[Waiter] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._opening = self._closing = False
+        self._latecomers = Latecomers(
+            shared.make, shared.account.name, slot_ttl=shared.slot_ttl, spawn=self._spawn
+        )
 
     # -- for the pacer -----------------------------------------------------------------------------
 
@@ -252,7 +256,7 @@ class Counter:
         self._turn_away(_FAILED, error)
         desk, self._desk = self._desk, None
         if desk is not None:
-            self._spawn(desk.aclose())
+            self._spawn(self._part_with(desk))
 
     def _cancel(self, waiting: Waiter, grant: Grant) -> None:
         if self._desk is not None:
@@ -269,13 +273,11 @@ class Counter:
 
     def correct(self, correction: Correction) -> None:
         """Have a booking changed."""
-        if self._desk is not None:
-            self.on_loop(self._desk.correct, correction)
+        self.on_loop((self._desk or self._latecomers).correct, correction)
 
     def release(self, slot: str) -> None:
         """Give a slot back."""
-        if self._desk is not None:
-            self.on_loop(self._desk.release, slot)
+        self.on_loop((self._desk or self._latecomers).release, slot)
 
     def on_loop(self, do: Callable[..., object], *args: object) -> None:
         """Call the desk in the thread where it lives."""
@@ -328,6 +330,7 @@ class Counter:
             emit=account.emit,
             on_terms=shared.hear,
         )
+        self._desk.look_after(self._latecomers.hand_over())
         self._desk.ring()
 
     def _turn_away(self, why: str, cause: Exception | None = None) -> None:
@@ -353,11 +356,15 @@ class Counter:
         desk, self._desk = self._desk, None
         store, self._store = self._store, None
         if desk is not None:
-            await desk.aclose()
+            await self._part_with(desk)
         if store is not None:
             await store.aclose()
         await self._settle()
         self._closing = False
+
+    async def _part_with(self, desk: Desk[Waiter]) -> None:
+        await desk.aclose()
+        self._latecomers.expect(desk.slots)
 
     async def _settle(self) -> None:
         """Wait for what is asked of the store already."""

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -118,6 +119,46 @@ async def test_what_a_store_does_not_take_is_an_error_and_no_hang(url: str) -> N
     await limiter.aclose()
 
 
+@pytest.mark.parametrize("kind", ["server", "file"])
+async def test_what_comes_back_after_closing_is_told_the_store(
+    kind: str, url: str, tmp_path: Path
+) -> None:
+    """At once, not when the slot would expire; limits that others have set meanwhile stay."""
+    where = url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}"
+    one = Limiter("1000 TPM", concurrency=2, store=where, name="late")
+    two = Limiter("1000 TPM", concurrency=2, store=where, name="late")
+    leases = [await one.acquire(tokens=400) for _ in range(2)]
+    waiting = asyncio.ensure_future(take(two, tokens=800))
+    await asyncio.sleep(0.1)
+    two.reconfigure(concurrency=1)
+    await one.aclose()
+    assert not waiting.done()
+
+    for lease in leases:
+        lease.settle(tokens=100)
+        lease.release()
+
+    async with asyncio.timeout(5):
+        await waiting
+    await two.aclose()
+    snapshot = await open_and_peek(where, "late")
+    assert (snapshot.terms.concurrency, snapshot.slots, snapshot.workers) == (1, 0, 0)
+
+
+async def test_slot_of_a_call_outlives_closing_and_opening_again(url: str) -> None:
+    """The next desk keeps it alive, and gives it back when the call has ended."""
+    limiter = Limiter(concurrency=2, store=url, name="outlives", slot_ttl=0.3)
+    lease = await limiter.acquire()
+    await limiter.aclose()
+    (await limiter.acquire()).release()
+    await asyncio.sleep(0.6)
+    assert (await open_and_peek(url, "outlives")).slots == 1
+    lease.release()
+    await asyncio.sleep(0.2)
+    assert (await open_and_peek(url, "outlives")).slots == 0
+    await limiter.aclose()
+
+
 @pytest.mark.parametrize("verb", ["commit", "heartbeat", "changed"])
 async def test_desk_that_fails_is_told_to_those_who_wait_and_replaced(
     url: str, verb: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -194,9 +235,9 @@ async def test_calls_after_one_that_gave_up_pass_as_soon_as_they_may(
     await limiter.aclose()
 
 
-async def take(limiter: Limiter) -> None:
+async def take(limiter: Limiter, *, tokens: int | None = None) -> None:
     """Be a call that takes no time."""
-    async with limiter.acquire():
+    async with limiter.acquire(tokens=tokens):
         pass
 
 

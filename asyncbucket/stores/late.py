@@ -1,0 +1,88 @@
+"""What comes back when the limiter has been closed already: slots, and what calls used less or more.
+
+The desk has gone by then, and with it the connection. So what comes back gathers for a moment, and the
+store is told by a short visit. A visitor takes part under the terms that it finds: whatever others have
+set since stays in force. If the store cannot be reached, slots expire by themselves.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, Final
+
+from asyncbucket.errors import StoreError
+from asyncbucket.stores.store import Batch, Correction, Store
+
+#: Seconds for which what comes back gathers.
+_GATHER: Final = 0.05
+
+_log: Final = logging.getLogger("asyncbucket")
+
+
+class Latecomers:
+    """Take what comes back while there is no desk; belongs to one loop's thread."""
+
+    def __init__(
+        self,
+        make: Callable[[], Store],
+        name: str,
+        *,
+        slot_ttl: float,
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
+    ) -> None:
+        self._make = make
+        self._name = name
+        self._slot_ttl = slot_ttl
+        self._spawn = spawn
+        #: Slots of calls that are under way, though the desk that got them is gone.
+        self._held: set[str] = set()
+        #: Those that came back before that desk had gone for good.
+        self._early: set[str] = set()
+        self._corrections: list[Correction] = []
+        self._released: list[str] = []
+        self._timer: asyncio.TimerHandle | None = None
+
+    def expect(self, slots: Iterable[str]) -> None:
+        """Note which slots a desk that has gone leaves behind."""
+        self._held |= set(slots) - self._early
+        self._early.clear()
+
+    def hand_over(self) -> set[str]:
+        """Return the slots that are still held: another desk looks after them from now on."""
+        held, self._held = self._held, set()
+        return held
+
+    def correct(self, correction: Correction) -> None:
+        """Have a booking changed; what passed without the store is forgotten."""
+        if correction.start:
+            self._corrections.append(correction)
+            self._visit_soon()
+
+    def release(self, slot: str) -> None:
+        """Give a slot back."""
+        if slot not in self._held:
+            self._early.add(slot)
+        self._held.discard(slot)
+        self._released.append(slot)
+        self._visit_soon()
+
+    def _visit_soon(self) -> None:
+        # By a timer, for a loop that ends drops it; it would complain of a task made at its end.
+        if self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(_GATHER, lambda: self._spawn(self._visit()))
+
+    async def _visit(self) -> None:
+        batch = Batch(corrections=tuple(self._corrections), released=tuple(self._released))
+        self._corrections, self._released, self._timer = [], [], None
+        store = self._make()
+        try:
+            seen = await store.peek(self._name)
+            if seen is not None:
+                ledger = await store.open(self._name, seen.terms, slot_ttl=self._slot_ttl)
+                await ledger.commit(batch)
+                await ledger.aclose()
+        except StoreError:
+            _log.debug("the store is gone: slots expire by themselves")
+        finally:
+            await store.aclose()
