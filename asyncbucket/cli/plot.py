@@ -77,7 +77,7 @@ def against_limit(canvas: Canvas, columns: Sequence[float], limit: float, *, sty
     """Draw a rate for each column, up to twice the limit, and the limit as a line."""
     text = Text()
     above = canvas.height // 2  # the row on whose lower edge the limit lies
-    labels = {canvas.height - 1: _rate(2 * limit), above - 1: _rate(limit)}
+    labels = dict(zip((canvas.height - 1, above - 1), _rates(2 * limit, limit), strict=True))
     for row in reversed(range(canvas.height)):
         text.append(f"{labels.get(row, ''):>{MARGIN - 2}} ")
         text.append("│" if canvas.unicode else "|", "dim")
@@ -109,11 +109,13 @@ def _cell(canvas: Canvas, filled: float) -> str:
     return "#" if 2 * eighths >= len(_EIGHTHS) - 1 else " "
 
 
-def _rate(value: float) -> str:
-    if 0 < value < 0.1:  # noqa: PLR2004 - what would take more digits than there is room for
-        hourly = value * _HOURS[0]
-        return f"{hourly:,.0f}/h" if hourly >= 10 else f"{hourly * 24:.2g}/d"  # noqa: PLR2004
-    return f"{value:,.0f}/s" if value >= 10 else f"{value:.2g}/s"  # noqa: PLR2004 - two digits
+def _rates(*values: float) -> list[str]:
+    """Write rates in one unit, in which the least of them has digits that there is room for."""
+    least, units = min(values), ((1, "s", 0.1), (_HOURS[0], "h", 10))
+    found = ((per, unit) for per, unit, enough in units if least * per >= enough)
+    per, unit = next(found, (_DAY, "d"))
+    counts = [value * per for value in values]
+    return [f"{n:,.0f}/{unit}" if n >= 10 else f"{n:.2g}/{unit}" for n in counts]  # noqa: PLR2004 - two digits
 
 
 def _time(seconds: int, every: int) -> str:
@@ -134,7 +136,9 @@ def _axis(canvas: Canvas) -> Text:
         if column == canvas.columns:
             break
         marks[column] = tick
-        labels[column : column + MARGIN] = _time(time, every).ljust(MARGIN)
+        label = _time(time, every)
+        if column + len(label) <= canvas.columns:  # half a label is a wrong one
+            labels[column : column + MARGIN] = label.ljust(MARGIN)
     indent = " " * (MARGIN - 1)
-    ruler, legend = "".join(marks), "".join(labels)[: canvas.columns].rstrip()
+    ruler, legend = "".join(marks), "".join(labels).rstrip()
     return Text(f"{indent}{corner}{ruler}\n{indent} {legend}", "dim")

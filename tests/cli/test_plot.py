@@ -116,11 +116,22 @@ def test_long_axis_names_minutes_hours_and_days(seconds: float, labels: list[str
     assert [name.strip() for name in names.split("  ") if name.strip()] == labels
 
 
-@pytest.mark.parametrize(("limit", "label"), [(0.05, "180/h"), (0.001, "86/d")])
+@pytest.mark.parametrize(("limit", "label"), [(0.08, "288/h"), (0.05, "180/h"), (0.001, "86/d")])
 def test_slow_rates_are_said_by_the_hour_or_day(limit: float, label: str) -> None:
-    """0.0035/s says nothing to anybody."""
+    """0.0035/s says nothing to anybody; and one unit is enough for one axis."""
     canvas = Canvas(seconds=10.0, width=MARGIN + 10)
 
     lines = str(against_limit(canvas, [0.0] * 10, limit, style="")).splitlines()
 
-    assert lines[3].split("│")[0].strip() == label
+    twice, once = (lines[row].split("│")[0].strip() for row in (0, 3))
+    assert once == label
+    assert twice == f"{2 * limit * (86_400 if 'd' in label else 3_600):,.0f}/{label[-1]}"
+
+
+def test_label_of_the_axis_is_whole_or_not_there() -> None:
+    """Its mark is; "50 mi" would be no instant."""
+    canvas = Canvas(seconds=3_240.0, width=60)
+    *_, ruler, names = rows(against_limit(canvas, [1.0] * 40, 1.0, style=""))
+
+    assert names.split("  ")[-1].strip() == "40 min"
+    assert ruler.count("┬") == 6
