@@ -30,13 +30,13 @@ def tally_in_the_middle(total: int | None = 5_000) -> Tally:
 
 
 def shown(
-    time: VirtualTime, tally: Tally, *, terminal: bool, seconds: float, quiet: bool = False
+    time: VirtualTime, tally: Tally, *, terminal: bool, seconds: float, **options: bool
 ) -> str:
     """Return what is shown in some seconds."""
     file = io.StringIO()
     console = Console(file=file, width=80, force_terminal=terminal, highlight=False)
     limiter = Limiter("500 RPM", "200k TPM", clock=time.clock)
-    screen = screen_for(console, quiet=quiet)
+    screen = screen_for(console, **{"quiet": False} | options)
 
     async def main() -> None:
         showing = asyncio.create_task(screen.keep_up(tally, limiter))
@@ -70,6 +70,30 @@ def test_unknown_end_shows_a_count(virtual_time: VirtualTime) -> None:
 
     assert "2,244 lines" in output
     assert "left" not in output
+
+
+def test_one_line_is_one(virtual_time: VirtualTime) -> None:
+    """And of a pipe that somebody types into there may be just one for a while."""
+    assert shown(virtual_time, Tally(bad=1), terminal=True, seconds=1.0).startswith("1 line ")
+
+
+def test_run_that_stops_says_so(virtual_time: VirtualTime) -> None:
+    """What is left is not done in this run, so no time is foreseen for it."""
+    tally = tally_in_the_middle()
+    tally.stopping = True
+
+    output = shown(virtual_time, tally, terminal=True, seconds=1.0)
+
+    assert "stopping" in output
+    assert "left" not in output
+
+
+def test_nothing_moves_on_a_terminal_to_which_the_answers_go(virtual_time: VirtualTime) -> None:
+    """A screen that draws itself anew would wipe them out; it gets lines as a pipe does."""
+    output = shown(virtual_time, tally_in_the_middle(), terminal=True, shared=True, seconds=10.5)
+
+    assert output.splitlines()[0].endswith("$0.3612")
+    assert len(output.splitlines()) == 2
 
 
 def test_pipe_gets_a_line_every_ten_seconds(virtual_time: VirtualTime) -> None:

@@ -69,7 +69,8 @@ def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
 
 
 async def _run(job: Job, tally: Tally, console: Console, *, quiet: bool) -> None:
-    await Run(job, tally, screen_for(console, quiet=quiet)).run()
+    shared = job.out == STANDARD and sys.stdout.isatty()
+    await Run(job, tally, screen_for(console, quiet=quiet, shared=shared)).run()
 
 
 def _say(job: Job, tally: Tally, console: Console, *, quiet: bool, as_json: bool) -> None:

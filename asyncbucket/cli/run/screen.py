@@ -11,6 +11,7 @@ from rich.text import Text
 
 from asyncbucket.batch.outlook import Look, Outlook, duration
 from asyncbucket.cli.run.tally import Tally
+from asyncbucket.cost import counted
 from asyncbucket.limiter import Limiter
 
 #: Seconds between two looks on a terminal, and between two lines in a pipe.
@@ -31,11 +32,14 @@ class Screen(Protocol):
         ...
 
 
-def screen_for(console: Console, *, quiet: bool) -> Screen:
-    """Return the screen that suits a terminal, a pipe, or nobody."""
+def screen_for(console: Console, *, quiet: bool, shared: bool = False) -> Screen:
+    """Return the screen that suits a terminal, a pipe, or nobody.
+
+    On a terminal that is ``shared`` with the answers nothing moves: it would wipe them out.
+    """
     if quiet:
         return _NoScreen()
-    if console.is_terminal and not console.is_dumb_terminal:
+    if console.is_terminal and not (console.is_dumb_terminal or shared):
         return _LiveScreen(console)
     return _LineScreen(console)
 
@@ -55,7 +59,7 @@ class _LineScreen:
             await anyio.sleep(_LINES)
             look = look_at(tally, outlook)
             of = "" if tally.total is None else f" of {tally.total:,}"
-            parts = [f"{tally.done:,}{of} done", *_pace(look), *_counts(tally, limiter)]
+            parts = [f"{tally.done:,}{of} done", *_pace(look, tally), *_counts(tally, limiter)]
             self.say(f"{duration(tally.seconds):>6}  {', '.join(parts)}")
 
     def say(self, text: str) -> None:
@@ -77,11 +81,12 @@ class _LiveScreen:
     def _view(self, tally: Tally, limiter: Limiter, look: Look) -> RenderableType:
         grid = Table.grid(padding=(0, 2, 0, 0))
         if tally.total is None:
-            grid.add_row(Text(f"{tally.done:,} lines", "bold"), "  ".join(_pace(look)))
+            done = Text(counted(tally.done, "lines"), "bold")
+            grid.add_row(done, "  ".join(_pace(look, tally)))
         else:
             done = Text(f"{tally.done:,} of {tally.total:,}", "bold")
             bar = ProgressBar(max(1, tally.total), tally.done, width=_BAR)
-            grid.add_row(done, bar, "  ".join(_pace(look)))
+            grid.add_row(done, bar, "  ".join(_pace(look, tally)))
         return Group(grid, Text("  ".join(_counts(tally, limiter)), "dim"))
 
     def say(self, text: str) -> None:
@@ -99,7 +104,9 @@ def look_at(tally: Tally, outlook: Outlook) -> Look:
     return outlook.look(tally.answered + tally.failed, left=left)
 
 
-def _pace(look: Look) -> list[str]:
+def _pace(look: Look, tally: Tally) -> list[str]:
+    if tally.stopping:  # what is left is left for the next run
+        return ["stopping"]
     words = [f"{look.rate:.3g}/s"] if look.rate else []
     if look.left:
         words.append(f"{duration(look.left)} left")
