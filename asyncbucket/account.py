@@ -15,9 +15,9 @@ from asyncbucket.gates import Gates, pacing
 from asyncbucket.headroom import Headroom
 from asyncbucket.limits import Limit
 from asyncbucket.meters import Amounts, Bucket, Meter, Slots, Window
+from asyncbucket.node import Node
 from asyncbucket.pause import Pause
 from asyncbucket.queue import Waiter
-from asyncbucket.shares import Node
 from asyncbucket.statistics import LimitUse
 from asyncbucket.terms import Terms
 

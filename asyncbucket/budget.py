@@ -15,9 +15,9 @@ from asyncbucket.loops import (
     thread_switches_only_at_calls,
 )
 from asyncbucket.meters import NEVER, Amounts
+from asyncbucket.node import Node
 from asyncbucket.pacer import Pacer
 from asyncbucket.queue import Outlet, Waiter
-from asyncbucket.shares import Node
 
 #: An amount that no caller can name.
 NONE_AT_ALL: Final[object] = object()

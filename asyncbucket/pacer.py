@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from asyncbucket.errors import AsyncBucketError
 from asyncbucket.meters import NEVER
 from asyncbucket.queue import EMPTY, Deadlines, Line, Waiter
-from asyncbucket.shares import Tree
+from asyncbucket.tree import Tree
 
 if TYPE_CHECKING:
     from asyncbucket.budget import Budget

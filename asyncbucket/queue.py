@@ -15,8 +15,8 @@ from asyncbucket.gates import Gates
 from asyncbucket.meters import NEVER, Amounts
 
 if TYPE_CHECKING:
+    from asyncbucket.node import Node
     from asyncbucket.pacer import Pacer
-    from asyncbucket.shares import Node
 
 #: "Nobody is left": later even than `NEVER`, at which a slot may still come back.
 EMPTY: Final = NEVER << 1

@@ -13,8 +13,8 @@ from asyncbucket.cost import counted
 from asyncbucket.errors import AcquireTimeout, CostExceedsLimit, WouldBlock
 from asyncbucket.gates import Gates
 from asyncbucket.meters import NEVER, Amounts, Bucket
+from asyncbucket.node import Node
 from asyncbucket.queue import Waiter
-from asyncbucket.shares import Node
 
 _ONE: Final[Amounts] = {"units": 1}
 #: Rates (units a second) and bursts beyond which nobody's limits lie.

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncbucket import AcquireTimeout, Cost, CostExceedsLimit, Limit, Limiter, WouldBlock
+from asyncbucket.node import Node
 from asyncbucket.queue import Waiter
-from asyncbucket.shares import Node
 from asyncbucket.testing import VirtualTime, assert_never_over, virtual_time
 
 #: Tokens a minute of the key that tenants share, and how many come back at once.

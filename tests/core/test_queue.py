@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncbucket.meters import NEVER
+from asyncbucket.node import Node
 from asyncbucket.queue import Deadlines, Line, Waiter
-from asyncbucket.shares import Node
 
 
 @pytest.fixture

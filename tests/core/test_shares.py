@@ -9,8 +9,10 @@ import pytest
 from asyncbucket import Limit
 from asyncbucket.gates import Gates
 from asyncbucket.meters import NEVER, Slots, Window
+from asyncbucket.node import Node
 from asyncbucket.queue import EMPTY, Line, Waiter
-from asyncbucket.shares import Branch, Flow, Node, Share, Tree, VirtualClock
+from asyncbucket.shares import Share, VirtualClock
+from asyncbucket.tree import Branch, Flow, Tree
 
 #: A price of one second.
 ONE = {"tokens": 1}

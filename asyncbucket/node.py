@@ -1,0 +1,101 @@
+"""A limiter's place in the tree of limiters: what its calls pass, and its share of what is above."""
+
+import itertools
+from typing import Self
+
+from asyncbucket.gates import Gates
+from asyncbucket.meters import Amounts
+from asyncbucket.shares import Fairness, Share
+
+
+class Node:
+    """Be a limiter's place in the tree: what its calls pass, and its share of its parent."""
+
+    __slots__ = (
+        "_fairness",
+        "_gates",
+        "below_root",
+        "known_through",
+        "parent",
+        "path",
+        "waiting",
+        "weight",
+    )
+
+    def __init__(
+        self,
+        parent: "Self | None" = None,
+        *,
+        weight: float = 1.0,
+        gates: Gates | None = None,
+    ) -> None:
+        self.parent = parent
+        self.weight = weight
+        #: This node and those above it, up to the root; and the same without the root.
+        self.path: tuple[Self, ...] = (self, *parent.path) if parent is not None else (self,)
+        self.below_root = self.path[:-1]
+        #: Calls that wait here or below, over all loops; not counted at the root.
+        self.waiting = 0
+        # Thousands of children may be idle: what they need to let a call in is made for the first.
+        self._gates = gates
+        #: What `through` is, if it has been found since something changed.
+        self.known_through: Gates | None = None
+        self._fairness: Fairness | None = None
+
+    @property
+    def gates(self) -> Gates:
+        """The meters of this limiter alone."""
+        if self._gates is None:
+            self._gates = self.make_gates()
+        return self._gates
+
+    def make_gates(self) -> Gates:
+        """Put the meters of this limiter side by side."""
+        return Gates(())
+
+    def forget_gates(self) -> None:
+        """Look at the meters anew when next somebody passes: they have changed here."""
+        self._gates = None
+        self.forget_through()
+
+    @property
+    def through(self) -> Gates:
+        """All meters that a call from here passes, up to the root's."""
+        if self.known_through is None:
+            above = self.parent
+            self.known_through = self.gates if above is None else self.gates.above(above.through)
+        return self.known_through
+
+    def forget_through(self) -> None:
+        """Look at the meters anew when next somebody passes: they have changed, here or above."""
+        self.known_through = None
+
+    def after_fork(self) -> None:
+        """Begin anew in a child process: those who waited are the parent's."""
+        self.waiting = 0
+
+    @property
+    def fairness(self) -> Fairness:
+        """Its shares and clocks, made when first somebody has to wait."""
+        if self._fairness is None:
+            self._fairness = Fairness()
+        return self._fairness
+
+    def reweigh(self, weight: float) -> None:
+        """Go on with another weight."""
+        self.weight = weight
+        if self._fairness is not None:
+            for share in self._fairness.shares.values():
+                share.weight = weight
+
+    def correct(self, priority: int, reserved: Amounts, used: Amounts) -> None:
+        """Give the shares on the path credit for what a call did not use after all."""
+        root = self.path[-1]
+        claims: list[tuple[dict[int, Share], Node]]
+        claims = [(self.fairness.lines, self), (root.fairness.classes, root)]
+        claims += [(node.fairness.shares, above) for node, above in itertools.pairwise(self.path)]
+        for shares, node in claims:
+            share = shares.get(priority)
+            if share is not None:
+                price = node.through.price
+                share.correct((price(reserved) - price(used)) / share.weight)
