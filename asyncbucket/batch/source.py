@@ -22,11 +22,19 @@ class Source(Generic[T]):
     """Hand out items, to one worker at a time. At most `_AHEAD` are taken before they are wanted.
 
     A plain iterable is iterated on the event loop's thread: one that blocks would block the loop.
+
+    Raises:
+        TypeError: ``items`` is a text, or nothing that can be iterated.
     """
 
     def __init__(self, items: Iterable[T] | AsyncIterable[T]) -> None:
         self._each: Iterator[T] | None = None
         self._each_async: AsyncIterator[T] | None = None
+        if isinstance(items, str):
+            raise TypeError(
+                f"a text as items, {items[:40]!r}, would be a call for each of its {len(items):,} "
+                f"characters: give a list of texts, or the open file if this is its name"
+            )
         if isinstance(items, AsyncIterable):
             self._each_async = aiter(items)
         else:
