@@ -77,7 +77,7 @@ def against_limit(canvas: Canvas, columns: Sequence[float], limit: float, *, sty
     """Draw a rate for each column, up to twice the limit, and the limit as a line."""
     text = Text()
     above = canvas.height // 2  # the row on whose lower edge the limit lies
-    labels = dict(zip((canvas.height - 1, above - 1), _rates(2 * limit, limit), strict=True))
+    labels = dict(zip((canvas.height - 1, above - 1), written(2 * limit, limit), strict=True))
     for row in reversed(range(canvas.height)):
         text.append(f"{labels.get(row, ''):>{MARGIN - 2}} ")
         text.append("│" if canvas.unicode else "|", "dim")
@@ -109,7 +109,7 @@ def _cell(canvas: Canvas, filled: float) -> str:
     return "#" if 2 * eighths >= len(_EIGHTHS) - 1 else " "
 
 
-def _rates(*values: float) -> list[str]:
+def written(*values: float) -> list[str]:
     """Write rates in one unit, in which the least of them has digits that there is room for."""
     least, units = min(values), ((1, "s", 0.1), (_HOURS[0], "h", 10))
     found = ((per, unit) for per, unit, enough in units if least * per >= enough)

@@ -1,6 +1,7 @@
 """`asyncbucket plan`: what is typed, what is seen, what is drawn."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,13 @@ def test_what_nobody_waits_for_is_not_drawn() -> None:
 def test_mistake_is_a_line_and_status_2(arguments: tuple[str, ...], error: str) -> None:
     """No traceback."""
     assert typed(*arguments, status=2).startswith(error)
+
+
+def test_peak_is_said_in_the_unit_of_the_axis_below_it() -> None:
+    """A number alone would be read as one of those at the axis."""
+    shown = typed("--agents", "3", "--rpm", "1", "--steps", "2", "--latency", "5")
+
+    assert re.search(r"limit of 1 request per 60 s, \d+/h the peak\n +120/h ", shown)
 
 
 @pytest.mark.parametrize("options", [(), ("--dark",)])

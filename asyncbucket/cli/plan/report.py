@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from asyncbucket.cli.plot import Canvas, against_limit
+from asyncbucket.cli.plot import Canvas, against_limit, written
 from asyncbucket.plan.result import Plan, details, table, tenants
 
 _WIDEST: Final = 120
@@ -57,7 +57,7 @@ def _plot(console: Console, canvas: Canvas, plan: Plan) -> None:
     columns = columns_of(plan, canvas)
     limit = rate or max(columns)
     if max(columns) > 2 * limit:
-        title += f", {max(columns):,.3g} the peak"
+        title += f", {written(max(columns), limit)[0]} the peak"
     console.print(Text(title, "bold"))
     console.print(against_limit(canvas, columns, limit, style="green"))
 
