@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol, TypeAlias
 
+from asyncbucket.limits import Limit
+
 NANOSECONDS = 1_000_000_000
 
 Trace: TypeAlias = Iterable[tuple[float, int]]
@@ -54,8 +56,10 @@ class BusiestWindow:
     last: int
 
 
-def assert_never_over(trace: Trace, limit: LimitLike) -> BusiestWindow:
+def assert_never_over(trace: Trace, limit: LimitLike | str) -> BusiestWindow:
     """Assert that every window of `limit.per` seconds holds at most `limit.amount`.
+
+    `limit` may be a text, as a limiter takes it: `"60k TPM"`.
 
     Where `limit.burst` is set, assert too that the trace keeps the bucket of that burst, refilled
     at `amount / per`.
@@ -65,8 +69,9 @@ def assert_never_over(trace: Trace, limit: LimitLike) -> BusiestWindow:
 
     Raises:
         AssertionError: Naming the worst window, by how much it is over and when.
-        ValueError, TypeError: If the trace isn't one.
+        ValueError, TypeError: If the trace isn't one, or `limit` can't be read.
     """
+    limit = Limit.parse(limit) if isinstance(limit, str) else limit
     admissions = _admissions(trace)
     worst = _busiest(admissions, _nanoseconds(limit.per))
     if worst.amount > limit.amount:
@@ -143,6 +148,9 @@ def _fail_bucket(
 def _admissions(trace: Trace) -> list[tuple[int, int]]:
     """Sort a trace and turn its times into nanoseconds, refusing what has no clear meaning."""
     pairs = list(trace)
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:  # noqa: PLR2004 - a pair
+            raise TypeError(f"a trace is pairs of time and amount, such as (0.5, 1), not {pair!r}")
     kinds = {type(when) for when, _ in pairs}
     for when, amount in pairs:
         if isinstance(amount, bool) or not isinstance(amount, int) or amount < 0:

@@ -1,5 +1,6 @@
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -94,6 +95,13 @@ def test_limit_with_a_burst_is_checked_for_both() -> None:
         assert_never_over([(0.0, 3 - 1), (0.0, 1)], limit)
 
 
+def test_limit_may_be_written_as_for_a_limiter() -> None:
+    """Its burst included."""
+    assert assert_never_over([(0, 60_000)], "60k TPM").amount == 60_000
+    with pytest.raises(AssertionError, match="over the burst by 1: 3 units in 3 admissions"):
+        assert_never_over([(0, 1)] * 3, "10/s burst 2")
+
+
 def test_call_above_the_burst_passes_when_it_has_earned_the_rest() -> None:
     """Burst 2 at 1/s: 5 may go at 3 s after the bucket was full, and nothing right behind it."""
     assert_within_bucket([(0, 2), (5 * SECOND, 5), (6 * SECOND, 1)], rate=1.0, burst=2)
@@ -107,6 +115,7 @@ def test_call_above_the_burst_passes_when_it_has_earned_the_rest() -> None:
 @pytest.mark.parametrize(
     ("trace", "error", "message"),
     [
+        ([0.0, 0.5], TypeError, r"pairs of time and amount, such as \(0\.5, 1\), not 0\.0"),
         ([(0, 1), (0.5, 1)], TypeError, "mixes int times"),
         ([("0", 1)], TypeError, r"int \(ns\) or float \(s\), not '0'"),
         ([(True, 1)], TypeError, "not True"),
@@ -118,7 +127,7 @@ def test_call_above_the_burst_passes_when_it_has_earned_the_rest() -> None:
     ],
 )
 def test_trace_without_a_clear_meaning_is_refused(
-    trace: list[tuple[float, int]], error: type[Exception], message: str
+    trace: Any, error: type[Exception], message: str
 ) -> None:
     """A check that guesses is worth nothing."""
     with pytest.raises(error, match=message):
