@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol, TypeAlias
 
+from asyncbucket.cost import counted
 from asyncbucket.limits import Limit
 
 NANOSECONDS = 1_000_000_000
@@ -76,7 +77,8 @@ def assert_never_over(trace: Trace, limit: LimitLike | str) -> BusiestWindow:
     worst = _busiest(admissions, _nanoseconds(limit.per))
     if worst.amount > limit.amount:
         raise AssertionError(
-            f"over the limit: {_number(worst.amount)} units in {worst.admissions} admissions from "
+            f"over the limit: {counted(worst.amount, 'units')} in "
+            f"{counted(worst.admissions, 'admissions')} from "
             f"{_seconds(worst.first)} to {_seconds(worst.last)}, where any {limit.per:g} s may "
             f"hold {_number(limit.amount)}"
         )
@@ -138,8 +140,8 @@ def _fail_bucket(
 ) -> None:
     amount = sum(amount for _, amount in interval)
     raise AssertionError(
-        f"over the burst by {_number(float(excess))}: {_number(amount)} units in {len(interval)} "
-        f"admissions from {_seconds(interval[0][0])} to {_seconds(interval[-1][0])}, where a "
+        f"over the burst by {_number(float(excess))}: {counted(amount, 'units')} in "
+        f"{counted(len(interval), 'admissions')} from {_seconds(interval[0][0])} to {_seconds(interval[-1][0])}, where a "
         f"bucket of {_number(burst)} refilled at {_number(float(rate))}/s admits "
         f"{_number(float(amount - excess))}"
     )

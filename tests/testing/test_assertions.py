@@ -100,6 +100,8 @@ def test_limit_may_be_written_as_for_a_limiter() -> None:
     assert assert_never_over([(0, 60_000)], "60k TPM").amount == 60_000
     with pytest.raises(AssertionError, match="over the burst by 1: 3 units in 3 admissions"):
         assert_never_over([(0, 1)] * 3, "10/s burst 2")
+    with pytest.raises(AssertionError, match="over the limit: 11 units in 1 admission from 0 s"):
+        assert_never_over([(0, 11)], "10/s")
 
 
 def test_call_above_the_burst_passes_when_it_has_earned_the_rest() -> None:
