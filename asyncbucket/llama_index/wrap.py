@@ -52,6 +52,7 @@ from llama_index.core.tools import BaseTool, FunctionTool
 
 from asyncbucket.http.levels import is_under
 from asyncbucket.limiter import Limiter
+from asyncbucket.llama_index.clients import is_client
 from asyncbucket.llama_index.embedding import RateLimitedEmbedding, RateLimitedMultiModalEmbedding
 from asyncbucket.llama_index.estimate import Estimator
 from asyncbucket.llama_index.llm import RateLimitedLLM
@@ -236,6 +237,13 @@ def _refusal(obj: object) -> str:
         return f"wrap what {type(obj).__name__} is made of: its llm, and its tools if it has any"
     if hasattr(obj, "to_tool_list"):
         return f"wrap the tools of {type(obj).__name__}: limiter.wrap(spec.to_tool_list())"
+    if is_client(obj):
+        name = type(obj).__name__
+        sync = "" if name.startswith("Async") else "sync=True"
+        return (
+            f"an SDK's client is paced where it sends: "
+            f"{name}(http_client=limiter.http_client({sync}), max_retries=0)"
+        )
     return (
         f"a LlamaIndex LLM, embedding model or tool can be wrapped, not {type(obj).__name__}; pace "
         f"other code by `async with limiter.acquire(...)` or @limiter.paced"

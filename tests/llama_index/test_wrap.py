@@ -1,10 +1,12 @@
 """A wrapped model is the model: its class, its fields, its name."""
 
 import copy
+import re
 import subprocess
 import sys
 from typing import Any
 
+import openai
 import pytest
 from llama_index.core import Settings
 from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent, ReActAgent
@@ -199,6 +201,14 @@ def test_structured_llm_is_paced_inside() -> None:
     assert isinstance(paced.llm, RateLimitedLLM)
     assert not isinstance(structured.llm, RateLimitedLLM)
     assert limiter.wrap(paced) is paced
+
+
+@pytest.mark.parametrize(("client", "sync"), [(AsyncOpenAI, ""), (openai.OpenAI, "sync=True")])
+def test_client_of_an_sdk_is_told_how_it_is_paced(client: type[Any], sync: str) -> None:
+    """It is no model of LlamaIndex, and what paces it has another name."""
+    remedy = f"{client.__name__}(http_client=limiter.http_client({sync}), max_retries=0)"
+    with pytest.raises(TypeError, match=re.escape(f"is paced where it sends: {remedy}")):
+        Limiter("100 RPM").wrap(client(api_key="k"))
 
 
 @pytest.mark.parametrize("thing", ["gpt-4o", 3, None, object(), Limiter("1 RPM")], ids=named)
