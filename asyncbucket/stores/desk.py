@@ -136,6 +136,8 @@ class Desk(Generic[W]):
         self._timer: asyncio.TimerHandle | None = None
         #: Before this instant the line's heads are not sent: they would not be booked.
         self._ask_at = 0
+        #: The last start that was booked here.
+        self._last_start = 0
         #: When what came back must be told, though no call goes.
         self._tell_at = NEVER
         #: What the first of those who were not booked waits for, and until when at least.
@@ -196,9 +198,14 @@ class Desk(Generic[W]):
             self._gather(awaited=self._slotless or self._crowded)
 
     def _gather(self, *, awaited: bool) -> None:
-        """Have what came back told soon: very soon if a call waits for it, here or elsewhere."""
-        span = _GATHER_BRIEFLY if awaited else _GATHER
-        self._tell_at = min(self._tell_at, self._clock() + span)
+        """Have what came back told soon: very soon if a call waits for it, here or elsewhere.
+
+        Not so soon while starts lie ahead: no call that gets it would start before the last of them.
+        """
+        now = self._clock()
+        soon, late = now + _GATHER_BRIEFLY, now + _GATHER
+        tell_at = min(late, max(soon, self._last_start - self._horizon)) if awaited else late
+        self._tell_at = min(self._tell_at, tell_at)
         self._bell.set()
 
     def cancel(self, waiting: W, grant: Grant) -> None:
@@ -290,6 +297,7 @@ class Desk(Generic[W]):
             last = max((booking.start for booking in receipt.bookings), default=0)
             ask_at = max(receipt.ask_at, last - self._horizon)
             self._ask_at = now + max(0, ask_at - receipt.now)
+            self._last_start = max(self._last_start, now + last - receipt.now)
         offset, bounds, booked = now - receipt.now, self._bounds, False
         self._bounds = {}
         held_up: tuple[str, int] | None = None
