@@ -19,7 +19,14 @@ from contextvars import ContextVar
 from typing import Any, Final
 
 from opentelemetry import metrics, trace
-from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
+from opentelemetry.metrics import (
+    CallbackOptions,
+    Counter,
+    Histogram,
+    Meter,
+    MeterProvider,
+    Observation,
+)
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, TracerProvider
 
 from asyncbucket import events
@@ -87,42 +94,62 @@ def watch(
     return off
 
 
+def _seconds(meter: Meter, name: str, description: str) -> Histogram:
+    return meter.create_histogram(
+        _PREFIX + name,
+        unit="s",
+        description=description,
+        explicit_bucket_boundaries_advisory=BUCKETS,
+    )
+
+
+def _requests(meter: Meter, name: str, description: str) -> Counter:
+    return meter.create_counter(_PREFIX + name, unit="{request}", description=description)
+
+
 class Instruments:
     """Be all instruments of one meter provider; an instrument cannot be taken back, only fall silent."""
 
     def __init__(self, provider: MeterProvider, max_limiters: int) -> None:
         self.watched = Watched(max_limiters)
         meter = provider.get_meter(_SCOPE)
-        self._time_in_queue = meter.create_histogram(
-            _PREFIX + "request.time_in_queue",
-            unit="s",
-            description="The time a request spent in a queue waiting to acquire a lease.",
-            explicit_bucket_boundaries_advisory=BUCKETS,
+        self._time_in_queue = _seconds(
+            meter,
+            "request.time_in_queue",
+            "The time a request spent in a queue waiting to acquire a lease.",
         )
-        self._lease_duration = meter.create_histogram(
-            _PREFIX + "request_lease.duration",
-            unit="s",
-            description="The time that a lease was held by a request.",
-            explicit_bucket_boundaries_advisory=BUCKETS,
+        self._lease_duration = _seconds(
+            meter, "request_lease.duration", "The time that a lease was held by a request."
         )
-        self._requests = meter.create_counter(
-            _PREFIX + "requests",
-            unit="{request}",
-            description="Number of requests that tried to acquire a lease.",
+        self._requests = _requests(
+            meter, "requests", "Number of requests that tried to acquire a lease."
         )
+        self._refusals = _requests(
+            meter,
+            "upstream_refusals",
+            "Requests that the provider refused for rate all the same.",
+        )
+        self._retries = _requests(meter, "retries", "Requests that are tried again.")
         self._tokens = meter.create_counter(
             _PREFIX + "tokens",
             unit="{token}",
             description="Tokens reserved by admissions; used and refunded, as they were settled.",
         )
-        self._refusals = meter.create_counter(
-            _PREFIX + "upstream_refusals",
-            unit="{request}",
-            description="Requests that the provider refused for rate all the same.",
+        self._look_now_and_then(meter)
+        self.observe = by_kind(
+            {
+                events.Admitted: self._admitted,
+                events.Refused: self._refused,
+                events.Cancelled: self._cancelled,
+                events.Settled: self._settled,
+                events.Released: self._released,
+                events.Paused: self._paused,
+                events.Retried: self._retried,
+            }
         )
-        self._retries = meter.create_counter(
-            _PREFIX + "retries", unit="{request}", description="Requests that are tried again."
-        )
+
+    def _look_now_and_then(self, meter: Meter) -> None:
+        """Make the instruments that ask for a state instead of hearing of events."""
         meter.create_observable_up_down_counter(
             _PREFIX + "queued_requests",
             [self._queued],
@@ -140,17 +167,6 @@ class Instruments:
             [self._used],
             unit="1",
             description="Share of a limit that is used now, 1 for all of it.",
-        )
-        self.observe = by_kind(
-            {
-                events.Admitted: self._admitted,
-                events.Refused: self._refused,
-                events.Cancelled: self._cancelled,
-                events.Settled: self._settled,
-                events.Released: self._released,
-                events.Paused: self._paused,
-                events.Retried: self._retried,
-            }
         )
 
     # -- as it happens -----------------------------------------------------------------------------
