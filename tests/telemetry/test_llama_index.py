@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from llama_index.core.callbacks import TokenCountingHandler
+from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.llms import MockLLM
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
@@ -186,8 +186,8 @@ def test_token_counters_count_as_before(virtual_time: VirtualTime) -> None:
 
     def count(*, watched: bool) -> list[tuple[int, int]]:
         counter = TokenCountingHandler()
-        llm = MockLLM(max_tokens=5)
-        llm.callback_manager.add_handler(counter)
+        # A manager of its own: models that are given none share theirs, in later tests, too.
+        llm = MockLLM(max_tokens=5, callback_manager=CallbackManager([counter]))
         if watched:
             limiter = Limiter("2/s burst 1", clock=virtual_time.clock)
             telemetry.llama_index(limiter)
