@@ -369,7 +369,7 @@ def _renamed(once: Callable[[], T], tried: Callable[..., object]) -> Callable[[]
     while isinstance(tried, functools.partial):
         tried = tried.func
     named = tried if hasattr(tried, "__qualname__") else type(tried)
-    once.__module__, once.__qualname__ = named.__module__, named.__qualname__
+    once.__module__, once.__qualname__ = named.__module__, str(named.__qualname__)
     return once
 
 
