@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
+from llama_index.core.callbacks import TokenCountingHandler
 from llama_index.core.llms import MockLLM
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
@@ -186,8 +186,8 @@ def test_token_counters_count_as_before(virtual_time: VirtualTime) -> None:
 
     def count(*, watched: bool) -> list[tuple[int, int]]:
         counter = TokenCountingHandler()
-        # A manager of its own: models that are given none share theirs, in later tests, too.
-        llm = MockLLM(max_tokens=5, callback_manager=CallbackManager([counter]))
+        llm = MockLLM(max_tokens=5)
+        llm.callback_manager.add_handler(counter)
         if watched:
             limiter = Limiter("2/s burst 1", clock=virtual_time.clock)
             telemetry.llama_index(limiter)
@@ -198,6 +198,8 @@ def test_token_counters_count_as_before(virtual_time: VirtualTime) -> None:
                 await llm.acomplete(prompt)
 
         virtual_time.run(main())
+        # Models share the handlers that they are not given, those of later tests, too.
+        llm.callback_manager.remove_handler(counter)
         return [
             (each.prompt_token_count, each.completion_token_count)
             for each in counter.llm_token_counts
