@@ -256,7 +256,7 @@ def test_embeddings_and_responses_have_their_usage(rate_limited_provider: Provid
     assert provider.statistics().endpoints == {"embeddings": 1, "responses": 1}
 
 
-def test_key_that_a_provider_quotes_is_shown_to_nobody(httpx_says: Callable[[str], str]) -> None:
+def test_key_that_a_provider_quotes_is_shown_to_nobody(httpx_says: Callable[..., str]) -> None:
     """Nor is the password of a URL: not on the screen, in the errors, or in the checkpoint."""
     base = httpx_says(f"Incorrect API key provided: {SECRET}")
     arguments = [batch(1), "-o", "out.jsonl", "--rpm", "60", "--model", "m", "--api-base", base]
@@ -270,8 +270,31 @@ def test_key_that_a_provider_quotes_is_shown_to_nobody(httpx_says: Callable[[str
     assert "pass-word" not in result.output + written
 
 
+@pytest.mark.parametrize(
+    ("page", "status", "said"),
+    [
+        (b"<html>\nHi\x1b[31m", 200, "HTTP 200: the reply is no JSON: <html> Hi [31m"),
+        (b"", 200, "HTTP 200: the reply is no JSON: it is empty"),
+        (b"<html>", 405, "HTTP 405: <html>"),
+    ],
+)
+def test_server_that_is_not_the_api_ends_the_run(
+    httpx_says: Callable[..., str], page: bytes, status: int, said: str
+) -> None:
+    """A web site answers anything. What it says is a line, and cannot steer the terminal."""
+    base = httpx_says("", page=page, status=status)
+    arguments = ["-o", "out.jsonl", "--rpm", "60000", "--concurrency", "2", "--model", "m"]
+
+    result = CliRunner().invoke(app, ["run", batch(100), *arguments, "--api-base", base])
+
+    assert result.exit_code == 2
+    assert f"\nerror: no request succeeds: {said} (http://127" in result.stderr
+    assert len(lines_of("out.errors.jsonl")) < 10
+    assert "\x1b" not in result.stderr
+
+
 def test_word_that_stands_for_a_key_is_no_secret(
-    httpx_says: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+    httpx_says: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A local server wants some; hiding it would blot out the words of messages."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
@@ -285,17 +308,18 @@ def test_word_that_stands_for_a_key_is_no_secret(
 
 
 @pytest.fixture
-def httpx_says() -> Generator[Callable[[str], str]]:
-    """Make a server that answers 401 with a message, at a URL with a password."""
+def httpx_says() -> Generator[Callable[..., str]]:
+    """Make a server that answers 401 with a message, or a page, at a URL with a password."""
     with contextlib.ExitStack() as stack:
 
-        def start(message: str) -> str:
-            body = json.dumps({"error": {"message": message, "code": "invalid_api_key"}}).encode()
+        def start(message: str, *, page: bytes | None = None, status: int = 401) -> str:
+            error = {"error": {"message": message, "code": "invalid_api_key"}}
+            body = json.dumps(error).encode() if page is None else page
 
             class Handler(http.server.BaseHTTPRequestHandler):
                 def do_POST(self) -> None:
                     self.rfile.read(int(self.headers["content-length"]))
-                    self.send_response(401)
+                    self.send_response(status)
                     self.send_header("content-length", str(len(body)))
                     self.end_headers()
                     self.wfile.write(body)

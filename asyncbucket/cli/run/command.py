@@ -77,7 +77,8 @@ def _say(job: Job, tally: Tally, console: Console, *, quiet: bool, as_json: bool
     if not quiet:
         console.print(report.summary(job, tally), markup=False, soft_wrap=True)
     if tally.fatal is not None:
-        print(f"error: no request succeeds: {tally.fatal}", file=sys.stderr)  # noqa: T201 - a command's output
+        said = report.one_line(tally.fatal)
+        print(f"error: no request succeeds: {said}", file=sys.stderr)  # noqa: T201 - a command's output
     if as_json:
         print(json.dumps(tally.as_dict(), indent=2))  # noqa: T201 - a command's output
 

@@ -48,11 +48,16 @@ def summary(job: Job, tally: Tally) -> str:
 
 
 def reasons(tally: Tally) -> list[str]:
-    """Return the commonest reasons why lines have no answer."""
+    """Return the commonest reasons why lines have no answer, a line for each."""
     return [
-        f"  {reason}" if count == 1 else f"  {count:,} x {reason}"
+        f"  {one_line(reason)}" if count == 1 else f"  {count:,} x {one_line(reason)}"
         for reason, count in tally.reasons.most_common(5)
     ]
+
+
+def one_line(text: str) -> str:
+    """Return what a server said as a terminal may be given it: without what would steer it."""
+    return "".join(each if each.isprintable() else " " for each in " ".join(text.split()))
 
 
 def _errors(job: Job, tally: Tally) -> str:

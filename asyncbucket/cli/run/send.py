@@ -29,7 +29,7 @@ _IDLE: Final = 32
 
 
 class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
-    """Carry a reply whose status is an error, as `asyncbucket.retry` reads it."""
+    """Carry a reply that is an error or no JSON, as `asyncbucket.retry` reads it."""
 
     def __init__(self, response: httpx.Response) -> None:
         self.response = response
@@ -41,6 +41,11 @@ class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
         super().__init__(f"HTTP {self.status_code}: {self.message}")
 
     @property
+    def is_of_another_server(self) -> bool:
+        """Whether a success is none: who speaks no JSON is not the API."""
+        return self.status_code < _FIRST_ERROR
+
+    @property
     def error(self) -> Mapping[str, Any]:
         """What the provider says about it."""
         error = self.body.get("error") if isinstance(self.body, dict) else None
@@ -49,11 +54,16 @@ class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
     @property
     def message(self) -> str:
         """What it says, for people."""
-        return str(self.error.get("message") or self.body or "no reason given")[:_MESSAGE]
+        said = self.error.get("message") or self.body
+        if self.is_of_another_server:
+            said = f"the reply is no JSON: {said or 'it is empty'}"
+        return str(said or "no reason given")[:_MESSAGE]
 
     @property
     def code(self) -> str:
         """What it says, for programs."""
+        if self.is_of_another_server:
+            return "no_json"
         return str(self.error.get("code") or self.error.get("type") or f"http_{self.status_code}")
 
 

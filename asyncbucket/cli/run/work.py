@@ -29,7 +29,8 @@ from asyncbucket.retry import classify
 _KEEP: Final = 0.5
 #: Statuses that any other request would get, too: the key, the account, its rights.
 _FATAL: Final = frozenset({401, 402, 403})
-_NOT_FOUND: Final = 404
+#: Statuses of a server, or of a place on it, that is not the API.
+_ELSEWHERE: Final = frozenset({404, 405})
 #: So many failures in a row, each after its own attempts, are an outage: the other lines are for
 #: another time.
 _OUTAGE: Final = 50
@@ -165,9 +166,11 @@ class Run:
     def _look_for_the_end(self, error: Exception) -> None:
         """Stop where every other request would fail likewise."""
         tally, status = self._tally, getattr(error, "status_code", None)
-        lost = status in _FATAL or (status == _NOT_FOUND and not tally.answered)
-        if isinstance(error, HTTPFailure) and error.code in _SPENT:
-            lost = True
+        lost, elsewhere = status in _FATAL, status in _ELSEWHERE
+        if isinstance(error, HTTPFailure):
+            lost |= error.code in _SPENT
+            elsewhere |= error.is_of_another_server
+        lost |= elsewhere and not tally.answered
         self._lost_in_a_row += classify(error).retry
         if self._lost_in_a_row >= _OUTAGE:
             lost = True
