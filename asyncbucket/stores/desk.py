@@ -29,6 +29,8 @@ _BATCH: Final = 512
 #: does: less than a trip takes, and what comes back in between goes with it.
 _GATHER: Final = 50_000_000
 _GATHER_BRIEFLY: Final = 500_000
+#: How long (ns) others take to ask.
+_TURN: Final = 5_000_000
 #: The shortest sleep (s): a timer may fire early, and must not spin when it does.
 _NAP: Final = 20e-6
 
@@ -293,9 +295,11 @@ class Desk(Generic[W]):
         if heads:
             self._waits = self._slotless = False
             # Not before a horizon is left of what it has: others shall have their turn, and more go
-            # with one trip.
+            # with one trip. Nor at once while there is time: others ask at the same moment, for the
+            # same units that come free.
             last = max((booking.start for booking in receipt.bookings), default=0)
-            ask_at = max(receipt.ask_at, last - self._horizon)
+            others_first = min(receipt.now + _TURN, last - 2 * _TURN)
+            ask_at = max(receipt.ask_at, last - self._horizon, others_first)
             self._ask_at = now + max(0, ask_at - receipt.now)
             self._last_start = max(self._last_start, now + last - receipt.now)
         offset, bounds, booked = now - receipt.now, self._bounds, False

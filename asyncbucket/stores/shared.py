@@ -206,8 +206,9 @@ class Counter:
         with self._budget.lock:
             if self._sent:
                 all_went = self._booked == self._sent
-                wanted = 2 * self._room if all_went else 2 * self._booked
+                wanted = self._room * 5 // 4 if all_went else 2 * self._booked
                 self._room = min(max(wanted, _LEAST), _MOST)
+            most = min(most, self._room)  # more may stand here than there is room for by now
             heads = [each for each, _ in zip(self._line.waiters(), range(most), strict=False)]
             self._sent, self._booked = len(heads), 0
             return heads
