@@ -1,7 +1,10 @@
 """`asyncbucket watch` and `asyncbucket plot`: what a person sees."""
 
+import http.server
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -115,6 +118,31 @@ def test_watch_says_what_is_wrong(url: str, status: int, message: str) -> None:
     done = run.invoke(app, ["watch", url, "--once"])
     assert done.exit_code == status
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    "page",
+    [b"<html>", b"[1]", b"{}", b"null", b'{"limiters": 5}', b'{"limiters": [{"name": 1}]}'],
+    ids=repr,
+)
+def test_watch_tells_another_server_from_a_limiter(page: bytes) -> None:
+    """A port is soon mistaken for another."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(page)
+
+        def log_message(self, format: str, *args: Any) -> None: ...  # noqa: A002
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request).start()
+        done = run.invoke(app, ["watch", f"http://127.0.0.1:{server.server_port}", "--once"])
+
+    assert done.exit_code == 1
+    assert "limiter.serve_stats()?\n" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_plot_draws_a_trace(virtual_time: VirtualTime, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ Look = Callable[[], dict[str, Any]]
 
 _PATIENCE: Final = 5.0
 _OK: Final = 200
+#: What is said of every limiter, be it a program's or a store's.
+_ALWAYS: Final = frozenset({"name", "limits", "paused", "in_flight"})
 
 
 class SourceError(Exception):
@@ -61,15 +63,26 @@ def _fetch(connection: http.client.HTTPConnection, url: str) -> dict[str, Any]:
         reply = connection.getresponse()
         if reply.status != _OK:
             raise SourceError(f"{url} answers {reply.status}: is that limiter.serve_stats()?")
-        seen: dict[str, Any] = json.loads(reply.read())
-    except (OSError, http.client.HTTPException, ValueError) as error:
+        seen: Any = json.loads(reply.read())
+    except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
         raise SourceError(
             f"nobody serves statistics at {url} ({str(error) or type(error).__name__}): does the "
             f"program run, and did it call limiter.serve_stats()?"
         ) from error
     finally:
         connection.close()
-    return seen
+    if not _is_report(seen):
+        raise SourceError(f"{url} answers something else: is that limiter.serve_stats()?")
+    report: dict[str, Any] = seen
+    return report
+
+
+def _is_report(seen: object) -> bool:
+    """Tell whether ``seen`` is of limiters, and not the JSON of some other server."""
+    limiters = seen.get("limiters") if isinstance(seen, dict) else None
+    return isinstance(limiters, list) and all(
+        isinstance(each, dict) and each.keys() >= _ALWAYS for each in limiters
+    )
 
 
 async def _peek(url: str) -> dict[str, Any]:
