@@ -23,10 +23,10 @@ since. The larger of these is the truth for a log and for the clock's minutes, a
 bucket, where the level is enough. On top of it is room for chance: calls that come independently
 have a variance like their number.
 
-*Slices.* Providers may count in shorter slices than they say, 60,000 a minute as 1,000 a second. So
-before the first word no more than a slice's worth passes in each slice (`Slices`), and it stays so
-until more than that is said to be left. Where it is never more, the same is done for the slice as
-above for the window: what others take of it is not touched.
+*Slices.* Providers may count in shorter slices than they say, 60,000 a minute as 1,000 a second, and
+what they say is left is that of a slice. It is taken for one as long as it is never more than there
+is in a slice; so before the first word no more than a second's worth passes in each second. Once it
+is known when slices begin, the level says nothing: what passes is what `Slices` says.
 
 In the first window that we listen, and whenever others are at work, calls come evenly, at most a
 tenth of the limit at once: else all is spent before anything was heard.
@@ -39,7 +39,8 @@ others at 0, 10, 40 and 60 %.
 from typing import ClassVar, Final
 
 from asyncbucket.meters import Window
-from asyncbucket.others import Others, Slices, with_room
+from asyncbucket.others import Others, with_room
+from asyncbucket.slices import NUMBERS, cut
 
 #: Something is missing when it is at least this part of the limit.
 _BUSY: Final = 8
@@ -118,8 +119,8 @@ class Headroom:
         self._alone = False
         self._pace = 0
         self._long = window > _LONG
-        #: None once it is known that the window is counted as a whole.
-        self._slices = None if self._long else Slices(amount=amount, window=window)
+        #: The slices in which it may be counted; none once it is known to be counted as a whole.
+        self._slices = () if self._long else cut(amount=amount, window=window)
 
     @property
     def others(self) -> int:
@@ -154,12 +155,13 @@ class Headroom:
             # What was expected of another limit counts no more.
             self._level = None
             self._others = Others(amount=amount, window=self.window)
+            if self._slices:
+                self._slices = cut(amount=amount, window=self.window)
+        self._slices = tuple(each for each in self._slices if remaining <= each.share)
+        for each in self._slices:
+            each.hear(remaining, now)
         self._correct(remaining, now, under_way=under_way, rounding=rounding)
-        if self._slices is not None and remaining > self._slices.share:
-            self._slices = None
-        if self._slices is not None:
-            self._slices.hear(remaining, now)
-        elif not self._long:
+        if not (self._long or len(self._slices) == len(NUMBERS)):
             used = -remaining - rounding
             ours = amount - self._ours.available(now)
             total = max(amount, remaining + ours)  # the provider's limit may be far above ours
@@ -183,6 +185,8 @@ class Headroom:
                 now - self._heard + _MEMORY * self.window // _SMOOTHING
             )
             self._missing = min(self.amount, max(0, self._missing + less))
+            if self._slices and self._slices[0].explain:
+                self._missing = 0
         self._growth = max(self.amount - self._missing, self.amount // _LEAST, 1)
         missed = self._missing * _BUSY >= self.amount
         self._margin = max(1, self._missing // _MARGIN) if missed else 0
@@ -194,14 +198,16 @@ class Headroom:
         level = self._expect(now, needed)
         if level is None or back:
             return now
+        if self._slices and self._slices[0].known:
+            return self._slices[0].earliest(amount, now)
         when = now
         if needed > level:
             when = max(now, self._at) - -(needed - level) // self._growth
         reserve = self._reserve(amount)
         if reserve or (now < self._first + self.window and not self._long):
             when = max(when, self._evenly(amount, now, reserve))
-        if self._slices is not None:
-            when = max(when, self._slices.earliest(amount, now))
+        if self._slices:
+            when = max(when, self._slices[0].earliest(amount, now))
         return min(when, self._heard + _MEMORY * self.window)
 
     def _evenly(self, amount: int, now: int, reserve: int) -> int:
@@ -236,8 +242,8 @@ class Headroom:
         apart = amount * self._pace if self._alone else self._apart(amount)
         self._even = max(self._even, when) + apart
         self._last = when
-        if self._slices is not None:
-            self._slices.book(amount, when)
+        for each in self._slices:
+            each.book(amount, when)
 
     def owe(self, amount: int, now: int) -> None:
         """See `asyncbucket.meters.Meter.owe`."""
@@ -250,8 +256,8 @@ class Headroom:
         self._booked -= amount
         self._ours.unbook(amount, when, left=left)
         self._even -= self._apart(amount)
-        if self._slices is not None:
-            self._slices.unbook(amount, when, left)
+        for each in self._slices:
+            each.unbook(amount, when, left)
 
     def available(self, now: int) -> int:
         """See `asyncbucket.meters.Meter.available`: what is left, whatever is reserved of it."""
@@ -281,12 +287,12 @@ class Headroom:
 
     def _share(self, amount: int) -> int:
         """Return what ``amount`` takes of the level: no more than there ever is in a slice."""
-        return amount if self._slices is None else min(amount, self._slices.share)
+        return min(amount, self._slices[0].share) if self._slices else amount
 
     def _reserve(self, amount: int) -> int:
         """Return what is left to others in a window, where calls cost about ``amount``."""
         others = self._others.estimate
-        if not others:
+        if not others or (self._slices and self._slices[0].explain):
             return 0
         reserve = with_room(others, amount)
         if self._left >= reserve + self.amount:  # there is enough for all

@@ -17,7 +17,7 @@ from asyncbucket.http.levels import levels
 from asyncbucket.http.profiles import Profile, Told
 from asyncbucket.limiter import Limiter
 from asyncbucket.limits import Limit
-from asyncbucket.others import SLICES
+from asyncbucket.slices import NUMBERS
 
 #: A limit's resource and window.
 _Key: TypeAlias = tuple[str, float]
@@ -96,7 +96,7 @@ class Ear:
                 if limit.per <= min(told.get(limit.resource, 0), _LONG) and key not in known:
                     known.add(key)
                     self._assumed[limiter, *key] = limit.amount
-                    slice_ = -(-limit.amount // SLICES)
+                    slice_ = -(-limit.amount // NUMBERS[0])
                     limiter.observe_remaining(slice_, resource=limit.resource, per=limit.per)
 
     def is_due(self, now: float) -> bool:

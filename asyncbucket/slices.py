@@ -1,0 +1,310 @@
+"""A limit that is counted in slices of its window: 60,000 a minute as 1,000 a second.
+
+What is left of a slice is gone when it ends, and with the next one all is there again. So a word
+about it is worth a lot to whoever knows when slices begin, and nothing once the next one has begun.
+
+*When they begin.* Where a limit is saturated, what is said to be left falls and falls, and between
+two words it jumps up, by more than could have flowed in: in between a slice began. `Beat` puts such
+intervals one upon the other, a slice's length apart; what they have in common soon is narrow, and
+later ones fit, or there are no such slices. (A sliding second never beats, nor does a bucket of a
+second's worth.)
+
+*What others take.* In a slice they have taken, at least, what is used beyond what we booked in it.
+How much that was in the last slices, by how much of each had passed, is their rate. By it they take
+so much more from the last word until the end. That is left to them, with room for chance, and the
+rest is ours. The later in a slice, the less is unknown: so some of ours goes only then, and what
+others have left this time is not lost.
+
+*Until that is known* no more than a share passes in any slice's length: half of it at once, the rest
+evenly. Between the first reply and then it is half of that, for as long as it takes to find out
+(`new`): others are not known, and as far as they take less than the other half nobody is refused. If
+no slice is found, what others take is seen in what is used beyond ours in a slice's length. Less of
+it is seen at most times, so a high quantile of that is left to them.
+
+The numbers below were found by simulation: limits of 30 to 6,000, slices of a 6th of a second to ten
+seconds, replies up to 80 ms on the way, others who come evenly or by chance and take 10 to 60 %.
+"""
+
+import math
+from typing import Final
+
+from asyncbucket.meters import Window
+from asyncbucket.others import with_room
+
+#: A limit may be counted in so many slices of its window: seconds of a minute, or ten seconds.
+NUMBERS: Final = (60, 6)
+#: For the network's jitter ours are longer by this part. (`Window` adds as much as half of it.)
+_ROOM: Final = 64
+#: What we send this part of a slice before its end may arrive in the next one, and a word that comes
+#: as soon after its beginning may speak of the last one.
+_WAY: Final = 8
+#: A word comes by this part of a slice sooner or later; two clocks run apart by that part.
+_JITTER: Final = 32
+_DRIFT: Final = 1_024
+#: A jump is at least this part of a slice's share.
+_JUMP: Final = 4
+#: Slices have a beginning when so many jumps fit; no more than so many are remembered.
+_FITS: Final = 2
+_MOST_FITS: Final = 8
+#: So many slices are listened to before it is believed that they have none.
+_PATIENCE: Final = 8
+#: Others' rate is a mean over so many slices, and is known after so much of one.
+_MEMORY: Final = 24
+_ENOUGH: Final = 0.8
+#: Others are at work when they take at least this part of a slice,
+_BUSY: Final = 16
+#: or of a slice's length, where no beginning is known.
+_BUSY_UNSEEN: Final = 8
+#: Of a share of fewer units nobody can leave a part to others.
+_FEW: Final = 4
+#: Where no beginning is known, they take this quantile of what replies say, over so many slices.
+_QUANTILE: Final = 0.8
+_FOLLOW: Final = 2
+
+
+def cut(*, amount: int, window: int) -> tuple["Slices", ...]:
+    """Return all the ways in which a limit may be cut into slices, the shortest ones first."""
+    return tuple(Slices(amount=amount, window=window, number=number) for number in NUMBERS)
+
+
+class Beat:
+    """Find when slices begin, from what is said to be left of them."""
+
+    __slots__ = ("_early", "_fits", "_heard", "_jitter", "_late", "_left", "_length", "_share")
+
+    def __init__(self, *, share: int, length: int) -> None:
+        self._share = share
+        self._length = length
+        self._jitter = length // _JITTER
+        #: Between these a slice began, as far as is known, and how much of what was heard fits.
+        self._early = self._late = 0
+        self._fits = 0
+        #: What was left by the last word, and when that was.
+        self._left: int | None = None
+        self._heard = 0
+
+    @property
+    def found(self) -> bool:
+        """Whether it was heard, perhaps by chance."""
+        return self._fits > 0
+
+    @property
+    def sure(self) -> bool:
+        """Whether it was heard again where it was to be expected."""
+        return self._fits >= _FITS
+
+    @property
+    def blur(self) -> int:
+        """For how many ns it is not known whether the next slice has begun."""
+        return self._late - self._early
+
+    def nearest(self, when: int) -> int:
+        """Return when that slice has surely begun that begins nearest to ``when``."""
+        return self._late + self._turns(when - self._late) * self._length
+
+    def hear(self, remaining: int, now: int) -> None:
+        """Take in what is left of a slice."""
+        left, heard = self._left, self._heard
+        self._left, self._heard = remaining, now
+        if left is None or now - heard >= self._length // 2:
+            return
+        flowed = (now - heard) * self._share // self._length
+        least = max(self._share // _JUMP, min(2, self._share))  # a reply may overtake another one
+        if remaining - left - flowed >= least:
+            self._narrow(heard - self._jitter, now + self._jitter)
+
+    def _narrow(self, early: int, late: int) -> None:
+        turns = self._turns((early + late - self._early - self._late) // 2)
+        moved, drift = turns * self._length, turns * self._length // _DRIFT
+        common = max(early, self._early + moved - drift), min(late, self._late + moved + drift)
+        if self._fits and common[1] - common[0] >= 2 * self._jitter:
+            self._early, self._late = common
+            self._fits = min(self._fits + 1, _MOST_FITS)
+            return
+        self._fits -= 2
+        if self._fits <= 0:
+            self._early, self._late, self._fits = early, late, 1
+
+    def _turns(self, span: int) -> int:
+        return (span + self._length // 2) // self._length
+
+
+class Slices:
+    """Admit in any slice of the window no more than its share, or one call that is larger."""
+
+    __slots__ = (
+        "_amount",
+        "_beat",
+        "_closed",
+        "_end",
+        "_even",
+        "_full",
+        "_heard",
+        "_length",
+        "_listened",
+        "_next",
+        "_others",
+        "_ours",
+        "_passed",
+        "_seen",
+        "_taken",
+        "_way",
+        "_whole",
+        "_window",
+        "_word",
+        "share",
+    )
+
+    def __init__(self, *, amount: int, window: int, number: int) -> None:
+        self._amount = amount
+        self._whole = window
+        #: Units in a slice.
+        self.share = -(-amount // number)
+        self._length = window // number
+        self._way = self._length // _WAY
+        self._window = Window(amount=self.share, window=self._length + self._length // _ROOM)
+        #: Until when larger calls have closed it.
+        self._closed = 0
+        #: When what was booked would have passed, had it come evenly.
+        self._even = 0
+        #: When we last heard, and for how long we have listened.
+        self._heard = 0
+        self._listened = 0
+        #: What others take of a slice's length, where no beginning is known.
+        self._others = 0.0
+        self._beat = Beat(share=self.share, length=self._length)
+        #: When this slice ends; 0 as long as no beat was heard.
+        self._end = 0
+        #: Units that we booked in it, and those that may count in the next one, too.
+        self._ours = self._next = 0
+        #: Units that others took of it, by the last word, and whether nothing was left then.
+        self._taken = 0
+        self._word = 0
+        self._full = False
+        #: Units that others took of the last slices, and how much of them we saw, in slices.
+        self._seen = self._passed = 0.0
+
+    @property
+    def known(self) -> bool:
+        """Whether it is known when slices begin, and what others take of them."""
+        if not self._beat.sure or self._passed < _ENOUGH:
+            return False
+        return self.share >= _FEW or not self._busy
+
+    @property
+    def new(self) -> bool:
+        """Whether that may still be found out."""
+        return 0 < self._listened < _PATIENCE * self._length
+
+    @property
+    def explain(self) -> bool:
+        """Whether it may be for them, and not for others, that less is left than was expected."""
+        return self.new or self.known
+
+    @property
+    def _busy(self) -> bool:
+        """Whether others are at work."""
+        return self._seen * _BUSY >= self.share * self._passed
+
+    def hear(self, remaining: int, now: int) -> None:
+        """Take in what is left of a slice."""
+        gone = min(now - self._heard, self._length) if self._heard else 0
+        self._listened += gone
+        self._heard = now
+        ours = self.share - self._window.available(now)
+        step = _QUANTILE if self.share - remaining - ours > self._others else _QUANTILE - 1
+        self._others = max(0.0, self._others + step * self.share * gone / (_FOLLOW * self._length))
+        self._beat.hear(remaining, now)
+        self._turn(now)
+        begun = self._end - self._length
+        if self._end and now >= begun + self._way and not self._full:
+            self._taken = max(self._taken, self.share - remaining - self._ours)
+            self._word = now
+            self._full = not remaining  # from now on it says nothing of what others take
+
+    def earliest(self, amount: int, now: int) -> int:
+        """See `Headroom.earliest`; one call passes in every slice, whatever others take."""
+        amount = min(amount, self.share)
+        cost = self._apart(amount)
+        at_once = max(cost, self._window.window // 2 - cost)
+        when = max(now, self._closed, self._even - at_once)
+        if not self.known:
+            return self._window.earliest(min(amount + self._reserve(amount), self.share), when)
+        return when if when >= self._end or self._is_left(amount) else self._end
+
+    def book(self, amount: int, when: int) -> None:
+        """See `Headroom.book`; what is above the share closes the slices after."""
+        self._turn(when)
+        self._ours += amount
+        if self._end - when < self._beat.blur + self._way:
+            self._next += amount
+        self._even = max(when, self._even) + self._apart(amount)
+        more = self._more(amount)
+        if more:
+            self._closed = max(when, self._closed) + more * self._length
+        self._window.book(amount - more * self.share, max(when, self._closed))
+
+    def unbook(self, amount: int, when: int, left: int) -> None:
+        """See `Headroom.unbook`."""
+        if when >= self._end - self._length:
+            self._ours -= amount
+        more, fewer = self._more(amount + left), self._more(left)
+        self._closed -= (more - fewer) * self._length
+        back = amount - (more - fewer) * self.share
+        if back > 0:
+            self._window.unbook(back, when)
+        self._even -= self._apart(amount)
+
+    def _turn(self, now: int) -> None:
+        """Begin the next slice if it is time."""
+        if not self._beat.found:
+            return
+        ours = self.share - self._window.available(now)
+        if self._end:
+            self._end = self._beat.nearest(self._end)  # by now it may be known better
+            if now < self._end:
+                return
+            begun = self._end - self._length
+            self._seen += self._taken - self._seen / _MEMORY
+            self._passed += (self._word - begun) / self._length - self._passed / _MEMORY
+            ours = self._next
+        self._ours, self._next, self._taken, self._full = ours, 0, 0, False
+        self._end = self._beat.nearest(now + self._length // 2)
+        self._word = self._end - self._length
+
+    def _is_left(self, amount: int) -> bool:
+        """Tell whether ``amount`` is left of this slice, and what others take until its end."""
+        free = self.share - self._ours - amount
+        if not self._busy:
+            return free >= 0
+        free -= self._taken
+        others = self._seen / self._passed * (self._end - self._word) / self._length
+        return free >= with_little_room(others, amount) or (free >= 0 and not self._ours)
+
+    def _more(self, amount: int) -> int:
+        """Return how many slices after its own ``amount`` fills."""
+        return max(0, -(-amount // self.share) - 1)
+
+    def _reserve(self, amount: int) -> int:
+        """Return what is left to others in a slice's length, where no beginning is known."""
+        others = int(self._others)
+        reserve = with_room(others, amount) if others * _BUSY_UNSEEN >= self.share else 0
+        return max(reserve, self.share // 2) if self.new else reserve
+
+    def _apart(self, amount: int) -> int:
+        """Return the ns after which an even flow brings the next call."""
+        if self.known:
+            return amount * self._whole // self._amount
+        ours = max(min(amount, self.share), self.share - self._reserve(amount))
+        return amount * self._window.window // ours
+
+
+def with_little_room(others: float, amount: int) -> int:
+    """Return what others take until a slice ends, in whole calls of ``amount``, and room for chance.
+
+    Early most of it is to come, and what is left to them in vain is seen in time; late little is, and
+    what is left in vain is lost. So the room gets less with it, and a part of a call is no call.
+    """
+    calls = others / amount
+    sigma = math.sqrt(calls)
+    return int(calls + min(3 * sigma, max(calls, 1.25 * sigma))) * amount

@@ -1,0 +1,345 @@
+"""Slices: when they begin is heard, others are left what they take of them, and the rest is used."""
+
+import heapq
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from asyncbucket.headroom import Headroom
+from asyncbucket.slices import NUMBERS, Beat, Slices, cut, with_little_room
+
+SECOND = 1_000_000_000
+MINUTE = 60 * SECOND
+MS = 1_000_000
+
+
+# -- when they begin -------------------------------------------------------------------------------
+
+
+def beat(*words: tuple[float, int]) -> Beat:
+    """Return what hears of slices of a second and ten units, at these instants, what is left."""
+    found = Beat(share=10, length=SECOND)
+    for when, left in words:
+        found.hear(left, round(when * SECOND))
+    return found
+
+
+def test_slice_begins_where_what_is_left_jumps_up() -> None:
+    """Each begins 0.3 s after the second; two jumps tell, and those to come are foretold."""
+    heard = beat((0.2, 1), (0.4, 9))
+    assert heard.found
+    assert not heard.sure
+    heard = beat((0.2, 1), (0.4, 9), (1.2, 2), (1.35, 8), (2.25, 0), (2.45, 9))
+
+    assert heard.sure
+    assert 7.3 * SECOND <= heard.nearest(7 * SECOND) <= 7.4 * SECOND
+    assert heard.blur <= 0.2 * SECOND
+
+
+def test_what_may_have_flowed_in_is_no_jump() -> None:
+    """A bucket refills steadily: four more after 0.4 s tell of no slice."""
+    assert not beat((0, 1), (0.4, 5)).found
+    assert not beat((0, 5), (0.1, 4)).found
+
+
+def test_silence_of_half_a_slice_tells_nothing() -> None:
+    """Whenever in it the slice began."""
+    assert not beat((0, 0), (0.5, 10)).found
+
+
+def test_jumps_that_do_not_fit_are_no_slices() -> None:
+    """A window that slides has jumps, too, but no rhythm: nothing is sure, and it begins anew."""
+    words = [(second + 0.3 * (second % 3), 0) for second in range(8)]
+    jumps = [(when + 0.05, 9) for when, _ in words]
+    heard = beat(*(word for pair in zip(words, jumps, strict=True) for word in pair))
+
+    assert heard.found
+    assert not heard.sure
+
+
+def test_jump_from_elsewhere_does_not_move_what_is_sure() -> None:
+    """Something else made room in the middle of a slice, once."""
+    words = [(second + part, left) for second in range(6) for part, left in ((0.2, 1), (0.4, 9))]
+    heard = beat(*words)
+    before = heard.nearest(20 * SECOND)
+    heard.hear(0, round(6.7 * SECOND))
+    heard.hear(9, round(6.75 * SECOND))
+
+    assert heard.sure
+    assert heard.nearest(20 * SECOND) == before
+
+
+def test_beginning_is_never_known_better_than_words_are_on_time() -> None:
+    """However many fit, as much as they may be late or early stays open on either side."""
+    words = [(second + 0.3 * part, 9 * part) for second in range(1, 40) for part in (0, 1)]
+
+    assert beat(*words, (40.29, 0), (40.31, 9)).blur >= SECOND // 16
+
+
+# -- against a provider that counts in slices ------------------------------------------------------
+
+
+@dataclass
+class Provider:
+    """Count in slices of a second that begin at some instant, and refuse what is above ten."""
+
+    phase: int
+    share: int = 10
+    used: Counter[int] = field(default_factory=Counter)
+    refused: int = 0
+
+    def left(self, now: int) -> int:
+        return self.share - self.used[(now + self.phase) // SECOND]
+
+    def admit(self, amount: int, now: int) -> None:
+        if self.left(now) >= amount:
+            self.used[(now + self.phase) // SECOND] += amount
+        else:
+            self.refused += amount
+
+
+def saturate(
+    provider: Provider, *, others: float = 0, seconds: int = 60, way: int = 0, seed: int = 1
+) -> float:
+    """Send all that passes, beside others who come by chance; return the part that was used.
+
+    A reply comes after half a second or so and says what is left then; it takes ``way`` ns at most.
+    The first quarter of a minute, in which slices are looked for, is not counted as use.
+    """
+    chance = random.Random(seed)
+    slices = Slices(amount=60 * provider.share, window=MINUTE, number=60)
+    slices.hear(provider.share, SECOND)
+    events: list[tuple[int, int, str, int]] = [(SECOND, 0, "ask", 0)]
+    number = 0
+
+    def later(delay: float, what: str, left: int = 0) -> None:
+        nonlocal number
+        number += 1
+        heapq.heappush(events, (now + round(delay), number, what, left))
+
+    now = SECOND
+    if others:
+        later(0, "others")
+    end = (seconds + 1) * SECOND
+    asked = 0
+    while now < end:
+        now, _, what, left = heapq.heappop(events)
+        if what == "others":
+            provider.admit(1, now)
+            later(chance.expovariate(others) * SECOND, "others")
+        elif what == "arrive":
+            provider.admit(1, now)
+            later(chance.uniform(0.1, 0.9) * SECOND, "reply")
+        elif what == "reply":
+            later(chance.randint(0, way), "hear", provider.left(now))
+        elif what == "hear":
+            slices.hear(left, now)
+            later(0, "ask")
+        else:
+            while (when := slices.earliest(1, now)) <= now:
+                slices.book(1, now)
+                later(chance.randint(0, way), "arrive")
+            if when != asked:
+                asked = when
+                later(when - now, "ask")
+    late = [used for index, used in provider.used.items() if 16 < index <= seconds]
+    return sum(late) / (provider.share * (seconds - 16))
+
+
+@pytest.mark.parametrize("phase", [0, 370 * MS, 990 * MS])
+@pytest.mark.parametrize("way", [0, 50 * MS])
+def test_alone_all_is_used_and_nothing_refused(phase: int, way: int) -> None:
+    """Whenever slices begin, and with up to 50 ms either way."""
+    provider = Provider(phase)
+
+    assert saturate(provider, way=way) > 0.95
+    assert provider.refused == 0
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_of_large_slices_hardly_any_call_is_refused(seed: int) -> None:
+    """Others take 40 of a hundred, by chance: under 0.5 % is refused, and 90 % are used."""
+    provider = Provider(370 * MS, share=100)
+    used = saturate(provider, others=40, way=10 * MS, seed=seed)
+
+    assert used > 0.9
+    assert provider.refused < 0.005 * 6_000
+
+
+def test_of_small_slices_few_calls_are_refused() -> None:
+    """Others take four of ten, by chance: who gives way to none is refused 18 %."""
+    provider = Provider(370 * MS)
+    used = saturate(provider, others=4, seconds=200)
+
+    assert used > 0.88
+    assert provider.refused < 0.05 * 2_000
+
+
+# -- one by one ------------------------------------------------------------------------------------
+
+
+def listen(
+    hear: Callable[[int, int], None], book: Callable[[int, int], None], share: int, taken: int
+) -> None:
+    """Hear for half a minute of slices that begin with the second, of which others take a part.
+
+    Once it is known that there is something to share, we take all the rest of each. The last word
+    came at 29.99 s.
+    """
+    for second in range(1, 30):
+        ours = share - taken if second > 9 else 0
+        for part, left in ((10, share), (450, share - taken), (900, 0), (990, 0)):
+            hear(left or share - taken - ours, second * SECOND + part * MS)
+            if part == 450:
+                for _ in range(ours):
+                    book(1, second * SECOND + 500 * MS)
+
+
+def known(*, taken: int = 0, share: int = 10) -> Slices:
+    """Return slices of a second that are known to begin with it, and that others take so much."""
+    slices = Slices(amount=60 * share, window=MINUTE, number=60)
+    listen(slices.hear, slices.book, share, taken)
+    return slices
+
+
+def test_what_others_take_until_the_end_is_left_to_them() -> None:
+    """They take six of ten: early two pass at most, and more when they have been seen to take less."""
+    slices = known(taken=6)
+    assert slices.known
+    start = 30 * SECOND + 100 * MS
+    early = 0
+    while early < 9 and slices.earliest(1, start) <= start:
+        slices.book(1, start)
+        early += 1
+    late = 30 * SECOND + 950 * MS
+    slices.hear(9 - early, late)
+
+    assert early <= 2
+    assert slices.earliest(1, late) == late
+
+
+def test_of_a_full_slice_nothing_more_is_expected() -> None:
+    """The next call passes when the next slice has begun."""
+    slices = known(taken=6)
+    slices.hear(0, 30 * SECOND + 500 * MS)
+    slices.book(1, 30 * SECOND + 500 * MS)
+    when = slices.earliest(1, 30 * SECOND + 600 * MS)
+
+    assert 31 * SECOND <= when <= 31 * SECOND + 100 * MS
+    assert slices.earliest(1, when) == when
+
+
+def test_one_call_passes_in_every_slice_however_much_others_take() -> None:
+    """Whose reply tells whether it is still so; if anything was left."""
+    slices = known(taken=9)
+    now = 30 * SECOND + 200 * MS
+    assert slices.earliest(1, now) == now
+    slices.book(1, now)
+
+    assert slices.earliest(1, now) >= 31 * SECOND
+
+
+def test_call_at_the_end_of_a_slice_counts_in_the_next_one_too() -> None:
+    """It may arrive in either."""
+    slices = known()
+    late = 30 * SECOND + 990 * MS
+    for _ in range(10):
+        slices.book(1, late)
+    begun = slices.earliest(1, late)
+    slices.book(1, begun)
+
+    assert begun >= 31 * SECOND
+    assert slices.earliest(1, begun + 500 * MS) >= 32 * SECOND
+
+
+def test_undone_call_is_there_again_in_its_slice_only() -> None:
+    """What was booked in a slice that is over brings nothing back."""
+    slices = known()
+    now = 30 * SECOND + 200 * MS
+    for _ in range(10):
+        slices.book(1, now)
+    assert slices.earliest(1, now + 600 * MS) > 31 * SECOND
+    slices.unbook(1, 29 * SECOND, 0)
+    assert slices.earliest(1, now + 600 * MS) > 31 * SECOND
+    slices.unbook(5, now, 0)
+
+    assert slices.earliest(1, now + 600 * MS) == now + 600 * MS
+
+
+def test_slices_go_on_while_nobody_calls() -> None:
+    """After a while in which nothing was heard the slice is the one that it is then."""
+    slices = known()
+    now = 90 * SECOND + 500 * MS
+    for _ in range(5):
+        assert slices.earliest(1, now) == now
+        slices.book(1, now)
+
+    assert 90 * SECOND < slices.earliest(10, now) <= 91 * SECOND + 100 * MS
+
+
+def test_few_units_cannot_be_shared() -> None:
+    """Of two in a slice no part can be left to others: what was known alone is so no more."""
+    assert known(share=2).known
+    assert not known(share=2, taken=1).known
+
+
+def test_half_of_a_share_passes_until_others_are_known() -> None:
+    """After the first reply, for as long as it takes to find slices, or that there are none."""
+    slices = Slices(amount=600, window=MINUTE, number=60)
+    slices.hear(10, SECOND)
+    assert slices.earliest(10, SECOND) == SECOND
+    slices.hear(9, SECOND + 500 * MS)
+    for _ in range(5):
+        slices.book(1, SECOND + 500 * MS)
+
+    assert slices.new
+    assert slices.earliest(1, 2 * SECOND + 400 * MS) > 2 * SECOND + 400 * MS
+    for second in range(2, 11):
+        slices.hear(9, second * SECOND)
+    assert not slices.new
+
+
+def test_room_for_chance_shrinks_with_what_is_to_come() -> None:
+    """In whole calls, however large they are."""
+    assert with_little_room(40, 1) == 40 + 18
+    assert with_little_room(4, 1) == 4 + 4
+    assert with_little_room(0.8, 1) == 1
+    assert with_little_room(0.2, 1) == 0
+    assert with_little_room(400, 100) == 800
+
+
+# -- in the headroom -------------------------------------------------------------------------------
+
+
+def test_slices_are_tried_from_the_shortest_on() -> None:
+    """More is left than in a second, less than in ten: it may be counted in ten seconds."""
+    assert [each.share for each in cut(amount=600, window=MINUTE)] == [10, 100]
+    assert NUMBERS == (60, 6)
+    headroom = Headroom(amount=600, window=MINUTE)
+    headroom.hear(90, SECOND, amount=600)
+    assert sum(headroom.take(1, SECOND) for _ in range(600)) < 100
+    headroom.hear(600, MINUTE + 2 * SECOND, amount=600)
+
+    assert sum(headroom.take(1, MINUTE + 2 * SECOND) for _ in range(600)) == 600
+
+
+def test_slices_of_another_limit_are_others() -> None:
+    """A limit that is lowered while it is counted in slices has smaller ones."""
+    headroom = Headroom(amount=600, window=MINUTE)
+    headroom.hear(10, SECOND, amount=600)
+    headroom.hear(5, 2 * SECOND, amount=300)
+
+    assert sum(headroom.take(1, 2 * SECOND) for _ in range(100)) <= 5
+
+
+def test_headroom_goes_by_slices_once_they_are_known() -> None:
+    """What is left at the end of a slice says nothing of the next one."""
+    headroom = Headroom(amount=600, window=MINUTE)
+    listen(lambda left, now: headroom.hear(left, now, amount=600), headroom.book, 10, 0)
+    begun = headroom.earliest(1, 29 * SECOND + 995 * MS)
+
+    assert 30 * SECOND <= begun <= 30 * SECOND + 200 * MS
+    assert headroom.take(1, begun)
