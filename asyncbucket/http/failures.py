@@ -70,6 +70,8 @@ class Verdict:
     reason: str
     #: Seconds that the server asks to wait, if it says so.
     retry_after: float | None = None
+    #: Seconds until all limits are whole again, if it says so: nobody needs to wait longer.
+    whole_after: float | None = None
     #: Whether it was refused for rate, which concerns all calls of the limiter.
     rate_limited: bool = False
     #: Whether the server had too much to do: fewer calls at once would have helped.
@@ -120,6 +122,7 @@ def _judge_status(error: Exception, status: int, codes: frozenset[str]) -> Verdi
         reason=reason,
         # Who says 0 names no wait, and is asked again after a back-off.
         retry_after=headers.retry_after(reply_headers, now=wall_clock()) or None,
+        whole_after=headers.whole_again(reply_headers, now=wall_clock()),
         rate_limited=status == _RATE_LIMITED,
         overloaded=status in _OVERLOADED,
     )

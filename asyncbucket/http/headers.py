@@ -18,6 +18,7 @@ Formats and who writes them:
 Reading takes no clock: `now` is wall-clock time (`time.time()`), and is needed for instants only.
 """
 
+import contextlib
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -66,6 +67,23 @@ def retry_after(headers: Mapping[str, Any], *, now: float, cap: float = WEEK) ->
 def forbids_retry(headers: Mapping[str, Any]) -> bool:
     """Say whether the server tells clients not to try again (``x-should-retry: false``)."""
     return header(headers, "x-should-retry") == "false"
+
+
+def whole_again(headers: Mapping[str, Any], *, now: float, cap: float = WEEK) -> float | None:
+    """Return the seconds until all limits that a reply speaks of are whole again, or None.
+
+    Any header whose name speaks of a rate limit's reset counts, whoever's it is; without durationpy
+    those that say a Go duration don't.
+    """
+    found: list[float] = []
+    for name, value in headers.items():
+        lower = str(name).lower()
+        if "ratelimit" in lower and "reset" in lower:
+            with contextlib.suppress(ImportError):
+                seconds = reset(value, now=now, cap=cap)
+                if seconds is not None:
+                    found.append(seconds)
+    return max(found, default=None)
 
 
 def reset(value: object, *, now: float, cap: float = WEEK) -> float | None:

@@ -3,7 +3,8 @@
 What a refusal means is for `classify` to say. Here is what follows for the limiter: a refusal for
 rate, or for want of slots, concerns all calls, and so does an overloaded provider (529, and 503
 that says so). Those of one wave, what was in flight when the first came back, make one pause; where
-the provider names no time, it doubles from wave to wave until a call succeeds. An exhausted quota is
+the provider names no time, it doubles from wave to wave until a call succeeds, or up to the time
+when it says that its limits are whole again. An exhausted quota is
 nothing that waiting helps, and pauses nobody.
 
 Several may hear of one wave: each transport of a limiter, and whoever tries calls again for a model
@@ -94,7 +95,7 @@ class Refusals:
         """Judge a reply whose status is an error, and pause the limiter if it concerns all."""
         verdict = classify(_Refusal(status, headers, body))
         if verdict.rate_limited:
-            self.pause(verdict.retry_after)
+            self.pause(verdict.retry_after, whole_after=verdict.whole_after)
         elif self._is_overload(status, verdict):
             self.pause(verdict.retry_after, reason="overload")
         elif status == _RATE_LIMITED and not self._heard.told_of_quota:
@@ -118,6 +119,7 @@ class Refusals:
         asked: float | None,
         *,
         reason: str = "429",
+        whole_after: float | None = None,
         first: float = _FIRST,
         longest: float = _LONGEST,
     ) -> float:
@@ -129,6 +131,8 @@ class Refusals:
         Args:
             asked: the seconds that the server asks for, if it does.
             reason: ``"429"`` or ``"overload"``.
+            whole_after: the seconds until its limits are whole again, if it says so: a pause that
+                it does not name is no longer, nor shorter than ``first``.
             first: the seconds of a first pause that the server doesn't name; the next ones double.
             longest: the most seconds.
         """
@@ -140,7 +144,8 @@ class Refusals:
             if asked is not None:
                 seconds = min(asked, longest)
             elif new_wave:
-                seconds = doubled(first, heard.waves, most=longest)
+                most = longest if whole_after is None else min(longest, max(first, whole_after))
+                seconds = doubled(first, heard.waves, most=most)
             else:
                 seconds = heard.paused_until - now
             heard.paused_until = max(heard.paused_until, now + seconds)

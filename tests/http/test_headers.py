@@ -137,6 +137,7 @@ def test_missing_durationpy_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "durationpy", None)
 
     assert headers.reset("5", now=NOW) == 5.0
+    assert headers.whole_again({"x-ratelimit-reset": "5s"}, now=NOW) is None
     with pytest.raises(ImportError, match=r'pip install "asyncbucket\[http\]"'):
         _ = headers.duration("5s")
 

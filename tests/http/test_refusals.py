@@ -54,6 +54,27 @@ def test_kind_of_refusal_decides(
     assert limiter.statistics().upstream_429 == (status == 429 and paused > 0)
 
 
+@pytest.mark.parametrize(
+    ("headers", "longest"),
+    [
+        ({"x-ratelimit-reset-requests": "120ms", "X-RateLimit-Reset-Tokens": "5s"}, 5),
+        ({"x-ratelimit-reset-requests": "20ms"}, 1),
+        ({"anthropic-ratelimit-requests-reset": "9999-12-31T23:59:59Z"}, 8),
+        ({"x-ratelimit-reset-requests": "soon"}, 8),
+    ],
+)
+def test_unnamed_pause_is_no_longer_than_until_limits_are_whole(
+    limiter: Limiter, clock: VirtualClock, headers: dict[str, str], longest: float
+) -> None:
+    """It would double to 8 s in the fourth wave; what resets last counts, and a second is the least."""
+    refusals = Refusals(limiter)
+    for _ in range(4):
+        clock.advance(100)
+        refusals.judge(429, headers, {})
+
+    assert limiter.statistics().paused == pytest.approx(longest)
+
+
 def test_one_wave_is_one_pause(limiter: Limiter, clock: VirtualClock) -> None:
     """What was in flight when the first refusal came makes no longer pause, unless it says so."""
     refusals = Refusals(limiter)
