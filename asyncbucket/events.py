@@ -49,9 +49,9 @@ Reason = Literal["would_block", "timeout", "queue_full", "too_costly"]
 #: How a call ended, as its lease was told.
 Outcome = Literal["ok", "overloaded", "failed"]
 
+# Without a handler that does nothing: as with asyncio's, a warning is seen by whoever has not
+# configured logging, on stderr.
 _log: Final = logging.getLogger("asyncbucket")
-# What a library has to say goes where its user wants it, and nowhere unless he says so.
-_log.addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

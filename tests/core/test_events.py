@@ -3,6 +3,8 @@
 import dataclasses
 import logging
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -297,7 +299,10 @@ def test_thousands_of_events_for_later_are_no_deep_recursion() -> None:
     assert len(seen) == 5_001
 
 
-def test_the_library_prints_nothing_that_nobody_asked_for() -> None:
-    """Its logger has a handler that does nothing, as a library's has."""
-    handlers = logging.getLogger("asyncbucket").handlers
-    assert [type(handler) for handler in handlers] == [logging.NullHandler]
+def test_a_warning_is_seen_where_logging_is_not_configured() -> None:
+    """Who does not know of loggers learns all the same what goes wrong."""
+    code = "import asyncbucket, logging; logging.getLogger('asyncbucket').warning('look here')"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("", "look here\n")
