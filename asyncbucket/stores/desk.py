@@ -21,7 +21,15 @@ from asyncbucket.events import Event
 from asyncbucket.meters import NEVER, Amounts
 from asyncbucket.stores.lifeline import Lifeline, end, guarded, leaving, rung
 from asyncbucket.stores.outage import OnOutage
-from asyncbucket.stores.store import Batch, Booking, Correction, Ledger, Outcome, Terms
+from asyncbucket.stores.store import (
+    Batch,
+    Booking,
+    Correction,
+    Ledger,
+    Outcome,
+    Receipt,
+    Terms,
+)
 
 #: Calls in one batch.
 _BATCH: Final = 512
@@ -293,18 +301,30 @@ class Desk(Generic[W]):
         self._lifeline.hear(receipt.now, receipt.changed, receipt.left)
         self._crowded = receipt.crowded
         if heads:
-            self._waits = self._slotless = False
-            # Not before a horizon is left of what it has: others shall have their turn, and more go
-            # with one trip. Nor at once while there is time: others ask at the same moment, for the
-            # same units that come free.
-            last = max((booking.start for booking in receipt.bookings), default=0)
-            others_first = min(receipt.now + _TURN, last - 2 * _TURN)
-            ask_at = max(receipt.ask_at, last - self._horizon, others_first)
-            self._ask_at = now + max(0, ask_at - receipt.now)
-            self._last_start = max(self._last_start, now + last - receipt.now)
+            self._plan(receipt, now)
+            self._hand_out(heads, receipt, now)
+        self._let_go()
+        if self._waits:
+            self._listen()
+
+    def _plan(self, receipt: Receipt, now: int) -> None:
+        """Note when to send the next heads.
+
+        Not before a horizon is left of what the worker has: others shall have their turn, and more go
+        with one trip. Nor at once while there is time: others ask at the same moment, for the same
+        units that come free.
+        """
+        last = max((booking.start for booking in receipt.bookings), default=0)
+        others_first = min(receipt.now + _TURN, last - 2 * _TURN)
+        ask_at = max(receipt.ask_at, last - self._horizon, others_first)
+        self._ask_at = now + max(0, ask_at - receipt.now)
+        self._last_start = max(self._last_start, now + last - receipt.now)
+
+    def _hand_out(self, heads: Sequence[W], receipt: Receipt, now: int) -> None:
+        """Answer the calls of a batch, and note what those wait for that were not booked."""
         offset, bounds, booked = now - receipt.now, self._bounds, False
-        self._bounds = {}
-        held_up: tuple[str, int] | None = None
+        self._waits = self._slotless = False
+        self._bounds, self.held_up = {}, None
         for waiting, booking in zip(heads, receipt.bookings, strict=True):
             if booking.outcome is Outcome.BOOKED:
                 start, booked = max(now, booking.start + offset), True
@@ -316,13 +336,8 @@ class Desk(Generic[W]):
                 self._waits |= self._slotless or not booked
                 if booking.bound_by is not None:
                     self._bounds[waiting] = booking.bound_by
-                    held_up = held_up or (booking.bound_by, self._ask_at)
-        if heads:
-            self.held_up = held_up
+                    self.held_up = self.held_up or (booking.bound_by, self._ask_at)
         self._lifeline.record.book_all(heads, receipt.bookings)
-        self._let_go()
-        if self._waits:
-            self._listen()
 
     def _deliver(self, waiting: W, booking: Booking, start: int, bound_by: str | None) -> None:
         slot = booking.slot
