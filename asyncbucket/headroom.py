@@ -85,6 +85,7 @@ class Headroom:
         "_ours",
         "_pace",
         "_slices",
+        "_theirs",
         "amount",
         "window",
     )
@@ -119,6 +120,8 @@ class Headroom:
         self._alone = False
         self._pace = 0
         self._long = window > _LONG
+        #: The provider's limit, where it is higher.
+        self._theirs = amount
         #: The slices in which it may be counted; none once it is known to be counted as a whole.
         self._slices = () if self._long else cut(amount=amount, window=window)
 
@@ -133,6 +136,7 @@ class Headroom:
         now: int,
         *,
         amount: int,
+        limit: int | None = None,
         under_way: int = 0,
         lent: int = 0,
         rounding: int = 0,
@@ -143,20 +147,14 @@ class Headroom:
             remaining: units left, in the provider's words.
             now: the instant.
             amount: the limit, the provider's or ours, whichever is lower.
+            limit: the provider's, if it says so: what there is in a slice is a part of that.
             under_way: units that we booked after the call that the reply answers.
             lent: units that calls in flight may still give back.
             rounding: by how many units it may have been rounded down.
         """
         if self._level is None:
             self._first = now
-        if amount != self.amount:
-            self.amount = amount
-            self._ours.reshape(amount=amount)
-            # What was expected of another limit counts no more.
-            self._level = None
-            self._others = Others(amount=amount, window=self.window)
-            if self._slices:
-                self._slices = cut(amount=amount, window=self.window)
+        self._follow(amount, limit)
         self._slices = tuple(each for each in self._slices if remaining <= each.share)
         for each in self._slices:
             each.hear(remaining, now)
@@ -169,6 +167,22 @@ class Headroom:
             self._others.hear(used - self._booked, now, used + total - ours, unsure)
         self._alone = not (self._slices or self._others.estimate or self._margin)
         self._pace = self.window // amount
+
+    def _follow(self, amount: int, limit: int | None) -> None:
+        """Take over another limit; what was expected of the last one counts no more."""
+        changed = amount != self.amount
+        if changed:
+            self.amount = amount
+            self._ours.reshape(amount=amount)
+            self._level = None
+            self._others = Others(amount=amount, window=self.window)
+        if limit is None:
+            limit = amount if changed else self._theirs
+        theirs = max(limit, amount)
+        if theirs != self._theirs:
+            self._theirs = theirs
+            if self._slices:
+                self._slices = cut(amount=theirs, window=self.window)
 
     def _correct(self, remaining: int, now: int, *, under_way: int, rounding: int) -> None:
         """Move the level into the interval that a reply names, and note what was missing."""

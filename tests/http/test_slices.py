@@ -335,6 +335,16 @@ def test_slices_of_another_limit_are_others() -> None:
     assert sum(headroom.take(1, 2 * SECOND) for _ in range(100)) <= 5
 
 
+def test_slices_are_those_of_the_providers_limit() -> None:
+    """We keep to 300 of 600: ten that are left are all of a slice, and not twice of what is ours."""
+    headroom = Headroom(amount=300, window=MINUTE)
+    headroom.hear(10, SECOND, amount=300, limit=600)
+    headroom.hear(10, 2 * SECOND, amount=300)
+
+    assert sum(headroom.take(1, 2 * SECOND) for _ in range(100)) <= 10
+    assert headroom.others == 0
+
+
 def test_headroom_goes_by_slices_once_they_are_known() -> None:
     """What is left at the end of a slice says nothing of the next one."""
     headroom = Headroom(amount=600, window=MINUTE)
