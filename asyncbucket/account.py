@@ -57,6 +57,14 @@ class Remote(Protocol):
         """Tell all processes to let nobody pass for ``span`` ns."""
         ...
 
+    def check(self, changes: Iterable[Limit], concurrency: Concurrency | None) -> None:
+        """Refuse changes that cannot be kept there; nothing is changed by it.
+
+        Raises:
+            ValueError: there is one.
+        """
+        ...
+
     def configure(self) -> None:
         """Tell all processes of the limits as they are now."""
         ...
@@ -191,6 +199,8 @@ class Account(Node):
     ) -> None:
         """Change limits that were given, or that were learned, and a child's share."""
         read_concurrency(concurrency)  # a mistake shows before anything is changed
+        if self.remote is not None:
+            self.remote.check(limits, concurrency)
         with self.budget.lock:
             self.steered = True
             self._learned -= {(limit.resource, limit.per) for limit in limits}
@@ -384,11 +394,9 @@ class Account(Node):
         for key, units, last, missing in rest.used:
             if key in self.limits:
                 _, window, bucket = self.limits[key]
-                window.owe(units, last)
-                window.lent -= units
+                window.remember(units, last)
                 if bucket is not None and missing > 0:
-                    bucket.book(min(missing, bucket.burst), rest.when)
-                    bucket.owe(max(0, missing - bucket.burst), rest.when)
+                    bucket.remember(missing, rest.when)
 
     # -- books -------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ calls admitted exactly W apart may arrive closer. Together that is at most W/128
 
 import bisect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import ClassVar, Final, Protocol
 
@@ -205,6 +205,12 @@ class Bucket:
         else:
             self._add(amount * self.p, start, self.tat - start)
 
+    def remember(self, amount: int, when: int) -> None:
+        """Take ``amount`` that was missing at ``when`` in a bucket that is gone; more is a debt."""
+        at_once = min(amount, self.burst)
+        self.book(at_once, when)
+        self.owe(amount - at_once, when)
+
     def available(self, now: int) -> int:
         """See `Meter.available`; negative while a debt is paid off."""
         return (self.room - max(0, self.tat - now * self.q)) // self.p
@@ -332,14 +338,25 @@ class Window:
         """Return another window with what no call gives back any more: the oldest bookings."""
         twin = Window(amount=self.amount, window=self.window)
         left = self.used - self.lent
-        for date, units in zip(
-            (*self._dates, self._last), (*self._units, self._recent), strict=True
-        ):
+        for date, units in self._entries():
             if left > 0:
-                twin.book(min(units, left), date)
+                twin.remember(min(units, left), date)
             left -= units
-        twin.lent = 0
         return twin
+
+    def entries(self, now: int) -> list[tuple[int, int]]:
+        """Return what is booked in the window that ends at ``now``: dates and units, oldest first."""
+        self._forget(now)
+        return [(date, units) for date, units in self._entries() if units]
+
+    def remember(self, amount: int, when: int) -> None:
+        """Take ``amount`` that a call booked at ``when`` which is gone, and gives nothing back."""
+        self.book(amount, when)
+        self.lent -= amount
+
+    def _entries(self) -> Iterator[tuple[int, int]]:
+        yield from zip(self._dates, self._units, strict=True)
+        yield self._last, self._recent
 
     def _open(self, when: int) -> None:
         """Put the newest entry to the others, and begin another."""

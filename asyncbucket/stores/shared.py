@@ -10,12 +10,14 @@ call is never behind many that wait for the store.
 import asyncio
 import functools
 import math
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Final
 
 from asyncbucket.account import Account
+from asyncbucket.adaptive import Concurrency
 from asyncbucket.errors import AsyncBucketError, CostExceedsLimit, StoreError
 from asyncbucket.gates import Gates
+from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER, Meter, Slots
 from asyncbucket.queue import Line, Waiter
 from asyncbucket.statistics import LimitUse
@@ -29,6 +31,7 @@ from asyncbucket.stores.store import Correction, Ledger, Store, Terms
 #: The bounds of how many stand at the counter.
 _LEAST: Final = 8
 _MOST: Final = 512
+_ALONE: Final = "with a store, concurrency must be a number: nobody can find it alone"
 _CLOSED: Final = "the limiter was closed while this call waited: close it when all calls have ended"
 _FAILED: Final = (
     "what asks the store for this call has failed, see the log: ask again, and report this error"
@@ -57,11 +60,11 @@ def share(
     if not number or not 0.1 <= slot_ttl < math.inf:  # noqa: PLR2004 - a heartbeat must fit in
         raise ValueError(f"slot_ttl must be a number of seconds from 0.1 on, not {slot_ttl!r}")
     if account.adaptive is not None:
-        raise ValueError("with a store, concurrency must be a number: nobody can find it alone")
+        raise ValueError(_ALONE)
     make: Callable[[], Store] = functools.partial(_made, store)
     shared = Shared(account, make, on_outage=on_outage, slot_ttl=slot_ttl)
     # A URL that is none is refused here, not at the first call, and so is what cannot be counted.
-    shared.check(shared.terms())
+    shared.check((), None)
     with account.budget.lock:
         account.remote = shared
         account.budget.outlet_for = shared.counter
@@ -94,11 +97,14 @@ class Shared:
             counter = self._counters[loop] = Counter(self, loop)
         return counter
 
-    def terms(self) -> Terms:
-        """Return the limits as they are now."""
+    def terms(self, changes: Iterable[Limit] = (), concurrency: int | None = None) -> Terms:
+        """Return the limits as they are now, or as they would be after ``changes``."""
         slots = self.account.slots
-        limits = tuple(limit for limit, _, _ in self.account.limits.values())
-        return Terms(limits=limits, concurrency=None if slots is None else slots.size)
+        limits = {key: limit for key, (limit, _, _) in self.account.limits.items()}
+        limits |= {(limit.resource, limit.per): limit for limit in changes}
+        if concurrency is None and slots is not None:
+            concurrency = slots.size
+        return Terms(limits=tuple(limits.values()), concurrency=concurrency)
 
     def use(self) -> Iterator[LimitUse]:
         """See `asyncbucket.account.Remote`: as the last reply of the store told."""
@@ -118,22 +124,15 @@ class Shared:
         """See `asyncbucket.account.Remote`."""
         self._ask(lambda ledger: ledger.pause(span, gradually=gradually))
 
-    def check(self, terms: Terms) -> None:
-        """Refuse what the store cannot keep.
-
-        Raises:
-            ValueError: it cannot count that far.
-        """
-        self.make().check(terms)
+    def check(self, changes: Iterable[Limit], concurrency: Concurrency | None) -> None:
+        """See `asyncbucket.account.Remote`."""
+        if not isinstance(concurrency, int | None):
+            raise ValueError(_ALONE)
+        self.make().check(self.terms(changes, concurrency))
 
     def configure(self) -> None:
-        """See `asyncbucket.account.Remote`.
-
-        Raises:
-            ValueError: the store cannot count that far; it is told nothing.
-        """
+        """See `asyncbucket.account.Remote`."""
         terms = self.terms()
-        self.check(terms)
         self._ask(lambda ledger: ledger.configure(terms))
 
     def _ask(self, what: Callable[[Ledger], Coroutine[Any, Any, None]]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from asyncbucket import AcquireTimeout, Limiter, StoreError, WouldBlock
+from asyncbucket import AcquireTimeout, Limit, Limiter, StoreError, WouldBlock
 from asyncbucket.stores import open_store
 from asyncbucket.stores.redis_ledger import RedisLedger
 
@@ -90,7 +90,7 @@ async def test_limiter_may_be_used_and_closed_again(url: str) -> None:
 
 
 async def test_limit_above_what_the_store_counts_is_refused_at_once(url: str) -> None:
-    """When the limiter is made and when it is changed, with the numbers; the store is told nothing."""
+    """When the limiter is made and when it is changed, with the numbers; nothing changes, anywhere."""
     message = (
         r"a store counts to 70,368,744,177,664: 1,000,000,000,000,000 tokens per .* is above; "
         r"lower the limit"
@@ -101,10 +101,23 @@ async def test_limit_above_what_the_store_counts_is_refused_at_once(url: str) ->
     (await limiter.acquire()).release()
 
     with pytest.raises(ValueError, match=message):
-        limiter.reconfigure("1000000000000000 TPM")
+        limiter.reconfigure("20 RPM", "1000000000000000 TPM")
 
+    assert limiter.limits == (Limit("requests", 10),)
     assert len((await open_and_peek(url, "big")).limits) == 1
     await limiter.aclose()
+
+
+async def test_slots_in_a_store_are_not_found_by_one_process(url: str) -> None:
+    """A limiter with a store cannot be changed into one that it could not have been made as."""
+    limiter = Limiter("10 RPM", concurrency=4, store=url, name="fixed")
+
+    with pytest.raises(ValueError, match="with a store, concurrency must be a number"):
+        limiter.reconfigure(concurrency="auto")
+
+    assert limiter.concurrency == 4
+    limiter.reconfigure(concurrency=5)
+    assert limiter.concurrency == 5
 
 
 async def test_what_a_store_does_not_take_is_an_error_and_no_hang(url: str) -> None:

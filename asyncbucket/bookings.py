@@ -1,0 +1,63 @@
+"""What a limiter has booked, told by how long ago, to be booked again by one that comes after it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from asyncbucket.limiter import Limiter
+
+
+@dataclass(frozen=True, slots=True)
+class Booking:
+    """Hold what one limit has booked."""
+
+    resource: str
+    #: The limit's window, in seconds.
+    per: float
+    #: Within the window: how many nanoseconds ago, and how many units; oldest first.
+    entries: tuple[tuple[int, int], ...]
+    #: Units that the bucket lacks which paces it.
+    missing: int
+
+
+def bookings(limiter: Limiter) -> tuple[Booking, ...]:
+    """Return what each limit of ``limiter`` has booked; those above it are not asked."""
+    account = limiter._account  # noqa: SLF001 - its own kind
+    with account.budget.lock:
+        now = account.budget.clock()
+        return tuple(
+            Booking(
+                resource,
+                per,
+                tuple((now - date, units) for date, units in window.entries(now)),
+                0 if bucket is None else max(0, bucket.missing(now)),
+            )
+            for (resource, per), (_, window, bucket) in account.limits.items()
+        )
+
+
+def rebook(limiter: Limiter, booked: Iterable[Booking], *, ago: int) -> None:
+    """Book again what was told ``ago`` nanoseconds ago; limits that are none any more are left out."""
+    account = limiter._account  # noqa: SLF001 - its own kind
+    with account.budget.lock:
+        now = account.budget.clock()
+        for each in booked:
+            if (each.resource, each.per) not in account.limits:
+                continue
+            _, window, bucket = account.limits[each.resource, each.per]
+            for age, units in each.entries:
+                window.remember(units, max(1, now - ago - age))
+            if bucket is not None and each.missing:
+                bucket.remember(each.missing, max(1, now - ago))
+
+
+def rebook_call(limiter: Limiter, cost: Mapping[str, int], *, ago: int) -> None:
+    """Book again one call that was admitted ``ago`` nanoseconds ago."""
+    account = limiter._account  # noqa: SLF001 - its own kind
+    with account.budget.lock:
+        when = max(1, account.budget.clock() - ago)
+        for (resource, _), (_, window, bucket) in account.limits.items():
+            units = cost.get(resource, 0)
+            if units:
+                window.remember(units, when)
+                if bucket is not None:
+                    bucket.remember(units, when)
