@@ -127,7 +127,7 @@ class Shared:
     def check(self, changes: Iterable[Limit], concurrency: Concurrency | None) -> None:
         """See `asyncbucket.account.Remote`."""
         if not isinstance(concurrency, int | None):
-            raise ValueError(_ALONE)
+            raise ValueError(_ALONE)  # noqa: TRY004 - "auto" is of the right type elsewhere
         self.make().check(self.terms(changes, concurrency))
 
     def configure(self) -> None:
