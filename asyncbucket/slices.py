@@ -13,7 +13,8 @@ second's worth.)
 How much that was in the last slices, by how much of each had passed, is their rate. By it they take
 so much more from the last word until the end. That is left to them, with room for chance, and the
 rest is ours. The later in a slice, the less is unknown: so some of ours goes only then, and what
-others have left this time is not lost.
+others have left this time is not lost. Every call of ours brings a word, so they come evenly, and
+after a long silence one goes though little is left.
 
 *Until that is known* no more than a share passes in any slice's length: half of it at once, the rest
 evenly. Between the first reply and then it is half of that, for as long as it takes to find out
@@ -57,6 +58,10 @@ _BUSY: Final = 16
 _BUSY_UNSEEN: Final = 8
 #: Of a share of fewer units nobody can leave a part to others.
 _FEW: Final = 4
+#: After this part of a slice without a word a call is due that brings one, if there is room.
+_SILENCE: Final = 2
+#: Ours come no slower than by this part of a share.
+_LEAST: Final = 4
 #: Where no beginning is known, they take this quantile of what replies say, over so many slices.
 _QUANTILE: Final = 0.8
 _FOLLOW: Final = 2
@@ -202,6 +207,11 @@ class Slices:
         return self.new or self.known
 
     @property
+    def _rate(self) -> float:
+        """Units that others take of a slice, where that is known."""
+        return self._seen / self._passed
+
+    @property
     def _busy(self) -> bool:
         """Whether others are at work."""
         return self._seen * _BUSY >= self.share * self._passed
@@ -226,11 +236,12 @@ class Slices:
         """See `Headroom.earliest`; one call passes in every slice, whatever others take."""
         amount = min(amount, self.share)
         cost = self._apart(amount)
-        at_once = max(cost, self._window.window // 2 - cost)
+        shared = self.known and self._busy
+        at_once = cost if shared else max(cost, self._window.window // 2 - cost)
         when = max(now, self._closed, self._even - at_once)
         if not self.known:
             return self._window.earliest(min(amount + self._reserve(amount), self.share), when)
-        return when if when >= self._end or self._is_left(amount) else self._end
+        return when if when >= self._end else self._once_left(amount, when)
 
     def book(self, amount: int, when: int) -> None:
         """See `Headroom.book`; what is above the share closes the slices after."""
@@ -272,14 +283,18 @@ class Slices:
         self._end = self._beat.nearest(now + self._length // 2)
         self._word = self._end - self._length
 
-    def _is_left(self, amount: int) -> bool:
-        """Tell whether ``amount`` is left of this slice, and what others take until its end."""
+    def _once_left(self, amount: int, when: int) -> int:
+        """Return from when on ``amount`` is left of this slice, and what others take until its end."""
         free = self.share - self._ours - amount
         if not self._busy:
-            return free >= 0
+            return when if free >= 0 else self._end
         free -= self._taken
-        others = self._seen / self._passed * (self._end - self._word) / self._length
-        return free >= with_little_room(others, amount) or (free >= 0 and not self._ours)
+        others = self._rate * (self._end - self._word) / self._length
+        if free >= with_little_room(others, amount) or (free >= 0 and not self._ours):
+            return when
+        if free >= with_little_room(others, amount, least=True):
+            return min(self._end, max(when, self._word + self._length // _SILENCE))
+        return self._end
 
     def _more(self, amount: int) -> int:
         """Return how many slices after its own ``amount`` fills."""
@@ -293,18 +308,22 @@ class Slices:
 
     def _apart(self, amount: int) -> int:
         """Return the ns after which an even flow brings the next call."""
-        if self.known:
+        if not self.known:
+            ours = max(min(amount, self.share), self.share - self._reserve(amount))
+            return amount * self._window.window // ours
+        if not self._busy:
             return amount * self._whole // self._amount
-        ours = max(min(amount, self.share), self.share - self._reserve(amount))
-        return amount * self._window.window // ours
+        return int(amount * self._length / max(self.share - self._rate, self.share / _LEAST))
 
 
-def with_little_room(others: float, amount: int) -> int:
+def with_little_room(others: float, amount: int, *, least: bool = False) -> int:
     """Return what others take until a slice ends, in whole calls of ``amount``, and room for chance.
 
     Early most of it is to come, and what is left to them in vain is seen in time; late little is, and
-    what is left in vain is lost. So the room gets less with it, and a part of a call is no call.
+    what is left in vain is lost. So the room gets less with it, and a part of a call is no call. The
+    ``least`` is for who has heard nothing for long.
     """
     calls = others / amount
     sigma = math.sqrt(calls)
-    return int(calls + min(3 * sigma, max(calls, 1.25 * sigma))) * amount
+    room = sigma if least else min(3 * sigma, max(calls, 1.25 * sigma))
+    return int(calls + room) * amount

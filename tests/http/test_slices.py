@@ -186,11 +186,10 @@ def listen(
 ) -> None:
     """Hear for half a minute of slices that begin with the second, of which others take a part.
 
-    Once it is known that there is something to share, we take all the rest of each. The last word
-    came at 29.99 s.
+    For a while we take all the rest of each. The last word came at 29.99 s.
     """
     for second in range(1, 30):
-        ours = share - taken if second > 9 else 0
+        ours = share - taken if 9 < second < 25 else 0
         for part, left in ((10, share), (450, share - taken), (900, 0), (990, 0)):
             hear(left or share - taken - ours, second * SECOND + part * MS)
             if part == 450:
@@ -309,6 +308,7 @@ def test_room_for_chance_shrinks_with_what_is_to_come() -> None:
     assert with_little_room(0.8, 1) == 1
     assert with_little_room(0.2, 1) == 0
     assert with_little_room(400, 100) == 800
+    assert with_little_room(400, 100, least=True) == 600
 
 
 # -- in the headroom -------------------------------------------------------------------------------
@@ -349,6 +349,8 @@ def test_headroom_goes_by_slices_once_they_are_known() -> None:
     """What is left at the end of a slice says nothing of the next one."""
     headroom = Headroom(amount=600, window=MINUTE)
     listen(lambda left, now: headroom.hear(left, now, amount=600), headroom.book, 10, 0)
+    for _ in range(10):
+        headroom.book(1, 29 * SECOND + 500 * MS)
     begun = headroom.earliest(1, 29 * SECOND + 995 * MS)
 
     assert 30 * SECOND <= begun <= 30 * SECOND + 200 * MS
