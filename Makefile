@@ -19,7 +19,7 @@ STAMP := $(VENV)/.installed-$(firstword $(shell cksum pyproject.toml))
 CORE := __init__ $(shell sed -n '/^source_modules/,/^]/s/.*"asyncbucket[.]\(.*\)".*/\1/p' pyproject.toml)
 comma := ,
 empty :=
-CORE_FILES := $(subst $(empty) $(empty),$(comma),$(CORE:%=asyncbucket/%.py))
+CORE_FILES := $(subst $(empty) $(empty),$(comma),$(CORE:%=asyncbucket/%.py) $(CORE:%=asyncbucket/%/*))
 
 # What the type checkers read: folders that hold a module already.
 SOURCES := asyncbucket tests $(patsubst %/,%,$(sort $(dir $(wildcard benchmarks/*.py examples/*.py))))

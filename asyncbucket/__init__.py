@@ -14,12 +14,12 @@ from asyncbucket.errors import (
     StoreError,
     WouldBlock,
 )
-from asyncbucket.explain import Explanation
-from asyncbucket.lease import Lease
 from asyncbucket.limiter import Limiter, pace
+from asyncbucket.limiter.explain import Explanation
+from asyncbucket.limiter.lease import Lease
+from asyncbucket.limiter.statistics import LimitUse, Statistics, Waits
 from asyncbucket.limits import Limit
 from asyncbucket.plan import plan
-from asyncbucket.statistics import LimitUse, Statistics, Waits
 from asyncbucket.token_bucket import BucketStatistics, TokenBucket
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ import uvicorn
 from matplotlib.figure import Figure as Canvas
 
 from asyncbucket import Limiter
-from asyncbucket.adaptive import Concurrency
+from asyncbucket.feedback.adaptive import Concurrency
 
 #: What a call takes when nothing queues (s), and the standard deviation of its logarithm.
 LATENCY: Final = 0.2

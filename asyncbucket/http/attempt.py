@@ -12,7 +12,7 @@ from asyncbucket.http.forecast import OutputForecast
 from asyncbucket.http.learn import Ear, pairs
 from asyncbucket.http.profiles import Call, Profile
 from asyncbucket.http.refusals import Refusals
-from asyncbucket.lease import Lease
+from asyncbucket.limiter.lease import Lease
 
 _FIRST_ERROR: Final = 400
 #: Where calls wait, many leave at once: it is not sure that those of so long ago (s) arrived first.

@@ -18,9 +18,9 @@ from collections.abc import Generator, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
-from asyncbucket.http.levels import is_under
-from asyncbucket.lease import Lease
 from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.lease import Lease
+from asyncbucket.limiter.levels import is_under
 
 if TYPE_CHECKING:
     from asyncbucket.http.learn import Ear

@@ -7,11 +7,11 @@ from asyncbucket.cost import Cost
 from asyncbucket.http.attempt import Attempt
 from asyncbucket.http.forecast import OutputForecast
 from asyncbucket.http.learn import Ear
-from asyncbucket.http.levels import levels
 from asyncbucket.http.profiles import Call, Profile
 from asyncbucket.http.refusals import Refusals
-from asyncbucket.lease import Lease
 from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.lease import Lease
+from asyncbucket.limiter.levels import levels
 from asyncbucket.limits import Limit
 
 

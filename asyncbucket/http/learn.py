@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from typing import Any, Final, TypeAlias
 from weakref import WeakKeyDictionary
 
-from asyncbucket.http.levels import levels
+from asyncbucket.feedback.slices import NUMBERS
 from asyncbucket.http.profiles import Profile, Told
 from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.levels import levels
 from asyncbucket.limits import Limit
-from asyncbucket.slices import NUMBERS
 
 #: A limit's resource and window.
 _Key: TypeAlias = tuple[str, float]
@@ -82,7 +82,7 @@ class Ear:
     def expect(self, profile: Profile) -> None:
         """Take for granted, before the first reply, only what any provider would let pass.
 
-        Until a reply says more that is a slice of a window; see `asyncbucket.headroom`. A reply that
+        Until a reply says more that is a slice of a window; see `asyncbucket.feedback.headroom`. A reply that
         says nothing lifts it.
         """
         if not self._learn or id(profile) in self._expected:

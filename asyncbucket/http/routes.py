@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
-from asyncbucket.http.levels import is_under
 from asyncbucket.http.profiles import Call
 from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.levels import is_under
 
 #: A child's name, or the child itself; None for the transport's own limiter.
 Target: TypeAlias = str | Limiter | None

@@ -7,7 +7,7 @@ is admitted, the tools around it give back their slots at the levels that both p
 they keep them: of a child ``tools`` with two slots no more than two tools run, though both ask models
 of a sibling. What a tool costs stays charged.
 
-See `asyncbucket.http.lending` for which slots those are, and how two are kept from waiting for each
+See `asyncbucket.limiter.lending` for which slots those are, and how two are kept from waiting for each
 other.
 
 A model may ask another one that is paced elsewhere: by a child of its limiter, or by a sibling. Where
@@ -21,16 +21,12 @@ import contextlib
 import weakref
 from collections.abc import Generator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from asyncbucket.http.held import around, current
-from asyncbucket.http.lending import give_back
-from asyncbucket.http.levels import asked
-from asyncbucket.lease import Lease
+from asyncbucket.http.held import around
 from asyncbucket.limiter import Limiter
-
-if TYPE_CHECKING:
-    from asyncbucket.account import Account
+from asyncbucket.limiter.lease import Lease
+from asyncbucket.limiter.lending import give_back
 
 
 class Running:
@@ -51,12 +47,12 @@ class Running:
         lease = self._lease()
         return None if lease is None or lease.released else lease
 
-    def make_way(self, path: "tuple[Account, ...]") -> None:
-        """Give back the slots at the levels of ``path``."""
+    def make_way(self, limiter: Limiter) -> None:
+        """Give back the slots that a call of ``limiter`` needs."""
         self.made_way = True
         lease = self.lease
         if lease is not None:
-            give_back(lease, path)
+            give_back(lease, limiter)
 
 
 _RUNNING: Final[ContextVar[Running | None]] = ContextVar("asyncbucket tools", default=None)
@@ -85,11 +81,8 @@ def is_running(tool: object) -> bool:
 def make_way(limiter: Limiter) -> None:
     """Have what runs around this context give back the slots that a call of ``limiter`` needs."""
     here = _RUNNING.get()
-    if here is None and current() is None:
-        return
-    path = asked(limiter)._account.path  # noqa: SLF001 - a lease gives its slots back all at once
     while here is not None:
-        here.make_way(path)
+        here.make_way(limiter)
         here = here.outer
     for _, lease in around():
-        give_back(lease, path)
+        give_back(lease, limiter)

@@ -24,12 +24,12 @@ from asyncbucket.http.attempt import Attempt
 from asyncbucket.http.body import read_json
 from asyncbucket.http.held import payer
 from asyncbucket.http.lane import Lane, parts
-from asyncbucket.http.levels import is_under, provider_of
 from asyncbucket.http.profiles import Call, Profile, profile_named, profile_of
 from asyncbucket.http.routes import Routes, Routing
 from asyncbucket.http.running import make_way
 from asyncbucket.http.streams import body_class
 from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.levels import is_under, provider_of
 
 Family = Literal["auto", "httpx", "httpx2"]
 

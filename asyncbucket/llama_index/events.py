@@ -9,7 +9,7 @@ from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
 from pydantic import ConfigDict
 
-from asyncbucket.lease import Lease
+from asyncbucket.limiter.lease import Lease
 
 _dispatcher: Final = get_dispatcher(__name__)
 

@@ -8,9 +8,9 @@ import contextlib
 
 from asyncbucket.http.held import Held, around, holding
 from asyncbucket.http.learn import Ear
-from asyncbucket.http.levels import is_under
-from asyncbucket.lease import Lease
 from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.lease import Lease
+from asyncbucket.limiter.levels import is_under
 from asyncbucket.llama_index.usage import Usage
 
 

@@ -7,10 +7,10 @@ from typing import Any, Self, TypeVar
 
 from asyncbucket.context import inherited
 from asyncbucket.http.learn import Ear
-from asyncbucket.http.levels import asked, levels, provider_of
 from asyncbucket.http.running import make_way
-from asyncbucket.lease import Lease
 from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.lease import Lease
+from asyncbucket.limiter.levels import asked, levels, provider_of
 from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator, Observer
 from asyncbucket.llama_index.events import tell_of_wait, told_of_waits
 from asyncbucket.llama_index.held import HeldCall, held_call, note_usage

@@ -23,7 +23,7 @@ from typing import Any, Final, Generic, TypeVar
 from llama_index_instrumentation.span import active_span_id
 
 from asyncbucket.context import inherited
-from asyncbucket.lease import Lease
+from asyncbucket.limiter.lease import Lease
 from asyncbucket.llama_index.estimate import Estimate
 from asyncbucket.llama_index.held import HeldCall
 from asyncbucket.llama_index.pacing import Pacing

@@ -19,8 +19,8 @@ from asyncbucket.errors import CostExceedsLimit
 from asyncbucket.plan.drive import Call, Course
 
 if TYPE_CHECKING:
-    from asyncbucket.lease import Lease
     from asyncbucket.limiter import Limiter
+    from asyncbucket.limiter.lease import Lease
     from asyncbucket.plan.load import Load
     from asyncbucket.plan.outlook import Bounds
 

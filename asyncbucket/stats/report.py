@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from asyncbucket.limiter import Limiter
-from asyncbucket.statistics import LimitUse
+from asyncbucket.limiter.statistics import LimitUse
 
 #: Names, kinds and what they mean. A parent's numbers include its children's, as its statistics do.
 _GAUGES: Final = (

@@ -24,7 +24,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any, Final
 
 from asyncbucket.errors import StoreError
-from asyncbucket.pause import Pause
+from asyncbucket.feedback.pause import Pause
 from asyncbucket.stores.bell import Bell
 from asyncbucket.stores.script import GRAIN, Dialect
 from asyncbucket.stores.servers import PATIENCE, Server

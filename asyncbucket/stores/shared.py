@@ -13,14 +13,14 @@ import math
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Final
 
-from asyncbucket.account import Account
-from asyncbucket.adaptive import Concurrency
 from asyncbucket.errors import AsyncBucketError, CostExceedsLimit, StoreError
+from asyncbucket.feedback.adaptive import Concurrency
 from asyncbucket.gates import Gates
+from asyncbucket.limiter.account import Account
+from asyncbucket.limiter.statistics import LimitUse
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER, Meter, Slots
 from asyncbucket.queue import Line, Waiter
-from asyncbucket.statistics import LimitUse
 from asyncbucket.stores import open_store
 from asyncbucket.stores.desk import Desk, Grant
 from asyncbucket.stores.late import Latecomers
@@ -61,7 +61,7 @@ def share(
         raise ValueError(f"slot_ttl must be a number of seconds from 0.1 on, not {slot_ttl!r}")
     if account.adaptive is not None:
         raise ValueError(_ALONE)
-    make: Callable[[], Store] = functools.partial(_made, store)
+    make = functools.partial(_made, store)
     shared = Shared(account, make, on_outage=on_outage, slot_ttl=slot_ttl)
     # A URL that is none is refused here, not at the first call, and so is what cannot be counted.
     shared.check((), None)
@@ -80,7 +80,12 @@ class Shared:
     """Know the counters of a limiter, one for each loop."""
 
     def __init__(
-        self, account: Account, make: Callable[[], Store], *, on_outage: OnOutage, slot_ttl: float
+        self,
+        account: Account,
+        make: functools.partial[Store],
+        *,
+        on_outage: OnOutage,
+        slot_ttl: float,
     ) -> None:
         self.account = account
         self.make = make
@@ -107,7 +112,7 @@ class Shared:
         return Terms(limits=tuple(limits.values()), concurrency=concurrency)
 
     def use(self) -> Iterator[LimitUse]:
-        """See `asyncbucket.account.Remote`: as the last reply of the store told."""
+        """See `asyncbucket.limiter.account.Remote`: as the last reply of the store told."""
         left: tuple[int, ...] = ()
         for counter in self._counters.values():
             left = counter.left() or left
@@ -116,22 +121,29 @@ class Shared:
             yield LimitUse(limit, used=limit.amount - available, available=available)
 
     def held_up(self) -> tuple[str, int] | None:
-        """See `asyncbucket.account.Remote`."""
+        """See `asyncbucket.limiter.account.Remote`."""
         known = (counter.held_up() for counter in self._counters.values())
         return next(filter(None, known), None)
 
     def pause(self, span: int, *, gradually: bool) -> None:
-        """See `asyncbucket.account.Remote`."""
+        """See `asyncbucket.limiter.account.Remote`."""
         self._ask(lambda ledger: ledger.pause(span, gradually=gradually))
 
+    def options(self) -> dict[str, Any]:
+        """See `asyncbucket.limiter.account.Remote`: by a URL another process comes to the same."""
+        (store,) = self.make.args
+        if not isinstance(store, str):
+            return {}
+        return {"store": store, "on_outage": self.on_outage, "slot_ttl": self.slot_ttl}
+
     def check(self, changes: Iterable[Limit], concurrency: Concurrency | None) -> None:
-        """See `asyncbucket.account.Remote`."""
+        """See `asyncbucket.limiter.account.Remote`."""
         if not isinstance(concurrency, int | None):
             raise ValueError(_ALONE)  # noqa: TRY004 - "auto" is of the right type elsewhere
         self.make().check(self.terms(changes, concurrency))
 
     def configure(self) -> None:
-        """See `asyncbucket.account.Remote`."""
+        """See `asyncbucket.limiter.account.Remote`."""
         terms = self.terms()
         self._ask(lambda ledger: ledger.configure(terms))
 
@@ -144,7 +156,7 @@ class Shared:
         self.account.set_limits(list(terms.limits), terms.concurrency)
 
     async def aclose(self) -> None:
-        """See `asyncbucket.account.Remote`; of the running loop."""
+        """See `asyncbucket.limiter.account.Remote`; of the running loop."""
         counter = self._counters.get(asyncio.get_running_loop())
         if counter is not None:
             await counter.aclose()

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from asyncbucket.events import Callback, Event
+from asyncbucket.limiter.statistics import Statistics
 from asyncbucket.limits import Limit
-from asyncbucket.statistics import Statistics
 
 _TENANT: Final = re.compile(r"/\*[^/]*")
 #: The label of limiters beyond those that are told apart.

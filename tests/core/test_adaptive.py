@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncbucket import Limiter
-from asyncbucket.adaptive import AUTO, Adaptive, Concurrency, read_concurrency
 from asyncbucket.errors import AcquireTimeout
+from asyncbucket.feedback.adaptive import AUTO, Adaptive, Concurrency, read_concurrency
 from asyncbucket.testing import VirtualTime, virtual_time
 
 SECOND = 1_000_000_000

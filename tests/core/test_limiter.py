@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import Cost, Lease, Limit, Limiter, Statistics, TokenBucket
-from asyncbucket.statistics import LimitUse, Waits
+from asyncbucket.limiter.statistics import LimitUse, Waits
 from asyncbucket.testing import VirtualTime
 
 

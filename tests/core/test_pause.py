@@ -3,8 +3,8 @@ import asyncio
 import pytest
 
 from asyncbucket import AcquireTimeout, Limiter, WouldBlock
+from asyncbucket.feedback.pause import Pause
 from asyncbucket.meters import NEVER
-from asyncbucket.pause import Pause
 from asyncbucket.testing import VirtualTime
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncbucket import AcquireTimeout, Limit, Limiter, WouldBlock
-from asyncbucket.account import Account
+from asyncbucket.limiter.account import Account
 from asyncbucket.testing import VirtualTime, assert_never_over, assert_within_bucket, virtual_time
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncbucket import Limit, Limiter, WouldBlock
-from asyncbucket.headroom import Headroom
+from asyncbucket.feedback.headroom import Headroom
 from asyncbucket.testing import (
     RateLimitedProvider,
     VirtualClock,
@@ -368,10 +368,12 @@ def share(
     tpm: int | None = None,
     deaf: float = 0,
     evenly: bool = False,
+    ours_at_most: int | None = None,
 ) -> Shared:
     """Saturate `rpm`, or the TPM that are as many calls, beside others who take a part of it.
 
-    They come by chance, or `evenly`. For `deaf` seconds nobody listens to what replies say.
+    They come by chance, or `evenly`; ours may be lower than the provider's. For `deaf`
+    seconds nobody listens to what replies say.
     """
     with virtual_time() as time:
         provider = RateLimitedProvider(
@@ -382,7 +384,7 @@ def share(
             clock=time.clock,
             seed=1,
         )
-        limiter = Limiter(rpm=None if tpm else rpm, tpm=tpm, clock=time.clock)
+        limiter = Limiter(rpm=None if tpm else ours_at_most or rpm, tpm=tpm, clock=time.clock)
         headers = {"authorization": "Bearer k"}
         direct = httpx.ASGITransport(provider.app)
         chance = random.Random(1)
@@ -508,3 +510,15 @@ def test_alone_what_was_said_to_be_left_is_not_taken_twice() -> None:
     assert headroom.take(10, 2 * SECOND)
     assert not headroom.take(1, 2 * SECOND)
     assert headroom.take(1, 2 * SECOND + SECOND // 10)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "policy", ["token_bucket", "sliding_window", "fixed_window", "one_second_slices"]
+)
+def test_limit_below_the_providers_is_used(policy: str) -> None:
+    """Half of it, whose slices are not ours: nothing is refused, and 95 % of ours are used."""
+    seen = share(policy, others=0, minutes=3, ours_at_most=300)
+
+    assert seen.refused == 0
+    assert seen.use > 0.95 / 2

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import Limiter, WouldBlock
+from asyncbucket import CostExceedsLimit, Limit, Limiter, WouldBlock
 from asyncbucket.http import ANTHROPIC, GROQ, OPENAI, Profile
 from asyncbucket.http.learn import Ear
 from asyncbucket.testing import VirtualClock
@@ -380,3 +380,16 @@ def test_fuzzed_headers_raise_nothing_and_cost_little(profile: Profile) -> None:
     for use in limiter.statistics().limits:
         assert use.used == 0
         assert use.available <= use.limit.amount
+
+
+def test_refusal_for_a_limit_that_was_learned_says_who_set_it() -> None:
+    """Nothing can be raised here: the limit is the provider's."""
+    limiter = Limiter()
+    limiter.learn(Limit("tokens", 30, per=60))
+
+    with pytest.raises(CostExceedsLimit) as refused:
+        _ = limiter.acquire_nowait(tokens=500)
+    assert str(refused.value) == (
+        "cost of 500 tokens exceeds the limit of 30 tokens per 60 s and can never pass; "
+        "the provider announced that limit, so split the request"
+    )

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from asyncbucket.headroom import Headroom
-from asyncbucket.slices import NUMBERS, Beat, Slices, cut, with_little_room
+from asyncbucket.feedback.headroom import Headroom
+from asyncbucket.feedback.slices import NUMBERS, Beat, Slices, cut, with_little_room
 
 SECOND = 1_000_000_000
 MINUTE = 60 * SECOND

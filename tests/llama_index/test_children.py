@@ -16,7 +16,8 @@ from pydantic import BaseModel
 
 import asyncbucket
 from asyncbucket import AcquireTimeout, CostExceedsLimit, Limit, Limiter
-from asyncbucket.llama_index import RateLimitedLLM, copies
+from asyncbucket.limiter import passports
+from asyncbucket.llama_index import RateLimitedLLM
 from asyncbucket.testing import RateLimitedProvider, VirtualTime
 
 if TYPE_CHECKING:
@@ -288,7 +289,7 @@ def terms(limiter: Limiter) -> list[Any]:
     level: Limiter | None = limiter
     found: list[Any] = []
     while level is not None:
-        found.append((level.name, level.limits, copies._terms_of(level)))
+        found.append((level.name, level.limits, passports.terms_of(level)))
         level = level.parent
     return found
 
@@ -296,7 +297,7 @@ def terms(limiter: Limiter) -> list[Any]:
 @pytest.mark.parametrize(("given", "kept"), [("auto", (1, 1_000)), ((2, 8), (2, 8)), (3, 3)])
 def test_copy_elsewhere_finds_its_concurrency_itself(given: Any, kept: Any) -> None:
     """It searches within the same bounds, and does not stay where the original began."""
-    assert copies._terms_of(Limiter(concurrency=given))["concurrency"] == kept
+    assert passports.terms_of(Limiter(concurrency=given))["concurrency"] == kept
 
 
 def test_unpickled_model_shares_the_child_within_a_process() -> None:

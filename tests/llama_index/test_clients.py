@@ -19,7 +19,7 @@ from pydantic import PrivateAttr
 
 from asyncbucket import Limiter
 from asyncbucket.http.profiles import OPENAI, Profile
-from asyncbucket.lease import Lease
+from asyncbucket.limiter.lease import Lease
 from asyncbucket.testing import RateLimitedProvider, virtual_time
 
 if TYPE_CHECKING:

@@ -165,7 +165,7 @@ def test_limiter_of_a_pickle_that_outlives_it_is_made_anew() -> None:
         twin = pickle.loads(pickled)  # noqa: S301 - our own
 
     assert twin.limiter.name == "gone"
-    assert copies._REGISTRY.immigrants
+    assert copies._PASSPORTS.immigrants
 
 
 def test_ingestion_pipeline_spreads_a_paced_model_over_processes(

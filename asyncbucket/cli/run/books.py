@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from asyncbucket.bookings import Booking, bookings, rebook, rebook_call
 from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.bookings import Booking, bookings, rebook, rebook_call
 
 
 class Admission(NamedTuple):

@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Final, TypeAlias
 
+from asyncbucket.feedback.pause import Pause
 from asyncbucket.gates import pacing
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER, Amounts, Bucket, Meter, Window
-from asyncbucket.pause import Pause
 from asyncbucket.stores.sqlite.line import Line, Turns
 from asyncbucket.stores.sqlite.trip import SLOT, Trip
 from asyncbucket.stores.store import (

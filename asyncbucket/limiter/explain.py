@@ -3,12 +3,12 @@
 import copy
 from dataclasses import dataclass
 
-from asyncbucket.account import Account
 from asyncbucket.cost import Cost, counted
 from asyncbucket.gates import Gates
+from asyncbucket.limiter.account import Account
+from asyncbucket.limiter.refusal import seconds
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER, Amounts
-from asyncbucket.refusal import seconds
 
 
 @dataclass(frozen=True, slots=True)

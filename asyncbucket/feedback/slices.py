@@ -29,8 +29,8 @@ seconds, replies up to 80 ms on the way, others who come evenly or by chance and
 import math
 from typing import Final
 
+from asyncbucket.feedback.others import with_room
 from asyncbucket.meters import Window
-from asyncbucket.others import with_room
 
 #: A limit may be counted in so many slices of its window: seconds of a minute, or ten seconds.
 NUMBERS: Final = (60, 6)

@@ -6,9 +6,6 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Final, Literal, NoReturn, TypeVar, Unpack
 
-from asyncbucket.account import Account
-from asyncbucket.acquisition import Acquisition
-from asyncbucket.adaptive import Concurrency
 from asyncbucket.context import (
     Inherited,
     Priority,
@@ -18,16 +15,18 @@ from asyncbucket.context import (
     read_tenant,
 )
 from asyncbucket.cost import Cost, amounts_of
-from asyncbucket.door import Door
-from asyncbucket.doors import Doors
 from asyncbucket.errors import LimitSyntaxError
 from asyncbucket.events import Callback, Event, Paused
-from asyncbucket.explain import Explanation, explain_locked
-from asyncbucket.keys import Keys
-from asyncbucket.lease import Lease
-from asyncbucket.limits import Limit, read_limits
-from asyncbucket.statistics import Statistics, Waits
-from asyncbucket.terms import (
+from asyncbucket.feedback.adaptive import Concurrency
+from asyncbucket.limiter.account import Account
+from asyncbucket.limiter.acquisition import Acquisition
+from asyncbucket.limiter.door import Door
+from asyncbucket.limiter.doors import Doors
+from asyncbucket.limiter.explain import Explanation, explain_locked
+from asyncbucket.limiter.keys import Keys
+from asyncbucket.limiter.lease import Lease
+from asyncbucket.limiter.statistics import Statistics, Waits
+from asyncbucket.limiter.terms import (
     Keywords,
     Terms,
     read_count,
@@ -35,6 +34,7 @@ from asyncbucket.terms import (
     read_timeout,
     read_weight,
 )
+from asyncbucket.limits import Limit, read_limits
 
 T = TypeVar("T")
 #: How many tenants' limiters are kept alive where nothing else was said.
@@ -57,7 +57,7 @@ class Limiter(Doors):
         limits: texts such as ``"500 RPM"`` or `Limit` objects.
         concurrency: the most calls in flight at once: leases not yet released. ``"auto"`` finds the
             number by how the calls go, between 1 and 1,000, and a pair ``(least, most)`` between
-            those: for servers that publish no limits. See `asyncbucket.adaptive`.
+            those: for servers that publish no limits. See `asyncbucket.feedback.adaptive`.
         name: how statistics, events, logs and metrics call it.
         max_queue: the most calls that may wait; more are refused with `QueueFull`.
         timeout: the most seconds that a call waits which does not say so itself.
@@ -414,7 +414,7 @@ class Limiter(Doors):
 
         It may lower what is available, never raise it above the limits of this limiter, and is
         forgotten when nothing is heard for a whole window. Of a window that is not limited here
-        nothing is kept. Transports call this; see `asyncbucket.headroom` for what comes of it.
+        nothing is kept. Transports call this; see `asyncbucket.feedback.headroom` for what comes of it.
 
         Args:
             remaining: units left.

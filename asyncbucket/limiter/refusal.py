@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import TypeVar
 
-from asyncbucket.account import Account
 from asyncbucket.cost import Cost, counted
 from asyncbucket.errors import AcquireTimeout, QueueFull, WouldBlock
+from asyncbucket.limiter.account import Account
 from asyncbucket.meters import NEVER, Amounts
 
 Refusal = TypeVar("Refusal", WouldBlock, AcquireTimeout, QueueFull)

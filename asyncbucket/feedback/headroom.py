@@ -38,9 +38,9 @@ others at 0, 10, 40 and 60 %.
 
 from typing import ClassVar, Final
 
+from asyncbucket.feedback.others import Others, with_room
+from asyncbucket.feedback.slices import NUMBERS, cut
 from asyncbucket.meters import Window
-from asyncbucket.others import Others, with_room
-from asyncbucket.slices import NUMBERS, cut
 
 #: Something is missing when it is at least this part of the limit.
 _BUSY: Final = 8

@@ -1,4 +1,4 @@
-"""What others spend from the same limit, as far as replies tell; see `asyncbucket.headroom`."""
+"""What others spend from the same limit, as far as replies tell; see `asyncbucket.feedback.headroom`."""
 
 import math
 from typing import Final

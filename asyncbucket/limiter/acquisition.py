@@ -4,8 +4,8 @@ from collections.abc import Coroutine, Generator
 from types import TracebackType
 from typing import Any
 
-from asyncbucket.door import Door
-from asyncbucket.lease import Lease
+from asyncbucket.limiter.door import Door
+from asyncbucket.limiter.lease import Lease
 
 
 class Acquisition(Coroutine[Any, Any, Lease]):

@@ -4,15 +4,15 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any, Final
 
-from asyncbucket.account import Account
 from asyncbucket.context import Inherited, Priority, deadline_of, read_priority
 from asyncbucket.cost import Cost
 from asyncbucket.errors import AcquireTimeout, CostExceedsLimit, QueueFull, WouldBlock
 from asyncbucket.events import Admitted, Cancelled, Queued, Reason, Refused
-from asyncbucket.lease import Lease
+from asyncbucket.limiter.account import Account
+from asyncbucket.limiter.lease import Lease
+from asyncbucket.limiter.refusal import refuse_locked, seconds
 from asyncbucket.meters import NEVER
 from asyncbucket.queue import Waiter
-from asyncbucket.refusal import refuse_locked, seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, Protocol, Self, TypeAlias
 
-from asyncbucket.adaptive import Adaptive, Concurrency, read_concurrency
 from asyncbucket.budget import Budget
 from asyncbucket.cost import COMMON, counted
 from asyncbucket.errors import CostExceedsLimit
 from asyncbucket.events import Callback, Event, LimitChanged, LimitLearned, Observers
+from asyncbucket.feedback.adaptive import Adaptive, Concurrency, read_concurrency
+from asyncbucket.feedback.headroom import Headroom
+from asyncbucket.feedback.pause import Pause
 from asyncbucket.gates import Gates, pacing
-from asyncbucket.headroom import Headroom
+from asyncbucket.limiter.statistics import LimitUse
+from asyncbucket.limiter.terms import Terms
 from asyncbucket.limits import Limit
 from asyncbucket.meters import Amounts, Bucket, Meter, Slots, Window
 from asyncbucket.node import Node
-from asyncbucket.pause import Pause
 from asyncbucket.queue import Waiter
-from asyncbucket.statistics import LimitUse
-from asyncbucket.terms import Terms
 
 #: What a limit is known by: its resource and its window in seconds.
 Key: TypeAlias = tuple[str, float]
@@ -57,6 +57,10 @@ class Remote(Protocol):
         """Tell all processes to let nobody pass for ``span`` ns."""
         ...
 
+    def options(self) -> dict[str, Any]:
+        """Return what `Limiter` takes to keep its limits there; nothing where another cannot."""
+        ...
+
     def check(self, changes: Iterable[Limit], concurrency: Concurrency | None) -> None:
         """Refuse changes that cannot be kept there; nothing is changed by it.
 
@@ -79,13 +83,13 @@ class Account(Node):
 
     __slots__ = (
         "_headrooms",
-        "_learned",
         "adaptive",
         "admitted",
         "budget",
         "cancelled",
         "children",
         "ended",
+        "learned",
         "limits",
         "max_queue",
         "name",
@@ -124,7 +128,8 @@ class Account(Node):
         self.adaptive: Adaptive | None = None
         self.pause: Pause | None = None
         self._headrooms: dict[Key, Headroom] = _NOTHING
-        self._learned: frozenset[Key] = _NONE
+        #: Those of its limits that the provider announced, and nobody gave.
+        self.learned: frozenset[Key] = _NONE
         #: Where the limits are kept, if that is not here.
         self.remote: Remote | None = None
         self.observers: Observers | None = None
@@ -203,7 +208,7 @@ class Account(Node):
             self.remote.check(limits, concurrency)
         with self.budget.lock:
             self.steered = True
-            self._learned -= {(limit.resource, limit.per) for limit in limits}
+            self.learned -= {(limit.resource, limit.per) for limit in limits}
             if weight is not None:
                 self.reweigh(weight)
         self.set_limits(limits, concurrency)
@@ -219,10 +224,10 @@ class Account(Node):
         key = (limit.resource, limit.per)
         with self.budget.lock:
             ours = self.limits.get(key)
-            if self.limits.keys() - self._learned or (ours and ours[0].amount == limit.amount):
+            if self.limits.keys() - self.learned or (ours and ours[0].amount == limit.amount):
                 return
             self.steered = True
-            self._learned |= {key}
+            self.learned |= {key}
         self.set_limits([limit], None)
         self.tell(LimitLearned, limit=str(limit))
 
@@ -242,6 +247,7 @@ class Account(Node):
             remaining,
             self.budget.clock(),
             amount=ours.amount if limit is None else max(1, min(limit, ours.amount)),
+            limit=limit,
             under_way=window.since(since),
             lent=window.lent,
             rounding=rounding,
@@ -291,14 +297,16 @@ class Account(Node):
             CostExceedsLimit: it costs more than a limit.
         """
         for account in self.path:
-            for limit, _, _ in account.limits.values():
+            for key, (limit, _, _) in account.limits.items():
                 amount = amounts.get(limit.resource, 0)
                 if amount > limit.amount:
                     self.refuse_locked()
+                    remedy = f"raise {limit.keyword or 'the limit'} or split the request"
+                    if key in account.learned:
+                        remedy = "the provider announced that limit, so split the request"
                     raise CostExceedsLimit(
                         f"cost of {counted(amount, limit.resource)} exceeds the limit of {limit} "
-                        f"and can never pass; raise {limit.keyword or 'the limit'} "
-                        f"or split the request"
+                        f"and can never pass; {remedy}"
                     )
 
     def resources(self) -> set[str]:

@@ -13,24 +13,29 @@ import weakref
 from typing import TYPE_CHECKING, Final
 
 from asyncbucket.gates import Gates
-from asyncbucket.lease import Lease
+from asyncbucket.limiter.lease import Lease
+from asyncbucket.limiter.levels import asked
+from asyncbucket.limiter.limiter import Limiter
 
 if TYPE_CHECKING:
-    from asyncbucket.account import Account
     from asyncbucket.budget import Budget
+    from asyncbucket.limiter.account import Account
+
+# A lease gives its slots back all at once; this is the one place where it gives back some.
+# ruff: noqa: SLF001
 
 
-def give_back(lease: Lease, path: "tuple[Account, ...]") -> None:
-    """Release the slots of ``lease`` that a call at the levels of ``path`` may need."""
-    account = lease._account  # noqa: SLF001 - a lease gives its slots back all at once
+def give_back(lease: Lease, limiter: Limiter) -> None:
+    """Release the slots of ``lease`` that a call of ``limiter`` from this context may need."""
+    account, path = lease._account, asked(limiter)._account.path
     budget = account.budget
     if budget is not path[-1].budget:
         return
     with budget.lock:
-        if lease.released or lease._epoch != budget.epoch:  # noqa: SLF001 - as above
+        if lease.released or lease._epoch != budget.epoch:
             return
         order = _ORDER.setdefault(budget, _Order())
-        held = lease._gates  # noqa: SLF001 - as above
+        held = lease._gates
         wanted = [each for each in path if each not in account.path and each.gates.slots]
         lent = [slots for each in path for slots in each.gates.slots]
         for each in account.path:
@@ -41,7 +46,7 @@ def give_back(lease: Lease, path: "tuple[Account, ...]") -> None:
         for slots in lent:
             slots.give_back()
         if lent:
-            lease._gates = Gates(each for each in held.meters if each[0] not in lent)  # noqa: SLF001
+            lease._gates = Gates(each for each in held.meters if each[0] not in lent)
             budget.ring_locked(account)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from asyncbucket.context import inherited
-from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.limiter import Limiter
 
 
 def levels(limiter: Limiter) -> Iterator[Limiter]:

@@ -3,11 +3,11 @@
 from types import TracebackType
 from typing import Self
 
-from asyncbucket.account import Account
 from asyncbucket.cost import Cost, whole
 from asyncbucket.errors import AsyncBucketError
 from asyncbucket.events import Outcome, Released, Settled
 from asyncbucket.gates import Gates
+from asyncbucket.limiter.account import Account
 from asyncbucket.loops import Holder
 from asyncbucket.meters import Window
 

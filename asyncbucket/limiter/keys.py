@@ -13,8 +13,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final, Generic, TypeAlias, TypeVar
 
-from asyncbucket.account import Account, Rest
-from asyncbucket.terms import Terms
+from asyncbucket.limiter.account import Account, Rest
+from asyncbucket.limiter.terms import Terms
 
 #: How many of the longest unused are looked at for each that is made.
 _LOOKS: Final = 4

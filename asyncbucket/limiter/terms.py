@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypedDict
 
-from asyncbucket.adaptive import Concurrency, read_concurrency
 from asyncbucket.context import Priority, deadline_of, read_priority
+from asyncbucket.feedback.adaptive import Concurrency, read_concurrency
 from asyncbucket.limits import Limit, read_limits
 
 

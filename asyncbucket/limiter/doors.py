@@ -19,14 +19,14 @@ from typing import (
     overload,
 )
 
-from asyncbucket.acquisition import Acquisition
-from asyncbucket.lease import Lease
+from asyncbucket.limiter.acquisition import Acquisition
+from asyncbucket.limiter.lease import Lease
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Awaitable, Generator, Iterable
 
     from asyncbucket.batch import Item, Results
-    from asyncbucket.limiter import Limiter
+    from asyncbucket.limiter.limiter import Limiter
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.limiter import Limiter
 
 
 @dataclass(frozen=True, slots=True)
