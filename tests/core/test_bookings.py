@@ -1,0 +1,49 @@
+"""What a limiter has booked, booked again by the one that comes after it."""
+
+from asyncbucket import Limiter
+from asyncbucket.limiter.bookings import Booking, bookings, rebook, rebook_call
+from asyncbucket.testing import VirtualClock
+
+SECOND = 1_000_000_000
+
+
+def test_bookings_are_told_by_how_long_ago_they_were() -> None:
+    """Windows entry by entry, and what the bucket lacks that paces them."""
+    clock = VirtualClock()
+    limiter = Limiter("60 RPM burst 10", "600 TPM", clock=clock)
+    limiter.acquire_nowait(tokens=100).release()
+    clock.advance(2.0)
+    limiter.acquire_nowait(requests=5, tokens=50).release()
+    clock.advance(1.0)
+
+    assert bookings(limiter) == (
+        Booking("requests", 60, ((3 * SECOND, 1), (SECOND, 5)), missing=4),
+        Booking("tokens", 60, ((3 * SECOND, 100), (SECOND, 50)), missing=0),
+    )
+
+
+def test_what_is_booked_again_counts_as_if_the_same_limiter_had_gone_on() -> None:
+    """Time passes in between, too; limits that there were before and are none now are left out."""
+    clock = VirtualClock()
+    clock.advance(100.0)
+    before = Limiter("60 RPM burst 10", "600 TPM", clock=clock)
+    before.acquire_nowait(requests=8, tokens=500).release()
+    booked = bookings(before)
+    clock.advance(2.0)
+    after = Limiter("60 RPM burst 10", clock=clock)
+    rebook(after, booked, ago=2 * SECOND)
+
+    assert bookings(after) == bookings(before)[:1]
+    assert after.statistics().limits[0].available == 4
+
+
+def test_a_call_is_booked_again_in_each_limit_that_counts_it() -> None:
+    """Paced or not; resources that it does not cost stay as they are."""
+    clock = VirtualClock()
+    clock.advance(100.0)
+    limiter = Limiter("60 RPM burst 10", "600 TPM", "3 images/10s", clock=clock)
+    rebook_call(limiter, {"requests": 1, "tokens": 100}, ago=5 * SECOND)
+
+    assert [use.used for use in limiter.statistics().limits] == [1, 100, 0]
+    clock.advance(56.0)
+    assert [use.used for use in limiter.statistics().limits] == [0, 0, 0]
