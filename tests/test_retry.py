@@ -539,6 +539,17 @@ def test_a_server_error_pauses_nobody(stage: Stage) -> None:
     assert stage.limiter.statistics().paused == 0
 
 
+def refused(retry_after: float | None = None, *, whole_after: float | None = None) -> Verdict:
+    """Return what a 429 means."""
+    return Verdict(
+        retry=True,
+        reason="HTTP 429",
+        retry_after=retry_after,
+        whole_after=whole_after,
+        rate_limited=True,
+    )
+
+
 def test_one_wave_of_refusals_makes_one_pause(
     stage: Stage, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -548,14 +559,14 @@ def test_one_wave_of_refusals_makes_one_pause(
 
     async def main() -> None:
         for _ in range(4):
-            pauses.append(retrier.pause(None))
+            pauses.append(retrier.pause(refused()))
             await asyncio.sleep(pauses[-1] / 4)
             for _ in range(50):
-                retrier.pause(None)
+                retrier.pause(refused())
             retrier.succeeded()  # a reply that was under way ends no series of refusals
             await asyncio.sleep(stage.limiter.statistics().paused)
         retrier.succeeded()
-        pauses.append(retrier.pause(None))
+        pauses.append(retrier.pause(refused()))
 
     stage.run(main())
     assert pauses == [1.0, 2.0, 4.0, 8.0, 1.0]
@@ -571,21 +582,35 @@ def test_wave_that_several_hear_is_one_wave(stage: Stage) -> None:
 
     async def main() -> None:
         for _ in range(3):
-            pauses.append(first.pause(None))
-            assert second.pause(None) == transport.pause(None) == pauses[-1]
+            pauses.append(first.pause(refused()))
+            assert second.pause(refused()) == transport.pause(None) == pauses[-1]
             await asyncio.sleep(pauses[-1])
         transport.succeeded()
-        pauses.append(second.pause(None))
+        pauses.append(second.pause(refused()))
 
     stage.run(main())
     assert pauses == [1.0, 2.0, 4.0, 1.0]
+
+
+def test_a_pause_that_nobody_named_ends_when_the_limits_are_whole(stage: Stage) -> None:
+    """However many waves there were: it is no longer than the provider says, nor than the first."""
+    retrier = stage.retrier()
+    pauses: list[float] = []
+
+    async def main() -> None:
+        for _ in range(4):
+            pauses.append(retrier.pause(refused(whole_after=3.0)))
+            await asyncio.sleep(pauses[-1])
+
+    stage.run(main())
+    assert pauses == [1.0, 2.0, 3.0, 3.0]
 
 
 def test_longer_retry_after_lengthens_a_pause(stage: Stage) -> None:
     """Of one wave's refusals the longest wait counts; a shorter one takes nothing away."""
     retrier = stage.retrier()
     for asked in (2.0, 6.0, 3.0):
-        _ = retrier.pause(asked)
+        _ = retrier.pause(refused(asked))
 
     assert stage.limiter.statistics().paused == 6.0
 
@@ -596,10 +621,10 @@ def test_endless_refusals_pause_at_most_so_long(stage: Stage) -> None:
 
     async def main() -> None:
         for _ in range(2000):
-            await asyncio.sleep(retrier.pause(None))
+            await asyncio.sleep(retrier.pause(refused()))
 
     stage.run(main())
-    assert retrier.pause(None) == 120.0
+    assert retrier.pause(refused()) == 120.0
 
 
 def test_refusal_by_the_limiter_itself_passes_untouched(stage: Stage) -> None:

@@ -1,0 +1,90 @@
+"""How failed calls are tried again, as a user says it."""
+
+import math
+from dataclasses import dataclass, field
+
+from asyncbucket.http.headers import WEEK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryBudget:
+    """Bound what retries add to the load: a bucket that successes refill and that retries drain.
+
+    *Random errors are always retried through.* At an error rate e there are e / (1 - e) failures a
+    success; 0.5 a success pays for them up to e = 1/3. At e = 0.2 the bucket gains 0.25 units a
+    success, and the chance that a run of bad luck drains 100 units is under 1e-30. What may drain it
+    is failures that come back sooner than the first successes; a full bucket is enough for 300
+    calls in flight at e = 0.2. With more, or to survive the loss of every connection at once, give
+    it the units of your `concurrency`.
+
+    *A total outage costs little.* Nothing succeeds, so there are at most 100 retries however many
+    calls there are: 1.1 times the load of 1,000 calls, 1.01 times that of 10,000. In between, the
+    load is 1 / (1 - e) up to e = 1/3, at worst 1.5 times, and falls again beyond.
+
+    *A 429 is not charged.* It refuses a whole wave of calls that did nothing wrong, and what it
+    could multiply the pause and the limits hold back already; each call still has its attempts.
+
+    Args:
+        capacity: units of a full bucket, as at the start; a retry takes one.
+        per_success: units that a successful call puts back.
+    """
+
+    capacity: float = 100.0
+    per_success: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, value in (("capacity", self.capacity), ("per_success", self.per_success)):
+            _check_number(value, f"the retry budget's {name}", most=math.inf)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retry:
+    """Say how failed calls are tried again.
+
+    Args:
+        attempts: the most attempts for one call, the first included; 1 switches retries off.
+        max_wait: the longest wait (s) before an attempt. Who is told to wait longer fails at once.
+        jitter: the share of a ``Retry-After`` that is added at random, so that not all come at once.
+        backoff: the wait (s) after a first failure where the server names none; it doubles.
+        budget: how much retries may add to the load of one model.
+    """
+
+    attempts: int = 5
+    max_wait: float = 120.0
+    jitter: float = 0.1
+    backoff: float = 1.0
+    budget: RetryBudget = field(default_factory=RetryBudget)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.attempts, bool) or not isinstance(self.attempts, int):
+            raise TypeError(f"attempts must be a whole number, not {self.attempts!r}")
+        if self.attempts < 1:
+            raise ValueError(
+                f"attempts must be at least 1, not {self.attempts}; 1 or retry=False means no retry"
+            )
+        _check_number(self.max_wait, "max_wait", most=WEEK)
+        _check_number(self.backoff, "backoff", most=WEEK)
+        _check_number(self.jitter, "jitter", most=1.0)
+        if not isinstance(self.budget, RetryBudget):
+            raise TypeError(f"budget must be a RetryBudget, not {self.budget!r}")
+
+    @classmethod
+    def of(cls, value: "Retry | int | None") -> "Retry":
+        """Read what people pass as ``retry=``: a policy, attempts, False for none, True for usual.
+
+        Raises:
+            TypeError, ValueError: it is none of these, or less than one attempt.
+        """
+        if isinstance(value, Retry):
+            return value
+        if value is None or value is True:
+            return cls()
+        return cls(attempts=1 if value is False else value)
+
+
+def _check_number(value: float, name: str, *, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not 0 <= value <= most:
+        bound = "" if most == math.inf else f" and at most {most:g}"
+        raise ValueError(f"{name} must be at least 0{bound}, not {value!r}")

@@ -1,0 +1,142 @@
+"""What is tried again for one model, under one policy and one budget."""
+
+import logging
+import random
+import threading
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from asyncbucket.errors import AsyncBucketError
+from asyncbucket.events import Retried
+from asyncbucket.http.failures import Verdict
+from asyncbucket.http.refusals import Refusals, doubled
+from asyncbucket.limiter import Limiter
+from asyncbucket.retry.again import TryAgain, again, not_ours, renamed
+from asyncbucket.retry.policy import Retry
+from asyncbucket.retry.trial import Trial
+
+T = TypeVar("T")
+
+
+class Retrier:
+    """Try the calls of one model again, under one policy and one budget.
+
+    Safe on several event loops and threads at once.
+
+    Args:
+        policy: what is tried again, how often and when.
+        limiter: what a 429 pauses; deadlines are in seconds of its clock.
+        chance: random numbers from 0 to 1, for the jitter.
+    """
+
+    def __init__(
+        self, policy: Retry, limiter: Limiter, *, chance: Callable[[], float] = random.random
+    ) -> None:
+        self.policy = policy
+        self._limiter = limiter
+        self._chance = chance
+        self._lock = threading.Lock()
+        self._budget = policy.budget.capacity
+        self._refusals = Refusals(limiter)
+        # A retry is a warning to stamina, which in a storm is hundreds of lines that say nothing.
+        logging.getLogger("stamina").addFilter(not_ours)
+
+    def __repr__(self) -> str:
+        return f"<Retrier {self.policy.attempts} attempts, {self._budget:g} retries in the budget>"
+
+    async def call(
+        self,
+        attempt: Callable[[], Awaitable[T]],
+        *,
+        deadline: float | None = None,
+        tried: Callable[..., object] | None = None,
+    ) -> T:
+        """Await ``attempt()`` until it succeeds or there is no point in another.
+
+        Cancellation passes through at once, from an attempt and from a back-off.
+
+        Args:
+            attempt: makes one attempt; it acquires for itself and gives back whatever happens.
+            deadline: the latest instant for an attempt to begin, in seconds of the limiter's clock.
+            tried: what the attempt calls in the end, by whose name stamina's hooks know of retries.
+
+        Raises:
+            Exception: the provider's last error, with a note; or whatever else `attempt` raised.
+        """
+        trial = Trial(self, deadline)
+
+        async def once() -> T:
+            return await trial.run(attempt)
+
+        try:
+            return await again(renamed(once, tried or attempt), attempts=self.policy.attempts)()
+        except (TryAgain, AsyncBucketError) as ended:
+            error = trial.last_word(ended)
+        finally:
+            trial.error = None  # its traceback leads back here
+        raise error
+
+    def call_sync(
+        self,
+        attempt: Callable[[], T],
+        *,
+        deadline: float | None = None,
+        tried: Callable[..., object] | None = None,
+    ) -> T:
+        """Call ``attempt()`` as `call` does, and block this thread during a back-off."""
+        trial = Trial(self, deadline)
+
+        def once() -> T:
+            return trial.run_sync(attempt)
+
+        try:
+            return again(renamed(once, tried or attempt), attempts=self.policy.attempts)()
+        except (TryAgain, AsyncBucketError) as ended:
+            error = trial.last_word(ended)
+        finally:
+            trial.error = None
+        raise error
+
+    def succeeded(self) -> None:
+        """Count a success: it pays into the budget, and ends a series of refusals."""
+        with self._lock:
+            budget = self.policy.budget
+            self._budget = min(budget.capacity, self._budget + budget.per_success)
+        self._refusals.succeeded()
+
+    def pause(self, verdict: Verdict) -> float:
+        """Pause the limiter after a refusal for rate; return the seconds until it ends."""
+        policy = self.policy
+        return self._refusals.pause(
+            verdict.retry_after,
+            whole_after=verdict.whole_after,
+            first=policy.backoff,
+            longest=policy.max_wait,
+        )
+
+    def back_off(self, failures: int) -> float:
+        """Return the seconds to wait after so many failures in a row, jitter included."""
+        longest = doubled(self.policy.backoff, failures, most=self.policy.max_wait)
+        return longest * (1 + self._chance()) / 2
+
+    def hold_on(self, seconds: float) -> float:
+        """Return the seconds to wait where the server said how many, jitter included."""
+        return min(seconds * (1 + self.policy.jitter * self._chance()), self.policy.max_wait)
+
+    def spend(self) -> bool:
+        """Take a retry from the budget, if it holds one."""
+        with self._lock:
+            enough = self._budget >= 1
+            self._budget -= enough
+            return enough
+
+    def tell_of_retry(self, attempt: int, error: str, delay: float) -> None:
+        """Let those who watch the limiter know that a call will be tried again."""
+        limiter, at = self._limiter, self.now()
+        limiter.emit(
+            Retried(limiter=limiter.name, at=at, attempt=attempt, error=error, delay=delay)
+        )
+
+    def now(self) -> float:
+        """Return the seconds of the limiter's clock."""
+        return self._limiter.now()

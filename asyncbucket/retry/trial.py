@@ -1,0 +1,112 @@
+"""One call that may be tried again: how often it was, since when, and what its errors mean."""
+
+import logging
+import math
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from asyncbucket.errors import AsyncBucketError
+from asyncbucket.http.failures import Verdict, classify
+from asyncbucket.retry.again import TryAgain, by_the_name
+
+if TYPE_CHECKING:
+    from asyncbucket.retry.retrier import Retrier
+
+T = TypeVar("T")
+
+_log: Final = logging.getLogger("asyncbucket")
+
+
+class Trial:
+    """One call: how often it was tried, since when, and the provider's last error."""
+
+    __slots__ = ("attempts", "deadline", "error", "retrier", "started")
+
+    def __init__(self, retrier: "Retrier", deadline: float | None) -> None:
+        self.retrier = retrier
+        self.deadline = math.inf if deadline is None else deadline
+        self.started = retrier.now()
+        self.attempts = 0
+        self.error: Exception | None = None
+
+    async def run(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        self.attempts += 1
+        try:
+            result = await attempt()
+        except Exception as error:
+            again = self.judge(error)
+            if again is None:
+                raise
+        else:
+            self.retrier.succeeded()
+            return result
+        raise again  # out here, so that it doesn't carry the real error as its context
+
+    def run_sync(self, attempt: Callable[[], T]) -> T:
+        self.attempts += 1
+        try:
+            result = attempt()
+        except Exception as error:
+            again = self.judge(error)
+            if again is None:
+                raise
+        else:
+            self.retrier.succeeded()
+            return result
+        raise again
+
+    def judge(self, error: Exception) -> TryAgain | None:
+        """Return what makes stamina try again, or None after noting on `error` why it is the end."""
+        if isinstance(error, AsyncBucketError):
+            return None
+        self.error = error
+        verdict = classify(error)
+        wait, end = self._plan(verdict)
+        if end is None and not verdict.rate_limited and not self.retrier.spend():
+            end = "the retry budget is spent, too few calls succeed; Retry(budget=...) sets it"
+        if end is None:
+            _log.debug("attempt %d: %s; again in %.3g s", self.attempts, verdict.reason, wait)
+            self.retrier.tell_of_retry(self.attempts, verdict.reason, wait)
+            named = by_the_name(type(error).__module__, type(error).__qualname__)
+            return named(verdict.reason, wait)
+        # A ValueError of the caller's own is his business; a provider's answer is ours.
+        if self.attempts > 1 or verdict.retry or verdict.reason.startswith("HTTP"):
+            self._note(error, end)
+        return None
+
+    def _plan(self, verdict: Verdict) -> tuple[float, str | None]:
+        """Return how long to wait before the next attempt, and why there is to be none, if so."""
+        retrier, policy, asked = self.retrier, self.retrier.policy, verdict.retry_after
+        if not verdict.retry:
+            return 0.0, f"{verdict.reason} is not retried"
+        paused = retrier.pause(verdict) if verdict.rate_limited else None
+        if self.attempts >= policy.attempts:
+            return 0.0, f"Retry(attempts={policy.attempts}) allows no more"
+        if asked is not None and asked > policy.max_wait:
+            return 0.0, (
+                f"the provider asks to wait {asked:.3g} s, "
+                f"and Retry(max_wait={policy.max_wait:g}) allows no more"
+            )
+        stated = paused if asked is None else asked
+        wait = retrier.back_off(self.attempts) if stated is None else retrier.hold_on(stated)
+        left = self.deadline - retrier.now()
+        if not wait <= left:
+            return 0.0, f"the next attempt is due in {wait:.3g} s, the deadline in {left:.3g} s"
+        return wait, None
+
+    def last_word(self, ended: TryAgain | AsyncBucketError) -> Exception:
+        """Return what to raise when another attempt was not to be: the provider's last error."""
+        error = self.error
+        if error is None:
+            return ended
+        if isinstance(ended, TryAgain):
+            self._note(error, "stamina is switched off, or in its testing mode")
+        else:
+            self.attempts -= 1  # it was refused before it reached the provider
+            self._note(error, f"no other attempt was admitted: {ended}")
+        return error
+
+    def _note(self, error: Exception, end: str) -> None:
+        times = "once" if self.attempts == 1 else f"{self.attempts} times"
+        seconds = self.retrier.now() - self.started
+        error.add_note(f"asyncbucket: tried {times} in {seconds:.1f} s; gave up: {end}")
