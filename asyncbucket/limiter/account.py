@@ -2,9 +2,8 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
 from asyncbucket.budget import Budget
 from asyncbucket.cost import COMMON, counted
@@ -21,6 +20,9 @@ from asyncbucket.meters import Amounts, Bucket, Meter, Slots, Window
 from asyncbucket.node import Node
 from asyncbucket.queue import Waiter
 
+if TYPE_CHECKING:
+    from asyncbucket.limiter.remote import Remote
+
 #: What a limit is known by: its resource and its window in seconds.
 Key: TypeAlias = tuple[str, float]
 
@@ -29,66 +31,17 @@ _NOTHING: Final[Any] = MappingProxyType({})
 _NONE: Final[frozenset[Any]] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Rest:
-    """Hold what is left of an account that nobody uses for a while: what it used, and when."""
-
-    #: When its limits are as good as new, in ns.
-    until: int
-    #: For each limit the units in its window, the date of the last of them, and the units that are
-    #: missing in its bucket.
-    used: tuple[tuple[Key, int, int, int], ...]
-    #: When that was, in ns.
-    when: int
-
-
-class Remote(Protocol):
-    """Keep an account's limits where other processes reach them."""
-
-    def use(self) -> Iterator[LimitUse]:
-        """Yield how much of each limit is used, as last heard."""
-        ...
-
-    def held_up(self) -> tuple[str, int] | None:
-        """Return what those who wait there wait for, and until when at least, if it is known."""
-        ...
-
-    def pause(self, span: int, *, gradually: bool) -> None:
-        """Tell all processes to let nobody pass for ``span`` ns."""
-        ...
-
-    def options(self) -> dict[str, Any]:
-        """Return what `Limiter` takes to keep its limits there; nothing where another cannot."""
-        ...
-
-    def check(self, changes: Iterable[Limit], concurrency: Concurrency | None) -> None:
-        """Refuse changes that cannot be kept there; nothing is changed by it.
-
-        Raises:
-            ValueError: there is one.
-        """
-        ...
-
-    def configure(self) -> None:
-        """Tell all processes of the limits as they are now."""
-        ...
-
-    async def aclose(self) -> None:
-        """Give back what this process holds, and take leave."""
-        ...
-
-
 class Account(Node):
     """Keep a limiter's limits and books; all is read and written with the budget's lock held."""
 
     __slots__ = (
-        "_headrooms",
         "adaptive",
         "admitted",
         "budget",
         "cancelled",
         "children",
         "ended",
+        "headrooms",
         "learned",
         "limits",
         "max_queue",
@@ -127,7 +80,8 @@ class Account(Node):
         #: What finds the number of slots, where it is not given.
         self.adaptive: Adaptive | None = None
         self.pause: Pause | None = None
-        self._headrooms: dict[Key, Headroom] = _NOTHING
+        #: What the provider says is left, where it says so.
+        self.headrooms: dict[Key, Headroom] = _NOTHING
         #: Those of its limits that the provider announced, and nobody gave.
         self.learned: frozenset[Key] = _NONE
         #: Where the limits are kept, if that is not here.
@@ -238,10 +192,10 @@ class Account(Node):
         if key not in self.limits:
             return
         ours, window, _ = self.limits[key]
-        headroom = self._headrooms.get(key)
+        headroom = self.headrooms.get(key)
         if headroom is None:
             headroom = Headroom(amount=ours.amount, window=ours.window, ours=window.closed())
-            self._headrooms = {**self._headrooms, key: headroom}
+            self.headrooms = {**self.headrooms, key: headroom}
             self.changed_locked()
         headroom.hear(
             remaining,
@@ -334,7 +288,7 @@ class Account(Node):
             yield from self.remote.use()
             return
         for key, (limit, window, bucket) in self.limits.items():
-            meters = [each for each in (window, bucket, self._headrooms.get(key)) if each]
+            meters = [each for each in (window, bucket, self.headrooms.get(key)) if each]
             available = min(each.available(now) for each in meters)
             yield LimitUse(limit, used=window.used, available=available)
 
@@ -363,48 +317,8 @@ class Account(Node):
             yield window, limit.resource
             if bucket is not None:
                 yield bucket, limit.resource
-        for (resource, _), headroom in self._headrooms.items():
+        for (resource, _), headroom in self.headrooms.items():
             yield headroom, resource
-
-    # -- rest --------------------------------------------------------------------------------------
-
-    def busy_locked(self, now: int) -> bool:
-        """Tell whether somebody uses it, or it knows what cannot be told in a `Rest`."""
-        return bool(
-            self.in_flight
-            or self.waiting
-            or self.children
-            or self.steered
-            or self._headrooms
-            or self.observers
-            or (self.pause is not None and self.pause.until > now)
-            # Somebody was admitted, and has not run since.
-            or (self.slots is not None and self.slots.used)
-            or any(window.lent > 0 for _, window, _ in self.limits.values())
-        )
-
-    def rest_locked(self, now: int) -> Rest | None:
-        """Retire, and return what somebody must remember; None if the limits are as good as new."""
-        assert isinstance(self.parent, Account)
-        self.retired = True
-        del self.parent.children[self.name]
-        used, until = [], now
-        for key, (limit, window, bucket) in self.limits.items():
-            missing = 0 if bucket is None else bucket.missing(now)
-            if window.available(now) < window.amount or missing > 0:
-                used.append((key, window.used, window.last, missing))
-                refill = missing * limit.window // limit.amount
-                until = max(until, now + max(2 * limit.window, refill))
-        return Rest(until, tuple(used), now) if used else None
-
-    def wake_locked(self, rest: Rest) -> None:
-        """Go on from what somebody remembered."""
-        for key, units, last, missing in rest.used:
-            if key in self.limits:
-                _, window, bucket = self.limits[key]
-                window.remember(units, last)
-                if bucket is not None and missing > 0:
-                    bucket.remember(missing, rest.when)
 
     # -- books -------------------------------------------------------------------------------------
 

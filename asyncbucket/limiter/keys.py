@@ -13,7 +13,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final, Generic, TypeAlias, TypeVar
 
-from asyncbucket.limiter.account import Account, Rest
+from asyncbucket.limiter.account import Account
+from asyncbucket.limiter.rest import Rest, is_busy_locked, put_to_rest_locked, wake_locked
 from asyncbucket.limiter.terms import Terms
 
 #: How many of the longest unused are looked at for each that is made.
@@ -84,7 +85,7 @@ class Keys(Generic[L]):
         with self._parent.budget.lock:
             rest = self._resting.pop(tenant, None)
             if rest is not None:
-                made[1].wake_locked(rest)
+                wake_locked(made[1], rest)
             now = self._parent.budget.clock()
             self._put_to_rest_locked(now)
             self._forget_locked(now)
@@ -94,10 +95,10 @@ class Keys(Generic[L]):
         """Let go of those that have not been asked for in the longest time; the last asked stays."""
         for _ in range(min(_LOOKS, len(self._limiters) - max(self._alive, 1))):
             tenant, (limiter, account) = self._limiters.popitem(last=False)
-            if account.busy_locked(now):
+            if is_busy_locked(account, now):
                 self._limiters[tenant] = (limiter, account)  # asked again later
                 continue
-            rest = account.rest_locked(now)
+            rest = put_to_rest_locked(account, now)
             if rest is not None:
                 self._resting[tenant] = rest
 

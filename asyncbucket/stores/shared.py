@@ -17,6 +17,7 @@ from asyncbucket.errors import AsyncBucketError, CostExceedsLimit, StoreError
 from asyncbucket.feedback.adaptive import Concurrency
 from asyncbucket.gates import Gates
 from asyncbucket.limiter.account import Account
+from asyncbucket.limiter.remote import Remote
 from asyncbucket.limiter.statistics import LimitUse
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER, Meter, Slots
@@ -76,7 +77,7 @@ def _made(store: str | Store) -> Store:
     return open_store(store) if isinstance(store, str) else store
 
 
-class Shared:
+class Shared(Remote):
     """Know the counters of a limiter, one for each loop."""
 
     def __init__(
@@ -112,7 +113,7 @@ class Shared:
         return Terms(limits=tuple(limits.values()), concurrency=concurrency)
 
     def use(self) -> Iterator[LimitUse]:
-        """See `asyncbucket.limiter.account.Remote`: as the last reply of the store told."""
+        """See `asyncbucket.limiter.remote.Remote`: as the last reply of the store told."""
         left: tuple[int, ...] = ()
         for counter in self._counters.values():
             left = counter.left() or left
@@ -121,29 +122,29 @@ class Shared:
             yield LimitUse(limit, used=limit.amount - available, available=available)
 
     def held_up(self) -> tuple[str, int] | None:
-        """See `asyncbucket.limiter.account.Remote`."""
+        """See `asyncbucket.limiter.remote.Remote`."""
         known = (counter.held_up() for counter in self._counters.values())
         return next(filter(None, known), None)
 
     def pause(self, span: int, *, gradually: bool) -> None:
-        """See `asyncbucket.limiter.account.Remote`."""
+        """See `asyncbucket.limiter.remote.Remote`."""
         self._ask(lambda ledger: ledger.pause(span, gradually=gradually))
 
     def options(self) -> dict[str, Any]:
-        """See `asyncbucket.limiter.account.Remote`: by a URL another process comes to the same."""
+        """See `asyncbucket.limiter.remote.Remote`: by a URL another process comes to the same."""
         (store,) = self.make.args
         if not isinstance(store, str):
             return {}
         return {"store": store, "on_outage": self.on_outage, "slot_ttl": self.slot_ttl}
 
     def check(self, changes: Iterable[Limit], concurrency: Concurrency | None) -> None:
-        """See `asyncbucket.limiter.account.Remote`."""
+        """See `asyncbucket.limiter.remote.Remote`."""
         if not isinstance(concurrency, int | None):
             raise ValueError(_ALONE)  # noqa: TRY004 - "auto" is of the right type elsewhere
         self.make().check(self.terms(changes, concurrency))
 
     def configure(self) -> None:
-        """See `asyncbucket.limiter.account.Remote`."""
+        """See `asyncbucket.limiter.remote.Remote`."""
         terms = self.terms()
         self._ask(lambda ledger: ledger.configure(terms))
 
@@ -156,7 +157,7 @@ class Shared:
         self.account.set_limits(list(terms.limits), terms.concurrency)
 
     async def aclose(self) -> None:
-        """See `asyncbucket.limiter.account.Remote`; of the running loop."""
+        """See `asyncbucket.limiter.remote.Remote`; of the running loop."""
         counter = self._counters.get(asyncio.get_running_loop())
         if counter is not None:
             await counter.aclose()

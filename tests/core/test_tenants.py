@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from asyncbucket import AcquireTimeout, Limit, Limiter, WouldBlock
 from asyncbucket.limiter.account import Account
+from asyncbucket.limiter.rest import put_to_rest_locked
 from asyncbucket.testing import VirtualTime, assert_never_over, assert_within_bucket, virtual_time
 
 
@@ -404,7 +405,7 @@ def test_one_put_to_rest_by_another_thread_is_found_again(
             if account.retired:
                 return False
             now = virtual_time.clock()
-            rest = account.rest_locked(now)
+            rest = put_to_rest_locked(account, now)
             assert rest is not None
             keys = key._tenants()
             del keys._limiters["a"]
