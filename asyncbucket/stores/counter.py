@@ -1,0 +1,255 @@
+"""Where a loop's calls stand that go next, until the store has booked them and they may start."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from asyncbucket.errors import AsyncBucketError, CostExceedsLimit, StoreError
+from asyncbucket.gates import Gates
+from asyncbucket.meters import NEVER
+from asyncbucket.queue import Line, Waiter
+from asyncbucket.stores.desk import Desk, Grant
+from asyncbucket.stores.entry import Entry
+from asyncbucket.stores.late import Latecomers
+from asyncbucket.stores.lifeline import leaving
+from asyncbucket.stores.store import Correction, Ledger, Store
+
+if TYPE_CHECKING:
+    from asyncbucket.stores.shared import Shared
+
+#: The bounds of how many stand at the counter.
+_LEAST: Final = 8
+_MOST: Final = 512
+_CLOSED: Final = "the limiter was closed while this call waited: close it when all calls have ended"
+_FAILED: Final = (
+    "what asks the store for this call has failed, see the log: ask again, and report this error"
+)
+
+
+class Counter:
+    """Hold a loop's calls that go next until the store has booked them and they may start."""
+
+    def __init__(self, shared: "Shared", loop: asyncio.AbstractEventLoop) -> None:
+        self._shared = shared
+        self._budget = shared.account.budget
+        self._loop = loop
+        self._line = Line()
+        self._room = _LEAST
+        self._sent = self._booked = 0
+        #: Calls that are booked, and wait for their start.
+        self._grants: dict[Waiter, Grant] = {}
+        self._store: Store | None = None
+        self._desk: Desk[Waiter] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._opening = self._closing = False
+        self._latecomers = Latecomers(
+            shared.make, shared.account.name, slot_ttl=shared.slot_ttl, spawn=self._spawn
+        )
+
+    # -- for the pacer -----------------------------------------------------------------------------
+
+    def room(self) -> bool:
+        """See `asyncbucket.queue.Outlet`."""
+        return len(self._line) < self._room
+
+    def push(self, waiter: Waiter) -> None:
+        """See `asyncbucket.queue.Outlet`."""
+        self._line.push(waiter)
+        waiter.outlet = self
+        if self._desk is not None:
+            self._desk.ring()
+        elif not self._opening:
+            self._opening = True
+            self._spawn(self._open())
+
+    def leave(self, waiter: Waiter) -> bool:
+        """See `asyncbucket.queue.Outlet`."""
+        grant = self._grants.pop(waiter, None)
+        if grant is None:
+            self._line.leave(waiter)
+            if self._desk is not None:  # its place in the store's line is free
+                self.on_loop(self._desk.ring)
+        elif self._desk is not None:
+            self.on_loop(self._desk.cancel, waiter, grant)
+        waiter.gates.unbook(waiter.amounts, waiter.taken)
+        return True
+
+    # -- for the desk ------------------------------------------------------------------------------
+
+    def heads(self, most: int) -> Sequence[Waiter]:
+        """See `asyncbucket.stores.desk.Line`."""
+        with self._budget.lock:
+            if self._sent:
+                all_went = self._booked == self._sent
+                wanted = self._room * 5 // 4 if all_went else 2 * self._booked
+                self._room = min(max(wanted, _LEAST), _MOST)
+            most = min(most, self._room)  # more may stand here than there is room for by now
+            heads = [each for each, _ in zip(self._line.waiters(), range(most), strict=False)]
+            self._sent, self._booked = len(heads), 0
+            return heads
+
+    def book(self, waiting: Waiter, grant: Grant) -> None:
+        """See `asyncbucket.stores.desk.Line`."""
+        with self._budget.lock:
+            self._booked += 1
+            if waiting.done():  # it gave up while the batch was under way
+                self._cancel(waiting, grant)
+                return
+            assert self._line.head() is waiting
+            self._line.served(waiting, grant.start)
+            self._grants[waiting] = grant
+            if waiting.deadline is not None and waiting.deadline < grant.start:
+                waiting.bound_by = grant.bound_by
+                waiting.set_result(NEVER)
+                waiting.pacer.leave_locked(waiting)
+            waiting.pacer.ring_locked()
+
+    def admit(self, waiting: Waiter, grant: Grant) -> None:
+        """See `asyncbucket.stores.desk.Line`."""
+        with self._budget.lock:
+            if waiting.done() or self._grants.pop(waiting, None) is None:
+                return  # it gave up: it was given back, or will be when its task comes to know
+            entry = Entry(self, grant, waiting.amounts)
+            waiting.gates = Gates((*waiting.gates.meters, *entry.meters()))
+            waiting.bound_by = grant.bound_by or waiting.bound_by
+            waiting.pacer.admit_locked(waiting, self._budget.clock())
+
+    def refuse(self, waiting: Waiter, bound_by: str) -> None:
+        """See `asyncbucket.stores.desk.Line`."""
+        error: AsyncBucketError = CostExceedsLimit(
+            f"a call exceeds the limit of {bound_by} that another process has set, and can never "
+            f"pass; raise the limit or split the request"
+        )
+        with self._budget.lock:
+            try:
+                self._shared.account.check_locked(dict(waiting.amounts))
+            except CostExceedsLimit as told:
+                error = told
+        self._fail(waiting, error)
+
+    def abandon(self, error: Exception) -> None:
+        """See `asyncbucket.stores.desk.Line`: those who wait here are told, others get a new one."""
+        self._turn_away(_FAILED, error)
+        desk, self._desk = self._desk, None
+        if desk is not None:
+            self._spawn(self._part_with(desk))
+
+    def _cancel(self, waiting: Waiter, grant: Grant) -> None:
+        if self._desk is not None:
+            self._desk.cancel(waiting, grant)
+
+    def _fail(self, waiting: Waiter, error: AsyncBucketError) -> None:
+        with self._budget.lock:
+            if not waiting.done():
+                waiting.set_exception(error)
+                waiting.pacer.leave_locked(waiting)
+                waiting.pacer.ring_locked()
+
+    # -- for leases --------------------------------------------------------------------------------
+
+    def correct(self, correction: Correction) -> None:
+        """Have a booking changed."""
+        self.on_loop((self._desk or self._latecomers).correct, correction)
+
+    def release(self, slot: str) -> None:
+        """Give a slot back."""
+        self.on_loop((self._desk or self._latecomers).release, slot)
+
+    def on_loop(self, do: Callable[..., object], *args: object) -> None:
+        """Call the desk in the thread where it lives."""
+        if asyncio._get_running_loop() is self._loop:  # noqa: SLF001 - None in a plain thread
+            do(*args)
+        elif not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(do, *args)
+
+    # -- the store ---------------------------------------------------------------------------------
+
+    def left(self) -> tuple[int, ...]:
+        """Return the units left of each limit, as last heard."""
+        return () if self._desk is None else self._desk.left
+
+    def held_up(self) -> tuple[str, int] | None:
+        """Return what the first who is not booked waits for, and until when at least."""
+        return None if self._desk is None else self._desk.held_up
+
+    def ask(self, what: Callable[[Ledger], Coroutine[Any, Any, None]]) -> bool:
+        """Have the ledger do something soon, if it is open; a store that is gone hears it never."""
+        desk = self._desk
+        if desk is None or self._loop.is_closed():
+            return False
+        self.on_loop(lambda: self._spawn(_quietly(what(desk.ledger))))
+        return True
+
+    async def _open(self) -> None:
+        """Join the limiter at the store; if that fails, those who wait are told."""
+        shared = self._shared
+        account = shared.account
+        try:
+            if self._closing:
+                self._turn_away(_CLOSED)
+                return
+            store = self._store = self._store or shared.make()
+            ledger = await store.open(account.name, shared.terms(), slot_ttl=shared.slot_ttl)
+        except Exception as error:  # noqa: BLE001 - such as a name that the store does not take
+            self._turn_away(str(error) or repr(error), error)
+            return
+        finally:
+            self._opening = False
+        if leaving():  # the loop ends, and cancels no task that is made now
+            return
+        self._desk = Desk(
+            ledger,
+            self,
+            slot_ttl=shared.slot_ttl,
+            on_outage=shared.on_outage,
+            clock=self._budget.clock,
+            emit=account.emit,
+            on_terms=shared.hear,
+        )
+        self._desk.look_after(self._latecomers.hand_over())
+        self._desk.ring()
+
+    def _turn_away(self, why: str, cause: Exception | None = None) -> None:
+        """Fail all who wait here."""
+        for waiter in (*self._grants, *self._line.waiters()):
+            error = StoreError(why)
+            error.__cause__ = cause
+            self._fail(waiter, error)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(coroutine, name="asyncbucket store")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def aclose(self) -> None:
+        """Give back what was booked and has not started, and close the store.
+
+        Those who wait are told; later calls open it again.
+        """
+        self._closing = True
+        await self._settle()
+        self._turn_away(_CLOSED)
+        desk, self._desk = self._desk, None
+        store, self._store = self._store, None
+        if desk is not None:
+            await self._part_with(desk)
+        if store is not None:
+            await store.aclose()
+        await self._settle()
+        self._closing = False
+
+    async def _part_with(self, desk: Desk[Waiter]) -> None:
+        await desk.aclose()
+        self._latecomers.expect(desk.slots)
+
+    async def _settle(self) -> None:
+        """Wait for what is asked of the store already."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+
+async def _quietly(asked: Coroutine[Any, Any, None]) -> None:
+    try:
+        await asked
+    except StoreError:
+        return  # the desk has said that the store is gone
