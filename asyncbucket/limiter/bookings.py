@@ -7,7 +7,7 @@ from asyncbucket.limiter.limiter import Limiter
 
 
 @dataclass(frozen=True, slots=True)
-class Booking:
+class Booked:
     """Hold what one limit has booked."""
 
     resource: str
@@ -19,13 +19,13 @@ class Booking:
     missing: int
 
 
-def bookings(limiter: Limiter) -> tuple[Booking, ...]:
+def bookings(limiter: Limiter) -> tuple[Booked, ...]:
     """Return what each limit of ``limiter`` has booked; those above it are not asked."""
     account = limiter._account  # noqa: SLF001 - its own kind
     with account.budget.lock:
         now = account.budget.clock()
         return tuple(
-            Booking(
+            Booked(
                 resource,
                 per,
                 tuple((now - date, units) for date, units in window.entries(now)),
@@ -35,7 +35,7 @@ def bookings(limiter: Limiter) -> tuple[Booking, ...]:
         )
 
 
-def rebook(limiter: Limiter, booked: Iterable[Booking], *, ago: int) -> None:
+def rebook(limiter: Limiter, booked: Iterable[Booked], *, ago: int) -> None:
     """Book again what was told ``ago`` nanoseconds ago; limits that are none any more are left out."""
     account = limiter._account  # noqa: SLF001 - its own kind
     with account.budget.lock:

@@ -1,7 +1,7 @@
 """What a limiter has booked, booked again by the one that comes after it."""
 
 from asyncbucket import Limiter
-from asyncbucket.limiter.bookings import Booking, bookings, rebook, rebook_call
+from asyncbucket.limiter.bookings import Booked, bookings, rebook, rebook_call
 from asyncbucket.testing import VirtualClock
 
 SECOND = 1_000_000_000
@@ -17,8 +17,8 @@ def test_bookings_are_told_by_how_long_ago_they_were() -> None:
     clock.advance(1.0)
 
     assert bookings(limiter) == (
-        Booking("requests", 60, ((3 * SECOND, 1), (SECOND, 5)), missing=4),
-        Booking("tokens", 60, ((3 * SECOND, 100), (SECOND, 50)), missing=0),
+        Booked("requests", 60, ((3 * SECOND, 1), (SECOND, 5)), missing=4),
+        Booked("tokens", 60, ((3 * SECOND, 100), (SECOND, 50)), missing=0),
     )
 
 

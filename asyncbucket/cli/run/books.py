@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.bookings import Booking, bookings, rebook, rebook_call
+from asyncbucket.limiter.bookings import Booked, bookings, rebook, rebook_call
 
 
 class Admission(NamedTuple):
@@ -37,7 +37,7 @@ def restore(
         saved: what `snapshot` returned.
     """
     if saved is not None:
-        rebook(limiter, (Booking(*each) for each in saved["limits"]), ago=_since(saved["at"]))
+        rebook(limiter, (Booked(*each) for each in saved["limits"]), ago=_since(saved["at"]))
     for at, cost in admissions:
         rebook_call(limiter, cost, ago=_since(at))
 
