@@ -4,57 +4,19 @@ import bisect
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
+from asyncbucket.cli.canvas import LIMIT, LINE, OURS, PAUSE, canvas
 from asyncbucket.cli.trace.story import Story
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_KINDS: Final = (".png", ".svg", ".pdf")
-_OURS: Final = "#1f9d55"
-_LINE: Final = "#3b7dd8"
-_LIMIT: Final = "#d98c00"
-_PAUSE: Final = "#d9534f"
-_PAPER: Final = {False: "#ffffff", True: "#17191c"}
-_INK: Final = {False: "#202124", True: "#e8eaed"}
-_COLOURED: Final = (
-    "text.color",
-    "axes.labelcolor",
-    "axes.edgecolor",
-    "axes.titlecolor",
-    "xtick.color",
-    "ytick.color",
-)
-
 
 def draw(story: Story, path: Path, *, dark: bool) -> None:
-    """Draw a story into a file, whose name says of which kind it is.
-
-    Raises:
-        ValueError: it is of no such kind.
-        ImportError: matplotlib is missing.
-        OSError: the file cannot be written.
-    """
-    if path.suffix.lower() not in _KINDS:
-        raise ValueError(f"a picture is one of {', '.join(_KINDS)}, not {path.name!r}")
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'drawing a trace needs {error.name}: pip install "asyncbucket[plot]"'
-        ) from error
-    style: dict[Any, Any] = {
-        **dict.fromkeys(_COLOURED, _INK[dark]),
-        "legend.facecolor": _PAPER[dark],
-        "svg.hashsalt": "asyncbucket",
-    }
-    with mpl.rc_context(style):
-        rows = len(story.limits) + 1
-        figure = Figure(figsize=(8, 1.2 + 1.7 * rows), dpi=150)
-        figure.set_layout_engine("constrained")
-        figure.set_facecolor(_PAPER[dark])
+    """Draw a story into a file; see `canvas` for what may be wrong with that."""
+    rows = len(story.limits) + 1
+    with canvas(path, what="a trace", size=(8, 1.2 + 1.7 * rows), dark=dark) as figure:
         paused = "; paused where it is red" if story.pauses else ""
         title = f"{story.limiter}: {len(story.admitted):,} admissions{paused}"
         figure.suptitle(title, fontsize=11)
@@ -63,9 +25,8 @@ def draw(story: Story, path: Path, *, dark: bool) -> None:
             _window(axis, story, limit)
         _queue(axes[-1], story)
         for axis in axes:
-            _dress(axis, story, paper=_PAPER[dark])
+            _dress(axis, story)
         axes[-1].set_xlabel("seconds")
-        figure.savefig(path, facecolor=_PAPER[dark])
 
 
 def _window(axis: "Axes", story: Story, limit: Mapping[str, Any]) -> None:
@@ -79,15 +40,15 @@ def _window(axis: "Axes", story: Story, limit: Mapping[str, Any]) -> None:
         sums[bisect.bisect_right(instants, at)] - sums[bisect.bisect_right(instants, at - per)]
         for at in marks
     ]
-    axis.step([*marks, story.seconds], [*held, held[-1] if held else 0], where="post", color=_OURS)
+    axis.step([*marks, story.seconds], [*held, held[-1] if held else 0], where="post", color=OURS)
     axis.fill_between(
         [*marks, story.seconds],
         [*held, held[-1] if held else 0],
         step="post",
-        color=_OURS,
+        color=OURS,
         alpha=0.25,
     )
-    axis.axhline(amount, color=_LIMIT, linestyle="--", linewidth=1)
+    axis.axhline(amount, color=LIMIT, linestyle="--", linewidth=1)
     axis.set_ylim(0, amount * 1.12)
     axis.set_ylabel(resource.replace("_", " "))
     name = f"in the last {per:g} s; limit {amount:,}"
@@ -96,17 +57,16 @@ def _window(axis: "Axes", story: Story, limit: Mapping[str, Any]) -> None:
 
 def _queue(axis: "Axes", story: Story) -> None:
     """Draw how many waited."""
-    axis.step(*zip(*story.waiting, strict=True), where="post", color=_LINE)
+    axis.step(*zip(*story.waiting, strict=True), where="post", color=LINE)
     axis.set_ylim(bottom=0)
     axis.set_ylabel("calls")
     axis.set_title("waiting", loc="left", fontsize=9)
 
 
-def _dress(axis: "Axes", story: Story, *, paper: str) -> None:
-    axis.set_facecolor(paper)
+def _dress(axis: "Axes", story: Story) -> None:
     axis.set_xlim(0, story.seconds)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.2)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     for begin, end in story.pauses:
-        axis.axvspan(begin, end, color=_PAUSE, alpha=0.18, linewidth=0)
+        axis.axvspan(begin, end, color=PAUSE, alpha=0.18, linewidth=0)

@@ -1,0 +1,60 @@
+"""What pictures are drawn on: their colours, on light paper and on dark, and the file they go to."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OURS: Final = "#1f9d55"
+OTHER: Final = "#9aa0a6"
+LINE: Final = "#3b7dd8"
+LIMIT: Final = "#d98c00"
+PAUSE: Final = "#d9534f"
+_PAPER: Final = {False: "#ffffff", True: "#17191c"}
+_INK: Final = {False: "#202124", True: "#e8eaed"}
+_KINDS: Final = (".png", ".svg", ".pdf")
+_INKED: Final = (
+    "text.color",
+    "axes.labelcolor",
+    "axes.edgecolor",
+    "axes.titlecolor",
+    "xtick.color",
+    "ytick.color",
+)
+
+
+@contextmanager
+def canvas(path: Path, *, what: str, size: tuple[float, float], dark: bool) -> Generator["Figure"]:
+    """Give a figure of ``size`` inches that is written to ``path`` at the end of the block.
+
+    The same picture makes the same file, byte for byte, if that is a PNG or an SVG.
+
+    Raises:
+        ValueError: the path's name ends like that of no picture.
+        ImportError: matplotlib is missing; it says so of ``what``, e.g. "a plan".
+        OSError: the file cannot be written.
+    """
+    if path.suffix.lower() not in _KINDS:
+        raise ValueError(f"a picture is one of {', '.join(_KINDS)}, not {path.name!r}")
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'drawing {what} needs {error.name}: pip install "asyncbucket[plot]"'
+        ) from error
+    style: dict[Any, Any] = {
+        **dict.fromkeys(_INKED, _INK[dark]),
+        "axes.facecolor": "none",
+        "legend.facecolor": _PAPER[dark],
+        "svg.hashsalt": "asyncbucket",
+    }
+    with mpl.rc_context(style):
+        figure = Figure(figsize=size, dpi=150)
+        figure.set_layout_engine("constrained")
+        figure.set_facecolor(_PAPER[dark])
+        yield figure
+        figure.savefig(path, metadata=None if path.suffix.lower() == ".pdf" else {"Date": None})
