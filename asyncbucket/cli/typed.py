@@ -10,9 +10,9 @@ from asyncbucket.limits import Limit
 # Typer's functions return Any, whatever the type of what is typed.
 
 
-def count(text: str, *names: str) -> Any:
-    """Return an option whose help is ``text``: a whole number from 1 on."""
-    return typer.Option(*names, min=1, metavar="N", help=text)
+def count(text: str, *names: str, most: int | None = None) -> Any:
+    """Return an option whose help is ``text``: a whole number from 1 on, and at most ``most``."""
+    return typer.Option(*names, min=1, max=most, metavar="N", help=text)
 
 
 def words(text: str, *names: str, metavar: str = "TEXT") -> Any:

@@ -105,7 +105,8 @@ class Doors(ABC):
         ``@limiter.paced(tokens=lambda prompt: len(prompt) // 4)``.
 
         Raises:
-            TypeError: it is no function, or a generator.
+            TypeError: it is no function, or a generator; or, when it is called, it is a plain function
+                that returns a coroutine.
         """
         if function is None:
             return functools.partial(self._paced, cost=cost)
@@ -136,8 +137,16 @@ class Doors(ABC):
 
         @functools.wraps(function)
         def paced_sync(*args: Any, **kwargs: Any) -> Any:
-            with self.acquire_sync(**price(args, kwargs)):
-                return function(*args, **kwargs)
+            with self.acquire_sync(**price(args, kwargs)) as lease:
+                result = function(*args, **kwargs)
+                if inspect.iscoroutine(result):  # nothing of it has run
+                    result.close()
+                    lease.undo()
+                    raise TypeError(
+                        f"{function!r} is a plain function that returns a coroutine, which would "
+                        f"run when its admission is over: decorate an async def"
+                    )
+                return result
 
         call = getattr(function, "__call__", None)  # noqa: B004 - of an object, it may be async
         is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)

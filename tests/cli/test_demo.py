@@ -102,6 +102,15 @@ def test_real_provider_is_paced_and_its_key_stays_secret(
     assert provider.statistics().endpoints == {"chat/completions": 12, "embeddings": 1}
 
 
+def test_more_agents_than_a_machine_holds_are_refused() -> None:
+    """At once, and with the most."""
+    result = CliRunner().invoke(app, ["demo", "--agents", "1000000"])
+
+    assert result.exit_code == 2
+    assert "'--agents'" in result.output
+    assert "10000\n" in result.output
+
+
 def test_refused_key_ends_the_demo_at_once(
     rate_limited_provider: ProviderFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,23 @@ def test_a_generator_is_refused() -> None:
         )
 
 
+def test_a_plain_function_that_returns_a_coroutine_is_refused_when_called() -> None:
+    """Its work would begin when its slot is back: nothing of it runs, and nothing stays booked."""
+    limiter = Limiter("10/s", concurrency=1)
+    ran: list[int] = []
+
+    async def work(number: int) -> None:
+        ran.append(number)
+
+    ask = limiter.paced(lambda: work(1))
+    with pytest.raises(
+        TypeError, match=r"is a plain function that returns a coroutine, .*async def"
+    ):
+        _ = ask()
+    now = limiter.statistics()
+    assert (now.in_flight, now.limits[0].used, ran) == (0, 0, [])
+
+
 def test_only_what_can_be_called_is_paced() -> None:
     """A number is meant as a cost, and says how."""
     with pytest.raises(

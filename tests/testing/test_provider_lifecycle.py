@@ -250,6 +250,21 @@ def test_command_prints_its_url_and_at_the_end_its_statistics(number: signal.Sig
     assert process.returncode == 0
 
 
+def test_command_whose_reader_is_gone_ends_without_a_word() -> None:
+    """Whoever started it was killed: it has nobody to tell its statistics, and that is no error."""
+    command = [sys.executable, "-m", "asyncbucket.testing.provider", "--until-eof"]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == ""
+
+    assert process.returncode == 0
+
+
 def test_command_refuses_a_bad_setting_with_its_number() -> None:
     """Not a traceback."""
     command = [sys.executable, "-m", "asyncbucket.testing.provider", "--rpm", "0"]

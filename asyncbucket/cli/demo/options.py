@@ -20,7 +20,7 @@ Examples:
 
 def demo(  # noqa: PLR0913 - one for each option
     *,
-    agents: Annotated[int | None, count("How many agents run at once.")] = None,
+    agents: Annotated[int | None, count("How many agents run at once.", most=10_000)] = None,
     rpm: Rpm = None,
     tpm: Tpm = None,
     concurrency: Annotated[int | None, count("Calls in flight at most, when paced.")] = None,

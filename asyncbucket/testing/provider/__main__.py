@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import signal
 import sys
 import threading
@@ -75,7 +76,10 @@ def _wait_for_eof(stop: threading.Event) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)  # noqa: T201 - a command's output
+    try:
+        print(line, flush=True)  # noqa: T201 - a command's output
+    except BrokenPipeError:  # whoever started this one is gone; at the exit nobody is told either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
