@@ -4,6 +4,7 @@ The admission is given back by whatever happens first: the body is read to its e
 attempt fails, or the reply is dropped, and with it the lease, which then releases itself.
 """
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from asyncbucket.http.body import Tail, find_usage, is_complete, read_json
@@ -17,6 +18,8 @@ from asyncbucket.limiter.lease import Lease
 _FIRST_ERROR: Final = 400
 #: Where calls wait, many leave at once: it is not sure that those of so long ago (s) arrived first.
 _LAG: Final = 0.2
+#: A request that leaves so long (s) after its admission is dated anew: connections take their time.
+_SOON: Final = 0.002
 #: Errors of httpx and httpx2 that mean: nothing was sent, so nothing was charged.
 _NEVER_SENT: Final = frozenset(
     {"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"}
@@ -32,6 +35,7 @@ class Attempt:
         "_encoding",
         "_forecast",
         "_lease",
+        "_now",
         "_over",
         "_profile",
         "_refusals",
@@ -50,7 +54,7 @@ class Attempt:
         ear: Ear,
         refusals: Refusals,
         forecast: OutputForecast,
-        sent_at: float,
+        now: Callable[[], float],
         settles: bool,
     ) -> None:
         self._lease = lease
@@ -59,7 +63,8 @@ class Attempt:
         self._ear = ear
         self._refusals = refusals
         self._forecast = forecast
-        self._sent_at = sent_at
+        self._now = now
+        self._sent_at = now()
         self._settles = settles
         self._over = False
         self._reply: Any = None
@@ -75,6 +80,13 @@ class Attempt:
             self._lease.overloaded()
         else:
             self._lease.failed()
+
+    def leaves(self) -> None:
+        """Hear that the request leaves only now."""
+        now = self._now()
+        if now - self._sent_at > _SOON:
+            self._sent_at = now
+            self._lease.sent()
 
     def answered(self, reply: Any) -> None:
         """Take in status and headers; the body follows."""

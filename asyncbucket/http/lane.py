@@ -73,7 +73,7 @@ class Lane:
             ear=self.ear,
             refusals=self._refusals,
             forecast=self._forecast,
-            sent_at=self.limiter.now(),
+            now=self.limiter.now,
             settles=self._is_settled(profile),
         )
 

@@ -1,7 +1,7 @@
-"""Bodies of replies that tell the attempt what passes, and when it is over.
+"""Bodies that tell the attempt what passes: a request's when it leaves, a reply's when it is over.
 
 A client insists on its own library's kind of stream, so a body's class is made from the one that the
-reply came with, whichever library that is from.
+request or the reply came with, whichever library that is from.
 """
 
 import functools
@@ -62,18 +62,57 @@ class _SyncBody:
             self._attempt.ended(complete=False)
 
 
+class _AsyncLoad:
+    """Be the body of a request, which is asked for when its head has been sent."""
+
+    def __init__(self, inner: Any, attempt: Attempt) -> None:
+        self._inner = inner
+        self._attempt = attempt
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        self._attempt.leaves()
+        chunks: AsyncIterator[bytes] = self._inner.__aiter__()
+        return chunks
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+class _SyncLoad:
+    """Be the body of a request, which is asked for when its head has been sent."""
+
+    def __init__(self, inner: Any, attempt: Attempt) -> None:
+        self._inner = inner
+        self._attempt = attempt
+
+    def __iter__(self) -> Iterator[bytes]:
+        self._attempt.leaves()
+        return iter(self._inner)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
 _BODIES: Final = {"AsyncByteStream": _AsyncBody, "SyncByteStream": _SyncBody}
+_LOADS: Final = {"AsyncByteStream": _AsyncLoad, "SyncByteStream": _SyncLoad}
 
 
 def body_class(stream: object, name: str) -> type[Any] | None:
     """Return a kind of body that is what ``stream`` is: a subclass of its library's ``name``."""
     kind: Any = type(stream)  # hashable, as mypy cannot know of a class of anything
-    return _made_of(kind, name)
+    return _made_of(kind, name, _BODIES[name])
+
+
+def load(stream: Any, attempt: Attempt, name: str) -> Any:
+    """Return the body of a request that tells ``attempt`` when it leaves."""
+    kind: Any = type(stream)
+    made = _made_of(kind, name, _LOADS[name])
+    return stream if made is None else made(stream, attempt)
 
 
 @functools.lru_cache(maxsize=64)
-def _made_of(stream: type[Any], name: str) -> type[Any] | None:
+def _made_of(stream: type[Any], name: str, ours: type[Any]) -> type[Any] | None:
     for kind in stream.__mro__:
         if kind.__name__ == name:
-            return type("PacedBody", (_BODIES[name], kind), {})
+            return type(f"Paced{name}", (ours, kind), {})
     return None

@@ -27,7 +27,7 @@ from asyncbucket.http.lane import Lane, parts
 from asyncbucket.http.profiles import Call, Profile, profile_named, profile_of
 from asyncbucket.http.routes import Routes, Routing
 from asyncbucket.http.running import make_way
-from asyncbucket.http.streams import body_class
+from asyncbucket.http.streams import body_class, load
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.levels import is_under, provider_of
 
@@ -262,13 +262,17 @@ class PacedTransport(_Paced):
         make_way(limiter)
         lease = await limiter.acquire(**parts(cost))
         attempt = lane.attempt(lease, call, profile)
+        body = request.stream
         try:
+            request.stream = load(body, attempt, "AsyncByteStream")
             reply = await inner.handle_async_request(request)
             return self._send(attempt, reply, body_class(reply.stream, "AsyncByteStream"))
         except BaseException as error:
             self._failures = True
             attempt.failed(error)
             raise
+        finally:
+            request.stream = body
 
     async def _open(self, request: Any) -> Any:
         """Make the inner transport that goes with ``request``."""
@@ -318,13 +322,17 @@ class PacedTransportSync(_Paced):
         make_way(limiter)
         lease = limiter.acquire_sync(**parts(cost))
         attempt = lane.attempt(lease, call, profile)
+        body = request.stream
         try:
+            request.stream = load(body, attempt, "SyncByteStream")
             reply = inner.handle_request(request)
             return self._send(attempt, reply, body_class(reply.stream, "SyncByteStream"))
         except BaseException as error:
             self._failures = True
             attempt.failed(error)
             raise
+        finally:
+            request.stream = body
 
     def _open(self, request: Any) -> Any:
         self.inner = self._make(family_of(request))

@@ -9,10 +9,10 @@ import httpx
 import httpx2
 import pytest
 
-from asyncbucket import Cost, CostExceedsLimit, Limiter
+from asyncbucket import Cost, CostExceedsLimit, Limiter, WouldBlock
 from asyncbucket.http import Call, Told, Usage
 from asyncbucket.http.held import Held, holding
-from asyncbucket.testing import RateLimitedProvider
+from asyncbucket.testing import RateLimitedProvider, VirtualClock
 from tests.http.conftest import answering, chunked
 
 URL = "https://api.openai.com/v1/chat/completions"
@@ -663,3 +663,72 @@ async def test_memory_of_hosts_is_bounded(limiter: Limiter) -> None:
             await client.get(f"https://host{number}.test/")
 
         assert len(client._transport._profiles) == 256
+
+
+# -- when it is booked -----------------------------------------------------------------------------
+
+
+async def test_a_request_is_dated_by_when_it_leaves(library: Any) -> None:
+    """A connection takes its time; what a provider counts is when the request arrives."""
+    clock = VirtualClock()
+    limiter = Limiter("1 requests/10s", clock=clock)
+    sent = []
+
+    class Slow(library.AsyncBaseTransport):  # type: ignore[misc]
+        async def handle_async_request(self, request: Any) -> Any:
+            clock.advance(5.0)
+            sent.extend([chunk async for chunk in request.stream])
+            return library.Response(200)
+
+    async with library.AsyncClient(transport=limiter.transport(Slow())) as client:
+        request = client.build_request("POST", URL, json=BODY)
+        body = request.stream
+        await client.send(request)
+
+    assert b"".join(sent) == request.content
+    assert request.stream is body
+    clock.advance(6.0)
+    with pytest.raises(WouldBlock) as refused:
+        limiter.acquire_nowait()
+    assert refused.value.retry_after == pytest.approx(4.0, abs=0.1)
+
+
+def test_a_synchronous_request_is_dated_by_when_it_leaves(library: Any) -> None:
+    """As on an event loop; one that leaves at once keeps its date."""
+    clock = VirtualClock()
+    limiter = Limiter("2 requests/10s burst 2", clock=clock)
+    waits = [0.0, 5.0]
+
+    class Slow(library.BaseTransport):  # type: ignore[misc]
+        def handle_request(self, request: Any) -> Any:
+            clock.advance(waits.pop(0))
+            assert b"".join(request.stream) == request.content
+            request.stream.close()
+            return library.Response(200)
+
+    with library.Client(transport=limiter.transport_sync(Slow(), learn=False)) as client:
+        for _ in range(2):
+            client.post(URL, json=BODY)
+
+    clock.advance(5.1)
+    assert limiter.statistics().limits[0].used == 1
+    clock.advance(4.0)
+    assert limiter.statistics().limits[0].used == 1
+    clock.advance(2.0)
+    assert limiter.statistics().limits[0].used == 0
+
+
+async def test_a_body_that_is_streamed_up_can_be_closed(library: Any, limiter: Limiter) -> None:
+    """By whoever sends it, as without the transport."""
+    body = chunked(library, b"a", b"b")
+
+    class Closing(library.AsyncBaseTransport):  # type: ignore[misc]
+        async def handle_async_request(self, request: Any) -> Any:
+            assert [chunk async for chunk in request.stream] == [b"a", b"b"]
+            await request.stream.aclose()
+            return library.Response(200)
+
+    async with library.AsyncClient(transport=limiter.transport(Closing())) as client:
+        await client.send(library.Request("POST", URL, stream=body))
+
+    assert body.closed
