@@ -108,9 +108,19 @@ def test_store_that_is_out_of_reach_is_named_without_its_password() -> None:
         if each["about"] == "store"
     )
 
-    assert f"redis://user:***@127.0.0.1:{port}/0" in finding["found"]
+    assert finding["found"].count(f"redis://user:***@127.0.0.1:{port}/0") == 1
     assert "secret" not in finding["found"]
     assert finding["remedy"] == "start the server, or correct the URL"
+
+
+def test_a_file_that_cannot_be_opened_needs_no_server(tmp_path: Path) -> None:
+    """What is wrong with it is said, and what to do."""
+    url = f"sqlite:///{tmp_path}/nowhere/limits.db"
+    found = json.loads(typed("--json", "--store", url, status=1))
+    (finding,) = (each for each in found if each["about"] == "store")
+
+    assert f"there is no folder {tmp_path}/nowhere" in finding["found"]
+    assert finding["remedy"] == "make the file one that can be written, or correct the URL"
 
 
 def test_no_http_client_is_a_note() -> None:
