@@ -241,3 +241,17 @@ def test_no_call_is_refused_that_could_have_passed(
     if refused and timeout:
         with virtual_time() as time:
             assert time.run(undone(time)) > timeout - 1e-6
+
+
+def test_a_crowd_that_passes_at_its_deadline_is_in_time(virtual_time: VirtualTime) -> None:
+    """However many passes that takes: those behind the first are not too late for being many."""
+
+    async def main() -> None:
+        limiter = Limiter("1000/s burst 1000", clock=virtual_time.clock)
+        limiter.pause(10)
+        calls = [asyncio.ensure_future(limiter.acquire(timeout=10)) for _ in range(1_000)]
+        leases = await asyncio.gather(*calls)
+        assert {lease.waited for lease in leases} == {10.0}
+        assert virtual_time.now == 10.0
+
+    virtual_time.run(main())

@@ -573,3 +573,45 @@ def test_what_is_lent_may_come_back() -> None:
     gates.windows[0][0].lent = 8
     gates.unbook(cost, 0)
     assert gates.take(cost, 0)
+
+
+def test_a_bucket_remembers_what_another_lacked() -> None:
+    """Up to a burst it is missing, beyond that it is a debt; later bookings come on top."""
+    bucket = Bucket(rate=2, burst=4)
+    bucket.remember(3, 10 * SECOND)
+    assert bucket.available(10 * SECOND) == 1
+    bucket.remember(1, 10 * SECOND)
+    assert bucket.earliest(1, 10 * SECOND) == 10 * SECOND + SECOND // 2
+
+    indebted = Bucket(rate=2, burst=4)
+    indebted.remember(7, 10 * SECOND)
+    assert indebted.available(10 * SECOND) == -3
+    assert indebted.earliest(1, 10 * SECOND) == 12 * SECOND
+
+
+def test_a_window_tells_what_it_holds_and_remembers_what_another_held() -> None:
+    """Entry by entry; nobody gives back what is remembered, and what is given back is no entry."""
+    window = Window(amount=100, window=60 * SECOND)
+    window.book(5, SECOND)
+    window.book(7, 10 * SECOND)
+    window.book(9, 20 * SECOND)
+    window.unbook(7, 10 * SECOND)
+    assert window.entries(20 * SECOND) == [(SECOND, 5), (20 * SECOND, 9)]
+    assert window.entries(62 * SECOND) == [(20 * SECOND, 9)]
+    assert window.entries(200 * SECOND) == []
+
+    window.remember(30, 190 * SECOND)
+    assert (window.available(200 * SECOND), window.lent) == (70, 14)
+    assert window.entries(200 * SECOND) == [(190 * SECOND, 30)]
+
+
+def test_what_no_call_gives_back_any_more_is_told_apart() -> None:
+    """The oldest units of a window are those whose calls are over, to the last one."""
+    window = Window(amount=100, window=60 * SECOND)
+    window.book(1, SECOND)
+    window.lent -= 1
+    window.book(4, 2 * SECOND)
+
+    closed = window.closed()
+    assert closed.entries(3 * SECOND) == [(SECOND, 1)]
+    assert (closed.used, closed.lent, window.used) == (1, 0, 5)
