@@ -185,7 +185,9 @@ class Bucket:
         start = when * self.q
         if self.full_at > start:
             return
-        if left:  # what a call above the burst earned by standing first is not there to come back
+        # What a call above the burst earned by standing first is there to come back only if all of it
+        # does, and nothing was booked since, be it at the same instant.
+        if left or self.tat != start + self.room:
             amount = min(left + amount, self.burst) - min(left, self.burst)
         later = bisect.bisect_right(self._dates, start)
         back = min([amount * self.p, self.low, *self._lows[later : later + 1]])

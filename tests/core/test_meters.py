@@ -254,6 +254,15 @@ def test_dating_a_call_above_the_burst_anew_charges_it_once() -> None:
     assert bucket.available(21 * SECOND) == 0
 
 
+def test_a_call_above_the_burst_given_back_leaves_what_others_took_at_that_instant() -> None:
+    """It earned ten units before it passed; they are no room for the five that came with it."""
+    bucket = Bucket(rate=1, burst=10)
+    bucket.book(20, 10 * SECOND)
+    bucket.owe(5, 10 * SECOND)
+    bucket.unbook(20, 10 * SECOND)
+    assert bucket.available(10 * SECOND) == 5
+
+
 def test_a_debt_is_paid_off_before_anything_passes() -> None:
     """Twenty-five units owed by a full bucket of ten: minus fifteen, and 16 s for one more."""
     bucket = Bucket(rate=1, burst=10)

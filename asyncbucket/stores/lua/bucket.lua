@@ -81,7 +81,7 @@ local function bucket_unbook(b, amount, when, left)
   if b.full_at > when then
     return
   end
-  if left > 0 then
+  if left > 0 or b.at ~= when or b.backlog ~= b.room then -- a part, or something was booked since
     amount = math.min(left + amount, b.burst) - math.min(left, b.burst)
   end
   local dates, lows = b.dates, b.lows
