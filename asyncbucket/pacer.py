@@ -65,6 +65,8 @@ class Pacer:
             self.plant_locked()
         self._deadlines = Deadlines()
         self._outlet = None if budget.outlet_for is None else budget.outlet_for(loop)
+        #: The most that one pass lets go; an outlet says itself when it has no room.
+        self._most = _BATCH if self._outlet is None else NEVER
         #: Calls that wait on this loop.
         self._waiting = 0
         #: When this pacer means to look again; other loops tell by it whether it is late.
@@ -205,7 +207,7 @@ class Pacer:
                     self._waiting -= passed
                 if len(budget.pacers) > 1:
                     budget.ring_locked(budget.root)
-            if (passed < _BATCH or outlet is not None) and self._expire_locked(now):
+            if passed < self._most and self._expire_locked(now):
                 due = now  # the next in line may pass at once
             nobody = due == EMPTY
             wake = self._wake_locked(now) if nobody else self.queue.wake
@@ -214,7 +216,7 @@ class Pacer:
 
     def _admit_locked(self, now: int) -> tuple[int, int]:
         """Let pass who may; return how many did, and when the next may: `EMPTY` if there is none."""
-        queue, outlet = self.queue, self._outlet
+        queue, outlet, most = self.queue, self._outlet, self._most
         alone = len(self._budget.pacers) == 1  # then nobody but the meters has a say
         passed, node = 0, self._budget.root
         gates = node.through
@@ -223,7 +225,7 @@ class Pacer:
                 return passed, NEVER
             if head.node is not node:
                 node, gates = head.node, head.node.through
-            full = (passed == _BATCH and outlet is None) or queue.expects
+            full = passed == most or queue.expects
             if full or not alone or not gates.take(head.amounts, now):
                 due = self._due_locked(head, now)
                 if full or due > now:

@@ -18,7 +18,7 @@ def refuse_locked(
     account.refuse_locked()
     now = account.budget.clock()
     due, bound_by = account.through.earliest(amounts, now)
-    remote = _root(account).remote
+    remote = account.path[-1].remote  # only the root's limits may lie in a store
     if bound_by is None and remote is not None and (known := remote.held_up()) is not None:
         bound_by, due = known[0], max(now, known[1])
         due = NEVER if bound_by == "concurrency" else due
@@ -51,13 +51,6 @@ def refuse_locked(
 def seconds(value: float) -> str:
     """Return a time as people say it."""
     return f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"  # noqa: PLR2004 - three digits
-
-
-def _root(account: Account) -> Account:
-    """Return the account whose limits may lie in a store."""
-    while account.parent is not None:
-        account = account.parent
-    return account
 
 
 def _counted(account: Account, amounts: Amounts) -> Iterator[str]:
