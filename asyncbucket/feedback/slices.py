@@ -67,6 +67,11 @@ _QUANTILE: Final = 0.8
 _FOLLOW: Final = 2
 
 
+def share_of(amount: int, number: int = NUMBERS[0]) -> int:
+    """Return the units in one of so many slices of ``amount``, the shortest ones by default."""
+    return -(-amount // number)
+
+
 def cut(*, amount: int, window: int) -> tuple["Slices", ...]:
     """Return all the ways in which a limit may be cut into slices, the shortest ones first."""
     return tuple(Slices(amount=amount, window=window, number=number) for number in NUMBERS)
@@ -164,7 +169,7 @@ class Slices:
         self._amount = amount
         self._whole = window
         #: Units in a slice.
-        self.share = -(-amount // number)
+        self.share = share_of(amount, number)
         self._length = window // number
         self._way = self._length // _WAY
         self._window = Window(amount=self.share, window=self._length + self._length // _ROOM)

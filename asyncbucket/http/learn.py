@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any, Final, TypeAlias
 from weakref import WeakKeyDictionary
 
-from asyncbucket.feedback.slices import NUMBERS
+from asyncbucket.feedback.slices import share_of
 from asyncbucket.http.profiles import Profile, Told
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.levels import levels
@@ -96,8 +96,9 @@ class Ear:
                 if limit.per <= min(told.get(limit.resource, 0), _LONG) and key not in known:
                     known.add(key)
                     self._assumed[limiter, *key] = limit.amount
-                    slice_ = -(-limit.amount // NUMBERS[0])
-                    limiter.observe_remaining(slice_, resource=limit.resource, per=limit.per)
+                    limiter.observe_remaining(
+                        share_of(limit.amount), resource=limit.resource, per=limit.per
+                    )
 
     def is_due(self, now: float) -> bool:
         """Tell whether it is time to listen again, at an instant of the limiter's clock.
