@@ -49,11 +49,11 @@ async def run_for_real(requests: str, tokens: str, concurrency: int) -> tuple[fl
 async def test_plan_agrees_with_a_real_run_within_three_percent(binds: str) -> None:
     """Whatever binds, given how long calls took; a busy machine may have spoilt a run."""
     requests, tokens, concurrency = LOADS[binds]
-    misses: list[float] = []
-    while not misses or (misses[-1] > 0.03 and len(misses) < 5):
+    runs: list[tuple[str | None, float]] = []
+    for _ in range(5):
         real, took = await run_for_real(requests, tokens, concurrency)
         planned = plan(requests, tokens, tokens=100, latency=took, concurrency=concurrency)
-
-        assert planned.bound_by == binds
-        misses.append(abs(planned.duration / real - 1))
-    assert misses[-1] <= 0.03, misses
+        runs.append((planned.bound_by, abs(planned.duration / real - 1)))
+        if planned.bound_by == binds and runs[-1][1] <= 0.03:
+            return
+    pytest.fail(f"no run in five went as planned, {binds} binding: {runs}")
