@@ -95,14 +95,13 @@ class Budget:
         waiter.amounts = amounts
         waiter.priority = priority
         waiter.number = self._arrivals = self._arrivals + 1
-        waiter.arrived = now
         waiter.deadline = deadline
         waiter.bound_by = None
         waiter.pacer = pacer
         waiter.outlet = None
         self.waiting += 1
         self.easy = NONE_AT_ALL
-        pacer.push_locked(waiter)
+        pacer.push_locked(waiter, now)
         return waiter
 
     def withdraw_locked(self, waiter: Waiter) -> bool:

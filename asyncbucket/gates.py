@@ -9,12 +9,14 @@ from asyncbucket.meters import NEVER, Amounts, Bucket, Meter, Slots, Window
 
 #: Windows so many times longer than the shortest say nothing about who goes next.
 _LONG: Final = 100
+#: Meters that count units, and nothing else.
+_SIMPLE: Final = (Bucket, Window, Slots)
 
 
 class Gates:
     """Put meters side by side: a call passes all of them at once, each by its own resource."""
 
-    __slots__ = ("_prices", "_takes", "limits", "meters", "slots", "windows")
+    __slots__ = ("_prices", "_simple", "_takes", "limits", "meters", "slots", "windows")
 
     def __init__(self, meters: Iterable[tuple[Meter, str]], limits: tuple[Limit, ...] = ()) -> None:
         #: Each meter with the resource that it counts.
@@ -27,6 +29,8 @@ class Gates:
         )
         self.slots = tuple(meter for meter, _ in self.meters if isinstance(meter, Slots))
         self._prices: tuple[tuple[str, float], ...] | None = None
+        #: Whether several calls at one instant are to them as one call of all their amounts.
+        self._simple = all(isinstance(meter, _SIMPLE) for meter, _ in self.meters)
 
     def above(self, others: Self) -> "Gates":
         """Return these gates and ``others`` in one."""
@@ -72,12 +76,22 @@ class Gates:
             default=now,
         )
 
-    def book(self, amounts: Amounts, when: int) -> None:
-        """Book ``amounts`` in all meters at ``when``."""
+    def room(self, amounts: Amounts, now: int, *, most: int) -> int:
+        """Return how many calls of ``amounts`` may surely pass now, one after the other."""
+        if not self._simple:
+            return 1 if self.earliest(amounts, now)[0] <= now and most else 0
         for meter, resource in self.meters:
             amount = amounts.get(resource)
             if amount:
-                meter.book(amount, when)
+                most = min(most, meter.available(now) // amount)
+        return max(0, most)
+
+    def book(self, amounts: Amounts, when: int, *, calls: int = 1) -> None:
+        """Book so many calls of ``amounts`` in all meters at ``when``."""
+        for meter, resource in self.meters:
+            amount = amounts.get(resource)
+            if amount:
+                meter.book(amount * calls, when)
 
     def unbook(self, amounts: Amounts, when: int) -> None:
         """Undo a booking of ``amounts`` at ``when``."""

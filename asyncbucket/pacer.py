@@ -78,12 +78,12 @@ class Pacer:
         assert isinstance(self.queue, Line)
         self.queue = Tree(self._budget.root, self.queue, self._budget.rouse_locked)
 
-    def push_locked(self, waiter: Waiter) -> None:
+    def push_locked(self, waiter: Waiter, now: int) -> None:
         """Let ``waiter`` stand in line."""
         self._waiting += 1
         for node in waiter.node.below_root:
             node.waiting += 1
-        self.queue.push(waiter)
+        self.queue.push(waiter, now)
         deadline = waiter.deadline
         if deadline is not None:
             self._deadlines.push(waiter, deadline)
@@ -207,17 +207,22 @@ class Pacer:
                     self._waiting -= passed
                 if len(budget.pacers) > 1:
                     budget.ring_locked(budget.root)
-            if passed < self._most and self._expire_locked(now):
-                due = now  # the next in line may pass at once
+            end = self._deadlines.first()
+            if end <= now and passed < self._most:
+                if self._expire_locked(now):
+                    due = now  # the next in line may pass at once
+                end = self._deadlines.first()
             nobody = due == EMPTY
             wake = self._wake_locked(now) if nobody else self.queue.wake
-            self.due = max(now, min(due, wake, self._deadlines.first()))
+            self.due = max(now, min(due, wake, end))
             return None if nobody and wake >= EMPTY and not (outlet and self._waiting) else self.due
 
     def _admit_locked(self, now: int) -> tuple[int, int]:
         """Let pass who may; return how many did, and when the next may: `EMPTY` if there is none."""
         queue, outlet, most = self.queue, self._outlet, self._most
         alone = len(self._budget.pacers) == 1  # then nobody but the meters has a say
+        if alone and outlet is None and isinstance(queue, Line):
+            return self._admit_line_locked(queue, now)
         passed, node = 0, self._budget.root
         gates = node.through
         for head in queue.going(now):
@@ -243,6 +248,27 @@ class Pacer:
                 below.waiting -= 1
         return passed, EMPTY
 
+    def _admit_line_locked(self, line: Line, now: int) -> tuple[int, int]:
+        """Do so where nobody but the meters has a say: those who want the same go in one booking."""
+        passed, gates = 0, self._budget.root.through
+        while (head := line.head()) is not None:
+            amounts = head.amounts
+            room = gates.room(amounts, now, most=_BATCH - passed)
+            if not room:
+                due = self._due_locked(head, now)
+                if due > now or passed == _BATCH:
+                    return passed, due
+                room = 1
+            alike = line.serve_alike(amounts, room, now)
+            gates.book(amounts, now, calls=len(alike))
+            for each in alike:
+                each.gates = gates
+                each.taken = now
+                each.bound_by = self.bound_by
+                each.set_result(now)
+            passed += len(alike)
+        return passed, EMPTY
+
     def _expire_locked(self, now: int) -> bool:
         """Tell those whose deadline has come; return whether one was the head of its line."""
         first = False
@@ -254,7 +280,7 @@ class Pacer:
 
     def _due_locked(self, head: Waiter, now: int) -> int:
         """Return from when on ``head`` may pass, other loops considered."""
-        budget, gates, since = self._budget, head.node.through, head.line.since(head)
+        budget, gates, since = self._budget, head.node.through, head.line.since
         due, bound_by = gates.earliest(head.amounts, since)
         if due > now:
             self.bound_by = bound_by

@@ -33,7 +33,6 @@ class Waiter(asyncio.Future[int]):
 
     __slots__ = (
         "amounts",
-        "arrived",
         "bound_by",
         "deadline",
         "gates",
@@ -51,7 +50,6 @@ class Waiter(asyncio.Future[int]):
     priority: int
     #: The place in the order of arrival over all loops.
     number: int
-    arrived: int
     deadline: int | None
     #: What held up the line when this waiter left it.
     bound_by: str | None
@@ -94,7 +92,7 @@ class Counting(Protocol):
 class Line:
     """Hold waiters in order of arrival; every operation is O(1), amortised."""
 
-    __slots__ = ("_line", "_living", "_since", "above", "bound_by")
+    __slots__ = ("_line", "_living", "above", "bound_by", "since")
 
     #: A line never sleeps: without a head nobody is left.
     wake: Final = EMPTY
@@ -106,7 +104,8 @@ class Line:
     def __init__(self) -> None:
         self._line: deque[Waiter] = deque()
         self._living = 0
-        self._since = 0
+        #: Since when somebody has stood first here without anyone being served.
+        self.since = 0
         #: Who counts those who wait here, too.
         self.above: tuple[Counting, ...] = ()
         #: What held up its head last.
@@ -119,8 +118,10 @@ class Line:
         """Yield all who wait, in order."""
         return (waiter for waiter in self._line if not waiter.done())
 
-    def push(self, waiter: Waiter) -> None:
+    def push(self, waiter: Waiter, now: int) -> None:
         """Let ``waiter`` stand at the end of the line."""
+        if not self._living:
+            self.since = now
         waiter.line = self
         self._line.append(waiter)
         self._living += 1
@@ -134,15 +135,26 @@ class Line:
             line.popleft()
         return None
 
-    def since(self, head: Waiter) -> int:
-        """Return since when ``head`` is the first in line."""
-        return max(self._since, head.arrived)
-
     def served(self, head: Waiter, now: int) -> None:  # noqa: ARG002 - as `Tree.served`
         """Take ``head``, which passed, out of the line."""
         self._line.popleft()
         self._living -= 1
-        self._since = now
+        self.since = now
+
+    def serve_alike(self, amounts: Amounts, most: int, now: int) -> list[Waiter]:
+        """Take out, as `served`, the head and those right behind it who want the same ``amounts``."""
+        line = self._line
+        alike: list[Waiter] = []
+        while line and len(alike) < most:
+            head = line[0]
+            if not head.done():
+                if head.amounts is not amounts and head.amounts != amounts:
+                    break
+                alike.append(head)
+            line.popleft()
+        self._living -= len(alike)
+        self.since = now
+        return alike
 
     def going(self, now: int) -> Iterator[Waiter]:
         """Yield who goes next, and whoever asks for another has `served` the one before."""
@@ -152,7 +164,7 @@ class Line:
             if not head.done():
                 yield head
                 self._living -= 1
-                self._since = now
+                self.since = now
             line.popleft()
 
     def begin(self) -> None:

@@ -111,6 +111,7 @@ class TokenBucket:
                     bucket.low = backlog
                 return
         waiter = self._enter(amount, timeout, now)
+        del now  # one object less in each of 100,000 frames for the collector to visit
         if waiter is None:
             return
         try:

@@ -151,7 +151,7 @@ class Branch:
         if flow.child is None or not flow.child.gates.meters:
             return waiter, now
         gates = flow.child.gates.slotless if slotless else flow.child.gates
-        due, bound_by = gates.earliest(waiter.amounts, waiter.line.since(waiter))
+        due, bound_by = gates.earliest(waiter.amounts, waiter.line.since)
         if due > now:
             waiter.line.bound_by = bound_by
             due = min(due, flow.source.wake)  # somebody else may be the head by then
@@ -250,7 +250,7 @@ class Tree:
         """The tags by which the head that was found last competes with those of other loops."""
         return tuple(branch.first.share.tag for branch in self._chosen() if branch.first)
 
-    def push(self, waiter: Waiter) -> None:
+    def push(self, waiter: Waiter, now: int) -> None:
         """Let ``waiter`` stand in the line of its node and priority."""
         priority = waiter.priority
         branch = self._class(priority)
@@ -270,7 +270,7 @@ class Tree:
             for chooser, each in self._way(waiter.node, (priority,)):
                 chooser.want(each)
             branch.want(flow)
-        line.push(waiter)
+        line.push(waiter, now)
 
     def head(self, now: int, *, slotless: bool = False) -> Waiter | None:
         """Return who goes next as far as the limits below the root are concerned."""

@@ -12,7 +12,6 @@ from asyncbucket.limiter.account import Account
 from asyncbucket.limiter.lease import Lease
 from asyncbucket.limiter.refusal import refuse_locked, seconds
 from asyncbucket.meters import NEVER
-from asyncbucket.queue import Waiter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,7 +132,7 @@ class Door:
                 when = await waiter
             except BaseException as error:
                 budget.drop(functools.partial(account.withdraw_locked, waiter))
-                _tell_cancelled(account, waiter, error)
+                _tell_cancelled(account, amounts, budget.clock() - now, error)
                 raise
             with budget.lock:
                 if when == NEVER:
@@ -190,12 +189,13 @@ def _tell_admitted(account: Account, lease: Lease) -> None:
     )
 
 
-def _tell_cancelled(account: Account, waiter: Waiter, error: BaseException) -> None:
+def _tell_cancelled(
+    account: Account, amounts: dict[str, int], waited: int, error: BaseException
+) -> None:
     if account.budget.observed and not isinstance(error, CostExceedsLimit):
         collected = isinstance(error, GeneratorExit)  # perhaps with the lock held
         tell = account.tell_later if collected else account.tell
-        waited = (account.budget.clock() - waiter.arrived) * 1e-9
-        tell(Cancelled, cost=Cost.of(waiter.amounts), waited=waited)
+        tell(Cancelled, cost=Cost.of(amounts), waited=waited * 1e-9)
 
 
 def _tell_refused(

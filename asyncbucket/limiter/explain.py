@@ -102,7 +102,7 @@ def _line_up(account: Account, now: int, priority: int) -> tuple[Gates, int, int
             continue
         ahead += 1
         theirs = copy.deepcopy(waiter.node.through, copies)
-        since = first.get(waiter.line, waiter.line.since(waiter))
+        since = first.get(waiter.line, waiter.line.since)
         due, binds = theirs.earliest(waiter.amounts, since)
         if due > when:
             when, bound_by = due, binds

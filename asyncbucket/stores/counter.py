@@ -54,7 +54,7 @@ class Counter:
 
     def push(self, waiter: Waiter) -> None:
         """See `asyncbucket.queue.Outlet`."""
-        self._line.push(waiter)
+        self._line.push(waiter, waiter.taken)
         waiter.outlet = self
         if self._desk is not None:
             self._desk.ring()

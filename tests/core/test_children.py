@@ -595,7 +595,7 @@ def waiting_below(node: Node, heads: list[Waiter], now: int) -> tuple[list[Waite
         passing = [
             head
             for head in inside
-            if child.gates.earliest(head.amounts, head.line.since(head))[0] <= now
+            if child.gates.earliest(head.amounts, head.line.since)[0] <= now
         ]
         may += passing
         must = must or (some and bool(passing) and len(passing) == len(inside))
@@ -616,7 +616,7 @@ def assert_nobody_is_stuck(root: Limiter) -> None:
     now = budget.clock()
     may, must = waiting_below(budget.root, list(heads.values()), now)
     gates = budget.root.gates
-    passing = [h for h in may if gates.earliest(h.amounts, h.line.since(h))[0] <= now]
+    passing = [h for h in may if gates.earliest(h.amounts, h.line.since)[0] <= now]
     assert not (must and passing and len(passing) == len(may)), passing
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asyncbucket.feedback.pause import Pause
 from asyncbucket.gates import Gates
 from asyncbucket.meters import NEVER, Bucket, Meter, Slots, Window
 from asyncbucket.testing import assert_within_bucket, busiest_window
@@ -559,6 +560,62 @@ def test_gates_take_all_or_nothing(calls: list[tuple[int, dict[str, int]]]) -> N
         for (one, _), (other, _) in zip(tried.meters, only_passed.meters, strict=True):
             assert one.available(now) == other.available(now)
             assert one.earliest(3, now) >= other.earliest(3, now) - SECOND // 128
+
+
+@moderate
+@given(
+    st.lists(st.tuples(st.integers(0, SECOND), amounts), max_size=20),
+    amounts.filter(any),
+    st.integers(0, 5),
+    st.data(),
+)
+def test_gates_book_many_calls_as_they_book_one_after_the_other(
+    before: list[tuple[int, dict[str, int]]], costs: dict[str, int], most: int, data: st.DataObject
+) -> None:
+    """As many as there is room for; and what one of them gives back is the same."""
+
+    def meters() -> list[tuple[Meter, str]]:
+        return [
+            (Bucket(rate=5, burst=10), "a"),
+            (Window(amount=20, window=3 * SECOND), "a"),
+            (Bucket(rate=2, burst=5), "b"),
+            (Slots(size=3), "c"),
+        ]
+
+    together, apart = Gates(meters()), Gates(meters())
+    now = 0
+    for delay, earlier in before:
+        now += delay
+        assert together.take(earlier, now) == apart.take(earlier, now)
+
+    room = together.room(costs, now, most=most)
+    taken = 0
+    while taken < most and apart.take(costs, now):
+        taken += 1
+    assert room == taken
+    together.book(costs, now, calls=room)
+    at = now
+    if room and data.draw(st.booleans()):
+        now += data.draw(st.integers(0, SECOND))
+        later = data.draw(amounts)
+        assert together.take(later, now) == apart.take(later, now)
+        together.unbook(costs, at)
+        apart.unbook(costs, at)
+    for (one, _), (other, _) in zip(together.meters, apart.meters, strict=True):
+        assert one.available(now) == other.available(now)
+        assert one.earliest(3, now) == other.earliest(3, now)
+
+
+def test_calls_are_not_alike_to_every_meter() -> None:
+    """Each call of a slow start has its own instant: there is room for one, and then for another."""
+    pause = Pause()
+    pause.begin(16 * SECOND, 0, gradually=True)
+    gates = Gates([(pause, "c"), (Slots(size=9), "c")])
+    assert gates.room({"c": 1}, 15 * SECOND, most=9) == 0
+    assert gates.room({"c": 1}, 16 * SECOND, most=9) == 1
+    assert gates.room({"c": 1}, 16 * SECOND, most=0) == 0
+    gates.book({"c": 1}, 16 * SECOND)
+    assert gates.room({"c": 1}, 16 * SECOND, most=9) == 0
 
 
 def test_gates_name_what_binds() -> None:

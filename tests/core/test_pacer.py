@@ -168,3 +168,51 @@ def test_waits_of_days_are_slept_in_stretches(virtual_time: VirtualTime) -> None
         assert virtual_time.now == pytest.approx(10 * 86_400)
 
     virtual_time.run(main())
+
+
+def test_calls_alike_go_together_and_others_in_their_turn(virtual_time: VirtualTime) -> None:
+    """What one pass lets go is what calls would take one by one, in order; the cancelled are skipped."""
+
+    async def main() -> None:
+        limiter = Limiter("10 units/s", clock=virtual_time.clock)
+        went: list[tuple[float, int]] = []
+
+        async def call(number: int, units: int) -> None:
+            await limiter.acquire(requests=0, units=units)
+            went.append((virtual_time.now, number))
+
+        await limiter.acquire(requests=0, units=10)
+        costs = [2, 2, 1, 1, 1, 1, 4, 4, 2, 2]
+        calls = [asyncio.create_task(call(*each)) for each in enumerate(costs)]
+        await virtual_time.all_blocked()
+        calls[3].cancel()
+        calls[8].cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        assert [number for _, number in went] == [0, 1, 2, 4, 5, 6, 7, 9]
+        first, second = (1 + 3 / 512) * 1, (1 + 3 / 512) * 2
+        assert [when for when, _ in went] == pytest.approx([first] * 5 + [second] * 3, abs=1 / 512)
+
+    virtual_time.run(main())
+
+
+def test_what_a_call_has_earned_that_gave_up_is_there_for_the_next(
+    virtual_time: VirtualTime,
+) -> None:
+    """Nobody passed meanwhile: a call above the burst counts from when somebody stood first."""
+
+    async def main() -> None:
+        bucket = Limiter("20 units/20s burst 5", clock=virtual_time.clock)
+        gone = asyncio.create_task(take(bucket, 15))
+        await virtual_time.all_blocked()
+        await asyncio.sleep(4)
+        next_one = asyncio.create_task(take(bucket, 15))
+        await virtual_time.all_blocked()
+        await asyncio.sleep(4)
+        gone.cancel()
+        await next_one
+        assert virtual_time.now == 10.0
+
+    async def take(limiter: Limiter, units: int) -> None:
+        await limiter.acquire(requests=0, units=units)
+
+    virtual_time.run(main())

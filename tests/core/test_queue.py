@@ -49,7 +49,7 @@ def test_a_line_is_a_list_without_its_costs(history: list[tuple[str, int]]) -> N
         if verb == "push":
             deadline = None if pick % 2 else now + pick
             made = waiter(loop, number, deadline)
-            line.push(made)
+            line.push(made, now)
             if deadline is not None:
                 deadlines.push(made, deadline)
             waiting.append(made)
@@ -90,12 +90,12 @@ def test_the_dead_are_swept_out(loop: asyncio.AbstractEventLoop) -> None:
     """Ten thousand who left from the middle are not remembered, nor are their deadlines."""
     line, deadlines = Line(), Deadlines()
     first, last = waiter(loop, 0), waiter(loop, 10_001)
-    line.push(first)
+    line.push(first, 0)
     crowd = [waiter(loop, number, number) for number in range(1, 10_001)]
     for each in crowd:
-        line.push(each)
+        line.push(each, 0)
         deadlines.push(each, each.number)
-    line.push(last)
+    line.push(last, 0)
     for each in crowd:
         each.cancel()
         assert not line.leave(each)
@@ -109,8 +109,8 @@ def test_a_head_that_was_skipped_still_counts_as_head(loop: asyncio.AbstractEven
     """Somebody else may have looked for the head before it could say that it left."""
     line = Line()
     first, second = waiter(loop, 0), waiter(loop, 1)
-    line.push(first)
-    line.push(second)
+    line.push(first, 0)
+    line.push(second, 0)
     first.cancel()
     assert line.head() is second
     assert line.leave(first)
@@ -123,7 +123,7 @@ def test_nobody_sleeps_in_a_line(loop: asyncio.AbstractEventLoop) -> None:
     """It answers what a tree is asked, so that a pacer need not know which it serves."""
     line, node = Line(), Node()
     assert line.clear(node, 0)
-    line.push(waiter(loop, 0))
+    line.push(waiter(loop, 0), 0)
     line.rouse(node)
     line.rouse_all()
     assert not line.clear(node, 0)

@@ -52,9 +52,9 @@ class Grove:
         waiter = Waiter(loop=self.loop)
         waiter.node, waiter.priority = node, priority
         waiter.amounts = {"tokens": tokens, "concurrency": 1}
-        waiter.number, waiter.arrived = self.arrivals, 0
+        waiter.number = self.arrivals
         waiter.deadline = None
-        self.tree.push(waiter)
+        self.tree.push(waiter, 0)
         return waiter
 
     def serve(self, now: int = 0) -> Waiter:
@@ -248,9 +248,9 @@ def test_a_tree_takes_over_a_line(loop: asyncio.AbstractEventLoop) -> None:
     waiters: list[Waiter] = []
     for number in range(3):
         waiter = Waiter(loop=loop)
-        waiter.node, waiter.priority, waiter.number, waiter.arrived = root, 0, number, 0
+        waiter.node, waiter.priority, waiter.number = root, 0, number
         waiter.amounts, waiter.deadline = ONE, None
-        line.push(waiter)
+        line.push(waiter, 0)
         waiters.append(waiter)
     roused: list[Node] = []
     tree = Tree(root, line, roused.append)
@@ -279,9 +279,9 @@ def test_weights_of_those_that_compete_add_up(loop: asyncio.AbstractEventLoop) -
 
     def push() -> Waiter:
         waiter = Waiter(loop=loop)
-        waiter.number = waiter.arrived = 0
+        waiter.number = 0
         waiter.amounts = ONE
-        line.push(waiter)
+        line.push(waiter, 0)
         return waiter
 
     push()
