@@ -223,13 +223,11 @@ class Pacer:
         alone = len(self._budget.pacers) == 1  # then nobody but the meters has a say
         if alone and outlet is None and isinstance(queue, Line):
             return self._admit_line_locked(queue, now)
-        passed, node = 0, self._budget.root
-        gates = node.through
-        for head in queue.going(now):
+        passed = 0
+        while (head := queue.head(now)) is not None:
             if outlet is not None and not outlet.room():
                 return passed, NEVER
-            if head.node is not node:
-                node, gates = head.node, head.node.through
+            gates = head.node.through
             full = passed == most or queue.expects
             if full or not alone or not gates.take(head.amounts, now):
                 due = self._due_locked(head, now)
@@ -242,10 +240,11 @@ class Pacer:
             passed += 1
             if outlet is not None:
                 outlet.push(head)
-                continue
-            head.set_result(now)
-            for below in head.node.below_root:
-                below.waiting -= 1
+            else:
+                head.set_result(now)
+                for below in head.node.below_root:
+                    below.waiting -= 1
+            queue.served(head, now)
         return passed, EMPTY
 
     def _admit_line_locked(self, line: Line, now: int) -> tuple[int, int]:

@@ -156,17 +156,6 @@ class Line:
         self.since = now
         return alike
 
-    def going(self, now: int) -> Iterator[Waiter]:
-        """Yield who goes next, and whoever asks for another has `served` the one before."""
-        line = self._line
-        while line:
-            head = line[0]
-            if not head.done():
-                yield head
-                self._living -= 1
-                self.since = now
-            line.popleft()
-
     def begin(self) -> None:
         """See `expects`."""
 

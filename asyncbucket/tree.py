@@ -284,12 +284,6 @@ class Tree:
         if len(head.node.below_root) > 1:  # who goes next where it has passed may be another
             self._rouse(head.node)
 
-    def going(self, now: int) -> Iterator[Waiter]:
-        """Yield who goes next, and whoever asks for another has `served` the one before."""
-        while (head := self.head(now)) is not None:
-            yield head
-            self.served(head, now)
-
     @property
     def expects(self) -> bool:
         """Whether the head that was found should wait for somebody to come back first."""

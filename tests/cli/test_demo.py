@@ -77,7 +77,9 @@ def test_interrupt_ends_it_with_the_table_so_far() -> None:
     ) as process:
         assert process.stdout is not None
         # The first line of progress that has something to say: agents are running.
-        seen = next(line for line in process.stdout if re.search(r"[1-9][\d,]* calls answered", line))
+        seen = next(
+            line for line in process.stdout if re.search(r"[1-9][\d,]* calls answered", line)
+        )
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=30)
 

@@ -593,9 +593,7 @@ def waiting_below(node: Node, heads: list[Waiter], now: int) -> tuple[list[Waite
     for child in {each for head in heads for each in head.node.path if each.parent is node}:
         inside, some = waiting_below(child, heads, now)
         passing = [
-            head
-            for head in inside
-            if child.gates.earliest(head.amounts, head.line.since)[0] <= now
+            head for head in inside if child.gates.earliest(head.amounts, head.line.since)[0] <= now
         ]
         may += passing
         must = must or (some and bool(passing) and len(passing) == len(inside))

@@ -263,7 +263,9 @@ async def test_what_was_given_back_is_not_given_back_again_by_closing(url: str, 
     """Or what another worker has booked for the same instant would come back with it."""
     one = await hire(url, terms("3 requests/s burst 3"))
     two = await hire(url, one.desk.ledger.terms)
-    for call in [two.ask() for _ in range(3)]:  # in one batch, so that they come back at one instant
+    for call in [
+        two.ask() for _ in range(3)
+    ]:  # in one batch, so that they come back at one instant
         await call.granted
     late, other = one.ask(), two.ask()
     await until(lambda: late.grant and other.grant)
