@@ -1,7 +1,7 @@
 """What a transport knows of one limiter: what calls cost there, and what its provider said."""
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from asyncbucket.cost import Cost
 from asyncbucket.http.attempt import Attempt
@@ -11,8 +11,10 @@ from asyncbucket.http.profiles import Call, Profile
 from asyncbucket.http.refusals import Refusals
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.lease import Lease
-from asyncbucket.limiter.levels import levels
-from asyncbucket.limits import Limit
+from asyncbucket.limiter.levels import in_force
+
+if TYPE_CHECKING:
+    from asyncbucket.limits import Limit
 
 
 class Lane:
@@ -26,7 +28,6 @@ class Lane:
 
     __slots__ = (
         "_forecast",
-        "_levels",
         "_limits",
         "_refusals",
         "_settles",
@@ -37,7 +38,6 @@ class Lane:
     def __init__(self, limiter: Limiter, *, pauses: Limiter, learn: bool) -> None:
         self.limiter = limiter
         self.ear = Ear(limiter, learn=learn)
-        self._levels = tuple(levels(limiter))
         self._refusals = Refusals(pauses)
         self._forecast = OutputForecast()
         #: The limits when they were last looked at, and whether a profile settles any of them.
@@ -55,7 +55,11 @@ class Lane:
         if cost is None:
             return call, None
         excess, amounts = 0, cost._amounts  # noqa: SLF001 - looked at for each request
-        for limit in self._in_force():
+        limits = in_force(self.limiter)
+        if limits is not self._limits:
+            self._limits = limits
+            self._settles.clear()
+        for limit in limits:
             excess = max(excess, amounts.get(limit.resource, 0) - limit.amount)
         if excess:  # what is only foreseen must not make a call impossible
             call = replace(call, foreseen=max(0, call.foreseen - excess))
@@ -76,16 +80,6 @@ class Lane:
             now=self.limiter.now,
             settles=self._is_settled(profile),
         )
-
-    def _in_force(self) -> tuple[Limit, ...]:
-        """Return the limits here and above."""
-        limits = self.limiter.limits
-        for level in self._levels[1:]:
-            limits += level.limits
-        if limits != self._limits:
-            self._limits = limits
-            self._settles.clear()
-        return limits
 
     def _is_settled(self, profile: Profile) -> bool:
         known = self._settles.get(id(profile))

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from asyncbucket.context import inherited
 from asyncbucket.limiter.limiter import Limiter
+from asyncbucket.limits import Limit
 
 
 def levels(limiter: Limiter) -> Iterator[Limiter]:
@@ -27,6 +28,16 @@ def provider_of(limiter: Limiter) -> Limiter:
     """
     path = list(levels(limiter))
     return next((level for level in reversed(path) if level.limits), path[-1])
+
+
+def in_force(limiter: Limiter) -> tuple[Limit, ...]:
+    """Return the limits that hold for calls here: its own, and those of the levels above."""
+    account = limiter._account  # noqa: SLF001 - its own kind
+    gates = account.known_through
+    if gates is None:
+        with account.budget.lock:
+            gates = account.through
+    return gates.limits
 
 
 def asked(limiter: Limiter) -> Limiter:

@@ -10,7 +10,7 @@ from asyncbucket.http.learn import Ear
 from asyncbucket.http.running import make_way
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.lease import Lease
-from asyncbucket.limiter.levels import asked, levels, provider_of
+from asyncbucket.limiter.levels import asked, in_force, provider_of
 from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator, Observer
 from asyncbucket.llama_index.events import tell_of_wait, told_of_waits
 from asyncbucket.llama_index.held import HeldCall, held_call, note_usage
@@ -155,8 +155,7 @@ class Pacing:
     def _output(self, estimate: Estimate) -> int:
         """Return the output to reserve: a guess of it must not make a call impossible."""
         output = estimate.output_tokens
-        limits = (limit for level in levels(asked(self.limiter)) for limit in level.limits)
-        for limit in limits if estimate.foreseen else ():
+        for limit in in_force(asked(self.limiter)) if estimate.foreseen else ():
             if limit.resource == "output_tokens":
                 output = min(output, limit.amount)
             elif limit.resource == "tokens":
