@@ -37,15 +37,19 @@ def demo(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[st
 
 def test_storm_without_asyncbucket_and_calm_with_it() -> None:
     """Without: a storm of 429s, and failed calls. With: none, and each call is sent once."""
+    figures: dict[str, Any] = {}
+    stormy = False
     for _ in range(3):  # a machine that is busy with other things may be too slow for a storm
         result = demo("--seconds", "4", "--json")
-        figures: dict[str, Any] = json.loads(result.stdout)
-        storm, calm = figures["runs"]
         assert (result.returncode, result.stderr) == (0, "")
-        if storm["refused"] > storm["failed"] > 0:
+        figures = json.loads(result.stdout)
+        storm = figures["runs"][0]
+        stormy = storm["refused"] > storm["failed"] > 0
+        if stormy:
             break
-    else:
-        pytest.fail(f"no storm in three runs: {storm}")
+    calm = figures["runs"][1]
+
+    assert stormy
     assert (calm["refused"], calm["failed"], calm["interrupted"]) == (0, 0, False)
     assert calm["agents_finished"] == figures["agents"]
     assert calm["requests"] == calm["calls"] == 2 * figures["agents"] + figures["batches"]
