@@ -1,6 +1,7 @@
 """What every test may rely on."""
 
 import os
+import signal
 import sys
 from collections.abc import Generator
 
@@ -21,6 +22,10 @@ for name in OUTSIDE:
         _ = os.environ.pop(spelling, None)
 os.environ["NO_PROXY"] = "*"
 os.environ["COLUMNS"] = "80"
+
+# What runs in the background may ignore Ctrl-C, and so would the programs that the tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    _ = signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
