@@ -111,6 +111,7 @@ def test_watch_looks_at_a_unix_socket(tmp_path: Path) -> None:
         ("limits", 2, "'limits' is no limiter to watch"),
         ("https://example.org", 2, "is no limiter to watch"),
         ("ftp://example.org", 2, "is no store"),
+        ("http://127.0.0.1:99999", 2, "'http://127.0.0.1:99999' names no port"),
     ],
 )
 def test_watch_says_what_is_wrong(url: str, status: int, message: str) -> None:
