@@ -81,14 +81,14 @@ def deadline(seconds: float) -> Generator[None]:
     how long. It ends no call that was admitted: use ``asyncio.timeout`` for that.
 
     Args:
-        seconds: from 0 on; ``math.inf`` lifts nothing.
+        seconds: from 0 on; ``math.inf`` sets none, and lifts none.
 
     Raises:
         ValueError: it is no such number.
     """
     if seconds is None:  # pyright: ignore[reportUnnecessaryComparison] - whatever people type
-        raise ValueError("a deadline is a number of seconds, not None; math.inf lifts nothing")
-    ever = deadline_of(0, timeout=seconds) is None
+        raise ValueError("deadline must be a number of seconds, not None; math.inf sets none")
+    ever = deadline_of(0, timeout=seconds, name="deadline") is None
     end, outer = math.inf if ever else _now() + seconds, inherited.get()
     if outer is not None and outer.deadline is not None:
         end = min(end, outer.deadline)
@@ -128,23 +128,31 @@ def read_tenant(name: str) -> str:
         ValueError: it is no text, or empty.
     """
     if not isinstance(name, str) or not name:
-        raise ValueError(f"a tenant is a text that is not empty, not {type(name).__name__}")
+        given = "''" if name == "" else type(name).__name__  # whatever it is, it may be secret
+        raise ValueError(f"a tenant is a text that is not empty, not {given}")
     return name
 
 
 def deadline_of(
-    now: int, *, timeout: float | None = None, deadline: float | None = None
+    now: int,
+    *,
+    timeout: float | None = None,
+    deadline: float | None = None,
+    name: str = "timeout",
 ) -> int | None:
     """Return the earlier of ``timeout`` seconds from ``now`` and ``deadline``, in nanoseconds.
+
+    An error calls the timeout by the ``name`` that its caller knows.
 
     Raises:
         ValueError: one of them is NaN or no number, or the timeout is negative.
     """
     end = NEVER if deadline is None else nanoseconds(deadline, "deadline")
     if timeout is not None:
-        span = nanoseconds(timeout, "timeout")
+        span = nanoseconds(timeout, name)
         if span < 0:
-            raise ValueError(f"timeout must be at least 0 s, not {timeout!r}; None waits for ever")
+            for_ever = "; None waits for ever" if name == "timeout" else ""
+            raise ValueError(f"{name} must be at least 0 s, not {timeout!r}{for_ever}")
         end = min(end, NEVER if span >= NEVER else now + span)
     return None if end >= NEVER else end
 

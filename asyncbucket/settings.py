@@ -170,7 +170,7 @@ def _number(value: object) -> float:
     """Return a number; a text may be written as in limits: "14,400", "200k", "1.5M"."""
     if isinstance(value, str):
         try:
-            return Limit.parse(f"{value.strip()}/s").amount
+            return Limit.parse(f"{value.strip()} requests/s").amount
         except LimitSyntaxError:
             raise ValueError(f"{value!r} is no number such as 500, 14,400 or 200k") from None
     if isinstance(value, bool) or not isinstance(value, (int, float)):

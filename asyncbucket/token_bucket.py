@@ -172,8 +172,8 @@ class TokenBucket:
             raise ValueError(f"amount must be a whole number of units from 1 on, not {amount!r}")
         if amount > self.burst:
             raise CostExceedsLimit(
-                f"cost of {amount:,} units exceeds the burst of {self.burst:,} units and can never "
-                f"pass; raise burst or split the call"
+                f"cost of {counted(amount, 'units')} exceeds the burst of "
+                f"{counted(self.burst, 'units')} and can never pass; raise burst or split the call"
             )
         return {"units": int(amount)}
 

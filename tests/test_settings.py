@@ -95,6 +95,7 @@ def test_environment_is_the_processs(monkeypatch: pytest.MonkeyPatch) -> None:
         ({}, r"environment variables ASYNCBUCKET_\* limit nothing; set e\.g\. ASYNCBUCKET_RPM=500"),
         ({"NAME": "openai"}, "limit nothing"),
         ({"RPM": "fast"}, "ASYNCBUCKET_RPM: 'fast' is no number such as 500, 14,400 or 200k"),
+        ({"RPM": "5 images"}, "ASYNCBUCKET_RPM: '5 images' is no number such as 500"),
         ({"RPM": "-5"}, "ASYNCBUCKET_RPM: '-5' is no number"),
         ({"LIMITS": "500 RPX"}, "ASYNCBUCKET_LIMITS: '500 RPX' is no limit; write e.g."),
         ({"CONCURRENCY": "some"}, "ASYNCBUCKET_CONCURRENCY: 'some' is no number"),

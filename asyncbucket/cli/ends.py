@@ -31,7 +31,9 @@ def in_a_line(command: str) -> Generator[None]:
 
 
 def _said(error: Exception, command: str) -> str:
-    """Return what to say of ``error``; our own ImportErrors name their remedy already."""
+    """Return what to say of ``error``; errors of our own name their remedy already."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} cannot be used ({error.strerror}): give another path"
     if not isinstance(error, ModuleNotFoundError):
         return str(error)
     package = (error.name or "").partition(".")[0]

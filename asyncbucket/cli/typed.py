@@ -5,6 +5,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
+from asyncbucket.errors import LimitSyntaxError
 from asyncbucket.limits import Limit
 
 # Typer's functions return Any, whatever the type of what is typed.
@@ -12,7 +13,14 @@ from asyncbucket.limits import Limit
 
 def count(text: str, *names: str, most: int | None = None) -> Any:
     """Return an option whose help is ``text``: a whole number from 1 on, and at most ``most``."""
-    return typer.Option(*names, min=1, max=most, metavar="N", help=text)
+
+    def read(typed: str) -> int:
+        try:
+            return whole(typed, most=most)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return typer.Option(*names, parser=read, metavar="N", help=text)
 
 
 def words(text: str, *names: str, metavar: str = "TEXT") -> Any:
@@ -33,6 +41,22 @@ def file(text: str, *names: str) -> Any:
 def switch(text: str, *names: str) -> Any:
     """Return an option that is given or not."""
     return typer.Option(*names, help=text)
+
+
+def whole(typed: str, *, most: int | None = None) -> int:
+    """Return a number that is written as limits are: ``500``, ``14,400``, ``200k``.
+
+    Raises:
+        ValueError: it is none from 1 on, or above ``most``.
+    """
+    try:
+        number = Limit.parse(f"{typed} requests/s").amount
+    except LimitSyntaxError:
+        number = 0
+    if not 1 <= number <= (most or number):
+        end = "on" if most is None else f"to {most:,}"
+        raise ValueError(f"{typed!r} is no whole number from 1 {end}, such as 500 or 2k")
+    return number
 
 
 Rpm: TypeAlias = Annotated[int | None, count("Requests a minute.")]

@@ -2,8 +2,9 @@
 
 from collections.abc import Coroutine, Generator
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
+from asyncbucket.cost import Cost
 from asyncbucket.limiter.door import Door
 from asyncbucket.limiter.lease import Lease
 
@@ -53,6 +54,23 @@ class Acquisition(Coroutine[Any, Any, Lease]):
                 lease.release()
             else:
                 lease.broken(error)
+
+    def __enter__(self) -> NoReturn:
+        """Say what was meant.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "write `async with limiter.acquire():`, or `with limiter.acquire_sync():` where there "
+            "is no event loop"
+        )
+
+    def __exit__(self, *_: object) -> None:
+        """Never be reached."""
+
+    def __repr__(self) -> str:
+        return f"<Acquisition {Cost.of(self._amounts)}: await it, or enter it by async with>"
 
     def _running(self) -> Generator[Any, Any, Lease]:
         if self._coroutine is None:

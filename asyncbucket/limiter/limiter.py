@@ -390,7 +390,7 @@ class Limiter(Doors):
             ValueError: ``seconds`` is no finite number from 0 on.
         """
         now = self._clock()
-        until = deadline_of(now, timeout=seconds)
+        until = deadline_of(now, timeout=seconds, name="a pause")
         if until is None:
             raise ValueError("a pause must end: give a finite number of seconds")
         account = self._account

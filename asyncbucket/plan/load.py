@@ -78,7 +78,8 @@ class Load:
         if others != self._others.keys():
             odd = ", ".join(sorted(others ^ self._others.keys()))
             raise ValueError(
-                f"limits and resources= must name the same: {odd} is in one of them only"
+                f"limits and resources= must name the same: {odd} is in one of them only; name it "
+                f"in both, or in none"
             )
         if concurrency is not None and self._latency.constant and not self._latency.value:
             raise ValueError(

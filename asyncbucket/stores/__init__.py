@@ -83,7 +83,7 @@ def open_store(url: str) -> Store:
 def without_password(url: object) -> str:
     """Return ``url`` as it may be shown: its password and its query left out."""
     if not isinstance(url, str):
-        return repr(url)
+        return str(url)
     if url.startswith("sqlite:"):  # a path may hold an @
         return url.partition("?")[0]
     head, at, hosts = url.rpartition("@")

@@ -60,8 +60,9 @@ def share(
     return shared
 
 
-def _made(store: str | Store) -> Store:
-    return open_store(store) if isinstance(store, str) else store
+def _made(store: Any) -> Store:
+    made: Store = store if hasattr(store, "check") else open_store(store)
+    return made
 
 
 class Shared(Remote):

@@ -1,5 +1,6 @@
 """The command line: help, versions and errors, as one sees them."""
 
+import json
 import subprocess
 import sys
 from importlib.metadata import version
@@ -125,3 +126,26 @@ def test_bench_passes_options_and_status_on(
     monkeypatch.setattr(cli, "TREE", tmp_path)
 
     assert CliRunner().invoke(cli.app, ["bench", "--fast"]).exit_code == 7
+
+
+@pytest.mark.parametrize(("typed", "read"), [("500", "500"), ("1,400", "1,400"), ("2k", "2,000")])
+def test_numbers_are_typed_as_in_limits(typed: str, read: str) -> None:
+    """One way to write them, in code, in the environment and in a terminal."""
+    shown = CliRunner().invoke(
+        cli.app, ["plan", "--calls=1", "--tokens=1", f"--tpm={typed}", "--json"]
+    )
+
+    (limit,) = json.loads(shown.stdout)["limits"]
+    assert limit["limit"] == f"{read} tokens per 60 s"
+
+
+@pytest.mark.parametrize(
+    ("option", "typed", "end"),
+    [("--rpm", "0", "on"), ("--rpm", "1.5", "on"), ("--agents", "10001", "to 10,000")],
+)
+def test_number_that_is_none_is_named(option: str, typed: str, end: str) -> None:
+    """With the bounds, and how numbers are written."""
+    result = CliRunner().invoke(cli.app, ["demo", option, typed])
+
+    assert result.exit_code == 2
+    assert f"'{option}': '{typed}' is no whole number from 1 {end}, such as 500" in result.stderr

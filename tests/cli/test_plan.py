@@ -95,8 +95,8 @@ def test_limits_of_all_kinds_are_one_list(recwarn: pytest.WarningsRecorder) -> N
     """Options, texts and a preset, which may be old by now."""
     shown = json.loads(
         typed(
-            *("--calls", "5", "--tokens", "10", "--rpd", "9", "--limit", "8 RPH"),
-            *("--limit", "7k TPD", "--preset", "openai/tier-2/gpt-4o-mini", "--json"),
+            *("--calls", "5", "--tokens", "10", "--rpd", "9", "--also", "8 RPH"),
+            *("--also", "7k TPD", "--preset", "openai/tier-2/gpt-4o-mini", "--json"),
         )
     )
 
@@ -144,8 +144,11 @@ def test_what_nobody_waits_for_is_not_drawn() -> None:
     ("arguments", "error"),
     [
         ((), "error: how many calls? give --calls, a file of --tokens, --agents or --tenant\n"),
-        (("--calls", "3", "--limit", "many"), "error: 'many' is no limit; write e.g."),
-        (("--calls", "3", "--tokens", "none.jsonl"), "error: [Errno 2] No such file"),
+        (("--calls", "3", "--also", "many"), "error: 'many' is no limit; write e.g."),
+        (
+            ("--calls", "3", "--tokens", "none.jsonl"),
+            "error: none.jsonl cannot be used (No such file",
+        ),
         (
             ("--calls", "3", "--depth", "2"),
             "error: --depth, --fan-out and --steps are about agents",
@@ -157,7 +160,9 @@ def test_what_nobody_waits_for_is_not_drawn() -> None:
             "error: --tenant 'a calls=3 pace=2': 'pace=2' is no word",
         ),
         (("--tenant", "weight=2 calls=3"), "error: --tenant 'weight=2 calls=3': a name comes fir"),
-        (("--tenant", "a calls=few"), "error: --tenant: calls must be a whole number, not 'few'"),
+        (("--tenant", "a calls=few"), "error: --tenant: calls: 'few' is no whole number"),
+        (("--tenant", "a calls=0"), "error: --tenant: calls: '0' is no whole number from 1 on"),
+        (("--calls", "3", "--out", "none/x.svg"), "error: none/x.svg cannot be used (No such"),
         (("--tenant", "a calls=3 poisson=x"), "error: --tenant: poisson must be a number, not 'x'"),
         (("--tenant", "a calls=3", "--tenant", "a calls=4"), "error: --tenant 'a' is given twice"),
         (("--calls", "3", "--rpm", "5", "--latency", "1e300"), "error: a plan reaches 292 years"),
@@ -166,7 +171,7 @@ def test_what_nobody_waits_for_is_not_drawn() -> None:
         (("--agents", "9", "--depth", "99", "--fan-out", "9"), "error: agents=9, depth=99, fan_"),
         (("--calls", "3", "--profile", "x"), "error: no profile is called 'x'; known are openai"),
         (("--calls", "3", "--preset", "x"), "error: no preset is called 'x'"),
-        (("--calls", "3", "--tokens", "9", "--limit", "5 TPM"), "error: no call can ever pass"),
+        (("--calls", "3", "--tokens", "9", "--also", "5 TPM"), "error: no call can ever pass"),
     ],
 )
 def test_mistake_is_a_line_and_status_2(arguments: tuple[str, ...], error: str) -> None:

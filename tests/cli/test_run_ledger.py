@@ -126,7 +126,8 @@ def test_second_line_of_one_id_is_bad(out: Path) -> None:
 
 def test_answers_with_other_settings_are_not_continued(out: Path) -> None:
     """The file would hold answers of two models."""
-    opened(out).close()
+    with opened(out) as ledger:
+        answered(ledger, prompt("a"))
 
     with pytest.raises(
         ValueError, match=r"out.jsonl holds answers with model 'm', not 'n'.*--restart"
@@ -134,13 +135,25 @@ def test_answers_with_other_settings_are_not_continued(out: Path) -> None:
         opened(out, {"model": "n"})
 
 
-def test_file_of_somebody_else_is_left_alone(out: Path) -> None:
-    """It is no file of answers: nothing is appended, nothing cut off."""
-    out.write_text('{"my": "notes"}\nand more')
+def test_other_settings_are_taken_while_nothing_is_answered(out: Path) -> None:
+    """A model whose name was misspelt has left nothing behind that would be lost."""
+    opened(out).close()
+    opened(out, {"model": "n"}).close()
+
+    with opened(out, {"model": "n"}) as ledger:
+        answered(ledger, prompt("a"))
+    with pytest.raises(ValueError, match="holds answers with model 'n', not 'm'"):
+        opened(out)
+
+
+@pytest.mark.parametrize("text", ['{"my": "notes"}\nand more', '{"my": "notes"}', "notes"])
+def test_file_of_somebody_else_is_left_alone(out: Path, text: str) -> None:
+    """It is no file of answers: nothing is appended, nothing cut off, not even half a line."""
+    out.write_text(text)
 
     with pytest.raises(ValueError, match="was not written by `asyncbucket run`"):
         opened(out)
-    assert out.read_text() == '{"my": "notes"}\nand more'
+    assert out.read_text() == text
 
 
 def test_second_run_of_one_file_is_refused(out: Path) -> None:
@@ -193,5 +206,7 @@ def test_restart_forgets_what_is_there_and_never_what_another_run_writes(out: Pa
 
 def test_index_that_cannot_be_made_is_an_error_that_names_it(tmp_path: Path) -> None:
     """Such as in a folder where one may not write."""
-    with pytest.raises(ValueError, match=r"none/out\.jsonl\.checkpoint: unable to open"):
+    with pytest.raises(
+        ValueError, match=r"out\.jsonl\.checkpoint, .* \(unable to open .*give another -o"
+    ):
         opened(tmp_path / "none" / "out.jsonl")

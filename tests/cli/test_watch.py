@@ -69,6 +69,9 @@ def test_the_picture_fits_its_terminal() -> None:
     assert lines[2].endswith("99% ◀ binds")
     assert max(map(len, lines)) <= 80
     assert max(map(len, shown(width=160, unicode=True))) <= 160
+    title, *below = [line for line in shown(width=50, unicode=True) if line]
+    assert title == "openai"
+    assert all(line.startswith("  ") for line in below)
     ascii_only = shown(width=80, unicode=False)
     assert "[####" in ascii_only[1]
     assert all("█" not in line for line in ascii_only)
@@ -111,6 +114,7 @@ def test_watch_looks_at_a_unix_socket(tmp_path: Path) -> None:
         ("limits", 2, "'limits' is no limiter to watch"),
         ("https://example.org", 2, "is no limiter to watch"),
         ("ftp://example.org", 2, "is no store"),
+        ("http://127.0.0.1:99999", 2, "'http://127.0.0.1:99999' names no port"),
     ],
 )
 def test_watch_says_what_is_wrong(url: str, status: int, message: str) -> None:

@@ -185,6 +185,8 @@ def test_a_timeout_is_not_negative_and_may_be_endless() -> None:
     limiter.acquire_sync(timeout=float("inf"), deadline=float("inf")).release()
     with pytest.raises(ValueError, match="a pause must end: give a finite number of seconds"):
         limiter.pause(float("inf"))
+    with pytest.raises(ValueError, match=r"^a pause must be at least 0 s, not -1$"):
+        limiter.pause(-1)
     with pytest.raises(AcquireTimeout):
         Limiter("5 RPM").acquire_sync(requests=2, deadline=-5)
 
@@ -221,6 +223,8 @@ def test_a_bucket_refuses_what_is_above_its_burst() -> None:
         "cost of 2,000 units exceeds the burst of 1,000 units and can never pass; "
         "raise burst or split the call"
     )
+    with pytest.raises(CostExceedsLimit, match="cost of 5 units exceeds the burst of 1 unit and"):
+        TokenBucket(rate=1.0).acquire_nowait(5)
 
 
 def test_resources_that_nothing_limits_are_typos() -> None:

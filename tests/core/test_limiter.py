@@ -225,6 +225,19 @@ async def test_a_limiter_itself_is_no_context() -> None:
             pass  # pragma: no cover - never entered
 
 
+def test_a_plain_with_is_told_of_both_ways() -> None:
+    """The asynchronous one, and the one for code without an event loop."""
+    limiter = Limiter("5 RPM")
+    with (
+        pytest.raises(
+            TypeError, match=r"write `async with limiter\.acquire.*limiter\.acquire_sync"
+        ),
+        limiter.acquire(),
+    ):
+        pass  # pragma: no cover - never entered
+    assert limiter.statistics().admitted == 0
+
+
 @pytest.mark.parametrize("clock", [None, 5, "now", time.monotonic, str])
 def test_a_clock_counts_whole_nanoseconds(clock: Any) -> None:
     """Seconds would make a minute last for years."""

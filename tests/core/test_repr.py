@@ -27,6 +27,14 @@ def test_a_limiter_speaks_for_itself(virtual_time: VirtualTime) -> None:
     assert repr(Limiter()) == "<Limiter 'default', 0 waiting>"
 
 
+def test_an_acquisition_that_was_not_awaited_says_so() -> None:
+    """Seen in a debugger, by whoever forgot it."""
+    assert repr(Limiter().acquire(tokens=500)) == (
+        "<Acquisition Cost(requests=1, tokens=500, input_tokens=500, output_tokens=500): "
+        "await it, or enter it by async with>"
+    )
+
+
 def test_values_are_small() -> None:
     """Meters and errors carry no instance dictionary beyond what they need."""
     for meter in (Bucket(rate=1, burst=1), Window(amount=1, window=1000), Slots(size=1)):

@@ -179,7 +179,10 @@ def test_plan_survives_json_and_pickle() -> None:
         ({"tokens": [1, -2]}, "tokens, sample 2: expected a finite number from 0 on, not -2"),
         ({"calls": 5, "arrivals": [0, 1]}, "calls=5 contradicts the arrivals, which are 2 calls"),
         ({"arrivals": [0, -1]}, "a call comes at a finite second from 0 on, not at -1"),
-        ({"calls": 5, "resources": {"images": 3}}, "must name the same: images is in one"),
+        (
+            {"calls": 5, "resources": {"images": 3}},
+            "images is in one of them only; name it in both",
+        ),
     ],
 )
 def test_what_makes_no_plan_says_what_is_missing(arguments: dict[str, Any], message: str) -> None:

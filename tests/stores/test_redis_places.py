@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from redis.asyncio import Redis
 
+from asyncbucket import Limiter
 from asyncbucket.limits import Limit
 from asyncbucket.stores import Batch, Receipt, StoreError, Terms, open_store
 from asyncbucket.stores.redis import RedisStore
@@ -248,5 +249,7 @@ async def test_store_is_of_the_kind_that_the_url_names() -> None:
         assert store.url.startswith(url.split("://", maxsplit=1)[0])
     with pytest.raises(ValueError, match="is no store: write sqlite"):
         open_store("postgres://user:s3cret@host/db")
+    with pytest.raises(ValueError, match=r"^'limits.db' is no store: write sqlite"):
+        Limiter(store=Path("limits.db"))
     with pytest.raises(ValueError, match="write the service behind the hosts"):
         open_store("redis+sentinel://a:1")

@@ -18,6 +18,7 @@ from asyncbucket.cli.typed import (
     named,
     published,
     switch,
+    whole,
     words,
 )
 from asyncbucket.limits import KEYWORDS, Limit, read_limits
@@ -58,8 +59,8 @@ def plan(  # noqa: PLR0913 - one for each option
     rpm: Rpm = None,
     tpm: Tpm = None,
     rpd: Rpd = None,
-    limit: Annotated[
-        list[str] | None, words('Any other limit, e.g. "40k ITPM" or "10/s burst 1".')
+    limits: Annotated[
+        list[str] | None, words('Any other limit, e.g. "40k ITPM" or "10/s burst 1".', "--also")
     ] = None,
     preset: Preset = None,
     concurrency: Annotated[int | None, count("Calls in flight at most.")] = None,
@@ -93,7 +94,7 @@ def plan(  # noqa: PLR0913 - one for each option
         if calls is None and agents is None and not tenant:
             _refuse_unless_samples(tokens, input_tokens, output_tokens, used_tokens, latency)
         planned = foresee(
-            *(limit or ()),
+            *(limits or ()),
             *published(preset),
             calls=calls,
             tokens=_samples(tokens),
@@ -198,9 +199,9 @@ def _number(side: str, value: str) -> float:
 
 def _whole(side: str, value: str) -> int:
     try:
-        return int(value)
-    except ValueError:
-        raise ValueError(f"--tenant: {side} must be a whole number, not {value!r}") from None
+        return whole(value)
+    except ValueError as error:
+        raise ValueError(f"--tenant: {side}: {error}") from None
 
 
 def _arrivals(

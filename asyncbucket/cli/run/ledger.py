@@ -24,6 +24,8 @@ from asyncbucket.cli.run.books import Admission
 from asyncbucket.cli.run.request import BadLine, Request
 
 PREFIX: Final = "batch_req_"
+#: How every line begins that is ours, whole or not.
+_BEGINNING: Final = b'{"id":"' + PREFIX.encode()
 _SCHEMA: Final = """
 PRAGMA locking_mode = EXCLUSIVE;
 PRAGMA journal_mode = WAL;
@@ -71,12 +73,12 @@ class Ledger:
         try:
             if restart:  # the files are ours alone by now
                 self._forget()
-            self._check_settings()
             if out is not None:
                 self._file = out.open("ab", buffering=0)
                 if restart:
                     self._file.truncate(0)
                 self._catch_up(out)
+            self._check_settings()
         except BaseException:
             self.close()
             raise
@@ -85,7 +87,7 @@ class Ledger:
         try:
             database = sqlite3.connect(self._path, timeout=0.5, isolation_level=None)
         except sqlite3.OperationalError as error:
-            raise ValueError(f"{self._path}: {error}") from None
+            raise self._unusable(error) from None
         try:
             database.executescript(_SCHEMA)
             database.execute("BEGIN EXCLUSIVE")
@@ -94,13 +96,18 @@ class Ledger:
             database.close()
             if "locked" in str(error):
                 raise ValueError(f"{self._out} is being written by another run") from None
-            raise ValueError(f"{self._path}: {error}") from None
+            raise self._unusable(error) from None
         except sqlite3.DatabaseError:
             database.close()
             for end in ("", "-wal", "-shm"):
                 Path(f"{self._path}{end}").unlink(missing_ok=True)
             return self._connect()
         return database
+
+    def _unusable(self, error: sqlite3.Error) -> ValueError:
+        return ValueError(
+            f"{self._path}, which goes with the answers, cannot be kept ({error}): give another -o"
+        )
 
     def _forget(self) -> None:
         for table in ("about", "answered", "admissions"):
@@ -116,7 +123,8 @@ class Ledger:
 
     def _check_settings(self) -> None:
         before = self._about("settings")
-        if before is None:
+        answered = self._database.execute("SELECT 1 FROM answered LIMIT 1").fetchone()
+        if before is None or answered is None:
             self._note("settings", self._settings)
             return
         for name, value in self._settings.items():
@@ -137,6 +145,8 @@ class Ledger:
             file.seek(noted)
             for line in file:
                 if not line.endswith(b"\n"):
+                    if not (line.startswith(_BEGINNING) or _BEGINNING.startswith(line)):
+                        raise self._not_ours()
                     break
                 self._new.append((self._key_in(line),))
                 whole += len(line)
@@ -150,10 +160,13 @@ class Ledger:
             found = json.loads(line)["id"]
             return bytes.fromhex(found.removeprefix(PREFIX))
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise ValueError(
-                f"{self._out} exists and was not written by `asyncbucket run`: give another -o, or "
-                f"--restart to overwrite it"
-            ) from None
+            raise self._not_ours() from None
+
+    def _not_ours(self) -> ValueError:
+        return ValueError(
+            f"{self._out} exists and was not written by `asyncbucket run`: give another -o, or "
+            f"--restart to overwrite it"
+        )
 
     # -- lines -------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.text import Text
 
 from asyncbucket.cli.watch.view import Bar, View
@@ -17,14 +18,13 @@ def draw(views: Sequence[View], *, width: int, unicode: bool) -> RenderableType:
     return Group(*(line for view in views for line in _limiter(view, width, unicode=unicode)))
 
 
-def _limiter(view: View, width: int, *, unicode: bool) -> Iterable[Text]:
+def _limiter(view: View, width: int, *, unicode: bool) -> Iterable[RenderableType]:
     title = Text(view.name, style="bold")
     yield title
     labels = max((len(_label(bar)) for bar in view.bars), default=0)
-    room = max(10, width - labels - 26)
+    room = max(4, width - labels - 26)
     for bar in view.bars:
-        line = Text("  ")
-        line.append(_label(bar).ljust(labels))
+        line = Text(_label(bar).ljust(labels))
         line.append("  ")
         colour = "red" if bar.binds else "yellow" if bar.part >= _FULL else "green"
         line.append(_bar(bar.part, min(room, 40), unicode=unicode), style=colour)
@@ -32,12 +32,17 @@ def _limiter(view: View, width: int, *, unicode: bool) -> Iterable[Text]:
         if bar.binds:
             what = "binds" if bar.part >= _FULL else "binds (paced)"
             line.append(f" ◀ {what}" if unicode else f" < {what}", style="bold red")
-        yield line
-    facts = Text("  " + (" · " if unicode else ", ").join(view.facts))
+        yield _indented(line)
+    facts = Text((" · " if unicode else ", ").join(view.facts))
     facts.stylize("yellow" if view.alarming else "dim")
     facts.overflow = "fold"
-    yield facts
+    yield _indented(facts)
     yield Text("")
+
+
+def _indented(text: Text) -> RenderableType:
+    """Set ``text`` in, and all lines that it takes on a narrow terminal."""
+    return Padding(text, (0, 0, 0, 2), expand=False)
 
 
 def _label(bar: Bar) -> str:

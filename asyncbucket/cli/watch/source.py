@@ -32,7 +32,10 @@ def source(url: str) -> Look:
     """
     parts, shown = urlsplit(url), without_password(url)
     if parts.scheme == "http":
-        host, port = parts.hostname or "127.0.0.1", parts.port or 80
+        try:
+            host, port = parts.hostname or "127.0.0.1", parts.port or 80
+        except ValueError as error:
+            raise ValueError(f"{shown!r} names no port ({error}): give one up to 65535") from None
         return lambda: _fetch(http.client.HTTPConnection(host, port, timeout=_PATIENCE), shown)
     if parts.scheme == "unix" and not parts.query:
         return lambda: _fetch(_Unix(parts.path), shown)
