@@ -254,7 +254,6 @@ class Account(Node):
             for key, (limit, _, _) in account.limits.items():
                 amount = amounts.get(limit.resource, 0)
                 if amount > limit.amount:
-                    self.refuse_locked()
                     remedy = f"raise {limit.keyword or 'the limit'} or split the request"
                     if key in account.learned:
                         remedy = "the provider announced that limit, so split the request"
