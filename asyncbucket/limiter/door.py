@@ -136,6 +136,7 @@ class Door:
                 raise
             with budget.lock:
                 if when == NEVER:
+                    account.check_locked(amounts)  # limits may have been lowered since
                     how = f"within {seconds(((deadline or now) - now) * 1e-9)}"
                     raise refuse_locked(AcquireTimeout, account, amounts, how, _PATIENCE)
                 holder = budget.blocked.here() if on_loop else budget.blocked.threads

@@ -103,6 +103,24 @@ def test_who_is_told_once_counts_once(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
+def test_who_can_never_pass_is_told_so_though_its_time_is_up(virtual_time: VirtualTime) -> None:
+    """A limit is lowered in the instant of a deadline, before the call has run."""
+
+    async def main() -> None:
+        limiter = Limiter("100 TPM", clock=virtual_time.clock)
+        await limiter.acquire(tokens=100)
+        late = asyncio.ensure_future(limiter.acquire(tokens=80, timeout=70))
+        await virtual_time.all_blocked()
+        limiter.pause(100)
+        asyncio.get_running_loop().call_at(70, lambda: limiter.reconfigure(tpm=50))
+        with pytest.raises(CostExceedsLimit, match="80 tokens exceeds the limit of 50 tokens per 60 s"):
+            await late
+        assert virtual_time.now == 70
+        assert limiter.statistics().refused == 1
+
+    virtual_time.run(main())
+
+
 def test_a_new_limit_and_new_slots_bind_from_now_on(virtual_time: VirtualTime) -> None:
     """A limiter may learn of its limits later; leases from before hold no slot."""
 
