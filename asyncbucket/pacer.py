@@ -282,7 +282,7 @@ class Pacer:
         budget, gates, since = self._budget, head.node.through, head.line.since
         due, bound_by = gates.earliest(head.amounts, since)
         if due > now:
-            self.bound_by = bound_by
+            self.bound_by = head.line.bound_by = bound_by
         slotless = due >= NEVER and bound_by == "concurrency"
         if slotless:
             due = budget.blocked.check(self.loop, now)

@@ -184,6 +184,22 @@ def test_a_child_out_of_its_own_quota_holds_up_nobody(virtual_time: VirtualTime)
     virtual_time.run(main())
 
 
+def test_what_bound_a_child_last_is_what_its_call_waited_for(virtual_time: VirtualTime) -> None:
+    """Its own pace holds every second call up for a moment; the key's tokens all others, for long."""
+
+    async def main() -> None:
+        key = Limiter(Limit("tokens", 100, per=10), clock=virtual_time.clock)
+        chat = key.child("chat", Limit("requests", 100, per=1, burst=1))
+        leases = await asyncio.gather(*(chat.acquire(tokens=50) for _ in range(6)))
+        assert [lease.bound_by for lease in leases] == [
+            None,
+            *["requests", "tokens"] * 2,
+            "requests",
+        ]
+
+    virtual_time.run(main())
+
+
 def test_a_newcomer_waits_behind_whoever_waits_for_the_same(virtual_time: VirtualTime) -> None:
     """Where an uncle's costly call is next at a common limit, a nephew's cheap one is not."""
 

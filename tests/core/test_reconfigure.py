@@ -113,7 +113,9 @@ def test_who_can_never_pass_is_told_so_though_its_time_is_up(virtual_time: Virtu
         await virtual_time.all_blocked()
         limiter.pause(100)
         asyncio.get_running_loop().call_at(70, lambda: limiter.reconfigure(tpm=50))
-        with pytest.raises(CostExceedsLimit, match="80 tokens exceeds the limit of 50 tokens per 60 s"):
+        with pytest.raises(
+            CostExceedsLimit, match="80 tokens exceeds the limit of 50 tokens per 60 s"
+        ):
             await late
         assert virtual_time.now == 70
         assert limiter.statistics().refused == 1
