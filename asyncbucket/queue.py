@@ -163,6 +163,10 @@ class Line:
         """Tell whether a newcomer would overtake nobody."""
         return self.head() is None
 
+    def binding(self, node: "Node") -> str | None:  # noqa: ARG002 - as `Tree.binding`
+        """Return what held up its head last."""
+        return self.bound_by
+
     def rouse(self, node: "Node") -> None:
         """Nobody sleeps in a line."""
 

@@ -87,6 +87,13 @@ class Branch:
             heapq.heappop(asleep)
         return asleep[0][0] if asleep else EMPTY
 
+    @property
+    def bound_by(self) -> str | None:
+        """What held up who goes next here when last it was asked; of those asleep, the first's."""
+        waiting = (flow for flow in self._flows.values() if flow.source)
+        flow = self.first or next(waiting, None)
+        return None if flow is None else flow.source.bound_by
+
     def find(self, key: object) -> Flow | None:
         """Return a flow in which somebody waits."""
         return self._flows.get(key)
@@ -321,6 +328,14 @@ class Tree:
         for each in waiter.line.above:
             each.living -= 1
         return waiter.line.leave(waiter)
+
+    def binding(self, node: Node) -> str | None:
+        """Return what holds up who goes next at ``node``, as far as that was found."""
+        if node is self._root:
+            return self._classes.bound_by
+        way = self._way(node, tuple(self._classes))
+        bound = (flow.source.bound_by for _, flow in way if flow.child is node)
+        return next(filter(None, bound), None)
 
     def rouse(self, node: Node) -> None:
         """Look again at those who sleep at ``node`` or above: something has changed there."""
