@@ -86,9 +86,7 @@ def deadline(seconds: float) -> Generator[None]:
     Raises:
         ValueError: it is no such number.
     """
-    if seconds is None:  # pyright: ignore[reportUnnecessaryComparison] - whatever people type
-        raise ValueError("a deadline is a number of seconds, not None; math.inf lifts nothing")
-    ever = deadline_of(0, timeout=seconds) is None
+    ever = span_of(seconds, "a deadline", "math.inf lifts nothing") >= NEVER
     end, outer = math.inf if ever else _now() + seconds, inherited.get()
     if outer is not None and outer.deadline is not None:
         end = min(end, outer.deadline)
@@ -142,11 +140,21 @@ def deadline_of(
     """
     end = NEVER if deadline is None else nanoseconds(deadline, "deadline")
     if timeout is not None:
-        span = nanoseconds(timeout, "timeout")
-        if span < 0:
-            raise ValueError(f"timeout must be at least 0 s, not {timeout!r}; None waits for ever")
+        span = span_of(timeout, "timeout", "None waits for ever")
         end = min(end, NEVER if span >= NEVER else now + span)
     return None if end >= NEVER else end
+
+
+def span_of(seconds: float, name: str, remedy: str) -> int:
+    """Return a length of time in whole nanoseconds, `NEVER` for what is as good as for ever.
+
+    Raises:
+        ValueError: it is NaN, no number, or negative.
+    """
+    span = nanoseconds(seconds, name)
+    if span < 0:
+        raise ValueError(f"{name} must be at least 0 s, not {seconds!r}; {remedy}")
+    return span
 
 
 def nanoseconds(seconds: float, name: str) -> int:
