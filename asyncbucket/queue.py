@@ -126,7 +126,7 @@ class Line:
         self._line.append(waiter)
         self._living += 1
 
-    def head(self, now: int = 0, *, slotless: bool = False) -> Waiter | None:  # noqa: ARG002 - as `Branch.head`
+    def head(self, now: int = 0, *, slotless: int = 0) -> Waiter | None:  # noqa: ARG002 - as `Branch.head`
         """Return the first who still waits."""
         line = self._line
         while line:
