@@ -54,7 +54,7 @@ class Budget:
         #: Where the root's limits are kept elsewhere: what each loop hands those over to who go next.
         self.outlet_for: Callable[[asyncio.AbstractEventLoop], Outlet] | None = None
         self.pacers: dict[asyncio.AbstractEventLoop, Pacer] = {}
-        #: Counts the forks: what was taken in a parent process is not given back by its child.
+        #: Tells processes apart: whoever came before it, and leases of another one, are a parent's.
         self.epoch = 0
         self.blocked = BlockedLoops()
         self.background = Background()
@@ -107,16 +107,18 @@ class Budget:
     def withdraw_locked(self, waiter: Waiter) -> bool:
         """Take a cancelled waiter out of the line, or give back what it was handed just then.
 
-        Return whether it gave up by itself, rather than being refused.
+        Return whether it gave up by itself, rather than being refused. What a parent process let stand
+        in line or handed over is none of a child's business.
         """
+        if waiter.number <= self.epoch:
+            return False
         cancelled = waiter.cancelled()
         if cancelled or not waiter.done():
             if waiter.pacer.loop.is_closed():  # whoever rings next counts out all that were alive
                 for node in waiter.node.below_root if cancelled else ():
                     node.waiting -= 1
                 return True
-            if not cancelled:
-                waiter.cancel()
+            waiter.cancel()
             if waiter.pacer.leave_locked(waiter):
                 self.ring_locked(waiter.node)
         elif waiter.exception() is not None:
@@ -193,6 +195,6 @@ class Budget:
         self.background = Background()
         self.waiting = 0
         self.fair = False
-        self.epoch += 1
+        self.epoch = self._arrivals = self._arrivals + 1
         self.root.after_fork()
         self.settle_down_locked()

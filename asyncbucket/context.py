@@ -86,9 +86,7 @@ def deadline(seconds: float) -> Generator[None]:
     Raises:
         ValueError: it is no such number.
     """
-    if seconds is None:  # pyright: ignore[reportUnnecessaryComparison] - whatever people type
-        raise ValueError("deadline must be a number of seconds, not None; math.inf sets none")
-    ever = deadline_of(0, timeout=seconds, name="deadline") is None
+    ever = span_of(seconds, "a deadline", "math.inf sets none") >= NEVER
     end, outer = math.inf if ever else _now() + seconds, inherited.get()
     if outer is not None and outer.deadline is not None:
         end = min(end, outer.deadline)
@@ -134,27 +132,30 @@ def read_tenant(name: str) -> str:
 
 
 def deadline_of(
-    now: int,
-    *,
-    timeout: float | None = None,
-    deadline: float | None = None,
-    name: str = "timeout",
+    now: int, *, timeout: float | None = None, deadline: float | None = None
 ) -> int | None:
     """Return the earlier of ``timeout`` seconds from ``now`` and ``deadline``, in nanoseconds.
-
-    An error calls the timeout by the ``name`` that its caller knows.
 
     Raises:
         ValueError: one of them is NaN or no number, or the timeout is negative.
     """
     end = NEVER if deadline is None else nanoseconds(deadline, "deadline")
     if timeout is not None:
-        span = nanoseconds(timeout, name)
-        if span < 0:
-            for_ever = "; None waits for ever" if name == "timeout" else ""
-            raise ValueError(f"{name} must be at least 0 s, not {timeout!r}{for_ever}")
+        span = span_of(timeout, "timeout", "None waits for ever")
         end = min(end, NEVER if span >= NEVER else now + span)
     return None if end >= NEVER else end
+
+
+def span_of(seconds: float, name: str, remedy: str) -> int:
+    """Return a length of time in whole nanoseconds, `NEVER` for what is as good as for ever.
+
+    Raises:
+        ValueError: it is NaN, no number, or negative.
+    """
+    span = nanoseconds(seconds, name)
+    if span < 0:
+        raise ValueError(f"{name} must be at least 0 s, not {seconds!r}; {remedy}")
+    return span
 
 
 def nanoseconds(seconds: float, name: str) -> int:

@@ -211,7 +211,8 @@ class Observers:
         """
         if not callable(callback):
             raise TypeError(f"an observer is called with each event; {_name(callback)} cannot be")
-        if inspect.iscoroutinefunction(callback):
+        called = type(callback).__call__  # of an object, it may be async
+        if inspect.iscoroutinefunction(callback) or inspect.iscoroutinefunction(called):
             raise TypeError(
                 f"an observer is a plain function, and {_name(callback)} is a coroutine function: "
                 f"let it put the event into a queue"

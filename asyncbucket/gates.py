@@ -36,10 +36,10 @@ class Gates:
         """Return these gates and ``others`` in one."""
         return Gates(self.meters + others.meters, self.limits + others.limits)
 
-    @property
-    def slotless(self) -> "Gates":
-        """These gates without those that count slots."""
-        return Gates(each for each in self.meters if not isinstance(each[0], Slots))
+    def slotless(self, back: int) -> "Gates":
+        """Return these gates without those whose slots would do if so many came back."""
+        free = {slots for slots in self.slots if slots.available(0) + back > 0}
+        return Gates(each for each in self.meters if each[0] not in free)
 
     def take(self, amounts: Amounts, now: int) -> bool:
         """Book ``amounts`` in all meters if all allow it now, else in none."""

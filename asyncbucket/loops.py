@@ -69,11 +69,15 @@ class BlockedLoops:
             self._holders.append(holder)
         return holder
 
+    @property
+    def leases(self) -> int:
+        """How many leases are held; all of them on blocked loops, where `check` says so."""
+        return sum(holder.leases for holder in self._holders)
+
     def check(self, mine: asyncio.AbstractEventLoop, now: int) -> int:
         """Return ``now`` if all holders are blocked, else when to check again, or `NEVER`."""
         holders = {holder.loop for holder in self._holders if holder.leases}
         if not holders or mine in holders or None in holders:
-            self._asked = None
             return NEVER
         if self._asked is not None and now - self._asked < _PATIENCE:
             return self._asked + _PATIENCE

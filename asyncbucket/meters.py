@@ -127,9 +127,7 @@ class Bucket:
         """See `Meter.earliest`."""
         start = now * self.q
         over = (amount - self.burst) * self.p
-        tat = self.tat
-        if back:
-            tat -= back * self.p
+        tat = self.tat - back * self.p
         if over > 0 and tat < start:  # the rest flows in while the caller is first in line
             tat = start
         tat += over

@@ -282,12 +282,12 @@ class Pacer:
         budget, gates, since = self._budget, head.node.through, head.line.since
         due, bound_by = gates.earliest(head.amounts, since)
         if due > now:
-            self.bound_by = bound_by
+            self.bound_by = head.line.bound_by = bound_by
         slotless = due >= NEVER and bound_by == "concurrency"
         if slotless:
             due = budget.blocked.check(self.loop, now)
             if due <= now:
-                due, _ = gates.slotless.earliest(head.amounts, since)
+                due, _ = gates.slotless(budget.blocked.leases).earliest(head.amounts, since)
         if len(budget.pacers) > 1:
             due = max(due, self._turn_locked(head, now))
         if slotless and due <= now:
@@ -313,9 +313,9 @@ class Pacer:
         if queue.wake != NEVER:
             return queue.wake
         due = budget.blocked.check(self.loop, now)
-        head = queue.head(now, slotless=True) if due <= now else None
+        head = queue.head(now, slotless=budget.blocked.leases) if due <= now else None
         if head is None:
-            return due
+            return due if due > now else queue.wake
         head.gates, head.taken = head.node.through, now
         head.gates.book(head.amounts, now)
         head.bound_by = head.line.bound_by

@@ -126,7 +126,7 @@ class Line:
         self._line.append(waiter)
         self._living += 1
 
-    def head(self, now: int = 0, *, slotless: bool = False) -> Waiter | None:  # noqa: ARG002 - as `Branch.head`
+    def head(self, now: int = 0, *, slotless: int = 0) -> Waiter | None:  # noqa: ARG002 - as `Branch.head`
         """Return the first who still waits."""
         line = self._line
         while line:
@@ -162,6 +162,10 @@ class Line:
     def clear(self, node: "Node", now: int) -> bool:  # noqa: ARG002 - as `Tree.clear`
         """Tell whether a newcomer would overtake nobody."""
         return self.head() is None
+
+    def binding(self, node: "Node") -> str | None:  # noqa: ARG002 - as `Tree.binding`
+        """Return what held up its head last."""
+        return self.bound_by
 
     def rouse(self, node: "Node") -> None:
         """Nobody sleeps in a line."""

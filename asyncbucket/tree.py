@@ -87,6 +87,13 @@ class Branch:
             heapq.heappop(asleep)
         return asleep[0][0] if asleep else EMPTY
 
+    @property
+    def bound_by(self) -> str | None:
+        """What held up who goes next here when last it was asked; of those asleep, the first's."""
+        waiting = (flow for flow in self._flows.values() if flow.source)
+        flow = self.first or next(waiting, None)
+        return None if flow is None else flow.source.bound_by
+
     def find(self, key: object) -> Flow | None:
         """Return a flow in which somebody waits."""
         return self._flows.get(key)
@@ -119,10 +126,10 @@ class Branch:
             if isinstance(flow.source, Branch):
                 flow.source.rouse_all()
 
-    def head(self, now: int, *, slotless: bool = False) -> Waiter | None:
+    def head(self, now: int, *, slotless: int = 0) -> Waiter | None:
         """Return who goes next, as far as the limits *below* this node are concerned.
 
-        ``slotless`` looks at those who wait for a slot as if there were one.
+        ``slotless`` looks at those who wait for a slot as if so many had come back.
         """
         asleep, ready = self._asleep, self._ready
         while asleep and (asleep[0][0] <= now or slotless):
@@ -143,14 +150,14 @@ class Branch:
         self.first = None
         return None
 
-    def _ask(self, flow: Flow, now: int, *, slotless: bool) -> tuple[Waiter | None, int]:
+    def _ask(self, flow: Flow, now: int, *, slotless: int) -> tuple[Waiter | None, int]:
         """Return the head of a flow, if it has one now, and when it may have one."""
         waiter = flow.source.head(now, slotless=slotless)
         if waiter is None:
             return None, flow.source.wake
         if flow.child is None or not flow.child.gates.meters:
             return waiter, now
-        gates = flow.child.gates.slotless if slotless else flow.child.gates
+        gates = flow.child.gates.slotless(slotless) if slotless else flow.child.gates
         due, bound_by = gates.earliest(waiter.amounts, waiter.line.since)
         if due > now:
             waiter.line.bound_by = bound_by
@@ -272,7 +279,7 @@ class Tree:
             branch.want(flow)
         line.push(waiter, now)
 
-    def head(self, now: int, *, slotless: bool = False) -> Waiter | None:
+    def head(self, now: int, *, slotless: int = 0) -> Waiter | None:
         """Return who goes next as far as the limits below the root are concerned."""
         return self._classes.head(now, slotless=slotless)
 
@@ -321,6 +328,14 @@ class Tree:
         for each in waiter.line.above:
             each.living -= 1
         return waiter.line.leave(waiter)
+
+    def binding(self, node: Node) -> str | None:
+        """Return what holds up who goes next at ``node``, as far as that was found."""
+        if node is self._root:
+            return self._classes.bound_by
+        way = self._way(node, tuple(self._classes))
+        bound = (flow.source.bound_by for _, flow in way if flow.child is node)
+        return next(filter(None, bound), None)
 
     def rouse(self, node: Node) -> None:
         """Look again at those who sleep at ``node`` or above: something has changed there."""

@@ -25,7 +25,7 @@ os.environ["COLUMNS"] = "80"
 
 # What runs in the background may ignore Ctrl-C, and so would the programs that the tests start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    _ = signal.signal(signal.SIGINT, signal.default_int_handler)
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -107,9 +107,7 @@ def _name(fn: object) -> str:
 
 def _workers(limiter: Limiter, workers: int | None, *, by_fn: bool) -> int:
     if workers is not None:
-        if workers < 1:
-            raise ValueError(f"workers must be at least 1, not {workers!r}")
-        return workers
+        return at_least_one(workers, "workers")
     if not by_fn:
         return _MOST
     # One more than the slots, so that somebody always stands in line. Where the slots are found by
@@ -118,11 +116,18 @@ def _workers(limiter: Limiter, workers: int | None, *, by_fn: bool) -> int:
 
 
 def _window(window: int | None, workers: int) -> int:
-    if window is None:
-        return 2 * workers
-    if window < 1:
-        raise ValueError(f"window must be at least 1, not {window!r}")
-    return window
+    return 2 * workers if window is None else at_least_one(window, "window")
+
+
+def at_least_one(value: int, name: str) -> int:
+    """Return a number of calls.
+
+    Raises:
+        ValueError: it is no whole number from 1 on.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+    return value
 
 
 class Results(AsyncIterator[Item[T, R]], Generic[T, R]):

@@ -10,7 +10,7 @@ from anyio.from_thread import start_blocking_portal
 
 from asyncbucket.batch.item import Item
 from asyncbucket.batch.paced import acquires_itself
-from asyncbucket.batch.results import Results, amap
+from asyncbucket.batch.results import Results, amap, at_least_one
 from asyncbucket.limiter import Limiter
 
 T = TypeVar("T")
@@ -55,7 +55,9 @@ def map_sync(
     an async one on an event loop in a thread. The items are iterated in that thread as well. Leaving
     the loop waits for the calls that run: a thread cannot be cancelled.
     """
-    if workers is None and not inspect.iscoroutinefunction(fn):
+    if workers is not None:
+        at_least_one(workers, "workers")
+    elif not inspect.iscoroutinefunction(fn):
         workers = min(limiter.concurrency or _THREADS, _THREADS)
     if options.get("paced") is None and options.get("cost") is None:
         options["paced"] = acquires_itself(fn, limiter)

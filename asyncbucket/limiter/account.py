@@ -254,7 +254,6 @@ class Account(Node):
             for key, (limit, _, _) in account.limits.items():
                 amount = amounts.get(limit.resource, 0)
                 if amount > limit.amount:
-                    self.refuse_locked()
                     remedy = f"raise {limit.keyword or 'the limit'} or split the request"
                     if key in account.learned:
                         remedy = "the provider announced that limit, so split the request"
@@ -390,7 +389,8 @@ class Account(Node):
         """Return what holds up who goes next, if anybody waits here."""
         if not self.waiting_now():
             return None
-        bound = (pacer.bound_by for pacer in self.budget.pacers.values())
+        pacers = self.budget.pacers.values()
+        bound = (pacer.queue.binding(self) or pacer.bound_by for pacer in pacers)
         return next((each for each in bound if each is not None), None)
 
     def flush(self) -> None:

@@ -104,7 +104,7 @@ class Door:
             finally:
                 account.budget.lock.release()
         except (WouldBlock, CostExceedsLimit) as error:
-            _tell_refused(account, amounts, error)
+            _refuse(account, amounts, error)
             raise
 
     async def wait(
@@ -136,6 +136,7 @@ class Door:
                 raise
             with budget.lock:
                 if when == NEVER:
+                    account.check_locked(amounts)  # limits may have been lowered since
                     how = f"within {seconds(((deadline or now) - now) * 1e-9)}"
                     raise refuse_locked(AcquireTimeout, account, amounts, how, _PATIENCE)
                 holder = budget.blocked.here() if on_loop else budget.blocked.threads
@@ -144,7 +145,7 @@ class Door:
                 lease.bound_by = waiter.bound_by
                 account.waited_locked(when - now, waiter.bound_by)
         except (AcquireTimeout, QueueFull, CostExceedsLimit) as error:
-            _tell_refused(account, amounts, error)
+            _refuse(account, amounts, error)
             raise
         if budget.observed:
             _tell_admitted(account, lease)
@@ -198,11 +199,14 @@ def _tell_cancelled(
         tell(Cancelled, cost=Cost.of(amounts), waited=waited * 1e-9)
 
 
-def _tell_refused(
+def _refuse(
     account: Account,
     amounts: dict[str, int],
     error: WouldBlock | AcquireTimeout | QueueFull | CostExceedsLimit,
 ) -> None:
+    """Count a call that was turned away, and tell those who watch."""
+    with account.budget.lock:
+        account.refuse_locked()
     if account.budget.observed:
         bound: Any = {"bound_by": None, "retry_after": None}
         if not isinstance(error, CostExceedsLimit):

@@ -9,10 +9,10 @@ from typing import Any, Final, Literal, NoReturn, TypeVar, Unpack
 from asyncbucket.context import (
     Inherited,
     Priority,
-    deadline_of,
     inherited,
     nanoseconds,
     read_tenant,
+    span_of,
 )
 from asyncbucket.cost import Cost, amounts_of
 from asyncbucket.errors import LimitSyntaxError
@@ -35,6 +35,7 @@ from asyncbucket.limiter.terms import (
     read_weight,
 )
 from asyncbucket.limits import Limit, read_limits
+from asyncbucket.meters import NEVER
 
 T = TypeVar("T")
 #: How many tenants' limiters are kept alive where nothing else was said.
@@ -389,10 +390,10 @@ class Limiter(Doors):
         Raises:
             ValueError: ``seconds`` is no finite number from 0 on.
         """
-        now = self._clock()
-        until = deadline_of(now, timeout=seconds, name="a pause")
-        if until is None:
+        span = span_of(seconds, "a pause", "it is reckoned from now")
+        if span >= NEVER:
             raise ValueError("a pause must end: give a finite number of seconds")
+        until = self._clock() + span
         account = self._account
         with self._budget.lock:
             for each in account.path:

@@ -14,8 +14,7 @@ Refusal = TypeVar("Refusal", WouldBlock, AcquireTimeout, QueueFull)
 def refuse_locked(
     kind: type[Refusal], account: Account, amounts: dict[str, int], how: str, remedy: str
 ) -> Refusal:
-    """Count a refusal and return its error, with what binds and for how long."""
-    account.refuse_locked()
+    """Return the error of a refusal, with what binds and for how long."""
     now = account.budget.clock()
     due, bound_by = account.through.earliest(amounts, now)
     remote = account.path[-1].remote  # only the root's limits may lie in a store

@@ -452,8 +452,11 @@ def test_a_text_is_no_list_of_items() -> None:
     ("options", "message"),
     [
         ({"errors": "ignore"}, "errors must be 'raise' or 'collect', not 'ignore'"),
-        ({"workers": 0}, "workers must be at least 1, not 0"),
-        ({"window": 0}, "window must be at least 1, not 0"),
+        ({"workers": 0}, "workers must be a whole number of at least 1, not 0"),
+        ({"workers": 2.5, "window": 5}, r"workers must be a whole number of at least 1, not 2\.5"),
+        ({"workers": True}, "workers must be a whole number of at least 1, not True"),
+        ({"window": 0}, "window must be a whole number of at least 1, not 0"),
+        ({"window": "9"}, "window must be a whole number of at least 1, not '9'"),
         ({"cost": {"tokens": 1}, "paced": True}, "give one"),
         ({"show_progress": "curses"}, "show_progress must be True, False, 'rich' or 'tqdm'"),
     ],

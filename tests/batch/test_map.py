@@ -104,3 +104,11 @@ def test_options_are_those_of_amap(tmp_path: Path) -> None:
     assert sweep() == sweep() == [False, True, True]
     assert calls == [0, 1, 2, 0]
     assert limiter.statistics().limits[0].used == 40
+
+
+@pytest.mark.parametrize("workers", [0, -1, 2.5])
+def test_a_number_of_threads_is_a_whole_one(workers: Any) -> None:
+    """It is refused at once, not with the first result."""
+    message = f"workers must be a whole number of at least 1, not {workers}"
+    with pytest.raises(ValueError, match=message):
+        map_sync(Limiter(concurrency=1), str, [1], workers=workers)

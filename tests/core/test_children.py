@@ -184,6 +184,48 @@ def test_a_child_out_of_its_own_quota_holds_up_nobody(virtual_time: VirtualTime)
     virtual_time.run(main())
 
 
+def test_what_bound_a_child_last_is_what_its_call_waited_for(virtual_time: VirtualTime) -> None:
+    """Its own pace holds every second call up for a moment; the key's tokens all others, for long."""
+
+    async def main() -> None:
+        key = Limiter(Limit("tokens", 100, per=10), clock=virtual_time.clock)
+        chat = key.child("chat", Limit("requests", 100, per=1, burst=1))
+        leases = await asyncio.gather(*(chat.acquire(tokens=50) for _ in range(6)))
+        assert [lease.bound_by for lease in leases] == [
+            None,
+            *["requests", "tokens"] * 2,
+            "requests",
+        ]
+
+    virtual_time.run(main())
+
+
+def test_each_child_says_what_holds_it_up(virtual_time: VirtualTime) -> None:
+    """Its own limits, or those above; and the limiter above, what holds up who goes next there."""
+
+    async def main() -> None:
+        key = Limiter("100 TPM", name="key", clock=virtual_time.clock)
+        poor, rich, late = key.child("poor", rpm=1), key.child("rich"), key.child("late")
+
+        def binding() -> list[str | None]:
+            return [each.statistics().bound_by for each in (key, poor, rich, late)]
+
+        await poor.acquire()
+        calls = [asyncio.ensure_future(poor.acquire(priority=1)) for _ in range(2)]
+        await virtual_time.all_blocked()
+        assert binding() == ["requests", "requests", None, None]
+        await rich.acquire(tokens=100)
+        calls += [asyncio.ensure_future(each.acquire(tokens=100)) for each in (rich, late)]
+        await virtual_time.all_blocked()
+        assert binding() == ["tokens", "requests", "tokens", "tokens"]
+        for call in calls:
+            call.cancel()
+        await virtual_time.all_blocked()
+        assert binding() == [None] * 4
+
+    virtual_time.run(main())
+
+
 def test_a_newcomer_waits_behind_whoever_waits_for_the_same(virtual_time: VirtualTime) -> None:
     """Where an uncle's costly call is next at a common limit, a nephew's cheap one is not."""
 

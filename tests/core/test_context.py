@@ -249,7 +249,7 @@ def test_a_deadline_holds_outside_of_loops() -> None:
 def test_what_is_no_deadline_is_refused(seconds: Any) -> None:
     """Before anything inside runs."""
     ran = False
-    with pytest.raises(ValueError, match=r"^deadline must be "), asyncbucket.deadline(seconds):
+    with pytest.raises(ValueError, match=r"^a deadline must be "), asyncbucket.deadline(seconds):
         ran = True
     assert not ran
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+import asyncbucket
 from asyncbucket import (
     AcquireTimeout,
     AsyncBucketError,
@@ -185,8 +186,15 @@ def test_a_timeout_is_not_negative_and_may_be_endless() -> None:
     limiter.acquire_sync(timeout=float("inf"), deadline=float("inf")).release()
     with pytest.raises(ValueError, match="a pause must end: give a finite number of seconds"):
         limiter.pause(float("inf"))
-    with pytest.raises(ValueError, match=r"^a pause must be at least 0 s, not -1$"):
+    with pytest.raises(
+        ValueError, match=r"^a pause must be at least 0 s, not -1; it is reckoned from now$"
+    ):
         limiter.pause(-1)
+    with pytest.raises(ValueError, match="a pause must be a number of seconds, not nan"):
+        limiter.pause(float("nan"))
+    message = r"^a deadline must be at least 0 s, not -1; math.inf sets none$"
+    with pytest.raises(ValueError, match=message), asyncbucket.deadline(-1):
+        pass
     with pytest.raises(AcquireTimeout):
         Limiter("5 RPM").acquire_sync(requests=2, deadline=-5)
 

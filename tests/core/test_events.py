@@ -244,6 +244,16 @@ def test_a_coroutine_function_is_no_observer() -> None:
     )
 
 
+def test_an_object_that_is_called_asynchronously_is_no_observer() -> None:
+    """It is a coroutine function by another name."""
+
+    class Watch:
+        async def __call__(self, _: Event) -> None: ...
+
+    with pytest.raises(TypeError, match=r"<locals>\.Watch is a coroutine function"):
+        Observers().add(Watch())
+
+
 # -- later -------------------------------------------------------------------------------------------
 
 

@@ -105,6 +105,7 @@ def test_asking_changes_nothing(virtual_time: VirtualTime) -> None:
             call.cancel()
         with pytest.raises(CostExceedsLimit, match="101 tokens exceeds the limit of 100 tokens"):
             limiter.explain(tokens=101)
+        assert limiter.statistics().refused == 0
 
     virtual_time.run(main())
 

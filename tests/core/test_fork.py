@@ -122,6 +122,60 @@ def test_calls_that_wait_in_the_parent_do_not_wait_in_the_child() -> None:
     """)
 
 
+def test_calls_of_the_parent_that_end_in_the_child_count_nowhere() -> None:
+    """Cancelled, closed or just admitted: nothing is given back, and the child's own line holds."""
+    run("""
+        limiter = Limiter(concurrency=1)
+        bucket = TokenBucket(rate=1e-9)
+        chat = limiter.child("chat")
+
+        async def one(each):
+            async with each.acquire():
+                pass
+
+        async def own():
+            lease = await limiter.acquire()
+            both = asyncio.gather(one(limiter), one(chat))
+            await asyncio.sleep(0)
+            assert (limiter.statistics().waiting, chat.statistics().waiting) == (2, 1)
+            lease.release()
+            await both
+
+        def check():
+            for call in calls:
+                call.cancel()
+                call.get_coro().close()
+            for each in (limiter, chat):
+                now = each.statistics()
+                assert (now.waiting, now.cancelled) == (0, 0), now
+            assert bucket.statistics().waiting == 0
+            assert "concurrency 0/1" in repr(limiter)
+            thread = threading.Thread(target=lambda: asyncio.run(own()))
+            thread.start()
+            thread.join(20)
+            os._exit(thread.is_alive())
+
+        async def main():
+            lease = await limiter.acquire()
+            await bucket.acquire()
+            calls[:] = [asyncio.ensure_future(limiter.acquire().__aenter__())]
+            calls.extend(asyncio.ensure_future(chat.acquire().__aenter__()) for _ in range(2))
+            calls.append(asyncio.ensure_future(bucket.acquire()))
+            await asyncio.sleep(0.01)
+            lease.release()
+            while not calls[0]._fut_waiter.done():
+                await asyncio.sleep(0)
+            in_child(check)
+            for call in calls:
+                call.cancel()
+            await asyncio.sleep(0.01)
+            assert (limiter.statistics().waiting, limiter.statistics().cancelled) == (0, 3)
+
+        calls = []
+        asyncio.run(main())
+    """)
+
+
 def test_a_bucket_goes_on_in_the_child() -> None:
     """Its units are the child's own from then on."""
     run("""

@@ -78,7 +78,47 @@ def test_who_gives_up_at_that_moment_is_not_told_twice(virtual_time: VirtualTime
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        assert limiter.statistics().waiting == 0
+        now = limiter.statistics()
+        assert (now.refused, now.cancelled, now.waiting) == (0, 1, 0)
+
+    virtual_time.run(main())
+
+
+def test_who_is_told_once_counts_once(virtual_time: VirtualTime) -> None:
+    """However often limits change before its task has run."""
+
+    async def main() -> None:
+        limiter = Limiter("100 TPM", clock=virtual_time.clock)
+        await limiter.acquire(tokens=100)
+        waiting = asyncio.ensure_future(limiter.acquire(tokens=80))
+        await virtual_time.all_blocked()
+        limiter.reconfigure(tpm=60)
+        limiter.reconfigure(tpm=50)
+        limiter.pause(1)
+        with pytest.raises(CostExceedsLimit):
+            await waiting
+        now = limiter.statistics()
+        assert (now.refused, now.cancelled, now.waiting) == (1, 0, 0)
+
+    virtual_time.run(main())
+
+
+def test_who_can_never_pass_is_told_so_though_its_time_is_up(virtual_time: VirtualTime) -> None:
+    """A limit is lowered in the instant of a deadline, before the call has run."""
+
+    async def main() -> None:
+        limiter = Limiter("100 TPM", clock=virtual_time.clock)
+        await limiter.acquire(tokens=100)
+        late = asyncio.ensure_future(limiter.acquire(tokens=80, timeout=70))
+        await virtual_time.all_blocked()
+        limiter.pause(100)
+        asyncio.get_running_loop().call_at(70, lambda: limiter.reconfigure(tpm=50))
+        with pytest.raises(
+            CostExceedsLimit, match="80 tokens exceeds the limit of 50 tokens per 60 s"
+        ):
+            await late
+        assert virtual_time.now == 70
+        assert limiter.statistics().refused == 1
 
     virtual_time.run(main())
 

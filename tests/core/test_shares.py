@@ -220,7 +220,7 @@ def test_one_that_waits_for_a_slot_is_found_without_it(grove: Grove) -> None:
     grove.push(other)
     assert grove.tree.head(0) is None
     assert grove.tree.wake < EMPTY
-    assert grove.tree.head(0, slotless=True) is call
+    assert grove.tree.head(0, slotless=1) is call
 
 
 def test_whoever_was_emptied_is_expected_back(grove: Grove) -> None:

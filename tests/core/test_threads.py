@@ -318,6 +318,40 @@ def test_a_slot_left_on_a_loop_that_has_ended_holds_up_nobody_for_ever() -> None
     assert limiter.statistics().in_flight == 0
 
 
+@pytest.mark.parametrize("path", [(), ("chat",)])
+def test_without_a_slot_pass_no_more_at_once_than_there_are_slots(path: tuple[str, ...]) -> None:
+    """As if those on the blocked loop were free; one second's patience is enough for all."""
+    limiter = Limiter()
+    for name in path:
+        limiter = limiter.child(name)
+    limiter.reconfigure(concurrency=2)
+    inside, most = 0, 0
+
+    async def call() -> None:
+        nonlocal inside, most
+        async with limiter.acquire():
+            inside += 1
+            most = max(most, inside)
+            await asyncio.sleep(0.01)
+            inside -= 1
+
+    async def elsewhere() -> None:
+        await asyncio.gather(*(call() for _ in range(9)))
+
+    async def main() -> float:
+        held = [await limiter.acquire() for _ in range(2)]
+        start = time.monotonic()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(asyncio.run, elsewhere()).result(ENOUGH)
+        for lease in held:
+            lease.release()
+        return time.monotonic() - start
+
+    assert asyncio.run(main()) < 5
+    assert 1 <= most <= 2
+    assert limiter.statistics().overridden == 9
+
+
 def test_a_call_that_passes_without_a_slot_keeps_the_other_limits() -> None:
     """Blocked slots do not open the windows: the third call waits for the second to leave."""
     limiter = Limiter("2 requests/3s burst 2", concurrency=1)
