@@ -389,9 +389,13 @@ class Account(Node):
         """Return what holds up who goes next, if anybody waits here."""
         if not self.waiting_now():
             return None
+        remote = self.path[-1].remote
+        known = None if remote is None else remote.held_up()
+        elsewhere = [known[0]] if known else []
         pacers = self.budget.pacers.values()
-        bound = (pacer.queue.binding(self) or pacer.bound_by for pacer in pacers)
-        return next((each for each in bound if each is not None), None)
+        here = [pacer.queue.binding(self) for pacer in pacers]
+        bound = elsewhere + here if self.parent is None else here + elsewhere
+        return next(filter(None, [*bound, *(pacer.bound_by for pacer in pacers)]), None)
 
     def flush(self) -> None:
         """Make those who watch hear what was to be told later; called without the lock."""

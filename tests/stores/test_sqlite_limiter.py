@@ -233,6 +233,31 @@ async def test_a_call_that_can_never_pass_says_so(path: Path) -> None:
             await limiter.acquire(tokens=101)
 
 
+async def test_statistics_tell_what_the_store_has_calls_wait_for(path: Path) -> None:
+    """At the root, and at a child that has room of its own; of one that has none, its own limit."""
+    limiter = Limiter("1 requests/2s", concurrency=9, store=f"sqlite:///{path}", name="openai")
+    roomy, narrow = limiter.child("roomy", concurrency=8), limiter.child("narrow", concurrency=1)
+    async with limiter.acquire(), asyncio.timeout(20):
+        holder = asyncio.create_task(take(narrow))
+        waiting = [asyncio.create_task(take(each)) for each in (narrow, roomy)]
+        while limiter.statistics().bound_by is None:
+            await asyncio.sleep(0.01)
+        assert limiter.statistics().bound_by == "requests"
+        assert roomy.statistics().bound_by == "requests"
+        assert narrow.statistics().bound_by == "concurrency"
+    for task in (holder, *waiting):
+        task.cancel()
+    await asyncio.gather(holder, *waiting, return_exceptions=True)
+    assert limiter.statistics().bound_by is None
+    await limiter.aclose()
+
+
+async def take(limiter: Limiter) -> None:
+    """Hold a lease until the end."""
+    async with limiter.acquire():
+        await asyncio.sleep(60)
+
+
 def test_threads_without_a_loop_share_it_too(path: Path) -> None:
     """Plain code on plain threads: the background loop keeps the store, and all are admitted."""
     limiter = Limiter("100 RPM burst 100", store=f"sqlite:///{path}", name="openai")
