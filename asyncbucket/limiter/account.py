@@ -391,11 +391,11 @@ class Account(Node):
             return None
         remote = self.path[-1].remote
         known = None if remote is None else remote.held_up()
-        elsewhere = [known[0]] if known else []
+        elsewhere = None if known is None else known[0]
         pacers = self.budget.pacers.values()
-        here = [pacer.queue.binding(self) for pacer in pacers]
-        bound = elsewhere + here if self.parent is None else here + elsewhere
-        return next(filter(None, [*bound, *(pacer.bound_by for pacer in pacers)]), None)
+        here = next(filter(None, (pacer.queue.binding(self) for pacer in pacers)), None)
+        bound = (elsewhere or here) if self.parent is None else (here or elsewhere)
+        return bound or next(filter(None, (pacer.bound_by for pacer in pacers)), None)
 
     def flush(self) -> None:
         """Make those who watch hear what was to be told later; called without the lock."""
