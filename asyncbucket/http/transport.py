@@ -262,9 +262,9 @@ class PacedTransport(_Paced):
         make_way(limiter)
         lease = await limiter.acquire(**parts(cost))
         attempt = lane.attempt(lease, call, profile)
-        body = request.stream
+        body = ours = request.stream
         try:
-            request.stream = load(body, attempt, "AsyncByteStream")
+            request.stream = ours = load(body, attempt, "AsyncByteStream")
             reply = await inner.handle_async_request(request)
             return self._send(attempt, reply, body_class(reply.stream, "AsyncByteStream"))
         except BaseException as error:
@@ -272,7 +272,8 @@ class PacedTransport(_Paced):
             attempt.failed(error)
             raise
         finally:
-            request.stream = body
+            if request.stream is ours:  # or who has read it has put what can be sent again there
+                request.stream = body
 
     async def _open(self, request: Any) -> Any:
         """Make the inner transport that goes with ``request``."""
@@ -322,9 +323,9 @@ class PacedTransportSync(_Paced):
         make_way(limiter)
         lease = limiter.acquire_sync(**parts(cost))
         attempt = lane.attempt(lease, call, profile)
-        body = request.stream
+        body = ours = request.stream
         try:
-            request.stream = load(body, attempt, "SyncByteStream")
+            request.stream = ours = load(body, attempt, "SyncByteStream")
             reply = inner.handle_request(request)
             return self._send(attempt, reply, body_class(reply.stream, "SyncByteStream"))
         except BaseException as error:
@@ -332,7 +333,8 @@ class PacedTransportSync(_Paced):
             attempt.failed(error)
             raise
         finally:
-            request.stream = body
+            if request.stream is ours:  # or who has read it has put what can be sent again there
+                request.stream = body
 
     def _open(self, request: Any) -> Any:
         self.inner = self._make(family_of(request))

@@ -276,6 +276,45 @@ async def test_streamed_upload_stays_a_stream(library: Any, limiter: Limiter) ->
     assert used(limiter, "requests") == 1
 
 
+async def test_streamed_upload_that_was_read_can_be_redirected(
+    library: Any, limiter: Limiter
+) -> None:
+    """A transport that reads a body leaves what can be sent again, and so does a paced one."""
+
+    async def answer(request: Any) -> Any:
+        body = await request.aread()
+        if request.url.path == "/old":
+            return library.Response(307, headers={"location": "/new"})
+        return library.Response(200, content=body)
+
+    async def parts() -> Any:
+        yield b"hel"
+        yield b"lo"
+
+    async with client_over(library, limiter, answer) as client:
+        reply = await client.post("https://x.test/old", content=parts(), follow_redirects=True)
+
+    assert reply.content == b"hello"
+
+
+def test_synchronous_upload_that_was_read_can_be_redirected(library: Any, limiter: Limiter) -> None:
+    """As an asynchronous one."""
+
+    def answer(request: Any) -> Any:
+        body = request.read()
+        if request.url.path == "/old":
+            return library.Response(307, headers={"location": "/new"})
+        return library.Response(200, content=body)
+
+    paced = limiter.transport_sync(library.MockTransport(answer))
+    with library.Client(transport=paced) as client:
+        reply = client.post(
+            "https://x.test/old", content=iter([b"hel", b"lo"]), follow_redirects=True
+        )
+
+    assert reply.content == b"hello"
+
+
 async def test_reply_is_the_inner_transports_own(library: Any, limiter: Limiter) -> None:
     """The same response object comes back, so that extensions and subclasses survive."""
     answer = library.Response(200, stream=chunked(library), extensions={"http_version": b"HTTP/2"})
