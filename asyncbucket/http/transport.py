@@ -15,6 +15,7 @@ wait twice, in the SDK's back-off and in line, and so they are mentioned once.
 
 import importlib
 import logging
+import threading
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeAlias
@@ -310,6 +311,10 @@ class PacedTransportSync(_Paced):
     _method = "handle_request"
     _default = "HTTPTransport"
 
+    def __init__(self, limiter: Limiter, inner: Any, **how: Any) -> None:
+        super().__init__(limiter, inner, **how)
+        self._opening = threading.Lock()
+
     def handle_request(self, request: Any) -> Any:
         """Send ``request`` when it is its turn, and return the inner transport's response."""
         inner = self.inner or self._open(request)
@@ -337,9 +342,12 @@ class PacedTransportSync(_Paced):
                 request.stream = body
 
     def _open(self, request: Any) -> Any:
-        self.inner = self._make(family_of(request))
-        if self._entered:
-            self.inner.__enter__()
+        with self._opening:  # the first requests may come on several threads
+            if self.inner is None:
+                inner = self._make(family_of(request))
+                if self._entered:
+                    inner.__enter__()
+                self.inner = inner
         return self.inner
 
     def close(self) -> None:

@@ -1,8 +1,11 @@
 """Every attempt is admitted, and its slot is held for exactly as long as it is in use."""
 
 import asyncio
+import contextlib
 import gc
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -664,6 +667,25 @@ async def test_inner_transport_goes_by_the_first_request(library: Any, limiter: 
     assert type(paced.inner) is library.AsyncHTTPTransport
     assert type(sync.inner) is library.HTTPTransport
     assert "AsyncHTTPTransport" in repr(paced)
+
+
+def test_first_requests_on_several_threads_share_one_inner_transport(
+    library: Any, limiter: Limiter
+) -> None:
+    """Or what the others have opened would not be closed with the client."""
+    paced, made, arrived = limiter.transport_sync(), [], threading.Barrier(2)
+
+    def make(_: str) -> Any:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            arrived.wait(0.2)  # for another thread that makes one, too
+        made.append(library.MockTransport(answering(library, b"ok")))
+        return made[-1]
+
+    paced._make = make  # what takes a while, in which another thread comes
+    with library.Client(transport=paced) as client, ThreadPoolExecutor(2) as threads:
+        assert [each.status_code for each in threads.map(client.get, [URL, URL])] == [200, 200]
+
+    assert made == [paced.inner]
 
 
 async def test_family_is_made_at_once_where_it_is_named(limiter: Limiter) -> None:
