@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.errors import AsyncBucketError, CostExceedsLimit, StoreError
 from asyncbucket.gates import Gates
+from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER
 from asyncbucket.queue import Line, Waiter
 from asyncbucket.stores.desk import Desk, Grant
@@ -164,9 +165,9 @@ class Counter:
 
     # -- the store ---------------------------------------------------------------------------------
 
-    def left(self) -> tuple[int, ...]:
+    def left(self) -> dict[Limit, int]:
         """Return the units left of each limit, as last heard."""
-        return () if self._desk is None else self._desk.left
+        return {} if self._desk is None else self._desk.left
 
     def held_up(self) -> tuple[str, int] | None:
         """Return what the first who is not booked waits for, and until when at least."""

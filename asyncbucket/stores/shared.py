@@ -101,11 +101,11 @@ class Shared(Remote):
 
     def use(self) -> Iterator[LimitUse]:
         """See `asyncbucket.limiter.remote.Remote`: as the last reply of the store told."""
-        left: tuple[int, ...] = ()
+        left: dict[Limit, int] = {}
         for counter in self._counters.values():
             left = counter.left() or left
-        for index, limit in enumerate(self.terms().limits):
-            available = left[index] if index < len(left) else limit.amount
+        for limit in self.terms().limits:
+            available = left.get(limit, limit.amount)
             yield LimitUse(limit, used=limit.amount - available, available=available)
 
     def held_up(self) -> tuple[str, int] | None:

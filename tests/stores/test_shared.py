@@ -415,3 +415,24 @@ async def test_statistics_tell_what_the_store_told_last(url: str) -> None:
     assert (use.used, use.available) == (3, 97)
     await one.aclose()
     await two.aclose()
+
+
+@pytest.mark.parametrize("kind", ["server", "file"])
+async def test_statistics_tell_each_limit_its_own_numbers(
+    kind: str, url: str, tmp_path: Path
+) -> None:
+    """In whatever order a store keeps limits, and other processes write them."""
+    where = url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}"
+    one = Limiter("500 RPM burst 500", "20k TPM", "10k RPD", store=where, name="order")
+    two = Limiter("20k TPM", "10k RPD", "500 RPM burst 500", store=where, name="order")
+    for limiter in (one, two, one):
+        (await limiter.acquire(tokens=70)).release()
+    await asyncio.sleep(0.1)
+    (await two.acquire(tokens=70)).release()
+    used = {use.limit.keyword: (use.used, use.available) for use in two.statistics().limits}
+    assert used == {"rpm": (4, 496), "tpm": (280, 19_720), "rpd": (4, 9_996)}
+    (await one.acquire(tokens=70)).release()
+    used = {use.limit.keyword: (use.used, use.available) for use in one.statistics().limits}
+    assert used == {"rpm": (5, 495), "tpm": (350, 19_650), "rpd": (5, 9_995)}
+    await one.aclose()
+    await two.aclose()
