@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from asyncbucket import AcquireTimeout, Limit, Limiter, StoreError, WouldBlock
+from asyncbucket.http import OPENAI
+from asyncbucket.http.learn import Ear
 from asyncbucket.stores import open_store
 from asyncbucket.stores.redis_ledger import RedisLedger
 
@@ -297,6 +299,23 @@ async def test_pause_and_new_limits_are_heard_by_the_others(url: str) -> None:
     with pytest.raises(AcquireTimeout):
         await two.acquire(timeout=0.5)
     assert two.limits == one.limits
+    await one.aclose()
+    await two.aclose()
+
+
+async def test_limit_that_a_provider_announces_is_kept_by_all(url: str) -> None:
+    """Where none was given; one that is beyond what the store counts limits nobody."""
+    one = Limiter(store=url, name="learn")
+    two = Limiter(store=url, name="learn")
+    for limiter in (one, two):
+        (await limiter.acquire()).release()
+    for number in (10**15 - 1, 3):
+        Ear(one).hear([(b"x-ratelimit-limit-requests", str(number).encode())], OPENAI)
+    await asyncio.sleep(0.1)
+    (await one.acquire(timeout=0.5)).release()
+    with pytest.raises(AcquireTimeout, match="requests bind"):
+        await two.acquire(timeout=0.5)
+    assert one.limits == two.limits == (Limit("requests", 3, per=60),)
     await one.aclose()
     await two.aclose()
 
