@@ -44,7 +44,11 @@ class Counter:
         self._tasks: set[asyncio.Task[None]] = set()
         self._opening = self._closing = False
         self._latecomers = Latecomers(
-            shared.make, shared.account.name, slot_ttl=shared.slot_ttl, spawn=self._spawn
+            shared.make,
+            shared.account.name,
+            slot_ttl=shared.slot_ttl,
+            spawn=self._spawn,
+            close=shared.close,
         )
 
     # -- for the pacer -----------------------------------------------------------------------------
@@ -235,7 +239,7 @@ class Counter:
         if desk is not None:
             await self._part_with(desk)
         if store is not None:
-            await store.aclose()
+            await self._shared.close(store)
         await self._settle()
         self._closing = False
 

@@ -33,7 +33,8 @@ def share(
 
     Args:
         account: whose limits; its name is what processes share them by.
-        store: a URL, or a store made by the caller, which serves one event loop then.
+        store: a URL, or a store made by the caller, which serves one event loop then, and stays
+            open when the limiter is closed: others may use it.
         on_outage: what to do while the store is gone: see `asyncbucket.stores.outage`.
         slot_ttl: seconds without a sign of life after which a process's slots come back.
 
@@ -116,6 +117,12 @@ class Shared(Remote):
     def pause(self, span: int, *, gradually: bool) -> None:
         """See `asyncbucket.limiter.remote.Remote`."""
         self._ask(lambda ledger: ledger.pause(span, gradually=gradually))
+
+    async def close(self, store: Store) -> None:
+        """Close a store that was made here; one that was given is for its maker to close."""
+        (given,) = self.make.args
+        if store is not given:
+            await store.aclose()
 
     def options(self) -> dict[str, Any]:
         """See `asyncbucket.limiter.remote.Remote`: by a URL another process comes to the same."""

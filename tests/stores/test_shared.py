@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from asyncbucket import AcquireTimeout, Limit, Limiter, StoreError, WouldBlock
+from asyncbucket.events import Event, StoreLost
 from asyncbucket.http import OPENAI
 from asyncbucket.http.learn import Ear
 from asyncbucket.stores import open_store
@@ -89,6 +90,32 @@ async def test_limiter_may_be_used_and_closed_again(url: str) -> None:
         await limiter.aclose()
         snapshot = await open_and_peek(url, "again")
         assert (snapshot.limits[0].used, snapshot.workers) == (count, 0)
+
+
+@pytest.mark.parametrize("kind", ["server", "file"])
+async def test_store_that_was_given_stays_open(kind: str, url: str, tmp_path: Path) -> None:
+    """For other limiters, for calls that end late, and for the limiter if it is used again."""
+    store = open_store(url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}")
+    one = Limiter("20/s", concurrency=2, store=store, name="one")
+    two = Limiter("20/s", store=store, name="two")
+    lost: list[Event] = []
+    two.observe(lost.append)
+    late = await one.acquire()
+    (await two.acquire()).release()
+
+    await one.aclose()
+
+    late.release()
+    (await two.acquire()).release()
+    await asyncio.sleep(0.2)
+    snapshot = await store.peek("one")
+    assert snapshot is not None
+    assert (snapshot.slots, snapshot.workers) == (0, 0)
+    assert not [event for event in lost if isinstance(event, StoreLost)]
+    (await one.acquire()).release()
+    await one.aclose()
+    await two.aclose()
+    await store.aclose()
 
 
 async def test_limit_above_what_the_store_counts_is_refused_at_once(url: str) -> None:
