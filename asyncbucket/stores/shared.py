@@ -147,8 +147,13 @@ class Shared(Remote):
         any(counter.ask(what) for counter in self._counters.values())
 
     def hear(self, terms: Terms) -> None:
-        """Take over limits that another process has set."""
-        self.account.set_limits(list(terms.limits), terms.concurrency)
+        """Take over limits that another process has set; what it does not name is limited no more."""
+        account, named = self.account, {(limit.resource, limit.per) for limit in terms.limits}
+        with account.budget.lock:
+            account.limits = {key: kept for key, kept in account.limits.items() if key in named}
+            if terms.concurrency is None:
+                account.slots = None
+        account.set_limits(list(terms.limits), terms.concurrency)
 
     async def aclose(self) -> None:
         """See `asyncbucket.limiter.remote.Remote`; of the running loop."""

@@ -330,6 +330,29 @@ async def test_pause_and_new_limits_are_heard_by_the_others(url: str) -> None:
     await two.aclose()
 
 
+@pytest.mark.parametrize("kind", ["server", "file"])
+async def test_limit_that_another_process_leaves_out_is_in_force_no_more(
+    kind: str, url: str, tmp_path: Path
+) -> None:
+    """Nor does it come back with the next change: the last word counts, for all."""
+    where = url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}"
+    one = Limiter("100 RPM burst 100", "10 TPM", concurrency=2, store=where, name="fewer")
+    (await one.acquire()).release()
+    two = Limiter("100 RPM burst 100", store=where, name="fewer")
+    for limiter in (two, one):
+        (await limiter.acquire()).release()
+
+    assert one.limits == two.limits == (Limit("requests", 100, burst=100),)
+    assert one.concurrency is None
+    (await one.acquire(tokens=11)).release()
+    one.reconfigure("50 RPM burst 50")
+    await asyncio.sleep(0.1)
+    (await two.acquire(tokens=11)).release()
+    assert one.limits == two.limits == (Limit("requests", 50, burst=50),)
+    await one.aclose()
+    await two.aclose()
+
+
 async def test_limit_that_a_provider_announces_is_kept_by_all(url: str) -> None:
     """Where none was given; one that is beyond what the store counts limits nobody."""
     one = Limiter(store=url, name="learn")
