@@ -12,7 +12,7 @@ import httpx
 import httpx2
 import pytest
 
-from asyncbucket import Cost, CostExceedsLimit, Limiter, WouldBlock
+from asyncbucket import Cost, CostExceedsLimit, Limiter, WouldBlock, tenant
 from asyncbucket.http import Call, Told, Usage
 from asyncbucket.http.held import Held, holding
 from asyncbucket.testing import RateLimitedProvider, VirtualClock
@@ -508,6 +508,18 @@ async def test_foreseen_output_does_not_make_a_call_impossible(library: Any) -> 
         body["messages"][0]["content"] = "x" * 4_000
         with pytest.raises(CostExceedsLimit, match="1,000"):
             await client.post(URL, json=body)
+
+
+async def test_tenants_own_limits_count_as_the_limiters_do(library: Any) -> None:
+    """What is foreseen makes no call of a tenant impossible, and usage settles what it is charged."""
+    limiter = Limiter("1000 RPM burst 1000")
+    limiter.per_key("200 TPM")
+    async with client_over(library, limiter, answering(library, REPLY)) as client:
+        for name in ("acme", "other"):
+            with tenant(name):
+                await client.post("https://vllm.test/v1/chat/completions", json={"messages": "x"})
+
+    assert used(limiter.key("acme"), "tokens") == used(limiter.key("other"), "tokens") == 97
 
 
 async def test_refusal_is_listened_to_at_once(library: Any) -> None:
