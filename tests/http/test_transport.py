@@ -351,6 +351,24 @@ async def test_reply_of_a_foreign_kind_passes_untouched(limiter: Limiter) -> Non
 
 
 @pytest.mark.real_clock
+async def test_slot_of_a_reply_dropped_by_a_real_client_comes_back(
+    library: Any, limiter: Limiter
+) -> None:
+    """Though the pool keeps the request, whose connection is in use for good; real sockets."""
+    headers = {"authorization": "Bearer k"}
+    with RateLimitedProvider() as provider:
+        url = f"{provider.base_url}/chat/completions"
+        async with library.AsyncClient(transport=limiter.transport(), headers=headers) as client:
+            await client.send(client.build_request("POST", url, json=BODY), stream=True)
+            gc.collect()
+            assert in_flight(limiter) == 0
+        with library.Client(transport=limiter.transport_sync(), headers=headers) as client:
+            client.send(client.build_request("POST", url, json=BODY), stream=True)
+            gc.collect()
+            assert in_flight(limiter) == 0
+
+
+@pytest.mark.real_clock
 async def test_first_event_passes_before_the_second_is_sent(limiter: Limiter) -> None:
     """Nothing is buffered: the server sends its second event when the client has seen the first.
 
