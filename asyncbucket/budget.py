@@ -58,7 +58,8 @@ class Budget:
         self.epoch = 0
         self.blocked = BlockedLoops()
         self.background = Background()
-        self._arrivals = 0
+        #: How many calls have stood in line so far; each has its number.
+        self.arrivals = 0
         self._dropped: list[Callable[[], object]] = []
         self.settle_down_locked()
         reset_after_fork(self)
@@ -94,7 +95,7 @@ class Budget:
         waiter.node = node
         waiter.amounts = amounts
         waiter.priority = priority
-        waiter.number = self._arrivals = self._arrivals + 1
+        waiter.number = self.arrivals = self.arrivals + 1
         waiter.deadline = deadline
         waiter.bound_by = None
         waiter.pacer = pacer

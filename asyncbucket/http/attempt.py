@@ -30,6 +30,7 @@ class Attempt:
     """Hold a lease until a reply's body is over, and see the usage go by."""
 
     __slots__ = (
+        "__weakref__",  # pyright: ignore[reportUninitializedInstanceVariable]
         "_call",
         "_ear",
         "_encoding",

@@ -10,6 +10,7 @@ it is complete the usage is found in them by its key, not by parsing: a reply's 
 letters ``"usage"``, but JSON escapes the quotes around them, so the bytes are the real key alone.
 """
 
+import contextlib
 import json
 import re
 from collections import deque
@@ -148,8 +149,14 @@ def sent(path: str, body: Mapping[str, Any]) -> Sent:
     """Return what the call of ``path`` with the JSON ``body`` sends and asks for."""
     path = path.rstrip("/")
     found = Sent(writes=path.endswith(_WRITES))
-    if not (found.writes or path.endswith(_READS)):
-        return found
+    if found.writes or path.endswith(_READS):
+        with contextlib.suppress(RecursionError):  # nested deeper than what any model is sent
+            _look_into(body, found)
+    return found
+
+
+def _look_into(body: Mapping[str, Any], found: Sent) -> None:
+    """Add up in ``found`` what ``body`` holds."""
     for name, value in body.items():
         part = _PARTS.get(name)
         if part == "text":
@@ -165,7 +172,6 @@ def sent(path: str, body: Mapping[str, Any]) -> Sent:
             found.replies = max(found.replies, value)
         elif part == "options" and isinstance(value, dict) and _is_count(value.get("num_predict")):
             found.max_output = value["num_predict"]
-    return found
 
 
 def _detail(part: dict[str, Any]) -> object:

@@ -11,7 +11,7 @@ from asyncbucket.http.profiles import Call, Profile
 from asyncbucket.http.refusals import Refusals
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.lease import Lease
-from asyncbucket.limiter.levels import in_force
+from asyncbucket.limiter.levels import asked, in_force
 
 if TYPE_CHECKING:
     from asyncbucket.limits import Limit
@@ -28,7 +28,6 @@ class Lane:
 
     __slots__ = (
         "_forecast",
-        "_limits",
         "_refusals",
         "_settles",
         "ear",
@@ -40,9 +39,8 @@ class Lane:
         self.ear = Ear(limiter, learn=learn)
         self._refusals = Refusals(pauses)
         self._forecast = OutputForecast()
-        #: The limits when they were last looked at, and whether a profile settles any of them.
-        self._limits: tuple[Limit, ...] = ()
-        self._settles: dict[int, tuple[Profile, bool]] = {}
+        #: For each profile, the limits when they were last looked at, and whether it settles any.
+        self._settles: dict[int, tuple[Profile, tuple[Limit, ...], bool]] = {}
 
     def foresee(self) -> int:
         """Return the tokens that a reply probably stays under, to judge by the last ones."""
@@ -55,11 +53,7 @@ class Lane:
         if cost is None:
             return call, None
         excess, amounts = 0, cost._amounts  # noqa: SLF001 - looked at for each request
-        limits = in_force(self.limiter)
-        if limits is not self._limits:
-            self._limits = limits
-            self._settles.clear()
-        for limit in limits:
+        for limit in in_force(asked(self.limiter)):
             excess = max(excess, amounts.get(limit.resource, 0) - limit.amount)
         if excess:  # what is only foreseen must not make a call impossible
             call = replace(call, foreseen=max(0, call.foreseen - excess))
@@ -82,11 +76,12 @@ class Lane:
         )
 
     def _is_settled(self, profile: Profile) -> bool:
+        limits = in_force(asked(self.limiter))
         known = self._settles.get(id(profile))
-        if known is None:
-            settles = any(limit.resource in profile.settles for limit in self._limits)
-            self._settles[id(profile)] = known = profile, settles
-        return known[1]
+        if known is None or known[1] is not limits:
+            settles = any(limit.resource in profile.settles for limit in limits)
+            self._settles[id(profile)] = known = profile, limits, settles
+        return known[2]
 
 
 def parts(cost: Cost) -> dict[str, Any]:

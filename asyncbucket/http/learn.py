@@ -8,6 +8,7 @@ A limiter may stand under others, and only one of them has the limit that the pr
 the one whose number is announced, or else the one that comes next below it.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable
 from typing import Any, Final, TypeAlias
@@ -175,7 +176,8 @@ class Ear:
         if place is None:
             told = profile.tells[number]
             if limit is not None and not any(in_force[1:]):
-                self._limiter.learn(Limit(told.resource, limit, per=told.per))
+                with contextlib.suppress(ValueError):  # more than a store counts limits nobody
+                    self._limiter.learn(Limit(told.resource, limit, per=told.per))
             limiter, per = self._whose(told, limit)
             place = limiter, told.resource, per
             if len(self._places) < _MANY:

@@ -2,9 +2,14 @@
 
 A client insists on its own library's kind of stream, so a body's class is made from the one that the
 request or the reply came with, whichever library that is from.
+
+A reply's body holds the attempt; dropped, it gives the attempt's slot back. A request's knows it by a
+weak reference, for a pool of connections keeps the request while its connection is in use, and a
+reply that is dropped unread never ends that.
 """
 
 import functools
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any, Final
 
@@ -67,10 +72,10 @@ class _AsyncLoad:
 
     def __init__(self, inner: Any, attempt: Attempt) -> None:
         self._inner = inner
-        self._attempt = attempt
+        self._attempt = weakref.ref(attempt)
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        self._attempt.leaves()
+        _leaves(self._attempt)
         chunks: AsyncIterator[bytes] = self._inner.__aiter__()
         return chunks
 
@@ -83,14 +88,20 @@ class _SyncLoad:
 
     def __init__(self, inner: Any, attempt: Attempt) -> None:
         self._inner = inner
-        self._attempt = attempt
+        self._attempt = weakref.ref(attempt)
 
     def __iter__(self) -> Iterator[bytes]:
-        self._attempt.leaves()
+        _leaves(self._attempt)
         return iter(self._inner)
 
     def close(self) -> None:
         self._inner.close()
+
+
+def _leaves(attempt: "weakref.ref[Attempt]") -> None:
+    there = attempt()
+    if there is not None:
+        there.leaves()
 
 
 _BODIES: Final = {"AsyncByteStream": _AsyncBody, "SyncByteStream": _SyncBody}

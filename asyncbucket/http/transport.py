@@ -15,6 +15,7 @@ wait twice, in the SDK's back-off and in line, and so they are mentioned once.
 
 import importlib
 import logging
+import threading
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeAlias
@@ -262,9 +263,9 @@ class PacedTransport(_Paced):
         make_way(limiter)
         lease = await limiter.acquire(**parts(cost))
         attempt = lane.attempt(lease, call, profile)
-        body = request.stream
+        body = ours = request.stream
         try:
-            request.stream = load(body, attempt, "AsyncByteStream")
+            request.stream = ours = load(body, attempt, "AsyncByteStream")
             reply = await inner.handle_async_request(request)
             return self._send(attempt, reply, body_class(reply.stream, "AsyncByteStream"))
         except BaseException as error:
@@ -272,7 +273,8 @@ class PacedTransport(_Paced):
             attempt.failed(error)
             raise
         finally:
-            request.stream = body
+            if request.stream is ours:  # or who has read it has put what can be sent again there
+                request.stream = body
 
     async def _open(self, request: Any) -> Any:
         """Make the inner transport that goes with ``request``."""
@@ -309,6 +311,10 @@ class PacedTransportSync(_Paced):
     _method = "handle_request"
     _default = "HTTPTransport"
 
+    def __init__(self, limiter: Limiter, inner: Any, **how: Any) -> None:
+        super().__init__(limiter, inner, **how)
+        self._opening = threading.Lock()
+
     def handle_request(self, request: Any) -> Any:
         """Send ``request`` when it is its turn, and return the inner transport's response."""
         inner = self.inner or self._open(request)
@@ -322,9 +328,9 @@ class PacedTransportSync(_Paced):
         make_way(limiter)
         lease = limiter.acquire_sync(**parts(cost))
         attempt = lane.attempt(lease, call, profile)
-        body = request.stream
+        body = ours = request.stream
         try:
-            request.stream = load(body, attempt, "SyncByteStream")
+            request.stream = ours = load(body, attempt, "SyncByteStream")
             reply = inner.handle_request(request)
             return self._send(attempt, reply, body_class(reply.stream, "SyncByteStream"))
         except BaseException as error:
@@ -332,12 +338,16 @@ class PacedTransportSync(_Paced):
             attempt.failed(error)
             raise
         finally:
-            request.stream = body
+            if request.stream is ours:  # or who has read it has put what can be sent again there
+                request.stream = body
 
     def _open(self, request: Any) -> Any:
-        self.inner = self._make(family_of(request))
-        if self._entered:
-            self.inner.__enter__()
+        with self._opening:  # the first requests may come on several threads
+            if self.inner is None:
+                inner = self._make(family_of(request))
+                if self._entered:
+                    inner.__enter__()
+                self.inner = inner
         return self.inner
 
     def close(self) -> None:

@@ -174,8 +174,14 @@ class Account(Node):
             self.tell(LimitChanged, limit=f"concurrency {self.slots.size}")
 
     def learn(self, limit: Limit) -> None:
-        """Take over a limit that the provider announces, if none was given."""
+        """Take over a limit that the provider announces, if none was given.
+
+        Raises:
+            ValueError: the store cannot count that far.
+        """
         key = (limit.resource, limit.per)
+        if self.remote is not None:
+            self.remote.check([limit], None)
         with self.budget.lock:
             ours = self.limits.get(key)
             if self.limits.keys() - self.learned or (ours and ours[0].amount == limit.amount):
@@ -183,6 +189,8 @@ class Account(Node):
             self.steered = True
             self.learned |= {key}
         self.set_limits([limit], None)
+        if self.remote is not None:
+            self.remote.configure()
         self.tell(LimitLearned, limit=str(limit))
 
     def hear_remaining_locked(

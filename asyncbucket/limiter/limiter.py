@@ -447,6 +447,7 @@ class Limiter(Doors):
 
         Raises:
             TypeError: it is no `Limit`.
+            ValueError: the store that keeps the limits cannot count that far.
         """
         if not isinstance(limit, Limit):
             raise TypeError(f'learn() takes a Limit, such as Limit("requests", 500), not {limit!r}')

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.errors import AsyncBucketError, CostExceedsLimit, StoreError
 from asyncbucket.gates import Gates
+from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER
 from asyncbucket.queue import Line, Waiter
 from asyncbucket.stores.desk import Desk, Grant
@@ -42,8 +43,14 @@ class Counter:
         self._desk: Desk[Waiter] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._opening = self._closing = False
+        #: Why the store could not be opened, and the last call that had come by then.
+        self._failure: tuple[Exception, int] | None = None
         self._latecomers = Latecomers(
-            shared.make, shared.account.name, slot_ttl=shared.slot_ttl, spawn=self._spawn
+            shared.make,
+            shared.account.name,
+            slot_ttl=shared.slot_ttl,
+            spawn=self._spawn,
+            close=shared.close,
         )
 
     # -- for the pacer -----------------------------------------------------------------------------
@@ -164,9 +171,9 @@ class Counter:
 
     # -- the store ---------------------------------------------------------------------------------
 
-    def left(self) -> tuple[int, ...]:
+    def left(self) -> dict[Limit, int]:
         """Return the units left of each limit, as last heard."""
-        return () if self._desk is None else self._desk.left
+        return {} if self._desk is None else self._desk.left
 
     def held_up(self) -> tuple[str, int] | None:
         """Return what the first who is not booked waits for, and until when at least."""
@@ -181,20 +188,24 @@ class Counter:
         return True
 
     async def _open(self) -> None:
-        """Join the limiter at the store; if that fails, those who wait are told."""
+        """Join the limiter at the store; if that fails, all who have come by then are told."""
         shared = self._shared
         account = shared.account
         try:
             if self._closing:
                 self._turn_away(_CLOSED)
                 return
+            if self._failure is not None and self._is_told_of(*self._failure):
+                return
             store = self._store = self._store or shared.make()
             ledger = await store.open(account.name, shared.terms(), slot_ttl=shared.slot_ttl)
         except Exception as error:  # noqa: BLE001 - such as a name that the store does not take
-            self._turn_away(str(error) or repr(error), error)
+            self._failure = error, self._budget.arrivals
+            self._is_told_of(*self._failure)
             return
         finally:
             self._opening = False
+        self._failure = None
         if leaving():  # the loop ends, and cancels no task that is made now
             return
         self._desk = Desk(
@@ -209,12 +220,22 @@ class Counter:
         self._desk.look_after(self._latecomers.hand_over())
         self._desk.ring()
 
-    def _turn_away(self, why: str, cause: Exception | None = None) -> None:
-        """Fail all who wait here."""
+    def _is_told_of(self, failure: Exception, last: int) -> bool:
+        """Turn away those who came before it was known; return whether nobody else waits here.
+
+        More of them wait in the pacer's line than stand here at a time. Nor would it be of use to
+        have each of those try the store anew: it may take seconds to find out that it is gone.
+        """
+        self._turn_away(str(failure) or repr(failure), failure, last=last)
+        return not len(self._line)
+
+    def _turn_away(self, why: str, cause: Exception | None = None, *, last: int = NEVER) -> None:
+        """Fail all who wait here, up to the ``last`` that has come."""
         for waiter in (*self._grants, *self._line.waiters()):
-            error = StoreError(why)
-            error.__cause__ = cause
-            self._fail(waiter, error)
+            if waiter.number <= last:
+                error = StoreError(why)
+                error.__cause__ = cause
+                self._fail(waiter, error)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(coroutine, name="asyncbucket store")
@@ -234,7 +255,7 @@ class Counter:
         if desk is not None:
             await self._part_with(desk)
         if store is not None:
-            await store.aclose()
+            await self._shared.close(store)
         await self._settle()
         self._closing = False
 

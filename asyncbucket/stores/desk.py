@@ -18,6 +18,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 from asyncbucket.errors import StoreError
 from asyncbucket.events import Event
+from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER, Amounts
 from asyncbucket.stores.lifeline import Lifeline, end, guarded, leaving, rung
 from asyncbucket.stores.outage import OnOutage
@@ -174,9 +175,9 @@ class Desk(Generic[W]):
         return frozenset(self._lifeline.slots)
 
     @property
-    def left(self) -> tuple[int, ...]:
-        """The units left of each limit, as last heard."""
-        return self._lifeline.left
+    def left(self) -> dict[Limit, int]:
+        """The units left of each limit, as last heard; the store has an order of its own."""
+        return dict(zip(self._lifeline.record.terms.limits, self._lifeline.left, strict=False))
 
     def look_after(self, slots: Iterable[str]) -> None:
         """Keep alive, and take back, what calls hold that another desk has admitted."""

@@ -7,7 +7,7 @@ set since stays in force. If the store cannot be reached, slots expire by themse
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Final
 
 from asyncbucket.errors import StoreError
@@ -29,11 +29,13 @@ class Latecomers:
         *,
         slot_ttl: float,
         spawn: Callable[[Coroutine[Any, Any, None]], None],
+        close: Callable[[Store], Awaitable[None]],
     ) -> None:
         self._make = make
         self._name = name
         self._slot_ttl = slot_ttl
         self._spawn = spawn
+        self._close = close
         #: Slots of calls that are under way, though the desk that got them is gone.
         self._held: set[str] = set()
         #: Those that came back before that desk had gone for good.
@@ -85,4 +87,4 @@ class Latecomers:
         except StoreError:
             _log.debug("the store is gone: slots expire by themselves")
         finally:
-            await store.aclose()
+            await self._close(store)

@@ -33,7 +33,8 @@ def share(
 
     Args:
         account: whose limits; its name is what processes share them by.
-        store: a URL, or a store made by the caller, which serves one event loop then.
+        store: a URL, or a store made by the caller, which serves one event loop then, and stays
+            open when the limiter is closed: others may use it.
         on_outage: what to do while the store is gone: see `asyncbucket.stores.outage`.
         slot_ttl: seconds without a sign of life after which a process's slots come back.
 
@@ -102,11 +103,11 @@ class Shared(Remote):
 
     def use(self) -> Iterator[LimitUse]:
         """See `asyncbucket.limiter.remote.Remote`: as the last reply of the store told."""
-        left: tuple[int, ...] = ()
+        left: dict[Limit, int] = {}
         for counter in self._counters.values():
             left = counter.left() or left
-        for index, limit in enumerate(self.terms().limits):
-            available = left[index] if index < len(left) else limit.amount
+        for limit in self.terms().limits:
+            available = left.get(limit, limit.amount)
             yield LimitUse(limit, used=limit.amount - available, available=available)
 
     def held_up(self) -> tuple[str, int] | None:
@@ -117,6 +118,12 @@ class Shared(Remote):
     def pause(self, span: int, *, gradually: bool) -> None:
         """See `asyncbucket.limiter.remote.Remote`."""
         self._ask(lambda ledger: ledger.pause(span, gradually=gradually))
+
+    async def close(self, store: Store) -> None:
+        """Close a store that was made here; one that was given is for its maker to close."""
+        (given,) = self.make.args
+        if store is not given:
+            await store.aclose()
 
     def options(self) -> dict[str, Any]:
         """See `asyncbucket.limiter.remote.Remote`: by a URL another process comes to the same."""
@@ -141,8 +148,13 @@ class Shared(Remote):
         any(counter.ask(what) for counter in self._counters.values())
 
     def hear(self, terms: Terms) -> None:
-        """Take over limits that another process has set."""
-        self.account.set_limits(list(terms.limits), terms.concurrency)
+        """Take over limits that another process has set; what it does not name is limited no more."""
+        account, named = self.account, {(limit.resource, limit.per) for limit in terms.limits}
+        with account.budget.lock:
+            account.limits = {key: kept for key, kept in account.limits.items() if key in named}
+            if terms.concurrency is None:
+                account.slots = None
+        account.set_limits(list(terms.limits), terms.concurrency)
 
     async def aclose(self) -> None:
         """See `asyncbucket.limiter.remote.Remote`; of the running loop."""

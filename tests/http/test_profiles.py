@@ -194,3 +194,12 @@ def test_profile_survives_any_json() -> None:
             body = json.loads(json.dumps({name: value}))
             cost = GENERIC.cost(Call("POST", "h", "/v1/responses", body, 9))
             assert all(type(amount) is int for amount in cost.values())
+
+
+def test_call_that_is_nested_deeply_is_priced() -> None:
+    """As far as it can be looked into; whether it makes sense is for the provider to say."""
+    message: Any = "x" * 400
+    for _ in range(600):
+        message = {"content": message}
+    call = Call("POST", "h", "/v1/responses", {"max_tokens": 9, "messages": message}, 9)
+    assert GENERIC.cost(call) == Cost(tokens=9, input_tokens=0, output_tokens=9)

@@ -1,15 +1,18 @@
 """Every attempt is admitted, and its slot is held for exactly as long as it is in use."""
 
 import asyncio
+import contextlib
 import gc
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import httpx2
 import pytest
 
-from asyncbucket import Cost, CostExceedsLimit, Limiter, WouldBlock
+from asyncbucket import Cost, CostExceedsLimit, Limiter, WouldBlock, tenant
 from asyncbucket.http import Call, Told, Usage
 from asyncbucket.http.held import Held, holding
 from asyncbucket.testing import RateLimitedProvider, VirtualClock
@@ -276,6 +279,45 @@ async def test_streamed_upload_stays_a_stream(library: Any, limiter: Limiter) ->
     assert used(limiter, "requests") == 1
 
 
+async def test_streamed_upload_that_was_read_can_be_redirected(
+    library: Any, limiter: Limiter
+) -> None:
+    """A transport that reads a body leaves what can be sent again, and so does a paced one."""
+
+    async def answer(request: Any) -> Any:
+        body = await request.aread()
+        if request.url.path == "/old":
+            return library.Response(307, headers={"location": "/new"})
+        return library.Response(200, content=body)
+
+    async def parts() -> Any:
+        yield b"hel"
+        yield b"lo"
+
+    async with client_over(library, limiter, answer) as client:
+        reply = await client.post("https://x.test/old", content=parts(), follow_redirects=True)
+
+    assert reply.content == b"hello"
+
+
+def test_synchronous_upload_that_was_read_can_be_redirected(library: Any, limiter: Limiter) -> None:
+    """As an asynchronous one."""
+
+    def answer(request: Any) -> Any:
+        body = request.read()
+        if request.url.path == "/old":
+            return library.Response(307, headers={"location": "/new"})
+        return library.Response(200, content=body)
+
+    paced = limiter.transport_sync(library.MockTransport(answer))
+    with library.Client(transport=paced) as client:
+        reply = client.post(
+            "https://x.test/old", content=iter([b"hel", b"lo"]), follow_redirects=True
+        )
+
+    assert reply.content == b"hello"
+
+
 async def test_reply_is_the_inner_transports_own(library: Any, limiter: Limiter) -> None:
     """The same response object comes back, so that extensions and subclasses survive."""
     answer = library.Response(200, stream=chunked(library), extensions={"http_version": b"HTTP/2"})
@@ -306,6 +348,24 @@ async def test_reply_of_a_foreign_kind_passes_untouched(limiter: Limiter) -> Non
 
     assert got is Foreign
     assert in_flight(limiter) == 0
+
+
+@pytest.mark.real_clock
+async def test_slot_of_a_reply_dropped_by_a_real_client_comes_back(
+    library: Any, limiter: Limiter
+) -> None:
+    """Though the pool keeps the request, whose connection is in use for good; real sockets."""
+    headers = {"authorization": "Bearer k"}
+    with RateLimitedProvider() as provider:
+        url = f"{provider.base_url}/chat/completions"
+        async with library.AsyncClient(transport=limiter.transport(), headers=headers) as client:
+            await client.send(client.build_request("POST", url, json=BODY), stream=True)
+            gc.collect()
+            assert in_flight(limiter) == 0
+        with library.Client(transport=limiter.transport_sync(), headers=headers) as client:
+            client.send(client.build_request("POST", url, json=BODY), stream=True)
+            gc.collect()
+            assert in_flight(limiter) == 0
 
 
 @pytest.mark.real_clock
@@ -468,6 +528,18 @@ async def test_foreseen_output_does_not_make_a_call_impossible(library: Any) -> 
             await client.post(URL, json=body)
 
 
+async def test_tenants_own_limits_count_as_the_limiters_do(library: Any) -> None:
+    """What is foreseen makes no call of a tenant impossible, and usage settles what it is charged."""
+    limiter = Limiter("1000 RPM burst 1000")
+    limiter.per_key("200 TPM")
+    async with client_over(library, limiter, answering(library, REPLY)) as client:
+        for name in ("acme", "other"):
+            with tenant(name):
+                await client.post("https://vllm.test/v1/chat/completions", json={"messages": "x"})
+
+    assert used(limiter.key("acme"), "tokens") == used(limiter.key("other"), "tokens") == 97
+
+
 async def test_refusal_is_listened_to_at_once(library: Any) -> None:
     """Between replies that follow each other closely, what a refusal says is not missed."""
     limiter = Limiter("500 RPM burst 500")
@@ -625,6 +697,25 @@ async def test_inner_transport_goes_by_the_first_request(library: Any, limiter: 
     assert type(paced.inner) is library.AsyncHTTPTransport
     assert type(sync.inner) is library.HTTPTransport
     assert "AsyncHTTPTransport" in repr(paced)
+
+
+def test_first_requests_on_several_threads_share_one_inner_transport(
+    library: Any, limiter: Limiter
+) -> None:
+    """Or what the others have opened would not be closed with the client."""
+    paced, made, arrived = limiter.transport_sync(), [], threading.Barrier(2)
+
+    def make(_: str) -> Any:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            arrived.wait(0.2)  # for another thread that makes one, too
+        made.append(library.MockTransport(answering(library, b"ok")))
+        return made[-1]
+
+    paced._make = make  # what takes a while, in which another thread comes
+    with library.Client(transport=paced) as client, ThreadPoolExecutor(2) as threads:
+        assert [each.status_code for each in threads.map(client.get, [URL, URL])] == [200, 200]
+
+    assert made == [paced.inner]
 
 
 async def test_family_is_made_at_once_where_it_is_named(limiter: Limiter) -> None:

@@ -229,6 +229,21 @@ async def test_server_that_was_never_there_is_told_to_those_who_wait() -> None:
         assert "s3cret" not in str(error.value)
 
 
+async def test_server_that_does_not_answer_at_first_is_told_to_all_at_once(
+    start_server: "Callable[..., RunningServer]",
+) -> None:
+    """However many wait, for more than go to the store at a time; who comes later tries again."""
+    server = start_server()
+    server.freeze()
+    async with limited(server.url, "100 RPM burst 100") as limiter, asyncio.timeout(10):
+        ended = await asyncio.gather(
+            *(limiter.acquire() for _ in range(100)), return_exceptions=True
+        )
+        assert {type(error) for error in ended} == {StoreError}
+        server.thaw()
+        (await limiter.acquire()).release()
+
+
 async def test_call_that_can_never_pass_says_so(url: str) -> None:
     """As without a store."""
     async with limited(url, "100 TPM") as limiter:

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from asyncbucket import AcquireTimeout, Limit, Limiter, StoreError, WouldBlock
+from asyncbucket.events import Event, StoreLost
+from asyncbucket.http import OPENAI
+from asyncbucket.http.learn import Ear
 from asyncbucket.stores import open_store
 from asyncbucket.stores.redis_ledger import RedisLedger
 
@@ -87,6 +90,32 @@ async def test_limiter_may_be_used_and_closed_again(url: str) -> None:
         await limiter.aclose()
         snapshot = await open_and_peek(url, "again")
         assert (snapshot.limits[0].used, snapshot.workers) == (count, 0)
+
+
+@pytest.mark.parametrize("kind", ["server", "file"])
+async def test_store_that_was_given_stays_open(kind: str, url: str, tmp_path: Path) -> None:
+    """For other limiters, for calls that end late, and for the limiter if it is used again."""
+    store = open_store(url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}")
+    one = Limiter("20/s", concurrency=2, store=store, name="one")
+    two = Limiter("20/s", store=store, name="two")
+    lost: list[Event] = []
+    two.observe(lost.append)
+    late = await one.acquire()
+    (await two.acquire()).release()
+
+    await one.aclose()
+
+    late.release()
+    (await two.acquire()).release()
+    await asyncio.sleep(0.2)
+    snapshot = await store.peek("one")
+    assert snapshot is not None
+    assert (snapshot.slots, snapshot.workers) == (0, 0)
+    assert not [event for event in lost if isinstance(event, StoreLost)]
+    (await one.acquire()).release()
+    await one.aclose()
+    await two.aclose()
+    await store.aclose()
 
 
 async def test_limit_above_what_the_store_counts_is_refused_at_once(url: str) -> None:
@@ -301,6 +330,46 @@ async def test_pause_and_new_limits_are_heard_by_the_others(url: str) -> None:
     await two.aclose()
 
 
+@pytest.mark.parametrize("kind", ["server", "file"])
+async def test_limit_that_another_process_leaves_out_is_in_force_no_more(
+    kind: str, url: str, tmp_path: Path
+) -> None:
+    """Nor does it come back with the next change: the last word counts, for all."""
+    where = url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}"
+    one = Limiter("100 RPM burst 100", "10 TPM", concurrency=2, store=where, name="fewer")
+    (await one.acquire()).release()
+    two = Limiter("100 RPM burst 100", store=where, name="fewer")
+    for limiter in (two, one):
+        (await limiter.acquire()).release()
+
+    assert one.limits == two.limits == (Limit("requests", 100, burst=100),)
+    assert one.concurrency is None
+    (await one.acquire(tokens=11)).release()
+    one.reconfigure("50 RPM burst 50")
+    await asyncio.sleep(0.1)
+    (await two.acquire(tokens=11)).release()
+    assert one.limits == two.limits == (Limit("requests", 50, burst=50),)
+    await one.aclose()
+    await two.aclose()
+
+
+async def test_limit_that_a_provider_announces_is_kept_by_all(url: str) -> None:
+    """Where none was given; one that is beyond what the store counts limits nobody."""
+    one = Limiter(store=url, name="learn")
+    two = Limiter(store=url, name="learn")
+    for limiter in (one, two):
+        (await limiter.acquire()).release()
+    for number in (10**15 - 1, 3):
+        Ear(one).hear([(b"x-ratelimit-limit-requests", str(number).encode())], OPENAI)
+    await asyncio.sleep(0.1)
+    (await one.acquire(timeout=0.5)).release()
+    with pytest.raises(AcquireTimeout, match="requests bind"):
+        await two.acquire(timeout=0.5)
+    assert one.limits == two.limits == (Limit("requests", 3, per=60),)
+    await one.aclose()
+    await two.aclose()
+
+
 @pytest.mark.real_clock
 @pytest.mark.parametrize("kind", ["server", "file"])
 async def test_burst_that_several_wait_for_is_shared(kind: str, url: str, tmp_path: Path) -> None:
@@ -413,5 +482,26 @@ async def test_statistics_tell_what_the_store_told_last(url: str) -> None:
     await asyncio.sleep(0.1)
     (use,) = one.statistics().limits
     assert (use.used, use.available) == (3, 97)
+    await one.aclose()
+    await two.aclose()
+
+
+@pytest.mark.parametrize("kind", ["server", "file"])
+async def test_statistics_tell_each_limit_its_own_numbers(
+    kind: str, url: str, tmp_path: Path
+) -> None:
+    """In whatever order a store keeps limits, and other processes write them."""
+    where = url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}"
+    one = Limiter("500 RPM burst 500", "20k TPM", "10k RPD", store=where, name="order")
+    two = Limiter("20k TPM", "10k RPD", "500 RPM burst 500", store=where, name="order")
+    for limiter in (one, two, one):
+        (await limiter.acquire(tokens=70)).release()
+    await asyncio.sleep(0.1)
+    (await two.acquire(tokens=70)).release()
+    used = {use.limit.keyword: (use.used, use.available) for use in two.statistics().limits}
+    assert used == {"rpm": (4, 496), "tpm": (280, 19_720), "rpd": (4, 9_996)}
+    (await one.acquire(tokens=70)).release()
+    used = {use.limit.keyword: (use.used, use.available) for use in one.statistics().limits}
+    assert used == {"rpm": (5, 495), "tpm": (350, 19_650), "rpd": (5, 9_995)}
     await one.aclose()
     await two.aclose()
