@@ -196,6 +196,6 @@ class Budget:
         self.background = Background()
         self.waiting = 0
         self.fair = False
-        self.epoch = self._arrivals = self._arrivals + 1
+        self.epoch = self.arrivals = self.arrivals + 1
         self.root.after_fork()
         self.settle_down_locked()
