@@ -14,7 +14,7 @@ from llama_index.llms.openai import OpenAI, OpenAIResponses
 from llama_index_instrumentation.span import active_span_id
 
 from asyncbucket import Limiter
-from asyncbucket.llama_index import Estimate
+from asyncbucket.llama_index import Estimate, Retry
 from asyncbucket.testing import virtual_time
 
 if TYPE_CHECKING:
@@ -147,6 +147,38 @@ async def test_dropped_synchronous_stream_gives_its_slot_back(limiter: Limiter) 
     gc.collect()
 
     assert in_flight(limiter) == 0
+
+
+@pytest.mark.parametrize("failure", ["refused", "broken", "cut off"])
+@pytest.mark.parametrize("how", ["asynchronous", "synchronous"])
+async def test_dropped_stream_that_was_tried_again_gives_its_slot_back_at_once(
+    limiter: Limiter,
+    openai_api: "ScriptedOpenAI",
+    refusal: Callable[..., httpx.Response],
+    failure: str,
+    how: str,
+) -> None:
+    """No first attempt keeps it: whoever waits for the slot may wait alone, and nothing is collected."""
+    first: dict[str, httpx.Response | Exception] = {
+        "refused": refusal(429, {"retry-after-ms": "1"}),
+        "broken": refusal(500),
+        "cut off": httpx.ReadError("cut"),
+    }
+    openai_api.script.append(first[failure])
+    llm = limiter.wrap(openai_llm(), retry=Retry(backoff=0.001))
+    gc.disable()
+    try:
+        if how == "synchronous":
+            for _ in llm.stream_chat(MESSAGES):
+                break
+        else:
+            stream = await llm.astream_chat(MESSAGES)
+            await anext(stream)
+            del stream
+
+        assert (admitted(limiter), in_flight(limiter)) == (2, 0)
+    finally:
+        gc.enable()
 
 
 async def test_broken_stream_gives_its_slot_back_and_is_not_begun_anew(limiter: Limiter) -> None:
