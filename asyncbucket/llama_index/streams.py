@@ -9,11 +9,15 @@ anew, as of any call; after it never, for the caller has seen a part of the answ
 A dropped stream drops its lease, and a lease that is dropped releases itself, safely even where
 the garbage collector interrupts the limiter. (A ``__del__`` here could not call `Lease.release`.)
 
+Whoever closes a stream, or drops an asynchronous one, has also hung up, or the provider would have more
+calls in flight than there are slots. Closing the model's stream is not enough for that: see `held`.
+
 The usage comes with a stream's last chunk, from OpenAI only if it is asked for. Where we asked and
 the user did not, that chunk, empty but for the usage, is kept from the caller: whoever looks at the
 last chunk expects the end of the answer there.
 """
 
+import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncGenerator, Callable, Generator
@@ -139,6 +143,8 @@ class _Stream(Generic[T]):
 class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
     """Pace an asynchronous stream of a model's replies."""
 
+    _loop: asyncio.AbstractEventLoop
+
     async def asend(self, _: None, /) -> T:
         """Return the next item, as ``__anext__`` does."""
         if self._over:
@@ -161,6 +167,7 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
 
     async def _begin(self) -> T | None:
         """Return the first item, None if there is none: one attempt."""
+        self._loop = asyncio.get_running_loop()
         self._admitted(await self._pacing.admit(self._estimate()))
         try:
             with self._inside():
@@ -192,12 +199,23 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
 
     async def aclose(self) -> None:
         """End the stream and give the slot back. Idempotent."""
-        inner = self._inner
+        inner, held = self._inner, self._held
         try:
             if inner is not None and hasattr(inner, "aclose"):
                 await inner.aclose()
+            if held is not None:
+                await held.hang_up()
         finally:
             self._end()
+
+    def __del__(self) -> None:
+        """Hang up soon, as asyncio closes a generator that is dropped."""
+        if self._held is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_hang_up, self._held)
+
+
+def _hang_up(held: HeldCall) -> None:
+    asyncio.ensure_future(held.hang_up())  # noqa: RUF006 - as asyncio does
 
 
 class PacedStream(_Stream[T], Generator[T, None, None]):
@@ -256,10 +274,12 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
 
     def close(self) -> None:
         """End the stream and give the slot back. Idempotent."""
-        inner = self._inner
+        inner, held = self._inner, self._held
         try:
             if inner is not None and hasattr(inner, "close"):
                 inner.close()
+            if held is not None:
+                held.hang_up_sync()
         finally:
             self._end()
 

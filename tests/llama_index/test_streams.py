@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 from collections.abc import AsyncGenerator, Callable, Generator
 from typing import TYPE_CHECKING, Any
 
@@ -179,6 +180,94 @@ async def test_dropped_stream_that_was_tried_again_gives_its_slot_back_at_once(
         assert (admitted(limiter), in_flight(limiter)) == (2, 0)
     finally:
         gc.enable()
+
+
+class Wire(httpx.AsyncByteStream, httpx.SyncByteStream):
+    """A reply that never ends, and knows whether somebody has hung up."""
+
+    is_open = True
+
+    def __iter__(self) -> Generator[bytes, None, None]:
+        delta = {"role": "assistant", "content": "more"}
+        choice = {"index": 0, "finish_reason": None, "delta": delta}
+        kind = "chat.completion.chunk"
+        chunk = {"id": "1", "created": 1, "model": "m", "object": kind, "choices": [choice]}
+        while True:
+            yield f"data: {json.dumps(chunk)}\n\n".encode()
+
+    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
+        for chunk in self:
+            yield chunk
+
+    def close(self) -> None:
+        """Hang up."""
+        self.is_open = False
+
+    async def aclose(self) -> None:
+        """Do the same."""
+        self.close()
+
+
+@pytest.fixture
+def wire(openai_api: "ScriptedOpenAI") -> Generator[Wire]:
+    """Answer with a `Wire`, and collect no garbage: it would hang up sooner or later."""
+    wire = Wire()
+    headers = {"content-type": "text/event-stream"}
+    openai_api.script.append(httpx.Response(200, headers=headers, stream=wire))
+    gc.disable()
+    yield wire
+    gc.enable()
+
+
+async def test_closed_stream_has_hung_up_when_its_slot_is_free(
+    limiter: Limiter, wire: Wire
+) -> None:
+    """OpenAI's SDK leaves that to the collector; till then the provider would go on with the call."""
+    stream = await limiter.wrap(openai_llm()).astream_chat(MESSAGES)
+    await anext(stream)
+    assert (wire.is_open, in_flight(limiter)) == (True, 1)
+
+    await stream.aclose()
+
+    assert (wire.is_open, in_flight(limiter)) == (False, 0)
+
+
+def test_closed_synchronous_stream_has_hung_up(limiter: Limiter, wire: Wire) -> None:
+    """The synchronous twin does the same."""
+    stream = limiter.wrap(openai_llm()).stream_chat(MESSAGES)
+    next(stream)
+    assert wire.is_open
+
+    stream.close()
+
+    assert (wire.is_open, in_flight(limiter)) == (False, 0)
+
+
+async def test_dropped_stream_hangs_up_soon(limiter: Limiter, wire: Wire) -> None:
+    """As the loop closes a generator that is dropped: in a moment, not when garbage is collected."""
+    async for _ in await limiter.wrap(openai_llm()).astream_chat(MESSAGES):
+        break
+    assert in_flight(limiter) == 0
+
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+    assert not wire.is_open
+
+
+def test_stream_that_is_dropped_after_its_loop_is_nobodys(limiter: Limiter, wire: Wire) -> None:
+    """What outlives its loop has nobody to hang up by, and gives its slot back all the same."""
+    kept = []
+
+    async def begin() -> None:
+        kept.append(await limiter.wrap(openai_llm()).astream_chat(MESSAGES))
+        await anext(kept[0])
+
+    asyncio.run(begin())  # it closes all generators in the end
+    assert (wire.is_open, in_flight(limiter)) == (False, 1)
+    kept.clear()
+
+    assert in_flight(limiter) == 0
 
 
 async def test_broken_stream_gives_its_slot_back_and_is_not_begun_anew(limiter: Limiter) -> None:
