@@ -83,7 +83,8 @@ class _Stream(Generic[T]):
             with self._held.inside():
                 yield
         finally:
-            active_span_id.reset(token)
+            with contextlib.suppress(ValueError):  # closed in another context than it ran in
+                active_span_id.reset(token)
 
     @contextlib.contextmanager
     def _as_asked(self) -> Generator[None]:
@@ -97,7 +98,7 @@ class _Stream(Generic[T]):
             yield
         finally:
             if token is not None:
-                with contextlib.suppress(ValueError):  # closed in another context than it ran in
+                with contextlib.suppress(ValueError):  # as above
                     inherited.reset(token)
 
     def _is_for_caller(self, item: T) -> bool:

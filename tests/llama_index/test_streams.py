@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 from collections.abc import AsyncGenerator, Callable, Generator
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -331,6 +332,27 @@ async def test_cancelled_stream_gives_its_slot_back(limiter: Limiter) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+    assert in_flight(limiter) == 0
+
+
+async def test_stream_may_be_closed_in_another_context_than_it_is_read_in(limiter: Limiter) -> None:
+    """So the interpreter closes the tasks of a loop that is gone: quietly, and the slot is free."""
+
+    class Slow(MockLLM):
+        async def astream_chat(self, *_: Any, **__: Any) -> Any:
+            async def stream() -> AsyncGenerator[str, None]:
+                await asyncio.sleep(3600)
+                yield "late"
+
+            return stream()
+
+    stream = await limiter.wrap(Slow(max_tokens=None)).astream_chat(MESSAGES)
+    step = stream.asend(None)
+    copy_context().run(step.send, None)
+    assert in_flight(limiter) == 1
+
+    step.close()
 
     assert in_flight(limiter) == 0
 
