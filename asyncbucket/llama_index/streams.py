@@ -66,10 +66,25 @@ class _Stream(Generic[T]):
         self._lease: Lease | None = None
         self._held: HeldCall | None = None
         self._usage: Usage | None = None
+        self._busy = False
         self._over = False
 
     def _admitted(self, lease: Lease) -> None:
         self._lease, self._held = lease, HeldCall(self._pacing.limiter, lease, self._pacing.ear)
+
+    @contextlib.contextmanager
+    def _step(self) -> Generator[None]:
+        """Do one thing at a time, as any generator: two first steps would be two calls."""
+        if self._busy:
+            raise RuntimeError("this stream is being read already, by another task or thread")
+        self._busy = True
+        try:
+            yield
+        except BaseException as error:
+            self._end(error)
+            raise
+        finally:
+            self._busy = False
 
     def _options(self) -> dict[str, Any]:
         return USAGE_OPTION if self._asks else {}
@@ -150,21 +165,18 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
         """Return the next item, as ``__anext__`` does."""
         if self._over:
             raise StopAsyncIteration
-        try:
-            if self._inner is None:
-                with self._as_asked():
-                    item = await self._pacing.retrier.call(
-                        self._begin, deadline=self._pacing.deadline(), tried=self._start
-                    )
-            else:
-                item = await self._pull()
-        except BaseException as error:
-            self._end(error)
-            raise
+        with self._step():
+            item = await (self._pull() if self._inner is not None else self._first())
         if item is None:
             self._exhaust()
             raise StopAsyncIteration
         return item
+
+    async def _first(self) -> T | None:
+        with self._as_asked():
+            return await self._pacing.retrier.call(
+                self._begin, deadline=self._pacing.deadline(), tried=self._start
+            )
 
     async def _begin(self) -> T | None:
         """Return the first item, None if there is none: one attempt."""
@@ -201,13 +213,12 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
     async def aclose(self) -> None:
         """End the stream and give the slot back. Idempotent."""
         inner, held = self._inner, self._held
-        try:
+        with self._step():
             if inner is not None and hasattr(inner, "aclose"):
                 await inner.aclose()
             if held is not None:
                 await held.hang_up()
-        finally:
-            self._end()
+        self._end()
 
     def __del__(self) -> None:
         """Hang up soon, as asyncio closes a generator that is dropped."""
@@ -226,21 +237,18 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
         """Return the next item, as ``__next__`` does."""
         if self._over:
             raise StopIteration
-        try:
-            if self._inner is None:
-                with self._as_asked():
-                    item = self._pacing.retrier.call_sync(
-                        self._begin, deadline=self._pacing.deadline(), tried=self._start
-                    )
-            else:
-                item = self._pull()
-        except BaseException as error:
-            self._end(error)
-            raise
+        with self._step():
+            item = self._pull() if self._inner is not None else self._first()
         if item is None:
             self._exhaust()
             raise StopIteration
         return item
+
+    def _first(self) -> T | None:
+        with self._as_asked():
+            return self._pacing.retrier.call_sync(
+                self._begin, deadline=self._pacing.deadline(), tried=self._start
+            )
 
     def _begin(self) -> T | None:
         """Return the first item, None if there is none: one attempt."""
@@ -276,13 +284,12 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
     def close(self) -> None:
         """End the stream and give the slot back. Idempotent."""
         inner, held = self._inner, self._held
-        try:
+        with self._step():
             if inner is not None and hasattr(inner, "close"):
                 inner.close()
             if held is not None:
                 held.hang_up_sync()
-        finally:
-            self._end()
+        self._end()
 
 
 def _raised(

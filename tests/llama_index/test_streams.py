@@ -336,6 +336,39 @@ async def test_cancelled_stream_gives_its_slot_back(limiter: Limiter) -> None:
     assert in_flight(limiter) == 0
 
 
+async def test_stream_is_read_by_one_task_at_a_time(limiter: Limiter) -> None:
+    """As any generator: a second step would be a call of its own, and closing would miss the first."""
+    stream = await limiter.wrap(MockLLM(max_tokens=2)).astream_chat(MESSAGES)
+    async with limiter.acquire():
+        first = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0)
+
+        with pytest.raises(RuntimeError, match="is being read already, by another task or thread"):
+            await anext(stream)
+        with pytest.raises(RuntimeError, match="is being read already"):
+            await stream.aclose()
+    await first
+
+    assert [item.delta async for item in stream] == ["text"]
+    assert (admitted(limiter), in_flight(limiter)) == (2, 0)
+
+
+def test_synchronous_stream_is_read_by_one_thread_at_a_time(limiter: Limiter) -> None:
+    """The synchronous twin does the same."""
+    inside: list[Any] = []
+
+    class Curious(MockLLM):
+        def stream_chat(self, *_: Any, **__: Any) -> Any:
+            with pytest.raises(RuntimeError, match="is being read already"):
+                inside[0].close()
+            yield "a"
+
+    inside.append(limiter.wrap(Curious(max_tokens=None)).stream_chat(MESSAGES))
+
+    assert list(inside[0]) == ["a"]
+    assert (admitted(limiter), in_flight(limiter)) == (1, 0)
+
+
 async def test_stream_may_be_closed_in_another_context_than_it_is_read_in(limiter: Limiter) -> None:
     """So the interpreter closes the tasks of a loop that is gone: quietly, and the slot is free."""
 
