@@ -106,4 +106,5 @@ def holding(held: Held) -> Generator[None]:
     try:
         yield
     finally:
-        _HELD.reset(token)
+        with contextlib.suppress(ValueError):  # closed in another context than it ran in
+            _HELD.reset(token)

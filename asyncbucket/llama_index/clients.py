@@ -22,6 +22,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 from asyncbucket.http.held import Held, current
 from asyncbucket.http.profiles import GENERIC, profile_of
+from asyncbucket.llama_index.held import HeldCall
 
 C = TypeVar("C")
 
@@ -96,12 +97,27 @@ def _reporting_class(cls: type[Any]) -> type[Any]:
             held.leaves()
             request.extensions = {"trace": _Trace(held, request).hear_async, **request.extensions}
 
+    def request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _seen(cls.request(self, *args, **kwargs), kwargs)
+
+    async def request_async(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _seen(await cls.request(self, *args, **kwargs), kwargs)
+
     is_async = inspect.iscoroutinefunction(cls._prepare_request)
     names = {
         "__doc__": cls.__doc__,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "_prepare_request": prepare_async if is_async else prepare,
+        "request": request_async if is_async else request,
         _REPORTS: True,
     }
     return type(cls.__name__, (cls,), names)
+
+
+def _seen(reply: Any, arguments: Mapping[str, Any]) -> Any:
+    """Return ``reply``; one that is a stream is noted, so that it can be hung up."""
+    held = current()
+    if arguments.get("stream") and isinstance(held, HeldCall) and hasattr(reply, "close"):
+        held.streams(reply)
+    return reply

@@ -1,10 +1,15 @@
 """The guard against paying twice, which the wrap shares with the transports beneath it.
 
 Here a note carries the usage besides: where a method of a model ends in another and makes something
-of its reply, the usage is seen within, and settles the call outside.
+of its reply, the usage is seen within, and settles the call outside. And it knows the SDK's stream,
+to hang up: that refers to itself, so that closing the model's stream, which only forgets it, leaves
+the provider at work until the garbage collector comes by.
 """
 
 import contextlib
+import inspect
+import weakref
+from typing import Any
 
 from asyncbucket.http.held import Held, around, holding
 from asyncbucket.http.learn import Ear
@@ -17,12 +22,32 @@ from asyncbucket.llama_index.usage import Usage
 class HeldCall(Held):
     """Note that a model's call runs in this context under a lease of ``limiter``."""
 
-    __slots__ = ("usage",)
+    __slots__ = ("_stream", "usage")
 
     def __init__(self, limiter: Limiter, lease: Lease, ear: Ear) -> None:
         super().__init__(limiter, lease, ear)
         #: What a method called within said it used.
         self.usage: Usage | None = None
+        # Weakly: a pooled connection keeps this note for good.
+        self._stream: weakref.ref[Any] | None = None
+
+    def streams(self, stream: object) -> None:
+        """Note the SDK's own stream that this call reads."""
+        self._stream = weakref.ref(stream)
+
+    async def hang_up(self) -> None:
+        """Close the SDK's stream, and with it the request. Idempotent."""
+        closing = self._close()
+        if inspect.isawaitable(closing):
+            await closing
+
+    def hang_up_sync(self) -> None:
+        """Do what `hang_up` does, of a synchronous stream."""
+        self._close()
+
+    def _close(self) -> Any:
+        stream = None if self._stream is None else self._stream()
+        return None if stream is None else stream.close()
 
     def inside(self) -> contextlib.AbstractContextManager[None]:
         """Put the note up for the time of a ``with`` block."""

@@ -9,11 +9,15 @@ anew, as of any call; after it never, for the caller has seen a part of the answ
 A dropped stream drops its lease, and a lease that is dropped releases itself, safely even where
 the garbage collector interrupts the limiter. (A ``__del__`` here could not call `Lease.release`.)
 
+Whoever closes a stream, or drops an asynchronous one, has also hung up, or the provider would have more
+calls in flight than there are slots. Closing the model's stream is not enough for that: see `held`.
+
 The usage comes with a stream's last chunk, from OpenAI only if it is asked for. Where we asked and
 the user did not, that chunk, empty but for the usage, is kept from the caller: whoever looks at the
 last chunk expects the end of the answer there.
 """
 
+import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncGenerator, Callable, Generator
@@ -62,10 +66,25 @@ class _Stream(Generic[T]):
         self._lease: Lease | None = None
         self._held: HeldCall | None = None
         self._usage: Usage | None = None
+        self._busy = False
         self._over = False
 
     def _admitted(self, lease: Lease) -> None:
         self._lease, self._held = lease, HeldCall(self._pacing.limiter, lease, self._pacing.ear)
+
+    @contextlib.contextmanager
+    def _step(self) -> Generator[None]:
+        """Do one thing at a time, as any generator: two first steps would be two calls."""
+        if self._busy:
+            raise RuntimeError("this stream is being read already, by another task or thread")
+        self._busy = True
+        try:
+            yield
+        except BaseException as error:
+            self._end(error)
+            raise
+        finally:
+            self._busy = False
 
     def _options(self) -> dict[str, Any]:
         return USAGE_OPTION if self._asks else {}
@@ -79,7 +98,8 @@ class _Stream(Generic[T]):
             with self._held.inside():
                 yield
         finally:
-            active_span_id.reset(token)
+            with contextlib.suppress(ValueError):  # closed in another context than it ran in
+                active_span_id.reset(token)
 
     @contextlib.contextmanager
     def _as_asked(self) -> Generator[None]:
@@ -93,7 +113,7 @@ class _Stream(Generic[T]):
             yield
         finally:
             if token is not None:
-                with contextlib.suppress(ValueError):  # closed in another context than it ran in
+                with contextlib.suppress(ValueError):  # as above
                     inherited.reset(token)
 
     def _is_for_caller(self, item: T) -> bool:
@@ -139,28 +159,28 @@ class _Stream(Generic[T]):
 class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
     """Pace an asynchronous stream of a model's replies."""
 
+    _loop: asyncio.AbstractEventLoop
+
     async def asend(self, _: None, /) -> T:
         """Return the next item, as ``__anext__`` does."""
         if self._over:
             raise StopAsyncIteration
-        try:
-            if self._inner is None:
-                with self._as_asked():
-                    item = await self._pacing.retrier.call(
-                        self._begin, deadline=self._pacing.deadline(), tried=self._start
-                    )
-            else:
-                item = await self._pull()
-        except BaseException as error:
-            self._end(error)
-            raise
+        with self._step():
+            item = await (self._pull() if self._inner is not None else self._first())
         if item is None:
             self._exhaust()
             raise StopAsyncIteration
         return item
 
+    async def _first(self) -> T | None:
+        with self._as_asked():
+            return await self._pacing.retrier.call(
+                self._begin, deadline=self._pacing.deadline(), tried=self._start
+            )
+
     async def _begin(self) -> T | None:
         """Return the first item, None if there is none: one attempt."""
+        self._loop = asyncio.get_running_loop()
         self._admitted(await self._pacing.admit(self._estimate()))
         try:
             with self._inside():
@@ -192,12 +212,22 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
 
     async def aclose(self) -> None:
         """End the stream and give the slot back. Idempotent."""
-        inner = self._inner
-        try:
+        inner, held = self._inner, self._held
+        with self._step():
             if inner is not None and hasattr(inner, "aclose"):
                 await inner.aclose()
-        finally:
-            self._end()
+            if held is not None:
+                await held.hang_up()
+        self._end()
+
+    def __del__(self) -> None:
+        """Hang up soon, as asyncio closes a generator that is dropped."""
+        if self._held is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_hang_up, self._held)
+
+
+def _hang_up(held: HeldCall) -> None:
+    asyncio.ensure_future(held.hang_up())  # noqa: RUF006 - as asyncio does
 
 
 class PacedStream(_Stream[T], Generator[T, None, None]):
@@ -207,21 +237,18 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
         """Return the next item, as ``__next__`` does."""
         if self._over:
             raise StopIteration
-        try:
-            if self._inner is None:
-                with self._as_asked():
-                    item = self._pacing.retrier.call_sync(
-                        self._begin, deadline=self._pacing.deadline(), tried=self._start
-                    )
-            else:
-                item = self._pull()
-        except BaseException as error:
-            self._end(error)
-            raise
+        with self._step():
+            item = self._pull() if self._inner is not None else self._first()
         if item is None:
             self._exhaust()
             raise StopIteration
         return item
+
+    def _first(self) -> T | None:
+        with self._as_asked():
+            return self._pacing.retrier.call_sync(
+                self._begin, deadline=self._pacing.deadline(), tried=self._start
+            )
 
     def _begin(self) -> T | None:
         """Return the first item, None if there is none: one attempt."""
@@ -256,12 +283,13 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
 
     def close(self) -> None:
         """End the stream and give the slot back. Idempotent."""
-        inner = self._inner
-        try:
+        inner, held = self._inner, self._held
+        with self._step():
             if inner is not None and hasattr(inner, "close"):
                 inner.close()
-        finally:
-            self._end()
+            if held is not None:
+                held.hang_up_sync()
+        self._end()
 
 
 def _raised(

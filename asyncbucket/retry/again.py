@@ -53,7 +53,11 @@ def renamed(once: Callable[[], T], tried: Callable[..., object]) -> Callable[[],
 
 def _wait_of(error: BaseException) -> bool | float:
     """Tell stamina when to try again; it asks about everything raised, cancellation too."""
-    return error.wait if isinstance(error, TryAgain) else False
+    if not isinstance(error, TryAgain):
+        return False
+    # Its frames hold what was tried and lead back to it: a dropped stream would keep its slot.
+    error.__traceback__ = None
+    return error.wait
 
 
 def not_ours(record: logging.LogRecord) -> bool:

@@ -2,7 +2,9 @@
 
 import asyncio
 import gc
+import json
 from collections.abc import AsyncGenerator, Callable, Generator
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -14,7 +16,7 @@ from llama_index.llms.openai import OpenAI, OpenAIResponses
 from llama_index_instrumentation.span import active_span_id
 
 from asyncbucket import Limiter
-from asyncbucket.llama_index import Estimate
+from asyncbucket.llama_index import Estimate, Retry
 from asyncbucket.testing import virtual_time
 
 if TYPE_CHECKING:
@@ -149,6 +151,126 @@ async def test_dropped_synchronous_stream_gives_its_slot_back(limiter: Limiter) 
     assert in_flight(limiter) == 0
 
 
+@pytest.mark.parametrize("failure", ["refused", "broken", "cut off"])
+@pytest.mark.parametrize("how", ["asynchronous", "synchronous"])
+async def test_dropped_stream_that_was_tried_again_gives_its_slot_back_at_once(
+    limiter: Limiter,
+    openai_api: "ScriptedOpenAI",
+    refusal: Callable[..., httpx.Response],
+    failure: str,
+    how: str,
+) -> None:
+    """No first attempt keeps it: whoever waits for the slot may wait alone, and nothing is collected."""
+    first: dict[str, httpx.Response | Exception] = {
+        "refused": refusal(429, {"retry-after-ms": "1"}),
+        "broken": refusal(500),
+        "cut off": httpx.ReadError("cut"),
+    }
+    openai_api.script.append(first[failure])
+    llm = limiter.wrap(openai_llm(), retry=Retry(backoff=0.001))
+    gc.disable()
+    try:
+        if how == "synchronous":
+            for _ in llm.stream_chat(MESSAGES):
+                break
+        else:
+            stream = await llm.astream_chat(MESSAGES)
+            await anext(stream)
+            del stream
+
+        assert (admitted(limiter), in_flight(limiter)) == (2, 0)
+    finally:
+        gc.enable()
+
+
+class Wire(httpx.AsyncByteStream, httpx.SyncByteStream):
+    """A reply that never ends, and knows whether somebody has hung up."""
+
+    is_open = True
+
+    def __iter__(self) -> Generator[bytes, None, None]:
+        delta = {"role": "assistant", "content": "more"}
+        choice = {"index": 0, "finish_reason": None, "delta": delta}
+        kind = "chat.completion.chunk"
+        chunk = {"id": "1", "created": 1, "model": "m", "object": kind, "choices": [choice]}
+        while True:
+            yield f"data: {json.dumps(chunk)}\n\n".encode()
+
+    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
+        for chunk in self:
+            yield chunk
+
+    def close(self) -> None:
+        """Hang up."""
+        self.is_open = False
+
+    async def aclose(self) -> None:
+        """Do the same."""
+        self.close()
+
+
+@pytest.fixture
+def wire(openai_api: "ScriptedOpenAI") -> Generator[Wire]:
+    """Answer with a `Wire`, and collect no garbage: it would hang up sooner or later."""
+    wire = Wire()
+    headers = {"content-type": "text/event-stream"}
+    openai_api.script.append(httpx.Response(200, headers=headers, stream=wire))
+    gc.disable()
+    yield wire
+    gc.enable()
+
+
+async def test_closed_stream_has_hung_up_when_its_slot_is_free(
+    limiter: Limiter, wire: Wire
+) -> None:
+    """OpenAI's SDK leaves that to the collector; till then the provider would go on with the call."""
+    stream = await limiter.wrap(openai_llm()).astream_chat(MESSAGES)
+    await anext(stream)
+    assert (wire.is_open, in_flight(limiter)) == (True, 1)
+
+    await stream.aclose()
+
+    assert (wire.is_open, in_flight(limiter)) == (False, 0)
+
+
+def test_closed_synchronous_stream_has_hung_up(limiter: Limiter, wire: Wire) -> None:
+    """The synchronous twin does the same."""
+    stream = limiter.wrap(openai_llm()).stream_chat(MESSAGES)
+    next(stream)
+    assert wire.is_open
+
+    stream.close()
+
+    assert (wire.is_open, in_flight(limiter)) == (False, 0)
+
+
+async def test_dropped_stream_hangs_up_soon(limiter: Limiter, wire: Wire) -> None:
+    """As the loop closes a generator that is dropped: in a moment, not when garbage is collected."""
+    async for _ in await limiter.wrap(openai_llm()).astream_chat(MESSAGES):
+        break
+    assert in_flight(limiter) == 0
+
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+    assert not wire.is_open
+
+
+def test_stream_that_is_dropped_after_its_loop_is_nobodys(limiter: Limiter, wire: Wire) -> None:
+    """What outlives its loop has nobody to hang up by, and gives its slot back all the same."""
+    kept = []
+
+    async def begin() -> None:
+        kept.append(await limiter.wrap(openai_llm()).astream_chat(MESSAGES))
+        await anext(kept[0])
+
+    asyncio.run(begin())  # it closes all generators in the end
+    assert (wire.is_open, in_flight(limiter)) == (False, 1)
+    kept.clear()
+
+    assert in_flight(limiter) == 0
+
+
 async def test_broken_stream_gives_its_slot_back_and_is_not_begun_anew(limiter: Limiter) -> None:
     """An error after the first item reaches the caller, who has seen a part of the answer."""
     begun = []
@@ -210,6 +332,60 @@ async def test_cancelled_stream_gives_its_slot_back(limiter: Limiter) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+    assert in_flight(limiter) == 0
+
+
+async def test_stream_is_read_by_one_task_at_a_time(limiter: Limiter) -> None:
+    """As any generator: a second step would be a call of its own, and closing would miss the first."""
+    stream = await limiter.wrap(MockLLM(max_tokens=2)).astream_chat(MESSAGES)
+    async with limiter.acquire():
+        first = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0)
+
+        with pytest.raises(RuntimeError, match="is being read already, by another task or thread"):
+            await anext(stream)
+        with pytest.raises(RuntimeError, match="is being read already"):
+            await stream.aclose()
+    await first
+
+    assert [item.delta async for item in stream] == ["text"]
+    assert (admitted(limiter), in_flight(limiter)) == (2, 0)
+
+
+def test_synchronous_stream_is_read_by_one_thread_at_a_time(limiter: Limiter) -> None:
+    """The synchronous twin does the same."""
+    inside: list[Any] = []
+
+    class Curious(MockLLM):
+        def stream_chat(self, *_: Any, **__: Any) -> Any:
+            with pytest.raises(RuntimeError, match="is being read already"):
+                inside[0].close()
+            yield "a"
+
+    inside.append(limiter.wrap(Curious(max_tokens=None)).stream_chat(MESSAGES))
+
+    assert list(inside[0]) == ["a"]
+    assert (admitted(limiter), in_flight(limiter)) == (1, 0)
+
+
+async def test_stream_may_be_closed_in_another_context_than_it_is_read_in(limiter: Limiter) -> None:
+    """So the interpreter closes the tasks of a loop that is gone: quietly, and the slot is free."""
+
+    class Slow(MockLLM):
+        async def astream_chat(self, *_: Any, **__: Any) -> Any:
+            async def stream() -> AsyncGenerator[str, None]:
+                await asyncio.sleep(3600)
+                yield "late"
+
+            return stream()
+
+    stream = await limiter.wrap(Slow(max_tokens=None)).astream_chat(MESSAGES)
+    step = stream.asend(None)
+    copy_context().run(step.send, None)
+    assert in_flight(limiter) == 1
+
+    step.close()
 
     assert in_flight(limiter) == 0
 
