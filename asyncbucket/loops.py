@@ -3,9 +3,12 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import gc
+import logging
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, Protocol, TypeVar
@@ -16,6 +19,11 @@ T = TypeVar("T")
 
 #: How long (ns) the loops that hold all slots may leave a question unanswered.
 _PATIENCE: Final = 1_000_000_000
+#: For how long (ns) nobody passes until the collector is called; twice as long when it found nothing.
+_STALL: Final = 10_000_000_000
+_LONGEST_STALL: Final = 64 * _STALL
+
+_log: Final = logging.getLogger("asyncbucket")
 
 #: CPython under its global lock switches threads at calls and backward jumps alone, so that a
 #: straight run of loads, arithmetic and stores is atomic.
@@ -40,6 +48,10 @@ class BlockedLoops:
     Synchronous code on an event loop's thread may wait for a call on another loop (LlamaIndex's
     ``VectorStoreIndex(use_async=True)`` does), while tasks of the blocked loop hold all slots. They
     can be given back only after that wait: a deadlock, unless the call passes without a slot.
+
+    Or nobody uses them any more: a reply of an SDK that was dropped unread refers to itself, and a
+    program that does nothing but wait makes no garbage, so that the collector never comes to free its
+    slot. If nobody has passed for a while, and the collector has not come by, it is called.
     """
 
     def __init__(self) -> None:
@@ -51,6 +63,12 @@ class BlockedLoops:
         self.overridden = 0
         self._asked: int | None = None
         self._silent: set[asyncio.AbstractEventLoop | None] = set()
+        #: When one of those who wait passed last.
+        self.passed = 0
+        #: The same of when that was last looked at; the end of patience since; the machine's clock
+        #: then, and how often the collector had come.
+        self._stall = (-1, 0, 0, 0)
+        self._stall_span = _STALL
 
     def here(self) -> Holder:
         """Return the holder for the loop that runs in this thread; called under a lock.
@@ -78,7 +96,7 @@ class BlockedLoops:
         """Return ``now`` if all holders are blocked, else when to check again, or `NEVER`."""
         holders = {holder.loop for holder in self._holders if holder.leases}
         if not holders or mine in holders or None in holders:
-            return NEVER
+            return self._stalled(mine, now)
         if self._asked is not None and now - self._asked < _PATIENCE:
             return self._asked + _PATIENCE
         if self._asked is not None and self._silent.issuperset(holders):
@@ -89,6 +107,41 @@ class BlockedLoops:
             if loop is not None and not loop.is_closed():
                 loop.call_soon_threadsafe(self._silent.discard, loop)
         return now + _PATIENCE
+
+    def override(self, mine: asyncio.AbstractEventLoop) -> None:
+        """Count a call that passes without a slot, and warn of the first."""
+        self.overridden += 1
+        if self.overridden == 1:
+            mine.call_soon(
+                _log.warning,
+                "a call passed without a slot: every slot is held on an event loop that has been "
+                "blocked for over 1 s; await on that loop instead of blocking it",
+            )
+
+    def _stalled(self, mine: asyncio.AbstractEventLoop, now: int) -> int:
+        """Call the collector if it is time for it; return when that will be, or `NEVER`."""
+        since, end, real, visits = self._stall
+        if since != self.passed:
+            end = now + self._stall_span
+            self._stall = self.passed, end, time.monotonic_ns(), _visits()
+        if now < end:
+            return end
+        # On virtual time nobody really waits.
+        if time.monotonic_ns() - real >= self._stall_span and _visits() == visits:
+            mine.call_soon(self._collect)  # not with the lock held
+        return NEVER
+
+    def _collect(self) -> None:
+        before = self.leases
+        gc.collect()
+        found = self.leases < before
+        self._stall_span = _STALL if found else min(2 * self._stall_span, _LONGEST_STALL)
+
+
+def _visits() -> int:
+    """Return how often the collector has looked at everything."""
+    visits: int = gc.get_stats()[-1]["collections"]
+    return visits
 
 
 class Background:

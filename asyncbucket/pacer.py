@@ -25,7 +25,6 @@ grace: a loop that is blocked, or dead, holds up nobody.
 
 import asyncio
 import contextvars
-import logging
 from typing import TYPE_CHECKING, Final, Literal
 
 from asyncbucket.errors import AsyncBucketError
@@ -44,8 +43,6 @@ _GRACE: Final = 50_000_000
 _NAP: Final = 20e-6
 #: The longest sleep (s) that every event loop's timers take.
 _LONGEST: Final = 86_400.0
-
-_log: Final = logging.getLogger("asyncbucket")
 
 
 class Pacer:
@@ -202,6 +199,7 @@ class Pacer:
             self.queue.begin()
             passed, due = self._admit_locked(now)
             if passed:
+                budget.blocked.passed = now
                 if outlet is None:
                     budget.waiting -= passed
                     self._waiting -= passed
@@ -291,7 +289,7 @@ class Pacer:
         if len(budget.pacers) > 1:
             due = max(due, self._turn_locked(head, now))
         if slotless and due <= now:
-            self._override_locked()
+            budget.blocked.override(self.loop)
         return due
 
     def _turn_locked(self, head: Waiter, now: int) -> int:
@@ -322,13 +320,8 @@ class Pacer:
         head.set_result(now)
         queue.served(head, now)
         self._count_out_locked(head)
-        self._override_locked()
+        budget.blocked.override(self.loop)
         return now
-
-    def _override_locked(self) -> None:
-        blocked = self._budget.blocked
-        blocked.overridden += 1
-        self.loop.call_soon(_warn_of_blocked_loops, blocked.overridden)
 
     def _rest(self) -> None:
         """End, unless a stranger cancelled the task while calls wait."""
@@ -359,11 +352,3 @@ class _TheLoop(asyncio.Lock):
 
     def release(self) -> None:
         pass
-
-
-def _warn_of_blocked_loops(overridden: int) -> None:
-    if overridden == 1:
-        _log.warning(
-            "a call passed without a slot: every slot is held on an event loop that has been "
-            "blocked for over 1 s; await on that loop instead of blocking it"
-        )

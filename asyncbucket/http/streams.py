@@ -51,14 +51,18 @@ class _SyncBody:
         self._attempt = attempt
 
     def __iter__(self) -> Iterator[bytes]:
-        complete = False
         try:
             for chunk in self._inner:
                 self._attempt.passes(chunk)
                 yield chunk
-            complete = True
-        finally:
-            self._attempt.ended(complete=complete)
+        except (
+            GeneratorExit
+        ):  # perhaps by the collector, amid the limiter's work: `close` may follow
+            raise
+        except BaseException:
+            self._attempt.ended(complete=False)
+            raise
+        self._attempt.ended(complete=True)
 
     def close(self) -> None:
         try:

@@ -1,5 +1,11 @@
-"""What an admission gives: the lease that holds it."""
+"""What an admission gives: the lease that holds it.
 
+No method of a lease waits for the lock. Where another thread has it, or this very one, which the
+collector has interrupted to close a generator or a coroutine that held a lease, what is to be done is
+left to whoever has it (`Budget.drop`).
+"""
+
+import functools
 from types import TracebackType
 from typing import Self
 
@@ -128,11 +134,18 @@ class Lease:
         account, earlier = self._account, self._settled
         if self._epoch != account.budget.epoch:  # of a parent process, whose books are its own
             return
-        with account.budget.lock:
-            self._settle_locked(used)
-        if account.budget.observed:
+        budget, tell = account.budget, account.tell
+        if budget.lock.acquire(False):  # by keyword it would take twice the time
+            try:
+                self._settle_locked(used)
+            finally:
+                budget.lock.release()
+        else:
+            budget.drop(functools.partial(self._settle_locked, used))
+            tell = account.tell_later
+        if budget.observed:
             corrects = {name: earlier[name] for name in used if name in earlier} if earlier else {}
-            account.tell(Settled, reserved=self.cost, used=used, corrects=corrects)
+            tell(Settled, reserved=self.cost, used=used, corrects=corrects)
 
     def _settle_locked(self, used: dict[str, int]) -> None:
         """Correct the meters to ``used``, and let in whoever fits by what comes back."""
@@ -199,7 +212,9 @@ class Lease:
             return
         account = self._account
         budget = account.budget
-        budget.lock.acquire()  # `with` would take twice the time
+        if not budget.lock.acquire(False):  # by keyword it would take twice the time
+            budget.drop(functools.partial(self._drop_locked, outcome))
+            return
         try:
             ended = self._end_locked(outcome)
         finally:
@@ -250,11 +265,11 @@ class Lease:
         else:
             self.failed()
 
-    def _drop_locked(self) -> None:
-        """Release what the collector found."""
-        if self._end_locked("failed") and self._account.budget.observed:
+    def _drop_locked(self, outcome: Outcome = "failed") -> None:
+        """Release what the collector found, or what was released while the lock was held."""
+        if self._end_locked(outcome) and self._account.budget.observed:
             held = (self._account.budget.clock() - self._when) * 1e-9
-            self._account.tell_later(Released, cost=self.cost, held=held, outcome="failed")
+            self._account.tell_later(Released, cost=self.cost, held=held, outcome=outcome)
 
     def undo(self) -> None:
         """Give everything back, as if the call had never been; for calls that were not made."""

@@ -480,6 +480,64 @@ def test_a_lease_dropped_inside_the_lock_is_there_for_a_newcomer() -> None:
         assert limiter.statistics().in_flight == 0
 
 
+def test_what_held_a_lease_may_be_closed_inside_the_lock() -> None:
+    """The collector may close a generator, and so leave its ``with`` block, wherever it likes."""
+    limiter = Limiter("100 TPM", concurrency=1)
+    told: list[str] = []
+    limiter.observe(lambda event: told.append(type(event).__name__))
+
+    def generator() -> Generator[None]:
+        with limiter.acquire_sync(tokens=60) as lease:
+            try:
+                yield
+            finally:
+                lease.settle(tokens=10)
+
+    abandoned = generator()
+    next(abandoned)
+    with limiter._budget.lock:
+        abandoned.close()
+    now = limiter.statistics()
+    assert (now.in_flight, now.limits[0].used) == (0, 10)
+    limiter.acquire_nowait(tokens=90).release()
+    assert told == ["Admitted", "Settled", "Released", "Admitted", "Released"]
+
+
+def test_slots_of_what_nobody_can_reach_come_back_to_a_program_that_only_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It makes no garbage, so the collector would not come: it is called, ever less often in vain."""
+    monkeypatch.setattr(loops, "_STALL", 20_000_000)
+    monkeypatch.setattr(loops, "_LONGEST_STALL", 80_000_000)
+
+    class Reply:
+        def __init__(self, lease: Lease) -> None:
+            self.lease, self.itself = lease, self
+
+    async def main() -> None:
+        limiter = Limiter(concurrency=1)
+        blocked = limiter._budget.blocked
+        holder = await limiter.acquire()
+        waiting = asyncio.ensure_future(limiter.acquire())
+        while blocked._stall_span < 40_000_000:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.1)
+        assert blocked._stall_span == 40_000_000
+        holder.release()
+        Reply(await waiting)
+        del waiting
+        async with asyncio.timeout(ENOUGH):
+            (await limiter.acquire()).release()
+        assert blocked._stall_span == 20_000_000
+        assert limiter.statistics().in_flight == 0
+
+    gc.disable()
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()
+
+
 def test_a_coroutine_closed_inside_the_lock_leaves_the_line() -> None:
     """The collector may close a coroutine that waits: that does not deadlock either."""
 

@@ -5,6 +5,7 @@ import contextlib
 import gc
 import threading
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -348,6 +349,30 @@ async def test_reply_of_a_foreign_kind_passes_untouched(limiter: Limiter) -> Non
 
     assert got is Foreign
     assert in_flight(limiter) == 0
+
+
+def test_a_body_closed_amid_the_limiters_work_waits_for_nothing(
+    library: Any, limiter: Limiter
+) -> None:
+    """The collector may close what reads a refusal, of which the limiter is to be told, anywhere."""
+
+    class Body(library.SyncByteStream):  # type: ignore[misc]
+        def __iter__(self) -> Iterator[bytes]:
+            yield b"a"
+            yield b"b"
+
+    refusal = library.Response(429, stream=Body(), headers={"retry-after": "60"})
+    inner = library.MockTransport(giving(refusal))
+    with library.Client(transport=limiter.transport_sync(inner)) as client:
+        reply = client.send(client.build_request("GET", URL), stream=True)
+        chunks = iter(reply.stream)
+        assert next(chunks) == b"a"
+        with limiter._budget.lock:
+            chunks.close()
+        assert in_flight(limiter) == 1
+        reply.close()
+        assert in_flight(limiter) == 0
+        assert limiter.statistics().upstream_429 == 1
 
 
 @pytest.mark.real_clock
