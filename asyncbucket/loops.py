@@ -65,9 +65,9 @@ class BlockedLoops:
         self._silent: set[asyncio.AbstractEventLoop | None] = set()
         #: When one of those who wait passed last.
         self.passed = 0
-        #: The same of when that was last looked at; the end of patience since; the machine's clock
-        #: then, and how often the collector had come.
-        self._stall = (-1, 0, 0, 0)
+        #: The same when it was last looked at; how long to be patient from then on, and how often the
+        #: collector had come by then.
+        self._stall = (-1, 0, 0)
         self._stall_span = _STALL
 
     def here(self) -> Holder:
@@ -120,14 +120,15 @@ class BlockedLoops:
 
     def _stalled(self, mine: asyncio.AbstractEventLoop, now: int) -> int:
         """Call the collector if it is time for it; return when that will be, or `NEVER`."""
-        since, end, real, visits = self._stall
+        if abs(time.monotonic_ns() - now) > _STALL:  # on virtual time nobody really waits
+            return NEVER
+        since, end, visits = self._stall
         if since != self.passed:
-            end = now + self._stall_span
-            self._stall = self.passed, end, time.monotonic_ns(), _visits()
+            end, visits = now + self._stall_span, _visits()
+            self._stall = self.passed, end, visits
         if now < end:
             return end
-        # On virtual time nobody really waits.
-        if time.monotonic_ns() - real >= self._stall_span and _visits() == visits:
+        if visits == _visits():
             mine.call_soon(self._collect)  # not with the lock held
         return NEVER
 
