@@ -15,6 +15,7 @@ ALSO = {
     "dataclasses",
     "decimal",
     "fractions",
+    "gc",
     "numbers",
     "org",  # copy looks for Jython
     "org.python",
