@@ -538,6 +538,30 @@ def test_slots_of_what_nobody_can_reach_come_back_to_a_program_that_only_waits(
         gc.enable()
 
 
+def test_the_collector_is_not_called_where_it_has_come_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that makes garbage of its own pays for no collection more."""
+    monkeypatch.setattr(loops, "_STALL", 20_000_000)
+
+    async def main() -> None:
+        limiter = Limiter(concurrency=1)
+        holder = await limiter.acquire()
+        waiting = asyncio.ensure_future(limiter.acquire())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        gc.collect()
+        come = loops._visits()
+        await asyncio.sleep(0.1)
+        assert loops._visits() == come
+        holder.release()
+        (await waiting).release()
+
+    gc.disable()
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()
+
+
 def test_a_coroutine_closed_inside_the_lock_leaves_the_line() -> None:
     """The collector may close a coroutine that waits: that does not deadlock either."""
 
