@@ -618,6 +618,18 @@ def test_calls_are_not_alike_to_every_meter() -> None:
     assert gates.room({"c": 1}, 16 * SECOND, most=9) == 0
 
 
+def test_what_was_written_out_elsewhere_bounds_every_refund() -> None:
+    """Two that were booked first give back no more than would be there without them."""
+    bucket = Bucket(rate=1, burst=4)
+    bucket.book(1, 0)
+    bucket.book(1, 0)
+    bucket.low = bucket.tat - SECOND // 2 * bucket.q  # as `TokenBucket.acquire` books one at 0.5 s
+    bucket.tat += bucket.p
+    bucket.unbook(1, 0)
+    bucket.unbook(1, 0)
+    assert bucket.earliest(4, SECOND // 2) == SECOND * 3 // 2
+
+
 def test_gates_name_what_binds() -> None:
     """The latest meter binds; resources that a call takes none of do not."""
     gates = Gates([(Bucket(rate=1, burst=1), "a"), (Bucket(rate=1, burst=9), "b")])
