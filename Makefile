@@ -33,12 +33,12 @@ help: ## List the targets
 demo: $(STAMP) ## Run agents under a provider's limits, without asyncbucket and with it
 	@$(VENV)/bin/asyncbucket demo $(DEMO_ARGS)
 
-# What waits on the machine's clock runs last: it is idle for most of the time, so three at once.
+# What waits on the machine's clock runs last: it is idle for most of the time, so four at once.
 test: $(STAMP) ## Run all tests; the core must be covered to the last branch
 	@$(PY) -m coverage erase
 	$(PY) -m coverage run -m pytest -n auto -m 'not real_clock' $(PYTEST_ARGS)
 	@$(PY) -m coverage combine --quiet
-	$(PY) -m pytest -n 3 -m real_clock $(PYTEST_ARGS)
+	$(PY) -m pytest -n 4 -m real_clock $(PYTEST_ARGS)
 	$(PY) -m coverage report --include='$(CORE_FILES)' --fail-under=100
 
 coverage: $(STAMP) ## Run all tests and show what they cover, outside the core, too

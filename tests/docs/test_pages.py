@@ -148,9 +148,16 @@ def stage_of(page: Path) -> str:
     return asked[1] if asked else "virtual"
 
 
+#: Those that ask for another stage than virtual time wait on the machine's clock, as their readers do.
+STAGED = [
+    pytest.param(page, marks=[pytest.mark.real_clock] if stage_of(page) != "virtual" else [])
+    for page in PAGES
+]
+
+
 @pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("page", STAGED, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_block_of_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

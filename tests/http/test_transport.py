@@ -774,7 +774,7 @@ def test_wrong_arguments_name_the_right_ones(limiter: Limiter) -> None:
 @pytest.mark.heavy
 async def test_memory_of_hosts_is_bounded(limiter: Limiter) -> None:
     """A crawler with many hosts does not fill the memory."""
-    async with client_over(httpx, limiter, answering(httpx, b"")) as client:
+    async with client_over(httpx, limiter, answering(httpx, b""), learn=False) as client:
         for number in range(300):
             await client.get(f"https://host{number}.test/")
 
