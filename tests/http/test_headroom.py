@@ -447,7 +447,7 @@ def test_key_is_shared_with_others_without_refusals(policy: str, tpm: int | None
 @pytest.mark.heavy
 def test_large_slices_are_shared_without_refusals() -> None:
     """A hundred in each, of which others take 40: what comes by chance is little beside them."""
-    seen = share("one_second_slices", others=0.4, rpm=6_000, minutes=3)
+    seen = share("one_second_slices", others=0.4, rpm=6_000, minutes=2)
 
     assert seen.refused / seen.calls < 0.005
     assert seen.use > 0.9

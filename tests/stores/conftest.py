@@ -19,6 +19,7 @@ from redis.asyncio import Redis
 
 from asyncbucket.stores import open_store
 from asyncbucket.stores.redis import RedisStore
+from asyncbucket.stores.redis_ledger import RedisLedger
 
 SERVER = shutil.which("valkey-server") or shutil.which("redis-server")
 
@@ -172,6 +173,14 @@ def shared_server(
     assert server_program
     with RunningServer(tmp_path_factory.mktemp("valkey")) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def patient_worker() -> Iterator[None]:
+    """Wait longer for replies than 0.2 s: what is asked thousands of times meets a busy machine once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RedisLedger._ask.__kwdefaults__ or {}, "patience", 5.0)
+        yield
 
 
 @pytest.fixture
