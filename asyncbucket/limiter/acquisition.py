@@ -1,5 +1,6 @@
 """What `Limiter.acquire` returns: to be awaited for a lease, or entered for one."""
 
+import inspect
 from collections.abc import Coroutine, Generator
 from types import TracebackType
 from typing import Any, NoReturn
@@ -75,6 +76,10 @@ class Acquisition(Coroutine[Any, Any, Lease]):
     def _running(self) -> Generator[Any, Any, Lease]:
         if self._coroutine is None:
             self._coroutine = self.__await__()
+        elif inspect.getgeneratorstate(self._coroutine) == inspect.GEN_CLOSED:
+            raise RuntimeError(
+                "this acquisition has been awaited: call acquire() for another lease"
+            )
         return self._coroutine
 
     def send(self, value: Any) -> Any:

@@ -60,6 +60,17 @@ def test_leaving_an_acquisition_that_was_not_entered_is_harmless(virtual_time: V
     virtual_time.run(main())
 
 
+async def test_an_acquisition_makes_one_task() -> None:
+    """As any coroutine: another task of it fails, rather than going on without a lease."""
+    limiter = Limiter(concurrency=2)
+    acquisition = limiter.acquire()
+    lease = await asyncio.create_task(acquisition)
+    with pytest.raises(RuntimeError, match="call acquire\\(\\) for another lease"):
+        await asyncio.create_task(acquisition)
+    lease.release()
+    assert limiter.statistics().admitted == 1
+
+
 @pytest.mark.parametrize("debug", [False, True])
 def test_an_acquisition_is_a_coroutine_to_asyncio(*, debug: bool) -> None:
     """create_task, gather, wait_for, shield and TaskGroup take it, in debug mode too."""
