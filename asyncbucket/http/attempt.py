@@ -20,6 +20,7 @@ _FIRST_ERROR: Final = 400
 _LAG: Final = 0.2
 #: A request that leaves so long (s) after its admission is dated anew: connections take their time.
 _SOON: Final = 0.002
+_ENCODING: Final = b"content-encoding"
 #: Errors of httpx and httpx2 that mean: nothing was sent, so nothing was charged.
 _NEVER_SENT: Final = frozenset(
     {"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"}
@@ -164,6 +165,6 @@ class Attempt:
 def _encoding(headers: Any) -> str | None:
     """Return the encoding of a body, None for none."""
     for name, value in pairs(headers):
-        if name.lower() == b"content-encoding":
+        if len(name) == len(_ENCODING) and name.lower() == _ENCODING:  # few names are as long
             return None if value == b"identity" else value.decode("latin-1")
     return None

@@ -298,13 +298,14 @@ def test_any_number_of_tenants_needs_the_memory_of_a_thousand(virtual_time: Virt
     assert tracemalloc.get_traced_memory()[0] < before + 100_000
     assert before < 8_000_000
     tracemalloc.stop()
-    visit(10_000, 10_000)
+    visit(4_000, 10_000)
     keys = key._tenants()
     assert len(keys) == len(key._account.children) == 1_000
     assert len(keys._resting) <= 1_300
     assert not keys._own
 
 
+@pytest.mark.heavy
 def test_10_000_idle_children_cost_no_tasks_and_little_memory(virtual_time: VirtualTime) -> None:
     """Under 2 kB each, without limits of their own and with one."""
 
