@@ -1,8 +1,8 @@
 """What an admission gives: the lease that holds it.
 
-No method of a lease waits for the lock. Where another thread has it, or this very one, which the
-collector has interrupted to close a generator or a coroutine that held a lease, what is to be done is
-left to whoever has it (`Budget.drop`).
+Neither settling nor releasing waits for the lock. Where another thread has it, or this very one, which
+the collector has interrupted to close a generator or a coroutine that held a lease, what is to be done
+is left to whoever has it (`Budget.drop`).
 """
 
 import functools
