@@ -19,6 +19,7 @@ from asyncbucket.batch.pacing import PriceOf, admit_each, leave_to
 from asyncbucket.batch.progress import Shown, progress_for
 from asyncbucket.batch.source import Source
 from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.terms import read_count
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -107,7 +108,7 @@ def _name(fn: object) -> str:
 
 def _workers(limiter: Limiter, workers: int | None, *, by_fn: bool) -> int:
     if workers is not None:
-        return at_least_one(workers, "workers")
+        return read_count(workers, "workers", least=1)
     if not by_fn:
         return _MOST
     # One more than the slots, so that somebody always stands in line. Where the slots are found by
@@ -116,18 +117,7 @@ def _workers(limiter: Limiter, workers: int | None, *, by_fn: bool) -> int:
 
 
 def _window(window: int | None, workers: int) -> int:
-    return 2 * workers if window is None else at_least_one(window, "window")
-
-
-def at_least_one(value: int, name: str) -> int:
-    """Return a number of calls.
-
-    Raises:
-        ValueError: it is no whole number from 1 on.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-    return value
+    return 2 * workers if window is None else read_count(window, "window", least=1)
 
 
 class Results(AsyncIterator[Item[T, R]], Generic[T, R]):

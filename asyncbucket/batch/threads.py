@@ -10,8 +10,9 @@ from anyio.from_thread import start_blocking_portal
 
 from asyncbucket.batch.item import Item
 from asyncbucket.batch.paced import acquires_itself
-from asyncbucket.batch.results import Results, amap, at_least_one
+from asyncbucket.batch.results import Results, amap
 from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.terms import read_count
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -56,7 +57,7 @@ def map_sync(
     the loop waits for the calls that run: a thread cannot be cancelled.
     """
     if workers is not None:
-        at_least_one(workers, "workers")
+        read_count(workers, "workers", least=1)
     elif not inspect.iscoroutinefunction(fn):
         workers = min(limiter.concurrency or _THREADS, _THREADS)
     if options.get("paced") is None and options.get("cost") is None:

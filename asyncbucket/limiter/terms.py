@@ -87,14 +87,14 @@ def read_timeout(timeout: float | None) -> float | None:
     return timeout
 
 
-def read_count(value: int, name: str) -> int:
+def read_count(value: int, name: str, *, least: int = 0) -> int:
     """Return a number of calls, or of other units.
 
     Raises:
-        ValueError: it is no whole number from 0 on.
+        ValueError: it is no whole number from ``least`` on.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name} must be a whole number of at least 0, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
     return value
 
 
