@@ -12,12 +12,13 @@ import contextlib
 import math
 import time
 from collections.abc import Generator
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 from asyncbucket.meters import NEVER
 
+T = TypeVar("T")
 #: How urgent a call is: a name, or a whole number, larger ones first.
 Priority: TypeAlias = int | Literal["interactive", "normal", "batch"]
 
@@ -100,8 +101,16 @@ def _inherit(**what: Any) -> Generator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError):  # a generator that was closed in another context
-            inherited.reset(token)
+        put_back(inherited, token)
+
+
+def put_back(variable: ContextVar[T], token: Token[T]) -> None:
+    """Give ``variable`` the value again that it had before, if this is still where it was set.
+
+    What runs in a generator or a coroutine may be closed in another context than it ran in.
+    """
+    with contextlib.suppress(ValueError):
+        variable.reset(token)
 
 
 def read_priority(value: Priority) -> int:

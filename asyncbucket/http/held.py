@@ -18,6 +18,7 @@ from collections.abc import Generator, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
+from asyncbucket.context import put_back
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.lease import Lease
 from asyncbucket.limiter.levels import is_under
@@ -106,5 +107,4 @@ def holding(held: Held) -> Generator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError):  # closed in another context than it ran in
-            _HELD.reset(token)
+        put_back(_HELD, token)

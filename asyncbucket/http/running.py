@@ -23,6 +23,7 @@ from collections.abc import Generator
 from contextvars import ContextVar
 from typing import Final
 
+from asyncbucket.context import put_back
 from asyncbucket.http.held import around
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.lease import Lease
@@ -65,8 +66,7 @@ def running(tool: object, lease: Lease) -> Generator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError):  # closed in another context than it ran in
-            _RUNNING.reset(token)
+        put_back(_RUNNING, token)
 
 
 def is_running(tool: object) -> bool:

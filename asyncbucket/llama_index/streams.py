@@ -26,7 +26,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from llama_index_instrumentation.span import active_span_id
 
-from asyncbucket.context import inherited
+from asyncbucket.context import inherited, put_back
 from asyncbucket.limiter.lease import Lease
 from asyncbucket.llama_index.estimate import Estimate
 from asyncbucket.llama_index.held import HeldCall
@@ -98,8 +98,7 @@ class _Stream(Generic[T]):
             with self._held.inside():
                 yield
         finally:
-            with contextlib.suppress(ValueError):  # closed in another context than it ran in
-                active_span_id.reset(token)
+            put_back(active_span_id, token)
 
     @contextlib.contextmanager
     def _as_asked(self) -> Generator[None]:
@@ -113,8 +112,7 @@ class _Stream(Generic[T]):
             yield
         finally:
             if token is not None:
-                with contextlib.suppress(ValueError):  # as above
-                    inherited.reset(token)
+                put_back(inherited, token)
 
     def _is_for_caller(self, item: T) -> bool:
         """Note the usage that ``item`` carries; tell whether it carries anything else."""
