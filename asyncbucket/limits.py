@@ -148,6 +148,15 @@ def read_limits(limits: Iterable[str | Limit], keywords: dict[str, float | None]
     return found
 
 
+def read_amount(text: str) -> int:
+    """Return a number that is written as in limits: ``500``, ``14,400``, ``200k``.
+
+    Raises:
+        LimitSyntaxError: it is none from 1 on.
+    """
+    return Limit.parse(f"{text} requests/s").amount
+
+
 def _whole(number: str, text: str) -> int:
     """Read a number such as ``14,400`` or ``1.5k``, of which ``text`` is written."""
     digits = re.sub("[,_]", "", number)

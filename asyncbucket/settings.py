@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from asyncbucket.errors import LimitSyntaxError
-from asyncbucket.limits import KEYWORDS, Limit
+from asyncbucket.limits import KEYWORDS, Limit, read_amount
 
 L = TypeVar("L")
 
@@ -170,7 +170,7 @@ def _number(value: object) -> float:
     """Return a number; a text may be written as in limits: "14,400", "200k", "1.5M"."""
     if isinstance(value, str):
         try:
-            return Limit.parse(f"{value.strip()} requests/s").amount
+            return read_amount(value)
         except LimitSyntaxError:
             raise ValueError(f"{value!r} is no number such as 500, 14,400 or 200k") from None
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, TypeAlias
 import typer
 
 from asyncbucket.errors import LimitSyntaxError
-from asyncbucket.limits import Limit
+from asyncbucket.limits import Limit, read_amount
 
 # Typer's functions return Any, whatever the type of what is typed.
 
@@ -50,7 +50,7 @@ def whole(typed: str, *, most: int | None = None) -> int:
         ValueError: it is none from 1 on, or above ``most``.
     """
     try:
-        number = Limit.parse(f"{typed} requests/s").amount
+        number = read_amount(typed)
     except LimitSyntaxError:
         number = 0
     if not 1 <= number <= (most or number):
