@@ -161,10 +161,11 @@ class Budget:
                     pacer.fail_locked(waiter, error)
             pacer.ring_locked()
 
-    def drop(self, release: Callable[[], object]) -> None:
+    def drop(self, release: Callable[[], object]) -> bool:
         """Run ``release`` with the lock held, now or soon: a finalizer may interrupt its holder.
 
         The collector closes coroutines that wait and leases that nobody holds, whenever it likes.
+        Return whether it has been run.
         """
         self._dropped.append(release)
         if self.lock.acquire(False):  # by keyword it would take twice the time
@@ -172,10 +173,11 @@ class Budget:
                 self.collect_locked()
             finally:
                 self.lock.release()
-        else:  # the holder may have looked already
-            for pacer in tuple(self.pacers.values()):
-                with contextlib.suppress(RuntimeError):  # its loop is closed
-                    pacer.loop.call_soon_threadsafe(pacer.ring)
+            return True
+        for pacer in tuple(self.pacers.values()):  # the holder may have looked already
+            with contextlib.suppress(RuntimeError):  # its loop is closed
+                pacer.loop.call_soon_threadsafe(pacer.ring)
+        return False
 
     def collect_locked(self) -> None:
         """Release what was dropped while the lock was held."""

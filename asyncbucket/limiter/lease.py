@@ -134,16 +134,9 @@ class Lease:
         account, earlier = self._account, self._settled
         if self._epoch != account.budget.epoch:  # of a parent process, whose books are its own
             return
-        budget, tell = account.budget, account.tell
-        if budget.lock.acquire(False):  # by keyword it would take twice the time
-            try:
-                self._settle_locked(used)
-            finally:
-                budget.lock.release()
-        else:
-            budget.drop(functools.partial(self._settle_locked, used))
-            tell = account.tell_later
-        if budget.observed:
+        done = account.budget.drop(functools.partial(self._settle_locked, used))
+        if account.budget.observed:
+            tell = account.tell if done else account.tell_later
             corrects = {name: earlier[name] for name in used if name in earlier} if earlier else {}
             tell(Settled, reserved=self.cost, used=used, corrects=corrects)
 
