@@ -55,10 +55,8 @@ class _SyncBody:
             for chunk in self._inner:
                 self._attempt.passes(chunk)
                 yield chunk
-        except (
-            GeneratorExit
-        ):  # perhaps by the collector, amid the limiter's work: `close` may follow
-            raise
+        except GeneratorExit:
+            raise  # perhaps by the collector, amid the limiter's work: `close` may follow
         except BaseException:
             self._attempt.ended(complete=False)
             raise

@@ -29,15 +29,12 @@ def store(url: str) -> list[Finding]:
         return asyncio.run(asyncio.wait_for(_look(open_store(url), shown), _PATIENCE))
     except (StoreError, TimeoutError, OSError) as error:
         why = str(error) or f"no answer within {_PATIENCE:g} s"
-        first = "make the file one that can be written" if _is_file(url) else "start the server"
+        is_file = url.startswith("sqlite:")
+        first = "make the file one that can be written" if is_file else "start the server"
         said = why if shown in why else f"{shown}: {why}"
         return [bad("store", said, f"{first}, or correct the URL")]
     except (ImportError, ValueError) as error:
         return [bad("store", str(error), "correct the URL, or install what it names")]
-
-
-def _is_file(url: str) -> bool:
-    return url.startswith("sqlite:")
 
 
 async def _look(place: Store, shown: str) -> list[Finding]:
