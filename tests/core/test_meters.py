@@ -533,20 +533,21 @@ amounts = st.fixed_dictionaries(
 )
 
 
+def several() -> list[tuple[Meter, str]]:
+    """Make meters of each kind; two count the same resource."""
+    return [
+        (Bucket(rate=5, burst=10), "a"),
+        (Window(amount=20, window=3 * SECOND), "a"),
+        (Bucket(rate=2, burst=5), "b"),
+        (Slots(size=3), "c"),
+    ]
+
+
 @moderate
 @given(st.lists(st.tuples(st.integers(0, SECOND), amounts), max_size=40))
 def test_gates_take_all_or_nothing(calls: list[tuple[int, dict[str, int]]]) -> None:
     """A call that one meter refuses leaves no trace in the others."""
-
-    def meters() -> list[tuple[Meter, str]]:
-        return [
-            (Bucket(rate=5, burst=10), "a"),
-            (Window(amount=20, window=3 * SECOND), "a"),
-            (Bucket(rate=2, burst=5), "b"),
-            (Slots(size=3), "c"),
-        ]
-
-    tried, only_passed = Gates(meters()), Gates(meters())
+    tried, only_passed = Gates(several()), Gates(several())
     now = 0
     for delay, costs in calls:
         now += delay
@@ -573,16 +574,7 @@ def test_gates_book_many_calls_as_they_book_one_after_the_other(
     before: list[tuple[int, dict[str, int]]], costs: dict[str, int], most: int, data: st.DataObject
 ) -> None:
     """As many as there is room for; and what one of them gives back is the same."""
-
-    def meters() -> list[tuple[Meter, str]]:
-        return [
-            (Bucket(rate=5, burst=10), "a"),
-            (Window(amount=20, window=3 * SECOND), "a"),
-            (Bucket(rate=2, burst=5), "b"),
-            (Slots(size=3), "c"),
-        ]
-
-    together, apart = Gates(meters()), Gates(meters())
+    together, apart = Gates(several()), Gates(several())
     now = 0
     for delay, earlier in before:
         now += delay

@@ -310,16 +310,19 @@ def test_broken_synchronous_stream_gives_its_slot_back(limiter: Limiter) -> None
     assert list(stream) == []
 
 
+class Slow(MockLLM):
+    """Say nothing for an hour."""
+
+    async def astream_chat(self, *_: Any, **__: Any) -> Any:
+        async def stream() -> AsyncGenerator[str, None]:
+            await asyncio.sleep(3600)
+            yield "late"
+
+        return stream()
+
+
 async def test_cancelled_stream_gives_its_slot_back(limiter: Limiter) -> None:
     """Cancelled while it waits for an item: the slot is free at once."""
-
-    class Slow(MockLLM):
-        async def astream_chat(self, *_: Any, **__: Any) -> Any:
-            async def stream() -> AsyncGenerator[str, None]:
-                await asyncio.sleep(3600)
-                yield "late"
-
-            return stream()
 
     async def read() -> None:
         async for _ in await limiter.wrap(Slow(max_tokens=None)).astream_chat(MESSAGES):
@@ -371,15 +374,6 @@ def test_synchronous_stream_is_read_by_one_thread_at_a_time(limiter: Limiter) ->
 
 async def test_stream_may_be_closed_in_another_context_than_it_is_read_in(limiter: Limiter) -> None:
     """So the interpreter closes the tasks of a loop that is gone: quietly, and the slot is free."""
-
-    class Slow(MockLLM):
-        async def astream_chat(self, *_: Any, **__: Any) -> Any:
-            async def stream() -> AsyncGenerator[str, None]:
-                await asyncio.sleep(3600)
-                yield "late"
-
-            return stream()
-
     stream = await limiter.wrap(Slow(max_tokens=None)).astream_chat(MESSAGES)
     step = stream.asend(None)
     copy_context().run(step.send, None)
