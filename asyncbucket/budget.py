@@ -92,17 +92,12 @@ class Budget:
             for each in self.pacers.values():
                 each.plant_locked()
         waiter = Waiter(loop=loop)
-        waiter.node = node
         waiter.amounts = amounts
-        waiter.priority = priority
-        waiter.number = self.arrivals = self.arrivals + 1
         waiter.deadline = deadline
-        waiter.bound_by = None
-        waiter.pacer = pacer
-        waiter.outlet = None
+        waiter.number = self.arrivals = self.arrivals + 1
         self.waiting += 1
         self.easy = NONE_AT_ALL
-        pacer.push_locked(waiter, now)
+        pacer.push_locked(waiter, node, priority, now)
         return waiter
 
     def withdraw_locked(self, waiter: Waiter) -> bool:

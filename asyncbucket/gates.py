@@ -83,8 +83,10 @@ class Gates:
         for meter, resource in self.meters:
             amount = amounts.get(resource)
             if amount:
-                most = min(most, meter.available(now) // amount)
-        return max(0, most)
+                room = meter.available(now) // amount
+                if room < most:  # noqa: PLR1730 - `min` would be a call
+                    most = room
+        return most
 
     def book(self, amounts: Amounts, when: int, *, calls: int = 1) -> None:
         """Book so many calls of ``amounts`` in all meters at ``when``."""

@@ -213,7 +213,8 @@ class Bucket:
 
     def available(self, now: int) -> int:
         """See `Meter.available`; negative while a debt is paid off."""
-        return (self.room - max(0, self.tat - now * self.q)) // self.p
+        backlog = self.tat - now * self.q
+        return (self.room - backlog) // self.p if backlog > 0 else self.burst
 
     def missing(self, now: int) -> int:
         """Return how many units, begun ones included, a full bucket would hold more."""

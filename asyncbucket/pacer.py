@@ -28,12 +28,13 @@ import contextvars
 from typing import TYPE_CHECKING, Final, Literal
 
 from asyncbucket.errors import AsyncBucketError
-from asyncbucket.meters import NEVER
+from asyncbucket.meters import NEVER, Amounts
 from asyncbucket.queue import EMPTY, Deadlines, Line, Waiter
 from asyncbucket.tree import Tree
 
 if TYPE_CHECKING:
     from asyncbucket.budget import Budget
+    from asyncbucket.node import Node
 
 #: Admissions in one pass, before other tasks of the loop get their turn.
 _BATCH: Final = 256
@@ -57,7 +58,7 @@ class Pacer:
         self.bound_by: str | None = None
         #: Another thread has rung, and the loop has not heard it yet.
         self._rung = False
-        self.queue: Line | Tree = Line()
+        self.queue: Line | Tree = Line(budget.root, self)
         if budget.fair:
             self.plant_locked()
         self._deadlines = Deadlines()
@@ -75,12 +76,14 @@ class Pacer:
         assert isinstance(self.queue, Line)
         self.queue = Tree(self._budget.root, self.queue, self._budget.rouse_locked)
 
-    def push_locked(self, waiter: Waiter, now: int) -> None:
-        """Let ``waiter`` stand in line."""
+    def push_locked(self, waiter: Waiter, node: "Node", priority: int, now: int) -> None:
+        """Let ``waiter`` stand in the line of a node and a priority."""
         self._waiting += 1
-        for node in waiter.node.below_root:
-            node.waiting += 1
-        self.queue.push(waiter, now)
+        for below in node.below_root:
+            below.waiting += 1
+        queue = self.queue
+        line = queue if isinstance(queue, Line) else queue.line(node, priority)
+        line.push(waiter, now)
         deadline = waiter.deadline
         if deadline is not None:
             self._deadlines.push(waiter, deadline)
@@ -91,7 +94,7 @@ class Pacer:
         """Count ``waiter``, done, out of the line; return whether it was the head of it."""
         self._count_out_locked(waiter)
         self._deadlines.sweep(self._waiting)
-        return (self.queue if waiter.outlet is None else waiter.outlet).leave(waiter)
+        return (waiter.outlet or waiter.line).leave(waiter)
 
     def admit_locked(self, waiter: Waiter, when: int) -> None:
         """Let ``waiter`` go, whom the outlet had; on the loop's own thread."""
@@ -126,7 +129,7 @@ class Pacer:
                 self._count_out_locked(waiter)
             self._budget.waiting -= self._waiting  # whoever was cancelled, and never ran again
             self._waiting = 0
-            self.queue = Line()
+            self.queue = Line(self._budget.root, self)
             self._retire_locked()
 
     def fail_locked(self, waiter: Waiter, error: AsyncBucketError) -> None:
@@ -172,8 +175,10 @@ class Pacer:
             nap = (due - self._budget.clock()) * 1e-9
             if nap <= 0:  # in the loop's next turn
                 self._timer = self.loop.call_soon(self._tick)
+            elif nap < _NAP:
+                self._timer = self.loop.call_later(_NAP, self._tick)
             else:
-                self._timer = self.loop.call_later(min(max(nap, _NAP), _LONGEST), self._tick)
+                self._timer = self.loop.call_later(min(nap, _LONGEST), self._tick)
         return True
 
     def _tick(self) -> None:
@@ -196,7 +201,6 @@ class Pacer:
         with budget.lock:
             budget.collect_locked()
             now = budget.clock()
-            self.queue.begin()
             passed, due = self._admit_locked(now)
             if passed:
                 budget.blocked.passed = now
@@ -212,7 +216,9 @@ class Pacer:
                 end = self._deadlines.first()
             nobody = due == EMPTY
             wake = self._wake_locked(now) if nobody else self.queue.wake
-            self.due = max(now, min(due, wake, end))
+            if wake < due or end < due:
+                due = min(wake, end)
+            self.due = max(now, due)
             return None if nobody and wake >= EMPTY and not (outlet and self._waiting) else self.due
 
     def _admit_locked(self, now: int) -> tuple[int, int]:
@@ -222,10 +228,12 @@ class Pacer:
         if alone and outlet is None and isinstance(queue, Line):
             return self._admit_line_locked(queue, now)
         passed = 0
+        queue.begin()
         while (head := queue.head(now)) is not None:
             if outlet is not None and not outlet.room():
                 return passed, NEVER
-            gates = head.node.through
+            line = head.line
+            gates = line.node.through
             full = passed == most or queue.expects
             if full or not alone or not gates.take(head.amounts, now):
                 due = self._due_locked(head, now)
@@ -234,24 +242,26 @@ class Pacer:
                 gates.book(head.amounts, now)
             head.gates = gates
             head.taken = now
-            head.bound_by = head.line.bound_by or self.bound_by
+            head.bound_by = line.bound_by or self.bound_by
             passed += 1
             if outlet is not None:
                 outlet.push(head)
             else:
                 head.set_result(now)
-                for below in head.node.below_root:
+                for below in line.node.below_root:
                     below.waiting -= 1
             queue.served(head, now)
         return passed, EMPTY
 
     def _admit_line_locked(self, line: Line, now: int) -> tuple[int, int]:
         """Do so where nobody but the meters has a say: those who want the same go in one booking."""
-        passed, gates = 0, self._budget.root.through
+        gates, passed, room = self._budget.root.through, 0, 0
+        amounts: Amounts = {}
         while (head := line.head()) is not None:
-            amounts = head.amounts
-            room = gates.room(amounts, now, most=_BATCH - passed)
-            if not room:
+            if head.amounts is not amounts:
+                amounts = head.amounts
+                room = gates.room(amounts, now, most=_BATCH - passed)
+            if room < 1:
                 due = self._due_locked(head, now)
                 if due > now or passed == _BATCH:
                     return passed, due
@@ -264,6 +274,7 @@ class Pacer:
                 each.bound_by = self.bound_by
                 each.set_result(now)
             passed += len(alike)
+            room -= len(alike)
         return passed, EMPTY
 
     def _expire_locked(self, now: int) -> bool:
@@ -277,10 +288,11 @@ class Pacer:
 
     def _due_locked(self, head: Waiter, now: int) -> int:
         """Return from when on ``head`` may pass, other loops considered."""
-        budget, gates, since = self._budget, head.node.through, head.line.since
+        budget, line = self._budget, head.line
+        gates, since = line.node.through, line.since
         due, bound_by = gates.earliest(head.amounts, since)
         if due > now:
-            self.bound_by = head.line.bound_by = bound_by
+            self.bound_by = line.bound_by = bound_by
         slotless = due >= NEVER and bound_by == "concurrency"
         if slotless:
             due = budget.blocked.check(self.loop, now)

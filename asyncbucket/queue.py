@@ -25,43 +25,36 @@ _SWEEP: Final = 64
 
 
 class Waiter(asyncio.Future[int]):
-    """Stand in line for ``amounts`` to pass all gates from ``node`` up to the root.
+    """Stand in a line for ``amounts`` to pass all gates from its node up to the root.
 
     It is resolved with the instant at which they were booked, or with `NEVER` when the deadline
-    came first.
+    came first. It holds no more than it must: the collector looks at each of 100,000 again and again.
     """
 
-    __slots__ = (
-        "amounts",
-        "bound_by",
-        "deadline",
-        "gates",
-        "line",
-        "node",
-        "number",
-        "outlet",
-        "pacer",
-        "priority",
-        "taken",
-    )
+    __slots__ = ("amounts", "bound_by", "deadline", "gates", "line", "number", "taken")
 
-    node: "Node"
     amounts: Amounts
-    priority: int
     #: The place in the order of arrival over all loops.
     number: int
     deadline: int | None
-    #: What held up the line when this waiter left it.
-    bound_by: str | None
-    #: What it was booked in, and when, once it has passed.
+    #: Where it stands, or stood; set by `Line.push`.
+    line: "Line"
+    #: What it was booked in, and when, and what held up the line until then, once it has passed.
     gates: Gates
     taken: int
-    #: Who serves it.
-    pacer: "Pacer"
-    #: Where it stands; set by `Line.push`.
-    line: "Line"
+    bound_by: str | None
     #: Who has taken it over, where limits are kept elsewhere.
-    outlet: "Outlet | None"
+    outlet: "Outlet | None" = None
+
+    @property
+    def node(self) -> "Node":
+        """The limiter at which it waits."""
+        return self.line.node
+
+    @property
+    def pacer(self) -> "Pacer":
+        """Who serves it."""
+        return self.line.pacer
 
     def __lt__(self, other: "Waiter") -> bool:
         return self.number < other.number
@@ -90,9 +83,12 @@ class Counting(Protocol):
 
 
 class Line:
-    """Hold waiters in order of arrival; every operation is O(1), amortised."""
+    """Hold in order of arrival those who wait at one node, on one loop, with one priority.
 
-    __slots__ = ("_line", "_living", "above", "bound_by", "since")
+    Every operation is O(1), amortised.
+    """
+
+    __slots__ = ("_line", "_living", "above", "bound_by", "node", "pacer", "priority", "since")
 
     #: A line never sleeps: without a head nobody is left.
     wake: Final = EMPTY
@@ -101,7 +97,10 @@ class Line:
     #: In a line nobody is expected: whoever comes back stands at its end.
     expects: Final = False
 
-    def __init__(self) -> None:
+    def __init__(self, node: "Node", pacer: "Pacer", priority: int = 0) -> None:
+        self.node = node
+        self.pacer = pacer
+        self.priority = priority
         self._line: deque[Waiter] = deque()
         self._living = 0
         #: Since when somebody has stood first here without anyone being served.
@@ -125,6 +124,8 @@ class Line:
         waiter.line = self
         self._line.append(waiter)
         self._living += 1
+        for each in self.above:
+            each.living += 1
 
     def head(self, now: int = 0, *, slotless: int = 0) -> Waiter | None:  # noqa: ARG002 - as `Branch.head`
         """Return the first who still waits."""
@@ -176,9 +177,12 @@ class Line:
     def leave(self, waiter: Waiter) -> bool:
         """Take ``waiter``, done, out of the line; return whether it was its head, or the last.
 
-        It may have been skipped already, by whoever looked for the head since.
+        It may have been skipped already, by whoever looked for the head since; others may stand in
+        the place of this line anew.
         """
         self._living -= 1
+        for each in self.above:
+            each.living -= 1
         line = self._line
         first = line[0].number >= waiter.number if line else not self._living
         if len(line) > 2 * self._living + _SWEEP:

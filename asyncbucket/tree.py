@@ -227,7 +227,7 @@ class Classes(Branch):
 class Tree:
     """Choose among all who wait on one loop, wherever in the tree of limiters they do."""
 
-    __slots__ = ("_classes", "_emptied", "_root", "_rouse")
+    __slots__ = ("_classes", "_emptied", "_pacer", "_root", "_rouse")
 
     def __init__(self, root: Node, line: Line, rouse: Callable[[Node], object]) -> None:
         """Take over the ``line`` of those who have waited at the root so far.
@@ -235,6 +235,7 @@ class Tree:
         ``rouse`` is `Tree.rouse` for the trees of all loops.
         """
         self._root = root
+        self._pacer = line.pacer
         self._rouse = rouse
         self._emptied: list[Branch] = []
         self._classes = Classes(root, root.fairness.top)
@@ -257,27 +258,25 @@ class Tree:
         """The tags by which the head that was found last competes with those of other loops."""
         return tuple(branch.first.share.tag for branch in self._chosen() if branch.first)
 
-    def push(self, waiter: Waiter, now: int) -> None:
-        """Let ``waiter`` stand in the line of its node and priority."""
-        priority = waiter.priority
+    def line(self, node: Node, priority: int) -> Line:
+        """Return the line for those of a node and a priority, in which somebody is about to stand."""
         branch = self._class(priority)
         above = [self._classes, branch]
-        for node in reversed(waiter.node.below_root):
-            branch = self._branch(branch, node, node, priority, node.fairness.shares)
+        for each in reversed(node.below_root):
+            branch = self._branch(branch, each, each, priority, each.fairness.shares)
             above.append(branch)
         flow = branch.find(None)
         if flow is None:
-            flow = branch.add(None, Line(), waiter.node.fairness.line(priority))
+            made = Line(node, self._pacer, priority)
+            flow = branch.add(None, made, node.fairness.line(priority))
         line = flow.source
         assert isinstance(line, Line)
         line.above = tuple(above)
-        for counting in above:
-            counting.living += 1
         if not line:
-            for chooser, each in self._way(waiter.node, (priority,)):
-                chooser.want(each)
+            for chooser, wanted in self._way(node, (priority,)):
+                chooser.want(wanted)
             branch.want(flow)
-        line.push(waiter, now)
+        return line
 
     def head(self, now: int, *, slotless: int = 0) -> Waiter | None:
         """Return who goes next as far as the limits below the root are concerned."""
@@ -319,15 +318,6 @@ class Tree:
         return self._classes.head(now) is None and all(
             flow.source.head(now) is None for _, flow in self._way(node, tuple(self._classes))
         )
-
-    def leave(self, waiter: Waiter) -> bool:
-        """Take ``waiter``, done, out of its line; return whether it was the head of it.
-
-        It is some time since it was cancelled, and others may stand in its place in a line anew.
-        """
-        for each in waiter.line.above:
-            each.living -= 1
-        return waiter.line.leave(waiter)
 
     def binding(self, node: Node) -> str | None:
         """Return what holds up who goes next at ``node``, as far as that was found."""

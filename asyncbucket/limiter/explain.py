@@ -98,7 +98,7 @@ def _line_up(account: Account, now: int, priority: int) -> tuple[Gates, int, int
     for waiter in waiters:
         apart = [node for node in waiter.node.path if node not in account.path]
         others = any(node.gates.earliest(waiter.amounts, now)[0] > now for node in apart)
-        if others or waiter.priority < priority:
+        if others or waiter.line.priority < priority:
             continue
         ahead += 1
         theirs = copy.deepcopy(waiter.node.through, copies)

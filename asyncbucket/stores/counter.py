@@ -1,6 +1,7 @@
 """Where a loop's calls stand that go next, until the store has booked them and they may start."""
 
 import asyncio
+import itertools
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -8,7 +9,7 @@ from asyncbucket.errors import AsyncBucketError, CostExceedsLimit, StoreError
 from asyncbucket.gates import Gates
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER
-from asyncbucket.queue import Line, Waiter
+from asyncbucket.queue import Waiter
 from asyncbucket.stores.desk import Desk, Grant
 from asyncbucket.stores.entry import Entry
 from asyncbucket.stores.late import Latecomers
@@ -34,7 +35,8 @@ class Counter:
         self._shared = shared
         self._budget = shared.account.budget
         self._loop = loop
-        self._line = Line()
+        #: Calls that wait to be booked, in order.
+        self._line: dict[Waiter, None] = {}
         self._room = _LEAST
         self._sent = self._booked = 0
         #: Calls that are booked, and wait for their start.
@@ -61,7 +63,7 @@ class Counter:
 
     def push(self, waiter: Waiter) -> None:
         """See `asyncbucket.queue.Outlet`."""
-        self._line.push(waiter, waiter.taken)
+        self._line[waiter] = None
         waiter.outlet = self
         if self._desk is not None:
             self._desk.ring()
@@ -73,7 +75,7 @@ class Counter:
         """See `asyncbucket.queue.Outlet`."""
         grant = self._grants.pop(waiter, None)
         if grant is None:
-            self._line.leave(waiter)
+            self._line.pop(waiter, None)
             if self._desk is not None:  # its place in the store's line is free
                 self.on_loop(self._desk.ring)
         elif self._desk is not None:
@@ -91,7 +93,8 @@ class Counter:
                 wanted = self._room * 5 // 4 if all_went else 2 * self._booked
                 self._room = min(max(wanted, _LEAST), _MOST)
             most = min(most, self._room)  # more may stand here than there is room for by now
-            heads = [each for each, _ in zip(self._line.waiters(), range(most), strict=False)]
+            living = (waiter for waiter in self._line if not waiter.done())
+            heads = list(itertools.islice(living, most))
             self._sent, self._booked = len(heads), 0
             return heads
 
@@ -102,8 +105,7 @@ class Counter:
             if waiting.done():  # it gave up while the batch was under way
                 self._cancel(waiting, grant)
                 return
-            assert self._line.head() is waiting
-            self._line.served(waiting, grant.start)
+            del self._line[waiting]
             self._grants[waiting] = grant
             if waiting.deadline is not None and waiting.deadline < grant.start:
                 waiting.bound_by = grant.bound_by
@@ -227,11 +229,11 @@ class Counter:
         have each of those try the store anew: it may take seconds to find out that it is gone.
         """
         self._turn_away(str(failure) or repr(failure), failure, last=last)
-        return not len(self._line)
+        return not self._line
 
     def _turn_away(self, why: str, cause: Exception | None = None, *, last: int = NEVER) -> None:
         """Fail all who wait here, up to the ``last`` that has come."""
-        for waiter in (*self._grants, *self._line.waiters()):
+        for waiter in (*self._grants, *self._line):
             if waiter.number <= last:
                 error = StoreError(why)
                 error.__cause__ = cause

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any, Final
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,9 @@ from hypothesis import strategies as st
 from asyncbucket.meters import NEVER
 from asyncbucket.node import Node
 from asyncbucket.queue import Deadlines, Line, Waiter
+
+#: No pacer serves these lines.
+NOBODY: Final[Any] = None
 
 
 @pytest.fixture
@@ -42,7 +46,7 @@ moves = st.lists(
 def test_a_line_is_a_list_without_its_costs(history: list[tuple[str, int]]) -> None:
     """Whoever pushes, passes, leaves or expires: who is head, who is left and when is as said."""
     loop = asyncio.new_event_loop()
-    line, deadlines = Line(), Deadlines()
+    line, deadlines = Line(Node(), NOBODY), Deadlines()
     waiting: list[Waiter] = []
     now = 0
     for number, (verb, pick) in enumerate(history):
@@ -88,7 +92,7 @@ def test_a_line_is_a_list_without_its_costs(history: list[tuple[str, int]]) -> N
 
 def test_the_dead_are_swept_out(loop: asyncio.AbstractEventLoop) -> None:
     """Ten thousand who left from the middle are not remembered, nor are their deadlines."""
-    line, deadlines = Line(), Deadlines()
+    line, deadlines = Line(Node(), NOBODY), Deadlines()
     first, last = waiter(loop, 0), waiter(loop, 10_001)
     line.push(first, 0)
     crowd = [waiter(loop, number, number) for number in range(1, 10_001)]
@@ -107,7 +111,7 @@ def test_the_dead_are_swept_out(loop: asyncio.AbstractEventLoop) -> None:
 
 def test_a_head_that_was_skipped_still_counts_as_head(loop: asyncio.AbstractEventLoop) -> None:
     """Somebody else may have looked for the head before it could say that it left."""
-    line = Line()
+    line = Line(Node(), NOBODY)
     first, second = waiter(loop, 0), waiter(loop, 1)
     line.push(first, 0)
     line.push(second, 0)
@@ -121,7 +125,8 @@ def test_a_head_that_was_skipped_still_counts_as_head(loop: asyncio.AbstractEven
 
 def test_nobody_sleeps_in_a_line(loop: asyncio.AbstractEventLoop) -> None:
     """It answers what a tree is asked, so that a pacer need not know which it serves."""
-    line, node = Line(), Node()
+    node = Node()
+    line = Line(node, NOBODY)
     assert line.clear(node, 0)
     line.push(waiter(loop, 0), 0)
     line.rouse(node)

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Iterator
+from typing import Any, Final
 
 import pytest
 
@@ -14,6 +15,8 @@ from asyncbucket.queue import EMPTY, Line, Waiter
 from asyncbucket.shares import Share, VirtualClock
 from asyncbucket.tree import Branch, Flow, Tree
 
+#: No pacer serves these lines.
+NOBODY: Final[Any] = None
 #: A price of one second.
 ONE = {"tokens": 1}
 
@@ -35,7 +38,7 @@ class Grove:
         limit = Limit("tokens", 1_000, per=1_000)
         window = Window(amount=limit.amount, window=limit.window)
         self.root._gates = Gates([(window, "tokens")], (limit,))
-        self.tree = Tree(self.root, Line(), self.rouse)
+        self.tree = Tree(self.root, Line(self.root, NOBODY), self.rouse)
         self.arrivals = 0
 
     def rouse(self, node: Node) -> None:
@@ -50,11 +53,10 @@ class Grove:
         """Let a call stand in line."""
         self.arrivals += 1
         waiter = Waiter(loop=self.loop)
-        waiter.node, waiter.priority = node, priority
         waiter.amounts = {"tokens": tokens, "concurrency": 1}
         waiter.number = self.arrivals
         waiter.deadline = None
-        self.tree.push(waiter, 0)
+        self.tree.line(node, priority).push(waiter, 0)
         return waiter
 
     def serve(self, now: int = 0) -> Waiter:
@@ -157,17 +159,17 @@ def test_a_class_eight_times_as_urgent_has_eight_ninths(grove: Grove) -> None:
     for priority in (-1, 0, 1):
         for _ in range(800):
             grove.push(node, priority=priority)
-    served = [grove.serve().priority for _ in range(730)]
+    served = [grove.serve().line.priority for _ in range(730)]
     assert [served.count(priority) for priority in (-1, 0, 1)] == [
         pytest.approx(10, abs=1),
         pytest.approx(80, abs=1),
         pytest.approx(640, abs=1),
     ]
     for waiter in list(grove.tree.waiters()):
-        if waiter.priority == 0:
+        if waiter.line.priority == 0:
             waiter.cancel()
-            grove.tree.leave(waiter)
-    served = [grove.serve().priority for _ in range(90)]
+            waiter.line.leave(waiter)
+    served = [grove.serve().line.priority for _ in range(90)]
     assert served.count(-1) == pytest.approx(10, abs=1)
 
 
@@ -180,7 +182,7 @@ def test_an_urgent_newcomer_is_next(grove: Grove) -> None:
         grove.serve()
     urgent = grove.push(node, priority=1)
     assert grove.serve() is urgent
-    assert grove.serve().priority == -1
+    assert grove.serve().line.priority == -1
 
 
 def test_one_out_of_its_quota_sleeps_and_the_next_goes(grove: Grove) -> None:
@@ -200,7 +202,7 @@ def test_one_out_of_its_quota_sleeps_and_the_next_goes(grove: Grove) -> None:
     again._gates = Gates([(window, "tokens")])
     waiting = grove.push(again)
     first.cancel()
-    grove.tree.leave(first)
+    first.line.leave(first)
     assert grove.tree.head(0) is None
     window.unbook(1, 0)
     grove.tree.rouse(again)
@@ -244,12 +246,11 @@ def test_whoever_was_emptied_is_expected_back(grove: Grove) -> None:
 def test_a_tree_takes_over_a_line(loop: asyncio.AbstractEventLoop) -> None:
     """Those who waited before there were children or priorities are neither lost nor passed."""
     root = Node()
-    line = Line()
+    line = Line(root, NOBODY)
     waiters: list[Waiter] = []
     for number in range(3):
         waiter = Waiter(loop=loop)
-        waiter.node, waiter.priority, waiter.number = root, 0, number
-        waiter.amounts, waiter.deadline = ONE, None
+        waiter.number, waiter.amounts, waiter.deadline = number, ONE, None
         line.push(waiter, 0)
         waiters.append(waiter)
     roused: list[Node] = []
@@ -275,7 +276,7 @@ def test_weights_of_those_that_compete_add_up(loop: asyncio.AbstractEventLoop) -
     """Empty and sleeping ones do not count; who comes back does."""
     root = Node()
     branch = Branch(root, VirtualClock())
-    line = Line()
+    line = Line(root, NOBODY)
 
     def push() -> Waiter:
         waiter = Waiter(loop=loop)
@@ -310,8 +311,9 @@ def test_weights_of_those_that_compete_add_up(loop: asyncio.AbstractEventLoop) -
 
 def test_flows_of_one_instant_keep_their_order() -> None:
     """Those that were made first; entries of one flow are alike."""
-    first = Flow("a", Line(), Share(1.0), child=None, order=1)
-    second = Flow("b", Line(), Share(1.0), child=None, order=2)
+    line = Line(Node(), NOBODY)
+    first = Flow("a", line, Share(1.0), child=None, order=1)
+    second = Flow("b", line, Share(1.0), child=None, order=2)
     assert first < second
     assert not second < first
 
@@ -320,7 +322,7 @@ def test_tags_along_the_way_decide_between_loops(loop: asyncio.AbstractEventLoop
     """On another loop stands a sibling whose turn it is, though it came later."""
     here, there = Grove(loop), Grove(loop)
     there.root = here.root
-    there.tree = Tree(here.root, Line(), here.rouse)
+    there.tree = Tree(here.root, Line(here.root, NOBODY), here.rouse)
     heavy, light = here.child(), here.child()
     for _ in range(10):
         here.push(heavy)
