@@ -44,7 +44,7 @@ def _figures(rounds: int, *, quick: bool) -> list[Callable[[], Figure]]:
     few = min(rounds, 5)
     figures = [
         lambda: cases.idle(rounds=rounds, calls=calls),
-        lambda: cases.idle_turning(rounds=rounds, calls=500),
+        lambda: cases.idle_turning(rounds=rounds, calls=calls),
         lambda: admission(rounds=rounds, calls=calls),
         lambda: children_idle(rounds=rounds, calls=calls),
         lambda: children_crowd(10_000, rounds=few),
