@@ -44,7 +44,17 @@ _DATA: Final = {"audio": "audio", "video": "video", "document": "data"}
 _LIMITS_OF_OUTPUT: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 _REPLIES: Final = ("n", "best_of")
 #: Arguments that are sent along and count as input.
-_SENT: Final = ("tools", "functions", "response_format", "text", "instructions", "system")
+_SENT: Final = (
+    "tools",
+    "built_in_tools",
+    "functions",
+    "response_format",
+    "text",
+    "instructions",
+    "system",
+)
+#: Of these, what OpenAIResponses keeps in fields, to send it with every call.
+_SENT_ALWAYS: Final = ("instructions", "built_in_tools")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +150,8 @@ class DefaultEstimator:
         # A structured LLM asks another one, and sends it the schema of what it wants.
         model = getattr(llm, "llm", llm)
         sent.add_argument(getattr(llm, "output_cls", None))
-        arguments = {**_additional_kwargs(model), **kwargs}
+        fields = {name: getattr(model, name, None) for name in _SENT_ALWAYS}
+        arguments = {**fields, **_additional_kwargs(model), **kwargs}
         for name in _SENT:
             sent.add_argument(arguments.get(name))
         limit = next(filter(None, (_whole(arguments.get(name)) for name in _LIMITS_OF_OUTPUT)), 0)
