@@ -57,7 +57,7 @@ class _Stream(Generic[T]):
         """Pace the stream that ``start()`` gives; nothing is taken and nothing sent yet."""
         self._pacing = pacing
         self._start = start
-        self._estimate = functools.cache(estimate)
+        self._estimate = estimate
         self._read = read
         self._asks = ask_for_usage and pacing.asks_for_usage
         self._parent_span = active_span_id.get()
@@ -171,15 +171,16 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
         return item
 
     async def _first(self) -> T | None:
+        begin = functools.partial(self._begin, self._estimate())
         with self._as_asked():
             return await self._pacing.retrier.call(
-                self._begin, deadline=self._pacing.deadline(), tried=self._start
+                begin, deadline=self._pacing.deadline(), tried=self._start
             )
 
-    async def _begin(self) -> T | None:
+    async def _begin(self, estimate: Estimate) -> T | None:
         """Return the first item, None if there is none: one attempt."""
         self._loop = asyncio.get_running_loop()
-        self._admitted(await self._pacing.admit(self._estimate()))
+        self._admitted(await self._pacing.admit(estimate))
         try:
             with self._inside():
                 self._inner = aiter(await self._start(**self._options()))
@@ -188,7 +189,7 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
             self._let_go(error)
             if not self._must_not_ask(error):
                 raise
-        return await self._begin()
+        return await self._begin(estimate)
 
     async def _pull(self) -> T | None:
         while True:
@@ -243,14 +244,15 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
         return item
 
     def _first(self) -> T | None:
+        begin = functools.partial(self._begin, self._estimate())
         with self._as_asked():
             return self._pacing.retrier.call_sync(
-                self._begin, deadline=self._pacing.deadline(), tried=self._start
+                begin, deadline=self._pacing.deadline(), tried=self._start
             )
 
-    def _begin(self) -> T | None:
+    def _begin(self, estimate: Estimate) -> T | None:
         """Return the first item, None if there is none: one attempt."""
-        self._admitted(self._pacing.admit_sync(self._estimate()))
+        self._admitted(self._pacing.admit_sync(estimate))
         try:
             with self._inside():
                 self._inner = iter(self._start(**self._options()))
@@ -259,7 +261,7 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
             self._let_go(error)
             if not self._must_not_ask(error):
                 raise
-        return self._begin()
+        return self._begin(estimate)
 
     def _pull(self) -> T | None:
         while True:

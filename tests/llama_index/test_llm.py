@@ -414,6 +414,33 @@ async def test_estimator_of_ones_own_is_asked(openai_api: "ScriptedOpenAI") -> N
     assert now.refunded["tokens"] == 500 - openai_api.usage["total_tokens"]
 
 
+@pytest.mark.parametrize("name", [*ASYNC_CALLS, *SYNC_CALLS])
+async def test_failing_estimator_ends_the_call_at_once(name: str) -> None:
+    """One that asks a server may be refused; that is no refusal of a call, and pauses nobody."""
+
+    class TooManyRequestsError(Exception):
+        status_code = 429
+
+    class Remote:
+        def chat(self, *_: Any) -> Estimate:
+            raise TooManyRequestsError
+
+        completion = chat
+
+    limiter = Limiter("100 RPM")
+    llm = limiter.wrap(MockLLM(), estimator=Remote())
+
+    with pytest.raises(TooManyRequestsError) as caught:
+        if name in ASYNC_CALLS:
+            await ASYNC_CALLS[name](llm)
+        else:
+            SYNC_CALLS[name](llm)
+
+    assert not hasattr(caught.value, "__notes__")
+    now = limiter.statistics()
+    assert (now.admitted, now.upstream_429, now.waiting) == (0, 0, 0)
+
+
 @pytest.mark.parametrize("limit", ["100 TPM", "100 OTPM", "100 RPM"])
 @pytest.mark.usefixtures("openai_api")
 async def test_guess_of_the_output_makes_no_call_impossible(limit: str) -> None:
