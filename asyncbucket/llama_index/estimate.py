@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
+from asyncbucket.cost import whole
 from asyncbucket.http.forecast import OutputForecast
 from asyncbucket.llama_index.tokens import Tokenizer, bundled_tokenizer, count
 
@@ -66,11 +67,18 @@ class Estimate:
         output_tokens: what comes back at most, or probably.
         foreseen: whether the output is a guess rather than a limit. A guess may be cut down to what
             the limits can ever admit.
+
+    Raises:
+        TypeError, ValueError: an amount is no number, or negative, NaN or infinite.
     """
 
     input_tokens: int
     output_tokens: int
     foreseen: bool = False
+
+    def __post_init__(self) -> None:
+        whole(self.input_tokens, "input_tokens")
+        whole(self.output_tokens, "output_tokens")
 
 
 class Estimator(Protocol):

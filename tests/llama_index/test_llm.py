@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ API_BASE = "https://llm.test/v1"
 
 MESSAGES = [ChatMessage("hi")]
 PROMPT = PromptTemplate("Name a {thing}.")
+ODD: dict[str, Any] = {"nan": math.nan, "nothing": None}
 
 
 class Person(BaseModel):
@@ -430,15 +432,49 @@ async def test_failing_estimator_ends_the_call_at_once(name: str) -> None:
     limiter = Limiter("100 RPM")
     llm = limiter.wrap(MockLLM(), estimator=Remote())
 
-    with pytest.raises(TooManyRequestsError) as caught:
+    async def ask() -> None:
+        reply = {**ASYNC_CALLS, **SYNC_CALLS}[name](llm)
         if name in ASYNC_CALLS:
-            await ASYNC_CALLS[name](llm)
-        else:
-            SYNC_CALLS[name](llm)
+            await reply
+
+    with pytest.raises(TooManyRequestsError) as caught:
+        await ask()
 
     assert not hasattr(caught.value, "__notes__")
     now = limiter.statistics()
     assert (now.admitted, now.upstream_429, now.waiting) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "said"),
+    [
+        (lambda: None, r"<Odd> returned None; it returns an Estimate"),
+        (lambda: (900, 300), r"<Odd> returned \(900, 300\); it returns an Estimate"),
+        (lambda: Estimate(-1, 5), "input_tokens must be finite and not negative, not -1"),
+        (lambda: Estimate(5, ODD["nan"], foreseen=True), "output_tokens must be finite"),
+        (lambda: Estimate(5, ODD["nothing"]), "output_tokens must be a number, not None"),
+    ],
+)
+async def test_estimate_that_is_none_is_named(estimate: Callable[[], Any], said: str) -> None:
+    """The limiter says what the estimator did wrong, and nothing goes out for nothing."""
+
+    class Odd:
+        def chat(self, *_: Any) -> Estimate:
+            made: Estimate = estimate()
+            return made
+
+        def __repr__(self) -> str:
+            return "<Odd>"
+
+    limiter = Limiter("100 RPM")
+    llm = limiter.wrap(MockLLM(), estimator=Odd())
+
+    with pytest.raises((TypeError, ValueError), match=said):
+        await llm.achat(MESSAGES)
+    with pytest.raises((TypeError, ValueError), match=said):
+        llm.chat(MESSAGES)
+
+    assert limiter.statistics().admitted == 0
 
 
 @pytest.mark.parametrize("limit", ["100 TPM", "100 OTPM", "100 RPM"])
