@@ -128,6 +128,15 @@ class DefaultEstimator:
     def __repr__(self) -> str:
         return f"<DefaultEstimator {self._forecast!r}>"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the bundled tokenizer behind: it is in the other process as well."""
+        bundled = self._tokenizer is bundled_tokenizer()
+        return {**vars(self), "_tokenizer": None if bundled else self._tokenizer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._tokenizer = self._tokenizer or bundled_tokenizer()
+
     def chat(
         self, llm: "LLM", messages: Sequence["ChatMessage"], kwargs: Mapping[str, Any]
     ) -> Estimate:
