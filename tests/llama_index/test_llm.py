@@ -498,6 +498,20 @@ async def test_structured_llm_settles_inside(openai_api: "ScriptedOpenAI") -> No
     assert limiter.statistics().limits[0].used == openai_api.usage["total_tokens"]
 
 
+async def test_messages_are_those_of_the_call(openai_api: "ScriptedOpenAI") -> None:
+    """A list that grows until the call is admitted is sent as it was, and as it was estimated."""
+    limiter = Limiter("100 RPM")
+    llm = limiter.wrap(make_openai())
+    messages = [ChatMessage("one")]
+    limiter.observe(lambda _: messages.append(ChatMessage("two")))
+
+    await llm.achat(messages)
+    del messages[1:]
+    llm.chat(messages)
+
+    assert [len(body["messages"]) for body in openai_api.bodies] == [1, 1]
+
+
 async def test_call_over_a_limit_fails_at_once(openai_api: "ScriptedOpenAI") -> None:
     """A prompt that can never pass is refused with the numbers, and sent nowhere."""
     llm = Limiter("1k TPM").wrap(make_openai())
