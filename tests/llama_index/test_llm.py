@@ -310,6 +310,43 @@ async def test_structured_prediction_of_an_unknown_class_is_paid_once(
     assert (used == 2 * 18) is not by_itself
 
 
+@pytest.mark.parametrize("llm_kwargs", [None, {"temperature": 0.5}])
+async def test_class_may_add_arguments_to_structured_prediction(
+    llm_kwargs: dict[str, Any] | None, openai_api: "ScriptedOpenAI"
+) -> None:
+    """Its override sees `llm_kwargs` by name, where it was given, as LlamaIndex passes it on."""
+
+    class Seeded(OpenAI):
+        async def astructured_predict(self, *args: Any, **kwargs: Any) -> Any:
+            kwargs["llm_kwargs"] = {**kwargs.get("llm_kwargs", {}), "seed": 7}
+            return await super().astructured_predict(*args, **kwargs)
+
+        async def astream_structured_predict(self, *args: Any, **kwargs: Any) -> Any:
+            kwargs["llm_kwargs"] = {**kwargs.get("llm_kwargs", {}), "seed": 7}
+            return await super().astream_structured_predict(*args, **kwargs)
+
+        def structured_predict(self, *args: Any, **kwargs: Any) -> Any:
+            kwargs["llm_kwargs"] = {**kwargs.get("llm_kwargs", {}), "seed": 7}
+            return super().structured_predict(*args, **kwargs)
+
+        def stream_structured_predict(self, *args: Any, **kwargs: Any) -> Any:
+            kwargs["llm_kwargs"] = {**kwargs.get("llm_kwargs", {}), "seed": 7}
+            return super().stream_structured_predict(*args, **kwargs)
+
+    limiter = Limiter("100 RPM", concurrency=1)
+    llm = limiter.wrap(Seeded(model="gpt-4o-mini", api_key="k", api_base=API_BASE))
+    ask = Person, PROMPT, llm_kwargs
+
+    await llm.astructured_predict(*ask, thing="star")
+    await drain(llm.astream_structured_predict(*ask, thing="star"))
+    llm.structured_predict(*ask, thing="star")
+    list(llm.stream_structured_predict(*ask, thing="star"))
+
+    expected = {"temperature": 0.1, **(llm_kwargs or {}), "seed": 7}
+    assert [expected | body for body in openai_api.bodies] == openai_api.bodies
+    assert limiter.statistics().admitted == len(openai_api.bodies) == 4
+
+
 @pytest.mark.parametrize("outside", [True, False], ids=["wrapped outside", "wrapped inside"])
 async def test_structured_llm_is_paced_once(outside: bool, openai_api: "ScriptedOpenAI") -> None:  # noqa: FBT001 - a case
     """`as_structured_llm` of a paced model, or a structured LLM that is wrapped: one admission."""
