@@ -35,6 +35,16 @@ class OutputForecast:
     def __repr__(self) -> str:
         return f"<OutputForecast {self.foresee():,} tokens from {len(self._latest)} replies>"
 
+    def __getstate__(self) -> tuple[float, deque[int]]:
+        """Leave the lock behind: a copy may go to another process."""
+        with self._lock:
+            return self._quantile, self._latest.copy()
+
+    def __setstate__(self, state: tuple[float, deque[int]]) -> None:
+        self._quantile, self._latest = state
+        self._sorted = sorted(self._latest)
+        self._lock = threading.Lock()
+
     def observe(self, output_tokens: int) -> None:
         """Remember the length of a reply; the oldest one is forgotten."""
         with self._lock:

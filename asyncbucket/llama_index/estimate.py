@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
+from asyncbucket.cost import whole
 from asyncbucket.http.forecast import OutputForecast
 from asyncbucket.llama_index.tokens import Tokenizer, bundled_tokenizer, count
 
@@ -44,7 +45,17 @@ _DATA: Final = {"audio": "audio", "video": "video", "document": "data"}
 _LIMITS_OF_OUTPUT: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 _REPLIES: Final = ("n", "best_of")
 #: Arguments that are sent along and count as input.
-_SENT: Final = ("tools", "functions", "response_format", "text", "instructions", "system")
+_SENT: Final = (
+    "tools",
+    "built_in_tools",
+    "functions",
+    "response_format",
+    "text",
+    "instructions",
+    "system",
+)
+#: Of these, what OpenAIResponses keeps in fields, to send it with every call.
+_SENT_ALWAYS: Final = ("instructions", "built_in_tools")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +67,18 @@ class Estimate:
         output_tokens: what comes back at most, or probably.
         foreseen: whether the output is a guess rather than a limit. A guess may be cut down to what
             the limits can ever admit.
+
+    Raises:
+        TypeError, ValueError: an amount is no number, or negative, NaN or infinite.
     """
 
     input_tokens: int
     output_tokens: int
     foreseen: bool = False
+
+    def __post_init__(self) -> None:
+        whole(self.input_tokens, "input_tokens")
+        whole(self.output_tokens, "output_tokens")
 
 
 class Estimator(Protocol):
@@ -110,6 +128,15 @@ class DefaultEstimator:
     def __repr__(self) -> str:
         return f"<DefaultEstimator {self._forecast!r}>"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the bundled tokenizer behind: it is in the other process as well."""
+        bundled = self._tokenizer is bundled_tokenizer()
+        return {**vars(self), "_tokenizer": None if bundled else self._tokenizer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._tokenizer = self._tokenizer or bundled_tokenizer()
+
     def chat(
         self, llm: "LLM", messages: Sequence["ChatMessage"], kwargs: Mapping[str, Any]
     ) -> Estimate:
@@ -140,7 +167,8 @@ class DefaultEstimator:
         # A structured LLM asks another one, and sends it the schema of what it wants.
         model = getattr(llm, "llm", llm)
         sent.add_argument(getattr(llm, "output_cls", None))
-        arguments = {**_additional_kwargs(model), **kwargs}
+        fields = {name: getattr(model, name, None) for name in _SENT_ALWAYS}
+        arguments = {**fields, **_additional_kwargs(model), **kwargs}
         for name in _SENT:
             sent.add_argument(arguments.get(name))
         limit = next(filter(None, (_whole(arguments.get(name)) for name in _LIMITS_OF_OUTPUT)), 0)

@@ -43,6 +43,7 @@ class RateLimitedLLM(RateLimitedPrediction, ABC):
     # -- asynchronous ------------------------------------------------------------------------------
 
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        messages = list(messages)  # the call may go out later, when the list has grown
         send = functools.partial(super().achat, messages, **kwargs)
         return await self._pacing.call(send, self._chat_cost(messages, kwargs))
 
@@ -55,7 +56,7 @@ class RateLimitedLLM(RateLimitedPrediction, ABC):
     ) -> ChatResponseAsyncGen:
         if held_call(self.limiter):
             return await super().astream_chat(messages, **kwargs)
-        messages = list(messages)  # the stream starts later, when the list may have grown
+        messages = list(messages)
         return AsyncPacedStream(
             self._pacing,
             functools.partial(super().astream_chat, messages, **kwargs),
@@ -78,6 +79,7 @@ class RateLimitedLLM(RateLimitedPrediction, ABC):
     # -- synchronous -------------------------------------------------------------------------------
 
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        messages = list(messages)
         send = functools.partial(super().chat, messages, **kwargs)
         return self._pacing.call_sync(send, self._chat_cost(messages, kwargs))
 

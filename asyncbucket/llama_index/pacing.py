@@ -123,9 +123,7 @@ class Pacing:
         """Wait for the admission of a call that costs ``estimate``."""
         make_way(self.limiter)
         with told_of_waits():
-            lease = await self.limiter.acquire(
-                input_tokens=estimate.input_tokens, output_tokens=self._output(estimate)
-            )
+            lease = await self.limiter.acquire(**self._amounts(estimate))
         tell_of_wait(lease, self.limiter.name)
         return lease
 
@@ -133,9 +131,7 @@ class Pacing:
         """Do what `admit` does, on a thread that may be blocked."""
         make_way(self.limiter)
         with told_of_waits():
-            lease = self.limiter.acquire_sync(
-                input_tokens=estimate.input_tokens, output_tokens=self._output(estimate)
-            )
+            lease = self.limiter.acquire_sync(**self._amounts(estimate))
         tell_of_wait(lease, self.limiter.name)
         return lease
 
@@ -152,15 +148,17 @@ class Pacing:
         left = None if here is None else here.seconds_left()
         return None if left is None else self.limiter.now() + left
 
-    def _output(self, estimate: Estimate) -> int:
-        """Return the output to reserve: a guess of it must not make a call impossible."""
+    def _amounts(self, estimate: Estimate) -> dict[str, Any]:
+        """Return the tokens to reserve: a guess of the output must not make a call impossible."""
+        if not isinstance(estimate, Estimate):
+            raise TypeError(f"{self.estimator!r} returned {estimate!r}; it returns an Estimate")
         output = estimate.output_tokens
         for limit in in_force(asked(self.limiter)) if estimate.foreseen else ():
             if limit.resource == "output_tokens":
                 output = min(output, limit.amount)
             elif limit.resource == "tokens":
                 output = min(output, limit.amount - estimate.input_tokens)
-        return max(0, output)
+        return {"input_tokens": estimate.input_tokens, "output_tokens": max(0, output)}
 
     # -- copies ------------------------------------------------------------------------------------
 

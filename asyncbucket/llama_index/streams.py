@@ -22,8 +22,9 @@ import contextlib
 import functools
 from collections.abc import AsyncGenerator, Callable, Generator
 from types import TracebackType
-from typing import Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
+from llama_index_instrumentation.dispatcher import active_instrument_tags
 from llama_index_instrumentation.span import active_span_id
 
 from asyncbucket.context import inherited, put_back
@@ -33,6 +34,9 @@ from asyncbucket.llama_index.held import HeldCall
 from asyncbucket.llama_index.pacing import Pacing
 from asyncbucket.llama_index.usage import Usage, usage_of
 from asyncbucket.retry import classify
+
+if TYPE_CHECKING:
+    from contextvars import ContextVar
 
 T = TypeVar("T")
 
@@ -57,11 +61,16 @@ class _Stream(Generic[T]):
         """Pace the stream that ``start()`` gives; nothing is taken and nothing sent yet."""
         self._pacing = pacing
         self._start = start
-        self._estimate = functools.cache(estimate)
+        self._estimate = estimate
         self._read = read
         self._asks = ask_for_usage and pacing.asks_for_usage
-        self._parent_span = active_span_id.get()
-        self._terms = inherited.get()
+        terms = inherited.get()
+        #: What holds where the stream was asked for.
+        self._origin: list[tuple[ContextVar[Any], Any]] = [
+            (active_span_id, active_span_id.get()),
+            (active_instrument_tags, active_instrument_tags.get()),
+            *([] if terms is None else [(inherited, terms)]),
+        ]
         self._inner: Any = None
         self._lease: Lease | None = None
         self._held: HeldCall | None = None
@@ -91,28 +100,23 @@ class _Stream(Generic[T]):
 
     @contextlib.contextmanager
     def _inside(self) -> Generator[None]:
-        """Run the model's own code: under our lease, and its span below the caller's."""
+        """Run the model's own code: under our lease, and as where it was asked for."""
         assert self._held is not None
-        token = active_span_id.set(self._parent_span)
-        try:
-            with self._held.inside():
-                yield
-        finally:
-            put_back(active_span_id, token)
+        with self._as_asked(), self._held.inside():
+            yield
 
     @contextlib.contextmanager
     def _as_asked(self) -> Generator[None]:
-        """Be admitted as whoever asked for the stream would be, wherever it is read.
+        """Do as where the stream was asked for: on its terms, below its span, by its tags.
 
-        Engines hand streams to threads and tasks of their own, which know no priority, tenant or
-        deadline.
+        Engines hand streams to threads and tasks of their own, which know none of these.
         """
-        token = None if self._terms is None else inherited.set(self._terms)
+        tokens = [(variable, variable.set(value)) for variable, value in self._origin]
         try:
             yield
         finally:
-            if token is not None:
-                put_back(inherited, token)
+            for variable, token in tokens:
+                put_back(variable, token)
 
     def _is_for_caller(self, item: T) -> bool:
         """Note the usage that ``item`` carries; tell whether it carries anything else."""
@@ -171,15 +175,16 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
         return item
 
     async def _first(self) -> T | None:
+        begin = functools.partial(self._begin, self._estimate())
         with self._as_asked():
             return await self._pacing.retrier.call(
-                self._begin, deadline=self._pacing.deadline(), tried=self._start
+                begin, deadline=self._pacing.deadline(), tried=self._start
             )
 
-    async def _begin(self) -> T | None:
+    async def _begin(self, estimate: Estimate) -> T | None:
         """Return the first item, None if there is none: one attempt."""
         self._loop = asyncio.get_running_loop()
-        self._admitted(await self._pacing.admit(self._estimate()))
+        self._admitted(await self._pacing.admit(estimate))
         try:
             with self._inside():
                 self._inner = aiter(await self._start(**self._options()))
@@ -188,7 +193,7 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
             self._let_go(error)
             if not self._must_not_ask(error):
                 raise
-        return await self._begin()
+        return await self._begin(estimate)
 
     async def _pull(self) -> T | None:
         while True:
@@ -243,14 +248,15 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
         return item
 
     def _first(self) -> T | None:
+        begin = functools.partial(self._begin, self._estimate())
         with self._as_asked():
             return self._pacing.retrier.call_sync(
-                self._begin, deadline=self._pacing.deadline(), tried=self._start
+                begin, deadline=self._pacing.deadline(), tried=self._start
             )
 
-    def _begin(self) -> T | None:
+    def _begin(self, estimate: Estimate) -> T | None:
         """Return the first item, None if there is none: one attempt."""
-        self._admitted(self._pacing.admit_sync(self._estimate()))
+        self._admitted(self._pacing.admit_sync(estimate))
         try:
             with self._inside():
                 self._inner = iter(self._start(**self._options()))
@@ -259,7 +265,7 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
             self._let_go(error)
             if not self._must_not_ask(error):
                 raise
-        return self._begin()
+        return self._begin(estimate)
 
     def _pull(self) -> T | None:
         while True:

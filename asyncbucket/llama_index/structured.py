@@ -65,8 +65,8 @@ class RateLimitedPrediction(_LLM, ABC):
         **prompt_args: Any,
     ) -> "Model":
         """Predict an ``output_cls``."""
-        predict = functools.partial(super().astructured_predict, output_cls, prompt, llm_kwargs)
-        predicted: Model = await self._once(predict, prompt_args, self._pacing.call)
+        predict = functools.partial(super().astructured_predict, output_cls, prompt)
+        predicted: Model = await self._once(predict, llm_kwargs, prompt_args, self._pacing.call)
         return predicted
 
     async def astream_structured_predict(
@@ -77,10 +77,10 @@ class RateLimitedPrediction(_LLM, ABC):
         **prompt_args: Any,
     ) -> "AsyncGenerator[Any, None]":
         """Predict an ``output_cls`` bit by bit."""
-        predict = functools.partial(
-            super().astream_structured_predict, output_cls, prompt, llm_kwargs
+        predict = functools.partial(super().astream_structured_predict, output_cls, prompt)
+        stream: AsyncGenerator[Any, None] = await self._once(
+            predict, llm_kwargs, prompt_args, self._stream
         )
-        stream: AsyncGenerator[Any, None] = await self._once(predict, prompt_args, self._stream)
         return stream
 
     def structured_predict(
@@ -91,8 +91,8 @@ class RateLimitedPrediction(_LLM, ABC):
         **prompt_args: Any,
     ) -> "Model":
         """Predict an ``output_cls``."""
-        predict = functools.partial(super().structured_predict, output_cls, prompt, llm_kwargs)
-        predicted: Model = self._once(predict, prompt_args, self._pacing.call_sync)
+        predict = functools.partial(super().structured_predict, output_cls, prompt)
+        predicted: Model = self._once(predict, llm_kwargs, prompt_args, self._pacing.call_sync)
         return predicted
 
     def stream_structured_predict(
@@ -103,25 +103,26 @@ class RateLimitedPrediction(_LLM, ABC):
         **prompt_args: Any,
     ) -> "Generator[Any, None, None]":
         """Predict an ``output_cls`` bit by bit."""
-        predict = functools.partial(
-            super().stream_structured_predict, output_cls, prompt, llm_kwargs
-        )
+        predict = functools.partial(super().stream_structured_predict, output_cls, prompt)
         stream: Generator[Any, None, None] = self._once(
-            predict, prompt_args, functools.partial(PacedStream, self._pacing)
+            predict, llm_kwargs, prompt_args, functools.partial(PacedStream, self._pacing)
         )
         return stream
 
     def _once(
         self,
         predict: "functools.partial[Any]",
+        llm_kwargs: dict[str, Any] | None,
         prompt_args: dict[str, Any],
         pace: Callable[..., Any],
     ) -> Any:
         """Call ``predict`` through ``pace``, or as it is if somebody pays inside or outside."""
-        send = functools.partial(predict, **prompt_args)
+        # By name, and not at all where it was not given: classes take it by name alone, or add theirs.
+        given = {} if llm_kwargs is None else {"llm_kwargs": llm_kwargs}
+        send = functools.partial(predict, **given, **prompt_args)
         if _ends_in_chat(type(self), predict.func.__name__) or held_call(self.limiter):
             return send()
-        output_cls, prompt, llm_kwargs = predict.args
+        output_cls, prompt = predict.args
         messages = prompt.format_messages(**prompt_args)
         kwargs = {"response_format": output_cls, **(llm_kwargs or {})}
         cost = functools.partial(self._pacing.estimator.chat, self, messages, kwargs)

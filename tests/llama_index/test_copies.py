@@ -15,7 +15,7 @@ from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai import OpenAI
 
 from asyncbucket import Limit, Limiter
-from asyncbucket.llama_index import RateLimitedLLM, copies
+from asyncbucket.llama_index import DefaultEstimator, RateLimitedLLM, copies
 from asyncbucket.retry import Retry
 
 KEY = "sk-very-secret"
@@ -114,6 +114,24 @@ def test_options_go_along() -> None:
     twin = pickle.loads(pickle.dumps(paced))  # noqa: S301 - our own
 
     assert twin._pacing.retrier.policy.attempts == 2
+
+
+@pytest.mark.parametrize("tokenizer", [None, str.split])
+def test_estimator_goes_along_with_what_it_has_learnt(tokenizer: Any) -> None:
+    """The copy foresees replies as the original does, by the same tokens; then each learns alone."""
+    estimator = DefaultEstimator(tokenizer)
+    estimator.observe(900)
+    paced = Limiter("100 RPM").wrap(MockLLM(), estimator=estimator)
+
+    pickled = pickle.dumps(paced)
+    twin: Any = pickle.loads(pickled)  # noqa: S301 - our own
+
+    assert len(pickled) < 10_000  # the tokenizer's file is in every process
+    copy = twin._pacing.estimator
+    assert copy.completion(twin, "a word", {}) == estimator.completion(paced, "a word", {})
+    copy.observe(1_000)
+    assert copy.completion(twin, "?", {}).output_tokens == 1_000
+    assert estimator.completion(paced, "?", {}).output_tokens == 900
 
 
 def _unpickle(pickled: list[bytes]) -> dict[str, Any]:

@@ -98,6 +98,21 @@ async def test_single_texts_and_queries_are_paced(
     assert admitted(limiter) == len(openai_api.requests) == 6
 
 
+async def test_estimator_that_returns_nothing_is_refused(limiter: Limiter) -> None:
+    """It has forgotten its `return`; for no tokens at all nothing goes out."""
+
+    class Forgetful:
+        def embedding(self, texts: list[str]) -> Any:
+            len(texts)
+
+    model = limiter.wrap(MockEmbedding(embed_dim=2), estimator=Forgetful())
+
+    with pytest.raises(TypeError, match="input_tokens must be a number, not None"):
+        await model.aget_text_embedding("a")
+
+    assert admitted(limiter) == 0
+
+
 async def test_cached_embeddings_are_free(limiter: Limiter, openai_api: "ScriptedOpenAI") -> None:
     """With a cache: cold 3 of 3 batches are paid for, warm none."""
     model = limiter.wrap(openai_embedding(embeddings_cache=SimpleKVStore()))

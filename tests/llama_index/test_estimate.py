@@ -198,6 +198,22 @@ def test_tools_and_response_format_count(llm: LLM) -> None:
     assert costs(tools=[], response_format=None, temperature=0.5) == 0
 
 
+def test_what_a_model_sends_with_every_call_counts() -> None:
+    """OpenAIResponses keeps instructions and tools in fields; those of a call come in their place."""
+    search = {"type": "web_search_preview", "search_context_size": "high"}
+
+    def cost(model: dict[str, Any], call: dict[str, Any]) -> int:
+        llm = OpenAIResponses(model="gpt-4o-mini", api_key="test-key", **model)
+        return DefaultEstimator(words).chat(llm, [], call).input_tokens
+
+    bare = cost({}, {})
+    assert cost({"instructions": "Be brief." * 100}, {}) == bare + 450
+    assert cost({"instructions": "Be brief." * 100}, {"instructions": "No!!"}) == bare + 2
+    assert cost({"built_in_tools": [search]}, {}) == cost({}, {"tools": [search]}) > bare
+    both = cost({"built_in_tools": [search]}, {"tools": [search]})
+    assert both - bare == 2 * (cost({}, {"tools": [search]}) - bare)
+
+
 def test_tools_that_are_no_json_break_no_call(llm: LLM) -> None:
     """Rings, sets and generators count as the text that they are, and are not used up."""
     ring: list[object] = []

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ API_BASE = "https://llm.test/v1"
 
 MESSAGES = [ChatMessage("hi")]
 PROMPT = PromptTemplate("Name a {thing}.")
+ODD: dict[str, Any] = {"nan": math.nan, "nothing": None}
 
 
 class Person(BaseModel):
@@ -308,6 +310,43 @@ async def test_structured_prediction_of_an_unknown_class_is_paid_once(
     assert (used == 2 * 18) is not by_itself
 
 
+@pytest.mark.parametrize("llm_kwargs", [None, {"temperature": 0.5}])
+async def test_class_may_add_arguments_to_structured_prediction(
+    llm_kwargs: dict[str, Any] | None, openai_api: "ScriptedOpenAI"
+) -> None:
+    """Its override sees `llm_kwargs` by name, where it was given, as LlamaIndex passes it on."""
+
+    class Seeded(OpenAI):
+        async def astructured_predict(self, *args: Any, **kwargs: Any) -> Any:
+            kwargs["llm_kwargs"] = {**kwargs.get("llm_kwargs", {}), "seed": 7}
+            return await super().astructured_predict(*args, **kwargs)
+
+        async def astream_structured_predict(self, *args: Any, **kwargs: Any) -> Any:
+            kwargs["llm_kwargs"] = {**kwargs.get("llm_kwargs", {}), "seed": 7}
+            return await super().astream_structured_predict(*args, **kwargs)
+
+        def structured_predict(self, *args: Any, **kwargs: Any) -> Any:
+            kwargs["llm_kwargs"] = {**kwargs.get("llm_kwargs", {}), "seed": 7}
+            return super().structured_predict(*args, **kwargs)
+
+        def stream_structured_predict(self, *args: Any, **kwargs: Any) -> Any:
+            kwargs["llm_kwargs"] = {**kwargs.get("llm_kwargs", {}), "seed": 7}
+            return super().stream_structured_predict(*args, **kwargs)
+
+    limiter = Limiter("100 RPM", concurrency=1)
+    llm = limiter.wrap(Seeded(model="gpt-4o-mini", api_key="k", api_base=API_BASE))
+    ask = Person, PROMPT, llm_kwargs
+
+    await llm.astructured_predict(*ask, thing="star")
+    await drain(llm.astream_structured_predict(*ask, thing="star"))
+    llm.structured_predict(*ask, thing="star")
+    list(llm.stream_structured_predict(*ask, thing="star"))
+
+    expected = {"temperature": 0.1, **(llm_kwargs or {}), "seed": 7}
+    assert [expected | body for body in openai_api.bodies] == openai_api.bodies
+    assert limiter.statistics().admitted == len(openai_api.bodies) == 4
+
+
 @pytest.mark.parametrize("outside", [True, False], ids=["wrapped outside", "wrapped inside"])
 async def test_structured_llm_is_paced_once(outside: bool, openai_api: "ScriptedOpenAI") -> None:  # noqa: FBT001 - a case
     """`as_structured_llm` of a paced model, or a structured LLM that is wrapped: one admission."""
@@ -414,6 +453,67 @@ async def test_estimator_of_ones_own_is_asked(openai_api: "ScriptedOpenAI") -> N
     assert now.refunded["tokens"] == 500 - openai_api.usage["total_tokens"]
 
 
+@pytest.mark.parametrize("name", [*ASYNC_CALLS, *SYNC_CALLS])
+async def test_failing_estimator_ends_the_call_at_once(name: str) -> None:
+    """One that asks a server may be refused; that is no refusal of a call, and pauses nobody."""
+
+    class TooManyRequestsError(Exception):
+        status_code = 429
+
+    class Remote:
+        def chat(self, *_: Any) -> Estimate:
+            raise TooManyRequestsError
+
+        completion = chat
+
+    limiter = Limiter("100 RPM")
+    llm = limiter.wrap(MockLLM(), estimator=Remote())
+
+    async def ask() -> None:
+        reply = {**ASYNC_CALLS, **SYNC_CALLS}[name](llm)
+        if name in ASYNC_CALLS:
+            await reply
+
+    with pytest.raises(TooManyRequestsError) as caught:
+        await ask()
+
+    assert not hasattr(caught.value, "__notes__")
+    now = limiter.statistics()
+    assert (now.admitted, now.upstream_429, now.waiting) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "said"),
+    [
+        (lambda: None, r"<Odd> returned None; it returns an Estimate"),
+        (lambda: (900, 300), r"<Odd> returned \(900, 300\); it returns an Estimate"),
+        (lambda: Estimate(-1, 5), "input_tokens must be finite and not negative, not -1"),
+        (lambda: Estimate(5, ODD["nan"], foreseen=True), "output_tokens must be finite"),
+        (lambda: Estimate(5, ODD["nothing"]), "output_tokens must be a number, not None"),
+    ],
+)
+async def test_estimate_that_is_none_is_named(estimate: Callable[[], Any], said: str) -> None:
+    """The limiter says what the estimator did wrong, and nothing goes out for nothing."""
+
+    class Odd:
+        def chat(self, *_: Any) -> Estimate:
+            made: Estimate = estimate()
+            return made
+
+        def __repr__(self) -> str:
+            return "<Odd>"
+
+    limiter = Limiter("100 RPM")
+    llm = limiter.wrap(MockLLM(), estimator=Odd())
+
+    with pytest.raises((TypeError, ValueError), match=said):
+        await llm.achat(MESSAGES)
+    with pytest.raises((TypeError, ValueError), match=said):
+        llm.chat(MESSAGES)
+
+    assert limiter.statistics().admitted == 0
+
+
 @pytest.mark.parametrize("limit", ["100 TPM", "100 OTPM", "100 RPM"])
 @pytest.mark.usefixtures("openai_api")
 async def test_guess_of_the_output_makes_no_call_impossible(limit: str) -> None:
@@ -433,6 +533,20 @@ async def test_structured_llm_settles_inside(openai_api: "ScriptedOpenAI") -> No
     await structured.achat(MESSAGES)
 
     assert limiter.statistics().limits[0].used == openai_api.usage["total_tokens"]
+
+
+async def test_messages_are_those_of_the_call(openai_api: "ScriptedOpenAI") -> None:
+    """A list that grows until the call is admitted is sent as it was, and as it was estimated."""
+    limiter = Limiter("100 RPM")
+    llm = limiter.wrap(make_openai())
+    messages = [ChatMessage("one")]
+    limiter.observe(lambda _: messages.append(ChatMessage("two")))
+
+    await llm.achat(messages)
+    del messages[1:]
+    llm.chat(messages)
+
+    assert [len(body["messages"]) for body in openai_api.bodies] == [1, 1]
 
 
 async def test_call_over_a_limit_fails_at_once(openai_api: "ScriptedOpenAI") -> None:

@@ -13,6 +13,7 @@ import pytest
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.llms import MockLLM
 from llama_index.llms.openai import OpenAI, OpenAIResponses
+from llama_index_instrumentation.dispatcher import instrument_tags
 from llama_index_instrumentation.span import active_span_id
 
 from asyncbucket import Limiter
@@ -465,6 +466,29 @@ async def test_span_of_a_stream_is_below_that_of_its_caller(
 
 
 # -- usage -----------------------------------------------------------------------------------------
+
+
+def test_events_of_a_stream_are_its_callers(instrumentation: "Instrumentation") -> None:
+    """The wait, the start and what follows have the tags, and the wait the span, of who asked."""
+    with virtual_time() as time:
+        limiter = Limiter("1/s burst 1", clock=time.clock)
+        llm = limiter.wrap(MockLLM(max_tokens=2))
+
+        async def main() -> None:
+            limiter.acquire_nowait().release()
+            token = active_span_id.set("the caller")
+            with instrument_tags({"user": "ada"}):
+                stream = await llm.astream_chat(MESSAGES)
+            active_span_id.reset(token)
+            with instrument_tags({"user": "bob"}):
+                assert len([item async for item in stream]) == 2
+
+        time.run(main())
+
+    names = [event.class_name() for event in instrumentation.objects]
+    assert names[:2] == ["RateLimitWaitEvent", "LLMChatStartEvent"]
+    assert instrumentation.objects[0].span_id == "the caller"
+    assert [event.tags for event in instrumentation.objects] == [{"user": "ada"}] * len(names)
 
 
 async def test_stream_asks_for_usage_and_keeps_it_to_itself(openai_api: "ScriptedOpenAI") -> None:
