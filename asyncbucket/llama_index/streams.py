@@ -64,13 +64,9 @@ class _Stream(Generic[T]):
         self._estimate = estimate
         self._read = read
         self._asks = ask_for_usage and pacing.asks_for_usage
-        terms = inherited.get()
+        variables: list[ContextVar[Any]] = [inherited, active_span_id, active_instrument_tags]
         #: What holds where the stream was asked for.
-        self._origin: list[tuple[ContextVar[Any], Any]] = [
-            (active_span_id, active_span_id.get()),
-            (active_instrument_tags, active_instrument_tags.get()),
-            *([] if terms is None else [(inherited, terms)]),
-        ]
+        self._origin = [(variable, variable.get()) for variable in variables]
         self._inner: Any = None
         self._lease: Lease | None = None
         self._held: HeldCall | None = None

@@ -190,6 +190,18 @@ def test_stream_is_admitted_on_the_terms_under_which_it_was_asked_for(bench: Ben
     assert bench.limiter.children["chat"].key("acme").statistics().admitted == 1
 
 
+def test_stream_that_was_asked_for_under_no_terms_has_none_of_its_readers(bench: Bench) -> None:
+    """Whoever reads it may do so in the midst of something urgent."""
+
+    async def main() -> None:
+        stream = await bench.llm.astream_complete("hi")
+        with asyncbucket.tenant("other"), asyncbucket.priority(3):
+            assert [part.delta async for part in stream]
+
+    bench.time.run(main())
+    assert bench.seen == [("openai/chat", None)]
+
+
 def test_synchronous_stream_does_so_too() -> None:
     """A chat engine reads it in a thread."""
     limiter = Limiter("1000/s")
