@@ -8,9 +8,9 @@ from typing import Final
 
 from asyncbucket.errors import CostExceedsLimit
 from asyncbucket.gates import Gates
+from asyncbucket.holders import BlockedLoops
 from asyncbucket.loops import (
     Background,
-    BlockedLoops,
     reset_after_fork,
     thread_switches_only_at_calls,
 )

@@ -203,7 +203,7 @@ class Pacer:
             now = budget.clock()
             passed, due = self._admit_locked(now)
             if passed:
-                budget.blocked.passed = now
+                budget.blocked.stall.passed = now
                 if outlet is None:
                     budget.waiting -= passed
                     self._waiting -= passed

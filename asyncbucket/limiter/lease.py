@@ -13,8 +13,8 @@ from asyncbucket.cost import Cost, whole
 from asyncbucket.errors import AsyncBucketError
 from asyncbucket.events import Outcome, Released, Settled
 from asyncbucket.gates import Gates
+from asyncbucket.holders import Holder
 from asyncbucket.limiter.account import Account
-from asyncbucket.loops import Holder
 from asyncbucket.meters import Window
 
 

@@ -13,7 +13,15 @@ from collections.abc import Callable, Generator
 
 import pytest
 
-from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limiter, TokenBucket, loops
+from asyncbucket import (
+    AcquireTimeout,
+    CostExceedsLimit,
+    Lease,
+    Limiter,
+    TokenBucket,
+    holders,
+    loops,
+)
 from asyncbucket.testing import VirtualClock, assert_never_over
 
 #: Seconds after which a test that waits for another thread gives up.
@@ -507,8 +515,8 @@ def test_slots_of_what_nobody_can_reach_come_back_to_a_program_that_only_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It makes no garbage, so the collector would not come: it is called, ever less often in vain."""
-    monkeypatch.setattr(loops, "_STALL", 20_000_000)
-    monkeypatch.setattr(loops, "_LONGEST_STALL", 80_000_000)
+    monkeypatch.setattr(holders, "_STALL", 20_000_000)
+    monkeypatch.setattr(holders, "_LONGEST_STALL", 80_000_000)
 
     class Reply:
         def __init__(self, lease: Lease) -> None:
@@ -516,19 +524,19 @@ def test_slots_of_what_nobody_can_reach_come_back_to_a_program_that_only_waits(
 
     async def main() -> None:
         limiter = Limiter(concurrency=1)
-        blocked = limiter._budget.blocked
+        stall = limiter._budget.blocked.stall
         holder = await limiter.acquire()
         waiting = asyncio.ensure_future(limiter.acquire())
-        while blocked._stall_span < 40_000_000:  # noqa: ASYNC110 - nobody tells
+        while stall.span < 40_000_000:  # noqa: ASYNC110 - nobody tells
             await asyncio.sleep(0.001)
         await asyncio.sleep(0.1)
-        assert blocked._stall_span == 40_000_000
+        assert stall.span == 40_000_000
         holder.release()
         Reply(await waiting)
         del waiting
         async with asyncio.timeout(ENOUGH):
             (await limiter.acquire()).release()
-        assert blocked._stall_span == 20_000_000
+        assert stall.span == 20_000_000
         assert limiter.statistics().in_flight == 0
 
     gc.disable()
@@ -540,7 +548,7 @@ def test_slots_of_what_nobody_can_reach_come_back_to_a_program_that_only_waits(
 
 def test_the_collector_is_not_called_where_it_has_come_by(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program that makes garbage of its own pays for no collection more."""
-    monkeypatch.setattr(loops, "_STALL", 20_000_000)
+    monkeypatch.setattr(holders, "_STALL", 20_000_000)
 
     async def main() -> None:
         limiter = Limiter(concurrency=1)
@@ -549,9 +557,9 @@ def test_the_collector_is_not_called_where_it_has_come_by(monkeypatch: pytest.Mo
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         gc.collect()
-        come = loops._visits()
+        come = holders.visits()
         await asyncio.sleep(0.1)
-        assert loops._visits() == come
+        assert holders.visits() == come
         holder.release()
         (await waiting).release()
 
