@@ -107,3 +107,14 @@ def counted(amount: int, resource: str) -> str:
     """Return an amount as people say it: "1 request", "36,055 input tokens"."""
     name = resource.replace("_", " ")
     return f"{amount:,} {name.removesuffix('s') if amount == 1 else name}"
+
+
+def does(resource: str, verb: str) -> str:
+    """Say what a resource does: "input tokens bind", "concurrency binds", "requests allow"."""
+    name = resource.replace("_", " ")
+    return f"{name} {verb if name.endswith('s') else verb + 's'}"
+
+
+def in_seconds(value: float) -> str:
+    """Return a time as people say it: "0.25 s", "86,906 s"."""
+    return f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"  # noqa: PLR2004 - three digits

@@ -84,8 +84,8 @@ class Limit:
         object.__setattr__(self, "burst", _units(self.burst, "burst"))
         if self.burst > self.amount:
             raise LimitSyntaxError(
-                f"a burst of {self.burst:,} is above the limit of {self.amount:,} {self.resource} "
-                f"per {self.per:g} s: lower the burst or raise the limit"
+                f"a burst of {self.burst:,} is above the limit of {self}: lower the burst or raise "
+                f"the limit"
             )
 
     @classmethod
@@ -122,7 +122,7 @@ class Limit:
         )
 
     def __str__(self) -> str:
-        return f"{counted(self.amount, self.resource)} per {self.per:g} s"
+        return f"{counted(self.amount, self.resource)} per {self.per:.10g} s"
 
 
 def read_limits(limits: Iterable[str | Limit], keywords: dict[str, float | None]) -> list[Limit]:

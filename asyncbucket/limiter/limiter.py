@@ -235,7 +235,7 @@ class Limiter(Doors):
 
         >>> print(limiter.explain(tokens=1_000))
         a call would wait 12 s behind 40 calls: tokens bind; tokens allow 200 such calls a minute
-        (200,000 tokens per 60 s); requests alone would allow 2.5x more (500 requests per 60 s)
+        (200,000 tokens per 60 s); requests alone would allow 2.5x as many (500 requests per 60 s)
 
         It takes nothing, and answers for the tenant and the priority that calls inherit here. With
         many calls waiting it takes about 10 µs for each.
