@@ -14,7 +14,7 @@ from asyncbucket.context import (
     read_tenant,
     span_of,
 )
-from asyncbucket.cost import Cost, amounts_of
+from asyncbucket.cost import Cost, amounts_of, shown
 from asyncbucket.errors import LimitSyntaxError
 from asyncbucket.events import Callback, Event, Paused
 from asyncbucket.feedback.adaptive import Concurrency
@@ -594,7 +594,7 @@ def _price(
             raise TypeError(f"{cost!r} is a whole cost: give no amounts besides")
         amounts, others = {**cost, "concurrency": 1}, cost
     else:
-        raise TypeError(f"a cost is a Cost or keywords such as tokens=500, not {cost!r}")
+        raise TypeError(f"a cost is a Cost or keywords such as tokens=500, not {shown(cost)}")
     if others:
         door.account.check_known(others)
     return amounts
