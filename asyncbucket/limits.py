@@ -57,8 +57,8 @@ class Limit:
     is not paced. ``burst=amount`` switches the pacing off.
 
     Raises:
-        LimitSyntaxError: an amount, window or burst that is no positive finite number, or no whole
-            number of units, or a burst above the amount.
+        LimitSyntaxError: an amount or burst that is no whole number of units from 1 to 1e18, a window
+            that is not from 0.001 s to 400 days, or a burst above the amount.
     """
 
     resource: str

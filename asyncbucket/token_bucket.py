@@ -51,9 +51,13 @@ class TokenBucket:
     ...     ...  # wait for one unit, then go on
 
     Args:
-        rate: units a second, positive.
-        burst: whole units that a full bucket holds, at least 1.
+        rate: units a second, from 1e-9 to 1e9.
+        burst: whole units that a full bucket holds, from 1 to 1e12.
         clock: a callable that returns monotonic integer nanoseconds.
+
+    Raises:
+        ValueError: ``rate`` or ``burst`` is no such number.
+        TypeError: ``clock`` returns no integer.
     """
 
     __slots__ = (
@@ -92,7 +96,7 @@ class TokenBucket:
         Raises:
             AcquireTimeout: they did not pass in time, or cannot (then at once); a TimeoutError.
             CostExceedsLimit: ``amount`` is above ``burst`` and can never pass.
-            ValueError: ``amount`` is no whole number from 1 on, or ``timeout`` is none.
+            ValueError: ``amount`` is no whole number from 1 on, or ``timeout`` no number from 0 on.
         """
         # The commonest case of all, one unit of a bucket that holds it: what `Bucket.take` does,
         # written out. From the clock's return to the last store there is no call and no jump back,

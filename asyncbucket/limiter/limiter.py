@@ -73,8 +73,10 @@ class Limiter(Doors):
 
     Raises:
         LimitSyntaxError: a limit cannot be read; a ValueError.
-        ValueError: ``concurrency``, ``max_queue`` or ``timeout`` is no such number.
-        TypeError: ``name`` is no text, or ``clock`` returns no integer.
+        ValueError: ``concurrency``, ``max_queue``, ``timeout`` or ``slot_ttl`` is no such number,
+            ``on_outage`` none of these words, or no store is reached by such a URL.
+        TypeError: ``name`` is no text, ``store`` no store, or ``clock`` returns no integer.
+        ImportError: the extra that serves the store is not installed.
     """
 
     __slots__ = (
@@ -158,6 +160,7 @@ class Limiter(Doors):
             AcquireTimeout: it was not admitted in time, or cannot be (then at once: a safe lower
                 bound of the wait, with all that is lent given back, is longer); a TimeoutError.
             QueueFull: ``max_queue`` calls wait already.
+            StoreError: the store that keeps the limits cannot be used, or was left meanwhile.
             TypeError, ValueError: an amount or a time is no finite number from 0 on.
         """
         here, door = inherited.get(), self._door
@@ -186,7 +189,8 @@ class Limiter(Doors):
         """Take a lease now, or refuse; see `acquire`.
 
         Raises:
-            WouldBlock: it cannot pass now, or others wait; ``retry_after`` says for how long.
+            WouldBlock: it cannot pass now, or others wait; ``retry_after`` says for how long. Always
+                where a store keeps the limits, for that has to be asked.
             CostExceedsLimit, TypeError, ValueError: as for `acquire`.
         """
         door = self._door_for(tenant, inherited.get())
@@ -479,6 +483,9 @@ class Limiter(Doors):
         See `asyncbucket.events` for what there is to hear. It is called synchronously, in the
         thread where something happens; what it raises is logged once, and harms nothing. While
         nobody listens, no events are made.
+
+        Raises:
+            TypeError: ``callback`` cannot be called, or is a coroutine function.
         """
         return self._account.observe(callback)
 
@@ -631,6 +638,7 @@ def pace(
     Raises:
         LimitSyntaxError: a limit cannot be read, or there is none.
         TypeError: ``obj`` is nothing that can be wrapped.
+        ValueError: as for `Limiter`.
     """
     given = any(amount is not None for amount in limits_by_keyword.values())
     if not limits and concurrency is None and not given:
