@@ -33,6 +33,7 @@ def refuse_locked(
         why = "others came first"
     elif bound_by == "paused":
         why = f"the limiter is paused for {in_seconds(after)} more"
+        remedy = remedy.removesuffix(" or the limit")  # no limit ends a pause
     elif due >= NEVER and remote is not None:
         why = "all slots are taken"
     elif due >= NEVER:
