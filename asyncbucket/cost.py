@@ -11,7 +11,7 @@ COMMON: Final = frozenset({"requests", "tokens", "input_tokens", "output_tokens"
 def whole(value: float, what: str) -> int:
     """Return ``value`` as a whole number of units, rounded up; refuse what is no amount."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{what} must be a number, not {value!r}")
+        raise TypeError(f"{what} must be a number, not {shown(value)}")
     if not 0 <= value < math.inf:
         raise ValueError(f"{what} must be finite and not negative, not {value!r}")
     return math.ceil(value)
@@ -107,3 +107,19 @@ def counted(amount: int, resource: str) -> str:
     """Return an amount as people say it: "1 request", "36,055 input tokens"."""
     name = resource.replace("_", " ")
     return f"{amount:,} {name.removesuffix('s') if amount == 1 else name}"
+
+
+def shown(value: object) -> str:
+    """Return ``value`` as an error may show it: its type, but of a number, for a text may be a prompt."""
+    return repr(value) if value is None or isinstance(value, (int, float)) else type(value).__name__
+
+
+def does(resource: str, verb: str) -> str:
+    """Say what a resource does: "input tokens bind", "concurrency binds", "requests allow"."""
+    name = resource.replace("_", " ")
+    return f"{name} {verb if name.endswith('s') else verb + 's'}"
+
+
+def in_seconds(value: float) -> str:
+    """Return a time as people say it: "0.25 s", "86,906 s"."""
+    return f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"  # noqa: PLR2004 - three digits

@@ -184,6 +184,7 @@ class StoreRecovered(Event):
     seconds: float
 
 
+#: What `Limiter.observe` takes: a plain function, which is called with each event.
 Callback = Callable[[Event], object]
 
 

@@ -57,8 +57,8 @@ class Limit:
     is not paced. ``burst=amount`` switches the pacing off.
 
     Raises:
-        LimitSyntaxError: an amount, window or burst that is no positive finite number, or no whole
-            number of units, or a burst above the amount.
+        LimitSyntaxError: an amount or burst that is no whole number of units from 1 to 1e18, a window
+            that is not from 0.001 s to 400 days, or a burst above the amount.
     """
 
     resource: str
@@ -84,8 +84,8 @@ class Limit:
         object.__setattr__(self, "burst", _units(self.burst, "burst"))
         if self.burst > self.amount:
             raise LimitSyntaxError(
-                f"a burst of {self.burst:,} is above the limit of {self.amount:,} {self.resource} "
-                f"per {self.per:g} s: lower the burst or raise the limit"
+                f"a burst of {self.burst:,} is above the limit of {self}: lower the burst or raise "
+                f"the limit"
             )
 
     @classmethod
@@ -122,7 +122,7 @@ class Limit:
         )
 
     def __str__(self) -> str:
-        return f"{counted(self.amount, self.resource)} per {self.per:g} s"
+        return f"{counted(self.amount, self.resource)} per {self.per:.10g} s"
 
 
 def read_limits(limits: Iterable[str | Limit], keywords: dict[str, float | None]) -> list[Limit]:

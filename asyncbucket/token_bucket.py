@@ -9,7 +9,7 @@ from typing import Final, Self
 
 from asyncbucket.budget import NONE_AT_ALL, Budget
 from asyncbucket.context import deadline_of
-from asyncbucket.cost import counted
+from asyncbucket.cost import counted, in_seconds
 from asyncbucket.errors import AcquireTimeout, CostExceedsLimit, WouldBlock
 from asyncbucket.gates import Gates
 from asyncbucket.meters import NEVER, Amounts, Bucket
@@ -51,9 +51,13 @@ class TokenBucket:
     ...     ...  # wait for one unit, then go on
 
     Args:
-        rate: units a second, positive.
-        burst: whole units that a full bucket holds, at least 1.
+        rate: units a second, from 1e-9 to 1e9.
+        burst: whole units that a full bucket holds, from 1 to 1e12.
         clock: a callable that returns monotonic integer nanoseconds.
+
+    Raises:
+        ValueError: ``rate`` or ``burst`` is no such number.
+        TypeError: ``clock`` returns no integer.
     """
 
     __slots__ = (
@@ -76,7 +80,9 @@ class TokenBucket:
         if not _is_number(rate) or not _SLOWEST <= rate <= _FASTEST:
             raise ValueError(f"rate must be from 1e-9 to 1e9 units a second, not {rate!r}")
         if not _is_number(burst) or not 1 <= burst <= _LARGEST or burst != int(burst):
-            raise ValueError(f"burst must be a whole number of units from 1 on, not {burst!r}")
+            raise ValueError(
+                f"burst must be a whole number from 1 to {_LARGEST:,} units, not {burst!r}"
+            )
         self.rate = rate
         self.burst = int(burst)
         self._clock = clock
@@ -90,7 +96,7 @@ class TokenBucket:
         Raises:
             AcquireTimeout: they did not pass in time, or cannot (then at once); a TimeoutError.
             CostExceedsLimit: ``amount`` is above ``burst`` and can never pass.
-            ValueError: ``amount`` is no whole number from 1 on, or ``timeout`` is none.
+            ValueError: ``amount`` is no whole number from 1 on, or ``timeout`` no number from 0 on.
         """
         # The commonest case of all, one unit of a bucket that holds it: what `Bucket.take` does,
         # written out. From the clock's return to the last store there is no call and no jump back,
@@ -135,7 +141,7 @@ class TokenBucket:
         if not taken:
             retry_after = self._wait_of(amounts) * 1e-9
             raise WouldBlock(
-                f"{counted(amount, 'units')} cannot pass before {retry_after:.3g} s from now at "
+                f"{counted(amount, 'units')} cannot pass before {in_seconds(retry_after)} from now at "
                 f"{self.rate:g} a second; wait with acquire()",
                 retry_after=retry_after,
                 bound_by="units",
@@ -203,9 +209,10 @@ class TokenBucket:
         return taken
 
     def _too_late(self, amount: int, timeout: float | None, wait: int) -> AcquireTimeout:
+        assert timeout is not None
         return AcquireTimeout(
-            f"{counted(amount, 'units')} did not pass within {timeout:g} s at {self.rate:g} a second; "
-            f"raise the timeout or the rate",
+            f"{counted(amount, 'units')} did not pass within {in_seconds(timeout)} at {self.rate:g} a "
+            f"second; raise the timeout or the rate",
             retry_after=wait * 1e-9,
             bound_by="units",
         )

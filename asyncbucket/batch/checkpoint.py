@@ -26,6 +26,7 @@ from typing import Any, Final
 
 from asyncbucket.batch.item import Entry
 from asyncbucket.batch.keys import digest, is_plain, key_of
+from asyncbucket.cost import shown
 from asyncbucket.errors import AsyncBucketError
 
 _JSON, _PICKLE, _OWN = 0, 1, 2
@@ -182,7 +183,7 @@ class Ledger:
             return key_of(item)
         text: object = given(item)
         if not isinstance(text, str):
-            raise TypeError(f"key= of a checkpoint must return a text, not {text!r}")
+            raise TypeError(f"key= of a checkpoint must return a text, not {shown(text)}")
         return digest(b"k" + text.encode("utf-8", "surrogatepass"))
 
     def save(self, results: Iterable[tuple[bytes, Any]]) -> None:

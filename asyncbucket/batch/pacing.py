@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
-from asyncbucket.cost import Cost
+from asyncbucket.cost import Cost, shown
 from asyncbucket.limiter import Limiter
 
 #: What an item costs: a `Cost`, the keywords of `Limiter.acquire`, or a function that says.
@@ -69,7 +69,7 @@ def _keywords(price: Price) -> dict[str, Any]:
         return dict(price)
     raise TypeError(
         f"a cost is a Cost, a dict such as {{'tokens': 500}}, or a function from an item to one, "
-        f"not {price!r}"
+        f"not {shown(price)}"
     )
 
 

@@ -195,6 +195,7 @@ _OPENAI_TELLS: Final = (
     _ratelimit("tokens", "project-tokens"),
 )
 
+#: The larger of prompt and ``max_tokens`` is charged at the door, and not corrected.
 OPENAI: Final = ProviderProfile(
     name="openai",
     hosts=("api.openai.com",),

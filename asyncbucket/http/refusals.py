@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
+from asyncbucket.cost import in_seconds
 from asyncbucket.http.failures import Verdict, classify
 from asyncbucket.limiter import Limiter
 
@@ -156,9 +157,9 @@ class Refusals:
         if new_wave:
             _log.log(
                 logging.WARNING if loud else logging.DEBUG,
-                "limiter %r pauses for %.3g s: %s",
+                "limiter %r pauses for %s: %s",
                 self._limiter.name,
-                seconds,
+                in_seconds(seconds),
                 _WHY[reason],
             )
         return seconds

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
+from asyncbucket.cost import shown
 from asyncbucket.http.profiles import Call
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.levels import is_under
@@ -77,7 +78,7 @@ class Routes:
         if isinstance(target, str):
             return self._limiter.child(target)
         if not isinstance(target, Limiter):
-            raise TypeError(f"a route leads to a child or its name, not to {target!r}")
+            raise TypeError(f"a route leads to a child or its name, not to {shown(target)}")
         if not is_under(target, self._limiter):
             raise ValueError(f"{target.name!r} is no child of {self._limiter.name!r}")
         return target

@@ -5,17 +5,18 @@ import math
 from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.context import Inherited, Priority, deadline_of, read_priority
-from asyncbucket.cost import Cost
+from asyncbucket.cost import Cost, counted, in_seconds
 from asyncbucket.errors import AcquireTimeout, CostExceedsLimit, QueueFull, WouldBlock
 from asyncbucket.events import Admitted, Cancelled, Queued, Reason, Refused
 from asyncbucket.limiter.account import Account
 from asyncbucket.limiter.lease import Lease
-from asyncbucket.limiter.refusal import refuse_locked, seconds
+from asyncbucket.limiter.refusal import refuse_locked
 from asyncbucket.meters import NEVER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_AT_ONCE: Final = "without waiting"
 _PATIENCE: Final = "raise the timeout or the limit"
 
 
@@ -98,9 +99,7 @@ class Door:
         try:
             try:
                 account.check_locked(amounts)
-                raise refuse_locked(
-                    WouldBlock, account, amounts, "without waiting", "wait with acquire()"
-                )
+                raise refuse_locked(WouldBlock, account, amounts, _AT_ONCE, "wait with acquire()")
             finally:
                 account.budget.lock.release()
         except (WouldBlock, CostExceedsLimit) as error:
@@ -137,7 +136,7 @@ class Door:
             with budget.lock:
                 if when == NEVER:
                     account.check_locked(amounts)  # limits may have been lowered since
-                    how = f"within {seconds(((deadline or now) - now) * 1e-9)}"
+                    how = f"within {in_seconds(((deadline or now) - now) * 1e-9)}"
                     raise refuse_locked(AcquireTimeout, account, amounts, how, _PATIENCE)
                 holder = budget.blocked.here() if on_loop else budget.blocked.threads
                 lease = Lease(account, waiter.gates, amounts, waiter.taken, holder, priority)
@@ -171,11 +170,11 @@ def _refuse_if_hopeless_locked(
                 QueueFull,
                 account,
                 amounts,
-                f"behind {waiting:,} calls that wait already",
+                f"behind {counted(waiting, 'calls')} waiting already" if waiting else _AT_ONCE,
                 f"try again later or raise max_queue={each.max_queue:,}",
             )
     if deadline is not None and account.through.soonest(amounts, now) > deadline:
-        how = f"within {seconds(max(0, deadline - now) * 1e-9)}"
+        how = f"within {in_seconds(max(0, deadline - now) * 1e-9)}"
         raise refuse_locked(AcquireTimeout, account, amounts, how, _PATIENCE)
 
 

@@ -82,7 +82,8 @@ class Doors(ABC):
             options: as in `asyncbucket.settings.from_toml`.
 
         Raises:
-            LimitSyntaxError: the file cannot be read, or limits nothing; a ValueError.
+            LimitSyntaxError: an entry cannot be read, or none limits anything; a ValueError.
+            FileNotFoundError: there is no such file.
         """
         from asyncbucket.settings import from_toml
 
@@ -193,8 +194,11 @@ class Doors(ABC):
 
         Args:
             inner: the transport that does the work; by default the client's own kind.
-            options: ``family=``, ``profile=`` and ``learn=``, as in
+            options: ``family=``, ``profile=``, ``learn=`` and ``routes=``, as in
                 `asyncbucket.http.transport.transport`.
+
+        Raises:
+            ValueError, TypeError: an option is none that can be understood.
         """
         from asyncbucket.http.transport import transport
 
@@ -212,8 +216,12 @@ class Doors(ABC):
         >>> client = AsyncOpenAI(http_client=limiter.http_client(), max_retries=0)
 
         Args:
-            options: ``family=``, ``sync=``, ``profile=`` and ``learn=``, as in
+            options: ``family=``, ``sync=``, ``profile=``, ``learn=`` and ``routes=``, as in
                 `asyncbucket.http.clients.http_client`, and those of the client itself.
+
+        Raises:
+            ImportError: neither httpx nor httpx2 is installed.
+            ValueError, TypeError: an option is none that can be understood.
         """
         from asyncbucket.http.clients import http_client
 
@@ -281,7 +289,10 @@ class Doors(ABC):
         """Keep the last events from now on, for a plot or a test; see `asyncbucket.stats.Trace`.
 
         Args:
-            last: how many are kept.
+            last: how many are kept, 1 at least.
+
+        Raises:
+            ValueError: ``last`` is no such number.
         """
         from asyncbucket.stats import Trace
 

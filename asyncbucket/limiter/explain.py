@@ -3,10 +3,9 @@
 import copy
 from dataclasses import dataclass
 
-from asyncbucket.cost import Cost, counted
+from asyncbucket.cost import Cost, counted, does, in_seconds
 from asyncbucket.gates import Gates
 from asyncbucket.limiter.account import Account
-from asyncbucket.limiter.refusal import seconds
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER, Amounts
 
@@ -51,18 +50,19 @@ class Explanation:
             return f"a call would pass at once{behind}"
         if self.wait is None:
             return f"a call would wait{behind} until a slot is given back"
-        verb = "the limiter is paused" if self.bound_by == "paused" else f"{self.bound_by} bind"
-        return f"a call would wait {seconds(self.wait)}{behind}: {verb}"
+        why = "the limiter is paused" if self.bound_by == "paused" else does(self.bound_by, "bind")
+        return f"a call would wait {in_seconds(self.wait)}{behind}: {why}"
 
     def _in_the_long_run(self) -> list[str]:
         if not self.rates:
             return ["no limit over time binds such calls"]
         first, *others = self.rates
-        told = [f"{first.limit.resource} allow {_such_calls(first)} ({first.limit})"]
+        told = [f"{does(first.limit.resource, 'allow')} {_such_calls(first)} ({first.limit})"]
         for other in others[:1]:
             more = other.calls / first.calls
             times = f"{more:.1f}" if more < 10 else f"{more:,.0f}"  # noqa: PLR2004 - two digits
-            told.append(f"{other.limit.resource} alone would allow {times}x more ({other.limit})")
+            name = other.limit.resource.replace("_", " ")
+            told.append(f"{name} alone would allow {times}x as many ({other.limit})")
         return told
 
 
@@ -125,9 +125,10 @@ def _such_calls(rate: Rate) -> str:
     """Return a rate in the unit that reads best: one as long as the limit's window, and no fraction."""
     for unit, length in (("a second", 1), ("a minute", 60), ("an hour", 3_600)):
         if length >= rate.limit.per and rate.calls * length >= 1:
-            return f"{_number(rate.calls * length)} such calls {unit}"
-    return f"{_number(rate.calls * 86_400)} such calls a day"
+            return f"{_counted(rate.calls * length)} {unit}"
+    return f"{_counted(rate.calls * 86_400)} a day"
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # noqa: PLR2004 - three digits
+def _counted(calls: float) -> str:
+    number = f"{calls:,.0f}" if calls >= 100 else f"{calls:.3g}"  # noqa: PLR2004 - three digits
+    return f"{number} such {'call' if number == '1' else 'calls'}"

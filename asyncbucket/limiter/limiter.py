@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal, NoReturn, Unpack
 
 from asyncbucket.context import Inherited, Priority, inherited, read_tenant
-from asyncbucket.cost import Cost, amounts_of
+from asyncbucket.cost import Cost, amounts_of, shown
 from asyncbucket.feedback.adaptive import Concurrency
 from asyncbucket.limiter.account import Account
 from asyncbucket.limiter.acquisition import Acquisition
@@ -55,8 +55,10 @@ class Limiter(Doors, Steering):
 
     Raises:
         LimitSyntaxError: a limit cannot be read; a ValueError.
-        ValueError: ``concurrency``, ``max_queue`` or ``timeout`` is no such number.
-        TypeError: ``name`` is no text, or ``clock`` returns no integer.
+        ValueError: ``concurrency``, ``max_queue``, ``timeout`` or ``slot_ttl`` is no such number,
+            ``on_outage`` none of these words, or no store is reached by such a URL.
+        TypeError: ``name`` is no text, ``store`` no store, or ``clock`` returns no integer.
+        ImportError: the extra that serves the store is not installed.
     """
 
     __slots__ = (
@@ -64,7 +66,6 @@ class Limiter(Doors, Steering):
         "__weakref__",
         "_budget",
         "_children",
-        "_clock",
         "_door",
         "_keys",
         "_parent",
@@ -99,7 +100,6 @@ class Limiter(Doors, Steering):
         """Be the interface of a door."""
         self._door = door
         self._budget = door.account.budget
-        self._clock = self._budget.clock
         self._parent = parent
         self._children: dict[str, Limiter] | None = None
         self._keys: Keys[Limiter] | None = None
@@ -140,6 +140,7 @@ class Limiter(Doors, Steering):
             AcquireTimeout: it was not admitted in time, or cannot be (then at once: a safe lower
                 bound of the wait, with all that is lent given back, is longer); a TimeoutError.
             QueueFull: ``max_queue`` calls wait already.
+            StoreError: the store that keeps the limits cannot be used, or was left meanwhile.
             TypeError, ValueError: an amount or a time is no finite number from 0 on.
         """
         here, door = inherited.get(), self._door
@@ -168,7 +169,8 @@ class Limiter(Doors, Steering):
         """Take a lease now, or refuse; see `acquire`.
 
         Raises:
-            WouldBlock: it cannot pass now, or others wait; ``retry_after`` says for how long.
+            WouldBlock: it cannot pass now, or others wait; ``retry_after`` says for how long. Always
+                where a store keeps the limits, for that has to be asked.
             CostExceedsLimit, TypeError, ValueError: as for `acquire`.
         """
         door = self._door_for(tenant, inherited.get())
@@ -217,7 +219,7 @@ class Limiter(Doors, Steering):
 
         >>> print(limiter.explain(tokens=1_000))
         a call would wait 12 s behind 40 calls: tokens bind; tokens allow 200 such calls a minute
-        (200,000 tokens per 60 s); requests alone would allow 2.5x more (500 requests per 60 s)
+        (200,000 tokens per 60 s); requests alone would allow 2.5x as many (500 requests per 60 s)
 
         It takes nothing, and answers for the tenant and the priority that calls inherit here. With
         many calls waiting it takes about 10 µs for each.
@@ -395,7 +397,7 @@ def _price(
             raise TypeError(f"{cost!r} is a whole cost: give no amounts besides")
         amounts, others = {**cost, "concurrency": 1}, cost
     else:
-        raise TypeError(f"a cost is a Cost or keywords such as tokens=500, not {cost!r}")
+        raise TypeError(f"a cost is a Cost or keywords such as tokens=500, not {shown(cost)}")
     if others:
         door.account.check_known(others)
     return amounts

@@ -41,6 +41,7 @@ def pace(
     Raises:
         LimitSyntaxError: a limit cannot be read, or there is none.
         TypeError: ``obj`` is nothing that can be wrapped.
+        ValueError: as for `Limiter`.
     """
     given = any(amount is not None for amount in limits_by_keyword.values())
     if not limits and concurrency is None and not given:

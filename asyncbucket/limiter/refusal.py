@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TypeVar
 
-from asyncbucket.cost import Cost, counted
+from asyncbucket.cost import Cost, counted, does, in_seconds
 from asyncbucket.errors import AcquireTimeout, QueueFull, WouldBlock
 from asyncbucket.limiter.account import Account
 from asyncbucket.meters import NEVER, Amounts
@@ -32,24 +32,20 @@ def refuse_locked(
     elif bound_by is None:
         why = "others came first"
     elif bound_by == "paused":
-        why = f"the limiter is paused for {seconds(after)} more"
+        why = f"the limiter is paused for {in_seconds(after)} more"
+        remedy = remedy.removesuffix(" or the limit")  # no limit ends a pause
     elif due >= NEVER and remote is not None:
         why = "all slots are taken"
     elif due >= NEVER:
         slots = min(slots.size for slots in account.through.slots if slots.available(now) < 1)
-        why = f"all {slots} slots are taken"
+        why = "the one slot is taken" if slots == 1 else f"all {slots:,} slots are taken"
     else:
-        why = f"{bound_by} bind for {seconds(after)} more"
+        why = f"{does(bound_by, 'bind')} for {in_seconds(after)} more"
     return kind(
         f"a call of {what} cannot pass {how}: {why}; {remedy}",
         retry_after=None if due >= NEVER else after,
         bound_by=bound_by,
     )
-
-
-def seconds(value: float) -> str:
-    """Return a time as people say it."""
-    return f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"  # noqa: PLR2004 - three digits
 
 
 def _counted(account: Account, amounts: Amounts) -> Iterator[str]:

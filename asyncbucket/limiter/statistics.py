@@ -53,6 +53,7 @@ class Statistics:
     waits: Mapping[str, Waits] = field(default_factory=dict)
     #: Units given back by settling, by resource.
     refunded: Mapping[str, int] = field(default_factory=dict)
+    #: How much of each limit is used; those of limiters above are theirs.
     limits: tuple[LimitUse, ...] = ()
     #: What holds up the first in line now; None if nobody waits.
     bound_by: str | None = None

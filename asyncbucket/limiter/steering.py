@@ -39,7 +39,7 @@ class Steering(ABC):
             raise ValueError("a pause must end: give a finite number of seconds")
         until = self._account.budget.clock() + span
         account = self._account
-        with self._budget.lock:
+        with account.budget.lock:
             for each in account.path:
                 each.upstream_429 += reason == "429"
             account.pause_locked(until, gradually=gradually)
@@ -79,7 +79,7 @@ class Steering(ABC):
             read_count(limit, "limit")
         account = self._account
         sent = self._account.budget.clock() if since is None else nanoseconds(since, "since")
-        with self._budget.lock:
+        with account.budget.lock:
             account.hear_remaining_locked(
                 (resource, per), remaining, limit=limit, since=sent, rounding=rounding
             )
@@ -123,6 +123,9 @@ class Steering(ABC):
         See `asyncbucket.events` for what there is to hear. It is called synchronously, in the
         thread where something happens; what it raises is logged once, and harms nothing. While
         nobody listens, no events are made.
+
+        Raises:
+            TypeError: ``callback`` cannot be called, or is a coroutine function.
         """
         return self._account.observe(callback)
 
@@ -165,7 +168,8 @@ class Steering(ABC):
 
     def statistics(self) -> Statistics:
         """Return a frozen snapshot: what passed, what waits, and for what; children included."""
-        budget, account = self._budget, self._account
+        account = self._account
+        budget = account.budget
         account.flush()
         with budget.lock:
             budget.collect_locked()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar, cast
 
 from llama_index.core.tools.types import AsyncBaseTool
 
+from asyncbucket.cost import shown
 from asyncbucket.http.running import is_running, make_way, running
 from asyncbucket.limiter import Limiter
 from asyncbucket.llama_index.events import tell_of_wait, told_of_waits
@@ -77,7 +78,7 @@ class ToolPacing:
         amounts = self._price(*send.args, **send.keywords)
         if not isinstance(amounts, Mapping):
             raise TypeError(
-                f"cost= returned {amounts!r}; it returns amounts by resource, {{'images': 3}}"
+                f"cost= returned {shown(amounts)}; it returns amounts by resource, {{'images': 3}}"
             )
         return dict(amounts)
 
@@ -165,7 +166,7 @@ def _reader(cost: ToolCost | None) -> Callable[..., Mapping[str, float]]:
     if cost is None or isinstance(cost, Mapping):
         return functools.partial(_read, dict(cost or {}))
     raise TypeError(
-        f"cost= takes amounts by resource, {{'images': 3}}, or a callable, not {cost!r}"
+        f"cost= takes amounts by resource, {{'images': 3}}, or a callable, not {shown(cost)}"
     )
 
 

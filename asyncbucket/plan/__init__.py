@@ -66,8 +66,8 @@ def plan(  # noqa: PLR0913 - a plan has as many sides
 ) -> "Plan":
     """Foresee how long calls take under limits, what binds, and how much other limits would help.
 
-    Nothing waits and nothing is sent: a thousand calls take about 10 ms. The same arguments give
-    the same plan.
+    Nothing waits and nothing is sent: a run of a thousand calls takes about 10 ms. The same
+    arguments give the same plan.
 
     >>> print(plan(calls=10_000, tokens=800, rpm=500, tpm=200_000, concurrency=32, latency=1.5))
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
+from asyncbucket.cost import does
+
 _MINUTE: Final = 60
 _HOUR: Final = 3_600
 _DAY: Final = 86_400
@@ -146,7 +148,7 @@ def binds(resource: str | None) -> str:
     """Say what binds: "tokens bind", "concurrency binds", "nothing binds"."""
     if resource is None:
         return "nothing binds"
-    return f"{resource.replace('_', ' ')} {'bind' if resource.endswith('s') else 'binds'}"
+    return does(resource, "bind")
 
 
 def spoken(seconds: float) -> str:

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from asyncbucket.cost import Cost
+from asyncbucket.cost import Cost, shown
 
 Sample: TypeAlias = float | str | Cost | Mapping[str, Any]
 """A number; a text, whose tokens are counted; a cost; or an object, as a line of JSONL holds it."""
@@ -198,7 +198,7 @@ def read_seconds(sample: object) -> float:
 
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"expected a number, not {value!r}")
+        raise TypeError(f"expected a number, not {shown(value)}")
     if not 0 <= value < math.inf:
         raise ValueError(f"expected a finite number from 0 on, not {value!r}")
     return value

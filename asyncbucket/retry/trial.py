@@ -5,6 +5,7 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from asyncbucket.cost import in_seconds
 from asyncbucket.errors import AsyncBucketError
 from asyncbucket.http.failures import Verdict, classify
 from asyncbucket.retry.again import TryAgain, by_the_name
@@ -65,7 +66,9 @@ class Trial:
         if end is None and not verdict.rate_limited and not self.retrier.spend():
             end = "the retry budget is spent, too few calls succeed; Retry(budget=...) sets it"
         if end is None:
-            _log.debug("attempt %d: %s; again in %.3g s", self.attempts, verdict.reason, wait)
+            _log.debug(
+                "attempt %d: %s; again in %s", self.attempts, verdict.reason, in_seconds(wait)
+            )
             self.retrier.tell_of_retry(self.attempts, verdict.reason, wait)
             named = by_the_name(type(error).__module__, type(error).__qualname__)
             return named(verdict.reason, wait)
@@ -84,14 +87,17 @@ class Trial:
             return 0.0, f"Retry(attempts={policy.attempts}) allows no more"
         if asked is not None and asked > policy.max_wait:
             return 0.0, (
-                f"the provider asks to wait {asked:.3g} s, "
+                f"the provider asks to wait {in_seconds(asked)}, "
                 f"and Retry(max_wait={policy.max_wait:g}) allows no more"
             )
         stated = paused if asked is None else asked
         wait = retrier.back_off(self.attempts) if stated is None else retrier.hold_on(stated)
         left = self.deadline - retrier.now()
         if not wait <= left:
-            return 0.0, f"the next attempt is due in {wait:.3g} s, the deadline in {left:.3g} s"
+            return (
+                0.0,
+                f"the next attempt is due in {in_seconds(wait)}, the deadline in {in_seconds(left)}",
+            )
         return wait, None
 
     def last_word(self, ended: TryAgain | AsyncBucketError) -> Exception:

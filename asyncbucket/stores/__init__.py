@@ -39,6 +39,10 @@ __all__ = [
     "without_password",
 ]
 
+#: What is wrong with most URLs that cannot be read.
+ESCAPES: Final = (
+    "write special characters of a password as %2F for /, %5B for [, %40 for @ and so on"
+)
 #: Which module serves a scheme: each has ``from_url(url) -> Store``.
 _MODULES: Final = {
     "sqlite": "asyncbucket.stores.sqlite",
@@ -62,16 +66,19 @@ def open_store(url: str) -> Store:
 
     Raises:
         ValueError: no store is reached by such a URL.
+        TypeError: it is no URL.
         ImportError: the extra that serves it is not installed; the message names it.
     """
+    if not isinstance(url, str):
+        raise TypeError(
+            f"a store is a URL such as sqlite:///limits.db, or made by RedisStore.of(client), not "
+            f"{type(url).__name__}"
+        )
     try:
-        scheme = urlsplit(url).scheme if isinstance(url, str) else ""
+        scheme = urlsplit(url).scheme
     except ValueError:  # which might quote a password
-        raise ValueError(
-            f"{without_password(url)!r} is no URL: write special characters of a password as "
-            f"%5B for [, %40 for @ and so on"
-        ) from None
-    if scheme not in _MODULES:
+        raise ValueError(f"{without_password(url)!r} is no URL: {ESCAPES}") from None
+    if scheme not in _MODULES or "://" not in url:
         raise ValueError(
             f"{without_password(url)!r} is no store: write sqlite:///limits.db, "
             f"redis://host:6379/0 or one of {', '.join(sorted(_MODULES))}"
@@ -80,15 +87,12 @@ def open_store(url: str) -> Store:
     return store
 
 
-def without_password(url: object) -> str:
+def without_password(url: str) -> str:
     """Return ``url`` as it may be shown: its password and its query left out."""
-    if not isinstance(url, str):
-        return str(url)
-    if url.startswith("sqlite:"):  # a path may hold an @
-        return url.partition("?")[0]
     head, at, hosts = url.rpartition("@")
-    if not at:
+    if not at or url.startswith("sqlite:///"):  # a path may hold an @
         return url.partition("?")[0]
-    scheme, _, login = head.partition("://")
+    scheme, slashes, login = head.partition("://")
     user, colon, _ = login.partition(":")
-    return f"{scheme}://{user}{':***' if colon else ''}@{hosts.partition('?')[0]}"
+    shown = f"{scheme}://{user}{':***' if colon else ''}" if slashes else "***"
+    return f"{shown}@{hosts.partition('?')[0]}"

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
+from asyncbucket.cost import in_seconds
 from asyncbucket.errors import StoreError
 from asyncbucket.events import Event, StoreLost, StoreRecovered
 from asyncbucket.meters import Amounts
@@ -150,9 +151,9 @@ class Lifeline:
         alone, self.alone = self.alone, None
         gone = (self._clock() - self._since) * 1e-9
         _log.warning(
-            "the store of limiter %s is back after %.3g s; admitted without it: %s",
+            "the store of limiter %s is back after %s; admitted without it: %s",
             self.ledger.name,
-            gone,
+            in_seconds(gone),
             ", ".join(f"{n:,} {name}" for name, n in alone.admitted.items()) or "nothing",
         )
         self._tell(StoreRecovered(limiter=self.ledger.name, at=self._clock() * 1e-9, seconds=gone))

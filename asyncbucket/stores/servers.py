@@ -112,7 +112,7 @@ class Server:
     def _explain(self, error: Exception) -> StoreError:
         if isinstance(error, exceptions.TimeoutError):
             return self.silent()
-        words = _without(str(error), _secrets_of(self.client))
+        words = _without(str(error), _secrets_of(self.client)).rstrip(".")
         return StoreError(f"the store {self.url} {_remedy(error, words)}")
 
     def pubsub(self) -> Any:
@@ -136,10 +136,14 @@ def connect(url: str) -> Server:
     Raises:
         ValueError: the URL cannot be read.
     """
-    from asyncbucket.stores import without_password
+    from asyncbucket.stores import ESCAPES, without_password
 
-    shown = without_password(url)
-    scheme = urlsplit(url).scheme
+    shown, split = without_password(url), urlsplit(url)
+    scheme = split.scheme
+    # With one of /?# in the password the host ends there, and what is read is not what was meant.
+    torn = "@" in url and "@" not in split.netloc and scheme != "unix"
+    if torn and "@" in split.path + split.fragment:
+        raise ValueError(f"{shown!r} cannot be read: {ESCAPES}")
     try:
         if scheme.endswith("+sentinel"):
             client, watchers = _sentinel(url)
@@ -153,14 +157,15 @@ def connect(url: str) -> Server:
             del settings["socket_keepalive"]
         return Server(shown, Redis.from_url(plain, **settings))
     except (ValueError, TypeError) as error:
-        words = _without(str(error), [urlsplit(url).password or ""])
+        words = ESCAPES if torn else _without(str(error), [split.password or ""])
         raise ValueError(f"{shown!r} cannot be read: {words}") from None
 
 
 def given(client: Any) -> Server:
     """Return the server that a client of the user's is connected to."""
     if not isinstance(client, (Redis, RedisCluster)):
-        raise TypeError(f"a client is a redis.asyncio.Redis or RedisCluster, not {client!r}")
+        kind = f"{type(client).__module__}.{type(client).__qualname__}"  # a URL holds a password
+        raise TypeError(f"a client is a redis.asyncio.Redis or RedisCluster, not a {kind}")
     kind = "cluster" if isinstance(client, RedisCluster) else "server"
     return Server(f"redis ({kind} of your client)", client, owned=False)
 
@@ -245,10 +250,10 @@ def _without(words: str, secrets: list[str]) -> str:
 def _remedy(error: Exception, words: str) -> str:
     """Say what a failure means to the person who must mend it."""
     if isinstance(error, (exceptions.AuthenticationError, exceptions.NoPermissionError)):
-        return (
-            f"refuses the login: {words}; the user needs +@scripting +@hash +@sortedset +@keyspace "
-            f"+time +publish +subscribe ~asyncbucket:* &asyncbucket:*"
-        )
+        known = isinstance(error, exceptions.NoPermissionError)
+        rights = "the docs' page on shared stores has the ACL that it needs"
+        remedy = rights if known else "look at user and password in its URL"
+        return f"refuses the login: {words}; {remedy}"
     if isinstance(error, exceptions.OutOfMemoryError):
         return f"is out of memory: {words}; raise maxmemory or delete what is not needed"
     if isinstance(error, exceptions.ReadOnlyError):

@@ -41,6 +41,7 @@ def share(
     Raises:
         ValueError: ``on_outage`` or ``slot_ttl`` is none, the URL is no store's, the limiter finds
             its concurrency by itself, or the store cannot count that far.
+        TypeError: ``store`` is neither a URL nor a store.
         ImportError: the extra that serves such a store is not installed.
     """
     if on_outage not in POLICIES:

@@ -242,7 +242,7 @@ class Ledger(Protocol):
         """Let no worker book a start for ``span`` ns from now; an earlier, longer pause stays.
 
         Starts that were given already stay. ``gradually`` begins again slowly: see
-        `asyncbucket.pacer.Ramp`.
+        `asyncbucket.feedback.pause`.
         """
         ...
 

@@ -6,7 +6,7 @@ from logging import DEBUG, INFO, Logger, getLogger
 from typing import Any, Final
 
 from asyncbucket import events
-from asyncbucket.cost import counted
+from asyncbucket.cost import counted, in_seconds
 from asyncbucket.events import Callback, Event
 
 #: Fields of the record that an event's own cannot hide: they are called ``asyncbucket.<field>``.
@@ -48,7 +48,7 @@ def _admitted(event: events.Admitted) -> str:
     waited = ""
     if event.waited:
         held_up = f" for {_resource(event.bound_by)}" if event.bound_by else ""
-        waited = f" after {_seconds(event.waited)}{held_up}"
+        waited = f" after {in_seconds(event.waited)}{held_up}"
     return (
         f"a call of {_cost(event.cost)} passed{waited}; "
         f"{_number(event.waiting, 'wait')}, {event.in_flight:,} in flight"
@@ -58,12 +58,12 @@ def _admitted(event: events.Admitted) -> str:
 def _refused(event: events.Refused) -> str:
     why = event.reason.replace("_", " ")
     bound = f", bound by {_resource(event.bound_by)}" if event.bound_by else ""
-    again = "" if event.retry_after is None else f"; free in {_seconds(event.retry_after)}"
+    again = "" if event.retry_after is None else f"; free in {in_seconds(event.retry_after)}"
     return f"a call of {_cost(event.cost)} was refused: {why}{bound}{again}"
 
 
 def _cancelled(event: events.Cancelled) -> str:
-    return f"a call of {_cost(event.cost)} gave up after {_seconds(event.waited)}"
+    return f"a call of {_cost(event.cost)} gave up after {in_seconds(event.waited)}"
 
 
 def _settled(event: events.Settled) -> str:
@@ -75,16 +75,16 @@ def _settled(event: events.Settled) -> str:
 
 
 def _released(event: events.Released) -> str:
-    return f"a call ended after {_seconds(event.held)}: {event.outcome}"
+    return f"a call ended after {in_seconds(event.held)}: {event.outcome}"
 
 
 def _paused(event: events.Paused) -> str:
     why = f": {event.reason}" if event.reason else ""
-    return f"nobody passes for {_seconds(event.seconds)}{why}"
+    return f"nobody passes for {in_seconds(event.seconds)}{why}"
 
 
 def _retried(event: events.Retried) -> str:
-    return f"attempt {event.attempt} failed ({event.error}), again in {_seconds(event.delay)}"
+    return f"attempt {event.attempt} failed ({event.error}), again in {in_seconds(event.delay)}"
 
 
 _LINES: Final[Mapping[type[Event], Callable[[Any], str]]] = {
@@ -100,7 +100,7 @@ _LINES: Final[Mapping[type[Event], Callable[[Any], str]]] = {
     events.LimitChanged: lambda event: f"the limit is now {event.limit}",
     events.StoreLost: lambda event: f"the shared store cannot be reached: {event.reason}",
     events.StoreRecovered: lambda event: (
-        f"the shared store is back after {_seconds(event.seconds)}"
+        f"the shared store is back after {in_seconds(event.seconds)}"
     ),
 }
 
@@ -126,7 +126,3 @@ def _resource(name: str) -> str:
 
 def _number(count: int, verb: str) -> str:
     return f"{count:,} {verb}" if count else f"none {verb}"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"  # noqa: PLR2004 - three digits

@@ -127,7 +127,7 @@ def _add_use(reading: Reading, now: Statistics) -> None:
 
 def limit_label(limit: Limit) -> str:
     """Return what ``limit`` is known by, whatever its amount: ``rpm``, or ``images/10s``."""
-    return limit.keyword or f"{limit.resource}/{limit.per:g}s"
+    return limit.keyword or f"{limit.resource}/{limit.per:.10g}s"
 
 
 def by_kind(handlers: Mapping[type[Event], Callable[[Any], object]]) -> Callback:

@@ -213,7 +213,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         head = f"deadlock at {self.time()} s of virtual time: nothing is ready and no timer is set"
         if not lines:
             return f"{head}; no task is left, yet the loop was told to run on"
-        return "\n".join([f"{head}, but {len(lines)} task(s) wait:", *lines])
+        return "\n".join([f"{head}; these tasks wait:", *lines])
 
     def _set_resolution(self) -> None:
         # A timer is due when it is earlier than now plus this. Less than what `advance_to` forgives

@@ -443,7 +443,9 @@ async def test_plain_function_is_refused() -> None:
 
 def test_a_text_is_no_list_of_items() -> None:
     """The name of a file of prompts would be paid for letter by letter."""
-    message = r"a text as items, 'prompts\.txt', would be a call for each of its 11 characters"
+    message = (
+        r"^a text as items would be a call for each of its 11 characters: give a list of texts"
+    )
     with pytest.raises(TypeError, match=message):
         amap(Limiter(concurrency=1), Work(), cast("Any", "prompts.txt"))
 

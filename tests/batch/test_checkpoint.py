@@ -219,6 +219,8 @@ async def test_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(TypeError, match=r"key= of a checkpoint must return a text, not 7"):
         await run(keyed, Calls(), [{"id": 7}])
+    with pytest.raises(TypeError, match=r"must return a text, not dict$"):  # the item may be secret
+        await run(keyed, Calls(), [{"id": {}}])
 
 
 async def test_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -115,6 +115,7 @@ def test_watch_looks_at_a_unix_socket(tmp_path: Path) -> None:
         ("https://example.org", 2, "is no limiter to watch"),
         ("ftp://example.org", 2, "is no store"),
         ("http://127.0.0.1:99999", 2, "'http://127.0.0.1:99999' names no port"),
+        ("http://me:s3cret/x@127.0.0.1", 2, "'http://me:***@127.0.0.1' names no port: give one"),
     ],
 )
 def test_watch_says_what_is_wrong(url: str, status: int, message: str) -> None:

@@ -1,10 +1,11 @@
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncbucket import Cost, Limiter
+from asyncbucket import Cost, Limiter, plan
 
 amounts = st.none() | st.integers(0, 10**6) | st.floats(0, 1e6)
 
@@ -62,6 +63,20 @@ def test_messages_name_the_resource_and_the_value() -> None:
         Cost(requests=-1)
     with pytest.raises(ValueError, match=r"^images must be finite and not negative, not nan$"):
         Cost(images=float("nan"))
+
+
+def test_a_text_in_the_place_of_an_amount_is_not_shown() -> None:
+    """It may be a prompt whose tokens somebody forgot to count."""
+    prompt: Any = "a secret prompt"
+    limiter = Limiter("5 RPM", "1k TPM")
+    with pytest.raises(TypeError, match=r"^tokens must be a number, not str$"):
+        limiter.acquire(tokens=prompt)
+    with pytest.raises(TypeError, match=r"^tokens must be a number, not str$"):
+        limiter.paced(tokens=str.strip)(len)(prompt)
+    with pytest.raises(TypeError, match=r"^a cost is a Cost or keywords .*, not str$"):
+        limiter.acquire(prompt)
+    with pytest.raises(ValueError, match=r"^latency, sample 1: expected a number, not str$"):
+        plan(calls=1, rpm=5, latency=[prompt])
 
 
 def test_a_call_costs_something() -> None:

@@ -131,7 +131,7 @@ def test_deadlines_come_in_their_own_order(virtual_time: VirtualTime) -> None:
         async def call(timeout: float) -> None:
             with pytest.raises(AcquireTimeout) as error:
                 await limiter.acquire(timeout=timeout)
-            assert "all 1 slots are taken" in str(error.value)
+            assert "the one slot is taken" in str(error.value)
             gone.append((virtual_time.now, timeout))
 
         async with asyncio.TaskGroup() as group:

@@ -10,6 +10,7 @@ from asyncbucket import (
     AcquireTimeout,
     AsyncBucketError,
     CostExceedsLimit,
+    Limit,
     Limiter,
     LimitSyntaxError,
     QueueFull,
@@ -120,7 +121,7 @@ def test_a_full_queue_refuses(virtual_time: VirtualTime) -> None:
         with pytest.raises(QueueFull) as error:
             await limiter.acquire()
         assert str(error.value) == (
-            "a call of 1 request cannot pass behind 2 calls that wait already: requests bind for "
+            "a call of 1 request cannot pass behind 2 calls waiting already: requests bind for "
             "1.01 s more; try again later or raise max_queue=2"
         )
         assert error.value.retry_after == 515 / 512
@@ -136,7 +137,7 @@ def test_no_queue_at_all_is_a_choice(virtual_time: VirtualTime) -> None:
     async def main() -> None:
         limiter = Limiter("1 RPS", max_queue=0, clock=virtual_time.clock)
         await limiter.acquire()
-        with pytest.raises(QueueFull, match="behind 0 calls that wait already"):
+        with pytest.raises(QueueFull, match="cannot pass without waiting: requests bind"):
             await limiter.acquire()
 
     virtual_time.run(main())
@@ -220,7 +221,10 @@ def test_a_bucket_has_a_rate_and_a_burst(value: float) -> None:
     assert str(error.value) == f"rate must be from 1e-9 to 1e9 units a second, not {value!r}"
     with pytest.raises(ValueError) as error:
         TokenBucket(1.0, value)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
-    assert str(error.value) == f"burst must be a whole number of units from 1 on, not {value!r}"
+    assert (
+        str(error.value)
+        == f"burst must be a whole number from 1 to 1,000,000,000,000 units, not {value!r}"
+    )
 
 
 def test_a_bucket_refuses_what_is_above_its_burst() -> None:
@@ -263,3 +267,39 @@ def test_pacing_by_nothing_is_a_mistake() -> None:
         pace(object(), rpm=None)
     with pytest.raises(LimitSyntaxError, match="rpm must be a whole number of at least 1, not 0"):
         pace(object(), rpm=0)
+
+
+def test_one_is_no_plural_and_names_have_no_underscores(virtual_time: VirtualTime) -> None:
+    """One call in line, one slot, input tokens."""
+
+    async def main() -> None:
+        clock = virtual_time.clock
+        limiter = Limiter("10 ITPM", max_queue=1, concurrency=1, clock=clock)
+        held = await limiter.acquire(input_tokens=10)
+        with pytest.raises(WouldBlock, match="without waiting: the one slot is taken; wait with"):
+            limiter.acquire_nowait()
+        held.release()
+        with pytest.raises(WouldBlock, match=r"input tokens bind for 60\.4 s more"):
+            limiter.acquire_nowait(input_tokens=1)
+        waiting = asyncio.ensure_future(limiter.acquire(input_tokens=1))
+        await virtual_time.all_blocked()
+        with pytest.raises(QueueFull, match="cannot pass behind 1 call waiting already: "):
+            await limiter.acquire()
+        waiting.cancel()
+
+    virtual_time.run(main())
+
+
+def test_long_times_are_written_out(virtual_time: VirtualTime) -> None:
+    """A quarter of an hour is no power of ten, nor is a month."""
+
+    async def main() -> None:
+        bucket = TokenBucket(rate=0.001, clock=virtual_time.clock)
+        await bucket.acquire()
+        with pytest.raises(WouldBlock, match=r"cannot pass before 1,000 s from now at 0\.001 a"):
+            bucket.acquire_nowait()
+        with pytest.raises(AcquireTimeout, match=r"did not pass within 900 s at 0\.001 a second"):
+            await bucket.acquire(timeout=900)
+
+    virtual_time.run(main())
+    assert str(Limit("requests", 5, per=30 * 86_400)) == "5 requests per 2592000 s"

@@ -19,7 +19,7 @@ def test_it_reads_well(virtual_time: VirtualTime) -> None:
         limiter = Limiter("500 RPM burst 500", "200k TPM", clock=virtual_time.clock)
         assert str(limiter.explain(tokens=1_000)) == (
             "a call would pass at once; tokens allow 200 such calls a minute "
-            "(200,000 tokens per 60 s); requests alone would allow 2.5x more "
+            "(200,000 tokens per 60 s); requests alone would allow 2.5x as many "
             "(500 requests per 60 s)"
         )
         await limiter.acquire(tokens=200_000)
@@ -27,7 +27,7 @@ def test_it_reads_well(virtual_time: VirtualTime) -> None:
         await asyncio.sleep(48)
         assert str(limiter.explain(tokens=1_000)) == (
             "a call would wait 12.4 s behind 40 calls: tokens bind; tokens allow 200 such calls a "
-            "minute (200,000 tokens per 60 s); requests alone would allow 2.5x more "
+            "minute (200,000 tokens per 60 s); requests alone would allow 2.5x as many "
             "(500 requests per 60 s)"
         )
         await asyncio.gather(*calls)
@@ -49,7 +49,7 @@ def test_what_is_asked_is_part_of_the_answer(virtual_time: VirtualTime) -> None:
     assert (explanation.wait, explanation.bound_by, explanation.ahead) == (0.0, None, 0)
     assert str(explanation) == (
         "a call would pass at once; requests allow 100 such calls a day "
-        "(100 requests per 86400 s); requests alone would allow 432x more (30 requests per 60 s)"
+        "(100 requests per 86400 s); requests alone would allow 432x as many (30 requests per 60 s)"
     )
     assert "tokens allow 2 such calls a minute" in str(Limiter("1k TPM").explain(tokens=500))
     assert "tokens allow 10 such calls a second" in str(
@@ -199,3 +199,14 @@ def test_it_speaks_for_the_tenant_that_is_inherited(virtual_time: VirtualTime) -
     assert key.explain().wait == 0
     with asyncbucket.tenant("acme"):
         assert key.explain().wait == pytest.approx(60 * 515 / 512)
+
+
+def test_names_and_numbers_are_written_as_people_write_them() -> None:
+    """Input tokens without an underscore, one call in the singular, an equal rate as no more."""
+    one = str(Limiter("100 ITPM").explain(input_tokens=100))
+    assert "input tokens allow 1 such call a minute (100 input tokens per 60 s)" in one
+    alike = str(Limiter("500 RPM", "500k ITPM").explain(input_tokens=1_000))
+    assert "input tokens alone would allow 1.0x as many" in alike
+    assert "traffic allows 2 such calls a second" in str(
+        Limiter("6 traffic/s").explain(requests=0, traffic=3)
+    )

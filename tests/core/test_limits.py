@@ -122,6 +122,8 @@ def test_a_burst_is_at_most_the_amount() -> None:
         "a burst of 1,000 is above the limit of 500 requests per 60 s: "
         "lower the burst or raise the limit"
     )
+    with pytest.raises(LimitSyntaxError, match=r"above the limit of 1 input token per 60 s:"):
+        Limit("input_tokens", 1, burst=2)
 
 
 @pytest.mark.parametrize("resource", ["", "two words", "1st", 5, None])

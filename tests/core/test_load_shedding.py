@@ -19,7 +19,7 @@ def test_a_queue_has_an_end(virtual_time: VirtualTime) -> None:
         with pytest.raises(QueueFull) as error:
             await limiter.acquire()
         assert str(error.value) == (
-            "a call of 1 request cannot pass behind 2 calls that wait already: requests bind for "
+            "a call of 1 request cannot pass behind 2 calls waiting already: requests bind for "
             "1 s more; try again later or raise max_queue=2"
         )
         assert (error.value.retry_after, error.value.bound_by) == (1.0, "requests")
@@ -72,7 +72,7 @@ def test_a_queue_of_no_length_admits_whoever_need_not_wait(virtual_time: Virtual
 
     virtual_time.run(main())
     limiter = Limiter(concurrency=1, max_queue=0)
-    with limiter.acquire_sync(), pytest.raises(QueueFull, match="all 1 slots are taken"):
+    with limiter.acquire_sync(), pytest.raises(QueueFull, match="the one slot is taken"):
         limiter.acquire_sync()
 
 

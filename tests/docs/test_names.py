@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import pkgutil
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -68,3 +69,15 @@ def test_members_that_a_page_names_exist(page: Path) -> None:
     named = re.findall(r"`([A-Z]\w+)\.(\w+)(?:\([^`]*\))?`", page.read_text("utf-8"))
 
     assert [pair for pair in named if pair[0] in members and pair[1] not in members[pair[0]]] == []
+
+
+def test_what_docstrings_name_in_full_exists() -> None:
+    """Who looks up `asyncbucket.some.name` finds it."""
+    named = {
+        name
+        for file in (ROOT / "asyncbucket").rglob("*.py")
+        for name in re.findall(r"(?<!`)`(asyncbucket(?:\.\w+)+)`", file.read_text("utf-8"))
+    }
+
+    for name in sorted(named):
+        assert pkgutil.resolve_name(name) is not None

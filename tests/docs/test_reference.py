@@ -1,12 +1,32 @@
 """The reference is complete: every public name of the package, every method of a limiter."""
 
+import importlib
 import inspect
+import re
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 import asyncbucket
 from asyncbucket import Limiter
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference.md").read_text("utf-8")
+#: Behind ``asyncbucket.``; the first is that itself.
+MODULES = (
+    "",
+    "batch",
+    "events",
+    "http",
+    "llama_index",
+    "plan",
+    "retry",
+    "stats",
+    "stores",
+    "telemetry",
+    "testing",
+    "testing.store_conformance",
+)
 
 
 def test_what_a_limiter_inherits_is_shown() -> None:
@@ -22,3 +42,24 @@ def test_every_public_name_has_a_docstring_to_show() -> None:
     public += [member for name, member in inspect.getmembers(Limiter) if not name.startswith("_")]
 
     assert [each for each in public if not inspect.getdoc(each)] == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_public_name_is_in_the_reference(name: str) -> None:
+    """With a module, or by itself where it is data that comes from another one."""
+    module = importlib.import_module(f"asyncbucket.{name}".removesuffix("."))
+    by_itself = {each.rpartition(".")[2] for each in re.findall(r"auto\w+:: (\S+)", PAGE)}
+
+    missing = set(module.__all__) - by_itself - set(asyncbucket.__all__)
+
+    assert [each for each in missing if not _comes_with_a_module(module, each)] == []
+
+
+def _comes_with_a_module(module: ModuleType, name: str) -> bool:
+    value = getattr(module, name)
+    if inspect.isclass(value) or inspect.isroutine(value):
+        return any(
+            f".. automodule:: {shown}\n   :members:" in PAGE
+            for shown in (module.__name__, value.__module__)
+        )
+    return f"\n{name} = " in inspect.getsource(module)

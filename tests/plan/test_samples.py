@@ -115,7 +115,7 @@ def test_file_that_is_no_text_is_named(tmp_path: Path) -> None:
         ("{}", "an object with nothing says no tokens"),
         ("null", "line 2: expected a number, not None"),
         ("NaN", "line 2: expected a finite number from 0 on, not nan"),
-        ('{"tokens": "many"}', "line 2: expected a number, not 'many'"),
+        ('{"tokens": "many"}', "line 2: expected a number, not str"),
     ],
 )
 def test_bad_line_is_named_with_its_number(tmp_path: Path, line: str, message: str) -> None:

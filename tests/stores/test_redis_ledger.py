@@ -329,6 +329,39 @@ async def test_url_is_shown_without_its_password() -> None:
 
 
 @pytest.mark.parametrize(
+    "url",
+    [
+        "user:s3cret@host:6379/0",
+        ":s3cret@host:6379",
+        "redis:user:s3cret@host",
+        *(f"redis://user:s3cret{sign}more@host:6379/0" for sign in "/#?"),
+        "redis://user:1/s3cret@host:6379/0",
+        "redis+sentinel://user:s3cret/more@host:1/main",
+        "sqlite://user:s3cret@host/limits.db",
+        "sqlite://host/limits.db?password=s3cret",
+    ],
+)
+def test_url_that_is_written_wrong_is_refused_without_its_password(url: str) -> None:
+    """A scheme forgotten, a sign that had to be escaped, a host where a file has none."""
+    with pytest.raises(ValueError) as wrong:
+        open_store(url)
+    assert "s3cret" not in str(wrong.value)
+
+
+def test_sign_that_splits_a_password_is_what_the_error_speaks_of() -> None:
+    """Else it would be of a port that nobody wrote."""
+    with pytest.raises(ValueError, match="write special characters of a password as %2F for /"):
+        open_store("redis://user:s3cret/more@host:6379/0")
+    assert isinstance(open_store("redis://host:6379/0?client_name=me@here"), RedisStore)
+
+
+def test_url_in_place_of_a_client_is_not_shown() -> None:
+    """It may hold a password."""
+    with pytest.raises(TypeError, match=r"^a client is .*, not a builtins\.str$"):
+        RedisStore.of("redis://user:s3cret@host")
+
+
+@pytest.mark.parametrize(
     ("url", "message"),
     [
         (

@@ -76,13 +76,13 @@ def test_a_url_names_a_file(url: str, path: str) -> None:
     [
         (
             "sqlite://:memory:",
-            "names a host, ':memory:', and a file has none: write sqlite:///limit",
+            "'sqlite://:memory:' names a host, and a file has none: write sqlite:///limit",
         ),
-        ("sqlite://limits.db", "names a host, 'limits.db', and a file has none"),
+        ("sqlite://limits.db", "'sqlite://limits.db' names a host, and a file has none"),
         ("sqlite:///", "names no file that processes could share: write sqlite:///limits.db"),
         ("sqlite:///:memory:", "names no file .*; for one process no store is needed"),
         ("sqlite:///limits.db?mode=ro&patience=1", "sets mode: only patience can be set"),
-        ("sqlite:///limits.db?patience=soon", "patience is a positive number of seconds"),
+        ("sqlite:///limits.db?patience=soon", "number of seconds, e.g. 0.2, not 'soon'"),
         ("sqlite:///limits.db?patience=nan", "patience is a positive number of seconds"),
         ("sqlite:///limits.db?patience=0", "patience is a positive number of seconds"),
     ],

@@ -154,8 +154,8 @@ def test_deadlock_names_the_tasks_that_wait() -> None:
         time.run(main())
 
     assert re.fullmatch(
-        r"deadlock at 2\.0 s of virtual time: nothing is ready and no timer is set, "
-        r"but 2 task\(s\) wait:\n"
+        r"deadlock at 2\.0 s of virtual time: nothing is ready and no timer is set; "
+        r"these tasks wait:\n"
         r"  Task-\d+: \S*main \(test_virtual_time\.py:\d+\)\n"
         r"  other: \S*waits_for_ever \(test_virtual_time\.py:\d+\) > Event\.wait \(locks\.py:\d+\)",
         str(caught.value),

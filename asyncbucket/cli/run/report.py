@@ -65,5 +65,5 @@ def _errors(job: Job, tally: Tally) -> str:
 
 
 def _said(limit: Limit) -> str:
-    per = _PERS.get(limit.per, f"per {limit.per:g} s")
+    per = _PERS.get(limit.per, f"per {limit.per:.10g} s")
     return f"{counted(limit.amount, limit.resource)} {per}"

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from asyncbucket.batch.outlook import Look, Outlook, duration
 from asyncbucket.cli.run.tally import Tally
-from asyncbucket.cost import counted
+from asyncbucket.cost import counted, does
 from asyncbucket.limiter import Limiter
 
 #: Seconds between two looks on a terminal, and between two lines in a pipe.
@@ -111,7 +111,7 @@ def _pace(look: Look, tally: Tally) -> list[str]:
     if look.left:
         words.append(f"{duration(look.left)} left")
     if look.bound_by is not None:
-        words.append(f"{look.bound_by.replace('_', ' ')} bind{'s' * (look.bound_by[-1] != 's')}")
+        words.append(does(look.bound_by, "bind"))
     return words
 
 

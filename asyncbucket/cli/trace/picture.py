@@ -51,7 +51,7 @@ def _window(axis: "Axes", story: Story, limit: Mapping[str, Any]) -> None:
     axis.axhline(amount, color=LIMIT, linestyle="--", linewidth=1)
     axis.set_ylim(0, amount * 1.12)
     axis.set_ylabel(resource.replace("_", " "))
-    name = f"in the last {per:g} s; limit {amount:,}"
+    name = f"in the last {per:.10g} s; limit {amount:,}"
     axis.set_title(name, loc="left", fontsize=9)
 
 

@@ -30,16 +30,18 @@ def source(url: str) -> Look:
     Raises:
         ValueError: nobody can be asked by such a URL.
     """
-    parts, shown = urlsplit(url), without_password(url)
-    if parts.scheme == "http":
+    scheme, known, _ = url.partition("://")
+    shown = without_password(url)
+    if scheme == "http":
         try:
+            parts = urlsplit(url)
             host, port = parts.hostname or "127.0.0.1", parts.port or 80
-        except ValueError as error:
-            raise ValueError(f"{shown!r} names no port ({error}): give one up to 65535") from None
+        except ValueError:  # which might quote a password
+            raise ValueError(f"{shown!r} names no port: give one up to 65535") from None
         return lambda: _fetch(http.client.HTTPConnection(host, port, timeout=_PATIENCE), shown)
-    if parts.scheme == "unix" and not parts.query:
-        return lambda: _fetch(_Unix(parts.path), shown)
-    if parts.scheme in {"", "https"}:
+    if scheme == "unix" and "?" not in url:
+        return lambda: _fetch(_Unix(urlsplit(url).path), shown)
+    if not known or scheme == "https":
         raise ValueError(
             f"{shown!r} is no limiter to watch: give the URL that limiter.serve_stats() tells "
             f"(http://127.0.0.1:4294, unix:///run/limits.sock) or a store's (redis://host:6379/0)"

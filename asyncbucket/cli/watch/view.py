@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from asyncbucket.cost import counted
+
 
 @dataclass(frozen=True, slots=True)
 class Bar:
@@ -70,7 +72,7 @@ def _facts(now: Mapping[str, Any], rate: float) -> list[str]:
     if now.get("ahead"):
         facts.append(f"starts are booked {now['ahead']:.1f} s ahead")
     if "workers" in now:
-        facts.append(f"{now['workers']:,} workers")
+        facts.append(counted(now["workers"], "workers"))
     if "admitted" in now:
         facts.append(f"{now['admitted']:,} admitted" + (f", {rate:,.1f}/s now" if rate else ""))
     facts += [

@@ -126,20 +126,24 @@ def from_url(url: str) -> SQLiteStore:
     Raises:
         ValueError: the URL names no file, or says something unknown.
     """
-    parts = urlsplit(url)
+    from asyncbucket.stores import without_password
+
+    parts, shown = urlsplit(url), without_password(url)
     path = unquote(parts.path.removeprefix("/"))
     if parts.netloc:
-        raise ValueError(f"{url!r} names a host, {parts.netloc!r}, and a file has none: {_HOW}")
+        raise ValueError(f"{shown!r} names a host, and a file has none: {_HOW}")
     if path in ("", ":memory:") or parts.fragment:
         raise ValueError(
-            f"{url!r} names no file that processes could share: {_HOW}; for one process no store "
+            f"{shown!r} names no file that processes could share: {_HOW}; for one process no store "
             f"is needed"
         )
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     patience = options.pop("patience", str(PATIENCE))
     if options:
-        raise ValueError(f"{url!r} sets {', '.join(sorted(options))}: only patience can be set")
+        raise ValueError(f"{shown!r} sets {', '.join(sorted(options))}: only patience can be set")
     try:
         return SQLiteStore(path, patience=float(patience))
     except ValueError as error:
-        raise ValueError(f"{url!r}: patience is a positive number of seconds, e.g. 0.2") from error
+        raise ValueError(
+            f"{shown!r}: patience is a positive number of seconds, e.g. 0.2, not {patience!r}"
+        ) from error

@@ -47,12 +47,12 @@ class ProviderProcess(Running):
 
     @property
     def url(self) -> str:
-        """The root, such as `http://127.0.0.1:8000`; what an Azure client calls its endpoint."""
+        """The root, such as ``http://127.0.0.1:8000``; what an Azure client calls its endpoint."""
         return self.base_url.removesuffix("/v1")
 
     @property
     def base_url(self) -> str:
-        """What an OpenAI client calls its base URL, such as `http://127.0.0.1:8000/v1`."""
+        """What an OpenAI client calls its base URL, such as ``http://127.0.0.1:8000/v1``."""
         if not self._base_url:
             raise RuntimeError("the provider isn't running: enter it with `with` or `async with`")
         return self._base_url

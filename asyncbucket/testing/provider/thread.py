@@ -50,14 +50,14 @@ class RateLimitedProvider(Running):
 
     @property
     def url(self) -> str:
-        """The root, such as `http://127.0.0.1:8000`; what an Azure client calls its endpoint."""
+        """The root, such as ``http://127.0.0.1:8000``; what an Azure client calls its endpoint."""
         if not self._port:
             raise RuntimeError("the provider isn't running: enter it with `with` or `async with`")
         return f"http://{HOST}:{self._port}"
 
     @property
     def base_url(self) -> str:
-        """What an OpenAI client calls its base URL, such as `http://127.0.0.1:8000/v1`."""
+        """What an OpenAI client calls its base URL, such as ``http://127.0.0.1:8000/v1``."""
         return f"{self.url}/v1"
 
     def mock_transport(self, *, family: Family = "httpx", sync: bool = False) -> Any:
