@@ -33,7 +33,8 @@ class _NotNow(AsyncBucketError):  # noqa: N818 - its heirs bear names of the pub
         self, message: str, *, retry_after: float | None = None, bound_by: str | None = None
     ) -> None:
         super().__init__(message)
-        #: Seconds until such a call could pass; None if only a released slot can tell.
+        #: Seconds until such a call could pass; None if only a released slot can tell, or a store
+        #: that would have to be asked.
         self.retry_after = retry_after
         #: The resource that binds: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``...
         self.bound_by = bound_by

@@ -102,8 +102,8 @@ class Lease:
 
         What was reserved beyond it is given back at once, and whoever waits is admitted by it; what
         was used beyond the reservation is a debt that later calls wait for. Resources that are not
-        named stay as they are, but for ``tokens``, the sum of its parts. Settling again corrects the earlier word; the same word twice
-        changes nothing.
+        named stay as they are, but for ``tokens``, the sum of its parts. Settling again corrects the
+        earlier word; the same word twice changes nothing.
 
         Raises:
             TypeError, ValueError: an amount is no finite number from 0 on, or nothing counts the

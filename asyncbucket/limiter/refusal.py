@@ -27,7 +27,8 @@ def refuse_locked(
         due = max(now, min(pacer.due for pacer in account.budget.pacers.values()))
     after = (due - now) * 1e-9
     what = ", ".join(counted(amounts[each], each) for each in _counted(account, amounts))
-    if bound_by is None and remote is not None:
+    unknown = bound_by is None and remote is not None
+    if unknown:
         why = "the store that keeps its limits has to be asked"
     elif bound_by is None:
         why = "others came first"
@@ -43,7 +44,7 @@ def refuse_locked(
         why = f"{does(bound_by, 'bind')} for {in_seconds(after)} more"
     return kind(
         f"a call of {what} cannot pass {how}: {why}; {remedy}",
-        retry_after=None if due >= NEVER else after,
+        retry_after=None if due >= NEVER or unknown else after,
         bound_by=bound_by,
     )
 

@@ -28,10 +28,11 @@ def url(shared_server: "RunningServer", redis_sync: Any) -> str:
 
 
 async def test_nowait_says_that_the_store_has_to_be_asked(url: str) -> None:
-    """What a store keeps cannot be had without waiting for it; the error says so."""
+    """What a store keeps cannot be had without waiting for it, nor is it known for how long."""
     limiter = Limiter("10 RPM", store=url, name="nowait")
-    with pytest.raises(WouldBlock, match="the store that keeps its limits has to be asked"):
+    with pytest.raises(WouldBlock, match="the store that keeps its limits has to be asked") as told:
         limiter.acquire_nowait()
+    assert told.value.retry_after is None
     await limiter.aclose()
 
 
