@@ -79,6 +79,13 @@ class Budget:
             pacer.queue.clear(node, now) for pacer in self.pacers.values()
         )
 
+    def earliest_locked(self, node: Node, amounts: Amounts, now: int) -> tuple[int, str | None]:
+        """Return when a newcomer could pass at the soonest, and what binds; None if others wait."""
+        due, bound_by = node.through.earliest(amounts, now)
+        if bound_by is None and self.pacers:  # a place in line is free when the head has gone
+            due = max(now, min(pacer.due for pacer in self.pacers.values()))
+        return due, bound_by
+
     def join_locked(
         self, node: Node, amounts: Amounts, now: int, deadline: int | None, priority: int = 0
     ) -> Waiter:

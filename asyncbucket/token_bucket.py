@@ -218,7 +218,7 @@ class TokenBucket:
         )
 
     def _wait_of(self, amounts: Amounts) -> int:
-        """Return for how long (ns) ``amounts`` cannot pass, whoever else waits."""
+        """Return for how long (ns) at least ``amounts`` cannot pass."""
         with self._budget.lock:
             now = self._clock()
-            return self._node.through.earliest(amounts, now)[0] - now
+            return self._budget.earliest_locked(self._node, amounts, now)[0] - now

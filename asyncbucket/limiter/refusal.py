@@ -16,15 +16,11 @@ def refuse_locked(
 ) -> Refusal:
     """Return the error of a refusal, with what binds and for how long."""
     now = account.budget.clock()
-    due, bound_by = account.through.earliest(amounts, now)
+    due, bound_by = account.budget.earliest_locked(account, amounts, now)
     remote = account.path[-1].remote  # only the root's limits may lie in a store
     if bound_by is None and remote is not None and (known := remote.held_up()) is not None:
         bound_by, due = known[0], max(now, known[1])
         due = NEVER if bound_by == "concurrency" else due
-    elif (
-        bound_by is None and account.budget.pacers
-    ):  # a place in line is free when the head has gone
-        due = max(now, min(pacer.due for pacer in account.budget.pacers.values()))
     after = (due - now) * 1e-9
     what = ", ".join(counted(amounts[each], each) for each in _counted(account, amounts))
     unknown = bound_by is None and remote is not None

@@ -94,6 +94,24 @@ def test_a_bucket_is_a_context_manager(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
+def test_who_would_pass_but_for_others_is_told_when_the_first_of_them_goes(
+    virtual_time: VirtualTime,
+) -> None:
+    """Whoever sleeps for ``retry_after`` seconds and asks again does not spin."""
+
+    async def main() -> None:
+        bucket = TokenBucket(rate=1.0, burst=5, clock=virtual_time.clock)
+        await bucket.acquire(4)
+        first = asyncio.create_task(bucket.acquire(5))
+        await virtual_time.all_blocked()
+        with pytest.raises(WouldBlock, match="1 unit cannot pass before 4 s from now") as error:
+            bucket.acquire_nowait()
+        assert error.value.retry_after == 4.0
+        await first
+
+    virtual_time.run(main())
+
+
 def test_a_timeout_is_kept(virtual_time: VirtualTime) -> None:
     """Refused at once where it is hopeless, in time where others came first."""
 
@@ -108,7 +126,7 @@ def test_a_timeout_is_kept(virtual_time: VirtualTime) -> None:
         assert str(error.value) == (
             "1 unit did not pass within 3 s at 1 a second; raise the timeout or the rate"
         )
-        assert error.value.retry_after == 0
+        assert error.value.retry_after == 1.0
         await first
         assert virtual_time.now == 4.0
         await bucket.acquire(timeout=10)
