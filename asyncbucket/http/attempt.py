@@ -139,8 +139,9 @@ class Attempt:
         end = self._decode(tail)
         if not complete and not is_complete(end):
             return
-        events = end.lstrip()[:1] != b"{"
-        usage = find_usage(end, tail.head if events else b"")
+        head = tail.head if self._encoding is None else end  # which is whole, and decoded
+        events = head.lstrip()[:1] != b"{"
+        usage = find_usage(end, head if events else b"") or find_usage(head)
         if usage is not None:
             amounts = self._profile.settled(self._call, usage)
             if amounts:
