@@ -42,7 +42,8 @@ class Counter:
         self._store: Store | None = None
         self._desk: Desk[Waiter] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._opening = self._closing = False
+        self._opening = False
+        self._closing: asyncio.Task[None] | None = None
         #: Why the store could not be opened, and the last call that had come by then.
         self._failure: tuple[Exception, int] | None = None
         self._latecomers = Latecomers(
@@ -192,7 +193,7 @@ class Counter:
         shared = self._shared
         account = shared.account
         try:
-            if self._closing:
+            if self._closing is not None:
                 self._turn_away(_CLOSED)
                 return
             if self._failure is not None and self._is_told_of(*self._failure):
@@ -245,19 +246,24 @@ class Counter:
     async def aclose(self) -> None:
         """Give back what was booked and has not started, and close the store.
 
-        Those who wait are told; later calls open it again.
+        Those who wait are told; later calls open it again. Whoever is cancelled here does not stop it.
         """
-        self._closing = True
-        await self._settle()
-        self._turn_away(_CLOSED)
-        desk, self._desk = self._desk, None
-        store, self._store = self._store, None
-        if desk is not None:
-            await self._part_with(desk)
-        if store is not None:
-            await self._shared.close(store)
-        await self._settle()
-        self._closing = False
+        if self._closing is None:
+            self._closing = self._loop.create_task(self._close(), name="asyncbucket store")
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        try:
+            await self._settle()
+            self._turn_away(_CLOSED)
+            desk, self._desk = self._desk, None
+            if desk is not None:
+                await self._part_with(desk)
+            await self._settle()
+        finally:  # though the loop ends meanwhile
+            store, self._store, self._closing = self._store, None, None
+            if store is not None:
+                await self._shared.close(store)
 
     async def _part_with(self, desk: Desk[Waiter]) -> None:
         await desk.aclose()

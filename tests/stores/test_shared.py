@@ -93,6 +93,31 @@ async def test_limiter_may_be_used_and_closed_again(url: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["server", "file"])
+@pytest.mark.parametrize("turns", range(1, 12, 2))
+async def test_closing_goes_on_though_it_is_cancelled(
+    kind: str, turns: int, url: str, tmp_path: Path
+) -> None:
+    """At whichever await: what is closed again is closed as a whole, and may be used again."""
+    where = url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}"
+    before = asyncio.all_tasks()
+    limiter = Limiter("20/s", store=where, name="cancelled")
+    (await limiter.acquire()).release()
+    closing = asyncio.ensure_future(limiter.aclose())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.gather(closing, return_exceptions=True)
+
+    await limiter.aclose()
+
+    assert (await open_and_peek(where, "cancelled")).workers == 0
+    assert not [task for task in asyncio.all_tasks() - before if "asyncbucket" in task.get_name()]
+    assert "asyncbucket sqlite" not in [thread.name for thread in threading.enumerate()]
+    (await limiter.acquire()).release()
+    await limiter.aclose()
+
+
+@pytest.mark.parametrize("kind", ["server", "file"])
 async def test_store_that_was_given_stays_open(kind: str, url: str, tmp_path: Path) -> None:
     """For other limiters, for calls that end late, and for the limiter if it is used again."""
     store = open_store(url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}")
