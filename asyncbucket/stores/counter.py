@@ -33,7 +33,7 @@ class Counter:
     def __init__(self, shared: "Shared", loop: asyncio.AbstractEventLoop) -> None:
         self._shared = shared
         self._budget = shared.account.budget
-        self._loop = loop
+        self.loop = loop
         self._line = Line()
         self._room = _LEAST
         self._sent = self._booked = 0
@@ -165,10 +165,10 @@ class Counter:
 
     def on_loop(self, do: Callable[..., object], *args: object) -> None:
         """Call the desk in the thread where it lives."""
-        if asyncio._get_running_loop() is self._loop:  # noqa: SLF001 - None in a plain thread
+        if asyncio._get_running_loop() is self.loop:  # noqa: SLF001 - None in a plain thread
             do(*args)
-        elif not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(do, *args)
+        elif not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(do, *args)
 
     # -- the store ---------------------------------------------------------------------------------
 
@@ -183,7 +183,7 @@ class Counter:
     def ask(self, what: Callable[[Ledger], Coroutine[Any, Any, None]]) -> bool:
         """Have the ledger do something soon, if it is open; a store that is gone hears it never."""
         desk = self._desk
-        if desk is None or self._loop.is_closed():
+        if desk is None or self.loop.is_closed():
             return False
         self.on_loop(lambda: self._spawn(_quietly(what(desk.ledger))))
         return True
@@ -239,7 +239,7 @@ class Counter:
                 self._fail(waiter, error)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(coroutine, name="asyncbucket store")
+        task = self.loop.create_task(coroutine, name="asyncbucket store")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -249,7 +249,7 @@ class Counter:
         Those who wait are told; later calls open it again. Whoever is cancelled here does not stop it.
         """
         if self._closing is None:
-            self._closing = self._loop.create_task(self._close(), name="asyncbucket store")
+            self._closing = self.loop.create_task(self._close(), name="asyncbucket store")
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:

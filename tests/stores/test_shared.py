@@ -477,6 +477,30 @@ def test_loops_and_threads_of_a_process_share_it(url: str) -> None:
         limiter.acquire_sync(timeout=0.3)
 
 
+def test_pause_and_new_limits_reach_the_store_though_an_older_loop_rests(url: str) -> None:
+    """They go by a loop that runs; what is told to one that rests nobody hears until it runs again."""
+    limiter = Limiter("1000 RPM burst 100", store=url, name="rests")
+
+    async def use() -> None:
+        (await limiter.acquire()).release()
+
+    async def use_and_steer() -> None:
+        await use()
+        limiter.pause(30)
+        limiter.reconfigure("500 RPM burst 50")
+        await limiter.aclose()
+
+    resting = asyncio.new_event_loop()
+    resting.run_until_complete(use())
+    asyncio.run(use_and_steer())
+
+    snapshot = asyncio.run(open_and_peek(url, "rests"))
+    assert snapshot.paused_until - snapshot.now > 20e9
+    assert snapshot.terms.limits == (Limit("requests", 500, burst=50),)
+    resting.run_until_complete(limiter.aclose())
+    resting.close()
+
+
 async def test_refund_reaches_who_waits_for_long(url: str) -> None:
     """Estimates above use, the usual case: what comes back serves the next, as in one process."""
     limiter = Limiter("1000 tokens/minute", store=url, name="refund")
