@@ -664,6 +664,22 @@ async def test_call_that_is_paced_above_is_charged_once(
     assert "give it a plain client" in record.message
 
 
+@pytest.mark.parametrize("paid_above", [False, True])
+@pytest.mark.parametrize(("status", "lifts"), [(502, False), (200, True)])
+async def test_error_that_says_nothing_lifts_no_caution(
+    library: Any, status: int, *, lifts: bool, paid_above: bool
+) -> None:
+    """A gateway's error is no word of the provider's; a reply is, whoever has paid for it."""
+    limiter = Limiter("600 RPM burst 600")
+    client = client_over(library, limiter, answering(library, status=status), profile="openai")
+    lease = await limiter.acquire() if paid_above else None
+    with contextlib.nullcontext() if lease is None else holding(Held(limiter, lease)):
+        await client.post(URL, json=BODY)
+    await client.aclose()
+
+    assert (limiter.statistics().limits[0].available > 10) is lifts
+
+
 async def test_call_of_a_childs_model_is_charged_once_above_it(
     library: Any, limiter: Limiter
 ) -> None:
