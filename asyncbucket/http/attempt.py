@@ -8,14 +8,13 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from asyncbucket.http.body import Tail, find_usage, is_complete, read_json
-from asyncbucket.http.failures import classify
+from asyncbucket.http.failures import FIRST_ERROR, classify
 from asyncbucket.http.forecast import OutputForecast
 from asyncbucket.http.learn import Ear, pairs
 from asyncbucket.http.profiles import Call, Profile
 from asyncbucket.http.refusals import Refusals
 from asyncbucket.limiter.lease import Lease
 
-_FIRST_ERROR: Final = 400
 #: Where calls wait, many leave at once: it is not sure that those of so long ago (s) arrived first.
 _LAG: Final = 0.2
 #: A request that leaves so long (s) after its admission is dated anew: connections take their time.
@@ -93,7 +92,7 @@ class Attempt:
     def answered(self, reply: Any) -> None:
         """Take in status and headers; the body follows."""
         self._reply = reply
-        good = reply.status_code < _FIRST_ERROR
+        good = reply.status_code < FIRST_ERROR
         if not good or self._ear.is_due(self._sent_at):
             since = self._sent_at - (_LAG if self._lease.waited else 0.0)
             self._ear.hear(reply.headers, self._profile, since=since, good=good)
@@ -118,7 +117,7 @@ class Attempt:
         try:
             if tail is None:
                 return
-            if self._reply.status_code >= _FIRST_ERROR:
+            if self._reply.status_code >= FIRST_ERROR:
                 self._judge(tail)
             else:
                 self._settle(tail, complete=complete)
@@ -139,8 +138,9 @@ class Attempt:
         end = self._decode(tail)
         if not complete and not is_complete(end):
             return
-        events = end.lstrip()[:1] != b"{"
-        usage = find_usage(end, tail.head if events else b"")
+        head = tail.head if self._encoding is None else end  # which is whole, and decoded
+        events = head.lstrip()[:1] != b"{"
+        usage = find_usage(end, head if events else b"") or find_usage(head)
         if usage is not None:
             amounts = self._profile.settled(self._call, usage)
             if amounts:

@@ -198,8 +198,8 @@ class Tail:
     def add(self, chunk: bytes) -> None:
         """Note the next chunk."""
         chunks = self._chunks
-        if not self._head:
-            self._head = chunk[:_HEAD]
+        if len(self._head) < _HEAD:  # an event may come in pieces, the first one too
+            self._head += chunk[: _HEAD - len(self._head)]
         chunks.append(chunk)
         self._size += len(chunk)
         while self._size - len(chunks[0]) >= self._limit:
@@ -211,7 +211,7 @@ class Tail:
 
     @property
     def head(self) -> bytes:
-        """The beginning of the first chunk."""
+        """The first bytes."""
         return self._head
 
 

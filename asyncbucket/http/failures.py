@@ -14,7 +14,8 @@ from typing import Any, Final
 from asyncbucket.errors import AsyncBucketError
 from asyncbucket.http import headers
 
-_FIRST_ERROR: Final = 400
+#: The first status that is one.
+FIRST_ERROR: Final = 400
 _RATE_LIMITED: Final = 429
 _FIRST_SERVER_ERROR: Final = 500
 #: Request time-out, too many requests, service unavailable, gateway time-out; Anthropic's and Google's.
@@ -88,7 +89,7 @@ def classify(error: BaseException) -> Verdict:
     if not isinstance(error, Exception) or isinstance(error, AsyncBucketError):
         return Verdict(retry=False, reason=type(error).__name__)
     status, codes = _status(error), frozenset(_codes(error))
-    if status is not None and status >= _FIRST_ERROR:
+    if status is not None and status >= FIRST_ERROR:
         return _judge_status(error, status, codes)
     if codes & _TRANSIENT_CODES:
         reason = min(codes & _TRANSIENT_CODES)

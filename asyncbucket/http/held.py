@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.context import put_back
+from asyncbucket.http.failures import FIRST_ERROR
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.lease import Lease
 from asyncbucket.limiter.levels import is_under
@@ -64,10 +65,10 @@ class Held:
         if lease is not None:
             lease.sent()
 
-    def answered(self, headers: Any, profile: "Profile") -> None:
+    def answered(self, status: int, headers: Any, profile: "Profile") -> None:
         """Hear what the headers of a reply say of the provider's limits."""
         if self._ear is not None:
-            self._ear.hear(headers, profile, since=self._left)
+            self._ear.hear(headers, profile, since=self._left, good=status < FIRST_ERROR)
 
 
 _HELD: Final[ContextVar[Held | None]] = ContextVar("asyncbucket_held", default=None)

@@ -103,7 +103,7 @@ class ProviderProfile:
 
     def cost(self, call: Call) -> Cost:
         """See `Profile.cost`: a request, and its tokens where a model reads or writes."""
-        asked = sent(call.path, call.body)
+        asked = sent(call.path, call.body) if call.method == "POST" else Sent()  # a GET lists
         given, received, both = self.charge(asked, call.foreseen)
         return Cost(tokens=both, input_tokens=given, output_tokens=received)
 

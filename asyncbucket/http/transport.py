@@ -23,6 +23,7 @@ from typing import Any, Final, Literal, Self, TypeAlias
 from asyncbucket.cost import Cost
 from asyncbucket.http.attempt import Attempt
 from asyncbucket.http.body import read_json
+from asyncbucket.http.failures import FIRST_ERROR
 from asyncbucket.http.held import payer
 from asyncbucket.http.lane import Lane, parts
 from asyncbucket.http.profiles import Call, Profile, profile_named, profile_of
@@ -42,7 +43,6 @@ FAMILIES: Final = ("httpx", "httpx2")
 POOL: Final = {"max_connections": 1_000, "max_keepalive_connections": 100}
 
 _RETRY_COUNT: Final = "x-stainless-retry-count"
-_FIRST_ERROR: Final = 400
 #: So many hosts and routes are remembered.
 _MANY: Final = 256
 
@@ -234,7 +234,7 @@ class _Paced:
     def _send(self, attempt: Attempt, reply: Any, kind: type[Any] | None) -> Any:
         """Return ``reply`` with a stream that looks on."""
         attempt.answered(reply)
-        self._failures = self._failures or reply.status_code >= _FIRST_ERROR
+        self._failures = self._failures or reply.status_code >= FIRST_ERROR
         if kind is None or reply.is_closed:
             if reply.is_closed:  # it came with its body, as those of tests do
                 attempt.passes(reply.content)
@@ -258,7 +258,8 @@ class PacedTransport(_Paced):
         if cost is None or self._is_held(limiter):
             sent_at = limiter.now()
             reply = await inner.handle_async_request(request)
-            lane.ear.hear(reply.headers, profile, since=sent_at)
+            good = reply.status_code < FIRST_ERROR
+            lane.ear.hear(reply.headers, profile, since=sent_at, good=good)
             return reply
         make_way(limiter)
         lease = await limiter.acquire(**parts(cost))
@@ -323,7 +324,8 @@ class PacedTransportSync(_Paced):
         if cost is None or self._is_held(limiter):
             sent_at = limiter.now()
             reply = inner.handle_request(request)
-            lane.ear.hear(reply.headers, profile, since=sent_at)
+            good = reply.status_code < FIRST_ERROR
+            lane.ear.hear(reply.headers, profile, since=sent_at, good=good)
             return reply
         make_way(limiter)
         lease = limiter.acquire_sync(**parts(cost))

@@ -53,8 +53,10 @@ class _Trace:
         if event.endswith(_GOES_OUT):
             self._held.left()
         elif event.endswith(_ANSWERED) and self._profile is not GENERIC:
-            headers = next((each for each in info["return_value"] if isinstance(each, list)), [])
-            self._held.answered(headers, self._profile)
+            parts = info["return_value"]  # HTTP/1.1 has more of them than HTTP/2
+            status = next(each for each in parts if isinstance(each, int))
+            headers = next((each for each in parts if isinstance(each, list)), [])
+            self._held.answered(status, headers, self._profile)
 
     async def hear_async(self, event: str, info: Mapping[str, Any]) -> None:
         """Do so on an event loop."""

@@ -34,7 +34,7 @@ class Counter:
     def __init__(self, shared: "Shared", loop: asyncio.AbstractEventLoop) -> None:
         self._shared = shared
         self._budget = shared.account.budget
-        self._loop = loop
+        self.loop = loop
         #: Calls that wait to be booked, in order.
         self._line: dict[Waiter, None] = {}
         self._room = _LEAST
@@ -44,7 +44,8 @@ class Counter:
         self._store: Store | None = None
         self._desk: Desk[Waiter] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._opening = self._closing = False
+        self._opening = False
+        self._closing: asyncio.Task[None] | None = None
         #: Why the store could not be opened, and the last call that had come by then.
         self._failure: tuple[Exception, int] | None = None
         self._latecomers = Latecomers(
@@ -166,10 +167,10 @@ class Counter:
 
     def on_loop(self, do: Callable[..., object], *args: object) -> None:
         """Call the desk in the thread where it lives."""
-        if asyncio._get_running_loop() is self._loop:  # noqa: SLF001 - None in a plain thread
+        if asyncio._get_running_loop() is self.loop:  # noqa: SLF001 - None in a plain thread
             do(*args)
-        elif not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(do, *args)
+        elif not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(do, *args)
 
     # -- the store ---------------------------------------------------------------------------------
 
@@ -184,7 +185,7 @@ class Counter:
     def ask(self, what: Callable[[Ledger], Coroutine[Any, Any, None]]) -> bool:
         """Have the ledger do something soon, if it is open; a store that is gone hears it never."""
         desk = self._desk
-        if desk is None or self._loop.is_closed():
+        if desk is None or self.loop.is_closed():
             return False
         self.on_loop(lambda: self._spawn(_quietly(what(desk.ledger))))
         return True
@@ -194,7 +195,7 @@ class Counter:
         shared = self._shared
         account = shared.account
         try:
-            if self._closing:
+            if self._closing is not None:
                 self._turn_away(_CLOSED)
                 return
             if self._failure is not None and self._is_told_of(*self._failure):
@@ -240,26 +241,31 @@ class Counter:
                 self._fail(waiter, error)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(coroutine, name="asyncbucket store")
+        task = self.loop.create_task(coroutine, name="asyncbucket store")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def aclose(self) -> None:
         """Give back what was booked and has not started, and close the store.
 
-        Those who wait are told; later calls open it again.
+        Those who wait are told; later calls open it again. Whoever is cancelled here does not stop it.
         """
-        self._closing = True
-        await self._settle()
-        self._turn_away(_CLOSED)
-        desk, self._desk = self._desk, None
-        store, self._store = self._store, None
-        if desk is not None:
-            await self._part_with(desk)
-        if store is not None:
-            await self._shared.close(store)
-        await self._settle()
-        self._closing = False
+        if self._closing is None:
+            self._closing = self.loop.create_task(self._close(), name="asyncbucket store")
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        try:
+            await self._settle()
+            self._turn_away(_CLOSED)
+            desk, self._desk = self._desk, None
+            if desk is not None:
+                await self._part_with(desk)
+            await self._settle()
+        finally:  # though the loop ends meanwhile
+            store, self._store, self._closing = self._store, None, None
+            if store is not None:
+                await self._shared.close(store)
 
     async def _part_with(self, desk: Desk[Waiter]) -> None:
         await desk.aclose()

@@ -265,6 +265,7 @@ class Desk(Generic[W]):
             if self.alone:
                 await self._sleep(self._admit_alone(heads))
                 continue
+            heads, more_at = self._lifeline.within_share(heads, self._clock())
             if self._waits and not heads:  # those who waited have gone: leave the store's line
                 self._waits = self._slotless = False
                 self._ask_at, self.held_up = 0, None
@@ -273,7 +274,7 @@ class Desk(Generic[W]):
             now = self._clock()
             due = heads and now >= self._ask_at
             if not due and now < self._tell_at:
-                await self._sleep(min(self._ask_at if heads else NEVER, self._tell_at))
+                await self._sleep(min(self._ask_at if heads else more_at, self._tell_at))
                 continue
             await self._fly(heads if due or self._waits else ())
 

@@ -3,29 +3,33 @@
 One task sends heartbeats, which keep the worker's slots and tell how many workers there are. When the
 store does not answer, here or for a batch, the worker goes on alone, says so once, and knocks at the
 store's door with growing pauses. When it answers it is told what was admitted meanwhile, as debts;
-slots that were given out meanwhile are registered by the heartbeat itself.
+slots that were given out meanwhile are registered by the heartbeat itself. Until the others have
+told, too, the worker goes on with its share, though by way of the store.
 """
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine
-from typing import Any, Final
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final, TypeVar
 
 from asyncbucket.cost import in_seconds
 from asyncbucket.errors import StoreError
 from asyncbucket.events import Event, StoreLost, StoreRecovered
-from asyncbucket.meters import Amounts
-from asyncbucket.stores.outage import Alone, OnOutage, Record
+from asyncbucket.meters import NEVER, Amounts
+from asyncbucket.stores.outage import LONGEST_KNOCK, REUNION, Alone, OnOutage, Priced, Record
 from asyncbucket.stores.store import Correction, Ledger, Terms
 
 #: Seconds between heartbeats at most.
 _HEARTBEAT: Final = 5.0
-#: Seconds between knocks at a store that is gone: the first pause, and the longest.
+#: Seconds until one that has more to tell.
+_AT_ONCE: Final = 0.001
+#: Seconds between the first knocks at a store that is gone.
 _KNOCK: Final = 0.1
-_LONGEST_KNOCK: Final = 2.0
 
 _log: Final = logging.getLogger("asyncbucket")
+
+C = TypeVar("C", bound=Priced)
 
 
 class Lifeline:
@@ -60,6 +64,9 @@ class Lifeline:
         self.slots: set[str] = set()
         self.record = Record(ledger.terms)
         self.alone: Alone | None = None
+        #: What the worker's share is, while others may still have to tell what they took alone.
+        self._share: Alone | None = None
+        self._share_until = 0
         self.workers = 1
         self._on_outage: OnOutage = on_outage
         self._clock = clock
@@ -93,6 +100,7 @@ class Lifeline:
             return
         self._outages += 1
         self._since = self._clock()
+        self._share = None
         self.alone = Alone(
             self._on_outage,
             self.record,
@@ -123,6 +131,14 @@ class Lifeline:
             self.slots.add(slot)
         return now, slot
 
+    def within_share(self, heads: Sequence[C], now: int) -> tuple[Sequence[C], int]:
+        """Return those of ``heads`` that the store may be asked for, and when to look for more."""
+        if self._share is None or now >= self._share_until:
+            self._share = None
+            return heads, NEVER
+        number, due = self._share.fitting(heads, now + self._offset, held=len(self.slots))
+        return heads[:number], min(due - self._offset, self._share_until)
+
     async def aclose(self) -> None:
         """Give no more signs of life."""
         await end(self._task)
@@ -133,14 +149,19 @@ class Lifeline:
             if await rung(self._lost, pause):
                 pause = _KNOCK
                 continue
+            told = frozenset(self.slots)
             try:
-                pulse = await self.ledger.heartbeat(tuple(self.slots))
+                pulse = await self.ledger.heartbeat(tuple(told))
             except StoreError as error:
-                pause = min(_LONGEST_KNOCK, 2 * pause)
+                pause = min(LONGEST_KNOCK, 2 * pause)
                 self.lose(error)
                 continue
-            pause = self._beat
-            self.workers = pulse.workers
+            # What was given out alone while that was under way has to be told as well.
+            pause = self._beat if self.alone is None or self.slots <= told else _AT_ONCE
+            if (
+                self.alone is None and self._clock() >= self._share_until
+            ):  # else some are still away
+                self.workers = pulse.workers
             self.hear(pulse.now, pulse.changed, pulse.left)
             self._recover()
 
@@ -149,6 +170,9 @@ class Lifeline:
         if self.alone is None:
             return
         alone, self.alone = self.alone, None
+        if alone.policy == "share":
+            self._share = alone
+            self._share_until = self._clock() + round(REUNION * 1e9)
         gone = (self._clock() - self._since) * 1e-9
         _log.warning(
             "the store of limiter %s is back after %s; admitted without it: %s",

@@ -8,10 +8,14 @@ to have left; and never more than its share. Sum that up over the workers: what 
 what has passed out of the window, and more by at most that and by what was left. That is never above
 N. After a window all that counts was taken alone, and the shares add up to N again.
 
+Nor may one that finds the store back take more than its share at once: of what the others took alone
+the store learns only when they have found it, too (`REUNION`).
+
 What remains is what others took since this worker last heard from the store: the bound by which an
 outage may exceed a limit. ``"closed"`` admits nobody, ``"open"`` everybody.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Final, Literal, Protocol, get_args
@@ -23,6 +27,10 @@ from asyncbucket.stores.store import Booking, Correction, Terms
 
 OnOutage = Literal["share", "closed", "open"]
 POLICIES: Final = get_args(OnOutage)
+#: Seconds between knocks at a store that is gone, at most; and after which all have found it back and
+#: told what they took, which costs a trip that fails and one that does not.
+LONGEST_KNOCK: Final = 2.0
+REUNION: Final = LONGEST_KNOCK + 0.5
 
 
 class Priced(Protocol):
@@ -147,6 +155,16 @@ class Alone:
         if self._slots is not None:
             self._slots.used = held
         return self._gates.earliest(amounts, max(now, self._record.last))[0]
+
+    def fitting(self, calls: Sequence[Priced], now: int, *, held: int) -> tuple[int, int]:
+        """Return how many of ``calls``, from the first on, may pass now, and from when on the next."""
+        together: Counter[str] = Counter()
+        for number, call in enumerate(calls):
+            together.update(call.amounts)
+            when = self.earliest(together, now, held=held)
+            if when > max(now, self._record.last):
+                return number, when
+        return len(calls), NEVER
 
     def book(self, amounts: Amounts, now: int) -> None:
         """Count an admission that `earliest` allowed."""

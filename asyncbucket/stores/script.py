@@ -56,7 +56,8 @@ class Dialect:
         self.terms = Terms(limits=tuple(limits), concurrency=terms.concurrency)
         self.resources = tuple(dict.fromkeys(limit.resource for limit in limits))
         self.text = json.dumps(self._config(limits), separators=(",", ":"))
-        self._bounds = (None, *self.resources, "concurrency")
+        names = (None, *self.resources, "concurrency")
+        self._bounds = {_PAUSED: "paused", **dict(enumerate(names))}
 
     def _config(self, limits: Sequence[Limit]) -> dict[str, Any]:
         numbers = {name: number for number, name in enumerate(self.resources, 1)}
@@ -102,7 +103,9 @@ class Dialect:
         counted = self.terms.concurrency is not None
         bookings: list[Booking] = []
         for index, (offset, bound) in enumerate(zip(flat[::2], flat[1::2], strict=True)):
-            bound_by = "paused" if bound == _PAUSED else self._bounds[bound]
+            bound_by = self._bounds.get(
+                bound
+            )  # of an answer given under earlier terms, perhaps none
             if offset < 0:
                 bookings.append(Booking(_OUTCOMES[offset], 0, bound_by))
                 continue

@@ -113,7 +113,7 @@ class Shared(Remote):
 
     def held_up(self) -> tuple[str, int] | None:
         """See `asyncbucket.limiter.remote.Remote`."""
-        known = (counter.held_up() for counter in self._counters.values())
+        known = (counter.held_up() for counter in self._at_work())
         return next(filter(None, known), None)
 
     def pause(self, span: int, *, gradually: bool) -> None:
@@ -146,7 +146,16 @@ class Shared(Remote):
 
     def _ask(self, what: Callable[[Ledger], Coroutine[Any, Any, None]]) -> None:
         """Have one ledger do something: the store tells the others."""
-        any(counter.ask(what) for counter in self._counters.values())
+        any(counter.ask(what) for counter in self._at_work())
+
+    def _at_work(self) -> Iterable[Counter]:
+        """Return the counters, first those of loops that run, the youngest before the others.
+
+        A loop that rests hears nothing until it runs again, and a parent's never does in a forked
+        child, though it looks as if it ran.
+        """
+        youngest_first = reversed(self._counters.values())
+        return sorted(youngest_first, key=lambda counter: not counter.loop.is_running())
 
     def hear(self, terms: Terms) -> None:
         """Take over limits that another process has set; what it does not name is limited no more."""

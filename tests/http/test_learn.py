@@ -9,6 +9,7 @@ import pytest
 
 from asyncbucket import CostExceedsLimit, Limit, Limiter, WouldBlock
 from asyncbucket.http import ANTHROPIC, GROQ, OPENAI, Profile
+from asyncbucket.http.held import Held
 from asyncbucket.http.learn import Ear
 from asyncbucket.testing import VirtualClock
 
@@ -199,6 +200,19 @@ def test_reply_that_says_nothing_lifts_the_caution() -> None:
 
     ear.hear({}, OPENAI)
     assert passing(limiter) == 55
+
+
+def test_error_that_a_wrapped_model_meets_lifts_no_caution() -> None:
+    """What its client reports has a status, too; a reply that says nothing is a word of the provider's."""
+    limiter = Limiter("600 RPM burst 600")
+    ear = Ear(limiter)
+    ear.expect(OPENAI)
+    held = Held(limiter, limiter.acquire_nowait(), ear)
+
+    held.answered(502, [], OPENAI)
+    assert limiter.statistics().limits[0].available == 9
+    held.answered(200, [], OPENAI)
+    assert limiter.statistics().limits[0].available == 599
 
 
 def test_second_transport_forgets_nothing_that_was_heard() -> None:

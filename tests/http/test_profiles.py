@@ -186,6 +186,13 @@ def test_anthropics_stream_says_it_in_two_places() -> None:
     assert find_usage(b"", first) == Usage(90, 1, 91)
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/threads/t1/messages"])
+@pytest.mark.parametrize("profile", [OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC])
+def test_what_only_lists_costs_a_request(profile: Profile, path: str) -> None:
+    """Stored completions and messages are listed at the paths at which they are made."""
+    assert profile.cost(Call("GET", "host", path, {}, 256)) == Cost()
+
+
 def test_profile_survives_any_json() -> None:
     """Whatever a body holds, pricing it raises nothing and gives a whole cost."""
     odd: list[Any] = [None, True, 0, -1, 1e400, "x", [], [[]], {}, {"type": []}, {"type": "image"}]

@@ -491,6 +491,31 @@ async def test_last_event_of_a_stream_settles(library: Any, limiter: Limiter) ->
     assert in_flight(limiter) == 0
 
 
+@pytest.mark.parametrize("encoding", ["identity", "deflate"])
+@pytest.mark.parametrize("cut", [0, 21, 70, 95])
+async def test_beginning_of_a_stream_counts_wherever_it_is_cut(
+    library: Any, cut: int, encoding: str
+) -> None:
+    """Anthropic's first event has the prompt's tokens: in pieces or compressed, they stay charged."""
+    limiter = Limiter("10k ITPM", "10k OTPM")
+    start = (
+        b'event: message_start\ndata: {"type":"message_start",'
+        b'"message":{"usage":{"input_tokens":90,"output_tokens":1}}}\n\n'
+    )
+    text = b'data: {"type":"content_block_delta","delta":{"text":"blue"}}\n\n' * 2_000
+    end = b'data: {"type":"message_delta","usage":{"output_tokens":7}}\n\n'
+    sent = start + text + end
+    if encoding == "deflate":
+        sent = zlib.compress(sent)
+    chunks = sent[:cut], sent[cut:-99], sent[-99:]
+    answer = answering(library, *chunks, content_encoding=encoding)
+    async with client_over(library, limiter, answer, profile="anthropic") as client:
+        await client.post(URL, json={**BODY, "stream": True})
+
+    assert used(limiter, "input_tokens") == 90
+    assert used(limiter, "output_tokens") == 7
+
+
 async def test_stream_that_is_cut_off_stays_charged(library: Any, limiter: Limiter) -> None:
     """What the beginning of a stream says of its usage is not the whole."""
     start = b'data: {"type":"message_start","message":{"usage":{"input_tokens":9,"output_tokens":1}}}\n\n'
@@ -511,6 +536,16 @@ async def test_long_reply_settles_by_its_end(library: Any, limiter: Limiter) -> 
         reply = await client.post(URL, json=BODY)
 
     assert reply.content == b"".join(chunks)
+    assert used(limiter, "tokens") == 97
+
+
+async def test_long_reply_settles_by_its_beginning_too(library: Any, limiter: Limiter) -> None:
+    """Who says the usage first and sends megabytes then is understood as well."""
+    chunks = [REPLY[:-1] + b',"data":[', *(b"0.123456789," * 1_000 for _ in range(100)), b"0]}"]
+    client = client_over(library, limiter, answering(library, *chunks), profile="generic")
+    async with client:
+        await client.post(URL, json=BODY)
+
     assert used(limiter, "tokens") == 97
 
 
@@ -627,6 +662,22 @@ async def test_call_that_is_paced_above_is_charged_once(
     (record,) = caplog.records
     assert "calls are charged once, by the model" in record.message
     assert "give it a plain client" in record.message
+
+
+@pytest.mark.parametrize("paid_above", [False, True])
+@pytest.mark.parametrize(("status", "lifts"), [(502, False), (200, True)])
+async def test_error_that_says_nothing_lifts_no_caution(
+    library: Any, status: int, *, lifts: bool, paid_above: bool
+) -> None:
+    """A gateway's error is no word of the provider's; a reply is, whoever has paid for it."""
+    limiter = Limiter("600 RPM burst 600")
+    client = client_over(library, limiter, answering(library, status=status), profile="openai")
+    lease = await limiter.acquire() if paid_above else None
+    with contextlib.nullcontext() if lease is None else holding(Held(limiter, lease)):
+        await client.post(URL, json=BODY)
+    await client.aclose()
+
+    assert (limiter.statistics().limits[0].available > 10) is lifts
 
 
 async def test_call_of_a_childs_model_is_charged_once_above_it(

@@ -197,6 +197,26 @@ async def test_connection_cut_at_any_byte_charges_once(proxy: "Proxy", times: in
     await store.aclose()
 
 
+async def test_lost_answer_is_understood_though_the_limits_are_fewer_now(
+    proxy: "Proxy", store: RedisStore
+) -> None:
+    """What became of a batch is told in the words of its time: what held it up has no name any more."""
+    behind = open_store(proxy.url)
+    ledger = await behind.open("fewer", terms("100 RPM", "9 TPM", "9 images/hour", concurrency=1))
+    assert outcomes(await ledger.commit(Batch(calls=(CALL,)))) == ["booked"]
+    proxy.cut(3, times=2)
+    await refused(ledger, Batch(calls=(CALL,)))
+    other = await store.open("fewer", terms("100 RPM"))
+
+    receipt = await ledger.commit(Batch(calls=(CALL,)))
+
+    assert outcomes(receipt) == ["booked"]
+    assert ledger.terms == other.terms
+    assert (await other.peek()).limits[0].used == 2
+    await ledger.aclose()
+    await behind.aclose()
+
+
 async def test_corrections_of_a_failed_batch_are_applied_once(
     start_server: "Callable[..., RunningServer]",
 ) -> None:

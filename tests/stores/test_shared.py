@@ -94,6 +94,31 @@ async def test_limiter_may_be_used_and_closed_again(url: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["server", "file"])
+@pytest.mark.parametrize("turns", range(1, 12, 2))
+async def test_closing_goes_on_though_it_is_cancelled(
+    kind: str, turns: int, url: str, tmp_path: Path
+) -> None:
+    """At whichever await: what is closed again is closed as a whole, and may be used again."""
+    where = url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}"
+    before = asyncio.all_tasks()
+    limiter = Limiter("20/s", store=where, name="cancelled")
+    (await limiter.acquire()).release()
+    closing = asyncio.ensure_future(limiter.aclose())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.gather(closing, return_exceptions=True)
+
+    await limiter.aclose()
+
+    assert (await open_and_peek(where, "cancelled")).workers == 0
+    assert not [task for task in asyncio.all_tasks() - before if "asyncbucket" in task.get_name()]
+    assert "asyncbucket sqlite" not in [thread.name for thread in threading.enumerate()]
+    (await limiter.acquire()).release()
+    await limiter.aclose()
+
+
+@pytest.mark.parametrize("kind", ["server", "file"])
 async def test_store_that_was_given_stays_open(kind: str, url: str, tmp_path: Path) -> None:
     """For other limiters, for calls that end late, and for the limiter if it is used again."""
     store = open_store(url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}")
@@ -451,6 +476,30 @@ def test_loops_and_threads_of_a_process_share_it(url: str) -> None:
     assert sorted(passed) == ["loop"] * 8 + ["plain"] * 4
     with pytest.raises(AcquireTimeout):
         limiter.acquire_sync(timeout=0.3)
+
+
+def test_pause_and_new_limits_reach_the_store_though_an_older_loop_rests(url: str) -> None:
+    """They go by a loop that runs; what is told to one that rests nobody hears until it runs again."""
+    limiter = Limiter("1000 RPM burst 100", store=url, name="rests")
+
+    async def use() -> None:
+        (await limiter.acquire()).release()
+
+    async def use_and_steer() -> None:
+        await use()
+        limiter.pause(30)
+        limiter.reconfigure("500 RPM burst 50")
+        await limiter.aclose()
+
+    resting = asyncio.new_event_loop()
+    resting.run_until_complete(use())
+    asyncio.run(use_and_steer())
+
+    snapshot = asyncio.run(open_and_peek(url, "rests"))
+    assert snapshot.paused_until - snapshot.now > 20e9
+    assert snapshot.terms.limits == (Limit("requests", 500, burst=50),)
+    resting.run_until_complete(limiter.aclose())
+    resting.close()
 
 
 async def test_refund_reaches_who_waits_for_long(url: str) -> None:

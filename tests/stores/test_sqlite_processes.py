@@ -124,6 +124,45 @@ loop.close()
 """
 )
 
+#: Fork while the parent books as fast as it can; the child goes on when the parent has closed the file.
+OUTLIVING = (
+    PREAMBLE
+    + """
+call = Batch(calls=({"requests": 1},))
+terms = Terms(limits=(Limit("requests", 10**6, per=86_400, burst=10**6),))
+closed, close = os.pipe()
+
+async def book(times):
+    ledger = await store.open("openai", terms)
+    for _ in range(times):
+        await ledger.commit(call)
+
+async def go_on():
+    await book(5)
+    os.read(closed, 1)
+    await book(5)
+
+async def used():
+    store = SQLiteStore(sys.argv[1])
+    print((await store.peek("openai")).limits[0].used)
+    await store.aclose()
+
+loop = asyncio.new_event_loop()
+busy = loop.create_task(book(500))
+loop.run_until_complete(book(20))
+child = os.fork()
+if not child:
+    asyncio.run(go_on())
+    os._exit(0)
+loop.run_until_complete(busy)
+loop.run_until_complete(store.aclose())
+os.write(close, b"!")
+assert os.waitpid(child, 0)[1] == 0
+loop.run_until_complete(used())
+loop.close()
+"""
+)
+
 UNCLOSED = (
     PREAMBLE
     + """
@@ -270,6 +309,15 @@ def test_a_forked_child_is_a_worker_of_its_own(path: Path) -> None:
         [sys.executable, "-c", FORKING, str(path)], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == ["w 1", "w' 2", "w 3"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system does not fork")
+def test_a_forked_child_outlives_its_parents_store(path: Path) -> None:
+    """It has locks of its own, whatever its parent did when it forked: nothing that it books is lost."""
+    done = subprocess.run(
+        [sys.executable, "-c", OUTLIVING, str(path)], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("530\n", "")
 
 
 def test_a_store_that_nobody_closes_ends_with_its_process(path: Path) -> None:

@@ -7,7 +7,8 @@ of the dead come back when they expire.
 How it is made, from below: `books` is the arithmetic, pure, with `trip`, a batch's way through it, and
 `line`, who is next; `verbs` what is done to it, as values; `written` the books as text; `clock` the one
 clock of all processes; `file` the SQLite file, and `faults` what its errors mean; `shelf` a process's
-copy of the books; `clerk` the thread that works on the file; `ledger` what a worker holds.
+copy of the books; `clerk` the thread that works on the file; `closing` when files must be closed;
+`ledger` what a worker holds.
 """
 
 import asyncio

@@ -10,12 +10,10 @@ milliseconds whether another connection has written, which costs a look into sha
 """
 
 import asyncio
-import atexit
 import contextlib
 import queue
 import sqlite3
 import threading
-import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
@@ -23,6 +21,7 @@ from typing import Any, Final, TypeAlias
 from asyncbucket.errors import StoreError
 from asyncbucket.loops import reset_after_fork
 from asyncbucket.stores.sqlite.clock import Reading, SharedClock
+from asyncbucket.stores.sqlite.closing import look_after
 from asyncbucket.stores.sqlite.file import File
 from asyncbucket.stores.sqlite.shelf import Shelf
 from asyncbucket.stores.sqlite.verbs import Verb
@@ -34,6 +33,8 @@ _LOOK: Final = 0.005
 _EXPIRY: Final = 20_000_000
 #: Jobs in one transaction.
 _BATCH: Final = 256
+#: How long (s) who forks waits for a transaction to end; it forks all the same.
+_FORK_PATIENCE: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +89,7 @@ class Clerk:
         self._shelves: dict[str, Shelf] = {}
         self.after_fork(new=True)
         reset_after_fork(self)
-
-        _CLERKS.add(self)
+        look_after(self)
 
     def after_fork(self, *, new: bool = False) -> None:
         """Begin anew in a child process: thread and connection are the parent's."""
@@ -97,12 +97,25 @@ class Clerk:
         self._watches: list[Watch] = []
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
+        #: Held by whoever uses the file, or keeps it closed.
+        self._at_file = threading.Lock()
         self._closed = False
         #: What the file was when those who wait were last told, and when time alone may change it.
         self._seen = -1
         self._look_again = 0
         if not new:
             self._file.forget()
+
+    def stand_still(self) -> bool:
+        """Close the file, and leave it so until `go_on`; return whether that could be had in time."""
+        if not self._at_file.acquire(timeout=_FORK_PATIENCE):
+            return False
+        self._file.close()
+        return True
+
+    def go_on(self) -> None:
+        """Use the file again."""
+        self._at_file.release()
 
     def put(self, job: Job | Watch) -> None:
         """Have ``job`` done; its ``done`` is called on its loop.
@@ -136,7 +149,8 @@ class Clerk:
             while self._step(jobs):
                 pass
         finally:
-            self._file.close()
+            with self._at_file:
+                self._file.close()
             self._thread = None
 
     def _step(self, jobs: "queue.SimpleQueue[Job | Watch | None]") -> bool:
@@ -145,10 +159,11 @@ class Clerk:
         Between steps no job is held, for it would hold its ledger, and that its store.
         """
         batch, more = self._gathered(jobs)
-        if batch:
-            self._serve(batch, jobs)
-        if self._watches:
-            self._look()
+        with self._at_file:
+            if batch:
+                self._serve(batch, jobs)
+            if self._watches:
+                self._look()
         return more
 
     def _gathered(self, jobs: "queue.SimpleQueue[Job | Watch | None]") -> tuple[list[Job], bool]:
@@ -291,15 +306,3 @@ def _resolve(changed: "asyncio.Future[bool]") -> None:
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
     with contextlib.suppress(RuntimeError):  # closed: nobody waits there any more
         loop.call_soon_threadsafe(function, *args)
-
-
-#: All clerks, for the one thing to do when the interpreter ends: have each close its file.
-_CLERKS: Final["weakref.WeakSet[Clerk]"] = weakref.WeakSet()
-
-
-@atexit.register
-def _finish() -> None:
-    for clerk in tuple(_CLERKS):
-        thread = clerk.stop()
-        if thread is not None:
-            thread.join(timeout=1)
