@@ -63,18 +63,22 @@ class Gates:
         return when, bound_by
 
     def soonest(self, amounts: Amounts, now: int) -> int:
-        """Return what `earliest` would if all that is lent came back: nothing passes before."""
+        """Return what `earliest` would if all that is lent came back: nothing passes before.
+
+        To each window what is lent there comes back, and to the bucket behind it no more: what others
+        hold that pass only some of these gates is nothing to the rest.
+        """
         lent: dict[str, int] = {}
-        for window, resource in self.windows:
-            lent[resource] = max(window.lent, lent.get(resource, 0))
-        return max(
-            (
-                meter.earliest(amounts[resource], now, back=lent.get(resource, NEVER))
-                for meter, resource in self.meters
-                if amounts.get(resource)
-            ),
-            default=now,
-        )
+        soonest, here = now, NEVER
+        for meter, resource in self.meters:
+            if isinstance(meter, Window):
+                here = meter.lent
+                lent[resource] = max(here, lent.get(resource, 0))
+            amount = amounts.get(resource)
+            if amount:
+                back = here if isinstance(meter, (Window, Bucket)) else lent.get(resource, NEVER)
+                soonest = max(soonest, meter.earliest(amount, now, back=back))
+        return soonest
 
     def room(self, amounts: Amounts, now: int, *, most: int) -> int:
         """Return how many calls of ``amounts`` may surely pass now, one after the other."""

@@ -53,6 +53,21 @@ def test_what_is_lent_is_hope(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
+def test_what_others_hold_of_other_limits_is_no_hope(virtual_time: VirtualTime) -> None:
+    """A sibling's open call may give back to the limits of both, never to those of one alone."""
+
+    async def main() -> None:
+        key = Limiter("1k TPM", clock=virtual_time.clock)
+        open_calls = [await key.child("other").acquire(tokens=60)]
+        for acme in (key.child("a", "60 TPM"), key.child("b", "600 TPM burst 60")):
+            (await acme.acquire(tokens=60)).release()
+            with pytest.raises(AcquireTimeout, match=r"within 5 s: tokens bind"):
+                await acme.acquire(tokens=60, timeout=5)
+        assert (virtual_time.now, len(open_calls)) == (0, 1)
+
+    virtual_time.run(main())
+
+
 def test_what_was_just_handed_over_is_hope_too(virtual_time: VirtualTime) -> None:
     """In the step between an admission and its lease, nothing is refused for want of it."""
 
