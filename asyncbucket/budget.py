@@ -182,9 +182,9 @@ class Budget:
         return False
 
     def collect_locked(self) -> None:
-        """Release what was dropped while the lock was held."""
+        """Release what was dropped while the lock was held, in order: of a lease the last word holds."""
         while self._dropped:
-            self._dropped.pop()()
+            self._dropped.pop(0)()
 
     def settle_down_locked(self) -> None:
         """Let lock-free callers pass again if nobody waits."""

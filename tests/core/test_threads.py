@@ -511,6 +511,16 @@ def test_what_held_a_lease_may_be_closed_inside_the_lock() -> None:
     assert told == ["Admitted", "Settled", "Released", "Admitted", "Released"]
 
 
+def test_what_was_dropped_inside_the_lock_is_done_in_order() -> None:
+    """Of several words about one lease the last holds."""
+    limiter = Limiter("100 TPM")
+    lease = limiter.acquire_nowait(tokens=60)
+    with limiter._budget.lock:
+        lease.settle(tokens=10)
+    lease.settle(tokens=20)
+    assert limiter.statistics().limits[0].used == 20
+
+
 def test_slots_of_what_nobody_can_reach_come_back_to_a_program_that_only_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
