@@ -7,7 +7,7 @@ is left to whoever has it (`Budget.drop`).
 
 import functools
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from asyncbucket.cost import Cost, whole
 from asyncbucket.errors import AsyncBucketError
@@ -16,6 +16,12 @@ from asyncbucket.gates import Gates
 from asyncbucket.holders import Holder
 from asyncbucket.limiter.account import Account
 from asyncbucket.meters import Window
+
+#: The parts of tokens.
+_TOKENS: Final = ("input_tokens", "output_tokens")
+#: A lease remembers so many parts of what it booked; where a stream is settled chunk by chunk, older
+#: debts count as reserved, so that giving them back errs on the safe side.
+_PARTS: Final = 16
 
 
 class Lease:
@@ -38,8 +44,8 @@ class Lease:
         "_gates",
         "_holder",
         "_open",
+        "_parts",
         "_priority",
-        "_settled",
         "_when",
         "bound_by",
         "waited",
@@ -64,7 +70,8 @@ class Lease:
         self._cost: Cost | None = None
         self._when = when
         self._holder = holder
-        self._settled: dict[str, int] | None = None
+        #: Of what was settled: the units booked, and when; first what was reserved, then each debt.
+        self._parts: dict[str, list[tuple[int, int]]] | None = None
         self._open = True
         self._epoch = account.budget.epoch
         self._priority = priority
@@ -111,15 +118,6 @@ class Lease:
         """
         if resources:
             self._account.check_known(resources)
-        if tokens is None and (input_tokens is not None or output_tokens is not None):
-            reserved = self._settled or self._amounts
-            tokens = sum(
-                reserved.get(name, 0) if given is None else given
-                for name, given in (
-                    ("input_tokens", input_tokens),
-                    ("output_tokens", output_tokens),
-                )
-            )
         named = {
             "requests": requests,
             "tokens": tokens,
@@ -131,43 +129,61 @@ class Lease:
         self._settle(used)
 
     def _settle(self, used: dict[str, int]) -> None:
-        account, earlier = self._account, self._settled
+        account = self._account
         if self._epoch != account.budget.epoch:  # of a parent process, whose books are its own
             return
-        done = account.budget.drop(functools.partial(self._settle_locked, used))
-        if account.budget.observed:
-            tell = account.tell if done else account.tell_later
-            corrects = {name: earlier[name] for name in used if name in earlier} if earlier else {}
-            tell(Settled, reserved=self.cost, used=used, corrects=corrects)
+        if account.budget.drop(functools.partial(self._settle_locked, used)):
+            account.flush()
 
     def _settle_locked(self, used: dict[str, int]) -> None:
         """Correct the meters to ``used``, and let in whoever fits by what comes back."""
-        account = self._account
-        now = account.budget.clock()
-        booked = self._booked()
-        for meter, resource in self._gates.meters:
-            if resource in used:
-                more = used[resource] - booked.get(resource, 0)
-                if more > 0:
-                    meter.owe(more, now)
-                elif more < 0:
-                    meter.unbook(-more, self._when, left=used[resource])
-                if not self._open and isinstance(meter, Window):
-                    meter.lent -= more
-        self._settled = (self._settled or {}) | used
-        if self._priority is not None:
-            account.correct(self._priority, booked, self._booked())
+        account, booked = self._account, self._booked()
+        if "tokens" not in used and not used.keys().isdisjoint(_TOKENS):
+            used = used | {"tokens": sum((booked | used).get(name, 0) for name in _TOKENS)}
+        if account.budget.observed:
+            corrects = {name: booked[name] for name in used if name in (self._parts or ())}
+            account.tell_later(Settled, reserved=self.cost, used=used, corrects=corrects)
         less = {name: booked.get(name, 0) - amount for name, amount in used.items()}
         for name, amount in less.items():
+            self._correct_locked(name, -amount)
             if amount > 0:
                 account.refund_locked(name, amount)
+        if self._priority is not None:
+            account.correct(self._priority, booked, self._booked())
         debt = min(less.values(), default=0) < 0  # above its limiter others may be next by that
         if max(less.values(), default=0) > 0 or (debt and len(account.below_root) > 1):
             account.budget.ring_locked(account)
 
+    def _correct_locked(self, resource: str, more: int) -> None:
+        """Book so much more of ``resource`` now, or less of it: of what was booked last, when it was."""
+        self._parts = self._parts or {}
+        parts = self._parts.setdefault(resource, [(self._amounts.get(resource, 0), self._when)])
+        meters = [meter for meter, counts in self._gates.meters if counts == resource]
+        for meter in meters:
+            if not self._open and isinstance(meter, Window):
+                meter.lent -= more
+        if more > 0:
+            parts.append((more, self._account.budget.clock()))
+            for meter in meters:
+                meter.owe(*parts[-1])
+            if len(parts) > _PARTS:
+                (reserved, when), (debt, _) = parts[:2]
+                parts[:2] = [(reserved + debt, when)]
+        while more < 0:
+            units, when = parts.pop()
+            back = min(units, -more)
+            for meter in meters:
+                meter.unbook(back, when, left=units - back)
+            if units > back:
+                parts.append((units - back, when))
+            more += back
+
     def _booked(self) -> dict[str, int]:
         """Return what is booked: as settled, else as reserved."""
-        return self._amounts if self._settled is None else self._amounts | self._settled
+        if self._parts is None:
+            return self._amounts
+        settled = {name: sum(units for units, _ in parts) for name, parts in self._parts.items()}
+        return self._amounts | settled
 
     def sent(self) -> None:
         """Say that the call leaves only now, so that its cost is dated now.
@@ -178,11 +194,14 @@ class Lease:
         budget = self._account.budget
         with budget.lock:
             now = budget.clock()
-            booked = self._booked()
-            for meter, resource in self._gates.meters:
-                if resource != "concurrency" and booked.get(resource) and not meter.remote:
-                    meter.unbook(booked[resource], self._when)
-                    meter.owe(booked[resource], now)
+            for resource, amount in self._booked().items():
+                parts = (self._parts or {}).get(resource, [(amount, self._when)])
+                for meter, counts in self._gates.meters:
+                    if resource == counts != "concurrency" and amount and not meter.remote:
+                        for units, when in parts:
+                            meter.unbook(units, when)
+                        meter.owe(amount, now)
+                parts[:] = [(amount, now)]
             self._when = now
 
     def release(self) -> None:
@@ -236,7 +255,7 @@ class Lease:
             each.ended += 1
             if each.adaptive is not None:
                 self._tell_locked(each, outcome)
-        booked = self._amounts if self._settled is None else self._booked()
+        booked = self._amounts if self._parts is None else self._booked()
         if self._gates.close(booked) and budget.waiting:
             budget.ring_locked(account)
         return True

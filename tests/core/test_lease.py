@@ -53,6 +53,67 @@ def test_settling_is_idempotent_and_corrects_itself(virtual_time: VirtualTime) -
     assert used == [20, 20, 45, 10, 7]
 
 
+@pytest.mark.parametrize("limit", ["100 TPM", "100 TPM burst 100", "100 TPM burst 60"])
+def test_a_debt_that_was_none_comes_back(virtual_time: VirtualTime, limit: str) -> None:
+    """A word that took more, some time after the admission, and is taken back leaves no trace."""
+
+    async def main() -> None:
+        limiter, as_told = (Limiter(limit, clock=virtual_time.clock) for _ in range(2))
+        lease, told = [each.acquire_nowait(tokens=10) for each in (limiter, as_told)]
+        for tokens in (40, 70, 50):
+            await asyncio.sleep(1)
+            lease.settle(tokens=tokens)
+        await asyncio.sleep(1)
+        lease.settle(tokens=7)
+        told.settle(tokens=7)
+        assert limiter.statistics().limits == as_told.statistics().limits
+        lease.settle(tokens=9)
+        lease.settle(tokens=2)
+        told.settle(tokens=2)
+        assert limiter.statistics().limits == as_told.statistics().limits
+
+    virtual_time.run(main())
+
+
+def test_a_stream_may_be_settled_chunk_by_chunk(virtual_time: VirtualTime) -> None:
+    """However many words that takes, a lease stays small, and the last few come back exactly."""
+
+    async def main() -> None:
+        limiter = Limiter("1k TPM", clock=virtual_time.clock)
+        lease = limiter.acquire_nowait(tokens=10)
+        for tokens in range(11, 511):
+            await asyncio.sleep(0.2)
+            lease.settle(tokens=tokens)
+        assert len((lease._parts or {})["tokens"]) == 16
+        used = limiter.statistics().limits[0].used
+        lease.settle(tokens=500)
+        assert limiter.statistics().limits[0].used == used - 10
+        lease.settle(tokens=0)
+        assert 0 <= limiter.statistics().limits[0].used < used - 10
+
+    virtual_time.run(main())
+
+
+def test_a_debt_is_dated_anew_when_the_call_leaves(virtual_time: VirtualTime) -> None:
+    """With all else that the call has booked, once."""
+
+    async def main() -> None:
+        limiter = Limiter("100 TPM", clock=virtual_time.clock)
+        lease = limiter.acquire_nowait(tokens=10)
+        await asyncio.sleep(1)
+        lease.settle(tokens=40)
+        await asyncio.sleep(58)
+        lease.sent()
+        assert limiter.statistics().limits[0].used == 40
+        await asyncio.sleep(59)
+        assert limiter.statistics().limits[0].used == 40
+        lease.settle(tokens=30)
+        await limiter.acquire(tokens=80)
+        assert virtual_time.now == 59 + 60 * 515 / 512
+
+    virtual_time.run(main())
+
+
 def test_what_is_not_named_stays_as_it_is(virtual_time: VirtualTime) -> None:
     """Parts of tokens correct their sum; the sum leaves the parts alone."""
     limiter = Limiter("1k ITPM", "1k OTPM", "2k TPM", "5 images/s", clock=virtual_time.clock)
@@ -69,6 +130,11 @@ def test_what_is_not_named_stays_as_it_is(virtual_time: VirtualTime) -> None:
     assert used() == [90, 10, 70, 1]
     lease.settle()
     assert used() == [90, 10, 70, 1]
+    other = limiter.acquire_nowait(input_tokens=100, output_tokens=50)
+    other.settle(requests=1)
+    other.settle(output_tokens=10)
+    assert used() == [190, 20, 180, 1]
+    other.undo()
     lease.settle(requests=3)
     assert used() == [90, 10, 70, 1]
 

@@ -22,6 +22,7 @@ from asyncbucket import (
     holders,
     loops,
 )
+from asyncbucket.events import Settled
 from asyncbucket.testing import VirtualClock, assert_never_over
 
 #: Seconds after which a test that waits for another thread gives up.
@@ -512,13 +513,19 @@ def test_what_held_a_lease_may_be_closed_inside_the_lock() -> None:
 
 
 def test_what_was_dropped_inside_the_lock_is_done_in_order() -> None:
-    """Of several words about one lease the last holds."""
-    limiter = Limiter("100 TPM")
-    lease = limiter.acquire_nowait(tokens=60)
+    """Of several words about one lease the last holds, and each tells which one it corrects."""
+    limiter = Limiter("100 ITPM", "100 OTPM", "100 TPM")
+    corrected: list[dict[str, int]] = []
+    limiter.observe(
+        lambda event: corrected.append(dict(event.corrects)) if isinstance(event, Settled) else None
+    )
+    lease = limiter.acquire_nowait(input_tokens=30, output_tokens=40)
     with limiter._budget.lock:
-        lease.settle(tokens=10)
-    lease.settle(tokens=20)
-    assert limiter.statistics().limits[0].used == 20
+        lease.settle(input_tokens=10)
+        lease.settle(output_tokens=5)
+    lease.settle(input_tokens=20)
+    assert [use.used for use in limiter.statistics().limits] == [20, 5, 25]
+    assert corrected == [{}, {"tokens": 50}, {"input_tokens": 10, "tokens": 15}]
 
 
 def test_slots_of_what_nobody_can_reach_come_back_to_a_program_that_only_waits(
