@@ -110,8 +110,8 @@ class Budget:
     def withdraw_locked(self, waiter: Waiter) -> bool:
         """Take a cancelled waiter out of the line, or give back what it was handed just then.
 
-        Return whether it gave up by itself, rather than being refused. What a parent process let stand
-        in line or handed over is none of a child's business.
+        Return whether it stood here: what a parent process let stand in line or handed over is none of a
+        child's business.
         """
         if waiter.number <= self.epoch:
             return False
@@ -124,9 +124,7 @@ class Budget:
             waiter.cancel()
             if waiter.pacer.leave_locked(waiter):
                 self.ring_locked(waiter.node)
-        elif waiter.exception() is not None:
-            return False
-        elif waiter.result() != NEVER:
+        elif waiter.exception() is None and waiter.result() != NEVER:
             self.give_back_locked(waiter)
         return True
 

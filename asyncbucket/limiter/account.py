@@ -335,7 +335,7 @@ class Account(Node):
             account.refused += 1
 
     def withdraw_locked(self, waiter: Waiter) -> None:
-        """Let ``waiter`` go, and count that it gave up, here and above, if it did so by itself."""
+        """Let ``waiter`` go, and count that it gave up, here and above."""
         if self.budget.withdraw_locked(waiter):
             for account in self.path:
                 account.cancelled += 1

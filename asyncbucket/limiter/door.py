@@ -129,6 +129,8 @@ class Door:
                 if budget.observed:
                     account.tell(Queued, cost=Cost.of(amounts), waiting=account.waiting_now())
                 when = await waiter
+            except CostExceedsLimit:  # told to it; whoever gives up at that moment was not refused
+                raise
             except BaseException as error:
                 budget.drop(functools.partial(account.withdraw_locked, waiter))
                 _tell_cancelled(account, amounts, budget.clock() - now, error)
@@ -192,7 +194,7 @@ def _tell_admitted(account: Account, lease: Lease) -> None:
 def _tell_cancelled(
     account: Account, amounts: dict[str, int], waited: int, error: BaseException
 ) -> None:
-    if account.budget.observed and not isinstance(error, CostExceedsLimit):
+    if account.budget.observed:
         collected = isinstance(error, GeneratorExit)  # perhaps with the lock held
         tell = account.tell_later if collected else account.tell
         tell(Cancelled, cost=Cost.of(amounts), waited=waited * 1e-9)

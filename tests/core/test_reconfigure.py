@@ -66,20 +66,28 @@ def test_who_can_never_pass_any_more_is_told(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_who_gives_up_at_that_moment_is_not_told_twice(virtual_time: VirtualTime) -> None:
-    """Cancelled and refused in one step: cancelled it is, and nothing breaks."""
+@pytest.mark.parametrize("turns", [0, 1])
+def test_who_gives_up_at_that_moment_is_not_told_twice(
+    virtual_time: VirtualTime, turns: int
+) -> None:
+    """Cancelled and refused in one step: cancelled it is, told or not, and nothing breaks."""
 
     async def main() -> None:
         limiter = Limiter("100 TPM", clock=virtual_time.clock)
+        events: list[str] = []
+        limiter.observe(lambda event: events.append(type(event).__name__))
         await limiter.acquire(tokens=100)
         waiting = asyncio.ensure_future(limiter.acquire(tokens=80))
         await virtual_time.all_blocked()
         limiter.reconfigure(tpm=60)
+        for _ in range(turns):
+            await asyncio.sleep(0)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
         now = limiter.statistics()
         assert (now.refused, now.cancelled, now.waiting) == (0, 1, 0)
+        assert (events.count("Refused"), events.count("Cancelled")) == (0, 1)
 
     virtual_time.run(main())
 
