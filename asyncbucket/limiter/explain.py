@@ -97,13 +97,13 @@ def _line_up(account: Account, now: int, priority: int) -> tuple[Gates, int, int
     ahead, when, bound_by = 0, now, None
     for waiter in waiters:
         apart = [node for node in waiter.node.path if node not in account.path]
-        others = any(node.gates.earliest(waiter.amounts, now)[0] > now for node in apart)
+        since = waiter.line.since
+        others = any(node.gates.earliest(waiter.amounts, since)[0] > now for node in apart)
         if others or waiter.line.priority < priority:
             continue
         ahead += 1
         theirs = copy.deepcopy(waiter.node.through, copies)
-        since = first.get(waiter.line, waiter.line.since)
-        due, binds = theirs.earliest(waiter.amounts, since)
+        due, binds = theirs.earliest(waiter.amounts, first.get(waiter.line, since))
         if due > when:
             when, bound_by = due, binds
         if when < NEVER:

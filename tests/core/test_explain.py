@@ -191,6 +191,26 @@ def test_those_that_go_later_are_not_counted(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
+def test_whoever_has_earned_its_turn_goes_before(virtual_time: VirtualTime) -> None:
+    """Above its child's burst, it has stood first for long enough, and waits for the key alone."""
+
+    async def main() -> None:
+        key = Limiter("100 tokens/100s", clock=virtual_time.clock)
+        key.acquire_nowait(tokens=90).release()
+        costly = asyncio.ensure_future(key.child("a", "20 tokens/20s burst 5").acquire(tokens=15))
+        await asyncio.sleep(9)
+        assert key.child("b").explain(tokens=86).ahead == 0
+        await asyncio.sleep(1)
+        explanation = key.child("b").explain(tokens=86)
+        assert (explanation.ahead, explanation.bound_by) == (1, "tokens")
+        assert explanation.wait == pytest.approx(2 * 100 * 515 / 512 - 10)
+        await costly
+        await key.child("b").acquire(tokens=86)
+        assert virtual_time.now == 2 * 100 * 515 / 512
+
+    virtual_time.run(main())
+
+
 def test_it_speaks_for_the_tenant_that_is_inherited(virtual_time: VirtualTime) -> None:
     """As a call in its place would be."""
     key = Limiter("100 RPM", name="key", clock=virtual_time.clock)
