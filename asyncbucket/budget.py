@@ -76,7 +76,8 @@ class Budget:
     def _clear_locked(self, node: Node, now: int) -> bool:
         """Tell whether a newcomer at ``node`` need not stand behind anybody, here or elsewhere."""
         return self.outlet_for is None and all(
-            pacer.queue.clear(node, now) for pacer in self.pacers.values()
+            pacer.queue.clear(node, now) or pacer.bury_locked()
+            for pacer in tuple(self.pacers.values())
         )
 
     def earliest_locked(self, node: Node, amounts: Amounts, now: int) -> tuple[int, str | None]:
@@ -153,13 +154,13 @@ class Budget:
     def changed_locked(self, check: Callable[[Waiter], object]) -> None:
         """Have all who wait look at new limits; whoever can never pass them is told by ``check``."""
         for pacer in tuple(self.pacers.values()):
+            pacer.ring_locked()  # which finds out if its loop is closed
             pacer.queue.rouse_all()
             for waiter in pacer.queue.waiters():
                 try:
                     check(waiter)
                 except CostExceedsLimit as error:
                     pacer.fail_locked(waiter, error)
-            pacer.ring_locked()
 
     def drop(self, release: Callable[[], object]) -> bool:
         """Run ``release`` with the lock held, now or soon: a finalizer may interrupt its holder.

@@ -24,6 +24,7 @@ grace: a loop that is blocked, or dead, holds up nobody.
 """
 
 import asyncio
+import contextlib
 import contextvars
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -118,19 +119,24 @@ class Pacer:
         self.due = min(self.due, self._budget.clock())
         if asyncio._get_running_loop() is self.loop:  # noqa: SLF001 - None in a plain thread
             self._bell.notify()
-            return
-        if self._rung:  # a loop that is blocked gathers no more than one
-            return
-        self._rung = True
-        try:
-            self.loop.call_soon_threadsafe(self.ring)
-        except RuntimeError:  # closed with calls still waiting: nobody will ever serve them
-            for waiter in self.queue.waiters():
-                self._count_out_locked(waiter)
-            self._budget.waiting -= self._waiting  # whoever was cancelled, and never ran again
-            self._waiting = 0
-            self.queue = Line(self._budget.root, self)
-            self._retire_locked()
+        elif not (self.bury_locked() or self._rung):  # a loop that is blocked gathers just one
+            self._rung = True
+            with contextlib.suppress(RuntimeError):  # closed just now: whoever rings next finds out
+                self.loop.call_soon_threadsafe(self.ring)
+
+    def bury_locked(self) -> bool:
+        """Count out all who wait on a loop that is closed, for nobody will serve them; return if it is."""
+        if not self.loop.is_closed():
+            return False
+        nowhere = Line(self._budget.root, self)
+        for waiter in self.queue.waiters():
+            self._count_out_locked(waiter)
+            waiter.line = nowhere  # whoever cancels it yet does not count it out again
+        self._budget.waiting -= self._waiting  # whoever was cancelled, and never ran again
+        self._waiting = 0
+        self.queue = nowhere
+        self._retire_locked()
+        return True
 
     def fail_locked(self, waiter: Waiter, error: AsyncBucketError) -> None:
         """Tell ``waiter`` that it can never pass, from whichever thread."""

@@ -403,9 +403,9 @@ def test_a_busy_loop_that_holds_all_slots_is_waited_for() -> None:
     assert limiter.statistics().overridden == 0
 
 
-async def take(limiter: Limiter) -> Lease:
+async def take(limiter: Limiter, tokens: int | None = None) -> Lease:
     """Pass, and keep the lease."""
-    return await limiter.acquire()
+    return await limiter.acquire(tokens=tokens)
 
 
 @pytest.mark.parametrize("closed", [True, False])
@@ -440,6 +440,74 @@ def test_a_dead_loop_with_waiters_holds_up_nobody(*, closed: bool) -> None:
     del task
     gc.collect()
     assert limiter.statistics().waiting == 0
+
+
+def left_to_wait(
+    limiter: Limiter, *, tokens: int | None = None, rung: Callable[[], object] = int
+) -> asyncio.Task[Lease]:
+    """Return a call that waits on a loop which is closed, and before that was ``rung``."""
+    dead = asyncio.new_event_loop()
+    dead.set_exception_handler(lambda _, __: None)  # "Task was destroyed", as we mean it to be
+    task = dead.create_task(take(limiter, tokens))
+    run_until_waiting(dead, limiter)
+    rung()
+    dead.close()
+    return task
+
+
+def test_who_waits_on_a_closed_loop_is_before_nobody() -> None:
+    """Not before those that do not wait, either, and not if nobody has rung meanwhile."""
+    limiter = Limiter("1000/s burst 1")
+    limiter.acquire_nowait()
+    task = left_to_wait(limiter)
+    time.sleep(0.01)
+    limiter.acquire_nowait()
+    assert limiter.statistics().waiting == 0
+    del task
+
+
+def test_a_loop_that_is_closed_before_it_hears_a_ring_is_counted_out() -> None:
+    """The ring was lost with it; the next one finds out."""
+    limiter = Limiter(concurrency=1)
+    holder = limiter.acquire_nowait()
+    task = left_to_wait(limiter, rung=holder.release)
+    limiter.acquire_sync(timeout=ENOUGH).release()
+    assert limiter.statistics().waiting == 0
+    limiter.acquire_nowait().release()
+    del task
+
+
+def test_limits_are_lowered_for_who_waits_on_a_closed_loop() -> None:
+    """That it cannot be told is no error, and those on other loops are told."""
+    limiter = Limiter("1k TPM")
+    limiter.acquire_nowait(tokens=1_000)
+
+    async def main() -> None:
+        waiting = asyncio.ensure_future(limiter.acquire(tokens=900))
+        await asyncio.sleep(0)
+        limiter.reconfigure(tpm=100)
+        with pytest.raises(CostExceedsLimit):
+            await waiting
+
+    task = left_to_wait(limiter, tokens=900)
+    asyncio.run(main())
+    assert limiter.statistics().waiting == 0
+    del task
+
+
+def test_who_is_cancelled_on_a_closed_loop_is_counted_out_once() -> None:
+    """By whoever rings, and not again when its coroutine is collected."""
+    key = Limiter(concurrency=1)
+    child = key.child("chat")
+    holder = key.acquire_nowait()
+    abandoned = [left_to_wait(child)]
+    holder.release()
+    assert child.statistics().waiting == 0
+    with pytest.raises(RuntimeError, match="closed"):
+        abandoned[0].cancel()
+    abandoned.clear()
+    gc.collect()
+    assert child.statistics().waiting == 0
 
 
 # -- finalizers ------------------------------------------------------------------------------------
