@@ -93,13 +93,15 @@ def _line_up(account: Account, now: int, priority: int) -> tuple[Gates, int, int
     )
     copies: dict[int, object] = {}
     first: dict[object, int] = {}  # when whoever stands first in a line came to be that
+    held: set[object] = set()  # lines whose first waits for limits that are not those of the call
     gates = copy.deepcopy(account.through, copies)
     ahead, when, bound_by = 0, now, None
     for waiter in waiters:
         apart = [node for node in waiter.node.path if node not in account.path]
         since = waiter.line.since
-        others = any(node.gates.earliest(waiter.amounts, since)[0] > now for node in apart)
-        if others or waiter.line.priority < priority:
+        if any(node.gates.earliest(waiter.amounts, since)[0] > now for node in apart):
+            held.add(waiter.line)
+        if waiter.line in held or waiter.line.priority < priority:
             continue
         ahead += 1
         theirs = copy.deepcopy(waiter.node.through, copies)

@@ -191,6 +191,26 @@ def test_those_that_go_later_are_not_counted(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
+def test_those_behind_one_that_is_held_up_elsewhere_are_not_counted(
+    virtual_time: VirtualTime,
+) -> None:
+    """A sibling's cheap calls would pass its own limits, but stand behind one that does not."""
+
+    async def main() -> None:
+        key = Limiter("100 TPM", clock=virtual_time.clock)
+        poor = key.child("poor", "50 TPM")
+        poor.acquire_nowait(tokens=30).release()
+        calls = [asyncio.ensure_future(poor.acquire(tokens=tokens)) for tokens in (25, 15, 5)]
+        await virtual_time.all_blocked()
+        explanation = key.child("rich").explain(tokens=60)
+        assert (explanation.ahead, explanation.wait) == (0, 0)
+        assert key.child("rich").acquire_nowait(tokens=60).waited == 0
+        for call in calls:
+            call.cancel()
+
+    virtual_time.run(main())
+
+
 def test_whoever_has_earned_its_turn_goes_before(virtual_time: VirtualTime) -> None:
     """Above its child's burst, it has stood first for long enough, and waits for the key alone."""
 
