@@ -88,8 +88,8 @@ class Node:
             for share in self._fairness.shares.values():
                 share.weight = weight
 
-    def correct(self, priority: int, reserved: Amounts, used: Amounts) -> None:
-        """Give the shares on the path credit for what a call did not use after all."""
+    def correct(self, priority: int, reserved: Amounts, used: Amounts | None) -> None:
+        """Give the shares on the path credit for what a call did not use; all of it if it was none."""
         root = self.path[-1]
         claims: list[tuple[dict[int, Share], Node]]
         claims = [(self.fairness.lines, self), (root.fairness.classes, root)]
@@ -98,4 +98,5 @@ class Node:
             share = shares.get(priority)
             if share is not None:
                 price = node.through.price
-                share.correct((price(reserved) - price(used)) / share.weight)
+                rest = 0.0 if used is None else price(used)
+                share.correct((price(reserved) - rest) / share.weight)

@@ -82,6 +82,7 @@ class Counter:
         elif self._desk is not None:
             self.on_loop(self._desk.cancel, waiter, grant)
         waiter.gates.unbook(waiter.amounts, waiter.taken)
+        waiter.node.correct(waiter.line.priority, waiter.amounts, None)
         return True
 
     # -- for the desk ------------------------------------------------------------------------------

@@ -378,6 +378,37 @@ def test_refunds_are_credited_to_whoever_reserved(virtual_time: VirtualTime, who
     assert got["thrifty"] / sum(got.values()) == pytest.approx(fair, rel=0.05)
 
 
+def test_a_call_cancelled_at_its_hand_over_costs_its_share_nothing(
+    virtual_time: VirtualTime,
+) -> None:
+    """Nobody is served less for a costly call that was taken back before it had begun."""
+
+    async def main() -> None:
+        key = Limiter("60 tokens/60s burst 10", clock=virtual_time.clock)
+        chat, tools = key.child("chat"), key.child("tools")
+        went: list[str] = []
+
+        async def call(limiter: Limiter, tokens: int) -> None:
+            await limiter.acquire(tokens=tokens)
+            went.append(limiter.name)
+
+        held = key.acquire_nowait(tokens=10)
+        costly = asyncio.ensure_future(call(chat, 10))
+        await asyncio.sleep(0)
+        calls = [asyncio.ensure_future(call(each, 1)) for each in (tools, chat) * 30]
+        await virtual_time.all_blocked()
+        held.settle(tokens=0)
+        await asyncio.sleep(0)  # it was handed over, and its task has not run yet
+        costly.cancel()
+        await asyncio.sleep(20.5)
+        assert key.statistics().cancelled == 1
+        assert went.count(chat.name) == went.count(tools.name) == 15
+        for each in calls:
+            each.cancel()
+
+    virtual_time.run(main())
+
+
 def test_weight_changes_while_calls_wait(virtual_time: VirtualTime) -> None:
     """From equal shares to 1 : 3, though no line has ever been empty."""
     passed: dict[str, int] = {"a": 0, "b": 0}

@@ -304,6 +304,31 @@ async def test_calls_after_one_that_gave_up_pass_as_soon_as_they_may(
     await limiter.aclose()
 
 
+async def test_one_that_gave_up_costs_its_share_nothing(url: str) -> None:
+    """A child is served no less for a costly call that had gone to the store, and left again."""
+    key = Limiter("6000 TPM burst 100", store=url, name="shares")
+    chat, tools = key.child("chat"), key.child("tools")
+    went: list[str] = []
+
+    async def call(limiter: Limiter) -> None:
+        await take(limiter, tokens=5)
+        went.append(limiter.name)
+
+    await take(key, tokens=100)
+    costly = asyncio.ensure_future(take(chat, tokens=100))
+    await asyncio.sleep(0)
+    calls = [asyncio.ensure_future(call(each)) for each in (tools, chat) * 60]
+    await asyncio.sleep(0.1)
+    costly.cancel()
+    while len(went) < 80:  # noqa: ASYNC110 - nobody tells
+        await asyncio.sleep(0.01)
+    assert abs(went.count(chat.name) - went.count(tools.name)) < 5
+    for each in calls:
+        each.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+    await key.aclose()
+
+
 async def take(limiter: Limiter, *, tokens: int | None = None) -> None:
     """Be a call that takes no time."""
     async with limiter.acquire(tokens=tokens):
