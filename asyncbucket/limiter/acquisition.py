@@ -14,10 +14,10 @@ class Acquisition(Coroutine[Any, Any, Lease]):
     """Be awaited for a lease, or entered for one that is released on leaving.
 
     Nothing is taken before that. It is a coroutine as far as ``asyncio.create_task`` and its like
-    are concerned.
+    are concerned. It may be entered again when it was left, not by several tasks at a time.
     """
 
-    __slots__ = ("_amounts", "_coroutine", "_deadline", "_door", "_lease", "_priority")
+    __slots__ = ("_amounts", "_coroutine", "_deadline", "_door", "_entered", "_lease", "_priority")
 
     def __init__(
         self, door: Door, amounts: dict[str, int], deadline: int | None, priority: int
@@ -26,6 +26,7 @@ class Acquisition(Coroutine[Any, Any, Lease]):
         self._amounts = amounts
         self._deadline = deadline
         self._priority = priority
+        self._entered = False
         self._lease: Lease | None = None
         self._coroutine: Generator[Any, Any, Lease] | None = None
 
@@ -37,9 +38,18 @@ class Acquisition(Coroutine[Any, Any, Lease]):
         return lease
 
     async def __aenter__(self) -> Lease:
-        lease = self._door.try_now(self._amounts)
-        if lease is None:
-            lease = await self._door.wait(self._amounts, self._deadline, self._priority)
+        if self._entered:  # whose lease would be released on leaving?
+            raise RuntimeError(
+                "this acquisition is entered already: call acquire() for another lease"
+            )
+        self._entered = True
+        try:
+            lease = self._door.try_now(self._amounts)
+            if lease is None:
+                lease = await self._door.wait(self._amounts, self._deadline, self._priority)
+        except BaseException:
+            self._entered = False
+            raise
         self._lease = lease
         return lease
 
@@ -49,7 +59,8 @@ class Acquisition(Coroutine[Any, Any, Lease]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        lease = self._lease
+        lease, self._lease = self._lease, None
+        self._entered = False
         if lease is not None:
             if error is None:
                 lease.release()

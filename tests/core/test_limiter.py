@@ -60,6 +60,41 @@ def test_leaving_an_acquisition_that_was_not_entered_is_harmless(virtual_time: V
     virtual_time.run(main())
 
 
+def test_an_acquisition_is_entered_by_one_at_a_time(virtual_time: VirtualTime) -> None:
+    """By a second task it is refused, waiting or admitted, or slots would come back too early."""
+
+    async def main() -> None:
+        limiter = Limiter("1 RPS burst 1", concurrency=1, clock=virtual_time.clock)
+        acquisition = limiter.acquire()
+
+        async def call() -> None:
+            async with acquisition:
+                await asyncio.sleep(3)
+
+        for begun in (0.0, 1.0):
+            calls = [asyncio.ensure_future(call()) for _ in range(2)]
+            await asyncio.sleep(begun)
+            with pytest.raises(
+                RuntimeError, match=r"entered already: call acquire\(\) for another"
+            ):
+                await call()
+            assert limiter.statistics().in_flight == 1
+            ended = await asyncio.gather(*calls, return_exceptions=True)
+            assert [type(each).__name__ for each in ended] == ["NoneType", "RuntimeError"]
+        held = await limiter.acquire()
+        impatient = asyncio.ensure_future(call())
+        await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match="entered already"):
+            await call()
+        impatient.cancel()
+        await virtual_time.all_blocked()
+        held.release()
+        await call()
+        assert limiter.statistics().in_flight == 0
+
+    virtual_time.run(main())
+
+
 async def test_an_acquisition_makes_one_task() -> None:
     """As any coroutine: another task of it fails, rather than going on without a lease."""
     limiter = Limiter(concurrency=2)
