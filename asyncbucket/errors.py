@@ -34,7 +34,7 @@ class _NotNow(AsyncBucketError):  # noqa: N818 - its heirs bear names of the pub
     ) -> None:
         super().__init__(message)
         #: Seconds until such a call could pass; None if only a released slot can tell, or a store
-        #: that would have to be asked.
+        #: that would have to be asked, or if it passes by waiting in line alone.
         self.retry_after = retry_after
         #: The resource that binds: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``...
         self.bound_by = bound_by

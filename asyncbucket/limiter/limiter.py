@@ -169,8 +169,9 @@ class Limiter(Doors, Steering):
         """Take a lease now, or refuse; see `acquire`.
 
         Raises:
-            WouldBlock: it cannot pass now, or others wait; ``retry_after`` says for how long. Always
-                where a store keeps the limits, for that has to be asked.
+            WouldBlock: it cannot pass now, or others wait; ``retry_after`` says for how long. It is None
+                where a slot has to be given back, and where the cost is above a burst: that passes
+                by waiting alone. Always where a store keeps the limits, for that has to be asked.
             CostExceedsLimit, TypeError, ValueError: as for `acquire`.
         """
         door = self._door_for(tenant, inherited.get())

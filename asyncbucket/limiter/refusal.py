@@ -6,6 +6,7 @@ from typing import TypeVar
 from asyncbucket.cost import Cost, counted, does, in_seconds
 from asyncbucket.errors import AcquireTimeout, QueueFull, WouldBlock
 from asyncbucket.limiter.account import Account
+from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER, Amounts
 
 Refusal = TypeVar("Refusal", WouldBlock, AcquireTimeout, QueueFull)
@@ -21,10 +22,16 @@ def refuse_locked(
     if bound_by is None and remote is not None and (known := remote.held_up()) is not None:
         bound_by, due = known[0], max(now, known[1])
         due = NEVER if bound_by == "concurrency" else due
+    paced = _above_a_burst(account, amounts) if kind is WouldBlock and remote is None else None
+    if paced is not None:
+        due, bound_by = NEVER, paced.resource
     after = (due - now) * 1e-9
     what = ", ".join(counted(amounts[each], each) for each in _counted(account, amounts))
     unknown = bound_by is None and remote is not None
-    if unknown:
+    if paced is not None:
+        burst = counted(paced.burst or 0, paced.resource)
+        why = f"above a burst of {burst} it earns the rest while it is first in line"
+    elif unknown:
         why = "the store that keeps its limits has to be asked"
     elif bound_by is None:
         why = "others came first"
@@ -42,6 +49,18 @@ def refuse_locked(
         f"a call of {what} cannot pass {how}: {why}; {remedy}",
         retry_after=None if due >= NEVER or unknown else after,
         bound_by=bound_by,
+    )
+
+
+def _above_a_burst(account: Account, amounts: Amounts) -> Limit | None:
+    """Return a limit whose burst is less than the call costs; without waiting it never passes that."""
+    return next(
+        (
+            limit
+            for limit in account.through.limits
+            if limit.burst is not None and amounts.get(limit.resource, 0) > limit.burst
+        ),
+        None,
     )
 
 

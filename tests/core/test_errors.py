@@ -111,6 +111,26 @@ def test_would_block_says_what_binds_and_for_how_long(virtual_time: VirtualTime)
     virtual_time.run(main())
 
 
+def test_a_call_above_a_burst_is_told_to_wait_in_line(virtual_time: VirtualTime) -> None:
+    """It earns the rest there alone: whoever came again without waiting would come for ever."""
+
+    async def main() -> None:
+        key = Limiter("20 requests/20s burst 5", clock=virtual_time.clock)
+        child = key.child("chat", "100 RPM")
+        for _ in range(2):
+            with pytest.raises(WouldBlock) as error:
+                child.acquire_nowait(requests=10)
+            assert str(error.value) == (
+                "a call of 10 requests cannot pass without waiting: above a burst of 5 requests it "
+                "earns the rest while it is first in line; wait with acquire()"
+            )
+            assert (error.value.retry_after, error.value.bound_by) == (None, "requests")
+            await asyncio.sleep(10)
+        assert (await child.acquire(requests=10)).waited == 5.0
+
+    virtual_time.run(main())
+
+
 def test_a_full_queue_refuses(virtual_time: VirtualTime) -> None:
     """With how many wait, and the number to raise."""
 
