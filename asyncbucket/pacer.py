@@ -248,7 +248,7 @@ class Pacer:
                 gates.book(head.amounts, now)
             head.gates = gates
             head.taken = now
-            head.bound_by = line.bound_by or self.bound_by
+            head.bound_by = line.bound_by or queue.held_by or self.bound_by
             passed += 1
             if outlet is not None:
                 outlet.push(head)

@@ -96,6 +96,8 @@ class Line:
     turn: Final = ()
     #: In a line nobody is expected: whoever comes back stands at its end.
     expects: Final = False
+    #: Below a line there is nothing.
+    held_by: Final = None
 
     def __init__(self, node: "Node", pacer: "Pacer", priority: int = 0) -> None:
         self.node = node

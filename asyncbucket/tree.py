@@ -15,7 +15,7 @@ Source: TypeAlias = "Line | Branch"
 class Flow:
     """Be one of those among whom a branch chooses."""
 
-    __slots__ = ("asleep", "child", "key", "order", "share", "source", "weight")
+    __slots__ = ("asleep", "child", "held_by", "key", "order", "share", "source", "weight")
 
     def __init__(
         self, key: object, source: Source, share: Share, *, child: Node | None, order: int
@@ -26,6 +26,8 @@ class Flow:
         #: The limiter whose limits lie between this flow and the branch, if it is a child's.
         self.child = child
         self.order = order
+        #: What of the child's own limits held up who goes next there, last.
+        self.held_by: str | None = None
         #: Until when it is no candidate; 0 while it is one. Its weight among those that compete: 0
         #: while nobody is left in it.
         self.asleep = 0
@@ -160,7 +162,7 @@ class Branch:
         gates = flow.child.gates.slotless(slotless) if slotless else flow.child.gates
         due, bound_by = gates.earliest(waiter.amounts, waiter.line.since)
         if due > now:
-            waiter.line.bound_by = bound_by
+            waiter.line.bound_by = flow.held_by = bound_by
             due = min(due, flow.source.wake)  # somebody else may be the head by then
         return waiter, due
 
@@ -258,6 +260,12 @@ class Tree:
         """The tags by which the head that was found last competes with those of other loops."""
         return tuple(branch.first.share.tag for branch in self._chosen() if branch.first)
 
+    @property
+    def held_by(self) -> str | None:
+        """What held up, below the root, those before the head that was found last."""
+        held = (branch.first.held_by for branch in self._chosen() if branch.first)
+        return next(filter(None, held), None)
+
     def line(self, node: Node, priority: int) -> Line:
         """Return the line for those of a node and a priority, in which somebody is about to stand."""
         branch = self._class(priority)
@@ -323,9 +331,10 @@ class Tree:
         """Return what holds up who goes next at ``node``, as far as that was found."""
         if node is self._root:
             return self._classes.bound_by
-        way = self._way(node, tuple(self._classes))
-        bound = (flow.source.bound_by for _, flow in way if flow.child is node)
-        return next(filter(None, bound), None)
+        way = [flow for _, flow in self._way(node, tuple(self._classes))]
+        here = (flow.source.bound_by for flow in way if flow.child is node)
+        above = (flow.held_by for flow in reversed(way))
+        return next(filter(None, (*here, *above)), None)
 
     def rouse(self, node: Node) -> None:
         """Look again at those who sleep at ``node`` or above: something has changed there."""

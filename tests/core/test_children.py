@@ -200,6 +200,26 @@ def test_what_bound_a_child_last_is_what_its_call_waited_for(virtual_time: Virtu
     virtual_time.run(main())
 
 
+def test_who_waits_behind_a_cousin_waits_for_what_holds_that_up(virtual_time: VirtualTime) -> None:
+    """It is told so, and counted, though its own line never was the first to wait."""
+
+    async def main() -> None:
+        key = Limiter("1000 RPS burst 1000", clock=virtual_time.clock)
+        team = key.child("team", "10 tokens/10s")
+        team.acquire_nowait(tokens=10).release()
+        costly = asyncio.ensure_future(team.child("agent").acquire(tokens=5))
+        await asyncio.sleep(0)
+        free = [asyncio.ensure_future(each.acquire()) for each in (team, team.child("other"))]
+        await virtual_time.all_blocked()
+        for each in (key, team, *team.children.values()):
+            assert each.statistics().bound_by == "tokens"
+        for lease in await asyncio.gather(costly, *free):
+            assert (lease.waited, lease.bound_by) == (10 * 515 / 512, "tokens")
+        assert team.statistics().waits["tokens"].count == 3
+
+    virtual_time.run(main())
+
+
 def test_each_child_says_what_holds_it_up(virtual_time: VirtualTime) -> None:
     """Its own limits, or those above; and the limiter above, what holds up who goes next there."""
 
