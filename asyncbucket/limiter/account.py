@@ -21,6 +21,8 @@ from asyncbucket.node import Node
 from asyncbucket.queue import Waiter
 
 if TYPE_CHECKING:
+    from asyncbucket.limiter.keys import Keys
+    from asyncbucket.limiter.limiter import Limiter
     from asyncbucket.limiter.remote import Remote
 
 #: What a limit is known by: its resource and its window in seconds.
@@ -42,7 +44,9 @@ class Account(Node):
         "children",
         "ended",
         "headrooms",
+        "keys",
         "learned",
+        "limiters",
         "limits",
         "max_queue",
         "name",
@@ -75,6 +79,10 @@ class Account(Node):
         self.shown = re.sub(r"/\*[^/]*", "/*", name)
         self.max_queue = max_queue
         self.children: dict[str, Account] = _NOTHING
+        #: Their limiters, by their own names, and the tenants here: the same for all that stand for
+        #: this account. A tenant that was put to rest and is back has several.
+        self.limiters: dict[str, Limiter] = _NOTHING
+        self.keys: Keys[Limiter] | None = None
         self.limits: dict[Key, tuple[Limit, Window, Bucket | None]] = {}
         self.slots: Slots | None = None
         #: What finds the number of slots, where it is not given.

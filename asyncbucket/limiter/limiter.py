@@ -65,9 +65,7 @@ class Limiter(Doors, Steering):
         "__dict__",
         "__weakref__",
         "_budget",
-        "_children",
         "_door",
-        "_keys",
         "_parent",
         "_terms",
     )
@@ -101,8 +99,6 @@ class Limiter(Doors, Steering):
         self._door = door
         self._budget = door.account.budget
         self._parent = parent
-        self._children: dict[str, Limiter] | None = None
-        self._keys: Keys[Limiter] | None = None
         self._terms = terms
 
     # -- acquiring ---------------------------------------------------------------------------------
@@ -280,11 +276,11 @@ class Limiter(Doors, Steering):
             )
         agreed = Terms.read(limits, terms)
         with self._budget.making:
-            if self._children is None:
-                self._children = {}
-            child = self._children.get(name)
+            account = self._account
+            child = account.limiters.get(name)
             if child is None:
-                child = self._children[name] = Limiter._under(self, name, agreed)
+                account.limiters = account.limiters or {}
+                child = account.limiters[name] = Limiter._under(self, name, agreed)
         if (limits or terms) and agreed != child._terms:  # noqa: SLF001 - its own kind
             raise ValueError(
                 f"{child.name!r} exists on other terms: ask for it by name alone, and change it "
@@ -336,15 +332,15 @@ class Limiter(Doors, Steering):
     @property
     def children(self) -> Mapping[str, "Limiter"]:
         """The children by name, without tenants."""
-        return MappingProxyType(self._children or {})
+        return MappingProxyType(self._account.limiters)
 
     def _tenants(self) -> Keys["Limiter"]:
         with self._budget.making:
-            if self._keys is None:
-                account = self._account
+            account = self._account
+            if account.keys is None:
                 account.steered = True  # what a tenant's own tenants used is not told in its `Rest`
-                self._keys = Keys(account, self._tenant, alive=_ALIVE)
-            return self._keys
+                account.keys = Keys(account, self._tenant, alive=_ALIVE)
+            return account.keys
 
     def _tenant(
         self, name: str, terms: Terms, again: Callable[[], Account]

@@ -151,6 +151,31 @@ def test_few_are_alive_and_old_handles_stay_good(virtual_time: VirtualTime) -> N
     virtual_time.run(main())
 
 
+def test_a_tenants_children_are_made_once_whoever_asks(virtual_time: VirtualTime) -> None:
+    """By a handle from before its rest or by one from after: the same, under the same limits."""
+    key = Limiter(clock=virtual_time.clock)
+    key.per_key("10 RPM burst 10", alive=1)
+    old = key.key("acme")
+    account = old._account
+    crowd_out(key)
+    assert account.retired
+    new = key.key("acme")
+    chat = old.child("chat", "2 RPM burst 2")
+    assert new.child("chat") is chat
+    assert new.children == old.children == {"chat": chat}
+    old.per_key("2 RPM burst 2")
+    assert old.key("user") is new.key("user")
+    for first, second in (
+        (old.child("chat"), new.child("chat")),
+        (old.key("user"), new.key("user")),
+    ):
+        first.acquire_nowait()
+        second.acquire_nowait()
+        for each in (first, second):
+            with pytest.raises(WouldBlock):
+                each.acquire_nowait()
+
+
 def test_whoever_is_busy_is_not_put_to_rest(virtual_time: VirtualTime) -> None:
     """In flight, in line, paused, watched, reconfigured, with children or tenants of its own."""
 
