@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from asyncbucket import AcquireTimeout, Limit, Limiter, WouldBlock
 from asyncbucket.limiter.account import Account
+from asyncbucket.limiter.levels import is_under
 from asyncbucket.limiter.rest import put_to_rest_locked
 from asyncbucket.testing import VirtualTime, assert_never_over, assert_within_bucket, virtual_time
 
@@ -152,7 +153,7 @@ def test_few_are_alive_and_old_handles_stay_good(virtual_time: VirtualTime) -> N
 
 
 def test_a_tenants_children_are_made_once_whoever_asks(virtual_time: VirtualTime) -> None:
-    """By a handle from before its rest or by one from after: the same, under the same limits."""
+    """By a handle from before its rest or by one from after: the same, paid once, limited once."""
     key = Limiter(clock=virtual_time.clock)
     key.per_key("10 RPM burst 10", alive=1)
     old = key.key("acme")
@@ -163,6 +164,9 @@ def test_a_tenants_children_are_made_once_whoever_asks(virtual_time: VirtualTime
     chat = old.child("chat", "2 RPM burst 2")
     assert new.child("chat") is chat
     assert new.children == old.children == {"chat": chat}
+    assert is_under(old, new)
+    assert is_under(chat, new)
+    assert not is_under(new, chat)
     old.per_key("2 RPM burst 2")
     assert old.key("user") is new.key("user")
     for first, second in (
