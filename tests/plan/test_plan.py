@@ -103,6 +103,13 @@ def test_calls_that_can_never_pass_are_counted() -> None:
     )
 
 
+def test_call_that_can_never_pass_holds_up_nobody() -> None:
+    """The limiter refuses it as it comes, so those behind it do not wait until others end."""
+    planned = plan(tokens=[500, 50_000, 700], tpm=30_000, concurrency=2, latency=[20.0, 1.0, 1.0])
+
+    assert (planned.refused, planned.waits.max, planned.duration) == (1, 0, 20.0)
+
+
 def test_no_call_passes_is_an_error() -> None:
     """With the numbers and the remedy of the limiter."""
     with pytest.raises(
