@@ -110,6 +110,14 @@ def test_call_that_can_never_pass_holds_up_nobody() -> None:
     assert (planned.refused, planned.waits.max, planned.duration) == (1, 0, 20.0)
 
 
+def test_no_more_than_all_of_a_limit_is_used() -> None:
+    """Not even by a call that turns out to have used more than there is."""
+    planned = plan(calls=1, tokens=800, used_tokens=1_500, tpm=1_000, latency=1)
+
+    assert planned.tokens == 1_500
+    assert planned.limits[0].used == 1.0
+
+
 def test_no_call_passes_is_an_error() -> None:
     """With the numbers and the remedy of the limiter."""
     with pytest.raises(
