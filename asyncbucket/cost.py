@@ -107,3 +107,8 @@ def counted(amount: int, resource: str) -> str:
     """Return an amount as people say it: "1 request", "36,055 input tokens"."""
     name = resource.replace("_", " ")
     return f"{amount:,} {name.removesuffix('s') if amount == 1 else name}"
+
+
+def rounded(value: float) -> str:
+    """Return a number in three digits, or in all that stand before the point: "0.012", "3,600"."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # noqa: PLR2004 - three digits

@@ -85,7 +85,7 @@ class Limit:
         if self.burst > self.amount:
             raise LimitSyntaxError(
                 f"a burst of {self.burst:,} is above the limit of {self.amount:,} {self.resource} "
-                f"per {self.per:g} s: lower the burst or raise the limit"
+                f"per {written_out(self.per)} s: lower the burst or raise the limit"
             )
 
     @classmethod
@@ -122,7 +122,12 @@ class Limit:
         )
 
     def __str__(self) -> str:
-        return f"{counted(self.amount, self.resource)} per {self.per:g} s"
+        return f"{counted(self.amount, self.resource)} per {written_out(self.per)} s"
+
+
+def written_out(per: float) -> str:
+    """Return a window's seconds in all their digits: a month's are "2592000", not "2.592e+06"."""
+    return f"{per:.9g}"
 
 
 def read_limits(limits: Iterable[str | Limit], keywords: dict[str, float | None]) -> list[Limit]:

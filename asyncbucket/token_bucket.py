@@ -9,7 +9,7 @@ from typing import Final, Self
 
 from asyncbucket.budget import NONE_AT_ALL, Budget
 from asyncbucket.context import deadline_of
-from asyncbucket.cost import counted
+from asyncbucket.cost import counted, rounded
 from asyncbucket.errors import AcquireTimeout, CostExceedsLimit, WouldBlock
 from asyncbucket.gates import Gates
 from asyncbucket.meters import NEVER, Amounts, Bucket
@@ -135,7 +135,7 @@ class TokenBucket:
         if not taken:
             retry_after = self._wait_of(amounts) * 1e-9
             raise WouldBlock(
-                f"{counted(amount, 'units')} cannot pass before {retry_after:.3g} s from now at "
+                f"{counted(amount, 'units')} cannot pass before {rounded(retry_after)} s from now at "
                 f"{self.rate:g} a second; wait with acquire()",
                 retry_after=retry_after,
                 bound_by="units",

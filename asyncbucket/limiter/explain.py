@@ -3,7 +3,7 @@
 import copy
 from dataclasses import dataclass
 
-from asyncbucket.cost import Cost, counted
+from asyncbucket.cost import Cost, counted, rounded
 from asyncbucket.gates import Gates
 from asyncbucket.limiter.account import Account
 from asyncbucket.limiter.refusal import seconds
@@ -125,9 +125,5 @@ def _such_calls(rate: Rate) -> str:
     """Return a rate in the unit that reads best: one as long as the limit's window, and no fraction."""
     for unit, length in (("a second", 1), ("a minute", 60), ("an hour", 3_600)):
         if length >= rate.limit.per and rate.calls * length >= 1:
-            return f"{_number(rate.calls * length)} such calls {unit}"
-    return f"{_number(rate.calls * 86_400)} such calls a day"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # noqa: PLR2004 - three digits
+            return f"{rounded(rate.calls * length)} such calls {unit}"
+    return f"{rounded(rate.calls * 86_400)} such calls a day"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TypeVar
 
-from asyncbucket.cost import Cost, counted
+from asyncbucket.cost import Cost, counted, rounded
 from asyncbucket.errors import AcquireTimeout, QueueFull, WouldBlock
 from asyncbucket.limiter.account import Account
 from asyncbucket.meters import NEVER, Amounts
@@ -49,7 +49,7 @@ def refuse_locked(
 
 def seconds(value: float) -> str:
     """Return a time as people say it."""
-    return f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"  # noqa: PLR2004 - three digits
+    return f"{rounded(value)} s"
 
 
 def _counted(account: Account, amounts: Amounts) -> Iterator[str]:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from asyncbucket.cost import rounded
 from asyncbucket.errors import AsyncBucketError
 from asyncbucket.http.failures import Verdict, classify
 from asyncbucket.retry.again import TryAgain, by_the_name
@@ -84,14 +85,17 @@ class Trial:
             return 0.0, f"Retry(attempts={policy.attempts}) allows no more"
         if asked is not None and asked > policy.max_wait:
             return 0.0, (
-                f"the provider asks to wait {asked:.3g} s, "
+                f"the provider asks to wait {rounded(asked)} s, "
                 f"and Retry(max_wait={policy.max_wait:g}) allows no more"
             )
         stated = paused if asked is None else asked
         wait = retrier.back_off(self.attempts) if stated is None else retrier.hold_on(stated)
         left = self.deadline - retrier.now()
         if not wait <= left:
-            return 0.0, f"the next attempt is due in {wait:.3g} s, the deadline in {left:.3g} s"
+            return (
+                0.0,
+                f"the next attempt is due in {rounded(wait)} s, the deadline in {rounded(left)} s",
+            )
         return wait, None
 
     def last_word(self, ended: TryAgain | AsyncBucketError) -> Exception:

@@ -6,7 +6,7 @@ from logging import DEBUG, INFO, Logger, getLogger
 from typing import Any, Final
 
 from asyncbucket import events
-from asyncbucket.cost import counted
+from asyncbucket.cost import counted, rounded
 from asyncbucket.events import Callback, Event
 
 #: Fields of the record that an event's own cannot hide: they are called ``asyncbucket.<field>``.
@@ -129,4 +129,4 @@ def _number(count: int, verb: str) -> str:
 
 
 def _seconds(value: float) -> str:
-    return f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"  # noqa: PLR2004 - three digits
+    return f"{rounded(value)} s"

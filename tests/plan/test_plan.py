@@ -110,6 +110,13 @@ def test_call_that_can_never_pass_holds_up_nobody() -> None:
     assert (planned.refused, planned.waits.max, planned.duration) == (1, 0, 20.0)
 
 
+def test_many_calls_in_flight_are_written_out() -> None:
+    """On average, too, as their peak is."""
+    planned = plan(calls=50_000, rpm=600_000, latency=60, what_if=False)
+
+    assert "\nin flight: 50,000 on average, 50,000 at most" in str(planned)
+
+
 def test_no_more_than_all_of_a_limit_is_used() -> None:
     """Not even by a call that turns out to have used more than there is."""
     planned = plan(calls=1, tokens=800, used_tokens=1_500, tpm=1_000, latency=1)
