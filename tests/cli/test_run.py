@@ -10,6 +10,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -291,6 +292,32 @@ def test_server_that_is_not_the_api_ends_the_run(
     assert f"\nerror: no request succeeds: {said} (http://127" in result.stderr
     assert len(lines_of("out.errors.jsonl")) < 10
     assert "\x1b" not in result.stderr
+
+
+def test_server_that_cannot_be_reached_ends_the_run_with_the_remedy() -> None:
+    """Nobody listens there: nothing was sent, and the lines wait for the next run."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        base = f"http://127.0.0.1:{nobody.getsockname()[1]}/v1"
+        arguments = ["-o", "out.jsonl", "--rpm", "60000", "--attempts", "1", "--api-base", base]
+        result = CliRunner().invoke(app, ["run", batch(3), *arguments])
+
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == (
+        f"error: no request succeeds: All connection attempts failed ({base}); "
+        f"see that it runs, or correct --api-base"
+    )
+
+
+def test_failure_without_words_is_called_by_its_name() -> None:
+    """A server that takes requests and never answers: httpx has nothing to say of it."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
+        base = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        arguments = ["--rpm", "60000", "--attempts", "1", "--timeout", "1", "--api-base", base]
+        result = CliRunner().invoke(app, ["run", batch(50), "-o", "out.jsonl", *arguments])
+
+    assert result.exit_code == 2
+    assert f"error: no request succeeds: ReadTimeout ({base})" in result.stderr
 
 
 def test_word_that_stands_for_a_key_is_no_secret(

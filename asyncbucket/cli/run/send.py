@@ -23,6 +23,8 @@ from asyncbucket.retry import Retrier, Retry
 _FIRST_ERROR: Final = 400
 _TOO_MANY: Final = 429
 _MESSAGE: Final = 500
+#: Nobody was there to be asked: nothing was sent.
+UNREACHABLE: Final = (httpx.ConnectError, httpx.ConnectTimeout)
 #: Connections that are kept for the next request. For each request httpcore looks at every pair of
 #: idle ones: with a hundred of them that takes more time than all else together.
 _IDLE: Final = 32
