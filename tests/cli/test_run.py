@@ -318,6 +318,7 @@ def test_failure_without_words_is_called_by_its_name() -> None:
 
     assert result.exit_code == 2
     assert f"error: no request succeeds: ReadTimeout ({base})" in result.stderr
+    assert "\n50 requests (0 answers/s)" in result.stderr  # they were sent, and may have been paid
 
 
 def test_word_that_stands_for_a_key_is_no_secret(

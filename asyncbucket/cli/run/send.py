@@ -186,7 +186,8 @@ class Sender:
             response = await self._client.post(
                 self._base + path.removeprefix("/v1"), content=content
             )
-        except httpx.HTTPError:
+        except httpx.HTTPError as error:
+            self._tally.sent += not isinstance(error, UNREACHABLE)
             self._waits(reply)
             raise
         self._tally.sent += 1
