@@ -434,6 +434,18 @@ def test_dry_run_sends_nothing_and_says_how_long_it_would_take(
     assert Path("out.jsonl").read_bytes() == before
 
 
+def test_dry_run_knows_answers_whose_index_is_lost(rate_limited_provider: ProviderFactory) -> None:
+    """As the run would: the answers are the record."""
+    arguments = [batch(3), "-o", "out.jsonl", "--rpm", "6000"]
+    run(rate_limited_provider(), *arguments)
+    for path in Path().glob("*.checkpoint*"):
+        path.unlink()
+
+    result = run(rate_limited_provider(), *arguments, "--dry-run")
+
+    assert result.stdout.startswith("0 requests to send, 3 answered earlier")
+
+
 def test_dry_run_says_the_same_as_json() -> None:
     """With the whole plan in it, and what lines are bad."""
     lines = Path(batch(600)).read_text() + "{\n"
