@@ -446,6 +446,19 @@ def test_dry_run_knows_answers_whose_index_is_lost(rate_limited_provider: Provid
     assert result.stdout.startswith("0 requests to send, 3 answered earlier")
 
 
+def test_dry_run_takes_what_a_run_takes() -> None:
+    """Limits of what no request costs, and calls that take no time."""
+    more = ["--also", "3 images/10s", "--latency", "0", "--dry-run"]
+    result = CliRunner().invoke(app, ["run", batch(3), "--rpm", "60", *more])
+
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines()[:2] == [
+        "3 requests to send",
+        "0 s, nothing binds: 3 calls with 48 tokens",
+    ]
+    assert "3 images per 10 s" in result.stdout
+
+
 def test_dry_run_says_the_same_as_json() -> None:
     """With the whole plan in it, and what lines are bad."""
     lines = Path(batch(600)).read_text() + "{\n"
