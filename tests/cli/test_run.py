@@ -558,6 +558,19 @@ def test_no_file_is_taken_for_two_things(files: list[str]) -> None:
     assert [path.name for path in Path().iterdir()] == ["in.jsonl"]
 
 
+def test_file_of_two_names_is_one(rate_limited_provider: ProviderFactory) -> None:
+    """A hard link, or upper and lower case on some disks: --restart would empty what is read."""
+    before = Path(batch(1)).read_bytes()
+    Path("out.jsonl").hardlink_to("in.jsonl")
+    arguments = ["in.jsonl", "-o", "out.jsonl", "--rpm", "60", "--restart"]
+
+    result = run(rate_limited_provider(), *arguments)
+
+    assert result.exit_code == 2
+    assert "out.jsonl is read or written already: give another -o" in result.stderr
+    assert Path("in.jsonl").read_bytes() == before
+
+
 def test_errors_may_go_to_a_device(rate_limited_provider: ProviderFactory) -> None:
     """It is written to, and never removed."""
     os.mkfifo("pipe")

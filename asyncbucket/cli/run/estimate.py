@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from asyncbucket.cli.run.feed import tasks
-from asyncbucket.cli.run.job import STANDARD, Job
+from asyncbucket.cli.run.job import Job
 from asyncbucket.cli.run.ledger import Ledger
 from asyncbucket.cli.run.output import Errors
 from asyncbucket.cli.run.report import reasons
@@ -52,8 +52,7 @@ async def estimate(job: Job, tally: Tally) -> Estimate:
     host = urlsplit(job.api_base).hostname or ""
     profile = profile_of(host) if job.profile is None else profile_named(job.profile)
     found, chance = Estimate(), random.Random(0)  # noqa: S311 - a sample, no secret
-    # The answers are the record; their index may be lost.
-    known = job.out != STANDARD and Path(job.out).exists() and not job.restart
+    known = job.goes_on
     with Ledger(
         Path(job.out) if known else None, job.checkpoint if known else None, job.settings
     ) as ledger:
