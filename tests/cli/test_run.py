@@ -586,6 +586,21 @@ def test_errors_may_go_to_a_device(rate_limited_provider: ProviderFactory) -> No
     os.close(reader)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links are of Unix")
+def test_errors_may_go_through_a_link(rate_limited_provider: ProviderFactory) -> None:
+    """Such as /dev/stderr, which is one: it leads to a file if standard error does."""
+    Path("in.txt").write_text("{\n")
+    Path("link").symlink_to("log")
+    Path("log").write_text("before\n")
+
+    arguments = ["-o", "out.jsonl", "--errors", "link", "--rpm", "1"]
+    result = run(rate_limited_provider(), "in.txt", *arguments)
+
+    assert result.exit_code == 1
+    assert Path("link").is_symlink()
+    assert Path("log").read_text().startswith('before\n{"id":null')
+
+
 @pytest.mark.parametrize("key", ["sk-secret\nsk-secret", "sk-s\u00e9cret"])
 def test_key_that_cannot_be_sent_is_not_shown(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A library's own complaint would quote it."""
