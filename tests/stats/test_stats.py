@@ -32,6 +32,17 @@ def get(url: str, **headers: str) -> str:
         return str(reply.read().decode())
 
 
+def test_limiters_of_one_name_are_refused() -> None:
+    """Prometheus would drop the numbers of one of them, and ``watch`` mix them up."""
+    limiter = Limiter("5 RPM", name="chat")
+    child = limiter.child("a")
+
+    with pytest.raises(ValueError, match=r"called 'default': give each a name= of its own"):
+        serve_stats([Limiter("5 RPM"), Limiter("6 RPM")])
+    with pytest.raises(ValueError, match=r"called 'chat/a': .* leave out children"):
+        serve_stats([limiter, child])
+
+
 def test_report_shows_children_and_counts_tenants_unnamed() -> None:
     """Tenants are in the numbers above, never in the list."""
     seen = report([busy()])
