@@ -85,11 +85,11 @@ def serve_stats(
     them = [limiters] if isinstance(limiters, Limiter) else list(limiters)
     check_names(them)
     if path is not None:
-        where = Path(path)
+        where = Path(path).resolve()  # wherever the program goes meanwhile
         with _said_of(str(where)):
             _clear(where)
             unix = _UnixServer(where, them)
-        return StatsServer(unix, f"unix://{where.resolve()}", where)
+        return StatsServer(unix, f"unix://{where}", where)
     if not (host == "localhost" or _is_loopback(host)):
         raise ValueError(
             f"statistics are served on this machine alone: host must be a loopback address such as "

@@ -108,6 +108,16 @@ def test_unix_socket_is_its_owner_s_alone_and_gone_afterwards(tmp_path: Path) ->
     assert not path.exists()
 
 
+def test_socket_goes_away_wherever_the_program_has_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon changes to another folder after it was started."""
+    monkeypatch.chdir(tmp_path)
+    with busy().serve_stats(path="limits.sock"):
+        monkeypatch.chdir("/")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_is_no_socket_to_take_over(tmp_path: Path) -> None:
     """Somebody's file stays."""
     path = tmp_path / "notes.txt"
