@@ -112,6 +112,7 @@ def test_watch_looks_at_a_unix_socket(tmp_path: Path) -> None:
         ),
         ("http://127.0.0.1:1", 1, "nobody serves statistics at http://127.0.0.1:1"),
         ("limits", 2, "'limits' is no limiter to watch"),
+        ("localhost:4294", 2, "'localhost:4294' is no limiter to watch: give the URL that"),
         ("https://example.org", 2, "is no limiter to watch"),
         ("ftp://example.org", 2, "is no store"),
         ("http://127.0.0.1:99999", 2, "'http://127.0.0.1:99999' names no port"),

@@ -39,7 +39,7 @@ def source(url: str) -> Look:
         return lambda: _fetch(http.client.HTTPConnection(host, port, timeout=_PATIENCE), shown)
     if parts.scheme == "unix" and not parts.query:
         return lambda: _fetch(_Unix(parts.path), shown)
-    if parts.scheme in {"", "https"}:
+    if parts.scheme in {"", "https"} or "://" not in url:
         raise ValueError(
             f"{shown!r} is no limiter to watch: give the URL that limiter.serve_stats() tells "
             f"(http://127.0.0.1:4294, unix:///run/limits.sock) or a store's (redis://host:6379/0)"
