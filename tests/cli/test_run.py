@@ -766,12 +766,32 @@ def test_restarted_run_does_not_burst_over_the_limit() -> None:
     assert len(times) <= 6 + seconds + 1
 
 
-def test_help_shows_how_it_is_used() -> None:
-    """With examples that are commands of this program."""
-    result = CliRunner().invoke(app, ["run", "--help"], prog_name="asyncbucket")
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes are of a shell")
+def test_examples_of_the_help_run_one_after_the_other(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    """Whoever copies them gets answers; only ``jq`` and the server's address are their own."""
+    base = rate_limited_provider().base_url
+    batch(3, path="batch.jsonl")
+    batch(3, path="in.jsonl")
+    for path in ("prompts.txt", "a.txt"):
+        Path(path).write_text("# two\none\ntwo\n")
+    help_ = CliRunner().invoke(app, ["run", "--help"], prog_name="asyncbucket").output
+    examples = [line for line in help_.partition("Examples:")[2].splitlines() if "run" in line]
+    this = f"{sys.executable} -m asyncbucket run"
 
-    assert result.exit_code == 0
-    assert result.output.partition("Examples:")[2].count("asyncbucket run ") == 4
+    for example in examples:
+        command = example.replace("asyncbucket run", this).replace(" | jq .", "")
+        done = subprocess.run(
+            ["/bin/sh", "-c", command.replace("http://127.0.0.1:8000/v1", base)],
+            env={**os.environ, "OPENAI_BASE_URL": base},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 0, (example, done.stderr)
+    assert len(examples) == 4
 
 
 def test_output_in_a_pipe_is_plain_and_fits(rate_limited_provider: ProviderFactory) -> None:
