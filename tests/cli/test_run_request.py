@@ -83,6 +83,13 @@ def test_bound_of_a_line_stays() -> None:
     }
 
 
+def test_completion_has_its_bound_too() -> None:
+    """By the name that the old endpoint has for it."""
+    line = batch(url="/v1/completions", body={"model": "m", "prompt": "Why?"})
+
+    assert read(line, Job(source="-", out="-", max_tokens=9)).body["max_tokens"] == 9
+
+
 def test_members_beside_a_prompt_are_kept() -> None:
     """A temperature, a response format; a bound, which no second one joins; a model of its own."""
     job = Job(source="-", out="-", max_tokens=9)

@@ -18,6 +18,7 @@ _ASKED: Final = {
 _BOUND: Final = {
     "/v1/chat/completions": "max_completion_tokens",
     "/v1/responses": "max_output_tokens",
+    "/v1/completions": "max_tokens",
 }
 _BOUNDS: Final = frozenset({"max_tokens", "max_completion_tokens", "max_output_tokens"})
 _LONGEST_ID: Final = 512
