@@ -276,6 +276,8 @@ def test_key_that_a_provider_quotes_is_shown_to_nobody(httpx_says: Callable[...,
     [
         (b"<html>\nHi\x1b[31m", 200, "HTTP 200: the reply is no JSON: <html> Hi [31m"),
         (b"", 200, "HTTP 200: the reply is no JSON: it is empty"),
+        (b"[" * 100_000, 200, "HTTP 200: the reply is no JSON: [[["),
+        (b"[" * 100_000, 404, "HTTP 404: [[["),
         (b"<html>", 405, "HTTP 405: <html>"),
     ],
 )
@@ -289,7 +291,8 @@ def test_server_that_is_not_the_api_ends_the_run(
     result = CliRunner().invoke(app, ["run", batch(100), *arguments, "--api-base", base])
 
     assert result.exit_code == 2
-    assert f"\nerror: no request succeeds: {said} (http://127" in result.stderr
+    assert f"\nerror: no request succeeds: {said}" in result.stderr
+    assert " (http://127" in result.stderr
     assert len(lines_of("out.errors.jsonl")) < 10
     assert "\x1b" not in result.stderr
 
