@@ -120,6 +120,11 @@ def does(resource: str, verb: str) -> str:
     return f"{name} {verb if name.endswith('s') else verb + 's'}"
 
 
+def rounded(value: float) -> str:
+    """Return a number in three digits, or in all that stand before the point: "0.012", "3,600"."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # noqa: PLR2004 - three digits
+
+
 def in_seconds(value: float) -> str:
     """Return a time as people say it: "0.25 s", "86,906 s"."""
-    return f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"  # noqa: PLR2004 - three digits
+    return f"{rounded(value)} s"

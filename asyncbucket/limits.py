@@ -122,7 +122,12 @@ class Limit:
         )
 
     def __str__(self) -> str:
-        return f"{counted(self.amount, self.resource)} per {self.per:.10g} s"
+        return f"{counted(self.amount, self.resource)} per {written_out(self.per)} s"
+
+
+def written_out(per: float) -> str:
+    """Return a window's seconds in all their digits: a month's are "2592000", not "2.592e+06"."""
+    return f"{per:.9g}"
 
 
 def read_limits(limits: Iterable[str | Limit], keywords: dict[str, float | None]) -> list[Limit]:

@@ -149,6 +149,8 @@ def _read(name: str, value: object) -> Any:
         return _text(value)
     if name == "concurrency":
         return _concurrency(value)
+    if name == "max_queue" and value == "0":  # nobody waits; every other number is at least 1
+        return 0
     return _number(value)
 
 

@@ -375,6 +375,14 @@ def test_longer_wait_than_allowed_fails_at_once(stage: Stage) -> None:
     ]
 
 
+def test_long_wait_is_said_in_seconds_that_are_written_out(stage: Stage) -> None:
+    """A provider whose day is spent asks for hours."""
+    with pytest.raises(openai.APIStatusError) as caught:
+        stage.run(stage.retrier().call(stage.script(status_error(503, retry_after="7200"))))
+
+    assert "the provider asks to wait 7,200 s, and" in caught.value.__notes__[0]
+
+
 def test_wait_past_the_deadline_fails_at_once(stage: Stage) -> None:
     """The deadline is an instant of the limiter's clock, and nobody sleeps towards it in vain."""
     script = stage.script(status_error(503, retry_after="8"))

@@ -37,6 +37,13 @@ def test_environment_describes_a_limiter() -> None:
     assert (limiter.name, limiter.concurrency, limiter.max_queue) == ("openai", 20, 1_000)
 
 
+def test_environment_may_have_nobody_wait() -> None:
+    """As ``max_queue=0`` does: no line at all."""
+    assert env(RPM="500", MAX_QUEUE="0").max_queue == 0
+    with pytest.raises(LimitSyntaxError, match=r"^ASYNCBUCKET_RPM: '0' is no number"):
+        env(RPM="0")
+
+
 def test_environment_has_any_limit() -> None:
     """Several, with a semicolon between them, for commas are in numbers."""
     limiter = env(LIMITS="14,400 RPD; 3 images/10s burst 1;")

@@ -5,8 +5,8 @@ for a second one wait for ever. So these are left alone:
 
 - a method of a model that the limiter wraps, ``llm.acomplete``;
 - a function that `Limiter.paced` decorates;
-- a function that names one of these, or a client on a paced transport, or calls ``acquire`` of the
-  limiter or of a child of it; likewise in what its closure and its object hold by these names, and
+- a function that names one of these, or a client on a paced transport, or calls ``acquire`` or
+  ``amap`` of the limiter or of a child of it; likewise in what its closure and its object hold by these names, and
   in the functions that it names.
 
 This reads code, which can say much that this does not see. Whoever passes ``cost=`` or ``paced=``
@@ -26,7 +26,7 @@ _DEPTH: Final = 6
 _MOST: Final = 2_000
 #: So many of a list's or a dict's: models may be kept in one.
 _OF_MANY: Final = 8
-_ACQUIRES: Final = frozenset({"acquire", "acquire_nowait", "acquire_sync"})
+_ACQUIRES: Final = frozenset({"acquire", "acquire_nowait", "acquire_sync", "amap"})
 _LEAVES: Final = (str, bytes, int, float, complex, type(None), type, types.ModuleType, Limiter)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Final, Literal, Protocol, TypeAlias
 import anyio
 
 from asyncbucket.batch.outlook import Look, Outlook, duration
+from asyncbucket.cost import rounded
 from asyncbucket.limiter import Limiter
 
 Shown: TypeAlias = bool | Literal["rich", "tqdm"]
@@ -102,7 +103,7 @@ class _ShownProgress(Progress):
             await anyio.sleep(_EVERY)
 
     def _words(self, look: Look) -> list[str]:
-        words = [f"{look.rate:.3g}/s"] if look.rate else []
+        words = [f"{rounded(look.rate)}/s"] if look.rate else []
         if look.left:
             words.append(f"{duration(look.left)} left")
         if look.bound_by is not None:

@@ -55,6 +55,9 @@ def map_sync(
     A plain function is called in threads, as many at once as the limiter's concurrency, or at most 64;
     an async one on an event loop in a thread. The items are iterated in that thread as well. Leaving
     the loop waits for the calls that run: a thread cannot be cancelled.
+
+    Raises:
+        ValueError, TypeError, ImportError: as for `amap`, at once.
     """
     if workers is not None:
         read_count(workers, "workers", least=1)
@@ -62,14 +65,12 @@ def map_sync(
         workers = min(limiter.concurrency or _THREADS, _THREADS)
     if options.get("paced") is None and options.get("cost") is None:
         options["paced"] = acquires_itself(fn, limiter)
-    return _iterate(limiter, fn, items, {**options, "workers": workers})
+    call = _in_threads(fn, workers)
+    return _iterate(amap(limiter, call, items, workers=workers, **options))
 
 
-def _iterate(
-    limiter: Limiter, fn: Callable[[T], Any], items: Any, options: dict[str, Any]
-) -> Generator[Item[T, Any]]:
+def _iterate(results: Results[T, Any]) -> Generator[Item[T, Any]]:
     with start_blocking_portal() as portal:
-        results: Results[T, Any] = portal.call(_begin, limiter, fn, items, options)
         try:
             while True:
                 try:
@@ -78,12 +79,6 @@ def _iterate(
                     return
         finally:
             portal.call(results.aclose)
-
-
-async def _begin(
-    limiter: Limiter, fn: Callable[[T], Any], items: Any, options: dict[str, Any]
-) -> Results[T, Any]:
-    return amap(limiter, _in_threads(fn, options["workers"]), items, **options)
 
 
 def _in_threads(fn: Callable[[T], Any], threads: int | None) -> Callable[[T], Awaitable[Any]]:

@@ -3,7 +3,9 @@
 Needs `pip install "asyncbucket[cli]"`. Nothing in the package imports this.
 """
 
+import signal
 import sys
+from types import FrameType
 
 __all__ = ["main"]
 
@@ -13,6 +15,7 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Run the command that `sys.argv` names, and exit with its status."""
+    signal.signal(signal.SIGTERM, _end)
     try:
         from asyncbucket.cli.app import app
 
@@ -23,3 +26,9 @@ def main() -> None:
         sys.exit(f'error: the command line needs {error.name}: pip install "asyncbucket[cli]"')
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """End as an error would: a terminal whose cursor is hidden has to get it back."""
+    del frame
+    sys.exit(128 + number)

@@ -47,7 +47,8 @@ class Routes:
             together (``"/v1/chat/completions gpt-4o*"``); or a function of the `Call`.
 
     Raises:
-        ValueError: a pattern is none of these, or a limiter is none under ``limiter``.
+        ValueError: a pattern is none of these, ``limiter`` has no child of a name, or a limiter is
+            none under it.
         TypeError: a target is neither a name nor a limiter.
     """
 
@@ -61,7 +62,7 @@ class Routes:
         if isinstance(routing, Mapping):
             rules = [_read(pattern, target) for pattern, target in routing.items()]
             for rule in rules:
-                self._resolve(rule.target)  # a mistake shows at once
+                self._check(rule.target)  # a mistake shows at once
             self._choose: Callable[[Call], Target] = lambda call: next(
                 (rule.target for rule in rules if rule.matches(call)), None
             )
@@ -71,6 +72,16 @@ class Routes:
     def of(self, call: Call) -> Limiter:
         """Return the limiter that ``call`` is for."""
         return self._resolve(self._choose(call))
+
+    def _check(self, target: Target) -> None:
+        """Refuse what leads nowhere; a name that was misspelt would be a child without limits."""
+        if isinstance(target, str) and target not in self._limiter.children:
+            known = ", ".join(self._limiter.children) or "none"
+            raise ValueError(
+                f"{self._limiter.name!r} has no child {target!r} (it has: {known}): correct the name, "
+                f"or make it first by child({target!r}, ...)"
+            )
+        self._resolve(target)
 
     def _resolve(self, target: Target) -> Limiter:
         if target is None:

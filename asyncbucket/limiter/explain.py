@@ -3,7 +3,7 @@
 import copy
 from dataclasses import dataclass
 
-from asyncbucket.cost import Cost, counted, does, in_seconds
+from asyncbucket.cost import Cost, counted, does, in_seconds, rounded
 from asyncbucket.gates import Gates
 from asyncbucket.limiter.account import Account
 from asyncbucket.limits import Limit
@@ -132,5 +132,5 @@ def _such_calls(rate: Rate) -> str:
 
 
 def _counted(calls: float) -> str:
-    number = f"{calls:,.0f}" if calls >= 100 else f"{calls:.3g}"  # noqa: PLR2004 - three digits
+    number = rounded(calls)
     return f"{number} such {'call' if number == '1' else 'calls'}"

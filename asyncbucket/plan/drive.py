@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from asyncbucket.meters import NEVER, Amounts, Meter, Slots
+from asyncbucket.limits import Limit
+from asyncbucket.meters import Amounts, Meter, Slots
 
 
 class Passage(Protocol):
@@ -29,6 +30,11 @@ class Passage(Protocol):
     @property
     def slots(self) -> Sequence[Slots]:
         """Those of them that count calls in flight."""
+        ...
+
+    @property
+    def limits(self) -> Sequence[Limit]:
+        """The limits that the meters keep."""
         ...
 
     def take(self, amounts: Amounts, now: int) -> bool:
@@ -137,10 +143,12 @@ class _Drive:
     def _serve(self, arrived: int, call: Call) -> None:
         """Let time pass until ``call``, the first in line from now on, is admitted."""
         self._now = max(self._now, arrived)
-        if not self._passage.take(call.amounts, self._now) and not self._wait(call):
-            self._course.refused.append(call)
-            self._beget(call)
-            return
+        if not self._passage.take(call.amounts, self._now):
+            if self._can_never_pass(call):
+                self._course.refused.append(call)
+                self._beget(call)
+                return
+            self._wait(call)
         now, course, running = self._now, self._course, self._running
         course.admitted.append(now)
         course.waited.append(now - arrived)
@@ -150,21 +158,21 @@ class _Drive:
         heapq.heappush(running, _Running(now + call.latency, len(course.waited), now, call))
         course.peak = max(course.peak, len(running))
 
-    def _wait(self, call: Call) -> bool:
-        """Move on until the meters let ``call`` pass; return whether they ever do."""
+    def _can_never_pass(self, call: Call) -> bool:
+        """Tell whether the limiter would refuse ``call`` as it comes, which takes no time."""
+        limits = self._passage.limits
+        return any(call.amounts.get(limit.resource, 0) > limit.amount for limit in limits)
+
+    def _wait(self, call: Call) -> None:
+        """Move on until the meters let ``call`` pass."""
         passage, running, held_up = self._passage, self._running, self._course.held_up
         since = now = self._now
         while True:
             due, bound_by = passage.earliest(call.amounts, since)
             if due <= now:  # above a burst, and the rest has flowed in
                 passage.book(call.amounts, now)
-                return True
-            if running and running[0].end <= due:
-                then = running[0].end
-            elif due < NEVER:
-                then = due
-            else:
-                return False
+                return
+            then = min(due, running[0].end) if running else due
             assert bound_by is not None, "whoever has to wait waits for something"
             held_up[bound_by] = held_up.get(bound_by, 0) + then - now
             self._now = now = then
@@ -172,7 +180,7 @@ class _Drive:
             while running and running[0].end <= now:
                 look |= self._end()
             if look and passage.take(call.amounts, now):
-                return True
+                return
 
     def _end(self) -> bool:
         """End the call that is the next to end; return whether it rings: something came back."""

@@ -1,6 +1,7 @@
 """What is asked: which calls there are, what they cost, how long they take and when they come."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
 from itertools import islice, repeat
 from typing import Any
 
@@ -152,11 +153,13 @@ def loads_of(
     seed: int,
 ) -> dict[str | None, Load]:
     """Return the calls of each tenant, or under None those of a plan without any."""
+    shared = {each.name: _kept(getattr(everyone, each.name)) for each in fields(everyone)}
+    resources = {name: _kept(samples) for name, samples in resources.items()}
 
     def load(name: str | None, tenant: Tenant) -> Load:
         def given(side: str) -> Any:
             own = getattr(tenant, side)
-            return getattr(everyone, side) if own is None else own
+            return shared[side] if own is None else own
 
         return Load(
             calls=given("calls"),
@@ -172,3 +175,8 @@ def loads_of(
     if not tenants:
         return {None: load(None, everyone)}
     return {name: load(name, tenant) for name, tenant in tenants.items()}
+
+
+def _kept(value: Any) -> Any:
+    """Return samples or instants as every tenant can read them, a generator's too."""
+    return list(value) if isinstance(value, Iterator) else value

@@ -212,7 +212,8 @@ def _used(limit: Limit | None, bounds: Bounds, course: Course) -> float:
     most: float = limit.amount * (last // limit.window + 1)
     if limit.burst is not None:
         most = min(most, limit.burst + limit.amount * last / limit.window)
-    return course.used.get(limit.resource, 0) / most
+    # Calls that use more than they reserved may end above it: then all was used.
+    return min(1.0, course.used.get(limit.resource, 0) / most)
 
 
 def _rate(limit: Limit | None, bounds: Bounds, course: Course) -> float | None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from asyncbucket.cost import does
+from asyncbucket.cost import does, rounded
 
 _MINUTE: Final = 60
 _HOUR: Final = 3_600
@@ -183,7 +183,7 @@ def details(plan: Plan) -> Iterator[str]:
             f"{spoken(waits.max)} at most"
         )
     if plan.mean_in_flight:
-        yield f"in flight: {plan.mean_in_flight:.3g} on average, {plan.peak_in_flight:,} at most"
+        yield f"in flight: {rounded(plan.mean_in_flight)} on average, {plan.peak_in_flight:,} at most"
     if plan.refused:
         calls = "1 call" if plan.refused == 1 else f"{plan.refused:,} calls"
         yield f"never passed: {calls}: {plan.refusal}"

@@ -40,6 +40,22 @@ def report(limiters: Sequence[Limiter]) -> dict[str, Any]:
     }
 
 
+def check_names(limiters: Sequence[Limiter]) -> None:
+    """Refuse limiters of one name, whose numbers nobody could tell apart.
+
+    Raises:
+        ValueError: the message says which name.
+    """
+    seen: set[str] = set()
+    for name in (each.name for limiter in limiters for each in _family(limiter)):
+        if name in seen:
+            raise ValueError(
+                f"two limiters to be seen are called {name!r}: give each a name= of its own, and "
+                f"leave out children, which are seen with their parents"
+            )
+        seen.add(name)
+
+
 def as_prometheus(limiters: Sequence[Limiter]) -> str:
     """Return the same as text in Prometheus's format, version 0.0.4."""
     rows = report(limiters)["limiters"]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from asyncbucket.limiter import Limiter
-from asyncbucket.stats.report import as_prometheus, report
+from asyncbucket.stats.report import as_prometheus, check_names, report
 
 _NAMES: Final = ("localhost", "127.0.0.1", "[::1]")
 _PORTS: Final = 65_535
@@ -78,16 +78,18 @@ def serve_stats(
         path: of a unix socket, instead of host and port; only its owner may connect.
 
     Raises:
-        ValueError: ``host`` is no loopback address, or there is no such port.
+        ValueError: ``host`` is no loopback address, there is no such port, or two limiters have
+            one name.
         OSError: the port or the path is taken, or cannot be had; it says which.
     """
     them = [limiters] if isinstance(limiters, Limiter) else list(limiters)
+    check_names(them)
     if path is not None:
-        where = Path(path)
+        where = Path(path).resolve()  # wherever the program goes meanwhile
         with _said_of(str(where)):
             _clear(where)
             unix = _UnixServer(where, them)
-        return StatsServer(unix, f"unix://{where.resolve()}", where)
+        return StatsServer(unix, f"unix://{where}", where)
     if not (host == "localhost" or _is_loopback(host)):
         raise ValueError(
             f"statistics are served on this machine alone: host must be a loopback address such as "

@@ -8,7 +8,7 @@ from typing import Any, Final, Protocol
 
 from asyncbucket.events import Callback, Event
 from asyncbucket.limiter.statistics import Statistics
-from asyncbucket.limits import Limit
+from asyncbucket.limits import Limit, written_out
 
 _TENANT: Final = re.compile(r"/\*[^/]*")
 #: The label of limiters beyond those that are told apart.
@@ -127,7 +127,7 @@ def _add_use(reading: Reading, now: Statistics) -> None:
 
 def limit_label(limit: Limit) -> str:
     """Return what ``limit`` is known by, whatever its amount: ``rpm``, or ``images/10s``."""
-    return limit.keyword or f"{limit.resource}/{limit.per:.10g}s"
+    return limit.keyword or f"{limit.resource}/{written_out(limit.per)}s"
 
 
 def by_kind(handlers: Mapping[type[Event], Callable[[Any], object]]) -> Callback:

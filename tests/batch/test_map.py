@@ -1,5 +1,6 @@
 """The same for code without an event loop. Threads run on the machine's clock."""
 
+import asyncio
 import threading
 import time
 from pathlib import Path
@@ -112,3 +113,39 @@ def test_a_number_of_threads_is_a_whole_one(workers: Any) -> None:
     message = f"workers must be a whole number of at least 1, not {workers}"
     with pytest.raises(ValueError, match=message):
         map_sync(Limiter(concurrency=1), str, [1], workers=workers)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"errors": "ignore"}, "errors must be 'raise' or 'collect', not 'ignore'"),
+        ({"window": 0}, "window must be a whole number of at least 1, not 0"),
+        ({"cost": 3}, "a cost is a Cost, a dict such as"),
+        ({"show_progress": "dots"}, "show_progress must be True, False, 'rich' or 'tqdm'"),
+        ({"order": True}, "unexpected keyword argument 'order'"),
+    ],
+)
+def test_mistake_is_refused_at_once(option: dict[str, Any], message: str) -> None:
+    """And not with the first result, which somebody else may be the one to ask for."""
+    with pytest.raises((TypeError, ValueError), match=message):
+        map_sync(Limiter(concurrency=1), str, [1], **option)
+
+
+def test_text_is_no_list_of_items() -> None:
+    """The name of a file, which is forgotten to be opened; said at once, too."""
+    with pytest.raises(
+        TypeError, match=r"a text as items, .prompts\.txt., would be a call for each"
+    ):
+        map_sync(Limiter(concurrency=1), str, "prompts.txt")
+
+
+def test_it_may_be_called_where_a_loop_runs() -> None:
+    """As in a notebook; and need not be iterated at all."""
+    limiter = Limiter("6000 RPM", concurrency=2)
+
+    async def main() -> list[int]:
+        map_sync(limiter, abs, [0])
+        return [item.result for item in map_sync(limiter, abs, [-1, -2], ordered=True)]
+
+    assert asyncio.run(main()) == [1, 2]
+    assert limiter.statistics().admitted == 2

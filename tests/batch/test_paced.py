@@ -53,6 +53,11 @@ async def by_another(prompt: str) -> str:
         return prompt
 
 
+async def by_a_batch(prompt: str) -> list[str]:
+    """Have many calls made, each of which is admitted."""
+    return [item.result async for item in limiter.amap(plain, prompt.split())]
+
+
 class Pipeline:
     """Hold a model that some methods use, and some don't."""
 
@@ -118,6 +123,7 @@ def paced_functions() -> Iterator[tuple[str, Callable[[str], Awaitable[object]]]
     yield "names a model", by_the_model
     yield "names a client", by_the_client
     yield "acquires", by_hand
+    yield "has a batch of its own", by_a_batch
     yield "is decorated", decorated
     yield "acquires of a child", by_a_child
     yield "a lambda", lambda prompt: decorated(prompt)  # noqa: PLW0108 - it is the point
@@ -164,6 +170,19 @@ async def test_wrapped_model_is_charged_once() -> None:
 
     assert len(items) == 2
     assert here.statistics().admitted == 2
+
+
+async def test_batch_of_batches_does_not_wait_for_itself() -> None:
+    """Each outer call would hold a slot and wait for another one for its own."""
+    here = Limiter("1000 RPM", concurrency=1)
+
+    async def words(text: str) -> list[str]:
+        return [item.result async for item in here.amap(plain, text.split(), ordered=True)]
+
+    items = [item async for item in amap(here, words, ["a b", "c"], ordered=True)]
+
+    assert [item.result for item in items] == [["a", "b"], ["c"]]
+    assert here.statistics().admitted == 3
 
 
 async def test_whoever_says_so_decides() -> None:

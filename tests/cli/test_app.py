@@ -1,6 +1,7 @@
 """The command line: help, versions and errors, as one sees them."""
 
 import json
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -98,9 +99,11 @@ def test_interrupt_before_a_command_is_status_130(monkeypatch: pytest.MonkeyPatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "app", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
 
     with pytest.raises(SystemExit) as caught:
         main()
+    signal.signal(signal.SIGTERM, before)
     assert caught.value.code == 130
 
 

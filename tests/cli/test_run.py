@@ -10,6 +10,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -275,6 +276,8 @@ def test_key_that_a_provider_quotes_is_shown_to_nobody(httpx_says: Callable[...,
     [
         (b"<html>\nHi\x1b[31m", 200, "HTTP 200: the reply is no JSON: <html> Hi [31m"),
         (b"", 200, "HTTP 200: the reply is no JSON: it is empty"),
+        (b"[" * 100_000, 200, "HTTP 200: the reply is no JSON: [[["),
+        (b"[" * 100_000, 404, "HTTP 404: [[["),
         (b"<html>", 405, "HTTP 405: <html>"),
     ],
 )
@@ -288,9 +291,37 @@ def test_server_that_is_not_the_api_ends_the_run(
     result = CliRunner().invoke(app, ["run", batch(100), *arguments, "--api-base", base])
 
     assert result.exit_code == 2
-    assert f"\nerror: no request succeeds: {said} (http://127" in result.stderr
+    assert f"\nerror: no request succeeds: {said}" in result.stderr
+    assert " (http://127" in result.stderr
     assert len(lines_of("out.errors.jsonl")) < 10
     assert "\x1b" not in result.stderr
+
+
+def test_server_that_cannot_be_reached_ends_the_run_with_the_remedy() -> None:
+    """Nobody listens there: nothing was sent, and the lines wait for the next run."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        base = f"http://127.0.0.1:{nobody.getsockname()[1]}/v1"
+        arguments = ["-o", "out.jsonl", "--rpm", "60000", "--attempts", "1", "--api-base", base]
+        result = CliRunner().invoke(app, ["run", batch(3), *arguments])
+
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == (
+        f"error: no request succeeds: All connection attempts failed ({base}); "
+        f"see that it runs, or correct --api-base"
+    )
+
+
+def test_failure_without_words_is_called_by_its_name() -> None:
+    """A server that takes requests and never answers: httpx has nothing to say of it."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
+        base = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        arguments = ["--rpm", "60000", "--attempts", "1", "--timeout", "1", "--api-base", base]
+        result = CliRunner().invoke(app, ["run", batch(50), "-o", "out.jsonl", *arguments])
+
+    assert result.exit_code == 2
+    assert f"error: no request succeeds: ReadTimeout ({base})" in result.stderr
+    assert "\n50 requests (0 answers/s)" in result.stderr  # they were sent, and may have been paid
 
 
 def test_word_that_stands_for_a_key_is_no_secret(
@@ -406,6 +437,31 @@ def test_dry_run_sends_nothing_and_says_how_long_it_would_take(
     assert Path("out.jsonl").read_bytes() == before
 
 
+def test_dry_run_knows_answers_whose_index_is_lost(rate_limited_provider: ProviderFactory) -> None:
+    """As the run would: the answers are the record."""
+    arguments = [batch(3), "-o", "out.jsonl", "--rpm", "6000"]
+    run(rate_limited_provider(), *arguments)
+    for path in Path().glob("*.checkpoint*"):
+        path.unlink()
+
+    result = run(rate_limited_provider(), *arguments, "--dry-run")
+
+    assert result.stdout.startswith("0 requests to send, 3 answered earlier")
+
+
+def test_dry_run_takes_what_a_run_takes() -> None:
+    """Limits of what no request costs, and calls that take no time."""
+    more = ["--also", "3 images/10s", "--latency", "0", "--dry-run"]
+    result = CliRunner().invoke(app, ["run", batch(3), "--rpm", "60", *more])
+
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines()[:2] == [
+        "3 requests to send",
+        "0 s, nothing binds: 3 calls with 48 tokens",
+    ]
+    assert "3 images per 10 s" in result.stdout
+
+
 def test_dry_run_says_the_same_as_json() -> None:
     """With the whole plan in it, and what lines are bad."""
     lines = Path(batch(600)).read_text() + "{\n"
@@ -505,6 +561,19 @@ def test_no_file_is_taken_for_two_things(files: list[str]) -> None:
     assert [path.name for path in Path().iterdir()] == ["in.jsonl"]
 
 
+def test_file_of_two_names_is_one(rate_limited_provider: ProviderFactory) -> None:
+    """A hard link, or upper and lower case on some disks: --restart would empty what is read."""
+    before = Path(batch(1)).read_bytes()
+    Path("out.jsonl").hardlink_to("in.jsonl")
+    arguments = ["in.jsonl", "-o", "out.jsonl", "--rpm", "60", "--restart"]
+
+    result = run(rate_limited_provider(), *arguments)
+
+    assert result.exit_code == 2
+    assert "out.jsonl is read or written already: give another -o" in result.stderr
+    assert Path("in.jsonl").read_bytes() == before
+
+
 def test_errors_may_go_to_a_device(rate_limited_provider: ProviderFactory) -> None:
     """It is written to, and never removed."""
     os.mkfifo("pipe")
@@ -518,6 +587,21 @@ def test_errors_may_go_to_a_device(rate_limited_provider: ProviderFactory) -> No
     assert result.exit_code == 1
     assert json.loads(os.read(reader, 10_000))["error"]["code"] == "bad_line"
     os.close(reader)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links are of Unix")
+def test_errors_may_go_through_a_link(rate_limited_provider: ProviderFactory) -> None:
+    """Such as /dev/stderr, which is one: it leads to a file if standard error does."""
+    Path("in.txt").write_text("{\n")
+    Path("link").symlink_to("log")
+    Path("log").write_text("before\n")
+
+    arguments = ["-o", "out.jsonl", "--errors", "link", "--rpm", "1"]
+    result = run(rate_limited_provider(), "in.txt", *arguments)
+
+    assert result.exit_code == 1
+    assert Path("link").is_symlink()
+    assert Path("log").read_text().startswith('before\n{"id":null')
 
 
 @pytest.mark.parametrize("key", ["sk-secret\nsk-secret", "sk-s\u00e9cret"])
@@ -685,12 +769,32 @@ def test_restarted_run_does_not_burst_over_the_limit() -> None:
     assert len(times) <= 6 + seconds + 1
 
 
-def test_help_shows_how_it_is_used() -> None:
-    """With examples that are commands of this program."""
-    result = CliRunner().invoke(app, ["run", "--help"], prog_name="asyncbucket")
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes are of a shell")
+def test_examples_of_the_help_run_one_after_the_other(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    """Whoever copies them gets answers; only ``jq`` and the server's address are their own."""
+    base = rate_limited_provider().base_url
+    batch(3, path="batch.jsonl")
+    batch(3, path="in.jsonl")
+    for path in ("prompts.txt", "a.txt"):
+        Path(path).write_text("# two\none\ntwo\n")
+    help_ = CliRunner().invoke(app, ["run", "--help"], prog_name="asyncbucket").output
+    examples = [line for line in help_.partition("Examples:")[2].splitlines() if "run" in line]
+    this = f"{sys.executable} -m asyncbucket run"
 
-    assert result.exit_code == 0
-    assert result.output.partition("Examples:")[2].count("asyncbucket run ") == 4
+    for example in examples:
+        command = example.replace("asyncbucket run", this).replace(" | jq .", "")
+        done = subprocess.run(
+            ["/bin/sh", "-c", command.replace("http://127.0.0.1:8000/v1", base)],
+            env={**os.environ, "OPENAI_BASE_URL": base},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 0, (example, done.stderr)
+    assert len(examples) == 4
 
 
 def test_output_in_a_pipe_is_plain_and_fits(rate_limited_provider: ProviderFactory) -> None:

@@ -83,9 +83,24 @@ def test_bound_of_a_line_stays() -> None:
     }
 
 
+def test_completion_has_its_bound_too() -> None:
+    """By the name that the old endpoint has for it."""
+    line = batch(url="/v1/completions", body={"model": "m", "prompt": "Why?"})
+
+    assert read(line, Job(source="-", out="-", max_tokens=9)).body["max_tokens"] == 9
+
+
 def test_members_beside_a_prompt_are_kept() -> None:
-    """A temperature, a response format."""
-    assert read({"prompt": "Why?", "temperature": 0}).body["temperature"] == 0
+    """A temperature, a response format; a bound, which no second one joins; a model of its own."""
+    job = Job(source="-", out="-", max_tokens=9)
+    line = {"prompt": "Why?", "model": "mine", "temperature": 0, "max_tokens": 5}
+
+    assert read(line, job).body == {
+        "messages": [{"role": "user", "content": "Why?"}],
+        "model": "mine",
+        "temperature": 0,
+        "max_tokens": 5,
+    }
 
 
 @pytest.mark.parametrize("line", [b"", b"   ", b"\t\r"])

@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from asyncbucket import Limiter
 from asyncbucket.cli.app import app
 
 COMMANDS = sorted(set(getattr(get_command(app), "commands", {})) - {"bench"})
@@ -30,9 +32,9 @@ def test_help_has_an_example_and_fits(command: str) -> None:
 
 
 def at_a_terminal(
-    folder: Path, *arguments: str, terminal: str, interrupt_after: str = ""
+    folder: Path, *arguments: str, terminal: str, interrupt_after: str = "", by: int = signal.SIGINT
 ) -> tuple[int, str]:
-    """Run a command at a terminal; press Ctrl-C once a text is seen. Return status and output."""
+    """Run a command at a terminal; interrupt it once a text is seen. Return status and output."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "asyncbucket", *arguments],
@@ -54,7 +56,7 @@ def at_a_terminal(
             break
         if interrupt_after and interrupt_after in seen:
             time.sleep(0.5)  # until it is at work: Python itself is noisy while it makes a loop
-            os.killpg(process.pid, 2)
+            os.killpg(process.pid, by)
             interrupt_after = ""
     os.close(ours)
     process.kill()
@@ -72,6 +74,23 @@ def test_ctrl_c_ends_a_demo_quietly(terminal: str, tmp_path: Path) -> None:
     assert status == 130, seen
     assert "Traceback" not in seen
     assert seen.count("\x1b[?25l") == seen.count("\x1b[?25h")
+
+
+@pytest.mark.real_clock  # a terminal and a signal: another process's time
+def test_terminated_command_gives_the_cursor_back(tmp_path: Path) -> None:
+    """Status 143, as shells have it; ``watch`` is what others end."""
+    with Limiter("500 RPM").serve_stats() as server:
+        status, seen = at_a_terminal(
+            tmp_path,
+            *("watch", server.url),
+            terminal="xterm-256color",
+            interrupt_after="500 requests",
+            by=signal.SIGTERM,
+        )
+
+    assert status == 143, seen
+    assert "Traceback" not in seen
+    assert seen.count("\x1b[?25l") == seen.count("\x1b[?25h") == 1
 
 
 @pytest.mark.real_clock  # another process's time

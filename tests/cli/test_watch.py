@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from asyncbucket import Limiter
+from asyncbucket import CostExceedsLimit, Limiter
 from asyncbucket.cli.app import app
 from asyncbucket.cli.watch.screen import draw, plain
 from asyncbucket.cli.watch.view import View
@@ -112,6 +112,7 @@ def test_watch_looks_at_a_unix_socket(tmp_path: Path) -> None:
         ),
         ("http://127.0.0.1:1", 1, "nobody serves statistics at http://127.0.0.1:1"),
         ("limits", 2, "'limits' is no limiter to watch"),
+        ("localhost:4294", 2, "'localhost:4294' is no limiter to watch: give the URL that"),
         ("https://example.org", 2, "is no limiter to watch"),
         ("ftp://example.org", 2, "is no store"),
         ("http://127.0.0.1:99999", 2, "'http://127.0.0.1:99999' names no port"),
@@ -179,6 +180,7 @@ def test_plot_draws_a_trace(virtual_time: VirtualTime, tmp_path: Path) -> None:
         ("\udcff", "line 1: no trace"),
         ('{"limits": [], "limiter": "a"}\n', "nothing happened in this trace"),
         ('{"limits": [], "limiter": "a"}\n{"at": 1}\n', "line 2: no trace"),
+        ('{"limits": []}\n{"event": "paused"}\n', "no trace, or one that was changed"),
     ],
 )
 def test_plot_refuses_what_is_no_trace(tmp_path: Path, text: str, message: str) -> None:
@@ -187,6 +189,20 @@ def test_plot_refuses_what_is_no_trace(tmp_path: Path, text: str, message: str) 
     done = run.invoke(app, ["plot", str(tmp_path / "trace.jsonl"), "-o", str(tmp_path / "out.png")])
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+def test_plot_draws_what_nobody_passed(tmp_path: Path) -> None:
+    """Calls that were refused, and a pause: no line to speak of."""
+    limiter = Limiter("5 RPM", "5 TPM")
+    with limiter.trace() as trace:
+        with pytest.raises(CostExceedsLimit):
+            limiter.acquire_nowait(tokens=9)
+        limiter.pause(1)
+    trace.save(tmp_path / "trace.jsonl")
+
+    done = run.invoke(app, ["plot", str(tmp_path / "trace.jsonl"), "-o", str(tmp_path / "x.png")])
+
+    assert done.exit_code == 0, done.output
 
 
 def test_plot_knows_its_kinds_of_pictures(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncbucket import Cost, Limiter, plan
+from asyncbucket.cost import rounded
 
 amounts = st.none() | st.integers(0, 10**6) | st.floats(0, 1e6)
 
@@ -92,3 +93,19 @@ def test_a_slot_is_no_part_of_a_cost() -> None:
         TypeError, match="a call takes one slot: concurrency is no part of its cost"
     ):
         Cost(concurrency=3)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (0.01234, "0.0123"),
+        (12.34, "12.3"),
+        (99.6, "99.6"),
+        (3_600, "3,600"),
+        (1e6, "1,000,000"),
+    ],
+)
+def test_large_number_is_written_out(value: float, text: str) -> None:
+    """In three digits, or as many as stand before the point: never as 3.6e+03."""
+    assert rounded(value) == text

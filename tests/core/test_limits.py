@@ -65,6 +65,19 @@ def test_any_text_is_a_limit_or_refused(text: str) -> None:
     assert limit.per > 0
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("5 requests/30d", "5 requests per 2592000 s"),
+        ("5 requests/1234567s", "5 requests per 1234567 s"),
+        ("5 RPM", "5 requests per 60 s"),
+    ],
+)
+def test_long_window_is_written_out(text: str, said: str) -> None:
+    """Nobody reads a month in 2.592e+06."""
+    assert str(Limit.parse(text)) == said
+
+
 def test_the_message_shows_how_limits_are_written() -> None:
     """The text that was given, and examples to copy."""
     with pytest.raises(LimitSyntaxError) as error:

@@ -30,6 +30,8 @@ async def test_request_goes_to_the_child_of_its_path_or_model(library: Any) -> N
     """The first pattern that matches counts; what matches none is the limiter's own."""
     limiter = Limiter("500 RPM", name="openai")
     limiter.child("big", "100 RPM")
+    for name in ("vectors", "answers"):
+        limiter.child(name)
     routes = {
         "/v1/embeddings": "vectors",
         "/v1/responses gpt-4o*": "answers",
@@ -70,6 +72,8 @@ async def test_function_may_choose(library: Any) -> None:
 async def test_refusal_of_one_model_pauses_that_model_alone(library: Any) -> None:
     """The others' calls go on."""
     limiter = Limiter("500 RPM", name="openai")
+    for name in ("big", "small"):
+        limiter.child(name)
 
     def answer(request: Any) -> Any:
         refused = b"gpt-4o" in request.content
@@ -121,6 +125,7 @@ async def test_headers_of_a_model_are_heard_by_its_child(library: Any) -> None:
 def test_clients_take_routes_too(library: Any) -> None:
     """For synchronous clients as well."""
     limiter = Limiter("500 RPM")
+    limiter.child("chat")
     inner = library.MockTransport(answering(library, b"{}"))
     transport = limiter.transport_sync(inner, routes={CHAT: "chat"})
     with library.Client(transport=transport) as client:
@@ -155,6 +160,19 @@ def test_pattern_that_cannot_be_understood_is_refused(pattern: str) -> None:
     ) as caught:
         Limiter().transport(routes={pattern: "child"})
     assert repr(pattern) in str(caught.value)
+
+
+def test_route_to_a_child_that_there_is_not_is_refused() -> None:
+    """A name that was misspelt would be a child without the limits of the one that was meant."""
+    limiter = Limiter("500 RPM", name="openai")
+    limiter.child("big", "100 RPM")
+
+    with pytest.raises(
+        ValueError,
+        match=r"'openai' has no child 'bgi' .it has: big.: correct the name, or make it first by child",
+    ):
+        limiter.transport(routes={"gpt-4o*": "bgi"})
+    assert list(limiter.children) == ["big"]
 
 
 def test_route_must_lead_to_a_child() -> None:

@@ -697,6 +697,7 @@ async def test_call_of_a_model_does_not_wait_for_itself_at_a_child(
 ) -> None:
     """With one slot it would for ever, if a route beneath led to a child that asks for it again."""
     limiter = Limiter("60 RPM", concurrency=1, name="openai")
+    child = limiter.child("chat")
     transport = limiter.transport(
         library.MockTransport(answering(library, REPLY)), routes={"/v1/*": "chat"}
     )
@@ -706,7 +707,7 @@ async def test_call_of_a_model_does_not_wait_for_itself_at_a_child(
             await client.post(URL, json=BODY)
 
     assert limiter.statistics().admitted == 1
-    assert limiter.child("chat").statistics().admitted == 0
+    assert child.statistics().admitted == 0
     (record,) = caplog.records
     assert "so the limits of 'openai/chat' are not kept; wrap the model by that" in record.message
 

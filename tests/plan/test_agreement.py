@@ -113,6 +113,21 @@ def test_what_calls_give_back_when_they_end_is_used_again() -> None:
     assert planned.tokens == sum(used)
 
 
+def test_calls_that_are_refused_leave_the_others_as_they_are() -> None:
+    """Whoever asks for more than a limit is told so at once, wherever it stands in line."""
+    tokens = [round(each) for each in drawn(8, 200, 1_000, 24_000)]
+    latencies = list(drawn(9, 200, 1.0, 30.0))
+    limits: dict[str, Any] = {"tpm": 20_000, "concurrency": 4}
+    passing = [number for number, each in enumerate(tokens) if each <= 20_000]
+    planned = plan(tokens=tokens, latency=latencies, what_if=False, **limits)
+
+    assert planned.refused == len(tokens) - len(passing) > 0
+    assert_same(
+        planned,
+        run(limits, [tokens[each] for each in passing], [latencies[each] for each in passing]),
+    )
+
+
 @pytest.mark.parametrize("calls", [1, 7, 100])
 def test_agents_call_further_agents_as_they_end(calls: int) -> None:
     """A tree of agents is the same as tasks that start tasks."""

@@ -103,6 +103,28 @@ def test_calls_that_can_never_pass_are_counted() -> None:
     )
 
 
+def test_call_that_can_never_pass_holds_up_nobody() -> None:
+    """The limiter refuses it as it comes, so those behind it do not wait until others end."""
+    planned = plan(tokens=[500, 50_000, 700], tpm=30_000, concurrency=2, latency=[20.0, 1.0, 1.0])
+
+    assert (planned.refused, planned.waits.max, planned.duration) == (1, 0, 20.0)
+
+
+def test_many_calls_in_flight_are_written_out() -> None:
+    """On average, too, as their peak is."""
+    planned = plan(calls=50_000, rpm=600_000, latency=60, what_if=False)
+
+    assert "\nin flight: 50,000 on average, 50,000 at most" in str(planned)
+
+
+def test_no_more_than_all_of_a_limit_is_used() -> None:
+    """Not even by a call that turns out to have used more than there is."""
+    planned = plan(calls=1, tokens=800, used_tokens=1_500, tpm=1_000, latency=1)
+
+    assert planned.tokens == 1_500
+    assert planned.limits[0].used == 1.0
+
+
 def test_no_call_passes_is_an_error() -> None:
     """With the numbers and the remedy of the limiter."""
     with pytest.raises(

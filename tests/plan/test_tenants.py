@@ -71,6 +71,22 @@ def test_one_tenants_limit_holds_up_nobody_else() -> None:
     assert planned.bound_by == "requests"
 
 
+def test_tenants_share_what_can_be_read_once() -> None:
+    """Samples and instants may come from generators, and each tenant has all of them."""
+    planned = plan(
+        "9 images/10s",
+        tpm=1_000,
+        tokens=(100 * number for number in (1, 2, 3)),
+        resources={"images": iter([1, 1, 1])},
+        arrivals=iter([0.0, 1.0, 2.0]),
+        latency=1,
+        tenants={"acme": Tenant(), "bob": Tenant()},
+    )
+
+    assert planned.calls == 6
+    assert [each.tokens for each in planned.tenants.values()] == [600, 600]
+
+
 def test_urgent_calls_wait_less() -> None:
     """A tenant's priority is that of its calls."""
     planned = plan(

@@ -32,6 +32,17 @@ def get(url: str, **headers: str) -> str:
         return str(reply.read().decode())
 
 
+def test_limiters_of_one_name_are_refused() -> None:
+    """Prometheus would drop the numbers of one of them, and ``watch`` mix them up."""
+    limiter = Limiter("5 RPM", name="chat")
+    child = limiter.child("a")
+
+    with pytest.raises(ValueError, match=r"called 'default': give each a name= of its own"):
+        serve_stats([Limiter("5 RPM"), Limiter("6 RPM")])
+    with pytest.raises(ValueError, match=r"called 'chat/a': .* leave out children"):
+        serve_stats([limiter, child])
+
+
 def test_report_shows_children_and_counts_tenants_unnamed() -> None:
     """Tenants are in the numbers above, never in the list."""
     seen = report([busy()])
@@ -95,6 +106,16 @@ def test_unix_socket_is_its_owner_s_alone_and_gone_afterwards(tmp_path: Path) ->
         with pytest.raises(OSError, match="Address already in use"):
             serve_stats([busy()], path=path)
     assert not path.exists()
+
+
+def test_socket_goes_away_wherever_the_program_has_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon changes to another folder after it was started."""
+    monkeypatch.chdir(tmp_path)
+    with busy().serve_stats(path="limits.sock"):
+        monkeypatch.chdir("/")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_is_no_socket_to_take_over(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _SAMPLES: Final = 20_000
 #: Tokens of a reply that nothing bounds, as the transport foresees at its start.
 _FORESEEN: Final = 256
+_TOKENS: Final = ("tokens", "input_tokens", "output_tokens")
 
 
 @dataclass(slots=True)
@@ -51,7 +52,7 @@ async def estimate(job: Job, tally: Tally) -> Estimate:
     host = urlsplit(job.api_base).hostname or ""
     profile = profile_of(host) if job.profile is None else profile_named(job.profile)
     found, chance = Estimate(), random.Random(0)  # noqa: S311 - a sample, no secret
-    known = job.checkpoint is not None and job.checkpoint.exists() and not job.restart
+    known = job.goes_on
     with Ledger(
         Path(job.out) if known else None, job.checkpoint if known else None, job.settings
     ) as ledger:
@@ -72,11 +73,14 @@ def foresee(job: Job, found: Estimate, *, latency: float) -> "Plan | None":
         return None
     from asyncbucket.plan import plan
 
+    # Of images and the like requests take nothing; nor slots, if they take no time.
+    others = {limit.resource for limit in job.limits} - {"requests", *_TOKENS}
     return plan(
         *job.limits,
         calls=found.calls,
         tokens=found.costs,
-        concurrency=None if job.concurrency == "auto" else job.concurrency,
+        resources=dict.fromkeys(others, 0),
+        concurrency=None if job.concurrency == "auto" or not latency else job.concurrency,
         latency=latency,
     )
 

@@ -102,6 +102,11 @@ class Job:
         return out.parent / f"{out.stem}.errors{out.suffix}"
 
     @property
+    def goes_on(self) -> bool:
+        """Whether there are answers to go on from; their index may be lost."""
+        return self.out != STANDARD and not self.restart and Path(self.out).exists()
+
+    @property
     def place(self) -> str:
         """Where requests go, as it may be shown: without a password that a URL may hold."""
         return provider.place(self.api_base)
@@ -149,7 +154,7 @@ class Job:
 
     def _check_files(self) -> None:
         """Refuse files that cannot be written, and one that is two of them: it would be lost."""
-        taken = set() if self.source == STANDARD else {Path(self.source).resolve()}
+        taken = set() if self.source == STANDARD else {_identity(Path(self.source))}
         out = None if self.out == STANDARD else Path(self.out)
         for path, option in ((out, "-o"), (self.checkpoint, "-o"), (self.errors_file, "--errors")):
             if path is None:
@@ -159,11 +164,20 @@ class Job:
             pipe = path.exists() and not path.is_file()
             if path.is_dir() or (pipe and option == "-o"):  # answers are read again, errors are not
                 raise ValueError(f"{path} is no file that can be written: give another {option}")
-            if path.resolve() in taken:
+            if _identity(path) in taken:
                 raise ValueError(
                     f"{path} is read or written already: give another {option}, or it would be lost"
                 )
-            taken.add(path.resolve())
+            taken.add(_identity(path))
+
+
+def _identity(path: Path) -> object:
+    """Return what all names of a file share: links, and upper and lower case where they are one."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return path.resolve()
+    return found.st_dev, found.st_ino
 
 
 def key_from(variable: str, *, api_base: str) -> str | None:

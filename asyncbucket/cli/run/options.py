@@ -26,9 +26,9 @@ from asyncbucket.cli.typed import (
 EXAMPLES: Final = """\b
 Examples:
   asyncbucket run prompts.txt -o answers.jsonl --model gpt-4o-mini --rpm 500
-  asyncbucket run batch.jsonl -o answers.jsonl --rpm 500 --dry-run
-  asyncbucket run batch.jsonl -o out.jsonl --api-base http://127.0.0.1:8000/v1
-  grep -v '^#' prompts.txt | asyncbucket run - --model gpt-4o-mini | jq .
+  asyncbucket run batch.jsonl -o out.jsonl --rpm 500 --tpm 200000 --dry-run
+  asyncbucket run in.jsonl --concurrency 9 --api-base http://127.0.0.1:8000/v1
+  grep -v '^#' a.txt | asyncbucket run - --model gpt-4o-mini --rpm 500 | jq .
 """
 
 

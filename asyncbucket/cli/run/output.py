@@ -71,14 +71,15 @@ class Errors:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._file: IO[bytes] | None = None
-        if path is not None and path.is_file():  # no device: there is no other
+        # No device, nor a link to one such as /dev/stderr: there is no other.
+        if path is not None and path.is_file() and not path.is_symlink():
             path.unlink()
 
     def write(self, line: bytes) -> None:
         """Append a line."""
         if self._path is not None:
             if self._file is None:
-                self._file = self._path.open("wb", buffering=0)
+                self._file = self._path.open("ab", buffering=0)
             self._file.write(line)
 
     def close(self) -> None:

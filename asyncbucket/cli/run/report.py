@@ -6,8 +6,8 @@ from asyncbucket.batch.outlook import duration
 from asyncbucket.cli.run.job import STANDARD, Job
 from asyncbucket.cli.run.screen import dollars
 from asyncbucket.cli.run.tally import Tally
-from asyncbucket.cost import counted
-from asyncbucket.limits import Limit
+from asyncbucket.cost import counted, rounded
+from asyncbucket.limits import Limit, written_out
 
 #: How people call the usual windows.
 _PERS: Final[dict[float, str]] = {1: "a second", 60: "a minute", 86_400: "a day"}
@@ -35,7 +35,7 @@ def summary(job: Job, tally: Tally) -> str:
     rate = tally.answered / tally.seconds if tally.seconds else 0.0
     lines = [
         f"{ended} {duration(tally.seconds)}: {', '.join(parts)}",
-        f"{counted(tally.sent, 'requests')} ({rate:.3g} answers/s), {tally.refused:,} 429s, "
+        f"{counted(tally.sent, 'requests')} ({rounded(rate)} answers/s), {tally.refused:,} 429s, "
         f"{tally.input_tokens:,} + {tally.output_tokens:,} tokens"
         + ("" if tally.cost is None else f", {dollars(tally.cost)}"),
         *reasons(tally),
@@ -65,5 +65,5 @@ def _errors(job: Job, tally: Tally) -> str:
 
 
 def _said(limit: Limit) -> str:
-    per = _PERS.get(limit.per, f"per {limit.per:.10g} s")
+    per = _PERS.get(limit.per, f"per {written_out(limit.per)} s")
     return f"{counted(limit.amount, limit.resource)} {per}"

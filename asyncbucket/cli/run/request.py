@@ -18,6 +18,7 @@ _ASKED: Final = {
 _BOUND: Final = {
     "/v1/chat/completions": "max_completion_tokens",
     "/v1/responses": "max_output_tokens",
+    "/v1/completions": "max_tokens",
 }
 _BOUNDS: Final = frozenset({"max_tokens", "max_completion_tokens", "max_output_tokens"})
 _LONGEST_ID: Final = 512
@@ -63,7 +64,7 @@ def read_request(number: int, data: bytes, job: Job) -> Request | None:
     if not text:
         return None
     if not text.startswith("{"):
-        return _prompt(number, _unquoted(text), job)
+        return _made(number, None, PATHS[job.endpoint], _asking(_unquoted(text), job), job)
     try:
         line = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -84,27 +85,23 @@ def _unquoted(text: str) -> str:
     return text
 
 
-def _prompt(number: int, prompt: str, job: Job) -> Request:
+def _asking(prompt: str, job: Job) -> dict[str, Any]:
+    """Return the members of a body that ask ``prompt``."""
     if job.endpoint == "chat":
         messages = [{"role": "user", "content": prompt}]
         if job.system is not None:
             messages.insert(0, {"role": "system", "content": job.system})
-        body: dict[str, Any] = {"messages": messages}
-    else:
-        body = {"input": prompt}
-        if job.endpoint == "responses" and job.system is not None:
-            body["instructions"] = job.system
-    return _made(number, None, PATHS[job.endpoint], body, job)
+        return {"messages": messages}
+    if job.endpoint == "responses" and job.system is not None:
+        return {"input": prompt, "instructions": job.system}
+    return {"input": prompt}
 
 
 def _body_of(line: dict[str, Any], job: Job) -> dict[str, Any]:
     """Return the body that a line without an envelope is; ``{"prompt": "..."}`` is a prompt."""
     if isinstance(line.get("prompt"), str) and _ASKED[PATHS[job.endpoint]] not in line:
-        body = _prompt(0, line["prompt"], job).body if job.model else {}
         rest = {name: value for name, value in line.items() if name != "prompt"}
-        if not body:  # without a model of the job's, the line names its own
-            raise BadLine("a line with a prompt needs --model")
-        return body | rest
+        return _asking(line["prompt"], job) | rest
     return line
 
 

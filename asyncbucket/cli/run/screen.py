@@ -11,7 +11,7 @@ from rich.text import Text
 
 from asyncbucket.batch.outlook import Look, Outlook, duration
 from asyncbucket.cli.run.tally import Tally
-from asyncbucket.cost import counted, does
+from asyncbucket.cost import counted, does, rounded
 from asyncbucket.limiter import Limiter
 
 #: Seconds between two looks on a terminal, and between two lines in a pipe.
@@ -107,7 +107,7 @@ def look_at(tally: Tally, outlook: Outlook) -> Look:
 def _pace(look: Look, tally: Tally) -> list[str]:
     if tally.stopping:  # what is left is left for the next run
         return ["stopping"]
-    words = [f"{look.rate:.3g}/s"] if look.rate else []
+    words = [f"{rounded(look.rate)}/s"] if look.rate else []
     if look.left:
         words.append(f"{duration(look.left)} left")
     if look.bound_by is not None:

@@ -23,6 +23,10 @@ from asyncbucket.retry import Retrier, Retry
 _FIRST_ERROR: Final = 400
 _TOO_MANY: Final = 429
 _MESSAGE: Final = 500
+#: What a reply that cannot be read raises; too many brackets are the latter.
+_NO_JSON: Final = (ValueError, RecursionError)
+#: Nobody was there to be asked: nothing was sent.
+UNREACHABLE: Final = (httpx.ConnectError, httpx.ConnectTimeout)
 #: Connections that are kept for the next request. For each request httpcore looks at every pair of
 #: idle ones: with a hundred of them that takes more time than all else together.
 _IDLE: Final = 32
@@ -36,7 +40,7 @@ class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
         self.status_code: int = response.status_code
         try:
             self.body: Any = response.json()
-        except ValueError:
+        except _NO_JSON:
             self.body = response.text[:_MESSAGE]
         super().__init__(f"HTTP {self.status_code}: {self.message}")
 
@@ -184,7 +188,8 @@ class Sender:
             response = await self._client.post(
                 self._base + path.removeprefix("/v1"), content=content
             )
-        except httpx.HTTPError:
+        except httpx.HTTPError as error:
+            self._tally.sent += not isinstance(error, UNREACHABLE)
             self._waits(reply)
             raise
         self._tally.sent += 1
@@ -196,7 +201,7 @@ class Sender:
         reply.request_id = response.headers.get("x-request-id", "")
         try:
             reply.body = response.json()
-        except ValueError:
+        except _NO_JSON:
             raise HTTPFailure(response) from None
 
     async def __aenter__(self) -> Self:

@@ -23,7 +23,7 @@ class Tally:
     bad: int = 0
     #: Requests that the provider refused (429).
     refused: int = 0
-    #: Requests that were sent, refused ones included.
+    #: Requests that were sent, refused ones and those without a reply included.
     sent: int = 0
     input_tokens: int = 0
     output_tokens: int = 0

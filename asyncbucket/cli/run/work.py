@@ -18,7 +18,7 @@ from asyncbucket.cli.run.job import STANDARD, Job
 from asyncbucket.cli.run.ledger import Ledger
 from asyncbucket.cli.run.output import Errors, answer, failure, to_standard_output
 from asyncbucket.cli.run.screen import Screen
-from asyncbucket.cli.run.send import HTTPFailure, Reply, Sender, Stopped
+from asyncbucket.cli.run.send import UNREACHABLE, HTTPFailure, Reply, Sender, Stopped
 from asyncbucket.cli.run.tally import Tally
 from asyncbucket.cost import counted
 from asyncbucket.errors import AsyncBucketError
@@ -166,7 +166,8 @@ class Run:
     def _look_for_the_end(self, error: Exception) -> None:
         """Stop where every other request would fail likewise."""
         tally, status = self._tally, getattr(error, "status_code", None)
-        lost, elsewhere = status in _FATAL, status in _ELSEWHERE
+        unreachable = isinstance(error, UNREACHABLE)
+        lost, elsewhere = status in _FATAL, unreachable or status in _ELSEWHERE
         if isinstance(error, HTTPFailure):
             lost |= error.code in _SPENT
             elsewhere |= error.is_of_another_server
@@ -175,7 +176,9 @@ class Run:
         if self._lost_in_a_row >= _OUTAGE:
             lost = True
         if lost and tally.fatal is None:
-            tally.fatal = self._job.secret_free(f"{error} ({self._job.place})")
+            said = f"{str(error) or type(error).__name__} ({self._job.place})"
+            remedy = "; see that it runs, or correct --api-base" if unreachable else ""
+            tally.fatal = self._job.secret_free(said + remedy)
             self._stop()
 
     def _stop(self) -> None:

@@ -42,7 +42,17 @@ def read(path: Path) -> Story:
         lines.append(line)
     if len(lines) < 2:  # noqa: PLR2004 - the head and an event
         raise ValueError(f"{path}: nothing happened in this trace")
-    head, events = lines[0], sorted(lines[1:], key=lambda event: event["at"])
+    try:
+        return _story(lines[0], lines[1:])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: no trace, or one that was changed ({error!r}); write one by "
+            f"limiter.trace().save()"
+        ) from error
+
+
+def _story(head: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> Story:
+    events = sorted(lines, key=lambda event: event["at"])
     start = events[0]["at"]
     return Story(
         limiter=head["limiter"],
@@ -61,6 +71,7 @@ def read(path: Path) -> Story:
 def _waiting(events: Sequence[Mapping[str, Any]], start: float) -> Iterator[tuple[float, int]]:
     """Yield how many waited, over all limiters of the trace: each tells its own line."""
     lines: dict[str, int] = {}
+    yield 0.0, 0  # who is refused, or pauses, says nothing of a line
     for event in events:
         if "waiting" in event:
             lines[event.get("limiter", "")] = event["waiting"]
