@@ -1,6 +1,7 @@
 """What the loops and threads of a process share: meters under one lock, and one order of arrival."""
 
 import asyncio
+import collections
 import contextlib
 import threading
 from collections.abc import Callable
@@ -60,7 +61,7 @@ class Budget:
         self.background = Background()
         #: How many calls have stood in line so far; each has its number.
         self.arrivals = 0
-        self._dropped: list[Callable[[], object]] = []
+        self._dropped: collections.deque[Callable[[], object]] = collections.deque()
         self.settle_down_locked()
         reset_after_fork(self)
 
@@ -184,7 +185,7 @@ class Budget:
     def collect_locked(self) -> None:
         """Release what was dropped while the lock was held, in order: of a lease the last word holds."""
         while self._dropped:
-            self._dropped.pop(0)()
+            self._dropped.popleft()()
 
     def settle_down_locked(self) -> None:
         """Let lock-free callers pass again if nobody waits."""

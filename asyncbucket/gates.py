@@ -7,8 +7,6 @@ from typing import Final, Self
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER, Amounts, Bucket, Meter, Slots, Window
 
-#: Windows so many times longer than the shortest say nothing about who goes next.
-_LONG: Final = 100
 #: Meters that count units, and nothing else.
 _SIMPLE: Final = (Bucket, Window, Slots)
 
@@ -16,7 +14,7 @@ _SIMPLE: Final = (Bucket, Window, Slots)
 class Gates:
     """Put meters side by side: a call passes all of them at once, each by its own resource."""
 
-    __slots__ = ("_prices", "_simple", "_takes", "limits", "meters", "slots", "windows")
+    __slots__ = ("_simple", "_takes", "limits", "meters", "slots", "windows")
 
     def __init__(self, meters: Iterable[tuple[Meter, str]], limits: tuple[Limit, ...] = ()) -> None:
         #: Each meter with the resource that it counts.
@@ -28,7 +26,6 @@ class Gates:
             (meter, resource) for meter, resource in self.meters if isinstance(meter, Window)
         )
         self.slots = tuple(meter for meter, _ in self.meters if isinstance(meter, Slots))
-        self._prices: tuple[tuple[str, float], ...] | None = None
         #: Whether several calls at one instant are to them as one call of all their amounts.
         self._simple = all(isinstance(meter, _SIMPLE) for meter, _ in self.meters)
 
@@ -113,30 +110,6 @@ class Gates:
             awaited = awaited or slots.used >= slots.size or slots.remote
             slots.give_back()
         return awaited
-
-    def price(self, amounts: Amounts) -> float:
-        """Return the largest part, in seconds, that ``amounts`` takes of any limit.
-
-        6,000 tokens of 60,000 a minute are six seconds. Of several limits of a resource the fastest
-        counts, for that one binds from call to call; limits over a day say nothing beside those
-        over a minute. Without any limit a call costs one.
-        """
-        if self._prices is None:
-            self._prices = self._find_prices()
-        price = 0.0
-        for resource, seconds in self._prices:
-            price = max(price, amounts.get(resource, 0) * seconds)
-        return price if self._prices else 1.0
-
-    def _find_prices(self) -> tuple[tuple[str, float], ...]:
-        """Return for each resource that counts how many seconds a unit of it costs."""
-        shortest = min((limit.per for limit in self.limits), default=0)
-        prices: dict[str, float] = {}
-        for limit in self.limits:
-            if limit.per <= _LONG * shortest:
-                price = limit.per / limit.amount
-                prices[limit.resource] = min(price, prices.get(limit.resource, price))
-        return tuple(prices.items())
 
 
 def pacing(limit: Limit, bucket: Bucket | None, now: int) -> Bucket | None:

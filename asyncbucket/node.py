@@ -5,7 +5,7 @@ from typing import Self
 
 from asyncbucket.gates import Gates
 from asyncbucket.meters import Amounts
-from asyncbucket.shares import Fairness, Share
+from asyncbucket.shares import Fairness, Prices, Share
 
 
 class Node:
@@ -14,6 +14,7 @@ class Node:
     __slots__ = (
         "_fairness",
         "_gates",
+        "_prices",
         "below_root",
         "known_through",
         "parent",
@@ -40,6 +41,7 @@ class Node:
         self._gates = gates
         #: What `through` is, if it has been found since something changed.
         self.known_through: Gates | None = None
+        self._prices: Prices | None = None
         self._fairness: Fairness | None = None
 
     @property
@@ -69,6 +71,14 @@ class Node:
     def forget_through(self) -> None:
         """Look at the meters anew when next somebody passes: they have changed, here or above."""
         self.known_through = None
+        self._prices = None
+
+    @property
+    def prices(self) -> Prices:
+        """What calls cost here, by the limits here and above."""
+        if self._prices is None:
+            self._prices = Prices(self.through.limits)
+        return self._prices
 
     def after_fork(self) -> None:
         """Begin anew in a child process: those who waited are the parent's."""
@@ -97,6 +107,6 @@ class Node:
         for shares, node in claims:
             share = shares.get(priority)
             if share is not None:
-                price = node.through.price
-                rest = 0.0 if used is None else price(used)
-                share.correct((price(reserved) - rest) / share.weight)
+                prices = node.prices
+                rest = 0.0 if used is None else prices.of(used)
+                share.correct((prices.of(reserved) - rest) / share.weight)

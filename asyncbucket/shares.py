@@ -9,7 +9,7 @@ served in proportion to its weight, in cost, not in calls; what one does not wan
 at once; an idle child saves nothing up and loses nothing.
 
 The price of a call is the largest part that it takes of any limit of the node or above it, in
-seconds (`Gates.price`). It is what was reserved; settling corrects the tag.
+seconds (`Prices`). It is what was reserved; settling corrects the tag.
 
 Whoever comes anew starts at the node's virtual time: the start of the call that was served last, as
 in the paper. That alone would let an endless stream of newcomers overtake whoever was just served.
@@ -35,10 +35,47 @@ Several loops have a tree each, and the tags and virtual times in common: the ta
 the root to its head say which loop is next.
 """
 
+from collections.abc import Iterable
 from typing import Final
+
+from asyncbucket.limits import Limit
+from asyncbucket.meters import Amounts
 
 #: How many times the weight of a priority is that of the next below among those that wait.
 STEP: Final = 8.0
+
+
+#: Windows so many times longer than the shortest say nothing about who goes next.
+_LONG: Final = 100
+
+
+class Prices:
+    """Tell the largest part, in seconds, that a call takes of any of some limits.
+
+    6,000 tokens of 60,000 a minute are six seconds. Of several limits of a resource the fastest
+    counts, for that one binds from call to call; limits over a day say nothing beside those over a
+    minute. Without any limit a call costs one.
+    """
+
+    __slots__ = ("_seconds",)
+
+    def __init__(self, limits: Iterable[Limit]) -> None:
+        limits = tuple(limits)
+        shortest = min((limit.per for limit in limits), default=0)
+        #: For each resource that counts how many seconds a unit of it costs.
+        self._seconds: dict[str, float] = {}
+        for limit in limits:
+            if limit.per <= _LONG * shortest:
+                seconds = limit.per / limit.amount
+                earlier = self._seconds.get(limit.resource, seconds)
+                self._seconds[limit.resource] = min(seconds, earlier)
+
+    def of(self, amounts: Amounts) -> float:
+        """Return the price of a call of ``amounts``."""
+        price = 0.0
+        for resource, seconds in self._seconds.items():
+            price = max(price, amounts.get(resource, 0) * seconds)
+        return price if self._seconds else 1.0
 
 
 class Share:

@@ -189,7 +189,7 @@ class Branch:
         assert flow is not None
         flow.source.served(head, now)
         self.living -= 1
-        price = self.node.through.price(head.amounts)
+        price = self.node.prices.of(head.amounts)
         weights = self._weigh(flow)
         step = price / flow.share.weight
         self._clock.advance(flow.share.tag, price, step, weights=weights)

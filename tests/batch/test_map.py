@@ -134,7 +134,7 @@ def test_mistake_is_refused_at_once(option: dict[str, Any], message: str) -> Non
 def test_text_is_no_list_of_items() -> None:
     """The name of a file, which is forgotten to be opened; said at once, too."""
     with pytest.raises(
-        TypeError, match=r"a text as items, .prompts\.txt., would be a call for each"
+        TypeError, match=r"a text as items would be a call for each of its 11 characters"
     ):
         map_sync(Limiter(concurrency=1), str, "prompts.txt")
 

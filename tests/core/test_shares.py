@@ -12,7 +12,7 @@ from asyncbucket.gates import Gates
 from asyncbucket.meters import NEVER, Slots, Window
 from asyncbucket.node import Node
 from asyncbucket.queue import EMPTY, Line, Waiter
-from asyncbucket.shares import Share, VirtualClock
+from asyncbucket.shares import Prices, Share, VirtualClock
 from asyncbucket.tree import Branch, Flow, Tree
 
 #: No pacer serves these lines.
@@ -355,7 +355,7 @@ def test_a_call_is_priced_by_what_binds_from_call_to_call() -> None:
         Limit("tokens", 60_000),
         Limit("tokens", 500, per=1),
     )
-    gates = Gates((), limits)
-    assert gates.price({"requests": 1}) == 0.1
-    assert gates.price({"requests": 1, "tokens": 5_000}) == 5.0
-    assert Gates(()).price({"requests": 7}) == 1.0
+    prices = Prices(limits)
+    assert prices.of({"requests": 1}) == 0.1
+    assert prices.of({"requests": 1, "tokens": 5_000}) == 5.0
+    assert Prices(()).of({"requests": 7}) == 1.0
