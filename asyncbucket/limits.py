@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final, Self
 
-from asyncbucket.cost import counted
 from asyncbucket.errors import LimitSyntaxError
+from asyncbucket.wording import counted, written_out
 
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _RESOURCES: Final = {"r": "requests", "t": "tokens", "it": "input_tokens", "ot": "output_tokens"}
@@ -123,11 +123,6 @@ class Limit:
 
     def __str__(self) -> str:
         return f"{counted(self.amount, self.resource)} per {written_out(self.per)} s"
-
-
-def written_out(per: float) -> str:
-    """Return a window's seconds in all their digits: a month's are "2592000", not "2.592e+06"."""
-    return f"{per:.9g}"
 
 
 def read_limits(limits: Iterable[str | Limit], keywords: dict[str, float | None]) -> list[Limit]:

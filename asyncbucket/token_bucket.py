@@ -9,12 +9,12 @@ from typing import Final, Self
 
 from asyncbucket.budget import NONE_AT_ALL, Budget
 from asyncbucket.context import deadline_of
-from asyncbucket.cost import counted, in_seconds
 from asyncbucket.errors import AcquireTimeout, CostExceedsLimit, WouldBlock
 from asyncbucket.gates import Gates
 from asyncbucket.meters import NEVER, Amounts, Bucket
 from asyncbucket.node import Node
 from asyncbucket.queue import Waiter
+from asyncbucket.wording import counted, in_seconds
 
 _ONE: Final[Amounts] = {"units": 1}
 #: Rates (units a second) and bursts beyond which nobody's limits lie.

@@ -4,8 +4,9 @@ import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
-from asyncbucket.cost import Cost, shown
+from asyncbucket.cost import Cost
 from asyncbucket.limiter import Limiter
+from asyncbucket.wording import shown
 
 #: What an item costs: a `Cost`, the keywords of `Limiter.acquire`, or a function that says.
 Price: TypeAlias = Cost | Mapping[str, float]

@@ -8,8 +8,8 @@ from typing import Any, Final, Literal, Protocol, TypeAlias
 import anyio
 
 from asyncbucket.batch.outlook import Look, Outlook, duration
-from asyncbucket.cost import rounded
 from asyncbucket.limiter import Limiter
+from asyncbucket.wording import rounded
 
 Shown: TypeAlias = bool | Literal["rich", "tqdm"]
 

@@ -18,9 +18,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
-from asyncbucket.cost import in_seconds
 from asyncbucket.http.failures import Verdict, classify
 from asyncbucket.limiter import Limiter
+from asyncbucket.wording import in_seconds
 
 #: The first pause (s) where the provider names none, and the longest.
 _FIRST: Final = 1.0

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
 from asyncbucket.budget import Budget
-from asyncbucket.cost import COMMON, counted
+from asyncbucket.cost import COMMON
 from asyncbucket.errors import CostExceedsLimit
 from asyncbucket.events import Callback, Event, LimitChanged, LimitLearned, Observers
 from asyncbucket.feedback.adaptive import Adaptive, Concurrency, read_concurrency
@@ -19,6 +19,7 @@ from asyncbucket.limits import Limit
 from asyncbucket.meters import Amounts, Bucket, Meter, Slots, Window
 from asyncbucket.node import Node
 from asyncbucket.queue import Waiter
+from asyncbucket.wording import counted
 
 if TYPE_CHECKING:
     from asyncbucket.limiter.keys import Keys

@@ -5,13 +5,14 @@ import math
 from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.context import Inherited, Priority, deadline_of, read_priority
-from asyncbucket.cost import Cost, counted, in_seconds
+from asyncbucket.cost import Cost
 from asyncbucket.errors import AcquireTimeout, CostExceedsLimit, QueueFull, WouldBlock
 from asyncbucket.events import Admitted, Cancelled, Queued, Reason, Refused
 from asyncbucket.limiter.account import Account
 from asyncbucket.limiter.lease import Lease
 from asyncbucket.limiter.refusal import refuse_locked
 from asyncbucket.meters import NEVER
+from asyncbucket.wording import counted, in_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable

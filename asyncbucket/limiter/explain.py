@@ -3,11 +3,12 @@
 import copy
 from dataclasses import dataclass
 
-from asyncbucket.cost import Cost, counted, does, in_seconds, rounded
+from asyncbucket.cost import Cost
 from asyncbucket.gates import Gates
 from asyncbucket.limiter.account import Account
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER, Amounts
+from asyncbucket.wording import counted, does, in_seconds, rounded
 
 
 @dataclass(frozen=True, slots=True)

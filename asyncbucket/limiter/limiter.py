@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal, NoReturn, Unpack
 
 from asyncbucket.context import Inherited, Priority, inherited, read_tenant
-from asyncbucket.cost import Cost, amounts_of, shown
+from asyncbucket.cost import Cost, amounts_of
 from asyncbucket.feedback.adaptive import Concurrency
 from asyncbucket.limiter.account import Account
 from asyncbucket.limiter.acquisition import Acquisition
@@ -19,6 +19,7 @@ from asyncbucket.limiter.lease import Lease
 from asyncbucket.limiter.steering import Steering
 from asyncbucket.limiter.terms import Keywords, Terms, read_count, read_max_queue, read_timeout
 from asyncbucket.limits import Limit, read_limits
+from asyncbucket.wording import shown
 
 #: How many tenants' limiters are kept alive where nothing else was said.
 _ALIVE: Final = 1_000

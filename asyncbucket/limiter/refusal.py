@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from typing import TypeVar
 
-from asyncbucket.cost import Cost, counted, does, in_seconds
+from asyncbucket.cost import Cost
 from asyncbucket.errors import AcquireTimeout, QueueFull, WouldBlock
 from asyncbucket.limiter.account import Account
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER, Amounts
+from asyncbucket.wording import counted, does, in_seconds
 
 Refusal = TypeVar("Refusal", WouldBlock, AcquireTimeout, QueueFull)
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar, cast
 
 from llama_index.core.tools.types import AsyncBaseTool
 
-from asyncbucket.cost import shown
 from asyncbucket.http.running import is_running, make_way, running
 from asyncbucket.limiter import Limiter
 from asyncbucket.llama_index.events import tell_of_wait, told_of_waits
+from asyncbucket.wording import shown
 
 T = TypeVar("T")
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from asyncbucket.cost import does, rounded
+from asyncbucket.wording import does, rounded
 
 _MINUTE: Final = 60
 _HOUR: Final = 3_600

@@ -8,7 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from asyncbucket.cost import Cost, shown
+from asyncbucket.cost import Cost
+from asyncbucket.wording import shown
 
 Sample: TypeAlias = float | str | Cost | Mapping[str, Any]
 """A number; a text, whose tokens are counted; a cost; or an object, as a line of JSONL holds it."""

@@ -5,10 +5,10 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from asyncbucket.cost import in_seconds
 from asyncbucket.errors import AsyncBucketError
 from asyncbucket.http.failures import Verdict, classify
 from asyncbucket.retry.again import TryAgain, by_the_name
+from asyncbucket.wording import in_seconds
 
 if TYPE_CHECKING:
     from asyncbucket.retry.retrier import Retrier

@@ -13,12 +13,12 @@ import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, TypeVar
 
-from asyncbucket.cost import in_seconds
 from asyncbucket.errors import StoreError
 from asyncbucket.events import Event, StoreLost, StoreRecovered
 from asyncbucket.meters import NEVER, Amounts
 from asyncbucket.stores.outage import LONGEST_KNOCK, REUNION, Alone, OnOutage, Priced, Record
 from asyncbucket.stores.store import Correction, Ledger, Terms
+from asyncbucket.wording import in_seconds
 
 #: Seconds between heartbeats at most.
 _HEARTBEAT: Final = 5.0

@@ -6,8 +6,8 @@ from logging import DEBUG, INFO, Logger, getLogger
 from typing import Any, Final
 
 from asyncbucket import events
-from asyncbucket.cost import counted, in_seconds
 from asyncbucket.events import Callback, Event
+from asyncbucket.wording import counted, in_seconds
 
 #: Fields of the record that an event's own cannot hide: they are called ``asyncbucket.<field>``.
 _PREFIX: Final = "asyncbucket."

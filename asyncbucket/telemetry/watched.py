@@ -8,7 +8,8 @@ from typing import Any, Final, Protocol
 
 from asyncbucket.events import Callback, Event
 from asyncbucket.limiter.statistics import Statistics
-from asyncbucket.limits import Limit, written_out
+from asyncbucket.limits import Limit
+from asyncbucket.wording import written_out
 
 _TENANT: Final = re.compile(r"/\*[^/]*")
 #: The label of limiters beyond those that are told apart.

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol, TypeAlias
 
-from asyncbucket.cost import counted
 from asyncbucket.limits import Limit
+from asyncbucket.wording import counted
 
 NANOSECONDS = 1_000_000_000
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncbucket import Cost, Limiter, plan
-from asyncbucket.cost import rounded
+from asyncbucket.wording import rounded
 
 amounts = st.none() | st.integers(0, 10**6) | st.floats(0, 1e6)
 

@@ -13,7 +13,7 @@ from asyncbucket.cli.demo.outcome import Outcome
 from asyncbucket.cli.demo.scenario import Scenario
 from asyncbucket.cli.plot import Canvas, against_limit, sparkline
 from asyncbucket.cli.provider import place
-from asyncbucket.cost import counted
+from asyncbucket.wording import counted
 
 _WIDEST: Final = 120
 _UNKNOWN: Final = "-"

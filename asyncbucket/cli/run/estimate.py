@@ -14,8 +14,9 @@ from asyncbucket.cli.run.report import reasons
 from asyncbucket.cli.run.request import Request
 from asyncbucket.cli.run.screen import dollars
 from asyncbucket.cli.run.tally import Tally
-from asyncbucket.cost import Cost, counted
+from asyncbucket.cost import Cost
 from asyncbucket.http.profiles import Call, Profile, profile_named, profile_of
+from asyncbucket.wording import counted
 
 if TYPE_CHECKING:
     from asyncbucket.plan import Plan

@@ -6,8 +6,8 @@ from asyncbucket.batch.outlook import duration
 from asyncbucket.cli.run.job import STANDARD, Job
 from asyncbucket.cli.run.screen import dollars
 from asyncbucket.cli.run.tally import Tally
-from asyncbucket.cost import counted, rounded
-from asyncbucket.limits import Limit, written_out
+from asyncbucket.limits import Limit
+from asyncbucket.wording import counted, rounded, written_out
 
 #: How people call the usual windows.
 _PERS: Final[dict[float, str]] = {1: "a second", 60: "a minute", 86_400: "a day"}

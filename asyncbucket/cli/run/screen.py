@@ -11,8 +11,8 @@ from rich.text import Text
 
 from asyncbucket.batch.outlook import Look, Outlook, duration
 from asyncbucket.cli.run.tally import Tally
-from asyncbucket.cost import counted, does, rounded
 from asyncbucket.limiter import Limiter
+from asyncbucket.wording import counted, does, rounded
 
 #: Seconds between two looks on a terminal, and between two lines in a pipe.
 _LIVE: Final = 0.2

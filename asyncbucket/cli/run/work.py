@@ -20,10 +20,10 @@ from asyncbucket.cli.run.output import Errors, answer, failure, to_standard_outp
 from asyncbucket.cli.run.screen import Screen
 from asyncbucket.cli.run.send import UNREACHABLE, HTTPFailure, Reply, Sender, Stopped
 from asyncbucket.cli.run.tally import Tally
-from asyncbucket.cost import counted
 from asyncbucket.errors import AsyncBucketError
 from asyncbucket.limiter import Limiter
 from asyncbucket.retry import classify
+from asyncbucket.wording import counted
 
 #: Seconds between two notes of what is done.
 _KEEP: Final = 0.5

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from asyncbucket.cli.canvas import LIMIT, LINE, OURS, PAUSE, canvas
 from asyncbucket.cli.trace.story import Story
-from asyncbucket.limits import written_out
+from asyncbucket.wording import written_out
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from asyncbucket.cost import counted
+from asyncbucket.wording import counted
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,33 @@
+"""How amounts, times and values are written in what people read."""
+
+
+def counted(amount: int, resource: str) -> str:
+    """Return an amount as people say it: "1 request", "36,055 input tokens"."""
+    name = resource.replace("_", " ")
+    return f"{amount:,} {name.removesuffix('s') if amount == 1 else name}"
+
+
+def shown(value: object) -> str:
+    """Return ``value`` as an error may show it: its type, but of a number, for a text may be a prompt."""
+    return repr(value) if value is None or isinstance(value, (int, float)) else type(value).__name__
+
+
+def does(resource: str, verb: str) -> str:
+    """Say what a resource does: "input tokens bind", "concurrency binds", "requests allow"."""
+    name = resource.replace("_", " ")
+    return f"{name} {verb if name.endswith('s') else verb + 's'}"
+
+
+def rounded(value: float) -> str:
+    """Return a number in three digits, or in all that stand before the point: "0.012", "3,600"."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # noqa: PLR2004 - three digits
+
+
+def in_seconds(value: float) -> str:
+    """Return a time as people say it: "0.25 s", "86,906 s"."""
+    return f"{rounded(value)} s"
+
+
+def written_out(per: float) -> str:
+    """Return a window's seconds in all their digits: a month's are "2592000", not "2.592e+06"."""
+    return f"{per:.9g}"
