@@ -684,6 +684,7 @@ def faulty(share: float, chance: random.Random, tried: list[int]) -> Callable[[]
     return attempt
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("share", "agents", "seed"), [(0.15, 300, 1), (0.2, 100, 2), (0.2, 300, 3)]
 )

@@ -240,6 +240,7 @@ def test_wait_for_and_timeout_cancel_without_a_trace(virtual_time: VirtualTime) 
     virtual_time.run(main())
 
 
+@pytest.mark.heavy
 def test_cancelling_in_lifo_order_is_linear(virtual_time: VirtualTime) -> None:
     """A hundred thousand waiters leave from the back in about a second, however long the line."""
 

@@ -800,6 +800,7 @@ class Forest:
             assert all(window.lent == 0 for _, window, _ in account.limits.values())
 
 
+@pytest.mark.heavy
 @settings(deadline=None, max_examples=100)
 @given(st.lists(plants, max_size=7), st.integers(0, 2**32))
 def test_random_trees_are_never_over_and_nobody_is_forgotten(trees: list[Plant], seed: int) -> None:

@@ -186,6 +186,7 @@ def test_unbook_leaves_a_bucket_as_if_that_had_never_been_booked(
         assert bucket.earliest(amount, now) == now + -(-wait // 1)
 
 
+@pytest.mark.heavy
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 10**9))
 def test_hundreds_of_refunds_of_a_busy_bucket_are_exact(seed: int) -> None:

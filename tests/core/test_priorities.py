@@ -22,6 +22,7 @@ async def ask(limiter: Limiter, priority: Priority | None, served: list[Any]) ->
         served.append(priority)
 
 
+@pytest.mark.heavy
 def test_an_interactive_call_waits_one_gap_among_10_000_of_a_batch(
     virtual_time: VirtualTime,
 ) -> None:
@@ -64,6 +65,7 @@ def test_an_interactive_call_passes_a_costly_batch_call_that_is_next(
     virtual_time.run(main())
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("priorities", "parts"),
     [

@@ -96,6 +96,7 @@ def test_calls_of_a_fifth_of_the_limit_use_nine_tenths() -> None:
     assert 0.89 <= share <= 1
 
 
+@pytest.mark.heavy
 def test_the_binding_limit_of_a_mix_is_used_to_99_percent() -> None:
     """Requests, tokens and slots together: whichever binds is used up, none is over."""
 

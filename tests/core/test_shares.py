@@ -261,6 +261,7 @@ def test_a_tree_takes_over_a_line(loop: asyncio.AbstractEventLoop) -> None:
     assert not roused
 
 
+@pytest.mark.heavy
 def test_a_flow_in_which_nobody_is_left_is_forgotten(grove: Grove) -> None:
     """Ten thousand who came once leave no flow behind, and no weight."""
     for _ in range(10_000):

@@ -547,6 +547,7 @@ PLANS = st.recursive(
 )
 
 
+@pytest.mark.heavy
 @settings(max_examples=150, deadline=None)
 @given(
     plans=st.lists(PLANS, min_size=1, max_size=6),

@@ -126,6 +126,7 @@ moves = st.lists(
 )
 
 
+@pytest.mark.heavy
 @moderate
 @given(limits=limits, moves=moves)
 def test_script_answers_as_the_meters_do(
