@@ -119,13 +119,15 @@ class Budget:
             return False
         cancelled = waiter.cancelled()
         if cancelled or not waiter.done():
-            if waiter.pacer.loop.is_closed():  # whoever rings next counts out all that were alive
-                for node in waiter.node.below_root if cancelled else ():
+            line = waiter.line
+            if line.pacer.loop.is_closed():  # whoever rings next counts out all that were alive
+                for node in line.node.below_root if cancelled else ():
                     node.waiting -= 1
                 return True
-            waiter.cancel()
-            if waiter.pacer.leave_locked(waiter):
-                self.ring_locked(waiter.node)
+            if not cancelled:
+                waiter.cancel()
+            if line.pacer.leave_locked(waiter):
+                self.ring_locked(line.node)
         elif waiter.exception() is None and waiter.result() != NEVER:
             self.give_back_locked(waiter)
         return True
@@ -170,13 +172,17 @@ class Budget:
         The collector closes coroutines that wait and leases that nobody holds, whenever it likes.
         Return whether it has been run.
         """
-        self._dropped.append(release)
         if self.lock.acquire(False):  # by keyword it would take twice the time
             try:
-                self.collect_locked()
+                if self._dropped:
+                    self.collect_locked()
+                release()
+                if self._dropped:
+                    self.collect_locked()
             finally:
                 self.lock.release()
             return True
+        self._dropped.append(release)
         for pacer in tuple(self.pacers.values()):  # the holder may have looked already
             with contextlib.suppress(RuntimeError):  # its loop is closed
                 pacer.loop.call_soon_threadsafe(pacer.ring)

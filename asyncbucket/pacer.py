@@ -94,7 +94,8 @@ class Pacer:
     def leave_locked(self, waiter: Waiter) -> bool:
         """Count ``waiter``, done, out of the line; return whether it was the head of it."""
         self._count_out_locked(waiter)
-        self._deadlines.sweep(self._waiting)
+        if waiter.deadline is not None:
+            self._deadlines.sweep(self._waiting)
         return (waiter.outlet or waiter.line).leave(waiter)
 
     def admit_locked(self, waiter: Waiter, when: int) -> None:
@@ -106,7 +107,7 @@ class Pacer:
     def _count_out_locked(self, waiter: Waiter) -> None:
         self._waiting -= 1
         self._budget.waiting -= 1
-        for node in waiter.node.below_root:
+        for node in waiter.line.node.below_root:
             node.waiting -= 1
 
     def ring(self) -> None:
