@@ -117,13 +117,14 @@ class TokenBucket:
                     bucket.low = backlog
                 return
         waiter = self._enter(amount, timeout, now)
-        del now  # one object less in each of 100,000 frames for the collector to visit
+        del now, bucket  # less in each of 100,000 frames for the collector to visit
         if waiter is None:
             return
         try:
             when = await waiter
         except BaseException:
             self._budget.drop(functools.partial(self._budget.withdraw_locked, waiter))
+            del waiter  # or the traceback of the error would keep it alive
             raise
         if when == NEVER:
             raise self._too_late(amount, timeout, self._wait_of(waiter.amounts))

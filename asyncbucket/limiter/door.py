@@ -134,6 +134,7 @@ class Door:
                 raise
             except BaseException as error:
                 budget.drop(functools.partial(account.withdraw_locked, waiter))
+                del waiter  # or the traceback of the error would keep it alive
                 _tell_cancelled(account, amounts, budget.clock() - now, error)
                 raise
             with budget.lock:

@@ -18,9 +18,10 @@ REQUEST = {
     "messages": [{"role": "user", "content": "Is it?"}],
 }
 HEADERS = {"authorization": "Bearer any"}
+#: All paced: a hundred calls at one instant would measure how busy the machine is.
 LOADS: dict[str, tuple[str, str, int]] = {
     "requests": ("100 requests/s", "100k tokens/s", 50),
-    "tokens": ("1k requests/s", "10k tokens/s", 50),
+    "tokens": ("1k requests/s", "10k tokens/s burst 1k", 50),
     "concurrency": ("1k requests/s", "100k tokens/s", 5),
 }
 
