@@ -172,17 +172,13 @@ class Budget:
         The collector closes coroutines that wait and leases that nobody holds, whenever it likes.
         Return whether it has been run.
         """
+        self._dropped.append(release)
         if self.lock.acquire(False):  # by keyword it would take twice the time
             try:
-                if self._dropped:
-                    self.collect_locked()
-                release()
-                if self._dropped:
-                    self.collect_locked()
+                self.collect_locked()
             finally:
                 self.lock.release()
             return True
-        self._dropped.append(release)
         for pacer in tuple(self.pacers.values()):  # the holder may have looked already
             with contextlib.suppress(RuntimeError):  # its loop is closed
                 pacer.loop.call_soon_threadsafe(pacer.ring)
