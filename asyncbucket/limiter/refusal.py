@@ -18,39 +18,50 @@ def refuse_locked(
 ) -> Refusal:
     """Return the error of a refusal, with what binds and for how long."""
     now = account.budget.clock()
-    due, bound_by = account.budget.earliest_locked(account, amounts, now)
-    remote = account.path[-1].remote  # only the root's limits may lie in a store
-    if bound_by is None and remote is not None and (known := remote.held_up()) is not None:
-        bound_by, due = known[0], max(now, known[1])
-        due = NEVER if bound_by == "concurrency" else due
-    paced = _above_a_burst(account, amounts) if kind is WouldBlock and remote is None else None
-    if paced is not None:
-        due, bound_by = NEVER, paced.resource
-    after = (due - now) * 1e-9
+    due, bound_by, why = _reason_locked(account, amounts, now, at_once=kind is WouldBlock)
+    if bound_by == "paused":
+        remedy = remedy.removesuffix(" or the limit")  # no limit ends a pause
     what = ", ".join(counted(amounts[each], each) for each in _counted(account, amounts))
-    unknown = bound_by is None and remote is not None
+    return kind(
+        f"a call of {what} cannot pass {how}: {why}; {remedy}",
+        retry_after=None if due >= NEVER else (due - now) * 1e-9,
+        bound_by=bound_by,
+    )
+
+
+def _reason_locked(
+    account: Account, amounts: Amounts, now: int, *, at_once: bool
+) -> tuple[int, str | None, str]:
+    """Return when such a call could pass, `NEVER` if that is not known, what binds, and both in words."""
+    remote = account.path[-1].remote  # only the root's limits may lie in a store
+    due, bound_by = account.budget.earliest_locked(account, amounts, now)
+    paced = _above_a_burst(account, amounts) if at_once and remote is None else None
     if paced is not None:
         burst = counted(paced.burst or 0, paced.resource)
         why = f"above a burst of {burst} it earns the rest while it is first in line"
-    elif unknown:
-        why = "the store that keeps its limits has to be asked"
-    elif bound_by is None:
-        why = "others came first"
-    elif bound_by == "paused":
-        why = f"the limiter is paused for {in_seconds(after)} more"
-        remedy = remedy.removesuffix(" or the limit")  # no limit ends a pause
-    elif due >= NEVER and remote is not None:
-        why = "all slots are taken"
-    elif due >= NEVER:
-        slots = min(slots.size for slots in account.through.slots if slots.available(now) < 1)
-        why = "the one slot is taken" if slots == 1 else f"all {slots:,} slots are taken"
-    else:
-        why = f"{does(bound_by, 'bind')} for {in_seconds(after)} more"
-    return kind(
-        f"a call of {what} cannot pass {how}: {why}; {remedy}",
-        retry_after=None if due >= NEVER or unknown else after,
-        bound_by=bound_by,
-    )
+        return NEVER, paced.resource, why
+    if bound_by is None and remote is not None:
+        known = remote.held_up()
+        if known is None:
+            return NEVER, None, "the store that keeps its limits has to be asked"
+        bound_by = known[0]
+        due = NEVER if bound_by == "concurrency" else max(now, known[1])
+    if bound_by is None:
+        return due, None, "others came first"
+    return due, bound_by, _wait_for(bound_by, due, account, now)
+
+
+def _wait_for(bound_by: str, due: int, account: Account, now: int) -> str:
+    """Say what a call would wait for, and how long."""
+    left = in_seconds((due - now) * 1e-9)
+    if bound_by == "paused":
+        return f"the limiter is paused for {left} more"
+    if due < NEVER:
+        return f"{does(bound_by, 'bind')} for {left} more"
+    if account.path[-1].remote is not None:
+        return "all slots are taken"
+    slots = min(slots.size for slots in account.through.slots if slots.available(now) < 1)
+    return "the one slot is taken" if slots == 1 else f"all {slots:,} slots are taken"
 
 
 def _above_a_burst(account: Account, amounts: Amounts) -> Limit | None:
