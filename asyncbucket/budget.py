@@ -135,8 +135,7 @@ class Budget:
     def give_back_locked(self, waiter: Waiter) -> None:
         """Undo the booking of a waiter that was handed it and is gone, and ring."""
         self.easy = NONE_AT_ALL
-        waiter.gates.unbook(waiter.amounts, waiter.taken)
-        waiter.node.correct(waiter.line.priority, waiter.amounts, None)
+        waiter.unbook()
         self.settle_down_locked()
         self.ring_locked(waiter.node)
 

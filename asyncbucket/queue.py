@@ -56,6 +56,11 @@ class Waiter(asyncio.Future[int]):
         """Who serves it."""
         return self.line.pacer
 
+    def unbook(self) -> None:
+        """Undo the booking of a call that was not made, with what its shares paid for it."""
+        self.gates.unbook(self.amounts, self.taken)
+        self.node.correct(self.line.priority, self.amounts, None)
+
     def __lt__(self, other: "Waiter") -> bool:
         return self.number < other.number
 

@@ -43,8 +43,6 @@ from asyncbucket.meters import Amounts
 
 #: How many times the weight of a priority is that of the next below among those that wait.
 STEP: Final = 8.0
-
-
 #: Windows so many times longer than the shortest say nothing about who goes next.
 _LONG: Final = 100
 

@@ -1,9 +1,14 @@
 """How amounts, times and values are written in what people read."""
 
 
+def named(resource: str) -> str:
+    """Return a resource as people call it: "input tokens"."""
+    return resource.replace("_", " ")
+
+
 def counted(amount: int, resource: str) -> str:
     """Return an amount as people say it: "1 request", "36,055 input tokens"."""
-    name = resource.replace("_", " ")
+    name = named(resource)
     return f"{amount:,} {name.removesuffix('s') if amount == 1 else name}"
 
 
@@ -14,7 +19,7 @@ def shown(value: object) -> str:
 
 def does(resource: str, verb: str) -> str:
     """Say what a resource does: "input tokens bind", "concurrency binds", "requests allow"."""
-    name = resource.replace("_", " ")
+    name = named(resource)
     return f"{name} {verb if name.endswith('s') else verb + 's'}"
 
 

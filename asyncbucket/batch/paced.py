@@ -6,8 +6,8 @@ for a second one wait for ever. So these are left alone:
 - a method of a model that the limiter wraps, ``llm.acomplete``;
 - a function that `Limiter.paced` decorates;
 - a function that names one of these, or a client on a paced transport, or calls ``acquire`` or
-  ``amap`` of the limiter or of a child of it; likewise in what its closure and its object hold by these names, and
-  in the functions that it names.
+  ``amap`` of the limiter or of a child of it; likewise in what its closure and its object hold by
+  these names, and in the functions that it names.
 
 This reads code, which can say much that this does not see. Whoever passes ``cost=`` or ``paced=``
 decides.

@@ -9,7 +9,7 @@ import anyio
 
 from asyncbucket.batch.outlook import Look, Outlook, duration
 from asyncbucket.limiter import Limiter
-from asyncbucket.wording import rounded
+from asyncbucket.wording import named, rounded
 
 Shown: TypeAlias = bool | Literal["rich", "tqdm"]
 
@@ -107,7 +107,7 @@ class _ShownProgress(Progress):
         if look.left:
             words.append(f"{duration(look.left)} left")
         if look.bound_by is not None:
-            words.append(f"waiting for {look.bound_by.replace('_', ' ')}")
+            words.append(f"waiting for {named(look.bound_by)}")
         if self._restored:
             words.append(f"{self._restored:,} restored")
         if self._failed:

@@ -8,7 +8,7 @@ from asyncbucket.gates import Gates
 from asyncbucket.limiter.account import Account
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER, Amounts
-from asyncbucket.wording import counted, does, in_seconds, rounded
+from asyncbucket.wording import counted, does, in_seconds, named, rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Explanation:
         for other in others[:1]:
             more = other.calls / first.calls
             times = f"{more:.1f}" if more < 10 else f"{more:,.0f}"  # noqa: PLR2004 - two digits
-            name = other.limit.resource.replace("_", " ")
+            name = named(other.limit.resource)
             told.append(f"{name} alone would allow {times}x as many ({other.limit})")
         return told
 

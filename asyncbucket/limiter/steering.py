@@ -37,8 +37,8 @@ class Steering(ABC):
         span = span_of(seconds, "a pause", "it is reckoned from now")
         if span >= NEVER:
             raise ValueError("a pause must end: give a finite number of seconds")
-        until = self._account.budget.clock() + span
         account = self._account
+        until = account.budget.clock() + span
         with account.budget.lock:
             for each in account.path:
                 each.upstream_429 += reason == "429"
@@ -78,7 +78,7 @@ class Steering(ABC):
         if limit is not None:
             read_count(limit, "limit")
         account = self._account
-        sent = self._account.budget.clock() if since is None else nanoseconds(since, "since")
+        sent = account.budget.clock() if since is None else nanoseconds(since, "since")
         with account.budget.lock:
             account.hear_remaining_locked(
                 (resource, per), remaining, limit=limit, since=sent, rounding=rounding
@@ -173,9 +173,7 @@ class Steering(ABC):
         account.flush()
         with budget.lock:
             budget.collect_locked()
-            pause = (
-                0 if account.pause is None else account.pause.until - self._account.budget.clock()
-            )
+            pause = 0 if account.pause is None else account.pause.until - budget.clock()
             return Statistics(
                 name=account.name,
                 admitted=account.admitted,

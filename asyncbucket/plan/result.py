@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from asyncbucket.wording import does, rounded
+from asyncbucket.wording import does, in_seconds, named, rounded
 
 _MINUTE: Final = 60
 _HOUR: Final = 3_600
@@ -154,7 +154,7 @@ def binds(resource: str | None) -> str:
 def spoken(seconds: float) -> str:
     """Return a length of time in two units at most: "1.5 s", "39 min 39 s", "6 h 42 min"."""
     if seconds < _LONG:
-        return f"{seconds:.3g} s"
+        return in_seconds(seconds)
     whole = round(seconds)
     if whole < _HOUR:
         return _pair(whole, _MINUTE, "min", 1, "s")
@@ -213,7 +213,7 @@ def tenants(plan: Plan) -> list[tuple[str, ...]]:
     ]
     for name, each in plan.tenants.items():
         waits = (spoken(each.waits.p50), spoken(each.waits.p95))
-        reason = "" if each.bound_by is None else each.bound_by.replace("_", " ")
+        reason = "" if each.bound_by is None else named(each.bound_by)
         rows.append((name, f"{each.calls:,}", spoken(each.duration), *waits, reason))
     return rows
 

@@ -81,8 +81,7 @@ class Counter:
                 self.on_loop(self._desk.ring)
         elif self._desk is not None:
             self.on_loop(self._desk.cancel, waiter, grant)
-        waiter.gates.unbook(waiter.amounts, waiter.taken)
-        waiter.node.correct(waiter.line.priority, waiter.amounts, None)
+        waiter.unbook()
         return True
 
     # -- for the desk ------------------------------------------------------------------------------

@@ -158,9 +158,8 @@ class Lifeline:
                 continue
             # What was given out alone while that was under way has to be told as well.
             pause = self._beat if self.alone is None or self.slots <= told else _AT_ONCE
-            if (
-                self.alone is None and self._clock() >= self._share_until
-            ):  # else some are still away
+            # Soon after an outage some are still away.
+            if self.alone is None and self._clock() >= self._share_until:
                 self.workers = pulse.workers
             self.hear(pulse.now, pulse.changed, pulse.left)
             self._recover()

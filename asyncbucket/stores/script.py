@@ -103,9 +103,7 @@ class Dialect:
         counted = self.terms.concurrency is not None
         bookings: list[Booking] = []
         for index, (offset, bound) in enumerate(zip(flat[::2], flat[1::2], strict=True)):
-            bound_by = self._bounds.get(
-                bound
-            )  # of an answer given under earlier terms, perhaps none
+            bound_by = self._bounds.get(bound)  # none, perhaps, if given under earlier terms
             if offset < 0:
                 bookings.append(Booking(_OUTCOMES[offset], 0, bound_by))
                 continue

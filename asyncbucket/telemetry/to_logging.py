@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from asyncbucket import events
 from asyncbucket.events import Callback, Event
-from asyncbucket.wording import counted, in_seconds
+from asyncbucket.wording import counted, in_seconds, named
 
 #: Fields of the record that an event's own cannot hide: they are called ``asyncbucket.<field>``.
 _PREFIX: Final = "asyncbucket."
@@ -121,7 +121,7 @@ def _cost(amounts: Mapping[str, int]) -> str:
 
 
 def _resource(name: str) -> str:
-    return "the end of a pause" if name == "paused" else name.replace("_", " ")
+    return "the end of a pause" if name == "paused" else named(name)
 
 
 def _number(count: int, verb: str) -> str:

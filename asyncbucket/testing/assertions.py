@@ -21,7 +21,7 @@ from fractions import Fraction
 from typing import Protocol, TypeAlias
 
 from asyncbucket.limits import Limit
-from asyncbucket.wording import counted
+from asyncbucket.wording import counted, written_out
 
 NANOSECONDS = 1_000_000_000
 
@@ -79,7 +79,7 @@ def assert_never_over(trace: Trace, limit: LimitLike | str) -> BusiestWindow:
         raise AssertionError(
             f"over the limit: {counted(worst.amount, 'units')} in "
             f"{counted(worst.admissions, 'admissions')} from "
-            f"{_seconds(worst.first)} to {_seconds(worst.last)}, where any {limit.per:.10g} s may "
+            f"{_seconds(worst.first)} to {_seconds(worst.last)}, where any {written_out(limit.per)} s may "
             f"hold {_number(limit.amount)}"
         )
     if limit.burst is not None:

@@ -13,7 +13,7 @@ from asyncbucket.cli.demo.outcome import Outcome
 from asyncbucket.cli.demo.scenario import Scenario
 from asyncbucket.cli.plot import Canvas, against_limit, sparkline
 from asyncbucket.cli.provider import place
-from asyncbucket.wording import counted
+from asyncbucket.wording import counted, named
 
 _WIDEST: Final = 120
 _UNKNOWN: Final = "-"
@@ -129,7 +129,7 @@ def _bound_by(outcome: Outcome) -> str:
 
 
 def _list(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items())
+    return ", ".join(f"{named(name)} {count:,}" for name, count in counts.items())
 
 
 def _show_failures(console: Console, outcome: Outcome) -> None:

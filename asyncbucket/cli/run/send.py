@@ -17,10 +17,10 @@ from asyncbucket.cli.run.ledger import Ledger
 from asyncbucket.cli.run.request import Request
 from asyncbucket.cli.run.tally import Tally
 from asyncbucket.events import Admitted, Event
+from asyncbucket.http.failures import FIRST_ERROR
 from asyncbucket.limiter import Limiter
 from asyncbucket.retry import Retrier, Retry
 
-_FIRST_ERROR: Final = 400
 _TOO_MANY: Final = 429
 _MESSAGE: Final = 500
 #: What a reply that cannot be read raises; too many brackets are the latter.
@@ -47,7 +47,7 @@ class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
     @property
     def is_of_another_server(self) -> bool:
         """Whether a success is none: who speaks no JSON is not the API."""
-        return self.status_code < _FIRST_ERROR
+        return self.status_code < FIRST_ERROR
 
     @property
     def error(self) -> Mapping[str, Any]:
@@ -193,7 +193,7 @@ class Sender:
             self._waits(reply)
             raise
         self._tally.sent += 1
-        if response.status_code >= _FIRST_ERROR:
+        if response.status_code >= FIRST_ERROR:
             self._tally.refused += response.status_code == _TOO_MANY
             self._waits(reply)
             raise HTTPFailure(response)

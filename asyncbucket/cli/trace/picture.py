@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from asyncbucket.cli.canvas import LIMIT, LINE, OURS, PAUSE, canvas
 from asyncbucket.cli.trace.story import Story
-from asyncbucket.wording import written_out
+from asyncbucket.wording import named, written_out
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +51,7 @@ def _window(axis: "Axes", story: Story, limit: Mapping[str, Any]) -> None:
     )
     axis.axhline(amount, color=LIMIT, linestyle="--", linewidth=1)
     axis.set_ylim(0, amount * 1.12)
-    axis.set_ylabel(resource.replace("_", " "))
+    axis.set_ylabel(named(resource))
     name = f"in the last {written_out(per)} s; limit {amount:,}"
     axis.set_title(name, loc="left", fontsize=9)
 
