@@ -15,10 +15,10 @@ from asyncbucket.loops import (
     reset_after_fork,
     thread_switches_only_at_calls,
 )
-from asyncbucket.meters import NEVER, Amounts
+from asyncbucket.meters import Amounts
 from asyncbucket.node import Node
 from asyncbucket.pacer import Pacer
-from asyncbucket.queue import Outlet, Waiter
+from asyncbucket.queue import Outlet, Passage, Waiter
 
 #: An amount that no caller can name.
 NONE_AT_ALL: Final[object] = object()
@@ -128,14 +128,14 @@ class Budget:
                 waiter.cancel()
             if line.pacer.leave_locked(waiter):
                 self.ring_locked(line.node)
-        elif waiter.exception() is None and waiter.result() != NEVER:
-            self.give_back_locked(waiter)
+        elif waiter.exception() is None and (passage := waiter.result()) is not None:
+            self.give_back_locked(waiter, passage)
         return True
 
-    def give_back_locked(self, waiter: Waiter) -> None:
+    def give_back_locked(self, waiter: Waiter, passage: Passage) -> None:
         """Undo the booking of a waiter that was handed it and is gone, and ring."""
         self.easy = NONE_AT_ALL
-        waiter.unbook()
+        waiter.unbook(passage)
         self.settle_down_locked()
         self.ring_locked(waiter.node)
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from asyncbucket.errors import AsyncBucketError
 from asyncbucket.meters import NEVER, Amounts
-from asyncbucket.queue import EMPTY, Deadlines, Line, Waiter
+from asyncbucket.queue import EMPTY, Deadlines, Line, Passage, Waiter
 from asyncbucket.tree import Tree
 
 if TYPE_CHECKING:
@@ -80,15 +80,17 @@ class Pacer:
     def push_locked(self, waiter: Waiter, node: "Node", priority: int, now: int) -> None:
         """Let ``waiter`` stand in the line of a node and a priority."""
         self._waiting += 1
-        for below in node.below_root:
-            below.waiting += 1
-        queue = self.queue
-        line = queue if isinstance(queue, Line) else queue.line(node, priority)
-        line.push(waiter, now)
-        deadline = waiter.deadline
+        queue, deadline = self.queue, waiter.deadline
         if deadline is not None:
             self._deadlines.push(waiter, deadline)
-        if self._budget.fair or (deadline is not None and deadline < self.due):
+        if isinstance(queue, Line):
+            queue.push(waiter, now)
+            if deadline is not None and deadline < self.due:
+                self.ring_locked()
+        else:
+            for below in node.below_root:
+                below.waiting += 1
+            queue.line(node, priority).push(waiter, now)
             self.ring_locked()
 
     def leave_locked(self, waiter: Waiter) -> bool:
@@ -98,9 +100,9 @@ class Pacer:
             self._deadlines.sweep(self._waiting)
         return (waiter.outlet or waiter.line).leave(waiter)
 
-    def admit_locked(self, waiter: Waiter, when: int) -> None:
+    def admit_locked(self, waiter: Waiter, passage: Passage) -> None:
         """Let ``waiter`` go, whom the outlet had; on the loop's own thread."""
-        waiter.set_result(when)
+        waiter.set_result(passage)
         self._count_out_locked(waiter)
         self.ring_locked()
 
@@ -180,12 +182,12 @@ class Pacer:
             return False
         if due < NEVER:
             nap = (due - self._budget.clock()) * 1e-9
-            if nap <= 0:  # in the loop's next turn
+            if _NAP < nap < _LONGEST:
+                self._timer = self.loop.call_at(self.loop.time() + nap, self._tick)
+            elif nap > 0:
+                self._timer = self.loop.call_later(min(max(nap, _NAP), _LONGEST), self._tick)
+            else:  # in the loop's next turn
                 self._timer = self.loop.call_soon(self._tick)
-            elif nap < _NAP:
-                self._timer = self.loop.call_later(_NAP, self._tick)
-            else:
-                self._timer = self.loop.call_later(min(nap, _LONGEST), self._tick)
         return True
 
     def _tick(self) -> None:
@@ -247,14 +249,13 @@ class Pacer:
                 if full or due > now:
                     return passed, due
                 gates.book(head.amounts, now)
-            head.gates = gates
-            head.taken = now
-            head.bound_by = line.bound_by or queue.held_by or self.bound_by
+            bound_by = line.bound_by or queue.held_by or self.bound_by
+            passage = Passage(gates, now, now, bound_by)
             passed += 1
             if outlet is not None:
-                outlet.push(head)
+                outlet.push(head, passage)
             else:
-                head.set_result(now)
+                head.set_result(passage)
                 for below in line.node.below_root:
                     below.waiting -= 1
             queue.served(head, now)
@@ -269,17 +270,19 @@ class Pacer:
                 amounts = head.amounts
                 room = gates.room(amounts, now, most=_BATCH - passed)
             if room < 1:
-                due = self._due_locked(head, now)
+                due, bound_by = gates.earliest(amounts, line.since)
+                if due > now:
+                    self.bound_by = line.bound_by = bound_by
+                    if due >= NEVER:
+                        due = self._due_locked(head, now)
                 if due > now or passed == _BATCH:
                     return passed, due
                 room = 1
             alike = line.serve_alike(amounts, room, now)
             gates.book(amounts, now, calls=len(alike))
+            passage = Passage(gates, now, now, self.bound_by)
             for each in alike:
-                each.gates = gates
-                each.taken = now
-                each.bound_by = self.bound_by
-                each.set_result(now)
+                each.set_result(passage)
             passed += len(alike)
             room -= len(alike)
         return passed, EMPTY
@@ -288,7 +291,7 @@ class Pacer:
         """Tell those whose deadline has come; return whether one was the head of its line."""
         first = False
         for waiter in self._deadlines.expired(now):
-            waiter.set_result(NEVER)
+            waiter.set_result(None)
             first |= self.leave_locked(waiter)
             self.queue.rouse(waiter.node)
         return first
@@ -333,10 +336,9 @@ class Pacer:
         head = queue.head(now, slotless=budget.blocked.leases) if due <= now else None
         if head is None:
             return due if due > now else queue.wake
-        head.gates, head.taken = head.node.through, now
-        head.gates.book(head.amounts, now)
-        head.bound_by = head.line.bound_by
-        head.set_result(now)
+        gates = head.node.through
+        gates.book(head.amounts, now)
+        head.set_result(Passage(gates, now, now, head.line.bound_by))
         queue.served(head, now)
         self._count_out_locked(head)
         budget.blocked.override(self.loop)

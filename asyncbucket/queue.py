@@ -9,7 +9,7 @@ import asyncio
 import heapq
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from asyncbucket.gates import Gates
 from asyncbucket.meters import NEVER, Amounts
@@ -24,14 +24,26 @@ EMPTY: Final = NEVER << 1
 _SWEEP: Final = 64
 
 
-class Waiter(asyncio.Future[int]):
+class Passage(NamedTuple):
+    """Say how a call has passed; those who passed together share one."""
+
+    gates: Gates
+    #: When it was booked there.
+    booked: int
+    #: When it was let go: later than that where it had to wait for a store, too.
+    when: int
+    #: What had held it up.
+    bound_by: str | None
+
+
+class Waiter(asyncio.Future[Passage | None]):
     """Stand in a line for ``amounts`` to pass all gates from its node up to the root.
 
-    It is resolved with the instant at which they were booked, or with `NEVER` when the deadline
-    came first. It holds no more than it must: the collector looks at each of 100,000 again and again.
+    It is resolved with its passage, or with None when the deadline came first. It holds no more than
+    it must: the collector looks at each of 100,000 again and again.
     """
 
-    __slots__ = ("amounts", "bound_by", "deadline", "gates", "line", "number", "taken")
+    __slots__ = ("amounts", "deadline", "line", "number")
 
     amounts: Amounts
     #: The place in the order of arrival over all loops.
@@ -39,10 +51,6 @@ class Waiter(asyncio.Future[int]):
     deadline: int | None
     #: Where it stands, or stood; set by `Line.push`.
     line: "Line"
-    #: What it was booked in, and when, and what held up the line until then, once it has passed.
-    gates: Gates
-    taken: int
-    bound_by: str | None
     #: Who has taken it over, where limits are kept elsewhere.
     outlet: "Outlet | None" = None
 
@@ -56,9 +64,9 @@ class Waiter(asyncio.Future[int]):
         """Who serves it."""
         return self.line.pacer
 
-    def unbook(self) -> None:
+    def unbook(self, passage: Passage) -> None:
         """Undo the booking of a call that was not made, with what its shares paid for it."""
-        self.gates.unbook(self.amounts, self.taken)
+        passage.gates.unbook(self.amounts, passage.booked)
         self.node.correct(self.line.priority, self.amounts, None)
 
     def __lt__(self, other: "Waiter") -> bool:
@@ -72,8 +80,8 @@ class Outlet(Protocol):
         """Tell whether it takes another one now; it rings the pacer when that changes."""
         ...
 
-    def push(self, waiter: Waiter) -> None:
-        """Take over ``waiter``, which is booked in its ``gates``; its pacer is told what becomes."""
+    def push(self, waiter: Waiter, passage: Passage) -> None:
+        """Take over ``waiter``, whose ``passage`` is booked; its pacer is told what becomes of it."""
         ...
 
     def leave(self, waiter: Waiter) -> bool:

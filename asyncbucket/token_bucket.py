@@ -11,7 +11,7 @@ from asyncbucket.budget import NONE_AT_ALL, Budget
 from asyncbucket.context import deadline_of
 from asyncbucket.errors import AcquireTimeout, CostExceedsLimit, WouldBlock
 from asyncbucket.gates import Gates
-from asyncbucket.meters import NEVER, Amounts, Bucket
+from asyncbucket.meters import Amounts, Bucket
 from asyncbucket.node import Node
 from asyncbucket.queue import Waiter
 from asyncbucket.wording import counted, in_seconds
@@ -105,29 +105,30 @@ class TokenBucket:
         now = self._clock()
         bucket = self._bucket
         if amount is self._budget.easy and timeout is None:
-            start = now if bucket.q == 1 else now * bucket.q  # dearer than the question
-            if start >= bucket.tat:
-                bucket.full_at = start
-                bucket.tat = start + bucket.p
+            if bucket.q != 1:  # to multiply is dearer than the question
+                now *= bucket.q
+            if now >= bucket.tat:
+                bucket.full_at = now
+                bucket.tat = now + bucket.p
                 return
-            backlog = bucket.tat - start
+            backlog = bucket.tat - now
             if backlog <= bucket.slack:
                 bucket.tat += bucket.p
                 if backlog < bucket.low:  # noqa: PLR1730 - `min` would be a call
                     bucket.low = backlog
                 return
-        waiter = self._enter(amount, timeout, now)
+        waiter = self._enter(amount, timeout)
         del now, bucket  # less in each of 100,000 frames for the collector to visit
         if waiter is None:
             return
         try:
-            when = await waiter
+            if await waiter is not None:
+                return
         except BaseException:
-            self._budget.drop(functools.partial(self._budget.withdraw_locked, waiter))
+            self._withdraw(waiter)
             del waiter  # or the traceback of the error would keep it alive
             raise
-        if when == NEVER:
-            raise self._too_late(amount, timeout, self._wait_of(waiter.amounts))
+        raise self._expired(amount, timeout)
 
     def acquire_nowait(self, amount: int = 1) -> None:
         """Take ``amount`` units now.
@@ -184,9 +185,9 @@ class TokenBucket:
             )
         return {"units": int(amount)}
 
-    def _enter(self, amount: int, timeout: float | None, now: int) -> Waiter | None:
+    def _enter(self, amount: int, timeout: float | None) -> Waiter | None:
         """Take ``amount`` now, or return the waiter that stands in line for it."""
-        budget = self._budget
+        budget, now = self._budget, self._clock()
         amounts = _ONE if amount == 1 and type(amount) is int else self._amounts(amount)
         deadline = None if timeout is None else deadline_of(now, timeout=timeout)
         budget.lock.acquire()  # `with` would take twice the time
@@ -200,6 +201,13 @@ class TokenBucket:
             return budget.join_locked(self._node, amounts, now, deadline)
         finally:
             budget.lock.release()
+
+    def _withdraw(self, waiter: Waiter) -> None:
+        """Let go a waiter whose task was cancelled."""
+        self._budget.drop(functools.partial(self._budget.withdraw_locked, waiter))
+
+    def _expired(self, amount: int, timeout: float | None) -> AcquireTimeout:
+        return self._too_late(amount, timeout, self._wait_of(self._amounts(amount)))
 
     def _take_locked(self, amounts: Amounts) -> bool:
         """Take ``amounts`` now if nobody has to wait longer, with no lock-free caller in between."""

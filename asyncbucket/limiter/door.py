@@ -11,7 +11,6 @@ from asyncbucket.events import Admitted, Cancelled, Queued, Reason, Refused
 from asyncbucket.limiter.account import Account
 from asyncbucket.limiter.lease import Lease
 from asyncbucket.limiter.refusal import refuse_locked
-from asyncbucket.meters import NEVER
 from asyncbucket.wording import counted, in_seconds
 
 if TYPE_CHECKING:
@@ -129,7 +128,7 @@ class Door:
             try:
                 if budget.observed:
                     account.tell(Queued, cost=Cost.of(amounts), waiting=account.waiting_now())
-                when = await waiter
+                passage = await waiter
             except CostExceedsLimit:  # told to it; whoever gives up at that moment was not refused
                 raise
             except BaseException as error:
@@ -138,15 +137,16 @@ class Door:
                 _tell_cancelled(account, amounts, budget.clock() - now, error)
                 raise
             with budget.lock:
-                if when == NEVER:
+                if passage is None:
                     account.check_locked(amounts)  # limits may have been lowered since
                     how = f"within {in_seconds(((deadline or now) - now) * 1e-9)}"
                     raise refuse_locked(AcquireTimeout, account, amounts, how, _PATIENCE)
                 holder = budget.blocked.here() if on_loop else budget.blocked.threads
-                lease = Lease(account, waiter.gates, amounts, waiter.taken, holder, priority)
-                lease.waited = (when - now) * 1e-9
-                lease.bound_by = waiter.bound_by
-                account.waited_locked(when - now, waiter.bound_by)
+                lease = Lease(account, passage.gates, amounts, passage.booked, holder, priority)
+                waited = passage.when - now
+                lease.waited = waited * 1e-9
+                lease.bound_by = passage.bound_by
+                account.waited_locked(waited, passage.bound_by)
         except (AcquireTimeout, QueueFull, CostExceedsLimit) as error:
             _refuse(account, amounts, error)
             raise

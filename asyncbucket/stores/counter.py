@@ -9,7 +9,7 @@ from asyncbucket.errors import AsyncBucketError, CostExceedsLimit, StoreError
 from asyncbucket.gates import Gates
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER
-from asyncbucket.queue import Waiter
+from asyncbucket.queue import Passage, Waiter
 from asyncbucket.stores.desk import Desk, Grant
 from asyncbucket.stores.entry import Entry
 from asyncbucket.stores.late import Latecomers
@@ -36,11 +36,11 @@ class Counter:
         self._budget = shared.account.budget
         self.loop = loop
         #: Calls that wait to be booked, in order.
-        self._line: dict[Waiter, None] = {}
+        self._line: dict[Waiter, Passage] = {}
         self._room = _LEAST
         self._sent = self._booked = 0
         #: Calls that are booked, and wait for their start.
-        self._grants: dict[Waiter, Grant] = {}
+        self._grants: dict[Waiter, tuple[Grant, Passage]] = {}
         self._store: Store | None = None
         self._desk: Desk[Waiter] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -62,9 +62,9 @@ class Counter:
         """See `asyncbucket.queue.Outlet`."""
         return len(self._line) < self._room
 
-    def push(self, waiter: Waiter) -> None:
+    def push(self, waiter: Waiter, passage: Passage) -> None:
         """See `asyncbucket.queue.Outlet`."""
-        self._line[waiter] = None
+        self._line[waiter] = passage
         waiter.outlet = self
         if self._desk is not None:
             self._desk.ring()
@@ -74,14 +74,15 @@ class Counter:
 
     def leave(self, waiter: Waiter) -> bool:
         """See `asyncbucket.queue.Outlet`."""
-        grant = self._grants.pop(waiter, None)
-        if grant is None:
-            self._line.pop(waiter, None)
+        if waiter in self._line:
+            passage = self._line.pop(waiter)
             if self._desk is not None:  # its place in the store's line is free
                 self.on_loop(self._desk.ring)
-        elif self._desk is not None:
-            self.on_loop(self._desk.cancel, waiter, grant)
-        waiter.unbook()
+        else:
+            grant, passage = self._grants.pop(waiter)
+            if self._desk is not None:
+                self.on_loop(self._desk.cancel, waiter, grant)
+        waiter.unbook(passage)
         return True
 
     # -- for the desk ------------------------------------------------------------------------------
@@ -106,23 +107,22 @@ class Counter:
             if waiting.done():  # it gave up while the batch was under way
                 self._cancel(waiting, grant)
                 return
-            del self._line[waiting]
-            self._grants[waiting] = grant
+            self._grants[waiting] = grant, self._line.pop(waiting)
             if waiting.deadline is not None and waiting.deadline < grant.start:
-                waiting.bound_by = grant.bound_by
-                waiting.set_result(NEVER)
+                waiting.set_result(None)
                 waiting.pacer.leave_locked(waiting)
             waiting.pacer.ring_locked()
 
     def admit(self, waiting: Waiter, grant: Grant) -> None:
         """See `asyncbucket.stores.desk.Line`."""
         with self._budget.lock:
-            if waiting.done() or self._grants.pop(waiting, None) is None:
+            if waiting.done() or waiting not in self._grants:
                 return  # it gave up: it was given back, or will be when its task comes to know
+            _, (gates, booked, _, bound_by) = self._grants.pop(waiting)
             entry = Entry(self, grant, waiting.amounts)
-            waiting.gates = Gates((*waiting.gates.meters, *entry.meters()))
-            waiting.bound_by = grant.bound_by or waiting.bound_by
-            waiting.pacer.admit_locked(waiting, self._budget.clock())
+            gates = Gates((*gates.meters, *entry.meters()))
+            now, bound_by = self._budget.clock(), grant.bound_by or bound_by
+            waiting.pacer.admit_locked(waiting, Passage(gates, booked, now, bound_by))
 
     def refuse(self, waiting: Waiter, bound_by: str) -> None:
         """See `asyncbucket.stores.desk.Line`."""

@@ -61,7 +61,7 @@ def test_a_line_is_a_list_without_its_costs(history: list[tuple[str, int]]) -> N
             head = line.head()
             assert head is not None
             assert head is waiting.pop(0)
-            head.set_result(0)
+            head.set_result(None)
             line.served(head, now)
         elif verb.startswith("leave") and waiting:
             head, told = waiting[0], False
@@ -75,7 +75,7 @@ def test_a_line_is_a_list_without_its_costs(history: list[tuple[str, int]]) -> N
         elif verb == "expire":
             now += pick
             for gone in deadlines.expired(now):
-                gone.set_result(NEVER)
+                gone.set_result(None)
                 line.leave(gone)
                 waiting.remove(gone)
         assert len(line) == len(waiting)

@@ -64,7 +64,7 @@ class Grove:
         self.tree.begin()
         head = self.tree.head(now)
         assert head is not None
-        head.set_result(now)
+        head.set_result(None)
         self.tree.served(head, now)
         return head
 
@@ -292,7 +292,7 @@ def test_weights_of_those_that_compete_add_up(loop: asyncio.AbstractEventLoop) -
     head = branch.head(0)
     assert head is not None
     branch.living += 1
-    head.set_result(0)
+    head.set_result(None)
     branch.served(head, 0)
     assert (branch._weights, flow.weight) == (0.0, 0.0)
     branch.want(flow)
@@ -302,7 +302,7 @@ def test_weights_of_those_that_compete_add_up(loop: asyncio.AbstractEventLoop) -
     push()
     head = branch.head(0)
     assert head is not None
-    head.set_result(0)
+    head.set_result(None)
     branch.served(head, 0)
     assert branch._weights == 0.0
     assert branch.head(0) is None
