@@ -1,23 +1,20 @@
-"""What a limiter keeps: its limits in force with what they count, and its books."""
+"""What a limiter keeps: its limits in force, with the meters that count for them."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
-from asyncbucket.budget import Budget
 from asyncbucket.cost import COMMON
 from asyncbucket.errors import CostExceedsLimit
-from asyncbucket.events import Callback, Event, LimitChanged, LimitLearned, Observers
+from asyncbucket.events import LimitChanged, LimitLearned
 from asyncbucket.feedback.adaptive import Adaptive, Concurrency, read_concurrency
 from asyncbucket.feedback.headroom import Headroom
 from asyncbucket.feedback.pause import Pause
 from asyncbucket.gates import Gates, pacing
+from asyncbucket.limiter.books import NOTHING, Books
 from asyncbucket.limiter.statistics import LimitUse
 from asyncbucket.limiter.terms import Terms
 from asyncbucket.limits import Limit
 from asyncbucket.meters import Amounts, Bucket, Meter, Slots, Window
-from asyncbucket.node import Node
 from asyncbucket.queue import Waiter
 from asyncbucket.wording import counted
 
@@ -29,39 +26,26 @@ if TYPE_CHECKING:
 #: What a limit is known by: its resource and its window in seconds.
 Key: TypeAlias = tuple[str, float]
 
-#: What most of ten thousand idle limiters have of something: a container each would be dear.
-_NOTHING: Final[Any] = MappingProxyType({})
 _NONE: Final[frozenset[Any]] = frozenset()
 
 
-class Account(Node):
-    """Keep a limiter's limits and books; all is read and written with the budget's lock held."""
+class Account(Books):
+    """Keep a limiter's limits in force; all is read and written with the budget's lock held."""
 
     __slots__ = (
         "adaptive",
-        "admitted",
-        "budget",
-        "cancelled",
         "children",
-        "ended",
         "headrooms",
         "keys",
         "learned",
         "limiters",
         "limits",
         "max_queue",
-        "name",
-        "observers",
         "pause",
-        "refunded",
-        "refused",
         "remote",
         "retired",
-        "shown",
         "slots",
         "steered",
-        "upstream_429",
-        "waits",
     )
 
     def __init__(
@@ -73,16 +57,12 @@ class Account(Node):
         weight: float = 1.0,
         max_queue: int | None = None,
     ) -> None:
-        super().__init__(parent, weight=weight)
-        self.budget: Budget = Budget(clock, self) if parent is None else parent.budget
-        self.name = name
-        #: What others may see of the name: tenants are nobody's business.
-        self.shown = re.sub(r"/\*[^/]*", "/*", name)
+        super().__init__(name, parent, clock=clock, weight=weight)
         self.max_queue = max_queue
-        self.children: dict[str, Account] = _NOTHING
+        self.children: dict[str, Account] = NOTHING
         #: Their limiters, by their own names, and the tenants here: the same for all that stand for
         #: this account. A tenant that was put to rest and is back has several.
-        self.limiters: dict[str, Limiter] = _NOTHING
+        self.limiters: dict[str, Limiter] = NOTHING
         self.keys: Keys[Limiter] | None = None
         self.limits: dict[Key, tuple[Limit, Window, Bucket | None]] = {}
         self.slots: Slots | None = None
@@ -90,31 +70,15 @@ class Account(Node):
         self.adaptive: Adaptive | None = None
         self.pause: Pause | None = None
         #: What the provider says is left, where it says so.
-        self.headrooms: dict[Key, Headroom] = _NOTHING
+        self.headrooms: dict[Key, Headroom] = NOTHING
         #: Those of its limits that the provider announced, and nobody gave.
         self.learned: frozenset[Key] = _NONE
         #: Where the limits are kept, if that is not here.
         self.remote: Remote | None = None
-        self.observers: Observers | None = None
         #: Whether its limits were changed after it was made.
         self.steered = False
         #: Whether it was put to rest, and another will stand for the same tenant.
         self.retired = False
-        self.admitted = 0
-        self.cancelled = 0
-        self.refused = 0
-        #: Admissions whose leases are open no more.
-        self.ended = 0
-        self.upstream_429 = 0
-        #: Units given back by settling, by resource.
-        self.refunded: dict[str, int] = _NOTHING
-        #: How many calls waited, and for how many ns together, by what bound them.
-        self.waits: dict[str, tuple[int, int]] = _NOTHING
-
-    @property
-    def in_flight(self) -> int:
-        """How many leases are open."""
-        return self.admitted - self.ended
 
     @property
     def personal(self) -> bool:
@@ -135,16 +99,14 @@ class Account(Node):
         return child
 
     def after_fork(self) -> None:
-        """Begin anew in a child process: the leases in flight are the parent's."""
-        self.ended, self.waiting = self.admitted, 0
+        """See `Node.after_fork`: the slots that are taken are the parent's."""
+        super().after_fork()
         if self.slots is not None:
             self.slots.used = 0
         for _, window, _ in self.limits.values():
             window.lent = 0
         for child in self.children.values():
             child.after_fork()
-
-    # -- limits ------------------------------------------------------------------------------------
 
     def set_limits(self, limits: list[Limit], concurrency: Concurrency | None) -> None:
         """Put limits in force, keeping what was booked under those of the same window."""
@@ -336,72 +298,6 @@ class Account(Node):
         for (resource, _), headroom in self.headrooms.items():
             yield headroom, resource
 
-    # -- books -------------------------------------------------------------------------------------
-
-    def refuse_locked(self) -> None:
-        """Count a call that was turned away, here and above."""
-        for account in self.path:
-            account.refused += 1
-
-    def withdraw_locked(self, waiter: Waiter) -> None:
-        """Let ``waiter`` go, and count that it gave up, here and above."""
-        if self.budget.withdraw_locked(waiter):
-            for account in self.path:
-                account.cancelled += 1
-
-    def waited_locked(self, waited: int, bound_by: str | None) -> None:
-        """Count a call that waited ``waited`` ns."""
-        if bound_by is None:
-            return
-        for account in self.path:
-            count, total = account.waits.get(bound_by, (0, 0))
-            account.waits = account.waits or {}
-            account.waits[bound_by] = (count + 1, total + waited)
-
-    def refund_locked(self, resource: str, amount: int) -> None:
-        """Count what was given back, here and above."""
-        for account in self.path:
-            account.refunded = account.refunded or {}
-            account.refunded[resource] = account.refunded.get(resource, 0) + amount
-
-    def waiting_now(self) -> int:
-        """Return how many calls wait, here or below."""
-        return self.budget.waiting if self.parent is None else self.waiting
-
-    def observe(self, callback: Callback) -> Callable[[], None]:
-        """Tell ``callback`` of all that happens here and below, until what is returned is called."""
-        if self.observers is None:
-            self.observers = Observers()
-        remove = self.observers.add(callback)
-        with self.budget.lock:
-            self.budget.observed += 1
-        left = [1]
-
-        def unobserve() -> None:
-            remove()
-            with self.budget.lock:
-                self.budget.observed -= left.pop() if left else 0
-
-        return unobserve
-
-    def emit(self, event: Event) -> None:
-        """Tell those who watch, here or above; called without the lock."""
-        for account in reversed(self.path):
-            if account.observers is not None:
-                account.observers.emit(event)
-
-    def tell(self, kind: type[Event], **what: Any) -> None:
-        """Make an event for those who watch, here or above; called without the lock."""
-        if self.budget.observed:
-            self.emit(kind(limiter=self.shown, at=self.budget.clock() * 1e-9, **what))
-
-    def tell_later(self, kind: type[Event], **what: Any) -> None:
-        """Make an event that observers hear with the next one: this may run with the lock held."""
-        event = kind(limiter=self.shown, at=self.budget.clock() * 1e-9, **what)
-        for account in self.path:
-            if account.observers is not None:
-                account.observers.emit_later(event)
-
     def binding_locked(self) -> str | None:
         """Return what holds up who goes next, if anybody waits here."""
         if not self.waiting_now():
@@ -413,12 +309,6 @@ class Account(Node):
         here = next(filter(None, (pacer.queue.binding(self) for pacer in pacers)), None)
         bound = (elsewhere or here) if self.parent is None else (here or elsewhere)
         return bound or next(filter(None, (pacer.bound_by for pacer in pacers)), None)
-
-    def flush(self) -> None:
-        """Make those who watch hear what was to be told later; called without the lock."""
-        for account in self.path:
-            if account.observers is not None:
-                account.observers.flush()
 
 
 def _check(waiter: Waiter) -> None:

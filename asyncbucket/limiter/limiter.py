@@ -102,8 +102,6 @@ class Limiter(Doors, Steering):
         self._parent = parent
         self._terms = terms
 
-    # -- acquiring ---------------------------------------------------------------------------------
-
     def acquire(  # noqa: PLR0913 - each says something else, and all but one by keyword
         self,
         cost: Cost | None = None,
@@ -246,8 +244,6 @@ class Limiter(Doors, Steering):
 
     async def __aexit__(self, *_: object) -> None:
         """Never be reached."""
-
-    # -- children ----------------------------------------------------------------------------------
 
     def child(self, name: str, *limits: str | Limit, **terms: Unpack[Keywords]) -> "Limiter":
         """Return the limiter of that name under this one, made at the first call.

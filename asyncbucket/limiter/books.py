@@ -1,0 +1,137 @@
+"""What a limiter counts of its calls, and whom it tells of them."""
+
+import re
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any, Final, Self
+
+from asyncbucket.budget import Budget
+from asyncbucket.events import Callback, Event, Observers
+from asyncbucket.node import Node
+from asyncbucket.queue import Waiter
+
+#: What most of ten thousand idle limiters have of something: a container each would be dear.
+NOTHING: Final[Any] = MappingProxyType({})
+
+
+class Books(Node):
+    """Count the calls of one limiter, here and above, and tell whoever watches of what happens."""
+
+    __slots__ = (
+        "admitted",
+        "budget",
+        "cancelled",
+        "ended",
+        "name",
+        "observers",
+        "refunded",
+        "refused",
+        "shown",
+        "upstream_429",
+        "waits",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        parent: "Self | None" = None,
+        *,
+        clock: Callable[[], int],
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__(parent, weight=weight)
+        self.budget: Budget = Budget(clock, self) if parent is None else parent.budget
+        self.name = name
+        #: What others may see of the name: tenants are nobody's business.
+        self.shown = re.sub(r"/\*[^/]*", "/*", name)
+        self.observers: Observers | None = None
+        self.admitted = 0
+        self.cancelled = 0
+        self.refused = 0
+        #: Admissions whose leases are open no more.
+        self.ended = 0
+        self.upstream_429 = 0
+        #: Units given back by settling, by resource.
+        self.refunded: dict[str, int] = NOTHING
+        #: How many calls waited, and for how many ns together, by what bound them.
+        self.waits: dict[str, tuple[int, int]] = NOTHING
+
+    @property
+    def in_flight(self) -> int:
+        """How many leases are open."""
+        return self.admitted - self.ended
+
+    def after_fork(self) -> None:
+        """Begin anew in a child process: the leases in flight are the parent's."""
+        super().after_fork()
+        self.ended = self.admitted
+
+    def refuse_locked(self) -> None:
+        """Count a call that was turned away, here and above."""
+        for account in self.path:
+            account.refused += 1
+
+    def withdraw_locked(self, waiter: Waiter) -> None:
+        """Let ``waiter`` go, and count that it gave up, here and above."""
+        if self.budget.withdraw_locked(waiter):
+            for account in self.path:
+                account.cancelled += 1
+
+    def waited_locked(self, waited: int, bound_by: str | None) -> None:
+        """Count a call that waited ``waited`` ns."""
+        if bound_by is None:
+            return
+        for account in self.path:
+            count, total = account.waits.get(bound_by, (0, 0))
+            account.waits = account.waits or {}
+            account.waits[bound_by] = (count + 1, total + waited)
+
+    def refund_locked(self, resource: str, amount: int) -> None:
+        """Count what was given back, here and above."""
+        for account in self.path:
+            account.refunded = account.refunded or {}
+            account.refunded[resource] = account.refunded.get(resource, 0) + amount
+
+    def waiting_now(self) -> int:
+        """Return how many calls wait, here or below."""
+        return self.budget.waiting if self.parent is None else self.waiting
+
+    def observe(self, callback: Callback) -> Callable[[], None]:
+        """Tell ``callback`` of all that happens here and below, until what is returned is called."""
+        if self.observers is None:
+            self.observers = Observers()
+        remove = self.observers.add(callback)
+        with self.budget.lock:
+            self.budget.observed += 1
+        left = [1]
+
+        def unobserve() -> None:
+            remove()
+            with self.budget.lock:
+                self.budget.observed -= left.pop() if left else 0
+
+        return unobserve
+
+    def emit(self, event: Event) -> None:
+        """Tell those who watch, here or above; called without the lock."""
+        for account in reversed(self.path):
+            if account.observers is not None:
+                account.observers.emit(event)
+
+    def tell(self, kind: type[Event], **what: Any) -> None:
+        """Make an event for those who watch, here or above; called without the lock."""
+        if self.budget.observed:
+            self.emit(kind(limiter=self.shown, at=self.budget.clock() * 1e-9, **what))
+
+    def tell_later(self, kind: type[Event], **what: Any) -> None:
+        """Make an event that observers hear with the next one: this may run with the lock held."""
+        event = kind(limiter=self.shown, at=self.budget.clock() * 1e-9, **what)
+        for account in self.path:
+            if account.observers is not None:
+                account.observers.emit_later(event)
+
+    def flush(self) -> None:
+        """Make those who watch hear what was to be told later; called without the lock."""
+        for account in self.path:
+            if account.observers is not None:
+                account.observers.flush()
