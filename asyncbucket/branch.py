@@ -1,0 +1,226 @@
+"""Who goes next where several lines meet: the lowest tag, by the rule of `asyncbucket.shares`."""
+
+import heapq
+import math
+from collections.abc import Iterator
+from typing import TypeAlias
+
+from asyncbucket.node import Node
+from asyncbucket.queue import EMPTY, Line, Waiter
+from asyncbucket.shares import STEP, Share, VirtualClock
+
+Source: TypeAlias = "Line | Branch"
+
+
+class Flow:
+    """Be one of those among whom a branch chooses."""
+
+    __slots__ = ("asleep", "child", "held_by", "key", "order", "share", "source", "weight")
+
+    def __init__(
+        self, key: object, source: Source, share: Share, *, child: Node | None, order: int
+    ) -> None:
+        self.key = key
+        self.source = source
+        self.share = share
+        #: The limiter whose limits lie between this flow and the branch, if it is a child's.
+        self.child = child
+        self.order = order
+        #: What of the child's own limits held up who goes next there, last.
+        self.held_by: str | None = None
+        #: Until when it is no candidate; 0 while it is one. Its weight among those that compete: 0
+        #: while nobody is left in it.
+        self.asleep = 0
+        self.weight = share.weight
+
+    def __lt__(self, other: "Flow") -> bool:
+        return self.order < other.order
+
+
+class Branch:
+    """Choose among several flows on one loop: the lowest tag of those that may go."""
+
+    __slots__ = (
+        "_asleep",
+        "_clock",
+        "_flows",
+        "_orders",
+        "_ready",
+        "_weights",
+        "emptied",
+        "first",
+        "living",
+        "node",
+    )
+
+    def __init__(self, node: Node, clock: VirtualClock) -> None:
+        self.node = node
+        self._clock = clock
+        self._flows: dict[object, Flow] = {}
+        # Entries with an outdated tag, or of a flow that was woken earlier, are mended when found.
+        self._ready: list[tuple[float, Flow]] = []
+        self._asleep: list[tuple[int, Flow]] = []
+        #: The weights of those that are ready, together.
+        self._weights = 0.0
+        self._orders = 0
+        #: The flow whose head was found last.
+        self.first: Flow | None = None
+        #: How many wait here and below.
+        self.living = 0
+        #: The lowest tag of those that this pass has emptied.
+        self.emptied = math.inf
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(self._flows)
+
+    def __len__(self) -> int:
+        return self.living
+
+    def waiters(self) -> Iterator[Waiter]:
+        """Yield all who wait here and below."""
+        for flow in self._flows.values():
+            yield from flow.source.waiters()
+
+    @property
+    def wake(self) -> int:
+        """When to look again after no head was found; `EMPTY` if nobody is left."""
+        asleep = self._asleep
+        while asleep and asleep[0][1].asleep != asleep[0][0]:
+            heapq.heappop(asleep)
+        return asleep[0][0] if asleep else EMPTY
+
+    @property
+    def bound_by(self) -> str | None:
+        """What held up who goes next here when last it was asked; of those asleep, the first's."""
+        waiting = (flow for flow in self._flows.values() if flow.source)
+        flow = self.first or next(waiting, None)
+        return None if flow is None else flow.source.bound_by
+
+    def find(self, key: object) -> Flow | None:
+        """Return a flow in which somebody waits."""
+        return self._flows.get(key)
+
+    def add(self, key: object, source: Source, share: Share, *, child: Node | None = None) -> Flow:
+        """Take in a flow; its source has, or is about to have, a head."""
+        self._orders += 1
+        flow = Flow(key, source, share, child=child, order=self._orders)
+        self._flows[key] = flow
+        self._rise(flow)
+        return flow
+
+    def want(self, flow: Flow) -> None:
+        """Have a flow compete in which somebody waits anew."""
+        if flow.asleep:
+            self._rise(flow)
+        elif not flow.weight:
+            self._weights += flow.share.weight
+            flow.weight = flow.share.weight
+
+    def rouse(self, flow: Flow) -> None:
+        """Look at a sleeping flow again: something has changed below."""
+        if flow.asleep:
+            self._rise(flow)
+
+    def rouse_all(self) -> None:
+        """Look at all again, here and below: the limits have changed."""
+        for flow in self._flows.values():
+            self.rouse(flow)
+            if isinstance(flow.source, Branch):
+                flow.source.rouse_all()
+
+    def head(self, now: int, *, slotless: int = 0) -> Waiter | None:
+        """Return who goes next, as far as the limits *below* this node are concerned.
+
+        ``slotless`` looks at those who wait for a slot as if so many had come back.
+        """
+        asleep, ready = self._asleep, self._ready
+        while asleep and (asleep[0][0] <= now or slotless):
+            due, flow = heapq.heappop(asleep)
+            if flow.asleep == due:
+                self._rise(flow)
+        while ready:
+            tag, flow = ready[0]
+            if tag != flow.share.tag:
+                heapq.heapreplace(ready, (flow.share.tag, flow))
+                continue
+            waiter, due = self._ask(flow, now, slotless=slotless)
+            if waiter is not None and due <= now:
+                self.first = flow
+                return waiter
+            heapq.heappop(ready)
+            self._sink(flow, due)
+        self.first = None
+        return None
+
+    def _ask(self, flow: Flow, now: int, *, slotless: int) -> tuple[Waiter | None, int]:
+        """Return the head of a flow, if it has one now, and when it may have one."""
+        waiter = flow.source.head(now, slotless=slotless)
+        if waiter is None:
+            return None, flow.source.wake
+        if flow.child is None or not flow.child.gates.meters:
+            return waiter, now
+        gates = flow.child.gates.slotless(slotless) if slotless else flow.child.gates
+        due, bound_by = gates.earliest(waiter.amounts, waiter.line.since)
+        if due > now:
+            waiter.line.bound_by = flow.held_by = bound_by
+            due = min(due, flow.source.wake)  # somebody else may be the head by then
+        return waiter, due
+
+    def _rise(self, flow: Flow) -> None:
+        """Make ``flow`` a candidate, as if it had been idle until now."""
+        flow.asleep = 0
+        flow.weight = flow.share.weight
+        flow.share.join(self._clock.now)
+        self._weights += flow.weight
+        heapq.heappush(self._ready, (flow.share.tag, flow))
+
+    def _sink(self, flow: Flow, due: int) -> None:
+        """Let ``flow`` sleep until then, or forget it if nobody is left in it."""
+        self._weights -= flow.weight
+        if due < EMPTY:
+            flow.asleep = due
+            heapq.heappush(self._asleep, (due, flow))
+        else:
+            del self._flows[flow.key]
+
+    def served(self, head: Waiter, now: int) -> None:
+        """Take ``head``, which `head` returned and which passed, out of its line; charge for it."""
+        flow = self.first
+        assert flow is not None
+        flow.source.served(head, now)
+        self.living -= 1
+        price = self.node.prices.of(head.amounts)
+        weights = self._weigh(flow)
+        step = price / flow.share.weight
+        self._clock.advance(flow.share.tag, price, step, weights=weights)
+        flow.share.charge(step)
+        if not flow.source:
+            # It is forgotten when it would be next, unless somebody is back by then.
+            self.emptied = min(self.emptied, flow.share.tag)
+            self._weights -= flow.weight
+            flow.weight = 0.0
+
+    def _weigh(self, flow: Flow) -> float:
+        """Return the weights of all who are ready, with that of ``flow`` as it is by now."""
+        self._weights += flow.share.weight - flow.weight
+        flow.weight = flow.share.weight
+        return max(self._weights, flow.weight)  # a sum of floats that come and go
+
+
+class Classes(Branch):
+    """Choose among priorities: of two with the same tag the more urgent goes first."""
+
+    __slots__ = ()
+
+    def add(self, key: object, source: Source, share: Share, *, child: Node | None = None) -> Flow:
+        assert isinstance(key, int)
+        self._orders = -key - 1
+        return super().add(key, source, share, child=child)
+
+    def _weigh(self, flow: Flow) -> float:
+        ready = sorted(
+            each.order for each in self._flows.values() if each.weight and not each.asleep
+        )
+        weights = [STEP**rank for rank in reversed(range(len(ready)))]
+        flow.share.weight = weights[ready.index(flow.order)]
+        return sum(weights)
