@@ -1,6 +1,6 @@
 """What is asked: which calls there are, what they cost, how long they take and when they come."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import fields
 from itertools import islice, repeat
 from typing import Any
@@ -11,6 +11,7 @@ from asyncbucket.plan.arrivals import AgentTree, Arrivals, Poisson, instants_of,
 from asyncbucket.plan.drive import Call, Follow
 from asyncbucket.plan.samples import Samples, Series, Tokens, read_seconds
 from asyncbucket.plan.tenants import Tenant
+from asyncbucket.wording import named
 
 _NANOSECONDS = 1_000_000_000
 
@@ -55,15 +56,24 @@ class Load:
         else:
             told = calls or max(map(len, self._all()))
         if not told:
-            raise ValueError("how many calls? give calls=, samples, instants or an AgentTree")
+            raise ValueError(
+                "how many calls? give calls, samples or a file of them, instants, or a tree of agents"
+            )
         if calls not in (None, told):
             raise ValueError(
                 f"calls={calls:,} contradicts the arrivals, which are {told:,} calls; leave it out"
             )
         return told
 
-    def check(self, limits: Iterable[Limit], concurrency: int | None) -> None:
+    def check(
+        self, limits: Iterable[Limit], concurrency: int | None, *, counted: Container[str]
+    ) -> None:
         """Refuse limits on something that nothing is said of, which would not bind in the plan.
+
+        Args:
+            limits: what these calls pass.
+            concurrency: the slots that they share.
+            counted: the resources of all limits of the plan, other tenants' included.
 
         Raises:
             ValueError: the message says what is missing.
@@ -72,16 +82,18 @@ class Load:
         tokens = sorted(limited & self._tokens.keys())
         if tokens and not any(series.given for series in self._tokens.values()):
             raise ValueError(
-                f"a limit counts {' and '.join(tokens)}, but nothing says how many a call has: "
+                f"a limit counts {' and '.join(map(named, tokens))}, but nothing says how many a call has: "
                 "give tokens=, or input_tokens= and output_tokens="
             )
         others = limited - self._tokens.keys() - {"requests"}
-        if others != self._others.keys():
-            odd = ", ".join(sorted(others ^ self._others.keys()))
+        for name in sorted(others - self._others.keys()):
             raise ValueError(
-                f"limits and resources= must name the same: {odd} is in one of them only; name it "
-                f"in both, or in none"
+                f"a limit counts {name}, but nothing says how many a call takes: "
+                f"plan(..., resources={{{name!r}: 1}}) does"
             )
+        for name in self._others:
+            if name not in counted:
+                raise ValueError(f"resources names {name}, which no limit counts: leave it out")
         if concurrency is not None and self._latency.constant and not self._latency.value:
             raise ValueError(
                 f"concurrency={concurrency} binds by how long calls take: give latency= in seconds"
@@ -157,6 +169,10 @@ def loads_of(
     resources = {name: _kept(samples) for name, samples in resources.items()}
 
     def load(name: str | None, tenant: Tenant) -> Load:
+        if not isinstance(tenant, Tenant):
+            kind = type(tenant).__name__
+            raise TypeError(f"tenant {name!r} must be a Tenant such as Tenant(calls=3), not {kind}")
+
         def given(side: str) -> Any:
             own = getattr(tenant, side)
             return shared[side] if own is None else own
@@ -173,7 +189,7 @@ def loads_of(
         )
 
     if not tenants:
-        return {None: load(None, everyone)}
+        return {None: load(None, Tenant())}
     return {name: load(name, tenant) for name, tenant in tenants.items()}
 
 

@@ -142,6 +142,7 @@ def _check(loads: Loads, bounds: Bounds) -> None:
     Raises:
         ValueError: the message says what is missing.
     """
+    counted = {bound.limit.resource for bound in bounds.each() if bound.limit is not None}
     for name, load in loads.items():
         own = bounds.of(name)
         for slots in (own.concurrency, bounds.concurrency):
@@ -151,7 +152,8 @@ def _check(loads: Loads, bounds: Bounds) -> None:
                     "give a number"
                 )
         shared = [] if name is None else bounds.limits
-        load.check([*own.limits, *shared], own.concurrency or bounds.concurrency)
+        slots = own.concurrency or bounds.concurrency
+        load.check([*own.limits, *shared], slots, counted=counted)
 
 
 def _run(loads: Loads, bounds: Bounds) -> _Run:

@@ -56,7 +56,8 @@ class Series:
         else:
             self.value = _read(given, name, read)
         if self._values is not None and not self._values:
-            raise ValueError(f"{name} has no samples: give at least one")
+            where = f"{name}: {given}" if isinstance(given, (str, PathLike)) else name
+            raise ValueError(f"{where} has no samples: give at least one")
 
     @property
     def given(self) -> bool:

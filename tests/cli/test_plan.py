@@ -66,6 +66,13 @@ def test_json_is_the_plan() -> None:
     assert shown["bound_by"] == "requests"
 
 
+def test_numbers_are_written_as_in_limits() -> None:
+    """Thousands may be marked, or be a letter; so can tokens and latencies."""
+    plain = typed("--calls", "3", "--tokens", "2000", "--tpm", "2000", "--json")
+    assert typed("--calls", "3", "--tokens", "2k", "--tpm", "2k", "--json") == plain
+    assert typed("--calls", "3", "--tokens", "2,000", "--tpm", "2,000", "--json") == plain
+
+
 def test_samples_are_read_from_files(tmp_path: Path) -> None:
     """Prompts for tokens, a log for latencies."""
     prompts, log = tmp_path / "prompts.jsonl", tmp_path / "log.jsonl"
@@ -143,11 +150,17 @@ def test_what_nobody_waits_for_is_not_drawn() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ((), "error: how many calls? give --calls, a file of --tokens, --agents or --tenant\n"),
+        ((), "error: how many calls? give calls, samples or a file of them, instants, or a tree"),
+        (("--tenant", "a"), "error: how many calls? give calls, samples or a file of them"),
+        (("--calls", "3", "--tenant", ""), "error: --tenant '': a name comes first, e.g."),
+        (
+            ("--calls", "3", "--also", "3 images/10s"),
+            "error: a limit counts images, but nothing says how many a call takes: plan(..., res",
+        ),
         (("--calls", "3", "--also", "many"), "error: 'many' is no limit; write e.g."),
         (
             ("--calls", "3", "--tokens", "none.jsonl"),
-            "error: none.jsonl cannot be used (No such file",
+            "error: 'none.jsonl' is neither a number nor a file that is there\n",
         ),
         (
             ("--calls", "3", "--depth", "2"),

@@ -190,7 +190,7 @@ def test_plan_survives_json_and_pickle() -> None:
         ({"calls": 1.5}, r"calls must be a whole number of at least 1, not 1\.5"),
         ({"calls": True}, "calls must be a whole number of at least 1, not True"),
         ({"calls": 5, "tpm": 100}, "a limit counts tokens, but nothing says how many a call has"),
-        ({"calls": 5, "itpm": 100}, "a limit counts input_tokens"),
+        ({"calls": 5, "itpm": 100}, "a limit counts input tokens, but nothing says how many"),
         ({"calls": 5, "concurrency": 2}, "concurrency=2 binds by how long calls take"),
         ({"calls": 5, "concurrency": "auto", "latency": 1}, "concurrency='auto' is found by how"),
         ({"calls": 5, "latency": 1e300}, "a plan reaches 292 years"),
@@ -203,7 +203,7 @@ def test_plan_survives_json_and_pickle() -> None:
         ({"arrivals": [0, -1]}, "a call comes at a finite second from 0 on, not at -1"),
         (
             {"calls": 5, "resources": {"images": 3}},
-            "images is in one of them only; name it in both",
+            "resources names images, which no limit counts: leave it out",
         ),
     ],
 )
@@ -217,6 +217,13 @@ def test_limit_that_cannot_be_read_is_an_error_of_limits() -> None:
     """Limits are written as for a limiter."""
     with pytest.raises(LimitSyntaxError):
         plan("many", calls=3)
+
+
+def test_samples_and_instants_may_come_from_generators() -> None:
+    """They are read once, and run through several times."""
+    planned = plan(tpm=100, tokens=(60 for _ in range(3)), resources={}, latency=iter([1, 1, 1]))
+    assert planned == plan(tpm=100, tokens=[60, 60, 60], latency=[1, 1, 1])
+    assert plan(rpm=60, arrivals=iter([0.0, 5.0])).duration == 5
 
 
 def test_other_resources_are_planned_too() -> None:

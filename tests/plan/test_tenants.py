@@ -87,6 +87,16 @@ def test_tenants_share_what_can_be_read_once() -> None:
     assert [each.tokens for each in planned.tenants.values()] == [600, 600]
 
 
+def test_a_resource_may_be_limited_for_one_tenant_alone() -> None:
+    """The others take as much of it, which nobody counts."""
+    painter, writer = Tenant(calls=3, limits=("1 images/10s",)), Tenant(calls=3)
+    planned = plan(rps=9, resources={"images": 1}, tenants={"painter": painter, "writer": writer})
+
+    assert planned.tenants["painter"].bound_by == "images"
+    assert planned.limits[1].if_removed == pytest.approx(5 / 9)
+    assert planned.tenants["writer"].duration < 1
+
+
 def test_urgent_calls_wait_less() -> None:
     """A tenant's priority is that of its calls."""
     planned = plan(
@@ -180,6 +190,13 @@ async def test_plan_may_be_made_on_an_event_loop() -> None:
         inside = two()
 
     assert inside == two()
+
+
+def test_tenant_that_is_none_is_refused() -> None:
+    """What lies near is a dict of the same names."""
+    tenants: Any = {"a": {"calls": 3}}
+    with pytest.raises(TypeError, match=r"tenant 'a' must be a Tenant such as .*, not dict"):
+        plan(rpm=60, tenants=tenants)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What can be typed after `asyncbucket plan`."""
 
+import contextlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -91,8 +92,6 @@ def plan(  # noqa: PLR0913 - one for each option
     The calls run through the real limiter on virtual time: nothing is sent, nothing waits.
     """
     with in_a_line("plan"):
-        if calls is None and agents is None and not tenant:
-            _refuse_unless_samples(tokens, input_tokens, output_tokens, used_tokens, latency)
         planned = foresee(
             *(limits or ()),
             *published(preset),
@@ -130,24 +129,24 @@ def _show(planned: Plan, *, as_json: bool, out: Path | None, dark: bool) -> None
         typer.echo(f"drawn: {out}")
 
 
-def _refuse_unless_samples(*texts: str | None) -> None:
-    """Raise a ValueError if no file says how many calls there are; in the words of the options."""
-    if not any(isinstance(_samples(text), Path) for text in texts):
-        raise ValueError("how many calls? give --calls, a file of --tokens, --agents or --tenant")
-
-
 @overload
 def _samples(text: str) -> float | Path: ...
 @overload
 def _samples(text: None) -> None: ...
 def _samples(text: str | None) -> float | Path | None:
-    """Return a number that was typed, or else the path of a file."""
+    """Return a number that was typed, or else the path of a file.
+
+    Raises:
+        ValueError: it is neither.
+    """
     if text is None:
         return None
-    try:
-        return float(text)
-    except ValueError:
-        return Path(text)
+    for read in (float, whole):
+        with contextlib.suppress(ValueError):
+            return read(text)
+    if not Path(text).exists():
+        raise ValueError(f"{text!r} is neither a number nor a file that is there")
+    return Path(text)
 
 
 def _tenants(texts: Iterable[str]) -> dict[str, Tenant]:
@@ -166,7 +165,7 @@ def _tenant(text: str) -> tuple[str, Tenant]:
         ValueError: a word is none of those that are known.
     """
     name, *told = text.split() or [""]
-    if "=" in name:
+    if not name or "=" in name:
         raise ValueError(f'--tenant {text!r}: a name comes first, e.g. "acme weight=2 calls=500"')
     given: dict[str, Any] = {}
     limits: list[Limit] = []
