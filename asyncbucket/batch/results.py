@@ -177,6 +177,11 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
         self._over = True
         self._engine.results.close()
         assert self._task is not None
+        if self._task.cancelled():
+            raise RuntimeError(
+                "this batch was cancelled, and not by who reads it: its event loop ended, perhaps; "
+                "begin it anew where it is read"
+            )
         await self._task
         if self._engine.failure is not None:
             raise self._engine.failure

@@ -30,7 +30,7 @@ class Source(Generic[T]):
     def __init__(self, items: Iterable[T] | AsyncIterable[T]) -> None:
         self._each: Iterator[T] | None = None
         self._each_async: AsyncIterator[T] | None = None
-        if isinstance(items, str):
+        if isinstance(items, (str, bytes)):
             raise TypeError(
                 f"a text as items would be a call for each of its {len(items):,} characters: give a "
                 f"list of texts, or the open file if this is its name"

@@ -441,13 +441,14 @@ async def test_plain_function_is_refused() -> None:
             pass
 
 
-def test_a_text_is_no_list_of_items() -> None:
+@pytest.mark.parametrize("items", ["prompts.txt", b"prompts.txt"])
+def test_a_text_is_no_list_of_items(items: Any) -> None:
     """The name of a file of prompts would be paid for letter by letter."""
     message = (
         r"^a text as items would be a call for each of its 11 characters: give a list of texts"
     )
     with pytest.raises(TypeError, match=message):
-        amap(Limiter(concurrency=1), Work(), cast("Any", "prompts.txt"))
+        amap(Limiter(concurrency=1), Work(), items)
 
 
 @pytest.mark.parametrize(
@@ -490,6 +491,18 @@ def test_a_limiter_maps_for_code_without_a_loop() -> None:
     results = [item.result for item in limiter.map(abs, [-1, -2, -3], ordered=True)]
     assert results == [1, 2, 3]
     assert limiter.statistics().admitted == 3
+
+
+def test_batch_that_its_loop_has_cancelled_says_so_in_the_next() -> None:
+    """Not as if somebody had cancelled the reader."""
+    results = amap(Limiter(concurrency=1), Work(), [1, 2, 3])
+
+    async def first() -> int:
+        return (await anext(results)).index
+
+    assert asyncio.run(first()) == 0
+    with pytest.raises(RuntimeError, match=r"its event loop ended, perhaps; begin it anew"):
+        asyncio.run(first())
 
 
 @pytest.mark.heavy
