@@ -46,6 +46,11 @@ INSERT INTO seen VALUES (?, 1) ON CONFLICT (key) DO UPDATE SET times = times + 1
 """
 
 
+def other_tables(database: sqlite3.Connection, ours: frozenset[str]) -> frozenset[str]:
+    """Return the tables of a database that are none of ``ours``: it belongs to another program."""
+    return frozenset(table for (table,) in database.execute(_TABLES)) - ours
+
+
 class CheckpointError(AsyncBucketError):
     """Say that a checkpoint is in use, belongs to something else, or cannot keep a result."""
 
@@ -129,7 +134,7 @@ class Ledger:
     def _open(self, name: str) -> None:
         database = self._database
         database.execute("PRAGMA locking_mode = EXCLUSIVE")
-        if {table for (table,) in database.execute(_TABLES)} - _OURS:
+        if other_tables(database, _OURS):
             raise CheckpointError(
                 f"{self._checkpoint.path} is a database of another program: give another file"
             )
@@ -156,7 +161,10 @@ class Ledger:
         path = self._checkpoint.path
         if "locked" in str(error):
             return f"{path} is in use by another run: let it end, or give another file"
-        return f"{path} cannot be used as a checkpoint: {error}"
+        return (
+            f"{path} cannot be used as a checkpoint ({error}): give a file that may be written, "
+            f"where there is room for it"
+        )
 
     def look_up(self, entries: Iterable[Entry]) -> list[Entry]:
         """Return the entries with their keys, and with their results where there are any.

@@ -1,5 +1,6 @@
 """How a command ends: what goes wrong is a line and a status, never a traceback."""
 
+import errno
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Final
@@ -10,6 +11,8 @@ from asyncbucket.cli import INTERRUPTED
 
 #: The status of what cannot be done as it was asked for.
 WRONG: Final = 2
+#: What a disk says that is full, or whose user has had his part of it.
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @contextmanager
@@ -32,6 +35,8 @@ def in_a_line(command: str) -> Generator[None]:
 
 def _said(error: Exception, command: str) -> str:
     """Return what to say of ``error``; errors of our own name their remedy already."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return f"{error.filename or 'the output'} cannot be written ({error.strerror}): make room"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename} cannot be used ({error.strerror}): give another path"
     if not isinstance(error, ModuleNotFoundError):

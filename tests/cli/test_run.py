@@ -159,9 +159,9 @@ def test_failed_attempts_are_tried_again(rate_limited_provider: ProviderFactory)
 @pytest.mark.parametrize(
     ("failure", "said"),
     [
-        ({"status": 401}, "HTTP 401"),
-        ({"status": 429, "code": "insufficient_quota"}, "HTTP 429"),
-        ({"status": 404}, "HTTP 404"),
+        ({"status": 401}, r"HTTP 401: .*; correct the key, or name its variable with --key-from"),
+        ({"status": 429, "code": "insufficient_quota"}, "HTTP 429: "),
+        ({"status": 404}, r"HTTP 404: .*; correct --api-base or --model"),
     ],
 )
 def test_what_every_request_would_get_ends_the_run(
@@ -174,7 +174,7 @@ def test_what_every_request_would_get_ends_the_run(
     result = run(provider, batch(1_000), "-o", "out.jsonl", "--rpm", "60000", "--concurrency", "4")
 
     assert result.exit_code == 2
-    assert f"error: no request succeeds: {said}" in result.stderr
+    assert re.search(f"error: no request succeeds: {said}", result.stderr)
     assert provider.statistics().requests < 50
     assert SECRET not in result.output + Path("out.errors.jsonl").read_text()
 
@@ -638,8 +638,26 @@ def test_disk_that_fills_up_is_one_line(rate_limited_provider: ProviderFactory) 
     done = subprocess.run(limited, capture_output=True, text=True, check=False, timeout=60)
 
     assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
+    assert done.stderr.startswith("error: out.jsonl")
     assert done.stderr.count("\n") == 1
+    assert "make room" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_full_standard_output_is_one_line(rate_limited_provider: ProviderFactory) -> None:
+    """The remedy is named, though nobody knows what lies behind it."""
+    base = rate_limited_provider().base_url
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [*COMMAND, batch(2), "--api-base", base, "--concurrency", "2", "--quiet"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+
+    said = "error: the output cannot be written (No space left on device): make room\n"
+    assert (done.returncode, done.stderr) == (2, said)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes are of Unix")

@@ -1,6 +1,10 @@
 """Which lines are answered: the file of answers is the truth, the index follows it."""
 
+import contextlib
+import errno
+import io
 import json
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +12,7 @@ import pytest
 
 from asyncbucket.cli.run.job import Job
 from asyncbucket.cli.run.ledger import Ledger
-from asyncbucket.cli.run.output import answer
+from asyncbucket.cli.run.output import answer, append
 from asyncbucket.cli.run.request import BadLine, Request, read_request
 
 JOB = Job(source="-", out="-", model="m")
@@ -204,9 +208,49 @@ def test_restart_forgets_what_is_there_and_never_what_another_run_writes(out: Pa
         assert not is_done(ledger, prompt("a"))
 
 
+@pytest.mark.parametrize("kind", ["text", "database"])
+def test_index_of_somebody_else_is_left_alone(out: Path, kind: str) -> None:
+    """What lies there may be of another program, a model's weights for instance."""
+    index = Path(f"{out}.checkpoint")
+    if kind == "text":
+        index.write_bytes(b"weights, and many of them " * 100)
+    else:
+        with contextlib.closing(sqlite3.connect(index)) as database:
+            database.execute("CREATE TABLE weights (value REAL)")
+    before = index.read_bytes()
+
+    with pytest.raises(ValueError, match=r"checkpoint exists and was not .* give another -o$"):
+        opened(out)
+    assert index.read_bytes() == before
+
+
+class FullDisk(io.FileIO):
+    """Have room for so many bytes, and no more."""
+
+    room = 10
+
+    def write(self, data: Any, /) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = super().write(bytes(data)[: self.room])
+        self.room -= written
+        return written
+
+
+def test_line_for_which_there_is_no_room_leaves_nothing(out: Path) -> None:
+    """Half of it would spoil the next one; and the error names the file, as the system does not."""
+    out.write_bytes(b"before\n")
+
+    with FullDisk(out, "ab") as file, pytest.raises(OSError, match="No space left") as raised:
+        append(b"a line of twenty-one\n", file, out)
+
+    assert raised.value.filename == str(out)
+    assert out.read_bytes() == b"before\n"
+
+
 def test_index_that_cannot_be_made_is_an_error_that_names_it(tmp_path: Path) -> None:
     """Such as in a folder where one may not write."""
     with pytest.raises(
-        ValueError, match=r"out\.jsonl\.checkpoint, .* \(unable to open .*give another -o"
+        ValueError, match=r"out\.jsonl\.checkpoint, .* \(unable to open .*, or another -o"
     ):
         opened(tmp_path / "none" / "out.jsonl")

@@ -18,6 +18,7 @@ from asyncbucket.cli.run import report
 from asyncbucket.cli.run.estimate import as_dict, describe, estimate, foresee
 from asyncbucket.cli.run.feed import count_lines
 from asyncbucket.cli.run.job import STANDARD, Job
+from asyncbucket.cli.run.ledger import unusable
 from asyncbucket.cli.run.screen import screen_for
 from asyncbucket.cli.run.tally import Tally
 from asyncbucket.cli.run.work import Run
@@ -58,7 +59,7 @@ def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
     except (KeyboardInterrupt, asyncio.CancelledError):
         tally.stopping = interrupted = True
     except sqlite3.Error as error:
-        raise ValueError(f"{job.checkpoint}: {error}") from error
+        raise unusable(job.checkpoint, error) from error
     tally.ended = time.monotonic()
     _say(job, tally, console, quiet=quiet, as_json=as_json)
     if tally.fatal is not None:

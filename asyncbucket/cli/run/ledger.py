@@ -20,14 +20,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, Self
 
+from asyncbucket.batch.checkpoint import other_tables
 from asyncbucket.cli.run.books import Admission
+from asyncbucket.cli.run.output import PREFIX, append
 from asyncbucket.cli.run.request import BadLine, Request
 
-PREFIX: Final = "batch_req_"
 #: How every line begins that is ours, whole or not.
 _BEGINNING: Final = b'{"id":"' + PREFIX.encode()
 _SCHEMA: Final = """
-PRAGMA locking_mode = EXCLUSIVE;
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = OFF;
 CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -36,6 +36,9 @@ CREATE TABLE IF NOT EXISTS admissions (at INTEGER NOT NULL, cost TEXT NOT NULL);
 CREATE TEMP TABLE seen (key BLOB PRIMARY KEY, line INTEGER NOT NULL, times INTEGER NOT NULL)
 WITHOUT ROWID;
 """
+_OURS: Final = frozenset({"about", "answered", "admissions"})
+#: How every file of SQLite's begins, unless it is one that was never written through.
+_HEAD: Final = b"SQLite format 3\0"
 _SEE: Final = """
 INSERT INTO seen VALUES (?, ?, 1) ON CONFLICT (key) DO UPDATE SET times = times + 1
 RETURNING line, times
@@ -87,8 +90,12 @@ class Ledger:
         try:
             database = sqlite3.connect(self._path, timeout=0.5, isolation_level=None)
         except sqlite3.OperationalError as error:
-            raise self._unusable(error) from None
+            raise unusable(self._path, error) from None
         try:
+            database.execute("PRAGMA locking_mode = EXCLUSIVE")
+            if other_tables(database, _OURS):
+                database.close()
+                raise self._not_ours(self._path)
             database.executescript(_SCHEMA)
             database.execute("BEGIN EXCLUSIVE")
             database.execute("COMMIT")
@@ -96,18 +103,15 @@ class Ledger:
             database.close()
             if "locked" in str(error):
                 raise ValueError(f"{self._out} is being written by another run") from None
-            raise self._unusable(error) from None
+            raise unusable(self._path, error) from None
         except sqlite3.DatabaseError:
             database.close()
+            if not _is_broken(Path(self._path)):
+                raise self._not_ours(self._path) from None
             for end in ("", "-wal", "-shm"):
                 Path(f"{self._path}{end}").unlink(missing_ok=True)
             return self._connect()
         return database
-
-    def _unusable(self, error: sqlite3.Error) -> ValueError:
-        return ValueError(
-            f"{self._path}, which goes with the answers, cannot be kept ({error}): give another -o"
-        )
 
     def _forget(self) -> None:
         for table in ("about", "answered", "admissions"):
@@ -146,7 +150,7 @@ class Ledger:
             for line in file:
                 if not line.endswith(b"\n"):
                     if not (line.startswith(_BEGINNING) or _BEGINNING.startswith(line)):
-                        raise self._not_ours()
+                        raise self._not_ours(out)
                     break
                 self._new.append((self._key_in(line),))
                 whole += len(line)
@@ -160,12 +164,12 @@ class Ledger:
             found = json.loads(line)["id"]
             return bytes.fromhex(found.removeprefix(PREFIX))
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise self._not_ours() from None
+            raise self._not_ours(self._out) from None
 
-    def _not_ours(self) -> ValueError:
+    def _not_ours(self, path: object) -> ValueError:
+        remedy = ", or --restart to overwrite it" if path == self._out else ""
         return ValueError(
-            f"{self._out} exists and was not written by `asyncbucket run`: give another -o, or "
-            f"--restart to overwrite it"
+            f"{path} exists and was not written by `asyncbucket run`: give another -o{remedy}"
         )
 
     # -- lines -------------------------------------------------------------------------------------
@@ -196,12 +200,9 @@ class Ledger:
 
     def write(self, key: bytes, line: bytes) -> None:
         """Append an answer; after that it is safe from the end of this process."""
-        if self._file is None:
-            return
-        view = memoryview(line)
-        while view:  # a signal may cut a write short
-            view = view[self._file.write(view) or 0 :]
-        self._new.append((key,))
+        if self._file is not None and self._out is not None:
+            append(line, self._file, self._out)
+            self._new.append((key,))
 
     # -- admissions --------------------------------------------------------------------------------
 
@@ -252,3 +253,17 @@ class Ledger:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def unusable(path: object, error: sqlite3.Error) -> ValueError:
+    """Return what to say of an index that cannot be read or written."""
+    return ValueError(
+        f"{path}, which goes with the answers, cannot be kept ({error}): make room and give the same "
+        f"command again, or another -o"
+    )
+
+
+def _is_broken(path: Path) -> bool:
+    """Tell whether what is no database may have been one: only then it is made anew."""
+    with path.open("rb") as file:
+        return file.read(len(_HEAD)) in (_HEAD, bytes(len(_HEAD)))

@@ -5,9 +5,9 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO, Final
 
-from asyncbucket.cli.run.ledger import PREFIX
+PREFIX: Final = "batch_req_"
 
 
 def answer(  # noqa: PLR0913 - the members of a line
@@ -65,12 +65,28 @@ def _line(members: dict[str, Any]) -> bytes:
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
+def append(line: bytes, file: BinaryIO, path: Path) -> None:
+    """Write a line at the end of an unbuffered file, or nothing of it.
+
+    Raises:
+        OSError: with the path, which the system's own error lacks.
+    """
+    view = memoryview(line)
+    try:
+        while view:  # a signal may cut a write short
+            view = view[file.write(view) or 0 :]
+    except OSError as error:
+        if path.is_file() and len(view) < len(line):  # half a line would spoil the one after it
+            os.truncate(path, path.stat().st_size - (len(line) - len(view)))
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 class Errors:
     """Write failures to a file that is made with the first of them; without a file, to nowhere."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._file: IO[bytes] | None = None
+        self._file: BinaryIO | None = None
         # No device, nor a link to one such as /dev/stderr: there is no other.
         if path is not None and path.is_file() and not path.is_symlink():
             path.unlink()
@@ -80,7 +96,7 @@ class Errors:
         if self._path is not None:
             if self._file is None:
                 self._file = self._path.open("ab", buffering=0)
-            self._file.write(line)
+            append(line, self._file, self._path)
 
     def close(self) -> None:
         """Close the file."""

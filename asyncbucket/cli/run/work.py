@@ -29,6 +29,7 @@ from asyncbucket.wording import counted
 _KEEP: Final = 0.5
 #: Statuses that any other request would get, too: the key, the account, its rights.
 _FATAL: Final = frozenset({401, 402, 403})
+_UNKNOWN: Final = 401
 #: Statuses of a server, or of a place on it, that is not the API.
 _ELSEWHERE: Final = frozenset({404, 405})
 #: So many failures in a row, each after its own attempts, are an outage: the other lines are for
@@ -67,17 +68,15 @@ class Run:
 
     async def run(self) -> None:
         """Send all lines that are not answered; Ctrl-C ends it when those under way are done."""
-        ledger = self._ledger
-        restore(self.limiter, ledger.admissions(), saved=ledger.bookings())
-        try:
-            ledger.keep(snapshot(self.limiter))
-            async with self._sender:
-                with _on_signal(self._stop_once):
-                    await self._work()
-        finally:
-            ledger.keep(snapshot(self.limiter))
-            ledger.close()
-            self._errors.close()
+        with self._ledger as ledger, contextlib.closing(self._errors):
+            restore(self.limiter, ledger.admissions(), saved=ledger.bookings())
+            try:
+                ledger.keep(snapshot(self.limiter))
+                async with self._sender:
+                    with _on_signal(self._stop_once):
+                        await self._work()
+            finally:
+                ledger.keep(snapshot(self.limiter))
 
     async def _work(self) -> None:
         """Do all of it.
@@ -177,8 +176,13 @@ class Run:
             lost = True
         if lost and tally.fatal is None:
             said = f"{str(error) or type(error).__name__} ({self._job.place})"
-            remedy = "; see that it runs, or correct --api-base" if unreachable else ""
-            tally.fatal = self._job.secret_free(said + remedy)
+            if unreachable:
+                said += "; see that it runs, or correct --api-base"
+            elif elsewhere:
+                said += "; correct --api-base or --model"
+            elif status == _UNKNOWN:
+                said += "; correct the key, or name its variable with --key-from"
+            tally.fatal = self._job.secret_free(said)
             self._stop()
 
     def _stop(self) -> None:
