@@ -9,7 +9,9 @@ import typer
 
 from asyncbucket.cli import INTERRUPTED
 
-#: The status of what cannot be done as it was asked for.
+#: Statuses: all is well; it was done, and something is not; it cannot be done as it was asked for.
+DONE: Final = 0
+FAILED: Final = 1
 WRONG: Final = 2
 #: What a disk says that is full, or whose user has had his part of it.
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})

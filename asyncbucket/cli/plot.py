@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from rich.console import Console
 from rich.text import Text
 
 #: Columns left of a plot: a number and the axis.
@@ -71,6 +72,11 @@ class Canvas:
             rates[column * self.bins // self.columns] if column < last else 0.0
             for column in range(self.columns)
         ]
+
+
+def shows_blocks(console: Console) -> bool:
+    """Tell whether what is printed may be Unicode."""
+    return console.encoding.startswith("utf")
 
 
 def against_limit(canvas: Canvas, columns: Sequence[float], limit: float, *, style: str) -> Text:

@@ -3,6 +3,7 @@
 from typing import Final
 from urllib.parse import urlsplit, urlunsplit
 
+OPENAI: Final = "https://api.openai.com/v1"
 #: What is shorter is no secret: a word such as "none", for a local server that wants some key.
 _SECRET: Final = 8
 

@@ -14,10 +14,9 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
-from asyncbucket.cost import COMMON, Cost
 from asyncbucket.errors import CostExceedsLimit
-from asyncbucket.limiter.levels import in_force
 from asyncbucket.plan.drive import Call, Course
+from asyncbucket.plan.outlook import cost_for
 
 if TYPE_CHECKING:
     from asyncbucket.limiter import Limiter
@@ -108,8 +107,6 @@ class _Tenant:
     ) -> None:
         self._name = name
         self._limiter = limiter
-        #: Of the rest nobody says how much there is: another tenant's limit counts it, or none.
-        self._counted = COMMON | {limit.resource for limit in in_force(limiter)}
         self._clock = clock
         self._books = books
         self._in_flight = 0
@@ -129,15 +126,12 @@ class _Tenant:
             if arrived > self._clock():
                 await asyncio.sleep((arrived - self._clock()) / _NANOSECONDS)
             try:
-                lease = await self._limiter.acquire(self._cost(call))
+                lease = await self._limiter.acquire(cost_for(self._limiter, call))
             except CostExceedsLimit:
                 self._books.refused(self._name, call)
                 source.ended(call, self._clock())
             else:
                 self._admit(lease, call, arrived, source)
-
-    def _cost(self, call: Call) -> Cost:
-        return Cost.of({what: n for what, n in call.amounts.items() if what in self._counted})
 
     def _admit(self, lease: "Lease", call: Call, arrived: int, source: "_Source") -> None:
         now = self._clock()

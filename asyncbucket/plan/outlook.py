@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from asyncbucket.cost import Cost
+from asyncbucket.cost import COMMON, Cost
 from asyncbucket.errors import CostExceedsLimit
 from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.levels import in_force
 from asyncbucket.limits import Limit
 from asyncbucket.plan.arrivals import MOST
-from asyncbucket.plan.drive import Course, drive
+from asyncbucket.plan.drive import Call, Course, drive
 from asyncbucket.plan.load import Load
 from asyncbucket.plan.result import Plan, PlannedLimit, PlannedTenant, PlannedWaits
 
@@ -175,10 +176,16 @@ def _refusal(run: _Run, bounds: Bounds) -> str | None:
         door = limiter if name is None else limiter.child(name)
         for call in run.of(name).refused[:1]:
             try:
-                door.acquire_nowait(Cost.of(call.amounts))
+                door.acquire_nowait(cost_for(door, call))
             except CostExceedsLimit as error:
                 return str(error)
     return None
+
+
+def cost_for(limiter: Limiter, call: Call) -> Cost:
+    """Return what a call costs there, without what is limited elsewhere: another tenant's, or nowhere."""
+    counted = COMMON | {limit.resource for limit in in_force(limiter)}
+    return Cost.of({name: amount for name, amount in call.amounts.items() if name in counted})
 
 
 def _limit(bound: Bound, bounds: Bounds, run: _Run, loads: Loads | None) -> PlannedLimit:

@@ -96,6 +96,12 @@ def test_a_resource_may_be_limited_for_one_tenant_alone() -> None:
     assert planned.limits[1].if_removed == pytest.approx(5 / 9)
     assert planned.tenants["writer"].duration < 1
 
+    too_long = Tenant(calls=3, tokens=[1, 900, 1])
+    both = {"painter": painter, "writer": too_long}
+    planned = plan(tpm=100, tokens=1, resources={"images": 1}, tenants=both)
+    assert planned.refused == 1
+    assert "cost of 900 tokens exceeds" in str(planned.refusal)
+
 
 def test_urgent_calls_wait_less() -> None:
     """A tenant's priority is that of its calls."""

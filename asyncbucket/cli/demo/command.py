@@ -6,20 +6,17 @@ import sys
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Final
 
 from rich.console import Console
 
+from asyncbucket.cli import INTERRUPTED
 from asyncbucket.cli.demo import report
 from asyncbucket.cli.demo.outcome import Outcome
 from asyncbucket.cli.demo.scenario import Scenario, Wish, scenario_of
 from asyncbucket.cli.demo.screen import screen_for
+from asyncbucket.cli.ends import DONE, FAILED
 
 __all__ = ["Wish", "run"]
-
-_DONE: Final = 0
-_FAILED: Final = 1
-_INTERRUPTED: Final = 130
 
 
 def run(wish: Wish, *, as_json: bool = False) -> int:
@@ -36,7 +33,7 @@ def run(wish: Wish, *, as_json: bool = False) -> int:
         with _quiet():
             status = _run(scenario, console, outcomes, silent=as_json)
     except KeyboardInterrupt:
-        status = _INTERRUPTED
+        status = INTERRUPTED
     if as_json:
         print(json.dumps(report.as_dict(scenario, outcomes), indent=2))  # noqa: T201 - the output
     else:
@@ -58,14 +55,14 @@ def _run(scenario: Scenario, console: Console, outcomes: list[Outcome], *, silen
             outcome = run_half(scenario, screen, paced=paced)
         except Fatal as error:
             print(f"error: {error}", file=sys.stderr)  # noqa: T201 - a command's output
-            return _FAILED
+            return FAILED
         if outcome.requests or not outcome.interrupted:
             outcomes.append(outcome)
         if outcome.interrupted:
-            return _INTERRUPTED
+            return INTERRUPTED
         if not silent:
             console.print(report.summary(outcome), markup=False)
-    return _FAILED if outcomes[-1].failed else _DONE
+    return FAILED if outcomes[-1].failed else DONE
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from asyncbucket.cli.demo.outcome import Outcome
 from asyncbucket.cli.demo.scenario import Scenario
-from asyncbucket.cli.plot import Canvas, against_limit, sparkline
+from asyncbucket.cli.plot import Canvas, against_limit, shows_blocks, sparkline
 from asyncbucket.cli.provider import place
 from asyncbucket.wording import counted, named
 
@@ -78,7 +78,7 @@ def as_dict(scenario: Scenario, outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def _table(console: Console, scenario: Scenario, outcomes: Sequence[Outcome]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD if _unicode(console) else box.ASCII2, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD if shows_blocks(console) else box.ASCII2, pad_edge=False)
     table.add_column()
     for outcome in outcomes:
         so_far = "\n(so far)" if outcome.interrupted else ""
@@ -139,7 +139,9 @@ def _show_failures(console: Console, outcome: Outcome) -> None:
 
 def _show_plots(console: Console, limit: float, outcomes: Sequence[Outcome]) -> None:
     longest = max(outcome.seconds for outcome in outcomes)
-    canvas = Canvas(seconds=longest, width=min(console.width, _WIDEST), unicode=_unicode(console))
+    canvas = Canvas(
+        seconds=longest, width=min(console.width, _WIDEST), unicode=shows_blocks(console)
+    )
     for outcome in outcomes:
         _show_plot(console, canvas, limit, outcome)
 
@@ -161,7 +163,3 @@ def _show_plot(console: Console, canvas: Canvas, limit: float, outcome: Outcome)
         console.print(sparkline(canvas, columns, "429s", style="red"))
         console.print(Text(f"{'':8}up to {max(refused):,.0f} refused a second", "red"))
     console.print()
-
-
-def _unicode(console: Console) -> bool:
-    return console.encoding.startswith("utf")

@@ -19,7 +19,6 @@ A_BATCH_IN: Final = 12
 CALLS_OF_AN_AGENT: Final = 2
 MODEL: Final = "gpt-4o-mini"
 EMBED_MODEL: Final = "text-embedding-3-small"
-OPENAI: Final = "https://api.openai.com/v1"
 AGENTS_OF_A_REAL_DEMO: Final = 20
 CONCURRENCY: Final = 60
 CONCURRENCY_OF_A_REAL_DEMO: Final = 20
@@ -147,7 +146,7 @@ def _real(wish: Wish) -> Scenario:
         concurrency=wish.concurrency or CONCURRENCY_OF_A_REAL_DEMO,
         model=wish.model or MODEL,
         embed_model=wish.embed_model,
-        api_base=wish.api_base or OPENAI,
+        api_base=wish.api_base or provider.OPENAI,
         api_key=key,
         compare=wish.compare,
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Final
 import typer
 
 from asyncbucket.cli.doctor.findings import Finding, State, bad
-from asyncbucket.cli.ends import in_a_line
+from asyncbucket.cli.ends import FAILED, in_a_line
 from asyncbucket.cli.typed import switch, words
 
 EXAMPLES: Final = """\b
@@ -17,7 +17,6 @@ Examples:
   asyncbucket doctor --store redis://127.0.0.1:6379/0
 """
 
-_PROBLEM: Final = 1
 _SIGNS: Final = {
     State.GOOD: ("ok", "green"),
     State.NOTE: ("note", "yellow"),
@@ -44,7 +43,7 @@ def doctor(
         else:
             _show(findings)
     if any(each.state is State.BAD for each in findings):
-        raise typer.Exit(_PROBLEM)
+        raise typer.Exit(FAILED)
 
 
 def _look(store: str | None) -> Iterator[Finding]:

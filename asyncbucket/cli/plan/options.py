@@ -13,6 +13,7 @@ from asyncbucket.cli.typed import (
     Preset,
     Rpd,
     Rpm,
+    Tpd,
     Tpm,
     count,
     file,
@@ -60,6 +61,7 @@ def plan(  # noqa: PLR0913 - one for each option
     rpm: Rpm = None,
     tpm: Tpm = None,
     rpd: Rpd = None,
+    tpd: Tpd = None,
     limits: Annotated[
         list[str] | None, words('Any other limit, e.g. "40k ITPM" or "10/s burst 1".', "--also")
     ] = None,
@@ -110,6 +112,7 @@ def plan(  # noqa: PLR0913 - one for each option
             rpm=rpm,
             tpm=tpm,
             rpd=rpd,
+            tpd=tpd,
         )
         _show(planned, as_json=as_json, out=out, dark=dark)
 

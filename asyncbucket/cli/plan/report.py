@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from asyncbucket.cli.plot import Canvas, against_limit, written
+from asyncbucket.cli.plot import Canvas, against_limit, shows_blocks, written
 from asyncbucket.plan.result import Plan, details, table, tenants
 
 _WIDEST: Final = 120
@@ -17,7 +17,7 @@ _WIDEST: Final = 120
 def show(plan: Plan) -> None:
     """Print a plan."""
     console = Console(highlight=False)
-    unicode = console.encoding.startswith("utf")
+    unicode = shows_blocks(console)
     console.print(Text(plan.summary, "bold"))
     for line in details(plan):
         console.print(line, markup=False)

@@ -9,11 +9,11 @@ import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Final
 
 from rich.console import Console
 
 from asyncbucket.cli import INTERRUPTED
+from asyncbucket.cli.ends import DONE, FAILED, WRONG
 from asyncbucket.cli.run import report
 from asyncbucket.cli.run.estimate import as_dict, describe, estimate, foresee
 from asyncbucket.cli.run.feed import count_lines
@@ -22,11 +22,6 @@ from asyncbucket.cli.run.ledger import unusable
 from asyncbucket.cli.run.screen import screen_for
 from asyncbucket.cli.run.tally import Tally
 from asyncbucket.cli.run.work import Run
-
-#: All lines are answered; some are not; none could be.
-DONE: Final = 0
-FAILED: Final = 1
-WRONG: Final = 2
 
 
 class _Console(Console):

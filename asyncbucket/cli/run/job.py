@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from asyncbucket.cli import provider
+from asyncbucket.cli.provider import OPENAI
 from asyncbucket.http.profiles import profile_named
 from asyncbucket.limits import Limit, read_limits
 
@@ -19,7 +20,6 @@ PATHS: Final[dict[str, str]] = {
     "responses": "/v1/responses",
     "embeddings": "/v1/embeddings",
 }
-OPENAI: Final = "https://api.openai.com/v1"
 #: Calls at once, where nobody says how many.
 CONCURRENCY: Final = 100
 STANDARD: Final = "-"

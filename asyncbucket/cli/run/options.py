@@ -7,7 +7,8 @@ from typing import Annotated, Any, Final, Literal
 import typer
 
 from asyncbucket.cli.ends import in_a_line
-from asyncbucket.cli.run.job import CONCURRENCY, OPENAI, STANDARD, Job, Price, key_from, limits_of
+from asyncbucket.cli.provider import OPENAI
+from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job, Price, key_from, limits_of
 from asyncbucket.cli.typed import (
     Preset,
     Rpd,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from asyncbucket.cli.ends import in_a_line
+from asyncbucket.cli.ends import FAILED, in_a_line
 from asyncbucket.cli.typed import switch
 
 EXAMPLES: Final = """\b
@@ -16,8 +16,6 @@ Examples:
   asyncbucket watch unix:///run/limits.sock --once
   asyncbucket watch redis://127.0.0.1:6379/0
 """
-
-_GONE: Final = 1
 
 
 def watch(
@@ -47,7 +45,7 @@ def watch(
                 _show(looks, once=once)
         except SourceError as error:
             typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(_GONE) from error
+            raise typer.Exit(FAILED) from error
 
 
 def _looks(look: Any, interval: float | None) -> Iterator[dict[str, Any]]:
@@ -67,10 +65,11 @@ def _show(looks: Iterator[dict[str, Any]], *, once: bool) -> None:
     from rich.console import Console
     from rich.live import Live
 
+    from asyncbucket.cli.plot import shows_blocks
     from asyncbucket.cli.watch.screen import draw, plain
 
     console = Console(highlight=False)
-    unicode = (console.encoding or "").lower().startswith("utf")
+    unicode = shows_blocks(console)
     if once or not console.is_terminal or console.is_dumb_terminal:
         for views in _views(looks):
             if console.is_terminal and not console.is_dumb_terminal:
