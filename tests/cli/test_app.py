@@ -142,6 +142,25 @@ def test_numbers_are_typed_as_in_limits(typed: str, read: str) -> None:
     assert limit["limit"] == f"{read} tokens per 60 s"
 
 
+def test_slots_of_a_run_are_typed_as_other_numbers(tmp_path: Path) -> None:
+    """Beside the word "auto"."""
+    (tmp_path / "in.txt").write_text("Why?")
+    typed = [
+        "run",
+        str(tmp_path / "in.txt"),
+        "--dry-run",
+        "--model",
+        "m",
+        "--json",
+        "--concurrency",
+    ]
+
+    shown = CliRunner().invoke(cli.app, [*typed, "1.5k"])
+
+    (limit,) = json.loads(shown.stdout)["plan"]["limits"]
+    assert limit["limit"] == "1,500 at once"
+
+
 @pytest.mark.parametrize(
     ("option", "typed", "end"),
     [("--rpm", "0", "on"), ("--rpm", "1.5", "on"), ("--agents", "10001", "to 10,000")],

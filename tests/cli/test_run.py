@@ -483,7 +483,10 @@ def test_dry_run_says_the_same_as_json() -> None:
     ("arguments", "message"),
     [
         (["in.jsonl"], "say what your key may do: --rpm and --tpm"),
-        (["none.jsonl", "--rpm", "1"], "none.jsonl is no file that can be read"),
+        (
+            ["none.jsonl", "--rpm", "1"],
+            "'none.jsonl' is no file that can be read: name one, or pipe",
+        ),
         (["in.jsonl", "--rpm", "1", "-o", "no/out.jsonl"], "no is no folder"),
         (["in.jsonl", "--rpm", "1", "-o", "."], ". is no file that can be written"),
         (["in.jsonl", "--rpm", "1", "-o", os.devnull], "is no file that can be written"),
@@ -502,6 +505,7 @@ def test_dry_run_says_the_same_as_json() -> None:
             "NO_SUCH is not set: export your key",
         ),
         (["in.jsonl", "--rpm", "1", "--json"], "--json prints on standard output"),
+        (["in.jsonl", "--rpm", "1", "--errors", "-"], "--errors takes a file, standard output"),
         (["in.jsonl", "--also", "many"], "'many' is no limit"),
         (["in.jsonl", "--rpm", "1", "--profile", "x"], "no profile is called 'x'"),
     ],

@@ -139,7 +139,9 @@ class Job:
             )
         provider.check(self.api_base)
         if self.source != STANDARD and not Path(self.source).is_file():
-            raise ValueError(f"{self.source} is no file that can be read")
+            raise ValueError(
+                f"{self.source!r} is no file that can be read: name one, or pipe the lines in and give -"
+            )
         if self.profile is not None:
             profile_named(self.profile)
         self._check_streams()
@@ -151,6 +153,8 @@ class Job:
             raise ValueError("standard input is closed: name a file, or pipe the lines in")
         if self.out == STANDARD and sys.stdout is None:
             raise ValueError("standard output is closed, where the answers go: give -o")
+        if self.errors == Path(STANDARD):
+            raise ValueError("--errors takes a file, standard output is for answers: give its name")
 
     def _check_files(self) -> None:
         """Refuse files that cannot be written, and one that is two of them: it would be lost."""

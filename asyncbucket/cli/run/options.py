@@ -20,6 +20,7 @@ from asyncbucket.cli.typed import (
     named,
     published,
     switch,
+    whole,
     words,
 )
 
@@ -136,12 +137,9 @@ def _concurrency(text: str | None) -> int | Literal["auto"]:
     if text == "auto":
         return "auto"
     try:
-        number = int(text)
+        return whole(text)
     except ValueError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"--concurrency is a number from 1 on, or auto, not {text!r}")
-    return number
+        raise ValueError(f"--concurrency is a number from 1 on, or auto, not {text!r}") from None
 
 
 def _endpoint(name: str) -> Any:
