@@ -9,6 +9,9 @@ for a second one wait for ever. So these are left alone:
   ``amap`` of the limiter or of a child of it; likewise in what its closure and its object hold by
   these names, and in the functions that it names.
 
+One that comes to a limiter above or beside it, such as a model that the parent wraps, is refused: its
+calls would be charged twice to what both pass, and wait there for slots that they hold themselves.
+
 This reads code, which can say much that this does not see. Whoever passes ``cost=`` or ``paced=``
 decides.
 """
@@ -31,7 +34,29 @@ _LEAVES: Final = (str, bytes, int, float, complex, type(None), type, types.Modul
 
 
 def acquires_itself(fn: Callable[..., object], limiter: Limiter) -> bool:
-    """Tell whether a call of ``fn`` is admitted by ``limiter``, as far as its code shows."""
+    """Tell whether a call of ``fn`` is admitted by ``limiter``, as far as its code shows.
+
+    Raises:
+        ValueError: it is admitted by one above or beside it.
+    """
+    akin: Limiter | None = None
+    for each in _limiters_of(fn):
+        path = _path(each)
+        if limiter in path:
+            return True
+        if path[-1] is _path(limiter)[-1]:
+            akin = each
+    if akin is not None:
+        raise ValueError(
+            f"{getattr(fn, '__qualname__', fn)} is admitted by {akin.name!r} already, and would be once "
+            f"more by {limiter.name!r}: wrap its model in that, or acquire of that; or decide by "
+            f"paced= or cost="
+        )
+    return False
+
+
+def _limiters_of(fn: object) -> Iterator[Limiter]:
+    """Yield the limiters that admit a call of ``fn``, as far as its code shows."""
     seen: dict[int, object] = {}
     rest: deque[tuple[object, int]] = deque([(fn, 0)])
     while rest and len(seen) < _MOST:
@@ -39,41 +64,37 @@ def acquires_itself(fn: Callable[..., object], limiter: Limiter) -> bool:
         if isinstance(value, _LEAVES) or id(value) in seen:
             continue
         seen[id(value)] = value  # kept, or its id might be given to another
-        if _is_paced(value, limiter):
-            return True
+        yield from _acquired_by(value)
         if depth < _DEPTH:
             rest.extend((each, depth + 1) for each in _parts(value))
-    return False
 
 
-def _is_paced(value: object, limiter: Limiter) -> bool:
-    """Tell whether ``value`` is a model or transport behind the limiter, or code that acquires."""
+def _acquired_by(value: object) -> Iterator[Limiter]:
+    """Yield what is in front of a model or transport, or what code acquires of."""
     if isinstance(value, types.MethodType):
-        if not isinstance(value.__func__, types.FunctionType):
-            return False
-        return _acquires(value.__func__, limiter, holder=value.__self__)
-    if isinstance(value, types.FunctionType):
-        return _acquires(value, limiter)
-    return _is_ours(value) and _leads_to(getattr(value, "limiter", None), limiter)
+        if isinstance(value.__func__, types.FunctionType):
+            yield from _acquired_in(value.__func__, holder=value.__self__)
+    elif isinstance(value, types.FunctionType):
+        yield from _acquired_in(value)
+    elif _is_ours(value) and isinstance(limiter := getattr(value, "limiter", None), Limiter):
+        yield limiter
 
 
-def _acquires(function: types.FunctionType, limiter: Limiter, *, holder: object = None) -> bool:
-    """Tell whether the code acquires, and has the limiter to do it with."""
+def _acquired_in(function: types.FunctionType, *, holder: object = None) -> Iterator[Limiter]:
+    """Yield the limiters at hand, if the code acquires."""
     names = _names(function.__code__)
-    if not names & _ACQUIRES:
-        return False
-    near = [holder, *_named(function)]
-    held = [getattr(each, "__dict__", {}).get(name) for each in near for name in names]
-    return any(_leads_to(each, limiter) for each in (*near, *held))
+    if names & _ACQUIRES:
+        near = [holder, *_named(function)]
+        held = [getattr(each, "__dict__", {}).get(name) for each in near for name in names]
+        yield from (each for each in (*near, *held) if isinstance(each, Limiter))
 
 
-def _leads_to(value: object, limiter: Limiter) -> bool:
-    """Tell whether ``value`` is the limiter or one below it."""
-    while isinstance(value, Limiter):
-        if value is limiter:
-            return True
-        value = getattr(value, "parent", None)
-    return False
+def _path(limiter: Limiter) -> list[Limiter]:
+    """Return the limiter and those above it, the root last."""
+    path = [limiter]
+    while (above := path[-1].parent) is not None:
+        path.append(above)
+    return path
 
 
 def _parts(value: Any) -> Iterator[object]:

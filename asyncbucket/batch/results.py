@@ -75,7 +75,8 @@ def amap(  # noqa: PLR0913 - each is an option of its own, by keyword
         window: by default twice the workers.
 
     Raises:
-        ValueError, TypeError: an option is none that there is.
+        ValueError, TypeError: an option is none that there is; or ``fn`` acquires by itself of a limiter
+            above or beside this one, and its calls would pay twice.
         ImportError: the library for the bar is not installed.
     """
     if errors not in ("raise", "collect"):

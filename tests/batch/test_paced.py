@@ -161,6 +161,22 @@ def test_function_that_does_not_come_is_admitted_here(
     assert not acquires_itself(function, limiter), what
 
 
+@pytest.mark.parametrize("of", ["above", "beside"])
+def test_function_that_comes_above_or_beside_is_refused(of: str) -> None:
+    """Two leases of one call, and the second may wait for the slot of the first."""
+    root = Limiter("1000 RPM", concurrency=1, name="key")
+    batch = root.child("batch")
+    model = (root if of == "above" else root.child("chat")).wrap(MockLLM())
+
+    with pytest.raises(
+        ValueError, match=r"acomplete is admitted by .* and would .* 'key/batch': wr"
+    ):
+        batch.amap(model.acomplete, ["a"])
+    with pytest.raises(ValueError, match="once more by 'key/batch'"):
+        batch.map(model.complete, ["a"])
+    batch.amap(model.acomplete, ["a"], paced=True)
+
+
 async def test_wrapped_model_is_charged_once() -> None:
     """As many slots as one call has: a second lease for it would hang."""
     here = Limiter("1000 RPM", concurrency=1)
