@@ -38,12 +38,16 @@ LOOK = {
 
 def shown(*, width: int, unicode: bool) -> list[str]:
     """Return the lines of the picture."""
+    return plainly([View.of(LOOK, {**LOOK, "admitted": 110}, 2.0)], width=width, unicode=unicode)
+
+
+def plainly(views: list[View], *, width: int, unicode: bool) -> list[str]:
+    """Draw views, without colours."""
     from rich.console import Console
 
     console = Console(width=width, color_system=None, legacy_windows=False)
-    view = View.of(LOOK, {**LOOK, "admitted": 110}, 2.0)
     with console.capture() as captured:
-        console.print(draw([view], width=width, unicode=unicode))
+        console.print(draw(views, width=width, unicode=unicode))
     return [line.rstrip() for line in captured.get().splitlines()]
 
 
@@ -75,6 +79,22 @@ def test_the_picture_fits_its_terminal() -> None:
     ascii_only = shown(width=80, unicode=False)
     assert "[####" in ascii_only[1]
     assert all("█" not in line for line in ascii_only)
+
+
+@pytest.mark.parametrize("unicode", [True, False])
+def test_a_limit_that_binds_by_its_burst_is_one_line(*, unicode: bool) -> None:
+    """The longest that is said behind a bar, and labels that leave it little room."""
+    wide = {
+        "limit": "40,000 tokens per 60 s",
+        "resource": "tokens",
+        "amount": 40_000,
+        "used": 4_000,
+    }
+    view = View.of({**LOOK, "limits": [wide]}, None, 0.0)
+
+    lines = plainly([view], width=70, unicode=unicode)
+
+    assert lines[1].endswith("binds (paced)")
 
 
 def test_a_pipe_gets_a_line_for_each_limiter() -> None:

@@ -22,7 +22,7 @@ def _limiter(view: View, width: int, *, unicode: bool) -> Iterable[RenderableTyp
     title = Text(view.name, style="bold")
     yield title
     labels = max((len(_label(bar)) for bar in view.bars), default=0)
-    room = max(4, width - labels - 26)
+    room = max(4, width - labels - (26 if unicode else 28))  # the rest of a line, brackets included
     for bar in view.bars:
         line = Text(_label(bar).ljust(labels))
         line.append("  ")
