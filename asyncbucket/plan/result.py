@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from asyncbucket.wording import does, in_seconds, named, rounded
+from asyncbucket.wording import counted, does, in_seconds, named, rounded
 
 _MINUTE: Final = 60
 _HOUR: Final = 3_600
@@ -134,7 +134,7 @@ class Plan:
     @property
     def summary(self) -> str:
         """The plan in a line: "39 min 39 s, tokens bind: 10,000 calls with 8,000,000 tokens"."""
-        what = f"{self.calls:,} {'call' if self.calls == 1 else 'calls'}"
+        what = counted(self.calls, "calls")
         if self.tokens:
             what += f" with {self.tokens:,} tokens"
         return f"{spoken(self.duration)}, {binds(self.bound_by)}: {what}"
@@ -185,7 +185,7 @@ def details(plan: Plan) -> Iterator[str]:
     if plan.mean_in_flight:
         yield f"in flight: {rounded(plan.mean_in_flight)} on average, {plan.peak_in_flight:,} at most"
     if plan.refused:
-        calls = "1 call" if plan.refused == 1 else f"{plan.refused:,} calls"
+        calls = counted(plan.refused, "calls")
         yield f"never passed: {calls}: {plan.refusal}"
 
 
