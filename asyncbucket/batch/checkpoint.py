@@ -70,7 +70,7 @@ class Checkpoint:
         dump: makes bytes of a result, instead of JSON or pickle.
         load: makes the result of these bytes; given with ``dump``.
         name: what the results are of; a checkpoint of another name is refused. By default the
-            function's name.
+            function's name, and of a model's method the model's, too.
 
     Raises:
         TypeError: only one of ``dump`` and ``load`` is given.

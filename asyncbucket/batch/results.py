@@ -94,17 +94,20 @@ def amap(  # noqa: PLR0913 - each is an option of its own, by keyword
         window=_window(window, most),
         ordered=ordered,
         stop_on_error=errors == "raise",
-        checkpoint=None if checkpoint is None else Checkpoint.of(checkpoint, name=_name(fn)),
+        checkpoint=None if checkpoint is None else Checkpoint.of(checkpoint, name=name_of(fn)),
         progress=progress_for(limiter, show_progress),
     )
     return Results(engine, raises=errors == "raise")
 
 
-def _name(fn: object) -> str:
+def name_of(fn: object) -> str:
     """Return what the results of ``fn`` are called in a checkpoint."""
     while isinstance(fn, functools.partial):
         fn = fn.func
-    return getattr(fn, "__qualname__", type(fn).__qualname__)
+    name: str = getattr(fn, "__qualname__", type(fn).__qualname__)
+    holder = getattr(fn, "__self__", None)
+    model = getattr(holder, "model", None) or getattr(holder, "model_name", None)
+    return f"{name} of {model}" if isinstance(model, str) else name
 
 
 def _workers(limiter: Limiter, workers: int | None, *, by_fn: bool) -> int:

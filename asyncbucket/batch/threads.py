@@ -1,6 +1,5 @@
 """The same for code without an event loop: `Limiter.map`."""
 
-import functools
 import inspect
 from collections.abc import AsyncIterable, Awaitable, Callable, Generator, Iterable
 from typing import Any, TypeVar, overload
@@ -8,9 +7,10 @@ from typing import Any, TypeVar, overload
 from anyio import CapacityLimiter, to_thread
 from anyio.from_thread import start_blocking_portal
 
+from asyncbucket.batch.checkpoint import Checkpoint
 from asyncbucket.batch.item import Item
 from asyncbucket.batch.paced import acquires_itself
-from asyncbucket.batch.results import Results, amap
+from asyncbucket.batch.results import Results, amap, name_of
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.terms import read_count
 
@@ -65,6 +65,8 @@ def map_sync(
         workers = min(limiter.concurrency or _THREADS, _THREADS)
     if options.get("paced") is None and options.get("cost") is None:
         options["paced"] = acquires_itself(fn, limiter)
+    if options.get("checkpoint") is not None:
+        options["checkpoint"] = Checkpoint.of(options["checkpoint"], name=name_of(fn))
     call = _in_threads(fn, workers)
     return _iterate(amap(limiter, call, items, workers=workers, **options))
 
@@ -86,7 +88,6 @@ def _in_threads(fn: Callable[[T], Any], threads: int | None) -> Callable[[T], Aw
         return fn
     bound = CapacityLimiter(threads or _THREADS)
 
-    @functools.wraps(fn)
     async def call(item: T) -> Any:
         result = await to_thread.run_sync(fn, item, limiter=bound)
         return await result if inspect.isawaitable(result) else result

@@ -223,6 +223,29 @@ async def test_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
         await run(keyed, Calls(), [{"id": {}}])
 
 
+class Model:
+    """Answer as models do that know their name."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+
+    async def ask(self, prompt: str) -> str:
+        """Say who says it."""
+        return f"{self.model}: {prompt}"
+
+
+async def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    """Its answers would be handed out as this one's."""
+    path = tmp_path / "run.db"
+    await run(path, Model("small").ask, ["Why?"])
+
+    assert (await run(path, Model("small").ask, ["Why?"]))[0].restored
+    with pytest.raises(
+        CheckpointError, match=r"holds results of Model\.ask of small, not of .*large"
+    ):
+        await run(path, Model("large").ask, ["Why?"])
+
+
 async def test_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     """Or the answers of one question were taken for those of another."""
     path = tmp_path / "run.db"

@@ -1,6 +1,7 @@
 """The same for code without an event loop. Threads run on the machine's clock."""
 
 import asyncio
+import functools
 import threading
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import Limiter
-from asyncbucket.batch import map_sync
+from asyncbucket.batch import CheckpointError, map_sync
 
 pytestmark = pytest.mark.real_clock
 
@@ -149,3 +150,12 @@ def test_it_may_be_called_where_a_loop_runs() -> None:
 
     assert asyncio.run(main()) == [1, 2]
     assert limiter.statistics().admitted == 2
+
+
+def test_checkpoint_is_of_the_function(tmp_path: Path) -> None:
+    """Not of what calls it in a thread."""
+    limiter, path = Limiter(concurrency=1), tmp_path / "run.db"
+    list(limiter.map(functools.partial(pow, 2), [3], checkpoint=path))
+
+    with pytest.raises(CheckpointError, match="holds results of pow, not of divmod"):
+        list(limiter.map(functools.partial(divmod, 2), [3], checkpoint=path))
