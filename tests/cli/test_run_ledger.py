@@ -162,7 +162,10 @@ def test_file_of_somebody_else_is_left_alone(out: Path, text: str) -> None:
 
 def test_second_run_of_one_file_is_refused(out: Path) -> None:
     """While the first is at it."""
-    with opened(out), pytest.raises(ValueError, match="is being written by another run"):
+    with (
+        opened(out),
+        pytest.raises(ValueError, match="is being written by another run: let it end"),
+    ):
         opened(out)
 
 
@@ -199,7 +202,7 @@ def test_restart_forgets_what_is_there_and_never_what_another_run_writes(out: Pa
     with opened(out) as ledger:
         answered(ledger, prompt("a"))
         before = out.read_bytes()
-        with pytest.raises(ValueError, match="is being written by another run"):
+        with pytest.raises(ValueError, match="is being written by another run: let it end"):
             Ledger(out, Path(f"{out}.checkpoint"), SETTINGS, restart=True)
         assert out.read_bytes() == before
 

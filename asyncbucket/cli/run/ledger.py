@@ -88,24 +88,18 @@ class Ledger:
 
     def _connect(self) -> sqlite3.Connection:
         try:
-            database = sqlite3.connect(self._path, timeout=0.5, isolation_level=None)
+            with contextlib.ExitStack() as undo:
+                database = sqlite3.connect(self._path, timeout=0.5, isolation_level=None)
+                undo.callback(database.close)
+                self._take(database)
+                undo.pop_all()
         except sqlite3.OperationalError as error:
-            raise unusable(self._path, error) from None
-        try:
-            database.execute("PRAGMA locking_mode = EXCLUSIVE")
-            if other_tables(database, _OURS):
-                database.close()
-                raise self._not_ours(self._path)
-            database.executescript(_SCHEMA)
-            database.execute("BEGIN EXCLUSIVE")
-            database.execute("COMMIT")
-        except sqlite3.OperationalError as error:
-            database.close()
             if "locked" in str(error):
-                raise ValueError(f"{self._out} is being written by another run") from None
+                raise ValueError(
+                    f"{self._out} is being written by another run: let it end, or give another -o"
+                ) from None
             raise unusable(self._path, error) from None
         except sqlite3.DatabaseError:
-            database.close()
             if not _is_broken(Path(self._path)):
                 raise self._not_ours(self._path) from None
             for end in ("", "-wal", "-shm"):
@@ -113,9 +107,18 @@ class Ledger:
             return self._connect()
         return database
 
+    def _take(self, database: sqlite3.Connection) -> None:
+        """Have the file for this run alone, with the tables in it."""
+        database.execute("PRAGMA locking_mode = EXCLUSIVE")
+        if other_tables(database, _OURS):
+            raise self._not_ours(self._path)
+        database.executescript(_SCHEMA)
+        database.execute("BEGIN EXCLUSIVE")
+        database.execute("COMMIT")
+
     def _forget(self) -> None:
-        for table in ("about", "answered", "admissions"):
-            self._database.execute(f"DELETE FROM {table}")  # noqa: S608 - names from the line above
+        for table in _OURS:
+            self._database.execute(f"DELETE FROM {table}")  # noqa: S608 - names of our own
 
     def _about(self, name: str) -> Any:
         row = self._database.execute("SELECT value FROM about WHERE name = ?", (name,)).fetchone()
