@@ -714,6 +714,29 @@ def test_interrupt_lets_requests_under_way_finish(rate_limited_provider: Provide
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+def test_second_interrupt_drops_requests_under_way_and_counts_them(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    """They may be paid; those that waited in line are not."""
+    provider = rate_limited_provider(latency=30)
+    arguments = [batch(200), "-o", "out.jsonl", "--rpm", "600", "--concurrency", "4"]
+    with subprocess.Popen(
+        [*COMMAND, *arguments, "--api-base", provider.base_url], stderr=subprocess.PIPE, text=True
+    ) as process:
+        while provider.statistics().in_flight < 4:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        while "Ctrl-C again" not in process.stderr.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+
+    assert process.returncode == 130
+    assert "4 requests (0 answers/s), 0 429s" in errors
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
 def test_interrupt_ends_a_run_that_waits_for_a_line(rate_limited_provider: ProviderFactory) -> None:
     """Of a pipe that stays open, or of somebody who types: a read cannot be cancelled."""
     provider = rate_limited_provider()

@@ -192,6 +192,9 @@ class Sender:
             self._tally.sent += not isinstance(error, UNREACHABLE)
             self._waits(reply)
             raise
+        except BaseException:  # dropped, in line or under way
+            self._tally.sent += id(reply) not in self._unsent
+            raise
         self._tally.sent += 1
         if response.status_code >= FIRST_ERROR:
             self._tally.refused += response.status_code == _TOO_MANY
