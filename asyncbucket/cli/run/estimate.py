@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 _SAMPLES: Final = 20_000
 #: Tokens of a reply that nothing bounds, as the transport foresees at its start.
 _FORESEEN: Final = 256
-_TOKENS: Final = ("tokens", "input_tokens", "output_tokens")
 
 
 @dataclass(slots=True)
@@ -74,13 +73,11 @@ def foresee(job: Job, found: Estimate, *, latency: float) -> "Plan | None":
         return None
     from asyncbucket.plan import plan
 
-    # Of images and the like requests take nothing; nor slots, if they take no time.
-    others = {limit.resource for limit in job.limits} - {"requests", *_TOKENS}
     return plan(
         *job.limits,
         calls=found.calls,
         tokens=found.costs,
-        resources=dict.fromkeys(others, 0),
+        # Requests that take no time take no slots.
         concurrency=None if job.concurrency == "auto" or not latency else job.concurrency,
         latency=latency,
     )

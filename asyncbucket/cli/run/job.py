@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 
 from asyncbucket.cli import provider
 from asyncbucket.cli.provider import OPENAI
+from asyncbucket.cost import COMMON
 from asyncbucket.http.profiles import profile_named
 from asyncbucket.limits import Limit, read_limits
 
@@ -137,6 +138,12 @@ class Job:
                 "say what your key may do: --rpm and --tpm, e.g. --rpm 500 --tpm 200000; or, for a "
                 "server without limits, --concurrency 20 or --concurrency auto"
             )
+        for limit in self.limits:
+            if limit.resource not in COMMON:
+                raise ValueError(
+                    f"no request takes any {limit.resource}, so {limit} would hold up none: limit "
+                    f"requests, tokens, input_tokens or output_tokens"
+                )
         provider.check(self.api_base)
         if self.source != STANDARD and not Path(self.source).is_file():
             raise ValueError(
