@@ -15,20 +15,19 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
 from asyncbucket.errors import CostExceedsLimit
+from asyncbucket.plan.bounds import Bounds, cost_for
 from asyncbucket.plan.drive import Call, Course
-from asyncbucket.plan.outlook import cost_for
 
 if TYPE_CHECKING:
     from asyncbucket.limiter import Limiter
     from asyncbucket.limiter.lease import Lease
     from asyncbucket.plan.load import Load
-    from asyncbucket.plan.outlook import Bounds
 
 _AHEAD: Final = 512
 _NANOSECONDS: Final = 1_000_000_000
 
 
-def drive_fair(bounds: "Bounds", loads: "Mapping[str, Load]") -> tuple[Course, dict[str, Course]]:
+def drive_fair(bounds: Bounds, loads: "Mapping[str, Load]") -> tuple[Course, dict[str, Course]]:
     """Run every tenant's calls to their end; return what happened, in all and to each tenant."""
     result: list[tuple[Course, dict[str, Course]]] = []
     failed: list[BaseException] = []
@@ -47,7 +46,7 @@ def drive_fair(bounds: "Bounds", loads: "Mapping[str, Load]") -> tuple[Course, d
     return result[0]
 
 
-def _run(bounds: "Bounds", loads: "Mapping[str, Load]") -> tuple[Course, dict[str, Course]]:
+def _run(bounds: Bounds, loads: "Mapping[str, Load]") -> tuple[Course, dict[str, Course]]:
     from asyncbucket.testing.virtual_time import VirtualClock, VirtualTimeLoop
 
     clock = VirtualClock()

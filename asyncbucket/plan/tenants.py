@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from asyncbucket.limits import Limit, read_limits
 from asyncbucket.plan.arrivals import Arrivals
+from asyncbucket.plan.bounds import Bounds
 from asyncbucket.plan.samples import Samples
 
 if TYPE_CHECKING:
     from asyncbucket.context import Priority
-    from asyncbucket.plan.outlook import Bounds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +48,8 @@ class Tenant:
 
 def bounds_of(
     limits: Sequence[Limit], concurrency: int | None, tenants: Mapping[str, Tenant]
-) -> "Bounds":
+) -> Bounds:
     """Return the limits of a plan, and those of its tenants."""
-    from asyncbucket.plan.outlook import Bounds
-
     own = {
         name: Bounds(
             read_limits(tenant.limits, {}),

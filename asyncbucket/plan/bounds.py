@@ -1,0 +1,83 @@
+"""Under what a plan's calls stand: the limits that all share, and those of tenants."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from asyncbucket.cost import COMMON, Cost
+from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.levels import in_force
+from asyncbucket.limits import Limit
+
+if TYPE_CHECKING:
+    from asyncbucket.plan.drive import Call
+
+
+class Bound(NamedTuple):
+    """One limit of a plan: whose, None being all, and which, None being the slots."""
+
+    tenant: str | None
+    limit: Limit | None
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The limits of a plan or of a tenant in it, windows and slots."""
+
+    limits: Sequence[Limit]
+    concurrency: int | None
+    tenants: "Mapping[str, Bounds]" = field(default_factory=dict)
+    #: Of a tenant, how it shares: weight and priority.
+    terms: Mapping[str, Any] = field(default_factory=dict)
+
+    def limiter(self, clock: Callable[[], int] = lambda: 0) -> Limiter:
+        """Return a limiter with these limits, and children for tenants, that nobody has used."""
+        root = Limiter(*self.limits, concurrency=self.concurrency, clock=clock)
+        for name, each in self.tenants.items():
+            root.child(name, *each.limits, concurrency=each.concurrency, **each.terms)
+        return root
+
+    def without(self, bound: Bound) -> "Bounds":
+        """Return all but one limit."""
+        if bound.tenant is not None:
+            return self._with(bound.tenant, self.tenants[bound.tenant].without(_own(bound)))
+        if bound.limit is None:
+            return replace(self, concurrency=None)
+        return replace(self, limits=[each for each in self.limits if each is not bound.limit])
+
+    def doubled(self, bound: Bound) -> "Bounds":
+        """Return the same with twice as much of one limit."""
+        if bound.tenant is not None:
+            return self._with(bound.tenant, self.tenants[bound.tenant].doubled(_own(bound)))
+        limit = bound.limit
+        if limit is None:
+            assert self.concurrency is not None
+            return replace(self, concurrency=2 * self.concurrency)
+        burst = None if limit.burst is None else 2 * limit.burst
+        twice = replace(limit, amount=2 * limit.amount, burst=burst)
+        return replace(self, limits=[twice if each is limit else each for each in self.limits])
+
+    def _with(self, name: str, tenant: "Bounds") -> "Bounds":
+        return replace(self, tenants={**self.tenants, name: tenant})
+
+    def each(self, tenant: str | None = None) -> Iterator[Bound]:
+        """Yield all limits, those of tenants after those that all share."""
+        yield from (Bound(tenant, limit) for limit in self.limits)
+        if self.concurrency is not None:
+            yield Bound(tenant, None)
+        for name, bounds in self.tenants.items():
+            yield from bounds.each(name)
+
+    def of(self, tenant: str | None) -> "Bounds":
+        """Return the bounds of a tenant, or those that all share."""
+        return self if tenant is None else self.tenants[tenant]
+
+
+def _own(bound: Bound) -> Bound:
+    return bound._replace(tenant=None)
+
+
+def cost_for(limiter: Limiter, call: "Call") -> Cost:
+    """Return what a call costs there, without what is limited elsewhere: another tenant's, or nowhere."""
+    counted = COMMON | {limit.resource for limit in in_force(limiter)}
+    return Cost.of({name: amount for name, amount in call.amounts.items() if name in counted})
