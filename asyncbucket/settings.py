@@ -216,8 +216,8 @@ def _table(file: Path, *, required: bool) -> Mapping[str, Any]:
         except ValueError as error:
             raise LimitSyntaxError(f"{file} is no TOML: {error}") from error
     project = file.name == _FILES[1]
-    place = document.get("tool", {}) if project else document
-    table = place.get(_TABLE, {} if project else document)
+    place = document.get("tool") if project else document
+    table = (place if isinstance(place, Mapping) else {}).get(_TABLE, {} if project else document)
     if required and not table:
         raise LimitSyntaxError(f"{file} has no table [{'tool.' if project else ''}{_TABLE}]")
     if not isinstance(table, Mapping):

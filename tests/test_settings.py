@@ -204,6 +204,7 @@ def test_code_goes_before_the_file(tmp_path: Path) -> None:
         ("[tool.asyncbucket]\nname = 'a'", r"limit nothing; write e\.g\. rpm = 500"),
         ("[tool.asyncbucket]\nrpm = 0.5", "rpm must be a whole number of at least 1, not 0.5"),
         ("[tool.other]\nrpm = 5", r"has no table \[tool\.asyncbucket\]"),
+        ("tool = 5", r"has no table \[tool\.asyncbucket\]"),
         ("[tool]\nasyncbucket = 5", "asyncbucket is no table but 5"),
         ("[tool.asyncbucket", "is no TOML"),
     ],
