@@ -10,6 +10,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, replace
 from typing import Unpack
 
+from asyncbucket.limiter.terms import read_count
 from asyncbucket.testing.provider.policies import Policy, make_policy
 from asyncbucket.testing.provider.settings import Failure, Options, Settings
 from asyncbucket.testing.provider.statistics import Arrival, ProviderStatistics
@@ -121,10 +122,9 @@ class Admission:
         """Let the next `count` calls fail, after those that were scripted before; 0 forgets all.
 
         Raises:
-            ValueError: If `count` is negative.
+            ValueError: If `count` is no whole number from 0 on.
         """
-        if count < 0:
-            raise ValueError(f"the number of calls to fail must be >= 0, not {count}")
+        read_count(count, "count")
         with self._lock:
             if count:
                 self._scripted.append((failure, count))
