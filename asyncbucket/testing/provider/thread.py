@@ -76,6 +76,7 @@ class RateLimitedProvider(Running):
 
         Raises:
             ImportError: The library isn't installed.
+            ValueError: ``family`` is neither of the two.
         """
         return mock_transport(self.app, family=family, sync=sync)
 
