@@ -126,16 +126,15 @@ class _Paced:
                 limiter.name,
             )
             inner = inner.inner
-        if inner is not None and not callable(getattr(inner, self._method, None)):
-            raise TypeError(
-                f"inner must be a transport with {self._method}(), not {type(inner).__name__}"
-            )
+        if inner is not None and not _has(inner, self._method):
+            what = inner if isinstance(inner, type) else type(inner).__name__
+            raise TypeError(f"inner must be a transport with {self._method}(), not {what}")
         if inner is None and family != "auto":
             inner = self._make(family)
         #: What sends the requests; None until the first one tells by which library.
         self.inner: Any = inner
         self._given = profile_named(profile) if isinstance(profile, str) else profile
-        if self._given is not None and not callable(getattr(self._given, "cost", None)):
+        if self._given is not None and not _has(self._given, "cost"):
             raise TypeError(f"profile must be a provider's name or a Profile, not {profile!r}")
         self._profiles: dict[str, Profile] = {}
         self._learn = learn
@@ -385,3 +384,8 @@ def family_of(request: Any) -> str:
         if family in FAMILIES:
             return family
     raise TypeError(f"a request of httpx or httpx2 can be sent, not {type(request).__name__}")
+
+
+def _has(given: object, method: str) -> bool:
+    """Tell whether ``given`` is an object, and not a class, with that method."""
+    return not isinstance(given, type) and callable(getattr(given, method, None))

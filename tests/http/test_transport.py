@@ -14,7 +14,7 @@ import httpx2
 import pytest
 
 from asyncbucket import Cost, CostExceedsLimit, Limiter, WouldBlock, tenant
-from asyncbucket.http import Call, Told, Usage
+from asyncbucket.http import Call, ProviderProfile, Told, Usage
 from asyncbucket.http.held import Held, holding
 from asyncbucket.testing import RateLimitedProvider, VirtualClock
 from tests.http.conftest import answering, chunked
@@ -817,6 +817,10 @@ def test_wrong_arguments_name_the_right_ones(limiter: Limiter) -> None:
         limiter.transport(profile="acme")
     with pytest.raises(TypeError, match="profile must be a provider's name or a Profile, not 5"):
         limiter.transport(profile=5)
+    with pytest.raises(TypeError, match=r"or a Profile, not <class '.*ProviderProfile'>"):
+        limiter.transport(profile=ProviderProfile)
+    with pytest.raises(TypeError, match=r"not <class 'httpx\.AsyncHTTPTransport'>"):
+        limiter.transport(httpx.AsyncHTTPTransport)
     with pytest.raises(TypeError, match=r"transport with handle_async_request\(\), not object"):
         limiter.transport(object())
     with pytest.raises(TypeError, match=r"transport with handle_request\(\), not object"):
