@@ -119,13 +119,8 @@ class _Paced:
         if family != "auto" and family not in FAMILIES:
             raise ValueError(f"family must be auto, httpx or httpx2, not {family!r}")
         self.limiter: Limiter = limiter
-        if isinstance(inner, _Paced) and inner.limiter is limiter:
-            _log.warning(
-                "a transport of limiter %r is put above another of it: calls are charged once; "
-                "give the inner transport itself",
-                limiter.name,
-            )
-            inner = inner.inner
+        if isinstance(inner, _Paced):
+            inner = self._beneath(inner)
         if inner is not None and not _has(inner, self._method):
             what = inner if isinstance(inner, type) else type(inner).__name__
             raise TypeError(f"inner must be a transport with {self._method}(), not {what}")
@@ -153,6 +148,23 @@ class _Paced:
     def __repr__(self) -> str:
         inner = "transport" if self.inner is None else type(self.inner).__name__
         return f"<{type(self).__name__} of {self.limiter.name!r} above {inner}>"
+
+    def _beneath(self, inner: "_Paced") -> Any:
+        """Return what is to send the requests, where ``inner`` may pace them, too."""
+        ours, theirs = self.limiter, inner.limiter
+        if is_under(ours, theirs):
+            _log.warning(
+                "a transport of limiter %r is put above one of %r: calls are charged once; "
+                "give the inner transport itself",
+                *(ours.name, theirs.name),
+            )
+            return inner.inner
+        if is_under(theirs, ours):
+            raise ValueError(
+                f"a transport of limiter {ours.name!r} above one of its child {theirs.name!r} would "
+                f"charge calls twice; give the child's transport to the client"
+            )
+        return inner
 
     def _make(self, family: str) -> Any:
         library = importlib.import_module(family)

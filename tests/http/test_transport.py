@@ -741,6 +741,32 @@ async def test_transport_above_a_transport_is_charged_once(
     assert "give the inner transport itself" in caplog.text
 
 
+async def test_transport_of_a_child_above_its_parents_is_charged_once(
+    library: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when tenants share one pool: with one slot, the call would wait for itself."""
+    limiter = Limiter("100 RPM", concurrency=1, name="shared")
+    child = limiter.child("acme", "50 RPM")
+    pool = limiter.transport(library.MockTransport(answering(library, b"{}")))
+    async with library.AsyncClient(transport=child.transport(pool)) as client:
+        await client.get(URL)
+
+    assert child.statistics().admitted == limiter.statistics().admitted == 1
+    assert "of limiter 'shared/acme' is put above one of 'shared'" in caplog.text
+    with pytest.raises(ValueError, match="above one of its child 'shared/acme' would charge calls"):
+        limiter.transport(child.transport())
+
+
+async def test_transport_of_another_limiter_is_charged_too(library: Any) -> None:
+    """A gateway's limits and a provider's are two."""
+    gateway, provider = (Limiter("9 RPM", name=name) for name in ("gateway", "provider"))
+    inner = provider.transport(library.MockTransport(answering(library, b"{}")))
+    async with library.AsyncClient(transport=gateway.transport(inner)) as client:
+        await client.get(URL)
+
+    assert gateway.statistics().admitted == provider.statistics().admitted == 1
+
+
 async def test_retries_above_the_transport_are_mentioned_once(
     library: Any, limiter: Limiter, caplog: pytest.LogCaptureFixture
 ) -> None:
