@@ -860,7 +860,7 @@ async def test_memory_of_hosts_is_bounded(limiter: Limiter) -> None:
         for number in range(300):
             await client.get(f"https://host{number}.test/")
 
-        assert len(client._transport._profiles) == 256
+        assert len(client._transport._reader._profiles) == 256
 
 
 # -- when it is booked -----------------------------------------------------------------------------
