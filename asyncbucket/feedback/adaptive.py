@@ -5,10 +5,10 @@ more at once bring nothing: they queue, and each takes longer, or they are refus
 for that number. It is fed the end of each call and says how many may be in flight; time is an
 argument, and nothing here waits.
 
-It works in rounds: as many calls as there are slots end unheeded, for they began under the old
-size, and the mean latency of the next (at least ten) counts. A round is busy if half of these had to
-wait for a slot; one that is not raises nothing, for with slots to spare nothing is learned of what
-would be too much.
+It works in rounds: as many calls as there are slots, or were before a cut, end unheeded, for they
+began under the old size, and the mean latency of the next (at least ten) counts. A round is busy if
+half of these had to wait for a slot; one that is not raises nothing, for with slots to spare nothing
+is learned of what would be too much.
 
 The mean of such a round has a standard error; where replies vary a lot the round goes on, up to
 three times the size, and what the error may explain is taken off every rise in latency.
@@ -101,6 +101,7 @@ class Adaptive:
         "_squares",
         "_step",
         "_total",
+        "_unheeded",
         "least",
         "most",
         "size",
@@ -109,7 +110,7 @@ class Adaptive:
     def __init__(self, *, least: int, most: int, start: int = _START) -> None:
         self.least = least
         self.most = most
-        self.size = self._within(start)
+        self.size = self._unheeded = self._within(start)
         #: A size, and how long calls took there.
         self._anchor: tuple[int, _Took] | None = None
         #: The size to go back to after a round at a lower one for the anchor.
@@ -125,8 +126,8 @@ class Adaptive:
         #: When the last refusal cut the size, and whether a round has passed since without another.
         self._cut_at = -1
         self._clean = True
-        # The round so far: calls seen; of those that count how many had waited, and the sums of
-        # their latencies and of the squares.
+        # The round so far: calls seen, of which the first `_unheeded` do not count; of those that do
+        # how many had waited, and the sums of their latencies and of the squares.
         self._seen = self._busy = self._total = self._squares = 0
 
     def __repr__(self) -> str:
@@ -140,7 +141,7 @@ class Adaptive:
             waited: whether it had to wait for a slot before.
         """
         self._seen += 1
-        over = self._seen - self.size
+        over = self._seen - self._unheeded
         if over <= 0:
             return
         self._busy += waited
@@ -174,6 +175,7 @@ class Adaptive:
         self._begin()
 
     def _begin(self) -> None:
+        self._unheeded = self.size
         self._seen = self._busy = self._total = self._squares = 0
 
     def _end_round(self, took: "_Took", *, busy: bool) -> None:
@@ -238,7 +240,8 @@ class Adaptive:
         self._step = min(2 * step, self.size)
 
     def _resize(self, size: int) -> None:
-        self.size = self._within(size)
+        before, self.size = self.size, self._within(size)
+        self._unheeded = max(before, self.size)
 
     def _within(self, size: int) -> int:
         return max(self.least, min(size, self.most))

@@ -28,8 +28,9 @@ _WRITES: Final = (
     "/api/chat",
     "/api/generate",
 )
-#: The ends of paths whose calls only send tokens.
-_READS: Final = ("/embeddings", "/api/embed", "/rerank", "/messages/count_tokens")
+#: The ends of paths whose calls only send tokens. Not ``/messages/count_tokens``: its limit of requests
+#: is its own, and it has none of tokens (docs.anthropic.com, "Token counting", read in 2025).
+_READS: Final = ("/embeddings", "/api/embed", "/rerank")
 #: What the parts of a body are, in the words of OpenAI's chat, completions, responses and embeddings,
 #: Anthropic's messages and Ollama.
 _PARTS: Final = {

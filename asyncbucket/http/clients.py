@@ -6,7 +6,14 @@ from typing import Any, Final
 
 from asyncbucket.http.profiles import Profile
 from asyncbucket.http.routes import Routing
-from asyncbucket.http.transport import FAMILIES, POOL, Family, transport, transport_sync
+from asyncbucket.http.transport import (
+    FAMILIES,
+    POOL,
+    Family,
+    check_family,
+    transport,
+    transport_sync,
+)
 from asyncbucket.limiter import Limiter
 
 #: The time-outs (s) of the SDKs of OpenAI and Anthropic: a reply may take ten minutes.
@@ -48,25 +55,20 @@ def http_client(
         "limits": library.Limits(**POOL),
         "follow_redirects": True,
     }
-    client = (library.Client if sync else library.AsyncClient)(**(usual | options))
+    client: Any = (library.Client if sync else library.AsyncClient)(**(usual | options))
     pace = transport_sync if sync else transport
     how: dict[str, Any] = {"profile": profile, "learn": learn, "routes": routes}
     # Not `transport=`: a client that gets one makes no others, for proxies say, and those that it
     # makes take its options. There is no public way to put something above them.
-    for name in ("_transport", "_mounts"):
-        made = getattr(client, name)
-        if isinstance(made, dict):
-            for pattern, inner in made.items():
-                if inner is not None:
-                    made[pattern] = pace(limiter, inner, **how)
-        else:
-            setattr(client, name, pace(limiter, made, **how))
+    client._transport = pace(limiter, client._transport, **how)  # noqa: SLF001
+    for pattern, inner in client._mounts.items():  # noqa: SLF001
+        if inner is not None:
+            client._mounts[pattern] = pace(limiter, inner, **how)  # noqa: SLF001
     return client
 
 
 def _library(family: Family) -> Any:
-    if family != "auto" and family not in FAMILIES:
-        raise ValueError(f"family must be auto, httpx or httpx2, not {family!r}")
+    check_family(family)
     names = FAMILIES if family == "auto" else (family,)
     for name in names:
         if importlib.util.find_spec(name) is not None:

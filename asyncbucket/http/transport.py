@@ -16,35 +16,26 @@ wait twice, in the SDK's back-off and in line, and so they are mentioned once.
 import importlib
 import logging
 import threading
-from dataclasses import replace
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeAlias
+from typing import Any, Final, Literal, Self
 
-from asyncbucket.cost import Cost
 from asyncbucket.http.attempt import Attempt
-from asyncbucket.http.body import read_json
 from asyncbucket.http.failures import FIRST_ERROR
-from asyncbucket.http.held import payer
-from asyncbucket.http.lane import Lane, parts
-from asyncbucket.http.profiles import Call, Profile, profile_named, profile_of
-from asyncbucket.http.routes import Routes, Routing
+from asyncbucket.http.lane import parts
+from asyncbucket.http.layers import Layers
+from asyncbucket.http.profiles import Profile
+from asyncbucket.http.reading import Reader, has_method
+from asyncbucket.http.routes import Routing
 from asyncbucket.http.running import make_way
 from asyncbucket.http.streams import body_class, load
 from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.levels import is_under, provider_of
+from asyncbucket.limiter.levels import is_under
 
 Family = Literal["auto", "httpx", "httpx2"]
-
-#: Whose a request is, what it is, by which profile, and what it costs: None for no admission.
-_Asked: TypeAlias = tuple[Lane, Call, Profile, Cost | None]
 
 FAMILIES: Final = ("httpx", "httpx2")
 #: The SDKs' pool: how many calls are in flight is for the limiter to say.
 POOL: Final = {"max_connections": 1_000, "max_keepalive_connections": 100}
-
-_RETRY_COUNT: Final = "x-stainless-retry-count"
-#: So many hosts and routes are remembered.
-_MANY: Final = 256
 
 _log: Final = logging.getLogger("asyncbucket")
 
@@ -116,125 +107,56 @@ class _Paced:
         learn: bool,
         routes: Routing | None,
     ) -> None:
-        if family != "auto" and family not in FAMILIES:
-            raise ValueError(f"family must be auto, httpx or httpx2, not {family!r}")
+        check_family(family)
         self.limiter: Limiter = limiter
-        if isinstance(inner, _Paced) and inner.limiter is limiter:
-            _log.warning(
-                "a transport of limiter %r is put above another of it: calls are charged once; "
-                "give the inner transport itself",
-                limiter.name,
-            )
-            inner = inner.inner
-        if inner is not None and not callable(getattr(inner, self._method, None)):
-            raise TypeError(
-                f"inner must be a transport with {self._method}(), not {type(inner).__name__}"
-            )
+        if isinstance(inner, _Paced):
+            inner = self._beneath(inner)
+        if inner is not None and not has_method(inner, self._method):
+            what = inner if isinstance(inner, type) else type(inner).__name__
+            raise TypeError(f"inner must be a transport with {self._method}(), not {what}")
         if inner is None and family != "auto":
             inner = self._make(family)
         #: What sends the requests; None until the first one tells by which library.
         self.inner: Any = inner
-        self._given = profile_named(profile) if isinstance(profile, str) else profile
-        if self._given is not None and not callable(getattr(self._given, "cost", None)):
-            raise TypeError(f"profile must be a provider's name or a Profile, not {profile!r}")
-        self._profiles: dict[str, Profile] = {}
-        self._learn = learn
-        self._lane = Lane(limiter, pauses=provider_of(limiter), learn=learn)
-        self._routes = None if routes is None else Routes(limiter, routes)
-        self._lanes: dict[Limiter, Lane] = {limiter: self._lane}
+        self._reader = Reader(limiter, profile=profile, learn=learn, routes=routes)
+        self._layers = Layers(limiter)
         self._entered = False
-        self._failures = False
-        self._told: set[str] = set()
 
     @property
     def ignored_headers(self) -> int:
         """How many headers about limits held no number."""
-        return sum(lane.ear.ignored for lane in self._lanes.values())
+        return self._reader.ignored_headers
 
     def __repr__(self) -> str:
         inner = "transport" if self.inner is None else type(self.inner).__name__
         return f"<{type(self).__name__} of {self.limiter.name!r} above {inner}>"
 
+    def _beneath(self, inner: "_Paced") -> Any:
+        """Return what is to send the requests, where ``inner`` may pace them, too."""
+        ours, theirs = self.limiter, inner.limiter
+        if is_under(ours, theirs):
+            _log.warning(
+                "a transport of limiter %r is put above one of %r: calls are charged once; "
+                "give the inner transport itself",
+                *(ours.name, theirs.name),
+            )
+            return inner.inner
+        if is_under(theirs, ours):
+            raise ValueError(
+                f"a transport of limiter {ours.name!r} above one of its child {theirs.name!r} would "
+                f"charge calls twice; give the child's transport to the client"
+            )
+        return inner
+
     def _make(self, family: str) -> Any:
         library = importlib.import_module(family)
         return getattr(library, self._default)(limits=library.Limits(**POOL))
 
-    def _profile(self, host: str) -> Profile:
-        if self._given is not None:
-            return self._given
-        profile = self._profiles.get(host)
-        if profile is None:
-            profile = profile_of(host)
-            if len(self._profiles) < _MANY:  # a crawler's hosts need not be kept
-                self._profiles[host] = profile
-        return profile
-
-    def _read(self, request: Any) -> _Asked:
-        """Return a request as its profile sees it, whose it is, and what it costs."""
-        url = request.url
-        try:
-            content: bytes | None = request.content
-        except RuntimeError:  # it is still to be streamed, and left alone
-            content = None
-        lane, host = self._lane, url.host
-        call = Call(request.method, host, url.path, read_json(content), lane.foresee())
-        if self._routes is not None:
-            lane = self._lane_of(self._routes.of(call))
-            call = replace(call, foreseen=lane.foresee())
-        profile = self._profile(host)
-        call, cost = lane.price(call, profile)
-        self._look_for_retries(request)
-        return lane, call, profile, cost
-
-    def _lane_of(self, limiter: Limiter) -> Lane:
-        lane = self._lanes.get(limiter)
-        if lane is None:
-            if len(self._lanes) >= _MANY:  # of tenants, say
-                self._lanes = {self.limiter: self._lane}
-            lane = self._lanes[limiter] = Lane(limiter, pauses=limiter, learn=self._learn)
-        return lane
-
-    def _is_held(self, limiter: Limiter) -> bool:
-        """Tell whether a paced model above has paid for the request already, and warn once."""
-        paid = payer(limiter)
-        if paid is None:
-            return False
-        if is_under(paid, limiter):
-            self._tell(
-                "held",
-                "a model that is paced by limiter %r has an HTTP client paced by it, too: calls are "
-                "charged once, by the model; give it a plain client, or don't wrap it",
-                self.limiter.name,
-            )
-        else:
-            self._tell(
-                f"held {limiter.name}",
-                "a model that is paced by limiter %r has an HTTP client paced by %r below it: calls "
-                "are charged once, by the model, so the limits of %r are not kept; wrap the model "
-                "by that child, or don't wrap it",
-                *(paid.name, limiter.name, limiter.name),
-            )
-        return True
-
-    def _look_for_retries(self, request: Any) -> None:
-        if self._failures and request.headers.get(_RETRY_COUNT, "0") != "0":
-            self._tell(
-                "retries",
-                "the SDK above the transport of limiter %r tries failed calls again by itself: "
-                "each attempt is charged and waits in line after the SDK's own back-off; if "
-                "anything above it retries too, pass max_retries=0 to the SDK",
-                self.limiter.name,
-            )
-
-    def _tell(self, what: str, message: str, *args: object) -> None:
-        if what not in self._told:
-            self._told.add(what)
-            _log.warning(message, *args)
-
-    def _send(self, attempt: Attempt, reply: Any, kind: type[Any] | None) -> Any:
+    def _watch(self, attempt: Attempt, reply: Any, kind: type[Any] | None) -> Any:
         """Return ``reply`` with a stream that looks on."""
         attempt.answered(reply)
-        self._failures = self._failures or reply.status_code >= FIRST_ERROR
+        if reply.status_code >= FIRST_ERROR:
+            self._layers.failures = True
         if kind is None or reply.is_closed:
             if reply.is_closed:  # it came with its body, as those of tests do
                 attempt.passes(reply.content)
@@ -253,9 +175,10 @@ class PacedTransport(_Paced):
     async def handle_async_request(self, request: Any) -> Any:
         """Send ``request`` when it is its turn, and return the inner transport's response."""
         inner = self.inner or await self._open(request)
-        lane, call, profile, cost = self._read(request)
+        lane, call, profile, cost = self._reader.read(request)
         limiter = lane.limiter
-        if cost is None or self._is_held(limiter):
+        self._layers.look_for_retries(request)
+        if cost is None or self._layers.have_paid(limiter):
             sent_at = limiter.now()
             reply = await inner.handle_async_request(request)
             good = reply.status_code < FIRST_ERROR
@@ -268,9 +191,9 @@ class PacedTransport(_Paced):
         try:
             request.stream = ours = load(body, attempt, "AsyncByteStream")
             reply = await inner.handle_async_request(request)
-            return self._send(attempt, reply, body_class(reply.stream, "AsyncByteStream"))
+            return self._watch(attempt, reply, body_class(reply.stream, "AsyncByteStream"))
         except BaseException as error:
-            self._failures = True
+            self._layers.failures = True
             attempt.failed(error)
             raise
         finally:
@@ -319,9 +242,10 @@ class PacedTransportSync(_Paced):
     def handle_request(self, request: Any) -> Any:
         """Send ``request`` when it is its turn, and return the inner transport's response."""
         inner = self.inner or self._open(request)
-        lane, call, profile, cost = self._read(request)
+        lane, call, profile, cost = self._reader.read(request)
         limiter = lane.limiter
-        if cost is None or self._is_held(limiter):
+        self._layers.look_for_retries(request)
+        if cost is None or self._layers.have_paid(limiter):
             sent_at = limiter.now()
             reply = inner.handle_request(request)
             good = reply.status_code < FIRST_ERROR
@@ -334,9 +258,9 @@ class PacedTransportSync(_Paced):
         try:
             request.stream = ours = load(body, attempt, "SyncByteStream")
             reply = inner.handle_request(request)
-            return self._send(attempt, reply, body_class(reply.stream, "SyncByteStream"))
+            return self._watch(attempt, reply, body_class(reply.stream, "SyncByteStream"))
         except BaseException as error:
-            self._failures = True
+            self._layers.failures = True
             attempt.failed(error)
             raise
         finally:
@@ -372,6 +296,12 @@ class PacedTransportSync(_Paced):
         self._entered = False
         if self.inner is not None:
             self.inner.__exit__(kind, error, trace)
+
+
+def check_family(family: str) -> None:
+    """Raise a `ValueError` unless ``family`` is a library, or ``"auto"``."""
+    if family != "auto" and family not in FAMILIES:
+        raise ValueError(f"family must be auto, httpx or httpx2, not {family!r}")
 
 
 def family_of(request: Any) -> str:

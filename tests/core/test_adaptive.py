@@ -155,6 +155,13 @@ def test_a_queue_stays_short(capacity: int) -> None:
 
 
 @pytest.mark.heavy
+def test_a_queue_does_not_grow_from_anchor_to_anchor() -> None:
+    """Calls admitted before a cut are no part of the round after it, nor of its latency."""
+    sizes = run(QueueingServer, always(50), seconds=600, spread=0).sizes_from(60)
+    assert sum(sizes) / len(sizes) <= 4 / 3 * 50
+
+
+@pytest.mark.heavy
 def test_refusals_are_rare() -> None:
     """A server that refuses is asked for more than it has by under 1 % of calls."""
     found = run(RefusingServer, always(40))
@@ -189,7 +196,7 @@ def test_calls_that_take_longer_are_no_overload_for_long() -> None:
 def test_a_server_that_is_slower_with_more_calls_is_still_used() -> None:
     """A batch of 64 takes twice as long as one call and does 32 times the work: take it."""
     adaptive = Adaptive(least=1, most=1_000)
-    feed(adaptive, 5_000, lambda size: int(SECOND * (1 + size / 64)))
+    feed(adaptive, 6_000, lambda size: int(SECOND * (1 + size / 64)))
     assert adaptive.size >= 32
 
 

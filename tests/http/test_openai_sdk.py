@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai import AsyncAzureOpenAI, AsyncOpenAI, OpenAI
 
-from asyncbucket import Limiter
+from asyncbucket import CostExceedsLimit, Limiter
 from asyncbucket.testing import RateLimitedProvider
 
 MODEL = "gpt-4o-mini"
@@ -263,3 +263,18 @@ async def test_refusals_of_the_sdk_pause_everyone(caplog: pytest.LogCaptureFixtu
     assert 29 < limiter.statistics().paused <= 30
     assert limiter.statistics().upstream_429 == 1
     assert "limiter 'shared' pauses for 30 s" in caplog.text
+
+
+async def test_what_the_limiter_refuses_reaches_whoever_called_the_sdk() -> None:
+    """Before its version 3 the SDK takes whatever a transport raises for a lost connection."""
+    limiter = Limiter("10 TPM")
+    http_client = limiter.http_client(family=FAMILY)
+    client = AsyncOpenAI(
+        base_url="http://nowhere.test/v1", api_key="k", http_client=http_client, max_retries=0
+    )
+    async with client:
+        with pytest.raises((openai.APIConnectionError, CostExceedsLimit)) as caught:
+            await client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=50)
+
+    refusal = caught.value.__cause__ if FAMILY == "httpx" else caught.value
+    assert isinstance(refusal, CostExceedsLimit)

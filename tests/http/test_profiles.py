@@ -78,9 +78,10 @@ def test_embeddings_cost_their_input(profile: Profile) -> None:
 
 
 @pytest.mark.parametrize("profile", [OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC])
-def test_other_calls_cost_a_request(profile: Profile) -> None:
-    """A list of models, or a file, is a request and no tokens."""
-    assert profile.cost(call("/v1/files", prompt="x" * 40)) == Cost(requests=1, tokens=0)
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/messages/count_tokens"])
+def test_other_calls_cost_a_request(profile: Profile, path: str) -> None:
+    """A file, or tokens that are counted and not read by a model, is a request and no tokens."""
+    assert profile.cost(call(path, messages=MESSAGES)) == Cost(requests=1, tokens=0)
 
 
 def test_tokens_are_settled_where_the_provider_does() -> None:

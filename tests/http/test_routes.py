@@ -148,7 +148,7 @@ async def test_memory_of_routes_is_bounded(library: Any) -> None:
         for number in range(300):
             await client.post(HOST + CHAT, json={"model": f"tenant {number}"})
 
-    assert len(transport._lanes) <= 256
+    assert len(transport._reader._lanes) <= 256
     assert limiter.statistics().admitted == 300
 
 

@@ -14,7 +14,7 @@ import httpx2
 import pytest
 
 from asyncbucket import Cost, CostExceedsLimit, Limiter, WouldBlock, tenant
-from asyncbucket.http import Call, Told, Usage
+from asyncbucket.http import Call, ProviderProfile, Told, Usage
 from asyncbucket.http.held import Held, holding
 from asyncbucket.testing import RateLimitedProvider, VirtualClock
 from tests.http.conftest import answering, chunked
@@ -741,6 +741,32 @@ async def test_transport_above_a_transport_is_charged_once(
     assert "give the inner transport itself" in caplog.text
 
 
+async def test_transport_of_a_child_above_its_parents_is_charged_once(
+    library: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when tenants share one pool: with one slot, the call would wait for itself."""
+    limiter = Limiter("100 RPM", concurrency=1, name="shared")
+    child = limiter.child("acme", "50 RPM")
+    pool = limiter.transport(library.MockTransport(answering(library, b"{}")))
+    async with library.AsyncClient(transport=child.transport(pool)) as client:
+        await client.get(URL)
+
+    assert child.statistics().admitted == limiter.statistics().admitted == 1
+    assert "of limiter 'shared/acme' is put above one of 'shared'" in caplog.text
+    with pytest.raises(ValueError, match="above one of its child 'shared/acme' would charge calls"):
+        limiter.transport(child.transport())
+
+
+async def test_transport_of_another_limiter_is_charged_too(library: Any) -> None:
+    """A gateway's limits and a provider's are two."""
+    gateway, provider = (Limiter("9 RPM", name=name) for name in ("gateway", "provider"))
+    inner = provider.transport(library.MockTransport(answering(library, b"{}")))
+    async with library.AsyncClient(transport=gateway.transport(inner)) as client:
+        await client.get(URL)
+
+    assert gateway.statistics().admitted == provider.statistics().admitted == 1
+
+
 async def test_retries_above_the_transport_are_mentioned_once(
     library: Any, limiter: Limiter, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -817,6 +843,10 @@ def test_wrong_arguments_name_the_right_ones(limiter: Limiter) -> None:
         limiter.transport(profile="acme")
     with pytest.raises(TypeError, match="profile must be a provider's name or a Profile, not 5"):
         limiter.transport(profile=5)
+    with pytest.raises(TypeError, match=r"or a Profile, not <class '.*ProviderProfile'>"):
+        limiter.transport(profile=ProviderProfile)
+    with pytest.raises(TypeError, match=r"not <class 'httpx\.AsyncHTTPTransport'>"):
+        limiter.transport(httpx.AsyncHTTPTransport)
     with pytest.raises(TypeError, match=r"transport with handle_async_request\(\), not object"):
         limiter.transport(object())
     with pytest.raises(TypeError, match=r"transport with handle_request\(\), not object"):
@@ -830,7 +860,7 @@ async def test_memory_of_hosts_is_bounded(limiter: Limiter) -> None:
         for number in range(300):
             await client.get(f"https://host{number}.test/")
 
-        assert len(client._transport._profiles) == 256
+        assert len(client._transport._reader._profiles) == 256
 
 
 # -- when it is booked -----------------------------------------------------------------------------

@@ -107,8 +107,9 @@ def test_url_of_a_provider_that_does_not_run_says_so() -> None:
 def test_taken_port_is_an_error_at_the_start() -> None:
     """And the one who has it goes on."""
     with RateLimitedProvider() as first:
-        second = RateLimitedProvider(port=urlsplit(first.url).port or 0)
-        with pytest.raises(OSError, match="in use"):
+        port = urlsplit(first.url).port or 0
+        second = RateLimitedProvider(port=port)
+        with pytest.raises(OSError, match=rf"cannot listen on 127\.0\.0\.1:{port}: .* in use"):
             second.start()
         assert call(first).status_code == 200
 
@@ -265,28 +266,48 @@ def test_command_whose_reader_is_gone_ends_without_a_word() -> None:
     assert process.returncode == 0
 
 
-def test_command_refuses_a_bad_setting_with_its_number() -> None:
-    """Not a traceback."""
-    command = [sys.executable, "-m", "asyncbucket.testing.provider", "--rpm", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_command_that_cannot_start_says_why_in_one_line() -> None:
+    """A bad setting, and a port that another has: not a traceback."""
+    command = [sys.executable, "-m", "asyncbucket.testing.provider"]
 
-    assert done.returncode == 1
-    assert done.stderr == "error: rpm must be at least 1 or None for no limit, not 0\n"
+    def refusal(*options: str) -> str:
+        done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        return done.stderr
+
+    assert refusal("--rpm", "0") == "error: rpm must be a whole number of at least 1, not 0\n"
+    with RateLimitedProvider() as first:
+        port = urlsplit(first.url).port
+        assert refusal("--port", f"{port}").startswith(
+            f"error: cannot listen on 127.0.0.1:{port}: "
+        )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rpm": 0}, "rpm must be at least 1 or None for no limit, not 0"),
-        ({"concurrency": -1}, "concurrency must be at least 1 or None for no limit, not -1"),
+        ({"rpm": 0}, "rpm must be a whole number of at least 1, not 0"),
+        ({"rpm": 1.5}, "rpm must be a whole number of at least 1, not 1.5"),
+        ({"tpm": "100k"}, "tpm must be a whole number of at least 1, not '100k'"),
+        ({"concurrency": -1}, "concurrency must be a whole number of at least 1, not -1"),
+        ({"default_max_tokens": -1}, "default_max_tokens must be a whole .* at least 0, not -1"),
+        ({"reply_tokens": None}, "reply_tokens must be a whole number of at least 0, not None"),
+        ({"dimensions": 0}, "dimensions must be a whole number of at least 1, not 0"),
+        ({"history": -1}, "history must be a whole number of at least 0, not -1"),
+        ({"port": 70_000}, "port must be at most 65535, not 70000"),
         ({"policy": "magic"}, "policy must be one of token_bucket, sliding_window, .* not 'magic'"),
         ({"charge": "magic"}, "charge must be one of openai, azure, usage, not 'magic'"),
         ({"error_rate": 1.5}, "error_rate must be a share from 0 to 1, not 1.5"),
+        ({"error_rate": "0.1"}, "error_rate must be a share from 0 to 1, not '0.1'"),
         ({"minute": 0}, "minute must be a positive number of seconds, not 0"),
+        ({"minute": float("inf")}, "minute must be a positive number of seconds, not inf"),
         ({"latency": -1.0}, r"latency must be seconds >= 0 or \(low, high\), not -1.0"),
         ({"latency": (2, 1)}, r"latency must be seconds >= 0 or \(low, high\), not \(2, 1\)"),
+        ({"latency": (1, 2, 3)}, r"latency must be seconds .* not \(1, 2, 3\)"),
+        ({"latency": "1"}, "latency must be seconds .* not '1'"),
         ({"latency": float("nan")}, "latency must be .* not nan"),
         ({"always": 200}, "status must be 400 to 599, not 200"),
+        ({"always": "429"}, "status must be 400 to 599, not '429'"),
     ],
 )
 def test_bad_option_is_refused_at_once(options: Any, message: str) -> None:
@@ -303,6 +324,14 @@ def test_bad_failure_is_refused_at_once() -> None:
             provider.fail_next(status=200)
         with pytest.raises(ValueError, match=r"retry_after must be finite and >= 0 s, not -1"):
             provider.fail_next(retry_after=-1)
+        with pytest.raises(ValueError, match="after_chunks must be a whole number of at least 0"):
+            provider.fail_next(after_chunks=-1)
+
+
+def test_clock_of_seconds_is_refused() -> None:
+    """Limits counted by it would all be wrong."""
+    with pytest.raises(TypeError, match=r"clock must return integer nanoseconds, as time\.monoton"):
+        RateLimitedProvider(clock=time.monotonic)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("options", [{"clock": time.monotonic_ns}, {"latency": lambda: 0.1}])

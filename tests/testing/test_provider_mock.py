@@ -138,6 +138,30 @@ def test_sync_clients_have_one_too(library: Any) -> None:
     assert reply.json()["choices"][0]["message"]["content"] == "You said: Is 7 prime?"
 
 
+@each_family
+async def test_sync_client_may_be_used_while_a_loop_runs(library: Any) -> None:
+    """As agents do whose tools are synchronous."""
+    transport = RateLimitedProvider().mock_transport(family=library.__name__, sync=True)
+
+    with library.Client(transport=transport, headers=HEADERS) as client:
+        assert client.post("http://provider/v1/chat/completions", json=CALL).status_code == 200
+
+
+@each_family
+async def test_latency_that_raises_gives_the_slot_back(library: Any) -> None:
+    """The call is a 500."""
+
+    def broken() -> float:
+        raise LookupError("no more latencies")
+
+    provider = RateLimitedProvider(latency=broken)
+    async with client_of(provider, library) as client:
+        reply = await client.post("chat/completions", json=CALL)
+
+    assert reply.status_code == 500
+    assert provider.statistics().in_flight == 0
+
+
 def test_an_hour_of_paced_calls_takes_a_second(virtual: VirtualTime) -> None:
     """OpenAI's SDK, the transport, the limiter and the provider, all on virtual time."""
     provider = RateLimitedProvider(rpm=6, latency=2.0, clock=virtual.clock)
@@ -163,6 +187,12 @@ def test_an_hour_of_paced_calls_takes_a_second(virtual: VirtualTime) -> None:
     assert (seen.admitted, seen.refused) == (361, 0)
     assert_never_over([(call.time_ns, 1) for call in provider.arrivals], limiter.limits[0])
     assert took < 3  # on a machine that has other things to do
+
+
+def test_family_that_has_no_mock_is_refused() -> None:
+    """With those that have."""
+    with pytest.raises(ValueError, match="family must be httpx or httpx2, not 'requests'"):
+        RateLimitedProvider().mock_transport(family="requests")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
 def test_missing_library_names_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -390,11 +390,15 @@ async def test_what_is_not_there_is_404_and_what_is_not_json_400(
     async with httpx.AsyncClient(headers={"authorization": "Bearer k"}) as client:
         unknown = await client.post(f"{provider.base_url}/nonsense", json={})
         method = await client.get(f"{provider.base_url}/chat/completions")
-        garbage = await client.post(f"{provider.base_url}/chat/completions", content=b"{")
+        garbage = [
+            await client.post(f"{provider.base_url}/chat/completions", content=content)
+            for content in (b"{", b"[" * 100_000)
+        ]
 
-    assert (unknown.status_code, method.status_code, garbage.status_code) == (404, 404, 400)
+    assert (unknown.status_code, method.status_code) == (404, 404)
+    assert [reply.status_code for reply in garbage] == [400, 400]
     assert unknown.json()["error"]["message"] == "Invalid URL (POST /v1/nonsense)"
-    assert provider.statistics().invalid == 3
+    assert provider.statistics().invalid == 4
 
 
 async def test_every_reply_tells_the_limits(rate_limited_provider: ProviderFactory) -> None:

@@ -25,18 +25,25 @@ def main(arguments: list[str] | None = None) -> None:
         # Ctrl-C goes to all processes of a terminal; whoever started this one says when it ends.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=_wait_for_eof, args=[stop], daemon=True).start()
-    with _provider(options) as provider:
+    provider = _start(options)
+    try:
         _say(provider.base_url)
         stop.wait()
+    finally:
+        provider.stop()
     _say(json.dumps(asdict(provider.statistics())))
 
 
-def _provider(options: dict[str, Any]) -> RateLimitedProvider:
+def _start(options: dict[str, Any]) -> RateLimitedProvider:
     given = {name: value for name, value in options.items() if value is not None}
     try:
-        return RateLimitedProvider(**given)
+        provider = RateLimitedProvider(**given)
+        provider.start()
     except ValueError as exc:
         raise SystemExit(f"error: {exc}") from exc
+    except OSError as exc:
+        raise SystemExit(f"error: {exc.strerror}") from exc
+    return provider
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, replace
 from typing import Unpack
 
+from asyncbucket.limiter.terms import read_count
 from asyncbucket.testing.provider.policies import Policy, make_policy
 from asyncbucket.testing.provider.settings import Failure, Options, Settings
 from asyncbucket.testing.provider.statistics import Arrival, ProviderStatistics
@@ -52,7 +53,7 @@ class Admission:
         self._endpoints: Counter[str] = Counter()
         self._admitted = self._errors = self._invalid = self._tokens = 0
         self._in_flight = self._peak = self._disconnected = self._duplicates = 0
-        self._set_limits(settings)
+        self._set_limits()
 
     def enter(
         self, endpoint: str, tokens: int, *, request_id: str | None = None
@@ -121,10 +122,9 @@ class Admission:
         """Let the next `count` calls fail, after those that were scripted before; 0 forgets all.
 
         Raises:
-            ValueError: If `count` is negative.
+            ValueError: If `count` is no whole number from 0 on.
         """
-        if count < 0:
-            raise ValueError(f"the number of calls to fail must be >= 0, not {count}")
+        read_count(count, "count")
         with self._lock:
             if count:
                 self._scripted.append((failure, count))
@@ -140,12 +140,12 @@ class Admission:
         fixed = sorted(FIXED_AT_START & options.keys())
         if fixed:
             raise ValueError(f"{', '.join(fixed)} can't change while the provider runs")
-        settings = replace(self.settings, **options)
         with self._lock:
-            self.settings = settings
-            self._set_limits(settings)
+            self.settings = replace(self.settings, **options)
+            self._set_limits()
 
-    def _set_limits(self, settings: Settings) -> None:
+    def _set_limits(self) -> None:
+        settings = self.settings
         now = settings.clock()
         for name, limit in (("requests", settings.rpm), ("tokens", settings.tpm)):
             if limit is None:

@@ -158,8 +158,8 @@ class _Api:
 
     async def _answer(self, exchange: Exchange, prepared: _Answer, failure: Failure | None) -> None:
         stay = _Stay(self._admission)
-        seconds = draw_latency(self._admission.settings.latency, self._chance)
         try:
+            seconds = draw_latency(self._admission.settings.latency, self._chance)
             if failure is not None and (failure.after_chunks is None or prepared.chunks is None):
                 stay.end()
                 await self._fail(exchange, failure)

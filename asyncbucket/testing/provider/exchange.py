@@ -55,7 +55,7 @@ class Exchange:
             more = message.get("more_body", False)
         try:
             body = json.loads(b"".join(parts))
-        except ValueError as exc:
+        except (RecursionError, ValueError) as exc:
             raise InvalidRequestError(f"the body isn't JSON: {exc}") from exc
         if not isinstance(body, dict):
             raise InvalidRequestError("the body must be a JSON object")

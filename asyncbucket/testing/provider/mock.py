@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import importlib
 from collections.abc import AsyncIterator
-from typing import Any, Literal, TypeAlias
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypeAlias, get_args
 from urllib.parse import unquote
 
 from starlette.types import ASGIApp, Message
@@ -25,12 +26,14 @@ def mock_transport(app: ASGIApp, *, family: Family = "httpx", sync: bool = False
     Args:
         app: The application, such as `RateLimitedProvider.app`.
         family: The library whose clients take it.
-        sync: For ``Client`` instead of ``AsyncClient``; each reply comes whole then, and must be
-            asked for outside of event loops.
+        sync: For ``Client`` instead of ``AsyncClient``; each reply comes whole then.
 
     Raises:
         ImportError: The library isn't installed.
+        ValueError: ``family`` is neither of the two.
     """
+    if family not in get_args(Family):
+        raise ValueError(f"family must be httpx or httpx2, not {family!r}")
     try:
         library = importlib.import_module(family)
     except ModuleNotFoundError as exc:
@@ -50,7 +53,8 @@ def mock_transport(app: ASGIApp, *, family: Family = "httpx", sync: bool = False
 
     def answer_sync(request: Any) -> Any:
         request.read()
-        return asyncio.run(answer_whole(request))
+        with ThreadPoolExecutor(1) as thread:  # in this one a loop may be running
+            return thread.submit(asyncio.run, answer_whole(request)).result()
 
     return library.MockTransport(answer_sync if sync else answer)
 

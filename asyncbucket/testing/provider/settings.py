@@ -1,15 +1,19 @@
 """What can be set about the provider, once: names, types, defaults and checks."""
 
-import math
 import random
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypedDict, get_args
 
+from asyncbucket.limiter.terms import read_count
 from asyncbucket.testing.provider.policies import POLICY_NAMES, SLICES, PolicyName
 
 NANOSECONDS = 1_000_000_000
+_LIMITS = ("rpm", "tpm", "concurrency")
+_LEAST = {"default_max_tokens": 0, "reply_tokens": 0, "dimensions": 1, "history": 0}
+_LAST_PORT = 65_535
 
 Latency: TypeAlias = float | tuple[float, float] | Callable[[], float]
 """Seconds a reply takes: fixed, uniform between two, or asked for each call."""
@@ -37,10 +41,12 @@ class Failure:
     after_chunks: int | None = None
 
     def __post_init__(self) -> None:
-        if self.status // 100 not in (4, 5):
-            raise ValueError(f"status must be 400 to 599, not {self.status}")
-        if self.retry_after is not None and not 0 <= self.retry_after < math.inf:
-            raise ValueError(f"retry_after must be finite and >= 0 s, not {self.retry_after}")
+        if not isinstance(self.status, int) or self.status // 100 not in (4, 5):
+            raise ValueError(f"status must be 400 to 599, not {self.status!r}")
+        if self.retry_after is not None and not _is_number(self.retry_after, 0):
+            raise ValueError(f"retry_after must be finite and >= 0 s, not {self.retry_after!r}")
+        if self.after_chunks is not None:
+            read_count(self.after_chunks, "after_chunks")
 
 
 class Options(TypedDict, total=False):
@@ -105,25 +111,31 @@ class Settings:
     clock: Callable[[], int] = time.monotonic_ns
 
     def __post_init__(self) -> None:
-        for name in ("rpm", "tpm", "concurrency"):
-            value: int | None = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1 or None for no limit, not {value}")
-        if self.policy not in POLICY_NAMES:
-            raise ValueError(
-                f"policy must be one of {', '.join(POLICY_NAMES)}, not {self.policy!r}"
+        self._check_counts()
+        for name, known in (("policy", POLICY_NAMES), ("charge", CHARGE_RULES)):
+            value: str = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        if not _is_number(self.error_rate, 0, 1):
+            raise ValueError(f"error_rate must be a share from 0 to 1, not {self.error_rate!r}")
+        if not _is_number(self.minute, SLICES / NANOSECONDS):
+            raise ValueError(f"minute must be a positive number of seconds, not {self.minute!r}")
+        if not callable(self.clock) or not isinstance(self.clock(), int):
+            raise TypeError(
+                f"clock must return integer nanoseconds, as time.monotonic_ns does, not {self.clock!r}"
             )
-        if self.charge not in CHARGE_RULES:
-            raise ValueError(
-                f"charge must be one of {', '.join(CHARGE_RULES)}, not {self.charge!r}"
-            )
-        if not 0 <= self.error_rate <= 1:
-            raise ValueError(f"error_rate must be a share from 0 to 1, not {self.error_rate}")
-        if not SLICES / NANOSECONDS <= self.minute < math.inf:
-            raise ValueError(f"minute must be a positive number of seconds, not {self.minute}")
         if self.always is not None:
             Failure(self.always)
         _check_latency(self.latency)
+
+    def _check_counts(self) -> None:
+        for name in _LIMITS:
+            if getattr(self, name) is not None:
+                read_count(getattr(self, name), name, least=1)
+        for name, least in _LEAST.items():
+            read_count(getattr(self, name), name, least=least)
+        if read_count(self.port, "port") > _LAST_PORT:
+            raise ValueError(f"port must be at most {_LAST_PORT}, not {self.port}")
 
     @property
     def minute_ns(self) -> int:
@@ -143,6 +155,13 @@ def draw_latency(latency: Latency, chance: random.Random) -> float:
 def _check_latency(latency: Latency) -> None:
     if callable(latency):
         return
-    low, high = latency if isinstance(latency, tuple) else (latency, latency)
-    if not 0 <= low <= high < math.inf:
-        raise ValueError(f"latency must be seconds >= 0 or (low, high), not {latency}")
+    bounds = latency if isinstance(latency, tuple) else (latency, latency)
+    seconds = len(bounds) == 2 and all(_is_number(bound, 0) for bound in bounds)  # noqa: PLR2004 - a pair
+    if not seconds or bounds[0] > bounds[1]:
+        raise ValueError(f"latency must be seconds >= 0 or (low, high), not {latency!r}")
+
+
+def _is_number(value: object, least: float, most: float = sys.float_info.max) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return least <= value <= most

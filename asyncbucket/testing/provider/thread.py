@@ -31,6 +31,7 @@ class RateLimitedProvider(Running):
 
     Raises:
         ValueError: For an option out of its range.
+        TypeError: For one that there is not, or a clock that returns no integers.
     """
 
     def __init__(self, **options: Unpack[Options]) -> None:
@@ -75,6 +76,7 @@ class RateLimitedProvider(Running):
 
         Raises:
             ImportError: The library isn't installed.
+            ValueError: ``family`` is neither of the two.
         """
         return mock_transport(self.app, family=family, sync=sync)
 

@@ -1,0 +1,62 @@
+"""Layers above a transport that pay for the same call, or try it again; people are told once."""
+
+import logging
+from typing import Any, Final
+
+from asyncbucket.http.held import payer
+from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.levels import is_under
+
+_RETRY_COUNT: Final = "x-stainless-retry-count"
+
+_log: Final = logging.getLogger("asyncbucket")
+
+
+class Layers:
+    """Look for layers above a transport of ``limiter``, and tell people what to change."""
+
+    __slots__ = ("_limiter", "_told", "failures")
+
+    def __init__(self, limiter: Limiter) -> None:
+        self._limiter = limiter
+        self._told: set[str] = set()
+        #: Whether a call has failed: before that, no SDK tries one again.
+        self.failures = False
+
+    def have_paid(self, limiter: Limiter) -> bool:
+        """Tell whether a paced model above has paid for the request already, and warn once."""
+        paid = payer(limiter)
+        if paid is None:
+            return False
+        if is_under(paid, limiter):
+            self._tell(
+                "held",
+                "a model that is paced by limiter %r has an HTTP client paced by it, too: calls are "
+                "charged once, by the model; give it a plain client, or don't wrap it",
+                self._limiter.name,
+            )
+        else:
+            self._tell(
+                f"held {limiter.name}",
+                "a model that is paced by limiter %r has an HTTP client paced by %r below it: calls "
+                "are charged once, by the model, so the limits of %r are not kept; wrap the model "
+                "by that child, or don't wrap it",
+                *(paid.name, limiter.name, limiter.name),
+            )
+        return True
+
+    def look_for_retries(self, request: Any) -> None:
+        """Warn once if an SDK above sends ``request`` again by itself."""
+        if self.failures and request.headers.get(_RETRY_COUNT, "0") != "0":
+            self._tell(
+                "retries",
+                "the SDK above the transport of limiter %r tries failed calls again by itself: "
+                "each attempt is charged and waits in line after the SDK's own back-off; if "
+                "anything above it retries too, pass max_retries=0 to the SDK",
+                self._limiter.name,
+            )
+
+    def _tell(self, what: str, message: str, *args: object) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            _log.warning(message, *args)

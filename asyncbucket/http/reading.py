@@ -1,0 +1,96 @@
+"""What a transport reads off a request: whose it is, by which profile, and what it costs."""
+
+from dataclasses import replace
+from typing import Any, Final, TypeAlias
+
+from asyncbucket.cost import Cost
+from asyncbucket.http.body import read_json
+from asyncbucket.http.lane import Lane
+from asyncbucket.http.profiles import Call, Profile, profile_named, profile_of
+from asyncbucket.http.routes import Routes, Routing
+from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.levels import provider_of
+
+#: Whose a request is, what it is, by which profile, and what it costs: None for no admission.
+Asked: TypeAlias = tuple[Lane, Call, Profile, Cost | None]
+
+#: So many hosts and routes are remembered.
+_MANY: Final = 256
+
+
+class Reader:
+    """Read the requests of one transport.
+
+    Args:
+        limiter: whose they are, where ``routes`` say nothing else.
+        profile: a provider's name or a profile; None finds it by the host.
+        learn: whether headers are heard.
+        routes: see `Routes`.
+
+    Raises:
+        ValueError: ``profile`` or a route is none that can be understood.
+        TypeError: likewise.
+    """
+
+    __slots__ = ("_given", "_lane", "_lanes", "_learn", "_profiles", "_routes")
+
+    def __init__(
+        self,
+        limiter: Limiter,
+        *,
+        profile: Profile | str | None,
+        learn: bool,
+        routes: Routing | None,
+    ) -> None:
+        self._given = profile_named(profile) if isinstance(profile, str) else profile
+        if self._given is not None and not has_method(self._given, "cost"):
+            raise TypeError(f"profile must be a provider's name or a Profile, not {profile!r}")
+        self._profiles: dict[str, Profile] = {}
+        self._learn = learn
+        self._lane = Lane(limiter, pauses=provider_of(limiter), learn=learn)
+        self._routes = None if routes is None else Routes(limiter, routes)
+        self._lanes: dict[Limiter, Lane] = {limiter: self._lane}
+
+    @property
+    def ignored_headers(self) -> int:
+        """How many headers about limits held no number."""
+        return sum(lane.ear.ignored for lane in self._lanes.values())
+
+    def read(self, request: Any) -> Asked:
+        """Return a request as its profile sees it, whose it is, and what it costs."""
+        url = request.url
+        try:
+            content: bytes | None = request.content
+        except RuntimeError:  # it is still to be streamed, and left alone
+            content = None
+        lane, host = self._lane, url.host
+        call = Call(request.method, host, url.path, read_json(content), lane.foresee())
+        if self._routes is not None:
+            lane = self._lane_of(self._routes.of(call))
+            call = replace(call, foreseen=lane.foresee())
+        profile = self._profile(host)
+        call, cost = lane.price(call, profile)
+        return lane, call, profile, cost
+
+    def _profile(self, host: str) -> Profile:
+        if self._given is not None:
+            return self._given
+        profile = self._profiles.get(host)
+        if profile is None:
+            profile = profile_of(host)
+            if len(self._profiles) < _MANY:  # a crawler's hosts need not be kept
+                self._profiles[host] = profile
+        return profile
+
+    def _lane_of(self, limiter: Limiter) -> Lane:
+        lane = self._lanes.get(limiter)
+        if lane is None:
+            if len(self._lanes) >= _MANY:  # of tenants, say
+                self._lanes = {self._lane.limiter: self._lane}
+            lane = self._lanes[limiter] = Lane(limiter, pauses=limiter, learn=self._learn)
+        return lane
+
+
+def has_method(given: object, name: str) -> bool:
+    """Tell whether ``given`` is an object, and not a class, with the method ``name``."""
+    return not isinstance(given, type) and callable(getattr(given, name, None))
