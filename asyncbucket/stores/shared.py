@@ -9,7 +9,6 @@ call is never behind many that wait for the store.
 
 import asyncio
 import functools
-import math
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any, Final
 
@@ -21,7 +20,7 @@ from asyncbucket.limits import Limit
 from asyncbucket.stores import open_store
 from asyncbucket.stores.counter import Counter
 from asyncbucket.stores.outage import POLICIES, OnOutage
-from asyncbucket.stores.store import Ledger, Store, Terms
+from asyncbucket.stores.store import Ledger, Store, Terms, check_membership
 
 _ALONE: Final = "with a store, concurrency must be a number: nobody can find it alone"
 
@@ -39,16 +38,14 @@ def share(
         slot_ttl: seconds without a sign of life after which a process's slots come back.
 
     Raises:
-        ValueError: ``on_outage`` or ``slot_ttl`` is none, the URL is no store's, the limiter finds
-            its concurrency by itself, or the store cannot count that far.
+        ValueError: ``on_outage`` or ``slot_ttl`` is none, no store takes such a name, the URL is no
+            store's, the limiter finds its concurrency by itself, or the store cannot count that far.
         TypeError: ``store`` is neither a URL nor a store.
         ImportError: the extra that serves such a store is not installed.
     """
     if on_outage not in POLICIES:
         raise ValueError(f"on_outage must be one of {', '.join(POLICIES)}, not {on_outage!r}")
-    number = isinstance(slot_ttl, (int, float)) and not isinstance(slot_ttl, bool)
-    if not number or not 0.1 <= slot_ttl < math.inf:  # noqa: PLR2004 - a heartbeat must fit in
-        raise ValueError(f"slot_ttl must be a number of seconds from 0.1 on, not {slot_ttl!r}")
+    check_membership(account.name, slot_ttl)
     if account.adaptive is not None:
         raise ValueError(_ALONE)
     make = functools.partial(_made, store)

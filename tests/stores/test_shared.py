@@ -14,6 +14,7 @@ from asyncbucket.events import Event, StoreLost
 from asyncbucket.http import OPENAI
 from asyncbucket.http.learn import Ear
 from asyncbucket.stores import open_store
+from asyncbucket.stores.redis import RedisStore
 from asyncbucket.stores.redis_ledger import RedisLedger
 
 if TYPE_CHECKING:
@@ -175,15 +176,40 @@ async def test_slots_in_a_store_are_not_found_by_one_process(url: str) -> None:
     assert limiter.concurrency == 5
 
 
-async def test_what_a_store_does_not_take_is_an_error_and_no_hang(url: str) -> None:
-    """All who wait are told."""
-    limiter = Limiter("10 RPM", store=url, name="a{b}")
+@pytest.mark.parametrize("name", ["", "a{b}", "x" * 5_000, "line\nbreak", "\ud800"])
+@pytest.mark.parametrize("where", ["sqlite:///limits.db", "redis://127.0.0.1:6379/0"])
+def test_name_that_no_store_takes_is_refused_when_the_limiter_is_made(
+    where: str, name: str
+) -> None:
+    """Not at the first call; and of a very long one the message shows the beginning."""
+    with pytest.raises(ValueError, match="1 to 200 printable characters and no braces") as refused:
+        Limiter("10 RPM", store=where, name=name)
+    assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize("slot_ttl", [0.09, 86_401, float("inf"), float("nan"), True, "30"])
+@pytest.mark.parametrize("where", ["sqlite:///limits.db", "redis://127.0.0.1:6379/0"])
+def test_life_of_slots_is_a_tenth_of_a_second_to_a_day(where: str, slot_ttl: Any) -> None:
+    """In every store."""
+    with pytest.raises(ValueError, match=r"slot_ttl must be .* from 0\.1 to 86,400, a day, not"):
+        Limiter("10 RPM", store=where, slot_ttl=slot_ttl)
+
+
+async def test_what_a_store_does_not_take_is_an_error_and_no_hang(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All who wait are told, whatever it raises."""
+
+    async def refuse(*_: object, **__: object) -> None:
+        raise ValueError("not here")
+
+    monkeypatch.setattr(RedisStore, "open", refuse)
+    limiter = Limiter("10 RPM", store=url, name="refused")
 
     async with asyncio.timeout(5):
         ended = await asyncio.gather(*(take(limiter) for _ in range(30)), return_exceptions=True)
 
-    assert {type(error) for error in ended} == {StoreError}
-    assert "name has 1 to 200 printable characters and no braces, not 'a{b}'" in str(ended[0])
+    assert {(type(error), str(error)) for error in ended} == {(StoreError, "not here")}
     await limiter.aclose()
 
 
