@@ -151,13 +151,11 @@ def connect(url: str) -> Server:
         if scheme.endswith("+cluster"):
             client, listener = _cluster(url)
             return Server(shown, client, listener=listener)
-        plain = url.replace("valkey", "redis", 1) if scheme.startswith("valkey") else url
-        settings = _settings()
-        if scheme == "unix":
-            del settings["socket_keepalive"]
-        return Server(shown, Redis.from_url(plain, **settings))
+        return Server(shown, _single(url))
     except (ValueError, TypeError) as error:
-        words = ESCAPES if torn else _without(str(error), [split.password or ""])
+        _, colon, port = split.netloc.rpartition(":")
+        no_port = "" if not colon or port.isdecimal() else port  # a password without a host
+        words = ESCAPES if torn else _without(str(error), [split.password or "", no_port])
         raise ValueError(f"{shown!r} cannot be read: {words}") from None
 
 
@@ -199,6 +197,21 @@ def _parts(url: str) -> tuple[dict[str, Any], list[tuple[str, int]], list[str]]:
             raise ValueError("write host:port, with commas in between")
         nodes.append((host, int(port)))
     return settings, nodes, [part for part in split.path.split("/") if part]
+
+
+def _single(url: str) -> Any:
+    """Return a client of the server at ``url``, which redis-py reads for the most part."""
+    split = urlsplit(url)
+    settings = _settings()
+    database = split.path.strip("/ ")
+    if split.scheme == "unix":
+        del settings["socket_keepalive"]
+    elif database and not database.isdecimal():
+        raise ValueError(f"a database is a number, not {database!r}: redis://host:6379/0")
+    plain = url.replace("valkey", "redis", 1) if split.scheme.startswith("valkey") else url
+    client: Any = Redis.from_url(plain, **settings)
+    client.connection_pool.make_connection()  # not connected; it refuses settings that there are not
+    return client
 
 
 def _sentinel(url: str) -> tuple[Any, Sequence[Any]]:
