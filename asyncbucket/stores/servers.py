@@ -12,7 +12,7 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, Final
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import urlsplit
 
 from asyncbucket.errors import StoreError
 from asyncbucket.stores import script
@@ -21,6 +21,7 @@ try:
     from redis import exceptions
     from redis.asyncio import Redis, RedisCluster
     from redis.asyncio.cluster import ClusterNode
+    from redis.asyncio.connection import parse_url
     from redis.asyncio.retry import Retry
     from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
     from redis.backoff import NoBackoff
@@ -181,13 +182,8 @@ def _settings() -> dict[str, Any]:
 def _parts(url: str) -> tuple[dict[str, Any], list[tuple[str, int]], list[str]]:
     """Return the settings, the hosts and the path of ``scheme://user:password@a:1,b:2/path?...``."""
     split = urlsplit(url)
-    settings = _settings() | dict(parse_qsl(split.query))
-    login, _, hosts = split.netloc.rpartition("@")
-    user, _, password = login.partition(":")
-    if user:
-        settings["username"] = unquote(user)
-    if password:
-        settings["password"] = unquote(password)
+    login, at, hosts = split.netloc.rpartition("@")
+    settings = _settings() | parse_url(f"redis://{login}{at}?{split.query}")
     if split.scheme.startswith("rediss"):
         settings["ssl"] = True
     nodes: list[tuple[str, int]] = []
