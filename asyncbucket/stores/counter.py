@@ -10,10 +10,11 @@ from asyncbucket.gates import Gates
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER
 from asyncbucket.queue import Passage, Waiter
-from asyncbucket.stores.desk import Desk, Grant
+from asyncbucket.stores.desk import Desk
 from asyncbucket.stores.entry import Entry
 from asyncbucket.stores.late import Latecomers
 from asyncbucket.stores.lifeline import leaving
+from asyncbucket.stores.starts import Grant
 from asyncbucket.stores.store import Correction, Ledger, Store
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Counter:
     # -- for the desk ------------------------------------------------------------------------------
 
     def heads(self, most: int) -> Sequence[Waiter]:
-        """See `asyncbucket.stores.desk.Line`."""
+        """See `asyncbucket.stores.starts.Line`."""
         with self._budget.lock:
             if self._sent:
                 all_went = self._booked == self._sent
@@ -101,7 +102,7 @@ class Counter:
             return heads
 
     def book(self, waiting: Waiter, grant: Grant) -> None:
-        """See `asyncbucket.stores.desk.Line`."""
+        """See `asyncbucket.stores.starts.Line`."""
         with self._budget.lock:
             self._booked += 1
             if waiting.done():  # it gave up while the batch was under way
@@ -114,7 +115,7 @@ class Counter:
             waiting.pacer.ring_locked()
 
     def admit(self, waiting: Waiter, grant: Grant) -> None:
-        """See `asyncbucket.stores.desk.Line`."""
+        """See `asyncbucket.stores.starts.Line`."""
         with self._budget.lock:
             if waiting.done() or waiting not in self._grants:
                 return  # it gave up: it was given back, or will be when its task comes to know
@@ -125,7 +126,7 @@ class Counter:
             waiting.pacer.admit_locked(waiting, Passage(gates, booked, now, bound_by))
 
     def refuse(self, waiting: Waiter, bound_by: str) -> None:
-        """See `asyncbucket.stores.desk.Line`."""
+        """See `asyncbucket.stores.starts.Line`."""
         error: AsyncBucketError = CostExceedsLimit(
             f"a call exceeds the limit of {bound_by} that another process has set, and can never "
             f"pass; raise the limit or split the request"
@@ -138,7 +139,7 @@ class Counter:
         self._fail(waiting, error)
 
     def abandon(self, error: Exception) -> None:
-        """See `asyncbucket.stores.desk.Line`: those who wait here are told, others get a new one."""
+        """See `asyncbucket.stores.starts.Line`: those who wait here are told, others get a new one."""
         self._turn_away(_FAILED, error)
         desk, self._desk = self._desk, None
         if desk is not None:

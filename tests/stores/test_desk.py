@@ -15,7 +15,8 @@ import pytest
 from asyncbucket.events import Event, StoreLost, StoreRecovered
 from asyncbucket.limits import Limit
 from asyncbucket.stores import Correction, Terms, open_store
-from asyncbucket.stores.desk import Desk, Grant
+from asyncbucket.stores.desk import Desk
+from asyncbucket.stores.starts import Grant
 
 if TYPE_CHECKING:
     from collections.abc import Callable
