@@ -1,8 +1,9 @@
 """Where a loop's calls stand that go next, until the store has booked them and they may start."""
 
 import asyncio
+import contextlib
 import itertools
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.errors import AsyncBucketError, CostExceedsLimit, StoreError
@@ -14,8 +15,9 @@ from asyncbucket.stores.desk import Desk
 from asyncbucket.stores.entry import Entry
 from asyncbucket.stores.late import Latecomers
 from asyncbucket.stores.lifeline import leaving
+from asyncbucket.stores.returns import Left
 from asyncbucket.stores.starts import Grant
-from asyncbucket.stores.store import Correction, Ledger, Store
+from asyncbucket.stores.store import Batch, Correction, Ledger, Store
 
 if TYPE_CHECKING:
     from asyncbucket.stores.shared import Shared
@@ -160,18 +162,39 @@ class Counter:
 
     def correct(self, correction: Correction) -> None:
         """Have a booking changed."""
-        self.on_loop((self._desk or self._latecomers).correct, correction)
+        if not self.on_loop((self._desk or self._latecomers).correct, correction):
+            self._shared.inherit((frozenset(), Batch(corrections=(correction,))))
 
     def release(self, slot: str) -> None:
         """Give a slot back."""
-        self.on_loop((self._desk or self._latecomers).release, slot)
+        if not self.on_loop((self._desk or self._latecomers).release, slot):
+            self._shared.inherit((frozenset(), Batch(released=(slot,))))
 
-    def on_loop(self, do: Callable[..., object], *args: object) -> None:
-        """Call the desk in the thread where it lives."""
+    def on_loop(self, do: Callable[..., object], *args: object) -> bool:
+        """Call the desk in the thread where it lives; return whether it lives."""
         if asyncio._get_running_loop() is self.loop:  # noqa: SLF001 - None in a plain thread
             do(*args)
-        elif not self.loop.is_closed():
+            return True
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             self.loop.call_soon_threadsafe(do, *args)
+            return True
+        return False
+
+    # -- for the counters of other loops -----------------------------------------------------------
+
+    def left_behind(self) -> Iterator[Left]:
+        """Yield what is left here, now that the loop has ended."""
+        if self._desk is not None:
+            yield self._desk.left_behind()
+        yield self._latecomers.left_behind()
+
+    def take_over(self) -> bool:
+        """Tell the store soon what is left behind elsewhere, if it is open here."""
+        return self._desk is not None and self.on_loop(self._take_over)
+
+    def _take_over(self) -> None:
+        while self._desk is not None and self._shared.estate:
+            self._desk.take_over(self._shared.estate.popleft())
 
     # -- the store ---------------------------------------------------------------------------------
 
@@ -186,10 +209,7 @@ class Counter:
     def ask(self, what: Callable[[Ledger], Coroutine[Any, Any, None]]) -> bool:
         """Have the ledger do something soon, if it is open; a store that is gone hears it never."""
         desk = self._desk
-        if desk is None or self.loop.is_closed():
-            return False
-        self.on_loop(lambda: self._spawn(_quietly(what(desk.ledger))))
-        return True
+        return desk is not None and self.on_loop(lambda: self._spawn(_quietly(what(desk.ledger))))
 
     async def _open(self) -> None:
         """Join the limiter at the store; if that fails, all who have come by then are told."""
@@ -222,6 +242,7 @@ class Counter:
             on_terms=shared.hear,
         )
         self._desk.look_after(self._latecomers.hand_over())
+        self._take_over()
         self._desk.ring()
 
     def _is_told_of(self, failure: Exception, last: int) -> bool:
@@ -263,6 +284,7 @@ class Counter:
             if desk is not None:
                 await self._part_with(desk)
             await self._settle()
+            await self._latecomers.take_over(self._shared.estate)
         finally:  # though the loop ends meanwhile
             store, self._store, self._closing = self._store, None, None
             if store is not None:
@@ -270,6 +292,7 @@ class Counter:
 
     async def _part_with(self, desk: Desk[Waiter]) -> None:
         await desk.aclose()
+        self._shared.last_left = desk.left
         self._latecomers.expect(desk.slots)
 
     async def _settle(self) -> None:

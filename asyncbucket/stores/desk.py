@@ -21,7 +21,7 @@ from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER
 from asyncbucket.stores.lifeline import Lifeline, end, guarded, leaving, rung
 from asyncbucket.stores.outage import OnOutage
-from asyncbucket.stores.returns import Returns
+from asyncbucket.stores.returns import Left, Returns
 from asyncbucket.stores.starts import NAP, Grant, Line, Starts, W
 from asyncbucket.stores.store import (
     Booking,
@@ -121,6 +121,25 @@ class Desk(Generic[W]):
     def look_after(self, slots: Iterable[str]) -> None:
         """Keep alive, and take back, what calls hold that another desk has admitted."""
         self._lifeline.slots.update(slots)
+
+    def take_over(self, left: Left) -> None:
+        """Look after what another desk has left behind, and tell the store what that did not."""
+        slots, untold = left
+        self.look_after((*slots, *untold.released))
+        for correction in untold.corrections:
+            self.correct(correction)
+        for slot in untold.released:
+            self.release(slot)
+
+    def left_behind(self) -> Left:
+        """Return what calls hold and what the store may not have heard: the loop has ended."""
+        for waiting, grant in self._starts.close():
+            if grant.booked_at:
+                self._returns.correct(Correction.undo(waiting.amounts, grant.booked_at))
+            if grant.slot is not None:
+                self._lifeline.slots.discard(grant.slot)
+                self._returns.release(grant.slot)
+        return self.slots, self._returns.untold()
 
     def ring(self) -> None:
         """Look at the line: somebody came, or left."""

@@ -1,6 +1,6 @@
 """What came back to a worker and is not told yet: corrections and slots, and when to tell the store."""
 
-from typing import Final
+from typing import Final, TypeAlias
 
 from asyncbucket.meters import NEVER
 from asyncbucket.stores.store import Batch, Correction
@@ -10,6 +10,9 @@ from asyncbucket.stores.store import Batch, Correction
 _GATHER: Final = 50_000_000
 _GATHER_BRIEFLY: Final = 500_000
 
+#: What is left behind where a loop has ended: slots that calls hold, and what the store may not have heard.
+Left: TypeAlias = tuple[frozenset[str], Batch]
+
 
 class Returns:
     """Gather what the next batch tells; all instants are ns of the worker's clock."""
@@ -17,6 +20,8 @@ class Returns:
     def __init__(self) -> None:
         self._corrections: list[Correction] = []
         self._released: list[str] = []
+        #: Slots that went with the last batch, which may not have arrived.
+        self._sent: tuple[str, ...] = ()
         #: When it must be told, though no call goes.
         self.tell_at = NEVER
 
@@ -43,4 +48,13 @@ class Returns:
         """Return it as a batch, and begin anew."""
         told = Batch(corrections=tuple(self._corrections), released=tuple(self._released))
         self._corrections, self._released, self.tell_at = [], [], NEVER
+        self._sent = told.released
         return told
+
+    def untold(self) -> Batch:
+        """Return what the store may not have heard, for somebody else to tell.
+
+        A slot may be given back twice, a correction may not: those of a batch whose answer is missing
+        are left out.
+        """
+        return Batch(corrections=tuple(self._corrections), released=(*self._sent, *self._released))

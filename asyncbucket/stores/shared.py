@@ -8,6 +8,7 @@ call is never behind many that wait for the store.
 """
 
 import asyncio
+import collections
 import functools
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any, Final
@@ -17,9 +18,11 @@ from asyncbucket.limiter.account import Account
 from asyncbucket.limiter.remote import Remote
 from asyncbucket.limiter.statistics import LimitUse
 from asyncbucket.limits import Limit
+from asyncbucket.loops import reset_after_fork
 from asyncbucket.stores import open_store
 from asyncbucket.stores.counter import Counter
 from asyncbucket.stores.outage import POLICIES, OnOutage
+from asyncbucket.stores.returns import Left
 from asyncbucket.stores.store import Ledger, Store, Terms, check_membership
 
 _ALONE: Final = "with a store, concurrency must be a number: nobody can find it alone"
@@ -79,16 +82,38 @@ class Shared(Remote):
         self.make = make
         self.on_outage: OnOutage = on_outage
         self.slot_ttl = slot_ttl
+        self.after_fork()
+        reset_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Begin anew in a child process: loops, and what they hold at the store, are the parent's."""
         self._counters: dict[asyncio.AbstractEventLoop, Counter] = {}
+        #: What loops that have ended left behind: the next desk takes it over, whichever loop it is of.
+        self.estate: collections.deque[Left] = collections.deque()
+        #: The units that were left of each limit when a desk was last closed.
+        self.last_left: dict[Limit, int] = {}
 
     def counter(self, loop: asyncio.AbstractEventLoop) -> Counter:
         """Return the counter of a loop."""
         counter = self._counters.get(loop)
         if counter is None:
-            for other in [each for each in self._counters if each.is_closed()]:
-                del self._counters[other]
+            self._bury()
             counter = self._counters[loop] = Counter(self, loop)
         return counter
+
+    def inherit(self, left: Left) -> None:
+        """Have the store told what came back to a loop that has ended: now, or by the next desk."""
+        self._bury()  # who gives a slot back here is among what that loop left
+        self.estate.append(left)
+        any(counter.take_over() for counter in self._at_work())
+
+    def _bury(self) -> None:
+        """Do without the counters of loops that have ended, but for what they left behind."""
+        for loop in [each for each in self._counters if each.is_closed()]:
+            counter = self._counters.pop(loop, None)
+            if counter is not None:  # another thread may have been faster
+                self.last_left = counter.left() or self.last_left
+                self.estate.extend(counter.left_behind())
 
     def terms(self, changes: Iterable[Limit] = (), concurrency: int | None = None) -> Terms:
         """Return the limits as they are now, or as they would be after ``changes``."""
@@ -101,7 +126,7 @@ class Shared(Remote):
 
     def use(self) -> Iterator[LimitUse]:
         """See `asyncbucket.limiter.remote.Remote`: as the last reply of the store told."""
-        left: dict[Limit, int] = {}
+        left = self.last_left
         for counter in self._counters.values():
             left = counter.left() or left
         for limit in self.terms().limits:
@@ -148,8 +173,7 @@ class Shared(Remote):
     def _at_work(self) -> Iterable[Counter]:
         """Return the counters, first those of loops that run, the youngest before the others.
 
-        A loop that rests hears nothing until it runs again, and a parent's never does in a forked
-        child, though it looks as if it ran.
+        A loop that rests hears nothing until it runs again.
         """
         youngest_first = reversed(self._counters.values())
         return sorted(youngest_first, key=lambda counter: not counter.loop.is_running())
@@ -164,7 +188,8 @@ class Shared(Remote):
         account.set_limits(list(terms.limits), terms.concurrency)
 
     async def aclose(self) -> None:
-        """See `asyncbucket.limiter.remote.Remote`; of the running loop."""
-        counter = self._counters.get(asyncio.get_running_loop())
-        if counter is not None:
-            await counter.aclose()
+        """See `asyncbucket.limiter.remote.Remote`; of the running loop, and of those that have ended."""
+        self._bury()
+        loop = asyncio.get_running_loop()
+        if self.estate or loop in self._counters:
+            await self.counter(loop).aclose()

@@ -1,6 +1,7 @@
 """A limiter above a store, as people use it: loops, threads, steering, refusals, who goes first."""
 
 import asyncio
+import gc
 import logging
 import threading
 import time
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from asyncbucket import AcquireTimeout, Limit, Limiter, StoreError, WouldBlock
+from asyncbucket import AcquireTimeout, Lease, Limit, Limiter, StoreError, WouldBlock
 from asyncbucket.events import Event, StoreLost
 from asyncbucket.http import OPENAI
 from asyncbucket.http.learn import Ear
@@ -26,6 +27,14 @@ def url(shared_server: "RunningServer", redis_sync: Any) -> str:
     """Be an empty server."""
     assert redis_sync.dbsize() == 0
     return shared_server.url
+
+
+@pytest.fixture(params=["server", "file"])
+def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Be each kind of store, empty."""
+    if request.param == "file":
+        return f"sqlite:///{tmp_path / 'limits.db'}"
+    return str(request.getfixturevalue("url"))
 
 
 async def test_nowait_says_that_the_store_has_to_be_asked(url: str) -> None:
@@ -500,6 +509,54 @@ def test_second_run_of_a_loop_goes_on(url: str) -> None:
     asyncio.run(limiter.aclose())
 
 
+#: A loop that ended without the limiter's being closed leaves its connections to the collector.
+UNCLOSED = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning", "ignore:loop is closed")
+
+
+@UNCLOSED
+def test_run_that_forgets_to_close_leaves_the_next_one_its_slots_and_refunds(where: str) -> None:
+    """A script calls `asyncio.run` for each of its calls: what came back last is told by the next run."""
+    limiter = Limiter("1000 TPM", concurrency=2, store=where, name="forgets")
+
+    async def once() -> None:
+        async with limiter.acquire(tokens=400, timeout=2) as lease:
+            lease.settle(tokens=100)
+
+    for _ in range(6):
+        asyncio.run(once())
+    asyncio.run(limiter.aclose())
+    gc.collect()
+    snapshot = asyncio.run(open_and_peek(where, "forgets"))
+    assert (snapshot.limits[0].used, snapshot.slots) == (600, 0)
+
+
+@UNCLOSED
+def test_lease_outlives_the_loop_that_it_was_got_on(where: str) -> None:
+    """Given back between two runs, in another run, or by a thread beside one: the store is told."""
+    limiter = Limiter("1000 TPM", concurrency=3, store=where, name="outlives")
+
+    async def hold() -> Lease:
+        return await limiter.acquire(tokens=100, timeout=2)
+
+    async def release_beside(lease: Lease) -> None:
+        passed = await hold()
+        await asyncio.to_thread(lease.release)
+        passed.release()
+        leases = await asyncio.gather(hold(), hold(), hold())
+        for each in leases:
+            each.release()
+        await asyncio.sleep(0.1)
+        await limiter.aclose()
+
+    between, beside = asyncio.run(hold()), asyncio.run(hold())
+    between.settle(tokens=10)
+    between.release()
+    asyncio.run(release_beside(beside))
+    gc.collect()
+    snapshot = asyncio.run(open_and_peek(where, "outlives"))
+    assert (snapshot.limits[0].used, snapshot.slots) == (510, 0)
+
+
 def test_loops_and_threads_of_a_process_share_it(url: str) -> None:
     """Two loops in two threads, and threads without one: together they get what there is."""
     limiter = Limiter("12 RPM burst 12", store=url, name="threads")
@@ -585,14 +642,11 @@ async def test_statistics_tell_what_the_store_told_last(url: str) -> None:
     assert (use.used, use.available) == (3, 97)
     await one.aclose()
     await two.aclose()
+    assert one.statistics().limits == (use,), "forgotten when it was closed"
 
 
-@pytest.mark.parametrize("kind", ["server", "file"])
-async def test_statistics_tell_each_limit_its_own_numbers(
-    kind: str, url: str, tmp_path: Path
-) -> None:
+async def test_statistics_tell_each_limit_its_own_numbers(where: str) -> None:
     """In whatever order a store keeps limits, and other processes write them."""
-    where = url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}"
     one = Limiter("500 RPM burst 500", "20k TPM", "10k RPD", store=where, name="order")
     two = Limiter("20k TPM", "10k RPD", "500 RPM burst 500", store=where, name="order")
     for limiter in (one, two, one):
