@@ -64,6 +64,8 @@ class Server:
         self._others = others
         self._listener = listener
         self._listening: Any = None
+        #: Connections belong to the loop on which they were made.
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(self, keys: tuple[str, ...], *args: str | int) -> dict[str, Any]:
         """Run the script once and return its answer.
@@ -71,6 +73,13 @@ class Server:
         Raises:
             StoreError: it could not be run, or nobody knows whether it was.
         """
+        loop = asyncio.get_running_loop()
+        self._loop = self._loop or loop
+        if self._loop is not loop:
+            raise StoreError(
+                f"the store {self.url} was made for another event loop, where it was first used: give "
+                f"the limiter a URL, and it makes one for each loop"
+            )
         try:
             text = await self._send(keys, args)
         except FAILURES as error:
