@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any, Final
 
+from asyncbucket.events import LimitChanged
 from asyncbucket.feedback.adaptive import Concurrency
 from asyncbucket.limiter.account import Account
 from asyncbucket.limiter.remote import Remote
@@ -180,12 +181,18 @@ class Shared(Remote):
 
     def hear(self, terms: Terms) -> None:
         """Take over limits that another process has set; what it does not name is limited no more."""
-        account, named = self.account, {(limit.resource, limit.per) for limit in terms.limits}
+        account, before = self.account, self.terms()
+        named = {(limit.resource, limit.per) for limit in terms.limits}
         with account.budget.lock:
             account.limits = {key: kept for key, kept in account.limits.items() if key in named}
             if terms.concurrency is None:
                 account.slots = None
         account.set_limits(list(terms.limits), terms.concurrency)
+        for limit in terms.limits:
+            if limit not in before.limits:
+                account.tell(LimitChanged, limit=str(limit))
+        if terms.concurrency not in {None, before.concurrency}:
+            account.tell(LimitChanged, limit=f"concurrency {terms.concurrency}")
 
     async def aclose(self) -> None:
         """See `asyncbucket.limiter.remote.Remote`; of the running loop, and of those that have ended."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from asyncbucket import AcquireTimeout, Lease, Limit, Limiter, StoreError, WouldBlock
-from asyncbucket.events import Event, StoreLost
+from asyncbucket.events import Event, LimitChanged, StoreLost
 from asyncbucket.http import OPENAI
 from asyncbucket.http.learn import Ear
 from asyncbucket.stores import open_store
@@ -416,6 +416,24 @@ async def test_pause_and_new_limits_are_heard_by_the_others(url: str) -> None:
     await two.aclose()
 
 
+async def test_limits_that_another_process_changes_are_events_here(where: str) -> None:
+    """Those that are others than before, each once, to whoever observes."""
+    one = Limiter("1000 RPM burst 100", "10k TPM", concurrency=9, store=where, name="told")
+    two = Limiter("1000 RPM burst 100", "10k TPM", concurrency=9, store=where, name="told")
+    told: list[Event] = []
+    two.observe(lambda event: told.append(event) if isinstance(event, LimitChanged) else None)
+    for limiter in (one, two):
+        (await limiter.acquire()).release()
+    one.reconfigure("500 RPM burst 100", concurrency=5)
+    await asyncio.sleep(0.1)
+    for _ in range(2):
+        (await two.acquire()).release()
+    limits = [event.limit for event in told if isinstance(event, LimitChanged)]
+    assert limits == ["500 requests per 60 s", "concurrency 5"]
+    await one.aclose()
+    await two.aclose()
+
+
 @pytest.mark.parametrize("kind", ["server", "file"])
 async def test_limit_that_another_process_leaves_out_is_in_force_no_more(
     kind: str, url: str, tmp_path: Path
@@ -528,6 +546,25 @@ def test_run_that_forgets_to_close_leaves_the_next_one_its_slots_and_refunds(whe
     gc.collect()
     snapshot = asyncio.run(open_and_peek(where, "forgets"))
     assert (snapshot.limits[0].used, snapshot.slots) == (600, 0)
+
+
+@UNCLOSED
+def test_store_that_was_made_for_another_loop_says_so(url: str) -> None:
+    """Connections belong to a loop; by a URL each loop has its own."""
+    limiter = Limiter("10 RPM burst 10", store=open_store(url), name="foreign")
+
+    async def once() -> None:
+        (await limiter.acquire(timeout=2)).release()
+        await limiter.aclose()
+
+    asyncio.run(once())
+    with pytest.raises(
+        StoreError, match=r"made for another event loop, .*: give the limiter a URL"
+    ):
+        asyncio.run(once())
+    with pytest.raises(StoreError, match="made for another event loop"):
+        limiter.acquire_sync(timeout=2)
+    gc.collect()
 
 
 @UNCLOSED
