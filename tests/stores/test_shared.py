@@ -103,13 +103,9 @@ async def test_limiter_may_be_used_and_closed_again(url: str) -> None:
         assert (snapshot.limits[0].used, snapshot.workers) == (count, 0)
 
 
-@pytest.mark.parametrize("kind", ["server", "file"])
 @pytest.mark.parametrize("turns", range(1, 12, 2))
-async def test_closing_goes_on_though_it_is_cancelled(
-    kind: str, turns: int, url: str, tmp_path: Path
-) -> None:
+async def test_closing_goes_on_though_it_is_cancelled(turns: int, where: str) -> None:
     """At whichever await: what is closed again is closed as a whole, and may be used again."""
-    where = url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}"
     before = asyncio.all_tasks()
     limiter = Limiter("20/s", store=where, name="cancelled")
     (await limiter.acquire()).release()
@@ -128,10 +124,9 @@ async def test_closing_goes_on_though_it_is_cancelled(
     await limiter.aclose()
 
 
-@pytest.mark.parametrize("kind", ["server", "file"])
-async def test_store_that_was_given_stays_open(kind: str, url: str, tmp_path: Path) -> None:
+async def test_store_that_was_given_stays_open(where: str) -> None:
     """For other limiters, for calls that end late, and for the limiter if it is used again."""
-    store = open_store(url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}")
+    store = open_store(where)
     one = Limiter("20/s", concurrency=2, store=store, name="one")
     two = Limiter("20/s", store=store, name="two")
     lost: list[Event] = []
@@ -222,12 +217,8 @@ async def test_what_a_store_does_not_take_is_an_error_and_no_hang(
     await limiter.aclose()
 
 
-@pytest.mark.parametrize("kind", ["server", "file"])
-async def test_what_comes_back_after_closing_is_told_the_store(
-    kind: str, url: str, tmp_path: Path
-) -> None:
+async def test_what_comes_back_after_closing_is_told_the_store(where: str) -> None:
     """At once, not when the slot would expire; limits that others have set meanwhile stay."""
-    where = url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}"
     one = Limiter("1000 TPM", concurrency=2, store=where, name="late")
     two = Limiter("1000 TPM", concurrency=2, store=where, name="late")
     leases = [await one.acquire(tokens=400) for _ in range(2)]
@@ -434,12 +425,8 @@ async def test_limits_that_another_process_changes_are_events_here(where: str) -
     await two.aclose()
 
 
-@pytest.mark.parametrize("kind", ["server", "file"])
-async def test_limit_that_another_process_leaves_out_is_in_force_no_more(
-    kind: str, url: str, tmp_path: Path
-) -> None:
+async def test_limit_that_another_process_leaves_out_is_in_force_no_more(where: str) -> None:
     """Nor does it come back with the next change: the last word counts, for all."""
-    where = url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}"
     one = Limiter("100 RPM burst 100", "10 TPM", concurrency=2, store=where, name="fewer")
     (await one.acquire()).release()
     two = Limiter("100 RPM burst 100", store=where, name="fewer")
@@ -475,10 +462,8 @@ async def test_limit_that_a_provider_announces_is_kept_by_all(url: str) -> None:
 
 
 @pytest.mark.real_clock
-@pytest.mark.parametrize("kind", ["server", "file"])
-async def test_burst_that_several_wait_for_is_shared(kind: str, url: str, tmp_path: Path) -> None:
+async def test_burst_that_several_wait_for_is_shared(where: str) -> None:
     """Units of a window that come free all at once go to all who wait, in parts of about a size."""
-    where = url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}"
     limiters = [Limiter("60 requests/2s burst 60", store=where, name="burst") for _ in range(3)]
     await asyncio.gather(*(take(limiters[0]) for _ in range(60)))
     calls = [[asyncio.ensure_future(take(each)) for _ in range(40)] for each in limiters]
