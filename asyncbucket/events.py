@@ -162,7 +162,10 @@ class LimitLearned(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitChanged(Event):
-    """A limit was changed while the limiter runs, or the number of slots was."""
+    """A limit was changed while the limiter runs, or the number of slots was, here or elsewhere.
+
+    Elsewhere is in another process that shares it by a store.
+    """
 
     #: As people write it: ``"500 requests per 60 s"``, ``"concurrency 12"``.
     limit: str

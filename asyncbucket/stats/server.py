@@ -38,6 +38,7 @@ class StatsServer:
     def __init__(self, server: socketserver.BaseServer, url: str, path: Path | None) -> None:
         self._server = server
         self._path = path
+        self._process = os.getpid()
         #: Where it is: ``"http://127.0.0.1:4294"`` or ``"unix:///run/limits.sock"``.
         self.url = url
         threading.Thread(
@@ -45,10 +46,12 @@ class StatsServer:
         ).start()
 
     def close(self) -> None:
-        """Stop. Closing twice is fine."""
-        self._server.shutdown()
+        """Stop. Closing twice is fine; a forked child lets go of it, and its parent serves on."""
+        ours = self._process == os.getpid()
+        if ours:  # whose thread there is to end
+            self._server.shutdown()
         self._server.server_close()
-        if self._path is not None:
+        if ours and self._path is not None:
             with contextlib.suppress(FileNotFoundError):
                 self._path.unlink()
 
@@ -140,6 +143,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     timeout = 5.0
     #: Set by the server.
     limiters: Sequence[Limiter] = ()
+
+    def handle(self) -> None:
+        """Answer; who goes away meanwhile is nothing to complain of on somebody else's terminal."""
+        with contextlib.suppress(ConnectionError):
+            super().handle()
 
     def do_GET(self) -> None:
         """Answer."""

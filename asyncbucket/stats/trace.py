@@ -10,6 +10,7 @@ from typing import Any, Final, Self
 
 from asyncbucket.events import Admitted, Cancelled, Event, Paused, Queued, Refused
 from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.terms import read_count
 
 _KINDS: Final[dict[type[Event], str]] = {
     Admitted: "admitted",
@@ -32,13 +33,16 @@ class Trace:
     Args:
         limiter: whose.
         last: how many events are kept, at about 300 bytes each.
+
+    Raises:
+        ValueError: ``last`` is no whole number from 1 on.
     """
 
     def __init__(self, limiter: Limiter, *, last: int) -> None:
-        if isinstance(last, bool) or not isinstance(last, int) or last < 1:
-            raise ValueError(f"last must be a whole number of at least 1, not {last!r}")
         self._limiter = limiter
-        self._events: collections.deque[Event] = collections.deque(maxlen=last)
+        self._events: collections.deque[Event] = collections.deque(
+            maxlen=read_count(last, "last", least=1)
+        )
         self._lock = threading.Lock()
         self._unobserve: Callable[[], None] = limiter.observe(self._keep)
 

@@ -4,6 +4,7 @@
 """
 
 import importlib
+import re
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -43,6 +44,8 @@ __all__ = [
 ESCAPES: Final = (
     "write special characters of a password as %2F for /, %5B for [, %40 for @ and so on"
 )
+#: What stands behind the colon of a host and is no port.
+_NO_PORT: Final = re.compile(r"(?<=:)(?!\d+(?:,|$))[^:\[\],]+(?=,|$)")
 #: Which module serves a scheme: each has ``from_url(url) -> Store``.
 _MODULES: Final = {
     "sqlite": "asyncbucket.stores.sqlite",
@@ -88,11 +91,19 @@ def open_store(url: str) -> Store:
 
 
 def without_password(url: str) -> str:
-    """Return ``url`` as it may be shown: its password and its query left out."""
+    """Return ``url`` as it may be shown: its query left out, and what is a password or may be meant so.
+
+    That is a login without a user, and where no host follows what stands in the place of a port.
+    """
+    plain = url.partition("?")[0]
+    if url.startswith("sqlite:///"):  # a path may hold an @
+        return plain
     head, at, hosts = url.rpartition("@")
-    if not at or url.startswith("sqlite:///"):  # a path may hold an @
-        return url.partition("?")[0]
+    if not at:
+        scheme, slashes, rest = plain.partition("://")
+        host, slash, path = rest.partition("/")
+        return f"{scheme}{slashes}{_NO_PORT.sub('***', host)}{slash}{path}"
     scheme, slashes, login = head.partition("://")
     user, colon, _ = login.partition(":")
-    shown = f"{scheme}://{user}{':***' if colon else ''}" if slashes else "***"
-    return f"{shown}@{hosts.partition('?')[0]}"
+    shown = f"{scheme}{slashes}{user}:***" if colon else f"{scheme}{slashes}***"
+    return f"{shown if slashes else '***'}@{hosts.partition('?')[0]}"

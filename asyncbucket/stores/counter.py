@@ -1,8 +1,9 @@
 """Where a loop's calls stand that go next, until the store has booked them and they may start."""
 
 import asyncio
+import contextlib
 import itertools
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.errors import AsyncBucketError, CostExceedsLimit, StoreError
@@ -10,11 +11,13 @@ from asyncbucket.gates import Gates
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER
 from asyncbucket.queue import Passage, Waiter
-from asyncbucket.stores.desk import Desk, Grant
+from asyncbucket.stores.desk import Desk
 from asyncbucket.stores.entry import Entry
 from asyncbucket.stores.late import Latecomers
 from asyncbucket.stores.lifeline import leaving
-from asyncbucket.stores.store import Correction, Ledger, Store
+from asyncbucket.stores.returns import Left
+from asyncbucket.stores.starts import Grant
+from asyncbucket.stores.store import Batch, Correction, Ledger, Store
 
 if TYPE_CHECKING:
     from asyncbucket.stores.shared import Shared
@@ -88,7 +91,7 @@ class Counter:
     # -- for the desk ------------------------------------------------------------------------------
 
     def heads(self, most: int) -> Sequence[Waiter]:
-        """See `asyncbucket.stores.desk.Line`."""
+        """See `asyncbucket.stores.starts.Line`."""
         with self._budget.lock:
             if self._sent:
                 all_went = self._booked == self._sent
@@ -101,7 +104,7 @@ class Counter:
             return heads
 
     def book(self, waiting: Waiter, grant: Grant) -> None:
-        """See `asyncbucket.stores.desk.Line`."""
+        """See `asyncbucket.stores.starts.Line`."""
         with self._budget.lock:
             self._booked += 1
             if waiting.done():  # it gave up while the batch was under way
@@ -114,7 +117,7 @@ class Counter:
             waiting.pacer.ring_locked()
 
     def admit(self, waiting: Waiter, grant: Grant) -> None:
-        """See `asyncbucket.stores.desk.Line`."""
+        """See `asyncbucket.stores.starts.Line`."""
         with self._budget.lock:
             if waiting.done() or waiting not in self._grants:
                 return  # it gave up: it was given back, or will be when its task comes to know
@@ -125,7 +128,7 @@ class Counter:
             waiting.pacer.admit_locked(waiting, Passage(gates, booked, now, bound_by))
 
     def refuse(self, waiting: Waiter, bound_by: str) -> None:
-        """See `asyncbucket.stores.desk.Line`."""
+        """See `asyncbucket.stores.starts.Line`."""
         error: AsyncBucketError = CostExceedsLimit(
             f"a call exceeds the limit of {bound_by} that another process has set, and can never "
             f"pass; raise the limit or split the request"
@@ -138,7 +141,7 @@ class Counter:
         self._fail(waiting, error)
 
     def abandon(self, error: Exception) -> None:
-        """See `asyncbucket.stores.desk.Line`: those who wait here are told, others get a new one."""
+        """See `asyncbucket.stores.starts.Line`: those who wait here are told, others get a new one."""
         self._turn_away(_FAILED, error)
         desk, self._desk = self._desk, None
         if desk is not None:
@@ -159,18 +162,39 @@ class Counter:
 
     def correct(self, correction: Correction) -> None:
         """Have a booking changed."""
-        self.on_loop((self._desk or self._latecomers).correct, correction)
+        if not self.on_loop((self._desk or self._latecomers).correct, correction):
+            self._shared.inherit((frozenset(), Batch(corrections=(correction,))))
 
     def release(self, slot: str) -> None:
         """Give a slot back."""
-        self.on_loop((self._desk or self._latecomers).release, slot)
+        if not self.on_loop((self._desk or self._latecomers).release, slot):
+            self._shared.inherit((frozenset(), Batch(released=(slot,))))
 
-    def on_loop(self, do: Callable[..., object], *args: object) -> None:
-        """Call the desk in the thread where it lives."""
+    def on_loop(self, do: Callable[..., object], *args: object) -> bool:
+        """Call the desk in the thread where it lives; return whether it lives."""
         if asyncio._get_running_loop() is self.loop:  # noqa: SLF001 - None in a plain thread
             do(*args)
-        elif not self.loop.is_closed():
+            return True
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             self.loop.call_soon_threadsafe(do, *args)
+            return True
+        return False
+
+    # -- for the counters of other loops -----------------------------------------------------------
+
+    def left_behind(self) -> Iterator[Left]:
+        """Yield what is left here, now that the loop has ended."""
+        if self._desk is not None:
+            yield self._desk.left_behind()
+        yield self._latecomers.left_behind()
+
+    def take_over(self) -> bool:
+        """Tell the store soon what is left behind elsewhere, if it is open here."""
+        return self._desk is not None and self.on_loop(self._take_over)
+
+    def _take_over(self) -> None:
+        while self._desk is not None and self._shared.estate:
+            self._desk.take_over(self._shared.estate.popleft())
 
     # -- the store ---------------------------------------------------------------------------------
 
@@ -185,10 +209,7 @@ class Counter:
     def ask(self, what: Callable[[Ledger], Coroutine[Any, Any, None]]) -> bool:
         """Have the ledger do something soon, if it is open; a store that is gone hears it never."""
         desk = self._desk
-        if desk is None or self.loop.is_closed():
-            return False
-        self.on_loop(lambda: self._spawn(_quietly(what(desk.ledger))))
-        return True
+        return desk is not None and self.on_loop(lambda: self._spawn(_quietly(what(desk.ledger))))
 
     async def _open(self) -> None:
         """Join the limiter at the store; if that fails, all who have come by then are told."""
@@ -221,6 +242,7 @@ class Counter:
             on_terms=shared.hear,
         )
         self._desk.look_after(self._latecomers.hand_over())
+        self._take_over()
         self._desk.ring()
 
     def _is_told_of(self, failure: Exception, last: int) -> bool:
@@ -262,6 +284,7 @@ class Counter:
             if desk is not None:
                 await self._part_with(desk)
             await self._settle()
+            await self._latecomers.take_over(self._shared.estate)
         finally:  # though the loop ends meanwhile
             store, self._store, self._closing = self._store, None, None
             if store is not None:
@@ -269,6 +292,7 @@ class Counter:
 
     async def _part_with(self, desk: Desk[Waiter]) -> None:
         await desk.aclose()
+        self._shared.last_left = desk.left
         self._latecomers.expect(desk.slots)
 
     async def _settle(self) -> None:

@@ -9,21 +9,21 @@ While the store is gone, calls pass as `asyncbucket.stores.lifeline` allows.
 """
 
 import asyncio
-import collections
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Generic, Protocol, TypeVar
+from dataclasses import replace
+from typing import Any, Final, Generic
 
 from asyncbucket.errors import StoreError
 from asyncbucket.events import Event
 from asyncbucket.limits import Limit
-from asyncbucket.meters import NEVER, Amounts
+from asyncbucket.meters import NEVER
 from asyncbucket.stores.lifeline import Lifeline, end, guarded, leaving, rung
 from asyncbucket.stores.outage import OnOutage
+from asyncbucket.stores.returns import Left, Returns
+from asyncbucket.stores.starts import NAP, Grant, Line, Starts, W
 from asyncbucket.stores.store import (
-    Batch,
     Booking,
     Correction,
     Ledger,
@@ -34,66 +34,10 @@ from asyncbucket.stores.store import (
 
 #: Calls in one batch.
 _BATCH: Final = 512
-#: For how long (ns) what came back gathers, while nobody is known to wait for it, and while somebody
-#: does: less than a trip takes, and what comes back in between goes with it.
-_GATHER: Final = 50_000_000
-_GATHER_BRIEFLY: Final = 500_000
 #: How long (ns) others take to ask.
 _TURN: Final = 5_000_000
-#: The shortest sleep (s): a timer may fire early, and must not spin when it does.
-_NAP: Final = 20e-6
 
 _log: Final = logging.getLogger("asyncbucket")
-
-
-class Waiting(Protocol):
-    """Be a call in the line."""
-
-    @property
-    def amounts(self) -> Amounts:
-        """What it costs, its slot included."""
-        ...
-
-
-W = TypeVar("W", bound=Waiting)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Grant:
-    """Say what an admitted call was given."""
-
-    #: When it was booked, in the store's clock: what `Correction.start` asks for.
-    booked_at: int
-    #: When it may go, in the worker's clock.
-    start: int
-    #: The slot that it holds, to be released.
-    slot: str | None = None
-    #: What held it up; None if nothing did.
-    bound_by: str | None = None
-
-
-class Line(Protocol[W]):
-    """Be the calls of a worker that wait, in the order that is fair among them."""
-
-    def heads(self, most: int) -> Sequence[W]:
-        """Return the calls that go next, at most ``most``; they stay in line."""
-        ...
-
-    def book(self, waiting: W, grant: Grant) -> None:
-        """Take a call out of the line: it will go at ``grant.start``, unless it is given up."""
-        ...
-
-    def admit(self, waiting: W, grant: Grant) -> None:
-        """Let a booked call go: its start has come."""
-        ...
-
-    def refuse(self, waiting: W, bound_by: str) -> None:
-        """Take out of the line a call that costs more than a limit and can never pass."""
-        ...
-
-    def abandon(self, error: Exception) -> None:
-        """Do without the desk, which has failed and serves nobody any more: to be closed."""
-        ...
 
 
 class Desk(Generic[W]):
@@ -140,17 +84,12 @@ class Desk(Generic[W]):
             on_terms=on_terms,
             on_fall=self._fall,
         )
-        self._corrections: list[Correction] = []
-        self._released: list[str] = []
-        #: Calls whose start lies ahead, in order.
-        self._booked: collections.OrderedDict[W, Grant] = collections.OrderedDict()
-        self._timer: asyncio.TimerHandle | None = None
+        self._returns = Returns()
+        self._starts = Starts(line, clock, self._fall)
         #: Before this instant the line's heads are not sent: they would not be booked.
         self._ask_at = 0
         #: The last start that was booked here.
         self._last_start = 0
-        #: When what came back must be told, though no call goes.
-        self._tell_at = NEVER
         #: What the first of those who were not booked waits for, and until when at least.
         self.held_up: tuple[str, int] | None = None
         #: What each of them waits for.
@@ -183,6 +122,25 @@ class Desk(Generic[W]):
         """Keep alive, and take back, what calls hold that another desk has admitted."""
         self._lifeline.slots.update(slots)
 
+    def take_over(self, left: Left) -> None:
+        """Look after what another desk has left behind, and tell the store what that did not."""
+        slots, untold = left
+        self.look_after((*slots, *untold.released))
+        for correction in untold.corrections:
+            self.correct(correction)
+        for slot in untold.released:
+            self.release(slot)
+
+    def left_behind(self) -> Left:
+        """Return what calls hold and what the store may not have heard: the loop has ended."""
+        for waiting, grant in self._starts.close():
+            if grant.booked_at:
+                self._returns.correct(Correction.undo(waiting.amounts, grant.booked_at))
+            if grant.slot is not None:
+                self._lifeline.slots.discard(grant.slot)
+                self._returns.release(grant.slot)
+        return self.slots, self._returns.untold()
+
     def ring(self) -> None:
         """Look at the line: somebody came, or left."""
         self._bell.set()
@@ -198,30 +156,24 @@ class Desk(Generic[W]):
             correction = Correction(start=0, booked=booked, used=more)
         else:
             self._lifeline.record.correct(correction)
-        self._corrections.append(correction)
+        self._returns.correct(correction)
         self._gather(awaited=self._waits)
 
     def release(self, slot: str) -> None:
         """Give a slot back; it goes with the next batch."""
         if slot in self._lifeline.slots:
             self._lifeline.slots.discard(slot)
-            self._released.append(slot)
+            self._returns.release(slot)
             self._gather(awaited=self._slotless or self._crowded)
 
     def _gather(self, *, awaited: bool) -> None:
-        """Have what came back told soon: very soon if a call waits for it, here or elsewhere.
-
-        Not so soon while starts lie ahead: no call that gets it would start before the last of them.
-        """
-        now = self._clock()
-        soon, late = now + _GATHER_BRIEFLY, now + _GATHER
-        tell_at = min(late, max(soon, self._last_start - self._horizon)) if awaited else late
-        self._tell_at = min(self._tell_at, tell_at)
+        busy_until = self._last_start - self._horizon
+        self._returns.gather(self._clock(), awaited=awaited, busy_until=busy_until)
         self._bell.set()
 
     def cancel(self, waiting: W, grant: Grant) -> None:
         """Give back what was booked for a call that is gone, whether or not its start has come."""
-        self._booked.pop(waiting, None)
+        self._starts.discard(waiting)
         if grant.booked_at:
             self.correct(Correction.undo(waiting.amounts, grant.booked_at))
         if grant.slot is not None:
@@ -231,13 +183,11 @@ class Desk(Generic[W]):
         """Stop serving. What was booked and has not started is given back; then the ledger closes."""
         await self._lifeline.aclose()
         await end(self._task, self._listener)
-        if self._timer is not None:
-            self._timer.cancel()
-        while self._booked:
-            self.cancel(*self._booked.popitem(last=False))
-        if self._corrections or self._released:
+        for waiting, grant in self._starts.close():
+            self.cancel(waiting, grant)
+        if self._returns:
             try:
-                await self.ledger.commit(self._batch(()))
+                await self.ledger.commit(self._returns.take())
             except StoreError:
                 _log.debug("the store is gone: slots expire by themselves")
         await self.ledger.aclose()
@@ -273,29 +223,22 @@ class Desk(Generic[W]):
                 continue
             now = self._clock()
             due = heads and now >= self._ask_at
-            if not due and now < self._tell_at:
-                await self._sleep(min(self._ask_at if heads else more_at, self._tell_at))
+            tell_at = self._returns.tell_at
+            if not due and now < tell_at:
+                await self._sleep(min(self._ask_at if heads else more_at, tell_at))
                 continue
             await self._fly(heads if due or self._waits else ())
 
     async def _sleep(self, until: int) -> None:
         """Sleep until the bell rings or ``until`` has come."""
         left = (until - self._clock()) * 1e-9
-        await rung(self._bell, None if until >= NEVER else max(_NAP, left))
-
-    def _batch(self, heads: Sequence[W]) -> Batch:
-        batch = Batch(
-            corrections=tuple(self._corrections),
-            released=tuple(self._released),
-            calls=tuple(waiting.amounts for waiting in heads),
-            horizon=self._horizon,
-        )
-        self._corrections, self._released, self._tell_at = [], [], NEVER
-        return batch
+        await rung(self._bell, None if until >= NEVER else max(NAP, left))
 
     async def _fly(self, heads: Sequence[W]) -> None:
+        calls = tuple(waiting.amounts for waiting in heads)
+        batch = replace(self._returns.take(), calls=calls, horizon=self._horizon)
         try:
-            receipt = await self.ledger.commit(self._batch(heads))
+            receipt = await self.ledger.commit(batch)
         except StoreError as error:
             self._lifeline.lose(error)
             return
@@ -305,7 +248,7 @@ class Desk(Generic[W]):
         if heads:
             self._plan(receipt, now)
             self._hand_out(heads, receipt, now)
-        self._let_go()
+        self._starts.let_go()
         if self._waits:
             self._listen()
 
@@ -346,27 +289,7 @@ class Desk(Generic[W]):
         grant = Grant(booked_at=booking.start, start=start, slot=slot, bound_by=bound_by)
         if slot is not None:
             self._lifeline.slots.add(slot)
-        self._booked[waiting] = grant
-        self._line.book(waiting, grant)
-
-    def _let_go(self) -> None:
-        """Admit those whose start has come, and set the timer for the next."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        booked, now = self._booked, self._clock()
-        while booked and next(iter(booked.values())).start <= now:
-            self._line.admit(*booked.popitem(last=False))
-        if booked:
-            nap = (next(iter(booked.values())).start - self._clock()) * 1e-9
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(max(_NAP, nap), self._let_go_late)
-
-    def _let_go_late(self) -> None:
-        try:
-            self._let_go()
-        except Exception as error:  # noqa: BLE001 - the loop would log it, and the others wait on
-            self._fall(error)
+        self._starts.add(waiting, grant)
 
     def _listen(self) -> None:
         """Ask again when the store calls, or when it said that it would be time to."""
@@ -403,6 +326,6 @@ class Desk(Generic[W]):
         """The store is gone, or back: look anew."""
         self._waits, self._slotless, self._ask_at = False, False, 0
         if debts is not None:
-            self._corrections.append(debts)
-            self._tell_at = 0
+            self._returns.correct(debts)
+            self._returns.tell_at = 0
         self._bell.set()

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import ClassVar, Protocol
 
 from asyncbucket.meters import Amounts, Meter, Slots
-from asyncbucket.stores.desk import Grant
+from asyncbucket.stores.starts import Grant
 from asyncbucket.stores.store import Correction
 
 

@@ -6,12 +6,14 @@ set since stays in force. If the store cannot be reached, slots expire by themse
 """
 
 import asyncio
+import collections
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Final
 
 from asyncbucket.errors import StoreError
-from asyncbucket.stores.store import Batch, Correction, Store
+from asyncbucket.stores.returns import Left, Returns
+from asyncbucket.stores.store import Correction, Store
 
 #: Seconds for which what comes back gathers.
 _GATHER: Final = 0.05
@@ -40,8 +42,7 @@ class Latecomers:
         self._held: set[str] = set()
         #: Those that came back before that desk had gone for good.
         self._early: set[str] = set()
-        self._corrections: list[Correction] = []
-        self._released: list[str] = []
+        self._returns = Returns()
         self._timer: asyncio.TimerHandle | None = None
 
     def expect(self, slots: Iterable[str]) -> None:
@@ -54,10 +55,26 @@ class Latecomers:
         held, self._held = self._held, set()
         return held
 
+    def left_behind(self) -> Left:
+        """Return what is still held and what the store may not have heard: the loop has ended."""
+        return frozenset(self.hand_over()), self._returns.untold()
+
+    async def take_over(self, estate: collections.deque[Left]) -> None:
+        """Tell the store at once what was left behind elsewhere."""
+        while estate:
+            slots, untold = estate.popleft()
+            self._held |= slots - set(untold.released)
+            for correction in filter(_is_of_store, untold.corrections):
+                self._returns.correct(correction)
+            for slot in untold.released:
+                self._returns.release(slot)
+        if self._returns:
+            await self._visit()
+
     def correct(self, correction: Correction) -> None:
         """Have a booking changed; what passed without the store is forgotten."""
-        if correction.start:
-            self._corrections.append(correction)
+        if _is_of_store(correction):
+            self._returns.correct(correction)
             self._visit_soon()
 
     def release(self, slot: str) -> None:
@@ -65,7 +82,7 @@ class Latecomers:
         if slot not in self._held:
             self._early.add(slot)
         self._held.discard(slot)
-        self._released.append(slot)
+        self._returns.release(slot)
         self._visit_soon()
 
     def _visit_soon(self) -> None:
@@ -75,8 +92,10 @@ class Latecomers:
             self._timer = loop.call_later(_GATHER, lambda: self._spawn(self._visit()))
 
     async def _visit(self) -> None:
-        batch = Batch(corrections=tuple(self._corrections), released=tuple(self._released))
-        self._corrections, self._released, self._timer = [], [], None
+        batch = self._returns.take()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         store = self._make()
         try:
             seen = await store.peek(self._name)
@@ -88,3 +107,8 @@ class Latecomers:
             _log.debug("the store is gone: slots expire by themselves")
         finally:
             await self._close(store)
+
+
+def _is_of_store(correction: Correction) -> bool:
+    """Return whether it changes what was booked at the store; nothing was of what passed without it."""
+    return correction.start > 0

@@ -5,15 +5,13 @@ one. `asyncbucket.stores.redis_ledger` says how it is charged once, whatever bre
 """
 
 import secrets
-from typing import Any, Final
+from typing import Any
 
 from asyncbucket.stores import servers
 from asyncbucket.stores.redis_ledger import RedisLedger
 from asyncbucket.stores.script import Dialect
 from asyncbucket.stores.servers import Server
-from asyncbucket.stores.store import Snapshot, Terms
-
-_LONGEST_NAME: Final = 200
+from asyncbucket.stores.store import Snapshot, Terms, check_membership
 
 
 def from_url(url: str) -> "RedisStore":
@@ -48,13 +46,7 @@ class RedisStore:
         self, name: str, terms: Terms, *, worker: str | None = None, slot_ttl: float = 30.0
     ) -> "RedisLedger":
         """See `asyncbucket.stores.store.Store.open`."""
-        if not (0 < len(name) <= _LONGEST_NAME and name.isprintable()) or set(name) & set("{}"):
-            raise ValueError(
-                f"a limiter's name has 1 to {_LONGEST_NAME} printable characters and no braces, "
-                f"not {name!r}"
-            )
-        if not 0.1 <= slot_ttl <= 86_400:  # noqa: PLR2004 - a tenth of a second to a day
-            raise ValueError(f"slots live 0.1 s to a day without a heartbeat, not {slot_ttl!r} s")
+        check_membership(name, slot_ttl)
         ledger = RedisLedger(self._server, name, worker or secrets.token_hex(8), slot_ttl)
         await ledger.join(terms)
         return ledger

@@ -31,6 +31,8 @@ GRAIN: Final = 1_000
 #: What a meter is meant to hold, in units or ticks. A double counts exactly to 128 times that, which
 #: is left for debts.
 _MOST: Final = 1 << 46
+#: What one call may have used at most: more is no other debt, for it is paid off never.
+_MOST_USED: Final = _MOST << 6
 _OUTCOMES: Final = {-1: Outcome.FULL, -2: Outcome.LATER, -3: Outcome.NEVER}
 _PAUSED: Final = -1
 
@@ -85,7 +87,8 @@ class Dialect:
         for each in corrections:
             flat.append(each.start // GRAIN)
             flat += [each.booked.get(name, 0) for name in self.resources]
-            flat += [each.used.get(name, each.booked.get(name, 0)) for name in self.resources]
+            used = {**each.booked, **each.used}
+            flat += [min(used.get(name, 0), _MOST_USED) for name in self.resources]
         return json.dumps(flat, separators=(",", ":")) if flat else ""
 
     def calls(self, calls: Sequence[Amounts]) -> str:

@@ -12,7 +12,7 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, Final
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import urlsplit
 
 from asyncbucket.errors import StoreError
 from asyncbucket.stores import script
@@ -21,6 +21,7 @@ try:
     from redis import exceptions
     from redis.asyncio import Redis, RedisCluster
     from redis.asyncio.cluster import ClusterNode
+    from redis.asyncio.connection import parse_url
     from redis.asyncio.retry import Retry
     from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
     from redis.backoff import NoBackoff
@@ -63,6 +64,8 @@ class Server:
         self._others = others
         self._listener = listener
         self._listening: Any = None
+        #: Connections belong to the loop on which they were made.
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(self, keys: tuple[str, ...], *args: str | int) -> dict[str, Any]:
         """Run the script once and return its answer.
@@ -70,6 +73,13 @@ class Server:
         Raises:
             StoreError: it could not be run, or nobody knows whether it was.
         """
+        loop = asyncio.get_running_loop()
+        self._loop = self._loop or loop
+        if self._loop is not loop:
+            raise StoreError(
+                f"the store {self.url} was made for another event loop, where it was first used: give "
+                f"the limiter a URL, and it makes one for each loop"
+            )
         try:
             text = await self._send(keys, args)
         except FAILURES as error:
@@ -151,13 +161,11 @@ def connect(url: str) -> Server:
         if scheme.endswith("+cluster"):
             client, listener = _cluster(url)
             return Server(shown, client, listener=listener)
-        plain = url.replace("valkey", "redis", 1) if scheme.startswith("valkey") else url
-        settings = _settings()
-        if scheme == "unix":
-            del settings["socket_keepalive"]
-        return Server(shown, Redis.from_url(plain, **settings))
+        return Server(shown, _single(url))
     except (ValueError, TypeError) as error:
-        words = ESCAPES if torn else _without(str(error), [split.password or ""])
+        _, colon, port = split.netloc.rpartition(":")
+        no_port = "" if not colon or port.isdecimal() else port  # a password without a host
+        words = ESCAPES if torn else _without(str(error), [split.password or "", no_port])
         raise ValueError(f"{shown!r} cannot be read: {words}") from None
 
 
@@ -183,13 +191,8 @@ def _settings() -> dict[str, Any]:
 def _parts(url: str) -> tuple[dict[str, Any], list[tuple[str, int]], list[str]]:
     """Return the settings, the hosts and the path of ``scheme://user:password@a:1,b:2/path?...``."""
     split = urlsplit(url)
-    settings = _settings() | dict(parse_qsl(split.query))
-    login, _, hosts = split.netloc.rpartition("@")
-    user, _, password = login.partition(":")
-    if user:
-        settings["username"] = unquote(user)
-    if password:
-        settings["password"] = unquote(password)
+    login, at, hosts = split.netloc.rpartition("@")
+    settings = _settings() | parse_url(f"redis://{login}{at}?{split.query}")
     if split.scheme.startswith("rediss"):
         settings["ssl"] = True
     nodes: list[tuple[str, int]] = []
@@ -199,6 +202,21 @@ def _parts(url: str) -> tuple[dict[str, Any], list[tuple[str, int]], list[str]]:
             raise ValueError("write host:port, with commas in between")
         nodes.append((host, int(port)))
     return settings, nodes, [part for part in split.path.split("/") if part]
+
+
+def _single(url: str) -> Any:
+    """Return a client of the server at ``url``, which redis-py reads for the most part."""
+    split = urlsplit(url)
+    settings = _settings()
+    database = split.path.strip("/ ")
+    if split.scheme == "unix":
+        del settings["socket_keepalive"]
+    elif database and not database.isdecimal():
+        raise ValueError(f"a database is a number, not {database!r}: redis://host:6379/0")
+    plain = url.replace("valkey", "redis", 1) if split.scheme.startswith("valkey") else url
+    client: Any = Redis.from_url(plain, **settings)
+    client.connection_pool.make_connection()  # not connected; it refuses settings that there are not
+    return client
 
 
 def _sentinel(url: str) -> tuple[Any, Sequence[Any]]:

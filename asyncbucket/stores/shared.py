@@ -8,20 +8,23 @@ call is never behind many that wait for the store.
 """
 
 import asyncio
+import collections
 import functools
-import math
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any, Final
 
+from asyncbucket.events import LimitChanged
 from asyncbucket.feedback.adaptive import Concurrency
 from asyncbucket.limiter.account import Account
 from asyncbucket.limiter.remote import Remote
 from asyncbucket.limiter.statistics import LimitUse
 from asyncbucket.limits import Limit
+from asyncbucket.loops import reset_after_fork
 from asyncbucket.stores import open_store
 from asyncbucket.stores.counter import Counter
 from asyncbucket.stores.outage import POLICIES, OnOutage
-from asyncbucket.stores.store import Ledger, Store, Terms
+from asyncbucket.stores.returns import Left
+from asyncbucket.stores.store import Ledger, Store, Terms, check_membership
 
 _ALONE: Final = "with a store, concurrency must be a number: nobody can find it alone"
 
@@ -39,16 +42,14 @@ def share(
         slot_ttl: seconds without a sign of life after which a process's slots come back.
 
     Raises:
-        ValueError: ``on_outage`` or ``slot_ttl`` is none, the URL is no store's, the limiter finds
-            its concurrency by itself, or the store cannot count that far.
+        ValueError: ``on_outage`` or ``slot_ttl`` is none, no store takes such a name, the URL is no
+            store's, the limiter finds its concurrency by itself, or the store cannot count that far.
         TypeError: ``store`` is neither a URL nor a store.
         ImportError: the extra that serves such a store is not installed.
     """
     if on_outage not in POLICIES:
         raise ValueError(f"on_outage must be one of {', '.join(POLICIES)}, not {on_outage!r}")
-    number = isinstance(slot_ttl, (int, float)) and not isinstance(slot_ttl, bool)
-    if not number or not 0.1 <= slot_ttl < math.inf:  # noqa: PLR2004 - a heartbeat must fit in
-        raise ValueError(f"slot_ttl must be a number of seconds from 0.1 on, not {slot_ttl!r}")
+    check_membership(account.name, slot_ttl)
     if account.adaptive is not None:
         raise ValueError(_ALONE)
     make = functools.partial(_made, store)
@@ -82,16 +83,38 @@ class Shared(Remote):
         self.make = make
         self.on_outage: OnOutage = on_outage
         self.slot_ttl = slot_ttl
+        self.after_fork()
+        reset_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Begin anew in a child process: loops, and what they hold at the store, are the parent's."""
         self._counters: dict[asyncio.AbstractEventLoop, Counter] = {}
+        #: What loops that have ended left behind: the next desk takes it over, whichever loop it is of.
+        self.estate: collections.deque[Left] = collections.deque()
+        #: The units that were left of each limit when a desk was last closed.
+        self.last_left: dict[Limit, int] = {}
 
     def counter(self, loop: asyncio.AbstractEventLoop) -> Counter:
         """Return the counter of a loop."""
         counter = self._counters.get(loop)
         if counter is None:
-            for other in [each for each in self._counters if each.is_closed()]:
-                del self._counters[other]
+            self._bury()
             counter = self._counters[loop] = Counter(self, loop)
         return counter
+
+    def inherit(self, left: Left) -> None:
+        """Have the store told what came back to a loop that has ended: now, or by the next desk."""
+        self._bury()  # who gives a slot back here is among what that loop left
+        self.estate.append(left)
+        any(counter.take_over() for counter in self._at_work())
+
+    def _bury(self) -> None:
+        """Do without the counters of loops that have ended, but for what they left behind."""
+        for loop in [each for each in self._counters if each.is_closed()]:
+            counter = self._counters.pop(loop, None)
+            if counter is not None:  # another thread may have been faster
+                self.last_left = counter.left() or self.last_left
+                self.estate.extend(counter.left_behind())
 
     def terms(self, changes: Iterable[Limit] = (), concurrency: int | None = None) -> Terms:
         """Return the limits as they are now, or as they would be after ``changes``."""
@@ -104,7 +127,7 @@ class Shared(Remote):
 
     def use(self) -> Iterator[LimitUse]:
         """See `asyncbucket.limiter.remote.Remote`: as the last reply of the store told."""
-        left: dict[Limit, int] = {}
+        left = self.last_left
         for counter in self._counters.values():
             left = counter.left() or left
         for limit in self.terms().limits:
@@ -151,23 +174,29 @@ class Shared(Remote):
     def _at_work(self) -> Iterable[Counter]:
         """Return the counters, first those of loops that run, the youngest before the others.
 
-        A loop that rests hears nothing until it runs again, and a parent's never does in a forked
-        child, though it looks as if it ran.
+        A loop that rests hears nothing until it runs again.
         """
         youngest_first = reversed(self._counters.values())
         return sorted(youngest_first, key=lambda counter: not counter.loop.is_running())
 
     def hear(self, terms: Terms) -> None:
         """Take over limits that another process has set; what it does not name is limited no more."""
-        account, named = self.account, {(limit.resource, limit.per) for limit in terms.limits}
+        account, before = self.account, self.terms()
+        named = {(limit.resource, limit.per) for limit in terms.limits}
         with account.budget.lock:
             account.limits = {key: kept for key, kept in account.limits.items() if key in named}
             if terms.concurrency is None:
                 account.slots = None
         account.set_limits(list(terms.limits), terms.concurrency)
+        for limit in terms.limits:
+            if limit not in before.limits:
+                account.tell(LimitChanged, limit=str(limit))
+        if terms.concurrency not in {None, before.concurrency}:
+            account.tell(LimitChanged, limit=f"concurrency {terms.concurrency}")
 
     async def aclose(self) -> None:
-        """See `asyncbucket.limiter.remote.Remote`; of the running loop."""
-        counter = self._counters.get(asyncio.get_running_loop())
-        if counter is not None:
-            await counter.aclose()
+        """See `asyncbucket.limiter.remote.Remote`; of the running loop, and of those that have ended."""
+        self._bury()
+        loop = asyncio.get_running_loop()
+        if self.estate or loop in self._counters:
+            await self.counter(loop).aclose()

@@ -47,6 +47,28 @@ from asyncbucket.meters import Amounts
 
 #: Nothing is booked that would start later than so many ns from now.
 FAR: Final = 250_000_000
+_LONGEST_NAME: Final = 200
+#: Seconds without a heartbeat after which a slot comes back, at least and at most: one must fit in.
+_SLOT_TTL: Final = (0.1, 86_400)
+
+
+def check_membership(name: str, slot_ttl: float) -> None:
+    """Refuse what no store opens a limiter with.
+
+    Raises:
+        ValueError: ``name`` or ``slot_ttl`` cannot be: see `Store.open`.
+    """
+    if not (0 < len(name) <= _LONGEST_NAME and name.isprintable()) or set(name) & set("{}"):
+        raise ValueError(
+            f"a limiter's name in a store has 1 to {_LONGEST_NAME} printable characters and no "
+            f"braces, not {name[: _LONGEST_NAME + 1]!r}"
+        )
+    least, most = _SLOT_TTL
+    number = isinstance(slot_ttl, (int, float)) and not isinstance(slot_ttl, bool)
+    if not number or not least <= slot_ttl <= most:
+        raise ValueError(
+            f"slot_ttl must be a number of seconds from {least} to {most:,}, a day, not {slot_ttl!r}"
+        )
 
 
 class Outcome(enum.Enum):
@@ -297,11 +319,12 @@ class Store(Protocol):
             name: which limiter; 1 to 200 printable characters, no braces.
             terms: its limits and slots.
             worker: a name for this worker, unlike any other's; a random one by default.
-            slot_ttl: seconds without a heartbeat after which a worker's slots come back.
+            slot_ttl: seconds without a heartbeat after which a worker's slots come back, from 0.1
+                to a day.
 
         Raises:
             StoreError: out of reach, or unusable.
-            ValueError: such a name or time to live cannot be.
+            ValueError: such a name or time to live cannot be: `check_membership` says so.
         """
         ...
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from logging import Logger
 from typing import TYPE_CHECKING
 
-from asyncbucket.telemetry.watched import Source
+from asyncbucket.telemetry.watched import Source, check_source
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
@@ -38,9 +38,14 @@ def logging(
         limiter: what to watch.
         threshold: the shortest wait, in seconds, that is logged at INFO.
         logger: where to, a logger or its name.
+
+    Raises:
+        TypeError: ``limiter`` is none, or ``logger`` is.
+        ValueError: ``threshold`` is no number of seconds from 0 on.
     """
     from asyncbucket.telemetry.to_logging import observer
 
+    check_source(limiter)
     return limiter.observe(observer(logger, threshold=threshold))
 
 
@@ -62,8 +67,10 @@ def prometheus(
     Raises:
         ImportError: prometheus_client is not installed; the message names the extra.
         ValueError: the limiter, or one above or below it, is watched by this registry already, so
-            that its calls would count twice.
+            that its calls would count twice; or ``max_limiters`` is no whole number from 1 on.
+        TypeError: ``limiter`` is none.
     """
+    check_source(limiter)
     try:
         from asyncbucket.telemetry.to_prometheus import watch
     except ModuleNotFoundError as error:
@@ -100,7 +107,9 @@ def opentelemetry(
     Raises:
         ImportError: opentelemetry-api is not installed; the message names the extra.
         ValueError: as for `prometheus`, of the meter provider.
+        TypeError: ``limiter`` is none.
     """
+    check_source(limiter)
     try:
         from asyncbucket.telemetry.to_opentelemetry import watch
     except ModuleNotFoundError as error:
@@ -127,7 +136,9 @@ def llama_index(limiter: Source) -> Callable[[], None]:
 
     Raises:
         ImportError: LlamaIndex is not installed; the message names the extra.
+        TypeError: ``limiter`` is none.
     """
+    check_source(limiter)
     try:
         from asyncbucket.telemetry.to_llama_index import observer
     except ModuleNotFoundError as error:

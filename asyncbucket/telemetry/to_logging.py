@@ -17,7 +17,12 @@ _AMOUNTS: Final = {"cost", "reserved", "used", "corrects"}
 
 def observer(logger: Logger | str, *, threshold: float) -> Callback:
     """Return what writes each event to ``logger``, waits of ``threshold`` seconds or more at INFO."""
+    number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    if not number or not threshold >= 0:
+        raise ValueError(f"threshold must be a number of seconds from 0 on, not {threshold!r}")
     log = getLogger(logger) if isinstance(logger, str) else logger
+    if not isinstance(log, Logger):
+        raise TypeError(f"logger must be a logger or its name, not {logger!r}")
 
     def observe(event: Event) -> None:
         level = INFO if getattr(event, "waited", -1.0) >= threshold else DEBUG

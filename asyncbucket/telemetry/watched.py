@@ -4,10 +4,11 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 from asyncbucket.events import Callback, Event
 from asyncbucket.limiter.statistics import Statistics
+from asyncbucket.limiter.terms import read_count
 from asyncbucket.limits import Limit
 from asyncbucket.wording import written_out
 
@@ -16,6 +17,7 @@ _TENANT: Final = re.compile(r"/\*[^/]*")
 OTHER: Final = "other"
 
 
+@runtime_checkable
 class Source(Protocol):
     """Be a limiter, as telemetry sees it."""
 
@@ -43,6 +45,16 @@ class Source(Protocol):
         ...
 
 
+def check_source(limiter: object) -> None:
+    """Refuse what is no limiter, before anything is switched on.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(limiter, Source):
+        raise TypeError(f"a limiter can be watched, and {type(limiter).__name__} is none")
+
+
 @dataclass(slots=True)
 class Reading:
     """Say how full the limiters of one label are."""
@@ -58,10 +70,13 @@ class Watched:
 
     Args:
         most: how many names there may be, whatever happens. `OTHER` is one more.
+
+    Raises:
+        ValueError: that is no whole number from 1 on.
     """
 
     def __init__(self, most: int) -> None:
-        self._most = most
+        self._most = read_count(most, "max_limiters", least=1)
         self._lock = threading.RLock()
         self._labels: dict[str, str] = {}
         self._sources: tuple[Source, ...] = ()

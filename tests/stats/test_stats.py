@@ -2,8 +2,14 @@
 
 import http.client
 import json
+import os
 import socket
 import stat
+import struct
+import subprocess
+import sys
+import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -161,6 +167,49 @@ def test_strange_names_and_paths_get_nothing() -> None:
             get(server.url, Host="evil.example")
         with pytest.raises(urllib.error.HTTPError, match="404"):
             get(f"{server.url}/secrets")
+
+
+def test_client_that_goes_away_is_no_noise(capfd: pytest.CaptureFixture[str]) -> None:
+    """In the middle of its request, or before its answer: the program's terminal stays as it is."""
+    with busy().serve_stats() as server:
+        port = int(server.url.rpartition(":")[2])
+        for request in (
+            b"GET / HTTP/1.1\r\nHost: local",
+            b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        ):
+            client = socket.create_connection(("127.0.0.1", port))
+            client.sendall(request)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()  # the connection is reset
+        assert "openai" in get(server.url)
+        while sum(each.name.startswith("Thread-") for each in threading.enumerate()):
+            time.sleep(0.001)  # those who answer
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_forked_child_that_closes_it_leaves_it_to_its_parent(tmp_path: Path) -> None:
+    """As it leaves a ``with`` that it was forked in; and the child itself is not held up."""
+    script = """
+import os, sys, urllib.request
+from asyncbucket import Limiter
+
+limiter = Limiter("5 RPM", name="openai")
+with limiter.serve_stats() as server, limiter.serve_stats(path=sys.argv[1]):
+    pid = os.fork()
+    if pid:
+        assert os.waitpid(pid, 0)[1] == 0
+        assert os.path.exists(sys.argv[1])
+        print(urllib.request.urlopen(server.url).status)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "limits.sock")],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "200\n", "")
 
 
 def test_loopback_of_version_six_is_loopback() -> None:

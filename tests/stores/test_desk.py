@@ -15,7 +15,8 @@ import pytest
 from asyncbucket.events import Event, StoreLost, StoreRecovered
 from asyncbucket.limits import Limit
 from asyncbucket.stores import Correction, Terms, open_store
-from asyncbucket.stores.desk import Desk, Grant
+from asyncbucket.stores.desk import Desk
+from asyncbucket.stores.starts import Grant
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -257,6 +258,26 @@ async def test_closing_gives_back_what_has_not_started(url: str, hire: Any) -> N
     await one.desk.aclose()
     seen = await two.desk.ledger.peek()
     assert (seen.limits[0].used, seen.slots, seen.workers) == (1, 1, 1)
+
+
+async def test_desk_takes_over_what_another_has_left_behind(url: str, hire: Any) -> None:
+    """Where a loop has ended: what was booked ahead comes back, what calls hold is held on, and told."""
+    one = await hire(url, terms("100 requests/minute burst 1", concurrency=5), slot_ttl=0.3)
+    two = await hire(url, one.desk.ledger.terms, slot_ttl=0.3)
+    held = await one.acquire()
+    late = one.ask()
+    await until(lambda: late.grant)
+    left = one.desk.left_behind()
+    await one.desk.aclose()
+
+    two.desk.take_over(left)
+    await asyncio.sleep(0.6)
+    seen = await two.desk.ledger.peek()
+    assert (seen.limits[0].used, seen.slots, seen.workers) == (1, 1, 1)
+    two.release(held)
+    await until(lambda: not two.desk.slots)
+    await asyncio.sleep(0.1)
+    assert (await two.desk.ledger.peek()).slots == 0
 
 
 async def test_what_was_given_back_is_not_given_back_again_by_closing(url: str, hire: Any) -> None:

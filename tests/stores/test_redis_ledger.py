@@ -1,10 +1,12 @@
 """What a ledger on a real server promises while the server is well."""
 
 import asyncio
+import traceback
 from typing import Any
 
 import pytest
 
+from asyncbucket import Limiter
 from asyncbucket.limits import Limit
 from asyncbucket.stores import (
     Batch,
@@ -326,6 +328,43 @@ async def test_url_is_shown_without_its_password() -> None:
             open_store(url)
         assert "cret" not in str(wrong.value)
     assert without_password("unix:///run/redis.sock?db=1") == "unix:///run/redis.sock"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://s3cret@host:6379/0", "redis://***@host:6379/0"),
+        ("redis://:s3cret", "redis://:***"),
+        ("redis://user:s3cret/0", "redis://user:***/0"),
+        ("redis+cluster://a:1,b:s3cret", "redis+cluster://a:1,b:***"),
+        ("redis+cluster://a:1,b:2", "redis+cluster://a:1,b:2"),
+        ("redis://[::1]:6379/0", "redis://[::1]:6379/0"),
+        ("redis://[::1]", "redis://[::1]"),
+        ("sqlite:limits.db", "sqlite:limits.db"),
+        ("sqlite:///a@b:c.db", "sqlite:///a@b:c.db"),
+    ],
+)
+def test_what_stands_where_no_password_belongs_is_not_shown_either(url: str, shown: str) -> None:
+    """The colon before it was forgotten, or the host behind it."""
+    assert without_password(url) == shown
+    if "s3cret" in shown or "***" in shown.rpartition("@")[2]:
+        with pytest.raises(ValueError, match=r"\*\*\*") as wrong:
+            open_store(url)
+        assert "s3cret" not in "".join(traceback.format_exception_only(wrong.value))
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("redis://127.0.0.1/production", "a database is a number, not 'production': redis://"),
+        ("redis://127.0.0.1/1/2", "a database is a number, not '1/2'"),
+        ("redis://127.0.0.1/0?timeout=5", "unexpected keyword argument 'timeout'"),
+    ],
+)
+def test_url_that_means_nothing_is_refused_before_the_first_call(url: str, why: str) -> None:
+    """redis-py takes a database that is no number for 0, and looks at settings as it connects."""
+    with pytest.raises(ValueError, match=f"^'redis://127.0.0.1/[^?]*' cannot be read: .*{why}"):
+        Limiter("10 RPM", store=url)
 
 
 @pytest.mark.parametrize(

@@ -255,3 +255,16 @@ async def test_store_is_of_the_kind_that_the_url_names() -> None:
         Limiter(store=Redis())
     with pytest.raises(ValueError, match="write the service behind the hosts"):
         open_store("redis+sentinel://a:1")
+
+
+@pytest.mark.parametrize("kind", ["sentinel", "cluster"])
+async def test_settings_in_a_url_are_read_alike_for_every_kind_of_server(kind: str) -> None:
+    """A text would do for none: "false" is true."""
+    settings = "ssl_check_hostname=false&socket_timeout=1.5&max_connections=7"
+    store = open_store(f"rediss+{kind}://me:p%40ss@a:1,b:2/main?{settings}")
+    assert isinstance(store, RedisStore)
+    client: Any = store._server.client
+    kept = (client if kind == "cluster" else client.connection_pool).connection_kwargs
+    assert (kept["username"], kept["password"]) == ("me", "p@ss")
+    assert (kept["ssl_check_hostname"], kept["socket_timeout"]) == (False, 1.5)
+    await store.aclose()

@@ -1,6 +1,7 @@
 """A limiter above a store, as people use it: loops, threads, steering, refusals, who goes first."""
 
 import asyncio
+import gc
 import logging
 import threading
 import time
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from asyncbucket import AcquireTimeout, Limit, Limiter, StoreError, WouldBlock
-from asyncbucket.events import Event, StoreLost
+from asyncbucket import AcquireTimeout, Lease, Limit, Limiter, StoreError, WouldBlock
+from asyncbucket.events import Event, LimitChanged, StoreLost
 from asyncbucket.http import OPENAI
 from asyncbucket.http.learn import Ear
 from asyncbucket.stores import open_store
+from asyncbucket.stores.redis import RedisStore
 from asyncbucket.stores.redis_ledger import RedisLedger
 
 if TYPE_CHECKING:
@@ -25,6 +27,14 @@ def url(shared_server: "RunningServer", redis_sync: Any) -> str:
     """Be an empty server."""
     assert redis_sync.dbsize() == 0
     return shared_server.url
+
+
+@pytest.fixture(params=["server", "file"])
+def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Be each kind of store, empty."""
+    if request.param == "file":
+        return f"sqlite:///{tmp_path / 'limits.db'}"
+    return str(request.getfixturevalue("url"))
 
 
 async def test_nowait_says_that_the_store_has_to_be_asked(url: str) -> None:
@@ -93,13 +103,9 @@ async def test_limiter_may_be_used_and_closed_again(url: str) -> None:
         assert (snapshot.limits[0].used, snapshot.workers) == (count, 0)
 
 
-@pytest.mark.parametrize("kind", ["server", "file"])
 @pytest.mark.parametrize("turns", range(1, 12, 2))
-async def test_closing_goes_on_though_it_is_cancelled(
-    kind: str, turns: int, url: str, tmp_path: Path
-) -> None:
+async def test_closing_goes_on_though_it_is_cancelled(turns: int, where: str) -> None:
     """At whichever await: what is closed again is closed as a whole, and may be used again."""
-    where = url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}"
     before = asyncio.all_tasks()
     limiter = Limiter("20/s", store=where, name="cancelled")
     (await limiter.acquire()).release()
@@ -118,10 +124,9 @@ async def test_closing_goes_on_though_it_is_cancelled(
     await limiter.aclose()
 
 
-@pytest.mark.parametrize("kind", ["server", "file"])
-async def test_store_that_was_given_stays_open(kind: str, url: str, tmp_path: Path) -> None:
+async def test_store_that_was_given_stays_open(where: str) -> None:
     """For other limiters, for calls that end late, and for the limiter if it is used again."""
-    store = open_store(url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}")
+    store = open_store(where)
     one = Limiter("20/s", concurrency=2, store=store, name="one")
     two = Limiter("20/s", store=store, name="two")
     lost: list[Event] = []
@@ -175,24 +180,45 @@ async def test_slots_in_a_store_are_not_found_by_one_process(url: str) -> None:
     assert limiter.concurrency == 5
 
 
-async def test_what_a_store_does_not_take_is_an_error_and_no_hang(url: str) -> None:
-    """All who wait are told."""
-    limiter = Limiter("10 RPM", store=url, name="a{b}")
+@pytest.mark.parametrize("name", ["", "a{b}", "x" * 5_000, "line\nbreak", "\ud800"])
+@pytest.mark.parametrize("where", ["sqlite:///limits.db", "redis://127.0.0.1:6379/0"])
+def test_name_that_no_store_takes_is_refused_when_the_limiter_is_made(
+    where: str, name: str
+) -> None:
+    """Not at the first call; and of a very long one the message shows the beginning."""
+    with pytest.raises(ValueError, match="1 to 200 printable characters and no braces") as refused:
+        Limiter("10 RPM", store=where, name=name)
+    assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize("slot_ttl", [0.09, 86_401, float("inf"), float("nan"), True, "30"])
+@pytest.mark.parametrize("where", ["sqlite:///limits.db", "redis://127.0.0.1:6379/0"])
+def test_life_of_slots_is_a_tenth_of_a_second_to_a_day(where: str, slot_ttl: Any) -> None:
+    """In every store."""
+    with pytest.raises(ValueError, match=r"slot_ttl must be .* from 0\.1 to 86,400, a day, not"):
+        Limiter("10 RPM", store=where, slot_ttl=slot_ttl)
+
+
+async def test_what_a_store_does_not_take_is_an_error_and_no_hang(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All who wait are told, whatever it raises."""
+
+    async def refuse(*_: object, **__: object) -> None:
+        raise ValueError("not here")
+
+    monkeypatch.setattr(RedisStore, "open", refuse)
+    limiter = Limiter("10 RPM", store=url, name="refused")
 
     async with asyncio.timeout(5):
         ended = await asyncio.gather(*(take(limiter) for _ in range(30)), return_exceptions=True)
 
-    assert {type(error) for error in ended} == {StoreError}
-    assert "name has 1 to 200 printable characters and no braces, not 'a{b}'" in str(ended[0])
+    assert {(type(error), str(error)) for error in ended} == {(StoreError, "not here")}
     await limiter.aclose()
 
 
-@pytest.mark.parametrize("kind", ["server", "file"])
-async def test_what_comes_back_after_closing_is_told_the_store(
-    kind: str, url: str, tmp_path: Path
-) -> None:
+async def test_what_comes_back_after_closing_is_told_the_store(where: str) -> None:
     """At once, not when the slot would expire; limits that others have set meanwhile stay."""
-    where = url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}"
     one = Limiter("1000 TPM", concurrency=2, store=where, name="late")
     two = Limiter("1000 TPM", concurrency=2, store=where, name="late")
     leases = [await one.acquire(tokens=400) for _ in range(2)]
@@ -381,12 +407,26 @@ async def test_pause_and_new_limits_are_heard_by_the_others(url: str) -> None:
     await two.aclose()
 
 
-@pytest.mark.parametrize("kind", ["server", "file"])
-async def test_limit_that_another_process_leaves_out_is_in_force_no_more(
-    kind: str, url: str, tmp_path: Path
-) -> None:
+async def test_limits_that_another_process_changes_are_events_here(where: str) -> None:
+    """Those that are others than before, each once, to whoever observes."""
+    one = Limiter("1000 RPM burst 100", "10k TPM", concurrency=9, store=where, name="told")
+    two = Limiter("1000 RPM burst 100", "10k TPM", concurrency=9, store=where, name="told")
+    told: list[Event] = []
+    two.observe(lambda event: told.append(event) if isinstance(event, LimitChanged) else None)
+    for limiter in (one, two):
+        (await limiter.acquire()).release()
+    one.reconfigure("500 RPM burst 100", concurrency=5)
+    await asyncio.sleep(0.1)
+    for _ in range(2):
+        (await two.acquire()).release()
+    limits = [event.limit for event in told if isinstance(event, LimitChanged)]
+    assert limits == ["500 requests per 60 s", "concurrency 5"]
+    await one.aclose()
+    await two.aclose()
+
+
+async def test_limit_that_another_process_leaves_out_is_in_force_no_more(where: str) -> None:
     """Nor does it come back with the next change: the last word counts, for all."""
-    where = url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}"
     one = Limiter("100 RPM burst 100", "10 TPM", concurrency=2, store=where, name="fewer")
     (await one.acquire()).release()
     two = Limiter("100 RPM burst 100", store=where, name="fewer")
@@ -422,10 +462,8 @@ async def test_limit_that_a_provider_announces_is_kept_by_all(url: str) -> None:
 
 
 @pytest.mark.real_clock
-@pytest.mark.parametrize("kind", ["server", "file"])
-async def test_burst_that_several_wait_for_is_shared(kind: str, url: str, tmp_path: Path) -> None:
+async def test_burst_that_several_wait_for_is_shared(where: str) -> None:
     """Units of a window that come free all at once go to all who wait, in parts of about a size."""
-    where = url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}"
     limiters = [Limiter("60 requests/2s burst 60", store=where, name="burst") for _ in range(3)]
     await asyncio.gather(*(take(limiters[0]) for _ in range(60)))
     calls = [[asyncio.ensure_future(take(each)) for _ in range(40)] for each in limiters]
@@ -472,6 +510,73 @@ def test_second_run_of_a_loop_goes_on(url: str) -> None:
     with pytest.raises(AcquireTimeout):
         asyncio.run(once())
     asyncio.run(limiter.aclose())
+
+
+#: A loop that ended without the limiter's being closed leaves its connections to the collector.
+UNCLOSED = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning", "ignore:loop is closed")
+
+
+@UNCLOSED
+def test_run_that_forgets_to_close_leaves_the_next_one_its_slots_and_refunds(where: str) -> None:
+    """A script calls `asyncio.run` for each of its calls: what came back last is told by the next run."""
+    limiter = Limiter("1000 TPM", concurrency=2, store=where, name="forgets")
+
+    async def once() -> None:
+        async with limiter.acquire(tokens=400, timeout=2) as lease:
+            lease.settle(tokens=100)
+
+    for _ in range(6):
+        asyncio.run(once())
+    asyncio.run(limiter.aclose())
+    gc.collect()
+    snapshot = asyncio.run(open_and_peek(where, "forgets"))
+    assert (snapshot.limits[0].used, snapshot.slots) == (600, 0)
+
+
+@UNCLOSED
+def test_store_that_was_made_for_another_loop_says_so(url: str) -> None:
+    """Connections belong to a loop; by a URL each loop has its own."""
+    limiter = Limiter("10 RPM burst 10", store=open_store(url), name="foreign")
+
+    async def once() -> None:
+        (await limiter.acquire(timeout=2)).release()
+        await limiter.aclose()
+
+    asyncio.run(once())
+    with pytest.raises(
+        StoreError, match=r"made for another event loop, .*: give the limiter a URL"
+    ):
+        asyncio.run(once())
+    with pytest.raises(StoreError, match="made for another event loop"):
+        limiter.acquire_sync(timeout=2)
+    gc.collect()
+
+
+@UNCLOSED
+def test_lease_outlives_the_loop_that_it_was_got_on(where: str) -> None:
+    """Given back between two runs, in another run, or by a thread beside one: the store is told."""
+    limiter = Limiter("1000 TPM", concurrency=3, store=where, name="outlives")
+
+    async def hold() -> Lease:
+        return await limiter.acquire(tokens=100, timeout=2)
+
+    async def release_beside(lease: Lease) -> None:
+        passed = await hold()
+        await asyncio.to_thread(lease.release)
+        passed.release()
+        leases = await asyncio.gather(hold(), hold(), hold())
+        for each in leases:
+            each.release()
+        await asyncio.sleep(0.1)
+        await limiter.aclose()
+
+    between, beside = asyncio.run(hold()), asyncio.run(hold())
+    between.settle(tokens=10)
+    between.release()
+    asyncio.run(release_beside(beside))
+    gc.collect()
+    snapshot = asyncio.run(open_and_peek(where, "outlives"))
+    assert (snapshot.limits[0].used, snapshot.slots) == (510, 0)
 
 
 def test_loops_and_threads_of_a_process_share_it(url: str) -> None:
@@ -559,14 +664,11 @@ async def test_statistics_tell_what_the_store_told_last(url: str) -> None:
     assert (use.used, use.available) == (3, 97)
     await one.aclose()
     await two.aclose()
+    assert one.statistics().limits == (use,), "forgotten when it was closed"
 
 
-@pytest.mark.parametrize("kind", ["server", "file"])
-async def test_statistics_tell_each_limit_its_own_numbers(
-    kind: str, url: str, tmp_path: Path
-) -> None:
+async def test_statistics_tell_each_limit_its_own_numbers(where: str) -> None:
     """In whatever order a store keeps limits, and other processes write them."""
-    where = url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}"
     one = Limiter("500 RPM burst 500", "20k TPM", "10k RPD", store=where, name="order")
     two = Limiter("20k TPM", "10k RPD", "500 RPM burst 500", store=where, name="order")
     for limiter in (one, two, one):

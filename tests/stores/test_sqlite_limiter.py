@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import sqlite3
 import subprocess
 import sys
@@ -49,6 +50,36 @@ async def main():
     print(json.dumps(went))
 
 asyncio.run(main())
+"""
+
+FORGETTING = """
+import asyncio, os, sys
+from asyncbucket import Limiter
+from asyncbucket.stores import open_store
+
+limiter = Limiter("1000 TPM", store=f"sqlite:///{sys.argv[1]}", name="openai")
+
+async def call():
+    (await limiter.acquire(tokens=100, timeout=5)).undo()
+
+async def look():
+    await limiter.acquire(tokens=500, timeout=5)
+    await limiter.aclose()
+    store = open_store(f"sqlite:///{sys.argv[1]}")
+    print((await store.peek("openai")).limits[0].used)
+    await store.aclose()
+
+async def book():
+    await limiter.acquire(tokens=200, timeout=5)
+
+asyncio.run(book())
+asyncio.run(call())  # whose refund is not told
+pid = os.fork()
+if pid == 0:
+    asyncio.run(book())
+    os._exit(0)
+os.waitpid(pid, 0)
+asyncio.run(look())
 """
 
 HOLDING = """
@@ -151,6 +182,15 @@ def test_a_limit_of_a_day_survives_restarts(path: Path) -> None:
             assert time.monotonic() - began < 2
 
     asyncio.run(fourth())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_gives_back_nothing_of_its_parent(path: Path) -> None:
+    """What a loop of the parent left untold, the parent tells, once."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORGETTING, str(path)], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("900\n", "")
 
 
 async def test_slots_of_a_killed_process_come_back_to_those_who_wait(path: Path) -> None:

@@ -1,5 +1,5 @@
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -174,6 +174,22 @@ def test_it_goes_to_a_logger_of_ones_own(
         ("mine", "openai/chat: nobody passes for 1 s: 429"),
         ("too", "openai/chat: nobody passes for 1 s: 429"),
     ]
+
+
+def test_what_cannot_be_is_refused_at_once(limiter: "ScriptedLimiter") -> None:
+    """Not by an error of an observer, in the log that it would have written to."""
+    for threshold in (-1, float("nan"), "1", None, True):
+        with pytest.raises(
+            ValueError, match="threshold must be a number of seconds from 0 on, not"
+        ):
+            telemetry.logging(limiter, threshold=cast("float", threshold))
+    for logger in (7, None, logging):
+        with pytest.raises(TypeError, match="logger must be a logger or its name, not"):
+            telemetry.logging(limiter, logger=cast("Any", logger))
+    for watch in (telemetry.logging, telemetry.opentelemetry, telemetry.llama_index):
+        with pytest.raises(TypeError, match="a limiter can be watched, and str is none"):
+            watch(cast("Any", "openai"))
+    assert not limiter.observers
 
 
 def test_it_is_silent_once_it_is_off(

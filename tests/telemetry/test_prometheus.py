@@ -5,13 +5,13 @@ import sys
 import threading
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from asyncbucket import Limit, events, telemetry
+from asyncbucket import Limit, TokenBucket, events, telemetry
 from asyncbucket.telemetry import gauges, to_prometheus
 
 if TYPE_CHECKING:
@@ -298,6 +298,22 @@ def test_no_call_is_counted_twice(
     assert scrape(registry)["asyncbucket_wait_seconds_count", "none", "openai/chat/fast"] == 1
 
 
+def test_what_is_no_limiter_is_refused_and_leaves_the_registry_as_it_was(
+    limiter: "ScriptedLimiter", registry: CollectorRegistry
+) -> None:
+    """Later scrapes go on, and so do limiters that are watched later."""
+    for strange in (None, "openai", [limiter], TokenBucket(rate=1, burst=1)):
+        with pytest.raises(
+            TypeError, match=f"can be watched, and {type(strange).__name__} is none"
+        ):
+            telemetry.prometheus(cast("Any", strange), registry=registry)
+    for most in (0, -1, 1.5, "many", True):
+        with pytest.raises(ValueError, match="max_limiters must be a whole number of at least 1"):
+            telemetry.prometheus(limiter, registry=registry, max_limiters=cast("int", most))
+    assert generate_latest(registry) == b""
+    telemetry.prometheus(limiter, registry=registry)()
+
+
 def test_the_default_is_the_librarys_own_registry(limiter: "ScriptedLimiter") -> None:
     """So that `start_http_server` or a framework's `/metrics` shows it without more."""
     off = telemetry.prometheus(limiter)
@@ -336,7 +352,7 @@ WORKER = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
 from conftest import COST, ScriptedLimiter
-from asyncbucket import Limit, events, telemetry
+from asyncbucket import Limit, TokenBucket, events, telemetry
 from asyncbucket.telemetry import gauges
 
 gauges._EVERY = 0.01

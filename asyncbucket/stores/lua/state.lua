@@ -5,6 +5,7 @@
 -- the server's clock plus an offset that grows when that clock goes back: they never decrease.
 
 local MINUTE = 60000000
+local FOREVER = 1e15 -- ms: a server takes no time to live that is much longer
 
 local function whole(number)
   return string.format('%.0f', number)
@@ -125,7 +126,7 @@ local function lifetime(s)
       ends = math.max(ends, b.at + math.ceil(b.backlog / b.q))
     end
   end
-  return math.ceil((ends - s.now + MINUTE) / 1000)
+  return math.min(math.ceil((ends - s.now + MINUTE) / 1000), FOREVER)
 end
 
 -- Write all at once; the first write is one that a server short of memory refuses.

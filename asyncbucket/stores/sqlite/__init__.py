@@ -23,13 +23,12 @@ from asyncbucket.stores.sqlite.clerk import Clerk
 from asyncbucket.stores.sqlite.clock import SharedClock
 from asyncbucket.stores.sqlite.file import File
 from asyncbucket.stores.sqlite.ledger import SQLiteLedger
-from asyncbucket.stores.store import Snapshot, Terms
+from asyncbucket.stores.store import Snapshot, Terms, check_membership
 
 __all__ = ["SQLiteLedger", "SQLiteStore", "from_url"]
 
 #: Seconds within which the store answers or says why not.
 PATIENCE: Final = 0.2
-_LONGEST_NAME: Final = 200
 _HOW: Final = (
     "write sqlite:///limits.db for a file in this folder, sqlite:////var/lib/limits.db for another"
 )
@@ -79,15 +78,7 @@ class SQLiteStore:
         self, name: str, terms: Terms, *, worker: str | None = None, slot_ttl: float = 30.0
     ) -> SQLiteLedger:
         """See `asyncbucket.stores.store.Store.open`."""
-        if not (
-            0 < len(name) <= _LONGEST_NAME and name.isprintable() and not set("{}") & set(name)
-        ):
-            raise ValueError(
-                f"a limiter's name has 1 to {_LONGEST_NAME} printable characters and no braces, "
-                f"not {name!r}"
-            )
-        if not 0 < slot_ttl < float("inf"):
-            raise ValueError(f"slot_ttl must be a positive number of seconds, not {slot_ttl!r}")
+        check_membership(name, slot_ttl)
         worker = worker or f"{os.getpid()}-{secrets.token_hex(6)}"
         ledger = self._ledger(name, terms, worker, life=round(slot_ttl * 1_000_000_000))
         await ledger.join()

@@ -38,6 +38,8 @@ Account: TypeAlias = tuple[Limit, Window, Bucket | None]
 
 #: Books are kept for so long (ns) at least.
 _LEAST: Final = 60_000_000_000
+#: No instant is later in a file: a huge debt is paid off, in effect, never.
+_FOREVER: Final = (1 << 63) - 1
 
 
 class Books:
@@ -186,7 +188,7 @@ class Books:
             ends.append(max(now, self.last_start) + 2 * window.window)
             if bucket is not None:
                 ends.append(bucket.tat // bucket.q + 1)
-        return max(ends)
+        return min(max(ends), _FOREVER)
 
     def check(self) -> int:
         """Return a number that two copies of the same books have in common.

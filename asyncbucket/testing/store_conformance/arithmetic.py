@@ -202,6 +202,21 @@ class Arithmetic(Suite):
         assert receipt.bookings[0].outcome is Outcome.LATER
 
     @scenario
+    async def test_no_debt_or_pause_is_too_long_to_be_counted(self, place: Place) -> None:
+        """Whatever a call says that it used: the store goes on answering, and others wait."""
+        for power in (15, 20, 400):
+            name = f"{place.name}-{power}"
+            worker = await place.worker(terms(amount_of("tokens", 100, 86_400, 1)), name=name)
+            start = booked(await worker.commit(batch({"tokens": 1})))[0].start
+            much = Correction(start=start, booked={"tokens": 1}, used={"tokens": 10**power})
+            await worker.commit(Batch(corrections=(much,)))
+            await worker.pause(10 ** min(power, 25))
+            for _ in range(2):
+                receipt = await worker.commit(batch({"tokens": 1}))
+                assert receipt.bookings[0].outcome is Outcome.LATER
+                assert receipt.ask_at > receipt.now + 86_400 * SECOND
+
+    @scenario
     async def test_a_cancelled_commit_costs_nothing(self, place: Place) -> None:
         """Whenever its caller goes: either the receipt arrived, or nothing stays booked."""
         worker = await place.worker(terms(amount_of("requests", 1_000, 600), concurrency=1_000))

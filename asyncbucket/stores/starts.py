@@ -1,0 +1,114 @@
+"""Calls that are booked: what each was given, and how it is let go when its start has come."""
+
+import asyncio
+import collections
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Generic, Protocol, TypeVar
+
+from asyncbucket.meters import Amounts
+
+#: The shortest sleep (s): a timer may fire early, and must not spin when it does.
+NAP: Final = 20e-6
+
+
+class Waiting(Protocol):
+    """Be a call in the line."""
+
+    @property
+    def amounts(self) -> Amounts:
+        """What it costs, its slot included."""
+        ...
+
+
+W = TypeVar("W", bound=Waiting)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """Say what an admitted call was given."""
+
+    #: When it was booked, in the store's clock: what `Correction.start` asks for.
+    booked_at: int
+    #: When it may go, in the worker's clock.
+    start: int
+    #: The slot that it holds, to be released.
+    slot: str | None = None
+    #: What held it up; None if nothing did.
+    bound_by: str | None = None
+
+
+class Line(Protocol[W]):
+    """Be the calls of a worker that wait, in the order that is fair among them."""
+
+    def heads(self, most: int) -> Sequence[W]:
+        """Return the calls that go next, at most ``most``; they stay in line."""
+        ...
+
+    def book(self, waiting: W, grant: Grant) -> None:
+        """Take a call out of the line: it will go at ``grant.start``, unless it is given up."""
+        ...
+
+    def admit(self, waiting: W, grant: Grant) -> None:
+        """Let a booked call go: its start has come."""
+        ...
+
+    def refuse(self, waiting: W, bound_by: str) -> None:
+        """Take out of the line a call that costs more than a limit and can never pass."""
+        ...
+
+    def abandon(self, error: Exception) -> None:
+        """Do without the desk, which has failed and serves nobody any more: to be closed."""
+        ...
+
+
+class Starts(Generic[W]):
+    """Hold a line's calls from their booking to their start; belongs to one loop's thread."""
+
+    def __init__(
+        self, line: Line[W], clock: Callable[[], int], on_fall: Callable[[Exception], None]
+    ) -> None:
+        self._line = line
+        self._clock = clock
+        self._on_fall = on_fall
+        #: In order of their starts.
+        self._booked: collections.OrderedDict[W, Grant] = collections.OrderedDict()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, waiting: W, grant: Grant) -> None:
+        """Take over a call that was booked behind all others; it goes at a later `let_go`."""
+        self._booked[waiting] = grant
+        self._line.book(waiting, grant)
+
+    def discard(self, waiting: W) -> None:
+        """Forget a call, if it is here."""
+        self._booked.pop(waiting, None)
+
+    def let_go(self) -> None:
+        """Admit those whose start has come, and set the timer for the next."""
+        self._stop()
+        booked, now = self._booked, self._clock()
+        while booked and next(iter(booked.values())).start <= now:
+            self._line.admit(*booked.popitem(last=False))
+        if booked:
+            nap = (next(iter(booked.values())).start - self._clock()) * 1e-9
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(max(NAP, nap), self._let_go_late)
+
+    def close(self) -> list[tuple[W, Grant]]:
+        """Let nobody go any more; return who is left."""
+        self._stop()
+        left = list(self._booked.items())
+        self._booked.clear()
+        return left
+
+    def _let_go_late(self) -> None:
+        try:
+            self.let_go()
+        except Exception as error:  # noqa: BLE001 - the loop would log it, and the others wait on
+            self._on_fall(error)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
