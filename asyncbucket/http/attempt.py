@@ -7,7 +7,7 @@ attempt fails, or the reply is dropped, and with it the lease, which then releas
 from collections.abc import Callable
 from typing import Any, Final
 
-from asyncbucket.http.body import Tail, find_usage, is_complete, read_json
+from asyncbucket.http.body import Tail, find_usage, is_complete, read_json, replies_of
 from asyncbucket.http.failures import FIRST_ERROR, classify
 from asyncbucket.http.forecast import OutputForecast
 from asyncbucket.http.learn import Ear, pairs
@@ -148,7 +148,7 @@ class Attempt:
                     amounts = {"tokens": self._lease.cost.get("tokens", 0), **amounts}
                 self._lease.settle(**amounts)
             if usage.output_tokens:
-                self._forecast.observe(usage.output_tokens)
+                self._forecast.observe(-(-usage.output_tokens // replies_of(self._call.body)))
 
     def _decode(self, tail: Tail) -> bytes:
         """Return what is kept of the body, decoded by the client's own library if need be."""

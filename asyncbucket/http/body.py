@@ -43,9 +43,10 @@ _PARTS: Final = {
         ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_tokens_to_sample"),
         "limit",
     ),
-    **dict.fromkeys(("n", "best_of"), "replies"),
     "options": "options",
 }
+#: By what the same body asks for several replies to one prompt.
+_REPLIES: Final = ("n", "best_of")
 #: In a message, all but these is sent.
 _NOT_SENT: Final = frozenset(
     {"cache_control", "detail", "id", "role", "status", "tool_call_id", "type"}
@@ -150,10 +151,16 @@ def sent(path: str, body: Mapping[str, Any]) -> Sent:
     """Return what the call of ``path`` with the JSON ``body`` sends and asks for."""
     path = path.rstrip("/")
     found = Sent(writes=path.endswith(_WRITES))
+    found.replies = replies_of(body)
     if found.writes or path.endswith(_READS):
         with contextlib.suppress(RecursionError):  # nested deeper than what any model is sent
             _look_into(body, found)
     return found
+
+
+def replies_of(body: Mapping[str, Any]) -> int:
+    """Return how many replies the call with the JSON ``body`` asks for."""
+    return max([1, *(value for name in _REPLIES if _is_count(value := body.get(name)))])
 
 
 def _look_into(body: Mapping[str, Any], found: Sent) -> None:
@@ -169,8 +176,6 @@ def _look_into(body: Mapping[str, Any], found: Sent) -> None:
                 found.weigh_json(tool.get("function", tool) if isinstance(tool, dict) else tool)
         elif part == "limit" and _is_count(value):
             found.max_output = value
-        elif part == "replies" and _is_count(value):
-            found.replies = max(found.replies, value)
         elif part == "options" and isinstance(value, dict) and _is_count(value.get("num_predict")):
             found.max_output = value["num_predict"]
 

@@ -14,6 +14,7 @@ import httpx2
 import pytest
 
 from asyncbucket import Cost, CostExceedsLimit, Limiter, WouldBlock, tenant
+from asyncbucket.events import Admitted
 from asyncbucket.http import Call, ProviderProfile, Told, Usage
 from asyncbucket.http.held import Held, holding
 from asyncbucket.testing import RateLimitedProvider, VirtualClock
@@ -586,6 +587,25 @@ async def test_foreseen_output_does_not_make_a_call_impossible(library: Any) -> 
         body["messages"][0]["content"] = "x" * 4_000
         with pytest.raises(CostExceedsLimit, match="1,000"):
             await client.post(URL, json=body)
+
+
+async def test_length_of_one_reply_is_foreseen_where_a_call_asks_for_several(library: Any) -> None:
+    """Four replies of a thousand tokens each tell that four more take four thousand, not sixteen."""
+    limiter = Limiter("100k OTPM")
+    reserved: list[int] = []
+    limiter.observe(
+        lambda event: (
+            reserved.append(event.cost["output_tokens"]) if isinstance(event, Admitted) else None
+        )
+    )
+    reply = b'{"usage": {"prompt_tokens": 1, "completion_tokens": 4000, "total_tokens": 4001}}'
+    async with client_over(library, limiter, answering(library, reply)) as client:
+        for _ in range(2):
+            await client.post(
+                "https://vllm.test/v1/chat/completions", json={"messages": "x", "n": 4}
+            )
+
+    assert reserved == [4 * 256, 4 * 1000]
 
 
 async def test_tenants_own_limits_count_as_the_limiters_do(library: Any) -> None:
