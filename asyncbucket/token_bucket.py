@@ -11,6 +11,7 @@ from asyncbucket.budget import NONE_AT_ALL, Budget
 from asyncbucket.context import deadline_of
 from asyncbucket.errors import AcquireTimeout, CostExceedsLimit, WouldBlock
 from asyncbucket.gates import Gates
+from asyncbucket.loops import OfThisProcess
 from asyncbucket.meters import Amounts, Bucket
 from asyncbucket.node import Node
 from asyncbucket.queue import Waiter
@@ -37,7 +38,7 @@ class BucketStatistics:
     waiting: int
 
 
-class TokenBucket:
+class TokenBucket(OfThisProcess):
     """Let ``rate`` units a second pass, and at most ``burst`` units at once.
 
     In any interval of t seconds at most ``burst + rate * t`` units pass. Calls pass in the order in

@@ -15,6 +15,7 @@ from asyncbucket.events import Outcome, Released, Settled
 from asyncbucket.gates import Gates
 from asyncbucket.holders import Holder
 from asyncbucket.limiter.account import Account
+from asyncbucket.loops import OfThisProcess
 from asyncbucket.meters import Window
 
 #: The parts of tokens.
@@ -24,7 +25,7 @@ _TOKENS: Final = ("input_tokens", "output_tokens")
 _PARTS: Final = 16
 
 
-class Lease:
+class Lease(OfThisProcess):
     """Hold what one admission took, until it is released.
 
     It is a context manager, plain and async, that releases on leaving. `settle` says what the call
