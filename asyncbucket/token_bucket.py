@@ -4,6 +4,7 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from types import TracebackType
 from typing import Final, Self
 
@@ -177,7 +178,7 @@ class TokenBucket(OfThisProcess):
         )
 
     def _amounts(self, amount: int) -> Amounts:
-        if isinstance(amount, bool) or not isinstance(amount, int) or amount < 1:
+        if isinstance(amount, bool) or not isinstance(amount, (int, Integral)) or amount < 1:
             raise ValueError(f"amount must be a whole number of units from 1 on, not {amount!r}")
         if amount > self.burst:
             raise CostExceedsLimit(
