@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from typing import Final, Self
 
 from asyncbucket.wording import shown
@@ -12,7 +13,7 @@ COMMON: Final = frozenset({"requests", "tokens", "input_tokens", "output_tokens"
 
 def whole(value: float, what: str) -> int:
     """Return ``value`` as a whole number of units, rounded up; refuse what is no amount."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):  # numpy's are Real
         raise TypeError(f"{what} must be a number, not {shown(value)}")
     if not 0 <= value < math.inf:
         raise ValueError(f"{what} must be finite and not negative, not {value!r}")

@@ -11,6 +11,14 @@ from asyncbucket.wording import counted, written_out
 
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _RESOURCES: Final = {"r": "requests", "t": "tokens", "it": "input_tokens", "ot": "output_tokens"}
+#: The same in other words: a limit of "request" would be one that no call counts against.
+_OTHER_WORDS: Final = {
+    "request": "requests",
+    "req": "requests",
+    "token": "tokens",
+    "input_token": "input_tokens",
+    "output_token": "output_tokens",
+}
 _PREFIXES: Final = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
 #: Windows, in seconds.
@@ -72,6 +80,7 @@ class Limit:
             raise LimitSyntaxError(f"a resource is a name such as requests, not {self.resource!r}")
         if self.resource == "concurrency":
             raise LimitSyntaxError("concurrency has no window: pass concurrency=... instead")
+        object.__setattr__(self, "resource", _OTHER_WORDS.get(self.resource, self.resource))
         object.__setattr__(self, "amount", _units(self.amount, f"limit of {self.resource}"))
         if not _is_number(self.per) or not _SHORTEST <= self.per <= _LONGEST:
             raise LimitSyntaxError(

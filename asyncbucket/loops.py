@@ -1,4 +1,4 @@
-"""Loops and threads: a loop for callers without one, when threads switch, and forks."""
+"""Loops, threads and processes: a loop for callers without one, forks, and what is of one process."""
 
 import asyncio
 import concurrent.futures
@@ -8,7 +8,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Coroutine
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, NoReturn, Protocol, Self, TypeVar
 
 T = TypeVar("T")
 
@@ -17,6 +17,32 @@ T = TypeVar("T")
 thread_switches_only_at_calls: Final[bool] = (
     sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
 )
+
+
+class OfThisProcess:
+    """Be there once: a copy is the thing itself, and no other process gets it.
+
+    What holds a slot, or counts what passes, would else do so twice.
+    """
+
+    __slots__ = ()
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"a {type(self).__name__} is of this process alone and cannot be pickled: make a limiter in "
+            f"each process, with store=... where they are to share limits"
+        )
 
 
 class Background:

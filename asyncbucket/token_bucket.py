@@ -4,6 +4,7 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from types import TracebackType
 from typing import Final, Self
 
@@ -11,6 +12,7 @@ from asyncbucket.budget import NONE_AT_ALL, Budget
 from asyncbucket.context import deadline_of
 from asyncbucket.errors import AcquireTimeout, CostExceedsLimit, WouldBlock
 from asyncbucket.gates import Gates
+from asyncbucket.loops import OfThisProcess
 from asyncbucket.meters import Amounts, Bucket
 from asyncbucket.node import Node
 from asyncbucket.queue import Waiter
@@ -37,7 +39,7 @@ class BucketStatistics:
     waiting: int
 
 
-class TokenBucket:
+class TokenBucket(OfThisProcess):
     """Let ``rate`` units a second pass, and at most ``burst`` units at once.
 
     In any interval of t seconds at most ``burst + rate * t`` units pass. Calls pass in the order in
@@ -176,7 +178,7 @@ class TokenBucket:
         )
 
     def _amounts(self, amount: int) -> Amounts:
-        if isinstance(amount, bool) or not isinstance(amount, int) or amount < 1:
+        if isinstance(amount, bool) or not isinstance(amount, (int, Integral)) or amount < 1:
             raise ValueError(f"amount must be a whole number of units from 1 on, not {amount!r}")
         if amount > self.burst:
             raise CostExceedsLimit(

@@ -35,6 +35,7 @@ class Account(Books):
     __slots__ = (
         "adaptive",
         "children",
+        "early",
         "headrooms",
         "keys",
         "learned",
@@ -66,6 +67,8 @@ class Account(Books):
         self.keys: Keys[Limiter] | None = None
         self.limits: dict[Key, tuple[Limit, Window, Bucket | None]] = {}
         self.slots: Slots | None = None
+        #: How many calls the root had admitted when there came to be slots: these hold one, too.
+        self.early = 0
         #: What finds the number of slots, where it is not given.
         self.adaptive: Adaptive | None = None
         self.pause: Pause | None = None
@@ -281,6 +284,8 @@ class Account(Books):
             size = self.adaptive.size
         if self.slots is None:
             self.slots = Slots(size=size)
+            self.slots.book(self.in_flight, 0)
+            self.early = self.path[-1].admitted
         else:
             self.slots.reshape(size=size)
 

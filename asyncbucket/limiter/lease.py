@@ -15,7 +15,8 @@ from asyncbucket.events import Outcome, Released, Settled
 from asyncbucket.gates import Gates
 from asyncbucket.holders import Holder
 from asyncbucket.limiter.account import Account
-from asyncbucket.meters import Window
+from asyncbucket.loops import OfThisProcess
+from asyncbucket.meters import Slots, Window
 
 #: The parts of tokens.
 _TOKENS: Final = ("input_tokens", "output_tokens")
@@ -24,7 +25,7 @@ _TOKENS: Final = ("input_tokens", "output_tokens")
 _PARTS: Final = 16
 
 
-class Lease:
+class Lease(OfThisProcess):
     """Hold what one admission took, until it is released.
 
     It is a context manager, plain and async, that releases on leaving. `settle` says what the call
@@ -43,6 +44,8 @@ class Lease:
         "_epoch",
         "_gates",
         "_holder",
+        "_lent",
+        "_number",
         "_open",
         "_parts",
         "_priority",
@@ -82,6 +85,10 @@ class Lease:
         self.bound_by: str | None = None
         for each in account.path:
             each.admitted += 1
+        #: How many the root had admitted by then.
+        self._number = account.path[-1].admitted
+        #: The slots that it has given back before its end.
+        self._lent: tuple[Slots, ...] = ()
         holder.leases += 1
 
     @property
@@ -251,14 +258,25 @@ class Lease:
             return False
         self._open = False
         self._holder.leases -= 1
+        early: list[Slots] = []
         for each in account.path:
             each.ended += 1
+            if self._number <= each.early:
+                early = self.early_locked()
             if each.adaptive is not None:
                 self._tell_locked(each, outcome)
+        for slots in early:
+            slots.give_back()
         booked = self._amounts if self._parts is None else self._booked()
-        if self._gates.close(booked) and budget.waiting:
+        if (self._gates.close(booked) or early) and budget.waiting:
             budget.ring_locked(account)
         return True
+
+    def early_locked(self) -> list[Slots]:
+        """Return the slots it holds where there were none when it was admitted."""
+        accounts = [each for each in self._account.path if self._number <= each.early]
+        slots = [each.slots for each in accounts if each.slots is not None]
+        return [each for each in slots if each not in self._lent]
 
     def _tell_locked(self, account: Account, outcome: Outcome) -> None:
         """Let what finds the number of slots know how the call ended."""

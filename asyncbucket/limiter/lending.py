@@ -42,10 +42,12 @@ def give_back(lease: Lease, limiter: Limiter) -> None:
             if each not in path and each.gates.slots and order.is_circle(each, wanted):
                 lent += each.gates.slots
         # Those in a store are the lease's own, and are the root's.
-        lent = [slots for slots in held.slots if slots in lent or slots.remote]
+        mine = [*held.slots, *lease.early_locked()]
+        lent = [slots for slots in mine if slots in lent or slots.remote]
         for slots in lent:
             slots.give_back()
         if lent:
+            lease._lent += tuple(lent)
             lease._gates = Gates(each for each in held.meters if each[0] not in lent)
             budget.ring_locked(account)
 

@@ -19,13 +19,14 @@ from asyncbucket.limiter.lease import Lease
 from asyncbucket.limiter.steering import Steering
 from asyncbucket.limiter.terms import Keywords, Terms, read_count, read_max_queue, read_timeout
 from asyncbucket.limits import Limit, read_limits
+from asyncbucket.loops import OfThisProcess
 from asyncbucket.wording import shown
 
 #: How many tenants' limiters are kept alive where nothing else was said.
 _ALIVE: Final = 1_000
 
 
-class Limiter(Doors, Steering):
+class Limiter(Doors, Steering, OfThisProcess):
     """Pace calls under any number of limits, on any number of event loops and threads.
 
     For every limit of N per window W, in every window of length W the cost admitted is at most N.

@@ -1,11 +1,12 @@
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncbucket import Cost, Limiter, plan
+from asyncbucket import Cost, Limiter, TokenBucket, plan
 from asyncbucket.wording import rounded
 
 amounts = st.none() | st.integers(0, 10**6) | st.floats(0, 1e6)
@@ -23,6 +24,25 @@ def test_a_cost_maps_resources_to_whole_amounts() -> None:
     assert repr(Cost(images=0)) == "Cost(requests=1)"
     assert cost == Cost(tokens=11, images=3)
     assert "concurrency" not in cost
+
+
+def test_numbers_of_numpy_and_fractions_are_amounts() -> None:
+    """Token counts come out of data frames, too; what is kept of them are plain ints."""
+    numpy = pytest.importorskip("numpy")
+    fraction: Any = Fraction(7, 2)
+    cost = Cost(tokens=numpy.int64(800), input_tokens=numpy.float32(2.5), images=fraction)
+    assert cost == Cost(tokens=800, input_tokens=3, images=4)
+    assert {type(amount) for amount in cost.values()} == {int}
+    limiter = Limiter("1k TPM")
+    limiter.acquire_nowait(tokens=numpy.int32(700)).settle(tokens=numpy.uint8(7))
+    assert limiter.statistics().limits[0].used == 7
+    bucket = TokenBucket(1.0, 5)
+    bucket.acquire_nowait(numpy.int64(5))
+    assert bucket.statistics().available == 0
+    with pytest.raises(ValueError, match="tokens must be finite and not negative"):
+        Cost(tokens=numpy.float32("nan"))
+    with pytest.raises(TypeError, match="tokens must be a number, not bool"):
+        Cost(tokens=numpy.bool_(True))
 
 
 def test_tokens_are_input_plus_output() -> None:

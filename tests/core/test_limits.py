@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncbucket import Limit, Limiter, LimitSyntaxError
+from asyncbucket import Limit, Limiter, LimitSyntaxError, WouldBlock
 from asyncbucket.limits import KEYWORDS
 
 
@@ -27,6 +27,9 @@ from asyncbucket.limits import KEYWORDS
         ("10 per minute", Limit("requests", 10)),
         ("100 requests/minute", Limit("requests", 100)),
         ("100 requests per hour", Limit("requests", 100, per=3600)),
+        ("1 request/s", Limit("requests", 1, per=1)),
+        ("10 req/s", Limit("requests", 10, per=1)),
+        ("1 token per second", Limit("tokens", 1, per=1)),
         ("3 images/10s", Limit("images", 3, per=10)),
         ("3 images / 2 days", Limit("images", 3, per=2 * 86_400)),
         ("1_000 tokens/min burst 1_00", Limit("tokens", 1000, burst=100)),
@@ -52,6 +55,15 @@ def test_garbage_is_no_limit(text: str) -> None:
     """What cannot be read is refused at once, whatever it is."""
     with pytest.raises(LimitSyntaxError):
         Limit.parse(text)
+
+
+@pytest.mark.parametrize("limit", ["1 request/s", Limit("request", 1, per=1), "1 token/s"])
+def test_limit_of_one_request_or_token_binds_calls(limit: str | Limit) -> None:
+    """In the singular it is the same limit, not one of a resource that no call ever names."""
+    limiter = Limiter(limit)
+    limiter.acquire_nowait(tokens=1)
+    with pytest.raises(WouldBlock):
+        limiter.acquire_nowait(tokens=1)
 
 
 @given(st.text(alphabet="0123456789.,_kKmMrRtTiIpPsSdD/ burstequ-²", max_size=20))

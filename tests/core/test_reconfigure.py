@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncbucket import CostExceedsLimit, Lease, Limit, Limiter, LimitSyntaxError
+from asyncbucket.limiter.lending import give_back
 from asyncbucket.testing import VirtualTime, assert_never_over, virtual_time
 
 
@@ -131,28 +132,56 @@ def test_who_can_never_pass_is_told_so_though_its_time_is_up(virtual_time: Virtu
     virtual_time.run(main())
 
 
-def test_a_new_limit_and_new_slots_bind_from_now_on(virtual_time: VirtualTime) -> None:
-    """A limiter may learn of its limits later; leases from before hold no slot."""
+def test_new_slots_are_held_by_calls_in_flight(virtual_time: VirtualTime) -> None:
+    """Never more than the new number at once, at any level; a new limit counts from now on."""
 
     async def main() -> None:
         limiter = Limiter(clock=virtual_time.clock)
-        before = await limiter.acquire(tokens=10)
+        child = limiter.child("child")
+        early = [await each.acquire(tokens=10) for each in (limiter, child, child)]
         assert limiter.concurrency is None
-        limiter.reconfigure("2/s burst 1", concurrency=1)
-        assert limiter.concurrency == 1
-        after = await limiter.acquire()
+        child.reconfigure(concurrency=1)
+        limiter.reconfigure("2/s burst 1", concurrency=2)
+        assert limiter.concurrency == 2
+        shown = "<Limiter 'default', 2 requests per 1 s, concurrency 3/2, 1 waiting>"
         waiting = asyncio.ensure_future(limiter.acquire())
-        await asyncio.sleep(3)
-        before.settle(tokens=0)
-        before.release()
-        await virtual_time.all_blocked()
-        assert not waiting.done()
-        limiter.reconfigure(concurrency=2)
-        assert (await waiting).waited == 3.0
-        after.release()
+        for lease in early[1:]:
+            await virtual_time.all_blocked()
+            assert not waiting.done()
+            assert repr(limiter) == shown
+            lease.settle(tokens=0)
+            lease.release()
+            shown = "<Limiter 'default', 2 requests per 1 s, concurrency 2/2, 1 waiting>"
+        (await waiting).release()
+        (await child.acquire()).release()
+        early[0].release()
         assert repr(limiter) == (
-            "<Limiter 'default', 2 requests per 1 s, concurrency 1/2, 0 waiting>"
+            "<Limiter 'default', 2 requests per 1 s, concurrency 0/2, 0 waiting>"
         )
+        assert repr(child) == "<Limiter 'default/child', concurrency 0/1, 0 waiting>"
+
+    virtual_time.run(main())
+
+
+def test_new_slot_of_a_call_in_flight_is_lent_to_a_call_inside(virtual_time: VirtualTime) -> None:
+    """It comes back once, for the call inside, however often that is said."""
+
+    async def main() -> None:
+        limiter = Limiter(clock=virtual_time.clock)
+        tools = limiter.child("tools")
+        outer = await tools.acquire()
+        limiter.reconfigure(concurrency=1)
+        tools.reconfigure(concurrency=1)
+        inner = asyncio.ensure_future(limiter.acquire())
+        await virtual_time.all_blocked()
+        give_back(outer, limiter)
+        give_back(outer, limiter)
+        (await inner).release()
+        assert repr(limiter) == "<Limiter 'default', concurrency 0/1, 0 waiting>"
+        assert repr(tools) == "<Limiter 'default/tools', concurrency 1/1, 0 waiting>"
+        outer.release()
+        assert repr(limiter) == "<Limiter 'default', concurrency 0/1, 0 waiting>"
+        assert repr(tools) == "<Limiter 'default/tools', concurrency 0/1, 0 waiting>"
 
     virtual_time.run(main())
 

@@ -1,0 +1,52 @@
+"""What holds slots or counts what passes is there once, however it is copied."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from asyncbucket import Limiter, TokenBucket
+
+COPIES = pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+
+
+@COPIES
+def test_copy_of_a_lease_gives_its_slot_back_once(copied: Callable[[Any], Any]) -> None:
+    """A request that is copied with the lease in it does not make room for two."""
+    limiter = Limiter(concurrency=1)
+    lease = limiter.acquire_nowait()
+    twin = copied({"lease": lease})["lease"]
+    del twin
+    assert limiter.statistics().in_flight == 1
+    lease.release()
+    copied(lease).release()
+    assert limiter.statistics().in_flight == 0
+    assert repr(limiter) == "<Limiter 'default', concurrency 0/1, 0 waiting>"
+
+
+@COPIES
+def test_copy_of_a_limiter_is_the_limiter(copied: Callable[[Any], Any]) -> None:
+    """So an agent that is copied spends from the same budget."""
+    limiter = Limiter("60 RPM")
+    child = limiter.child("chat")
+    bucket = TokenBucket(1.0)
+    assert copied([limiter, child, bucket]) == [limiter, child, bucket]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Limiter("60 RPM"),
+        lambda: Limiter("60 RPM").child("chat"),
+        lambda: Limiter("60 RPM").acquire_nowait(),
+        lambda: TokenBucket(1.0),
+    ],
+)
+def test_what_counts_in_this_process_says_why_it_cannot_be_pickled(make: Callable[[], Any]) -> None:
+    """The message names the remedy: a limiter in each process, and a store."""
+    with pytest.raises(
+        TypeError, match=r"is of this process alone .* with store=\.\.\. where they"
+    ):
+        pickle.dumps(make())
