@@ -55,8 +55,8 @@ class Budget:
         #: Where the root's limits are kept elsewhere: what each loop hands those over to who go next.
         self.outlet_for: Callable[[asyncio.AbstractEventLoop], Outlet] | None = None
         self.pacers: dict[asyncio.AbstractEventLoop, Pacer] = {}
-        #: Tells processes apart: whoever came before it, and leases of another one, are a parent's.
-        self.epoch = 0
+        #: Tells processes apart: calls up to that number, by arrival and by admission, are a parent's.
+        self.epoch = self.inherited = 0
         self.blocked = BlockedLoops()
         self.background = Background()
         #: How many calls have stood in line so far; each has its number.

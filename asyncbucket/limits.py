@@ -13,8 +13,7 @@ _SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _RESOURCES: Final = {"r": "requests", "t": "tokens", "it": "input_tokens", "ot": "output_tokens"}
 #: The same in other words: a limit of "request" would be one that no call counts against.
 _OTHER_WORDS: Final = {
-    "request": "requests",
-    "req": "requests",
+    **dict.fromkeys(("request", "req", "reqs", "call", "calls"), "requests"),
     "token": "tokens",
     "input_token": "input_tokens",
     "output_token": "output_tokens",

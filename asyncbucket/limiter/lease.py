@@ -41,7 +41,6 @@ class Lease(OfThisProcess):
         "_account",
         "_amounts",
         "_cost",
-        "_epoch",
         "_gates",
         "_holder",
         "_lent",
@@ -76,17 +75,17 @@ class Lease(OfThisProcess):
         #: Of what was settled: the units booked, and when; first what was reserved, then each debt.
         self._parts: dict[str, list[tuple[int, int]]] | None = None
         self._open = True
-        self._epoch = account.budget.epoch
         self._priority = priority
         #: Seconds between asking and admission.
         self.waited = 0.0
         #: The resource that held it up: ``"requests"``, ``"tokens"``, ``"concurrency"``,
         #: ``"paused"``...; None if it did not wait.
         self.bound_by: str | None = None
-        for each in account.path:
+        path = account.path
+        for each in path:
             each.admitted += 1
         #: How many the root had admitted by then.
-        self._number = account.path[-1].admitted
+        self._number = path[-1].admitted
         #: The slots that it has given back before its end.
         self._lent: tuple[Slots, ...] = ()
         holder.leases += 1
@@ -137,7 +136,7 @@ class Lease(OfThisProcess):
 
     def _settle(self, used: dict[str, int]) -> None:
         account = self._account
-        if self._epoch != account.budget.epoch:  # of a parent process, whose books are its own
+        if self._number <= account.budget.inherited:  # of a parent process, whose books are its own
             return
         if account.budget.drop(functools.partial(self._settle_locked, used)):
             account.flush()
@@ -254,18 +253,18 @@ class Lease(OfThisProcess):
         """Close the books, here and above; return whether they were open, in this process."""
         account = self._account
         budget = account.budget
-        if not self._open or self._epoch != budget.epoch:
+        if not self._open or self._number <= budget.inherited:
             return False
         self._open = False
         self._holder.leases -= 1
-        early: list[Slots] = []
+        early = False
         for each in account.path:
             each.ended += 1
             if self._number <= each.early:
-                early = self.early_locked()
+                early = True
             if each.adaptive is not None:
                 self._tell_locked(each, outcome)
-        for slots in early:
+        for slots in self.early_locked() if early else ():
             slots.give_back()
         booked = self._amounts if self._parts is None else self._booked()
         if (self._gates.close(booked) or early) and budget.waiting:

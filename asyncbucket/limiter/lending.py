@@ -32,7 +32,7 @@ def give_back(lease: Lease, limiter: Limiter) -> None:
     if budget is not path[-1].budget:
         return
     with budget.lock:
-        if lease.released or lease._epoch != budget.epoch:
+        if lease.released or lease._number <= budget.inherited:
             return
         order = _ORDER.setdefault(budget, _Order())
         held = lease._gates

@@ -57,7 +57,9 @@ def test_garbage_is_no_limit(text: str) -> None:
         Limit.parse(text)
 
 
-@pytest.mark.parametrize("limit", ["1 request/s", Limit("request", 1, per=1), "1 token/s"])
+@pytest.mark.parametrize(
+    "limit", ["1 request/s", "1 call/s", Limit("request", 1, per=1), "1 token/s"]
+)
 def test_limit_of_one_request_or_token_binds_calls(limit: str | Limit) -> None:
     """In the singular it is the same limit, not one of a resource that no call ever names."""
     limiter = Limiter(limit)
