@@ -79,9 +79,6 @@ def open_stage() -> Iterator[Stage]:
         yield Stage(time)
 
 
-# -- which errors ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504, 529])
 def test_transient_statuses_are_retried(status: int) -> None:
     """Time-outs, conflicts, rate limits and server errors may pass."""
@@ -231,9 +228,6 @@ def test_reason_holds_no_text_from_outside() -> None:
     assert classify(error).reason == "HTTP 500"
 
 
-# -- the policy ------------------------------------------------------------------------------------
-
-
 def test_retry_is_read_from_what_people_pass() -> None:
     """A policy, a number of attempts, False for none, True or nothing for the usual."""
     assert Retry.of(None) == Retry.of(True) == Retry()
@@ -274,9 +268,6 @@ def test_senseless_budget_is_refused() -> None:
     _ = RetryBudget(capacity=0, per_success=math.inf)
     with pytest.raises(ValueError, match="the retry budget's capacity must be at least 0, not -1"):
         _ = RetryBudget(capacity=-1)
-
-
-# -- when, and how often ---------------------------------------------------------------------------
 
 
 def test_failures_are_tried_again_after_a_doubling_wait(stage: Stage) -> None:
@@ -438,9 +429,6 @@ def test_time_in_the_queue_does_not_count(stage: Stage) -> None:
     assert attempts == [0.0, 3601.0]
 
 
-# -- cancellation ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("seconds", [0.5, 1.2])
 def test_cancellation_is_never_retried(stage: Stage, seconds: float) -> None:
     """In an attempt (the first second) and in a back-off (the next), a cancel is the end."""
@@ -475,9 +463,6 @@ def test_timeout_around_a_call_ends_it(stage: Stage) -> None:
         stage.run(main())
     assert script.times == [0.0]
     assert stage.time.now == 10.0
-
-
-# -- the limiter -----------------------------------------------------------------------------------
 
 
 def test_no_slot_is_held_during_a_back_off(stage: Stage) -> None:
@@ -668,9 +653,6 @@ def test_refusal_of_another_attempt_shows_the_providers_error(stage: Stage) -> N
     assert "59" in note
 
 
-# -- the budget ------------------------------------------------------------------------------------
-
-
 def faulty(share: float, chance: random.Random, tried: list[int]) -> Callable[[], Awaitable[str]]:
     """Make an attempt that fails at random at once, or answers after a second."""
 
@@ -760,9 +742,6 @@ def test_always_429_makes_at_most_five_requests(stage: Stage) -> None:
     assert caught.value.__notes__ == [
         "asyncbucket: tried 5 times in 15.0 s; gave up: Retry(attempts=5) allows no more"
     ]
-
-
-# -- stamina ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(name="hook_details")
@@ -884,9 +863,6 @@ def test_stamina_switched_off_by_the_application(stage: Stage, switch: str) -> N
     ]
 
 
-# -- without an event loop -------------------------------------------------------------------------
-
-
 def test_synchronous_calls_do_the_same(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits, notes and the limiter's own refusals are those of the asynchronous twin."""
     monkeypatch.setattr("time.sleep", stage.time.advance)
@@ -933,9 +909,6 @@ def test_threads_share_one_budget() -> None:
     for thread in threads:
         thread.join()
     assert len(tried) == 4 * 50 + 50
-
-
-# -- end to end ------------------------------------------------------------------------------------
 
 
 @pytest.mark.real_clock

@@ -129,8 +129,6 @@ class Engine(Generic[T, R]):
             with anyio.CancelScope(shield=True):
                 await to_thread.run_sync(ledger.close)
 
-    # -- workers -----------------------------------------------------------------------------------
-
     def _enlist(self) -> None:
         assert self._group is not None
         self._workers += 1
@@ -203,8 +201,6 @@ class Engine(Generic[T, R]):
         self._source.stop()
         if self.failure is None:
             self.failure = error
-
-    # -- results -----------------------------------------------------------------------------------
 
     def _done(self, entry: Entry, item: Item[T, R]) -> None:
         if self._save is None:

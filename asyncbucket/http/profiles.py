@@ -117,8 +117,6 @@ class ProviderProfile:
         return {name: amount for name, amount in used.items() if name in self.settles}
 
 
-# -- how calls are charged -------------------------------------------------------------------------
-
 #: What OpenAI's API reference gives as the default of ``max_tokens`` of completions, and the figure
 #: that its rate limits assume (cookbook, "How to handle rate limits"; read in 2025).
 _DEFAULT_OUTPUT: Final = 16
@@ -169,9 +167,6 @@ def _both(asked: Sent, foreseen: int) -> tuple[int, int, int]:
     given = asked.by_size
     received = (asked.max_output or foreseen) * asked.replies if asked.writes else 0
     return given, received, given + received
-
-
-# -- what headers say ------------------------------------------------------------------------------
 
 
 def _ratelimit(resource: str, name: str, *, per: float = _MINUTE) -> Told:

@@ -59,8 +59,6 @@ class Counter:
             close=shared.close,
         )
 
-    # -- for the pacer -----------------------------------------------------------------------------
-
     def room(self) -> bool:
         """See `asyncbucket.queue.Outlet`."""
         return len(self._line) < self._room
@@ -87,8 +85,6 @@ class Counter:
                 self.on_loop(self._desk.cancel, waiter, grant)
         waiter.unbook(passage)
         return True
-
-    # -- for the desk ------------------------------------------------------------------------------
 
     def heads(self, most: int) -> Sequence[Waiter]:
         """See `asyncbucket.stores.starts.Line`."""
@@ -158,8 +154,6 @@ class Counter:
                 waiting.pacer.leave_locked(waiting)
                 waiting.pacer.ring_locked()
 
-    # -- for leases --------------------------------------------------------------------------------
-
     def correct(self, correction: Correction) -> None:
         """Have a booking changed."""
         if not self.on_loop((self._desk or self._latecomers).correct, correction):
@@ -180,8 +174,6 @@ class Counter:
             return True
         return False
 
-    # -- for the counters of other loops -----------------------------------------------------------
-
     def left_behind(self) -> Iterator[Left]:
         """Yield what is left here, now that the loop has ended."""
         if self._desk is not None:
@@ -195,8 +187,6 @@ class Counter:
     def _take_over(self) -> None:
         while self._desk is not None and self._shared.estate:
             self._desk.take_over(self._shared.estate.popleft())
-
-    # -- the store ---------------------------------------------------------------------------------
 
     def left(self) -> dict[Limit, int]:
         """Return the units left of each limit, as last heard."""

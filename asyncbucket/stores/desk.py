@@ -207,8 +207,6 @@ class Desk(Generic[W]):
             )
             self._line.abandon(error)
 
-    # -- flights -----------------------------------------------------------------------------------
-
     async def _serve(self) -> None:
         while not leaving():
             heads = self._line.heads(_BATCH)

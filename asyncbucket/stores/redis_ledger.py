@@ -90,8 +90,6 @@ class RedisLedger:
     def terms(self) -> Terms:
         return self._dialect.terms
 
-    # -- batches -----------------------------------------------------------------------------------
-
     async def commit(self, batch: Batch) -> Receipt:
         """See `asyncbucket.stores.store.Ledger.commit`."""
         task = self._spawn(self._commit(batch))
@@ -181,8 +179,6 @@ class RedisLedger:
                 self._held.update(each.slot for each in receipt.bookings if each.slot is not None)
                 return receipt
             changed = self._adopt(reply)
-
-    # -- the rest ----------------------------------------------------------------------------------
 
     async def join(self, terms: Terms) -> None:
         """Make the limiter, or take part in it, under ``terms``."""

@@ -169,8 +169,6 @@ class Instruments:
             description="Share of a limit that is used now, 1 for all of it.",
         )
 
-    # -- as it happens -----------------------------------------------------------------------------
-
     def _admitted(self, event: events.Admitted) -> None:
         self._decided(event.limiter, _ACQUIRED, event.bound_by, event.waited)
         tokens = event.cost.get("tokens")
@@ -213,8 +211,6 @@ class Instruments:
     def _of(self, limiter: str, **more: str) -> dict[str, str]:
         named = {_PREFIX + name: value for name, value in more.items()}
         return {_POLICY: self.watched.label(limiter), **named}
-
-    # -- when asked --------------------------------------------------------------------------------
 
     def _queued(self, _: CallbackOptions) -> Iterable[Observation]:
         for label, reading in self.watched.read().items():

@@ -155,8 +155,6 @@ class Metrics(Collector):
                 series = self._series.setdefault(label, Series(self._families, label))
         return series
 
-    # -- one event ---------------------------------------------------------------------------------
-
     def _admitted(self, event: events.Admitted) -> None:
         series = self._series.get(event.limiter) or self.series(event.limiter)
         waited = series.waited.get(event.bound_by)

@@ -293,9 +293,6 @@ def test_one_slot_is_the_least() -> None:
     assert not found.served
 
 
-# -- in a limiter ----------------------------------------------------------------------------------
-
-
 def test_auto_starts_with_four_slots_and_shows_them(virtual_time: VirtualTime) -> None:
     """Statistics and repr show the present number, the repr its bounds too."""
 

@@ -648,9 +648,6 @@ def test_nobody_sleeps_for_the_sake_of_who_is_in_debt(virtual_time: VirtualTime)
     virtual_time.run(main())
 
 
-# -- random trees ------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Plant:
     """Describe a limiter under another: which one, its limits, slots and weight."""

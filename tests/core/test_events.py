@@ -33,9 +33,6 @@ def paused(seconds: float = 1.0) -> Paused:
     return Paused(limiter="openai", at=0.0, seconds=seconds, reason="429")
 
 
-# -- events ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_event_is_a_frozen_value_without_a_dict(kind: type[Event]) -> None:
     """Nobody who is told changes what the next one is told, and many events cost little memory."""
@@ -75,9 +72,6 @@ def test_an_event_reads_well() -> None:
         "Admitted(limiter='openai/chat', at=12.5, cost={'requests': 1, 'tokens': 900}, "
         "waited=1.8, bound_by='tokens', waiting=3, in_flight=20)"
     )
-
-
-# -- observers ---------------------------------------------------------------------------------------
 
 
 def test_every_observer_is_told_in_the_order_of_coming() -> None:
@@ -252,9 +246,6 @@ def test_an_object_that_is_called_asynchronously_is_no_observer() -> None:
 
     with pytest.raises(TypeError, match=r"<locals>\.Watch is a coroutine function"):
         Observers().add(Watch())
-
-
-# -- later -------------------------------------------------------------------------------------------
 
 
 def test_an_event_for_later_comes_before_the_next_one() -> None:

@@ -52,9 +52,6 @@ def missing(history: list[Booking], rate: float | Fraction, burst: int, now: int
     return max(Fraction(0), full_at - now) / each
 
 
-# -- Bucket ----------------------------------------------------------------------------------------
-
-
 @moderate
 @given(
     rates, bursts, st.lists(st.tuples(st.integers(0, 5 * SECOND), st.integers(1, 40)), max_size=40)
@@ -346,8 +343,6 @@ def test_a_rate_is_met_exactly_over_thousands_of_units(rate: float) -> None:
     assert exact <= when < exact + 1
 
 
-# -- Window ----------------------------------------------------------------------------------------
-
 windows = st.sampled_from([1_000_000, SECOND // 10, SECOND, 60 * SECOND])
 
 
@@ -509,9 +504,6 @@ def test_a_window_reshaped_keeps_what_was_booked() -> None:
     assert window.available(1) == -2
     window.reshape(amount=20)
     assert window.available(1) == 14
-
-
-# -- Slots and Gates -------------------------------------------------------------------------------
 
 
 def test_slots_pass_until_they_are_full() -> None:

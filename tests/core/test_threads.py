@@ -161,9 +161,6 @@ def test_a_lease_may_be_released_and_settled_in_another_thread() -> None:
     asyncio.run(main())
 
 
-# -- acquire_sync ----------------------------------------------------------------------------------
-
-
 def test_acquire_sync_waits_for_a_slot() -> None:
     """A thread sleeps until another gives its slot back; `waited` and `bound_by` say so."""
     limiter = Limiter(concurrency=1)
@@ -270,9 +267,6 @@ def test_the_background_loop_ends_with_its_limiter() -> None:
     del limiter, holder
     eventually(ended)
     assert gone() is None
-
-
-# -- loops that do not run -------------------------------------------------------------------------
 
 
 def test_a_blocked_loop_that_holds_all_slots_does_not_deadlock(
@@ -508,9 +502,6 @@ def test_who_is_cancelled_on_a_closed_loop_is_counted_out_once() -> None:
     abandoned.clear()
     gc.collect()
     assert child.statistics().waiting == 0
-
-
-# -- finalizers ------------------------------------------------------------------------------------
 
 
 def test_a_dropped_lease_releases_itself() -> None:

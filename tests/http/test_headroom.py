@@ -35,9 +35,6 @@ def meter(*, remaining: int | None = None, window: int = MINUTE) -> Headroom:
     return headroom
 
 
-# -- the level -------------------------------------------------------------------------------------
-
-
 def test_knows_nothing_before_it_is_told() -> None:
     """Without a word from the provider everything passes."""
     headroom = meter()
@@ -112,9 +109,6 @@ def test_announced_limit_below_ours_is_taken_over() -> None:
 
     assert headroom.amount == 300
     assert headroom.earliest(400, SECOND) < 2 * MINUTE
-
-
-# -- others ----------------------------------------------------------------------------------------
 
 
 def listen(headroom: Headroom, *, rate: int, seconds: int, start: int = 0, ours: int = 0) -> int:
@@ -212,9 +206,6 @@ def used(counts: str, booked: list[int], now: int) -> int:
     return -(-max(0, level - (now - last) * 100) // MINUTE)
 
 
-# -- slices ----------------------------------------------------------------------------------------
-
-
 def passed(headroom: Headroom, amount: int, *, until: int) -> list[int]:
     """Return when calls of ``amount`` pass that wait in line from 0 on."""
     times: list[int] = []
@@ -285,9 +276,6 @@ def test_others_in_a_slice_are_left_what_they_take() -> None:
     assert headroom.earliest(1, 41 * SECOND) > 41 * SECOND
 
 
-# -- in a limiter ----------------------------------------------------------------------------------
-
-
 def test_deadline_is_not_refused_for_what_a_reply_may_mend() -> None:
     """A call whose deadline only the headroom forbids waits as long as a reply is awaited."""
     with virtual_time() as time:
@@ -344,9 +332,6 @@ def test_user_limit_is_never_exceeded_whatever_is_heard(
         assert use.available <= 100 - use.used
 
     assert_never_over(passed, Limit("units", 100, per=10))
-
-
-# -- against the provider --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

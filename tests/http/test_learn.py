@@ -153,9 +153,6 @@ def test_limits_that_were_given_stay() -> None:
     assert [str(limit) for limit in limiter.limits] == ["500 requests per 60 s"]
 
 
-# -- before the first reply ------------------------------------------------------------------------
-
-
 def passing(limiter: Limiter) -> int:
     """Return how many calls pass at once."""
     passed = 0
@@ -234,9 +231,6 @@ def test_nothing_is_taken_for_granted_of_days(learn: bool) -> None:  # noqa: FBT
     assert passing(limiter) == 1_000
 
 
-# -- how often -------------------------------------------------------------------------------------
-
-
 def test_listening_rests_for_a_moment() -> None:
     """Of hundreds of replies a second some are enough: one in 10 ms, where a minute is limited."""
     ear = Ear(Limiter("600 RPM"))
@@ -254,9 +248,6 @@ def test_first_reply_is_listened_to_whenever_it_comes() -> None:
     ear.expect(OPENAI)
 
     assert ear.is_due(1.0)
-
-
-# -- whose limit -----------------------------------------------------------------------------------
 
 
 def lefts(*limiters: Limiter) -> list[int]:
@@ -298,9 +289,6 @@ def test_child_learns_nothing_where_limits_stand_above_it() -> None:
 
     assert tenant.limits == ()
     assert [limit.amount for limit in alone.limits] == [500]
-
-
-# -- hostile values --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,6 @@ MINUTE = 60 * SECOND
 MS = 1_000_000
 
 
-# -- when they begin -------------------------------------------------------------------------------
-
-
 def beat(*words: tuple[float, int]) -> Beat:
     """Return what hears of slices of a second and ten units, at these instants, what is left."""
     found = Beat(share=10, length=SECOND)
@@ -77,9 +74,6 @@ def test_beginning_is_never_known_better_than_words_are_on_time() -> None:
     words = [(second + 0.3 * part, 9 * part) for second in range(1, 40) for part in (0, 1)]
 
     assert beat(*words, (40.29, 0), (40.31, 9)).blur >= SECOND // 16
-
-
-# -- against a provider that counts in slices ------------------------------------------------------
 
 
 @dataclass
@@ -176,9 +170,6 @@ def test_of_small_slices_few_calls_are_refused() -> None:
 
     assert used > 0.88
     assert provider.refused < 0.05 * 2_000
-
-
-# -- one by one ------------------------------------------------------------------------------------
 
 
 def listen(
@@ -309,9 +300,6 @@ def test_room_for_chance_shrinks_with_what_is_to_come() -> None:
     assert with_little_room(0.2, 1) == 0
     assert with_little_room(400, 100) == 800
     assert with_little_room(400, 100, least=True) == 600
-
-
-# -- in the headroom -------------------------------------------------------------------------------
 
 
 def test_slices_are_tried_from_the_shortest_on() -> None:

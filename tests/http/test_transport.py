@@ -50,9 +50,6 @@ def giving(reply: Any) -> Any:
     return answer
 
 
-# -- how long a slot is held -----------------------------------------------------------------------
-
-
 async def test_slot_is_held_until_the_body_is_read(library: Any, limiter: Limiter) -> None:
     """A reply's headers give nothing back; the end of its body does."""
     client = client_over(library, limiter, answering(library, b"a", b"b"))
@@ -233,9 +230,6 @@ def test_synchronous_failure_gives_the_slot_back(library: Any, limiter: Limiter)
         client.get(URL)
 
     assert in_flight(limiter) == used(limiter, "requests") == 0
-
-
-# -- as without it ---------------------------------------------------------------------------------
 
 
 async def test_each_hop_of_a_redirect_is_an_attempt(library: Any, limiter: Limiter) -> None:
@@ -438,9 +432,6 @@ async def test_waiting_in_line_does_not_eat_the_time_out(library: Any) -> None:
 
     assert in_flight(limiter) == 0
     assert provider.statistics().peak_in_flight == 1
-
-
-# -- what it costs ---------------------------------------------------------------------------------
 
 
 async def test_cost_is_read_from_the_body_by_host(library: Any, limiter: Limiter) -> None:
@@ -664,9 +655,6 @@ async def test_profile_of_ones_own_prices_and_settles(library: Any) -> None:
     assert images.available in (11, 12)  # as the last reply says, if it was listened to
 
 
-# -- layers ----------------------------------------------------------------------------------------
-
-
 async def test_call_that_is_paced_above_is_charged_once(
     library: Any, limiter: Limiter, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -800,9 +788,6 @@ async def test_retries_above_the_transport_are_mentioned_once(
     assert "pass max_retries=0 to the SDK" in record.message
 
 
-# -- making one ------------------------------------------------------------------------------------
-
-
 async def test_inner_transport_goes_by_the_first_request(library: Any, limiter: Limiter) -> None:
     """Without an inner transport, a request of httpx2 is sent by httpx2, and so on."""
     paced = limiter.transport()
@@ -881,9 +866,6 @@ async def test_memory_of_hosts_is_bounded(limiter: Limiter) -> None:
             await client.get(f"https://host{number}.test/")
 
         assert len(client._transport._reader._profiles) == 256
-
-
-# -- when it is booked -----------------------------------------------------------------------------
 
 
 async def test_a_request_is_dated_by_when_it_leaves(library: Any) -> None:

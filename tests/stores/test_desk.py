@@ -309,9 +309,6 @@ async def test_terms_that_another_worker_sets_are_told(url: str, hire: Any) -> N
     assert heard == [two.desk.ledger.terms]
 
 
-# -- without the store -----------------------------------------------------------------------------
-
-
 @pytest.mark.real_clock
 @pytest.mark.parametrize("fault", ["freeze", "kill"])
 async def test_store_that_is_gone_is_decided_about_in_300_ms(

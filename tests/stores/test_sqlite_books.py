@@ -123,9 +123,6 @@ def test_books_of_a_lost_file_are_charged_to_its_successor() -> None:
     assert (afresh.peek(0).limits[0].used, afresh.peek(0).limits[0].available) == (9, 1)
 
 
-# -- the clock -------------------------------------------------------------------------------------
-
-
 class Hands:
     """Turn a wall clock and a steady one by hand."""
 

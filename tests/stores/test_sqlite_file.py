@@ -55,9 +55,6 @@ async def used(ledger: SQLiteLedger) -> int:
     return (await ledger.peek()).limits[0].used
 
 
-# -- where it is -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("url", "path"),
     [
@@ -134,9 +131,6 @@ async def test_a_store_that_nobody_holds_closes_its_file(path: Path) -> None:
     gc.collect()
     await asyncio.to_thread(thread.join, 5)
     assert [each.name for each in path.parent.iterdir()] == ["limits.db"]
-
-
-# -- files that cannot be used ---------------------------------------------------------------------
 
 
 async def failure(path: Path) -> str:
@@ -227,9 +221,6 @@ async def test_a_file_that_may_not_be_written_is_named(path: Path) -> None:
         pass
     path.chmod(0o400)
     assert "give this user the right to write the file" in await failure(path)
-
-
-# -- a lock that is held ---------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -380,9 +371,6 @@ async def test_opening_may_take_longer_than_a_batch(
     await store.aclose()
 
 
-# -- a full disk -----------------------------------------------------------------------------------
-
-
 async def test_a_full_disk_is_an_error_and_nothing_is_booked(path: Path) -> None:
     """Space is short: StoreError says how much is free; when there is some all goes on."""
     async with opened(path) as ledger:
@@ -460,9 +448,6 @@ def test_a_disk_that_fills_up_loses_no_booking(tmp_path: Path) -> None:
         "file to another disk"
     )
     assert difference == "1"
-
-
-# -- a file that goes ------------------------------------------------------------------------------
 
 
 async def test_a_deleted_file_is_made_anew_from_what_its_users_know(path: Path) -> None:

@@ -82,9 +82,6 @@ def admit(limiter: "ScriptedLimiter", **what: Any) -> None:
     limiter.say(events.Admitted, **{**usual, **what})
 
 
-# -- metrics -----------------------------------------------------------------------------------------
-
-
 def test_names_and_units_mirror_the_stable_ones(
     limiter: "ScriptedLimiter", otel: Telemetry
 ) -> None:
@@ -239,9 +236,6 @@ def test_cardinality_is_bounded_whatever_happens(
 
     policies = {policy: point.value for policy, point in otel.points("requests", "policy").items()}
     assert policies == {"openai/user-0": 1, "openai/user-1": 1, "other": 98}
-
-
-# -- spans -------------------------------------------------------------------------------------------
 
 
 def test_a_wait_is_a_span_within_the_callers(limiter: "ScriptedLimiter", otel: Telemetry) -> None:

@@ -346,8 +346,6 @@ def test_a_missing_library_names_its_extra(
     )
 
 
-# -- several processes -------------------------------------------------------------------------------
-
 WORKER = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])

@@ -175,8 +175,6 @@ class Ledger:
             f"{path} exists and was not written by `asyncbucket run`: give another -o{remedy}"
         )
 
-    # -- lines -------------------------------------------------------------------------------------
-
     def look_up(self, request: Request) -> tuple[bytes, bool]:
         """Return the key of a line, which counts how many like it came before, and whether it is done.
 
@@ -206,8 +204,6 @@ class Ledger:
         if self._file is not None and self._out is not None:
             append(line, self._file, self._out)
             self._new.append((key,))
-
-    # -- admissions --------------------------------------------------------------------------------
 
     def admitted(self, cost: dict[str, int]) -> None:
         """Write down an admission, before its request leaves."""

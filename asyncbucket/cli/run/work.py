@@ -160,8 +160,6 @@ class Run:
         self._errors.write(self._job.secret_free(line.decode()).encode())
         self._look_for_the_end(error)
 
-    # -- the end -----------------------------------------------------------------------------------
-
     def _look_for_the_end(self, error: Exception) -> None:
         """Stop where every other request would fail likewise."""
         tally, status = self._tally, getattr(error, "status_code", None)

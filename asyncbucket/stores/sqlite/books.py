@@ -66,8 +66,6 @@ class Books:
         self.given = 0
         self.configure(terms, 0)
 
-    # -- verbs -------------------------------------------------------------------------------------
-
     def commit(self, worker: str, batch: Batch, now: int, *, life: int) -> Receipt:
         """See `asyncbucket.stores.store.Ledger.commit`; ``life`` (ns) is that of a slot."""
         self._expire(now)
@@ -146,8 +144,6 @@ class Books:
             if bucket is not None:
                 yield (key, Bucket), bucket, bucket.burst
 
-    # -- questions ---------------------------------------------------------------------------------
-
     def turn(self, worker: str, now: int) -> bool:
         """Return whether ``worker``, which waits, should ask again; change nothing."""
         waiting = self.turns.of(worker)
@@ -199,8 +195,6 @@ class Books:
         for _, _, bucket in self.accounts.values():
             total += 0 if bucket is None else bucket.tat
         return total % (1 << 31)
-
-    # -- for a batch on its way ----------------------------------------------------------------------
 
     def held(self, now: int) -> Counter[str]:
         """Count the slots that each worker holds; their names begin with its own."""
@@ -255,8 +249,6 @@ class Books:
             slot = f"{worker}:{self.given}"
             self.slots[slot] = start + life
         return Booking(Outcome.BOOKED, start, bound_by, slot)
-
-    # -- inside ------------------------------------------------------------------------------------
 
     def _expire(self, now: int) -> None:
         for living in (self.slots, self.workers):

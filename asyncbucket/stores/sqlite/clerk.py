@@ -141,8 +141,6 @@ class Clerk:
                 self._jobs.put(None)
             return self._thread
 
-    # -- on the thread -----------------------------------------------------------------------------
-
     def _work(self) -> None:
         jobs = self._jobs
         try:

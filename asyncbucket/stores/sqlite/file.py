@@ -113,8 +113,6 @@ class File:
         _INHERITED.append(self._connection)
         self._connection = None
 
-    # -- inside ------------------------------------------------------------------------------------
-
     @contextlib.contextmanager
     def _begun(self, begin: str) -> Generator[sqlite3.Connection]:
         connection = self._connected()

@@ -132,8 +132,6 @@ class SQLiteLedger:
     def __repr__(self) -> str:
         return f"<SQLiteLedger {self._name!r}, worker {self._worker}>"
 
-    # -- inside ------------------------------------------------------------------------------------
-
     def _news(self, answer: Answer) -> Terms | None:
         """Return the terms in force if they are others than we knew."""
         if answer.edition == self._edition:

@@ -96,8 +96,6 @@ class Shelf:
         self._stale = self._stale or self._dirty
         self._dirty = False
 
-    # -- inside ------------------------------------------------------------------------------------
-
     def _begin(self, connection: sqlite3.Connection, file: int, books: Books, now: int) -> None:
         connection.execute("DELETE FROM limiters WHERE until < ?", (now,))
         connection.execute("DELETE FROM journal WHERE name NOT IN (SELECT name FROM limiters)")
