@@ -9,10 +9,12 @@ httpx client with event hooks of our own would have cost openai's pool of 1,000 
 hooks on the user's would have been seen by all that the user does with it.)
 
 ``_prepare_request`` comes before the client waits for a connection, which may take a handshake or
-more. httpcore tells by its trace extension when the first byte goes out; where it is underneath,
-the booking is dated once more by that. The same extension shows the reply's headers, and so the
-limiter hears what the provider says is left: of providers that are known by their host, since a
-gateway that only looks like one may mean something else by the same names.
+more. httpcore tells by its trace extension when the body goes out; where it is underneath, the
+booking is dated once more by that. (Not when the headers do: a turn of the event loop comes between,
+a long one where many calls leave at once, and no provider counts tokens before it has the body.)
+The same extension shows the reply's headers, and so the limiter hears what the provider says is left:
+of providers that are known by their host, since a gateway that only looks like one may mean something
+else by the same names.
 """
 
 import functools
@@ -28,7 +30,7 @@ C = TypeVar("C")
 
 #: Marks the classes made here.
 _REPORTS: Final = "__asyncbucket_reports__"
-_GOES_OUT: Final = "send_request_headers.started"
+_GOES_OUT: Final = "send_request_body.started"
 _ANSWERED: Final = "receive_response_headers.complete"
 
 
