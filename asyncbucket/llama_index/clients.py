@@ -19,6 +19,7 @@ else by the same names.
 
 import functools
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any, Final, Protocol, TypeVar
 
@@ -81,8 +82,20 @@ def reporting(client: C) -> C:
     """Make ``client``, which must not be the user's own, report its requests; return it."""
     cls: Any = type(client)
     if is_client(client) and _REPORTS not in vars(cls):
+        _know_platform(client)
         client.__class__ = _reporting_class(cls)
     return client
+
+
+def _know_platform(client: Any) -> None:
+    """Have ``client`` know its platform before it is asked for anything.
+
+    An asynchronous one would find out in a thread of the event loop, with a slot held, while all of these
+    threads may be waiting for slots: ``asyncio.to_thread(llm.chat, ...)`` does so.
+    """
+    find = getattr(sys.modules[type(client).request.__module__], "get_platform", None)
+    if find is not None and getattr(client, "_platform", "") is None:
+        client._platform = find()  # noqa: SLF001 - made for this
 
 
 @functools.lru_cache(maxsize=64)

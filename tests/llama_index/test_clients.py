@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from unittest.mock import MagicMock
 
@@ -262,6 +263,27 @@ def test_mock_in_place_of_a_client_is_left_in_place() -> None:
     llm = Limiter("1 RPM").wrap(make_openai(async_openai_client=mock))
 
     assert llm._get_aclient() is mock
+
+
+class NoThreads(ThreadPoolExecutor):
+    """A pool of threads that all wait for slots."""
+
+    def submit(self, *_: Any, **__: Any) -> Any:
+        """Fail, rather than wait for ever."""
+        raise AssertionError("a call that holds a slot waits for a thread")
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=name_of)
+async def test_call_that_holds_a_slot_needs_no_thread_of_the_loop(
+    make: Callable[..., LLM], openai_api: "ScriptedOpenAI"
+) -> None:
+    """They may all wait for slots: ``asyncio.to_thread(llm.chat, ...)`` does."""
+    with NoThreads() as threads:
+        asyncio.get_running_loop().set_default_executor(threads)
+
+        await Limiter("1000 RPM").wrap(make()).achat(MESSAGES)
+
+    assert len(openai_api.requests) == 1
 
 
 # -- dating ----------------------------------------------------------------------------------------
