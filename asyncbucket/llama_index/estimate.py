@@ -195,6 +195,8 @@ class _Sent:
     def add_message(self, message: "ChatMessage") -> None:
         """Add a message: its blocks, and the tool calls that older integrations keep beside them."""
         self.tokens += _A_MESSAGE
+        if not hasattr(message, "blocks"):
+            return  # it is none, which the model says better
         for block in message.blocks:
             self.add_block(block)
         extra = message.additional_kwargs

@@ -32,8 +32,12 @@ class Pacing:
         retry: Retry | int | None = None,
         estimator: Estimator | None = None,
     ) -> None:
+        if not isinstance(limiter, Limiter):
+            raise TypeError(f"limiter= takes a Limiter, not {limiter!r}")
         methods = ("chat", "completion", "embedding")
-        if estimator is not None and not any(hasattr(estimator, name) for name in methods):
+        if isinstance(estimator, type) or not (
+            estimator is None or any(hasattr(estimator, name) for name in methods)
+        ):
             raise TypeError(
                 f"an estimator has chat(), completion() and embedding(), or those that are asked, "
                 f"not {estimator!r}"
