@@ -171,10 +171,9 @@ class DefaultEstimator:
         arguments = {**fields, **_additional_kwargs(model), **kwargs}
         for name in _SENT:
             sent.add_argument(arguments.get(name))
-        limit = next(filter(None, (_whole(arguments.get(name)) for name in _LIMITS_OF_OUTPUT)), 0)
-        limit = limit or next(
-            filter(None, (_whole(getattr(model, name, None)) for name in _LIMITS_OF_OUTPUT)), 0
-        )
+        told = (arguments.get(name) for name in _LIMITS_OF_OUTPUT)
+        always = (getattr(model, name, None) for name in _LIMITS_OF_OUTPUT)
+        limit = next(filter(None, map(_whole, (*told, *always))), 0)
         replies = max(1, *(_whole(arguments.get(name)) for name in _REPLIES))
         return Estimate(
             input_tokens=self.count(*sent.texts) + sent.tokens,
