@@ -9,14 +9,17 @@ httpx client with event hooks of our own would have cost openai's pool of 1,000 
 hooks on the user's would have been seen by all that the user does with it.)
 
 ``_prepare_request`` comes before the client waits for a connection, which may take a handshake or
-more. httpcore tells by its trace extension when the first byte goes out; where it is underneath,
-the booking is dated once more by that. The same extension shows the reply's headers, and so the
-limiter hears what the provider says is left: of providers that are known by their host, since a
-gateway that only looks like one may mean something else by the same names.
+more. httpcore tells by its trace extension when the body goes out; where it is underneath, the
+booking is dated once more by that. (Not when the headers do: a turn of the event loop comes between,
+a long one where many calls leave at once, and no provider counts tokens before it has the body.)
+The same extension shows the reply's headers, and so the limiter hears what the provider says is left:
+of providers that are known by their host, since a gateway that only looks like one may mean something
+else by the same names.
 """
 
 import functools
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any, Final, Protocol, TypeVar
 
@@ -28,7 +31,7 @@ C = TypeVar("C")
 
 #: Marks the classes made here.
 _REPORTS: Final = "__asyncbucket_reports__"
-_GOES_OUT: Final = "send_request_headers.started"
+_GOES_OUT: Final = "send_request_body.started"
 _ANSWERED: Final = "receive_response_headers.complete"
 
 
@@ -79,8 +82,20 @@ def reporting(client: C) -> C:
     """Make ``client``, which must not be the user's own, report its requests; return it."""
     cls: Any = type(client)
     if is_client(client) and _REPORTS not in vars(cls):
+        _know_platform(client)
         client.__class__ = _reporting_class(cls)
     return client
+
+
+def _know_platform(client: Any) -> None:
+    """Have ``client`` know its platform before it is asked for anything.
+
+    An asynchronous one would find out in a thread of the event loop, with a slot held, while all of these
+    threads may be waiting for slots: ``asyncio.to_thread(llm.chat, ...)`` does so.
+    """
+    find = getattr(sys.modules[type(client).request.__module__], "get_platform", None)
+    if find is not None and getattr(client, "_platform", "") is None:
+        client._platform = find()  # noqa: SLF001 - made for this
 
 
 @functools.lru_cache(maxsize=64)

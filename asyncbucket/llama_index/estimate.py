@@ -171,10 +171,9 @@ class DefaultEstimator:
         arguments = {**fields, **_additional_kwargs(model), **kwargs}
         for name in _SENT:
             sent.add_argument(arguments.get(name))
-        limit = next(filter(None, (_whole(arguments.get(name)) for name in _LIMITS_OF_OUTPUT)), 0)
-        limit = limit or next(
-            filter(None, (_whole(getattr(model, name, None)) for name in _LIMITS_OF_OUTPUT)), 0
-        )
+        told = (arguments.get(name) for name in _LIMITS_OF_OUTPUT)
+        always = (getattr(model, name, None) for name in _LIMITS_OF_OUTPUT)
+        limit = next(filter(None, map(_whole, (*told, *always))), 0)
         replies = max(1, *(_whole(arguments.get(name)) for name in _REPLIES))
         return Estimate(
             input_tokens=self.count(*sent.texts) + sent.tokens,
@@ -195,6 +194,8 @@ class _Sent:
     def add_message(self, message: "ChatMessage") -> None:
         """Add a message: its blocks, and the tool calls that older integrations keep beside them."""
         self.tokens += _A_MESSAGE
+        if not hasattr(message, "blocks"):
+            return  # it is none, which the model says better
         for block in message.blocks:
             self.add_block(block)
         extra = message.additional_kwargs

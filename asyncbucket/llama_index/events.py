@@ -1,14 +1,16 @@
-"""Queueing, as LlamaIndex's instrumentation shows it."""
+"""Queueing, as LlamaIndex's instrumentation shows it, and the admission of which it tells."""
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextvars import ContextVar
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
 from pydantic import ConfigDict
 
+from asyncbucket.http.running import make_way
+from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.lease import Lease
 
 _dispatcher: Final = get_dispatcher(__name__)
@@ -73,14 +75,22 @@ class RateLimitPauseEvent(RateLimitEvent):
     reason: str
 
 
-@contextlib.contextmanager
-def told_of_waits() -> Generator[None]:
-    """Keep others from telling of the admissions that are asked for inside: that is done here."""
-    _told.set(True)
-    try:
-        yield
-    finally:
-        _told.set(False)  # no token: a coroutine may be closed in another context than it ran in
+async def admit(limiter: Limiter, amounts: Mapping[str, Any]) -> Lease:
+    """Wait for the admission of a call and tell of the wait; the calls around it make way."""
+    make_way(limiter)
+    with _told_here():
+        lease = await limiter.acquire(**amounts)
+    _tell_of_wait(lease, limiter)
+    return lease
+
+
+def admit_sync(limiter: Limiter, amounts: Mapping[str, Any]) -> Lease:
+    """Do what `admit` does, on a thread that may be blocked."""
+    make_way(limiter)
+    with _told_here():
+        lease = limiter.acquire_sync(**amounts)
+    _tell_of_wait(lease, limiter)
+    return lease
 
 
 def is_told() -> bool:
@@ -88,9 +98,18 @@ def is_told() -> bool:
     return _told.get()
 
 
-def tell_of_wait(lease: Lease, limiter: str) -> None:
-    """Tell of the wait for ``lease``, if there was one; admissions inside `told_of_waits` do so."""
+@contextlib.contextmanager
+def _told_here() -> Generator[None]:
+    """Keep others from telling of the admissions that are asked for inside."""
+    _told.set(True)
+    try:
+        yield
+    finally:
+        _told.set(False)  # no token: a coroutine may be closed in another context than it ran in
+
+
+def _tell_of_wait(lease: Lease, limiter: Limiter) -> None:
     if lease.waited > 0:
         _dispatcher.event(
-            RateLimitWaitEvent(waited=lease.waited, bound_by=lease.bound_by, limiter=limiter)
+            RateLimitWaitEvent(waited=lease.waited, bound_by=lease.bound_by, limiter=limiter.name)
         )

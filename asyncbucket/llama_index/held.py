@@ -13,10 +13,10 @@ from typing import Any
 
 from asyncbucket.http.held import Held, around, holding
 from asyncbucket.http.learn import Ear
+from asyncbucket.http.usage import Usage
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.lease import Lease
 from asyncbucket.limiter.levels import is_under
-from asyncbucket.llama_index.usage import Usage
 
 
 class HeldCall(Held):

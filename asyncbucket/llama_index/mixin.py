@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from llama_index.core.schema import BaseComponent
+
 from asyncbucket.limiter import Limiter
 from asyncbucket.llama_index.clients import is_client, reporting, without_retries
 from asyncbucket.llama_index.copies import reduce
@@ -48,6 +50,17 @@ class Paced:
         def limiter(self) -> Limiter:
             """The limiter that paces this model."""
             return self._pacing.limiter
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        mro = cls.__mro__
+        if BaseComponent in mro[: mro.index(Paced)]:
+            bases = sorted(cls.__bases__, key=lambda base: not issubclass(base, Paced))
+            right = ", ".join(base.__name__ for base in bases)
+            raise TypeError(
+                f"{cls.__name__} would not be paced: the methods of a class that comes first hide the "
+                f"mixin's; write class {cls.__name__}({right})"
+            )
 
     def __init__(
         self,

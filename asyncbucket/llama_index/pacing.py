@@ -7,14 +7,13 @@ from typing import Any, Self, TypeVar
 
 from asyncbucket.context import inherited
 from asyncbucket.http.learn import Ear
-from asyncbucket.http.running import make_way
+from asyncbucket.http.usage import Usage, usage_of
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.lease import Lease
 from asyncbucket.limiter.levels import asked, in_force, provider_of
 from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator, Observer
-from asyncbucket.llama_index.events import tell_of_wait, told_of_waits
+from asyncbucket.llama_index.events import admit, admit_sync
 from asyncbucket.llama_index.held import HeldCall, held_call, note_usage
-from asyncbucket.llama_index.usage import Usage, usage_of
 from asyncbucket.retry import Retrier, Retry, classify
 
 T = TypeVar("T")
@@ -32,8 +31,12 @@ class Pacing:
         retry: Retry | int | None = None,
         estimator: Estimator | None = None,
     ) -> None:
+        if not isinstance(limiter, Limiter):
+            raise TypeError(f"limiter= takes a Limiter, not {limiter!r}")
         methods = ("chat", "completion", "embedding")
-        if estimator is not None and not any(hasattr(estimator, name) for name in methods):
+        if isinstance(estimator, type) or not (
+            estimator is None or any(hasattr(estimator, name) for name in methods)
+        ):
             raise TypeError(
                 f"an estimator has chat(), completion() and embedding(), or those that are asked, "
                 f"not {estimator!r}"
@@ -121,19 +124,11 @@ class Pacing:
 
     async def admit(self, estimate: Estimate) -> Lease:
         """Wait for the admission of a call that costs ``estimate``."""
-        make_way(self.limiter)
-        with told_of_waits():
-            lease = await self.limiter.acquire(**self._amounts(estimate))
-        tell_of_wait(lease, self.limiter.name)
-        return lease
+        return await admit(self.limiter, self._amounts(estimate))
 
     def admit_sync(self, estimate: Estimate) -> Lease:
         """Do what `admit` does, on a thread that may be blocked."""
-        make_way(self.limiter)
-        with told_of_waits():
-            lease = self.limiter.acquire_sync(**self._amounts(estimate))
-        tell_of_wait(lease, self.limiter.name)
-        return lease
+        return admit_sync(self.limiter, self._amounts(estimate))
 
     def settle(self, lease: Lease, usage: Usage | None) -> None:
         """Correct what was reserved by what a whole reply used, where that is known."""
@@ -148,7 +143,7 @@ class Pacing:
         left = None if here is None else here.seconds_left()
         return None if left is None else self.limiter.now() + left
 
-    def _amounts(self, estimate: Estimate) -> dict[str, Any]:
+    def _amounts(self, estimate: Estimate) -> dict[str, float]:
         """Return the tokens to reserve: a guess of the output must not make a call impossible."""
         if not isinstance(estimate, Estimate):
             raise TypeError(f"{self.estimator!r} returned {estimate!r}; it returns an Estimate")

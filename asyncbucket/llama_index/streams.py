@@ -28,11 +28,11 @@ from llama_index_instrumentation.dispatcher import active_instrument_tags
 from llama_index_instrumentation.span import active_span_id
 
 from asyncbucket.context import inherited, put_back
+from asyncbucket.http.usage import Usage, usage_of
 from asyncbucket.limiter.lease import Lease
 from asyncbucket.llama_index.estimate import Estimate
 from asyncbucket.llama_index.held import HeldCall
 from asyncbucket.llama_index.pacing import Pacing
-from asyncbucket.llama_index.usage import Usage, usage_of
 from asyncbucket.retry import classify
 
 if TYPE_CHECKING:

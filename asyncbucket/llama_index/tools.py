@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar, cast
 
 from llama_index.core.tools.types import AsyncBaseTool
 
-from asyncbucket.http.running import is_running, make_way, running
+from asyncbucket.http.running import is_running, running
 from asyncbucket.limiter import Limiter
-from asyncbucket.llama_index.events import tell_of_wait, told_of_waits
+from asyncbucket.llama_index.events import admit, admit_sync
 from asyncbucket.wording import shown
 
 T = TypeVar("T")
@@ -54,33 +54,23 @@ class ToolPacing:
         """Return what ``send()`` does, paced; or just that within a call of the same tool."""
         if is_running(tool):
             return await send()
-        amounts = self._amounts(send)
-        make_way(self.limiter)
-        with told_of_waits():
-            lease = await self.limiter.acquire(**amounts)
-        tell_of_wait(lease, self.limiter.name)
-        with lease, running(tool, lease):
+        with await admit(self.limiter, self._amounts(send)) as lease, running(tool, lease):
             return await send()
 
     def call_sync(self, tool: object, send: "functools.partial[T]") -> T:
         """Do what `call` does, on a thread that may be blocked."""
         if is_running(tool):
             return send()
-        amounts = self._amounts(send)
-        make_way(self.limiter)
-        with told_of_waits():
-            lease = self.limiter.acquire_sync(**amounts)
-        tell_of_wait(lease, self.limiter.name)
-        with lease, running(tool, lease):
+        with admit_sync(self.limiter, self._amounts(send)) as lease, running(tool, lease):
             return send()
 
-    def _amounts(self, send: "functools.partial[Any]") -> dict[str, Any]:
+    def _amounts(self, send: "functools.partial[Any]") -> Mapping[str, float]:
         amounts = self._price(*send.args, **send.keywords)
         if not isinstance(amounts, Mapping):
             raise TypeError(
                 f"cost= returned {shown(amounts)}; it returns amounts by resource, {{'images': 3}}"
             )
-        return dict(amounts)
+        return amounts
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         """Be shared: a copy of a tool spends from the same budget."""

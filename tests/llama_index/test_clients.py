@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from unittest.mock import MagicMock
 
+import httpcore
 import httpx
 import openai
 import pytest
@@ -263,6 +265,27 @@ def test_mock_in_place_of_a_client_is_left_in_place() -> None:
     assert llm._get_aclient() is mock
 
 
+class NoThreads(ThreadPoolExecutor):
+    """A pool of threads that all wait for slots."""
+
+    def submit(self, *_: Any, **__: Any) -> Any:
+        """Fail, rather than wait for ever."""
+        raise AssertionError("a call that holds a slot waits for a thread")
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=name_of)
+async def test_call_that_holds_a_slot_needs_no_thread_of_the_loop(
+    make: Callable[..., LLM], openai_api: "ScriptedOpenAI"
+) -> None:
+    """They may all wait for slots: ``asyncio.to_thread(llm.chat, ...)`` does."""
+    with NoThreads() as threads:
+        asyncio.get_running_loop().set_default_executor(threads)
+
+        await Limiter("1000 RPM").wrap(make()).achat(MESSAGES)
+
+    assert len(openai_api.requests) == 1
+
+
 # -- dating ----------------------------------------------------------------------------------------
 
 
@@ -286,29 +309,45 @@ async def test_booking_is_dated_when_the_request_leaves(
     assert seen == [0, 1, 2]
 
 
-async def test_booking_is_dated_again_when_the_first_byte_goes_out(
-    rate_limited_provider: "ProviderFactory", monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("synchronous", [False, True])
+async def test_booking_is_dated_again_when_the_body_goes_out(
+    monkeypatch: pytest.MonkeyPatch, *, synchronous: bool
 ) -> None:
-    """A connection takes its time; over real HTTP the last word is httpcore's."""
-    provider = rate_limited_provider()
-    seen: list[int] = []
+    """Connections take their time, and so does the loop between head and body of a request."""
+    seen: list[str] = []
+
+    def write(_: object, buffer: bytes, **__: Any) -> None:
+        if buffer:
+            seen.append("body" if buffer.startswith(b"{") else "head")
+
+    async def write_async(_: object, buffer: bytes, **__: Any) -> None:
+        write(_, buffer)
 
     def sent(_: Lease) -> None:
-        seen.append(1)
+        seen.append("dated")
 
     monkeypatch.setattr(Lease, "sent", sent)
-    async with httpx.AsyncClient() as client:
-        inner = OpenAI(api_key="k", api_base=provider.base_url, async_http_client=client)
+    monkeypatch.setattr(httpcore.MockStream, "write", write)
+    monkeypatch.setattr(httpcore.AsyncMockStream, "write", write_async)
+    reply = b'{"choices": [{"message": {"role": "assistant", "content": "hi"}}]}'
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    wire = [head % len(reply), reply]
+    there, there_async = httpx.HTTPTransport(), httpx.AsyncHTTPTransport()
+    there._pool = httpcore.ConnectionPool(network_backend=httpcore.MockBackend(wire))
+    there_async._pool = httpcore.AsyncConnectionPool(
+        network_backend=httpcore.AsyncMockBackend(wire)
+    )
+    with httpx.Client(transport=there) as client:
+        async with httpx.AsyncClient(transport=there_async) as async_client:
+            llm = Limiter("1000 RPM").wrap(
+                make_openai(http_client=client, async_http_client=async_client)
+            )
+            if synchronous:
+                await asyncio.to_thread(llm.chat, MESSAGES)
+            else:
+                await llm.achat(MESSAGES)
 
-        await Limiter("1000 RPM").wrap(inner).achat(MESSAGES)
-
-    assert len(seen) == 2
-    with httpx.Client() as http_client:
-        inner = OpenAI(api_key="k", api_base=provider.base_url, http_client=http_client)
-
-        await asyncio.to_thread(Limiter("1000 RPM").wrap(inner).chat, MESSAGES)
-
-    assert len(seen) == 4
+    assert seen == ["dated", "head", "dated", "body"]
 
 
 async def test_call_of_several_requests_is_booked_as_several(openai_api: "ScriptedOpenAI") -> None:

@@ -30,6 +30,7 @@ from llama_index.llms.openai import OpenAI, OpenAIResponses
 from pydantic import BaseModel
 
 from asyncbucket.http.forecast import OutputForecast
+from asyncbucket.http.usage import usage_of
 from asyncbucket.llama_index.estimate import (
     DefaultEstimator,
     Estimate,
@@ -37,7 +38,6 @@ from asyncbucket.llama_index.estimate import (
     Observer,
 )
 from asyncbucket.llama_index.tokens import bundled_tokenizer
-from asyncbucket.llama_index.usage import usage_of
 from asyncbucket.testing.provider import RateLimitedProvider
 
 FRAME = 4 + 3

@@ -21,7 +21,7 @@ from llama_index.core.tools import FunctionTool
 from llama_index.llms.azure_openai import AzureOpenAI
 from llama_index.llms.openai import OpenAI, OpenAIResponses
 from llama_index.llms.openai_like import OpenAILike
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from asyncbucket import CostExceedsLimit, Limiter
 from asyncbucket.llama_index import Estimate, RateLimitWaitEvent
@@ -547,6 +547,14 @@ async def test_messages_are_those_of_the_call(openai_api: "ScriptedOpenAI") -> N
     llm.chat(messages)
 
     assert [len(body["messages"]) for body in openai_api.bodies] == [1, 1]
+
+
+async def test_text_in_place_of_messages_is_refused_by_the_model() -> None:
+    """It says what it takes; the estimate, which comes first, does not stumble over it."""
+    text: Any = "hi"
+
+    with pytest.raises(ValidationError, match=r"Input should be .* ChatMessage"):
+        await Limiter("100 RPM").wrap(make_openai()).achat(text)
 
 
 async def test_call_over_a_limit_fails_at_once(openai_api: "ScriptedOpenAI") -> None:

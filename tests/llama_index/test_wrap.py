@@ -23,7 +23,12 @@ from openai import AsyncOpenAI
 from pydantic import BaseModel
 
 from asyncbucket import Limiter, pace
-from asyncbucket.llama_index import RateLimitedEmbedding, RateLimitedLLM, wrap
+from asyncbucket.llama_index import (
+    DefaultEstimator,
+    RateLimitedEmbedding,
+    RateLimitedLLM,
+    wrap,
+)
 
 KEY = "sk-very-secret"
 
@@ -307,6 +312,23 @@ def test_mixin_without_a_limiter_says_so() -> None:
         PacedOpenAI(api_key=KEY)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]  # the point
 
 
+def test_mixin_with_anything_but_a_limiter_says_so() -> None:
+    """Not in the words of whoever stumbles over it."""
+    with pytest.raises(TypeError, match="limiter= takes a Limiter, not 500"):
+        PacedOpenAI(api_key=KEY, limiter=500)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]  # the point
+
+
+@pytest.mark.parametrize(
+    ("model", "mixin"), [(OpenAI, RateLimitedLLM), (MockEmbedding, RateLimitedEmbedding)]
+)
+def test_mixin_behind_the_model_is_refused(model: type[Any], mixin: type[Any]) -> None:
+    """It would be hidden by the model's methods, and pace nothing."""
+    right = rf"Mine would not be paced: .*; write class Mine\({mixin.__name__}, {model.__name__}\)$"
+
+    with pytest.raises(TypeError, match=right):
+        type("Mine", (model, mixin), {})
+
+
 def test_subclass_of_a_paced_class_keeps_its_defaults() -> None:
     """The 0 that keeps others from retrying is nobody's default."""
 
@@ -369,7 +391,8 @@ def test_what_is_made_of_models_is_told_what_to_wrap() -> None:
         limiter.wrap(agent)
 
 
-def test_what_estimates_nothing_is_refused() -> None:
-    """At once, not by the first call."""
+@pytest.mark.parametrize("estimator", [5, DefaultEstimator])
+def test_what_estimates_nothing_is_refused(estimator: Any) -> None:
+    """At once, not by the first call; a class in place of an estimator too."""
     with pytest.raises(TypeError, match=r"an estimator has chat\(\), completion\(\) and embedding"):
-        Limiter("1 RPM").wrap(MockLLM(), estimator=5)
+        Limiter("1 RPM").wrap(MockLLM(), estimator=estimator)
