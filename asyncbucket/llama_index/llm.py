@@ -40,8 +40,6 @@ class RateLimitedLLM(RateLimitedPrediction, ABC):
     is paced by them.
     """
 
-    # -- asynchronous ------------------------------------------------------------------------------
-
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         messages = list(messages)  # the call may go out later, when the list has grown
         send = functools.partial(super().achat, messages, **kwargs)
@@ -76,8 +74,6 @@ class RateLimitedLLM(RateLimitedPrediction, ABC):
             ask_for_usage=_has_to_ask(self, kwargs),
         )
 
-    # -- synchronous -------------------------------------------------------------------------------
-
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         messages = list(messages)
         send = functools.partial(super().chat, messages, **kwargs)
@@ -107,8 +103,6 @@ class RateLimitedLLM(RateLimitedPrediction, ABC):
             self._completion_cost(prompt, kwargs),
             ask_for_usage=_has_to_ask(self, kwargs),
         )
-
-    # -- what a call costs -------------------------------------------------------------------------
 
     def _chat_cost(
         self, messages: Sequence[ChatMessage], kwargs: dict[str, Any]

@@ -59,8 +59,6 @@ class Pacing:
             new.estimator = self.estimator  # it knows the replies so far
         return new
 
-    # -- one call ----------------------------------------------------------------------------------
-
     async def call(
         self,
         send: Callable[[], Awaitable[T]],
@@ -120,8 +118,6 @@ class Pacing:
             self.settle(lease, read(reply) or held.usage)
             return reply
 
-    # -- before and after it -----------------------------------------------------------------------
-
     async def admit(self, estimate: Estimate) -> Lease:
         """Wait for the admission of a call that costs ``estimate``."""
         return await admit(self.limiter, self._amounts(estimate))
@@ -154,8 +150,6 @@ class Pacing:
             elif limit.resource == "tokens":
                 output = min(output, limit.amount - estimate.input_tokens)
         return {"input_tokens": estimate.input_tokens, "output_tokens": max(0, output)}
-
-    # -- copies ------------------------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         """Be shared: a copy of a model spends from the same budget."""

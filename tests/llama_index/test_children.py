@@ -274,9 +274,6 @@ def test_child_out_of_its_own_limit_holds_up_nobody_else(virtual_time: VirtualTi
     virtual_time.run(main())
 
 
-# -- copies ----------------------------------------------------------------------------------------
-
-
 def tree() -> tuple[Limiter, Limiter]:
     """Return a limiter and one under it, made on every term that there is."""
     root = Limiter("100 RPM burst 7", concurrency=5, name="openai", timeout=50, max_queue=90)

@@ -98,9 +98,6 @@ def name_of(make: Callable[..., Any]) -> str:
     return make.__name__.removeprefix("make_")
 
 
-# -- retries ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("make", MAKERS, ids=name_of)
 def test_always_429_is_five_requests_for_one_call(
     make: Callable[..., LLM], openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
@@ -194,9 +191,6 @@ def test_429_pauses_all_models_of_the_limiter(
     assert limiter.statistics().upstream_429 == 1
 
 
-# -- clients ---------------------------------------------------------------------------------------
-
-
 def test_client_of_the_user_is_left_alone() -> None:
     """Ours is a copy on the same connections, of a class that is still the SDK's."""
     theirs = AsyncOpenAI(api_key="k", base_url=API_BASE, max_retries=4)
@@ -284,9 +278,6 @@ async def test_call_that_holds_a_slot_needs_no_thread_of_the_loop(
         await Limiter("1000 RPM").wrap(make()).achat(MESSAGES)
 
     assert len(openai_api.requests) == 1
-
-
-# -- dating ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=name_of)

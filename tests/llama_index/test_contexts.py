@@ -255,9 +255,6 @@ def test_tenants_agents_share_by_their_limits(bench: Bench) -> None:
     assert ends["small"] >= 60
 
 
-# -- deadlines -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("kind", ["agent", "workflow", "engine"])
 def test_run_that_cannot_make_its_deadline_fails_at_once(

@@ -73,9 +73,6 @@ def input_of(*blocks: ContentBlock, **options: Any) -> int:
     return DefaultEstimator(words).chat(MockLLM(), [message], {}).input_tokens - FRAME
 
 
-# -- the input -------------------------------------------------------------------------------------
-
-
 def test_every_message_counts_and_its_frame(llm: LLM) -> None:
     """System prompt, question and answer: their tokens, 4 each, and 3 for the reply."""
     messages = [
@@ -257,9 +254,6 @@ def test_embeddings_cost_their_texts() -> None:
     assert DefaultEstimator(words).embedding([""]) == 1
 
 
-# -- the output ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "max_output_tokens"])
 def test_limit_of_the_call_counts(llm: LLM, name: str) -> None:
     """A limit by any of its names is what a provider may charge, and no guess."""
@@ -309,9 +303,6 @@ def test_output_is_foreseen_from_replies(llm: LLM) -> None:
 
     assert estimator.completion(llm, "?", {}).output_tokens == 20
     assert repr(estimator) == "<DefaultEstimator <OutputForecast 20 tokens from 13 replies>>"
-
-
-# -- the forecast ----------------------------------------------------------------------------------
 
 
 def test_forecast_starts_as_stated() -> None:
@@ -408,9 +399,6 @@ def test_senseless_forecasts_are_refused(wrong: dict[str, Any], message: str) ->
         _ = OutputForecast(**wrong)
 
     assert str(caught.value) == message
-
-
-# -- the protocol, and the truth -------------------------------------------------------------------
 
 
 def test_default_estimator_is_what_it_says() -> None:

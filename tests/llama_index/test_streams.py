@@ -465,9 +465,6 @@ async def test_span_of_a_stream_is_below_that_of_its_caller(
     assert active_span_id.get() is None
 
 
-# -- usage -----------------------------------------------------------------------------------------
-
-
 def test_events_of_a_stream_are_its_callers(instrumentation: "Instrumentation") -> None:
     """The wait, the start and what follows have the tags, and the wait the span, of who asked."""
     with virtual_time() as time:
@@ -601,9 +598,6 @@ async def test_stream_broken_off_stays_booked_as_reserved() -> None:
     await stream.aclose()
 
     assert limiter.statistics().limits[0].used == 500
-
-
-# -- retries ---------------------------------------------------------------------------------------
 
 
 def test_429_of_a_stream_is_retried_at_its_first_item(

@@ -328,9 +328,6 @@ def test_spans_are_those_of_the_tool(instrumentation: Any) -> None:
     assert after == before
 
 
-# -- tools that call -------------------------------------------------------------------------------
-
-
 class Tree:
     """A limiter of one slot with a child for models and one for tools."""
 

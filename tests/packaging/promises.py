@@ -65,9 +65,6 @@ def limiter() -> Limiter:
     return Limiter("6000 RPM", "2M TPM", concurrency=3, name="packaged")
 
 
-# --------------------------------------------------------------------------- without any extra
-
-
 def paces_calls() -> None:
     """Limiter, TokenBucket, a child and a tenant, on an event loop."""
 
@@ -154,8 +151,6 @@ CORE = (
     has_virtual_time,
 )
 
-# ----------------------------------------------------------------------------- a model to call
-
 _REPLY = {
     "id": "1",
     "object": "chat.completion",
@@ -207,9 +202,6 @@ def a_model() -> Generator[str]:
         yield f"http://127.0.0.1:{server.server_port}/v1"
         server.shutdown()
         thread.join()
-
-
-# --------------------------------------------------------------------------- with an extra each
 
 
 def wraps_a_model() -> None:
