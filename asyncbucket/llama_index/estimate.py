@@ -177,7 +177,7 @@ class DefaultEstimator:
         replies = max(1, *(_whole(arguments.get(name)) for name in _REPLIES))
         return Estimate(
             input_tokens=self.count(*sent.texts) + sent.tokens,
-            output_tokens=(limit or self._forecast.foresee()) * replies,
+            output_tokens=limit * replies or self._forecast.foresee(),  # which is of whole calls
             foreseen=not limit,
         )
 

@@ -305,6 +305,14 @@ def test_output_is_foreseen_from_replies(llm: LLM) -> None:
     assert repr(estimator) == "<DefaultEstimator <OutputForecast 20 tokens from 13 replies>>"
 
 
+def test_replies_that_come_together_are_foreseen_together(llm: LLM) -> None:
+    """What calls for four replies took in all is what the next such call reserves, not four times that."""
+    estimator = DefaultEstimator()
+    estimator.observe(4_000)
+
+    assert estimator.completion(llm, "?", {"n": 4}).output_tokens == 4_000
+
+
 def test_forecast_starts_as_stated() -> None:
     """256 tokens, or what is asked for, before any reply was seen."""
     assert OutputForecast().foresee() == 256
