@@ -507,8 +507,8 @@ def test_dry_run_says_the_same_as_json() -> None:
         (["in.jsonl", "--rpm", "1", "--errors", "-"], "--errors takes a file, standard output"),
         (["in.jsonl", "--also", "many"], "'many' is no limit"),
         (
-            ["in.jsonl", "--also", "500 calls/minute"],
-            "no request takes any calls, so 500 calls per 60 s would hold up none: limit requests, ",
+            ["in.jsonl", "--also", "500 pages/minute"],
+            "no request takes any pages, so 500 pages per 60 s would hold up none: limit requests, ",
         ),
         (["in.jsonl", "--rpm", "1", "--profile", "x"], "no profile is called 'x'"),
     ],
