@@ -10,11 +10,7 @@ from typing import Final
 from asyncbucket.errors import CostExceedsLimit
 from asyncbucket.gates import Gates
 from asyncbucket.holders import BlockedLoops
-from asyncbucket.loops import (
-    Background,
-    reset_after_fork,
-    thread_switches_only_at_calls,
-)
+from asyncbucket.loops import Background, reset_after_fork, thread_switches_only_at_calls
 from asyncbucket.meters import Amounts
 from asyncbucket.node import Node
 from asyncbucket.pacer import Pacer
@@ -55,8 +51,8 @@ class Budget:
         #: Where the root's limits are kept elsewhere: what each loop hands those over to who go next.
         self.outlet_for: Callable[[asyncio.AbstractEventLoop], Outlet] | None = None
         self.pacers: dict[asyncio.AbstractEventLoop, Pacer] = {}
-        #: Tells processes apart: calls up to that number, by arrival and by admission, are a parent's.
-        self.epoch = self.inherited = 0
+        #: Tells processes apart: whoever came before it, and leases of another one, are a parent's.
+        self.epoch = 0
         self.blocked = BlockedLoops()
         self.background = Background()
         #: How many calls have stood in line so far; each has its number.

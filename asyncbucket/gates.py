@@ -14,13 +14,15 @@ _SIMPLE: Final = (Bucket, Window, Slots)
 class Gates:
     """Put meters side by side: a call passes all of them at once, each by its own resource."""
 
-    __slots__ = ("_simple", "_takes", "limits", "meters", "slots", "windows")
+    __slots__ = ("_simple", "_takes", "lent", "limits", "meters", "slots", "windows")
 
     def __init__(self, meters: Iterable[tuple[Meter, str]], limits: tuple[Limit, ...] = ()) -> None:
         #: Each meter with the resource that it counts.
         self.meters = tuple(meters)
         #: The limits that they, or others elsewhere, keep.
         self.limits = limits
+        #: Slots that were here and have been given back before the end.
+        self.lent: tuple[Slots, ...] = ()
         self._takes = tuple((meter.take, resource) for meter, resource in self.meters)
         self.windows = tuple(
             (meter, resource) for meter, resource in self.meters if isinstance(meter, Window)
@@ -37,6 +39,12 @@ class Gates:
         """Return these gates without those whose slots would do if so many came back."""
         free = {slots for slots in self.slots if slots.available(0) + back > 0}
         return Gates(each for each in self.meters if each[0] not in free)
+
+    def without(self, lent: tuple[Slots, ...]) -> "Gates":
+        """Return these gates without slots that have been given back."""
+        gates = Gates(each for each in self.meters if each[0] not in lent)
+        gates.lent = self.lent + lent
+        return gates
 
     def take(self, amounts: Amounts, now: int) -> bool:
         """Book ``amounts`` in all meters if all allow it now, else in none."""

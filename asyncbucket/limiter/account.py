@@ -67,7 +67,7 @@ class Account(Books):
         self.keys: Keys[Limiter] | None = None
         self.limits: dict[Key, tuple[Limit, Window, Bucket | None]] = {}
         self.slots: Slots | None = None
-        #: How many calls the root had admitted when there came to be slots: these hold one, too.
+        #: How many calls hold a slot that were in flight when there came to be slots.
         self.early = 0
         #: What finds the number of slots, where it is not given.
         self.adaptive: Adaptive | None = None
@@ -104,6 +104,7 @@ class Account(Books):
     def after_fork(self) -> None:
         """See `Node.after_fork`: the slots that are taken are the parent's."""
         super().after_fork()
+        self.early = 0
         if self.slots is not None:
             self.slots.used = 0
         for _, window, _ in self.limits.values():
@@ -201,6 +202,15 @@ class Account(Books):
             self.remote.pause(until - now, gradually=gradually)
         self.budget.ring_locked(self)
 
+    def end_early_locked(self, gates: Gates) -> bool:
+        """Give back the slot of a call through ``gates`` if it was in flight before there were any."""
+        slots = self.slots
+        if not self.early or slots is None or slots in gates.slots or slots in gates.lent:
+            return False
+        self.early -= 1
+        slots.give_back()
+        return True
+
     def resize_locked(self) -> None:
         """Take over the number of slots that was found, and let in whoever fits by it."""
         assert self.adaptive is not None
@@ -284,8 +294,8 @@ class Account(Books):
             size = self.adaptive.size
         if self.slots is None:
             self.slots = Slots(size=size)
-            self.slots.book(self.in_flight, 0)
-            self.early = self.path[-1].admitted
+            self.early = self.in_flight
+            self.slots.book(self.early, 0)
         else:
             self.slots.reshape(size=size)
 

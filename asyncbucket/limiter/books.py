@@ -65,8 +65,6 @@ class Books(Node):
         """Begin anew in a child process: the leases in flight are the parent's."""
         super().after_fork()
         self.ended = self.admitted
-        if self.parent is None:
-            self.budget.inherited = self.admitted
 
     def refuse_locked(self) -> None:
         """Count a call that was turned away, here and above."""

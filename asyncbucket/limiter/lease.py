@@ -16,7 +16,7 @@ from asyncbucket.gates import Gates
 from asyncbucket.holders import Holder
 from asyncbucket.limiter.account import Account
 from asyncbucket.loops import OfThisProcess
-from asyncbucket.meters import Slots, Window
+from asyncbucket.meters import Window
 
 #: The parts of tokens.
 _TOKENS: Final = ("input_tokens", "output_tokens")
@@ -41,10 +41,9 @@ class Lease(OfThisProcess):
         "_account",
         "_amounts",
         "_cost",
+        "_epoch",
         "_gates",
         "_holder",
-        "_lent",
-        "_number",
         "_open",
         "_parts",
         "_priority",
@@ -75,19 +74,15 @@ class Lease(OfThisProcess):
         #: Of what was settled: the units booked, and when; first what was reserved, then each debt.
         self._parts: dict[str, list[tuple[int, int]]] | None = None
         self._open = True
+        self._epoch = account.budget.epoch
         self._priority = priority
         #: Seconds between asking and admission.
         self.waited = 0.0
         #: The resource that held it up: ``"requests"``, ``"tokens"``, ``"concurrency"``,
         #: ``"paused"``...; None if it did not wait.
         self.bound_by: str | None = None
-        path = account.path
-        for each in path:
+        for each in account.path:
             each.admitted += 1
-        #: How many the root had admitted by then.
-        self._number = path[-1].admitted
-        #: The slots that it has given back before its end.
-        self._lent: tuple[Slots, ...] = ()
         holder.leases += 1
 
     @property
@@ -136,7 +131,7 @@ class Lease(OfThisProcess):
 
     def _settle(self, used: dict[str, int]) -> None:
         account = self._account
-        if self._number <= account.budget.inherited:  # of a parent process, whose books are its own
+        if self._epoch != account.budget.epoch:  # of a parent process, whose books are its own
             return
         if account.budget.drop(functools.partial(self._settle_locked, used)):
             account.flush()
@@ -253,29 +248,20 @@ class Lease(OfThisProcess):
         """Close the books, here and above; return whether they were open, in this process."""
         account = self._account
         budget = account.budget
-        if not self._open or self._number <= budget.inherited:
+        if not self._open or self._epoch != budget.epoch:
             return False
         self._open = False
         self._holder.leases -= 1
-        early = False
+        awaited = self._gates.close(self._amounts if self._parts is None else self._booked())
         for each in account.path:
             each.ended += 1
-            if self._number <= each.early:
-                early = True
+            if each.early and each.end_early_locked(self._gates):
+                awaited = True
             if each.adaptive is not None:
                 self._tell_locked(each, outcome)
-        for slots in self.early_locked() if early else ():
-            slots.give_back()
-        booked = self._amounts if self._parts is None else self._booked()
-        if (self._gates.close(booked) or early) and budget.waiting:
+        if awaited and budget.waiting:
             budget.ring_locked(account)
         return True
-
-    def early_locked(self) -> list[Slots]:
-        """Return the slots it holds where there were none when it was admitted."""
-        accounts = [each for each in self._account.path if self._number <= each.early]
-        slots = [each.slots for each in accounts if each.slots is not None]
-        return [each for each in slots if each not in self._lent]
 
     def _tell_locked(self, account: Account, outcome: Outcome) -> None:
         """Let what finds the number of slots know how the call ended."""

@@ -12,7 +12,6 @@ while which were waited for, and where that would go round in a circle the slot 
 import weakref
 from typing import TYPE_CHECKING, Final
 
-from asyncbucket.gates import Gates
 from asyncbucket.limiter.lease import Lease
 from asyncbucket.limiter.levels import asked
 from asyncbucket.limiter.limiter import Limiter
@@ -32,7 +31,7 @@ def give_back(lease: Lease, limiter: Limiter) -> None:
     if budget is not path[-1].budget:
         return
     with budget.lock:
-        if lease.released or lease._number <= budget.inherited:
+        if lease.released or lease._epoch != budget.epoch:
             return
         order = _ORDER.setdefault(budget, _Order())
         held = lease._gates
@@ -42,13 +41,16 @@ def give_back(lease: Lease, limiter: Limiter) -> None:
             if each not in path and each.gates.slots and order.is_circle(each, wanted):
                 lent += each.gates.slots
         # Those in a store are the lease's own, and are the root's.
-        mine = [*held.slots, *lease.early_locked()]
-        lent = [slots for slots in mine if slots in lent or slots.remote]
-        for slots in lent:
+        mine = [slots for slots in held.slots if slots in lent or slots.remote]
+        for slots in mine:
             slots.give_back()
-        if lent:
-            lease._lent += tuple(lent)
-            lease._gates = Gates(each for each in held.meters if each[0] not in lent)
+        mine += (
+            each.slots
+            for each in account.path
+            if each.slots is not None and each.slots in lent and each.end_early_locked(held)
+        )
+        if mine:
+            lease._gates = held.without(tuple(mine))
             budget.ring_locked(account)
 
 
