@@ -40,12 +40,6 @@ class Gates:
         free = {slots for slots in self.slots if slots.available(0) + back > 0}
         return Gates(each for each in self.meters if each[0] not in free)
 
-    def without(self, lent: tuple[Slots, ...]) -> "Gates":
-        """Return these gates without slots that have been given back."""
-        gates = Gates(each for each in self.meters if each[0] not in lent)
-        gates.lent = self.lent + lent
-        return gates
-
     def take(self, amounts: Amounts, now: int) -> bool:
         """Book ``amounts`` in all meters if all allow it now, else in none."""
         for take, resource in self._takes:

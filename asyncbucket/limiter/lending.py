@@ -12,6 +12,7 @@ while which were waited for, and where that would go round in a circle the slot 
 import weakref
 from typing import TYPE_CHECKING, Final
 
+from asyncbucket.gates import Gates
 from asyncbucket.limiter.lease import Lease
 from asyncbucket.limiter.levels import asked
 from asyncbucket.limiter.limiter import Limiter
@@ -50,7 +51,8 @@ def give_back(lease: Lease, limiter: Limiter) -> None:
             if each.slots is not None and each.slots in lent and each.end_early_locked(held)
         )
         if mine:
-            lease._gates = held.without(tuple(mine))
+            lease._gates = Gates(each for each in held.meters if each[0] not in mine)
+            lease._gates.lent = (*held.lent, *mine)
             budget.ring_locked(account)
 
 
