@@ -39,6 +39,7 @@ class Lease(OfThisProcess):
     __slots__ = (
         "__weakref__",  # pyright: ignore[reportUninitializedInstanceVariable]
         "_account",
+        "_admitted",
         "_amounts",
         "_cost",
         "_epoch",
@@ -69,7 +70,8 @@ class Lease(OfThisProcess):
         self._gates = gates
         self._amounts = amounts
         self._cost: Cost | None = None
-        self._when = when
+        #: When it was admitted, and of when its cost is dated: of when the call left, if that is known.
+        self._admitted = self._when = when
         self._holder = holder
         #: Of what was settled: the units booked, and when; first what was reserved, then each debt.
         self._parts: dict[str, list[tuple[int, int]]] | None = None
@@ -270,7 +272,7 @@ class Lease(OfThisProcess):
         if outcome == "ok":
             adaptive.succeeded(now - self._when, waited=self.bound_by == "concurrency")
         elif outcome == "overloaded":
-            adaptive.overloaded(started=self._when, now=now)
+            adaptive.overloaded(started=self._admitted, now=now)
         account.resize_locked()
 
     def broken(self, error: BaseException) -> None:

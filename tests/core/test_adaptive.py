@@ -366,6 +366,21 @@ def test_only_the_first_word_about_a_call_counts(virtual_time: VirtualTime) -> N
     assert plain.released
 
 
+def test_calls_that_leave_after_a_cut_were_admitted_before_it(virtual_time: VirtualTime) -> None:
+    """A client takes its time to send a wave; those sent after the first refusal cut nothing more."""
+
+    async def main() -> None:
+        limiter = Limiter(concurrency=(1, 100), clock=virtual_time.clock)
+        wave = [await limiter.acquire() for _ in range(4)]
+        for lease in wave:
+            await asyncio.sleep(0.01)
+            lease.sent()
+            lease.overloaded()
+        assert limiter.concurrency == 3
+
+    virtual_time.run(main())
+
+
 def test_calls_that_were_not_made_teach_nothing(virtual_time: VirtualTime) -> None:
     """Leases that are undone, dropped, or failed are no rounds."""
     limiter = Limiter(concurrency=(1, 100), clock=virtual_time.clock)
