@@ -182,9 +182,7 @@ class Pacer:
             return False
         if due < NEVER:
             nap = (due - self._budget.clock()) * 1e-9
-            if _NAP < nap < _LONGEST:
-                self._timer = self.loop.call_at(self.loop.time() + nap, self._tick)
-            elif nap > 0:
+            if nap > 0:
                 self._timer = self.loop.call_later(min(max(nap, _NAP), _LONGEST), self._tick)
             else:  # in the loop's next turn
                 self._timer = self.loop.call_soon(self._tick)
@@ -270,11 +268,7 @@ class Pacer:
                 amounts = head.amounts
                 room = gates.room(amounts, now, most=_BATCH - passed)
             if room < 1:
-                due, bound_by = gates.earliest(amounts, line.since)
-                if due > now:
-                    self.bound_by = line.bound_by = bound_by
-                    if due >= NEVER:
-                        due = self._due_locked(head, now)
+                due = self._due_locked(head, now)
                 if due > now or passed == _BATCH:
                     return passed, due
                 room = 1

@@ -127,10 +127,10 @@ class TokenBucket(OfThisProcess):
             if await waiter is not None:
                 return
         except BaseException:
-            self._withdraw(waiter)
+            self._budget.drop(functools.partial(self._budget.withdraw_locked, waiter))
             del waiter  # or the traceback of the error would keep it alive
             raise
-        raise self._expired(amount, timeout)
+        raise self._too_late(amount, timeout, self._wait_of(waiter.amounts))
 
     def acquire_nowait(self, amount: int = 1) -> None:
         """Take ``amount`` units now.
@@ -203,13 +203,6 @@ class TokenBucket(OfThisProcess):
             return budget.join_locked(self._node, amounts, now, deadline)
         finally:
             budget.lock.release()
-
-    def _withdraw(self, waiter: Waiter) -> None:
-        """Let go a waiter whose task was cancelled."""
-        self._budget.drop(functools.partial(self._budget.withdraw_locked, waiter))
-
-    def _expired(self, amount: int, timeout: float | None) -> AcquireTimeout:
-        return self._too_late(amount, timeout, self._wait_of(self._amounts(amount)))
 
     def _take_locked(self, amounts: Amounts) -> bool:
         """Take ``amounts`` now if nobody has to wait longer, with no lock-free caller in between."""

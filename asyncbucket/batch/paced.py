@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.levels import is_under, levels
 
 #: How far, and at how many things, is looked.
 _DEPTH: Final = 6
@@ -40,11 +41,11 @@ def acquires_itself(fn: Callable[..., object], limiter: Limiter) -> bool:
         ValueError: it is admitted by one above or beside it.
     """
     akin: Limiter | None = None
+    *_, root = levels(limiter)
     for each in _limiters_of(fn):
-        path = _path(each)
-        if limiter in path:
+        if is_under(each, limiter):
             return True
-        if path[-1] is _path(limiter)[-1]:
+        if is_under(each, root):
             akin = each
     if akin is not None:
         raise ValueError(
@@ -87,14 +88,6 @@ def _acquired_in(function: types.FunctionType, *, holder: object = None) -> Iter
         near = [holder, *_named(function)]
         held = [getattr(each, "__dict__", {}).get(name) for each in near for name in names]
         yield from (each for each in (*near, *held) if isinstance(each, Limiter))
-
-
-def _path(limiter: Limiter) -> list[Limiter]:
-    """Return the limiter and those above it, the root last."""
-    path = [limiter]
-    while (above := path[-1].parent) is not None:
-        path.append(above)
-    return path
 
 
 def _parts(value: Any) -> Iterator[object]:

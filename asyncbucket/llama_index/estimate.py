@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 from asyncbucket.cost import whole
+from asyncbucket.http.body import replies_of
 from asyncbucket.http.forecast import OutputForecast
 from asyncbucket.llama_index.tokens import Tokenizer, bundled_tokenizer, count
 
@@ -43,7 +44,6 @@ _MEDIA: Final = {"audio": (256, 500), "video": (2048, 950), "document": (2048, 2
 _DATA: Final = {"audio": "audio", "video": "video", "document": "data"}
 
 _LIMITS_OF_OUTPUT: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
-_REPLIES: Final = ("n", "best_of")
 #: Arguments that are sent along and count as input.
 _SENT: Final = (
     "tools",
@@ -174,10 +174,10 @@ class DefaultEstimator:
         told = (arguments.get(name) for name in _LIMITS_OF_OUTPUT)
         always = (getattr(model, name, None) for name in _LIMITS_OF_OUTPUT)
         limit = next(filter(None, map(_whole, (*told, *always))), 0)
-        replies = max(1, *(_whole(arguments.get(name)) for name in _REPLIES))
         return Estimate(
             input_tokens=self.count(*sent.texts) + sent.tokens,
-            output_tokens=limit * replies or self._forecast.foresee(),  # which is of whole calls
+            # What is foreseen is of whole calls.
+            output_tokens=limit * replies_of(arguments) or self._forecast.foresee(),
             foreseen=not limit,
         )
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from asyncbucket.cli import provider
-from asyncbucket.cli.provider import OPENAI
 from asyncbucket.cost import COMMON
 from asyncbucket.http.profiles import profile_named
 from asyncbucket.limits import Limit, read_limits
@@ -78,7 +77,7 @@ class Job:
     endpoint: Endpoint = "chat"
     system: str | None = None
     max_tokens: int | None = None
-    api_base: str = OPENAI
+    api_base: str = provider.OPENAI
     api_key: str | None = field(default=None, repr=False)
     profile: str | None = None
     price: Price | None = None
@@ -200,7 +199,7 @@ def key_from(variable: str, *, api_base: str) -> str | None:
     key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ValueError(f"{variable} holds characters that no key has: export the key alone in it")
-    if not key and api_base == OPENAI:
+    if not key and api_base == provider.OPENAI:
         raise ValueError(
             f"{variable} is not set: export your key in it, or name another variable with "
             f"--key-from, or another provider with --api-base"
