@@ -37,9 +37,9 @@ def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(request.getfixturevalue("url"))
 
 
-async def test_nowait_says_that_the_store_has_to_be_asked(url: str) -> None:
+async def test_nowait_says_that_the_store_has_to_be_asked(where: str) -> None:
     """What a store keeps cannot be had without waiting for it, nor is it known for how long."""
-    limiter = Limiter("10 RPM", store=url, name="nowait")
+    limiter = Limiter("10 RPM", store=where, name="nowait")
     with pytest.raises(WouldBlock, match="the store that keeps its limits has to be asked") as told:
         limiter.acquire_nowait()
     assert told.value.retry_after is None
@@ -61,10 +61,10 @@ async def test_deadline_ends_the_wait_and_says_what_binds(url: str) -> None:
     await limiter.aclose()
 
 
-async def test_slots_that_others_hold_are_named_too(url: str) -> None:
+async def test_slots_that_others_hold_are_named_too(where: str) -> None:
     """When they come back nobody knows."""
-    one = Limiter("1000 RPM", concurrency=1, store=url, name="held")
-    two = Limiter("1000 RPM", concurrency=1, store=url, name="held")
+    one = Limiter("1000 RPM", concurrency=1, store=where, name="held")
+    two = Limiter("1000 RPM", concurrency=1, store=where, name="held")
     async with one.acquire():
         with pytest.raises(AcquireTimeout, match="all slots are taken") as error:
             await two.acquire(timeout=0.2)
@@ -73,9 +73,9 @@ async def test_slots_that_others_hold_are_named_too(url: str) -> None:
     await one.aclose()
 
 
-async def test_calls_that_wait_are_told_that_the_limiter_closes(url: str) -> None:
+async def test_calls_that_wait_are_told_that_the_limiter_closes(where: str) -> None:
     """More of them than go to the store at once, booked ahead or not; nothing stays booked."""
-    limiter = Limiter("20/s burst 1", store=url, name="closes")
+    limiter = Limiter("20/s burst 1", store=where, name="closes")
     (await limiter.acquire()).release()
     calls = [asyncio.ensure_future(take(limiter)) for _ in range(60)]
     await asyncio.sleep(0.02)
@@ -87,7 +87,7 @@ async def test_calls_that_wait_are_told_that_the_limiter_closes(url: str) -> Non
     told = [error for error in ended if error is not None]
     assert all(isinstance(error, StoreError) for error in told)
     assert "was closed while this call waited: close it when all calls" in str(told[0])
-    snapshot = await open_and_peek(url, "closes")
+    snapshot = await open_and_peek(where, "closes")
     assert (snapshot.limits[0].used, snapshot.workers) == (1 + len(calls) - len(told), 0)
 
 
@@ -384,10 +384,10 @@ async def test_one_that_gave_up_holds_up_nobody_elsewhere(url: str) -> None:
     await two.aclose()
 
 
-async def test_pause_and_new_limits_are_heard_by_the_others(url: str) -> None:
+async def test_pause_and_new_limits_are_heard_by_the_others(where: str) -> None:
     """What one process learns from its provider, all of them obey."""
-    one = Limiter("1000 RPM burst 100", store=url, name="steer")
-    two = Limiter("1000 RPM burst 100", store=url, name="steer")
+    one = Limiter("1000 RPM burst 100", store=where, name="steer")
+    two = Limiter("1000 RPM burst 100", store=where, name="steer")
     for limiter in (one, two):
         (await limiter.acquire()).release()
     one.pause(0.6, reason="429")
@@ -444,10 +444,10 @@ async def test_limit_that_another_process_leaves_out_is_in_force_no_more(where: 
     await two.aclose()
 
 
-async def test_limit_that_a_provider_announces_is_kept_by_all(url: str) -> None:
+async def test_limit_that_a_provider_announces_is_kept_by_all(where: str) -> None:
     """Where none was given; one that is beyond what the store counts limits nobody."""
-    one = Limiter(store=url, name="learn")
-    two = Limiter(store=url, name="learn")
+    one = Limiter(store=where, name="learn")
+    two = Limiter(store=where, name="learn")
     for limiter in (one, two):
         (await limiter.acquire()).release()
     for number in (10**15 - 1, 3):
