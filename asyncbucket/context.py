@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 from asyncbucket.meters import NEVER
+from asyncbucket.numeric import is_number, is_whole
 
 T = TypeVar("T")
 #: How urgent a call is: a name, or a whole number, larger ones first.
@@ -120,8 +121,8 @@ def read_priority(value: Priority) -> int:
         ValueError: it is neither a name nor a whole number within the bounds.
     """
     number = _NAMES.get(value, value) if isinstance(value, str) else value
-    if isinstance(number, int) and not isinstance(number, bool) and abs(number) <= _HIGHEST:
-        return number
+    if is_whole(number) and abs(number) <= _HIGHEST:
+        return int(number)
     raise ValueError(
         f"priority must be {', '.join(map(repr, _NAMES))} or a whole number from "
         f"{-_HIGHEST} to {_HIGHEST}, not {value!r}"
@@ -173,8 +174,7 @@ def nanoseconds(seconds: float, name: str) -> int:
     Raises:
         ValueError: they are NaN or no number.
     """
-    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-    if not number or (isinstance(seconds, float) and math.isnan(seconds)):
+    if not is_number(seconds) or not abs(seconds) >= 0:
         raise ValueError(f"{name} must be a number of seconds, not {seconds!r}")
     if abs(seconds) >= _FOR_EVER:
         return NEVER if seconds > 0 else -NEVER

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from numbers import Real
 from typing import Final, Self
 
+from asyncbucket.numeric import is_number
 from asyncbucket.wording import shown
 
 #: Resources that every call may name, whether or not the limiter limits them.
@@ -13,7 +13,7 @@ COMMON: Final = frozenset({"requests", "tokens", "input_tokens", "output_tokens"
 
 def whole(value: float, what: str) -> int:
     """Return ``value`` as a whole number of units, rounded up; refuse what is no amount."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):  # numpy's are Real
+    if not is_number(value):
         raise TypeError(f"{what} must be a number, not {shown(value)}")
     if not 0 <= value < math.inf:
         raise ValueError(f"{what} must be finite and not negative, not {value!r}")

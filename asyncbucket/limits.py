@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Final, Self
 
 from asyncbucket.errors import LimitSyntaxError
+from asyncbucket.numeric import is_number, is_whole
 from asyncbucket.wording import counted, written_out
 
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
@@ -81,10 +82,11 @@ class Limit:
             raise LimitSyntaxError("concurrency has no window: pass concurrency=... instead")
         object.__setattr__(self, "resource", _OTHER_WORDS.get(self.resource, self.resource))
         object.__setattr__(self, "amount", _units(self.amount, f"limit of {self.resource}"))
-        if not _is_number(self.per) or not _SHORTEST <= self.per <= _LONGEST:
+        if not is_number(self.per) or not _SHORTEST <= self.per <= _LONGEST:
             raise LimitSyntaxError(
                 f"a window of {self.per!r} s is none: give 0.001 s to 400 days in seconds"
             )
+        object.__setattr__(self, "per", int(self.per) if is_whole(self.per) else float(self.per))
         if self.burst is None:
             if self.resource == "requests":
                 object.__setattr__(self, "burst", max(1, self.amount // 10))
@@ -175,13 +177,9 @@ def _whole(number: str, text: str) -> int:
     return int(exact)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _units(value: float, what: str) -> int:
     """Return ``value`` if it is a whole positive number of units."""
-    if not _is_number(value) or not 1 <= value < float("inf") or value != int(value):
+    if not is_number(value) or not 1 <= value < float("inf") or value != int(value):
         raise LimitSyntaxError(f"{what} must be a whole number of at least 1, not {value!r}")
     if value > _LARGEST:
         raise LimitSyntaxError(f"{what} must be at most {_LARGEST:.0e}; leave it out for no limit")

@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar
 
 from asyncbucket.errors import LimitSyntaxError
 from asyncbucket.limits import KEYWORDS, Limit, read_amount
+from asyncbucket.numeric import is_number
 
 L = TypeVar("L")
 
@@ -175,7 +176,7 @@ def _number(value: object) -> float:
             return read_amount(value)
         except LimitSyntaxError:
             raise ValueError(f"{value!r} is no number such as 500, 14,400 or 200k") from None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"{value!r} is no number")
     return value
 

@@ -4,7 +4,6 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 from types import TracebackType
 from typing import Final, Self
 
@@ -15,6 +14,7 @@ from asyncbucket.gates import Gates
 from asyncbucket.loops import OfThisProcess
 from asyncbucket.meters import Amounts, Bucket
 from asyncbucket.node import Node
+from asyncbucket.numeric import is_number, is_whole
 from asyncbucket.queue import Waiter
 from asyncbucket.wording import counted, in_seconds
 
@@ -23,10 +23,6 @@ _ONE: Final[Amounts] = {"units": 1}
 _SLOWEST: Final = 1e-9
 _FASTEST: Final = 1e9
 _LARGEST: Final = 10**12
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +75,16 @@ class TokenBucket(OfThisProcess):
         *,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        if not _is_number(rate) or not _SLOWEST <= rate <= _FASTEST:
+        if not is_number(rate) or not _SLOWEST <= rate <= _FASTEST:
             raise ValueError(f"rate must be from 1e-9 to 1e9 units a second, not {rate!r}")
-        if not _is_number(burst) or not 1 <= burst <= _LARGEST or burst != int(burst):
+        if not is_number(burst) or not 1 <= burst <= _LARGEST or burst != int(burst):
             raise ValueError(
                 f"burst must be a whole number from 1 to {_LARGEST:,} units, not {burst!r}"
             )
-        self.rate = rate
+        self.rate = float(rate)
         self.burst = int(burst)
         self._clock = clock
-        self._bucket = Bucket(rate=rate, burst=self.burst)
+        self._bucket = Bucket(rate=self.rate, burst=self.burst)
         self._node = Node(gates=Gates([(self._bucket, "units")]))
         self._budget = Budget(clock, self._node)
 
@@ -178,7 +174,7 @@ class TokenBucket(OfThisProcess):
         )
 
     def _amounts(self, amount: int) -> Amounts:
-        if isinstance(amount, bool) or not isinstance(amount, (int, Integral)) or amount < 1:
+        if not is_whole(amount) or amount < 1:
             raise ValueError(f"amount must be a whole number of units from 1 on, not {amount!r}")
         if amount > self.burst:
             raise CostExceedsLimit(

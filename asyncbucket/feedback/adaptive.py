@@ -45,6 +45,8 @@ import math
 from dataclasses import dataclass
 from typing import Final, Literal, Self, TypeAlias
 
+from asyncbucket.numeric import is_whole
+
 #: What people pass as ``concurrency=``: a fixed size, or bounds within which to find it.
 Concurrency: TypeAlias = int | Literal["auto"] | tuple[int, int]
 
@@ -278,15 +280,11 @@ def read_concurrency(value: Concurrency | None) -> tuple[int, int] | None:
     if value == "auto":
         return AUTO
     bounds = value if isinstance(value, tuple) else (value, value)
-    if len(bounds) != 2 or not all(_is_count(bound) for bound in bounds):  # noqa: PLR2004 - a pair
+    if len(bounds) != 2 or not all(is_whole(bound) and bound >= 1 for bound in bounds):  # noqa: PLR2004 - a pair
         raise ValueError(
             f'concurrency must be a whole number of at least 1, "auto" or a pair of such numbers, '
             f"not {value!r}"
         )
     if bounds[0] > bounds[1]:
         raise ValueError(f"concurrency={value!r} has its bounds the wrong way round")
-    return bounds
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return int(bounds[0]), int(bounds[1])

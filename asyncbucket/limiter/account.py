@@ -15,6 +15,7 @@ from asyncbucket.limiter.statistics import LimitUse
 from asyncbucket.limiter.terms import Terms
 from asyncbucket.limits import Limit
 from asyncbucket.meters import Amounts, Bucket, Meter, Slots, Window
+from asyncbucket.numeric import is_whole
 from asyncbucket.queue import Waiter
 from asyncbucket.wording import counted
 
@@ -125,7 +126,7 @@ class Account(Books):
                 window.reshape(amount=limit.amount)
                 self.limits[key] = (limit, window, pacing(limit, bucket, now))
             if bounds is not None:
-                self._set_slots_locked(bounds, fixed=isinstance(concurrency, int))
+                self._set_slots_locked(bounds, fixed=is_whole(concurrency))
             self.changed_locked()
 
     def reconfigure(

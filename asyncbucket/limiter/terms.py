@@ -7,6 +7,7 @@ from typing import Any, Self, TypedDict
 from asyncbucket.context import Priority, deadline_of, read_priority
 from asyncbucket.feedback.adaptive import Concurrency, read_concurrency
 from asyncbucket.limits import Limit, read_limits
+from asyncbucket.numeric import is_number, is_whole
 
 
 class Keywords(TypedDict, total=False):
@@ -71,8 +72,7 @@ def read_weight(weight: float) -> float:
     Raises:
         ValueError: it is no positive finite number.
     """
-    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if not number or not 1e-6 <= weight <= 1e6:  # noqa: PLR2004 - what floats can weigh exactly
+    if not is_number(weight) or not 1e-6 <= weight <= 1e6:  # noqa: PLR2004 - what floats can weigh exactly
         raise ValueError(f"weight must be a number from 0.000001 to 1,000,000, not {weight!r}")
     return float(weight)
 
@@ -93,9 +93,9 @@ def read_count(value: int, name: str, *, least: int = 0) -> int:
     Raises:
         ValueError: it is no whole number from ``least`` on.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_whole(value) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
-    return value
+    return int(value)
 
 
 def read_max_queue(value: int | None) -> int | None:

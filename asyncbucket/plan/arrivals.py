@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import Final, TypeAlias
 
+from asyncbucket.numeric import is_number, is_whole
+
 #: The most calls of a plan, which are a minute or two and some gigabytes.
 MOST: Final = 10_000_000
 _NANOSECONDS: Final = 1_000_000_000
@@ -22,7 +24,7 @@ class Poisson:
 
     def __post_init__(self) -> None:
         """Refuse what is no rate."""
-        if not _is_number(self.rate) or not 0 < self.rate < math.inf:
+        if not is_number(self.rate) or not 0 < self.rate < math.inf:
             raise ValueError(
                 f"a rate is a finite number of calls a second above 0, not {self.rate!r}"
             )
@@ -59,8 +61,9 @@ class AgentTree:
         """Refuse what is no tree."""
         for name in ("agents", "depth", "fan_out", "steps"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_whole(value) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+            object.__setattr__(self, name, int(value))
         if (self.fan_out > 1 and self.depth > _DEEP) or self.calls > MOST:
             raise ValueError(
                 f"agents={self.agents:,}, depth={self.depth:,}, fan_out={self.fan_out:,} and "
@@ -111,10 +114,6 @@ def read_instants(arrivals: Iterable[float]) -> list[float]:
     """
     instants = list(arrivals)
     for second in instants:
-        if not _is_number(second) or not 0 <= second < math.inf:
+        if not is_number(second) or not 0 <= second < math.inf:
             raise ValueError(f"a call comes at a finite second from 0 on, not at {second!r}")
     return instants
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -7,6 +7,7 @@ from typing import Any
 
 from asyncbucket.cost import Cost, amounts_of, whole
 from asyncbucket.limits import Limit
+from asyncbucket.numeric import is_whole
 from asyncbucket.plan.arrivals import AgentTree, Arrivals, Poisson, instants_of, read_instants
 from asyncbucket.plan.drive import Call, Follow
 from asyncbucket.plan.samples import Samples, Series, Tokens, read_seconds
@@ -47,14 +48,14 @@ class Load:
 
     def _count(self, calls: int | None) -> int:
         """Return how many calls there are, by whatever says so."""
-        if calls is not None and (not isinstance(calls, int) or calls is True or calls < 1):
+        if calls is not None and (not is_whole(calls) or calls < 1):
             raise ValueError(f"calls must be a whole number of at least 1, not {calls!r}")
         if isinstance(self._arrivals, AgentTree):
             told = self._arrivals.calls
         elif isinstance(self._arrivals, list):
             told = len(self._arrivals)
         else:
-            told = calls or max(map(len, self._all()))
+            told = int(calls or max(map(len, self._all())))
         if not told:
             raise ValueError(
                 "how many calls? give calls, samples or a file of them, instants, or a tree of agents"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from asyncbucket.cost import Cost
+from asyncbucket.numeric import is_number
 from asyncbucket.wording import shown
 
 Sample: TypeAlias = float | str | Cost | Mapping[str, Any]
@@ -199,7 +200,7 @@ def read_seconds(sample: object) -> float:
 
 
 def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"expected a number, not {shown(value)}")
     if not 0 <= value < math.inf:
         raise ValueError(f"expected a finite number from 0 on, not {value!r}")

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from asyncbucket.http.headers import WEEK
+from asyncbucket.numeric import is_number, is_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,7 @@ class Retry:
     budget: RetryBudget = field(default_factory=RetryBudget)
 
     def __post_init__(self) -> None:
-        if isinstance(self.attempts, bool) or not isinstance(self.attempts, int):
+        if not is_whole(self.attempts):
             raise TypeError(f"attempts must be a whole number, not {self.attempts!r}")
         if self.attempts < 1:
             raise ValueError(
@@ -83,7 +84,7 @@ class Retry:
 
 
 def _check_number(value: float, name: str, *, most: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"{name} must be a number, not {value!r}")
     if not 0 <= value <= most:
         bound = "" if most == math.inf else f" and at most {most:g}"

@@ -44,6 +44,7 @@ from typing import Final, Protocol, Self
 
 from asyncbucket.limits import Limit
 from asyncbucket.meters import Amounts
+from asyncbucket.numeric import is_number
 
 #: Nothing is booked that would start later than so many ns from now.
 FAR: Final = 250_000_000
@@ -64,8 +65,7 @@ def check_membership(name: str, slot_ttl: float) -> None:
             f"braces, not {name[: _LONGEST_NAME + 1]!r}"
         )
     least, most = _SLOT_TTL
-    number = isinstance(slot_ttl, (int, float)) and not isinstance(slot_ttl, bool)
-    if not number or not least <= slot_ttl <= most:
+    if not is_number(slot_ttl) or not least <= slot_ttl <= most:
         raise ValueError(
             f"slot_ttl must be a number of seconds from {least} to {most:,}, a day, not {slot_ttl!r}"
         )

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from asyncbucket import events
 from asyncbucket.events import Callback, Event
+from asyncbucket.numeric import is_number
 from asyncbucket.wording import counted, in_seconds, named
 
 #: Fields of the record that an event's own cannot hide: they are called ``asyncbucket.<field>``.
@@ -17,8 +18,7 @@ _AMOUNTS: Final = {"cost", "reserved", "used", "corrects"}
 
 def observer(logger: Logger | str, *, threshold: float) -> Callback:
     """Return what writes each event to ``logger``, waits of ``threshold`` seconds or more at INFO."""
-    number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
-    if not number or not threshold >= 0:
+    if not is_number(threshold) or not threshold >= 0:
         raise ValueError(f"threshold must be a number of seconds from 0 on, not {threshold!r}")
     log = getLogger(logger) if isinstance(logger, str) else logger
     if not isinstance(log, Logger):

@@ -1,0 +1,14 @@
+"""What passes for a number where people give one: numpy's too, but no bool and no text."""
+
+from numbers import Integral, Real
+from typing import TypeGuard
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Tell whether ``value`` is a number, NaN and the infinities included."""
+    return isinstance(value, (int, float, Real)) and not isinstance(value, bool)
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Tell whether ``value`` is an integer."""
+    return isinstance(value, (int, Integral)) and not isinstance(value, bool)

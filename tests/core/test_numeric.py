@@ -1,0 +1,68 @@
+"""What passes for a number, in every place where people give one."""
+
+import json
+import math
+from fractions import Fraction
+from typing import Any
+
+import pytest
+
+from asyncbucket import Limit, Limiter, TokenBucket, plan
+from asyncbucket.numeric import is_number, is_whole
+from asyncbucket.testing import VirtualTime
+
+
+@pytest.mark.parametrize("value", [3, 0.5, math.nan, math.inf, 10**400, Fraction(1, 3)])
+def test_numbers_are_numbers(value: object) -> None:
+    """Whether they are of use is for others to say."""
+    assert is_number(value)
+    assert is_whole(value) == isinstance(value, int)
+
+
+@pytest.mark.parametrize("value", [True, "3", None, 1j, [3]])
+def test_what_is_no_number(value: object) -> None:
+    """A bool is an answer to another question."""
+    assert not is_number(value)
+    assert not is_whole(value)
+
+
+async def test_numpys_numbers_are_taken_everywhere() -> None:
+    """Where lengths were counted in arrays, they come as numpy's; what is kept is Python's own."""
+    numpy: Any = pytest.importorskip("numpy")
+    whole, real = numpy.int64, numpy.float32
+    limiter = Limiter(
+        rpm=whole(100), tpm=real(2000), concurrency=whole(3), max_queue=whole(5), timeout=whole(4)
+    )
+    child = limiter.child("child", weight=whole(2), concurrency=(whole(1), whole(4)))
+    async with child.acquire(tokens=whole(5), timeout=real(1.5), priority=whole(2)) as lease:
+        lease.settle(tokens=real(3))
+    limiter.pause(real(0))
+
+    assert "concurrency 0/3" in repr(limiter)
+    limit = Limit("tokens", whole(10), per=real(60), burst=whole(3))
+    told = json.dumps([limit.amount, limit.per, limit.burst, limiter.concurrency])
+    assert told == "[10, 60.0, 3, 3]"
+
+
+def test_numpys_numbers_are_planned_with() -> None:
+    """As Python's are."""
+    numpy: Any = pytest.importorskip("numpy")
+    whole, real = numpy.int64, numpy.float32
+
+    planned = plan(calls=whole(100), tokens=whole(30), rpm=whole(60), latency=real(1.5))
+
+    assert planned == plan(calls=100, tokens=30, rpm=60, latency=1.5)
+
+
+def test_bucket_at_numpys_rate_is_exact(virtual_time: VirtualTime) -> None:
+    """Its whole numbers are too short for what a bucket reckons with."""
+    numpy: Any = pytest.importorskip("numpy")
+
+    async def take() -> None:
+        bucket = TokenBucket(numpy.int64(1), numpy.int32(1), clock=virtual_time.clock)
+        for _ in range(3):
+            await bucket.acquire(numpy.int8(1))
+
+    virtual_time.run(take())
+
+    assert virtual_time.now == 2.0
