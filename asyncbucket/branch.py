@@ -13,13 +13,14 @@ Source: TypeAlias = "Line | Branch"
 
 
 class Flow:
-    """Be one of those among whom a branch chooses."""
+    """One of those among whom a branch chooses."""
 
     __slots__ = ("asleep", "child", "held_by", "key", "order", "share", "source", "weight")
 
     def __init__(
         self, key: object, source: Source, share: Share, *, child: Node | None, order: int
     ) -> None:
+        #: A priority among `Classes`; below that the child's node, or None for the limiter's own line.
         self.key = key
         self.source = source
         self.share = share
@@ -28,9 +29,9 @@ class Flow:
         self.order = order
         #: What of the child's own limits held up who goes next there, last.
         self.held_by: str | None = None
-        #: Until when it is no candidate; 0 while it is one. Its weight among those that compete: 0
-        #: while nobody is left in it.
+        #: Until when it is no candidate; 0 while it is one.
         self.asleep = 0
+        #: Its weight among those that compete; 0 while nobody is left in it.
         self.weight = share.weight
 
     def __lt__(self, other: "Flow") -> bool:
@@ -47,9 +48,9 @@ class Branch:
         "_orders",
         "_ready",
         "_weights",
-        "emptied",
         "first",
         "living",
+        "lowest_emptied",
         "node",
     )
 
@@ -68,10 +69,7 @@ class Branch:
         #: How many wait here and below.
         self.living = 0
         #: The lowest tag of those that this pass has emptied.
-        self.emptied = math.inf
-
-    def __iter__(self) -> Iterator[object]:
-        return iter(self._flows)
+        self.lowest_emptied = math.inf
 
     def __len__(self) -> int:
         return self.living
@@ -96,17 +94,25 @@ class Branch:
         flow = self.first or next(waiting, None)
         return None if flow is None else flow.source.bound_by
 
+    def keys(self) -> tuple[object, ...]:
+        """Return those of the flows in which somebody waits."""
+        return tuple(self._flows)
+
     def find(self, key: object) -> Flow | None:
         """Return a flow in which somebody waits."""
         return self._flows.get(key)
 
     def add(self, key: object, source: Source, share: Share, *, child: Node | None = None) -> Flow:
         """Take in a flow; its source has, or is about to have, a head."""
-        self._orders += 1
-        flow = Flow(key, source, share, child=child, order=self._orders)
+        flow = Flow(key, source, share, child=child, order=self._order(key))
         self._flows[key] = flow
         self._rise(flow)
         return flow
+
+    def _order(self, key: object) -> int:  # noqa: ARG002 - as `Classes._order`
+        """Return a flow's place among those with the same tag: first come, first served."""
+        self._orders += 1
+        return self._orders
 
     def want(self, flow: Flow) -> None:
         """Have a flow compete in which somebody waits anew."""
@@ -190,13 +196,13 @@ class Branch:
         flow.source.served(head, now)
         self.living -= 1
         price = self.node.prices.of(head.amounts)
-        weights = self._weigh(flow)
+        weights = self._weigh(flow)  # first, for among priorities it is this that sets the weight
         step = price / flow.share.weight
         self._clock.advance(flow.share.tag, price, step, weights=weights)
         flow.share.charge(step)
         if not flow.source:
             # It is forgotten when it would be next, unless somebody is back by then.
-            self.emptied = min(self.emptied, flow.share.tag)
+            self.lowest_emptied = min(self.lowest_emptied, flow.share.tag)
             self._weights -= flow.weight
             flow.weight = 0.0
 
@@ -212,12 +218,12 @@ class Classes(Branch):
 
     __slots__ = ()
 
-    def add(self, key: object, source: Source, share: Share, *, child: Node | None = None) -> Flow:
+    def _order(self, key: object) -> int:
         assert isinstance(key, int)
-        self._orders = -key - 1
-        return super().add(key, source, share, child=child)
+        return -key
 
     def _weigh(self, flow: Flow) -> float:
+        """Set the weight of ``flow`` by its rank among those that are ready; return theirs together."""
         ready = sorted(
             each.order for each in self._flows.values() if each.weight and not each.asleep
         )

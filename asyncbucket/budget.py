@@ -51,29 +51,30 @@ class Budget:
         #: Where the root's limits are kept elsewhere: what each loop hands those over to who go next.
         self.outlet_for: Callable[[asyncio.AbstractEventLoop], Outlet] | None = None
         self.pacers: dict[asyncio.AbstractEventLoop, Pacer] = {}
-        #: Tells processes apart: whoever came before it, and leases of another one, are a parent's.
+        #: The number of the last arrival before this process was forked, else 0: waiters up to it, and
+        #: leases of another epoch, are the parent's.
         self.epoch = 0
         self.blocked = BlockedLoops()
         self.background = Background()
         #: How many calls have stood in line so far; each has its number.
         self.arrivals = 0
-        self._dropped: collections.deque[Callable[[], object]] = collections.deque()
+        self._postponed: collections.deque[Callable[[], object]] = collections.deque()
         self.settle_down_locked()
         reset_after_fork(self)
 
     def take_locked(self, node: Node, amounts: Amounts, now: int) -> Gates | None:
         """Book ``amounts`` now if that lets nobody wait longer; return the gates they passed."""
-        if self._dropped:
-            self.collect_locked()
-        if (self.waiting or self.outlet_for is not None) and not self._clear_locked(node, now):
+        if self._postponed:
+            self.run_postponed_locked()
+        if self.outlet_for is not None or (self.waiting and not self._free_locked(node, now)):
             return None
         gates = node.known_through or node.through  # a property would take thrice the time
         return gates if gates.take(amounts, now) else None
 
-    def _clear_locked(self, node: Node, now: int) -> bool:
-        """Tell whether a newcomer at ``node`` need not stand behind anybody, here or elsewhere."""
-        return self.outlet_for is None and all(
-            pacer.queue.clear(node, now) or pacer.bury_locked()
+    def _free_locked(self, node: Node, now: int) -> bool:
+        """Tell whether a newcomer at ``node`` overtakes nobody, on any loop."""
+        return all(
+            pacer.queue.free_for(node, now) or pacer.bury_locked()
             for pacer in tuple(self.pacers.values())
         )
 
@@ -116,9 +117,12 @@ class Budget:
         cancelled = waiter.cancelled()
         if cancelled or not waiter.done():
             line = waiter.line
-            if line.pacer.loop.is_closed():  # whoever rings next counts out all that were alive
-                for node in line.node.below_root if cancelled else ():
-                    node.waiting -= 1
+            if (
+                line.pacer.loop.is_closed()
+            ):  # `bury_locked` counts out all others, and these at the root
+                if cancelled:
+                    for node in line.node.below_root:
+                        node.waiting_below_root -= 1
                 return True
             if not cancelled:
                 waiter.cancel()
@@ -161,16 +165,16 @@ class Budget:
                 except CostExceedsLimit as error:
                     pacer.fail_locked(waiter, error)
 
-    def drop(self, release: Callable[[], object]) -> bool:
-        """Run ``release`` with the lock held, now or soon: a finalizer may interrupt its holder.
+    def run_or_postpone(self, job: Callable[[], object]) -> bool:
+        """Run ``job`` with the lock held: now if it is free, else as soon as its holder is done.
 
-        The collector closes coroutines that wait and leases that nobody holds, whenever it likes.
-        Return whether it has been run.
+        It never waits: the collector may interrupt the very thread that holds the lock, to finalize
+        a lease or a coroutine that waits. Return whether the job has been run.
         """
-        self._dropped.append(release)
+        self._postponed.append(job)
         if self.lock.acquire(False):  # by keyword it would take twice the time
             try:
-                self.collect_locked()
+                self.run_postponed_locked()
             finally:
                 self.lock.release()
             return True
@@ -179,10 +183,10 @@ class Budget:
                 pacer.loop.call_soon_threadsafe(pacer.ring)
         return False
 
-    def collect_locked(self) -> None:
-        """Release what was dropped while the lock was held, in order: of a lease the last word holds."""
-        while self._dropped:
-            self._dropped.popleft()()
+    def run_postponed_locked(self) -> None:
+        """Run what was postponed, in order: of two `settle` of one lease the later one counts."""
+        while self._postponed:
+            self._postponed.popleft()()
 
     def settle_down_locked(self) -> None:
         """Let lock-free callers pass again if nobody waits."""
@@ -193,7 +197,7 @@ class Budget:
         self.lock = threading.Lock()
         self.making = threading.RLock()
         self.pacers.clear()
-        self._dropped.clear()
+        self._postponed.clear()
         self.blocked = BlockedLoops()
         self.background = Background()
         self.waiting = 0

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 from asyncbucket.meters import NEVER
-from asyncbucket.numeric import is_number, is_whole
+from asyncbucket.numeric import is_integer, is_number
 
 T = TypeVar("T")
 #: How urgent a call is: a name, or a whole number, larger ones first.
@@ -121,7 +121,7 @@ def read_priority(value: Priority) -> int:
         ValueError: it is neither a name nor a whole number within the bounds.
     """
     number = _NAMES.get(value, value) if isinstance(value, str) else value
-    if is_whole(number) and abs(number) <= _HIGHEST:
+    if is_integer(number) and abs(number) <= _HIGHEST:
         return int(number)
     raise ValueError(
         f"priority must be {', '.join(map(repr, _NAMES))} or a whole number from "

@@ -11,7 +11,7 @@ from asyncbucket.wording import shown
 COMMON: Final = frozenset({"requests", "tokens", "input_tokens", "output_tokens"})
 
 
-def whole(value: float, what: str) -> int:
+def rounded_up(value: float, what: str) -> int:
     """Return ``value`` as a whole number of units, rounded up; refuse what is no amount."""
     if not is_number(value):
         raise TypeError(f"{what} must be a number, not {shown(value)}")
@@ -29,13 +29,13 @@ def amounts_of(
 ) -> dict[str, int]:
     """Return the whole amounts of one call, and its one slot; see `Cost` for what they mean."""
     if type(requests) is not int or requests < 0:
-        requests = whole(requests, "requests")
+        requests = rounded_up(requests, "requests")
     if tokens is not None and (type(tokens) is not int or tokens < 0):
-        tokens = whole(tokens, "tokens")
+        tokens = rounded_up(tokens, "tokens")
     if input_tokens is not None and (type(input_tokens) is not int or input_tokens < 0):
-        input_tokens = whole(input_tokens, "input_tokens")
+        input_tokens = rounded_up(input_tokens, "input_tokens")
     if output_tokens is not None and (type(output_tokens) is not int or output_tokens < 0):
-        output_tokens = whole(output_tokens, "output_tokens")
+        output_tokens = rounded_up(output_tokens, "output_tokens")
     if tokens is not None and input_tokens is None and output_tokens is None:
         input_tokens = output_tokens = tokens
     elif input_tokens is None or output_tokens is None:
@@ -50,8 +50,8 @@ def amounts_of(
     if others:
         if "concurrency" in others:
             raise TypeError("a call takes one slot: concurrency is no part of its cost")
-        amounts.update((name, whole(amount, name)) for name, amount in others.items())
-    if not requests and sum(amounts.values()) == 1:
+        amounts.update((name, rounded_up(amount, name)) for name, amount in others.items())
+    if not requests and sum(amounts.values()) == 1:  # the slot alone
         raise ValueError("a call must cost something: requests=1 is the usual least")
     return amounts
 

@@ -15,7 +15,7 @@ Every message says what happened, the numbers, and the remedy.
 
 
 class AsyncBucketError(Exception):
-    """Be the base of every error that asyncbucket raises on purpose."""
+    """The base of every error that asyncbucket raises on purpose."""
 
 
 class LimitSyntaxError(AsyncBucketError, ValueError):

@@ -1,7 +1,6 @@
 """All that one call passes: meters side by side, those of its limiter and of the limiters above."""
 
 from collections.abc import Iterable
-from fractions import Fraction
 from typing import Final, Self
 
 from asyncbucket.limits import Limit
@@ -14,15 +13,15 @@ _SIMPLE: Final = (Bucket, Window, Slots)
 class Gates:
     """Put meters side by side: a call passes all of them at once, each by its own resource."""
 
-    __slots__ = ("_simple", "_takes", "lent", "limits", "meters", "slots", "windows")
+    __slots__ = ("_simple", "_takes", "given_back", "limits", "meters", "slots", "windows")
 
     def __init__(self, meters: Iterable[tuple[Meter, str]], limits: tuple[Limit, ...] = ()) -> None:
         #: Each meter with the resource that it counts.
         self.meters = tuple(meters)
         #: The limits that they, or others elsewhere, keep.
         self.limits = limits
-        #: Slots that were here and have been given back before the end.
-        self.lent: tuple[Slots, ...] = ()
+        #: Slots that were here and have been given back before the call ended (`limiter.lending`).
+        self.given_back: tuple[Slots, ...] = ()
         self._takes = tuple((meter.take, resource) for meter, resource in self.meters)
         self.windows = tuple(
             (meter, resource) for meter, resource in self.meters if isinstance(meter, Window)
@@ -62,10 +61,10 @@ class Gates:
         return when, bound_by
 
     def soonest(self, amounts: Amounts, now: int) -> int:
-        """Return what `earliest` would if all that is lent came back: nothing passes before.
+        """Return what `earliest` would if every open call gave back all that it may: nothing passes before.
 
-        To each window what is lent there comes back, and to the bucket behind it no more: what others
-        hold that pass only some of these gates is nothing to the rest.
+        A bucket gets back no more than the window right before it. What others hold that pass only
+        some of these gates is nothing to the rest.
         """
         lent: dict[str, int] = {}
         soonest, here = now, NEVER
@@ -112,14 +111,3 @@ class Gates:
             awaited = awaited or slots.used >= slots.size or slots.remote
             slots.give_back()
         return awaited
-
-
-def pacing(limit: Limit, bucket: Bucket | None, now: int) -> Bucket | None:
-    """Return the bucket that paces ``limit`` from now on, or None where nothing does."""
-    if limit.burst is None or limit.burst == limit.amount:
-        return None
-    rate = Fraction(limit.amount * 1_000_000_000, limit.window)
-    if bucket is None:
-        return Bucket(rate=rate, burst=limit.burst)
-    bucket.reshape(rate=rate, burst=limit.burst, now=now)
-    return bucket

@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Final, Self
 
 from asyncbucket.errors import LimitSyntaxError
-from asyncbucket.numeric import is_number, is_whole
+from asyncbucket.numeric import is_integer, is_number
 from asyncbucket.wording import counted, written_out
 
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
@@ -86,7 +86,7 @@ class Limit:
             raise LimitSyntaxError(
                 f"a window of {self.per!r} s is none: give 0.001 s to 400 days in seconds"
             )
-        object.__setattr__(self, "per", int(self.per) if is_whole(self.per) else float(self.per))
+        object.__setattr__(self, "per", int(self.per) if is_integer(self.per) else float(self.per))
         if self.burst is None:
             if self.resource == "requests":
                 object.__setattr__(self, "burst", max(1, self.amount // 10))
@@ -114,9 +114,9 @@ class Limit:
         every = int(match.groupdict().get("every") or 1)
         return cls(
             _RESOURCES.get(resource.lower(), resource) if match.re is _SHORT else resource,
-            _whole(match["amount"], text),
+            _read_number(match["amount"], text),
             per=every * _SECONDS[match["unit"][0].lower()],
-            burst=_whole(match["burst"], text) if match["burst"] else None,
+            burst=_read_number(match["burst"], text) if match["burst"] else None,
         )
 
     @property
@@ -125,11 +125,14 @@ class Limit:
         return round(self.per * 1_000_000_000)
 
     @property
+    def key(self) -> tuple[str, float]:
+        """What tells it from the other limits of a limiter: the resource, and the window in seconds."""
+        return self.resource, self.per
+
+    @property
     def keyword(self) -> str | None:
         """The keyword that sets this limit, such as ``rpm``, if there is one."""
-        return next(
-            (word for word, what in KEYWORDS.items() if what == (self.resource, self.per)), None
-        )
+        return next((word for word, what in KEYWORDS.items() if what == self.key), None)
 
     def __str__(self) -> str:
         return f"{counted(self.amount, self.resource)} per {written_out(self.per)} s"
@@ -152,7 +155,7 @@ def read_limits(limits: Iterable[str | Limit], keywords: dict[str, float | None]
             found.append(Limit(resource, _units(amount, keyword), per=per))
     seen: dict[tuple[str, float], Limit] = {}
     for limit in found:
-        twin = seen.setdefault((limit.resource, limit.per), limit)
+        twin = seen.setdefault(limit.key, limit)
         if twin is not limit:
             raise LimitSyntaxError(f"two limits of one window: {twin} and {limit}; keep one")
     return found
@@ -167,7 +170,7 @@ def read_amount(text: str) -> int:
     return Limit.parse(f"{text} requests/s").amount
 
 
-def _whole(number: str, text: str) -> int:
+def _read_number(number: str, text: str) -> int:
     """Read a number such as ``14,400`` or ``1.5k``, of which ``text`` is written."""
     digits = re.sub("[,_]", "", number)
     prefix = digits.lstrip("0123456789.")

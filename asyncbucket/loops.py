@@ -20,7 +20,7 @@ thread_switches_only_at_calls: Final[bool] = (
 
 
 class OfThisProcess:
-    """Be there once: a copy is the thing itself, and no other process gets it.
+    """What is there once: a copy is the thing itself, and no other process gets it.
 
     What holds a slot, or counts what passes, would else do so twice.
     """
@@ -109,8 +109,8 @@ class _Forkable(Protocol):
     def after_fork(self) -> None: ...
 
 
-#: The one piece of module state: ``os.register_at_fork`` cannot be undone, so it is called once
-#: for all, and must not keep them alive.
+#: Module state, because ``os.register_at_fork`` cannot be undone: it is called once for all, and must
+#: not keep them alive.
 _FORKABLE: Final["weakref.WeakSet[_Forkable]"] = weakref.WeakSet()
 
 

@@ -38,7 +38,7 @@ NEVER: Final = 1 << 100
 _GRAINS: Final = 512
 #: and holds what it keeps for so many of them longer, for the network's jitter.
 _JITTER: Final = 3
-#: A bucket remembers that many lows; more are halved, neighbours becoming one. (An odd number.)
+#: A bucket remembers that many lows; more are halved, neighbours becoming one. (Odd: with one more they are whole pairs.)
 _LOWS: Final = 511
 
 #: What a call takes: resource -> whole units.
@@ -50,15 +50,15 @@ class Meter(Protocol):
 
     #: What binds where this meter does, if that is not the resource that it counts.
     bound_by: ClassVar[str | None]
-    #: Whether it stands for one that is kept elsewhere, which dates bookings itself.
+    #: Whether it stands for one in a store, which dates bookings itself.
     remote: ClassVar[bool]
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
         """Return the first instant from ``now`` on at which ``amount`` may pass.
 
         The answer never decreases as ``now`` advances and holds while nothing else is booked. A
-        waiter asks with the instant since which it is first in line. ``back`` asks what were if
-        that many units came back.
+        waiter asks with the instant since which it is first in line. ``back`` asks what would
+        be if that many units came back.
         """
         ...
 
@@ -74,7 +74,7 @@ class Meter(Protocol):
         """Give back ``amount`` of what was booked at ``when``, where ``left`` of it stays booked."""
         ...
 
-    def owe(self, amount: int, now: int, /) -> None:
+    def owe(self, amount: int, when: int) -> None:
         """Take ``amount`` whether or not it may pass: later calls wait for it."""
         ...
 
@@ -93,7 +93,7 @@ class Bucket:
     bound_by: ClassVar[str | None] = None
     remote: ClassVar[bool] = False
 
-    __slots__ = ("_dates", "_lows", "burst", "full_at", "low", "p", "q", "room", "slack", "tat")
+    __slots__ = ("_dates", "_lows", "burst", "depth", "full_at", "low", "p", "q", "slack", "tat")
 
     def __init__(self, *, rate: float | Fraction, burst: int) -> None:
         #: When the bucket will be (or was) full again, in q-ths of a nanosecond.
@@ -106,7 +106,11 @@ class Bucket:
         #: The lowest backlog found by bookings that were written out elsewhere, without `book`
         #: (see `TokenBucket.acquire`); it joins the others when next something is booked here.
         self.low = NEVER
-        self.p = self.q = self.room = self.slack = self.burst = 0
+        #: One unit flows in in p / q ns.
+        self.p = self.q = 0
+        #: How far (in q-ths of a ns) `tat` may lie ahead after a call; and before a call of one unit.
+        self.depth = self.slack = 0
+        self.burst = 0
         self.reshape(rate=rate, burst=burst, now=0)
 
     def reshape(self, *, rate: float | Fraction, burst: int, now: int) -> None:
@@ -114,9 +118,8 @@ class Bucket:
         missing = Fraction(max(0, self.tat - now * self.q), self.p) if self.p else Fraction(0)
         self.p, self.q = (1_000_000_000 / exactly(rate)).as_integer_ratio()
         self.burst = burst
-        self.room = burst * self.p
-        #: The backlog up to which one unit may pass.
-        self.slack = self.room - self.p
+        self.depth = burst * self.p
+        self.slack = self.depth - self.p
         self.tat = now * self.q + math.ceil(missing * self.p)
         self.full_at = now * self.q
         self._dates.clear()
@@ -138,7 +141,7 @@ class Bucket:
         start = now * self.q
         cost = amount * self.p
         backlog = self.tat - start
-        if cost > self.room or backlog + cost > self.room:
+        if cost > self.depth or backlog + cost > self.depth:
             return False
         if backlog <= 0:  # as `_add` does, without the call: nothing is asked more often
             self.full_at = start
@@ -152,8 +155,8 @@ class Bucket:
         """See `Meter.book`."""
         cost = amount * self.p
         start = when * self.q
-        if cost > self.room:
-            start -= cost - self.room
+        if cost > self.depth:  # the rest flowed in while it stood first: see `earliest`
+            start -= cost - self.depth
         self._add(cost, start, self.tat - start)
 
     def _add(self, cost: int, start: int, backlog: int) -> None:
@@ -183,9 +186,9 @@ class Bucket:
         start = when * self.q
         if self.full_at > start:
             return
-        # What a call above the burst earned by standing first is there to come back only if all of it
-        # does, and nothing was booked since, be it at the same instant.
-        if left or self.tat != start + self.room:
+        # A call above the burst earned what is above by standing first. That comes back only if the
+        # whole call does and nothing was booked since, not even at the same instant.
+        if left or self.tat != start + self.depth:
             amount = min(left + amount, self.burst) - min(left, self.burst)
         later = bisect.bisect_right(self._dates, start)
         back = min([amount * self.p, self.low, *self._lows[later : later + 1]])
@@ -197,11 +200,11 @@ class Bucket:
         self._lows[first:] = lows
         self.tat -= back
 
-    def owe(self, amount: int, now: int) -> None:
+    def owe(self, amount: int, when: int) -> None:
         """See `Meter.owe`; a bucket that stood full for long enough has earned what is above."""
-        start = now * self.q
+        start = when * self.q
         if self.tat + (amount - self.burst) * self.p <= start:
-            self.book(amount, now)
+            self.book(amount, when)
         else:
             self._add(amount * self.p, start, self.tat - start)
 
@@ -214,7 +217,7 @@ class Bucket:
     def available(self, now: int) -> int:
         """See `Meter.available`; negative while a debt is paid off."""
         backlog = self.tat - now * self.q
-        return (self.room - backlog) // self.p if backlog > 0 else self.burst
+        return (self.depth - backlog) // self.p if backlog > 0 else self.burst
 
     def missing(self, now: int) -> int:
         """Return how many units, begun ones included, a full bucket would hold more."""

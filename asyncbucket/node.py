@@ -9,7 +9,7 @@ from asyncbucket.shares import Fairness, Prices, Share
 
 
 class Node:
-    """Be a limiter's place in the tree: what its calls pass, and its share of its parent."""
+    """Tell what the calls of one limiter pass, and what its share of its parent is."""
 
     __slots__ = (
         "_fairness",
@@ -19,7 +19,7 @@ class Node:
         "known_through",
         "parent",
         "path",
-        "waiting",
+        "waiting_below_root",
         "weight",
     )
 
@@ -36,13 +36,18 @@ class Node:
         self.path: tuple[Self, ...] = (self, *parent.path) if parent is not None else (self,)
         self.below_root = self.path[:-1]
         #: Calls that wait here or below, over all loops; not counted at the root.
-        self.waiting = 0
+        self.waiting_below_root = 0
         # Thousands of children may be idle: what they need to let a call in is made for the first.
         self._gates = gates
         #: What `through` is, if it has been found since something changed.
         self.known_through: Gates | None = None
         self._prices: Prices | None = None
         self._fairness: Fairness | None = None
+
+    @property
+    def deep(self) -> bool:
+        """Whether a limiter other than the root stands above: what it owes decides who is next there."""
+        return len(self.below_root) > 1
 
     @property
     def gates(self) -> Gates:
@@ -82,7 +87,7 @@ class Node:
 
     def after_fork(self) -> None:
         """Begin anew in a child process: those who waited are the parent's."""
-        self.waiting = 0
+        self.waiting_below_root = 0
 
     @property
     def fairness(self) -> Fairness:
@@ -99,14 +104,17 @@ class Node:
                 share.weight = weight
 
     def correct(self, priority: int, reserved: Amounts, used: Amounts | None) -> None:
-        """Give the shares on the path credit for what a call did not use; all of it if it was none."""
+        """Give the shares on the way to the root credit for what a call did not use.
+
+        ``used`` is None if the call was not made: then they get back all that was reserved.
+        """
         root = self.path[-1]
-        claims: list[tuple[dict[int, Share], Node]]
-        claims = [(self.fairness.lines, self), (root.fairness.classes, root)]
-        claims += [(node.fairness.shares, above) for node, above in itertools.pairwise(self.path)]
-        for shares, node in claims:
+        # Who has paid, by priority, and the node where the call had that price.
+        paid: list[tuple[dict[int, Share], Node]]
+        paid = [(self.fairness.lines, self), (root.fairness.classes, root)]
+        paid += [(child.fairness.shares, above) for child, above in itertools.pairwise(self.path)]
+        for shares, node in paid:
             share = shares.get(priority)
             if share is not None:
-                prices = node.prices
-                rest = 0.0 if used is None else prices.of(used)
-                share.correct((prices.of(reserved) - rest) / share.weight)
+                spent = 0.0 if used is None else node.prices.of(used)
+                share.correct((node.prices.of(reserved) - spent) / share.weight)

@@ -9,6 +9,6 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float, Real)) and not isinstance(value, bool)
 
 
-def is_whole(value: object) -> TypeGuard[int]:
+def is_integer(value: object) -> TypeGuard[int]:
     """Tell whether ``value`` is an integer."""
     return isinstance(value, (int, Integral)) and not isinstance(value, bool)

@@ -1,6 +1,7 @@
 """When to look again: the only one that waits.
 
-Every call that cannot pass at once stands in its loop's `Queue` and awaits a future of its own.
+Every call that cannot pass at once stands in its loop's queue (a `Line`, or a `Tree` of lines once
+children or priorities wait) and awaits a future of its own.
 One task a loop, the pacer, serves that queue: it asks the meters from when on the head may pass,
 sleeps on an `asyncio.Condition` until then or until the doorbell rings (something was given back,
 limits have changed, the head has gone), admits in one pass everyone who is admissible, and hands
@@ -11,7 +12,7 @@ Why so? Nobody but the pacer waits on the Condition, so that a notification cann
 waiter that is being cancelled (CPython gh-112202), nobody is woken in vain, and nobody barges.
 Nothing is booked before it is handed over; what was handed to a waiter cancelled in the same
 instant is given back by that waiter, which rings. Sleep-and-recheck, the usual way, wakes all for
-one and serves whoever is fastest; a timer for each waiter cannot give back what a refund brings.
+one and serves whoever is fastest; a timer for each waiter knows nothing of a refund.
 
 The doorbell is rung by synchronous code (`Lease.release`), which cannot await the Condition's
 lock. Within a loop's thread there is nothing to lock out: between two awaits the pacer runs alone.
@@ -42,7 +43,7 @@ _BATCH: Final = 256
 #: How late (ns) another loop may be for its turn before a younger call of this one goes first.
 _GRACE: Final = 50_000_000
 #: The shortest sleep (s): a timer may fire early, and must not spin when it does.
-_NAP: Final = 20e-6
+_SHORTEST: Final = 20e-6
 #: The longest sleep (s) that every event loop's timers take.
 _LONGEST: Final = 86_400.0
 
@@ -89,7 +90,7 @@ class Pacer:
                 self.ring_locked()
         else:
             for below in node.below_root:
-                below.waiting += 1
+                below.waiting_below_root += 1
             queue.line(node, priority).push(waiter, now)
             self.ring_locked()
 
@@ -110,7 +111,7 @@ class Pacer:
         self._waiting -= 1
         self._budget.waiting -= 1
         for node in waiter.line.node.below_root:
-            node.waiting -= 1
+            node.waiting_below_root -= 1
 
     def ring(self) -> None:
         """Make the pacer look again, from its own loop."""
@@ -143,7 +144,8 @@ class Pacer:
 
     def fail_locked(self, waiter: Waiter, error: AsyncBucketError) -> None:
         """Tell ``waiter`` that it can never pass, from whichever thread."""
-        self.loop.call_soon_threadsafe(self._fail, waiter, error)
+        with contextlib.suppress(RuntimeError):  # closed just now: nobody waits there any more
+            self.loop.call_soon_threadsafe(self._fail, waiter, error)
 
     def _fail(self, waiter: Waiter, error: AsyncBucketError) -> None:
         budget = self._budget
@@ -168,9 +170,9 @@ class Pacer:
         except GeneratorExit:  # destroyed with its loop: whoever rings next finds out
             raise
         except BaseException:
-            self._rest()
+            self._end()
             raise
-        self._rest()
+        self._end()
 
     def _look(self) -> bool:
         """Admit all who may pass, and set the timer; return whether somebody still waits."""
@@ -183,7 +185,7 @@ class Pacer:
         if due < NEVER:
             nap = (due - self._budget.clock()) * 1e-9
             if nap > 0:
-                self._timer = self.loop.call_later(min(max(nap, _NAP), _LONGEST), self._tick)
+                self._timer = self.loop.call_later(min(max(nap, _SHORTEST), _LONGEST), self._tick)
             else:  # in the loop's next turn
                 self._timer = self.loop.call_soon(self._tick)
         return True
@@ -206,7 +208,7 @@ class Pacer:
         """Admit all who may pass, in order; return when to look again, None if nobody is left."""
         budget, outlet = self._budget, self._outlet
         with budget.lock:
-            budget.collect_locked()
+            budget.run_postponed_locked()
             now = budget.clock()
             passed, due = self._admit_locked(now)
             if passed:
@@ -217,16 +219,17 @@ class Pacer:
                 if len(budget.pacers) > 1:
                     budget.ring_locked(budget.root)
             end = self._deadlines.first()
-            if end <= now and passed < self._most:
+            if end <= now and passed < self._most:  # else the head may pass yet, in the next one
                 if self._expire_locked(now):
                     due = now  # the next in line may pass at once
                 end = self._deadlines.first()
             nobody = due == EMPTY
-            wake = self._wake_locked(now) if nobody else self.queue.wake
-            if wake < due or end < due:
+            wake = self._wake_or_override_locked(now) if nobody else self.queue.wake
+            if wake < due or end < due:  # `min` of three would be a call
                 due = min(wake, end)
             self.due = max(now, due)
-            return None if nobody and wake >= EMPTY and not (outlet and self._waiting) else self.due
+            gone = nobody and wake >= EMPTY and (outlet is None or not self._waiting)
+            return None if gone else self.due
 
     def _admit_locked(self, now: int) -> tuple[int, int]:
         """Let pass who may; return how many did, and when the next may: `EMPTY` if there is none."""
@@ -241,10 +244,10 @@ class Pacer:
                 return passed, NEVER
             line = head.line
             gates = line.node.through
-            full = passed == most or queue.expects
-            if full or not alone or not gates.take(head.amounts, now):
+            stop = passed == most or queue.expects
+            if stop or not alone or not gates.take(head.amounts, now):
                 due = self._due_locked(head, now)
-                if full or due > now:
+                if stop or due > now:  # where it is now, the next turn of the loop goes on
                     return passed, due
                 gates.book(head.amounts, now)
             bound_by = line.bound_by or queue.held_by or self.bound_by
@@ -255,12 +258,12 @@ class Pacer:
             else:
                 head.set_result(passage)
                 for below in line.node.below_root:
-                    below.waiting -= 1
+                    below.waiting_below_root -= 1
             queue.served(head, now)
         return passed, EMPTY
 
     def _admit_line_locked(self, line: Line, now: int) -> tuple[int, int]:
-        """Do so where nobody but the meters has a say: those who want the same go in one booking."""
+        """As `_admit_locked`, of one line on the only loop: those who want the same go in one booking."""
         gates, passed, room = self._budget.root.through, 0, 0
         amounts: Amounts = {}
         while (head := line.head()) is not None:
@@ -271,7 +274,7 @@ class Pacer:
                 due = self._due_locked(head, now)
                 if due > now or passed == _BATCH:
                     return passed, due
-                room = 1
+                room = 1  # above a burst, of which `Gates.room` knows nothing
             alike = line.serve_alike(amounts, room, now)
             gates.book(amounts, now, calls=len(alike))
             passage = Passage(gates, now, now, self.bound_by)
@@ -318,10 +321,10 @@ class Pacer:
                     due = max(due, other.due + _GRACE)
         return due
 
-    def _wake_locked(self, now: int) -> int:
+    def _wake_or_override_locked(self, now: int) -> int:
         """Return when to look again after all who wait were found to be waiting for limits below.
 
-        If those wait for slots alone, and every slot's holder is blocked, one passes without.
+        If those wait for slots alone, and every slot's holder is blocked, let one pass without.
         """
         budget, queue = self._budget, self.queue
         if queue.wake != NEVER:
@@ -338,7 +341,7 @@ class Pacer:
         budget.blocked.override(self.loop)
         return now
 
-    def _rest(self) -> None:
+    def _end(self) -> None:
         """End, unless a stranger cancelled the task while calls wait."""
         with self._budget.lock:
             if next(self.queue.waiters(), None) is not None and not self.loop.is_closed():
@@ -357,7 +360,7 @@ class Pacer:
 
 
 class _TheLoop(asyncio.Lock):
-    """Be the lock that a loop's thread holds by running: always held, never contended."""
+    """The lock that a loop's thread holds by running: always held, never contended."""
 
     def locked(self) -> bool:
         return True

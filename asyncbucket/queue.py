@@ -15,6 +15,7 @@ from asyncbucket.gates import Gates
 from asyncbucket.meters import NEVER, Amounts
 
 if TYPE_CHECKING:
+    from asyncbucket.branch import Branch
     from asyncbucket.node import Node
     from asyncbucket.pacer import Pacer
 
@@ -51,7 +52,8 @@ class Waiter(asyncio.Future[Passage | None]):
     deadline: int | None
     #: Where it stands, or stood; set by `Line.push`.
     line: "Line"
-    #: Who has taken it over, where limits are kept elsewhere.
+    #: Who has taken it over, where limits are kept elsewhere. No slot: few have one, and a future takes
+    #: other attributes all the same.
     outlet: "Outlet | None" = None
 
     @property
@@ -85,20 +87,15 @@ class Outlet(Protocol):
         ...
 
     def leave(self, waiter: Waiter) -> bool:
-        """Give back all that ``waiter``, done, has taken; return True."""
+        """Give back all that ``waiter``, done, has taken; return True, as `Line.leave` does of a head."""
         ...
-
-
-class Counting(Protocol):
-    """Count who waits in one of several lines."""
-
-    living: int
 
 
 class Line:
     """Hold in order of arrival those who wait at one node, on one loop, with one priority.
 
-    Every operation is O(1), amortised.
+    Every operation is O(1), amortised. It is a whole queue, too, where nobody but the root's own calls
+    waits: then it stands for a `Tree`, and has all that a pacer asks one for.
     """
 
     __slots__ = ("_line", "_living", "above", "bound_by", "node", "pacer", "priority", "since")
@@ -121,7 +118,7 @@ class Line:
         #: Since when somebody has stood first here without anyone being served.
         self.since = 0
         #: Who counts those who wait here, too.
-        self.above: tuple[Counting, ...] = ()
+        self.above: tuple[Branch, ...] = ()
         #: What held up its head last.
         self.bound_by: str | None = None
 
@@ -152,7 +149,7 @@ class Line:
         return None
 
     def served(self, head: Waiter, now: int) -> None:  # noqa: ARG002 - as `Tree.served`
-        """Take ``head``, which passed, out of the line."""
+        """Take ``head``, which passed, out of the line; `Branch.served` counts it out above."""
         self._line.popleft()
         self._living -= 1
         self.since = now
@@ -175,7 +172,7 @@ class Line:
     def begin(self) -> None:
         """See `expects`."""
 
-    def clear(self, node: "Node", now: int) -> bool:  # noqa: ARG002 - as `Tree.clear`
+    def free_for(self, node: "Node", now: int) -> bool:  # noqa: ARG002 - as `Tree.free_for`
         """Tell whether a newcomer would overtake nobody."""
         return self.head() is None
 
@@ -192,8 +189,8 @@ class Line:
     def leave(self, waiter: Waiter) -> bool:
         """Take ``waiter``, done, out of the line; return whether it was its head, or the last.
 
-        It may have been skipped already, by whoever looked for the head since; others may stand in
-        the place of this line anew.
+        It may have been skipped already, by whoever looked for the head since; another line may stand
+        in the place of this one by then.
         """
         self._living -= 1
         for each in self.above:

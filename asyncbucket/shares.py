@@ -11,12 +11,13 @@ at once; an idle child saves nothing up and loses nothing.
 The price of a call is the largest part that it takes of any limit of the node or above it, in
 seconds (`Prices`). It is what was reserved; settling corrects the tag.
 
-Whoever comes anew starts at the node's virtual time: the start of the call that was served last, as
-in the paper. That alone would let an endless stream of newcomers overtake whoever was just served.
-So where it stands still it follows the potential, at which each of those who want something would
-have been served since if all were at once, and lags behind that by one call at most.
+Whoever comes anew starts at the node's virtual time: in the paper, the tag at which the call that was
+served last started. While newcomers keep coming, each would start at that same time, and go before
+whoever was just served, whose tag is higher. So virtual time moves by itself, too: each call that is
+served adds its price, divided by the weights of all who compete, to a *potential*, the tag that each
+would have if all were served at once. Virtual time follows that, one call behind at most.
 
-A child that is out of its own quota is no candidate. It sleeps until its meters say when, and holds
+A child that is out of its own limits is no candidate. It sleeps until its meters say when, and holds
 up nobody; when it wakes it is as if it had been idle. Whoever goes next may still have to wait for
 the limits of the node itself; only who is entitled to go before may overtake then, and that is
 bounded by virtual time.
@@ -77,7 +78,7 @@ class Prices:
 
 
 class Share:
-    """Be one claimant's account of virtual time, over all loops."""
+    """One claimant's account of virtual time, over all loops."""
 
     __slots__ = ("_credit", "tag", "weight")
 
@@ -106,21 +107,21 @@ class Share:
 class VirtualClock:
     """Tell the virtual time at which newcomers start."""
 
-    __slots__ = ("_potential", "_steepest", "now")
+    __slots__ = ("_largest_step", "_potential", "now")
 
     def __init__(self) -> None:
         self.now = 0.0
         self._potential = 0.0
         #: The most that one call has moved a tag.
-        self._steepest = 0.0
+        self._largest_step = 0.0
 
     def advance(self, tag: float, price: float, step: float, *, weights: float) -> None:
         """Serve who is at ``tag`` with a call of that price, beside others of so many weights."""
-        self._steepest = max(self._steepest, step)
+        self._largest_step = max(self._largest_step, step)
         if tag > self.now:
             self.now = self._potential = tag
         self._potential += price / weights
-        self.now = max(self.now, self._potential - self._steepest)
+        self.now = max(self.now, self._potential - self._largest_step)
 
 
 class Fairness:

@@ -14,7 +14,7 @@ from asyncbucket.gates import Gates
 from asyncbucket.loops import OfThisProcess
 from asyncbucket.meters import Amounts, Bucket
 from asyncbucket.node import Node
-from asyncbucket.numeric import is_number, is_whole
+from asyncbucket.numeric import is_integer, is_number
 from asyncbucket.queue import Waiter
 from asyncbucket.wording import counted, in_seconds
 
@@ -123,7 +123,7 @@ class TokenBucket(OfThisProcess):
             if await waiter is not None:
                 return
         except BaseException:
-            self._budget.drop(functools.partial(self._budget.withdraw_locked, waiter))
+            self._budget.run_or_postpone(functools.partial(self._budget.withdraw_locked, waiter))
             del waiter  # or the traceback of the error would keep it alive
             raise
         raise self._too_late(amount, timeout, self._wait_of(waiter.amounts))
@@ -174,7 +174,7 @@ class TokenBucket(OfThisProcess):
         )
 
     def _amounts(self, amount: int) -> Amounts:
-        if not is_whole(amount) or amount < 1:
+        if not is_integer(amount) or amount < 1:
             raise ValueError(f"amount must be a whole number of units from 1 on, not {amount!r}")
         if amount > self.burst:
             raise CostExceedsLimit(

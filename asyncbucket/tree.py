@@ -77,22 +77,24 @@ class Tree:
         """Take ``head``, which `head` returned and which passed, out of its line; charge for it."""
         self._classes.served(head, now)
         if not head.line:
-            self._emptied.extend(branch for branch in self._chosen() if branch.emptied < math.inf)
-        if len(head.node.below_root) > 1:  # who goes next where it has passed may be another
+            self._emptied.extend(
+                branch for branch in self._chosen() if branch.lowest_emptied < math.inf
+            )
+        if head.node.deep:
             self._rouse(head.node)
 
     @property
     def expects(self) -> bool:
         """Whether the head that was found should wait for somebody to come back first."""
         return bool(self._emptied) and any(
-            branch.first is not None and branch.first.share.tag > branch.emptied
+            branch.first is not None and branch.first.share.tag > branch.lowest_emptied
             for branch in self._chosen()
         )
 
     def begin(self) -> None:
         """Begin a new pass: whoever was to come back has had the time."""
         for branch in self._emptied:
-            branch.emptied = math.inf
+            branch.lowest_emptied = math.inf
         self._emptied.clear()
 
     def _chosen(self) -> Iterator[Branch]:
@@ -104,24 +106,24 @@ class Tree:
                 return
             branch = branch.first.source
 
-    def clear(self, node: Node, now: int) -> bool:
+    def free_for(self, node: Node, now: int) -> bool:
         """Tell whether a newcomer at ``node`` would overtake nobody who may go now or next."""
         return self._classes.head(now) is None and all(
-            flow.source.head(now) is None for _, flow in self._way(node, tuple(self._classes))
+            flow.source.head(now) is None for _, flow in self._way(node, self._classes.keys())
         )
 
     def binding(self, node: Node) -> str | None:
         """Return what holds up who goes next at ``node``, as far as that was found."""
         if node is self._root:
             return self._classes.bound_by
-        way = [flow for _, flow in self._way(node, tuple(self._classes))]
+        way = [flow for _, flow in self._way(node, self._classes.keys())]
         here = (flow.source.bound_by for flow in way if flow.child is node)
         above = (flow.held_by for flow in reversed(way))
         return next(filter(None, (*here, *above)), None)
 
     def rouse(self, node: Node) -> None:
         """Look again at those who sleep at ``node`` or above: something has changed there."""
-        for branch, flow in self._way(node, tuple(self._classes)):
+        for branch, flow in self._way(node, self._classes.keys()):
             branch.rouse(flow)
 
     def rouse_all(self) -> None:
@@ -152,7 +154,7 @@ class Tree:
         if flow is None:
             source = Branch(node, node.fairness.clocks.setdefault(priority, VirtualClock()))
             share = shares.setdefault(priority, Share(node.weight))
-            branch.add(key, source, share, child=None if key == priority else node)
+            branch.add(key, source, share, child=node if key is node else None)
             return source
         assert isinstance(flow.source, Branch)
         return flow.source

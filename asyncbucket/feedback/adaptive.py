@@ -45,7 +45,7 @@ import math
 from dataclasses import dataclass
 from typing import Final, Literal, Self, TypeAlias
 
-from asyncbucket.numeric import is_whole
+from asyncbucket.numeric import is_integer
 
 #: What people pass as ``concurrency=``: a fixed size, or bounds within which to find it.
 Concurrency: TypeAlias = int | Literal["auto"] | tuple[int, int]
@@ -280,7 +280,7 @@ def read_concurrency(value: Concurrency | None) -> tuple[int, int] | None:
     if value == "auto":
         return AUTO
     bounds = value if isinstance(value, tuple) else (value, value)
-    if len(bounds) != 2 or not all(is_whole(bound) and bound >= 1 for bound in bounds):  # noqa: PLR2004 - a pair
+    if len(bounds) != 2 or not all(is_integer(bound) and bound >= 1 for bound in bounds):  # noqa: PLR2004 - a pair
         raise ValueError(
             f'concurrency must be a whole number of at least 1, "auto" or a pair of such numbers, '
             f"not {value!r}"

@@ -259,9 +259,9 @@ class Headroom:
         for each in self._slices:
             each.book(amount, when)
 
-    def owe(self, amount: int, now: int) -> None:
+    def owe(self, amount: int, when: int) -> None:
         """See `asyncbucket.meters.Meter.owe`."""
-        self.book(amount, now)
+        self.book(amount, when)
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
         """See `asyncbucket.meters.Meter.unbook`; the last word counts what was booked before."""

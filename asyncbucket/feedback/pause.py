@@ -59,7 +59,7 @@ class Pause:
         if self._step:
             self._climb(-1)
 
-    def owe(self, amount: int, now: int) -> None:
+    def owe(self, amount: int, when: int) -> None:
         """See `asyncbucket.meters.Meter.owe`: nothing is owed to a pause."""
 
     def available(self, now: int) -> int:

@@ -70,7 +70,7 @@ class _SyncBody:
 
 
 class _AsyncLoad:
-    """Be the body of a request, which is asked for when its head has been sent."""
+    """The body of a request, which is asked for when its head has been sent."""
 
     def __init__(self, inner: Any, attempt: Attempt) -> None:
         self._inner = inner
@@ -86,7 +86,7 @@ class _AsyncLoad:
 
 
 class _SyncLoad:
-    """Be the body of a request, which is asked for when its head has been sent."""
+    """The body of a request, which is asked for when its head has been sent."""
 
     def __init__(self, inner: Any, attempt: Attempt) -> None:
         self._inner = inner

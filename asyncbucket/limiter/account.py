@@ -9,13 +9,14 @@ from asyncbucket.events import LimitChanged, LimitLearned
 from asyncbucket.feedback.adaptive import Adaptive, Concurrency, read_concurrency
 from asyncbucket.feedback.headroom import Headroom
 from asyncbucket.feedback.pause import Pause
-from asyncbucket.gates import Gates, pacing
+from asyncbucket.gates import Gates
+from asyncbucket.kept import Kept, keep
 from asyncbucket.limiter.books import NOTHING, Books
 from asyncbucket.limiter.statistics import LimitUse
 from asyncbucket.limiter.terms import Terms
 from asyncbucket.limits import Limit
-from asyncbucket.meters import Amounts, Bucket, Meter, Slots, Window
-from asyncbucket.numeric import is_whole
+from asyncbucket.meters import Amounts, Meter, Slots
+from asyncbucket.numeric import is_integer
 from asyncbucket.queue import Waiter
 from asyncbucket.wording import counted
 
@@ -31,7 +32,11 @@ _NONE: Final[frozenset[Any]] = frozenset()
 
 
 class Account(Books):
-    """Keep a limiter's limits in force; all is read and written with the budget's lock held."""
+    """Keep a limiter's limits in force.
+
+    All is written with the budget's lock held. `limits`, `headrooms` and `learned` are replaced, never
+    changed in place, so that they may be read without it.
+    """
 
     __slots__ = (
         "adaptive",
@@ -66,9 +71,9 @@ class Account(Books):
         #: this account. A tenant that was put to rest and is back has several.
         self.limiters: dict[str, Limiter] = NOTHING
         self.keys: Keys[Limiter] | None = None
-        self.limits: dict[Key, tuple[Limit, Window, Bucket | None]] = {}
+        self.limits: dict[Key, Kept] = {}
         self.slots: Slots | None = None
-        #: How many calls hold a slot that were in flight when there came to be slots.
+        #: Calls admitted before there were slots: each counts as holding one until it ends.
         self.early = 0
         #: What finds the number of slots, where it is not given.
         self.adaptive: Adaptive | None = None
@@ -87,9 +92,9 @@ class Account(Books):
     @property
     def personal(self) -> bool:
         """Whether it is a tenant's, or belongs to one."""
-        return any("/*" in account.name for account in self.path)
+        return "/*" in self.name
 
-    def beget_locked(self, name: str, terms: Terms) -> "Account":
+    def add_child_locked(self, name: str, terms: Terms) -> "Account":
         """Return a new account under this one."""
         child = Account(
             f"{self.name}/{name}",
@@ -108,8 +113,8 @@ class Account(Books):
         self.early = 0
         if self.slots is not None:
             self.slots.used = 0
-        for _, window, _ in self.limits.values():
-            window.lent = 0
+        for kept in self.limits.values():
+            kept.window.lent = 0
         for child in self.children.values():
             child.after_fork()
 
@@ -118,15 +123,10 @@ class Account(Books):
         bounds = read_concurrency(concurrency)
         with self.budget.lock:
             now = self.budget.clock()
-            for limit in limits:
-                key = (limit.resource, limit.per)
-                _, window, bucket = self.limits.get(key, (None, None, None))
-                if window is None:
-                    window = Window(amount=limit.amount, window=limit.window)
-                window.reshape(amount=limit.amount)
-                self.limits[key] = (limit, window, pacing(limit, bucket, now))
+            changed = {limit.key: keep(limit, self.limits.get(limit.key), now) for limit in limits}
+            self.limits = self.limits | changed
             if bounds is not None:
-                self._set_slots_locked(bounds, fixed=is_whole(concurrency))
+                self._set_slots_locked(bounds, fixed=is_integer(concurrency))
             self.changed_locked()
 
     def reconfigure(
@@ -138,7 +138,7 @@ class Account(Books):
             self.remote.check(limits, concurrency)
         with self.budget.lock:
             self.steered = True
-            self.learned -= {(limit.resource, limit.per) for limit in limits}
+            self.learned -= {limit.key for limit in limits}
             if weight is not None:
                 self.reweigh(weight)
         self.set_limits(limits, concurrency)
@@ -155,15 +155,14 @@ class Account(Books):
         Raises:
             ValueError: the store cannot count that far.
         """
-        key = (limit.resource, limit.per)
         if self.remote is not None:
             self.remote.check([limit], None)
         with self.budget.lock:
-            ours = self.limits.get(key)
-            if self.limits.keys() - self.learned or (ours and ours[0].amount == limit.amount):
+            ours = self.limits.get(limit.key)
+            if self.limits.keys() - self.learned or (ours and ours.limit.amount == limit.amount):
                 return
             self.steered = True
-            self.learned |= {key}
+            self.learned |= {limit.key}
         self.set_limits([limit], None)
         if self.remote is not None:
             self.remote.configure()
@@ -173,9 +172,10 @@ class Account(Books):
         self, key: Key, remaining: int, *, limit: int | None, since: int, rounding: int
     ) -> None:
         """Hear from the provider what is left of a limit that others spend from, too."""
-        if key not in self.limits:
+        kept = self.limits.get(key)
+        if kept is None:
             return
-        ours, window, _ = self.limits[key]
+        ours, window, _ = kept
         headroom = self.headrooms.get(key)
         if headroom is None:
             headroom = Headroom(amount=ours.amount, window=ours.window, ours=window.closed())
@@ -206,7 +206,7 @@ class Account(Books):
     def end_early_locked(self, gates: Gates) -> bool:
         """Give back the slot of a call through ``gates`` if it was in flight before there were any."""
         slots = self.slots
-        if not self.early or slots is None or slots in gates.slots or slots in gates.lent:
+        if not self.early or slots is None or slots in gates.slots or slots in gates.given_back:
             return False
         self.early -= 1
         slots.give_back()
@@ -224,12 +224,12 @@ class Account(Books):
     def changed_locked(self) -> None:
         """Send newcomers and those who wait through the meters as they are now."""
         self.forget_gates()
-        if self.waiting_now():
+        if self.waiting:
             self.budget.changed_locked(_check)
 
     def make_gates(self) -> Gates:
         """See `Node.make_gates`."""
-        return Gates(self._meters(), tuple(limit for limit, _, _ in self.limits.values()))
+        return Gates(self._meters(), tuple(kept.limit for kept in self.limits.values()))
 
     def forget_through(self) -> None:
         """See `Node.forget_through`; what lies below has other meters above it now, too."""
@@ -244,7 +244,7 @@ class Account(Books):
             CostExceedsLimit: it costs more than a limit.
         """
         for account in self.path:
-            for key, (limit, _, _) in account.limits.items():
+            for key, (limit, *_) in account.limits.items():
                 amount = amounts.get(limit.resource, 0)
                 if amount > limit.amount:
                     remedy = f"raise {limit.keyword or 'the limit'} or split the request"
@@ -301,8 +301,9 @@ class Account(Books):
             self.slots.reshape(size=size)
 
     def _meters(self) -> Iterator[tuple[Meter, str]]:
+        """Yield the meters with what they count; a bucket behind its window: see `Gates.soonest`."""
         if self.pause is not None:
-            yield self.pause, "concurrency"
+            yield self.pause, "concurrency"  # of which every call takes one
         if self.remote is not None:
             return
         if self.slots is not None:
@@ -316,13 +317,14 @@ class Account(Books):
 
     def binding_locked(self) -> str | None:
         """Return what holds up who goes next, if anybody waits here."""
-        if not self.waiting_now():
+        if not self.waiting:
             return None
         remote = self.path[-1].remote
         known = None if remote is None else remote.held_up()
         elsewhere = None if known is None else known[0]
         pacers = self.budget.pacers.values()
         here = next(filter(None, (pacer.queue.binding(self) for pacer in pacers)), None)
+        # At the root the store's word comes first, for its limits lie there; below, the child's own.
         bound = (elsewhere or here) if self.parent is None else (here or elsewhere)
         return bound or next(filter(None, (pacer.bound_by for pacer in pacers)), None)
 

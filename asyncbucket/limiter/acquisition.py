@@ -11,7 +11,7 @@ from asyncbucket.limiter.lease import Lease
 
 
 class Acquisition(Coroutine[Any, Any, Lease]):
-    """Be awaited for a lease, or entered for one that is released on leaving.
+    """Wait for a lease: ``await`` it, or enter it for one that is released on leaving.
 
     Nothing is taken before that. It is a coroutine as far as ``asyncio.create_task`` and its like
     are concerned. It may be entered again when it was left, not by several tasks at a time.

@@ -43,7 +43,7 @@ class Books(Node):
         self.budget: Budget = Budget(clock, self) if parent is None else parent.budget
         self.name = name
         #: What others may see of the name: tenants are nobody's business.
-        self.shown = re.sub(r"/\*[^/]*", "/*", name)
+        self.shown = re.sub(r"/\*[^/]*", "/*", name)  # as `keys` marks them
         self.observers: Observers | None = None
         self.admitted = 0
         self.cancelled = 0
@@ -66,18 +66,18 @@ class Books(Node):
         super().after_fork()
         self.ended = self.admitted
 
-    def refuse_locked(self) -> None:
+    def count_refusal_locked(self) -> None:
         """Count a call that was turned away, here and above."""
         for account in self.path:
             account.refused += 1
 
-    def withdraw_locked(self, waiter: Waiter) -> None:
+    def give_up_locked(self, waiter: Waiter) -> None:
         """Let ``waiter`` go, and count that it gave up, here and above."""
         if self.budget.withdraw_locked(waiter):
             for account in self.path:
                 account.cancelled += 1
 
-    def waited_locked(self, waited: int, bound_by: str | None) -> None:
+    def count_wait_locked(self, waited: int, bound_by: str | None) -> None:
         """Count a call that waited ``waited`` ns."""
         if bound_by is None:
             return
@@ -86,15 +86,16 @@ class Books(Node):
             account.waits = account.waits or {}
             account.waits[bound_by] = (count + 1, total + waited)
 
-    def refund_locked(self, resource: str, amount: int) -> None:
+    def count_refund_locked(self, resource: str, amount: int) -> None:
         """Count what was given back, here and above."""
         for account in self.path:
             account.refunded = account.refunded or {}
             account.refunded[resource] = account.refunded.get(resource, 0) + amount
 
-    def waiting_now(self) -> int:
-        """Return how many calls wait, here or below."""
-        return self.budget.waiting if self.parent is None else self.waiting
+    @property
+    def waiting(self) -> int:
+        """How many calls wait, here or below."""
+        return self.budget.waiting if self.parent is None else self.waiting_below_root
 
     def observe(self, callback: Callback) -> Callable[[], None]:
         """Tell ``callback`` of all that happens here and below, until what is returned is called."""
@@ -103,12 +104,14 @@ class Books(Node):
         remove = self.observers.add(callback)
         with self.budget.lock:
             self.budget.observed += 1
-        left = [1]
+        watching = True
 
         def unobserve() -> None:
+            nonlocal watching
             remove()
             with self.budget.lock:
-                self.budget.observed -= left.pop() if left else 0
+                self.budget.observed -= watching
+                watching = False
 
         return unobserve
 

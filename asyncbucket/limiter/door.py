@@ -10,27 +10,33 @@ from asyncbucket.errors import AcquireTimeout, CostExceedsLimit, QueueFull, Woul
 from asyncbucket.events import Admitted, Cancelled, Queued, Reason, Refused
 from asyncbucket.limiter.account import Account
 from asyncbucket.limiter.lease import Lease
-from asyncbucket.limiter.refusal import refuse_locked
+from asyncbucket.limiter.refusal import refusal_locked
 from asyncbucket.wording import counted, in_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _AT_ONCE: Final = "without waiting"
-_PATIENCE: Final = "raise the timeout or the limit"
+#: What observers hear of a refusal.
+_REASONS: Final[dict[type, Reason]] = {
+    WouldBlock: "would_block",
+    AcquireTimeout: "timeout",
+    QueueFull: "queue_full",
+    CostExceedsLimit: "too_costly",
+}
 
 
 class Door:
     """Let calls in under the limits of one account, and of those above it."""
 
-    __slots__ = ("_account", "again", "priority", "timeout")
+    __slots__ = ("_account", "find_again", "priority", "timeout")
 
     def __init__(
         self, account: Account, *, timeout: float | None = None, priority: int = 0
     ) -> None:
         self._account = account
         #: What finds the account anew, after it was put to rest.
-        self.again: Callable[[], Account] | None = None
+        self.find_again: Callable[[], Account] | None = None
         #: What holds for calls that say nothing themselves.
         self.timeout = timeout
         self.priority = priority
@@ -39,11 +45,11 @@ class Door:
     def account(self) -> Account:
         """The account whose limits hold here."""
         if self._account.retired:
-            assert self.again is not None
-            self._account = self.again()
+            assert self.find_again is not None
+            self._account = self.find_again()
         return self._account
 
-    def deadline(
+    def deadline_for(
         self, timeout: float | None, deadline: float | None, here: Inherited | None
     ) -> int | None:
         """Return the earliest of all ends that were given, in ns of the limiter's clock."""
@@ -57,7 +63,7 @@ class Door:
         inherited = now + round(left * 1_000_000_000)
         return inherited if end is None else min(end, inherited)
 
-    def urgency(self, priority: Priority | None, here: Inherited | None) -> int:
+    def priority_for(self, priority: Priority | None, here: Inherited | None) -> int:
         """Return the priority of a call: its own, what it inherits, or the limiter's."""
         if priority is not None:
             return read_priority(priority)
@@ -99,11 +105,11 @@ class Door:
         try:
             try:
                 account.check_locked(amounts)
-                raise refuse_locked(WouldBlock, account, amounts, _AT_ONCE, "wait with acquire()")
+                raise refusal_locked(WouldBlock, account, amounts, _AT_ONCE, "wait with acquire()")
             finally:
                 account.budget.lock.release()
         except (WouldBlock, CostExceedsLimit) as error:
-            _refuse(account, amounts, error)
+            _note_refusal(account, amounts, error)
             raise
 
     async def wait(
@@ -127,28 +133,28 @@ class Door:
                 budget.lock.release()
             try:
                 if budget.observed:
-                    account.tell(Queued, cost=Cost.of(amounts), waiting=account.waiting_now())
+                    account.tell(Queued, cost=Cost.of(amounts), waiting=account.waiting)
                 passage = await waiter
-            except CostExceedsLimit:  # told to it; whoever gives up at that moment was not refused
+            except CostExceedsLimit:  # it was taken out of the line by who told it so
                 raise
             except BaseException as error:
-                budget.drop(functools.partial(account.withdraw_locked, waiter))
+                budget.run_or_postpone(functools.partial(account.give_up_locked, waiter))
                 del waiter  # or the traceback of the error would keep it alive
                 _tell_cancelled(account, amounts, budget.clock() - now, error)
                 raise
             with budget.lock:
                 if passage is None:
                     account.check_locked(amounts)  # limits may have been lowered since
-                    how = f"within {in_seconds(((deadline or now) - now) * 1e-9)}"
-                    raise refuse_locked(AcquireTimeout, account, amounts, how, _PATIENCE)
+                    assert deadline is not None
+                    raise _too_late_locked(account, amounts, now, deadline)
                 holder = budget.blocked.here() if on_loop else budget.blocked.threads
                 lease = Lease(account, passage.gates, amounts, passage.booked, holder, priority)
                 waited = passage.when - now
                 lease.waited = waited * 1e-9
                 lease.bound_by = passage.bound_by
-                account.waited_locked(waited, passage.bound_by)
+                account.count_wait_locked(waited, passage.bound_by)
         except (AcquireTimeout, QueueFull, CostExceedsLimit) as error:
-            _refuse(account, amounts, error)
+            _note_refusal(account, amounts, error)
             raise
         if budget.observed:
             _tell_admitted(account, lease)
@@ -168,9 +174,9 @@ def _refuse_if_hopeless_locked(
     account: Account, amounts: dict[str, int], now: int, deadline: int | None
 ) -> None:
     for each in account.path:
-        waiting = each.waiting_now()
+        waiting = each.waiting
         if each.max_queue is not None and waiting >= each.max_queue:
-            raise refuse_locked(
+            raise refusal_locked(
                 QueueFull,
                 account,
                 amounts,
@@ -178,8 +184,14 @@ def _refuse_if_hopeless_locked(
                 f"try again later or raise max_queue={each.max_queue:,}",
             )
     if deadline is not None and account.through.soonest(amounts, now) > deadline:
-        how = f"within {in_seconds(max(0, deadline - now) * 1e-9)}"
-        raise refuse_locked(AcquireTimeout, account, amounts, how, _PATIENCE)
+        raise _too_late_locked(account, amounts, now, deadline)
+
+
+def _too_late_locked(
+    account: Account, amounts: dict[str, int], now: int, deadline: int
+) -> AcquireTimeout:
+    how = f"within {in_seconds(max(0, deadline - now) * 1e-9)}"
+    return refusal_locked(AcquireTimeout, account, amounts, how, "raise the timeout or the limit")
 
 
 def _tell_admitted(account: Account, lease: Lease) -> None:
@@ -188,7 +200,7 @@ def _tell_admitted(account: Account, lease: Lease) -> None:
         cost=lease.cost,
         waited=lease.waited,
         bound_by=lease.bound_by,
-        waiting=account.waiting_now(),
+        waiting=account.waiting,
         in_flight=account.in_flight,
     )
 
@@ -202,24 +214,16 @@ def _tell_cancelled(
         tell(Cancelled, cost=Cost.of(amounts), waited=waited * 1e-9)
 
 
-def _refuse(
+def _note_refusal(
     account: Account,
     amounts: dict[str, int],
     error: WouldBlock | AcquireTimeout | QueueFull | CostExceedsLimit,
 ) -> None:
     """Count a call that was turned away, and tell those who watch."""
     with account.budget.lock:
-        account.refuse_locked()
+        account.count_refusal_locked()
     if account.budget.observed:
         bound: Any = {"bound_by": None, "retry_after": None}
         if not isinstance(error, CostExceedsLimit):
             bound = {"bound_by": error.bound_by, "retry_after": error.retry_after}
         account.tell(Refused, cost=Cost.of(amounts), reason=_REASONS[type(error)], **bound)
-
-
-_REASONS: Final[dict[type, Reason]] = {
-    WouldBlock: "would_block",
-    AcquireTimeout: "timeout",
-    QueueFull: "queue_full",
-    CostExceedsLimit: "too_costly",
-}

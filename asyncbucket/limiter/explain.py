@@ -119,7 +119,7 @@ def _rates(account: Account, amounts: Amounts) -> list[Rate]:
     return [
         Rate(each.name, limit, limit.amount / limit.per / amounts[limit.resource])
         for each in account.path
-        for limit, _, _ in each.limits.values()
+        for limit, *_ in each.limits.values()
         if amounts.get(limit.resource)
     ]
 

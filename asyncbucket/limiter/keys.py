@@ -1,4 +1,4 @@
-"""A child for each tenant, on demand: few alive, and nobody's quota forgotten.
+"""A child for each tenant, on demand: few alive, and nothing forgotten that anybody used.
 
 A service may see a hundred thousand tenants a day, and a limiter for each would be a leak. So only
 so many are kept alive, those asked for last. Of one that is put to rest nothing is kept if its

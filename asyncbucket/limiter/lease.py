@@ -2,14 +2,14 @@
 
 Neither settling nor releasing waits for the lock. Where another thread has it, or this very one, which
 the collector has interrupted to close a generator or a coroutine that held a lease, what is to be done
-is left to whoever has it (`Budget.drop`).
+is left to whoever has it (`Budget.run_or_postpone`).
 """
 
 import functools
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
-from asyncbucket.cost import Cost, whole
+from asyncbucket.cost import Cost, rounded_up
 from asyncbucket.errors import AsyncBucketError
 from asyncbucket.events import Outcome, Released, Settled
 from asyncbucket.gates import Gates
@@ -128,14 +128,14 @@ class Lease(OfThisProcess):
             "output_tokens": output_tokens,
             **resources,
         }
-        used = {name: whole(value, name) for name, value in named.items() if value is not None}
+        used = {name: rounded_up(value, name) for name, value in named.items() if value is not None}
         self._settle(used)
 
     def _settle(self, used: dict[str, int]) -> None:
         account = self._account
         if self._epoch != account.budget.epoch:  # of a parent process, whose books are its own
             return
-        if account.budget.drop(functools.partial(self._settle_locked, used)):
+        if account.budget.run_or_postpone(functools.partial(self._settle_locked, used)):
             account.flush()
 
     def _settle_locked(self, used: dict[str, int]) -> None:
@@ -146,19 +146,21 @@ class Lease(OfThisProcess):
         if account.budget.observed:
             corrects = {name: booked[name] for name in used if name in (self._parts or ())}
             account.tell_later(Settled, reserved=self.cost, used=used, corrects=corrects)
-        less = {name: booked.get(name, 0) - amount for name, amount in used.items()}
-        for name, amount in less.items():
-            self._correct_locked(name, -amount)
-            if amount > 0:
-                account.refund_locked(name, amount)
+        more = {name: amount - booked.get(name, 0) for name, amount in used.items()}
+        for name, amount in more.items():
+            self._correct_locked(name, amount)
+            if amount < 0:
+                account.count_refund_locked(name, -amount)
         if self._priority is not None:
             account.correct(self._priority, booked, self._booked())
-        debt = min(less.values(), default=0) < 0  # above its limiter others may be next by that
-        if max(less.values(), default=0) > 0 or (debt and len(account.below_root) > 1):
+        if min(more.values(), default=0) < 0 or (account.deep and any(more.values())):
             account.budget.ring_locked(account)
 
     def _correct_locked(self, resource: str, more: int) -> None:
-        """Book so much more of ``resource`` now, or less of it: of what was booked last, when it was."""
+        """Book ``more`` units of ``resource`` now.
+
+        Where it is negative give back as many: the latest bookings first, each at its own date.
+        """
         self._parts = self._parts or {}
         parts = self._parts.setdefault(resource, [(self._amounts.get(resource, 0), self._when)])
         meters = [meter for meter, counts in self._gates.meters if counts == resource]
@@ -198,13 +200,14 @@ class Lease(OfThisProcess):
         with budget.lock:
             now = budget.clock()
             for resource, amount in self._booked().items():
-                parts = (self._parts or {}).get(resource, [(amount, self._when)])
+                settled = (self._parts or {}).get(resource)
                 for meter, counts in self._gates.meters:
-                    if resource == counts != "concurrency" and amount and not meter.remote:
-                        for units, when in parts:
+                    if amount and counts == resource != "concurrency" and not meter.remote:
+                        for units, when in settled or [(amount, self._when)]:
                             meter.unbook(units, when)
                         meter.owe(amount, now)
-                parts[:] = [(amount, now)]
+                if settled:
+                    settled[:] = [(amount, now)]
             self._when = now
 
     def release(self) -> None:
@@ -228,23 +231,14 @@ class Lease(OfThisProcess):
         account = self._account
         budget = account.budget
         if not budget.lock.acquire(False):  # by keyword it would take twice the time
-            budget.drop(functools.partial(self._drop_locked, outcome))
+            budget.run_or_postpone(functools.partial(self._drop_locked, outcome))
             return
         try:
             ended = self._end_locked(outcome)
         finally:
             budget.lock.release()
         if ended and budget.observed:
-            now = budget.clock()
-            account.emit(
-                Released(
-                    limiter=account.shown,
-                    at=now * 1e-9,
-                    cost=self.cost,
-                    held=(now - self._when) * 1e-9,
-                    outcome=outcome,
-                )
-            )
+            account.tell(Released, **self._released(outcome))
 
     def _end_locked(self, outcome: Outcome) -> bool:
         """Close the books, here and above; return whether they were open, in this process."""
@@ -285,13 +279,16 @@ class Lease(OfThisProcess):
     def _drop_locked(self, outcome: Outcome = "failed") -> None:
         """Release what the collector found, or what was released while the lock was held."""
         if self._end_locked(outcome) and self._account.budget.observed:
-            held = (self._account.budget.clock() - self._when) * 1e-9
-            self._account.tell_later(Released, cost=self.cost, held=held, outcome=outcome)
+            self._account.tell_later(Released, **self._released(outcome))
+
+    def _released(self, outcome: Outcome) -> dict[str, Any]:
+        held = (self._account.budget.clock() - self._when) * 1e-9
+        return {"cost": self.cost, "held": held, "outcome": outcome}
 
     def undo(self) -> None:
         """Give everything back, as if the call had never been; for calls that were not made."""
-        reserved = {name: 0 for name in self._amounts if name != "concurrency"}
-        self._settle(reserved)
+        nothing = {name: 0 for name in self._amounts if name != "concurrency"}
+        self._settle(nothing)
         self.failed()
 
     def __enter__(self) -> Self:
@@ -321,7 +318,7 @@ class Lease(OfThisProcess):
 
     def __del__(self) -> None:
         if self._open:  # a finalizer may run anywhere, even inside the lock
-            self._account.budget.drop(self._drop_locked)
+            self._account.budget.run_or_postpone(self._drop_locked)
 
     def __repr__(self) -> str:
         state = "open" if self._open else "released"

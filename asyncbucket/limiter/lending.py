@@ -1,4 +1,4 @@
-"""Slots that are lent: what a call gives back while it waits for another one made inside it.
+"""Slots given up early: what a call gives back while it waits for another one made inside it.
 
 A tool or a model that asks another model does nothing itself meanwhile, yet holds a slot; and where
 both pass the same limiter, up to its root, the call inside may be waiting for that very slot. So it
@@ -37,22 +37,22 @@ def give_back(lease: Lease, limiter: Limiter) -> None:
         order = _ORDER.setdefault(budget, _Order())
         held = lease._gates
         wanted = [each for each in path if each not in account.path and each.gates.slots]
-        lent = [slots for each in path for slots in each.gates.slots]
+        needed = [slots for each in path for slots in each.gates.slots]
         for each in account.path:
             if each not in path and each.gates.slots and order.is_circle(each, wanted):
-                lent += each.gates.slots
+                needed += each.gates.slots
         # Those in a store are the lease's own, and are the root's.
-        mine = [slots for slots in held.slots if slots in lent or slots.remote]
+        mine = [slots for slots in held.slots if slots in needed or slots.remote]
         for slots in mine:
             slots.give_back()
         mine += (
             each.slots
             for each in account.path
-            if each.slots is not None and each.slots in lent and each.end_early_locked(held)
+            if each.slots is not None and each.slots in needed and each.end_early_locked(held)
         )
         if mine:
             lease._gates = Gates(each for each in held.meters if each[0] not in mine)
-            lease._gates.lent = (*held.lent, *mine)
+            lease._gates.given_back = (*held.given_back, *mine)
             budget.ring_locked(account)
 
 

@@ -18,7 +18,7 @@ def levels(limiter: Limiter) -> Iterator[Limiter]:
 def is_under(limiter: Limiter, other: Limiter) -> bool:
     """Tell whether what ``limiter`` admits counts at ``other``, too.
 
-    A tenant that was put to rest and is back has several handles: what they stand for is compared.
+    A tenant that was put to rest and is back has several `Limiter` objects: their accounts are compared.
     """
     return other._account in limiter._account.path  # noqa: SLF001 - its own kind
 
@@ -46,6 +46,6 @@ def in_force(limiter: Limiter) -> tuple[Limit, ...]:
 def asked(limiter: Limiter) -> Limiter:
     """Return who admits a call here: the limiter itself, or within `tenant` that of the tenant."""
     here = inherited.get()
-    if here is None or here.tenant is None or "/*" in limiter.name:  # a tenant's own, or under it
+    if here is None or here.tenant is None or limiter._account.personal:  # noqa: SLF001 - its own kind
         return limiter
     return limiter.key(here.tenant)

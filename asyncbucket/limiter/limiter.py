@@ -97,7 +97,7 @@ class Limiter(Doors, Steering, OfThisProcess):
             share(account, store, on_outage=on_outage, slot_ttl=slot_ttl)
 
     def _open(self, door: Door, parent: "Limiter | None", terms: Terms | None = None) -> None:
-        """Be the interface of a door."""
+        """Begin as what people type in front of ``door``."""
         self._door = door
         self._budget = door.account.budget
         self._parent = parent
@@ -146,10 +146,16 @@ class Limiter(Doors, Steering, OfThisProcess):
             amounts = amounts_of(requests, tokens, input_tokens, output_tokens)
         else:
             amounts = _price(door, cost, requests, tokens, input_tokens, output_tokens, resources)
-        if here is None and priority is None and timeout is deadline is door.timeout is None:
+        if (
+            here is None
+            and priority is None
+            and timeout is None
+            and deadline is None
+            and door.timeout is None
+        ):
             return Acquisition(door, amounts, None, door.priority)
-        end = door.deadline(timeout, deadline, here)
-        return Acquisition(door, amounts, end, door.urgency(priority, here))
+        end = door.deadline_for(timeout, deadline, here)
+        return Acquisition(door, amounts, end, door.priority_for(priority, here))
 
     def acquire_nowait(
         self,
@@ -195,7 +201,7 @@ class Limiter(Doors, Steering, OfThisProcess):
         here = inherited.get()
         door = self._door_for(tenant, here)
         amounts = _price(door, cost, requests, tokens, input_tokens, output_tokens, resources)
-        end, urgency = door.deadline(timeout, deadline, here), door.urgency(priority, here)
+        end, urgency = door.deadline_for(timeout, deadline, here), door.priority_for(priority, here)
         lease = door.try_now(amounts, on_loop=False)
         if lease is None:
             wait = functools.partial(door.wait, amounts, end, urgency, on_loop=False)
@@ -227,7 +233,7 @@ class Limiter(Doors, Steering, OfThisProcess):
         here = inherited.get()
         door = self._door_for(None, here)
         amounts = _price(door, cost, requests, tokens, input_tokens, output_tokens, resources)
-        account, urgency = door.account, door.urgency(None, here)
+        account, urgency = door.account, door.priority_for(None, here)
         with self._budget.lock:
             account.check_locked(amounts)
             return explain_locked(account, amounts, urgency)
@@ -278,7 +284,7 @@ class Limiter(Doors, Steering, OfThisProcess):
             child = account.limiters.get(name)
             if child is None:
                 account.limiters = account.limiters or {}
-                child = account.limiters[name] = Limiter._under(self, name, agreed)
+                child = account.limiters[name] = self._make_child(name, agreed)
         if (limits or terms) and agreed != child._terms:  # noqa: SLF001 - its own kind
             raise ValueError(
                 f"{child.name!r} exists on other terms: ask for it by name alone, and change it "
@@ -290,7 +296,7 @@ class Limiter(Doors, Steering, OfThisProcess):
         """Return the limiter of a tenant under this one, made on demand.
 
         Any number of tenants may come: those that have not been asked for in a while are put to
-        rest, and their quota is remembered (see `per_key`). What is returned stays good for ever.
+        rest, and what they used is remembered (see `per_key`). What is returned stays good for ever.
         Its name shows a hash, never the tenant.
 
         Args:
@@ -329,8 +335,8 @@ class Limiter(Doors, Steering, OfThisProcess):
 
     @property
     def children(self) -> Mapping[str, "Limiter"]:
-        """The children by name, without tenants."""
-        return MappingProxyType(self._account.limiters)
+        """The children by name, as of now, without tenants."""
+        return MappingProxyType(dict(self._account.limiters))
 
     def _tenants(self) -> Keys["Limiter"]:
         with self._budget.making:
@@ -343,23 +349,20 @@ class Limiter(Doors, Steering, OfThisProcess):
     def _tenant(
         self, name: str, terms: Terms, again: Callable[[], Account]
     ) -> tuple["Limiter", Account]:
-        child = Limiter._under(self, name, terms)
+        child = self._make_child(name, terms)
         door = child._door  # noqa: SLF001 - its own kind
-        door.again = again
+        door.find_again = again
         return child, door.account
 
-    @classmethod
-    def _under(cls, parent: "Limiter", name: str, terms: Terms) -> "Limiter":
-        above = parent._door  # noqa: SLF001 - its own kind
-        stem = above.account
-        with stem.budget.lock:
-            account = stem.beget_locked(name, terms)
+    def _make_child(self, name: str, terms: Terms) -> "Limiter":
+        above = self._door
+        with self._budget.lock:
+            account = above.account.add_child_locked(name, terms)
         timeout = above.timeout if terms.timeout is None else terms.timeout
         priority = above.priority if terms.priority is None else terms.priority
-        child = cls.__new__(cls)
-        child._open(  # noqa: SLF001 - its own kind
-            Door(account, timeout=timeout, priority=priority), parent, terms
-        )
+        child = Limiter.__new__(Limiter)
+        door = Door(account, timeout=timeout, priority=priority)
+        child._open(door, self, terms)  # noqa: SLF001 - its own kind
         account.set_limits(list(terms.limits), terms.concurrency)
         return child
 
@@ -384,15 +387,16 @@ def _price(
     others: Mapping[str, float],
 ) -> dict[str, int]:
     """Return the amounts of a call, the slot it takes included."""
+    named = others
     if cost is None:
         amounts = amounts_of(requests, tokens, input_tokens, output_tokens, others)
     elif isinstance(cost, Cost):
         parts = (tokens, input_tokens, output_tokens)
         if requests != 1 or others or any(part is not None for part in parts):
             raise TypeError(f"{cost!r} is a whole cost: give no amounts besides")
-        amounts, others = {**cost, "concurrency": 1}, cost
+        amounts, named = {**cost, "concurrency": 1}, cost
     else:
         raise TypeError(f"a cost is a Cost or keywords such as tokens=500, not {shown(cost)}")
-    if others:
-        door.account.check_known(others)
+    if named:
+        door.account.check_known(named)
     return amounts

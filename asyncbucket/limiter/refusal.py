@@ -13,7 +13,7 @@ from asyncbucket.wording import counted, does, in_seconds
 Refusal = TypeVar("Refusal", WouldBlock, AcquireTimeout, QueueFull)
 
 
-def refuse_locked(
+def refusal_locked(
     kind: type[Refusal], account: Account, amounts: dict[str, int], how: str, remedy: str
 ) -> Refusal:
     """Return the error of a refusal, with what binds and for how long."""

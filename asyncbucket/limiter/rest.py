@@ -30,7 +30,7 @@ def is_busy_locked(account: Account, now: int) -> bool:
         or (account.pause is not None and account.pause.until > now)
         # Somebody was admitted, and has not run since.
         or (account.slots is not None and account.slots.used)
-        or any(window.lent > 0 for _, window, _ in account.limits.values())
+        or any(kept.window.lent > 0 for kept in account.limits.values())
     )
 
 

@@ -159,7 +159,7 @@ class Steering(ABC):
     @property
     def limits(self) -> tuple[Limit, ...]:
         """The limits in force here; those of limiters above hold besides."""
-        return tuple(limit for limit, _, _ in self._account.limits.values())
+        return tuple(kept.limit for kept in self._account.limits.values())
 
     @property
     def concurrency(self) -> int | None:
@@ -173,14 +173,14 @@ class Steering(ABC):
         budget = account.budget
         account.flush()
         with budget.lock:
-            budget.collect_locked()
+            budget.run_postponed_locked()
             pause = 0 if account.pause is None else account.pause.until - budget.clock()
             return Statistics(
                 name=account.name,
                 admitted=account.admitted,
                 refused=account.refused,
                 cancelled=account.cancelled,
-                waiting=account.waiting_now(),
+                waiting=account.waiting,
                 in_flight=account.in_flight,
                 concurrency=None if account.slots is None else account.slots.size,
                 paused=max(0, pause) * 1e-9,
@@ -202,4 +202,4 @@ class Steering(ABC):
             adaptive = account.adaptive
             found = "" if adaptive is None else f" of {adaptive.least:,} to {adaptive.most:,}"
             parts.append(f"concurrency {account.slots.used}/{account.slots.size}{found}")
-        return f"<{', '.join(parts)}, {account.waiting_now():,} waiting>"
+        return f"<{', '.join(parts)}, {account.waiting:,} waiting>"

@@ -7,7 +7,7 @@ from typing import Any, Self, TypedDict
 from asyncbucket.context import Priority, deadline_of, read_priority
 from asyncbucket.feedback.adaptive import Concurrency, read_concurrency
 from asyncbucket.limits import Limit, read_limits
-from asyncbucket.numeric import is_number, is_whole
+from asyncbucket.numeric import is_integer, is_number
 
 
 class Keywords(TypedDict, total=False):
@@ -93,7 +93,7 @@ def read_count(value: int, name: str, *, least: int = 0) -> int:
     Raises:
         ValueError: it is no whole number from ``least`` on.
     """
-    if not is_whole(value) or value < least:
+    if not is_integer(value) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
     return int(value)
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
-from asyncbucket.cost import whole
+from asyncbucket.cost import rounded_up
 from asyncbucket.http.body import replies_of
 from asyncbucket.http.forecast import OutputForecast
 from asyncbucket.llama_index.tokens import Tokenizer, bundled_tokenizer, count
@@ -77,8 +77,8 @@ class Estimate:
     foreseen: bool = False
 
     def __post_init__(self) -> None:
-        whole(self.input_tokens, "input_tokens")
-        whole(self.output_tokens, "output_tokens")
+        rounded_up(self.input_tokens, "input_tokens")
+        rounded_up(self.output_tokens, "output_tokens")
 
 
 class Estimator(Protocol):

@@ -36,7 +36,7 @@ class _NoRetries:
 
 
 class Paced:
-    """Be the part of a paced model that is neither LLM nor embedding.
+    """The part of a paced model that is neither LLM nor embedding.
 
     The class is no pydantic model, so that mixing it in adds no field, changes no default, and
     leaves its methods to us: LlamaIndex puts a span around what a *model's* class overrides.

@@ -55,7 +55,7 @@ _END_IN_CHAT: Final = frozenset(
 
 
 class RateLimitedPrediction(_LLM, ABC):
-    """Be the part of a paced LLM that predicts structures: one admission, inside or as a whole."""
+    """The part of a paced LLM that predicts structures: one admission, inside or as a whole."""
 
     async def astructured_predict(
         self,

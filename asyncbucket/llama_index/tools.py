@@ -78,7 +78,7 @@ class ToolPacing:
 
 
 class PacedTool:
-    """Be the part of a paced tool that is no tool."""
+    """The part of a paced tool that is no tool."""
 
     @property
     def limiter(self) -> Limiter:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import Final, TypeAlias
 
-from asyncbucket.numeric import is_number, is_whole
+from asyncbucket.numeric import is_integer, is_number
 
 #: The most calls of a plan, which are a minute or two and some gigabytes.
 MOST: Final = 10_000_000
@@ -61,7 +61,7 @@ class AgentTree:
         """Refuse what is no tree."""
         for name in ("agents", "depth", "fan_out", "steps"):
             value = getattr(self, name)
-            if not is_whole(value) or value < 1:
+            if not is_integer(value) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
             object.__setattr__(self, name, int(value))
         if (self.fan_out > 1 and self.depth > _DEEP) or self.calls > MOST:

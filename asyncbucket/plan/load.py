@@ -5,9 +5,9 @@ from dataclasses import fields
 from itertools import islice, repeat
 from typing import Any
 
-from asyncbucket.cost import Cost, amounts_of, whole
+from asyncbucket.cost import Cost, amounts_of, rounded_up
 from asyncbucket.limits import Limit
-from asyncbucket.numeric import is_whole
+from asyncbucket.numeric import is_integer
 from asyncbucket.plan.arrivals import AgentTree, Arrivals, Poisson, instants_of, read_instants
 from asyncbucket.plan.drive import Call, Follow
 from asyncbucket.plan.samples import Samples, Series, Tokens, read_seconds
@@ -48,7 +48,7 @@ class Load:
 
     def _count(self, calls: int | None) -> int:
         """Return how many calls there are, by whatever says so."""
-        if calls is not None and (not is_whole(calls) or calls < 1):
+        if calls is not None and (not is_integer(calls) or calls < 1):
             raise ValueError(f"calls must be a whole number of at least 1, not {calls!r}")
         if isinstance(self._arrivals, AgentTree):
             told = self._arrivals.calls
@@ -128,9 +128,9 @@ class Load:
         seconds = self._values(self._latency, count)
         for drawn, latency, really in zip(tokens, seconds, used, strict=True):
             amounts = _amounts(dict(zip(self._tokens, drawn, strict=True)))
-            amounts |= {name: whole(next(each), name) for name, each in others.items()}
+            amounts |= {name: rounded_up(next(each), name) for name, each in others.items()}
             settled = (
-                None if really is None else {"tokens": whole(_one(really, "tokens"), "tokens")}
+                None if really is None else {"tokens": rounded_up(_one(really, "tokens"), "tokens")}
             )
             yield Call(amounts, round(latency * _NANOSECONDS), settled)
 

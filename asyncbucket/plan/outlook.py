@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from asyncbucket.errors import CostExceedsLimit
 from asyncbucket.limits import Limit
-from asyncbucket.numeric import is_whole
+from asyncbucket.numeric import is_integer
 from asyncbucket.plan.arrivals import MOST
 from asyncbucket.plan.bounds import Bound, Bounds, cost_for
 from asyncbucket.plan.drive import Course, drive
@@ -82,7 +82,7 @@ def _check(loads: Loads, bounds: Bounds) -> None:
     for name, load in loads.items():
         own = bounds.of(name)
         for slots in (own.concurrency, bounds.concurrency):
-            if slots is not None and not is_whole(slots):
+            if slots is not None and not is_integer(slots):
                 raise ValueError(
                     f"concurrency={slots!r} is found by how a server answers, which no plan knows: "
                     "give a number"

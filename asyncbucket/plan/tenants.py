@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tenant:
-    """Be one of those who share limits: a child of the limiter, with calls of its own.
+    """One of those who share limits: a child of the limiter, with calls of its own.
 
     What is left out is as the plan says; ``calls`` is then so many for each tenant.
 

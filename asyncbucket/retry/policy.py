@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from asyncbucket.http.headers import WEEK
-from asyncbucket.numeric import is_number, is_whole
+from asyncbucket.numeric import is_integer, is_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ class Retry:
     budget: RetryBudget = field(default_factory=RetryBudget)
 
     def __post_init__(self) -> None:
-        if not is_whole(self.attempts):
+        if not is_integer(self.attempts):
             raise TypeError(f"attempts must be a whole number, not {self.attempts!r}")
         if self.attempts < 1:
             raise ValueError(

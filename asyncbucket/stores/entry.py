@@ -38,7 +38,7 @@ class Entry:
 
 
 class _Booked:
-    """Be the meter of what one call has booked of one resource."""
+    """The meter of what one call has booked of one resource."""
 
     __slots__ = ("_entry", "_resource", "_units")
 
@@ -54,7 +54,7 @@ class _Booked:
         """See `asyncbucket.meters.Meter.unbook`."""
         self._change(self._units - amount)
 
-    def owe(self, amount: int, now: int) -> None:  # noqa: ARG002 - the store has its own date
+    def owe(self, amount: int, when: int) -> None:  # noqa: ARG002 - the store has its own date
         """See `asyncbucket.meters.Meter.owe`."""
         self._change(self._units + amount)
 
@@ -83,7 +83,7 @@ class _Booked:
 
 
 class _Slot(Slots):
-    """Be the slot that one call holds."""
+    """The slot that one call holds."""
 
     __slots__ = ("_entry",)
 

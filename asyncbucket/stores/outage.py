@@ -34,7 +34,7 @@ REUNION: Final = LONGEST_KNOCK + 0.5
 
 
 class Priced(Protocol):
-    """Be a call."""
+    """A call."""
 
     @property
     def amounts(self) -> Amounts:

@@ -119,8 +119,8 @@ class Shared(Remote):
     def terms(self, changes: Iterable[Limit] = (), concurrency: int | None = None) -> Terms:
         """Return the limits as they are now, or as they would be after ``changes``."""
         slots = self.account.slots
-        limits = {key: limit for key, (limit, _, _) in self.account.limits.items()}
-        limits |= {(limit.resource, limit.per): limit for limit in changes}
+        limits = {key: kept.limit for key, kept in self.account.limits.items()}
+        limits |= {limit.key: limit for limit in changes}
         if concurrency is None and slots is not None:
             concurrency = slots.size
         return Terms(limits=tuple(limits.values()), concurrency=concurrency)
@@ -182,7 +182,7 @@ class Shared(Remote):
     def hear(self, terms: Terms) -> None:
         """Take over limits that another process has set; what it does not name is limited no more."""
         account, before = self.account, self.terms()
-        named = {(limit.resource, limit.per) for limit in terms.limits}
+        named = {limit.key for limit in terms.limits}
         with account.budget.lock:
             account.limits = {key: kept for key, kept in account.limits.items() if key in named}
             if terms.concurrency is None:

@@ -13,7 +13,7 @@ NAP: Final = 20e-6
 
 
 class Waiting(Protocol):
-    """Be a call in the line."""
+    """A call in the line."""
 
     @property
     def amounts(self) -> Amounts:
@@ -39,7 +39,7 @@ class Grant:
 
 
 class Line(Protocol[W]):
-    """Be the calls of a worker that wait, in the order that is fair among them."""
+    """The calls of a worker that wait, in the order that is fair among them."""
 
     def heads(self, most: int) -> Sequence[W]:
         """Return the calls that go next, at most ``most``; they stay in line."""

@@ -289,7 +289,7 @@ class Ledger(Protocol):
 
 
 class Store(Protocol):
-    """Be a place where limiters' meters are kept; make one by `asyncbucket.stores.open_store`.
+    """A place where limiters' meters are kept; make one by `asyncbucket.stores.open_store`.
 
     It may be made anywhere, and connects when it is first used. It serves the event loop on which
     it was first used.

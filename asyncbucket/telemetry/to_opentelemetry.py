@@ -108,7 +108,7 @@ def _requests(meter: Meter, name: str, description: str) -> Counter:
 
 
 class Instruments:
-    """Be all instruments of one meter provider; an instrument cannot be taken back, only fall silent."""
+    """All instruments of one meter provider; an instrument cannot be taken back, only fall silent."""
 
     def __init__(self, provider: MeterProvider, max_limiters: int) -> None:
         self.watched = Watched(max_limiters)

@@ -54,7 +54,7 @@ def watch(
 
 
 class Families:
-    """Be the metrics that count; each has a series for each limiter."""
+    """The metrics that count; each has a series for each limiter."""
 
     def __init__(self) -> None:
         self.wait = Histogram(
@@ -112,7 +112,7 @@ class Series:
 
 
 class Metrics(Collector):
-    """Be all metrics of one registry."""
+    """All metrics of one registry."""
 
     def __init__(self, max_limiters: int) -> None:
         self.watched = Watched(max_limiters)

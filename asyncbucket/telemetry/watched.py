@@ -19,7 +19,7 @@ OTHER: Final = "other"
 
 @runtime_checkable
 class Source(Protocol):
-    """Be a limiter, as telemetry sees it."""
+    """A limiter, as telemetry sees it."""
 
     @property
     def name(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import Limit, Limiter, TokenBucket, plan
-from asyncbucket.numeric import is_number, is_whole
+from asyncbucket.numeric import is_integer, is_number
 from asyncbucket.testing import VirtualTime
 
 
@@ -16,14 +16,14 @@ from asyncbucket.testing import VirtualTime
 def test_numbers_are_numbers(value: object) -> None:
     """Whether they are of use is for others to say."""
     assert is_number(value)
-    assert is_whole(value) == isinstance(value, int)
+    assert is_integer(value) == isinstance(value, int)
 
 
 @pytest.mark.parametrize("value", [True, "3", None, 1j, [3]])
 def test_what_is_no_number(value: object) -> None:
     """A bool is an answer to another question."""
     assert not is_number(value)
-    assert not is_whole(value)
+    assert not is_integer(value)
 
 
 async def test_numpys_numbers_are_taken_everywhere() -> None:

@@ -127,9 +127,9 @@ def test_nobody_sleeps_in_a_line(loop: asyncio.AbstractEventLoop) -> None:
     """It answers what a tree is asked, so that a pacer need not know which it serves."""
     node = Node()
     line = Line(node, NOBODY)
-    assert line.clear(node, 0)
+    assert line.free_for(node, 0)
     line.push(waiter(loop, 0), 0)
     line.rouse(node)
     line.rouse_all()
-    assert not line.clear(node, 0)
+    assert not line.free_for(node, 0)
     assert line.wake > NEVER

@@ -258,7 +258,7 @@ def test_a_tree_takes_over_a_line(loop: asyncio.AbstractEventLoop) -> None:
     tree = Tree(root, line, roused.append)
     assert list(tree.waiters()) == waiters
     assert tree.head(0) is waiters[0]
-    assert not tree.clear(root, 0)
+    assert not tree.free_for(root, 0)
     assert not roused
 
 
@@ -271,7 +271,7 @@ def test_a_flow_in_which_nobody_is_left_is_forgotten(grove: Grove) -> None:
         grove.serve()
     assert grove.tree.head(0) is None
     assert grove.tree.wake == EMPTY
-    assert list(grove.tree._classes) == []
+    assert list(grove.tree._classes.keys()) == []
 
 
 def test_weights_of_those_that_compete_add_up(loop: asyncio.AbstractEventLoop) -> None:
@@ -308,7 +308,7 @@ def test_weights_of_those_that_compete_add_up(loop: asyncio.AbstractEventLoop) -
     assert branch._weights == 0.0
     assert branch.head(0) is None
     assert branch.find("a") is None
-    assert branch.emptied < math.inf
+    assert branch.lowest_emptied < math.inf
 
 
 def test_flows_of_one_instant_keep_their_order() -> None:

@@ -55,7 +55,7 @@ class Oracle:
                 bucket = Bucket(rate=rate, burst=limit.burst)
                 ticks = script._meter(limit)
                 bucket.p, bucket.q = ticks["p"] * MICROSECOND, ticks["q"]
-                bucket.room = limit.burst * bucket.p
+                bucket.depth = limit.burst * bucket.p
                 self.meters.append((limit, bucket))
         self.gates = Gates((meter, limit.resource) for limit, meter in self.meters)
 

@@ -82,12 +82,12 @@ def test_what_others_read_in_the_journal_gives_them_the_same_books(seed: int) ->
 
 def test_every_number_of_a_meter_is_written_or_follows_from_the_terms() -> None:
     """A slot that a meter gains must be written too; nothing else tells."""
-    follow = {"burst", "p", "q", "room", "slack"}
+    follow = {"burst", "p", "q", "depth", "slack"}
     assert set(written.BUCKET) | follow == set(Bucket.__slots__)
     follow = {"amount", "window", "_grain", "_hold"}
     assert {*written.WINDOW, *follow, "lent"} == set(Window.__slots__)
     assert set(written.PAUSE) == set(Pause.__slots__)
-    held_otherwise = {"terms", "accounts", "meters", "line", "turns", "pause"}
+    held_otherwise = {"terms", "limits", "meters", "line", "turns", "pause"}
     assert set(written.BOOKS) | held_otherwise == set(vars(Books(TERMS)))
 
 

@@ -13,8 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Final, TypeAlias
 
 from asyncbucket.feedback.pause import Pause
-from asyncbucket.gates import pacing
-from asyncbucket.limits import Limit
+from asyncbucket.kept import Kept, keep
 from asyncbucket.meters import NEVER, Amounts, Bucket, Meter, Window
 from asyncbucket.stores.sqlite.line import Line, Turns
 from asyncbucket.stores.sqlite.trip import SLOT, Trip
@@ -33,8 +32,6 @@ from asyncbucket.stores.store import (
 
 #: What makes two limits the same limit: the resource, and the window in ns.
 Key: TypeAlias = tuple[str, int]
-#: A limit with its meters; there is a bucket where it is paced.
-Account: TypeAlias = tuple[Limit, Window, Bucket | None]
 
 #: Books are kept for so long (ns) at least.
 _LEAST: Final = 60_000_000_000
@@ -49,8 +46,8 @@ class Books:
         #: Counts the terms that have been in force.
         self.edition = 0
         self.terms = Terms(limits=())
-        self.accounts: dict[Key, Account] = {}
-        #: The meters of all accounts, each with the resource that it counts.
+        self.limits: dict[Key, Kept] = {}
+        #: The meters of all limits, each with the resource that it counts.
         self.meters: tuple[tuple[Meter, str], ...] = ()
         #: Slots that are taken, and until when they live without a heartbeat.
         self.slots: dict[str, int] = {}
@@ -101,15 +98,10 @@ class Books:
         """Put ``terms`` in force, keeping what was booked under limits that stay."""
         if terms == self.terms:
             return
-        accounts: dict[Key, Account] = {}
+        before, self.limits = self.limits, {}
         for limit in terms.limits:
             key = (limit.resource, limit.window)
-            _, window, bucket = self.accounts.get(key, (None, None, None))
-            if window is None:
-                window = Window(amount=limit.amount, window=limit.window)
-            window.reshape(amount=limit.amount)
-            accounts[key] = (limit, window, pacing(limit, bucket, now))
-        self.accounts = accounts
+            self.limits[key] = keep(limit, before.get(key), now)
         self.meters = tuple((meter, name[0][0]) for name, meter, _ in self.each())
         self.terms = terms
         self.edition += 1
@@ -139,7 +131,7 @@ class Books:
 
     def each(self) -> Iterator[tuple[tuple[Key, type], Meter, int]]:
         """Yield each meter with a name for it, and with what it can hold."""
-        for key, (limit, window, bucket) in self.accounts.items():
+        for key, (limit, window, bucket) in self.limits.items():
             yield (key, Window), window, limit.amount
             if bucket is not None:
                 yield (key, Bucket), bucket, bucket.burst
@@ -160,7 +152,7 @@ class Books:
         """See `asyncbucket.stores.store.Ledger.peek`."""
         self._expire(now)
         uses: list[Use] = []
-        for limit, window, bucket in self.accounts.values():
+        for limit, window, bucket in self.limits.values():
             available = window.available(now)
             if bucket is not None:
                 available = min(available, bucket.available(now))
@@ -180,7 +172,7 @@ class Books:
     def until(self, now: int) -> int:
         """Return from when on there is nothing left to remember, if nothing happens any more."""
         ends = [now + _LEAST, self.pause.until, *self.slots.values(), *self.workers.values()]
-        for _, window, bucket in self.accounts.values():
+        for _, window, bucket in self.limits.values():
             ends.append(max(now, self.last_start) + 2 * window.window)
             if bucket is not None:
                 ends.append(bucket.tat // bucket.q + 1)
@@ -192,8 +184,8 @@ class Books:
         What windows and slots have forgotten is left out: they do so when they are looked at.
         """
         total = self.last_start + self.pause.until + self.given + self.edition
-        for _, _, bucket in self.accounts.values():
-            total += 0 if bucket is None else bucket.tat
+        for kept in self.limits.values():
+            total += 0 if kept.bucket is None else kept.bucket.tat
         return total % (1 << 31)
 
     def held(self, now: int) -> Counter[str]:
@@ -209,7 +201,7 @@ class Books:
 
     def exceeded(self, amounts: Amounts) -> str | None:
         """Return the resource of which ``amounts`` asks more than a limit ever allows."""
-        for limit, _, _ in self.accounts.values():
+        for limit, *_ in self.limits.values():
             if amounts.get(limit.resource, 0) > limit.amount:
                 return limit.resource
         return None
@@ -259,7 +251,7 @@ class Books:
         self.turns.expire(now, self.workers)
 
     def _left(self, now: int) -> tuple[int, ...]:
-        return tuple(max(0, window.available(now)) for _, window, _ in self.accounts.values())
+        return tuple(max(0, kept.window.available(now)) for kept in self.limits.values())
 
     def _correct(self, correction: Correction, debts_at: int) -> None:
         for resource, used in correction.used.items():

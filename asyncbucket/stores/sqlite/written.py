@@ -27,7 +27,7 @@ def to_text(books: Books) -> str:
     data["turns"] = list(books.turns)
     data["meters"] = [
         [_taken(window, WINDOW), None if bucket is None else _taken(bucket, BUCKET)]
-        for _, window, bucket in books.accounts.values()
+        for _, window, bucket in books.limits.values()
     ]
     return json.dumps(data, separators=(",", ":"))
 
@@ -41,7 +41,7 @@ def from_text(text: str) -> Books:
     books.line = Line(tuple(place) for place in data["line"])
     books.turns = Turns(Turn(*place) for place in data["turns"])
     for (_, window, bucket), (of_window, of_bucket) in zip(
-        books.accounts.values(), data["meters"], strict=True
+        books.limits.values(), data["meters"], strict=True
     ):
         _put(window, WINDOW, of_window)
         if bucket is not None:

@@ -1,0 +1,33 @@
+"""A limit in force: what it says, and the meters that count for it."""
+
+from fractions import Fraction
+from typing import NamedTuple
+
+from asyncbucket.limits import Limit
+from asyncbucket.meters import Bucket, Window
+
+
+class Kept(NamedTuple):
+    """Keep a limit: its window, and the bucket that paces it if it has a burst."""
+
+    limit: Limit
+    window: Window
+    bucket: Bucket | None
+
+
+def keep(limit: Limit, before: Kept | None, now: int) -> Kept:
+    """Put ``limit`` in force, with all that was booked ``before`` under one of the same window."""
+    window = Window(amount=limit.amount, window=limit.window) if before is None else before.window
+    window.reshape(amount=limit.amount)
+    return Kept(limit, window, _pacing(limit, None if before is None else before.bucket, now))
+
+
+def _pacing(limit: Limit, before: Bucket | None, now: int) -> Bucket | None:
+    """Return the bucket that paces ``limit`` from now on, or None where nothing does."""
+    if limit.burst is None or limit.burst == limit.amount:
+        return None
+    rate = Fraction(limit.amount * 1_000_000_000, limit.window)
+    if before is None:
+        return Bucket(rate=rate, burst=limit.burst)
+    before.reshape(rate=rate, burst=limit.burst, now=now)
+    return before
