@@ -137,8 +137,8 @@ class Pacer:
             waiter.line = nowhere  # whoever cancels it yet does not count it out again
         self._budget.waiting -= self._waiting  # whoever was cancelled, and never ran again
         self._waiting = 0
-        self.queue = nowhere
         self._retire_locked()
+        self.queue = nowhere
         return True
 
     def fail_locked(self, waiter: Waiter, error: AsyncBucketError) -> None:
@@ -350,6 +350,7 @@ class Pacer:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self.queue.disband()
         budget = self._budget
         budget.pacers.pop(self.loop, None)
         budget.fair = budget.fair and bool(budget.pacers)

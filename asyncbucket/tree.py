@@ -128,6 +128,10 @@ class Tree:
         """Look at all again: limits have changed."""
         self._classes.rouse_all()
 
+    def disband(self) -> None:
+        """Have nobody compete any more: this loop serves them no longer."""
+        self._classes.disband()
+
     def _way(self, node: Node, priorities: tuple[object, ...]) -> Iterator[tuple[Branch, Flow]]:
         """Yield the flows from the top to ``node`` in which somebody waits, and who chooses them."""
         for priority in priorities:
