@@ -223,6 +223,23 @@ def test_pacing_changes_with_its_limit(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
+def test_what_comes_back_after_a_change_is_there_at_once(virtual_time: VirtualTime) -> None:
+    """The bucket that paces a limit knows of what calls booked before it was changed."""
+
+    async def main() -> None:
+        limiter = Limiter("60k TPM burst 10k", clock=virtual_time.clock)
+        lease = await limiter.acquire(tokens=10_000)
+        waiting = asyncio.create_task(limiter.acquire(tokens=10_000))
+        await asyncio.sleep(2)
+        limiter.reconfigure("66k TPM burst 11k")
+        await virtual_time.all_blocked()
+        assert not waiting.done()
+        lease.settle(tokens=0)
+        assert (await waiting).waited == 2.0
+
+    virtual_time.run(main())
+
+
 def test_a_mistake_changes_nothing(virtual_time: VirtualTime) -> None:
     """Either all of it is put in force, or none."""
     limiter = Limiter("60 RPM", concurrency=2, clock=virtual_time.clock)
