@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import logging
+import sys
 import threading
 import time
 import weakref
@@ -22,7 +23,7 @@ from asyncbucket import (
     holders,
     loops,
 )
-from asyncbucket.events import Settled
+from asyncbucket.events import Event, Queued, Settled
 from asyncbucket.testing import VirtualClock, assert_never_over
 
 #: Seconds after which a test that waits for another thread gives up.
@@ -247,6 +248,26 @@ def test_an_answer_that_nobody_awaits_any_more_is_undone() -> None:
     asyncio.run(loops._answer(functools.partial(take, limiter), answer, Lease.undo))
     now = limiter.statistics()
     assert (now.admitted, now.in_flight) == (1, 0)
+
+
+def test_who_exits_from_an_observer_leaves_the_others_in_line() -> None:
+    """Raised in the thread that waits, not on the loop that serves all such threads."""
+    limiter = Limiter(concurrency=1)
+    held = limiter.acquire_nowait()
+
+    def leave(event: Event) -> None:
+        if isinstance(event, Queued) and event.waiting == 2:
+            sys.exit(3)
+
+    limiter.observe(leave)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(limiter.acquire_sync)
+        eventually(lambda: limiter.statistics().waiting == 1)
+        with pytest.raises(SystemExit):
+            limiter.acquire_sync()
+        held.release()
+        waiting.result(ENOUGH).release()
+    assert limiter.statistics().waiting == 0
 
 
 def test_the_background_loop_ends_with_its_limiter() -> None:
