@@ -65,6 +65,7 @@ class Account(Books):
         #: this account. A tenant that was put to rest and is back has several.
         self.limiters: dict[str, Limiter] = NOTHING
         self.keys: Keys[Limiter] | None = None
+        #: Never changed but as a whole: who looks at them without the lock sees all or nothing of it.
         self.limits: dict[Key, tuple[Limit, Window, Bucket | None]] = {}
         self.slots: Slots | None = None
         #: How many calls hold a slot that were in flight when there came to be slots.
@@ -116,14 +117,15 @@ class Account(Books):
         """Put limits in force, keeping what was booked under those of the same window."""
         bounds = read_concurrency(concurrency)
         with self.budget.lock:
-            now = self.budget.clock()
+            now, changed = self.budget.clock(), self.limits.copy()
             for limit in limits:
                 key = (limit.resource, limit.per)
-                _, window, bucket = self.limits.get(key, (None, None, None))
+                _, window, bucket = changed.get(key, (None, None, None))
                 if window is None:
                     window = Window(amount=limit.amount, window=limit.window)
                 window.reshape(amount=limit.amount)
-                self.limits[key] = (limit, window, pacing(limit, bucket, now))
+                changed[key] = (limit, window, pacing(limit, bucket, now))
+            self.limits = changed
             if bounds is not None:
                 self._set_slots_locked(bounds, fixed=isinstance(concurrency, int))
             self.changed_locked()

@@ -240,6 +240,15 @@ def test_what_comes_back_after_a_change_is_there_at_once(virtual_time: VirtualTi
     virtual_time.run(main())
 
 
+def test_who_looks_at_limits_from_another_thread_sees_no_change_begun() -> None:
+    """It may be in the middle of them when one is added."""
+    limiter = Limiter("500 RPM")
+    looking = iter(limiter._account.limits)
+    limiter.reconfigure("200k TPM")
+    assert list(looking) == [("requests", 60)]
+    assert len(limiter.limits) == 2
+
+
 def test_a_mistake_changes_nothing(virtual_time: VirtualTime) -> None:
     """Either all of it is put in force, or none."""
     limiter = Limiter("60 RPM", concurrency=2, clock=virtual_time.clock)
