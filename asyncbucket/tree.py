@@ -40,8 +40,13 @@ class Tree:
 
     @property
     def turn(self) -> tuple[float, ...]:
-        """The tags by which the head that was found last competes with those of other loops."""
-        return tuple(branch.first.share.tag for branch in self._chosen() if branch.first)
+        """What the head that was found last competes by with those of other loops.
+
+        The tag of its priority and that priority, the more urgent first; then the tags below.
+        """
+        tags = [branch.first.share.tag for branch in self._chosen() if branch.first]
+        urgent = self._classes.first
+        return () if urgent is None else (tags[0], urgent.order, *tags[1:])
 
     @property
     def held_by(self) -> str | None:

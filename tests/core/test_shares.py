@@ -340,8 +340,19 @@ def test_tags_along_the_way_decide_between_loops(loop: asyncio.AbstractEventLoop
     assert here.tree.head(0) is not None
     assert there.tree.head(0) is not None
     assert there.tree.turn < here.tree.turn
-    assert len(here.tree.turn) == 3
+    assert len(here.tree.turn) == 4
     assert Line.turn == ()
+
+
+def test_of_two_loops_with_the_same_tags_the_more_urgent_goes_first(
+    loop: asyncio.AbstractEventLoop,
+) -> None:
+    """As on one: though it came later, and further down."""
+    here = Grove(loop)
+    there = Grove(loop, here.root)
+    here.push(here.root, priority=-1)
+    urgent = there.push(here.child(), priority=1)
+    assert serve_next(here, there) is urgent
 
 
 def test_who_comes_late_does_not_wait_for_all_that_two_loops_have_served(
