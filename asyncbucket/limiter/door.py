@@ -141,6 +141,8 @@ class Door:
                     account.check_locked(amounts)  # limits may have been lowered since
                     how = f"within {in_seconds(((deadline or now) - now) * 1e-9)}"
                     raise refuse_locked(AcquireTimeout, account, amounts, how, _PATIENCE)
+                if passage.gates is not account.known_through:
+                    account.begin_early_locked(passage.gates)
                 holder = budget.blocked.here() if on_loop else budget.blocked.threads
                 lease = Lease(account, passage.gates, amounts, passage.booked, holder, priority)
                 waited = passage.when - now

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncbucket import CostExceedsLimit, Lease, Limit, Limiter, LimitSyntaxError
+from asyncbucket import CostExceedsLimit, Lease, Limit, Limiter, LimitSyntaxError, WouldBlock
 from asyncbucket.limiter.lending import give_back
 from asyncbucket.testing import VirtualTime, assert_never_over, virtual_time
 
@@ -159,6 +159,32 @@ def test_new_slots_are_held_by_calls_in_flight(virtual_time: VirtualTime) -> Non
             "<Limiter 'default', 2 requests per 1 s, concurrency 0/2, 0 waiting>"
         )
         assert repr(child) == "<Limiter 'default/child', concurrency 0/1, 0 waiting>"
+
+    virtual_time.run(main())
+
+
+def test_new_slots_are_held_by_calls_that_were_just_let_go(virtual_time: VirtualTime) -> None:
+    """Admitted, but not run since: the change came in between, at whichever level."""
+
+    async def main() -> None:
+        limiter = Limiter(clock=virtual_time.clock)
+        child = limiter.child("child")
+        limiter.pause(1)
+        waiting = [asyncio.create_task(child.acquire()) for _ in range(3)]
+        await virtual_time.all_blocked()
+        virtual_time.advance(1)
+        next(iter(limiter._budget.pacers.values()))._look()
+        assert limiter.statistics().in_flight == limiter.statistics().waiting == 0
+        limiter.reconfigure(concurrency=2)
+        leases = await asyncio.gather(*waiting)
+        leases.pop().release()
+        with pytest.raises(WouldBlock, match="all 2 slots are taken"):
+            child.acquire_nowait()
+        leases.pop().release()
+        child.acquire_nowait().release()
+        leases.pop().release()
+        assert limiter._account.slots is not None
+        assert limiter._account.slots.used == 0
 
     virtual_time.run(main())
 
