@@ -148,7 +148,8 @@ class Limiter(Doors, Steering, OfThisProcess):
             amounts = _price(door, cost, requests, tokens, input_tokens, output_tokens, resources)
         if here is None and priority is None and timeout is deadline is door.timeout is None:
             return Acquisition(door, amounts, None, door.priority)
-        end = door.deadline(timeout, deadline, here)
+        end = functools.partial(door.deadline, timeout, deadline, here)
+        end()  # a mistake shows at once
         return Acquisition(door, amounts, end, door.urgency(priority, here))
 
     def acquire_nowait(
