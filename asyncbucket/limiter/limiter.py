@@ -330,8 +330,8 @@ class Limiter(Doors, Steering, OfThisProcess):
 
     @property
     def children(self) -> Mapping[str, "Limiter"]:
-        """The children by name, without tenants."""
-        return MappingProxyType(self._account.limiters)
+        """The children that there are now, by name, without tenants."""
+        return MappingProxyType(self._account.limiters.copy())
 
     def _tenants(self) -> Keys["Limiter"]:
         with self._budget.making:
