@@ -15,7 +15,7 @@ Source: TypeAlias = "Line | Branch"
 class Flow:
     """One of those among whom a branch chooses."""
 
-    __slots__ = ("asleep", "child", "held_by", "key", "order", "share", "source", "weight")
+    __slots__ = ("asleep", "child", "competes", "held_by", "key", "order", "share", "source")
 
     def __init__(
         self, key: object, source: Source, share: Share, *, child: Node | None, order: int
@@ -29,10 +29,9 @@ class Flow:
         self.order = order
         #: What of the child's own limits held up who goes next there, last.
         self.held_by: str | None = None
-        #: Until when it is no candidate; 0 while it is one.
+        #: Until when it is no candidate; 0 while it is one, and competes if somebody is left in it.
         self.asleep = 0
-        #: Its weight among those that compete; 0 while nobody is left in it.
-        self.weight = share.weight
+        self.competes = False
 
     def __lt__(self, other: "Flow") -> bool:
         return self.order < other.order
@@ -47,7 +46,6 @@ class Branch:
         "_flows",
         "_orders",
         "_ready",
-        "_weights",
         "first",
         "living",
         "lowest_emptied",
@@ -61,8 +59,6 @@ class Branch:
         # Entries with an outdated tag, or of a flow that was woken earlier, are mended when found.
         self._ready: list[tuple[float, Flow]] = []
         self._asleep: list[tuple[int, Flow]] = []
-        #: The weights of those that are ready, together.
-        self._weights = 0.0
         self._orders = 0
         #: The flow whose head was found last.
         self.first: Flow | None = None
@@ -118,9 +114,8 @@ class Branch:
         """Have a flow compete in which somebody waits anew."""
         if flow.asleep:
             self._rise(flow)
-        elif not flow.weight:
-            self._weights += flow.share.weight
-            flow.weight = flow.share.weight
+        else:
+            self._enter(flow)
 
     def rouse(self, flow: Flow) -> None:
         """Look at a sleeping flow again: something has changed below."""
@@ -133,6 +128,13 @@ class Branch:
             self.rouse(flow)
             if isinstance(flow.source, Branch):
                 flow.source.rouse_all()
+
+    def disband(self) -> None:
+        """Have nobody compete any more, here and below."""
+        for flow in self._flows.values():
+            self._leave(flow)
+            if isinstance(flow.source, Branch):
+                flow.source.disband()
 
     def head(self, now: int, *, slotless: int = 0) -> Waiter | None:
         """Return who goes next, as far as the limits *below* this node are concerned.
@@ -175,14 +177,13 @@ class Branch:
     def _rise(self, flow: Flow) -> None:
         """Make ``flow`` a candidate, as if it had been idle until now."""
         flow.asleep = 0
-        flow.weight = flow.share.weight
         flow.share.join(self._clock.now)
-        self._weights += flow.weight
+        self._enter(flow)
         heapq.heappush(self._ready, (flow.share.tag, flow))
 
     def _sink(self, flow: Flow, due: int) -> None:
         """Let ``flow`` sleep until then, or forget it if nobody is left in it."""
-        self._weights -= flow.weight
+        self._leave(flow)
         if due < EMPTY:
             flow.asleep = due
             heapq.heappush(self._asleep, (due, flow))
@@ -203,14 +204,23 @@ class Branch:
         if not flow.source:
             # It is forgotten when it would be next, unless somebody is back by then.
             self.lowest_emptied = min(self.lowest_emptied, flow.share.tag)
-            self._weights -= flow.weight
-            flow.weight = 0.0
+            self._leave(flow)
+
+    def _enter(self, flow: Flow) -> None:
+        """Have ``flow`` compete."""
+        if not flow.competes:
+            flow.competes = True
+            self._clock.enter(flow.share)
+
+    def _leave(self, flow: Flow) -> None:
+        """Have ``flow`` compete no more."""
+        if flow.competes:
+            flow.competes = False
+            self._clock.leave(flow.share)
 
     def _weigh(self, flow: Flow) -> float:
-        """Return the weights of all who are ready, with that of ``flow`` as it is by now."""
-        self._weights += flow.share.weight - flow.weight
-        flow.weight = flow.share.weight
-        return max(self._weights, flow.weight)  # a sum of floats that come and go
+        """Return the weights of all who compete, on whichever loops."""
+        return self._clock.weigh(flow.share)
 
 
 class Classes(Branch):
@@ -223,10 +233,9 @@ class Classes(Branch):
         return -key
 
     def _weigh(self, flow: Flow) -> float:
-        """Set the weight of ``flow`` by its rank among those that are ready; return theirs together."""
-        ready = sorted(
-            each.order for each in self._flows.values() if each.weight and not each.asleep
-        )
-        weights = [STEP**rank for rank in reversed(range(len(ready)))]
-        flow.share.weight = weights[ready.index(flow.order)]
+        """Set the weight of ``flow`` by its rank among those that compete; return theirs together."""
+        shares = self.node.fairness.classes
+        ready = sorted(priority for priority, share in shares.items() if share.loops)
+        weights = [STEP**rank for rank in range(len(ready))]
+        flow.share.weight = weights[ready.index(-flow.order)]
         return sum(weights)

@@ -86,11 +86,9 @@ async def _answer(
 ) -> None:
     try:
         result = await start()
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - raised where it is waited for: here it may end the loop
         if answer.set_running_or_notify_cancel():
             answer.set_exception(error)
-        if not isinstance(error, Exception):
-            raise
     else:
         if answer.set_running_or_notify_cancel():
             answer.set_result(result)

@@ -26,7 +26,6 @@ calls admitted exactly W apart may arrive closer. Together that is at most W/128
 """
 
 import bisect
-import math
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import ClassVar, Final, Protocol
@@ -107,23 +106,23 @@ class Bucket:
         #: (see `TokenBucket.acquire`); it joins the others when next something is booked here.
         self.low = NEVER
         #: One unit flows in in p / q ns.
-        self.p = self.q = 0
+        self.p = self.q = 1
         #: How far (in q-ths of a ns) `tat` may lie ahead after a call; and before a call of one unit.
         self.depth = self.slack = 0
         self.burst = 0
         self.reshape(rate=rate, burst=burst, now=0)
 
     def reshape(self, *, rate: float | Fraction, burst: int, now: int) -> None:
-        """Go on at another rate and burst; the units missing from a full bucket stay missing."""
-        missing = Fraction(max(0, self.tat - now * self.q), self.p) if self.p else Fraction(0)
+        """Go on at another rate and burst; the units missing stay missing, until they are given back."""
+        p, q, missing = self.p, self.q, max(0, self.tat - now * self.q)
         self.p, self.q = (1_000_000_000 / exactly(rate)).as_integer_ratio()
         self.burst = burst
         self.depth = burst * self.p
         self.slack = self.depth - self.p
-        self.tat = now * self.q + math.ceil(missing * self.p)
-        self.full_at = now * self.q
-        self._dates.clear()
-        self._lows.clear()
+        self.tat = now * self.q - -missing * self.p // p
+        self.full_at = self.full_at * self.q // q
+        self._dates = [date * self.q // q for date in self._dates]
+        self._lows = [low * self.p // p for low in self._lows]
         self.low = NEVER
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:

@@ -88,6 +88,7 @@ class Node:
     def after_fork(self) -> None:
         """Begin anew in a child process: those who waited are the parent's."""
         self.waiting_below_root = 0
+        self._fairness = None
 
     @property
     def fairness(self) -> Fairness:

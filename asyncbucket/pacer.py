@@ -138,8 +138,8 @@ class Pacer:
             waiter.line = nowhere  # whoever cancels it yet does not count it out again
         self._budget.waiting -= self._waiting  # whoever was cancelled, and never ran again
         self._waiting = 0
-        self.queue = nowhere
         self._retire_locked()
+        self.queue = nowhere
         return True
 
     def fail_locked(self, waiter: Waiter, error: AsyncBucketError) -> None:
@@ -221,7 +221,8 @@ class Pacer:
             end = self._deadlines.first()
             if end <= now and passed < self._most:  # else the head may pass yet, in the next one
                 if self._expire_locked(now):
-                    due = now  # the next in line may pass at once
+                    due = now  # the next in line may pass at once, here or on another loop
+                    budget.ring_locked(budget.root)
                 end = self._deadlines.first()
             nobody = due == EMPTY
             wake = self._wake_or_override_locked(now) if nobody else self.queue.wake
@@ -312,14 +313,20 @@ class Pacer:
         return due
 
     def _turn_locked(self, head: Waiter, now: int) -> int:
-        """Return from when on ``head`` need not let older heads of other loops go first."""
-        turn, due = (self.queue.turn, head.number), now
+        """Return from when on ``head`` need not let the head of another loop go first."""
+        turn, first = (self.queue.turn, head.number), self
         for other in self._budget.pacers.values():
             if other is not self and now < other.due + _GRACE:
                 elder = other.queue.head(now)
                 if elder is not None and (other.queue.turn, elder.number) < turn:
-                    due = max(due, other.due + _GRACE)
-        return due
+                    turn, first, head = (other.queue.turn, elder.number), other, elder
+        if first is self:
+            return now
+        self.bound_by = self.bound_by or first.bound_by
+        due, _ = head.node.through.earliest(head.amounts, head.line.since)
+        if first.due > max(now, due):  # it means to let somebody go first whose turn it is no more
+            first.ring_locked()
+        return first.due + _GRACE
 
     def _wake_or_override_locked(self, now: int) -> int:
         """Return when to look again after all who wait were found to be waiting for limits below.
@@ -353,6 +360,7 @@ class Pacer:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self.queue.disband()
         budget = self._budget
         budget.pacers.pop(self.loop, None)
         budget.fair = budget.fair and bool(budget.pacers)

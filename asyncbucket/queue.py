@@ -186,6 +186,9 @@ class Line:
     def rouse_all(self) -> None:
         """Nobody sleeps in a line."""
 
+    def disband(self) -> None:
+        """Nobody competes in a line."""
+
     def leave(self, waiter: Waiter) -> bool:
         """Take ``waiter``, done, out of the line; return whether it was its head, or the last.
 

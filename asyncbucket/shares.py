@@ -32,8 +32,8 @@ rule, with a weight that is eight times that of the next below. So an urgent cal
 next, eight in a row may be, and a class that is always outbid has its share all the same: beside n
 that are more urgent at least 1 / (1 + 8 + ... + 8^n) of the limit.
 
-Several loops have a tree each, and the tags and virtual times in common: the tags on the way from
-the root to its head say which loop is next.
+Several loops have a tree each, and in common the tags, the virtual times and the count of those who
+compete: the tags on the way from the root to its head say which loop is next.
 """
 
 from collections.abc import Iterable
@@ -80,10 +80,13 @@ class Prices:
 class Share:
     """One claimant's account of virtual time, over all loops."""
 
-    __slots__ = ("_credit", "tag", "weight")
+    __slots__ = ("_credit", "counted", "loops", "tag", "weight")
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
+        #: On how many loops it competes, and with what weight it is counted there.
+        self.loops = 0
+        self.counted = 0.0
         #: The virtual time at which its next call may start.
         self.tag = 0.0
         self._credit = 0.0
@@ -105,15 +108,36 @@ class Share:
 
 
 class VirtualClock:
-    """Tell the virtual time at which newcomers start."""
+    """Tell the virtual time at which newcomers start, by the weights of those who compete."""
 
-    __slots__ = ("_largest_step", "_potential", "now")
+    __slots__ = ("_largest_step", "_potential", "_weights", "now")
 
     def __init__(self) -> None:
         self.now = 0.0
         self._potential = 0.0
         #: The most that one call has moved a tag.
         self._largest_step = 0.0
+        #: Of all that compete, on whichever loops: each counts once.
+        self._weights = 0.0
+
+    def enter(self, share: Share) -> None:
+        """Have ``share`` compete on one loop more."""
+        share.loops += 1
+        if share.loops == 1:
+            share.counted = share.weight
+            self._weights += share.counted
+
+    def leave(self, share: Share) -> None:
+        """Have ``share`` compete on one loop less."""
+        share.loops -= 1
+        if not share.loops:
+            self._weights -= share.counted
+
+    def weigh(self, share: Share) -> float:
+        """Return the weights of all that compete, with that of ``share`` as it is by now."""
+        self._weights += share.weight - share.counted
+        share.counted = share.weight
+        return max(self._weights, share.counted)  # a sum of floats that come and go
 
     def advance(self, tag: float, price: float, step: float, *, weights: float) -> None:
         """Serve who is at ``tag`` with a call of that price, beside others of so many weights."""

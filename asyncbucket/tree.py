@@ -40,8 +40,13 @@ class Tree:
 
     @property
     def turn(self) -> tuple[float, ...]:
-        """The tags by which the head that was found last competes with those of other loops."""
-        return tuple(branch.first.share.tag for branch in self._chosen() if branch.first)
+        """What the head that was found last competes by with those of other loops.
+
+        The tag of its priority and that priority, the more urgent first; then the tags below.
+        """
+        tags = [branch.first.share.tag for branch in self._chosen() if branch.first]
+        urgent = self._classes.first
+        return () if urgent is None else (tags[0], urgent.order, *tags[1:])
 
     @property
     def held_by(self) -> str | None:
@@ -129,6 +134,10 @@ class Tree:
     def rouse_all(self) -> None:
         """Look at all again: limits have changed."""
         self._classes.rouse_all()
+
+    def disband(self) -> None:
+        """Have nobody compete any more: this loop serves them no longer."""
+        self._classes.disband()
 
     def _way(self, node: Node, priorities: tuple[object, ...]) -> Iterator[tuple[Branch, Flow]]:
         """Yield the flows from the top to ``node`` in which somebody waits, and who chooses them."""

@@ -203,6 +203,14 @@ class Account(Books):
             self.remote.pause(until - now, gradually=gradually)
         self.budget.ring_locked(self)
 
+    def begin_early_locked(self, gates: Gates) -> None:
+        """Let a call through ``gates`` hold the slots, here and above, that came to be before it ran."""
+        for account in self.path:
+            slots = account.slots
+            if slots is not None and account.remote is None and slots not in gates.slots:
+                account.early += 1
+                slots.book(1, 0)
+
     def end_early_locked(self, gates: Gates) -> bool:
         """Give back the slot of a call through ``gates`` if it was in flight before there were any."""
         slots = self.slots

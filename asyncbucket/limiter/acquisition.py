@@ -1,7 +1,7 @@
 """What `Limiter.acquire` returns: to be awaited for a lease, or entered for one."""
 
 import inspect
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -13,14 +13,19 @@ from asyncbucket.limiter.lease import Lease
 class Acquisition(Coroutine[Any, Any, Lease]):
     """Wait for a lease: ``await`` it, or enter it for one that is released on leaving.
 
-    Nothing is taken before that. It is a coroutine as far as ``asyncio.create_task`` and its like
-    are concerned. It may be entered again when it was left, not by several tasks at a time.
+    Nothing is taken before that, and its ``timeout`` counts from then. It is a coroutine as far as
+    ``asyncio.create_task`` and its like are concerned. It may be entered again when it was left, not by
+    several tasks at a time.
     """
 
     __slots__ = ("_amounts", "_coroutine", "_deadline", "_door", "_entered", "_lease", "_priority")
 
     def __init__(
-        self, door: Door, amounts: dict[str, int], deadline: int | None, priority: int
+        self,
+        door: Door,
+        amounts: dict[str, int],
+        deadline: Callable[[], int | None] | None,
+        priority: int,
     ) -> None:
         self._door = door
         self._amounts = amounts
@@ -33,9 +38,12 @@ class Acquisition(Coroutine[Any, Any, Lease]):
     def __await__(self) -> Generator[Any, Any, Lease]:
         lease = self._door.try_now(self._amounts)
         if lease is None:
-            waiting = self._door.wait(self._amounts, self._deadline, self._priority)
-            lease = yield from waiting.__await__()
+            lease = yield from self._wait().__await__()
         return lease
+
+    def _wait(self) -> Coroutine[Any, Any, Lease]:
+        deadline = None if self._deadline is None else self._deadline()
+        return self._door.wait(self._amounts, deadline, self._priority)
 
     async def __aenter__(self) -> Lease:
         if self._entered:  # whose lease would be released on leaving?
@@ -46,7 +54,7 @@ class Acquisition(Coroutine[Any, Any, Lease]):
         try:
             lease = self._door.try_now(self._amounts)
             if lease is None:
-                lease = await self._door.wait(self._amounts, self._deadline, self._priority)
+                lease = await self._wait()
         except BaseException:
             self._entered = False
             raise

@@ -147,6 +147,8 @@ class Door:
                     account.check_locked(amounts)  # limits may have been lowered since
                     assert deadline is not None
                     raise _too_late_locked(account, amounts, now, deadline)
+                if passage.gates is not account.known_through:
+                    account.begin_early_locked(passage.gates)
                 holder = budget.blocked.here() if on_loop else budget.blocked.threads
                 lease = Lease(account, passage.gates, amounts, passage.booked, holder, priority)
                 waited = passage.when - now

@@ -16,7 +16,7 @@ from asyncbucket.gates import Gates
 from asyncbucket.holders import Holder
 from asyncbucket.limiter.account import Account
 from asyncbucket.loops import OfThisProcess
-from asyncbucket.meters import Window
+from asyncbucket.meters import Bucket, Window
 
 #: The parts of tokens.
 _TOKENS: Final = ("input_tokens", "output_tokens")
@@ -203,9 +203,11 @@ class Lease(OfThisProcess):
                 settled = (self._parts or {}).get(resource)
                 for meter, counts in self._gates.meters:
                     if amount and counts == resource != "concurrency" and not meter.remote:
+                        # Above a burst it was earned by standing first, whenever the call leaves.
+                        most = meter.burst if isinstance(meter, Bucket) else amount
                         for units, when in settled or [(amount, self._when)]:
-                            meter.unbook(units, when)
-                        meter.owe(amount, now)
+                            meter.unbook(min(units, most), when)
+                            meter.owe(min(units, most), now)
                 if settled:
                     settled[:] = [(amount, now)]
             self._when = now

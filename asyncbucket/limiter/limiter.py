@@ -154,7 +154,8 @@ class Limiter(Doors, Steering, OfThisProcess):
             and door.timeout is None
         ):
             return Acquisition(door, amounts, None, door.priority)
-        end = door.deadline_for(timeout, deadline, here)
+        end = functools.partial(door.deadline_for, timeout, deadline, here)
+        end()  # a mistake shows at once
         return Acquisition(door, amounts, end, door.priority_for(priority, here))
 
     def acquire_nowait(

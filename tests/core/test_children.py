@@ -533,6 +533,15 @@ def test_a_child_is_made_once(virtual_time: VirtualTime) -> None:
     assert child.limits == (Limit("requests", 10),)
 
 
+def test_children_may_be_made_while_others_are_looked_at(virtual_time: VirtualTime) -> None:
+    """By another thread, or by whoever goes through them."""
+    key = Limiter(clock=virtual_time.clock)
+    key.child("a")
+    for name in key.children:
+        key.child(f"{name}b")
+    assert list(key.children) == ["a", "ab"]
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "*a", 7])
 def test_a_childs_name_can_stand_in_a_path(name: Any) -> None:
     """No slash, no star in front, and a text."""

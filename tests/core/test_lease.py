@@ -265,6 +265,20 @@ def test_dating_anew_never_charges_a_paced_call_twice(virtual_time: VirtualTime)
     virtual_time.run(main())
 
 
+def test_dating_anew_charges_once_though_others_have_passed(virtual_time: VirtualTime) -> None:
+    """A call above the burst, sent when another one has left: what it had earned is no debt."""
+
+    async def main() -> None:
+        limiter = Limiter("6000 TPM burst 100", clock=virtual_time.clock)
+        lease = await limiter.acquire(tokens=300)
+        assert (await limiter.acquire(tokens=5)).waited == 0.05
+        lease.sent()
+        assert limiter.statistics().limits[0].available == -5  # a burst, and the other one, at once
+        assert (await limiter.acquire(tokens=100)).waited == 1.05
+
+    virtual_time.run(main())
+
+
 def test_a_partial_refund_of_a_call_above_the_burst_keeps_the_burst(
     virtual_time: VirtualTime,
 ) -> None:

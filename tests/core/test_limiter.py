@@ -60,6 +60,23 @@ def test_leaving_an_acquisition_that_was_not_entered_is_harmless(virtual_time: V
     virtual_time.run(main())
 
 
+def test_a_timeout_counts_from_each_time_that_an_acquisition_is_entered(
+    virtual_time: VirtualTime,
+) -> None:
+    """Not from when it was made: whoever enters it again has as long to wait as before."""
+
+    async def main() -> None:
+        limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
+        acquisition = limiter.acquire(timeout=1)
+        for second in range(0, 12, 4):
+            limiter.acquire_nowait().release()
+            async with acquisition:
+                assert virtual_time.now == second + 1
+            await asyncio.sleep(3)
+
+    virtual_time.run(main())
+
+
 def test_an_acquisition_is_entered_by_one_at_a_time(virtual_time: VirtualTime) -> None:
     """By a second task it is refused, waiting or admitted, or slots would come back too early."""
 

@@ -318,6 +318,20 @@ def test_a_bucket_reshaped_lacks_what_it_lacked() -> None:
     assert bucket.available(SECOND) == 1
 
 
+def test_a_bucket_reshaped_gives_back_no_more_than_was_missing_since() -> None:
+    """Five units had flowed in before the second call, at whatever rate: one of six comes back."""
+    bucket = Bucket(rate=1, burst=10)
+    bucket.book(6, SECOND)
+    bucket.book(4, 6 * SECOND)
+    bucket.reshape(rate=2, burst=10, now=6 * SECOND)
+    bucket.unbook(6, SECOND)
+    assert bucket.available(6 * SECOND) == 6
+    bucket.reshape(rate=1, burst=20, now=7 * SECOND)
+    assert bucket.available(7 * SECOND) == 18
+    bucket.unbook(4, 6 * SECOND)
+    assert bucket.available(7 * SECOND) == 20
+
+
 def test_a_full_bucket_reshaped_is_full() -> None:
     """To the last part of a nanosecond, and what was booked before it was does not come back."""
     bucket = Bucket(rate=7, burst=10)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncbucket import CostExceedsLimit, Lease, Limit, Limiter, LimitSyntaxError
+from asyncbucket import CostExceedsLimit, Lease, Limit, Limiter, LimitSyntaxError, WouldBlock
 from asyncbucket.limiter.lending import give_back
 from asyncbucket.testing import VirtualTime, assert_never_over, virtual_time
 
@@ -163,6 +163,32 @@ def test_new_slots_are_held_by_calls_in_flight(virtual_time: VirtualTime) -> Non
     virtual_time.run(main())
 
 
+def test_new_slots_are_held_by_calls_that_were_just_let_go(virtual_time: VirtualTime) -> None:
+    """Admitted, but not run since: the change came in between, at whichever level."""
+
+    async def main() -> None:
+        limiter = Limiter(clock=virtual_time.clock)
+        child = limiter.child("child")
+        limiter.pause(1)
+        waiting = [asyncio.create_task(child.acquire()) for _ in range(3)]
+        await virtual_time.all_blocked()
+        virtual_time.advance(1)
+        next(iter(limiter._budget.pacers.values()))._look()
+        assert limiter.statistics().in_flight == limiter.statistics().waiting == 0
+        limiter.reconfigure(concurrency=2)
+        leases = await asyncio.gather(*waiting)
+        leases.pop().release()
+        with pytest.raises(WouldBlock, match="all 2 slots are taken"):
+            child.acquire_nowait()
+        leases.pop().release()
+        child.acquire_nowait().release()
+        leases.pop().release()
+        assert limiter._account.slots is not None
+        assert limiter._account.slots.used == 0
+
+    virtual_time.run(main())
+
+
 def test_new_slot_of_a_call_in_flight_is_lent_to_a_call_inside(virtual_time: VirtualTime) -> None:
     """It comes back once, for the call inside, however often that is said."""
 
@@ -221,6 +247,32 @@ def test_pacing_changes_with_its_limit(virtual_time: VirtualTime) -> None:
         await limiter.acquire()
 
     virtual_time.run(main())
+
+
+def test_what_comes_back_after_a_change_is_there_at_once(virtual_time: VirtualTime) -> None:
+    """The bucket that paces a limit knows of what calls booked before it was changed."""
+
+    async def main() -> None:
+        limiter = Limiter("60k TPM burst 10k", clock=virtual_time.clock)
+        lease = await limiter.acquire(tokens=10_000)
+        waiting = asyncio.create_task(limiter.acquire(tokens=10_000))
+        await asyncio.sleep(2)
+        limiter.reconfigure("66k TPM burst 11k")
+        await virtual_time.all_blocked()
+        assert not waiting.done()
+        lease.settle(tokens=0)
+        assert (await waiting).waited == 2.0
+
+    virtual_time.run(main())
+
+
+def test_who_looks_at_limits_from_another_thread_sees_no_change_begun() -> None:
+    """It may be in the middle of them when one is added."""
+    limiter = Limiter("500 RPM")
+    looking = iter(limiter._account.limits)
+    limiter.reconfigure("200k TPM")
+    assert list(looking) == [("requests", 60)]
+    assert len(limiter.limits) == 2
 
 
 def test_a_mistake_changes_nothing(virtual_time: VirtualTime) -> None:

@@ -33,12 +33,11 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 class Grove:
     """A tree of nodes and the calls that wait in it; one token costs one second of the root."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, root: Node | None = None) -> None:
         self.loop = loop
-        self.root = Node()
         limit = Limit("tokens", 1_000, per=1_000)
         window = Window(amount=limit.amount, window=limit.window)
-        self.root._gates = Gates([(window, "tokens")], (limit,))
+        self.root = root or Node(gates=Gates([(window, "tokens")], (limit,)))
         self.tree = Tree(self.root, Line(self.root, NOBODY), self.rouse)
         self.arrivals = 0
 
@@ -68,6 +67,14 @@ class Grove:
         head.set_result(None)
         self.tree.served(head, now)
         return head
+
+
+def serve_next(*loops: Grove) -> Waiter:
+    """Let the head pass of that loop whose turn it is, as their pacers agree on it."""
+    for each in loops:
+        each.tree.begin()
+    standing = [each for each in loops if each.tree.head(0) is not None]
+    return min(standing, key=lambda each: each.tree.turn).serve()
 
 
 @pytest.fixture
@@ -276,8 +283,8 @@ def test_a_flow_in_which_nobody_is_left_is_forgotten(grove: Grove) -> None:
 
 def test_weights_of_those_that_compete_add_up(loop: asyncio.AbstractEventLoop) -> None:
     """Empty and sleeping ones do not count; who comes back does."""
-    root = Node()
-    branch = Branch(root, VirtualClock())
+    root, clock, share = Node(), VirtualClock(), Share(2.0)
+    branch = Branch(root, clock)
     line = Line(root, NOBODY)
 
     def push() -> Waiter:
@@ -288,24 +295,24 @@ def test_weights_of_those_that_compete_add_up(loop: asyncio.AbstractEventLoop) -
         return waiter
 
     push()
-    flow = branch.add("a", line, Share(2.0))
-    assert branch._weights == 2.0
+    flow = branch.add("a", line, share)
+    assert clock._weights == 2.0
     head = branch.head(0)
     assert head is not None
     branch.living += 1
     head.set_result(None)
     branch.served(head, 0)
-    assert (branch._weights, flow.weight) == (0.0, 0.0)
+    assert (clock._weights, share.loops) == (0.0, 0)
     branch.want(flow)
     branch.want(flow)
-    assert branch._weights == 2.0
-    flow.share.weight = 5.0
+    assert (clock._weights, share.loops) == (2.0, 1)
+    share.weight = 5.0
     push()
     head = branch.head(0)
     assert head is not None
     head.set_result(None)
     branch.served(head, 0)
-    assert branch._weights == 0.0
+    assert clock._weights == 0.0
     assert branch.head(0) is None
     assert branch.find("a") is None
     assert branch.lowest_emptied < math.inf
@@ -322,9 +329,8 @@ def test_flows_of_one_instant_keep_their_order() -> None:
 
 def test_tags_along_the_way_decide_between_loops(loop: asyncio.AbstractEventLoop) -> None:
     """On another loop stands a sibling whose turn it is, though it came later."""
-    here, there = Grove(loop), Grove(loop)
-    there.root = here.root
-    there.tree = Tree(here.root, Line(here.root, NOBODY), here.rouse)
+    here = Grove(loop)
+    there = Grove(loop, here.root)
     heavy, light = here.child(), here.child()
     for _ in range(10):
         here.push(heavy)
@@ -334,8 +340,67 @@ def test_tags_along_the_way_decide_between_loops(loop: asyncio.AbstractEventLoop
     assert here.tree.head(0) is not None
     assert there.tree.head(0) is not None
     assert there.tree.turn < here.tree.turn
-    assert len(here.tree.turn) == 3
+    assert len(here.tree.turn) == 4
     assert Line.turn == ()
+
+
+def test_of_two_loops_with_the_same_tags_the_more_urgent_goes_first(
+    loop: asyncio.AbstractEventLoop,
+) -> None:
+    """As on one: though it came later, and further down."""
+    here = Grove(loop)
+    there = Grove(loop, here.root)
+    here.push(here.root, priority=-1)
+    urgent = there.push(here.child(), priority=1)
+    assert serve_next(here, there) is urgent
+
+
+def test_who_comes_late_does_not_wait_for_all_that_two_loops_have_served(
+    loop: asyncio.AbstractEventLoop,
+) -> None:
+    """Virtual time runs by all who compete, on whichever loop each of them does."""
+    here = Grove(loop)
+    there = Grove(loop, here.root)
+    one, other, late = (here.child() for _ in range(3))
+    for _ in range(600):
+        here.push(one)
+        there.push(other)
+    for _ in range(900):
+        serve_next(here, there)
+    for _ in range(100):
+        there.push(late)
+    served = [serve_next(here, there).node for _ in range(300)]
+    assert [served.count(each) for each in (one, other, late)] == [
+        pytest.approx(100, abs=1) for _ in range(3)
+    ]
+
+
+def test_priorities_compete_across_loops(loop: asyncio.AbstractEventLoop) -> None:
+    """The urgent on one loop, the others on another: 8 to 1 as on one."""
+    here = Grove(loop)
+    there = Grove(loop, here.root)
+    for _ in range(900):
+        here.push(here.root, priority=-1)
+        there.push(here.root, priority=1)
+    served = [serve_next(here, there).line.priority for _ in range(900)]
+    assert served.count(-1) == pytest.approx(100, abs=1)
+
+
+def test_on_a_loop_that_serves_no_more_nobody_competes(loop: asyncio.AbstractEventLoop) -> None:
+    """At no level; what competes on another loop still does."""
+    here = Grove(loop)
+    there = Grove(loop, here.root)
+    child = here.child()
+    grandchild = here.child(child)
+    here.push(grandchild, priority=1)
+    there.push(child, priority=1)
+    fairness = here.root.fairness
+    counted = [fairness.classes[1], child.fairness.shares[1], grandchild.fairness.shares[1]]
+    assert [share.loops for share in counted] == [2, 2, 1]
+    here.tree.disband()
+    assert [share.loops for share in counted] == [1, 1, 0]
+    assert fairness.clocks[1]._weights == 1.0
+    assert child.fairness.clocks[1]._weights == 1.0
 
 
 def test_a_node_without_waiters_has_no_shares_yet() -> None:

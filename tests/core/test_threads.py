@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import logging
+import sys
 import threading
 import time
 import weakref
@@ -22,7 +23,7 @@ from asyncbucket import (
     holders,
     loops,
 )
-from asyncbucket.events import Settled
+from asyncbucket.events import Event, Queued, Settled
 from asyncbucket.testing import VirtualClock, assert_never_over
 
 #: Seconds after which a test that waits for another thread gives up.
@@ -52,6 +53,24 @@ def run_until_waiting(loop: asyncio.AbstractEventLoop, limiter: Limiter) -> None
         await asyncio.sleep(0)
 
     loop.run_until_complete(waiting())
+
+
+def turn(*loops: asyncio.AbstractEventLoop) -> None:
+    """Let each loop have some turns, one loop after the other; no timer of theirs falls due."""
+    for loop in loops * 9:
+        loop.call_soon(loop.stop)
+        loop.run_forever()
+
+
+@contextlib.contextmanager
+def two_loops() -> Generator[tuple[asyncio.AbstractEventLoop, asyncio.AbstractEventLoop]]:
+    """Give two loops that run by `turn` alone."""
+    loops = asyncio.new_event_loop(), asyncio.new_event_loop()
+    try:
+        yield loops
+    finally:
+        for loop in loops:
+            loop.close()
 
 
 def eventually(happened: Callable[[], bool]) -> None:
@@ -137,6 +156,43 @@ def test_arrival_orders_calls_of_two_loops() -> None:
         for job in jobs:
             job.result(ENOUGH)
     assert served == list(range(12))
+
+
+def test_a_head_whose_time_is_up_makes_room_on_another_loop() -> None:
+    """At that instant, as one that is cancelled does."""
+    clock = VirtualClock()
+    limiter = Limiter("10 TPM", clock=clock)
+    held = limiter.acquire_nowait(tokens=8)
+    with two_loops() as (here, there):
+        costly = here.create_task(limiter.acquire(tokens=9, timeout=30))
+        turn(here)
+        cheap = there.create_task(limiter.acquire(tokens=1))
+        turn(there, here)
+        clock.advance(30)
+        limiter._budget.pacers[here].ring()
+        turn(here)
+        assert isinstance(costly.exception(), AcquireTimeout)
+        turn(there)
+        assert cheap.result().bound_by == "tokens"
+    held.release()
+
+
+def test_a_loop_that_is_next_and_does_not_know_it_is_told() -> None:
+    """It meant to let somebody of this one go first, whose turn it is no more."""
+    clock = VirtualClock()
+    limiter = Limiter("10 TPM", clock=clock)
+    limiter.acquire_nowait(tokens=10).release()
+    with two_loops() as (here, there):
+        first = there.create_task(limiter.acquire(tokens=1))
+        turn(there)
+        second = here.create_task(limiter.acquire(tokens=1))
+        turn(here, there)
+        pacers = limiter._budget.pacers
+        clock.advance(60.5)
+        pacers[there].due = clock() + 1_000_000_000
+        pacers[here].ring()
+        turn(here, there)
+        assert (first.done(), second.done()) == (True, True)
 
 
 def test_a_lease_may_be_released_and_settled_in_another_thread() -> None:
@@ -247,6 +303,26 @@ def test_an_answer_that_nobody_awaits_any_more_is_undone() -> None:
     asyncio.run(loops._answer(functools.partial(take, limiter), answer, Lease.undo))
     now = limiter.statistics()
     assert (now.admitted, now.in_flight) == (1, 0)
+
+
+def test_who_exits_from_an_observer_leaves_the_others_in_line() -> None:
+    """Raised in the thread that waits, not on the loop that serves all such threads."""
+    limiter = Limiter(concurrency=1)
+    held = limiter.acquire_nowait()
+
+    def leave(event: Event) -> None:
+        if isinstance(event, Queued) and event.waiting == 2:
+            sys.exit(3)
+
+    limiter.observe(leave)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(limiter.acquire_sync)
+        eventually(lambda: limiter.statistics().waiting == 1)
+        with pytest.raises(SystemExit):
+            limiter.acquire_sync()
+        held.release()
+        waiting.result(ENOUGH).release()
+    assert limiter.statistics().waiting == 0
 
 
 def test_the_background_loop_ends_with_its_limiter() -> None:

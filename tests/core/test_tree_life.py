@@ -114,6 +114,7 @@ def test_a_loop_that_ends_with_calls_in_a_tree_leaves_nothing(virtual_time: Virt
     for limiter in (key, chat, agent):
         now = limiter.statistics()
         assert (now.waiting, now.in_flight) == (0, 0)
+    assert key._account.fairness.classes[0].loops == 0  # nobody competes with whoever comes next
 
     async def once() -> None:
         async with agent.acquire() as lease:
@@ -144,6 +145,7 @@ def test_a_loop_that_is_closed_with_calls_in_a_tree_is_counted_out() -> None:
     gc.collect()
     for limiter in (key, agent):
         assert limiter.statistics().waiting == 0
+    assert key._account.fairness.classes[0].loops == 0
     key.acquire_nowait().release()
 
 
@@ -297,6 +299,7 @@ def test_a_forked_process_begins_anew_at_every_level(virtual_time: VirtualTime) 
             now = limiter.statistics()
             assert (now.waiting, now.in_flight) == (0, 0)
         assert agent.statistics().limits[0].used == 1
+        assert agent._account._fairness is None
         assert key._budget.making is not making
         for lease in held:
             lease.release()
