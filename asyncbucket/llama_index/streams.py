@@ -9,8 +9,9 @@ anew, as of any call; after it never, for the caller has seen a part of the answ
 A dropped stream drops its lease, and a lease that is dropped releases itself, safely even where
 the garbage collector interrupts the limiter. (A ``__del__`` here could not call `Lease.release`.)
 
-Whoever closes a stream, or drops an asynchronous one, has also hung up, or the provider would have more
-calls in flight than there are slots. Closing the model's stream is not enough for that: see `held`.
+A stream that ends, however, or an asynchronous one that is dropped, has also hung up, or the provider
+would have more calls in flight than there are slots: a model may stop, or break off, before its provider
+does. That the model's stream has ended or was closed is not enough for that: see `held`.
 
 The usage comes with a stream's last chunk, from OpenAI only if it is asked for. Where we asked and
 the user did not, that chunk, empty but for the usage, is kept from the caller: whoever looks at the
@@ -164,10 +165,19 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
         if self._over:
             raise StopAsyncIteration
         with self._step():
-            item = await (self._pull() if self._inner is not None else self._first())
+            item = await self._next()
         if item is None:
             self._exhaust()
             raise StopAsyncIteration
+        return item
+
+    async def _next(self) -> T | None:
+        item = None
+        try:
+            item = await (self._pull() if self._inner is not None else self._first())
+        finally:
+            if item is None:
+                await self._hang_up()
         return item
 
     async def _first(self) -> T | None:
@@ -186,7 +196,10 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
                 self._inner = aiter(await self._start(**self._options()))
             return await self._pull()
         except BaseException as error:
-            self._let_go(error)
+            try:
+                await self._hang_up()
+            finally:
+                self._let_go(error)
             if not self._must_not_ask(error):
                 raise
         return await self._begin(estimate)
@@ -211,21 +224,24 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
 
     async def aclose(self) -> None:
         """End the stream and give the slot back. Idempotent."""
-        inner, held = self._inner, self._held
+        inner = self._inner
         with self._step():
             if inner is not None and hasattr(inner, "aclose"):
                 await inner.aclose()
-            if held is not None:
-                await held.hang_up()
+            await self._hang_up()
         self._end()
+
+    async def _hang_up(self) -> None:
+        if self._held is not None:
+            await self._held.hang_up()
 
     def __del__(self) -> None:
         """Hang up soon, as asyncio closes a generator that is dropped."""
         if self._held is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_hang_up, self._held)
+            self._loop.call_soon_threadsafe(_hang_up_soon, self._held)
 
 
-def _hang_up(held: HeldCall) -> None:
+def _hang_up_soon(held: HeldCall) -> None:
     asyncio.ensure_future(held.hang_up())  # noqa: RUF006 - as asyncio does
 
 
@@ -237,10 +253,19 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
         if self._over:
             raise StopIteration
         with self._step():
-            item = self._pull() if self._inner is not None else self._first()
+            item = self._next()
         if item is None:
             self._exhaust()
             raise StopIteration
+        return item
+
+    def _next(self) -> T | None:
+        item = None
+        try:
+            item = self._pull() if self._inner is not None else self._first()
+        finally:
+            if item is None:
+                self._hang_up()
         return item
 
     def _first(self) -> T | None:
@@ -258,7 +283,10 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
                 self._inner = iter(self._start(**self._options()))
             return self._pull()
         except BaseException as error:
-            self._let_go(error)
+            try:
+                self._hang_up()
+            finally:
+                self._let_go(error)
             if not self._must_not_ask(error):
                 raise
         return self._begin(estimate)
@@ -283,13 +311,16 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
 
     def close(self) -> None:
         """End the stream and give the slot back. Idempotent."""
-        inner, held = self._inner, self._held
+        inner = self._inner
         with self._step():
             if inner is not None and hasattr(inner, "close"):
                 inner.close()
-            if held is not None:
-                held.hang_up_sync()
+            self._hang_up()
         self._end()
+
+    def _hang_up(self) -> None:
+        if self._held is not None:
+            self._held.hang_up_sync()
 
 
 def _raised(

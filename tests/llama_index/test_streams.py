@@ -1,6 +1,7 @@
 """A stream holds its slot from its first item until it ends, however it ends."""
 
 import asyncio
+import contextlib
 import gc
 import json
 from collections.abc import AsyncGenerator, Callable, Generator
@@ -241,6 +242,68 @@ def test_closed_synchronous_stream_has_hung_up(limiter: Limiter, wire: Wire) -> 
     assert wire.is_open
 
     stream.close()
+
+    assert (wire.is_open, in_flight(limiter)) == (False, 0)
+
+
+class Censored(OpenAI):
+    """A model that ends its reply before the provider does: after ``most`` items, maybe by an error."""
+
+    most: int
+    breaks: bool
+
+    async def astream_chat(self, *args: Any, **kwargs: Any) -> Any:
+        async def stream() -> AsyncGenerator[Any, None]:
+            async for item in await super(Censored, self).astream_chat(*args, **kwargs):
+                if not self._ends():
+                    yield item
+                else:
+                    return
+
+        return stream()
+
+    def stream_chat(self, *args: Any, **kwargs: Any) -> Any:
+        for item in super().stream_chat(*args, **kwargs):
+            if self._ends():
+                return
+            yield item
+
+    def _ends(self) -> bool:
+        self.most -= 1
+        if self.most < 0 and self.breaks:
+            raise ValueError("a bad word")
+        return self.most < 0
+
+
+def censored(*, most: int, breaks: bool) -> Censored:
+    """Return such a model."""
+    return Censored(model="gpt-4o", api_key="k", api_base=API_BASE, most=most, breaks=breaks)
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+@pytest.mark.parametrize("most", [0, 2])
+async def test_stream_that_its_model_ends_has_hung_up(
+    limiter: Limiter, wire: Wire, *, most: int, breaks: bool
+) -> None:
+    """The model has stopped reading, and its provider must not go on with a slot that is free."""
+    stream = await limiter.wrap(censored(most=most, breaks=breaks)).astream_chat(MESSAGES)
+
+    with pytest.raises(ValueError, match="a bad word") if breaks else contextlib.nullcontext():
+        assert len([item async for item in stream]) == most
+
+    assert (wire.is_open, in_flight(limiter)) == (False, 0)
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+@pytest.mark.parametrize("most", [0, 2])
+def test_synchronous_stream_that_its_model_ends_has_hung_up(
+    limiter: Limiter, wire: Wire, *, most: int, breaks: bool
+) -> None:
+    """The synchronous twin does the same."""
+    stream = limiter.wrap(censored(most=most, breaks=breaks)).stream_chat(MESSAGES)
+
+    with pytest.raises(ValueError, match="a bad word") if breaks else contextlib.nullcontext():
+        assert len(list(stream)) == most
 
     assert (wire.is_open, in_flight(limiter)) == (False, 0)
 
