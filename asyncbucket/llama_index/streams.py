@@ -147,7 +147,8 @@ class _Stream(Generic[T]):
     def _exhaust(self) -> None:
         """End after the last item, by now the usage is known; of a broken stream it never is."""
         assert self._lease is not None
-        self._pacing.settle(self._lease, self._usage)
+        assert self._held is not None
+        self._pacing.settle(self._lease, self._held.used(self._usage))
         self._end()
 
     def _end(self, error: BaseException | None = None) -> None:

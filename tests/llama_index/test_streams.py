@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import openai
 import pytest
-from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse
 from llama_index.core.llms import MockLLM
 from llama_index.llms.openai import OpenAI, OpenAIResponses
 from llama_index_instrumentation.dispatcher import instrument_tags
@@ -642,6 +642,27 @@ async def test_responses_stream_is_settled_without_asking(openai_api: "ScriptedO
 
     assert "stream_options" not in openai_api.bodies[0]
     assert len(chunks) == 2
+    assert limiter.statistics().limits[0].used == 18
+
+
+async def test_stream_that_is_a_call_inside_is_settled_by_that(
+    openai_api: "ScriptedOpenAI",
+) -> None:
+    """A model may only pretend to stream, and pass the text alone."""
+
+    class Pretending(OpenAI):
+        async def astream_chat(self, messages: Any, **_: Any) -> Any:
+            async def stream() -> AsyncGenerator[ChatResponse, None]:
+                yield ChatResponse(message=(await self.achat(messages)).message)
+
+            return stream()
+
+    limiter = Limiter("100k TPM")
+    llm = limiter.wrap(Pretending(model="gpt-4o-mini", api_key="k", api_base=API_BASE))
+
+    assert len([item async for item in await llm.astream_chat(MESSAGES)]) == 1
+
+    assert len(openai_api.requests) == 1
     assert limiter.statistics().limits[0].used == 18
 
 
