@@ -45,6 +45,8 @@ T = TypeVar("T")
 USAGE_OPTION: Final = {"stream_options": {"include_usage": True}}
 
 _BAD_REQUEST: Final = (400, 404, 422)
+#: Where a stream ends; None may be one of its items.
+_END: Final[Any] = object()
 
 
 class _Stream(Generic[T]):
@@ -167,29 +169,29 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
             raise StopAsyncIteration
         with self._step():
             item = await self._next()
-        if item is None:
+        if item is _END:
             self._exhaust()
             raise StopAsyncIteration
         return item
 
-    async def _next(self) -> T | None:
-        item = None
+    async def _next(self) -> T:
+        item: T = _END
         try:
             item = await (self._pull() if self._inner is not None else self._first())
         finally:
-            if item is None:
+            if item is _END:
                 await self._hang_up()
         return item
 
-    async def _first(self) -> T | None:
+    async def _first(self) -> T:
         begin = functools.partial(self._begin, self._estimate())
         with self._as_asked():
             return await self._pacing.retrier.call(
                 begin, deadline=self._pacing.deadline(), tried=self._start
             )
 
-    async def _begin(self, estimate: Estimate) -> T | None:
-        """Return the first item, None if there is none: one attempt."""
+    async def _begin(self, estimate: Estimate) -> T:
+        """Return the first item, or the end: one attempt."""
         self._loop = asyncio.get_running_loop()
         self._admitted(await self._pacing.admit(estimate))
         try:
@@ -205,11 +207,11 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
                 raise
         return await self._begin(estimate)
 
-    async def _pull(self) -> T | None:
+    async def _pull(self) -> T:
         while True:
             with self._inside():
-                item: T | None = await anext(self._inner, None)
-            if item is None or self._is_for_caller(item):
+                item: T = await anext(self._inner, _END)
+            if item is _END or self._is_for_caller(item):
                 return item
 
     async def athrow(
@@ -255,29 +257,29 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
             raise StopIteration
         with self._step():
             item = self._next()
-        if item is None:
+        if item is _END:
             self._exhaust()
             raise StopIteration
         return item
 
-    def _next(self) -> T | None:
-        item = None
+    def _next(self) -> T:
+        item: T = _END
         try:
             item = self._pull() if self._inner is not None else self._first()
         finally:
-            if item is None:
+            if item is _END:
                 self._hang_up()
         return item
 
-    def _first(self) -> T | None:
+    def _first(self) -> T:
         begin = functools.partial(self._begin, self._estimate())
         with self._as_asked():
             return self._pacing.retrier.call_sync(
                 begin, deadline=self._pacing.deadline(), tried=self._start
             )
 
-    def _begin(self, estimate: Estimate) -> T | None:
-        """Return the first item, None if there is none: one attempt."""
+    def _begin(self, estimate: Estimate) -> T:
+        """Return the first item, or the end: one attempt."""
         self._admitted(self._pacing.admit_sync(estimate))
         try:
             with self._inside():
@@ -292,11 +294,11 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
                 raise
         return self._begin(estimate)
 
-    def _pull(self) -> T | None:
+    def _pull(self) -> T:
         while True:
             with self._inside():
-                item: T | None = next(self._inner, None)
-            if item is None or self._is_for_caller(item):
+                item: T = next(self._inner, _END)
+            if item is _END or self._is_for_caller(item):
                 return item
 
     def throw(

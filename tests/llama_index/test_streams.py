@@ -13,6 +13,7 @@ import openai
 import pytest
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse
 from llama_index.core.llms import MockLLM
+from llama_index.core.prompts import PromptTemplate
 from llama_index.llms.openai import OpenAI, OpenAIResponses
 from llama_index_instrumentation.dispatcher import instrument_tags
 from llama_index_instrumentation.span import active_span_id
@@ -103,6 +104,29 @@ def test_closed_synchronous_stream_gives_its_slot_back(limiter: Limiter) -> None
     assert in_flight(limiter) == 0
     with pytest.raises(StopIteration):
         next(stream)
+
+
+async def test_stream_goes_on_after_an_item_that_is_none(limiter: Limiter) -> None:
+    """A structure of which there is nothing yet, say."""
+
+    class Slow(MockLLM):
+        async def astream_structured_predict(self, *_: Any, **__: Any) -> Any:
+            async def stream() -> AsyncGenerator[str | None, None]:
+                for item in items:
+                    yield item
+
+            return stream()
+
+        def stream_structured_predict(self, *_: Any, **__: Any) -> Any:
+            yield from items
+
+    items = [None, "half", None, "whole"]
+    llm: Any = limiter.wrap(Slow(max_tokens=None))
+    asked = str, PromptTemplate("")
+
+    assert [item async for item in await llm.astream_structured_predict(*asked)] == items
+    assert list(llm.stream_structured_predict(*asked)) == items
+    assert (admitted(limiter), in_flight(limiter)) == (2, 0)
 
 
 async def test_stream_closed_before_its_start_takes_nothing(limiter: Limiter) -> None:
