@@ -53,6 +53,14 @@ class Usage:
     output_tokens: int
     total: int
 
+    def __add__(self, other: "Usage") -> "Usage":
+        """Add up what two calls used."""
+        return Usage(
+            self.input_tokens + other.input_tokens,
+            self.output_tokens + other.output_tokens,
+            self.total + other.total,
+        )
+
     def __or__(self, other: "Usage | None") -> "Usage":
         """Join what two events of a stream say: counts only grow, so the larger ones are right."""
         if other is None:

@@ -25,6 +25,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 from asyncbucket.http.held import Held, current
 from asyncbucket.http.profiles import GENERIC, profile_of
+from asyncbucket.http.usage import usage_of
 from asyncbucket.llama_index.held import HeldCall
 
 C = TypeVar("C")
@@ -133,8 +134,11 @@ def _reporting_class(cls: type[Any]) -> type[Any]:
 
 
 def _seen(reply: Any, arguments: Mapping[str, Any]) -> Any:
-    """Return ``reply``; one that is a stream is noted, so that it can be hung up."""
+    """Return ``reply``; its usage is noted, and a stream, so that it can be hung up."""
     held = current()
-    if arguments.get("stream") and isinstance(held, HeldCall) and hasattr(reply, "close"):
-        held.streams(reply)
+    if isinstance(held, HeldCall):
+        if not arguments.get("stream"):
+            held.replied(usage_of(reply))
+        elif hasattr(reply, "close"):
+            held.streams(reply)
     return reply

@@ -21,7 +21,7 @@ from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
 from llama_index.core.embeddings.multi_modal_base import MultiModalEmbedding
 
 from asyncbucket.llama_index.estimate import Estimate
-from asyncbucket.llama_index.mixin import Paced
+from asyncbucket.llama_index.mixin import Paced, pacing_of
 from asyncbucket.llama_index.pacing import no_usage
 
 if TYPE_CHECKING:
@@ -61,37 +61,31 @@ class RateLimitedEmbedding(_Embedding):
 
     async def _aget_query_embedding(self, query: str) -> Embedding:
         send = functools.partial(super()._aget_query_embedding, query)
-        return await self._pacing.call(send, self._cost([query]), read=no_usage)
+        return await pacing_of(self).call(send, _cost(self, [query]), read=no_usage)
 
     async def _aget_text_embedding(self, text: str) -> Embedding:
         send = functools.partial(super()._aget_text_embedding, text)
-        return await self._pacing.call(send, self._cost([text]), read=no_usage)
+        return await pacing_of(self).call(send, _cost(self, [text]), read=no_usage)
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         send = functools.partial(super()._aget_text_embeddings, texts)
         if _is_of(BaseEmbedding, send):
             return await send()
-        return await self._pacing.call(send, self._cost(texts), read=no_usage)
+        return await pacing_of(self).call(send, _cost(self, texts), read=no_usage)
 
     def _get_query_embedding(self, query: str) -> Embedding:
         send = functools.partial(super()._get_query_embedding, query)
-        return self._pacing.call_sync(send, self._cost([query]), read=no_usage)
+        return pacing_of(self).call_sync(send, _cost(self, [query]), read=no_usage)
 
     def _get_text_embedding(self, text: str) -> Embedding:
         send = functools.partial(super()._get_text_embedding, text)
-        return self._pacing.call_sync(send, self._cost([text]), read=no_usage)
+        return pacing_of(self).call_sync(send, _cost(self, [text]), read=no_usage)
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         send = functools.partial(super()._get_text_embeddings, texts)
         if _is_of(BaseEmbedding, send):
             return send()
-        return self._pacing.call_sync(send, self._cost(texts), read=no_usage)
-
-    def _cost(self, texts: list[str]) -> Callable[[], Estimate]:
-        def estimate() -> Estimate:
-            return Estimate(input_tokens=self._pacing.estimator.embedding(texts), output_tokens=0)
-
-        return estimate
+        return pacing_of(self).call_sync(send, _cost(self, texts), read=no_usage)
 
 
 class RateLimitedMultiModalEmbedding(RateLimitedEmbedding, _MultiModalEmbedding):
@@ -99,23 +93,30 @@ class RateLimitedMultiModalEmbedding(RateLimitedEmbedding, _MultiModalEmbedding)
 
     async def _aget_image_embedding(self, img_file_path: "ImageType") -> Embedding:
         send = functools.partial(super()._aget_image_embedding, img_file_path)
-        return await self._pacing.call(send, _no_tokens, read=no_usage)
+        return await pacing_of(self).call(send, _no_tokens, read=no_usage)
 
     async def _aget_image_embeddings(self, img_file_paths: "list[ImageType]") -> list[Embedding]:
         send = functools.partial(super()._aget_image_embeddings, img_file_paths)
         if _is_of(MultiModalEmbedding, send):
             return await send()
-        return await self._pacing.call(send, _no_tokens, read=no_usage)
+        return await pacing_of(self).call(send, _no_tokens, read=no_usage)
 
     def _get_image_embedding(self, img_file_path: "ImageType") -> Embedding:
         send = functools.partial(super()._get_image_embedding, img_file_path)
-        return self._pacing.call_sync(send, _no_tokens, read=no_usage)
+        return pacing_of(self).call_sync(send, _no_tokens, read=no_usage)
 
     def _get_image_embeddings(self, img_file_paths: "list[ImageType]") -> list[Embedding]:
         send = functools.partial(super()._get_image_embeddings, img_file_paths)
         if _is_of(MultiModalEmbedding, send):
             return send()
-        return self._pacing.call_sync(send, _no_tokens, read=no_usage)
+        return pacing_of(self).call_sync(send, _no_tokens, read=no_usage)
+
+
+def _cost(model: Paced, texts: list[str]) -> Callable[[], Estimate]:
+    def estimate() -> Estimate:
+        return Estimate(input_tokens=pacing_of(model).estimator.embedding(texts), output_tokens=0)
+
+    return estimate
 
 
 def _no_tokens() -> Estimate:

@@ -1,9 +1,9 @@
 """The guard against paying twice, which the wrap shares with the transports beneath it.
 
 Here a note carries the usage besides: where a method of a model ends in another and makes something
-of its reply, the usage is seen within, and settles the call outside. And it knows the SDK's stream,
-to hang up: that refers to itself, so that closing the model's stream, which only forgets it, leaves
-the provider at work until the garbage collector comes by.
+of its reply, or asks its provider several times, the usage is seen within, and settles the call
+outside. And it knows the SDK's stream, to hang up: that refers to itself, so that closing the model's
+stream, which only forgets it, leaves the provider at work until the garbage collector comes by.
 """
 
 import contextlib
@@ -22,14 +22,27 @@ from asyncbucket.limiter.levels import is_under
 class HeldCall(Held):
     """Note that a model's call runs in this context under a lease of ``limiter``."""
 
-    __slots__ = ("_stream", "usage")
+    __slots__ = ("_replies", "_stream", "usage")
 
     def __init__(self, limiter: Limiter, lease: Lease, ear: Ear) -> None:
         super().__init__(limiter, lease, ear)
         #: What a method called within said it used.
         self.usage: Usage | None = None
+        #: The same of the SDK's replies, all together.
+        self._replies: Usage | None = None
         # Weakly: a pooled connection keeps this note for good.
         self._stream: weakref.ref[Any] | None = None
+
+    def replied(self, usage: Usage | None) -> None:
+        """Add what one reply of the SDK says was used."""
+        if usage is not None:
+            self._replies = usage if self._replies is None else self._replies + usage
+
+    def used(self, said: Usage | None) -> Usage | None:
+        """Return what the call used: what its reply ``said``, or what was seen within if that is more."""
+        for seen in (self.usage, self._replies):
+            said = said | seen if said is not None else seen
+        return said
 
     def streams(self, stream: object) -> None:
         """Note the SDK's own stream that this call reads."""

@@ -21,6 +21,7 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.llms.llm import LLM
 
 from asyncbucket.llama_index.held import held_call
+from asyncbucket.llama_index.mixin import pacing_of
 from asyncbucket.llama_index.streams import AsyncPacedStream, PacedStream
 from asyncbucket.llama_index.structured import RateLimitedPrediction
 
@@ -43,76 +44,78 @@ class RateLimitedLLM(RateLimitedPrediction, ABC):
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         messages = list(messages)  # the call may go out later, when the list has grown
         send = functools.partial(super().achat, messages, **kwargs)
-        return await self._pacing.call(send, self._chat_cost(messages, kwargs))
+        return await pacing_of(self).call(send, _chat_cost(self, messages, kwargs))
 
     async def acomplete(self, prompt: str, *args: Any, **kwargs: Any) -> CompletionResponse:
         send = functools.partial(super().acomplete, prompt, *args, **kwargs)
-        return await self._pacing.call(send, self._completion_cost(prompt, kwargs))
+        return await pacing_of(self).call(send, _completion_cost(self, prompt, kwargs))
 
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **kwargs: Any
     ) -> ChatResponseAsyncGen:
-        if held_call(self.limiter):
+        if held_call(pacing_of(self).limiter):
             return await super().astream_chat(messages, **kwargs)
         messages = list(messages)
         return AsyncPacedStream(
-            self._pacing,
+            pacing_of(self),
             functools.partial(super().astream_chat, messages, **kwargs),
-            self._chat_cost(messages, kwargs),
+            _chat_cost(self, messages, kwargs),
             ask_for_usage=_has_to_ask(self, kwargs),
         )
 
     async def astream_complete(
         self, prompt: str, *args: Any, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
-        if held_call(self.limiter):
+        if held_call(pacing_of(self).limiter):
             return await super().astream_complete(prompt, *args, **kwargs)
         return AsyncPacedStream(
-            self._pacing,
+            pacing_of(self),
             functools.partial(super().astream_complete, prompt, *args, **kwargs),
-            self._completion_cost(prompt, kwargs),
+            _completion_cost(self, prompt, kwargs),
             ask_for_usage=_has_to_ask(self, kwargs),
         )
 
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         messages = list(messages)
         send = functools.partial(super().chat, messages, **kwargs)
-        return self._pacing.call_sync(send, self._chat_cost(messages, kwargs))
+        return pacing_of(self).call_sync(send, _chat_cost(self, messages, kwargs))
 
     def complete(self, prompt: str, *args: Any, **kwargs: Any) -> CompletionResponse:
         send = functools.partial(super().complete, prompt, *args, **kwargs)
-        return self._pacing.call_sync(send, self._completion_cost(prompt, kwargs))
+        return pacing_of(self).call_sync(send, _completion_cost(self, prompt, kwargs))
 
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        if held_call(self.limiter):
+        if held_call(pacing_of(self).limiter):
             return super().stream_chat(messages, **kwargs)
         messages = list(messages)
         return PacedStream(
-            self._pacing,
+            pacing_of(self),
             functools.partial(super().stream_chat, messages, **kwargs),
-            self._chat_cost(messages, kwargs),
+            _chat_cost(self, messages, kwargs),
             ask_for_usage=_has_to_ask(self, kwargs),
         )
 
     def stream_complete(self, prompt: str, *args: Any, **kwargs: Any) -> CompletionResponseGen:
-        if held_call(self.limiter):
+        if held_call(pacing_of(self).limiter):
             return super().stream_complete(prompt, *args, **kwargs)
         return PacedStream(
-            self._pacing,
+            pacing_of(self),
             functools.partial(super().stream_complete, prompt, *args, **kwargs),
-            self._completion_cost(prompt, kwargs),
+            _completion_cost(self, prompt, kwargs),
             ask_for_usage=_has_to_ask(self, kwargs),
         )
 
-    def _chat_cost(
-        self, messages: Sequence[ChatMessage], kwargs: dict[str, Any]
-    ) -> "functools.partial[Estimate]":
-        return functools.partial(self._pacing.estimator.chat, self, messages, kwargs)
 
-    def _completion_cost(
-        self, prompt: str, kwargs: dict[str, Any]
-    ) -> "functools.partial[Estimate]":
-        return functools.partial(self._pacing.estimator.completion, self, prompt, kwargs)
+def _chat_cost(
+    llm: RateLimitedLLM, messages: Sequence[ChatMessage], kwargs: dict[str, Any]
+) -> "functools.partial[Estimate]":
+    return functools.partial(pacing_of(llm).estimator.chat, llm, messages, kwargs)
+
+
+def _completion_cost(
+    llm: RateLimitedLLM, prompt: str, kwargs: dict[str, Any]
+) -> "functools.partial[Estimate]":
+    return functools.partial(pacing_of(llm).estimator.completion, llm, prompt, kwargs)
 
 
 def _has_to_ask(llm: LLM, kwargs: dict[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """What paced LLMs and paced embedding models have in common."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from llama_index.core.schema import BaseComponent
@@ -35,21 +36,34 @@ class _NoRetries:
         vars(model)["max_retries"] = value
 
 
+class PacedBy:
+    """Be the limiter of a paced model or tool, unless that has a ``limiter`` of its own.
+
+    There is no ``__set__``, so what an object itself holds, in a field of pydantic's, say, comes first.
+    On the class there is nothing, for the same reason as above.
+    """
+
+    def __init__(self, find: Callable[[Any], Limiter]) -> None:
+        self._find = find
+
+    def __get__(self, paced: object, owner: type | None = None) -> Limiter:
+        if paced is None:
+            raise AttributeError("limiter")
+        return self._find(paced)
+
+
 class Paced:
     """The part of a paced model that is neither LLM nor embedding.
 
     The class is no pydantic model, so that mixing it in adds no field, changes no default, and
-    leaves its methods to us: LlamaIndex puts a span around what a *model's* class overrides.
+    leaves its methods to us: LlamaIndex puts a span around what a *model's* class overrides. What it
+    does not override, the mixins keep in functions: a method would hide the model's own of that name.
     """
 
     # For a type checker both are fields of the model's class.
     if not TYPE_CHECKING:  # pragma: no branch - always so at run time
         max_retries = _NoRetries()
-
-        @property
-        def limiter(self) -> Limiter:
-            """The limiter that paces this model."""
-            return self._pacing.limiter
+        limiter = PacedBy(lambda model: pacing_of(model).limiter)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -76,26 +90,16 @@ class Paced:
         warn_of_misuse(self, limiter, attempts=pacing.retrier.policy.attempts)
         bind(self, pacing)
 
-    @property
-    def _pacing(self) -> Pacing:
-        return cast("Pacing", _private(self)[_PACING])
-
-    def _get_client(self) -> Any:
+    def _get_client(self, *args: Any, **kwargs: Any) -> Any:
         above: Any = super()  # some models have it
-        return self._ours(above._get_client())  # noqa: SLF001 - an override
+        return _ours(self, above._get_client(*args, **kwargs))  # noqa: SLF001 - an override
 
-    def _get_aclient(self) -> Any:
+    def _get_aclient(self, *args: Any, **kwargs: Any) -> Any:
         above: Any = super()
-        return self._ours(above._get_aclient())  # noqa: SLF001 - as above
-
-    def _ours(self, client: Any) -> Any:
-        """Have a client report that was made under our `max_retries`; fields are the user's."""
-        if any(client is value for value in vars(self).values()):
-            return client
-        return reporting(client)
+        return _ours(self, above._get_aclient(*args, **kwargs))  # noqa: SLF001 - as above
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
-        return reduce(self, self._pacing)
+        return reduce(self, pacing_of(self))
 
     def __repr_args__(self) -> "Generator[tuple[str | None, Any]]":
         """Show what a reader asks for. The fields of a model hold its API key."""
@@ -103,7 +107,12 @@ class Paced:
             if name in vars(self):
                 yield name, vars(self)[name]
                 break
-        yield "limiter", self._pacing.limiter
+        yield "limiter", pacing_of(self).limiter
+
+
+def pacing_of(model: Paced) -> Pacing:
+    """Return what paces ``model``."""
+    return cast("Pacing", _private(model)[_PACING])
 
 
 def bind(model: object, pacing: Pacing) -> None:
@@ -117,6 +126,13 @@ def bind(model: object, pacing: Pacing) -> None:
         for name, value in _private(model).items()
     }
     object.__setattr__(model, "__pydantic_private__", {**private, _PACING: pacing})
+
+
+def _ours(model: object, client: Any) -> Any:
+    """Have a client report that was made under our `max_retries`; fields are the user's."""
+    if any(client is value for value in vars(model).values()):
+        return client
+    return reporting(client)
 
 
 def unpaced_private(model: object) -> dict[str, Any]:

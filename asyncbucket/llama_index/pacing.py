@@ -105,7 +105,7 @@ class Pacing:
             held = HeldCall(self.limiter, lease, self.ear)
             with held.inside():
                 reply = await send()
-            self.settle(lease, read(reply) or held.usage)
+            self.settle(lease, held.used(read(reply)))
             return reply
 
     def _attempt_sync(
@@ -115,7 +115,7 @@ class Pacing:
             held = HeldCall(self.limiter, lease, self.ear)
             with held.inside():
                 reply = send()
-            self.settle(lease, read(reply) or held.usage)
+            self.settle(lease, held.used(read(reply)))
             return reply
 
     async def admit(self, estimate: Estimate) -> Lease:
@@ -130,7 +130,8 @@ class Pacing:
         """Correct what was reserved by what a whole reply used, where that is known."""
         if usage is not None:
             lease.settle(input_tokens=usage.input_tokens, output_tokens=usage.output_tokens)
-            if isinstance(self.estimator, Observer):
+            # To what is embedded there is no reply.
+            if usage.output_tokens and isinstance(self.estimator, Observer):
                 self.estimator.observe(usage.output_tokens)
 
     def deadline(self) -> float | None:

@@ -9,8 +9,9 @@ anew, as of any call; after it never, for the caller has seen a part of the answ
 A dropped stream drops its lease, and a lease that is dropped releases itself, safely even where
 the garbage collector interrupts the limiter. (A ``__del__`` here could not call `Lease.release`.)
 
-Whoever closes a stream, or drops an asynchronous one, has also hung up, or the provider would have more
-calls in flight than there are slots. Closing the model's stream is not enough for that: see `held`.
+A stream that ends, however, or an asynchronous one that is dropped, has also hung up, or the provider
+would have more calls in flight than there are slots: a model may stop, or break off, before its provider
+does. That the model's stream has ended or was closed is not enough for that: see `held`.
 
 The usage comes with a stream's last chunk, from OpenAI only if it is asked for. Where we asked and
 the user did not, that chunk, empty but for the usage, is kept from the caller: whoever looks at the
@@ -44,6 +45,8 @@ T = TypeVar("T")
 USAGE_OPTION: Final = {"stream_options": {"include_usage": True}}
 
 _BAD_REQUEST: Final = (400, 404, 422)
+#: Where a stream ends; None may be one of its items.
+_END: Final[Any] = object()
 
 
 class _Stream(Generic[T]):
@@ -146,7 +149,8 @@ class _Stream(Generic[T]):
     def _exhaust(self) -> None:
         """End after the last item, by now the usage is known; of a broken stream it never is."""
         assert self._lease is not None
-        self._pacing.settle(self._lease, self._usage)
+        assert self._held is not None
+        self._pacing.settle(self._lease, self._held.used(self._usage))
         self._end()
 
     def _end(self, error: BaseException | None = None) -> None:
@@ -164,21 +168,30 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
         if self._over:
             raise StopAsyncIteration
         with self._step():
-            item = await (self._pull() if self._inner is not None else self._first())
-        if item is None:
+            item = await self._next()
+        if item is _END:
             self._exhaust()
             raise StopAsyncIteration
         return item
 
-    async def _first(self) -> T | None:
+    async def _next(self) -> T:
+        item: T = _END
+        try:
+            item = await (self._pull() if self._inner is not None else self._first())
+        finally:
+            if item is _END:
+                await self._hang_up()
+        return item
+
+    async def _first(self) -> T:
         begin = functools.partial(self._begin, self._estimate())
         with self._as_asked():
             return await self._pacing.retrier.call(
                 begin, deadline=self._pacing.deadline(), tried=self._start
             )
 
-    async def _begin(self, estimate: Estimate) -> T | None:
-        """Return the first item, None if there is none: one attempt."""
+    async def _begin(self, estimate: Estimate) -> T:
+        """Return the first item, or the end: one attempt."""
         self._loop = asyncio.get_running_loop()
         self._admitted(await self._pacing.admit(estimate))
         try:
@@ -186,16 +199,19 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
                 self._inner = aiter(await self._start(**self._options()))
             return await self._pull()
         except BaseException as error:
-            self._let_go(error)
+            try:
+                await self._hang_up()
+            finally:
+                self._let_go(error)
             if not self._must_not_ask(error):
                 raise
         return await self._begin(estimate)
 
-    async def _pull(self) -> T | None:
+    async def _pull(self) -> T:
         while True:
             with self._inside():
-                item: T | None = await anext(self._inner, None)
-            if item is None or self._is_for_caller(item):
+                item: T = await anext(self._inner, _END)
+            if item is _END or self._is_for_caller(item):
                 return item
 
     async def athrow(
@@ -211,21 +227,24 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
 
     async def aclose(self) -> None:
         """End the stream and give the slot back. Idempotent."""
-        inner, held = self._inner, self._held
+        inner = self._inner
         with self._step():
             if inner is not None and hasattr(inner, "aclose"):
                 await inner.aclose()
-            if held is not None:
-                await held.hang_up()
+            await self._hang_up()
         self._end()
+
+    async def _hang_up(self) -> None:
+        if self._held is not None:
+            await self._held.hang_up()
 
     def __del__(self) -> None:
         """Hang up soon, as asyncio closes a generator that is dropped."""
         if self._held is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_hang_up, self._held)
+            self._loop.call_soon_threadsafe(_hang_up_soon, self._held)
 
 
-def _hang_up(held: HeldCall) -> None:
+def _hang_up_soon(held: HeldCall) -> None:
     asyncio.ensure_future(held.hang_up())  # noqa: RUF006 - as asyncio does
 
 
@@ -237,37 +256,49 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
         if self._over:
             raise StopIteration
         with self._step():
-            item = self._pull() if self._inner is not None else self._first()
-        if item is None:
+            item = self._next()
+        if item is _END:
             self._exhaust()
             raise StopIteration
         return item
 
-    def _first(self) -> T | None:
+    def _next(self) -> T:
+        item: T = _END
+        try:
+            item = self._pull() if self._inner is not None else self._first()
+        finally:
+            if item is _END:
+                self._hang_up()
+        return item
+
+    def _first(self) -> T:
         begin = functools.partial(self._begin, self._estimate())
         with self._as_asked():
             return self._pacing.retrier.call_sync(
                 begin, deadline=self._pacing.deadline(), tried=self._start
             )
 
-    def _begin(self, estimate: Estimate) -> T | None:
-        """Return the first item, None if there is none: one attempt."""
+    def _begin(self, estimate: Estimate) -> T:
+        """Return the first item, or the end: one attempt."""
         self._admitted(self._pacing.admit_sync(estimate))
         try:
             with self._inside():
                 self._inner = iter(self._start(**self._options()))
             return self._pull()
         except BaseException as error:
-            self._let_go(error)
+            try:
+                self._hang_up()
+            finally:
+                self._let_go(error)
             if not self._must_not_ask(error):
                 raise
         return self._begin(estimate)
 
-    def _pull(self) -> T | None:
+    def _pull(self) -> T:
         while True:
             with self._inside():
-                item: T | None = next(self._inner, None)
-            if item is None or self._is_for_caller(item):
+                item: T = next(self._inner, _END)
+            if item is _END or self._is_for_caller(item):
                 return item
 
     def throw(
@@ -283,13 +314,16 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
 
     def close(self) -> None:
         """End the stream and give the slot back. Idempotent."""
-        inner, held = self._inner, self._held
+        inner = self._inner
         with self._step():
             if inner is not None and hasattr(inner, "close"):
                 inner.close()
-            if held is not None:
-                held.hang_up_sync()
+            self._hang_up()
         self._end()
+
+    def _hang_up(self) -> None:
+        if self._held is not None:
+            self._held.hang_up_sync()
 
 
 def _raised(

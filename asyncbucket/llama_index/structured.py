@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.llama_index.held import held_call
-from asyncbucket.llama_index.mixin import Paced
-from asyncbucket.llama_index.pacing import no_usage
+from asyncbucket.llama_index.mixin import Paced, pacing_of
+from asyncbucket.llama_index.pacing import Pacing, no_usage
 from asyncbucket.llama_index.streams import AsyncPacedStream, PacedStream
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class RateLimitedPrediction(_LLM, ABC):
     ) -> "Model":
         """Predict an ``output_cls``."""
         predict = functools.partial(super().astructured_predict, output_cls, prompt)
-        predicted: Model = await self._once(predict, llm_kwargs, prompt_args, self._pacing.call)
+        predicted: Model = await _once(self, predict, llm_kwargs, prompt_args, pacing_of(self).call)
         return predicted
 
     async def astream_structured_predict(
@@ -78,8 +78,8 @@ class RateLimitedPrediction(_LLM, ABC):
     ) -> "AsyncGenerator[Any, None]":
         """Predict an ``output_cls`` bit by bit."""
         predict = functools.partial(super().astream_structured_predict, output_cls, prompt)
-        stream: AsyncGenerator[Any, None] = await self._once(
-            predict, llm_kwargs, prompt_args, self._stream
+        stream: AsyncGenerator[Any, None] = await _once(
+            self, predict, llm_kwargs, prompt_args, functools.partial(_stream, pacing_of(self))
         )
         return stream
 
@@ -92,7 +92,7 @@ class RateLimitedPrediction(_LLM, ABC):
     ) -> "Model":
         """Predict an ``output_cls``."""
         predict = functools.partial(super().structured_predict, output_cls, prompt)
-        predicted: Model = self._once(predict, llm_kwargs, prompt_args, self._pacing.call_sync)
+        predicted: Model = _once(self, predict, llm_kwargs, prompt_args, pacing_of(self).call_sync)
         return predicted
 
     def stream_structured_predict(
@@ -104,32 +104,35 @@ class RateLimitedPrediction(_LLM, ABC):
     ) -> "Generator[Any, None, None]":
         """Predict an ``output_cls`` bit by bit."""
         predict = functools.partial(super().stream_structured_predict, output_cls, prompt)
-        stream: Generator[Any, None, None] = self._once(
-            predict, llm_kwargs, prompt_args, functools.partial(PacedStream, self._pacing)
+        stream: Generator[Any, None, None] = _once(
+            self, predict, llm_kwargs, prompt_args, functools.partial(PacedStream, pacing_of(self))
         )
         return stream
 
-    def _once(
-        self,
-        predict: "functools.partial[Any]",
-        llm_kwargs: dict[str, Any] | None,
-        prompt_args: dict[str, Any],
-        pace: Callable[..., Any],
-    ) -> Any:
-        """Call ``predict`` through ``pace``, or as it is if somebody pays inside or outside."""
-        # By name, and not at all where it was not given: classes take it by name alone, or add theirs.
-        given = {} if llm_kwargs is None else {"llm_kwargs": llm_kwargs}
-        send = functools.partial(predict, **given, **prompt_args)
-        if _ends_in_chat(type(self), predict.func.__name__) or held_call(self.limiter):
-            return send()
-        output_cls, prompt = predict.args
-        messages = prompt.format_messages(**prompt_args)
-        kwargs = {"response_format": output_cls, **(llm_kwargs or {})}
-        cost = functools.partial(self._pacing.estimator.chat, self, messages, kwargs)
-        return pace(send, cost, read=no_usage)
 
-    async def _stream(self, *args: Any, **kwargs: Any) -> AsyncPacedStream[Any]:
-        return AsyncPacedStream(self._pacing, *args, **kwargs)
+def _once(
+    llm: RateLimitedPrediction,
+    predict: "functools.partial[Any]",
+    llm_kwargs: dict[str, Any] | None,
+    prompt_args: dict[str, Any],
+    pace: Callable[..., Any],
+) -> Any:
+    """Call ``predict`` through ``pace``, or as it is if somebody pays inside or outside."""
+    # By name, and not at all where it was not given: classes take it by name alone, or add theirs.
+    given = {} if llm_kwargs is None else {"llm_kwargs": llm_kwargs}
+    send = functools.partial(predict, **given, **prompt_args)
+    pacing = pacing_of(llm)
+    if _ends_in_chat(type(llm), predict.func.__name__) or held_call(pacing.limiter):
+        return send()
+    output_cls, prompt = predict.args
+    messages = prompt.format_messages(**prompt_args)
+    kwargs = {"response_format": output_cls, **(llm_kwargs or {})}
+    cost = functools.partial(pacing.estimator.chat, llm, messages, kwargs)
+    return pace(send, cost, read=no_usage)
+
+
+async def _stream(pacing: Pacing, *args: Any, **kwargs: Any) -> AsyncPacedStream[Any]:
+    return AsyncPacedStream(pacing, *args, **kwargs)
 
 
 @functools.lru_cache(maxsize=1024)

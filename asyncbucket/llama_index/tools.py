@@ -19,6 +19,7 @@ from llama_index.core.tools.types import AsyncBaseTool
 from asyncbucket.http.running import is_running, running
 from asyncbucket.limiter import Limiter
 from asyncbucket.llama_index.events import admit, admit_sync
+from asyncbucket.llama_index.mixin import PacedBy
 from asyncbucket.wording import shown
 
 T = TypeVar("T")
@@ -80,18 +81,16 @@ class ToolPacing:
 class PacedTool:
     """The part of a paced tool that is no tool."""
 
-    @property
-    def limiter(self) -> Limiter:
-        """The limiter that paces this tool."""
-        return self._pacing.limiter
-
-    @property
-    def _pacing(self) -> ToolPacing:
-        return cast("ToolPacing", vars(self)[_PACING])
+    limiter = PacedBy(lambda tool: pacing_of_tool(tool).limiter)
 
     def __repr__(self) -> str:
         tool: Any = self
-        return f"{type(self).__name__}({tool.metadata.name!r}, limiter={self.limiter!r})"
+        return f"{type(self).__name__}({tool.metadata.name!r}, limiter={pacing_of_tool(self).limiter!r})"
+
+
+def pacing_of_tool(tool: PacedTool) -> ToolPacing:
+    """Return what paces ``tool``."""
+    return cast("ToolPacing", vars(tool)[_PACING])
 
 
 if TYPE_CHECKING:
@@ -111,18 +110,22 @@ class RateLimitedTool(_Tool, ABC):
     """Pace a tool that is called by ``tool(...)`` alone."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> "ToolOutput":
-        return self._pacing.call_sync(self, functools.partial(super().__call__, *args, **kwargs))
+        return pacing_of_tool(self).call_sync(
+            self, functools.partial(super().__call__, *args, **kwargs)
+        )
 
 
 class RateLimitedAsyncTool(_AsyncTool, ABC):
     """Pace a tool that has ``call`` and ``acall``; ``tool(...)`` comes to the former."""
 
     def call(self, *args: Any, **kwargs: Any) -> "ToolOutput":
-        return self._pacing.call_sync(self, functools.partial(super().call, *args, **kwargs))
+        return pacing_of_tool(self).call_sync(
+            self, functools.partial(super().call, *args, **kwargs)
+        )
 
     async def acall(self, *args: Any, **kwargs: Any) -> "ToolOutput":
         send: functools.partial[Any] = functools.partial(super().acall, *args, **kwargs)
-        output: ToolOutput = await self._pacing.call(self, send)
+        output: ToolOutput = await pacing_of_tool(self).call(self, send)
         return output
 
 

@@ -57,9 +57,15 @@ from asyncbucket.llama_index.embedding import RateLimitedEmbedding, RateLimitedM
 from asyncbucket.llama_index.estimate import Estimator
 from asyncbucket.llama_index.llm import RateLimitedLLM
 from asyncbucket.llama_index.misuse import warn_of_misuse
-from asyncbucket.llama_index.mixin import Paced, bind
+from asyncbucket.llama_index.mixin import Paced, bind, pacing_of
 from asyncbucket.llama_index.pacing import Pacing
-from asyncbucket.llama_index.tools import PacedTool, ToolCost, ToolPacing, paced_tool
+from asyncbucket.llama_index.tools import (
+    PacedTool,
+    ToolCost,
+    ToolPacing,
+    paced_tool,
+    pacing_of_tool,
+)
 from asyncbucket.retry import Retry
 
 T = TypeVar("T")
@@ -120,14 +126,14 @@ def _wrap_one(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
     mine = {name: options[name] for name in _OPTIONS[_kind(obj)] if name in options}
     if not isinstance(obj, (Paced, PacedTool)):
         return _pace(obj, limiter, mine)
-    pacing = obj._pacing  # noqa: SLF001 - ours
+    pacing: Any = pacing_of_tool(obj) if isinstance(obj, PacedTool) else pacing_of(obj)
     if is_under(pacing.limiter, limiter):
         limiter = pacing.limiter
         if not mine:
             return obj
     elif not is_under(limiter, pacing.limiter):
         raise ValueError(_two_limiters(obj, limiter))
-    again: Any = pacing.again(limiter, mine)
+    again = pacing.again(limiter, mine)
     return paced_tool(obj, again) if isinstance(obj, PacedTool) else _share(obj, again)
 
 

@@ -88,6 +88,7 @@ class Counter:
 
     def heads(self, most: int) -> Sequence[Waiter]:
         """See `asyncbucket.stores.starts.Line`."""
+        self._take_over()
         with self._budget.lock:
             if self._sent:
                 all_went = self._booked == self._sent
@@ -185,8 +186,13 @@ class Counter:
         return self._desk is not None and self.on_loop(self._take_over)
 
     def _take_over(self) -> None:
-        while self._desk is not None and self._shared.estate:
-            self._desk.take_over(self._shared.estate.popleft())
+        self._shared.bury()
+        while self._desk is not None:
+            try:
+                left = self._shared.estate.popleft()
+            except IndexError:  # there is none, or another thread was faster
+                return
+            self._desk.take_over(left)
 
     def left(self) -> dict[Limit, int]:
         """Return the units left of each limit, as last heard."""

@@ -89,7 +89,7 @@ class Shared(Remote):
     def after_fork(self) -> None:
         """Begin anew in a child process: loops, and what they hold at the store, are the parent's."""
         self._counters: dict[asyncio.AbstractEventLoop, Counter] = {}
-        #: What loops that have ended left behind: the next desk takes it over, whichever loop it is of.
+        #: What loops that have ended left behind: the next desk to look takes it over.
         self.estate: collections.deque[Left] = collections.deque()
         #: The units that were left of each limit when a desk was last closed.
         self.last_left: dict[Limit, int] = {}
@@ -98,19 +98,19 @@ class Shared(Remote):
         """Return the counter of a loop."""
         counter = self._counters.get(loop)
         if counter is None:
-            self._bury()
+            self.bury()
             counter = self._counters[loop] = Counter(self, loop)
         return counter
 
     def inherit(self, left: Left) -> None:
         """Have the store told what came back to a loop that has ended: now, or by the next desk."""
-        self._bury()  # who gives a slot back here is among what that loop left
+        self.bury()  # who gives a slot back here is among what that loop left
         self.estate.append(left)
         any(counter.take_over() for counter in self._at_work())
 
-    def _bury(self) -> None:
+    def bury(self) -> None:
         """Do without the counters of loops that have ended, but for what they left behind."""
-        for loop in [each for each in self._counters if each.is_closed()]:
+        for loop in [each for each in list(self._counters) if each.is_closed()]:
             counter = self._counters.pop(loop, None)
             if counter is not None:  # another thread may have been faster
                 self.last_left = counter.left() or self.last_left
@@ -196,7 +196,7 @@ class Shared(Remote):
 
     async def aclose(self) -> None:
         """See `asyncbucket.limiter.remote.Remote`; of the running loop, and of those that have ended."""
-        self._bury()
+        self.bury()
         loop = asyncio.get_running_loop()
         if self.estate or loop in self._counters:
             await self.counter(loop).aclose()

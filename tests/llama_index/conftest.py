@@ -205,7 +205,8 @@ class ScriptedOpenAI:
             {"object": "embedding", "index": i, "embedding": [0.5, 0.5]}
             for i, _ in enumerate(body["input"])
         ]
-        usage = {"prompt_tokens": 3, "total_tokens": 3}
+        words = sum(len(text.split()) for text in body["input"])
+        usage = {"prompt_tokens": words, "total_tokens": words}
         reply = {"object": "list", "data": data, "model": body["model"], "usage": usage}
         return httpx.Response(200, json=reply)
 

@@ -18,6 +18,7 @@ import asyncbucket
 from asyncbucket import AcquireTimeout, CostExceedsLimit, Limit, Limiter
 from asyncbucket.limiter import passports
 from asyncbucket.llama_index import RateLimitedLLM
+from asyncbucket.llama_index.mixin import pacing_of
 from asyncbucket.testing import RateLimitedProvider, VirtualTime
 
 if TYPE_CHECKING:
@@ -91,8 +92,9 @@ def test_model_is_moved_to_a_descendant() -> None:
     assert type(second) is type(first)
     assert isinstance(second, RateLimitedLLM)
     assert second.limiter is acme
-    assert second._pacing.options["retry"] == 2
-    assert second._pacing.estimator is first._pacing.estimator  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    assert isinstance(first, RateLimitedLLM)
+    assert pacing_of(second).options["retry"] == 2
+    assert pacing_of(second).estimator is pacing_of(first).estimator
     assert admitted(limiter, acme, limiter.children["chat"]) == [2, 1, 1]
 
 

@@ -356,12 +356,12 @@ async def test_call_of_several_requests_is_booked_as_several(openai_api: "Script
                 await self._client.completions.create(model="m", prompt=prompt)
             return CompletionResponse(text=prompt)
 
-    limiter = Limiter("1000 RPM")
+    limiter = Limiter("1000 RPM", "100k TPM")
 
     await limiter.wrap(Twice()).acomplete("hi")
 
     assert len(openai_api.requests) == 2
-    assert limiter.statistics().limits[0].used == 2
+    assert [limit.used for limit in limiter.statistics().limits] == [2, 2 * 18]
 
 
 async def test_request_outside_of_a_call_is_nobodys(openai_api: "ScriptedOpenAI") -> None:

@@ -16,6 +16,7 @@ from llama_index.llms.openai import OpenAI
 
 from asyncbucket import Limit, Limiter
 from asyncbucket.llama_index import DefaultEstimator, RateLimitedLLM, copies
+from asyncbucket.llama_index.mixin import pacing_of
 from asyncbucket.retry import Retry
 
 KEY = "sk-very-secret"
@@ -113,7 +114,7 @@ def test_options_go_along() -> None:
 
     twin = pickle.loads(pickle.dumps(paced))  # noqa: S301 - our own
 
-    assert twin._pacing.retrier.policy.attempts == 2
+    assert pacing_of(twin).retrier.policy.attempts == 2
 
 
 @pytest.mark.parametrize("tokenizer", [None, str.split])
@@ -127,7 +128,7 @@ def test_estimator_goes_along_with_what_it_has_learnt(tokenizer: Any) -> None:
     twin: Any = pickle.loads(pickled)  # noqa: S301 - our own
 
     assert len(pickled) < 10_000  # the tokenizer's file is in every process
-    copy = twin._pacing.estimator
+    copy: Any = pacing_of(twin).estimator
     assert copy.completion(twin, "a word", {}) == estimator.completion(paced, "a word", {})
     copy.observe(1_000)
     assert copy.completion(twin, "?", {}).output_tokens == 1_000

@@ -7,11 +7,12 @@ import pytest
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.embeddings.mock_embed_model import MockMultiModalEmbedding
+from llama_index.core.llms import MockLLM
 from llama_index.core.storage.kvstore import SimpleKVStore
 from llama_index.embeddings.openai import OpenAIEmbedding
 
 from asyncbucket import Limiter
-from asyncbucket.llama_index import RateLimitedMultiModalEmbedding
+from asyncbucket.llama_index import DefaultEstimator, RateLimitedMultiModalEmbedding
 
 if TYPE_CHECKING:
     from tests.llama_index.conftest import Instrumentation, ScriptedOpenAI
@@ -141,6 +142,20 @@ async def test_partly_cached_batch_costs_its_rest(openai_api: "ScriptedOpenAI") 
     assert first > 500
     assert limiter.statistics().limits[0].used - first < 10
     assert len(openai_api.requests) == 2
+
+
+async def test_batches_are_settled_by_what_their_sdk_hears(openai_api: "ScriptedOpenAI") -> None:
+    """LlamaIndex drops the usage on the way. It says nothing of how long replies are."""
+    limiter = Limiter("100k TPM")
+    estimator = DefaultEstimator()
+    model = limiter.wrap(openai_embedding(), estimator=estimator)
+
+    await model.aget_text_embedding_batch(["a word"] * 20)
+    await asyncio.to_thread(model.get_text_embedding_batch, ["extraordinarily"] * 20)
+
+    assert len(openai_api.requests) == 20
+    assert limiter.statistics().limits[0].used == 40 + 20
+    assert estimator.completion(MockLLM(), "hi", {}).output_tokens == 256
 
 
 @pytest.mark.parametrize("make", [OnlySync, lambda: MockEmbedding(embed_dim=2)])

@@ -1,6 +1,7 @@
 """A stream holds its slot from its first item until it ends, however it ends."""
 
 import asyncio
+import contextlib
 import gc
 import json
 from collections.abc import AsyncGenerator, Callable, Generator
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import openai
 import pytest
-from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse
 from llama_index.core.llms import MockLLM
+from llama_index.core.prompts import PromptTemplate
 from llama_index.llms.openai import OpenAI, OpenAIResponses
 from llama_index_instrumentation.dispatcher import instrument_tags
 from llama_index_instrumentation.span import active_span_id
@@ -102,6 +104,29 @@ def test_closed_synchronous_stream_gives_its_slot_back(limiter: Limiter) -> None
     assert in_flight(limiter) == 0
     with pytest.raises(StopIteration):
         next(stream)
+
+
+async def test_stream_goes_on_after_an_item_that_is_none(limiter: Limiter) -> None:
+    """A structure of which there is nothing yet, say."""
+
+    class Slow(MockLLM):
+        async def astream_structured_predict(self, *_: Any, **__: Any) -> Any:
+            async def stream() -> AsyncGenerator[str | None, None]:
+                for item in items:
+                    yield item
+
+            return stream()
+
+        def stream_structured_predict(self, *_: Any, **__: Any) -> Any:
+            yield from items
+
+    items = [None, "half", None, "whole"]
+    llm: Any = limiter.wrap(Slow(max_tokens=None))
+    asked = str, PromptTemplate("")
+
+    assert [item async for item in await llm.astream_structured_predict(*asked)] == items
+    assert list(llm.stream_structured_predict(*asked)) == items
+    assert (admitted(limiter), in_flight(limiter)) == (2, 0)
 
 
 async def test_stream_closed_before_its_start_takes_nothing(limiter: Limiter) -> None:
@@ -241,6 +266,68 @@ def test_closed_synchronous_stream_has_hung_up(limiter: Limiter, wire: Wire) -> 
     assert wire.is_open
 
     stream.close()
+
+    assert (wire.is_open, in_flight(limiter)) == (False, 0)
+
+
+class Censored(OpenAI):
+    """A model that ends its reply before the provider does: after ``most`` items, maybe by an error."""
+
+    most: int
+    breaks: bool
+
+    async def astream_chat(self, *args: Any, **kwargs: Any) -> Any:
+        async def stream() -> AsyncGenerator[Any, None]:
+            async for item in await super(Censored, self).astream_chat(*args, **kwargs):
+                if not self._ends():
+                    yield item
+                else:
+                    return
+
+        return stream()
+
+    def stream_chat(self, *args: Any, **kwargs: Any) -> Any:
+        for item in super().stream_chat(*args, **kwargs):
+            if self._ends():
+                return
+            yield item
+
+    def _ends(self) -> bool:
+        self.most -= 1
+        if self.most < 0 and self.breaks:
+            raise ValueError("a bad word")
+        return self.most < 0
+
+
+def censored(*, most: int, breaks: bool) -> Censored:
+    """Return such a model."""
+    return Censored(model="gpt-4o", api_key="k", api_base=API_BASE, most=most, breaks=breaks)
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+@pytest.mark.parametrize("most", [0, 2])
+async def test_stream_that_its_model_ends_has_hung_up(
+    limiter: Limiter, wire: Wire, *, most: int, breaks: bool
+) -> None:
+    """The model has stopped reading, and its provider must not go on with a slot that is free."""
+    stream = await limiter.wrap(censored(most=most, breaks=breaks)).astream_chat(MESSAGES)
+
+    with pytest.raises(ValueError, match="a bad word") if breaks else contextlib.nullcontext():
+        assert len([item async for item in stream]) == most
+
+    assert (wire.is_open, in_flight(limiter)) == (False, 0)
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+@pytest.mark.parametrize("most", [0, 2])
+def test_synchronous_stream_that_its_model_ends_has_hung_up(
+    limiter: Limiter, wire: Wire, *, most: int, breaks: bool
+) -> None:
+    """The synchronous twin does the same."""
+    stream = limiter.wrap(censored(most=most, breaks=breaks)).stream_chat(MESSAGES)
+
+    with pytest.raises(ValueError, match="a bad word") if breaks else contextlib.nullcontext():
+        assert len(list(stream)) == most
 
     assert (wire.is_open, in_flight(limiter)) == (False, 0)
 
@@ -579,6 +666,27 @@ async def test_responses_stream_is_settled_without_asking(openai_api: "ScriptedO
 
     assert "stream_options" not in openai_api.bodies[0]
     assert len(chunks) == 2
+    assert limiter.statistics().limits[0].used == 18
+
+
+async def test_stream_that_is_a_call_inside_is_settled_by_that(
+    openai_api: "ScriptedOpenAI",
+) -> None:
+    """A model may only pretend to stream, and pass the text alone."""
+
+    class Pretending(OpenAI):
+        async def astream_chat(self, messages: Any, **_: Any) -> Any:
+            async def stream() -> AsyncGenerator[ChatResponse, None]:
+                yield ChatResponse(message=(await self.achat(messages)).message)
+
+            return stream()
+
+    limiter = Limiter("100k TPM")
+    llm = limiter.wrap(Pretending(model="gpt-4o-mini", api_key="k", api_base=API_BASE))
+
+    assert len([item async for item in await llm.astream_chat(MESSAGES)]) == 1
+
+    assert len(openai_api.requests) == 1
     assert limiter.statistics().limits[0].used == 18
 
 

@@ -25,6 +25,7 @@ from llama_index.llms.openai import OpenAI
 
 from asyncbucket import AcquireTimeout, Limiter
 from asyncbucket.http.running import make_way, running
+from asyncbucket.llama_index.mixin import pacing_of
 from asyncbucket.testing import VirtualTime
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ def test_options_that_do_not_apply_are_refused() -> None:
 
     both: Any = limiter.wrap([tool, llm], retry=2, cost={"images": 1})
     both[0](a=1, b=2)
-    assert both[1]._pacing.retrier.policy.attempts == 2
+    assert pacing_of(both[1]).retrier.policy.attempts == 2
     assert limiter.statistics().limits[1].used == 1
 
 
@@ -299,6 +300,22 @@ def test_repr_says_tool_and_limiter() -> None:
     paced = Limiter("100 RPM", name="mine").wrap(FunctionTool.from_defaults(add))
 
     assert repr(paced).startswith("PacedFunctionTool('add', limiter=<Limiter 'mine'")
+
+
+def test_limiter_of_a_tool_stays_its_own() -> None:
+    """What a tool calls so is no business of ours."""
+
+    class Mine(Threaded):
+        def __init__(self) -> None:
+            self.limiter = "mine"
+
+        def call(self, input: Any) -> ToolOutput:  # noqa: A002 - LlamaIndex's name
+            return super().call(f"{input} {self.limiter}")
+
+    limiter = Limiter("100 RPM")
+
+    assert limiter.wrap(Mine()).call("hi").content == "hi mine"
+    assert limiter.statistics().admitted == 1
 
 
 @pytest.mark.parametrize("make_copy", [copy.copy, copy.deepcopy])

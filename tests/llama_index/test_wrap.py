@@ -12,8 +12,9 @@ from llama_index.core import Settings
 from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent, ReActAgent
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.embeddings import MockEmbedding
+from llama_index.core.embeddings.multi_modal_base import MultiModalEmbedding
 from llama_index.core.ingestion.pipeline import get_transformation_hash
-from llama_index.core.llms import LLM, ChatMessage, MockLLM
+from llama_index.core.llms import LLM, ChatMessage, CompletionResponse, MockLLM
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.schema import TextNode
@@ -27,6 +28,7 @@ from asyncbucket.llama_index import (
     DefaultEstimator,
     RateLimitedEmbedding,
     RateLimitedLLM,
+    RateLimitedMultiModalEmbedding,
     wrap,
 )
 
@@ -139,6 +141,46 @@ def test_fields_are_shared_with_the_inner_model() -> None:
 
     assert inner.callback_manager is manager
     assert paced.temperature == 0.7
+
+
+def test_names_of_a_model_stay_its_own() -> None:
+    """A field called `limiter`, helpers by any name, arguments of its own for what makes its client."""
+
+    class Mine(MockLLM):
+        limiter: str = "mine"
+
+        def _get_client(self, region: str) -> str:
+            return region
+
+        def _stream(self, prompt: str) -> list[str]:
+            return [prompt, self.limiter, self._get_client("eu")]
+
+        def complete(self, prompt: str, *_: Any, **__: Any) -> CompletionResponse:
+            return CompletionResponse(text=" ".join(self._stream(prompt)))
+
+    limiter = Limiter("100 RPM")
+    paced = limiter.wrap(Mine(max_tokens=None))
+
+    assert paced.complete("hi").text == "hi mine eu"
+    assert paced.chat([ChatMessage("hi")]).message.content == "user: hi\nassistant:  mine eu"
+    assert limiter.statistics().admitted == 2
+
+
+@pytest.mark.parametrize(
+    ("mixin", "kind"),
+    [(RateLimitedLLM, LLM), (RateLimitedMultiModalEmbedding, MultiModalEmbedding)],
+)
+def test_mixin_adds_few_names(mixin: type, kind: type) -> None:
+    """Whatever else it had would hide what a user's class calls so."""
+    added = {name for base in mixin.__mro__[:-1] for name in vars(base)} - set(dir(kind))
+
+    assert {name for name in added if not name.startswith("__")} == {
+        "_abc_impl",
+        "_get_aclient",
+        "_get_client",
+        "limiter",
+        "max_retries",
+    } - set(dir(kind))
 
 
 def test_limiter_is_no_field() -> None:

@@ -534,6 +534,25 @@ def test_run_that_forgets_to_close_leaves_the_next_one_its_slots_and_refunds(whe
 
 
 @UNCLOSED
+def test_run_that_forgets_to_close_leaves_those_without_a_loop_its_slots(where: str) -> None:
+    """Their loop was there before, and goes on: it is told as well as one that begins."""
+    limiter = Limiter("1000 TPM", concurrency=1, store=where, name="mixes")
+
+    async def once() -> None:
+        async with limiter.acquire(tokens=400, timeout=2) as lease:
+            lease.settle(tokens=100)
+
+    for _ in range(3):
+        limiter.acquire_sync(tokens=100, timeout=2).release()
+        asyncio.run(once())
+    limiter.acquire_sync(tokens=100, timeout=2).release()
+    asyncio.run(limiter.aclose())
+    gc.collect()
+
+    assert asyncio.run(open_and_peek(where, "mixes")).limits[0].used == 700
+
+
+@UNCLOSED
 def test_store_that_was_made_for_another_loop_says_so(url: str) -> None:
     """Connections belong to a loop; by a URL each loop has its own."""
     limiter = Limiter("10 RPM burst 10", store=open_store(url), name="foreign")
