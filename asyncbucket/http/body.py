@@ -66,8 +66,15 @@ _KEPT_ENCODED: Final = 1_048_576
 _HEAD: Final = 4_096
 _KEY: Final = b'"usage"'
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
-#: A stream is complete by these, though the client, content, reads no further.
-_ENDS: Final = (b"[DONE]", b"message_stop", b"response.completed", b"response.incomplete")
+#: A stream is complete by these, though the client, content, reads no further. In what a model writes
+#: they are none, for JSON escapes quotes and ends of lines.
+_ENDS: Final = (
+    b"\ndata: [DONE]",
+    b"\ndata:[DONE]",
+    b'"message_stop"',
+    b'"response.completed"',
+    b'"response.incomplete"',
+)
 _READER: Final = json.JSONDecoder()
 
 
@@ -223,7 +230,7 @@ class Tail:
 
 def is_complete(end: bytes) -> bool:
     """Tell whether a stream of events has said all, though it was not read to its end."""
-    return any(mark in end[-_HEAD:] for mark in _ENDS)
+    return any(mark in end for mark in _ENDS)  # the last event may be as long as the whole reply
 
 
 def find_usage(end: bytes, head: bytes = b"") -> Usage | None:

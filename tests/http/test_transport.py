@@ -483,6 +483,20 @@ async def test_last_event_of_a_stream_settles(library: Any, limiter: Limiter) ->
     assert in_flight(limiter) == 0
 
 
+async def test_last_event_settles_however_long_it_is(library: Any, limiter: Limiter) -> None:
+    """OpenAI's last event of a response repeats all of it, and clients stop there."""
+    last = b'data: {"type":"response.completed","response":{"output":["%b"],"usage":%b}}\n\n'
+    usage = b'{"input_tokens":90,"output_tokens":7,"total_tokens":97}'
+    answer = answering(library, b"event: response.completed\n", last % (b"x" * 9_000, usage), b":")
+    client = client_over(library, limiter, answer, profile="generic")
+    async with client, client.stream("POST", URL, json={**BODY, "stream": True}) as reply:
+        async for chunk in reply.aiter_raw():
+            if b"usage" in chunk:
+                break
+
+    assert used(limiter, "tokens") == 97
+
+
 @pytest.mark.parametrize("encoding", ["identity", "deflate"])
 @pytest.mark.parametrize("cut", [0, 21, 70, 95])
 async def test_beginning_of_a_stream_counts_wherever_it_is_cut(
@@ -511,11 +525,12 @@ async def test_beginning_of_a_stream_counts_wherever_it_is_cut(
 async def test_stream_that_is_cut_off_stays_charged(library: Any, limiter: Limiter) -> None:
     """What the beginning of a stream says of its usage is not the whole."""
     start = b'data: {"type":"message_start","message":{"usage":{"input_tokens":9,"output_tokens":1}}}\n\n'
-    answer = answering(library, start, b"data: more\n\n")
-    client = client_over(library, limiter, answer, profile="generic")
+    text = b'data: {"text":"ends by \\"message_stop\\", [DONE] or response.completed"}\n\n'
+    client = client_over(library, limiter, answering(library, start, text), profile="generic")
     async with client, client.stream("POST", URL, json={**BODY, "stream": True}) as reply:
-        async for _ in reply.aiter_raw():
-            break
+        async for chunk in reply.aiter_raw():
+            if chunk == text:
+                break
 
     assert used(limiter, "tokens") == 400
 
