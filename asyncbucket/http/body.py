@@ -3,7 +3,7 @@
 A request's body is looked at only where it is in memory already: a streamed upload stays a stream.
 Counting is what providers do at their door, by characters; no tokenizer runs. Everything that is
 sent to the model counts: messages, instructions, tools and formats. Pictures, sound and files
-count by constants and by size, for in JSON they are base64 and no text.
+count by constants and by size, for in JSON they are base64 and no text, unless a document is text.
 
 A reply's body passes through untouched. References to its last chunks are kept (`Tail`), and once
 it is complete the usage is found in them by its key, not by parsing: a reply's text may hold the
@@ -49,8 +49,11 @@ _PARTS: Final = {
 _REPLIES: Final = ("n", "best_of")
 #: In a message, all but these is sent.
 _NOT_SENT: Final = frozenset(
-    {"cache_control", "detail", "id", "role", "status", "tool_call_id", "type"}
+    {"cache_control", "detail", "id", "media_type", "role", "status", "tool_call_id", "type"}
 )
+#: Parts that are files, but for Anthropic's documents of a source that is written out: text or parts.
+_FILES: Final = ("document", "file", "input_file")
+_WRITTEN_OUT: Final = ("text", "content")
 #: OpenAI's GPT-4o and 4.1: 85 in low detail; 85 and 170 for each of four tiles of 512 pixels ("Images
 #: and vision", read in 2025). Anthropic: width * height / 750, at most about 1,600.
 _AN_IMAGE: Final = 765
@@ -133,7 +136,7 @@ class Sent:
         kind = kind if isinstance(kind, str) else ""
         if "image" in kind:
             self.extra += _A_SMALL_IMAGE if _detail(part) == "low" else _AN_IMAGE
-        elif "audio" in kind or kind in ("document", "file", "input_file"):
+        elif "audio" in kind or (kind in _FILES and not _is_written_out(part)):
             self.extra += len(json.dumps(part)) * 3 // 4 // _BYTES_A_TOKEN
         else:
             for name, value in part.items():
@@ -185,6 +188,12 @@ def _look_into(body: Mapping[str, Any], found: Sent) -> None:
             found.max_output = value
         elif part == "options" and isinstance(value, dict) and _is_count(value.get("num_predict")):
             found.max_output = value["num_predict"]
+
+
+def _is_written_out(part: dict[str, Any]) -> bool:
+    """Tell whether a document is no file, but text that is sent as it is."""
+    source = part.get("source")
+    return isinstance(source, dict) and source.get("type") in _WRITTEN_OUT
 
 
 def _detail(part: dict[str, Any]) -> object:
