@@ -567,6 +567,23 @@ async def test_compressed_reply_settles_too(library: Any, limiter: Limiter) -> N
     assert used(limiter, "tokens") == 97
 
 
+async def test_compressed_stream_settles_though_the_client_stops_at_its_end(
+    library: Any, limiter: Limiter
+) -> None:
+    """A client that closes the reply at [DONE] leaves the end of the compressed data unread."""
+    packer = zlib.compressobj()
+    packed = packer.compress(b"data: " + REPLY + b"\n\ndata: [DONE]\n\n")
+    packed += packer.flush(zlib.Z_SYNC_FLUSH)
+    answer = answering(library, packed, packer.flush(), content_encoding="deflate")
+    client = client_over(library, limiter, answer, profile="generic")
+    async with client, client.stream("POST", URL, json={**BODY, "stream": True}) as reply:
+        async for line in reply.aiter_lines():
+            if line == "data: [DONE]":
+                break
+
+    assert used(limiter, "tokens") == 97
+
+
 @pytest.mark.parametrize("encoding", ["deflate", "gzip, odd"])
 async def test_unreadable_reply_stays_charged(
     library: Any, limiter: Limiter, encoding: str
