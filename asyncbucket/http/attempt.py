@@ -97,7 +97,7 @@ class Attempt:
             since = self._sent_at - (_LAG if self._lease.waited else 0.0)
             self._ear.hear(reply.headers, self._profile, since=since, good=good)
         if good:
-            self._refusals.succeeded()
+            self._refusals.succeeded(self._sent_at)
             if not self._settles:
                 return
         # What came with its body, as replies of tests do, has decoded it.
@@ -129,7 +129,8 @@ class Attempt:
     def _judge(self, tail: Tail) -> None:
         """Let the limiter know what a reply that is an error means, and release."""
         body = read_json(self._decode(tail))
-        verdict = self._refusals.judge(self._reply.status_code, self._reply.headers, body)
+        reply, sent_at = self._reply, self._sent_at
+        verdict = self._refusals.judge(reply.status_code, reply.headers, body, sent_at=sent_at)
         if verdict.overloaded:
             self._lease.overloaded()
         else:
