@@ -7,12 +7,20 @@ attempt fails, or the reply is dropped, and with it the lease, which then releas
 from collections.abc import Callable
 from typing import Any, Final
 
-from asyncbucket.http.body import Tail, find_usage, is_complete, read_json, replies_of
+from asyncbucket.http.body import (
+    Tail,
+    find_usage,
+    is_complete,
+    only_reads,
+    read_json,
+    replies_of,
+)
 from asyncbucket.http.failures import FIRST_ERROR, classify
 from asyncbucket.http.forecast import OutputForecast
 from asyncbucket.http.learn import Ear, pairs
 from asyncbucket.http.profiles import Call, Profile
 from asyncbucket.http.refusals import Refusals
+from asyncbucket.http.usage import Usage
 from asyncbucket.limiter.lease import Lease
 
 #: Where calls wait, many leave at once: it is not sure that those of so long ago (s) arrived first.
@@ -144,6 +152,8 @@ class Attempt:
         events = head.lstrip()[:1] != b"{"
         usage = find_usage(end, head if events else b"") or find_usage(head)
         if usage is not None:
+            if only_reads(self._call.path):  # some say the total alone
+                usage = Usage(usage.total, 0, usage.total)
             amounts = self._profile.settled(self._call, usage)
             if amounts:
                 if "tokens" not in amounts:  # or input and output would make the sum of them

@@ -159,13 +159,17 @@ def read_json(content: bytes | None) -> Mapping[str, Any]:
 
 def sent(path: str, body: Mapping[str, Any]) -> Sent:
     """Return what the call of ``path`` with the JSON ``body`` sends and asks for."""
-    path = path.rstrip("/")
-    found = Sent(writes=path.endswith(_WRITES))
+    found = Sent(writes=path.rstrip("/").endswith(_WRITES))
     found.replies = replies_of(body)
-    if found.writes or path.endswith(_READS):
+    if found.writes or only_reads(path):
         with contextlib.suppress(RecursionError):  # nested deeper than what any model is sent
             _look_into(body, found)
     return found
+
+
+def only_reads(path: str) -> bool:
+    """Tell whether a model reads what a call of ``path`` sends, and writes nothing."""
+    return path.rstrip("/").endswith(_READS)
 
 
 def replies_of(body: Mapping[str, Any]) -> int:

@@ -463,6 +463,18 @@ async def test_usage_settles_the_lease(library: Any, limiter: Limiter) -> None:
     assert used(limiter, "tokens") == 97
 
 
+async def test_total_of_what_is_only_read_is_input(library: Any) -> None:
+    """Who ranks or embeds may say the total alone; no reply of a model is that long."""
+    limiter = Limiter("100k ITPM", "100k OTPM")
+    answer = answering(library, b'{"usage":{"total_tokens":900}}')
+    async with client_over(library, limiter, answer, profile="generic") as client:
+        await client.post("http://127.0.0.1/v1/rerank", json={"documents": ["x" * 400]})
+        assert (used(limiter, "input_tokens"), used(limiter, "output_tokens")) == (900, 0)
+
+        async with client.stream("POST", URL, json={"messages": []}):
+            assert used(limiter, "output_tokens") == 256
+
+
 async def test_last_event_of_a_stream_settles(library: Any, limiter: Limiter) -> None:
     """The usage is found in the last chunk of a stream, though the client stops at [DONE]."""
     events = [
