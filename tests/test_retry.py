@@ -599,6 +599,15 @@ def test_a_pause_that_nobody_named_ends_when_the_limits_are_whole(stage: Stage) 
     assert pauses == [1.0, 2.0, 3.0, 3.0]
 
 
+def test_refusal_that_pauses_nobody_is_tried_again_after_a_back_off(stage: Stage) -> None:
+    """Where it costs slots alone, the call itself waits as it does after a server's error."""
+    stage.limiter.reconfigure(concurrency="auto")
+    script = stage.script(status_error(429), "reply")
+
+    assert stage.run(stage.retrier(chance=1.0).call(script)) == "reply"
+    assert script.times == [0.0, 1.0]
+
+
 def test_longer_retry_after_lengthens_a_pause(stage: Stage) -> None:
     """Of one wave's refusals the longest wait counts; a shorter one takes nothing away."""
     retrier = stage.retrier()

@@ -32,8 +32,8 @@ class Pause:
         self._calls = 1
 
     def begin(self, until: int, now: int, *, gradually: bool) -> None:
-        """Pause until then; an earlier, longer pause stays in force."""
-        if until > self.until:
+        """Pause until then; an earlier, longer pause stays in force, and so does a slow start."""
+        if until > max(now, self.until):
             self.until = self._start = until
             self._step = min((until - now) // _STEPS, _LONGEST_STEP) if gradually else 0
             self._calls = 1

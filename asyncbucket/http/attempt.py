@@ -7,12 +7,20 @@ attempt fails, or the reply is dropped, and with it the lease, which then releas
 from collections.abc import Callable
 from typing import Any, Final
 
-from asyncbucket.http.body import Tail, find_usage, is_complete, read_json, replies_of
+from asyncbucket.http.body import (
+    Tail,
+    find_usage,
+    is_complete,
+    only_reads,
+    read_json,
+    replies_of,
+)
 from asyncbucket.http.failures import FIRST_ERROR, classify
 from asyncbucket.http.forecast import OutputForecast
 from asyncbucket.http.learn import Ear, pairs
 from asyncbucket.http.profiles import Call, Profile
 from asyncbucket.http.refusals import Refusals
+from asyncbucket.http.usage import Usage
 from asyncbucket.limiter.lease import Lease
 
 #: Where calls wait, many leave at once: it is not sure that those of so long ago (s) arrived first.
@@ -97,10 +105,11 @@ class Attempt:
             since = self._sent_at - (_LAG if self._lease.waited else 0.0)
             self._ear.hear(reply.headers, self._profile, since=since, good=good)
         if good:
-            self._refusals.succeeded()
+            self._refusals.succeeded(self._sent_at)
             if not self._settles:
                 return
-        self._encoding = _encoding(reply.headers)
+        # What came with its body, as replies of tests do, has decoded it.
+        self._encoding = None if reply.is_closed else _encoding(reply.headers)
         self._tail = Tail(encoded=self._encoding is not None)
 
     def passes(self, chunk: bytes) -> None:
@@ -128,7 +137,8 @@ class Attempt:
     def _judge(self, tail: Tail) -> None:
         """Let the limiter know what a reply that is an error means, and release."""
         body = read_json(self._decode(tail))
-        verdict = self._refusals.judge(self._reply.status_code, self._reply.headers, body)
+        reply, sent_at = self._reply, self._sent_at
+        verdict = self._refusals.judge(reply.status_code, reply.headers, body, sent_at=sent_at)
         if verdict.overloaded:
             self._lease.overloaded()
         else:
@@ -142,6 +152,8 @@ class Attempt:
         events = head.lstrip()[:1] != b"{"
         usage = find_usage(end, head if events else b"") or find_usage(head)
         if usage is not None:
+            if only_reads(self._call.path):  # some say the total alone
+                usage = Usage(usage.total, 0, usage.total)
             amounts = self._profile.settled(self._call, usage)
             if amounts:
                 if "tokens" not in amounts:  # or input and output would make the sum of them
@@ -153,7 +165,7 @@ class Attempt:
     def _decode(self, tail: Tail) -> bytes:
         """Return what is kept of the body, decoded by the client's own library if need be."""
         raw = tail.read()
-        if self._encoding is None or self._reply.is_closed:  # a body that came along is decoded
+        if self._encoding is None:
             return raw
         headers = {"content-encoding": self._encoding}
         try:

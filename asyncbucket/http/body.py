@@ -3,7 +3,7 @@
 A request's body is looked at only where it is in memory already: a streamed upload stays a stream.
 Counting is what providers do at their door, by characters; no tokenizer runs. Everything that is
 sent to the model counts: messages, instructions, tools and formats. Pictures, sound and files
-count by constants and by size, for in JSON they are base64 and no text.
+count by constants and by size, for in JSON they are base64 and no text, unless a document is text.
 
 A reply's body passes through untouched. References to its last chunks are kept (`Tail`), and once
 it is complete the usage is found in them by its key, not by parsing: a reply's text may hold the
@@ -49,8 +49,11 @@ _PARTS: Final = {
 _REPLIES: Final = ("n", "best_of")
 #: In a message, all but these is sent.
 _NOT_SENT: Final = frozenset(
-    {"cache_control", "detail", "id", "role", "status", "tool_call_id", "type"}
+    {"cache_control", "detail", "id", "media_type", "role", "status", "tool_call_id", "type"}
 )
+#: Parts that are files, but for Anthropic's documents of a source that is written out: text or parts.
+_FILES: Final = ("document", "file", "input_file")
+_WRITTEN_OUT: Final = ("text", "content")
 #: OpenAI's GPT-4o and 4.1: 85 in low detail; 85 and 170 for each of four tiles of 512 pixels ("Images
 #: and vision", read in 2025). Anthropic: width * height / 750, at most about 1,600.
 _AN_IMAGE: Final = 765
@@ -66,8 +69,15 @@ _KEPT_ENCODED: Final = 1_048_576
 _HEAD: Final = 4_096
 _KEY: Final = b'"usage"'
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
-#: A stream is complete by these, though the client, content, reads no further.
-_ENDS: Final = (b"[DONE]", b"message_stop", b"response.completed", b"response.incomplete")
+#: A stream is complete by these, though the client, content, reads no further. In what a model writes
+#: they are none, for JSON escapes quotes and ends of lines.
+_ENDS: Final = (
+    b"\ndata: [DONE]",
+    b"\ndata:[DONE]",
+    b'"message_stop"',
+    b'"response.completed"',
+    b'"response.incomplete"',
+)
 _READER: Final = json.JSONDecoder()
 
 
@@ -126,7 +136,7 @@ class Sent:
         kind = kind if isinstance(kind, str) else ""
         if "image" in kind:
             self.extra += _A_SMALL_IMAGE if _detail(part) == "low" else _AN_IMAGE
-        elif "audio" in kind or kind in ("document", "file", "input_file"):
+        elif "audio" in kind or (kind in _FILES and not _is_written_out(part)):
             self.extra += len(json.dumps(part)) * 3 // 4 // _BYTES_A_TOKEN
         else:
             for name, value in part.items():
@@ -149,13 +159,17 @@ def read_json(content: bytes | None) -> Mapping[str, Any]:
 
 def sent(path: str, body: Mapping[str, Any]) -> Sent:
     """Return what the call of ``path`` with the JSON ``body`` sends and asks for."""
-    path = path.rstrip("/")
-    found = Sent(writes=path.endswith(_WRITES))
+    found = Sent(writes=path.rstrip("/").endswith(_WRITES))
     found.replies = replies_of(body)
-    if found.writes or path.endswith(_READS):
+    if found.writes or only_reads(path):
         with contextlib.suppress(RecursionError):  # nested deeper than what any model is sent
             _look_into(body, found)
     return found
+
+
+def only_reads(path: str) -> bool:
+    """Tell whether a model reads what a call of ``path`` sends, and writes nothing."""
+    return path.rstrip("/").endswith(_READS)
 
 
 def replies_of(body: Mapping[str, Any]) -> int:
@@ -178,6 +192,12 @@ def _look_into(body: Mapping[str, Any], found: Sent) -> None:
             found.max_output = value
         elif part == "options" and isinstance(value, dict) and _is_count(value.get("num_predict")):
             found.max_output = value["num_predict"]
+
+
+def _is_written_out(part: dict[str, Any]) -> bool:
+    """Tell whether a document is no file, but text that is sent as it is."""
+    source = part.get("source")
+    return isinstance(source, dict) and source.get("type") in _WRITTEN_OUT
 
 
 def _detail(part: dict[str, Any]) -> object:
@@ -223,7 +243,7 @@ class Tail:
 
 def is_complete(end: bytes) -> bool:
     """Tell whether a stream of events has said all, though it was not read to its end."""
-    return any(mark in end[-_HEAD:] for mark in _ENDS)
+    return any(mark in end for mark in _ENDS)  # the last event may be as long as the whole reply
 
 
 def find_usage(end: bytes, head: bytes = b"") -> Usage | None:

@@ -1,6 +1,5 @@
 """HTTP clients that are paced and else what the SDKs would have made for themselves."""
 
-import importlib
 import importlib.util
 from typing import Any, Final
 
@@ -11,6 +10,7 @@ from asyncbucket.http.transport import (
     POOL,
     Family,
     check_family,
+    library_named,
     transport,
     transport_sync,
 )
@@ -69,8 +69,9 @@ def http_client(
 
 def _library(family: Family) -> Any:
     check_family(family)
-    names = FAMILIES if family == "auto" else (family,)
-    for name in names:
+    if family != "auto":
+        return library_named(family)
+    for name in FAMILIES:
         if importlib.util.find_spec(name) is not None:
-            return importlib.import_module(name)
-    raise ImportError(f"no HTTP client is installed: pip install {names[0]}")
+            return library_named(name)
+    raise ImportError(f"no HTTP client is installed: pip install {FAMILIES[0]}")

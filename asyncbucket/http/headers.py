@@ -60,8 +60,7 @@ def retry_after(headers: Mapping[str, Any], *, now: float, cap: float = WEEK) ->
     seconds = number(value, cap=cap)
     if seconds is not None:
         return seconds
-    sent = _http_date(header(headers, "date"))
-    return http_date(value, now=now if sent is None else sent, cap=cap)
+    return http_date(value, now=_sent(headers, now), cap=cap)
 
 
 def forbids_retry(headers: Mapping[str, Any]) -> bool:
@@ -73,9 +72,10 @@ def whole_again(headers: Mapping[str, Any], *, now: float, cap: float = WEEK) ->
     """Return the seconds until all limits that a reply speaks of are whole again, or None.
 
     Any header whose name speaks of a rate limit's reset counts, whoever's it is; without durationpy
-    those that say a Go duration don't.
+    those that say a Go duration don't. Instants are taken by the server's clock, as by `retry_after`.
     """
     found: list[float] = []
+    now = _sent(headers, now)
     for name, value in headers.items():
         lower = str(name).lower()
         if "ratelimit" in lower and "reset" in lower:
@@ -149,6 +149,12 @@ def header(headers: Mapping[str, Any], name: str) -> object:
     if value is not None:
         return value
     return next((found for key, found in headers.items() if str(key).lower() == name), None)
+
+
+def _sent(headers: Mapping[str, Any], now: float) -> float:
+    """Return when a reply was sent, by the server's clock where it says so, or else `now`."""
+    date = _http_date(header(headers, "date"))
+    return now if date is None else date
 
 
 def _http_date(value: object) -> float | None:

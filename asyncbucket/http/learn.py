@@ -143,27 +143,32 @@ class Ear:
     def _tell(
         self, profile: Profile, left: dict[int, int], limits: dict[int, int], since: float | None
     ) -> None:
-        """Tell the limiter; where several headers speak of one window, the least counts."""
-        least: dict[_Place, tuple[int, int | None, int]] = {}
+        """Tell the limiter; where several headers speak of one window, the least of each kind counts."""
+        words: dict[_Place, list[tuple[int, int]]] = {}
+        announced: dict[_Place, int] = {}
         for number in left.keys() | limits.keys():
             limit = limits.get(number) or None
-            place = self._place(profile, number, limit)
-            remaining = left.get(number)
-            if remaining is None:
-                continue
-            if limit is not None and limit < remaining:
-                remaining = limit
-            if place not in least or remaining < least[place][0]:
-                least[place] = remaining, limit, profile.tells[number].rounding
-        for place, (remaining, limit, rounding) in least.items():
+            place = self._place(profile, number, limits)
+            if limit is not None:
+                announced[place] = min(limit, announced.get(place, limit))
+            if number in left:
+                remaining = left[number] if limit is None else min(left[number], limit)
+                words.setdefault(place, []).append((remaining, profile.tells[number].rounding))
+        for place, said in words.items():
             if self._assumed:
                 self._assumed.pop(place, None)
+            remaining, rounding = min(said)
             limiter, resource, per = place
             limiter.observe_remaining(
-                remaining, resource=resource, per=per, limit=limit, since=since, rounding=rounding
+                remaining,
+                resource=resource,
+                per=per,
+                limit=announced.get(place),
+                since=since,
+                rounding=rounding,
             )
 
-    def _place(self, profile: Profile, number: int, limit: int | None) -> _Place:
+    def _place(self, profile: Profile, number: int, limits: dict[int, int]) -> _Place:
         """Return the limiter and the window that are spoken of; what is learned is learned here."""
         in_force = tuple(limiter.limits for limiter in self._line)
         if in_force != self._in_force:
@@ -171,18 +176,29 @@ class Ear:
             self._places.clear()
             windows = [limit.per for limits in in_force for limit in limits]
             self._pause = min(windows, default=0.0) / _TIMES
+        limit = limits.get(number) or None
         key = id(profile), number, limit
         place = self._places.get(key)
         if place is None:
             told = profile.tells[number]
             if limit is not None and not any(in_force[1:]):
-                with contextlib.suppress(ValueError):  # more than a store counts limits nobody
-                    self._limiter.learn(Limit(told.resource, limit, per=told.per))
+                self._take_over(profile, told, limits)
             limiter, per = self._whose(told, limit)
             place = limiter, told.resource, per
             if len(self._places) < _MANY:
                 self._places[key] = place
         return place
+
+    def _take_over(self, profile: Profile, told: Told, limits: dict[int, int]) -> None:
+        """Learn a limit; where a reply announces several of one window, the least of them holds."""
+        window = told.resource, told.per
+        amounts = [
+            amount
+            for number, amount in limits.items()
+            if amount and window == (profile.tells[number].resource, profile.tells[number].per)
+        ]
+        with contextlib.suppress(ValueError):  # more than a store counts limits nobody
+            self._limiter.learn(Limit(told.resource, min(amounts), per=told.per))
 
     def _whose(self, told: Told, limit: int | None) -> tuple[Limiter, float]:
         """Find the limiter and the window that are spoken of."""

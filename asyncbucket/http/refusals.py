@@ -4,8 +4,9 @@ What a refusal means is for `classify` to say. Here is what follows for the limi
 rate, or for want of slots, concerns all calls, and so does an overloaded provider (529, and 503
 that says so). Those of one wave, what was in flight when the first came back, make one pause; where
 the provider names no time, it doubles from wave to wave until a call succeeds, or up to the time
-when it says that its limits are whole again. An exhausted quota is
-nothing that waiting helps, and pauses nobody.
+when it says that its limits are whole again. Where the limiter finds its concurrency by itself, a
+first wave that names no time costs slots and makes no pause: so is told what is one call too many.
+An exhausted quota is nothing that waiting helps, and pauses nobody.
 
 Several may hear of one wave: each transport of a limiter, and whoever tries calls again for a model
 that is wrapped. What they have heard is kept once for each limiter, so that it stays one wave.
@@ -20,6 +21,7 @@ from weakref import WeakKeyDictionary
 
 from asyncbucket.http.failures import Verdict, classify
 from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.levels import can_give_slots_up
 from asyncbucket.wording import in_seconds
 
 #: The first pause (s) where the provider names none, and the longest.
@@ -61,14 +63,20 @@ class _Response:
 class _Heard:
     """What is known of one limiter's refusals, whoever heard of them."""
 
-    __slots__ = ("lock", "paused_until", "quiet_until", "told_of_quota", "waves")
+    __slots__ = ("lock", "paused_until", "quiet_until", "since", "told_of_quota", "waves")
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.waves = 0
+        #: When the last wave came, and when its pause ends.
+        self.since = -math.inf
         self.paused_until = -math.inf
         self.quiet_until = -math.inf
         self.told_of_quota = False
+
+    def is_over(self, now: float, sent_at: float | None) -> bool:
+        """Tell whether a call that was sent then, and is answered now, tells more than the last wave."""
+        return now >= self.paused_until and (sent_at is None or sent_at > self.since)
 
 
 _HEARD: Final[WeakKeyDictionary[Limiter, _Heard]] = WeakKeyDictionary()
@@ -84,21 +92,28 @@ class Refusals:
         self._limiter = limiter
         self._heard = _HEARD.setdefault(limiter, _Heard())
 
-    def succeeded(self) -> None:
-        """End a series of waves; a call that was answered during a pause was sent before it."""
+    def succeeded(self, sent_at: float | None = None) -> None:
+        """End a series of waves, unless the call was sent before the last one came."""
         heard = self._heard
         if heard.waves:
             with heard.lock:
-                if self._limiter.now() >= heard.paused_until:
+                if heard.is_over(self._limiter.now(), sent_at):
                     heard.waves = 0
 
-    def judge(self, status: int, headers: Mapping[str, Any], body: Mapping[str, Any]) -> Verdict:
+    def judge(
+        self,
+        status: int,
+        headers: Mapping[str, Any],
+        body: Mapping[str, Any],
+        *,
+        sent_at: float | None = None,
+    ) -> Verdict:
         """Judge a reply whose status is an error, and pause the limiter if it concerns all."""
         verdict = classify(_Refusal(status, headers, body))
         if verdict.rate_limited:
-            self.pause(verdict.retry_after, whole_after=verdict.whole_after)
+            self.pause(verdict.retry_after, whole_after=verdict.whole_after, sent_at=sent_at)
         elif self._is_overload(status, verdict):
-            self.pause(verdict.retry_after, reason="overload")
+            self.pause(verdict.retry_after, reason="overload", sent_at=sent_at)
         elif status == _RATE_LIMITED and not self._heard.told_of_quota:
             self._heard.told_of_quota = True
             _log.warning(
@@ -123,11 +138,12 @@ class Refusals:
         whole_after: float | None = None,
         first: float = _FIRST,
         longest: float = _LONGEST,
+        sent_at: float | None = None,
     ) -> float:
         """Pause the limiter after a refusal that concerns all; return the seconds until it ends.
 
-        During a pause nothing is sent, so a refusal that arrives during one belongs to the wave
-        that made it; it may only be longer if the server says so.
+        During a pause nothing is sent, so a refusal that arrives during one, or of a call that was
+        sent before, belongs to the wave that made it; it may only be longer if the server says so.
 
         Args:
             asked: the seconds that the server asks for, if it does.
@@ -136,25 +152,31 @@ class Refusals:
                 it does not name is no longer, nor shorter than ``first``.
             first: the seconds of a first pause that the server doesn't name; the next ones double.
             longest: the most seconds.
+            sent_at: when the call was sent, in seconds of the limiter's clock, where that is known.
         """
         heard = self._heard
         with heard.lock:
             now = self._limiter.now()
-            new_wave = now >= heard.paused_until
-            heard.waves += new_wave
+            new_wave = heard.is_over(now, sent_at)
+            if new_wave:
+                heard.waves += 1
+                heard.since = now
             if asked is not None:
                 seconds = min(asked, longest)
-            elif new_wave:
+            elif not new_wave:
+                seconds = max(0.0, heard.paused_until - now)
+            elif heard.waves == 1 and can_give_slots_up(self._limiter):
+                seconds = 0.0
+            else:
                 most = longest if whole_after is None else min(longest, max(first, whole_after))
                 seconds = doubled(first, heard.waves, most=most)
-            else:
-                seconds = heard.paused_until - now
             heard.paused_until = max(heard.paused_until, now + seconds)
-            loud = new_wave and now >= heard.quiet_until
+            told = new_wave and seconds > 0
+            loud = told and now >= heard.quiet_until
             if loud:
                 heard.quiet_until = now + _QUIET
         self._limiter.pause(seconds, reason=reason, gradually=True)
-        if new_wave:
+        if told:
             _log.log(
                 logging.WARNING if loud else logging.DEBUG,
                 "limiter %r pauses for %s: %s",

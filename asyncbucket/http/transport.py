@@ -69,6 +69,7 @@ def transport(
     Raises:
         ValueError: ``family``, ``profile`` or a route is none that can be understood.
         TypeError: ``inner`` is no async transport, or a route leads nowhere.
+        ImportError: the library that ``family`` names is not installed.
     """
     return PacedTransport(
         limiter, inner, family=family, profile=profile, learn=learn, routes=routes
@@ -149,7 +150,7 @@ class _Paced:
         return inner
 
     def _make(self, family: str) -> Any:
-        library = importlib.import_module(family)
+        library = library_named(family)
         return getattr(library, self._default)(limits=library.Limits(**POOL))
 
     def _watch(self, attempt: Attempt, reply: Any, kind: type[Any] | None) -> Any:
@@ -302,6 +303,18 @@ def check_family(family: str) -> None:
     """Raise a `ValueError` unless ``family`` is a library, or ``"auto"``."""
     if family != "auto" and family not in FAMILIES:
         raise ValueError(f"family must be auto, httpx or httpx2, not {family!r}")
+
+
+def library_named(family: str) -> Any:
+    """Return the library of that name.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        return importlib.import_module(family)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{family} is not installed: pip install {family}") from error
 
 
 def family_of(request: Any) -> str:

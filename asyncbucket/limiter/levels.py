@@ -43,6 +43,12 @@ def in_force(limiter: Limiter) -> tuple[Limit, ...]:
     return gates.limits
 
 
+def can_give_slots_up(limiter: Limiter) -> bool:
+    """Tell whether a refusal can be answered here, or above, by fewer slots than there are."""
+    path = limiter._account.path  # noqa: SLF001 - its own kind
+    return any(each.adaptive and each.adaptive.size > each.adaptive.least for each in path)
+
+
 def asked(limiter: Limiter) -> Limiter:
     """Return who admits a call here: the limiter itself, or within `tenant` that of the tenant."""
     here = inherited.get()

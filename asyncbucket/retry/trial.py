@@ -91,7 +91,7 @@ class Trial:
                 f"and Retry(max_wait={policy.max_wait:g}) allows no more"
             )
         stated = paused if asked is None else asked
-        wait = retrier.back_off(self.attempts) if stated is None else retrier.hold_on(stated)
+        wait = retrier.hold_on(stated) if stated else retrier.back_off(self.attempts)
         left = self.deadline - retrier.now()
         if not wait <= left:
             return (

@@ -49,6 +49,22 @@ def test_a_longer_pause_stays_in_force(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
+def test_a_pause_of_nothing_ends_no_slow_start(virtual_time: VirtualTime) -> None:
+    """The fourth call still comes two steps after the first."""
+
+    async def main() -> None:
+        limiter = Limiter(clock=virtual_time.clock)
+        limiter.pause(1.6, gradually=True)
+        await limiter.acquire()
+        await asyncio.sleep(0.15)
+        limiter.pause(0)
+        for _ in range(3):
+            await limiter.acquire()
+        assert virtual_time.now == pytest.approx(1.8)
+
+    virtual_time.run(main())
+
+
 def test_only_refusals_of_the_provider_are_counted_as_such(virtual_time: VirtualTime) -> None:
     """`reason="429"` counts; another reason does not."""
     limiter = Limiter(clock=virtual_time.clock)

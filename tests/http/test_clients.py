@@ -1,5 +1,6 @@
 """A paced client is what the SDK would have made, with a limiter underneath."""
 
+import sys
 from typing import Any
 
 import httpx
@@ -74,6 +75,17 @@ def test_missing_library_is_named(limiter: Limiter, monkeypatch: pytest.MonkeyPa
 
     with pytest.raises(ImportError, match="no HTTP client is installed: pip install httpx"):
         clients.http_client(limiter)
+
+
+def test_missing_library_of_a_family_is_named(
+    limiter: Limiter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client and a transport of a family that is not there say what to install."""
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+
+    for make in (limiter.http_client, limiter.transport, limiter.transport_sync):
+        with pytest.raises(ImportError, match="httpx2 is not installed: pip install httpx2"):
+            make(family="httpx2")
 
 
 async def test_auto_takes_httpx_first(limiter: Limiter) -> None:

@@ -123,6 +123,17 @@ def test_retry_after_date_is_taken_by_the_servers_clock() -> None:
     assert headers.retry_after(skewed, now=NOW + 3600) == 10.0
 
 
+def test_reset_is_taken_by_the_servers_clock() -> None:
+    """Whatever this machine's clock says, an instant is as far away as the reply's own `date` has it."""
+    reply = {
+        "anthropic-ratelimit-requests-reset": "2026-01-31T12:00:30Z",
+        "date": "Sat, 31 Jan 2026 12:00:20 GMT",
+    }
+
+    for skew in (-3600, 0, 3600):
+        assert headers.whole_again(reply, now=NOW + skew) == 10.0
+
+
 def test_case_of_names_does_not_matter() -> None:
     """The mapping of httpx and a plain dict of any case give the same."""
     assert headers.retry_after({"Retry-After-MS": "1500"}, now=NOW) == 1.5

@@ -144,6 +144,35 @@ def test_limits_are_learned_where_none_were_given() -> None:
     assert [limit.amount for limit in limiter.limits] == [700, 30_000]
 
 
+@pytest.mark.parametrize("project", [100_000, 1_000_000])
+def test_least_limit_of_a_window_is_learned_once(project: int) -> None:
+    """OpenAI tells that of the organisation and that of the project: both hold, whichever is less."""
+    limiter = Limiter()
+    learned: list[object] = []
+    limiter.observe(learned.append)
+    ear = Ear(limiter)
+    for _ in range(3):
+        ear.hear(said(limit_tokens="200000", limit_project_tokens=str(project)), OPENAI)
+
+    assert [limit.amount for limit in limiter.limits] == [min(project, 200_000)]
+    assert len(learned) == 1
+
+
+def test_least_limit_of_a_window_holds_whichever_has_less_left() -> None:
+    """What the organisation has left comes back no faster than the project's limit lets it."""
+    clock = VirtualClock()
+    limiter = Limiter("300k TPM burst 300k", clock=clock)
+    ear = Ear(limiter)
+    limits = {"limit_tokens": "200000", "limit_project_tokens": "100000"}
+    for left in ((150_000, 90_000), (47_000, 48_000)):
+        organisation, project = map(str, left)
+        reply = said(remaining_tokens=organisation, remaining_project_tokens=project, **limits)
+        ear.hear(reply, OPENAI)
+    clock.advance(6)
+
+    assert available(limiter)[0] <= 47_000 + 10_000
+
+
 def test_limits_that_were_given_stay() -> None:
     """Where the user set one, nothing is added and nothing changed."""
     limiter = Limiter("500 RPM")

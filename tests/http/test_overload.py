@@ -1,9 +1,12 @@
 """A limiter that finds its concurrency hears from transports what the server cannot take."""
 
+import asyncio
+
 import httpx
 import pytest
 
 from asyncbucket import Limiter
+from asyncbucket.testing import VirtualTime
 
 URL = "http://127.0.0.1/v1/chat/completions"
 
@@ -43,3 +46,33 @@ async def test_a_timeout_is_overload_if_the_call_was_sent() -> None:
 async def test_other_replies_cut_nothing(status: int) -> None:
     """Success, and errors that fewer calls would not have spared."""
     assert await concurrency_after(httpx.Response(status)) == 4
+
+
+def test_server_that_refuses_what_is_too_much_is_kept_busy(virtual_time: VirtualTime) -> None:
+    """Each search for more costs a refusal and not, for all calls, a pause that nobody asked for."""
+    capacity, latency, seconds = 8, 0.05, 20
+    serving = served = 0
+
+    async def handler(_: httpx.Request) -> httpx.Response:
+        nonlocal serving, served
+        if serving == capacity:
+            return httpx.Response(429)
+        serving += 1
+        await asyncio.sleep(latency)
+        serving -= 1
+        served += 1
+        return httpx.Response(200)
+
+    async def caller(http: httpx.AsyncClient) -> None:
+        while virtual_time.now < seconds:
+            await http.post(URL, json={"messages": []})
+
+    async def main() -> None:
+        limiter = Limiter(concurrency="auto", clock=virtual_time.clock)
+        transport = limiter.transport(httpx.MockTransport(handler))
+        async with httpx.AsyncClient(transport=transport) as http, asyncio.TaskGroup() as callers:
+            for _ in range(20):
+                callers.create_task(caller(http))
+
+    virtual_time.run(main())
+    assert served >= 0.9 * capacity * seconds / latency

@@ -19,6 +19,11 @@ def call(path: str = "/v1/chat/completions", *, foreseen: int = 256, **body: Any
     return Call("POST", "host", path, body, foreseen)
 
 
+def document(kind: str, **source: Any) -> dict[str, Any]:
+    """Return a part of a message that is a document, as Anthropic takes it."""
+    return {"type": "document", "source": {"type": kind, "media_type": "text/plain", **source}}
+
+
 @pytest.mark.parametrize(
     ("host", "profile"),
     [
@@ -107,6 +112,9 @@ def test_tokens_are_settled_where_the_provider_does() -> None:
         ({"messages": [{"content": [{"type": "input_image", "detail": "low"}]}]}, 85),
         ({"messages": [{"content": [{"type": "image_url", "image_url": {"detail": "low"}}]}]}, 85),
         ({"messages": [{"content": [{"type": "input_audio", "data": "x" * 8_500}]}]}, 100),
+        ({"messages": [{"content": [document("base64", data="x" * 8_500)]}]}, 100),
+        ({"messages": [{"content": [document("text", data="x" * 8_500)]}]}, 2_125),
+        ({"messages": [{"content": [document("content", content=[{"text": "four"}])]}]}, 1),
         ({"messages": [{"tool_calls": [{"id": "c"}], "content": None}]}, 4),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 4),
         ({"tools": [{"name": "f"}, "odd"]}, 5),

@@ -109,6 +109,49 @@ def test_pause_doubles_from_wave_to_wave_until_a_success(
     assert limiter.statistics().paused == 1
 
 
+def test_first_wave_costs_slots_where_they_can_be_fewer(clock: VirtualClock) -> None:
+    """One call too many at once pauses nobody, unless the next ones are refused as well."""
+    limiter = Limiter(concurrency="auto", clock=clock)
+    refusals = Refusals(limiter)
+    clock.advance(1)
+    refusals.judge(429, {}, {}, sent_at=0.8)
+    refusals.judge(429, {}, {}, sent_at=0.9)
+    assert limiter.statistics().paused == 0
+    assert limiter.statistics().upstream_429 == 2
+
+    clock.advance(1)
+    refusals.judge(429, {}, {}, sent_at=1.9)
+    assert limiter.statistics().paused == 2
+
+    clock.advance(2)
+    refusals.succeeded(sent_at=4)
+    refusals.judge(429, {}, {}, sent_at=4)
+    assert limiter.statistics().paused == 0
+
+
+def test_first_wave_is_a_pause_where_there_is_no_slot_to_lose(clock: VirtualClock) -> None:
+    """Of the least number of slots none can be given up, so only waiting helps."""
+    limiter = Limiter(concurrency=(4, 20), clock=clock)
+    Refusals(limiter).judge(429, {}, {})
+
+    assert limiter.statistics().paused == 1
+
+
+def test_call_from_before_a_wave_says_nothing_after_its_pause(
+    limiter: Limiter, clock: VirtualClock
+) -> None:
+    """Replies that take long end no series of waves, and are no wave of their own."""
+    refusals = Refusals(limiter)
+    refusals.judge(429, {}, {}, sent_at=0)
+    clock.advance(5)
+    refusals.judge(429, {}, {}, sent_at=0)
+    assert limiter.statistics().paused == 0
+
+    refusals.succeeded(sent_at=0)
+    refusals.judge(429, {}, {}, sent_at=4)
+    assert limiter.statistics().paused == 2
+
+
 def test_people_are_told_once_a_minute(
     limiter: Limiter, clock: VirtualClock, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -463,6 +463,18 @@ async def test_usage_settles_the_lease(library: Any, limiter: Limiter) -> None:
     assert used(limiter, "tokens") == 97
 
 
+async def test_total_of_what_is_only_read_is_input(library: Any) -> None:
+    """Who ranks or embeds may say the total alone; no reply of a model is that long."""
+    limiter = Limiter("100k ITPM", "100k OTPM")
+    answer = answering(library, b'{"usage":{"total_tokens":900}}')
+    async with client_over(library, limiter, answer, profile="generic") as client:
+        await client.post("http://127.0.0.1/v1/rerank", json={"documents": ["x" * 400]})
+        assert (used(limiter, "input_tokens"), used(limiter, "output_tokens")) == (900, 0)
+
+        async with client.stream("POST", URL, json={"messages": []}):
+            assert used(limiter, "output_tokens") == 256
+
+
 async def test_last_event_of_a_stream_settles(library: Any, limiter: Limiter) -> None:
     """The usage is found in the last chunk of a stream, though the client stops at [DONE]."""
     events = [
@@ -481,6 +493,20 @@ async def test_last_event_of_a_stream_settles(library: Any, limiter: Limiter) ->
 
     assert used(limiter, "tokens") == 97
     assert in_flight(limiter) == 0
+
+
+async def test_last_event_settles_however_long_it_is(library: Any, limiter: Limiter) -> None:
+    """OpenAI's last event of a response repeats all of it, and clients stop there."""
+    last = b'data: {"type":"response.completed","response":{"output":["%b"],"usage":%b}}\n\n'
+    usage = b'{"input_tokens":90,"output_tokens":7,"total_tokens":97}'
+    answer = answering(library, b"event: response.completed\n", last % (b"x" * 9_000, usage), b":")
+    client = client_over(library, limiter, answer, profile="generic")
+    async with client, client.stream("POST", URL, json={**BODY, "stream": True}) as reply:
+        async for chunk in reply.aiter_raw():
+            if b"usage" in chunk:
+                break
+
+    assert used(limiter, "tokens") == 97
 
 
 @pytest.mark.parametrize("encoding", ["identity", "deflate"])
@@ -511,11 +537,12 @@ async def test_beginning_of_a_stream_counts_wherever_it_is_cut(
 async def test_stream_that_is_cut_off_stays_charged(library: Any, limiter: Limiter) -> None:
     """What the beginning of a stream says of its usage is not the whole."""
     start = b'data: {"type":"message_start","message":{"usage":{"input_tokens":9,"output_tokens":1}}}\n\n'
-    answer = answering(library, start, b"data: more\n\n")
-    client = client_over(library, limiter, answer, profile="generic")
+    text = b'data: {"text":"ends by \\"message_stop\\", [DONE] or response.completed"}\n\n'
+    client = client_over(library, limiter, answering(library, start, text), profile="generic")
     async with client, client.stream("POST", URL, json={**BODY, "stream": True}) as reply:
-        async for _ in reply.aiter_raw():
-            break
+        async for chunk in reply.aiter_raw():
+            if chunk == text:
+                break
 
     assert used(limiter, "tokens") == 400
 
@@ -549,6 +576,23 @@ async def test_compressed_reply_settles_too(library: Any, limiter: Limiter) -> N
         reply = await client.post(URL, json=BODY)
 
     assert reply.content == REPLY
+    assert used(limiter, "tokens") == 97
+
+
+async def test_compressed_stream_settles_though_the_client_stops_at_its_end(
+    library: Any, limiter: Limiter
+) -> None:
+    """A client that closes the reply at [DONE] leaves the end of the compressed data unread."""
+    packer = zlib.compressobj()
+    packed = packer.compress(b"data: " + REPLY + b"\n\ndata: [DONE]\n\n")
+    packed += packer.flush(zlib.Z_SYNC_FLUSH)
+    answer = answering(library, packed, packer.flush(), content_encoding="deflate")
+    client = client_over(library, limiter, answer, profile="generic")
+    async with client, client.stream("POST", URL, json={**BODY, "stream": True}) as reply:
+        async for line in reply.aiter_lines():
+            if line == "data: [DONE]":
+                break
+
     assert used(limiter, "tokens") == 97
 
 
