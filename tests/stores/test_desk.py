@@ -16,6 +16,7 @@ from asyncbucket.events import Event, StoreLost, StoreRecovered
 from asyncbucket.limits import Limit
 from asyncbucket.stores import Correction, Terms, open_store
 from asyncbucket.stores.desk import Desk
+from asyncbucket.stores.orders import Orders
 from asyncbucket.stores.starts import Grant
 
 if TYPE_CHECKING:
@@ -303,7 +304,7 @@ async def test_what_was_given_back_is_not_given_back_again_by_closing(url: str, 
 async def test_terms_that_another_worker_sets_are_told(url: str, hire: Any) -> None:
     """The limiter above hears of limits that it did not set itself."""
     heard: list[Terms] = []
-    one = await hire(url, terms("10/s"), on_terms=heard.append)
+    one = await hire(url, terms("10/s"), orders=Orders(heard.append))
     two = await hire(url, terms("20/s"))
     await one.acquire()
     assert heard == [two.desk.ledger.terms]
