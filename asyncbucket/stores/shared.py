@@ -53,7 +53,7 @@ def share(
     check_membership(account.name, slot_ttl)
     if account.adaptive is not None:
         raise ValueError(_ALONE)
-    make = functools.partial(_made, store)
+    make = functools.partial(_made, _anchored(store))
     shared = Shared(account, make, on_outage=on_outage, slot_ttl=slot_ttl)
     # A URL that is none is refused here, not at the first call, and so is what cannot be counted.
     shared.check((), None)
@@ -62,6 +62,13 @@ def share(
         account.budget.outlet_for = shared.counter
         account.changed_locked()
     return shared
+
+
+def _anchored(store: Any) -> Any:
+    """Return ``store`` as it is the same one wherever the program goes: a path from here is made whole."""
+    if isinstance(store, str) and store.lower().startswith("sqlite:"):
+        return open_store(store).url
+    return store
 
 
 def _made(store: Any) -> Store:
