@@ -102,11 +102,12 @@ class Books:
         if terms == self.terms:
             return
         accounts: dict[Key, Account] = {}
+        began = max(now, self.last_start)
         for limit in terms.limits:
             key = (limit.resource, limit.window)
             _, window, bucket = self.accounts.get(key, (None, None, None))
             if window is None:
-                window = Window(amount=limit.amount, window=limit.window)
+                window = Window(amount=limit.amount, window=limit.window, began=began)
             window.reshape(amount=limit.amount)
             accounts[key] = (limit, window, pacing(limit, bucket, now))
         self.accounts = accounts
