@@ -732,6 +732,30 @@ async def test_refund_reaches_who_waits_for_long(url: str) -> None:
     await limiter.aclose()
 
 
+async def test_explanation_tells_what_the_store_told_last(where: str) -> None:
+    """A call that the store would let wait is not said to pass; for how long only the store knows."""
+    limiter = Limiter("9 RPM burst 9", "1000 TPM", concurrency=2, store=where, name="explained")
+    lease = await limiter.acquire(tokens=900)
+    assert str(limiter.explain(tokens=100)).startswith("a call would pass at once; ")
+    short = limiter.explain(tokens=101)
+    assert (short.wait, short.bound_by) == (None, "tokens")
+    assert str(short).startswith("a call would wait: tokens bind; requests allow 9 such calls")
+    other = await limiter.acquire(tokens=1)
+    assert "would wait until a slot is given back" in str(limiter.explain(tokens=1))
+    call = asyncio.create_task(take(limiter, tokens=200))
+    await asyncio.sleep(0.1)
+    held = limiter.explain(tokens=1)
+    assert (held.wait, held.bound_by) == (None, "concurrency")
+    other.release()
+    await asyncio.sleep(0.1)
+    held = limiter.explain(tokens=1)
+    assert held.bound_by == "tokens"
+    assert 50 < (held.wait or 0) < 61
+    call.cancel()
+    lease.release()
+    await limiter.aclose()
+
+
 async def test_statistics_tell_what_the_store_told_last(url: str) -> None:
     """Used and available are those of all processes together."""
     one = Limiter("100 RPM burst 100", store=url, name="statistics")
