@@ -201,5 +201,6 @@ class Steering(ABC):
         if account.slots is not None:
             adaptive = account.adaptive
             found = "" if adaptive is None else f" of {adaptive.least:,} to {adaptive.most:,}"
-            parts.append(f"concurrency {account.slots.used}/{account.slots.size}{found}")
+            used = account.slots.used if account.remote is None else account.in_flight
+            parts.append(f"concurrency {used}/{account.slots.size}{found}")
         return f"<{', '.join(parts)}, {account.waiting_now():,} waiting>"

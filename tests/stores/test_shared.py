@@ -741,6 +741,7 @@ async def test_explanation_tells_what_the_store_told_last(where: str) -> None:
     assert (short.wait, short.bound_by) == (None, "tokens")
     assert str(short).startswith("a call would wait: tokens bind; requests allow 9 such calls")
     other = await limiter.acquire(tokens=1)
+    assert "concurrency 2/2" in repr(limiter)
     assert "would wait until a slot is given back" in str(limiter.explain(tokens=1))
     call = asyncio.create_task(take(limiter, tokens=200))
     await asyncio.sleep(0.1)
