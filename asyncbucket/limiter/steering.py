@@ -108,7 +108,7 @@ class Steering(ABC):
 
         ``concurrency`` may change between a fixed number and one to be found, too; ``weight`` is
         that of a child. What was admitted stays counted, and calls in flight hold slots that come to
-        be, so a lower limit is kept from the first moment. Calls that wait and could never pass again
+        be (not those of a store), so a lower limit is kept from the first moment. Calls that wait and could never pass again
         fail with `CostExceedsLimit`.
 
         Raises:
