@@ -59,7 +59,8 @@ class Steering(ABC):
 
         It may lower what is available, never raise it above the limits of this limiter, and is
         forgotten when nothing is heard for a whole window. Of a window that is not limited here
-        nothing is kept, nor where a store keeps the limits. Transports call this; see `asyncbucket.feedback.headroom` for what comes of it.
+        nothing is kept, nor where a store keeps the limits. Transports call this; see
+        `asyncbucket.feedback.headroom` for what comes of it.
 
         Args:
             remaining: units left.
