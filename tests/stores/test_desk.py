@@ -310,6 +310,20 @@ async def test_terms_that_another_worker_sets_are_told(url: str, hire: Any) -> N
     assert heard == [two.desk.ledger.terms]
 
 
+async def test_longest_pause_is_told_once_for_what_is_left_of_it(hire: Any, url: str) -> None:
+    """However many were begun before the store could be told; a shorter one afterwards is no news."""
+    worker = await hire(url, terms("10/s"))
+    now = time.monotonic_ns()
+    orders = Orders()
+    for seconds in (1, 30, 2):
+        orders.pause(now + seconds * 1_000_000_000, gradually=False)
+    await orders.tell(worker.desk.ledger, lambda: now + 10_000_000_000)
+    orders.pause(now + 29_000_000_000, gradually=False)
+    assert not orders
+    snapshot = await worker.desk.ledger.peek()
+    assert 19e9 < snapshot.paused_until - snapshot.now <= 20e9
+
+
 @pytest.mark.real_clock
 @pytest.mark.parametrize("fault", ["freeze", "kill"])
 async def test_store_that_is_gone_is_decided_about_in_300_ms(
