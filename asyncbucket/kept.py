@@ -15,11 +15,16 @@ class Kept(NamedTuple):
     bucket: Bucket | None
 
 
-def keep(limit: Limit, before: Kept | None, now: int) -> Kept:
-    """Put ``limit`` in force, with all that was booked ``before`` under one of the same window."""
-    window = Window(amount=limit.amount, window=limit.window) if before is None else before.window
-    window.reshape(amount=limit.amount)
-    return Kept(limit, window, _pacing(limit, None if before is None else before.bucket, now))
+def keep(limit: Limit, before: Kept | None, now: int, *, began: int = -1) -> Kept:
+    """Put ``limit`` in force, with all that was booked ``before`` under one of the same window.
+
+    Where there was none, calls of until it ``began`` have nothing to give back in it.
+    """
+    if before is None:
+        window = Window(amount=limit.amount, window=limit.window, began=began)
+        return Kept(limit, window, _pacing(limit, None, now))
+    before.window.reshape(amount=limit.amount)
+    return Kept(limit, before.window, _pacing(limit, before.bucket, now))
 
 
 def _pacing(limit: Limit, before: Bucket | None, now: int) -> Bucket | None:

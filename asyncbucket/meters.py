@@ -231,7 +231,10 @@ def exactly(rate: float | Fraction) -> Fraction:
 
 
 class Window:
-    """Admit at most ``amount`` units in every window of ``window`` nanoseconds."""
+    """Admit at most ``amount`` units in every window of ``window`` nanoseconds.
+
+    What was booked elsewhere, until it ``began``, gives nothing back here.
+    """
 
     bound_by: ClassVar[str | None] = None
     remote: ClassVar[bool] = False
@@ -251,7 +254,7 @@ class Window:
         "window",
     )
 
-    def __init__(self, *, amount: int, window: int) -> None:
+    def __init__(self, *, amount: int, window: int, began: int = -1) -> None:
         self.amount = amount
         self.window = window
         #: Units booked within the window, debts included.
@@ -268,7 +271,7 @@ class Window:
         self._recent = 0
         self._closes = 0
         #: The date of the last entry that was forgotten.
-        self._forgotten = -1
+        self._forgotten = began
 
     def reshape(self, *, amount: int) -> None:
         """Go on with another amount; what was booked stays booked."""

@@ -31,7 +31,8 @@ class Explanation:
 
     cost: Cost
     #: Seconds until such a call would pass, after all that go before it; None where only a slot
-    #: that is given back can tell. Settling, cancelling and a fair share of its own make it less.
+    #: that is given back can tell, or the store that keeps the limits: of that it is known what was
+    #: heard last. Settling, cancelling and a fair share of its own make it less.
     wait: float | None
     #: What it would wait for: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``; None
     #: if it would pass at once.
@@ -49,10 +50,11 @@ class Explanation:
         behind = f" behind {counted(self.ahead, 'calls')}" if self.ahead else ""
         if self.bound_by is None:
             return f"a call would pass at once{behind}"
-        if self.wait is None:
+        if self.bound_by == "concurrency" and self.wait is None:
             return f"a call would wait{behind} until a slot is given back"
         why = "the limiter is paused" if self.bound_by == "paused" else does(self.bound_by, "bind")
-        return f"a call would wait {in_seconds(self.wait)}{behind}: {why}"
+        for_so_long = "" if self.wait is None else f" {in_seconds(self.wait)}"
+        return f"a call would wait{for_so_long}{behind}: {why}"
 
     def _in_the_long_run(self) -> list[str]:
         if not self.rates:
@@ -75,6 +77,9 @@ def explain_locked(account: Account, amounts: dict[str, int], priority: int) -> 
     if last < NEVER:
         due, binds = gates.earliest(amounts, last)
         when, bound_by = due, binds if due > last else bound_by
+    due, binds = _in_store(account.path[-1], amounts, now)
+    if due > when:
+        when, bound_by = due, binds
     return Explanation(
         cost=Cost.of(amounts),
         wait=None if when >= NEVER else (when - now) * 1e-9,
@@ -113,6 +118,28 @@ def _line_up(account: Account, now: int, priority: int) -> tuple[Gates, int, int
             theirs.book(waiter.amounts, when)
             first[waiter.line] = when
     return gates, ahead, when, bound_by
+
+
+def _in_store(root: Account, amounts: Amounts, now: int) -> tuple[int, str | None]:
+    """Return when such a call may pass a store that keeps the limits, and what binds it, as last heard.
+
+    `NEVER` says that only the store can tell, or a slot that is given back.
+    """
+    if root.remote is None:
+        return now, None
+    known = root.remote.held_up()
+    if known is not None:
+        bound_by, due = known
+        return NEVER if bound_by == "concurrency" else due, bound_by
+    if root.slots is not None and root.in_flight >= root.slots.size:
+        return NEVER, "concurrency"
+    lacking = (
+        use.limit.resource
+        for use in root.remote.use()
+        if use.available < amounts.get(use.limit.resource, 0)
+    )
+    resource = next(lacking, None)
+    return now if resource is None else NEVER, resource
 
 
 def _rates(account: Account, amounts: Amounts) -> list[Rate]:

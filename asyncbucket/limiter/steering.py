@@ -59,7 +59,8 @@ class Steering(ABC):
 
         It may lower what is available, never raise it above the limits of this limiter, and is
         forgotten when nothing is heard for a whole window. Of a window that is not limited here
-        nothing is kept. Transports call this; see `asyncbucket.feedback.headroom` for what comes of it.
+        nothing is kept, nor where a store keeps the limits. Transports call this; see
+        `asyncbucket.feedback.headroom` for what comes of it.
 
         Args:
             remaining: units left.
@@ -108,7 +109,7 @@ class Steering(ABC):
 
         ``concurrency`` may change between a fixed number and one to be found, too; ``weight`` is
         that of a child. What was admitted stays counted, and calls in flight hold slots that come to
-        be, so a lower limit is kept from the first moment. Calls that wait and could never pass again
+        be (not those of a store), so a lower limit is kept from the first moment. Calls that wait and could never pass again
         fail with `CostExceedsLimit`.
 
         Raises:
@@ -201,5 +202,6 @@ class Steering(ABC):
         if account.slots is not None:
             adaptive = account.adaptive
             found = "" if adaptive is None else f" of {adaptive.least:,} to {adaptive.most:,}"
-            parts.append(f"concurrency {account.slots.used}/{account.slots.size}{found}")
+            used = account.slots.used if account.remote is None else account.in_flight
+            parts.append(f"concurrency {used}/{account.slots.size}{found}")
         return f"<{', '.join(parts)}, {account.waiting:,} waiting>"

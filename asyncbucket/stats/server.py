@@ -19,6 +19,7 @@ from collections.abc import Generator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final, Self
+from urllib.parse import quote
 
 from asyncbucket.limiter import Limiter
 from asyncbucket.stats.report import as_prometheus, check_names, report
@@ -92,7 +93,7 @@ def serve_stats(
         with _said_of(str(where)):
             _clear(where)
             unix = _UnixServer(where, them)
-        return StatsServer(unix, f"unix://{where}", where)
+        return StatsServer(unix, f"unix://{quote(str(where))}", where)
     if not (host == "localhost" or _is_loopback(host)):
         raise ValueError(
             f"statistics are served on this machine alone: host must be a loopback address such as "

@@ -17,7 +17,7 @@ from asyncbucket.stores.late import Latecomers
 from asyncbucket.stores.lifeline import leaving
 from asyncbucket.stores.returns import Left
 from asyncbucket.stores.starts import Grant
-from asyncbucket.stores.store import Batch, Correction, Ledger, Store
+from asyncbucket.stores.store import Batch, Correction, Store
 
 if TYPE_CHECKING:
     from asyncbucket.stores.shared import Shared
@@ -202,10 +202,9 @@ class Counter:
         """Return what the first who is not booked waits for, and until when at least."""
         return None if self._desk is None else self._desk.held_up
 
-    def ask(self, what: Callable[[Ledger], Coroutine[Any, Any, None]]) -> bool:
-        """Have the ledger do something soon, if it is open; a store that is gone hears it never."""
-        desk = self._desk
-        return desk is not None and self.on_loop(lambda: self._spawn(_quietly(what(desk.ledger))))
+    def ring(self) -> bool:
+        """Have the store told soon of the limiter's orders, if it is open here."""
+        return self._desk is not None and self.on_loop(self._desk.ring)
 
     async def _open(self) -> None:
         """Join the limiter at the store; if that fails, all who have come by then are told."""
@@ -235,7 +234,7 @@ class Counter:
             on_outage=shared.on_outage,
             clock=self._budget.clock,
             emit=account.emit,
-            on_terms=shared.hear,
+            orders=shared.orders,
         )
         self._desk.look_after(self._latecomers.hand_over())
         self._take_over()
@@ -295,10 +294,3 @@ class Counter:
         """Wait for what is asked of the store already."""
         while self._tasks:
             await asyncio.wait(self._tasks)
-
-
-async def _quietly(asked: Coroutine[Any, Any, None]) -> None:
-    try:
-        await asked
-    except StoreError:
-        return  # the desk has said that the store is gone

@@ -20,6 +20,7 @@ from asyncbucket.events import Event
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER
 from asyncbucket.stores.lifeline import Lifeline, end, guarded, leaving, rung
+from asyncbucket.stores.orders import Orders
 from asyncbucket.stores.outage import OnOutage
 from asyncbucket.stores.returns import Left, Returns
 from asyncbucket.stores.starts import NAP, Grant, Line, Starts, W
@@ -29,7 +30,6 @@ from asyncbucket.stores.store import (
     Ledger,
     Outcome,
     Receipt,
-    Terms,
 )
 
 #: Calls in one batch.
@@ -56,7 +56,7 @@ class Desk(Generic[W]):
         on_outage: OnOutage = "share",
         clock: Callable[[], int] = time.monotonic_ns,
         emit: Callable[[Event], None] | None = None,
-        on_terms: Callable[[Terms], None] | None = None,
+        orders: Orders | None = None,
     ) -> None:
         """Begin to serve; needs a running loop.
 
@@ -68,12 +68,13 @@ class Desk(Generic[W]):
             on_outage: what to do while the store is gone: see `asyncbucket.stores.outage`.
             clock: monotonic integer nanoseconds.
             emit: is told when the store is lost and when it is back.
-            on_terms: is told that another worker has changed the limits.
+            orders: what the store is told before the next batch; ring when there is more.
         """
         self.ledger = ledger
         self._line = line
         self._horizon = round(horizon * 1_000_000_000)
         self._clock = clock
+        self._orders = Orders() if orders is None else orders
         self._lifeline = Lifeline(
             ledger,
             slot_ttl=slot_ttl,
@@ -81,7 +82,7 @@ class Desk(Generic[W]):
             clock=clock,
             emit=emit,
             on_change=self._changed,
-            on_terms=on_terms,
+            on_terms=self._orders.hear,
             on_fall=self._fall,
         )
         self._returns = Returns()
@@ -142,7 +143,7 @@ class Desk(Generic[W]):
         return self.slots, self._returns.untold()
 
     def ring(self) -> None:
-        """Look at the line: somebody came, or left."""
+        """Look at the line, where somebody came or left, and at the orders."""
         self._bell.set()
 
     def correct(self, correction: Correction) -> None:
@@ -185,11 +186,12 @@ class Desk(Generic[W]):
         await end(self._task, self._listener)
         for waiting, grant in self._starts.close():
             self.cancel(waiting, grant)
-        if self._returns:
-            try:
+        try:
+            await self._orders.tell(self.ledger, self._clock)
+            if self._returns:
                 await self.ledger.commit(self._returns.take())
-            except StoreError:
-                _log.debug("the store is gone: slots expire by themselves")
+        except StoreError:
+            _log.debug("the store is gone: slots expire by themselves")
         await self.ledger.aclose()
 
     def _guard(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
@@ -213,6 +215,9 @@ class Desk(Generic[W]):
             if self.alone:
                 await self._sleep(self._admit_alone(heads))
                 continue
+            if self._orders:
+                await self._obey()
+                continue
             heads, more_at = self._lifeline.within_share(heads, self._clock())
             if self._waits and not heads:  # those who waited have gone: leave the store's line
                 self._waits = self._slotless = False
@@ -226,6 +231,12 @@ class Desk(Generic[W]):
                 await self._sleep(min(self._ask_at if heads else more_at, tell_at))
                 continue
             await self._fly(heads if due or self._waits else ())
+
+    async def _obey(self) -> None:
+        try:
+            await self._orders.tell(self.ledger, self._clock)
+        except StoreError as error:
+            self._lifeline.lose(error)
 
     async def _sleep(self, until: int) -> None:
         """Sleep until the bell rings or ``until`` has come."""

@@ -57,7 +57,7 @@ class Record:
         known = self._windows
         self._windows = {
             (limit.resource, limit.window): known.get((limit.resource, limit.window))
-            or Window(amount=limit.amount, window=limit.window)
+            or Window(amount=limit.amount, window=limit.window, began=self.last)
             for limit in terms.limits
         }
 

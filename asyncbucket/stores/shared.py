@@ -10,7 +10,7 @@ call is never behind many that wait for the store.
 import asyncio
 import collections
 import functools
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from asyncbucket.events import LimitChanged
@@ -22,9 +22,10 @@ from asyncbucket.limits import Limit
 from asyncbucket.loops import reset_after_fork
 from asyncbucket.stores import open_store
 from asyncbucket.stores.counter import Counter
+from asyncbucket.stores.orders import Orders
 from asyncbucket.stores.outage import POLICIES, OnOutage
 from asyncbucket.stores.returns import Left
-from asyncbucket.stores.store import Ledger, Store, Terms, check_membership
+from asyncbucket.stores.store import Store, Terms, check_membership
 
 _ALONE: Final = "with a store, concurrency must be a number: nobody can find it alone"
 
@@ -52,7 +53,7 @@ def share(
     check_membership(account.name, slot_ttl)
     if account.adaptive is not None:
         raise ValueError(_ALONE)
-    make = functools.partial(_made, store)
+    make = functools.partial(_made, _anchored(store))
     shared = Shared(account, make, on_outage=on_outage, slot_ttl=slot_ttl)
     # A URL that is none is refused here, not at the first call, and so is what cannot be counted.
     shared.check((), None)
@@ -61,6 +62,13 @@ def share(
         account.budget.outlet_for = shared.counter
         account.changed_locked()
     return shared
+
+
+def _anchored(store: Any) -> Any:
+    """Return ``store`` as it is the same one wherever the program goes: a path from here is made whole."""
+    if isinstance(store, str) and store.lower().startswith("sqlite:"):
+        return open_store(store).url
+    return store
 
 
 def _made(store: Any) -> Store:
@@ -91,6 +99,8 @@ class Shared(Remote):
         self._counters: dict[asyncio.AbstractEventLoop, Counter] = {}
         #: What loops that have ended left behind: the next desk to look takes it over.
         self.estate: collections.deque[Left] = collections.deque()
+        #: Limits and pauses that the store has to hear of.
+        self.orders = Orders(self.hear)
         #: The units that were left of each limit when a desk was last closed.
         self.last_left: dict[Limit, int] = {}
 
@@ -141,7 +151,8 @@ class Shared(Remote):
 
     def pause(self, span: int, *, gradually: bool) -> None:
         """See `asyncbucket.limiter.remote.Remote`."""
-        self._ask(lambda ledger: ledger.pause(span, gradually=gradually))
+        self.orders.pause(self.account.budget.clock() + span, gradually=gradually)
+        self._ring()
 
     async def close(self, store: Store) -> None:
         """Close a store that was made here; one that was given is for its maker to close."""
@@ -164,12 +175,12 @@ class Shared(Remote):
 
     def configure(self) -> None:
         """See `asyncbucket.limiter.remote.Remote`."""
-        terms = self.terms()
-        self._ask(lambda ledger: ledger.configure(terms))
+        self.orders.configure(self.terms())
+        self._ring()
 
-    def _ask(self, what: Callable[[Ledger], Coroutine[Any, Any, None]]) -> None:
-        """Have one ledger do something: the store tells the others."""
-        any(counter.ask(what) for counter in self._at_work())
+    def _ring(self) -> None:
+        """Have one desk tell the store, which tells the others."""
+        any(counter.ring() for counter in self._at_work())
 
     def _at_work(self) -> Iterable[Counter]:
         """Return the counters, first those of loops that run, the youngest before the others.

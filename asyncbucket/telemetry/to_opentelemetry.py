@@ -82,14 +82,13 @@ def watch(
         instruments = _INSTRUMENTS.get(meters)
         if instruments is None:
             instruments = _INSTRUMENTS[meters] = Instruments(meters, max_limiters)
-        instruments.watched.add(limiter, "this meter provider")
+        forget = instruments.watched.add(limiter, "this meter provider")
     spans = Spans(trace.get_tracer(_SCOPE, tracer_provider=tracer_provider), attributes)
     stops = (limiter.observe(spans.observe), limiter.observe(instruments.observe))
 
     def off() -> None:
-        for stop in stops:
+        for stop in (*stops, forget):
             stop()
-        instruments.watched.remove(limiter)
 
     return off
 

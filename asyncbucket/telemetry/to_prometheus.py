@@ -36,7 +36,7 @@ def watch(
             metrics = Metrics(max_limiters)
             registry.register(metrics)
             _COLLECTORS[registry] = weakref.ref(metrics)
-        metrics.watched.add(limiter, "this registry")
+        forget = metrics.watched.add(limiter, "this registry")
     metrics.series(limiter.name)
     stop = limiter.observe(metrics.observe)
 
@@ -44,7 +44,7 @@ def watch(
         stop()
         with _LOCK:
             was_on = bool(metrics.watched)
-            metrics.watched.remove(limiter)
+            forget()
             if was_on and not metrics.watched:
                 metrics.close()
                 registry.unregister(metrics)

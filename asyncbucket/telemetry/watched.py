@@ -79,30 +79,32 @@ class Watched:
         self._most = read_count(most, "max_limiters", least=1)
         self._lock = threading.RLock()
         self._labels: dict[str, str] = {}
-        self._sources: tuple[Source, ...] = ()
+        #: Who is watched, by what ends that.
+        self._sources: dict[object, Source] = {}
 
     def __bool__(self) -> bool:
         return bool(self._sources)
 
-    def add(self, limiter: Source, where: str) -> None:
-        """Watch ``limiter`` and all below it.
+    def add(self, limiter: Source, where: str) -> Callable[[], None]:
+        """Watch ``limiter`` and all below it, until the result is called.
 
         Raises:
             ValueError: it or one above or below it is watched already.
         """
         with self._lock:
-            for other in self._sources:
+            for other in self._sources.values():
                 if other in _upwards(limiter) or limiter in _upwards(other):
                     raise ValueError(
                         f"{where} watches limiter {other.name!r} already, and the calls of "
                         f"{limiter.name!r} would count twice; switch that off first"
                     )
-            self._sources = (*self._sources, limiter)
+            key = object()
+            self._sources = {**self._sources, key: limiter}
+        return lambda: self._remove(key)
 
-    def remove(self, limiter: Source) -> None:
-        """Watch ``limiter`` no longer."""
+    def _remove(self, key: object) -> None:
         with self._lock:
-            self._sources = tuple(each for each in self._sources if each is not limiter)
+            self._sources = {each: of for each, of in self._sources.items() if each is not key}
 
     def label(self, name: str) -> str:
         """Return what the limiter called ``name`` is known by."""
@@ -118,7 +120,7 @@ class Watched:
     def read(self) -> Mapping[str, Reading]:
         """Return how full each limiter is now, by label."""
         readings: dict[str, Reading] = {}
-        for source in self._sources:
+        for source in self._sources.values():
             self._read(source, readings)
         return readings
 

@@ -116,9 +116,10 @@ def test_watch_looks_at_a_running_limiter() -> None:
     assert json.loads(told.output)["limiters"][0]["name"] == "openai"
 
 
-def test_watch_looks_at_a_unix_socket(tmp_path: Path) -> None:
-    """As at a port."""
-    with Limiter("600 RPM", name="openai").serve_stats(path=tmp_path / "s") as server:
+@pytest.mark.parametrize("name", ["s", "a b#1?", "100%25"])
+def test_watch_looks_at_a_unix_socket(tmp_path: Path, name: str) -> None:
+    """As at a port, whatever the socket is called."""
+    with Limiter("600 RPM", name="openai").serve_stats(path=tmp_path / name) as server:
         assert "openai" in run.invoke(app, ["watch", server.url, "--once"]).output
 
 

@@ -244,6 +244,17 @@ def test_a_part_of_a_call_above_the_burst_brings_back_no_more_than_a_burst() -> 
     assert bucket.available(when) == 5
 
 
+def test_what_was_booked_until_a_window_began_gives_nothing_back_there() -> None:
+    """Not even at that instant; what was booked since does."""
+    window = Window(amount=10, window=60 * SECOND, began=5 * SECOND)
+    window.book(8, 6 * SECOND)
+    for when in (4, 5):
+        window.unbook(3, when * SECOND)
+    assert window.available(6 * SECOND) == 2
+    window.unbook(3, 6 * SECOND)
+    assert window.available(6 * SECOND) == 5
+
+
 def test_dating_a_call_above_the_burst_anew_charges_it_once() -> None:
     """Given back whole and owed a second later, it leaves an empty bucket, and no debt."""
     bucket = Bucket(rate=1, burst=10)

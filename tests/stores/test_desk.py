@@ -16,6 +16,7 @@ from asyncbucket.events import Event, StoreLost, StoreRecovered
 from asyncbucket.limits import Limit
 from asyncbucket.stores import Correction, Terms, open_store
 from asyncbucket.stores.desk import Desk
+from asyncbucket.stores.orders import Orders
 from asyncbucket.stores.starts import Grant
 
 if TYPE_CHECKING:
@@ -303,10 +304,24 @@ async def test_what_was_given_back_is_not_given_back_again_by_closing(url: str, 
 async def test_terms_that_another_worker_sets_are_told(url: str, hire: Any) -> None:
     """The limiter above hears of limits that it did not set itself."""
     heard: list[Terms] = []
-    one = await hire(url, terms("10/s"), on_terms=heard.append)
+    one = await hire(url, terms("10/s"), orders=Orders(heard.append))
     two = await hire(url, terms("20/s"))
     await one.acquire()
     assert heard == [two.desk.ledger.terms]
+
+
+async def test_longest_pause_is_told_once_for_what_is_left_of_it(hire: Any, url: str) -> None:
+    """However many were begun before the store could be told; a shorter one afterwards is no news."""
+    worker = await hire(url, terms("10/s"))
+    now = time.monotonic_ns()
+    orders = Orders()
+    for seconds in (1, 30, 2):
+        orders.pause(now + seconds * 1_000_000_000, gradually=False)
+    await orders.tell(worker.desk.ledger, lambda: now + 10_000_000_000)
+    orders.pause(now + 29_000_000_000, gradually=False)
+    assert not orders
+    snapshot = await worker.desk.ledger.peek()
+    assert 19e9 < snapshot.paused_until - snapshot.now <= 20e9
 
 
 @pytest.mark.real_clock

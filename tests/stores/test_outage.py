@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from asyncbucket import AcquireTimeout, Limiter, StoreError
-from asyncbucket.stores import Batch, Pulse, Receipt, Snapshot, Terms
+from asyncbucket import AcquireTimeout, Limit, Limiter, StoreError
+from asyncbucket.stores import Batch, Correction, Pulse, Receipt, Snapshot, Terms
+from asyncbucket.stores.outage import Record
 from asyncbucket.stores.sqlite.books import Books
 from asyncbucket.testing import VirtualClock, VirtualTime, assert_never_over
 
@@ -164,3 +165,14 @@ def test_slots_given_out_as_the_store_comes_back_are_told(virtual_time: VirtualT
         await two.aclose()
 
     virtual_time.run(main())
+
+
+def test_record_counts_of_a_new_limit_what_was_taken_since() -> None:
+    """What a call from before used less than foreseen is no room in it."""
+    requests, tokens = Limit("requests", 10, per=60), Limit("tokens", 100, per=60)
+    record = Record(Terms(limits=(requests,)))
+    record.book({"requests": 1, "tokens": 100}, 1_000)
+    record.adopt(Terms(limits=(requests, tokens)))
+    record.book({"requests": 1, "tokens": 90}, 2_000)
+    record.correct(Correction(start=1_000, booked={"tokens": 100}, used={"tokens": 20}))
+    assert (record.window(requests).used, record.window(tokens).used) == (2, 90)

@@ -14,6 +14,7 @@ import pytest
 
 from asyncbucket import AcquireTimeout, CostExceedsLimit, Limiter, StoreError
 from asyncbucket.events import Event, StoreLost, StoreRecovered
+from asyncbucket.stores import Terms, open_store
 from asyncbucket.testing import busiest_window
 
 if TYPE_CHECKING:
@@ -205,6 +206,31 @@ async def test_server_that_is_gone_is_an_outage_and_no_hang(
     changes = [event for event in events if isinstance(event, (StoreLost, StoreRecovered))]
     assert [type(event) for event in changes] == [StoreLost, StoreRecovered]
     assert len(caplog.records) == 2
+
+
+async def test_limits_and_pauses_of_an_outage_are_told_when_it_is_over(
+    start_server: "Callable[..., RunningServer]",
+) -> None:
+    """Before the next call is asked for: what is believed here is what all processes obey."""
+    server = start_server()
+    async with limited(server.url, "100 RPM burst 100") as limiter, asyncio.timeout(10):
+        back = asyncio.Event()
+        limiter.observe(lambda event: back.set() if isinstance(event, StoreRecovered) else None)
+        (await limiter.acquire()).release()
+        server.freeze()
+        (await limiter.acquire()).release()
+        limiter.reconfigure("50 RPM burst 50", concurrency=7)
+        limiter.pause(2)
+        await asyncio.sleep(0.4)
+        server.thaw()
+        await back.wait()
+        (await limiter.acquire()).release()
+        store = open_store(server.url)
+        snapshot = await store.peek("openai")
+        await store.aclose()
+        assert snapshot is not None
+        assert snapshot.terms == Terms(limits=limiter.limits, concurrency=7)
+        assert snapshot.paused_until > 0
 
 
 async def test_closed_policy_lets_deadlines_end_the_wait(

@@ -14,9 +14,10 @@ from asyncbucket import AcquireTimeout, Lease, Limit, Limiter, StoreError, Would
 from asyncbucket.events import Event, LimitChanged, StoreLost
 from asyncbucket.http import OPENAI
 from asyncbucket.http.learn import Ear
-from asyncbucket.stores import open_store
+from asyncbucket.stores import Terms, open_store
 from asyncbucket.stores.redis import RedisStore
 from asyncbucket.stores.redis_ledger import RedisLedger
+from asyncbucket.stores.sqlite import SQLiteLedger
 
 if TYPE_CHECKING:
     from tests.stores.conftest import RunningServer
@@ -407,6 +408,84 @@ async def test_pause_and_new_limits_are_heard_by_the_others(where: str) -> None:
     await two.aclose()
 
 
+@pytest.mark.parametrize("turns", range(8))
+async def test_limits_changed_while_the_store_is_opened_reach_it(turns: int, where: str) -> None:
+    """At whichever await: what is believed here is what all processes obey. A pause, too."""
+    limiter = Limiter("1000 RPM burst 100", store=where, name="opens")
+    call = asyncio.ensure_future(take(limiter))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    limiter.reconfigure("10 RPM burst 10", concurrency=3)
+    limiter.pause(0.3)
+    await call
+    await limiter.aclose()
+    snapshot = await open_and_peek(where, "opens")
+    assert snapshot.terms == Terms(limits=limiter.limits, concurrency=3)
+    assert snapshot.paused_until > 0
+
+
+def hold_first_change(patch: pytest.MonkeyPatch) -> tuple[asyncio.Event, asyncio.Event]:
+    """Let the first change of limits be long on its way; return its begin, and what lets it go on."""
+    begun, free = asyncio.Event(), asyncio.Event()
+    kinds: tuple[Any, ...] = (RedisLedger, SQLiteLedger)
+    for kind in kinds:
+        configure = kind.configure
+
+        async def hold(ledger: Any, terms: Terms, *, configure: Any = configure) -> None:
+            if not begun.is_set():
+                begun.set()
+                await free.wait()
+            await configure(ledger, terms)
+
+        patch.setattr(kind, "configure", hold)
+    return begun, free
+
+
+async def test_last_of_two_changes_counts(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the first is on its way, the second does not overtake it."""
+    begun, free = hold_first_change(monkeypatch)
+    limiter = Limiter("1000 RPM burst 100", store=where, name="quick")
+    await take(limiter)
+    limiter.reconfigure("2000 RPM burst 100")
+    await begun.wait()
+    limiter.reconfigure("3000 RPM burst 100")
+    call = asyncio.create_task(take(limiter))
+    await asyncio.wait({call}, timeout=0.2)
+    free.set()
+    await call
+    await take(limiter)
+    assert limiter.limits == (Limit("requests", 3000, burst=100),)
+    assert (await open_and_peek(where, "quick")).terms.limits == limiter.limits
+    await limiter.aclose()
+
+
+async def test_change_on_its_way_is_the_last_word_though_another_is_heard_meanwhile(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All processes believe what the store has; heartbeats of the first bring it what it overrules."""
+    begun, free = hold_first_change(monkeypatch)
+    one = Limiter("1000 RPM burst 100", store=where, name="last", slot_ttl=0.15)
+    two = Limiter("1000 RPM burst 100", store=where, name="last")
+    await take(one)
+    await take(two)
+    one.reconfigure("2000 RPM burst 100")
+    await begun.wait()
+    two.reconfigure("3000 RPM burst 100")
+    await take(two)
+    call = asyncio.create_task(take(one))
+    await asyncio.wait({call}, timeout=0.2)
+    free.set()
+    await call
+    for limiter in (one, two):
+        await take(limiter)
+    snapshot = await open_and_peek(where, "last")
+    assert (
+        one.limits == two.limits == snapshot.terms.limits == (Limit("requests", 2000, burst=100),)
+    )
+    await one.aclose()
+    await two.aclose()
+
+
 async def test_limits_that_another_process_changes_are_events_here(where: str) -> None:
     """Those that are others than before, each once, to whoever observes."""
     one = Limiter("1000 RPM burst 100", "10k TPM", concurrency=9, store=where, name="told")
@@ -669,6 +748,31 @@ async def test_refund_reaches_who_waits_for_long(url: str) -> None:
     for task in calls:
         task.cancel()
     await asyncio.gather(*calls, return_exceptions=True)
+    await limiter.aclose()
+
+
+async def test_explanation_tells_what_the_store_told_last(where: str) -> None:
+    """A call that the store would let wait is not said to pass; for how long only the store knows."""
+    limiter = Limiter("9 RPM burst 9", "1000 TPM", concurrency=2, store=where, name="explained")
+    lease = await limiter.acquire(tokens=900)
+    assert str(limiter.explain(tokens=100)).startswith("a call would pass at once; ")
+    short = limiter.explain(tokens=101)
+    assert (short.wait, short.bound_by) == (None, "tokens")
+    assert str(short).startswith("a call would wait: tokens bind; requests allow 9 such calls")
+    other = await limiter.acquire(tokens=1)
+    assert "concurrency 2/2" in repr(limiter)
+    assert "would wait until a slot is given back" in str(limiter.explain(tokens=1))
+    call = asyncio.create_task(take(limiter, tokens=200))
+    await asyncio.sleep(0.1)
+    held = limiter.explain(tokens=1)
+    assert (held.wait, held.bound_by) == (None, "concurrency")
+    other.release()
+    await asyncio.sleep(0.1)
+    held = limiter.explain(tokens=1)
+    assert held.bound_by == "tokens"
+    assert 50 < (held.wait or 0) < 61
+    call.cancel()
+    lease.release()
     await limiter.aclose()
 
 

@@ -65,7 +65,20 @@ async def used(ledger: SQLiteLedger) -> int:
 )
 def test_a_url_names_a_file(url: str, path: str) -> None:
     """Three slashes for a path from here, four for one from the root."""
-    assert open_store(url).url == f"sqlite:///{Path(path).absolute()}"
+    assert repr(open_store(url)) == f"<SQLiteStore {Path(path).absolute()}>"
+
+
+@pytest.mark.parametrize("options", ["", "?patience=2.5"])
+def test_a_stores_url_leads_to_its_file_from_anywhere(
+    options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is in its name, and with the patience that it has."""
+    monkeypatch.chdir(tmp_path)
+    store = open_store(f"sqlite:///a%20b%3F/100%25%23.db{options}")
+    monkeypatch.chdir("/")
+    assert store.url == f"sqlite:///{tmp_path}/a%20b%3F/100%25%23.db{options}"
+    again = open_store(store.url)
+    assert (repr(again), again.url) == (repr(store), store.url)
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,26 @@ def test_a_limit_of_a_day_survives_restarts(path: Path) -> None:
     asyncio.run(fourth())
 
 
+def test_a_path_from_the_working_directory_names_one_file_wherever_the_program_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is that of the folder where the limiter was made, not of where it is opened, or opened again."""
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    limiter = Limiter("9 RPD burst 9", store="sqlite:///limits.db", name="moves")
+
+    async def call() -> None:
+        (await limiter.acquire()).release()
+        await limiter.aclose()
+
+    for folder in ("there", "here"):
+        monkeypatch.chdir(tmp_path / folder)
+        asyncio.run(call())
+    assert [path.name for path in tmp_path.glob("*/limits.db")] == ["limits.db"]
+    assert limiter.statistics().limits[0].used == 2
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_child_gives_back_nothing_of_its_parent(path: Path) -> None:
     """What a loop of the parent left untold, the parent tells, once."""

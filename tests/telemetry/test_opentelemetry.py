@@ -212,6 +212,19 @@ def test_limiters_share_a_meter_provider_and_fall_silent_one_by_one(
     assert set(otel.points("queued_requests", "policy")) == {"openai"}
 
 
+def test_switching_off_again_leaves_a_later_watch_on(
+    limiter: "ScriptedLimiter", otel: Telemetry
+) -> None:
+    """What ends one watch ends that one alone, however often it is called."""
+    off = otel.watch(limiter)
+    off()
+    otel.watch(limiter)
+    off()
+    assert set(otel.points("queued_requests", "policy")) == {"openai"}
+    with pytest.raises(ValueError, match="would count twice"):
+        otel.watch(limiter)
+
+
 def test_no_call_is_counted_twice(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
     """A limiter and one below it cannot both be watched by one provider."""
     child = limiter.child("chat")

@@ -247,6 +247,21 @@ def test_cardinality_is_bounded_whatever_happens(
     off()
 
 
+def test_switching_off_again_leaves_a_later_watch_on(
+    make_limiter: "Callable[[str], ScriptedLimiter]", registry: CollectorRegistry
+) -> None:
+    """What ends one watch ends that one alone, however often it is called."""
+    one, two = make_limiter("openai"), make_limiter("anthropic")
+    telemetry.prometheus(two, registry=registry)
+    off = telemetry.prometheus(one, registry=registry)
+    off()
+    telemetry.prometheus(one, registry=registry)
+    off()
+    assert ("asyncbucket_queued_requests", "openai") in scrape(registry)
+    with pytest.raises(ValueError, match="would count twice"):
+        telemetry.prometheus(one, registry=registry)
+
+
 def test_several_limiters_share_a_registry(
     make_limiter: "Callable[[str], ScriptedLimiter]", registry: CollectorRegistry
 ) -> None:

@@ -6,7 +6,7 @@ import json
 import socket
 from collections.abc import Callable
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from asyncbucket.errors import StoreError
 from asyncbucket.stores import Snapshot, open_store, without_password
@@ -40,7 +40,7 @@ def source(url: str) -> Look:
             raise ValueError(f"{shown!r} names no port: give one up to 65535") from None
         return lambda: _fetch(http.client.HTTPConnection(host, port, timeout=_PATIENCE), shown)
     if scheme == "unix" and "?" not in url:
-        return lambda: _fetch(_Unix(urlsplit(url).path), shown)
+        return lambda: _fetch(_Unix(unquote(urlsplit(url).path)), shown)
     if not known or scheme == "https":
         raise ValueError(
             f"{shown!r} is no limiter to watch: give the URL that limiter.serve_stats() tells "

@@ -176,6 +176,8 @@ local function configure(s, text)
   end
   s.text = text
   s.turns = {} -- what they wait for is named by other numbers now: they ask again
-  shape(s, config)
+  for _, key in ipairs(shape(s, config)) do -- what was booked before it began gives nothing back
+    s.windows[key].forgotten = math.max(s.now, s.last)
+  end
   return true
 end

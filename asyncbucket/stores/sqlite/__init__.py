@@ -17,7 +17,7 @@ import secrets
 import weakref
 from pathlib import Path
 from typing import Final
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from asyncbucket.stores.sqlite.clerk import Clerk
 from asyncbucket.stores.sqlite.clock import SharedClock
@@ -68,8 +68,9 @@ class SQLiteStore:
 
     @property
     def url(self) -> str:
-        """Where it is."""
-        return f"sqlite:///{self._path}"
+        """Where it is: it leads to the same file from whatever folder."""
+        patience = "" if self._patience == PATIENCE else f"?patience={self._patience}"
+        return f"sqlite:///{quote(str(self._path))}{patience}"
 
     def check(self, terms: Terms) -> None:
         """See `asyncbucket.stores.store.Store.check`: whole numbers of any size are counted."""

@@ -99,9 +99,10 @@ class Books:
         if terms == self.terms:
             return
         before, self.limits = self.limits, {}
+        began = max(now, self.last_start)
         for limit in terms.limits:
             key = (limit.resource, limit.window)
-            self.limits[key] = keep(limit, before.get(key), now)
+            self.limits[key] = keep(limit, before.get(key), now, began=began)
         self.meters = tuple((meter, name[0][0]) for name, meter, _ in self.each())
         self.terms = terms
         self.edition += 1

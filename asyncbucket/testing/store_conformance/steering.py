@@ -2,7 +2,7 @@
 
 import asyncio
 
-from asyncbucket.stores.store import Outcome
+from asyncbucket.stores.store import Batch, Correction, Outcome
 from asyncbucket.testing.store_conformance.place import (
     MILLISECOND,
     SECOND,
@@ -90,6 +90,20 @@ class Steering(Suite):
         assert (uses["tokens"].used, uses["tokens"].available) == (0, 100)
         await worker.configure(terms(tokens))
         assert [each.limit.resource for each in (await worker.peek()).limits] == ["tokens"]
+
+    @scenario
+    async def test_a_call_from_before_a_limit_began_gives_nothing_of_it_back(
+        self, place: Place
+    ) -> None:
+        """It was not counted there, so what it used less than foreseen was never taken."""
+        worker = await place.worker(terms(amount_of("requests", 10, 60)))
+        (before,) = booked(await worker.commit(batch({"requests": 1, "tokens": 100})))
+        await worker.configure(terms(amount_of("requests", 10, 60), amount_of("tokens", 100, 60)))
+        await worker.commit(batch({"requests": 1, "tokens": 90}))
+        less = Correction(start=before.start, booked={"tokens": 100}, used={"tokens": 20})
+        await worker.commit(Batch(corrections=(less,)))
+        used = {each.limit.resource: each.used for each in (await worker.peek()).limits}
+        assert used == {"requests": 2, "tokens": 90}
 
     @scenario
     async def test_what_is_booked_outlives_the_process(self, place: Place) -> None:
