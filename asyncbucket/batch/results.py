@@ -173,7 +173,8 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
         except BaseException:
             await self.aclose()
             raise
-        await self._end()
+        if not self._over:  # or somebody else has closed it
+            await self._end()
         raise StopAsyncIteration
 
     async def _end(self) -> None:
@@ -191,13 +192,15 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
             raise self._engine.failure
 
     async def aclose(self) -> None:
-        """Cancel what is in flight, and wait for its end. Again it does nothing."""
+        """Cancel what is in flight, and wait for its end, from any task and as often as you like."""
+        task, first = self._task, not self._over
         self._over = True
-        task, self._task = self._task, None
         if task is not None:
-            task.cancel()
-            with anyio.CancelScope(shield=True):
-                await asyncio.wait([task])
+            if first:  # again would break off the end itself
+                task.cancel()
+            if not task.done():
+                with anyio.CancelScope(shield=True):
+                    await asyncio.wait([task])
             if not task.cancelled():
                 task.exception()  # seen: what it was is of no interest any more
         self._engine.close()

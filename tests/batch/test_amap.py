@@ -363,6 +363,52 @@ def test_cancelled_reader_leaves_nothing_behind(virtual_time: VirtualTime) -> No
     virtual_time.run(main())
 
 
+def test_closed_by_another_task_it_is_over_for_whoever_reads(virtual_time: VirtualTime) -> None:
+    """A reader that waits for the next item sees an end, and each of several readers too."""
+    limiter = Limiter(concurrency=3, clock=virtual_time.clock)
+    work = Work(float)
+
+    async def main() -> None:
+        results = amap(limiter, work, itertools.count(1))
+
+        async def read() -> list[int]:
+            return [item.index async for item in results]
+
+        readers = [asyncio.create_task(read()) for _ in range(2)]
+        await asyncio.sleep(1.5)
+        await results.aclose()
+        assert sorted(await asyncio.gather(*readers)) == [[], [0]]
+        assert (work.running, limiter.statistics().in_flight) == (0, 0)
+
+    virtual_time.run(main())
+
+
+def test_closing_that_was_broken_off_is_waited_for_by_the_next(virtual_time: VirtualTime) -> None:
+    """Whoever closes it once more does not go on while its calls do."""
+    limiter = Limiter(concurrency=2, clock=virtual_time.clock)
+
+    async def slow_to_go(_: int) -> None:
+        try:
+            await asyncio.sleep(100)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await asyncio.sleep(2)
+
+    async def main() -> None:
+        results = amap(limiter, slow_to_go, itertools.count())
+        reading = asyncio.create_task(anext(results))
+        await asyncio.sleep(1)
+        reading.cancel()
+        await asyncio.sleep(1)
+        reading.cancel()  # while it closes
+        await asyncio.wait([reading])
+        assert (virtual_time.now, limiter.statistics().in_flight) == (2.0, 2)
+        await results.aclose()
+        assert (virtual_time.now, limiter.statistics().in_flight) == (3.0, 0)
+
+    virtual_time.run(main())
+
+
 def test_closed_before_the_first_step_calls_nothing() -> None:
     """Nothing is taken before somebody asks for a result."""
     work = Work()
