@@ -67,7 +67,7 @@ def from_toml(
     """Return a limiter as a TOML file describes it: the table ``[tool.asyncbucket]``.
 
     In ``pyproject.toml`` that is the table; in other files it is ``[asyncbucket]``, or the whole
-    file. Tables in it describe further limiters, found by their name::
+    file. Tables in it, by other names than those of entries, describe further limiters::
 
         [tool.asyncbucket]
         rpm = 500
@@ -91,7 +91,11 @@ def from_toml(
     """
     file, table = _find(path)
     where = f"{file}, [{_TABLE if file.name != _FILES[1] else f'tool.{_TABLE}'}]"
-    tables = {name: value for name, value in table.items() if isinstance(value, Mapping)}
+    tables = {
+        name: value
+        for name, value in table.items()
+        if isinstance(value, Mapping) and name not in _KNOWN
+    }
     if limiter is not None:
         if limiter not in tables:
             known = ", ".join(tables) or "none"

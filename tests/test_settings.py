@@ -195,6 +195,11 @@ def test_code_goes_before_the_file(tmp_path: Path) -> None:
         ),
         ("[tool.asyncbucket]\nrpm = 'x'", r"\[tool\.asyncbucket\]: rpm: 'x' is no number"),
         ("[tool.asyncbucket]\nrpm = true", "rpm: True is no number"),
+        ("[tool.asyncbucket]\nrpm = 5\ntpm.a = 5", r"tpm: \{'a': 5\} is no number"),
+        (
+            "[tool.asyncbucket]\nrpm = 5\nconcurrency = {min = 8, max = 64}",
+            r"concurrency must be a whole number .* not \{'min': 8, 'max': 64\}",
+        ),
         ("[tool.asyncbucket]\nname = 5", "name: 5 is no text"),
         (
             "[tool.asyncbucket]\nlimits = 5",
