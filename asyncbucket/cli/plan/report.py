@@ -44,7 +44,7 @@ def _table(rows: Sequence[tuple[str, ...]], *, unicode: bool) -> Table:
     for name in head[1:]:
         shown.add_column(name, justify="right")
     for row in others:
-        shown.add_row(*row)
+        shown.add_row(*map(Text, row))
     return shown
 
 
