@@ -162,7 +162,9 @@ class Engine(Generic[T, R]):
             return await self._source.next()
         except Exception as error:  # noqa: BLE001 - the reader gets it
             self._fail(error)
-            return None
+        except asyncio.CancelledError as cancelled:
+            self._fail(_from_within(cancelled, "the iterable of items"))
+        return None
 
     async def _do(self, entry: Entry) -> None:
         begun = False
@@ -179,11 +181,7 @@ class Engine(Generic[T, R]):
         except Exception as error:  # noqa: BLE001 - it belongs to the item
             self._hand_out_failed(entry, error)
         except asyncio.CancelledError as cancelled:
-            if anyio.current_effective_deadline() == -math.inf:  # it is us who are cancelled
-                raise
-            what = RuntimeError("the call was cancelled from within, by something that it awaits")
-            what.__cause__ = cancelled
-            self._hand_out_failed(entry, what)
+            self._hand_out_failed(entry, _from_within(cancelled, "the call"))
         else:
             self._progress.count()
             self._done(entry, Item(entry.number, entry.input, result))
@@ -234,6 +232,15 @@ class Engine(Generic[T, R]):
                     self._fail(error)
                 for _, item in batch:
                     self._hand_out(item)
+
+
+def _from_within(cancelled: asyncio.CancelledError, what: str) -> RuntimeError:
+    """Return what to say of a cancellation that ``what`` met with; one that is meant for us goes on."""
+    if anyio.current_effective_deadline() == -math.inf:
+        raise cancelled
+    error = RuntimeError(f"{what} was cancelled from within, by something that it awaits")
+    error.__cause__ = cancelled
+    return error
 
 
 def _waiting(stream: MemoryObjectReceiveStream[Any]) -> Iterator[Any]:

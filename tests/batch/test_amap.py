@@ -6,7 +6,7 @@ import itertools
 import subprocess
 import sys
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from typing import Any, cast
 
 import anyio
@@ -295,6 +295,27 @@ def test_error_of_the_iterable_comes_after_the_results(virtual_time: VirtualTime
     with pytest.raises(OSError, match="the disk is gone"):
         virtual_time.run(main())
     assert sorted(seen) == [0, 1, 2]
+
+
+def test_iterable_that_is_cancelled_from_within_is_no_end(virtual_time: VirtualTime) -> None:
+    """It fails as any other, once what came of its items is handed out."""
+    limiter = Limiter(concurrency=2, clock=virtual_time.clock)
+    seen: list[int] = []
+
+    async def numbers() -> AsyncIterator[int]:
+        yield 0
+        fetching = asyncio.ensure_future(asyncio.sleep(1))
+        fetching.cancel()
+        await fetching
+        yield 1
+
+    async def main() -> None:
+        async for item in amap(limiter, Work(), numbers()):
+            seen.append(item.input)  # noqa: PERF401 - it raises in the end
+
+    with pytest.raises(RuntimeError, match="the iterable of items was cancelled from within"):
+        virtual_time.run(main())
+    assert seen == [0]
 
 
 def test_breaking_out_cancels_what_is_in_flight(virtual_time: VirtualTime) -> None:
