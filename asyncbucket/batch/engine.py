@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
 import anyio
-from anyio import to_thread
+from anyio import CancelScope, to_thread
 from anyio.abc import TaskGroup
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
@@ -36,7 +36,7 @@ R = TypeVar("R")
 
 
 class Engine(Generic[T, R]):
-    """Run everything between the items and the reader; `run` is the task to be cancelled.
+    """Run everything between the items and the reader.
 
     Args:
         source: hands out the items.
@@ -90,9 +90,13 @@ class Engine(Generic[T, R]):
         self._put.close()
         self.results.close()
 
-    async def run(self) -> None:
-        """Work until all is done; the stream of results ends with it."""
-        with self._put:
+    async def run(self, scope: CancelScope) -> None:
+        """Work until all is done, or ``scope`` is cancelled; the stream of results ends with it.
+
+        Cancel the scope and not the task: only against that is a shield one, behind which a file is
+        opened, written and closed.
+        """
+        with self._put, scope:
             try:
                 async with (
                     self._progress.shown(self._source.total),
@@ -126,7 +130,7 @@ class Engine(Generic[T, R]):
                     async with anyio.create_task_group() as self._group:
                         self._enlist()
         finally:
-            with anyio.CancelScope(shield=True):
+            with CancelScope(shield=True):
                 await to_thread.run_sync(ledger.close)
 
     def _enlist(self) -> None:
@@ -222,7 +226,7 @@ class Engine(Generic[T, R]):
 
         Whatever ends the workers, what they got is saved: it ends when their stream does.
         """
-        with anyio.CancelScope(shield=True), to_save:
+        with CancelScope(shield=True), to_save:
             async for first in to_save:
                 batch = [first, *_waiting(to_save)]
                 try:

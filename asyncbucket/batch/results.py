@@ -135,6 +135,8 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
         self._engine = engine
         self._raises = raises
         self._task: asyncio.Task[None] | None = None
+        #: Ends the task.
+        self._scope: anyio.CancelScope
         self._over = False
 
     def __aiter__(self) -> Self:
@@ -152,7 +154,8 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
             raise StopAsyncIteration
         if self._task is None:
             # The engine knows nothing of this object: so it can be dropped while that works.
-            self._task = asyncio.create_task(self._engine.run(), name="asyncbucket amap")
+            self._scope = anyio.CancelScope()
+            self._task = asyncio.create_task(self._engine.run(self._scope), name="asyncbucket amap")
         try:
             item = self._engine.results.receive_nowait()
         except (WouldBlock, EndOfStream, ClosedResourceError):
@@ -187,18 +190,17 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
                 "this batch was cancelled, and not by who reads it: its event loop ended, perhaps; "
                 "begin it anew where it is read"
             )
-        await self._task
+        await asyncio.shield(self._task)
         if self._engine.failure is not None:
             raise self._engine.failure
 
     async def aclose(self) -> None:
         """Cancel what is in flight, and wait for its end, from any task and as often as you like."""
-        task, first = self._task, not self._over
         self._over = True
+        task = self._task
         if task is not None:
-            if first:  # again would break off the end itself
-                task.cancel()
             if not task.done():
+                self._scope.cancel()
                 with anyio.CancelScope(shield=True):
                     await asyncio.wait([task])
             if not task.cancelled():
@@ -222,7 +224,7 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
             self._engine.close()
             return
         with contextlib.suppress(RuntimeError):  # the loop is closed, and with it all tasks
-            task.get_loop().call_soon_threadsafe(task.cancel)
+            task.get_loop().call_soon_threadsafe(self._scope.cancel)
 
     def __repr__(self) -> str:
         state = "over" if self._over else "not begun" if self._task is None else "at work"
