@@ -37,7 +37,7 @@ def from_env(
 
     Args:
         cls: what is made of it: `Limiter`.
-        prefix: how the variables' names begin.
+        prefix: how the variables' names begin, and no other program's: ``OPENAI_`` is that of a key.
         environ: where they are, by default ``os.environ``.
         arguments: further arguments of the limiter, which go before variables of the same name.
 
@@ -137,8 +137,13 @@ def _told(where: str, make: Callable[[], L]) -> L:
 
 def _check_name(name: str, what: str, *, prefix: str | None = None) -> None:
     if name not in _KNOWN:
-        known = (name if prefix is None else f"{prefix}{name.upper()}" for name in _KNOWN)
-        raise LimitSyntaxError(f"{what} is not known; known are {', '.join(known)}")
+        if prefix is None:
+            raise LimitSyntaxError(f"{what} is not known; known are {', '.join(_KNOWN)}")
+        known = ", ".join(f"{prefix}{name.upper()}" for name in _KNOWN)
+        raise LimitSyntaxError(
+            f"{what} is not known; known are {known}; if it is there for something else, give a prefix "
+            f"that is the limiter's alone, such as {prefix}LIMIT_"
+        )
 
 
 def _read(name: str, value: object) -> Any:

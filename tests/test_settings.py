@@ -87,6 +87,14 @@ def test_prefix_keeps_two_limiters_apart() -> None:
     assert said(from_env(Limiter, "OPENAI_LIMIT_", environ=environ)) == ["60 requests per 60 s"]
 
 
+def test_prefix_that_is_not_the_limiters_alone_is_refused() -> None:
+    """With another one to take."""
+    environ = {"OPENAI_RPM": "60", "OPENAI_API_KEY": "secret"}
+
+    with pytest.raises(LimitSyntaxError, match=r"OPENAI_API_KEY is not .* as OPENAI_LIMIT_$"):
+        from_env(Limiter, "OPENAI_", environ=environ)
+
+
 def test_environment_is_the_processs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless another is given."""
     for name in [name for name in os.environ if name.startswith("ASYNCBUCKET_")]:
