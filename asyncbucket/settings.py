@@ -38,7 +38,7 @@ def from_env(
 
     Args:
         cls: what is made of it: `Limiter`.
-        prefix: how the variables' names begin.
+        prefix: how the variables' names begin, and no other program's: ``OPENAI_`` is that of a key.
         environ: where they are, by default ``os.environ``.
         arguments: further arguments of the limiter, which go before variables of the same name.
 
@@ -68,7 +68,7 @@ def from_toml(
     """Return a limiter as a TOML file describes it: the table ``[tool.asyncbucket]``.
 
     In ``pyproject.toml`` that is the table; in other files it is ``[asyncbucket]``, or the whole
-    file. Tables in it describe further limiters, found by their name::
+    file. Tables in it, by other names than those of entries, describe further limiters::
 
         [tool.asyncbucket]
         rpm = 500
@@ -92,7 +92,11 @@ def from_toml(
     """
     file, table = _find(path)
     where = f"{file}, [{_TABLE if file.name != _FILES[1] else f'tool.{_TABLE}'}]"
-    tables = {name: value for name, value in table.items() if isinstance(value, Mapping)}
+    tables = {
+        name: value
+        for name, value in table.items()
+        if isinstance(value, Mapping) and name not in _KNOWN
+    }
     if limiter is not None:
         if limiter not in tables:
             known = ", ".join(tables) or "none"
@@ -134,8 +138,13 @@ def _told(where: str, make: Callable[[], L]) -> L:
 
 def _check_name(name: str, what: str, *, prefix: str | None = None) -> None:
     if name not in _KNOWN:
-        known = (name if prefix is None else f"{prefix}{name.upper()}" for name in _KNOWN)
-        raise LimitSyntaxError(f"{what} is not known; known are {', '.join(known)}")
+        if prefix is None:
+            raise LimitSyntaxError(f"{what} is not known; known are {', '.join(_KNOWN)}")
+        known = ", ".join(f"{prefix}{name.upper()}" for name in _KNOWN)
+        raise LimitSyntaxError(
+            f"{what} is not known; known are {known}; if it is there for something else, give a prefix "
+            f"that is the limiter's alone, such as {prefix}LIMIT_"
+        )
 
 
 def _read(name: str, value: object) -> Any:

@@ -87,6 +87,14 @@ def test_prefix_keeps_two_limiters_apart() -> None:
     assert said(from_env(Limiter, "OPENAI_LIMIT_", environ=environ)) == ["60 requests per 60 s"]
 
 
+def test_prefix_that_is_not_the_limiters_alone_is_refused() -> None:
+    """With another one to take."""
+    environ = {"OPENAI_RPM": "60", "OPENAI_API_KEY": "secret"}
+
+    with pytest.raises(LimitSyntaxError, match=r"OPENAI_API_KEY is not .* as OPENAI_LIMIT_$"):
+        from_env(Limiter, "OPENAI_", environ=environ)
+
+
 def test_environment_is_the_processs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless another is given."""
     for name in [name for name in os.environ if name.startswith("ASYNCBUCKET_")]:
@@ -195,6 +203,11 @@ def test_code_goes_before_the_file(tmp_path: Path) -> None:
         ),
         ("[tool.asyncbucket]\nrpm = 'x'", r"\[tool\.asyncbucket\]: rpm: 'x' is no number"),
         ("[tool.asyncbucket]\nrpm = true", "rpm: True is no number"),
+        ("[tool.asyncbucket]\nrpm = 5\ntpm.a = 5", r"tpm: \{'a': 5\} is no number"),
+        (
+            "[tool.asyncbucket]\nrpm = 5\nconcurrency = {min = 8, max = 64}",
+            r"concurrency must be a whole number .* not \{'min': 8, 'max': 64\}",
+        ),
         ("[tool.asyncbucket]\nname = 5", "name: 5 is no text"),
         (
             "[tool.asyncbucket]\nlimits = 5",

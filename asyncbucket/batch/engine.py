@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
 import anyio
-from anyio import to_thread
+from anyio import CancelScope, to_thread
 from anyio.abc import TaskGroup
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
@@ -36,7 +36,7 @@ R = TypeVar("R")
 
 
 class Engine(Generic[T, R]):
-    """Run everything between the items and the reader; `run` is the task to be cancelled.
+    """Run everything between the items and the reader.
 
     Args:
         source: hands out the items.
@@ -90,9 +90,13 @@ class Engine(Generic[T, R]):
         self._put.close()
         self.results.close()
 
-    async def run(self) -> None:
-        """Work until all is done; the stream of results ends with it."""
-        with self._put:
+    async def run(self, scope: CancelScope) -> None:
+        """Work until all is done, or ``scope`` is cancelled; the stream of results ends with it.
+
+        Cancel the scope and not the task: only against that is a shield one, behind which a file is
+        opened, written and closed.
+        """
+        with self._put, scope:
             try:
                 async with (
                     self._progress.shown(self._source.total),
@@ -126,7 +130,7 @@ class Engine(Generic[T, R]):
                     async with anyio.create_task_group() as self._group:
                         self._enlist()
         finally:
-            with anyio.CancelScope(shield=True):
+            with CancelScope(shield=True):
                 await to_thread.run_sync(ledger.close)
 
     def _enlist(self) -> None:
@@ -162,7 +166,9 @@ class Engine(Generic[T, R]):
             return await self._source.next()
         except Exception as error:  # noqa: BLE001 - the reader gets it
             self._fail(error)
-            return None
+        except asyncio.CancelledError as cancelled:
+            self._fail(_from_within(cancelled, "the iterable of items"))
+        return None
 
     async def _do(self, entry: Entry) -> None:
         begun = False
@@ -179,11 +185,7 @@ class Engine(Generic[T, R]):
         except Exception as error:  # noqa: BLE001 - it belongs to the item
             self._hand_out_failed(entry, error)
         except asyncio.CancelledError as cancelled:
-            if anyio.current_effective_deadline() == -math.inf:  # it is us who are cancelled
-                raise
-            what = RuntimeError("the call was cancelled from within, by something that it awaits")
-            what.__cause__ = cancelled
-            self._hand_out_failed(entry, what)
+            self._hand_out_failed(entry, _from_within(cancelled, "the call"))
         else:
             self._progress.count()
             self._done(entry, Item(entry.number, entry.input, result))
@@ -224,7 +226,7 @@ class Engine(Generic[T, R]):
 
         Whatever ends the workers, what they got is saved: it ends when their stream does.
         """
-        with anyio.CancelScope(shield=True), to_save:
+        with CancelScope(shield=True), to_save:
             async for first in to_save:
                 batch = [first, *_waiting(to_save)]
                 try:
@@ -234,6 +236,15 @@ class Engine(Generic[T, R]):
                     self._fail(error)
                 for _, item in batch:
                     self._hand_out(item)
+
+
+def _from_within(cancelled: asyncio.CancelledError, what: str) -> RuntimeError:
+    """Return what to say of a cancellation that ``what`` met with; one that is meant for us goes on."""
+    if anyio.current_effective_deadline() == -math.inf:
+        raise cancelled
+    error = RuntimeError(f"{what} was cancelled from within, by something that it awaits")
+    error.__cause__ = cancelled
+    return error
 
 
 def _waiting(stream: MemoryObjectReceiveStream[Any]) -> Iterator[Any]:

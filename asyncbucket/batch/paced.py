@@ -5,8 +5,8 @@ for a second one wait for ever. So these are left alone:
 
 - a method of a model that the limiter wraps, ``llm.acomplete``;
 - a function that `Limiter.paced` decorates;
-- a function that names one of these, or a client on a paced transport, or calls ``acquire`` or
-  ``amap`` of the limiter or of a child of it; likewise in what its closure and its object hold by
+- a function that names one of these, or a client on a paced transport, or calls ``acquire``, ``amap``
+  or ``map`` of the limiter or of a child of it; likewise in what its closure and its object hold by
   these names, and in the functions that it names.
 
 One that comes to a limiter above or beside it, such as a model that the parent wraps, is refused: its
@@ -16,6 +16,7 @@ This reads code, which can say much that this does not see. Whoever passes ``cos
 decides.
 """
 
+import dis
 import functools
 import types
 from collections import deque
@@ -30,7 +31,8 @@ _DEPTH: Final = 6
 _MOST: Final = 2_000
 #: So many of a list's or a dict's: models may be kept in one.
 _OF_MANY: Final = 8
-_ACQUIRES: Final = frozenset({"acquire", "acquire_nowait", "acquire_sync", "amap"})
+_ACQUIRES: Final = frozenset({"acquire", "acquire_nowait", "acquire_sync", "amap", "map"})
+_TAKES: Final = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
 _LEAVES: Final = (str, bytes, int, float, complex, type(None), type, types.ModuleType, Limiter)
 
 
@@ -84,7 +86,7 @@ def _acquired_by(value: object) -> Iterator[Limiter]:
 def _acquired_in(function: types.FunctionType, *, holder: object = None) -> Iterator[Limiter]:
     """Yield the limiters at hand, if the code acquires."""
     names = _names(function.__code__)
-    if names & _ACQUIRES:
+    if names & _ACQUIRES and not _ACQUIRES.isdisjoint(_attributes(function.__code__)):
         near = [holder, *_named(function)]
         held = [getattr(each, "__dict__", {}).get(name) for each in near for name in names]
         yield from (each for each in (*near, *held) if isinstance(each, Limiter))
@@ -140,6 +142,15 @@ def _named(function: types.FunctionType) -> Iterator[object]:
             continue
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
+
+
+def _attributes(code: types.CodeType) -> Iterator[str]:
+    """Yield what code, and the code within it, takes of something: not the ``map`` that is built in."""
+    for each in dis.get_instructions(code):
+        if each.opname in _TAKES:
+            yield each.argval
+        elif isinstance(each.argval, types.CodeType):
+            yield from _attributes(each.argval)
 
 
 def _names(code: types.CodeType) -> set[str]:

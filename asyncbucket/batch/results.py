@@ -135,6 +135,8 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
         self._engine = engine
         self._raises = raises
         self._task: asyncio.Task[None] | None = None
+        #: Ends the task.
+        self._scope: anyio.CancelScope
         self._over = False
 
     def __aiter__(self) -> Self:
@@ -152,7 +154,8 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
             raise StopAsyncIteration
         if self._task is None:
             # The engine knows nothing of this object: so it can be dropped while that works.
-            self._task = asyncio.create_task(self._engine.run(), name="asyncbucket amap")
+            self._scope = anyio.CancelScope()
+            self._task = asyncio.create_task(self._engine.run(self._scope), name="asyncbucket amap")
         try:
             item = self._engine.results.receive_nowait()
         except (WouldBlock, EndOfStream, ClosedResourceError):
@@ -173,7 +176,8 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
         except BaseException:
             await self.aclose()
             raise
-        await self._end()
+        if not self._over:  # or somebody else has closed it
+            await self._end()
         raise StopAsyncIteration
 
     async def _end(self) -> None:
@@ -186,18 +190,19 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
                 "this batch was cancelled, and not by who reads it: its event loop ended, perhaps; "
                 "begin it anew where it is read"
             )
-        await self._task
+        await asyncio.shield(self._task)
         if self._engine.failure is not None:
             raise self._engine.failure
 
     async def aclose(self) -> None:
-        """Cancel what is in flight, and wait for its end. Again it does nothing."""
+        """Cancel what is in flight, and wait for its end, from any task and as often as you like."""
         self._over = True
-        task, self._task = self._task, None
+        task = self._task
         if task is not None:
-            task.cancel()
-            with anyio.CancelScope(shield=True):
-                await asyncio.wait([task])
+            if not task.done():
+                self._scope.cancel()
+                with anyio.CancelScope(shield=True):
+                    await asyncio.wait([task])
             if not task.cancelled():
                 task.exception()  # seen: what it was is of no interest any more
         self._engine.close()
@@ -219,7 +224,7 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
             self._engine.close()
             return
         with contextlib.suppress(RuntimeError):  # the loop is closed, and with it all tasks
-            task.get_loop().call_soon_threadsafe(task.cancel)
+            task.get_loop().call_soon_threadsafe(self._scope.cancel)
 
     def __repr__(self) -> str:
         state = "over" if self._over else "not begun" if self._task is None else "at work"

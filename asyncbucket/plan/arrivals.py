@@ -8,6 +8,7 @@ from itertools import repeat
 from typing import Final, TypeAlias
 
 from asyncbucket.numeric import is_integer, is_number
+from asyncbucket.wording import shown
 
 #: The most calls of a plan, which are a minute or two and some gigabytes.
 MOST: Final = 10_000_000
@@ -110,8 +111,14 @@ def read_instants(arrivals: Iterable[float]) -> list[float]:
     """Return instants that were given, if they are some.
 
     Raises:
+        TypeError: they are none, but a number, say.
         ValueError: one of them is no finite number of seconds from 0 on.
     """
+    if not isinstance(arrivals, Iterable):
+        raise TypeError(
+            f"arrivals are instants in seconds, Poisson(8.0) for so many calls a second, or an "
+            f"AgentTree, not {shown(arrivals)}"
+        )
     instants = list(arrivals)
     for second in instants:
         if not is_number(second) or not 0 <= second < math.inf:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from asyncbucket.limits import Limit
-from asyncbucket.meters import Amounts, Meter, Slots
+from asyncbucket.meters import Amounts, Meter
 
 
 class Passage(Protocol):
@@ -28,11 +28,6 @@ class Passage(Protocol):
         ...
 
     @property
-    def slots(self) -> Sequence[Slots]:
-        """Those of them that count calls in flight."""
-        ...
-
-    @property
     def limits(self) -> Sequence[Limit]:
         """The limits that the meters keep."""
         ...
@@ -41,12 +36,20 @@ class Passage(Protocol):
         """Book ``amounts`` if all meters allow it now."""
         ...
 
+    def room(self, amounts: Amounts, now: int, *, most: int) -> int:
+        """Return how many calls of ``amounts`` may surely pass now."""
+        ...
+
     def earliest(self, amounts: Amounts, since: int) -> tuple[int, str | None]:
         """Return the first instant that suits all meters, and what binds."""
         ...
 
     def book(self, amounts: Amounts, when: int) -> None:
         """Book ``amounts`` at ``when``."""
+        ...
+
+    def close(self, booked: Amounts) -> bool:
+        """End a call; return whether somebody may wait for what comes back."""
         ...
 
 
@@ -142,8 +145,11 @@ class _Drive:
 
     def _serve(self, arrived: int, call: Call) -> None:
         """Let time pass until ``call``, the first in line from now on, is admitted."""
+        waited = arrived < self._now
         self._now = max(self._now, arrived)
-        if not self._passage.take(call.amounts, self._now):
+        # As a newcomer asks who finds nobody in line, and as the pacer asks for those who stand there.
+        passes = self._pass if waited else self._passage.take
+        if not passes(call.amounts, self._now):
             if self._can_never_pass(call):
                 self._course.refused.append(call)
                 self._beget(call)
@@ -157,6 +163,13 @@ class _Drive:
         course.busy += call.latency
         heapq.heappush(running, _Running(now + call.latency, len(course.waited), now, call))
         course.peak = max(course.peak, len(running))
+
+    def _pass(self, amounts: Amounts, now: int) -> bool:
+        """Book ``amounts`` if there is room for them now."""
+        if self._passage.room(amounts, now, most=1) < 1:
+            return False
+        self._passage.book(amounts, now)
+        return True
 
     def _can_never_pass(self, call: Call) -> bool:
         """Tell whether the limiter would refuse ``call`` as it comes, which takes no time."""
@@ -179,17 +192,19 @@ class _Drive:
             look = then == due
             while running and running[0].end <= now:
                 look |= self._end()
-            if look and passage.take(call.amounts, now):
+            if look and self._pass(call.amounts, now):
                 return
 
     def _end(self) -> bool:
         """End the call that is the next to end; return whether it rings: something came back."""
         _, _, when, call = heapq.heappop(self._running)
-        for slots in self._passage.slots:
-            slots.used -= 1
-        back = call.used is not None and self._settle(call, call.used, when)
+        booked, back = call.amounts, False
+        if call.used is not None:
+            booked = {**booked, **call.used}
+            back = self._settle(call, call.used, when)
+        back |= self._passage.close(booked)
         self._beget(call)
-        return back or bool(self._passage.slots)
+        return back
 
     def _beget(self, call: Call) -> None:
         if self._follow is not None:

@@ -117,16 +117,23 @@ class Plan:
     @property
     def binding(self) -> PlannedLimit | None:
         """The limit that binds."""
-        waited = [
-            each for each in self.limits if self.held_up.get(each.resource) and each.tenant is None
-        ]
-        return max(waited, key=lambda each: each.used, default=None)
+        waited = [each for each in self.limits if self._of(each.tenant).held_up.get(each.resource)]
+        shared = [each for each in waited if each.tenant is None]
+        return max(
+            shared or waited,
+            key=lambda each: (self._of(each.tenant).duration, each.used),
+            default=None,
+        )
+
+    def _of(self, tenant: str | None) -> "Plan | PlannedTenant":
+        return self if tenant is None else self.tenants[tenant]
 
     @property
     def bound_by(self) -> str | None:
         """The resource of the limit that binds: "requests", "tokens", "concurrency"...
 
-        That is the limit of which most is used among those that anybody waited for; None if nobody
+        That is the limit of which most is used among those that anybody waited for; where nobody
+        waited for one that all share, it is one of the tenant's who is done last. None if nobody
         waited.
         """
         return None if self.binding is None else self.binding.resource

@@ -22,7 +22,7 @@ What is guaranteed:
 - *Deterministic*. Timers run in order of their instants; those of one instant in the order in
   which asyncio's heap gives them.
 - *No hang*. When nothing is ready, no timer is set and the main task isn't done, `DeadlockError`
-  names the tasks that wait and where.
+  names the tasks that wait and where. To sleep until infinity sets no timer.
 - *Executors*. Work given to `run_in_executor` (`asyncio.to_thread`) takes no virtual time: while
   any is out, the loop really waits for it and the clock stands still.
 - *Other threads and sockets* are unknown to the loop: a callback from `call_soon_threadsafe` or
@@ -43,6 +43,7 @@ import selectors
 import threading
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Executor
+from contextvars import Context
 from pathlib import PurePath
 from types import TracebackType
 from typing import Any, Self, TypeVar, TypeVarTuple
@@ -148,6 +149,17 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self.clock.seconds
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[[*Ts], object],
+        *args: *Ts,
+        context: Context | None = None,
+    ) -> asyncio.TimerHandle:
+        if when == math.inf:  # never: the loop would jump towards it for ever, a day at a time
+            return asyncio.TimerHandle(when, callback, args, self, context)
+        return super().call_at(when, callback, *args, context=context)
 
     def run_in_executor(
         self, executor: Executor | None, func: Callable[[*Ts], T], *args: *Ts

@@ -6,7 +6,7 @@ import itertools
 import subprocess
 import sys
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from typing import Any, cast
 
 import anyio
@@ -297,6 +297,27 @@ def test_error_of_the_iterable_comes_after_the_results(virtual_time: VirtualTime
     assert sorted(seen) == [0, 1, 2]
 
 
+def test_iterable_that_is_cancelled_from_within_is_no_end(virtual_time: VirtualTime) -> None:
+    """It fails as any other, once what came of its items is handed out."""
+    limiter = Limiter(concurrency=2, clock=virtual_time.clock)
+    seen: list[int] = []
+
+    async def numbers() -> AsyncIterator[int]:
+        yield 0
+        fetching = asyncio.ensure_future(asyncio.sleep(1))
+        fetching.cancel()
+        await fetching
+        yield 1
+
+    async def main() -> None:
+        async for item in amap(limiter, Work(), numbers()):
+            seen.append(item.input)  # noqa: PERF401 - it raises in the end
+
+    with pytest.raises(RuntimeError, match="the iterable of items was cancelled from within"):
+        virtual_time.run(main())
+    assert seen == [0]
+
+
 def test_breaking_out_cancels_what_is_in_flight(virtual_time: VirtualTime) -> None:
     """Nobody needs to close anything: the loop's own iterator is dropped."""
     limiter = Limiter(concurrency=3, clock=virtual_time.clock)
@@ -359,6 +380,52 @@ def test_cancelled_reader_leaves_nothing_behind(virtual_time: VirtualTime) -> No
             await task
         statistics = limiter.statistics()
         assert (work.running, statistics.in_flight, statistics.waiting) == (0, 0, 0)
+
+    virtual_time.run(main())
+
+
+def test_closed_by_another_task_it_is_over_for_whoever_reads(virtual_time: VirtualTime) -> None:
+    """A reader that waits for the next item sees an end, and each of several readers too."""
+    limiter = Limiter(concurrency=3, clock=virtual_time.clock)
+    work = Work(float)
+
+    async def main() -> None:
+        results = amap(limiter, work, itertools.count(1))
+
+        async def read() -> list[int]:
+            return [item.index async for item in results]
+
+        readers = [asyncio.create_task(read()) for _ in range(2)]
+        await asyncio.sleep(1.5)
+        await results.aclose()
+        assert sorted(await asyncio.gather(*readers)) == [[], [0]]
+        assert (work.running, limiter.statistics().in_flight) == (0, 0)
+
+    virtual_time.run(main())
+
+
+def test_closing_that_was_broken_off_is_waited_for_by_the_next(virtual_time: VirtualTime) -> None:
+    """Whoever closes it once more does not go on while its calls do."""
+    limiter = Limiter(concurrency=2, clock=virtual_time.clock)
+
+    async def slow_to_go(_: int) -> None:
+        try:
+            await asyncio.sleep(100)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await asyncio.sleep(2)
+
+    async def main() -> None:
+        results = amap(limiter, slow_to_go, itertools.count())
+        reading = asyncio.create_task(anext(results))
+        await asyncio.sleep(1)
+        reading.cancel()
+        await asyncio.sleep(1)
+        reading.cancel()  # while it closes
+        await asyncio.wait([reading])
+        assert (virtual_time.now, limiter.statistics().in_flight) == (2.0, 2)
+        await results.aclose()
+        assert (virtual_time.now, limiter.statistics().in_flight) == (3.0, 0)
 
     virtual_time.run(main())
 

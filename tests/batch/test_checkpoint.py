@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 
 from asyncbucket import Limiter
 from asyncbucket.batch import Checkpoint, CheckpointError, Item, amap
+from asyncbucket.batch.checkpoint import Ledger
 
 
 class Calls:
@@ -283,6 +285,32 @@ async def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
             await run(path, Calls(), [1])
 
     assert (await run(path, Calls(), [0]))[0].restored
+
+
+async def test_run_that_ends_while_its_file_is_opened_leaves_it_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that opens it is waited for, and closes it."""
+    opening, go_on = threading.Event(), threading.Event()
+    kept: list[Ledger] = []  # as a traceback would
+
+    def open_slowly(checkpoint: Checkpoint) -> Ledger:
+        opening.set()
+        go_on.wait()
+        kept.append(Ledger(checkpoint))
+        return kept[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("asyncbucket.batch.engine.Ledger", open_slowly)
+        results = amap(Limiter(concurrency=1), Calls(), [1], checkpoint=tmp_path / "run.db")
+        reading = asyncio.create_task(anext(results))
+        await asyncio.to_thread(opening.wait)
+        reading.cancel()
+        asyncio.get_running_loop().call_soon(go_on.set)
+        await asyncio.wait([reading])
+        await results.aclose()
+
+    assert [item.result for item in await run(tmp_path / "run.db", Calls(), [1])] == [{"said": 1}]
 
 
 async def test_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -58,6 +58,16 @@ async def by_a_batch(prompt: str) -> list[str]:
     return [item.result async for item in limiter.amap(plain, prompt.split())]
 
 
+async def by_a_batch_in_threads(prompt: str) -> list[str]:
+    """Do so where there is no event loop, as a function for `Limiter.map` does."""
+    return [item.result for item in limiter.map(str.upper, prompt.split())]
+
+
+async def by_the_map_of_python(prompt: str) -> str:
+    """Name the limiter, and map something of no matter to it."""
+    return limiter.name.join(map(str.upper, prompt))
+
+
 class Pipeline:
     """Hold a model that some methods use, and some don't."""
 
@@ -124,6 +134,7 @@ def paced_functions() -> Iterator[tuple[str, Callable[[str], Awaitable[object]]]
     yield "names a client", by_the_client
     yield "acquires", by_hand
     yield "has a batch of its own", by_a_batch
+    yield "has one in threads", by_a_batch_in_threads
     yield "is decorated", decorated
     yield "acquires of a child", by_a_child
     yield "a lambda", lambda prompt: decorated(prompt)  # noqa: PLW0108 - it is the point
@@ -139,6 +150,7 @@ def plain_functions() -> Iterator[tuple[str, Callable[[str], Awaitable[object]]]
     """Yield functions that don't."""
     yield "knows nothing", plain
     yield "looks at it", for_the_looks
+    yield "maps something else", by_the_map_of_python
     yield "another limiter", by_another
     yield "another model", closure(other.wrap(MockLLM()))
     yield "an unpaced model", MockLLM().acomplete

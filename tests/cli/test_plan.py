@@ -136,10 +136,18 @@ def test_tenants_are_told_in_words() -> None:
 
 def test_tenants_have_a_table() -> None:
     """Below that of the limits."""
-    shown = typed("--rpm", "60", "--tenant", "acme calls=90", "--tenant", "bob calls=30")
+    shown = typed("--rpm", "60", "--tenant", "acme[eu] calls=90", "--tenant", "bob calls=30")
 
     assert "wait p95" in shown
-    assert any(line.split()[:2] == ["acme", "90"] for line in shown.splitlines())
+    assert any(line.split()[:2] == ["acme[eu]", "90"] for line in shown.splitlines())
+
+
+def test_tenants_own_limit_is_drawn_where_it_binds() -> None:
+    """And whose it is stands beside it."""
+    shown = typed("--tenant", "acme calls=90 rpm=60", "--tenant", "bob calls=30 rpm=60")
+
+    assert shown.startswith("84.4 s, requests bind: 120 calls")
+    assert "____ is the limit of acme: 60 requests per 60 s" in shown
 
 
 def test_what_nobody_waits_for_is_not_drawn() -> None:

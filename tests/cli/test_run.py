@@ -257,6 +257,16 @@ def test_embeddings_and_responses_have_their_usage(rate_limited_provider: Provid
     assert provider.statistics().endpoints == {"embeddings": 1, "responses": 1}
 
 
+def test_query_of_the_base_stands_behind_each_path(rate_limited_provider: ProviderFactory) -> None:
+    """As Azure wants the version of its API."""
+    base = f"{rate_limited_provider().base_url}/?api-version=2024-10-21"
+    arguments = ["-o", "out.jsonl", "--rpm", "60000", "--api-base", base]
+
+    result = CliRunner().invoke(app, ["run", batch(1), *arguments])
+
+    assert (result.exit_code, len(lines_of("out.jsonl"))) == (0, 1)
+
+
 def test_key_that_a_provider_quotes_is_shown_to_nobody(httpx_says: Callable[..., str]) -> None:
     """Nor is the password of a URL: not on the screen, in the errors, or in the checkpoint."""
     base = httpx_says(f"Incorrect API key provided: {SECRET}")

@@ -1,6 +1,7 @@
 """One line: what it may be, and why it can't be sent."""
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -138,6 +139,21 @@ def test_bad_line_says_why(line: Any, reason: str) -> None:
     with pytest.raises(BadLine) as caught:
         read(line)
     assert reason in str(caught.value)
+
+
+def test_line_is_read_or_is_bad_however_deep_it_is_nested() -> None:
+    """There are depths that can be read and not written again."""
+    reasons: list[str | None] = []
+    for depth in (*range(2, sys.getrecursionlimit()), 1_000_000):
+        line = b'{"messages": [1], "metadata": ' + b"[" * depth + b"]" * depth + b"}"
+        try:
+            read(line)
+        except BadLine as bad:
+            reasons.append(str(bad))
+        else:
+            reasons.append(None)
+    assert (reasons[0], reasons[-1]) == (None, "its brackets are nested deeper than can be sent")
+    assert len(set(reasons)) == 2
 
 
 def test_line_without_a_model_says_where_to_put_it() -> None:

@@ -101,6 +101,16 @@ def test_calls_that_come_one_after_the_other_wait_as_they_do() -> None:
     assert_same(planned, run(limits, tokens, latencies, arrivals=arrivals))
 
 
+def test_who_stands_in_line_looks_when_the_head_of_a_line_does() -> None:
+    """Not at each call's end: whoever is let into one window in vain would date its last entry anew."""
+    latencies = list(drawn(1, 40, 0.0, 4.0))
+    arrivals = sorted(drawn(51, 40, 0.0, 30.0))
+    limits: dict[str, Any] = {"limits": ("30 RPM burst 1",), "concurrency": 10}
+    planned = plan("30 RPM burst 1", latency=latencies, arrivals=arrivals, concurrency=10)
+
+    assert_same(planned, run(limits, [1] * 40, latencies, arrivals=arrivals))
+
+
 def test_what_calls_give_back_when_they_end_is_used_again() -> None:
     """Refunds and debts are those of `Lease.settle`."""
     tokens = [1_000] * 300

@@ -213,6 +213,15 @@ def test_what_makes_no_plan_says_what_is_missing(arguments: dict[str, Any], mess
         plan(**arguments)
 
 
+def test_number_is_no_arrivals() -> None:
+    """It may have been meant as a rate."""
+    arrivals: Any = 8.0
+    with pytest.raises(
+        TypeError, match=r"Poisson\(8\.0\) for so many calls a second, .*, not 8\.0"
+    ):
+        plan(calls=5, rpm=60, arrivals=arrivals)
+
+
 def test_limit_that_cannot_be_read_is_an_error_of_limits() -> None:
     """Limits are written as for a limiter."""
     with pytest.raises(LimitSyntaxError):

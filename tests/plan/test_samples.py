@@ -111,6 +111,7 @@ def test_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", r"samples\.jsonl, line 2: no JSON: .*; a line is a number, a text in"),
+        ("[" * 100_000, r"samples\.jsonl, line 2: no JSON: maximum recursion depth"),
         ('{"cost": 3}', r"tokens: .*samples\.jsonl, line 2: an object with cost says no tokens"),
         ("{}", "an object with nothing says no tokens"),
         ("null", "line 2: expected a number, not None"),

@@ -71,6 +71,17 @@ def test_one_tenants_limit_holds_up_nobody_else() -> None:
     assert planned.bound_by == "requests"
 
 
+def test_tenants_own_limit_binds_where_no_shared_one_does() -> None:
+    """Whether all share one that nobody waits for or none at all."""
+    slow = Tenant(calls=60, limits=("12 RPM burst 1",))
+    planned = plan(rpd=9_000, latency=1.0, tenants={"slow": slow, "fast": Tenant(calls=9)})
+    assert planned.summary == "4 min 57 s, requests bind: 69 calls"
+
+    planned = plan(latency=1.0, tenants={"slow": slow, "fast": Tenant(calls=9)})
+    assert planned.summary == "4 min 57 s, requests bind: 69 calls"
+    assert planned.binding is planned.limits[0]
+
+
 def test_tenants_share_what_can_be_read_once() -> None:
     """Samples and instants may come from generators, and each tenant has all of them."""
     planned = plan(

@@ -1,9 +1,11 @@
 import asyncio
+import math
 import re
 import socket
 import threading
 import time as real
 
+import anyio
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -160,6 +162,24 @@ def test_deadlock_names_the_tasks_that_wait() -> None:
         r"  other: \S*waits_for_ever \(test_virtual_time\.py:\d+\) > Event\.wait \(locks\.py:\d+\)",
         str(caught.value),
     )
+
+
+def test_sleeping_for_ever_is_no_timer_to_jump_to() -> None:
+    """As `anyio.sleep_forever` does it; it can be cancelled as any other wait."""
+
+    async def main() -> None:
+        sleeper = asyncio.create_task(asyncio.sleep(math.inf), name="sleeper")
+        await asyncio.sleep(5)
+        sleeper.cancel()
+        await asyncio.wait([sleeper])
+        asyncio.create_task(anyio.sleep_forever(), name="forever")  # noqa: RUF006
+        await asyncio.Event().wait()
+
+    with (
+        virtual_time() as time,
+        pytest.raises(DeadlockError, match=r"(?s)at 5\.0 s .*  forever: sleep"),
+    ):
+        time.run(main())
 
 
 def test_loop_without_a_task_is_a_deadlock_too() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from asyncbucket.cli.canvas import LIMIT, OTHER, OURS, canvas
-from asyncbucket.plan.result import Plan, spoken
+from asyncbucket.plan.result import Plan, spoken, whose
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,7 @@ def _admissions(axes: "Axes", plan: Plan) -> None:
     axes.stairs(rates, edges, fill=True, color=OURS, alpha=0.85, linewidth=0)
     binding = plan.binding
     if binding is not None and binding.rate is not None:
-        said = f"{binding.limit}: {binding.rate:,.3g}/s in the long run"
+        said = f"{whose(binding)}: {binding.rate:,.3g}/s in the long run"
         axes.axhline(binding.rate, color=LIMIT, linewidth=1.5, label=said)
         axes.set_ylim(0, _top(rates, binding.rate))
         axes.legend(loc="upper right", fontsize=8, framealpha=0.85, edgecolor="none")
@@ -52,7 +52,7 @@ def _top(rates: list[float], limit: float) -> float:
 def _others(axes: "Axes", plan: Plan) -> None:
     rows = [("as planned", plan.duration)]
     rows += [
-        (f"twice {each.limit}", each.if_doubled)
+        (f"twice {whose(each)}", each.if_doubled)
         for each in plan.limits
         if each.if_doubled is not None
     ]

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from asyncbucket.cli.plot import Canvas, against_limit, shows_blocks, written
-from asyncbucket.plan.result import Plan, details, table, tenants
+from asyncbucket.plan.result import Plan, details, table, tenants, whose
 
 _WIDEST: Final = 120
 
@@ -44,7 +44,7 @@ def _table(rows: Sequence[tuple[str, ...]], *, unicode: bool) -> Table:
     for name in head[1:]:
         shown.add_column(name, justify="right")
     for row in others:
-        shown.add_row(*row)
+        shown.add_row(*map(Text, row))
     return shown
 
 
@@ -53,7 +53,7 @@ def _plot(console: Console, canvas: Canvas, plan: Plan) -> None:
     rate = None if binding is None else binding.rate
     title = "admitted over time"
     if rate is not None and binding is not None:
-        title += f"; ____ is the limit of {binding.limit}"
+        title += f"; ____ is the limit of {whose(binding)}"
     columns = columns_of(plan, canvas)
     limit = rate or max(columns)
     if max(columns) > 2 * limit:

@@ -63,11 +63,18 @@ def read_request(number: int, data: bytes, job: Job) -> Request | None:
         raise BadLine(f"not UTF-8 text at byte {error.start}") from None
     if not text:
         return None
+    try:
+        return _request(number, text, job)
+    except RecursionError:
+        raise BadLine("its brackets are nested deeper than can be sent") from None
+
+
+def _request(number: int, text: str, job: Job) -> Request:
     if not text.startswith("{"):
         return _made(number, None, PATHS[job.endpoint], _asking(_unquoted(text), job), job)
     try:
         line = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadLine(f"no JSON: {error}") from None
     if "custom_id" in line or "body" in line:
         return _batch_line(number, line, job)

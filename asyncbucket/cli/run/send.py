@@ -115,7 +115,10 @@ class Sender:
         self._ledger = ledger
         self._tally = tally
         self._retrier = Retrier(Retry(attempts=job.attempts), limiter)
-        self._base = job.api_base.rstrip("/")
+        base, mark, query = job.api_base.partition("?")
+        self._base = base.rstrip("/")
+        #: Behind each path, such as the version of Azure's API.
+        self._query = mark + query
         self._client: httpx.AsyncClient = limiter.http_client(
             family="httpx",
             profile=job.profile,
@@ -186,7 +189,7 @@ class Sender:
         reply.attempts += 1
         try:
             response = await self._client.post(
-                self._base + path.removeprefix("/v1"), content=content
+                self._base + path.removeprefix("/v1") + self._query, content=content
             )
         except httpx.HTTPError as error:
             self._tally.sent += not isinstance(error, UNREACHABLE)
