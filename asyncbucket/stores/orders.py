@@ -52,5 +52,7 @@ class Orders:
             self._told_terms = terms
         if pause is not None and pause is not self._told_pause:
             until, gradually = pause
-            await ledger.pause(max(0, until - clock()), gradually=gradually)
+            left = until - clock()
+            if left > 0:  # else it is over
+                await ledger.pause(left, gradually=gradually)
             self._told_pause = pause
