@@ -171,10 +171,12 @@ def _limits(value: object) -> list[Limit]:
 
 def _concurrency(value: object) -> Any:
     if isinstance(value, str):
-        least, _, most = value.partition("-")
         if value == "auto":
             return value
-        return (int(_number(least)), int(_number(most))) if most else int(_number(value))
+        least, _, most = value.partition("-")
+        if least and most:
+            return int(_number(least)), int(_number(most))
+        return int(_number(value))
     return tuple(_list(value)) if isinstance(value, list) else value
 
 

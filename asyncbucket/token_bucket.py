@@ -64,8 +64,7 @@ class TokenBucket(OfThisProcess):
         "_budget",
         "_clock",
         "_node",
-        "burst",
-        "rate",
+        "_rate",
     )
 
     def __init__(
@@ -81,10 +80,9 @@ class TokenBucket(OfThisProcess):
             raise ValueError(
                 f"burst must be a whole number from 1 to {_LARGEST:,} units, not {burst!r}"
             )
-        self.rate = float(rate)
-        self.burst = int(burst)
+        self._rate = float(rate)
         self._clock = clock
-        self._bucket = Bucket(rate=self.rate, burst=self.burst)
+        self._bucket = Bucket(rate=self._rate, burst=int(burst))
         self._node = Node(gates=Gates([(self._bucket, "units")]))
         self._budget = Budget(clock, self._node)
 
@@ -158,6 +156,16 @@ class TokenBucket(OfThisProcess):
         trace: TracebackType | None,
     ) -> None:
         """Give nothing back: a bucket counts what passes, not what is inside."""
+
+    @property
+    def rate(self) -> float:
+        """Units a second."""
+        return self._rate
+
+    @property
+    def burst(self) -> int:
+        """Units that a full bucket holds."""
+        return self._bucket.burst
 
     def statistics(self) -> BucketStatistics:
         """Return a frozen snapshot."""

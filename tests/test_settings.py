@@ -114,6 +114,7 @@ def test_environment_is_the_processs(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"RPM": "-5"}, "ASYNCBUCKET_RPM: '-5' is no number"),
         ({"LIMITS": "500 RPX"}, "ASYNCBUCKET_LIMITS: '500 RPX' is no limit; write e.g."),
         ({"CONCURRENCY": "some"}, "ASYNCBUCKET_CONCURRENCY: 'some' is no number"),
+        ({"CONCURRENCY": "-8"}, "ASYNCBUCKET_CONCURRENCY: '-8' is no number"),
         ({"PRESET": "openai"}, "ASYNCBUCKET_PRESET: no preset is called 'openai'"),
         (
             {"RMP": "500"},

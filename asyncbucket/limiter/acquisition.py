@@ -18,6 +18,8 @@ class Acquisition(Coroutine[Any, Any, Lease]):
     several tasks at a time.
     """
 
+    __name__ = "acquire"  # how tasks call it
+
     __slots__ = ("_amounts", "_coroutine", "_deadline", "_door", "_entered", "_lease", "_priority")
 
     def __init__(

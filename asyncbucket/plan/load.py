@@ -12,7 +12,7 @@ from asyncbucket.plan.arrivals import AgentTree, Arrivals, Poisson, instants_of,
 from asyncbucket.plan.drive import Call, Follow
 from asyncbucket.plan.samples import Samples, Series, Tokens, read_seconds
 from asyncbucket.plan.tenants import Tenant
-from asyncbucket.wording import named
+from asyncbucket.wording import named, shown
 
 _NANOSECONDS = 1_000_000_000
 
@@ -189,6 +189,10 @@ def loads_of(
             seed=f"{seed}" if name is None else f"{seed} {name}",
         )
 
+    if not isinstance(tenants, Mapping):
+        raise TypeError(
+            f'tenants go by name, such as {{"acme": Tenant(calls=500)}}, not {shown(tenants)}'
+        )
     if not tenants:
         return {None: load(None, Tenant())}
     return {name: load(name, tenant) for name, tenant in tenants.items()}

@@ -116,7 +116,9 @@ async def test_an_acquisition_makes_one_task() -> None:
     """As any coroutine: another task of it fails, rather than going on without a lease."""
     limiter = Limiter(concurrency=2)
     acquisition = limiter.acquire()
-    lease = await asyncio.create_task(acquisition)
+    task = asyncio.create_task(acquisition)
+    assert "coro=<acquire" in repr(task)
+    lease = await task
     with pytest.raises(RuntimeError, match="call acquire\\(\\) for another lease"):
         await asyncio.create_task(acquisition)
     lease.release()

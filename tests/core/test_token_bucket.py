@@ -1,5 +1,6 @@
 import asyncio
 import enum
+from typing import Any
 
 import pytest
 
@@ -154,6 +155,15 @@ def test_a_bucket_speaks_for_itself(virtual_time: VirtualTime) -> None:
 def test_a_whole_float_is_a_burst() -> None:
     """2.0 is two."""
     assert TokenBucket(1, 2.0).burst == 2  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+
+def test_a_bucket_stays_as_it_was_made() -> None:
+    """To set its rate or burst would change what it says, and not what it does."""
+    bucket: Any = TokenBucket(rate=2, burst=3)
+    for name in ("rate", "burst"):
+        with pytest.raises(AttributeError):
+            setattr(bucket, name, 10)
+    assert (bucket.rate, bucket.burst) == (2.0, 3)
 
 
 def test_an_integer_by_another_name_is_an_amount(virtual_time: VirtualTime) -> None:

@@ -214,6 +214,9 @@ def test_tenant_that_is_none_is_refused() -> None:
     tenants: Any = {"a": {"calls": 3}}
     with pytest.raises(TypeError, match=r"tenant 'a' must be a Tenant such as .*, not dict"):
         plan(rpm=60, tenants=tenants)
+    unnamed: Any = [Tenant(calls=3)]
+    with pytest.raises(TypeError, match=r"tenants go by name, such as .*, not list"):
+        plan(rpm=60, tenants=unnamed)
 
 
 @pytest.mark.parametrize(
