@@ -703,3 +703,18 @@ def test_what_no_call_gives_back_any_more_is_told_apart() -> None:
     closed = window.closed()
     assert closed.entries(3 * SECOND) == [(SECOND, 1)]
     assert (closed.used, closed.lent, window.used) == (1, 0, 5)
+
+
+def test_a_bucket_at_another_rate_knows_its_past_in_whole_numbers() -> None:
+    """Of six units, three had flowed in again before the next call: just the others come back."""
+    bucket = Bucket(rate=3, burst=9)
+    bucket.book(6, SECOND)
+    bucket.book(3, 2 * SECOND)
+
+    bucket.reshape(rate=7, burst=9, now=2 * SECOND)
+
+    assert bucket.available(2 * SECOND) == 3
+    bucket.unbook(6, SECOND)
+    assert bucket.available(2 * SECOND) == 6
+    numbers = (bucket.tat, bucket.full_at, *bucket._dates, *bucket._lows)
+    assert {type(number) for number in numbers} == {int}
