@@ -130,7 +130,7 @@ def _in_store(root: Account, amounts: Amounts, now: int) -> tuple[int, str | Non
     known = root.remote.held_up()
     if known is not None:
         bound_by, due = known
-        return NEVER if bound_by == "concurrency" else due, bound_by
+        return due, bound_by
     if root.slots is not None and root.in_flight >= root.slots.size:
         return NEVER, "concurrency"
     lacking = (

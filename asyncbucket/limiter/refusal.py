@@ -44,8 +44,7 @@ def _reason_locked(
         known = remote.held_up()
         if known is None:
             return NEVER, None, "the store that keeps its limits has to be asked"
-        bound_by = known[0]
-        due = NEVER if bound_by == "concurrency" else max(now, known[1])
+        bound_by, due = known[0], max(now, known[1])
     if bound_by is None:
         return due, None, "others came first"
     return due, bound_by, _wait_for(bound_by, due, account, now)

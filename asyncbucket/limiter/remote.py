@@ -16,7 +16,10 @@ class Remote(Protocol):
         ...
 
     def held_up(self) -> tuple[str, int] | None:
-        """Return what those who wait there wait for, and until when at least, if it is known."""
+        """Return what those who wait there wait for, and until when at least, if it is known.
+
+        `NEVER` says that only a slot which is given back can tell.
+        """
         ...
 
     def pause(self, span: int, *, gradually: bool) -> None:

@@ -290,7 +290,8 @@ class Desk(Generic[W]):
                 self._waits |= self._slotless or not booked
                 if booking.bound_by is not None:
                     self._bounds[waiting] = booking.bound_by
-                    self.held_up = self.held_up or (booking.bound_by, self._ask_at)
+                    until = NEVER if booking.bound_by == "concurrency" else self._ask_at
+                    self.held_up = self.held_up or (booking.bound_by, until)
         self._lifeline.record.book_all(heads, receipt.bookings)
 
     def _deliver(self, waiting: W, booking: Booking, start: int, bound_by: str | None) -> None:
