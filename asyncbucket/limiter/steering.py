@@ -109,8 +109,8 @@ class Steering(ABC):
 
         ``concurrency`` may change between a fixed number and one to be found, too; ``weight`` is
         that of a child. What was admitted stays counted, and calls in flight hold slots that come to
-        be (not those of a store), so a lower limit is kept from the first moment. Calls that wait and could never pass again
-        fail with `CostExceedsLimit`.
+        be (not those of a store), so a lower limit is kept from the first moment. Calls that wait and
+        could never pass again fail with `CostExceedsLimit`.
 
         Raises:
             LimitSyntaxError, ValueError: as for `Limiter` and `child`.

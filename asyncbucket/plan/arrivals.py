@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import Final, TypeAlias
 
-from asyncbucket.numeric import is_integer, is_number
+from asyncbucket.limiter.terms import read_count
+from asyncbucket.numeric import is_number
 from asyncbucket.wording import shown
 
 #: The most calls of a plan, which are a minute or two and some gigabytes.
@@ -61,10 +62,7 @@ class AgentTree:
     def __post_init__(self) -> None:
         """Refuse what is no tree."""
         for name in ("agents", "depth", "fan_out", "steps"):
-            value = getattr(self, name)
-            if not is_integer(value) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-            object.__setattr__(self, name, int(value))
+            object.__setattr__(self, name, read_count(getattr(self, name), name, least=1))
         if (self.fan_out > 1 and self.depth > _DEEP) or self.calls > MOST:
             raise ValueError(
                 f"agents={self.agents:,}, depth={self.depth:,}, fan_out={self.fan_out:,} and "

@@ -6,8 +6,8 @@ from itertools import islice, repeat
 from typing import Any
 
 from asyncbucket.cost import Cost, amounts_of, rounded_up
+from asyncbucket.limiter.terms import read_count
 from asyncbucket.limits import Limit
-from asyncbucket.numeric import is_integer
 from asyncbucket.plan.arrivals import AgentTree, Arrivals, Poisson, instants_of, read_instants
 from asyncbucket.plan.drive import Call, Follow
 from asyncbucket.plan.samples import Samples, Series, Tokens, read_seconds
@@ -48,14 +48,14 @@ class Load:
 
     def _count(self, calls: int | None) -> int:
         """Return how many calls there are, by whatever says so."""
-        if calls is not None and (not is_integer(calls) or calls < 1):
-            raise ValueError(f"calls must be a whole number of at least 1, not {calls!r}")
+        if calls is not None:
+            calls = read_count(calls, "calls", least=1)
         if isinstance(self._arrivals, AgentTree):
             told = self._arrivals.calls
         elif isinstance(self._arrivals, list):
             told = len(self._arrivals)
         else:
-            told = int(calls or max(map(len, self._all())))
+            told = calls or max(map(len, self._all()))
         if not told:
             raise ValueError(
                 "how many calls? give calls, samples or a file of them, instants, or a tree of agents"

@@ -598,17 +598,18 @@ def test_second_run_of_a_loop_goes_on(url: str) -> None:
 UNCLOSED = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning", "ignore:loop is closed")
 
 
+async def use_less(limiter: Limiter) -> None:
+    """Make a call that uses a quarter of what it reserves, and do not close."""
+    async with limiter.acquire(tokens=400, timeout=2) as lease:
+        lease.settle(tokens=100)
+
+
 @UNCLOSED
 def test_run_that_forgets_to_close_leaves_the_next_one_its_slots_and_refunds(where: str) -> None:
     """A script calls `asyncio.run` for each of its calls: what came back last is told by the next run."""
     limiter = Limiter("1000 TPM", concurrency=2, store=where, name="forgets")
-
-    async def once() -> None:
-        async with limiter.acquire(tokens=400, timeout=2) as lease:
-            lease.settle(tokens=100)
-
     for _ in range(6):
-        asyncio.run(once())
+        asyncio.run(use_less(limiter))
     asyncio.run(limiter.aclose())
     gc.collect()
     snapshot = asyncio.run(open_and_peek(where, "forgets"))
@@ -619,14 +620,9 @@ def test_run_that_forgets_to_close_leaves_the_next_one_its_slots_and_refunds(whe
 def test_run_that_forgets_to_close_leaves_those_without_a_loop_its_slots(where: str) -> None:
     """Their loop was there before, and goes on: it is told as well as one that begins."""
     limiter = Limiter("1000 TPM", concurrency=1, store=where, name="mixes")
-
-    async def once() -> None:
-        async with limiter.acquire(tokens=400, timeout=2) as lease:
-            lease.settle(tokens=100)
-
     for _ in range(3):
         limiter.acquire_sync(tokens=100, timeout=2).release()
-        asyncio.run(once())
+        asyncio.run(use_less(limiter))
     limiter.acquire_sync(tokens=100, timeout=2).release()
     asyncio.run(limiter.aclose())
     gc.collect()

@@ -50,7 +50,7 @@ class SQLiteLedger:
         reset_after_fork(self)
 
     def after_fork(self) -> None:
-        """Another worker in a child process."""
+        """Go on as another worker in a child process."""
         self._worker += "'"
         self._kept = Batch()
         self._in_line = False
