@@ -11,9 +11,9 @@ While the store is gone, calls pass as `asyncbucket.stores.lifeline` allows.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Final, Generic
+from typing import Final, Generic
 
 from asyncbucket.errors import StoreError
 from asyncbucket.events import Event
@@ -102,7 +102,7 @@ class Desk(Generic[W]):
         self._bell = asyncio.Event()
         self._listener: asyncio.Task[None] | None = None
         self._fallen = False
-        self._task = self._guard(self._serve(), "asyncbucket desk")
+        self._task = self._guard(self._serve, "asyncbucket desk")
 
     @property
     def alone(self) -> bool:
@@ -194,7 +194,7 @@ class Desk(Generic[W]):
             _log.debug("the store is gone: slots expire by themselves")
         await self.ledger.aclose()
 
-    def _guard(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+    def _guard(self, work: Callable[[], Awaitable[None]], name: str) -> asyncio.Task[None]:
         return asyncio.create_task(guarded(work, self._fall), name=name)
 
     def _fall(self, error: Exception) -> None:
@@ -304,7 +304,7 @@ class Desk(Generic[W]):
     def _listen(self) -> None:
         """Ask again when the store calls, or when it said that it would be time to."""
         if self._listener is None or self._listener.done():
-            self._listener = self._guard(self._hark(), "asyncbucket slots")
+            self._listener = self._guard(self._hark, "asyncbucket slots")
 
     async def _hark(self) -> None:
         while self._waits and not self.alone and not leaving():

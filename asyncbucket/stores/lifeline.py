@@ -10,8 +10,8 @@ told, too, the worker goes on with its share, though by way of the store.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, TypeVar
 
 from asyncbucket.errors import StoreError
 from asyncbucket.events import Event, StoreLost, StoreRecovered
@@ -81,9 +81,7 @@ class Lifeline:
         self._since = 0
         self._outages = 0
         self._lost = asyncio.Event()
-        self._task = asyncio.create_task(
-            guarded(self._live(), on_fall), name="asyncbucket heartbeat"
-        )
+        self._task = asyncio.create_task(guarded(self._live, on_fall), name="asyncbucket heartbeat")
 
     def hear(self, now: int, changed: Terms | None, left: tuple[int, ...]) -> None:
         """Take note of what an answer says besides; ``now`` is the store's clock."""
@@ -197,10 +195,12 @@ def leaving() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-async def guarded(work: Coroutine[Any, Any, None], on_fall: Callable[[Exception], None]) -> None:
+async def guarded(
+    work: Callable[[], Awaitable[None]], on_fall: Callable[[Exception], None]
+) -> None:
     """Do ``work``; tell ``on_fall`` if it fails, for nobody awaits it who could be told."""
     try:
-        await work
+        await work()
     except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must not wait on
         on_fall(error)
 

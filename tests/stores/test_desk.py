@@ -2,10 +2,12 @@
 
 import asyncio
 import collections
+import gc
 import itertools
 import logging
 import random
 import time
+import warnings
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -408,3 +410,16 @@ async def test_other_policies_admit_everybody_or_nobody(
     if passing:
         await asyncio.sleep(0.1)
         assert (await worker.desk.ledger.peek()).limits[0].available <= -20, "no debt was told"
+
+
+async def test_desk_can_be_closed_before_it_has_begun(tmp_path: Path) -> None:
+    """Without a word on coroutines that nobody awaited: its tasks are cancelled before their start."""
+    store = open_store(f"sqlite:///{tmp_path / 'limits.db'}")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        desk = Desk(await store.open("desk", terms("3 requests/s"), slot_ttl=30.0), Fifo())
+        await desk.aclose()
+        del desk
+        gc.collect()
+    await store.aclose()
+    assert not told
