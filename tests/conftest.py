@@ -1,8 +1,10 @@
 """What every test may rely on."""
 
 import os
+import pathlib
 import signal
 import sys
+import threading
 from collections.abc import Generator
 
 import pytest
@@ -28,14 +30,26 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+#: The folders whose tests are measured, where not all are: see `make test`.
+MEASURED = os.environ.get("MEASURED", "").split()
+
+
+def is_measured(item: pytest.Item) -> bool:
+    """Tell whether coverage is of interest in a test."""
+    folder = item.path.relative_to(pathlib.Path(__file__).parent).parts[0]
+    return item.get_closest_marker("heavy") is None and (not MEASURED or folder in MEASURED)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
-    """Measure no coverage in a test that is marked `heavy`: a tracer would triple its time."""
-    tracer = sys.gettrace()
-    if item.get_closest_marker("heavy") is None or tracer is None:
+    """Measure coverage only where it is of interest: a tracer would triple the time of a test."""
+    tracer, in_threads = sys.gettrace(), threading.gettrace()
+    if tracer is None or is_measured(item):
         return (yield)
     sys.settrace(None)
+    threading.settrace(None)
     try:
         return (yield)
     finally:
         sys.settrace(tracer)
+        threading.settrace(in_threads)

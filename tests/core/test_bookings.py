@@ -37,6 +37,20 @@ def test_what_is_booked_again_counts_as_if_the_same_limiter_had_gone_on() -> Non
     assert after.statistics().limits[0].available == 4
 
 
+def test_bucket_that_is_full_again_lacks_nothing_afterwards() -> None:
+    """What its window remembers may be older than what it lacks."""
+    clock = VirtualClock()
+    clock.advance(100.0)
+    before = Limiter("60 RPM burst 10", clock=clock)
+    before.acquire_nowait(requests=5).release()
+    clock.advance(5.0)
+    after = Limiter("60 RPM burst 10", clock=clock)
+    rebook(after, bookings(before), ago=0)
+
+    assert after.statistics().limits[0].used == 5
+    assert after.statistics().limits[0].available == 10
+
+
 def test_a_call_is_booked_again_in_each_limit_that_counts_it() -> None:
     """Paced or not; resources that it does not cost stay as they are."""
     clock = VirtualClock()

@@ -323,3 +323,9 @@ def test_long_times_are_written_out(virtual_time: VirtualTime) -> None:
 
     virtual_time.run(main())
     assert str(Limit("requests", 5, per=30 * 86_400)) == "5 requests per 2592000 s"
+
+
+def test_name_that_the_package_has_not_is_refused_as_of_any_module() -> None:
+    """Some of its names are loaded when they are first spoken of; others are mistakes."""
+    with pytest.raises(AttributeError, match=r"^module 'asyncbucket' has no attribute 'Limitr'$"):
+        _ = asyncbucket.Limitr

@@ -1,0 +1,131 @@
+"""A call that waits for another one made inside it gives back the slots that this one needs."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from asyncbucket import Limiter, pace
+from asyncbucket.limiter.lease import Lease
+from asyncbucket.limiter.lending import give_back
+from asyncbucket.testing import VirtualClock, VirtualTime
+
+
+def used(*limiters: Limiter) -> list[int]:
+    """Return how many slots of each limiter are taken."""
+    return [limiter._account.gates.slots[0].used for limiter in limiters]
+
+
+async def take(limiter: Limiter) -> Lease:
+    """Return a lease of ``limiter``."""
+    return await limiter.acquire()
+
+
+def make_tree() -> tuple[Limiter, Limiter, Limiter]:
+    """Return a root and two children, with three slots each."""
+    root = Limiter("1000/s", concurrency=3, clock=VirtualClock())
+    return root, root.child("a", concurrency=3), root.child("b", concurrency=3)
+
+
+def test_slots_that_both_calls_pass_come_back_once() -> None:
+    """At the root, which the call inside needs; of its own child it keeps them until it ends."""
+    root, a, b = make_tree()
+    with a.acquire_nowait() as lease:
+        give_back(lease, b)
+        give_back(lease, b)
+        assert used(root, a, b) == [0, 1, 0]
+    assert used(root, a, b) == [0, 0, 0]
+
+
+def test_slots_that_two_calls_would_hold_against_each_other_come_back_too() -> None:
+    """One of ``a`` asks ``b``, which asks one of ``c``: now that may not hold its own and ask ``a``."""
+    root, a, b = make_tree()
+    c = root.child("c", concurrency=3)
+    leases = [child.acquire_nowait() for child in (a, b, c)]
+    for lease, inside in zip(leases, (b, c, a), strict=True):
+        give_back(lease, inside)
+    assert used(root, a, b, c) == [0, 1, 1, 0]
+    for lease in leases:
+        lease.release()
+    assert used(root, a, b, c) == [0, 0, 0, 0]
+
+
+def test_order_of_many_is_searched_once_each() -> None:
+    """What was held for several others, which lead to the same one, is no circle by itself."""
+    root, a, b = make_tree()
+    c, d = root.child("c", concurrency=3), root.child("d", concurrency=3)
+    for first, inside in ((a, b), (a, c), (b, d), (c, d), (d, b)):
+        lease = first.acquire_nowait()
+        give_back(lease, inside)
+        assert used(first) == [0 if first is d else 1]
+        lease.release()
+
+
+def test_who_waits_for_such_a_slot_passes(virtual_time: VirtualTime) -> None:
+    """At once, though the call outside goes on."""
+
+    async def main() -> None:
+        root = Limiter("1000/s", concurrency=1, clock=virtual_time.clock)
+        async with root.acquire() as lease:
+            inside = asyncio.create_task(take(root))
+            await asyncio.sleep(1)
+            assert not inside.done()
+            give_back(lease, root)
+            (await inside).release()
+        assert used(root) == [0]
+
+    virtual_time.run(main())
+
+
+def test_call_from_before_there_were_slots_gives_back_the_one_it_came_to_hold() -> None:
+    """It was counted in when slots were set."""
+    root = Limiter("1000/s", clock=VirtualClock())
+    with root.acquire_nowait() as lease:
+        root.reconfigure(concurrency=2)
+        assert used(root) == [1]
+        give_back(lease, root)
+        assert used(root) == [0]
+    assert used(root) == [0]
+
+
+@pytest.mark.parametrize("of_parent", [False, True])
+def test_what_is_held_no_more_gives_nothing_back(*, of_parent: bool) -> None:
+    """It was released, or a parent process holds it: else another call's slot would come back."""
+    root = Limiter("1000/s", concurrency=3, clock=VirtualClock())
+    lease, other = root.acquire_nowait(), root.acquire_nowait()
+    if of_parent:
+        root._budget.epoch = 1
+    else:
+        lease.release()
+    before = used(root)
+    give_back(lease, root)
+    assert used(root) == before
+    other.release()
+
+
+def test_call_of_another_tree_needs_none() -> None:
+    """Who waits elsewhere holds up nobody there."""
+    root, elsewhere = (Limiter("1000/s", concurrency=1, clock=VirtualClock()) for _ in range(2))
+    with root.acquire_nowait() as lease:
+        give_back(lease, elsewhere)
+        assert used(root) == [1]
+
+
+async def test_slot_in_a_store_comes_back_too(tmp_path: Path) -> None:
+    """It is the lease's own, whichever object stands for it."""
+    root = Limiter("1000/s", concurrency=1, store=f"sqlite:///{tmp_path}/limits.db")
+    async with root.acquire() as lease:
+        give_back(lease, root.child("a"))
+        async with root.acquire(timeout=5):
+            pass
+    await root.aclose()
+
+
+def test_pace_is_a_limiter_and_its_wrap() -> None:
+    """In one line, and without a limit it would pace nothing."""
+    mock = pytest.importorskip("llama_index.core.llms").MockLLM
+    llm = pace(mock(), rpm=60, timeout=3.0)
+    assert isinstance(llm, mock)
+    assert str(llm.complete("one word")) == "one word"
+    with pytest.raises(ValueError, match="without a limit would pace nothing"):
+        pace(mock())
