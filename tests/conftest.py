@@ -41,15 +41,19 @@ def is_measured(item: pytest.Item) -> bool:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Measure coverage only where it is of interest: a tracer would triple the time of a test."""
     tracer, in_threads = sys.gettrace(), threading.gettrace()
     if tracer is None or is_measured(item):
         return (yield)
     sys.settrace(None)
     threading.settrace(None)
+    # What the test starts as a process of its own would be measured, too.
+    in_processes = os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
     try:
         return (yield)
     finally:
         sys.settrace(tracer)
         threading.settrace(in_threads)
+        if in_processes is not None:
+            os.environ["COVERAGE_PROCESS_CONFIG"] = in_processes
