@@ -329,3 +329,4 @@ def test_name_that_the_package_has_not_is_refused_as_of_any_module() -> None:
     """Some of its names are loaded when they are first spoken of; others are mistakes."""
     with pytest.raises(AttributeError, match=r"^module 'asyncbucket' has no attribute 'Limitr'$"):
         _ = asyncbucket.Limitr
+    assert asyncbucket.Plan.__name__ == "Plan"

@@ -113,7 +113,7 @@ def test_call_of_another_tree_needs_none() -> None:
 
 async def test_slot_in_a_store_comes_back_too(tmp_path: Path) -> None:
     """It is the lease's own, whichever object stands for it."""
-    root = Limiter("1000/s", concurrency=1, store=f"sqlite:///{tmp_path}/limits.db")
+    root = Limiter("1000/s", concurrency=1, store=f"sqlite:///{tmp_path}/limits.db?patience=5")
     async with root.acquire() as lease:
         give_back(lease, root.child("a"))
         async with root.acquire(timeout=5):

@@ -358,7 +358,7 @@ def _spend(pickled: bytes) -> list[str]:
 @pytest.mark.real_clock
 def test_copy_in_another_process_shares_what_is_in_a_store(tmp_path: Path) -> None:
     """Nothing to warn of: it is the same limit. On the machine's clock, as processes share a store."""
-    store = f"sqlite:///{tmp_path}/limits.db"
+    store = f"sqlite:///{tmp_path}/limits.db?patience=5"
     limiter = Limiter("3 RPM burst 3", name="openai", store=store)
     paced = limiter.wrap(MockLLM(max_tokens=2), child="chat")
     with multiprocessing.get_context("spawn").Pool(1) as pool:

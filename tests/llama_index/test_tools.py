@@ -687,7 +687,7 @@ def test_slot_in_a_store_is_lent_too(tmp_path: Path) -> None:
     """Shared with other processes or not. On the machine's clock, which is the store's."""
 
     async def main() -> None:
-        store = f"sqlite:///{tmp_path}/limits.db"
+        store = f"sqlite:///{tmp_path}/limits.db?patience=5"
         tree = Tree(time.monotonic_ns, concurrency=1, store=store)
         tool = tree.ask(seconds=0)
         async with asyncio.timeout(30):

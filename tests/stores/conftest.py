@@ -175,12 +175,15 @@ def shared_server(
         yield server
 
 
-@pytest.fixture(scope="module")
-def patient_worker() -> Iterator[None]:
-    """Wait longer for replies than 0.2 s: what is asked thousands of times meets a busy machine once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(RedisLedger._ask.__kwdefaults__ or {}, "patience", 5.0)
-        yield
+@pytest.fixture(autouse=True)
+def patient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait longer for replies than 0.2 s, for the machine may be busy.
+
+    Not where a test has a server of its own, that may be frozen or killed.
+    """
+    if "start_server" not in request.fixturenames:
+        monkeypatch.setattr("asyncbucket.stores.redis_ledger.PATIENCE", 5.0)
+        monkeypatch.setitem(RedisLedger._ask.__kwdefaults__ or {}, "patience", 5.0)
 
 
 @pytest.fixture

@@ -10,8 +10,6 @@ from asyncbucket.testing.store_conformance import StoreConformance
 if TYPE_CHECKING:
     from tests.stores.conftest import RunningServer
 
-pytestmark = pytest.mark.usefixtures("patient_worker")
-
 
 class TestRedis(StoreConformance):
     """Run every scenario against a real server."""

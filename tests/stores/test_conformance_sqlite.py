@@ -21,4 +21,4 @@ class TestSQLite(StoreConformance):
         self.path = tmp_path / "limits.db"
 
     def make_store(self) -> Store:
-        return open_store(f"sqlite:///{self.path}")
+        return open_store(f"sqlite:///{self.path}?patience=5")

@@ -183,7 +183,7 @@ async def test_workers_that_want_more_than_there_is_take_turns(
     kind: str, url: str, hire: Any, tmp_path: Path
 ) -> None:
     """Whoever was served stands behind those who wait: no two calls of one worker in a row."""
-    where = url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}"
+    where = url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}?patience=5"
     workers = [await hire(where, terms("10/s burst 1", concurrency=50)) for _ in range(3)]
     went: list[tuple[int, Worker]] = []
 

@@ -20,8 +20,6 @@ from asyncbucket.stores import Batch, Correction, Outcome, Terms, open_store, sc
 if TYPE_CHECKING:
     from tests.stores.conftest import RunningServer
 
-pytestmark = pytest.mark.usefixtures("patient_worker")
-
 MICROSECOND = 1_000
 SECOND = 1_000_000_000
 #: When histories begin: an instant of this age has as many digits as the server's own.

@@ -34,7 +34,7 @@ def url(shared_server: "RunningServer", redis_sync: Any) -> str:
 def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Be each kind of store, empty."""
     if request.param == "file":
-        return f"sqlite:///{tmp_path / 'limits.db'}"
+        return f"sqlite:///{tmp_path / 'limits.db'}?patience=5"
     return str(request.getfixturevalue("url"))
 
 

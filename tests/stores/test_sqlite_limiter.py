@@ -87,7 +87,7 @@ import asyncio, sys
 from asyncbucket import Limiter
 
 async def main():
-    limiter = Limiter(concurrency=2, store=f"sqlite:///{sys.argv[1]}", name="openai", slot_ttl=1)
+    limiter = Limiter(concurrency=2, store=f"sqlite:///{sys.argv[1]}?patience=5", name="openai", slot_ttl=1)
     leases = [await limiter.acquire() for _ in range(2)]
     print("held", flush=True)
     await asyncio.sleep(3)
@@ -102,7 +102,7 @@ import asyncio, sys
 from asyncbucket import Limiter
 
 async def main():
-    limiter = Limiter("3 RPD burst 3", store=f"sqlite:///{sys.argv[1]}", name="openai")
+    limiter = Limiter("3 RPD burst 3", store=f"sqlite:///{sys.argv[1]}?patience=5", name="openai")
     try:
         print((await limiter.acquire(timeout=0.5)).waited < 0.5)
     finally:
@@ -295,7 +295,9 @@ async def test_a_call_that_can_never_pass_says_so(path: Path) -> None:
 
 async def test_statistics_tell_what_the_store_has_calls_wait_for(path: Path) -> None:
     """At the root, and at a child that has room of its own; of one that has none, its own limit."""
-    limiter = Limiter("1 requests/2s", concurrency=9, store=f"sqlite:///{path}", name="openai")
+    limiter = Limiter(
+        "1 requests/2s", concurrency=9, store=f"sqlite:///{path}?patience=5", name="openai"
+    )
     roomy, narrow = limiter.child("roomy", concurrency=8), limiter.child("narrow", concurrency=1)
     async with limiter.acquire(), asyncio.timeout(20):
         holder = asyncio.create_task(take(narrow))
@@ -320,7 +322,7 @@ async def take(limiter: Limiter) -> None:
 
 def test_threads_without_a_loop_share_it_too(path: Path) -> None:
     """Plain code on plain threads: the background loop keeps the store, and all are admitted."""
-    limiter = Limiter("100 RPM burst 100", store=f"sqlite:///{path}", name="openai")
+    limiter = Limiter("100 RPM burst 100", store=f"sqlite:///{path}?patience=5", name="openai")
     done: list[int] = []
 
     def work() -> None:
