@@ -119,7 +119,9 @@ class Counter:
             if waiting.done() or waiting not in self._grants:
                 return  # it gave up: it was given back, or will be when its task comes to know
             _, (gates, booked, _, bound_by) = self._grants.pop(waiting)
-            entry = Entry(self, grant, waiting.amounts)
+            # What is limited, and was not reserved, may be used all the same.
+            unreserved = dict.fromkeys(self._shared.account.resources(), 0)
+            entry = Entry(self, grant, {**unreserved, **waiting.amounts})
             gates = Gates((*gates.meters, *entry.meters()))
             now, bound_by = self._budget.clock(), grant.bound_by or bound_by
             waiting.pacer.admit_locked(waiting, Passage(gates, booked, now, bound_by))

@@ -235,6 +235,15 @@ def test_undoing_gives_everything_back(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
+def test_undoing_gives_back_what_was_not_reserved_too(virtual_time: VirtualTime) -> None:
+    """It was settled before it turned out that the call was none."""
+    limiter = Limiter("5 images/s", clock=virtual_time.clock)
+    lease = limiter.acquire_nowait()
+    lease.settle(images=3)
+    lease.undo()
+    assert limiter.statistics().limits[0].used == 0
+
+
 def test_a_booking_is_dated_anew_when_the_call_leaves(virtual_time: VirtualTime) -> None:
     """Three seconds after its admission: it stays in the window for three seconds longer."""
 
