@@ -185,7 +185,10 @@ def _refuse_if_hopeless_locked(
                 f"behind {counted(waiting, 'calls')} waiting already" if waiting else _AT_ONCE,
                 f"try again later or raise max_queue={each.max_queue:,}",
             )
-    if deadline is not None and account.through.soonest(amounts, now) > deadline:
+    if deadline is None:
+        return
+    since = 0 if account.waiting else now  # who gives up in line leaves what it earned by standing first
+    if account.through.soonest(amounts, now, since=since) > deadline:
         raise _too_late_locked(account, amounts, now, deadline)
 
 
