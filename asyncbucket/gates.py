@@ -63,8 +63,9 @@ class Gates:
     def soonest(self, amounts: Amounts, now: int, *, since: int) -> int:
         """Return what `earliest` would if every open call gave back all that it may: nothing passes before.
 
-        A bucket gets back no more than the window right before it; whoever goes next may have earned of it
-        ``since`` then by standing first. What others hold that pass only some of these gates is nothing to the rest.
+        A bucket gets back no more than the window right before it; who goes next may have earned of it by
+        standing first ``since`` then. What others hold that pass only some of these gates is nothing to
+        the rest.
         """
         lent: dict[str, int] = {}
         soonest, here = now, NEVER

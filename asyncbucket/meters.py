@@ -189,9 +189,8 @@ class Bucket:
         # A call above the burst earned what is above by standing first. That comes back only if the
         # whole call does and nothing was booked since, not even at the same instant. A debt has earned
         # nothing if it found the bucket neither full nor empty, or full just then.
-        as_debt = self.full_at == start or (
-            self._dates[later - 1 : later] == [start] and self._lows[later - 1] != self.depth
-        )
+        found = self._lows[later - 1] if start in self._dates[later - 1 : later] else self.depth
+        as_debt = self.full_at == start or found != self.depth
         if not as_debt and (left or self.tat != start + self.depth):
             amount = min(left + amount, self.burst) - min(left, self.burst)
         back = min([amount * self.p, self.low, *self._lows[later : later + 1]])

@@ -150,7 +150,7 @@ class Door:
                 if passage.gates is not account.known_through:
                     account.begin_early_locked(passage.gates)
                 holder = budget.blocked.here() if on_loop else budget.blocked.threads
-                lease = Lease(account, passage.gates, amounts, passage.booked, holder, priority)
+                lease = Lease(account, passage.gates, amounts, passage.when, holder, priority)
                 waited = passage.when - now
                 lease.waited = waited * 1e-9
                 lease.bound_by = passage.bound_by
@@ -187,7 +187,8 @@ def _refuse_if_hopeless_locked(
             )
     if deadline is None:
         return
-    since = 0 if account.waiting else now  # who gives up in line leaves what it earned by standing first
+    # Who gives up in line leaves to the next what it has earned by standing first.
+    since = 0 if account.waiting else now
     if account.through.soonest(amounts, now, since=since) > deadline:
         raise _too_late_locked(account, amounts, now, deadline)
 

@@ -17,7 +17,7 @@ from asyncbucket.gates import Gates
 from asyncbucket.holders import Holder
 from asyncbucket.limiter.account import Account
 from asyncbucket.loops import OfThisProcess
-from asyncbucket.meters import Bucket, Window
+from asyncbucket.meters import Amounts, Bucket, Window
 
 #: The parts of tokens.
 _TOKENS: Final = ("input_tokens", "output_tokens")
@@ -27,6 +27,17 @@ _PARTS: Final = 16
 
 #: The units that a call has booked of one resource, and when: first what was reserved, then each debt.
 Parts: TypeAlias = list[tuple[int, int]]
+
+
+def put_off(gates: Gates, amounts: Amounts, when: int, now: int) -> None:
+    """Have a booking at ``when`` count from ``now``, but for its slot: the call leaves no sooner."""
+    for meter, resource in gates.meters:
+        amount = amounts.get(resource)
+        if amount and resource != "concurrency" and not meter.remote:
+            # Above a burst it was earned by standing first, whenever the call leaves.
+            units = min(amount, meter.burst) if isinstance(meter, Bucket) else amount
+            meter.unbook(units, when)
+            meter.owe(units, now)
 
 
 def add_debt(parts: Parts, units: int, when: int) -> None:
@@ -217,13 +228,8 @@ class Lease(OfThisProcess):
             now = budget.clock()
             for resource, amount in self._booked().items():
                 settled = (self._parts or {}).get(resource)
-                for meter, counts in self._gates.meters:
-                    if amount and counts == resource != "concurrency" and not meter.remote:
-                        # Above a burst it was earned by standing first, whenever the call leaves.
-                        most = meter.burst if isinstance(meter, Bucket) else amount
-                        for units, when in settled or [(amount, self._when)]:
-                            meter.unbook(min(units, most), when)
-                            meter.owe(min(units, most), now)
+                for units, when in settled or [(amount, self._when)]:
+                    put_off(self._gates, {resource: units}, when, now)
                 if settled:
                     settled[:] = [(amount, now)]
             self._when = now
