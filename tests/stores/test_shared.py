@@ -72,6 +72,13 @@ async def test_slots_that_others_hold_are_named_too(where: str) -> None:
         with pytest.raises(AcquireTimeout, match="all slots are taken") as error:
             await two.acquire(timeout=0.2)
     assert (error.value.bound_by, error.value.retry_after) == ("concurrency", None)
+    child = two.child("child", concurrency=3)
+    waiting = asyncio.gather(*(take(child) for _ in range(3)))
+    while child._account.slots is None or child._account.slots.used < 3:
+        await asyncio.sleep(0)
+    with pytest.raises(WouldBlock, match="all 3 slots are taken"):
+        child.acquire_nowait()
+    await waiting
     await two.aclose()
     await one.aclose()
 
