@@ -285,10 +285,13 @@ class Lease(OfThisProcess):
 
     def _tell_locked(self, account: Account, outcome: Outcome) -> None:
         """Let what finds the number of slots know how the call ended."""
-        adaptive, now = account.adaptive, account.budget.clock()
+        adaptive, slots, now = account.adaptive, account.slots, account.budget.clock()
         assert adaptive is not None
+        assert slots is not None
         if outcome == "ok":
-            adaptive.succeeded(now - self._when, waited=self.bound_by == "concurrency")
+            full = slots.available(now) <= 1  # its own has just come back
+            waited = self.bound_by == "concurrency"
+            adaptive.succeeded(now - self._when, waited=waited, full=full)
         elif outcome == "overloaded":
             adaptive.overloaded(started=self._admitted, now=now)
         account.resize_locked()
