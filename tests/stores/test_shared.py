@@ -71,14 +71,13 @@ async def test_slots_that_others_hold_are_named_too(where: str) -> None:
     async with one.acquire():
         with pytest.raises(AcquireTimeout, match="all slots are taken") as error:
             await two.acquire(timeout=0.2)
-    assert (error.value.bound_by, error.value.retry_after) == ("concurrency", None)
-    child = two.child("child", concurrency=3)
-    waiting = asyncio.gather(*(take(child) for _ in range(3)))
-    while child._account.slots is None or child._account.slots.used < 3:
-        await asyncio.sleep(0)
-    with pytest.raises(WouldBlock, match="all 3 slots are taken"):
-        child.acquire_nowait()
+        child = two.child("child", concurrency=3)
+        waiting = asyncio.gather(*(take(child) for _ in range(3)))
+        await asyncio.sleep(0.05)
+        with pytest.raises(WouldBlock, match="all 3 slots are taken"):
+            child.acquire_nowait()
     await waiting
+    assert (error.value.bound_by, error.value.retry_after) == ("concurrency", None)
     await two.aclose()
     await one.aclose()
 
@@ -849,7 +848,11 @@ async def test_wait_for_a_store_is_no_part_of_a_call(
             held.append(event.held)
 
     limiter.observe(see)
-    monkeypatch.setattr(Adaptive, "succeeded", lambda _, ns, **__: took.append(ns * 1e-9))
+
+    def note(_: Adaptive, latency: int, **_how: bool) -> None:
+        took.append(latency * 1e-9)
+
+    monkeypatch.setattr(Adaptive, "succeeded", note)
     await asyncio.gather(take(child), take(child))
     assert len(held) == len(took) == 2
     assert max(held + took) < 0.2
