@@ -60,11 +60,12 @@ class Gates:
                     when, bound_by = earliest, meter.bound_by or resource
         return when, bound_by
 
-    def soonest(self, amounts: Amounts, now: int) -> int:
+    def soonest(self, amounts: Amounts, now: int, *, since: int) -> int:
         """Return what `earliest` would if every open call gave back all that it may: nothing passes before.
 
-        A bucket gets back no more than the window right before it. What others hold that pass only
-        some of these gates is nothing to the rest.
+        A bucket gets back no more than the window right before it; who goes next may have earned of it by
+        standing first ``since`` then. What others hold that pass only some of these gates is nothing to
+        the rest.
         """
         lent: dict[str, int] = {}
         soonest, here = now, NEVER
@@ -75,7 +76,8 @@ class Gates:
             amount = amounts.get(resource)
             if amount:
                 back = here if isinstance(meter, (Window, Bucket)) else lent.get(resource, NEVER)
-                soonest = max(soonest, meter.earliest(amount, now, back=back))
+                start = since if isinstance(meter, Bucket) else now
+                soonest = max(soonest, meter.earliest(amount, start, back=back))
         return soonest
 
     def room(self, amounts: Amounts, now: int, *, most: int) -> int:

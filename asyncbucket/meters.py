@@ -185,11 +185,14 @@ class Bucket:
         start = when * self.q
         if self.full_at > start:
             return
-        # A call above the burst earned what is above by standing first. That comes back only if the
-        # whole call does and nothing was booked since, not even at the same instant.
-        if left or self.tat != start + self.depth:
-            amount = min(left + amount, self.burst) - min(left, self.burst)
         later = bisect.bisect_right(self._dates, start)
+        # A call above the burst earned what is above by standing first. That comes back only if the
+        # whole call does and nothing was booked since, not even at the same instant. A debt has earned
+        # nothing if it found the bucket neither full nor empty, or full just then.
+        found = self._lows[later - 1] if start in self._dates[later - 1 : later] else self.depth
+        as_debt = self.full_at == start or found != self.depth
+        if not as_debt and (left or self.tat != start + self.depth):
+            amount = min(left + amount, self.burst) - min(left, self.burst)
         back = min([amount * self.p, self.low, *self._lows[later : later + 1]])
         self.low -= back
         lows = [low - back for low in self._lows[later:]]

@@ -239,6 +239,8 @@ class Pacer:
         if alone and outlet is None and isinstance(queue, Line):
             return self._admit_line_locked(queue, now)
         passed = 0
+        if outlet is not None:
+            outlet.put_off(now)
         queue.begin()
         while (head := queue.head(now)) is not None:
             if outlet is not None and not outlet.room():
@@ -251,8 +253,7 @@ class Pacer:
                 if stop or due > now:  # where it is now, the next turn of the loop goes on
                     return passed, due
                 gates.book(head.amounts, now)
-            bound_by = line.bound_by or queue.held_by or self.bound_by
-            passage = Passage(gates, now, now, bound_by)
+            passage = Passage(gates, now, line.bound_by or queue.held_by or self.bound_by)
             passed += 1
             if outlet is not None:
                 outlet.push(head, passage)
@@ -278,7 +279,7 @@ class Pacer:
                 room = 1  # above a burst, of which `Gates.room` knows nothing
             alike = line.serve_alike(amounts, room, now)
             gates.book(amounts, now, calls=len(alike))
-            passage = Passage(gates, now, now, self.bound_by)
+            passage = Passage(gates, now, self.bound_by)
             for each in alike:
                 each.set_result(passage)
             passed += len(alike)
@@ -342,7 +343,7 @@ class Pacer:
             return due if due > now else queue.wake
         gates = head.node.through
         gates.book(head.amounts, now)
-        head.set_result(Passage(gates, now, now, head.line.bound_by))
+        head.set_result(Passage(gates, now, head.line.bound_by))
         queue.served(head, now)
         self._count_out_locked(head)
         budget.blocked.override(self.loop)

@@ -29,9 +29,7 @@ class Passage(NamedTuple):
     """Say how a call has passed; those who passed together share one."""
 
     gates: Gates
-    #: When it was booked there.
-    booked: int
-    #: When it was let go: later than that where it had to wait for a store, too.
+    #: When it was booked there and let go. Where it has to wait for a store, too, that is put off.
     when: int
     #: What had held it up.
     bound_by: str | None
@@ -68,7 +66,7 @@ class Waiter(asyncio.Future[Passage | None]):
 
     def unbook(self, passage: Passage) -> None:
         """Undo the booking of a call that was not made, with what its shares paid for it."""
-        passage.gates.unbook(self.amounts, passage.booked)
+        passage.gates.unbook(self.amounts, passage.when)
         self.node.correct(self.line.priority, self.amounts, None)
 
     def __lt__(self, other: "Waiter") -> bool:
@@ -84,6 +82,13 @@ class Outlet(Protocol):
 
     def push(self, waiter: Waiter, passage: Passage) -> None:
         """Take over ``waiter``, whose ``passage`` is booked; its pacer is told what becomes of it."""
+        ...
+
+    def put_off(self, now: int) -> None:
+        """Have all count from ``now`` who were taken over, on whichever loop, and have not left yet.
+
+        Else limits below the root would forget those who wait for long, and let too many leave at once.
+        """
         ...
 
     def leave(self, waiter: Waiter) -> bool:

@@ -7,8 +7,9 @@ argument, and nothing here waits.
 
 It works in rounds: as many calls as there are slots, or were before a cut, end unheeded, for they
 began under the old size, and the mean latency of the next (at least ten) counts. A round is busy if
-half of these had to wait for a slot; one that is not raises nothing, for with slots to spare nothing
-is learned of what would be too much.
+half of these had to wait for a slot, and all slots were taken at times, or it was for those of a child
+that they waited; one that is not raises nothing, for with slots to spare nothing is learned of what
+would be too much.
 
 The mean of such a round has a standard error; where replies vary a lot the round goes on, up to
 three times the size, and what the error may explain is taken off every rise in latency.
@@ -95,6 +96,7 @@ class Adaptive:
         "_ceiling",
         "_clean",
         "_cut_at",
+        "_full",
         "_held",
         "_raised",
         "_resume",
@@ -131,18 +133,22 @@ class Adaptive:
         # The round so far: calls seen, of which the first `_unheeded` do not count; of those that do
         # how many had waited, and the sums of their latencies and of the squares.
         self._seen = self._busy = self._total = self._squares = 0
+        #: Whether all slots were taken once in it: else it is for others, of a child, that calls wait.
+        self._full = False
 
     def __repr__(self) -> str:
         return f"<Adaptive {self.size} of {self.least} to {self.most:,}>"
 
-    def succeeded(self, latency: int, *, waited: bool) -> None:
+    def succeeded(self, latency: int, *, waited: bool, full: bool = True) -> None:
         """Take in a call that ended well.
 
         Args:
             latency: ns since it was admitted.
-            waited: whether it had to wait for a slot before.
+            waited: whether it had to wait for a slot before, here or elsewhere on its way.
+            full: whether all slots were taken until it ended.
         """
         self._seen += 1
+        self._full |= full
         over = self._seen - self._unheeded
         if over <= 0:
             return
@@ -153,7 +159,7 @@ class Adaptive:
             return
         took = _Took.of(over, self._total, self._squares)
         if took.error <= _SURE or over >= _PATIENCE * self.size:
-            busy = self._busy * 2 >= over
+            busy = self._full and self._busy * 2 >= over
             self._begin()
             self._clean = True
             self._end_round(took, busy=busy)
@@ -179,6 +185,7 @@ class Adaptive:
     def _begin(self) -> None:
         self._unheeded = self.size
         self._seen = self._busy = self._total = self._squares = 0
+        self._full = False
 
     def _end_round(self, took: "_Took", *, busy: bool) -> None:
         """Choose the next size by how long the calls of a round took at this one."""

@@ -150,7 +150,7 @@ class Door:
                 if passage.gates is not account.known_through:
                     account.begin_early_locked(passage.gates)
                 holder = budget.blocked.here() if on_loop else budget.blocked.threads
-                lease = Lease(account, passage.gates, amounts, passage.booked, holder, priority)
+                lease = Lease(account, passage.gates, amounts, passage.when, holder, priority)
                 waited = passage.when - now
                 lease.waited = waited * 1e-9
                 lease.bound_by = passage.bound_by
@@ -185,7 +185,11 @@ def _refuse_if_hopeless_locked(
                 f"behind {counted(waiting, 'calls')} waiting already" if waiting else _AT_ONCE,
                 f"try again later or raise max_queue={each.max_queue:,}",
             )
-    if deadline is not None and account.through.soonest(amounts, now) > deadline:
+    if deadline is None:
+        return
+    # Who gives up in line leaves to the next what it has earned by standing first.
+    since = 0 if account.waiting else now
+    if account.through.soonest(amounts, now, since=since) > deadline:
         raise _too_late_locked(account, amounts, now, deadline)
 
 

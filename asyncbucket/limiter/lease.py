@@ -6,8 +6,9 @@ is left to whoever has it (`Budget.run_or_postpone`).
 """
 
 import functools
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeAlias
 
 from asyncbucket.cost import Cost, rounded_up
 from asyncbucket.errors import AsyncBucketError
@@ -16,13 +17,46 @@ from asyncbucket.gates import Gates
 from asyncbucket.holders import Holder
 from asyncbucket.limiter.account import Account
 from asyncbucket.loops import OfThisProcess
-from asyncbucket.meters import Bucket, Window
+from asyncbucket.meters import Amounts, Bucket, Window
 
 #: The parts of tokens.
 _TOKENS: Final = ("input_tokens", "output_tokens")
 #: A lease remembers so many parts of what it booked; where a stream is settled chunk by chunk, older
 #: debts count as reserved, so that giving them back errs on the safe side.
 _PARTS: Final = 16
+
+#: The units that a call has booked of one resource, and when: first what was reserved, then each debt.
+Parts: TypeAlias = list[tuple[int, int]]
+
+
+def put_off(gates: Gates, amounts: Amounts, when: int, now: int) -> None:
+    """Have a booking at ``when`` count from ``now``, but for its slot: the call leaves no sooner."""
+    for meter, resource in gates.meters:
+        amount = amounts.get(resource)
+        if amount and resource != "concurrency" and not meter.remote:
+            # Above a burst it was earned by standing first, whenever the call leaves.
+            units = min(amount, meter.burst) if isinstance(meter, Bucket) else amount
+            meter.unbook(units, when)
+            meter.owe(units, now)
+
+
+def add_debt(parts: Parts, units: int, when: int) -> None:
+    """Remember ``units`` that were used beyond what was booked."""
+    parts.append((units, when))
+    if len(parts) > _PARTS:
+        (reserved, first), (debt, _) = parts[:2]
+        parts[:2] = [(reserved + debt, first)]
+
+
+def taken_back(parts: Parts, units: int) -> Iterator[tuple[int, int, int]]:
+    """Take ``units`` from ``parts``, the latest first; yield how many of each, its date, and its rest."""
+    while units > 0:
+        booked, when = parts.pop()
+        back = min(booked, units)
+        if booked > back:
+            parts.append((booked - back, when))
+        yield back, when, booked - back
+        units -= back
 
 
 class Lease(OfThisProcess):
@@ -74,7 +108,7 @@ class Lease(OfThisProcess):
         self._admitted = self._when = when
         self._holder = holder
         #: Of what was settled: the units booked, and when; first what was reserved, then each debt.
-        self._parts: dict[str, list[tuple[int, int]]] | None = None
+        self._parts: dict[str, Parts] | None = None
         self._open = True
         self._epoch = account.budget.epoch
         self._priority = priority
@@ -168,20 +202,13 @@ class Lease(OfThisProcess):
             if not self._open and isinstance(meter, Window):
                 meter.lent -= more
         if more > 0:
-            parts.append((more, self._account.budget.clock()))
+            now = self._account.budget.clock()
+            add_debt(parts, more, now)
             for meter in meters:
-                meter.owe(*parts[-1])
-            if len(parts) > _PARTS:
-                (reserved, when), (debt, _) = parts[:2]
-                parts[:2] = [(reserved + debt, when)]
-        while more < 0:
-            units, when = parts.pop()
-            back = min(units, -more)
+                meter.owe(more, now)
+        for back, when, left in taken_back(parts, -more):
             for meter in meters:
-                meter.unbook(back, when, left=units - back)
-            if units > back:
-                parts.append((units - back, when))
-            more += back
+                meter.unbook(back, when, left=left)
 
     def _booked(self) -> dict[str, int]:
         """Return what is booked: as settled, else as reserved."""
@@ -201,13 +228,8 @@ class Lease(OfThisProcess):
             now = budget.clock()
             for resource, amount in self._booked().items():
                 settled = (self._parts or {}).get(resource)
-                for meter, counts in self._gates.meters:
-                    if amount and counts == resource != "concurrency" and not meter.remote:
-                        # Above a burst it was earned by standing first, whenever the call leaves.
-                        most = meter.burst if isinstance(meter, Bucket) else amount
-                        for units, when in settled or [(amount, self._when)]:
-                            meter.unbook(min(units, most), when)
-                            meter.owe(min(units, most), now)
+                for units, when in settled or [(amount, self._when)]:
+                    put_off(self._gates, {resource: units}, when, now)
                 if settled:
                     settled[:] = [(amount, now)]
             self._when = now
@@ -263,10 +285,13 @@ class Lease(OfThisProcess):
 
     def _tell_locked(self, account: Account, outcome: Outcome) -> None:
         """Let what finds the number of slots know how the call ended."""
-        adaptive, now = account.adaptive, account.budget.clock()
+        adaptive, slots, now = account.adaptive, account.slots, account.budget.clock()
         assert adaptive is not None
+        assert slots is not None
         if outcome == "ok":
-            adaptive.succeeded(now - self._when, waited=self.bound_by == "concurrency")
+            full = slots.available(now) <= 1  # its own has just come back
+            waited = self.bound_by == "concurrency"
+            adaptive.succeeded(now - self._when, waited=waited, full=full)
         elif outcome == "overloaded":
             adaptive.overloaded(started=self._admitted, now=now)
         account.resize_locked()
@@ -289,7 +314,7 @@ class Lease(OfThisProcess):
 
     def undo(self) -> None:
         """Give everything back, as if the call had never been; for calls that were not made."""
-        nothing = {name: 0 for name in self._amounts if name != "concurrency"}
+        nothing = {name: 0 for name in self._booked() if name != "concurrency"}
         self._settle(nothing)
         self.failed()
 

@@ -57,9 +57,10 @@ def _wait_for(bound_by: str, due: int, account: Account, now: int) -> str:
         return f"the limiter is paused for {left} more"
     if due < NEVER:
         return f"{does(bound_by, 'bind')} for {left} more"
-    if account.path[-1].remote is not None:
+    taken = [slots.size for slots in account.through.slots if slots.available(now) < 1]
+    if not taken:  # those of a store
         return "all slots are taken"
-    slots = min(slots.size for slots in account.through.slots if slots.available(now) < 1)
+    slots = min(taken)
     return "the one slot is taken" if slots == 1 else f"all {slots:,} slots are taken"
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.errors import AsyncBucketError, CostExceedsLimit, StoreError
 from asyncbucket.gates import Gates
+from asyncbucket.limiter.lease import put_off
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER
 from asyncbucket.queue import Passage, Waiter
@@ -73,6 +74,18 @@ class Counter:
             self._opening = True
             self._spawn(self._open())
 
+    def put_off(self, now: int) -> None:
+        """See `asyncbucket.queue.Outlet`."""
+        if self.room():
+            self._shared.put_off_locked(now)
+
+    def put_off_locked(self, now: int) -> None:
+        """Have all who stand here count from ``now`` in the limits below the root."""
+        for waiter, passage in self._line.items():
+            self._line[waiter] = _put_off(waiter, passage, now)
+        for waiter, (grant, passage) in self._grants.items():
+            self._grants[waiter] = grant, _put_off(waiter, passage, now)
+
     def leave(self, waiter: Waiter) -> bool:
         """See `asyncbucket.queue.Outlet`."""
         if waiter in self._line:
@@ -118,11 +131,14 @@ class Counter:
         with self._budget.lock:
             if waiting.done() or waiting not in self._grants:
                 return  # it gave up: it was given back, or will be when its task comes to know
-            _, (gates, booked, _, bound_by) = self._grants.pop(waiting)
-            entry = Entry(self, grant, waiting.amounts)
+            now = self._budget.clock()
+            _, passage = self._grants.pop(waiting)
+            gates, _, bound_by = _put_off(waiting, passage, now)
+            # What is limited, and was not reserved, may be used all the same.
+            unreserved = dict.fromkeys(self._shared.account.resources(), 0)
+            entry = Entry(self, grant, {**unreserved, **waiting.amounts})
             gates = Gates((*gates.meters, *entry.meters()))
-            now, bound_by = self._budget.clock(), grant.bound_by or bound_by
-            waiting.pacer.admit_locked(waiting, Passage(gates, booked, now, bound_by))
+            waiting.pacer.admit_locked(waiting, Passage(gates, now, grant.bound_by or bound_by))
 
     def refuse(self, waiting: Waiter, bound_by: str) -> None:
         """See `asyncbucket.stores.starts.Line`."""
@@ -294,3 +310,10 @@ class Counter:
         """Wait for what is asked of the store already."""
         while self._tasks:
             await asyncio.wait(self._tasks)
+
+
+def _put_off(waiter: Waiter, passage: Passage, now: int) -> Passage:
+    if not passage.gates.windows:  # slots know no time
+        return passage
+    put_off(passage.gates, waiter.amounts, passage.when, now)
+    return passage._replace(when=now)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import ClassVar, Protocol
 
+from asyncbucket.limiter.lease import Parts, add_debt, taken_back
 from asyncbucket.meters import Amounts, Meter, Slots
 from asyncbucket.stores.starts import Grant
 from asyncbucket.stores.store import Correction
@@ -40,7 +41,7 @@ class Entry:
 class _Booked:
     """The meter of what one call has booked of one resource."""
 
-    __slots__ = ("_entry", "_resource", "_units")
+    __slots__ = ("_entry", "_parts", "_resource")
 
     bound_by: ClassVar[str | None] = None
     remote: ClassVar[bool] = True
@@ -48,23 +49,27 @@ class _Booked:
     def __init__(self, entry: Entry, resource: str, units: int) -> None:
         self._entry = entry
         self._resource = resource
-        self._units = units
+        #: Dated by the store's clock.
+        self._parts: Parts = [(units, entry.grant.booked_at)]
 
-    def unbook(self, amount: int, when: int, *, left: int = 0) -> None:  # noqa: ARG002 - the store has its own date
+    def unbook(self, amount: int, when: int, *, left: int = 0) -> None:  # noqa: ARG002 - the store has its own dates
         """See `asyncbucket.meters.Meter.unbook`."""
-        self._change(self._units - amount)
+        for back, start, rest in taken_back(self._parts, amount):
+            self._tell(start, booked=rest + back, used=rest)
 
-    def owe(self, amount: int, when: int) -> None:  # noqa: ARG002 - the store has its own date
+    def owe(self, amount: int, when: int) -> None:
         """See `asyncbucket.meters.Meter.owe`."""
-        self._change(self._units + amount)
+        # The store dates it when it hears of it, which is no sooner: what comes back errs on the safe side.
+        grant = self._entry.grant
+        start = grant.booked_at and grant.booked_at + when - grant.start
+        add_debt(self._parts, amount, start)
+        self._tell(start, booked=0, used=amount)
 
-    def _change(self, units: int) -> None:
-        start, name = self._entry.grant.booked_at, self._resource
-        before, self._units = self._units, units
-        if before != units:
-            self._entry.teller.correct(
-                Correction(start=start, booked={name: before}, used={name: units})
-            )
+    def _tell(self, start: int, *, booked: int, used: int) -> None:
+        name = self._resource
+        self._entry.teller.correct(
+            Correction(start=start, booked={name: booked}, used={name: used})
+        )
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:  # noqa: ARG002 - it is booked
         """See `asyncbucket.meters.Meter.earliest`."""
@@ -79,7 +84,7 @@ class _Booked:
 
     def available(self, now: int) -> int:  # noqa: ARG002 - the store knows
         """See `asyncbucket.meters.Meter.available`."""
-        return self._units
+        return sum(units for units, _ in self._parts)
 
 
 class _Slot(Slots):

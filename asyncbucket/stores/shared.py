@@ -112,6 +112,12 @@ class Shared(Remote):
             counter = self._counters[loop] = Counter(self, loop)
         return counter
 
+    def put_off_locked(self, now: int) -> None:
+        """Have all who stand at a counter count from ``now`` in the limits below the root."""
+        for counter in list(self._counters.values()):
+            if not counter.loop.is_closed():
+                counter.put_off_locked(now)
+
     def inherit(self, left: Left) -> None:
         """Have the store told what came back to a loop that has ended: now, or by the next desk."""
         self.bury()  # who gives a slot back here is among what that loop left

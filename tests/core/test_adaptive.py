@@ -329,6 +329,24 @@ def test_a_larger_number_lets_in_whoever_waits(virtual_time: VirtualTime) -> Non
     virtual_time.run(main())
 
 
+def test_calls_that_wait_for_a_childs_slots_raise_nothing(virtual_time: VirtualTime) -> None:
+    """The limiter above has slots to spare, so nothing is learned of what would be too much for it."""
+    limiter = Limiter(concurrency="auto", clock=virtual_time.clock)
+    child = limiter.child("child", concurrency=2)
+
+    async def agent() -> None:
+        for _ in range(40):
+            async with child.acquire():
+                await asyncio.sleep(1)
+
+    async def main() -> None:
+        await asyncio.gather(*(agent() for _ in range(10)))
+
+    virtual_time.run(main())
+    assert limiter.concurrency == 4
+    assert limiter.statistics().waits["concurrency"].count > 380
+
+
 def test_how_a_with_block_ends_tells_how_the_call_did(virtual_time: VirtualTime) -> None:
     """A time-out in it is overload; our own, cancellation, and other errors are not."""
 

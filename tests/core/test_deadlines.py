@@ -90,6 +90,21 @@ def test_what_was_just_handed_over_is_hope_too(virtual_time: VirtualTime) -> Non
     virtual_time.run(main())
 
 
+def test_what_whoever_stands_first_has_earned_is_hope_too(virtual_time: VirtualTime) -> None:
+    """A call above the burst takes it over when the one before it gives up."""
+
+    async def main() -> None:
+        limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
+        first = asyncio.ensure_future(limiter.acquire(requests=30))
+        await asyncio.sleep(20)
+        second = asyncio.ensure_future(limiter.acquire(requests=30, timeout=15))
+        await virtual_time.all_blocked()
+        first.cancel()
+        assert (await second).waited == 9
+
+    virtual_time.run(main())
+
+
 def test_a_debt_of_tokens_does_not_refuse_a_call_without_any(virtual_time: VirtualTime) -> None:
     """A call waits for what it costs, and for nothing else."""
 

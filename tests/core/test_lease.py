@@ -75,6 +75,22 @@ def test_a_debt_that_was_none_comes_back(virtual_time: VirtualTime, limit: str) 
     virtual_time.run(main())
 
 
+@pytest.mark.parametrize("reserved", [0, 10, 60])
+def test_a_debt_above_the_burst_that_was_none_comes_back(
+    virtual_time: VirtualTime, reserved: int
+) -> None:
+    """All of it, whether the debt found the bucket full or not, for it has earned nothing."""
+    limiter = Limiter("100 TPM burst 60", clock=virtual_time.clock)
+    lease = limiter.acquire_nowait(tokens=reserved)
+    virtual_time.advance(0.6)
+    lease.settle(tokens=400)
+    virtual_time.advance(0.6)
+    lease.settle(tokens=250)
+    lease.settle(tokens=reserved)
+    flowed_in = min(reserved, 2)
+    assert limiter.statistics().limits[0].available == 60 - reserved + flowed_in
+
+
 def test_a_stream_may_be_settled_chunk_by_chunk(virtual_time: VirtualTime) -> None:
     """However many words that takes, a lease stays small, and the last few come back exactly."""
 
@@ -233,6 +249,15 @@ def test_undoing_gives_everything_back(virtual_time: VirtualTime) -> None:
         limiter.acquire_nowait(requests=0, tokens=1).undo()
 
     virtual_time.run(main())
+
+
+def test_undoing_gives_back_what_was_not_reserved_too(virtual_time: VirtualTime) -> None:
+    """It was settled before it turned out that the call was none."""
+    limiter = Limiter("5 images/s", clock=virtual_time.clock)
+    lease = limiter.acquire_nowait()
+    lease.settle(images=3)
+    lease.undo()
+    assert limiter.statistics().limits[0].used == 0
 
 
 def test_a_booking_is_dated_anew_when_the_call_leaves(virtual_time: VirtualTime) -> None:

@@ -654,10 +654,10 @@ def test_what_is_lent_may_come_back() -> None:
     gates = Gates([(Slots(size=1), "c"), (Window(amount=10, window=SECOND), "a")])
     cost = {"a": 8, "c": 1}
     assert gates.take(cost, 0)
-    assert gates.soonest(cost, 0) == 0
+    assert gates.soonest(cost, 0, since=0) == 0
     gates.windows[0][0].lent = 0
-    assert gates.soonest(cost, 0) == SECOND + 3 * SECOND // 512
-    assert gates.soonest({"c": 1}, 0) == 0
+    assert gates.soonest(cost, 0, since=0) == SECOND + 3 * SECOND // 512
+    assert gates.soonest({"c": 1}, 0, since=0) == 0
     gates.windows[0][0].lent = 8
     gates.unbook(cost, 0)
     assert gates.take(cost, 0)

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from asyncbucket import AcquireTimeout, Lease, Limit, Limiter, StoreError, WouldBlock
-from asyncbucket.events import Event, LimitChanged, StoreLost
+from asyncbucket.events import Event, LimitChanged, Released, StoreLost
+from asyncbucket.feedback.adaptive import Adaptive
 from asyncbucket.http import OPENAI
 from asyncbucket.http.learn import Ear
 from asyncbucket.stores import Terms, open_store
 from asyncbucket.stores.redis import RedisStore
 from asyncbucket.stores.redis_ledger import RedisLedger
 from asyncbucket.stores.sqlite import SQLiteLedger
+from asyncbucket.testing import assert_never_over
 
 if TYPE_CHECKING:
     from tests.stores.conftest import RunningServer
@@ -69,6 +71,12 @@ async def test_slots_that_others_hold_are_named_too(where: str) -> None:
     async with one.acquire():
         with pytest.raises(AcquireTimeout, match="all slots are taken") as error:
             await two.acquire(timeout=0.2)
+        child = two.child("child", concurrency=3)
+        waiting = asyncio.gather(*(take(child) for _ in range(3)))
+        await asyncio.sleep(0.05)
+        with pytest.raises(WouldBlock, match="all 3 slots are taken"):
+            child.acquire_nowait()
+    await waiting
     assert (error.value.bound_by, error.value.retry_after) == ("concurrency", None)
     await two.aclose()
     await one.aclose()
@@ -804,3 +812,69 @@ async def test_statistics_tell_each_limit_its_own_numbers(where: str) -> None:
     assert used == {"rpm": (5, 495), "tpm": (350, 19_650), "rpd": (5, 9_995)}
     await one.aclose()
     await two.aclose()
+
+
+async def test_limits_of_a_child_hold_when_calls_leave(where: str) -> None:
+    """However long they waited for the store: what left together counts together."""
+    limiter = Limiter("100 tokens/s", store=where, name="below")
+    await take(limiter, tokens=100)
+    child = limiter.child("child", "5 requests/s burst 2")
+    left: list[int] = []
+
+    async def call() -> None:
+        async with child.acquire(tokens=1):
+            left.append(time.monotonic_ns())
+
+    async with asyncio.timeout(20), asyncio.TaskGroup() as calls:
+        for _ in range(12):
+            calls.create_task(call())
+    assert_never_over([(when, 1) for when in left], "5 requests/s burst 2")
+    assert left[-1] - left[0] < 3_000_000_000, "left idle"
+    assert child._account.limits["requests", 1].window.lent == 0
+    await limiter.aclose()
+
+
+async def test_wait_for_a_store_is_no_part_of_a_call(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told apart in events, and what finds a child's concurrency does not take it for latency."""
+    limiter = Limiter("2 RPS burst 1", store=where, name="left")
+    child = limiter.child("child", concurrency=(2, 9))
+    held: list[float] = []
+    took: list[float] = []
+
+    def see(event: Event) -> None:
+        if isinstance(event, Released):
+            held.append(event.held)
+
+    limiter.observe(see)
+
+    def note(_: Adaptive, latency: int, **_how: bool) -> None:
+        took.append(latency * 1e-9)
+
+    monkeypatch.setattr(Adaptive, "succeeded", note)
+    await asyncio.gather(take(child), take(child))
+    assert len(held) == len(took) == 2
+    assert max(held + took) < 0.2
+    await limiter.aclose()
+
+
+async def test_last_word_on_what_a_call_used_counts(where: str) -> None:
+    """A debt that was none comes back, and what was used without having been reserved is counted."""
+    limiter = Limiter("100 tokens/minute", "9 images/minute", store=where, name="last word")
+
+    async def available() -> list[int]:
+        await asyncio.sleep(0.1)
+        return [use.available for use in limiter.statistics().limits]
+
+    lease = await limiter.acquire(tokens=10)
+    lease.settle(tokens=130, images=4)
+    assert await available() == [-30, 5]
+    lease.settle(tokens=20)
+    lease.settle(tokens=40, images=1)
+    assert await available() == [60, 8]
+    lease.settle(tokens=5)
+    assert await available() == [95, 8]
+    lease.undo()
+    assert await available() == [100, 9]
+    await limiter.aclose()

@@ -81,13 +81,16 @@ local function bucket_unbook(b, amount, when, left)
   if b.full_at > when then
     return
   end
-  if left > 0 or b.at ~= when or b.backlog ~= b.room then -- a part, or something was booked since
-    amount = math.min(left + amount, b.burst) - math.min(left, b.burst)
-  end
   local dates, lows = b.dates, b.lows
   local later = 1
   while later <= #dates and dates[later] <= when do
     later = later + 1
+  end
+  -- A debt found the bucket full just then, or neither full nor empty: it has earned nothing.
+  local as_debt = b.full_at == when or (dates[later - 1] == when and lows[later - 1] ~= b.room)
+  -- A part, or something was booked since: what was earned by standing first stays.
+  if not as_debt and (left > 0 or b.at ~= when or b.backlog ~= b.room) then
+    amount = math.min(left + amount, b.burst) - math.min(left, b.burst)
   end
   local back = amount * b.p
   if lows[later] then

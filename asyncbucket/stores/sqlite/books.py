@@ -252,7 +252,7 @@ class Books:
         self.turns.expire(now, self.workers)
 
     def _left(self, now: int) -> tuple[int, ...]:
-        return tuple(max(0, kept.window.available(now)) for kept in self.limits.values())
+        return tuple(kept.window.available(now) for kept in self.limits.values())
 
     def _correct(self, correction: Correction, debts_at: int) -> None:
         for resource, used in correction.used.items():
