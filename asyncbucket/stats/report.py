@@ -67,12 +67,19 @@ def as_prometheus(limiters: Sequence[Limiter]) -> str:
     metric = "asyncbucket_limit_used_ratio"
     lines += [f"# HELP {metric} Part of a limit that is used.", f"# TYPE {metric} gauge"]
     lines += [
-        f"{metric}{{limiter={_quoted(row['name'])},limit={_quoted(each['limit'])}}} "
-        f"{each['used'] / each['amount']}"
+        f"{metric}{{limiter={_quoted(row['name'])},limit={_quoted(label)}}} {share}"
         for row in rows
-        for each in row["limits"]
+        for label, share in _shares(row)
     ]
     return "\n".join([*lines, ""])
+
+
+def _shares(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the part of each limit that is used, by the label that telemetry's metrics have."""
+    for each in row["limits"]:
+        yield each["label"], each["used"] / each["amount"]
+    if row["concurrency"]:
+        yield "concurrency", row["in_flight"] / row["concurrency"]
 
 
 def _family(limiter: Limiter) -> Iterator[Limiter]:
@@ -104,6 +111,7 @@ def _use(use: LimitUse) -> dict[str, Any]:
     limit = use.limit
     return {
         "limit": str(limit),
+        "label": limit.label,
         "resource": limit.resource,
         "amount": limit.amount,
         "per": limit.per,
