@@ -2,7 +2,9 @@
 
 import http.server
 import json
+import re
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +226,23 @@ def test_plot_draws_what_nobody_passed(tmp_path: Path) -> None:
     done = run.invoke(app, ["plot", str(tmp_path / "trace.jsonl"), "-o", str(tmp_path / "x.png")])
 
     assert done.exit_code == 0, done.output
+
+
+def test_plot_counts_in_whole_units(virtual_time: VirtualTime, tmp_path: Path) -> None:
+    """A mark at 2.5 requests would be called 2, and where nobody waited all marks would be called 0."""
+    limiter = Limiter("10/s", name="a", clock=virtual_time.clock)
+    with limiter.trace() as trace:
+        limiter.acquire_nowait()
+    trace.save(tmp_path / "trace.jsonl")
+
+    run.invoke(app, ["plot", str(tmp_path / "trace.jsonl"), "-o", str(tmp_path / "x.svg")])
+
+    texts = re.findall("<!-- (.*) -->", (tmp_path / "x.svg").read_text())
+    assert "a: 1 admission" in texts
+    title = texts.index("in the last 1 s; limit 10")
+    requests = [int(text) for text in texts[:title] if text.isdigit()]
+    assert len({mark - before for before, mark in pairwise(requests)}) == 1
+    assert [text for text in texts[title:] if text.isdigit()] == ["0", "1"]
 
 
 def test_plot_knows_its_kinds_of_pictures(tmp_path: Path) -> None:
