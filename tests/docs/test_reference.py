@@ -38,6 +38,13 @@ def test_what_a_limiter_inherits_is_shown() -> None:
     assert ":inherited-members:" in limiter
 
 
+@pytest.mark.parametrize("error", ["WouldBlock", "AcquireTimeout", "QueueFull"])
+def test_what_an_error_tells_its_caller_is_shown(error: str) -> None:
+    """``retry_after`` and its unit stand in a base class that has no entry of its own."""
+    assert f":: asyncbucket.{error}\n   :members: retry_after, bound_by\n" in PAGE
+    assert error in PAGE.split(":exclude-members: Limiter, ")[1].split("\n")[0]
+
+
 @pytest.mark.parametrize("what", ["attribute", "data", "property"])
 def test_what_an_attribute_says_before_a_colon_is_no_type(what: str) -> None:
     """Napoleon would take it for one, and show the sentence in two halves, the second one first."""
