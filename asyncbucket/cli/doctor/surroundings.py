@@ -11,9 +11,10 @@ from typing import Any, Final
 
 from asyncbucket import Limiter
 from asyncbucket.cli.doctor.findings import Finding, bad, good, note
-from asyncbucket.settings import from_env, from_toml
+from asyncbucket.settings import from_env, from_toml, limiters_in_toml
 
 _PREFIX: Final = "ASYNCBUCKET_"
+_CORRECT: Final = "correct the table; docs/plan.md shows one"
 #: A clock coarser than this (s) admits calls in visible steps.
 _COARSE: Final = 0.002
 
@@ -62,22 +63,29 @@ def environment() -> Iterator[Finding]:
         return
     try:
         limiter = from_env(Limiter)
-    except ValueError as error:
+    except (ImportError, ValueError) as error:  # of a store whose extra is missing, too
         yield bad("settings", str(error), f"correct or unset {', '.join(named)}")
     else:
         yield good("settings", f"Limiter.from_env(): {_said(limiter)}")
 
 
 def project() -> Iterator[Finding]:
-    """Say what the nearest TOML file asks for, if it can be read."""
+    """Say what each table of the nearest TOML file asks for, if it can be read."""
     try:
-        limiter = from_toml(Limiter)
+        names = limiters_in_toml()
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
-        yield bad("settings", str(error), "correct the table; docs/plan.md shows one")
-    else:
-        yield good("settings", f"Limiter.from_toml(): {_said(limiter)}")
+        yield bad("settings", str(error), _CORRECT)
+        return
+    for name in names:
+        try:
+            limiter = from_toml(Limiter, limiter=name)
+        except (ImportError, ValueError) as error:
+            yield bad("settings", str(error), _CORRECT)
+        else:
+            which = "" if name is None else f"limiter={name!r}"
+            yield good("settings", f"Limiter.from_toml({which}): {_said(limiter)}")
 
 
 def _said(limiter: Limiter) -> str:
