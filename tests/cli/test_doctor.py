@@ -264,6 +264,18 @@ def test_each_table_of_a_project_is_read(tmp_path: Path) -> None:
     assert "[tool.asyncbucket.batch]: tpm: 'much' is no number" in batch[1]
 
 
+def test_old_preset_among_the_settings_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no warning with a line of code."""
+    monkeypatch.setattr("asyncbucket.presets._OLD", -1)
+    monkeypatch.setenv("ASYNCBUCKET_PRESET", "openrouter/free/any")
+
+    (limits, age) = said(surroundings.environment())
+
+    assert limits == ("good", "Limiter.from_env(): 20 requests per 60 s, 50 requests per 86400 s")
+    assert age[0] == "note"
+    assert age[1].startswith("the limits of 'openrouter/free/any' were read ")
+
+
 def test_setting_that_lacks_an_extra_is_wrong(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

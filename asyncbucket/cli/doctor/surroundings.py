@@ -5,7 +5,9 @@ import importlib.util
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
@@ -61,12 +63,8 @@ def environment() -> Iterator[Finding]:
     named = sorted(name for name in os.environ if name.startswith(_PREFIX))
     if not named:
         return
-    try:
-        limiter = from_env(Limiter)
-    except (ImportError, ValueError) as error:  # of a store whose extra is missing, too
-        yield bad("settings", str(error), f"correct or unset {', '.join(named)}")
-    else:
-        yield good("settings", f"Limiter.from_env(): {_said(limiter)}")
+    remedy = f"correct or unset {', '.join(named)}"
+    yield from _settings("Limiter.from_env()", lambda: from_env(Limiter), remedy)
 
 
 def project() -> Iterator[Finding]:
@@ -79,13 +77,21 @@ def project() -> Iterator[Finding]:
         yield bad("settings", str(error), _CORRECT)
         return
     for name in names:
-        try:
-            limiter = from_toml(Limiter, limiter=name)
-        except (ImportError, ValueError) as error:
-            yield bad("settings", str(error), _CORRECT)
-        else:
-            which = "" if name is None else f"limiter={name!r}"
-            yield good("settings", f"Limiter.from_toml({which}): {_said(limiter)}")
+        call = f"Limiter.from_toml({'' if name is None else f'limiter={name!r}'})"
+        yield from _settings(call, partial(from_toml, Limiter, limiter=name), _CORRECT)
+
+
+def _settings(call: str, make: Callable[[], Limiter], remedy: str) -> Iterator[Finding]:
+    """Say what ``call`` returns, or why it does not."""
+    try:
+        with warnings.catch_warnings(record=True, action="always") as told:
+            limiter = make()
+    except (ImportError, ValueError) as error:  # of a store whose extra is missing, too
+        yield bad("settings", str(error), remedy)
+        return
+    yield good("settings", f"{call}: {_said(limiter)}")
+    for warning in told:
+        yield note("settings", str(warning.message), "they may have changed: look there")
 
 
 def _said(limiter: Limiter) -> str:
