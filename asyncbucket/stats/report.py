@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.statistics import LimitUse
+from asyncbucket.limits import Limit
 
 #: Names, kinds and what they mean. A parent's numbers include its children's, as its statistics do.
 _GAUGES: Final = (
@@ -103,20 +103,20 @@ def _limiter(limiter: Limiter) -> dict[str, Any]:
         "bound_by": now.bound_by,
         "waits": {name: {"count": w.count, "seconds": w.seconds} for name, w in now.waits.items()},
         "refunded": dict(now.refunded),
-        "limits": [_use(use) for use in now.limits],
+        "limits": [row_of(use.limit, used=use.used, available=use.available) for use in now.limits],
     }
 
 
-def _use(use: LimitUse) -> dict[str, Any]:
-    limit = use.limit
+def row_of(limit: Limit, *, used: int, available: int) -> dict[str, Any]:
+    """Return how much of a limit is used, as JSON takes it."""
     return {
         "limit": str(limit),
         "label": limit.label,
         "resource": limit.resource,
         "amount": limit.amount,
         "per": limit.per,
-        "used": use.used,
-        "available": use.available,
+        "used": used,
+        "available": available,
     }
 
 

@@ -1,5 +1,6 @@
 """`asyncbucket watch` and `asyncbucket plot`: what a person sees."""
 
+import asyncio
 import http.server
 import json
 import re
@@ -15,6 +16,7 @@ from asyncbucket import CostExceedsLimit, Limiter
 from asyncbucket.cli.app import app
 from asyncbucket.cli.watch.screen import draw, plain
 from asyncbucket.cli.watch.view import View
+from asyncbucket.stats import report
 from asyncbucket.testing import VirtualTime
 
 run = CliRunner()
@@ -172,6 +174,25 @@ def test_watch_tells_another_server_from_a_limiter(page: bytes) -> None:
     assert done.exit_code == 1
     assert "limiter.serve_stats()?\n" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_look_at_a_store_has_the_fields_of_one_at_a_program(tmp_path: Path) -> None:
+    """So a script reads both."""
+    url = f"sqlite:///{tmp_path / 'limits.db'}"
+
+    async def main() -> None:
+        limiter = Limiter("60 RPM", concurrency=2, store=url, name="openai")
+        (await limiter.acquire()).release()
+        await limiter.aclose()
+
+    asyncio.run(main())
+    done = run.invoke(app, ["watch", url, "--once", "--json"])
+
+    (seen,) = json.loads(done.stdout)["limiters"]
+    (limit,) = seen["limits"]
+    (served,) = report([Limiter("60 RPM")])["limiters"][0]["limits"]
+    assert limit.keys() == served.keys()
+    assert (seen["name"], limit["label"], limit["used"]) == ("openai", "rpm", 1)
 
 
 def test_plot_draws_a_trace(virtual_time: VirtualTime, tmp_path: Path) -> None:
