@@ -12,8 +12,9 @@ block, and what it raises is reported once and breaks nothing. While nobody watc
 A lease that nobody released is released by the collector, which may interrupt an observer anywhere,
 its locks held: such an event waits for the next one (`Observers.emit_later`).
 
-No event holds a prompt, a key, a URL, the message of somebody else's error or the name of a tenant:
-a limiter goes by its path, ``"openai/chat"``, and those of tenants are one, ``"openai/chat/*"``.
+No event holds a prompt, a key, the password of a URL, the message of somebody else's error or the name
+of a tenant: a limiter goes by its path, ``"openai/chat"``, and those of tenants are one,
+``"openai/chat/*"``.
 """
 
 import collections

@@ -134,6 +134,11 @@ class Limit:
         """The keyword that sets this limit, such as ``rpm``, if there is one."""
         return next((word for word, what in KEYWORDS.items() if what == self.key), None)
 
+    @property
+    def label(self) -> str:
+        """What metrics call it, whatever its amount: ``rpm``, or ``images/10s``."""
+        return self.keyword or f"{self.resource}/{written_out(self.per)}s"
+
     def __str__(self) -> str:
         return f"{counted(self.amount, self.resource)} per {written_out(self.per)} s"
 

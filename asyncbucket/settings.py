@@ -92,25 +92,44 @@ def from_toml(
     """
     file, table = _find(path)
     where = f"{file}, [{_TABLE if file.name != _FILES[1] else f'tool.{_TABLE}'}]"
-    tables = {
-        name: value
-        for name, value in table.items()
-        if isinstance(value, Mapping) and name not in _KNOWN
-    }
+    tables = _tables_in(table)
+    hint = "write e.g. rpm = 500"
     if limiter is not None:
         if limiter not in tables:
             known = ", ".join(tables) or "none"
             raise LimitSyntaxError(f"{where} has no table {limiter!r}; it has {known}")
         where = f"{where[:-1]}.{limiter}]"
         table, tables = {"name": limiter, **tables[limiter]}, {}
+    elif tables:
+        hint += f", or ask for limiter={min(tables)!r}"
     found: dict[str, Any] = {}
     for name, value in table.items():
         if name not in tables:
             _check_name(name, f"entry {name!r} of {where}")
             if arguments.get(name) is None:
                 found[name] = _told(f"{where}: {name}", partial(_read, name, value))
-    hint = "write e.g. rpm = 500"
     return _make(cls, found, arguments, where=where, hint=hint)
+
+
+def limiters_in_toml() -> list[str | None]:
+    """Return what `from_toml` finds here, as its ``limiter``: None where the table has entries itself.
+
+    Raises:
+        LimitSyntaxError: the file or the table cannot be read.
+        FileNotFoundError: there is no such file.
+    """
+    _, table = _find(None)
+    tables = _tables_in(table)
+    return [*([] if tables.keys() == table.keys() else [None]), *tables]
+
+
+def _tables_in(table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the tables in a table that describe further limiters."""
+    return {
+        name: value
+        for name, value in table.items()
+        if isinstance(value, Mapping) and name not in _KNOWN
+    }
 
 
 def _make(

@@ -16,7 +16,7 @@ from asyncbucket.meters import Amounts, Bucket
 from asyncbucket.node import Node
 from asyncbucket.numeric import is_integer, is_number
 from asyncbucket.queue import Waiter
-from asyncbucket.wording import counted, in_seconds
+from asyncbucket.wording import counted, in_seconds, shown
 
 _ONE: Final[Amounts] = {"units": 1}
 #: Rates (units a second) and bursts beyond which nobody's limits lie.
@@ -183,7 +183,9 @@ class TokenBucket(OfThisProcess):
 
     def _amounts(self, amount: int) -> Amounts:
         if not is_integer(amount) or amount < 1:
-            raise ValueError(f"amount must be a whole number of units from 1 on, not {amount!r}")
+            raise ValueError(
+                f"amount must be a whole number of units from 1 on, not {shown(amount)}"
+            )
         if amount > self.burst:
             raise CostExceedsLimit(
                 f"cost of {counted(amount, 'units')} exceeds the burst of "

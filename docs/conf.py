@@ -1,6 +1,10 @@
 """How Sphinx builds these pages: `make docs`."""
 
 from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 project = "asyncbucket"
 author = "asyncbucket contributors"
@@ -27,3 +31,16 @@ linkcheck_ignore = [
     r"https?://(127\.0\.0\.1|localhost|provider|gpu)\b",
     r"https://api\.openai\.com/",
 ]
+
+
+def begin_with_a_comment(
+    _app: Any, what: str, _name: str, _obj: Any, _options: Any, lines: list[str]
+) -> None:
+    """Have Napoleon leave an attribute's text alone: what stands before a colon it takes for a type."""
+    if what in ("attribute", "data", "property"):
+        lines[:0] = ["..", ""]
+
+
+def setup(app: "Sphinx") -> None:
+    """Come before Napoleon."""
+    app.connect("autodoc-process-docstring", begin_with_a_comment, priority=1)

@@ -216,6 +216,10 @@ def test_code_goes_before_the_file(tmp_path: Path) -> None:
         ),
         ("[tool.asyncbucket]\nlimits = [5]", "a limit is a text or a Limit, not 5"),
         ("[tool.asyncbucket]\nname = 'a'", r"limit nothing; write e\.g\. rpm = 500"),
+        (
+            "[tool.asyncbucket.chat]\nrpm = 5",
+            r"write e\.g\. rpm = 500, or ask for limiter='chat'$",
+        ),
         ("[tool.asyncbucket]\nrpm = 0.5", "rpm must be a whole number of at least 1, not 0.5"),
         ("[tool.other]\nrpm = 5", r"has no table \[tool\.asyncbucket\]"),
         ("tool = 5", r"has no table \[tool\.asyncbucket\]"),

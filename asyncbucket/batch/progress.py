@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from collections.abc import AsyncGenerator
-from typing import Any, Final, Literal, Protocol, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias
 
 import anyio
 
@@ -142,9 +142,10 @@ class _TqdmBar:
     def __init__(self, total: int | None) -> None:
         from tqdm import tqdm
 
-        form = "{l_bar}{bar:30}| {n_fmt}/{total_fmt} {elapsed}{postfix}"
-        known: dict[str, Any] = {} if total is None else {"bar_format": form}
-        self._bar = tqdm(total=total, file=sys.stderr, mininterval=0, unit=" items", **known)
+        # Without tqdm's own rate: it is among the words.
+        far = "{n_fmt} items" if total is None else "{l_bar}{bar:30}| {n_fmt}/{total_fmt}"
+        form = far + " {elapsed}{postfix}"
+        self._bar = tqdm(total=total, file=sys.stderr, mininterval=0, bar_format=form)
 
     def show(self, done: int, words: str) -> None:
         self._bar.n = done

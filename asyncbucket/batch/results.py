@@ -125,7 +125,7 @@ def _window(window: int | None, workers: int) -> int:
 
 
 class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
-    """Iterate over the `Item`s; made by `amap`. It begins with the first step, and may end anywhere.
+    """Iterate over each `Item`; made by `amap`. It begins with the first step, and may end anywhere.
 
     An ``async for`` that is left lets it go, and whatever runs is cancelled. ``async with`` around it,
     or ``await results.aclose()``, waits for the end of that, too.

@@ -1,5 +1,6 @@
 """What is typed after commands, in one form each; and limits, which several of them take."""
 
+import warnings
 from collections.abc import Iterable
 from typing import Annotated, Any, TypeAlias
 
@@ -67,7 +68,7 @@ Preset: TypeAlias = Annotated[str | None, named("A provider's published limits."
 
 
 def published(preset: str | None) -> Iterable[Limit]:
-    """Return the limits of a preset that was named.
+    """Return the limits of a preset that was named; that it is old is a line, as errors are.
 
     Raises:
         ValueError: none is called so.
@@ -76,4 +77,8 @@ def published(preset: str | None) -> Iterable[Limit]:
         return ()
     from asyncbucket.presets import preset as limits_of
 
-    return limits_of(preset)
+    with warnings.catch_warnings(record=True, action="always") as told:
+        limits = limits_of(preset)
+    for warning in told:
+        typer.echo(f"note: {warning.message}", err=True)
+    return limits

@@ -77,14 +77,14 @@ def explain_locked(account: Account, amounts: dict[str, int], priority: int) -> 
     if last < NEVER:
         due, binds = gates.earliest(amounts, last)
         when, bound_by = due, binds if due > last else bound_by
-    due, binds = _in_store(account.path[-1], amounts, now)
+    due, binds, there = _in_store(account.path[-1], amounts, now)
     if due > when:
         when, bound_by = due, binds
     return Explanation(
         cost=Cost.of(amounts),
         wait=None if when >= NEVER else (when - now) * 1e-9,
         bound_by=bound_by if when > now else None,
-        ahead=ahead,
+        ahead=ahead + there,
         rates=tuple(sorted(_rates(account, amounts), key=lambda rate: rate.calls)),
     )
 
@@ -120,26 +120,26 @@ def _line_up(account: Account, now: int, priority: int) -> tuple[Gates, int, int
     return gates, ahead, when, bound_by
 
 
-def _in_store(root: Account, amounts: Amounts, now: int) -> tuple[int, str | None]:
-    """Return when such a call may pass a store that keeps the limits, and what binds it, as last heard.
+def _in_store(root: Account, amounts: Amounts, now: int) -> tuple[int, str | None, int]:
+    """Return when such a call may pass a store that keeps the limits, what binds it, and who is before it.
 
-    `NEVER` says that only the store can tell, or a slot that is given back.
+    As last heard; `NEVER` says that only the store can tell, or a slot that is given back.
     """
     if root.remote is None:
-        return now, None
-    known = root.remote.held_up()
+        return now, None, 0
+    known, ahead = root.remote.held_up(), root.remote.waiting()
     if known is not None:
         bound_by, due = known
-        return due, bound_by
+        return (due if ahead <= 1 else NEVER), bound_by, ahead  # it is told of the first alone
     if root.slots is not None and root.in_flight >= root.slots.size:
-        return NEVER, "concurrency"
+        return NEVER, "concurrency", ahead
     lacking = (
         use.limit.resource
         for use in root.remote.use()
         if use.available < amounts.get(use.limit.resource, 0)
     )
     resource = next(lacking, None)
-    return now if resource is None else NEVER, resource
+    return (now if resource is None else NEVER), resource, ahead
 
 
 def _rates(account: Account, amounts: Amounts) -> list[Rate]:

@@ -22,6 +22,10 @@ class Remote(Protocol):
         """
         ...
 
+    def waiting(self) -> int:
+        """Return how many calls stand there: until the store books them, or until their start."""
+        ...
+
     def pause(self, span: int, *, gradually: bool) -> None:
         """Tell all processes to let nobody pass for ``span`` ns."""
         ...

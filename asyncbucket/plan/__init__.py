@@ -102,7 +102,7 @@ def plan(  # noqa: PLR0913 - a plan has as many sides
     Raises:
         LimitSyntaxError: a limit cannot be read; a ValueError.
         CostExceedsLimit: no call can ever pass; single ones are only counted.
-        ValueError: something is missing or makes no sense; the message says what.
+        ValueError, TypeError: something is missing or makes no sense; the message says what.
         OSError: a file cannot be read.
     """
     from asyncbucket.plan.load import loads_of

@@ -53,7 +53,9 @@ class Bounds:
         if limit is None:
             assert self.concurrency is not None
             return replace(self, concurrency=2 * self.concurrency)
-        burst = None if limit.burst is None else 2 * limit.burst
+        # Who writes twice the number gets its default burst: of 38 it is 3, of 19 it was 1.
+        default = replace(limit, burst=None).burst
+        burst = None if limit.burst is None or limit.burst == default else 2 * limit.burst
         twice = replace(limit, amount=2 * limit.amount, burst=burst)
         return replace(self, limits=[twice if each is limit else each for each in self.limits])
 

@@ -52,10 +52,17 @@ def bounds_of(
     """Return the limits of a plan, and those of its tenants."""
     own = {
         name: Bounds(
-            read_limits(tenant.limits, {}),
+            read_limits(_several(tenant.limits, name), {}),
             tenant.concurrency,
             terms={"weight": tenant.weight, "priority": tenant.priority},
         )
         for name, tenant in tenants.items()
     }
     return Bounds(limits, concurrency, own)
+
+
+def _several(limits: Sequence[str | Limit], name: str) -> Sequence[str | Limit]:
+    """Refuse one text in the place of several, which would be read letter by letter."""
+    if isinstance(limits, str):
+        raise TypeError(f"limits of tenant {name!r} are a tuple of them: write ({limits!r},)")
+    return limits

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.statistics import LimitUse
+from asyncbucket.limits import Limit
 
 #: Names, kinds and what they mean. A parent's numbers include its children's, as its statistics do.
 _GAUGES: Final = (
@@ -67,12 +67,19 @@ def as_prometheus(limiters: Sequence[Limiter]) -> str:
     metric = "asyncbucket_limit_used_ratio"
     lines += [f"# HELP {metric} Part of a limit that is used.", f"# TYPE {metric} gauge"]
     lines += [
-        f"{metric}{{limiter={_quoted(row['name'])},limit={_quoted(each['limit'])}}} "
-        f"{each['used'] / each['amount']}"
+        f"{metric}{{limiter={_quoted(row['name'])},limit={_quoted(label)}}} {share}"
         for row in rows
-        for each in row["limits"]
+        for label, share in _shares(row)
     ]
     return "\n".join([*lines, ""])
+
+
+def _shares(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the part of each limit that is used, by the label that telemetry's metrics have."""
+    for each in row["limits"]:
+        yield each["label"], each["used"] / each["amount"]
+    if row["concurrency"]:
+        yield "concurrency", row["in_flight"] / row["concurrency"]
 
 
 def _family(limiter: Limiter) -> Iterator[Limiter]:
@@ -96,19 +103,20 @@ def _limiter(limiter: Limiter) -> dict[str, Any]:
         "bound_by": now.bound_by,
         "waits": {name: {"count": w.count, "seconds": w.seconds} for name, w in now.waits.items()},
         "refunded": dict(now.refunded),
-        "limits": [_use(use) for use in now.limits],
+        "limits": [row_of(use.limit, used=use.used, available=use.available) for use in now.limits],
     }
 
 
-def _use(use: LimitUse) -> dict[str, Any]:
-    limit = use.limit
+def row_of(limit: Limit, *, used: int, available: int) -> dict[str, Any]:
+    """Return how much of a limit is used, as JSON takes it."""
     return {
         "limit": str(limit),
+        "label": limit.label,
         "resource": limit.resource,
         "amount": limit.amount,
         "per": limit.per,
-        "used": use.used,
-        "available": use.available,
+        "used": used,
+        "available": available,
     }
 
 

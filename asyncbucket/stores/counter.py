@@ -218,6 +218,10 @@ class Counter:
         """Return what the first who is not booked waits for, and until when at least."""
         return None if self._desk is None else self._desk.held_up
 
+    def waiting(self) -> int:
+        """Return how many calls stand here."""
+        return sum(not waiter.done() for waiter in (*self._line, *self._grants))
+
     def ring(self) -> bool:
         """Have the store told soon of the limiter's orders, if it is open here."""
         return self._desk is not None and self.on_loop(self._desk.ring)

@@ -155,6 +155,10 @@ class Shared(Remote):
         known = (counter.held_up() for counter in self._at_work())
         return next(filter(None, known), None)
 
+    def waiting(self) -> int:
+        """See `asyncbucket.limiter.remote.Remote`."""
+        return sum(counter.waiting() for counter in self._at_work())
+
     def pause(self, span: int, *, gradually: bool) -> None:
         """See `asyncbucket.limiter.remote.Remote`."""
         self.orders.pause(self.account.budget.clock() + span, gradually=gradually)

@@ -9,8 +9,6 @@ from typing import Any, Final, Protocol, runtime_checkable
 from asyncbucket.events import Callback, Event
 from asyncbucket.limiter.statistics import Statistics
 from asyncbucket.limiter.terms import read_count
-from asyncbucket.limits import Limit
-from asyncbucket.wording import written_out
 
 _TENANT: Final = re.compile(r"/\*[^/]*")
 #: The label of limiters beyond those that are told apart.
@@ -136,16 +134,11 @@ class Watched:
 
 
 def _add_use(reading: Reading, now: Statistics) -> None:
-    shares = {limit_label(use.limit): use.used / use.limit.amount for use in now.limits}
+    shares = {use.limit.label: use.used / use.limit.amount for use in now.limits}
     if now.concurrency:
         shares["concurrency"] = now.in_flight / now.concurrency
     for limit, share in shares.items():
         reading.used[limit] = max(share, reading.used.get(limit, 0.0))
-
-
-def limit_label(limit: Limit) -> str:
-    """Return what ``limit`` is known by, whatever its amount: ``rpm``, or ``images/10s``."""
-    return limit.keyword or f"{limit.resource}/{written_out(limit.per)}s"
 
 
 def by_kind(handlers: Mapping[type[Event], Callable[[Any], object]]) -> Callback:

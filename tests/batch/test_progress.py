@@ -46,7 +46,7 @@ def test_bar_says_how_far_how_fast_and_what_binds(
 def test_bar_of_endless_items_shows_a_count(
     virtual_time: VirtualTime, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No end, no time left."""
+    """No end, no time left; and its rate once."""
     limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
 
     async def main() -> None:
@@ -58,7 +58,10 @@ def test_bar_of_endless_items_shows_a_count(
 
     virtual_time.run(main())
 
-    assert "left" not in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "left" not in shown
+    assert re.search(r"\r3 items [\d:]+, [\d.]+/s, waiting for requests", shown)
+    assert max(each.count("/s") for each in shown.split("\r")) == 1
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,50 @@ def test_settings_that_can_be_read_are_said(
     assert said(surroundings.project()) == [("good", "Limiter.from_toml(): concurrency 7")]
 
 
+def test_each_table_of_a_project_is_read(tmp_path: Path) -> None:
+    """A table that only holds others is in order, and one of these may not be."""
+    (tmp_path / "pyproject.toml").write_text(
+        "[tool.asyncbucket.chat]\nrpm = 5\n[tool.asyncbucket.batch]\ntpm = 'much'\n", "utf-8"
+    )
+
+    (chat, batch) = said(surroundings.project())
+
+    assert chat == ("good", "Limiter.from_toml(limiter='chat'): 5 requests per 60 s")
+    assert batch[0] == "bad"
+    assert "[tool.asyncbucket.batch]: tpm: 'much' is no number" in batch[1]
+
+
+def test_old_preset_among_the_settings_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no warning with a line of code."""
+    monkeypatch.setattr("asyncbucket.presets._OLD", -1)
+    monkeypatch.setenv("ASYNCBUCKET_PRESET", "openrouter/free/any")
+
+    (limits, age) = said(surroundings.environment())
+
+    assert limits == ("good", "Limiter.from_env(): 20 requests per 60 s, 50 requests per 86400 s")
+    assert age[0] == "note"
+    assert age[1].startswith("the limits of 'openrouter/free/any' were read ")
+
+
+def test_setting_that_lacks_an_extra_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The rest of the findings is said all the same."""
+    monkeypatch.setitem(sys.modules, "asyncbucket.stores.redis", None)
+    monkeypatch.setenv("ASYNCBUCKET_RPM", "5")
+    monkeypatch.setenv("ASYNCBUCKET_STORE", "redis://127.0.0.1:1/0")
+    (tmp_path / "pyproject.toml").write_text(
+        "[tool.asyncbucket]\nrpm = 5\nstore = 'redis://127.0.0.1:1/0'\n", "utf-8"
+    )
+
+    findings = said([*surroundings.environment(), *surroundings.project()])
+
+    assert [(state, "asyncbucket.stores.redis" in found) for state, found in findings] == [
+        ("bad", True),
+        ("bad", True),
+    ]
+
+
 def test_coarse_clock_is_a_note() -> None:
     """As on Windows."""
     (finding,) = surroundings.clock(0.015625)

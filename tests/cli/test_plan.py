@@ -38,7 +38,6 @@ def test_example_of_the_docs() -> None:
     assert "35 min" in lines[-1]
 
 
-@pytest.mark.filterwarnings("ignore::asyncbucket.presets.PresetWarning")
 @pytest.mark.parametrize("line", [line for line in EXAMPLES.splitlines() if "plan " in line])
 def test_examples_of_the_help_run(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -98,8 +97,8 @@ def test_agents_are_a_tree() -> None:
     assert (shown["calls"], shown["duration"]) == (tree.calls, 4.0)
 
 
-def test_limits_of_all_kinds_are_one_list(recwarn: pytest.WarningsRecorder) -> None:
-    """Options, texts and a preset, which may be old by now."""
+def test_limits_of_all_kinds_are_one_list() -> None:
+    """Options, texts and a preset."""
     shown = json.loads(
         typed(
             *("--calls", "5", "--tokens", "10", "--rpd", "9", "--also", "8 RPH"),
@@ -114,7 +113,19 @@ def test_limits_of_all_kinds_are_one_list(recwarn: pytest.WarningsRecorder) -> N
         "2,000,000 tokens per 60 s",
         "9 requests per 86400 s",
     ]
-    assert {warning.category.__name__ for warning in recwarn} <= {"PresetWarning"}
+
+
+def test_old_preset_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the line of code that a warning shows, and not among what is asked for."""
+    monkeypatch.setattr("asyncbucket.presets._OLD", -1)
+
+    result = CliRunner().invoke(
+        app, ["plan", "--calls", "5", "--preset", "openrouter/free/any", "--json"]
+    )
+
+    assert result.stderr.startswith("note: the limits of 'openrouter/free/any' were read ")
+    assert result.stderr.count("\n") == 1
+    assert json.loads(result.stdout)["calls"] == 5
 
 
 def test_tenants_are_told_in_words() -> None:

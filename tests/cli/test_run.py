@@ -471,6 +471,25 @@ def test_dry_run_takes_what_a_run_takes() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("", "512 out (256 for a reply without max_tokens): $0.0077"),
+        ("--max-tokens 4000", "8,000 out at most: $0.1200"),
+        ("--max-tokens 4000 --profile anthropic", "8,000 out at most: $0.1200"),
+        ("--endpoint embeddings", "0 out at most: $0.0000"),
+    ],
+)
+def test_dry_run_says_the_most_that_replies_may_cost(options: str, said: str) -> None:
+    """Of what a provider charges at its door that is no measure, and of some replies there is none."""
+    Path("in.txt").write_text("One\nTwo\n")
+    command = "run in.txt --model m --rpm 60 --price 3/15 --dry-run"
+
+    result = CliRunner().invoke(app, [*command.split(), *options.split()])
+
+    assert result.stdout.splitlines()[-1] == f"about 2 tokens in, {said}"
+
+
 def test_dry_run_says_the_same_as_json() -> None:
     """With the whole plan in it, and what lines are bad."""
     lines = Path(batch(600)).read_text() + "{\n"

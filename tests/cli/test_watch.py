@@ -1,8 +1,11 @@
 """`asyncbucket watch` and `asyncbucket plot`: what a person sees."""
 
+import asyncio
 import http.server
 import json
+import re
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from asyncbucket import CostExceedsLimit, Limiter
 from asyncbucket.cli.app import app
 from asyncbucket.cli.watch.screen import draw, plain
 from asyncbucket.cli.watch.view import View
+from asyncbucket.stats import report
 from asyncbucket.testing import VirtualTime
 
 run = CliRunner()
@@ -172,6 +176,25 @@ def test_watch_tells_another_server_from_a_limiter(page: bytes) -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_look_at_a_store_has_the_fields_of_one_at_a_program(tmp_path: Path) -> None:
+    """So a script reads both."""
+    url = f"sqlite:///{tmp_path / 'limits.db'}"
+
+    async def main() -> None:
+        limiter = Limiter("60 RPM", concurrency=2, store=url, name="openai")
+        (await limiter.acquire()).release()
+        await limiter.aclose()
+
+    asyncio.run(main())
+    done = run.invoke(app, ["watch", url, "--once", "--json"])
+
+    (seen,) = json.loads(done.stdout)["limiters"]
+    (limit,) = seen["limits"]
+    (served,) = report([Limiter("60 RPM")])["limiters"][0]["limits"]
+    assert limit.keys() == served.keys()
+    assert (seen["name"], limit["label"], limit["used"]) == ("openai", "rpm", 1)
+
+
 def test_plot_draws_a_trace(virtual_time: VirtualTime, tmp_path: Path) -> None:
     """On light and on dark ground."""
     limiter = Limiter("60 RPM burst 2", "1k TPM", clock=virtual_time.clock)
@@ -224,6 +247,23 @@ def test_plot_draws_what_nobody_passed(tmp_path: Path) -> None:
     done = run.invoke(app, ["plot", str(tmp_path / "trace.jsonl"), "-o", str(tmp_path / "x.png")])
 
     assert done.exit_code == 0, done.output
+
+
+def test_plot_counts_in_whole_units(virtual_time: VirtualTime, tmp_path: Path) -> None:
+    """A mark at 2.5 requests would be called 2, and where nobody waited all marks would be called 0."""
+    limiter = Limiter("10/s", name="a", clock=virtual_time.clock)
+    with limiter.trace() as trace:
+        limiter.acquire_nowait()
+    trace.save(tmp_path / "trace.jsonl")
+
+    run.invoke(app, ["plot", str(tmp_path / "trace.jsonl"), "-o", str(tmp_path / "x.svg")])
+
+    texts = re.findall("<!-- (.*) -->", (tmp_path / "x.svg").read_text())
+    assert "a: 1 admission" in texts
+    title = texts.index("in the last 1 s; limit 10")
+    requests = [int(text) for text in texts[:title] if text.isdigit()]
+    assert len({mark - before for before, mark in pairwise(requests)}) == 1
+    assert [text for text in texts[title:] if text.isdigit()] == ["0", "1"]
 
 
 def test_plot_knows_its_kinds_of_pictures(tmp_path: Path) -> None:

@@ -98,6 +98,8 @@ def test_a_text_in_the_place_of_an_amount_is_not_shown() -> None:
         limiter.acquire(prompt)
     with pytest.raises(ValueError, match=r"^latency, sample 1: expected a number, not str$"):
         plan(calls=1, rpm=5, latency=[prompt])
+    with pytest.raises(ValueError, match=r"^amount must be a whole number .*, not str$"):
+        TokenBucket(rate=1.0).acquire_nowait(prompt)
 
 
 def test_a_call_costs_something() -> None:

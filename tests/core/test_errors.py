@@ -20,6 +20,7 @@ from asyncbucket import (
     pace,
 )
 from asyncbucket.testing import VirtualTime
+from asyncbucket.wording import shown
 
 NO_TIMES = [float("nan"), True, "5", [], b""]
 
@@ -222,9 +223,9 @@ def test_a_timeout_is_not_negative_and_may_be_endless() -> None:
 
 @pytest.mark.parametrize("amount", [0, -1, 1.0, 1.5, float("nan"), True, "1", None])
 def test_a_bucket_counts_whole_units(amount: int) -> None:
-    """All else is refused, waiting or not, with the value that was given."""
+    """All else is refused, waiting or not, with the number that was given."""
     bucket = TokenBucket(rate=1.0, burst=5)
-    message = f"amount must be a whole number of units from 1 on, not {amount!r}"
+    message = f"amount must be a whole number of units from 1 on, not {shown(amount)}"
     with pytest.raises(ValueError) as error:
         asyncio.run(bucket.acquire(amount))
     assert str(error.value) == message

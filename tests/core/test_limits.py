@@ -174,12 +174,14 @@ def test_requests_are_paced_by_a_tenth_and_nothing_else_is() -> None:
     assert Limit("requests", 500.0, burst=20.0).burst == 20  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
-def test_a_limit_knows_its_window_keyword_and_text() -> None:
-    """In nanoseconds, as an argument, and as a person reads it."""
+def test_a_limit_knows_its_window_keyword_label_and_text() -> None:
+    """In nanoseconds, as an argument, as metrics call it, and as a person reads it."""
     limit = Limit("input_tokens", 40_000)
     assert (limit.window, limit.keyword) == (60_000_000_000, "itpm")
     assert str(limit) == "40,000 input tokens per 60 s"
+    assert limit.label == "itpm"
     assert Limit("images", 3, per=0.5).keyword is None
+    assert Limit("images", 3, per=0.5).label == "images/0.5s"
     assert Limit("images", 3, per=0.5).window == Fraction("0.5") * 1_000_000_000
 
 

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import runpy
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +12,8 @@ import pytest
 import asyncbucket
 from asyncbucket import Limiter
 
-PAGE = (Path(__file__).parents[2] / "docs" / "reference.md").read_text("utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "reference.md").read_text("utf-8")
 #: Behind ``asyncbucket.``; the first is that itself.
 MODULES = (
     "",
@@ -34,6 +36,26 @@ def test_what_a_limiter_inherits_is_shown() -> None:
     limiter = PAGE.split(".. autoclass:: asyncbucket.Limiter\n")[1].split("\n\n")[0]
 
     assert ":inherited-members:" in limiter
+
+
+@pytest.mark.parametrize("error", ["WouldBlock", "AcquireTimeout", "QueueFull"])
+def test_what_an_error_tells_its_caller_is_shown(error: str) -> None:
+    """``retry_after`` and its unit stand in a base class that has no entry of its own."""
+    assert f":: asyncbucket.{error}\n   :members: retry_after, bound_by\n" in PAGE
+    assert error in PAGE.split(":exclude-members: Limiter, ")[1].split("\n")[0]
+
+
+@pytest.mark.parametrize("what", ["attribute", "data", "property"])
+def test_what_an_attribute_says_before_a_colon_is_no_type(what: str) -> None:
+    """Napoleon would take it for one, and show the sentence in two halves, the second one first."""
+    napoleon = pytest.importorskip("sphinx.ext.napoleon")
+    before_napoleon = runpy.run_path(str(DOCS / "conf.py"))["begin_with_a_comment"]
+    lines = ["What binds: a resource."]
+
+    before_napoleon(None, what, "bound_by", None, None, lines)
+
+    shown = napoleon.GoogleDocstring(lines, what=what, name="bound_by").lines()
+    assert shown == ["..", "", "What binds: a resource."]
 
 
 def test_every_public_name_has_a_docstring_to_show() -> None:

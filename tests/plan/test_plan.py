@@ -56,6 +56,21 @@ def test_doubling_what_binds_helps_most(binding: str, limits: dict[str, Any]) ->
         assert helps == (limit.resource == binding)
 
 
+@pytest.mark.parametrize("rpm", [5, 19, 500])
+def test_twice_a_limit_is_what_twice_the_number_means(rpm: int) -> None:
+    """Its default burst, too, which is rounded down: 1 of 19, and 3 of 38."""
+    doubled, _ = by(plan(calls=700, rpm=rpm), "requests")
+
+    assert doubled == plan(calls=700, rpm=2 * rpm).duration
+
+
+def test_twice_a_limit_has_twice_the_burst_that_was_given() -> None:
+    """It was chosen for what it is a part of."""
+    doubled, _ = by(plan("60 RPM burst 2", calls=700), "requests")
+
+    assert doubled == plan("120 RPM burst 4", calls=700).duration
+
+
 def test_what_nobody_waits_for_does_not_bind() -> None:
     """Without a wait a plan is as long as its longest call."""
     planned = plan(calls=5, rpm=500, latency=2.5)

@@ -219,6 +219,13 @@ def test_tenant_that_is_none_is_refused() -> None:
         plan(rpm=60, tenants=unnamed)
 
 
+def test_limit_alone_is_not_read_letter_by_letter() -> None:
+    """The message shows how it is written."""
+    one: Any = "5 RPM"
+    with pytest.raises(TypeError, match=r"limits of tenant 'a' are .* write \('5 RPM',\)$"):
+        plan(rpm=5, tenants={"a": Tenant(calls=3, limits=one)})
+
+
 @pytest.mark.parametrize(
     ("tenants", "message"),
     [

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import pytest
 
-from asyncbucket import Limiter
+from asyncbucket import Limiter, telemetry
 from asyncbucket.stats import report, serve_stats
 from asyncbucket.stats.report import as_prometheus
 from asyncbucket.testing import VirtualTime, assert_never_over
@@ -59,6 +59,7 @@ def test_report_shows_children_and_counts_tenants_unnamed() -> None:
     assert 59 < root["paused"] <= 60
     assert root["limits"][1] == {
         "limit": "10,000 tokens per 60 s",
+        "label": "tpm",
         "resource": "tokens",
         "amount": 10_000,
         "per": 60,
@@ -77,10 +78,31 @@ def test_endpoint_serves_json_and_prometheus_text() -> None:
         assert repr(server) == f"<StatsServer at {server.url}>"
     assert [each["name"] for each in seen["limiters"]] == ["openai", "openai/chat"]
     assert 'asyncbucket_admitted_total{limiter="openai"} 2' in text
-    assert (
-        'asyncbucket_limit_used_ratio{limiter="openai",limit="10,000 tokens per 60 s"} 0.015'
-        in text
-    )
+    assert 'asyncbucket_limit_used_ratio{limiter="openai",limit="tpm"} 0.015' in text
+
+
+def test_metric_that_telemetry_has_too_has_the_same_labels() -> None:
+    """One dashboard reads both, and another amount of a limit makes no other series."""
+    client = pytest.importorskip("prometheus_client")
+    parser = pytest.importorskip("prometheus_client.parser")
+    limiter = Limiter("500 RPM", "3 images/10s", concurrency=4, name="mine")
+    with limiter.acquire_sync(images=2):
+        text = as_prometheus([limiter])
+        registry = client.CollectorRegistry()
+        off = telemetry.prometheus(limiter, registry=registry)
+        told = client.generate_latest(registry).decode()
+        off()
+
+    def used(text: str) -> dict[tuple[str, ...], float]:
+        return {
+            tuple(sorted(sample.labels.items())): sample.value
+            for family in parser.text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == "asyncbucket_limit_used_ratio"
+        }
+
+    assert used(text) == used(told)
+    assert len(used(text)) == 3
 
 
 def test_prometheus_text_is_what_its_parser_reads() -> None:

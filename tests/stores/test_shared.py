@@ -783,6 +783,22 @@ async def test_explanation_tells_what_the_store_told_last(where: str) -> None:
     await limiter.aclose()
 
 
+async def test_explanation_counts_those_who_stand_at_the_store(where: str) -> None:
+    """And does not take what is known of the first of them for the wait of a call behind all."""
+    limiter = Limiter("10 RPM burst 1", store=where, name="ahead")
+    (await limiter.acquire()).release()
+    calls = [asyncio.create_task(take(limiter)) for _ in range(15)]
+    await asyncio.sleep(0.1)
+    held = limiter.explain()
+    assert (held.ahead, held.wait, held.bound_by) == (15, None, "requests")
+    assert str(held).startswith("a call would wait behind 15 calls: requests bind; ")
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+    assert limiter.explain().ahead == 0
+    await limiter.aclose()
+
+
 async def test_statistics_tell_what_the_store_told_last(url: str) -> None:
     """Used and available are those of all processes together."""
     one = Limiter("100 RPM burst 100", store=url, name="statistics")

@@ -5,15 +5,18 @@ import importlib.util
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 from asyncbucket import Limiter
 from asyncbucket.cli.doctor.findings import Finding, bad, good, note
-from asyncbucket.settings import from_env, from_toml
+from asyncbucket.settings import from_env, from_toml, limiters_in_toml
 
 _PREFIX: Final = "ASYNCBUCKET_"
+_CORRECT: Final = "correct the table; docs/plan.md shows one"
 #: A clock coarser than this (s) admits calls in visible steps.
 _COARSE: Final = 0.002
 
@@ -60,24 +63,35 @@ def environment() -> Iterator[Finding]:
     named = sorted(name for name in os.environ if name.startswith(_PREFIX))
     if not named:
         return
-    try:
-        limiter = from_env(Limiter)
-    except ValueError as error:
-        yield bad("settings", str(error), f"correct or unset {', '.join(named)}")
-    else:
-        yield good("settings", f"Limiter.from_env(): {_said(limiter)}")
+    remedy = f"correct or unset {', '.join(named)}"
+    yield from _settings("Limiter.from_env()", lambda: from_env(Limiter), remedy)
 
 
 def project() -> Iterator[Finding]:
-    """Say what the nearest TOML file asks for, if it can be read."""
+    """Say what each table of the nearest TOML file asks for, if it can be read."""
     try:
-        limiter = from_toml(Limiter)
+        names = limiters_in_toml()
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
-        yield bad("settings", str(error), "correct the table; docs/plan.md shows one")
-    else:
-        yield good("settings", f"Limiter.from_toml(): {_said(limiter)}")
+        yield bad("settings", str(error), _CORRECT)
+        return
+    for name in names:
+        call = f"Limiter.from_toml({'' if name is None else f'limiter={name!r}'})"
+        yield from _settings(call, partial(from_toml, Limiter, limiter=name), _CORRECT)
+
+
+def _settings(call: str, make: Callable[[], Limiter], remedy: str) -> Iterator[Finding]:
+    """Say what ``call`` returns, or why it does not."""
+    try:
+        with warnings.catch_warnings(record=True, action="always") as told:
+            limiter = make()
+    except (ImportError, ValueError) as error:  # of a store whose extra is missing, too
+        yield bad("settings", str(error), remedy)
+        return
+    yield good("settings", f"{call}: {_said(limiter)}")
+    for warning in told:
+        yield note("settings", str(warning.message), "they may have changed: look there")
 
 
 def _said(limiter: Limiter) -> str:

@@ -15,6 +15,7 @@ from asyncbucket.cli.run.request import Request
 from asyncbucket.cli.run.screen import dollars
 from asyncbucket.cli.run.tally import Tally
 from asyncbucket.cost import Cost
+from asyncbucket.http.body import sent
 from asyncbucket.http.profiles import Call, Profile, profile_named, profile_of
 from asyncbucket.wording import counted
 
@@ -34,13 +35,19 @@ class Estimate:
     calls: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
+    #: Whether nothing bounds some reply, which then counts as `_FORESEEN`.
+    unbounded: bool = False
     costs: list[Cost] = field(default_factory=list[Cost])
 
-    def add(self, cost: Cost, chance: random.Random) -> None:
+    def add(self, request: Request, cost: Cost, chance: random.Random) -> None:
         """Count a call; of many, a random sample of costs is kept."""
         self.calls += 1
         self.input_tokens += cost.get("input_tokens", 0)
-        self.output_tokens += cost.get("output_tokens", 0)
+        # What may be written and has to be paid, also where a provider charges less at its door.
+        asked = sent(request.path, request.body)
+        if asked.writes:
+            self.output_tokens += (asked.max_output or _FORESEEN) * asked.replies
+            self.unbounded |= asked.max_output is None
         if len(self.costs) < _SAMPLES:
             self.costs.append(cost)
         elif (place := chance.randrange(self.calls)) < _SAMPLES:
@@ -59,7 +66,7 @@ async def estimate(job: Job, tally: Tally) -> Estimate:
         async for task in tasks(job, ledger, Errors(None), tally):
             cost = _cost(profile, task.request, host)
             if cost is not None:
-                found.add(cost, chance)
+                found.add(task.request, cost, chance)
     return found
 
 
@@ -84,13 +91,14 @@ def foresee(job: Job, found: Estimate, *, latency: float) -> "Plan | None":
 
 
 def describe(job: Job, tally: Tally, found: Estimate, planned: "Plan | None") -> str:
-    """Say how long the calls take, what binds, and what they cost at most."""
+    """Say how long the calls take, what binds, and what they cost."""
     earlier = f", {tally.earlier:,} answered earlier" if tally.earlier else ""
     bad = f", {tally.bad:,} bad" if tally.bad else ""
     lines = [f"{counted(found.calls, 'requests')} to send{earlier}{bad}"]
     if planned is not None:
         lines.append(str(planned))
-        tokens = f"about {found.input_tokens:,} tokens in, {found.output_tokens:,} out at most"
+        most = f"({_FORESEEN} for a reply without max_tokens)" if found.unbounded else "at most"
+        tokens = f"about {found.input_tokens:,} tokens in, {found.output_tokens:,} out {most}"
         cost = _dollars(job, found)
         lines.append(tokens if cost is None else f"{tokens}: {dollars(cost)}")
     return "\n".join([*lines, *reasons(tally)])
@@ -111,5 +119,5 @@ def as_dict(job: Job, tally: Tally, found: Estimate, planned: "Plan | None") -> 
 
 
 def _dollars(job: Job, found: Estimate) -> float | None:
-    """Return what the calls cost at most, where the price is known."""
+    """Return what the calls cost if replies are as long as they may be, where the price is known."""
     return None if job.price is None else job.price.of(found.input_tokens, found.output_tokens)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from asyncbucket.cli.canvas import LIMIT, LINE, OURS, PAUSE, canvas
 from asyncbucket.cli.trace.story import Story
-from asyncbucket.wording import named, written_out
+from asyncbucket.wording import counted, named, written_out
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +19,7 @@ def draw(story: Story, path: Path, *, dark: bool) -> None:
     rows = len(story.limits) + 1
     with canvas(path, what="a trace", size=(8, 1.2 + 1.7 * rows), dark=dark) as figure:
         paused = "; paused where it is red" if story.pauses else ""
-        title = f"{story.limiter}: {len(story.admitted):,} admissions{paused}"
+        title = f"{story.limiter}: {counted(len(story.admitted), 'admissions')}{paused}"
         figure.suptitle(title, fontsize=11)
         axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
         for axis, limit in zip(axes, story.limits, strict=False):
@@ -59,7 +59,7 @@ def _window(axis: "Axes", story: Story, limit: Mapping[str, Any]) -> None:
 def _queue(axis: "Axes", story: Story) -> None:
     """Draw how many waited."""
     axis.step(*zip(*story.waiting, strict=True), where="post", color=LINE)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.12 * max(1, *(waiting for _, waiting in story.waiting)))
     axis.set_ylabel("calls")
     axis.set_title("waiting", loc="left", fontsize=9)
 
@@ -68,6 +68,7 @@ def _dress(axis: "Axes", story: Story) -> None:
     axis.set_xlim(0, story.seconds)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.2)
+    axis.locator_params(axis="y", integer=True)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     for begin, end in story.pauses:
         axis.axvspan(begin, end, color=PAUSE, alpha=0.18, linewidth=0)

@@ -9,6 +9,7 @@ from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
 from asyncbucket.errors import StoreError
+from asyncbucket.stats.report import row_of
 from asyncbucket.stores import Snapshot, open_store, without_password
 
 #: What a look gives: the JSON of `asyncbucket.stats.report`.
@@ -114,14 +115,6 @@ def _limiter(name: str, look: Snapshot) -> dict[str, Any]:
         "ahead": max(0, look.last_start - look.now) * 1e-9,
         "workers": look.workers,
         "limits": [
-            {
-                "limit": str(use.limit),
-                "resource": use.limit.resource,
-                "amount": use.limit.amount,
-                "per": use.limit.per,
-                "used": use.used,
-                "available": use.available,
-            }
-            for use in look.limits
+            row_of(use.limit, used=use.used, available=use.available) for use in look.limits
         ],
     }
