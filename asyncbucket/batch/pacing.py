@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
 from asyncbucket.cost import Cost
+from asyncbucket.http.running import make_way, running
 from asyncbucket.limiter import Limiter
 from asyncbucket.wording import shown
 
@@ -43,13 +44,15 @@ def admit_each(
     keywords_of = _keywords_of({} if price is None else price)
 
     async def call(item: Any, begin: Callable[[], None]) -> Any:
+        make_way(limiter)  # of whatever this batch runs in
         async with limiter.acquire(**keywords_of(item)) as lease:
             try:
                 begin()
             except Stopped:
                 lease.undo()
                 raise
-            return await awaitable(fn, item)
+            with running(fn, lease):  # it may come to the limiter unseen
+                return await awaitable(fn, item)
 
     return call
 

@@ -239,7 +239,7 @@ def paced_class(cls: type[Any]) -> type[Any]:
 def _refusal(obj: object) -> str:
     if isinstance(obj, type):
         return f"wrap a model or tool, not its class: limiter.wrap({obj.__name__}(...))"
-    if hasattr(obj, "llm"):
+    if inspect.getattr_static(obj, "llm", None) is not None:  # `Settings` would make one
         return f"wrap what {type(obj).__name__} is made of: its llm, and its tools if it has any"
     if hasattr(obj, "to_tool_list"):
         return f"wrap the tools of {type(obj).__name__}: limiter.wrap(spec.to_tool_list())"

@@ -12,6 +12,7 @@ from openai import AsyncOpenAI
 from asyncbucket import Limiter
 from asyncbucket.batch import amap
 from asyncbucket.batch.paced import acquires_itself
+from asyncbucket.testing import virtual_time
 
 limiter = Limiter("1000 RPM", concurrency=2, name="of the module")
 other = Limiter("1000 RPM")
@@ -211,6 +212,42 @@ async def test_batch_of_batches_does_not_wait_for_itself() -> None:
 
     assert [item.result for item in items] == [["a", "b"], ["c"]]
     assert here.statistics().admitted == 3
+
+
+def test_function_that_comes_unseen_does_not_wait_for_itself() -> None:
+    """The slot of its batch is given back first, and so in a batch in a batch."""
+    with virtual_time() as time:
+        here = Limiter("1000 RPM", concurrency=1, clock=time.clock)
+
+        def made_late() -> MockLLM:
+            return here.wrap(MockLLM())
+
+        async def ask(prompt: str) -> str:
+            return str(await made_late().acomplete(prompt))
+
+        async def both(words: str) -> list[str]:
+            return [item.result async for item in amap(here, ask, words.split(), ordered=True)]
+
+        async def main() -> list[list[str]]:
+            return [item.result async for item in amap(here, both, ["a b", "c d"], ordered=True)]
+
+        assert not acquires_itself(both, here)
+        assert time.run(main()) == [["a", "b"], ["c", "d"]]
+        assert (here.statistics().admitted, here.statistics().in_flight) == (10, 0)
+
+
+def test_synchronous_function_that_comes_unseen_does_not_either() -> None:
+    """Its call is in a thread, and so is that of the model."""
+    here = Limiter("1000 RPM", concurrency=1)
+
+    def made_late() -> MockLLM:
+        return here.wrap(MockLLM())
+
+    def ask(prompt: str) -> str:
+        return str(made_late().complete(prompt))
+
+    assert sorted(item.result for item in here.map(ask, ["a", "b", "c"])) == ["a", "b", "c"]
+    assert (here.statistics().admitted, here.statistics().overridden) == (6, 0)
 
 
 async def test_whoever_says_so_decides() -> None:

@@ -1,9 +1,9 @@
-"""Anthropic's SDK and OpenAI's third, both on httpx2: as without the transport, byte for byte.
+"""Anthropic's SDK, on httpx and from version 1 on on httpx2: as without the transport, byte for byte.
 
-They are not among the development dependencies, since LlamaIndex pins an older OpenAI; where they are
-installed, in an environment of their own, this runs.
+LlamaIndex's integration needs one before that, so it is among the development dependencies.
 """
 
+import importlib
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -13,7 +13,8 @@ import pytest
 from asyncbucket import Limiter
 
 anthropic: Any = pytest.importorskip("anthropic")
-httpx2: Any = pytest.importorskip("httpx2")
+FAMILY: Any = anthropic.APIStatusError.__init__.__annotations__["response"].split(".")[0]
+http: Any = importlib.import_module(FAMILY)
 
 MESSAGES = [{"role": "user", "content": "x" * 400}]
 HEADERS = {
@@ -50,7 +51,7 @@ EVENTS: list[dict[str, Any]] = [
 ]
 
 
-class Events(httpx2.AsyncByteStream):  # type: ignore[misc]
+class Events(http.AsyncByteStream):  # type: ignore[misc]
     """A stream as Anthropic sends it."""
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -70,10 +71,10 @@ def provider() -> Callable[[Any], Any]:
                 "type": "error",
                 "error": {"type": "overloaded_error", "message": "Overloaded"},
             }
-            return httpx2.Response(529, json=error, headers={**HEADERS, "retry-after-ms": "1"})
+            return http.Response(529, json=error, headers={**HEADERS, "retry-after-ms": "1"})
         if json.loads(request.content).get("stream"):
-            return httpx2.Response(200, stream=Events(), headers=HEADERS)
-        return httpx2.Response(200, json=WHOLE, headers=HEADERS)
+            return http.Response(200, stream=Events(), headers=HEADERS)
+        return http.Response(200, json=WHOLE, headers=HEADERS)
 
     return answer
 
@@ -87,14 +88,14 @@ async def script(http_client: Any) -> Any:
         events = [event.model_dump_json() async for event in stream]
         async with client.messages.stream(**options) as helper:
             text = [part async for part in helper.text_stream]
-        return await raw.text(), raw.retries_taken, events, text
+        return raw.http_response.text, raw.retries_taken, events, text
 
 
 async def test_anthropics_sdk_sees_no_difference() -> None:
     """A reply after a retry, streams of both kinds: the same, charged and settled as Anthropic does."""
     limiter = Limiter("50 RPM burst 50", "30k ITPM", "8k OTPM", concurrency=1)
-    plain = httpx2.AsyncClient(transport=httpx2.MockTransport(provider()))
-    paced = httpx2.AsyncClient(transport=limiter.transport(httpx2.MockTransport(provider())))
+    plain = http.AsyncClient(transport=http.MockTransport(provider()))
+    paced = http.AsyncClient(transport=limiter.transport(http.MockTransport(provider())))
 
     assert await script(paced) == await script(plain)
 
@@ -110,7 +111,7 @@ async def test_anthropics_sdk_sees_no_difference() -> None:
 async def test_anthropics_default_client_is_ours() -> None:
     """Pool, time-outs and redirects agree with those of Anthropic's own client."""
     theirs = anthropic.DefaultAsyncHttpxClient()
-    async with Limiter(concurrency=1).http_client(family="httpx2") as ours, theirs:
+    async with Limiter(concurrency=1).http_client(family=FAMILY) as ours, theirs:
         pool, their_pool = ours._transport.inner._pool, theirs._transport._pool
         assert pool._max_connections == their_pool._max_connections
         assert pool._max_keepalive_connections == their_pool._max_keepalive_connections

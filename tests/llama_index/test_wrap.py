@@ -433,6 +433,17 @@ def test_what_is_made_of_models_is_told_what_to_wrap() -> None:
         limiter.wrap(agent)
 
 
+def test_nothing_is_made_for_the_sake_of_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Settings.llm` makes OpenAI's model where there is none, and fails without its key."""
+    monkeypatch.setattr(Settings, "_llm", None)
+    made: list[str] = []
+    monkeypatch.setattr("llama_index.core.settings.resolve_llm", made.append)
+
+    with pytest.raises(TypeError, match="wrap what _Settings is made of: its llm"):
+        Limiter("1 RPM").wrap(Settings)
+    assert not made
+
+
 @pytest.mark.parametrize("estimator", [5, DefaultEstimator])
 def test_what_estimates_nothing_is_refused(estimator: Any) -> None:
     """At once, not by the first call; a class in place of an estimator too."""
