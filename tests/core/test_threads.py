@@ -48,8 +48,9 @@ def run_until_waiting(loop: asyncio.AbstractEventLoop, limiter: Limiter) -> None
     """Run `loop` until somebody waits, and then abandon it."""
 
     async def waiting() -> None:
-        while not limiter.statistics().waiting:  # noqa: ASYNC110 - it takes two turns of the loop
-            await asyncio.sleep(0)
+        async with asyncio.timeout(ENOUGH):
+            while not limiter.statistics().waiting:  # noqa: ASYNC110 - it takes two turns of the loop
+                await asyncio.sleep(0)
         await asyncio.sleep(0)
 
     loop.run_until_complete(waiting())
@@ -527,10 +528,11 @@ def left_to_wait(
 
 def test_who_waits_on_a_closed_loop_is_before_nobody() -> None:
     """Not before those that do not wait, either, and not if nobody has rung meanwhile."""
-    limiter = Limiter("1000/s burst 1")
+    clock = VirtualClock()
+    limiter = Limiter("1000/s burst 1", clock=clock)
     limiter.acquire_nowait()
     task = left_to_wait(limiter)
-    time.sleep(0.01)
+    clock.advance(0.01)
     limiter.acquire_nowait()
     assert limiter.statistics().waiting == 0
     del task
