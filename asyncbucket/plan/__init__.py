@@ -120,7 +120,7 @@ def plan(  # noqa: PLR0913 - a plan has as many sides
         arrivals=arrivals,
     )
     read = Tokens(count=count_tokens, profile=profile)
-    loads = loads_of(everyone, tenants or {}, resources or {}, read, seed)
+    loads = loads_of(everyone, tenants or {}, {} if resources is None else resources, read, seed)
     limits_read = read_limits(limits, limits_by_keyword)
     bounds = bounds_of(limits_read, concurrency, tenants or {})
     try:

@@ -167,6 +167,8 @@ def loads_of(
 ) -> dict[str | None, Load]:
     """Return the calls of each tenant, or under None those of a plan without any."""
     shared = {each.name: _kept(getattr(everyone, each.name)) for each in fields(everyone)}
+    if not isinstance(resources, Mapping):
+        raise TypeError(f'resources go by name, such as {{"images": 3}}, not {shown(resources)}')
     resources = {name: _kept(samples) for name, samples in resources.items()}
 
     def load(name: str | None, tenant: Tenant) -> Load:

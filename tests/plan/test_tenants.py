@@ -217,6 +217,8 @@ def test_tenant_that_is_none_is_refused() -> None:
     unnamed: Any = [Tenant(calls=3)]
     with pytest.raises(TypeError, match=r"tenants go by name, such as .*, not list"):
         plan(rpm=60, tenants=unnamed)
+    with pytest.raises(TypeError, match=r"resources go by name, such as .*, not list"):
+        plan(rpm=60, calls=3, resources=unnamed)
 
 
 def test_limit_alone_is_not_read_letter_by_letter() -> None:

@@ -364,6 +364,11 @@ async def test_call_without_a_key_is_401(provider: RateLimitedProvider, key: str
             "can't be understood",
         ),
         ("completions", {"model": "m", "prompt": ["a", "b"]}, "'prompt' must be one string"),
+        (
+            "embeddings",
+            {"model": "m", "input": "x", "dimensions": 10**30},
+            "'dimensions' must be at most 16,384",
+        ),
         ("responses", {"model": "m"}, "'input' must be a list of messages"),
         ("embeddings", {"model": "m", "input": []}, "'input' must be a text or a list"),
         ("embeddings", {"model": "m", "input": [{}]}, "'input' holds neither text nor tokens"),

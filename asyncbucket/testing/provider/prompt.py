@@ -15,6 +15,9 @@ IMAGE_CHARACTERS = 340
 """An image in low detail is 85 tokens, which is so many characters at four a token."""
 
 
+_MOST_DIMENSIONS = 16_384
+
+
 class InvalidRequestError(Exception):
     """The body is not what the endpoint takes; becomes a 400."""
 
@@ -154,6 +157,10 @@ def read_embeddings(body: Json) -> EmbeddingPrompt:
             raise InvalidRequestError("'input' holds neither text nor tokens", parameter="input")
         texts.append(str(item))
     dimensions = _count(body.get("dimensions"), "dimensions")
+    if dimensions is not None and dimensions > _MOST_DIMENSIONS:
+        raise InvalidRequestError(
+            f"'dimensions' must be at most {_MOST_DIMENSIONS:,}", parameter="dimensions"
+        )
     return EmbeddingPrompt(
         model, texts, tokens, dimensions, body.get("encoding_format") == "base64"
     )
