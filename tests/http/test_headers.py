@@ -3,7 +3,7 @@ import sys
 import timeit
 from collections.abc import Callable
 from datetime import UTC, datetime
-from email.utils import format_datetime
+from email.utils import format_datetime, parsedate_to_datetime
 
 import httpx
 import pytest
@@ -207,7 +207,9 @@ def test_nothing_that_a_server_sends_raises_or_leaves_the_range(value: object) -
     ],
 )
 def test_reading_is_quick(value: str) -> None:
-    """A value, friendly or not, costs under 20 µs: what is measured is the machine's own time."""
-    best = min(timeit.repeat(lambda: headers.reset(value, now=NOW), number=1000, repeat=5))
+    """A value, friendly or not, costs a few times what the standard library takes to read a date."""
+    date = "Sat, 31 Jan 2026 12:01:00 GMT"
+    theirs = min(timeit.repeat(lambda: parsedate_to_datetime(date), number=1000, repeat=5))
+    ours = min(timeit.repeat(lambda: headers.reset(value, now=NOW), number=1000, repeat=5))
 
-    assert best / 1000 < 20e-6
+    assert ours < 5 * theirs

