@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.errors import AsyncBucketError, CostExceedsLimit, StoreError
 from asyncbucket.gates import Gates
-from asyncbucket.limiter.lease import put_off
+from asyncbucket.limiter.parts import put_off
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER
 from asyncbucket.queue import Passage, Waiter

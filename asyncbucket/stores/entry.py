@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import ClassVar, Protocol
 
-from asyncbucket.limiter.lease import Parts, add_debt, taken_back
+from asyncbucket.limiter.parts import Parts, add_debt, taken_back
 from asyncbucket.meters import Amounts, Meter, Slots
 from asyncbucket.stores.starts import Grant
 from asyncbucket.stores.store import Correction
