@@ -73,10 +73,8 @@ class Budget:
 
     def _free_locked(self, node: Node, now: int) -> bool:
         """Tell whether a newcomer at ``node`` overtakes nobody, on any loop."""
-        return all(
-            pacer.queue.free_for(node, now) or pacer.bury_locked()
-            for pacer in tuple(self.pacers.values())
-        )
+        pacers = tuple(self.pacers.values())
+        return all(each.queue.free_for(node, now) or each.bury_locked() for each in pacers)
 
     def earliest_locked(self, node: Node, amounts: Amounts, now: int) -> tuple[int, str | None]:
         """Return when a newcomer could pass at the soonest, and what binds; None if others wait."""
@@ -117,10 +115,8 @@ class Budget:
         cancelled = waiter.cancelled()
         if cancelled or not waiter.done():
             line = waiter.line
-            if (
-                line.pacer.loop.is_closed()
-            ):  # `bury_locked` counts out all others, and these at the root
-                if cancelled:
+            if line.pacer.loop.is_closed():
+                if cancelled:  # `bury_locked` counts out all others, and these at the root
                     for node in line.node.below_root:
                         node.waiting_below_root -= 1
                 return True

@@ -76,7 +76,7 @@ class Queued(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admitted(Event):
-    """A call passed."""
+    """A call passed; ``at`` is when it was booked, so that what was admitted can be held against limits."""
 
     cost: Mapping[str, int]
     #: Seconds between asking and admission.

@@ -92,6 +92,11 @@ class Gates:
                     most = room
         return most
 
+    def full(self, now: int) -> int:
+        """Return when the first bucket will be full: from then on what flows in is lost."""
+        buckets = (meter for meter, _ in self.meters if isinstance(meter, Bucket))
+        return min((each.earliest(each.burst, now) for each in buckets), default=now)
+
     def book(self, amounts: Amounts, when: int, *, calls: int = 1) -> None:
         """Book so many calls of ``amounts`` in all meters at ``when``."""
         for meter, resource in self.meters:

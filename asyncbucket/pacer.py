@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 #: Admissions in one pass, before other tasks of the loop get their turn.
 _BATCH: Final = 256
+#: Those who may pass one by one within so many ns go together, for to wake up takes more than to pass.
+_LULL: Final = 2_000_000
 #: How late (ns) another loop may be for its turn before a younger call of this one goes first.
 _GRACE: Final = 50_000_000
 #: The shortest sleep (s): a timer may fire early, and must not spin when it does.
@@ -274,6 +276,8 @@ class Pacer:
                 room = gates.room(amounts, now, most=_BATCH - passed)
             if room < 1:
                 due = self._due_locked(head, now)
+                if now < due < now + _LULL and self._waiting > passed + 1:  # nothing is lost by it
+                    due = max(due, min(now + _LULL, due + (gates.full(now) - due) // 8))
                 if due > now or passed == _BATCH:
                     return passed, due
                 room = 1  # above a burst, of which `Gates.room` knows nothing

@@ -59,11 +59,6 @@ class Waiter(asyncio.Future[Passage | None]):
         """The limiter at which it waits."""
         return self.line.node
 
-    @property
-    def pacer(self) -> "Pacer":
-        """Who serves it."""
-        return self.line.pacer
-
     def unbook(self, passage: Passage) -> None:
         """Undo the booking of a call that was not made, with what its shares paid for it."""
         passage.gates.unbook(self.amounts, passage.when)

@@ -121,10 +121,11 @@ class Books(Node):
             if account.observers is not None:
                 account.observers.emit(event)
 
-    def tell(self, kind: type[Event], **what: Any) -> None:
-        """Make an event for those who watch, here or above; called without the lock."""
+    def tell(self, kind: type[Event], at: int | None = None, **what: Any) -> None:
+        """Make an event of now, or of ``at``, for those who watch, here or above; called without the lock."""
         if self.budget.observed:
-            self.emit(kind(limiter=self.shown, at=self.budget.clock() * 1e-9, **what))
+            at = self.budget.clock() if at is None else at
+            self.emit(kind(limiter=self.shown, at=at * 1e-9, **what))
 
     def tell_later(self, kind: type[Event], **what: Any) -> None:
         """Make an event that observers hear with the next one: this may run with the lock held."""

@@ -88,7 +88,7 @@ class Door:
         finally:
             budget.lock.release()
         if budget.observed:
-            _tell_admitted(account, lease)
+            _tell_admitted(account, lease, now)
         return lease
 
     def take(self, amounts: dict[str, int]) -> Lease:
@@ -159,7 +159,7 @@ class Door:
             _note_refusal(account, amounts, error)
             raise
         if budget.observed:
-            _tell_admitted(account, lease)
+            _tell_admitted(account, lease, passage.when)
         return lease
 
     def _lock(self) -> Account:
@@ -200,9 +200,10 @@ def _too_late_locked(
     return refusal_locked(AcquireTimeout, account, amounts, how, "raise the timeout or the limit")
 
 
-def _tell_admitted(account: Account, lease: Lease) -> None:
+def _tell_admitted(account: Account, lease: Lease, when: int) -> None:
     account.tell(
         Admitted,
+        at=when,
         cost=lease.cost,
         waited=lease.waited,
         bound_by=lease.bound_by,

@@ -123,8 +123,8 @@ class Counter:
             self._grants[waiting] = grant, self._line.pop(waiting)
             if waiting.deadline is not None and waiting.deadline < grant.start:
                 waiting.set_result(None)
-                waiting.pacer.leave_locked(waiting)
-            waiting.pacer.ring_locked()
+                waiting.line.pacer.leave_locked(waiting)
+            waiting.line.pacer.ring_locked()
 
     def admit(self, waiting: Waiter, grant: Grant) -> None:
         """See `asyncbucket.stores.starts.Line`."""
@@ -138,7 +138,9 @@ class Counter:
             unreserved = dict.fromkeys(self._shared.account.resources(), 0)
             entry = Entry(self, grant, {**unreserved, **waiting.amounts})
             gates = Gates((*gates.meters, *entry.meters()))
-            waiting.pacer.admit_locked(waiting, Passage(gates, now, grant.bound_by or bound_by))
+            waiting.line.pacer.admit_locked(
+                waiting, Passage(gates, now, grant.bound_by or bound_by)
+            )
 
     def refuse(self, waiting: Waiter, bound_by: str) -> None:
         """See `asyncbucket.stores.starts.Line`."""
@@ -168,8 +170,8 @@ class Counter:
         with self._budget.lock:
             if not waiting.done():
                 waiting.set_exception(error)
-                waiting.pacer.leave_locked(waiting)
-                waiting.pacer.ring_locked()
+                waiting.line.pacer.leave_locked(waiting)
+                waiting.line.pacer.ring_locked()
 
     def correct(self, correction: Correction) -> None:
         """Have a booking changed."""

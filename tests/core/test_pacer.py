@@ -9,7 +9,7 @@ from typing import TypeVarTuple
 import pytest
 
 from asyncbucket import Limiter, TokenBucket
-from asyncbucket.testing import VirtualTime, VirtualTimeLoop
+from asyncbucket.testing import VirtualTime, VirtualTimeLoop, assert_within_bucket
 
 Ts = TypeVarTuple("Ts")
 
@@ -127,6 +127,30 @@ def test_many_are_admitted_in_batches(virtual_time: VirtualTime) -> None:
         assert virtual_time.now == 0
 
     virtual_time.run(main())
+
+
+@pytest.mark.parametrize(
+    ("waiting", "burst", "wake_ups"), [(1_000, 100, 100), (1_000, 1, 1_000), (1, 100, 1)]
+)
+def test_calls_that_pass_in_quick_succession_go_together(
+    waiting: int, burst: int, wake_ups: int, virtual_time: VirtualTime
+) -> None:
+    """One wake-up for some, where the bucket holds what flows in meanwhile; whoever is alone is not late."""
+    trace: list[tuple[int, int]] = []
+
+    async def call(bucket: TokenBucket) -> None:
+        await bucket.acquire()
+        trace.append((virtual_time.clock(), 1))
+
+    async def main() -> None:
+        bucket = TokenBucket(rate=5_000.0, burst=burst, clock=virtual_time.clock)
+        await asyncio.gather(*(call(bucket) for _ in range(burst + waiting)))
+
+    virtual_time.run(main())
+    assert_within_bucket(trace, rate=5_000.0, burst=burst)
+    assert len({when for when, _ in trace[burst:]}) <= wake_ups
+    late = [when - (number + 1) * 200_000 for number, (when, _) in enumerate(trace[burst:])]
+    assert max(late) <= (2_000_000 if waiting > wake_ups else 0)
 
 
 def test_a_timer_that_fires_early_admits_nobody_early() -> None:
