@@ -92,10 +92,11 @@ class Gates:
                     most = room
         return most
 
-    def full(self, now: int) -> int:
-        """Return when the first bucket will be full: from then on what flows in is lost."""
+    def full(self, since: int) -> int:
+        """Return when the first of the buckets will be full that are not yet: then what flows in is lost."""
         buckets = (meter for meter, _ in self.meters if isinstance(meter, Bucket))
-        return min((each.earliest(each.burst, now) for each in buckets), default=now)
+        when = (bucket.earliest(bucket.burst, since) for bucket in buckets)
+        return min((each for each in when if each > since), default=since)
 
     def book(self, amounts: Amounts, when: int, *, calls: int = 1) -> None:
         """Book so many calls of ``amounts`` in all meters at ``when``."""

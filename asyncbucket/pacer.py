@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 #: Admissions in one pass, before other tasks of the loop get their turn.
 _BATCH: Final = 256
-#: Those who may pass one by one within so many ns go together, for to wake up takes more than to pass.
+#: Those who may pass one by one within so many ns go together: to wake up takes longer than to pass.
 _LULL: Final = 2_000_000
 #: How late (ns) another loop may be for its turn before a younger call of this one goes first.
 _GRACE: Final = 50_000_000
@@ -276,8 +276,6 @@ class Pacer:
                 room = gates.room(amounts, now, most=_BATCH - passed)
             if room < 1:
                 due = self._due_locked(head, now)
-                if now < due < now + _LULL and self._waiting > passed + 1:  # nothing is lost by it
-                    due = max(due, min(now + _LULL, due + (gates.full(now) - due) // 8))
                 if due > now or passed == _BATCH:
                     return passed, due
                 room = 1  # above a burst, of which `Gates.room` knows nothing
@@ -313,6 +311,8 @@ class Pacer:
                 due, _ = gates.slotless(budget.blocked.leases).earliest(head.amounts, since)
         if len(budget.pacers) > 1:
             due = max(due, self._turn_locked(head, now))
+        elif now < due < now + _LULL and self._waiting > 1:  # for company; nothing is lost by it
+            due = min(now + _LULL, due + (gates.full(due) - due) // 8)
         if slotless and due <= now:
             budget.blocked.override(self.loop)
         return due

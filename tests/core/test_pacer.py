@@ -153,6 +153,28 @@ def test_calls_that_pass_in_quick_succession_go_together(
     assert max(late) <= (2_000_000 if waiting > wake_ups else 0)
 
 
+def test_children_go_together_too(virtual_time: VirtualTime) -> None:
+    """In their turns, and each within its own limit."""
+    trace: list[tuple[str, int]] = []
+
+    async def call(child: Limiter) -> None:
+        (await child.acquire()).release()
+        trace.append((child.name, virtual_time.clock()))
+
+    async def main() -> None:
+        limiter = Limiter("5k requests/s burst 100", name="root", clock=virtual_time.clock)
+        quick = limiter.child("quick", rpm=1_000_000_000)  # a bucket that stays full
+        slow = limiter.child("slow", "1k requests/s burst 1")
+        await asyncio.gather(*(call(child) for child in (quick, slow) for _ in range(500)))
+
+    virtual_time.run(main())
+    assert_within_bucket([(when, 1) for _, when in trace], rate=5_000.0, burst=100)
+    times = {name: [when for name_, when in trace if name_ == name] for name, _ in trace}
+    assert len(set(times["root/quick"])) <= 102  # the slow one wakes the pacer each millisecond
+    assert times["root/quick"][-1] <= 102_000_000
+    assert times["root/slow"] == [2_000_000 + 1_000_000 * number for number in range(500)]
+
+
 def test_a_timer_that_fires_early_admits_nobody_early() -> None:
     """As uvloop's do, by up to a millisecond: the pacer looks again, and sleeps for the rest."""
     naps: list[float] = []
