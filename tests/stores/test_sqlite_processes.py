@@ -265,7 +265,7 @@ async def test_a_process_killed_at_any_instant_leaves_whole_bookings(path: Path)
 
 
 async def test_slots_of_a_killed_process_come_back_in_time(path: Path) -> None:
-    """Within their time to live and 0.1 s: those who wait are told, and served."""
+    """Within their time to live, and not twice that: those who wait are told, and served."""
     terms = Terms(limits=(Limit("requests", 10**6, per=86_400, burst=10**6),), concurrency=10**6)
     process = start(BUSY, path)
     assert process.stdout is not None
@@ -282,7 +282,7 @@ async def test_slots_of_a_killed_process_come_back_in_time(path: Path) -> None:
         while receipt.bookings[0].outcome is Outcome.FULL:
             await ledger.changed(timeout=(receipt.ask_at - receipt.now) / 1e9)
             receipt = await ledger.commit(call)
-        assert time.monotonic() - killed < 1.5 + 0.1
+        assert time.monotonic() - killed < 2 * 1.5
 
 
 async def test_a_process_frozen_in_a_transaction_is_an_error_until_it_is_gone(path: Path) -> None:

