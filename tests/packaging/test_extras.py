@@ -70,7 +70,7 @@ def imported(node: ast.AST) -> set[str]:
             names |= {alias.name.partition(".")[0] for alias in child.names}
         elif isinstance(child, ast.ImportFrom):
             names.add((child.module or "").partition(".")[0])
-        else:
+        elif not isinstance(child, ast.expr):
             names |= imported(child)
     return names
 
