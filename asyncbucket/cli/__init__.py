@@ -26,6 +26,11 @@ def main() -> None:
         sys.exit(f'error: the command line needs {error.name}: pip install "asyncbucket[cli]"')
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except OSError as error:  # of help or a version, for no command has begun
+        from asyncbucket.cli.ends import WRONG, said
+
+        print(f"error: {said(error)}", file=sys.stderr)  # noqa: T201 - the command's output
+        sys.exit(WRONG)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -31,11 +31,11 @@ def in_a_line(command: str) -> Generator[None]:
     except BrokenPipeError:  # whoever read it has read enough: no error
         raise
     except (ImportError, OSError, ValueError) as error:
-        typer.echo(f"error: {_said(error, command)}", err=True)
+        typer.echo(f"error: {said(error, command)}", err=True)
         raise typer.Exit(WRONG) from error
 
 
-def _said(error: Exception, command: str) -> str:
+def said(error: Exception, command: str = "the command line") -> str:
     """Return what to say of ``error``; errors of our own name their remedy already."""
     if isinstance(error, OSError) and error.errno in _FULL:
         return f"{error.filename or 'the output'} cannot be written ({error.strerror}): make room"

@@ -61,6 +61,25 @@ def test_module_is_the_command() -> None:
     assert result.stdout.startswith("asyncbucket ")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_that_cannot_be_written_is_an_error_of_one_line(option: str) -> None:
+    """A full disk is no bug of ours: no traceback."""
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "asyncbucket", option],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+
+    assert (result.returncode, result.stderr) == (
+        2,
+        "error: the output cannot be written (No space left on device): make room\n",
+    )
+
+
 @pytest.mark.parametrize("module", ["typer", "rich"])
 def test_missing_extra_names_its_install_command(module: str) -> None:
     """One line, no traceback."""
