@@ -1,5 +1,6 @@
 """What pictures are drawn on: their colours, on light paper and on dark, and the file they go to."""
 
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,10 +52,13 @@ def canvas(path: Path, *, what: str, size: tuple[float, float], dark: bool) -> G
         "axes.facecolor": "none",
         "legend.facecolor": _PAPER[dark],
         "svg.hashsalt": "asyncbucket",
+        "text.parse_math": False,  # names may hold dollars
     }
     with mpl.rc_context(style):
         figure = Figure(figsize=size, dpi=150)
         figure.set_layout_engine("constrained")
         figure.set_facecolor(_PAPER[dark])
         yield figure
-        figure.savefig(path, metadata=None if path.suffix.lower() == ".pdf" else {"Date": None})
+        with warnings.catch_warnings():  # what no font has is seen in the picture, as a box
+            warnings.filterwarnings("ignore", "Glyph .* missing from")
+            figure.savefig(path, metadata=None if path.suffix.lower() == ".pdf" else {"Date": None})

@@ -216,6 +216,20 @@ def test_plot_draws_a_trace(virtual_time: VirtualTime, tmp_path: Path) -> None:
         assert (tmp_path / name).stat().st_size > 5_000
 
 
+@pytest.mark.parametrize("name", ["東京", "$5 {a_month$"])
+def test_plot_draws_a_limiter_of_any_name(tmp_path: Path, name: str) -> None:
+    """What no font has, and what looks like a formula; nothing is said of either."""
+    limiter = Limiter("5 RPM", name=name)
+    with limiter.trace() as trace:
+        limiter.acquire_nowait().release()
+    trace.save(tmp_path / "trace.jsonl")
+    out = tmp_path / "out.png"
+
+    done = run.invoke(app, ["plot", str(tmp_path / "trace.jsonl"), "-o", str(out)])
+
+    assert (done.exit_code, done.output) == (0, f"drawn: {out}\n")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
