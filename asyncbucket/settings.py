@@ -67,8 +67,8 @@ def from_toml(
 ) -> L:
     """Return a limiter as a TOML file describes it: the table ``[tool.asyncbucket]``.
 
-    In ``pyproject.toml`` that is the table; in other files it is ``[asyncbucket]``, or the whole
-    file. Tables in it, by other names than those of entries, describe further limiters::
+    In files other than ``pyproject.toml`` it may be ``[asyncbucket]``, too, or the whole file. Tables
+    in it, by other names than those of entries, describe further limiters::
 
         [tool.asyncbucket]
         rpm = 500
@@ -90,8 +90,7 @@ def from_toml(
             ValueError. The message names the file and the entry.
         FileNotFoundError: there is no such file.
     """
-    file, table = _find(path)
-    where = f"{file}, [{_TABLE if file.name != _FILES[1] else f'tool.{_TABLE}'}]"
+    where, table = _find(path)
     tables = _tables_in(table)
     hint = "write e.g. rpm = 500"
     if limiter is not None:
@@ -185,7 +184,12 @@ def _read(name: str, value: object) -> Any:
 
 def _limits(value: object) -> list[Limit]:
     texts: Iterable[Any] = value.split(";") if isinstance(value, str) else _list(value)
-    return [Limit.parse(text) for text in texts if not isinstance(text, str) or text.strip()]
+    try:
+        return [Limit.parse(text) for text in texts if not isinstance(text, str) or text.strip()]
+    except LimitSyntaxError as error:
+        if not isinstance(value, str):
+            raise
+        raise LimitSyntaxError(f"{error}; between two limits stands a semicolon") from error
 
 
 def _concurrency(value: object) -> Any:
@@ -193,9 +197,16 @@ def _concurrency(value: object) -> Any:
         if value == "auto":
             return value
         least, _, most = value.partition("-")
-        if least and most:
-            return int(_number(least)), int(_number(most))
-        return int(_number(value))
+        try:
+            return (
+                (int(read_amount(least)), int(read_amount(most)))
+                if most
+                else int(read_amount(value))
+            )
+        except LimitSyntaxError:
+            raise ValueError(
+                f"{value!r} is neither a number such as 20, nor 8-64, nor auto"
+            ) from None
     return tuple(_list(value)) if isinstance(value, list) else value
 
 
@@ -223,34 +234,37 @@ def _list(value: object) -> list[Any]:
     return value
 
 
-def _find(path: str | PathLike[str] | None) -> tuple[Path, Mapping[str, Any]]:
-    """Return the file and the table that describes limiters."""
+def _find(path: str | PathLike[str] | None) -> tuple[str, Mapping[str, Any]]:
+    """Return the table that describes limiters, behind the words for where it stands."""
     if path is not None:
-        file = Path(path)
-        return file, _table(file, required=True)
+        return _table(Path(path), required=True)
     here = Path.cwd()
     for folder in (here, *here.parents):
         for name in _FILES:
             file = folder / name
-            if file.is_file() and (table := _table(file, required=False)):
-                return file, table
+            if file.is_file() and (found := _table(file, required=False))[1]:
+                return found
     raise FileNotFoundError(
         f"no {_FILES[0]}, nor a {_FILES[1]} with [tool.{_TABLE}], in {here} or above it: write one, "
         "or give its path"
     )
 
 
-def _table(file: Path, *, required: bool) -> Mapping[str, Any]:
+def _table(file: Path, *, required: bool) -> tuple[str, Mapping[str, Any]]:
     with file.open("rb") as content:
         try:
             document = tomllib.load(content)
         except ValueError as error:
             raise LimitSyntaxError(f"{file} is no TOML: {error}") from error
-    project = file.name == _FILES[1]
-    place = document.get("tool") if project else document
-    table = (place if isinstance(place, Mapping) else {}).get(_TABLE, {} if project else document)
+    tools = document.get("tool")
+    if not isinstance(tools, Mapping):
+        tools = {}
+    if _TABLE in tools or file.name == _FILES[1]:
+        name, table = f"tool.{_TABLE}", tools.get(_TABLE, {})
+    else:
+        name, table = _TABLE, document.get(_TABLE, document)
     if required and not table:
-        raise LimitSyntaxError(f"{file} has no table [{'tool.' if project else ''}{_TABLE}]")
+        raise LimitSyntaxError(f"{file} has no table [{name}]")
     if not isinstance(table, Mapping):
         raise LimitSyntaxError(f"{file}: {_TABLE} is no table but {table!r}")
-    return table
+    return f"{file}, [{name}]", table

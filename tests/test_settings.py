@@ -113,8 +113,14 @@ def test_environment_is_the_processs(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"RPM": "5 images"}, "ASYNCBUCKET_RPM: '5 images' is no number such as 500"),
         ({"RPM": "-5"}, "ASYNCBUCKET_RPM: '-5' is no number"),
         ({"LIMITS": "500 RPX"}, "ASYNCBUCKET_LIMITS: '500 RPX' is no limit; write e.g."),
-        ({"CONCURRENCY": "some"}, "ASYNCBUCKET_CONCURRENCY: 'some' is no number"),
-        ({"CONCURRENCY": "-8"}, "ASYNCBUCKET_CONCURRENCY: '-8' is no number"),
+        ({"LIMITS": "500 RPM, 2k TPM"}, "ASYNCBUCKET_LIMITS: '500 RPM, 2k TPM' .* a semicolon$"),
+        (
+            {"CONCURRENCY": "some"},
+            "ASYNCBUCKET_CONCURRENCY: 'some' is neither a number such as 20, nor 8-64, nor auto",
+        ),
+        ({"CONCURRENCY": "0"}, "ASYNCBUCKET_CONCURRENCY: '0' is neither a number such as 20"),
+        ({"CONCURRENCY": "-8"}, "ASYNCBUCKET_CONCURRENCY: '-8' is neither a number"),
+        ({"CONCURRENCY": "8-"}, "ASYNCBUCKET_CONCURRENCY: '8-' is neither a number"),
         ({"PRESET": "openai"}, "ASYNCBUCKET_PRESET: no preset is called 'openai'"),
         (
             {"RMP": "500"},
@@ -164,6 +170,18 @@ def test_other_files_have_the_table_at_the_top(tmp_path: Path, text: str) -> Non
     assert said(from_toml(Limiter, written(tmp_path, text, "limits.toml"))) == [
         "60 requests per 60 s"
     ]
+
+
+def test_table_of_a_project_may_stand_in_a_file_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copied from one to the other, it means the same; errors call it by the name it has."""
+    written(tmp_path, TABLE, "asyncbucket.toml")
+    monkeypatch.chdir(tmp_path)
+
+    assert said(from_toml(Limiter)) == said(from_toml(Limiter, written(tmp_path, TABLE)))
+    with pytest.raises(LimitSyntaxError, match=r"toml, \[tool\.asyncbucket\] has no table 'x'"):
+        from_toml(Limiter, limiter="x")
 
 
 def test_nearest_file_above_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
