@@ -73,8 +73,10 @@ def assert_never_over(trace: Trace, limit: LimitLike | str) -> BusiestWindow:
         ValueError, TypeError: If the trace isn't one, or `limit` can't be read.
     """
     limit = Limit.parse(limit) if isinstance(limit, str) else limit
+    if not hasattr(limit, "per"):
+        raise TypeError(f'a limit is a Limit or a text such as "100 TPM", not {limit!r}')
     admissions = _admissions(trace)
-    worst = _busiest(admissions, _nanoseconds(limit.per))
+    worst = _busiest(admissions, _window(limit.per))
     if worst.amount > limit.amount:
         raise AssertionError(
             f"over the limit: {counted(worst.amount, 'units')} in "
@@ -98,8 +100,12 @@ def assert_within_bucket(trace: Trace, *, rate: float, burst: float) -> None:
 
 
 def busiest_window(trace: Trace, *, per: float) -> BusiestWindow:
-    """Find the window of `per` seconds that holds most; an empty trace gives zeros."""
-    return _busiest(_admissions(trace), _nanoseconds(per))
+    """Find the window of `per` seconds that holds most; an empty trace gives zeros.
+
+    Raises:
+        ValueError, TypeError: If the trace isn't one, or `per` is no positive number of seconds.
+    """
+    return _busiest(_admissions(trace), _window(per))
 
 
 def _busiest(admissions: list[tuple[int, int]], window: int) -> BusiestWindow:
@@ -166,6 +172,13 @@ def _admissions(trace: Trace) -> list[tuple[int, int]]:
     if float in kinds:
         return sorted((_nanoseconds(when), amount) for when, amount in pairs)
     return sorted((int(when), amount) for when, amount in pairs)
+
+
+def _window(per: float) -> int:
+    window = _nanoseconds(per)
+    if window < 1:
+        raise ValueError(f"a window lasts a positive number of seconds, not {per}")
+    return window
 
 
 def _nanoseconds(seconds: float) -> int:

@@ -104,6 +104,17 @@ def test_limit_may_be_written_as_for_a_limiter() -> None:
         assert_never_over([(0, 11)], "10/s")
 
 
+def test_what_is_no_limit_and_no_window_is_refused() -> None:
+    """A number alone says nothing of the window."""
+    limit: Any = 100
+
+    with pytest.raises(TypeError, match='a Limit or a text such as "100 TPM", not 100'):
+        assert_never_over([(0, 1)], limit)
+    for per in (0, -3):
+        with pytest.raises(ValueError, match=f"a positive number of seconds, not {per}"):
+            busiest_window([(0, 1)], per=per)
+
+
 def test_call_above_the_burst_passes_when_it_has_earned_the_rest() -> None:
     """Burst 2 at 1/s: 5 may go at 3 s after the bucket was full, and nothing right behind it."""
     assert_within_bucket([(0, 2), (5 * SECOND, 5), (6 * SECOND, 1)], rate=1.0, burst=2)
