@@ -3,7 +3,7 @@
 import pytest
 
 from asyncbucket.cli.demo.report import headline
-from asyncbucket.cli.demo.scenario import CALLS_OF_AN_AGENT, Wish, scenario_of
+from asyncbucket.cli.demo.scenario import CALLS_OF_AN_AGENT, TOKENS_OF_A_CALL, Wish, scenario_of
 
 
 @pytest.mark.parametrize("seconds", [2.0, 6.0, 36.0, 120.0])
@@ -14,6 +14,24 @@ def test_paced_run_takes_as_long_as_asked(rpm: int, seconds: float) -> None:
     calls = scenario.agents * CALLS_OF_AN_AGENT + scenario.batches
 
     assert calls / (rpm / 60) == pytest.approx(seconds, rel=0.05)
+
+
+def test_paced_run_takes_as_long_as_asked_where_tokens_bind() -> None:
+    """60,000 tokens a minute are 400 calls a minute, whatever requests would allow."""
+    scenario = scenario_of(Wish(tpm=60_000, seconds=36.0))
+    calls = scenario.agents * CALLS_OF_AN_AGENT + scenario.batches
+
+    assert calls / (60_000 / TOKENS_OF_A_CALL / 60) == pytest.approx(36, rel=0.05)
+
+
+def test_tokens_that_no_call_could_pass_with_are_refused() -> None:
+    """The run would end with nothing but failures, after minutes; what is asked for then will do."""
+    with pytest.raises(
+        ValueError, match=r"10 tokens a minute are 1 in the demo's 1\.5 s, .* --tpm 10000 or more$"
+    ):
+        scenario_of(Wish(tpm=10, seconds=6.0))
+
+    scenario_of(Wish(tpm=10_000, seconds=6.0))
 
 
 @pytest.mark.parametrize("seconds", [2.0, 6.0, 36.0])

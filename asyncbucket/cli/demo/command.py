@@ -20,7 +20,7 @@ __all__ = ["Wish", "run"]
 
 
 def run(wish: Wish, *, as_json: bool = False) -> int:
-    """Run the demo and return its exit status: 0, 1 if a paced call failed, 130 after Ctrl-C.
+    """Run the demo and return its exit status: 0, 1 if a paced call failed, 130 after Ctrl-C or SIGTERM.
 
     Raises:
         ValueError: the options don't fit together.

@@ -1,5 +1,6 @@
 """What a demo runs: how many agents, against which provider, under which limits."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Final
@@ -13,10 +14,12 @@ WINDOW: Final = 6.0
 WINDOWS: Final = 4
 SECONDS: Final = 36.0
 RPM: Final = 1_200
-TPM: Final = 300_000
 #: One call in so many is a batch of embeddings; an agent makes two calls, around its tool.
 A_BATCH_IN: Final = 12
 CALLS_OF_AN_AGENT: Final = 2
+#: What a call takes on average; and so many at least a window has to hold, or none ever passes.
+TOKENS_OF_A_CALL: Final = 150
+TOKENS_AT_LEAST: Final = 250
 MODEL: Final = "gpt-4o-mini"
 EMBED_MODEL: Final = "text-embedding-3-small"
 AGENTS_OF_A_REAL_DEMO: Final = 20
@@ -94,9 +97,16 @@ def scenario_of(wish: Wish) -> Scenario:
 
 
 def _bundled(wish: Wish) -> Scenario:
-    rpm, tpm, seconds = wish.rpm or RPM, wish.tpm or TPM, wish.seconds or SECONDS
+    rpm, seconds = wish.rpm or RPM, wish.seconds or SECONDS
+    tpm = wish.tpm or max(rpm, RPM) * TOKENS_AT_LEAST  # enough for all requests
     window = round(min(WINDOW, seconds / WINDOWS), 3)
-    calls = rpm * seconds / 60
+    tokens = _in_window(tpm, window)
+    if tokens < TOKENS_AT_LEAST:
+        raise ValueError(
+            f"{tpm:,} tokens a minute are {tokens:,} in the demo's {window:g} s, and a call takes up to "
+            f"{TOKENS_AT_LEAST}: give --tpm {math.ceil(TOKENS_AT_LEAST * 60 / window)} or more"
+        )
+    calls = min(rpm, tpm / TOKENS_OF_A_CALL) * seconds / 60
     batches = round((wish.agents or calls / CALLS_OF_AN_AGENT) / (A_BATCH_IN / CALLS_OF_AN_AGENT))
     agents = wish.agents or max(1, round((calls - batches) / CALLS_OF_AN_AGENT))
     return Scenario(
@@ -104,7 +114,7 @@ def _bundled(wish: Wish) -> Scenario:
         batches=max(1, batches),
         limits=(
             Limit("requests", _in_window(rpm, window), per=window),
-            Limit("tokens", _in_window(tpm, window), per=window),
+            Limit("tokens", tokens, per=window),
         ),
         concurrency=wish.concurrency or CONCURRENCY,
     )

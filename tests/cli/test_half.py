@@ -1,0 +1,42 @@
+"""One run of the demo's load, ended from outside."""
+
+import asyncio
+import signal
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from asyncbucket.cli import _end
+from asyncbucket.cli.demo import half, load
+from asyncbucket.cli.demo.gauge import LimiterGauge
+from asyncbucket.cli.demo.scenario import Wish, scenario_of
+from asyncbucket.cli.demo.screen import screen_for
+from asyncbucket.cli.demo.tally import Tally
+
+
+class Dropped:
+    """Be collected just when the program is told to end."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_sigterm_amid_a_finalizer_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a finalizer raises is lost; the run ends all the same, and who was to be told is again."""
+
+    async def hang(*_: Any, **__: Any) -> None:
+        Dropped()
+        await asyncio.wait_for(asyncio.Event().wait(), 5)
+
+    monkeypatch.setattr(load, "run", hang)
+    scenario, tally = scenario_of(Wish()), Tally(None)
+    screen = screen_for(Console(), scenario, silent=True)
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        half._run(scenario, tally, screen, LimiterGauge(None), api_base="")
+        assert signal.getsignal(signal.SIGTERM) is _end
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    assert tally.interrupted
