@@ -269,6 +269,16 @@ def test_command_whose_reader_is_gone_ends_without_a_word() -> None:
     assert process.returncode == 0
 
 
+def test_latency_that_cannot_be_read_is_named_as_typed() -> None:
+    """Not by the function that reads it."""
+    command = [sys.executable, "-m", "asyncbucket.testing.provider", "--latency", "fast"]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 2
+    assert done.stderr.endswith("--latency: 'fast' is no 0.5, nor a range such as 0.2:0.6\n")
+
+
 def test_command_that_cannot_start_says_why_in_one_line() -> None:
     """A bad setting, and a port that another has: not a traceback."""
     command = [sys.executable, "-m", "asyncbucket.testing.provider"]

@@ -73,7 +73,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _latency(text: str) -> float | tuple[float, float]:
     low, colon, high = text.partition(":")
-    return (float(low), float(high)) if colon else float(low)
+    try:
+        return (float(low), float(high)) if colon else float(low)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no 0.5, nor a range such as 0.2:0.6"
+        ) from None
 
 
 def _wait_for_eof(stop: threading.Event) -> None:
