@@ -43,6 +43,12 @@ class Keys(Generic[L]):
     def __len__(self) -> int:
         return len(self._limiters)
 
+    def busy(self) -> list[L]:
+        """Return the limiters with calls that wait or are in flight now."""
+        with self._parent.budget.making:
+            found = tuple(self._limiters.values())
+        return [limiter for limiter, account in found if account.waiting or account.in_flight]
+
     def agree(self, terms: Terms, *, alive: int) -> None:
         """Say on what terms tenants stand that have none of their own."""
         self._terms, self._alive = terms, alive

@@ -339,6 +339,11 @@ class Limiter(Doors, Steering, OfThisProcess):
         """The children by name, as of now, without tenants."""
         return MappingProxyType(dict(self._account.limiters))
 
+    def _busy_tenants(self) -> list["Limiter"]:
+        """Return the tenants' limiters with calls that wait or are in flight now."""
+        keys = self._account.keys
+        return [] if keys is None else keys.busy()
+
     def _tenants(self) -> Keys["Limiter"]:
         with self._budget.making:
             account = self._account

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, runtime_checkable
 
 from asyncbucket.events import Callback, Event
+from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.statistics import Statistics
 from asyncbucket.limiter.terms import read_count
 
@@ -125,7 +126,7 @@ class Watched:
     def _read(self, limiter: Source, readings: dict[str, Reading]) -> Statistics:
         now = limiter.statistics()
         reading = readings.setdefault(self.label(now.name), Reading())
-        below = [self._read(child, readings) for child in tuple(limiter.children.values())]
+        below = [self._read(each, readings) for each in _below(limiter)]
         # A limiter's statistics hold those below it; here each call stands where it asked.
         reading.queued += max(0, now.waiting - sum(each.waiting for each in below))
         reading.in_flight += max(0, now.in_flight - sum(each.in_flight for each in below))
@@ -151,6 +152,12 @@ def by_kind(handlers: Mapping[type[Event], Callable[[Any], object]]) -> Callback
             handle(event)
 
     return observe
+
+
+def _below(limiter: Source) -> Iterator[Source]:
+    yield from tuple(limiter.children.values())
+    if isinstance(limiter, Limiter):
+        yield from limiter._busy_tenants()  # noqa: SLF001 - shown by a star alone; idle ones are many
 
 
 def _upwards(limiter: Source) -> Iterator[Source]:

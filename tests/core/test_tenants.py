@@ -45,6 +45,26 @@ def test_a_tenant_is_one_limiter(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
+def test_telemetry_finds_the_tenants_that_have_calls(virtual_time: VirtualTime) -> None:
+    """Those who wait and those in flight, not the thousand that are idle."""
+
+    async def main() -> None:
+        key = Limiter("60 RPM burst 1", clock=virtual_time.clock)
+        assert key._busy_tenants() == []
+        first, second = key.key("first"), key.key("second")
+        key.key("idle")
+        lease = await first.acquire()
+        waiting = asyncio.create_task(second.acquire())
+        await virtual_time.all_blocked()
+        assert key._busy_tenants() == [first, second]
+        lease.release()
+        assert key._busy_tenants() == [second]
+        (await waiting).release()
+        assert key._busy_tenants() == []
+
+    virtual_time.run(main())
+
+
 def test_a_tenants_name_is_nobodys_business(virtual_time: VirtualTime) -> None:
     """It is in no name, repr, error or statistics, and children do not list it."""
 

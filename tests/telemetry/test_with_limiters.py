@@ -325,6 +325,32 @@ async def test_no_secret_is_seen(caplog: pytest.LogCaptureFixture) -> None:
     assert [canary for canary in CANARIES if canary in shown] == []
 
 
+def test_a_tenants_call_is_shown_where_it_is_counted(virtual_time: VirtualTime) -> None:
+    """By a star, as it waits, in flight and afterwards: or it would seem to wait while none passes."""
+    registry = CollectorRegistry()
+    limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock, name="openai")
+    telemetry.prometheus(limiter, registry=registry)
+
+    async def call(tenant: str | None) -> None:
+        async with limiter.acquire(tenant=tenant):
+            await asyncio.sleep(5)
+
+    async def main() -> None:
+        calls = asyncio.gather(*map(call, ["acme", "bob", None, "acme"]))
+        await virtual_time.all_blocked()
+        seen = scrape(registry)
+        assert seen["asyncbucket_in_flight_requests", "openai/*"] == 1
+        assert seen["asyncbucket_queued_requests", "openai/*"] == 2
+        assert seen["asyncbucket_queued_requests", "openai"] == 1
+        assert total(seen, "asyncbucket_queued_requests") == limiter.statistics().waiting == 3
+        await calls
+        seen = scrape(registry)
+        assert seen["asyncbucket_requests_total", "openai/*", "ok"] == 3
+        assert total(seen, "asyncbucket_in_flight_requests") == 0
+
+    virtual_time.run(main())
+
+
 def calls_in(limiter: Limiter) -> int:
     """Count the functions that an admission and its release call: as a clock does, without one."""
     limiter.acquire_nowait(tokens=9).release()
