@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Generator
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias, TypeVar
@@ -46,8 +45,34 @@ class Inherited:
 inherited: Final[ContextVar[Inherited | None]] = ContextVar("asyncbucket", default=None)
 
 
-@contextlib.contextmanager
-def priority(value: Priority) -> Generator[None]:
+class Given(contextlib.AbstractContextManager[None, None]):
+    """Give the calls in one ``with`` block something to inherit.
+
+    It is no decorator, as `contextlib.contextmanager` makes them: around an async function that would be
+    over before the function has begun.
+    """
+
+    __slots__ = ("_token", "_what")
+
+    def __init__(self, **what: Any) -> None:
+        self._token: Token[Inherited | None] | None = None
+        self._what = what
+
+    def __enter__(self) -> None:
+        if self._token is not None:
+            raise RuntimeError("this was entered before: call priority, tenant or deadline anew")
+        outer = inherited.get() or Inherited()
+        given = replace(outer, **self._what)
+        if outer.deadline is not None and given.deadline is not None:
+            given = replace(given, deadline=min(outer.deadline, given.deadline))
+        self._token = inherited.set(given)
+
+    def __exit__(self, *_: object) -> None:
+        assert self._token is not None
+        put_back(inherited, self._token)
+
+
+def priority(value: Priority) -> contextlib.AbstractContextManager[None, None]:
     """Give all calls inside a priority, where they have none of their own.
 
     Urgent calls go first, and none starves: of the priorities that wait each is served at least an
@@ -60,23 +85,19 @@ def priority(value: Priority) -> Generator[None]:
     Raises:
         ValueError: it is none of these.
     """
-    with _inherit(priority=read_priority(value)):
-        yield
+    return Given(priority=read_priority(value))
 
 
-@contextlib.contextmanager
-def tenant(name: str) -> Generator[None]:
+def tenant(name: str) -> contextlib.AbstractContextManager[None, None]:
     """Make all calls inside for a tenant: through ``limiter.key(name)`` of the limiter they ask.
 
     Raises:
         ValueError: the name is no text, or empty.
     """
-    with _inherit(tenant=read_tenant(name)):
-        yield
+    return Given(tenant=read_tenant(name))
 
 
-@contextlib.contextmanager
-def deadline(seconds: float) -> Generator[None]:
+def deadline(seconds: float) -> contextlib.AbstractContextManager[None, None]:
     """Have all calls inside admitted within so many seconds from now; an earlier deadline stays.
 
     A call that cannot be is refused at once with `AcquireTimeout`, which says what binds and for
@@ -89,20 +110,7 @@ def deadline(seconds: float) -> Generator[None]:
         ValueError: it is no such number.
     """
     ever = span_of(seconds, "a deadline", "math.inf sets none") >= NEVER
-    end, outer = math.inf if ever else _now() + seconds, inherited.get()
-    if outer is not None and outer.deadline is not None:
-        end = min(end, outer.deadline)
-    with _inherit(deadline=end):
-        yield
-
-
-@contextlib.contextmanager
-def _inherit(**what: Any) -> Generator[None]:
-    token = inherited.set(replace(inherited.get() or Inherited(), **what))
-    try:
-        yield
-    finally:
-        put_back(inherited, token)
+    return Given(deadline=math.inf if ever else _now() + seconds)
 
 
 def put_back(variable: ContextVar[T], token: Token[T]) -> None:

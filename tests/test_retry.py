@@ -17,7 +17,7 @@ from stamina.instrumentation import RetryDetails
 from asyncbucket import AcquireTimeout, CostExceedsLimit, Limiter, QueueFull
 from asyncbucket.http.headers import WEEK
 from asyncbucket.http.refusals import Refusals
-from asyncbucket.retry import Retrier, Retry, RetryBudget, Verdict, classify
+from asyncbucket.retry import Retrier, Retry, RetryBudget, Sent, Verdict, classify
 from asyncbucket.testing import VirtualTime, virtual_time
 from asyncbucket.testing.provider import RateLimitedProvider
 
@@ -565,6 +565,29 @@ def test_one_wave_of_refusals_makes_one_pause(
     assert pauses == [1.0, 2.0, 4.0, 8.0, 1.0]
     assert stage.limiter.statistics().upstream_429 == 4 * 51 + 1
     assert len(caplog.records) == 1  # more waves in the same minute are for whoever debugs
+
+
+def test_refusal_of_a_call_from_before_a_wave_is_of_that(stage: Stage) -> None:
+    """Whenever it comes; a call that does not say when it was sent makes a wave of its own."""
+    retrier = stage.retrier(Retry(attempts=1))
+    script = stage.script(status_error(429))
+    sent = Sent()
+    pauses: list[float] = []
+
+    def call(at: float | None) -> None:
+        sent.at = at
+        with pytest.raises(openai.RateLimitError):
+            retrier.call_sync(script.play, sent=sent)
+        pauses.append(stage.limiter.statistics().paused)
+
+    async def main() -> None:
+        call(0.0)
+        await asyncio.sleep(2)
+        call(0.0)
+        call(None)
+
+    stage.run(main())
+    assert pauses == [1.0, 0.0, 2.0]
 
 
 def test_wave_that_several_hear_is_one_wave(stage: Stage) -> None:

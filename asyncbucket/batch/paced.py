@@ -117,6 +117,9 @@ def _parts_of_method(method: types.MethodType) -> Iterator[object]:
     if not isinstance(function, types.FunctionType):
         return
     yield from _named(function)
+    # A decorated method lies in the closure of what stands for it.
+    within = [each for each in _enclosed(function) if isinstance(each, types.FunctionType)]
+    yield from (types.MethodType(each, holder) for each in within)
     # An object of ours is known by its limiter, which lies deeper than a name.
     if _is_ours(holder):
         yield holder
@@ -135,13 +138,18 @@ def _named(function: types.FunctionType) -> Iterator[object]:
     """Yield the globals that a function names, what its closure holds, and its defaults."""
     names = function.__globals__
     yield from (names[name] for name in _names(function.__code__) if name in names)
+    yield from _enclosed(function)
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+
+
+def _enclosed(function: types.FunctionType) -> Iterator[object]:
+    """Yield what a function's closure holds."""
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
         except ValueError:  # not assigned yet
             continue
-    yield from function.__defaults__ or ()
-    yield from (function.__kwdefaults__ or {}).values()
 
 
 def _attributes(code: types.CodeType) -> Iterator[str]:

@@ -106,7 +106,11 @@ def name_of(fn: object) -> str:
         fn = fn.func
     name: str = getattr(fn, "__qualname__", type(fn).__qualname__)
     holder = getattr(fn, "__self__", None)
+    wanted = getattr(holder, "output_cls", None)  # of a structured LLM, which asks another
+    holder = getattr(holder, "llm", holder)
     model = getattr(holder, "model", None) or getattr(holder, "model_name", None)
+    if isinstance(wanted, type):
+        name = f"{name} for {wanted.__qualname__}"
     return f"{name} of {model}" if isinstance(model, str) else name
 
 

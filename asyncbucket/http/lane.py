@@ -72,7 +72,8 @@ class Lane:
             refusals=self._refusals,
             forecast=self._forecast,
             now=self.limiter.now,
-            settles=self._is_settled(profile),
+            # What is only read back (a stored reply, a batch) tells the usage of other calls.
+            settles=call.method == "POST" and self._is_settled(profile),
         )
 
     def _is_settled(self, profile: Profile) -> bool:

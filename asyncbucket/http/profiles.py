@@ -85,7 +85,7 @@ class Profile(Protocol):
         ...
 
     def settled(self, call: Call, usage: Usage) -> Mapping[str, int]:
-        """Return the amounts of those resources that were really used, once the usage is known."""
+        """Return the amounts of those resources that a POST really used, once the usage is known."""
         ...
 
 

@@ -14,7 +14,7 @@ from asyncbucket.limiter.levels import asked, in_force, provider_of
 from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator, Observer
 from asyncbucket.llama_index.events import admit, admit_sync
 from asyncbucket.llama_index.held import HeldCall, held_call, note_usage
-from asyncbucket.retry import Retrier, Retry, classify
+from asyncbucket.retry import Retrier, Retry, Sent, classify
 
 T = TypeVar("T")
 
@@ -73,8 +73,9 @@ class Pacing:
         """
         held = held_call(self.limiter)
         if held is None:
-            attempt = functools.partial(self._attempt, send, estimate(), read)
-            return await self.retrier.call(attempt, deadline=self.deadline(), tried=send)
+            sent = Sent()
+            attempt = functools.partial(self._attempt, send, estimate(), read, sent)
+            return await self.retrier.call(attempt, deadline=self.deadline(), tried=send, sent=sent)
         reply = await send()
         note_usage(held, read(reply))
         return reply
@@ -89,8 +90,9 @@ class Pacing:
         """Do what `call` does, on a thread that may be blocked."""
         held = held_call(self.limiter)
         if held is None:
-            attempt = functools.partial(self._attempt_sync, send, estimate(), read)
-            return self.retrier.call_sync(attempt, deadline=self.deadline(), tried=send)
+            sent = Sent()
+            attempt = functools.partial(self._attempt_sync, send, estimate(), read, sent)
+            return self.retrier.call_sync(attempt, deadline=self.deadline(), tried=send, sent=sent)
         reply = send()
         note_usage(held, read(reply))
         return reply
@@ -100,8 +102,9 @@ class Pacing:
         send: Callable[[], Awaitable[T]],
         estimate: Estimate,
         read: Callable[[T], Usage | None],
+        sent: Sent,
     ) -> T:
-        with await self.admit(estimate) as lease, told_of_overload(lease):
+        with await self.admit(estimate, sent) as lease, told_of_overload(lease):
             held = HeldCall(self.limiter, lease, self.ear)
             with held.inside():
                 reply = await send()
@@ -109,22 +112,30 @@ class Pacing:
             return reply
 
     def _attempt_sync(
-        self, send: Callable[[], T], estimate: Estimate, read: Callable[[T], Usage | None]
+        self,
+        send: Callable[[], T],
+        estimate: Estimate,
+        read: Callable[[T], Usage | None],
+        sent: Sent,
     ) -> T:
-        with self.admit_sync(estimate) as lease, told_of_overload(lease):
+        with self.admit_sync(estimate, sent) as lease, told_of_overload(lease):
             held = HeldCall(self.limiter, lease, self.ear)
             with held.inside():
                 reply = send()
             self.settle(lease, held.used(read(reply)))
             return reply
 
-    async def admit(self, estimate: Estimate) -> Lease:
-        """Wait for the admission of a call that costs ``estimate``."""
-        return await admit(self.limiter, self._amounts(estimate))
+    async def admit(self, estimate: Estimate, sent: Sent) -> Lease:
+        """Wait for the admission of a call that costs ``estimate``, which is ``sent`` then."""
+        lease = await admit(self.limiter, self._amounts(estimate))
+        sent.at = self.limiter.now()
+        return lease
 
-    def admit_sync(self, estimate: Estimate) -> Lease:
+    def admit_sync(self, estimate: Estimate, sent: Sent) -> Lease:
         """Do what `admit` does, on a thread that may be blocked."""
-        return admit_sync(self.limiter, self._amounts(estimate))
+        lease = admit_sync(self.limiter, self._amounts(estimate))
+        sent.at = self.limiter.now()
+        return lease
 
     def settle(self, lease: Lease, usage: Usage | None) -> None:
         """Correct what was reserved by what a whole reply used, where that is known."""

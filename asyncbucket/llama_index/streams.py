@@ -34,7 +34,7 @@ from asyncbucket.limiter.lease import Lease
 from asyncbucket.llama_index.estimate import Estimate
 from asyncbucket.llama_index.held import HeldCall
 from asyncbucket.llama_index.pacing import Pacing
-from asyncbucket.retry import classify
+from asyncbucket.retry import Sent, classify
 
 if TYPE_CHECKING:
     from contextvars import ContextVar
@@ -74,6 +74,7 @@ class _Stream(Generic[T]):
         self._lease: Lease | None = None
         self._held: HeldCall | None = None
         self._usage: Usage | None = None
+        self._sent = Sent()
         self._busy = False
         self._over = False
 
@@ -187,13 +188,13 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
         begin = functools.partial(self._begin, self._estimate())
         with self._as_asked():
             return await self._pacing.retrier.call(
-                begin, deadline=self._pacing.deadline(), tried=self._start
+                begin, deadline=self._pacing.deadline(), tried=self._start, sent=self._sent
             )
 
     async def _begin(self, estimate: Estimate) -> T:
         """Return the first item, or the end: one attempt."""
         self._loop = asyncio.get_running_loop()
-        self._admitted(await self._pacing.admit(estimate))
+        self._admitted(await self._pacing.admit(estimate, self._sent))
         try:
             with self._inside():
                 self._inner = aiter(await self._start(**self._options()))
@@ -275,12 +276,12 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
         begin = functools.partial(self._begin, self._estimate())
         with self._as_asked():
             return self._pacing.retrier.call_sync(
-                begin, deadline=self._pacing.deadline(), tried=self._start
+                begin, deadline=self._pacing.deadline(), tried=self._start, sent=self._sent
             )
 
     def _begin(self, estimate: Estimate) -> T:
         """Return the first item, or the end: one attempt."""
-        self._admitted(self._pacing.admit_sync(estimate))
+        self._admitted(self._pacing.admit_sync(estimate, self._sent))
         try:
             with self._inside():
                 self._inner = iter(self._start(**self._options()))

@@ -22,5 +22,6 @@ the provider is what the user sees, the same object, with a note that says how o
 from asyncbucket.http.failures import Verdict, classify
 from asyncbucket.retry.policy import Retry, RetryBudget
 from asyncbucket.retry.retrier import Retrier
+from asyncbucket.retry.trial import Sent
 
-__all__ = ["Retrier", "Retry", "RetryBudget", "Verdict", "classify"]
+__all__ = ["Retrier", "Retry", "RetryBudget", "Sent", "Verdict", "classify"]

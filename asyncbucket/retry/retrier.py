@@ -13,7 +13,7 @@ from asyncbucket.http.refusals import Refusals, doubled
 from asyncbucket.limiter import Limiter
 from asyncbucket.retry.again import TryAgain, again, not_ours, renamed
 from asyncbucket.retry.policy import Retry
-from asyncbucket.retry.trial import Trial
+from asyncbucket.retry.trial import Sent, Trial
 
 T = TypeVar("T")
 
@@ -50,6 +50,7 @@ class Retrier:
         *,
         deadline: float | None = None,
         tried: Callable[..., object] | None = None,
+        sent: Sent | None = None,
     ) -> T:
         """Await ``attempt()`` until it succeeds or there is no point in another.
 
@@ -59,11 +60,12 @@ class Retrier:
             attempt: makes one attempt; it acquires for itself and gives back whatever happens.
             deadline: the latest instant for an attempt to begin, in seconds of the limiter's clock.
             tried: what the attempt calls in the end, by whose name stamina's hooks know of retries.
+            sent: where attempts say when they were sent, so that a late refusal is of its own wave.
 
         Raises:
             Exception: the provider's last error, with a note; or whatever else `attempt` raised.
         """
-        trial = Trial(self, deadline)
+        trial = Trial(self, deadline, sent)
 
         async def once() -> T:
             return await trial.run(attempt)
@@ -82,9 +84,10 @@ class Retrier:
         *,
         deadline: float | None = None,
         tried: Callable[..., object] | None = None,
+        sent: Sent | None = None,
     ) -> T:
         """Call ``attempt()`` as `call` does, and block this thread during a back-off."""
-        trial = Trial(self, deadline)
+        trial = Trial(self, deadline, sent)
 
         def once() -> T:
             return trial.run_sync(attempt)
@@ -97,14 +100,14 @@ class Retrier:
             trial.error = None
         raise error
 
-    def succeeded(self) -> None:
-        """Count a success: it pays into the budget, and ends a series of refusals."""
+    def succeeded(self, sent_at: float | None = None) -> None:
+        """Count a success: it pays into the budget, and ends a series of refusals that came before."""
         with self._lock:
             budget = self.policy.budget
             self._budget = min(budget.capacity, self._budget + budget.per_success)
-        self._refusals.succeeded()
+        self._refusals.succeeded(sent_at)
 
-    def pause(self, verdict: Verdict) -> float:
+    def pause(self, verdict: Verdict, sent_at: float | None = None) -> float:
         """Pause the limiter after a refusal for rate; return the seconds until it ends."""
         policy = self.policy
         return self._refusals.pause(
@@ -112,6 +115,7 @@ class Retrier:
             whole_after=verdict.whole_after,
             first=policy.backoff,
             longest=policy.max_wait,
+            sent_at=sent_at,
         )
 
     def back_off(self, failures: int) -> float:

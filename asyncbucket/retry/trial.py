@@ -18,13 +18,23 @@ T = TypeVar("T")
 _log: Final = logging.getLogger("asyncbucket")
 
 
+class Sent:
+    """Hold when the last attempt of a call was sent, in seconds of the limiter's clock, once it is known."""
+
+    __slots__ = ("at",)
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+
+
 class Trial:
     """One call: how often it was tried, since when, and the provider's last error."""
 
-    __slots__ = ("attempts", "deadline", "error", "retrier", "started")
+    __slots__ = ("attempts", "deadline", "error", "retrier", "sent", "started")
 
-    def __init__(self, retrier: "Retrier", deadline: float | None) -> None:
+    def __init__(self, retrier: "Retrier", deadline: float | None, sent: Sent | None) -> None:
         self.retrier = retrier
+        self.sent = Sent() if sent is None else sent
         self.deadline = math.inf if deadline is None else deadline
         self.started = retrier.now()
         self.attempts = 0
@@ -39,7 +49,7 @@ class Trial:
             if again is None:
                 raise
         else:
-            self.retrier.succeeded()
+            self.retrier.succeeded(self.sent.at)
             return result
         raise again  # out here, so that it doesn't carry the real error as its context
 
@@ -52,7 +62,7 @@ class Trial:
             if again is None:
                 raise
         else:
-            self.retrier.succeeded()
+            self.retrier.succeeded(self.sent.at)
             return result
         raise again
 
@@ -82,7 +92,7 @@ class Trial:
         retrier, policy, asked = self.retrier, self.retrier.policy, verdict.retry_after
         if not verdict.retry:
             return 0.0, f"{verdict.reason} is not retried"
-        paused = retrier.pause(verdict) if verdict.rate_limited else None
+        paused = retrier.pause(verdict, self.sent.at) if verdict.rate_limited else None
         if self.attempts >= policy.attempts:
             return 0.0, f"Retry(attempts={policy.attempts}) allows no more"
         if asked is not None and asked > policy.max_wait:

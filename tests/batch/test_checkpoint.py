@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llama_index.llms.openai import OpenAI
+from pydantic import BaseModel
 
 from asyncbucket import Limiter
 from asyncbucket.batch import Checkpoint, CheckpointError, Item, amap
 from asyncbucket.batch.checkpoint import Ledger
+from asyncbucket.batch.results import name_of
 
 
 class Calls:
@@ -246,6 +249,30 @@ async def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         CheckpointError, match=r"holds results of Model\.ask of small, not of .*large"
     ):
         await run(path, Model("large").ask, ["Why?"])
+
+
+class Shape(BaseModel):
+    """Be what a structured model writes."""
+
+
+class Colour(BaseModel):
+    """Be another such thing."""
+
+
+def test_structured_model_goes_by_what_it_asks_and_for_what() -> None:
+    """A shape is no colour, and the answers of one model are not those of another."""
+    small, large = OpenAI(model="gpt-4o-mini", api_key="x"), OpenAI(model="gpt-4o", api_key="x")
+    names = {
+        name_of(model.as_structured_llm(wanted).acomplete)
+        for model in (small, large)
+        for wanted in (Shape, Colour)
+    }
+
+    assert names == {
+        f"StructuredLLM.acomplete for {wanted} of {model}"
+        for model in ("gpt-4o-mini", "gpt-4o")
+        for wanted in ("Shape", "Colour")
+    }
 
 
 async def test_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -2,17 +2,28 @@
 
 import functools
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import pytest
+from llama_index.core.chat_engine import SimpleChatEngine
 from llama_index.core.llms import MockLLM
 from openai import AsyncOpenAI
+from pydantic import BaseModel
 
 from asyncbucket import Limiter
 from asyncbucket.batch import amap
 from asyncbucket.batch.paced import acquires_itself
 from asyncbucket.testing import virtual_time
+
+T = TypeVar("T")
+
+
+class Word(BaseModel):
+    """Be what a structured model writes."""
+
+    word: str
+
 
 limiter = Limiter("1000 RPM", concurrency=2, name="of the module")
 other = Limiter("1000 RPM")
@@ -69,6 +80,16 @@ async def by_the_map_of_python(prompt: str) -> str:
     return limiter.name.join(map(str.upper, prompt))
 
 
+def logged(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
+    """Stand for a method, as a decorator of any library does."""
+
+    @functools.wraps(method)
+    async def outer(*args: Any, **kwargs: Any) -> T:
+        return await method(*args, **kwargs)
+
+    return outer
+
+
 class Pipeline:
     """Hold a model that some methods use, and some don't."""
 
@@ -89,8 +110,19 @@ class Pipeline:
         async with self.limiter.acquire():
             return prompt
 
+    @logged
+    @logged
+    async def ask_loudly(self, prompt: str) -> str:
+        """Use it below decorators."""
+        return await self.ask(prompt)
+
     async def look_up(self, prompt: str) -> str:
         """Use neither."""
+        return prompt
+
+    @logged
+    async def look_up_loudly(self, prompt: str) -> str:
+        """Use neither below a decorator."""
         return prompt
 
     async def __call__(self, prompt: str) -> str:
@@ -144,6 +176,9 @@ def paced_functions() -> Iterator[tuple[str, Callable[[str], Awaitable[object]]]
     yield "a method", pipeline.ask
     yield "a method of a method", pipeline.ask_politely
     yield "a method that acquires", pipeline.by_hand
+    yield "a decorated method", pipeline.ask_loudly
+    yield "a structured model's method", llm.as_structured_llm(Word).acomplete
+    yield "a chat engine's method", SimpleChatEngine.from_defaults(llm=llm).achat
     yield "an object", pipeline
 
 
@@ -155,7 +190,9 @@ def plain_functions() -> Iterator[tuple[str, Callable[[str], Awaitable[object]]]
     yield "another limiter", by_another
     yield "another model", closure(other.wrap(MockLLM()))
     yield "an unpaced model", MockLLM().acomplete
+    yield "an unpaced structured model", MockLLM().as_structured_llm(Word).acomplete
     yield "a method beside the model", Pipeline().look_up
+    yield "a decorated method beside it", Pipeline().look_up_loudly
 
 
 @pytest.mark.parametrize(("what", "function"), list(paced_functions()))

@@ -40,6 +40,29 @@ def test_an_error_inside_leaves_the_context_behind() -> None:
     assert inherited.get() is None
 
 
+@pytest.mark.parametrize(
+    "given", [asyncbucket.tenant("acme"), asyncbucket.priority(1), asyncbucket.deadline(5)]
+)
+def test_a_context_is_no_decorator(given: Any) -> None:
+    """Around an async function it would be over before that has begun, and nobody would notice."""
+
+    async def ask() -> None:
+        """Ask."""
+
+    with pytest.raises(TypeError, match="not callable"):
+        given(ask)
+
+
+def test_a_context_is_for_one_block() -> None:
+    """Two tasks that share one would each leave what the other has set."""
+    given = asyncbucket.tenant("acme")
+    with given, pytest.raises(RuntimeError, match="call priority, tenant or deadline anew"), given:
+        pass
+    assert inherited.get() is None
+    with pytest.raises(RuntimeError, match="entered before"), given:
+        pass
+
+
 def test_tasks_and_threads_inherit(virtual_time: VirtualTime) -> None:
     """Whatever is started inside: tasks, tasks of tasks, `asyncio.to_thread`; not bare threads."""
     seen: list[Any] = []

@@ -1,16 +1,20 @@
 """A limiter that finds its concurrency hears from wrapped models what the server cannot take."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar
 
 import httpx
 import openai
 import pytest
-from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.base.llms.types import ChatMessage, CompletionResponse
 from llama_index.core.llms import LLM
 from llama_index.core.llms.mock import MockLLM
+from pydantic import PrivateAttr
 
 from asyncbucket import Limiter
+from asyncbucket.events import Event, Paused
+from asyncbucket.testing import virtual_time
 
 REQUEST = httpx.Request("POST", "http://127.0.0.1/v1/chat/completions")
 
@@ -38,6 +42,27 @@ class PickyLLM(BusyLLM):
     error = openai.BadRequestError(
         "wrong", response=httpx.Response(400, request=REQUEST), body={"message": "wrong"}
     )
+
+
+class SlowlyRefusedLLM(MockLLM):
+    """A model whose first calls are refused, each in its own time (s)."""
+
+    _refusals: list[float] = PrivateAttr(default_factory=lambda: [0.0, 2.0, 5.0])
+
+    async def _refuse(self) -> None:
+        if self._refusals:
+            await asyncio.sleep(self._refusals.pop(0))
+            raise openai.RateLimitError(
+                "slowly", response=httpx.Response(429, request=REQUEST), body=None
+            )
+
+    async def acomplete(self, *_: Any, **__: Any) -> Any:
+        await self._refuse()
+        return CompletionResponse(text="hello")
+
+    async def astream_chat(self, *args: Any, **kwargs: Any) -> Any:
+        await self._refuse()
+        return await super().astream_chat(*args, **kwargs)
 
 
 async def ask(llm: LLM) -> None:
@@ -68,3 +93,26 @@ async def test_overload_cuts_the_number_of_slots(
         await how(llm)
     assert limiter.concurrency == slots
     assert limiter.statistics().in_flight == 0
+
+
+@pytest.mark.parametrize("how", [ask, ask_for_stream])
+def test_refusals_of_one_wave_are_one_pause_however_late_they_come(
+    how: Callable[[LLM], Awaitable[None]],
+) -> None:
+    """Calls that were in flight at the first refusal say nothing of what comes after its pause."""
+    with virtual_time() as time:
+        limiter = Limiter(concurrency=3, clock=time.clock)
+        llm = limiter.wrap(SlowlyRefusedLLM(max_tokens=None))
+        pauses: list[float] = []
+
+        def hear(event: Event) -> None:
+            if isinstance(event, Paused) and event.seconds:
+                pauses.append(event.seconds)
+
+        limiter.observe(hear)
+
+        async def main() -> None:
+            await asyncio.gather(*(how(llm) for _ in range(3)))
+
+        time.run(main())
+    assert pauses == [1.0]

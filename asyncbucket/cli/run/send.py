@@ -19,7 +19,7 @@ from asyncbucket.cli.run.tally import Tally
 from asyncbucket.events import Admitted, Event
 from asyncbucket.http.failures import FIRST_ERROR
 from asyncbucket.limiter import Limiter
-from asyncbucket.retry import Retrier, Retry
+from asyncbucket.retry import Retrier, Retry, Sent
 
 _TOO_MANY: Final = 429
 _MESSAGE: Final = 500
@@ -86,6 +86,7 @@ class Reply:
     request_id: str = ""
     body: Any = None
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    sent: Sent = field(default_factory=Sent)
 
     @property
     def usage(self) -> Mapping[str, Any] | None:
@@ -149,7 +150,7 @@ class Sender:
             self._waits(reply)
             try:
                 await self._retrier.call(
-                    functools.partial(self._attempt, reply, request.path, content)
+                    functools.partial(self._attempt, reply, request.path, content), sent=reply.sent
                 )
             finally:
                 self._begun -= 1
@@ -183,6 +184,7 @@ class Sender:
             reply = _CURRENT.get()
             if reply is not None:
                 reply.waited += event.waited
+                reply.sent.at = event.at
                 self._unsent.pop(id(reply), None)
 
     async def _attempt(self, reply: Reply, path: str, content: bytes) -> None:
