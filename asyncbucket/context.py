@@ -13,7 +13,7 @@ import math
 import time
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, TypeAlias, TypeVar
+from typing import Any, Final, Literal, NoReturn, TypeAlias, TypeVar
 
 from asyncbucket.meters import NEVER
 from asyncbucket.numeric import is_integer, is_number
@@ -70,6 +70,17 @@ class Given(contextlib.AbstractContextManager[None, None]):
     def __exit__(self, *_: object) -> None:
         assert self._token is not None
         put_back(inherited, self._token)
+
+    def __call__(self, *_: object) -> NoReturn:
+        """Say what was meant.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "priority, tenant and deadline are for a block, and decorate nothing: write e.g. "
+            "`with deadline(30):` inside the function"
+        )
 
 
 def priority(value: Priority) -> contextlib.AbstractContextManager[None, None]:

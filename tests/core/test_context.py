@@ -49,7 +49,7 @@ def test_a_context_is_no_decorator(given: Any) -> None:
     async def ask() -> None:
         """Ask."""
 
-    with pytest.raises(TypeError, match="not callable"):
+    with pytest.raises(TypeError, match="inside the function"):
         given(ask)
 
 
