@@ -46,14 +46,17 @@ class Branch:
         "_flows",
         "_orders",
         "_ready",
+        "_tight",
         "first",
         "living",
         "lowest_emptied",
         "node",
     )
 
-    def __init__(self, node: Node, clock: VirtualClock) -> None:
+    def __init__(self, node: Node, clock: VirtualClock, tight: set[Flow]) -> None:
         self.node = node
+        #: Of the whole tree, those that were out of limits of their own, until they are forgotten.
+        self._tight = tight
         self._clock = clock
         self._flows: dict[object, Flow] = {}
         # Entries with an outdated tag, or of a flow that was woken earlier, are mended when found.
@@ -187,8 +190,10 @@ class Branch:
         if due < EMPTY:
             flow.asleep = due
             heapq.heappush(self._asleep, (due, flow))
+            self._tight.add(flow)
         else:
             del self._flows[flow.key]
+            self._tight.discard(flow)
 
     def served(self, head: Waiter, now: int) -> None:
         """Take ``head``, which `head` returned and which passed, out of its line; charge for it."""

@@ -67,8 +67,6 @@ class Pacer:
             self.plant_locked()
         self._deadlines = Deadlines()
         self._outlet = None if budget.outlet_for is None else budget.outlet_for(loop)
-        #: The most that one pass lets go; an outlet says itself when it has no room.
-        self._most = _BATCH if self._outlet is None else NEVER
         #: Calls that wait on this loop.
         self._waiting = 0
         #: When this pacer means to look again; other loops tell by it whether it is late.
@@ -221,7 +219,7 @@ class Pacer:
                 if len(budget.pacers) > 1:
                     budget.ring_locked(budget.root)
             end = self._deadlines.first()
-            if end <= now and passed < self._most:  # else the head may pass yet, in the next one
+            if end <= now < due:  # else the head may pass yet, in the next one
                 if self._expire_locked(now):
                     due = now  # the next in line may pass at once, here or on another loop
                     budget.ring_locked(budget.root)
@@ -236,7 +234,7 @@ class Pacer:
 
     def _admit_locked(self, now: int) -> tuple[int, int]:
         """Let pass who may; return how many did, and when the next may: `EMPTY` if there is none."""
-        queue, outlet, most = self.queue, self._outlet, self._most
+        queue, outlet = self.queue, self._outlet
         alone = len(self._budget.pacers) == 1  # then nobody but the meters has a say
         if alone and outlet is None and isinstance(queue, Line):
             return self._admit_line_locked(queue, now)
@@ -249,7 +247,8 @@ class Pacer:
                 return passed, NEVER
             line = head.line
             gates = line.node.through
-            stop = passed == most or queue.expects
+            # An outlet says itself when it has no room.
+            stop = (passed == _BATCH and outlet is None) or queue.expects
             if stop or not alone or not gates.take(head.amounts, now):
                 due = self._due_locked(head, now)
                 if stop or due > now:  # where it is now, the next turn of the loop goes on
@@ -311,7 +310,8 @@ class Pacer:
                 due, _ = gates.slotless(budget.blocked.leases).earliest(head.amounts, since)
         if len(budget.pacers) > 1:
             due = max(due, self._turn_locked(head, now))
-        elif now < due < now + _LULL and self._waiting > 1:  # for company; nothing is lost by it
+        elif now < due < now + _LULL and len(self.queue) > 1 and not self.queue.hurried:
+            # Wait for company: nothing is lost by it.
             due = min(now + _LULL, due + (gates.full(due) - due) // 8)
         if slotless and due <= now:
             budget.blocked.override(self.loop)

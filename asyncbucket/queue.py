@@ -106,6 +106,8 @@ class Line:
     turn: Final = ()
     #: In a line nobody is expected: whoever comes back stands at its end.
     expects: Final = False
+    #: In a line nobody has limits that others have not.
+    hurried: Final = False
     #: Below a line there is nothing.
     held_by: Final = None
 

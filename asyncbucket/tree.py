@@ -12,7 +12,7 @@ from asyncbucket.shares import Share, VirtualClock
 class Tree:
     """Choose among all who wait on one loop, wherever in the tree of limiters they do."""
 
-    __slots__ = ("_classes", "_emptied", "_pacer", "_root", "_rouse")
+    __slots__ = ("_classes", "_emptied", "_pacer", "_root", "_rouse", "_tight")
 
     def __init__(self, root: Node, line: Line, rouse: Callable[[Node], object]) -> None:
         """Take over the ``line`` of those who have waited at the root so far.
@@ -23,11 +23,20 @@ class Tree:
         self._pacer = line.pacer
         self._rouse = rouse
         self._emptied: list[Branch] = []
-        self._classes = Classes(root, root.fairness.top)
+        self._tight: set[Flow] = set()
+        self._classes = Classes(root, root.fairness.top, self._tight)
         branch = self._class(0)
         branch.add(None, line, root.fairness.line(0))
         branch.living = self._classes.living = len(line)
         line.above = (self._classes, branch)
+
+    def __len__(self) -> int:
+        return self._classes.living
+
+    @property
+    def hurried(self) -> bool:
+        """Whether somebody has limits of its own that bind: whoever those hold up loses by each delay."""
+        return bool(self._tight)
 
     def waiters(self) -> Iterator[Waiter]:
         """Yield all who wait."""
@@ -161,7 +170,8 @@ class Tree:
         """Return the branch of ``node`` in ``branch``, made if nobody waits in it yet."""
         flow = branch.find(key)
         if flow is None:
-            source = Branch(node, node.fairness.clocks.setdefault(priority, VirtualClock()))
+            clock = node.fairness.clocks.setdefault(priority, VirtualClock())
+            source = Branch(node, clock, self._tight)
             share = shares.setdefault(priority, Share(node.weight))
             branch.add(key, source, share, child=node if key is node else None)
             return source

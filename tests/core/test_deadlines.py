@@ -285,3 +285,23 @@ def test_a_crowd_that_passes_at_its_deadline_is_in_time(virtual_time: VirtualTim
         assert virtual_time.now == 10.0
 
     virtual_time.run(main())
+
+
+def test_whose_deadline_has_come_is_not_lost_for_company_that_may_come_back(
+    virtual_time: VirtualTime,
+) -> None:
+    """Whoever was just emptied gets a turn of the loop to come back first: that costs nobody its deadline."""
+
+    async def main() -> None:
+        key = Limiter("1000 TPM", clock=virtual_time.clock)
+        costly, cheap = key.child("costly"), key.child("cheap")
+        key.pause(1)
+        calls = [
+            asyncio.ensure_future(costly.acquire(tokens=50)),
+            asyncio.ensure_future(costly.acquire(tokens=1, timeout=1)),
+            asyncio.ensure_future(cheap.acquire(tokens=1)),
+        ]
+        assert {lease.waited for lease in await asyncio.gather(*calls)} == {1.0}
+        assert virtual_time.now == 1.0
+
+    virtual_time.run(main())

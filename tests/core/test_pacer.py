@@ -1,6 +1,7 @@
 """When to look again: one task a loop, alive only while someone waits."""
 
 import asyncio
+import collections
 import contextvars
 import itertools
 from collections.abc import Callable
@@ -153,8 +154,26 @@ def test_calls_that_pass_in_quick_succession_go_together(
     assert max(late) <= (2_000_000 if waiting > wake_ups else 0)
 
 
+@pytest.mark.parametrize("where", ["at the root", "below"])
+def test_the_last_of_a_crowd_is_not_late(where: str, virtual_time: VirtualTime) -> None:
+    """It has no company to wait for: those before it have just gone."""
+    times: list[float] = []
+
+    async def call(limiter: Limiter) -> None:
+        (await limiter.acquire()).release()
+        times.append(virtual_time.now)
+
+    async def main() -> None:
+        key = Limiter("1000/s burst 100", clock=virtual_time.clock)
+        limiter = key.child("child") if where == "below" else key
+        await asyncio.gather(*(call(limiter) for _ in range(103)))
+
+    virtual_time.run(main())
+    assert times == [0] * 100 + [0.002] * 2 + [0.003]
+
+
 def test_children_go_together_too(virtual_time: VirtualTime) -> None:
-    """In their turns, and each within its own limit."""
+    """In their turns, while their own limits hold up none of them."""
     trace: list[tuple[str, int]] = []
 
     async def call(child: Limiter) -> None:
@@ -162,17 +181,38 @@ def test_children_go_together_too(virtual_time: VirtualTime) -> None:
         trace.append((child.name, virtual_time.clock()))
 
     async def main() -> None:
-        limiter = Limiter("5k requests/s burst 100", name="root", clock=virtual_time.clock)
-        quick = limiter.child("quick", rpm=1_000_000_000)  # a bucket that stays full
-        slow = limiter.child("slow", "1k requests/s burst 1")
-        await asyncio.gather(*(call(child) for child in (quick, slow) for _ in range(500)))
+        limiter = Limiter("5k requests/s burst 100", clock=virtual_time.clock)
+        children = [limiter.child(name, rpm=1_000_000_000) for name in ("one", "other")]
+        await asyncio.gather(*(call(child) for child in children for _ in range(500)))
 
     virtual_time.run(main())
     assert_within_bucket([(when, 1) for _, when in trace], rate=5_000.0, burst=100)
     times = {name: [when for name_, when in trace if name_ == name] for name, _ in trace}
-    assert len(set(times["root/quick"])) <= 102  # the slow one wakes the pacer each millisecond
-    assert times["root/quick"][-1] <= 102_000_000
-    assert times["root/slow"] == [2_000_000 + 1_000_000 * number for number in range(500)]
+    assert len({when for _, when in trace}) <= 102
+    # What is left of one when those of the burst have gone is served with as many of the other.
+    assert times["default/one"][-1] <= 162_000_000 < times["default/other"][-1] == 180_000_000
+
+
+def test_nobody_waits_for_company_beside_a_child_that_its_own_limits_hold_up(
+    virtual_time: VirtualTime,
+) -> None:
+    """What flows into a bucket of its own meanwhile would be lost to it, and its part to others."""
+    served: collections.Counter[str] = collections.Counter()
+
+    async def call(child: Limiter) -> None:
+        while virtual_time.now < 1:
+            (await child.acquire()).release()
+            served[child.name] += 1
+
+    async def main() -> None:
+        key = Limiter("120k RPM burst 200", name="key", clock=virtual_time.clock)
+        children = [key.child(name) for name in ("a", "b", "c")]
+        children += [key.child("d", "24k RPM burst 1"), key.child("e", "27k RPM burst 1")]
+        await asyncio.gather(*(call(child) for child in children for _ in range(40)))
+
+    virtual_time.run(main())
+    for name in ("key/d", "key/e"):
+        assert served[name] >= 390  # of 400, a fifth of what there is
 
 
 def test_a_timer_that_fires_early_admits_nobody_early() -> None:

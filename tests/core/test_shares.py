@@ -284,7 +284,7 @@ def test_a_flow_in_which_nobody_is_left_is_forgotten(grove: Grove) -> None:
 def test_weights_of_those_that_compete_add_up(loop: asyncio.AbstractEventLoop) -> None:
     """Empty and sleeping ones do not count; who comes back does."""
     root, clock, share = Node(), VirtualClock(), Share(2.0)
-    branch = Branch(root, clock)
+    branch = Branch(root, clock, set())
     line = Line(root, NOBODY)
 
     def push() -> Waiter:
