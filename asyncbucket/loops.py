@@ -50,7 +50,8 @@ class Background:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        #: That loop, once it is there.
+        self.loop: asyncio.AbstractEventLoop | None = None
 
     def call(self, start: Callable[[], Coroutine[Any, Any, T]], undo: Callable[[T], None]) -> T:
         """Return the result of ``start()``; if this thread is interrupted, cancel or undo it."""
@@ -70,13 +71,13 @@ class Background:
 
     def _running(self) -> asyncio.AbstractEventLoop:
         with self._lock:
-            if self._loop is None:
-                loop = self._loop = asyncio.new_event_loop()
+            if self.loop is None:
+                loop = self.loop = asyncio.new_event_loop()
                 threading.Thread(
                     target=_run, args=(loop,), name="asyncbucket background", daemon=True
                 ).start()
                 weakref.finalize(self, loop.call_soon_threadsafe, loop.stop).atexit = False
-            return self._loop
+            return self.loop
 
 
 async def _answer(

@@ -138,7 +138,8 @@ class Steering(ABC):
     async def aclose(self) -> None:
         """Leave the store, if the limits are in one: what is booked ahead is given back.
 
-        Without a store there is nothing to close. Call it on the loop that used the limiter.
+        Without a store there is nothing to close. Call it on the loop that used the limiter; where calls
+        without a loop did, on any, when none of them waits.
         """
         if self._account.remote is not None:
             await self._account.remote.aclose()

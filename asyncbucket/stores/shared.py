@@ -216,8 +216,14 @@ class Shared(Remote):
             account.tell(LimitChanged, limit=f"concurrency {terms.concurrency}")
 
     async def aclose(self) -> None:
-        """See `asyncbucket.limiter.remote.Remote`; of the running loop, and of those that have ended."""
+        """See `asyncbucket.limiter.remote.Remote`.
+
+        It is for the running loop, for those that have ended, and for threads without one if none waits.
+        """
         self.bury()
-        loop = asyncio.get_running_loop()
+        loop, background = asyncio.get_running_loop(), self.account.budget.background.loop
         if self.estate or loop in self._counters:
             await self.counter(loop).aclose()
+        if background in self._counters and not self.account.waiting:
+            closing = self._counters[background].aclose()
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(closing, background))

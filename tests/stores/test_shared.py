@@ -1,6 +1,7 @@
 """A limiter above a store, as people use it: loops, threads, steering, refusals, who goes first."""
 
 import asyncio
+import concurrent.futures
 import gc
 import logging
 import threading
@@ -711,6 +712,32 @@ def test_loops_and_threads_of_a_process_share_it(url: str) -> None:
     assert sorted(passed) == ["loop"] * 8 + ["plain"] * 4
     with pytest.raises(AcquireTimeout):
         limiter.acquire_sync(timeout=0.3)
+    asyncio.run(limiter.aclose())
+
+
+def test_closing_takes_leave_for_threads_without_a_loop_unless_one_waits(
+    url: str, redis_sync: Any
+) -> None:
+    """Else their connection, and their word that they are alive, would go on as long as the program."""
+    limiter = Limiter(concurrency=1, store=url, name="leaves")
+
+    def connections() -> set[str]:
+        return {client["id"] for client in redis_sync.client_list()}
+
+    before = connections()
+    for _ in range(2):  # later calls open it again
+        lease = limiter.acquire_sync(timeout=5)
+        assert connections() - before
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            waiting = threads.submit(limiter.acquire_sync, timeout=5)
+            while not limiter.statistics().waiting:
+                time.sleep(0.001)
+            asyncio.run(limiter.aclose())
+            lease.release()
+            waiting.result().release()
+        asyncio.run(limiter.aclose())
+        while connections() - before:  # the server may hear of it later
+            time.sleep(0.001)
 
 
 def test_pause_and_new_limits_reach_the_store_though_an_older_loop_rests(url: str) -> None:
