@@ -14,8 +14,8 @@ Json: TypeAlias = Mapping[str, Any]
 IMAGE_CHARACTERS = 340
 """An image in low detail is 85 tokens, which is so many characters at four a token."""
 
-
 _MOST_DIMENSIONS = 16_384
+"""More than any model gives, and few enough to be made at once."""
 
 
 class InvalidRequestError(Exception):
