@@ -86,7 +86,7 @@ class TokenBucket(OfThisProcess):
         self._node = Node(gates=Gates([(self._bucket, "units")]))
         self._budget = Budget(clock, self._node)
 
-    async def acquire(self, amount: int = 1, *, timeout: float | None = None) -> None:
+    async def acquire(self, amount: int = 1, timeout: float | None = None) -> None:
         """Wait until ``amount`` units may pass, at most ``timeout`` seconds.
 
         Raises:

@@ -1,5 +1,10 @@
 """How amounts, times and values are written in what people read."""
 
+from typing import Final
+
+#: Amounts above it are not written out: all their digits say nothing more.
+_MOST: Final = 10**18
+
 
 def named(resource: str) -> str:
     """Return a resource as people call it: "input tokens"."""
@@ -9,7 +14,8 @@ def named(resource: str) -> str:
 def counted(amount: int, resource: str) -> str:
     """Return an amount as people say it: "1 request", "36,055 input tokens"."""
     name = named(resource)
-    return f"{amount:,} {name.removesuffix('s') if amount == 1 else name}"
+    number = f"{amount:,}" if amount <= _MOST else f"over {_MOST:,}"
+    return f"{number} {name.removesuffix('s') if amount == 1 else name}"
 
 
 def shown(value: object) -> str:

@@ -4,7 +4,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Final, Literal, NoReturn, Unpack
+from typing import Any, Final, NoReturn, Unpack
 
 from asyncbucket.context import Inherited, Priority, inherited, read_tenant
 from asyncbucket.cost import Cost, amounts_of
@@ -17,7 +17,16 @@ from asyncbucket.limiter.explain import Explanation, explain_locked
 from asyncbucket.limiter.keys import Keys
 from asyncbucket.limiter.lease import Lease
 from asyncbucket.limiter.steering import Steering
-from asyncbucket.limiter.terms import Keywords, Terms, read_count, read_max_queue, read_timeout
+from asyncbucket.limiter.terms import (
+    Keywords,
+    OnOutage,
+    Terms,
+    read_count,
+    read_max_queue,
+    read_on_outage,
+    read_slot_ttl,
+    read_timeout,
+)
 from asyncbucket.limits import Limit, read_limits
 from asyncbucket.loops import OfThisProcess
 from asyncbucket.wording import shown
@@ -80,7 +89,7 @@ class Limiter(Doors, Steering, OfThisProcess):
         max_queue: int | None = None,
         timeout: float | None = None,
         store: Any = None,
-        on_outage: Literal["share", "closed", "open"] = "share",
+        on_outage: OnOutage = "share",
         slot_ttl: float = 30.0,
         clock: Callable[[], int] = time.monotonic_ns,
         **limits_by_keyword: float | None,
@@ -88,6 +97,8 @@ class Limiter(Doors, Steering, OfThisProcess):
         given = read_limits(limits, limits_by_keyword)
         if not isinstance(name, str):
             raise TypeError(f"name must be a text, not {name!r}")
+        read_on_outage(on_outage)
+        read_slot_ttl(slot_ttl)
         account = Account(name, clock=clock, max_queue=read_max_queue(max_queue))
         self._open(Door(account, timeout=read_timeout(timeout)), None)
         account.set_limits(given, concurrency)

@@ -1,13 +1,18 @@
-"""On what terms a child stands under its parent."""
+"""On what terms a limiter stands: what its arguments may be."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self, TypedDict
+from typing import Any, Final, Literal, Self, TypeAlias, TypedDict, get_args
 
 from asyncbucket.context import Priority, deadline_of, read_priority
 from asyncbucket.feedback.adaptive import Concurrency, read_concurrency
 from asyncbucket.limits import Limit, read_limits
 from asyncbucket.numeric import is_integer, is_number
+
+#: What to do while a store is gone: see `asyncbucket.stores.outage`.
+OnOutage: TypeAlias = Literal["share", "closed", "open"]
+#: Seconds without a heartbeat after which a slot comes back, at least and at most: one must fit in.
+_SLOT_TTL: Final = (0.1, 86_400)
 
 
 class Keywords(TypedDict, total=False):
@@ -105,3 +110,29 @@ def read_max_queue(value: int | None) -> int | None:
         ValueError: it is no whole number from 0 on.
     """
     return None if value is None else read_count(value, "max_queue")
+
+
+def read_on_outage(value: OnOutage) -> OnOutage:
+    """Return what to do while a store is gone.
+
+    Raises:
+        ValueError: it is none of the words.
+    """
+    if value not in get_args(OnOutage):
+        words = ", ".join(get_args(OnOutage))
+        raise ValueError(f"on_outage must be one of {words}, not {value!r}")
+    return value
+
+
+def read_slot_ttl(seconds: float) -> float:
+    """Return the seconds after which the slots of a process that died come back.
+
+    Raises:
+        ValueError: they are no number from 0.1 to a day.
+    """
+    least, most = _SLOT_TTL
+    if not is_number(seconds) or not least <= seconds <= most:
+        raise ValueError(
+            f"slot_ttl must be a number of seconds from {least} to {most:,}, a day, not {seconds!r}"
+        )
+    return seconds

@@ -17,11 +17,11 @@ from typing import Final, Generic
 
 from asyncbucket.errors import StoreError
 from asyncbucket.events import Event
+from asyncbucket.limiter.terms import OnOutage
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER
 from asyncbucket.stores.lifeline import Lifeline, end, guarded, leaving, rung
 from asyncbucket.stores.orders import Orders
-from asyncbucket.stores.outage import OnOutage
 from asyncbucket.stores.returns import Left, Returns
 from asyncbucket.stores.starts import NAP, Grant, Line, Starts, W
 from asyncbucket.stores.store import (

@@ -15,8 +15,9 @@ from typing import Final, TypeVar
 
 from asyncbucket.errors import StoreError
 from asyncbucket.events import Event, StoreLost, StoreRecovered
+from asyncbucket.limiter.terms import OnOutage
 from asyncbucket.meters import NEVER, Amounts
-from asyncbucket.stores.outage import LONGEST_KNOCK, REUNION, Alone, OnOutage, Priced, Record
+from asyncbucket.stores.outage import LONGEST_KNOCK, REUNION, Alone, Priced, Record
 from asyncbucket.stores.store import Correction, Ledger, Terms
 from asyncbucket.wording import in_seconds
 

@@ -18,15 +18,14 @@ outage may exceed a limit. ``"closed"`` admits nobody, ``"open"`` everybody.
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Final, Literal, Protocol, get_args
+from typing import Final, Protocol
 
 from asyncbucket.gates import Gates
+from asyncbucket.limiter.terms import OnOutage
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER, Amounts, Bucket, Meter, Slots, Window
 from asyncbucket.stores.store import Booking, Correction, Terms
 
-OnOutage = Literal["share", "closed", "open"]
-POLICIES: Final = get_args(OnOutage)
 #: Seconds between knocks at a store that is gone, at most; and after which all have found it back and
 #: told what they took, which costs a trip that fails and one that does not.
 LONGEST_KNOCK: Final = 2.0

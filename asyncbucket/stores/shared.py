@@ -18,12 +18,12 @@ from asyncbucket.feedback.adaptive import Concurrency
 from asyncbucket.limiter.account import Account
 from asyncbucket.limiter.remote import Remote
 from asyncbucket.limiter.statistics import LimitUse
+from asyncbucket.limiter.terms import OnOutage
 from asyncbucket.limits import Limit
 from asyncbucket.loops import reset_after_fork
 from asyncbucket.stores import open_store
 from asyncbucket.stores.counter import Counter
 from asyncbucket.stores.orders import Orders
-from asyncbucket.stores.outage import POLICIES, OnOutage
 from asyncbucket.stores.returns import Left
 from asyncbucket.stores.store import Store, Terms, check_membership
 
@@ -43,13 +43,11 @@ def share(
         slot_ttl: seconds without a sign of life after which a process's slots come back.
 
     Raises:
-        ValueError: ``on_outage`` or ``slot_ttl`` is none, no store takes such a name, the URL is no
-            store's, the limiter finds its concurrency by itself, or the store cannot count that far.
+        ValueError: no store takes such a name, the URL is no store's, the limiter finds its
+            concurrency by itself, or the store cannot count that far.
         TypeError: ``store`` is neither a URL nor a store.
         ImportError: the extra that serves such a store is not installed.
     """
-    if on_outage not in POLICIES:
-        raise ValueError(f"on_outage must be one of {', '.join(POLICIES)}, not {on_outage!r}")
     check_membership(account.name, slot_ttl)
     if account.adaptive is not None:
         raise ValueError(_ALONE)

@@ -42,15 +42,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol, Self
 
+from asyncbucket.limiter.terms import read_slot_ttl
 from asyncbucket.limits import Limit
 from asyncbucket.meters import Amounts
-from asyncbucket.numeric import is_number
 
 #: Nothing is booked that would start later than so many ns from now.
 FAR: Final = 250_000_000
 _LONGEST_NAME: Final = 200
-#: Seconds without a heartbeat after which a slot comes back, at least and at most: one must fit in.
-_SLOT_TTL: Final = (0.1, 86_400)
 
 
 def check_membership(name: str, slot_ttl: float) -> None:
@@ -64,11 +62,7 @@ def check_membership(name: str, slot_ttl: float) -> None:
             f"a limiter's name in a store has 1 to {_LONGEST_NAME} printable characters and no "
             f"braces, not {name[: _LONGEST_NAME + 1]!r}"
         )
-    least, most = _SLOT_TTL
-    if not is_number(slot_ttl) or not least <= slot_ttl <= most:
-        raise ValueError(
-            f"slot_ttl must be a number of seconds from {least} to {most:,}, a day, not {slot_ttl!r}"
-        )
+    read_slot_ttl(slot_ttl)
 
 
 class Outcome(enum.Enum):

@@ -126,6 +126,7 @@ def test_weights_are_kept_in_cost(how: dict[str, Any]) -> None:
         assert got / sum(shared.got) == pytest.approx(weight / 7, rel=0.02)
 
 
+@pytest.mark.heavy
 def test_one_patient_caller_each_is_enough() -> None:
     """Weights hold, within 5 %, where each has one call, and the next follows on it at once."""
     shared = share_a_key([1.0, 2.0, 4.0], [1, 1, 1], middling)
@@ -133,6 +134,7 @@ def test_one_patient_caller_each_is_enough() -> None:
         assert got / sum(shared.got) == pytest.approx(weight / 7, rel=0.05)
 
 
+@pytest.mark.heavy
 def test_what_one_does_not_want_goes_to_the_others_at_once(virtual_time: VirtualTime) -> None:
     """A sibling that pauses leaves its half; when it is back it has its half, and no more."""
     passed: list[tuple[float, str]] = []
@@ -429,6 +431,7 @@ def test_a_call_cancelled_at_its_hand_over_costs_its_share_nothing(
     virtual_time.run(main())
 
 
+@pytest.mark.heavy
 def test_weight_changes_while_calls_wait(virtual_time: VirtualTime) -> None:
     """From equal shares to 1 : 3, though no line has ever been empty."""
     passed: dict[str, int] = {"a": 0, "b": 0}

@@ -113,6 +113,7 @@ def test_asking_changes_nothing(virtual_time: VirtualTime) -> None:
 costs = st.lists(st.integers(1, 60), min_size=1, max_size=25)
 
 
+@pytest.mark.heavy
 @settings(deadline=None, max_examples=100)
 @given(costs, st.integers(1, 60), st.floats(0, 70))
 def test_the_wait_is_the_real_one_in_a_line(ahead: list[int], tokens: int, pause: float) -> None:

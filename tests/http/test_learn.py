@@ -395,6 +395,7 @@ def headers_by(chance: random.Random, profile: Profile) -> list[tuple[bytes, byt
     ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("profile", [OPENAI, ANTHROPIC, GROQ], ids=lambda p: p.name)
 def test_fuzzed_headers_raise_nothing_and_cost_little(profile: Profile) -> None:
     """Twenty thousand replies with hostile headers: no error, each as dear as a few dates, limits kept."""

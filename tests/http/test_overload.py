@@ -48,6 +48,7 @@ async def test_other_replies_cut_nothing(status: int) -> None:
     assert await concurrency_after(httpx.Response(status)) == 4
 
 
+@pytest.mark.heavy
 def test_server_that_refuses_what_is_too_much_is_kept_busy(virtual_time: VirtualTime) -> None:
     """Each search for more costs a refusal and not, for all calls, a pause that nobody asked for."""
     capacity, latency, seconds = 8, 0.05, 20

@@ -202,11 +202,21 @@ def test_name_that_no_store_takes_is_refused_when_the_limiter_is_made(
 
 
 @pytest.mark.parametrize("slot_ttl", [0.09, 86_401, float("inf"), float("nan"), True, "30"])
-@pytest.mark.parametrize("where", ["sqlite:///limits.db", "redis://127.0.0.1:6379/0"])
-def test_life_of_slots_is_a_tenth_of_a_second_to_a_day(where: str, slot_ttl: Any) -> None:
-    """In every store."""
+@pytest.mark.parametrize("where", ["sqlite:///limits.db", "redis://127.0.0.1:6379/0", None])
+def test_life_of_slots_is_a_tenth_of_a_second_to_a_day(where: str | None, slot_ttl: Any) -> None:
+    """In every store, and before there is one: a mistake would else show only in production."""
     with pytest.raises(ValueError, match=r"slot_ttl must be .* from 0\.1 to 86,400, a day, not"):
         Limiter("10 RPM", store=where, slot_ttl=slot_ttl)
+
+
+@pytest.mark.parametrize("where", ["sqlite:///limits.db", None])
+def test_what_to_do_in_an_outage_is_one_of_three_words(where: str | None) -> None:
+    """Before there is a store, too."""
+    unknown: Any = "half"
+    with pytest.raises(
+        ValueError, match="on_outage must be one of share, closed, open, not 'half'"
+    ):
+        Limiter("10 RPM", store=where, on_outage=unknown)
 
 
 async def test_what_a_store_does_not_take_is_an_error_and_no_hang(
