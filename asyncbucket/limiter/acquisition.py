@@ -1,6 +1,7 @@
 """What `Limiter.acquire` returns: to be awaited for a lease, or entered for one."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Coroutine, Generator
 from types import TracebackType
 from typing import Any, NoReturn
@@ -83,6 +84,7 @@ class Acquisition(Coroutine[Any, Any, Lease]):
         Raises:
             TypeError: always.
         """
+        self.close()
         raise TypeError(
             "write `async with limiter.acquire():`, or `with limiter.acquire_sync():` where there "
             "is no event loop"
@@ -112,6 +114,28 @@ class Acquisition(Coroutine[Any, Any, Lease]):
         return self._running().throw(*args)
 
     def close(self) -> None:
-        """End, as a coroutine does."""
-        if self._coroutine is not None:
-            self._coroutine.close()
+        """End, as a coroutine does: it is awaited no more, and nobody forgot to."""
+        if self._coroutine is None:
+            self._coroutine = self.__await__()
+        self._coroutine.close()
+
+
+class FirstAcquisition(Acquisition):
+    """Warn if nobody awaits it.
+
+    Who forgets to does so from the first call on. So only those of a limiter that nobody has asked yet
+    are watched, for to finalize all of them would take time.
+    """
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        door = self._door
+        door.asked = door.asked or door.account_asked
+        if not door.asked and self._coroutine is None:
+            warnings.warn(
+                "an acquisition was never awaited, so that nothing was paced: write "
+                "`await limiter.acquire(...)` or `async with limiter.acquire(...):`",
+                RuntimeWarning,
+                stacklevel=2,
+            )

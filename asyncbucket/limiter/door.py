@@ -29,7 +29,7 @@ _REASONS: Final[dict[type, Reason]] = {
 class Door:
     """Let calls in under the limits of one account, and of those above it."""
 
-    __slots__ = ("_account", "find_again", "priority", "timeout")
+    __slots__ = ("_account", "asked", "find_again", "priority", "timeout")
 
     def __init__(
         self, account: Account, *, timeout: float | None = None, priority: int = 0
@@ -37,6 +37,8 @@ class Door:
         self._account = account
         #: What finds the account anew, after it was put to rest.
         self.find_again: Callable[[], Account] | None = None
+        #: Whether anybody is known to have come this way: see `FirstAcquisition`.
+        self.asked = False
         #: What holds for calls that say nothing themselves.
         self.timeout = timeout
         self.priority = priority
@@ -48,6 +50,12 @@ class Door:
             assert self.find_again is not None
             self._account = self.find_again()
         return self._account
+
+    @property
+    def account_asked(self) -> bool:
+        """Whether anybody has asked the account; it may be read anywhere, by a finalizer, too."""
+        account = self._account
+        return bool(account.admitted or account.waiting or account.refused or account.cancelled)
 
     def deadline_for(
         self, timeout: float | None, deadline: float | None, here: Inherited | None

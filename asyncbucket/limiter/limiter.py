@@ -10,7 +10,7 @@ from asyncbucket.context import Inherited, Priority, inherited, read_tenant
 from asyncbucket.cost import Cost, amounts_of
 from asyncbucket.feedback.adaptive import Concurrency
 from asyncbucket.limiter.account import Account
-from asyncbucket.limiter.acquisition import Acquisition
+from asyncbucket.limiter.acquisition import Acquisition, FirstAcquisition
 from asyncbucket.limiter.door import Door
 from asyncbucket.limiter.doors import Doors
 from asyncbucket.limiter.explain import Explanation, explain_locked
@@ -157,6 +157,7 @@ class Limiter(Doors, Steering, OfThisProcess):
             amounts = amounts_of(requests, tokens, input_tokens, output_tokens)
         else:
             amounts = _price(door, cost, requests, tokens, input_tokens, output_tokens, resources)
+        kind = Acquisition if door.asked else FirstAcquisition
         if (
             here is None
             and priority is None
@@ -164,10 +165,10 @@ class Limiter(Doors, Steering, OfThisProcess):
             and deadline is None
             and door.timeout is None
         ):
-            return Acquisition(door, amounts, None, door.priority)
+            return kind(door, amounts, None, door.priority)
         end = functools.partial(door.deadline_for, timeout, deadline, here)
         end()  # a mistake shows at once
-        return Acquisition(door, amounts, end, door.priority_for(priority, here))
+        return kind(door, amounts, end, door.priority_for(priority, here))
 
     def acquire_nowait(
         self,

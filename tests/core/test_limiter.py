@@ -55,7 +55,32 @@ def test_leaving_an_acquisition_that_was_not_entered_is_harmless(virtual_time: V
         limiter = Limiter(concurrency=1, clock=virtual_time.clock)
         acquisition = limiter.acquire()
         await acquisition.__aexit__(None, None, None)
+        acquisition.close()
         assert limiter.statistics().admitted == 0
+
+    virtual_time.run(main())
+
+
+def test_who_forgets_to_await_is_told_so(virtual_time: VirtualTime) -> None:
+    """From the first call on, at its line; not where it was closed, and not by a limiter that is in use."""
+
+    async def main() -> None:
+        limiter = Limiter("5 RPM", clock=virtual_time.clock)
+        for timeout in (None, 5.0):
+            with pytest.warns(
+                RuntimeWarning, match=r"never awaited.*`await limiter\.acquire"
+            ) as told:
+                limiter.acquire(timeout=timeout)
+            assert told[0].filename == __file__
+        limiter.acquire().close()
+        unborn = asyncio.create_task(limiter.acquire())
+        unborn.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await unborn
+        acquisition = limiter.acquire()
+        (await acquisition).release()
+        del acquisition
+        limiter.acquire()
 
     virtual_time.run(main())
 

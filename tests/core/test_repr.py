@@ -29,10 +29,12 @@ def test_a_limiter_speaks_for_itself(virtual_time: VirtualTime) -> None:
 
 def test_an_acquisition_that_was_not_awaited_says_so() -> None:
     """Seen in a debugger, by whoever forgot it."""
-    assert repr(Limiter().acquire(tokens=500)) == (
+    acquisition = Limiter().acquire(tokens=500)
+    assert repr(acquisition) == (
         "<Acquisition Cost(requests=1, tokens=500, input_tokens=500, output_tokens=500): "
         "await it, or enter it by async with>"
     )
+    acquisition.close()
 
 
 def test_values_are_small() -> None:
