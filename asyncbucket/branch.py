@@ -178,9 +178,10 @@ class Branch:
         return waiter, due
 
     def _rise(self, flow: Flow) -> None:
-        """Make ``flow`` a candidate, as if it had been idle until now."""
+        """Make ``flow`` a candidate, as if it had been idle until now; who was held up keeps one call."""
+        held_up = flow.asleep and flow.child is not None
         flow.asleep = 0
-        flow.share.join(self._clock.now)
+        flow.share.join(self._clock.now, kept=flow.share.step if held_up else 0.0)
         self._enter(flow)
         heapq.heappush(self._ready, (flow.share.tag, flow))
 

@@ -18,9 +18,11 @@ served adds its price, divided by the weights of all who compete, to a *potentia
 would have if all were served at once. Virtual time follows that, one call behind at most.
 
 A child that is out of its own limits is no candidate. It sleeps until its meters say when, and holds
-up nobody; when it wakes it is as if it had been idle. Whoever goes next may still have to wait for
-the limits of the node itself; only who is entitled to go before may overtake then, and that is
-bounded by virtual time.
+up nobody; when it wakes it is as if it had been idle, but for one call: as much as its last one it has
+not lost of its share, and goes next by that. Else a child that may call every few seconds would wait for
+its turn each time, and count the next seconds only from then: far less than its own limit and than its
+share. Whoever goes next may still have to wait for the limits of the node itself; only who is entitled
+to go before may overtake then, and that is bounded by virtual time.
 
 Many callers ask one call after the other: when theirs has passed they are gone, and back in the
 loop's next turn. Whoever was emptied by a pass, and would be next if it came back, gets that turn
@@ -80,7 +82,7 @@ class Prices:
 class Share:
     """One claimant's account of virtual time, over all loops."""
 
-    __slots__ = ("_credit", "counted", "loops", "tag", "weight")
+    __slots__ = ("_credit", "counted", "loops", "step", "tag", "weight")
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
@@ -89,15 +91,18 @@ class Share:
         self.counted = 0.0
         #: The virtual time at which its next call may start.
         self.tag = 0.0
+        #: By how much its last call moved that, but for credit.
+        self.step = 0.0
         self._credit = 0.0
 
-    def join(self, virtual: float) -> None:
-        """Want something again, after nothing was wanted: what was not used then is lost."""
-        self.tag = max(self.tag - self._credit, virtual)
+    def join(self, virtual: float, *, kept: float = 0.0) -> None:
+        """Want something again, after nothing was wanted: what was not used then, but for ``kept``, is lost."""
+        self.tag = max(self.tag - self._credit, virtual - kept)
         self._credit = 0.0
 
     def charge(self, step: float) -> None:
         """Pay for a call, with what came back from earlier ones first."""
+        self.step = step
         step -= self._credit
         self._credit = max(0.0, -step)
         self.tag += max(0.0, step)

@@ -1,6 +1,7 @@
 """Limiters under limiters: fair among siblings, never over at any level, nobody forgotten."""
 
 import asyncio
+import collections
 import contextlib
 import random
 from collections.abc import Callable, Iterator
@@ -160,6 +161,60 @@ def test_what_one_does_not_want_goes_to_the_others_at_once(virtual_time: Virtual
     assert count("key/a", 60, 100) == pytest.approx(200, abs=2)
     assert count("key/a", 105, 200) == pytest.approx(945, abs=4)
     assert count("key/b", 203, 300) == pytest.approx(482, abs=8)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("rpm", [5, 8, 9])
+def test_a_child_below_its_share_gets_what_its_own_limit_allows(
+    virtual_time: VirtualTime, rpm: int
+) -> None:
+    """Of a key that four others want all of: when it may call again it waits for one of theirs, no round."""
+    minutes = 60
+    passed: collections.Counter[str] = collections.Counter()
+
+    async def caller(limiter: Limiter) -> None:
+        while virtual_time.now < 60 * minutes:
+            await limiter.acquire()
+            passed[limiter.name] += 1
+
+    async def main() -> None:
+        key = Limiter("50 RPM", name="key", clock=virtual_time.clock)
+        async with asyncio.TaskGroup() as group:
+            for child in (*(key.child(f"{n}") for n in range(4)), key.child("slow", rpm=rpm)):
+                for _ in range(3):
+                    group.create_task(caller(child))
+
+    virtual_time.run(main())
+    slow = passed.pop("key/slow")
+    assert slow >= 0.97 * 60 / (60 / rpm + 60 / 50) * minutes
+    assert max(passed.values()) - min(passed.values()) <= 6
+    assert slow + sum(passed.values()) >= 0.99 * 50 * minutes
+
+
+def test_whoever_was_held_up_for_long_is_ahead_by_one_call(virtual_time: VirtualTime) -> None:
+    """A quota that comes back at once is not used up before the others have their turns."""
+    passed: list[tuple[float, str]] = []
+
+    async def caller(limiter: Limiter) -> None:
+        while virtual_time.now < 1200:
+            await limiter.acquire()
+            passed.append((virtual_time.now, limiter.name))
+
+    async def main() -> None:
+        key = Limiter("1 RPS burst 1", name="key", clock=virtual_time.clock)
+        quota = key.child("quota", Limit("requests", 20, per=1000, burst=20))
+        async with asyncio.TaskGroup() as group:
+            for child in (quota, key.child("free")):
+                for _ in range(5):
+                    group.create_task(caller(child))
+
+    virtual_time.run(main())
+    later = [name for when, name in passed if when > 500]
+    first = later.index("key/quota")
+    assert first > 400
+    for end in range(first, first + 40):
+        ahead = 2 * later[first : end + 1].count("key/quota") - (end + 1 - first)
+        assert -1 <= ahead <= 3
 
 
 def test_a_child_out_of_its_own_quota_holds_up_nobody(virtual_time: VirtualTime) -> None:

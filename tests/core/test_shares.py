@@ -95,6 +95,19 @@ def test_an_idle_claimant_saves_nothing_up() -> None:
     assert share.tag == 50.0
 
 
+def test_who_was_held_up_keeps_one_call() -> None:
+    """As much as the last one, of what was not used; what was used beyond the share stays used."""
+    share = Share(2.0)
+    share.charge(3.0)
+    share.join(5.0, kept=share.step)
+    assert share.tag == 3.0
+    share.join(50.0, kept=share.step)
+    assert share.tag == 47.0
+    share.charge(10.0)
+    share.join(48.0, kept=share.step)
+    assert share.tag == 57.0
+
+
 def test_what_came_back_pays_for_later_calls() -> None:
     """First credit, then the tag; a debt is paid with the next call."""
     share = Share(1.0)
