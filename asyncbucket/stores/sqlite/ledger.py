@@ -143,11 +143,7 @@ class SQLiteLedger:
     async def _commit(self, batch: Batch) -> Answer:
         """Apply ``batch`` behind what failed batches have left; give back what nobody awaits."""
         kept, self._kept = self._kept, Batch()
-        batch = replace(
-            batch,
-            corrections=kept.corrections + batch.corrections,
-            released=kept.released + batch.released,
-        )
+        batch = _behind(kept, batch)
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
         def now() -> tuple[Verb, ...]:
@@ -156,10 +152,7 @@ class SQLiteLedger:
 
         def done(answer: Answer | None, error: StoreError | None) -> None:
             if answer is None:
-                self._kept = Batch(
-                    corrections=batch.corrections + self._kept.corrections,
-                    released=batch.released + self._kept.released,
-                )
+                self._kept = _behind(batch, self._kept)
             elif answered.done():
                 self._undo(batch, answer.result)
             _settle(answered, answer, error)
@@ -176,16 +169,15 @@ class SQLiteLedger:
     def _undo(self, batch: Batch, receipt: Receipt) -> None:
         """Give back what was booked for a caller that has gone."""
         booked = [
-            (amounts, booking)
-            for amounts, booking in zip(batch.calls, receipt.bookings, strict=False)
+            (call, booking)
+            for call, booking in zip(batch.calls, receipt.bookings, strict=False)
             if booking.outcome is Outcome.BOOKED
         ]
-        self._kept = Batch(
-            corrections=self._kept.corrections
-            + tuple(Correction.undo(amounts, booking.start) for amounts, booking in booked),
-            released=self._kept.released
-            + tuple(booking.slot for _, booking in booked if booking.slot is not None),
+        undone = Batch(
+            corrections=tuple(Correction.undo(call, booking.start) for call, booking in booked),
+            released=tuple(booking.slot for _, booking in booked if booking.slot is not None),
         )
+        self._kept = _behind(self._kept, undone)
         if booked:
             self._flush()
 
@@ -195,10 +187,7 @@ class SQLiteLedger:
 
         def done(answer: Answer | None, _: StoreError | None) -> None:
             if answer is None:
-                self._kept = Batch(
-                    corrections=kept.corrections + self._kept.corrections,
-                    released=kept.released + self._kept.released,
-                )
+                self._kept = _behind(kept, self._kept)
 
         verb = Commit(self._worker, self._life, kept)
         with contextlib.suppress(StoreError):  # closed meanwhile: it stays counted, and expires
@@ -225,6 +214,15 @@ class SQLiteLedger:
             return await answered
         finally:
             timer.cancel()
+
+
+def _behind(first: Batch, batch: Batch) -> Batch:
+    """Return ``batch``, with what ``first`` corrects and releases before its own."""
+    return replace(
+        batch,
+        corrections=first.corrections + batch.corrections,
+        released=first.released + batch.released,
+    )
 
 
 def _overdue(answered: "asyncio.Future[Answer]", patience: float) -> None:
