@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, runtime_checkable
 
-from asyncbucket.events import Callback, Event
+from asyncbucket.events import Callback, Event, Settled
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.statistics import Statistics
 from asyncbucket.limiter.terms import read_count
@@ -140,6 +140,16 @@ def _add_use(reading: Reading, now: Statistics) -> None:
         shares["concurrency"] = now.in_flight / now.concurrency
     for limit, share in shares.items():
         reading.used[limit] = max(share, reading.used.get(limit, 0.0))
+
+
+def tokens_of(event: Settled) -> tuple[int, int] | None:
+    """Return the tokens that ``event`` adds to those used, and to those given back; None if it has none."""
+    used = event.used.get("tokens")
+    if used is None:
+        return None
+    before = event.corrects.get("tokens")
+    booked = event.reserved.get("tokens", 0) if before is None else before
+    return max(0, used - (before or 0)), max(0, booked - used)
 
 
 def by_kind(handlers: Mapping[type[Event], Callable[[Any], object]]) -> Callback:
