@@ -1,6 +1,5 @@
 """What metrics know of limiters beside their events: who is watched, by which name, and how full."""
 
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -8,10 +7,10 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 from asyncbucket.events import Callback, Event, Settled
 from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.books import shown_name
 from asyncbucket.limiter.statistics import Statistics
 from asyncbucket.limiter.terms import read_count
 
-_TENANT: Final = re.compile(r"/\*[^/]*")
 #: The label of limiters beyond those that are told apart.
 OTHER: Final = "other"
 
@@ -110,7 +109,7 @@ class Watched:
         known = self._labels.get(name)
         if known is not None:
             return known
-        name = _TENANT.sub("/*", name)  # a tenant's limiter goes by a hash, all of them by a star
+        name = shown_name(name)
         with self._lock:
             if len(self._labels) >= self._most:
                 return self._labels.get(name, OTHER)
