@@ -8,7 +8,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 from asyncbucket.events import Callback, Event, Settled
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.books import shown_name
-from asyncbucket.limiter.statistics import Statistics
+from asyncbucket.limiter.statistics import Statistics, shares_used
 from asyncbucket.limiter.terms import read_count
 
 #: The label of limiters beyond those that are told apart.
@@ -129,16 +129,9 @@ class Watched:
         # A limiter's statistics hold those below it; here each call stands where it asked.
         reading.queued += max(0, now.waiting - sum(each.waiting for each in below))
         reading.in_flight += max(0, now.in_flight - sum(each.in_flight for each in below))
-        _add_use(reading, now)
+        for limit, share in shares_used(now).items():
+            reading.used[limit] = max(share, reading.used.get(limit, 0.0))
         return now
-
-
-def _add_use(reading: Reading, now: Statistics) -> None:
-    shares = {use.limit.label: use.used / use.limit.amount for use in now.limits}
-    if now.concurrency:
-        shares["concurrency"] = now.in_flight / now.concurrency
-    for limit, share in shares.items():
-        reading.used[limit] = max(share, reading.used.get(limit, 0.0))
 
 
 def tokens_of(event: Settled) -> tuple[int, int] | None:
