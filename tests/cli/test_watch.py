@@ -21,7 +21,7 @@ from asyncbucket.testing import VirtualTime
 
 run = CliRunner()
 
-LOOK = {
+LOOK: dict[str, Any] = {
     "name": "openai",
     "admitted": 120,
     "refused": 2,
@@ -107,6 +107,15 @@ def test_a_pipe_gets_a_line_for_each_limiter() -> None:
     assert line.startswith(
         "openai: 120 of 300 requests per 60 s, 9,900 of 10,000 tokens per 60 s (binds), "
     )
+
+
+def test_a_name_does_not_steer_the_terminal() -> None:
+    """A limiter may go by any name, and what is looked at may be none of ours."""
+    limits = [{**LOOK["limits"][0], "limit": "300 \x1b[2Jimages per 60 s"}]
+    view = View.of({**LOOK, "name": "open\x1b[2Jai\n", "limits": limits}, None, 0.0)
+    for shown in ("".join(plain([view])), "".join(plainly([view], width=80, unicode=True))):
+        assert shown.isprintable()
+        assert shown.startswith("open [2Jai")
 
 
 def test_watch_looks_at_a_running_limiter() -> None:
