@@ -321,7 +321,7 @@ def test_source_tree_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(_: str) -> str:
         raise PackageNotFoundError
 
-    monkeypatch.setattr(surroundings, "version", missing)
+    monkeypatch.setattr(installed, "version", missing)
 
     (finding,) = surroundings.interpreter()
 
