@@ -14,7 +14,7 @@ from asyncbucket.cli.demo.scenario import Scenario
 from asyncbucket.cli.plot import Canvas, against_limit, shows_blocks, sparkline
 from asyncbucket.cli.provider import place
 from asyncbucket.plan.result import percent
-from asyncbucket.wording import counted, named
+from asyncbucket.wording import counted, named, one_line
 
 _UNKNOWN: Final = "-"
 
@@ -133,7 +133,8 @@ def _list(counts: Mapping[str, int]) -> str:
 
 def _show_failures(console: Console, outcome: Outcome) -> None:
     for what, count in outcome.failures.items():
-        console.print(f"{outcome.name}, {count:,} failed: {what}", markup=False, highlight=False)
+        line = f"{outcome.name}, {count:,} failed: {one_line(what)}"
+        console.print(line, markup=False, highlight=False)
 
 
 def _show_plots(console: Console, limit: float, outcomes: Sequence[Outcome]) -> None:
