@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from asyncbucket.cli.ends import FAILED, in_a_line
+from asyncbucket.cli.ends import FAILED, in_a_line, said
 from asyncbucket.cli.typed import switch
 
 EXAMPLES: Final = """\b
@@ -45,7 +45,7 @@ def watch(
             else:
                 _show(looks, once=once)
         except SourceError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {said(error)}", err=True)
             raise typer.Exit(FAILED) from error
 
 
