@@ -4,11 +4,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Final, Self
+from typing import Final, Self, TypeAlias
 
 from asyncbucket.errors import LimitSyntaxError
 from asyncbucket.numeric import is_integer, is_number
 from asyncbucket.wording import counted, written_out
+
+#: What tells a limit from the others of a limiter: its resource, and its window in seconds.
+Key: TypeAlias = tuple[str, float]
 
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _RESOURCES: Final = {"r": "requests", "t": "tokens", "it": "input_tokens", "ot": "output_tokens"}
@@ -125,8 +128,8 @@ class Limit:
         return round(self.per * 1_000_000_000)
 
     @property
-    def key(self) -> tuple[str, float]:
-        """What tells it from the other limits of a limiter: the resource, and the window in seconds."""
+    def key(self) -> Key:
+        """What tells it from the other limits of a limiter."""
         return self.resource, self.per
 
     @property
@@ -158,7 +161,7 @@ def read_limits(limits: Iterable[str | Limit], keywords: dict[str, float | None]
         if amount is not None:
             resource, per = KEYWORDS[keyword]
             found.append(Limit(resource, _units(amount, keyword), per=per))
-    seen: dict[tuple[str, float], Limit] = {}
+    seen: dict[Key, Limit] = {}
     for limit in found:
         twin = seen.setdefault(limit.key, limit)
         if twin is not limit:

@@ -45,7 +45,7 @@ _LULL: Final = 2_000_000
 #: How late (ns) another loop may be for its turn before a younger call of this one goes first.
 _GRACE: Final = 50_000_000
 #: The shortest sleep (s): a timer may fire early, and must not spin when it does.
-_SHORTEST: Final = 20e-6
+NAP: Final = 20e-6
 #: The longest sleep (s) that every event loop's timers take.
 _LONGEST: Final = 86_400.0
 
@@ -145,9 +145,10 @@ class Pacer:
     def fail_locked(self, waiter: Waiter, error: AsyncBucketError) -> None:
         """Tell ``waiter`` that it can never pass, from whichever thread."""
         with contextlib.suppress(RuntimeError):  # closed just now: nobody waits there any more
-            self.loop.call_soon_threadsafe(self._fail, waiter, error)
+            self.loop.call_soon_threadsafe(self.fail, waiter, error)
 
-    def _fail(self, waiter: Waiter, error: AsyncBucketError) -> None:
+    def fail(self, waiter: Waiter, error: AsyncBucketError) -> None:
+        """Tell ``waiter`` why it does not pass, unless it knows; on the loop's own thread."""
         budget = self._budget
         with budget.lock:
             if not waiter.done():
@@ -185,7 +186,7 @@ class Pacer:
         if due < NEVER:
             nap = (due - self._budget.clock()) * 1e-9
             if nap > 0:
-                self._timer = self.loop.call_later(min(max(nap, _SHORTEST), _LONGEST), self._tick)
+                self._timer = self.loop.call_later(min(max(nap, NAP), _LONGEST), self._tick)
             else:  # in the loop's next turn
                 self._timer = self.loop.call_soon(self._tick)
         return True

@@ -198,11 +198,7 @@ def _concurrency(value: object) -> Any:
             return value
         least, _, most = value.partition("-")
         try:
-            return (
-                (int(read_amount(least)), int(read_amount(most)))
-                if most
-                else int(read_amount(value))
-            )
+            return (read_amount(least), read_amount(most)) if most else read_amount(value)
         except LimitSyntaxError:
             raise ValueError(
                 f"{value!r} is neither a number such as 20, nor 8-64, nor auto"

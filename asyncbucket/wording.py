@@ -23,6 +23,11 @@ def shown(value: object) -> str:
     return repr(value) if value is None or isinstance(value, (int, float)) else type(value).__name__
 
 
+def one_line(text: str) -> str:
+    """Return what others wrote as a terminal may be given it: without what would steer it."""
+    return "".join(each if each.isprintable() else " " for each in " ".join(text.split()))
+
+
 def does(resource: str, verb: str) -> str:
     """Say what a resource does: "input tokens bind", "concurrency binds", "requests allow"."""
     name = named(resource)

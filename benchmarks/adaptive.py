@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import httpx
-import matplotlib as mpl
 import uvicorn
-from matplotlib.figure import Figure as Canvas
 
 from asyncbucket import Limiter
 from asyncbucket.feedback.adaptive import Concurrency
+from benchmarks.plot import pages
 
 #: What a call takes when nothing queues (s), and the standard deviation of its logarithm.
 LATENCY: Final = 0.2
@@ -37,7 +36,6 @@ MEASURED: Final = 15.0
 FIXED: Final = 6.0
 CALLERS: Final = 80
 RESULTS: Final = Path(__file__).parent / "results"
-_INK: Final = {"light": "#202124", "dark": "#e8eaed"}
 
 Message = MutableMapping[str, Any]
 
@@ -169,34 +167,26 @@ def table(kind: str, track: Track, best: dict[int, float]) -> str:
 
 def plot(tracks: dict[str, Track], best: dict[str, dict[int, float]]) -> None:
     """Draw slots and throughput over time, once for a light page and once for a dark one."""
-    for theme, ink in _INK.items():
-        names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-        settings: dict[Any, Any] = {**dict.fromkeys(names, ink), "svg.hashsalt": "asyncbucket"}
-        with mpl.rc_context(settings):
-            canvas = Canvas(figsize=(10, 6), layout="constrained")
-            grid = canvas.subplots(2, len(tracks), sharex=True, sharey="row", squeeze=False)
-            edges = [number * PHASE for number in range(len(CAPACITIES) + 1)]
-            for column, (kind, track) in enumerate(tracks.items()):
-                above, below = grid[0, column], grid[1, column]
-                above.set_title(f"a server that {kind} what is too much", loc="left", fontsize=10)
-                times, sizes = zip(*track.sizes, strict=True)
-                above.plot(times, sizes, color="#1f77b4", lw=1.2, label='concurrency="auto"')
-                above.stairs(CAPACITIES, edges, color="#d93025", ls="--", label="hidden capacity")
-                seconds = range(int(edges[-1]))
-                rates = [track.rate(second, second + 1) for second in seconds]
-                below.plot([s + 0.5 for s in seconds], rates, color="#1f77b4", lw=1.2, label="auto")
-                ideal = [best[kind][capacity] for capacity in CAPACITIES]
-                below.stairs(ideal, edges, color="#d93025", ls="--", label="best fixed number")
-                below.set_xlabel("seconds")
-                for axes in (above, below):
-                    axes.set_ylim(bottom=0)
-                    axes.legend(fontsize=8, frameon=False, loc="upper left")
-                    axes.spines[["top", "right"]].set_visible(False)
-                    axes.set_facecolor("none")
-            grid[0, 0].set_ylabel("slots")
-            grid[1, 0].set_ylabel("calls served a second")
-            name = RESULTS / f"adaptive-{theme}.svg"
-            canvas.savefig(name, transparent=True, metadata={"Date": None})
+    for canvas, _ in pages(RESULTS / "adaptive", 10, 6):
+        grid = canvas.subplots(2, len(tracks), sharex=True, sharey="row", squeeze=False)
+        edges = [number * PHASE for number in range(len(CAPACITIES) + 1)]
+        for column, (kind, track) in enumerate(tracks.items()):
+            above, below = grid[0, column], grid[1, column]
+            above.set_title(f"a server that {kind} what is too much", loc="left", fontsize=10)
+            times, sizes = zip(*track.sizes, strict=True)
+            above.plot(times, sizes, color="#1f77b4", lw=1.2, label='concurrency="auto"')
+            above.stairs(CAPACITIES, edges, color="#d93025", ls="--", label="hidden capacity")
+            seconds = range(int(edges[-1]))
+            rates = [track.rate(second, second + 1) for second in seconds]
+            below.plot([s + 0.5 for s in seconds], rates, color="#1f77b4", lw=1.2, label="auto")
+            ideal = [best[kind][capacity] for capacity in CAPACITIES]
+            below.stairs(ideal, edges, color="#d93025", ls="--", label="best fixed number")
+            below.set_xlabel("seconds")
+            for axes in (above, below):
+                axes.set_ylim(bottom=0)
+                axes.legend(fontsize=8, frameon=False, loc="upper left")
+        grid[0, 0].set_ylabel("slots")
+        grid[1, 0].set_ylabel("calls served a second")
 
 
 def main() -> None:

@@ -42,11 +42,6 @@ def asyncio_leaky(rate: float, burst: int) -> Acquire:
     return asynciolimiter.LeakyBucketLimiter(rate, capacity=burst).wait
 
 
-def asyncio_plain(rate: float, burst: int) -> Acquire:
-    """Let one call pass every 1 / ``rate`` seconds; ``burst`` only makes up for a late loop."""
-    return asynciolimiter.Limiter(rate, max_burst=burst).wait
-
-
 def pyrate(rate: float, burst: int) -> Acquire:
     """Let ``burst`` pass in every window of ``burst / rate``; the lists inside hold them all."""
     window = max(1, round(burst / rate * 1000))

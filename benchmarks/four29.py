@@ -14,24 +14,23 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, Final, TypeAlias
 
 import aiolimiter
 import httpx
-import matplotlib as mpl
-from llama_index.core.llms import ChatMessage
 from llama_index.core.rate_limiter import TokenBucketRateLimiter
 from llama_index.llms.openai import OpenAI
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
 
 import asyncbucket
 from asyncbucket.testing import ProviderProcess
+from asyncbucket.testing.provider.policies import POLICY_NAMES, PolicyName
 from benchmarks.contenders import VERSIONS
 from benchmarks.harness import progress
+from benchmarks.plot import pages
+from benchmarks.provider import Chat, chat_through
 from benchmarks.report import machine
 
 MINUTE: Final = 12.0
@@ -45,15 +44,12 @@ LATENCY: Final = (0.1, 0.4)
 PATIENCE: Final = 150.0
 RESULTS: Final = Path(__file__).parent / "results"
 
-Policy: TypeAlias = Literal["token_bucket", "sliding_window", "fixed_window", "one_second_slices"]
-POLICIES: tuple[Policy, ...] = get_args(Policy)
-COUNTS: Final[dict[Policy, str]] = {
+COUNTS: Final[dict[PolicyName, str]] = {
     "token_bucket": "a token bucket",
     "sliding_window": "any minute",
     "fixed_window": "the clock's minutes",
     "one_second_slices": "slices of a second",
 }
-Chat: TypeAlias = Callable[[str], Any]
 Way: TypeAlias = Callable[["Place"], Chat]
 
 
@@ -61,7 +57,7 @@ Way: TypeAlias = Callable[["Place"], Chat]
 class Outcome:
     """What one way came to at one provider."""
 
-    policy: Policy
+    policy: PolicyName
     way: str
     calls: int
     #: Requests that the provider counted, and those of them that it answered with 429.
@@ -77,7 +73,7 @@ class Place:
     """Where the calls go, and by which client."""
 
     base_url: str
-    policy: Policy
+    policy: PolicyName
     client: httpx.AsyncClient
 
 
@@ -92,18 +88,8 @@ def _model(place: Place, **options: Any) -> OpenAI:
     )
 
 
-def _chat(llm: OpenAI, *gates: Any) -> Chat:
-    async def chat(text: str) -> object:
-        async with AsyncExitStack() as stack:
-            for gate in gates:
-                await stack.enter_async_context(gate)
-            return await llm.achat([ChatMessage(content=text)])
-
-    return chat
-
-
 def _nothing(place: Place) -> Chat:
-    return _chat(_model(place))
+    return chat_through(_model(place))
 
 
 def _llama_index(place: Place) -> Chat:
@@ -111,11 +97,11 @@ def _llama_index(place: Place) -> Chat:
     limiter = TokenBucketRateLimiter(
         requests_per_minute=RPM * minutes, tokens_per_minute=TPM * minutes
     )
-    return _chat(_model(place, rate_limiter=limiter))
+    return chat_through(_model(place, rate_limiter=limiter))
 
 
 def _aiolimiter(place: Place) -> Chat:
-    return _chat(
+    return chat_through(
         _model(place), asyncio.Semaphore(CONCURRENCY), aiolimiter.AsyncLimiter(RPM, MINUTE)
     )
 
@@ -128,7 +114,7 @@ def _asyncbucket(place: Place) -> Chat:
         asyncbucket.Limit("tokens", TPM, per=MINUTE),
         concurrency=CONCURRENCY,
     )
-    return _chat(limiter.wrap(_model(place)))
+    return chat_through(limiter.wrap(_model(place)))
 
 
 WAYS: dict[str, Way] = {
@@ -139,7 +125,7 @@ WAYS: dict[str, Way] = {
 }
 
 
-async def drive(name: str, policy: Policy, *, calls: int) -> Outcome:
+async def drive(name: str, policy: PolicyName, *, calls: int) -> Outcome:
     """Send ``calls`` chats at once through one way to one provider."""
     many = httpx.Limits(max_connections=None)
     limits: dict[str, Any] = {"rpm": RPM, "tpm": TPM, "minute": MINUTE, "policy": policy}
@@ -178,30 +164,22 @@ def page(outcomes: Sequence[Outcome]) -> Iterator[str]:
     yield ", ".join(f"{name} {VERSIONS[name]}" for name in named) + "."
 
 
-_INK: Final = {"light": "#202124", "dark": "#e8eaed"}
-_COLOURED: Final = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 _REFUSED: Final = "#d93025"
 _ANSWERED: Final = "#1f77b4"
 
 
 def plot(outcomes: Sequence[Outcome], folder: Path) -> None:
     """Draw what was sent, split by how it was answered, for a light page and for a dark one."""
-    for theme, ink in _INK.items():
-        style: dict[Any, Any] = dict.fromkeys(_COLOURED, ink) | {"svg.hashsalt": "asyncbucket"}
-        with mpl.rc_context(style):
-            canvas = Canvas(figsize=(9, 4.8), layout="constrained")
-            grid = canvas.subplots(2, 2, sharex=True, sharey=True).ravel()
-            for axes, policy in zip(grid, POLICIES, strict=True):
-                _bars(axes, policy, [each for each in outcomes if each.policy == policy])
-            for axes in grid[2:]:
-                axes.set_xlabel("HTTP requests")
-            grid[0].legend(loc="lower right", fontsize=8, frameon=False)
-            canvas.savefig(
-                folder / f"four29-{theme}.svg", transparent=True, metadata={"Date": None}
-            )
+    for canvas, _ in pages(folder / "four29", 9, 4.8):
+        grid = canvas.subplots(2, 2, sharex=True, sharey=True).ravel()
+        for axes, policy in zip(grid, POLICY_NAMES, strict=True):
+            _bars(axes, policy, [each for each in outcomes if each.policy == policy])
+        for axes in grid[2:]:
+            axes.set_xlabel("HTTP requests")
+        grid[0].legend(loc="lower right", fontsize=8, frameon=False)
 
 
-def _bars(axes: Axes, policy: Policy, outcomes: Sequence[Outcome]) -> None:
+def _bars(axes: Axes, policy: PolicyName, outcomes: Sequence[Outcome]) -> None:
     rows = outcomes[::-1]
     names = [each.way for each in rows]
     answered = [each.sent - each.refused for each in rows]
@@ -214,15 +192,13 @@ def _bars(axes: Axes, policy: Policy, outcomes: Sequence[Outcome]) -> None:
     axes.set_title(f"a provider that counts by {COUNTS[policy]}", loc="left", fontsize=9)
     axes.margins(x=0.25)
     axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_facecolor("none")
 
 
-def measure(*, calls: int = CALLS, policies: Sequence[Policy] = POLICIES) -> list[Outcome]:
+def measure(*, calls: int = CALLS) -> list[Outcome]:
     """Send the calls through every way to every provider, one after the other."""
     logging.getLogger("llama_index").setLevel(logging.ERROR)  # it warns of each retry
     outcomes: list[Outcome] = []
-    for policy in policies:
+    for policy in POLICY_NAMES:
         for name in WAYS:
             progress(f"{calls} calls to a {policy} paced by {name}")
             outcomes.append(asyncio.run(drive(name, policy, calls=calls)))

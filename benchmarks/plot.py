@@ -1,8 +1,8 @@
-"""Draw the figures as bars, once for a light page and once for a dark one."""
+"""Draw figures, once for a light page and once for a dark one; those of the comparison as bars."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -10,25 +10,36 @@ from matplotlib.figure import Figure as Canvas
 
 from benchmarks.harness import Figure
 
-_OURS = "#1f77b4"
-_THEIRS = "#9aa0a6"
-_COLOURED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-_INK = {"light": "#202124", "dark": "#e8eaed"}
+_OURS: Final = "#1f77b4"
+_THEIRS: Final = "#9aa0a6"
+_COLOURED: Final = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+_INK: Final = {"light": "#202124", "dark": "#e8eaed"}
+_STYLE: Final = {
+    "svg.hashsalt": "asyncbucket",
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def pages(path: Path, width: float, height: float) -> Iterator[tuple[Canvas, str]]:
+    """Yield a canvas and its ink for each page; what was drawn is ``path-light.svg``, ``path-dark.svg``."""
+    for theme, ink in _INK.items():
+        style: dict[Any, Any] = dict.fromkeys(_COLOURED, ink) | _STYLE
+        with mpl.rc_context(style):
+            canvas = Canvas(figsize=(width, height), layout="constrained")
+            yield canvas, ink
+            file = path.with_name(f"{path.name}-{theme}.svg")
+            canvas.savefig(file, transparent=True, metadata={"Date": None})
 
 
 def plot(figures: Sequence[Figure], folder: Path) -> None:
     """Write ``results-light.svg`` and ``results-dark.svg``; whiskers span all rounds."""
-    for theme, ink in _INK.items():
-        style: dict[Any, Any] = dict.fromkeys(_COLOURED, ink) | {"svg.hashsalt": "asyncbucket"}
-        with mpl.rc_context(style):
-            heights = [len(figure.rows) + 1.5 for figure in figures]
-            canvas = Canvas(figsize=(8, 0.32 * sum(heights)), layout="constrained")
-            grid = canvas.subplots(len(figures), 1, squeeze=False, height_ratios=heights)
-            for axes, figure in zip(grid[:, 0], figures, strict=True):
-                _bars(axes, figure, ink)
-            canvas.savefig(
-                folder / f"results-{theme}.svg", transparent=True, metadata={"Date": None}
-            )
+    heights = [len(figure.rows) + 1.5 for figure in figures]
+    for canvas, ink in pages(folder / "results", 8, 0.32 * sum(heights)):
+        grid = canvas.subplots(len(figures), 1, squeeze=False, height_ratios=heights)
+        for axes, figure in zip(grid[:, 0], figures, strict=True):
+            _bars(axes, figure, ink)
 
 
 def _bars(axes: Axes, figure: Figure, ink: str) -> None:
@@ -42,5 +53,3 @@ def _bars(axes: Axes, figure: Figure, ink: str) -> None:
         axes.set_xscale("log")
     axes.set_title(f"{figure.title} ({figure.unit})", loc="left", fontsize=10)
     axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_facecolor("none")

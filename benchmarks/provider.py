@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias
 
 import aiolimiter
 import httpx
@@ -23,6 +23,7 @@ from llama_index.llms.openai import OpenAI
 
 import asyncbucket
 from asyncbucket.testing import ProviderProcess
+from asyncbucket.testing.provider.policies import PolicyName
 from benchmarks.harness import progress
 
 _MINUTE = 10.0
@@ -33,8 +34,6 @@ _MAX_TOKENS = 100
 
 Chat: TypeAlias = Callable[[str], Coroutine[Any, Any, object]]
 Way: TypeAlias = Callable[[str, httpx.AsyncBaseTransport], Chat]
-Policy: TypeAlias = Literal["token_bucket", "sliding_window", "fixed_window", "one_second_slices"]
-POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ class Outcome:
     """What became of the calls of one way."""
 
     way: str
-    policy: Policy
+    policy: PolicyName
     calls: int
     answered: int
     #: Calls answered with 429.
@@ -63,7 +62,9 @@ def _model(base_url: str, inner: httpx.AsyncBaseTransport, **options: Any) -> Op
     )
 
 
-def _chat(llm: OpenAI, *gates: AbstractAsyncContextManager[Any]) -> Chat:
+def chat_through(llm: OpenAI, *gates: AbstractAsyncContextManager[Any]) -> Chat:
+    """Return what asks ``llm`` something once all ``gates`` have let it pass."""
+
     async def chat(text: str) -> object:
         async with AsyncExitStack() as stack:
             for gate in gates:
@@ -74,7 +75,7 @@ def _chat(llm: OpenAI, *gates: AbstractAsyncContextManager[Any]) -> Chat:
 
 
 def _unpaced(base_url: str, inner: httpx.AsyncBaseTransport) -> Chat:
-    return _chat(_model(base_url, inner), asyncio.Semaphore(_CONCURRENCY))
+    return chat_through(_model(base_url, inner), asyncio.Semaphore(_CONCURRENCY))
 
 
 def _llama_index(base_url: str, inner: httpx.AsyncBaseTransport) -> Chat:
@@ -82,12 +83,14 @@ def _llama_index(base_url: str, inner: httpx.AsyncBaseTransport) -> Chat:
     limiter = TokenBucketRateLimiter(
         requests_per_minute=_RPM * minutes, tokens_per_minute=_TPM * minutes
     )
-    return _chat(_model(base_url, inner, rate_limiter=limiter), asyncio.Semaphore(_CONCURRENCY))
+    return chat_through(
+        _model(base_url, inner, rate_limiter=limiter), asyncio.Semaphore(_CONCURRENCY)
+    )
 
 
 def _aiolimiter(base_url: str, inner: httpx.AsyncBaseTransport) -> Chat:
     limiter = aiolimiter.AsyncLimiter(_RPM, _MINUTE)
-    return _chat(_model(base_url, inner), asyncio.Semaphore(_CONCURRENCY), limiter)
+    return chat_through(_model(base_url, inner), asyncio.Semaphore(_CONCURRENCY), limiter)
 
 
 def _limiter() -> asyncbucket.Limiter:
@@ -97,11 +100,11 @@ def _limiter() -> asyncbucket.Limiter:
 
 
 def _asyncbucket(base_url: str, inner: httpx.AsyncBaseTransport) -> Chat:
-    return _chat(_limiter().wrap(_model(base_url, inner), retry=False))
+    return chat_through(_limiter().wrap(_model(base_url, inner), retry=False))
 
 
 def _transport(base_url: str, inner: httpx.AsyncBaseTransport) -> Chat:
-    return _chat(_model(base_url, _limiter().transport(inner)))
+    return chat_through(_model(base_url, _limiter().transport(inner)))
 
 
 _WAYS: dict[str, Way] = {
@@ -112,13 +115,13 @@ _WAYS: dict[str, Way] = {
     "asyncbucket, HTTP transport": _transport,
 }
 #: Who meets the providers that are hard on all; those who break the kinder ones need not.
-_HARD: dict[Policy, tuple[Way, ...]] = {
+_HARD: dict[PolicyName, tuple[Way, ...]] = {
     "fixed_window": (_asyncbucket, _transport),
     "one_second_slices": (_transport,),
 }
 
 
-def refusals(*, calls: int, policies: tuple[Policy, ...]) -> list[Outcome]:
+def refusals(*, calls: int, policies: tuple[PolicyName, ...]) -> list[Outcome]:
     """Send ``calls`` chats at once through each way of pacing; return what became of them."""
     outcomes: list[Outcome] = []
     for policy in policies:
@@ -131,7 +134,7 @@ def refusals(*, calls: int, policies: tuple[Policy, ...]) -> list[Outcome]:
     return outcomes
 
 
-async def _drive(name: str, way: Way, policy: Policy, calls: int) -> Outcome:
+async def _drive(name: str, way: Way, policy: PolicyName, calls: int) -> Outcome:
     with ProviderProcess(
         rpm=_RPM, tpm=_TPM, minute=_MINUTE, policy=policy, latency=(0.1, 0.5)
     ) as provider:

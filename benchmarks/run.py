@@ -6,12 +6,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from asyncbucket.testing.provider.policies import POLICY_NAMES
 from benchmarks import cases, four29
 from benchmarks.admission import admission
 from benchmarks.children import children_crowd, children_idle
 from benchmarks.harness import Figure
 from benchmarks.plot import plot
-from benchmarks.provider import POLICIES, Outcome, refusals
+from benchmarks.provider import Outcome, refusals
 from benchmarks.report import Report
 from benchmarks.transport import transport
 
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     figures = [figure() for figure in _figures(rounds, quick=options.quick)]
     outcomes: list[Outcome] = []
     if not options.no_provider:
-        calls, policies = (400, POLICIES[1:2]) if options.quick else (1000, POLICIES)
+        calls, policies = (400, POLICY_NAMES[1:2]) if options.quick else (1000, POLICY_NAMES)
         outcomes = refusals(calls=calls, policies=policies)
     report = Report(figures, outcomes)
     print("\n".join(report.lines()))

@@ -29,6 +29,7 @@ from llama_index.llms.openai import OpenAI
 
 from asyncbucket import Limit, Limiter
 from asyncbucket.testing import ProviderProcess
+from asyncbucket.testing.provider.policies import POLICY_NAMES, PolicyName
 
 MINUTE: Final = 20.0
 RPM: Final = 300
@@ -39,7 +40,6 @@ TEXTS: Final = 10
 RESULTS: Final = Path(__file__).parent / "results"
 
 Door: TypeAlias = Literal["wrap", "transport"]
-Policy: TypeAlias = Literal["token_bucket", "sliding_window", "fixed_window", "one_second_slices"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Outcome:
     """What the provider saw of a storm, and what came back from it."""
 
     door: Door
-    policy: Policy
+    policy: PolicyName
     calls: int
     #: Replies that are what they should be, by calls.
     answered: int
@@ -85,7 +85,7 @@ def weather(city: str) -> str:
     return f"{city}: 21 degrees, a light wind from the west."
 
 
-async def storm(door: Door, policy: Policy, load: Load) -> Outcome:
+async def storm(door: Door, policy: PolicyName, load: Load) -> Outcome:
     """Let it break loose once."""
     limits = [Limit("requests", RPM, per=MINUTE), Limit("tokens", TPM, per=MINUTE)]
     limiter = Limiter(*limits, concurrency=CONCURRENCY, name="storm")
@@ -194,13 +194,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run all of them, print the table, and write it; the status tells whether all held."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.storm", description=__doc__)
     parser.add_argument("--door", choices=get_args(Door), help="only this one")
-    parser.add_argument("--policy", choices=get_args(Policy), help="only this one")
+    parser.add_argument("--policy", choices=POLICY_NAMES, help="only this one")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the results go")
     options = parser.parse_args(arguments)
     load = Load()
     outcomes: list[Outcome] = []
     for door in get_args(Door):
-        for policy in get_args(Policy):
+        for policy in POLICY_NAMES:
             # A wrapped model doesn't know how a provider that it doesn't know counts.
             blind = door == "wrap" and policy == "one_second_slices"
             chosen = options.door in (None, door) and options.policy in (None, policy)

@@ -943,6 +943,22 @@ def test_threads_share_one_budget() -> None:
     assert len(tried) == 4 * 50 + 50
 
 
+def test_a_tenants_retry_is_told_under_the_star(stage: Stage) -> None:
+    """Which tenant it was is in no event: not in the retry's either."""
+    tenant = stage.limiter.key("acme")
+    heard: set[str] = set()
+    stage.limiter.observe(lambda event: heard.add(f"{type(event).__name__} {event.limiter}"))
+    retrier = Retrier(Retry(), tenant, chance=lambda: 0.0)
+
+    async def play() -> str:
+        async with tenant.acquire():
+            return await script()
+
+    script = stage.script(status_error(503), "answer")
+    stage.run(retrier.call(play))
+    assert heard == {"Admitted openai/*", "Released openai/*", "Retried openai/*"}
+
+
 @pytest.mark.real_clock
 async def test_every_call_is_answered_at_15_percent_errors() -> None:
     """Real HTTP to a faulty provider: requests are calls plus failures, and nobody gets an error."""

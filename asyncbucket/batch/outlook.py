@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from asyncbucket.limiter import Limiter
+from asyncbucket.wording import rounded
 
 #: Seconds over which a rate is taken, and between two samples of it.
 _SPAN: Final = 30.0
@@ -28,6 +29,11 @@ class Look:
     left: float | None = None
     bound_by: str | None = None
     waiting: int = 0
+
+    def words(self) -> list[str]:
+        """Say how fast it goes, and how long it will take."""
+        words = [f"{rounded(self.rate)}/s"] if self.rate else []
+        return [*words, f"{duration(self.left)} left"] if self.left else words
 
 
 class Outlook:

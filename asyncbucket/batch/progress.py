@@ -9,7 +9,7 @@ import anyio
 
 from asyncbucket.batch.outlook import Look, Outlook, duration
 from asyncbucket.limiter import Limiter
-from asyncbucket.wording import named, rounded
+from asyncbucket.wording import named
 
 Shown: TypeAlias = bool | Literal["rich", "tqdm"]
 
@@ -103,9 +103,7 @@ class _ShownProgress(Progress):
             await anyio.sleep(_EVERY)
 
     def _words(self, look: Look) -> list[str]:
-        words = [f"{rounded(look.rate)}/s"] if look.rate else []
-        if look.left:
-            words.append(f"{duration(look.left)} left")
+        words = look.words()
         if look.bound_by is not None:
             words.append(f"waiting for {named(look.bound_by)}")
         if self._restored:

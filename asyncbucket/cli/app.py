@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -10,6 +9,7 @@ import typer
 
 from asyncbucket.cli.demo import options as demo_options
 from asyncbucket.cli.doctor import options as doctor_options
+from asyncbucket.cli.doctor.installed import version_of
 from asyncbucket.cli.plan import options as plan_options
 from asyncbucket.cli.run import options as run_options
 from asyncbucket.cli.trace import options as trace_options
@@ -29,11 +29,8 @@ TREE: Final = Path(__file__).resolve().parents[2]
 
 def _say_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it so
     if wanted:
-        try:
-            number = version("asyncbucket")
-        except PackageNotFoundError:  # run from a source tree
-            number = "(not installed)"
-        typer.echo(f"asyncbucket {number}")
+        # None of a source tree that is run where it lies.
+        typer.echo(f"asyncbucket {version_of('asyncbucket') or '(not installed)'}")
         raise typer.Exit
 
 

@@ -8,6 +8,7 @@ from typing import Final
 import typer
 
 from asyncbucket.cli import INTERRUPTED
+from asyncbucket.wording import one_line
 
 #: Statuses: all is well; it was done, and something is not; it cannot be done as it was asked for.
 DONE: Final = 0
@@ -42,6 +43,6 @@ def said(error: Exception, command: str = "the command line") -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename} cannot be used ({error.strerror}): give another path"
     if not isinstance(error, ModuleNotFoundError):
-        return str(error)
+        return one_line(str(error))
     package = (error.name or "").partition(".")[0]
     return f'{command} needs {package}: pip install "asyncbucket[cli]"'

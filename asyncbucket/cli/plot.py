@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Self
 
 from rich.console import Console
 from rich.text import Text
@@ -17,6 +17,7 @@ _HOURS: Final = (3_600, 7_200, 10_800, 21_600, 43_200)
 _DAY: Final = 86_400
 _DAYS: Final = tuple(days * _DAY for days in (1, 2, 5, 10, 20, 50, 100, 200, 500))
 _STEPS: Final = (1, 2, 5, 10, 20, 30, *_MINUTES, *_HOURS, *_DAYS)
+_WIDEST: Final = 120
 #: Columns between two marks of the axis at least.
 _APART: Final = 9
 
@@ -36,6 +37,12 @@ class Canvas:
     width: int = 80
     height: int = 6
     unicode: bool = True
+
+    @classmethod
+    def on(cls, console: Console, seconds: float) -> Self:
+        """Return what there is room for on ``console``."""
+        width = min(console.width, _WIDEST)
+        return cls(seconds=seconds, width=width, unicode=shows_blocks(console))
 
     @property
     def columns(self) -> int:

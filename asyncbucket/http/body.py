@@ -56,8 +56,8 @@ _FILES: Final = ("document", "file", "input_file")
 _WRITTEN_OUT: Final = ("text", "content")
 #: OpenAI's GPT-4o and 4.1: 85 in low detail; 85 and 170 for each of four tiles of 512 pixels ("Images
 #: and vision", read in 2025). Anthropic: width * height / 750, at most about 1,600.
-_AN_IMAGE: Final = 765
-_A_SMALL_IMAGE: Final = 85
+AN_IMAGE: Final = 765
+A_SMALL_IMAGE: Final = 85
 #: Bytes of sound or of a file that count as a token, as a guess that usage corrects.
 _BYTES_A_TOKEN: Final = 64
 
@@ -110,6 +110,10 @@ class Sent:
         """Tokens at four bytes each: nearer to the truth where the text is not English."""
         return -(-self.size // 4) + self.extra
 
+    def output(self, unless_said: int) -> int:
+        """Return the most tokens of all replies, or ``unless_said`` for each where the call does not say."""
+        return (self.max_output or unless_said) * self.replies if self.writes else 0
+
     def weigh(self, value: object) -> None:
         """Add text, parts of messages, or lists of them."""
         if isinstance(value, str):
@@ -135,7 +139,7 @@ class Sent:
         kind = part.get("type")
         kind = kind if isinstance(kind, str) else ""
         if "image" in kind:
-            self.extra += _A_SMALL_IMAGE if _detail(part) == "low" else _AN_IMAGE
+            self.extra += A_SMALL_IMAGE if _detail(part) == "low" else AN_IMAGE
         elif "audio" in kind or (kind in _FILES and not _is_written_out(part)):
             self.extra += len(json.dumps(part)) * 3 // 4 // _BYTES_A_TOKEN
         else:
@@ -174,7 +178,7 @@ def only_reads(path: str) -> bool:
 
 def replies_of(body: Mapping[str, Any]) -> int:
     """Return how many replies the call with the JSON ``body`` asks for."""
-    return max([1, *(value for name in _REPLIES if _is_count(value := body.get(name)))])
+    return max([1, *(value for name in _REPLIES if is_count(value := body.get(name)))])
 
 
 def _look_into(body: Mapping[str, Any], found: Sent) -> None:
@@ -188,9 +192,9 @@ def _look_into(body: Mapping[str, Any], found: Sent) -> None:
         elif part == "tools" and isinstance(value, list):
             for tool in value:  # without OpenAI's wrapping
                 found.weigh_json(tool.get("function", tool) if isinstance(tool, dict) else tool)
-        elif part == "limit" and _is_count(value):
+        elif part == "limit" and is_count(value):
             found.max_output = value
-        elif part == "options" and isinstance(value, dict) and _is_count(value.get("num_predict")):
+        elif part == "options" and isinstance(value, dict) and is_count(value.get("num_predict")):
             found.max_output = value["num_predict"]
 
 
@@ -206,7 +210,8 @@ def _detail(part: dict[str, Any]) -> object:
     return image.get("detail") if isinstance(image, dict) else part.get("detail")
 
 
-def _is_count(value: object) -> TypeGuard[int]:
+def is_count(value: object) -> TypeGuard[int]:
+    """Tell whether a member of a body is a whole number from 1 on."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

@@ -16,14 +16,14 @@ from asyncbucket.http import headers
 
 #: The first status that is one.
 FIRST_ERROR: Final = 400
-_RATE_LIMITED: Final = 429
+RATE_LIMITED: Final = 429
 _FIRST_SERVER_ERROR: Final = 500
 #: Request time-out, too many requests, service unavailable, gateway time-out; Anthropic's and Google's.
-_OVERLOADED: Final = frozenset({408, _RATE_LIMITED, 503, 504, 529})
-_TRANSIENT_STATUSES: Final = frozenset({408, 409, _RATE_LIMITED})
+_OVERLOADED: Final = frozenset({408, RATE_LIMITED, 503, 504, 529})
+_TRANSIENT_STATUSES: Final = frozenset({408, 409, RATE_LIMITED})
 
 #: A 429 that no waiting helps: platform.openai.com/docs/guides/error-codes, read in 2025.
-_EXHAUSTED: Final = frozenset(
+EXHAUSTED: Final = frozenset(
     {"billing_hard_limit_reached", "billing_not_active", "insufficient_quota"}
 )
 #: Error events in a stream whose status was 200: OpenAI's `code` and `type`, Anthropic's `type`.
@@ -116,7 +116,7 @@ def _judge_status(error: Exception, status: int, codes: frozenset[str]) -> Verdi
     if not isinstance(reply_headers, Mapping):
         reply_headers = {}
     transient = status in _TRANSIENT_STATUSES or status >= _FIRST_SERVER_ERROR
-    if not transient or codes & _EXHAUSTED or headers.forbids_retry(reply_headers):
+    if not transient or codes & EXHAUSTED or headers.forbids_retry(reply_headers):
         return Verdict(retry=False, reason=reason)
     return Verdict(
         retry=True,
@@ -124,7 +124,7 @@ def _judge_status(error: Exception, status: int, codes: frozenset[str]) -> Verdi
         # Who says 0 names no wait, and is asked again after a back-off.
         retry_after=headers.retry_after(reply_headers, now=wall_clock()) or None,
         whole_after=headers.whole_again(reply_headers, now=wall_clock()),
-        rate_limited=status == _RATE_LIMITED,
+        rate_limited=status == RATE_LIMITED,
         overloaded=status in _OVERLOADED,
     )
 

@@ -4,6 +4,10 @@ import math
 import threading
 from bisect import bisect_left, insort
 from collections import deque
+from typing import Final
+
+#: Tokens foreseen before any reply; so many LlamaIndex takes for one, too.
+FORESEEN: Final = 256
 
 
 class OutputForecast:
@@ -13,14 +17,14 @@ class OutputForecast:
     ones lower it only when they are nine of ten. Safe on several threads.
 
     Args:
-        start: tokens foreseen before any reply; 256 is what LlamaIndex takes for a reply too.
+        start: tokens foreseen before any reply.
         quantile: the share of replies that shall be no longer than foreseen.
         window: how many replies are remembered.
     """
 
     __slots__ = ("_latest", "_lock", "_quantile", "_sorted")
 
-    def __init__(self, start: int = 256, *, quantile: float = 0.9, window: int = 200) -> None:
+    def __init__(self, start: int = FORESEEN, *, quantile: float = 0.9, window: int = 200) -> None:
         if not 0 < quantile <= 1:
             raise ValueError(f"quantile must be above 0 and at most 1, not {quantile!r}")
         if start < 0 or window < 1:

@@ -46,21 +46,21 @@ _HTTP_DATE: Final = re.compile(
 )
 
 
-def retry_after(headers: Mapping[str, Any], *, now: float, cap: float = WEEK) -> float | None:
+def retry_after(headers: Mapping[str, Any], *, now: float) -> float | None:
     """Return the seconds that a reply asks to wait, or None if it does not say.
 
     ``retry-after-ms`` goes before ``retry-after``, which is a number of seconds or an HTTP date.
     A date is compared with the reply's own ``date``, so that no clock of this machine matters;
     `now` stands in where there is none.
     """
-    milliseconds = number(header(headers, "retry-after-ms"), cap=cap * 1000)
+    milliseconds = number(header(headers, "retry-after-ms"), cap=WEEK * 1000)
     if milliseconds is not None:
         return milliseconds / 1000
     value = header(headers, "retry-after")
-    seconds = number(value, cap=cap)
+    seconds = number(value)
     if seconds is not None:
         return seconds
-    return http_date(value, now=_sent(headers, now), cap=cap)
+    return http_date(value, now=_sent(headers, now))
 
 
 def forbids_retry(headers: Mapping[str, Any]) -> bool:
@@ -68,7 +68,7 @@ def forbids_retry(headers: Mapping[str, Any]) -> bool:
     return header(headers, "x-should-retry") == "false"
 
 
-def whole_again(headers: Mapping[str, Any], *, now: float, cap: float = WEEK) -> float | None:
+def whole_again(headers: Mapping[str, Any], *, now: float) -> float | None:
     """Return the seconds until all limits that a reply speaks of are whole again, or None.
 
     Any header whose name speaks of a rate limit's reset counts, whoever's it is; without durationpy
@@ -80,7 +80,7 @@ def whole_again(headers: Mapping[str, Any], *, now: float, cap: float = WEEK) ->
         lower = str(name).lower()
         if "ratelimit" in lower and "reset" in lower:
             with contextlib.suppress(ImportError):
-                seconds = reset(value, now=now, cap=cap)
+                seconds = reset(value, now=now)
                 if seconds is not None:
                     found.append(seconds)
     return max(found, default=None)

@@ -29,18 +29,12 @@ if TYPE_CHECKING:
     from asyncbucket.http.profiles import Profile
 
 
-class Held:
-    """Note that calls in this context run under a lease of ``limiter``."""
+class Note:
+    """Note a lease for as long as it is held, and hold nobody's slot by it."""
 
-    __slots__ = ("_ear", "_lease", "_left", "limiter", "outer", "requests")
+    __slots__ = ("_lease",)
 
-    def __init__(self, limiter: Limiter, lease: Lease, ear: "Ear | None" = None) -> None:
-        self.limiter = limiter
-        self._ear = ear
-        self._left: float | None = None
-        self.outer = _HELD.get()
-        #: Requests that were seen to leave under this lease.
-        self.requests = 0
+    def __init__(self, lease: Lease) -> None:
         self._lease = weakref.ref(lease)
 
     @property
@@ -48,6 +42,21 @@ class Held:
         """The lease, while it is held."""
         lease = self._lease()
         return None if lease is None or lease.released else lease
+
+
+class Held(Note):
+    """Note that calls in this context run under a lease of ``limiter``."""
+
+    __slots__ = ("_ear", "_left", "limiter", "outer", "requests")
+
+    def __init__(self, limiter: Limiter, lease: Lease, ear: "Ear | None" = None) -> None:
+        super().__init__(lease)
+        self.limiter = limiter
+        self._ear = ear
+        self._left: float | None = None
+        self.outer = _HELD.get()
+        #: Requests that were seen to leave under this lease.
+        self.requests = 0
 
     def leaves(self) -> None:
         """Count a request that is about to leave, and date the booking by it."""

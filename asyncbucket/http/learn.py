@@ -18,11 +18,9 @@ from asyncbucket.feedback.slices import share_of
 from asyncbucket.http.profiles import Profile, Told
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.levels import levels
-from asyncbucket.limits import Limit
+from asyncbucket.limits import Key, Limit
 
-#: A limit's resource and window.
-_Key: TypeAlias = tuple[str, float]
-#: The same, and the limiter that has it.
+#: A limiter, and the resource and the window of a limit that it has.
 _Place: TypeAlias = tuple[Limiter, str, float]
 
 _LONGEST: Final = 64
@@ -34,9 +32,8 @@ _MANY: Final = 64
 #: Windows longer than this (s) are not counted in slices.
 _LONG: Final = 60
 
-
 #: Windows of which something was said, or of which the least is taken for granted.
-_KNOWN: Final[WeakKeyDictionary[Limiter, set[_Key]]] = WeakKeyDictionary()
+_KNOWN: Final[WeakKeyDictionary[Limiter, set[Key]]] = WeakKeyDictionary()
 
 
 class Ear:
@@ -93,7 +90,7 @@ class Ear:
         for limiter in self._line:
             known = _KNOWN.setdefault(limiter, set())
             for limit in limiter.limits:
-                key = limit.resource, limit.per
+                key = limit.key
                 if limit.per <= min(told.get(limit.resource, 0), _LONG) and key not in known:
                     known.add(key)
                     self._assumed[limiter, *key] = limit.amount

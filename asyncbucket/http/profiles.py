@@ -130,10 +130,7 @@ def _openai(asked: Sent, foreseen: int) -> tuple[int, int, int]:
     read in 2025.
     """
     given = asked.by_characters
-    if not asked.writes:
-        return given, 0, given
-    at_the_door = (asked.max_output or _DEFAULT_OUTPUT) * asked.replies
-    return given, (asked.max_output or foreseen) * asked.replies, max(given, at_the_door)
+    return given, asked.output(foreseen), max(given, asked.output(_DEFAULT_OUTPUT))
 
 
 def _azure(asked: Sent, foreseen: int) -> tuple[int, int, int]:
@@ -143,10 +140,7 @@ def _azure(asked: Sent, foreseen: int) -> tuple[int, int, int]:
     2025.
     """
     given = asked.by_characters
-    if not asked.writes:
-        return given, 0, given
-    at_the_door = (asked.max_output or _DEFAULT_OUTPUT) * asked.replies
-    return given, (asked.max_output or foreseen) * asked.replies, given + at_the_door
+    return given, asked.output(foreseen), given + asked.output(_DEFAULT_OUTPUT)
 
 
 def _anthropic(asked: Sent, foreseen: int) -> tuple[int, int, int]:
@@ -165,7 +159,7 @@ def _anthropic(asked: Sent, foreseen: int) -> tuple[int, int, int]:
 def _both(asked: Sent, foreseen: int) -> tuple[int, int, int]:
     """Charge the prompt, and the longest reply that is allowed, or else to be expected."""
     given = asked.by_size
-    received = (asked.max_output or foreseen) * asked.replies if asked.writes else 0
+    received = asked.output(foreseen)
     return given, received, given + received
 
 

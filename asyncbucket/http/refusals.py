@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
-from asyncbucket.http.failures import Verdict, classify
+from asyncbucket.http.failures import RATE_LIMITED, Verdict, classify
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.levels import can_give_slots_up
 from asyncbucket.wording import in_seconds
@@ -38,7 +38,6 @@ _WHY: Final = {
 _QUIET: Final = 60.0
 _UNAVAILABLE: Final = 503
 _OVERLOADED: Final = 529
-_RATE_LIMITED: Final = 429
 
 _log: Final = logging.getLogger("asyncbucket")
 
@@ -114,7 +113,7 @@ class Refusals:
             self.pause(verdict.retry_after, whole_after=verdict.whole_after, sent_at=sent_at)
         elif self._is_overload(status, verdict):
             self.pause(verdict.retry_after, reason="overload", sent_at=sent_at)
-        elif status == _RATE_LIMITED and not self._heard.told_of_quota:
+        elif status == RATE_LIMITED and not self._heard.told_of_quota:
             self._heard.told_of_quota = True
             _log.warning(
                 "the provider refuses calls of limiter %r for good (%s): no waiting helps; "

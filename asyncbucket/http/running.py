@@ -18,35 +18,28 @@ only until its lease is released.
 """
 
 import contextlib
-import weakref
 from collections.abc import Generator
 from contextvars import ContextVar
 from typing import Final
 
 from asyncbucket.context import put_back
-from asyncbucket.http.held import around
+from asyncbucket.http.held import Note, around
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.lease import Lease
 from asyncbucket.limiter.lending import give_back
 
 
-class Running:
+class Running(Note):
     """Note that a tool's call runs in this context."""
 
-    __slots__ = ("_lease", "made_way", "outer", "tool")
+    __slots__ = ("made_way", "outer", "tool")
 
     def __init__(self, tool: object, lease: Lease, outer: "Running | None") -> None:
+        super().__init__(lease)
         self.tool = tool
-        self._lease = weakref.ref(lease)
         self.outer = outer
         #: Whether another call was made inside.
         self.made_way = False
-
-    @property
-    def lease(self) -> Lease | None:
-        """The lease, while it is held."""
-        lease = self._lease()
-        return None if lease is None or lease.released else lease
 
     def make_way(self, limiter: Limiter) -> None:
         """Give back the slots that a call of ``limiter`` needs."""

@@ -1,7 +1,7 @@
 """What a limiter keeps: its limits in force, with the meters that count for them."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from asyncbucket.cost import COMMON
 from asyncbucket.errors import CostExceedsLimit
@@ -14,7 +14,7 @@ from asyncbucket.kept import Kept, keep
 from asyncbucket.limiter.books import NOTHING, Books
 from asyncbucket.limiter.statistics import LimitUse
 from asyncbucket.limiter.terms import Terms
-from asyncbucket.limits import Limit
+from asyncbucket.limits import Key, Limit
 from asyncbucket.meters import Amounts, Meter, Slots
 from asyncbucket.numeric import is_integer
 from asyncbucket.queue import Waiter
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from asyncbucket.limiter.keys import Keys
     from asyncbucket.limiter.limiter import Limiter
     from asyncbucket.limiter.remote import Remote
-
-#: What a limit is known by: its resource and its window in seconds.
-Key: TypeAlias = tuple[str, float]
 
 _NONE: Final[frozenset[Any]] = frozenset()
 

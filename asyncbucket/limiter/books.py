@@ -43,7 +43,7 @@ class Books(Node):
         self.budget: Budget = Budget(clock, self) if parent is None else parent.budget
         self.name = name
         #: What others may see of the name: tenants are nobody's business.
-        self.shown = re.sub(r"/\*[^/]*", "/*", name)  # as `keys` marks them
+        self.shown = shown_name(name)
         self.observers: Observers | None = None
         self.admitted = 0
         self.cancelled = 0
@@ -139,3 +139,8 @@ class Books(Node):
         for account in self.path:
             if account.observers is not None:
                 account.observers.flush()
+
+
+def shown_name(name: str) -> str:
+    """Return the name of a limiter as others may see it: a star for a tenant, as `keys` marks them."""
+    return re.sub(r"/\*[^/]*", "/*", name)

@@ -6,7 +6,7 @@ Each method loads the adapter that does the work when it is called, so that the 
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -125,20 +125,14 @@ class Doors(ABC):
                 f"acquire inside it, around what it iterates over"
             )
 
-        def price(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-            return {
-                name: value(*args, **kwargs) if callable(value) else value
-                for name, value in cost.items()
-            }
-
         @functools.wraps(function)
         async def paced(*args: Any, **kwargs: Any) -> Any:
-            async with self.acquire(**price(args, kwargs)):
+            async with self.acquire(**price(cost, *args, **kwargs)):
                 return await function(*args, **kwargs)
 
         @functools.wraps(function)
         def paced_sync(*args: Any, **kwargs: Any) -> Any:
-            with self.acquire_sync(**price(args, kwargs)) as lease:
+            with self.acquire_sync(**price(cost, *args, **kwargs)) as lease:
                 result = function(*args, **kwargs)
                 if inspect.iscoroutine(result):  # nothing of it has run
                     result.close()
@@ -297,3 +291,11 @@ class Doors(ABC):
         from asyncbucket.stats import Trace
 
         return Trace(self._limiter, last=last)
+
+
+def price(cost: Mapping[str, Any], /, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Return the amounts of a call: where one is a callable, it gets the call's own arguments."""
+    return {
+        name: amount(*args, **kwargs) if callable(amount) else amount
+        for name, amount in cost.items()
+    }

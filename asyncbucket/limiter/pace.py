@@ -43,9 +43,6 @@ def pace(
         TypeError: ``obj`` is nothing that can be wrapped.
         ValueError: as for `Limiter`.
     """
-    given = any(amount is not None for amount in limits_by_keyword.values())
-    if not limits and concurrency is None and not given:
-        raise LimitSyntaxError("pace() without a limit would pace nothing: give e.g. rpm=500")
     limiter = Limiter(
         *limits,
         concurrency=concurrency,
@@ -55,5 +52,7 @@ def pace(
         store=store,
         **limits_by_keyword,
     )
+    if not limiter.limits and limiter.concurrency is None:
+        raise LimitSyntaxError("pace() without a limit would pace nothing: give e.g. rpm=500")
     options = {"retry": retry, "estimator": estimator}
     return limiter.wrap(obj, **{key: value for key, value in options.items() if value is not None})

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from asyncbucket.limiter.account import Account, Key
+from asyncbucket.limiter.account import Account
+from asyncbucket.limits import Key
 
 
 @dataclass(frozen=True, slots=True)

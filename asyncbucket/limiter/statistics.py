@@ -85,3 +85,11 @@ class Statistics:
         ]
         facts = " · ".join(filter(None, told))
         return f"<b>{escape(self.name)}</b><br>{facts}<table>{rows}</table>"
+
+
+def shares_used(now: Statistics) -> dict[str, float]:
+    """Return the part of each limit, and of the slots, that is used, by the labels that metrics have."""
+    shares = {use.limit.label: use.used / use.limit.amount for use in now.limits}
+    if now.concurrency:
+        shares["concurrency"] = now.in_flight / now.concurrency
+    return shares

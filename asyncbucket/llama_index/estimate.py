@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 from asyncbucket.cost import rounded_up
-from asyncbucket.http.body import replies_of
+from asyncbucket.http.body import A_SMALL_IMAGE, AN_IMAGE, is_count, replies_of
 from asyncbucket.http.forecast import OutputForecast
 from asyncbucket.llama_index.tokens import Tokenizer, bundled_tokenizer, count
 
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
 #: count tokens with tiktoken" in the OpenAI cookbook, read in 2025.
 _A_MESSAGE: Final = 4
 _A_REPLY: Final = 3
-#: OpenAI's GPT-4o and 4.1: 85 in low detail; 85 and 170 for each of four tiles of 512 pixels, which
-#: is a square of 1,024. See "Images and vision" in OpenAI's guides, read in 2025.
-_AN_IMAGE: Final = 765
-_A_SMALL_IMAGE: Final = 85
 #: The least, and the bytes for a token more, of what can't be measured without a decoder: sound as
 #: MP3 of 128 kbit/s at Gemini's 32 tokens a second, video of 2 Mbit/s at its 263, and PDF pages of
 #: 50 kB at Anthropic's 1,500 to 3,000.
@@ -173,7 +169,7 @@ class DefaultEstimator:
             sent.add_argument(arguments.get(name))
         told = (arguments.get(name) for name in _LIMITS_OF_OUTPUT)
         always = (getattr(model, name, None) for name in _LIMITS_OF_OUTPUT)
-        limit = next(filter(None, map(_whole, (*told, *always))), 0)
+        limit = next(filter(is_count, (*told, *always)), 0)
         return Estimate(
             input_tokens=self.count(*sent.texts) + sent.tokens,
             # What is foreseen is of whole calls.
@@ -207,7 +203,7 @@ class _Sent:
         """Add a content block; one of an unknown kind counts as the text that it has."""
         match getattr(block, "block_type", None):
             case "image":
-                self.tokens += _A_SMALL_IMAGE if block.detail == "low" else _AN_IMAGE
+                self.tokens += A_SMALL_IMAGE if block.detail == "low" else AN_IMAGE
             case "document" if str(block.document_mimetype).startswith("text/") and block.data:
                 self.tokens += _size(block.data) // 4
             case "audio" | "video" | "document" as kind:
@@ -278,10 +274,3 @@ def _size(data: object) -> int:
 def _additional_kwargs(llm: object) -> Mapping[str, Any]:
     value = getattr(llm, "additional_kwargs", None)
     return value if isinstance(value, Mapping) else {}
-
-
-def _whole(value: object) -> int:
-    """Return a positive whole number as it is, and anything else as 0."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        return 0
-    return max(value, 0)

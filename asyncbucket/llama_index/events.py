@@ -11,6 +11,7 @@ from pydantic import ConfigDict
 
 from asyncbucket.http.running import make_way
 from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.books import shown_name
 from asyncbucket.limiter.lease import Lease
 
 _dispatcher: Final = get_dispatcher(__name__)
@@ -24,7 +25,7 @@ class RateLimitEvent(BaseEvent):
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
-    #: The limiter's name.
+    #: The limiter's name, with a star for a tenant.
     limiter: str
 
     @classmethod
@@ -110,6 +111,7 @@ def _told_here() -> Generator[None]:
 
 def _tell_of_wait(lease: Lease, limiter: Limiter) -> None:
     if lease.waited > 0:
+        name = shown_name(limiter.name)
         _dispatcher.event(
-            RateLimitWaitEvent(waited=lease.waited, bound_by=lease.bound_by, limiter=limiter.name)
+            RateLimitWaitEvent(waited=lease.waited, bound_by=lease.bound_by, limiter=name)
         )

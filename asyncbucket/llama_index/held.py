@@ -6,12 +6,11 @@ outside. And it knows the SDK's stream, to hang up: that refers to itself, so th
 stream, which only forgets it, leaves the provider at work until the garbage collector comes by.
 """
 
-import contextlib
 import inspect
 import weakref
 from typing import Any
 
-from asyncbucket.http.held import Held, around, holding
+from asyncbucket.http.held import Held, around
 from asyncbucket.http.learn import Ear
 from asyncbucket.http.usage import Usage
 from asyncbucket.limiter import Limiter
@@ -61,10 +60,6 @@ class HeldCall(Held):
     def _close(self) -> Any:
         stream = None if self._stream is None else self._stream()
         return None if stream is None else stream.close()
-
-    def inside(self) -> contextlib.AbstractContextManager[None]:
-        """Put the note up for the time of a ``with`` block."""
-        return holding(self)
 
 
 def held_call(limiter: Limiter) -> Held | None:

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Generator
 from typing import Any, Self, TypeVar
 
 from asyncbucket.context import inherited
+from asyncbucket.http.held import holding
 from asyncbucket.http.learn import Ear
 from asyncbucket.http.usage import Usage, usage_of
 from asyncbucket.limiter import Limiter
@@ -106,7 +107,7 @@ class Pacing:
     ) -> T:
         with await self.admit(estimate, sent) as lease, told_of_overload(lease):
             held = HeldCall(self.limiter, lease, self.ear)
-            with held.inside():
+            with holding(held):
                 reply = await send()
             self.settle(lease, held.used(read(reply)))
             return reply
@@ -120,7 +121,7 @@ class Pacing:
     ) -> T:
         with self.admit_sync(estimate, sent) as lease, told_of_overload(lease):
             held = HeldCall(self.limiter, lease, self.ear)
-            with held.inside():
+            with holding(held):
                 reply = send()
             self.settle(lease, held.used(read(reply)))
             return reply

@@ -29,6 +29,7 @@ from llama_index_instrumentation.dispatcher import active_instrument_tags
 from llama_index_instrumentation.span import active_span_id
 
 from asyncbucket.context import inherited, put_back
+from asyncbucket.http.held import holding
 from asyncbucket.http.usage import Usage, usage_of
 from asyncbucket.limiter.lease import Lease
 from asyncbucket.llama_index.estimate import Estimate
@@ -102,7 +103,7 @@ class _Stream(Generic[T]):
     def _inside(self) -> Generator[None]:
         """Run the model's own code: under our lease, and as where it was asked for."""
         assert self._held is not None
-        with self._as_asked(), self._held.inside():
+        with self._as_asked(), holding(self._held):
             yield
 
     @contextlib.contextmanager

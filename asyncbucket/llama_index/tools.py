@@ -18,6 +18,7 @@ from llama_index.core.tools.types import AsyncBaseTool
 
 from asyncbucket.http.running import is_running, running
 from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.doors import price
 from asyncbucket.llama_index.events import admit, admit_sync
 from asyncbucket.llama_index.mixin import PacedBy
 from asyncbucket.wording import shown
@@ -157,16 +158,7 @@ def _reader(cost: ToolCost | None) -> Callable[..., Mapping[str, float]]:
     if callable(cost):
         return cost
     if cost is None or isinstance(cost, Mapping):
-        return functools.partial(_read, dict(cost or {}))
+        return functools.partial(price, dict(cost or {}))
     raise TypeError(
         f"cost= takes amounts by resource, {{'images': 3}}, or a callable, not {shown(cost)}"
     )
-
-
-def _read(
-    cost: dict[str, float | Callable[..., float]], /, *args: Any, **kwargs: Any
-) -> dict[str, float]:
-    return {
-        name: amount(*args, **kwargs) if callable(amount) else amount
-        for name, amount in cost.items()
-    }

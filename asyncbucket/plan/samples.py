@@ -22,8 +22,6 @@ Samples: TypeAlias = (
 
 Read: TypeAlias = Callable[[object], float | Cost]
 
-#: The length of a reply that nothing limits, as `asyncbucket.http.forecast` begins with.
-_FORESEEN: Final = 256
 #: Of whom nothing has to be loaded to know that there is one.
 _PROFILE: Final = "openai"
 _TOKENS: Final = frozenset({"tokens", "input_tokens", "output_tokens"})
@@ -168,11 +166,12 @@ class Tokens:
         return self._of_body(body, line.get("url"))
 
     def _of_body(self, body: Mapping[str, Any], url: object) -> Cost:
+        from asyncbucket.http.forecast import FORESEEN
         from asyncbucket.http.profiles import Call, profile_named
 
         profile = profile_named(self._profile)
         path = url if isinstance(url, str) else _path_of(body)
-        cost = profile.cost(Call("POST", "", path, body, foreseen=_FORESEEN))
+        cost = profile.cost(Call("POST", "", path, body, foreseen=FORESEEN))
         return Cost() if cost is None else cost
 
 

@@ -11,6 +11,7 @@ from asyncbucket.events import Retried
 from asyncbucket.http.failures import Verdict
 from asyncbucket.http.refusals import Refusals, doubled
 from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.books import shown_name
 from asyncbucket.retry.again import TryAgain, again, not_ours, renamed
 from asyncbucket.retry.policy import Retry
 from asyncbucket.retry.trial import Sent, Trial
@@ -136,10 +137,8 @@ class Retrier:
 
     def tell_of_retry(self, attempt: int, error: str, delay: float) -> None:
         """Let those who watch the limiter know that a call will be tried again."""
-        limiter, at = self._limiter, self.now()
-        limiter.emit(
-            Retried(limiter=limiter.name, at=at, attempt=attempt, error=error, delay=delay)
-        )
+        name, at = shown_name(self._limiter.name), self.now()
+        self._limiter.emit(Retried(limiter=name, at=at, attempt=attempt, error=error, delay=delay))
 
     def now(self) -> float:
         """Return the seconds of the limiter's clock."""

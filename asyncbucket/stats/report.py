@@ -4,10 +4,11 @@ Tenants are nobody's business: they are in the numbers of the limiter above, not
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from asyncbucket.limiter import Limiter
+from asyncbucket.limiter.statistics import Statistics, shares_used
 from asyncbucket.limits import Limit
 
 #: Names, kinds and what they mean. A parent's numbers include its children's, as its statistics do.
@@ -34,10 +35,7 @@ def report(limiters: Sequence[Limiter]) -> dict[str, Any]:
     Shape: ``{"time": Unix seconds, "limiters": [{"name", "admitted", "waiting", "limits": [...]}]}``.
     Times are seconds, amounts whole units.
     """
-    return {
-        "time": time.time(),
-        "limiters": [_limiter(each) for limiter in limiters for each in _family(limiter)],
-    }
+    return {"time": time.time(), "limiters": [_row(now) for now in _snapshots(limiters)]}
 
 
 def check_names(limiters: Sequence[Limiter]) -> None:
@@ -58,7 +56,8 @@ def check_names(limiters: Sequence[Limiter]) -> None:
 
 def as_prometheus(limiters: Sequence[Limiter]) -> str:
     """Return the same as text in Prometheus's format, version 0.0.4."""
-    rows = report(limiters)["limiters"]
+    snapshots = _snapshots(limiters)
+    rows = [_row(now) for now in snapshots]
     lines: list[str] = []
     for kind, metrics in (("gauge", _GAUGES), ("counter", _COUNTERS)):
         for metric, field, help_ in metrics:
@@ -67,19 +66,11 @@ def as_prometheus(limiters: Sequence[Limiter]) -> str:
     metric = "asyncbucket_limit_used_ratio"
     lines += [f"# HELP {metric} Part of a limit that is used.", f"# TYPE {metric} gauge"]
     lines += [
-        f"{metric}{{limiter={_quoted(row['name'])},limit={_quoted(label)}}} {share}"
-        for row in rows
-        for label, share in _shares(row)
+        f"{metric}{{limiter={_quoted(now.name)},limit={_quoted(label)}}} {share}"
+        for now in snapshots
+        for label, share in shares_used(now).items()
     ]
     return "\n".join([*lines, ""])
-
-
-def _shares(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the part of each limit that is used, by the label that telemetry's metrics have."""
-    for each in row["limits"]:
-        yield each["label"], each["used"] / each["amount"]
-    if row["concurrency"]:
-        yield "concurrency", row["in_flight"] / row["concurrency"]
 
 
 def _family(limiter: Limiter) -> Iterator[Limiter]:
@@ -88,8 +79,11 @@ def _family(limiter: Limiter) -> Iterator[Limiter]:
         yield from _family(child)
 
 
-def _limiter(limiter: Limiter) -> dict[str, Any]:
-    now = limiter.statistics()
+def _snapshots(limiters: Iterable[Limiter]) -> list[Statistics]:
+    return [each.statistics() for limiter in limiters for each in _family(limiter)]
+
+
+def _row(now: Statistics) -> dict[str, Any]:
     return {
         "name": now.name,
         "admitted": now.admitted,

@@ -121,10 +121,11 @@ class Counter:
                 self._cancel(waiting, grant)
                 return
             self._grants[waiting] = grant, self._line.pop(waiting)
+            pacer = waiting.line.pacer
             if waiting.deadline is not None and waiting.deadline < grant.start:
                 waiting.set_result(None)
-                waiting.line.pacer.leave_locked(waiting)
-            waiting.line.pacer.ring_locked()
+                pacer.leave_locked(waiting)
+            pacer.ring_locked()
 
     def admit(self, waiting: Waiter, grant: Grant) -> None:
         """See `asyncbucket.stores.starts.Line`."""
@@ -153,7 +154,7 @@ class Counter:
                 self._shared.account.check_locked(dict(waiting.amounts))
             except CostExceedsLimit as told:
                 error = told
-        self._fail(waiting, error)
+        waiting.line.pacer.fail(waiting, error)
 
     def abandon(self, error: Exception) -> None:
         """See `asyncbucket.stores.starts.Line`: those who wait here are told, others get a new one."""
@@ -165,13 +166,6 @@ class Counter:
     def _cancel(self, waiting: Waiter, grant: Grant) -> None:
         if self._desk is not None:
             self._desk.cancel(waiting, grant)
-
-    def _fail(self, waiting: Waiter, error: AsyncBucketError) -> None:
-        with self._budget.lock:
-            if not waiting.done():
-                waiting.set_exception(error)
-                waiting.line.pacer.leave_locked(waiting)
-                waiting.line.pacer.ring_locked()
 
     def correct(self, correction: Correction) -> None:
         """Have a booking changed."""
@@ -277,7 +271,7 @@ class Counter:
             if waiter.number <= last:
                 error = StoreError(why)
                 error.__cause__ = cause
-                self._fail(waiter, error)
+                waiter.line.pacer.fail(waiter, error)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self.loop.create_task(coroutine, name="asyncbucket store")

@@ -20,17 +20,12 @@ from asyncbucket.events import Event
 from asyncbucket.limiter.terms import OnOutage
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER
+from asyncbucket.pacer import NAP
 from asyncbucket.stores.lifeline import Lifeline, end, guarded, leaving, rung
 from asyncbucket.stores.orders import Orders
 from asyncbucket.stores.returns import Left, Returns
-from asyncbucket.stores.starts import NAP, Grant, Line, Starts, W
-from asyncbucket.stores.store import (
-    Booking,
-    Correction,
-    Ledger,
-    Outcome,
-    Receipt,
-)
+from asyncbucket.stores.starts import Grant, Line, Starts, W
+from asyncbucket.stores.store import Booking, Correction, Ledger, Outcome, Receipt
 
 #: Calls in one batch.
 _BATCH: Final = 512

@@ -26,12 +26,11 @@ from typing import Any, Final
 from asyncbucket.errors import StoreError
 from asyncbucket.feedback.pause import Pause
 from asyncbucket.stores.bell import Bell
+from asyncbucket.stores.returns import behind, undone
 from asyncbucket.stores.script import GRAIN, Dialect
 from asyncbucket.stores.servers import PATIENCE, Server
 from asyncbucket.stores.store import (
     Batch,
-    Correction,
-    Outcome,
     Pulse,
     Receipt,
     Snapshot,
@@ -70,8 +69,7 @@ class RedisLedger:
         #: Whether that batch found the store's memory lost.
         self._lost = False
         #: What came back while the store could not be told.
-        self._corrections: list[Correction] = []
-        self._released: list[str] = []
+        self._kept = Batch()
         self._tasks: set[asyncio.Task[Any]] = set()
         #: The last batch left calls in the line for slots.
         self._waits = False
@@ -112,11 +110,7 @@ class RedisLedger:
             self._spawn(self._flush())
 
     def _undo(self, batch: Batch, receipt: Receipt) -> None:
-        for call, booking in zip(batch.calls, receipt.bookings, strict=True):
-            if booking.outcome is Outcome.BOOKED:
-                self._corrections.append(Correction.undo(call, booking.start))
-                if booking.slot is not None:
-                    self._released.append(booking.slot)
+        self._kept = behind(self._kept, undone(batch, receipt))
 
     async def _flush(self) -> None:
         """Tell the store what came back, if it can be told now; else it waits for the next batch."""
@@ -128,12 +122,7 @@ class RedisLedger:
         try:
             async with asyncio.timeout(PATIENCE), self._flight:
                 await self._settle_doubt()
-                batch = dataclasses.replace(
-                    batch,
-                    corrections=(*self._corrections, *batch.corrections),
-                    released=(*self._released, *batch.released),
-                )
-                self._corrections, self._released = [], []
+                batch, self._kept = behind(self._kept, batch), Batch()
                 self._doubt, kept = batch, True
                 self._number += 1
                 receipt = await self._fly(batch)
@@ -144,8 +133,7 @@ class RedisLedger:
             raise self._server.silent() from error
         finally:
             if not kept:  # nothing of it was sent
-                self._corrections += batch.corrections
-                self._released += batch.released
+                self._kept = behind(self._kept, dataclasses.replace(batch, calls=()))
 
     async def _settle_doubt(self) -> None:
         """Learn what became of a batch that got no answer; give back what nobody waits for now."""
@@ -255,7 +243,7 @@ class RedisLedger:
         self._closed = True
         await self._bell.aclose()
         with contextlib.suppress(StoreError):
-            if self._doubt or self._corrections or self._released:
+            if self._doubt or self._kept.corrections or self._kept.released:
                 await self._commit(Batch())
             await self._ask("leave")
         await asyncio.gather(*self._tasks, return_exceptions=True)

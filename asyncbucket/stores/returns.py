@@ -1,9 +1,10 @@
 """What came back to a worker and is not told yet: corrections and slots, and when to tell the store."""
 
+from dataclasses import replace
 from typing import Final, TypeAlias
 
 from asyncbucket.meters import NEVER
-from asyncbucket.stores.store import Batch, Correction
+from asyncbucket.stores.store import Batch, Correction, Outcome, Receipt
 
 #: For how long (ns) it gathers while nobody is known to wait for it, and while somebody does: less than
 #: a trip takes, and what comes back in between goes with it.
@@ -58,3 +59,25 @@ class Returns:
         are left out.
         """
         return Batch(corrections=tuple(self._corrections), released=(*self._sent, *self._released))
+
+
+def undone(batch: Batch, receipt: Receipt) -> Batch:
+    """Return what gives back all that was booked for the calls of ``batch``."""
+    booked = [
+        (call, booking)
+        for call, booking in zip(batch.calls, receipt.bookings, strict=False)
+        if booking.outcome is Outcome.BOOKED
+    ]
+    return Batch(
+        corrections=tuple(Correction.undo(call, booking.start) for call, booking in booked),
+        released=tuple(booking.slot for _, booking in booked if booking.slot is not None),
+    )
+
+
+def behind(first: Batch, batch: Batch) -> Batch:
+    """Return ``batch``, with what ``first`` corrects and releases before its own."""
+    return replace(
+        batch,
+        corrections=first.corrections + batch.corrections,
+        released=first.released + batch.released,
+    )

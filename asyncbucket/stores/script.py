@@ -14,8 +14,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
+from asyncbucket.kept import keep
 from asyncbucket.limits import Limit
-from asyncbucket.meters import Amounts, Bucket, Window
+from asyncbucket.meters import Amounts
 from asyncbucket.stores.store import (
     Batch,
     Booking,
@@ -128,18 +129,16 @@ def _meter(limit: Limit) -> dict[str, Any]:
     """Return the numbers of a limit's meters, in whole microseconds, rounded to the safe side."""
     if limit.amount > _MOST:
         raise ValueError(f"a store counts to {_MOST:,}: {limit} is above; lower the limit")
-    window = Window(amount=limit.amount, window=limit.window)
+    _, window, bucket = keep(limit, None, 0)
     meter: dict[str, Any] = {
         "key": f"{limit.resource}:{limit.window}",
         "amount": limit.amount,
         "grain": -(-window._grain // GRAIN),  # noqa: SLF001 - one rule for all windows
         "hold": -(-window._hold // GRAIN),  # noqa: SLF001 - likewise
     }
-    if limit.burst is not None and limit.burst != limit.amount:
-        rate = Fraction(limit.amount * 1_000_000_000, limit.window)
-        bucket = Bucket(rate=rate, burst=limit.burst)
-        p, q = _ticks(Fraction(bucket.p, bucket.q * GRAIN), limit.amount + limit.burst)
-        meter |= {"burst": limit.burst, "p": p, "q": q}
+    if bucket is not None:
+        p, q = _ticks(Fraction(bucket.p, bucket.q * GRAIN), limit.amount + bucket.burst)
+        meter |= {"burst": bucket.burst, "p": p, "q": q}
     return meter
 
 

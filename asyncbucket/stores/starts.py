@@ -4,12 +4,10 @@ import asyncio
 import collections
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from asyncbucket.meters import Amounts
-
-#: The shortest sleep (s): a timer may fire early, and must not spin when it does.
-NAP: Final = 20e-6
+from asyncbucket.pacer import NAP
 
 
 class Waiting(Protocol):

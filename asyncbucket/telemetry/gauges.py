@@ -4,7 +4,6 @@ In multiprocess mode nobody asks the process at a scrape: what it knows must lie
 Counters are there anyway; gauges are written once a second by a thread.
 """
 
-import contextlib
 import os
 import threading
 import weakref
@@ -14,6 +13,7 @@ from typing import Final
 from prometheus_client import Gauge, Metric
 from prometheus_client.core import GaugeMetricFamily
 
+from asyncbucket.loops import reset_after_fork
 from asyncbucket.telemetry.watched import Reading, Watched
 
 #: Seconds between two writings in multiprocess mode.
@@ -71,10 +71,11 @@ class Pushed:
         #: What was written last: who is gone is 0 from then on.
         self._last: dict[str, Reading] = {}
         self._closed = threading.Event()
-        self.start()
-        _PUSHING.add(self)
+        self.after_fork()
+        reset_after_fork(self)
 
-    def start(self) -> None:
+    def after_fork(self) -> None:
+        """Write from a thread of this process: those of its parent are not here."""
         if not self._closed.is_set():
             self._closed = threading.Event()
             name = "asyncbucket gauges"
@@ -117,15 +118,3 @@ def _push(pushed: "weakref.ref[Pushed]", closed: threading.Event) -> None:
 def _multiprocess() -> bool:
     """Tell whether prometheus_client writes files that another process reads."""
     return "PROMETHEUS_MULTIPROC_DIR" in os.environ or "prometheus_multiproc_dir" in os.environ
-
-
-def _after_fork() -> None:
-    for each in tuple(_PUSHING):
-        each.start()
-
-
-#: Threads do not survive a fork: whoever writes gauges begins again in the child.
-_PUSHING: Final["weakref.WeakSet[Pushed]"] = weakref.WeakSet()
-
-with contextlib.suppress(AttributeError):  # Windows does not fork
-    os.register_at_fork(after_in_child=_after_fork)

@@ -30,7 +30,7 @@ from opentelemetry.metrics import (
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, TracerProvider
 
 from asyncbucket import events
-from asyncbucket.telemetry.watched import Source, Watched, by_kind
+from asyncbucket.telemetry.watched import Source, Watched, by_kind, tokens_of
 
 #: Buckets in seconds: those of ASP.NET, and longer ones, for minutes are nothing unusual here.
 BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -189,13 +189,10 @@ class Instruments:
             self._time_in_queue.record(waited, {**attributes, _BOUND_BY: bound_by or "none"})
 
     def _settled(self, event: events.Settled) -> None:
-        used = event.used.get("tokens")
-        if used is None:
-            return
-        before = event.corrects.get("tokens")
-        booked = event.reserved.get("tokens", 0) if before is None else before
-        self._tokens.add(max(0, used - (before or 0)), self._of(event.limiter, kind="used"))
-        self._tokens.add(max(0, booked - used), self._of(event.limiter, kind="refunded"))
+        tokens = tokens_of(event)
+        if tokens is not None:
+            self._tokens.add(tokens[0], self._of(event.limiter, kind="used"))
+            self._tokens.add(tokens[1], self._of(event.limiter, kind="refunded"))
 
     def _released(self, event: events.Released) -> None:
         self._lease_duration.record(event.held, self._of(event.limiter, outcome=event.outcome))

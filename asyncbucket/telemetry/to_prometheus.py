@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from asyncbucket import events
 from asyncbucket.telemetry import gauges
-from asyncbucket.telemetry.watched import Source, Watched, by_kind
+from asyncbucket.telemetry.watched import Source, Watched, by_kind, tokens_of
 
 #: Waits are as short as a burst's pace or as long as a minute's window and a pause on top.
 BUCKETS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
@@ -172,14 +172,11 @@ class Metrics(Collector):
         series.ended[event.outcome]()
 
     def _settled(self, event: events.Settled) -> None:
-        used = event.used.get("tokens")
-        if used is None:
-            return
-        before = event.corrects.get("tokens")
-        booked = event.reserved.get("tokens", 0) if before is None else before
-        series = self.series(event.limiter)
-        series.used(max(0, used - (before or 0)))
-        series.refunded(max(0, booked - used))
+        tokens = tokens_of(event)
+        if tokens is not None:
+            series = self.series(event.limiter)
+            series.used(tokens[0])
+            series.refunded(tokens[1])
 
     def _refused(self, event: events.Refused) -> None:
         self.series(event.limiter).ended[event.reason]()

@@ -1,17 +1,16 @@
 """What metrics know of limiters beside their events: who is watched, by which name, and how full."""
 
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, runtime_checkable
 
-from asyncbucket.events import Callback, Event
+from asyncbucket.events import Callback, Event, Settled
 from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.statistics import Statistics
+from asyncbucket.limiter.books import shown_name
+from asyncbucket.limiter.statistics import Statistics, shares_used
 from asyncbucket.limiter.terms import read_count
 
-_TENANT: Final = re.compile(r"/\*[^/]*")
 #: The label of limiters beyond those that are told apart.
 OTHER: Final = "other"
 
@@ -110,7 +109,7 @@ class Watched:
         known = self._labels.get(name)
         if known is not None:
             return known
-        name = _TENANT.sub("/*", name)  # a tenant's limiter goes by a hash, all of them by a star
+        name = shown_name(name)
         with self._lock:
             if len(self._labels) >= self._most:
                 return self._labels.get(name, OTHER)
@@ -130,16 +129,19 @@ class Watched:
         # A limiter's statistics hold those below it; here each call stands where it asked.
         reading.queued += max(0, now.waiting - sum(each.waiting for each in below))
         reading.in_flight += max(0, now.in_flight - sum(each.in_flight for each in below))
-        _add_use(reading, now)
+        for limit, share in shares_used(now).items():
+            reading.used[limit] = max(share, reading.used.get(limit, 0.0))
         return now
 
 
-def _add_use(reading: Reading, now: Statistics) -> None:
-    shares = {use.limit.label: use.used / use.limit.amount for use in now.limits}
-    if now.concurrency:
-        shares["concurrency"] = now.in_flight / now.concurrency
-    for limit, share in shares.items():
-        reading.used[limit] = max(share, reading.used.get(limit, 0.0))
+def tokens_of(event: Settled) -> tuple[int, int] | None:
+    """Return the tokens that ``event`` adds to those used, and to those given back; None if it has none."""
+    used = event.used.get("tokens")
+    if used is None:
+        return None
+    before = event.corrects.get("tokens")
+    booked = event.reserved.get("tokens", 0) if before is None else before
+    return max(0, used - (before or 0)), max(0, booked - used)
 
 
 def by_kind(handlers: Mapping[type[Event], Callable[[Any], object]]) -> Callback:

@@ -137,6 +137,21 @@ def test_refused_key_ends_the_demo_at_once(
     assert provider.statistics().requests < 20
 
 
+def test_what_a_provider_says_does_not_steer_the_terminal(
+    rate_limited_provider: ProviderFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code of an error comes from outside."""
+    provider = rate_limited_provider()
+    provider.fail_next(100, status=400, code="no\x1b[2J")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+
+    result = CliRunner().invoke(
+        app, ["demo", "--api-base", provider.base_url, "--rpm", "9000", "--agents", "3"]
+    )
+
+    assert "with asyncbucket, 3 failed: BadRequestError (no [2J)" in result.output
+
+
 def test_failed_calls_are_counted_by_kind(
     rate_limited_provider: ProviderFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,7 +75,7 @@ def test_package_that_breaks_when_it_is_loaded_is_a_problem(
     """A doctor does not die of what its patient has."""
 
     def broken() -> list[Finding]:
-        raise TypeError("unsupported operand")
+        raise TypeError("unsupported\x1b[2J operand")
 
     monkeypatch.setattr(installed, "tokenizer", broken)
 
@@ -84,8 +84,9 @@ def test_package_that_breaks_when_it_is_loaded_is_a_problem(
     (problem,) = (each for each in findings if each["state"] == "bad")
     assert (problem["about"], problem["found"]) == (
         "broken",
-        "looking failed: TypeError: unsupported operand",
+        "looking failed: TypeError: unsupported\x1b[2J operand",
     )
+    assert "TypeError: unsupported [2J operand" in typed(status=1)  # what steers no terminal
 
 
 def test_store_answers(tmp_path: Path) -> None:
@@ -321,7 +322,7 @@ def test_source_tree_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(_: str) -> str:
         raise PackageNotFoundError
 
-    monkeypatch.setattr(surroundings, "version", missing)
+    monkeypatch.setattr(installed, "version", missing)
 
     (finding,) = surroundings.interpreter()
 

@@ -4,6 +4,7 @@ import asyncio
 import http.server
 import json
 import re
+import socket
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,7 @@ from asyncbucket.testing import VirtualTime
 
 run = CliRunner()
 
-LOOK = {
+LOOK: dict[str, Any] = {
     "name": "openai",
     "admitted": 120,
     "refused": 2,
@@ -109,6 +110,15 @@ def test_a_pipe_gets_a_line_for_each_limiter() -> None:
     )
 
 
+def test_a_name_does_not_steer_the_terminal() -> None:
+    """A limiter may go by any name, and what is looked at may be none of ours."""
+    limits = [{**LOOK["limits"][0], "limit": "300 \x1b[2Jimages per 60 s"}]
+    view = View.of({**LOOK, "name": "open\x1b[2Jai\n", "limits": limits}, None, 0.0)
+    for shown in ("".join(plain([view])), "".join(plainly([view], width=80, unicode=True))):
+        assert shown.isprintable()
+        assert shown.startswith("open [2Jai")
+
+
 def test_watch_looks_at_a_running_limiter() -> None:
     """By the address that it tells; as lines and as JSON."""
     limiter = Limiter("600 RPM", name="openai")
@@ -174,6 +184,23 @@ def test_watch_tells_another_server_from_a_limiter(page: bytes) -> None:
     assert done.exit_code == 1
     assert "limiter.serve_stats()?\n" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_server_of_another_kind_does_not_steer_the_terminal() -> None:
+    """What it says first may be anything, and is quoted."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65_536)
+                connection.sendall(b"220 ready\x1b[2J\r\n")
+
+        threading.Thread(target=answer).start()
+        done = run.invoke(app, ["watch", f"http://127.0.0.1:{server.getsockname()[1]}", "--once"])
+
+    assert done.exit_code == 1
+    assert "(220 ready [2J )" in done.stderr
 
 
 def test_look_at_a_store_has_the_fields_of_one_at_a_program(tmp_path: Path) -> None:

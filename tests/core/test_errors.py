@@ -284,10 +284,10 @@ def test_a_cost_is_a_cost() -> None:
 
 def test_pacing_by_nothing_is_a_mistake() -> None:
     """`pace` without a limit is told how to give one."""
-    with pytest.raises(LimitSyntaxError, match="pace\\(\\) without a limit would pace nothing"):
-        pace(object())
-    with pytest.raises(LimitSyntaxError, match="pace\\(\\) without a limit would pace nothing"):
-        pace(object(), rpm=None)
+    nothing: tuple[dict[str, Any], ...] = ({}, {"rpm": None}, {"on_outage": "open"})
+    for keywords in nothing:
+        with pytest.raises(LimitSyntaxError, match="pace\\(\\) without a limit would pace nothing"):
+            pace(object(), **keywords)
     with pytest.raises(LimitSyntaxError, match="rpm must be a whole number of at least 1, not 0"):
         pace(object(), rpm=0)
 

@@ -401,21 +401,23 @@ def test_wait_is_an_event_before_the_call_starts(instrumentation: "Instrumentati
     with virtual_time() as time:
         limiter = Limiter("2/s burst 1", name="mine", clock=time.clock)
         llm = limiter.wrap(MockLLM(max_tokens=3))
+        of_a_tenant = limiter.key("acme").wrap(MockLLM(max_tokens=3))
 
         async def main() -> None:
             await llm.acomplete("one")
             await llm.acomplete("two")
+            await of_a_tenant.acomplete("three")
 
         time.run(main())
 
     waits = [event for event in instrumentation.objects if isinstance(event, RateLimitWaitEvent)]
-    assert [(wait.waited, wait.bound_by, wait.limiter) for wait in waits] == [
-        (0.5, "requests", "mine")
-    ]
+    first, of_tenant = waits
+    assert (first.waited, first.bound_by, first.limiter) == (0.5, "requests", "mine")
+    assert of_tenant.limiter == "mine/*"  # which tenant it was is nobody's business
     second = instrumentation.events[instrumentation.events.index("RateLimitWaitEvent") :]
     assert second[:2] == ["RateLimitWaitEvent", "LLMCompletionStartEvent"]
     with pytest.raises(ValueError, match="frozen"):
-        waits[0].waited = 0.0
+        first.waited = 0.0
 
 
 async def test_reserved_tokens_are_settled_by_the_usage(openai_api: "ScriptedOpenAI") -> None:

@@ -215,6 +215,19 @@ def redis_sync(shared_server: RunningServer) -> Iterator[Any]:
     client.close()
 
 
+@pytest.fixture
+def url(shared_server: RunningServer, redis_sync: Any) -> str:
+    """Be an empty server."""
+    assert redis_sync.dbsize() == 0
+    return shared_server.url
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A file that is not there yet."""
+    return tmp_path / "limits.db"
+
+
 class Proxy:
     """Stand between a client and a server, and break the connection where it hurts."""
 

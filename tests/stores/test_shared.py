@@ -4,14 +4,23 @@ import asyncio
 import concurrent.futures
 import gc
 import logging
+import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from asyncbucket import AcquireTimeout, Lease, Limit, Limiter, StoreError, WouldBlock
+from asyncbucket import (
+    AcquireTimeout,
+    CostExceedsLimit,
+    Lease,
+    Limit,
+    Limiter,
+    StoreError,
+    WouldBlock,
+)
 from asyncbucket.events import Event, LimitChanged, Released, StoreLost
 from asyncbucket.feedback.adaptive import Adaptive
 from asyncbucket.http import OPENAI
@@ -22,22 +31,27 @@ from asyncbucket.stores.redis_ledger import RedisLedger
 from asyncbucket.stores.sqlite import SQLiteLedger
 from asyncbucket.testing import assert_never_over
 
-if TYPE_CHECKING:
-    from tests.stores.conftest import RunningServer
+HOLDING = """
+import asyncio, sys
+from asyncbucket import Limiter
 
+async def main():
+    limiter = Limiter(concurrency=2, store=sys.argv[1], name="killed", slot_ttl=1)
+    leases = [await limiter.acquire() for _ in range(2)]
+    print("held", flush=True)
+    await asyncio.sleep(3)
+    print("still held", flush=True)
+    await asyncio.sleep(60)
 
-@pytest.fixture
-def url(shared_server: "RunningServer", redis_sync: Any) -> str:
-    """Be an empty server."""
-    assert redis_sync.dbsize() == 0
-    return shared_server.url
+asyncio.run(main())
+"""
 
 
 @pytest.fixture(params=["server", "file"])
-def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def where(request: pytest.FixtureRequest, path: Path) -> str:
     """Be each kind of store, empty."""
     if request.param == "file":
-        return f"sqlite:///{tmp_path / 'limits.db'}?patience=5"
+        return f"sqlite:///{path}?patience=5"
     return str(request.getfixturevalue("url"))
 
 
@@ -774,6 +788,46 @@ def test_pause_and_new_limits_reach_the_store_though_an_older_loop_rests(url: st
     resting.close()
 
 
+@pytest.mark.real_clock
+async def test_killed_process_gives_its_slots_to_those_who_wait(where: str) -> None:
+    """Held far beyond their life while it beats; back within their life once it is dead."""
+    command = sys.executable, "-X", "dev", "-c", HOLDING, where
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    assert await process.stdout.readline() == b"held\n"
+    limiter = Limiter(concurrency=2, store=where, name="killed", slot_ttl=1)
+    waiting = asyncio.create_task(asyncio.wait_for(limiter.acquire(), 20))
+    assert await process.stdout.readline() == b"still held\n"
+    assert not waiting.done()
+    process.kill()
+    await process.wait()
+    killed = time.monotonic()
+    lease = await waiting
+    assert time.monotonic() - killed < 2.0
+    assert lease.bound_by == "concurrency"
+    lease.release()
+    await limiter.aclose()
+
+
+async def test_refund_of_one_limiter_admits_another(where: str) -> None:
+    """A call that used less than it reserved: who asks elsewhere need not wait for the window."""
+    one = Limiter("1000 TPM", store=where, name="refund")
+    two = Limiter("1000 TPM", store=where, name="refund")
+    async with one.acquire(tokens=900) as lease:
+        lease.settle(tokens=100)
+    await two.acquire(tokens=800, timeout=5)
+    await one.aclose()
+    await two.aclose()
+
+
+async def test_call_that_can_never_pass_says_so(where: str) -> None:
+    """As without a store."""
+    limiter = Limiter("100 TPM", store=where, name="never")
+    with pytest.raises(CostExceedsLimit, match="cost of 101 tokens exceeds the limit"):
+        await limiter.acquire(tokens=101)
+    await limiter.aclose()
+
+
 async def test_refund_reaches_who_waits_for_long(url: str) -> None:
     """Estimates above use, the usual case: what comes back serves the next, as in one process."""
     limiter = Limiter("1000 tokens/minute", store=url, name="refund")
@@ -917,18 +971,19 @@ async def test_last_word_on_what_a_call_used_counts(where: str) -> None:
     """A debt that was none comes back, and what was used without having been reserved is counted."""
     limiter = Limiter("100 tokens/minute", "9 images/minute", store=where, name="last word")
 
-    async def available() -> list[int]:
-        await asyncio.sleep(0.1)
-        return [use.available for use in limiter.statistics().limits]
+    async def available(*left: int) -> None:
+        async with asyncio.timeout(5):
+            while tuple(use.available for use in limiter.statistics().limits) != left:  # noqa: ASYNC110 - the store is told by and by
+                await asyncio.sleep(0.01)
 
     lease = await limiter.acquire(tokens=10)
     lease.settle(tokens=130, images=4)
-    assert await available() == [-30, 5]
+    await available(-30, 5)
     lease.settle(tokens=20)
     lease.settle(tokens=40, images=1)
-    assert await available() == [60, 8]
+    await available(60, 8)
     lease.settle(tokens=5)
-    assert await available() == [95, 8]
+    await available(95, 8)
     lease.undo()
-    assert await available() == [100, 9]
+    await available(100, 9)
     await limiter.aclose()

@@ -87,7 +87,7 @@ def test_every_number_of_a_meter_is_written_or_follows_from_the_terms() -> None:
     follow = {"amount", "window", "_grain", "_hold"}
     assert {*written.WINDOW, *follow, "lent"} == set(Window.__slots__)
     assert set(written.PAUSE) == set(Pause.__slots__)
-    held_otherwise = {"terms", "limits", "meters", "line", "turns", "pause"}
+    held_otherwise = {"terms", "limits", "gates", "line", "turns", "pause"}
     assert set(written.BOOKS) | held_otherwise == set(vars(Books(TERMS)))
 
 

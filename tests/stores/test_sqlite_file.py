@@ -32,12 +32,6 @@ CALL = {"requests": 1, "concurrency": 1}
 HALF: Any = {"requests": 1.5}
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    """A file that is not there yet."""
-    return tmp_path / "limits.db"
-
-
 @contextlib.asynccontextmanager
 async def opened(path: Path, *, patience: float = 0.2) -> AsyncGenerator[SQLiteLedger]:
     """Open a worker in the file at `path`."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import AcquireTimeout, CostExceedsLimit, Limit, Limiter, StoreError
+from asyncbucket import AcquireTimeout, Limit, Limiter, StoreError
 from asyncbucket.events import Event, StoreLost, StoreRecovered
 from asyncbucket.testing import assert_never_over
 
@@ -82,21 +82,6 @@ os.waitpid(pid, 0)
 asyncio.run(look())
 """
 
-HOLDING = """
-import asyncio, sys
-from asyncbucket import Limiter
-
-async def main():
-    limiter = Limiter(concurrency=2, store=f"sqlite:///{sys.argv[1]}?patience=5", name="openai", slot_ttl=1)
-    leases = [await limiter.acquire() for _ in range(2)]
-    print("held", flush=True)
-    await asyncio.sleep(3)
-    print("still held", flush=True)
-    await asyncio.sleep(60)
-
-asyncio.run(main())
-"""
-
 ONE_CALL = """
 import asyncio, sys
 from asyncbucket import Limiter
@@ -120,12 +105,6 @@ def start(script: str, path: Path) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         text=True,
     )
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    """A file that is not there yet."""
-    return tmp_path / "limits.db"
 
 
 @contextlib.asynccontextmanager
@@ -213,33 +192,6 @@ def test_a_forked_child_gives_back_nothing_of_its_parent(path: Path) -> None:
     assert (done.stdout, done.stderr) == ("900\n", "")
 
 
-async def test_slots_of_a_killed_process_come_back_to_those_who_wait(path: Path) -> None:
-    """Held far beyond their life while it beats; back within their life once it is dead."""
-    process = start(HOLDING, path)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    async with limited(path, concurrency=2, slot_ttl=1) as limiter:
-        waiting = asyncio.create_task(asyncio.wait_for(limiter.acquire(), 20))
-        assert await asyncio.to_thread(process.stdout.readline) == "still held\n"
-        assert not waiting.done()
-        with process:
-            process.kill()
-        killed = time.monotonic()
-        lease = await waiting
-        assert time.monotonic() - killed < 2.0
-        assert lease.bound_by == "concurrency"
-        lease.release()
-
-
-async def test_what_comes_back_in_one_process_admits_another(path: Path) -> None:
-    """A call that used less than it reserved: who waits elsewhere need not wait for the window."""
-    async with limited(path, "1000 TPM") as one, limited(path, "1000 TPM") as two:
-        async with one.acquire(tokens=900) as lease:
-            lease.settle(tokens=100)
-        async with asyncio.timeout(5):
-            await two.acquire(tokens=800)
-
-
 async def test_a_lock_that_is_held_is_an_outage_and_no_hang(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -284,13 +236,6 @@ def test_a_url_that_names_no_file_is_told_at_once() -> None:
     """When the limiter is made, not at its first call."""
     with pytest.raises(ValueError, match="for one process no store is needed"):
         Limiter("100 RPM", store="sqlite:///:memory:")
-
-
-async def test_a_call_that_can_never_pass_says_so(path: Path) -> None:
-    """As without a store."""
-    async with limited(path, "100 TPM") as limiter:
-        with pytest.raises(CostExceedsLimit, match="cost of 101 tokens exceeds the limit"):
-            await limiter.acquire(tokens=101)
 
 
 async def test_statistics_tell_what_the_store_has_calls_wait_for(path: Path) -> None:

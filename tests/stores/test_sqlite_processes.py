@@ -194,12 +194,6 @@ def end(process: "subprocess.Popen[str]") -> None:
         process.kill()
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    """A file that is not there yet."""
-    return tmp_path / "limits.db"
-
-
 @contextlib.asynccontextmanager
 async def opened(path: Path, terms: Terms) -> AsyncGenerator[SQLiteLedger]:
     """Open a worker in this process."""

@@ -330,6 +330,16 @@ def test_bad_option_is_refused_at_once(options: Any, message: str) -> None:
             provider(**options)
 
 
+def test_option_that_there_is_not_is_refused_with_those_there_are() -> None:
+    """Here, and where it is changed; nobody looks for it in a class that is ours alone."""
+    options: Any = {"rpms": 3}
+    for order in (RateLimitedProvider, ProviderProcess, RateLimitedProvider().reconfigure):
+        with pytest.raises(
+            TypeError, match=r"^'rpms' is no option of the provider: give one of rpm, "
+        ):
+            order(**options)
+
+
 def test_bad_failure_is_refused_at_once() -> None:
     """Here, not when it is due."""
     for provider in (RateLimitedProvider(), ProviderProcess()):

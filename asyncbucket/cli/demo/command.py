@@ -15,6 +15,7 @@ from asyncbucket.cli.demo.outcome import Outcome
 from asyncbucket.cli.demo.scenario import Scenario, Wish, scenario_of
 from asyncbucket.cli.demo.screen import screen_for
 from asyncbucket.cli.ends import DONE, FAILED
+from asyncbucket.wording import one_line
 
 __all__ = ["Wish", "run"]
 
@@ -54,7 +55,7 @@ def _run(scenario: Scenario, console: Console, outcomes: list[Outcome], *, silen
         try:
             outcome = run_half(scenario, screen, paced=paced)
         except Fatal as error:
-            print(f"error: {error}", file=sys.stderr)  # noqa: T201 - a command's output
+            print(f"error: {one_line(str(error))}", file=sys.stderr)  # noqa: T201 - a command's output
             return FAILED
         if outcome.requests or not outcome.interrupted:
             outcomes.append(outcome)

@@ -13,9 +13,9 @@ from asyncbucket.cli.demo.outcome import Outcome
 from asyncbucket.cli.demo.scenario import Scenario
 from asyncbucket.cli.plot import Canvas, against_limit, shows_blocks, sparkline
 from asyncbucket.cli.provider import place
-from asyncbucket.wording import counted, named
+from asyncbucket.plan.result import percent
+from asyncbucket.wording import counted, named, one_line
 
-_WIDEST: Final = 120
 _UNKNOWN: Final = "-"
 
 
@@ -114,8 +114,7 @@ def _share(outcome: Outcome, resource: str) -> Text:
     if share is None:
         return Text(_UNKNOWN)
     binds = outcome.binding is not None and outcome.binding[0] == resource
-    # Rounded down: 94.9 % is not 95 %.
-    return Text(f"{int(share * 1000) / 10:.1f} %", "bold" if binds else "")
+    return Text(percent(share), "bold" if binds else "")
 
 
 def _seconds(value: float | None) -> str:
@@ -134,14 +133,13 @@ def _list(counts: Mapping[str, int]) -> str:
 
 def _show_failures(console: Console, outcome: Outcome) -> None:
     for what, count in outcome.failures.items():
-        console.print(f"{outcome.name}, {count:,} failed: {what}", markup=False, highlight=False)
+        line = f"{outcome.name}, {count:,} failed: {one_line(what)}"
+        console.print(line, markup=False, highlight=False)
 
 
 def _show_plots(console: Console, limit: float, outcomes: Sequence[Outcome]) -> None:
     longest = max(outcome.seconds for outcome in outcomes)
-    canvas = Canvas(
-        seconds=longest, width=min(console.width, _WIDEST), unicode=shows_blocks(console)
-    )
+    canvas = Canvas.on(console, longest)
     for outcome in outcomes:
         _show_plot(console, canvas, limit, outcome)
 

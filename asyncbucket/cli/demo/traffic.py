@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import httpx
 
-_TOO_MANY_REQUESTS = 429
+from asyncbucket.http.failures import RATE_LIMITED
 
 
 class Arrival(NamedTuple):
@@ -32,9 +32,9 @@ class Traffic:
 
     def note(self, sent_ns: int, status: int) -> None:
         """Count a reply."""
-        self.refused += status == _TOO_MANY_REQUESTS
+        self.refused += status == RATE_LIMITED
         self.answered += httpx.codes.is_success(status)
-        self.arrivals.append(Arrival(sent_ns, 0, status != _TOO_MANY_REQUESTS))
+        self.arrivals.append(Arrival(sent_ns, 0, status != RATE_LIMITED))
 
 
 class CountingTransport(httpx.AsyncBaseTransport):

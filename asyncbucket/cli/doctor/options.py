@@ -10,6 +10,7 @@ import typer
 from asyncbucket.cli.doctor.findings import Finding, State, bad
 from asyncbucket.cli.ends import FAILED, in_a_line
 from asyncbucket.cli.typed import switch, words
+from asyncbucket.wording import one_line
 
 EXAMPLES: Final = """\b
 Examples:
@@ -101,7 +102,7 @@ def _show(findings: Sequence[Finding]) -> None:
     table.add_column(overflow="fold")
     for finding in findings:
         sign, style = _SIGNS[finding.state]
-        text = Text(finding.found)
+        text = Text(one_line(finding.found))
         if finding.remedy is not None:
             text.append(f"\n-> {finding.remedy}", style)
         table.add_row(Text(sign, style), finding.about, text)

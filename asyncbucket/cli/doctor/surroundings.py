@@ -8,11 +8,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 from asyncbucket import Limiter
 from asyncbucket.cli.doctor.findings import Finding, bad, good, note
+from asyncbucket.cli.doctor.installed import version_of
 from asyncbucket.settings import from_env, from_toml, limiters_in_toml
 
 _PREFIX: Final = "ASYNCBUCKET_"
@@ -23,10 +23,7 @@ _COARSE: Final = 0.002
 
 def interpreter() -> Iterator[Finding]:
     """Say what runs what."""
-    try:
-        number = version("asyncbucket")
-    except PackageNotFoundError:
-        number = "(not installed)"
+    number = version_of("asyncbucket") or "(not installed)"
     locked = getattr(sys, "_is_gil_enabled", lambda: True)()
     threads = "" if locked else ", free-threaded"
     python = ".".join(map(str, sys.version_info[:3]))

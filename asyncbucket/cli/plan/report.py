@@ -1,7 +1,6 @@
 """A plan in a terminal: a sentence, a table, and the admissions over time."""
 
 from collections.abc import Sequence
-from typing import Final
 
 from rich import box
 from rich.console import Console
@@ -10,8 +9,6 @@ from rich.text import Text
 
 from asyncbucket.cli.plot import Canvas, against_limit, shows_blocks, written
 from asyncbucket.plan.result import Plan, details, table, tenants, whose
-
-_WIDEST: Final = 120
 
 
 def show(plan: Plan) -> None:
@@ -26,8 +23,7 @@ def show(plan: Plan) -> None:
     if plan.tenants:
         console.print(_table(tenants(plan), unicode=unicode))
     if plan.bound_by is not None or plan.waits.max:
-        canvas = Canvas(seconds=plan.duration, width=min(console.width, _WIDEST), unicode=unicode)
-        _plot(console, canvas, plan)
+        _plot(console, Canvas.on(console, plan.duration), plan)
 
 
 def _limits(plan: Plan, *, unicode: bool) -> Table:

@@ -22,6 +22,7 @@ from asyncbucket.cli.run.ledger import unusable
 from asyncbucket.cli.run.screen import screen_for
 from asyncbucket.cli.run.tally import Tally
 from asyncbucket.cli.run.work import Run
+from asyncbucket.wording import one_line
 
 
 class _Console(Console):
@@ -73,7 +74,7 @@ def _say(job: Job, tally: Tally, console: Console, *, quiet: bool, as_json: bool
     if not quiet:
         console.print(report.summary(job, tally), markup=False, soft_wrap=True)
     if tally.fatal is not None:
-        said = report.one_line(tally.fatal)
+        said = one_line(tally.fatal)
         print(f"error: no request succeeds: {said}", file=sys.stderr)  # noqa: T201 - a command's output
     if as_json:
         print(json.dumps(tally.as_dict(), indent=2))  # noqa: T201 - a command's output

@@ -16,6 +16,7 @@ from asyncbucket.cli.run.screen import dollars
 from asyncbucket.cli.run.tally import Tally
 from asyncbucket.cost import Cost
 from asyncbucket.http.body import sent
+from asyncbucket.http.forecast import FORESEEN
 from asyncbucket.http.profiles import Call, Profile, profile_named, profile_of
 from asyncbucket.wording import counted
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 #: Costs that are kept to plan by: enough for any distribution, and little memory.
 _SAMPLES: Final = 20_000
-#: Tokens of a reply that nothing bounds, as the transport foresees at its start.
-_FORESEEN: Final = 256
 
 
 @dataclass(slots=True)
@@ -35,7 +34,7 @@ class Estimate:
     calls: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
-    #: Whether nothing bounds some reply, which then counts as `_FORESEEN`.
+    #: Whether nothing bounds some reply, which then counts as `FORESEEN`.
     unbounded: bool = False
     costs: list[Cost] = field(default_factory=list[Cost])
 
@@ -45,9 +44,8 @@ class Estimate:
         self.input_tokens += cost.get("input_tokens", 0)
         # What may be written and has to be paid, also where a provider charges less at its door.
         asked = sent(request.path, request.body)
-        if asked.writes:
-            self.output_tokens += (asked.max_output or _FORESEEN) * asked.replies
-            self.unbounded |= asked.max_output is None
+        self.output_tokens += asked.output(FORESEEN)
+        self.unbounded |= asked.writes and asked.max_output is None
         if len(self.costs) < _SAMPLES:
             self.costs.append(cost)
         elif (place := chance.randrange(self.calls)) < _SAMPLES:
@@ -71,7 +69,7 @@ async def estimate(job: Job, tally: Tally) -> Estimate:
 
 
 def _cost(profile: Profile, request: Request, host: str) -> Cost | None:
-    return profile.cost(Call("POST", host, request.path, request.body, _FORESEEN))
+    return profile.cost(Call("POST", host, request.path, request.body, FORESEEN))
 
 
 def foresee(job: Job, found: Estimate, *, latency: float) -> "Plan | None":
@@ -97,7 +95,7 @@ def describe(job: Job, tally: Tally, found: Estimate, planned: "Plan | None") ->
     lines = [f"{counted(found.calls, 'requests')} to send{earlier}{bad}"]
     if planned is not None:
         lines.append(str(planned))
-        most = f"({_FORESEEN} for a reply without max_tokens)" if found.unbounded else "at most"
+        most = f"({FORESEEN} for a reply without max_tokens)" if found.unbounded else "at most"
         tokens = f"about {found.input_tokens:,} tokens in, {found.output_tokens:,} out {most}"
         cost = _dollars(job, found)
         lines.append(tokens if cost is None else f"{tokens}: {dollars(cost)}")

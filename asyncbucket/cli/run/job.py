@@ -14,7 +14,7 @@ from asyncbucket.limits import Limit, read_limits
 
 Endpoint = Literal["chat", "responses", "embeddings"]
 
-#: Paths of the API by what people call them, with what holds a prompt and what bounds a reply.
+#: Paths of the API by what people call them.
 PATHS: Final[dict[str, str]] = {
     "chat": "/v1/chat/completions",
     "responses": "/v1/responses",

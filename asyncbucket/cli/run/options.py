@@ -8,7 +8,7 @@ import typer
 
 from asyncbucket.cli.ends import in_a_line
 from asyncbucket.cli.provider import OPENAI
-from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job, Price, key_from, limits_of
+from asyncbucket.cli.run.job import CONCURRENCY, PATHS, STANDARD, Job, Price, key_from, limits_of
 from asyncbucket.cli.typed import (
     Preset,
     Rpd,
@@ -143,8 +143,6 @@ def _concurrency(text: str | None) -> int | Literal["auto"]:
 
 
 def _endpoint(name: str) -> Any:
-    from asyncbucket.cli.run.job import PATHS
-
     if name not in PATHS:
         raise ValueError(f"--endpoint is one of {', '.join(PATHS)}, not {name!r}")
     return name

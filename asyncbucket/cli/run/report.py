@@ -7,7 +7,7 @@ from asyncbucket.cli.run.job import STANDARD, Job
 from asyncbucket.cli.run.screen import dollars
 from asyncbucket.cli.run.tally import Tally
 from asyncbucket.limits import Limit
-from asyncbucket.wording import counted, rounded, written_out
+from asyncbucket.wording import counted, one_line, rounded, written_out
 
 #: How people call the usual windows.
 _PERS: Final[dict[float, str]] = {1: "a second", 60: "a minute", 86_400: "a day"}
@@ -53,11 +53,6 @@ def reasons(tally: Tally) -> list[str]:
         f"  {one_line(reason)}" if count == 1 else f"  {count:,} x {one_line(reason)}"
         for reason, count in tally.reasons.most_common(5)
     ]
-
-
-def one_line(text: str) -> str:
-    """Return what a server said as a terminal may be given it: without what would steer it."""
-    return "".join(each if each.isprintable() else " " for each in " ".join(text.split()))
 
 
 def _errors(job: Job, tally: Tally) -> str:

@@ -12,7 +12,7 @@ from rich.text import Text
 from asyncbucket.batch.outlook import Look, Outlook, duration
 from asyncbucket.cli.run.tally import Tally
 from asyncbucket.limiter import Limiter
-from asyncbucket.wording import counted, does, rounded
+from asyncbucket.wording import counted, does
 
 #: Seconds between two looks on a terminal, and between two lines in a pipe.
 _LIVE: Final = 0.2
@@ -107,9 +107,7 @@ def look_at(tally: Tally, outlook: Outlook) -> Look:
 def _pace(look: Look, tally: Tally) -> list[str]:
     if tally.stopping:  # what is left is left for the next run
         return ["stopping"]
-    words = [f"{rounded(look.rate)}/s"] if look.rate else []
-    if look.left:
-        words.append(f"{duration(look.left)} left")
+    words = look.words()
     if look.bound_by is not None:
         words.append(does(look.bound_by, "bind"))
     return words

@@ -17,11 +17,11 @@ from asyncbucket.cli.run.ledger import Ledger
 from asyncbucket.cli.run.request import Request
 from asyncbucket.cli.run.tally import Tally
 from asyncbucket.events import Admitted, Event
-from asyncbucket.http.failures import FIRST_ERROR
+from asyncbucket.http.failures import FIRST_ERROR, RATE_LIMITED
+from asyncbucket.http.usage import read_usage
 from asyncbucket.limiter import Limiter
 from asyncbucket.retry import Retrier, Retry, Sent
 
-_TOO_MANY: Final = 429
 _MESSAGE: Final = 500
 #: What a reply that cannot be read raises; too many brackets are the latter.
 _NO_JSON: Final = (ValueError, RecursionError)
@@ -96,13 +96,8 @@ class Reply:
 
     def tokens(self) -> tuple[int, int]:
         """Return the tokens sent and received."""
-        usage = self.usage or {}
-        sent = usage.get("prompt_tokens", usage.get("input_tokens"))
-        received = usage.get("completion_tokens", usage.get("output_tokens"))
-        return (
-            sent if isinstance(sent, int) else 0,
-            received if isinstance(received, int) else 0,
-        )
+        usage = read_usage(self.usage)
+        return (0, 0) if usage is None else (usage.input_tokens, usage.output_tokens)
 
 
 #: The reply that is waited for in this task.
@@ -202,7 +197,7 @@ class Sender:
             raise
         self._tally.sent += 1
         if response.status_code >= FIRST_ERROR:
-            self._tally.refused += response.status_code == _TOO_MANY
+            self._tally.refused += response.status_code == RATE_LIMITED
             self._waits(reply)
             raise HTTPFailure(response)
         reply.status = response.status_code

@@ -21,6 +21,7 @@ from asyncbucket.cli.run.screen import Screen
 from asyncbucket.cli.run.send import UNREACHABLE, HTTPFailure, Reply, Sender, Stopped
 from asyncbucket.cli.run.tally import Tally
 from asyncbucket.errors import AsyncBucketError
+from asyncbucket.http.failures import EXHAUSTED
 from asyncbucket.limiter import Limiter
 from asyncbucket.retry import classify
 from asyncbucket.wording import counted
@@ -35,9 +36,6 @@ _ELSEWHERE: Final = frozenset({404, 405})
 #: So many failures in a row, each after its own attempts, are an outage: the other lines are for
 #: another time.
 _OUTAGE: Final = 50
-_SPENT: Final = frozenset(
-    {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
-)
 
 
 class Run:
@@ -166,7 +164,7 @@ class Run:
         unreachable = isinstance(error, UNREACHABLE)
         lost, elsewhere = status in _FATAL, unreachable or status in _ELSEWHERE
         if isinstance(error, HTTPFailure):
-            lost |= error.code in _SPENT
+            lost |= error.code in EXHAUSTED
             elsewhere |= error.is_of_another_server
         lost |= elsewhere and not tally.answered
         self._lost_in_a_row += classify(error).retry

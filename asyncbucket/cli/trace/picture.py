@@ -41,14 +41,9 @@ def _window(axis: "Axes", story: Story, limit: Mapping[str, Any]) -> None:
         sums[bisect.bisect_right(instants, at)] - sums[bisect.bisect_right(instants, at - per)]
         for at in marks
     ]
-    axis.step([*marks, story.seconds], [*held, held[-1] if held else 0], where="post", color=OURS)
-    axis.fill_between(
-        [*marks, story.seconds],
-        [*held, held[-1] if held else 0],
-        step="post",
-        color=OURS,
-        alpha=0.25,
-    )
+    curve = [*marks, story.seconds], [*held, held[-1] if held else 0]
+    axis.step(*curve, where="post", color=OURS)
+    axis.fill_between(*curve, step="post", color=OURS, alpha=0.25)
     axis.axhline(amount, color=LIMIT, linestyle="--", linewidth=1)
     axis.set_ylim(0, amount * 1.12)
     axis.set_ylabel(named(resource))

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from asyncbucket.cli.ends import FAILED, in_a_line
+from asyncbucket.cli.ends import FAILED, in_a_line, said
 from asyncbucket.cli.typed import switch
 
 EXAMPLES: Final = """\b
@@ -40,11 +40,12 @@ def watch(
         looks = _looks(source(url), None if once else interval)
         try:
             if as_json:
-                _print_json(looks)
+                for seen in looks:
+                    typer.echo(json.dumps(seen))
             else:
                 _show(looks, once=once)
         except SourceError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {said(error)}", err=True)
             raise typer.Exit(FAILED) from error
 
 
@@ -56,11 +57,6 @@ def _looks(look: Any, interval: float | None) -> Iterator[dict[str, Any]]:
         time.sleep(interval)
 
 
-def _print_json(looks: Iterator[dict[str, Any]]) -> None:
-    for seen in looks:
-        typer.echo(json.dumps(seen))
-
-
 def _show(looks: Iterator[dict[str, Any]], *, once: bool) -> None:
     from rich.console import Console
     from rich.live import Live
@@ -70,9 +66,10 @@ def _show(looks: Iterator[dict[str, Any]], *, once: bool) -> None:
 
     console = Console(highlight=False)
     unicode = shows_blocks(console)
-    if once or not console.is_terminal or console.is_dumb_terminal:
+    draws = console.is_terminal and not console.is_dumb_terminal
+    if once or not draws:
         for views in _views(looks):
-            if console.is_terminal and not console.is_dumb_terminal:
+            if draws:
                 console.print(draw(views, width=console.width, unicode=unicode))
             else:
                 typer.echo("\n".join(plain(views)))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from asyncbucket.wording import counted
+from asyncbucket.wording import counted, one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class View:
         """Compare a limiter with how it was ``seconds`` ago."""
         binding = now.get("bound_by")
         bars = [
-            Bar(each["limit"], each["used"], each["amount"], each["resource"] == binding)
+            Bar(one_line(each["limit"]), each["used"], each["amount"], each["resource"] == binding)
             for each in now["limits"]
         ]
         if now.get("concurrency"):
@@ -54,7 +54,7 @@ class View:
         if before is not None and seconds > 0 and "admitted" in now:
             rate = max(0, now["admitted"] - before["admitted"]) / seconds
         return cls(
-            now["name"],
+            one_line(now["name"]),
             tuple(bars),
             tuple(_facts(now, rate)),
             bool(now["paused"] or now.get("upstream_429")),

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Final, TypeAlias
 
 from asyncbucket.feedback.pause import Pause
+from asyncbucket.gates import Gates
 from asyncbucket.kept import Kept, keep
 from asyncbucket.meters import NEVER, Amounts, Bucket, Meter, Window
 from asyncbucket.stores.sqlite.line import Line, Turns
@@ -47,8 +48,8 @@ class Books:
         self.edition = 0
         self.terms = Terms(limits=())
         self.limits: dict[Key, Kept] = {}
-        #: The meters of all limits, each with the resource that it counts.
-        self.meters: tuple[tuple[Meter, str], ...] = ()
+        #: The meters of all limits.
+        self.gates = Gates(())
         #: Slots that are taken, and until when they live without a heartbeat.
         self.slots: dict[str, int] = {}
         #: Workers that wait for slots, and those that wait for units.
@@ -103,7 +104,7 @@ class Books:
         for limit in terms.limits:
             key = (limit.resource, limit.window)
             self.limits[key] = keep(limit, before.get(key), now, began=began)
-        self.meters = tuple((meter, name[0][0]) for name, meter, _ in self.each())
+        self.gates = Gates((meter, name[0][0]) for name, meter, _ in self.each())
         self.terms = terms
         self.edition += 1
 
@@ -215,13 +216,9 @@ class Books:
         """
         start = max(now, self.last_start)
         bound_by = self.last_bound if start > now else None
-        since = since or start
-        for meter, resource in self.meters:
-            amount = amounts.get(resource)
-            if amount:
-                earliest = meter.earliest(amount, since)
-                if earliest > start:
-                    start, bound_by = earliest, resource
+        due, binds = self.gates.earliest(amounts, since or start)
+        if due > start:
+            start, bound_by = due, binds
         if self.pause.until > start:
             return self.pause.until, "paused"
         return start, bound_by
@@ -230,10 +227,7 @@ class Books:
         self, worker: str, amounts: Amounts, start: int, bound_by: str | None, *, life: int
     ) -> Booking:
         """Book a call in all limits, and give it a slot."""
-        for meter, resource in self.meters:
-            amount = amounts.get(resource)
-            if amount:
-                meter.book(amount, start)
+        self.gates.book(amounts, start)
         self.pause.book(1, start)
         self.last_start, self.last_bound = start, bound_by
         slot = None
@@ -257,7 +251,7 @@ class Books:
     def _correct(self, correction: Correction, debts_at: int) -> None:
         for resource, used in correction.used.items():
             more = used - correction.booked.get(resource, 0)
-            for meter, counted in self.meters if more else ():
+            for meter, counted in self.gates.meters if more else ():
                 if counted != resource:
                     continue
                 if more > 0:

@@ -1,14 +1,15 @@
 """The file: one SQLite connection, what its tables mean, and what its errors mean.
 
 Tables. ``limiters`` has a row for each limiter: its books as of ``written`` as text, and ``seq``, the
-number of its last journal entry; after ``until`` there is nothing in it to remember (``lineage`` and ``origin`` matter when a file is lost: see `Shelf`). ``journal`` holds the entries since: what was done to the books,
-and when. Whoever has the books as of some entry does the later ones and has them as they are now;
-after some hundred entries the books are written anew and the journal begins again. So a batch costs
+number of its last journal entry; after ``until`` there is nothing in it to remember. ``lineage`` and
+``origin`` matter when a file is lost: see `Shelf`. ``journal`` holds the entries since: what was done to
+the books, and when. Whoever has the books as of some entry does the later ones and has them as they are
+now; after some hundred entries the books are written anew and the journal begins again. So a batch costs
 one short row, however much the meters remember. ``clock`` has one row, see `SharedClock`.
 
 Every change is one transaction begun by BEGIN IMMEDIATE, so that what is read is what is changed.
 In WAL mode a process killed at any instant leaves whole transactions only. ``synchronous=NORMAL``
-survives that too; after a loss of power the last seconds may be missing, and the boot takes longer.
+survives that too; after a loss of power the last seconds may be missing, fewer than a boot takes.
 """
 
 import contextlib

@@ -8,12 +8,12 @@ from typing import Any, Final
 
 from asyncbucket.errors import StoreError
 from asyncbucket.loops import reset_after_fork
+from asyncbucket.stores.returns import behind, undone
 from asyncbucket.stores.sqlite.clerk import Answer, Clerk, Job, Names, Watch
 from asyncbucket.stores.sqlite.trip import SLOT
 from asyncbucket.stores.sqlite.verbs import Commit, Configure, Heartbeat, Hold, Leave, Verb
 from asyncbucket.stores.store import (
     Batch,
-    Correction,
     Outcome,
     Pulse,
     Receipt,
@@ -143,11 +143,7 @@ class SQLiteLedger:
     async def _commit(self, batch: Batch) -> Answer:
         """Apply ``batch`` behind what failed batches have left; give back what nobody awaits."""
         kept, self._kept = self._kept, Batch()
-        batch = replace(
-            batch,
-            corrections=kept.corrections + batch.corrections,
-            released=kept.released + batch.released,
-        )
+        batch = behind(kept, batch)
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
         def now() -> tuple[Verb, ...]:
@@ -156,10 +152,7 @@ class SQLiteLedger:
 
         def done(answer: Answer | None, error: StoreError | None) -> None:
             if answer is None:
-                self._kept = Batch(
-                    corrections=batch.corrections + self._kept.corrections,
-                    released=batch.released + self._kept.released,
-                )
+                self._kept = behind(batch, self._kept)
             elif answered.done():
                 self._undo(batch, answer.result)
             _settle(answered, answer, error)
@@ -175,18 +168,9 @@ class SQLiteLedger:
 
     def _undo(self, batch: Batch, receipt: Receipt) -> None:
         """Give back what was booked for a caller that has gone."""
-        booked = [
-            (amounts, booking)
-            for amounts, booking in zip(batch.calls, receipt.bookings, strict=False)
-            if booking.outcome is Outcome.BOOKED
-        ]
-        self._kept = Batch(
-            corrections=self._kept.corrections
-            + tuple(Correction.undo(amounts, booking.start) for amounts, booking in booked),
-            released=self._kept.released
-            + tuple(booking.slot for _, booking in booked if booking.slot is not None),
-        )
-        if booked:
+        back = undone(batch, receipt)
+        self._kept = behind(self._kept, back)
+        if back.corrections:
             self._flush()
 
     def _flush(self) -> None:
@@ -195,10 +179,7 @@ class SQLiteLedger:
 
         def done(answer: Answer | None, _: StoreError | None) -> None:
             if answer is None:
-                self._kept = Batch(
-                    corrections=kept.corrections + self._kept.corrections,
-                    released=kept.released + self._kept.released,
-                )
+                self._kept = behind(kept, self._kept)
 
         verb = Commit(self._worker, self._life, kept)
         with contextlib.suppress(StoreError):  # closed meanwhile: it stays counted, and expires

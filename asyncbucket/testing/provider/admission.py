@@ -7,12 +7,12 @@ is charged even if it fails. All public methods may be called from any thread.
 import random
 import threading
 from collections import Counter, deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Unpack
 
 from asyncbucket.limiter.terms import read_count
 from asyncbucket.testing.provider.policies import Policy, make_policy
-from asyncbucket.testing.provider.settings import Failure, Options, Settings
+from asyncbucket.testing.provider.settings import Failure, Options, Settings, settings_of
 from asyncbucket.testing.provider.statistics import Arrival, ProviderStatistics
 
 TOO_MANY_REQUESTS = 429
@@ -141,7 +141,7 @@ class Admission:
         if fixed:
             raise ValueError(f"{', '.join(fixed)} can't change while the provider runs")
         with self._lock:
-            self.settings = replace(self.settings, **options)
+            self.settings = settings_of(options, self.settings)
             self._set_limits()
 
     def _set_limits(self) -> None:

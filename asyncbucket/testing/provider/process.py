@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any, Unpack
 
 from asyncbucket.testing.provider.running import Running
-from asyncbucket.testing.provider.settings import Failure, Options, Settings
+from asyncbucket.testing.provider.settings import Failure, Options, settings_of
 from asyncbucket.testing.provider.statistics import Arrival, ProviderStatistics
 
 TIMEOUT = 10.0
@@ -35,7 +35,7 @@ class ProviderProcess(Running):
     def __init__(self, **options: Unpack[Options]) -> None:
         if "clock" in options or callable(options.get("latency")):
             raise ValueError("a clock or a callable latency can't be sent to another process")
-        Settings(**options)
+        settings_of(options)
         self._options = options
         self._process: subprocess.Popen[str] | None = None
         self._base_url = ""

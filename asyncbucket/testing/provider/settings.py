@@ -4,10 +4,11 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, TypedDict, get_args
 
 from asyncbucket.limiter.terms import read_count
+from asyncbucket.numeric import is_number
 from asyncbucket.testing.provider.policies import POLICY_NAMES, SLICES, PolicyName
 
 NANOSECONDS = 1_000_000_000
@@ -143,6 +144,21 @@ class Settings:
         return round(self.minute * NANOSECONDS)
 
 
+def settings_of(options: Options, before: Settings | None = None) -> Settings:
+    """Return the settings ``before``, by default those that hold for all, with ``options`` in their place.
+
+    Raises:
+        TypeError: there is no such option.
+    """
+    known = Options.__annotations__
+    for name in options:
+        if name not in known:
+            raise TypeError(
+                f"{name!r} is no option of the provider: give one of {', '.join(known)}"
+            )
+    return replace(before or Settings(), **options)
+
+
 def draw_latency(latency: Latency, chance: random.Random) -> float:
     """Return the seconds that one reply takes."""
     if callable(latency):
@@ -162,6 +178,4 @@ def _check_latency(latency: Latency) -> None:
 
 
 def _is_number(value: object, least: float, most: float = sys.float_info.max) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return least <= value <= most
+    return is_number(value) and least <= value <= most

@@ -7,7 +7,7 @@ from asyncbucket.testing.provider.app import make_app
 from asyncbucket.testing.provider.mock import Family, mock_transport
 from asyncbucket.testing.provider.running import Running
 from asyncbucket.testing.provider.server import HOST, ThreadedServer
-from asyncbucket.testing.provider.settings import Failure, Options, Settings
+from asyncbucket.testing.provider.settings import Failure, Options, settings_of
 from asyncbucket.testing.provider.statistics import Arrival, ProviderStatistics
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class RateLimitedProvider(Running):
     """
 
     def __init__(self, **options: Unpack[Options]) -> None:
-        self._admission = Admission(Settings(**options))
+        self._admission = Admission(settings_of(options))
         self._server: ThreadedServer | None = None
         self._port = 0
         self.app: ASGIApp = make_app(self._admission)

@@ -20,12 +20,18 @@ _CALL = {"requests": 1, "concurrency": 1}
 _ROOMY = amount_of("requests", 10_000, 600)
 
 
-async def _slots(worker: Ledger, count: int) -> list[str]:
+async def _slots(worker: Ledger, count: int) -> tuple[str, ...]:
     """Take ``count`` slots and return their names."""
     bookings = booked(await worker.commit(batch(*[_CALL] * count)))
-    names = [each.slot for each in bookings if each.slot is not None]
+    names = tuple(each.slot for each in bookings if each.slot is not None)
     assert len(set(names)) == count, names
     return names
+
+
+async def _no_slot(*workers: Ledger) -> None:
+    """Have all these ask for a slot in vain, and stand in line."""
+    for each in workers:
+        assert (await each.commit(batch(_CALL))).bookings[0].outcome is Outcome.FULL
 
 
 class Slots(Suite):
@@ -107,7 +113,7 @@ class Slots(Suite):
         for _ in range(6):
             await asyncio.sleep(0.1)
             assert (await worker.heartbeat(slots)).workers == 1
-        assert (await worker.commit(batch(_CALL))).bookings[0].outcome is Outcome.FULL
+        await _no_slot(worker)
 
     @scenario
     async def test_a_slot_that_expired_is_taken_again_by_a_heartbeat(self, place: Place) -> None:
@@ -127,17 +133,16 @@ class Slots(Suite):
         kind = terms(_ROOMY, concurrency=1)
         holder, first, second = [await place.worker(kind) for _ in range(3)]
         slots = await _slots(holder, 1)
-        for each in (first, second):
-            assert (await each.commit(batch(_CALL))).bookings[0].outcome is Outcome.FULL
+        await _no_slot(first, second)
         told = asyncio.create_task(first.changed(timeout=5))
-        await holder.commit(Batch(released=tuple(slots)))
+        await holder.commit(Batch(released=slots))
         began = time.monotonic()
         assert await told
         assert time.monotonic() - began < 0.5
         (booking,) = booked(await first.commit(batch(_CALL)))
         assert booking.bound_by == "concurrency", "it waited for a slot"
         assert booking.slot is not None
-        assert (await second.commit(batch(_CALL))).bookings[0].outcome is Outcome.FULL
+        await _no_slot(second)
         await first.commit(Batch(released=(booking.slot,)))
         assert await second.changed(timeout=5)
         await _slots(second, 1)
@@ -148,9 +153,9 @@ class Slots(Suite):
         kind = terms(_ROOMY, concurrency=1)
         holder, first, newcomer = [await place.worker(kind) for _ in range(3)]
         slots = await _slots(holder, 1)
-        assert (await first.commit(batch(_CALL))).bookings[0].outcome is Outcome.FULL
-        await holder.commit(Batch(released=tuple(slots)))
-        assert (await newcomer.commit(batch(_CALL))).bookings[0].outcome is Outcome.FULL
+        await _no_slot(first)
+        await holder.commit(Batch(released=slots))
+        await _no_slot(newcomer)
         await _slots(first, 1)
 
     @scenario
@@ -159,10 +164,9 @@ class Slots(Suite):
         kind = terms(_ROOMY, concurrency=1)
         holder, first, second = [await place.worker(kind) for _ in range(3)]
         slots = await _slots(holder, 1)
-        for each in (first, second):
-            assert (await each.commit(batch(_CALL))).bookings[0].outcome is Outcome.FULL
+        await _no_slot(first, second)
         await first.commit(Batch())
-        await holder.commit(Batch(released=tuple(slots)))
+        await holder.commit(Batch(released=slots))
         await _slots(second, 1)
 
     @scenario
@@ -175,7 +179,7 @@ class Slots(Suite):
             await each.commit(batch(*[_CALL] * 12))
         got: list[int] = []
         for each in workers:
-            released = tuple(slots) if each is workers[0] else ()
+            released = slots if each is workers[0] else ()
             receipt = await each.commit(Batch(released=released, calls=(_CALL,) * 12))
             got.append(sum(booking.outcome is Outcome.BOOKED for booking in receipt.bookings))
         assert sum(got) == 12, got
@@ -187,9 +191,8 @@ class Slots(Suite):
         kind = terms(_ROOMY, concurrency=1)
         holder, dead, living = [await place.worker(kind) for _ in range(3)]
         slots = await _slots(holder, 1)
-        for each in (dead, living):
-            assert (await each.commit(batch(_CALL))).bookings[0].outcome is Outcome.FULL
-        await holder.commit(Batch(released=tuple(slots)))
+        await _no_slot(dead, living)
+        await holder.commit(Batch(released=slots))
         began = time.monotonic()
         assert await _wait_for_slot(living) - began < 3
 
@@ -211,7 +214,7 @@ class Slots(Suite):
         holder, waiting = [await place.worker(kind) for _ in range(2)]
         slots = await _slots(holder, 1)
         await waiting.commit(batch(_CALL))
-        await holder.commit(Batch(released=tuple(slots)))
+        await holder.commit(Batch(released=slots))
         await asyncio.sleep(0.05)
         began = time.monotonic()
         assert await waiting.changed(timeout=2)
