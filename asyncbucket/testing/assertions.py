@@ -189,7 +189,7 @@ def _nanoseconds(seconds: float) -> int:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
+    return f"{value:,}" if isinstance(value, int) else f"{float(value):,.6g}"
 
 
 def _seconds(nanoseconds: int) -> str:

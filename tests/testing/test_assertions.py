@@ -86,6 +86,17 @@ def test_burst_over_fails_with_the_numbers() -> None:
         assert_within_bucket([*kept[:3], (SECOND - 1, 1)], rate=2.0, burst=2)
 
 
+def test_burst_in_fractions_fails_with_the_numbers() -> None:
+    """As one in floats does."""
+    rate: Any = Fraction(1, 3)
+    burst: Any = Fraction(5, 2)
+
+    with pytest.raises(
+        AssertionError, match=r"bucket of 2\.5 refilled at 0\.333333/s admits 2\.5$"
+    ):
+        assert_within_bucket([(0, 1)] * 3, rate=rate, burst=burst)
+
+
 def test_limit_with_a_burst_is_checked_for_both() -> None:
     """Never over 10 in 10 s, and never more than 2 at once."""
     limit = Limit(10, per=10, burst=2)
