@@ -48,6 +48,8 @@ from pathlib import PurePath
 from types import TracebackType
 from typing import Any, Self, TypeVar, TypeVarTuple
 
+from asyncbucket.numeric import is_number
+
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
@@ -80,9 +82,9 @@ class VirtualClock:
     __slots__ = ("_now",)
 
     def __init__(self, start: float = 0.0) -> None:
-        if not 0 <= start <= LATEST_START:
+        if not is_number(start) or not 0 <= start <= LATEST_START:
             raise ValueError(
-                f"virtual time starts at a number of seconds from 0 to {LATEST_START:,}, not {start}"
+                f"virtual time starts at a number of seconds from 0 to {LATEST_START:,}, not {start!r}"
             )
         self._now: int = round(start * NANOSECONDS)
 

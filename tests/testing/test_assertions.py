@@ -137,6 +137,24 @@ def test_call_above_the_burst_passes_when_it_has_earned_the_rest() -> None:
 
 
 @pytest.mark.parametrize(
+    ("rate", "burst", "message"),
+    [
+        (-1.0, 2, "rate must be a finite number from 0 on, not -1.0"),
+        (float("inf"), 2, "rate must be a finite number from 0 on, not inf"),
+        (1.0, 0, "burst must be a finite number above 0, not 0"),
+        (1.0, -5, "burst must be a finite number above 0, not -5"),
+        (1.0, float("nan"), "burst must be a finite number above 0, not nan"),
+    ],
+)
+def test_bucket_that_nothing_would_be_over_is_refused(
+    rate: float, burst: float, message: str
+) -> None:
+    """Every call is above a burst of nothing, and what is above a burst is let off."""
+    with pytest.raises(ValueError, match=message):
+        assert_within_bucket([(0, 5)], rate=rate, burst=burst)
+
+
+@pytest.mark.parametrize(
     ("trace", "error", "message"),
     [
         ([0.0, 0.5], TypeError, r"pairs of time and amount, such as \(0\.5, 1\), not 0\.0"),

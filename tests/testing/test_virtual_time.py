@@ -4,6 +4,7 @@ import re
 import socket
 import threading
 import time as real
+from typing import Any
 
 import anyio
 import pytest
@@ -119,8 +120,8 @@ def test_limiter_paces_however_late_it_is(start: float) -> None:
         assert time.now == pytest.approx(start + 10, abs=0.001)
 
 
-@pytest.mark.parametrize("start", [-1.0, 1e12, 1_795_714_549_366_466_200, float("nan")])
-def test_start_is_a_number_of_seconds(start: float) -> None:
+@pytest.mark.parametrize("start", [-1.0, 1e12, 1_795_714_549_366_466_200, float("nan"), "0", None])
+def test_start_is_a_number_of_seconds(start: Any) -> None:
     """Nanoseconds, for one, would make a limiter look at a clock that stands still, for ever."""
     with pytest.raises(ValueError, match="from 0 to 10,000,000,000, not"):
         VirtualTime(start=start)
