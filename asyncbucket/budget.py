@@ -91,6 +91,8 @@ class Budget:
         pacer = self.pacers.get(loop)
         if pacer is None:
             pacer = self.pacers[loop] = Pacer(self, loop, now)
+            # Who is let go before it looks for the first time has been held up, too.
+            pacer.bound_by = node.through.earliest(amounts, now)[1]
         if not self.fair and (priority or node is not self.root):
             self.fair = True
             for each in self.pacers.values():
@@ -120,8 +122,7 @@ class Budget:
                     for node in line.node.below_root:
                         node.waiting_below_root -= 1
                 return True
-            if not cancelled:
-                waiter.cancel()
+            waiter.cancel()
             if line.pacer.leave_locked(waiter):
                 self.ring_locked(line.node)
         elif waiter.exception() is None and (passage := waiter.result()) is not None:

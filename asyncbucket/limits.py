@@ -42,12 +42,11 @@ KEYWORDS: Final = {
     "otpm": ("output_tokens", 60),
 }
 
-_NUMBER: Final = r"[0-9][0-9,_]{0,30}(?:\.[0-9]{1,30})?[kKmMbB]?"
+# A comma stands between thousands: who writes "2,5k" means 2,500, not 25,000.
+_NUMBER: Final = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9][0-9_]{0,30})(?:\.[0-9]{1,30})?[kmb]?"
 _AMOUNT: Final = rf"(?P<amount>{_NUMBER})"
 _BURST: Final = rf"(?:\s+burst\s+(?P<burst>{_NUMBER}))?"
-_SHORT: Final = re.compile(
-    rf"{_AMOUNT}\s*(?P<resource>[rR]|[iIoO]?[tT])[pP](?P<unit>[sSmMhHdD]){_BURST}"
-)
+_SHORT: Final = re.compile(rf"{_AMOUNT}\s*(?P<resource>r|[io]?t)p(?P<unit>[smhd]){_BURST}")
 _LONG: Final = re.compile(
     rf"{_AMOUNT}\s*(?P<resource>[a-z_]+)?\s*(?:/|\bper\b)\s*(?P<every>[0-9]{{1,9}})?\s*"
     rf"(?P<unit>s|sec|seconds?|m|min|minutes?|h|hours?|d|days?){_BURST}"
@@ -105,20 +104,23 @@ class Limit:
     def parse(cls, text: str) -> Self:
         """Read a limit as people write it: ``"500 RPM"``, ``"14,400 RPD"``, ``"3 images/10s"``.
 
+        Capitals are read as small letters, those of the resource's name, too.
+
         Raises:
             LimitSyntaxError: the text is no limit; the message shows how limits are written.
         """
         if not isinstance(text, str):
             raise LimitSyntaxError(f"a limit is a text or a Limit, not {text!r}; {_HOW}")
-        match = _SHORT.fullmatch(text.strip()) or _LONG.fullmatch(text.strip())
+        written = text.strip().lower()
+        match = _SHORT.fullmatch(written) or _LONG.fullmatch(written)
         if match is None:
             raise LimitSyntaxError(f"{text!r} is no limit; {_HOW}")
         resource = match["resource"] or "requests"
         every = int(match.groupdict().get("every") or 1)
         return cls(
-            _RESOURCES.get(resource.lower(), resource) if match.re is _SHORT else resource,
+            _RESOURCES.get(resource, resource) if match.re is _SHORT else resource,
             _read_number(match["amount"], text),
-            per=every * _SECONDS[match["unit"][0].lower()],
+            per=every * _SECONDS[match["unit"][0]],
             burst=_read_number(match["burst"], text) if match["burst"] else None,
         )
 
@@ -182,7 +184,7 @@ def _read_number(number: str, text: str) -> int:
     """Read a number such as ``14,400`` or ``1.5k``, of which ``text`` is written."""
     digits = re.sub("[,_]", "", number)
     prefix = digits.lstrip("0123456789.")
-    exact = Fraction(digits.removesuffix(prefix)) * _PREFIXES[prefix.lower()]
+    exact = Fraction(digits.removesuffix(prefix)) * _PREFIXES[prefix]
     if exact.denominator != 1:
         raise LimitSyntaxError(f"{text!r} is no whole number of units; {_HOW}")
     return int(exact)

@@ -36,7 +36,8 @@ def does(resource: str, verb: str) -> str:
 
 def rounded(value: float) -> str:
     """Return a number in three digits, or in all that stand before the point: "0.012", "3,600"."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # noqa: PLR2004 - three digits
+    number = float(value)  # fractions have no such format before Python 3.12
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"  # noqa: PLR2004 - three digits
 
 
 def in_seconds(value: float) -> str:

@@ -55,7 +55,7 @@ def _told_apart(value: Any) -> object:
         return [kind, *map(_told_apart, value)]
     raise TypeError(
         f"an item with {type(value).__name__} in it has no key by which a checkpoint knows it again: "
-        f"give key=, a function from the item to a text"
+        f"give Checkpoint(..., key=...), a function from the item to a text"
     )
 
 

@@ -43,7 +43,7 @@ class Steering(ABC):
             for each in account.path:
                 each.upstream_429 += reason == "429"
             account.pause_locked(until, gradually=gradually)
-        account.tell(Paused, seconds=seconds, reason=reason)
+        account.tell(Paused, seconds=float(seconds), reason=reason)
 
     def observe_remaining(
         self,

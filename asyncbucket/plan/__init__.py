@@ -55,7 +55,7 @@ def plan(  # noqa: PLR0913 - a plan has as many sides
     used_tokens: "Samples | None" = None,
     resources: "Mapping[str, Samples] | None" = None,
     concurrency: int | None = None,
-    latency: "Samples" = 0.0,
+    latency: "Samples | None" = None,
     arrivals: "Arrivals" = None,
     tenants: "Mapping[str, Tenant] | None" = None,
     what_if: bool | None = None,
@@ -89,7 +89,7 @@ def plan(  # noqa: PLR0913 - a plan has as many sides
             see `Lease.settle`.
         resources: amounts of other resources that are limited, e.g. ``{"images": 3}``.
         concurrency: the most calls in flight at once.
-        latency: seconds from a call's admission to its end.
+        latency: seconds from a call's admission to its end; none by default.
         arrivals: when calls come: all at once, `Poisson`, the instants in seconds, or an `AgentTree`.
         tenants: those who share the limits, by name, each with calls of its own: `Tenant`.
         what_if: whether to find out what each limit is worth, which takes two more runs for each

@@ -27,7 +27,7 @@ class Load:
         tokens: Mapping[str, Samples | None],
         used_tokens: Samples | None,
         resources: Mapping[str, Samples],
-        latency: Samples,
+        latency: Samples | None,
         arrivals: Arrivals,
         read: Tokens,
         seed: str,
@@ -35,7 +35,7 @@ class Load:
         self._tokens = {name: Series(value, name, read) for name, value in tokens.items()}
         self._used = Series(used_tokens, "used_tokens", read)
         self._others = {name: Series(value, name, read) for name, value in resources.items()}
-        self._latency = Series(latency, "latency", read_seconds)
+        self._latency = Series(0.0 if latency is None else latency, "latency", read_seconds)
         if arrivals is not None and not isinstance(arrivals, (AgentTree, Poisson)):
             arrivals = read_instants(arrivals)
         self._arrivals = arrivals

@@ -68,7 +68,7 @@ def prometheus(
         ImportError: prometheus_client is not installed; the message names the extra.
         ValueError: the limiter, or one above or below it, is watched by this registry already, so
             that its calls would count twice; or ``max_limiters`` is no whole number from 1 on.
-        TypeError: ``limiter`` is none.
+        TypeError: ``limiter`` is none, or ``registry`` is.
     """
     check_source(limiter)
     try:

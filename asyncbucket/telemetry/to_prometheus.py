@@ -29,6 +29,9 @@ def watch(
 ) -> Callable[[], None]:
     """Count what happens in ``limiter`` into ``registry`` until the result is called."""
     registry = REGISTRY if registry is None else registry
+    if not isinstance(registry, CollectorRegistry):
+        kind = type(registry).__name__
+        raise TypeError(f"registry must be prometheus_client's CollectorRegistry, not {kind}")
     with _LOCK:
         found = _COLLECTORS.get(registry)
         metrics = None if found is None else found()

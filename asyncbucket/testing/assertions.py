@@ -15,12 +15,14 @@ call that costs more than b earns the rest before it goes, so an interval that b
 of n units may hold max(b, n) instead of b.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol, TypeAlias
 
 from asyncbucket.limits import Limit
+from asyncbucket.numeric import is_number
 from asyncbucket.wording import counted, written_out
 
 NANOSECONDS = 1_000_000_000
@@ -94,8 +96,13 @@ def assert_within_bucket(trace: Trace, *, rate: float, burst: float) -> None:
 
     Raises:
         AssertionError: Naming the worst interval, by how much it is over and when.
-        ValueError, TypeError: If the trace isn't one.
+        ValueError, TypeError: If the trace isn't one, `rate` no finite number from 0 on, or `burst` none
+            above 0: nothing would ever be over it.
     """
+    if not is_number(rate) or not 0 <= rate < math.inf:
+        raise ValueError(f"rate must be a finite number from 0 on, not {rate!r}")
+    if not is_number(burst) or not 0 < burst < math.inf:
+        raise ValueError(f"burst must be a finite number above 0, not {burst!r}")
     _check_bucket(_admissions(trace), Fraction(rate), burst)
 
 
@@ -189,7 +196,7 @@ def _nanoseconds(seconds: float) -> int:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
+    return f"{value:,}" if isinstance(value, int) else f"{float(value):,.6g}"
 
 
 def _seconds(nanoseconds: int) -> str:

@@ -48,6 +48,8 @@ from pathlib import PurePath
 from types import TracebackType
 from typing import Any, Self, TypeVar, TypeVarTuple
 
+from asyncbucket.numeric import is_number
+
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
@@ -55,6 +57,9 @@ NANOSECONDS = 1_000_000_000
 
 NOISE = 2
 """Units in the last place by which a sum of floats may miss the instant that was meant."""
+
+LATEST_START = 10_000_000_000
+"""Seconds (317 years) beyond which a float of seconds is too coarse for the short waits of a limiter."""
 
 LAST_CHANCE = 1.0
 """Real seconds that threads and sockets get to wake a loop that has no timer left."""
@@ -69,11 +74,18 @@ class VirtualClock:
 
     It is what `Limiter(..., clock=...)` and `TokenBucket(..., clock=...)` take. Loops that share a
     clock must run one after the other, not at once.
+
+    Raises:
+        ValueError: `start` is no number of seconds from 0 to 10,000,000,000.
     """
 
     __slots__ = ("_now",)
 
     def __init__(self, start: float = 0.0) -> None:
+        if not is_number(start) or not 0 <= start <= LATEST_START:
+            raise ValueError(
+                f"virtual time starts at a number of seconds from 0 to {LATEST_START:,}, not {start!r}"
+            )
         self._now: int = round(start * NANOSECONDS)
 
     def __repr__(self) -> str:
@@ -253,8 +265,8 @@ class VirtualTime:
     `run` may be called several times; time goes on where it stopped. What `virtual_time()` gives.
 
     Args:
-        start: Seconds at which the clock starts. Near zero a float of seconds is exact to the
-            nanosecond; from 24 days on it isn't.
+        start: Seconds at which the clock starts, at most 10,000,000,000. Near zero a float of seconds
+            is exact to the nanosecond; from 24 days on it isn't.
         real_wait: See `VirtualTimeLoop`.
         debug: asyncio's debug mode.
     """

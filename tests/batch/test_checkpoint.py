@@ -172,7 +172,9 @@ async def test_functions_of_ones_own_write_and_read(tmp_path: Path) -> None:
 async def test_key_says_by_what_an_item_is_known(tmp_path: Path) -> None:
     """An object has no hash that lasts; the message names the way out."""
     item = object()
-    with pytest.raises(TypeError, match=r"an item with object in it has no key.*give key="):
+    with pytest.raises(
+        TypeError, match=r"an item with object in it has no key.*give Checkpoint\(\.\.\., key="
+    ):
         await run(tmp_path / "one.db", Calls(), [item])
 
     keyed = Checkpoint(tmp_path / "two.db", key=lambda _: "the one")

@@ -490,6 +490,15 @@ def test_dry_run_says_the_most_that_replies_may_cost(options: str, said: str) ->
     assert result.stdout.splitlines()[-1] == f"about 2 tokens in, {said}"
 
 
+def test_dry_run_of_one_short_prompt_says_token() -> None:
+    """One is no plural, here as in every other line."""
+    Path("in.txt").write_text("One\n")
+
+    result = CliRunner().invoke(app, ["run", "in.txt", "--model", "m", "--rpm", "60", "--dry-run"])
+
+    assert "about 1 token in, 256 out" in result.stdout
+
+
 def test_dry_run_says_the_same_as_json() -> None:
     """With the whole plan in it, and what lines are bad."""
     lines = Path(batch(600)).read_text() + "{\n"

@@ -209,6 +209,24 @@ def test_a_lease_tells_what_it_waited_for(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
+def test_who_passes_before_the_pacer_has_looked_tells_what_it_waited_for(
+    virtual_time: VirtualTime,
+) -> None:
+    """A slot that comes back in the very turn of the loop in which somebody came to wait for it."""
+
+    async def main() -> None:
+        limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+        first = await limiter.acquire()
+        second = asyncio.ensure_future(limiter.acquire())
+        await asyncio.sleep(0)
+        assert limiter.statistics().bound_by == "concurrency"
+        first.release()
+        assert (await second).bound_by == "concurrency"
+        assert limiter.statistics().waits == {"concurrency": Waits(1, 0.0)}
+
+    virtual_time.run(main())
+
+
 def test_a_cost_object_is_the_whole_cost(virtual_time: VirtualTime) -> None:
     """As good as its parts, however one asks."""
     limiter = Limiter("10 images/s", "500 TPM", clock=virtual_time.clock)

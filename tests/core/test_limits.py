@@ -35,6 +35,10 @@ from asyncbucket.limits import KEYWORDS
         ("1_000 tokens/min burst 1_00", Limit("tokens", 1000, burst=100)),
         ("500 RPM burst 20", Limit("requests", 500, burst=20)),
         ("200k TPM burst 20k", Limit("tokens", 200_000, burst=20_000)),
+        ("100 Requests/Minute", Limit("requests", 100)),
+        ("3 IMAGES PER 10 S", Limit("images", 3, per=10)),
+        ("5 RPM Burst 2", Limit("requests", 5, burst=2)),
+        ("1,000,000.5k TPM", Limit("tokens", 1_000_000_500)),
     ],
 )
 def test_a_limit_is_read_as_people_write_it(text: str, limit: Limit) -> None:
@@ -48,7 +52,8 @@ def test_a_limit_is_read_as_people_write_it(text: str, limit: Limit) -> None:
         "", " ", "RPM", "500", "-5 RPM", "5 XPM", "0 RPM", "0.5 RPM", "1.0001k RPM", "5 RPM burst",
         "5 RPM burst 6", "5 RPM burst 0", "nan RPM", "inf RPM", "1e3 RPM", "500 RPM\n500 TPM",
         "5/0s", "5/fortnight", "\u0665 RPM", "5 concurrency/s", "5 class names/s", "\u00b2/s", "5/401d",
-        "9" * 5000 + " RPM", "1/" + "9" * 5000 + "s", "5 RPM burst " + "9" * 5000,
+        "2,5k TPM", "1,00 RPM", "1,,000 RPM", "1000,000 RPM", "1,000, RPM", "5 RPM burst 2,5",
+        "5/\u017f", "9" * 5000 + " RPM", "1/" + "9" * 5000 + "s", "5 RPM burst " + "9" * 5000,
     ],
 )  # fmt: skip
 def test_garbage_is_no_limit(text: str) -> None:

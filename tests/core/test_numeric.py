@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import Limit, Limiter, TokenBucket, plan
+from asyncbucket import AcquireTimeout, Limit, Limiter, TokenBucket, plan
 from asyncbucket.numeric import is_integer, is_number
 from asyncbucket.testing import VirtualTime
 
@@ -42,6 +42,21 @@ async def test_numpys_numbers_are_taken_everywhere() -> None:
     limit = Limit("tokens", whole(10), per=real(60), burst=whole(3))
     told = json.dumps([limit.amount, limit.per, limit.burst, limiter.concurrency])
     assert told == "[10, 60.0, 3, 3]"
+
+
+def test_seconds_in_fractions_are_told_as_any_others(virtual_time: VirtualTime) -> None:
+    """A fraction cannot be formatted before Python 3.12, and neither it nor numpy's is JSON."""
+    third: Any = Fraction(1, 3)
+    bucket = TokenBucket(rate=third, burst=1, clock=virtual_time.clock)
+    bucket.acquire_nowait()
+    limiter = Limiter("60 RPM", clock=virtual_time.clock)
+    paused: list[Any] = []
+    limiter.observe(paused.append)
+    limiter.pause(third)
+
+    with pytest.raises(AcquireTimeout, match=r"did not pass within 0\.333 s at 0\.333333 a"):
+        virtual_time.run(bucket.acquire(timeout=third))
+    assert json.dumps([event.seconds for event in paused]) == "[0.3333333333333333]"
 
 
 def test_numpys_numbers_are_planned_with() -> None:

@@ -81,6 +81,11 @@ def test_what_nobody_waits_for_does_not_bind() -> None:
     assert by(planned, "requests") == (2.5, 2.5)
 
 
+def test_calls_without_a_latency_take_no_time() -> None:
+    """None said is none given."""
+    assert plan(calls=5, rpm=500, latency=None) == plan(calls=5, rpm=500, latency=0)
+
+
 def test_same_seed_same_plan() -> None:
     """Whatever is drawn, another time and in another order of arguments."""
 

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from asyncbucket import Limit, TokenBucket, events, telemetry
+from asyncbucket import Limit, Limiter, TokenBucket, events, telemetry
 from asyncbucket.telemetry import gauges, to_prometheus
 
 if TYPE_CHECKING:
@@ -365,7 +365,7 @@ WORKER = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
 from conftest import COST, ScriptedLimiter
-from asyncbucket import Limit, TokenBucket, events, telemetry
+from asyncbucket import Limit, Limiter, TokenBucket, events, telemetry
 from asyncbucket.telemetry import gauges
 
 gauges._EVERY = 0.01
@@ -460,3 +460,11 @@ def test_the_thread_of_the_gauges_ends_with_them(
     last = {sample.name: sample.value for metric in metrics.collect() for sample in metric.samples}
     assert last["asyncbucket_queued_requests"] == 0
     assert last["asyncbucket_limit_used_ratio"] == 0
+
+
+def test_what_is_no_registry_is_refused() -> None:
+    """By name, and before anything is watched."""
+    other: Any = object()
+
+    with pytest.raises(TypeError, match="prometheus_client's CollectorRegistry, not object"):
+        telemetry.prometheus(Limiter("5 RPM"), registry=other)

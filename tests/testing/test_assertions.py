@@ -86,6 +86,17 @@ def test_burst_over_fails_with_the_numbers() -> None:
         assert_within_bucket([*kept[:3], (SECOND - 1, 1)], rate=2.0, burst=2)
 
 
+def test_burst_in_fractions_fails_with_the_numbers() -> None:
+    """As one in floats does."""
+    rate: Any = Fraction(1, 3)
+    burst: Any = Fraction(5, 2)
+
+    with pytest.raises(
+        AssertionError, match=r"bucket of 2\.5 refilled at 0\.333333/s admits 2\.5$"
+    ):
+        assert_within_bucket([(0, 1)] * 3, rate=rate, burst=burst)
+
+
 def test_limit_with_a_burst_is_checked_for_both() -> None:
     """Never over 10 in 10 s, and never more than 2 at once."""
     limit = Limit(10, per=10, burst=2)
@@ -123,6 +134,24 @@ def test_call_above_the_burst_passes_when_it_has_earned_the_rest() -> None:
         assert_within_bucket([(0, 2), (5 * SECOND - 1, 5)], rate=1.0, burst=2)
     with pytest.raises(AssertionError, match="over the burst"):
         assert_within_bucket([(5 * SECOND, 5), (6 * SECOND - 1, 1)], rate=1.0, burst=2)
+
+
+@pytest.mark.parametrize(
+    ("rate", "burst", "message"),
+    [
+        (-1.0, 2, "rate must be a finite number from 0 on, not -1.0"),
+        (float("inf"), 2, "rate must be a finite number from 0 on, not inf"),
+        (1.0, 0, "burst must be a finite number above 0, not 0"),
+        (1.0, -5, "burst must be a finite number above 0, not -5"),
+        (1.0, float("nan"), "burst must be a finite number above 0, not nan"),
+    ],
+)
+def test_bucket_that_nothing_would_be_over_is_refused(
+    rate: float, burst: float, message: str
+) -> None:
+    """Every call is above a burst of nothing, and what is above a burst is let off."""
+    with pytest.raises(ValueError, match=message):
+        assert_within_bucket([(0, 5)], rate=rate, burst=burst)
 
 
 @pytest.mark.parametrize(

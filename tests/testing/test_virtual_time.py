@@ -4,12 +4,14 @@ import re
 import socket
 import threading
 import time as real
+from typing import Any
 
 import anyio
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from asyncbucket import TokenBucket
 from asyncbucket.testing.virtual_time import (
     DeadlockError,
     VirtualClock,
@@ -92,7 +94,7 @@ def test_a_nanosecond_can_be_told_from_the_next() -> None:
         assert time.run(main()) == [5_000_000_000, 5_000_000_001]
 
 
-@pytest.mark.parametrize("start", [0.0, 1e6, 1e7, 1e9, 1e12])
+@pytest.mark.parametrize("start", [0.0, 1e6, 1e7, 1e9, 1e10])
 def test_loop_never_spins_however_late_it_is(start: float) -> None:
     """Where a float of seconds is coarser than a nanosecond, timers still come due."""
 
@@ -103,6 +105,26 @@ def test_loop_never_spins_however_late_it_is(start: float) -> None:
     with virtual_time(start=start) as time:
         time.run(main())
         assert time.now == pytest.approx(start + 25, abs=0.05)
+
+
+@pytest.mark.parametrize("start", [1e6, 1e9, 1e10])
+def test_limiter_paces_however_late_it_is(start: float) -> None:
+    """Its shortest sleeps are longer than what a float of seconds can tell apart."""
+    with virtual_time(start=start) as time:
+        bucket = TokenBucket(rate=3.0, burst=1, clock=time.clock)
+
+        async def main() -> None:
+            await asyncio.gather(*(bucket.acquire() for _ in range(31)))
+
+        time.run(main())
+        assert time.now == pytest.approx(start + 10, abs=0.001)
+
+
+@pytest.mark.parametrize("start", [-1.0, 1e12, 1_795_714_549_366_466_200, float("nan"), "0", None])
+def test_start_is_a_number_of_seconds(start: Any) -> None:
+    """Nanoseconds, for one, would make a limiter look at a clock that stands still, for ever."""
+    with pytest.raises(ValueError, match="from 0 to 10,000,000,000, not"):
+        VirtualTime(start=start)
 
 
 def test_time_goes_on_from_run_to_run_and_from_loop_to_loop() -> None:

@@ -96,7 +96,9 @@ def describe(job: Job, tally: Tally, found: Estimate, planned: "Plan | None") ->
     if planned is not None:
         lines.append(str(planned))
         most = f"({FORESEEN} for a reply without max_tokens)" if found.unbounded else "at most"
-        tokens = f"about {found.input_tokens:,} tokens in, {found.output_tokens:,} out {most}"
+        tokens = (
+            f"about {counted(found.input_tokens, 'tokens')} in, {found.output_tokens:,} out {most}"
+        )
         cost = _dollars(job, found)
         lines.append(tokens if cost is None else f"{tokens}: {dollars(cost)}")
     return "\n".join([*lines, *reasons(tally)])
