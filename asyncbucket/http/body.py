@@ -38,12 +38,13 @@ _PARTS: Final = {
         ("messages", "input", "prompt", "instructions", "system", "suffix", "documents"), "text"
     ),
     **dict.fromkeys(("tools", "functions"), "tools"),
-    **dict.fromkeys(("response_format", "text", "format"), "json"),
+    **dict.fromkeys(("response_format", "text", "format", "output_config"), "json"),
     **dict.fromkeys(
         ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_tokens_to_sample"),
         "limit",
     ),
     "options": "options",
+    "images": "pictures",
 }
 #: By what the same body asks for several replies to one prompt.
 _REPLIES: Final = ("n", "best_of")
@@ -54,6 +55,8 @@ _NOT_SENT: Final = frozenset(
 #: Parts that are files, but for Anthropic's documents of a source that is written out: text or parts.
 _FILES: Final = ("document", "file", "input_file")
 _WRITTEN_OUT: Final = ("text", "content")
+#: What stands in place of an address: a picture, a video or a file, whatever the part around it is called.
+_DATA: Final = re.compile(r"data:(\w+)/[^,]{1,99};base64,")
 #: OpenAI's GPT-4o and 4.1: 85 in low detail; 85 and 170 for each of four tiles of 512 pixels ("Images
 #: and vision", read in 2025). Anthropic: width * height / 750, at most about 1,600.
 _AN_IMAGE: Final = 765
@@ -112,7 +115,9 @@ class Sent:
 
     def weigh(self, value: object) -> None:
         """Add text, parts of messages, or lists of them."""
-        if isinstance(value, str):
+        if isinstance(value, str) and (data := _DATA.match(value)):
+            self.extra += _AN_IMAGE if data[1] == "image" else _size(value)
+        elif isinstance(value, str):
             self.characters += len(value)
             self.size += len(value) if value.isascii() else len(value.encode("utf-8", "replace"))
         elif isinstance(value, list):
@@ -131,17 +136,24 @@ class Sent:
         if value:
             self.weigh(json.dumps(value, ensure_ascii=False))
 
+    def weigh_pictures(self, value: object) -> None:
+        """Add pictures that are nothing but base64, as Ollama is sent them."""
+        if isinstance(value, list):
+            self.extra += _AN_IMAGE * len(value)
+
     def _weigh_part(self, part: dict[str, Any]) -> None:
         kind = part.get("type")
         kind = kind if isinstance(kind, str) else ""
         if "image" in kind:
             self.extra += _A_SMALL_IMAGE if _detail(part) == "low" else _AN_IMAGE
         elif "audio" in kind or (kind in _FILES and not _is_written_out(part)):
-            self.extra += len(json.dumps(part)) * 3 // 4 // _BYTES_A_TOKEN
+            self.extra += _size(json.dumps(part))
         else:
             for name, value in part.items():
                 if name in ("tool_calls", "function_call"):
                     self.weigh_json(value)
+                elif name == "images" and "role" in part:
+                    self.weigh_pictures(value)
                 elif name not in _NOT_SENT:
                     self.weigh(value)
 
@@ -188,6 +200,8 @@ def _look_into(body: Mapping[str, Any], found: Sent) -> None:
         elif part == "tools" and isinstance(value, list):
             for tool in value:  # without OpenAI's wrapping
                 found.weigh_json(tool.get("function", tool) if isinstance(tool, dict) else tool)
+        elif part == "pictures":
+            found.weigh_pictures(value)
         elif part == "limit" and _is_count(value):
             found.max_output = value
         elif part == "options" and isinstance(value, dict) and _is_count(value.get("num_predict")):
@@ -198,6 +212,11 @@ def _is_written_out(part: dict[str, Any]) -> bool:
     """Tell whether a document is no file, but text that is sent as it is."""
     source = part.get("source")
     return isinstance(source, dict) and source.get("type") in _WRITTEN_OUT
+
+
+def _size(base64: str) -> int:
+    """Return the tokens of sound or of a file, guessed by its size."""
+    return len(base64) * 3 // 4 // _BYTES_A_TOKEN
 
 
 def _detail(part: dict[str, Any]) -> object:

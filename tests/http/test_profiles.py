@@ -12,6 +12,9 @@ from asyncbucket.http.profiles import profile_named, profile_of
 
 MESSAGES = [{"role": "user", "content": "x" * 400}]
 USAGE = Usage(90, 7, 97)
+PICTURE = "data:image/png;base64," + "x" * 9_999
+VIDEO = "data:video/mp4;base64," + "x" * 8_512
+FILE = "data:application/pdf;base64," + "x" * 8_512
 
 
 def call(path: str = "/v1/chat/completions", *, foreseen: int = 256, **body: Any) -> Call:
@@ -115,10 +118,19 @@ def test_tokens_are_settled_where_the_provider_does() -> None:
         ({"messages": [{"content": [document("base64", data="x" * 8_500)]}]}, 100),
         ({"messages": [{"content": [document("text", data="x" * 8_500)]}]}, 2_125),
         ({"messages": [{"content": [document("content", content=[{"text": "four"}])]}]}, 1),
+        ({"messages": [{"content": [{"type": "video_url", "video_url": {"url": VIDEO}}]}]}, 100),
+        ({"messages": [{"content": [{"type": "document_url", "document_url": FILE}]}]}, 100),
+        ({"input": [{"output": {"type": "computer_screenshot", "image_url": PICTURE}}]}, 765),
+        ({"input": [{"image": PICTURE}, {"text": "four"}]}, 766),
+        ({"messages": [{"role": "user", "content": "four", "images": ["x" * 9_999] * 2}]}, 1_531),
+        ({"prompt": "four", "images": ["x" * 9_999]}, 766),
+        ({"messages": [{"role": "user", "content": "four", "images": None}]}, 1),
+        ({"messages": [{"content": "data: four more"}]}, 4),
         ({"messages": [{"tool_calls": [{"id": "c"}], "content": None}]}, 4),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 4),
         ({"tools": [{"name": "f"}, "odd"]}, 5),
         ({"response_format": {"type": "json_object"}}, 6),
+        ({"output_config": {"type": "json_object"}}, 6),
         ({"messages": [None, True, 1.5, {"role": "user", "type": 3, "content": "four"}]}, 1),
     ],
 )
