@@ -177,6 +177,38 @@ def test_errors_of_other_sdks_are_judged_by_status() -> None:
         assert classify(error) == Verdict(retry=True, reason="HTTP 503", overloaded=True)
 
 
+def test_headers_of_an_error_itself_are_heard() -> None:
+    """An error of aiohttp's has no response, but the status and the headers of one."""
+    kind = pytest.importorskip("aiohttp").ClientResponseError
+    error = kind(None, (), status=429, headers=httpx.Headers({"Retry-After": "7"}))
+
+    verdict = classify(error)
+
+    assert (verdict.retry, verdict.rate_limited, verdict.retry_after) == (True, True, 7.0)
+
+
+def test_errors_of_botocore_are_judged_by_their_mappings() -> None:
+    """Bedrock's status, code and headers are in dictionaries; the errors of its streams have a code."""
+    errors = pytest.importorskip("botocore.exceptions")
+
+    def answered(status: int, code: str) -> Any:
+        reply = {"HTTPStatusCode": status, "HTTPHeaders": {"retry-after": "3"}}
+        return errors.ClientError({"Error": {"Code": code}, "ResponseMetadata": reply}, "Converse")
+
+    broken = errors.EventStreamError({"Error": {"Code": "throttlingException"}}, "ConverseStream")
+
+    assert classify(answered(429, "ThrottlingException")) == Verdict(
+        retry=True,
+        reason="HTTP 429 (throttlingexception)",
+        retry_after=3.0,
+        rate_limited=True,
+        overloaded=True,
+    )
+    assert not classify(answered(400, "ValidationException")).retry
+    assert classify(broken).rate_limited
+    assert classify(errors.ConnectionClosedError(endpoint_url="https://bedrock.test")).retry
+
+
 def test_error_event_in_a_stream_is_judged_by_its_code() -> None:
     """A stream's status was 200; what went wrong is in the event."""
     limited = openai.APIError("no", REQUEST, body={"code": "rate_limit_exceeded"})
