@@ -31,6 +31,8 @@ _WRITES: Final = (
 #: The ends of paths whose calls only send tokens. Not ``/messages/count_tokens``: its limit of requests
 #: is its own, and it has none of tokens (docs.anthropic.com, "Token counting", read in 2025).
 _READS: Final = ("/embeddings", "/api/embed", "/rerank")
+#: The ends of paths that change what is there: they cancel a batch or a reply, or label a stored one.
+_CHANGES: Final = re.compile(r"/cancel/?$|/chat/completions/[^/]+/?$")
 #: What the parts of a body are, in the words of OpenAI's chat, completions, responses and embeddings,
 #: Anthropic's messages and Ollama.
 _PARTS: Final = {
@@ -182,6 +184,14 @@ def sent(path: str, body: Mapping[str, Any]) -> Sent:
 def only_reads(path: str) -> bool:
     """Tell whether a model reads what a call of ``path`` sends, and writes nothing."""
     return path.rstrip("/").endswith(_READS)
+
+
+def may_use(method: str, path: str) -> bool:
+    """Tell whether a reply to such a call speaks of the call's own usage.
+
+    What is only read back, or changed (a stored reply, a batch), tells the usage of other calls.
+    """
+    return method == "POST" and not _CHANGES.search(path)
 
 
 def replies_of(body: Mapping[str, Any]) -> int:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from asyncbucket.cost import Cost
 from asyncbucket.http.attempt import Attempt
+from asyncbucket.http.body import may_use
 from asyncbucket.http.forecast import OutputForecast
 from asyncbucket.http.learn import Ear
 from asyncbucket.http.profiles import Call, Profile
@@ -72,8 +73,7 @@ class Lane:
             refusals=self._refusals,
             forecast=self._forecast,
             now=self.limiter.now,
-            # What is only read back (a stored reply, a batch) tells the usage of other calls.
-            settles=call.method == "POST" and self._is_settled(profile),
+            settles=may_use(call.method, call.path) and self._is_settled(profile),
         )
 
     def _is_settled(self, profile: Profile) -> bool:

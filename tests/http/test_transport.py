@@ -463,15 +463,27 @@ async def test_usage_settles_the_lease(library: Any, limiter: Limiter) -> None:
     assert used(limiter, "tokens") == 97
 
 
-@pytest.mark.parametrize("path", ["/v1/batches/b1", "/v1/responses/r1", "/v1/files/f1/content"])
-async def test_usage_of_what_is_read_back_is_not_charged_again(library: Any, path: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/batches/b1"),
+        ("GET", "/v1/responses/r1"),
+        ("GET", "/v1/files/f1/content"),
+        ("POST", "/v1/batches/b1/cancel"),
+        ("POST", "/v1/responses/r1/cancel"),
+        ("POST", "/v1/chat/completions/c1"),
+    ],
+)
+async def test_usage_of_what_is_read_back_is_not_charged_again(
+    library: Any, method: str, path: str
+) -> None:
     """A batch or a stored reply tells what other calls used, and foretells nothing of the next."""
     limiter = Limiter("200k TPM", "100k ITPM", "100k OTPM")
     answer = answering(
         library, b'{"usage":{"input_tokens":5000000,"output_tokens":9000,"total_tokens":5009000}}'
     )
     async with client_over(library, limiter, answer, profile="generic") as client:
-        await client.get(f"http://127.0.0.1{path}")
+        await client.request(method, f"http://127.0.0.1{path}")
         assert [each.used for each in limiter.statistics().limits] == [0, 0, 0]
 
         async with client.stream("POST", URL, json={"messages": []}):
