@@ -238,6 +238,17 @@ def test_a_cause_that_lasts_is_not_retried() -> None:
     assert classify(ring).retry
 
 
+def test_what_a_limiter_refuses_beneath_an_sdk_is_not_retried() -> None:
+    """The SDK calls it a lost connection; but what was refused before is nobody's cause."""
+    error = openai.APIConnectionError(request=REQUEST)
+    error.__cause__ = CostExceedsLimit("ours")
+    later = openai.APIConnectionError(request=REQUEST)
+    later.__context__ = QueueFull("ours")
+
+    assert not classify(error).retry
+    assert classify(later).retry
+
+
 @pytest.mark.parametrize(
     "error",
     [

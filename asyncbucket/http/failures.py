@@ -89,9 +89,11 @@ def classify(error: BaseException) -> Verdict:
 
     A status decides where there is one. An error without (a lost connection, an error event in a
     stream) is known by the names of its classes, or by the code that it carries. An error that is
-    none of these, or of asyncbucket itself, or not an `Exception`, is not to be retried.
+    none of these, or of asyncbucket itself, or not an `Exception`, is not to be retried. (SDKs take what a
+    limiter beneath them refuses for a lost connection.)
     """
-    if not isinstance(error, Exception) or isinstance(error, AsyncBucketError):
+    refused = isinstance(error, AsyncBucketError) or isinstance(error.__cause__, AsyncBucketError)
+    if refused or not isinstance(error, Exception):
         return Verdict(retry=False, reason=type(error).__name__)
     status, codes = _status(error), frozenset(_codes(error))
     if status is not None and status >= FIRST_ERROR:

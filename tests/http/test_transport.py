@@ -846,6 +846,17 @@ async def test_transport_of_another_limiter_is_charged_too(library: Any) -> None
     assert gateway.statistics().admitted == provider.statistics().admitted == 1
 
 
+async def test_call_that_another_limiter_refuses_costs_nothing(library: Any) -> None:
+    """It was not sent: what the limiter above it had booked comes back."""
+    gateway, provider = Limiter("9 RPM", name="gateway"), Limiter("9 TPM", name="provider")
+    inner = provider.transport(library.MockTransport(answering(library, b"{}")))
+    async with library.AsyncClient(transport=gateway.transport(inner)) as client:
+        with pytest.raises(CostExceedsLimit):
+            await client.post(URL, json=BODY)
+
+    assert (used(gateway, "requests"), in_flight(gateway)) == (0, 0)
+
+
 async def test_retries_above_the_transport_are_mentioned_once(
     library: Any, limiter: Limiter, caplog: pytest.LogCaptureFixture
 ) -> None:
