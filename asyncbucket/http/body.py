@@ -37,7 +37,8 @@ _CHANGES: Final = re.compile(r"/cancel/?$|/chat/completions/[^/]+/?$")
 #: Anthropic's messages and Ollama.
 _PARTS: Final = {
     **dict.fromkeys(
-        ("messages", "input", "prompt", "instructions", "system", "suffix", "documents"), "text"
+        ("messages", "input", "prompt", "instructions", "system", "suffix", "query", "documents"),
+        "text",
     ),
     **dict.fromkeys(("tools", "functions"), "tools"),
     **dict.fromkeys(("response_format", "text", "format", "output_config"), "json"),
@@ -195,8 +196,12 @@ def may_use(method: str, path: str) -> bool:
 
 
 def replies_of(body: Mapping[str, Any]) -> int:
-    """Return how many replies the call with the JSON ``body`` asks for."""
-    return max([1, *(value for name in _REPLIES if _is_count(value := body.get(name)))])
+    """Return how many replies the call with the JSON ``body`` asks for, to all its prompts."""
+    to_one = max([1, *(value for name in _REPLIES if _is_count(value := body.get(name)))])
+    prompt = body.get("prompt")
+    prompts = prompt if isinstance(prompt, list) else []
+    # Numbers are the tokens of one.
+    return to_one * max(1, sum(not isinstance(each, int) for each in prompts))
 
 
 def _look_into(body: Mapping[str, Any], found: Sent) -> None:

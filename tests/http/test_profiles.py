@@ -79,6 +79,17 @@ def test_call_is_charged_as_the_provider_does(
     assert profile.cost(call(messages=MESSAGES, **body)) == cost
 
 
+@pytest.mark.parametrize(
+    ("prompt", "replies"),
+    [("four", 1), (["four", "five"], 2), ([[1, 2], [3]], 2), ([1, 2, 3], 1), ([], 1)],
+)
+def test_each_of_several_prompts_is_replied_to(prompt: object, replies: int) -> None:
+    """A completion may ask with many prompts at once, as texts or as tokens."""
+    cost = GENERIC.cost(call("/v1/completions", prompt=prompt, max_tokens=20, n=3))
+
+    assert cost.get("output_tokens") == replies * 3 * 20
+
+
 @pytest.mark.parametrize("profile", [OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC])
 def test_embeddings_cost_their_input(profile: Profile) -> None:
     """Nothing is written, so only what is sent counts."""
@@ -124,6 +135,7 @@ def test_tokens_are_settled_where_the_provider_does() -> None:
         ({"input": [{"image": PICTURE}, {"text": "four"}]}, 766),
         ({"messages": [{"role": "user", "content": "four", "images": ["x" * 9_999] * 2}]}, 1_531),
         ({"prompt": "four", "images": ["x" * 9_999]}, 766),
+        ({"query": "four", "documents": ["four", "fours"]}, 4),
         ({"messages": [{"role": "user", "content": "four", "images": None}]}, 1),
         ({"messages": [{"content": "data: four more"}]}, 4),
         ({"messages": [{"tool_calls": [{"id": "c"}], "content": None}]}, 4),
