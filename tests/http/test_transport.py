@@ -651,6 +651,19 @@ async def test_foreseen_output_does_not_make_a_call_impossible(library: Any) -> 
             await client.post(URL, json=body)
 
 
+async def test_foreseen_output_of_several_replies_is_cut_for_each(library: Any) -> None:
+    """Together they are cut to what the limits allow, whether or not a profile counts them all."""
+    one = ProviderProfile(name="one", charge=lambda _, foreseen: (0, foreseen, foreseen))
+    body = {"messages": [{"role": "user", "content": "x" * 400}], "n": 4}
+    for profile, reserved in (("generic", 4 * 12), (one, 50)):
+        limiter = Limiter("50 OTPM")
+        answer = answering(library, b"{}")
+        async with client_over(library, limiter, answer, profile=profile) as client:
+            await client.post(URL, json=body)
+
+        assert used(limiter, "output_tokens") == reserved
+
+
 async def test_length_of_one_reply_is_foreseen_where_a_call_asks_for_several(library: Any) -> None:
     """Four replies of a thousand tokens each tell that four more take four thousand, not sixteen."""
     limiter = Limiter("100k OTPM")
