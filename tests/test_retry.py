@@ -933,9 +933,24 @@ def test_stamina_switched_off_by_the_application(stage: Stage, switch: str) -> N
 
     assert caught.value is error
     assert script.times == [0.0]
-    assert error.__notes__ == [
-        "asyncbucket: tried once in 0.0 s; gave up: stamina is switched off, or in its testing mode"
-    ]
+    how = "switched off" if switch == "inactive" else "in its testing mode"
+    assert error.__notes__ == [f"asyncbucket: tried once in 0.0 s; gave up: stamina is {how}"]
+
+
+def test_no_retry_is_told_of_that_will_not_be(stage: Stage) -> None:
+    """Where stamina is switched off, nobody hears of retries, and none is paid for."""
+    retrier = stage.retrier()
+    told: list[object] = []
+    stage.limiter.observe(told.append)
+    stamina.set_active(False)
+    try:
+        with pytest.raises(openai.APIStatusError):
+            stage.run(retrier.call(stage.script(status_error(500))))
+    finally:
+        stamina.set_active(True)
+
+    assert told == []
+    assert "100 retries in the budget" in repr(retrier)
 
 
 def test_synchronous_calls_do_the_same(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
