@@ -177,6 +177,38 @@ def test_errors_of_other_sdks_are_judged_by_status() -> None:
         assert classify(error) == Verdict(retry=True, reason="HTTP 503", overloaded=True)
 
 
+def test_headers_of_an_error_itself_are_heard() -> None:
+    """An error of aiohttp's has no response, but the status and the headers of one."""
+    kind = pytest.importorskip("aiohttp").ClientResponseError
+    error = kind(None, (), status=429, headers=httpx.Headers({"Retry-After": "7"}))
+
+    verdict = classify(error)
+
+    assert (verdict.retry, verdict.rate_limited, verdict.retry_after) == (True, True, 7.0)
+
+
+def test_errors_of_botocore_are_judged_by_their_mappings() -> None:
+    """Bedrock's status, code and headers are in dictionaries; the errors of its streams have a code."""
+    errors = pytest.importorskip("botocore.exceptions")
+
+    def answered(status: int, code: str) -> Any:
+        reply = {"HTTPStatusCode": status, "HTTPHeaders": {"retry-after": "3"}}
+        return errors.ClientError({"Error": {"Code": code}, "ResponseMetadata": reply}, "Converse")
+
+    broken = errors.EventStreamError({"Error": {"Code": "throttlingException"}}, "ConverseStream")
+
+    assert classify(answered(429, "ThrottlingException")) == Verdict(
+        retry=True,
+        reason="HTTP 429 (throttlingexception)",
+        retry_after=3.0,
+        rate_limited=True,
+        overloaded=True,
+    )
+    assert not classify(answered(400, "ValidationException")).retry
+    assert classify(broken).rate_limited
+    assert classify(errors.ConnectionClosedError(endpoint_url="https://bedrock.test")).retry
+
+
 def test_error_event_in_a_stream_is_judged_by_its_code() -> None:
     """A stream's status was 200; what went wrong is in the event."""
     limited = openai.APIError("no", REQUEST, body={"code": "rate_limit_exceeded"})
@@ -204,6 +236,17 @@ def test_a_cause_that_lasts_is_not_retried() -> None:
 
     assert not classify(error).retry
     assert classify(ring).retry
+
+
+def test_what_a_limiter_refuses_beneath_an_sdk_is_not_retried() -> None:
+    """The SDK calls it a lost connection; but what was refused before is nobody's cause."""
+    error = openai.APIConnectionError(request=REQUEST)
+    error.__cause__ = CostExceedsLimit("ours")
+    later = openai.APIConnectionError(request=REQUEST)
+    later.__context__ = QueueFull("ours")
+
+    assert not classify(error).retry
+    assert classify(later).retry
 
 
 @pytest.mark.parametrize(
@@ -890,9 +933,24 @@ def test_stamina_switched_off_by_the_application(stage: Stage, switch: str) -> N
 
     assert caught.value is error
     assert script.times == [0.0]
-    assert error.__notes__ == [
-        "asyncbucket: tried once in 0.0 s; gave up: stamina is switched off, or in its testing mode"
-    ]
+    how = "switched off" if switch == "inactive" else "in its testing mode"
+    assert error.__notes__ == [f"asyncbucket: tried once in 0.0 s; gave up: stamina is {how}"]
+
+
+def test_no_retry_is_told_of_that_will_not_be(stage: Stage) -> None:
+    """Where stamina is switched off, nobody hears of retries, and none is paid for."""
+    retrier = stage.retrier()
+    told: list[object] = []
+    stage.limiter.observe(told.append)
+    stamina.set_active(False)
+    try:
+        with pytest.raises(openai.APIStatusError):
+            stage.run(retrier.call(stage.script(status_error(500))))
+    finally:
+        stamina.set_active(True)
+
+    assert told == []
+    assert "100 retries in the budget" in repr(retrier)
 
 
 def test_synchronous_calls_do_the_same(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

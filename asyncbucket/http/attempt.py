@@ -28,9 +28,9 @@ _LAG: Final = 0.2
 #: A request that leaves so long (s) after its admission is dated anew: connections take their time.
 _SOON: Final = 0.002
 _ENCODING: Final = b"content-encoding"
-#: Errors of httpx and httpx2 that mean: nothing was sent, so nothing was charged.
+#: Errors of httpx and httpx2, and of a limiter beneath, that mean: nothing was sent, so nothing was charged.
 _NEVER_SENT: Final = frozenset(
-    {"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"}
+    {"AsyncBucketError", "ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"}
 )
 
 

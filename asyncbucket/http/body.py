@@ -31,19 +31,23 @@ _WRITES: Final = (
 #: The ends of paths whose calls only send tokens. Not ``/messages/count_tokens``: its limit of requests
 #: is its own, and it has none of tokens (docs.anthropic.com, "Token counting", read in 2025).
 _READS: Final = ("/embeddings", "/api/embed", "/rerank")
+#: The ends of paths that change what is there: they cancel a batch or a reply, or label a stored one.
+_CHANGES: Final = re.compile(r"/cancel/?$|/chat/completions/[^/]+/?$")
 #: What the parts of a body are, in the words of OpenAI's chat, completions, responses and embeddings,
 #: Anthropic's messages and Ollama.
 _PARTS: Final = {
     **dict.fromkeys(
-        ("messages", "input", "prompt", "instructions", "system", "suffix", "documents"), "text"
+        ("messages", "input", "prompt", "instructions", "system", "suffix", "query", "documents"),
+        "text",
     ),
     **dict.fromkeys(("tools", "functions"), "tools"),
-    **dict.fromkeys(("response_format", "text", "format"), "json"),
+    **dict.fromkeys(("response_format", "text", "format", "output_config"), "json"),
     **dict.fromkeys(
         ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_tokens_to_sample"),
         "limit",
     ),
     "options": "options",
+    "images": "pictures",
 }
 #: By what the same body asks for several replies to one prompt.
 _REPLIES: Final = ("n", "best_of")
@@ -54,6 +58,8 @@ _NOT_SENT: Final = frozenset(
 #: Parts that are files, but for Anthropic's documents of a source that is written out: text or parts.
 _FILES: Final = ("document", "file", "input_file")
 _WRITTEN_OUT: Final = ("text", "content")
+#: What stands in place of an address: a picture, a video or a file, whatever the part around it is called.
+_DATA: Final = re.compile(r"data:(\w+)/[^,]{1,99};base64,")
 #: OpenAI's GPT-4o and 4.1: 85 in low detail; 85 and 170 for each of four tiles of 512 pixels ("Images
 #: and vision", read in 2025). Anthropic: width * height / 750, at most about 1,600.
 AN_IMAGE: Final = 765
@@ -116,7 +122,9 @@ class Sent:
 
     def weigh(self, value: object) -> None:
         """Add text, parts of messages, or lists of them."""
-        if isinstance(value, str):
+        if isinstance(value, str) and (data := _DATA.match(value)):
+            self.extra += AN_IMAGE if data[1] == "image" else _size(value)
+        elif isinstance(value, str):
             self.characters += len(value)
             self.size += len(value) if value.isascii() else len(value.encode("utf-8", "replace"))
         elif isinstance(value, list):
@@ -135,17 +143,24 @@ class Sent:
         if value:
             self.weigh(json.dumps(value, ensure_ascii=False))
 
+    def weigh_pictures(self, value: object) -> None:
+        """Add pictures that are nothing but base64, as Ollama is sent them."""
+        if isinstance(value, list):
+            self.extra += AN_IMAGE * len(value)
+
     def _weigh_part(self, part: dict[str, Any]) -> None:
         kind = part.get("type")
         kind = kind if isinstance(kind, str) else ""
         if "image" in kind:
             self.extra += A_SMALL_IMAGE if _detail(part) == "low" else AN_IMAGE
         elif "audio" in kind or (kind in _FILES and not _is_written_out(part)):
-            self.extra += len(json.dumps(part)) * 3 // 4 // _BYTES_A_TOKEN
+            self.extra += _size(json.dumps(part))
         else:
             for name, value in part.items():
                 if name in ("tool_calls", "function_call"):
                     self.weigh_json(value)
+                elif name == "images" and "role" in part:
+                    self.weigh_pictures(value)
                 elif name not in _NOT_SENT:
                     self.weigh(value)
 
@@ -176,9 +191,21 @@ def only_reads(path: str) -> bool:
     return path.rstrip("/").endswith(_READS)
 
 
+def may_use(method: str, path: str) -> bool:
+    """Tell whether a reply to such a call speaks of the call's own usage.
+
+    What is only read back, or changed (a stored reply, a batch), tells the usage of other calls.
+    """
+    return method == "POST" and not _CHANGES.search(path)
+
+
 def replies_of(body: Mapping[str, Any]) -> int:
-    """Return how many replies the call with the JSON ``body`` asks for."""
-    return max([1, *(value for name in _REPLIES if is_count(value := body.get(name)))])
+    """Return how many replies the call with the JSON ``body`` asks for, to all its prompts."""
+    to_one = max([1, *(value for name in _REPLIES if is_count(value := body.get(name)))])
+    prompt = body.get("prompt")
+    prompts = prompt if isinstance(prompt, list) else []
+    # Numbers are the tokens of one.
+    return to_one * max(1, sum(not isinstance(each, int) for each in prompts))
 
 
 def _look_into(body: Mapping[str, Any], found: Sent) -> None:
@@ -192,6 +219,8 @@ def _look_into(body: Mapping[str, Any], found: Sent) -> None:
         elif part == "tools" and isinstance(value, list):
             for tool in value:  # without OpenAI's wrapping
                 found.weigh_json(tool.get("function", tool) if isinstance(tool, dict) else tool)
+        elif part == "pictures":
+            found.weigh_pictures(value)
         elif part == "limit" and is_count(value):
             found.max_output = value
         elif part == "options" and isinstance(value, dict) and is_count(value.get("num_predict")):
@@ -202,6 +231,11 @@ def _is_written_out(part: dict[str, Any]) -> bool:
     """Tell whether a document is no file, but text that is sent as it is."""
     source = part.get("source")
     return isinstance(source, dict) and source.get("type") in _WRITTEN_OUT
+
+
+def _size(base64: str) -> int:
+    """Return the tokens of sound or of a file, guessed by its size."""
+    return len(base64) * 3 // 4 // _BYTES_A_TOKEN
 
 
 def _detail(part: dict[str, Any]) -> object:

@@ -8,6 +8,7 @@ only part of it that gets into a `Verdict` is a status, a code of a few letters 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from time import time as wall_clock
 from typing import Any, Final
 
@@ -26,7 +27,8 @@ _TRANSIENT_STATUSES: Final = frozenset({408, 409, RATE_LIMITED})
 EXHAUSTED: Final = frozenset(
     {"billing_hard_limit_reached", "billing_not_active", "insufficient_quota"}
 )
-#: Error events in a stream whose status was 200: OpenAI's `code` and `type`, Anthropic's `type`.
+#: Error events in a stream whose status was 200: OpenAI's `code` and `type`, Anthropic's `type`, and
+#: Bedrock's `Code`.
 _TRANSIENT_CODES: Final = frozenset(
     {
         "api_error",
@@ -34,20 +36,23 @@ _TRANSIENT_CODES: Final = frozenset(
         "rate_limit_error",
         "rate_limit_exceeded",
         "server_error",
+        "throttlingexception",
         "timeout_error",
     }
 )
 _OVERLOADED_CODES: Final = frozenset({"overloaded_error", "timeout_error"})
+_RATE_LIMIT_CODES: Final = ("rate_limit", "throttling")
 #: Python's own (also as asyncio's), the SDKs', httpx's and httpx2's, aiohttp's, requests'; but a
 #: connection that could not be had says nothing about calls.
 _TIMEOUTS: Final = frozenset(
     {"APITimeoutError", "ReadTimeout", "ServerTimeoutError", "TimeoutError"}
 )
-#: Python's own, OpenAI's, Anthropic's, httpx's and httpx2's, aiohttp's, requests'.
+#: Python's own, OpenAI's, Anthropic's, httpx's and httpx2's, aiohttp's, requests', botocore's.
 _CONNECTION_ERRORS: Final = frozenset(
     {
         "APIConnectionError",
         "ClientConnectionError",
+        "ConnectionClosedError",
         "ConnectionError",
         "Timeout",
         "TimeoutError",
@@ -84,16 +89,18 @@ def classify(error: BaseException) -> Verdict:
 
     A status decides where there is one. An error without (a lost connection, an error event in a
     stream) is known by the names of its classes, or by the code that it carries. An error that is
-    none of these, or of asyncbucket itself, or not an `Exception`, is not to be retried.
+    none of these, or of asyncbucket itself, or not an `Exception`, is not to be retried. (SDKs take what a
+    limiter beneath them refuses for a lost connection.)
     """
-    if not isinstance(error, Exception) or isinstance(error, AsyncBucketError):
+    refused = isinstance(error, AsyncBucketError) or isinstance(error.__cause__, AsyncBucketError)
+    if refused or not isinstance(error, Exception):
         return Verdict(retry=False, reason=type(error).__name__)
     status, codes = _status(error), frozenset(_codes(error))
     if status is not None and status >= FIRST_ERROR:
         return _judge_status(error, status, codes)
     if codes & _TRANSIENT_CODES:
         reason = min(codes & _TRANSIENT_CODES)
-        rate_limited = reason.startswith("rate_limit")
+        rate_limited = reason.startswith(_RATE_LIMIT_CODES)
         return Verdict(
             retry=True,
             reason=reason,
@@ -112,9 +119,7 @@ def classify(error: BaseException) -> Verdict:
 def _judge_status(error: Exception, status: int, codes: frozenset[str]) -> Verdict:
     code = next((code for code in sorted(codes) if _CODE.fullmatch(code)), None)
     reason = f"HTTP {status} ({code})" if code else f"HTTP {status}"
-    reply_headers = getattr(getattr(error, "response", None), "headers", None)
-    if not isinstance(reply_headers, Mapping):
-        reply_headers = {}
+    reply_headers = _headers(error)
     transient = status in _TRANSIENT_STATUSES or status >= _FIRST_SERVER_ERROR
     if not transient or codes & EXHAUSTED or headers.forbids_retry(reply_headers):
         return Verdict(retry=False, reason=reason)
@@ -131,23 +136,42 @@ def _judge_status(error: Exception, status: int, codes: frozenset[str]) -> Verdi
 
 def _status(error: Exception) -> int | None:
     """Return the HTTP status that an error or its response carries, by the usual names."""
-    for holder in (error, getattr(error, "response", None)):
-        for name in ("status_code", "status", "code"):
-            value = getattr(holder, name, None)
-            if isinstance(value, int) and 100 <= value < 600:  # noqa: PLR2004 - HTTP's range
-                return int(value)
+    holders = (error, getattr(error, "response", None))
+    names = ("status_code", "status", "code")
+    found = (getattr(holder, name, None) for holder in holders for name in names)
+    for value in chain(found, [_botocore(error, "ResponseMetadata").get("HTTPStatusCode")]):
+        if isinstance(value, int) and 100 <= value < 600:  # noqa: PLR2004 - HTTP's range
+            return int(value)
     return None
+
+
+def _headers(error: Exception) -> Mapping[str, Any]:
+    """Return the headers of the reply that an error is about: its response's, or aiohttp's own."""
+    found = [
+        getattr(holder, "headers", None) for holder in (getattr(error, "response", None), error)
+    ]
+    for value in (*found, _botocore(error, "ResponseMetadata").get("HTTPHeaders")):
+        if isinstance(value, Mapping):
+            return value
+    return {}
+
+
+def _botocore(error: Exception, part: str) -> Mapping[str, Any]:
+    """Return a part of what an error of botocore's has as its response, a mapping of mappings."""
+    response = getattr(error, "response", None)
+    found = response.get(part) if isinstance(response, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
 def _codes(error: Exception) -> Iterator[str]:
     """Yield the codes and types in an error and its body, in lower case."""
     body: Any = getattr(error, "body", None)
-    holders: list[Any] = [vars(error), body]
+    holders: list[Any] = [vars(error), body, _botocore(error, "Error")]
     if isinstance(body, Mapping):
         holders.append(body.get("error"))
     for holder in holders:
         if isinstance(holder, Mapping):
-            for name in ("code", "type"):
+            for name in ("code", "type", "Code"):
                 value = holder.get(name)
                 # Anthropic's outer `type` is "error", which is no news.
                 if isinstance(value, str) and value != "error":

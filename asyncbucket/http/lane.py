@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from asyncbucket.cost import Cost
 from asyncbucket.http.attempt import Attempt
+from asyncbucket.http.body import may_use, replies_of
 from asyncbucket.http.forecast import OutputForecast
 from asyncbucket.http.learn import Ear
 from asyncbucket.http.profiles import Call, Profile
@@ -52,13 +53,22 @@ class Lane:
         cost = profile.cost(call)
         if cost is None:
             return call, None
+        excess = self._excess(cost)
+        if excess:  # what is only foreseen must not make a call impossible
+            whole = call
+            for replies in (replies_of(call.body), 1):  # a profile may foresee one for all of them
+                call = replace(whole, foreseen=max(0, whole.foreseen - -(-excess // replies)))
+                cost = profile.cost(call)
+                if cost is None or not self._excess(cost):
+                    break
+        return call, cost
+
+    def _excess(self, cost: Cost) -> int:
+        """Return by how much ``cost`` is more than what any limit can ever admit."""
         excess, amounts = 0, cost._amounts  # noqa: SLF001 - looked at for each request
         for limit in in_force(asked(self.limiter)):
             excess = max(excess, amounts.get(limit.resource, 0) - limit.amount)
-        if excess:  # what is only foreseen must not make a call impossible
-            call = replace(call, foreseen=max(0, call.foreseen - excess))
-            cost = profile.cost(call)
-        return call, cost
+        return excess
 
     def attempt(self, lease: Lease, call: Call, profile: Profile) -> Attempt:
         """Return the attempt that ``lease`` was taken for, which leaves now."""
@@ -72,8 +82,7 @@ class Lane:
             refusals=self._refusals,
             forecast=self._forecast,
             now=self.limiter.now,
-            # What is only read back (a stored reply, a batch) tells the usage of other calls.
-            settles=call.method == "POST" and self._is_settled(profile),
+            settles=may_use(call.method, call.path) and self._is_settled(profile),
         )
 
     def _is_settled(self, profile: Profile) -> bool:

@@ -31,8 +31,10 @@ _OUTPUT: Final = (
     "eval_count",
 )
 _TOTAL: Final = ("total_tokens", "totalTokens", "total_token_count")
-#: Anthropic counts apart what it writes to its cache; limits of input count it, and not what is read.
-_CACHE_WRITES: Final = "cache_creation_input_tokens"
+#: Anthropic and Bedrock count apart what is written to their cache, and read from it; limits of input
+#: count what is written, and not what is read.
+_CACHE_WRITES: Final = ("cache_creation_input_tokens", "cacheWriteInputTokens")
+_CACHE_READS: Final = ("cache_read_input_tokens", "cacheReadInputTokens")
 
 #: More than any model's context, and less than would stop a limiter for good.
 _MOST: Final = 10_000_000
@@ -99,13 +101,17 @@ def _places(reply: object) -> Iterator[object]:
 
 def read_usage(place: object) -> Usage | None:
     """Return the usage that is written in ``place``, which is one already, or None."""
-    given, received = _number(place, *_INPUT), _number(place, *_OUTPUT)
-    total = _number(place, *_TOTAL)
+    given, received = _number(place, *_INPUT) or 0, _number(place, *_OUTPUT) or 0
+    total = _number(place, *_TOTAL) or 0
     if not (given or received or total):
         return None
-    given = (given or 0) + (_number(place, _CACHE_WRITES) or 0)
-    # Gemini counts its thoughts in the total alone.
-    received = max(received or 0, (total or 0) - given)
+    written = _number(place, *_CACHE_WRITES) or 0
+    if total:
+        rest = max(0, total - given - received)
+        written = min(written, rest)  # of gateways like LiteLLM it is in the prompt
+        # Gemini counts its thoughts in the total alone, and Bedrock there what it read from its cache.
+        received += max(0, rest - written - (_number(place, *_CACHE_READS) or 0))
+    given += written
     return Usage(given, received, given + received)
 
 

@@ -56,18 +56,20 @@ class ToolPacing:
         """Return what ``send()`` does, paced; or just that within a call of the same tool."""
         if is_running(tool):
             return await send()
-        with await admit(self.limiter, self._amounts(send)) as lease, running(tool, lease):
+        with await admit(self.limiter, self._amounts(tool, send)) as lease, running(tool, lease):
             return await send()
 
     def call_sync(self, tool: object, send: "functools.partial[T]") -> T:
         """Do what `call` does, on a thread that may be blocked."""
         if is_running(tool):
             return send()
-        with admit_sync(self.limiter, self._amounts(send)) as lease, running(tool, lease):
+        with admit_sync(self.limiter, self._amounts(tool, send)) as lease, running(tool, lease):
             return send()
 
-    def _amounts(self, send: "functools.partial[Any]") -> Mapping[str, float]:
-        amounts = self._price(*send.args, **send.keywords)
+    def _amounts(self, tool: object, send: "functools.partial[Any]") -> Mapping[str, float]:
+        # What a `FunctionTool` was given when it was made it passes on by itself.
+        given: Mapping[str, Any] = getattr(tool, "partial_params", {})
+        amounts = self._price(*send.args, **{**given, **send.keywords})
         if not isinstance(amounts, Mapping):
             raise TypeError(
                 f"cost= returned {shown(amounts)}; it returns amounts by resource, {{'images': 3}}"

@@ -65,6 +65,11 @@ def not_ours(record: logging.LogRecord) -> bool:
     return not str(vars(record).get("stamina.caused_by")).endswith(_OURS)
 
 
+def is_off() -> bool:
+    """Tell whether the application has switched stamina off, and with it all that it would try again."""
+    return not stamina.is_active()
+
+
 def again(once: Callable[[], T], *, attempts: int) -> Callable[[], T]:
     """Return ``once``, async or plain, called again whenever it raises a `TryAgain`."""
     return stamina.retry(on=_wait_of, attempts=attempts, timeout=None)(once)

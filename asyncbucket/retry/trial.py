@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from asyncbucket.errors import AsyncBucketError
 from asyncbucket.http.failures import Verdict, classify
-from asyncbucket.retry.again import TryAgain, by_the_name
+from asyncbucket.retry.again import TryAgain, by_the_name, is_off
 from asyncbucket.wording import in_seconds
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ class Trial:
         paused = retrier.pause(verdict, self.sent.at) if verdict.rate_limited else None
         if self.attempts >= policy.attempts:
             return 0.0, f"Retry(attempts={policy.attempts}) allows no more"
+        if is_off():
+            return 0.0, "stamina is switched off"
         if asked is not None and asked > policy.max_wait:
             return 0.0, (
                 f"the provider asks to wait {in_seconds(asked)}, "
@@ -116,7 +118,7 @@ class Trial:
         if error is None:
             return ended
         if isinstance(ended, TryAgain):
-            self._note(error, "stamina is switched off, or in its testing mode")
+            self._note(error, "stamina is in its testing mode")
         else:
             self.attempts -= 1  # it was refused before it reached the provider
             self._note(error, f"no other attempt was admitted: {ended}")

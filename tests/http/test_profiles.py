@@ -12,6 +12,9 @@ from asyncbucket.http.profiles import profile_named, profile_of
 
 MESSAGES = [{"role": "user", "content": "x" * 400}]
 USAGE = Usage(90, 7, 97)
+PICTURE = "data:image/png;base64," + "x" * 9_999
+VIDEO = "data:video/mp4;base64," + "x" * 8_512
+FILE = "data:application/pdf;base64," + "x" * 8_512
 
 
 def call(path: str = "/v1/chat/completions", *, foreseen: int = 256, **body: Any) -> Call:
@@ -76,6 +79,17 @@ def test_call_is_charged_as_the_provider_does(
     assert profile.cost(call(messages=MESSAGES, **body)) == cost
 
 
+@pytest.mark.parametrize(
+    ("prompt", "replies"),
+    [("four", 1), (["four", "five"], 2), ([[1, 2], [3]], 2), ([1, 2, 3], 1), ([], 1)],
+)
+def test_each_of_several_prompts_is_replied_to(prompt: object, replies: int) -> None:
+    """A completion may ask with many prompts at once, as texts or as tokens."""
+    cost = GENERIC.cost(call("/v1/completions", prompt=prompt, max_tokens=20, n=3))
+
+    assert cost.get("output_tokens") == replies * 3 * 20
+
+
 @pytest.mark.parametrize("profile", [OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC])
 def test_embeddings_cost_their_input(profile: Profile) -> None:
     """Nothing is written, so only what is sent counts."""
@@ -115,10 +129,20 @@ def test_tokens_are_settled_where_the_provider_does() -> None:
         ({"messages": [{"content": [document("base64", data="x" * 8_500)]}]}, 100),
         ({"messages": [{"content": [document("text", data="x" * 8_500)]}]}, 2_125),
         ({"messages": [{"content": [document("content", content=[{"text": "four"}])]}]}, 1),
+        ({"messages": [{"content": [{"type": "video_url", "video_url": {"url": VIDEO}}]}]}, 100),
+        ({"messages": [{"content": [{"type": "document_url", "document_url": FILE}]}]}, 100),
+        ({"input": [{"output": {"type": "computer_screenshot", "image_url": PICTURE}}]}, 765),
+        ({"input": [{"image": PICTURE}, {"text": "four"}]}, 766),
+        ({"messages": [{"role": "user", "content": "four", "images": ["x" * 9_999] * 2}]}, 1_531),
+        ({"prompt": "four", "images": ["x" * 9_999]}, 766),
+        ({"query": "four", "documents": ["four", "fours"]}, 4),
+        ({"messages": [{"role": "user", "content": "four", "images": None}]}, 1),
+        ({"messages": [{"content": "data: four more"}]}, 4),
         ({"messages": [{"tool_calls": [{"id": "c"}], "content": None}]}, 4),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 4),
         ({"tools": [{"name": "f"}, "odd"]}, 5),
         ({"response_format": {"type": "json_object"}}, 6),
+        ({"output_config": {"type": "json_object"}}, 6),
         ({"messages": [None, True, 1.5, {"role": "user", "type": 3, "content": "four"}]}, 1),
     ],
 )

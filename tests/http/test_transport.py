@@ -463,15 +463,27 @@ async def test_usage_settles_the_lease(library: Any, limiter: Limiter) -> None:
     assert used(limiter, "tokens") == 97
 
 
-@pytest.mark.parametrize("path", ["/v1/batches/b1", "/v1/responses/r1", "/v1/files/f1/content"])
-async def test_usage_of_what_is_read_back_is_not_charged_again(library: Any, path: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/batches/b1"),
+        ("GET", "/v1/responses/r1"),
+        ("GET", "/v1/files/f1/content"),
+        ("POST", "/v1/batches/b1/cancel"),
+        ("POST", "/v1/responses/r1/cancel"),
+        ("POST", "/v1/chat/completions/c1"),
+    ],
+)
+async def test_usage_of_what_is_read_back_is_not_charged_again(
+    library: Any, method: str, path: str
+) -> None:
     """A batch or a stored reply tells what other calls used, and foretells nothing of the next."""
     limiter = Limiter("200k TPM", "100k ITPM", "100k OTPM")
     answer = answering(
         library, b'{"usage":{"input_tokens":5000000,"output_tokens":9000,"total_tokens":5009000}}'
     )
     async with client_over(library, limiter, answer, profile="generic") as client:
-        await client.get(f"http://127.0.0.1{path}")
+        await client.request(method, f"http://127.0.0.1{path}")
         assert [each.used for each in limiter.statistics().limits] == [0, 0, 0]
 
         async with client.stream("POST", URL, json={"messages": []}):
@@ -637,6 +649,19 @@ async def test_foreseen_output_does_not_make_a_call_impossible(library: Any) -> 
         body["messages"][0]["content"] = "x" * 4_000
         with pytest.raises(CostExceedsLimit, match="1,000"):
             await client.post(URL, json=body)
+
+
+async def test_foreseen_output_of_several_replies_is_cut_for_each(library: Any) -> None:
+    """Together they are cut to what the limits allow, whether or not a profile counts them all."""
+    one = ProviderProfile(name="one", charge=lambda _, foreseen: (0, foreseen, foreseen))
+    body = {"messages": [{"role": "user", "content": "x" * 400}], "n": 4}
+    for profile, reserved in (("generic", 4 * 12), (one, 50)):
+        limiter = Limiter("50 OTPM")
+        answer = answering(library, b"{}")
+        async with client_over(library, limiter, answer, profile=profile) as client:
+            await client.post(URL, json=body)
+
+        assert used(limiter, "output_tokens") == reserved
 
 
 async def test_length_of_one_reply_is_foreseen_where_a_call_asks_for_several(library: Any) -> None:
@@ -832,6 +857,17 @@ async def test_transport_of_another_limiter_is_charged_too(library: Any) -> None
         await client.get(URL)
 
     assert gateway.statistics().admitted == provider.statistics().admitted == 1
+
+
+async def test_call_that_another_limiter_refuses_costs_nothing(library: Any) -> None:
+    """It was not sent: what the limiter above it had booked comes back."""
+    gateway, provider = Limiter("9 RPM", name="gateway"), Limiter("9 TPM", name="provider")
+    inner = provider.transport(library.MockTransport(answering(library, b"{}")))
+    async with library.AsyncClient(transport=gateway.transport(inner)) as client:
+        with pytest.raises(CostExceedsLimit):
+            await client.post(URL, json=BODY)
+
+    assert (used(gateway, "requests"), in_flight(gateway)) == (0, 0)
 
 
 async def test_retries_above_the_transport_are_mentioned_once(

@@ -212,6 +212,20 @@ def test_cost_is_a_mapping_or_a_callable() -> None:
     assert (requests.used, images.used) == (1 + 2 + 6, 3 + 20 + 7)
 
 
+async def test_cost_by_argument_gets_what_a_tool_was_given_beforehand() -> None:
+    """Whichever way the tool is called: agents await `acall`."""
+    limiter = Limiter("1000 images/m")
+    inner = FunctionTool.from_defaults(add, partial_params={"b": 5})
+
+    def product(a: int, b: int) -> int:
+        return a * b
+
+    tool = limiter.wrap(inner, cost={"images": product})
+
+    assert tool(a=1).content == tool.call(a=1).content == (await tool.acall(a=1)).content == "6"
+    assert limiter.statistics().limits[0].used == 5 + 5 + 5
+
+
 def test_bad_costs_are_refused() -> None:
     """With what a cost is."""
     limiter = Limiter("100 RPM")

@@ -32,6 +32,22 @@ GEMINI = {
     "total_token_count": 20,
 }
 BEDROCK = {"inputTokens": 12, "outputTokens": 8, "totalTokens": 20}
+#: The total holds what was read from the cache and written to it; the input holds neither.
+BEDROCK_CACHED = {
+    "inputTokens": 2,
+    "cacheWriteInputTokens": 10,
+    "cacheReadInputTokens": 5000,
+    "outputTokens": 8,
+    "totalTokens": 5020,
+}
+#: As LiteLLM tells of Anthropic: the prompt holds both.
+GATEWAY = {
+    "prompt_tokens": 12,
+    "completion_tokens": 8,
+    "total_tokens": 20,
+    "cache_creation_input_tokens": 10,
+    "cache_read_input_tokens": 1,
+}
 OLLAMA = {"prompt_eval_count": 12, "eval_count": 8, "eval_duration": 4_000_000}
 
 
@@ -64,6 +80,8 @@ def chat(raw: object = None, **extra: Any) -> ChatResponse:
         chat({"usage": SimpleNamespace(**ANTHROPIC)}),
         chat({"usage_metadata": GEMINI}),
         chat({"usage": BEDROCK}),
+        chat({"usage": BEDROCK_CACHED}),
+        chat({"usage": GATEWAY}),
         chat(OLLAMA),
         chat(**OPENAI),
         chat(usage=SimpleNamespace(**RESPONSES)),
