@@ -20,7 +20,7 @@ from asyncbucket import (
     pace,
 )
 from asyncbucket.testing import VirtualTime
-from asyncbucket.wording import shown
+from asyncbucket.wording import one_line, shown
 
 NO_TIMES = [float("nan"), True, "5", [], b""]
 
@@ -333,3 +333,10 @@ def test_name_that_the_package_has_not_is_refused_as_of_any_module() -> None:
     with pytest.raises(AttributeError, match=r"^module 'asyncbucket' has no attribute 'Limitr'$"):
         _ = asyncbucket.Limitr
     assert asyncbucket.Plan.__name__ == "Plan"
+
+
+def test_what_others_wrote_steers_no_terminal() -> None:
+    """It is one line, of characters that can be seen."""
+    assert (
+        one_line(" a\x1b[2J\x07 name\r\n\tof\u200bsomebody\u2028 é ") == "a [2J  name of somebody é"
+    )
