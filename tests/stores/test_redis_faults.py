@@ -251,6 +251,10 @@ async def test_server_short_of_memory_books_nothing(
     error = await refused(ledger, Batch(calls=(FREE,) * 5))
     assert "out of memory" in str(error)
     assert "raise maxmemory" in str(error)
+    with pytest.raises(StoreError, match="out of memory"):  # or the outage would seem to be over
+        await ledger.heartbeat(())
+    with pytest.raises(StoreError, match="out of memory"):
+        await store.open("another", terms("1/s"))
     await client.config_set("maxmemory", "0")
     assert await used(ledger) == 0
     await ledger.commit(Batch(calls=(FREE,)))
