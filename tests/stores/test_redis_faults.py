@@ -139,6 +139,25 @@ async def test_restart_with_its_data_forgets_nothing(
     await store.aclose()
 
 
+async def test_restart_with_a_snapshot_forgets_what_came_after(
+    start_server: "Callable[..., RunningServer]",
+) -> None:
+    """By so much the limit may be exceeded, and no more: what the snapshot holds still counts."""
+    server = start_server()
+    store = open_store(server.url)
+    assert isinstance(store, RedisStore)
+    ledger = await store.open("saved", terms("5 requests/minute burst 5"))
+    await ledger.commit(Batch(calls=(FREE,) * 2))
+    await store._server.client.save()
+    await ledger.commit(Batch(calls=(FREE,) * 3))
+    server.kill()
+    server.start()
+    receipt = await ledger.commit(Batch(calls=(FREE,) * 4))
+    assert outcomes(receipt) == ["booked", "booked", "booked", "later"]
+    assert await used(ledger) == 5
+    await store.aclose()
+
+
 async def test_frozen_server_is_told_within_300_ms_and_charges_once(
     start_server: "Callable[..., RunningServer]",
 ) -> None:
