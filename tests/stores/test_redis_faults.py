@@ -91,6 +91,18 @@ async def test_flushall_begins_empty(store: RedisStore, redis: Any) -> None:
     assert (await third.peek()).limits[0].available <= 0
 
 
+async def test_loss_counts_what_was_booked_ahead(store: RedisStore, redis: Any) -> None:
+    """Who was given a start before the loss goes then: the window that has to pass begins behind it."""
+    limit = Limit("requests", 10, per=0.2, burst=10)
+    one = await store.open("ahead", Terms(limits=(limit,)))
+    await one.commit(Batch(calls=(FREE,) * 10))
+    ahead = (await one.commit(Batch(calls=(FREE,) * 10))).bookings[-1].start
+    await redis.flushall()
+    receipt = await one.commit(Batch(calls=(FREE,)))
+    assert receipt.lost
+    assert receipt.now + closed_for(receipt) >= ahead + 0.2 * SECOND
+
+
 async def test_newcomer_cannot_hide_a_loss(store: RedisStore, redis: Any) -> None:
     """Whoever opens a lost limiter first finds it new; those who know better empty it."""
     one = await store.open("hide", terms("100 requests/minute"))
