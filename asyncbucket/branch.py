@@ -181,7 +181,8 @@ class Branch:
         """Make ``flow`` a candidate, as if it had been idle until now; who was held up keeps one call."""
         held_up = flow.asleep and flow.child is not None
         flow.asleep = 0
-        flow.share.join(self._clock.now, kept=flow.share.step if held_up else 0.0)
+        share = flow.share
+        share.join(self._clock.now, kept=share.price / share.weight if held_up else 0.0)
         self._enter(flow)
         heapq.heappush(self._ready, (flow.share.tag, flow))
 
@@ -204,9 +205,8 @@ class Branch:
         self.living -= 1
         price = self.node.prices.of(head.amounts)
         weights = self._weigh(flow)  # first, for among priorities it is this that sets the weight
-        step = price / flow.share.weight
-        self._clock.advance(flow.share.tag, price, step, weights=weights)
-        flow.share.charge(step)
+        self._clock.advance(flow.share, price, weights=weights)
+        flow.share.charge(price / flow.share.weight)
         if not flow.source:
             # It is forgotten when it would be next, unless somebody is back by then.
             self.lowest_emptied = min(self.lowest_emptied, flow.share.tag)

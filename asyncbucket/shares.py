@@ -15,7 +15,9 @@ Whoever comes anew starts at the node's virtual time: in the paper, the tag at w
 served last started. While newcomers keep coming, each would start at that same time, and go before
 whoever was just served, whose tag is higher. So virtual time moves by itself, too: each call that is
 served adds its price, divided by the weights of all who compete, to a *potential*, the tag that each
-would have if all were served at once. Virtual time follows that, one call behind at most.
+would have if all were served at once. Virtual time follows that, one call behind: the last of each of
+those who compete, divided likewise, for so far may whoever was just served be ahead. (The largest that
+there ever was would stop it long after, while newcomers with small calls go before all who wait.)
 
 A child that is out of its own limits is no candidate. It sleeps until its meters say when, and holds
 up nobody; when it wakes it is as if it had been idle, but for one call: as much as its last one it has
@@ -82,7 +84,7 @@ class Prices:
 class Share:
     """One claimant's account of virtual time, over all loops."""
 
-    __slots__ = ("_credit", "counted", "loops", "step", "tag", "weight")
+    __slots__ = ("_credit", "counted", "loops", "price", "tag", "weight")
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
@@ -91,8 +93,8 @@ class Share:
         self.counted = 0.0
         #: The virtual time at which its next call may start.
         self.tag = 0.0
-        #: By how much its last call moved that, but for credit.
-        self.step = 0.0
+        #: What its last call cost.
+        self.price = 0.0
         self._credit = 0.0
 
     def join(self, virtual: float, *, kept: float = 0.0) -> None:
@@ -102,7 +104,6 @@ class Share:
 
     def charge(self, step: float) -> None:
         """Pay for a call, with what came back from earlier ones first."""
-        self.step = step
         step -= self._credit
         self._credit = max(0.0, -step)
         self.tag += max(0.0, step)
@@ -115,15 +116,13 @@ class Share:
 class VirtualClock:
     """Tell the virtual time at which newcomers start, by the weights of those who compete."""
 
-    __slots__ = ("_largest_step", "_potential", "_weights", "now")
+    __slots__ = ("_potential", "_prices", "_weights", "now")
 
     def __init__(self) -> None:
         self.now = 0.0
         self._potential = 0.0
-        #: The most that one call has moved a tag.
-        self._largest_step = 0.0
-        #: Of all that compete, on whichever loops: each counts once.
-        self._weights = 0.0
+        #: Of all that compete, on whichever loops: each counts once. The prices are of their last calls.
+        self._weights = self._prices = 0.0
 
     def enter(self, share: Share) -> None:
         """Have ``share`` compete on one loop more."""
@@ -131,12 +130,14 @@ class VirtualClock:
         if share.loops == 1:
             share.counted = share.weight
             self._weights += share.counted
+            self._prices += share.price
 
     def leave(self, share: Share) -> None:
         """Have ``share`` compete on one loop less."""
         share.loops -= 1
         if not share.loops:
             self._weights -= share.counted
+            self._prices -= share.price
 
     def weigh(self, share: Share) -> float:
         """Return the weights of all that compete, with that of ``share`` as it is by now."""
@@ -144,13 +145,14 @@ class VirtualClock:
         share.counted = share.weight
         return max(self._weights, share.counted)  # a sum of floats that come and go
 
-    def advance(self, tag: float, price: float, step: float, *, weights: float) -> None:
-        """Serve who is at ``tag`` with a call of that price, beside others of so many weights."""
-        self._largest_step = max(self._largest_step, step)
-        if tag > self.now:
-            self.now = self._potential = tag
+    def advance(self, share: Share, price: float, *, weights: float) -> None:
+        """Serve ``share``, which competes, with a call of that price, beside others of so many weights."""
+        self._prices += price - share.price
+        share.price = price
+        if share.tag > self.now:
+            self.now = self._potential = share.tag
         self._potential += price / weights
-        self.now = max(self.now, self._potential - self._largest_step)
+        self.now = max(self.now, self._potential - self._prices / weights)
 
 
 class Fairness:

@@ -10,6 +10,7 @@ for a fifth of a second is asked no more.
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -32,6 +33,8 @@ except ImportError as missing:
 
 #: Seconds after which a server counts as gone; the caller has its answer within 0.3 s.
 PATIENCE: Final = 0.2
+#: Where in the script a server refused a command: it says that behind its reason.
+_TRAILER: Final = re.compile(r"\.? script: [0-9a-f]{40}, on @?user_script:\d+$")
 #: Seconds after which a connection gives up by itself, should nobody have ended it before.
 _BACKSTOP: Final = 5.0
 FAILURES: Final = (
@@ -123,6 +126,7 @@ class Server:
         if isinstance(error, exceptions.TimeoutError):
             return self.silent()
         words = _without(str(error), _secrets_of(self.client)).rstrip(".")
+        words = _TRAILER.sub("", words)
         return StoreError(f"the store {self.url} {_remedy(error, words)}")
 
     def pubsub(self) -> Any:
@@ -267,8 +271,8 @@ def _without(words: str, secrets: list[str]) -> str:
 
 def _remedy(error: Exception, words: str) -> str:
     """Say what a failure means to the person who must mend it."""
-    if isinstance(error, (exceptions.AuthenticationError, exceptions.NoPermissionError)):
-        known = isinstance(error, exceptions.NoPermissionError)
+    known = isinstance(error, exceptions.NoPermissionError) or words.startswith("ACL failure")
+    if known or isinstance(error, exceptions.AuthenticationError):
         rights = "the docs' page on shared stores has the ACL that it needs"
         remedy = rights if known else "look at user and password in its URL"
         return f"refuses the login: {words}; {remedy}"

@@ -342,14 +342,17 @@ async def test_run_that_ends_while_its_file_is_opened_leaves_it_free(
     assert [item.result for item in await run(tmp_path / "run.db", Calls(), [1])] == [{"said": 1}]
 
 
-async def test_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    """It is left as it is."""
+@pytest.mark.parametrize("content", [b"not mine" * 1_000, b"SQLite format 3\0" + b"?" * 4_080])
+async def test_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
+    """It is left as it is, and nobody is sent to look for space on the disk."""
     path = tmp_path / "notes.txt"
-    path.write_text("not a database, but long enough to look like something" * 100)
+    path.write_bytes(content)
 
-    with pytest.raises(CheckpointError, match=r"notes.txt cannot be .* \(.*\): give a file"):
+    with pytest.raises(
+        CheckpointError, match=r"notes.txt is no checkpoint, or is damaged \(.*\): "
+    ):
         await run(path, Calls(), [1])
-    assert path.read_text().startswith("not a database")
+    assert path.read_bytes() == content
 
 
 async def test_database_of_another_program_is_left_alone(tmp_path: Path) -> None:

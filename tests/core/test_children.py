@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import contextlib
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -215,6 +216,37 @@ def test_whoever_was_held_up_for_long_is_ahead_by_one_call(virtual_time: Virtual
     for end in range(first, first + 40):
         ahead = 2 * later[first : end + 1].count("key/quota") - (end + 1 - first)
         assert -1 <= ahead <= 3
+
+
+@pytest.mark.parametrize(("tokens", "weight"), [(6_000, 1.0), (100, 0.01)])
+def test_a_costly_call_lets_no_newcomers_overtake(
+    virtual_time: VirtualTime, tokens: int, weight: float
+) -> None:
+    """However much it cost its child: one that has many calls waiting has its turn within two rounds."""
+    passed: list[str] = []
+
+    async def call(child: Limiter, tokens: int = 100) -> None:
+        async with child.acquire(tokens=tokens):
+            passed.append(child.name)
+
+    async def newcomers(key: Limiter, row: int) -> None:
+        for number in range(60):
+            await call(key.child(f"{row}-{number}"))
+
+    async def main() -> None:
+        key = Limiter("60k TPM burst 100", name="key", clock=virtual_time.clock)
+        many, costly = key.child("many"), key.child("costly", weight=weight)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(60):
+                group.create_task(call(many))
+            for row in range(10):
+                group.create_task(newcomers(key, row))
+            await asyncio.sleep(5)
+            group.create_task(call(costly, tokens))
+
+    virtual_time.run(main())
+    turns = [place for place, name in enumerate(passed) if name == "key/many"]
+    assert max(later - earlier for earlier, later in itertools.pairwise(turns)) <= 24
 
 
 def test_a_child_out_of_its_own_quota_holds_up_nobody(virtual_time: VirtualTime) -> None:

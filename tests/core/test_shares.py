@@ -99,12 +99,12 @@ def test_who_was_held_up_keeps_one_call() -> None:
     """As much as the last one, of what was not used; what was used beyond the share stays used."""
     share = Share(2.0)
     share.charge(3.0)
-    share.join(5.0, kept=share.step)
+    share.join(5.0, kept=3.0)
     assert share.tag == 3.0
-    share.join(50.0, kept=share.step)
+    share.join(50.0, kept=3.0)
     assert share.tag == 47.0
     share.charge(10.0)
-    share.join(48.0, kept=share.step)
+    share.join(48.0, kept=10.0)
     assert share.tag == 57.0
 
 
@@ -136,19 +136,47 @@ def test_credit_of_one_who_was_idle_is_lost() -> None:
 
 def test_virtual_time_is_the_start_of_the_call_served_last() -> None:
     """As in the paper."""
-    clock = VirtualClock()
-    clock.advance(0.0, 1.0, 1.0, weights=2.0)
+    clock, share = VirtualClock(), Share(2.0)
+    clock.enter(share)
+    clock.advance(share, 1.0, weights=2.0)
     assert clock.now == 0.0
-    clock.advance(3.0, 1.0, 1.0, weights=2.0)
+    share.tag = 3.0
+    clock.advance(share, 1.0, weights=2.0)
     assert clock.now == 3.0
 
 
+def serve_newcomers(clock: VirtualClock, *, number: int, beside: float) -> None:
+    """Serve them one after the other, each as soon as the last one is gone."""
+    for _ in range(number):
+        newcomer = Share(1.0)
+        newcomer.join(clock.now)
+        clock.enter(newcomer)
+        clock.advance(newcomer, 1.0, weights=1.0 + beside)
+        clock.leave(newcomer)
+
+
 def test_virtual_time_does_not_stand_still_among_newcomers() -> None:
-    """One after the other served at the same tag: it follows the potential, a call behind."""
-    clock = VirtualClock()
-    for _ in range(20):
-        clock.advance(0.0, 1.0, 1.0, weights=10.0)
-    assert clock.now == pytest.approx(1.0)
+    """One after the other served at once: it follows the potential, a call of each behind."""
+    clock, waiting = VirtualClock(), Share(9.0)
+    clock.enter(waiting)
+    clock.advance(waiting, 9.0, weights=9.0)
+    serve_newcomers(clock, number=20, beside=9.0)
+    assert clock.now == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("price", [1.0, 1_000.0])
+@pytest.mark.parametrize("weight", [1.0, 0.001])
+def test_virtual_time_does_not_remember_a_costly_call(price: float, weight: float) -> None:
+    """Whoever made it is gone: those who come later overtake nobody because of it."""
+    clock, costly, waiting = VirtualClock(), Share(weight), Share(1.0)
+    clock.enter(waiting)
+    clock.advance(waiting, 1.0, weights=1.0)
+    waiting.charge(1.0)
+    clock.enter(costly)
+    clock.advance(costly, price, weights=1.0 + weight)
+    clock.leave(costly)
+    serve_newcomers(clock, number=4, beside=1.0)
+    assert clock.now >= waiting.tag
 
 
 def test_siblings_go_by_cost_over_weight(grove: Grove) -> None:

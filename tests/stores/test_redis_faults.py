@@ -91,6 +91,18 @@ async def test_flushall_begins_empty(store: RedisStore, redis: Any) -> None:
     assert (await third.peek()).limits[0].available <= 0
 
 
+async def test_loss_counts_what_was_booked_ahead(store: RedisStore, redis: Any) -> None:
+    """Who was given a start before the loss goes then: the window that has to pass begins behind it."""
+    limit = Limit("requests", 10, per=0.2, burst=10)
+    one = await store.open("ahead", Terms(limits=(limit,)))
+    await one.commit(Batch(calls=(FREE,) * 10))
+    ahead = (await one.commit(Batch(calls=(FREE,) * 10))).bookings[-1].start
+    await redis.flushall()
+    receipt = await one.commit(Batch(calls=(FREE,)))
+    assert receipt.lost
+    assert receipt.now + closed_for(receipt) >= ahead + 0.2 * SECOND
+
+
 async def test_newcomer_cannot_hide_a_loss(store: RedisStore, redis: Any) -> None:
     """Whoever opens a lost limiter first finds it new; those who know better empty it."""
     one = await store.open("hide", terms("100 requests/minute"))
@@ -136,6 +148,25 @@ async def test_restart_with_its_data_forgets_nothing(
     assert not receipt.lost
     assert outcomes(receipt) == ["booked", "full"]
     assert await used(ledger) == 3
+    await store.aclose()
+
+
+async def test_restart_with_a_snapshot_forgets_what_came_after(
+    start_server: "Callable[..., RunningServer]",
+) -> None:
+    """By so much the limit may be exceeded, and no more: what the snapshot holds still counts."""
+    server = start_server()
+    store = open_store(server.url)
+    assert isinstance(store, RedisStore)
+    ledger = await store.open("saved", terms("5 requests/minute burst 5"))
+    await ledger.commit(Batch(calls=(FREE,) * 2))
+    await store._server.client.save()
+    await ledger.commit(Batch(calls=(FREE,) * 3))
+    server.kill()
+    server.start()
+    receipt = await ledger.commit(Batch(calls=(FREE,) * 4))
+    assert outcomes(receipt) == ["booked", "booked", "booked", "later"]
+    assert await used(ledger) == 5
     await store.aclose()
 
 
@@ -251,6 +282,10 @@ async def test_server_short_of_memory_books_nothing(
     error = await refused(ledger, Batch(calls=(FREE,) * 5))
     assert "out of memory" in str(error)
     assert "raise maxmemory" in str(error)
+    with pytest.raises(StoreError, match="out of memory"):  # or the outage would seem to be over
+        await ledger.heartbeat(())
+    with pytest.raises(StoreError, match="out of memory"):
+        await store.open("another", terms("1/s"))
     await client.config_set("maxmemory", "0")
     assert await used(ledger) == 0
     await ledger.commit(Batch(calls=(FREE,)))

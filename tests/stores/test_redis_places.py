@@ -108,14 +108,27 @@ async def test_tls_with_the_least_rights(
     await stranger.aclose()
 
 
+@pytest.mark.parametrize(
+    "rules",
+    [
+        "~other:* &* +@all",
+        "~* &* +@all -evalsha",
+        pytest.param("~* resetchannels +@all", id="no channels, which is a server's default"),
+        "~* &* +@all -publish",
+    ],
+)
 async def test_login_without_a_right_is_told_which(
-    start_server: "Callable[..., RunningServer]",
+    start_server: "Callable[..., RunningServer]", rules: str
 ) -> None:
-    """The error says where to find what the login needs, and nothing is booked."""
-    server = start_server("--user", "app", "on", ">s3cret", "~other:*", "+@all")
+    """When it opens, not when somebody waits; and where to find what the login needs."""
+    server = start_server("--user", "app", "on", ">s3cret", *rules.split())
     store = open_store(f"redis://app:s3cret@127.0.0.1:{server.port}/0")
-    with pytest.raises(StoreError, match=r"refuses the login: .*shared stores has the ACL"):
+    with pytest.raises(
+        StoreError, match=r"refuses the login: .* permissions? .*shared stores has the ACL"
+    ) as error:
         await store.open("place", terms("1/s"))
+    assert "user_script" not in str(error.value)
+    assert await store.names() == []
     await store.aclose()
 
 

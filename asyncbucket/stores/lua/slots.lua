@@ -83,7 +83,8 @@ local function tell(channel, told)
   end
 end
 
--- Drop workers and slots that gave no sign of life in time.
+-- Drop workers and slots that gave no sign of life in time. Not before `revive`: this is what a server
+-- short of memory never refuses, and behind it nothing else.
 local function bury(s)
   local now = whole(s.now)
   local dead = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now)

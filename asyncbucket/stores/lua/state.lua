@@ -5,6 +5,7 @@
 -- the server's clock plus an offset that grows when that clock goes back: they never decrease.
 
 local MINUTE = 60000000
+local FAR = 250000 -- a call whose start lies farther ahead is not booked, but for those of its batch
 local FOREVER = 1e15 -- ms: a server takes no time to live that is much longer
 
 local function whole(number)
@@ -54,13 +55,13 @@ local function shape(s, config)
   return fresh
 end
 
--- Nothing is available until all has flowed in anew.
+-- Nothing is available until all has flowed in anew, behind the calls that were booked ahead: they go.
 local function drain(s)
-  local date = math.max(s.now, s.last)
+  s.last = math.max(s.now + 2 * FAR, s.last)
   for _, m in ipairs(s.meters) do
-    window_drain(m.window, date)
+    window_drain(m.window, s.last)
     if m.bucket then
-      bucket_drain(m.bucket, date)
+      bucket_drain(m.bucket, s.last)
     end
   end
 end

@@ -6,7 +6,6 @@
 -- told to come (0: never). Who is not the first waits to be told;
 -- a worker that does not ask when it should is passed over.
 
-local FAR = 250000 -- a call whose start lies farther ahead is not booked
 local SOON = 5000 -- before it no worker is asked to come again
 local SILENT = 2000000
 

@@ -86,11 +86,12 @@ function verbs.commit(seq, horizon, held, corrections, released, calls)
 end
 
 function verbs.open()
+  redis.call('PUBLISH', channel .. worker, '-1') -- tells nobody, but is refused whom ACLs forbid to tell
   local s = load(known, fresh, config, ttl)
   local other = configure(s, config)
+  revive(s, worker, ttl, {})
   bury(s)
   save(s)
-  revive(s, worker, ttl, {})
   if other then
     redis.call('PUBLISH', channel .. '*', '0')
   end
@@ -99,10 +100,10 @@ end
 
 function verbs.heartbeat(slots)
   local s = load(known, fresh, config, ttl)
+  revive(s, worker, ttl, read(slots))
   bury(s)
   local told = due(s)
   save(s)
-  revive(s, worker, ttl, read(slots))
   tell(channel, told)
   local fields = { workers = redis.call('ZCARD', KEYS[3]), life = whole(lifetime(s)), left = left(s) }
   if s.text ~= config then
