@@ -12,9 +12,10 @@ import sys
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from asyncbucket.cli.app import app
+from asyncbucket.testing import RateLimitedProvider
 from asyncbucket.testing.pytest_plugin import ProviderFactory
 
 pytestmark = pytest.mark.real_clock
@@ -33,6 +34,12 @@ def demo(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[st
         check=False,
         env=os.environ | environment,
     )
+
+
+def demo_at(provider: RateLimitedProvider, *arguments: str) -> Result:
+    """Run the demo here, against a provider of somebody's, with a key in the environment."""
+    command = ["demo", "--api-base", provider.base_url, *arguments]
+    return CliRunner(env={"OPENAI_API_KEY": "sk-very-secret"}).invoke(app, command)
 
 
 def test_storm_without_asyncbucket_and_calm_with_it() -> None:
@@ -97,14 +104,13 @@ def test_interrupt_ends_it_with_the_table_so_far() -> None:
 
 
 def test_real_provider_is_paced_and_its_key_stays_secret(
-    rate_limited_provider: ProviderFactory, monkeypatch: pytest.MonkeyPatch
+    rate_limited_provider: ProviderFactory,
 ) -> None:
     """A model that LlamaIndex doesn't know, at a URL, with a key from the environment: one run."""
     provider = rate_limited_provider()
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
-    arguments = ["--api-base", provider.base_url, "--model", "llama-3-8b", "--embed-model", "bge"]
+    models = ["--model", "llama-3-8b", "--embed-model", "bge"]
 
-    result = CliRunner().invoke(app, ["demo", *arguments, "--rpm", "9000", "--agents", "6"])
+    result = demo_at(provider, *models, "--rpm", "9000", "--agents", "6")
 
     assert result.exit_code == 0, result.output
     assert "6 of 6" in result.output
@@ -122,16 +128,11 @@ def test_more_agents_than_a_machine_holds_are_refused() -> None:
     assert "from 1 to 10,000" in result.output
 
 
-def test_refused_key_ends_the_demo_at_once(
-    rate_limited_provider: ProviderFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refused_key_ends_the_demo_at_once(rate_limited_provider: ProviderFactory) -> None:
     """No agent could succeed, so the others aren't tried; the provider's reason is shown."""
     provider = rate_limited_provider(always=401)
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
 
-    result = CliRunner().invoke(
-        app, ["demo", "--api-base", provider.base_url, "--rpm", "60", "--agents", "20"]
-    )
+    result = demo_at(provider, "--rpm", "60", "--agents", "20")
 
     assert result.exit_code == 1
     assert "error: AuthenticationError: Error code: 401" in result.stderr
@@ -140,31 +141,23 @@ def test_refused_key_ends_the_demo_at_once(
 
 
 def test_what_a_provider_says_does_not_steer_the_terminal(
-    rate_limited_provider: ProviderFactory, monkeypatch: pytest.MonkeyPatch
+    rate_limited_provider: ProviderFactory,
 ) -> None:
     """The code of an error comes from outside."""
     provider = rate_limited_provider()
     provider.fail_next(100, status=400, code="no\x1b[2J")
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
 
-    result = CliRunner().invoke(
-        app, ["demo", "--api-base", provider.base_url, "--rpm", "9000", "--agents", "3"]
-    )
+    result = demo_at(provider, "--rpm", "9000", "--agents", "3")
 
     assert "with asyncbucket, 3 failed: BadRequestError (no [2J)" in result.output
 
 
-def test_failed_calls_are_counted_by_kind(
-    rate_limited_provider: ProviderFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_calls_are_counted_by_kind(rate_limited_provider: ProviderFactory) -> None:
     """An exhausted account: each first call fails without a retry, and the status says so."""
     provider = rate_limited_provider()
     provider.fail_next(100, status=429, code="insufficient_quota")
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
 
-    result = CliRunner().invoke(
-        app, ["demo", "--api-base", provider.base_url, "--rpm", "9000", "--agents", "3"]
-    )
+    result = demo_at(provider, "--rpm", "9000", "--agents", "3")
 
     assert result.exit_code == 1
     assert "with asyncbucket, 3 failed: RateLimitError (insufficient_quota)" in result.output

@@ -139,15 +139,18 @@ async def test_server_that_is_gone_is_an_outage_and_no_hang(
         (await limiter.acquire()).release()
         with caplog.at_level(logging.WARNING, "asyncbucket"):
             getattr(server, fault)()
-            for _ in range(2):
+            took: list[float] = []
+            for _ in range(4):
                 began = time.perf_counter()
                 (await limiter.acquire()).release()
-                assert time.perf_counter() - began < 1.0
+                took.append(time.perf_counter() - began)
+            assert max(took) < 1.0
+            assert min(took[1:]) < 0.3  # a busy machine may spoil one
             server.thaw() if fault == "freeze" else server.start()
             await asyncio.wait_for(back.wait(), 5)
         await asyncio.sleep(0.1)
         (await limiter.acquire()).release()
-        assert limiter.statistics().limits[0].used == 4
+        assert limiter.statistics().limits[0].used == 6
     changes = [event for event in events if isinstance(event, (StoreLost, StoreRecovered))]
     assert [type(event) for event in changes] == [StoreLost, StoreRecovered]
     assert len(caplog.records) == 2

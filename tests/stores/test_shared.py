@@ -441,7 +441,7 @@ async def test_pause_and_new_limits_are_heard_by_the_others(where: str) -> None:
     await two.aclose()
 
 
-@pytest.mark.parametrize("turns", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("turns", range(8))
 async def test_limits_changed_while_the_store_is_opened_reach_it(turns: int, where: str) -> None:
     """At whichever await: what is believed here is what all processes obey.
 
