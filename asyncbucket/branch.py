@@ -184,7 +184,7 @@ class Branch:
         share = flow.share
         share.join(self._clock.now, kept=share.price / share.weight if held_up else 0.0)
         self._enter(flow)
-        heapq.heappush(self._ready, (flow.share.tag, flow))
+        heapq.heappush(self._ready, (share.tag, flow))
 
     def _sink(self, flow: Flow, due: int) -> None:
         """Let ``flow`` sleep until then, or forget it if nobody is left in it."""

@@ -96,14 +96,18 @@ class Acquisition(Coroutine[Any, Any, Lease]):
     def __repr__(self) -> str:
         return f"<Acquisition {Cost.of(self._amounts)}: await it, or enter it by async with>"
 
-    def _running(self) -> Generator[Any, Any, Lease]:
+    def _begun(self) -> Generator[Any, Any, Lease]:
         if self._coroutine is None:
             self._coroutine = self.__await__()
-        elif inspect.getgeneratorstate(self._coroutine) == inspect.GEN_CLOSED:
+        return self._coroutine
+
+    def _running(self) -> Generator[Any, Any, Lease]:
+        coroutine = self._begun()
+        if inspect.getgeneratorstate(coroutine) == inspect.GEN_CLOSED:
             raise RuntimeError(
                 "this acquisition has been awaited: call acquire() for another lease"
             )
-        return self._coroutine
+        return coroutine
 
     def send(self, value: Any) -> Any:
         """Run as a coroutine."""
@@ -115,9 +119,7 @@ class Acquisition(Coroutine[Any, Any, Lease]):
 
     def close(self) -> None:
         """End, as a coroutine does: it is awaited no more, and nobody forgot to."""
-        if self._coroutine is None:
-            self._coroutine = self.__await__()
-        self._coroutine.close()
+        self._begun().close()
 
 
 class FirstAcquisition(Acquisition):
@@ -130,9 +132,7 @@ class FirstAcquisition(Acquisition):
     __slots__ = ()
 
     def __del__(self) -> None:
-        door = self._door
-        door.asked = door.asked or door.account_asked
-        if not door.asked and self._coroutine is None:
+        if not self._door.was_asked() and self._coroutine is None:
             warnings.warn(
                 "an acquisition was never awaited, so that nothing was paced: write "
                 "`await limiter.acquire(...)` or `async with limiter.acquire(...):`",

@@ -37,7 +37,7 @@ class Door:
         self._account = account
         #: What finds the account anew, after it was put to rest.
         self.find_again: Callable[[], Account] | None = None
-        #: Whether anybody is known to have come this way: see `FirstAcquisition`.
+        #: Whether anybody is known to have come this way: what `was_asked` has found.
         self.asked = False
         #: What holds for calls that say nothing themselves.
         self.timeout = timeout
@@ -51,11 +51,13 @@ class Door:
             self._account = self.find_again()
         return self._account
 
-    @property
-    def account_asked(self) -> bool:
-        """Whether anybody has asked the account; it may be read anywhere, by a finalizer, too."""
-        account = self._account
-        return bool(account.admitted or account.waiting or account.refused or account.cancelled)
+    def was_asked(self) -> bool:
+        """Tell whether anybody has come this way; it may be called anywhere, by a finalizer, too."""
+        if not self.asked:
+            account = self._account
+            came = account.admitted or account.waiting or account.refused or account.cancelled
+            self.asked = bool(came)
+        return self.asked
 
     def deadline_for(
         self, timeout: float | None, deadline: float | None, here: Inherited | None

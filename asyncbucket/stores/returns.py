@@ -62,10 +62,11 @@ class Returns:
 
 
 def undone(batch: Batch, receipt: Receipt) -> Batch:
-    """Return what gives back all that was booked for the calls of ``batch``."""
+    """Return what gives back all that was booked for the calls of ``batch``, if they were sent."""
+    calls = batch.calls if receipt.bookings else ()
     booked = [
         (call, booking)
-        for call, booking in zip(batch.calls, receipt.bookings, strict=False)
+        for call, booking in zip(calls, receipt.bookings, strict=True)
         if booking.outcome is Outcome.BOOKED
     ]
     return Batch(
