@@ -126,6 +126,18 @@ def test_interrupt_before_a_command_is_status_130(monkeypatch: pytest.MonkeyPatc
     assert caught.value.code == 130
 
 
+def test_sigterm_ends_a_command_that_ignores_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script's shell has those in its background ignore it."""
+    monkeypatch.setattr(cli, "app", lambda **_: signal.raise_signal(signal.SIGTERM))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as caught:
+        main()
+    signal.signal(signal.SIGINT, before[0])
+    signal.signal(signal.SIGTERM, before[1])
+    assert caught.value.code == 130
+
+
 def test_bench_without_the_source_tree_says_where_it_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
