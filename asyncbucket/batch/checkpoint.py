@@ -30,7 +30,6 @@ from asyncbucket.errors import AsyncBucketError
 from asyncbucket.wording import shown
 
 _JSON, _PICKLE, _OWN = 0, 1, 2
-_DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _VERSION: Final = "1"
 _SCHEMA: Final = """
 PRAGMA journal_mode = WAL;
@@ -162,7 +161,7 @@ class Ledger:
         path = self._checkpoint.path
         if "locked" in str(error):
             return f"{path} is in use by another run: let it end, or give another file"
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED:
+        if type(error) is sqlite3.DatabaseError:  # as Python calls what is none, or a broken one
             return f"{path} is no checkpoint, or is damaged ({error}): give another file"
         return (
             f"{path} cannot be used as a checkpoint ({error}): give a file that may be written, "
