@@ -40,7 +40,7 @@ def test_environment_describes_a_limiter() -> None:
 def test_environment_may_have_nobody_wait() -> None:
     """As ``max_queue=0`` does: no line at all."""
     assert env(RPM="500", MAX_QUEUE="0").max_queue == 0
-    with pytest.raises(LimitSyntaxError, match=r"^ASYNCBUCKET_RPM: '0' is no number"):
+    with pytest.raises(LimitSyntaxError, match=r"^ASYNCBUCKET_RPM: '0' is not a number"):
         env(RPM="0")
 
 
@@ -109,11 +109,14 @@ def test_environment_is_the_processs(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({}, r"environment variables ASYNCBUCKET_\* limit nothing; set e\.g\. ASYNCBUCKET_RPM=500"),
         ({"NAME": "openai"}, "limit nothing"),
-        ({"RPM": "fast"}, "ASYNCBUCKET_RPM: 'fast' is no number such as 500, 14,400 or 200k"),
-        ({"RPM": "5 images"}, "ASYNCBUCKET_RPM: '5 images' is no number such as 500"),
-        ({"RPM": "-5"}, "ASYNCBUCKET_RPM: '-5' is no number"),
-        ({"LIMITS": "500 RPX"}, "ASYNCBUCKET_LIMITS: '500 RPX' is no limit; write e.g."),
-        ({"LIMITS": "500 RPM, 2k TPM"}, "ASYNCBUCKET_LIMITS: '500 RPM, 2k TPM' .* a semicolon$"),
+        ({"RPM": "fast"}, "ASYNCBUCKET_RPM: 'fast' is not a number such as 500, 14,400 or 200k"),
+        ({"RPM": "5 images"}, "ASYNCBUCKET_RPM: '5 images' is not a number such as 500"),
+        ({"RPM": "-5"}, "ASYNCBUCKET_RPM: '-5' is not a number"),
+        ({"LIMITS": "500 RPX"}, "ASYNCBUCKET_LIMITS: '500 RPX' is not a limit; write e.g."),
+        (
+            {"LIMITS": "500 RPM, 2k TPM"},
+            "ASYNCBUCKET_LIMITS: '500 RPM, 2k TPM' .* put a semicolon between two limits$",
+        ),
         (
             {"CONCURRENCY": "some"},
             "ASYNCBUCKET_CONCURRENCY: 'some' is neither a number such as 20, nor 8-64, nor auto",
@@ -124,9 +127,9 @@ def test_environment_is_the_processs(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"PRESET": "openai"}, "ASYNCBUCKET_PRESET: no preset is called 'openai'"),
         (
             {"RMP": "500"},
-            "environment variable ASYNCBUCKET_RMP is not known; known are ASYNC.*_RPM",
+            "environment variable ASYNCBUCKET_RMP is not known; known: ASYNC.*_RPM",
         ),
-        ({"RPM": "5", "LIMITS": "6 RPM"}, r"ASYNCBUCKET_\*: two limits of one window"),
+        ({"RPM": "5", "LIMITS": "6 RPM"}, r"ASYNCBUCKET_\*: two limits for one window"),
     ],
 )
 def test_variable_that_cannot_be_read_is_named(variables: dict[str, str], message: str) -> None:
@@ -220,19 +223,19 @@ def test_code_goes_before_the_file(tmp_path: Path) -> None:
             "[tool.asyncbucket]\nrmp = 5",
             r"entry 'rmp' of .*pyproject\.toml, \[tool\.asyncbucket\] is",
         ),
-        ("[tool.asyncbucket]\nrpm = 'x'", r"\[tool\.asyncbucket\]: rpm: 'x' is no number"),
-        ("[tool.asyncbucket]\nrpm = true", "rpm: True is no number"),
-        ("[tool.asyncbucket]\nrpm = 5\ntpm.a = 5", r"tpm: \{'a': 5\} is no number"),
+        ("[tool.asyncbucket]\nrpm = 'x'", r"\[tool\.asyncbucket\]: rpm: 'x' is not a number"),
+        ("[tool.asyncbucket]\nrpm = true", "rpm: True is not a number"),
+        ("[tool.asyncbucket]\nrpm = 5\ntpm.a = 5", r"tpm: \{'a': 5\} is not a number"),
         (
             "[tool.asyncbucket]\nrpm = 5\nconcurrency = {min = 8, max = 64}",
             r"concurrency must be a whole number .* not \{'min': 8, 'max': 64\}",
         ),
-        ("[tool.asyncbucket]\nname = 5", "name: 5 is no text"),
+        ("[tool.asyncbucket]\nname = 5", "name: 5 is not a string"),
         (
             "[tool.asyncbucket]\nlimits = 5",
-            r'limits: 5 is no list such as \["500 RPM", "200k TPM"\]',
+            r'limits: 5 is not a list such as \["500 RPM", "200k TPM"\]',
         ),
-        ("[tool.asyncbucket]\nlimits = [5]", "a limit is a text or a Limit, not 5"),
+        ("[tool.asyncbucket]\nlimits = [5]", "a limit must be a string or a Limit, not 5"),
         ("[tool.asyncbucket]\nname = 'a'", r"limit nothing; write e\.g\. rpm = 500"),
         (
             "[tool.asyncbucket.chat]\nrpm = 5",
@@ -241,8 +244,8 @@ def test_code_goes_before_the_file(tmp_path: Path) -> None:
         ("[tool.asyncbucket]\nrpm = 0.5", "rpm must be a whole number of at least 1, not 0.5"),
         ("[tool.other]\nrpm = 5", r"has no table \[tool\.asyncbucket\]"),
         ("tool = 5", r"has no table \[tool\.asyncbucket\]"),
-        ("[tool]\nasyncbucket = 5", "asyncbucket is no table but 5"),
-        ("[tool.asyncbucket", "is no TOML"),
+        ("[tool]\nasyncbucket = 5", "asyncbucket is not a table but 5"),
+        ("[tool.asyncbucket", "is not valid TOML"),
     ],
 )
 def test_entry_that_cannot_be_read_is_named(tmp_path: Path, text: str, message: str) -> None:

@@ -114,7 +114,7 @@ class Ledger:
         checkpoint: where it is, and what the results are of.
 
     Raises:
-        CheckpointError: the file is in use, is no checkpoint, or is one of something else.
+        CheckpointError: the file is in use, is not a checkpoint, or is one of something else.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -162,7 +162,7 @@ class Ledger:
         if "locked" in str(error):
             return f"{path} is in use by another run: let it end, or give another file"
         if type(error) is sqlite3.DatabaseError:  # as Python calls what is none, or a broken one
-            return f"{path} is no checkpoint, or is damaged ({error}): give another file"
+            return f"{path} is not a checkpoint, or is damaged ({error}): give another file"
         return (
             f"{path} cannot be used as a checkpoint ({error}): give a file that may be written, "
             f"where there is room for it"
@@ -193,7 +193,7 @@ class Ledger:
             return key_of(item)
         text: object = given(item)
         if not isinstance(text, str):
-            raise TypeError(f"key= of a checkpoint must return a text, not {shown(text)}")
+            raise TypeError(f"key= of a checkpoint must return a string, not {shown(text)}")
         return digest(b"k" + text.encode("utf-8", "surrogatepass"))
 
     def save(self, results: Iterable[tuple[bytes, Any]]) -> None:
@@ -233,8 +233,8 @@ class Ledger:
             return pickle.loads(value) if codec is None else codec.load(value)  # noqa: S301 - said above
         except Exception as error:
             raise CheckpointError(
-                f"a result in {self._checkpoint.path} cannot be read: {error}; what it was made of "
-                f"must be there again, or give another file"
+                f"a result in {self._checkpoint.path} cannot be read: {error}; its classes must be "
+                f"importable as when it was kept, or give another file"
             ) from error
 
     @contextlib.contextmanager

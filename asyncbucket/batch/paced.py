@@ -51,9 +51,8 @@ def acquires_itself(fn: Callable[..., object], limiter: Limiter) -> bool:
             akin = each
     if akin is not None:
         raise ValueError(
-            f"{getattr(fn, '__qualname__', fn)} is admitted by {akin.name!r} already, and would be once "
-            f"more by {limiter.name!r}: wrap its model in that, or acquire of that; or decide by "
-            f"paced= or cost="
+            f"{getattr(fn, '__qualname__', fn)} is paced by {akin.name!r} already, and would be paced by "
+            f"{limiter.name!r}, too: pace both by one limiter, or say by paced= or cost= who acquires"
         )
     return False
 

@@ -56,7 +56,7 @@ def whole(typed: str, *, most: int | None = None) -> int:
         number = 0
     if not 1 <= number <= (most or number):
         end = "on" if most is None else f"to {most:,}"
-        raise ValueError(f"{typed!r} is no whole number from 1 {end}, such as 500 or 2k")
+        raise ValueError(f"{typed!r} is not a whole number from 1 {end}, such as 500 or 2k")
     return number
 
 

@@ -99,7 +99,7 @@ class Sent:
         self.characters = 0
         #: The same in bytes of UTF-8.
         self.size = 0
-        #: Tokens of what is no text, or is sent as tokens.
+        #: Tokens of what is not a text, or is sent as tokens.
         self.extra = 0
         #: The most tokens that a reply may have, where the call says so.
         self.max_output: int | None = None
@@ -228,7 +228,7 @@ def _look_into(body: Mapping[str, Any], found: Sent) -> None:
 
 
 def _is_written_out(part: dict[str, Any]) -> bool:
-    """Tell whether a document is no file, but text that is sent as it is."""
+    """Tell whether a document is not a file, but text that is sent as it is."""
     source = part.get("source")
     return isinstance(source, dict) and source.get("type") in _WRITTEN_OUT
 

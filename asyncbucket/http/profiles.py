@@ -240,7 +240,7 @@ def profile_named(name: str) -> Profile:
         if profile.name == name:
             return profile
     known = ", ".join(profile.name for profile in _ALL)
-    raise ValueError(f"no profile is called {name!r}; known are {known}; or pass one of your own")
+    raise ValueError(f"no profile is called {name!r}; known: {known}; or pass one of your own")
 
 
 def profile_of(host: str) -> Profile:

@@ -327,4 +327,4 @@ def family_of(request: Any) -> str:
         family = kind.__module__.partition(".")[0]
         if family in FAMILIES:
             return family
-    raise TypeError(f"a request of httpx or httpx2 can be sent, not {type(request).__name__}")
+    raise TypeError(f"a transport sends requests of httpx or httpx2, not {type(request).__name__}")

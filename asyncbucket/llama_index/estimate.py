@@ -65,7 +65,7 @@ class Estimate:
             the limits can ever admit.
 
     Raises:
-        TypeError, ValueError: an amount is no number, or negative, NaN or infinite.
+        TypeError, ValueError: an amount is not a number, or negative, NaN or infinite.
     """
 
     input_tokens: int
@@ -179,7 +179,7 @@ class DefaultEstimator:
 
 
 class _Sent:
-    """What a call sends: its texts, and the tokens of what is no text."""
+    """What a call sends: its texts, and the tokens of what is not a text."""
 
     __slots__ = ("texts", "tokens")
 

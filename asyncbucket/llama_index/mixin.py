@@ -55,7 +55,7 @@ class PacedBy:
 class Paced:
     """The part of a paced model that is neither LLM nor embedding.
 
-    The class is no pydantic model, so that mixing it in adds no field, changes no default, and
+    The class is not a pydantic model, so that mixing it in adds no field, changes no default, and
     leaves its methods to us: LlamaIndex puts a span around what a *model's* class overrides. What it
     does not override, the mixins keep in functions: a method would hide the model's own of that name.
     """

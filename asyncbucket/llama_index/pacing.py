@@ -39,8 +39,8 @@ class Pacing:
             estimator is None or any(hasattr(estimator, name) for name in methods)
         ):
             raise TypeError(
-                f"an estimator has chat(), completion() and embedding(), or those that are asked, "
-                f"not {estimator!r}"
+                f"an estimator must have chat(), completion() or embedding(), whichever are asked, and "
+                f"{estimator!r} has none"
             )
         self.limiter = limiter
         #: As they were given, to pace a copy alike.
@@ -155,7 +155,7 @@ class Pacing:
     def _amounts(self, estimate: Estimate) -> dict[str, float]:
         """Return the tokens to reserve: a guess of the output must not make a call impossible."""
         if not isinstance(estimate, Estimate):
-            raise TypeError(f"{self.estimator!r} returned {estimate!r}; it returns an Estimate")
+            raise TypeError(f"{self.estimator!r} returned {estimate!r}; it must return an Estimate")
         output = estimate.output_tokens
         for limit in in_force(asked(self.limiter)) if estimate.foreseen else ():
             if limit.resource == "output_tokens":

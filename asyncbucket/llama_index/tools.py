@@ -72,7 +72,7 @@ class ToolPacing:
         amounts = self._price(*send.args, **{**given, **send.keywords})
         if not isinstance(amounts, Mapping):
             raise TypeError(
-                f"cost= returned {shown(amounts)}; it returns amounts by resource, {{'images': 3}}"
+                f"cost= returned {shown(amounts)}; it must return amounts by resource, {{'images': 3}}"
             )
         return amounts
 
@@ -82,7 +82,7 @@ class ToolPacing:
 
 
 class PacedTool:
-    """The part of a paced tool that is no tool."""
+    """The part of a paced tool that is not a tool."""
 
     limiter = PacedBy(lambda tool: pacing_of_tool(tool).limiter)
 
@@ -162,5 +162,5 @@ def _reader(cost: ToolCost | None) -> Callable[..., Mapping[str, float]]:
     if cost is None or isinstance(cost, Mapping):
         return functools.partial(price, dict(cost or {}))
     raise TypeError(
-        f"cost= takes amounts by resource, {{'images': 3}}, or a callable, not {shown(cost)}"
+        f"cost= must be amounts by resource, {{'images': 3}}, or a callable, not {shown(cost)}"
     )

@@ -31,7 +31,7 @@ The traps, and where they are dealt with
     ends, and may never be started or never be ended: `streams`. The model's class, the SDK and
     tenacity each retry, so that one call may become twelve: `clients`, and `Paced.max_retries`.
     Pickling: `copies`. Spans: LlamaIndex puts one around a method that a *class* overrides, by
-    ``__init_subclass__``. The overrides stand in a mixin that is no model, out of its reach: a call
+    ``__init_subclass__``. The overrides stand in a mixin that is not a model, out of its reach: a call
     has the span and the events it always had, and the wait comes before them (`events`).
 
 Each attempt of a call that is retried is an admission, a span and a start event of its own, for so

@@ -82,7 +82,7 @@ def serve_stats(
         path: of a unix socket, instead of host and port; only its owner may connect.
 
     Raises:
-        ValueError: ``host`` is no loopback address, there is no such port, or two limiters have
+        ValueError: ``host`` is not a loopback address, there is no such port, or two limiters have
             one name.
         OSError: the port or the path is taken, or cannot be had; it says which.
     """

@@ -201,4 +201,4 @@ def test_number_that_is_none_is_named(option: str, typed: str, end: str) -> None
     result = CliRunner().invoke(cli.app, ["demo", option, typed])
 
     assert result.exit_code == 2
-    assert f"'{option}': '{typed}' is no whole number from 1 {end}, such as 500" in result.stderr
+    assert f"'{option}': '{typed}' is not a whole number from 1 {end}, such as 500" in result.stderr

@@ -234,9 +234,9 @@ def test_settings_that_cannot_be_read_are_wrong(
     (entry,) = surroundings.project()
 
     assert variable.state is entry.state is State.BAD
-    assert variable.found.startswith("ASYNCBUCKET_RPM: 'fast' is no number")
+    assert variable.found.startswith("ASYNCBUCKET_RPM: 'fast' is not a number")
     assert variable.remedy == "correct or unset ASYNCBUCKET_RPM"
-    assert "tpm: 'much' is no number" in entry.found
+    assert "tpm: 'much' is not a number" in entry.found
 
 
 def test_settings_that_can_be_read_are_said(
@@ -262,7 +262,7 @@ def test_each_table_of_a_project_is_read(tmp_path: Path) -> None:
 
     assert chat == ("good", "Limiter.from_toml(limiter='chat'): 5 requests per 60 s")
     assert batch[0] == "bad"
-    assert "[tool.asyncbucket.batch]: tpm: 'much' is no number" in batch[1]
+    assert "[tool.asyncbucket.batch]: tpm: 'much' is not a number" in batch[1]
 
 
 def test_old_preset_among_the_settings_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:

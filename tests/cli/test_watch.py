@@ -146,10 +146,10 @@ def test_watch_looks_at_a_unix_socket(tmp_path: Path, name: str) -> None:
             "nobody serves statistics at http://me:***@127.0.0.1:1",
         ),
         ("http://127.0.0.1:1", 1, "nobody serves statistics at http://127.0.0.1:1"),
-        ("limits", 2, "'limits' is no limiter to watch"),
-        ("localhost:4294", 2, "'localhost:4294' is no limiter to watch: give the URL that"),
-        ("https://example.org", 2, "is no limiter to watch"),
-        ("ftp://example.org", 2, "is no store"),
+        ("limits", 2, "'limits' is not a limiter to watch"),
+        ("localhost:4294", 2, "'localhost:4294' is not a limiter to watch: give the URL that"),
+        ("https://example.org", 2, "is not a limiter to watch"),
+        ("ftp://example.org", 2, "is not a store"),
         ("http://127.0.0.1:99999", 2, "'http://127.0.0.1:99999' names no port"),
         ("http://me:s3cret/x@127.0.0.1", 2, "'http://me:***@127.0.0.1' names no port: give one"),
     ],
@@ -313,4 +313,4 @@ def test_plot_knows_its_kinds_of_pictures(tmp_path: Path) -> None:
         '{"limits": [], "limiter": "a"}\n{"event": "admitted", "at": 1, "cost": {}, "waiting": 0}\n'
     )
     done = run.invoke(app, ["plot", str(tmp_path / "t"), "-o", "out.gif"])
-    assert "a picture is one of .png, .svg, .pdf, not 'out.gif'" in done.stderr
+    assert "a picture must be one of .png, .svg, .pdf, not 'out.gif'" in done.stderr

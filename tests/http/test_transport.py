@@ -761,7 +761,7 @@ async def test_call_that_is_paced_above_is_charged_once(
 async def test_error_that_says_nothing_lifts_no_caution(
     library: Any, status: int, *, lifts: bool, paid_above: bool
 ) -> None:
-    """A gateway's error is no word of the provider's; a reply is, whoever has paid for it."""
+    """A gateway's error is not a word of the provider's; a reply is, whoever has paid for it."""
     limiter = Limiter("600 RPM burst 600")
     client = client_over(library, limiter, answering(library, status=status), profile="openai")
     lease = await limiter.acquire() if paid_above else None
@@ -931,7 +931,9 @@ async def test_family_is_made_at_once_where_it_is_named(limiter: Limiter) -> Non
 
 async def test_request_of_no_known_library_is_refused(limiter: Limiter) -> None:
     """What is neither httpx nor httpx2 can't be sent, and is told so."""
-    with pytest.raises(TypeError, match="a request of httpx or httpx2 can be sent, not object"):
+    with pytest.raises(
+        TypeError, match="a transport sends requests of httpx or httpx2, not object"
+    ):
         await limiter.transport().handle_async_request(object())
 
 
@@ -939,7 +941,7 @@ def test_wrong_arguments_name_the_right_ones(limiter: Limiter) -> None:
     """Errors say what would have been understood."""
     with pytest.raises(ValueError, match="family must be auto, httpx or httpx2, not 'requests'"):
         limiter.transport(family="requests")
-    with pytest.raises(ValueError, match="no profile is called 'acme'; known are openai, azure"):
+    with pytest.raises(ValueError, match="no profile is called 'acme'; known: openai, azure"):
         limiter.transport(profile="acme")
     with pytest.raises(TypeError, match="profile must be a provider's name or a Profile, not 5"):
         limiter.transport(profile=5)

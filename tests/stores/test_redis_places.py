@@ -260,13 +260,15 @@ async def test_store_is_of_the_kind_that_the_url_names() -> None:
         store = open_store(url)
         assert isinstance(store, RedisStore)
         assert store.url.startswith(url.split("://", maxsplit=1)[0])
-    with pytest.raises(ValueError, match="is no store: write sqlite"):
+    with pytest.raises(ValueError, match="is not a store: write sqlite"):
         open_store("postgres://user:s3cret@host/db")
-    with pytest.raises(TypeError, match=r"^a store is a URL such as sqlite:///limits.db, .*Path$"):
+    with pytest.raises(
+        TypeError, match=r"^a store must be a URL such as sqlite:///limits.db, .*Path$"
+    ):
         Limiter(store=Path("limits.db"))
     with pytest.raises(TypeError, match=r"or made by RedisStore.of\(client\), not Redis$"):
         Limiter(store=Redis())
-    with pytest.raises(ValueError, match="write the service behind the hosts"):
+    with pytest.raises(ValueError, match="write the service after the hosts"):
         open_store("redis+sentinel://a:1")
 
 

@@ -119,7 +119,7 @@ def test_what_is_no_limit_and_no_window_is_refused() -> None:
     """A number alone says nothing of the window."""
     limit: Any = 100
 
-    with pytest.raises(TypeError, match='a Limit or a text such as "100 TPM", not 100'):
+    with pytest.raises(TypeError, match='a Limit or a string such as "100 TPM", not 100'):
         assert_never_over([(0, 1)], limit)
     for per in (0, -3):
         with pytest.raises(ValueError, match=f"a positive number of seconds, not {per}"):

@@ -185,7 +185,7 @@ def _tenant(text: str) -> tuple[str, Tenant]:
         else:
             known = ", ".join((*_SIDES, "calls", "concurrency", "priority", *KEYWORDS))
             raise ValueError(
-                f"--tenant {text!r}: {word!r} is no word such as weight=2; known: {known}"
+                f"--tenant {text!r}: {word!r} is not of the form weight=2; known: {known}"
             )
     if "poisson" in given:
         given["arrivals"] = given.pop("poisson")

@@ -122,7 +122,7 @@ def _batch_line(number: int, line: dict[str, Any], job: Job) -> Request:
         raise BadLine(f"method is {line['method']!r}, only POST can be sent")
     path = line.get("url", PATHS[job.endpoint])
     if not isinstance(path, str) or path not in _ASKED:
-        raise BadLine(f"url is {path!r}, known are {', '.join(_ASKED)}")
+        raise BadLine(f"url is {path!r}, known: {', '.join(_ASKED)}")
     if not isinstance(body, dict):
         raise BadLine("body is missing, or no object")
     return _made(number, custom_id, path, body, job)

@@ -60,7 +60,7 @@ class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
         """What it says, for people."""
         said = self.error.get("message") or self.body
         if self.is_of_another_server:
-            said = f"the reply is no JSON: {said or 'it is empty'}"
+            said = f"the reply is not JSON: {said or 'it is empty'}"
         return str(said or "no reason given")[:_MESSAGE]
 
     @property

@@ -20,7 +20,7 @@ Examples:
 
 def watch(
     url: Annotated[
-        str, typer.Argument(metavar="URL", help="What limiter.serve_stats() tells, or a store.")
+        str, typer.Argument(metavar="URL", help="The URL of limiter.serve_stats(), or of a store.")
     ],
     *,
     interval: Annotated[
