@@ -197,14 +197,8 @@ def test_what_nobody_waits_for_is_not_drawn() -> None:
         (("--calls", "3", "--out", "none/x.svg"), "error: none/x.svg cannot be used (No such"),
         (("--tenant", "a calls=3 poisson=x"), "error: --tenant: poisson must be a number, not 'x'"),
         (("--tenant", "a calls=3", "--tenant", "a calls=4"), "error: --tenant 'a' is given twice"),
-        (
-            ("--calls", "3", "--rpm", "5", "--latency", "1e300"),
-            "error: a plan covers 292 years at most",
-        ),
-        (
-            ("--calls", "3", "--rpm", "5", "--poisson", "1e-12"),
-            "error: a plan covers 292 years at most",
-        ),
+        (("--calls", "3", "--rpm", "5", "--latency", "1e300"), "error: a plan covers 292 years"),
+        (("--calls", "3", "--rpm", "5", "--poisson", "1e-12"), "error: a plan covers 292 years"),
         (("--calls", "4000000000", "--rpm", "5"), "error: 4,000,000,000 calls are more than the"),
         (("--agents", "9", "--depth", "99", "--fan-out", "9"), "error: agents=9, depth=99, fan_"),
         (("--calls", "3", "--profile", "x"), "error: no profile is called 'x'; known: openai"),

@@ -534,18 +534,9 @@ def test_dry_run_says_the_same_as_json() -> None:
             "and a host, not 'http:///v1'",
         ),
         (["in.jsonl", "--rpm", "1", "--api-base", "http://x:99999"], "Port out of range 0-65535"),
-        (
-            ["in.jsonl", "--rpm", "1", "--price", "cheap"],
-            "--price must be dollars for a million tokens",
-        ),
-        (
-            ["in.jsonl", "--concurrency", "many"],
-            "--concurrency must be a number from 1 on, or auto",
-        ),
-        (
-            ["in.jsonl", "--rpm", "1", "--endpoint", "x"],
-            "--endpoint must be one of chat, responses",
-        ),
+        (["in.jsonl", "--rpm", "1", "--price", "cheap"], "--price must be dollars for a mill"),
+        (["in.jsonl", "--concurrency", "many"], "--concurrency must be a number from 1 on"),
+        (["in.jsonl", "--rpm", "1", "--endpoint", "x"], "--endpoint must be one of chat, resp"),
         (
             ["in.jsonl", "--rpm", "1", "--key-from", "NO_SUCH"],
             "NO_SUCH is not set: export your key",
