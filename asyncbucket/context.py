@@ -74,7 +74,7 @@ class Given(contextlib.AbstractContextManager[None, None]):
         put_back(inherited, self._token)
 
     def __call__(self, *_: object) -> NoReturn:
-        """Say what was meant.
+        """Refuse to decorate, and say why.
 
         Raises:
             TypeError: always.
@@ -127,7 +127,7 @@ def deadline(seconds: float) -> contextlib.AbstractContextManager[None, None]:
 
 
 def put_back(variable: ContextVar[T], token: Token[T]) -> None:
-    """Give ``variable`` the value again that it had before, if this is still where it was set.
+    """Reset ``variable`` to its value before, if this is still the context where it was set.
 
     What runs in a generator or a coroutine may be closed in another context than it ran in.
     """

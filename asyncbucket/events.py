@@ -235,7 +235,7 @@ class Observers:
         return remove
 
     def emit(self, event: Event) -> None:
-        """Tell everybody; who raises is reported once and told on."""
+        """Tell every observer; one that raises is logged once, and told of later events all the same."""
         if self._late:
             self.flush()
         self._tell(event)

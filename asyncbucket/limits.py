@@ -155,7 +155,7 @@ def read_limits(limits: Iterable[str | Limit], keywords: dict[str, float | None]
 
     Raises:
         LimitSyntaxError: one of them is not a limit, two limit the same resource over the same window,
-            or a keyword is none of ``KEYWORDS``.
+            or a keyword is not one of ``KEYWORDS``.
     """
     found = [limit if isinstance(limit, Limit) else Limit.parse(limit) for limit in limits]
     for keyword, amount in keywords.items():
@@ -177,7 +177,7 @@ def read_amount(text: str) -> int:
     """Return a number that is written as in limits: ``500``, ``14,400``, ``200k``.
 
     Raises:
-        LimitSyntaxError: it is none from 1 on.
+        LimitSyntaxError: it is not a number from 1 on.
     """
     return Limit.parse(f"{text} requests/s").amount
 

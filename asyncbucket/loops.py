@@ -20,7 +20,7 @@ thread_switches_only_at_calls: Final[bool] = (
 
 
 class OfThisProcess:
-    """What is there once: a copy is the thing itself, and no other process gets it.
+    """An object of one process: a copy is the object itself, and it cannot be pickled.
 
     What holds a slot, or counts what passes, would else do so twice.
     """

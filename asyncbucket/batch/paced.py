@@ -1,4 +1,4 @@
-"""Does a function come to the limiter by itself? Then `amap` must not acquire for it, too.
+"""Does a function acquire of the limiter by itself? Then `amap` must not acquire for it, too.
 
 A call must be admitted once. Twice would charge it twice, and worse: calls that hold a slot and wait
 for a second one wait for ever. So these are left alone:

@@ -1,4 +1,4 @@
-"""One item's call: admitted first, or as it is where the function sees to that."""
+"""One item's call: admitted first, or left to the function where that acquires by itself."""
 
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
@@ -15,7 +15,7 @@ PriceOf: TypeAlias = Price | Callable[[Any], Price]
 
 
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
-    """Tell that a call is not to begin any more."""
+    """Say that no further call may begin."""
 
 
 class Call(Protocol):

@@ -48,7 +48,7 @@ def whole(typed: str, *, most: int | None = None) -> int:
     """Return a number that is written as limits are: ``500``, ``14,400``, ``200k``.
 
     Raises:
-        ValueError: it is none from 1 on, or above ``most``.
+        ValueError: it is not a number from 1 on, or is above ``most``.
     """
     try:
         number = read_amount(typed)

@@ -108,7 +108,7 @@ class Sent:
 
     @property
     def by_characters(self) -> int:
-        """Tokens at four characters each, as OpenAI counts at its door."""
+        """Tokens at four characters each, as OpenAI estimates at admission."""
         return -(-self.characters // 4) + self.extra
 
     @property

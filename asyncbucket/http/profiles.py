@@ -234,7 +234,7 @@ def profile_named(name: str) -> Profile:
     """Return the profile called ``name``.
 
     Raises:
-        ValueError: there is none; the message names those that there are.
+        ValueError: there is no such profile; the message names those that there are.
     """
     for profile in _ALL:
         if profile.name == name:

@@ -74,7 +74,7 @@ class Routes:
         return self._resolve(self._choose(call))
 
     def _check(self, target: Target) -> None:
-        """Refuse what leads nowhere; a name that was misspelt would be a child without limits."""
+        """Refuse what leads nowhere: a misspelt name would be a child without limits."""
         if isinstance(target, str) and target not in self._limiter.children:
             known = ", ".join(self._limiter.children) or "none"
             raise ValueError(

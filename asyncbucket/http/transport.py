@@ -67,7 +67,7 @@ def transport(
             A refusal then pauses that child.
 
     Raises:
-        ValueError: ``family``, ``profile`` or a route is none that can be understood.
+        ValueError: ``family``, ``profile`` or a route cannot be understood.
         TypeError: ``inner`` is no async transport, or a route leads nowhere.
         ImportError: the library that ``family`` names is not installed.
     """

@@ -192,7 +192,7 @@ class Doors(ABC):
                 `asyncbucket.http.transport.transport`.
 
         Raises:
-            ValueError, TypeError: an option is none that can be understood.
+            ValueError, TypeError: an option cannot be understood.
         """
         from asyncbucket.http.transport import transport
 
@@ -215,7 +215,7 @@ class Doors(ABC):
 
         Raises:
             ImportError: neither httpx nor httpx2 is installed.
-            ValueError, TypeError: an option is none that can be understood.
+            ValueError, TypeError: an option cannot be understood.
         """
         from asyncbucket.http.clients import http_client
 

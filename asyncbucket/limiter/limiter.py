@@ -252,7 +252,7 @@ class Limiter(Doors, Steering, OfThisProcess):
             return explain_locked(account, amounts, urgency)
 
     async def __aenter__(self) -> NoReturn:
-        """Say what was meant: a limiter is not a context, an admission is.
+        """Refuse, and say what to write: an acquisition is a context manager, a limiter is not.
 
         Raises:
             TypeError: always.

@@ -55,7 +55,7 @@ class Terms:
 
         Raises:
             LimitSyntaxError: a limit cannot be read; a ValueError.
-            ValueError: a number is none of what it must be.
+            ValueError: a number is not what it must be.
         """
         others = dict(keywords)
         priority = others.pop("priority", None)
@@ -116,7 +116,7 @@ def read_on_outage(value: OnOutage) -> OnOutage:
     """Return what to do while a store is gone.
 
     Raises:
-        ValueError: it is none of the words.
+        ValueError: it is not one of the words.
     """
     if value not in get_args(OnOutage):
         words = ", ".join(get_args(OnOutage))

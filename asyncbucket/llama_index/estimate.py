@@ -191,7 +191,7 @@ class _Sent:
         """Add a message: its blocks, and the tool calls that older integrations keep beside them."""
         self.tokens += _A_MESSAGE
         if not hasattr(message, "blocks"):
-            return  # it is none, which the model says better
+            return  # it is not a message, which the model says better
         for block in message.blocks:
             self.add_block(block)
         extra = message.additional_kwargs

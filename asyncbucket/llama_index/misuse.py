@@ -1,4 +1,4 @@
-"""What people do that undoes pacing, and that can be seen for certain: it is said, with the remedy.
+"""Misuse that undoes pacing and can be seen for certain: a warning says so, with the remedy.
 
 Not seen, and so not here: retry decorators around a paced model's methods, and a workflow whose
 time-out is shorter than the queue. The docs speak of them.

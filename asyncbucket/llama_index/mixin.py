@@ -20,7 +20,7 @@ _PACING: Final = "_asyncbucket_pacing"
 
 
 class _NoRetries:
-    """Be 0 on an instance, whatever its field says: one layer retries, and it is ours.
+    """Read as 0 on an instance, whatever its field says: one layer retries, and it is ours.
 
     The field's own value stays where it is, so that it is serialised, copied and set as ever. On
     the class there is nothing, as with any pydantic field: a property would be taken for a

@@ -171,7 +171,7 @@ class Pacing:
 
 @contextlib.contextmanager
 def told_of_overload(lease: Lease) -> Generator[None]:
-    """Let ``lease`` know of an error that says that the provider has too much to do."""
+    """Let ``lease`` know of an error that says that the provider is overloaded."""
     try:
         yield
     except Exception as error:

@@ -163,7 +163,7 @@ def _kind(obj: object) -> str:
 
 
 def _check_options(options: Mapping[str, Any], things: list[Any]) -> None:
-    """Refuse options of which nothing comes."""
+    """Refuse options that would have no effect."""
     kinds = {_kind(each) for each in things}
     idle = options.keys() - {name for kind in kinds for name in _OPTIONS[kind]}
     if idle and kinds:

@@ -106,10 +106,10 @@ def instants_of(
 
 
 def read_instants(arrivals: Iterable[float]) -> list[float]:
-    """Return instants that were given, if they are some.
+    """Return the instants that were given.
 
     Raises:
-        TypeError: they are none, but a number, say.
+        TypeError: they are not iterable.
         ValueError: one of them is not a finite number of seconds from 0 on.
     """
     if not isinstance(arrivals, Iterable):

@@ -69,7 +69,7 @@ class Series:
         return self._draw is None and self._values is None
 
     def __len__(self) -> int:
-        """Return the number of samples; 0 where that says nothing."""
+        """Return the number of samples; 0 if any number of calls may be drawn."""
         return 0 if self._values is None else len(self._values)
 
     def draw(self, calls: int, seed: str) -> Iterator[Any]:

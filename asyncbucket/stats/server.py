@@ -146,7 +146,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     limiters: Sequence[Limiter] = ()
 
     def handle(self) -> None:
-        """Answer; who goes away meanwhile is nothing to complain of on somebody else's terminal."""
+        """Answer; a client that goes away meanwhile is no reason for a traceback on somebody else's terminal."""
         with contextlib.suppress(ConnectionError):
             super().handle()
 

@@ -40,7 +40,7 @@ def logging(
         logger: where to, a logger or its name.
 
     Raises:
-        TypeError: ``limiter`` is none, or ``logger`` is.
+        TypeError: ``limiter`` is not a limiter, or ``logger`` not a logger.
         ValueError: ``threshold`` is not a number of seconds from 0 on.
     """
     from asyncbucket.telemetry.to_logging import observer
@@ -68,7 +68,7 @@ def prometheus(
         ImportError: prometheus_client is not installed; the message names the extra.
         ValueError: the limiter, or one above or below it, is watched by this registry already, so
             that its calls would count twice; or ``max_limiters`` is not a whole number from 1 on.
-        TypeError: ``limiter`` is none, or ``registry`` is.
+        TypeError: ``limiter`` is not a limiter, or ``registry`` not a registry.
     """
     check_source(limiter)
     try:
@@ -107,7 +107,7 @@ def opentelemetry(
     Raises:
         ImportError: opentelemetry-api is not installed; the message names the extra.
         ValueError: as for `prometheus`, of the meter provider.
-        TypeError: ``limiter`` is none.
+        TypeError: ``limiter`` is not a limiter.
     """
     check_source(limiter)
     try:
@@ -136,7 +136,7 @@ def llama_index(limiter: Source) -> Callable[[], None]:
 
     Raises:
         ImportError: LlamaIndex is not installed; the message names the extra.
-        TypeError: ``limiter`` is none.
+        TypeError: ``limiter`` is not a limiter.
     """
     check_source(limiter)
     try:

@@ -47,7 +47,7 @@ def check_source(limiter: object) -> None:
     """Refuse what is not a limiter, before anything is switched on.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is not a limiter.
     """
     if not isinstance(limiter, Source):
         raise TypeError(f"only a limiter can be watched, not {type(limiter).__name__}")

@@ -165,7 +165,7 @@ def _tenant(text: str) -> tuple[str, Tenant]:
     """Read a tenant: its name, and words such as ``weight=2``.
 
     Raises:
-        ValueError: a word is none of those that are known.
+        ValueError: a word is not known.
     """
     name, *told = text.split() or [""]
     if not name or "=" in name:

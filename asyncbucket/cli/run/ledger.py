@@ -263,6 +263,6 @@ def unusable(path: object, error: sqlite3.Error) -> ValueError:
 
 
 def _is_broken(path: Path) -> bool:
-    """Tell whether what is no database may have been one: only then it is made anew."""
+    """Tell whether an unreadable file may have been a database: only then it is made anew."""
     with path.open("rb") as file:
         return file.read(len(_HEAD)) in (_HEAD, bytes(len(_HEAD)))

@@ -46,7 +46,7 @@ def failure(
     response: Mapping[str, Any] | None = None,
     attempts: int = 0,
 ) -> bytes:
-    """Return the line of a request that failed, or of a line that is none."""
+    """Return the line of a request that failed, or of a line that is not a request."""
     return _line(
         {
             "id": None,

@@ -33,7 +33,7 @@ _IDLE: Final = 32
 
 
 class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
-    """Carry a reply that is an error or no JSON, as `asyncbucket.retry` reads it."""
+    """Carry a reply that is an error, or not JSON, as `asyncbucket.retry` reads it."""
 
     def __init__(self, response: httpx.Response) -> None:
         self.response = response
@@ -46,7 +46,7 @@ class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
 
     @property
     def is_of_another_server(self) -> bool:
-        """Whether a success is none: who speaks no JSON is not the API."""
+        """Whether a success did not come from the API, which would have answered in JSON."""
         return self.status_code < FIRST_ERROR
 
     @property
@@ -72,7 +72,7 @@ class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
 
 
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
-    """Tell that a request was not sent, for the run is to end."""
+    """Say that a request was not sent, because the run is ending."""
 
 
 @dataclass(slots=True)

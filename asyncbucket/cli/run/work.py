@@ -159,7 +159,7 @@ class Run:
         self._look_for_the_end(error)
 
     def _look_for_the_end(self, error: Exception) -> None:
-        """Stop where every other request would fail likewise."""
+        """Stop if every further request would fail, too."""
         tally, status = self._tally, getattr(error, "status_code", None)
         unreachable = isinstance(error, UNREACHABLE)
         lost, elsewhere = status in _FATAL, unreachable or status in _ELSEWHERE

@@ -39,7 +39,7 @@ class Refusal:
 
 
 class Admission:
-    """The provider's door, and the book in which it writes what came."""
+    """Decide about calls, and keep a record of them."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
