@@ -1,5 +1,6 @@
-"""What paced LLMs and paced embedding models have in common."""
+"""What paced LLMs, embedding models and tools have in common."""
 
+import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -108,6 +109,16 @@ class Paced:
                 yield name, vars(self)[name]
                 break
         yield "limiter", pacing_of(self).limiter
+
+
+def paced_subclass(mixin: type[Any], cls: type[Any], **names: Any) -> type[Any]:
+    """Return a class of ``cls`` with ``mixin`` before it and ``names`` in it, at home where ``cls`` is."""
+    names |= {
+        "__doc__": cls.__doc__,
+        "__module__": cls.__module__,
+        "__qualname__": f"Paced{cls.__qualname__}",
+    }
+    return types.new_class(f"Paced{cls.__name__}", (mixin, cls), {}, lambda ns: ns.update(names))
 
 
 def pacing_of(model: Paced) -> Pacing:

@@ -40,7 +40,6 @@ many requests did go out. Between attempts no slot is held.
 
 import functools
 import inspect
-import types
 from collections.abc import Mapping
 from typing import Any, Final, TypeVar, cast
 
@@ -57,7 +56,7 @@ from asyncbucket.llama_index.embedding import RateLimitedEmbedding, RateLimitedM
 from asyncbucket.llama_index.estimate import Estimator
 from asyncbucket.llama_index.llm import RateLimitedLLM
 from asyncbucket.llama_index.misuse import warn_of_misuse
-from asyncbucket.llama_index.mixin import Paced, bind, pacing_of
+from asyncbucket.llama_index.mixin import Paced, bind, paced_subclass, pacing_of
 from asyncbucket.llama_index.pacing import Pacing
 from asyncbucket.llama_index.tools import (
     PacedTool,
@@ -226,14 +225,8 @@ def paced_class(cls: type[Any]) -> type[Any]:
         name: str = cls.class_name()
         return name
 
-    names = {
-        "__doc__": cls.__doc__,
-        "__module__": cls.__module__,
-        "__qualname__": f"Paced{cls.__qualname__}",
-        "class_name": classmethod(class_name),
-        _GENERATED: cls,
-    }
-    return types.new_class(f"Paced{cls.__name__}", (mixin, cls), {}, lambda ns: ns.update(names))
+    names = {"class_name": classmethod(class_name), _GENERATED: cls}
+    return paced_subclass(mixin, cls, **names)
 
 
 def _refusal(obj: object) -> str:
