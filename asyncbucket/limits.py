@@ -42,7 +42,7 @@ KEYWORDS: Final = {
     "otpm": ("output_tokens", 60),
 }
 
-# A comma stands between thousands: who writes "2,5k" means 2,500, not 25,000.
+# A comma only separates thousands: "2,5k" means 2,500 to whoever writes it, not 25,000.
 _NUMBER: Final = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9][0-9_]{0,30})(?:\.[0-9]{1,30})?[kmb]?"
 _AMOUNT: Final = rf"(?P<amount>{_NUMBER})"
 _BURST: Final = rf"(?:\s+burst\s+(?P<burst>{_NUMBER}))?"

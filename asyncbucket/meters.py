@@ -196,7 +196,7 @@ class Bucket:
         back = min([amount * self.p, self.low, *self._lows[later : later + 1]])
         self.low -= back
         lows = [low - back for low in self._lows[later:]]
-        # Lows from before `when` stay as they were; those now above a later one are none any more.
+        # Lows from before `when` stay as they were; those now above a later one are lows no more.
         first = bisect.bisect_left(self._lows, lows[0], 0, later) if lows else later
         del self._dates[first:later]
         self._lows[first:] = lows

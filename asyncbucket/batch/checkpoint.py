@@ -161,7 +161,7 @@ class Ledger:
         path = self._checkpoint.path
         if "locked" in str(error):
             return f"{path} is in use by another run: let it end, or give another file"
-        if type(error) is sqlite3.DatabaseError:  # as Python calls what is none, or a broken one
+        if type(error) is sqlite3.DatabaseError:  # it is none, or damaged
             return f"{path} is not a checkpoint, or is damaged ({error}): give another file"
         return (
             f"{path} cannot be used as a checkpoint ({error}): give a file that may be written, "

@@ -32,7 +32,7 @@ from asyncbucket.http.body import Sent, sent
 from asyncbucket.http.usage import Usage
 
 _MINUTE: Final = 60
-#: What the user may limit besides the tokens that were counted at the door.
+#: What the user may limit besides the tokens that were counted at admission.
 _AT_THE_DOOR: Final = frozenset({"input_tokens", "output_tokens"})
 _DAY: Final = 86_400
 
@@ -184,7 +184,7 @@ _OPENAI_TELLS: Final = (
     _ratelimit("tokens", "project-tokens"),
 )
 
-#: The larger of prompt and ``max_tokens`` is charged at the door, and not corrected.
+#: The larger of prompt and ``max_tokens`` is charged at admission, and not corrected.
 OPENAI: Final = ProviderProfile(
     name="openai",
     hosts=("api.openai.com",),

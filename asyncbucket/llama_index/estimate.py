@@ -3,7 +3,7 @@
 The input is what the provider is sent: every block of every message, what the provider's template
 adds to each, tools and the response format. A limiter that books too little lets too many pass and
 is refused, one that books too much gets the rest back when the reply comes. So of the tokenizer's
-count and a quarter of the characters, by which OpenAI estimates at its door, the larger one counts.
+count and a quarter of the characters, by which OpenAI estimates at admission, the larger one counts.
 
 The output is `max_tokens` where the call or the model has one: so much OpenAI charges at admission.
 Where neither has one, nobody knows; it is foreseen as what nine in ten of the model's last replies

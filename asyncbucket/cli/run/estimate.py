@@ -42,7 +42,7 @@ class Estimate:
         """Count a call; of many, a random sample of costs is kept."""
         self.calls += 1
         self.input_tokens += cost.get("input_tokens", 0)
-        # What may be written and has to be paid, also where a provider charges less at its door.
+        # What may be written and has to be paid, also where a provider charges less at admission.
         asked = sent(request.path, request.body)
         self.output_tokens += asked.output(FORESEEN)
         self.unbounded |= asked.writes and asked.max_output is None
