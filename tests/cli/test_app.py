@@ -128,7 +128,11 @@ def test_interrupt_before_a_command_is_status_130(monkeypatch: pytest.MonkeyPatc
 
 def test_sigterm_ends_a_command_that_ignores_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     """A script's shell has those in its background ignore it."""
-    monkeypatch.setattr(cli, "app", lambda **_: signal.raise_signal(signal.SIGTERM))
+
+    def terminated(**_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(cli, "app", terminated)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
 
     with pytest.raises(SystemExit) as caught:
