@@ -221,7 +221,7 @@ class TokenBucket(OfThisProcess):
     def _too_late(self, amount: int, timeout: float | None, wait: int) -> AcquireTimeout:
         assert timeout is not None
         return AcquireTimeout(
-            f"{counted(amount, 'units')} did not pass within {in_seconds(timeout)} at {self.rate:g} a "
+            f"{counted(amount, 'units')} cannot pass within {in_seconds(timeout)} at {self.rate:g} a "
             f"second; raise the timeout or the rate",
             retry_after=wait * 1e-9,
             bound_by="units",
