@@ -113,10 +113,7 @@ def test_environment_is_the_processs(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"RPM": "5 images"}, "ASYNCBUCKET_RPM: '5 images' is not a number such as 500"),
         ({"RPM": "-5"}, "ASYNCBUCKET_RPM: '-5' is not a number"),
         ({"LIMITS": "500 RPX"}, "ASYNCBUCKET_LIMITS: '500 RPX' is not a limit; write e.g."),
-        (
-            {"LIMITS": "500 RPM, 2k TPM"},
-            "ASYNCBUCKET_LIMITS: '500 RPM, 2k TPM' .* put a semicolon between two limits$",
-        ),
+        ({"LIMITS": "500 RPM, 2k TPM"}, "'500 RPM, 2k TPM' .* put a semicolon between two limits$"),
         (
             {"CONCURRENCY": "some"},
             "ASYNCBUCKET_CONCURRENCY: 'some' is neither a number such as 20, nor 8-64, nor auto",

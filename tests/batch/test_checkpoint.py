@@ -227,9 +227,7 @@ async def test_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(TypeError, match=r"key= of a checkpoint must return a string, not 7"):
         await run(keyed, Calls(), [{"id": 7}])
-    with pytest.raises(
-        TypeError, match=r"must return a string, not dict$"
-    ):  # the item may be secret
+    with pytest.raises(TypeError, match=r"a string, not dict$"):  # the item may be secret
         await run(keyed, Calls(), [{"id": {}}])
 
 

@@ -658,7 +658,7 @@ def test_key_that_cannot_be_sent_is_not_shown(key: str, monkeypatch: pytest.Monk
 
     assert result.exit_code == 2
     assert result.stderr == (
-        "error: OPENAI_API_KEY holds characters that no key has: export nothing but the key in it\n"
+        "error: OPENAI_API_KEY holds characters that no key has: export the key alone in it\n"
     )
 
 

@@ -56,11 +56,7 @@ def test_a_context_is_no_decorator(given: Any) -> None:
 def test_a_context_is_for_one_block() -> None:
     """Two tasks that share one would each leave what the other has set."""
     given = asyncbucket.tenant("acme")
-    with (
-        given,
-        pytest.raises(RuntimeError, match=r"call priority\(\), tenant\(\) or deadline\(\) anew"),
-        given,
-    ):
+    with given, pytest.raises(RuntimeError, match=r"call priority\(\), tenant\(\) or"), given:
         pass
     assert inherited.get() is None
     with pytest.raises(RuntimeError, match="entered before"), given:

@@ -278,9 +278,7 @@ def test_resources_that_nothing_limits_are_typos() -> None:
 
 def test_a_cost_is_a_cost() -> None:
     """A number in its place is refused."""
-    with pytest.raises(
-        TypeError, match=r"a cost must be a Cost or keywords such as tokens=500, not 5"
-    ):
+    with pytest.raises(TypeError, match=r"must be a Cost or keywords such as tokens=500, not 5"):
         Limiter("5 RPM").acquire(5)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 

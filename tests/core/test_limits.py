@@ -107,9 +107,7 @@ def test_the_message_shows_how_limits_are_written() -> None:
     )
     with pytest.raises(LimitSyntaxError, match=r"^'0.5 RPM' is not a whole number of units; write"):
         Limit.parse("0.5 RPM")
-    with pytest.raises(
-        LimitSyntaxError, match="a limit must be a string or a Limit, not 500; write"
-    ):
+    with pytest.raises(LimitSyntaxError, match="must be a string or a Limit, not 500; write"):
         Limiter(500)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
@@ -143,7 +141,7 @@ def test_a_window_is_a_millisecond_to_400_days(per: float) -> None:
     """All else is refused with the value that was given."""
     with pytest.raises(LimitSyntaxError) as error:
         Limit("tokens", 5, per=per)
-    assert str(error.value) == (f"a window must last from 0.001 s to 400 days, not {per!r} s")
+    assert str(error.value) == f"a window must last from 0.001 s to 400 days, not {per!r} s"
 
 
 def test_a_burst_is_at_most_the_amount() -> None:

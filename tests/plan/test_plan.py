@@ -211,10 +211,7 @@ def test_plan_survives_json_and_pickle() -> None:
         ({"calls": True}, "calls must be a whole number of at least 1, not True"),
         ({"calls": 5, "tpm": 100}, "a limit counts tokens, but nothing says how many a call has"),
         ({"calls": 5, "itpm": 100}, "a limit counts input tokens, but nothing says how many"),
-        (
-            {"calls": 5, "concurrency": 2},
-            "what concurrency=2 allows depends on how long calls take",
-        ),
+        ({"calls": 5, "concurrency": 2}, "what concurrency=2 allows depends on how long"),
         ({"calls": 5, "concurrency": "auto", "latency": 1}, "concurrency='auto' depends on how"),
         ({"calls": 5, "latency": 1e300}, "a plan covers 292 years at most"),
         ({"calls": 5, "arrivals": Poisson(1e-12)}, "a plan covers 292 years at most"),
@@ -269,9 +266,7 @@ def test_other_resources_are_planned_too() -> None:
 @pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf"), True, "5"])
 def test_rate_of_arrivals_is_a_number_above_zero(rate: float) -> None:
     """Anything else is not a rate."""
-    with pytest.raises(
-        ValueError, match="a rate must be a finite number of calls a second above 0"
-    ):
+    with pytest.raises(ValueError, match="a rate must be a finite number of calls a second"):
         Poisson(rate)
 
 

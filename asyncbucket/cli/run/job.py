@@ -200,9 +200,7 @@ def key_from(variable: str, *, api_base: str) -> str | None:
     """
     key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise ValueError(
-            f"{variable} holds characters that no key has: export nothing but the key in it"
-        )
+        raise ValueError(f"{variable} holds characters that no key has: export the key alone in it")
     if not key and api_base == provider.OPENAI:
         raise ValueError(
             f"{variable} is not set: export your key in it, or name another variable with "
