@@ -10,7 +10,6 @@ it is complete the usage is found in them by its key, not by parsing: a reply's 
 letters ``"usage"``, but JSON escapes the quotes around them, so the bytes are the real key alone.
 """
 
-import contextlib
 import json
 import re
 from collections import deque
@@ -181,8 +180,10 @@ def sent(path: str, body: Mapping[str, Any]) -> Sent:
     found = Sent(writes=path.rstrip("/").endswith(_WRITES))
     found.replies = replies_of(body)
     if found.writes or only_reads(path):
-        with contextlib.suppress(RecursionError):  # nested deeper than what any model is sent
+        try:
             _look_into(body, found)
+        except RecursionError:  # nested deeper than what any model is sent
+            return found
     return found
 
 
@@ -201,9 +202,14 @@ def may_use(method: str, path: str) -> bool:
 
 def replies_of(body: Mapping[str, Any]) -> int:
     """Return how many replies the call with the JSON ``body`` asks for, to all its prompts."""
-    to_one = max([1, *(value for name in _REPLIES if is_count(value := body.get(name)))])
-    prompt = body.get("prompt")
-    prompts = prompt if isinstance(prompt, list) else []
+    to_one = 1
+    for name in _REPLIES:
+        value = body.get(name)
+        if is_count(value):
+            to_one = max(to_one, value)
+    prompts = body.get("prompt")
+    if not isinstance(prompts, list):
+        return to_one
     # Numbers are the tokens of one.
     return to_one * max(1, sum(not isinstance(each, int) for each in prompts))
 
