@@ -109,17 +109,21 @@ def test_bad_lines_are_named_and_the_rest_goes_on(rate_limited_provider: Provide
     """The errors file has their numbers and reasons; the status says that not all is well."""
     provider = rate_limited_provider()
     good = Path(batch(2)).read_bytes()
-    Path("in.jsonl").write_bytes(b'{"custom_id": \n' + good + b"\xff\n\n" + good)
+    Path("in.jsonl").write_bytes(
+        b'{"custom_id": \n' + good + b"\xff\n\n" + good + b'{"custom_id": "x"}\n'
+    )
 
     result = run(provider, "in.jsonl", "-o", "out.jsonl", "--rpm", "6000")
 
-    errors = {line["line"]: line["error"] for line in lines_of("out.errors.jsonl")}
+    failed = lines_of("out.errors.jsonl")
+    errors = {line["line"]: line["error"] for line in failed}
     assert result.exit_code == 1
-    assert sorted(errors) == [1, 4, 6, 7]
+    assert sorted(errors) == [1, 4, 6, 7, 8]
+    assert [line["custom_id"] for line in failed] == [None, None, "q0", "q1", "x"]
     assert {error["code"] for error in errors.values()} == {"bad_line"}
     assert errors[6]["message"] == "custom_id 'q0' is that of line 2, too"
     assert len(lines_of("out.jsonl")) == provider.statistics().admitted == 2
-    assert "4 bad lines" in result.stderr
+    assert "5 bad lines" in result.stderr
     assert "line 1: no JSON" in result.stderr
 
 
