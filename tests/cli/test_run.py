@@ -491,7 +491,7 @@ def test_dry_run_says_the_most_that_replies_may_cost(options: str, said: str) ->
 
     result = CliRunner().invoke(app, [*command.split(), *options.split()])
 
-    assert result.stdout.splitlines()[-1] == f"about 2 tokens in, {said}"
+    assert result.stdout.splitlines()[-1] == f"to pay for: about 2 tokens in, {said}"
 
 
 def test_dry_run_of_one_short_prompt_says_token() -> None:
