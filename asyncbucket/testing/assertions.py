@@ -165,7 +165,10 @@ def _admissions(trace: Trace) -> list[tuple[int, int]]:
     pairs = list(trace)
     for pair in pairs:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:  # noqa: PLR2004 - a pair
-            raise TypeError(f"a trace is pairs of time and amount, such as (0.5, 1), not {pair!r}")
+            raise TypeError(
+                f"a trace is pairs of time and amount, such as (0.5, 1), or what a limiter's "
+                f'trace.amounts("requests") gives, not {pair!r}'
+            )
     kinds = {type(when) for when, _ in pairs}
     for when, amount in pairs:
         if isinstance(amount, bool) or not isinstance(amount, int) or amount < 0:
