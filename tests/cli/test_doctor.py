@@ -290,7 +290,7 @@ def test_old_preset_among_the_settings_is_a_note(monkeypatch: pytest.MonkeyPatch
 
     (limits, age) = said(surroundings.environment())
 
-    assert limits == ("good", "Limiter.from_env(): 20 requests per 60 s, 50 requests per 86400 s")
+    assert limits == ("good", "Limiter.from_env(): 20 requests per 60 s, 50 requests per 86,400 s")
     assert age[0] == "note"
     assert age[1].startswith("the limits of 'openrouter/free/any' were read ")
 

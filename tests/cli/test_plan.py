@@ -107,11 +107,11 @@ def test_limits_of_all_kinds_are_one_list() -> None:
     )
 
     assert [limit["limit"] for limit in shown["limits"]] == [
-        "8 requests per 3600 s",
-        "7,000 tokens per 86400 s",
+        "8 requests per 3,600 s",
+        "7,000 tokens per 86,400 s",
         "5,000 requests per 60 s",
         "2,000,000 tokens per 60 s",
-        "9 requests per 86400 s",
+        "9 requests per 86,400 s",
     ]
 
 
