@@ -83,6 +83,11 @@ def test_a_view_says_what_binds_and_how_long_the_line_takes() -> None:
     )
 
 
+def test_a_pause_that_is_nearly_over_is_not_over() -> None:
+    """Nobody is told of one that lasts for 0.0 s more."""
+    assert View.of({**LOOK, "paused": 0.02}, None, 0.0).facts[0] == "paused for 0.02 s more"
+
+
 def test_of_several_limits_the_fullest_binds(virtual_time: VirtualTime) -> None:
     """Not the day's beside the minute's, and none of a child that its parent holds up."""
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from asyncbucket.wording import counted, one_line
+from asyncbucket.wording import counted, in_seconds, one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def _limits(limiter: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 def _facts(now: Mapping[str, Any], rate: float) -> list[str]:
     facts: list[str] = []
     if now["paused"]:
-        facts.append(f"paused for {now['paused']:.1f} s more")
+        facts.append(f"paused for {in_seconds(now['paused'])} more")
     if "waiting" in now:
         facts.append(f"{now['waiting']:,} waiting{_eta(now['waiting'], rate)}")
     if not now.get("concurrency"):
