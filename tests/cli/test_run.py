@@ -142,6 +142,8 @@ def test_refused_request_is_an_error_and_is_tried_again_by_the_next_run(
     assert (first.exit_code, second.exit_code) == (1, 0)
     assert error["error"]["code"] == "string_above_max_length"
     assert error["response"]["status_code"] == 400
+    assert error["response"]["request_id"].startswith("req_")
+    assert error["waited"] == 0
     assert error["custom_id"] == "q0"
     assert sorted(line["custom_id"] for line in lines_of("out.jsonl")) == ["q0", "q1", "q2"]
     assert not Path("out.errors.jsonl").exists()
