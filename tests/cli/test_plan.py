@@ -231,6 +231,8 @@ def test_picture_is_drawn(tmp_path: Path, kind: str, options: tuple[str, ...]) -
     assert content.startswith(b"\x89PNG" if kind == "png" else b"<?xml")
     if kind == "svg":
         assert (b"#17191c" in content) == bool(options)
+        # The burst at the start goes beyond the scale.
+        assert re.search(rb"<!-- admitted a second, [0-9.]+ the peak -->", content)
 
 
 def test_picture_of_a_plan_without_waits(tmp_path: Path) -> None:
