@@ -4,6 +4,7 @@ import asyncio
 import shutil
 import subprocess
 import time
+import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from redis.asyncio import Redis
 
 from asyncbucket import Limiter
 from asyncbucket.limits import Limit
-from asyncbucket.stores import Batch, Receipt, StoreError, Terms, open_store
+from asyncbucket.stores import Batch, Receipt, StoreError, Terms, about, open_store
 from asyncbucket.stores.redis import RedisStore
 
 if TYPE_CHECKING:
@@ -190,6 +191,17 @@ async def test_a_server_says_what_it_is_as_far_as_the_login_may_ask(
     assert (await ledger.peek()).details == {"clock": "in step"}
     for each in (store, shy, client):
         await each.aclose()
+
+
+async def test_a_clock_that_is_out_of_step_is_told(
+    store: RedisStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By how much, and which way."""
+    ledger = await store.open("clock", terms("1/s"))
+    for hours, said in ((-1, "3,600 s ahead"), (1, "3,600 s behind")):
+        ours = types.SimpleNamespace(time=lambda hours=hours: time.time() + hours * 3_600)
+        monkeypatch.setattr(about, "time", ours)
+        assert (await ledger.peek()).details["clock"] == said
 
 
 async def join(nodes: "list[RunningServer]") -> None:
