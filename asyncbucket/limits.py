@@ -46,9 +46,10 @@ KEYWORDS: Final = {
 _NUMBER: Final = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9][0-9_]{0,30})(?:\.[0-9]{1,30})?[kmb]?"
 _AMOUNT: Final = rf"(?P<amount>{_NUMBER})"
 _BURST: Final = rf"(?:\s+burst\s+(?P<burst>{_NUMBER}))?"
+_EVERY: Final = r"(?P<every>[0-9]{1,3}(?:,[0-9]{3}){1,2}|[0-9]{1,9})?"
 _SHORT: Final = re.compile(rf"{_AMOUNT}\s*(?P<resource>r|[io]?t)p(?P<unit>[smhd]){_BURST}")
 _LONG: Final = re.compile(
-    rf"{_AMOUNT}\s*(?P<resource>[a-z_]+)?\s*(?:/|\bper\b)\s*(?P<every>[0-9]{{1,9}})?\s*"
+    rf"{_AMOUNT}\s*(?P<resource>[a-z_]+)?\s*(?:/|\bper\b)\s*{_EVERY}\s*"
     rf"(?P<unit>s|sec|seconds?|m|min|minutes?|h|hours?|d|days?){_BURST}"
 )
 _HOW: Final = (
@@ -118,7 +119,7 @@ class Limit:
         if match is None:
             raise LimitSyntaxError(f"{text!r} is not a limit; {_HOW}")
         resource = match["resource"] or "requests"
-        every = int(match.groupdict().get("every") or 1)
+        every = int((match.groupdict().get("every") or "1").replace(",", ""))
         return cls(
             _RESOURCES.get(resource, resource) if match.re is _SHORT else resource,
             _read_number(match["amount"], text),
@@ -144,7 +145,7 @@ class Limit:
     @property
     def label(self) -> str:
         """What metrics call it, whatever its amount: ``rpm``, or ``images/10s``."""
-        return self.keyword or f"{self.resource}/{written_out(self.per)}s"
+        return self.keyword or f"{self.resource}/{self.per:.9g}s"
 
     def __str__(self) -> str:
         return f"{counted(self.amount, self.resource)} per {written_out(self.per)} s"

@@ -46,5 +46,5 @@ def in_seconds(value: float) -> str:
 
 
 def written_out(per: float) -> str:
-    """Return a window's seconds in all their digits: a month's are "2592000", not "2.592e+06"."""
-    return f"{per:.9g}"
+    """Return a window's seconds in all their digits: a month's are "2,592,000", not "2.592e+06"."""
+    return f"{per:,.9g}"

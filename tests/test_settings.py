@@ -48,7 +48,7 @@ def test_environment_has_any_limit() -> None:
     """Several, with a semicolon between them, for commas are in numbers."""
     limiter = env(LIMITS="14,400 RPD; 3 images/10s burst 1;")
 
-    assert said(limiter) == ["14,400 requests per 86400 s", "3 images per 10 s"]
+    assert said(limiter) == ["14,400 requests per 86,400 s", "3 images per 10 s"]
 
 
 @pytest.mark.filterwarnings("ignore::asyncbucket.presets.PresetWarning")
@@ -159,7 +159,7 @@ def test_project_describes_several_limiters(tmp_path: Path) -> None:
     """Each has its table, and is called so."""
     limiter = from_toml(Limiter, written(tmp_path, TABLE), limiter="batch")
 
-    assert said(limiter) == ["100 requests per 60 s", "1,000,000 tokens per 86400 s"]
+    assert said(limiter) == ["100 requests per 60 s", "1,000,000 tokens per 86,400 s"]
     assert limiter.limits[0].burst == 10
     assert limiter.name == "batch"
 

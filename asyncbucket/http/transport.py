@@ -178,7 +178,7 @@ class PacedTransport(_Paced):
         inner = self.inner or await self._open(request)
         lane, call, profile, cost = self._reader.read(request)
         limiter = lane.limiter
-        self._layers.look_for_retries(request)
+        self._layers.look_at(request)
         if cost is None or self._layers.have_paid(limiter):
             sent_at = limiter.now()
             reply = await inner.handle_async_request(request)
@@ -245,7 +245,7 @@ class PacedTransportSync(_Paced):
         inner = self.inner or self._open(request)
         lane, call, profile, cost = self._reader.read(request)
         limiter = lane.limiter
-        self._layers.look_for_retries(request)
+        self._layers.look_at(request)
         if cost is None or self._layers.have_paid(limiter):
             sent_at = limiter.now()
             reply = inner.handle_request(request)

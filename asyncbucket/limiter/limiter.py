@@ -326,7 +326,8 @@ class Limiter(Doors, Steering, OfThisProcess):
     def per_key(self, *limits: str | Limit, alive: int = _ALIVE, **terms: Unpack[Keywords]) -> None:
         """Say on what terms tenants stand that have none of their own; see `key`.
 
-        It holds for those that come from now on.
+        It holds for those that come from now on, in calls that ask this limiter: whoever asks a
+        child has a tenant of that child's.
 
         Args:
             limits: as for `child`.

@@ -47,7 +47,7 @@ class Pacing:
         self.options: dict[str, Any] = {"retry": retry, "estimator": estimator}
         self.estimator = DefaultEstimator() if estimator is None else estimator
         # A refusal concerns all who share the provider's limits.
-        self.retrier = Retrier(Retry.of(retry), provider_of(limiter))
+        self.retrier = Retrier(Retry.of(retry), provider_of(limiter), caller=limiter)
         #: What hears the headers of replies, where an HTTP client lets it.
         self.ear = Ear(limiter)
         #: Whether a stream asks its provider for the usage; off for good once one refuses.

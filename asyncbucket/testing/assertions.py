@@ -166,7 +166,8 @@ def _admissions(trace: Trace) -> list[tuple[int, int]]:
     for pair in pairs:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:  # noqa: PLR2004 - a pair
             raise TypeError(
-                f"a trace must be pairs of time and amount, such as (0.5, 1), not {pair!r}"
+                f"a trace must be pairs of time and amount, such as (0.5, 1), or what a limiter's "
+                f'trace.amounts("requests") gives, not {pair!r}'
             )
     kinds = {type(when) for when, _ in pairs}
     for when, amount in pairs:

@@ -107,11 +107,11 @@ def test_limits_of_all_kinds_are_one_list() -> None:
     )
 
     assert [limit["limit"] for limit in shown["limits"]] == [
-        "8 requests per 3600 s",
-        "7,000 tokens per 86400 s",
+        "8 requests per 3,600 s",
+        "7,000 tokens per 86,400 s",
         "5,000 requests per 60 s",
         "2,000,000 tokens per 60 s",
-        "9 requests per 86400 s",
+        "9 requests per 86,400 s",
     ]
 
 
@@ -231,6 +231,8 @@ def test_picture_is_drawn(tmp_path: Path, kind: str, options: tuple[str, ...]) -
     assert content.startswith(b"\x89PNG" if kind == "png" else b"<?xml")
     if kind == "svg":
         assert (b"#17191c" in content) == bool(options)
+        # The burst at the start goes beyond the scale.
+        assert re.search(rb"<!-- admitted a second, [0-9.]+ the peak -->", content)
 
 
 def test_picture_of_a_plan_without_waits(tmp_path: Path) -> None:

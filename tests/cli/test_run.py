@@ -109,17 +109,21 @@ def test_bad_lines_are_named_and_the_rest_goes_on(rate_limited_provider: Provide
     """The errors file has their numbers and reasons; the status says that not all is well."""
     provider = rate_limited_provider()
     good = Path(batch(2)).read_bytes()
-    Path("in.jsonl").write_bytes(b'{"custom_id": \n' + good + b"\xff\n\n" + good)
+    Path("in.jsonl").write_bytes(
+        b'{"custom_id": \n' + good + b"\xff\n\n" + good + b'{"custom_id": "x"}\n'
+    )
 
     result = run(provider, "in.jsonl", "-o", "out.jsonl", "--rpm", "6000")
 
-    errors = {line["line"]: line["error"] for line in lines_of("out.errors.jsonl")}
+    failed = lines_of("out.errors.jsonl")
+    errors = {line["line"]: line["error"] for line in failed}
     assert result.exit_code == 1
-    assert sorted(errors) == [1, 4, 6, 7]
+    assert sorted(errors) == [1, 4, 6, 7, 8]
+    assert [line["custom_id"] for line in failed] == [None, None, "q0", "q1", "x"]
     assert {error["code"] for error in errors.values()} == {"bad_line"}
     assert errors[6]["message"] == "custom_id 'q0' is that of line 2 already"
     assert len(lines_of("out.jsonl")) == provider.statistics().admitted == 2
-    assert "4 bad lines" in result.stderr
+    assert "5 bad lines" in result.stderr
     assert "line 1: no JSON" in result.stderr
 
 
@@ -138,6 +142,8 @@ def test_refused_request_is_an_error_and_is_tried_again_by_the_next_run(
     assert (first.exit_code, second.exit_code) == (1, 0)
     assert error["error"]["code"] == "string_above_max_length"
     assert error["response"]["status_code"] == 400
+    assert error["response"]["request_id"].startswith("req_")
+    assert error["waited"] == 0
     assert error["custom_id"] == "q0"
     assert sorted(line["custom_id"] for line in lines_of("out.jsonl")) == ["q0", "q1", "q2"]
     assert not Path("out.errors.jsonl").exists()
@@ -487,7 +493,7 @@ def test_dry_run_says_the_most_that_replies_may_cost(options: str, said: str) ->
 
     result = CliRunner().invoke(app, [*command.split(), *options.split()])
 
-    assert result.stdout.splitlines()[-1] == f"about 2 tokens in, {said}"
+    assert result.stdout.splitlines()[-1] == f"to pay for: about 2 tokens in, {said}"
 
 
 def test_dry_run_of_one_short_prompt_says_token() -> None:

@@ -325,7 +325,7 @@ def test_long_times_are_written_out(virtual_time: VirtualTime) -> None:
             await bucket.acquire(timeout=900)
 
     virtual_time.run(main())
-    assert str(Limit("requests", 5, per=30 * 86_400)) == "5 requests per 2592000 s"
+    assert str(Limit("requests", 5, per=30 * 86_400)) == "5 requests per 2,592,000 s"
 
 
 def test_name_that_the_package_has_not_is_refused_as_of_any_module() -> None:

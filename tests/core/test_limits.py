@@ -87,14 +87,15 @@ def test_any_text_is_a_limit_or_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("5 requests/30d", "5 requests per 2592000 s"),
-        ("5 requests/1234567s", "5 requests per 1234567 s"),
+        ("5 requests/30d", "5 requests per 2,592,000 s"),
+        ("5 requests/1234567s", "5 requests per 1,234,567 s"),
         ("5 RPM", "5 requests per 60 s"),
     ],
 )
 def test_long_window_is_written_out(text: str, said: str) -> None:
-    """Nobody reads a month in 2.592e+06."""
+    """Nobody reads a month in 2.592e+06; and what was shown can be given."""
     assert str(Limit.parse(text)) == said
+    assert Limit.parse(said) == Limit.parse(text)
 
 
 def test_the_message_shows_how_limits_are_written() -> None:
@@ -185,6 +186,7 @@ def test_a_limit_knows_its_window_keyword_label_and_text() -> None:
     assert limit.label == "itpm"
     assert Limit("images", 3, per=0.5).keyword is None
     assert Limit("images", 3, per=0.5).label == "images/0.5s"
+    assert Limit("images", 3, per=86_400).label == "images/86400s"
     assert Limit("images", 3, per=0.5).window == Fraction("0.5") * 1_000_000_000
 
 

@@ -772,6 +772,29 @@ async def test_error_that_says_nothing_lifts_no_caution(
     assert (limiter.statistics().limits[0].available > 10) is lifts
 
 
+async def test_limiter_for_each_request_is_told_of_once(
+    library: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ten alike for one key at one host; not children, and not those of several keys or hosts."""
+    shared, answer = Limiter("600 RPM", name="shared"), answering(library, REPLY)
+    for number in range(30):
+        for limiter, url, headers in (
+            (Limiter("600 RPM", name="openai"), URL, {"authorization": "Bearer secret"}),
+            (Limiter("600 RPM", name="many"), URL, {"api-key": f"{number}"}),
+            (Limiter("600 RPM", name="many"), f"http://{number}.test/v1", {"x-api-key": "k"}),
+            (Limiter("600 RPM", name="many"), URL, {}),
+            (shared.child(f"{number}"), URL, {"authorization": "Bearer secret"}),
+            (shared, URL, {"authorization": "Bearer secret"}),
+        ):
+            async with client_over(library, limiter, answer) as client:
+                await client.post(url, json=BODY, headers=headers)
+
+    (record,) = caplog.records
+    assert record.getMessage().startswith("10 limiters like <Limiter 'openai', 600 requests per 60")
+    assert "make it and its client once, when the program starts" in record.getMessage()
+    assert "secret" not in record.getMessage()
+
+
 async def test_call_of_a_childs_model_is_charged_once_above_it(
     library: Any, limiter: Limiter
 ) -> None:

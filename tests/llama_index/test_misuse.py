@@ -13,7 +13,8 @@ from llama_index.llms.openai import OpenAI
 from openai import AsyncOpenAI
 
 from asyncbucket import Limiter, pace
-from asyncbucket.llama_index import RateLimitedLLM, misuse
+from asyncbucket.http import alike
+from asyncbucket.llama_index import RateLimitedLLM
 
 KEY = "sk-very-secret"
 NATIVE = TokenBucketRateLimiter(requests_per_minute=10)
@@ -133,9 +134,9 @@ def test_test_suites_are_not_warned_of() -> None:
 
 async def test_what_is_counted_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A service that sees any number of keys remembers a bounded number of them."""
-    monkeypatch.setattr(misuse, "_MOST_KEYS", 5)
+    monkeypatch.setattr(alike, "_MOST_KEYS", 5)
 
     for number in range(50):
         pace(OpenAI(api_key=f"{KEY} {number}"), rpm=500)
 
-    assert len(misuse._COUNT._seen[asyncio.get_running_loop()]) <= 6
+    assert len(alike.ALIKE._seen[asyncio.get_running_loop()]) <= 6

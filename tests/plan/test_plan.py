@@ -188,7 +188,7 @@ def test_debt_of_a_request_limit_of_the_day_shows_in_the_share() -> None:
     planned = plan("100 RPD burst 100", calls=150, rpm=600)
 
     day, minute = sorted(planned.limits, key=lambda each: each.limit)
-    assert day.limit == "100 requests per 86400 s"
+    assert day.limit == "100 requests per 86,400 s"
     assert day.used == pytest.approx(150 / 200)
     assert minute.used < 0.01
     assert planned.duration > 86_400

@@ -96,8 +96,10 @@ def describe(job: Job, tally: Tally, found: Estimate, planned: "Plan | None") ->
     if planned is not None:
         lines.append(str(planned))
         most = f"({FORESEEN} for a reply without max_tokens)" if found.unbounded else "at most"
+        # Named, for it may be more than the plan's tokens: those are what limits count beforehand.
         tokens = (
-            f"about {counted(found.input_tokens, 'tokens')} in, {found.output_tokens:,} out {most}"
+            f"to pay for: about {counted(found.input_tokens, 'tokens')} in, "
+            f"{found.output_tokens:,} out {most}"
         )
         cost = _dollars(job, found)
         lines.append(tokens if cost is None else f"{tokens}: {dollars(cost)}")

@@ -185,7 +185,8 @@ class Ledger:
         row = (b"n" + known if request.named else b"k" + known, request.line)
         ((line, times),) = self._database.execute(_SEE, row).fetchall()
         if request.named and times > 1:
-            raise BadLine(f"custom_id {request.custom_id!r} is that of line {line} already")
+            why = f"custom_id {request.custom_id!r} is that of line {line} already"
+            raise BadLine(why, request.custom_id)
         key = request.key + (1 if request.named else times).to_bytes(4, "big")
         query = "SELECT 1 FROM answered WHERE key = ?"
         return key, self._database.execute(query, (key,)).fetchone() is not None

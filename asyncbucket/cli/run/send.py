@@ -32,12 +32,18 @@ UNREACHABLE: Final = (httpx.ConnectError, httpx.ConnectTimeout)
 _IDLE: Final = 32
 
 
+def request_id(response: httpx.Response) -> str:
+    """Return what the provider calls the request: who asks it for help has to name that."""
+    return str(response.headers.get("x-request-id", ""))
+
+
 class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
     """Carry a reply that is an error, or not JSON, as `asyncbucket.retry` reads it."""
 
     def __init__(self, response: httpx.Response) -> None:
         self.response = response
         self.status_code: int = response.status_code
+        self.request_id = request_id(response)
         try:
             self.body: Any = response.json()
         except _NO_JSON:
@@ -201,7 +207,7 @@ class Sender:
             self._waits(reply)
             raise HTTPFailure(response)
         reply.status = response.status_code
-        reply.request_id = response.headers.get("x-request-id", "")
+        reply.request_id = request_id(response)
         try:
             reply.body = response.json()
         except _NO_JSON:

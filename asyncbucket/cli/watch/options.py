@@ -80,12 +80,11 @@ def _show(looks: Iterator[dict[str, Any]], *, once: bool) -> None:
 
 
 def _views(looks: Iterator[dict[str, Any]]) -> Iterator[list[Any]]:
-    from asyncbucket.cli.watch.view import View
+    from asyncbucket.cli.watch.view import compare
 
-    before: dict[str, Any] = {}
+    before: list[dict[str, Any]] = []
     last = time.monotonic()
     for seen in looks:
         now = time.monotonic()
-        limiters = seen["limiters"]
-        yield [View.of(each, before.get(each["name"]), now - last) for each in limiters]
-        before, last = {each["name"]: each for each in limiters}, now
+        yield compare(seen["limiters"], before, now - last)
+        before, last = seen["limiters"], now
