@@ -1,21 +1,32 @@
-"""Misuse that undoes pacing and can be seen for certain: a warning says so, with the remedy.
+"""Misuse that undoes pacing: a warning says so, with the remedy.
 
-Not seen, and so not here: retry decorators around a paced model's methods, and a workflow whose
-time-out is shorter than the queue. The docs speak of them.
+Not seen, and so not here: retry decorators around a paced model's methods. The docs speak of them.
 """
 
+import contextvars
 import inspect
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
+from weakref import WeakSet
 
 import asyncbucket
 from asyncbucket.http.alike import ALIKE, MANY
 from asyncbucket.limiter import Limiter
 from asyncbucket.llama_index.clients import is_client
+from asyncbucket.wording import in_seconds
 
+#: What `llama_index.core.workflow` sets around each step of a workflow.
+_STEP: Final = "step_worker"
+#: Whoever waited no longer than this (s) was hardly cut off by a time-out.
+_HARDLY: Final = 1.0
+#: Limiters of which it has been said that a workflow gave up in their line.
+_TOLD: Final[WeakSet[Limiter]] = WeakSet()
+
+_log: Final = logging.getLogger("asyncbucket")
 _PACKAGE: Final = str(Path(asyncbucket.__file__).parent)
 
 
@@ -39,6 +50,22 @@ def warn_of_misuse(model: Any, limiter: Limiter, *, attempts: int) -> None:
             f"{MANY} limiters like {limiter!r} were made for the same model and key: one that is "
             f"made for each request remembers nothing, and limits nothing; make it once, when the "
             f"program starts, and wrap with that"
+        )
+
+
+def warn_of_time_out(limiter: Limiter, waited: float) -> None:
+    """Warn once if a step of a workflow was cancelled in line, ``waited`` seconds after it came.
+
+    The workflow's own error says nothing of a queue. Whether its time-out did that cannot be seen.
+    """
+    in_a_step = any(each.name == _STEP for each in contextvars.copy_context())
+    if waited > _HARDLY and in_a_step and limiter not in _TOLD:
+        _TOLD.add(limiter)
+        _log.warning(
+            "a workflow was cancelled while a call of it had waited %s for limiter %r: if its time-out "
+            "did that, it is shorter than the queue; make it with timeout=None, or run it inside "
+            "asyncbucket.deadline(...), which says what binds",
+            *(in_seconds(waited), limiter.name),
         )
 
 
