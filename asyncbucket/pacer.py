@@ -96,7 +96,7 @@ class Pacer:
 
     def leave_locked(self, waiter: Waiter) -> bool:
         """Count ``waiter``, done, out of the line; return whether it was the head of it."""
-        self._count_out_locked(waiter)
+        self.count_out_locked(waiter)
         if waiter.deadline is not None:
             self._deadlines.sweep(self._waiting)
         return (waiter.outlet or waiter.line).leave(waiter)
@@ -104,12 +104,14 @@ class Pacer:
     def admit_locked(self, waiter: Waiter, passage: Passage) -> None:
         """Let ``waiter`` go, whom the outlet had; on the loop's own thread."""
         waiter.set_result(passage)
-        self._count_out_locked(waiter)
+        self.count_out_locked(waiter)
         self.ring_locked()
 
-    def _count_out_locked(self, waiter: Waiter) -> None:
-        self._waiting -= 1
-        self._budget.waiting -= 1
+    def count_out_locked(self, waiter: Waiter) -> None:
+        """Count ``waiter``, done, out of all that it waited at; at the root `bury_locked` may have done so."""
+        if self._waiting:
+            self._waiting -= 1
+            self._budget.waiting -= 1
         for node in waiter.line.node.below_root:
             node.waiting_below_root -= 1
 
@@ -134,7 +136,7 @@ class Pacer:
             return False
         nowhere = Line(self._budget.root, self)
         for waiter in self.queue.waiters():
-            self._count_out_locked(waiter)
+            self.count_out_locked(waiter)
             waiter.line = nowhere  # whoever cancels it yet does not count it out again
         self._budget.waiting -= self._waiting  # whoever was cancelled, and never ran again
         self._waiting = 0
@@ -350,7 +352,7 @@ class Pacer:
         gates.book(head.amounts, now)
         head.set_result(Passage(gates, now, head.line.bound_by))
         queue.served(head, now)
-        self._count_out_locked(head)
+        self.count_out_locked(head)
         budget.blocked.override(self.loop)
         return now
 

@@ -149,6 +149,46 @@ def test_a_loop_that_is_closed_with_calls_in_a_tree_is_counted_out() -> None:
     key.acquire_nowait().release()
 
 
+class Contended:
+    """A lock that whoever does not wait finds taken, as if by another thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def acquire(self, blocking: bool = True) -> bool:  # noqa: FBT001, FBT002 - as `Lock.acquire`
+        return blocking and self._lock.acquire()
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+def test_who_leaves_a_loop_that_ends_while_another_thread_has_the_lock_is_counted_out() -> None:
+    """What it postponed is run when that loop is closed, and its pacer has gone before it."""
+    key = Limiter(concurrency=1, max_queue=3)
+    chat = key.child("chat")
+    held = key.acquire_nowait()
+
+    async def left_behind() -> None:
+        for _ in range(3):
+            asyncio.create_task(chat.acquire())  # noqa: RUF006 - to be cancelled by asyncio.run
+        await asyncio.sleep(0)
+        assert chat.statistics().waiting == 3
+        key._budget.lock = Contended()  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+
+    asyncio.run(left_behind())
+    for limiter in (key, chat):
+        now = limiter.statistics()
+        assert (now.waiting, now.cancelled) == (0, 3)
+    held.release()
+    assert key._budget.pacers == {}
+
+
 def test_a_blocked_loop_that_holds_a_childs_slots_blocks_nobody() -> None:
     """The call passes without a slot: of the child, and of a limiter between it and the root."""
     key = Limiter(concurrency=10)
