@@ -215,6 +215,18 @@ def test_nobody_waits_for_company_beside_a_child_that_its_own_limits_hold_up(
         assert served[name] >= 390  # of 400, a fifth of what there is
 
 
+def test_what_flows_past_a_full_bucket_is_not_lost_for_company(virtual_time: VirtualTime) -> None:
+    """A burst of one leaves no time to wait, though another bucket lacks much."""
+
+    async def main() -> None:
+        limiter = Limiter("1000/s burst 1", "6M TPM burst 1M", clock=virtual_time.clock)
+        await limiter.acquire(tokens=900_000)
+        await asyncio.gather(*(limiter.acquire(tokens=1) for _ in range(100)))
+
+    virtual_time.run(main())
+    assert virtual_time.now == 0.1
+
+
 def test_a_timer_that_fires_early_admits_nobody_early() -> None:
     """As uvloop's do, by up to a millisecond: the pacer looks again, and sleeps for the rest."""
     naps: list[float] = []
