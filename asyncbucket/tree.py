@@ -35,7 +35,7 @@ class Tree:
 
     @property
     def hurried(self) -> bool:
-        """Whether somebody has limits of its own that bind: whoever those hold up loses by each delay."""
+        """Whether somebody may go by now whom its own limits have held up: it loses by each delay."""
         return bool(self._tight)
 
     def waiters(self) -> Iterator[Waiter]:

@@ -215,6 +215,29 @@ def test_nobody_waits_for_company_beside_a_child_that_its_own_limits_hold_up(
         assert served[name] >= 390  # of 400, a fifth of what there is
 
 
+def test_others_go_together_until_a_child_may_go_that_its_own_limits_hold_up(
+    virtual_time: VirtualTime,
+) -> None:
+    """It is served at its very instants, and costs them no wake-ups of their own besides."""
+    trace: list[tuple[str, int]] = []
+
+    async def call(child: Limiter) -> None:
+        (await child.acquire()).release()
+        trace.append((child.name, virtual_time.clock()))
+
+    async def main() -> None:
+        key = Limiter("5k requests/s burst 100", name="key", clock=virtual_time.clock)
+        crowd, slow = key.child("crowd"), key.child("slow", "50/s burst 1")
+        await asyncio.gather(*(call(slow) for _ in range(5)), *(call(crowd) for _ in range(500)))
+
+    virtual_time.run(main())
+    assert [when for name, when in trace if name == "key/slow"] == [
+        0,
+        *range(20_000_000, 80_000_001, 20_000_000),
+    ]
+    assert len({when for _, when in trace}) <= 60
+
+
 def test_what_flows_past_a_full_bucket_is_not_lost_for_company(virtual_time: VirtualTime) -> None:
     """A burst of one leaves no time to wait, though another bucket lacks much."""
 
