@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TypeAlias
 
 from asyncbucket.node import Node
-from asyncbucket.queue import EMPTY, Line, Waiter
+from asyncbucket.queue import EMPTY, SWEEP, Line, Waiter
 from asyncbucket.shares import STEP, Share, VirtualClock
 
 Source: TypeAlias = "Line | Branch"
@@ -195,6 +195,9 @@ class Branch:
         if due < EMPTY:
             flow.asleep = due
             heapq.heappush(self._asleep, (due, flow))
+            if len(self._asleep) > 2 * len(self._flows) + SWEEP:
+                self._asleep = [(each.asleep, each) for each in self._flows.values() if each.asleep]
+                heapq.heapify(self._asleep)
         else:
             del self._flows[flow.key]
 

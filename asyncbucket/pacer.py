@@ -84,6 +84,7 @@ class Pacer:
         queue, deadline = self.queue, waiter.deadline
         if deadline is not None:
             self._deadlines.push(waiter, deadline)
+            self._deadlines.sweep(self._waiting)
         if isinstance(queue, Line):
             queue.push(waiter, now)
             if deadline is not None and deadline < self.due:
@@ -97,8 +98,7 @@ class Pacer:
     def leave_locked(self, waiter: Waiter) -> bool:
         """Count ``waiter``, done, out of the line; return whether it was the head of it."""
         self.count_out_locked(waiter)
-        if waiter.deadline is not None:
-            self._deadlines.sweep(self._waiting)
+        self._deadlines.sweep(self._waiting)
         return (waiter.outlet or waiter.line).leave(waiter)
 
     def admit_locked(self, waiter: Waiter, passage: Passage) -> None:
