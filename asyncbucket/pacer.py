@@ -313,7 +313,7 @@ class Pacer:
                 due, _ = gates.slotless(budget.blocked.leases).earliest(head.amounts, since)
         if len(budget.pacers) > 1:
             due = max(due, self._turn_locked(head, now))
-        elif now < due < now + _LULL and len(self.queue) > 1 and not self.queue.hurried:
+        elif now < due < now + _LULL < self.queue.calm_until and len(self.queue) > 1:
             # Wait for company: nothing is lost by it.
             due = min(now + _LULL, due + (gates.full(due) - due) // 8)
         if slotless and due <= now:

@@ -107,7 +107,7 @@ class Line:
     #: In a line nobody is expected: whoever comes back stands at its end.
     expects: Final = False
     #: In a line nobody has limits that others have not.
-    hurried: Final = False
+    calm_until: Final = EMPTY
     #: Below a line there is nothing.
     held_by: Final = None
 

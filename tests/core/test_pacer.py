@@ -218,7 +218,7 @@ def test_nobody_waits_for_company_beside_a_child_that_its_own_limits_hold_up(
 def test_others_go_together_until_a_child_may_go_that_its_own_limits_hold_up(
     virtual_time: VirtualTime,
 ) -> None:
-    """It is served at its very instants, and costs them no wake-ups of their own besides."""
+    """It is served at its very instants, and just before each of them the others go one by one."""
     trace: list[tuple[str, int]] = []
 
     async def call(child: Limiter) -> None:
@@ -235,7 +235,7 @@ def test_others_go_together_until_a_child_may_go_that_its_own_limits_hold_up(
         0,
         *range(20_000_000, 80_000_001, 20_000_000),
     ]
-    assert len({when for _, when in trace}) <= 60
+    assert len({when for _, when in trace}) <= 80  # 50 groups, and 4 times 2 ms
 
 
 def test_what_flows_past_a_full_bucket_is_not_lost_for_company(virtual_time: VirtualTime) -> None:
