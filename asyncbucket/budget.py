@@ -118,9 +118,8 @@ class Budget:
         if cancelled or not waiter.done():
             line = waiter.line
             if line.pacer.loop.is_closed():
-                if cancelled:  # `bury_locked` counts out all others, and these at the root
-                    for node in line.node.below_root:
-                        node.waiting_below_root -= 1
+                if cancelled:  # `bury_locked` counts out all others
+                    line.pacer.count_out_locked(waiter)
                 return True
             waiter.cancel()
             if line.pacer.leave_locked(waiter):

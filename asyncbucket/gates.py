@@ -93,10 +93,10 @@ class Gates:
         return most
 
     def full(self, since: int) -> int:
-        """Return when the first of the buckets will be full that are not yet: then what flows in is lost."""
+        """Return when the first of the buckets is full that were not before: then what flows in is lost."""
         buckets = (meter for meter, _ in self.meters if isinstance(meter, Bucket))
-        when = (bucket.earliest(bucket.burst, since) for bucket in buckets)
-        return min((each for each in when if each > since), default=since)
+        when = (bucket.earliest(bucket.burst, since - 1) for bucket in buckets)
+        return min((each for each in when if each >= since), default=since)
 
     def book(self, amounts: Amounts, when: int, *, calls: int = 1) -> None:
         """Book so many calls of ``amounts`` in all meters at ``when``."""

@@ -84,6 +84,7 @@ class Pacer:
         queue, deadline = self.queue, waiter.deadline
         if deadline is not None:
             self._deadlines.push(waiter, deadline)
+            self._deadlines.sweep(self._waiting)
         if isinstance(queue, Line):
             queue.push(waiter, now)
             if deadline is not None and deadline < self.due:
@@ -96,20 +97,21 @@ class Pacer:
 
     def leave_locked(self, waiter: Waiter) -> bool:
         """Count ``waiter``, done, out of the line; return whether it was the head of it."""
-        self._count_out_locked(waiter)
-        if waiter.deadline is not None:
-            self._deadlines.sweep(self._waiting)
+        self.count_out_locked(waiter)
+        self._deadlines.sweep(self._waiting)
         return (waiter.outlet or waiter.line).leave(waiter)
 
     def admit_locked(self, waiter: Waiter, passage: Passage) -> None:
         """Let ``waiter`` go, whom the outlet had; on the loop's own thread."""
         waiter.set_result(passage)
-        self._count_out_locked(waiter)
+        self.count_out_locked(waiter)
         self.ring_locked()
 
-    def _count_out_locked(self, waiter: Waiter) -> None:
-        self._waiting -= 1
-        self._budget.waiting -= 1
+    def count_out_locked(self, waiter: Waiter) -> None:
+        """Count ``waiter``, done, out of all that it waited at; at the root `bury_locked` may have done so."""
+        if self._waiting:
+            self._waiting -= 1
+            self._budget.waiting -= 1
         for node in waiter.line.node.below_root:
             node.waiting_below_root -= 1
 
@@ -134,7 +136,7 @@ class Pacer:
             return False
         nowhere = Line(self._budget.root, self)
         for waiter in self.queue.waiters():
-            self._count_out_locked(waiter)
+            self.count_out_locked(waiter)
             waiter.line = nowhere  # whoever cancels it yet does not count it out again
         self._budget.waiting -= self._waiting  # whoever was cancelled, and never ran again
         self._waiting = 0
@@ -311,7 +313,7 @@ class Pacer:
                 due, _ = gates.slotless(budget.blocked.leases).earliest(head.amounts, since)
         if len(budget.pacers) > 1:
             due = max(due, self._turn_locked(head, now))
-        elif now < due < now + _LULL and len(self.queue) > 1 and not self.queue.hurried:
+        elif now < due < now + _LULL < self.queue.calm_until and len(self.queue) > 1:
             # Wait for company: nothing is lost by it.
             due = min(now + _LULL, due + (gates.full(due) - due) // 8)
         if slotless and due <= now:
@@ -350,7 +352,7 @@ class Pacer:
         gates.book(head.amounts, now)
         head.set_result(Passage(gates, now, head.line.bound_by))
         queue.served(head, now)
-        self._count_out_locked(head)
+        self.count_out_locked(head)
         budget.blocked.override(self.loop)
         return now
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 #: "Nobody is left": later even than `NEVER`, at which a slot may still come back.
 EMPTY: Final = NEVER << 1
 #: Sweeping is worth its while from this many dead entries on.
-_SWEEP: Final = 64
+SWEEP: Final = 64
 
 
 class Passage(NamedTuple):
@@ -107,7 +107,7 @@ class Line:
     #: In a line nobody is expected: whoever comes back stands at its end.
     expects: Final = False
     #: In a line nobody has limits that others have not.
-    hurried: Final = False
+    calm_until: Final = EMPTY
     #: Below a line there is nothing.
     held_by: Final = None
 
@@ -202,7 +202,7 @@ class Line:
             each.living -= 1
         line = self._line
         first = line[0].number >= waiter.number if line else not self._living
-        if len(line) > 2 * self._living + _SWEEP:
+        if len(line) > 2 * self._living + SWEEP:
             self._line = deque(self.waiters())
         return first
 
@@ -233,6 +233,6 @@ class Deadlines:
 
     def sweep(self, living: int) -> None:
         """Forget the dead if they outnumber the ``living``."""
-        if len(self._heap) > 2 * living + _SWEEP:
+        if len(self._heap) > 2 * living + SWEEP:
             self._heap = [each for each in self._heap if not each[1].done()]
             heapq.heapify(self._heap)

@@ -34,9 +34,9 @@ class Tree:
         return self._classes.living
 
     @property
-    def hurried(self) -> bool:
-        """Whether somebody has limits of its own that bind: whoever those hold up loses by each delay."""
-        return bool(self._tight)
+    def calm_until(self) -> int:
+        """Until when nobody may go whom its own limits have held up: whoever may loses by each delay."""
+        return 0 if self._tight else self.wake
 
     def waiters(self) -> Iterator[Waiter]:
         """Yield all who wait."""

@@ -215,6 +215,41 @@ def test_nobody_waits_for_company_beside_a_child_that_its_own_limits_hold_up(
         assert served[name] >= 390  # of 400, a fifth of what there is
 
 
+def test_others_go_together_until_a_child_may_go_that_its_own_limits_hold_up(
+    virtual_time: VirtualTime,
+) -> None:
+    """It is served at its very instants, and just before each of them the others go one by one."""
+    trace: list[tuple[str, int]] = []
+
+    async def call(child: Limiter) -> None:
+        (await child.acquire()).release()
+        trace.append((child.name, virtual_time.clock()))
+
+    async def main() -> None:
+        key = Limiter("5k requests/s burst 100", name="key", clock=virtual_time.clock)
+        crowd, slow = key.child("crowd"), key.child("slow", "50/s burst 1")
+        await asyncio.gather(*(call(slow) for _ in range(5)), *(call(crowd) for _ in range(500)))
+
+    virtual_time.run(main())
+    assert [when for name, when in trace if name == "key/slow"] == [
+        0,
+        *range(20_000_000, 80_000_001, 20_000_000),
+    ]
+    assert len({when for _, when in trace}) <= 80  # 50 groups, and 4 times 2 ms
+
+
+def test_what_flows_past_a_full_bucket_is_not_lost_for_company(virtual_time: VirtualTime) -> None:
+    """A burst of one leaves no time to wait, though another bucket lacks much."""
+
+    async def main() -> None:
+        limiter = Limiter("1000/s burst 1", "6M TPM burst 1M", clock=virtual_time.clock)
+        await limiter.acquire(tokens=900_000)
+        await asyncio.gather(*(limiter.acquire(tokens=1) for _ in range(100)))
+
+    virtual_time.run(main())
+    assert virtual_time.now == 0.1
+
+
 def test_a_timer_that_fires_early_admits_nobody_early() -> None:
     """As uvloop's do, by up to a millisecond: the pacer looks again, and sleeps for the rest."""
     naps: list[float] = []

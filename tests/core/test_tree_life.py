@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 import asyncbucket
 from asyncbucket import CostExceedsLimit, Lease, Limiter
+from asyncbucket.branch import Branch
 from asyncbucket.testing import VirtualTime, virtual_time
+from asyncbucket.tree import Tree
 
 #: Seconds after which a test that waits for another thread gives up.
 ENOUGH = 20
@@ -149,6 +151,46 @@ def test_a_loop_that_is_closed_with_calls_in_a_tree_is_counted_out() -> None:
     key.acquire_nowait().release()
 
 
+class Contended:
+    """A lock that whoever does not wait finds taken, as if by another thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def acquire(self, blocking: bool = True) -> bool:  # noqa: FBT001, FBT002 - as `Lock.acquire`
+        return blocking and self._lock.acquire()
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+def test_who_leaves_a_loop_that_ends_while_another_thread_has_the_lock_is_counted_out() -> None:
+    """What it postponed is run when that loop is closed, and its pacer has gone before it."""
+    key = Limiter(concurrency=1, max_queue=3)
+    chat = key.child("chat")
+    held = key.acquire_nowait()
+
+    async def left_behind() -> None:
+        for _ in range(3):
+            asyncio.create_task(chat.acquire())  # noqa: RUF006 - to be cancelled by asyncio.run
+        await asyncio.sleep(0)
+        assert chat.statistics().waiting == 3
+        key._budget.lock = Contended()  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+
+    asyncio.run(left_behind())
+    for limiter in (key, chat):
+        now = limiter.statistics()
+        assert (now.waiting, now.cancelled) == (0, 3)
+    held.release()
+    assert key._budget.pacers == {}
+
+
 def test_a_blocked_loop_that_holds_a_childs_slots_blocks_nobody() -> None:
     """The call passes without a slot: of the child, and of a limiter between it and the root."""
     key = Limiter(concurrency=10)
@@ -280,6 +322,49 @@ def test_whoever_leaves_late_is_not_taken_for_the_next_in_its_place(
             leases = await asyncio.gather(waiting, *followers)
         assert [lease.bound_by for lease in leases] == ["requests"] * 3
         assert (key.statistics().waiting, key.statistics().cancelled) == (0, 1)
+
+    virtual_time.run(main())
+
+
+def test_who_has_passed_is_forgotten_while_an_earlier_deadline_waits(
+    virtual_time: VirtualTime,
+) -> None:
+    """However long that is: of thousands with later ones no pacer keeps more than a few."""
+
+    async def main() -> None:
+        key = Limiter("100/s burst 1", clock=virtual_time.clock)
+        slow = key.child("slow", "1 RPH")
+        await slow.acquire()
+        patient = asyncio.ensure_future(slow.acquire(timeout=3_625))
+        await asyncio.sleep(10)
+        for _ in range(2_000):
+            await key.acquire(timeout=3_700)
+        (pacer,) = key._budget.pacers.values()
+        assert len(pacer._deadlines._heap) < 100
+        patient.cancel()
+
+    virtual_time.run(main())
+
+
+def test_who_sleeps_long_is_kept_once_however_often_it_is_asked(virtual_time: VirtualTime) -> None:
+    """A call that waits for a limit of a day is looked at whenever others pass below that limit."""
+
+    async def main() -> None:
+        key = Limiter("1000/s", clock=virtual_time.clock)
+        agent = key.child("chat", "1M TPD").child("agent")
+        other = key.child("other", "1M TPH")
+        await agent.acquire(tokens=700_000)
+        await other.acquire(tokens=700_000)
+        costly = [asyncio.ensure_future(each.acquire(tokens=500_000)) for each in (agent, other)]
+        await asyncio.gather(*(agent.acquire(tokens=1, priority=1) for _ in range(2_000)))
+        (pacer,) = key._budget.pacers.values()
+        assert isinstance(pacer.queue, Tree)
+        classes = pacer.queue._classes
+        for branch in (classes, *(flow.source for flow in classes._flows.values())):
+            assert isinstance(branch, Branch)
+            assert len(branch._asleep) < 100
+        for each in costly:
+            each.cancel()
 
     virtual_time.run(main())
 
