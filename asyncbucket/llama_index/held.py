@@ -8,14 +8,17 @@ stream, which only forgets it, leaves the provider at work until the garbage col
 
 import inspect
 import weakref
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from typing import Any, TypeVar
 
 from asyncbucket.http.held import Held, around
 from asyncbucket.http.learn import Ear
-from asyncbucket.http.usage import Usage
+from asyncbucket.http.usage import Usage, usage_of
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.lease import Lease
 from asyncbucket.limiter.levels import is_under
+
+T = TypeVar("T")
 
 
 class HeldCall(Held):
@@ -70,4 +73,26 @@ def held_call(limiter: Limiter) -> Held | None:
 def note_usage(held: Held, usage: Usage | None) -> None:
     """Keep the usage that a nested call has seen, for the call outside."""
     if usage is not None and isinstance(held, HeldCall):
-        held.usage = usage
+        held.usage = usage | held.usage
+
+
+async def noted(held: Held, stream: AsyncIterator[T]) -> AsyncGenerator[T, None]:
+    """Pass the stream of a nested call on; the call outside is settled by the usage that goes by."""
+    try:
+        async for item in stream:
+            note_usage(held, usage_of(item))
+            yield item
+    finally:
+        if isinstance(stream, AsyncGenerator):
+            await stream.aclose()
+
+
+def noted_sync(held: Held, stream: Iterator[T]) -> Generator[T, None, None]:
+    """Do what `noted` does, of a synchronous stream."""
+    try:
+        for item in stream:
+            note_usage(held, usage_of(item))
+            yield item
+    finally:
+        if isinstance(stream, Generator):
+            stream.close()
