@@ -99,8 +99,8 @@ _NESTED: Final[ContextVar[_Nested | None]] = ContextVar("asyncbucket nested", de
 @contextlib.contextmanager
 def nested(held: Held) -> Generator[None]:
     """Have a method run within the call of ``held``: what several of them use adds up."""
-    around = _NESTED.get()
-    if not isinstance(held, HeldCall) or (around is not None and around.held is held):
+    outer = _NESTED.get()
+    if not isinstance(held, HeldCall) or (outer is not None and outer.held is held):
         yield
         return
     held.asks()
@@ -115,10 +115,10 @@ def nested(held: Held) -> Generator[None]:
 
 def note_usage(held: Held, usage: Usage | None) -> None:
     """Keep the usage that a nested call has seen, for the call outside."""
-    around = _NESTED.get()
+    outer = _NESTED.get()
     if usage is not None and isinstance(held, HeldCall):
-        mine = held if around is None or around.held is not held else around
-        mine.usage = usage | mine.usage
+        keeps = held if outer is None or outer.held is not held else outer
+        keeps.usage = usage | keeps.usage
 
 
 async def noted(held: Held, stream: AsyncIterator[T]) -> AsyncGenerator[T, None]:
