@@ -29,7 +29,7 @@ _LAZY = frozenset({"batch", "presets", "settings", "stores", "telemetry", "testi
 
 
 def __getattr__(name: str) -> object:
-    """Load what few need when it is first spoken of: ``asyncbucket.telemetry``, `Plan`."""
+    """Import on first use what few need: ``asyncbucket.telemetry``, `Plan`."""
     if name in _LAZY:
         return import_module(f"asyncbucket.{name}")
     if name == "Plan":

@@ -48,7 +48,7 @@ inherited: Final[ContextVar[Inherited | None]] = ContextVar("asyncbucket", defau
 class Given(contextlib.AbstractContextManager[None, None]):
     """Give the calls in one ``with`` block something to inherit.
 
-    It is no decorator, as `contextlib.contextmanager` makes them: around an async function that would be
+    It is not a decorator, as `contextlib.contextmanager` makes them: around an async function that would be
     over before the function has begun.
     """
 
@@ -60,7 +60,9 @@ class Given(contextlib.AbstractContextManager[None, None]):
 
     def __enter__(self) -> None:
         if self._token is not None:
-            raise RuntimeError("this was entered before: call priority, tenant or deadline anew")
+            raise RuntimeError(
+                "this context was entered before: call priority(), tenant() or deadline() anew"
+            )
         outer = inherited.get() or Inherited()
         given = replace(outer, **self._what)
         if outer.deadline is not None and given.deadline is not None:
@@ -72,13 +74,13 @@ class Given(contextlib.AbstractContextManager[None, None]):
         put_back(inherited, self._token)
 
     def __call__(self, *_: object) -> NoReturn:
-        """Say what was meant.
+        """Refuse to decorate, and say why.
 
         Raises:
             TypeError: always.
         """
         raise TypeError(
-            "priority, tenant and deadline are for a block, and decorate nothing: write e.g. "
+            "priority, tenant and deadline are context managers, not decorators: write e.g. "
             "`with deadline(30):` inside the function"
         )
 
@@ -103,7 +105,7 @@ def tenant(name: str) -> contextlib.AbstractContextManager[None, None]:
     """Make all calls inside for a tenant: through ``limiter.key(name)`` of the limiter they ask.
 
     Raises:
-        ValueError: the name is no text, or empty.
+        ValueError: the name is not a string, or is empty.
     """
     return Given(tenant=read_tenant(name))
 
@@ -118,14 +120,14 @@ def deadline(seconds: float) -> contextlib.AbstractContextManager[None, None]:
         seconds: from 0 on; ``math.inf`` sets none, and lifts none.
 
     Raises:
-        ValueError: it is no such number.
+        ValueError: it is not such a number.
     """
     ever = span_of(seconds, "a deadline", "math.inf sets none") >= NEVER
     return Given(deadline=math.inf if ever else _now() + seconds)
 
 
 def put_back(variable: ContextVar[T], token: Token[T]) -> None:
-    """Give ``variable`` the value again that it had before, if this is still where it was set.
+    """Reset ``variable`` to its value before, if this is still the context where it was set.
 
     What runs in a generator or a coroutine may be closed in another context than it ran in.
     """
@@ -152,11 +154,11 @@ def read_tenant(name: str) -> str:
     """Return the name of a tenant.
 
     Raises:
-        ValueError: it is no text, or empty.
+        ValueError: it is not a string, or is empty.
     """
     if not isinstance(name, str) or not name:
         given = "''" if name == "" else type(name).__name__  # whatever it is, it may be secret
-        raise ValueError(f"a tenant is a text that is not empty, not {given}")
+        raise ValueError(f"a tenant must be a non-empty string, not {given}")
     return name
 
 

@@ -12,7 +12,7 @@ COMMON: Final = frozenset({"requests", "tokens", "input_tokens", "output_tokens"
 
 
 def rounded_up(value: float, what: str) -> int:
-    """Return ``value`` as a whole number of units, rounded up; refuse what is no amount."""
+    """Return ``value`` as a whole number of units, rounded up; refuse what is not an amount."""
     if not is_number(value):
         raise TypeError(f"{what} must be a number, not {shown(value)}")
     if not 0 <= value < math.inf:
@@ -64,7 +64,7 @@ class Cost(Mapping[str, int]):
     Amounts are rounded up; resources that cost nothing are left out.
 
     Raises:
-        TypeError: an amount is no number, or one of ``concurrency``: a call takes one slot.
+        TypeError: an amount is not a number, or one of ``concurrency``: a call takes one slot.
         ValueError: an amount is negative, NaN or infinite, or the whole cost is nothing.
     """
 

@@ -215,11 +215,13 @@ class Observers:
             TypeError: it is nothing that can be called, or a coroutine function: nobody awaits it.
         """
         if not callable(callback):
-            raise TypeError(f"an observer is called with each event; {_name(callback)} cannot be")
+            raise TypeError(
+                f"an observer must be a function of an event; {_name(callback)} cannot be called"
+            )
         called = type(callback).__call__  # of an object, it may be async
         if inspect.iscoroutinefunction(callback) or inspect.iscoroutinefunction(called):
             raise TypeError(
-                f"an observer is a plain function, and {_name(callback)} is a coroutine function: "
+                f"an observer must be a plain function, and {_name(callback)} is a coroutine function: "
                 f"let it put the event into a queue"
             )
         observer = _Observer(callback)
@@ -233,7 +235,7 @@ class Observers:
         return remove
 
     def emit(self, event: Event) -> None:
-        """Tell everybody; who raises is reported once and told on."""
+        """Tell every observer; one that raises is logged once, and told of later events all the same."""
         if self._late:
             self.flush()
         self._tell(event)

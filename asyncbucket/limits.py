@@ -42,18 +42,19 @@ KEYWORDS: Final = {
     "otpm": ("output_tokens", 60),
 }
 
-# A comma stands between thousands: who writes "2,5k" means 2,500, not 25,000.
+# A comma only separates thousands: "2,5k" means 2,500 to whoever writes it, not 25,000.
 _NUMBER: Final = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9][0-9_]{0,30})(?:\.[0-9]{1,30})?[kmb]?"
 _AMOUNT: Final = rf"(?P<amount>{_NUMBER})"
 _BURST: Final = rf"(?:\s+burst\s+(?P<burst>{_NUMBER}))?"
+_EVERY: Final = r"(?P<every>[0-9]{1,3}(?:,[0-9]{3}){1,2}|[0-9]{1,9})?"
 _SHORT: Final = re.compile(rf"{_AMOUNT}\s*(?P<resource>r|[io]?t)p(?P<unit>[smhd]){_BURST}")
 _LONG: Final = re.compile(
-    rf"{_AMOUNT}\s*(?P<resource>[a-z_]+)?\s*(?:/|\bper\b)\s*(?P<every>[0-9]{{1,9}})?\s*"
+    rf"{_AMOUNT}\s*(?P<resource>[a-z_]+)?\s*(?:/|\bper\b)\s*{_EVERY}\s*"
     rf"(?P<unit>s|sec|seconds?|m|min|minutes?|h|hours?|d|days?){_BURST}"
 )
 _HOW: Final = (
     'write e.g. "500 RPM", "200k TPM", "10/s", "100 requests/minute", "3 images/10s", '
-    'with "burst 20" behind if wanted'
+    'with "burst 20" at the end if wanted'
 )
 
 
@@ -67,7 +68,7 @@ class Limit:
     is not paced. ``burst=amount`` switches the pacing off.
 
     Raises:
-        LimitSyntaxError: an amount or burst that is no whole number of units from 1 to 1e18, a window
+        LimitSyntaxError: an amount or burst that is not a whole number of units from 1 to 1e18, a window
             that is not from 0.001 s to 400 days, or a burst above the amount.
     """
 
@@ -77,16 +78,18 @@ class Limit:
     burst: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is no limit; fill in the default burst."""
+        """Refuse what is not a limit; fill in the default burst."""
         if not isinstance(self.resource, str) or not self.resource.isidentifier():
-            raise LimitSyntaxError(f"a resource is a name such as requests, not {self.resource!r}")
+            raise LimitSyntaxError(
+                f"a resource must be a name such as requests, not {self.resource!r}"
+            )
         if self.resource == "concurrency":
             raise LimitSyntaxError("concurrency has no window: pass concurrency=... instead")
         object.__setattr__(self, "resource", _OTHER_WORDS.get(self.resource, self.resource))
         object.__setattr__(self, "amount", _units(self.amount, f"limit of {self.resource}"))
         if not is_number(self.per) or not _SHORTEST <= self.per <= _LONGEST:
             raise LimitSyntaxError(
-                f"a window of {self.per!r} s is none: give 0.001 s to 400 days in seconds"
+                f"a window must last from 0.001 s to 400 days, not {self.per!r} s"
             )
         object.__setattr__(self, "per", int(self.per) if is_integer(self.per) else float(self.per))
         if self.burst is None:
@@ -107,16 +110,16 @@ class Limit:
         Capitals are read as small letters, those of the resource's name, too.
 
         Raises:
-            LimitSyntaxError: the text is no limit; the message shows how limits are written.
+            LimitSyntaxError: the text is not a limit; the message shows how limits are written.
         """
         if not isinstance(text, str):
-            raise LimitSyntaxError(f"a limit is a text or a Limit, not {text!r}; {_HOW}")
+            raise LimitSyntaxError(f"a limit must be a string or a Limit, not {text!r}; {_HOW}")
         written = text.strip().lower()
         match = _SHORT.fullmatch(written) or _LONG.fullmatch(written)
         if match is None:
-            raise LimitSyntaxError(f"{text!r} is no limit; {_HOW}")
+            raise LimitSyntaxError(f"{text!r} is not a limit; {_HOW}")
         resource = match["resource"] or "requests"
-        every = int(match.groupdict().get("every") or 1)
+        every = int((match.groupdict().get("every") or "1").replace(",", ""))
         return cls(
             _RESOURCES.get(resource, resource) if match.re is _SHORT else resource,
             _read_number(match["amount"], text),
@@ -142,7 +145,7 @@ class Limit:
     @property
     def label(self) -> str:
         """What metrics call it, whatever its amount: ``rpm``, or ``images/10s``."""
-        return self.keyword or f"{self.resource}/{written_out(self.per)}s"
+        return self.keyword or f"{self.resource}/{self.per:.9g}s"
 
     def __str__(self) -> str:
         return f"{counted(self.amount, self.resource)} per {written_out(self.per)} s"
@@ -152,14 +155,14 @@ def read_limits(limits: Iterable[str | Limit], keywords: dict[str, float | None]
     """Return the limits given as texts, objects and keywords such as ``rpm=500``, in that order.
 
     Raises:
-        LimitSyntaxError: one of them is no limit, two limit the same resource over the same window,
-            or a keyword is none of ``KEYWORDS``.
+        LimitSyntaxError: one of them is not a limit, two limit the same resource over the same window,
+            or a keyword is not one of ``KEYWORDS``.
     """
     found = [limit if isinstance(limit, Limit) else Limit.parse(limit) for limit in limits]
     for keyword, amount in keywords.items():
         if keyword not in KEYWORDS:
             known = ", ".join(KEYWORDS)
-            raise LimitSyntaxError(f"{keyword}= is no limit; known are {known}, concurrency")
+            raise LimitSyntaxError(f"{keyword}= is not a limit; known: {known}, concurrency")
         if amount is not None:
             resource, per = KEYWORDS[keyword]
             found.append(Limit(resource, _units(amount, keyword), per=per))
@@ -167,7 +170,7 @@ def read_limits(limits: Iterable[str | Limit], keywords: dict[str, float | None]
     for limit in found:
         twin = seen.setdefault(limit.key, limit)
         if twin is not limit:
-            raise LimitSyntaxError(f"two limits of one window: {twin} and {limit}; keep one")
+            raise LimitSyntaxError(f"two limits for one window: {twin} and {limit}; keep one")
     return found
 
 
@@ -175,7 +178,7 @@ def read_amount(text: str) -> int:
     """Return a number that is written as in limits: ``500``, ``14,400``, ``200k``.
 
     Raises:
-        LimitSyntaxError: it is none from 1 on.
+        LimitSyntaxError: it is not a number from 1 on.
     """
     return Limit.parse(f"{text} requests/s").amount
 
@@ -186,7 +189,7 @@ def _read_number(number: str, text: str) -> int:
     prefix = digits.lstrip("0123456789.")
     exact = Fraction(digits.removesuffix(prefix)) * _PREFIXES[prefix]
     if exact.denominator != 1:
-        raise LimitSyntaxError(f"{text!r} is no whole number of units; {_HOW}")
+        raise LimitSyntaxError(f"{text!r} is not a whole number of units; {_HOW}")
     return int(exact)
 
 

@@ -20,7 +20,7 @@ thread_switches_only_at_calls: Final[bool] = (
 
 
 class OfThisProcess:
-    """What is there once: a copy is the thing itself, and no other process gets it.
+    """An object of one process: a copy is the object itself, and it cannot be pickled.
 
     What holds a slot, or counts what passes, would else do so twice.
     """
@@ -40,8 +40,8 @@ class OfThisProcess:
             TypeError: always.
         """
         raise TypeError(
-            f"a {type(self).__name__} is of this process alone and cannot be pickled: make a limiter in "
-            f"each process, with store=... where they are to share limits"
+            f"a {type(self).__name__} belongs to its process and cannot be pickled: make a limiter in "
+            f"each process, with store=... if they are to share limits"
         )
 
 

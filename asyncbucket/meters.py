@@ -196,7 +196,7 @@ class Bucket:
         back = min([amount * self.p, self.low, *self._lows[later : later + 1]])
         self.low -= back
         lows = [low - back for low in self._lows[later:]]
-        # Lows from before `when` stay as they were; those now above a later one are none any more.
+        # Lows from before `when` stay as they were; those now above a later one are lows no more.
         first = bisect.bisect_left(self._lows, lows[0], 0, later) if lows else later
         del self._dates[first:later]
         self._lows[first:] = lows
@@ -222,7 +222,7 @@ class Bucket:
         return (self.depth - backlog) // self.p if backlog > 0 else self.burst
 
     def missing(self, now: int) -> int:
-        """Return how many units, begun ones included, a full bucket would hold more."""
+        """Return how many units are missing from a full bucket, rounded up."""
         return self.burst - self.available(now)
 
 
@@ -368,7 +368,7 @@ class Window:
         yield self._last, self._recent
 
     def _open(self, when: int) -> None:
-        """Put the newest entry to the others, and begin another."""
+        """Add the newest entry to the others, and begin another."""
         self._forget(when)
         if self._closes:
             self._dates.append(self._last)

@@ -1,4 +1,4 @@
-"""What passes for a number where people give one: numpy's too, but no bool and no text."""
+"""What counts as a number in an argument: numpy's, too, but neither bools nor strings."""
 
 from numbers import Integral, Real
 from typing import TypeGuard

@@ -157,11 +157,11 @@ def _told(where: str, make: Callable[[], L]) -> L:
 def _check_name(name: str, what: str, *, prefix: str | None = None) -> None:
     if name not in _KNOWN:
         if prefix is None:
-            raise LimitSyntaxError(f"{what} is not known; known are {', '.join(_KNOWN)}")
+            raise LimitSyntaxError(f"{what} is not known; known: {', '.join(_KNOWN)}")
         known = ", ".join(f"{prefix}{name.upper()}" for name in _KNOWN)
         raise LimitSyntaxError(
-            f"{what} is not known; known are {known}; if it is there for something else, give a prefix "
-            f"that is the limiter's alone, such as {prefix}LIMIT_"
+            f"{what} is not known; known: {known}; if it is there for something else, give a prefix "
+            f"that only the limiter uses, such as {prefix}LIMIT_"
         )
 
 
@@ -189,7 +189,7 @@ def _limits(value: object) -> list[Limit]:
     except LimitSyntaxError as error:
         if not isinstance(value, str):
             raise
-        raise LimitSyntaxError(f"{error}; between two limits stands a semicolon") from error
+        raise LimitSyntaxError(f"{error}; put a semicolon between two limits") from error
 
 
 def _concurrency(value: object) -> Any:
@@ -212,21 +212,21 @@ def _number(value: object) -> float:
         try:
             return read_amount(value)
         except LimitSyntaxError:
-            raise ValueError(f"{value!r} is no number such as 500, 14,400 or 200k") from None
+            raise ValueError(f"{value!r} is not a number such as 500, 14,400 or 200k") from None
     if not is_number(value):
-        raise TypeError(f"{value!r} is no number")
+        raise TypeError(f"{value!r} is not a number")
     return value
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
+        raise TypeError(f"{value!r} is not a string")
     return value
 
 
 def _list(value: object) -> list[Any]:
     if not isinstance(value, list):
-        raise TypeError(f'{value!r} is no list such as ["500 RPM", "200k TPM"]')
+        raise TypeError(f'{value!r} is not a list such as ["500 RPM", "200k TPM"]')
     return value
 
 
@@ -251,7 +251,7 @@ def _table(file: Path, *, required: bool) -> tuple[str, Mapping[str, Any]]:
         try:
             document = tomllib.load(content)
         except ValueError as error:
-            raise LimitSyntaxError(f"{file} is no TOML: {error}") from error
+            raise LimitSyntaxError(f"{file} is not valid TOML: {error}") from error
     tools = document.get("tool")
     if not isinstance(tools, Mapping):
         tools = {}
@@ -262,5 +262,5 @@ def _table(file: Path, *, required: bool) -> tuple[str, Mapping[str, Any]]:
     if required and not table:
         raise LimitSyntaxError(f"{file} has no table [{name}]")
     if not isinstance(table, Mapping):
-        raise LimitSyntaxError(f"{file}: {_TABLE} is no table but {table!r}")
+        raise LimitSyntaxError(f"{file}: {_TABLE} is not a table but {table!r}")
     return f"{file}, [{name}]", table

@@ -54,7 +54,7 @@ class TokenBucket(OfThisProcess):
         clock: a callable that returns monotonic integer nanoseconds.
 
     Raises:
-        ValueError: ``rate`` or ``burst`` is no such number.
+        ValueError: ``rate`` or ``burst`` is not such a number.
         TypeError: ``clock`` returns no integer.
     """
 
@@ -92,11 +92,11 @@ class TokenBucket(OfThisProcess):
         Raises:
             AcquireTimeout: they did not pass in time, or cannot (then at once); a TimeoutError.
             CostExceedsLimit: ``amount`` is above ``burst`` and can never pass.
-            ValueError: ``amount`` is no whole number from 1 on, or ``timeout`` no number from 0 on.
+            ValueError: ``amount`` is not a whole number from 1 on, or ``timeout`` not a number from 0 on.
         """
         # The commonest case of all, one unit of a bucket that holds it: what `Bucket.take` does,
         # written out. From the clock's return to the last store there is no call and no jump back,
-        # so no other thread can come between; `easy` is no amount where that does not hold, and
+        # so no other thread can come between; `easy` is not an amount where that does not hold, and
         # while anyone waits or changes the bucket. That takes a quarter of the time that a lock would.
         now = self._clock()
         bucket = self._bucket
@@ -221,7 +221,7 @@ class TokenBucket(OfThisProcess):
     def _too_late(self, amount: int, timeout: float | None, wait: int) -> AcquireTimeout:
         assert timeout is not None
         return AcquireTimeout(
-            f"{counted(amount, 'units')} did not pass within {in_seconds(timeout)} at {self.rate:g} a "
+            f"{counted(amount, 'units')} cannot pass within {in_seconds(timeout)} at {self.rate:g} a "
             f"second; raise the timeout or the rate",
             retry_after=wait * 1e-9,
             bound_by="units",

@@ -1,4 +1,4 @@
-"""How amounts, times and values are written in what people read."""
+"""How amounts, times and values are written for people."""
 
 from typing import Final
 
@@ -19,12 +19,12 @@ def counted(amount: int, resource: str) -> str:
 
 
 def shown(value: object) -> str:
-    """Return ``value`` as an error may show it: its type, but of a number, for a text may be a prompt."""
+    """Return ``value`` as an error may show it: a number, else its type, for a string may be a prompt."""
     return repr(value) if value is None or isinstance(value, (int, float)) else type(value).__name__
 
 
 def one_line(text: str) -> str:
-    """Return what others wrote as a terminal may be given it: without what would steer it."""
+    """Return text from outside in one line, without characters that would steer a terminal."""
     return "".join(each if each.isprintable() else " " for each in " ".join(text.split()))
 
 
@@ -46,5 +46,5 @@ def in_seconds(value: float) -> str:
 
 
 def written_out(per: float) -> str:
-    """Return a window's seconds in all their digits: a month's are "2592000", not "2.592e+06"."""
-    return f"{per:.9g}"
+    """Return a window's seconds in all their digits: a month's are "2,592,000", not "2.592e+06"."""
+    return f"{per:,.9g}"

@@ -50,7 +50,7 @@ def _figures(rounds: int, *, quick: bool) -> list[Callable[[], Figure]]:
         lambda: children_idle(rounds=rounds, calls=calls),
         lambda: children_crowd(10_000, rounds=few),
         lambda: transport(rounds=rounds, calls=calls // 50),
-        lambda: cases.contended(10_000, rounds=few, names=CROWD),
+        lambda: cases.contended(10_000, rounds=rounds, names=CROWD),
     ]
     if not quick:
         crowd = (*CROWD, "llama_index", "langchain", "pyrate-limiter")

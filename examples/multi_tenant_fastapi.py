@@ -7,7 +7,8 @@ serve real ones, set OPENAI_API_KEY, leave `base_url` and `api_key` out of `Asyn
 `uvicorn` on what `service` returns.
 
 Who asks for more than its own plan allows gets 429, and 503 comes when the service as a whole is full;
-both say in `Retry-After` when a place is free. Nobody waits longer than `PATIENCE` for that news.
+both say in `Retry-After` when a place is free. Nobody waits longer than `PATIENCE` for that news. A question
+that is longer than a limit of tokens can never pass, and gets 413.
 
 Needs: pip install "asyncbucket[testing]" fastapi httpx openai
 """
@@ -26,7 +27,7 @@ from openai import AsyncOpenAI
 from pydantic import BaseModel
 
 import asyncbucket
-from asyncbucket import AcquireTimeout, Limiter, QueueFull, WouldBlock
+from asyncbucket import AcquireTimeout, CostExceedsLimit, Limiter, QueueFull, WouldBlock
 from asyncbucket.testing import RateLimitedProvider
 
 #: Seconds after which a caller would rather hear "later" than wait on.
@@ -99,8 +100,13 @@ def service(limiter: Limiter, client: AsyncOpenAI) -> FastAPI:
             headers={"Retry-After": str(max(1, math.ceil(error.retry_after or 1)))},
         )
 
+    async def too_long(_: Request, error: Exception) -> JSONResponse:
+        """Say that no waiting helps."""
+        return JSONResponse({"error": str(error)}, status_code=413)
+
     for kind in (AcquireTimeout, QueueFull, WouldBlock):
         app.add_exception_handler(kind, refuse)
+    app.add_exception_handler(CostExceedsLimit, too_long)
     return app
 
 

@@ -446,7 +446,7 @@ def test_nan_deadline_fails_rather_than_hangs(stage: Stage) -> None:
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-5", "1e400", "9" * 60])
 def test_hostile_waits_never_hang(stage: Stage, value: str) -> None:
-    """A wait that is no number is none; one that is none too short ends the call."""
+    """A wait that is not a number is none; one that is none too short ends the call."""
     script = stage.script(status_error(503, retry_after=value), "reply")
 
     try:

@@ -40,7 +40,7 @@ def test_environment_describes_a_limiter() -> None:
 def test_environment_may_have_nobody_wait() -> None:
     """As ``max_queue=0`` does: no line at all."""
     assert env(RPM="500", MAX_QUEUE="0").max_queue == 0
-    with pytest.raises(LimitSyntaxError, match=r"^ASYNCBUCKET_RPM: '0' is no number"):
+    with pytest.raises(LimitSyntaxError, match=r"^ASYNCBUCKET_RPM: '0' is not a number"):
         env(RPM="0")
 
 
@@ -48,7 +48,7 @@ def test_environment_has_any_limit() -> None:
     """Several, with a semicolon between them, for commas are in numbers."""
     limiter = env(LIMITS="14,400 RPD; 3 images/10s burst 1;")
 
-    assert said(limiter) == ["14,400 requests per 86400 s", "3 images per 10 s"]
+    assert said(limiter) == ["14,400 requests per 86,400 s", "3 images per 10 s"]
 
 
 @pytest.mark.filterwarnings("ignore::asyncbucket.presets.PresetWarning")
@@ -109,11 +109,11 @@ def test_environment_is_the_processs(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({}, r"environment variables ASYNCBUCKET_\* limit nothing; set e\.g\. ASYNCBUCKET_RPM=500"),
         ({"NAME": "openai"}, "limit nothing"),
-        ({"RPM": "fast"}, "ASYNCBUCKET_RPM: 'fast' is no number such as 500, 14,400 or 200k"),
-        ({"RPM": "5 images"}, "ASYNCBUCKET_RPM: '5 images' is no number such as 500"),
-        ({"RPM": "-5"}, "ASYNCBUCKET_RPM: '-5' is no number"),
-        ({"LIMITS": "500 RPX"}, "ASYNCBUCKET_LIMITS: '500 RPX' is no limit; write e.g."),
-        ({"LIMITS": "500 RPM, 2k TPM"}, "ASYNCBUCKET_LIMITS: '500 RPM, 2k TPM' .* a semicolon$"),
+        ({"RPM": "fast"}, "ASYNCBUCKET_RPM: 'fast' is not a number such as 500, 14,400 or 200k"),
+        ({"RPM": "5 images"}, "ASYNCBUCKET_RPM: '5 images' is not a number such as 500"),
+        ({"RPM": "-5"}, "ASYNCBUCKET_RPM: '-5' is not a number"),
+        ({"LIMITS": "500 RPX"}, "ASYNCBUCKET_LIMITS: '500 RPX' is not a limit; write e.g."),
+        ({"LIMITS": "500 RPM, 2k TPM"}, "'500 RPM, 2k TPM' .* put a semicolon between two limits$"),
         (
             {"CONCURRENCY": "some"},
             "ASYNCBUCKET_CONCURRENCY: 'some' is neither a number such as 20, nor 8-64, nor auto",
@@ -124,9 +124,9 @@ def test_environment_is_the_processs(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"PRESET": "openai"}, "ASYNCBUCKET_PRESET: no preset is called 'openai'"),
         (
             {"RMP": "500"},
-            "environment variable ASYNCBUCKET_RMP is not known; known are ASYNC.*_RPM",
+            "environment variable ASYNCBUCKET_RMP is not known; known: ASYNC.*_RPM",
         ),
-        ({"RPM": "5", "LIMITS": "6 RPM"}, r"ASYNCBUCKET_\*: two limits of one window"),
+        ({"RPM": "5", "LIMITS": "6 RPM"}, r"ASYNCBUCKET_\*: two limits for one window"),
     ],
 )
 def test_variable_that_cannot_be_read_is_named(variables: dict[str, str], message: str) -> None:
@@ -159,7 +159,7 @@ def test_project_describes_several_limiters(tmp_path: Path) -> None:
     """Each has its table, and is called so."""
     limiter = from_toml(Limiter, written(tmp_path, TABLE), limiter="batch")
 
-    assert said(limiter) == ["100 requests per 60 s", "1,000,000 tokens per 86400 s"]
+    assert said(limiter) == ["100 requests per 60 s", "1,000,000 tokens per 86,400 s"]
     assert limiter.limits[0].burst == 10
     assert limiter.name == "batch"
 
@@ -220,19 +220,19 @@ def test_code_goes_before_the_file(tmp_path: Path) -> None:
             "[tool.asyncbucket]\nrmp = 5",
             r"entry 'rmp' of .*pyproject\.toml, \[tool\.asyncbucket\] is",
         ),
-        ("[tool.asyncbucket]\nrpm = 'x'", r"\[tool\.asyncbucket\]: rpm: 'x' is no number"),
-        ("[tool.asyncbucket]\nrpm = true", "rpm: True is no number"),
-        ("[tool.asyncbucket]\nrpm = 5\ntpm.a = 5", r"tpm: \{'a': 5\} is no number"),
+        ("[tool.asyncbucket]\nrpm = 'x'", r"\[tool\.asyncbucket\]: rpm: 'x' is not a number"),
+        ("[tool.asyncbucket]\nrpm = true", "rpm: True is not a number"),
+        ("[tool.asyncbucket]\nrpm = 5\ntpm.a = 5", r"tpm: \{'a': 5\} is not a number"),
         (
             "[tool.asyncbucket]\nrpm = 5\nconcurrency = {min = 8, max = 64}",
             r"concurrency must be a whole number .* not \{'min': 8, 'max': 64\}",
         ),
-        ("[tool.asyncbucket]\nname = 5", "name: 5 is no text"),
+        ("[tool.asyncbucket]\nname = 5", "name: 5 is not a string"),
         (
             "[tool.asyncbucket]\nlimits = 5",
-            r'limits: 5 is no list such as \["500 RPM", "200k TPM"\]',
+            r'limits: 5 is not a list such as \["500 RPM", "200k TPM"\]',
         ),
-        ("[tool.asyncbucket]\nlimits = [5]", "a limit is a text or a Limit, not 5"),
+        ("[tool.asyncbucket]\nlimits = [5]", "a limit must be a string or a Limit, not 5"),
         ("[tool.asyncbucket]\nname = 'a'", r"limit nothing; write e\.g\. rpm = 500"),
         (
             "[tool.asyncbucket.chat]\nrpm = 5",
@@ -241,8 +241,8 @@ def test_code_goes_before_the_file(tmp_path: Path) -> None:
         ("[tool.asyncbucket]\nrpm = 0.5", "rpm must be a whole number of at least 1, not 0.5"),
         ("[tool.other]\nrpm = 5", r"has no table \[tool\.asyncbucket\]"),
         ("tool = 5", r"has no table \[tool\.asyncbucket\]"),
-        ("[tool]\nasyncbucket = 5", "asyncbucket is no table but 5"),
-        ("[tool.asyncbucket", "is no TOML"),
+        ("[tool]\nasyncbucket = 5", "asyncbucket is not a table but 5"),
+        ("[tool.asyncbucket", "is not valid TOML"),
     ],
 )
 def test_entry_that_cannot_be_read_is_named(tmp_path: Path, text: str, message: str) -> None:

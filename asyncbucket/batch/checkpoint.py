@@ -30,7 +30,6 @@ from asyncbucket.errors import AsyncBucketError
 from asyncbucket.wording import shown
 
 _JSON, _PICKLE, _OWN = 0, 1, 2
-_DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _VERSION: Final = "1"
 _SCHEMA: Final = """
 PRAGMA journal_mode = WAL;
@@ -115,7 +114,7 @@ class Ledger:
         checkpoint: where it is, and what the results are of.
 
     Raises:
-        CheckpointError: the file is in use, is no checkpoint, or is one of something else.
+        CheckpointError: the file is in use, is not a checkpoint, or is one of something else.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -162,8 +161,8 @@ class Ledger:
         path = self._checkpoint.path
         if "locked" in str(error):
             return f"{path} is in use by another run: let it end, or give another file"
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED:
-            return f"{path} is no checkpoint, or is damaged ({error}): give another file"
+        if type(error) is sqlite3.DatabaseError:  # it is none, or damaged
+            return f"{path} is not a checkpoint, or is damaged ({error}): give another file"
         return (
             f"{path} cannot be used as a checkpoint ({error}): give a file that may be written, "
             f"where there is room for it"
@@ -194,7 +193,7 @@ class Ledger:
             return key_of(item)
         text: object = given(item)
         if not isinstance(text, str):
-            raise TypeError(f"key= of a checkpoint must return a text, not {shown(text)}")
+            raise TypeError(f"key= of a checkpoint must return a string, not {shown(text)}")
         return digest(b"k" + text.encode("utf-8", "surrogatepass"))
 
     def save(self, results: Iterable[tuple[bytes, Any]]) -> None:
@@ -234,8 +233,8 @@ class Ledger:
             return pickle.loads(value) if codec is None else codec.load(value)  # noqa: S301 - said above
         except Exception as error:
             raise CheckpointError(
-                f"a result in {self._checkpoint.path} cannot be read: {error}; what it was made of "
-                f"must be there again, or give another file"
+                f"a result in {self._checkpoint.path} cannot be read: {error}; its classes must be "
+                f"importable as when it was kept, or give another file"
             ) from error
 
     @contextlib.contextmanager

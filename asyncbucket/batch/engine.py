@@ -1,4 +1,4 @@
-"""The workers: each takes an item, has it called, and puts down what came of it.
+"""The workers: each takes an item, calls the function with it, and keeps what came of it.
 
 Not a task for each item but a few that go on: as many as are in flight, and one that waits in line.
 A worker whose call has been admitted sees to it that another one stands there; so their number
@@ -239,7 +239,7 @@ class Engine(Generic[T, R]):
 
 
 def _from_within(cancelled: asyncio.CancelledError, what: str) -> RuntimeError:
-    """Return what to say of a cancellation that ``what`` met with; one that is meant for us goes on."""
+    """Return the error for a cancellation from within ``what``; one that is meant for us is raised."""
     if anyio.current_effective_deadline() == -math.inf:
         raise cancelled
     error = RuntimeError(f"{what} was cancelled from within, by something that it awaits")

@@ -54,8 +54,8 @@ def _told_apart(value: Any) -> object:
     if isinstance(value, (list, tuple)):
         return [kind, *map(_told_apart, value)]
     raise TypeError(
-        f"an item with {type(value).__name__} in it has no key by which a checkpoint knows it again: "
-        f"give Checkpoint(..., key=...), a function from the item to a text"
+        f"a checkpoint cannot recognise an item that contains {type(value).__name__}: give "
+        f"Checkpoint(..., key=...), a function from the item to a string"
     )
 
 

@@ -1,4 +1,4 @@
-"""Does a function come to the limiter by itself? Then `amap` must not acquire for it, too.
+"""Does a function acquire of the limiter by itself? Then `amap` must not acquire for it, too.
 
 A call must be admitted once. Twice would charge it twice, and worse: calls that hold a slot and wait
 for a second one wait for ever. So these are left alone:
@@ -51,9 +51,8 @@ def acquires_itself(fn: Callable[..., object], limiter: Limiter) -> bool:
             akin = each
     if akin is not None:
         raise ValueError(
-            f"{getattr(fn, '__qualname__', fn)} is admitted by {akin.name!r} already, and would be once "
-            f"more by {limiter.name!r}: wrap its model in that, or acquire of that; or decide by "
-            f"paced= or cost="
+            f"{getattr(fn, '__qualname__', fn)} is paced by {akin.name!r} already, and would be paced by "
+            f"{limiter.name!r}, too: pace both by one limiter, or say by paced= or cost= who acquires"
         )
     return False
 

@@ -1,4 +1,4 @@
-"""One item's call: admitted first, or as it is where the function sees to that."""
+"""One item's call: admitted first, or left to the function where that acquires by itself."""
 
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
@@ -15,7 +15,7 @@ PriceOf: TypeAlias = Price | Callable[[Any], Price]
 
 
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
-    """Tell that a call is not to begin any more."""
+    """Say that no further call may begin."""
 
 
 class Call(Protocol):
@@ -72,7 +72,7 @@ def _keywords(price: Price) -> dict[str, Any]:
     if isinstance(price, Mapping):
         return dict(price)
     raise TypeError(
-        f"a cost is a Cost, a dict such as {{'tokens': 500}}, or a function from an item to one, "
+        f"a cost must be a Cost, a dict such as {{'tokens': 500}}, or a function from an item to one, "
         f"not {shown(price)}"
     )
 
@@ -87,7 +87,7 @@ def awaitable(fn: Callable[[Any], Awaitable[Any]], item: Any) -> Awaitable[Any]:
     if not inspect.isawaitable(waiting):
         name = getattr(fn, "__qualname__", repr(fn))
         raise TypeError(
-            f"{name} returned {type(waiting).__name__}, nothing to await: amap takes async "
+            f"{name} returned {type(waiting).__name__}, which cannot be awaited: amap takes async "
             f"functions; map takes plain ones"
         )
     return waiting

@@ -82,7 +82,9 @@ def amap(  # noqa: PLR0913 - each is an option of its own, by keyword
     if errors not in ("raise", "collect"):
         raise ValueError(f"errors must be 'raise' or 'collect', not {errors!r}")
     if cost is not None and paced:
-        raise ValueError("cost= is acquired here, paced=True says that fn acquires: give one")
+        raise ValueError(
+            "cost= says that the batch acquires, paced=True that fn does: give one of them"
+        )
     if cost is None and paced is None:
         paced = acquires_itself(fn, limiter)
     by_fn = bool(paced) and cost is None
@@ -191,8 +193,8 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
         assert self._task is not None
         if self._task.cancelled():
             raise RuntimeError(
-                "this batch was cancelled, and not by who reads it: its event loop ended, perhaps; "
-                "begin it anew where it is read"
+                "this batch was cancelled, but not by its reader: perhaps its event loop has ended; "
+                "start it again on the loop that reads it"
             )
         await asyncio.shield(self._task)
         if self._engine.failure is not None:

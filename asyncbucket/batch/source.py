@@ -32,8 +32,8 @@ class Source(Generic[T]):
         self._each_async: AsyncIterator[T] | None = None
         if isinstance(items, (str, bytes)):
             raise TypeError(
-                f"a text as items would be a call for each of its {len(items):,} characters: give a "
-                f"list of texts, or the open file if this is its name"
+                f"items is one string, which would be a call for each of its {len(items):,} characters: "
+                f"give a list of strings, or the open file if this is its name"
             )
         if isinstance(items, AsyncIterable):
             self._each_async = aiter(items)

@@ -9,13 +9,13 @@ from types import FrameType
 
 __all__ = ["main"]
 
-#: The status of a command that Ctrl-C ended, as shells have it: 128 + SIGINT.
+#: The status of a command that Ctrl-C or SIGTERM ended, as shells have it: 128 + SIGINT.
 INTERRUPTED = 130
 
 
 def main() -> None:
     """Run the command that `sys.argv` names, and exit with its status."""
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, as_ctrl_c)
     try:
         from asyncbucket.cli.app import app
 
@@ -33,7 +33,7 @@ def main() -> None:
         sys.exit(WRONG)
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    """End as an error would: a terminal whose cursor is hidden has to get it back."""
-    del frame
-    sys.exit(128 + number)
+def as_ctrl_c(number: int, frame: FrameType | None) -> None:
+    """End a command as Ctrl-C does, also where that is ignored, as in the background of a script."""
+    interrupt = signal.getsignal(signal.SIGINT)
+    (interrupt if callable(interrupt) else signal.default_int_handler)(number, frame)

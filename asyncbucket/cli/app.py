@@ -77,8 +77,8 @@ def bench(context: typer.Context) -> None:
     """Measure against other limiters (in a source tree); options go to the benchmarks."""
     if not (TREE / "benchmarks" / "__main__.py").is_file():
         typer.echo(
-            "error: the benchmarks are in the source tree, which this installation is not: "
-            "run `make bench` in a checkout of asyncbucket",
+            "error: the benchmarks come with the source tree alone: run `make bench` in a checkout of "
+            "asyncbucket",
             err=True,
         )
         raise typer.Exit(1)

@@ -39,7 +39,7 @@ def canvas(path: Path, *, what: str, size: tuple[float, float], dark: bool) -> G
         OSError: the file cannot be written.
     """
     if path.suffix.lower() not in _KINDS:
-        raise ValueError(f"a picture is one of {', '.join(_KINDS)}, not {path.name!r}")
+        raise ValueError(f"a picture must be one of {', '.join(_KINDS)}, not {path.name!r}")
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure

@@ -14,7 +14,7 @@ from asyncbucket.wording import one_line
 DONE: Final = 0
 FAILED: Final = 1
 WRONG: Final = 2
-#: What a disk says that is full, or whose user has had his part of it.
+#: A disk that is full, or full for this user, or a file that is as long as may be.
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 

@@ -16,7 +16,7 @@ def place(url: str) -> str:
 
 
 def check(url: str) -> None:
-    """Refuse what is no URL of a server.
+    """Refuse what is not a URL of a server.
 
     Raises:
         ValueError: the message says what one looks like.

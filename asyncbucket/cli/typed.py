@@ -48,7 +48,7 @@ def whole(typed: str, *, most: int | None = None) -> int:
     """Return a number that is written as limits are: ``500``, ``14,400``, ``200k``.
 
     Raises:
-        ValueError: it is none from 1 on, or above ``most``.
+        ValueError: it is not a number from 1 on, or is above ``most``.
     """
     try:
         number = read_amount(typed)
@@ -56,7 +56,7 @@ def whole(typed: str, *, most: int | None = None) -> int:
         number = 0
     if not 1 <= number <= (most or number):
         end = "on" if most is None else f"to {most:,}"
-        raise ValueError(f"{typed!r} is no whole number from 1 {end}, such as 500 or 2k")
+        raise ValueError(f"{typed!r} is not a whole number from 1 {end}, such as 500 or 2k")
     return number
 
 

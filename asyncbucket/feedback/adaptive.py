@@ -279,7 +279,7 @@ def read_concurrency(value: Concurrency | None) -> tuple[int, int] | None:
     """Return the bounds that ``concurrency=`` asks for; a fixed number is both of them.
 
     Raises:
-        ValueError: it is no whole number of at least 1, no ``"auto"``, and no pair of such numbers
+        ValueError: it is not a whole number of at least 1, not ``"auto"``, and not a pair of such numbers
             in ascending order.
     """
     if value is None:
@@ -293,5 +293,5 @@ def read_concurrency(value: Concurrency | None) -> tuple[int, int] | None:
             f"not {value!r}"
         )
     if bounds[0] > bounds[1]:
-        raise ValueError(f"concurrency={value!r} has its bounds the wrong way round")
+        raise ValueError(f"concurrency={value!r} has its bounds in the wrong order")
     return int(bounds[0]), int(bounds[1])

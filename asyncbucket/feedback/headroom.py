@@ -236,9 +236,12 @@ class Headroom:
         """See `asyncbucket.meters.Meter.take`."""
         level = self._level
         if level is not None:
-            if self._alone and self._first + self.window <= now < self._heard + self.window:
+            if self._alone and now < self._heard + self.window:
                 needed = amount * self.window  # as `earliest` does, without the calls
                 if level + (now - self._at) * self._growth < needed:
+                    return False
+                evenly = now < self._first + self.window and not self._long
+                if evenly and self._evenly(amount, now, 0) > now:
                     return False
             elif self.earliest(amount, now) > now:
                 return False
@@ -247,13 +250,19 @@ class Headroom:
 
     def book(self, amount: int, when: int) -> None:
         """See `asyncbucket.meters.Meter.book`."""
-        level = self._expect(when, self._needed(amount))
+        if self._alone:  # as below, without the calls
+            cost = needed = amount * self.window
+            apart = amount * self._pace
+        else:
+            cost = self._share(amount) * self.window
+            needed = self._needed(amount)
+            apart = self._apart(amount)
+        level = self._expect(when, needed)
         if level is not None:
-            self._level = level - self._share(amount) * self.window
+            self._level = level - cost
             self._at = max(self._at, when)
         self._booked += amount
         self._ours.book(amount, when)
-        apart = amount * self._pace if self._alone else self._apart(amount)
         self._even = max(self._even, when) + apart
         self._last = when
         for each in self._slices:

@@ -325,7 +325,7 @@ def with_little_room(others: float, amount: int, *, least: bool = False) -> int:
     """Return what others take until a slice ends, in whole calls of ``amount``, and room for chance.
 
     Early most of it is to come, and what is left to them in vain is seen in time; late little is, and
-    what is left in vain is lost. So the room gets less with it, and a part of a call is no call. The
+    what is left in vain is lost. So the room gets less with it, and a part of a call is not a call. The
     ``least`` is for who has heard nothing for long.
     """
     calls = others / amount

@@ -10,7 +10,6 @@ it is complete the usage is found in them by its key, not by parsing: a reply's 
 letters ``"usage"``, but JSON escapes the quotes around them, so the bytes are the real key alone.
 """
 
-import contextlib
 import json
 import re
 from collections import deque
@@ -104,7 +103,7 @@ class Sent:
         self.characters = 0
         #: The same in bytes of UTF-8.
         self.size = 0
-        #: Tokens of what is no text, or is sent as tokens.
+        #: Tokens of what is not a text, or is sent as tokens.
         self.extra = 0
         #: The most tokens that a reply may have, where the call says so.
         self.max_output: int | None = None
@@ -113,7 +112,7 @@ class Sent:
 
     @property
     def by_characters(self) -> int:
-        """Tokens at four characters each, as OpenAI counts at its door."""
+        """Tokens at four characters each, as OpenAI estimates at admission."""
         return -(-self.characters // 4) + self.extra
 
     @property
@@ -186,8 +185,10 @@ def sent(path: str, body: Mapping[str, Any]) -> Sent:
     found = Sent(writes=path.rstrip("/").endswith(_WRITES) and not _PUTS_DOWN.search(path))
     found.replies = replies_of(body)
     if found.writes or only_reads(path):
-        with contextlib.suppress(RecursionError):  # nested deeper than what any model is sent
+        try:
             _look_into(body, found)
+        except RecursionError:  # nested deeper than what any model is sent
+            return found
     return found
 
 
@@ -206,9 +207,14 @@ def may_use(method: str, path: str) -> bool:
 
 def replies_of(body: Mapping[str, Any]) -> int:
     """Return how many replies the call with the JSON ``body`` asks for, to all its prompts."""
-    to_one = max([1, *(value for name in _REPLIES if is_count(value := body.get(name)))])
-    prompt = body.get("prompt")
-    prompts = prompt if isinstance(prompt, list) else []
+    to_one = 1
+    for name in _REPLIES:
+        value = body.get(name)
+        if is_count(value):
+            to_one = max(to_one, value)
+    prompts = body.get("prompt")
+    if not isinstance(prompts, list):
+        return to_one
     # Numbers are the tokens of one.
     return to_one * max(1, sum(not isinstance(each, int) for each in prompts))
 
@@ -233,7 +239,7 @@ def _look_into(body: Mapping[str, Any], found: Sent) -> None:
 
 
 def _is_written_out(part: dict[str, Any]) -> bool:
-    """Tell whether a document is no file, but text that is sent as it is."""
+    """Tell whether a document is not a file, but text that is sent as it is."""
     source = part.get("source")
     return isinstance(source, dict) and source.get("type") in _WRITTEN_OUT
 

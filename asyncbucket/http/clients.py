@@ -1,4 +1,4 @@
-"""HTTP clients that are paced and else what the SDKs would have made for themselves."""
+"""HTTP clients that are paced, and otherwise as the SDKs would have made them."""
 
 import importlib.util
 from typing import Any, Final
@@ -47,7 +47,7 @@ def http_client(
 
     Raises:
         ImportError: the library is not installed.
-        ValueError: ``family`` or ``profile`` is none that is known.
+        ValueError: ``family`` or ``profile`` is not known.
     """
     library = _library(family)
     usual = {

@@ -6,7 +6,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from typing import Final
 
-#: Tokens foreseen before any reply; so many LlamaIndex takes for one, too.
+#: Tokens foreseen before any reply; LlamaIndex assumes as many, too.
 FORESEEN: Final = 256
 
 

@@ -1,4 +1,4 @@
-"""How long to wait, as headers say it; read as what it is, input from outside.
+"""How long to wait, as headers say it: input from outside, and read with care.
 
 Every value is a `str` of at most 64 ASCII characters that matches its grammar in full, or it says
 nothing (None). What it says is clamped to 0 and `cap`, so that the result is always a finite number

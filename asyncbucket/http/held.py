@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Note:
-    """Note a lease for as long as it is held, and hold nobody's slot by it."""
+    """Refer to a lease for as long as it is held, without keeping it alive."""
 
     __slots__ = ("_lease",)
 
@@ -112,7 +112,7 @@ def payer(limiter: Limiter) -> Limiter | None:
 
 @contextlib.contextmanager
 def holding(held: Held) -> Generator[None]:
-    """Put ``held`` up for the time of a ``with`` block."""
+    """Make ``held`` the innermost note for the time of a ``with`` block."""
     token = _HELD.set(held)
     try:
         yield

@@ -1,13 +1,19 @@
-"""Layers above a transport that pay for the same call, or try it again; people are told once."""
+"""What people do around a transport that undoes pacing; they are told once.
+
+Layers above it may pay for the same call, or try it again, and its limiter may be one of many.
+"""
 
 import logging
 from typing import Any, Final
 
+from asyncbucket.http.alike import ALIKE, MANY
 from asyncbucket.http.held import payer
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.levels import is_under
 
 _RETRY_COUNT: Final = "x-stainless-retry-count"
+#: Where providers want their keys: OpenAI and most others, Anthropic, Azure.
+_KEYS: Final = ("authorization", "x-api-key", "api-key")
 
 _log: Final = logging.getLogger("asyncbucket")
 
@@ -15,10 +21,12 @@ _log: Final = logging.getLogger("asyncbucket")
 class Layers:
     """Look for layers above a transport of ``limiter``, and tell people what to change."""
 
-    __slots__ = ("_limiter", "_told", "failures")
+    __slots__ = ("_counted", "_limiter", "_told", "failures")
 
     def __init__(self, limiter: Limiter) -> None:
         self._limiter = limiter
+        #: Whether the limiter was counted among those like it.
+        self._counted = False
         self._told: set[str] = set()
         #: Whether a call has failed: before that, no SDK tries one again.
         self.failures = False
@@ -45,8 +53,11 @@ class Layers:
             )
         return True
 
-    def look_for_retries(self, request: Any) -> None:
-        """Warn once if an SDK above sends ``request`` again by itself."""
+    def look_at(self, request: Any) -> None:
+        """Warn once if an SDK above sends ``request`` again by itself, or limiters are made by the dozen."""
+        if not self._counted:
+            self._counted = True
+            self._count(request)
         if self.failures and request.headers.get(_RETRY_COUNT, "0") != "0":
             self._tell(
                 "retries",
@@ -54,6 +65,16 @@ class Layers:
                 "each attempt is charged and waits in line after the SDK's own back-off; if "
                 "anything above it retries too, pass max_retries=0 to the SDK",
                 self._limiter.name,
+            )
+
+    def _count(self, request: Any) -> None:
+        key = next(filter(None, map(request.headers.get, _KEYS)), None)
+        if ALIKE.is_one_too_many(self._limiter, key, request.url.host):
+            _log.warning(
+                "%d limiters like %r were made for the same host and key: one that is made for each "
+                "request remembers nothing, and limits nothing; make it and its client once, when "
+                "the program starts",
+                *(MANY, self._limiter),
             )
 
     def _tell(self, what: str, message: str, *args: object) -> None:

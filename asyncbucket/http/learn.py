@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from asyncbucket.feedback.slices import share_of
 from asyncbucket.http.profiles import Profile, Told
 from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.levels import levels
+from asyncbucket.limiter.levels import in_force, levels
 from asyncbucket.limits import Key, Limit
 
 #: A limiter, and the resource and the window of a limit that it has.
@@ -70,7 +70,7 @@ class Ear:
         self._assumed: dict[_Place, int] = {}
         #: Of which limits headers speak, while the limits in force are these.
         self._places: dict[tuple[int, int, int | None], _Place] = {}
-        self._in_force: tuple[tuple[Limit, ...], ...] = ()
+        self._in_force: tuple[Limit, ...] = ()
         #: How long not to listen after listening (s), and until when.
         self._pause = 0.0
         self._deaf_until = -math.inf
@@ -167,18 +167,17 @@ class Ear:
 
     def _place(self, profile: Profile, number: int, limits: dict[int, int]) -> _Place:
         """Return the limiter and the window that are spoken of; what is learned is learned here."""
-        in_force = tuple(limiter.limits for limiter in self._line)
-        if in_force != self._in_force:
-            self._in_force = in_force
+        now_in_force = in_force(self._limiter)
+        if now_in_force is not self._in_force:
+            self._in_force = now_in_force
             self._places.clear()
-            windows = [limit.per for limits in in_force for limit in limits]
-            self._pause = min(windows, default=0.0) / _TIMES
+            self._pause = min((limit.per for limit in now_in_force), default=0.0) / _TIMES
         limit = limits.get(number) or None
         key = id(profile), number, limit
         place = self._places.get(key)
         if place is None:
             told = profile.tells[number]
-            if limit is not None and not any(in_force[1:]):
+            if limit is not None and not any(above.limits for above in self._line[1:]):
                 self._take_over(profile, told, limits)
             limiter, per = self._whose(told, limit)
             place = limiter, told.resource, per

@@ -32,7 +32,7 @@ from asyncbucket.http.body import Sent, sent
 from asyncbucket.http.usage import Usage
 
 _MINUTE: Final = 60
-#: What the user may limit besides the tokens that were counted at the door.
+#: What the user may limit besides the tokens that were counted at admission.
 _AT_THE_DOOR: Final = frozenset({"input_tokens", "output_tokens"})
 _DAY: Final = 86_400
 
@@ -184,7 +184,7 @@ _OPENAI_TELLS: Final = (
     _ratelimit("tokens", "project-tokens"),
 )
 
-#: The larger of prompt and ``max_tokens`` is charged at the door, and not corrected.
+#: The larger of prompt and ``max_tokens`` is charged at admission, and not corrected.
 OPENAI: Final = ProviderProfile(
     name="openai",
     hosts=("api.openai.com",),
@@ -234,13 +234,13 @@ def profile_named(name: str) -> Profile:
     """Return the profile called ``name``.
 
     Raises:
-        ValueError: there is none; the message names those that there are.
+        ValueError: there is no such profile; the message names those that there are.
     """
     for profile in _ALL:
         if profile.name == name:
             return profile
     known = ", ".join(profile.name for profile in _ALL)
-    raise ValueError(f"no profile is called {name!r}; known are {known}; or pass one of your own")
+    raise ValueError(f"no profile is called {name!r}; known: {known}; or pass one of your own")
 
 
 def profile_of(host: str) -> Profile:

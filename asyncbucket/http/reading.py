@@ -28,7 +28,7 @@ class Reader:
         routes: see `Routes`.
 
     Raises:
-        ValueError: ``profile`` or a route is none that can be understood.
+        ValueError: ``profile`` or a route cannot be understood.
         TypeError: likewise.
     """
 

@@ -56,7 +56,7 @@ class Routes:
         self._limiter = limiter
         if not isinstance(routing, Mapping) and not callable(routing):
             raise TypeError(
-                f'routes are a mapping such as {{"gpt-4o*": "big"}}, or a function of the call, '
+                f'routes must be a mapping such as {{"gpt-4o*": "big"}}, or a function of the call, '
                 f"not {routing!r}"
             )
         if isinstance(routing, Mapping):
@@ -74,7 +74,7 @@ class Routes:
         return self._resolve(self._choose(call))
 
     def _check(self, target: Target) -> None:
-        """Refuse what leads nowhere; a name that was misspelt would be a child without limits."""
+        """Refuse what leads nowhere: a misspelt name would be a child without limits."""
         if isinstance(target, str) and target not in self._limiter.children:
             known = ", ".join(self._limiter.children) or "none"
             raise ValueError(
@@ -89,9 +89,9 @@ class Routes:
         if isinstance(target, str):
             return self._limiter.child(target)
         if not isinstance(target, Limiter):
-            raise TypeError(f"a route leads to a child or its name, not to {shown(target)}")
+            raise TypeError(f"a route must lead to a child or its name, not to {shown(target)}")
         if not is_under(target, self._limiter):
-            raise ValueError(f"{target.name!r} is no child of {self._limiter.name!r}")
+            raise ValueError(f"{target.name!r} is not a child of {self._limiter.name!r}")
         return target
 
 
@@ -101,7 +101,7 @@ def _read(pattern: str, target: Target) -> _Rule:
     model = parts.pop(0) if parts else None
     if parts or (path is None and model is None):
         raise ValueError(
-            f'a route is a path, a model, or both, such as "/v1/chat/completions gpt-4o*", '
+            f'a route must be a path, a model, or both, such as "/v1/chat/completions gpt-4o*", '
             f"not {pattern!r}"
         )
     return _Rule(path, model, target)

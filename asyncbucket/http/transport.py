@@ -67,7 +67,7 @@ def transport(
             A refusal then pauses that child.
 
     Raises:
-        ValueError: ``family``, ``profile`` or a route is none that can be understood.
+        ValueError: ``family``, ``profile`` or a route cannot be understood.
         TypeError: ``inner`` is no async transport, or a route leads nowhere.
         ImportError: the library that ``family`` names is not installed.
     """
@@ -178,7 +178,7 @@ class PacedTransport(_Paced):
         inner = self.inner or await self._open(request)
         lane, call, profile, cost = self._reader.read(request)
         limiter = lane.limiter
-        self._layers.look_for_retries(request)
+        self._layers.look_at(request)
         if cost is None or self._layers.have_paid(limiter):
             sent_at = limiter.now()
             reply = await inner.handle_async_request(request)
@@ -245,7 +245,7 @@ class PacedTransportSync(_Paced):
         inner = self.inner or self._open(request)
         lane, call, profile, cost = self._reader.read(request)
         limiter = lane.limiter
-        self._layers.look_for_retries(request)
+        self._layers.look_at(request)
         if cost is None or self._layers.have_paid(limiter):
             sent_at = limiter.now()
             reply = inner.handle_request(request)
@@ -327,4 +327,4 @@ def family_of(request: Any) -> str:
         family = kind.__module__.partition(".")[0]
         if family in FAMILIES:
             return family
-    raise TypeError(f"a request of httpx or httpx2 can be sent, not {type(request).__name__}")
+    raise TypeError(f"a transport sends requests of httpx or httpx2, not {type(request).__name__}")

@@ -2,7 +2,7 @@
 
 Every provider says it in a place and with names of its own, and LlamaIndex passes it on as it comes:
 in `raw`, an object or a dict, or in `additional_kwargs`. Here is the one list of both. The numbers
-come from outside: what is no number from 0 to ten million is not believed.
+come from outside: what is not a number from 0 to ten million is not believed.
 """
 
 import functools

@@ -36,7 +36,7 @@ def bookings(limiter: Limiter) -> tuple[Booked, ...]:
 
 
 def rebook(limiter: Limiter, booked: Iterable[Booked], *, ago: int) -> None:
-    """Book again what was told ``ago`` nanoseconds ago; limits that are none any more are left out."""
+    """Book again what was told ``ago`` nanoseconds ago; limits that are gone are left out."""
     account = limiter._account  # noqa: SLF001 - its own kind
     with account.budget.lock:
         now = account.budget.clock()

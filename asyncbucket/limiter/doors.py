@@ -106,7 +106,7 @@ class Doors(ABC):
         ``@limiter.paced(tokens=lambda prompt: len(prompt) // 4)``.
 
         Raises:
-            TypeError: it is no function, or a generator; or, when it is called, it is a plain function
+            TypeError: it is not a function, or a generator; or, when it is called, it is a plain function
                 that returns a coroutine.
         """
         if function is None:
@@ -192,7 +192,7 @@ class Doors(ABC):
                 `asyncbucket.http.transport.transport`.
 
         Raises:
-            ValueError, TypeError: an option is none that can be understood.
+            ValueError, TypeError: an option cannot be understood.
         """
         from asyncbucket.http.transport import transport
 
@@ -215,7 +215,7 @@ class Doors(ABC):
 
         Raises:
             ImportError: neither httpx nor httpx2 is installed.
-            ValueError, TypeError: an option is none that can be understood.
+            ValueError, TypeError: an option cannot be understood.
         """
         from asyncbucket.http.clients import http_client
 
@@ -272,7 +272,7 @@ class Doors(ABC):
             options: ``host=``, ``port=`` and ``path=``, as in `asyncbucket.stats.serve_stats`.
 
         Raises:
-            ValueError: ``host`` is no loopback address.
+            ValueError: ``host`` is not a loopback address.
             OSError: the port or the path is taken.
         """
         from asyncbucket.stats import serve_stats
@@ -286,7 +286,7 @@ class Doors(ABC):
             last: how many are kept, 1 at least.
 
         Raises:
-            ValueError: ``last`` is no such number.
+            ValueError: ``last`` is not such a number.
         """
         from asyncbucket.stats import Trace
 

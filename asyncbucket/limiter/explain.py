@@ -64,8 +64,11 @@ class Explanation:
         for other in others[:1]:
             more = other.calls / first.calls
             times = f"{more:.1f}" if more < 10 else f"{more:,.0f}"  # noqa: PLR2004 - two digits
-            name = named(other.limit.resource)
-            told.append(f"{name} alone would allow {times}x as many ({other.limit})")
+            limit, more_of = other.limit, f"alone would allow {times}x as many"
+            alike = limit.resource == first.limit.resource
+            told.append(
+                f"{limit} {more_of}" if alike else f"{named(limit.resource)} {more_of} ({limit})"
+            )
         return told
 
 

@@ -144,14 +144,17 @@ class Lease(OfThisProcess):
         if account.budget.observed:
             corrects = {name: booked[name] for name in used if name in (self._parts or ())}
             account.tell_later(Settled, reserved=self.cost, used=used, corrects=corrects)
-        more = {name: amount - booked.get(name, 0) for name, amount in used.items()}
-        for name, amount in more.items():
-            self._correct_locked(name, amount)
-            if amount < 0:
-                account.count_refund_locked(name, -amount)
+        refunds = changes = False
+        for name, amount in used.items():
+            more = amount - booked.get(name, 0)
+            self._correct_locked(name, more)
+            changes = changes or more != 0
+            if more < 0:
+                refunds = True
+                account.count_refund_locked(name, -more)
         if self._priority is not None:
             account.correct(self._priority, booked, self._booked())
-        if min(more.values(), default=0) < 0 or (account.deep and any(more.values())):
+        if refunds or (changes and account.deep):
             account.budget.ring_locked(account)
 
     def _correct_locked(self, resource: str, more: int) -> None:
@@ -161,15 +164,19 @@ class Lease(OfThisProcess):
         """
         self._parts = self._parts or {}
         parts = self._parts.setdefault(resource, [(self._amounts.get(resource, 0), self._when)])
+        if not more:
+            return
         meters = [meter for meter, counts in self._gates.meters if counts == resource]
-        for meter in meters:
-            if not self._open and isinstance(meter, Window):
-                meter.lent -= more
+        if not self._open:
+            for meter in meters:
+                if isinstance(meter, Window):
+                    meter.lent -= more
         if more > 0:
             now = self._account.budget.clock()
             add_debt(parts, more, now)
             for meter in meters:
                 meter.owe(more, now)
+            return
         for back, when, left in taken_back(parts, -more):
             for meter in meters:
                 meter.unbook(back, when, left=left)

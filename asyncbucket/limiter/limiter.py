@@ -66,9 +66,9 @@ class Limiter(Doors, Steering, OfThisProcess):
 
     Raises:
         LimitSyntaxError: a limit cannot be read; a ValueError.
-        ValueError: ``concurrency``, ``max_queue``, ``timeout`` or ``slot_ttl`` is no such number,
+        ValueError: ``concurrency``, ``max_queue``, ``timeout`` or ``slot_ttl`` is not such a number,
             ``on_outage`` none of these words, or no store is reached by such a URL.
-        TypeError: ``name`` is no text, ``store`` no store, or ``clock`` returns no integer.
+        TypeError: ``name`` is not a string, ``store`` not a store, or ``clock`` returns no integer.
         ImportError: the extra that serves the store is not installed.
     """
 
@@ -96,7 +96,7 @@ class Limiter(Doors, Steering, OfThisProcess):
     ) -> None:
         given = read_limits(limits, limits_by_keyword)
         if not isinstance(name, str):
-            raise TypeError(f"name must be a text, not {name!r}")
+            raise TypeError(f"name must be a string, not {name!r}")
         read_on_outage(on_outage)
         read_slot_ttl(slot_ttl)
         account = Account(name, clock=clock, max_queue=read_max_queue(max_queue))
@@ -148,7 +148,7 @@ class Limiter(Doors, Steering, OfThisProcess):
                 bound of the wait, with all that is lent given back, is longer); a TimeoutError.
             QueueFull: ``max_queue`` calls wait already.
             StoreError: the store that keeps the limits cannot be used, or was left meanwhile.
-            TypeError, ValueError: an amount or a time is no finite number from 0 on.
+            TypeError, ValueError: an amount or a time is not a finite number from 0 on.
         """
         here, door = inherited.get(), self._door
         if tenant is not None or here is not None:
@@ -252,13 +252,13 @@ class Limiter(Doors, Steering, OfThisProcess):
             return explain_locked(account, amounts, urgency)
 
     async def __aenter__(self) -> NoReturn:
-        """Say what was meant: a limiter is no context, an admission is.
+        """Refuse, and say what to write: an acquisition is a context manager, a limiter is not.
 
         Raises:
             TypeError: always.
         """
         raise TypeError(
-            "a limiter lets calls in one by one: write `async with limiter.acquire():`, "
+            "a limiter is not a context manager, an acquisition is: write `async with limiter.acquire():`, "
             "or `async with bucket:` with a TokenBucket"
         )
 
@@ -289,7 +289,7 @@ class Limiter(Doors, Steering, OfThisProcess):
         """
         if not isinstance(name, str) or not name or "/" in name or name.startswith("*"):
             raise ValueError(
-                f"a child's name is a text without a slash, and without a star in front, not {name!r}"
+                f"a child's name must be a string without a slash or a leading star, not {name!r}"
             )
         agreed = Terms.read(limits, terms)
         with self._budget.making:
@@ -318,7 +318,7 @@ class Limiter(Doors, Steering, OfThisProcess):
             terms: as for `child`.
 
         Raises:
-            LimitSyntaxError, ValueError: as for `child`; the tenant is no text, or empty.
+            LimitSyntaxError, ValueError: as for `child`; the tenant is not a string, or is empty.
         """
         read_tenant(tenant)
         return self._tenants().get(tenant, Terms.read(limits, terms) if limits or terms else None)
@@ -326,7 +326,8 @@ class Limiter(Doors, Steering, OfThisProcess):
     def per_key(self, *limits: str | Limit, alive: int = _ALIVE, **terms: Unpack[Keywords]) -> None:
         """Say on what terms tenants stand that have none of their own; see `key`.
 
-        It holds for those that come from now on.
+        It holds for those that come from now on, in calls that ask this limiter: whoever asks a
+        child has a tenant of that child's.
 
         Args:
             limits: as for `child`.
@@ -411,10 +412,10 @@ def _price(
     elif isinstance(cost, Cost):
         parts = (tokens, input_tokens, output_tokens)
         if requests != 1 or others or any(part is not None for part in parts):
-            raise TypeError(f"{cost!r} is a whole cost: give no amounts besides")
+            raise TypeError(f"{cost!r} is a whole cost: give no other amounts with it")
         amounts, named = {**cost, "concurrency": 1}, cost
     else:
-        raise TypeError(f"a cost is a Cost or keywords such as tokens=500, not {shown(cost)}")
+        raise TypeError(f"a cost must be a Cost or keywords such as tokens=500, not {shown(cost)}")
     if named:
         door.account.check_known(named)
     return amounts

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from asyncbucket.limits import Limit
+from asyncbucket.wording import does, in_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +74,16 @@ class Statistics:
             for name, each in self.waits.items()
         )
         most = "" if self.concurrency is None else f" of {self.concurrency:,}"
+        bound = self.bound_by not in {None, "paused"}  # a pause is told of below
+        binds = f" ({escape(does(str(self.bound_by), 'bind'))})" if bound else ""
         told = [
             f"{self.admitted:,} admitted",
-            f"{self.waiting:,} waiting",
+            f"{self.waiting:,} waiting{binds}",
             f"{self.in_flight:,}{most} in flight",
             f"{self.refused:,} refused",
             f"{self.cancelled:,} cancelled",
             f"{self.upstream_429:,} upstream 429s",
-            f"paused for {self.paused:.1f} s" if self.paused else "",
+            f"paused for {in_seconds(self.paused)} more" if self.paused else "",
             f"waited so far: {waits}" if waits else "",
         ]
         facts = " · ".join(filter(None, told))

@@ -32,7 +32,7 @@ class Steering(ABC):
                 first, then twice as many in each 16th of the pause (at most 0.25 s), up to 256.
 
         Raises:
-            ValueError: ``seconds`` is no finite number from 0 on.
+            ValueError: ``seconds`` is not a finite number from 0 on.
         """
         span = span_of(seconds, "a pause", "it is reckoned from now")
         if span >= NEVER:
@@ -72,7 +72,7 @@ class Steering(ABC):
             rounding: by how many units ``remaining`` may have been rounded down.
 
         Raises:
-            ValueError: a number of units is no whole number from 0 on, or ``since`` no number.
+            ValueError: a number of units is not a whole number from 0 on, or ``since`` not a number.
         """
         read_count(remaining, "remaining")
         read_count(rounding, "rounding")

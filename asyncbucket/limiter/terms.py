@@ -55,7 +55,7 @@ class Terms:
 
         Raises:
             LimitSyntaxError: a limit cannot be read; a ValueError.
-            ValueError: a number is none of what it must be.
+            ValueError: a number is not what it must be.
         """
         others = dict(keywords)
         priority = others.pop("priority", None)
@@ -75,7 +75,7 @@ def read_weight(weight: float) -> float:
     """Return a weight.
 
     Raises:
-        ValueError: it is no positive finite number.
+        ValueError: it is not a positive finite number.
     """
     if not is_number(weight) or not 1e-6 <= weight <= 1e6:  # noqa: PLR2004 - what floats can weigh exactly
         raise ValueError(f"weight must be a number from 0.000001 to 1,000,000, not {weight!r}")
@@ -86,7 +86,7 @@ def read_timeout(timeout: float | None) -> float | None:
     """Return seconds to wait at most.
 
     Raises:
-        ValueError: they are no number from 0 on.
+        ValueError: they are not a number from 0 on.
     """
     deadline_of(0, timeout=timeout)
     return timeout
@@ -96,7 +96,7 @@ def read_count(value: int, name: str, *, least: int = 0) -> int:
     """Return a number of calls, or of other units.
 
     Raises:
-        ValueError: it is no whole number from ``least`` on.
+        ValueError: it is not a whole number from ``least`` on.
     """
     if not is_integer(value) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
@@ -107,7 +107,7 @@ def read_max_queue(value: int | None) -> int | None:
     """Return the most calls that may wait, None for no bound.
 
     Raises:
-        ValueError: it is no whole number from 0 on.
+        ValueError: it is not a whole number from 0 on.
     """
     return None if value is None else read_count(value, "max_queue")
 
@@ -116,7 +116,7 @@ def read_on_outage(value: OnOutage) -> OnOutage:
     """Return what to do while a store is gone.
 
     Raises:
-        ValueError: it is none of the words.
+        ValueError: it is not one of the words.
     """
     if value not in get_args(OnOutage):
         words = ", ".join(get_args(OnOutage))
@@ -128,7 +128,7 @@ def read_slot_ttl(seconds: float) -> float:
     """Return the seconds after which the slots of a process that died come back.
 
     Raises:
-        ValueError: they are no number from 0.1 to a day.
+        ValueError: they are not a number from 0.1 to a day.
     """
     least, most = _SLOT_TTL
     if not is_number(seconds) or not least <= seconds <= most:

@@ -65,9 +65,9 @@ def _restore(
 def _warn(cls: type, limiter: Limiter) -> None:
     warnings.warn(
         f"this copy of {cls.__name__} came from another process, where {limiter.name!r} paces the "
-        f"original; here {limiter!r} paces it, a limiter of this process alone: together the "
-        f"processes may use the limits several times over; give each process its share of them, "
-        f"or Limiter(store=...) to all",
+        f"original; here {limiter!r} paces it, a limiter of this process alone, so that together the "
+        f"processes may use several times the limits; give each process its share of them, or "
+        f"all of them one Limiter(store=...)",
         RuntimeWarning,
         stacklevel=3,
     )

@@ -3,7 +3,7 @@
 The input is what the provider is sent: every block of every message, what the provider's template
 adds to each, tools and the response format. A limiter that books too little lets too many pass and
 is refused, one that books too much gets the rest back when the reply comes. So of the tokenizer's
-count and a quarter of the characters, by which OpenAI estimates at its door, the larger one counts.
+count and a quarter of the characters, by which OpenAI estimates at admission, the larger one counts.
 
 The output is `max_tokens` where the call or the model has one: so much OpenAI charges at admission.
 Where neither has one, nobody knows; it is foreseen as what nine in ten of the model's last replies
@@ -65,7 +65,7 @@ class Estimate:
             the limits can ever admit.
 
     Raises:
-        TypeError, ValueError: an amount is no number, or negative, NaN or infinite.
+        TypeError, ValueError: an amount is not a number, or negative, NaN or infinite.
     """
 
     input_tokens: int
@@ -179,7 +179,7 @@ class DefaultEstimator:
 
 
 class _Sent:
-    """What a call sends: its texts, and the tokens of what is no text."""
+    """What a call sends: its texts, and the tokens of what is not a text."""
 
     __slots__ = ("texts", "tokens")
 
@@ -191,7 +191,7 @@ class _Sent:
         """Add a message: its blocks, and the tool calls that older integrations keep beside them."""
         self.tokens += _A_MESSAGE
         if not hasattr(message, "blocks"):
-            return  # it is none, which the model says better
+            return  # it is not a message, which the model says better
         for block in message.blocks:
             self.add_block(block)
         extra = message.additional_kwargs

@@ -1,5 +1,6 @@
 """Queueing, as LlamaIndex's instrumentation shows it, and the admission of which it tells."""
 
+import asyncio
 import contextlib
 from collections.abc import Generator, Mapping
 from contextvars import ContextVar
@@ -13,6 +14,7 @@ from asyncbucket.http.running import make_way
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.books import shown_name
 from asyncbucket.limiter.lease import Lease
+from asyncbucket.llama_index.misuse import warn_of_time_out
 
 _dispatcher: Final = get_dispatcher(__name__)
 
@@ -79,8 +81,13 @@ class RateLimitPauseEvent(RateLimitEvent):
 async def admit(limiter: Limiter, amounts: Mapping[str, Any]) -> Lease:
     """Wait for the admission of a call and tell of the wait; the calls around it make way."""
     make_way(limiter)
-    with _told_here():
-        lease = await limiter.acquire(**amounts)
+    began = limiter.now()
+    try:
+        with _told_here():
+            lease = await limiter.acquire(**amounts)
+    except asyncio.CancelledError:
+        warn_of_time_out(limiter, limiter.now() - began)
+        raise
     _tell_of_wait(lease, limiter)
     return lease
 

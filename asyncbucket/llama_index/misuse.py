@@ -1,26 +1,32 @@
-"""What people do that undoes pacing, and that can be seen for certain: it is said, with the remedy.
+"""Misuse that undoes pacing: a warning says so, with the remedy.
 
-Not seen, and so not here: retry decorators around a paced model's methods, and a workflow whose
-time-out is shorter than the queue. The docs speak of them.
+Not seen, and so not here: retry decorators around a paced model's methods. The docs speak of them.
 """
 
-import asyncio
+import contextvars
 import inspect
+import logging
 import sys
-import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import asyncbucket
+from asyncbucket.http.alike import ALIKE, MANY
 from asyncbucket.limiter import Limiter
 from asyncbucket.llama_index.clients import is_client
+from asyncbucket.wording import in_seconds
 
-#: So many limiters, all alike, for one key on one event loop, are one made for each request.
-_MANY: Final = 10
-_MOST_KEYS: Final = 1_000
+#: What `llama_index.core.workflow` sets around each step of a workflow.
+_STEP: Final = "step_worker"
+#: Whoever waited no longer than this (s) was hardly cut off by a time-out.
+_HARDLY: Final = 1.0
+#: Limiters of which it has been said that a workflow gave up in their line.
+_TOLD: Final[WeakSet[Limiter]] = WeakSet()
+
+_log: Final = logging.getLogger("asyncbucket")
 _PACKAGE: Final = str(Path(asyncbucket.__file__).parent)
 
 
@@ -37,11 +43,29 @@ def warn_of_misuse(model: Any, limiter: Limiter, *, attempts: int) -> None:
             f"may become {attempts} x {retries + 1} requests, of which the limiter sees {attempts}; "
             f"make it with max_retries=0, or wrap with retry=False"
         )
-    if _COUNT.is_one_too_many(model, limiter):
+    asked = tuple(str(getattr(model, name, "")) for name in ("model", "model_name", "api_base"))
+    key = getattr(model, "api_key", None)
+    if ALIKE.is_one_too_many(limiter, key, type(model), asked):
         _warn(
-            f"{_MANY} limiters like {limiter!r} were made for the same model and key: one that is "
+            f"{MANY} limiters like {limiter!r} were made for the same model and key: one that is "
             f"made for each request remembers nothing, and limits nothing; make it once, when the "
             f"program starts, and wrap with that"
+        )
+
+
+def warn_of_time_out(limiter: Limiter, waited: float) -> None:
+    """Warn once if a step of a workflow was cancelled in line, ``waited`` seconds after it came.
+
+    The workflow's own error says nothing of a queue. Whether its time-out did that cannot be seen.
+    """
+    in_a_step = any(each.name == _STEP for each in contextvars.copy_context())
+    if waited > _HARDLY and in_a_step and limiter not in _TOLD:
+        _TOLD.add(limiter)
+        _log.warning(
+            "a workflow was cancelled while a call of it had waited %s for limiter %r: if its time-out "
+            "did that, it is shorter than the queue; make it with timeout=None, or run it inside "
+            "asyncbucket.deadline(...), which says what binds",
+            *(in_seconds(waited), limiter.name),
         )
 
 
@@ -54,42 +78,6 @@ def _other_retries(model: Any) -> Iterator[tuple[str, int]]:
         retries = inspect.getattr_static(value, "max_retries", None)
         if type(retries) is int and retries > 0 and name not in replaced:
             yield name, retries
-
-
-class _Count:
-    """Count on each event loop the limiters that were made for one model and key.
-
-    A loop is one program at work. Where there is none nothing is counted: a test suite makes many
-    limiters, one after the other, and is right to.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._seen: WeakKeyDictionary[
-            asyncio.AbstractEventLoop, dict[int, tuple[WeakSet[Limiter], list[int]]]
-        ] = WeakKeyDictionary()
-
-    def is_one_too_many(self, model: Any, limiter: Limiter) -> bool:
-        """Count ``limiter``; tell whether it makes them `_MANY`, which is said once."""
-        loop, key = asyncio._get_running_loop(), getattr(model, "api_key", None)  # noqa: SLF001 - None outside
-        if loop is None or not isinstance(key, str) or not key or limiter.parent is not None:
-            return False
-        # Hashed, so that no key is kept.
-        asked = tuple(str(getattr(model, name, "")) for name in ("model", "model_name", "api_base"))
-        what = hash((type(model), asked, key, limiter.name, limiter.limits, limiter.concurrency))
-        with self._lock:
-            seen = self._seen.setdefault(loop, {})
-            if len(seen) > _MOST_KEYS:
-                seen.clear()
-            limiters, made = seen.setdefault(what, (WeakSet(), [0]))
-            if limiter in limiters:
-                return False
-            limiters.add(limiter)
-            made[0] += 1
-            return made[0] == _MANY
-
-
-_COUNT: Final = _Count()
 
 
 def _warn(message: str) -> None:

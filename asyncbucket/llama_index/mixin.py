@@ -1,5 +1,6 @@
-"""What paced LLMs and paced embedding models have in common."""
+"""What paced LLMs, embedding models and tools have in common."""
 
+import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -20,7 +21,7 @@ _PACING: Final = "_asyncbucket_pacing"
 
 
 class _NoRetries:
-    """Be 0 on an instance, whatever its field says: one layer retries, and it is ours.
+    """Read as 0 on an instance, whatever its field says: one layer retries, and it is ours.
 
     The field's own value stays where it is, so that it is serialised, copied and set as ever. On
     the class there is nothing, as with any pydantic field: a property would be taken for a
@@ -55,7 +56,7 @@ class PacedBy:
 class Paced:
     """The part of a paced model that is neither LLM nor embedding.
 
-    The class is no pydantic model, so that mixing it in adds no field, changes no default, and
+    The class is not a pydantic model, so that mixing it in adds no field, changes no default, and
     leaves its methods to us: LlamaIndex puts a span around what a *model's* class overrides. What it
     does not override, the mixins keep in functions: a method would hide the model's own of that name.
     """
@@ -108,6 +109,16 @@ class Paced:
                 yield name, vars(self)[name]
                 break
         yield "limiter", pacing_of(self).limiter
+
+
+def paced_subclass(mixin: type[Any], cls: type[Any], **names: Any) -> type[Any]:
+    """Return a class of ``cls`` with ``mixin`` before it and ``names`` in it, at home where ``cls`` is."""
+    names |= {
+        "__doc__": cls.__doc__,
+        "__module__": cls.__module__,
+        "__qualname__": f"Paced{cls.__qualname__}",
+    }
+    return types.new_class(f"Paced{cls.__name__}", (mixin, cls), {}, lambda ns: ns.update(names))
 
 
 def pacing_of(model: Paced) -> Pacing:

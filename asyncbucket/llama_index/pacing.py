@@ -39,15 +39,15 @@ class Pacing:
             estimator is None or any(hasattr(estimator, name) for name in methods)
         ):
             raise TypeError(
-                f"an estimator has chat(), completion() and embedding(), or those that are asked, "
-                f"not {estimator!r}"
+                f"an estimator must have chat(), completion() or embedding(), whichever are asked, and "
+                f"{estimator!r} has none"
             )
         self.limiter = limiter
         #: As they were given, to pace a copy alike.
         self.options: dict[str, Any] = {"retry": retry, "estimator": estimator}
         self.estimator = DefaultEstimator() if estimator is None else estimator
         # A refusal concerns all who share the provider's limits.
-        self.retrier = Retrier(Retry.of(retry), provider_of(limiter))
+        self.retrier = Retrier(Retry.of(retry), provider_of(limiter), caller=limiter)
         #: What hears the headers of replies, where an HTTP client lets it.
         self.ear = Ear(limiter)
         #: Whether a stream asks its provider for the usage; off for good once one refuses.
@@ -157,7 +157,7 @@ class Pacing:
     def _amounts(self, estimate: Estimate) -> dict[str, float]:
         """Return the tokens to reserve: a guess of the output must not make a call impossible."""
         if not isinstance(estimate, Estimate):
-            raise TypeError(f"{self.estimator!r} returned {estimate!r}; it returns an Estimate")
+            raise TypeError(f"{self.estimator!r} returned {estimate!r}; it must return an Estimate")
         output = estimate.output_tokens
         for limit in in_force(asked(self.limiter)) if estimate.foreseen else ():
             if limit.resource == "output_tokens":
@@ -173,7 +173,7 @@ class Pacing:
 
 @contextlib.contextmanager
 def told_of_overload(lease: Lease) -> Generator[None]:
-    """Let ``lease`` know of an error that says that the provider has too much to do."""
+    """Let ``lease`` know of an error that says that the provider is overloaded."""
     try:
         yield
     except Exception as error:

@@ -9,7 +9,6 @@ tool's error to the model, and so they do with a refusal by the limiter.
 # What is called by super() is abstract in LlamaIndex; it is a tool's class that is paced.
 
 import functools
-import types
 from abc import ABC
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar, cast
@@ -20,7 +19,7 @@ from asyncbucket.http.running import is_running, running
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.doors import price
 from asyncbucket.llama_index.events import admit, admit_sync
-from asyncbucket.llama_index.mixin import PacedBy
+from asyncbucket.llama_index.mixin import PacedBy, paced_subclass
 from asyncbucket.wording import shown
 
 T = TypeVar("T")
@@ -72,7 +71,7 @@ class ToolPacing:
         amounts = self._price(*send.args, **{**given, **send.keywords})
         if not isinstance(amounts, Mapping):
             raise TypeError(
-                f"cost= returned {shown(amounts)}; it returns amounts by resource, {{'images': 3}}"
+                f"cost= returned {shown(amounts)}; it must return amounts by resource, {{'images': 3}}"
             )
         return amounts
 
@@ -82,7 +81,7 @@ class ToolPacing:
 
 
 class PacedTool:
-    """The part of a paced tool that is no tool."""
+    """The part of a paced tool that is not a tool."""
 
     limiter = PacedBy(lambda tool: pacing_of_tool(tool).limiter)
 
@@ -147,12 +146,7 @@ def paced_tool(tool: Any, pacing: ToolPacing) -> Any:
 def _paced_class(cls: type[Any]) -> type[Any]:
     """Return the paced subclass of a tool's class."""
     mixin = RateLimitedAsyncTool if issubclass(cls, AsyncBaseTool) else RateLimitedTool
-    names = {
-        "__doc__": cls.__doc__,
-        "__module__": cls.__module__,
-        "__qualname__": f"Paced{cls.__qualname__}",
-    }
-    return types.new_class(f"Paced{cls.__name__}", (mixin, cls), {}, lambda ns: ns.update(names))
+    return paced_subclass(mixin, cls)
 
 
 def _reader(cost: ToolCost | None) -> Callable[..., Mapping[str, float]]:
@@ -162,5 +156,5 @@ def _reader(cost: ToolCost | None) -> Callable[..., Mapping[str, float]]:
     if cost is None or isinstance(cost, Mapping):
         return functools.partial(price, dict(cost or {}))
     raise TypeError(
-        f"cost= takes amounts by resource, {{'images': 3}}, or a callable, not {shown(cost)}"
+        f"cost= must be amounts by resource, {{'images': 3}}, or a callable, not {shown(cost)}"
     )

@@ -31,7 +31,7 @@ The traps, and where they are dealt with
     ends, and may never be started or never be ended: `streams`. The model's class, the SDK and
     tenacity each retry, so that one call may become twelve: `clients`, and `Paced.max_retries`.
     Pickling: `copies`. Spans: LlamaIndex puts one around a method that a *class* overrides, by
-    ``__init_subclass__``. The overrides stand in a mixin that is no model, out of its reach: a call
+    ``__init_subclass__``. The overrides stand in a mixin that is not a model, out of its reach: a call
     has the span and the events it always had, and the wait comes before them (`events`).
 
 Each attempt of a call that is retried is an admission, a span and a start event of its own, for so
@@ -40,7 +40,6 @@ many requests did go out. Between attempts no slot is held.
 
 import functools
 import inspect
-import types
 from collections.abc import Mapping
 from typing import Any, Final, TypeVar, cast
 
@@ -57,7 +56,7 @@ from asyncbucket.llama_index.embedding import RateLimitedEmbedding, RateLimitedM
 from asyncbucket.llama_index.estimate import Estimator
 from asyncbucket.llama_index.llm import RateLimitedLLM
 from asyncbucket.llama_index.misuse import warn_of_misuse
-from asyncbucket.llama_index.mixin import Paced, bind, pacing_of
+from asyncbucket.llama_index.mixin import Paced, bind, paced_subclass, pacing_of
 from asyncbucket.llama_index.pacing import Pacing
 from asyncbucket.llama_index.tools import (
     PacedTool,
@@ -163,7 +162,7 @@ def _kind(obj: object) -> str:
 
 
 def _check_options(options: Mapping[str, Any], things: list[Any]) -> None:
-    """Refuse options of which nothing comes."""
+    """Refuse options that would have no effect."""
     kinds = {_kind(each) for each in things}
     idle = options.keys() - {name for kind in kinds for name in _OPTIONS[kind]}
     if idle and kinds:
@@ -226,14 +225,8 @@ def paced_class(cls: type[Any]) -> type[Any]:
         name: str = cls.class_name()
         return name
 
-    names = {
-        "__doc__": cls.__doc__,
-        "__module__": cls.__module__,
-        "__qualname__": f"Paced{cls.__qualname__}",
-        "class_name": classmethod(class_name),
-        _GENERATED: cls,
-    }
-    return types.new_class(f"Paced{cls.__name__}", (mixin, cls), {}, lambda ns: ns.update(names))
+    names = {"class_name": classmethod(class_name), _GENERATED: cls}
+    return paced_subclass(mixin, cls, **names)
 
 
 def _refusal(obj: object) -> str:

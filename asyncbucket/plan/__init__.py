@@ -126,7 +126,9 @@ def plan(  # noqa: PLR0913 - a plan has as many sides
     try:
         return foresee(loads, bounds, what_if=what_if)
     except OverflowError as error:
-        raise ValueError("a plan reaches 292 years: some latency or instant is beyond") from error
+        raise ValueError(
+            "a plan covers 292 years at most, and some latency or instant is beyond: give smaller ones"
+        ) from error
 
 
 def __getattr__(name: str) -> object:

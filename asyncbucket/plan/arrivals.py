@@ -25,10 +25,10 @@ class Poisson:
     rate: float
 
     def __post_init__(self) -> None:
-        """Refuse what is no rate."""
+        """Refuse what is not a rate."""
         if not is_number(self.rate) or not 0 < self.rate < math.inf:
             raise ValueError(
-                f"a rate is a finite number of calls a second above 0, not {self.rate!r}"
+                f"a rate must be a finite number of calls a second above 0, not {self.rate!r}"
             )
 
     def instants(self, calls: int, seed: str) -> Iterator[int]:
@@ -60,7 +60,7 @@ class AgentTree:
     steps: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse what is no tree."""
+        """Refuse what is not a tree."""
         for name in ("agents", "depth", "fan_out", "steps"):
             object.__setattr__(self, name, read_count(getattr(self, name), name, least=1))
         if (self.fan_out > 1 and self.depth > _DEEP) or self.calls > MOST:
@@ -106,19 +106,21 @@ def instants_of(
 
 
 def read_instants(arrivals: Iterable[float]) -> list[float]:
-    """Return instants that were given, if they are some.
+    """Return the instants that were given.
 
     Raises:
-        TypeError: they are none, but a number, say.
-        ValueError: one of them is no finite number of seconds from 0 on.
+        TypeError: they are not iterable.
+        ValueError: one of them is not a finite number of seconds from 0 on.
     """
     if not isinstance(arrivals, Iterable):
         raise TypeError(
-            f"arrivals are instants in seconds, Poisson(8.0) for so many calls a second, or an "
+            f"arrivals must be instants in seconds, Poisson(8.0) for so many calls a second, or an "
             f"AgentTree, not {shown(arrivals)}"
         )
     instants = list(arrivals)
     for second in instants:
         if not is_number(second) or not 0 <= second < math.inf:
-            raise ValueError(f"a call comes at a finite second from 0 on, not at {second!r}")
+            raise ValueError(
+                f"an arrival must be a finite number of seconds from 0 on, not {second!r}"
+            )
     return instants

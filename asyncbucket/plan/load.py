@@ -94,10 +94,10 @@ class Load:
             )
         for name in self._others:
             if name not in counted:
-                raise ValueError(f"resources names {name}, which no limit counts: leave it out")
+                raise ValueError(f"no limit counts {name}, which resources= names: leave it out")
         if concurrency is not None and self._latency.constant and not self._latency.value:
             raise ValueError(
-                f"concurrency={concurrency} binds by how long calls take: give latency= in seconds"
+                f"what concurrency={concurrency} allows depends on how long calls take: give latency= in seconds"
             )
 
     def arrivals(self) -> tuple[Iterator[tuple[int, Call]], Follow | None]:
@@ -168,7 +168,9 @@ def loads_of(
     """Return the calls of each tenant, or under None those of a plan without any."""
     shared = {each.name: _kept(getattr(everyone, each.name)) for each in fields(everyone)}
     if not isinstance(resources, Mapping):
-        raise TypeError(f'resources go by name, such as {{"images": 3}}, not {shown(resources)}')
+        raise TypeError(
+            f'resources must be given by name, such as {{"images": 3}}, not {shown(resources)}'
+        )
     resources = {name: _kept(samples) for name, samples in resources.items()}
 
     def load(name: str | None, tenant: Tenant) -> Load:
@@ -193,7 +195,7 @@ def loads_of(
 
     if not isinstance(tenants, Mapping):
         raise TypeError(
-            f'tenants go by name, such as {{"acme": Tenant(calls=500)}}, not {shown(tenants)}'
+            f'tenants must be given by name, such as {{"acme": Tenant(calls=500)}}, not {shown(tenants)}'
         )
     if not tenants:
         return {None: load(None, Tenant())}

@@ -84,7 +84,7 @@ def _check(loads: Loads, bounds: Bounds) -> None:
         for slots in (own.concurrency, bounds.concurrency):
             if slots is not None and not is_integer(slots):
                 raise ValueError(
-                    f"concurrency={slots!r} is found by how a server answers, which no plan knows: "
+                    f"concurrency={slots!r} depends on how a server answers, which a plan cannot know: "
                     "give a number"
                 )
         shared = [] if name is None else bounds.limits

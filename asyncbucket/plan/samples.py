@@ -69,7 +69,7 @@ class Series:
         return self._draw is None and self._values is None
 
     def __len__(self) -> int:
-        """Return the number of samples; 0 where that says nothing."""
+        """Return the number of samples; 0 if any number of calls may be drawn."""
         return 0 if self._values is None else len(self._values)
 
     def draw(self, calls: int, seed: str) -> Iterator[Any]:
@@ -160,7 +160,7 @@ class Tokens:
         body = line.get("body", line)
         if not isinstance(body, Mapping) or not body.keys() & {"messages", "prompt", "input"}:
             raise ValueError(
-                f"an object with {', '.join(sorted(map(str, line))) or 'nothing'} says no tokens: give "
+                f"an object with {', '.join(sorted(map(str, line))) or 'nothing'} gives no tokens: give "
                 "tokens, input_tokens and output_tokens, or a request's messages, prompt or input"
             )
         return self._of_body(body, line.get("url"))
@@ -188,12 +188,12 @@ def read_seconds(sample: object) -> float:
     """Return a sample of seconds, a number or an object that has one.
 
     Raises:
-        TypeError, ValueError: it is no number of seconds from 0 on.
+        TypeError, ValueError: it is not a number of seconds from 0 on.
     """
     if isinstance(sample, Mapping):
         named = next((sample[name] for name in _SECONDS if name in sample), None)
         if named is None:
-            raise ValueError(f"an object without {', '.join(_SECONDS)} says no seconds")
+            raise ValueError(f"an object without {', '.join(_SECONDS)} gives no seconds")
         sample = named
     return _number(sample)
 

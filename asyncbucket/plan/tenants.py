@@ -64,5 +64,5 @@ def bounds_of(
 def _several(limits: Sequence[str | Limit], name: str) -> Sequence[str | Limit]:
     """Refuse one text in the place of several, which would be read letter by letter."""
     if isinstance(limits, str):
-        raise TypeError(f"limits of tenant {name!r} are a tuple of them: write ({limits!r},)")
+        raise TypeError(f"limits of tenant {name!r} must be a tuple: write ({limits!r},)")
     return limits

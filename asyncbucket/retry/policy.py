@@ -74,7 +74,7 @@ class Retry:
         """Read what people pass as ``retry=``: a policy, attempts, False for none, True for usual.
 
         Raises:
-            TypeError, ValueError: it is none of these, or less than one attempt.
+            TypeError, ValueError: it is not one of these, or less than one attempt.
         """
         if isinstance(value, Retry):
             return value

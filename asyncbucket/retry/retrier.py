@@ -12,6 +12,7 @@ from asyncbucket.http.failures import Verdict
 from asyncbucket.http.refusals import Refusals, doubled
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.books import shown_name
+from asyncbucket.limiter.levels import asked
 from asyncbucket.retry.again import TryAgain, again, not_ours, renamed
 from asyncbucket.retry.policy import Retry
 from asyncbucket.retry.trial import Sent, Trial
@@ -27,14 +28,22 @@ class Retrier:
     Args:
         policy: what is tried again, how often and when.
         limiter: what a 429 pauses; deadlines are in seconds of its clock.
+        caller: what the calls ask for their admission, if it is another, below that: events of
+            retries are its own.
         chance: random numbers from 0 to 1, for the jitter.
     """
 
     def __init__(
-        self, policy: Retry, limiter: Limiter, *, chance: Callable[[], float] = random.random
+        self,
+        policy: Retry,
+        limiter: Limiter,
+        *,
+        caller: Limiter | None = None,
+        chance: Callable[[], float] = random.random,
     ) -> None:
         self.policy = policy
         self._limiter = limiter
+        self._caller = limiter if caller is None else caller
         self._chance = chance
         self._lock = threading.Lock()
         self._budget = policy.budget.capacity
@@ -136,9 +145,10 @@ class Retrier:
             return enough
 
     def tell_of_retry(self, attempt: int, error: str, delay: float) -> None:
-        """Let those who watch the limiter know that a call will be tried again."""
-        name, at = shown_name(self._limiter.name), self.now()
-        self._limiter.emit(Retried(limiter=name, at=at, attempt=attempt, error=error, delay=delay))
+        """Let those who watch the limiter that was asked know that a call will be tried again."""
+        caller = asked(self._caller)
+        name, at = shown_name(caller.name), self.now()
+        caller.emit(Retried(limiter=name, at=at, attempt=attempt, error=error, delay=delay))
 
     def now(self) -> float:
         """Return the seconds of the limiter's clock."""

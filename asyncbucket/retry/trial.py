@@ -82,7 +82,7 @@ class Trial:
             self.retrier.tell_of_retry(self.attempts, verdict.reason, wait)
             named = by_the_name(type(error).__module__, type(error).__qualname__)
             return named(verdict.reason, wait)
-        # A ValueError of the caller's own is his business; a provider's answer is ours.
+        # A ValueError of the caller's own is the caller's to see; a provider's answer is ours.
         if self.attempts > 1 or verdict.retry or verdict.reason.startswith("HTTP"):
             self._note(error, end)
         return None

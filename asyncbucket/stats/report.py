@@ -48,7 +48,7 @@ def check_names(limiters: Sequence[Limiter]) -> None:
     for name in (each.name for limiter in limiters for each in _family(limiter)):
         if name in seen:
             raise ValueError(
-                f"two limiters to be seen are called {name!r}: give each a name= of its own, and "
+                f"two limiters to be shown are called {name!r}: give each a name= of its own, and "
                 f"leave out children, which are seen with their parents"
             )
         seen.add(name)

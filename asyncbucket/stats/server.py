@@ -82,7 +82,7 @@ def serve_stats(
         path: of a unix socket, instead of host and port; only its owner may connect.
 
     Raises:
-        ValueError: ``host`` is no loopback address, there is no such port, or two limiters have
+        ValueError: ``host`` is not a loopback address, there is no such port, or two limiters have
             one name.
         OSError: the port or the path is taken, or cannot be had; it says which.
     """
@@ -146,7 +146,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     limiters: Sequence[Limiter] = ()
 
     def handle(self) -> None:
-        """Answer; who goes away meanwhile is nothing to complain of on somebody else's terminal."""
+        """Answer; a client that goes away meanwhile is no reason for a traceback on somebody else's terminal."""
         with contextlib.suppress(ConnectionError):
             super().handle()
 

@@ -35,7 +35,7 @@ class Trace:
         last: how many events are kept, at about 300 bytes each.
 
     Raises:
-        ValueError: ``last`` is no whole number from 1 on.
+        ValueError: ``last`` is not a whole number from 1 on.
     """
 
     def __init__(self, limiter: Limiter, *, last: int) -> None:

@@ -44,7 +44,7 @@ __all__ = [
 ESCAPES: Final = (
     "write special characters of a password as %2F for /, %5B for [, %40 for @ and so on"
 )
-#: What stands behind the colon of a host and is no port.
+#: What stands behind the colon of a host and is not a port.
 _NO_PORT: Final = re.compile(r"(?<=:)(?!\d+(?:,|$))[^:\[\],]+(?=,|$)")
 #: Which module serves a scheme: each has ``from_url(url) -> Store``.
 _MODULES: Final = {
@@ -69,21 +69,21 @@ def open_store(url: str) -> Store:
 
     Raises:
         ValueError: no store is reached by such a URL.
-        TypeError: it is no URL.
+        TypeError: it is not a URL.
         ImportError: the extra that serves it is not installed; the message names it.
     """
     if not isinstance(url, str):
         raise TypeError(
-            f"a store is a URL such as sqlite:///limits.db, or made by RedisStore.of(client), not "
+            f"a store must be a URL such as sqlite:///limits.db, or made by RedisStore.of(client), not "
             f"{type(url).__name__}"
         )
     try:
         scheme = urlsplit(url).scheme
     except ValueError:  # which might quote a password
-        raise ValueError(f"{without_password(url)!r} is no URL: {ESCAPES}") from None
+        raise ValueError(f"{without_password(url)!r} is not a URL: {ESCAPES}") from None
     if scheme not in _MODULES or "://" not in url:
         raise ValueError(
-            f"{without_password(url)!r} is no store: write sqlite:///limits.db, "
+            f"{without_password(url)!r} is not a store: write sqlite:///limits.db, "
             f"redis://host:6379/0 or one of {', '.join(sorted(_MODULES))}"
         )
     store: Store = importlib.import_module(_MODULES[scheme]).from_url(url)

@@ -19,6 +19,7 @@ from asyncbucket.stores.lifeline import leaving
 from asyncbucket.stores.returns import Left
 from asyncbucket.stores.starts import Grant
 from asyncbucket.stores.store import Batch, Correction, Store
+from asyncbucket.wording import counted
 
 if TYPE_CHECKING:
     from asyncbucket.stores.shared import Shared
@@ -146,8 +147,8 @@ class Counter:
     def refuse(self, waiting: Waiter, bound_by: str) -> None:
         """See `asyncbucket.stores.starts.Line`."""
         error: AsyncBucketError = CostExceedsLimit(
-            f"a call exceeds the limit of {bound_by} that another process has set, and can never "
-            f"pass; raise the limit or split the request"
+            f"cost of {counted(waiting.amounts.get(bound_by, 0), bound_by)} exceeds the limit that "
+            f"another process has set and can never pass; raise the limit or split the request"
         )
         with self._budget.lock:
             try:

@@ -25,6 +25,7 @@ from typing import Any, Final
 
 from asyncbucket.errors import StoreError
 from asyncbucket.feedback.pause import Pause
+from asyncbucket.stores import about
 from asyncbucket.stores.bell import Bell
 from asyncbucket.stores.returns import behind, undone
 from asyncbucket.stores.script import GRAIN, Dialect
@@ -217,7 +218,7 @@ class RedisLedger:
         """See `asyncbucket.stores.store.Ledger.peek`."""
         snapshot = await self.look()
         assert snapshot is not None
-        return snapshot
+        return dataclasses.replace(snapshot, details=await about.details(self._server.client))
 
     async def look(self) -> Snapshot | None:
         """Return what there is to see; None if there is no such limiter."""

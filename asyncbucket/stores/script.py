@@ -32,7 +32,7 @@ GRAIN: Final = 1_000
 #: What a meter is meant to hold, in units or ticks. A double counts exactly to 128 times that, which
 #: is left for debts.
 _MOST: Final = 1 << 46
-#: What one call may have used at most: more is no other debt, for it is paid off never.
+#: What one call may have used at most: a larger debt is no different, for it is never paid off.
 _MOST_USED: Final = _MOST << 6
 _OUTCOMES: Final = {-1: Outcome.FULL, -2: Outcome.LATER, -3: Outcome.NEVER}
 _PAUSED: Final = -1

@@ -177,7 +177,7 @@ def given(client: Any) -> Server:
     """Return the server that a client of the user's is connected to."""
     if not isinstance(client, (Redis, RedisCluster)):
         kind = f"{type(client).__module__}.{type(client).__qualname__}"  # a URL holds a password
-        raise TypeError(f"a client is a redis.asyncio.Redis or RedisCluster, not a {kind}")
+        raise TypeError(f"a client must be a redis.asyncio.Redis or RedisCluster, not a {kind}")
     kind = "cluster" if isinstance(client, RedisCluster) else "server"
     return Server(f"redis ({kind} of your client)", client, owned=False)
 
@@ -216,7 +216,7 @@ def _single(url: str) -> Any:
     if split.scheme == "unix":
         del settings["socket_keepalive"]
     elif database and not database.isdecimal():
-        raise ValueError(f"a database is a number, not {database!r}: redis://host:6379/0")
+        raise ValueError(f"a database must be a number, not {database!r}: redis://host:6379/0")
     plain = url.replace("valkey", "redis", 1) if split.scheme.startswith("valkey") else url
     client: Any = Redis.from_url(plain, **settings)
     client.connection_pool.make_connection()  # not connected; it refuses settings that there are not
@@ -227,7 +227,7 @@ def _sentinel(url: str) -> tuple[Any, Sequence[Any]]:
     """Return a client of the primary, and those of the sentinels who know which that is."""
     settings, nodes, path = _parts(url)
     if not path:
-        raise ValueError("write the service behind the hosts: redis+sentinel://host:port/service/0")
+        raise ValueError("write the service after the hosts: redis+sentinel://host:port/service/0")
     if path[1:]:
         settings["db"] = int(path[1])
     theirs = _settings()

@@ -27,7 +27,7 @@ from asyncbucket.stores.orders import Orders
 from asyncbucket.stores.returns import Left
 from asyncbucket.stores.store import Store, Terms, check_membership
 
-_ALONE: Final = "with a store, concurrency must be a number: nobody can find it alone"
+_ALONE: Final = "with a store, concurrency must be a number: one process alone cannot find it"
 
 
 def share(
@@ -43,7 +43,7 @@ def share(
         slot_ttl: seconds without a sign of life after which a process's slots come back.
 
     Raises:
-        ValueError: no store takes such a name, the URL is no store's, the limiter finds its
+        ValueError: no store takes such a name, the URL is not a store's, the limiter finds its
             concurrency by itself, or the store cannot count that far.
         TypeError: ``store`` is neither a URL nor a store.
         ImportError: the extra that serves such a store is not installed.

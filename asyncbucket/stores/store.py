@@ -116,7 +116,7 @@ class Batch:
     """What a worker has to say: applied in this order, in one step, or not at all."""
 
     corrections: tuple[Correction, ...] = ()
-    #: Slots that are given back; one that is not held (any more) is passed over.
+    #: Slots that are given back; one that is not held (any more) is ignored.
     released: tuple[str, ...] = ()
     #: What calls cost, in the order in which they shall start.
     calls: tuple[Amounts, ...] = ()

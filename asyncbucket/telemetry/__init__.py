@@ -40,8 +40,8 @@ def logging(
         logger: where to, a logger or its name.
 
     Raises:
-        TypeError: ``limiter`` is none, or ``logger`` is.
-        ValueError: ``threshold`` is no number of seconds from 0 on.
+        TypeError: ``limiter`` is not a limiter, or ``logger`` not a logger.
+        ValueError: ``threshold`` is not a number of seconds from 0 on.
     """
     from asyncbucket.telemetry.to_logging import observer
 
@@ -67,8 +67,8 @@ def prometheus(
     Raises:
         ImportError: prometheus_client is not installed; the message names the extra.
         ValueError: the limiter, or one above or below it, is watched by this registry already, so
-            that its calls would count twice; or ``max_limiters`` is no whole number from 1 on.
-        TypeError: ``limiter`` is none, or ``registry`` is.
+            that its calls would count twice; or ``max_limiters`` is not a whole number from 1 on.
+        TypeError: ``limiter`` is not a limiter, or ``registry`` not a registry.
     """
     check_source(limiter)
     try:
@@ -91,7 +91,7 @@ def opentelemetry(
     """Measure with OpenTelemetry, and make a span of each wait within the span of the caller.
 
     The metrics go by the names of ASP.NET's, which are stable, with ``asyncbucket`` in front:
-    ``asyncbucket.rate_limiting.request.time_in_queue`` and so on. The span of a wait is no span of
+    ``asyncbucket.rate_limiting.request.time_in_queue`` and so on. The span of a wait is not a span of
     inference and has no ``gen_ai.usage.*``: beside an instrumentation of the model nothing is
     counted twice.
 
@@ -107,7 +107,7 @@ def opentelemetry(
     Raises:
         ImportError: opentelemetry-api is not installed; the message names the extra.
         ValueError: as for `prometheus`, of the meter provider.
-        TypeError: ``limiter`` is none.
+        TypeError: ``limiter`` is not a limiter.
     """
     check_source(limiter)
     try:
@@ -136,7 +136,7 @@ def llama_index(limiter: Source) -> Callable[[], None]:
 
     Raises:
         ImportError: LlamaIndex is not installed; the message names the extra.
-        TypeError: ``limiter`` is none.
+        TypeError: ``limiter`` is not a limiter.
     """
     check_source(limiter)
     try:

@@ -44,13 +44,13 @@ class Source(Protocol):
 
 
 def check_source(limiter: object) -> None:
-    """Refuse what is no limiter, before anything is switched on.
+    """Refuse what is not a limiter, before anything is switched on.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is not a limiter.
     """
     if not isinstance(limiter, Source):
-        raise TypeError(f"a limiter can be watched, and {type(limiter).__name__} is none")
+        raise TypeError(f"only a limiter can be watched, not {type(limiter).__name__}")
 
 
 @dataclass(slots=True)
@@ -70,7 +70,7 @@ class Watched:
         most: how many names there may be, whatever happens. `OTHER` is one more.
 
     Raises:
-        ValueError: that is no whole number from 1 on.
+        ValueError: that is not a whole number from 1 on.
     """
 
     def __init__(self, most: int) -> None:

@@ -76,7 +76,7 @@ def assert_never_over(trace: Trace, limit: LimitLike | str) -> BusiestWindow:
     """
     limit = Limit.parse(limit) if isinstance(limit, str) else limit
     if not hasattr(limit, "per"):
-        raise TypeError(f'a limit is a Limit or a text such as "100 TPM", not {limit!r}')
+        raise TypeError(f'a limit must be a Limit or a string such as "100 TPM", not {limit!r}')
     admissions = _admissions(trace)
     worst = _busiest(admissions, _window(limit.per))
     if worst.amount > limit.amount:
@@ -110,7 +110,7 @@ def busiest_window(trace: Trace, *, per: float) -> BusiestWindow:
     """Find the window of `per` seconds that holds most; an empty trace gives zeros.
 
     Raises:
-        ValueError, TypeError: If the trace isn't one, or `per` is no positive number of seconds.
+        ValueError, TypeError: If the trace isn't one, or `per` is not a positive number of seconds.
     """
     return _busiest(_admissions(trace), _window(per))
 
@@ -165,7 +165,10 @@ def _admissions(trace: Trace) -> list[tuple[int, int]]:
     pairs = list(trace)
     for pair in pairs:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:  # noqa: PLR2004 - a pair
-            raise TypeError(f"a trace is pairs of time and amount, such as (0.5, 1), not {pair!r}")
+            raise TypeError(
+                f"a trace must be pairs of time and amount, such as (0.5, 1), or what a limiter's "
+                f'trace.amounts("requests") gives, not {pair!r}'
+            )
     kinds = {type(when) for when, _ in pairs}
     for when, amount in pairs:
         if isinstance(amount, bool) or not isinstance(amount, int) or amount < 0:
@@ -184,7 +187,7 @@ def _admissions(trace: Trace) -> list[tuple[int, int]]:
 def _window(per: float) -> int:
     window = _nanoseconds(per)
     if window < 1:
-        raise ValueError(f"a window lasts a positive number of seconds, not {per}")
+        raise ValueError(f"a window must last a positive number of seconds, not {per}")
     return window
 
 

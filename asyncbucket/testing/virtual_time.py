@@ -76,7 +76,7 @@ class VirtualClock:
     clock must run one after the other, not at once.
 
     Raises:
-        ValueError: `start` is no number of seconds from 0 to 10,000,000,000.
+        ValueError: `start` is not a number of seconds from 0 to 10,000,000,000.
     """
 
     __slots__ = ("_now",)

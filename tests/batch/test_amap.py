@@ -503,7 +503,7 @@ def test_without_anyio_the_install_command_is_named() -> None:
 
 async def test_plain_function_is_refused() -> None:
     """It would have blocked the loop; the message names the way out."""
-    with pytest.raises(TypeError, match=r"returned str, nothing to await: .* map takes plain ones"):
+    with pytest.raises(TypeError, match=r"str, which cannot be awaited: .* map takes plain ones"):
         async for _ in amap(Limiter(concurrency=1), cast("Any", str), [1]):
             pass
 
@@ -512,7 +512,7 @@ async def test_plain_function_is_refused() -> None:
 def test_a_text_is_no_list_of_items(items: Any) -> None:
     """The name of a file of prompts would be paid for letter by letter."""
     message = (
-        r"^a text as items would be a call for each of its 11 characters: give a list of texts"
+        r"^items is one string, which would be a call for each of its 11 characters: give a list"
     )
     with pytest.raises(TypeError, match=message):
         amap(Limiter(concurrency=1), Work(), items)
@@ -568,7 +568,7 @@ def test_batch_that_its_loop_has_cancelled_says_so_in_the_next() -> None:
         return (await anext(results)).index
 
     assert asyncio.run(first()) == 0
-    with pytest.raises(RuntimeError, match=r"its event loop ended, perhaps; begin it anew"):
+    with pytest.raises(RuntimeError, match=r"perhaps its event loop has ended; start it again"):
         asyncio.run(first())
 
 

@@ -173,7 +173,8 @@ async def test_key_says_by_what_an_item_is_known(tmp_path: Path) -> None:
     """An object has no hash that lasts; the message names the way out."""
     item = object()
     with pytest.raises(
-        TypeError, match=r"an item with object in it has no key.*give Checkpoint\(\.\.\., key="
+        TypeError,
+        match=r"cannot recognise an item that contains object: give Checkpoint\(\.\.\., key=",
     ):
         await run(tmp_path / "one.db", Calls(), [item])
 
@@ -224,9 +225,9 @@ async def test_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
     """A number, say, as rows of a table have it."""
     keyed = Checkpoint(tmp_path / "run.db", key=lambda row: row["id"])
 
-    with pytest.raises(TypeError, match=r"key= of a checkpoint must return a text, not 7"):
+    with pytest.raises(TypeError, match=r"key= of a checkpoint must return a string, not 7"):
         await run(keyed, Calls(), [{"id": 7}])
-    with pytest.raises(TypeError, match=r"must return a text, not dict$"):  # the item may be secret
+    with pytest.raises(TypeError, match=r"a string, not dict$"):  # the item may be secret
         await run(keyed, Calls(), [{"id": {}}])
 
 
@@ -349,7 +350,7 @@ async def test_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: by
     path.write_bytes(content)
 
     with pytest.raises(
-        CheckpointError, match=r"notes.txt is no checkpoint, or is damaged \(.*\): "
+        CheckpointError, match=r"notes.txt is not a checkpoint, or is damaged \(.*\): "
     ):
         await run(path, Calls(), [1])
     assert path.read_bytes() == content

@@ -121,7 +121,7 @@ def test_a_number_of_threads_is_a_whole_one(workers: Any) -> None:
     [
         ({"errors": "ignore"}, "errors must be 'raise' or 'collect', not 'ignore'"),
         ({"window": 0}, "window must be a whole number of at least 1, not 0"),
-        ({"cost": 3}, "a cost is a Cost, a dict such as"),
+        ({"cost": 3}, "a cost must be a Cost, a dict such as"),
         ({"show_progress": "dots"}, "show_progress must be True, False, 'rich' or 'tqdm'"),
         ({"order": True}, "unexpected keyword argument 'order'"),
     ],
@@ -135,7 +135,7 @@ def test_mistake_is_refused_at_once(option: dict[str, Any], message: str) -> Non
 def test_text_is_no_list_of_items() -> None:
     """The name of a file, which is forgotten to be opened; said at once, too."""
     with pytest.raises(
-        TypeError, match=r"a text as items would be a call for each of its 11 characters"
+        TypeError, match=r"items is one string, which would be a call for each of its 11 characters"
     ):
         map_sync(Limiter(concurrency=1), str, "prompts.txt")
 

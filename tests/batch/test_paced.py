@@ -219,10 +219,10 @@ def test_function_that_comes_above_or_beside_is_refused(of: str) -> None:
     model = (root if of == "above" else root.child("chat")).wrap(MockLLM())
 
     with pytest.raises(
-        ValueError, match=r"acomplete is admitted by .* and would .* 'key/batch': wr"
+        ValueError, match=r"acomplete is paced by .* and would be paced by 'key/batch', too: pace"
     ):
         batch.amap(model.acomplete, ["a"])
-    with pytest.raises(ValueError, match="once more by 'key/batch'"):
+    with pytest.raises(ValueError, match="would be paced by 'key/batch', too"):
         batch.map(model.complete, ["a"])
     batch.amap(model.acomplete, ["a"], paced=True)
 

@@ -126,6 +126,22 @@ def test_interrupt_before_a_command_is_status_130(monkeypatch: pytest.MonkeyPatc
     assert caught.value.code == 130
 
 
+def test_sigterm_ends_a_command_that_ignores_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script's shell has those in its background ignore it."""
+
+    def terminated(**_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(cli, "app", terminated)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as caught:
+        main()
+    signal.signal(signal.SIGINT, before[0])
+    signal.signal(signal.SIGTERM, before[1])
+    assert caught.value.code == 130
+
+
 def test_bench_without_the_source_tree_says_where_it_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -189,4 +205,4 @@ def test_number_that_is_none_is_named(option: str, typed: str, end: str) -> None
     result = CliRunner().invoke(cli.app, ["demo", option, typed])
 
     assert result.exit_code == 2
-    assert f"'{option}': '{typed}' is no whole number from 1 {end}, such as 500" in result.stderr
+    assert f"'{option}': '{typed}' is not a whole number from 1 {end}, such as 500" in result.stderr

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from asyncbucket.cli.app import app
-from asyncbucket.cli.doctor import installed, surroundings
+from asyncbucket.cli.doctor import installed, shared, surroundings
 from asyncbucket.cli.doctor.findings import Finding, State
 
 
@@ -94,6 +94,24 @@ def test_store_answers(tmp_path: Path) -> None:
     shown = " ".join(typed("--store", f"sqlite:///{tmp_path}/limits.db").split())
 
     assert " answers in " in shown
+
+
+def test_a_server_that_forgets_what_was_booked_is_told_of() -> None:
+    """What its settings are worth at a restart, a fail-over and when its memory is full."""
+    good = {"valkey": "8.1.1", "clock": "in step", "memory": "unbounded", "persistence": "none"}
+    trap = {"clock": "5 s ahead", "memory": "9 bytes at most and allkeys-lru"}
+
+    assert list(shared.traps("x", good)) == []
+    assert list(shared.traps("x", {"schema": "1"})) == []
+    found = said(shared.traps("x", {**trap, "persistence": "snapshots alone"}))
+    assert found == [
+        ("note", "the clock of x is 5 s ahead"),
+        (
+            "note",
+            "x keeps snapshots alone: after a restart, what was booked since the last one may pass again",
+        ),
+        ("note", "x may evict a limiter, which begins with nothing left then"),
+    ]
 
 
 def test_store_that_is_out_of_reach_is_named_without_its_password() -> None:
@@ -234,9 +252,9 @@ def test_settings_that_cannot_be_read_are_wrong(
     (entry,) = surroundings.project()
 
     assert variable.state is entry.state is State.BAD
-    assert variable.found.startswith("ASYNCBUCKET_RPM: 'fast' is no number")
+    assert variable.found.startswith("ASYNCBUCKET_RPM: 'fast' is not a number")
     assert variable.remedy == "correct or unset ASYNCBUCKET_RPM"
-    assert "tpm: 'much' is no number" in entry.found
+    assert "tpm: 'much' is not a number" in entry.found
 
 
 def test_settings_that_can_be_read_are_said(
@@ -262,7 +280,7 @@ def test_each_table_of_a_project_is_read(tmp_path: Path) -> None:
 
     assert chat == ("good", "Limiter.from_toml(limiter='chat'): 5 requests per 60 s")
     assert batch[0] == "bad"
-    assert "[tool.asyncbucket.batch]: tpm: 'much' is no number" in batch[1]
+    assert "[tool.asyncbucket.batch]: tpm: 'much' is not a number" in batch[1]
 
 
 def test_old_preset_among_the_settings_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +290,7 @@ def test_old_preset_among_the_settings_is_a_note(monkeypatch: pytest.MonkeyPatch
 
     (limits, age) = said(surroundings.environment())
 
-    assert limits == ("good", "Limiter.from_env(): 20 requests per 60 s, 50 requests per 86400 s")
+    assert limits == ("good", "Limiter.from_env(): 20 requests per 60 s, 50 requests per 86,400 s")
     assert age[0] == "note"
     assert age[1].startswith("the limits of 'openrouter/free/any' were read ")
 

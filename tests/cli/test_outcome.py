@@ -76,7 +76,7 @@ def test_without_asyncbucket_no_wait_is_known() -> None:
 
 
 def test_calls_are_those_answered_and_those_that_failed() -> None:
-    """A refused request that is tried again is no call of its own."""
+    """A refused request that is tried again is not a call of its own."""
     tally = Tally(started_ns=START, ended_ns=START + 1)
     tally.traffic.requests, tally.traffic.refused, tally.traffic.answered = 100, 60, 40
     tally.failures["RateLimitError"] = 5

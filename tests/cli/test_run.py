@@ -109,17 +109,21 @@ def test_bad_lines_are_named_and_the_rest_goes_on(rate_limited_provider: Provide
     """The errors file has their numbers and reasons; the status says that not all is well."""
     provider = rate_limited_provider()
     good = Path(batch(2)).read_bytes()
-    Path("in.jsonl").write_bytes(b'{"custom_id": \n' + good + b"\xff\n\n" + good)
+    Path("in.jsonl").write_bytes(
+        b'{"custom_id": \n' + good + b"\xff\n\n" + good + b'{"custom_id": "x"}\n'
+    )
 
     result = run(provider, "in.jsonl", "-o", "out.jsonl", "--rpm", "6000")
 
-    errors = {line["line"]: line["error"] for line in lines_of("out.errors.jsonl")}
+    failed = lines_of("out.errors.jsonl")
+    errors = {line["line"]: line["error"] for line in failed}
     assert result.exit_code == 1
-    assert sorted(errors) == [1, 4, 6, 7]
+    assert sorted(errors) == [1, 4, 6, 7, 8]
+    assert [line["custom_id"] for line in failed] == [None, None, "q0", "q1", "x"]
     assert {error["code"] for error in errors.values()} == {"bad_line"}
-    assert errors[6]["message"] == "custom_id 'q0' is that of line 2, too"
+    assert errors[6]["message"] == "custom_id 'q0' is that of line 2 already"
     assert len(lines_of("out.jsonl")) == provider.statistics().admitted == 2
-    assert "4 bad lines" in result.stderr
+    assert "5 bad lines" in result.stderr
     assert "line 1: no JSON" in result.stderr
 
 
@@ -138,6 +142,8 @@ def test_refused_request_is_an_error_and_is_tried_again_by_the_next_run(
     assert (first.exit_code, second.exit_code) == (1, 0)
     assert error["error"]["code"] == "string_above_max_length"
     assert error["response"]["status_code"] == 400
+    assert error["response"]["request_id"].startswith("req_")
+    assert error["waited"] == 0
     assert error["custom_id"] == "q0"
     assert sorted(line["custom_id"] for line in lines_of("out.jsonl")) == ["q0", "q1", "q2"]
     assert not Path("out.errors.jsonl").exists()
@@ -284,9 +290,9 @@ def test_key_that_a_provider_quotes_is_shown_to_nobody(httpx_says: Callable[...,
 @pytest.mark.parametrize(
     ("page", "status", "said"),
     [
-        (b"<html>\nHi\x1b[31m", 200, "HTTP 200: the reply is no JSON: <html> Hi [31m"),
-        (b"", 200, "HTTP 200: the reply is no JSON: it is empty"),
-        (b"[" * 100_000, 200, "HTTP 200: the reply is no JSON: [[["),
+        (b"<html>\nHi\x1b[31m", 200, "HTTP 200: the reply is not JSON: <html> Hi [31m"),
+        (b"", 200, "HTTP 200: the reply is not JSON: it is empty"),
+        (b"[" * 100_000, 200, "HTTP 200: the reply is not JSON: [[["),
         (b"[" * 100_000, 404, "HTTP 404: [[["),
         (b"<html>", 405, "HTTP 405: <html>"),
     ],
@@ -487,7 +493,7 @@ def test_dry_run_says_the_most_that_replies_may_cost(options: str, said: str) ->
 
     result = CliRunner().invoke(app, [*command.split(), *options.split()])
 
-    assert result.stdout.splitlines()[-1] == f"about 2 tokens in, {said}"
+    assert result.stdout.splitlines()[-1] == f"to pay for: about 2 tokens in, {said}"
 
 
 def test_dry_run_of_one_short_prompt_says_token() -> None:
@@ -522,28 +528,28 @@ def test_dry_run_says_the_same_as_json() -> None:
         (["in.jsonl"], "say what your key may do: --rpm and --tpm"),
         (
             ["none.jsonl", "--rpm", "1"],
-            "'none.jsonl' is no file that can be read: name one, or pipe",
+            "'none.jsonl' is not a file that can be read: name one, or pipe",
         ),
-        (["in.jsonl", "--rpm", "1", "-o", "no/out.jsonl"], "no is no folder"),
-        (["in.jsonl", "--rpm", "1", "-o", "."], ". is no file that can be written"),
-        (["in.jsonl", "--rpm", "1", "-o", os.devnull], "is no file that can be written"),
-        (["in.jsonl", "--rpm", "1", "--errors", "no/errors.jsonl"], "no is no folder"),
+        (["in.jsonl", "--rpm", "1", "-o", "no/out.jsonl"], "no is not a folder"),
+        (["in.jsonl", "--rpm", "1", "-o", "."], ". is not a file that can be written"),
+        (["in.jsonl", "--rpm", "1", "-o", os.devnull], "is not a file that can be written"),
+        (["in.jsonl", "--rpm", "1", "--errors", "no/errors.jsonl"], "no is not a folder"),
         (["in.jsonl", "--rpm", "1", "--api-base", "localhost:8000"], "--api-base must begin with"),
         (
             ["in.jsonl", "--rpm", "1", "--api-base", "http://me:pass-word@/v1"],
             "and a host, not 'http:///v1'",
         ),
         (["in.jsonl", "--rpm", "1", "--api-base", "http://x:99999"], "Port out of range 0-65535"),
-        (["in.jsonl", "--rpm", "1", "--price", "cheap"], "--price is dollars for a million tokens"),
-        (["in.jsonl", "--concurrency", "many"], "--concurrency is a number from 1 on, or auto"),
-        (["in.jsonl", "--rpm", "1", "--endpoint", "x"], "--endpoint is one of chat, responses"),
+        (["in.jsonl", "--rpm", "1", "--price", "cheap"], "--price must be dollars for a mill"),
+        (["in.jsonl", "--concurrency", "many"], "--concurrency must be a number from 1 on"),
+        (["in.jsonl", "--rpm", "1", "--endpoint", "x"], "--endpoint must be one of chat, resp"),
         (
             ["in.jsonl", "--rpm", "1", "--key-from", "NO_SUCH"],
             "NO_SUCH is not set: export your key",
         ),
         (["in.jsonl", "--rpm", "1", "--json"], "--json prints on standard output"),
         (["in.jsonl", "--rpm", "1", "--errors", "-"], "--errors takes a file, standard output"),
-        (["in.jsonl", "--also", "many"], "'many' is no limit"),
+        (["in.jsonl", "--also", "many"], "'many' is not a limit"),
         (
             ["in.jsonl", "--also", "500 pages/minute"],
             "no request takes any pages, so 500 pages per 60 s would hold up none: limit requests, ",

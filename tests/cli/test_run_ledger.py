@@ -124,7 +124,7 @@ def test_second_line_of_one_id_is_bad(out: Path) -> None:
 
     with opened(out) as ledger:
         ledger.look_up(first)
-        with pytest.raises(BadLine, match="custom_id 'x' is that of line 1, too"):
+        with pytest.raises(BadLine, match="custom_id 'x' is that of line 1 already"):
             ledger.look_up(second)
 
 
@@ -152,7 +152,7 @@ def test_other_settings_are_taken_while_nothing_is_answered(out: Path) -> None:
 
 @pytest.mark.parametrize("text", ['{"my": "notes"}\nand more', '{"my": "notes"}', "notes"])
 def test_file_of_somebody_else_is_left_alone(out: Path, text: str) -> None:
-    """It is no file of answers: nothing is appended, nothing cut off, not even half a line."""
+    """It is not a file of answers: nothing is appended, nothing cut off, not even half a line."""
     out.write_text(text)
 
     with pytest.raises(ValueError, match="was not written by `asyncbucket run`"):
@@ -254,6 +254,6 @@ def test_line_for_which_there_is_no_room_leaves_nothing(out: Path) -> None:
 def test_index_that_cannot_be_made_is_an_error_that_names_it(tmp_path: Path) -> None:
     """Such as in a folder where one may not write."""
     with pytest.raises(
-        ValueError, match=r"out\.jsonl\.checkpoint, .* \(unable to open .*, or another -o"
+        ValueError, match=r"out\.jsonl\.checkpoint, .* \(unable to open .*, or give another -o"
     ):
         opened(tmp_path / "none" / "out.jsonl")

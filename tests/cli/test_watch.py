@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from asyncbucket import CostExceedsLimit, Limiter
 from asyncbucket.cli.app import app
 from asyncbucket.cli.watch.screen import draw, plain
-from asyncbucket.cli.watch.view import View
+from asyncbucket.cli.watch.view import View, compare
 from asyncbucket.stats import report
 from asyncbucket.testing import VirtualTime
 
@@ -35,8 +35,20 @@ LOOK: dict[str, Any] = {
     "bound_by": "tokens",
     "waits": {"tokens": {"count": 10, "seconds": 25.0}},
     "limits": [
-        {"limit": "300 requests per 60 s", "resource": "requests", "amount": 300, "used": 120},
-        {"limit": "10,000 tokens per 60 s", "resource": "tokens", "amount": 10_000, "used": 9_900},
+        {
+            "limit": "300 requests per 60 s",
+            "resource": "requests",
+            "amount": 300,
+            "used": 120,
+            "available": 30,
+        },
+        {
+            "limit": "10,000 tokens per 60 s",
+            "resource": "tokens",
+            "amount": 10_000,
+            "used": 9_900,
+            "available": 100,
+        },
     ],
 }
 
@@ -71,6 +83,36 @@ def test_a_view_says_what_binds_and_how_long_the_line_takes() -> None:
     )
 
 
+def test_a_pause_that_is_nearly_over_is_not_over() -> None:
+    """Nobody is told of one that lasts for 0.0 s more."""
+    assert View.of({**LOOK, "paused": 0.02}, None, 0.0).facts[0] == "paused for 0.02 s more"
+
+
+def test_of_several_limits_the_fullest_binds(virtual_time: VirtualTime) -> None:
+    """Not the day's beside the minute's, and none of a child that its parent holds up."""
+
+    async def main() -> None:
+        limiter = Limiter(
+            "60 RPM burst 1", "10k RPD", concurrency=2, name="openai", clock=virtual_time.clock
+        )
+        child = limiter.child("chat", "90 RPM", concurrency=5)
+        callers = [asyncio.create_task(child.acquire(timeout=60).__aenter__()) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert binding(limiter) == [["60 requests per 60 s"], []]
+
+        await asyncio.sleep(10)
+        assert child.statistics().bound_by == "concurrency"
+        assert binding(limiter) == [["2 at once"], []]
+        for caller in callers:
+            caller.cancel()
+
+    def binding(limiter: Limiter) -> list[list[str]]:
+        views = compare(report([limiter])["limiters"], [], 0.0)
+        return [[bar.limit for bar in view.bars if bar.binds] for view in views]
+
+    virtual_time.run(main())
+
+
 def test_the_picture_fits_its_terminal() -> None:
     """At 80 and at 160 columns, with blocks or without."""
     lines = shown(width=80, unicode=True)
@@ -94,6 +136,7 @@ def test_a_limit_that_binds_by_its_burst_is_one_line(*, unicode: bool) -> None:
         "resource": "tokens",
         "amount": 40_000,
         "used": 4_000,
+        "available": 0,
     }
     view = View.of({**LOOK, "limits": [wide]}, None, 0.0)
 
@@ -146,10 +189,10 @@ def test_watch_looks_at_a_unix_socket(tmp_path: Path, name: str) -> None:
             "nobody serves statistics at http://me:***@127.0.0.1:1",
         ),
         ("http://127.0.0.1:1", 1, "nobody serves statistics at http://127.0.0.1:1"),
-        ("limits", 2, "'limits' is no limiter to watch"),
-        ("localhost:4294", 2, "'localhost:4294' is no limiter to watch: give the URL that"),
-        ("https://example.org", 2, "is no limiter to watch"),
-        ("ftp://example.org", 2, "is no store"),
+        ("limits", 2, "'limits' is not a limiter to watch"),
+        ("localhost:4294", 2, "'localhost:4294' is not a limiter to watch: give the URL that"),
+        ("https://example.org", 2, "is not a limiter to watch"),
+        ("ftp://example.org", 2, "is not a store"),
         ("http://127.0.0.1:99999", 2, "'http://127.0.0.1:99999' names no port"),
         ("http://me:s3cret/x@127.0.0.1", 2, "'http://me:***@127.0.0.1' names no port: give one"),
     ],
@@ -313,4 +356,4 @@ def test_plot_knows_its_kinds_of_pictures(tmp_path: Path) -> None:
         '{"limits": [], "limiter": "a"}\n{"event": "admitted", "at": 1, "cost": {}, "waiting": 0}\n'
     )
     done = run.invoke(app, ["plot", str(tmp_path / "t"), "-o", "out.gif"])
-    assert "a picture is one of .png, .svg, .pdf, not 'out.gif'" in done.stderr
+    assert "a picture must be one of .png, .svg, .pdf, not 'out.gif'" in done.stderr

@@ -438,9 +438,7 @@ def test_bounds_are_a_number_auto_or_a_pair() -> None:
     for bad in wrong:
         with pytest.raises(ValueError, match="or a pair of such numbers, not"):
             read_concurrency(bad)
-    with pytest.raises(
-        ValueError, match=r"concurrency=\(9, 2\) has its bounds the wrong way round"
-    ):
+    with pytest.raises(ValueError, match=r"concurrency=\(9, 2\) has its bounds in the wrong order"):
         read_concurrency((9, 2))
 
 

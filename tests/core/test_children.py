@@ -635,7 +635,7 @@ def test_children_may_be_made_while_others_are_looked_at(virtual_time: VirtualTi
 @pytest.mark.parametrize("name", ["", "a/b", "*a", 7])
 def test_a_childs_name_can_stand_in_a_path(name: Any) -> None:
     """No slash, no star in front, and a text."""
-    with pytest.raises(ValueError, match="a child's name is a text without a slash"):
+    with pytest.raises(ValueError, match="a child's name must be a string without a slash"):
         Limiter().child(name)
 
 

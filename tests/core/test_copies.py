@@ -46,7 +46,5 @@ def test_copy_of_a_limiter_is_the_limiter(copied: Callable[[Any], Any]) -> None:
 )
 def test_what_counts_in_this_process_says_why_it_cannot_be_pickled(make: Callable[[], Any]) -> None:
     """The message names the remedy: a limiter in each process, and a store."""
-    with pytest.raises(
-        TypeError, match=r"is of this process alone .* with store=\.\.\. where they"
-    ):
+    with pytest.raises(TypeError, match=r"belongs to its process .* with store=\.\.\. if they"):
         pickle.dumps(make())

@@ -94,7 +94,7 @@ def test_a_text_in_the_place_of_an_amount_is_not_shown() -> None:
         limiter.acquire(tokens=prompt)
     with pytest.raises(TypeError, match=r"^tokens must be a number, not str$"):
         limiter.paced(tokens=str.strip)(len)(prompt)
-    with pytest.raises(TypeError, match=r"^a cost is a Cost or keywords .*, not str$"):
+    with pytest.raises(TypeError, match=r"^a cost must be a Cost or keywords .*, not str$"):
         limiter.acquire(prompt)
     with pytest.raises(ValueError, match=r"^latency, sample 1: expected a number, not str$"):
         plan(calls=1, rpm=5, latency=[prompt])

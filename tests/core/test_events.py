@@ -213,8 +213,8 @@ def test_an_observer_may_make_events_itself() -> None:
 @pytest.mark.parametrize(
     ("callback", "message"),
     [
-        (None, "an observer is called with each event; NoneType cannot be"),
-        ("print", "an observer is called with each event; str cannot be"),
+        (None, "an observer must be a function of an event; NoneType cannot be called"),
+        ("print", "an observer must be a function of an event; str cannot be called"),
     ],
 )
 def test_what_cannot_be_called_is_no_observer(callback: Any, message: str) -> None:
@@ -232,7 +232,7 @@ def test_a_coroutine_function_is_no_observer() -> None:
     with pytest.raises(TypeError) as caught:
         Observers().add(watch)
     assert str(caught.value) == (
-        "an observer is a plain function, and "
+        "an observer must be a plain function, and "
         "test_a_coroutine_function_is_no_observer.<locals>.watch is a coroutine function: "
         "let it put the event into a queue"
     )

@@ -49,7 +49,7 @@ def test_what_is_asked_is_part_of_the_answer(virtual_time: VirtualTime) -> None:
     assert (explanation.wait, explanation.bound_by, explanation.ahead) == (0.0, None, 0)
     assert str(explanation) == (
         "a call would pass at once; requests allow 100 such calls a day "
-        "(100 requests per 86400 s); requests alone would allow 432x as many (30 requests per 60 s)"
+        "(100 requests per 86,400 s); 30 requests per 60 s alone would allow 432x as many"
     )
     assert "tokens allow 2 such calls a minute" in str(Limiter("1k TPM").explain(tokens=500))
     assert "tokens allow 10 such calls a second" in str(

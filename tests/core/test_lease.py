@@ -167,7 +167,7 @@ def test_a_settlement_is_a_number(virtual_time: VirtualTime, value: float) -> No
 
 @pytest.mark.parametrize("unknown", ["concurrency", "token", "images"])
 def test_only_what_is_counted_is_settled(virtual_time: VirtualTime, unknown: str) -> None:
-    """A slot is no amount to settle, and a misspelt resource would settle nothing."""
+    """A slot is not an amount to settle, and a misspelt resource would settle nothing."""
     limiter = Limiter("100 TPM", concurrency=2, clock=virtual_time.clock)
     lease = limiter.acquire_nowait(tokens=50)
     with pytest.raises(TypeError, match=f"no limit counts {unknown}: this limiter counts input"):

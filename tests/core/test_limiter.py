@@ -357,7 +357,7 @@ def test_a_clock_counts_whole_nanoseconds(clock: Any) -> None:
 @pytest.mark.parametrize("name", [None, 5, b"openai"])
 def test_a_name_is_a_text(name: Any) -> None:
     """It is shown, and split."""
-    with pytest.raises(TypeError, match=f"name must be a text, not {name!r}"):
+    with pytest.raises(TypeError, match=f"name must be a string, not {name!r}"):
         Limiter("5 RPM", name=name)
 
 
@@ -366,7 +366,7 @@ def test_a_whole_cost_has_no_parts_besides(parts: dict[str, Any]) -> None:
     """One of both would be ignored."""
     limiter = Limiter("10 images/s")
     with pytest.raises(
-        TypeError, match=r"Cost\(requests=1\) is a whole cost: give no amounts besides"
+        TypeError, match=r"Cost\(requests=1\) is a whole cost: give no other amounts with it"
     ):
         limiter.acquire(Cost(), **parts)
 

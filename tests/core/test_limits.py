@@ -87,14 +87,15 @@ def test_any_text_is_a_limit_or_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("5 requests/30d", "5 requests per 2592000 s"),
-        ("5 requests/1234567s", "5 requests per 1234567 s"),
+        ("5 requests/30d", "5 requests per 2,592,000 s"),
+        ("5 requests/1234567s", "5 requests per 1,234,567 s"),
         ("5 RPM", "5 requests per 60 s"),
     ],
 )
 def test_long_window_is_written_out(text: str, said: str) -> None:
-    """Nobody reads a month in 2.592e+06."""
+    """Nobody reads a month in 2.592e+06; and what was shown can be given."""
     assert str(Limit.parse(text)) == said
+    assert Limit.parse(said) == Limit.parse(text)
 
 
 def test_the_message_shows_how_limits_are_written() -> None:
@@ -102,12 +103,12 @@ def test_the_message_shows_how_limits_are_written() -> None:
     with pytest.raises(LimitSyntaxError) as error:
         Limit.parse("five per minute")
     assert str(error.value) == (
-        '\'five per minute\' is no limit; write e.g. "500 RPM", "200k TPM", "10/s", '
-        '"100 requests/minute", "3 images/10s", with "burst 20" behind if wanted'
+        '\'five per minute\' is not a limit; write e.g. "500 RPM", "200k TPM", "10/s", '
+        '"100 requests/minute", "3 images/10s", with "burst 20" at the end if wanted'
     )
-    with pytest.raises(LimitSyntaxError, match=r"^'0.5 RPM' is no whole number of units; write"):
+    with pytest.raises(LimitSyntaxError, match=r"^'0.5 RPM' is not a whole number of units; write"):
         Limit.parse("0.5 RPM")
-    with pytest.raises(LimitSyntaxError, match="a limit is a text or a Limit, not 500; write"):
+    with pytest.raises(LimitSyntaxError, match="must be a string or a Limit, not 500; write"):
         Limiter(500)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
@@ -141,9 +142,7 @@ def test_a_window_is_a_millisecond_to_400_days(per: float) -> None:
     """All else is refused with the value that was given."""
     with pytest.raises(LimitSyntaxError) as error:
         Limit("tokens", 5, per=per)
-    assert str(error.value) == (
-        f"a window of {per!r} s is none: give 0.001 s to 400 days in seconds"
-    )
+    assert str(error.value) == f"a window must last from 0.001 s to 400 days, not {per!r} s"
 
 
 def test_a_burst_is_at_most_the_amount() -> None:
@@ -161,7 +160,7 @@ def test_a_burst_is_at_most_the_amount() -> None:
 @pytest.mark.parametrize("resource", ["", "two words", "1st", 5, None])
 def test_a_resource_is_a_name(resource: str) -> None:
     """All else is refused."""
-    with pytest.raises(LimitSyntaxError, match="a resource is a name such as requests, not"):
+    with pytest.raises(LimitSyntaxError, match="a resource must be a name such as requests, not"):
         Limit(resource, 5)
 
 
@@ -187,11 +186,12 @@ def test_a_limit_knows_its_window_keyword_label_and_text() -> None:
     assert limit.label == "itpm"
     assert Limit("images", 3, per=0.5).keyword is None
     assert Limit("images", 3, per=0.5).label == "images/0.5s"
+    assert Limit("images", 3, per=86_400).label == "images/86400s"
     assert Limit("images", 3, per=0.5).window == Fraction("0.5") * 1_000_000_000
 
 
 def test_keywords_are_limits() -> None:
-    """Each keyword is the text of its name; None is no limit."""
+    """Each keyword is the text of its name; None is not a limit."""
     for keyword in KEYWORDS:
         keywords: dict[str, Any] = {keyword: 7}
         assert Limiter(**keywords).limits == Limiter(f"7 {keyword.upper()}").limits
@@ -208,12 +208,12 @@ def test_unknown_keywords_and_twins_are_refused() -> None:
     with pytest.raises(LimitSyntaxError) as error:
         Limiter(rpmm=5)
     assert str(error.value) == (
-        "rpmm= is no limit; known are rps, rpm, rph, rpd, tpm, tpd, itpm, otpm, concurrency"
+        "rpmm= is not a limit; known: rps, rpm, rph, rpd, tpm, tpd, itpm, otpm, concurrency"
     )
     with pytest.raises(LimitSyntaxError) as error:
         Limiter("500 RPM", rpm=600)
     assert str(error.value) == (
-        "two limits of one window: 500 requests per 60 s and 600 requests per 60 s; keep one"
+        "two limits for one window: 500 requests per 60 s and 600 requests per 60 s; keep one"
     )
 
 

@@ -22,6 +22,27 @@ async def ask(limiter: Limiter, priority: Priority | None, served: list[Any]) ->
         served.append(priority)
 
 
+def served_to(
+    priorities: tuple[Priority, ...], time: VirtualTime, *, callers: int, seconds: int
+) -> list[Any]:
+    """Return whom ten calls a second serve where so many callers of each priority never stop."""
+    served: list[Any] = []
+
+    async def caller(limiter: Limiter, priority: Priority) -> None:
+        while time.now < seconds:
+            await ask(limiter, priority, served)
+
+    async def main() -> None:
+        limiter = Limiter("10 RPS burst 1", clock=time.clock)
+        async with asyncio.TaskGroup() as group:
+            for priority in priorities:
+                for _ in range(callers):
+                    group.create_task(caller(limiter, priority))
+
+    time.run(main())
+    return served
+
+
 @pytest.mark.heavy
 def test_an_interactive_call_waits_one_gap_among_10_000_of_a_batch(
     virtual_time: VirtualTime,
@@ -79,41 +100,14 @@ def test_each_priority_has_its_floor(
     virtual_time: VirtualTime, priorities: tuple[Priority, ...], parts: tuple[float, ...]
 ) -> None:
     """However much the more urgent ones want: 1/9 beside one class, 1/73 beside two."""
-    served: list[Any] = []
-
-    async def caller(limiter: Limiter, priority: Priority) -> None:
-        while virtual_time.now < 600:
-            await ask(limiter, priority, served)
-
-    async def main() -> None:
-        limiter = Limiter("10 RPS burst 1", clock=virtual_time.clock)
-        async with asyncio.TaskGroup() as group:
-            for priority in priorities:
-                for _ in range(30):
-                    group.create_task(caller(limiter, priority))
-
-    virtual_time.run(main())
+    served = served_to(priorities, virtual_time, callers=30, seconds=600)
     for priority, part in zip(priorities, parts, strict=True):
         assert served.count(priority) / len(served) == pytest.approx(part, abs=0.012)
 
 
 def test_the_wait_of_the_least_urgent_is_bounded(virtual_time: VirtualTime) -> None:
     """Beside one class it is served at least every ninth time, beside two every 73rd."""
-    served: list[Any] = []
-
-    async def caller(limiter: Limiter, priority: Priority) -> None:
-        while virtual_time.now < 100:
-            await ask(limiter, priority, served)
-
-    async def main() -> None:
-        limiter = Limiter("10 RPS burst 1", clock=virtual_time.clock)
-        async with asyncio.TaskGroup() as group:
-            for priority in (-1, 0, 1):
-                for _ in range(5):
-                    group.create_task(caller(limiter, priority))
-
-    virtual_time.run(main())
-    served = served[15:900]
+    served = served_to((-1, 0, 1), virtual_time, callers=5, seconds=100)[15:900]
     places = [place for place, priority in enumerate(served) if priority == -1]
     gaps = [after - before for before, after in itertools.pairwise(places)]
     assert len(gaps) >= 10

@@ -16,7 +16,7 @@ def test_a_limiter_speaks_for_itself(virtual_time: VirtualTime) -> None:
         waiting = asyncio.ensure_future(limiter.acquire())
         await virtual_time.all_blocked()
         assert repr(limiter) == (
-            "<Limiter 'groq', 14,400 requests per 86400 s, 40,000 input tokens per 60 s, "
+            "<Limiter 'groq', 14,400 requests per 86,400 s, 40,000 input tokens per 60 s, "
             "concurrency 2/2, 1 waiting>"
         )
         for lease in held:

@@ -125,7 +125,7 @@ def test_a_timeout_is_kept(virtual_time: VirtualTime) -> None:
             await bucket.acquire(timeout=3)
         assert virtual_time.now == 3.0
         assert str(error.value) == (
-            "1 unit did not pass within 3 s at 1 a second; raise the timeout or the rate"
+            "1 unit cannot pass within 3 s at 1 a second; raise the timeout or the rate"
         )
         assert error.value.retry_after == 1.0
         await first

@@ -46,9 +46,9 @@ class Service:
             base_url="http://service",
         )
 
-    async def ask(self, key: str) -> httpx.Response:
+    async def ask(self, key: str, text: str = "Why?") -> httpx.Response:
         """Ask as the owner of an API key."""
-        return await self.http.post("/ask", json={"text": "Why?"}, headers={"authorization": key})
+        return await self.http.post("/ask", json={"text": text}, headers={"authorization": key})
 
     async def ask_at_once(self, key: str, times: int) -> list[tuple[int, str | None]]:
         """Ask so often, and return the answers' status codes and when to come back, in order."""
@@ -84,6 +84,22 @@ def test_when_the_service_is_full_it_is_503(example: ModuleType, virtual_time: V
         heard = await service.ask_at_once("key-1", 8)
         assert heard == [*[(200, None)] * 5, *[(503, "1")] * 3]
         assert (await service.ask("nobody's")).status_code == 401
+
+    virtual_time.run(main())
+
+
+def test_a_question_longer_than_a_limit_is_413(
+    example: ModuleType, virtual_time: VirtualTime
+) -> None:
+    """No waiting would help, and it is no fault of the service."""
+
+    async def main() -> None:
+        limiter = Limiter("1k TPM", clock=virtual_time.clock)
+        service = Service(example, limiter, virtual_time)
+        reply = await service.ask("key-1", "Why? " * 1_000)
+        assert reply.status_code == 413
+        assert reply.json()["error"].startswith("cost of 1,350 tokens exceeds the limit of 1,000 ")
+        assert (await service.ask("key-1")).status_code == 200
 
     virtual_time.run(main())
 

@@ -1,5 +1,6 @@
 """The notebook runs in a real kernel, whose event loop runs already."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,23 @@ def printed(cell: Any) -> str:
     )
 
 
+def limits_in(text: str) -> list[str]:
+    """Return the limits that a cell shows."""
+    return re.findall(r"[\d,]+ \w+ per [\d,]+ s", text)
+
+
 def test_each_cell_runs_and_may_be_run_again(client: Any) -> None:
-    """Top-level await, synchronous calls, and a second run of a cell on the same limiter."""
+    """Top-level await, synchronous calls, and a second run of a cell on the same limiter.
+
+    The outputs that it is kept with are of the limits that it names.
+    """
     cells = {n: cell for n, cell in enumerate(client.nb.cells) if cell.cell_type == "code"}
+    kept = {n: limits_in(printed(cell)) for n, cell in cells.items()}
     last = max(cells)
     for number, cell in cells.items():
         if number < last:  # which stops the provider
             client.execute_cell(cell, number)
+    assert kept == {n: limits_in(printed(cell)) for n, cell in cells.items()}
     (many,) = (n for n, cell in cells.items() if "asyncio.gather" in cell.source)
     again = client.execute_cell(cells[many], many)
     client.execute_cell(cells[last], last)

@@ -178,18 +178,18 @@ def test_route_to_a_child_that_there_is_not_is_refused() -> None:
 
 def test_route_must_lead_to_a_child() -> None:
     """A stranger's calls would not count at the transport's limiter."""
-    with pytest.raises(ValueError, match=r"'stranger' is no child of 'openai'"):
+    with pytest.raises(ValueError, match=r"'stranger' is not a child of 'openai'"):
         Limiter(name="openai").transport(routes={"*": Limiter(name="stranger")})
-    with pytest.raises(TypeError, match="a route leads to a child or its name, not to 5"):
+    with pytest.raises(TypeError, match="a route must lead to a child or its name, not to 5"):
         Limiter().transport(routes={"*": 5})
 
 
 @pytest.mark.parametrize(
     ("routes", "message"),
     [
-        (5, "routes are a mapping such as .*, or a function of the call, not 5"),
-        ([], r"routes are a mapping such as .*, or a function of the call, not \[\]"),
-        ({5: "big"}, "a route is a path, a model, or both, such as .*, not 5"),
+        (5, "routes must be a mapping such as .*, or a function of the call, not 5"),
+        ([], r"routes must be a mapping such as .*, or a function of the call, not \[\]"),
+        ({5: "big"}, "a route must be a path, a model, or both, such as .*, not 5"),
     ],
 )
 def test_what_routes_nothing_is_refused(routes: Any, message: str) -> None:

@@ -764,7 +764,7 @@ async def test_call_that_is_paced_above_is_charged_once(
 async def test_error_that_says_nothing_lifts_no_caution(
     library: Any, status: int, *, lifts: bool, paid_above: bool
 ) -> None:
-    """A gateway's error is no word of the provider's; a reply is, whoever has paid for it."""
+    """A gateway's error is not a word of the provider's; a reply is, whoever has paid for it."""
     limiter = Limiter("600 RPM burst 600")
     client = client_over(library, limiter, answering(library, status=status), profile="openai")
     lease = await limiter.acquire() if paid_above else None
@@ -773,6 +773,29 @@ async def test_error_that_says_nothing_lifts_no_caution(
     await client.aclose()
 
     assert (limiter.statistics().limits[0].available > 10) is lifts
+
+
+async def test_limiter_for_each_request_is_told_of_once(
+    library: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ten alike for one key at one host; not children, and not those of several keys or hosts."""
+    shared, answer = Limiter("600 RPM", name="shared"), answering(library, REPLY)
+    for number in range(30):
+        for limiter, url, headers in (
+            (Limiter("600 RPM", name="openai"), URL, {"authorization": "Bearer secret"}),
+            (Limiter("600 RPM", name="many"), URL, {"api-key": f"{number}"}),
+            (Limiter("600 RPM", name="many"), f"http://{number}.test/v1", {"x-api-key": "k"}),
+            (Limiter("600 RPM", name="many"), URL, {}),
+            (shared.child(f"{number}"), URL, {"authorization": "Bearer secret"}),
+            (shared, URL, {"authorization": "Bearer secret"}),
+        ):
+            async with client_over(library, limiter, answer) as client:
+                await client.post(url, json=BODY, headers=headers)
+
+    (record,) = caplog.records
+    assert record.getMessage().startswith("10 limiters like <Limiter 'openai', 600 requests per 60")
+    assert "make it and its client once, when the program starts" in record.getMessage()
+    assert "secret" not in record.getMessage()
 
 
 async def test_call_of_a_childs_model_is_charged_once_above_it(
@@ -934,7 +957,7 @@ async def test_family_is_made_at_once_where_it_is_named(limiter: Limiter) -> Non
 
 async def test_request_of_no_known_library_is_refused(limiter: Limiter) -> None:
     """What is neither httpx nor httpx2 can't be sent, and is told so."""
-    with pytest.raises(TypeError, match="a request of httpx or httpx2 can be sent, not object"):
+    with pytest.raises(TypeError, match="sends requests of httpx or httpx2, not object"):
         await limiter.transport().handle_async_request(object())
 
 
@@ -942,7 +965,7 @@ def test_wrong_arguments_name_the_right_ones(limiter: Limiter) -> None:
     """Errors say what would have been understood."""
     with pytest.raises(ValueError, match="family must be auto, httpx or httpx2, not 'requests'"):
         limiter.transport(family="requests")
-    with pytest.raises(ValueError, match="no profile is called 'acme'; known are openai, azure"):
+    with pytest.raises(ValueError, match="no profile is called 'acme'; known: openai, azure"):
         limiter.transport(profile="acme")
     with pytest.raises(TypeError, match="profile must be a provider's name or a Profile, not 5"):
         limiter.transport(profile=5)

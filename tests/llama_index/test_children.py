@@ -1,6 +1,7 @@
 """A model or tool behind a child: charged once at each level, moved down and never twice."""
 
 import asyncio
+import contextlib
 import multiprocessing
 import pickle
 import warnings
@@ -241,6 +242,26 @@ async def test_refusal_pauses_all_who_share_the_provider_s_limits(
 
     assert 25 < limiter.statistics().paused <= 30
     assert limiter.children["acme"].statistics().paused == 0
+
+
+@pytest.mark.parametrize("tenant", ["", "/*"])
+async def test_retry_is_told_where_the_call_asked(
+    openai_api: "ScriptedOpenAI", refusal: Any, tenant: str
+) -> None:
+    """As its admissions are: what is retried can be held against what was sent."""
+    limiter = Limiter("100 RPM", name="openai")
+    heard: list[str] = []
+    limiter.observe(lambda event: heard.append(f"{type(event).__name__} {event.limiter}"))
+    openai_api.script = [refusal(503, {"retry-after-ms": "1"})]
+    llm = limiter.wrap(OpenAI(api_key="k", api_base=API_BASE), child="chat")
+
+    with asyncbucket.tenant("acme") if tenant else contextlib.nullcontext():
+        await llm.achat([ChatMessage("hi")])
+
+    assert heard.count(f"Admitted openai/chat{tenant}") == 2
+    assert [each for each in heard if each.startswith("Retried")] == [
+        f"Retried openai/chat{tenant}"
+    ]
 
 
 async def test_refusal_pauses_nobody_else_s_limits(

@@ -513,8 +513,8 @@ async def test_failing_estimator_ends_the_call_at_once(name: str) -> None:
 @pytest.mark.parametrize(
     ("estimate", "said"),
     [
-        (lambda: None, r"<Odd> returned None; it returns an Estimate"),
-        (lambda: (900, 300), r"<Odd> returned \(900, 300\); it returns an Estimate"),
+        (lambda: None, r"<Odd> returned None; it must return an Estimate"),
+        (lambda: (900, 300), r"<Odd> returned \(900, 300\); it must return an Estimate"),
         (lambda: Estimate(-1, 5), "input_tokens must be finite and not negative, not -1"),
         (lambda: Estimate(5, ODD["nan"], foreseen=True), "output_tokens must be finite"),
         (lambda: Estimate(5, ODD["nothing"]), "output_tokens must be a number, not None"),

@@ -8,11 +8,13 @@ import pytest
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.llms import CustomLLM, MockLLM
 from llama_index.core.rate_limiter import TokenBucketRateLimiter
+from llama_index.core.workflow import StartEvent, StopEvent, Workflow, WorkflowTimeoutError, step
 from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai import OpenAI
 from openai import AsyncOpenAI
 
 from asyncbucket import Limiter, pace
+from asyncbucket.http import alike
 from asyncbucket.llama_index import RateLimitedLLM, misuse
 
 KEY = "sk-very-secret"
@@ -133,9 +135,44 @@ def test_test_suites_are_not_warned_of() -> None:
 
 async def test_what_is_counted_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A service that sees any number of keys remembers a bounded number of them."""
-    monkeypatch.setattr(misuse, "_MOST_KEYS", 5)
+    monkeypatch.setattr(alike, "_MOST_KEYS", 5)
 
     for number in range(50):
         pace(OpenAI(api_key=f"{KEY} {number}"), rpm=500)
 
-    assert len(misuse._COUNT._seen[asyncio.get_running_loop()]) <= 6
+    assert len(alike.ALIKE._seen[asyncio.get_running_loop()]) <= 6
+
+
+class Greeting(Workflow):
+    """Ask a model, which may take longer than the workflow may."""
+
+    llm: Any = None
+
+    @step
+    async def write(self, ev: StartEvent) -> StopEvent:  # noqa: ARG002 - LlamaIndex's own name
+        return StopEvent(result=str(await self.llm.acomplete("Greet me.")))
+
+
+@pytest.mark.real_clock  # workflows take the machine's for their time-outs
+async def test_workflow_that_is_cut_off_in_line_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once for a limiter; a call that is cancelled elsewhere, or soon, is nobody's mistake."""
+    limiter = Limiter("1 RPM", name="slow")
+    llm = Greeting.llm = limiter.wrap(MockLLM())
+    await Greeting().run()
+    with pytest.raises(WorkflowTimeoutError):
+        await Greeting(timeout=0.1).run()
+    monkeypatch.setattr(misuse, "_HARDLY", 0.0)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(llm.acomplete("Hello."), 0.1)
+    assert not caplog.messages
+    for _ in range(2):
+        with pytest.raises(WorkflowTimeoutError):
+            await Greeting(timeout=0.1).run()
+    (message,) = caplog.messages
+    assert message.startswith("a workflow was cancelled while a call of it had waited 0.")
+    assert message.endswith(
+        " s for limiter 'slow': if its time-out did that, it is shorter than the queue; make it with "
+        "timeout=None, or run it inside asyncbucket.deadline(...), which says what binds"
+    )

@@ -235,9 +235,9 @@ def test_bad_costs_are_refused() -> None:
     def returns(**_: Any) -> Any:
         return wrong
 
-    with pytest.raises(TypeError, match=r"cost= takes amounts by resource, .* not 3"):
+    with pytest.raises(TypeError, match=r"cost= must be amounts by resource, .* not 3"):
         limiter.wrap(inner, cost=wrong)
-    with pytest.raises(TypeError, match=r"cost= returned 3; it returns amounts by resource"):
+    with pytest.raises(TypeError, match=r"cost= returned 3; it must return amounts by resource"):
         limiter.wrap(inner, cost=returns)(a=1, b=2)
     with pytest.raises(TypeError, match="no limit counts images: this limiter counts"):
         limiter.wrap(inner, cost={"images": 1})(a=1, b=2)

@@ -252,7 +252,7 @@ def test_structured_llm_is_paced_inside() -> None:
 
 @pytest.mark.parametrize(("client", "sync"), [(AsyncOpenAI, ""), (openai.OpenAI, "sync=True")])
 def test_client_of_an_sdk_is_told_how_it_is_paced(client: type[Any], sync: str) -> None:
-    """It is no model of LlamaIndex, and what paces it has another name."""
+    """It is not a model of LlamaIndex, and what paces it has another name."""
     remedy = f"{client.__name__}(http_client=limiter.http_client({sync}), max_retries=0)"
     with pytest.raises(TypeError, match=re.escape(f"is paced where it sends: {remedy}")):
         Limiter("100 RPM").wrap(client(api_key="k"))
@@ -447,5 +447,5 @@ def test_nothing_is_made_for_the_sake_of_a_message(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("estimator", [5, DefaultEstimator])
 def test_what_estimates_nothing_is_refused(estimator: Any) -> None:
     """At once, not by the first call; a class in place of an estimator too."""
-    with pytest.raises(TypeError, match=r"an estimator has chat\(\), completion\(\) and embedding"):
+    with pytest.raises(TypeError, match=r"must have chat\(\), completion\(\) or embedding"):
         Limiter("1 RPM").wrap(MockLLM(), estimator=estimator)

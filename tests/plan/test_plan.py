@@ -188,7 +188,7 @@ def test_debt_of_a_request_limit_of_the_day_shows_in_the_share() -> None:
     planned = plan("100 RPD burst 100", calls=150, rpm=600)
 
     day, minute = sorted(planned.limits, key=lambda each: each.limit)
-    assert day.limit == "100 requests per 86400 s"
+    assert day.limit == "100 requests per 86,400 s"
     assert day.used == pytest.approx(150 / 200)
     assert minute.used < 0.01
     assert planned.duration > 86_400
@@ -211,19 +211,19 @@ def test_plan_survives_json_and_pickle() -> None:
         ({"calls": True}, "calls must be a whole number of at least 1, not True"),
         ({"calls": 5, "tpm": 100}, "a limit counts tokens, but nothing says how many a call has"),
         ({"calls": 5, "itpm": 100}, "a limit counts input tokens, but nothing says how many"),
-        ({"calls": 5, "concurrency": 2}, "concurrency=2 binds by how long calls take"),
-        ({"calls": 5, "concurrency": "auto", "latency": 1}, "concurrency='auto' is found by how"),
-        ({"calls": 5, "latency": 1e300}, "a plan reaches 292 years"),
-        ({"calls": 5, "arrivals": Poisson(1e-12)}, "a plan reaches 292 years"),
+        ({"calls": 5, "concurrency": 2}, "what concurrency=2 allows depends on how long"),
+        ({"calls": 5, "concurrency": "auto", "latency": 1}, "concurrency='auto' depends on how"),
+        ({"calls": 5, "latency": 1e300}, "a plan covers 292 years at most"),
+        ({"calls": 5, "arrivals": Poisson(1e-12)}, "a plan covers 292 years at most"),
         ({"calls": 5, "latency": -1}, "latency: expected a finite number from 0 on, not -1"),
         ({"calls": 5, "tokens": True}, "tokens: expected a number, not True"),
         ({"tokens": []}, "tokens has no samples"),
         ({"tokens": [1, -2]}, "tokens, sample 2: expected a finite number from 0 on, not -2"),
         ({"calls": 5, "arrivals": [0, 1]}, "calls=5 contradicts the arrivals, which are 2 calls"),
-        ({"arrivals": [0, -1]}, "a call comes at a finite second from 0 on, not at -1"),
+        ({"arrivals": [0, -1]}, "an arrival must be a finite number of seconds from 0 on, not -1"),
         (
             {"calls": 5, "resources": {"images": 3}},
-            "resources names images, which no limit counts: leave it out",
+            "no limit counts images, which resources= names: leave it out",
         ),
     ],
 )
@@ -265,14 +265,14 @@ def test_other_resources_are_planned_too() -> None:
 
 @pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf"), True, "5"])
 def test_rate_of_arrivals_is_a_number_above_zero(rate: float) -> None:
-    """Anything else is no rate."""
-    with pytest.raises(ValueError, match="a rate is a finite number of calls a second above 0"):
+    """Anything else is not a rate."""
+    with pytest.raises(ValueError, match="a rate must be a finite number of calls a second"):
         Poisson(rate)
 
 
 @pytest.mark.parametrize("sides", [{"agents": 0}, {"depth": 1.5}, {"fan_out": True}, {"steps": -1}])
 def test_a_tree_is_made_of_whole_numbers(sides: dict[str, int]) -> None:
-    """Anything else is no tree."""
+    """Anything else is not a tree."""
     with pytest.raises(ValueError, match="must be a whole number of at least 1"):
         AgentTree(**sides)
 

@@ -112,8 +112,8 @@ def test_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     [
         ("{", r"samples\.jsonl, line 2: no JSON: .*; a line is a number, a text in"),
         ("[" * 100_000, r"samples\.jsonl, line 2: no JSON: maximum recursion depth"),
-        ('{"cost": 3}', r"tokens: .*samples\.jsonl, line 2: an object with cost says no tokens"),
-        ("{}", "an object with nothing says no tokens"),
+        ('{"cost": 3}', r"tokens: .*samples\.jsonl, line 2: an object with cost gives no tokens"),
+        ("{}", "an object with nothing gives no tokens"),
         ("null", "line 2: expected a number, not None"),
         ("NaN", "line 2: expected a finite number from 0 on, not nan"),
         ('{"tokens": "many"}', "line 2: expected a number, not str"),

@@ -215,16 +215,16 @@ def test_tenant_that_is_none_is_refused() -> None:
     with pytest.raises(TypeError, match=r"tenant 'a' must be a Tenant such as .*, not dict"):
         plan(rpm=60, tenants=tenants)
     unnamed: Any = [Tenant(calls=3)]
-    with pytest.raises(TypeError, match=r"tenants go by name, such as .*, not list"):
+    with pytest.raises(TypeError, match=r"tenants must be given by name, such as .*, not list"):
         plan(rpm=60, tenants=unnamed)
-    with pytest.raises(TypeError, match=r"resources go by name, such as .*, not list"):
+    with pytest.raises(TypeError, match=r"resources must be given by name, such as .*, not list"):
         plan(rpm=60, calls=3, resources=unnamed)
 
 
 def test_limit_alone_is_not_read_letter_by_letter() -> None:
     """The message shows how it is written."""
     one: Any = "5 RPM"
-    with pytest.raises(TypeError, match=r"limits of tenant 'a' are .* write \('5 RPM',\)$"):
+    with pytest.raises(TypeError, match=r"of tenant 'a' must be a tuple: write \('5 RPM',\)$"):
         plan(rpm=5, tenants={"a": Tenant(calls=3, limits=one)})
 
 
@@ -232,10 +232,10 @@ def test_limit_alone_is_not_read_letter_by_letter() -> None:
     ("tenants", "message"),
     [
         ({"a": Tenant()}, "how many calls"),
-        ({"a/b": Tenant(calls=2)}, "a child's name is a text without a slash"),
+        ({"a/b": Tenant(calls=2)}, "a child's name must be a string without a slash"),
         ({"a": Tenant(calls=2, weight=0)}, "weight must be a number"),
         ({"a": Tenant(calls=2, limits=("5 TPM",))}, "a limit counts tokens"),
-        ({"a": Tenant(calls=2, concurrency=3)}, "concurrency=3 binds by how long calls take"),
+        ({"a": Tenant(calls=2, concurrency=3)}, "concurrency=3 allows depends on how long"),
     ],
 )
 def test_tenant_that_makes_no_plan_says_what_is_missing(

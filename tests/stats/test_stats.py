@@ -1,5 +1,6 @@
 """What a limiter does, as somebody else on this machine sees it."""
 
+import asyncio
 import http.client
 import json
 import os
@@ -246,17 +247,27 @@ def test_loopback_of_version_six_is_loopback() -> None:
         assert "openai" in get(server.url)
 
 
-def test_statistics_read_well_in_a_notebook() -> None:
+def test_statistics_read_well_in_a_notebook(virtual_time: VirtualTime) -> None:
     """As a table, with nothing that HTML would misread."""
-    limiter = Limiter("600 RPM", concurrency=3, name="<b>")
-    lease = limiter.acquire_nowait()
-    limiter.pause(9)
-    html = limiter._repr_html_()
-    lease.release()
-    assert "&lt;b&gt;" in html
-    assert "1 admitted · 0 waiting · 1 of 3 in flight" in html
-    assert "paused for 9.0 s" in html
-    assert "600 requests per 60 s" in html
+    limiter = Limiter("600 RPM", concurrency=1, name="<b>", clock=virtual_time.clock)
+
+    async def main() -> None:
+        async with limiter.acquire():
+            waiting = asyncio.create_task(limiter.acquire())
+            await asyncio.sleep(1)
+            html = limiter._repr_html_()
+            assert "&lt;b&gt;" in html
+            assert "1 admitted · 1 waiting (concurrency binds) · 1 of 1 in flight" in html
+            assert "600 requests per 60 s" in html
+            assert "paused" not in html
+            limiter.pause(9)
+        await asyncio.sleep(1)
+        html = limiter._repr_html_()
+        assert "1 admitted · 1 waiting · 0 of 1 in flight" in html
+        assert "paused for 8 s more" in html
+        (await waiting).release()
+
+    virtual_time.run(main())
 
 
 def test_trace_keeps_the_last_admissions(virtual_time: VirtualTime, tmp_path: Path) -> None:

@@ -324,7 +324,7 @@ async def test_url_is_shown_without_its_password() -> None:
         open_store("redis+sentinel://:s3cret@host/mymaster")
     assert "s3cret" not in str(wrong.value)
     for url in ("redis://:s3[cret@host/0", "redis://:s3\uff1acret@host/0"):
-        with pytest.raises(ValueError, match=r"'redis://:\*\*\*@host/0' is no URL") as wrong:
+        with pytest.raises(ValueError, match=r"'redis://:\*\*\*@host/0' is not a URL") as wrong:
             open_store(url)
         assert "cret" not in str(wrong.value)
     assert without_password("unix:///run/redis.sock?db=1") == "unix:///run/redis.sock"
@@ -356,13 +356,13 @@ def test_what_stands_where_no_password_belongs_is_not_shown_either(url: str, sho
 @pytest.mark.parametrize(
     ("url", "why"),
     [
-        ("redis://127.0.0.1/production", "a database is a number, not 'production': redis://"),
-        ("redis://127.0.0.1/1/2", "a database is a number, not '1/2'"),
+        ("redis://127.0.0.1/production", "a database must be a number, not 'production': redis://"),
+        ("redis://127.0.0.1/1/2", "a database must be a number, not '1/2'"),
         ("redis://127.0.0.1/0?timeout=5", "unexpected keyword argument 'timeout'"),
     ],
 )
 def test_url_that_means_nothing_is_refused_before_the_first_call(url: str, why: str) -> None:
-    """redis-py takes a database that is no number for 0, and looks at settings as it connects."""
+    """redis-py takes a database that is not a number for 0, and looks at settings as it connects."""
     with pytest.raises(ValueError, match=f"^'redis://127.0.0.1/[^?]*' cannot be read: .*{why}"):
         Limiter("10 RPM", store=url)
 
@@ -396,7 +396,7 @@ def test_sign_that_splits_a_password_is_what_the_error_speaks_of() -> None:
 
 def test_url_in_place_of_a_client_is_not_shown() -> None:
     """It may hold a password."""
-    with pytest.raises(TypeError, match=r"^a client is .*, not a builtins\.str$"):
+    with pytest.raises(TypeError, match=r"^a client must be .*, not a builtins\.str$"):
         RedisStore.of("redis://user:s3cret@host")
 
 

@@ -4,6 +4,7 @@ import asyncio
 import shutil
 import subprocess
 import time
+import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from redis.asyncio import Redis
 
 from asyncbucket import Limiter
 from asyncbucket.limits import Limit
-from asyncbucket.stores import Batch, Receipt, StoreError, Terms, open_store
+from asyncbucket.stores import Batch, Receipt, StoreError, Terms, about, open_store
 from asyncbucket.stores.redis import RedisStore
 
 if TYPE_CHECKING:
@@ -151,10 +152,56 @@ async def test_cluster_of_three(start_server: "Callable[..., RunningServer]") ->
     for number in range(12):
         ledger = await store.open(f"limiter {number}", terms("10/s"))
         assert outcomes(await ledger.commit(Batch(calls=({"requests": 1},)))) == ["booked"]
+        assert (await ledger.peek()).details["clock"] == "in step"
         await ledger.aclose()
     spread = [await keys_of(node) for node in nodes]
     assert all(spread), spread
     await store.aclose()
+
+
+async def test_a_server_says_what_it_is_as_far_as_the_login_may_ask(
+    start_server: "Callable[..., RunningServer]",
+) -> None:
+    """For `asyncbucket doctor`, which warns of some of it."""
+    server = start_server(*f"--user app on >s3cret {RULES} +info".split())
+    store = open_store(server.url)
+    ledger = await store.open("limits", terms("1/s"))
+    details = (await ledger.peek()).details
+    kind = next(iter(details))
+    assert kind in {"valkey", "redis"}
+    assert details == {
+        kind: details[kind],
+        "clock": "in step",
+        "scripts": "1 cached",
+        "memory": "unbounded",
+        "persistence": "none",
+    }
+    client = Redis(port=server.port)
+    await client.config_set("save", "3600 1", "maxmemory", "100mb")
+    details = (await ledger.peek()).details
+    assert details["persistence"] == "snapshots alone"
+    assert details["memory"] == "104,857,600 bytes at most and noeviction"
+
+    shy = open_store(f"redis://app:s3cret@127.0.0.1:{server.port}/0")
+    ledger = await shy.open("limits", terms("1/s"))
+    assert (await ledger.peek()).details["persistence"] == "unknown"
+    await client.config_set("appendonly", "yes")
+    assert (await ledger.peek()).details["persistence"] == "append-only file"
+    await client.acl_setuser("app", enabled=True, categories=[], commands=["-info"])
+    assert (await ledger.peek()).details == {"clock": "in step"}
+    for each in (store, shy, client):
+        await each.aclose()
+
+
+async def test_a_clock_that_is_out_of_step_is_told(
+    store: RedisStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By how much, and which way."""
+    ledger = await store.open("clock", terms("1/s"))
+    for hours, said in ((-1, "3,600 s ahead"), (1, "3,600 s behind")):
+        ours = types.SimpleNamespace(time=lambda hours=hours: time.time() + hours * 3_600)
+        monkeypatch.setattr(about, "time", ours)
+        assert (await ledger.peek()).details["clock"] == said
 
 
 async def join(nodes: "list[RunningServer]") -> None:
@@ -260,13 +307,13 @@ async def test_store_is_of_the_kind_that_the_url_names() -> None:
         store = open_store(url)
         assert isinstance(store, RedisStore)
         assert store.url.startswith(url.split("://", maxsplit=1)[0])
-    with pytest.raises(ValueError, match="is no store: write sqlite"):
+    with pytest.raises(ValueError, match="is not a store: write sqlite"):
         open_store("postgres://user:s3cret@host/db")
-    with pytest.raises(TypeError, match=r"^a store is a URL such as sqlite:///limits.db, .*Path$"):
+    with pytest.raises(TypeError, match=r"must be a URL such as sqlite:///limits.db, .*Path$"):
         Limiter(store=Path("limits.db"))
     with pytest.raises(TypeError, match=r"or made by RedisStore.of\(client\), not Redis$"):
         Limiter(store=Redis())
-    with pytest.raises(ValueError, match="write the service behind the hosts"):
+    with pytest.raises(ValueError, match="write the service after the hosts"):
         open_store("redis+sentinel://a:1")
 
 

@@ -828,6 +828,22 @@ async def test_call_that_can_never_pass_says_so(where: str) -> None:
     await limiter.aclose()
 
 
+async def test_limit_that_only_the_store_knows_is_told_with_the_cost(path: Path) -> None:
+    """Another process has lowered it, and the word of that is still under way."""
+    limiter = Limiter("1000 TPM", store=f"sqlite:///{path}?patience=5", name="lowered")
+    (await limiter.acquire(tokens=1_000)).release()
+    waiting = asyncio.ensure_future(limiter.acquire(tokens=500))
+    remote: Any = limiter._account.remote
+    counter = remote.counter(asyncio.get_running_loop())
+    async with asyncio.timeout(5):
+        while not (heads := counter.heads(1)):  # noqa: ASYNC110 - what is waited for rings no bell
+            await asyncio.sleep(0.01)
+    counter.refuse(heads[0], "tokens")
+    with pytest.raises(CostExceedsLimit, match="cost of 500 tokens exceeds the limit that another"):
+        await waiting
+    await limiter.aclose()
+
+
 async def test_refund_reaches_who_waits_for_long(url: str) -> None:
     """Estimates above use, the usual case: what comes back serves the next, as in one process."""
     limiter = Limiter("1000 tokens/minute", store=url, name="refund")

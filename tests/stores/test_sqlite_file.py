@@ -87,8 +87,8 @@ def test_a_stores_url_leads_to_its_file_from_anywhere(
         ("sqlite:///:memory:", "names no file .*; for one process no store is needed"),
         ("sqlite:///limits.db?mode=ro&patience=1", "sets mode: only patience can be set"),
         ("sqlite:///limits.db?patience=soon", "number of seconds, e.g. 0.2, not 'soon'"),
-        ("sqlite:///limits.db?patience=nan", "patience is a positive number of seconds"),
-        ("sqlite:///limits.db?patience=0", "patience is a positive number of seconds"),
+        ("sqlite:///limits.db?patience=nan", "patience must be a positive number of seconds"),
+        ("sqlite:///limits.db?patience=0", "patience must be a positive number of seconds"),
     ],
 )
 def test_a_url_that_names_no_file_is_refused_with_a_remedy(url: str, why: str) -> None:
@@ -155,7 +155,7 @@ async def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         f"{path}: it cannot be opened: there is no folder {path.parent}; make the folder, or give "
         f"another path"
     )
-    assert "it is no plain file" in await failure(tmp_path)
+    assert "it is not a plain file" in await failure(tmp_path)
 
 
 async def test_a_newer_schema_is_refused(path: Path) -> None:
@@ -188,7 +188,7 @@ async def test_what_is_no_database_is_left_alone(path: Path) -> None:
     """A text file stays one."""
     path.write_text("not a database at all, " * 100)
     assert await failure(path) == (
-        f"{path}: it is no SQLite file, or is damaged (file is not a database): move it away, and "
+        f"{path}: it is not a SQLite file, or is damaged (file is not a database): move it away, and "
         f"a new one is made"
     )
     assert path.read_text().startswith("not a database")

@@ -187,7 +187,7 @@ def test_what_cannot_be_is_refused_at_once(limiter: "ScriptedLimiter") -> None:
         with pytest.raises(TypeError, match="logger must be a logger or its name, not"):
             telemetry.logging(limiter, logger=cast("Any", logger))
     for watch in (telemetry.logging, telemetry.opentelemetry, telemetry.llama_index):
-        with pytest.raises(TypeError, match="a limiter can be watched, and str is none"):
+        with pytest.raises(TypeError, match="only a limiter can be watched, not str"):
             watch(cast("Any", "openai"))
     assert not limiter.observers
 

@@ -319,7 +319,7 @@ def test_what_is_no_limiter_is_refused_and_leaves_the_registry_as_it_was(
     """Later scrapes go on, and so do limiters that are watched later."""
     for strange in (None, "openai", [limiter], TokenBucket(rate=1, burst=1)):
         with pytest.raises(
-            TypeError, match=f"can be watched, and {type(strange).__name__} is none"
+            TypeError, match=f"only a limiter can be watched, not {type(strange).__name__}"
         ):
             telemetry.prometheus(cast("Any", strange), registry=registry)
     for most in (0, -1, 1.5, "many", True):

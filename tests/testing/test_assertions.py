@@ -119,7 +119,7 @@ def test_what_is_no_limit_and_no_window_is_refused() -> None:
     """A number alone says nothing of the window."""
     limit: Any = 100
 
-    with pytest.raises(TypeError, match='a Limit or a text such as "100 TPM", not 100'):
+    with pytest.raises(TypeError, match='a Limit or a string such as "100 TPM", not 100'):
         assert_never_over([(0, 1)], limit)
     for per in (0, -3):
         with pytest.raises(ValueError, match=f"a positive number of seconds, not {per}"):
@@ -157,7 +157,11 @@ def test_bucket_that_nothing_would_be_over_is_refused(
 @pytest.mark.parametrize(
     ("trace", "error", "message"),
     [
-        ([0.0, 0.5], TypeError, r"pairs of time and amount, such as \(0\.5, 1\), not 0\.0"),
+        (
+            [0.0, 0.5],
+            TypeError,
+            r"pairs of time and amount, such as \(0\.5, 1\), .*amounts.*, not 0\.0",
+        ),
         ([(0, 1), (0.5, 1)], TypeError, "mixes int times"),
         ([("0", 1)], TypeError, r"int \(ns\) or float \(s\), not '0'"),
         ([(True, 1)], TypeError, "not True"),

@@ -30,6 +30,16 @@ def ask(agent: Any, question: str) -> Any:
     return agent.run(user_msg=question)
 
 
+async def check_that_it_calls_its_tool_once(agent: Any, provider: RateLimitedProvider) -> None:
+    """Ask ``agent``: one call asks for the tool, one answers."""
+    run = ask(agent, "What is 6 x 7?")
+    results = [event async for event in run.stream_events() if isinstance(event, ToolCallResult)]
+
+    assert str(await run) == "You said: What is 6 x 7?"
+    assert [result.tool_output.raw_output for result in results] == [1]
+    assert provider.statistics().admitted == 2
+
+
 @pytest.fixture
 async def connect() -> AsyncIterator[Connect]:
     """Say what points a LlamaIndex model at a provider, with a client that gets closed."""
@@ -51,13 +61,7 @@ async def test_function_agent_calls_its_tool_once_and_answers(
     provider = rate_limited_provider()
     llm = model(model="gpt-4o-mini", **connect(provider))
     agent = FunctionAgent(tools=[multiply], llm=llm, streaming=streaming)
-
-    run = ask(agent, "What is 6 x 7?")
-    results = [event async for event in run.stream_events() if isinstance(event, ToolCallResult)]
-
-    assert str(await run) == "You said: What is 6 x 7?"
-    assert [result.tool_output.raw_output for result in results] == [1]
-    assert provider.statistics().admitted == 2
+    await check_that_it_calls_its_tool_once(agent, provider)
 
 
 @LLAMA_INDEX_WARNS
@@ -68,13 +72,7 @@ async def test_react_agent_calls_its_tool_once_and_answers(
     provider = rate_limited_provider()
     llm = OpenAI(model="gpt-4o-mini", **connect(provider))
     agent = ReActAgent(tools=[multiply], llm=llm)
-
-    run = ask(agent, "What is 6 x 7?")
-    results = [event async for event in run.stream_events() if isinstance(event, ToolCallResult)]
-
-    assert str(await run) == "You said: What is 6 x 7?"
-    assert [result.tool_output.raw_output for result in results] == [1]
-    assert provider.statistics().admitted == 2
+    await check_that_it_calls_its_tool_once(agent, provider)
 
 
 @LLAMA_INDEX_WARNS

@@ -276,7 +276,9 @@ def test_latency_that_cannot_be_read_is_named_as_typed() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert done.returncode == 2
-    assert done.stderr.endswith("--latency: 'fast' is no 0.5, nor a range such as 0.2:0.6\n")
+    assert done.stderr.endswith(
+        "--latency: 'fast' is neither a number such as 0.5 nor a range such as 0.2:0.6\n"
+    )
 
 
 def test_command_that_cannot_start_says_why_in_one_line() -> None:
@@ -335,7 +337,7 @@ def test_option_that_there_is_not_is_refused_with_those_there_are() -> None:
     options: Any = {"rpms": 3}
     for order in (RateLimitedProvider, ProviderProcess, RateLimitedProvider().reconfigure):
         with pytest.raises(
-            TypeError, match=r"^'rpms' is no option of the provider: give one of rpm, "
+            TypeError, match=r"^'rpms' is not an option of the provider: give one of rpm, "
         ):
             order(**options)
 

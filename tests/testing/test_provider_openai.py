@@ -370,7 +370,7 @@ async def test_call_without_a_key_is_401(provider: RateLimitedProvider, key: str
             "'dimensions' must be at most 16,384",
         ),
         ("responses", {"model": "m"}, "'input' must be a list of messages"),
-        ("embeddings", {"model": "m", "input": []}, "'input' must be a text or a list"),
+        ("embeddings", {"model": "m", "input": []}, "'input' must be a string or a list"),
         ("embeddings", {"model": "m", "input": [{}]}, "'input' holds neither text nor tokens"),
         ("embeddings", [], "the body must be a JSON object"),
     ],

@@ -1,11 +1,10 @@
-"""One run of the load, from its provider's start to its figures; Ctrl-C and SIGTERM end it with figures, too."""
+"""One run of the load, from its provider's start to its figures; Ctrl-C ends it with figures, too."""
 
 import asyncio
 import contextlib
 import signal
 from collections.abc import Generator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any, Final
 
 from asyncbucket.cli.demo import load
@@ -43,20 +42,12 @@ def run_half(scenario: Scenario, screen: Screen, *, paced: bool) -> Outcome:
 
 def _run(scenario: Scenario, tally: Tally, screen: Screen, gauge: Gauge, *, api_base: str) -> None:
     screen.begin(name_of(paced=tally.limiter is not None))
-    before = signal.signal(signal.SIGTERM, _as_ctrl_c)
     try:
         asyncio.run(_drive(scenario, tally, screen, gauge, api_base))
     except KeyboardInterrupt:  # the second, or one that came before the loop or after it
         tally.interrupted = True
     finally:
-        signal.signal(signal.SIGTERM, before)
         screen.end()
-
-
-def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
-    """Cancel by asyncio's own handler: what is raised here would be lost amid a finalizer."""
-    del number, frame
-    signal.raise_signal(signal.SIGINT)
 
 
 async def _drive(

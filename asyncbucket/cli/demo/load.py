@@ -38,7 +38,7 @@ Job = Callable[[], Awaitable[object]]
 
 
 class Fatal(Exception):  # noqa: N818 - it is what it says
-    """Tell that no call can succeed, and why."""
+    """Say that no call can succeed, and why."""
 
 
 def look_up_weather(city: str) -> str:
@@ -47,7 +47,7 @@ def look_up_weather(city: str) -> str:
 
 
 class _AnyOpenAI(OpenAI):
-    """Take models that LlamaIndex has no context size for, as other providers have them."""
+    """Accept models whose context size LlamaIndex does not know, as other providers have them."""
 
     @property
     def metadata(self) -> LLMMetadata:

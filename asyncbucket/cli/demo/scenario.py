@@ -127,8 +127,8 @@ def _in_window(a_minute: int, window: float) -> int:
 def _real(wish: Wish) -> Scenario:
     if wish.seconds is not None:
         raise ValueError(
-            "--seconds and --quick are for the bundled provider; use --agents to say how much a "
-            "real one is asked"
+            "--seconds and --quick are for the bundled provider; use --agents to say how many "
+            "agents ask a real one"
         )
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not key:

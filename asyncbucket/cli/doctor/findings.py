@@ -9,7 +9,7 @@ class State(enum.Enum):
 
     #: As it should be.
     GOOD = "good"
-    #: It works, and could be better, or is to be known.
+    #: It works, but could be better, or is worth knowing.
     NOTE = "note"
     #: Something does not work, or not as it should.
     BAD = "bad"
@@ -25,7 +25,7 @@ class Finding:
     remedy: str | None = None
 
     def __post_init__(self) -> None:
-        """Make sure that nobody is left alone with a problem."""
+        """Make sure that every problem comes with a remedy."""
         assert self.state is State.GOOD or self.remedy, f"{self.found}: no remedy"
 
 
@@ -35,7 +35,7 @@ def good(about: str, found: str) -> Finding:
 
 
 def note(about: str, found: str, remedy: str) -> Finding:
-    """Return a finding that is to be known."""
+    """Return a finding that is worth knowing."""
     return Finding(about, State.NOTE, found, remedy)
 
 

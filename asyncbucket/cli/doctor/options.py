@@ -110,5 +110,5 @@ def _show(findings: Sequence[Finding]) -> None:
     wrong = sum(finding.state is State.BAD for finding in findings)
     notes = sum(finding.state is State.NOTE for finding in findings)
     console.print(
-        f"{wrong} wrong, {notes} to be known, {len(findings) - wrong - notes} as they should be"
+        f"{wrong} wrong, {notes} to note, {len(findings) - wrong - notes} as they should be"
     )

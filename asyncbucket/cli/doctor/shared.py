@@ -3,12 +3,13 @@
 import asyncio
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Final
 
 from asyncbucket.cli.doctor.findings import Finding, bad, good, note
 from asyncbucket.errors import StoreError
 from asyncbucket.limits import Limit
-from asyncbucket.stores import Batch, Outcome, Snapshot, Store, Terms, open_store, without_password
+from asyncbucket.stores import Batch, Outcome, Store, Terms, open_store, without_password
 
 #: The limiter that is made in the store for the look; nobody else uses it.
 NAME: Final = "asyncbucket-doctor"
@@ -48,22 +49,43 @@ async def _look(place: Store, shown: str) -> list[Finding]:
                 trips.append(time.perf_counter() - begun)
                 if receipt.bookings[0].outcome is not Outcome.BOOKED:
                     raise StoreError(f"a call was {receipt.bookings[0].outcome.value}, not booked")
-            return _judge(shown, statistics.median(trips), await ledger.peek())
+            details = (await ledger.peek()).details
+            return [_answers(shown, statistics.median(trips), details), *traps(shown, details)]
         finally:
             await ledger.aclose()
     finally:
         await place.aclose()
 
 
-def _judge(shown: str, trip: float, snapshot: Snapshot) -> list[Finding]:
-    details = ", ".join(f"{name} {value}" for name, value in snapshot.details.items())
-    said = f"{shown} answers in {trip * 1e3:.2g} ms" + (f" ({details})" if details else "")
+def _answers(shown: str, trip: float, details: dict[str, str]) -> Finding:
+    told = ", ".join(f"{name} {value}" for name, value in details.items())
+    said = f"{shown} answers in {trip * 1e3:.2g} ms" + (f" ({told})" if told else "")
     if trip > _SLOW:
-        return [
-            note(
-                "store",
-                said,
-                "keep the store near its workers: a call that waits waits a round trip more",
-            )
-        ]
-    return [good("store", said)]
+        remedy = "keep the store near its workers: a call that waits waits a round trip more"
+        return note("store", said, remedy)
+    return good("store", said)
+
+
+def traps(shown: str, details: dict[str, str]) -> Iterator[Finding]:
+    """Find what makes a server forget what was booked, at a restart, a fail-over or any time."""
+    clock = details.get("clock", "in step")
+    if clock != "in step":
+        yield note(
+            "store clock",
+            f"the clock of {shown} is {clock}",
+            "keep clocks in step (NTP): when a replica whose clock is ahead takes over, up to one "
+            "limit more may pass",
+        )
+    if details.get("persistence") == "snapshots alone":
+        yield note(
+            "store settings",
+            f"{shown} keeps snapshots alone: after a restart, what was booked since the last one may "
+            f"pass again",
+            'set save "" or appendonly yes',
+        )
+    if "allkeys-" in details.get("memory", ""):
+        yield note(
+            "store settings",
+            f"{shown} may evict a limiter, which begins with nothing left then",
+            "set maxmemory-policy noeviction",
+        )

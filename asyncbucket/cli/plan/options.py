@@ -165,7 +165,7 @@ def _tenant(text: str) -> tuple[str, Tenant]:
     """Read a tenant: its name, and words such as ``weight=2``.
 
     Raises:
-        ValueError: a word is none of those that are known.
+        ValueError: a word is not known.
     """
     name, *told = text.split() or [""]
     if not name or "=" in name:
@@ -185,7 +185,7 @@ def _tenant(text: str) -> tuple[str, Tenant]:
         else:
             known = ", ".join((*_SIDES, "calls", "concurrency", "priority", *KEYWORDS))
             raise ValueError(
-                f"--tenant {text!r}: {word!r} is no word such as weight=2; known: {known}"
+                f"--tenant {text!r}: {word!r} is not of the form weight=2; known: {known}"
             )
     if "poisson" in given:
         given["arrivals"] = given.pop("poisson")

@@ -31,15 +31,18 @@ def _admissions(axes: "Axes", plan: Plan) -> None:
     edges = [number * part / seconds for number in range(len(plan.timeline) + 1)]
     rates = [count / (part or 1.0) for count in plan.timeline]
     axes.stairs(rates, edges, fill=True, color=OURS, alpha=0.85, linewidth=0)
+    counted = "admitted a second"
     binding = plan.binding
     if binding is not None and binding.rate is not None:
         said = f"{whose(binding)}: {binding.rate:,.3g}/s in the long run"
         axes.axhline(binding.rate, color=LIMIT, linewidth=1.5, label=said)
-        axes.set_ylim(0, _top(rates, binding.rate))
+        top, peak = _top(rates, binding.rate), max(rates)
+        axes.set_ylim(0, top)
+        counted += f", {peak:,.3g} the peak" if peak > top else ""
         axes.legend(loc="upper right", fontsize=8, framealpha=0.85, edgecolor="none")
     axes.set_xlim(0, edges[-1] or 1)
     axes.set_xlabel(unit, fontsize=8)
-    axes.set_ylabel("admitted a second", fontsize=8)
+    axes.set_ylabel(counted, fontsize=8)
     _plain(axes, plan.summary)
 
 

@@ -42,7 +42,7 @@ class Estimate:
         """Count a call; of many, a random sample of costs is kept."""
         self.calls += 1
         self.input_tokens += cost.get("input_tokens", 0)
-        # What may be written and has to be paid, also where a provider charges less at its door.
+        # What may be written and has to be paid, also where a provider charges less at admission.
         asked = sent(request.path, request.body)
         self.output_tokens += asked.output(FORESEEN)
         self.unbounded |= asked.writes and asked.max_output is None
@@ -96,8 +96,10 @@ def describe(job: Job, tally: Tally, found: Estimate, planned: "Plan | None") ->
     if planned is not None:
         lines.append(str(planned))
         most = f"({FORESEEN} for a reply without max_tokens)" if found.unbounded else "at most"
+        # Named, for it may be more than the plan's tokens: those are what limits count beforehand.
         tokens = (
-            f"about {counted(found.input_tokens, 'tokens')} in, {found.output_tokens:,} out {most}"
+            f"to pay for: about {counted(found.input_tokens, 'tokens')} in, "
+            f"{found.output_tokens:,} out {most}"
         )
         cost = _dollars(job, found)
         lines.append(tokens if cost is None else f"{tokens}: {dollars(cost)}")

@@ -54,17 +54,16 @@ async def tasks(job: Job, ledger: Ledger, errors: Errors, tally: Tally) -> Async
 def _task(
     number: int, data: bytes | None, job: Job, ledger: Ledger, errors: Errors, tally: Tally
 ) -> Task | None:
-    custom_id = None
     try:
         request = read_request(number, _whole(data), job)
         if request is None:
             return None
-        custom_id = request.custom_id
         key, done = ledger.look_up(request)
     except BadLine as bad:
         tally.bad += 1
         tally.reasons[f"line {number}: {bad}" if tally.bad <= 3 else "other bad lines"] += 1  # noqa: PLR2004 - a few tell enough
-        errors.write(failure(line=number, custom_id=custom_id, code="bad_line", message=str(bad)))
+        failed = failure(line=number, custom_id=bad.custom_id, code="bad_line", message=str(bad))
+        errors.write(failed)
         return None
     tally.earlier += done
     return None if done else Task(request, key)

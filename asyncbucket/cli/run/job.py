@@ -39,12 +39,12 @@ class Price:
         """Read ``0.15/0.60``.
 
         Raises:
-            ValueError: it is no such pair.
+            ValueError: it is not such a pair.
         """
         match = _PRICE.fullmatch(text.strip())
         if match is None:
             raise ValueError(
-                f"--price is dollars for a million tokens, input/output, e.g. 0.15/0.60; not {text!r}"
+                f"--price must be dollars for a million tokens, input/output, e.g. 0.15/0.60; not {text!r}"
             )
         return cls(float(match[1]), float(match[2]))
 
@@ -146,7 +146,7 @@ class Job:
         provider.check(self.api_base)
         if self.source != STANDARD and not Path(self.source).is_file():
             raise ValueError(
-                f"{self.source!r} is no file that can be read: name one, or pipe the lines in and give -"
+                f"{self.source!r} is not a file that can be read: name one, or pipe the lines in and give -"
             )
         if self.profile is not None:
             profile_named(self.profile)
@@ -170,10 +170,12 @@ class Job:
             if path is None:
                 continue
             if not path.parent.is_dir():
-                raise ValueError(f"{path.parent} is no folder: make it, or give another {option}")
+                raise ValueError(
+                    f"{path.parent} is not a folder: make it, or give another {option}"
+                )
             pipe = path.exists() and not path.is_file()
             if path.is_dir() or (pipe and option == "-o"):  # answers are read again, errors are not
-                raise ValueError(f"{path} is no file that can be written: give another {option}")
+                raise ValueError(f"{path} is not a file that can be written: give another {option}")
             if _identity(path) in taken:
                 raise ValueError(
                     f"{path} is read or written already: give another {option}, or it would be lost"

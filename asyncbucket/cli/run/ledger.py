@@ -185,7 +185,8 @@ class Ledger:
         row = (b"n" + known if request.named else b"k" + known, request.line)
         ((line, times),) = self._database.execute(_SEE, row).fetchall()
         if request.named and times > 1:
-            raise BadLine(f"custom_id {request.custom_id!r} is that of line {line}, too")
+            why = f"custom_id {request.custom_id!r} is that of line {line} already"
+            raise BadLine(why, request.custom_id)
         key = request.key + (1 if request.named else times).to_bytes(4, "big")
         query = "SELECT 1 FROM answered WHERE key = ?"
         return key, self._database.execute(query, (key,)).fetchone() is not None
@@ -257,12 +258,12 @@ class Ledger:
 def unusable(path: object, error: sqlite3.Error) -> ValueError:
     """Return what to say of an index that cannot be read or written."""
     return ValueError(
-        f"{path}, which goes with the answers, cannot be kept ({error}): make room and give the same "
-        f"command again, or another -o"
+        f"{path}, the index of the answers, cannot be written ({error}): make room and run the same "
+        f"command again, or give another -o"
     )
 
 
 def _is_broken(path: Path) -> bool:
-    """Tell whether what is no database may have been one: only then it is made anew."""
+    """Tell whether an unreadable file may have been a database: only then it is made anew."""
     with path.open("rb") as file:
         return file.read(len(_HEAD)) in (_HEAD, bytes(len(_HEAD)))

@@ -139,10 +139,12 @@ def _concurrency(text: str | None) -> int | Literal["auto"]:
     try:
         return whole(text)
     except ValueError:
-        raise ValueError(f"--concurrency is a number from 1 on, or auto, not {text!r}") from None
+        raise ValueError(
+            f"--concurrency must be a number from 1 on, or auto, not {text!r}"
+        ) from None
 
 
 def _endpoint(name: str) -> Any:
     if name not in PATHS:
-        raise ValueError(f"--endpoint is one of {', '.join(PATHS)}, not {name!r}")
+        raise ValueError(f"--endpoint must be one of {', '.join(PATHS)}, not {name!r}")
     return name

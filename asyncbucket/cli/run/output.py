@@ -45,8 +45,9 @@ def failure(
     message: str,
     response: Mapping[str, Any] | None = None,
     attempts: int = 0,
+    waited: float = 0.0,
 ) -> bytes:
-    """Return the line of a request that failed, or of a line that is none."""
+    """Return the line of a request that failed, or of a line that is not a request."""
     return _line(
         {
             "id": None,
@@ -55,6 +56,7 @@ def failure(
             "error": {"code": code, "message": message},
             "usage": None,
             "attempts": attempts,
+            "waited": round(waited, 3),
             "line": line,
         }
     )

@@ -25,7 +25,11 @@ _LONGEST_ID: Final = 512
 
 
 class BadLine(ValueError):  # noqa: N818 - what it is about
-    """Say why a line cannot be sent."""
+    """Say why a line cannot be sent, and what it is called if that can be read."""
+
+    def __init__(self, why: str, custom_id: str | None = None) -> None:
+        super().__init__(why)
+        self.custom_id = custom_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,19 +117,28 @@ def _body_of(line: dict[str, Any], job: Job) -> dict[str, Any]:
 
 
 def _batch_line(number: int, line: dict[str, Any], job: Job) -> Request:
-    custom_id, body = line.get("custom_id"), line.get("body")
+    custom_id = line.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
         raise BadLine("custom_id is missing, or no text")
     if len(custom_id) > _LONGEST_ID:
         raise BadLine(f"custom_id has {len(custom_id):,} characters, more than {_LONGEST_ID}")
+    try:
+        return _made(number, custom_id, *_posted(line, job), job)
+    except BadLine as bad:
+        bad.custom_id = custom_id
+        raise
+
+
+def _posted(line: dict[str, Any], job: Job) -> tuple[str, dict[str, Any]]:
+    """Return where a batch line goes, and the body that it sends there."""
     if line.get("method", "POST") != "POST":
         raise BadLine(f"method is {line['method']!r}, only POST can be sent")
-    path = line.get("url", PATHS[job.endpoint])
+    path, body = line.get("url", PATHS[job.endpoint]), line.get("body")
     if not isinstance(path, str) or path not in _ASKED:
-        raise BadLine(f"url is {path!r}, known are {', '.join(_ASKED)}")
+        raise BadLine(f"url is {path!r}, known: {', '.join(_ASKED)}")
     if not isinstance(body, dict):
         raise BadLine("body is missing, or no object")
-    return _made(number, custom_id, path, body, job)
+    return path, body
 
 
 def _made(number: int, custom_id: str | None, path: str, body: dict[str, Any], job: Job) -> Request:

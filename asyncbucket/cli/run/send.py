@@ -32,12 +32,18 @@ UNREACHABLE: Final = (httpx.ConnectError, httpx.ConnectTimeout)
 _IDLE: Final = 32
 
 
+def request_id(response: httpx.Response) -> str:
+    """Return what the provider calls the request: who asks it for help has to name that."""
+    return str(response.headers.get("x-request-id", ""))
+
+
 class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
-    """Carry a reply that is an error or no JSON, as `asyncbucket.retry` reads it."""
+    """Carry a reply that is an error, or not JSON, as `asyncbucket.retry` reads it."""
 
     def __init__(self, response: httpx.Response) -> None:
         self.response = response
         self.status_code: int = response.status_code
+        self.request_id = request_id(response)
         try:
             self.body: Any = response.json()
         except _NO_JSON:
@@ -46,7 +52,7 @@ class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
 
     @property
     def is_of_another_server(self) -> bool:
-        """Whether a success is none: who speaks no JSON is not the API."""
+        """Whether a success did not come from the API, which would have answered in JSON."""
         return self.status_code < FIRST_ERROR
 
     @property
@@ -60,7 +66,7 @@ class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
         """What it says, for people."""
         said = self.error.get("message") or self.body
         if self.is_of_another_server:
-            said = f"the reply is no JSON: {said or 'it is empty'}"
+            said = f"the reply is not JSON: {said or 'it is empty'}"
         return str(said or "no reason given")[:_MESSAGE]
 
     @property
@@ -72,7 +78,7 @@ class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
 
 
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
-    """Tell that a request was not sent, for the run is to end."""
+    """Say that a request was not sent, because the run is ending."""
 
 
 @dataclass(slots=True)
@@ -201,7 +207,7 @@ class Sender:
             self._waits(reply)
             raise HTTPFailure(response)
         reply.status = response.status_code
-        reply.request_id = response.headers.get("x-request-id", "")
+        reply.request_id = request_id(response)
         try:
             reply.body = response.json()
         except _NO_JSON:

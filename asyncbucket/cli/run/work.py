@@ -109,7 +109,7 @@ class Run:
         except Stopped:
             return
         except (AsyncBucketError, HTTPFailure, httpx.HTTPError, httpx.InvalidURL) as error:
-            self._failed(task, error, reply.attempts)
+            self._failed(task, error, reply)
         else:
             self._answered(task, reply)
 
@@ -138,12 +138,16 @@ class Run:
         self._tally.input_tokens += sent
         self._tally.output_tokens += received
 
-    def _failed(self, task: Task, error: Exception, attempts: int) -> None:
+    def _failed(self, task: Task, error: Exception, reply: Reply) -> None:
         tally, response = self._tally, None
         code, message = type(error).__name__, str(error) or "no more is known"
         if isinstance(error, HTTPFailure):
             code, message = error.code, error.message
-            response = {"status_code": error.status_code, "body": error.body}
+            response = {
+                "status_code": error.status_code,
+                "request_id": error.request_id,
+                "body": error.body,
+            }
         message = self._job.secret_free(message)
         tally.failed += 1
         tally.reasons[f"{code}: {message}"[:200] if len(tally.reasons) < 20 else "others"] += 1  # noqa: PLR2004 - a screenful
@@ -153,13 +157,14 @@ class Run:
             code=code,
             message=message,
             response=response,
-            attempts=attempts,
+            attempts=reply.attempts,
+            waited=reply.waited,
         )
         self._errors.write(self._job.secret_free(line.decode()).encode())
         self._look_for_the_end(error)
 
     def _look_for_the_end(self, error: Exception) -> None:
-        """Stop where every other request would fail likewise."""
+        """Stop if every further request would fail, too."""
         tally, status = self._tally, getattr(error, "status_code", None)
         unreachable = isinstance(error, UNREACHABLE)
         lost, elsewhere = status in _FATAL, unreachable or status in _ELSEWHERE

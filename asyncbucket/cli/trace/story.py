@@ -26,7 +26,7 @@ def read(path: Path) -> Story:
     """Return the story that a trace tells.
 
     Raises:
-        ValueError: it is no trace, or nothing happened in it.
+        ValueError: it is not a trace, or nothing happened in it.
         OSError: it cannot be read.
     """
     lines: list[dict[str, Any]] = []

@@ -20,7 +20,7 @@ Examples:
 
 def watch(
     url: Annotated[
-        str, typer.Argument(metavar="URL", help="What limiter.serve_stats() tells, or a store.")
+        str, typer.Argument(metavar="URL", help="The URL of limiter.serve_stats(), or of a store.")
     ],
     *,
     interval: Annotated[
@@ -80,12 +80,11 @@ def _show(looks: Iterator[dict[str, Any]], *, once: bool) -> None:
 
 
 def _views(looks: Iterator[dict[str, Any]]) -> Iterator[list[Any]]:
-    from asyncbucket.cli.watch.view import View
+    from asyncbucket.cli.watch.view import compare
 
-    before: dict[str, Any] = {}
+    before: list[dict[str, Any]] = []
     last = time.monotonic()
     for seen in looks:
         now = time.monotonic()
-        limiters = seen["limiters"]
-        yield [View.of(each, before.get(each["name"]), now - last) for each in limiters]
-        before, last = {each["name"]: each for each in limiters}, now
+        yield compare(seen["limiters"], before, now - last)
+        before, last = seen["limiters"], now

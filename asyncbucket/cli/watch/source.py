@@ -44,7 +44,7 @@ def source(url: str) -> Look:
         return lambda: _fetch(_Unix(unquote(urlsplit(url).path)), shown)
     if not known or scheme == "https":
         raise ValueError(
-            f"{shown!r} is no limiter to watch: give the URL that limiter.serve_stats() tells "
+            f"{shown!r} is not a limiter to watch: give the URL that limiter.serve_stats() returns "
             f"(http://127.0.0.1:4294, unix:///run/limits.sock) or a store's (redis://host:6379/0)"
         )
     open_store(url)

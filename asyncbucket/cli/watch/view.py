@@ -1,10 +1,10 @@
 """What a look means: bars, rates since the last look, and how long the line will take."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from asyncbucket.wording import counted, one_line
+from asyncbucket.wording import counted, in_seconds, one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +35,38 @@ class View:
     alarming: bool
 
     @classmethod
-    def of(cls, now: Mapping[str, Any], before: Mapping[str, Any] | None, seconds: float) -> Self:
-        """Compare a limiter with how it was ``seconds`` ago."""
+    def of(
+        cls,
+        now: Mapping[str, Any],
+        before: Mapping[str, Any] | None,
+        seconds: float,
+        *,
+        above: Iterable[Mapping[str, Any]] = (),
+    ) -> Self:
+        """Compare a limiter with how it was ``seconds`` ago.
+
+        ``above`` are the limiters that it is a child of: where several limit what holds up its
+        calls, here and there, it is those with the least left.
+        """
         binding = now.get("bound_by")
+        least = min(
+            (
+                each["available"]
+                for limiter in (now, *above)
+                for each in _limits(limiter)
+                if each["resource"] == binding
+            ),
+            default=0,
+        )
         bars = [
-            Bar(one_line(each["limit"]), each["used"], each["amount"], each["resource"] == binding)
-            for each in now["limits"]
-        ]
-        if now.get("concurrency"):
-            slots = Bar(
-                f"{now['concurrency']:,} at once",
-                now["in_flight"],
-                now["concurrency"],
-                binding == "concurrency",
+            Bar(
+                one_line(each["limit"]),
+                each["used"],
+                each["amount"],
+                each["resource"] == binding and each["available"] <= least,
             )
-            bars.append(slots)
+            for each in _limits(now)
+        ]
         rate = 0.0
         if before is not None and seconds > 0 and "admitted" in now:
             rate = max(0, now["admitted"] - before["admitted"]) / seconds
@@ -61,10 +78,40 @@ class View:
         )
 
 
+def compare(
+    now: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]], seconds: float
+) -> list[View]:
+    """Compare all limiters of a look with how they were ``seconds`` ago."""
+    then = {each["name"]: each for each in before}
+    return [
+        View.of(
+            each,
+            then.get(each["name"]),
+            seconds,
+            above=[other for other in now if each["name"].startswith(f"{other['name']}/")],
+        )
+        for each in now
+    ]
+
+
+def _limits(limiter: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the limits of a limiter, its slots as the last of them."""
+    yield from limiter["limits"]
+    slots, taken = limiter.get("concurrency"), limiter["in_flight"]
+    if slots:
+        yield {
+            "limit": f"{slots:,} at once",
+            "resource": "concurrency",
+            "amount": slots,
+            "used": taken,
+            "available": slots - taken,
+        }
+
+
 def _facts(now: Mapping[str, Any], rate: float) -> list[str]:
     facts: list[str] = []
     if now["paused"]:
-        facts.append(f"paused for {now['paused']:.1f} s more")
+        facts.append(f"paused for {in_seconds(now['paused'])} more")
     if "waiting" in now:
         facts.append(f"{now['waiting']:,} waiting{_eta(now['waiting'], rate)}")
     if not now.get("concurrency"):

@@ -47,7 +47,7 @@ class SQLiteStore:
         clock: tells the time that all processes share, for tests.
 
     Raises:
-        ValueError: ``patience`` is no positive number of seconds.
+        ValueError: ``patience`` is not a positive number of seconds.
     """
 
     def __init__(
@@ -138,5 +138,5 @@ def from_url(url: str) -> SQLiteStore:
         return SQLiteStore(path, patience=float(patience))
     except ValueError as error:
         raise ValueError(
-            f"{shown!r}: patience is a positive number of seconds, e.g. 0.2, not {patience!r}"
+            f"{shown!r}: patience must be a positive number of seconds, e.g. 0.2, not {patience!r}"
         ) from error

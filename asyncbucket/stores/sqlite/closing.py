@@ -29,7 +29,7 @@ class Closable(Protocol):
         ...
 
 
-#: Neither hook can be undone, so there is one of each for all, and none of them is kept alive.
+#: Neither hook can be undone, so there is one of each for all, and it keeps none of them alive.
 _ALL: Final["weakref.WeakSet[Closable]"] = weakref.WeakSet()
 #: Those that stand still because a thread forks, one at a time.
 _STANDING: Final[list[Closable]] = []

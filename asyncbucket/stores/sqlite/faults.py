@@ -15,7 +15,7 @@ _LOCKED: Final = (
 )
 _RIGHTS: Final = "give this user the right to write the file and its folder {folder}"
 _DAMAGED: Final = (
-    "it is no SQLite file, or is damaged ({error}): move it away, and a new one is made"
+    "it is not a SQLite file, or is damaged ({error}): move it away, and a new one is made"
 )
 _MEANINGS: Final = {
     sqlite3.SQLITE_BUSY: _LOCKED,
@@ -61,7 +61,7 @@ def _free(folder: Path) -> str:
     try:
         return f"{shutil.disk_usage(folder).free:,} bytes"
     except OSError:
-        return "nobody knows how much"
+        return "an unknown amount"
 
 
 def _trouble(folder: Path) -> str:
@@ -69,4 +69,4 @@ def _trouble(folder: Path) -> str:
         return f"there is no folder {folder}"
     if not os.access(folder, os.W_OK):
         return f"the folder {folder} is not writable"
-    return "it is no plain file, or may not be read"
+    return "it is not a plain file, or may not be read"

@@ -233,7 +233,7 @@ def _give_up(changed: "asyncio.Future[bool]") -> None:
 
 
 def _check(batch: Batch) -> None:
-    """Refuse amounts and instants that are no whole numbers from 0 on, before they are kept."""
+    """Refuse amounts and instants that are not whole numbers from 0 on, before they are kept."""
     amounts: list[Mapping[str, Any]] = list(batch.calls)
     for each in batch.corrections:
         amounts += [each.booked, each.used, {"start": each.start}]

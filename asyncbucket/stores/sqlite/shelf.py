@@ -144,8 +144,8 @@ class Shelf:
             if self.books.check() != total:
                 self._stale = True
                 raise StoreError(
-                    f"entry {number:,} of limiter {self.name!r} was made by an asyncbucket that "
-                    f"counts otherwise: run one version of it on one file"
+                    f"entry {number:,} of limiter {self.name!r} was made by a version of "
+                    f"asyncbucket that counts differently: use one version for one file"
                 )
 
     def _absorb(

@@ -77,7 +77,7 @@ def _latency(text: str) -> float | tuple[float, float]:
         return (float(low), float(high)) if colon else float(low)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no 0.5, nor a range such as 0.2:0.6"
+            f"{text!r} is neither a number such as 0.5 nor a range such as 0.2:0.6"
         ) from None
 
 

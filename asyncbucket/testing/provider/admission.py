@@ -39,7 +39,7 @@ class Refusal:
 
 
 class Admission:
-    """The provider's door, and the book in which it writes what came."""
+    """Decide about calls, and keep a record of them."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -122,7 +122,7 @@ class Admission:
         """Let the next `count` calls fail, after those that were scripted before; 0 forgets all.
 
         Raises:
-            ValueError: If `count` is no whole number from 0 on.
+            ValueError: If `count` is not a whole number from 0 on.
         """
         read_count(count, "count")
         with self._lock:

@@ -85,7 +85,7 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": chunk, "more_body": more})
 
     def close(self) -> None:
-        """Stop to listen for the client's going."""
+        """Stop listening for the client to go away."""
         if self._gone is not None:
             self._gone.cancel()
 

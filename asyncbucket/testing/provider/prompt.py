@@ -145,7 +145,9 @@ def read_embeddings(body: Json) -> EmbeddingPrompt:
     asked = body.get("input")
     items = [asked] if isinstance(asked, str) or _is_token_ids(asked) else asked
     if not isinstance(items, list) or not items:
-        raise InvalidRequestError("'input' must be a text or a list of them", parameter="input")
+        raise InvalidRequestError(
+            "'input' must be a string or a list of strings", parameter="input"
+        )
     texts: list[str] = []
     tokens = 0
     for item in items:

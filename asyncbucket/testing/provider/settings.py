@@ -154,7 +154,7 @@ def settings_of(options: Options, before: Settings | None = None) -> Settings:
     for name in options:
         if name not in known:
             raise TypeError(
-                f"{name!r} is no option of the provider: give one of {', '.join(known)}"
+                f"{name!r} is not an option of the provider: give one of {', '.join(known)}"
             )
     return replace(before or Settings(), **options)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Arrival(NamedTuple):
-    """One call at the provider's door.
+    """One call, as the provider saw it.
 
     `(arrival.time_ns, arrival.tokens)` of the admitted ones is a trace for `assert_never_over`.
     """

@@ -12,7 +12,7 @@ from asyncbucket.stores.store import FAR, Batch, Booking, Outcome, Receipt, Term
 
 
 class Oracle:
-    """Keep the meters that a store's limiter should have; slots are not its business."""
+    """Keep the meters that a store's limiter should have; slots are left out."""
 
     def __init__(self, terms: Terms, *, grain: int) -> None:
         self._grain = grain

@@ -1,0 +1,48 @@
+"""Many limiters, all alike, for one key: then one is made for each request, and limits nothing."""
+
+import asyncio
+import threading
+from typing import Final
+from weakref import WeakKeyDictionary, WeakSet
+
+from asyncbucket.limiter import Limiter
+
+#: So many of them, on one event loop, are told of.
+MANY: Final = 10
+_MOST_KEYS: Final = 1_000
+
+
+class Alike:
+    """Count on each event loop the limiters that were made for one thing to limit.
+
+    A loop is one program at work. Where there is none nothing is counted: a test suite makes many
+    limiters, one after the other, and is right to.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen: WeakKeyDictionary[
+            asyncio.AbstractEventLoop, dict[int, tuple[WeakSet[Limiter], list[int]]]
+        ] = WeakKeyDictionary()
+
+    def is_one_too_many(self, limiter: Limiter, key: object, *where: object) -> bool:
+        """Count ``limiter``, of ``key`` at ``where``; tell whether it makes them `MANY`, which is said once."""
+        loop = asyncio._get_running_loop()  # noqa: SLF001 - None outside
+        if loop is None or not isinstance(key, str) or not key or limiter.parent is not None:
+            return False
+        # Hashed, so that no key is kept.
+        what = hash((where, key, limiter.name, limiter.limits, limiter.concurrency))
+        with self._lock:
+            seen = self._seen.setdefault(loop, {})
+            if len(seen) > _MOST_KEYS:
+                seen.clear()
+            limiters, made = seen.setdefault(what, (WeakSet(), [0]))
+            if limiter in limiters:
+                return False
+            limiters.add(limiter)
+            made[0] += 1
+            return made[0] == MANY
+
+
+#: Of all models and transports of the process.
+ALIKE: Final = Alike()

@@ -1,0 +1,53 @@
+"""What a Redis or Valkey server says of itself, for people."""
+
+import asyncio
+import contextlib
+import time
+from typing import Any, Final
+
+from asyncbucket.stores.servers import FAILURES
+from asyncbucket.wording import in_seconds
+
+#: Clocks that differ by less (s) are in step.
+_STEP: Final = 0.5
+#: Seconds after which what has not been answered stays untold.
+_PATIENCE: Final = 2.0
+
+
+async def details(client: Any) -> dict[str, str]:
+    """Return its clock, version, scripts, memory and persistence, as far as the login may ask."""
+    said: dict[str, str] = {}
+    with contextlib.suppress(TimeoutError, *FAILURES):
+        async with asyncio.timeout(_PATIENCE):
+            asked = time.time()
+            seconds, micros = await client.time()
+            said["clock"] = _clock(seconds + micros * 1e-6 - (asked + time.time()) / 2)
+            info = await client.info()
+            said = _kind(info) | said | _memory(info) | _persistence(info, None)
+            said |= _persistence(info, (await client.config_get("save"))["save"])
+    return said
+
+
+def _clock(ahead: float) -> str:
+    if abs(ahead) < _STEP:
+        return "in step"
+    return f"{in_seconds(abs(ahead))} {'ahead' if ahead > 0 else 'behind'}"
+
+
+def _kind(info: dict[str, Any]) -> dict[str, str]:
+    name = info.get("server_name", "redis")
+    return {name: str(info.get(f"{name}_version", info.get("redis_version")))}
+
+
+def _memory(info: dict[str, Any]) -> dict[str, str]:
+    most = int(info.get("maxmemory", 0))
+    policy = info.get("maxmemory_policy", "unknown policy")
+    return {
+        "scripts": f"{info.get('number_of_cached_scripts', 0)} cached",
+        "memory": f"{most:,} bytes at most and {policy}" if most else "unbounded",
+    }
+
+
+def _persistence(info: dict[str, Any], save: str | None) -> dict[str, str]:
+    kind = "unknown" if save is None else "snapshots alone" if save else "none"
+    return {"persistence": "append-only file" if info.get("aof_enabled") else kind}
