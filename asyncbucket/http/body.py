@@ -23,15 +23,20 @@ _WRITES: Final = (
     "/chat/completions",
     "/completions",
     "/responses",
+    "/responses/compact",
     "/messages",
+    "/v1/complete",  # not an upload's
     "/api/chat",
     "/api/generate",
 )
 #: The ends of paths whose calls only send tokens. Not ``/messages/count_tokens``: its limit of requests
 #: is its own, and it has none of tokens (docs.anthropic.com, "Token counting", read in 2025).
 _READS: Final = ("/embeddings", "/api/embed", "/rerank")
-#: The ends of paths that change what is there: they cancel a batch or a reply, or label a stored one.
-_CHANGES: Final = re.compile(r"/cancel/?$|/chat/completions/[^/]+/?$")
+#: The end of a path that puts a message on a thread, for a run to read later.
+_PUTS_DOWN: Final = re.compile(r"/threads/[^/]+/messages/?$")
+#: The ends of paths that change what is there: they cancel or archive it, or label a stored reply, a run
+#: or a session, which then tells what it has used in all.
+_CHANGES: Final = re.compile(r"/(cancel|archive)/?$|/(chat/completions|runs|sessions)/[^/]+/?$")
 #: What the parts of a body are, in the words of OpenAI's chat, completions, responses and embeddings,
 #: Anthropic's messages and Ollama.
 _PARTS: Final = {
@@ -177,7 +182,7 @@ def read_json(content: bytes | None) -> Mapping[str, Any]:
 
 def sent(path: str, body: Mapping[str, Any]) -> Sent:
     """Return what the call of ``path`` with the JSON ``body`` sends and asks for."""
-    found = Sent(writes=path.rstrip("/").endswith(_WRITES))
+    found = Sent(writes=path.rstrip("/").endswith(_WRITES) and not _PUTS_DOWN.search(path))
     found.replies = replies_of(body)
     if found.writes or only_reads(path):
         try:

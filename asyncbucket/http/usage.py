@@ -12,8 +12,9 @@ from typing import Any, Final
 
 #: Where a reply, or an event of a stream, keeps its usage.
 _PLACES: Final = ("usage", "usage_metadata")
-#: Where a reply is kept by what is passed on: LlamaIndex, the end and the beginning of a stream.
-_WRAPPERS: Final = ("raw", "additional_kwargs", "response", "message")
+#: Where a reply is kept by what is passed on: LlamaIndex, the end and the beginning of a stream, Mistral's
+#: events.
+_WRAPPERS: Final = ("raw", "additional_kwargs", "response", "message", "data")
 
 #: OpenAI chat, then OpenAI Responses and Anthropic, Bedrock, Gemini, Ollama.
 _INPUT: Final = (

@@ -8,6 +8,9 @@ Some of them the base class implements by calling others. ``_get_text_embeddings
 make one request a text, so each text pays for itself and the batch as such does not.
 ``_aget_text_embedding`` then calls its synchronous twin on the event loop: it pays without blocking
 the loop, and the twin, called within, does not pay again.
+
+A class whose own batch method goes text by text shows that only when it does. So the batch is admitted as
+one request, and each text but the first is one that it owes: see `asyncbucket.llama_index.held`.
 """
 
 # mypy: disable-error-code="safe-super"

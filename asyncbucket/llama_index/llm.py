@@ -20,7 +20,7 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.llms.llm import LLM
 
-from asyncbucket.llama_index.held import held_call
+from asyncbucket.llama_index.held import held_call, noted, noted_sync
 from asyncbucket.llama_index.mixin import pacing_of
 from asyncbucket.llama_index.streams import AsyncPacedStream, PacedStream
 from asyncbucket.llama_index.structured import RateLimitedPrediction
@@ -53,8 +53,8 @@ class RateLimitedLLM(RateLimitedPrediction, ABC):
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **kwargs: Any
     ) -> ChatResponseAsyncGen:
-        if held_call(pacing_of(self).limiter):
-            return await super().astream_chat(messages, **kwargs)
+        if held := held_call(pacing_of(self).limiter):
+            return noted(held, await super().astream_chat(messages, **kwargs))
         messages = list(messages)
         return AsyncPacedStream(
             pacing_of(self),
@@ -66,8 +66,8 @@ class RateLimitedLLM(RateLimitedPrediction, ABC):
     async def astream_complete(
         self, prompt: str, *args: Any, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
-        if held_call(pacing_of(self).limiter):
-            return await super().astream_complete(prompt, *args, **kwargs)
+        if held := held_call(pacing_of(self).limiter):
+            return noted(held, await super().astream_complete(prompt, *args, **kwargs))
         return AsyncPacedStream(
             pacing_of(self),
             functools.partial(super().astream_complete, prompt, *args, **kwargs),
@@ -85,8 +85,8 @@ class RateLimitedLLM(RateLimitedPrediction, ABC):
         return pacing_of(self).call_sync(send, _completion_cost(self, prompt, kwargs))
 
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        if held_call(pacing_of(self).limiter):
-            return super().stream_chat(messages, **kwargs)
+        if held := held_call(pacing_of(self).limiter):
+            return noted_sync(held, super().stream_chat(messages, **kwargs))
         messages = list(messages)
         return PacedStream(
             pacing_of(self),
@@ -96,8 +96,8 @@ class RateLimitedLLM(RateLimitedPrediction, ABC):
         )
 
     def stream_complete(self, prompt: str, *args: Any, **kwargs: Any) -> CompletionResponseGen:
-        if held_call(pacing_of(self).limiter):
-            return super().stream_complete(prompt, *args, **kwargs)
+        if held := held_call(pacing_of(self).limiter):
+            return noted_sync(held, super().stream_complete(prompt, *args, **kwargs))
         return PacedStream(
             pacing_of(self),
             functools.partial(super().stream_complete, prompt, *args, **kwargs),

@@ -11,7 +11,8 @@ the garbage collector interrupts the limiter. (A ``__del__`` here could not call
 
 A stream that ends, however, or an asynchronous one that is dropped, has also hung up, or the provider
 would have more calls in flight than there are slots: a model may stop, or break off, before its provider
-does. That the model's stream has ended or was closed is not enough for that: see `held`.
+does. That the model's stream has ended or was closed is not enough for that: see `held`. (Of SDKs that
+are made otherwise than OpenAI's and Anthropic's nothing is known, and they hang up when Python has them do it.)
 
 The usage comes with a stream's last chunk, from OpenAI only if it is asked for. Where we asked and
 the user did not, that chunk, empty but for the usage, is kept from the caller: whoever looks at the

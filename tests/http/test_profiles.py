@@ -97,10 +97,27 @@ def test_embeddings_cost_their_input(profile: Profile) -> None:
 
 
 @pytest.mark.parametrize("profile", [OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC])
-@pytest.mark.parametrize("path", ["/v1/files", "/v1/messages/count_tokens"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/files",
+        "/v1/messages/count_tokens",
+        "/v1/responses/input_tokens",
+        "/v1/threads/t1/messages",
+        "/v1/uploads/u1/complete",
+    ],
+)
 def test_other_calls_cost_a_request(profile: Profile, path: str) -> None:
-    """A file, or tokens that are counted and not read by a model, is a request and no tokens."""
+    """A file, or what is counted or put down and not read by a model, is a request and no tokens."""
     assert profile.cost(call(path, messages=MESSAGES)) == Cost(requests=1, tokens=0)
+
+
+@pytest.mark.parametrize("path", ["/v1/responses/compact", "/v1/complete"])
+def test_calls_of_a_model_by_rarer_paths_cost_their_tokens(path: str) -> None:
+    """OpenAI's model shortens a conversation, and Anthropic's first interface completes a text."""
+    cost = GENERIC.cost(call(path, input="x" * 400, max_tokens_to_sample=20))
+
+    assert cost == Cost(tokens=120, input_tokens=100, output_tokens=20)
 
 
 def test_tokens_are_settled_where_the_provider_does() -> None:

@@ -472,6 +472,9 @@ async def test_usage_settles_the_lease(library: Any, limiter: Limiter) -> None:
         ("POST", "/v1/batches/b1/cancel"),
         ("POST", "/v1/responses/r1/cancel"),
         ("POST", "/v1/chat/completions/c1"),
+        ("POST", "/v1/threads/t1/runs/r1"),
+        ("POST", "/v1/sessions/s1"),
+        ("POST", "/v1/sessions/s1/archive"),
     ],
 )
 async def test_usage_of_what_is_read_back_is_not_charged_again(

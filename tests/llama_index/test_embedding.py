@@ -180,6 +180,18 @@ async def test_own_batch_method_costs_one_request(limiter: Limiter) -> None:
     assert admitted(limiter) == 2
 
 
+async def test_batch_that_is_a_request_a_text_owes_the_others() -> None:
+    """Of batches of two that a class cuts up again, each further text is a request, too."""
+    limiter = Limiter("1000 RPM", "10k TPM", concurrency=1)
+    model = limiter.wrap(Batching(embed_batch_size=2))
+
+    await model.aget_text_embedding_batch(TEXTS)
+    await asyncio.to_thread(model.get_text_embedding_batch, TEXTS)
+
+    now = limiter.statistics()
+    assert (now.admitted, now.limits[0].used) == (6, 12)
+
+
 async def test_fallback_on_the_synchronous_method_does_not_block_the_loop() -> None:
     """The asynchronous method waits for its turn asynchronously, and its twin passes within."""
     limiter = Limiter("1000 RPM", concurrency=1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from llama_index.core.base.llms.types import (
     ChatMessage,
+    ChatResponse,
     CompletionResponse,
     CompletionResponseGen,
     LLMMetadata,
@@ -182,7 +183,33 @@ async def test_method_that_calls_methods_pays_once(make: Callable[[], LLM], name
         await asyncio.to_thread(SYNC_CALLS[name], llm)
 
     now = limiter.statistics()
-    assert (now.admitted, now.in_flight) == (1, 0)
+    assert (now.admitted, now.in_flight, now.limits[0].used) == (1, 0, 1)
+
+
+async def test_method_that_calls_another_several_times_owes_all_of_it() -> None:
+    """Who votes on three answers has asked for three, whatever those calls call themselves."""
+
+    class Voting(Echo):
+        async def achat(self, *_: Any, **__: Any) -> ChatResponse:
+            replies = await asyncio.gather(*(self.acomplete("hi") for _turn in range(3)))
+            return ChatResponse(message=ChatMessage(replies[0].text))
+
+        def chat(self, *_: Any, **__: Any) -> ChatResponse:
+            replies = [self.complete("hi") for _turn in range(3)]
+            return ChatResponse(message=ChatMessage(replies[0].text))
+
+        def complete(self, prompt: str, *_: Any, **__: Any) -> CompletionResponse:
+            usage = {"prompt_tokens": 4, "completion_tokens": 6}
+            return CompletionResponse(text=prompt, raw={"usage": usage})
+
+    limiter = Limiter("100 RPM", "10k TPM", concurrency=1)
+    llm = limiter.wrap(Voting())
+
+    await llm.achat(MESSAGES)
+    await asyncio.to_thread(llm.chat, MESSAGES)
+
+    now = limiter.statistics()
+    assert (now.admitted, [limit.used for limit in now.limits]) == (2, [6, 60])
 
 
 @pytest.mark.parametrize("make", [make_openai, make_responses])

@@ -695,6 +695,39 @@ async def test_stream_that_is_a_call_inside_is_settled_by_that(
     assert limiter.statistics().limits[0].used == 18
 
 
+async def test_stream_within_a_call_settles_that(openai_api: "ScriptedOpenAI") -> None:
+    """Whether a call only collects a stream, or makes another one of it, it pays what that says it used."""
+
+    class Within(OpenAIResponses):
+        async def achat(self, messages: Any, **_: Any) -> Any:
+            parts = [part async for part in await self.astream_chat(messages)]
+            return ChatResponse(message=parts[-1].message)
+
+        def chat(self, messages: Any, **_: Any) -> Any:
+            return ChatResponse(message=list(self.stream_chat(messages))[-1].message)
+
+        async def astream_structured_predict(self, *_: Any, **__: Any) -> Any:
+            stream = await self.astream_complete("one")
+            return (part.delta async for part in stream)
+
+        def stream_structured_predict(self, *_: Any, **__: Any) -> Any:
+            return (part.delta for part in self.stream_complete("one"))
+
+    limiter = Limiter("100k TPM", concurrency=1)
+    options: dict[str, Any] = {"model": "gpt-4o-mini", "api_key": "k", "api_base": API_BASE}
+    llm = limiter.wrap(Within(**options))
+    prompt = PromptTemplate("one")
+
+    await llm.achat(MESSAGES)
+    await asyncio.to_thread(llm.chat, MESSAGES)
+    async for _ in await llm.astream_structured_predict(ChatMessage, prompt):
+        pass
+    assert list(llm.stream_structured_predict(ChatMessage, prompt))
+
+    assert len(openai_api.requests) == admitted(limiter) == 4
+    assert (in_flight(limiter), limiter.statistics().limits[0].used) == (0, 4 * 18)
+
+
 @pytest.mark.usefixtures("openai_api")
 async def test_stream_broken_off_stays_booked_as_reserved() -> None:
     """How much a provider charges for what was not read, nobody says."""

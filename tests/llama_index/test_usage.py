@@ -87,6 +87,7 @@ def chat(raw: object = None, **extra: Any) -> ChatResponse:
         chat(usage=SimpleNamespace(**RESPONSES)),
         chat(SimpleNamespace(type="response.completed", response=SimpleNamespace(usage=RESPONSES))),
         chat({"type": "message_start", "message": {"usage": ANTHROPIC}}),
+        chat(SimpleNamespace(data=SimpleNamespace(usage=SimpleNamespace(**OPENAI)))),
         CompletionResponse(text="Fine.", raw={"usage": OPENAI}),
         CompletionResponse(text="Fine.", additional_kwargs=OPENAI),
         {"usage": OPENAI},
