@@ -4,6 +4,7 @@ In multiprocess mode nobody asks the process at a scrape: what it knows must lie
 Counters are there anyway; gauges are written once a second by a thread.
 """
 
+import contextlib
 import os
 import threading
 import weakref
@@ -18,6 +19,9 @@ from asyncbucket.telemetry.watched import Reading, Watched
 
 #: Seconds between two writings in multiprocess mode.
 _EVERY: Final = 1.0
+#: Held while gauges are written, and while the process forks: a child that inherited a lock of
+#: prometheus_client's amid a writing would wait for it for ever.
+_WRITING: Final = threading.RLock()
 
 _QUEUED: Final = ("asyncbucket_queued_requests", "Calls that wait for their admission now.")
 _IN_FLIGHT: Final = ("asyncbucket_in_flight_requests", "Calls admitted and not yet over.")
@@ -84,16 +88,18 @@ class Pushed:
             ).start()
 
     def push(self) -> None:
-        readings = dict(self._watched.read())
-        gone = {
-            label: Reading(used=dict.fromkeys(was.used, 0.0)) for label, was in self._last.items()
-        }
-        for label, reading in (gone | readings).items():
-            self._queued.labels(label).set(reading.queued)
-            self._in_flight.labels(label).set(reading.in_flight)
-            for limit, share in reading.used.items():
-                self._used.labels(label, limit).set(share)
-        self._last = readings
+        with _WRITING:
+            readings = dict(self._watched.read())
+            gone = {
+                label: Reading(used=dict.fromkeys(was.used, 0.0))
+                for label, was in self._last.items()
+            }
+            for label, reading in (gone | readings).items():
+                self._queued.labels(label).set(reading.queued)
+                self._in_flight.labels(label).set(reading.in_flight)
+                for limit, share in reading.used.items():
+                    self._used.labels(label, limit).set(share)
+            self._last = readings
 
     def collect(self) -> Iterator[Metric]:
         self.push()
@@ -118,3 +124,9 @@ def _push(pushed: "weakref.ref[Pushed]", closed: threading.Event) -> None:
 def _multiprocess() -> bool:
     """Tell whether prometheus_client writes files that another process reads."""
     return "PROMETHEUS_MULTIPROC_DIR" in os.environ or "prometheus_multiproc_dir" in os.environ
+
+
+with contextlib.suppress(AttributeError):  # Windows does not fork
+    os.register_at_fork(
+        before=_WRITING.acquire, after_in_parent=_WRITING.release, after_in_child=_WRITING.release
+    )

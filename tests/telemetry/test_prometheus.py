@@ -438,6 +438,41 @@ def test_forked_workers_add_up(tmp_path: Path) -> None:
     assert dead["asyncbucket_queued_requests", "openai"] == 0
 
 
+FORKER = """
+import os, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+from conftest import ScriptedLimiter
+from asyncbucket import telemetry
+from asyncbucket.telemetry import gauges
+
+gauges._EVERY = 0.01
+lock, writing = threading.Lock(), threading.Event()
+
+class Slow:
+    def set(self, value):
+        with lock:
+            writing.set()
+            time.sleep(0.2)
+
+gauges.Gauge.labels = lambda self, *labels: Slow()
+limiter = ScriptedLimiter("openai")
+off = telemetry.prometheus(limiter)
+writing.wait()
+pid = os.fork()
+if pid == 0:
+    os._exit(not lock.acquire(timeout=5))
+os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_waits_until_the_gauges_are_written(tmp_path: Path) -> None:
+    """Else a child inherits a lock that no thread of its own will ever release."""
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", FORKER, str(Path(__file__).parent)]
+    subprocess.run(command, check=True, env=environment)
+
+
 def test_the_thread_of_the_gauges_ends_with_them(
     limiter: "ScriptedLimiter", monkeypatch: pytest.MonkeyPatch
 ) -> None:
