@@ -44,9 +44,7 @@ class HeldCall(Held):
     def asks(self) -> None:
         """Count a method that is called within: each but the first owes a request more."""
         self._nested += 1
-        lease = self.lease
-        if lease is not None and self._nested > max(1, self.requests):
-            lease.settle(requests=self._nested)
+        self.owe(self._nested)
 
     def replied(self, usage: Usage | None) -> None:
         """Add what one reply of the SDK says was used."""
