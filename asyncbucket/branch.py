@@ -55,7 +55,7 @@ class Branch:
 
     def __init__(self, node: Node, clock: VirtualClock, tight: set[Flow]) -> None:
         self.node = node
-        #: Of the whole tree, those that were out of limits of their own, and have woken since.
+        #: Of the whole tree, those that are out of limits of their own, or were and have not gone since.
         self._tight = tight
         self._clock = clock
         self._flows: dict[object, Flow] = {}
@@ -181,8 +181,6 @@ class Branch:
         """Make ``flow`` a candidate, as if it had been idle until now; who was held up keeps one call."""
         held_up = flow.asleep and flow.child is not None
         flow.asleep = 0
-        if held_up:
-            self._tight.add(flow)
         share = flow.share
         share.join(self._clock.now, kept=share.price / share.weight if held_up else 0.0)
         self._enter(flow)
@@ -191,20 +189,22 @@ class Branch:
     def _sink(self, flow: Flow, due: int) -> None:
         """Let ``flow`` sleep until then, or forget it if nobody is left in it."""
         self._leave(flow)
-        self._tight.discard(flow)
         if due < EMPTY:
             flow.asleep = due
+            self._tight.add(flow)
             heapq.heappush(self._asleep, (due, flow))
             if len(self._asleep) > 2 * len(self._flows) + SWEEP:
                 self._asleep = [(each.asleep, each) for each in self._flows.values() if each.asleep]
                 heapq.heapify(self._asleep)
         else:
             del self._flows[flow.key]
+            self._tight.discard(flow)
 
     def served(self, head: Waiter, now: int) -> None:
         """Take ``head``, which `head` returned and which passed, out of its line; charge for it."""
         flow = self.first
         assert flow is not None
+        self._tight.discard(flow)
         flow.source.served(head, now)
         self.living -= 1
         price = self.node.prices.of(head.amounts)

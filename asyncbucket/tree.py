@@ -2,11 +2,15 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Final
 
 from asyncbucket.branch import Branch, Classes, Flow, Source
 from asyncbucket.node import Node
-from asyncbucket.queue import Line, Waiter
+from asyncbucket.queue import EMPTY, Line, Waiter
 from asyncbucket.shares import Share, VirtualClock
+
+#: To look at more than so many takes longer than is saved where others need not go one by one.
+_MANY: Final = 256
 
 
 class Tree:
@@ -36,7 +40,9 @@ class Tree:
     @property
     def calm_until(self) -> int:
         """Until when nobody may go whom its own limits have held up: whoever may loses by each delay."""
-        return 0 if self._tight else self.wake
+        if len(self._tight) > _MANY:
+            return 0
+        return min((flow.asleep for flow in self._tight), default=EMPTY)
 
     def waiters(self) -> Iterator[Waiter]:
         """Yield all who wait."""

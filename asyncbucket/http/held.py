@@ -47,7 +47,7 @@ class Note:
 class Held(Note):
     """Note that calls in this context run under a lease of ``limiter``."""
 
-    __slots__ = ("_ear", "_left", "limiter", "outer", "requests")
+    __slots__ = ("_ear", "_left", "_owed", "limiter", "outer", "requests")
 
     def __init__(self, limiter: Limiter, lease: Lease, ear: "Ear | None" = None) -> None:
         super().__init__(lease)
@@ -57,15 +57,23 @@ class Held(Note):
         self.outer = _HELD.get()
         #: Requests that were seen to leave under this lease.
         self.requests = 0
+        #: Requests that the lease pays for.
+        self._owed = 1
 
     def leaves(self) -> None:
         """Count a request that is about to leave, and date the booking by it."""
         lease = self.lease
         if lease is not None:
             self.requests += 1
-            if self.requests > 1:  # one call of the model, several of the provider
-                lease.settle(requests=self.requests)
+            self.owe(self.requests)  # one call of the model may be several of the provider
             lease.sent()
+
+    def owe(self, requests: int) -> None:
+        """Have the lease pay for so many requests, unless it does so already."""
+        lease = self.lease
+        if lease is not None and requests > self._owed:
+            self._owed = requests
+            lease.settle(requests=requests)
 
     def left(self) -> None:
         """Date the booking by the moment at which the request really went out."""

@@ -8,9 +8,11 @@ stream, which only forgets it, leaves the provider at work until the garbage col
 """
 
 import contextlib
+import functools
 import inspect
+import operator
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextvars import ContextVar
 from typing import Any, Final, TypeVar
 
@@ -24,29 +26,28 @@ from asyncbucket.limiter.levels import is_under
 
 T = TypeVar("T")
 
+#: Where a stream ends; None may be one of its items.
+_END: Final[Any] = object()
+
 
 class HeldCall(Held):
     """Note that a model's call runs in this context under a lease of ``limiter``."""
 
-    __slots__ = ("_nested", "_replies", "_stream", "usage")
+    __slots__ = ("_replies", "_stream", "methods")
 
     def __init__(self, limiter: Limiter, lease: Lease, ear: Ear) -> None:
         super().__init__(limiter, lease, ear)
         #: Methods called within.
-        self._nested = 0
-        #: What they said they used.
-        self.usage: Usage | None = None
-        #: The same of the SDK's replies, all together.
+        self.methods: list[Method] = []
+        #: What the SDK's replies said was used, all together.
         self._replies: Usage | None = None
         # Weakly: a pooled connection keeps this note for good.
         self._stream: weakref.ref[Any] | None = None
 
-    def asks(self) -> None:
-        """Count a method that is called within: each but the first owes a request more."""
-        self._nested += 1
-        lease = self.lease
-        if lease is not None and self._nested > max(1, self.requests):
-            lease.settle(requests=self._nested)
+    def asks(self, method: "Method") -> None:
+        """Take in a method that is called within: each but the first owes a request more."""
+        self.methods.append(method)
+        self.owe(len(self.methods))
 
     def replied(self, usage: Usage | None) -> None:
         """Add what one reply of the SDK says was used."""
@@ -55,7 +56,8 @@ class HeldCall(Held):
 
     def used(self, said: Usage | None) -> Usage | None:
         """Return what the call used: what its reply ``said``, or what was seen within if that is more."""
-        for seen in (self.usage, self._replies):
+        within = [method.usage for method in self.methods if method.usage is not None]
+        for seen in (functools.reduce(operator.add, within) if within else None, self._replies):
             said = said | seen if said is not None else seen
         return said
 
@@ -78,66 +80,95 @@ class HeldCall(Held):
         return None if stream is None else stream.close()
 
 
-def held_call(limiter: Limiter) -> Held | None:
+def held_call(limiter: Limiter) -> HeldCall | None:
     """Return the note that this context runs under a lease that counts at ``limiter``, or None."""
-    return next((held for held, _ in around() if is_under(held.limiter, limiter)), None)
+    return next(
+        (
+            held
+            for held, _ in around()
+            if isinstance(held, HeldCall) and is_under(held.limiter, limiter)
+        ),
+        None,
+    )
 
 
-class _Nested:
-    """A method that runs within a paced call, with those that it calls."""
+class Method:
+    """Run a method within a paced call, with those that it calls itself, and see what it uses."""
 
-    __slots__ = ("held", "usage")
+    __slots__ = ("usage",)
 
-    def __init__(self, held: HeldCall) -> None:
-        self.held = held
+    def __init__(self) -> None:
         self.usage: Usage | None = None
 
+    def note(self, usage: Usage | None) -> None:
+        """Keep what a reply, or a part of one, says was used."""
+        if usage is not None:
+            self.usage = usage | self.usage
 
-_NESTED: Final[ContextVar[_Nested | None]] = ContextVar("asyncbucket nested", default=None)
+    @contextlib.contextmanager
+    def running(self) -> Generator[None]:
+        """Have all that is called for the time of a ``with`` block be a part of this."""
+        token = _METHOD.set(self)
+        try:
+            yield
+        finally:
+            put_back(_METHOD, token)
+
+    async def passed_on(self, stream: AsyncIterator[T]) -> AsyncGenerator[T, None]:
+        """Pass on the stream that this method gives."""
+        try:
+            while True:
+                with self.running():
+                    item: T = await anext(stream, _END)
+                if item is _END:
+                    return
+                self.note(usage_of(item))
+                yield item
+        finally:
+            if isinstance(stream, AsyncGenerator):
+                await stream.aclose()
+
+    def passed_on_sync(self, stream: Iterator[T]) -> Generator[T, None, None]:
+        """Do what `passed_on` does, of a synchronous stream."""
+        try:
+            while True:
+                with self.running():
+                    item: T = next(stream, _END)
+                if item is _END:
+                    return
+                self.note(usage_of(item))
+                yield item
+        finally:
+            if isinstance(stream, Generator):
+                stream.close()
+
+
+_METHOD: Final[ContextVar[Method | None]] = ContextVar("asyncbucket nested", default=None)
 
 
 @contextlib.contextmanager
-def nested(held: Held) -> Generator[None]:
+def nested(held: HeldCall) -> Generator[Method]:
     """Have a method run within the call of ``held``: what several of them use adds up."""
-    outer = _NESTED.get()
-    if not isinstance(held, HeldCall) or (outer is not None and outer.held is held):
-        yield
-        return
-    held.asks()
-    token = _NESTED.set(mine := _Nested(held))
-    try:
-        yield
-    finally:
-        put_back(_NESTED, token)
-        if mine.usage is not None:
-            held.usage = mine.usage if held.usage is None else held.usage + mine.usage
+    method = _METHOD.get()
+    if method is None or method not in held.methods:
+        held.asks(method := Method())
+    with method.running():
+        yield method
 
 
-def note_usage(held: Held, usage: Usage | None) -> None:
-    """Keep the usage that a nested call has seen, for the call outside."""
-    outer = _NESTED.get()
-    if usage is not None and isinstance(held, HeldCall):
-        keeps = held if outer is None or outer.held is not held else outer
-        keeps.usage = usage | keeps.usage
+async def nested_stream(
+    held: HeldCall, start: Callable[[], Awaitable[AsyncIterator[T]]]
+) -> AsyncGenerator[T, None]:
+    """Do what `nested` does, of a method that gives a stream: start it, and return it."""
+    with nested(held) as method:
+        stream = await start()
+    return method.passed_on(aiter(stream))
 
 
-async def noted(held: Held, stream: AsyncIterator[T]) -> AsyncGenerator[T, None]:
-    """Pass the stream of a nested call on; the call outside is settled by the usage that goes by."""
-    try:
-        async for item in stream:
-            note_usage(held, usage_of(item))
-            yield item
-    finally:
-        if isinstance(stream, AsyncGenerator):
-            await stream.aclose()
-
-
-def noted_sync(held: Held, stream: Iterator[T]) -> Generator[T, None, None]:
-    """Do what `noted` does, of a synchronous stream."""
-    try:
-        for item in stream:
-            note_usage(held, usage_of(item))
-            yield item
-    finally:
-        if isinstance(stream, Generator):
-            stream.close()
+def nested_stream_sync(
+    held: HeldCall, start: Callable[[], Iterator[T]]
+) -> Generator[T, None, None]:
+    """Do what `nested_stream` does, of a synchronous stream."""
+    with nested(held) as method:
+        stream = start()
+    return method.passed_on_sync(iter(stream))

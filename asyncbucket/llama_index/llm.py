@@ -20,7 +20,7 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.llms.llm import LLM
 
-from asyncbucket.llama_index.held import held_call, noted, noted_sync
+from asyncbucket.llama_index.held import held_call, nested_stream, nested_stream_sync
 from asyncbucket.llama_index.mixin import pacing_of
 from asyncbucket.llama_index.streams import AsyncPacedStream, PacedStream
 from asyncbucket.llama_index.structured import RateLimitedPrediction
@@ -53,12 +53,13 @@ class RateLimitedLLM(RateLimitedPrediction, ABC):
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **kwargs: Any
     ) -> ChatResponseAsyncGen:
-        if held := held_call(pacing_of(self).limiter):
-            return noted(held, await super().astream_chat(messages, **kwargs))
         messages = list(messages)
+        start = functools.partial(super().astream_chat, messages, **kwargs)
+        if held := held_call(pacing_of(self).limiter):
+            return await nested_stream(held, start)
         return AsyncPacedStream(
             pacing_of(self),
-            functools.partial(super().astream_chat, messages, **kwargs),
+            start,
             _chat_cost(self, messages, kwargs),
             ask_for_usage=_has_to_ask(self, kwargs),
         )
@@ -66,11 +67,12 @@ class RateLimitedLLM(RateLimitedPrediction, ABC):
     async def astream_complete(
         self, prompt: str, *args: Any, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
+        start = functools.partial(super().astream_complete, prompt, *args, **kwargs)
         if held := held_call(pacing_of(self).limiter):
-            return noted(held, await super().astream_complete(prompt, *args, **kwargs))
+            return await nested_stream(held, start)
         return AsyncPacedStream(
             pacing_of(self),
-            functools.partial(super().astream_complete, prompt, *args, **kwargs),
+            start,
             _completion_cost(self, prompt, kwargs),
             ask_for_usage=_has_to_ask(self, kwargs),
         )
@@ -85,22 +87,24 @@ class RateLimitedLLM(RateLimitedPrediction, ABC):
         return pacing_of(self).call_sync(send, _completion_cost(self, prompt, kwargs))
 
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        if held := held_call(pacing_of(self).limiter):
-            return noted_sync(held, super().stream_chat(messages, **kwargs))
         messages = list(messages)
+        start = functools.partial(super().stream_chat, messages, **kwargs)
+        if held := held_call(pacing_of(self).limiter):
+            return nested_stream_sync(held, start)
         return PacedStream(
             pacing_of(self),
-            functools.partial(super().stream_chat, messages, **kwargs),
+            start,
             _chat_cost(self, messages, kwargs),
             ask_for_usage=_has_to_ask(self, kwargs),
         )
 
     def stream_complete(self, prompt: str, *args: Any, **kwargs: Any) -> CompletionResponseGen:
+        start = functools.partial(super().stream_complete, prompt, *args, **kwargs)
         if held := held_call(pacing_of(self).limiter):
-            return noted_sync(held, super().stream_complete(prompt, *args, **kwargs))
+            return nested_stream_sync(held, start)
         return PacedStream(
             pacing_of(self),
-            functools.partial(super().stream_complete, prompt, *args, **kwargs),
+            start,
             _completion_cost(self, prompt, kwargs),
             ask_for_usage=_has_to_ask(self, kwargs),
         )

@@ -54,16 +54,17 @@ def warn_of_misuse(model: Any, limiter: Limiter, *, attempts: int) -> None:
 
 
 def warn_of_time_out(limiter: Limiter, waited: float) -> None:
-    """Warn once if a step of a workflow was cancelled in line, ``waited`` seconds after it came.
+    """Warn once if a call in a step of a workflow was cancelled in line, ``waited`` seconds after it came.
 
-    The workflow's own error says nothing of a queue. Whether its time-out did that cannot be seen.
+    The workflow's own error says nothing of a queue. Who cancelled the call, its time-out or somebody in the
+    step, cannot be seen.
     """
     in_a_step = any(each.name == _STEP for each in contextvars.copy_context())
     if waited > _HARDLY and in_a_step and limiter not in _TOLD:
         _TOLD.add(limiter)
         _log.warning(
-            "a workflow was cancelled while a call of it had waited %s for limiter %r: if its time-out "
-            "did that, it is shorter than the queue; make it with timeout=None, or run it inside "
+            "a call inside a workflow was cancelled when it had waited %s for limiter %r: if the workflow's "
+            "time-out did that, it is shorter than the queue; make it with timeout=None, or run it inside "
             "asyncbucket.deadline(...), which says what binds",
             *(in_seconds(waited), limiter.name),
         )

@@ -14,7 +14,7 @@ from asyncbucket.limiter.lease import Lease
 from asyncbucket.limiter.levels import asked, in_force, provider_of
 from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator, Observer
 from asyncbucket.llama_index.events import admit, admit_sync
-from asyncbucket.llama_index.held import HeldCall, held_call, nested, note_usage
+from asyncbucket.llama_index.held import HeldCall, held_call, nested
 from asyncbucket.retry import Retrier, Retry, Sent, classify
 
 T = TypeVar("T")
@@ -77,9 +77,9 @@ class Pacing:
             sent = Sent()
             attempt = functools.partial(self._attempt, send, estimate(), read, sent)
             return await self.retrier.call(attempt, deadline=self.deadline(), tried=send, sent=sent)
-        with nested(held):
+        with nested(held) as method:
             reply = await send()
-            note_usage(held, read(reply))
+            method.note(read(reply))
         return reply
 
     def call_sync(
@@ -95,9 +95,9 @@ class Pacing:
             sent = Sent()
             attempt = functools.partial(self._attempt_sync, send, estimate(), read, sent)
             return self.retrier.call_sync(attempt, deadline=self.deadline(), tried=send, sent=sent)
-        with nested(held):
+        with nested(held) as method:
             reply = send()
-            note_usage(held, read(reply))
+            method.note(read(reply))
         return reply
 
     async def _attempt(

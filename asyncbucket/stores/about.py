@@ -24,7 +24,7 @@ async def details(client: Any) -> dict[str, str]:
             said["clock"] = _clock(seconds + micros * 1e-6 - (asked + time.time()) / 2)
             info = await client.info()
             said = _kind(info) | said | _memory(info) | _persistence(info, None)
-            said |= _persistence(info, (await client.config_get("save"))["save"])
+            said |= _persistence(info, (await client.config_get("save")).get("save"))
     return said
 
 

@@ -96,10 +96,11 @@ def test_store_answers(tmp_path: Path) -> None:
     assert " answers in " in shown
 
 
-def test_a_server_that_forgets_what_was_booked_is_told_of() -> None:
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+def test_a_server_that_forgets_what_was_booked_is_told_of(policy: str) -> None:
     """What its settings are worth at a restart, a fail-over and when its memory is full."""
     good = {"valkey": "8.1.1", "clock": "in step", "memory": "unbounded", "persistence": "none"}
-    trap = {"clock": "5 s ahead", "memory": "9 bytes at most and allkeys-lru"}
+    trap = {"clock": "5 s ahead", "memory": f"9 bytes at most and {policy}"}
 
     assert list(shared.traps("x", good)) == []
     assert list(shared.traps("x", {"schema": "1"})) == []

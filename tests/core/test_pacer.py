@@ -9,7 +9,7 @@ from typing import TypeVarTuple
 
 import pytest
 
-from asyncbucket import Limiter, TokenBucket
+from asyncbucket import Limiter, TokenBucket, tree
 from asyncbucket.testing import VirtualTime, VirtualTimeLoop, assert_within_bucket
 
 Ts = TypeVarTuple("Ts")
@@ -236,6 +236,61 @@ def test_others_go_together_until_a_child_may_go_that_its_own_limits_hold_up(
         *range(20_000_000, 80_000_001, 20_000_000),
     ]
     assert len({when for _, when in trace}) <= 80  # 50 groups, and 4 times 2 ms
+
+
+@pytest.mark.parametrize("first", ["crowd", "slow"])
+def test_child_of_a_child_has_as_much_where_others_go_together(
+    virtual_time: VirtualTime, first: str
+) -> None:
+    """Whoever stands in line before it, and though its parent is not the one to go next."""
+    trace: list[tuple[str, int]] = []
+
+    async def call(child: Limiter) -> None:
+        (await child.acquire()).release()
+        trace.append((child.name, virtual_time.clock()))
+
+    async def main() -> None:
+        key = Limiter("5k requests/s burst 100", name="key", clock=virtual_time.clock)
+        team, others = key.child("team"), key.child("others")
+        crowd, slow = team.child("crowd"), team.child("slow", "400/s burst 1")
+        lines = [[crowd] * 1_500, [slow] * 250]
+        children = [
+            *itertools.chain(*(lines if first == "crowd" else lines[::-1])),
+            *[others] * 1_500,
+        ]
+        calls = [asyncio.ensure_future(call(child)) for child in children]
+        await asyncio.sleep(0.5)
+        for each in calls:
+            each.cancel()
+
+    virtual_time.run(main())
+    assert (
+        len([name for name, _ in trace if name == "key/team/slow"]) >= 170
+    )  # one by one it is 176
+    assert len({when for _, when in trace}) <= 1_000  # of 2,500
+
+
+def test_where_very_many_are_held_up_others_go_one_by_one(
+    virtual_time: VirtualTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To look at all of them before each wait would take longer."""
+    monkeypatch.setattr(tree, "_MANY", 2)
+    instants: set[int] = set()
+
+    async def call(child: Limiter) -> None:
+        await child.acquire()
+        instants.add(virtual_time.clock())
+
+    async def main() -> None:
+        key = Limiter("5k requests/s burst 100", name="key", clock=virtual_time.clock)
+        slow = [key.child(f"slow {number}", "1 RPM") for number in range(3)]
+        waiting = [asyncio.ensure_future(child.acquire()) for child in slow for _ in range(2)]
+        await asyncio.gather(*(call(key.child("crowd")) for _ in range(500)))
+        for each in waiting:
+            each.cancel()
+
+    virtual_time.run(main())
+    assert len(instants) > 400
 
 
 def test_what_flows_past_a_full_bucket_is_not_lost_for_company(virtual_time: VirtualTime) -> None:

@@ -192,6 +192,29 @@ async def test_batch_that_is_a_request_a_text_owes_the_others() -> None:
     assert (now.admitted, now.limits[0].used) == (6, 12)
 
 
+async def test_requests_that_a_batch_sends_at_once_are_owed_once(
+    openai_api: "ScriptedOpenAI",
+) -> None:
+    """Nobody else is let in by what comes back while they leave one by one."""
+
+    class Splitting(OpenAIEmbedding):  # type: ignore[misc]
+        async def _aget_text_embedding(self, text: str) -> Any:
+            await asyncio.sleep(0)  # as whoever looks up a key first
+            return await super()._aget_text_embedding(text)
+
+        async def _aget_text_embeddings(self, texts: list[str]) -> Any:
+            return await asyncio.gather(*map(self._aget_text_embedding, texts))
+
+    limiter = Limiter("1000 RPM")
+    model: Any = limiter.wrap(Splitting(api_key="k", api_base=API_BASE, embed_batch_size=4))
+
+    await model.aget_text_embedding_batch(TEXTS[:4])
+
+    now = limiter.statistics()
+    assert now.limits[0].used == len(openai_api.requests) == 4
+    assert "requests" not in now.refunded
+
+
 async def test_fallback_on_the_synchronous_method_does_not_block_the_loop() -> None:
     """The asynchronous method waits for its turn asynchronously, and its twin passes within."""
     limiter = Limiter("1000 RPM", concurrency=1)

@@ -44,6 +44,10 @@ class Person(BaseModel):
     name: str
 
 
+#: Ten tokens.
+USED = {"usage": {"prompt_tokens": 4, "completion_tokens": 6}}
+
+
 class Echo(CustomLLM):
     """A model of a user's own, whose asynchronous methods call the synchronous ones."""
 
@@ -199,8 +203,7 @@ async def test_method_that_calls_another_several_times_owes_all_of_it() -> None:
             return ChatResponse(message=ChatMessage(replies[0].text))
 
         def complete(self, prompt: str, *_: Any, **__: Any) -> CompletionResponse:
-            usage = {"prompt_tokens": 4, "completion_tokens": 6}
-            return CompletionResponse(text=prompt, raw={"usage": usage})
+            return CompletionResponse(text=prompt, raw=USED)
 
     limiter = Limiter("100 RPM", "10k TPM", concurrency=1)
     llm = limiter.wrap(Voting())
@@ -210,6 +213,43 @@ async def test_method_that_calls_another_several_times_owes_all_of_it() -> None:
 
     now = limiter.statistics()
     assert (now.admitted, [limit.used for limit in now.limits]) == (2, [6, 60])
+
+
+async def test_method_that_reads_several_streams_owes_all_of_them() -> None:
+    """As of calls: one after the other or side by side, and once what a stream reads itself."""
+
+    class Drafting(Echo):
+        async def achat(self, *_: Any, **__: Any) -> ChatResponse:
+            async def draft() -> str:
+                return "".join(
+                    [part.delta or "" async for part in await self.astream_chat(MESSAGES)]
+                )
+
+            await self.acomplete("hi")
+            drafts = [await draft(), *await asyncio.gather(draft(), draft())]
+            return ChatResponse(message=ChatMessage(drafts[0]))
+
+        def chat(self, *_: Any, **__: Any) -> ChatResponse:
+            drafts = [list(self.stream_chat(MESSAGES)) for _turn in range(3)]
+            self.complete("hi")
+            return ChatResponse(message=ChatMessage(drafts[0][-1].delta))
+
+        def complete(self, prompt: str, *_: Any, **__: Any) -> CompletionResponse:
+            return CompletionResponse(text=prompt, raw=USED)
+
+        def stream_complete(self, *_: Any, **__: Any) -> CompletionResponseGen:
+            yield CompletionResponse(text="a", delta="a")
+            yield CompletionResponse(text="ab", delta="b", raw=USED)
+
+    limiter = Limiter("100 RPM", "10k TPM", concurrency=1)
+    llm = limiter.wrap(Drafting())
+
+    await llm.achat(MESSAGES)
+    now = limiter.statistics()
+    assert (now.admitted, [limit.used for limit in now.limits]) == (1, [4, 40])
+    await asyncio.to_thread(llm.chat, MESSAGES)
+    now = limiter.statistics()
+    assert (now.admitted, [limit.used for limit in now.limits]) == (2, [8, 80])
 
 
 @pytest.mark.parametrize("make", [make_openai, make_responses])

@@ -171,8 +171,8 @@ async def test_workflow_that_is_cut_off_in_line_is_told_of(
         with pytest.raises(WorkflowTimeoutError):
             await Greeting(timeout=0.1).run()
     (message,) = caplog.messages
-    assert message.startswith("a workflow was cancelled while a call of it had waited 0.")
+    assert message.startswith("a call inside a workflow was cancelled when it had waited 0.")
     assert message.endswith(
-        " s for limiter 'slow': if its time-out did that, it is shorter than the queue; make it with "
-        "timeout=None, or run it inside asyncbucket.deadline(...), which says what binds"
+        " s for limiter 'slow': if the workflow's time-out did that, it is shorter than the queue; make it "
+        "with timeout=None, or run it inside asyncbucket.deadline(...), which says what binds"
     )

@@ -193,6 +193,19 @@ async def test_a_server_says_what_it_is_as_far_as_the_login_may_ask(
         await each.aclose()
 
 
+async def test_a_setting_that_a_server_does_not_have_is_unknown(
+    store: RedisStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that only speaks like Redis answers the question for it with nothing."""
+
+    async def nothing(*_: object) -> dict[str, str]:
+        return {}
+
+    ledger = await store.open("imitated", terms("1/s"))
+    monkeypatch.setattr(Redis, "config_get", nothing)
+    assert (await ledger.peek()).details["persistence"] == "unknown"
+
+
 async def test_a_clock_that_is_out_of_step_is_told(
     store: RedisStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

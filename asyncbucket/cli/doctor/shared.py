@@ -1,6 +1,7 @@
 """A store: whether it answers, how fast, and what it says of itself."""
 
 import asyncio
+import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -83,7 +84,7 @@ def traps(shown: str, details: dict[str, str]) -> Iterator[Finding]:
             f"pass again",
             'set save "" or appendonly yes',
         )
-    if "allkeys-" in details.get("memory", ""):
+    if re.search("(allkeys|volatile)-", details.get("memory", "")):  # a limiter's keys expire
         yield note(
             "store settings",
             f"{shown} may evict a limiter, which begins with nothing left then",
