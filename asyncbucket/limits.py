@@ -15,9 +15,10 @@ Key: TypeAlias = tuple[str, float]
 
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _RESOURCES: Final = {"r": "requests", "t": "tokens", "it": "input_tokens", "ot": "output_tokens"}
-#: The same in other words: a limit of "request" would be one that no call counts against.
+#: The same in other words: a limit of "request", or of "r" in "10r/s", would be one that no call
+#: counts against.
 _OTHER_WORDS: Final = {
-    **dict.fromkeys(("request", "req", "reqs", "call", "calls"), "requests"),
+    **dict.fromkeys(("request", "req", "reqs", "r", "call", "calls"), "requests"),
     "token": "tokens",
     "input_token": "input_tokens",
     "output_token": "output_tokens",
@@ -89,7 +90,7 @@ class Limit:
         object.__setattr__(self, "amount", _units(self.amount, f"limit of {self.resource}"))
         if not is_number(self.per) or not _SHORTEST <= self.per <= _LONGEST:
             raise LimitSyntaxError(
-                f"a window must last from 0.001 s to 400 days, not {self.per!r} s"
+                f"a window must last from 0.001 to 34,560,000 seconds (400 days), not {self.per!r}"
             )
         object.__setattr__(self, "per", int(self.per) if is_integer(self.per) else float(self.per))
         if self.burst is None:

@@ -67,7 +67,7 @@ def test_young_preset_says_nothing() -> None:
 
 def test_unknown_preset_names_those_like_it() -> None:
     """A typing error is mended at once."""
-    with pytest.raises(ValueError, match=r"there is e\.g\. openai/tier-1/gpt-4o-mini"):
+    with pytest.raises(ValueError, match=r"try e\.g\. openai/tier-1/gpt-4o-mini"):
         preset("openai/tier1/gpt-4o-mini")
 
 

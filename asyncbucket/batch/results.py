@@ -75,10 +75,11 @@ def amap(  # noqa: PLR0913 - each is an option of its own, by keyword
         window: by default twice the workers.
 
     Raises:
-        ValueError, TypeError: an option is none that there is; or ``fn`` acquires by itself of a limiter
+        ValueError, TypeError: an option is none that there is; ``fn`` cannot be called, or it acquires by itself of a limiter
             above or beside this one, and its calls would pay twice.
         ImportError: the library for the bar is not installed.
     """
+    check_function(fn)
     if errors not in ("raise", "collect"):
         raise ValueError(f"errors must be 'raise' or 'collect', not {errors!r}")
     if cost is not None and paced:
@@ -100,6 +101,15 @@ def amap(  # noqa: PLR0913 - each is an option of its own, by keyword
         progress=progress_for(limiter, show_progress),
     )
     return Results(engine, raises=errors == "raise")
+
+
+def check_function(fn: object) -> None:
+    """Refuse at once what could not be called, not when the first item has been admitted."""
+    if not callable(fn):
+        raise TypeError(
+            f"the function comes first, not called yet, and then the items, as in amap(ask, prompts); "
+            f"{type(fn).__name__} cannot be called"
+        )
 
 
 def name_of(fn: object) -> str:

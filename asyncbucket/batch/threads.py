@@ -10,7 +10,7 @@ from anyio.from_thread import start_blocking_portal
 from asyncbucket.batch.checkpoint import Checkpoint
 from asyncbucket.batch.item import Item
 from asyncbucket.batch.paced import acquires_itself
-from asyncbucket.batch.results import Results, amap, name_of
+from asyncbucket.batch.results import Results, amap, check_function, name_of
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.terms import read_count
 
@@ -59,6 +59,7 @@ def map_sync(
     Raises:
         ValueError, TypeError, ImportError: as for `amap`, at once.
     """
+    check_function(fn)
     if workers is not None:
         read_count(workers, "workers", least=1)
     elif not inspect.iscoroutinefunction(fn):

@@ -39,31 +39,33 @@ def root(
     *,
     _version: Annotated[
         bool,
-        typer.Option("--version", callback=_say_version, is_eager=True, help="Say which it is."),
+        typer.Option(
+            "--version", callback=_say_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Put any number of concurrent agents behind one rate limit."""
 
 
 app.command(
-    short_help="Agents under a provider's limits, with and without it.",
+    short_help="Run agents under a provider's limits, with and without pacing.",
     epilog=demo_options.EXAMPLES,
 )(demo_options.demo)
 app.command(
-    short_help="How long calls take under limits, and what binds.", epilog=plan_options.EXAMPLES
+    short_help="Say how long calls take under limits, and what binds.", epilog=plan_options.EXAMPLES
 )(plan_options.plan)
 app.command(
     short_help="Send every line of a file to a model, under your limits.",
     epilog=run_options.EXAMPLES,
 )(run_options.run)
-app.command(short_help="What running limiters do, live.", epilog=watch_options.EXAMPLES)(
+app.command(short_help="Show what running limiters do, live.", epilog=watch_options.EXAMPLES)(
     watch_options.watch
 )
-app.command(short_help="Draw what limiter.trace() has kept.", epilog=trace_options.EXAMPLES)(
+app.command(short_help="Draw what limiter.trace() recorded.", epilog=trace_options.EXAMPLES)(
     trace_options.plot
 )
 app.command(
-    short_help="What is set up here, what of it is wrong, and the remedy.",
+    short_help="Check this installation, and say what to fix.",
     epilog=doctor_options.EXAMPLES,
 )(doctor_options.doctor)
 

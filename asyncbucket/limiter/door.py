@@ -206,8 +206,13 @@ def _refuse_if_hopeless_locked(
 def _too_late_locked(
     account: Account, amounts: dict[str, int], now: int, deadline: int
 ) -> AcquireTimeout:
-    how = f"within {in_seconds(max(0, deadline - now) * 1e-9)}"
-    return refusal_locked(AcquireTimeout, account, amounts, how, "raise the timeout or the limit")
+    remedy = "raise the timeout or the limit"
+    if deadline < now:
+        how = "by a deadline that has passed"
+        remedy = f"a deadline is an instant of time.monotonic(), not seconds from now: {remedy}"
+    else:
+        how = f"within {in_seconds((deadline - now) * 1e-9)}"
+    return refusal_locked(AcquireTimeout, account, amounts, how, remedy)
 
 
 def _tell_admitted(account: Account, lease: Lease, when: int) -> None:

@@ -34,7 +34,7 @@ class Steering(ABC):
         Raises:
             ValueError: ``seconds`` is not a finite number from 0 on.
         """
-        span = span_of(seconds, "a pause", "it is reckoned from now")
+        span = span_of(seconds, "a pause", "it counts from now")
         if span >= NEVER:
             raise ValueError("a pause must end: give a finite number of seconds")
         account = self._account

@@ -106,7 +106,7 @@ def _read_file(path: Path, name: str, read: Read) -> list[float | Cost]:
                 sample = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(
-                    f"{where}: no JSON: {error}; a line is a number, a text in quotes or an object"
+                    f"{where}: not JSON: {error}; a line is a number, a text in quotes or an object"
                 ) from error
             values.append(_read(sample, f"{name}: {where}", read))
     return values

@@ -13,7 +13,7 @@ import anyio
 import pytest
 
 from asyncbucket import AcquireTimeout, Cost, CostExceedsLimit, Limiter, priority
-from asyncbucket.batch import Item, amap
+from asyncbucket.batch import Item, amap, map_sync
 from asyncbucket.context import inherited, read_priority
 from asyncbucket.testing import VirtualTime
 
@@ -516,6 +516,16 @@ def test_a_text_is_no_list_of_items(items: Any) -> None:
     )
     with pytest.raises(TypeError, match=message):
         amap(Limiter(concurrency=1), Work(), items)
+
+
+@pytest.mark.parametrize("run", [amap, map_sync])
+@pytest.mark.parametrize(("fn", "kind"), [(["a prompt"], "list"), (None, "NoneType")])
+def test_what_is_no_function_is_refused_at_once(run: Any, fn: Any, kind: str) -> None:
+    """Nothing is charged for it, and nobody waits for the limit first."""
+    with pytest.raises(
+        TypeError, match=rf"function comes first.*amap\(ask, prompts\); {kind} cannot"
+    ):
+        run(Limiter("1 RPM"), fn, print)
 
 
 @pytest.mark.parametrize(

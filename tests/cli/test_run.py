@@ -124,7 +124,7 @@ def test_bad_lines_are_named_and_the_rest_goes_on(rate_limited_provider: Provide
     assert errors[6]["message"] == "custom_id 'q0' is that of line 2 already"
     assert len(lines_of("out.jsonl")) == provider.statistics().admitted == 2
     assert "5 bad lines" in result.stderr
-    assert "line 1: no JSON" in result.stderr
+    assert "line 1: not JSON" in result.stderr
 
 
 def test_refused_request_is_an_error_and_is_tried_again_by_the_next_run(

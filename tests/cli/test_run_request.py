@@ -121,7 +121,7 @@ def test_key_depends_on_what_is_asked() -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"custom_id": ', "no JSON: Expecting value: line 1 column "),
+        (b'{"custom_id": ', "not JSON: Expecting value: line 1 column "),
         (b"\xff\xfe", "not UTF-8 text at byte 0"),
         (batch(custom_id=7), "custom_id is missing, or no text"),
         (batch(custom_id="x" * 513), "custom_id has 513 characters, more than 512"),

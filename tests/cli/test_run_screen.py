@@ -139,14 +139,14 @@ def test_summary_adds_up() -> None:
     """Every line is in one of its numbers; the commonest reasons are there."""
 
     def change(tally: Tally) -> None:
-        tally.reasons.update({"http_500: overloaded": 6, "line 3: no JSON": 1})
+        tally.reasons.update({"http_500: overloaded": 6, "line 3: not JSON": 1})
 
     assert ended(change).splitlines() == [
         "done in 2 min: 1,234 answered and 1,000 earlier, 7 failed, 3 bad lines",
         "1,250 requests (12.3 answers/s), 2 429s, 1,203,400 + 301,200 tokens, $0.3612",
         "  6 x http_500: overloaded",
-        "  line 3: no JSON",
-        "answers: out.jsonl, the rest: bad.jsonl",
+        "  line 3: not JSON",
+        "answers: out.jsonl, failed lines: bad.jsonl",
     ]
 
 

@@ -211,7 +211,7 @@ def test_a_timeout_is_not_negative_and_may_be_endless() -> None:
     with pytest.raises(ValueError, match="a pause must end: give a finite number of seconds"):
         limiter.pause(float("inf"))
     with pytest.raises(
-        ValueError, match=r"^a pause must be at least 0 s, not -1; it is reckoned from now$"
+        ValueError, match=r"^a pause must be at least 0 s, not -1; it counts from now$"
     ):
         limiter.pause(-1)
     with pytest.raises(ValueError, match="a pause must be a number of seconds, not nan"):

@@ -103,15 +103,15 @@ def test_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     path.write_bytes(b"5\n\x85\xff\n")
 
-    with pytest.raises(ValueError, match=r"samples\.jsonl, line 2: no JSON: 'utf-8' codec"):
+    with pytest.raises(ValueError, match=r"samples\.jsonl, line 2: not JSON: 'utf-8' codec"):
         plan(tokens=path)
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"samples\.jsonl, line 2: no JSON: .*; a line is a number, a text in"),
-        ("[" * 100_000, r"samples\.jsonl, line 2: no JSON: maximum recursion depth"),
+        ("{", r"samples\.jsonl, line 2: not JSON: .*; a line is a number, a text in"),
+        ("[" * 100_000, r"samples\.jsonl, line 2: not JSON: maximum recursion depth"),
         ('{"cost": 3}', r"tokens: .*samples\.jsonl, line 2: an object with cost gives no tokens"),
         ("{}", "an object with nothing gives no tokens"),
         ("null", "line 2: expected a number, not None"),

@@ -29,20 +29,20 @@ def demo(  # noqa: PLR0913 - one for each option
         str | None, words("A real provider; default: OpenAI.", metavar="URL")
     ] = None,
     embed_model: Annotated[str | None, named("An embedding model of it; default: none.")] = None,
-    compare: Annotated[bool, switch("Run it without asyncbucket, too.", "--compare")] = False,
+    compare: Annotated[bool, switch("Also run it without asyncbucket.", "--compare")] = False,
     seconds: Annotated[
         float | None,
-        typer.Option(min=2, max=3600, metavar="S", help="How long the paced run shall take."),
+        typer.Option(min=2, max=3600, metavar="S", help="How long the paced run should take."),
     ] = None,
     quick: Annotated[bool, switch("The same as --seconds 6.", "--quick")] = False,
     as_json: Annotated[bool, switch("Print the figures as JSON.", "--json")] = False,
 ) -> None:
     """Run LlamaIndex agents under a provider's limits, without asyncbucket and with it.
 
-    The provider is bundled: it runs on this machine, costs nothing, and refuses with 429 what is
-    over its limits. --model or --api-base name a real one. Its key is read from OPENAI_API_KEY,
-    its calls cost money, --rpm or --tpm say what the key may do, and asyncbucket paces it; without
-    asyncbucket it runs only on request.
+    The provider is bundled: it runs on this machine, costs nothing, and answers 429 above its limits.
+    Use --model or --api-base to call a real one, with the key in OPENAI_API_KEY; that costs money.
+    Say with --rpm or --tpm what the key allows. A real provider is called without asyncbucket only
+    if you add --compare.
     """
     wish = Wish(
         agents=agents,

@@ -33,7 +33,7 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, switch("Print the findings as JSON.", "--json")] = False,
 ) -> None:
-    """Say what is installed and set up here, what of it is wrong, and the remedy.
+    """Check what is installed and set up here, and say what to fix.
 
     The status is 1 if something is wrong. In a store it makes a limiter of its own, which expires.
     """
@@ -109,6 +109,4 @@ def _show(findings: Sequence[Finding]) -> None:
     console.print(Padding(table, (0, 0, 1, 0)))
     wrong = sum(finding.state is State.BAD for finding in findings)
     notes = sum(finding.state is State.NOTE for finding in findings)
-    console.print(
-        f"{wrong} wrong, {notes} to note, {len(findings) - wrong - notes} as they should be"
-    )
+    console.print(f"{wrong} wrong, {notes} to note, {len(findings) - wrong - notes} ok")

@@ -51,9 +51,11 @@ def plan(  # noqa: PLR0913 - one for each option
     tokens: Annotated[
         str | None, _samples_of("Tokens a call, or JSONL: prompts, requests, numbers.")
     ] = None,
-    input_tokens: Annotated[str | None, _samples_of("Tokens sent, where they count apart.")] = None,
+    input_tokens: Annotated[str | None, _samples_of("Tokens sent, if limited apart.")] = None,
     output_tokens: Annotated[str | None, _samples_of("Tokens expected back.")] = None,
-    used_tokens: Annotated[str | None, _samples_of("Tokens really used, if not all.")] = None,
+    used_tokens: Annotated[
+        str | None, _samples_of("Tokens really used; default: as reserved.")
+    ] = None,
     latency: Annotated[
         str, words("Seconds a call takes, or JSONL of them.", metavar="S|FILE")
     ] = "0",
@@ -82,14 +84,14 @@ def plan(  # noqa: PLR0913 - one for each option
     profile: Annotated[str, named("How requests are charged: openai, anthropic, ...")] = "openai",
     # What is found out, and shown.
     what_if: Annotated[
-        bool | None, switch("What other limits would be worth.", "--what-if/--no-what-if")
+        bool | None, switch("Say what other limits would bring.", "--what-if/--no-what-if")
     ] = None,
-    seed: Annotated[int, words("Of all that is drawn.", metavar="N")] = 0,
+    seed: Annotated[int, words("Seed of all random numbers.", metavar="N")] = 0,
     out: Annotated[Path | None, file("Draw it: .png, .svg or .pdf.")] = None,
-    dark: Annotated[bool, switch("Draw it for a dark page.", "--dark")] = False,
+    dark: Annotated[bool, switch("Draw on a dark background.", "--dark")] = False,
     as_json: Annotated[bool, switch("Print the plan as JSON.", "--json")] = False,
 ) -> None:
-    """Foresee how long calls take under limits, what binds, and what other limits are worth.
+    """Say how long calls take under limits, what binds, and what other limits would bring.
 
     The calls run through the real limiter on virtual time: nothing is sent, nothing waits.
     """

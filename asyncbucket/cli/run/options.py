@@ -60,38 +60,38 @@ def run(  # noqa: PLR0913 - one for each option
     key_variable: Annotated[
         str, named("The variable that holds the key.", "--key-from")
     ] = "OPENAI_API_KEY",
-    endpoint: Annotated[str, named("Of prompts: chat, responses or embeddings.")] = "chat",
+    endpoint: Annotated[str, named("Where prompts go: chat, responses, embeddings.")] = "chat",
     system: Annotated[str | None, words("The system message before each prompt.")] = None,
-    max_tokens: Annotated[int | None, count("Of a reply, where lines don't say.")] = None,
+    max_tokens: Annotated[int | None, count("For a reply, if the line sets none.")] = None,
     # How much, and how often.
     most: Annotated[int | None, count("The first N lines only.", "--limit")] = None,
     price: Annotated[
         str | None, words("Dollars for a million tokens, e.g. 0.15/0.60.", metavar="IN/OUT")
     ] = None,
     errors: Annotated[Path | None, file("Failed lines; default: beside the answers.")] = None,
-    attempts: Annotated[int, count("For one line, the first included.")] = 5,
+    attempts: Annotated[int, count("Attempts for a line, the first included.")] = 5,
     timeout: Annotated[
-        float, typer.Option(min=1, metavar="S", help="For a reply, without the time in line.")
+        float,
+        typer.Option(min=1, metavar="S", help="Seconds for a reply, time in line not counted."),
     ] = 600.0,
     profile: Annotated[str | None, named("How calls are charged; default: by the host.")] = None,
     latency: Annotated[
-        float, typer.Option(min=0, metavar="S", help="What --dry-run takes a call to last.")
+        float, typer.Option(min=0, metavar="S", help="Seconds a call takes, for --dry-run.")
     ] = 2.0,
     dry_run: Annotated[
         bool, switch("Send nothing; say how long it would take.", "--dry-run")
     ] = False,
-    restart: Annotated[
-        bool, switch("Begin anew: answers so far are deleted.", "--restart")
-    ] = False,
+    restart: Annotated[bool, switch("Start over: delete the answers so far.", "--restart")] = False,
     # What is shown.
     quiet: Annotated[bool, switch("Show nothing but errors.", "--quiet", "-q")] = False,
     as_json: Annotated[bool, switch("Print the summary as JSON on stdout.", "--json")] = False,
 ) -> None:
     """Send every line of a file to a model, under your limits, and write every answer once.
 
-    A line is a request of OpenAI's batch files, the body of one, or a prompt. Answers come as they
-    come, with the custom_id and line of the request, as in OpenAI's output files. Killed and started again, it goes on
-    where it was and stays under the limits. Ctrl-C lets requests under way finish; again, it drops them.
+    A line is a request of OpenAI's batch files, the body of one, or a prompt. Answers are
+    written as they arrive, with the custom_id and line of the request, as in OpenAI's output files.
+    Killed and started again, it continues where it stopped and stays under the limits. Ctrl-C lets
+    the requests under way finish; a second one drops them.
 
     Status: 0 when all lines are answered, 1 when some failed (the errors file says why), 2 when none
     can be, 130 after Ctrl-C.

@@ -56,7 +56,7 @@ def reasons(tally: Tally) -> list[str]:
 
 
 def _errors(job: Job, tally: Tally) -> str:
-    return f", the rest: {job.errors_file}" if tally.failed or tally.bad else ""
+    return f", failed lines: {job.errors_file}" if tally.failed or tally.bad else ""
 
 
 def _said(limit: Limit) -> str:

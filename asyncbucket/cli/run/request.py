@@ -79,7 +79,7 @@ def _request(number: int, text: str, job: Job) -> Request:
     try:
         line = json.loads(text)
     except ValueError as error:
-        raise BadLine(f"no JSON: {error}") from None
+        raise BadLine(f"not JSON: {error}") from None
     if "custom_id" in line or "body" in line:
         return _batch_line(number, line, job)
     return _made(number, None, PATHS[job.endpoint], _body_of(line, job), job)

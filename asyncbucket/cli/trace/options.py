@@ -21,7 +21,7 @@ def plot(
     ],
     *,
     out: Annotated[Path, file("A .png, .svg or .pdf.", "-o", "--out")],
-    dark: Annotated[bool, switch("On a dark ground.", "--dark")] = False,
+    dark: Annotated[bool, switch("Draw on a dark background.", "--dark")] = False,
 ) -> None:
     """Draw a trace: admissions against each limit, the line of those who waited, and pauses."""
     with in_a_line("plot"):

@@ -26,12 +26,12 @@ def watch(
     interval: Annotated[
         float, typer.Option(min=0.1, max=60, metavar="S", help="Seconds between two looks.")
     ] = 1.0,
-    once: Annotated[bool, switch("Look once, and end.", "--once")] = False,
-    as_json: Annotated[bool, switch("Print JSON, a line for a look.", "--json")] = False,
+    once: Annotated[bool, switch("Look once, then exit.", "--once")] = False,
+    as_json: Annotated[bool, switch("Print a line of JSON for each look.", "--json")] = False,
 ) -> None:
     """Show what running limiters do: how full each limit is, what binds, and who waits.
 
-    A program opens itself to it by limiter.serve_stats(); several that share a store are seen in
+    A program must call limiter.serve_stats() to be watched; programs that share a store are seen in
     the store. End it with Ctrl-C.
     """
     from asyncbucket.cli.watch.source import SourceError, source
