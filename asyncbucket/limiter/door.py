@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _AT_ONCE: Final = "without waiting"
+#: A deadline that lies further back (ns) was probably meant as seconds from now.
+_LONG_PAST: Final = 1_000_000_000
 #: What observers hear of a refusal.
 _REASONS: Final[dict[type, Reason]] = {
     WouldBlock: "would_block",
@@ -206,12 +208,11 @@ def _refuse_if_hopeless_locked(
 def _too_late_locked(
     account: Account, amounts: dict[str, int], now: int, deadline: int
 ) -> AcquireTimeout:
+    how = f"within {in_seconds(max(0, deadline - now) * 1e-9)}"
     remedy = "raise the timeout or the limit"
-    if deadline < now:
+    if now - deadline > _LONG_PAST:
         how = "by a deadline that has passed"
         remedy = f"a deadline is an instant of time.monotonic(), not seconds from now: {remedy}"
-    else:
-        how = f"within {in_seconds((deadline - now) * 1e-9)}"
     return refusal_locked(AcquireTimeout, account, amounts, how, remedy)
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import gc
+import itertools
 import math
 import threading
 import time
@@ -336,3 +337,13 @@ def test_a_deadline_may_be_past_or_never(virtual_time: VirtualTime) -> None:
             await limiter.acquire(deadline=10**400, timeout=10**400)
 
     virtual_time.run(main())
+
+
+async def test_a_timeout_that_is_over_at_once_is_no_deadline_that_has_passed() -> None:
+    """Though time goes on between the question and the answer."""
+    ticks = itertools.count(10**12, 1_000)
+    limiter = Limiter("1/s", clock=lambda: next(ticks))
+    await limiter.acquire()
+    refused = "cannot pass within 0 s: requests bind for .* more; raise the timeout or the limit$"
+    with pytest.raises(AcquireTimeout, match=refused):
+        await limiter.acquire(timeout=0)
