@@ -514,7 +514,7 @@ async def test_an_entry_that_counts_otherwise_stops_all(path: Path) -> None:
             )
             other.commit()
         with pytest.raises(
-            StoreError, match=r"entry \d of limiter 'openai' was made by an async.*"
+            StoreError, match=r"entry \d of limiter 'openai' was made by a version of async.*"
         ):
             await two.commit(Batch(calls=(CALL,)))
 
