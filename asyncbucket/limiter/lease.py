@@ -17,7 +17,6 @@ from asyncbucket.holders import Holder
 from asyncbucket.limiter.account import Account
 from asyncbucket.limiter.parts import Parts, add_debt, put_off, taken_back
 from asyncbucket.loops import OfThisProcess
-from asyncbucket.meters import Window
 
 #: The parts of tokens.
 _TOKENS: Final = ("input_tokens", "output_tokens")
@@ -166,11 +165,11 @@ class Lease(OfThisProcess):
         parts = self._parts.setdefault(resource, [(self._amounts.get(resource, 0), self._when)])
         if not more:
             return
-        meters = [meter for meter, counts in self._gates.meters if counts == resource]
         if not self._open:
-            for meter in meters:
-                if isinstance(meter, Window):
-                    meter.lent -= more
+            for window, counts in self._gates.windows:
+                if counts == resource:
+                    window.lent -= more
+        meters = [meter for meter, counts in self._gates.meters if counts == resource]
         if more > 0:
             now = self._account.budget.clock()
             add_debt(parts, more, now)
