@@ -1,10 +1,10 @@
-"""A swarm of agents with tools: every call of the model and of the tool waits its turn.
+"""A swarm of agents with tools: every call of the model or the tool waits its turn.
 
     python examples/agents_with_tools.py
 
-It needs no key: a provider on this machine answers, and refuses with 429 what is over its limits. Its
-minute lasts three seconds, so that you need not wait for long.
-Leave the provider, `api_base` and `api_key` out, set OPENAI_API_KEY, and the same code talks to OpenAI.
+You need no key: a provider on this machine answers, and refuses calls above its limits with 429. Its
+minute lasts only three seconds, so that you don't wait long.
+To use OpenAI, remove the provider, `api_base` and `api_key`, and set OPENAI_API_KEY.
 
 Needs: pip install "asyncbucket[openai,testing]"
 """
@@ -21,17 +21,17 @@ from asyncbucket.testing import RateLimitedProvider
 CITIES = ("Accra", "Dakar", "Kyoto", "Lima", "Oslo", "Perth", "Quito", "Turin")
 AGENTS = 32
 
-# What a key may do belongs together: all who call with this key share this one limiter.
-# For a real one write "500 RPM", "200k TPM", or whatever your account says.
+# One key, one limiter: everything that uses this key shares it. For a real key, write "500 RPM",
+# "200k TPM", or whatever your account says.
 openai = Limiter("40 requests/3s", "40k tokens/3s", concurrency=32, name="openai")
 
-# The tool asks a service of its own, with limits of its own.
+# The tool calls another service, which has its own limits.
 weather = Limiter("20/s", concurrency=4, name="weather")
 
 
 async def look_up_weather(city: str) -> str:
     """Look up the weather in a city."""
-    await asyncio.sleep(0.05)  # as long as such a service takes
+    await asyncio.sleep(0.05)  # about as long as such a service takes
     return f"{city}: 21 degrees, a light wind, no rain until the evening."
 
 
@@ -44,9 +44,9 @@ async def main() -> None:
 
         async def ask(number: int) -> str:
             city = CITIES[number % len(CITIES)]
-            # An agent asks the model twice: which tool, and what to make of the tool's answer. It
-            # holds a slot only while it does, never while the tool runs. `timeout=None`, because
-            # the time in line counts as its running time.
+            # An agent calls the model twice: to choose a tool, and to answer from its result. It
+            # holds a slot only during these calls, never while the tool runs. `timeout=None`,
+            # because time in line counts towards the agent's running time.
             agent: Any = FunctionAgent(tools=tools, llm=llm, timeout=None)
             return str(await agent.run(user_msg=f"How is the weather in {city}?"))
 

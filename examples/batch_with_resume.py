@@ -1,9 +1,9 @@
-"""Hundreds of prompts through one model, killed half-way and started again: nothing is paid twice.
+"""Hundreds of prompts, killed half-way and started again: no stored answer is paid for twice.
 
     python examples/batch_with_resume.py
 
-It needs no key: a provider on this machine answers, and refuses with 429 whatever is over its limits.
-Leave `provider` and `**account` out, set OPENAI_API_KEY, and the same code talks to OpenAI.
+You need no key: a provider on this machine answers, and refuses calls above its limits with 429. To
+use OpenAI, remove `provider` and `**account`, and set OPENAI_API_KEY.
 
 Needs: pip install "asyncbucket[batch,openai,testing]"
 """
@@ -23,13 +23,13 @@ PROMPTS = [f"Name a city whose name has {n} letters." for n in range(300)]
 
 
 async def answer_all(base_url: str, checkpoint: str) -> None:
-    """Answer what isn't answered yet, and say how it went."""
+    """Answer the prompts that have no answer yet, and print how it went."""
     limiter = Limiter("6000 RPM", "1M TPM", concurrency=10, name="openai")
     account: dict[str, Any] = {"api_base": base_url, "api_key": "any"}
     llm = limiter.wrap(OpenAI(model="gpt-4o-mini", max_tokens=30, **account))
 
-    # The model acquires by itself: `amap` sees that, and doesn't charge a call twice. A result is in
-    # the checkpoint before it is handed out here.
+    # The wrapped model acquires by itself. `amap` notices, and doesn't charge the call again. Each
+    # result is in the checkpoint before the loop gets it.
     restored = called = 0
     text = ""
     async for item in limiter.amap(llm.acomplete, PROMPTS, checkpoint=checkpoint):
@@ -40,12 +40,12 @@ async def answer_all(base_url: str, checkpoint: str) -> None:
 
 
 def run(base_url: str, checkpoint: str) -> None:
-    """Be a process of its own."""
+    """Run in a process of its own."""
     asyncio.run(answer_all(base_url, checkpoint))
 
 
 def main() -> None:
-    """Run it, kill it as `kill -9` does, and run it again."""
+    """Start a run, kill it as `kill -9` does, and start it again."""
     with (
         ProviderProcess(rpm=6_000, tpm=1_000_000, latency=(0.05, 0.15)) as provider,
         tempfile.TemporaryDirectory() as folder,

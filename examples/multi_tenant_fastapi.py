@@ -1,14 +1,14 @@
-"""A web service on one provider's key: its tenants share it fairly, and hear when to come back.
+"""A web service whose tenants share one provider key fairly, and are told when to come back.
 
     python examples/multi_tenant_fastapi.py
 
-It plays the service, its provider and three of its tenants on this machine, so it needs no key. To
-serve real ones, set OPENAI_API_KEY, leave `base_url` and `api_key` out of `AsyncOpenAI`, and run
-`uvicorn` on what `service` returns.
+It runs the service, its provider and three tenants on this machine, so you need no key. To serve real
+tenants, set OPENAI_API_KEY, remove `base_url` and `api_key` from `AsyncOpenAI`, and run `uvicorn` on
+what `service` returns.
 
-Who asks for more than its own plan allows gets 429, and 503 comes when the service as a whole is full;
-both say in `Retry-After` when a place is free. Nobody waits longer than `PATIENCE` for that news. A question
-that is longer than a limit of tokens can never pass, and gets 413.
+A tenant that exceeds its own plan gets 429. If the service as a whole is full, callers get 503. Both
+say in `Retry-After` when to try again, and no caller waits longer than `PATIENCE` to hear it. A
+question that costs more than a token limit can never pass, and gets 413.
 
 Needs: pip install "asyncbucket[testing]" fastapi httpx openai
 """
@@ -30,9 +30,9 @@ import asyncbucket
 from asyncbucket import AcquireTimeout, CostExceedsLimit, Limiter, QueueFull, WouldBlock
 from asyncbucket.testing import RateLimitedProvider
 
-#: Seconds after which a caller would rather hear "later" than wait on.
+#: Seconds after which a caller would rather hear "later" than go on waiting.
 PATIENCE = 5.0
-#: Tokens that an answer may have.
+#: The most tokens that an answer may have.
 MOST = 100
 
 
@@ -46,29 +46,29 @@ class Plan:
 
 
 PLANS = {"free": Plan(rpm=60, priority="batch"), "business": Plan(rpm=600, weight=4)}
-#: API keys of this service: whose they are, and on which plan.
+#: This service's API keys, each with its tenant and plan.
 TENANTS = {"key-1": ("acme", "business"), "key-2": ("bob", "free"), "key-3": ("eve", "free")}
 
 
 class Question(BaseModel):
-    """What is asked."""
+    """The body of a request."""
 
     text: str
 
 
 def service(limiter: Limiter, client: AsyncOpenAI) -> FastAPI:
-    """Return the service: `limiter` is for the provider's key, whoever uses it."""
+    """Return the service; all tenants share `limiter`, which is for the provider's key."""
     app = FastAPI()
 
     async def caller(
         request: Request, authorization: Annotated[str, Header()]
     ) -> AsyncIterator[None]:
-        """Make all that runs for this request its tenant's: agents and their tools, too."""
+        """Charge all that runs for this request to its tenant, agents and their tools included."""
         if authorization not in TENANTS:
             raise HTTPException(401)
         tenant, kind = TENANTS[authorization]
         plan = PLANS[kind]
-        # Made at the first call, and put to rest when it has been idle for long.
+        # Made at a tenant's first request; of tenants long idle, only what they used is remembered.
         request.state.tenant = limiter.key(tenant, rpm=plan.rpm, weight=plan.weight, max_queue=20)
         with (
             asyncbucket.tenant(tenant),
@@ -90,7 +90,7 @@ def service(limiter: Limiter, client: AsyncOpenAI) -> FastAPI:
         return {"answer": reply.choices[0].message.content}
 
     async def refuse(request: Request, error: Exception) -> JSONResponse:
-        """Say whose limit it was, and when to come back."""
+        """Say whose limit refused the call, and when to come back."""
         assert isinstance(error, AcquireTimeout | QueueFull | WouldBlock)
         own = request.state.tenant.statistics()
         theirs = own.waiting >= 20 or any(use.available < 1 for use in own.limits)
@@ -101,7 +101,7 @@ def service(limiter: Limiter, client: AsyncOpenAI) -> FastAPI:
         )
 
     async def too_long(_: Request, error: Exception) -> JSONResponse:
-        """Say that no waiting helps."""
+        """Say that waiting doesn't help."""
         return JSONResponse({"error": str(error)}, status_code=413)
 
     for kind in (AcquireTimeout, QueueFull, WouldBlock):
@@ -111,7 +111,7 @@ def service(limiter: Limiter, client: AsyncOpenAI) -> FastAPI:
 
 
 async def main() -> None:
-    """Let three tenants ask for ten seconds: one that pays, and two that try how far they get."""
+    """Let three tenants ask for ten seconds: one that pays, and two on the free plan."""
     with RateLimitedProvider(rpm=100, minute=6, latency=(0.1, 0.3)) as provider:
         limiter = Limiter("100 requests/6s burst 5", concurrency=32, max_queue=100, name="openai")
         client = AsyncOpenAI(base_url=provider.base_url, api_key="any", max_retries=0)

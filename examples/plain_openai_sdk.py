@@ -1,10 +1,10 @@
-"""OpenAI's own SDK, paced beneath: nothing in the code that calls it changes.
+"""OpenAI's own SDK, paced at the transport: the code that uses it doesn't change.
 
     python examples/plain_openai_sdk.py
 
-It needs no key: a provider on this machine answers, and refuses with 429 what is over its limits. Its
-minute lasts three seconds, so that you need not wait for long.
-Leave the provider, `base_url` and `api_key` out, set OPENAI_API_KEY, and the same code talks to OpenAI.
+You need no key: a provider on this machine answers, and refuses calls above its limits with 429. Its
+minute lasts only three seconds, so that you don't wait long.
+To use OpenAI, remove the provider, `base_url` and `api_key`, and set OPENAI_API_KEY.
 
 Needs: pip install "asyncbucket[http,testing]" openai
 """
@@ -17,16 +17,16 @@ from openai import AsyncOpenAI
 from asyncbucket import Limiter
 from asyncbucket.testing import RateLimitedProvider
 
-# For a real key write "500 RPM", "200k TPM burst 20k", or whatever your account says. A burst for the
-# tokens, too: if others use the same key, no more than this goes out before a reply says what is left.
+# For a real key, write "500 RPM", "200k TPM burst 20k", or whatever your account says. The burst on
+# tokens matters if others use the same key: it bounds what goes out before a reply says what is left.
 limiter = Limiter("60 requests/3s", "40k tokens/3s burst 10k", concurrency=32, name="openai")
 
 
 async def main() -> None:
     """Ask eighty questions at once, then stream an answer, then embed them all."""
     with RateLimitedProvider(rpm=60, tpm=40_000, minute=3, latency=(0.05, 0.2)) as provider:
-        # Each HTTP attempt is admitted at the transport. `max_retries=0`: one layer retries, or
-        # none. This one doesn't; it has nothing to retry as long as nobody is refused.
+        # Each HTTP attempt is admitted at the transport. `max_retries=0` because at most one layer
+        # should retry. Here none does: nothing is refused, so there is nothing to retry.
         async with AsyncOpenAI(
             base_url=provider.base_url,
             api_key="any",
@@ -35,8 +35,8 @@ async def main() -> None:
         ) as client:
 
             async def ask(question: str) -> str:
-                # `max_tokens` is what a provider may reserve. Without it the limiter foresees what
-                # replies have needed so far. Either way the usage in the reply settles it.
+                # The provider may reserve `max_tokens`, so the limiter does. Without it, the limiter
+                # goes by earlier replies. Either way, the usage in the reply corrects it.
                 reply = await client.chat.completions.create(
                     model="gpt-4o-mini",
                     messages=[{"role": "user", "content": question}],
@@ -53,7 +53,7 @@ async def main() -> None:
                 messages=[{"role": "user", "content": "Tell me a story."}],
                 stream=True,
             )
-            async with stream:  # the slot is free again when the stream is read or closed
+            async with stream:  # frees the slot once the stream is read or closed
                 text = "".join([part.choices[0].delta.content or "" async for part in stream])
             print(f"a stream: {text!r}")
 

@@ -1,13 +1,13 @@
-"""Documents are embedded in the background, and questions about them pass first.
+"""Documents are embedded in the background, while questions about them go first.
 
     python examples/rag_ingestion.py
 
-Ingestion and questions spend from one key. Ingestion takes whatever is left: its calls are of
-priority "batch", those of a person who waits are "interactive".
+Ingestion and questions share one key. Calls for questions have the priority "interactive", because a
+person waits for them. Calls for ingestion have the priority "batch", and take whatever is left.
 
-It needs no key: a provider on this machine answers, and refuses with 429 what is over its limits. Its
-minute lasts three seconds, so that you need not wait for long.
-Leave the provider, `api_base` and `api_key` out, set OPENAI_API_KEY, and the same code talks to OpenAI.
+You need no key: a provider on this machine answers, and refuses calls above its limits with 429. Its
+minute lasts only three seconds, so that you don't wait long.
+To use OpenAI, remove the provider, `api_base` and `api_key`, and set OPENAI_API_KEY.
 
 Needs: pip install "asyncbucket[openai,testing]"
 """
@@ -24,7 +24,7 @@ from llama_index.llms.openai import OpenAI
 from asyncbucket import Limiter
 from asyncbucket.testing import RateLimitedProvider
 
-# For a real key write "500 RPM", "200k TPM", or whatever your account says.
+# For a real key, write "500 RPM", "200k TPM", or whatever your account says.
 limiter = Limiter("60 requests/3s", "40k tokens/3s", concurrency=16, name="openai")
 ingestion = limiter.child("ingestion", priority="batch")
 questions = limiter.child("questions", priority="interactive")
@@ -36,7 +36,7 @@ MANUAL = [
 
 
 async def main() -> None:
-    """Ingest a manual, and answer questions about its first chapters meanwhile."""
+    """Ingest a manual, and meanwhile answer questions about its first chapters."""
     with RateLimitedProvider(rpm=60, tpm=40_000, minute=3, latency=(0.05, 0.2)) as provider:
         url = provider.base_url
         # One request embeds `embed_batch_size` texts, and each batch is one admission.
@@ -45,8 +45,8 @@ async def main() -> None:
             OpenAI(model="gpt-4o-mini", max_tokens=200, api_base=url, api_key="any")
         )
 
-        # The same model twice, behind two children: who embeds a manual is in no hurry, who embeds
-        # a question is.
+        # The same model twice, behind two children: embedding the manual is not urgent, embedding a
+        # question is.
         slowly, at_once = ingestion.wrap(embedding), questions.wrap(embedding)
         pipeline = IngestionPipeline(
             transformations=[SentenceSplitter(chunk_size=128, chunk_overlap=0), slowly]

@@ -1,13 +1,13 @@
-"""One limit, several processes: together they send what one may, and nobody is refused.
+"""Several processes share one limit: together they stay within it, and nobody is refused.
 
     python examples/shared_store.py
     python examples/shared_store.py redis://127.0.0.1:6379/0
 
-The limit is kept in a file (SQLite, for the processes of one machine) or in Redis or Valkey (for many
-machines). Processes that give the same store and the same name share it.
+The limit is kept in a file (SQLite, for processes on one machine) or in Redis or Valkey (for many
+machines). Processes with the same store and the same limiter name share it.
 
-It needs no key: a provider on this machine answers, and refuses with 429 what is over its limits. Its
-minute lasts six seconds, so that you need not wait for long.
+You need no key: a provider on this machine answers, and refuses calls above its limits with 429. Its
+minute lasts only six seconds, so that you don't wait long.
 
 Needs: pip install "asyncbucket[http,testing]" httpx, and for Redis "asyncbucket[redis]"
 """
@@ -27,13 +27,13 @@ CALLS = 40
 
 
 def work(worker: int, store: str, base_url: str) -> None:
-    """Be one of the processes, such as a worker of gunicorn or celery."""
+    """Run one of the processes, such as a worker of gunicorn or celery."""
     asyncio.run(call_all(worker, store, base_url))
 
 
 async def call_all(worker: int, store: str, base_url: str) -> None:
     """Make this worker's calls, all at once."""
-    # Each process says the whole limit, not its share: what is idle here is used there.
+    # Each process states the whole limit, not its share: what one leaves, the others can use.
     limiter = Limiter("120 requests/6s", concurrency=16, name="openai", store=store)
     start = time.monotonic()
     async with limiter.http_client(headers={"Authorization": "Bearer any"}) as client:
@@ -49,15 +49,15 @@ async def call_all(worker: int, store: str, base_url: str) -> None:
             return int(reply.status_code)
 
         statuses = await asyncio.gather(*map(ask, range(CALLS)))
-    await limiter.aclose()  # what was booked ahead goes back to the others
+    await limiter.aclose()  # gives back what was booked ahead
     answered, seconds = statuses.count(200), time.monotonic() - start
     print(f"worker {worker}: {answered} of {CALLS} answered in {seconds:.1f} s", flush=True)
 
 
 def main(store: str) -> None:
-    """Start a provider, and the workers, and see what came of it."""
+    """Start a provider and the workers, and print the result."""
     with RateLimitedProvider(rpm=120, minute=6, latency=0.1) as provider:
-        # "spawn": a forked child would inherit threads in the middle of something.
+        # "spawn", because a forked child may inherit locks that other threads hold.
         processes = multiprocessing.get_context("spawn")
         workers = [
             processes.Process(target=work, args=(worker, store, provider.base_url))
