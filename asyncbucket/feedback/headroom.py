@@ -250,19 +250,13 @@ class Headroom:
 
     def book(self, amount: int, when: int) -> None:
         """See `asyncbucket.meters.Meter.book`."""
-        if self._alone:  # as below, without the calls
-            cost = needed = amount * self.window
-            apart = amount * self._pace
-        else:
-            cost = self._share(amount) * self.window
-            needed = self._needed(amount)
-            apart = self._apart(amount)
-        level = self._expect(when, needed)
+        level = self._expect(when, self._needed(amount))
         if level is not None:
-            self._level = level - cost
+            self._level = level - self._share(amount) * self.window
             self._at = max(self._at, when)
         self._booked += amount
         self._ours.book(amount, when)
+        apart = amount * self._pace if self._alone else self._apart(amount)
         self._even = max(self._even, when) + apart
         self._last = when
         for each in self._slices:
