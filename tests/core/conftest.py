@@ -1,6 +1,7 @@
 """What holds in every test of the core."""
 
 import logging
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -27,3 +28,22 @@ def no_callback_fails() -> Iterator[None]:
     yield
     log.removeHandler(kept)
     assert kept.messages == []
+
+
+class FakeLock:
+    """Stand in for a budget's lock; how it is acquired is for subclasses to change."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def acquire(self, blocking: bool = True) -> bool:  # noqa: FBT001, FBT002 - as `Lock.acquire`
+        return self._lock.acquire(blocking)
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()

@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import contextvars
+import functools
 import itertools
 from collections.abc import Callable
 from typing import TypeVarTuple
@@ -172,13 +173,18 @@ def test_the_last_of_a_crowd_is_not_late(where: str, virtual_time: VirtualTime) 
     assert times == [0] * 100 + [0.002] * 2 + [0.003]
 
 
+async def note_passage(
+    trace: list[tuple[str, int]], clock: Callable[[], int], child: Limiter
+) -> None:
+    """Pass by ``child``, and note whose call it was and when it passed."""
+    (await child.acquire()).release()
+    trace.append((child.name, clock()))
+
+
 def test_children_go_together_too(virtual_time: VirtualTime) -> None:
     """In their turns, while their own limits hold up none of them."""
     trace: list[tuple[str, int]] = []
-
-    async def call(child: Limiter) -> None:
-        (await child.acquire()).release()
-        trace.append((child.name, virtual_time.clock()))
+    call = functools.partial(note_passage, trace, virtual_time.clock)
 
     async def main() -> None:
         limiter = Limiter("5k requests/s burst 100", clock=virtual_time.clock)
@@ -220,10 +226,7 @@ def test_others_go_together_until_a_child_may_go_that_its_own_limits_hold_up(
 ) -> None:
     """It is served at its very instants, and just before each of them the others go one by one."""
     trace: list[tuple[str, int]] = []
-
-    async def call(child: Limiter) -> None:
-        (await child.acquire()).release()
-        trace.append((child.name, virtual_time.clock()))
+    call = functools.partial(note_passage, trace, virtual_time.clock)
 
     async def main() -> None:
         key = Limiter("5k requests/s burst 100", name="key", clock=virtual_time.clock)
@@ -244,10 +247,7 @@ def test_child_of_a_child_has_as_much_where_others_go_together(
 ) -> None:
     """Whoever stands in line before it, and though its parent is not the one to go next."""
     trace: list[tuple[str, int]] = []
-
-    async def call(child: Limiter) -> None:
-        (await child.acquire()).release()
-        trace.append((child.name, virtual_time.clock()))
+    call = functools.partial(note_passage, trace, virtual_time.clock)
 
     async def main() -> None:
         key = Limiter("5k requests/s burst 100", name="key", clock=virtual_time.clock)

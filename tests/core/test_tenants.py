@@ -17,6 +17,7 @@ from asyncbucket.limiter.account import Account
 from asyncbucket.limiter.levels import is_under
 from asyncbucket.limiter.rest import put_to_rest_locked
 from asyncbucket.testing import VirtualTime, assert_never_over, assert_within_bucket, virtual_time
+from tests.core.conftest import FakeLock
 
 
 def crowd_out(limiter: Limiter, *, times: int = 8) -> None:
@@ -414,26 +415,17 @@ def test_whoever_asks_while_it_is_made_waits_for_it(virtual_time: VirtualTime) -
     assert found == [acme]
 
 
-class Snatching:
+class Snatching(FakeLock):
     """A lock whose holder finds, the first times, that another thread came first."""
 
     def __init__(self, snatch: Callable[[], bool], *, times: int) -> None:
-        self._lock = threading.Lock()
+        super().__init__()
         self._snatch, self._times = snatch, times
 
     def acquire(self, blocking: bool = True) -> bool:  # noqa: FBT001, FBT002 - as `Lock.acquire`
         if self._times and self._snatch():
             self._times -= 1
-        return self._lock.acquire(blocking)
-
-    def release(self) -> None:
-        self._lock.release()
-
-    def __enter__(self) -> bool:
-        return self.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self.release()
+        return super().acquire(blocking)
 
 
 @pytest.mark.parametrize("how", ["nowait", "await", "refused", "line"])

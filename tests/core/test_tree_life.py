@@ -16,6 +16,7 @@ from asyncbucket import CostExceedsLimit, Lease, Limiter
 from asyncbucket.branch import Branch
 from asyncbucket.testing import VirtualTime, virtual_time
 from asyncbucket.tree import Tree
+from tests.core.conftest import FakeLock
 
 #: Seconds after which a test that waits for another thread gives up.
 ENOUGH = 20
@@ -151,23 +152,11 @@ def test_a_loop_that_is_closed_with_calls_in_a_tree_is_counted_out() -> None:
     key.acquire_nowait().release()
 
 
-class Contended:
+class Contended(FakeLock):
     """A lock that whoever does not wait finds taken, as if by another thread."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
     def acquire(self, blocking: bool = True) -> bool:  # noqa: FBT001, FBT002 - as `Lock.acquire`
-        return blocking and self._lock.acquire()
-
-    def release(self) -> None:
-        self._lock.release()
-
-    def __enter__(self) -> bool:
-        return self.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self.release()
+        return blocking and super().acquire()
 
 
 def test_who_leaves_a_loop_that_ends_while_another_thread_has_the_lock_is_counted_out() -> None:
