@@ -118,7 +118,7 @@ class Line:
         self.priority = priority
         self._line: deque[Waiter] = deque()
         self._living = 0
-        #: Since when the current head has been first: the last admission, or the first arrival.
+        #: Since when somebody has been first here without anyone being served.
         self.since = 0
         #: The branches above, which count these waiters, too.
         self.above: tuple[Branch, ...] = ()

@@ -6,8 +6,8 @@ for rate, or for lack of slots, concerns all calls, and so does an overloaded pr
 back, make one pause. If the provider names no time, the pause doubles from wave to wave until a
 call succeeds, up to the time when the provider says that its limits are fully available again. If
 the limiter finds its concurrency by itself, a first wave that names no time reduces the slots and
-makes no pause, because it may just mean one call too many. An exhausted quota does not pass by
-waiting, and pauses nobody.
+makes no pause: that is how a server says that there was one call too many. An exhausted quota does
+not pass by waiting, and pauses nobody.
 
 Several parties may hear of one wave: each transport of a limiter, and each wrapped model's retries.
 What they have heard is kept once for each limiter, so it remains one wave.

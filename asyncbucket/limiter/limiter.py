@@ -147,8 +147,8 @@ class Limiter(Doors, Steering, OfThisProcess):
         Raises:
             CostExceedsLimit: the cost is above a limit and can never pass; a ValueError.
             AcquireTimeout: the call was not admitted in time, or cannot be; a TimeoutError. It is
-                raised at once if even a lower bound of the wait, assuming that open calls give
-                everything back, is longer.
+                raised at once if even a safe lower bound of the wait, with everything lent given
+                back, is longer.
             QueueFull: ``max_queue`` calls wait already.
             StoreError: the store that keeps the limits cannot be used, or was closed meanwhile.
             TypeError, ValueError: an amount or a time is not a finite number from 0 on.
