@@ -29,8 +29,7 @@ class Flow:
         self.order = order
         #: Which of the child's own limits last held up its head.
         self.held_by: str | None = None
-        #: Until when it is no candidate. While it is 0, the flow is one, and competes if anyone
-        #: waits in it.
+        #: Until when it is no candidate; 0 while it is one. Then it competes if anyone waits in it.
         self.asleep = 0
         self.competes = False
 
@@ -56,13 +55,11 @@ class Branch:
 
     def __init__(self, node: Node, clock: VirtualClock, tight: set[Flow]) -> None:
         self.node = node
-        #: All flows of the tree held up by limits of their own, or held up before and not served
-        #: since.
+        #: The tree's flows that limits of their own hold up, or did before they were last served.
         self._tight = tight
         self._clock = clock
         self._flows: dict[object, Flow] = {}
-        # Entries with an outdated tag, or of a flow woken earlier, are corrected when they are
-        # found.
+        # Entries with an outdated tag, or of a flow woken earlier, are corrected when found.
         self._ready: list[tuple[float, Flow]] = []
         self._asleep: list[tuple[int, Flow]] = []
         self._orders = 0

@@ -38,8 +38,7 @@ class Budget:
         self.clock = clock
         self.root = root
         self.lock = threading.Lock()
-        #: Held while a limiter is made, so that two threads never make it twice; taken before
-        #: `lock`.
+        #: Held while a limiter is made, so that two threads never make it twice; taken first.
         self.making = threading.RLock()
         #: Calls that wait, on all loops. While it is 0, newcomers pass if the meters allow it.
         self.waiting = 0

@@ -51,8 +51,7 @@ Reason = Literal["would_block", "timeout", "queue_full", "too_costly"]
 #: How a call ended, as its lease was told.
 Outcome = Literal["ok", "overloaded", "failed"]
 
-# There is no NullHandler, as in asyncio: without logging configured, warnings still appear on
-# stderr.
+# There is no NullHandler, as in asyncio: without configured logging, warnings appear on stderr.
 _log: Final = logging.getLogger("asyncbucket")
 
 

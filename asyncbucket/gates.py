@@ -20,16 +20,14 @@ class Gates:
         self.meters = tuple(meters)
         #: The limits that these meters, or others elsewhere, keep.
         self.limits = limits
-        #: Slots given back before the call ended (`limiter.lending`); they are no longer among the
-        #: meters.
+        #: Slots given back before the call ended (`limiter.lending`), no longer among the meters.
         self.given_back: tuple[Slots, ...] = ()
         self._takes = tuple((meter.take, resource) for meter, resource in self.meters)
         self.windows = tuple(
             (meter, resource) for meter, resource in self.meters if isinstance(meter, Window)
         )
         self.slots = tuple(meter for meter, _ in self.meters if isinstance(meter, Slots))
-        #: Whether, for all of them, several calls at one instant count like one call of their
-        #: total.
+        #: Whether several calls at one instant count in all of them like one call of their total.
         self._simple = all(isinstance(meter, _SIMPLE) for meter, _ in self.meters)
 
     def above(self, others: Self) -> "Gates":

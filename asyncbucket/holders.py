@@ -11,8 +11,7 @@ from asyncbucket.meters import NEVER
 
 #: How long (ns) a loop may take to answer before it counts as blocked.
 _PATIENCE: Final = 1_000_000_000
-#: After how long (ns) without an admission to run the garbage collector; doubled if that found
-#: nothing.
+#: How long (ns) nobody passes before the collector is run; doubled if that found nothing.
 _STALL: Final = 10_000_000_000
 _LONGEST_STALL: Final = 64 * _STALL
 
@@ -111,8 +110,7 @@ class Stall:
         self.passed = 0
         #: How long to wait without an admission.
         self.span = _STALL
-        #: The value of `passed` now watched, until when, and how often the collector had run
-        #: before.
+        #: The `passed` that is watched, until when, and how often the collector had run before.
         self._since, self._end, self._visits = -1, 0, 0
 
     def check(self, holders: BlockedLoops, mine: asyncio.AbstractEventLoop, now: int) -> int:

@@ -38,8 +38,7 @@ NEVER: Final = 1 << 100
 _GRAINS: Final = 512
 #: and keeps bookings this many grains longer, to allow for network jitter.
 _JITTER: Final = 3
-#: A bucket remembers at most this many lows. One more, an even number, and they are merged in
-#: pairs.
+#: A bucket remembers at most this many lows; one more, and they are merged in pairs.
 _LOWS: Final = 511
 
 #: What a call takes: resource -> whole units.
@@ -110,8 +109,7 @@ class Bucket:
         self.low = NEVER
         #: One unit flows in within p / q ns.
         self.p = self.q = 1
-        #: How far ahead `tat` may lie after a call, and before a call of one unit, in q-ths of a
-        #: ns.
+        #: How far ahead `tat` may lie after any call, and before a call of one unit, in q-ths of ns.
         self.depth = self.slack = 0
         self.burst = 0
         self.reshape(rate=rate, burst=burst, now=0)
@@ -266,8 +264,7 @@ class Window:
         self.window = window
         #: Units booked within the window, debts included.
         self.used = 0
-        #: Units booked by calls that may still give them back; whoever ends a call subtracts its
-        #: units.
+        #: Units that open calls may still give back; whoever ends a call subtracts its units.
         self.lent = 0
         self._grain = max(1, window // _GRAINS)
         self._hold = window + _JITTER * window // _GRAINS

@@ -40,8 +40,7 @@ if TYPE_CHECKING:
 
 #: The most admissions in one pass, before other tasks of the loop get their turn.
 _BATCH: Final = 256
-#: Calls that could go one by one within this time (ns) go together: waking up takes longer than
-#: admitting.
+#: Calls that become due within this time (ns) go together: waking up takes longer than admitting.
 _LULL: Final = 2_000_000
 #: How late (ns) another loop may be for its turn before a younger call of this one goes first.
 _GRACE: Final = 50_000_000
@@ -161,8 +160,7 @@ class Pacer:
 
     def _start(self) -> None:
         # Not loop.create_task: an eager factory would run it at once, with the lock held. The
-        # context is empty, because the pacer serves everyone, not the call that happened to come
-        # first.
+        # context is empty: the pacer serves everyone, not the call that happened to come first.
         self._task = asyncio.Task(
             self._serve(), loop=self.loop, name="asyncbucket pacer", context=contextvars.Context()
         )

@@ -123,8 +123,7 @@ class VirtualClock:
     def __init__(self) -> None:
         self.now = 0.0
         self._potential = 0.0
-        #: Totals of all that compete, on any loop; each counts once. The prices are of their last
-        #: calls.
+        #: Totals of all that compete, on any loop; each counts once, with its last call's price.
         self._weights = self._prices = 0.0
 
     def enter(self, share: Share) -> None:

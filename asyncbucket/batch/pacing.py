@@ -9,8 +9,7 @@ from asyncbucket.http.running import make_way, running
 from asyncbucket.limiter import Limiter
 from asyncbucket.wording import shown
 
-#: What an item costs: a `Cost`, keywords of `Limiter.acquire`, or a function that returns one of
-#: them.
+#: What an item costs: a `Cost`, keywords of `Limiter.acquire`, or a function that returns either.
 Price: TypeAlias = Cost | Mapping[str, float]
 PriceOf: TypeAlias = Price | Callable[[Any], Price]
 

@@ -57,15 +57,13 @@ AUTO: Final = (1, 1_000)
 _START: Final = 4
 #: The fewest calls whose mean latency counts.
 _SAMPLE: Final = 10
-#: A round goes on until the relative error of its mean is this small, or for this many times the
-#: size.
+#: A round goes on until its mean's relative error is this small, or for this many times the size.
 _SURE: Final = 0.1
 _PATIENCE: Final = 3
 #: Below the first slope the size grows; from the second on it is cut.
 _FLAT: Final = 0.25
 _STEEP: Final = 0.6
-#: The smallest distance from the anchor used for a slope, and the distance at which the anchor
-#: moves up.
+#: The smallest distance from the anchor used for a slope, and that at which the anchor moves up.
 _NEAR: Final = math.log(1.2)
 _FAR: Final = 1.4
 #: How much of a queue to keep, relative to what the server carries at once.
@@ -74,8 +72,7 @@ _QUEUE: Final = 1.1
 _HALF: Final = 0.5
 #: What remains of the size after a refusal.
 _BACKOFF: Final = 0.9
-#: The relative size of the round that gives a new anchor, and the number of rounds between two of
-#: them.
+#: The relative size of the round that gives a new anchor, and how many rounds lie between two.
 _PROBE: Final = 0.7
 _PROBE_EVERY: Final = 25
 #: Rounds just below a refused size before it is tried again.
@@ -131,8 +128,7 @@ class Adaptive:
         #: A size that was refused, and how many rounds were spent just below it.
         self._ceiling: int | None = None
         self._held = 0
-        #: When the last refusal cut the size, and whether a round has passed since without another
-        #: one.
+        #: When the last refusal cut the size, and whether a round without another has passed since.
         self._cut_at = -1
         self._clean = True
         # The round so far: calls seen, of which the first `_unheeded` do not count; of those that

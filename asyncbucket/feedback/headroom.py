@@ -57,8 +57,7 @@ _MOST: Final = 4
 _LONG: Final = 120_000_000_000
 #: A report counts for this many windows.
 _MEMORY: Final = 2
-#: A little always passes, because its replies tell more: this fraction (1/20) of the limit per
-#: window.
+#: A little always passes, because its replies tell more: 1/20 of the limit per window.
 _LEAST: Final = 20
 #: Where calls are to come evenly, this fraction (1/10) of a window's worth may pass at once.
 _AT_ONCE: Final = 10
@@ -123,8 +122,7 @@ class Headroom:
         self._long = window > _LONG
         #: The provider's limit, if it is higher than ours.
         self._theirs = amount
-        #: The slices in which the provider may count; empty once it is known to count the whole
-        #: window.
+        #: The slices in which the provider may count; empty once it is known to count as a whole.
         self._slices = () if self._long else cut(amount=amount, window=window)
 
     @property

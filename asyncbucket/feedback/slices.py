@@ -35,8 +35,7 @@ from asyncbucket.meters import Window
 
 #: A limit may be counted in this many slices of its window: seconds of a minute, or ten seconds.
 NUMBERS: Final = (60, 6)
-#: Our slices are longer by this fraction (1/64), to allow for network jitter. (`Window` adds up to
-#: half as much.)
+#: For network jitter our slices are longer by 1/64. (`Window` adds up to half as much.)
 _ROOM: Final = 64
 #: What we send within this fraction (1/8) of a slice before its end may arrive in the next one, and
 #: a report that comes as soon after its beginning may be about the last one.
@@ -60,13 +59,11 @@ _BUSY: Final = 16
 _BUSY_UNSEEN: Final = 8
 #: A share of fewer units is too small to leave a part to others.
 _FEW: Final = 4
-#: After this fraction (1/2) of a slice without a report, a call is due that brings one, if there is
-#: room.
+#: After half a slice without a report, a call is due that brings one, if there is room.
 _SILENCE: Final = 2
 #: Our calls come no slower than at this fraction (1/4) of a share per slice.
 _LEAST: Final = 4
-#: If the beginning is not known, others are taken to use this quantile of reports over this many
-#: slices.
+#: If no beginning is known, others take this quantile of what reports say, over this many slices.
 _QUANTILE: Final = 0.8
 _FOLLOW: Final = 2
 

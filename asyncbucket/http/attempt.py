@@ -28,8 +28,7 @@ _LAG: Final = 0.2
 #: A request that leaves this long (s) after its admission is dated anew: connecting takes time.
 _SOON: Final = 0.002
 _ENCODING: Final = b"content-encoding"
-#: Errors of httpx, httpx2 and a limiter beneath which mean that nothing was sent, so nothing was
-#: charged.
+#: Errors of httpx, httpx2 or a limiter beneath: nothing was sent, so nothing was charged.
 _NEVER_SENT: Final = frozenset(
     {"AsyncBucketError", "ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"}
 )

@@ -19,8 +19,7 @@ from asyncbucket.http import headers
 FIRST_ERROR: Final = 400
 RATE_LIMITED: Final = 429
 _FIRST_SERVER_ERROR: Final = 500
-#: Request time-out, too many requests, service unavailable, gateway time-out; Anthropic's and
-#: Google's.
+#: Request time-out, too many requests, unavailable, gateway time-out; Anthropic's and Google's.
 _OVERLOADED: Final = frozenset({408, RATE_LIMITED, 503, 504, 529})
 _TRANSIENT_STATUSES: Final = frozenset({408, 409, RATE_LIMITED})
 

@@ -40,8 +40,7 @@ class Lane:
         self.ear = Ear(limiter, learn=learn)
         self._refusals = Refusals(pauses)
         self._forecast = OutputForecast()
-        #: For each profile: the limits when last looked at, and whether the profile settles any of
-        #: them.
+        #: For each profile: the limits when last looked at, and whether the profile settles any.
         self._settles: dict[int, tuple[Profile, tuple[Limit, ...], bool]] = {}
 
     def foresee(self) -> int:

@@ -96,8 +96,7 @@ def transport_sync(
 class _Paced:
     """What both kinds of transport share."""
 
-    #: The inner transport's method that sends a request, and the name of the default transport
-    #: class.
+    #: The inner transport's method that sends a request, and the default transport's class name.
     _method = ""
     _default = ""
 

@@ -329,8 +329,7 @@ class Account(Books):
         elsewhere = None if known is None else known[0]
         pacers = self.budget.pacers.values()
         here = next(filter(None, (pacer.queue.binding(self) for pacer in pacers)), None)
-        # At the root the store's answer comes first, because it keeps these limits; below, the
-        # child's.
+        # At the root the store's answer comes first, as it keeps these limits; below, the child's.
         bound = (elsewhere or here) if self.parent is None else (here or elsewhere)
         return bound or next(filter(None, (pacer.bound_by for pacer in pacers)), None)
 

@@ -70,8 +70,7 @@ class Lease(OfThisProcess):
         #: When it was admitted; and the date of its cost, which `sent` moves to when the call left.
         self._admitted = self._when = when
         self._holder = holder
-        #: For each settled resource, the units booked and when: first what was reserved, then each
-        #: debt.
+        #: For each settled resource, units and dates: first the reservation, then each debt.
         self._parts: dict[str, Parts] | None = None
         self._open = True
         self._epoch = account.budget.epoch

@@ -10,8 +10,7 @@ from asyncbucket.meters import Amounts, Bucket
 #: reserved, so giving them back errs on the safe side.
 _PARTS: Final = 16
 
-#: The units that a call has booked of one resource, and when: first the reservation, then each
-#: debt.
+#: Units that a call has booked of one resource, and when: first the reservation, then each debt.
 Parts: TypeAlias = list[tuple[int, int]]
 
 

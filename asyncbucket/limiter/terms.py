@@ -11,8 +11,7 @@ from asyncbucket.numeric import is_integer, is_number
 
 #: What to do while a store is gone: see `asyncbucket.stores.outage`.
 OnOutage: TypeAlias = Literal["share", "closed", "open"]
-#: Bounds for the seconds without a heartbeat after which a slot comes back; a heartbeat must fit
-#: in.
+#: Bounds for a slot's seconds to live without a heartbeat; at least one heartbeat must fit in.
 _SLOT_TTL: Final = (0.1, 86_400)
 
 

@@ -48,8 +48,7 @@ class Retrier:
         self._lock = threading.Lock()
         self._budget = policy.budget.capacity
         self._refusals = Refusals(limiter)
-        # stamina logs each retry as a warning; in a storm that is hundreds of lines that say
-        # nothing.
+        # stamina logs each retry as a warning: in a storm, hundreds of lines that say nothing.
         logging.getLogger("stamina").addFilter(not_ours)
 
     def __repr__(self) -> str:

@@ -86,8 +86,7 @@ class Latecomers:
         self._visit_soon()
 
     def _visit_soon(self) -> None:
-        # With a timer, because a loop that ends drops it; about a task made at its end it would
-        # warn.
+        # With a timer, which a loop that ends drops; it would warn of a task made at its end.
         if self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(_GATHER, lambda: self._spawn(self._visit()))

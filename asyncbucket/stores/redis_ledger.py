@@ -55,8 +55,7 @@ class RedisLedger:
         self._keys = tuple(f"{hash_tag}:{part}" for part in ("state", "slots", "workers"))
         self._channel = f"{hash_tag}:wake:"
         self._dialect = Dialect(Terms(limits=()))
-        #: The epoch that the worker knows, when it last heard of it, and how long that lives
-        #: unused.
+        #: The epoch that the worker knows, when it last heard of it, and how long it lives unused.
         self._epoch = ""
         self._heard = self._life = 0.0
         self._flight = asyncio.Lock()

@@ -11,8 +11,7 @@ from asyncbucket.stores.store import Batch, Correction, Outcome, Receipt
 _GATHER: Final = 50_000_000
 _GATHER_BRIEFLY: Final = 500_000
 
-#: What a loop that has ended leaves behind: slots held by calls, and what the store may not have
-#: heard.
+#: What a loop that has ended leaves: slots held by calls, and what the store may not have heard.
 Left: TypeAlias = tuple[frozenset[str], Batch]
 
 

@@ -284,8 +284,7 @@ class Spans:
         span.end(now)
 
 
-#: The instruments of a meter provider, made once: the callbacks of a second set would never be
-#: called.
+#: A meter provider's instruments, made once: callbacks of a second set would never be called.
 _INSTRUMENTS: Final["weakref.WeakKeyDictionary[MeterProvider, Instruments]"] = (
     weakref.WeakKeyDictionary()
 )

@@ -18,8 +18,7 @@ from asyncbucket.testing.assertions import (
     busiest_window,
 )
 
-# Not lazily: the function has its module's name, and a later import of the module would replace
-# it by the module.
+# Not lazily: the function has its module's name, and importing the module later would hide it.
 from asyncbucket.testing.virtual_time import (
     DeadlockError,
     VirtualClock,

@@ -8,8 +8,7 @@ from typing import Final
 from asyncbucket.cli import provider
 from asyncbucket.limits import Limit
 
-#: The bundled provider enforces its limits over windows of this length, unless the demo is too
-#: short.
+#: The bundled provider's limits hold over windows of this length, unless the demo is too short.
 WINDOW: Final = 6.0
 #: The fewest windows that the paced run takes; with fewer, only the start would be visible.
 WINDOWS: Final = 4

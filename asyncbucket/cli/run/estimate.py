@@ -96,8 +96,7 @@ def describe(job: Job, tally: Tally, found: Estimate, planned: "Plan | None") ->
     if planned is not None:
         lines.append(str(planned))
         most = f"({FORESEEN} for a reply without max_tokens)" if found.unbounded else "at most"
-        # Named separately, as it may exceed the plan's tokens, which are what limits count
-        # beforehand.
+        # Named separately, as it may exceed the plan's tokens: limits count those beforehand.
         tokens = (
             f"to pay for: about {counted(found.input_tokens, 'tokens')} in, "
             f"{found.output_tokens:,} out {most}"

@@ -33,8 +33,7 @@ _FATAL: Final = frozenset({401, 402, 403})
 _UNKNOWN: Final = 401
 #: Statuses of a server, or of a path on it, that is not the API.
 _ELSEWHERE: Final = frozenset({404, 405})
-#: This many failures in a row, each after its own attempts, are an outage: the remaining lines are
-#: left for another time.
+#: This many failures in a row, each after its own attempts, are an outage, which ends the run.
 _OUTAGE: Final = 50
 
 
