@@ -1,4 +1,4 @@
-"""Asyncio-native rate-limiting for concurrent agents: never over, never idle, in order."""
+"""Asyncio-native rate limiting for concurrent agents: never over, never idle, in order."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ _LAZY = frozenset({"batch", "presets", "settings", "stores", "telemetry", "testi
 
 
 def __getattr__(name: str) -> object:
-    """Import on first use what few need: ``asyncbucket.telemetry``, `Plan`."""
+    """Import what few programs need on first use: ``asyncbucket.telemetry``, `Plan`."""
     if name in _LAZY:
         return import_module(f"asyncbucket.{name}")
     if name == "Plan":

@@ -13,23 +13,23 @@ Source: TypeAlias = "Line | Branch"
 
 
 class Flow:
-    """One of those among whom a branch chooses."""
+    """One of the competitors among which a branch chooses."""
 
     __slots__ = ("asleep", "child", "competes", "held_by", "key", "order", "share", "source")
 
     def __init__(
         self, key: object, source: Source, share: Share, *, child: Node | None, order: int
     ) -> None:
-        #: A priority among `Classes`; below that the child's node, or None for the limiter's own line.
+        #: A priority in `Classes`; below that the child's node, or None for the limiter's own line.
         self.key = key
         self.source = source
         self.share = share
-        #: The limiter whose limits lie between this flow and the branch, if it is a child's.
+        #: The limiter whose limits lie between this flow and the branch, if it is a child's flow.
         self.child = child
         self.order = order
-        #: What of the child's own limits held up who goes next there, last.
+        #: Which of the child's own limits last held up its head.
         self.held_by: str | None = None
-        #: Until when it is no candidate; 0 while it is one, and competes if somebody is left in it.
+        #: Until when it is no candidate; 0 while it is one. Then it competes if anyone waits in it.
         self.asleep = 0
         self.competes = False
 
@@ -55,11 +55,11 @@ class Branch:
 
     def __init__(self, node: Node, clock: VirtualClock, tight: set[Flow]) -> None:
         self.node = node
-        #: Of the whole tree, those that are out of limits of their own, or were and have not gone since.
+        #: The tree's flows that limits of their own hold up, or did before they were last served.
         self._tight = tight
         self._clock = clock
         self._flows: dict[object, Flow] = {}
-        # Entries with an outdated tag, or of a flow that was woken earlier, are mended when found.
+        # Entries with an outdated tag, or of a flow woken earlier, are corrected when found.
         self._ready: list[tuple[float, Flow]] = []
         self._asleep: list[tuple[int, Flow]] = []
         self._orders = 0
@@ -80,7 +80,7 @@ class Branch:
 
     @property
     def wake(self) -> int:
-        """When to look again after no head was found; `EMPTY` if nobody is left."""
+        """When to look again if no head was found; `EMPTY` if nobody is left."""
         asleep = self._asleep
         while asleep and asleep[0][1].asleep != asleep[0][0]:
             heapq.heappop(asleep)
@@ -88,13 +88,13 @@ class Branch:
 
     @property
     def bound_by(self) -> str | None:
-        """What held up who goes next here when last it was asked; of those asleep, the first's."""
+        """What last held up the head here; if all are asleep, that of the first flow."""
         waiting = (flow for flow in self._flows.values() if flow.source)
         flow = self.first or next(waiting, None)
         return None if flow is None else flow.source.bound_by
 
     def keys(self) -> tuple[object, ...]:
-        """Return those of the flows in which somebody waits."""
+        """Return the keys of the flows in which somebody waits."""
         return tuple(self._flows)
 
     def find(self, key: object) -> Flow | None:
@@ -102,7 +102,7 @@ class Branch:
         return self._flows.get(key)
 
     def add(self, key: object, source: Source, share: Share, *, child: Node | None = None) -> Flow:
-        """Take in a flow; its source has, or is about to have, a head."""
+        """Add a flow; its source has, or is about to have, a head."""
         flow = Flow(key, source, share, child=child, order=self._order(key))
         self._flows[key] = flow
         self._rise(flow)
@@ -114,35 +114,35 @@ class Branch:
         return self._orders
 
     def want(self, flow: Flow) -> None:
-        """Have a flow compete in which somebody waits anew."""
+        """Let a flow compete again in which somebody waits anew."""
         if flow.asleep:
             self._rise(flow)
         else:
             self._enter(flow)
 
     def rouse(self, flow: Flow) -> None:
-        """Look at a sleeping flow again: something has changed below."""
+        """Wake a sleeping flow, because something has changed below."""
         if flow.asleep:
             self._rise(flow)
 
     def rouse_all(self) -> None:
-        """Look at all again, here and below: the limits have changed."""
+        """Wake all flows, here and below, because limits have changed."""
         for flow in self._flows.values():
             self.rouse(flow)
             if isinstance(flow.source, Branch):
                 flow.source.rouse_all()
 
     def disband(self) -> None:
-        """Have nobody compete any more, here and below."""
+        """End all competition, here and below."""
         for flow in self._flows.values():
             self._leave(flow)
             if isinstance(flow.source, Branch):
                 flow.source.disband()
 
     def head(self, now: int, *, slotless: int = 0) -> Waiter | None:
-        """Return who goes next, as far as the limits *below* this node are concerned.
+        """Return the next waiter, as far as the limits *below* this node are concerned.
 
-        ``slotless`` looks at those who wait for a slot as if so many had come back.
+        ``slotless`` treats those that wait for a slot as if this many had come back.
         """
         asleep, ready = self._asleep, self._ready
         while asleep and (asleep[0][0] <= now or slotless):
@@ -174,11 +174,11 @@ class Branch:
         due, bound_by = gates.earliest(waiter.amounts, waiter.line.since)
         if due > now:
             waiter.line.bound_by = flow.held_by = bound_by
-            due = min(due, flow.source.wake)  # somebody else may be the head by then
+            due = min(due, flow.source.wake)  # another call may be the head by then
         return waiter, due
 
     def _rise(self, flow: Flow) -> None:
-        """Make ``flow`` a candidate, as if it had been idle until now; who was held up keeps one call."""
+        """Make ``flow`` a candidate, as if idle until now; if held up before, it keeps one call."""
         held_up = flow.asleep and flow.child is not None
         flow.asleep = 0
         share = flow.share
@@ -187,7 +187,7 @@ class Branch:
         heapq.heappush(self._ready, (share.tag, flow))
 
     def _sink(self, flow: Flow, due: int) -> None:
-        """Let ``flow`` sleep until then, or forget it if nobody is left in it."""
+        """Let ``flow`` sleep until ``due``, or forget it if nobody is left in it."""
         self._leave(flow)
         if due < EMPTY:
             flow.asleep = due
@@ -201,40 +201,40 @@ class Branch:
             self._tight.discard(flow)
 
     def served(self, head: Waiter, now: int) -> None:
-        """Take ``head``, which `head` returned and which passed, out of its line; charge for it."""
+        """Remove ``head``, which `head` returned and which passed, from its line; charge for it."""
         flow = self.first
         assert flow is not None
         self._tight.discard(flow)
         flow.source.served(head, now)
         self.living -= 1
         price = self.node.prices.of(head.amounts)
-        weights = self._weigh(flow)  # first, for among priorities it is this that sets the weight
+        weights = self._weigh(flow)  # first: among priorities, this sets the flow's weight
         self._clock.advance(flow.share, price, weights=weights)
         flow.share.charge(price / flow.share.weight)
         if not flow.source:
-            # It is forgotten when it would be next, unless somebody is back by then.
+            # It is forgotten when it would be next, unless somebody has come back by then.
             self.lowest_emptied = min(self.lowest_emptied, flow.share.tag)
             self._leave(flow)
 
     def _enter(self, flow: Flow) -> None:
-        """Have ``flow`` compete."""
+        """Let ``flow`` compete."""
         if not flow.competes:
             flow.competes = True
             self._clock.enter(flow.share)
 
     def _leave(self, flow: Flow) -> None:
-        """Have ``flow`` compete no more."""
+        """Let ``flow`` compete no longer."""
         if flow.competes:
             flow.competes = False
             self._clock.leave(flow.share)
 
     def _weigh(self, flow: Flow) -> float:
-        """Return the weights of all who compete, on whichever loops."""
+        """Return the total weight of all that compete, on any loop."""
         return self._clock.weigh(flow.share)
 
 
 class Classes(Branch):
-    """Choose among priorities: of two with the same tag the more urgent goes first."""
+    """Choose among priorities; with equal tags the more urgent one goes first."""
 
     __slots__ = ()
 
@@ -243,7 +243,7 @@ class Classes(Branch):
         return -key
 
     def _weigh(self, flow: Flow) -> float:
-        """Set the weight of ``flow`` by its rank among those that compete; return theirs together."""
+        """Set the weight of ``flow`` by its rank among its competitors; return the total weight."""
         shares = self.node.fairness.classes
         ready = sorted(priority for priority, share in shares.items() if share.loops)
         weights = [STEP**rank for rank in range(len(ready))]

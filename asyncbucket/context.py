@@ -1,7 +1,7 @@
-"""What code inherits from whoever calls it: a priority, a tenant, a deadline.
+"""What code inherits from its caller: a priority, a tenant, a deadline.
 
 An agent makes its calls deep inside a framework that knows nothing of limits. Context variables
-reach them there, through every task that is started inside:
+reach them there, in every task that is started inside:
 
 >>> with asyncbucket.priority("interactive"), asyncbucket.tenant("acme"), asyncbucket.deadline(30):
 ...     reply = await agent.run("...")
@@ -19,7 +19,7 @@ from asyncbucket.meters import NEVER
 from asyncbucket.numeric import is_integer, is_number
 
 T = TypeVar("T")
-#: How urgent a call is: a name, or a whole number, larger ones first.
+#: How urgent a call is: a name, or a whole number; larger numbers are more urgent.
 Priority: TypeAlias = int | Literal["interactive", "normal", "batch"]
 
 _NAMES: Final = {"interactive": 1, "normal": 0, "batch": -1}
@@ -29,11 +29,11 @@ _FOR_EVER: Final = NEVER * 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Inherited:
-    """Hold what was given around a call; None where nothing was."""
+    """Hold what was set around a call; None for what was not."""
 
     priority: int | None = None
     tenant: str | None = None
-    #: In seconds of the event loop's clock, which tasks and threads of one program agree on.
+    #: In seconds of the event loop's clock, on which tasks and threads of one program agree.
     deadline: float | None = None
 
     def seconds_left(self) -> float | None:
@@ -41,15 +41,15 @@ class Inherited:
         return None if self.deadline is None else max(0.0, self.deadline - _now())
 
 
-#: One variable for all, so that a call looks once; None is what most find.
+#: One variable for all three, so that a call does one look-up. For most it is None.
 inherited: Final[ContextVar[Inherited | None]] = ContextVar("asyncbucket", default=None)
 
 
 class Given(contextlib.AbstractContextManager[None, None]):
-    """Give the calls in one ``with`` block something to inherit.
+    """Set what the calls in one ``with`` block inherit.
 
-    It is not a decorator, as `contextlib.contextmanager` makes them: around an async function that would be
-    over before the function has begun.
+    It is not a decorator, as `contextlib.contextmanager` would make it: around an async function,
+    the block would end before the function has begun.
     """
 
     __slots__ = ("_token", "_what")
@@ -86,14 +86,14 @@ class Given(contextlib.AbstractContextManager[None, None]):
 
 
 def priority(value: Priority) -> contextlib.AbstractContextManager[None, None]:
-    """Give all calls inside a priority, where they have none of their own.
+    """Set the priority of all calls inside that have none of their own.
 
-    Urgent calls go first, and none starves: of the priorities that wait each is served at least an
-    eighth as much as the next more urgent one. Those of one priority go in order of arrival.
+    Urgent calls go first, and none starves: each priority with calls waiting is served at least an
+    eighth as much as the next more urgent one. Calls of one priority go in order of arrival.
 
     Args:
-        value: ``"interactive"``, ``"normal"``, ``"batch"``, or a whole number from -100 to 100:
-            these names are 1, 0 and -1.
+        value: ``"interactive"``, ``"normal"``, ``"batch"`` (1, 0 and -1), or a whole number from
+            -100 to 100.
 
     Raises:
         ValueError: it is none of these.
@@ -102,7 +102,7 @@ def priority(value: Priority) -> contextlib.AbstractContextManager[None, None]:
 
 
 def tenant(name: str) -> contextlib.AbstractContextManager[None, None]:
-    """Make all calls inside for a tenant: through ``limiter.key(name)`` of the limiter they ask.
+    """Make all calls inside on behalf of a tenant: through ``limiter.key(name)`` of their limiter.
 
     Raises:
         ValueError: the name is not a string, or is empty.
@@ -111,25 +111,25 @@ def tenant(name: str) -> contextlib.AbstractContextManager[None, None]:
 
 
 def deadline(seconds: float) -> contextlib.AbstractContextManager[None, None]:
-    """Have all calls inside admitted within so many seconds from now; an earlier deadline stays.
+    """Have all calls inside admitted within ``seconds`` from now; an earlier deadline stays.
 
-    A call that cannot be is refused at once with `AcquireTimeout`, which says what binds and for
-    how long. It ends no call that was admitted: use ``asyncio.timeout`` for that.
+    A call that cannot be admitted in time is refused at once with `AcquireTimeout`, which says what
+    binds and for how long. Calls already admitted are not ended: use ``asyncio.timeout`` for that.
 
     Args:
-        seconds: from 0 on; ``math.inf`` sets none, and lifts none.
+        seconds: from 0 on; ``math.inf`` neither sets a deadline nor lifts one.
 
     Raises:
-        ValueError: it is not such a number.
+        ValueError: ``seconds`` is NaN, negative or not a number.
     """
     ever = span_of(seconds, "a deadline", "math.inf sets none") >= NEVER
     return Given(deadline=math.inf if ever else _now() + seconds)
 
 
 def put_back(variable: ContextVar[T], token: Token[T]) -> None:
-    """Reset ``variable`` to its value before, if this is still the context where it was set.
+    """Reset ``variable`` to its earlier value, if this is still the context where it was set.
 
-    What runs in a generator or a coroutine may be closed in another context than it ran in.
+    A generator or a coroutine may be closed in another context than the one it ran in.
     """
     with contextlib.suppress(ValueError):
         variable.reset(token)
@@ -151,13 +151,13 @@ def read_priority(value: Priority) -> int:
 
 
 def read_tenant(name: str) -> str:
-    """Return the name of a tenant.
+    """Return a tenant's name.
 
     Raises:
         ValueError: it is not a string, or is empty.
     """
     if not isinstance(name, str) or not name:
-        given = "''" if name == "" else type(name).__name__  # whatever it is, it may be secret
+        given = "''" if name == "" else type(name).__name__  # it may be secret
         raise ValueError(f"a tenant must be a non-empty string, not {given}")
     return name
 
@@ -168,7 +168,7 @@ def deadline_of(
     """Return the earlier of ``timeout`` seconds from ``now`` and ``deadline``, in nanoseconds.
 
     Raises:
-        ValueError: one of them is NaN or no number, or the timeout is negative.
+        ValueError: one of them is NaN or not a number, or the timeout is negative.
     """
     end = NEVER if deadline is None else nanoseconds(deadline, "deadline")
     if timeout is not None:
@@ -178,10 +178,10 @@ def deadline_of(
 
 
 def span_of(seconds: float, name: str, remedy: str) -> int:
-    """Return a length of time in whole nanoseconds, `NEVER` for what is as good as for ever.
+    """Return a length of time in whole nanoseconds; `NEVER` for practically for ever.
 
     Raises:
-        ValueError: it is NaN, no number, or negative.
+        ValueError: it is NaN, not a number, or negative.
     """
     span = nanoseconds(seconds, name)
     if span < 0:
@@ -190,10 +190,10 @@ def span_of(seconds: float, name: str, remedy: str) -> int:
 
 
 def nanoseconds(seconds: float, name: str) -> int:
-    """Return ``seconds`` in whole nanoseconds, `NEVER` for what is as good as for ever.
+    """Return ``seconds`` in whole nanoseconds; `NEVER` for practically for ever.
 
     Raises:
-        ValueError: they are NaN or no number.
+        ValueError: they are NaN or not a number.
     """
     if not is_number(seconds) or not abs(seconds) >= 0:
         raise ValueError(f"{name} must be a number of seconds, not {seconds!r}")

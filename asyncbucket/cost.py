@@ -27,7 +27,7 @@ def amounts_of(
     output_tokens: float | None,
     others: Mapping[str, float] | None = None,
 ) -> dict[str, int]:
-    """Return the whole amounts of one call, and its one slot; see `Cost` for what they mean."""
+    """Return the whole amounts of one call, and its one slot; see `Cost` for their meaning."""
     if type(requests) is not int or requests < 0:
         requests = rounded_up(requests, "requests")
     if tokens is not None and (type(tokens) is not int or tokens < 0):
@@ -59,12 +59,12 @@ def amounts_of(
 class Cost(Mapping[str, int]):
     """Map each resource to the whole number of units that one call takes of it.
 
-    ``tokens`` is input plus output: where it is not given it is the sum of both. Where it alone is
-    given, nobody knows the split, and limits of input and of output tokens each count all of it.
-    Amounts are rounded up; resources that cost nothing are left out.
+    ``tokens`` is input plus output; it defaults to their sum. If only ``tokens`` is given, the
+    split is unknown, so limits of input tokens and of output tokens each count all of it. Amounts
+    are rounded up; resources that cost nothing are left out.
 
     Raises:
-        TypeError: an amount is not a number, or one of ``concurrency``: a call takes one slot.
+        TypeError: an amount is not a number, or is of ``concurrency``: each call takes one slot.
         ValueError: an amount is negative, NaN or infinite, or the whole cost is nothing.
     """
 
@@ -83,9 +83,9 @@ class Cost(Mapping[str, int]):
 
     @classmethod
     def of(cls, amounts: Mapping[str, int]) -> Self:
-        """Return the cost whose amounts, slot included, `amounts_of` gave."""
+        """Return the cost with the amounts that `amounts_of` returned, slot included."""
         cost = cls.__new__(cls)
-        cost._amounts = _named(amounts)  # noqa: SLF001 - our own
+        cost._amounts = _named(amounts)  # noqa: SLF001 - another `Cost`
         return cost
 
     def __getitem__(self, resource: str) -> int:

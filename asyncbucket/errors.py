@@ -7,8 +7,8 @@
     ├── CostExceedsLimit (ValueError)    a call that can never pass
     ├── WouldBlock                       ``acquire_nowait`` found no room now
     ├── AcquireTimeout (TimeoutError)    the deadline came first, or is bound to
-    ├── QueueFull                        ``max_queue`` calls wait already
-    └── StoreError                       shared state is out of reach
+        ├── AcquireTimeout (TimeoutError)    the deadline passed, or is bound to
+        ├── QueueFull                        ``max_queue`` calls wait already
 
 Every message says what happened, the numbers, and the remedy.
 """
@@ -23,20 +23,20 @@ class LimitSyntaxError(AsyncBucketError, ValueError):
 
 
 class CostExceedsLimit(AsyncBucketError, ValueError):  # noqa: N818 - a name of the public interface
-    """Say that a call costs more than a limit ever allows, so that waiting would never end."""
+    """Say that a call costs more than a limit ever allows, so waiting would never end."""
 
 
 class _NotNow(AsyncBucketError):  # noqa: N818 - its heirs bear names of the public interface
-    """Carry what a caller needs to try again: the binding limit and the seconds until then."""
+    """Carry what a caller needs to try again: what binds, and the seconds until then."""
 
     def __init__(
         self, message: str, *, retry_after: float | None = None, bound_by: str | None = None
     ) -> None:
         super().__init__(message)
-        #: Seconds until such a call could pass; None if only a released slot can tell, or a store
-        #: that would have to be asked, or if it passes by waiting in line alone.
+        #: Seconds until such a call could pass; None if that depends on a slot being released or on
+        #: a store that would have to be asked, or if the call passes only by waiting in line.
         self.retry_after = retry_after
-        #: The resource that binds: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``...
+        #: What binds: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``...
         self.bound_by = bound_by
 
 
@@ -45,11 +45,11 @@ class WouldBlock(_NotNow):
 
 
 class AcquireTimeout(_NotNow, TimeoutError):  # noqa: N818 - a name of the public interface
-    """Say that a call was not, or could not have been, admitted before its deadline."""
+    """Say that a call was not admitted before its deadline, or could not be."""
 
 
 class QueueFull(_NotNow):
-    """Say that as many calls wait already as ``max_queue`` allows."""
+    """Say that ``max_queue`` calls wait already."""
 
 
 class StoreError(AsyncBucketError):

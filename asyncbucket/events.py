@@ -1,19 +1,20 @@
-"""What happens inside a limiter, as one stream of frozen events, and those who watch it.
+"""What happens inside a limiter, as one stream of frozen events, and who observes it.
 
-A call that passes at once makes `Admitted` and `Released`; one that waits makes `Queued` first, and
-ends in `Admitted`, `Refused` or `Cancelled`. `Settled` may come any time after `Admitted`. The
-others are about the limiter, not about one call.
+A call that passes at once makes `Admitted` and `Released`. One that waits makes `Queued` first, and
+ends in `Admitted`, `Refused` or `Cancelled`. `Settled` may come at any time after `Admitted`. The
+other events are about the limiter, not about one call.
 
-What the core promises to an observer: every event of a limiter and of its children reaches it, once;
-it is called with no lock held, so that it may ask the limiter for its ``statistics()``; the events
-of waiting (`Queued`, `Admitted`, `Refused`, `Cancelled`) come in the context of the call itself, so
-that the current span is the caller's. It is called in whichever thread the thing happens, must not
-block, and what it raises is reported once and breaks nothing. While nobody watches, no event is made.
-A lease that nobody released is released by the collector, which may interrupt an observer anywhere,
-its locks held: such an event waits for the next one (`Observers.emit_later`).
+The core promises this to an observer: it gets every event of a limiter and of its children, once.
+It is called with no lock held, so it may ask the limiter for ``statistics()``. The events of
+waiting (`Queued`, `Admitted`, `Refused`, `Cancelled`) come in the context of the call itself, so
+the current span is the caller's. It is called in the thread where the event happens, and must not
+block. An exception that it raises is logged once and breaks nothing. While nobody observes, no
+event is made. A lease that nobody released is released by the garbage collector, which may
+interrupt an observer anywhere, even while it holds locks: such an event waits for the next one
+(`Observers.emit_later`).
 
-No event holds a prompt, a key, the password of a URL, the message of somebody else's error or the name
-of a tenant: a limiter goes by its path, ``"openai/chat"``, and those of tenants are one,
+No event holds a prompt, a key, the password of a URL, the message of a foreign exception or the
+name of a tenant. A limiter is named by its path, ``"openai/chat"``; all its tenants share the name
 ``"openai/chat/*"``.
 """
 
@@ -50,8 +51,7 @@ Reason = Literal["would_block", "timeout", "queue_full", "too_costly"]
 #: How a call ended, as its lease was told.
 Outcome = Literal["ok", "overloaded", "failed"]
 
-# Without a handler that does nothing: as with asyncio's, a warning is seen by whoever has not
-# configured logging, on stderr.
+# There is no NullHandler, as in asyncio: without configured logging, warnings appear on stderr.
 _log: Final = logging.getLogger("asyncbucket")
 
 
@@ -76,7 +76,7 @@ class Queued(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admitted(Event):
-    """A call passed; ``at`` is when it was booked, so that what was admitted can be held against limits."""
+    """A call was admitted; ``at`` is when it was booked, as limits count it."""
 
     cost: Mapping[str, int]
     #: Seconds between asking and admission.
@@ -91,13 +91,13 @@ class Admitted(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused(Event):
-    """A call was turned away: at once, or when its time was up."""
+    """A call was refused: at once, or when its time was up."""
 
     cost: Mapping[str, int]
     reason: Reason
-    #: The resource that had no room, ``"concurrency"`` or ``"paused"``; None if others came first.
+    #: What had no room: a resource, ``"concurrency"`` or ``"paused"``; None if others came first.
     bound_by: str | None
-    #: In how many seconds it might pass; None where nobody can tell, or it never will.
+    #: In how many seconds it might pass; None if that is not known, or it never will.
     retry_after: float | None
 
 
@@ -112,13 +112,13 @@ class Cancelled(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled(Event):
-    """A lease was told what its call really used; only the resources that were named."""
+    """A lease was settled; only the named resources are shown."""
 
     #: What had been reserved.
     reserved: Mapping[str, int]
     #: What was used.
     used: Mapping[str, int]
-    #: What an earlier word had said, which this one corrects; empty for the first word.
+    #: What an earlier report said that this one corrects; empty for the first report.
     corrects: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -134,10 +134,10 @@ class Released(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paused(Event):
-    """Nobody is admitted for a while. A provider's refusal for rate has the reason ``"429"``."""
+    """Nobody is admitted for a while. The reason is ``"429"`` after a provider's refusal."""
 
     seconds: float
-    #: Why, as whoever paused it said.
+    #: Why, as given by whoever paused it.
     reason: str
 
 
@@ -145,7 +145,7 @@ class Paused(Event):
 class Retried(Event):
     """A call failed and will be tried again."""
 
-    #: How often it was tried so far, from 1 on.
+    #: The number of the attempt that failed, from 1 on.
     attempt: int
     #: The kind of error, such as ``"HTTP 429"`` or ``"ReadTimeout"``; never its message.
     error: str
@@ -155,28 +155,28 @@ class Retried(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitLearned(Event):
-    """A limit that the provider announces was taken over."""
+    """A limit that the provider announced was adopted."""
 
-    #: As people write it: ``"500 requests per 60 s"``.
+    #: In words: ``"500 requests per 60 s"``.
     limit: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitChanged(Event):
-    """A limit was changed while the limiter runs, or the number of slots was, here or elsewhere.
+    """A limit or the number of slots was changed while the limiter runs, here or elsewhere.
 
-    Elsewhere is in another process that shares it by a store.
+    Elsewhere means in another process that shares the store.
     """
 
-    #: As people write it: ``"500 requests per 60 s"``, ``"concurrency 12"``.
+    #: In words: ``"500 requests per 60 s"``, ``"concurrency 12"``.
     limit: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreLost(Event):
-    """The shared store cannot be reached: from now on this process does what it was told to."""
+    """The shared store cannot be reached: from now on this process follows ``on_outage``."""
 
-    #: What is wrong, as the `StoreError` says; the password of a URL is never in it.
+    #: What is wrong, in the words of the `StoreError`; never the password of a URL.
     reason: str
 
 
@@ -184,18 +184,18 @@ class StoreLost(Event):
 class StoreRecovered(Event):
     """The shared store is back."""
 
-    #: For how long it was lost.
+    #: How long it was lost.
     seconds: float
 
 
-#: What `Limiter.observe` takes: a plain function, which is called with each event.
+#: What `Limiter.observe` takes: a plain function, called with each event.
 Callback = Callable[[Event], object]
 
 
 class Observers:
-    """Hold who watches one limiter, and tell them in the order in which they came.
+    """Hold the observers of one limiter, and call them in the order in which they were added.
 
-    Every method may be called from any thread, and by an observer while it is told.
+    Every method may be called from any thread, even by an observer while it runs.
     """
 
     __slots__ = ("_callbacks", "_late", "_lock")
@@ -209,16 +209,16 @@ class Observers:
         return bool(self._callbacks)
 
     def add(self, callback: Callback) -> Callable[[], None]:
-        """Tell ``callback`` of every event from now on; call what is returned to end that.
+        """Call ``callback`` with every event from now on; the returned function ends that.
 
         Raises:
-            TypeError: it is nothing that can be called, or a coroutine function: nobody awaits it.
+            TypeError: it cannot be called, or is a coroutine function, which nobody would await.
         """
         if not callable(callback):
             raise TypeError(
                 f"an observer must be a function of an event; {_name(callback)} cannot be called"
             )
-        called = type(callback).__call__  # of an object, it may be async
+        called = type(callback).__call__  # an object's `__call__` may be async
         if inspect.iscoroutinefunction(callback) or inspect.iscoroutinefunction(called):
             raise TypeError(
                 f"an observer must be a plain function, and {_name(callback)} is a coroutine function: "
@@ -235,18 +235,18 @@ class Observers:
         return remove
 
     def emit(self, event: Event) -> None:
-        """Tell every observer; one that raises is logged once, and told of later events all the same."""
+        """Call every observer. The first error of each is logged; it still gets later events."""
         if self._late:
             self.flush()
         self._tell(event)
 
     def emit_later(self, event: Event) -> None:
-        """Tell everybody with the next event, or at `flush`; for finalizers."""
+        """Send the event with the next one, or at `flush`; for finalizers."""
         if self._callbacks:
             self._late.append(event)
 
     def flush(self) -> None:
-        """Tell what was to be told later."""
+        """Send the events that were postponed."""
         while True:
             try:
                 event = self._late.popleft()
@@ -258,7 +258,7 @@ class Observers:
         for observer in self._callbacks:
             try:
                 observer.callback(event)
-            except Exception as error:  # noqa: BLE001 - the call that made the event goes on
+            except Exception as error:  # noqa: BLE001 - the call that caused the event goes on
                 observer.report(event, error)
 
 
@@ -282,5 +282,5 @@ class _Observer:
 
 
 def _name(callback: object) -> str:
-    """Return the name of a callback: its repr might show what it was made with."""
+    """Return the name of a callback; its repr might show its arguments."""
     return str(getattr(callback, "__qualname__", type(callback).__qualname__))

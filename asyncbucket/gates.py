@@ -1,4 +1,4 @@
-"""All that one call passes: meters side by side, those of its limiter and of the limiters above."""
+"""All meters that a call passes, side by side: its limiter's and those of the limiters above."""
 
 from collections.abc import Iterable
 from typing import Final, Self
@@ -11,23 +11,23 @@ _SIMPLE: Final = (Bucket, Window, Slots)
 
 
 class Gates:
-    """Put meters side by side: a call passes all of them at once, each by its own resource."""
+    """Put meters side by side: a call passes all of them at once, each with its own resource."""
 
     __slots__ = ("_simple", "_takes", "given_back", "limits", "meters", "slots", "windows")
 
     def __init__(self, meters: Iterable[tuple[Meter, str]], limits: tuple[Limit, ...] = ()) -> None:
         #: Each meter with the resource that it counts.
         self.meters = tuple(meters)
-        #: The limits that they, or others elsewhere, keep.
+        #: The limits that these meters, or others elsewhere, keep.
         self.limits = limits
-        #: Slots that were here and have been given back before the call ended (`limiter.lending`).
+        #: Slots given back before the call ended (`limiter.lending`), no longer among the meters.
         self.given_back: tuple[Slots, ...] = ()
         self._takes = tuple((meter.take, resource) for meter, resource in self.meters)
         self.windows = tuple(
             (meter, resource) for meter, resource in self.meters if isinstance(meter, Window)
         )
         self.slots = tuple(meter for meter, _ in self.meters if isinstance(meter, Slots))
-        #: Whether several calls at one instant are to them as one call of all their amounts.
+        #: Whether several calls at one instant count in all of them like one call of their total.
         self._simple = all(isinstance(meter, _SIMPLE) for meter, _ in self.meters)
 
     def above(self, others: Self) -> "Gates":
@@ -35,7 +35,7 @@ class Gates:
         return Gates(self.meters + others.meters, self.limits + others.limits)
 
     def slotless(self, back: int) -> "Gates":
-        """Return these gates without those whose slots would do if so many came back."""
+        """Return these gates without slots that would suffice if ``back`` of them were given back."""
         free = {slots for slots in self.slots if slots.available(0) + back > 0}
         return Gates(each for each in self.meters if each[0] not in free)
 
@@ -61,11 +61,11 @@ class Gates:
         return when, bound_by
 
     def soonest(self, amounts: Amounts, now: int, *, since: int) -> int:
-        """Return what `earliest` would if every open call gave back all that it may: nothing passes before.
+        """Return a lower bound of `earliest`: its answer if open calls gave back all they may.
 
-        A bucket gets back no more than the window right before it; who goes next may have earned of it by
-        standing first ``since`` then. What others hold that pass only some of these gates is nothing to
-        the rest.
+        A bucket gets back no more than the window right before it; the next call may have earned
+        units of it by being first in line since ``since``. Calls that pass only some of these gates
+        hold nothing of the others.
         """
         lent: dict[str, int] = {}
         soonest, here = now, NEVER
@@ -81,7 +81,7 @@ class Gates:
         return soonest
 
     def room(self, amounts: Amounts, now: int, *, most: int) -> int:
-        """Return how many calls of ``amounts`` may surely pass now, one after the other."""
+        """Return how many calls of ``amounts`` are sure to pass now, one after the other."""
         if not self._simple:
             return 1 if self.earliest(amounts, now)[0] <= now and most else 0
         for meter, resource in self.meters:
@@ -93,13 +93,13 @@ class Gates:
         return most
 
     def full(self, since: int) -> int:
-        """Return when the first of the buckets is full that were not before: then what flows in is lost."""
+        """Return when the first bucket that is not full becomes full; from then on inflow is lost."""
         buckets = (meter for meter, _ in self.meters if isinstance(meter, Bucket))
         when = (bucket.earliest(bucket.burst, since - 1) for bucket in buckets)
         return min((each for each in when if each >= since), default=since)
 
     def book(self, amounts: Amounts, when: int, *, calls: int = 1) -> None:
-        """Book so many calls of ``amounts`` in all meters at ``when``."""
+        """Book ``calls`` calls of ``amounts`` in all meters at ``when``."""
         for meter, resource in self.meters:
             amount = amounts.get(resource)
             if amount:
@@ -111,10 +111,10 @@ class Gates:
             meter.unbook(amounts.get(resource, 0), when)
 
     def close(self, booked: Amounts) -> bool:
-        """End a call: its slots come back, the rest stays; return whether somebody may wait for one."""
+        """End a call: its slots come back, the rest stays; return if someone may wait for one."""
         for window, resource in self.windows:
             window.lent -= booked.get(resource, 0)
-        awaited = False  # nobody waits for a slot while there are some
+        awaited = False  # while slots are left, nobody waits for one
         for slots in self.slots:
             awaited = awaited or slots.used >= slots.size or slots.remote
             slots.give_back()

@@ -9,9 +9,9 @@ from typing import Final
 
 from asyncbucket.meters import NEVER
 
-#: How long (ns) the loops that hold all slots may leave a question unanswered.
+#: How long (ns) a loop may take to answer before it counts as blocked.
 _PATIENCE: Final = 1_000_000_000
-#: For how long (ns) nobody passes until the collector is called; twice as long when it found nothing.
+#: How long (ns) nobody passes before the collector is run; doubled if that found nothing.
 _STALL: Final = 10_000_000_000
 _LONGEST_STALL: Final = 64 * _STALL
 
@@ -19,7 +19,7 @@ _log: Final = logging.getLogger("asyncbucket")
 
 
 class Holder:
-    """Count the leases held on one event loop or, where ``loop`` is None, by plain threads."""
+    """Count the leases held on one event loop or, if ``loop`` is None, by plain threads."""
 
     __slots__ = ("leases", "loop")
 
@@ -32,27 +32,27 @@ class BlockedLoops:
     """Tell whether every slot is held on loops that do not run.
 
     Synchronous code on an event loop's thread may wait for a call on another loop (LlamaIndex's
-    ``VectorStoreIndex(use_async=True)`` does), while tasks of the blocked loop hold all slots. They
-    can be given back only after that wait: a deadlock, unless the call passes without a slot.
+    ``VectorStoreIndex(use_async=True)`` does), while tasks of the blocked loop hold all slots.
+    These come back only after that wait: a deadlock, unless the call passes without a slot.
     """
 
     def __init__(self) -> None:
-        #: Plain threads, all of them.
+        #: All plain threads together.
         self.threads = Holder(None)
         self._holders = [self.threads]
         self._here: dict[int, Holder] = {}
-        #: Calls that passed without a slot, because each slot's holder was blocked.
+        #: Calls that passed without a slot, because the holders of all slots were blocked.
         self.overridden = 0
         self._asked: int | None = None
         self._silent: set[asyncio.AbstractEventLoop | None] = set()
-        #: For slots that are held on loops which run, or on none.
+        #: For slots that are held on loops that run, or on none.
         self.stall = Stall()
 
     def here(self) -> Holder:
         """Return the holder for the loop that runs in this thread; called under a lock.
 
-        asyncio answers that by a system call (it looks out for forks), so an answer is kept for as
-        long as its loop runs.
+        asyncio makes a system call for each answer (to detect forks), so the answer is kept while
+        that loop runs.
         """
         thread = threading.get_ident()
         holder = self._here.get(thread)
@@ -67,7 +67,7 @@ class BlockedLoops:
 
     @property
     def leases(self) -> int:
-        """How many leases are held; all of them on blocked loops, where `check` says so."""
+        """How many leases are held; if `check` says so, all of them on blocked loops."""
         return sum(holder.leases for holder in self._holders)
 
     def check(self, mine: asyncio.AbstractEventLoop, now: int) -> int:
@@ -87,7 +87,7 @@ class BlockedLoops:
         return now + _PATIENCE
 
     def override(self, mine: asyncio.AbstractEventLoop) -> None:
-        """Count a call that passes without a slot, and warn of the first."""
+        """Count a call that passes without a slot, and log a warning for the first."""
         self.overridden += 1
         if self.overridden == 1:
             mine.call_soon(
@@ -98,23 +98,23 @@ class BlockedLoops:
 
 
 class Stall:
-    """Call the collector where nobody passes for a while, and it does not come by itself.
+    """Run the garbage collector if nobody passes for a while and it does not run by itself.
 
-    A reply of an SDK that was dropped unread refers to itself, and holds its slot until it is
-    collected. A program that does nothing but wait for a slot makes no garbage, so the collector
-    would never come.
+    An SDK's reply that was dropped unread is part of a reference cycle, and holds its slot until it
+    is collected. A program that only waits for a slot creates no garbage, so the collector would
+    never run.
     """
 
     def __init__(self) -> None:
-        #: When one of those who wait passed last.
+        #: When a waiting call last passed.
         self.passed = 0
-        #: For how long to be patient.
+        #: How long to wait without an admission.
         self.span = _STALL
-        #: For which `passed`, until when, and how often the collector had come by before.
+        #: The `passed` that is watched, until when, and how often the collector had run before.
         self._since, self._end, self._visits = -1, 0, 0
 
     def check(self, holders: BlockedLoops, mine: asyncio.AbstractEventLoop, now: int) -> int:
-        """Call the collector if it is time for it; return when that will be, or `NEVER`."""
+        """Run the collector if it is time; return when that will be, or `NEVER`."""
         if abs(time.monotonic_ns() - now) > _STALL:  # on virtual time nobody really waits
             return NEVER
         if self._since != self.passed:
@@ -133,6 +133,6 @@ class Stall:
 
 
 def visits() -> int:
-    """Return how often the collector has looked at everything."""
+    """Return how often the collector has made a full collection."""
     times: int = gc.get_stats()[-1]["collections"]
     return times

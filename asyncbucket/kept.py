@@ -1,4 +1,4 @@
-"""A limit in force: what it says, and the meters that count for it."""
+"""A limit in force, with the meters that count for it."""
 
 from fractions import Fraction
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class Kept(NamedTuple):
 def keep(limit: Limit, before: Kept | None, now: int, *, began: int = -1) -> Kept:
     """Put ``limit`` in force, with all that was booked ``before`` under one of the same window.
 
-    Where there was none, calls of until it ``began`` have nothing to give back in it.
+    Without one before, calls admitted up to ``began`` give nothing back in it.
     """
     if before is None:
         window = Window(amount=limit.amount, window=limit.window, began=began)
@@ -28,7 +28,7 @@ def keep(limit: Limit, before: Kept | None, now: int, *, began: int = -1) -> Kep
 
 
 def _pacing(limit: Limit, before: Bucket | None, now: int) -> Bucket | None:
-    """Return the bucket that paces ``limit`` from now on, or None where nothing does."""
+    """Return the bucket that paces ``limit`` from now on, or None if nothing paces it."""
     if limit.burst is None or limit.burst == limit.amount:
         return None
     rate = Fraction(limit.amount * 1_000_000_000, limit.window)

@@ -10,13 +10,13 @@ from asyncbucket.errors import LimitSyntaxError
 from asyncbucket.numeric import is_integer, is_number
 from asyncbucket.wording import counted, written_out
 
-#: What tells a limit from the others of a limiter: its resource, and its window in seconds.
+#: What identifies a limit within a limiter: its resource, and its window in seconds.
 Key: TypeAlias = tuple[str, float]
 
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _RESOURCES: Final = {"r": "requests", "t": "tokens", "it": "input_tokens", "ot": "output_tokens"}
-#: The same in other words: a limit of "request", or of "r" in "10r/s", would be one that no call
-#: counts against.
+#: Other words for resources. Without them, a limit of "request", or of "r" in "10r/s", would be a
+#: limit that no call counts against.
 _OTHER_WORDS: Final = {
     **dict.fromkeys(("request", "req", "reqs", "r", "call", "calls"), "requests"),
     "token": "tokens",
@@ -31,7 +31,7 @@ _LONGEST: Final = 400 * 86_400
 #: The most units in one of them.
 _LARGEST: Final = 1e18
 
-#: The keyword forms, ``rpm=500`` for ``"500 RPM"``, and what each limits per how many seconds.
+#: The keyword forms, such as ``rpm=500`` for ``"500 RPM"``: resource and window in seconds.
 KEYWORDS: Final = {
     "rps": ("requests", 1),
     "rpm": ("requests", 60),
@@ -43,7 +43,7 @@ KEYWORDS: Final = {
     "otpm": ("output_tokens", 60),
 }
 
-# A comma only separates thousands: "2,5k" means 2,500 to whoever writes it, not 25,000.
+# A comma only separates thousands: whoever writes "2,5k" means 2,500, not 25,000.
 _NUMBER: Final = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9][0-9_]{0,30})(?:\.[0-9]{1,30})?[kmb]?"
 _AMOUNT: Final = rf"(?P<amount>{_NUMBER})"
 _BURST: Final = rf"(?:\s+burst\s+(?P<burst>{_NUMBER}))?"
@@ -63,14 +63,14 @@ _HOW: Final = (
 class Limit:
     """Allow ``amount`` units of ``resource`` in every window of ``per`` seconds.
 
-    The limit holds in *every* sliding window of that length. ``burst`` paces it besides: at most
-    ``burst`` units at once, refilled at ``amount / per``. By default requests are paced with a
-    burst of a tenth (at least 1), so that fan-outs do not come in minute-long waves, and all else
-    is not paced. ``burst=amount`` switches the pacing off.
+    The limit holds in *every* sliding window of that length. ``burst`` paces it as well: at most
+    ``burst`` units at once, refilled at ``amount / per``. By default, requests are paced with a
+    burst of a tenth (at least 1), so that fan-outs do not come in minute-long waves; other
+    resources are not paced. ``burst=amount`` switches pacing off.
 
     Raises:
-        LimitSyntaxError: an amount or burst that is not a whole number of units from 1 to 1e18, a window
-            that is not from 0.001 s to 400 days, or a burst above the amount.
+        LimitSyntaxError: an amount or burst is not a whole number of units from 1 to 1e18, the
+            window is not from 0.001 s to 400 days, or the burst is above the amount.
     """
 
     resource: str
@@ -108,7 +108,7 @@ class Limit:
     def parse(cls, text: str) -> Self:
         """Read a limit as people write it: ``"500 RPM"``, ``"14,400 RPD"``, ``"3 images/10s"``.
 
-        Capitals are read as small letters, those of the resource's name, too.
+        Upper and lower case are the same, also in the resource's name.
 
         Raises:
             LimitSyntaxError: the text is not a limit; the message shows how limits are written.
@@ -135,7 +135,7 @@ class Limit:
 
     @property
     def key(self) -> Key:
-        """What tells it from the other limits of a limiter."""
+        """What identifies it within a limiter: resource and window."""
         return self.resource, self.per
 
     @property
@@ -145,7 +145,7 @@ class Limit:
 
     @property
     def label(self) -> str:
-        """What metrics call it, whatever its amount: ``rpm``, or ``images/10s``."""
+        """Its label in metrics, independent of the amount: ``rpm``, or ``images/10s``."""
         return self.keyword or f"{self.resource}/{self.per:.9g}s"
 
     def __str__(self) -> str:
@@ -176,7 +176,7 @@ def read_limits(limits: Iterable[str | Limit], keywords: dict[str, float | None]
 
 
 def read_amount(text: str) -> int:
-    """Return a number that is written as in limits: ``500``, ``14,400``, ``200k``.
+    """Return a number written as in limits: ``500``, ``14,400``, ``200k``.
 
     Raises:
         LimitSyntaxError: it is not a number from 1 on.
@@ -185,7 +185,7 @@ def read_amount(text: str) -> int:
 
 
 def _read_number(number: str, text: str) -> int:
-    """Read a number such as ``14,400`` or ``1.5k``, of which ``text`` is written."""
+    """Read a number such as ``14,400`` or ``1.5k``; ``text`` is the limit that contains it."""
     digits = re.sub("[,_]", "", number)
     prefix = digits.lstrip("0123456789.")
     exact = Fraction(digits.removesuffix(prefix)) * _PREFIXES[prefix]

@@ -1,4 +1,4 @@
-"""Loops, threads and processes: a loop for callers without one, forks, and what is of one process."""
+"""Loops, threads and processes: a loop for callers without one, forks, and one-process objects."""
 
 import asyncio
 import concurrent.futures
@@ -12,17 +12,17 @@ from typing import Any, Final, NoReturn, Protocol, Self, TypeVar
 
 T = TypeVar("T")
 
-#: CPython under its global lock switches threads at calls and backward jumps alone, so that a
-#: straight run of loads, arithmetic and stores is atomic.
+#: CPython with the GIL switches threads only at calls and backward jumps, so a straight run of
+#: loads, arithmetic and stores is atomic.
 thread_switches_only_at_calls: Final[bool] = (
     sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
 )
 
 
 class OfThisProcess:
-    """An object of one process: a copy is the object itself, and it cannot be pickled.
+    """Belong to one process: a copy is the object itself, and it cannot be pickled.
 
-    What holds a slot, or counts what passes, would else do so twice.
+    A real copy of something that holds a slot, or counts what passes, would do so twice.
     """
 
     __slots__ = ()
@@ -50,7 +50,7 @@ class Background:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        #: That loop, once it is there.
+        #: That loop, once it exists.
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def call(self, start: Callable[[], Coroutine[Any, Any, T]], undo: Callable[[T], None]) -> T:
@@ -87,7 +87,7 @@ async def _answer(
 ) -> None:
     try:
         result = await start()
-    except BaseException as error:  # noqa: BLE001 - raised where it is waited for: here it may end the loop
+    except BaseException as error:  # noqa: BLE001 - raised where it is awaited: here it may end the loop
         if answer.set_running_or_notify_cancel():
             answer.set_exception(error)
     else:
@@ -108,13 +108,13 @@ class _Forkable(Protocol):
     def after_fork(self) -> None: ...
 
 
-#: Module state, because ``os.register_at_fork`` cannot be undone: it is called once for all, and must
-#: not keep them alive.
+#: Module state, because ``os.register_at_fork`` cannot be undone: so it is called once, and holds
+#: only weak references.
 _FORKABLE: Final["weakref.WeakSet[_Forkable]"] = weakref.WeakSet()
 
 
 def reset_after_fork(each: _Forkable) -> None:
-    """Have ``each.after_fork()`` called in a child process, while ``each`` lives."""
+    """Have ``each.after_fork()`` called in a child process, for as long as ``each`` lives."""
     _FORKABLE.add(each)
 
 

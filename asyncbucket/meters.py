@@ -1,11 +1,12 @@
 """What may pass: the arithmetic of limits, without a clock of its own.
 
 A meter answers two questions and keeps one account. ``earliest(amount, now)`` says from when on
-that much may pass if nobody else comes in between; ``book(amount, when)`` takes it. ``unbook``
-gives back what a booking took, ``owe`` adds what a call used beyond its booking, ``available``
-says how much could pass now. Instants are integer nanoseconds of any monotonic clock; amounts are
-whole units. No method waits, reads a clock or knows asyncio, so the same arithmetic serves the
-live limiter, a plan on virtual time, and the tests of stores that keep these numbers elsewhere.
+``amount`` may pass if nothing else is booked in between; ``book(amount, when)`` takes it.
+``unbook`` gives back what a booking took, ``owe`` adds what a call used beyond its booking,
+``available`` says how much could pass now. Instants are integer nanoseconds of any monotonic clock;
+amounts are whole units. No method waits, reads a clock or knows asyncio, so the same arithmetic
+serves the live limiter, a plan on virtual time, and the tests of stores that keep these numbers
+elsewhere.
 
 ``Bucket`` is the generic cell rate algorithm (ITU-T I.371): instead of a level that must be
 refilled, it keeps the one instant ``tat`` at which the bucket will be full again. Taking n units
@@ -13,16 +14,16 @@ moves it n * p / q ns into the future (p / q ns being the exact time in which on
 n may pass as soon as ``tat`` would then lie at most ``burst * p / q`` ns ahead. Time is counted in
 q-ths of a nanosecond, so nothing is ever rounded but the instant that is returned, upwards.
 
-Refunds need care. What flowed into a full bucket is lost, so a refund of something taken long ago
-must not bring back more than the bucket would hold now had it never been taken. That is exactly
-the lowest backlog (distance from full) seen since the booking. The bucket remembers these lows in
-a short list that ascends in time and backlog; a list too long is halved, each pair becoming its
-lower low at its later time, so that a refund errs on the safe side only.
+Refunds need care. What flows into a full bucket is lost. So a refund of something taken long ago
+must not bring back more than the bucket would hold now if it had never been taken. That is exactly
+the lowest backlog (distance from full) since the booking. The bucket remembers these lows in a
+short list, ascending in time and in backlog. If the list gets too long it is halved: each pair
+becomes one entry with the lower low and the later time, so a refund errs on the safe side only.
 
-``Window`` is the sliding window itself: bookings by time, forgotten when the window has passed
-them. To bound its memory, bookings within W/512 of each other are kept as one, dated at the last;
-and each is kept 3W/512 longer than the window, which is the room a network's jitter needs: two
-calls admitted exactly W apart may arrive closer. Together that is at most W/128, on the safe side.
+``Window`` is the sliding window itself: bookings by time, forgotten once the window has passed
+them. To bound its memory, bookings within W/512 of each other are kept as one, dated at the last.
+Each is kept 3W/512 longer than the window, to allow for network jitter: two calls admitted exactly
+W apart may arrive closer together. In total that is at most W/128, on the safe side.
 """
 
 import bisect
@@ -33,11 +34,11 @@ from typing import ClassVar, Final, Protocol
 #: "Not before something is given back": later than any instant.
 NEVER: Final = 1 << 100
 
-#: A window forgets in steps of its 512th part,
+#: A window is divided into this many grains,
 _GRAINS: Final = 512
-#: and holds what it keeps for so many of them longer, for the network's jitter.
+#: and keeps bookings this many grains longer, to allow for network jitter.
 _JITTER: Final = 3
-#: A bucket remembers that many lows; more are halved, neighbours becoming one. (Odd: with one more they are whole pairs.)
+#: A bucket remembers at most this many lows; one more, and they are merged in pairs.
 _LOWS: Final = 511
 
 #: What a call takes: resource -> whole units.
@@ -47,22 +48,22 @@ Amounts = Mapping[str, int]
 class Meter(Protocol):
     """Say what may pass. Amounts are whole units, instants integer nanoseconds."""
 
-    #: What binds where this meter does, if that is not the resource that it counts.
+    #: What is reported as binding if this meter binds, if that is not the resource it counts.
     bound_by: ClassVar[str | None]
-    #: Whether it stands for one in a store, which dates bookings itself.
+    #: Whether it stands for a meter in a store, which dates bookings itself.
     remote: ClassVar[bool]
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
         """Return the first instant from ``now`` on at which ``amount`` may pass.
 
-        The answer never decreases as ``now`` advances and holds while nothing else is booked. A
-        waiter asks with the instant since which it is first in line. ``back`` asks what would
-        be if that many units came back.
+        The answer never decreases as ``now`` advances, and holds while nothing else is booked. For
+        a waiter, ``now`` is the instant since which it has been first in line. ``back`` assumes
+        that this many units had been given back.
         """
         ...
 
     def take(self, amount: int, now: int) -> bool:
-        """Book ``amount`` if it may pass at ``now``; return whether it did."""
+        """Book ``amount`` if it may pass at ``now``; return whether it may."""
         ...
 
     def book(self, amount: int, when: int) -> None:
@@ -74,7 +75,7 @@ class Meter(Protocol):
         ...
 
     def owe(self, amount: int, when: int) -> None:
-        """Take ``amount`` whether or not it may pass: later calls wait for it."""
+        """Take ``amount`` whether or not it may pass; later calls wait for it."""
         ...
 
     def available(self, now: int) -> int:
@@ -85,8 +86,9 @@ class Meter(Protocol):
 class Bucket:
     """Admit at most ``burst`` units at once, refilled at ``rate`` units a second.
 
-    In any interval of t seconds at most ``burst + rate * t`` units pass. More than ``burst`` at
-    once passes too, where the caller allows it, once the rest has flowed in while it stood first.
+    In any interval of t seconds at most ``burst + rate * t`` units pass. If the caller allows it,
+    more than ``burst`` passes at once, too, after the rest has flowed in while the call was first
+    in line.
     """
 
     bound_by: ClassVar[str | None] = None
@@ -97,23 +99,23 @@ class Bucket:
     def __init__(self, *, rate: float | Fraction, burst: int) -> None:
         #: When the bucket will be (or was) full again, in q-ths of a nanosecond.
         self.tat = 0
-        #: The last instant at which a booking found it full, likewise.
+        #: The last instant at which a booking found the bucket full, in the same unit.
         self.full_at = 0
-        # The lows and when they were, both ascending, in q-ths of a nanosecond.
+        # The lows and their instants, both ascending, in q-ths of a nanosecond.
         self._dates: list[int] = []
         self._lows: list[int] = []
-        #: The lowest backlog found by bookings that were written out elsewhere, without `book`
-        #: (see `TokenBucket.acquire`); it joins the others when next something is booked here.
+        #: The lowest backlog found by bookings that bypassed `book` (see `TokenBucket.acquire`); the
+        #: next booking made here adds it to the others.
         self.low = NEVER
-        #: One unit flows in in p / q ns.
+        #: One unit flows in within p / q ns.
         self.p = self.q = 1
-        #: How far (in q-ths of a ns) `tat` may lie ahead after a call; and before a call of one unit.
+        #: How far ahead `tat` may lie after any call, and before a call of one unit, in q-ths of ns.
         self.depth = self.slack = 0
         self.burst = 0
         self.reshape(rate=rate, burst=burst, now=0)
 
     def reshape(self, *, rate: float | Fraction, burst: int, now: int) -> None:
-        """Go on at another rate and burst; the units missing stay missing, until they are given back."""
+        """Change rate and burst; units that are missing stay missing until they are given back."""
         p, q, missing = self.p, self.q, max(0, self.tat - now * self.q)
         self.p, self.q = (1_000_000_000 / exactly(rate)).as_integer_ratio()
         self.burst = burst
@@ -142,7 +144,7 @@ class Bucket:
         backlog = self.tat - start
         if cost > self.depth or backlog + cost > self.depth:
             return False
-        if backlog <= 0:  # as `_add` does, without the call: nothing is asked more often
+        if backlog <= 0:  # as `_add` does, without the call: this is the hottest path
             self.full_at = start
             self.tat = start + cost
             self.low = NEVER
@@ -154,7 +156,7 @@ class Bucket:
         """See `Meter.book`."""
         cost = amount * self.p
         start = when * self.q
-        if cost > self.depth:  # the rest flowed in while it stood first: see `earliest`
+        if cost > self.depth:  # the rest flowed in while it was first in line: see `earliest`
             start -= cost - self.depth
         self._add(cost, start, self.tat - start)
 
@@ -169,7 +171,7 @@ class Bucket:
         dates, lows = self._dates, self._lows
         if dates:
             if dates[-1] == start:
-                return  # what was booked first, at the same instant, found the lower backlog
+                return  # the first booking of this instant found the lower backlog
             if dates[-1] <= self.full_at:
                 dates.clear()
                 lows.clear()
@@ -186,9 +188,9 @@ class Bucket:
         if self.full_at > start:
             return
         later = bisect.bisect_right(self._dates, start)
-        # A call above the burst earned what is above by standing first. That comes back only if the
-        # whole call does and nothing was booked since, not even at the same instant. A debt has earned
-        # nothing if it found the bucket neither full nor empty, or full just then.
+        # A call above the burst earned the excess by waiting at the head. The excess comes back
+        # only if the whole call does and nothing was booked since, not even at the same instant. A
+        # debt has earned nothing if it found the bucket neither full nor empty, or full just then.
         found = self._lows[later - 1] if start in self._dates[later - 1 : later] else self.depth
         as_debt = self.full_at == start or found != self.depth
         if not as_debt and (left or self.tat != start + self.depth):
@@ -196,14 +198,14 @@ class Bucket:
         back = min([amount * self.p, self.low, *self._lows[later : later + 1]])
         self.low -= back
         lows = [low - back for low in self._lows[later:]]
-        # Lows from before `when` stay as they were; those now above a later one are lows no more.
+        # Lows from before `when` stay unchanged; those now above a later one are no longer lows.
         first = bisect.bisect_left(self._lows, lows[0], 0, later) if lows else later
         del self._dates[first:later]
         self._lows[first:] = lows
         self.tat -= back
 
     def owe(self, amount: int, when: int) -> None:
-        """See `Meter.owe`; a bucket that stood full for long enough has earned what is above."""
+        """See `Meter.owe`; a bucket that has been full for long enough has earned the excess."""
         start = when * self.q
         if self.tat + (amount - self.burst) * self.p <= start:
             self.book(amount, when)
@@ -211,7 +213,7 @@ class Bucket:
             self._add(amount * self.p, start, self.tat - start)
 
     def remember(self, amount: int, when: int) -> None:
-        """Take ``amount`` that was missing at ``when`` in a bucket that is gone; more is a debt."""
+        """Take ``amount`` that was missing at ``when`` in an earlier bucket; more is a debt."""
         at_once = min(amount, self.burst)
         self.book(at_once, when)
         self.owe(amount - at_once, when)
@@ -227,7 +229,7 @@ class Bucket:
 
 
 def exactly(rate: float | Fraction) -> Fraction:
-    """Return ``rate`` as people mean it: 0.1 is a tenth, 66666.66666666667 is 200,000 / 3."""
+    """Return the ``rate`` that is meant: 0.1 is a tenth, 66666.66666666667 is 200,000 / 3."""
     exact = Fraction(rate)
     simple = exact.limit_denominator(1_000_000)
     return simple if float(simple) == float(rate) else exact
@@ -236,7 +238,7 @@ def exactly(rate: float | Fraction) -> Fraction:
 class Window:
     """Admit at most ``amount`` units in every window of ``window`` nanoseconds.
 
-    What was booked elsewhere, until it ``began``, gives nothing back here.
+    Bookings made elsewhere, up to ``began``, give nothing back here.
     """
 
     bound_by: ClassVar[str | None] = None
@@ -262,12 +264,12 @@ class Window:
         self.window = window
         #: Units booked within the window, debts included.
         self.used = 0
-        #: Units booked by calls that may still give them back; whoever closes a call counts it out.
+        #: Units that open calls may still give back; whoever ends a call subtracts its units.
         self.lent = 0
         self._grain = max(1, window // _GRAINS)
         self._hold = window + _JITTER * window // _GRAINS
-        # Entries: the date of the last booking in each, and its units. The newest stands apart: it
-        # is open to more bookings until its grain has passed; 0 if there is none.
+        # Entries: the date of the last booking in each, and its units. The newest entry is kept
+        # apart: it takes more bookings until its grain has passed; 0 if there is none.
         self._dates: list[int] = []
         self._units: list[int] = []
         self._last = 0
@@ -277,7 +279,7 @@ class Window:
         self._forgotten = began
 
     def reshape(self, *, amount: int) -> None:
-        """Go on with another amount; what was booked stays booked."""
+        """Change the amount; what was booked stays booked."""
         self.amount = amount
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
@@ -297,7 +299,7 @@ class Window:
             return False
         if now >= self._closes:
             self._open(now)
-        self.used += amount  # as `book` does, without the call: nothing is asked more often
+        self.used += amount  # as `book` does, without the call: this is the hottest path
         self.lent += amount
         self._recent += amount
         self._last = now
@@ -313,7 +315,7 @@ class Window:
         self._last = when
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:  # noqa: ARG002 - units are alike
-        """See `Meter.unbook`; what the window has forgotten has come back already."""
+        """See `Meter.unbook`; what the window has forgotten needs no giving back."""
         self.lent -= amount
         if when <= self._forgotten or when > self._last:
             return
@@ -335,7 +337,7 @@ class Window:
 
     @property
     def last(self) -> int:
-        """The date of the last booking that is remembered."""
+        """The date of the last booking."""
         return self._last
 
     def since(self, when: int) -> int:
@@ -344,7 +346,7 @@ class Window:
         return recent + sum(self._units[bisect.bisect_right(self._dates, when) :])
 
     def closed(self) -> "Window":
-        """Return another window with what no call gives back any more: the oldest bookings."""
+        """Return another window with the bookings that no open call can give back: the oldest ones."""
         twin = Window(amount=self.amount, window=self.window)
         left = self.used - self.lent
         for date, units in self._entries():
@@ -354,12 +356,12 @@ class Window:
         return twin
 
     def entries(self, now: int) -> list[tuple[int, int]]:
-        """Return what is booked in the window that ends at ``now``: dates and units, oldest first."""
+        """Return what is booked in the window that ends at ``now``: (date, units), oldest first."""
         self._forget(now)
         return [(date, units) for date, units in self._entries() if units]
 
     def remember(self, amount: int, when: int) -> None:
-        """Take ``amount`` that a call booked at ``when`` which is gone, and gives nothing back."""
+        """Book ``amount`` at ``when`` for a call that has ended and gives nothing back."""
         self.book(amount, when)
         self.lent -= amount
 
@@ -368,7 +370,7 @@ class Window:
         yield self._last, self._recent
 
     def _open(self, when: int) -> None:
-        """Add the newest entry to the others, and begin another."""
+        """Close the newest entry, and begin another."""
         self._forget(when)
         if self._closes:
             self._dates.append(self._last)
@@ -404,7 +406,7 @@ class Slots:
         self.used = 0
 
     def reshape(self, *, size: int) -> None:
-        """Go on with another size; slots that are taken stay taken."""
+        """Change the size; slots that are taken stay taken."""
         self.size = size
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:

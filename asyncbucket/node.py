@@ -1,4 +1,4 @@
-"""A limiter's place in the tree of limiters: what its calls pass, and its share of what is above."""
+"""A limiter's place in the tree of limiters: what its calls pass, and its share of its parent."""
 
 import itertools
 from typing import Self
@@ -9,7 +9,7 @@ from asyncbucket.shares import Fairness, Prices, Share
 
 
 class Node:
-    """Tell what the calls of one limiter pass, and what its share of its parent is."""
+    """Know which meters the calls of one limiter pass, and what its share of its parent is."""
 
     __slots__ = (
         "_fairness",
@@ -35,18 +35,18 @@ class Node:
         #: This node and those above it, up to the root; and the same without the root.
         self.path: tuple[Self, ...] = (self, *parent.path) if parent is not None else (self,)
         self.below_root = self.path[:-1]
-        #: Calls that wait here or below, over all loops; not counted at the root.
+        #: Calls that wait here or below, on all loops; not counted at the root.
         self.waiting_below_root = 0
-        # Thousands of children may be idle: what they need to let a call in is made for the first.
+        # There may be thousands of idle children, so what admits a call is made for the first one.
         self._gates = gates
-        #: What `through` is, if it has been found since something changed.
+        #: The value of `through`, if it has been computed since the last change.
         self.known_through: Gates | None = None
         self._prices: Prices | None = None
         self._fairness: Fairness | None = None
 
     @property
     def deep(self) -> bool:
-        """Whether a limiter other than the root stands above: what it owes decides who is next there."""
+        """Whether a limiter other than the root is above: this one's debts affect who is next there."""
         return len(self.below_root) > 1
 
     @property
@@ -57,11 +57,11 @@ class Node:
         return self._gates
 
     def make_gates(self) -> Gates:
-        """Put the meters of this limiter side by side."""
+        """Return the meters of this limiter, side by side."""
         return Gates(())
 
     def forget_gates(self) -> None:
-        """Look at the meters anew when next somebody passes: they have changed here."""
+        """Rebuild the gates when next asked, because the meters have changed here."""
         self._gates = None
         self.forget_through()
 
@@ -74,7 +74,7 @@ class Node:
         return self.known_through
 
     def forget_through(self) -> None:
-        """Look at the meters anew when next somebody passes: they have changed, here or above."""
+        """Rebuild what depends on meters here and above when next asked, because some have changed."""
         self.known_through = None
         self._prices = None
 
@@ -86,31 +86,31 @@ class Node:
         return self._prices
 
     def after_fork(self) -> None:
-        """Begin anew in a child process: those who waited are the parent's."""
+        """Start afresh in a child process: those who waited are the parent's."""
         self.waiting_below_root = 0
         self._fairness = None
 
     @property
     def fairness(self) -> Fairness:
-        """Its shares and clocks, made when first somebody has to wait."""
+        """Its shares and virtual clocks, made when somebody first has to wait."""
         if self._fairness is None:
             self._fairness = Fairness()
         return self._fairness
 
     def reweigh(self, weight: float) -> None:
-        """Go on with another weight."""
+        """Change the weight."""
         self.weight = weight
         if self._fairness is not None:
             for share in self._fairness.shares.values():
                 share.weight = weight
 
     def correct(self, priority: int, reserved: Amounts, used: Amounts | None) -> None:
-        """Give the shares on the way to the root credit for what a call did not use.
+        """Credit the shares on the way to the root with what a call did not use.
 
-        ``used`` is None if the call was not made: then they get back all that was reserved.
+        ``used`` is None if the call was not made: then all that was reserved is credited.
         """
         root = self.path[-1]
-        # Who has paid, by priority, and the node where the call had that price.
+        # The shares that paid, by priority, and the node at which the call had that price.
         paid: list[tuple[dict[int, Share], Node]]
         paid = [(self.fairness.lines, self), (root.fairness.classes, root)]
         paid += [(child.fairness.shares, above) for child, above in itertools.pairwise(self.path)]

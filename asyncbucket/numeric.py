@@ -1,4 +1,4 @@
-"""What counts as a number in an argument: numpy's, too, but neither bools nor strings."""
+"""What counts as a number in an argument: numpy's too, but neither bools nor strings."""
 
 from numbers import Integral, Real
 from typing import TypeGuard

@@ -1,27 +1,27 @@
-"""When to look again: the only one that waits.
+"""When to look again: the only task that waits for limits.
 
 Every call that cannot pass at once stands in its loop's queue (a `Line`, or a `Tree` of lines once
-children or priorities wait) and awaits a future of its own.
-One task a loop, the pacer, serves that queue: it asks the meters from when on the head may pass,
-sleeps on an `asyncio.Condition` until then or until the doorbell rings (something was given back,
-limits have changed, the head has gone), admits in one pass everyone who is admissible, and hands
-each admission over by resolving a future. It lives only while someone waits. (When the timer falls
-due the pass is made right there, without the detour of waking the task; only the bell wakes it.)
+children or priorities wait) and awaits a future of its own. One task per loop, the pacer, serves
+that queue. It asks the meters from when on the head may pass, and sleeps on an `asyncio.Condition`
+until then or until the doorbell rings (something was given back, limits have changed, the head has
+gone). In one pass it admits every call that may go, and hands each admission over by resolving a
+future. It lives only while someone waits. (The timer's callback makes the pass itself, without the
+detour of waking the task; only the bell wakes the task.)
 
-Why so? Nobody but the pacer waits on the Condition, so that a notification cannot be lost to a
-waiter that is being cancelled (CPython gh-112202), nobody is woken in vain, and nobody barges.
-Nothing is booked before it is handed over; what was handed to a waiter cancelled in the same
-instant is given back by that waiter, which rings. Sleep-and-recheck, the usual way, wakes all for
-one and serves whoever is fastest; a timer for each waiter knows nothing of a refund.
+Why? Only the pacer waits on the Condition. So no notification is lost to a waiter that is being
+cancelled (CPython gh-112202), nobody is woken in vain, and nobody barges. Nothing is booked before
+it is handed over. A waiter that is cancelled at the instant of its handover gives the booking back,
+and rings. The usual way, sleep and recheck, wakes all for one and serves whoever is fastest; a
+timer for each waiter knows nothing of a refund.
 
-The doorbell is rung by synchronous code (`Lease.release`), which cannot await the Condition's
-lock. Within a loop's thread there is nothing to lock out: between two awaits the pacer runs alone.
-So the Condition sits on a lock that says it is held (`_TheLoop`), and ringing is one notify.
+The doorbell is rung by synchronous code (`Lease.release`), which cannot await the Condition's lock.
+Within a loop's thread there is nothing to lock out: between two awaits the pacer runs alone. So the
+Condition has a lock that always says it is held (`_TheLoop`), and ringing is one notify.
 
 Several loops and threads share one `Budget`: its meters, under a plain lock that is never held
 across an await, and one order of arrival. Each loop has its own pacer. The head of a loop lets an
-older head of another loop go first, unless that loop is late for its own turn by more than a
-grace: a loop that is blocked, or dead, holds up nobody.
+older head of another loop go first, unless that loop is late for its own turn by more than a grace
+period. So a loop that is blocked, or dead, holds up nobody.
 """
 
 import asyncio
@@ -38,15 +38,15 @@ if TYPE_CHECKING:
     from asyncbucket.budget import Budget
     from asyncbucket.node import Node
 
-#: Admissions in one pass, before other tasks of the loop get their turn.
+#: The most admissions in one pass, before other tasks of the loop get their turn.
 _BATCH: Final = 256
-#: Those who may pass one by one within so many ns go together: to wake up takes longer than to pass.
+#: Calls that become due within this time (ns) go together: waking up takes longer than admitting.
 _LULL: Final = 2_000_000
 #: How late (ns) another loop may be for its turn before a younger call of this one goes first.
 _GRACE: Final = 50_000_000
-#: The shortest sleep (s): a timer may fire early, and must not spin when it does.
+#: The shortest sleep (s): timers may fire early, which must not make the pacer spin.
 NAP: Final = 20e-6
-#: The longest sleep (s) that every event loop's timers take.
+#: The longest sleep (s) that the timers of every event loop accept.
 _LONGEST: Final = 86_400.0
 
 
@@ -58,9 +58,9 @@ class Pacer:
         self.loop = loop
         self._bell = asyncio.Condition(_TheLoop())
         self._timer: asyncio.Handle | None = None
-        #: What held up the head last.
+        #: What last held up the head.
         self.bound_by: str | None = None
-        #: Another thread has rung, and the loop has not heard it yet.
+        #: Whether another thread has rung and the loop has not noticed yet.
         self._rung = False
         self.queue: Line | Tree = Line(budget.root, self)
         if budget.fair:
@@ -69,17 +69,17 @@ class Pacer:
         self._outlet = None if budget.outlet_for is None else budget.outlet_for(loop)
         #: Calls that wait on this loop.
         self._waiting = 0
-        #: When this pacer means to look again; other loops tell by it whether it is late.
+        #: When this pacer will look again; by it, other loops tell whether it is late.
         self.due = now
         self._start()
 
     def plant_locked(self) -> None:
-        """Have those who wait do so in a tree, because not all are alike any more."""
+        """Make the line part of a tree, because not all waiters are alike any more."""
         assert isinstance(self.queue, Line)
         self.queue = Tree(self._budget.root, self.queue, self._budget.rouse_locked)
 
     def push_locked(self, waiter: Waiter, node: "Node", priority: int, now: int) -> None:
-        """Let ``waiter`` stand in the line of a node and a priority."""
+        """Append ``waiter`` to the line of its node and priority."""
         self._waiting += 1
         queue, deadline = self.queue, waiter.deadline
         if deadline is not None:
@@ -96,19 +96,19 @@ class Pacer:
             self.ring_locked()
 
     def leave_locked(self, waiter: Waiter) -> bool:
-        """Count ``waiter``, done, out of the line; return whether it was the head of it."""
+        """Count ``waiter``, which is done, out of its line; return whether it was the head."""
         self.count_out_locked(waiter)
         self._deadlines.sweep(self._waiting)
         return (waiter.outlet or waiter.line).leave(waiter)
 
     def admit_locked(self, waiter: Waiter, passage: Passage) -> None:
-        """Let ``waiter`` go, whom the outlet had; on the loop's own thread."""
+        """Let ``waiter`` go, which the outlet had taken over; on the loop's own thread."""
         waiter.set_result(passage)
         self.count_out_locked(waiter)
         self.ring_locked()
 
     def count_out_locked(self, waiter: Waiter) -> None:
-        """Count ``waiter``, done, out of all that it waited at; at the root `bury_locked` may have done so."""
+        """Count ``waiter``, done, out everywhere; at the root `bury_locked` may have been first."""
         if self._waiting:
             self._waiting -= 1
             self._budget.waiting -= 1
@@ -121,36 +121,36 @@ class Pacer:
         self._bell.notify()
 
     def ring_locked(self) -> None:
-        """Make the pacer look again, from whichever thread."""
+        """Make the pacer look again, from any thread."""
         self.due = min(self.due, self._budget.clock())
         if asyncio._get_running_loop() is self.loop:  # noqa: SLF001 - None in a plain thread
             self._bell.notify()
-        elif not (self.bury_locked() or self._rung):  # a loop that is blocked gathers just one
+        elif not (self.bury_locked() or self._rung):  # a blocked loop needs only one
             self._rung = True
-            with contextlib.suppress(RuntimeError):  # closed just now: whoever rings next finds out
+            with contextlib.suppress(RuntimeError):  # just closed: the next ring finds out
                 self.loop.call_soon_threadsafe(self.ring)
 
     def bury_locked(self) -> bool:
-        """Count out all who wait on a loop that is closed, for nobody will serve them; return if it is."""
+        """Return whether the loop is closed; if so, count out all who wait on it, for good."""
         if not self.loop.is_closed():
             return False
         nowhere = Line(self._budget.root, self)
         for waiter in self.queue.waiters():
             self.count_out_locked(waiter)
-            waiter.line = nowhere  # whoever cancels it yet does not count it out again
-        self._budget.waiting -= self._waiting  # whoever was cancelled, and never ran again
+            waiter.line = nowhere  # a later cancel does not count it out again
+        self._budget.waiting -= self._waiting  # those that were cancelled, but never ran again
         self._waiting = 0
         self._retire_locked()
         self.queue = nowhere
         return True
 
     def fail_locked(self, waiter: Waiter, error: AsyncBucketError) -> None:
-        """Tell ``waiter`` that it can never pass, from whichever thread."""
-        with contextlib.suppress(RuntimeError):  # closed just now: nobody waits there any more
+        """Make ``waiter`` fail, because it can never pass; from any thread."""
+        with contextlib.suppress(RuntimeError):  # just closed: nobody waits there any more
             self.loop.call_soon_threadsafe(self.fail, waiter, error)
 
     def fail(self, waiter: Waiter, error: AsyncBucketError) -> None:
-        """Tell ``waiter`` why it does not pass, unless it knows; on the loop's own thread."""
+        """Make ``waiter`` fail, unless it is done; on the loop's own thread."""
         budget = self._budget
         with budget.lock:
             if not waiter.done():
@@ -159,8 +159,8 @@ class Pacer:
                 budget.ring_locked(waiter.node)
 
     def _start(self) -> None:
-        # Not loop.create_task: an eager factory would run it at once, with the lock held. An
-        # empty context, for the pacer serves everyone, not the call that happened to come first.
+        # Not loop.create_task: an eager factory would run it at once, with the lock held. The
+        # context is empty: the pacer serves everyone, not the call that happened to come first.
         self._task = asyncio.Task(
             self._serve(), loop=self.loop, name="asyncbucket pacer", context=contextvars.Context()
         )
@@ -170,7 +170,7 @@ class Pacer:
             async with self._bell:
                 while self._look():
                     await self._bell.wait()
-        except GeneratorExit:  # destroyed with its loop: whoever rings next finds out
+        except GeneratorExit:  # destroyed with its loop: the next ring finds out
             raise
         except BaseException:
             self._end()
@@ -178,7 +178,7 @@ class Pacer:
         self._end()
 
     def _look(self) -> bool:
-        """Admit all who may pass, and set the timer; return whether somebody still waits."""
+        """Admit all calls that may pass, and set the timer; return whether anyone still waits."""
         due = self._pass()
         if self._timer is not None:
             self._timer.cancel()
@@ -189,15 +189,15 @@ class Pacer:
             nap = (due - self._budget.clock()) * 1e-9
             if nap > 0:
                 self._timer = self.loop.call_later(min(max(nap, NAP), _LONGEST), self._tick)
-            else:  # in the loop's next turn
+            else:  # in the next iteration of the loop
                 self._timer = self.loop.call_soon(self._tick)
         return True
 
     def _tick(self) -> None:
-        """Look again, now that it is time, without the detour over the task.
+        """Look again when the timer fires, without the detour of waking the task.
 
-        Waking it would take one more turn of the loop, which costs more than most passes do. Only
-        when there is nothing left to do it is woken, and ends.
+        Waking it would take another iteration of the loop, which costs more than most passes. The
+        task is woken only when nothing is left to do, and ends.
         """
         self._timer = None
         more = False
@@ -208,7 +208,7 @@ class Pacer:
                 self._bell.notify()
 
     def _pass(self) -> int | None:
-        """Admit all who may pass, in order; return when to look again, None if nobody is left."""
+        """Admit all that may pass, in order; return when to look again, None if nobody is left."""
         budget, outlet = self._budget, self._outlet
         with budget.lock:
             budget.run_postponed_locked()
@@ -222,7 +222,7 @@ class Pacer:
                 if len(budget.pacers) > 1:
                     budget.ring_locked(budget.root)
             end = self._deadlines.first()
-            if end <= now < due:  # else the head may pass yet, in the next one
+            if end <= now < due:  # else the head may still pass, in the next pass
                 if self._expire_locked(now):
                     due = now  # the next in line may pass at once, here or on another loop
                     budget.ring_locked(budget.root)
@@ -236,9 +236,9 @@ class Pacer:
             return None if gone else self.due
 
     def _admit_locked(self, now: int) -> tuple[int, int]:
-        """Let pass who may; return how many did, and when the next may: `EMPTY` if there is none."""
+        """Admit all that may pass; return how many did, and when the next may, or `EMPTY`."""
         queue, outlet = self.queue, self._outlet
-        alone = len(self._budget.pacers) == 1  # then nobody but the meters has a say
+        alone = len(self._budget.pacers) == 1  # then only the meters decide
         if alone and outlet is None and isinstance(queue, Line):
             return self._admit_line_locked(queue, now)
         passed = 0
@@ -250,11 +250,11 @@ class Pacer:
                 return passed, NEVER
             line = head.line
             gates = line.node.through
-            # An outlet says itself when it has no room.
+            # An outlet decides itself when it has no room.
             stop = (passed == _BATCH and outlet is None) or queue.expects
             if stop or not alone or not gates.take(head.amounts, now):
                 due = self._due_locked(head, now)
-                if stop or due > now:  # where it is now, the next turn of the loop goes on
+                if stop or due > now:  # if it is now, the loop's next iteration goes on
                     return passed, due
                 gates.book(head.amounts, now)
             passage = Passage(gates, now, line.bound_by or queue.held_by or self.bound_by)
@@ -269,7 +269,7 @@ class Pacer:
         return passed, EMPTY
 
     def _admit_line_locked(self, line: Line, now: int) -> tuple[int, int]:
-        """As `_admit_locked`, of one line on the only loop: those who want the same go in one booking."""
+        """As `_admit_locked`, for one line on the only loop; equal calls are booked together."""
         gates, passed, room = self._budget.root.through, 0, 0
         amounts: Amounts = {}
         while (head := line.head()) is not None:
@@ -280,7 +280,7 @@ class Pacer:
                 due = self._due_locked(head, now)
                 if due > now or passed == _BATCH:
                     return passed, due
-                room = 1  # above a burst, of which `Gates.room` knows nothing
+                room = 1  # above a burst, which `Gates.room` does not know of
             alike = line.serve_alike(amounts, room, now)
             gates.book(amounts, now, calls=len(alike))
             passage = Passage(gates, now, self.bound_by)
@@ -291,7 +291,7 @@ class Pacer:
         return passed, EMPTY
 
     def _expire_locked(self, now: int) -> bool:
-        """Tell those whose deadline has come; return whether one was the head of its line."""
+        """Resolve the waiters whose deadline has come; return whether one was the head of its line."""
         first = False
         for waiter in self._deadlines.expired(now):
             waiter.set_result(None)
@@ -300,7 +300,7 @@ class Pacer:
         return first
 
     def _due_locked(self, head: Waiter, now: int) -> int:
-        """Return from when on ``head`` may pass, other loops considered."""
+        """Return from when on ``head`` may pass, taking other loops into account."""
         budget, line = self._budget, head.line
         gates, since = line.node.through, line.since
         due, bound_by = gates.earliest(head.amounts, since)
@@ -314,14 +314,14 @@ class Pacer:
         if len(budget.pacers) > 1:
             due = max(due, self._turn_locked(head, now))
         elif now < due < now + _LULL < self.queue.calm_until and len(self.queue) > 1:
-            # Wait for company: nothing is lost by it.
+            # Wait for more calls to become due: nothing is lost.
             due = min(now + _LULL, due + (gates.full(due) - due) // 8)
         if slotless and due <= now:
             budget.blocked.override(self.loop)
         return due
 
     def _turn_locked(self, head: Waiter, now: int) -> int:
-        """Return from when on ``head`` need not let the head of another loop go first."""
+        """Return from when on ``head`` need not let another loop's head go first."""
         turn, first = (self.queue.turn, head.number), self
         for other in self._budget.pacers.values():
             if other is not self and now < other.due + _GRACE:
@@ -332,14 +332,14 @@ class Pacer:
             return now
         self.bound_by = self.bound_by or first.bound_by
         due, _ = head.node.through.earliest(head.amounts, head.line.since)
-        if first.due > max(now, due):  # it means to let somebody go first whose turn it is no more
+        if first.due > max(now, due):  # that loop sleeps for a head whose turn it is no more
             first.ring_locked()
         return first.due + _GRACE
 
     def _wake_or_override_locked(self, now: int) -> int:
-        """Return when to look again after all who wait were found to be waiting for limits below.
+        """Return when to look again if all who wait are held up by limits below the root.
 
-        If those wait for slots alone, and every slot's holder is blocked, let one pass without.
+        If they wait only for slots, and the holders of all slots are blocked, let one pass without.
         """
         budget, queue = self._budget, self.queue
         if queue.wake != NEVER:
@@ -357,7 +357,7 @@ class Pacer:
         return now
 
     def _end(self) -> None:
-        """End, unless a stranger cancelled the task while calls wait."""
+        """End, unless something else cancelled the task while calls wait."""
         with self._budget.lock:
             if next(self.queue.waiters(), None) is not None and not self.loop.is_closed():
                 self._start()
@@ -376,7 +376,7 @@ class Pacer:
 
 
 class _TheLoop(asyncio.Lock):
-    """The lock that a loop's thread holds by running: always held, never contended."""
+    """A lock that is always held, by the loop's thread while it runs, and never contended."""
 
     def locked(self) -> bool:
         return True

@@ -1,11 +1,11 @@
 """What providers publish about their limits, by provider, tier and model; dated, with its source.
 
 Providers change these figures without notice, and an account may have others: the limits page of
-your own account is right. A preset is a beginning, from which transports and wrapped models go on:
+your own account is authoritative. A preset is a starting point for transports and wrapped models:
 what a provider says in its headers lowers what is available, and never raises it.
 
 The figures were read on the dates below, on the providers' own pages or in dated copies of them.
-Only those that could be found are here.
+Only figures that could be found are here.
 """
 
 import difflib
@@ -17,7 +17,7 @@ from typing import Final
 
 from asyncbucket.limits import Limit
 
-#: From so many days on a preset warns of its age.
+#: A preset this many days old causes a warning.
 _OLD: Final = 180
 _HOUR: Final = 3_600
 
@@ -164,10 +164,10 @@ def preset(name: str, *, today: date | None = None) -> Preset:
 
     Args:
         name: such as ``"anthropic/start/claude-sonnet-5"``.
-        today: by which day the age is judged; by default today.
+        today: the day on which to judge the age; by default today.
 
     Raises:
-        ValueError: there is no such preset; the message names those that are like it.
+        ValueError: there is no such preset; the message suggests similar names.
 
     Warns:
         PresetWarning: the figures are over half a year old.
@@ -192,7 +192,7 @@ def preset(name: str, *, today: date | None = None) -> Preset:
 
 
 def preset_names() -> tuple[str, ...]:
-    """Return the names of all presets, in the order of providers, models and tiers."""
+    """Return the names of all presets, in order of provider, model and tier."""
     return tuple(_presets())
 
 
@@ -206,6 +206,6 @@ def _presets() -> dict[str, Preset]:
 
 
 def _limit(text: str) -> Limit:
-    """Return a limit; of one over hours or days all may be used at once, as providers let one."""
+    """Return a limit; limits over hours or days may be used all at once, as providers allow."""
     limit = Limit.parse(text)
     return replace(limit, burst=limit.amount) if limit.per >= _HOUR else limit

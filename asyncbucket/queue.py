@@ -1,8 +1,8 @@
-"""Who goes next: the calls that wait, in the order in which they came.
+"""Who goes next: the calls that wait, in order of arrival.
 
-A waiter is a future in a deque. Whoever gives up is marked and skipped, so that cancelling is
-O(1) wherever it stands; the dead are swept out once they outnumber the living. Where several lines
-compete, `asyncbucket.shares` chooses among them.
+A waiter is a future in a deque. A waiter that gives up is marked, and skipped later, so cancelling
+is O(1) anywhere in the line. Done entries are swept out once they outnumber those that still wait.
+If several lines compete, `asyncbucket.shares` chooses among them.
 """
 
 import asyncio
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
     from asyncbucket.node import Node
     from asyncbucket.pacer import Pacer
 
-#: "Nobody is left": later even than `NEVER`, at which a slot may still come back.
+#: "Nobody is left": later even than `NEVER`, which may still end when a slot is given back.
 EMPTY: Final = NEVER << 1
-#: Sweeping is worth its while from this many dead entries on.
+#: Sweeping pays from this many done entries on.
 SWEEP: Final = 64
 
 
 class Passage(NamedTuple):
-    """Say how a call has passed; those who passed together share one."""
+    """Say how a call has passed; calls that passed together share one."""
 
     gates: Gates
-    #: When it was booked there and let go. Where it has to wait for a store, too, that is put off.
+    #: When it was booked and let go; moved later while it still waits for a store.
     when: int
-    #: What had held it up.
+    #: What held it up.
     bound_by: str | None
 
 
 class Waiter(asyncio.Future[Passage | None]):
-    """Stand in a line for ``amounts`` to pass all gates from its node up to the root.
+    """Wait in a line for ``amounts`` to pass all gates from its node up to the root.
 
-    It is resolved with its passage, or with None when the deadline came first. It holds no more than
-    it must: the collector looks at each of 100,000 again and again.
+    It is resolved with its passage, or with None if the deadline came first. It holds as little as
+    possible, because the garbage collector visits each of 100,000 waiters again and again.
     """
 
     __slots__ = ("amounts", "deadline", "line", "number")
@@ -48,10 +48,10 @@ class Waiter(asyncio.Future[Passage | None]):
     #: The place in the order of arrival over all loops.
     number: int
     deadline: int | None
-    #: Where it stands, or stood; set by `Line.push`.
+    #: The line it stands or stood in; set by `Line.push`.
     line: "Line"
-    #: Who has taken it over, where limits are kept elsewhere. No slot: few have one, and a future takes
-    #: other attributes all the same.
+    #: Where limits are kept elsewhere, who has taken it over. Not in a slot: few waiters have one,
+    #: and a future has a `__dict__` anyway.
     outlet: "Outlet | None" = None
 
     @property
@@ -60,7 +60,7 @@ class Waiter(asyncio.Future[Passage | None]):
         return self.line.node
 
     def unbook(self, passage: Passage) -> None:
-        """Undo the booking of a call that was not made, with what its shares paid for it."""
+        """Undo the booking of a call that was not made, and what its shares paid for it."""
         passage.gates.unbook(self.amounts, passage.when)
         self.node.correct(self.line.priority, self.amounts, None)
 
@@ -69,46 +69,47 @@ class Waiter(asyncio.Future[Passage | None]):
 
 
 class Outlet(Protocol):
-    """Take over those who go next, where the limits of the root are kept elsewhere."""
+    """Take over the waiters that go next, if the root's limits are kept elsewhere."""
 
     def room(self) -> bool:
-        """Tell whether it takes another one now; it rings the pacer when that changes."""
+        """Tell whether it takes another waiter now; it rings the pacer when that changes."""
         ...
 
     def push(self, waiter: Waiter, passage: Passage) -> None:
-        """Take over ``waiter``, whose ``passage`` is booked; its pacer is told what becomes of it."""
+        """Take over ``waiter``, whose ``passage`` is booked; its pacer is told how that ends."""
         ...
 
     def put_off(self, now: int) -> None:
-        """Have all count from ``now`` who were taken over, on whichever loop, and have not left yet.
+        """Date to ``now`` all waiters, of any loop, that were taken over and have not left yet.
 
-        Else limits below the root would forget those who wait for long, and let too many leave at once.
+        Otherwise limits below the root would forget those that wait for long, and let too many
+        leave at once.
         """
         ...
 
     def leave(self, waiter: Waiter) -> bool:
-        """Give back all that ``waiter``, done, has taken; return True, as `Line.leave` does of a head."""
+        """Give back all that ``waiter``, done, has taken; return True, as `Line.leave` of a head."""
         ...
 
 
 class Line:
-    """Hold in order of arrival those who wait at one node, on one loop, with one priority.
+    """Hold the waiters of one node, one loop and one priority, in order of arrival.
 
-    Every operation is O(1), amortised. It is a whole queue, too, where nobody but the root's own calls
-    waits: then it stands for a `Tree`, and has all that a pacer asks one for.
+    Every operation is O(1), amortised. If only the root's own calls wait, a line is the whole
+    queue: it then stands in for a `Tree`, and has all the attributes that a pacer uses.
     """
 
     __slots__ = ("_line", "_living", "above", "bound_by", "node", "pacer", "priority", "since")
 
-    #: A line never sleeps: without a head nobody is left.
+    #: A line never sleeps: if it has no head, nobody is left.
     wake: Final = EMPTY
-    #: Lines of several loops compete by arrival alone.
+    #: Lines of several loops compete by order of arrival alone.
     turn: Final = ()
-    #: In a line nobody is expected: whoever comes back stands at its end.
+    #: A line never waits for callers to come back: they go to its end.
     expects: Final = False
-    #: In a line nobody has limits that others have not.
+    #: No call in a line has limits that the others do not have.
     calm_until: Final = EMPTY
-    #: Below a line there is nothing.
+    #: There are no limits below a line.
     held_by: Final = None
 
     def __init__(self, node: "Node", pacer: "Pacer", priority: int = 0) -> None:
@@ -117,11 +118,11 @@ class Line:
         self.priority = priority
         self._line: deque[Waiter] = deque()
         self._living = 0
-        #: Since when somebody has stood first here without anyone being served.
+        #: Since when somebody has been first here without anyone being served.
         self.since = 0
-        #: Who counts those who wait here, too.
+        #: The branches above, which count these waiters, too.
         self.above: tuple[Branch, ...] = ()
-        #: What held up its head last.
+        #: What last held up its head.
         self.bound_by: str | None = None
 
     def __len__(self) -> int:
@@ -132,7 +133,7 @@ class Line:
         return (waiter for waiter in self._line if not waiter.done())
 
     def push(self, waiter: Waiter, now: int) -> None:
-        """Let ``waiter`` stand at the end of the line."""
+        """Append ``waiter`` to the line."""
         if not self._living:
             self.since = now
         waiter.line = self
@@ -142,7 +143,7 @@ class Line:
             each.living += 1
 
     def head(self, now: int = 0, *, slotless: int = 0) -> Waiter | None:  # noqa: ARG002 - as `Branch.head`
-        """Return the first who still waits."""
+        """Return the first that still waits."""
         line = self._line
         while line:
             if not line[0].done():
@@ -151,13 +152,13 @@ class Line:
         return None
 
     def served(self, head: Waiter, now: int) -> None:  # noqa: ARG002 - as `Tree.served`
-        """Take ``head``, which passed, out of the line; `Branch.served` counts it out above."""
+        """Remove ``head``, which passed; `Branch.served` counts it out above."""
         self._line.popleft()
         self._living -= 1
         self.since = now
 
     def serve_alike(self, amounts: Amounts, most: int, now: int) -> list[Waiter]:
-        """Take out, as `served`, the head and those right behind it who want the same ``amounts``."""
+        """Remove, as `served` does, the head and those right behind it with the same ``amounts``."""
         line = self._line
         alike: list[Waiter] = []
         while line and len(alike) < most:
@@ -172,30 +173,30 @@ class Line:
         return alike
 
     def begin(self) -> None:
-        """See `expects`."""
+        """Do nothing: see `expects`."""
 
     def free_for(self, node: "Node", now: int) -> bool:  # noqa: ARG002 - as `Tree.free_for`
         """Tell whether a newcomer would overtake nobody."""
         return self.head() is None
 
     def binding(self, node: "Node") -> str | None:  # noqa: ARG002 - as `Tree.binding`
-        """Return what held up its head last."""
+        """Return what last held up its head."""
         return self.bound_by
 
     def rouse(self, node: "Node") -> None:
-        """Nobody sleeps in a line."""
+        """Do nothing: nobody sleeps in a line."""
 
     def rouse_all(self) -> None:
-        """Nobody sleeps in a line."""
+        """Do nothing: nobody sleeps in a line."""
 
     def disband(self) -> None:
-        """Nobody competes in a line."""
+        """Do nothing: nobody competes in a line."""
 
     def leave(self, waiter: Waiter) -> bool:
-        """Take ``waiter``, done, out of the line; return whether it was its head, or the last.
+        """Count out ``waiter``, which is done; return whether it was the head, or the last one.
 
-        It may have been skipped already, by whoever looked for the head since; another line may stand
-        in the place of this one by then.
+        It may have been skipped already while looking for the head, and another line may have
+        taken this line's place.
         """
         self._living -= 1
         for each in self.above:
@@ -208,7 +209,7 @@ class Line:
 
 
 class Deadlines:
-    """Know whose deadline comes first, so that one timer serves them all."""
+    """Know which deadline comes first, so that one timer serves all."""
 
     __slots__ = ("_heap",)
 
@@ -220,19 +221,19 @@ class Deadlines:
         heapq.heappush(self._heap, (deadline, waiter))
 
     def first(self) -> int:
-        """Return the first deadline of those who still wait, or `NEVER`."""
+        """Return the first deadline of those that still wait, or `NEVER`."""
         heap = self._heap
         while heap and heap[0][1].done():
             heapq.heappop(heap)
         return heap[0][0] if heap else NEVER
 
     def expired(self, now: int) -> Iterator[Waiter]:
-        """Yield those whose deadline has come; the caller resolves them."""
+        """Yield the waiters whose deadline has come; the caller resolves them."""
         while self.first() <= now:
             yield self._heap[0][1]
 
     def sweep(self, living: int) -> None:
-        """Forget the dead if they outnumber the ``living``."""
+        """Forget waiters that are done, if they outnumber the ``living``."""
         if len(self._heap) > 2 * living + SWEEP:
             self._heap = [each for each in self._heap if not each[1].done()]
             heapq.heapify(self._heap)

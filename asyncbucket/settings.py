@@ -1,7 +1,7 @@
 """Limits from outside the code: environment variables, and tables in TOML files.
 
-Both give what a limiter's own arguments are, under the same names: ``limits`` (texts), ``preset``,
-the keywords ``rpm``, ``tpm`` and their like, ``concurrency``, ``max_queue``, ``name``, ``store``.
+Both give the limiter's own arguments, under the same names: ``limits`` (texts), ``preset``,
+keywords such as ``rpm`` and ``tpm``, ``concurrency``, ``max_queue``, ``name``, ``store``.
 """
 
 import os
@@ -30,17 +30,18 @@ def from_env(
     environ: Mapping[str, str] | None = None,
     **arguments: Any,
 ) -> L:
-    """Return a limiter as the environment describes it.
+    """Return a limiter configured by environment variables.
 
     ``ASYNCBUCKET_RPM=500``, ``_TPM=200k``, ``_CONCURRENCY=20`` (or ``auto``, or ``8-64``),
     ``_LIMITS="10k RPD; 3 images/10s"``, ``_PRESET=openai/tier-1/gpt-4o-mini``, ``_NAME``,
     ``_MAX_QUEUE``, ``_STORE``. Empty variables count as not set.
 
     Args:
-        cls: what is made of it: `Limiter`.
-        prefix: how the variables' names begin, and no other program's: ``OPENAI_`` is that of a key.
-        environ: where they are, by default ``os.environ``.
-        arguments: further arguments of the limiter, which go before variables of the same name.
+        cls: the class to make: `Limiter`.
+        prefix: how the names of the variables begin; no other program's, as ``OPENAI_`` is that of
+            a key.
+        environ: the variables, by default ``os.environ``.
+        arguments: further arguments of the limiter; they override variables of the same name.
 
     Raises:
         LimitSyntaxError: a variable cannot be read, is not known, or none limits anything; a
@@ -65,10 +66,10 @@ def from_toml(
     limiter: str | None = None,
     **arguments: Any,
 ) -> L:
-    """Return a limiter as a TOML file describes it: the table ``[tool.asyncbucket]``.
+    """Return a limiter configured by a TOML file: by the table ``[tool.asyncbucket]``.
 
-    In files other than ``pyproject.toml`` it may be ``[asyncbucket]``, too, or the whole file. Tables
-    in it, by other names than those of entries, describe further limiters::
+    In files other than ``pyproject.toml`` it may also be ``[asyncbucket]``, or the whole file.
+    Tables inside it that are named like no entry describe further limiters::
 
         [tool.asyncbucket]
         rpm = 500
@@ -79,11 +80,12 @@ def from_toml(
         limits = ["100 RPM burst 10", "1M TPD"]
 
     Args:
-        cls: what is made of it: `Limiter`.
+        cls: the class to make: `Limiter`.
         path: the file; by default the nearest ``asyncbucket.toml``, or ``pyproject.toml`` that has
             the table, from the working directory upwards.
-        limiter: the name of a table in the table; it is the limiter's name unless that has one.
-        arguments: further arguments of the limiter, which go before entries of the same name.
+        limiter: the name of a table inside the table; also the limiter's name, unless the table
+            sets one.
+        arguments: further arguments of the limiter; they override entries of the same name.
 
     Raises:
         LimitSyntaxError: an entry cannot be read, is not known, or none limits anything; a
@@ -111,7 +113,7 @@ def from_toml(
 
 
 def limiters_in_toml() -> list[str | None]:
-    """Return what `from_toml` finds here, as its ``limiter``: None where the table has entries itself.
+    """Return the values of ``limiter`` that `from_toml` accepts here: None for the table itself.
 
     Raises:
         LimitSyntaxError: the file or the table cannot be read.
@@ -123,7 +125,7 @@ def limiters_in_toml() -> list[str | None]:
 
 
 def _tables_in(table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return the tables in a table that describe further limiters."""
+    """Return the tables inside a table that describe further limiters."""
     return {
         name: value
         for name, value in table.items()
@@ -147,7 +149,7 @@ def _make(
 
 
 def _told(where: str, make: Callable[[], L]) -> L:
-    """Return what ``make`` does; an error says where it comes from."""
+    """Return what ``make`` returns; an error says where it comes from."""
     try:
         return make()
     except (TypeError, ValueError) as error:
@@ -166,7 +168,7 @@ def _check_name(name: str, what: str, *, prefix: str | None = None) -> None:
 
 
 def _read(name: str, value: object) -> Any:
-    """Return the argument called ``name``, of a text from the environment or a value from TOML."""
+    """Return the argument ``name``, from a text of the environment or a value of TOML."""
     if name == "limits":
         return _limits(value)
     if name == "preset":
@@ -177,7 +179,7 @@ def _read(name: str, value: object) -> Any:
         return _text(value)
     if name == "concurrency":
         return _concurrency(value)
-    if name == "max_queue" and value == "0":  # nobody waits; every other number is at least 1
+    if name == "max_queue" and value == "0":  # nobody waits; other numbers are at least 1
         return 0
     return _number(value)
 
@@ -231,7 +233,7 @@ def _list(value: object) -> list[Any]:
 
 
 def _find(path: str | PathLike[str] | None) -> tuple[str, Mapping[str, Any]]:
-    """Return the table that describes limiters, behind the words for where it stands."""
+    """Return the table that describes limiters, preceded by a text that says where it is."""
     if path is not None:
         return _table(Path(path), required=True)
     here = Path.cwd()

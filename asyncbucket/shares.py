@@ -1,43 +1,45 @@
 """Who goes next among several: the children of a limiter, and priorities.
 
-The calls that wait form a tree, like the limiters at which they wait. At the leaves stand lines,
-first come, first served: those of a limiter's own calls. A limiter's `Branch` holds its own line and
+The calls that wait form a tree, like the limiters at which they wait. Its leaves are lines, first
+come, first served: one for each limiter's own calls. A limiter's `Branch` holds its own line and
 the branches of its children, and chooses among them by start-time fair queueing (Goyal, Vin and
-Cheng, SIGCOMM 1996): each has a tag, the virtual time at which its next call may start; the lowest
-goes first, and grows by the price of the call over the weight. So whoever has something waiting is
-served in proportion to its weight, in cost, not in calls; what one does not want goes to the others,
-at once; an idle child saves nothing up and loses nothing.
+Cheng, SIGCOMM 1996). Each competitor has a tag, the virtual time at which its next call may start.
+The lowest tag goes first, and grows by the call's price divided by the weight. So competitors are
+served in proportion to their weights, measured in cost, not in calls. What one does not want goes
+to the others at once; an idle child saves nothing up and loses nothing.
 
 The price of a call is the largest part that it takes of any limit of the node or above it, in
-seconds (`Prices`). It is what was reserved; settling corrects the tag.
+seconds (`Prices`). It is worked out from what was reserved; settling corrects the tag.
 
-Whoever comes anew starts at the node's virtual time: in the paper, the tag at which the call that was
-served last started. While newcomers keep coming, each would start at that same time, and go before
-whoever was just served, whose tag is higher. So virtual time moves by itself, too: each call that is
-served adds its price, divided by the weights of all who compete, to a *potential*, the tag that each
-would have if all were served at once. Virtual time follows that, one call behind: the last of each of
-those who compete, divided likewise, for so far may whoever was just served be ahead. (The largest that
-there ever was would stop it long after, while newcomers with small calls go before all who wait.)
+A newcomer starts at the node's virtual time: in the paper, the start tag of the call served last.
+But while newcomers keep coming, each would start at that same time, and go before the one just
+served, whose tag is higher. So virtual time also moves by itself. Each call that is served adds its
+price, divided by the weights of all competitors, to a *potential*: the tag that each would have if
+all were served at once. Virtual time follows the potential at a distance: the prices of the
+competitors' last calls, divided likewise, because the one just served may be that far ahead. (A
+distance of the largest price ever would stop virtual time for long after a costly call, while
+newcomers with small calls go before all who wait.)
 
-A child that is out of its own limits is no candidate. It sleeps until its meters say when, and holds
-up nobody; when it wakes it is as if it had been idle, but for one call: as much as its last one it has
-not lost of its share, and goes next by that. Else a child that may call every few seconds would wait for
-its turn each time, and count the next seconds only from then: far less than its own limit and than its
-share. Whoever goes next may still have to wait for the limits of the node itself; only who is entitled
-to go before may overtake then, and that is bounded by virtual time.
+A child held up by its own limits is no candidate. It sleeps until its meters say when, and holds up
+nobody. When it wakes, it is treated as if it had been idle, except for one call: it keeps as much
+of its share as its last call cost, and so goes next. Otherwise a child that may call every few
+seconds would wait for its turn each time, and count the next seconds only from then: it would get
+far less than its own limit and than its share. The head may still have to wait for the limits of
+the node itself. Then only calls entitled to go before it may overtake, and virtual time bounds
+that.
 
-Many callers ask one call after the other: when theirs has passed they are gone, and back in the
-loop's next turn. Whoever was emptied by a pass, and would be next if it came back, gets that turn
-before somebody with a higher tag is served (`Tree.expects`). Or the patient would get the share of
-the busy.
+Many callers make one call after the other. When it has passed, their line is empty, but they are
+back in the loop's next iteration. A flow that a pass has emptied, and that would be next if its
+caller came back, gets that iteration before a higher tag is served (`Tree.expects`). Otherwise
+those that queue calls ahead would get its share.
 
-Above all that stand the priorities: there is such a tree for each, and they compete by the same
-rule, with a weight that is eight times that of the next below. So an urgent call that comes alone is
-next, eight in a row may be, and a class that is always outbid has its share all the same: beside n
-that are more urgent at least 1 / (1 + 8 + ... + 8^n) of the limit.
+Above all this stand the priorities. There is one such tree for each, and they compete by the same
+rule, each with eight times the weight of the next below. So an urgent call that comes alone is
+next, up to eight in a row may be, and a priority that is always outbid still gets its share: beside
+n more urgent ones, at least 1 / (1 + 8 + ... + 8^n) of the limit.
 
-Several loops have a tree each, and in common the tags, the virtual times and the count of those who
-compete: the tags on the way from the root to its head say which loop is next.
+Each loop has a tree of its own. The tags, the virtual times and the count of competitors are common
+to all: the tags on the way from the root to its head decide which loop is next.
 """
 
 from collections.abc import Iterable
@@ -46,17 +48,17 @@ from typing import Final
 from asyncbucket.limits import Limit
 from asyncbucket.meters import Amounts
 
-#: How many times the weight of a priority is that of the next below among those that wait.
+#: The ratio of the weights of neighbouring priorities among those that wait.
 STEP: Final = 8.0
-#: Windows so many times longer than the shortest say nothing about who goes next.
+#: Windows more than this many times longer than the shortest do not affect who goes next.
 _LONG: Final = 100
 
 
 class Prices:
-    """Tell the largest part, in seconds, that a call takes of any of some limits.
+    """Know what part, in seconds, a call takes of each of some limits; the largest is its price.
 
-    6,000 tokens of 60,000 a minute are six seconds. Of several limits of a resource the fastest
-    counts, for that one binds from call to call; limits over a day say nothing beside those over a
+    6,000 tokens of 60,000 a minute are six seconds. Of several limits of one resource, the fastest
+    counts, because it binds from call to call; limits over a day do not count beside limits over a
     minute. Without any limit a call costs one.
     """
 
@@ -65,7 +67,7 @@ class Prices:
     def __init__(self, limits: Iterable[Limit]) -> None:
         limits = tuple(limits)
         shortest = min((limit.per for limit in limits), default=0)
-        #: For each resource that counts how many seconds a unit of it costs.
+        #: For each resource that counts, how many seconds one unit costs.
         self._seconds: dict[str, float] = {}
         for limit in limits:
             if limit.per <= _LONG * shortest:
@@ -82,13 +84,13 @@ class Prices:
 
 
 class Share:
-    """One claimant's account of virtual time, over all loops."""
+    """One competitor's account of virtual time, over all loops."""
 
     __slots__ = ("_credit", "counted", "loops", "price", "tag", "weight")
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
-        #: On how many loops it competes, and with what weight it is counted there.
+        #: On how many loops it competes, and the weight it is counted with there.
         self.loops = 0
         self.counted = 0.0
         #: The virtual time at which its next call may start.
@@ -98,34 +100,34 @@ class Share:
         self._credit = 0.0
 
     def join(self, virtual: float, *, kept: float = 0.0) -> None:
-        """Want something again, after nothing was wanted: what was not used then, but for ``kept``, is lost."""
+        """Compete again after being idle: what was not used then is lost, except ``kept``."""
         self.tag = max(self.tag - self._credit, virtual - kept)
         self._credit = 0.0
 
     def charge(self, step: float) -> None:
-        """Pay for a call, with what came back from earlier ones first."""
+        """Pay for a call, first with what came back from earlier ones."""
         step -= self._credit
         self._credit = max(0.0, -step)
         self.tag += max(0.0, step)
 
     def correct(self, step: float) -> None:
-        """Hear that earlier calls used so much less than they paid for."""
+        """Credit ``step``, by which earlier calls used less than they paid for."""
         self._credit += step
 
 
 class VirtualClock:
-    """Tell the virtual time at which newcomers start, by the weights of those who compete."""
+    """Keep the virtual time at which newcomers start, by the weights of those that compete."""
 
     __slots__ = ("_potential", "_prices", "_weights", "now")
 
     def __init__(self) -> None:
         self.now = 0.0
         self._potential = 0.0
-        #: Of all that compete, on whichever loops: each counts once. The prices are of their last calls.
+        #: Totals of all that compete, on any loop; each counts once, with its last call's price.
         self._weights = self._prices = 0.0
 
     def enter(self, share: Share) -> None:
-        """Have ``share`` compete on one loop more."""
+        """Let ``share`` compete on one more loop."""
         share.loops += 1
         if share.loops == 1:
             share.counted = share.weight
@@ -133,20 +135,20 @@ class VirtualClock:
             self._prices += share.price
 
     def leave(self, share: Share) -> None:
-        """Have ``share`` compete on one loop less."""
+        """Let ``share`` compete on one loop fewer."""
         share.loops -= 1
         if not share.loops:
             self._weights -= share.counted
             self._prices -= share.price
 
     def weigh(self, share: Share) -> float:
-        """Return the weights of all that compete, with that of ``share`` as it is by now."""
+        """Return the total weight of all that compete, with the current weight of ``share``."""
         self._weights += share.weight - share.counted
         share.counted = share.weight
-        return max(self._weights, share.counted)  # a sum of floats that come and go
+        return max(self._weights, share.counted)  # sums of floats drift
 
     def advance(self, share: Share, price: float, *, weights: float) -> None:
-        """Serve ``share``, which competes, with a call of that price, beside others of so many weights."""
+        """Serve ``share``, a competitor, with a call of ``price``; ``weights`` is the total weight."""
         self._prices += price - share.price
         share.price = price
         if share.tag > self.now:
@@ -156,19 +158,19 @@ class VirtualClock:
 
 
 class Fairness:
-    """Remember the shares and clocks of a node that somebody has waited at, by priority."""
+    """Keep the shares and virtual clocks of a node at which somebody has waited, by priority."""
 
     __slots__ = ("classes", "clocks", "lines", "shares", "top")
 
     def __init__(self) -> None:
-        #: The node's claims on its parent, and those of its own calls on itself.
+        #: The node's shares of its parent, and the shares of its own calls in itself.
         self.shares: dict[int, Share] = {}
         self.lines: dict[int, Share] = {}
         self.clocks: dict[int, VirtualClock] = {}
-        #: At the root, the claims of the priorities on it, and their clock.
+        #: At the root, the shares of the priorities, and their clock.
         self.classes: dict[int, Share] = {}
         self.top = VirtualClock()
 
     def line(self, priority: int) -> Share:
-        """Return the claim of the node's own calls of that priority."""
+        """Return the share of the node's own calls of this priority."""
         return self.lines.setdefault(priority, Share(1.0))

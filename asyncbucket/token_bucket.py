@@ -1,4 +1,4 @@
-"""The primitive: one bucket, as `Limiter` has many."""
+"""The primitive: a single bucket, where `Limiter` has many meters."""
 
 import functools
 import time
@@ -19,7 +19,7 @@ from asyncbucket.queue import Waiter
 from asyncbucket.wording import counted, in_seconds, shown
 
 _ONE: Final[Amounts] = {"units": 1}
-#: Rates (units a second) and bursts beyond which nobody's limits lie.
+#: The range of rates (units a second) and bursts; no real limit lies outside.
 _SLOWEST: Final = 1e-9
 _FASTEST: Final = 1e9
 _LARGEST: Final = 10**12
@@ -29,7 +29,7 @@ _LARGEST: Final = 10**12
 class BucketStatistics:
     """Show a bucket at one instant."""
 
-    #: Units that could pass now; negative while nobody could.
+    #: Units that could pass now; negative while nobody could pass.
     available: int
     #: Calls that wait.
     waiting: int
@@ -38,9 +38,9 @@ class BucketStatistics:
 class TokenBucket(OfThisProcess):
     """Let ``rate`` units a second pass, and at most ``burst`` units at once.
 
-    In any interval of t seconds at most ``burst + rate * t`` units pass. Calls pass in the order in
-    which they came; a newcomer never passes those who wait. A call that is cancelled gives back
-    what it took. One bucket may be used on several event loops and threads at once.
+    In any interval of t seconds at most ``burst + rate * t`` units pass. Calls pass in order of
+    arrival; a newcomer never passes those who wait. A call that is cancelled gives back what it
+    took. One bucket may be used on several event loops and threads at once.
 
     >>> bucket = TokenBucket(rate=2.0, burst=2)
     >>> await bucket.acquire()  # wait for one unit
@@ -54,7 +54,7 @@ class TokenBucket(OfThisProcess):
         clock: a callable that returns monotonic integer nanoseconds.
 
     Raises:
-        ValueError: ``rate`` or ``burst`` is not such a number.
+        ValueError: ``rate`` or ``burst`` is out of range.
         TypeError: ``clock`` returns no integer.
     """
 
@@ -90,18 +90,19 @@ class TokenBucket(OfThisProcess):
         """Wait until ``amount`` units may pass, at most ``timeout`` seconds.
 
         Raises:
-            AcquireTimeout: they did not pass in time, or cannot (then at once); a TimeoutError.
+            AcquireTimeout: the units did not pass in time, or cannot (then at once); a
+                TimeoutError.
             CostExceedsLimit: ``amount`` is above ``burst`` and can never pass.
             ValueError: ``amount`` is not a whole number from 1 on, or ``timeout`` not a number from 0 on.
         """
-        # The commonest case of all, one unit of a bucket that holds it: what `Bucket.take` does,
-        # written out. From the clock's return to the last store there is no call and no jump back,
-        # so no other thread can come between; `easy` is not an amount where that does not hold, and
-        # while anyone waits or changes the bucket. That takes a quarter of the time that a lock would.
+        # The fast path for one unit that the bucket holds: `Bucket.take`, inlined. Between reading
+        # the clock and the last store there is no call and no backward jump, so no other thread can
+        # interleave. `easy` equals no amount where that does not hold, and while anyone waits or
+        # changes the bucket. This takes a quarter of the time that a lock would.
         now = self._clock()
         bucket = self._bucket
         if amount is self._budget.easy and timeout is None:
-            if bucket.q != 1:  # to multiply is dearer than the question
+            if bucket.q != 1:  # the test is cheaper than multiplying
                 now *= bucket.q
             if now >= bucket.tat:
                 bucket.full_at = now
@@ -114,7 +115,7 @@ class TokenBucket(OfThisProcess):
                     bucket.low = backlog
                 return
         waiter = self._enter(amount, timeout)
-        del now, bucket  # less in each of 100,000 frames for the collector to visit
+        del now, bucket  # fewer objects for the collector to visit in each of 100,000 frames
         if waiter is None:
             return
         try:
@@ -122,7 +123,7 @@ class TokenBucket(OfThisProcess):
                 return
         except BaseException:
             self._budget.run_or_postpone(functools.partial(self._budget.withdraw_locked, waiter))
-            del waiter  # or the traceback of the error would keep it alive
+            del waiter  # else the error's traceback would keep it alive
             raise
         raise self._too_late(amount, timeout, self._wait_of(waiter.amounts))
 
@@ -130,7 +131,8 @@ class TokenBucket(OfThisProcess):
         """Take ``amount`` units now.
 
         Raises:
-            WouldBlock: they cannot pass now, or others wait; ``retry_after`` says for how long.
+            WouldBlock: they cannot pass now, or others wait; ``retry_after`` is the wait in
+                seconds.
             CostExceedsLimit, ValueError: as for `acquire`.
         """
         amounts = self._amounts(amount)
@@ -155,7 +157,7 @@ class TokenBucket(OfThisProcess):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Give nothing back: a bucket counts what passes, not what is inside."""
+        """Give nothing back: a bucket limits how often calls pass, not how many run."""
 
     @property
     def rate(self) -> float:
@@ -194,7 +196,7 @@ class TokenBucket(OfThisProcess):
         return {"units": int(amount)}
 
     def _enter(self, amount: int, timeout: float | None) -> Waiter | None:
-        """Take ``amount`` now, or return the waiter that stands in line for it."""
+        """Take ``amount`` now, or return a waiter in the queue."""
         budget, now = self._budget, self._clock()
         amounts = _ONE if amount == 1 and type(amount) is int else self._amounts(amount)
         deadline = None if timeout is None else deadline_of(now, timeout=timeout)
@@ -211,7 +213,7 @@ class TokenBucket(OfThisProcess):
             budget.lock.release()
 
     def _take_locked(self, amounts: Amounts) -> bool:
-        """Take ``amounts`` now if nobody has to wait longer, with no lock-free caller in between."""
+        """Take ``amounts`` now if nobody has to wait longer; keep out lock-free callers."""
         budget = self._budget
         budget.easy = NONE_AT_ALL
         taken = budget.take_locked(self._node, amounts, self._clock()) is not None

@@ -1,4 +1,4 @@
-"""Who goes next among all that wait on one loop: branches, from the root's priorities to the lines."""
+"""Who goes next among all waiters of one loop: branches, from the root's priorities to the lines."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,19 +9,19 @@ from asyncbucket.node import Node
 from asyncbucket.queue import EMPTY, Line, Waiter
 from asyncbucket.shares import Share, VirtualClock
 
-#: To look at more than so many takes longer than is saved where others need not go one by one.
+#: With more flows than this, looking at all takes longer than joining their wake-ups saves.
 _MANY: Final = 256
 
 
 class Tree:
-    """Choose among all who wait on one loop, wherever in the tree of limiters they do."""
+    """Choose among all waiters of one loop, wherever they stand in the tree of limiters."""
 
     __slots__ = ("_classes", "_emptied", "_pacer", "_root", "_rouse", "_tight")
 
     def __init__(self, root: Node, line: Line, rouse: Callable[[Node], object]) -> None:
-        """Take over the ``line`` of those who have waited at the root so far.
+        """Take over ``line``, in which calls have waited at the root so far.
 
-        ``rouse`` is `Tree.rouse` for the trees of all loops.
+        ``rouse`` is called to rouse a node in the trees of all loops.
         """
         self._root = root
         self._pacer = line.pacer
@@ -39,25 +39,25 @@ class Tree:
 
     @property
     def calm_until(self) -> int:
-        """Until when nobody may go whom its own limits have held up: whoever may loses by each delay."""
+        """Until when no flow held up by its own limits may go: such a flow would lose by each delay."""
         if len(self._tight) > _MANY:
             return 0
         return min((flow.asleep for flow in self._tight), default=EMPTY)
 
     def waiters(self) -> Iterator[Waiter]:
-        """Yield all who wait."""
+        """Yield all waiters."""
         return self._classes.waiters()
 
     @property
     def wake(self) -> int:
-        """When somebody wakes who may then be the head; `EMPTY` if nobody is left or asleep."""
+        """When a sleeper wakes that may then be the head; `EMPTY` if nobody is left or asleep."""
         return min(branch.wake for branch in self._chosen())
 
     @property
     def turn(self) -> tuple[float, ...]:
-        """What the head that was found last competes by with those of other loops.
+        """What the head found last competes by with the heads of other loops.
 
-        The tag of its priority and that priority, the more urgent first; then the tags below.
+        The tag of its priority and that priority, more urgent ones first; then the tags below.
         """
         tags = [branch.first.share.tag for branch in self._chosen() if branch.first]
         urgent = self._classes.first
@@ -65,12 +65,12 @@ class Tree:
 
     @property
     def held_by(self) -> str | None:
-        """What held up, below the root, those before the head that was found last."""
+        """What held up, below the root, the flows on the way to the head found last."""
         held = (branch.first.held_by for branch in self._chosen() if branch.first)
         return next(filter(None, held), None)
 
     def line(self, node: Node, priority: int) -> Line:
-        """Return the line for those of a node and a priority, in which somebody is about to stand."""
+        """Return the line of a node and a priority, in which somebody is about to stand."""
         branch = self._class(priority)
         above = [self._classes, branch]
         for each in reversed(node.below_root):
@@ -90,11 +90,11 @@ class Tree:
         return line
 
     def head(self, now: int, *, slotless: int = 0) -> Waiter | None:
-        """Return who goes next as far as the limits below the root are concerned."""
+        """Return the next waiter, as far as the limits below the root are concerned."""
         return self._classes.head(now, slotless=slotless)
 
     def served(self, head: Waiter, now: int) -> None:
-        """Take ``head``, which `head` returned and which passed, out of its line; charge for it."""
+        """Remove ``head``, which `head` returned and which passed, from its line; charge for it."""
         self._classes.served(head, now)
         if not head.line:
             self._emptied.extend(
@@ -105,20 +105,20 @@ class Tree:
 
     @property
     def expects(self) -> bool:
-        """Whether the head that was found should wait for somebody to come back first."""
+        """Whether the head that was found should first wait for another caller to come back."""
         return bool(self._emptied) and any(
             branch.first is not None and branch.first.share.tag > branch.lowest_emptied
             for branch in self._chosen()
         )
 
     def begin(self) -> None:
-        """Begin a new pass: whoever was to come back has had the time."""
+        """Begin a new pass: callers that were expected back have had their time."""
         for branch in self._emptied:
             branch.lowest_emptied = math.inf
         self._emptied.clear()
 
     def _chosen(self) -> Iterator[Branch]:
-        """Yield the branches on the way to the head that was found last."""
+        """Yield the branches on the way to the head found last."""
         branch: Source = self._classes
         while isinstance(branch, Branch):
             yield branch
@@ -127,13 +127,13 @@ class Tree:
             branch = branch.first.source
 
     def free_for(self, node: Node, now: int) -> bool:
-        """Tell whether a newcomer at ``node`` would overtake nobody who may go now or next."""
+        """Tell whether a newcomer at ``node`` would overtake nobody that may go now or next."""
         return self._classes.head(now) is None and all(
             flow.source.head(now) is None for _, flow in self._way(node, self._classes.keys())
         )
 
     def binding(self, node: Node) -> str | None:
-        """Return what holds up who goes next at ``node``, as far as that was found."""
+        """Return what last held up the head at ``node``, if that is known."""
         if node is self._root:
             return self._classes.bound_by
         way = [flow for _, flow in self._way(node, self._classes.keys())]
@@ -142,20 +142,20 @@ class Tree:
         return next(filter(None, (*here, *above)), None)
 
     def rouse(self, node: Node) -> None:
-        """Look again at those who sleep at ``node`` or above: something has changed there."""
+        """Wake the sleepers at ``node`` and above, because something has changed there."""
         for branch, flow in self._way(node, self._classes.keys()):
             branch.rouse(flow)
 
     def rouse_all(self) -> None:
-        """Look at all again: limits have changed."""
+        """Wake all sleepers, because limits have changed."""
         self._classes.rouse_all()
 
     def disband(self) -> None:
-        """Have nobody compete any more: this loop serves them no longer."""
+        """End all competition: this loop no longer serves them."""
         self._classes.disband()
 
     def _way(self, node: Node, priorities: tuple[object, ...]) -> Iterator[tuple[Branch, Flow]]:
-        """Yield the flows from the top to ``node`` in which somebody waits, and who chooses them."""
+        """Yield the flows from the top to ``node`` in which somebody waits, each with its branch."""
         for priority in priorities:
             branch: Branch = self._classes
             for key in (priority, *reversed(node.below_root)):
@@ -173,7 +173,7 @@ class Tree:
     def _branch(
         self, branch: Branch, key: object, node: Node, priority: int, shares: dict[int, Share]
     ) -> Branch:
-        """Return the branch of ``node`` in ``branch``, made if nobody waits in it yet."""
+        """Return the branch of ``node`` within ``branch``, made if nobody waits in it yet."""
         flow = branch.find(key)
         if flow is None:
             clock = node.fairness.clocks.setdefault(priority, VirtualClock())

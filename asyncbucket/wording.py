@@ -2,7 +2,7 @@
 
 from typing import Final
 
-#: Amounts above it are not written out: all their digits say nothing more.
+#: Larger amounts are not written out: nobody needs all their digits.
 _MOST: Final = 10**18
 
 
@@ -12,19 +12,19 @@ def named(resource: str) -> str:
 
 
 def counted(amount: int, resource: str) -> str:
-    """Return an amount as people say it: "1 request", "36,055 input tokens"."""
+    """Return an amount in words: "1 request", "36,055 input tokens"."""
     name = named(resource)
     number = f"{amount:,}" if amount <= _MOST else f"over {_MOST:,}"
     return f"{number} {name.removesuffix('s') if amount == 1 else name}"
 
 
 def shown(value: object) -> str:
-    """Return ``value`` as an error may show it: a number, else its type, for a string may be a prompt."""
+    """Return ``value`` if it is a number, else its type, for errors: a string may be a prompt."""
     return repr(value) if value is None or isinstance(value, (int, float)) else type(value).__name__
 
 
 def one_line(text: str) -> str:
-    """Return text from outside in one line, without characters that would steer a terminal."""
+    """Return text from outside in one line, without characters that would control a terminal."""
     return "".join(each if each.isprintable() else " " for each in " ".join(text.split()))
 
 
@@ -35,16 +35,16 @@ def does(resource: str, verb: str) -> str:
 
 
 def rounded(value: float) -> str:
-    """Return a number in three digits, or in all that stand before the point: "0.012", "3,600"."""
-    number = float(value)  # fractions have no such format before Python 3.12
+    """Return a number with three digits, or all digits before the point: "0.012", "3,600"."""
+    number = float(value)  # before Python 3.12 fractions have no such format
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"  # noqa: PLR2004 - three digits
 
 
 def in_seconds(value: float) -> str:
-    """Return a time as people say it: "0.25 s", "86,906 s"."""
+    """Return a time in words: "0.25 s", "86,906 s"."""
     return f"{rounded(value)} s"
 
 
 def written_out(per: float) -> str:
-    """Return a window's seconds in all their digits: a month's are "2,592,000", not "2.592e+06"."""
+    """Return a window's seconds with all digits: a month is "2,592,000", not "2.592e+06"."""
     return f"{per:,.9g}"

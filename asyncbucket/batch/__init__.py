@@ -1,8 +1,8 @@
 """Many items through one function, behind one limiter: `Limiter.amap` and `Limiter.map`.
 
-From the inside out: `item` is what comes out, `keys` and `checkpoint` remember it, `source` hands out
-what goes in, `pacing` says who acquires, `engine` is the workers, `results` is what one iterates
-over, `progress` shows it, `threads` serves code without an event loop.
+From the inside out: `item` is what comes out, `keys` and `checkpoint` remember it, `source` hands
+out what goes in, `pacing` decides who acquires, `engine` runs the workers, `results` is what one
+iterates over, `progress` shows it, `threads` serves code without an event loop.
 
 Needs `pip install "asyncbucket[batch]"`.
 """

@@ -1,15 +1,15 @@
-"""Results on disk, so that a run that was killed goes on where it was.
+"""Results on disk, so that a run that was killed continues where it was.
 
-A checkpoint is one SQLite file. A result is in it before it is handed out, in a transaction, so that
-a process may be killed at any instant: what was committed is never called for again, what was in
-flight is. An item is known again by a hash of what it holds, and by how many like it came before, so
-that ten equal prompts are ten calls. What failed is not kept: the next run tries it again.
+A checkpoint is one SQLite file. A result is committed to it before it is handed out, so a process
+may be killed at any instant: what was committed is never called again, what was in flight is. An
+item is recognized by a hash of what it holds, and by how many equal ones came before, so ten equal
+prompts are ten calls. Failures are not kept: the next run tries them again.
 
-The file is locked while it is in use, for two runs of the same items would pay twice.
+The file is locked while it is in use, because two runs of the same items would pay twice.
 
-Results that JSON gives back as they were are kept as JSON, others are pickled. So treat a checkpoint
-as you treat a pickle: do not open one that came from elsewhere. `Checkpoint` takes functions of your
-own instead.
+Results that JSON returns unchanged are kept as JSON, others are pickled. So treat a checkpoint like
+a pickle: do not open one that came from elsewhere. `Checkpoint` takes functions of your own
+instead.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ INSERT INTO seen VALUES (?, 1) ON CONFLICT (key) DO UPDATE SET times = times + 1
 
 
 def other_tables(database: sqlite3.Connection, ours: frozenset[str]) -> frozenset[str]:
-    """Return the tables of a database that are none of ``ours``: it belongs to another program."""
+    """Return the tables of a database that are not ``ours``: it belongs to another program."""
     return frozenset(table for (table,) in database.execute(_TABLES)) - ours
 
 
@@ -62,15 +62,15 @@ class _Codec:
 
 
 class Checkpoint:
-    """Say where results are kept, and how; a path alone will do for ``checkpoint=``.
+    """Say where results are kept, and how; a path alone is enough for ``checkpoint=``.
 
     Args:
-        path: the file; it is made if it isn't there.
-        key: tells a text by which an item is known again, if what it holds is no plain data.
-        dump: makes bytes of a result, instead of JSON or pickle.
-        load: makes the result of these bytes; given with ``dump``.
+        path: the file; it is made if it does not exist.
+        key: returns a text by which to recognize an item, if that is not plain data.
+        dump: turns a result into bytes, instead of JSON or pickle.
+        load: turns these bytes into the result; required with ``dump``.
         name: what the results are of; a checkpoint of another name is refused. By default the
-            function's name, and of a model's method the model's, too.
+            function's name, for a model's method with that of the model.
 
     Raises:
         TypeError: only one of ``dump`` and ``load`` is given.
@@ -96,7 +96,7 @@ class Checkpoint:
 
     @classmethod
     def of(cls, value: "str | os.PathLike[str] | Checkpoint", *, name: str) -> "Checkpoint":
-        """Return what is passed as ``checkpoint=`` as one that has a name."""
+        """Return what is passed as ``checkpoint=`` as a checkpoint that has a name."""
         if not isinstance(value, Checkpoint):
             return cls(value, name=name)
         named = copy.copy(value)
@@ -108,13 +108,13 @@ class Checkpoint:
 
 
 class Ledger:
-    """A checkpoint in use. Its methods block for as long as a disk takes, and may run in any thread.
+    """A checkpoint in use. Its methods block while the disk works, and may run in any thread.
 
     Args:
         checkpoint: where it is, and what the results are of.
 
     Raises:
-        CheckpointError: the file is in use, is not a checkpoint, or is one of something else.
+        CheckpointError: the file is in use, is not a checkpoint, or is of something else.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -161,7 +161,7 @@ class Ledger:
         path = self._checkpoint.path
         if "locked" in str(error):
             return f"{path} is in use by another run: let it end, or give another file"
-        if type(error) is sqlite3.DatabaseError:  # it is none, or damaged
+        if type(error) is sqlite3.DatabaseError:  # it is not a database, or damaged
             return f"{path} is not a checkpoint, or is damaged ({error}): give another file"
         return (
             f"{path} cannot be used as a checkpoint ({error}): give a file that may be written, "
@@ -169,7 +169,7 @@ class Ledger:
         )
 
     def look_up(self, entries: Iterable[Entry]) -> list[Entry]:
-        """Return the entries with their keys, and with their results where there are any.
+        """Return the entries with their keys, and with their results if there are any.
 
         Raises:
             TypeError: an item has no key.
@@ -251,6 +251,6 @@ class Ledger:
             raise CheckpointError(self._reason(error)) from error
 
     def close(self) -> None:
-        """Let the next run have the file."""
+        """Release the file for the next run."""
         with self._lock:
             self._database.close()

@@ -1,16 +1,16 @@
-"""The workers: each takes an item, calls the function with it, and keeps what came of it.
+"""The workers: each takes an item, calls the function with it, and keeps the result.
 
-Not a task for each item but a few that go on: as many as are in flight, and one that waits in line.
-A worker whose call has been admitted sees to it that another one stands there; so their number
-follows what the limiter lets through, and nobody fills its queue who need not be there.
+There is not a task for each item, but a few that go on: as many as calls in flight, and one that
+waits in line. A worker whose call has been admitted makes sure that another one stands in line. So
+their number follows what the limiter admits, and the limiter's queue holds no more than necessary.
 
-*Bounded.* An item that was taken holds a place in the window until its result is fetched, so that
-a slow reader stops the workers, and endless items need no more memory than a window full of them.
-*In order*, if so wished: results that come early wait in their place. The window is what they can
-be early by. *Kept*, if there is a checkpoint: a result is on disk before it is handed out; those that
-come while the disk is busy are one transaction.
+*Bounded.* An item that was taken holds a place in the window until its result is fetched, so a slow
+reader stops the workers, and endless items need only the memory for one window. *In order*, if
+requested: results that come early wait for their turn; the window bounds how early they can be.
+*Kept*, if there is a checkpoint: a result is on disk before it is handed out; results that come
+while the disk is busy are one transaction.
 
-The tasks live in one anyio task group in a task of its own, not in the reader's: a task group must
+The tasks run in one anyio task group in a task of its own, not in the reader's: a task group must
 end in the task in which it began, and a reader may stop reading anywhere.
 """
 
@@ -40,13 +40,13 @@ class Engine(Generic[T, R]):
 
     Args:
         source: hands out the items.
-        call: calls the function for one.
-        workers: the most of them.
+        call: calls the function for one item.
+        workers: the most workers.
         window: the most items that are taken and whose results are not fetched.
         ordered: whether results come out in the order of the items.
-        stop_on_error: whether nothing is begun any more once an item has failed.
+        stop_on_error: whether nothing is started any more once an item has failed.
         checkpoint: where results are kept.
-        progress: what shows how far it is.
+        progress: shows how far it has come.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Engine(Generic[T, R]):
         self._call = call
         self._most = workers
         self._workers = 0
-        #: Workers that have no admitted call: they stand in line, or fetch an item.
+        #: Workers without an admitted call: they wait in line, or fetch an item.
         self._at_hand = 0
         #: Places in the window.
         self.places = anyio.Semaphore(window, fast_acquire=True)
@@ -81,20 +81,20 @@ class Engine(Generic[T, R]):
         self._group: TaskGroup | None = None
         self._put: MemoryObjectSendStream[Item[T, R]]
         self.results: MemoryObjectReceiveStream[Item[T, R]]
-        # Without a bound of its own: the places are the bound.
+        # Unbounded, because the places are the bound.
         self._put, self.results = anyio.create_memory_object_stream(float("inf"))
         self._save: MemoryObjectSendStream[tuple[bytes, Item[T, R]]] | None = None
 
     def close(self) -> None:
-        """Let go of what is not read."""
+        """Drop what is not read."""
         self._put.close()
         self.results.close()
 
     async def run(self, scope: CancelScope) -> None:
-        """Work until all is done, or ``scope`` is cancelled; the stream of results ends with it.
+        """Work until all is done, or ``scope`` is cancelled; then the stream of results ends.
 
-        Cancel the scope and not the task: only against that is a shield one, behind which a file is
-        opened, written and closed.
+        Cancel the scope, not the task: the file is opened, written and closed behind a shield,
+        which only holds against the scope.
         """
         with self._put, scope:
             try:
@@ -103,7 +103,7 @@ class Engine(Generic[T, R]):
                     anyio.create_task_group() as all_,
                 ):
                     await self._work_all(all_)
-                for index in sorted(self._early):  # behind one that was not begun any more
+                for index in sorted(self._early):  # those behind one that was not started
                     self._put.send_nowait(self._early[index])
             except BaseException:  # cancelled: nobody will read on
                 self.results.close()
@@ -140,7 +140,7 @@ class Engine(Generic[T, R]):
         self._group.start_soon(self._work, name="asyncbucket amap")
 
     def _begin(self) -> None:
-        """Note that a worker left the line; see that another one stands there."""
+        """Note that a worker left the line; make sure that another one stands there."""
         if self._failed and self._stop_on_error:
             raise Stopped
         self._at_hand -= 1
@@ -153,7 +153,7 @@ class Engine(Generic[T, R]):
             entry = await self._fetch()
             if entry is None:
                 self._at_hand -= 1
-                self.places.release()  # for the others, who shall hear of the end, too
+                self.places.release()  # for the others, which must see the end, too
                 return
             if entry.stored is not None:
                 self._progress.count(restored=True)
@@ -222,9 +222,9 @@ class Engine(Generic[T, R]):
     async def _keep(
         self, ledger: Ledger, to_save: MemoryObjectReceiveStream[tuple[bytes, Item[T, R]]]
     ) -> None:
-        """Save results in order of arrival, all that there are in one transaction.
+        """Save results in order of arrival, all available ones in one transaction.
 
-        Whatever ends the workers, what they got is saved: it ends when their stream does.
+        Whatever ends the workers, their results are saved: this ends when their stream does.
         """
         with CancelScope(shield=True), to_save:
             async for first in to_save:
@@ -239,7 +239,7 @@ class Engine(Generic[T, R]):
 
 
 def _from_within(cancelled: asyncio.CancelledError, what: str) -> RuntimeError:
-    """Return the error for a cancellation from within ``what``; one that is meant for us is raised."""
+    """Return the error for a cancellation from inside ``what``; re-raise one meant for us."""
     if anyio.current_effective_deadline() == -math.inf:
         raise cancelled
     error = RuntimeError(f"{what} was cancelled from within, by something that it awaits")

@@ -12,21 +12,21 @@ class Entry(NamedTuple):
 
     number: int
     input: Any
-    #: By what a checkpoint knows it again.
+    #: The key by which a checkpoint recognizes it.
     key: bytes = b""
-    #: What the checkpoint holds of it: a tuple of one result, as None may be one.
+    #: What the checkpoint has for it: a tuple of one result, because that may be None.
     stored: tuple[Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Item(Generic[T, R]):
-    """One item that went in, and the result or the error that came of it.
+    """One item that went in, and its result or error.
 
     Attributes:
         index: its place among the items, from 0.
         input: the item itself.
         error: what ``fn`` raised, or why it was not admitted; None if it has a result.
-        restored: whether the result comes from a checkpoint: nothing was called.
+        restored: whether the result comes from a checkpoint, without a call.
     """
 
     index: int
@@ -37,7 +37,7 @@ class Item(Generic[T, R]):
 
     @property
     def result(self) -> R:
-        """What ``fn`` returned; of an item that failed, this raises its error."""
+        """What ``fn`` returned; for an item that failed, this raises its error."""
         if self.error is not None:
             raise self.error
         return cast("R", self._result)

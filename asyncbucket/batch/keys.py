@@ -1,4 +1,4 @@
-"""Know an item again: a hash that is the same in the next process."""
+"""Recognize an item: a hash that is the same in the next process."""
 
 import dataclasses
 import hashlib
@@ -14,8 +14,9 @@ SIZE: Final = 16
 def key_of(item: object) -> bytes:
     """Return a key that depends on what ``item`` holds, and on nothing else.
 
-    Text, bytes, numbers, None, lists, tuples, dicts, dataclasses and pydantic models, each of each.
-    Those of different types are different items; the order of a dict's keys is of no matter.
+    It may consist of text, bytes, numbers, None, lists, tuples, dicts, dataclasses and pydantic
+    models, nested at will. Different types are different items; the order of a dict's keys does not
+    matter.
 
     Raises:
         TypeError: it holds something else, whose `repr` may differ from one process to the next.
@@ -34,9 +35,9 @@ def digest(data: bytes) -> bytes:
 
 
 def _told_apart(value: Any) -> object:
-    """Return what JSON can hold instead of ``value``: what has parts as a list, its kind first.
+    """Return ``value`` in a form that JSON can hold: anything with parts as a list, its type first.
 
-    JSON alone takes tuples for lists, and the key 1 for "1".
+    JSON alone would not distinguish tuples from lists, or the key 1 from "1".
     """
     if value is None or isinstance(value, (str, int, float)):
         return value
@@ -60,7 +61,7 @@ def _told_apart(value: Any) -> object:
 
 
 def is_plain(value: object) -> bool:
-    """Tell whether JSON gives ``value`` back just as it is."""
+    """Tell whether JSON returns ``value`` unchanged."""
     kind = type(value)
     if value is None or kind is str or kind is bool or kind is int:
         return True

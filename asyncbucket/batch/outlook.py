@@ -1,4 +1,4 @@
-"""How fast it goes, how long it will take, and what binds: for whoever watches."""
+"""How fast it goes, how long it will take, and what binds: for people who watch."""
 
 import time
 from collections import deque
@@ -9,7 +9,7 @@ from typing import Final
 from asyncbucket.limiter import Limiter
 from asyncbucket.wording import rounded
 
-#: Seconds over which a rate is taken, and between two samples of it.
+#: Seconds over which a rate is computed, and between two samples of it.
 _SPAN: Final = 30.0
 _APART: Final = 0.5
 
@@ -19,9 +19,9 @@ class Look:
     """What can be said at one instant.
 
     Attributes:
-        rate: items a second, lately; 0 before the first.
-        left: seconds until all is done; None where nobody knows.
-        bound_by: what calls waited for lately; None if they did not wait.
+        rate: items a second, recently; 0 before the first.
+        left: seconds until all is done; None if unknown.
+        bound_by: what calls waited for recently; None if they did not wait.
         waiting: calls that wait.
     """
 
@@ -31,16 +31,16 @@ class Look:
     waiting: int = 0
 
     def words(self) -> list[str]:
-        """Say how fast it goes, and how long it will take."""
+        """Return how fast it goes, and how long it will take, in words."""
         words = [f"{rounded(self.rate)}/s"] if self.rate else []
         return [*words, f"{duration(self.left)} left"] if self.left else words
 
 
 class Outlook:
-    """Watch a limiter at work, from now on.
+    """Observe a limiter at work, from now on.
 
     Args:
-        limiter: what is watched.
+        limiter: the limiter to observe.
         clock: seconds.
     """
 
@@ -52,10 +52,10 @@ class Outlook:
         self._bound_by: str | None = None
 
     def look(self, done: int, *, left: Mapping[str, float] | None) -> Look:
-        """Judge by how much is done, and how much is left: items, requests, tokens.
+        """Judge by what is done, and by what is left: items, requests, tokens.
 
-        ``left["items"]`` are counted as ``done`` is. Amounts of resources tell how long the limits
-        will need at least, before there is any experience.
+        ``left["items"]`` is counted like ``done``. From the amounts of resources follows how long
+        the limits will take at least, even before anything is done.
         """
         statistics = self._limiter.statistics()
         waits = {name: each.seconds for name, each in statistics.waits.items()}
@@ -83,7 +83,7 @@ class Outlook:
         return (done - before) / (now - since) if now > since else 0.0
 
     def _left(self, rate: float, left: Mapping[str, float]) -> float | None:
-        """Return the longer of what experience and the limits say."""
+        """Return the longer of the estimates from experience and from the limits."""
         items = left.get("items", 0.0)
         seconds = 0.0
         for use in self._limiter.statistics().limits:
@@ -95,10 +95,10 @@ class Outlook:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people say it: "45 s", "12 min", "3 h 20 min"."""
-    if seconds < 100:  # noqa: PLR2004 - below, seconds say more
+    """Return a time in words: "45 s", "12 min", "3 h 20 min"."""
+    if seconds < 100:  # noqa: PLR2004 - below, seconds matter
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    if minutes < 100:  # noqa: PLR2004 - likewise
+    if minutes < 100:  # noqa: PLR2004 - as above
         return f"{minutes} min"
     return f"{minutes // 60:,} h {minutes % 60} min"

@@ -1,19 +1,19 @@
-"""Does a function acquire of the limiter by itself? Then `amap` must not acquire for it, too.
+"""Does a function acquire from the limiter by itself? Then `amap` must not acquire for it, too.
 
-A call must be admitted once. Twice would charge it twice, and worse: calls that hold a slot and wait
-for a second one wait for ever. So these are left alone:
+A call must be admitted once. Twice would charge it twice, and worse: calls that hold a slot and
+wait for a second one wait for ever. So `amap` does not acquire for:
 
 - a method of a model that the limiter wraps, ``llm.acomplete``;
 - a function that `Limiter.paced` decorates;
-- a function that names one of these, or a client on a paced transport, or calls ``acquire``, ``amap``
-  or ``map`` of the limiter or of a child of it; likewise in what its closure and its object hold by
-  these names, and in the functions that it names.
+- a function that refers to one of these, or to a client on a paced transport, or calls ``acquire``,
+  ``amap`` or ``map`` of the limiter or of its child; this includes what its closure and its object
+  hold under the names it uses, and the functions that it names.
 
-One that comes to a limiter above or beside it, such as a model that the parent wraps, is refused: its
-calls would be charged twice to what both pass, and wait there for slots that they hold themselves.
+A function that acquires from a limiter above or beside it, such as a model that the parent wraps,
+is refused: its calls would be charged twice at what both pass, and wait there for slots that they
+hold themselves.
 
-This reads code, which can say much that this does not see. Whoever passes ``cost=`` or ``paced=``
-decides.
+This inspects code, and cannot see everything. ``cost=`` or ``paced=`` overrides it.
 """
 
 import dis
@@ -26,10 +26,10 @@ from typing import Any, Final
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.levels import is_under, levels
 
-#: How far, and at how many things, is looked.
+#: How deep to look, and at how many objects.
 _DEPTH: Final = 6
 _MOST: Final = 2_000
-#: So many of a list's or a dict's: models may be kept in one.
+#: How many entries of a list or a dict to look at; models may be kept in one.
 _OF_MANY: Final = 8
 _ACQUIRES: Final = frozenset({"acquire", "acquire_nowait", "acquire_sync", "amap", "map"})
 _TAKES: Final = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
@@ -40,7 +40,7 @@ def acquires_itself(fn: Callable[..., object], limiter: Limiter) -> bool:
     """Tell whether a call of ``fn`` is admitted by ``limiter``, as far as its code shows.
 
     Raises:
-        ValueError: it is admitted by one above or beside it.
+        ValueError: it is admitted by a limiter above or beside it.
     """
     akin: Limiter | None = None
     *_, root = levels(limiter)
@@ -65,14 +65,14 @@ def _limiters_of(fn: object) -> Iterator[Limiter]:
         value, depth = rest.popleft()
         if isinstance(value, _LEAVES) or id(value) in seen:
             continue
-        seen[id(value)] = value  # kept, or its id might be given to another
+        seen[id(value)] = value  # kept alive, so that its id is not reused
         yield from _acquired_by(value)
         if depth < _DEPTH:
             rest.extend((each, depth + 1) for each in _parts(value))
 
 
 def _acquired_by(value: object) -> Iterator[Limiter]:
-    """Yield what is in front of a model or transport, or what code acquires of."""
+    """Yield the limiter of a model or transport, or those from which code acquires."""
     if isinstance(value, types.MethodType):
         if isinstance(value.__func__, types.FunctionType):
             yield from _acquired_in(value.__func__, holder=value.__self__)
@@ -83,7 +83,7 @@ def _acquired_by(value: object) -> Iterator[Limiter]:
 
 
 def _acquired_in(function: types.FunctionType, *, holder: object = None) -> Iterator[Limiter]:
-    """Yield the limiters at hand, if the code acquires."""
+    """Yield the limiters within reach, if the code acquires."""
     names = _names(function.__code__)
     if names & _ACQUIRES and not _ACQUIRES.isdisjoint(_attributes(function.__code__)):
         near = [holder, *_named(function)]
@@ -111,15 +111,15 @@ def _parts(value: Any) -> Iterator[object]:
 
 
 def _parts_of_method(method: types.MethodType) -> Iterator[object]:
-    """Yield what a method names, and of its object just that: others of its parts are not used."""
+    """Yield what a method names, and the parts of its object that it uses."""
     function, holder = method.__func__, method.__self__
     if not isinstance(function, types.FunctionType):
         return
     yield from _named(function)
-    # A decorated method lies in the closure of what stands for it.
+    # A decorated method is in the closure of its wrapper.
     within = [each for each in _enclosed(function) if isinstance(each, types.FunctionType)]
     yield from (types.MethodType(each, holder) for each in within)
-    # An object of ours is known by its limiter, which lies deeper than a name.
+    # An object of ours is recognized by its limiter, which is not among the names.
     if _is_ours(holder):
         yield holder
     for name in _names(function.__code__):
@@ -152,7 +152,7 @@ def _enclosed(function: types.FunctionType) -> Iterator[object]:
 
 
 def _attributes(code: types.CodeType) -> Iterator[str]:
-    """Yield what code, and the code within it, takes of something: not the ``map`` that is built in."""
+    """Yield the attributes that code, and code inside it, reads: so not the builtin ``map``."""
     for each in dis.get_instructions(code):
         if each.opname in _TAKES:
             yield each.argval
@@ -161,7 +161,7 @@ def _attributes(code: types.CodeType) -> Iterator[str]:
 
 
 def _names(code: types.CodeType) -> set[str]:
-    """Return the names in code, and in the code within it."""
+    """Return the names in code, and in code inside it."""
     found = set(code.co_names)
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):

@@ -1,4 +1,4 @@
-"""One item's call: admitted first, or left to the function where that acquires by itself."""
+"""One item's call: admitted here, or left to the function if that acquires by itself."""
 
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
@@ -9,17 +9,17 @@ from asyncbucket.http.running import make_way, running
 from asyncbucket.limiter import Limiter
 from asyncbucket.wording import shown
 
-#: What an item costs: a `Cost`, the keywords of `Limiter.acquire`, or a function that says.
+#: What an item costs: a `Cost`, keywords of `Limiter.acquire`, or a function that returns either.
 Price: TypeAlias = Cost | Mapping[str, float]
 PriceOf: TypeAlias = Price | Callable[[Any], Price]
 
 
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
-    """Say that no further call may begin."""
+    """Say that no further call may start."""
 
 
 class Call(Protocol):
-    """Call the function for one item; ``begin`` is asked when it is about to be.
+    """Call the function for one item; ``begin`` is called right before that.
 
     ``begin`` may raise `Stopped`: then nothing is charged.
     """
@@ -40,18 +40,18 @@ def leave_to(fn: Callable[[Any], Awaitable[Any]]) -> Call:
 def admit_each(
     limiter: Limiter, fn: Callable[[Any], Awaitable[Any]], price: PriceOf | None = None
 ) -> Call:
-    """Have each call admitted at its price; without one it is a request."""
+    """Make each call wait for an admission at its price, by default one request."""
     keywords_of = _keywords_of({} if price is None else price)
 
     async def call(item: Any, begin: Callable[[], None]) -> Any:
-        make_way(limiter)  # of whatever this batch runs in
+        make_way(limiter)  # of calls around this batch
         async with limiter.acquire(**keywords_of(item)) as lease:
             try:
                 begin()
             except Stopped:
                 lease.undo()
                 raise
-            with running(fn, lease):  # it may come to the limiter unseen
+            with running(fn, lease):  # it may call the limiter unseen
                 return await awaitable(fn, item)
 
     return call
@@ -78,10 +78,10 @@ def _keywords(price: Price) -> dict[str, Any]:
 
 
 def awaitable(fn: Callable[[Any], Awaitable[Any]], item: Any) -> Awaitable[Any]:
-    """Call ``fn`` and return what is to be awaited.
+    """Call ``fn`` and return its awaitable.
 
     Raises:
-        TypeError: it is a plain function, which would have blocked the event loop.
+        TypeError: it is a plain function, which has blocked the event loop.
     """
     waiting = fn(item)
     if not inspect.isawaitable(waiting):

@@ -1,4 +1,4 @@
-"""A bar on standard error while it runs: rich's, tqdm's, or none."""
+"""A progress bar on standard error: rich's, tqdm's, or none."""
 
 import contextlib
 import sys
@@ -13,7 +13,7 @@ from asyncbucket.wording import named
 
 Shown: TypeAlias = bool | Literal["rich", "tqdm"]
 
-#: Seconds between two looks.
+#: Seconds between two updates.
 _EVERY: Final = 0.2
 
 
@@ -25,7 +25,7 @@ class Progress:
 
     @contextlib.asynccontextmanager
     async def shown(self, total: int | None) -> AsyncGenerator[None]:
-        """Show it for the time of an ``async with`` block."""
+        """Show the bar during an ``async with`` block."""
         del total
         yield
 
@@ -38,11 +38,11 @@ class _Bar(Protocol):
 
 
 def progress_for(limiter: Limiter, shown: Shown) -> Progress:
-    """Return what shows the progress.
+    """Return an object that shows the progress.
 
     Raises:
         ImportError: the library is not installed.
-        ValueError: ``shown`` is nothing that can be asked for.
+        ValueError: ``shown`` is not one of the choices.
     """
     if shown is False:
         return Progress()
@@ -63,7 +63,7 @@ def _has(library: str) -> bool:
 
 
 class _ShownProgress(Progress):
-    """Look at the limiter a few times a second; counting itself costs next to nothing."""
+    """Read the limiter a few times a second; counting itself costs next to nothing."""
 
     def __init__(self, limiter: Limiter, bar: "type[_RichBar | _TqdmBar]") -> None:
         self._limiter = limiter
@@ -118,7 +118,7 @@ class _RichBar:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        # Refreshed by `show` alone: a thread of rich's would compete with the calls.
+        # Refreshed only by `show`: a thread of rich's would compete with the calls.
         self._progress = Progress(
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
@@ -140,7 +140,7 @@ class _TqdmBar:
     def __init__(self, total: int | None) -> None:
         from tqdm import tqdm
 
-        # Without tqdm's own rate: it is among the words.
+        # Without tqdm's own rate, which is among the words.
         far = "{n_fmt} items" if total is None else "{l_bar}{bar:30}| {n_fmt}/{total_fmt}"
         form = far + " {elapsed}{postfix}"
         self._bar = tqdm(total=total, file=sys.stderr, mininterval=0, bar_format=form)

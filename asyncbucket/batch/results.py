@@ -1,4 +1,4 @@
-"""What one iterates over: results as they come, and a clean end wherever one stops."""
+"""What one iterates over: results as they arrive, and a clean end wherever one stops."""
 
 import asyncio
 import contextlib
@@ -26,14 +26,14 @@ R = TypeVar("R")
 
 Errors = Literal["raise", "collect"]
 
-#: The most workers where no concurrency says how many are of use: there are as many as are admitted,
-#: if `amap` acquires, ...
+#: The most workers if the limiter has no concurrency: if `amap` acquires, there are only as many as
+#: are admitted, ...
 _MOST = 1_000
-#: ... and this many, if the function does.
+#: ... and this many, if the function acquires.
 _MOST_UNSEEN = 256
 
 
-def amap(  # noqa: PLR0913 - each is an option of its own, by keyword
+def amap(  # noqa: PLR0913 - each is an option of its own
     limiter: Limiter,
     fn: Callable[[T], Awaitable[R]],
     items: Iterable[T] | AsyncIterable[T],
@@ -47,36 +47,38 @@ def amap(  # noqa: PLR0913 - each is an option of its own, by keyword
     workers: int | None = None,
     window: int | None = None,
 ) -> "Results[T, R]":
-    """Call ``fn`` for each item behind ``limiter``; iterate over what comes of it, as it comes.
+    """Call ``fn`` for each item behind ``limiter``; iterate over the results as they arrive.
 
     >>> async for item in limiter.amap(llm.acomplete, prompts, checkpoint="run.db"):
     ...     print(item.index, item.input, item.result)
 
-    Items may be endless: there are never more than ``window`` that are taken and not handed out.
-    Breaking out, ``aclose()``, leaving ``async with`` and cancelling end all that is in flight.
+    Items may be endless: at most ``window`` are taken and not yet handed out. ``break``,
+    ``aclose()``, leaving ``async with`` and cancellation end everything in flight.
 
-    Each call is admitted once: by ``fn`` itself if it belongs to a model that the limiter wraps, or
-    is decorated with `Limiter.paced`, or acquires; else here. See `asyncbucket.batch.paced`.
+    Each call is admitted once: by ``fn`` itself if it is a method of a model that the limiter
+    wraps, is decorated with `Limiter.paced`, or acquires; otherwise here. See
+    `asyncbucket.batch.paced`.
 
     Args:
         limiter: what admits the calls.
         fn: an async function of one item.
         items: any iterable or async iterable. A plain one is iterated on the event loop.
-        ordered: hand results out in the order of the items, not as they come.
-        errors: ``"raise"`` begins nothing new once an item failed, hands out what came before it, and
-            raises its error; ``"collect"`` goes on, and ``item.error`` says what failed.
-        cost: what a call costs, if not one request: a `Cost`, a dict such as ``{"tokens": 500}``, or
-            a function from an item to one. Given, it is acquired here, whatever ``fn`` does.
-        paced: say that ``fn`` acquires by itself (True), or does not (False), where looking is wrong.
+        ordered: hand results out in the order of the items, not as they arrive.
+        errors: with ``"raise"``, nothing new starts once an item has failed; the results before it
+            are handed out, and then its error is raised. With ``"collect"``, all items are tried,
+            and ``item.error`` says what failed.
+        cost: what a call costs, if not one request: a `Cost`, a dict such as ``{"tokens": 500}``,
+            or a function from an item to one. If given, it is acquired here, whatever ``fn`` does.
+        paced: whether ``fn`` acquires by itself, if detecting that goes wrong.
         show_progress: a bar on standard error; True takes rich if it is installed, else tqdm.
-        checkpoint: a path, or a `Checkpoint`: results are kept there, and items that are in it are
-            not called for again.
+        checkpoint: a path, or a `Checkpoint`: results are kept there, and items found in it are not
+            called again.
         workers: the most calls at once; by default the limiter's concurrency decides.
         window: by default twice the workers.
 
     Raises:
-        ValueError, TypeError: an option is none that there is; ``fn`` cannot be called, or it acquires by itself of a limiter
-            above or beside this one, and its calls would pay twice.
+        ValueError, TypeError: an option is invalid; ``fn`` cannot be called; or it acquires by
+            itself from a limiter above or beside this one, so its calls would pay twice.
         ImportError: the library for the bar is not installed.
     """
     check_function(fn)
@@ -104,7 +106,7 @@ def amap(  # noqa: PLR0913 - each is an option of its own, by keyword
 
 
 def check_function(fn: object) -> None:
-    """Refuse at once what could not be called, not when the first item has been admitted."""
+    """Refuse what cannot be called at once, not when the first item has been admitted."""
     if not callable(fn):
         raise TypeError(
             f"the function comes first, not called yet, and then the items, as in amap(ask, prompts); "
@@ -113,12 +115,12 @@ def check_function(fn: object) -> None:
 
 
 def name_of(fn: object) -> str:
-    """Return what the results of ``fn`` are called in a checkpoint."""
+    """Return the name of the results of ``fn`` in a checkpoint."""
     while isinstance(fn, functools.partial):
         fn = fn.func
     name: str = getattr(fn, "__qualname__", type(fn).__qualname__)
     holder = getattr(fn, "__self__", None)
-    wanted = getattr(holder, "output_cls", None)  # of a structured LLM, which asks another
+    wanted = getattr(holder, "output_cls", None)  # of a structured LLM, which calls another one
     holder = getattr(holder, "llm", holder)
     model = getattr(holder, "model", None) or getattr(holder, "model_name", None)
     if isinstance(wanted, type):
@@ -131,8 +133,8 @@ def _workers(limiter: Limiter, workers: int | None, *, by_fn: bool) -> int:
         return read_count(workers, "workers", least=1)
     if not by_fn:
         return _MOST
-    # One more than the slots, so that somebody always stands in line. Where the slots are found by
-    # the limiter itself, there may be more of them later on.
+    # One more than the slots, so that somebody is always in line. If the limiter finds its slots by
+    # itself, there may be more of them later.
     return _MOST_UNSEEN if limiter.concurrency is None else max(32, limiter.concurrency + 1)
 
 
@@ -141,17 +143,17 @@ def _window(window: int | None, workers: int) -> int:
 
 
 class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
-    """Iterate over each `Item`; made by `amap`. It begins with the first step, and may end anywhere.
+    """Iterate over each `Item`; made by `amap`. It starts with the first step; it may end anywhere.
 
-    An ``async for`` that is left lets it go, and whatever runs is cancelled. ``async with`` around it,
-    or ``await results.aclose()``, waits for the end of that, too.
+    Leaving ``async for`` drops it, which cancels what is running. ``async with`` around it, or
+    ``await results.aclose()``, also waits until that has ended.
     """
 
     def __init__(self, engine: Engine[T, R], *, raises: bool) -> None:
         self._engine = engine
         self._raises = raises
         self._task: asyncio.Task[None] | None = None
-        #: Ends the task.
+        #: Cancelling it ends the task.
         self._scope: anyio.CancelScope
         self._over = False
 
@@ -169,7 +171,7 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
         if self._over:
             raise StopAsyncIteration
         if self._task is None:
-            # The engine knows nothing of this object: so it can be dropped while that works.
+            # The engine does not refer to this object, so it can be dropped while the engine works.
             self._scope = anyio.CancelScope()
             self._task = asyncio.create_task(self._engine.run(self._scope), name="asyncbucket amap")
         try:
@@ -192,12 +194,12 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
         except BaseException:
             await self.aclose()
             raise
-        if not self._over:  # or somebody else has closed it
+        if not self._over:  # else another task has closed it
             await self._end()
         raise StopAsyncIteration
 
     async def _end(self) -> None:
-        """Take leave of an engine that has ended by itself."""
+        """Finish after the engine has ended by itself."""
         self._over = True
         self._engine.results.close()
         assert self._task is not None
@@ -211,7 +213,7 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
             raise self._engine.failure
 
     async def aclose(self) -> None:
-        """Cancel what is in flight, and wait for its end, from any task and as often as you like."""
+        """Cancel what is in flight, and wait for its end; from any task, any number of times."""
         self._over = True
         task = self._task
         if task is not None:
@@ -220,7 +222,7 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
                 with anyio.CancelScope(shield=True):
                     await asyncio.wait([task])
             if not task.cancelled():
-                task.exception()  # seen: what it was is of no interest any more
+                task.exception()  # mark it as retrieved; it does not matter any more
         self._engine.close()
 
     async def __aenter__(self) -> Self:
@@ -239,7 +241,7 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
         if task is None or task.done():
             self._engine.close()
             return
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and with it all tasks
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and all its tasks with it
             task.get_loop().call_soon_threadsafe(self._scope.cancel)
 
     def __repr__(self) -> str:

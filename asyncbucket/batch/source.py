@@ -14,17 +14,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Items that are looked up in a checkpoint at a time, where they are at hand.
+#: How many items of a plain iterable are looked up in a checkpoint at a time.
 _AHEAD: Final = 64
 
 
 class Source(Generic[T]):
     """Hand out items, to one worker at a time. At most `_AHEAD` are taken before they are wanted.
 
-    A plain iterable is iterated on the event loop's thread: one that blocks would block the loop.
+    A plain iterable is iterated on the event loop's thread, so one that blocks would block the
+    loop.
 
     Raises:
-        TypeError: ``items`` is a text, or nothing that can be iterated.
+        TypeError: ``items`` is a text, or cannot be iterated.
     """
 
     def __init__(self, items: Iterable[T] | AsyncIterable[T]) -> None:
@@ -39,9 +40,9 @@ class Source(Generic[T]):
             self._each_async = aiter(items)
         else:
             self._each = iter(items)
-        #: How many items there are, where that is known.
+        #: How many items there are, if known.
         self.total = len(items) if isinstance(items, Sized) else None
-        #: What knows which items are done; set before the first is asked for.
+        #: Knows which items are done; set before the first is requested.
         self.ledger: Ledger | None = None
         self._lock = anyio.Lock(fast_acquire=True)
         self._ready: list[Entry] = []
@@ -50,16 +51,16 @@ class Source(Generic[T]):
         self._failure: Exception | None = None
 
     def stop(self) -> None:
-        """Hand out no more."""
+        """Hand out no more items."""
         self._over = True
 
     async def next(self) -> Entry | None:
         """Return the next item, or None after the last.
 
         Raises:
-            Exception: what the iterable raised, once all before it is handed out.
+            Exception: the iterable's own error, after all earlier items were handed out.
         """
-        if self._each is not None and self.ledger is None:  # the usual case, without the detour
+        if self._each is not None and self.ledger is None:  # the usual case: a short cut
             if self._over:
                 return None
             for item in self._each:
@@ -77,7 +78,7 @@ class Source(Generic[T]):
         return Entry(index, item)
 
     async def _fetch(self) -> None:
-        """Take some items and see which of them are done."""
+        """Take some items and find out which of them are done."""
         if self._failure is not None:
             raise self._failure
         entries: list[Entry] = []
@@ -100,7 +101,7 @@ class Source(Generic[T]):
         self._ready = entries[::-1]
 
     async def aclose(self) -> None:
-        """Close an async generator: nobody else would in time."""
+        """Close an async generator, because nobody else would in time."""
         close = getattr(self._each_async, "aclose", None)
         if close is not None:
             with anyio.CancelScope(shield=True):

@@ -1,4 +1,4 @@
-"""The same for code without an event loop: `Limiter.map`."""
+"""`Limiter.map`: the same for code without an event loop."""
 
 import inspect
 from collections.abc import AsyncIterable, Awaitable, Callable, Generator, Iterable
@@ -17,7 +17,7 @@ from asyncbucket.limiter.terms import read_count
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: The most threads where no concurrency says how many are of use.
+#: The most threads if the limiter has no concurrency.
 _THREADS = 64
 
 
@@ -47,14 +47,14 @@ def map_sync(
     workers: int | None = None,
     **options: Any,
 ) -> Generator[Item[T, Any]]:
-    """Call ``fn`` for each item, and iterate over what comes of it; see `amap` for the options.
+    """Call ``fn`` for each item, and iterate over the results; see `amap` for the options.
 
     >>> for item in limiter.map(llm.complete, prompts):
     ...     print(item.input, item.result)
 
-    A plain function is called in threads, as many at once as the limiter's concurrency, or at most 64;
-    an async one on an event loop in a thread. The items are iterated in that thread as well. Leaving
-    the loop waits for the calls that run: a thread cannot be cancelled.
+    A plain function is called in threads, by default as many as the limiter's concurrency, at most
+    64. An async function runs on an event loop in a thread, where the items are iterated as well.
+    Leaving the loop waits for running calls, because a thread cannot be cancelled.
 
     Raises:
         ValueError, TypeError, ImportError: as for `amap`, at once.

@@ -9,7 +9,7 @@ from types import FrameType
 
 __all__ = ["main"]
 
-#: The status of a command that Ctrl-C or SIGTERM ended, as shells have it: 128 + SIGINT.
+#: The exit status of a command ended by Ctrl-C or SIGTERM, as in shells: 128 + SIGINT.
 INTERRUPTED = 130
 
 
@@ -26,7 +26,7 @@ def main() -> None:
         sys.exit(f'error: the command line needs {error.name}: pip install "asyncbucket[cli]"')
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except OSError as error:  # of help or a version, for no command has begun
+    except OSError as error:  # raised by help or a version, as no command has begun
         from asyncbucket.cli.ends import WRONG, said
 
         print(f"error: {said(error)}", file=sys.stderr)  # noqa: T201 - the command's output
@@ -34,6 +34,6 @@ def main() -> None:
 
 
 def as_ctrl_c(number: int, frame: FrameType | None) -> None:
-    """End a command as Ctrl-C does, also where that is ignored, as in the background of a script."""
+    """End a command like Ctrl-C, even where that is ignored, as in the background of a script."""
     interrupt = signal.getsignal(signal.SIGINT)
     (interrupt if callable(interrupt) else signal.default_int_handler)(number, frame)

@@ -1,4 +1,4 @@
-"""What can be typed after `asyncbucket`: commands, their options and their help."""
+"""The commands of `asyncbucket`, their options and their help."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ app = typer.Typer(
     epilog="Example: asyncbucket demo --quick",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # boxes around help and errors are no help in a pipe
+    rich_markup_mode=None,  # boxes around help and errors do not suit a pipe
 )
 
 #: A source tree has the benchmarks beside the package; a wheel does not.
@@ -29,7 +29,7 @@ TREE: Final = Path(__file__).resolve().parents[2]
 
 def _say_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it so
     if wanted:
-        # None of a source tree that is run where it lies.
+        # A source tree that is not installed has none.
         typer.echo(f"asyncbucket {version_of('asyncbucket') or '(not installed)'}")
         raise typer.Exit
 

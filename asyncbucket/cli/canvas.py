@@ -1,4 +1,4 @@
-"""What pictures are drawn on: their colours, on light paper and on dark, and the file they go to."""
+"""What pictures are drawn on: their colours, light and dark, and the file they are written to."""
 
 import warnings
 from collections.abc import Generator
@@ -29,13 +29,13 @@ _INKED: Final = (
 
 @contextmanager
 def canvas(path: Path, *, what: str, size: tuple[float, float], dark: bool) -> Generator["Figure"]:
-    """Give a figure of ``size`` inches that is written to ``path`` at the end of the block.
+    """Provide a figure of ``size`` inches that is written to ``path`` at the end of the block.
 
-    The same picture makes the same file, byte for byte, if that is a PNG or an SVG.
+    The same picture gives the same file, byte for byte, if that is a PNG or an SVG.
 
     Raises:
-        ValueError: the path's name ends like that of no picture.
-        ImportError: matplotlib is missing; it says so of ``what``, e.g. "a plan".
+        ValueError: the suffix of the path is not that of a picture.
+        ImportError: matplotlib is missing; the message names ``what`` is drawn, e.g. "a plan".
         OSError: the file cannot be written.
     """
     if path.suffix.lower() not in _KINDS:
@@ -59,6 +59,6 @@ def canvas(path: Path, *, what: str, size: tuple[float, float], dark: bool) -> G
         figure.set_layout_engine("constrained")
         figure.set_facecolor(_PAPER[dark])
         yield figure
-        with warnings.catch_warnings():  # what no font has is seen in the picture, as a box
+        with warnings.catch_warnings():  # a glyph that no font has appears as a box
             warnings.filterwarnings("ignore", "Glyph .* missing from")
             figure.savefig(path, metadata=None if path.suffix.lower() == ".pdf" else {"Date": None})

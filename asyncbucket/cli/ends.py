@@ -1,4 +1,4 @@
-"""How a command ends: what goes wrong is a line and a status, never a traceback."""
+"""How a command ends: an error is one line and a status, never a traceback."""
 
 import errno
 from collections.abc import Generator
@@ -10,17 +10,17 @@ import typer
 from asyncbucket.cli import INTERRUPTED
 from asyncbucket.wording import one_line
 
-#: Statuses: all is well; it was done, and something is not; it cannot be done as it was asked for.
+#: Exit statuses: all is well; it was done, but something is wrong; it cannot be done as requested.
 DONE: Final = 0
 FAILED: Final = 1
 WRONG: Final = 2
-#: A disk that is full, or full for this user, or a file that is as long as may be.
+#: A full disk, a full quota, or a file of the largest possible size.
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @contextmanager
 def in_a_line(command: str) -> Generator[None]:
-    """End ``command`` with a line where the user can mend the error, and Ctrl-C without a word.
+    """End ``command`` with one line if the user can correct the error, and silently on Ctrl-C.
 
     Raises:
         typer.Exit: with the status.
@@ -29,7 +29,7 @@ def in_a_line(command: str) -> Generator[None]:
         yield
     except KeyboardInterrupt as error:
         raise typer.Exit(INTERRUPTED) from error
-    except BrokenPipeError:  # whoever read it has read enough: no error
+    except BrokenPipeError:  # whoever reads the output has had enough: no error
         raise
     except (ImportError, OSError, ValueError) as error:
         typer.echo(f"error: {said(error, command)}", err=True)
@@ -37,7 +37,7 @@ def in_a_line(command: str) -> Generator[None]:
 
 
 def said(error: Exception, command: str = "the command line") -> str:
-    """Return what to say of ``error``; errors of our own name their remedy already."""
+    """Return what to say of ``error``; our own errors name their remedy already."""
     if isinstance(error, OSError) and error.errno in _FULL:
         return f"{error.filename or 'the output'} cannot be written ({error.strerror}): make room"
     if isinstance(error, OSError) and error.filename is not None:

@@ -1,4 +1,4 @@
-"""Draw rates over time with characters, in colours or without, in Unicode or ASCII."""
+"""Plot rates over time in characters, with or without colours, in Unicode or ASCII."""
 
 import math
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ _DAY: Final = 86_400
 _DAYS: Final = tuple(days * _DAY for days in (1, 2, 5, 10, 20, 50, 100, 200, 500))
 _STEPS: Final = (1, 2, 5, 10, 20, 30, *_MINUTES, *_HOURS, *_DAYS)
 _WIDEST: Final = 120
-#: Columns between two marks of the axis at least.
+#: The fewest columns between two marks of the axis.
 _APART: Final = 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Canvas:
-    """How much room there is, and for how long a time; plots to be compared share one.
+    """The size of a plot, and the time it covers; plots to be compared share one.
 
     Attributes:
-        seconds: the time that the width stands for.
+        seconds: the time that the width covers.
         width: columns, with the margin.
         height: rows above the axis, an even number.
         unicode: whether the terminal can show blocks.
@@ -40,7 +40,7 @@ class Canvas:
 
     @classmethod
     def on(cls, console: Console, seconds: float) -> Self:
-        """Return what there is room for on ``console``."""
+        """Return a canvas that fits on ``console``."""
         width = min(console.width, _WIDEST)
         return cls(seconds=seconds, width=width, unicode=shows_blocks(console))
 
@@ -51,7 +51,7 @@ class Canvas:
 
     @property
     def bins(self) -> int:
-        """In how many parts the time is counted."""
+        """The number of parts in which the time is divided."""
         return max(1, math.ceil(self.seconds / self.bin))
 
     @property
@@ -60,9 +60,10 @@ class Canvas:
         return max(1, math.ceil(self.seconds / self.columns))
 
     def rates(self, times: Sequence[float], *, until: float) -> list[float]:
-        """Count events by their times (s), and return so many a second for each bin.
+        """Count events by their times (s), and return the rate per second in each bin.
 
-        The bin in which everything ended, at ``until``, reaches back to be as long as the others.
+        The last bin, in which everything ended at ``until``, reaches back to be as long as the
+        others.
         """
         counts = [0] * self.bins
         for time in times:
@@ -72,7 +73,7 @@ class Canvas:
         return [count / self.bin for count in counts]
 
     def spread(self, rates: Sequence[float], *, until: float) -> list[float]:
-        """Return a rate for each column, of one for each bin; 0 after the end."""
+        """Return a rate for each column, from one for each bin; 0 after the end."""
         span = self.bins * self.bin
         last = math.ceil(until / span * self.columns)
         return [
@@ -82,12 +83,12 @@ class Canvas:
 
 
 def shows_blocks(console: Console) -> bool:
-    """Tell whether what is printed may be Unicode."""
+    """Tell whether the output may be Unicode."""
     return console.encoding.startswith("utf")
 
 
 def against_limit(canvas: Canvas, columns: Sequence[float], limit: float, *, style: str) -> Text:
-    """Draw a rate for each column, up to twice the limit, and the limit as a line."""
+    """Plot a rate for each column, up to twice the limit, with the limit as a line."""
     text = Text()
     above = canvas.height // 2  # the row on whose lower edge the limit lies
     labels = dict(zip((canvas.height - 1, above - 1), written(2 * limit, limit), strict=True))
@@ -104,18 +105,18 @@ def against_limit(canvas: Canvas, columns: Sequence[float], limit: float, *, sty
 
 
 def sparkline(canvas: Canvas, columns: Sequence[float], label: str, *, style: str) -> Text:
-    """Draw a rate for each column, in one row and on a scale of its own."""
+    """Plot a rate for each column, in one row and on a scale of its own."""
     text = Text(f"{label:>{MARGIN - 2}}  ")
     most = max(columns) or 1.0
     ramp = _EIGHTHS if canvas.unicode else _FOURTHS
     for rate in columns:
-        # Rounded up: what is there is seen.
+        # Rounded up, so that the smallest rate is visible.
         text.append(ramp[math.ceil(rate / most * (len(ramp) - 1))], style)
     return text
 
 
 def _cell(canvas: Canvas, filled: float) -> str:
-    """Return a character of which a part, ``filled``, is ink."""
+    """Return a character that is ``filled`` to this fraction."""
     eighths = min(8, max(0, round(filled * 8)))
     if canvas.unicode:
         return _EIGHTHS[eighths]
@@ -123,7 +124,7 @@ def _cell(canvas: Canvas, filled: float) -> str:
 
 
 def written(*values: float) -> list[str]:
-    """Write rates in one unit, in which the least of them has digits that there is room for."""
+    """Return rates in one unit, in which the lowest of them has significant digits."""
     least, units = min(values), ((1, "s", 0.1), (_HOURS[0], "h", 10))
     found = ((per, unit) for per, unit, enough in units if least * per >= enough)
     per, unit = next(found, (_DAY, "d"))
@@ -132,7 +133,7 @@ def written(*values: float) -> list[str]:
 
 
 def _time(seconds: int, every: int) -> str:
-    """Write an instant in the unit of the steps between marks."""
+    """Return an instant in the unit of the steps between marks."""
     units = ((_DAYS, "d"), (_HOURS, "h"), (_MINUTES, "min"))
     unit, name = next(((steps[0], name) for steps, name in units if every in steps), (1, "s"))
     return f"{seconds // unit:,} {name}"
@@ -150,7 +151,7 @@ def _axis(canvas: Canvas) -> Text:
             break
         marks[column] = tick
         label = _time(time, every)
-        if column + len(label) <= canvas.columns:  # half a label is a wrong one
+        if column + len(label) <= canvas.columns:  # half a label would be wrong
             labels[column : column + MARGIN] = label.ljust(MARGIN)
     indent = " " * (MARGIN - 1)
     ruler, legend = "".join(marks), "".join(labels).rstrip()

@@ -1,25 +1,25 @@
-"""A provider as it is typed: where it is, and a key that is shown to nobody."""
+"""A provider as given on the command line: where it is, and a key that is never shown."""
 
 from typing import Final
 from urllib.parse import urlsplit, urlunsplit
 
 OPENAI: Final = "https://api.openai.com/v1"
-#: What is shorter is no secret: a word such as "none", for a local server that wants some key.
+#: Anything shorter is no secret: a word such as "none", for a local server that wants some key.
 _SECRET: Final = 8
 
 
 def place(url: str) -> str:
-    """Return ``url`` as it may be shown: without a password that it may hold."""
+    """Return ``url`` in a form that may be shown: without a password."""
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
 def check(url: str) -> None:
-    """Refuse what is not a URL of a server.
+    """Refuse what is not the URL of a server.
 
     Raises:
-        ValueError: the message says what one looks like.
+        ValueError: the message shows an example.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -30,5 +30,5 @@ def check(url: str) -> None:
 
 
 def secret_free(text: str, key: str | None) -> str:
-    """Return ``text`` without ``key``, which a provider's complaint may quote."""
+    """Return ``text`` without ``key``, which a provider's error may quote."""
     return text if key is None or len(key) < _SECRET else text.replace(key, "***")

@@ -1,4 +1,4 @@
-"""What is typed after commands, in one form each; and limits, which several of them take."""
+"""Options of one form each, and limits, which several commands take."""
 
 import warnings
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ import typer
 from asyncbucket.errors import LimitSyntaxError
 from asyncbucket.limits import Limit, read_amount
 
-# Typer's functions return Any, whatever the type of what is typed.
+# Typer's functions return Any, whatever the option's type.
 
 
 def count(text: str, *names: str, most: int | None = None) -> Any:
@@ -25,12 +25,12 @@ def count(text: str, *names: str, most: int | None = None) -> Any:
 
 
 def words(text: str, *names: str, metavar: str = "TEXT") -> Any:
-    """Return an option that takes what ``metavar`` says."""
+    """Return an option that takes a text; ``metavar`` names it."""
     return typer.Option(*names, metavar=metavar, help=text)
 
 
 def named(text: str, *names: str) -> Any:
-    """Return an option that takes the name of something."""
+    """Return an option that takes a name."""
     return words(text, *names, metavar="NAME")
 
 
@@ -40,12 +40,12 @@ def file(text: str, *names: str) -> Any:
 
 
 def switch(text: str, *names: str) -> Any:
-    """Return an option that is given or not."""
+    """Return an option that is a flag."""
     return typer.Option(*names, help=text)
 
 
 def whole(typed: str, *, most: int | None = None) -> int:
-    """Return a number that is written as limits are: ``500``, ``14,400``, ``200k``.
+    """Return a number that is written as in limits: ``500``, ``14,400``, ``200k``.
 
     Raises:
         ValueError: it is not a number from 1 on, or is above ``most``.
@@ -68,10 +68,10 @@ Preset: TypeAlias = Annotated[str | None, named("A provider's published limits."
 
 
 def published(preset: str | None) -> Iterable[Limit]:
-    """Return the limits of a preset that was named; that it is old is a line, as errors are.
+    """Return the limits of a preset; if it is old, a line on standard error says so.
 
     Raises:
-        ValueError: none is called so.
+        ValueError: there is no such preset.
     """
     if preset is None:
         return ()

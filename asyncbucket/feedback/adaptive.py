@@ -1,45 +1,46 @@
-"""How many calls at once, when nobody says: a controller that finds a server's hidden capacity.
+"""How many calls at once, if nobody says: a controller that finds a server's hidden capacity.
 
-A server that publishes no limits (vLLM, Ollama, a gateway) still has a number of calls beyond which
-more at once bring nothing: they queue, and each takes longer, or they are refused. `Adaptive` looks
-for that number. It is fed the end of each call and says how many may be in flight; time is an
-argument, and nothing here waits.
+A server that publishes no limits (vLLM, Ollama, a gateway) still has a number of concurrent calls
+beyond which more bring nothing: they queue, and each takes longer, or they are refused. `Adaptive`
+looks for that number. It is told the end of each call and says how many may be in flight. Time is
+an argument, and nothing here waits.
 
-It works in rounds: as many calls as there are slots, or were before a cut, end unheeded, for they
-began under the old size, and the mean latency of the next (at least ten) counts. A round is busy if
-half of these had to wait for a slot, and all slots were taken at times, or it was for those of a child
-that they waited; one that is not raises nothing, for with slots to spare nothing is learned of what
-would be too much.
+It works in rounds. First, as many calls as there are slots, or were before a cut, end without being
+measured, because they began under the old size. Then the mean latency of the next calls counts: as
+many as there are slots, at least ten. A round is busy if half of its calls had to wait for a slot,
+and all slots were taken at times (otherwise the calls waited for a child's slots). Only a busy
+round may raise the size: with slots to spare, nothing is learned about what would be too much.
 
-The mean of such a round has a standard error; where replies vary a lot the round goes on, up to
-three times the size, and what the error may explain is taken off every rise in latency.
+The mean of such a round has a standard error. If replies vary a lot the round goes on, up to three
+times the size, and what the error may explain is subtracted from every rise in latency.
 
 *By latency.* An earlier, smaller size and its latency are the anchor. By Little's law throughput is
-size / latency, so from the anchor (n0, l0) to (n, l) the slope
+size / latency. So from the anchor (n0, l0) to (n, l), the slope
 
     e = ln(l / l0) / ln(n / n0)
 
-is 0 where more calls bring as much more throughput, and 1 where they only queue. Up to a quarter
-the size grows, by a step that doubles from round to round: additive at first, yet it follows a
-capacity that has doubled. From 0.6 on it is cut to what the server carries at l0, n * l0 / l, and a
-tenth: a short queue keeps the server at work. It is never cut by more than half at once. One busy
-round in 25, and the one after a cut, is run at 0.7 of the size, as the new anchor. So an anchor is
-never stale for long: when prompts get longer, or the anchor was itself in a queue, a few rounds
-mend it.
+is 0 if throughput grows in proportion to the calls, and 1 if further calls only queue. Up to a
+slope of a quarter, the size grows by a step that doubles from round to round: it starts additively,
+yet follows a capacity that has doubled. From 0.6 on, the size is cut to what the server carries at
+l0, n * l0 / l, plus a tenth: a short queue keeps the server busy. One cut takes at most half. One
+busy round in 25, and the one after a cut, is run at 0.7 of the size, to get a new anchor. So an
+anchor is never stale for long: if prompts get longer, or the anchor was itself measured with a
+queue, a few rounds correct it.
 
-*By refusals.* A 429, a 503 or a time-out cuts the size to 0.9 of it, or to what it was before its
-last raise if that is less; if the next round brings another, to half. Refusals of calls that were
-admitted before the cut belong to it. The size refused is a ceiling: half the way to it is regained
-each round, and ten rounds just below it pass before it is forgotten and tried again.
+*By refusals.* A 429, a 503 or a time-out cuts the size to 0.9 of it, or to the size before its last
+raise if that is less; if the next round brings another, to half. Refusals of calls that were
+admitted before a cut count as part of it. The refused size is a ceiling: each round regains half of
+the way to it, and after ten rounds just below it, the ceiling is forgotten and the size tried
+again.
 
-Prior art. TCP Vegas (Brakmo and Peterson 1994) compares with the lowest latency ever seen; here
-that is a trap, for a batching server is slower at 32 than at 1 and still much better off there.
+Prior art. TCP Vegas (Brakmo and Peterson 1994) compares with the lowest latency ever seen. Here
+that is a trap, because a batching server is slower at 32 than at 1 and still much better off there.
 Netflix's concurrency-limits has Gradient2, which compares with a slow average of the latency; the
 average takes a standing queue for normal, and the limit drifts up. BBR (Cardwell and others 2016)
-pays a round at a lower size for a true base now and then, as here; its maximum and minimum filters
-suit packets, not replies whose length varies tenfold, of which any extreme is an accident. CUBIC
-(Ha, Rhee and Xu 2008) waits below the last refusal, as here. Plain AIMD on refusals alone, as in
-concurrency-limits, never notices a server that queues and does not refuse.
+spends a round at a lower size now and then to get a true base, as here; its maximum and minimum
+filters suit packets, not replies whose lengths vary tenfold, where any extreme is an accident.
+CUBIC (Ha, Rhee and Xu 2008) waits below the last refusal, as here. Plain AIMD on refusals alone, as
+in concurrency-limits, never notices a server that queues and does not refuse.
 """
 
 import math
@@ -54,35 +55,35 @@ Concurrency: TypeAlias = int | Literal["auto"] | tuple[int, int]
 #: The bounds of ``"auto"``, and where the search begins.
 AUTO: Final = (1, 1_000)
 _START: Final = 4
-#: The fewest calls whose mean latency means something.
+#: The fewest calls whose mean latency counts.
 _SAMPLE: Final = 10
-#: A round goes on until its mean is known that well, or for so many times the size.
+#: A round goes on until its mean's relative error is this small, or for this many times the size.
 _SURE: Final = 0.1
 _PATIENCE: Final = 3
-#: Below this slope the size grows; from the other on it is cut.
+#: Below the first slope the size grows; from the second on it is cut.
 _FLAT: Final = 0.25
 _STEEP: Final = 0.6
-#: The least distance from the anchor that a slope is reckoned over, and where it is moved.
+#: The smallest distance from the anchor used for a slope, and that at which the anchor moves up.
 _NEAR: Final = math.log(1.2)
 _FAR: Final = 1.4
-#: The queue that is kept, on top of what the server carries at once.
+#: How much of a queue to keep, relative to what the server carries at once.
 _QUEUE: Final = 1.1
 #: The most that one cut takes.
 _HALF: Final = 0.5
-#: What is left after a refusal.
+#: What remains of the size after a refusal.
 _BACKOFF: Final = 0.9
-#: The size of the round that gives a new anchor, and how many rounds lie between two.
+#: The relative size of the round that gives a new anchor, and how many rounds lie between two.
 _PROBE: Final = 0.7
 _PROBE_EVERY: Final = 25
-#: Rounds just below a size that was refused, before it is tried again.
+#: Rounds just below a refused size before it is tried again.
 _HOLD: Final = 10
 
 
 class Adaptive:
     """Say how many calls may be in flight, within bounds, by how earlier ones ended.
 
-    After each call of `succeeded` or `overloaded`, ``size`` is what to keep to. The same history
-    gives the same sizes.
+    After each call of `succeeded` or `overloaded`, ``size`` is the number to keep to. The same
+    history gives the same sizes.
 
     Args:
         least: the lower bound, at least 1.
@@ -117,7 +118,7 @@ class Adaptive:
         self.size = self._unheeded = self._within(start)
         #: A size, and how long calls took there.
         self._anchor: tuple[int, _Took] | None = None
-        #: The size to go back to after a round at a lower one for the anchor.
+        #: The size to go back to after a round at a lower size that gives an anchor.
         self._resume: int | None = None
         #: Busy rounds since the anchor was set.
         self._rounds = 0
@@ -127,13 +128,13 @@ class Adaptive:
         #: A size that was refused, and how many rounds were spent just below it.
         self._ceiling: int | None = None
         self._held = 0
-        #: When the last refusal cut the size, and whether a round has passed since without another.
+        #: When the last refusal cut the size, and whether a round without another has passed since.
         self._cut_at = -1
         self._clean = True
-        # The round so far: calls seen, of which the first `_unheeded` do not count; of those that do
-        # how many had waited, and the sums of their latencies and of the squares.
+        # The round so far: calls seen, of which the first `_unheeded` do not count; of those that
+        # count, how many had waited, and the sums of their latencies and of the squares.
         self._seen = self._busy = self._total = self._squares = 0
-        #: Whether all slots were taken once in it: else it is for others, of a child, that calls wait.
+        #: Whether all slots were taken at some point in it; if not, calls wait for a child's slots.
         self._full = False
 
     def __repr__(self) -> str:
@@ -144,7 +145,7 @@ class Adaptive:
 
         Args:
             latency: ns since it was admitted.
-            waited: whether it had to wait for a slot before, here or elsewhere on its way.
+            waited: whether it had to wait for a slot, here or at another level.
             full: whether all slots were taken until it ended.
         """
         self._seen += 1
@@ -165,9 +166,9 @@ class Adaptive:
             self._end_round(took, busy=busy)
 
     def overloaded(self, *, started: int, now: int) -> None:
-        """Take in a call, admitted at ``started``, that the server refused or didn't answer in time.
+        """Take in a call, admitted at ``started``, that the server refused or let time out.
 
-        Calls admitted before the size was last cut for it say nothing new.
+        Calls admitted before the latest cut by a refusal tell nothing new.
         """
         if started <= self._cut_at:
             return
@@ -188,7 +189,7 @@ class Adaptive:
         self._full = False
 
     def _end_round(self, took: "_Took", *, busy: bool) -> None:
-        """Choose the next size by how long the calls of a round took at this one."""
+        """Choose the next size by how long the calls of a round took at this size."""
         if self._resume is not None:
             self._set_anchor(took)
             self._resize(self._resume)
@@ -199,7 +200,7 @@ class Adaptive:
         elif self.size < self._anchor[0]:
             slower = took.rise_from(self._anchor[1]) > _NEAR
             self._set_anchor(took)
-            self._rounds = _PROBE_EVERY if slower else 0  # then here, too, calls may be in a queue
+            self._rounds = _PROBE_EVERY if slower else 0  # if so, calls may queue at this size, too
         size, base = self._anchor or (self.size, took)
         slope = took.rise_from(base) / max(math.log(self.size / size), _NEAR)
         if slope >= _STEEP:
@@ -225,7 +226,7 @@ class Adaptive:
         self._rounds = 0
 
     def _cut(self, left: float) -> None:
-        """Cut the size to what the server carries at the anchor's latency, and a short queue."""
+        """Cut the size to what the server carries at the anchor's latency, plus a short queue."""
         left = max(left * _QUEUE, _HALF)
         self._step, self._raised = 1, 0
         self._resize(min(int(self.size * left), self.size - 1))
@@ -233,7 +234,7 @@ class Adaptive:
             self._rounds = _PROBE_EVERY
 
     def _raise(self) -> None:
-        """Grow by the step, which doubles, or half the way to a size that was refused."""
+        """Grow by the step, which doubles, or by half of the way to a size that was refused."""
         step = self._step
         if self._ceiling is not None:
             step = (self._ceiling - self.size) // 2
@@ -258,7 +259,7 @@ class Adaptive:
 
 @dataclass(frozen=True, slots=True)
 class _Took:
-    """How long the calls of a round took, in ns, and the standard error of it as a part of it."""
+    """How long the calls of a round took (mean, in ns), and the relative standard error of the mean."""
 
     mean: float
     error: float
@@ -271,12 +272,12 @@ class _Took:
         return cls(mean, math.sqrt(variance / count) / mean)
 
     def rise_from(self, base: Self) -> float:
-        """Return the logarithm of mean over mean, less what may be chance."""
+        """Return the logarithm of the ratio of the means, less what may be chance."""
         return math.log(self.mean / base.mean) - math.hypot(self.error, base.error)
 
 
 def read_concurrency(value: Concurrency | None) -> tuple[int, int] | None:
-    """Return the bounds that ``concurrency=`` asks for; a fixed number is both of them.
+    """Return the bounds that ``concurrency=`` asks for; a fixed number is both bounds.
 
     Raises:
         ValueError: it is not a whole number of at least 1, not ``"auto"``, and not a pair of such numbers

@@ -1,39 +1,39 @@
-"""What the provider says is left: the one meter that hears of calls that we did not make.
+"""What the provider says is left: the one meter that learns of calls that we did not make.
 
 Other programs spend from the same key, and only the provider knows how much. Its replies say what
 is left of a limit. `Headroom` keeps that number between replies: our own bookings lower it, time
-raises it, the next reply corrects it. It stands beside a limit's `Window` and can only hold calls
-back; what the user allows at most is the window's business.
+raises it, the next reply corrects it. It stands beside a limit's `Window`, and can only hold calls
+back: the window enforces what the user allows.
 
-*The level.* A reply is late: what we sent after the call that it answers may be in its number or
-not. And it may be rounded down. So it names an interval, and what we expected is moved into it, no
-further. While we are alone, what we expect lies inside, and nothing happens. What came back less
-than the limit would bring (`_missing`, a low-pass filter over an eighth of the window) slows the
-growth that is expected. This is the integral part of a controller whose proportional part is the
-level itself. While something is missing a margin of the level stays untouched, for at the edge every
-call of others between two replies would cost a refusal.
+*The level.* A reply arrives late: what we sent after the call that it answers may be in its number
+or not. And the number may be rounded down. So a reply names an interval; what we expected is moved
+into it, no further. While we are alone, the expectation lies inside, and nothing happens. If less
+came back than the limit would bring (`_missing`, a low-pass filter over an eighth of the window),
+the expected growth is reduced. This is the integral part of a controller whose proportional part is
+the level. While something is missing, a margin of the level stays untouched: near zero, every call
+that others make between two replies would cost a refusal.
 
-*The reserve.* That is enough for a bucket, which refills steadily. Where a log of the last minute
-counts, or a minute of the clock, nothing comes back for a long time, and who takes all that is left
-leaves nothing to others until then. So `Others` reckons what they will take of a whole window, and
-in every window we take the rest, and evenly. Nobody says how a provider counts; but whichever way it
-is, others have taken at least (1) what is used beyond what we booked in the last window, and (2) as
-far as nothing came back, what is left less now than at some earlier moment, beyond our bookings
-since. The larger of these is the truth for a log and for the clock's minutes, and too little for a
-bucket, where the level is enough. On top of it is room for chance: calls that come independently
-have a variance like their number.
+*The reserve.* The level is enough for a bucket, which refills steadily. But if the provider counts
+a log of the last minute, or a minute of the clock, nothing comes back for a long time, and whoever
+takes all that is left leaves nothing to others until then. So `Others` estimates what they will
+take of a whole window, and in every window we take the rest, evenly. Nobody says how a provider
+counts. But whichever way it is, others have taken at least (1) what is used beyond what we booked
+in the last window, and (2) if nothing came back, the amount by which less is left than at some
+earlier moment, beyond our bookings since. The larger of these is exact for a log and for minutes of
+the clock, and too low for a bucket, for which the level is enough. On top there is a margin for
+chance: the number of calls that come independently has a variance equal to its mean.
 
-*Slices.* Providers may count in shorter slices than they say, 60,000 a minute as 1,000 a second, and
-what they say is left is that of a slice. It is taken for one as long as it is never more than there
-is in a slice; so before the first word no more than a second's worth passes in each second. Once it
-is known when slices begin, the level says nothing: what passes is what `Slices` says.
+*Slices.* Providers may count in shorter slices than they say, 60,000 a minute as 1,000 a second,
+and report what is left of a slice. Reports are taken to be of a slice as long as they never exceed
+what a slice holds. So before the first report, no more than a second's worth passes in each second.
+Once it is known when slices begin, the level does not count: `Slices` decides what passes.
 
-In the first window that we listen, and whenever others are at work, calls come evenly, at most a
-tenth of the limit at once: else all is spent before anything was heard.
+In the first window, and whenever others are active, calls come evenly, at most a tenth of the limit
+at once: otherwise everything would be spent before anything was heard.
 
-When no reply comes for two windows, all is forgotten: what others took before counts no more.
-The numbers below were found by simulation of buckets, logs, minutes of the clock and slices, with
-others at 0, 10, 40 and 60 %.
+If no reply comes for two windows, everything is forgotten: what others took before no longer
+counts. The constants below were found by simulating buckets, logs, minutes of the clock and slices,
+with others at 0, 10, 40 and 60 %.
 """
 
 from typing import ClassVar, Final
@@ -42,29 +42,29 @@ from asyncbucket.feedback.others import Others, with_room
 from asyncbucket.feedback.slices import NUMBERS, cut
 from asyncbucket.meters import Window
 
-#: Something is missing when it is at least this part of the limit.
+#: Something counts as missing if it is at least this fraction (1/8) of the limit.
 _BUSY: Final = 8
-#: The filter's time constant is this part of the window.
+#: The filter's time constant is this fraction (1/8) of the window.
 _SMOOTHING: Final = 8
-#: The margin covers what is missing in this part of the window...
+#: The margin covers what is missing in this fraction (1/60) of the window...
 _MARGIN: Final = 60
-#: ...and so many calls like the one that asks,
+#: ...and this many calls like the one that asks,
 _CALLS: Final = 2
-#: ...and is at most this part of what was ever left.
+#: ...but at most this fraction (1/4) of the most that was ever left.
 _MOST: Final = 4
-#: Of a window longer than this (ns) only the level counts: nobody can tell from a while how much
-#: others take in a day.
+#: For a window longer than this (ns) only the level counts: a short observation does not tell how
+#: much others take in a day.
 _LONG: Final = 120_000_000_000
-#: So many windows after the last word, it counts no more.
+#: A report counts for this many windows.
 _MEMORY: Final = 2
-#: Some calls always pass, whose replies tell more: this part of the limit in a window.
+#: A little always passes, because its replies tell more: 1/20 of the limit per window.
 _LEAST: Final = 20
-#: The part of a window's worth that may pass at once where calls are to come evenly.
+#: Where calls are to come evenly, this fraction (1/10) of a window's worth may pass at once.
 _AT_ONCE: Final = 10
 
 
 class Headroom:
-    """Admit what the provider says is left. Levels are kept in units times window, hence exact."""
+    """Admit what the provider says is left. Levels are in units times window, hence exact."""
 
     __slots__ = (
         "_alone",
@@ -94,40 +94,40 @@ class Headroom:
     remote: ClassVar[bool] = False
 
     def __init__(self, *, amount: int, window: int, ours: Window | None = None) -> None:
-        """Know nothing yet, but ``ours``: what we booked before anybody listened."""
+        """Know nothing yet except ``ours``: what we booked before the first report."""
         self.amount = amount
         self.window = window
-        #: What was left at ``_at``, as far as is known; None before any word from the provider.
+        #: What was left at ``_at``, as far as is known; None before the first report.
         self._level: int | None = None
         self._at = 0
-        #: When the last word was heard, and the first.
+        #: When the latest report was heard, and the first.
         self._heard = self._first = 0
-        #: What comes back less than the limit in a window, and what is expected to come.
+        #: By how much less than the limit comes back per window, and what is expected to come back.
         self._missing = 0
         self._growth = amount
-        #: What stays untouched while something is missing.
+        #: What is left untouched while something is missing.
         self._margin = 0
-        #: What was said to be left last, at least, and the most that ever was.
+        #: What the latest report said was left, at least, and the most that was ever left.
         self._left = 0
         self._most = 0
         #: Units that we booked, in the last window and ever.
         self._ours = Window(amount=amount, window=window) if ours is None else ours
         self._booked = 0
         self._others = Others(amount=amount, window=window)
-        #: When what was booked would have passed, had it come evenly, and when it did.
+        #: Until when our bookings reach if spread evenly, and when we last booked.
         self._even = self._last = 0
-        #: Whether it is as if nobody else were there, and the ns after which a unit comes then.
+        #: Whether others are negligible, and how many ns apart single units then come.
         self._alone = False
         self._pace = 0
         self._long = window > _LONG
-        #: The provider's limit, where it is higher.
+        #: The provider's limit, if it is higher than ours.
         self._theirs = amount
-        #: The slices in which it may be counted; none once it is known to be counted as a whole.
+        #: The slices in which the provider may count; empty once it is known to count as a whole.
         self._slices = () if self._long else cut(amount=amount, window=window)
 
     @property
     def others(self) -> int:
-        """Units that others take of the limit in each window, estimated."""
+        """Estimated units that others take of the limit in each window."""
         return self._others.estimate
 
     def hear(
@@ -141,16 +141,16 @@ class Headroom:
         lent: int = 0,
         rounding: int = 0,
     ) -> None:
-        """Correct what is expected by what a reply says.
+        """Correct the expectation by what a reply says.
 
         Args:
-            remaining: units left, in the provider's words.
+            remaining: units left, as the provider says.
             now: the instant.
             amount: the limit, the provider's or ours, whichever is lower.
-            limit: the provider's, if it says so: what there is in a slice is a part of that.
+            limit: the provider's limit, if it says so; a slice holds a fraction of it.
             under_way: units that we booked after the call that the reply answers.
             lent: units that calls in flight may still give back.
-            rounding: by how many units it may have been rounded down.
+            rounding: by how many units ``remaining`` may have been rounded down.
         """
         if self._level is None:
             self._first = now
@@ -169,7 +169,7 @@ class Headroom:
         self._pace = self.window // amount
 
     def _follow(self, amount: int, limit: int | None) -> None:
-        """Take over another limit; what was expected of the last one counts no more."""
+        """Adopt another limit; what was expected under the old one no longer counts."""
         changed = amount != self.amount
         if changed:
             self.amount = amount
@@ -185,7 +185,7 @@ class Headroom:
                 self._slices = cut(amount=theirs, window=self.window)
 
     def _correct(self, remaining: int, now: int, *, under_way: int, rounding: int) -> None:
-        """Move the level into the interval that a reply names, and note what was missing."""
+        """Move the level into the interval that a reply names, and update what is missing."""
         self._left = remaining - under_way
         self._most = min(self.amount, max(self._most, remaining + rounding + 1))
         low = (remaining - under_way) * self.window
@@ -207,7 +207,7 @@ class Headroom:
         self._at = self._heard = now
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
-        """See `asyncbucket.meters.Meter.earliest`; whatever comes ``back`` may bring better news."""
+        """See `asyncbucket.meters.Meter.earliest`; with ``back``, now: a reply may bring good news."""
         needed = self._needed(amount)
         level = self._expect(now, needed)
         if level is None or back:
@@ -267,7 +267,7 @@ class Headroom:
         self.book(amount, when)
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
-        """See `asyncbucket.meters.Meter.unbook`; the last word counts what was booked before."""
+        """See `asyncbucket.meters.Meter.unbook`; bookings before the latest report are counted in it."""
         if self._level is not None and when >= self._heard:
             self._level += self._share(amount) * self.window
         self._booked -= amount
@@ -277,16 +277,17 @@ class Headroom:
             each.unbook(amount, when, left)
 
     def available(self, now: int) -> int:
-        """See `asyncbucket.meters.Meter.available`: what is left, whatever is reserved of it."""
+        """See `asyncbucket.meters.Meter.available`: what is left, including any reserve for others."""
         level = self._expect(now)
         if level is None:
             return self.amount
         return (level - self._needed(0)) // self.window
 
     def _expect(self, now: int, needed: int = 0) -> int | None:
-        """Return the level at ``now``; None if nothing that was heard counts any more.
+        """Return the level at ``now``; None if no report counts any more.
 
-        It grows to the most that was ever left, or to what a larger call needs: none is impossible.
+        It grows to the most that was ever left, or to what a larger call needs, so every call can
+        pass.
         """
         level, at = self._level, self._at
         if level is None or now >= self._heard + _MEMORY * self.window:
@@ -303,11 +304,11 @@ class Headroom:
         return amount * self.window
 
     def _share(self, amount: int) -> int:
-        """Return what ``amount`` takes of the level: no more than there ever is in a slice."""
+        """Return what ``amount`` takes of the level: at most what a slice holds."""
         return min(amount, self._slices[0].share) if self._slices else amount
 
     def _reserve(self, amount: int) -> int:
-        """Return what is left to others in a window, where calls cost about ``amount``."""
+        """Return what is left to others in a window, if calls cost about ``amount``."""
         others = self._others.estimate
         if not others or (self._slices and self._slices[0].explain):
             return 0
@@ -317,5 +318,5 @@ class Headroom:
         return max(0, min(reserve, self.amount - max(amount, self.amount // _LEAST)))
 
     def _apart(self, amount: int) -> int:
-        """Return the ns after which an even flow brings the next call."""
+        """Return the time (ns) between calls of ``amount`` in an even flow."""
         return amount * self.window // max(1, self.amount - self._reserve(amount))

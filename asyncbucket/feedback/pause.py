@@ -1,22 +1,23 @@
-"""Nobody passes for a while, and then few at first: a meter that counts no units but instants."""
+"""Nobody passes for a while, and then few at first: a meter of instants, not of units."""
 
 import math
 from typing import ClassVar, Final
 
 from asyncbucket.meters import NEVER
 
-#: A slow start goes by steps, each a 16th of the pause, at most a quarter of a second,
+#: A slow start proceeds in steps, each a 16th of the pause, at most a quarter of a second,
 _STEPS: Final = 16
 _LONGEST_STEP: Final = 250_000_000
-#: and is over after so many calls.
+#: and is over after this many calls.
 _CALLS: Final = 256
 
 
 class Pause:
     """Let nobody pass before ``until``; a slow start after it lets calls in gradually.
 
-    The n-th call of a slow start may pass log2(n) steps after the end of the pause: at first one,
-    and twice as many in each step. The next call of it is what ``until`` speaks of then.
+    The n-th call of a slow start may pass log2(n) steps after the end of the pause: one call at
+    first, and twice as many in each step. During a slow start, ``until`` is the next call's
+    instant.
     """
 
     __slots__ = ("_calls", "_start", "_step", "until")
@@ -32,7 +33,7 @@ class Pause:
         self._calls = 1
 
     def begin(self, until: int, now: int, *, gradually: bool) -> None:
-        """Pause until then; an earlier, longer pause stays in force, and so does a slow start."""
+        """Pause until ``until``; an earlier pause that ends later stays, with its slow start."""
         if until > max(now, self.until):
             self.until = self._start = until
             self._step = min((until - now) // _STEPS, _LONGEST_STEP) if gradually else 0

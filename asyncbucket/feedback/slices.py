@@ -1,29 +1,30 @@
 """A limit that is counted in slices of its window: 60,000 a minute as 1,000 a second.
 
-What is left of a slice is gone when it ends, and with the next one all is there again. So a word
-about it is worth a lot to whoever knows when slices begin, and nothing once the next one has begun.
+What is left of a slice is lost when it ends, and the next one is full again. So a report of what is
+left says a lot if it is known when slices begin, and nothing once the next slice has begun.
 
-*When they begin.* Where a limit is saturated, what is said to be left falls and falls, and between
-two words it jumps up, by more than could have flowed in: in between a slice began. `Beat` puts such
-intervals one upon the other, a slice's length apart; what they have in common soon is narrow, and
-later ones fit, or there are no such slices. (A sliding second never beats, nor does a bucket of a
+*When they begin.* If a limit is saturated, reports of what is left fall and fall; then, between two
+reports, they jump up by more than could have flowed in: a slice began in between. `Beat`
+superimposes such intervals, a slice's length apart. What they have in common soon is narrow, and
+later ones fit, or there are no such slices. (A sliding second shows no beat, nor does a bucket of a
 second's worth.)
 
-*What others take.* In a slice they have taken, at least, what is used beyond what we booked in it.
-How much that was in the last slices, by how much of each had passed, is their rate. By it they take
-so much more from the last word until the end. That is left to them, with room for chance, and the
-rest is ours. The later in a slice, the less is unknown: so some of ours goes only then, and what
-others have left this time is not lost. Every call of ours brings a word, so they come evenly, and
-after a long silence one goes though little is left.
+*What others take.* In a slice they have taken at least what is used beyond our bookings in it. This
+amount over the latest slices, divided by how much of them had passed, is their rate. It predicts
+what they take from the latest report until the end of the slice. That is left to them, plus a
+margin for chance, and the rest is ours. Later in a slice less is unknown, so some of our calls go
+only then, and what others did not use is not lost. Every call of ours brings a report, so our calls
+come evenly, and after a long silence one goes even if little is left.
 
-*Until that is known* no more than a share passes in any slice's length: half of it at once, the rest
-evenly. Between the first reply and then it is half of that, for as long as it takes to find out
-(`new`): others are not known, and as far as they take less than the other half nobody is refused. If
-no slice is found, what others take is seen in what is used beyond ours in a slice's length. Less of
-it is seen at most times, so a high quantile of that is left to them.
+*Until that is known*, no more than a slice's share passes in any slice's length: half of it at
+once, the rest evenly. After the first reply it is half of that, for as long as it takes to find the
+slices (`new`): others are unknown then, and if they take less than the other half, nobody is
+refused. If no slice is found, what others take is seen as usage beyond ours in a slice's length.
+Most reports show too little of it, so a high quantile is left to others.
 
-The numbers below were found by simulation: limits of 30 to 6,000, slices of a 6th of a second to ten
-seconds, replies up to 80 ms on the way, others who come evenly or by chance and take 10 to 60 %.
+The constants below were found by simulation: limits of 30 to 6,000, slices of a 6th of a second to
+ten seconds, replies up to 80 ms on the way, others that come evenly or at random and take 10 to 60
+%.
 """
 
 import math
@@ -32,53 +33,53 @@ from typing import Final
 from asyncbucket.feedback.others import with_room
 from asyncbucket.meters import Window
 
-#: A limit may be counted in so many slices of its window: seconds of a minute, or ten seconds.
+#: A limit may be counted in this many slices of its window: seconds of a minute, or ten seconds.
 NUMBERS: Final = (60, 6)
-#: For the network's jitter ours are longer by this part. (`Window` adds as much as half of it.)
+#: For network jitter our slices are longer by 1/64. (`Window` adds up to half as much.)
 _ROOM: Final = 64
-#: What we send this part of a slice before its end may arrive in the next one, and a word that comes
-#: as soon after its beginning may speak of the last one.
+#: What we send within this fraction (1/8) of a slice before its end may arrive in the next one, and
+#: a report that comes as soon after its beginning may be about the last one.
 _WAY: Final = 8
-#: A word comes by this part of a slice sooner or later; two clocks run apart by that part.
+#: Reports are early or late by this fraction (1/32) of a slice; clocks drift apart by the other.
 _JITTER: Final = 32
 _DRIFT: Final = 1_024
-#: A jump is at least this part of a slice's share.
+#: A jump is at least this fraction (1/4) of a slice's share.
 _JUMP: Final = 4
-#: Slices have a beginning when so many jumps fit; no more than so many are remembered.
+#: The beat is sure when this many jumps fit; the count stops at the other number.
 _FITS: Final = 2
 _MOST_FITS: Final = 8
-#: So many slices are listened to before it is believed that they have none.
+#: After listening for this many slices without a beat, there are taken to be none.
 _PATIENCE: Final = 8
-#: Others' rate is a mean over so many slices, and is known after so much of one.
+#: Others' rate is a mean over this many slices, and is known after this much of one.
 _MEMORY: Final = 24
 _ENOUGH: Final = 0.8
-#: Others are at work when they take at least this part of a slice,
+#: Others are active if they take at least this fraction (1/16) of a slice,
 _BUSY: Final = 16
-#: or of a slice's length, where no beginning is known.
+#: or this one (1/8) of a slice's length, if the beginning is not known.
 _BUSY_UNSEEN: Final = 8
-#: Of a share of fewer units nobody can leave a part to others.
+#: A share of fewer units is too small to leave a part to others.
 _FEW: Final = 4
-#: After this part of a slice without a word a call is due that brings one, if there is room.
+#: After half a slice without a report, a call is due that brings one, if there is room.
 _SILENCE: Final = 2
-#: Ours come no slower than by this part of a share.
+#: Our calls come no slower than at this fraction (1/4) of a share per slice.
 _LEAST: Final = 4
-#: Where no beginning is known, they take this quantile of what replies say, over so many slices.
+#: If no beginning is known, others take this quantile of what reports say, over this many slices.
 _QUANTILE: Final = 0.8
 _FOLLOW: Final = 2
 
 
 def share_of(amount: int, number: int = NUMBERS[0]) -> int:
-    """Return the units in one of so many slices of ``amount``, the shortest ones by default."""
+    """Return the units in one slice of ``amount``, by default in one of the shortest slices."""
     return -(-amount // number)
 
 
 def cut(*, amount: int, window: int) -> tuple["Slices", ...]:
-    """Return all the ways in which a limit may be cut into slices, the shortest ones first."""
+    """Return all the ways in which a limit may be cut into slices, the shortest first."""
     return tuple(Slices(amount=amount, window=window, number=number) for number in NUMBERS)
 
 
 class Beat:
-    """Find when slices begin, from what is said to be left of them."""
+    """Find out when slices begin, from reports of what is left of them."""
 
     __slots__ = ("_early", "_fits", "_heard", "_jitter", "_late", "_left", "_length", "_share")
 
@@ -86,40 +87,40 @@ class Beat:
         self._share = share
         self._length = length
         self._jitter = length // _JITTER
-        #: Between these a slice began, as far as is known, and how much of what was heard fits.
+        #: A slice began between these, as far as is known; and how many reports fit.
         self._early = self._late = 0
         self._fits = 0
-        #: What was left by the last word, and when that was.
+        #: What was left by the latest report, and when it came.
         self._left: int | None = None
         self._heard = 0
 
     @property
     def found(self) -> bool:
-        """Whether it was heard, perhaps by chance."""
+        """Whether a beat was heard, perhaps by chance."""
         return self._fits > 0
 
     @property
     def sure(self) -> bool:
-        """Whether it was heard again where it was to be expected."""
+        """Whether it was heard again where it was expected."""
         return self._fits >= _FITS
 
     @property
     def blur(self) -> int:
-        """For how many ns it is not known whether the next slice has begun."""
+        """For how many ns it is uncertain whether the next slice has begun."""
         return self._late - self._early
 
     def nearest(self, when: int) -> int:
-        """Return when that slice has surely begun that begins nearest to ``when``."""
+        """Return when the slice that begins nearest to ``when`` has certainly begun."""
         return self._late + self._turns(when - self._late) * self._length
 
     def hear(self, remaining: int, now: int) -> None:
-        """Take in what is left of a slice."""
+        """Take in a report of what is left of a slice."""
         left, heard = self._left, self._heard
         self._left, self._heard = remaining, now
         if left is None or now - heard >= self._length // 2:
             return
         flowed = (now - heard) * self._share // self._length
-        least = max(self._share // _JUMP, min(2, self._share))  # a reply may overtake another one
+        least = max(self._share // _JUMP, min(2, self._share))  # replies may overtake each other
         if remaining - left - flowed >= least:
             self._narrow(heard - self._jitter, now + self._jitter)
 
@@ -140,7 +141,7 @@ class Beat:
 
 
 class Slices:
-    """Admit in any slice of the window no more than its share, or one call that is larger."""
+    """Admit no more than its share in any slice of the window, or one call that is larger."""
 
     __slots__ = (
         "_amount",
@@ -175,23 +176,23 @@ class Slices:
         self._window = Window(amount=self.share, window=self._length + self._length // _ROOM)
         #: Until when larger calls have closed it.
         self._closed = 0
-        #: When what was booked would have passed, had it come evenly.
+        #: Until when our bookings reach if spread evenly.
         self._even = 0
-        #: When we last heard, and for how long we have listened.
+        #: When the latest report came, and for how long we have listened.
         self._heard = 0
         self._listened = 0
-        #: What others take of a slice's length, where no beginning is known.
+        #: What others take of a slice's length, if the beginning is not known.
         self._others = 0.0
         self._beat = Beat(share=self.share, length=self._length)
         #: When this slice ends; 0 as long as no beat was heard.
         self._end = 0
-        #: Units that we booked in it, and those that may count in the next one, too.
+        #: Units that we booked in it, and those that may count in the next one as well.
         self._ours = self._next = 0
-        #: Units that others took of it, by the last word, and whether nothing was left then.
+        #: Units that others took of it, when that was reported, and whether nothing was left then.
         self._taken = 0
         self._word = 0
         self._full = False
-        #: Units that others took of the last slices, and how much of them we saw, in slices.
+        #: Units that others took of the latest slices, and how much of them we saw, in slices.
         self._seen = self._passed = 0.0
 
     @property
@@ -208,21 +209,21 @@ class Slices:
 
     @property
     def explain(self) -> bool:
-        """Whether it may be for them, and not for others, that less is left than was expected."""
+        """Whether slices, and not others, may be why less is left than expected."""
         return self.new or self.known
 
     @property
     def _rate(self) -> float:
-        """Units that others take of a slice, where that is known."""
+        """Units that others take of a slice, once that is known."""
         return self._seen / self._passed
 
     @property
     def _busy(self) -> bool:
-        """Whether others are at work."""
+        """Whether others are active."""
         return self._seen * _BUSY >= self.share * self._passed
 
     def hear(self, remaining: int, now: int) -> None:
-        """Take in what is left of a slice."""
+        """Take in a report of what is left of a slice."""
         gone = min(now - self._heard, self._length) if self._heard else 0
         self._listened += gone
         self._heard = now
@@ -235,7 +236,7 @@ class Slices:
         if self._end and now >= begun + self._way and not self._full:
             self._taken = max(self._taken, self.share - remaining - self._ours)
             self._word = now
-            self._full = not remaining  # from now on it says nothing of what others take
+            self._full = not remaining  # later reports say nothing about what others take
 
     def earliest(self, amount: int, now: int) -> int:
         """See `Headroom.earliest`; one call passes in every slice, whatever others take."""
@@ -249,7 +250,7 @@ class Slices:
         return when if when >= self._end else self._once_left(amount, when)
 
     def book(self, amount: int, when: int) -> None:
-        """See `Headroom.book`; what is above the share closes the slices after."""
+        """See `Headroom.book`; what exceeds the share closes the following slices."""
         self._turn(when)
         self._ours += amount
         if self._end - when < self._beat.blur + self._way:
@@ -277,7 +278,7 @@ class Slices:
             return
         ours = self.share - self._window.available(now)
         if self._end:
-            self._end = self._beat.nearest(self._end)  # by now it may be known better
+            self._end = self._beat.nearest(self._end)  # known better by now, perhaps
             if now < self._end:
                 return
             begun = self._end - self._length
@@ -289,7 +290,7 @@ class Slices:
         self._word = self._end - self._length
 
     def _once_left(self, amount: int, when: int) -> int:
-        """Return from when on ``amount`` is left of this slice, and what others take until its end."""
+        """Return from when on this slice has room for ``amount`` and for what others will take."""
         free = self.share - self._ours - amount
         if not self._busy:
             return when if free >= 0 else self._end
@@ -302,17 +303,17 @@ class Slices:
         return self._end
 
     def _more(self, amount: int) -> int:
-        """Return how many slices after its own ``amount`` fills."""
+        """Return how many further slices ``amount`` fills after its own."""
         return max(0, -(-amount // self.share) - 1)
 
     def _reserve(self, amount: int) -> int:
-        """Return what is left to others in a slice's length, where no beginning is known."""
+        """Return what is left to others in a slice's length, if the beginning is not known."""
         others = int(self._others)
         reserve = with_room(others, amount) if others * _BUSY_UNSEEN >= self.share else 0
         return max(reserve, self.share // 2) if self.new else reserve
 
     def _apart(self, amount: int) -> int:
-        """Return the ns after which an even flow brings the next call."""
+        """Return the time (ns) between calls of ``amount`` in an even flow."""
         if not self.known:
             ours = max(min(amount, self.share), self.share - self._reserve(amount))
             return amount * self._window.window // ours
@@ -322,11 +323,11 @@ class Slices:
 
 
 def with_little_room(others: float, amount: int, *, least: bool = False) -> int:
-    """Return what others take until a slice ends, in whole calls of ``amount``, and room for chance.
+    """Return what others take until a slice ends, in whole calls of ``amount``, plus a margin.
 
-    Early most of it is to come, and what is left to them in vain is seen in time; late little is, and
-    what is left in vain is lost. So the room gets less with it, and a part of a call is not a call. The
-    ``least`` is for who has heard nothing for long.
+    Early in a slice most of it is still to come, and what is left to others in vain is noticed in
+    time; late in it little is to come, and what is left in vain is lost. So the margin shrinks, and
+    a fraction of a call does not count. ``least`` is for a limiter that has heard nothing for long.
     """
     calls = others / amount
     sigma = math.sqrt(calls)

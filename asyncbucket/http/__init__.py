@@ -1,7 +1,8 @@
-"""Any SDK on httpx or httpx2, paced: every HTTP attempt waits its turn, and headers are heard.
+"""Any SDK on httpx or httpx2, paced: every HTTP attempt waits its turn, and headers are read.
 
-The doors are `Limiter.transport`, `Limiter.transport_sync` and `Limiter.http_client`. Here is what a
-provider of your own is described by, `Profile`, and the profiles that there are; see `profiles`.
+The entry points are `Limiter.transport`, `Limiter.transport_sync` and `Limiter.http_client`. This
+module has the profiles of known providers, and `Profile`, which describes a provider of your own;
+see `profiles`.
 """
 
 from asyncbucket.http.profiles import (

@@ -1,4 +1,4 @@
-"""Many limiters, all alike, for one key: then one is made for each request, and limits nothing."""
+"""Many similar limiters for one key: probably one is made for each request, and limits nothing."""
 
 import asyncio
 import threading
@@ -7,16 +7,16 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from asyncbucket.limiter import Limiter
 
-#: So many of them, on one event loop, are told of.
+#: How many of them, on one event loop, cause a warning.
 MANY: Final = 10
 _MOST_KEYS: Final = 1_000
 
 
 class Alike:
-    """Count on each event loop the limiters that were made for one thing to limit.
+    """Count, for each event loop, the limiters that were made for the same key and place.
 
-    A loop is one program at work. Where there is none nothing is counted: a test suite makes many
-    limiters, one after the other, and is right to.
+    A loop is one program at work. Outside a loop nothing is counted: a test suite rightly makes
+    many limiters, one after the other.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Alike:
         ] = WeakKeyDictionary()
 
     def is_one_too_many(self, limiter: Limiter, key: object, *where: object) -> bool:
-        """Count ``limiter``, of ``key`` at ``where``; tell whether it makes them `MANY`, which is said once."""
+        """Count ``limiter``; return True once, when it is the `MANY`-th for ``key`` at ``where``."""
         loop = asyncio._get_running_loop()  # noqa: SLF001 - None outside
         if loop is None or not isinstance(key, str) or not key or limiter.parent is not None:
             return False
@@ -44,5 +44,5 @@ class Alike:
             return made[0] == MANY
 
 
-#: Of all models and transports of the process.
+#: For all models and transports of the process.
 ALIKE: Final = Alike()

@@ -1,7 +1,7 @@
 """One HTTP attempt, from its admission to the end of its reply: what both kinds of transport share.
 
-The admission is given back by whatever happens first: the body is read to its end, it is closed, the
-attempt fails, or the reply is dropped, and with it the lease, which then releases itself.
+The lease is given back by whatever happens first: the body is read to its end, it is closed, the
+attempt fails, or the reply is dropped. With it the lease is dropped, which then releases itself.
 """
 
 from collections.abc import Callable
@@ -23,19 +23,19 @@ from asyncbucket.http.refusals import Refusals
 from asyncbucket.http.usage import Usage
 from asyncbucket.limiter.lease import Lease
 
-#: Where calls wait, many leave at once: it is not sure that those of so long ago (s) arrived first.
+#: If calls wait, many leave at once: calls this close together (s) may arrive in another order.
 _LAG: Final = 0.2
-#: A request that leaves so long (s) after its admission is dated anew: connections take their time.
+#: A request that leaves this long (s) after its admission is dated anew: connecting takes time.
 _SOON: Final = 0.002
 _ENCODING: Final = b"content-encoding"
-#: Errors of httpx and httpx2, and of a limiter beneath, that mean: nothing was sent, so nothing was charged.
+#: Errors of httpx, httpx2 or a limiter beneath: nothing was sent, so nothing was charged.
 _NEVER_SENT: Final = frozenset(
     {"AsyncBucketError", "ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"}
 )
 
 
 class Attempt:
-    """Hold a lease until a reply's body is over, and see the usage go by."""
+    """Hold a lease until a reply's body is over, and note the usage that passes."""
 
     __slots__ = (
         "__weakref__",  # pyright: ignore[reportUninitializedInstanceVariable]
@@ -81,7 +81,7 @@ class Attempt:
         self._tail: Tail | None = None
 
     def failed(self, error: BaseException) -> None:
-        """End without a reply; what never left costs nothing."""
+        """End without a reply; a request that never left costs nothing."""
         names = {kind.__name__ for kind in type(error).__mro__}
         if names & _NEVER_SENT:
             self._lease.undo()
@@ -91,7 +91,7 @@ class Attempt:
             self._lease.failed()
 
     def leaves(self) -> None:
-        """Hear that the request leaves only now."""
+        """Note that the request leaves only now."""
         now = self._now()
         if now - self._sent_at > _SOON:
             self._sent_at = now
@@ -108,17 +108,17 @@ class Attempt:
             self._refusals.succeeded(self._sent_at)
             if not self._settles:
                 return
-        # What came with its body, as replies of tests do, has decoded it.
+        # A body that came with the reply, as in tests, is decoded already.
         self._encoding = None if reply.is_closed else _encoding(reply.headers)
         self._tail = Tail(encoded=self._encoding is not None)
 
     def passes(self, chunk: bytes) -> None:
-        """See a part of the body on its way to the client."""
+        """Take in a part of the body on its way to the client."""
         if self._tail is not None:
             self._tail.add(chunk)
 
     def ended(self, *, complete: bool) -> None:
-        """End with the body: read to its end, or cut off. Again it does nothing."""
+        """End with the body, read to its end or cut off; a second call does nothing."""
         if self._over:
             return
         self._over = True
@@ -135,7 +135,7 @@ class Attempt:
             self._reply = None
 
     def _judge(self, tail: Tail) -> None:
-        """Let the limiter know what a reply that is an error means, and release."""
+        """Tell the limiter what an error reply means, and release."""
         body = read_json(self._decode(tail))
         reply, sent_at = self._reply, self._sent_at
         verdict = self._refusals.judge(reply.status_code, reply.headers, body, sent_at=sent_at)
@@ -148,35 +148,35 @@ class Attempt:
         end = self._decode(tail)
         if not complete and not is_complete(end):
             return
-        head = tail.head if self._encoding is None else end  # which is whole, and decoded
+        head = tail.head if self._encoding is None else end  # complete and decoded
         events = head.lstrip()[:1] != b"{"
         usage = find_usage(end, head if events else b"") or find_usage(head)
         if usage is not None:
-            if only_reads(self._call.path):  # some say the total alone
+            if only_reads(self._call.path):  # some report the total only
                 usage = Usage(usage.total, 0, usage.total)
             amounts = self._profile.settled(self._call, usage)
             if amounts:
-                if "tokens" not in amounts:  # or input and output would make the sum of them
+                if "tokens" not in amounts:  # else it would become the sum of input and output
                     amounts = {"tokens": self._lease.cost.get("tokens", 0), **amounts}
                 self._lease.settle(**amounts)
             if usage.output_tokens:
                 self._forecast.observe(-(-usage.output_tokens // replies_of(self._call.body)))
 
     def _decode(self, tail: Tail) -> bytes:
-        """Return what is kept of the body, decoded by the client's own library if need be."""
+        """Return what is kept of the body, decoded by the client's own library if necessary."""
         raw = tail.read()
         if self._encoding is None:
             return raw
         headers = {"content-encoding": self._encoding}
         try:
             return bytes(type(self._reply)(200, headers=headers, content=raw).content)
-        except Exception:  # noqa: BLE001 - cut off, or of a kind that nobody here can read
+        except Exception:  # noqa: BLE001 - cut off, or in an unknown encoding
             return b""
 
 
 def _encoding(headers: Any) -> str | None:
-    """Return the encoding of a body, None for none."""
+    """Return the encoding of a body, or None."""
     for name, value in pairs(headers):
-        if len(name) == len(_ENCODING) and name.lower() == _ENCODING:  # few names are as long
+        if len(name) == len(_ENCODING) and name.lower() == _ENCODING:  # few names are this long
             return None if value == b"identity" else value.decode("latin-1")
     return None

@@ -1,13 +1,15 @@
 """What a call's body says about its cost, and what is kept of a reply's body to find its usage.
 
-A request's body is looked at only where it is in memory already: a streamed upload stays a stream.
-Counting is what providers do at their door, by characters; no tokenizer runs. Everything that is
-sent to the model counts: messages, instructions, tools and formats. Pictures, sound and files
-count by constants and by size, for in JSON they are base64 and no text, unless a document is text.
+A request's body is examined only if it is in memory already: a streamed upload stays a stream.
+Tokens are counted as providers do at admission, by characters; no tokenizer runs. Everything that
+is sent to the model counts: messages, instructions, tools and formats. Pictures, sound and files
+count by constants and by size, because in JSON they are base64 and not text; a document may be
+text.
 
-A reply's body passes through untouched. References to its last chunks are kept (`Tail`), and once
-it is complete the usage is found in them by its key, not by parsing: a reply's text may hold the
-letters ``"usage"``, but JSON escapes the quotes around them, so the bytes are the real key alone.
+A reply's body passes through untouched. References to its last chunks are kept (`Tail`). Once it is
+complete, the usage is found in them by its key, without parsing: a reply's text may contain the
+letters ``"usage"``, but JSON escapes the quotes around them, so those bytes can only be the real
+key.
 """
 
 import json
@@ -18,7 +20,7 @@ from typing import Any, Final, TypeGuard
 
 from asyncbucket.http.usage import Usage, read_usage
 
-#: The ends of paths whose calls make a model write.
+#: Suffixes of paths whose calls make a model write.
 _WRITES: Final = (
     "/chat/completions",
     "/completions",
@@ -29,16 +31,17 @@ _WRITES: Final = (
     "/api/chat",
     "/api/generate",
 )
-#: The ends of paths whose calls only send tokens. Not ``/messages/count_tokens``: its limit of requests
-#: is its own, and it has none of tokens (docs.anthropic.com, "Token counting", read in 2025).
+#: Suffixes of paths whose calls only send tokens. ``/messages/count_tokens`` is not among them: it
+#: has its own limit of requests, and none of tokens (docs.anthropic.com, "Token counting", read in
+#: 2025).
 _READS: Final = ("/embeddings", "/api/embed", "/rerank")
-#: The end of a path that puts a message on a thread, for a run to read later.
+#: The end of a path that adds a message to a thread, for a run to read later.
 _PUTS_DOWN: Final = re.compile(r"/threads/[^/]+/messages/?$")
-#: The ends of paths that change what is there: they cancel or archive it, or label a stored reply, a run
-#: or a session, which then tells what it has used in all.
+#: The ends of paths that change an existing object: they cancel or archive it, or label a stored
+#: reply, a run or a session, whose answer reports its total usage.
 _CHANGES: Final = re.compile(r"/(cancel|archive)/?$|/(chat/completions|runs|sessions)/[^/]+/?$")
-#: What the parts of a body are, in the words of OpenAI's chat, completions, responses and embeddings,
-#: Anthropic's messages and Ollama.
+#: The kinds of a body's members, by their names in OpenAI's chat, completions, responses and
+#: embeddings, Anthropic's messages and Ollama.
 _PARTS: Final = {
     **dict.fromkeys(
         ("messages", "input", "prompt", "instructions", "system", "suffix", "query", "documents"),
@@ -53,34 +56,34 @@ _PARTS: Final = {
     "options": "options",
     "images": "pictures",
 }
-#: By what the same body asks for several replies to one prompt.
+#: Members that ask for several replies to one prompt.
 _REPLIES: Final = ("n", "best_of")
-#: In a message, all but these is sent.
+#: Members of a message that are not sent to the model.
 _NOT_SENT: Final = frozenset(
     {"cache_control", "detail", "id", "media_type", "role", "status", "tool_call_id", "type"}
 )
-#: Parts that are files, but for Anthropic's documents of a source that is written out: text or parts.
+#: Parts that are files, except Anthropic's documents whose source is text or content parts.
 _FILES: Final = ("document", "file", "input_file")
 _WRITTEN_OUT: Final = ("text", "content")
-#: What stands in place of an address: a picture, a video or a file, whatever the part around it is called.
+#: A data URL: a picture, a video or a file, whatever the part around it is called.
 _DATA: Final = re.compile(r"data:(\w+)/[^,]{1,99};base64,")
 #: OpenAI's GPT-4o and 4.1: 85 in low detail; 85 and 170 for each of four tiles of 512 pixels ("Images
 #: and vision", read in 2025). Anthropic: width * height / 750, at most about 1,600.
 AN_IMAGE: Final = 765
 A_SMALL_IMAGE: Final = 85
-#: Bytes of sound or of a file that count as a token, as a guess that usage corrects.
+#: Bytes of sound or of a file per token: a guess that the usage corrects.
 _BYTES_A_TOKEN: Final = 64
 
-#: How much of a reply is kept, in bytes: more than an error's body, or what follows a usage.
+#: How much of a reply is kept, in bytes: more than an error's body, or what follows the usage.
 _KEPT: Final = 65_536
-#: How much of a compressed reply is kept, which must be whole to be read.
+#: How much of a compressed reply is kept; it must be complete to be decoded.
 _KEPT_ENCODED: Final = 1_048_576
 #: The first bytes of a stream: Anthropic's first event has the tokens of the prompt.
 _HEAD: Final = 4_096
 _KEY: Final = b'"usage"'
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
-#: A stream is complete by these, though the client, content, reads no further. In what a model writes
-#: they are none, for JSON escapes quotes and ends of lines.
+#: After one of these a stream is complete, even if the client reads no further. They cannot occur
+#: in what a model writes, because JSON escapes quotes and line ends.
 _ENDS: Final = (
     b"\ndata: [DONE]",
     b"\ndata:[DONE]",
@@ -101,11 +104,11 @@ class Sent:
         self.writes = writes
         #: Characters of all text.
         self.characters = 0
-        #: The same in bytes of UTF-8.
+        #: The same, in bytes of UTF-8.
         self.size = 0
-        #: Tokens of what is not a text, or is sent as tokens.
+        #: Tokens of what is not text, or is sent as token numbers.
         self.extra = 0
-        #: The most tokens that a reply may have, where the call says so.
+        #: The most tokens of one reply, if the call says so.
         self.max_output: int | None = None
         #: How many replies are asked for.
         self.replies = 1
@@ -117,11 +120,11 @@ class Sent:
 
     @property
     def by_size(self) -> int:
-        """Tokens at four bytes each: nearer to the truth where the text is not English."""
+        """Tokens at four bytes each: more accurate for text that is not English."""
         return -(-self.size // 4) + self.extra
 
     def output(self, unless_said: int) -> int:
-        """Return the most tokens of all replies, or ``unless_said`` for each where the call does not say."""
+        """Return the most tokens of all replies; ``unless_said`` for each if the call sets no limit."""
         return (self.max_output or unless_said) * self.replies if self.writes else 0
 
     def weigh(self, value: object) -> None:
@@ -134,13 +137,13 @@ class Sent:
         elif isinstance(value, list):
             for item in value:
                 self.weigh(item)
-                if isinstance(item, str):  # each text of many has its own last token
+                if isinstance(item, str):  # each of several texts has its own last token
                     self.characters += -len(item) % 4
                     self.size += -len(item) % 4
         elif isinstance(value, dict):
             self._weigh_part(value)
         elif isinstance(value, int) and not isinstance(value, bool):
-            self.extra += 1  # texts to embed may be sent as the numbers of their tokens
+            self.extra += 1  # texts to embed may be sent as token numbers
 
     def weigh_json(self, value: object) -> None:
         """Add what the model gets to see as JSON."""
@@ -148,7 +151,7 @@ class Sent:
             self.weigh(json.dumps(value, ensure_ascii=False))
 
     def weigh_pictures(self, value: object) -> None:
-        """Add pictures that are nothing but base64, as Ollama is sent them."""
+        """Add pictures that are sent as plain base64, as to Ollama."""
         if isinstance(value, list):
             self.extra += AN_IMAGE * len(value)
 
@@ -170,7 +173,7 @@ class Sent:
 
 
 def read_json(content: bytes | None) -> Mapping[str, Any]:
-    """Return the JSON object in ``content``; an empty one if there is none."""
+    """Return the JSON object in ``content``; an empty one if it is none."""
     if not content or content.lstrip()[:1] != b"{":
         return {}
     try:
@@ -181,32 +184,33 @@ def read_json(content: bytes | None) -> Mapping[str, Any]:
 
 
 def sent(path: str, body: Mapping[str, Any]) -> Sent:
-    """Return what the call of ``path`` with the JSON ``body`` sends and asks for."""
+    """Return what a call to ``path`` with the JSON ``body`` sends and asks for."""
     found = Sent(writes=path.rstrip("/").endswith(_WRITES) and not _PUTS_DOWN.search(path))
     found.replies = replies_of(body)
     if found.writes or only_reads(path):
         try:
             _look_into(body, found)
-        except RecursionError:  # nested deeper than what any model is sent
+        except RecursionError:  # nested deeper than any real call
             return found
     return found
 
 
 def only_reads(path: str) -> bool:
-    """Tell whether a model reads what a call of ``path`` sends, and writes nothing."""
+    """Tell whether a model only reads what a call to ``path`` sends, and writes nothing."""
     return path.rstrip("/").endswith(_READS)
 
 
 def may_use(method: str, path: str) -> bool:
-    """Tell whether a reply to such a call speaks of the call's own usage.
+    """Tell whether the reply to such a call reports the call's own usage.
 
-    What is only read back, or changed (a stored reply, a batch), tells the usage of other calls.
+    Calls that only read or change something (a stored reply, a batch) report the usage of other
+    calls.
     """
     return method == "POST" and not _CHANGES.search(path)
 
 
 def replies_of(body: Mapping[str, Any]) -> int:
-    """Return how many replies the call with the JSON ``body`` asks for, to all its prompts."""
+    """Return how many replies a call with the JSON ``body`` asks for, to all its prompts."""
     to_one = 1
     for name in _REPLIES:
         value = body.get(name)
@@ -215,7 +219,7 @@ def replies_of(body: Mapping[str, Any]) -> int:
     prompts = body.get("prompt")
     if not isinstance(prompts, list):
         return to_one
-    # Numbers are the tokens of one.
+    # A list of numbers is one prompt.
     return to_one * max(1, sum(not isinstance(each, int) for each in prompts))
 
 
@@ -228,7 +232,7 @@ def _look_into(body: Mapping[str, Any], found: Sent) -> None:
         elif part == "json":
             found.weigh_json(value)
         elif part == "tools" and isinstance(value, list):
-            for tool in value:  # without OpenAI's wrapping
+            for tool in value:  # without OpenAI's wrapper
                 found.weigh_json(tool.get("function", tool) if isinstance(tool, dict) else tool)
         elif part == "pictures":
             found.weigh_pictures(value)
@@ -245,12 +249,12 @@ def _is_written_out(part: dict[str, Any]) -> bool:
 
 
 def _size(base64: str) -> int:
-    """Return the tokens of sound or of a file, guessed by its size."""
+    """Return the tokens of sound or of a file, guessed from its size."""
     return len(base64) * 3 // 4 // _BYTES_A_TOKEN
 
 
 def _detail(part: dict[str, Any]) -> object:
-    """Return the detail in which a picture is looked at, in OpenAI's two ways to say it."""
+    """Return the level of detail of a picture, in either of OpenAI's formats."""
     image = part.get("image_url")
     return image.get("detail") if isinstance(image, dict) else part.get("detail")
 
@@ -274,7 +278,7 @@ class Tail:
     def add(self, chunk: bytes) -> None:
         """Note the next chunk."""
         chunks = self._chunks
-        if len(self._head) < _HEAD:  # an event may come in pieces, the first one too
+        if len(self._head) < _HEAD:  # even the first event may come in pieces
             self._head += chunk[: _HEAD - len(self._head)]
         chunks.append(chunk)
         self._size += len(chunk)
@@ -292,12 +296,12 @@ class Tail:
 
 
 def is_complete(end: bytes) -> bool:
-    """Tell whether a stream of events has said all, though it was not read to its end."""
+    """Tell whether a stream of events was complete, though it was not read to its end."""
     return any(mark in end for mark in _ENDS)  # the last event may be as long as the whole reply
 
 
 def find_usage(end: bytes, head: bytes = b"") -> Usage | None:
-    """Return the usage in the end of a reply's body, joined with that in its ``head``."""
+    """Return the usage at the end of a reply's body, merged with that in its ``head``."""
     usage, at, tries = None, end.rfind(_KEY), 8
     while usage is None and at >= 0 and tries:
         usage = _usage_at(end, at)
@@ -315,6 +319,6 @@ def _usage_at(data: bytes, key: int) -> Usage | None:
     text = data[value.end() : value.end() + _HEAD].decode("utf-8", "replace")
     try:
         found, _ = _READER.raw_decode(text)
-    except (ValueError, RecursionError):  # cut off, or no JSON after all
+    except (ValueError, RecursionError):  # cut off, or not JSON
         return None
     return read_usage(found)

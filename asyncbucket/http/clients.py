@@ -1,4 +1,4 @@
-"""HTTP clients that are paced, and otherwise as the SDKs would have made them."""
+"""HTTP clients that are paced, and otherwise like those that the SDKs make."""
 
 import importlib.util
 from typing import Any, Final
@@ -31,19 +31,19 @@ def http_client(
     routes: Routing | None = None,
     **options: Any,
 ) -> Any:
-    """Return an ``AsyncClient``, or a ``Client``, all of whose requests ``limiter`` paces.
+    """Return a paced ``AsyncClient`` or ``Client``: ``limiter`` admits each of its requests.
 
-    Pool, time-outs and redirects are those of OpenAI's and Anthropic's SDKs; ``http2=``, ``verify=``,
-    ``proxy=``, ``mounts=`` and the proxies of the environment work as ever.
+    Pool, time-outs and redirects are those of OpenAI's and Anthropic's SDKs; ``http2=``,
+    ``verify=``, ``proxy=``, ``mounts=`` and the proxies of the environment work as usual.
 
     Args:
         limiter: what admits the requests.
         family: ``"httpx"`` (openai before 3) or ``"httpx2"``; ``"auto"`` takes the first installed.
         sync: return a synchronous client.
         profile: see `asyncbucket.http.transport.transport`.
-        learn: likewise.
-        routes: likewise.
-        options: those of the client, ``timeout=`` for example.
+        learn: see there.
+        routes: see there.
+        options: arguments for the client, ``timeout=`` for example.
 
     Raises:
         ImportError: the library is not installed.
@@ -58,8 +58,8 @@ def http_client(
     client: Any = (library.Client if sync else library.AsyncClient)(**(usual | options))
     pace = transport_sync if sync else transport
     how: dict[str, Any] = {"profile": profile, "learn": learn, "routes": routes}
-    # Not `transport=`: a client that gets one makes no others, for proxies say, and those that it
-    # makes take its options. There is no public way to put something above them.
+    # Not `transport=`: a client that gets one makes no others, as for proxies, and these need its
+    # options. There is no public way to wrap the transports that a client makes.
     client._transport = pace(limiter, client._transport, **how)  # noqa: SLF001
     for pattern, inner in client._mounts.items():  # noqa: SLF001
         if inner is not None:

@@ -1,8 +1,8 @@
 """What a failed call means: whether another attempt may succeed, and when.
 
-Errors are judged by what they look like, so that no SDK needs to be imported: OpenAI's, Anthropic's,
-httpx's and httpx2's are alike, and others are near enough. What they carry comes from outside; the
-only part of it that gets into a `Verdict` is a status, a code of a few letters and a clamped number.
+Errors are judged by their shape, so no SDK needs to be imported: those of OpenAI, Anthropic, httpx
+and httpx2 are alike, and others are close enough. What they carry comes from outside; a `Verdict`
+contains only a status, a code of a few letters and a clamped number of it.
 """
 
 import re
@@ -15,20 +15,20 @@ from typing import Any, Final
 from asyncbucket.errors import AsyncBucketError
 from asyncbucket.http import headers
 
-#: The first status that is one.
+#: The lowest HTTP status that is an error.
 FIRST_ERROR: Final = 400
 RATE_LIMITED: Final = 429
 _FIRST_SERVER_ERROR: Final = 500
-#: Request time-out, too many requests, service unavailable, gateway time-out; Anthropic's and Google's.
+#: Request time-out, too many requests, unavailable, gateway time-out; Anthropic's and Google's.
 _OVERLOADED: Final = frozenset({408, RATE_LIMITED, 503, 504, 529})
 _TRANSIENT_STATUSES: Final = frozenset({408, 409, RATE_LIMITED})
 
-#: A 429 that no waiting helps: platform.openai.com/docs/guides/error-codes, read in 2025.
+#: A 429 that will not pass by waiting: platform.openai.com/docs/guides/error-codes, read in 2025.
 EXHAUSTED: Final = frozenset(
     {"billing_hard_limit_reached", "billing_not_active", "insufficient_quota"}
 )
-#: Error events in a stream whose status was 200: OpenAI's `code` and `type`, Anthropic's `type`, and
-#: Bedrock's `Code`.
+#: Error events in a stream whose status was 200: OpenAI's `code` and `type`, Anthropic's `type`,
+#: and Bedrock's `Code`.
 _TRANSIENT_CODES: Final = frozenset(
     {
         "api_error",
@@ -42,8 +42,8 @@ _TRANSIENT_CODES: Final = frozenset(
 )
 _OVERLOADED_CODES: Final = frozenset({"overloaded_error", "timeout_error"})
 _RATE_LIMIT_CODES: Final = ("rate_limit", "throttling")
-#: Python's own (also as asyncio's), the SDKs', httpx's and httpx2's, aiohttp's, requests'; but a
-#: connection that could not be had says nothing about calls.
+#: Python's own (and asyncio's), the SDKs', httpx's and httpx2's, aiohttp's, requests'. Time-outs
+#: while connecting are not among them: they say nothing about calls.
 _TIMEOUTS: Final = frozenset(
     {"APITimeoutError", "ReadTimeout", "ServerTimeoutError", "TimeoutError"}
 )
@@ -72,25 +72,25 @@ class Verdict:
 
     #: Whether another attempt may succeed.
     retry: bool
-    #: What happened, in a few words that hold nothing from outside but a status and a code.
+    #: What happened, in a few words; nothing in it is from outside except a status and a code.
     reason: str
     #: Seconds that the server asks to wait, if it says so.
     retry_after: float | None = None
-    #: Seconds until all limits are whole again, if it says so: nobody needs to wait longer.
+    #: Seconds until all limits are fully available again, if it says so: no longer wait is needed.
     whole_after: float | None = None
     #: Whether it was refused for rate, which concerns all calls of the limiter.
     rate_limited: bool = False
-    #: Whether the server had too much to do: fewer calls at once would have helped.
+    #: Whether the server was overloaded: fewer calls at once would have helped.
     overloaded: bool = False
 
 
 def classify(error: BaseException) -> Verdict:
-    """Judge an error of OpenAI's or Anthropic's SDK, httpx or the like, by what it looks like.
+    """Judge an error of OpenAI's or Anthropic's SDK, httpx or the like, by its shape.
 
-    A status decides where there is one. An error without (a lost connection, an error event in a
-    stream) is known by the names of its classes, or by the code that it carries. An error that is
-    none of these, or of asyncbucket itself, or not an `Exception`, is not to be retried. (SDKs take what a
-    limiter beneath them refuses for a lost connection.)
+    If there is a status, it decides. An error without one (a lost connection, an error event in a
+    stream) is recognized by the names of its classes, or by the code that it carries. Any other
+    error, an error of asyncbucket itself, and anything that is not an `Exception` are not to be
+    retried. (SDKs report a refusal by a limiter beneath them as a lost connection.)
     """
     refused = isinstance(error, AsyncBucketError) or isinstance(error.__cause__, AsyncBucketError)
     if refused or not isinstance(error, Exception):
@@ -126,7 +126,7 @@ def _judge_status(error: Exception, status: int, codes: frozenset[str]) -> Verdi
     return Verdict(
         retry=True,
         reason=reason,
-        # Who says 0 names no wait, and is asked again after a back-off.
+        # A wait of 0 means none was named: the call is retried after a back-off.
         retry_after=headers.retry_after(reply_headers, now=wall_clock()) or None,
         whole_after=headers.whole_again(reply_headers, now=wall_clock()),
         rate_limited=status == RATE_LIMITED,
@@ -135,7 +135,7 @@ def _judge_status(error: Exception, status: int, codes: frozenset[str]) -> Verdi
 
 
 def _status(error: Exception) -> int | None:
-    """Return the HTTP status that an error or its response carries, by the usual names."""
+    """Return the HTTP status that an error or its response carries under the usual names."""
     holders = (error, getattr(error, "response", None))
     names = ("status_code", "status", "code")
     found = (getattr(holder, name, None) for holder in holders for name in names)
@@ -157,7 +157,7 @@ def _headers(error: Exception) -> Mapping[str, Any]:
 
 
 def _botocore(error: Exception, part: str) -> Mapping[str, Any]:
-    """Return a part of what an error of botocore's has as its response, a mapping of mappings."""
+    """Return a part of the response, a mapping of mappings, in an error of botocore."""
     response = getattr(error, "response", None)
     found = response.get(part) if isinstance(response, Mapping) else None
     return found if isinstance(found, Mapping) else {}
@@ -173,13 +173,13 @@ def _codes(error: Exception) -> Iterator[str]:
         if isinstance(holder, Mapping):
             for name in ("code", "type", "Code"):
                 value = holder.get(name)
-                # Anthropic's outer `type` is "error", which is no news.
+                # Anthropic's outer `type` is always "error".
                 if isinstance(value, str) and value != "error":
                     yield value.lower()
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and what caused it, and so on; a chain may be a ring."""
+    """Yield an error, its cause, and so on; a chain may be circular."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

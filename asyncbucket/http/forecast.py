@@ -1,4 +1,4 @@
-"""How long a reply is going to be, where nothing limits it."""
+"""How long a reply will be, if nothing limits it."""
 
 import math
 import threading
@@ -6,19 +6,19 @@ from bisect import bisect_left, insort
 from collections import deque
 from typing import Final
 
-#: Tokens foreseen before any reply; LlamaIndex assumes as many, too.
+#: Tokens expected before any reply; LlamaIndex assumes as many, too.
 FORESEEN: Final = 256
 
 
 class OutputForecast:
-    """Foresee how long a reply is: an upper quantile of the last replies, from a stated start.
+    """Estimate how long a reply will be: an upper quantile of the latest replies.
 
-    The start counts as the first reply. So a longer reply raises the forecast at once, and shorter
+    ``start`` counts as the first reply. So a longer reply raises the forecast at once, and shorter
     ones lower it only when they are nine of ten. Safe on several threads.
 
     Args:
-        start: tokens foreseen before any reply.
-        quantile: the share of replies that shall be no longer than foreseen.
+        start: tokens expected before any reply.
+        quantile: the share of replies that are to be no longer than the forecast.
         window: how many replies are remembered.
     """
 
@@ -40,7 +40,7 @@ class OutputForecast:
         return f"<OutputForecast {self.foresee():,} tokens from {len(self._latest)} replies>"
 
     def __getstate__(self) -> tuple[float, deque[int]]:
-        """Leave the lock behind: a copy may go to another process."""
+        """Leave out the lock: a copy may go to another process."""
         with self._lock:
             return self._quantile, self._latest.copy()
 
@@ -50,7 +50,7 @@ class OutputForecast:
         self._lock = threading.Lock()
 
     def observe(self, output_tokens: int) -> None:
-        """Remember the length of a reply; the oldest one is forgotten."""
+        """Remember the length of a reply, and forget the oldest."""
         with self._lock:
             if len(self._latest) == self._latest.maxlen:
                 del self._sorted[bisect_left(self._sorted, self._latest[0])]
@@ -58,6 +58,6 @@ class OutputForecast:
             insort(self._sorted, output_tokens)
 
     def foresee(self) -> int:
-        """Return the tokens that a reply probably stays under (the nearest rank, no average)."""
+        """Return the tokens that a reply probably stays under (nearest rank, no interpolation)."""
         with self._lock:
             return self._sorted[math.ceil(self._quantile * len(self._sorted)) - 1]

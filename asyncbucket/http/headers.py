@@ -1,21 +1,21 @@
-"""How long to wait, as headers say it: input from outside, and read with care.
+"""How long to wait, according to headers: input from outside, and parsed with care.
 
-Every value is a `str` of at most 64 ASCII characters that matches its grammar in full, or it says
-nothing (None). What it says is clamped to 0 and `cap`, so that the result is always a finite number
-of seconds that can be slept. Python's own readers are too kind for this: `float` takes ``nan``,
-``inf`` and ``1_0``, `int` takes ``1_0`` and Arabic digits, ``"²".isdigit()`` is true, and
-`durationpy` skips what stands between ``1s`` and ``2s``. So each grammar is checked first, and
-only then does the library read the value.
+Every value is a `str` of at most 64 ASCII characters that matches its grammar in full; otherwise it
+is ignored (None). Results are clamped to between 0 and `cap`, so they are always a finite number of
+seconds that can be slept. Python's own parsers are too lenient: `float` takes ``nan``, ``inf`` and
+``1_0``, `int` takes ``1_0`` and Arabic digits, ``"²".isdigit()`` is true, and `durationpy` skips
+whatever is between ``1s`` and ``2s``. So the grammar is checked first, and only then the library
+parses the value.
 
-Formats and who writes them:
+Formats and who sends them:
 
-- ``120``, ``1.5``: a number of seconds (RFC 9110, Azure OpenAI), or of milliseconds where the
+- ``120``, ``1.5``: a number of seconds (RFC 9110, Azure OpenAI), or of milliseconds if the
   header's name ends in ``-ms`` (OpenAI, Azure OpenAI).
 - ``120ms``, ``6m0s``: a Go duration (OpenAI, Groq).
 - ``2026-01-31T12:00:00Z``: an instant of RFC 3339 (Anthropic).
 - ``Sat, 31 Jan 2026 12:00:00 GMT``: an HTTP date, in the three forms of RFC 9110.
 
-Reading takes no clock: `now` is wall-clock time (`time.time()`), and is needed for instants only.
+Parsing reads no clock: `now` is wall-clock time (`time.time()`), and is needed for instants only.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
-#: The longest wait (s) that is told apart from a longer one: a week.
+#: The longest wait (s) that is distinguished: a week.
 WEEK: Final = 604_800.0
 #: No header about time is longer.
 _LONGEST: Final = 64
@@ -49,9 +49,9 @@ _HTTP_DATE: Final = re.compile(
 def retry_after(headers: Mapping[str, Any], *, now: float) -> float | None:
     """Return the seconds that a reply asks to wait, or None if it does not say.
 
-    ``retry-after-ms`` goes before ``retry-after``, which is a number of seconds or an HTTP date.
-    A date is compared with the reply's own ``date``, so that no clock of this machine matters;
-    `now` stands in where there is none.
+    ``retry-after-ms`` takes precedence over ``retry-after``, which is a number of seconds or an
+    HTTP date. A date is compared with the reply's own ``date`` header, so this machine's clock does
+    not matter; `now` is used if there is none.
     """
     milliseconds = number(header(headers, "retry-after-ms"), cap=WEEK * 1000)
     if milliseconds is not None:
@@ -64,15 +64,16 @@ def retry_after(headers: Mapping[str, Any], *, now: float) -> float | None:
 
 
 def forbids_retry(headers: Mapping[str, Any]) -> bool:
-    """Say whether the server tells clients not to try again (``x-should-retry: false``)."""
+    """Tell whether the server asks clients not to try again (``x-should-retry: false``)."""
     return header(headers, "x-should-retry") == "false"
 
 
 def whole_again(headers: Mapping[str, Any], *, now: float) -> float | None:
-    """Return the seconds until all limits that a reply speaks of are whole again, or None.
+    """Return the seconds until all limits that a reply reports are fully available again, or None.
 
-    Any header whose name speaks of a rate limit's reset counts, whoever's it is; without durationpy
-    those that say a Go duration don't. Instants are taken by the server's clock, as by `retry_after`.
+    Any header whose name mentions a rate limit's reset counts, from any provider; without
+    durationpy, Go durations are ignored. Instants are compared with the server's clock, as in
+    `retry_after`.
     """
     found: list[float] = []
     now = _sent(headers, now)
@@ -87,7 +88,7 @@ def whole_again(headers: Mapping[str, Any], *, now: float) -> float | None:
 
 
 def reset(value: object, *, now: float, cap: float = WEEK) -> float | None:
-    """Return the seconds until a limit is whole again, from any of the formats above, or None."""
+    """Return the seconds until a limit is fully available, in any of the formats above, or None."""
     for seconds in (number(value, cap=cap), duration(value, cap=cap)):
         if seconds is not None:
             return seconds
@@ -96,7 +97,7 @@ def reset(value: object, *, now: float, cap: float = WEEK) -> float | None:
 
 
 def number(value: object, *, cap: float = WEEK) -> float | None:
-    """Return what a bare decimal number says, at most `cap`, or None."""
+    """Return the value of a bare decimal number, at most `cap`, or None."""
     text = _text(value)
     return min(float(text), cap) if _NUMBER.fullmatch(text) else None
 
@@ -143,7 +144,7 @@ def http_date(value: object, *, now: float, cap: float = WEEK) -> float | None:
 def header(headers: Mapping[str, Any], name: str) -> object:
     """Return the value of the header `name` (in lower case), or None.
 
-    The mappings of httpx and httpx2 don't mind the case; a plain dict is looked through.
+    The mappings of httpx and httpx2 ignore case; a plain dict is searched.
     """
     value = headers.get(name)
     if value is not None:
@@ -152,7 +153,7 @@ def header(headers: Mapping[str, Any], name: str) -> object:
 
 
 def _sent(headers: Mapping[str, Any], now: float) -> float:
-    """Return when a reply was sent, by the server's clock where it says so, or else `now`."""
+    """Return when a reply was sent, by the server's clock if it says, or else `now`."""
     date = _http_date(header(headers, "date"))
     return now if date is None else date
 
@@ -162,14 +163,14 @@ def _http_date(value: object) -> float | None:
     if not _HTTP_DATE.fullmatch(text):
         return None
     try:
-        # Only asctime's form names no zone, and it is in GMT as the others are.
+        # Only asctime's form names no zone; it is in GMT, like the others.
         return parsedate_to_datetime(text).replace(tzinfo=UTC).timestamp()
     except ValueError:  # a 31st of February, a 25th hour
         return None
 
 
 def _text(value: object) -> str:
-    """Return a header's value without surrounding blanks; what cannot be one is empty."""
+    """Return a header's value without surrounding blanks; "" if it cannot be valid."""
     if not isinstance(value, str) or len(value) > _LONGEST or not value.isascii():
         return ""
     return value.strip(" \t")

@@ -1,15 +1,15 @@
-"""Who holds a lease just now: the guard against paying twice for one call.
+"""Who holds a lease at the moment: the guard against paying twice for one call.
 
-Layers lie on top of each other. LlamaIndex's public methods call each other: ``CustomLLM.achat``
-calls ``chat``, that calls ``complete``, and each of them is paced; and beneath them may be an HTTP
-client whose transport is paced, too. Whoever comes first pays, and notes it in a context variable
-for as long as the inner code runs; whoever finds the note passes.
+Layers are stacked. LlamaIndex's public methods call each other: ``CustomLLM.achat`` calls ``chat``,
+which calls ``complete``, and each of them is paced. Beneath them there may be an HTTP client whose
+transport is paced, too. The outermost layer pays, and notes it in a context variable while the
+inner code runs; a layer that finds the note does not pay.
 
-Two traps shape this module. A context outlives the call that ran in it: asyncio keeps a copy for
-every connection that the call opened, and a task started inside keeps one for good. So the note
-refers to its lease weakly, or a pooled connection would hold a slot for ever, and it counts only
-until the lease is released. And a variable set in the body of an async generator leaks into
-whoever iterates over it. So it is set around one step of the inner stream at a time.
+Two traps shape this module. First, a context outlives the call that ran in it: asyncio keeps a copy
+for every connection that the call opened, and a task started inside keeps one for good. So the note
+refers to its lease weakly (otherwise a pooled connection would hold a slot for ever), and counts
+only until the lease is released. Second, a variable set in the body of an async generator leaks
+into the code that iterates over it. So it is set around one step of the inner stream at a time.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Note:
-    """Refer to a lease for as long as it is held, without keeping it alive."""
+    """Refer to a lease while it is held, without keeping it alive."""
 
     __slots__ = ("_lease",)
 
@@ -61,29 +61,29 @@ class Held(Note):
         self._owed = 1
 
     def leaves(self) -> None:
-        """Count a request that is about to leave, and date the booking by it."""
+        """Count a request that is about to leave, and date the booking to now."""
         lease = self.lease
         if lease is not None:
             self.requests += 1
-            self.owe(self.requests)  # one call of the model may be several of the provider
+            self.owe(self.requests)  # one call of the model may send several requests
             lease.sent()
 
     def owe(self, requests: int) -> None:
-        """Have the lease pay for so many requests, unless it does so already."""
+        """Make the lease pay for ``requests`` requests, unless it does so already."""
         lease = self.lease
         if lease is not None and requests > self._owed:
             self._owed = requests
             lease.settle(requests=requests)
 
     def left(self) -> None:
-        """Date the booking by the moment at which the request really went out."""
+        """Date the booking to now, when the request really goes out."""
         self._left = self.limiter.now()
         lease = self.lease
         if lease is not None:
             lease.sent()
 
     def answered(self, status: int, headers: Any, profile: "Profile") -> None:
-        """Hear what the headers of a reply say of the provider's limits."""
+        """Take in what the headers of a reply say of the provider's limits."""
         if self._ear is not None:
             self._ear.hear(headers, profile, since=self._left, good=status < FIRST_ERROR)
 
@@ -97,7 +97,7 @@ def current() -> Held | None:
 
 
 def around() -> Iterator[tuple[Held, Lease]]:
-    """Yield the notes of this context whose leases are held, with them, from within outward."""
+    """Yield the notes of this context whose leases are held, and the leases, innermost first."""
     held = _HELD.get()
     while held is not None:
         lease = held.lease
@@ -107,10 +107,10 @@ def around() -> Iterator[tuple[Held, Lease]]:
 
 
 def payer(limiter: Limiter) -> Limiter | None:
-    """Return whose lease this context runs under, if that is ``limiter``, one below it or above it.
+    """Return the limiter whose lease is held here, if it is ``limiter``, or below or above it.
 
-    Another lease above it would be a second one of the same call: where there is one slot, the call
-    would wait for itself.
+    If it is below, a lease of ``limiter`` would be a second one for the same call: if there is only
+    one slot, the call would wait for itself.
     """
     for held, _ in around():
         if is_under(held.limiter, limiter) or is_under(limiter, held.limiter):

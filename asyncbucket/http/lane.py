@@ -1,4 +1,4 @@
-"""What a transport knows of one limiter: what calls cost there, and what its provider said."""
+"""What a transport knows about one limiter: what calls cost there, and what its provider said."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,8 @@ class Lane:
 
     Args:
         limiter: what admits the calls.
-        pauses: what a refusal pauses.
-        learn: whether to hear what headers say.
+        pauses: the limiter that a refusal pauses.
+        learn: whether to read what headers say.
     """
 
     __slots__ = (
@@ -40,23 +40,23 @@ class Lane:
         self.ear = Ear(limiter, learn=learn)
         self._refusals = Refusals(pauses)
         self._forecast = OutputForecast()
-        #: For each profile, the limits when they were last looked at, and whether it settles any.
+        #: For each profile: the limits when last looked at, and whether the profile settles any.
         self._settles: dict[int, tuple[Profile, tuple[Limit, ...], bool]] = {}
 
     def foresee(self) -> int:
-        """Return the tokens that a reply probably stays under, to judge by the last ones."""
+        """Return the tokens that a reply probably stays under, judged by the latest ones."""
         return self._forecast.foresee()
 
     def price(self, call: Call, profile: Profile) -> tuple[Call, Cost | None]:
-        """Return what ``call`` costs, None for no admission; and the call as it is priced."""
+        """Return ``call`` as it is priced, and its cost, or None if it needs no admission."""
         self.ear.expect(profile)
         cost = profile.cost(call)
         if cost is None:
             return call, None
         excess = self._excess(cost)
-        if excess:  # what is only foreseen must not make a call impossible
+        if excess:  # a mere forecast must not make a call impossible
             whole = call
-            for replies in (replies_of(call.body), 1):  # a profile may foresee one for all of them
+            for replies in (replies_of(call.body), 1):  # a profile may count one forecast for all
                 call = replace(whole, foreseen=max(0, whole.foreseen - -(-excess // replies)))
                 cost = profile.cost(call)
                 if cost is None or not self._excess(cost):
@@ -64,15 +64,15 @@ class Lane:
         return call, cost
 
     def _excess(self, cost: Cost) -> int:
-        """Return by how much ``cost`` is more than what any limit can ever admit."""
+        """Return by how much ``cost`` exceeds what any limit can ever admit."""
         excess, amounts = 0, cost._amounts  # noqa: SLF001 - looked at for each request
         for limit in in_force(asked(self.limiter)):
             excess = max(excess, amounts.get(limit.resource, 0) - limit.amount)
         return excess
 
     def attempt(self, lease: Lease, call: Call, profile: Profile) -> Attempt:
-        """Return the attempt that ``lease`` was taken for, which leaves now."""
-        if lease.waited:  # since the admission, the loop may have been busy with others
+        """Return the attempt that ``lease`` was taken for; it leaves now."""
+        if lease.waited:  # the loop may have been busy since the admission
             lease.sent()
         return Attempt(
             lease,
@@ -95,5 +95,5 @@ class Lane:
 
 
 def parts(cost: Cost) -> dict[str, Any]:
-    """Return a cost as keywords, which `Limiter.acquire` takes faster."""
+    """Return a cost as keywords, which `Limiter.acquire` handles faster."""
     return {"requests": 0, "input_tokens": 0, "output_tokens": 0, **cost._amounts}  # noqa: SLF001

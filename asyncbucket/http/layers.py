@@ -1,6 +1,6 @@
-"""What people do around a transport that undoes pacing; they are told once.
+"""Things around a transport that undo pacing; each is mentioned once in the log.
 
-Layers above it may pay for the same call, or try it again, and its limiter may be one of many.
+Layers above it may pay for the same call, or retry it; and its limiter may be one of many alike.
 """
 
 import logging
@@ -12,27 +12,27 @@ from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.levels import is_under
 
 _RETRY_COUNT: Final = "x-stainless-retry-count"
-#: Where providers want their keys: OpenAI and most others, Anthropic, Azure.
+#: The headers that carry keys: of OpenAI and most others, Anthropic, Azure.
 _KEYS: Final = ("authorization", "x-api-key", "api-key")
 
 _log: Final = logging.getLogger("asyncbucket")
 
 
 class Layers:
-    """Look for layers above a transport of ``limiter``, and tell people what to change."""
+    """Look for layers above a transport of ``limiter``, and log what to change."""
 
     __slots__ = ("_counted", "_limiter", "_told", "failures")
 
     def __init__(self, limiter: Limiter) -> None:
         self._limiter = limiter
-        #: Whether the limiter was counted among those like it.
+        #: Whether the limiter was counted among similar ones.
         self._counted = False
         self._told: set[str] = set()
-        #: Whether a call has failed: before that, no SDK tries one again.
+        #: Whether a call has failed; before that, no SDK retries.
         self.failures = False
 
     def have_paid(self, limiter: Limiter) -> bool:
-        """Tell whether a paced model above has paid for the request already, and warn once."""
+        """Tell whether a paced model above has already paid for the request, and warn once."""
         paid = payer(limiter)
         if paid is None:
             return False
@@ -54,7 +54,7 @@ class Layers:
         return True
 
     def look_at(self, request: Any) -> None:
-        """Warn once if an SDK above sends ``request`` again by itself, or limiters are made by the dozen."""
+        """Warn once if an SDK above retries by itself, or if many similar limiters are made."""
         if not self._counted:
             self._counted = True
             self._count(request)

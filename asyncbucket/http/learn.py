@@ -1,11 +1,11 @@
-"""Listen to what a provider's headers say of its limits, and tell the limiter.
+"""Read what a provider's headers say of its limits, and tell the limiter.
 
-What comes in is input from outside. A number is one to fifteen ASCII digits and nothing else, or it
-says nothing and is counted; no value, however long or odd, raises anything. All headers of a reply
-are gone through once, for the mappings of httpx search theirs for every name that they are asked.
+The values come from outside. A number is one to fifteen ASCII digits and nothing else; any other
+value is ignored and counted. No value, however long or odd, raises anything. All headers of a reply
+are scanned once, because httpx's mappings search theirs again for every name.
 
-A limiter may stand under others, and only one of them has the limit that the provider speaks of:
-the one whose number is announced, or else the one that comes next below it.
+A limiter may be below others, and only one of them has the limit that the provider reports: the one
+whose number is announced, or else the one with the next lower number.
 """
 
 import contextlib
@@ -20,28 +20,29 @@ from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.levels import in_force, levels
 from asyncbucket.limits import Key, Limit
 
-#: A limiter, and the resource and the window of a limit that it has.
+#: A limiter, and the resource and the window of one of its limits.
 _Place: TypeAlias = tuple[Limiter, str, float]
 
 _LONGEST: Final = 64
 _DIGITS: Final = 15
-#: So many times in a window replies are listened to, at most.
+#: How many times in a window replies are read, at most.
 _TIMES: Final = 6_000
-#: So many different limits are announced, by anyone who means well.
+#: More different limits than this are not announced in good faith.
 _MANY: Final = 64
 #: Windows longer than this (s) are not counted in slices.
 _LONG: Final = 60
 
-#: Windows of which something was said, or of which the least is taken for granted.
+#: The windows of each limiter about which something was heard, or assumed.
 _KNOWN: Final[WeakKeyDictionary[Limiter, set[Key]]] = WeakKeyDictionary()
 
 
 class Ear:
-    """Listen for one limiter, and for those above it.
+    """Read headers for one limiter, and for those above it.
 
     Args:
-        limiter: whom to tell.
-        learn: whether to listen at all; a limiter without limits then takes over those announced.
+        limiter: the limiter to tell.
+        learn: whether to read headers at all; if so, a limiter without limits adopts announced
+            ones.
     """
 
     __slots__ = (
@@ -62,26 +63,26 @@ class Ear:
         self._limiter = limiter
         self._line = tuple(levels(limiter))
         self._learn = learn
-        #: For each profile, where each header's value belongs.
+        #: For each profile, which limit each header belongs to.
         self._indexes: dict[int, tuple[Profile, dict[bytes, tuple[int, bool]]]] = {}
-        #: Profiles of which a first reply is awaited or was heard.
+        #: Profiles for which a first reply is awaited or has come.
         self._expected: dict[int, Profile] = {}
-        #: What is taken for granted until that reply.
+        #: What is assumed until that reply.
         self._assumed: dict[_Place, int] = {}
-        #: Of which limits headers speak, while the limits in force are these.
+        #: Which limits headers report, as long as the limits in force are these.
         self._places: dict[tuple[int, int, int | None], _Place] = {}
         self._in_force: tuple[Limit, ...] = ()
-        #: How long not to listen after listening (s), and until when.
+        #: How long to ignore headers after reading some (s), and until when.
         self._pause = 0.0
         self._deaf_until = -math.inf
-        #: Values that were no numbers.
+        #: How many values were no numbers.
         self.ignored = 0
 
     def expect(self, profile: Profile) -> None:
-        """Take for granted, before the first reply, only what any provider would let pass.
+        """Assume, before the first reply, that only what any provider would admit is left.
 
-        Until a reply says more that is a slice of a window; see `asyncbucket.feedback.headroom`. A reply that
-        says nothing lifts it.
+        Until a reply says more, that is a slice of a window; see `asyncbucket.feedback.headroom`. A
+        reply that says nothing ends the assumption.
         """
         if not self._learn or id(profile) in self._expected:
             return
@@ -99,22 +100,22 @@ class Ear:
                     )
 
     def is_due(self, now: float) -> bool:
-        """Tell whether it is time to listen again, at an instant of the limiter's clock.
+        """Tell whether it is time to read headers again, at an instant of the limiter's clock.
 
-        In between nothing changes by much, and listening is a good part of what a call costs.
+        In between little changes, and reading them is a good part of what a call costs.
         """
         return now >= self._deaf_until or bool(self._assumed)
 
     def hear(
         self, headers: Any, profile: Profile, *, since: float | None = None, good: bool = True
     ) -> None:
-        """Take in the headers of a reply to a call that was sent at ``since``.
+        """Read the headers of a reply to a call that was sent at ``since``.
 
         Args:
-            headers: what httpx or httpx2 makes of a reply's headers, pairs of bytes, or a mapping.
-            profile: which of them speak of what.
+            headers: httpx's or httpx2's headers, pairs of bytes, or a mapping.
+            profile: which headers mean what.
             since: in seconds of the limiter's clock.
-            good: whether the call succeeded; an error that says nothing of limits means nothing.
+            good: whether the call succeeded; an error without headers about limits tells nothing.
         """
         if not self._learn or not profile.tells:
             return
@@ -131,7 +132,7 @@ class Ear:
         if left or limits:
             self._tell(profile, left, limits, since)
         if self._assumed and good:
-            assumed, self._assumed = self._assumed, {}  # at once: other threads listen too
+            assumed, self._assumed = self._assumed, {}  # at once: other threads read headers, too
             for (limiter, resource, per), amount in assumed.items():
                 limiter.observe_remaining(amount, resource=resource, per=per)
         if since is not None:
@@ -140,7 +141,7 @@ class Ear:
     def _tell(
         self, profile: Profile, left: dict[int, int], limits: dict[int, int], since: float | None
     ) -> None:
-        """Tell the limiter; where several headers speak of one window, the least of each kind counts."""
+        """Tell the limiter; if several headers report one window, the lowest of each kind counts."""
         words: dict[_Place, list[tuple[int, int]]] = {}
         announced: dict[_Place, int] = {}
         for number in left.keys() | limits.keys():
@@ -166,7 +167,7 @@ class Ear:
             )
 
     def _place(self, profile: Profile, number: int, limits: dict[int, int]) -> _Place:
-        """Return the limiter and the window that are spoken of; what is learned is learned here."""
+        """Return the limiter and the window that a header reports; adopt an announced limit here."""
         now_in_force = in_force(self._limiter)
         if now_in_force is not self._in_force:
             self._in_force = now_in_force
@@ -186,18 +187,18 @@ class Ear:
         return place
 
     def _take_over(self, profile: Profile, told: Told, limits: dict[int, int]) -> None:
-        """Learn a limit; where a reply announces several of one window, the least of them holds."""
+        """Adopt a limit; if a reply announces several for one window, the lowest counts."""
         window = told.resource, told.per
         amounts = [
             amount
             for number, amount in limits.items()
             if amount and window == (profile.tells[number].resource, profile.tells[number].per)
         ]
-        with contextlib.suppress(ValueError):  # more than a store counts limits nobody
+        with contextlib.suppress(ValueError):  # no real limit is more than a store can count
             self._limiter.learn(Limit(told.resource, min(amounts), per=told.per))
 
     def _whose(self, told: Told, limit: int | None) -> tuple[Limiter, float]:
-        """Find the limiter and the window that are spoken of."""
+        """Find the limiter and the window that a header reports."""
         ours = [
             (each, limiter)
             for limiter in self._line
@@ -206,7 +207,7 @@ class Ear:
         ]
         same = [(each, limiter) for each, limiter in ours if each.per == told.per]
         for each, limiter in (*same, *ours):
-            if each.amount == limit:  # perhaps that of another window
+            if each.amount == limit:  # perhaps of another window
                 return limiter, each.per
         if not same:
             return self._limiter, told.per
@@ -218,7 +219,7 @@ class Ear:
 
     def _number(self, value: bytes) -> int | None:
         value = value.strip(b" \t") if len(value) <= _LONGEST else b""
-        if value.isdigit() and len(value) <= _DIGITS:  # of bytes, that is ASCII's digits
+        if value.isdigit() and len(value) <= _DIGITS:  # in bytes, these are ASCII digits
             return int(value)
         self.ignored += 1
         return None
@@ -237,7 +238,7 @@ class Ear:
 
 
 def pairs(headers: Any) -> Iterable[tuple[bytes, bytes]]:
-    """Return names and values in bytes, which httpx and httpx2 keep as they came."""
+    """Return names and values in bytes, as httpx and httpx2 keep them."""
     if isinstance(headers, list):
         return headers
     raw = getattr(headers, "raw", None)

@@ -1,7 +1,7 @@
-"""What is known of providers: how they charge a call, and which headers speak of which limit.
+"""What is known of providers: how they charge a call, and which headers report which limit.
 
 This is the one place for such facts; each has its source and the date when it was read. A profile
-is found by the host that a request goes to, or given by name, or made by the user::
+is found by the host that a request goes to, or given by name, or written by the user::
 
     @dataclass(frozen=True)
     class Mine:
@@ -18,9 +18,10 @@ is found by the host that a request goes to, or given by name, or made by the us
 
     httpx.AsyncClient(transport=limiter.transport(profile=Mine()))
 
-Providers count either at their door, by what a call asks for, and leave it at that; or by what was
-really used. The first kind is charged alike and not corrected by the usage (only limits of input
-or output tokens are, which are then the user's own); the second is settled by it.
+Providers count in two ways. Some charge a call at admission, by what it asks for, and leave it at
+that: the lease is charged alike and not corrected by the usage (except for limits of input or
+output tokens, which are then the user's own). Others count what was really used: the lease is
+settled by the usage.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,7 +33,7 @@ from asyncbucket.http.body import Sent, sent
 from asyncbucket.http.usage import Usage
 
 _MINUTE: Final = 60
-#: What the user may limit besides the tokens that were counted at admission.
+#: What the user may limit besides the tokens that are counted at admission.
 _AT_THE_DOOR: Final = frozenset({"input_tokens", "output_tokens"})
 _DAY: Final = 86_400
 
@@ -46,13 +47,13 @@ class Call:
     path: str
     #: The JSON object that is sent; empty if it is none, or is streamed.
     body: Mapping[str, Any]
-    #: Tokens that the reply probably stays under, to judge by the last ones.
+    #: Tokens that the reply probably stays under, judged by the latest replies.
     foreseen: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """Name the headers that speak of one limit: ``per`` is its window in seconds."""
+    """Name the headers that report one limit; ``per`` is its window in seconds."""
 
     resource: str
     per: float
@@ -67,34 +68,34 @@ class Profile(Protocol):
 
     @property
     def name(self) -> str:
-        """How it is called."""
+        """The profile's name."""
         ...
 
     @property
     def settles(self) -> frozenset[str]:
-        """The resources that are corrected by the usage; of others no reply is looked through."""
+        """The resources that the usage corrects; if none is limited, replies are not searched."""
         ...
 
     @property
     def tells(self) -> tuple[Told, ...]:
-        """The limits of which its headers speak."""
+        """The limits that its headers report."""
         ...
 
     def cost(self, call: Call) -> Cost | None:
-        """Return what ``call`` is to be charged at admission; None lets it pass unpaced."""
+        """Return what ``call`` is charged at admission; None lets it pass unpaced."""
         ...
 
     def settled(self, call: Call, usage: Usage) -> Mapping[str, int]:
-        """Return the amounts of those resources that a POST really used, once the usage is known."""
+        """Return how much of those resources a POST really used, once the usage is known."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProviderProfile:
-    """The usual profile: a rule for tokens, and what to make of the usage."""
+    """The usual profile: a rule for tokens, and which resources the usage corrects."""
 
     name: str
-    #: Hosts, and the ends of hosts after a dot, by which it is found.
+    #: Hosts, or domains with all their subdomains, by which it is found.
     hosts: tuple[str, ...] = ()
     tells: tuple[Told, ...] = ()
     #: Returns the tokens charged at admission: input, output, and both as the provider counts them.
@@ -102,12 +103,12 @@ class ProviderProfile:
     settles: frozenset[str] = frozenset({"tokens", "input_tokens", "output_tokens"})
 
     def cost(self, call: Call) -> Cost:
-        """See `Profile.cost`: a request, and its tokens where a model reads or writes."""
+        """See `Profile.cost`: one request, and tokens if a model reads or writes."""
         asked = sent(call.path, call.body) if call.method == "POST" else Sent()  # a GET lists
         given, received, both = self.charge(asked, call.foreseen)
         return Cost(tokens=both, input_tokens=given, output_tokens=received)
 
-    def settled(self, call: Call, usage: Usage) -> Mapping[str, int]:  # noqa: ARG002 - others may look
+    def settled(self, call: Call, usage: Usage) -> Mapping[str, int]:  # noqa: ARG002 - others may use it
         """See `Profile.settled`."""
         used = {
             "tokens": usage.total,
@@ -117,13 +118,13 @@ class ProviderProfile:
         return {name: amount for name, amount in used.items() if name in self.settles}
 
 
-#: What OpenAI's API reference gives as the default of ``max_tokens`` of completions, and the figure
-#: that its rate limits assume (cookbook, "How to handle rate limits"; read in 2025).
+#: The default of ``max_tokens`` for completions in OpenAI's API reference, and the number that its
+#: rate limits assume (cookbook, "How to handle rate limits"; read in 2025).
 _DEFAULT_OUTPUT: Final = 16
 
 
 def _openai(asked: Sent, foreseen: int) -> tuple[int, int, int]:
-    """Charge the larger of the characters' estimate and ``max_tokens``.
+    """Charge the larger of the estimate by characters and ``max_tokens``.
 
     "Your rate limit is calculated as the maximum of max_tokens and the estimated number of tokens
     based on the character count of your request": platform.openai.com/docs/guides/rate-limits,
@@ -144,7 +145,7 @@ def _azure(asked: Sent, foreseen: int) -> tuple[int, int, int]:
 
 
 def _anthropic(asked: Sent, foreseen: int) -> tuple[int, int, int]:
-    """Charge the prompt, and the output that is to be expected.
+    """Charge the prompt, and the output that is expected.
 
     Output counts as it is produced, whatever ``max_tokens`` says; input counts without what is
     read from the prompt cache: docs.anthropic.com/en/api/rate-limits, read in 2025.
@@ -157,7 +158,7 @@ def _anthropic(asked: Sent, foreseen: int) -> tuple[int, int, int]:
 
 
 def _both(asked: Sent, foreseen: int) -> tuple[int, int, int]:
-    """Charge the prompt, and the longest reply that is allowed, or else to be expected."""
+    """Charge the prompt, and the longest reply that is allowed, or else expected."""
     given = asked.by_size
     received = asked.output(foreseen)
     return given, received, given + received
@@ -176,8 +177,9 @@ def _anthropic_says(resource: str, *, rounding: int = 0) -> Told:
     )
 
 
-#: platform.openai.com/docs/guides/rate-limits, "Rate limits in headers", read in 2025. Models with
-#: few requests a day speak of the day instead; `asyncbucket.http.learn` tells by the limit.
+#: platform.openai.com/docs/guides/rate-limits, "Rate limits in headers", read in 2025. For models
+#: with few requests a day the headers report the day instead; `asyncbucket.http.learn` tells by the
+#: limit.
 _OPENAI_TELLS: Final = (
     _ratelimit("requests", "requests"),
     _ratelimit("tokens", "tokens"),
@@ -193,7 +195,7 @@ OPENAI: Final = ProviderProfile(
     settles=_AT_THE_DOOR,
 )
 
-#: The same names. Counters are per minute, requests are looked at over 1 or 10 s besides.
+#: The same headers. Counters are per minute; requests are also checked over 1 or 10 s.
 AZURE: Final = ProviderProfile(
     name="azure",
     hosts=("openai.azure.com", "cognitiveservices.azure.com", "services.ai.azure.com"),
@@ -202,8 +204,8 @@ AZURE: Final = ProviderProfile(
     settles=_AT_THE_DOOR,
 )
 
-#: docs.anthropic.com/en/api/rate-limits, "Response headers", read in 2025: tokens are rounded to the
-#: nearest thousand. Left out is ``-tokens-``, which speaks of whichever limit is nearest.
+#: docs.anthropic.com/en/api/rate-limits, "Response headers", read in 2025: tokens are rounded to
+#: the nearest thousand. ``-tokens-`` is left out, because it reports whichever limit is nearest.
 ANTHROPIC: Final = ProviderProfile(
     name="anthropic",
     hosts=("api.anthropic.com",),
@@ -215,8 +217,8 @@ ANTHROPIC: Final = ProviderProfile(
     charge=_anthropic,
 )
 
-#: console.groq.com/docs/rate-limits, "Rate limit headers", read in 2025: requests are those of the
-#: day, tokens those of the minute.
+#: console.groq.com/docs/rate-limits, "Rate limit headers", read in 2025: requests are per day,
+#: tokens per minute.
 GROQ: Final = ProviderProfile(
     name="groq",
     hosts=("api.groq.com",),
@@ -224,7 +226,7 @@ GROQ: Final = ProviderProfile(
     charge=_both,
 )
 
-#: Servers and gateways that speak as OpenAI does: vLLM, LiteLLM and many more.
+#: Servers and gateways that speak OpenAI's protocol: vLLM, LiteLLM and many more.
 GENERIC: Final = ProviderProfile(name="generic", tells=_OPENAI_TELLS, charge=_both)
 
 _ALL: Final = (OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC)
@@ -234,7 +236,7 @@ def profile_named(name: str) -> Profile:
     """Return the profile called ``name``.
 
     Raises:
-        ValueError: there is no such profile; the message names those that there are.
+        ValueError: there is no such profile; the message lists those that exist.
     """
     for profile in _ALL:
         if profile.name == name:

@@ -1,4 +1,4 @@
-"""What a transport reads off a request: whose it is, by which profile, and what it costs."""
+"""What a transport learns from a request: its limiter, its profile, and what it costs."""
 
 from dataclasses import replace
 from typing import Any, Final, TypeAlias
@@ -11,10 +11,10 @@ from asyncbucket.http.routes import Routes, Routing
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.levels import provider_of
 
-#: Whose a request is, what it is, by which profile, and what it costs: None for no admission.
+#: A request's lane, the call, its profile, and its cost; None if it needs no admission.
 Asked: TypeAlias = tuple[Lane, Call, Profile, Cost | None]
 
-#: So many hosts and routes are remembered.
+#: How many hosts and routes are remembered.
 _MANY: Final = 256
 
 
@@ -22,9 +22,9 @@ class Reader:
     """Read the requests of one transport.
 
     Args:
-        limiter: whose they are, where ``routes`` say nothing else.
+        limiter: the limiter for requests that no route matches.
         profile: a provider's name or a profile; None finds it by the host.
-        learn: whether headers are heard.
+        learn: whether headers are read.
         routes: see `Routes`.
 
     Raises:
@@ -57,11 +57,11 @@ class Reader:
         return sum(lane.ear.ignored for lane in self._lanes.values())
 
     def read(self, request: Any) -> Asked:
-        """Return a request as its profile sees it, whose it is, and what it costs."""
+        """Return a request's lane, the call as its profile sees it, the profile, and the cost."""
         url = request.url
         try:
             content: bytes | None = request.content
-        except RuntimeError:  # it is still to be streamed, and left alone
+        except RuntimeError:  # still to be streamed, so it is left alone
             content = None
         lane, host = self._lane, url.host
         call = Call(request.method, host, url.path, read_json(content), lane.foresee())
@@ -78,19 +78,19 @@ class Reader:
         profile = self._profiles.get(host)
         if profile is None:
             profile = profile_of(host)
-            if len(self._profiles) < _MANY:  # a crawler's hosts need not be kept
+            if len(self._profiles) < _MANY:  # do not keep a crawler's many hosts
                 self._profiles[host] = profile
         return profile
 
     def _lane_of(self, limiter: Limiter) -> Lane:
         lane = self._lanes.get(limiter)
         if lane is None:
-            if len(self._lanes) >= _MANY:  # of tenants, say
+            if len(self._lanes) >= _MANY:  # tenants, perhaps
                 self._lanes = {self._lane.limiter: self._lane}
             lane = self._lanes[limiter] = Lane(limiter, pauses=limiter, learn=self._learn)
         return lane
 
 
 def has_method(given: object, name: str) -> bool:
-    """Tell whether ``given`` is an object, and not a class, with the method ``name``."""
+    """Tell whether ``given`` is an object, not a class, with the method ``name``."""
     return not isinstance(given, type) and callable(getattr(given, name, None))

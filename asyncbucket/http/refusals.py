@@ -1,14 +1,16 @@
-"""When the provider turns calls away: everyone waits, once, and for as long as it says.
+"""When the provider refuses calls: everyone waits, once, and for as long as it says.
 
-What a refusal means is for `classify` to say. Here is what follows for the limiter: a refusal for
-rate, or for want of slots, concerns all calls, and so does an overloaded provider (529, and 503
-that says so). Those of one wave, what was in flight when the first came back, make one pause; where
-the provider names no time, it doubles from wave to wave until a call succeeds, or up to the time
-when it says that its limits are whole again. Where the limiter finds its concurrency by itself, a
-first wave that names no time costs slots and makes no pause: so is told what is one call too many.
-An exhausted quota is nothing that waiting helps, and pauses nobody.
+`classify` decides what a refusal means. This module decides what follows for the limiter. A refusal
+for rate, or for lack of slots, concerns all calls, and so does an overloaded provider (529, or a
+503 that says so). The refusals of one wave, which is everything in flight when the first one came
+back, make one pause. If the provider names no time, the pause doubles from wave to wave until a
+call succeeds, up to the time when the provider says that its limits are fully available again. If
+the limiter finds its concurrency by itself, a first wave that names no time reduces the slots and
+makes no pause: that is how a server says that there was one call too many. An exhausted quota does
+not pass by waiting, and pauses nobody.
 
-Several may hear of one wave: each transport of a limiter, and whoever tries calls again for a model
+Several parties may hear of one wave: each transport of a limiter, and each wrapped model's retries.
+What they have heard is kept once for each limiter, so it remains one wave.
 that is wrapped. What they have heard is kept once for each limiter, so that it stays one wave.
 """
 
@@ -24,7 +26,7 @@ from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.levels import can_give_slots_up
 from asyncbucket.wording import in_seconds
 
-#: The first pause (s) where the provider names none, and the longest.
+#: The first pause (s) if the provider names none, and the longest.
 _FIRST: Final = 1.0
 _LONGEST: Final = 120.0
 _WHY: Final = {
@@ -34,7 +36,7 @@ _WHY: Final = {
     ),
     "overload": "the provider is overloaded; a lower concurrency may serve it better",
 }
-#: One pause in so many seconds is a warning; the others are for whoever debugs.
+#: At most one pause in this many seconds is logged as a warning; the others for debugging.
 _QUIET: Final = 60.0
 _UNAVAILABLE: Final = 503
 _OVERLOADED: Final = 529
@@ -42,7 +44,7 @@ _OVERLOADED: Final = 529
 _log: Final = logging.getLogger("asyncbucket")
 
 
-class _Refusal(Exception):  # noqa: N818 - never raised: what `classify` is shown
+class _Refusal(Exception):  # noqa: N818 - never raised: it is only shown to `classify`
     """Look like an SDK's error."""
 
     def __init__(self, status: int, headers: Mapping[str, Any], body: Mapping[str, Any]) -> None:
@@ -60,21 +62,21 @@ class _Response:
 
 
 class _Heard:
-    """What is known of one limiter's refusals, whoever heard of them."""
+    """What is known of one limiter's refusals, from whichever source."""
 
     __slots__ = ("lock", "paused_until", "quiet_until", "since", "told_of_quota", "waves")
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.waves = 0
-        #: When the last wave came, and when its pause ends.
+        #: When the latest wave came, and when its pause ends.
         self.since = -math.inf
         self.paused_until = -math.inf
         self.quiet_until = -math.inf
         self.told_of_quota = False
 
     def is_over(self, now: float, sent_at: float | None) -> bool:
-        """Tell whether a call that was sent then, and is answered now, tells more than the last wave."""
+        """Tell whether a call sent at ``sent_at``, answered now, says more than the latest wave."""
         return now >= self.paused_until and (sent_at is None or sent_at > self.since)
 
 
@@ -82,7 +84,7 @@ _HEARD: Final[WeakKeyDictionary[Limiter, _Heard]] = WeakKeyDictionary()
 
 
 class Refusals:
-    """Pause one limiter by what its provider refuses; all that are made for it know the same.
+    """Pause one limiter when its provider refuses; all objects for that limiter share their state.
 
     Safe on several threads.
     """
@@ -92,7 +94,7 @@ class Refusals:
         self._heard = _HEARD.setdefault(limiter, _Heard())
 
     def succeeded(self, sent_at: float | None = None) -> None:
-        """End a series of waves, unless the call was sent before the last one came."""
+        """End a series of waves, unless the call was sent before the latest wave came."""
         heard = self._heard
         if heard.waves:
             with heard.lock:
@@ -141,17 +143,19 @@ class Refusals:
     ) -> float:
         """Pause the limiter after a refusal that concerns all; return the seconds until it ends.
 
-        During a pause nothing is sent, so a refusal that arrives during one, or of a call that was
-        sent before, belongs to the wave that made it; it may only be longer if the server says so.
+        During a pause nothing is sent. So a refusal that arrives during one, or of a call that was
+        sent before it, belongs to the wave that caused it; it only makes the pause longer if the
+        server says so.
 
         Args:
             asked: the seconds that the server asks for, if it does.
             reason: ``"429"`` or ``"overload"``.
-            whole_after: the seconds until its limits are whole again, if it says so: a pause that
-                it does not name is no longer, nor shorter than ``first``.
-            first: the seconds of a first pause that the server doesn't name; the next ones double.
+            whole_after: the seconds until its limits are fully available again, if it says so: a
+                pause without ``asked`` is no longer than that, but at least ``first``.
+            first: the seconds of a first pause for which the server names no time; the next ones
+                double.
             longest: the most seconds.
-            sent_at: when the call was sent, in seconds of the limiter's clock, where that is known.
+            sent_at: when the call was sent, in seconds of the limiter's clock, if that is known.
         """
         heard = self._heard
         with heard.lock:
@@ -187,8 +191,8 @@ class Refusals:
 
 
 def doubled(first: float, times: int, *, most: float) -> float:
-    """Return ``first`` doubled from time to time, up to ``most``: 1, 2, 4...
+    """Return the ``times``-th of a doubling series, 1, 2, 4... times ``first``, up to ``most``.
 
-    The exponent is bounded, for a series may be long and a power of floats overflows.
+    The exponent is bounded, because a series may be long and a power of floats overflows.
     """
     return min(first * 2.0 ** min(times - 1, 30), most)

@@ -1,7 +1,7 @@
-"""Which limiter a request is for: by its path, and by the model that it names.
+"""Which limiter a request is for, by its path and by the model that it names.
 
 A key may have limits that differ from model to model and from endpoint to endpoint. Each of these
-is a child of the transport's limiter; `Routes` says whose a request is.
+is a child of the transport's limiter; `Routes` decides which one a request is for.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ Routing: TypeAlias = Mapping[str, Target] | Callable[[Call], Target]
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """Send calls of a path and a model, either of them with wildcards, to a limiter."""
+    """Send calls of a path and a model, each with wildcards, to a limiter."""
 
     path: str | None
     model: str | None
@@ -38,17 +38,17 @@ class _Rule:
 
 
 class Routes:
-    """Say which limiter a call is for.
+    """Decide which limiter a call is for.
 
     Args:
-        limiter: whose calls they are, where nothing else is said.
-        routing: patterns with wildcards, of which the first that matches counts: a path begins with
-            a slash (``"/v1/embeddings"``), all else is a model (``"gpt-4o*"``), and both may stand
-            together (``"/v1/chat/completions gpt-4o*"``); or a function of the `Call`.
+        limiter: the limiter for calls that match nothing.
+        routing: patterns with wildcards, of which the first match counts: a path begins with a
+            slash (``"/v1/embeddings"``), anything else is a model (``"gpt-4o*"``), and both may be
+            combined (``"/v1/chat/completions gpt-4o*"``); or a function of the `Call`.
 
     Raises:
-        ValueError: a pattern is none of these, ``limiter`` has no child of a name, or a limiter is
-            none under it.
+        ValueError: a pattern is none of these, ``limiter`` has no child of that name, or a limiter
+            is not below it.
         TypeError: a target is neither a name nor a limiter.
     """
 
@@ -62,7 +62,7 @@ class Routes:
         if isinstance(routing, Mapping):
             rules = [_read(pattern, target) for pattern, target in routing.items()]
             for rule in rules:
-                self._check(rule.target)  # a mistake shows at once
+                self._check(rule.target)  # report mistakes at once
             self._choose: Callable[[Call], Target] = lambda call: next(
                 (rule.target for rule in rules if rule.matches(call)), None
             )
@@ -74,7 +74,7 @@ class Routes:
         return self._resolve(self._choose(call))
 
     def _check(self, target: Target) -> None:
-        """Refuse what leads nowhere: a misspelt name would be a child without limits."""
+        """Refuse unknown names: a misspelt one would become a child without limits."""
         if isinstance(target, str) and target not in self._limiter.children:
             known = ", ".join(self._limiter.children) or "none"
             raise ValueError(

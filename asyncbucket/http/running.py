@@ -1,20 +1,20 @@
-"""Tool calls under way in a context, and how they make way for the calls made inside them.
+"""Tool calls in progress in a context, and how they make way for the calls made inside them.
 
-A tool may ask a paced model, or another tool, or run a whole agent. While it waits for that it does
-nothing itself, yet holds a slot; and where both pass the same limiter, up to its root, the call
-inside may be waiting for that very slot: for ever, if all slots are held so. So before a call inside
-is admitted, the tools around it give back their slots at the levels that both pass. At the others
-they keep them: of a child ``tools`` with two slots no more than two tools run, though both ask models
-of a sibling. What a tool costs stays charged.
+A tool may call a paced model, or another tool, or run a whole agent. While it waits for that it
+does nothing itself, yet holds a slot. If both pass the same limiter, be it only the root, the inner
+call may be waiting for that very slot: for ever, if all slots are held this way. So before an inner
+call is admitted, the tools around it give back their slots at the levels that both pass. At the
+others they keep them: of a child ``tools`` with two slots, no more than two tools run, even if both
+call models of a sibling. What a tool costs stays charged.
 
-See `asyncbucket.limiter.lending` for which slots those are, and how two are kept from waiting for each
-other.
+See `asyncbucket.limiter.lending` for which slots those are, and how two calls are kept from waiting
+for each other.
 
-A model may ask another one that is paced elsewhere: by a child of its limiter, or by a sibling. Where
-that call is not paid for by the model's own (see `held`), the model makes way as a tool does.
+A model may call another one that is paced elsewhere: by a child of its limiter, or by a sibling. If
+the model's own call does not pay for that one (see `held`), the model makes way like a tool.
 
-A task that a tool has started knows the tool by its context, even when that has ended. A note counts
-only until its lease is released.
+A task started by a tool sees the tool in its context even after the tool has ended. So a note
+counts only until its lease is released.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ _RUNNING: Final[ContextVar[Running | None]] = ContextVar("asyncbucket tools", de
 
 @contextlib.contextmanager
 def running(tool: object, lease: Lease) -> Generator[None]:
-    """Note for the time of a ``with`` block that ``tool`` runs under ``lease``."""
+    """Note that ``tool`` runs under ``lease`` in a ``with`` block."""
     token = _RUNNING.set(Running(tool, lease, _RUNNING.get()))
     try:
         yield
@@ -63,16 +63,16 @@ def running(tool: object, lease: Lease) -> Generator[None]:
 
 
 def is_running(tool: object) -> bool:
-    """Tell whether a method of ``tool`` runs here and calls another one: that is one call.
+    """Tell whether a method of ``tool`` is running here: then another method is part of its call.
 
-    Once another call was made inside, a model's, say, ``tool`` is asked for anew by that.
+    Once another call was made inside, such as a model's, a further call of ``tool`` is a new one.
     """
     here = _RUNNING.get()
     return here is not None and here.tool is tool and not here.made_way and here.lease is not None
 
 
 def make_way(limiter: Limiter) -> None:
-    """Have what runs around this context give back the slots that a call of ``limiter`` needs."""
+    """Make the calls around this context give back the slots that a call of ``limiter`` needs."""
     here = _RUNNING.get()
     while here is not None:
         here.make_way(limiter)

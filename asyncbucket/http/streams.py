@@ -1,11 +1,11 @@
 """Bodies that tell the attempt what passes: a request's when it leaves, a reply's when it is over.
 
-A client insists on its own library's kind of stream, so a body's class is made from the one that the
-request or the reply came with, whichever library that is from.
+A client insists on its own library's kind of stream, so a body's class is derived from that of the
+request's or the reply's stream, whichever library that is from.
 
-A reply's body holds the attempt; dropped, it gives the attempt's slot back. A request's knows it by a
-weak reference, for a pool of connections keeps the request while its connection is in use, and a
-reply that is dropped unread never ends that.
+A reply's body holds the attempt; if it is dropped, the attempt's slot is given back. A request's
+body refers to it weakly, because a connection pool keeps the request while its connection is in
+use, and a reply that is dropped unread never ends that use.
 """
 
 import functools
@@ -17,7 +17,7 @@ from asyncbucket.http.attempt import Attempt
 
 
 class _AsyncBody:
-    """Pass an async body on, and tell the attempt."""
+    """Pass on an async body, and tell the attempt."""
 
     def __init__(self, inner: Any, attempt: Attempt) -> None:
         self._inner = inner
@@ -44,7 +44,7 @@ class _AsyncBody:
 
 
 class _SyncBody:
-    """Pass a body on, and tell the attempt."""
+    """Pass on a body, and tell the attempt."""
 
     def __init__(self, inner: Any, attempt: Attempt) -> None:
         self._inner = inner
@@ -56,7 +56,7 @@ class _SyncBody:
                 self._attempt.passes(chunk)
                 yield chunk
         except GeneratorExit:
-            raise  # perhaps by the collector, amid the limiter's work: `close` may follow
+            raise  # perhaps from the collector, amid the limiter's work: `close` may follow
         except BaseException:
             self._attempt.ended(complete=False)
             raise
@@ -70,7 +70,7 @@ class _SyncBody:
 
 
 class _AsyncLoad:
-    """The body of a request, which is asked for when its head has been sent."""
+    """The body of a request, which is read once the headers have been sent."""
 
     def __init__(self, inner: Any, attempt: Attempt) -> None:
         self._inner = inner
@@ -86,7 +86,7 @@ class _AsyncLoad:
 
 
 class _SyncLoad:
-    """The body of a request, which is asked for when its head has been sent."""
+    """The body of a request, which is read once the headers have been sent."""
 
     def __init__(self, inner: Any, attempt: Attempt) -> None:
         self._inner = inner
@@ -111,13 +111,13 @@ _LOADS: Final = {"AsyncByteStream": _AsyncLoad, "SyncByteStream": _SyncLoad}
 
 
 def body_class(stream: object, name: str) -> type[Any] | None:
-    """Return a kind of body that is what ``stream`` is: a subclass of its library's ``name``."""
-    kind: Any = type(stream)  # hashable, as mypy cannot know of a class of anything
+    """Return a class of body of the same kind as ``stream``: a subclass of its library's ``name``."""
+    kind: Any = type(stream)  # hashable, which mypy cannot know
     return _made_of(kind, name, _BODIES[name])
 
 
 def load(stream: Any, attempt: Attempt, name: str) -> Any:
-    """Return the body of a request that tells ``attempt`` when it leaves."""
+    """Return the body of a request, wrapped so that it tells ``attempt`` when it leaves."""
     kind: Any = type(stream)
     made = _made_of(kind, name, _LOADS[name])
     return stream if made is None else made(stream, attempt)

@@ -1,16 +1,16 @@
 """Transports that pace every HTTP attempt, under httpx and httpx2.
 
-A transport is the lowest layer of a client: redirects, authentication and an SDK's retries are above
-it, so each attempt of theirs comes through here and waits its turn, before the client's time-outs
-begin to count. It has no base class, for httpx and httpx2 ask for none; what it hands back is its
-inner transport's own response, whose stream is exchanged for one that looks on as the chunks pass.
-That stream must be of the library's own kind (the client insists), so its class is made from the
-one that the response came with.
+A transport is the lowest layer of a client. Redirects, authentication and an SDK's retries are
+above it, so each of their attempts comes through here and waits its turn, before the client's
+time-outs begin to count. It has no base class, because httpx and httpx2 need none. It returns its
+inner transport's own response, whose stream is replaced by one that watches the chunks pass. That
+stream must be of the library's own kind (the client checks), so its class is derived from that of
+the original stream.
 
-Where a call is paced already by the same limiter, by a wrapped model above or a paced transport
-beneath, it is charged once: the transport lets it pass, listens to the headers, and says what to
-change. An SDK's own retries above are fine for the limits, since each attempt is admitted; but they
-wait twice, in the SDK's back-off and in line, and so they are mentioned once.
+A call that is already paced by the same limiter, by a wrapped model above or by a paced transport
+beneath, is charged once: the transport lets it pass, reads the headers, and logs what to change. An
+SDK's own retries above do not break the limits, since each attempt is admitted; but they wait
+twice, in the SDK's back-off and in line, so they are mentioned once in the log.
 """
 
 import importlib
@@ -34,7 +34,7 @@ from asyncbucket.limiter.levels import is_under
 Family = Literal["auto", "httpx", "httpx2"]
 
 FAMILIES: Final = ("httpx", "httpx2")
-#: The SDKs' pool: how many calls are in flight is for the limiter to say.
+#: The SDKs' pool size; the limiter decides how many calls are in flight.
 POOL: Final = {"max_connections": 1_000, "max_keepalive_connections": 100}
 
 _log: Final = logging.getLogger("asyncbucket")
@@ -52,23 +52,25 @@ def transport(
     """Return an async transport that paces every request by ``limiter``.
 
     A client that is given a transport ignores its own ``http2=``, ``verify=``, ``limits=`` and the
-    proxies of the environment: give ``inner=httpx.AsyncHTTPTransport(http2=True)`` for those, or
+    proxies of the environment. For those, pass ``inner=httpx.AsyncHTTPTransport(http2=True)``, or
     use `asyncbucket.http.clients.http_client`, which keeps them.
 
     Args:
         limiter: what admits the requests.
         inner: the transport that sends them; it is closed with this one. By default the library's
-            own with the SDKs' pool of 1,000 connections.
-        family: the library of the default ``inner``; ``"auto"`` goes by the first request.
+            own, with the SDKs' pool of 1,000 connections.
+        family: the library of the default ``inner``; ``"auto"`` takes that of the first request.
         profile: a provider's name or a profile; by default it is found by the host of each request.
-        learn: hear what headers say is left, and of a limiter without limits, which there are.
+        learn: read what headers say is left; a limiter without limits adopts those that they
+            announce.
         routes: which child a request is for, by its path and model, with wildcards:
             ``{"/v1/embeddings": "embeddings", "gpt-4o*": "big"}``; see `asyncbucket.http.routes`.
             A refusal then pauses that child.
 
     Raises:
         ValueError: ``family``, ``profile`` or a route cannot be understood.
-        TypeError: ``inner`` is no async transport, or a route leads nowhere.
+        TypeError: ``inner`` is not an async transport, or a route's target is not a child or a
+            name.
         ImportError: the library that ``family`` names is not installed.
     """
     return PacedTransport(
@@ -92,9 +94,9 @@ def transport_sync(
 
 
 class _Paced:
-    """What both kinds of transport do alike."""
+    """What both kinds of transport share."""
 
-    #: The inner transport's method that sends a request, and the library's class of them.
+    #: The inner transport's method that sends a request, and the default transport's class name.
     _method = ""
     _default = ""
 
@@ -117,7 +119,7 @@ class _Paced:
             raise TypeError(f"inner must be a transport with {self._method}(), not {what}")
         if inner is None and family != "auto":
             inner = self._make(family)
-        #: What sends the requests; None until the first one tells by which library.
+        #: What sends the requests; None until the first request shows which library it is.
         self.inner: Any = inner
         self._reader = Reader(limiter, profile=profile, learn=learn, routes=routes)
         self._layers = Layers(limiter)
@@ -133,7 +135,7 @@ class _Paced:
         return f"<{type(self).__name__} of {self.limiter.name!r} above {inner}>"
 
     def _beneath(self, inner: "_Paced") -> Any:
-        """Return what is to send the requests, where ``inner`` may pace them, too."""
+        """Return the transport that will send the requests, if ``inner`` is a paced one."""
         ours, theirs = self.limiter, inner.limiter
         if is_under(ours, theirs):
             _log.warning(
@@ -154,12 +156,12 @@ class _Paced:
         return getattr(library, self._default)(limits=library.Limits(**POOL))
 
     def _watch(self, attempt: Attempt, reply: Any, kind: type[Any] | None) -> Any:
-        """Return ``reply`` with a stream that looks on."""
+        """Return ``reply`` with a stream that watches the body."""
         attempt.answered(reply)
         if reply.status_code >= FIRST_ERROR:
             self._layers.failures = True
         if kind is None or reply.is_closed:
-            if reply.is_closed:  # it came with its body, as those of tests do
+            if reply.is_closed:  # it came with its body, as in tests
                 attempt.passes(reply.content)
             attempt.ended(complete=True)
         else:
@@ -198,11 +200,11 @@ class PacedTransport(_Paced):
             attempt.failed(error)
             raise
         finally:
-            if request.stream is ours:  # or who has read it has put what can be sent again there
+            if request.stream is ours:  # else its reader has put a body there to resend
                 request.stream = body
 
     async def _open(self, request: Any) -> Any:
-        """Make the inner transport that goes with ``request``."""
+        """Make an inner transport of the library of ``request``."""
         self.inner = self._make(family_of(request))
         if self._entered:
             await self.inner.__aenter__()
@@ -265,7 +267,7 @@ class PacedTransportSync(_Paced):
             attempt.failed(error)
             raise
         finally:
-            if request.stream is ours:  # or who has read it has put what can be sent again there
+            if request.stream is ours:  # else its reader has put a body there to resend
                 request.stream = body
 
     def _open(self, request: Any) -> Any:
@@ -318,7 +320,7 @@ def library_named(family: str) -> Any:
 
 
 def family_of(request: Any) -> str:
-    """Return the library that a request is made by.
+    """Return the library that made a request.
 
     Raises:
         TypeError: it is made by neither.

@@ -1,8 +1,8 @@
-"""What a call did cost in tokens, as the reply says it.
+"""What a call did cost in tokens, as its reply says.
 
-Every provider says it in a place and with names of its own, and LlamaIndex passes it on as it comes:
-in `raw`, an object or a dict, or in `additional_kwargs`. Here is the one list of both. The numbers
-come from outside: what is not a number from 0 to ten million is not believed.
+Every provider reports it in another place and under other names, and LlamaIndex passes it on as it
+comes: in `raw`, an object or a dict, or in `additional_kwargs`. This module has the one list of
+both. The numbers come from outside: anything but a number from 0 to ten million is ignored.
 """
 
 import functools
@@ -12,7 +12,7 @@ from typing import Any, Final
 
 #: Where a reply, or an event of a stream, keeps its usage.
 _PLACES: Final = ("usage", "usage_metadata")
-#: Where a reply is kept by what is passed on: LlamaIndex, the end and the beginning of a stream, Mistral's
+#: Where other objects keep the reply: LlamaIndex's, the first and last events of streams, Mistral's
 #: events.
 _WRAPPERS: Final = ("raw", "additional_kwargs", "response", "message", "data")
 
@@ -32,22 +32,22 @@ _OUTPUT: Final = (
     "eval_count",
 )
 _TOTAL: Final = ("total_tokens", "totalTokens", "total_token_count")
-#: Anthropic and Bedrock count apart what is written to their cache, and read from it; limits of input
-#: count what is written, and not what is read.
+#: Anthropic and Bedrock count separately what is written to their cache, and read from it; limits
+#: of input count what is written, but not what is read.
 _CACHE_WRITES: Final = ("cache_creation_input_tokens", "cacheWriteInputTokens")
 _CACHE_READS: Final = ("cache_read_input_tokens", "cacheReadInputTokens")
 
-#: More than any model's context, and less than would stop a limiter for good.
+#: More than any model's context, and too little to stop a limiter for good.
 _MOST: Final = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """The tokens of one call, by which its lease is settled.
+    """The tokens of one call, used to settle its lease.
 
     Attributes:
-        input_tokens: what limits of input count, a prompt read from the provider's cache included or
-            not, as the provider does.
+        input_tokens: what limits of input count; whether that includes a prompt read from the
+            provider's cache depends on the provider.
         output_tokens: what came back, reasoning included.
         total: both.
     """
@@ -65,7 +65,7 @@ class Usage:
         )
 
     def __or__(self, other: "Usage | None") -> "Usage":
-        """Join what two events of a stream say: counts only grow, so the larger ones are right."""
+        """Merge two reports of one stream; counts only grow, so the larger ones are right."""
         if other is None:
             return self
         input_tokens = max(self.input_tokens, other.input_tokens)
@@ -77,10 +77,10 @@ class Usage:
 def usage_of(reply: object) -> Usage | None:
     """Return the usage that a reply carries, or None if it carries none.
 
-    `reply` is a ``ChatResponse``, a ``CompletionResponse``, what is in their ``raw``, or an event or
-    chunk of a stream; objects and dicts alike, of OpenAI (chat, responses, embeddings), Anthropic,
-    Gemini, Bedrock, Ollama and those that imitate them. All zeros are no usage: some servers send
-    them until they know.
+    `reply` is a ``ChatResponse``, a ``CompletionResponse``, the object in their ``raw``, or an
+    event or chunk of a stream; an object or a dict; from OpenAI (chat, responses, embeddings),
+    Anthropic, Gemini, Bedrock, Ollama or a compatible server. All zeros are no usage: some servers
+    send them until they know.
     """
     for place in _places(reply):
         usage = None if place is None else read_usage(place)
@@ -90,18 +90,18 @@ def usage_of(reply: object) -> Usage | None:
 
 
 def _places(reply: object) -> Iterator[object]:
-    """Yield where usage may be, the surest place first."""
+    """Yield the places where usage may be, the most reliable first."""
     raw = _get(reply, "raw")
     holders = [reply, *(_get(holder, name) for holder in (reply, raw) for name in _WRAPPERS)]
     for holder in holders:
         if holder is not None:
             yield from (_get(holder, name) for name in _PLACES)
-    # `additional_kwargs` of LlamaIndex's OpenAI, and Ollama's replies, hold the numbers themselves.
+    # `additional_kwargs` of LlamaIndex's OpenAI, and Ollama's replies, hold the numbers directly.
     yield from (holder for holder in holders if isinstance(holder, Mapping))
 
 
 def read_usage(place: object) -> Usage | None:
-    """Return the usage that is written in ``place``, which is one already, or None."""
+    """Return the usage in ``place``, an object with token counts, or None."""
     given, received = _number(place, *_INPUT) or 0, _number(place, *_OUTPUT) or 0
     total = _number(place, *_TOTAL) or 0
     if not (given or received or total):
@@ -109,15 +109,15 @@ def read_usage(place: object) -> Usage | None:
     written = _number(place, *_CACHE_WRITES) or 0
     if total:
         rest = max(0, total - given - received)
-        written = min(written, rest)  # of gateways like LiteLLM it is in the prompt
-        # Gemini counts its thoughts in the total alone, and Bedrock there what it read from its cache.
+        written = min(written, rest)  # gateways like LiteLLM count it in the prompt
+        # Gemini counts thoughts in the total only, and Bedrock counts cache reads there.
         received += max(0, rest - written - (_number(place, *_CACHE_READS) or 0))
     given += written
     return Usage(given, received, given + received)
 
 
 def _number(place: object, *names: str) -> int | None:
-    """Return the first number that goes by one of these names."""
+    """Return the first number under one of these names."""
     look = place.get if isinstance(place, dict) else functools.partial(_get, place)
     for name in names:
         value = look(name)
@@ -135,6 +135,6 @@ def _get(holder: Any, name: str) -> Any:
     if name in attributes:
         return attributes[name]
     if hasattr(holder, "__pydantic_fields_set__"):
-        # Asking pydantic for what it has not is slow, and each chunk of a stream is asked.
+        # Asking pydantic for a missing attribute is slow, and each chunk of a stream is asked.
         return (holder.__pydantic_extra__ or {}).get(name)
     return getattr(holder, name, None)

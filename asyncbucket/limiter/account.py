@@ -1,4 +1,4 @@
-"""What a limiter keeps: its limits in force, with the meters that count for them."""
+"""What a limiter keeps: its limits in force, with their meters."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -31,8 +31,8 @@ _NONE: Final[frozenset[Any]] = frozenset()
 class Account(Books):
     """Keep a limiter's limits in force.
 
-    All is written with the budget's lock held. `limits`, `headrooms` and `learned` are replaced, never
-    changed in place, so that they may be read without it.
+    Everything is written with the budget's lock held. `limits`, `headrooms` and `learned` are
+    replaced, never changed in place, so they may be read without it.
     """
 
     __slots__ = (
@@ -64,31 +64,31 @@ class Account(Books):
         super().__init__(name, parent, clock=clock, weight=weight)
         self.max_queue = max_queue
         self.children: dict[str, Account] = NOTHING
-        #: Their limiters, by their own names, and the tenants here: the same for all that stand for
-        #: this account. A tenant that was put to rest and is back has several.
+        #: The children's `Limiter` objects, by name, and the tenants: the same for all `Limiter`
+        #: objects of this account. A tenant that was put to rest and came back has several.
         self.limiters: dict[str, Limiter] = NOTHING
         self.keys: Keys[Limiter] | None = None
         self.limits: dict[Key, Kept] = {}
         self.slots: Slots | None = None
-        #: Calls admitted before there were slots: each counts as holding one until it ends.
+        #: Calls admitted before there were slots; each counts as holding one until it ends.
         self.early = 0
-        #: What finds the number of slots, where it is not given.
+        #: What finds the number of slots, if it is not given.
         self.adaptive: Adaptive | None = None
         self.pause: Pause | None = None
         #: What the provider says is left, where it says so.
         self.headrooms: dict[Key, Headroom] = NOTHING
-        #: Those of its limits that the provider announced, and nobody gave.
+        #: Limits that the provider announced and nobody gave.
         self.learned: frozenset[Key] = _NONE
-        #: Where the limits are kept, if that is not here.
+        #: Where the limits are kept, if not here.
         self.remote: Remote | None = None
         #: Whether its limits were changed after it was made.
         self.steered = False
-        #: Whether it was put to rest, and another will stand for the same tenant.
+        #: Whether it was put to rest; another account will stand for the same tenant.
         self.retired = False
 
     @property
     def personal(self) -> bool:
-        """Whether it is a tenant's, or belongs to one."""
+        """Whether it belongs to a tenant."""
         return "/*" in self.name
 
     def add_child_locked(self, name: str, terms: Terms) -> "Account":
@@ -116,7 +116,7 @@ class Account(Books):
             child.after_fork()
 
     def set_limits(self, limits: list[Limit], concurrency: Concurrency | None) -> None:
-        """Put limits in force, keeping what was booked under those of the same window."""
+        """Put limits in force, keeping what was booked under limits of the same window."""
         bounds = read_concurrency(concurrency)
         with self.budget.lock:
             now = self.budget.clock()
@@ -129,8 +129,8 @@ class Account(Books):
     def reconfigure(
         self, limits: list[Limit], concurrency: Concurrency | None, *, weight: float | None
     ) -> None:
-        """Change limits that were given, or that were learned, and a child's share."""
-        read_concurrency(concurrency)  # a mistake shows before anything is changed
+        """Change limits, given or learned, and a child's weight."""
+        read_concurrency(concurrency)  # report mistakes before anything is changed
         if self.remote is not None:
             self.remote.check(limits, concurrency)
         with self.budget.lock:
@@ -147,7 +147,7 @@ class Account(Books):
             self.tell(LimitChanged, limit=f"concurrency {self.slots.size}")
 
     def learn(self, limit: Limit) -> None:
-        """Take over a limit that the provider announces, if none was given.
+        """Adopt a limit that the provider announces, if none was given.
 
         Raises:
             ValueError: the store cannot count that far.
@@ -168,7 +168,7 @@ class Account(Books):
     def hear_remaining_locked(
         self, key: Key, remaining: int, *, limit: int | None, since: int, rounding: int
     ) -> None:
-        """Hear from the provider what is left of a limit that others spend from, too."""
+        """Take in what the provider says is left of a limit that others spend from, too."""
         kept = self.limits.get(key)
         if kept is None:
             return
@@ -190,7 +190,7 @@ class Account(Books):
         self.budget.ring_locked(self)
 
     def pause_locked(self, until: int, *, gradually: bool) -> None:
-        """Let nobody pass before ``until``, and then, if so wished, few at first."""
+        """Let nobody pass before ``until``, and then, if ``gradually``, few at first."""
         if self.pause is None:
             self.pause = Pause()
             self.changed_locked()
@@ -201,7 +201,7 @@ class Account(Books):
         self.budget.ring_locked(self)
 
     def begin_early_locked(self, gates: Gates) -> None:
-        """Let a call through ``gates`` hold the slots, here and above, that came to be before it ran."""
+        """Let a call through ``gates`` hold slots, here and above, that were added before it ran."""
         for account in self.path:
             slots = account.slots
             if slots is not None and account.remote is None and slots not in gates.slots:
@@ -209,7 +209,7 @@ class Account(Books):
                 slots.book(1, 0)
 
     def end_early_locked(self, gates: Gates) -> bool:
-        """Give back the slot of a call through ``gates`` if it was in flight before there were any."""
+        """Give back the slot of a call through ``gates`` that was in flight before there were slots."""
         slots = self.slots
         if not self.early or slots is None or slots in gates.slots or slots in gates.given_back:
             return False
@@ -218,7 +218,7 @@ class Account(Books):
         return True
 
     def resize_locked(self) -> None:
-        """Take over the number of slots that was found, and let in whoever fits by it."""
+        """Adopt the number of slots that was found, and admit the calls that it lets in."""
         assert self.adaptive is not None
         assert self.slots is not None
         larger = self.adaptive.size > self.slots.size
@@ -237,13 +237,13 @@ class Account(Books):
         return Gates(self._meters(), tuple(kept.limit for kept in self.limits.values()))
 
     def forget_through(self) -> None:
-        """See `Node.forget_through`; what lies below has other meters above it now, too."""
+        """See `Node.forget_through`; the meters above the children have changed, too."""
         super().forget_through()
         for child in self.children.values():
             child.forget_through()
 
     def check_locked(self, amounts: Amounts) -> None:
-        """Refuse what can never pass, here or above.
+        """Refuse a cost that can never pass, here or above.
 
         Raises:
             CostExceedsLimit: it costs more than a limit.
@@ -261,7 +261,7 @@ class Account(Books):
                     )
 
     def resources(self) -> set[str]:
-        """Return what is limited, here or above."""
+        """Return the resources that are limited, here or above."""
         return {resource for account in self.path for resource, _ in account.limits}
 
     def check_known(self, names: Iterable[str]) -> None:
@@ -290,7 +290,7 @@ class Account(Books):
             yield LimitUse(limit, used=window.used, available=available)
 
     def _set_slots_locked(self, bounds: tuple[int, int], *, fixed: bool) -> None:
-        """Have a fixed number of slots, or one to be found; a search goes on from where it is."""
+        """Set a fixed number of slots, or search for one, on from where an earlier search is."""
         size = bounds[0]
         if fixed:
             self.adaptive = None
@@ -306,9 +306,9 @@ class Account(Books):
             self.slots.reshape(size=size)
 
     def _meters(self) -> Iterator[tuple[Meter, str]]:
-        """Yield the meters with what they count; a bucket behind its window: see `Gates.soonest`."""
+        """Yield each meter with what it counts; a bucket follows its window: see `Gates.soonest`."""
         if self.pause is not None:
-            yield self.pause, "concurrency"  # of which every call takes one
+            yield self.pause, "concurrency"  # each call takes one of it
         if self.remote is not None:
             return
         if self.slots is not None:
@@ -321,7 +321,7 @@ class Account(Books):
             yield headroom, resource
 
     def binding_locked(self) -> str | None:
-        """Return what holds up who goes next, if anybody waits here."""
+        """Return what holds up the next call, if anybody waits here."""
         if not self.waiting:
             return None
         remote = self.path[-1].remote
@@ -329,7 +329,7 @@ class Account(Books):
         elsewhere = None if known is None else known[0]
         pacers = self.budget.pacers.values()
         here = next(filter(None, (pacer.queue.binding(self) for pacer in pacers)), None)
-        # At the root the store's word comes first, for its limits lie there; below, the child's own.
+        # At the root the store's answer comes first, as it keeps these limits; below, the child's.
         bound = (elsewhere or here) if self.parent is None else (here or elsewhere)
         return bound or next(filter(None, (pacer.bound_by for pacer in pacers)), None)
 

@@ -1,4 +1,4 @@
-"""What `Limiter.acquire` returns: to be awaited for a lease, or entered for one."""
+"""What `Limiter.acquire` returns: await it, or enter it, to get a lease."""
 
 import inspect
 import warnings
@@ -12,14 +12,14 @@ from asyncbucket.limiter.lease import Lease
 
 
 class Acquisition(Coroutine[Any, Any, Lease]):
-    """Wait for a lease: ``await`` it, or enter it for one that is released on leaving.
+    """Wait for a lease: ``await`` it, or enter it for a lease that is released on leaving.
 
-    Nothing is taken before that, and its ``timeout`` counts from then. It is a coroutine as far as
-    ``asyncio.create_task`` and its like are concerned. It may be entered again when it was left, not by
-    several tasks at a time.
+    Nothing is taken before that, and ``timeout`` counts from then. For ``asyncio.create_task`` and
+    the like it is a coroutine. It may be entered again after it was left, but not by several tasks
+    at a time.
     """
 
-    __name__ = "acquire"  # how tasks call it
+    __name__ = "acquire"  # shown in the task's repr
 
     __slots__ = ("_amounts", "_coroutine", "_deadline", "_door", "_entered", "_lease", "_priority")
 
@@ -49,7 +49,7 @@ class Acquisition(Coroutine[Any, Any, Lease]):
         return self._door.wait(self._amounts, deadline, self._priority)
 
     async def __aenter__(self) -> Lease:
-        if self._entered:  # whose lease would be released on leaving?
+        if self._entered:  # it could not tell which lease to release on leaving
             raise RuntimeError(
                 "this acquisition is entered already: call acquire() for another lease"
             )
@@ -79,7 +79,7 @@ class Acquisition(Coroutine[Any, Any, Lease]):
                 lease.broken(error)
 
     def __enter__(self) -> NoReturn:
-        """Say what was meant.
+        """Refuse, and say what to write.
 
         Raises:
             TypeError: always.
@@ -91,7 +91,7 @@ class Acquisition(Coroutine[Any, Any, Lease]):
         )
 
     def __exit__(self, *_: object) -> None:
-        """Never be reached."""
+        """Satisfy the protocol; never reached."""
 
     def __repr__(self) -> str:
         return f"<Acquisition {Cost.of(self._amounts)}: await it, or enter it by async with>"
@@ -114,19 +114,19 @@ class Acquisition(Coroutine[Any, Any, Lease]):
         return self._running().send(value)
 
     def throw(self, *args: Any) -> Any:
-        """Raise inside, as in a coroutine."""
+        """Raise an exception inside, as in a coroutine."""
         return self._running().throw(*args)
 
     def close(self) -> None:
-        """End, as a coroutine does: it is awaited no more, and nobody forgot to."""
+        """Close it, as a coroutine: it counts as awaited, so there is no warning."""
         self._begun().close()
 
 
 class FirstAcquisition(Acquisition):
-    """Warn if nobody awaits it.
+    """Warn if it is never awaited.
 
-    Who forgets to does so from the first call on. So only those of a limiter that nobody has asked yet
-    are watched, for to finalize all of them would take time.
+    Whoever forgets to await does so from the first call on. So only the acquisitions of a limiter
+    that nobody has used yet are watched, because a finalizer on all of them would take time.
     """
 
     __slots__ = ()

@@ -1,4 +1,4 @@
-"""What a limiter has booked, told by how long ago, to be booked again by one that comes after it."""
+"""What a limiter has booked, with ages instead of dates, so that a later limiter can rebook it."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ class Booked:
     resource: str
     #: The limit's window, in seconds.
     per: float
-    #: Within the window: how many nanoseconds ago, and how many units; oldest first.
+    #: In the window: how many nanoseconds ago, and how many units; oldest first.
     entries: tuple[tuple[int, int], ...]
-    #: Units that the bucket lacks which paces it.
+    #: Units missing in the bucket that paces it.
     missing: int
 
 
 def bookings(limiter: Limiter) -> tuple[Booked, ...]:
-    """Return what each limit of ``limiter`` has booked; those above it are not asked."""
+    """Return what each limit of ``limiter`` has booked; limiters above it are not included."""
     account = limiter._account  # noqa: SLF001 - its own kind
     with account.budget.lock:
         now = account.budget.clock()
@@ -36,7 +36,7 @@ def bookings(limiter: Limiter) -> tuple[Booked, ...]:
 
 
 def rebook(limiter: Limiter, booked: Iterable[Booked], *, ago: int) -> None:
-    """Book again what was told ``ago`` nanoseconds ago; limits that are gone are left out."""
+    """Book again what was reported ``ago`` nanoseconds ago; limits that no longer exist are skipped."""
     account = limiter._account  # noqa: SLF001 - its own kind
     with account.budget.lock:
         now = account.budget.clock()

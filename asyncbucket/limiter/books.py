@@ -1,4 +1,4 @@
-"""What a limiter counts of its calls, and whom it tells of them."""
+"""What a limiter counts of its calls, and which observers it tells."""
 
 import re
 from collections.abc import Callable
@@ -10,12 +10,12 @@ from asyncbucket.events import Callback, Event, Observers
 from asyncbucket.node import Node
 from asyncbucket.queue import Waiter
 
-#: What most of ten thousand idle limiters have of something: a container each would be dear.
+#: An empty mapping: most of ten thousand idle limiters need no container of their own.
 NOTHING: Final[Any] = MappingProxyType({})
 
 
 class Books(Node):
-    """Count the calls of one limiter, here and above, and tell whoever watches of what happens."""
+    """Count the calls of one limiter, here and above, and tell observers what happens."""
 
     __slots__ = (
         "admitted",
@@ -42,18 +42,18 @@ class Books(Node):
         super().__init__(parent, weight=weight)
         self.budget: Budget = Budget(clock, self) if parent is None else parent.budget
         self.name = name
-        #: What others may see of the name: tenants are nobody's business.
+        #: The name that others may see: tenants' names are private.
         self.shown = shown_name(name)
         self.observers: Observers | None = None
         self.admitted = 0
         self.cancelled = 0
         self.refused = 0
-        #: Admissions whose leases are open no more.
+        #: Admissions whose leases are no longer open.
         self.ended = 0
         self.upstream_429 = 0
         #: Units given back by settling, by resource.
         self.refunded: dict[str, int] = NOTHING
-        #: How many calls waited, and for how many ns together, by what bound them.
+        #: How many calls waited, and how long (ns) in total, by what bound them.
         self.waits: dict[str, tuple[int, int]] = NOTHING
 
     @property
@@ -62,17 +62,17 @@ class Books(Node):
         return self.admitted - self.ended
 
     def after_fork(self) -> None:
-        """Begin anew in a child process: the leases in flight are the parent's."""
+        """Start afresh in a child process: the leases in flight are the parent's."""
         super().after_fork()
         self.ended = self.admitted
 
     def count_refusal_locked(self) -> None:
-        """Count a call that was turned away, here and above."""
+        """Count a refused call, here and above."""
         for account in self.path:
             account.refused += 1
 
     def give_up_locked(self, waiter: Waiter) -> None:
-        """Let ``waiter`` go, and count that it gave up, here and above."""
+        """Withdraw ``waiter``, and count that it gave up, here and above."""
         if self.budget.withdraw_locked(waiter):
             for account in self.path:
                 account.cancelled += 1
@@ -87,7 +87,7 @@ class Books(Node):
             account.waits[bound_by] = (count + 1, total + waited)
 
     def count_refund_locked(self, resource: str, amount: int) -> None:
-        """Count what was given back, here and above."""
+        """Count a refund, here and above."""
         for account in self.path:
             account.refunded = account.refunded or {}
             account.refunded[resource] = account.refunded.get(resource, 0) + amount
@@ -98,7 +98,7 @@ class Books(Node):
         return self.budget.waiting if self.parent is None else self.waiting_below_root
 
     def observe(self, callback: Callback) -> Callable[[], None]:
-        """Tell ``callback`` of all that happens here and below, until what is returned is called."""
+        """Call ``callback`` with all events here and below, until the returned function is called."""
         if self.observers is None:
             self.observers = Observers()
         remove = self.observers.add(callback)
@@ -116,31 +116,31 @@ class Books(Node):
         return unobserve
 
     def emit(self, event: Event) -> None:
-        """Tell those who watch, here or above; called without the lock."""
+        """Tell observers, here and above; called without the lock."""
         for account in reversed(self.path):
             if account.observers is not None:
                 account.observers.emit(event)
 
     def tell(self, kind: type[Event], at: int | None = None, **what: Any) -> None:
-        """Make an event of now, or of ``at``, for those who watch, here or above; called without the lock."""
+        """Make an event of now, or of ``at``, for observers here and above; called without the lock."""
         if self.budget.observed:
             at = self.budget.clock() if at is None else at
             self.emit(kind(limiter=self.shown, at=at * 1e-9, **what))
 
     def tell_later(self, kind: type[Event], **what: Any) -> None:
-        """Make an event that observers hear with the next one: this may run with the lock held."""
+        """Make an event that is sent with the next one, because the lock may be held."""
         event = kind(limiter=self.shown, at=self.budget.clock() * 1e-9, **what)
         for account in self.path:
             if account.observers is not None:
                 account.observers.emit_later(event)
 
     def flush(self) -> None:
-        """Make those who watch hear what was to be told later; called without the lock."""
+        """Send the events that were postponed; called without the lock."""
         for account in self.path:
             if account.observers is not None:
                 account.observers.flush()
 
 
 def shown_name(name: str) -> str:
-    """Return the name of a limiter as others may see it: a star for a tenant, as `keys` marks them."""
+    """Return the name that others may see: a star instead of a tenant, which `keys` marks by one."""
     return re.sub(r"/\*[^/]*", "/*", name)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _AT_ONCE: Final = "without waiting"
-#: A deadline that lies further back (ns) was probably meant as seconds from now.
+#: A deadline further back (ns) than this was probably meant as seconds from now.
 _LONG_PAST: Final = 1_000_000_000
 #: What observers hear of a refusal.
 _REASONS: Final[dict[type, Reason]] = {
@@ -29,7 +29,7 @@ _REASONS: Final[dict[type, Reason]] = {
 
 
 class Door:
-    """Let calls in under the limits of one account, and of those above it."""
+    """Admit calls under the limits of one account and of those above it."""
 
     __slots__ = ("_account", "asked", "find_again", "priority", "timeout")
 
@@ -37,11 +37,11 @@ class Door:
         self, account: Account, *, timeout: float | None = None, priority: int = 0
     ) -> None:
         self._account = account
-        #: What finds the account anew, after it was put to rest.
+        #: Finds the account again after it was put to rest.
         self.find_again: Callable[[], Account] | None = None
-        #: Whether anybody is known to have come this way: what `was_asked` has found.
+        #: Whether any call is known to have come this way: the latest answer of `was_asked`.
         self.asked = False
-        #: What holds for calls that say nothing themselves.
+        #: What applies to calls that have none of their own.
         self.timeout = timeout
         self.priority = priority
 
@@ -54,7 +54,7 @@ class Door:
         return self._account
 
     def was_asked(self) -> bool:
-        """Tell whether anybody has come this way; it may be called anywhere, by a finalizer, too."""
+        """Tell whether any call has come this way; it may be called anywhere, even by a finalizer."""
         if not self.asked:
             account = self._account
             came = account.admitted or account.waiting or account.refused or account.cancelled
@@ -64,7 +64,7 @@ class Door:
     def deadline_for(
         self, timeout: float | None, deadline: float | None, here: Inherited | None
     ) -> int | None:
-        """Return the earliest of all ends that were given, in ns of the limiter's clock."""
+        """Return the earliest of all given deadlines, in ns of the limiter's clock."""
         if timeout is None:
             timeout = self.timeout
         now = self.account.budget.clock()
@@ -76,7 +76,7 @@ class Door:
         return inherited if end is None else min(end, inherited)
 
     def priority_for(self, priority: Priority | None, here: Inherited | None) -> int:
-        """Return the priority of a call: its own, what it inherits, or the limiter's."""
+        """Return the priority of a call: its own, the inherited one, or the limiter's."""
         if priority is not None:
             return read_priority(priority)
         return self.priority if here is None or here.priority is None else here.priority
@@ -132,7 +132,7 @@ class Door:
         *,
         on_loop: bool = True,
     ) -> Lease:
-        """Return a lease in turn; ``on_loop`` tells whether this loop's task will hold it."""
+        """Return a lease in turn; ``on_loop`` tells whether a task of this loop will hold it."""
         account = self._lock()
         budget = account.budget
         try:
@@ -147,11 +147,11 @@ class Door:
                 if budget.observed:
                     account.tell(Queued, cost=Cost.of(amounts), waiting=account.waiting)
                 passage = await waiter
-            except CostExceedsLimit:  # it was taken out of the line by who told it so
+            except CostExceedsLimit:  # whoever raised it has taken the waiter out
                 raise
             except BaseException as error:
                 budget.run_or_postpone(functools.partial(account.give_up_locked, waiter))
-                del waiter  # or the traceback of the error would keep it alive
+                del waiter  # else the error's traceback would keep it alive
                 _tell_cancelled(account, amounts, budget.clock() - now, error)
                 raise
             with budget.lock:
@@ -175,7 +175,7 @@ class Door:
         return lease
 
     def _lock(self) -> Account:
-        """Return the account, with its budget's lock held; another thread may put it to rest."""
+        """Return the account, with its budget's lock held; another thread may put it to rest first."""
         while True:
             account = self.account
             account.budget.lock.acquire()
@@ -199,7 +199,7 @@ def _refuse_if_hopeless_locked(
             )
     if deadline is None:
         return
-    # Who gives up in line leaves to the next what it has earned by standing first.
+    # A head that gives up leaves to the next what it has earned by being first in line.
     since = 0 if account.waiting else now
     if account.through.soonest(amounts, now, since=since) > deadline:
         raise _too_late_locked(account, amounts, now, deadline)
@@ -242,7 +242,7 @@ def _note_refusal(
     amounts: dict[str, int],
     error: WouldBlock | AcquireTimeout | QueueFull | CostExceedsLimit,
 ) -> None:
-    """Count a call that was turned away, and tell those who watch."""
+    """Count a refused call, and tell observers."""
     with account.budget.lock:
         account.count_refusal_locked()
     if account.budget.observed:

@@ -1,6 +1,6 @@
-"""What a limiter stands in front of: functions, models, HTTP clients, whole batches.
+"""What can be put behind a limiter: functions, models, HTTP clients, whole batches.
 
-Each method loads the adapter that does the work when it is called, so that the core needs none.
+Each method loads its adapter when it is called, so the core needs none of them.
 """
 
 import functools
@@ -37,7 +37,7 @@ class Wrapping(TypedDict, total=False):
     """What `Doors.wrap` takes by keyword."""
 
     child: "str | Limiter | None"
-    #: A ``Retry``, attempts at most, or False.
+    #: A ``Retry``, the most attempts, or False.
     retry: Any
     #: An ``Estimator``.
     estimator: Any
@@ -46,7 +46,7 @@ class Wrapping(TypedDict, total=False):
 
 
 class Doors(ABC):
-    """Put things behind the limits of a `Limiter`, which inherits all of this."""
+    """Put things behind the limits of a `Limiter`, which inherits all of these methods."""
 
     __slots__ = ()
 
@@ -60,10 +60,10 @@ class Doors(ABC):
 
     @classmethod
     def from_env(cls, prefix: str = "ASYNCBUCKET_", **options: Any) -> Self:
-        """Return a limiter as environment variables describe it: ``ASYNCBUCKET_RPM=500``...
+        """Return a limiter configured by environment variables such as ``ASYNCBUCKET_RPM=500``.
 
         Args:
-            prefix: how the variables' names begin.
+            prefix: how the names of the variables begin.
             options: as in `asyncbucket.settings.from_env`.
 
         Raises:
@@ -75,7 +75,7 @@ class Doors(ABC):
 
     @classmethod
     def from_toml(cls, path: Any = None, **options: Any) -> Self:
-        """Return a limiter as ``[tool.asyncbucket]`` in a TOML file describes it.
+        """Return a limiter configured by ``[tool.asyncbucket]`` in a TOML file.
 
         Args:
             path: the file; by default ``asyncbucket.toml`` or ``pyproject.toml`` here or above.
@@ -100,14 +100,14 @@ class Doors(ABC):
         self, /, **cost: float | str | Callable[..., float | str] | None
     ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
     def paced(self, function: Any = None, /, **cost: Any) -> Any:
-        """Decorate a function, async or plain, so that each call of it is admitted first.
+        """Decorate a function, async or plain, so that each call waits for an admission first.
 
-        Keywords are those of `acquire`; a callable gets the call's own arguments:
+        Keywords are those of `acquire`. A callable is called with the call's own arguments:
         ``@limiter.paced(tokens=lambda prompt: len(prompt) // 4)``.
 
         Raises:
-            TypeError: it is not a function, or a generator; or, when it is called, it is a plain function
-                that returns a coroutine.
+            TypeError: it is not a function, or it is a generator function; or, when called, it is a
+                plain function that returns a coroutine.
         """
         if function is None:
             return functools.partial(self._paced, cost=cost)
@@ -134,7 +134,7 @@ class Doors(ABC):
         def paced_sync(*args: Any, **kwargs: Any) -> Any:
             with self.acquire_sync(**price(cost, *args, **kwargs)) as lease:
                 result = function(*args, **kwargs)
-                if inspect.iscoroutine(result):  # nothing of it has run
+                if inspect.iscoroutine(result):  # it has not started
                     result.close()
                     lease.undo()
                     raise TypeError(
@@ -156,38 +156,38 @@ class Doors(ABC):
     def wrap(self, obj: Any, **options: Unpack["Wrapping"]) -> Any:
         """Return ``obj``, a LlamaIndex LLM, embedding model or tool, paced by this limiter.
 
-        It is of the same class, with the same fields, tools, streaming and structured output; a list
-        comes back as a list. Needs the extra ``asyncbucket[llama-index]``.
+        The result is of the same class, with the same fields, tools, streaming and structured
+        output. For a list it is a list. Needs the extra ``asyncbucket[llama-index]``.
 
         >>> llm = limiter.wrap(OpenAI(model="gpt-4o-mini"), child="chat")
         >>> tools = limiter.wrap([search, weather], child="tools")
 
         Args:
-            obj: any LlamaIndex ``LLM``, ``BaseEmbedding`` or ``BaseTool``, or a list or tuple of them;
-                plain functions in it become tools.
-            options: ``child=``, the name of a child of this limiter to be used instead, or one that
-                is under it; ``retry=`` and ``estimator=`` of models; ``cost=`` of tools, one request by
-                default. As in `asyncbucket.llama_index.wrap`.
+            obj: any LlamaIndex ``LLM``, ``BaseEmbedding`` or ``BaseTool``, or a list or tuple of
+                them; plain functions in it become tools.
+            options: ``child=``, a limiter below this one to use instead, or its name; ``retry=``
+                and ``estimator=`` of models; ``cost=`` of tools, one request by default. See
+                `asyncbucket.llama_index.wrap`.
 
         Raises:
-            TypeError: ``obj`` is nothing that can be wrapped, or an option does not apply to it.
-            ValueError: ``obj`` is paced by another limiter, or ``child`` is not under this one.
+            TypeError: ``obj`` cannot be wrapped, or an option does not apply to it.
+            ValueError: ``obj`` is paced by another limiter, or ``child`` is not below this one.
         """
         from asyncbucket.llama_index.wrap import wrap
 
         return wrap(obj, self._limiter, **options)
 
     def transport(self, inner: Any = None, **options: Any) -> Any:
-        """Return a transport for ``httpx.AsyncClient`` or ``httpx2.AsyncClient``, paced.
+        """Return a paced transport for ``httpx.AsyncClient`` or ``httpx2.AsyncClient``.
 
-        Every HTTP attempt waits for its admission, and holds its slot until the reply's body is
-        read, closed or dropped; else all is as without it. Needs ``asyncbucket[http]``.
+        Each HTTP attempt waits for its admission, and holds its slot until the body of the reply is
+        read, closed or dropped. Everything else is unchanged. Needs ``asyncbucket[http]``.
 
         >>> http = httpx.AsyncClient(transport=limiter.transport())
         >>> client = AsyncOpenAI(http_client=http, max_retries=0)
 
         Args:
-            inner: the transport that does the work; by default the client's own kind.
+            inner: the transport that sends the requests; by default the client's own kind.
             options: ``family=``, ``profile=``, ``learn=`` and ``routes=``, as in
                 `asyncbucket.http.transport.transport`.
 
@@ -199,19 +199,19 @@ class Doors(ABC):
         return transport(self._limiter, inner, **options)
 
     def transport_sync(self, inner: Any = None, **options: Any) -> Any:
-        """Return a transport for ``httpx.Client`` or ``httpx2.Client``; see `transport`."""
+        """Return a paced transport for ``httpx.Client`` or ``httpx2.Client``; see `transport`."""
         from asyncbucket.http.transport import transport_sync
 
         return transport_sync(self._limiter, inner, **options)
 
     def http_client(self, **options: Any) -> Any:
-        """Return an ``AsyncClient``, paced, with the pool, time-outs and redirects of the SDKs.
+        """Return a paced ``AsyncClient`` with the SDKs' settings for pool, time-outs and redirects.
 
         >>> client = AsyncOpenAI(http_client=limiter.http_client(), max_retries=0)
 
         Args:
             options: ``family=``, ``sync=``, ``profile=``, ``learn=`` and ``routes=``, as in
-                `asyncbucket.http.clients.http_client`, and those of the client itself.
+                `asyncbucket.http.clients.http_client`, and arguments for the client itself.
 
         Raises:
             ImportError: neither httpx nor httpx2 is installed.
@@ -227,7 +227,7 @@ class Doors(ABC):
         items: "Iterable[T] | AsyncIterable[T]",
         **options: Any,
     ) -> "Results[T, R]":
-        """Call ``fn`` with each of ``items``, paced, and iterate over the results as they come.
+        """Call ``fn`` with each of ``items``, paced, and iterate over the results as they arrive.
 
         Memory is bounded however many items there are. Needs ``asyncbucket[batch]``.
 
@@ -236,7 +236,7 @@ class Doors(ABC):
 
         Args:
             fn: an async function of one item.
-            items: any iterable, plain or async, endless ones too.
+            items: any iterable, plain or async; it may be endless.
             options: ``ordered=``, ``errors=``, ``show_progress=``, ``checkpoint=`` and others, as
                 in `asyncbucket.batch.amap`.
         """
@@ -256,13 +256,13 @@ class Doors(ABC):
         self, fn: Callable[[T], R], items: "Iterable[T] | AsyncIterable[T]", **options: Any
     ) -> "Generator[Item[T, R]]": ...
     def map(self, fn: Callable[..., Any], items: Any, **options: Any) -> Any:
-        """Call ``fn`` with each of ``items``, paced, for code without an event loop; see `amap`."""
+        """Call ``fn`` with each of ``items``, paced, in code without an event loop; see `amap`."""
         from asyncbucket.batch import map_sync
 
         return map_sync(self._limiter, fn, items, **options)
 
     def serve_stats(self, **options: Any) -> Any:
-        """Serve what this limiter and its children do, read-only, on this machine alone.
+        """Serve the statistics of this limiter and its children, read-only, on this machine only.
 
         >>> server = limiter.serve_stats()
         >>> server.url  # for: asyncbucket watch http://127.0.0.1:40317
@@ -280,13 +280,13 @@ class Doors(ABC):
         return serve_stats(self._limiter, **options)
 
     def trace(self, last: int = 10_000) -> Any:
-        """Keep the last events from now on, for a plot or a test; see `asyncbucket.stats.Trace`.
+        """Keep the latest events from now on, for a plot or a test; see `asyncbucket.stats.Trace`.
 
         Args:
-            last: how many are kept, 1 at least.
+            last: how many are kept, at least 1.
 
         Raises:
-            ValueError: ``last`` is not such a number.
+            ValueError: ``last`` is less than 1.
         """
         from asyncbucket.stats import Trace
 
@@ -294,7 +294,7 @@ class Doors(ABC):
 
 
 def price(cost: Mapping[str, Any], /, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Return the amounts of a call: where one is a callable, it gets the call's own arguments."""
+    """Return the amounts of a call: a callable amount is called with the call's own arguments."""
     return {
         name: amount(*args, **kwargs) if callable(amount) else amount
         for name, amount in cost.items()

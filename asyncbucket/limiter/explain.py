@@ -13,9 +13,9 @@ from asyncbucket.wording import counted, does, in_seconds, named, rounded
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Show how many calls like the one asked about a limit lets pass, in the long run."""
+    """Show how many calls like the one in question a limit admits in the long run."""
 
-    #: The limiter that has it: the one asked, or one above it.
+    #: The limiter with this limit: the one asked, or one above it.
     limiter: str
     limit: Limit
     #: Calls a second.
@@ -30,17 +30,17 @@ class Explanation:
     """
 
     cost: Cost
-    #: Seconds until such a call would pass, after all that go before it; None where only a slot
-    #: that is given back can tell, or the store that keeps the limits: of that it is known what was
-    #: heard last. Settling, cancelling and a fair share of its own make it less.
+    #: Seconds until such a call would pass, after all those ahead of it. None if that depends on a
+    #: slot being given back, or on the store that keeps the limits, of which only the latest reply
+    #: is known. Settling, cancelling and the call's own fair share shorten it.
     wait: float | None
-    #: What it would wait for: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``; None
-    #: if it would pass at once.
+    #: What it would wait for: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``;
+    #: None if it would pass at once.
     bound_by: str | None
-    #: Calls that may go before it: those that wait, without less urgent ones and without those
-    #: that wait for limits which are not its own.
+    #: Calls that may go before it: those that wait, except less urgent ones and those held up by
+    #: limits that do not apply to it.
     ahead: int
-    #: What each limit allows of such calls in the long run, the tightest first.
+    #: How many such calls each limit admits in the long run, the tightest first.
     rates: tuple[Rate, ...]
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class Explanation:
 
 
 def explain_locked(account: Account, amounts: dict[str, int], priority: int) -> Explanation:
-    """Explain what a call of those amounts would meet; called with the budget's lock held."""
+    """Explain what would happen to a call of these amounts; called with the budget's lock held."""
     now = account.budget.clock()
     gates, ahead, last, bound_by = _line_up(account, now, priority)
     when: int = last
@@ -93,16 +93,16 @@ def explain_locked(account: Account, amounts: dict[str, int], priority: int) -> 
 
 
 def _line_up(account: Account, now: int, priority: int) -> tuple[Gates, int, int, str | None]:
-    """Book all who go before in copies of the meters, in order of arrival.
+    """Book all calls ahead in copies of the meters, in order of arrival.
 
-    Return the copies, how many there are, when the last of them passes, and what held it up.
+    Return the copies, how many calls there are, when the last one passes, and what held it up.
     """
     waiters = sorted(
         waiter for pacer in account.budget.pacers.values() for waiter in pacer.queue.waiters()
     )
     copies: dict[int, object] = {}
-    first: dict[object, int] = {}  # when whoever stands first in a line came to be that
-    held: set[object] = set()  # lines whose first waits for limits that are not those of the call
+    first: dict[object, int] = {}  # when the first in each line became the first
+    held: set[object] = set()  # lines whose first waits for limits that do not apply to the call
     gates = copy.deepcopy(account.through, copies)
     ahead, when, bound_by = 0, now, None
     for waiter in waiters:
@@ -124,16 +124,17 @@ def _line_up(account: Account, now: int, priority: int) -> tuple[Gates, int, int
 
 
 def _in_store(root: Account, amounts: Amounts, now: int) -> tuple[int, str | None, int]:
-    """Return when such a call may pass a store that keeps the limits, what binds it, and who is before it.
+    """Return when the store may admit such a call, what binds, and how many calls are ahead.
 
-    As last heard; `NEVER` says that only the store can tell, or a slot that is given back.
+    It is `now` without a store. What is known is as last heard. `NEVER` means that it depends on
+    the store, or on a slot being given back.
     """
     if root.remote is None:
         return now, None, 0
     known, ahead = root.remote.held_up(), root.remote.waiting()
     if known is not None:
         bound_by, due = known
-        return (due if ahead <= 1 else NEVER), bound_by, ahead  # it is told of the first alone
+        return (due if ahead <= 1 else NEVER), bound_by, ahead  # known of the first alone
     if root.slots is not None and root.in_flight >= root.slots.size:
         return NEVER, "concurrency", ahead
     lacking = (
@@ -155,7 +156,7 @@ def _rates(account: Account, amounts: Amounts) -> list[Rate]:
 
 
 def _such_calls(rate: Rate) -> str:
-    """Return a rate in the unit that reads best: one as long as the limit's window, and no fraction."""
+    """Return a rate in a unit at least as long as the window, so that it is no fraction."""
     for unit, length in (("a second", 1), ("a minute", 60), ("an hour", 3_600)):
         if length >= rate.limit.per and rate.calls * length >= 1:
             return f"{_counted(rate.calls * length)} {unit}"

@@ -1,11 +1,11 @@
-"""A child for each tenant, on demand: few alive, and nothing forgotten that anybody used.
+"""A child for each tenant, on demand: few are alive, and nothing that was used is forgotten.
 
 A service may see a hundred thousand tenants a day, and a limiter for each would be a leak. So only
-so many are kept alive, those asked for last. Of one that is put to rest nothing is kept if its
-limits are as good as new; else just what it used and when, which is a small fraction of a limiter:
-its limits are rebuilt with it when the tenant comes back, on the safe side. One that has calls
-waiting or in flight, or was reconfigured, is never put to rest. Terms of a tenant's own are
-remembered for good; what they cost beside its name is a reference, for equal terms are one object.
+a bounded number is kept alive, those used last. Of a tenant that is put to rest, nothing is kept if
+its limits are as good as new. Otherwise only what it used and when is kept, a small fraction of a
+limiter's size. When the tenant comes back, its limits are rebuilt from that, on the safe side. A
+tenant with calls waiting or in flight, or that was reconfigured, is never put to rest. A tenant's
+own terms are remembered for good; each costs a name and a reference, as equal terms are one object.
 """
 
 import functools
@@ -17,7 +17,7 @@ from asyncbucket.limiter.account import Account
 from asyncbucket.limiter.rest import Rest, is_busy_locked, put_to_rest_locked, wake_locked
 from asyncbucket.limiter.terms import Terms
 
-#: How many of the longest unused are looked at for each that is made.
+#: How many of the longest unused limiters to look at whenever one is made.
 _LOOKS: Final = 4
 
 
@@ -27,14 +27,14 @@ Make: TypeAlias = Callable[[str, Terms, Callable[[], Account]], tuple[L, Account
 
 
 class Keys(Generic[L]):
-    """Keep one limiter for each tenant, at most ``alive`` of them if they let that happen."""
+    """Keep one limiter for each tenant; at most ``alive`` of them, busy ones apart."""
 
     def __init__(self, parent: Account, make: Make[L], *, alive: int) -> None:
         self._parent = parent
         self._make = make
         self._alive = alive
         self._terms = Terms()
-        #: The terms of tenants that have their own, and those terms without their doubles.
+        #: The terms of tenants that have their own; and each distinct set of terms once.
         self._own: dict[str, Terms] = {}
         self._known: dict[Terms, Terms] = {}
         self._limiters: OrderedDict[str, tuple[L, Account]] = OrderedDict()
@@ -50,11 +50,11 @@ class Keys(Generic[L]):
         return [limiter for limiter, account in found if account.waiting or account.in_flight]
 
     def agree(self, terms: Terms, *, alive: int) -> None:
-        """Say on what terms tenants stand that have none of their own."""
+        """Set the terms for tenants that have none of their own."""
         self._terms, self._alive = terms, alive
 
     def get(self, tenant: str, terms: Terms | None = None) -> L:
-        """Return the limiter of a tenant, as it was left; ``terms`` is what it is made with.
+        """Return a tenant's limiter as it was left, or made on ``terms``.
 
         Raises:
             ValueError: it exists on other terms.
@@ -65,7 +65,7 @@ class Keys(Generic[L]):
             return self._get(tenant)[0]
 
     def find(self, tenant: str) -> Account:
-        """Return the account of a tenant, made anew if it was put to rest."""
+        """Return a tenant's account, made again if it was put to rest."""
         with self._parent.budget.making:
             return self._get(tenant)[1]
 
@@ -98,18 +98,18 @@ class Keys(Generic[L]):
         return made
 
     def _put_to_rest_locked(self, now: int) -> None:
-        """Let go of those that have not been asked for in the longest time; the last asked stays."""
+        """Put to rest those unused for the longest time; the last one used stays."""
         for _ in range(min(_LOOKS, len(self._limiters) - max(self._alive, 1))):
             tenant, (limiter, account) = self._limiters.popitem(last=False)
             if is_busy_locked(account, now):
-                self._limiters[tenant] = (limiter, account)  # asked again later
+                self._limiters[tenant] = (limiter, account)  # to the end: looked at again later
                 continue
             rest = put_to_rest_locked(account, now)
             if rest is not None:
                 self._resting[tenant] = rest
 
     def _forget_locked(self, now: int) -> None:
-        """Forget those at rest whose limits are as good as new by now."""
+        """Forget resting tenants whose limits are as good as new by now."""
         for _ in range(min(_LOOKS, len(self._resting))):
             tenant, rest = self._resting.popitem(last=False)
             if rest.until > now:
@@ -117,7 +117,7 @@ class Keys(Generic[L]):
 
 
 def _hashed(tenant: str) -> str:
-    """Return what a tenant is called: its own name is nobody's business but the caller's."""
-    import hashlib  # OpenSSL takes its time to load, and most limiters have no tenants
+    """Return the public name of a tenant; its own name is known only to the caller."""
+    import hashlib  # OpenSSL loads slowly, and most limiters have no tenants
 
     return "*" + hashlib.blake2s(tenant.encode(errors="surrogatepass"), digest_size=8).hexdigest()

@@ -1,8 +1,8 @@
 """What an admission gives: the lease that holds it.
 
-Neither settling nor releasing waits for the lock. Where another thread has it, or this very one, which
-the collector has interrupted to close a generator or a coroutine that held a lease, what is to be done
-is left to whoever has it (`Budget.run_or_postpone`).
+`settle` and `release` never wait for the lock. If it is held by another thread, or by this thread
+(when the garbage collector interrupts it to close a generator or a coroutine that holds a lease),
+the work is left to whoever holds the lock (`Budget.run_or_postpone`).
 """
 
 import functools
@@ -25,12 +25,12 @@ _TOKENS: Final = ("input_tokens", "output_tokens")
 class Lease(OfThisProcess):
     """Hold what one admission took, until it is released.
 
-    It is a context manager, plain and async, that releases on leaving. `settle` says what the call
-    really used; `release` gives the slot back. Both are synchronous, may be called from any thread
-    and repeatedly, and before or after each other. A lease that is dropped releases itself.
+    It is a context manager, plain and async, that releases on leaving. `settle` reports what the
+    call really used; `release` gives the slot back. Both are synchronous and may be called from any
+    thread, repeatedly, and in any order. A lease that is dropped releases itself.
 
-    Where the limiter finds its concurrency by itself, how a call ended is told by which of `release`,
-    `overloaded` and `failed` comes first; leaving by an exception is one of the latter two.
+    If the limiter finds its concurrency by itself, it learns from whichever of `release`,
+    `overloaded` and `failed` comes first; leaving by an exception counts as one of the latter two.
     """
 
     __slots__ = (
@@ -59,26 +59,26 @@ class Lease(OfThisProcess):
         holder: Holder,
         priority: int | None = None,
     ) -> None:
-        """Open the books for a booking at ``when``; called with the budget's lock held.
+        """Note a booking made at ``when``; called with the budget's lock held.
 
-        ``priority`` is that of a call that had to wait, and whose share was charged for it.
+        ``priority`` is that of a call that had to wait, so its share was charged for it.
         """
         self._account = account
         self._gates = gates
         self._amounts = amounts
         self._cost: Cost | None = None
-        #: When it was admitted, and of when its cost is dated: of when the call left, if that is known.
+        #: When it was admitted; and the date of its cost, which `sent` moves to when the call left.
         self._admitted = self._when = when
         self._holder = holder
-        #: Of what was settled: the units booked, and when; first what was reserved, then each debt.
+        #: For each settled resource, units and dates: first the reservation, then each debt.
         self._parts: dict[str, Parts] | None = None
         self._open = True
         self._epoch = account.budget.epoch
         self._priority = priority
         #: Seconds between asking and admission.
         self.waited = 0.0
-        #: The resource that held it up: ``"requests"``, ``"tokens"``, ``"concurrency"``,
-        #: ``"paused"``...; None if it did not wait.
+        #: What held it up: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``...;
+        #: None if it did not wait.
         self.bound_by: str | None = None
         for each in account.path:
             each.admitted += 1
@@ -105,16 +105,16 @@ class Lease(OfThisProcess):
         output_tokens: float | None = None,
         **resources: float,
     ) -> None:
-        """Say what the call really used.
+        """Report what the call really used.
 
-        What was reserved beyond it is given back at once, and whoever waits is admitted by it; what
-        was used beyond the reservation is a debt that later calls wait for. Resources that are not
-        named stay as they are, but for ``tokens``, the sum of its parts. Settling again corrects the
-        earlier word; the same word twice changes nothing.
+        What was reserved beyond it is given back at once, and admits waiting calls. What was used
+        beyond the reservation becomes a debt that later calls wait for. Resources that are not
+        named stay as they are, except that ``tokens`` follows its parts. Settling again replaces
+        the earlier report; reporting the same again changes nothing.
 
         Raises:
-            TypeError, ValueError: an amount is no finite number from 0 on, or nothing counts the
-                resource; nothing is changed then.
+            TypeError, ValueError: an amount is not a finite number from 0 on, or no limit counts
+                the resource; nothing is changed then.
         """
         if resources:
             self._account.check_known(resources)
@@ -130,13 +130,13 @@ class Lease(OfThisProcess):
 
     def _settle(self, used: dict[str, int]) -> None:
         account = self._account
-        if self._epoch != account.budget.epoch:  # of a parent process, whose books are its own
+        if self._epoch != account.budget.epoch:  # a parent process's lease, counted there
             return
         if account.budget.run_or_postpone(functools.partial(self._settle_locked, used)):
             account.flush()
 
     def _settle_locked(self, used: dict[str, int]) -> None:
-        """Correct the meters to ``used``, and let in whoever fits by what comes back."""
+        """Correct the meters to ``used``, and admit calls that fit into what comes back."""
         account, booked = self._account, self._booked()
         if "tokens" not in used and not used.keys().isdisjoint(_TOKENS):
             used = used | {"tokens": sum((booked | used).get(name, 0) for name in _TOKENS)}
@@ -159,7 +159,7 @@ class Lease(OfThisProcess):
     def _correct_locked(self, resource: str, more: int) -> None:
         """Book ``more`` units of ``resource`` now.
 
-        Where it is negative give back as many: the latest bookings first, each at its own date.
+        If it is negative, give that many back: the latest bookings first, each at its own date.
         """
         self._parts = self._parts or {}
         parts = self._parts.setdefault(resource, [(self._amounts.get(resource, 0), self._when)])
@@ -181,17 +181,17 @@ class Lease(OfThisProcess):
                 meter.unbook(back, when, left=left)
 
     def _booked(self) -> dict[str, int]:
-        """Return what is booked: as settled, else as reserved."""
+        """Return what is booked: as settled, or else as reserved."""
         if self._parts is None:
             return self._amounts
         settled = {name: sum(units for units, _ in parts) for name, parts in self._parts.items()}
         return self._amounts | settled
 
     def sent(self) -> None:
-        """Say that the call leaves only now, so that its cost is dated now.
+        """Date the cost to now, because the call leaves only now.
 
-        Between an admission and the moment when a request is on its way lies a client's work. A
-        provider counts from the arrival; dating the booking likewise keeps windows true.
+        A client may work for a while between the admission and sending the request, and a provider
+        counts from its arrival. Dating the booking likewise keeps windows true.
         """
         budget = self._account.budget
         with budget.lock:
@@ -209,14 +209,14 @@ class Lease(OfThisProcess):
         self._end("ok")
 
     def overloaded(self) -> None:
-        """Release, and say that the server refused the call (429, 503) or let it time out.
+        """Release, and report that the server refused the call (429, 503) or let it time out.
 
-        It matters where the limiter finds its concurrency by itself: there will be fewer slots.
+        If the limiter finds its concurrency by itself, there will be fewer slots.
         """
         self._end("overloaded")
 
     def failed(self) -> None:
-        """Release, and say that how long the call took tells nothing about the server's load."""
+        """Release, and report that the call's duration says nothing about the server's load."""
         self._end("failed")
 
     def _end(self, outcome: Outcome) -> None:
@@ -224,7 +224,7 @@ class Lease(OfThisProcess):
             return
         account = self._account
         budget = account.budget
-        if not budget.lock.acquire(False):  # by keyword it would take twice the time
+        if not budget.lock.acquire(False):  # a keyword argument would take twice the time
             budget.run_or_postpone(functools.partial(self._drop_locked, outcome))
             return
         try:
@@ -235,7 +235,7 @@ class Lease(OfThisProcess):
             account.tell(Released, **self._released(outcome))
 
     def _end_locked(self, outcome: Outcome) -> bool:
-        """Close the books, here and above; return whether they were open, in this process."""
+        """Close the booking, here and above; return whether it was open, in this process."""
         account = self._account
         budget = account.budget
         if not self._open or self._epoch != budget.epoch:
@@ -254,12 +254,12 @@ class Lease(OfThisProcess):
         return True
 
     def _tell_locked(self, account: Account, outcome: Outcome) -> None:
-        """Let what finds the number of slots know how the call ended."""
+        """Tell the search for the number of slots how the call ended."""
         adaptive, slots, now = account.adaptive, account.slots, account.budget.clock()
         assert adaptive is not None
         assert slots is not None
         if outcome == "ok":
-            full = slots.available(now) <= 1  # its own has just come back
+            full = slots.available(now) <= 1  # this call's own slot has just come back
             waited = self.bound_by == "concurrency"
             adaptive.succeeded(now - self._when, waited=waited, full=full)
         elif outcome == "overloaded":
@@ -274,7 +274,7 @@ class Lease(OfThisProcess):
             self.failed()
 
     def _drop_locked(self, outcome: Outcome = "failed") -> None:
-        """Release what the collector found, or what was released while the lock was held."""
+        """Release a lease that was collected, or that was released while the lock was held."""
         if self._end_locked(outcome) and self._account.budget.observed:
             self._account.tell_later(Released, **self._released(outcome))
 
@@ -283,7 +283,7 @@ class Lease(OfThisProcess):
         return {"cost": self.cost, "held": held, "outcome": outcome}
 
     def undo(self) -> None:
-        """Give everything back, as if the call had never been; for calls that were not made."""
+        """Give everything back, as if the call had never been: for calls that were not made."""
         nothing = {name: 0 for name in self._booked() if name != "concurrency"}
         self._settle(nothing)
         self.failed()

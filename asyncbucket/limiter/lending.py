@@ -1,12 +1,13 @@
 """Slots given up early: what a call gives back while it waits for another one made inside it.
 
-A tool or a model that asks another model does nothing itself meanwhile, yet holds a slot; and where
-both pass the same limiter, up to its root, the call inside may be waiting for that very slot. So it
-gives back its slots at the levels that both pass, for good. At the others it keeps them.
+A tool or a model that calls another model does nothing itself meanwhile, yet holds a slot. If both
+pass the same limiter, be it only the root, the inner call may be waiting for that very slot. So the
+outer call gives back its slots at the levels that both pass, for good. At the others it keeps them.
 
-To hold one slot while waiting for another is still how two come to wait for each other: a tool of
-``a`` asks one of ``b`` just when that asks one of ``a``. So it is remembered which levels were held
-while which were waited for, and where that would go round in a circle the slot is given back as well.
+Even so, two calls may wait for each other, as each holds one slot while it waits for another: a
+tool of ``a`` calls one of ``b`` just when that calls one of ``a``. So it is remembered which levels
+were held while which were waited for. Where that would form a cycle, the slot is given back as
+well.
 """
 
 import weakref
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from asyncbucket.budget import Budget
     from asyncbucket.limiter.account import Account
 
-# A lease gives its slots back all at once; this is the one place where it gives back some.
+# A lease gives its slots back all at once; only this module gives back some of them.
 # ruff: noqa: SLF001
 
 
@@ -41,7 +42,7 @@ def give_back(lease: Lease, limiter: Limiter) -> None:
         for each in account.path:
             if each not in path and each.gates.slots and order.is_circle(each, wanted):
                 needed += each.gates.slots
-        # Those in a store are the lease's own, and are the root's.
+        # Slots in a store belong to the lease itself, and to the root.
         mine = [slots for slots in held.slots if slots in needed or slots.remote]
         for slots in mine:
             slots.give_back()
@@ -57,7 +58,7 @@ def give_back(lease: Lease, limiter: Limiter) -> None:
 
 
 class _Order:
-    """Remember which levels' slots were held while others' were waited for."""
+    """Remember which levels' slots were held while which others' were waited for."""
 
     __slots__ = ("_after",)
 
@@ -65,8 +66,8 @@ class _Order:
         self._after: dict[str, set[str]] = {}
 
     def is_circle(self, held: "Account", wanted: "list[Account]") -> bool:
-        """Tell whether those who wait may wait for each other; if not, keep it in mind."""
-        name = held.shown  # tenants are one there, for there may be many
+        """Tell whether calls may wait for each other in a circle; if not, remember the pair."""
+        name = held.shown  # all tenants share it, as there may be many
         goals = {each.shown for each in wanted}
         if any(self._leads(goal, name) for goal in goals):
             return True

@@ -1,4 +1,4 @@
-"""A limiter and those above it: a call counts at each of them, and one of them is the provider's."""
+"""A limiter and those above it: a call counts at each level, and one of them is the provider's."""
 
 from collections.abc import Iterator
 
@@ -16,18 +16,19 @@ def levels(limiter: Limiter) -> Iterator[Limiter]:
 
 
 def is_under(limiter: Limiter, other: Limiter) -> bool:
-    """Tell whether what ``limiter`` admits counts at ``other``, too.
+    """Tell whether what ``limiter`` admits also counts at ``other``.
 
-    A tenant that was put to rest and is back has several `Limiter` objects: their accounts are compared.
+    A tenant that was put to rest and came back has several `Limiter` objects, so accounts are
+    compared.
     """
     return other._account in limiter._account.path  # noqa: SLF001 - its own kind
 
 
 def provider_of(limiter: Limiter) -> Limiter:
-    """Return the level whose limits are the provider's own: the highest that has any.
+    """Return the level whose limits are the provider's own: the highest with any limits.
 
-    What a provider says of its limits, by a header or by a refusal, concerns all below that level.
-    Those above have no limits of their own, and only group what several providers serve.
+    What a provider says of its limits, in a header or a refusal, concerns everything below that
+    level. Levels above it have no limits of their own; they only group several providers.
     """
     path = list(levels(limiter))
     return next((level for level in reversed(path) if level.limits), path[-1])
@@ -44,13 +45,13 @@ def in_force(limiter: Limiter) -> tuple[Limit, ...]:
 
 
 def can_give_slots_up(limiter: Limiter) -> bool:
-    """Tell whether a refusal can be answered here, or above, by fewer slots than there are."""
+    """Tell whether this limiter, or one above, can answer a refusal by reducing its slots."""
     path = limiter._account.path  # noqa: SLF001 - its own kind
     return any(each.adaptive and each.adaptive.size > each.adaptive.least for each in path)
 
 
 def asked(limiter: Limiter) -> Limiter:
-    """Return who admits a call here: the limiter itself, or within `tenant` that of the tenant."""
+    """Return the limiter that admits a call here: this one, or the tenant's inside `tenant`."""
     here = inherited.get()
     if here is None or here.tenant is None or limiter._account.personal:  # noqa: SLF001 - its own kind
         return limiter

@@ -31,16 +31,16 @@ from asyncbucket.limits import Limit, read_limits
 from asyncbucket.loops import OfThisProcess
 from asyncbucket.wording import shown
 
-#: How many tenants' limiters are kept alive where nothing else was said.
+#: How many tenants' limiters are kept alive unless `per_key` says otherwise.
 _ALIVE: Final = 1_000
 
 
 class Limiter(Doors, Steering, OfThisProcess):
     """Pace calls under any number of limits, on any number of event loops and threads.
 
-    For every limit of N per window W, in every window of length W the cost admitted is at most N.
-    Calls pass in order of arrival, each with all that it costs at once; nothing is held while
-    waiting. Whatever is cancelled, at whatever await, gives back what it took.
+    For every limit of N per window W, the cost admitted in every window of length W is at most N.
+    Calls pass in order of arrival, each with its whole cost at once; a call that waits holds
+    nothing. A call that is cancelled, at whichever await, gives back what it took.
 
     >>> limiter = Limiter("500 RPM", "200k TPM", "10k RPD", concurrency=20, name="openai")
     >>> async with limiter.acquire(input_tokens=900, output_tokens=300, timeout=30) as lease:
@@ -49,15 +49,16 @@ class Limiter(Doors, Steering, OfThisProcess):
 
     Args:
         limits: texts such as ``"500 RPM"`` or `Limit` objects.
-        concurrency: the most calls in flight at once: leases not yet released. ``"auto"`` finds the
-            number by how the calls go, between 1 and 1,000, and a pair ``(least, most)`` between
-            those: for servers that publish no limits. See `asyncbucket.feedback.adaptive`.
-        name: how statistics, events, logs and metrics call it.
+        concurrency: the most calls in flight (leases not yet released) at once. ``"auto"`` finds
+            the number from how the calls go, between 1 and 1,000; a pair ``(least, most)`` sets
+            other bounds. This is for servers that publish no limits: see
+            `asyncbucket.feedback.adaptive`.
+        name: the name in statistics, events, logs and metrics.
         max_queue: the most calls that may wait; more are refused with `QueueFull`.
-        timeout: the most seconds that a call waits which does not say so itself.
-        store: where the limits are kept if several processes share them, e.g.
-            ``"redis://127.0.0.1:6379/0"`` or ``"sqlite:///limits.db"``: those that give the same
-            ``name`` share. See `asyncbucket.stores`.
+        timeout: the most seconds to wait, for calls that set no timeout of their own.
+        store: where limits are kept that several processes share, e.g.
+            ``"redis://127.0.0.1:6379/0"`` or ``"sqlite:///limits.db"``. Limiters of the same
+            ``name`` share their limits. See `asyncbucket.stores`.
         on_outage: what to do while the store is gone: go on with this process's ``"share"`` of the
             limits, admit nobody (``"closed"``) or everybody (``"open"``).
         slot_ttl: seconds after which the slots of a process that died come back.
@@ -66,9 +67,10 @@ class Limiter(Doors, Steering, OfThisProcess):
 
     Raises:
         LimitSyntaxError: a limit cannot be read; a ValueError.
-        ValueError: ``concurrency``, ``max_queue``, ``timeout`` or ``slot_ttl`` is not such a number,
-            ``on_outage`` none of these words, or no store is reached by such a URL.
-        TypeError: ``name`` is not a string, ``store`` not a store, or ``clock`` returns no integer.
+        ValueError: ``concurrency``, ``max_queue``, ``timeout`` or ``slot_ttl`` is out of range,
+            ``on_outage`` is none of these words, or the store's URL is not understood.
+        TypeError: ``name`` is not a string, ``store`` is not a store, or ``clock`` returns no
+            integer.
         ImportError: the extra that serves the store is not installed.
     """
 
@@ -108,7 +110,7 @@ class Limiter(Doors, Steering, OfThisProcess):
             share(account, store, on_outage=on_outage, slot_ttl=slot_ttl)
 
     def _open(self, door: Door, parent: "Limiter | None", terms: Terms | None = None) -> None:
-        """Begin as what people type in front of ``door``."""
+        """Set up the public object in front of ``door``."""
         self._door = door
         self._budget = door.account.budget
         self._parent = parent
@@ -132,28 +134,29 @@ class Limiter(Doors, Steering, OfThisProcess):
 
         Args:
             cost: the whole cost, instead of its parts.
-            requests: how many requests the call is, usually 1.
+            requests: how many requests the call counts as, usually 1.
             tokens: LLM tokens, input and output together.
             input_tokens: LLM tokens sent.
             output_tokens: LLM tokens expected back.
             timeout: the most seconds to wait; ``math.inf`` lifts the limiter's own ``timeout``.
             deadline: the latest instant, in seconds of the limiter's clock (``time.monotonic()``).
-            priority: how urgent it is; see `asyncbucket.priority`.
-            tenant: whose call it is: the same as to ask ``limiter.key(tenant)``.
+            priority: how urgent the call is; see `asyncbucket.priority`.
+            tenant: whose call it is; the same as asking ``limiter.key(tenant)``.
             resources: amounts of other resources that the limiter limits, e.g. ``images=3``.
 
         Raises:
             CostExceedsLimit: the cost is above a limit and can never pass; a ValueError.
-            AcquireTimeout: it was not admitted in time, or cannot be (then at once: a safe lower
-                bound of the wait, with all that is lent given back, is longer); a TimeoutError.
+            AcquireTimeout: the call was not admitted in time, or cannot be; a TimeoutError. It is
+                raised at once if even a safe lower bound of the wait, with everything lent given
+                back, is longer.
             QueueFull: ``max_queue`` calls wait already.
-            StoreError: the store that keeps the limits cannot be used, or was left meanwhile.
+            StoreError: the store that keeps the limits cannot be used, or was closed meanwhile.
             TypeError, ValueError: an amount or a time is not a finite number from 0 on.
         """
         here, door = inherited.get(), self._door
         if tenant is not None or here is not None:
             door = self._door_for(tenant, here)
-        if cost is None and not resources:  # the usual case, without the detour
+        if cost is None and not resources:  # the usual case: a short cut
             amounts = amounts_of(requests, tokens, input_tokens, output_tokens)
         else:
             amounts = _price(door, cost, requests, tokens, input_tokens, output_tokens, resources)
@@ -167,7 +170,7 @@ class Limiter(Doors, Steering, OfThisProcess):
         ):
             return kind(door, amounts, None, door.priority)
         end = functools.partial(door.deadline_for, timeout, deadline, here)
-        end()  # a mistake shows at once
+        end()  # report mistakes at once
         return kind(door, amounts, end, door.priority_for(priority, here))
 
     def acquire_nowait(
@@ -184,9 +187,10 @@ class Limiter(Doors, Steering, OfThisProcess):
         """Take a lease now, or refuse; see `acquire`.
 
         Raises:
-            WouldBlock: it cannot pass now, or others wait; ``retry_after`` says for how long. It is None
-                where a slot has to be given back, and where the cost is above a burst: that passes
-                by waiting alone. Always where a store keeps the limits, for that has to be asked.
+            WouldBlock: the call cannot pass now, or others wait. ``retry_after`` is the time until
+                it could, in seconds. It is None if a slot has to be given back first, if the cost
+                is above a burst (such a call passes only by waiting), and always if a store keeps
+                the limits, because the store has to be asked.
             CostExceedsLimit, TypeError, ValueError: as for `acquire`.
         """
         door = self._door_for(tenant, inherited.get())
@@ -209,7 +213,8 @@ class Limiter(Doors, Steering, OfThisProcess):
     ) -> Lease:
         """Block this thread until an admission; the lease is a context manager. See `acquire`.
 
-        The wait itself is served by one background event loop, in one line with all others.
+        A call that has to wait does so on one background event loop, in the same line as all
+        others.
         """
         here = inherited.get()
         door = self._door_for(tenant, here)
@@ -237,8 +242,8 @@ class Limiter(Doors, Steering, OfThisProcess):
         a call would wait 12 s behind 40 calls: tokens bind; tokens allow 200 such calls a minute
         (200,000 tokens per 60 s); requests alone would allow 2.5x as many (500 requests per 60 s)
 
-        It takes nothing, and answers for the tenant and the priority that calls inherit here. With
-        many calls waiting it takes about 10 µs for each.
+        It takes nothing. It uses the tenant and the priority that a call from here would inherit.
+        If many calls wait, it takes about 10 µs for each.
 
         Raises:
             CostExceedsLimit, TypeError, ValueError: as for `acquire`.
@@ -263,29 +268,29 @@ class Limiter(Doors, Steering, OfThisProcess):
         )
 
     async def __aexit__(self, *_: object) -> None:
-        """Never be reached."""
+        """Satisfy the protocol; never reached."""
 
     def child(self, name: str, *limits: str | Limit, **terms: Unpack[Keywords]) -> "Limiter":
-        """Return the limiter of that name under this one, made at the first call.
+        """Return the child with this name, made at the first call.
 
-        What passes it is counted here, too, at once and once. Children that want more than there is
-        share it by weight, in cost: see `asyncbucket.shares`. One that is out of its own limits
-        holds up nobody else.
+        A child's calls count here, too: once, in the same admission. If children want more than
+        there is, they share it by weight, measured in cost: see `asyncbucket.shares`. A child that
+        has used up its own limits holds up nobody else.
 
         >>> acme = limiter.child("acme", rpm=100, weight=2)
         >>> tools = limiter.child("tools", concurrency=4)
 
         Args:
-            name: of this child among its siblings; its own name is the path, ``"openai/chat"``.
-            limits: what its calls are limited by, besides the limits of this one.
-            terms: ``weight=``, its share beside its siblings', 1 by default; ``concurrency=``,
-                ``max_queue=``, ``timeout=`` and limits such as ``rpm=`` as for `Limiter`;
-                ``priority=`` of its calls, where they have none of their own.
+            name: the child's name among its siblings; its ``name`` is the path, ``"openai/chat"``.
+            limits: limits on the child's calls, besides those of this limiter.
+            terms: ``weight=``, its share compared with its siblings', 1 by default;
+                ``concurrency=``, ``max_queue=``, ``timeout=`` and limits such as ``rpm=`` as for
+                `Limiter`; ``priority=`` for those of its calls that have none of their own.
 
         Raises:
             LimitSyntaxError: a limit cannot be read; a ValueError.
-            ValueError: the child exists and is on other terms (see `reconfigure`), or a number is
-                none of what it must be.
+            ValueError: the child exists on other terms (see `reconfigure`), or a number is out of
+                range.
         """
         if not isinstance(name, str) or not name or "/" in name or name.startswith("*"):
             raise ValueError(
@@ -298,7 +303,7 @@ class Limiter(Doors, Steering, OfThisProcess):
             if child is None:
                 account.limiters = account.limiters or {}
                 child = account.limiters[name] = self._make_child(name, agreed)
-        if (limits or terms) and agreed != child._terms:  # noqa: SLF001 - its own kind
+        if (limits or terms) and agreed != child._terms:  # noqa: SLF001 - another `Limiter`
             raise ValueError(
                 f"{child.name!r} exists on other terms: ask for it by name alone, and change it "
                 f"with child({name!r}).reconfigure(...)"
@@ -308,13 +313,13 @@ class Limiter(Doors, Steering, OfThisProcess):
     def key(self, tenant: str, *limits: str | Limit, **terms: Unpack[Keywords]) -> "Limiter":
         """Return the limiter of a tenant under this one, made on demand.
 
-        Any number of tenants may come: those that have not been asked for in a while are put to
-        rest, and what they used is remembered (see `per_key`). What is returned stays good for ever.
-        Its name shows a hash, never the tenant.
+        There may be any number of tenants. Limiters that have not been used for a while are put to
+        rest: only what they used is remembered (see `per_key`). The returned object stays valid for
+        ever. Its name shows a hash, never the tenant.
 
         Args:
-            tenant: any text that stands for whoever shares this limiter.
-            limits: what it is made with; without terms, what `per_key` said holds.
+            tenant: any text that identifies the user who shares this limiter.
+            limits: limits of this tenant. Without limits and terms, those of `per_key` apply.
             terms: as for `child`.
 
         Raises:
@@ -324,16 +329,16 @@ class Limiter(Doors, Steering, OfThisProcess):
         return self._tenants().get(tenant, Terms.read(limits, terms) if limits or terms else None)
 
     def per_key(self, *limits: str | Limit, alive: int = _ALIVE, **terms: Unpack[Keywords]) -> None:
-        """Say on what terms tenants stand that have none of their own; see `key`.
+        """Set the terms for tenants that have none of their own; see `key`.
 
-        It holds for those that come from now on, in calls that ask this limiter: whoever asks a
-        child has a tenant of that child's.
+        They apply to tenants that come from now on, in calls that ask this limiter. Tenants of a
+        child are the child's own.
 
         Args:
             limits: as for `child`.
-            alive: how many are kept in full. Of others just what they used is remembered, until
-                their limits are as good as new. Those with calls waiting or in flight stay, and
-                those that were reconfigured.
+            alive: how many tenants' limiters are kept in full. Of the others, only what they used
+                is remembered, until their limits are as good as new. A limiter with calls waiting
+                or in flight stays, and so does one that was reconfigured.
             terms: as for `child`.
 
         Raises:
@@ -361,7 +366,7 @@ class Limiter(Doors, Steering, OfThisProcess):
         with self._budget.making:
             account = self._account
             if account.keys is None:
-                account.steered = True  # what a tenant's own tenants used is not told in its `Rest`
+                account.steered = True  # a `Rest` lacks what a tenant's own tenants used
                 account.keys = Keys(account, self._tenant, alive=_ALIVE)
             return account.keys
 
@@ -369,7 +374,7 @@ class Limiter(Doors, Steering, OfThisProcess):
         self, name: str, terms: Terms, again: Callable[[], Account]
     ) -> tuple["Limiter", Account]:
         child = self._make_child(name, terms)
-        door = child._door  # noqa: SLF001 - its own kind
+        door = child._door  # noqa: SLF001 - another `Limiter`
         door.find_again = again
         return child, door.account
 
@@ -381,12 +386,12 @@ class Limiter(Doors, Steering, OfThisProcess):
         priority = above.priority if terms.priority is None else terms.priority
         child = Limiter.__new__(Limiter)
         door = Door(account, timeout=timeout, priority=priority)
-        child._open(door, self, terms)  # noqa: SLF001 - its own kind
+        child._open(door, self, terms)  # noqa: SLF001 - another `Limiter`
         account.set_limits(list(terms.limits), terms.concurrency)
         return child
 
     def _door_for(self, tenant: str | None, here: Inherited | None) -> Door:
-        """Return the door that is asked: a tenant's, if there is one and it is not this one's."""
+        """Return the door of ``tenant`` or, unless this is a tenant's, of an inherited one."""
         if tenant is None:
             tenant = None if here is None or self._account.personal else here.tenant
         return self._door if tenant is None else self.key(tenant)._door  # noqa: SLF001 - its own kind

@@ -1,4 +1,4 @@
-"""One line for one model: a limiter of its own around it."""
+"""`pace`: put one model behind a limiter of its own."""
 
 from typing import Any, TypeVar
 
@@ -40,7 +40,7 @@ def pace(
 
     Raises:
         LimitSyntaxError: a limit cannot be read, or there is none.
-        TypeError: ``obj`` is nothing that can be wrapped.
+        TypeError: ``obj`` cannot be wrapped.
         ValueError: as for `Limiter`.
     """
     limiter = Limiter(

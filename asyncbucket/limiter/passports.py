@@ -1,8 +1,8 @@
-"""What stands for a limiter in a pickle: its passport, by which it is known again.
+"""What stands for a limiter in a pickle: its passport, by which it is recognized.
 
 A limiter cannot be pickled: its budget lives in this process. A passport that comes back into this
-process stands for the limiter that it was issued for. In another process it stands for one that is
-made there on the same terms, with those above it, and for the same one however often it comes.
+process stands for the limiter that it was issued for. In another process it stands for a limiter
+made there on the same terms, with those above it, and always for the same one.
 """
 
 import os
@@ -23,10 +23,10 @@ class Passport:
 
     key: str
     pid: int
-    #: Its own, without those above it.
+    #: Its own name, without those above it.
     name: str
     limits: tuple[Limit, ...]
-    #: All else that it was made with, by keyword.
+    #: Everything else it was made with, by keyword.
     terms: dict[str, Any]
     parent: "Passport | None"
 
@@ -42,7 +42,7 @@ class Passports:
     holders: weakref.WeakValueDictionary[str, Limiter] = field(
         default_factory=weakref.WeakValueDictionary
     )
-    #: Limiters of other processes, as they were made anew in this one.
+    #: Limiters of other processes, as remade in this one.
     immigrants: dict[tuple[int, str], Limiter] = field(default_factory=dict)
 
     def issue(self, limiter: Limiter) -> Passport:
@@ -64,7 +64,7 @@ class Passports:
         return passport
 
     def admit(self, passport: Passport) -> tuple[Limiter, bool]:
-        """Return the limiter that ``passport`` stands for here, and whether it was made just now."""
+        """Return the limiter that ``passport`` stands for here, and whether it was just made."""
         with self.lock:
             return self._admit_locked(passport)
 
@@ -85,7 +85,7 @@ class Passports:
 
 
 def terms_of(limiter: Limiter) -> dict[str, Any]:
-    """Return what ``limiter`` was made with besides its name and its limits."""
+    """Return what ``limiter`` was made with besides its name and limits."""
     door = limiter._door  # noqa: SLF001 - its own kind
     found = door.account.adaptive
     terms: dict[str, Any] = {

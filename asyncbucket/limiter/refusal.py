@@ -32,8 +32,8 @@ def refusal_locked(
 def _reason_locked(
     account: Account, amounts: Amounts, now: int, *, at_once: bool
 ) -> tuple[int, str | None, str]:
-    """Return when such a call could pass, `NEVER` if that is not known, what binds, and both in words."""
-    remote = account.path[-1].remote  # only the root's limits may lie in a store
+    """Return when such a call could pass, or `NEVER` if unknown; what binds; and both in words."""
+    remote = account.path[-1].remote  # only the root's limits may be in a store
     due, bound_by = account.budget.earliest_locked(account, amounts, now)
     paced = _above_a_burst(account, amounts) if at_once and remote is None else None
     if paced is not None:
@@ -51,21 +51,21 @@ def _reason_locked(
 
 
 def _wait_for(bound_by: str, due: int, account: Account, now: int) -> str:
-    """Say what a call would wait for, and how long."""
+    """Say what a call would wait for, and for how long."""
     left = in_seconds((due - now) * 1e-9)
     if bound_by == "paused":
         return f"the limiter is paused for {left} more"
     if due < NEVER:
         return f"{does(bound_by, 'bind')} for {left} more"
     taken = [slots.size for slots in account.through.slots if slots.available(now) < 1]
-    if not taken:  # those of a store
+    if not taken:  # they are in a store
         return "all slots are taken"
     slots = min(taken)
     return "the one slot is taken" if slots == 1 else f"all {slots:,} slots are taken"
 
 
 def _above_a_burst(account: Account, amounts: Amounts) -> Limit | None:
-    """Return a limit whose burst is less than the call costs; without waiting it never passes that."""
+    """Return a limit whose burst is below the cost; such a call passes only by waiting."""
     return next(
         (
             limit
@@ -77,7 +77,7 @@ def _above_a_burst(account: Account, amounts: Amounts) -> Limit | None:
 
 
 def _counted(account: Account, amounts: Amounts) -> Iterator[str]:
-    """Yield the resources of ``amounts`` that are limited, or requests."""
+    """Yield the resources of ``amounts`` that are limited; if none is, all that it costs."""
     limited = account.resources()
     counted = [name for name, amount in amounts.items() if amount and name in limited]
     return iter(counted or Cost.of(amounts))

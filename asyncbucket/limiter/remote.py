@@ -1,4 +1,4 @@
-"""What a limiter asks of a store that keeps its limits."""
+"""What a limiter asks of the store that keeps its limits."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
@@ -16,14 +16,14 @@ class Remote(Protocol):
         ...
 
     def held_up(self) -> tuple[str, int] | None:
-        """Return what those who wait there wait for, and until when at least, if it is known.
+        """Return what the calls waiting there wait for, and until when at least, if known.
 
-        `NEVER` says that only a slot which is given back can tell.
+        `NEVER` means that it depends on a slot being given back.
         """
         ...
 
     def waiting(self) -> int:
-        """Return how many calls stand there: until the store books them, or until their start."""
+        """Return how many calls are there: until the store books them, or until they start."""
         ...
 
     def pause(self, span: int, *, gradually: bool) -> None:
@@ -31,21 +31,21 @@ class Remote(Protocol):
         ...
 
     def options(self) -> dict[str, Any]:
-        """Return what `Limiter` takes to keep its limits there; nothing where another cannot."""
+        """Return the arguments with which another `Limiter` keeps its limits there; {} if none can."""
         ...
 
     def check(self, changes: Iterable[Limit], concurrency: Concurrency | None) -> None:
-        """Refuse changes that cannot be kept there; nothing is changed by it.
+        """Refuse changes that the store cannot keep; this changes nothing.
 
         Raises:
-            ValueError: there is one.
+            ValueError: it cannot keep one of them.
         """
         ...
 
     def configure(self) -> None:
-        """Tell all processes of the limits as they are now."""
+        """Tell all processes the limits as they are now."""
         ...
 
     async def aclose(self) -> None:
-        """Give back what this process holds, and take leave."""
+        """Give back what this process holds, and leave the store."""
         ...

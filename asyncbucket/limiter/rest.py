@@ -1,4 +1,4 @@
-"""An account that nobody uses for a while: what must be remembered of it, and how it wakes again."""
+"""An account that has not been used for a while: what is remembered, and how it is restored."""
 
 from dataclasses import dataclass
 
@@ -8,19 +8,19 @@ from asyncbucket.limits import Key
 
 @dataclass(frozen=True, slots=True)
 class Rest:
-    """Hold what is left of an account that nobody uses for a while: what it used, and when."""
+    """Hold what is left of an account that is put to rest: what it used, and when."""
 
     #: When its limits are as good as new, in ns.
     until: int
-    #: For each limit the units in its window, the date of the last of them, and the units that are
-    #: missing in its bucket.
+    #: For each limit: the units in its window, the date of the latest booking, and the units that
+    #: are missing in its bucket.
     used: tuple[tuple[Key, int, int, int], ...]
-    #: When that was, in ns.
+    #: When it was put to rest, in ns.
     when: int
 
 
 def is_busy_locked(account: Account, now: int) -> bool:
-    """Tell whether somebody uses it, or it knows what cannot be told in a `Rest`."""
+    """Tell whether it is in use, or has state that a `Rest` cannot hold."""
     return bool(
         account.in_flight
         or account.waiting
@@ -29,14 +29,14 @@ def is_busy_locked(account: Account, now: int) -> bool:
         or account.headrooms
         or account.observers
         or (account.pause is not None and account.pause.until > now)
-        # Somebody was admitted, and has not run since.
+        # A call was admitted, but has not run since.
         or (account.slots is not None and account.slots.used)
         or any(kept.window.lent > 0 for kept in account.limits.values())
     )
 
 
 def put_to_rest_locked(account: Account, now: int) -> Rest | None:
-    """Retire, and return what somebody must remember; None if the limits are as good as new."""
+    """Retire it, and return what must be remembered; None if its limits are as good as new."""
     assert isinstance(account.parent, Account)
     account.retired = True
     del account.parent.children[account.name]
@@ -51,7 +51,7 @@ def put_to_rest_locked(account: Account, now: int) -> Rest | None:
 
 
 def wake_locked(account: Account, rest: Rest) -> None:
-    """Go on from what somebody remembered."""
+    """Restore what was remembered."""
     for key, units, last, missing in rest.used:
         if key in account.limits:
             _, window, bucket = account.limits[key]

@@ -1,4 +1,4 @@
-"""What a limiter did so far: frozen snapshots."""
+"""What a limiter has done so far: frozen snapshots."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ class Waits:
     """Sum up the calls that waited for one resource."""
 
     count: int
-    #: Seconds, all of them together.
+    #: Seconds in total.
     seconds: float
 
 
@@ -29,12 +29,12 @@ class LimitUse:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Show a limiter at one instant; counts run from its making."""
+    """Show a limiter at one instant; counts begin when it was made."""
 
     name: str
-    #: Calls that passed.
+    #: Calls admitted.
     admitted: int
-    #: Calls turned away: no room, too long a wait, a full queue, or a cost that can never pass.
+    #: Calls refused: no room, too long a wait, a full queue, or a cost that can never pass.
     refused: int
     #: Calls that gave up while they waited.
     cancelled: int
@@ -42,26 +42,26 @@ class Statistics:
     waiting: int
     #: Leases not yet released.
     in_flight: int
-    #: Slots in all, or None without a cap on concurrency.
+    #: Slots in all; None if concurrency is not limited.
     concurrency: int | None
-    #: Seconds until the end of a pause, else 0.
+    #: Seconds until a pause ends; 0 if there is none.
     paused: float
-    #: Refusals (429) that the provider sent all the same.
+    #: Refusals (429) that the provider sent nevertheless.
     upstream_429: int
     #: Calls that passed without a slot because every slot was held on a blocked event loop.
     overridden: int
-    #: How many calls waited, and how long, by what bound them.
+    #: How many calls waited, and how long, by what held them up.
     waits: Mapping[str, Waits] = field(default_factory=dict)
     #: Units given back by settling, by resource.
     refunded: Mapping[str, int] = field(default_factory=dict)
-    #: How much of each limit is used; those of limiters above are theirs.
+    #: How much of each limit is used, without the limits of the limiters above.
     limits: tuple[LimitUse, ...] = ()
-    #: What holds up the first in line now; None if nobody waits.
+    #: What holds up the first call in line now; None if nobody waits.
     bound_by: str | None = None
 
     def _repr_html_(self) -> str:
-        """Show it as a table, in a notebook."""
-        from html import escape  # who has no notebook need not load it
+        """Show it as a table in a notebook."""
+        from html import escape  # needed only in notebooks
 
         rows = "".join(
             f"<tr><td>{escape(str(use.limit))}</td>"
@@ -74,7 +74,7 @@ class Statistics:
             for name, each in self.waits.items()
         )
         most = "" if self.concurrency is None else f" of {self.concurrency:,}"
-        bound = self.bound_by not in {None, "paused"}  # a pause is told of below
+        bound = self.bound_by not in {None, "paused"}  # a pause is mentioned below
         binds = f" ({escape(does(str(self.bound_by), 'bind'))})" if bound else ""
         told = [
             f"{self.admitted:,} admitted",
@@ -91,7 +91,7 @@ class Statistics:
 
 
 def shares_used(now: Statistics) -> dict[str, float]:
-    """Return the part of each limit, and of the slots, that is used, by the labels that metrics have."""
+    """Return the used fraction of each limit, and of the slots, by the labels that metrics have."""
     shares = {use.limit.label: use.used / use.limit.amount for use in now.limits}
     if now.concurrency:
         shares["concurrency"] = now.in_flight / now.concurrency

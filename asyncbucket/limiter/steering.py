@@ -1,4 +1,4 @@
-"""What is done to a limiter while it runs, and what it shows: pauses, other limits, statistics."""
+"""How a limiter is changed and observed while it runs: pauses, other limits, statistics."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from asyncbucket.meters import NEVER
 
 
 class Steering(ABC):
-    """Steer and watch the account of a `Limiter`, which inherits all of this."""
+    """Steer and observe the account of a `Limiter`, which inherits all of these methods."""
 
     __slots__ = ()
 
@@ -23,13 +23,14 @@ class Steering(ABC):
     def _account(self) -> Account: ...
 
     def pause(self, seconds: float, *, reason: str = "", gradually: bool = False) -> None:
-        """Admit nobody for ``seconds`` from now; an earlier, longer pause stays in force.
+        """Admit nobody for ``seconds`` from now; an earlier pause that ends later stays in force.
 
         Args:
             seconds: how long.
             reason: why, for people; ``"429"`` counts as a refusal by the provider.
-            gradually: begin again slowly, so that the end of the pause is no storm: one call at
-                first, then twice as many in each 16th of the pause (at most 0.25 s), up to 256.
+            gradually: start slowly after the pause, so that its end causes no storm: one call at
+                first, then twice as many in each step of a 16th of the pause (at most 0.25 s), up
+                to 256.
 
         Raises:
             ValueError: ``seconds`` is not a finite number from 0 on.
@@ -55,20 +56,20 @@ class Steering(ABC):
         since: float | None = None,
         rounding: int = 0,
     ) -> None:
-        """Hear from the provider what is left of a limit that others spend from, too.
+        """Take in what the provider says is left of a limit that others spend from, too.
 
-        It may lower what is available, never raise it above the limits of this limiter, and is
-        forgotten when nothing is heard for a whole window. Of a window that is not limited here
-        nothing is kept, nor where a store keeps the limits. Transports call this; see
-        `asyncbucket.feedback.headroom` for what comes of it.
+        It may lower what is available, but never raise it above this limiter's limits. It is
+        forgotten if nothing more is heard for a whole window. It is ignored if this limiter does
+        not limit that window, or if a store keeps the limits. Transports call this;
+        `asyncbucket.feedback.headroom` explains what happens then.
 
         Args:
             remaining: units left.
-            resource: what they are units of.
+            resource: what the units count, such as ``"tokens"``.
             per: the window of the limit, in seconds.
-            limit: the limit as the provider has it, if it says so.
-            since: when the call was sent that was answered so, in seconds of the limiter's clock:
-                later calls may or may not be in ``remaining`` yet.
+            limit: the provider's own limit, if it says.
+            since: when the call with this answer was sent, in seconds of the limiter's clock; calls
+                sent later may or may not be counted in ``remaining`` yet.
             rounding: by how many units ``remaining`` may have been rounded down.
 
         Raises:
@@ -86,12 +87,12 @@ class Steering(ABC):
             )
 
     def learn(self, limit: Limit) -> None:
-        """Take over a limit that the provider announces, if this limiter was given none.
+        """Adopt a limit that the provider announces, if this limiter was given none.
 
-        What was learned follows what is announced later; what was given stays as it is.
+        A learned limit follows later announcements; given limits stay as they are.
 
         Raises:
-            TypeError: it is no `Limit`.
+            TypeError: it is not a `Limit`.
             ValueError: the store that keeps the limits cannot count that far.
         """
         if not isinstance(limit, Limit):
@@ -105,12 +106,12 @@ class Steering(ABC):
         weight: float | None = None,
         **limits_by_keyword: float | None,
     ) -> None:
-        """Change the limits that are named, at once, while calls wait; the others stay.
+        """Change the named limits at once, while calls wait; the others stay.
 
-        ``concurrency`` may change between a fixed number and one to be found, too; ``weight`` is
-        that of a child. What was admitted stays counted, and calls in flight hold slots that come to
-        be (not those of a store), so a lower limit is kept from the first moment. Calls that wait and
-        could never pass again fail with `CostExceedsLimit`.
+        ``concurrency`` may also change between a fixed number and ``"auto"``; ``weight`` applies to
+        a child. What was admitted stays counted, and calls in flight hold slots that are added (not
+        those of a store), so a lower limit is kept from the first moment. Waiting calls that can
+        never pass under the new limits fail with `CostExceedsLimit`.
 
         Raises:
             LimitSyntaxError, ValueError: as for `Limiter` and `child`.
@@ -120,11 +121,11 @@ class Steering(ABC):
         self._account.reconfigure(given, concurrency, weight=share)
 
     def observe(self, callback: Callback) -> Callable[[], None]:
-        """Tell ``callback`` of all that happens here and below; call what is returned to end that.
+        """Call ``callback`` with each event here and below; the returned function ends that.
 
-        See `asyncbucket.events` for what there is to hear. It is called synchronously, in the
-        thread where something happens; what it raises is logged once, and harms nothing. While
-        nobody listens, no events are made.
+        See `asyncbucket.events` for the events. The callback runs synchronously, in the thread
+        where the event happens. The first exception it raises is logged, and none does harm. While
+        nobody observes, no events are made.
 
         Raises:
             TypeError: ``callback`` cannot be called, or is a coroutine function.
@@ -132,25 +133,25 @@ class Steering(ABC):
         return self._account.observe(callback)
 
     def emit(self, event: Event) -> None:
-        """Tell those who listen of an event of an adapter."""
+        """Send an adapter's event to the observers."""
         self._account.emit(event)
 
     async def aclose(self) -> None:
-        """Leave the store, if the limits are in one: what is booked ahead is given back.
+        """Leave the store, if one keeps the limits: what is booked ahead is given back.
 
-        Without a store there is nothing to close. Call it on the loop that used the limiter; where calls
-        without a loop did, on any, when none of them waits.
+        Without a store it does nothing. Call it on the event loop that used the limiter. If only
+        calls without a loop used it, any loop will do, once none of them waits.
         """
         if self._account.remote is not None:
             await self._account.remote.aclose()
 
     def now(self) -> float:
-        """Return the present instant in seconds of the limiter's clock, as deadlines are given."""
+        """Return the current time in seconds of the limiter's clock, as used by deadlines."""
         return self._account.budget.clock() * 1e-9
 
     @property
     def name(self) -> str:
-        """How statistics, events, logs and metrics call it: ``"openai"``, ``"openai/chat"``."""
+        """The name in statistics, events, logs and metrics: ``"openai"``, ``"openai/chat"``."""
         return self._account.name
 
     @property
@@ -160,17 +161,17 @@ class Steering(ABC):
 
     @property
     def limits(self) -> tuple[Limit, ...]:
-        """The limits in force here; those of limiters above hold besides."""
+        """This limiter's own limits in force; those of the limiters above apply as well."""
         return tuple(kept.limit for kept in self._account.limits.values())
 
     @property
     def concurrency(self) -> int | None:
-        """The most calls in flight at once, as it is now; None for no bound."""
+        """The most calls in flight at once, as it is now; None if unbounded."""
         slots = self._account.slots
         return None if slots is None else slots.size
 
     def statistics(self) -> Statistics:
-        """Return a frozen snapshot: what passed, what waits, and for what; children included."""
+        """Return a frozen snapshot: what passed, what waits, and what for; children included."""
         account = self._account
         budget = account.budget
         account.flush()

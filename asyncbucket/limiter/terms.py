@@ -1,4 +1,4 @@
-"""On what terms a limiter stands: what its arguments may be."""
+"""The terms of a limiter: which arguments are allowed."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,22 +11,22 @@ from asyncbucket.numeric import is_integer, is_number
 
 #: What to do while a store is gone: see `asyncbucket.stores.outage`.
 OnOutage: TypeAlias = Literal["share", "closed", "open"]
-#: Seconds without a heartbeat after which a slot comes back, at least and at most: one must fit in.
+#: Bounds for a slot's seconds to live without a heartbeat; at least one heartbeat must fit in.
 _SLOT_TTL: Final = (0.1, 86_400)
 
 
 class Keywords(TypedDict, total=False):
     """What `Limiter.child` and `Limiter.key` take by keyword."""
 
-    #: The share beside the siblings', any positive number; 1 by default.
+    #: The share compared with its siblings', any positive number; 1 by default.
     weight: float
     #: The most calls in flight; see `Limiter`.
     concurrency: Concurrency | None
-    #: The most calls that wait; that of the parent holds, too.
+    #: The most calls that may wait; the parent's bound applies as well.
     max_queue: int | None
-    #: Of calls that have none of their own; by default the parent's.
+    #: For calls that have none of their own; by default the parent's.
     priority: Priority | None
-    #: Seconds that calls wait at most that do not say themselves; by default the parent's.
+    #: The most seconds to wait, for calls that set none; by default the parent's.
     timeout: float | None
     rps: float | None
     rpm: float | None
@@ -40,7 +40,7 @@ class Keywords(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """Hold what was agreed for a child."""
+    """Hold the terms of a child."""
 
     limits: tuple[Limit, ...] = ()
     weight: float = 1.0
@@ -51,11 +51,11 @@ class Terms:
 
     @classmethod
     def read(cls, limits: Iterable[str | Limit], keywords: Mapping[str, Any]) -> Self:
-        """Return terms as people give them.
+        """Return terms from the arguments that people give.
 
         Raises:
             LimitSyntaxError: a limit cannot be read; a ValueError.
-            ValueError: a number is not what it must be.
+            ValueError: a number is out of range.
         """
         others = dict(keywords)
         priority = others.pop("priority", None)
@@ -77,16 +77,16 @@ def read_weight(weight: float) -> float:
     Raises:
         ValueError: it is not a positive finite number.
     """
-    if not is_number(weight) or not 1e-6 <= weight <= 1e6:  # noqa: PLR2004 - what floats can weigh exactly
+    if not is_number(weight) or not 1e-6 <= weight <= 1e6:  # noqa: PLR2004 - exact enough in floats
         raise ValueError(f"weight must be a number from 0.000001 to 1,000,000, not {weight!r}")
     return float(weight)
 
 
 def read_timeout(timeout: float | None) -> float | None:
-    """Return seconds to wait at most.
+    """Return the most seconds to wait.
 
     Raises:
-        ValueError: they are not a number from 0 on.
+        ValueError: it is not a number from 0 on.
     """
     deadline_of(0, timeout=timeout)
     return timeout
@@ -104,7 +104,7 @@ def read_count(value: int, name: str, *, least: int = 0) -> int:
 
 
 def read_max_queue(value: int | None) -> int | None:
-    """Return the most calls that may wait, None for no bound.
+    """Return the most calls that may wait; None for no bound.
 
     Raises:
         ValueError: it is not a whole number from 0 on.
@@ -125,10 +125,10 @@ def read_on_outage(value: OnOutage) -> OnOutage:
 
 
 def read_slot_ttl(seconds: float) -> float:
-    """Return the seconds after which the slots of a process that died come back.
+    """Return the seconds after which a dead process's slots come back.
 
     Raises:
-        ValueError: they are not a number from 0.1 to a day.
+        ValueError: it is not a number from 0.1 to a day.
     """
     least, most = _SLOT_TTL
     if not is_number(seconds) or not least <= seconds <= most:

@@ -1,6 +1,6 @@
 """LlamaIndex behind limits: `wrap` for models and tools, mixins for model classes of your own.
 
-Read `asyncbucket.llama_index.wrap` first: how wrapping works, and why so.
+Read `asyncbucket.llama_index.wrap` first: how wrapping works, and why it works that way.
 """
 
 try:
@@ -11,7 +11,7 @@ except ModuleNotFoundError as error:
         f'pacing LlamaIndex models needs {error.name}: pip install "asyncbucket[llama-index]"'
     ) from error
 else:
-    del _LLM, _retry  # they were only asked whether they are there
+    del _LLM, _retry  # imported only to see whether they are installed
 
 from asyncbucket.llama_index.embedding import RateLimitedEmbedding, RateLimitedMultiModalEmbedding
 from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator

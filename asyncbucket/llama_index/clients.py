@@ -1,20 +1,20 @@
 """A model's HTTP clients: nobody else retries, and a booking is dated when its request leaves.
 
-The SDKs of OpenAI and Anthropic are made by one generator and alike where it matters: a client has
-``max_retries``, ``with_options(...)`` returns a copy on the same connection pool, and every attempt
-passes ``_prepare_request(request)``, there for subclasses to override, right before it is sent. So
-nothing here imports an SDK, and nothing touches a client, an httpx client or a pool that is the
-user's own: a copy of the client is made, and its class replaced by a subclass that reports. (An
-httpx client with event hooks of our own would have cost openai's pool of 1,000 connections, and
-hooks on the user's would have been seen by all that the user does with it.)
+The SDKs of OpenAI and Anthropic come from one generator and are alike where it matters. A client
+has ``max_retries``; ``with_options(...)`` returns a copy on the same connection pool; and every
+attempt calls ``_prepare_request(request)``, which subclasses may override, right before it is sent.
+So nothing here imports an SDK, and the user's own clients, httpx clients and pools are not touched:
+the client is copied, and the copy's class replaced by a subclass that reports. (An httpx client of
+our own with event hooks would lose openai's pool of 1,000 connections, and hooks on the user's
+httpx client would see everything else that the user does with it.)
 
-``_prepare_request`` comes before the client waits for a connection, which may take a handshake or
-more. httpcore tells by its trace extension when the body goes out; where it is underneath, the
-booking is dated once more by that. (Not when the headers do: a turn of the event loop comes between,
-a long one where many calls leave at once, and no provider counts tokens before it has the body.)
-The same extension shows the reply's headers, and so the limiter hears what the provider says is left:
-of providers that are known by their host, since a gateway that only looks like one may mean something
-else by the same names.
+``_prepare_request`` runs before the client waits for a connection, which may take a handshake or
+more. httpcore's trace extension reports when the body goes out; if httpcore is underneath, the
+booking is dated once more then. (Not when the headers go out: an iteration of the event loop lies
+in between, a long one if many calls leave at once, and no provider counts tokens before it has the
+body.) The same extension shows the reply's headers, so the limiter hears what the provider says is
+left. This is done only for providers that are known by their host, because a gateway that looks
+like one may mean something else by the same headers.
 """
 
 import functools
@@ -37,14 +37,14 @@ _ANSWERED: Final = "receive_response_headers.complete"
 
 
 class _Request(Protocol):
-    """What httpx and httpx2 requests have in common here."""
+    """What requests of httpx and httpx2 have in common."""
 
     extensions: dict[str, Any]
     url: Any
 
 
 class _Trace:
-    """Listen to one request on its way, by httpcore's trace extension."""
+    """Follow one request on its way, by httpcore's trace extension."""
 
     __slots__ = ("_held", "_profile")
 
@@ -53,27 +53,27 @@ class _Trace:
         self._profile = profile_of(request.url.host)
 
     def hear(self, event: str, info: Mapping[str, Any]) -> None:
-        """Take in what httpcore tells."""
+        """Handle one event of httpcore."""
         if event.endswith(_GOES_OUT):
             self._held.left()
         elif event.endswith(_ANSWERED) and self._profile is not GENERIC:
-            parts = info["return_value"]  # HTTP/1.1 has more of them than HTTP/2
+            parts = info["return_value"]  # HTTP/1.1 has more parts than HTTP/2
             status = next(each for each in parts if isinstance(each, int))
             headers = next((each for each in parts if isinstance(each, list)), [])
             self._held.answered(status, headers, self._profile)
 
     async def hear_async(self, event: str, info: Mapping[str, Any]) -> None:
-        """Do so on an event loop."""
+        """Do the same on an event loop."""
         self.hear(event, info)
 
 
 def is_client(value: object) -> bool:
-    """Tell whether ``value`` is an SDK's client, by the class's own word: mocks have everything."""
+    """Tell whether ``value`` is an SDK's client, judged by its class: mocks have every attribute."""
     return all(hasattr(type(value), name) for name in ("with_options", "_prepare_request"))
 
 
 def without_retries(client: C) -> C:
-    """Return a copy of ``client`` that sends a request once, on the same connections."""
+    """Return a copy of ``client`` that does not retry, on the same connections."""
     theirs: Any = client
     ours: C = theirs.with_options(max_retries=0)
     return reporting(ours)
@@ -89,19 +89,19 @@ def reporting(client: C) -> C:
 
 
 def _know_platform(client: Any) -> None:
-    """Have ``client`` know its platform before it is asked for anything.
+    """Let ``client`` find out its platform before its first request.
 
-    An asynchronous one would find out in a thread of the event loop, with a slot held, while all of these
-    threads may be waiting for slots: ``asyncio.to_thread(llm.chat, ...)`` does so.
+    An asynchronous client would do that in one of the event loop's threads, with a slot held, while
+    all of these threads may be waiting for slots, as with ``asyncio.to_thread(llm.chat, ...)``.
     """
     find = getattr(sys.modules[type(client).request.__module__], "get_platform", None)
     if find is not None and getattr(client, "_platform", "") is None:
-        client._platform = find()  # noqa: SLF001 - made for this
+        client._platform = find()  # noqa: SLF001 - it exists for this
 
 
 @functools.lru_cache(maxsize=64)
 def _reporting_class(cls: type[Any]) -> type[Any]:
-    """Return a subclass with one base, so that an instance can change over to it."""
+    """Return a subclass with one base, so that an instance's class can be replaced by it."""
 
     def prepare(self: Any, request: _Request) -> None:
         cls._prepare_request(self, request)
@@ -134,7 +134,7 @@ def _reporting_class(cls: type[Any]) -> type[Any]:
 
 
 def _seen(reply: Any, arguments: Mapping[str, Any]) -> Any:
-    """Return ``reply``; its usage is noted, and a stream, so that it can be hung up."""
+    """Return ``reply``, after noting its usage; or, if it is a stream, how to close the request."""
     held = current()
     if isinstance(held, HeldCall):
         if not arguments.get("stream"):

@@ -1,11 +1,11 @@
 """Paced models that are pickled, and what paces the copy.
 
 LlamaIndex pickles models to spread work over processes (``IngestionPipeline(num_workers=2)``). Its
-own ``__getstate__`` deletes from the live object whatever does not pickle, so the state is taken
-from a twin here. A limiter cannot go along: its budget lives in this process. A copy that comes
-back into this process shares the limiter of the original; one that arrives in another process gets
-a limiter of its own there, with the same limits, the same one for all copies, and a warning says
-what that means. Unless the limits are in a store: then it is the same ones.
+own ``__getstate__`` deletes from the live object whatever cannot be pickled, so the state is taken
+from a twin here. A limiter cannot be pickled: its budget lives in this process. A copy that comes
+back into this process shares the original's limiter. In another process it gets a limiter made
+there with the same limits, the same one for all copies, and a warning says what that means; with a
+store, the processes share the limits.
 """
 
 import warnings
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from asyncbucket.llama_index.mixin import Paced
     from asyncbucket.llama_index.pacing import Pacing
 
-#: A pickle carries no references, so a process must know its limiters by name.
+#: A pickle carries no references, so each process must find its limiters by name.
 _PASSPORTS: Final = Passports()
 
 
 def reduce(model: "Paced", pacing: "Pacing") -> tuple[Any, ...]:
-    """Return what ``pickle`` needs to make a copy of ``model``, and leave ``model`` as it is."""
+    """Return what ``pickle`` needs to make a copy of ``model``, without changing ``model``."""
     from asyncbucket.llama_index.mixin import unpaced_private
     from asyncbucket.llama_index.wrap import plain_class
 
@@ -56,7 +56,7 @@ def _restore(
         return wrap(model, limiter, **options)
     try:
         model.__init__(limiter=limiter, **options, **state["__dict__"])
-    except Exception:  # noqa: BLE001 - as LlamaIndex does: a class may take other arguments
+    except Exception:  # noqa: BLE001 - like LlamaIndex: a class may take other arguments
         BaseModel.__setstate__(model, state)
         bind(model, Pacing(limiter, **options))
     return model

@@ -1,20 +1,20 @@
-"""A paced embedding model: every request of it is admitted first, once.
+"""A paced embedding model: each of its requests waits for one admission.
 
-The methods that people call (``get_text_embedding_batch`` and its like) look into the embeddings
-cache and cut batches; what is left for the model goes to the private methods below, one request
-each. Pacing there is exact with and without a cache: what the cache has, costs nothing.
+The methods that people call (``get_text_embedding_batch`` and the like) look into the embeddings
+cache and split batches. What is left for the model goes to the private methods below, one request
+each. Pacing there is exact with and without a cache: what is in the cache costs nothing.
 
-Some of them the base class implements by calling others. ``_get_text_embeddings`` and its like then
-make one request a text, so each text pays for itself and the batch as such does not.
+The base class implements some of them by calling others. In that case ``_get_text_embeddings`` and
+the like make one request a text, so each text pays for itself and the batch as such does not.
 ``_aget_text_embedding`` then calls its synchronous twin on the event loop: it pays without blocking
-the loop, and the twin, called within, does not pay again.
+the loop, and the twin, called inside, does not pay again.
 
-A class whose own batch method goes text by text shows that only when it does. So the batch is admitted as
-one request, and each text but the first is one that it owes: see `asyncbucket.llama_index.held`.
+Whether a class's own batch method goes text by text shows only when it runs. So the batch is
+admitted as one request, and each further text adds one: see `asyncbucket.llama_index.held`.
 """
 
 # mypy: disable-error-code="safe-super"
-# Some of what is called by super() is abstract in LlamaIndex; it is a model's class that is paced.
+# Some methods called by super() are abstract in LlamaIndex; what is paced is a concrete class.
 
 import functools
 from collections.abc import Callable
@@ -52,14 +52,14 @@ else:
 
 
 class RateLimitedEmbedding(_Embedding):
-    """Pace an embedding model: mix it in before the model's class, and give the limiter.
+    """Pace an embedding model: put this mixin before the model's class, and pass the limiter.
 
     >>> class PacedEmbedding(RateLimitedEmbedding, OpenAIEmbedding):
     ...     '''OpenAI's embeddings under my limits.'''
     >>> embed_model = PacedEmbedding(limiter=limiter)
 
-    `Limiter.wrap` does the same to a model that exists already. A batch of ``embed_batch_size``
-    texts is one request.
+    `Limiter.wrap` does the same to an existing model. A batch of ``embed_batch_size`` texts is one
+    request.
     """
 
     async def _aget_query_embedding(self, query: str) -> Embedding:

@@ -1,13 +1,14 @@
-"""What a call is going to cost in tokens, estimated before it is made.
+"""What a call will cost in tokens, estimated before it is made.
 
 The input is what the provider is sent: every block of every message, what the provider's template
-adds to each, tools and the response format. A limiter that books too little lets too many pass and
-is refused, one that books too much gets the rest back when the reply comes. So of the tokenizer's
-count and a quarter of the characters, by which OpenAI estimates at admission, the larger one counts.
+adds to each, tools and the response format. A limiter that books too little lets too many calls
+pass and is refused; one that books too much gets the rest back when the reply comes. So the larger
+of two numbers counts: the tokenizer's, and a quarter of the characters, OpenAI's estimate at
+admission.
 
-The output is `max_tokens` where the call or the model has one: so much OpenAI charges at admission.
-Where neither has one, nobody knows; it is foreseen as what nine in ten of the model's last replies
-stayed under (`OutputForecast`). Such a guess is marked as one: it must not make a call impossible.
+The output is `max_tokens` if the call or the model sets it: OpenAI charges that much at admission.
+Otherwise nobody knows; the estimate is what nine in ten of the model's latest replies stayed under
+(`OutputForecast`). Such a guess is marked as one, because it must not make a call impossible.
 
 Nothing here does I/O, so pictures are not measured and files are not opened: media count by the
 constants below.
@@ -32,15 +33,15 @@ if TYPE_CHECKING:
 #: count tokens with tiktoken" in the OpenAI cookbook, read in 2025.
 _A_MESSAGE: Final = 4
 _A_REPLY: Final = 3
-#: The least, and the bytes for a token more, of what can't be measured without a decoder: sound as
-#: MP3 of 128 kbit/s at Gemini's 32 tokens a second, video of 2 Mbit/s at its 263, and PDF pages of
-#: 50 kB at Anthropic's 1,500 to 3,000.
+#: For media that cannot be measured without a decoder: the fewest tokens, and bytes per token.
+#: Sound is MP3 of 128 kbit/s at Gemini's 32 tokens a second, video 2 Mbit/s at its 263, and PDF
+#: pages 50 kB at Anthropic's 1,500 to 3,000.
 _MEDIA: Final = {"audio": (256, 500), "video": (2048, 950), "document": (2048, 20)}
 #: The fields that hold a medium's bytes, in base64.
 _DATA: Final = {"audio": "audio", "video": "video", "document": "data"}
 
 _LIMITS_OF_OUTPUT: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
-#: Arguments that are sent along and count as input.
+#: Arguments that are sent and count as input.
 _SENT: Final = (
     "tools",
     "built_in_tools",
@@ -50,7 +51,7 @@ _SENT: Final = (
     "instructions",
     "system",
 )
-#: Of these, what OpenAIResponses keeps in fields, to send it with every call.
+#: Those of them that OpenAIResponses keeps in fields, and sends with every call.
 _SENT_ALWAYS: Final = ("instructions", "built_in_tools")
 
 
@@ -60,8 +61,8 @@ class Estimate:
 
     Attributes:
         input_tokens: what is sent.
-        output_tokens: what comes back at most, or probably.
-        foreseen: whether the output is a guess rather than a limit. A guess may be cut down to what
+        output_tokens: what comes back, at most or probably.
+        foreseen: whether the output is a guess rather than a limit. A guess may be lowered to what
             the limits can ever admit.
 
     Raises:
@@ -78,7 +79,7 @@ class Estimate:
 
 
 class Estimator(Protocol):
-    """Foresee the cost of a call. It runs on the event loop: no I/O, and a few milliseconds at most."""
+    """Estimate the cost of a call. It runs on the event loop: no I/O, a few milliseconds at most."""
 
     def chat(
         self, llm: "LLM", messages: Sequence["ChatMessage"], kwargs: Mapping[str, Any]
@@ -105,14 +106,14 @@ class Observer(Protocol):
 
 
 class DefaultEstimator:
-    """Estimate by a tokenizer that is there without asking anybody, and by the replies so far.
+    """Estimate with a tokenizer that needs no download, and with the replies so far.
 
-    One estimator belongs to one model, for its replies are what it learns from.
+    Each model needs an estimator of its own, which learns from that model's replies.
 
     Args:
-        tokenizer: turns a text into tokens; by default the one inside llama_index.core, or a count of
-            characters where it is missing. It must not do I/O: some models' own ones do.
-        forecast: foresees replies without `max_tokens`.
+        tokenizer: turns a text into tokens; by default the one inside llama_index.core, or a count
+            of characters if that is missing. It must not do I/O, as some models' own tokenizers do.
+        forecast: estimates the length of replies without `max_tokens`.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class DefaultEstimator:
         return f"<DefaultEstimator {self._forecast!r}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the bundled tokenizer behind: it is in the other process as well."""
+        """Leave out the bundled tokenizer: the other process has it, too."""
         bundled = self._tokenizer is bundled_tokenizer()
         return {**vars(self), "_tokenizer": None if bundled else self._tokenizer}
 
@@ -160,7 +161,7 @@ class DefaultEstimator:
         self._forecast.observe(output_tokens)
 
     def _estimate(self, llm: "LLM", sent: "_Sent", kwargs: Mapping[str, Any]) -> Estimate:
-        # A structured LLM asks another one, and sends it the schema of what it wants.
+        # A structured LLM calls another one, and sends it the schema of its output.
         model = getattr(llm, "llm", llm)
         sent.add_argument(getattr(llm, "output_cls", None))
         fields = {name: getattr(model, name, None) for name in _SENT_ALWAYS}
@@ -172,14 +173,14 @@ class DefaultEstimator:
         limit = next(filter(is_count, (*told, *always)), 0)
         return Estimate(
             input_tokens=self.count(*sent.texts) + sent.tokens,
-            # What is foreseen is of whole calls.
+            # The forecast is for the whole call.
             output_tokens=limit * replies_of(arguments) or self._forecast.foresee(),
             foreseen=not limit,
         )
 
 
 class _Sent:
-    """What a call sends: its texts, and the tokens of what is not a text."""
+    """What a call sends: its texts, and the tokens of what is not text."""
 
     __slots__ = ("texts", "tokens")
 
@@ -191,7 +192,7 @@ class _Sent:
         """Add a message: its blocks, and the tool calls that older integrations keep beside them."""
         self.tokens += _A_MESSAGE
         if not hasattr(message, "blocks"):
-            return  # it is not a message, which the model says better
+            return  # not a message: the model's own error says it better
         for block in message.blocks:
             self.add_block(block)
         extra = message.additional_kwargs
@@ -200,7 +201,7 @@ class _Sent:
         self.add_argument(extra.get("name"))
 
     def add_block(self, block: Any) -> None:
-        """Add a content block; one of an unknown kind counts as the text that it has."""
+        """Add a content block; a block of an unknown kind counts by its text."""
         match getattr(block, "block_type", None):
             case "image":
                 self.tokens += A_SMALL_IMAGE if block.detail == "low" else AN_IMAGE
@@ -225,12 +226,12 @@ class _Sent:
                 self.texts.append(str(getattr(block, "text", "")))
 
     def add_medium(self, kind: str, data: object) -> None:
-        """Add sound, video or a document, by its size if it is at hand."""
+        """Add sound, video or a document, by its size if that is known."""
         least, bytes_a_token = _MEDIA[kind]
         self.tokens += max(least, _size(data) // bytes_a_token)
 
     def add_argument(self, value: object) -> None:
-        """Add an argument that is sent as JSON, or as it is if it is text."""
+        """Add an argument, which is sent as JSON, or unchanged if it is text."""
         if isinstance(value, str):
             self.texts.append(value)
         elif value:
@@ -238,7 +239,7 @@ class _Sent:
 
 
 def _tool_call(block: Any) -> str:
-    """Write a tool call as OpenAI is sent it."""
+    """Return a tool call as it is sent to OpenAI."""
     arguments = block.tool_kwargs
     if not isinstance(arguments, str):
         arguments = _json(arguments)
@@ -247,7 +248,7 @@ def _tool_call(block: Any) -> str:
 
 
 def _json(value: object) -> str:
-    """Write what is sent as JSON; what can't be written so is no reason to fail a call."""
+    """Return ``value`` as JSON; if that is impossible, as text: an estimate must not fail a call."""
     try:
         return json.dumps(value, default=_plain, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
@@ -255,7 +256,7 @@ def _json(value: object) -> str:
 
 
 def _plain(value: Any) -> object:
-    """Turn into JSON what providers are sent as JSON: tools, models and classes of pydantic."""
+    """Convert what is sent as JSON: tools, pydantic models and classes."""
     to_openai_tool = getattr(getattr(value, "metadata", None), "to_openai_tool", None)
     if callable(to_openai_tool):
         return to_openai_tool(skip_length_check=True)
@@ -267,7 +268,7 @@ def _plain(value: Any) -> object:
 
 
 def _size(data: object) -> int:
-    """Return the bytes of what LlamaIndex keeps in base64; 0 if they are elsewhere."""
+    """Return the number of bytes of data in base64; 0 if there is none here."""
     return len(data) * 3 // 4 if isinstance(data, bytes) else 0
 
 

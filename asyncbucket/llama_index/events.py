@@ -1,4 +1,4 @@
-"""Queueing, as LlamaIndex's instrumentation shows it, and the admission of which it tells."""
+"""Queueing as LlamaIndex's instrumentation shows it, and the admissions that it reports."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ from asyncbucket.llama_index.misuse import warn_of_time_out
 
 _dispatcher: Final = get_dispatcher(__name__)
 
-#: Whether the admission that is asked for right now is told of by whoever asks.
+#: Whether the code that asks for the current admission reports its wait.
 _told: Final[ContextVar[bool]] = ContextVar("asyncbucket told of waits", default=False)
 
 
@@ -32,38 +32,38 @@ class RateLimitEvent(BaseEvent):
 
     @classmethod
     def class_name(cls) -> str:
-        """Return the name that LlamaIndex's handlers know an event by."""
+        """Return the name by which LlamaIndex's handlers know an event."""
         return cls.__name__
 
 
 class RateLimitWaitEvent(RateLimitEvent):
     """Say that a call waited for its admission, and for what.
 
-    It comes before the event that starts the call (``LLMChatStartEvent`` and its like), so that a
-    model's latency is the model's alone. A call that passed at once has none.
+    It comes before the event that starts the call (``LLMChatStartEvent`` and the like), so that a
+    model's latency is the model's alone. A call that passed at once has no such event.
     """
 
     #: Seconds between asking and admission.
     waited: float
-    #: The resource that held it up: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``.
+    #: What held it up: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``...
     bound_by: str | None
 
 
 class RateLimitRefusedEvent(RateLimitEvent):
-    """Say that a call was turned away before it reached the model."""
+    """Say that a call was refused before it reached the model."""
 
     #: ``"would_block"``, ``"timeout"``, ``"queue_full"`` or ``"too_costly"``.
     reason: str
-    #: The resource that had no room; None if others came first.
+    #: What had no room; None if others came first.
     bound_by: str | None
-    #: In how many seconds it might pass; None where nobody can tell, or it never will.
+    #: In how many seconds it might pass; None if that is not known, or it never will.
     retry_after: float | None
 
 
 class RateLimitRetryEvent(RateLimitEvent):
-    """Say that a call failed and will be tried again."""
+    """Say that a call failed and will be retried."""
 
-    #: How often it was tried so far, from 1 on.
+    #: The number of the attempt that failed, from 1 on.
     attempt: int
     #: The kind of error; never its message.
     error: str
@@ -72,14 +72,14 @@ class RateLimitRetryEvent(RateLimitEvent):
 
 
 class RateLimitPauseEvent(RateLimitEvent):
-    """Say that nobody is admitted for a while: after a provider's refusal the reason is ``"429"``."""
+    """Say that nobody is admitted for a while; the reason is ``"429"`` after a provider's refusal."""
 
     seconds: float
     reason: str
 
 
 async def admit(limiter: Limiter, amounts: Mapping[str, Any]) -> Lease:
-    """Wait for the admission of a call and tell of the wait; the calls around it make way."""
+    """Wait for the admission of a call and report the wait; calls around it give up slots it needs."""
     make_way(limiter)
     began = limiter.now()
     try:
@@ -93,7 +93,7 @@ async def admit(limiter: Limiter, amounts: Mapping[str, Any]) -> Lease:
 
 
 def admit_sync(limiter: Limiter, amounts: Mapping[str, Any]) -> Lease:
-    """Do what `admit` does, on a thread that may be blocked."""
+    """Do the same as `admit`, on a thread that may be blocked."""
     make_way(limiter)
     with _told_here():
         lease = limiter.acquire_sync(**amounts)
@@ -102,13 +102,13 @@ def admit_sync(limiter: Limiter, amounts: Mapping[str, Any]) -> Lease:
 
 
 def is_told() -> bool:
-    """Return whether whoever asks for the present admission tells of its wait."""
+    """Return whether the code that asks for the current admission reports its wait."""
     return _told.get()
 
 
 @contextlib.contextmanager
 def _told_here() -> Generator[None]:
-    """Keep others from telling of the admissions that are asked for inside."""
+    """Keep others from reporting the admissions that are asked for inside."""
     _told.set(True)
     try:
         yield

@@ -1,10 +1,11 @@
 """The guard against paying twice, which the wrap shares with the transports beneath it.
 
-Here a note carries the usage besides: where a method of a model ends in another and makes something
-of its reply, or asks its provider several times, the usage is seen within, and settles the call
-outside. A method that calls others several times makes so many requests; what those call themselves is
-part of them. And it knows the SDK's stream, to hang up: that refers to itself, so that closing the model's
-stream, which only forgets it, leaves the provider at work until the garbage collector comes by.
+Here the note in the context also carries the usage. If a method of a model calls another and makes
+something of its reply, or sends the provider several requests, the usage is seen inside, and
+settles the call outside. A method that calls others several times makes that many requests; calls
+within those are part of them. The note also knows the SDK's stream, to close the request: that
+stream is part of a reference cycle, so closing the model's stream, which only drops it, leaves the
+provider at work until the garbage collector runs.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from asyncbucket.limiter.levels import is_under
 
 T = TypeVar("T")
 
-#: Where a stream ends; None may be one of its items.
+#: Marks the end of a stream, because None may be one of its items.
 _END: Final[Any] = object()
 
 
@@ -37,15 +38,15 @@ class HeldCall(Held):
 
     def __init__(self, limiter: Limiter, lease: Lease, ear: Ear) -> None:
         super().__init__(limiter, lease, ear)
-        #: Methods called within.
+        #: Methods called inside.
         self.methods: list[Method] = []
-        #: What the SDK's replies said was used, all together.
+        #: What the SDK's replies said was used, in total.
         self._replies: Usage | None = None
-        # Weakly: a pooled connection keeps this note for good.
+        # A weak reference, because a pooled connection keeps this note for good.
         self._stream: weakref.ref[Any] | None = None
 
     def asks(self, method: "Method") -> None:
-        """Take in a method that is called within: each but the first owes a request more."""
+        """Note a method that is called inside: each but the first adds a request."""
         self.methods.append(method)
         self.owe(len(self.methods))
 
@@ -55,7 +56,7 @@ class HeldCall(Held):
             self._replies = usage if self._replies is None else self._replies + usage
 
     def used(self, said: Usage | None) -> Usage | None:
-        """Return what the call used: what its reply ``said``, or what was seen within if that is more."""
+        """Return what the call used: what its reply ``said``, or what was seen inside if more."""
         within = [method.usage for method in self.methods if method.usage is not None]
         for seen in (functools.reduce(operator.add, within) if within else None, self._replies):
             said = said | seen if said is not None else seen
@@ -72,7 +73,7 @@ class HeldCall(Held):
             await closing
 
     def hang_up_sync(self) -> None:
-        """Do what `hang_up` does, of a synchronous stream."""
+        """Do the same as `hang_up`, for a synchronous stream."""
         self._close()
 
     def _close(self) -> Any:
@@ -81,7 +82,7 @@ class HeldCall(Held):
 
 
 def held_call(limiter: Limiter) -> HeldCall | None:
-    """Return the note that this context runs under a lease that counts at ``limiter``, or None."""
+    """Return the note of a lease in this context that counts at ``limiter``, or None."""
     return next(
         (
             held
@@ -93,7 +94,7 @@ def held_call(limiter: Limiter) -> HeldCall | None:
 
 
 class Method:
-    """Run a method within a paced call, with those that it calls itself, and see what it uses."""
+    """Run a method inside a paced call, with the methods it calls, and note what it uses."""
 
     __slots__ = ("usage",)
 
@@ -107,7 +108,7 @@ class Method:
 
     @contextlib.contextmanager
     def running(self) -> Generator[None]:
-        """Have all that is called for the time of a ``with`` block be a part of this."""
+        """Make everything called in a ``with`` block part of this method."""
         token = _METHOD.set(self)
         try:
             yield
@@ -115,7 +116,7 @@ class Method:
             put_back(_METHOD, token)
 
     async def passed_on(self, stream: AsyncIterator[T]) -> AsyncGenerator[T, None]:
-        """Pass on the stream that this method gives."""
+        """Pass on the stream that this method returns."""
         try:
             while True:
                 with self.running():
@@ -129,7 +130,7 @@ class Method:
                 await stream.aclose()
 
     def passed_on_sync(self, stream: Iterator[T]) -> Generator[T, None, None]:
-        """Do what `passed_on` does, of a synchronous stream."""
+        """Do the same as `passed_on`, for a synchronous stream."""
         try:
             while True:
                 with self.running():
@@ -148,7 +149,7 @@ _METHOD: Final[ContextVar[Method | None]] = ContextVar("asyncbucket nested", def
 
 @contextlib.contextmanager
 def nested(held: HeldCall) -> Generator[Method]:
-    """Have a method run within the call of ``held``: what several of them use adds up."""
+    """Run a method inside the call of ``held``; what several of them use adds up."""
     method = _METHOD.get()
     if method is None or method not in held.methods:
         held.asks(method := Method())
@@ -159,7 +160,7 @@ def nested(held: HeldCall) -> Generator[Method]:
 async def nested_stream(
     held: HeldCall, start: Callable[[], Awaitable[AsyncIterator[T]]]
 ) -> AsyncGenerator[T, None]:
-    """Do what `nested` does, of a method that gives a stream: start it, and return it."""
+    """Do the same as `nested` for a method that returns a stream: start it, and return the stream."""
     with nested(held) as method:
         stream = await start()
     return method.passed_on(aiter(stream))
@@ -168,7 +169,7 @@ async def nested_stream(
 def nested_stream_sync(
     held: HeldCall, start: Callable[[], Iterator[T]]
 ) -> Generator[T, None, None]:
-    """Do what `nested_stream` does, of a synchronous stream."""
+    """Do the same as `nested_stream`, for a synchronous stream."""
     with nested(held) as method:
         stream = start()
     return method.passed_on_sync(iter(stream))

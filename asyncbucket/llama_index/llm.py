@@ -1,7 +1,7 @@
-"""A paced LLM: every call of it is admitted first, once."""
+"""A paced LLM: each of its calls waits for one admission."""
 
 # mypy: disable-error-code="safe-super"
-# Some of what is called by super() is abstract in LlamaIndex; it is a model's class that is paced.
+# Some methods called by super() are abstract in LlamaIndex; what is paced is a concrete class.
 
 import functools
 import sys
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
 
 
 class RateLimitedLLM(RateLimitedPrediction, ABC):
-    """Pace an LLM: mix it in before the LLM's class, and give the limiter when making one.
+    """Pace an LLM: put this mixin before the LLM's class, and pass the limiter to the constructor.
 
     >>> class PacedOpenAI(RateLimitedLLM, OpenAI):
     ...     '''OpenAI's models under my limits.'''
     >>> llm = PacedOpenAI(model="gpt-4o-mini", limiter=limiter)
 
-    `Limiter.wrap` does the same to a model that exists already. What LlamaIndex builds on these
-    methods (prediction, tools, agents, structured output, query engines) passes through them, and
-    is paced by them.
+    `Limiter.wrap` does the same to an existing model. Everything that LlamaIndex builds on these
+    methods (prediction, tools, agents, structured output, query engines) goes through them, and so
+    is paced.
     """
 
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        messages = list(messages)  # the call may go out later, when the list has grown
+        messages = list(messages)  # the call may go out later, and the list may grow
         send = functools.partial(super().achat, messages, **kwargs)
         return await pacing_of(self).call(send, _chat_cost(self, messages, kwargs))
 
@@ -123,9 +123,9 @@ def _completion_cost(
 
 
 def _has_to_ask(llm: LLM, kwargs: dict[str, Any]) -> bool:
-    """Tell whether a stream of ``llm`` ends with its usage only if asked, and the user did not."""
+    """Tell whether streams of ``llm`` end with their usage only if asked, and the user did not ask."""
     if "stream_options" in kwargs or "stream_options" in getattr(llm, "additional_kwargs", {}):
         return False
-    # Whoever has a model of that class has loaded the module.
+    # A model of that class can exist only if the module is loaded.
     openai = sys.modules.get("llama_index.llms.openai.base")
     return openai is not None and isinstance(llm, openai.OpenAI)

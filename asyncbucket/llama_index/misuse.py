@@ -1,6 +1,6 @@
-"""Misuse that undoes pacing: a warning says so, with the remedy.
+"""Misuse that undoes pacing: a warning names it, with the remedy.
 
-Not seen, and so not here: retry decorators around a paced model's methods. The docs speak of them.
+Retry decorators around a paced model's methods cannot be detected; the docs mention them.
 """
 
 import contextvars
@@ -21,9 +21,9 @@ from asyncbucket.wording import in_seconds
 
 #: What `llama_index.core.workflow` sets around each step of a workflow.
 _STEP: Final = "step_worker"
-#: Whoever waited no longer than this (s) was hardly cut off by a time-out.
+#: A call that waited no longer than this (s) was hardly cut off by a time-out.
 _HARDLY: Final = 1.0
-#: Limiters of which it has been said that a workflow gave up in their line.
+#: Limiters for which the warning about a workflow's time-out has been logged.
 _TOLD: Final[WeakSet[Limiter]] = WeakSet()
 
 _log: Final = logging.getLogger("asyncbucket")
@@ -31,7 +31,7 @@ _PACKAGE: Final = str(Path(asyncbucket.__file__).parent)
 
 
 def warn_of_misuse(model: Any, limiter: Limiter, *, attempts: int) -> None:
-    """Warn of what undoes the pacing of ``model``, each in its own words."""
+    """Warn of each thing that undoes the pacing of ``model``."""
     if getattr(model, "rate_limiter", None) is not None:
         _warn(
             f"{type(model).__name__} has a rate_limiter of its own: each call would wait there, too, "
@@ -54,10 +54,10 @@ def warn_of_misuse(model: Any, limiter: Limiter, *, attempts: int) -> None:
 
 
 def warn_of_time_out(limiter: Limiter, waited: float) -> None:
-    """Warn once if a call in a step of a workflow was cancelled in line, ``waited`` seconds after it came.
+    """Warn once of a call in a workflow's step that was cancelled after waiting ``waited`` seconds.
 
-    The workflow's own error says nothing of a queue. Who cancelled the call, its time-out or somebody in the
-    step, cannot be seen.
+    The workflow's own error does not mention the queue. Whether its time-out or the step's own code
+    cancelled the call cannot be seen.
     """
     in_a_step = any(each.name == _STEP for each in contextvars.copy_context())
     if waited > _HARDLY and in_a_step and limiter not in _TOLD:
@@ -71,11 +71,11 @@ def warn_of_time_out(limiter: Limiter, waited: float) -> None:
 
 
 def _other_retries(model: Any) -> Iterator[tuple[str, int]]:
-    """Yield what retries inside ``model`` and is not ours to change: the user's own fields."""
+    """Yield what retries inside ``model`` and may not be changed: the user's own fields."""
     private: dict[str, Any] = getattr(model, "__pydantic_private__", None) or {}
     replaced = {name for name, value in private.items() if is_client(value)}
     for name, value in {**vars(model), **private}.items():
-        # Nothing of an unknown object is run: its properties may open connections.
+        # No code of an unknown object is run: its properties may open connections.
         retries = inspect.getattr_static(value, "max_retries", None)
         if type(retries) is int and retries > 0 and name not in replaced:
             yield name, retries
@@ -83,7 +83,7 @@ def _other_retries(model: Any) -> Iterator[tuple[str, int]]:
 
 def _warn(message: str) -> None:
     """Warn at the line that called asyncbucket."""
-    frame, level = sys._getframe(), 1  # noqa: SLF001 - skip_file_prefixes is there from 3.12 on
+    frame, level = sys._getframe(), 1  # noqa: SLF001 - skip_file_prefixes exists from 3.12 on
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)

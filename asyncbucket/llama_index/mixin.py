@@ -21,11 +21,11 @@ _PACING: Final = "_asyncbucket_pacing"
 
 
 class _NoRetries:
-    """Read as 0 on an instance, whatever its field says: one layer retries, and it is ours.
+    """Read as 0 on an instance, whatever its field says: only one layer retries, and it is ours.
 
-    The field's own value stays where it is, so that it is serialised, copied and set as ever. On
-    the class there is nothing, as with any pydantic field: a property would be taken for a
-    subclass's default.
+    The field's own value stays where it is, so it is serialised, copied and set as before. On the
+    class there is no value, as with any pydantic field: a property would count as a subclass's
+    default.
     """
 
     def __get__(self, model: object, owner: type | None = None) -> int:
@@ -38,10 +38,10 @@ class _NoRetries:
 
 
 class PacedBy:
-    """Be the limiter of a paced model or tool, unless that has a ``limiter`` of its own.
+    """Return the limiter of a paced model or tool, unless that has its own ``limiter`` attribute.
 
-    There is no ``__set__``, so what an object itself holds, in a field of pydantic's, say, comes first.
-    On the class there is nothing, for the same reason as above.
+    There is no ``__set__``, so an instance attribute, such as a pydantic field, comes first. On the
+    class there is no value, for the same reason as above.
     """
 
     def __init__(self, find: Callable[[Any], Limiter]) -> None:
@@ -56,12 +56,12 @@ class PacedBy:
 class Paced:
     """The part of a paced model that is neither LLM nor embedding.
 
-    The class is not a pydantic model, so that mixing it in adds no field, changes no default, and
-    leaves its methods to us: LlamaIndex puts a span around what a *model's* class overrides. What it
-    does not override, the mixins keep in functions: a method would hide the model's own of that name.
+    The class is not a pydantic model, so mixing it in adds no field, changes no default, and leaves
+    its methods alone: LlamaIndex puts spans around what a *model's* class overrides. Helpers that
+    override nothing are functions: as methods they could hide the model's own of that name.
     """
 
-    # For a type checker both are fields of the model's class.
+    # To a type checker, both are fields of the model's class.
     if not TYPE_CHECKING:  # pragma: no branch - always so at run time
         max_retries = _NoRetries()
         limiter = PacedBy(lambda model: pacing_of(model).limiter)
@@ -85,7 +85,7 @@ class Paced:
         estimator: Estimator | None = None,
         **kwargs: Any,
     ) -> None:
-        """Make the model of all other arguments, paced by ``limiter``."""
+        """Make the model from all other arguments, paced by ``limiter``."""
         super().__init__(*args, **kwargs)
         pacing = Pacing(limiter, retry=retry, estimator=estimator)
         warn_of_misuse(self, limiter, attempts=pacing.retrier.policy.attempts)
@@ -103,7 +103,7 @@ class Paced:
         return reduce(self, pacing_of(self))
 
     def __repr_args__(self) -> "Generator[tuple[str | None, Any]]":
-        """Show what a reader asks for. The fields of a model hold its API key."""
+        """Show what helps a reader; a model's fields include its API key."""
         for name in ("model", "model_name"):
             if name in vars(self):
                 yield name, vars(self)[name]
@@ -112,7 +112,7 @@ class Paced:
 
 
 def paced_subclass(mixin: type[Any], cls: type[Any], **names: Any) -> type[Any]:
-    """Return a class of ``cls`` with ``mixin`` before it and ``names`` in it, at home where ``cls`` is."""
+    """Return a subclass of ``mixin`` and ``cls`` with ``names``, in the module of ``cls``."""
     names |= {
         "__doc__": cls.__doc__,
         "__module__": cls.__module__,
@@ -122,15 +122,15 @@ def paced_subclass(mixin: type[Any], cls: type[Any], **names: Any) -> type[Any]:
 
 
 def pacing_of(model: Paced) -> Pacing:
-    """Return what paces ``model``."""
+    """Return the pacing of ``model``."""
     return cast("Pacing", _private(model)[_PACING])
 
 
 def bind(model: object, pacing: Pacing) -> None:
     """Pace ``model``, of a class with `Paced`: keep ``pacing`` and clients that do not retry.
 
-    Both go among pydantic's private values: no field, so in no schema, dump, comparison of
-    ingestion caches, or dialogue with a server.
+    Both are kept among pydantic's private values. They are no fields, so they appear in no schema,
+    dump, hash of an ingestion cache, or request.
     """
     private = {
         name: without_retries(value) if is_client(value) else value
@@ -140,14 +140,14 @@ def bind(model: object, pacing: Pacing) -> None:
 
 
 def _ours(model: object, client: Any) -> Any:
-    """Have a client report that was made under our `max_retries`; fields are the user's."""
+    """Make a client report if it was made under our `max_retries`; those in fields are the user's."""
     if any(client is value for value in vars(model).values()):
         return client
     return reporting(client)
 
 
 def unpaced_private(model: object) -> dict[str, Any]:
-    """Return the private values of ``model`` but ours."""
+    """Return the private values of ``model`` without ours."""
     return {name: value for name, value in _private(model).items() if name != _PACING}
 
 

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Pacing:
-    """Belong to one paced model and pace its calls; copies of the model share it."""
+    """Pace the calls of one model; copies of the model share it."""
 
     __slots__ = ("asks_for_usage", "ear", "estimator", "limiter", "options", "retrier")
 
@@ -43,21 +43,21 @@ class Pacing:
                 f"{estimator!r} has none"
             )
         self.limiter = limiter
-        #: As they were given, to pace a copy alike.
+        #: The options as given, to pace a copy alike.
         self.options: dict[str, Any] = {"retry": retry, "estimator": estimator}
         self.estimator = DefaultEstimator() if estimator is None else estimator
         # A refusal concerns all who share the provider's limits.
         self.retrier = Retrier(Retry.of(retry), provider_of(limiter), caller=limiter)
-        #: What hears the headers of replies, where an HTTP client lets it.
+        #: What reads the headers of replies, if the HTTP client passes them on.
         self.ear = Ear(limiter)
-        #: Whether a stream asks its provider for the usage; off for good once one refuses.
+        #: Whether streams ask the provider for the usage; off for good once it refuses.
         self.asks_for_usage = True
 
     def again(self, limiter: Limiter, options: dict[str, Any]) -> Self:
-        """Return the same for ``limiter``, but for the options that are given."""
+        """Return a pacing for ``limiter`` with the same options, except those given."""
         new = type(self)(limiter, **self.options | options)
         if new.options["estimator"] is None:
-            new.estimator = self.estimator  # it knows the replies so far
+            new.estimator = self.estimator  # it has learned from the replies so far
         return new
 
     async def call(
@@ -67,10 +67,10 @@ class Pacing:
         *,
         read: Callable[[T], Usage | None] = usage_of,
     ) -> T:
-        """Return what ``send()`` does, paced and retried; or just that within a paced call.
+        """Return what ``send()`` returns, paced and retried; inside a paced call, without pacing.
 
-        ``read`` finds the usage in a reply. One that is made of what the model wrote has none, and
-        must not be searched for it.
+        ``read`` finds the usage in a reply. A reply made of what the model wrote has none, and must
+        not be searched for it.
         """
         held = held_call(self.limiter)
         if held is None:
@@ -89,7 +89,7 @@ class Pacing:
         *,
         read: Callable[[T], Usage | None] = usage_of,
     ) -> T:
-        """Do what `call` does, on a thread that may be blocked."""
+        """Do the same as `call`, on a thread that may be blocked."""
         held = held_call(self.limiter)
         if held is None:
             sent = Sent()
@@ -129,22 +129,22 @@ class Pacing:
             return reply
 
     async def admit(self, estimate: Estimate, sent: Sent) -> Lease:
-        """Wait for the admission of a call that costs ``estimate``, which is ``sent`` then."""
+        """Wait for the admission of a call that costs ``estimate``; note in ``sent`` when it leaves."""
         lease = await admit(self.limiter, self._amounts(estimate))
         sent.at = self.limiter.now()
         return lease
 
     def admit_sync(self, estimate: Estimate, sent: Sent) -> Lease:
-        """Do what `admit` does, on a thread that may be blocked."""
+        """Do the same as `admit`, on a thread that may be blocked."""
         lease = admit_sync(self.limiter, self._amounts(estimate))
         sent.at = self.limiter.now()
         return lease
 
     def settle(self, lease: Lease, usage: Usage | None) -> None:
-        """Correct what was reserved by what a whole reply used, where that is known."""
+        """Correct the reservation to what a whole reply used, if that is known."""
         if usage is not None:
             lease.settle(input_tokens=usage.input_tokens, output_tokens=usage.output_tokens)
-            # To what is embedded there is no reply.
+            # Embeddings have no reply to learn from.
             if usage.output_tokens and isinstance(self.estimator, Observer):
                 self.estimator.observe(usage.output_tokens)
 
@@ -155,7 +155,7 @@ class Pacing:
         return None if left is None else self.limiter.now() + left
 
     def _amounts(self, estimate: Estimate) -> dict[str, float]:
-        """Return the tokens to reserve: a guess of the output must not make a call impossible."""
+        """Return the tokens to reserve; a guess of the output must not make a call impossible."""
         if not isinstance(estimate, Estimate):
             raise TypeError(f"{self.estimator!r} returned {estimate!r}; it must return an Estimate")
         output = estimate.output_tokens
@@ -167,13 +167,13 @@ class Pacing:
         return {"input_tokens": estimate.input_tokens, "output_tokens": max(0, output)}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
-        """Be shared: a copy of a model spends from the same budget."""
+        """Return this object: a copy of a model spends from the same budget."""
         return self
 
 
 @contextlib.contextmanager
 def told_of_overload(lease: Lease) -> Generator[None]:
-    """Let ``lease`` know of an error that says that the provider is overloaded."""
+    """Report to ``lease`` an error which means that the provider is overloaded."""
     try:
         yield
     except Exception as error:
@@ -183,4 +183,4 @@ def told_of_overload(lease: Lease) -> Generator[None]:
 
 
 def no_usage(_: object) -> None:
-    """Find no usage: what a reply says is the model's, not the provider's."""
+    """Return None: what such a reply says comes from the model, not from the provider."""

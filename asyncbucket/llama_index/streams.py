@@ -1,22 +1,23 @@
 """Streams that hold their slot until they are exhausted, closed, broken off or dropped.
 
 They are classes and not generators, because the ``finally`` of a generator that was never started
-never runs: a stream must take nothing before its first item is asked for, and must not depend on
-being closed. All is done at the first ``__anext__``: admission, the model's own call, and the first
-item of its stream, which is where OpenAI's 429 shows. Up to that point a failed attempt is made
-anew, as of any call; after it never, for the caller has seen a part of the answer.
+never runs. A stream must take nothing before its first item is requested, and must not depend on
+being closed. Everything happens at the first ``__anext__``: the admission, the model's own call,
+and the first item of its stream, which is where OpenAI's 429 appears. Up to that point a failed
+attempt is retried like any call; after it never, because the caller has seen a part of the answer.
 
-A dropped stream drops its lease, and a lease that is dropped releases itself, safely even where
-the garbage collector interrupts the limiter. (A ``__del__`` here could not call `Lease.release`.)
+A dropped stream drops its lease, and a dropped lease releases itself, safely even if the garbage
+collector interrupts the limiter. (A ``__del__`` here could not call `Lease.release`.)
 
-A stream that ends, however, or an asynchronous one that is dropped, has also hung up, or the provider
-would have more calls in flight than there are slots: a model may stop, or break off, before its provider
-does. That the model's stream has ended or was closed is not enough for that: see `held`. (Of SDKs that
-are made otherwise than OpenAI's and Anthropic's nothing is known, and they hang up when Python has them do it.)
+However a stream ends, the request is closed, too, and so it is if an asynchronous stream is
+dropped. Otherwise the provider would have more calls in flight than there are slots, because a
+model's stream may stop, or break off, before the provider does. That the model's stream has ended
+or was closed is not enough: see `held`. (SDKs not built like OpenAI's and Anthropic's close the
+request when Python closes their own stream.)
 
-The usage comes with a stream's last chunk, from OpenAI only if it is asked for. Where we asked and
-the user did not, that chunk, empty but for the usage, is kept from the caller: whoever looks at the
-last chunk expects the end of the answer there.
+The usage comes with a stream's last chunk; OpenAI sends it only if asked. If we asked and the user
+did not, that chunk, empty except for the usage, is withheld: whoever looks at the last chunk
+expects the end of the answer there.
 """
 
 import asyncio
@@ -47,12 +48,12 @@ T = TypeVar("T")
 USAGE_OPTION: Final = {"stream_options": {"include_usage": True}}
 
 _BAD_REQUEST: Final = (400, 404, 422)
-#: Where a stream ends; None may be one of its items.
+#: Marks the end of a stream, because None may be one of its items.
 _END: Final[Any] = object()
 
 
 class _Stream(Generic[T]):
-    """What both kinds of stream do alike: hold a lease, see the usage go by, let go once."""
+    """What both kinds of stream share: hold a lease, note the usage that passes, let go once."""
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class _Stream(Generic[T]):
         self._read = read
         self._asks = ask_for_usage and pacing.asks_for_usage
         variables: list[ContextVar[Any]] = [inherited, active_span_id, active_instrument_tags]
-        #: What holds where the stream was asked for.
+        #: The context in which the stream was requested.
         self._origin = [(variable, variable.get()) for variable in variables]
         self._inner: Any = None
         self._lease: Lease | None = None
@@ -85,7 +86,7 @@ class _Stream(Generic[T]):
 
     @contextlib.contextmanager
     def _step(self) -> Generator[None]:
-        """Do one thing at a time, as any generator: two first steps would be two calls."""
+        """Do one thing at a time, like any generator: two first steps would be two calls."""
         if self._busy:
             raise RuntimeError("this stream is being read already, by another task or thread")
         self._busy = True
@@ -102,14 +103,14 @@ class _Stream(Generic[T]):
 
     @contextlib.contextmanager
     def _inside(self) -> Generator[None]:
-        """Run the model's own code: under our lease, and as where it was asked for."""
+        """Run the model's own code: under our lease, in the context of the request for the stream."""
         assert self._held is not None
         with self._as_asked(), holding(self._held):
             yield
 
     @contextlib.contextmanager
     def _as_asked(self) -> Generator[None]:
-        """Do as where the stream was asked for: on its terms, below its span, by its tags.
+        """Restore the context in which the stream was requested: inherited terms, span and tags.
 
         Engines hand streams to threads and tasks of their own, which know none of these.
         """
@@ -121,14 +122,14 @@ class _Stream(Generic[T]):
                 put_back(variable, token)
 
     def _is_for_caller(self, item: T) -> bool:
-        """Note the usage that ``item`` carries; tell whether it carries anything else."""
+        """Note the usage that ``item`` carries; return whether it carries anything else."""
         usage = self._read(item)
         if usage is not None:
             self._usage = usage | self._usage
         return not (self._asks and usage and not getattr(getattr(item, "raw", None), "choices", 1))
 
     def _must_not_ask(self, error: BaseException) -> bool:
-        """Tell whether the provider refused to be asked for the usage; ask no more then."""
+        """Tell whether the provider refused the option that asks for usage; if so, ask no more."""
         if not (self._asks and getattr(error, "status_code", None) in _BAD_REQUEST):
             return False
         if "stream_options" not in str(error):
@@ -150,7 +151,7 @@ class _Stream(Generic[T]):
             lease.failed()
 
     def _exhaust(self) -> None:
-        """End after the last item, by now the usage is known; of a broken stream it never is."""
+        """End after the last item, when the usage is known; for a broken stream it never is."""
         assert self._lease is not None
         assert self._held is not None
         self._pacing.settle(self._lease, self._held.used(self._usage))
@@ -167,7 +168,7 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
     _loop: asyncio.AbstractEventLoop
 
     async def asend(self, _: None, /) -> T:
-        """Return the next item, as ``__anext__`` does."""
+        """Return the next item, like ``__anext__``."""
         if self._over:
             raise StopAsyncIteration
         with self._step():
@@ -194,7 +195,7 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
             )
 
     async def _begin(self, estimate: Estimate) -> T:
-        """Return the first item, or the end: one attempt."""
+        """Make one attempt; return the first item, or the end."""
         self._loop = asyncio.get_running_loop()
         self._admitted(await self._pacing.admit(estimate, self._sent))
         try:
@@ -224,7 +225,7 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
         traceback: TracebackType | None = None,
         /,
     ) -> T:
-        """End the stream and raise: nobody inside would handle it."""
+        """End the stream and raise; nobody inside would handle it."""
         await self.aclose()
         raise _raised(kind, value, traceback)
 
@@ -242,20 +243,20 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
             await self._held.hang_up()
 
     def __del__(self) -> None:
-        """Hang up soon, as asyncio closes a generator that is dropped."""
+        """Close the request soon, as asyncio closes a generator that is dropped."""
         if self._held is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_hang_up_soon, self._held)
 
 
 def _hang_up_soon(held: HeldCall) -> None:
-    asyncio.ensure_future(held.hang_up())  # noqa: RUF006 - as asyncio does
+    asyncio.ensure_future(held.hang_up())  # noqa: RUF006 - like asyncio itself
 
 
 class PacedStream(_Stream[T], Generator[T, None, None]):
     """Pace a synchronous stream of a model's replies."""
 
     def send(self, _: None, /) -> T:
-        """Return the next item, as ``__next__`` does."""
+        """Return the next item, like ``__next__``."""
         if self._over:
             raise StopIteration
         with self._step():
@@ -282,7 +283,7 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
             )
 
     def _begin(self, estimate: Estimate) -> T:
-        """Return the first item, or the end: one attempt."""
+        """Make one attempt; return the first item, or the end."""
         self._admitted(self._pacing.admit_sync(estimate, self._sent))
         try:
             with self._inside():
@@ -311,7 +312,7 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
         traceback: TracebackType | None = None,
         /,
     ) -> T:
-        """End the stream and raise: nobody inside would handle it."""
+        """End the stream and raise; nobody inside would handle it."""
         self.close()
         raise _raised(kind, value, traceback)
 

@@ -1,13 +1,13 @@
-"""Structured prediction: paced by the chat inside it, or as a whole where there is none.
+"""Structured prediction: paced by the chat inside it, or as a whole if there is none.
 
-LlamaIndex's own ways of structured prediction end in ``chat`` and its like, which are paced and see
-the usage; so they pass here. Some integrations talk to their client instead: OpenAIResponses and
-Anthropic call ``parse``. And of most we know nothing. All these are paced here, as one call: should
-there be a ``chat`` inside after all, it does not pay again, and its usage settles the call.
+LlamaIndex's own structured prediction ends in ``chat`` and the like, which are paced and see the
+usage, so it is not paced again here. Some integrations use their client directly: OpenAIResponses
+and Anthropic call ``parse``. And most are unknown. All these are paced here, as one call. If there
+is a ``chat`` inside after all, it does not pay again, and its usage settles the call.
 """
 
 # mypy: disable-error-code="safe-super"
-# Some of what is called by super() is abstract in LlamaIndex; it is a model's class that is paced.
+# Some methods called by super() are abstract in LlamaIndex; what is paced is a concrete class.
 
 import functools
 from abc import ABC
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 else:
     _LLM = Paced
 
-#: Implementations outside of LlamaIndex's core that are known to end in ``chat`` and its like.
+#: Implementations outside LlamaIndex's core that are known to end in ``chat`` and the like.
 _END_IN_CHAT: Final = frozenset(
     {
         "llama_index.llms.openai.base.OpenAI.astream_structured_predict",
@@ -76,7 +76,7 @@ class RateLimitedPrediction(_LLM, ABC):
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> "AsyncGenerator[Any, None]":
-        """Predict an ``output_cls`` bit by bit."""
+        """Predict an ``output_cls``, streaming it."""
         predict = functools.partial(super().astream_structured_predict, output_cls, prompt)
         stream: AsyncGenerator[Any, None] = await _once(
             self, predict, llm_kwargs, prompt_args, functools.partial(_stream, pacing_of(self))
@@ -102,7 +102,7 @@ class RateLimitedPrediction(_LLM, ABC):
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> "Generator[Any, None, None]":
-        """Predict an ``output_cls`` bit by bit."""
+        """Predict an ``output_cls``, streaming it."""
         predict = functools.partial(super().stream_structured_predict, output_cls, prompt)
         stream: Generator[Any, None, None] = _once(
             self, predict, llm_kwargs, prompt_args, functools.partial(PacedStream, pacing_of(self))
@@ -117,8 +117,8 @@ def _once(
     prompt_args: dict[str, Any],
     pace: Callable[..., Any],
 ) -> Any:
-    """Call ``predict`` through ``pace``, or as it is if somebody pays inside or outside."""
-    # By name, and not at all where it was not given: classes take it by name alone, or add theirs.
+    """Call ``predict`` through ``pace``, or directly if another call, inside or outside, pays."""
+    # By keyword, and only if given: classes take it by keyword only, or add their own.
     given = {} if llm_kwargs is None else {"llm_kwargs": llm_kwargs}
     send = functools.partial(predict, **given, **prompt_args)
     pacing = pacing_of(llm)
@@ -137,7 +137,7 @@ async def _stream(pacing: Pacing, *args: Any, **kwargs: Any) -> AsyncPacedStream
 
 @functools.lru_cache(maxsize=1024)
 def _ends_in_chat(cls: type[Any], name: str) -> bool:
-    """Tell whether what a class does as ``name`` is known to come to its ``chat`` methods."""
+    """Tell whether a class's method ``name`` is known to end in its ``chat`` methods."""
     after = cls.__mro__[cls.__mro__.index(RateLimitedPrediction) + 1 :]
     owner = next(base for base in after if name in vars(base))
     if owner.__module__.startswith("llama_index.core."):

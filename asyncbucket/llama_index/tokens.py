@@ -1,13 +1,13 @@
 """How many tokens a text is, without a download and without holding up the event loop.
 
-LlamaIndex's own `get_tokenizer` may download (when ``TIKTOKEN_CACHE_DIR`` is set), and a model's own
-tokenizer may ask its provider over HTTP. So the file of cl100k_base that llama_index.core brings
-along is read here, and nothing else: 0.1 s once a process. OpenAI's newer o200k_base needs as many
-tokens for English and code and fewer for anything else, so the estimate errs to the safe side.
+LlamaIndex's own `get_tokenizer` may download (if ``TIKTOKEN_CACHE_DIR`` is set), and a model's own
+tokenizer may ask its provider over HTTP. So only the cl100k_base file inside llama_index.core is
+used, read in 0.1 s once a process. OpenAI's newer o200k_base needs as many tokens for English and
+code and fewer for anything else, so the estimate errs on the safe side.
 
-Encoding takes 50 ns a character, for some texts 200 ns. Beyond `EXACT` characters a call is counted
-by samples: it costs no more than a millisecond or two, however long the text is. Where the file is
-missing, `by_characters` counts.
+Encoding takes 50 ns a character, for some texts 200 ns. Calls of more than `EXACT` characters are
+counted by samples, so counting takes a millisecond or two at most, however long the text is. If the
+file is missing, `by_characters` counts.
 """
 
 import base64
@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 Tokenizer: TypeAlias = Callable[[str], Sized]
-"""What LlamaIndex calls a tokenizer: it turns a text into tokens, of which we only want the number."""
+"""LlamaIndex's notion of a tokenizer: it turns a text into tokens, of which only the number matters."""
 
 EXACT: Final = 40_000
-"""Up to so many characters a call are all encoded: 2 ms, at worst 8."""
+"""Calls of up to this many characters are encoded completely: 2 ms, at worst 8."""
 _SAMPLES: Final = 16
 _SAMPLE: Final = 1_000
 
 _ASCII_CHARACTERS: Final = 3.5
-"""A token's worth of ASCII; English prose has 4.8, code 4.3, JSON 3.6, hashes 2.4 characters."""
+"""ASCII characters per token; English prose has 4.8, code 4.3, JSON 3.6, hashes 2.4."""
 _OTHER_BYTES: Final = 2.2
-"""A token's worth of other UTF-8; Russian has 4, Chinese and Arabic 2.4, Greek 2, emoji 1.6 bytes."""
+"""Bytes of other UTF-8 per token; Russian has 4, Chinese and Arabic 2.4, Greek 2, emoji 1.6."""
 
 _FILE: Final = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
 _PATTERN: Final = (
@@ -41,9 +41,9 @@ _PATTERN: Final = (
 
 
 def count(texts: Sequence[str], tokenizer: Tokenizer | None) -> int:
-    """Return how many tokens `texts` are together: exact if they are short, else by samples.
+    """Return how many tokens `texts` have together: exactly if they are short, else by samples.
 
-    A sample is a slice; 16 of them, evenly spread over everything, stand for the whole.
+    A sample is a slice; 16 of them, evenly spread over all texts, stand for the whole.
     """
     if tokenizer is None:
         return sum(map(by_characters, texts))
@@ -58,10 +58,10 @@ def count(texts: Sequence[str], tokenizer: Tokenizer | None) -> int:
 
 
 def by_characters(text: str) -> int:
-    """Return a text's tokens by a calibrated count of its characters; others than ASCII cost more.
+    """Estimate a text's tokens from its characters; those other than ASCII count by their bytes.
 
-    From 0.7 to 1.4 times cl100k_base for prose, code and JSON and in twenty languages; Russian is
-    rated 1.7 times.
+    The result is 0.7 to 1.4 times cl100k_base for prose, code and JSON and in twenty languages, and
+    1.7 times for Russian.
     """
     if text.isascii():
         return math.ceil(len(text) / _ASCII_CHARACTERS)
@@ -73,9 +73,9 @@ def by_characters(text: str) -> int:
 
 @functools.cache
 def bundled_tokenizer() -> Tokenizer | None:
-    """Return the encoder of the cl100k_base file inside llama_index.core, None if there is none.
+    """Return the encoder of the cl100k_base file inside llama_index.core, or None if there is none.
 
-    Reads one file of 1.7 MB; no network, no environment variable and no global is involved.
+    It reads one file of 1.7 MB; it uses no network, no environment variable and no global state.
     """
     core = importlib.util.find_spec("llama_index.core")
     name = hashlib.sha1(_FILE.encode(), usedforsecurity=False).hexdigest()
@@ -96,6 +96,6 @@ def _encoder(file: Path) -> Tokenizer | None:
         encoding = Encoding(
             "cl100k_base", pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens={}
         )
-    except (ImportError, OSError, ValueError):  # counting is no reason to fail
+    except (ImportError, OSError, ValueError):  # an estimate is no reason to fail
         return None
     return encoding.encode_ordinary

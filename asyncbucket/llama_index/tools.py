@@ -1,12 +1,12 @@
-"""A paced tool: each call of it is admitted first, once.
+"""A paced tool: each of its calls waits for one admission.
 
-What it may call itself meanwhile, and what it holds then: `asyncbucket.http.running`. A tool is
-never tried again: nobody but its author knows what it has done by then. LlamaIndex's agents show a
-tool's error to the model, and so they do with a refusal by the limiter.
+What a tool holds while it makes calls itself: see `asyncbucket.http.running`. A tool is never
+retried: only its author knows what it has done by then. LlamaIndex's agents show a tool's errors to
+the model, including a refusal by the limiter.
 """
 
 # mypy: disable-error-code="safe-super"
-# What is called by super() is abstract in LlamaIndex; it is a tool's class that is paced.
+# Methods called by super() are abstract in LlamaIndex; what is paced is a concrete class.
 
 import functools
 from abc import ABC
@@ -27,46 +27,46 @@ T = TypeVar("T")
 ToolCost: TypeAlias = (
     Mapping[str, float | Callable[..., float]] | Callable[..., Mapping[str, float]]
 )
-"""What a call of a tool costs: an amount of each resource, or what returns it.
+"""What a call of a tool costs: an amount for each resource, or a callable that returns them.
 
-A callable gets the call's own arguments. One request is the default, also of a mapping that names
-none.
+A callable is called with the call's own arguments. The default is one request, also if a mapping
+names no requests.
 """
 
 _PACING: Final = "_asyncbucket_pacing"
 
 
 class ToolPacing:
-    """Belong to one paced tool and pace its calls; copies of the tool share it."""
+    """Pace the calls of one tool; copies of the tool share it."""
 
     __slots__ = ("_price", "limiter", "options")
 
     def __init__(self, limiter: Limiter, *, cost: ToolCost | None = None) -> None:
         self.limiter = limiter
-        #: As they were given, to pace a copy alike.
+        #: The options as given, to pace a copy alike.
         self.options: dict[str, Any] = {"cost": cost}
         self._price = _reader(cost)
 
     def again(self, limiter: Limiter, options: dict[str, Any]) -> Self:
-        """Return the same for ``limiter``, but for the options that are given."""
+        """Return a pacing for ``limiter`` with the same options, except those given."""
         return type(self)(limiter, **self.options | options)
 
     async def call(self, tool: object, send: "functools.partial[Awaitable[T]]") -> T:
-        """Return what ``send()`` does, paced; or just that within a call of the same tool."""
+        """Return what ``send()`` returns, paced; inside a call of the same tool, without pacing."""
         if is_running(tool):
             return await send()
         with await admit(self.limiter, self._amounts(tool, send)) as lease, running(tool, lease):
             return await send()
 
     def call_sync(self, tool: object, send: "functools.partial[T]") -> T:
-        """Do what `call` does, on a thread that may be blocked."""
+        """Do the same as `call`, on a thread that may be blocked."""
         if is_running(tool):
             return send()
         with admit_sync(self.limiter, self._amounts(tool, send)) as lease, running(tool, lease):
             return send()
 
     def _amounts(self, tool: object, send: "functools.partial[Any]") -> Mapping[str, float]:
-        # What a `FunctionTool` was given when it was made it passes on by itself.
+        # A `FunctionTool` itself passes on the arguments it was made with.
         given: Mapping[str, Any] = getattr(tool, "partial_params", {})
         amounts = self._price(*send.args, **{**given, **send.keywords})
         if not isinstance(amounts, Mapping):
@@ -76,7 +76,7 @@ class ToolPacing:
         return amounts
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
-        """Be shared: a copy of a tool spends from the same budget."""
+        """Return this object: a copy of a tool spends from the same budget."""
         return self
 
 
@@ -91,7 +91,7 @@ class PacedTool:
 
 
 def pacing_of_tool(tool: PacedTool) -> ToolPacing:
-    """Return what paces ``tool``."""
+    """Return the pacing of ``tool``."""
     return cast("ToolPacing", vars(tool)[_PACING])
 
 
@@ -102,14 +102,14 @@ if TYPE_CHECKING:
         """Let a type checker see what ``super()`` will find."""
 
     class _AsyncTool(PacedTool, AsyncBaseTool, ABC):
-        """The same."""
+        """The same for tools with ``acall``."""
 
 else:
     _Tool = _AsyncTool = PacedTool
 
 
 class RateLimitedTool(_Tool, ABC):
-    """Pace a tool that is called by ``tool(...)`` alone."""
+    """Pace a tool that has only ``__call__``."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> "ToolOutput":
         return pacing_of_tool(self).call_sync(
@@ -118,7 +118,7 @@ class RateLimitedTool(_Tool, ABC):
 
 
 class RateLimitedAsyncTool(_AsyncTool, ABC):
-    """Pace a tool that has ``call`` and ``acall``; ``tool(...)`` comes to the former."""
+    """Pace a tool that has ``call`` and ``acall``; its ``__call__`` calls the former."""
 
     def call(self, *args: Any, **kwargs: Any) -> "ToolOutput":
         return pacing_of_tool(self).call_sync(
@@ -150,7 +150,7 @@ def _paced_class(cls: type[Any]) -> type[Any]:
 
 
 def _reader(cost: ToolCost | None) -> Callable[..., Mapping[str, float]]:
-    """Return what finds the cost of a call from its arguments."""
+    """Return a function that computes the cost of a call from its arguments."""
     if callable(cost):
         return cost
     if cost is None or isinstance(cost, Mapping):

@@ -1,40 +1,45 @@
-"""Pace a LlamaIndex model: how, and why so.
+"""How a LlamaIndex model is paced, and why this way.
 
 `wrap` returns an object of a subclass of the model's own class, made on the fly, that shares the
-model's fields. It *is* the model in all respects but one: before a call goes out it is admitted by
-a limiter, and afterwards what was reserved is corrected by what was used.
+model's fields. It *is* the model in all respects but one: before a call goes out, it waits for an
+admission by a limiter, and afterwards the reservation is corrected to what was used.
 
-Why a subclass? A proxy that delegates would be shorter, and wrong in ways that show late. LlamaIndex
-asks ``isinstance(llm, FunctionCallingLLM)`` before it sends tools, and ``isinstance(llm, OpenAI)``
-for a JSON schema; pydantic validates the ``llm`` field of agents and engines; and the inner model's
-methods call each other on ``self``: ``achat_with_tools`` calls ``achat``, which a proxy never sees.
-As a subclass we stand in the way of those calls, too.
+Why a subclass? A delegating proxy would be shorter, but wrong in ways that show late. LlamaIndex
+checks ``isinstance(llm, FunctionCallingLLM)`` before it sends tools, and ``isinstance(llm,
+OpenAI)`` for a JSON schema; pydantic validates the ``llm`` field of agents and engines; and the
+inner model's methods call each other on ``self``: ``achat_with_tools`` calls ``achat``, which a
+proxy never sees. A subclass intercepts those calls, too.
 
 Why share the fields? ``Settings`` and engines write ``callback_manager`` into a model later on, and
 users set ``llm.temperature``; both objects should see it. So the new object is made by ``__new__``,
 not by ``__init__`` (which would open clients, and would need to know each class's arguments), and
-its ``__dict__`` is the inner model's. Its private values are copies: the limiter is one of them, and
-so are HTTP clients that do not retry. The inner model is left as it was, and stays unpaced.
+its ``__dict__`` is the inner model's. Its private values are copies: among them are the limiter,
+and HTTP clients that do not retry. The inner model is left as it was, and stays unpaced.
 
 Where a call is paced
-    *LLMs*: at ``chat``, ``complete``, their streams and asynchronous twins. All else that LlamaIndex
-    does with a model goes through these; ``predict_and_call`` must not be paced as a whole, since
-    tools run inside it. The exception is the structured prediction of some integrations, which talk
-    to their client themselves. See `llm` and `structured`.
-    *Embeddings*: beneath the cache, at the private methods that make one request. See `embedding`.
-    *Structured LLMs* (``llm.as_structured_llm(...)``) have a model inside; that one is paced.
-    *Tools*: at ``call`` and ``acall``, with which agents run them. What they ask inside is not theirs.
-    See `tools`, and `asyncbucket.http.running` for what they hold meanwhile.
+        *LLMs*: at ``chat``, ``complete``, their streams and asynchronous twins. Everything else
+            that
+        LlamaIndex does with a model goes through these; ``predict_and_call`` must not be paced as a
+        whole, since tools run inside it. The exception is the structured prediction of some
+        integrations, which use their client directly. See `llm` and `structured`.
+        *Embeddings*: beneath the cache, at the private methods that make one request. See
+            `embedding`.
+        *Structured LLMs* (``llm.as_structured_llm(...)``) have a model inside; that one is paced.
+        *Tools*: at ``call`` and ``acall``, with which agents run them, without the calls that they
+            make.
+        See `tools`, and `asyncbucket.http.running` for what they hold meanwhile.
 
-The traps, and where they are dealt with
-    Public methods call public methods, and would pay twice: `held`. A stream holds its slot until it
-    ends, and may never be started or never be ended: `streams`. The model's class, the SDK and
-    tenacity each retry, so that one call may become twelve: `clients`, and `Paced.max_retries`.
-    Pickling: `copies`. Spans: LlamaIndex puts one around a method that a *class* overrides, by
-    ``__init_subclass__``. The overrides stand in a mixin that is not a model, out of its reach: a call
-    has the span and the events it always had, and the wait comes before them (`events`).
+The traps, and where they are handled
+    Public methods call public methods, and would pay twice: `held`. A stream holds its slot until
+    it ends, and may never be started or never be ended: `streams`. The model's class, the SDK and
+    tenacity each retry, so one call may become twelve: `clients`, and `Paced.max_retries`.
+    Pickling: `copies`.
+    Spans: LlamaIndex puts one around a method that a *class* overrides, by ``__init_subclass__``.
+        The
+    overrides are in a mixin that is not a model, so this does not apply: a call has the same span
+    and events as before, and the wait comes before them (`events`).
 
-Each attempt of a call that is retried is an admission, a span and a start event of its own, for so
+Each attempt of a retried call has an admission, a span and a start event of its own, because that
 many requests did go out. Between attempts no slot is held.
 """
 
@@ -83,24 +88,25 @@ def wrap(
 ) -> T:
     """Return ``obj``, a LlamaIndex LLM, embedding model or tool, paced by ``limiter``.
 
-    It is of a subclass of its class and shares its fields; ``obj`` itself stays unpaced. What is
-    paced by ``limiter`` already, or by one below it, is returned as it is, or paced anew if options
-    are given. What is paced by one above ``limiter`` is paced by ``limiter`` from now on: it counts
-    there and above, once each.
+    It is of a subclass of its class, and shares its fields; ``obj`` itself stays unpaced. What is
+    already paced by ``limiter``, or by one below it, is returned as it is, or paced anew if options
+    are given. What is paced by a limiter above ``limiter`` is paced by ``limiter`` from now on: it
+    counts there and above, once each.
 
     Args:
         obj: any ``LLM``, ``BaseEmbedding`` or ``BaseTool``, or a list or tuple of them, which comes
             back as one. Plain functions in it become tools, as they would in an agent.
-        limiter: what admits its calls; it may be shared with other models and plain code.
-        child: a limiter under ``limiter``, or the name of its child, to be used instead.
-        retry: attempts at most, or a `Retry`; False for a single one. 5 attempts by default. Models
-            only: a tool is never tried again.
-        estimator: what foresees the cost of a model's call in tokens, instead of the default.
+        limiter: what admits the calls; it may be shared with other models and plain code.
+        child: a limiter below ``limiter``, or the name of its child, to use instead.
+        retry: the most attempts, or a `Retry`; False for a single attempt. 5 attempts by default.
+            Models
+            only: a tool is never retried.
+        estimator: what estimates the cost of a model's call in tokens, instead of the default.
         cost: what a tool's call costs, instead of one request; see `ToolCost`.
 
     Raises:
-        TypeError: ``obj`` is nothing that can be wrapped, or an option does not apply to it.
-        ValueError: ``obj`` is paced by another limiter, or ``child`` is not under ``limiter``.
+        TypeError: ``obj`` cannot be wrapped, or an option does not apply to it.
+        ValueError: ``obj`` is paced by another limiter, or ``child`` is not below ``limiter``.
     """
     options = {"retry": retry, "estimator": estimator, "cost": cost}
     given = {name: value for name, value in options.items() if value is not None}
@@ -118,7 +124,7 @@ def wrap(
 
 
 def _wrap_one(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
-    """Return ``obj`` paced by ``limiter``, with those options that apply to it."""
+    """Return ``obj`` paced by ``limiter``, with the options that apply to it."""
     if isinstance(obj, StructuredLLM):
         inside = _wrap_one(obj.llm, limiter, options)
         return obj if inside is obj.llm else obj.model_copy(update={"llm": inside})
@@ -144,7 +150,7 @@ def _pace(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
     return _share(obj, pacing)
 
 
-#: What can be said of each kind of thing.
+#: The options of each kind of object.
 _OPTIONS: Final = {"model": ("retry", "estimator"), "tool": ("cost",)}
 
 
@@ -214,14 +220,14 @@ def _share(model: T, pacing: Pacing) -> T:
 
 @functools.lru_cache(maxsize=256)
 def paced_class(cls: type[Any]) -> type[Any]:
-    """Return the paced subclass of a model's class; it goes by the name of that class outside."""
+    """Return the paced subclass of a model's class; it keeps that class's public name."""
     if issubclass(cls, MultiModalEmbedding):
         mixin: type[Any] = RateLimitedMultiModalEmbedding
     else:
         mixin = RateLimitedLLM if issubclass(cls, LLM) else RateLimitedEmbedding
 
     def class_name(_: type[Any]) -> str:
-        """Be serialised as what it was made of."""
+        """Return the inner class's name, which is what is serialised."""
         name: str = cls.class_name()
         return name
 

@@ -1,8 +1,8 @@
-"""Know before you pay: how long calls take under limits, what binds, and what another limit is worth.
+"""Know before you pay: how long calls take, what binds, and what other limits would gain.
 
-`plan` runs the calls through the real meters on virtual time (`asyncbucket.plan.drive`), so there is
-no second model of a limiter that could be wrong. The rest of the package says what calls cost and
-how long they take (`samples`), when they come (`arrivals`), and what came out (`result`).
+`plan` runs the calls through the real meters on virtual time (`asyncbucket.plan.drive`), so there
+is no second model of a limiter that could be wrong. The other modules decide what calls cost and
+how long they take (`samples`), when they come (`arrivals`), and present the result (`result`).
 """
 
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ __all__ = [
     "plan",
 ]
 
-#: Where the other names are; loaded when they are used, so that `import asyncbucket` stays light.
+#: Where the other names are; loaded on first use, so that `import asyncbucket` stays light.
 _LAZY: Final = {
     "AgentTree": "arrivals",
     "Arrivals": "arrivals",
@@ -46,7 +46,7 @@ _LAZY: Final = {
 }
 
 
-def plan(  # noqa: PLR0913 - a plan has as many sides
+def plan(  # noqa: PLR0913 - a plan has this many parameters
     *limits: str | Limit,
     calls: int | None = None,
     tokens: "Samples | None" = None,
@@ -64,24 +64,24 @@ def plan(  # noqa: PLR0913 - a plan has as many sides
     seed: int = 0,
     **limits_by_keyword: float | None,
 ) -> "Plan":
-    """Foresee how long calls take under limits, what binds, and how much other limits would help.
+    """Predict how long calls take under limits, what binds, and how much other limits would help.
 
-    Nothing waits and nothing is sent: a run of a thousand calls takes about 10 ms. The same
+    Nothing waits and nothing is sent: a plan of a thousand calls takes about 10 ms. The same
     arguments give the same plan.
 
     >>> print(plan(calls=10_000, tokens=800, rpm=500, tpm=200_000, concurrency=32, latency=1.5))
 
-    What is said of each call (``tokens``, ``latency`` and their like) may be a number; samples,
-    taken in order if there are as many as calls, else drawn with replacement; the path of a JSONL
-    file of samples; or a function that is given a ``random.Random`` and draws a number. A sample
-    of tokens is a number, a `Cost`, a text, whose tokens are counted, or an object: amounts such as
-    ``{"input_tokens": 900, "output_tokens": 300}``, a request's body, or a line of OpenAI's batch
-    files. A sample of latency is a number or an object with ``latency``.
+    Properties of the calls (``tokens``, ``latency`` and the like) may be given as a number; as
+    samples, taken in order if there are as many as calls, else drawn with replacement; as the path
+    of a JSONL file of samples; or as a function that gets a ``random.Random`` and returns a number.
+    A sample of tokens is a number, a `Cost`, a text whose tokens are counted, or an object: amounts
+    such as ``{"input_tokens": 900, "output_tokens": 300}``, a request's body, or a line of OpenAI's
+    batch files. A sample of latency is a number or an object with ``latency``.
 
     Args:
         limits: as for `Limiter`: texts such as ``"500 RPM"`` or `Limit` objects.
-        calls: how many; may be left out where samples, instants or an agent tree say it. At most
-            10 million, or a million of tenants: a plan runs through each.
+        calls: how many; may be omitted if samples, instants or an agent tree determine it. At most
+            10 million, or a million with tenants: a plan simulates each one.
         tokens: tokens reserved by a call, input and output together.
         input_tokens: tokens sent.
         output_tokens: tokens expected back.
@@ -91,17 +91,18 @@ def plan(  # noqa: PLR0913 - a plan has as many sides
         concurrency: the most calls in flight at once.
         latency: seconds from a call's admission to its end; none by default.
         arrivals: when calls come: all at once, `Poisson`, the instants in seconds, or an `AgentTree`.
-        tenants: those who share the limits, by name, each with calls of its own: `Tenant`.
-        what_if: whether to find out what each limit is worth, which takes two more runs for each
-            limit that anybody waits for; by default up to 100,000 calls, and 20,000 of tenants.
+        tenants: who shares the limits, by name, each with calls of its own: `Tenant`.
+        what_if: whether to find out what other limits would gain, which takes two more runs for
+            each limit that any call waits for; by default up to 100,000 calls, or 20,000 with
+            tenants.
         count_tokens: counts the tokens of a text; by default four characters are a token.
         profile: how the provider charges a request's body: see `asyncbucket.http.profiles`.
-        seed: of all that is drawn.
+        seed: the seed of everything that is drawn at random.
         limits_by_keyword: as for `Limiter`: ``rpm=500``, ``tpm=200_000``...
 
     Raises:
         LimitSyntaxError: a limit cannot be read; a ValueError.
-        CostExceedsLimit: no call can ever pass; single ones are only counted.
+        CostExceedsLimit: no call can ever pass; if only some cannot, they are counted.
         ValueError, TypeError: something is missing or makes no sense; the message says what.
         OSError: a file cannot be read.
     """

@@ -1,4 +1,4 @@
-"""When calls come: all at once, by chance, at given instants, or as agents who call further agents."""
+"""When calls come: all at once, at random, at given instants, or from agents that call other agents."""
 
 import math
 import random
@@ -11,21 +11,21 @@ from asyncbucket.limiter.terms import read_count
 from asyncbucket.numeric import is_number
 from asyncbucket.wording import shown
 
-#: The most calls of a plan, which are a minute or two and some gigabytes.
+#: The most calls of a plan: they take a minute or two and some gigabytes.
 MOST: Final = 10_000_000
 _NANOSECONDS: Final = 1_000_000_000
-#: Generations of twins whose calls nobody counts any more.
+#: More generations of two or more agents each would be too many calls to count.
 _DEEP: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Poisson:
-    """Let calls come by chance, independent of each other: ``rate`` of them a second on average."""
+    """Let calls come at random, independently: ``rate`` a second on average."""
 
     rate: float
 
     def __post_init__(self) -> None:
-        """Refuse what is not a rate."""
+        """Refuse an invalid rate."""
         if not is_number(self.rate) or not 0 < self.rate < math.inf:
             raise ValueError(
                 f"a rate must be a finite number of calls a second above 0, not {self.rate!r}"
@@ -50,8 +50,8 @@ class AgentTree:
     Args:
         agents: how many start.
         depth: generations, the first included.
-        fan_out: agents that each of them calls; of no matter where ``depth`` is 1.
-        steps: calls that an agent makes, one after the other.
+        fan_out: how many agents each of them calls; irrelevant if ``depth`` is 1.
+        steps: how many calls each agent makes, one after the other.
     """
 
     agents: int = 1
@@ -60,7 +60,7 @@ class AgentTree:
     steps: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse what is not a tree."""
+        """Refuse an invalid tree."""
         for name in ("agents", "depth", "fan_out", "steps"):
             object.__setattr__(self, name, read_count(getattr(self, name), name, least=1))
         if (self.fan_out > 1 and self.depth > _DEEP) or self.calls > MOST:
@@ -72,7 +72,7 @@ class AgentTree:
 
     @property
     def calls(self) -> int:
-        """The calls that all of them make together."""
+        """The total number of calls."""
         if self.fan_out == 1:
             return self.agents * self.depth * self.steps
         family: int = (self.fan_out**self.depth - 1) // (self.fan_out - 1)
@@ -84,7 +84,7 @@ class AgentTree:
         return self.depth * self.steps
 
     def followers(self, generations: int) -> int:
-        """Return how many calls follow one that has ``generations`` more to come after it."""
+        """Return how many calls follow one that has ``generations`` more after it."""
         if not generations:
             return 0
         return 1 if generations % self.steps else self.fan_out
@@ -106,7 +106,7 @@ def instants_of(
 
 
 def read_instants(arrivals: Iterable[float]) -> list[float]:
-    """Return the instants that were given.
+    """Return the given instants.
 
     Raises:
         TypeError: they are not iterable.

@@ -1,4 +1,4 @@
-"""Under what a plan's calls stand: the limits that all share, and those of tenants."""
+"""What a plan's calls are limited by: shared limits, and those of tenants."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Bound(NamedTuple):
-    """One limit of a plan: whose, None being all, and which, None being the slots."""
+    """One limit of a plan: its tenant, None if it is shared; and the limit, None for the slots."""
 
     tenant: str | None
     limit: Limit | None
@@ -22,23 +22,23 @@ class Bound(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The limits of a plan or of a tenant in it, windows and slots."""
+    """The limits of a plan or of a tenant in it, including slots."""
 
     limits: Sequence[Limit]
     concurrency: int | None
     tenants: "Mapping[str, Bounds]" = field(default_factory=dict)
-    #: Of a tenant, how it shares: weight and priority.
+    #: How a tenant shares: weight and priority.
     terms: Mapping[str, Any] = field(default_factory=dict)
 
     def limiter(self, clock: Callable[[], int] = lambda: 0) -> Limiter:
-        """Return a limiter with these limits, and children for tenants, that nobody has used."""
+        """Return a fresh limiter with these limits, and with children for tenants."""
         root = Limiter(*self.limits, concurrency=self.concurrency, clock=clock)
         for name, each in self.tenants.items():
             root.child(name, *each.limits, concurrency=each.concurrency, **each.terms)
         return root
 
     def without(self, bound: Bound) -> "Bounds":
-        """Return all but one limit."""
+        """Return all limits except ``bound``."""
         if bound.tenant is not None:
             return self._with(bound.tenant, self.tenants[bound.tenant].without(_own(bound)))
         if bound.limit is None:
@@ -46,14 +46,14 @@ class Bounds:
         return replace(self, limits=[each for each in self.limits if each is not bound.limit])
 
     def doubled(self, bound: Bound) -> "Bounds":
-        """Return the same with twice as much of one limit."""
+        """Return the same with one limit doubled."""
         if bound.tenant is not None:
             return self._with(bound.tenant, self.tenants[bound.tenant].doubled(_own(bound)))
         limit = bound.limit
         if limit is None:
             assert self.concurrency is not None
             return replace(self, concurrency=2 * self.concurrency)
-        # Who writes twice the number gets its default burst: of 38 it is 3, of 19 it was 1.
+        # A user who doubles the number gets its default burst: for 38 that is 3, for 19 it was 1.
         default = replace(limit, burst=None).burst
         burst = None if limit.burst is None or limit.burst == default else 2 * limit.burst
         twice = replace(limit, amount=2 * limit.amount, burst=burst)
@@ -63,7 +63,7 @@ class Bounds:
         return replace(self, tenants={**self.tenants, name: tenant})
 
     def each(self, tenant: str | None = None) -> Iterator[Bound]:
-        """Yield all limits, those of tenants after those that all share."""
+        """Yield all limits, those of tenants after the shared ones."""
         yield from (Bound(tenant, limit) for limit in self.limits)
         if self.concurrency is not None:
             yield Bound(tenant, None)
@@ -71,7 +71,7 @@ class Bounds:
             yield from bounds.each(name)
 
     def of(self, tenant: str | None) -> "Bounds":
-        """Return the bounds of a tenant, or those that all share."""
+        """Return the bounds of a tenant, or the shared ones."""
         return self if tenant is None else self.tenants[tenant]
 
 
@@ -80,6 +80,6 @@ def _own(bound: Bound) -> Bound:
 
 
 def cost_for(limiter: Limiter, call: "Call") -> Cost:
-    """Return what a call costs there, without what is limited elsewhere: another tenant's, or nowhere."""
+    """Return what a call costs at ``limiter``, without resources that are not limited there."""
     counted = COMMON | {limit.resource for limit in in_force(limiter)}
     return Cost.of({name: amount for name, amount in call.amounts.items() if name in counted})

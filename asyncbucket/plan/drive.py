@@ -1,11 +1,11 @@
-"""Run calls through the real meters on virtual time: what a plan is made of.
+"""Run calls through the real meters on virtual time: the basis of a plan.
 
-A limiter consists of meters, which say what may pass and when, a line, which says who is next, and a
-pacer, which sleeps. Here nobody has to sleep: the clock is set to the next instant at which
-something can happen, which is when the meters let the first in line pass, or when a call ends. So
-the meters are asked and booked as the pacer does it, by the same `Gates`, with the same integers;
-only futures, tasks and timers are left out. A million calls take seconds, and the instants are those
-of a `Limiter` to the nanosecond (tests/plan compares them).
+A limiter consists of meters, which say what may pass and when; a line, which says who is next; and
+a pacer, which sleeps. Here nobody has to sleep: the clock is set to the next instant at which
+something can happen, when the meters let the first in line pass, or when a call ends. The meters
+are asked and booked as by the pacer, through the same `Gates`, with the same integers; only
+futures, tasks and timers are left out. A million calls take seconds, and the instants are those of
+a `Limiter` to the nanosecond (tests/plan compares them).
 """
 
 import heapq
@@ -20,7 +20,7 @@ from asyncbucket.meters import Amounts, Meter
 
 
 class Passage(Protocol):
-    """What a call passes: the limiter's `Gates`, as far as they are needed here."""
+    """What a call passes: the part of a limiter's `Gates` that is needed here."""
 
     @property
     def meters(self) -> Sequence[tuple[Meter, str]]:
@@ -37,7 +37,7 @@ class Passage(Protocol):
         ...
 
     def room(self, amounts: Amounts, now: int, *, most: int) -> int:
-        """Return how many calls of ``amounts`` may surely pass now."""
+        """Return how many calls of ``amounts`` are sure to pass now."""
         ...
 
     def earliest(self, amounts: Amounts, since: int) -> tuple[int, str | None]:
@@ -49,22 +49,22 @@ class Passage(Protocol):
         ...
 
     def close(self, booked: Amounts) -> bool:
-        """End a call; return whether somebody may wait for what comes back."""
+        """End a call; return whether anyone may wait for what comes back."""
         ...
 
 
 class Call(NamedTuple):
-    """One call: what it reserves, how long it takes (ns), what it turns out to have used."""
+    """One call: what it reserves, how long it takes (ns), and what it turns out to have used."""
 
     amounts: Amounts
     latency: int
     used: Amounts | None = None
-    #: How many generations of calls follow it, where calls beget calls.
+    #: How many generations of calls follow it in an `AgentTree`.
     generations: int = 0
 
 
 class _Running(NamedTuple):
-    """A call in flight; the number keeps those that end in one instant in order."""
+    """A call in flight; the number orders calls that end at the same instant."""
 
     end: int
     number: int
@@ -79,9 +79,9 @@ class Course:
     #: When each call was admitted, and how long it had waited, in order of admission.
     admitted: "array[int]" = field(default_factory=lambda: array("q"))
     waited: "array[int]" = field(default_factory=lambda: array("q"))
-    #: How long calls, or the first in line, waited for what.
+    #: How long calls, or the first in line, waited for each resource.
     held_up: dict[str, int] = field(default_factory=dict)
-    #: Units used, by resource: of those that are limited, and tokens.
+    #: Units used, by resource: of limited resources, and tokens.
     used: dict[str, int] = field(default_factory=dict)
     #: Calls that can never pass.
     refused: list[Call] = field(default_factory=list)
@@ -102,8 +102,8 @@ def drive(
 
     Args:
         passage: what the calls pass, with nothing booked yet.
-        arrivals: instants, which ascend, and calls.
-        follow: returns the calls that arrive when one ends.
+        arrivals: instants, ascending, and calls.
+        follow: returns the calls that arrive when a call ends.
     """
     return _Drive(passage, follow).run(arrivals)
 
@@ -116,14 +116,14 @@ class _Drive:
         self._follow = follow
         limited = {resource for _, resource in passage.meters} - {"concurrency"}
         self._resources = tuple(limited | {"tokens"})
-        #: Calls that others begot, in order of arrival.
+        #: Calls made by other calls, in order of arrival.
         self._line: deque[tuple[int, Call]] = deque()
         self._running: list[_Running] = []
         self._now = 0
         self._course = Course(used=dict.fromkeys(self._resources, 0))
 
     def run(self, arrivals: Iterable[tuple[int, Call]]) -> Course:
-        """Let all arrive, and return when the last call has ended."""
+        """Run all calls, and return when the last one has ended."""
         source = iter(arrivals)
         upcoming = next(source, None)
         line, running = self._line, self._running
@@ -144,10 +144,10 @@ class _Drive:
         return self._course
 
     def _serve(self, arrived: int, call: Call) -> None:
-        """Let time pass until ``call``, the first in line from now on, is admitted."""
+        """Advance time until ``call``, now the first in line, is admitted."""
         waited = arrived < self._now
         self._now = max(self._now, arrived)
-        # As a newcomer asks who finds nobody in line, and as the pacer asks for those who stand there.
+        # As for a newcomer if nobody is in line, or as the pacer asks for those that wait.
         passes = self._pass if waited else self._passage.take
         if not passes(call.amounts, self._now):
             if self._can_never_pass(call):
@@ -172,12 +172,12 @@ class _Drive:
         return True
 
     def _can_never_pass(self, call: Call) -> bool:
-        """Tell whether the limiter would refuse ``call`` as it comes, which takes no time."""
+        """Tell whether the limiter would refuse ``call`` on arrival, which takes no time."""
         limits = self._passage.limits
         return any(call.amounts.get(limit.resource, 0) > limit.amount for limit in limits)
 
     def _wait(self, call: Call) -> None:
-        """Move on until the meters let ``call`` pass."""
+        """Advance time until the meters let ``call`` pass."""
         passage, running, held_up = self._passage, self._running, self._course.held_up
         since = now = self._now
         while True:
@@ -196,7 +196,7 @@ class _Drive:
                 return
 
     def _end(self) -> bool:
-        """End the call that is the next to end; return whether it rings: something came back."""
+        """End the call that ends next; return whether anything came back."""
         _, _, when, call = heapq.heappop(self._running)
         booked, back = call.amounts, False
         if call.used is not None:

@@ -1,12 +1,12 @@
 """Run the calls of several tenants: through real limiters, on virtual time.
 
-Who goes next among tenants is no simple line, so here the whole machine runs as it is: children of a
-limiter, queues, pacers and leases, on an event loop whose clock jumps. That takes some 50 µs a call.
-It runs in a thread of its own, since the caller may be on an event loop, and may have a priority or
-a tenant of its own that must not leak in.
+Who goes next among tenants does not follow from one line, so here the whole machine runs: children
+of a limiter, queues, pacers and leases, on an event loop whose clock jumps. That takes some 50 µs a
+call. It runs in a thread of its own, because the caller may be on an event loop, and may have a
+priority or a tenant that must not leak in.
 
 Calls are handed over a few hundred ahead for each tenant: more than a pacer admits in one pass, so
-that a tenant who wants more is always seen to want it.
+a tenant that wants more is always seen to want it.
 """
 
 import asyncio
@@ -28,14 +28,14 @@ _NANOSECONDS: Final = 1_000_000_000
 
 
 def drive_fair(bounds: Bounds, loads: "Mapping[str, Load]") -> tuple[Course, dict[str, Course]]:
-    """Run every tenant's calls to their end; return what happened, in all and to each tenant."""
+    """Run every tenant's calls to their end; return what happened, in total and to each tenant."""
     result: list[tuple[Course, dict[str, Course]]] = []
     failed: list[BaseException] = []
 
     def run() -> None:
         try:
             result.append(_run(bounds, loads))
-        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+        except BaseException as error:  # noqa: BLE001 - raised where it is awaited
             failed.append(error)
 
     thread = threading.Thread(target=run, name="asyncbucket plan", daemon=True)
@@ -67,7 +67,7 @@ def _run(bounds: Bounds, loads: "Mapping[str, Load]") -> tuple[Course, dict[str,
 
 
 class _Books:
-    """Write down what happens, in all and to each tenant."""
+    """Record what happens, in total and to each tenant."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.whole = Course()
@@ -119,7 +119,7 @@ class _Tenant:
             await self._idle.wait()
 
     async def _serve(self, source: "_Source") -> None:
-        """Let one call after the other in; whoever waits for its admission stands in line."""
+        """Admit one call after the other; each waits for its admission in line."""
         while (coming := await source.next()) is not None:
             arrived, call = coming
             if arrived > self._clock():
@@ -153,7 +153,7 @@ class _Tenant:
 
 
 class _Source:
-    """Hand out calls in order of arrival, those that calls beget included."""
+    """Hand out calls in order of arrival, including those that follow other calls."""
 
     def __init__(self, load: "Load") -> None:
         self._arrivals, self._follow = load.arrivals()
@@ -169,6 +169,6 @@ class _Source:
         return await self._begotten.get() if coming is None else coming
 
     def ended(self, call: Call, now: int) -> None:
-        """Hear that a call has ended, upon which others may come."""
+        """Note that a call has ended, so that others may follow."""
         for child in self._follow(call) if self._follow is not None else ():
             self._begotten.put_nowait((now, child))

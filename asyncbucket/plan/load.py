@@ -1,4 +1,4 @@
-"""What is asked: which calls there are, what they cost, how long they take and when they come."""
+"""The input of a plan: which calls there are, what they cost, how long they take, when they come."""
 
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import fields
@@ -47,7 +47,7 @@ class Load:
         yield from (*self._tokens.values(), self._used, *self._others.values(), self._latency)
 
     def _count(self, calls: int | None) -> int:
-        """Return how many calls there are, by whatever says so."""
+        """Return how many calls there are, from whichever argument determines it."""
         if calls is not None:
             calls = read_count(calls, "calls", least=1)
         if isinstance(self._arrivals, AgentTree):
@@ -69,7 +69,7 @@ class Load:
     def check(
         self, limits: Iterable[Limit], concurrency: int | None, *, counted: Container[str]
     ) -> None:
-        """Refuse limits on something that nothing is said of, which would not bind in the plan.
+        """Refuse limits on something unknown, which would not bind in the plan.
 
         Args:
             limits: what these calls pass.
@@ -101,7 +101,7 @@ class Load:
             )
 
     def arrivals(self) -> tuple[Iterator[tuple[int, Call]], Follow | None]:
-        """Return the calls with the instants (ns) at which they come, and what follows a call."""
+        """Return the calls, each with its instant (ns), and a function for the calls that follow one."""
         calls = self._draw()
         tree = self._arrivals
         if not isinstance(tree, AgentTree):
@@ -139,7 +139,7 @@ class Load:
 
 
 def _amounts(drawn: dict[str, float | Cost | None]) -> dict[str, int]:
-    """Return what a call takes, its slot included, of what was drawn for its tokens."""
+    """Return what a call takes, slot included, from what was drawn for its tokens."""
     tokens = drawn["tokens"]
     if isinstance(tokens, Cost):
         return {**tokens, "concurrency": 1}
@@ -151,7 +151,7 @@ def _amounts(drawn: dict[str, float | Cost | None]) -> dict[str, int]:
 
 
 def _one(value: float | Cost | None, name: str) -> float:
-    """Return a number of units; of a cost the part that is asked for."""
+    """Return a number of units; of a cost, the part that is asked for."""
     if isinstance(value, Cost):
         return value.get(name, 0)
     assert value is not None
@@ -165,7 +165,7 @@ def loads_of(
     read: Tokens,
     seed: int,
 ) -> dict[str | None, Load]:
-    """Return the calls of each tenant, or under None those of a plan without any."""
+    """Return the calls of each tenant; without tenants, those of the plan under None."""
     shared = {each.name: _kept(getattr(everyone, each.name)) for each in fields(everyone)}
     if not isinstance(resources, Mapping):
         raise TypeError(
@@ -203,5 +203,5 @@ def loads_of(
 
 
 def _kept(value: Any) -> Any:
-    """Return samples or instants as every tenant can read them, a generator's too."""
+    """Return samples or instants in a form that every tenant can read, even if given as a generator."""
     return list(value) if isinstance(value, Iterator) else value

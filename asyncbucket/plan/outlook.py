@@ -1,4 +1,4 @@
-"""Make a plan of a run: what was used, what bound, and what other limits would have been worth."""
+"""Make a plan from a run: what was used, what bound, and what other limits would have gained."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from array import array
 
 _NANOSECONDS: Final = 1_000_000_000
-#: Up to so many calls other limits are tried without being asked to; with tenants it takes longer.
+#: Up to this many calls, other limits are tried by default; with tenants that takes longer.
 _MANY: Final = 100_000
 _MANY_OF_TENANTS: Final = 20_000
-#: The most calls of tenants, which take ten times as long as `MOST` of one line would.
+#: The most calls with tenants, which take ten times as long as those of one line.
 _MOST_OF_TENANTS: Final = MOST // 10
 #: Parts of the timeline.
 _PARTS: Final = 240
@@ -28,17 +28,17 @@ _PARTS: Final = 240
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """What happened, in all and to each tenant."""
+    """What happened, in total and to each tenant."""
 
     whole: Course
     tenants: Mapping[str, Course] = field(default_factory=dict)
 
     def of(self, tenant: str | None) -> Course:
-        """Return what happened to a tenant, or in all."""
+        """Return what happened to a tenant, or in total."""
         return self.whole if tenant is None else self.tenants[tenant]
 
 
-#: Calls, by tenant; under None those of a plan without any.
+#: Calls, by tenant; without tenants under None.
 Loads = Mapping[str | None, Load]
 
 
@@ -60,7 +60,7 @@ def _count(loads: Loads) -> int:
     """Return how many calls there are.
 
     Raises:
-        ValueError: they are more than can be run through.
+        ValueError: they are too many to be simulated.
     """
     calls = sum(load.calls for load in loads.values())
     most, whose = (MOST, "") if None in loads else (_MOST_OF_TENANTS, " of tenants")
@@ -73,7 +73,7 @@ def _count(loads: Loads) -> int:
 
 
 def _check(loads: Loads, bounds: Bounds) -> None:
-    """Refuse what no plan can know, or says nothing of.
+    """Refuse what no plan can know, or what nothing is known of.
 
     Raises:
         ValueError: the message says what is missing.
@@ -100,7 +100,7 @@ def _run(loads: Loads, bounds: Bounds) -> _Run:
         named = {name: load for name, load in loads.items() if name is not None}
         return _Run(*drive_fair(bounds, named))
     arrivals, follow = only.arrivals()
-    passage = bounds.limiter()._door.account.through  # noqa: SLF001 - nobody else needs them
+    passage = bounds.limiter()._door.account.through  # noqa: SLF001 - only needed here
     return _Run(drive(passage, arrivals, follow))
 
 
@@ -118,7 +118,7 @@ def _refusal(run: _Run, bounds: Bounds) -> str | None:
 
 
 def _limit(bound: Bound, bounds: Bounds, run: _Run, loads: Loads | None) -> PlannedLimit:
-    """Return what a limit does; with ``loads`` also what it would do if it were another."""
+    """Describe a limit; with ``loads`` also what would happen if it were another."""
     tenant, limit = bound
     course, own = run.of(tenant), bounds.of(tenant)
     resource = "concurrency" if limit is None else limit.resource
@@ -142,7 +142,7 @@ def _limit(bound: Bound, bounds: Bounds, run: _Run, loads: Loads | None) -> Plan
 
 
 def _used(limit: Limit | None, bounds: Bounds, course: Course) -> float:
-    """Return the share of a limit that was used, of the most that could have been in that time."""
+    """Return which fraction of a limit was used, of the most that was possible in that time."""
     if limit is None:
         assert bounds.concurrency is not None
         return course.busy / (bounds.concurrency * course.end) if course.end else 0.0
@@ -150,12 +150,12 @@ def _used(limit: Limit | None, bounds: Bounds, course: Course) -> float:
     most: float = limit.amount * (last // limit.window + 1)
     if limit.burst is not None:
         most = min(most, limit.burst + limit.amount * last / limit.window)
-    # Calls that use more than they reserved may end above it: then all was used.
+    # Calls that use more than they reserved may exceed it: then all was used.
     return min(1.0, course.used.get(limit.resource, 0) / most)
 
 
 def _rate(limit: Limit | None, bounds: Bounds, course: Course) -> float | None:
-    """Return how many calls a second a limit lets pass, at their mean cost or latency."""
+    """Return how many calls a second a limit admits, at their mean cost or latency."""
     calls = len(course.admitted)
     if limit is None:
         assert bounds.concurrency is not None

@@ -1,4 +1,4 @@
-"""What a plan says, as numbers and in words."""
+"""What a plan says, in numbers and in words."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,7 +9,7 @@ from asyncbucket.wording import counted, does, in_seconds, named, rounded
 _MINUTE: Final = 60
 _HOUR: Final = 3_600
 _DAY: Final = 86_400
-#: From so many seconds on, tenths say nothing.
+#: From this many seconds on, tenths do not matter.
 _LONG: Final = 100
 
 
@@ -28,14 +28,15 @@ class PlannedLimit:
     """What one limit does to the plan.
 
     Attributes:
-        limit: as people say it: "500 requests per 60 s", "32 calls at once".
+        limit: in words: "500 requests per 60 s", "32 at once".
         resource: what it limits: "requests", "tokens", "concurrency", ...
-        tenant: whose limit it is; None for one that all share.
-        used: the share of it that is used until the last call is admitted; for concurrency until
+        tenant: whose limit it is; None for a shared one.
+        used: the fraction of it that is used until the last call is admitted; for concurrency until
             the last one ends.
-        rate: how many calls a second it lets pass in the long run, at their mean cost or latency;
-            None if they use nothing of it.
-        if_doubled: how many seconds all would take if it were twice as high; None if nobody asked.
+        rate: how many calls a second it admits in the long run, at their mean cost or latency; None
+            if they use nothing of it.
+        if_doubled: how many seconds everything would take if it were twice as high; None if that
+            was not asked.
         if_removed: the same without it.
     """
 
@@ -50,14 +51,14 @@ class PlannedLimit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedTenant:
-    """What becomes of one tenant's calls.
+    """What happens to one tenant's calls.
 
     Attributes:
         calls: how many pass.
         tokens: what they use together.
         duration: seconds from the start to the end of its last call.
         waits: how long they wait for admission.
-        held_up: for each resource, its share in what held them up.
+        held_up: for each resource, its part in what held them up.
         refused: how many can never pass.
     """
 
@@ -84,13 +85,13 @@ class Plan:
         tokens: what they use together.
         waits: how long they wait for admission.
         limits: what each limit does.
-        held_up: for each resource, its share in what held calls up.
+        held_up: for each resource, its part in what held calls up.
         peak_in_flight: the most calls at once.
         mean_in_flight: calls at once on average.
         refused: how many calls can never pass, because they cost more than a limit.
-        refusal: what the first of these is told.
+        refusal: the error of the first of these.
         timeline: admissions in each of as many equal parts of the duration.
-        tenants: what becomes of each tenant's calls.
+        tenants: what happens to each tenant's calls.
     """
 
     duration: float
@@ -132,9 +133,8 @@ class Plan:
     def bound_by(self) -> str | None:
         """The resource of the limit that binds: "requests", "tokens", "concurrency"...
 
-        That is the limit of which most is used among those that anybody waited for; where nobody
-        waited for one that all share, it is one of the tenant's who is done last. None if nobody
-        waited.
+        Among the limits that any call waited for, this is the one used most. If no call waited for
+        a shared limit, it is one of the tenant that finishes last. None if nobody waited.
         """
         return None if self.binding is None else self.binding.resource
 
@@ -147,7 +147,7 @@ class Plan:
         return f"{spoken(self.duration)}, {binds(self.bound_by)}: {what}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything as what JSON can hold; times are seconds."""
+        """Return everything in values that JSON can hold; times are seconds."""
         return {"bound_by": self.bound_by, **asdict(self)}
 
 
@@ -159,7 +159,7 @@ def binds(resource: str | None) -> str:
 
 
 def spoken(seconds: float) -> str:
-    """Return a length of time in two units at most: "1.5 s", "39 min 39 s", "6 h 42 min"."""
+    """Return a length of time in at most two units: "1.5 s", "39 min 39 s", "6 h 42 min"."""
     if seconds < _LONG:
         return in_seconds(seconds)
     whole = round(seconds)
@@ -171,7 +171,7 @@ def spoken(seconds: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share in tenths of a percent, rounded down: 99.96 % is not 100 %."""
+    """Return a fraction in percent, rounded down to tenths: 99.96 % is not 100 %."""
     return f"{int(share * 1000 + 1e-6) / 10:.1f} %"
 
 
@@ -182,7 +182,7 @@ def _pair(seconds: int, large: int, name: str, small: int, rest_name: str) -> st
 
 
 def details(plan: Plan) -> Iterator[str]:
-    """Yield what is to be said beside the summary and the table."""
+    """Yield what is to be said besides the summary and the table."""
     waits = plan.waits
     if waits.max:
         yield (
@@ -197,7 +197,7 @@ def details(plan: Plan) -> Iterator[str]:
 
 
 def table(plan: Plan) -> list[tuple[str, ...]]:
-    """Return the head and a row for each limit: what is used of it, and what others would do."""
+    """Return the header and a row for each limit: what is used of it, and what changes would do."""
     rows: list[tuple[str, ...]] = [("limit", "used", "if doubled", "if removed")]
     for each in plan.limits:
         others = (each.if_doubled, each.if_removed)
@@ -209,12 +209,12 @@ def table(plan: Plan) -> list[tuple[str, ...]]:
 
 
 def whose(limit: PlannedLimit) -> str:
-    """Return a limit as people say it, and whose it is."""
+    """Return a limit in words, and whose it is."""
     return limit.limit if limit.tenant is None else f"{limit.tenant}: {limit.limit}"
 
 
 def tenants(plan: Plan) -> list[tuple[str, ...]]:
-    """Return the head and a row for each tenant: how much it had, how long it took and waited."""
+    """Return the header and a row for each tenant: how much it had, how long it took and waited."""
     rows: list[tuple[str, ...]] = [
         ("tenant", "calls", "done after", "wait p50", "wait p95", "waits for")
     ]
@@ -237,6 +237,6 @@ def change(seconds: float | None, duration: float) -> str:
     if seconds is None:
         return ""
     share = (seconds - duration) / duration if duration else 0.0
-    if abs(share) < 0.005:  # noqa: PLR2004 - what would be written as 0 %
+    if abs(share) < 0.005:  # noqa: PLR2004 - it would be written as 0 %
         return "the same"
     return f"{spoken(seconds)} ({share:+.0%})".replace("%", " %")

@@ -13,32 +13,32 @@ from asyncbucket.numeric import is_number
 from asyncbucket.wording import shown
 
 Sample: TypeAlias = float | str | Cost | Mapping[str, Any]
-"""A number; a text, whose tokens are counted; a cost; or an object, as a line of JSONL holds it."""
+"""A number; a text, whose tokens are counted; a cost; or an object, as in a line of JSONL."""
 
 Samples: TypeAlias = (
     float | str | PathLike[str] | Iterable[Sample] | Callable[[random.Random], float]
 )
-"""A number for every call, samples, the path of a JSONL file of them, or what draws a number."""
+"""A number for every call, samples, the path of a JSONL file of them, or a function that draws one."""
 
 Read: TypeAlias = Callable[[object], float | Cost]
 
-#: Of whom nothing has to be loaded to know that there is one.
+#: The default profile is known to exist without loading anything.
 _PROFILE: Final = "openai"
 _TOKENS: Final = frozenset({"tokens", "input_tokens", "output_tokens"})
 _SECONDS: Final = ("latency", "seconds", "duration")
 
 
 class Series:
-    """Give a value for each call, the same for the same seed.
+    """Return a value for each call, the same for the same seed.
 
-    Samples are taken in their order if there are as many as calls, else drawn with replacement.
+    Samples are taken in order if there are as many as calls, else drawn with replacement.
     """
 
     def __init__(self, given: Samples | None, name: str, read: Read) -> None:
         """Read what was ``given`` as ``name``; ``read`` turns a sample into a number or a cost."""
         self._draw: Callable[[random.Random], float] | None = None
         self._values: Sequence[float | Cost] | None = None
-        #: What every call has, if it is `constant`; None where nothing was given.
+        #: The value of every call, if it is `constant`; None if nothing was given.
         self.value: float | Cost | None = None
         self._name = name
         self._read = read
@@ -65,7 +65,7 @@ class Series:
 
     @property
     def constant(self) -> bool:
-        """Whether every call has the same."""
+        """Whether every call has the same value."""
         return self._draw is None and self._values is None
 
     def __len__(self) -> int:
@@ -95,7 +95,7 @@ def _read(sample: object, where: str, read: Read) -> float | Cost:
 
 
 def _read_file(path: Path, name: str, read: Read) -> list[float | Cost]:
-    """Return the samples in a file, one in a line; empty lines are skipped."""
+    """Return the samples in a file, one per line; empty lines are skipped."""
     values: list[float | Cost] = []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -113,18 +113,18 @@ def _read_file(path: Path, name: str, read: Read) -> list[float | Cost]:
 
 
 class Tokens:
-    """Read a sample of tokens: what it costs is what a paced call like it would be charged.
+    """Read a sample of tokens; it costs what a paced call like it would be charged.
 
     Args:
-        count: counts the tokens of a text; by default four characters are one, as OpenAI counts at
-            its door.
+        count: counts the tokens of a text; by default four characters are one, OpenAI's estimate at
+            admission.
         profile: how the provider charges a request's body: "openai", "anthropic", ...
     """
 
     def __init__(self, *, count: Callable[[str], int] | None, profile: str) -> None:
         self._count = count
         self._profile = profile
-        if profile != _PROFILE:  # a typing error is one, whether or not there are bodies to read
+        if profile != _PROFILE:  # a misspelt name is an error, with or without bodies
             from asyncbucket.http.profiles import profile_named
 
             profile_named(profile)
@@ -133,7 +133,7 @@ class Tokens:
         """Return a number of tokens, or a cost.
 
         Raises:
-            TypeError, ValueError: it is nothing that has tokens.
+            TypeError, ValueError: it has no tokens.
         """
         if isinstance(sample, str):
             return self._of_text(sample)
@@ -176,7 +176,7 @@ class Tokens:
 
 
 def _path_of(body: Mapping[str, Any]) -> str:
-    """Return where a body would be sent; embeddings are told from responses by what they lack."""
+    """Return where a body would be sent; embeddings and responses differ only in the model."""
     if "messages" in body:
         return "/v1/chat/completions"
     if "prompt" in body:
@@ -185,7 +185,7 @@ def _path_of(body: Mapping[str, Any]) -> str:
 
 
 def read_seconds(sample: object) -> float:
-    """Return a sample of seconds, a number or an object that has one.
+    """Return a sample of seconds, from a number or an object that has one.
 
     Raises:
         TypeError, ValueError: it is not a number of seconds from 0 on.

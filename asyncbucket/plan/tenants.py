@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tenant:
-    """One of those who share limits: a child of the limiter, with calls of its own.
+    """One of several that share limits: a child of the limiter, with calls of its own.
 
-    What is left out is as the plan says; ``calls`` is then so many for each tenant.
+    Anything left out is taken from the plan; ``calls`` then applies to each tenant.
 
     Args:
-        limits: its own limits, besides those that all share.
+        limits: its own limits, besides the shared ones.
         concurrency: the most of its calls in flight.
-        weight: its share beside the others', where not all can have what they want.
-        priority: of its calls; see `asyncbucket.priority`.
-        calls: see `asyncbucket.plan.plan`, as for the others.
-        tokens: likewise.
-        input_tokens: likewise.
-        output_tokens: likewise.
-        used_tokens: likewise.
-        latency: likewise.
-        arrivals: likewise.
+        weight: its share compared with the others', if there is not enough for all.
+        priority: the priority of its calls; see `asyncbucket.priority`.
+        calls: see `asyncbucket.plan.plan`, as for the rest.
+        tokens: see there.
+        input_tokens: see there.
+        output_tokens: see there.
+        used_tokens: see there.
+        latency: see there.
+        arrivals: see there.
     """
 
     limits: tuple[str | Limit, ...] = ()
@@ -62,7 +62,7 @@ def bounds_of(
 
 
 def _several(limits: Sequence[str | Limit], name: str) -> Sequence[str | Limit]:
-    """Refuse one text in the place of several, which would be read letter by letter."""
+    """Refuse a single text instead of a tuple, which would be read letter by letter."""
     if isinstance(limits, str):
         raise TypeError(f"limits of tenant {name!r} must be a tuple: write ({limits!r},)")
     return limits

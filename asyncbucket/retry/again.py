@@ -1,12 +1,12 @@
-"""What stamina sees of a call that is tried again: no error of a provider, and no argument.
+"""What stamina sees of a retried call: no provider's error, and no argument.
 
-Its time-out would count the time in the queue (``timeout=None``; the deadline is ours), and a
-back-off that a hook returns goes past its own jitter and cap (ours too), even if it is NaN, which
-would hang. Its instrumentation reports the error that caused a retry, and a provider's error may
-quote the prompt or the key. So stamina never sees it: what it catches and retries is a `TryAgain`
-that goes by the error's name, and the real error waits in `Trial`. What it calls has no arguments,
-and goes by the name of what is tried: the model's method. Everything else, cancellation first of
-all, passes through stamina as through no hands at all.
+stamina's time-out would count the time in the queue, so it gets ``timeout=None`` and the deadline
+is ours. A back-off returned by a hook bypasses stamina's jitter and cap, so these are ours, too; a
+NaN would hang. stamina's instrumentation reports the error that caused a retry, and a provider's
+error may quote the prompt or the key, so stamina never sees it. What it catches and retries is a
+`TryAgain` named like the error; the real error is kept in `Trial`. What it calls takes no
+arguments, and is named like what is tried: the model's method. Everything else, cancellation above
+all, passes through stamina untouched.
 """
 
 import functools
@@ -21,11 +21,11 @@ except ModuleNotFoundError as error:
 
 T = TypeVar("T")
 
-#: How what stamina is told of an error ends, so that its log can be told from others'.
+#: How the repr of our errors ends, so that stamina's log of them can be recognized.
 _OURS: Final = "; tried again by asyncbucket>"
 
 
-class TryAgain(Exception):  # noqa: N818 - a request, not an error that anybody gets to see
+class TryAgain(Exception):  # noqa: N818 - a request, not an error that anybody sees
     """Ask stamina for another attempt after `wait` seconds."""
 
     def __init__(self, reason: str, wait: float) -> None:
@@ -38,12 +38,12 @@ class TryAgain(Exception):  # noqa: N818 - a request, not an error that anybody 
 
 @functools.lru_cache(maxsize=64)
 def by_the_name(module: str, name: str) -> type[TryAgain]:
-    """Return a `TryAgain` of another name: by that of its class an error is told in metrics."""
+    """Return a `TryAgain` class of another name: metrics name an error by its class."""
     return type(name, (TryAgain,), {"__module__": module, "__qualname__": name})
 
 
 def renamed(once: Callable[[], T], tried: Callable[..., object]) -> Callable[[], T]:
-    """Return ``once`` by the name of what is ``tried``, below partials and bound methods."""
+    """Return ``once``, named like what is ``tried``, below partials and bound methods."""
     while isinstance(tried, functools.partial):
         tried = tried.func
     named = tried if hasattr(tried, "__qualname__") else type(tried)
@@ -52,21 +52,21 @@ def renamed(once: Callable[[], T], tried: Callable[..., object]) -> Callable[[],
 
 
 def _wait_of(error: BaseException) -> bool | float:
-    """Tell stamina when to try again; it asks about everything raised, cancellation too."""
+    """Tell stamina when to try again; it asks about everything raised, even cancellation."""
     if not isinstance(error, TryAgain):
         return False
-    # Its frames hold what was tried and lead back to it: a dropped stream would keep its slot.
+    # Its frames hold what was tried, and lead back to it: a dropped stream would keep its slot.
     error.__traceback__ = None
     return error.wait
 
 
 def not_ours(record: logging.LogRecord) -> bool:
-    """Keep stamina's log of retries to those of other users of stamina in this process."""
+    """Filter stamina's log of retries to those of other users of stamina in this process."""
     return not str(vars(record).get("stamina.caused_by")).endswith(_OURS)
 
 
 def is_off() -> bool:
-    """Tell whether the application has switched stamina off, and with it all that it would try again."""
+    """Tell whether the application has switched stamina off, and so all retries."""
     return not stamina.is_active()
 
 

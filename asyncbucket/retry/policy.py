@@ -1,4 +1,4 @@
-"""How failed calls are tried again, as a user says it."""
+"""How failed calls are retried, as a user configures it."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,21 +9,21 @@ from asyncbucket.numeric import is_integer, is_number
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryBudget:
-    """Bound what retries add to the load: a bucket that successes refill and that retries drain.
+    """Bound what retries add to the load: a bucket that successes refill and retries drain.
 
-    *Random errors are always retried through.* At an error rate e there are e / (1 - e) failures a
-    success; 0.5 a success pays for them up to e = 1/3. At e = 0.2 the bucket gains 0.25 units a
-    success, and the chance that a run of bad luck drains 100 units is under 1e-30. What may drain it
-    is failures that come back sooner than the first successes; a full bucket is enough for 300
-    calls in flight at e = 0.2. With more, or to survive the loss of every connection at once, give
-    it the units of your `concurrency`.
+    *Random errors are always retried.* At an error rate e there are e / (1 - e) failures per
+    success; 0.5 per success pays for them up to e = 1/3. At e = 0.2 the bucket gains 0.25 units per
+    success, and the chance that bad luck drains 100 units is below 1e-30. Only failures that come
+    back sooner than the first successes may drain it; a full bucket is enough for 300 calls in
+    flight at e = 0.2. With more calls, or to survive the loss of every connection at once, set the
+    capacity to your `concurrency`.
 
     *A total outage costs little.* Nothing succeeds, so there are at most 100 retries however many
-    calls there are: 1.1 times the load of 1,000 calls, 1.01 times that of 10,000. In between, the
-    load is 1 / (1 - e) up to e = 1/3, at worst 1.5 times, and falls again beyond.
+    calls there are: 1.1 times the load of 1,000 calls, 1.01 times that of 10,000. For smaller error
+    rates the load is 1 / (1 - e) up to e = 1/3, at worst 1.5 times, and falls again beyond.
 
-    *A 429 is not charged.* It refuses a whole wave of calls that did nothing wrong, and what it
-    could multiply the pause and the limits hold back already; each call still has its attempts.
+    *A 429 is not charged.* It refuses a whole wave of calls that did nothing wrong, and the pause
+    and the limits bound the load already; each call is still bound by its attempts.
 
     Args:
         capacity: units of a full bucket, as at the start; a retry takes one.
@@ -40,13 +40,14 @@ class RetryBudget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
-    """Say how failed calls are tried again.
+    """Configure how failed calls are retried.
 
     Args:
         attempts: the most attempts for one call, the first included; 1 switches retries off.
-        max_wait: the longest wait (s) before an attempt. Who is told to wait longer fails at once.
-        jitter: the share of a ``Retry-After`` that is added at random, so that not all come at once.
-        backoff: the wait (s) after a first failure where the server names none; it doubles.
+        max_wait: the longest wait (s) before an attempt. A call told to wait longer fails at once.
+        jitter: the fraction of a ``Retry-After`` added at random, so that calls do not come all at
+            once.
+        backoff: the wait (s) after a first failure if the server names none; it doubles.
         budget: how much retries may add to the load of one model.
     """
 
@@ -71,7 +72,7 @@ class Retry:
 
     @classmethod
     def of(cls, value: "Retry | int | None") -> "Retry":
-        """Read what people pass as ``retry=``: a policy, attempts, False for none, True for usual.
+        """Read what people pass as ``retry=``: a policy, attempts, False (none) or True (default).
 
         Raises:
             TypeError, ValueError: it is not one of these, or less than one attempt.

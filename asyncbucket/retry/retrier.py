@@ -1,4 +1,4 @@
-"""What is tried again for one model, under one policy and one budget."""
+"""What retries the calls of one model, under one policy and one budget."""
 
 import logging
 import random
@@ -21,15 +21,15 @@ T = TypeVar("T")
 
 
 class Retrier:
-    """Try the calls of one model again, under one policy and one budget.
+    """Retry the calls of one model, under one policy and one budget.
 
     Safe on several event loops and threads at once.
 
     Args:
-        policy: what is tried again, how often and when.
+        policy: what is retried, how often and when.
         limiter: what a 429 pauses; deadlines are in seconds of its clock.
-        caller: what the calls ask for their admission, if it is another, below that: events of
-            retries are its own.
+        caller: the limiter that the calls ask, if it is another one, below ``limiter``; events of
+            retries are sent as its own.
         chance: random numbers from 0 to 1, for the jitter.
     """
 
@@ -48,7 +48,7 @@ class Retrier:
         self._lock = threading.Lock()
         self._budget = policy.budget.capacity
         self._refusals = Refusals(limiter)
-        # A retry is a warning to stamina, which in a storm is hundreds of lines that say nothing.
+        # stamina logs each retry as a warning: in a storm, hundreds of lines that say nothing.
         logging.getLogger("stamina").addFilter(not_ours)
 
     def __repr__(self) -> str:
@@ -62,15 +62,17 @@ class Retrier:
         tried: Callable[..., object] | None = None,
         sent: Sent | None = None,
     ) -> T:
-        """Await ``attempt()`` until it succeeds or there is no point in another.
+        """Await ``attempt()`` until it succeeds or there is no point in trying again.
 
         Cancellation passes through at once, from an attempt and from a back-off.
 
         Args:
-            attempt: makes one attempt; it acquires for itself and gives back whatever happens.
-            deadline: the latest instant for an attempt to begin, in seconds of the limiter's clock.
-            tried: what the attempt calls in the end, by whose name stamina's hooks know of retries.
-            sent: where attempts say when they were sent, so that a late refusal is of its own wave.
+            attempt: makes one attempt; it acquires for itself, and gives back whatever happens.
+            deadline: the latest instant at which an attempt may begin, in seconds of the limiter's
+                clock.
+            tried: what the attempt calls in the end; stamina's hooks see its name.
+            sent: where attempts note when they were sent, so that a late refusal is assigned to its
+                own wave.
 
         Raises:
             Exception: the provider's last error, with a note; or whatever else `attempt` raised.
@@ -111,7 +113,7 @@ class Retrier:
         raise error
 
     def succeeded(self, sent_at: float | None = None) -> None:
-        """Count a success: it pays into the budget, and ends a series of refusals that came before."""
+        """Count a success: it pays into the budget, and ends a series of earlier refusals."""
         with self._lock:
             budget = self.policy.budget
             self._budget = min(budget.capacity, self._budget + budget.per_success)
@@ -129,12 +131,12 @@ class Retrier:
         )
 
     def back_off(self, failures: int) -> float:
-        """Return the seconds to wait after so many failures in a row, jitter included."""
+        """Return the seconds to wait after this many failures in a row, jitter included."""
         longest = doubled(self.policy.backoff, failures, most=self.policy.max_wait)
         return longest * (1 + self._chance()) / 2
 
     def hold_on(self, seconds: float) -> float:
-        """Return the seconds to wait where the server said how many, jitter included."""
+        """Return the seconds to wait if the server said how many, jitter included."""
         return min(seconds * (1 + self.policy.jitter * self._chance()), self.policy.max_wait)
 
     def spend(self) -> bool:
@@ -145,11 +147,11 @@ class Retrier:
             return enough
 
     def tell_of_retry(self, attempt: int, error: str, delay: float) -> None:
-        """Let those who watch the limiter that was asked know that a call will be tried again."""
+        """Tell the observers of the limiter that was asked that a call will be retried."""
         caller = asked(self._caller)
         name, at = shown_name(caller.name), self.now()
         caller.emit(Retried(limiter=name, at=at, attempt=attempt, error=error, delay=delay))
 
     def now(self) -> float:
-        """Return the seconds of the limiter's clock."""
+        """Return the current time in seconds of the limiter's clock."""
         return self._limiter.now()

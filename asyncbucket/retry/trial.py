@@ -1,4 +1,4 @@
-"""One call that may be tried again: how often it was, since when, and what its errors mean."""
+"""One call that may be retried: how often it was tried, since when, and what its errors mean."""
 
 import logging
 import math
@@ -19,7 +19,7 @@ _log: Final = logging.getLogger("asyncbucket")
 
 
 class Sent:
-    """Hold when the last attempt of a call was sent, in seconds of the limiter's clock, once it is known."""
+    """Hold when the latest attempt was sent, in seconds of the limiter's clock; None until then."""
 
     __slots__ = ("at",)
 
@@ -51,7 +51,7 @@ class Trial:
         else:
             self.retrier.succeeded(self.sent.at)
             return result
-        raise again  # out here, so that it doesn't carry the real error as its context
+        raise again  # raised here so that the real error is not its context
 
     def run_sync(self, attempt: Callable[[], T]) -> T:
         self.attempts += 1
@@ -67,7 +67,7 @@ class Trial:
         raise again
 
     def judge(self, error: Exception) -> TryAgain | None:
-        """Return what makes stamina try again, or None after noting on `error` why it is the end."""
+        """Return what makes stamina try again; or None, after noting on `error` why this is the end."""
         if isinstance(error, AsyncBucketError):
             return None
         self.error = error
@@ -82,13 +82,13 @@ class Trial:
             self.retrier.tell_of_retry(self.attempts, verdict.reason, wait)
             named = by_the_name(type(error).__module__, type(error).__qualname__)
             return named(verdict.reason, wait)
-        # A ValueError of the caller's own is the caller's to see; a provider's answer is ours.
+        # The user's own ValueError stays as it is; a provider's answer gets a note.
         if self.attempts > 1 or verdict.retry or verdict.reason.startswith("HTTP"):
             self._note(error, end)
         return None
 
     def _plan(self, verdict: Verdict) -> tuple[float, str | None]:
-        """Return how long to wait before the next attempt, and why there is to be none, if so."""
+        """Return how long to wait before the next attempt, and why there will be none, if so."""
         retrier, policy, asked = self.retrier, self.retrier.policy, verdict.retry_after
         if not verdict.retry:
             return 0.0, f"{verdict.reason} is not retried"
@@ -113,7 +113,7 @@ class Trial:
         return wait, None
 
     def last_word(self, ended: TryAgain | AsyncBucketError) -> Exception:
-        """Return what to raise when another attempt was not to be: the provider's last error."""
+        """Return what to raise if no further attempt was possible: the provider's last error."""
         error = self.error
         if error is None:
             return ended

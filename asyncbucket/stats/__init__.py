@@ -1,7 +1,7 @@
-"""Look at a running limiter: a local endpoint, and a trace for a plot.
+"""Observe a running limiter: a local endpoint, and a trace for a plot.
 
-`report` says what there is to see, as plain values and as Prometheus's text; `server` gives it to
-whoever asks on this machine; `trace` keeps the last admissions.
+`report` collects what can be seen, as plain values and as Prometheus's text; `server` serves it on
+this machine; `trace` keeps the latest admissions.
 """
 
 from asyncbucket.stats.report import report

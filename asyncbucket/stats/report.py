@@ -1,6 +1,6 @@
-"""What there is to see of limiters: plain values, and the text that Prometheus reads.
+"""What can be seen of limiters: plain values, and the text that Prometheus reads.
 
-Tenants are nobody's business: they are in the numbers of the limiter above, not in the list.
+Tenants are private: they count in the numbers of the limiter above, and are not listed.
 """
 
 import time
@@ -11,7 +11,7 @@ from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.statistics import Statistics, shares_used
 from asyncbucket.limits import Limit
 
-#: Names, kinds and what they mean. A parent's numbers include its children's, as its statistics do.
+#: Names, fields and descriptions. A parent's numbers include its children's, as in its statistics.
 _GAUGES: Final = (
     ("asyncbucket_queued_requests", "waiting", "Calls that wait, children included."),
     ("asyncbucket_in_flight_requests", "in_flight", "Leases not yet released, children included."),
@@ -30,7 +30,7 @@ _COUNTERS: Final = (
 
 
 def report(limiters: Sequence[Limiter]) -> dict[str, Any]:
-    """Return what there is to see of ``limiters`` and their children, as JSON takes it.
+    """Return what can be seen of ``limiters`` and their children, in values that JSON can hold.
 
     Shape: ``{"time": Unix seconds, "limiters": [{"name", "admitted", "waiting", "limits": [...]}]}``.
     Times are seconds, amounts whole units.
@@ -39,7 +39,7 @@ def report(limiters: Sequence[Limiter]) -> dict[str, Any]:
 
 
 def check_names(limiters: Sequence[Limiter]) -> None:
-    """Refuse limiters of one name, whose numbers nobody could tell apart.
+    """Refuse limiters of the same name, whose numbers could not be told apart.
 
     Raises:
         ValueError: the message says which name.
@@ -102,7 +102,7 @@ def _row(now: Statistics) -> dict[str, Any]:
 
 
 def row_of(limit: Limit, *, used: int, available: int) -> dict[str, Any]:
-    """Return how much of a limit is used, as JSON takes it."""
+    """Return how much of a limit is used, in values that JSON can hold."""
     return {
         "limit": str(limit),
         "label": limit.label,

@@ -1,8 +1,8 @@
-"""A small endpoint on this machine alone, for `asyncbucket watch`, for scripts and for Prometheus.
+"""A small endpoint on this machine only, for `asyncbucket watch`, for scripts and for Prometheus.
 
-It is read-only, listens on loopback or on a unix socket and nowhere else, and lives in a thread of
-its own, so that it answers even while the event loop is busy. A browser that was lured to it by a
-name other than this machine's gets nothing (DNS rebinding).
+It is read-only, listens only on loopback or on a unix socket, and has its own thread, so it answers
+even while the event loop is busy. A browser that was directed to it under a foreign host name gets
+nothing (DNS rebinding).
 """
 
 import contextlib
@@ -30,26 +30,26 @@ _NEXT_NAMES: Final = "see / for limiters, /metrics for Prometheus"
 
 
 class StatsServer:
-    """Serve what limiters do; made by `Limiter.serve_stats`.
+    """Serve the statistics of limiters; made by `Limiter.serve_stats`.
 
-    ``GET /`` is JSON (see `asyncbucket.stats.report`), ``GET /metrics`` Prometheus's text. It is a
-    context manager that closes on leaving.
+    ``GET /`` returns JSON (see `asyncbucket.stats.report`), ``GET /metrics`` Prometheus's text. It
+    is a context manager that closes on leaving.
     """
 
     def __init__(self, server: socketserver.BaseServer, url: str, path: Path | None) -> None:
         self._server = server
         self._path = path
         self._process = os.getpid()
-        #: Where it is: ``"http://127.0.0.1:4294"`` or ``"unix:///run/limits.sock"``.
+        #: Its address: ``"http://127.0.0.1:4294"`` or ``"unix:///run/limits.sock"``.
         self.url = url
         threading.Thread(
             target=server.serve_forever, name="asyncbucket stats", daemon=True, args=(0.1,)
         ).start()
 
     def close(self) -> None:
-        """Stop. Closing twice is fine; a forked child lets go of it, and its parent serves on."""
+        """Stop. Closing twice is fine; a forked child only drops its copy, and the parent serves on."""
         ours = self._process == os.getpid()
-        if ours:  # whose thread there is to end
+        if ours:  # the thread is the parent's
             self._server.shutdown()
         self._server.server_close()
         if ours and self._path is not None:
@@ -73,23 +73,23 @@ def serve_stats(
     port: int = 0,
     path: str | PathLike[str] | None = None,
 ) -> StatsServer:
-    """Serve what ``limiters`` and their children do, on this machine alone.
+    """Serve the statistics of ``limiters`` and their children, on this machine only.
 
     Args:
-        limiters: one, or several in one answer.
+        limiters: one, or several that are shown together.
         host: a loopback address.
-        port: 0 for any that is free; `StatsServer.url` tells which.
-        path: of a unix socket, instead of host and port; only its owner may connect.
+        port: 0 for any free one; `StatsServer.url` shows which.
+        path: a unix socket, instead of host and port; only its owner may connect.
 
     Raises:
         ValueError: ``host`` is not a loopback address, there is no such port, or two limiters have
-            one name.
-        OSError: the port or the path is taken, or cannot be had; it says which.
+            the same name.
+        OSError: the port or the path is taken, or not available; the message says which.
     """
     them = [limiters] if isinstance(limiters, Limiter) else list(limiters)
     check_names(them)
     if path is not None:
-        where = Path(path).resolve()  # wherever the program goes meanwhile
+        where = Path(path).resolve()  # the program may change directories
         with _said_of(str(where)):
             _clear(where)
             unix = _UnixServer(where, them)
@@ -111,11 +111,11 @@ def serve_stats(
 
 @contextlib.contextmanager
 def _said_of(where: str) -> Generator[None]:
-    """Let an error say where nothing can be served; sockets keep it to themselves."""
+    """Add the address to an error; sockets' own errors lack it."""
     try:
         yield
     except OSError as error:
-        number = error.errno or errno.ENAMETOOLONG  # the one that Python finds, not the system
+        number = error.errno or errno.ENAMETOOLONG  # Python's own error has no number
         raise OSError(number, error.strerror or str(error), where) from error
 
 
@@ -127,7 +127,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _clear(path: Path) -> None:
-    """Remove a socket that nobody listens on any more."""
+    """Remove a socket on which nobody listens any more."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(path.stat().st_mode):
             return
@@ -146,7 +146,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     limiters: Sequence[Limiter] = ()
 
     def handle(self) -> None:
-        """Answer; a client that goes away meanwhile is no reason for a traceback on somebody else's terminal."""
+        """Answer; if the client goes away meanwhile, print no traceback on somebody else's terminal."""
         with contextlib.suppress(ConnectionError):
             super().handle()
 
@@ -172,7 +172,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - http.server calls it so
-        """Say nothing: this is somebody else's terminal."""
+        """Print nothing: this is somebody else's terminal."""
 
 
 def _handler(limiters: Sequence[Limiter]) -> type[_Handler]:
@@ -200,6 +200,6 @@ class _UnixServer(socketserver.ThreadingUnixStreamServer):
             os.umask(before)
 
     def get_request(self) -> tuple[Any, Any]:
-        """Give the peer a name: http.server wants one, and a unix socket has none."""
+        """Give the peer a name: http.server needs one, and a unix socket has none."""
         request, _ = super().get_request()
         return request, ("unix", 0)

@@ -1,4 +1,4 @@
-"""The last admissions of a limiter, for a plot or a test."""
+"""The latest admissions of a limiter, for a plot or a test."""
 
 import collections
 import json
@@ -22,16 +22,16 @@ _KINDS: Final[dict[type[Event], str]] = {
 
 
 class Trace:
-    """Keep what happened last at a limiter and below: admissions, and what explains them.
+    """Keep the latest events of a limiter and those below it: admissions, and what explains them.
 
     >>> trace = limiter.trace()
     >>> ...
     >>> trace.save("trace.jsonl")  # for: asyncbucket plot trace.jsonl -o out.png
 
-    It may be read from any thread while it goes on. `stop` it when you have seen enough.
+    It may be read from any thread while it records. Call `stop` when you have seen enough.
 
     Args:
-        limiter: whose.
+        limiter: the limiter to record.
         last: how many events are kept, at about 300 bytes each.
 
     Raises:
@@ -61,7 +61,7 @@ class Trace:
     def amounts(self, resource: str) -> list[tuple[int, int]]:
         """Return each admission's instant (ns of the limiter's clock) and units of ``resource``.
 
-        It is what `asyncbucket.testing.assert_never_over` takes.
+        This is what `asyncbucket.testing.assert_never_over` takes.
         """
         return [
             (round(event.at * 1_000_000_000), event.cost[resource])
@@ -70,7 +70,7 @@ class Trace:
         ]
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write it as JSON lines: first the limits, then an event a line."""
+        """Write it as JSON lines: first the limits, then one event per line."""
         lines = [self._head(), *map(_line, self)]
         text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
         Path(path).write_text(text, "utf-8")
@@ -84,7 +84,7 @@ class Trace:
         return {"limiter": limiter.name, "limits": limits, "concurrency": limiter.concurrency}
 
     def stop(self) -> None:
-        """Keep what there is, and no more."""
+        """Stop recording; what was kept stays."""
         self._unobserve()
 
     def __enter__(self) -> Self:

@@ -40,13 +40,13 @@ __all__ = [
     "without_password",
 ]
 
-#: What is wrong with most URLs that cannot be read.
+#: The usual cause of URLs that cannot be parsed.
 ESCAPES: Final = (
     "write special characters of a password as %2F for /, %5B for [, %40 for @ and so on"
 )
-#: What stands behind the colon of a host and is not a port.
+#: What follows a host's colon and is not a port.
 _NO_PORT: Final = re.compile(r"(?<=:)(?!\d+(?:,|$))[^:\[\],]+(?=,|$)")
-#: Which module serves a scheme: each has ``from_url(url) -> Store``.
+#: Which module serves a scheme; each has ``from_url(url) -> Store``.
 _MODULES: Final = {
     "sqlite": "asyncbucket.stores.sqlite",
     "redis": "asyncbucket.stores.redis",
@@ -68,9 +68,9 @@ def open_store(url: str) -> Store:
     >>> open_store("redis://127.0.0.1:6379/0")
 
     Raises:
-        ValueError: no store is reached by such a URL.
+        ValueError: the URL is not understood.
         TypeError: it is not a URL.
-        ImportError: the extra that serves it is not installed; the message names it.
+        ImportError: the extra for this store is not installed; the message names it.
     """
     if not isinstance(url, str):
         raise TypeError(
@@ -91,12 +91,12 @@ def open_store(url: str) -> Store:
 
 
 def without_password(url: str) -> str:
-    """Return ``url`` as it may be shown: its query left out, and what is a password or may be meant so.
+    """Return ``url`` in a form that may be shown: without its query, and without any password.
 
-    That is a login without a user, and where no host follows what stands in the place of a port.
+    A login without a user may be a password, and so may what stands where a port belongs.
     """
     plain = url.partition("?")[0]
-    if url.startswith("sqlite:///"):  # a path may hold an @
+    if url.startswith("sqlite:///"):  # a path may contain an @
         return plain
     head, at, hosts = url.rpartition("@")
     if not at:

@@ -1,4 +1,4 @@
-"""What a Redis or Valkey server says of itself, for people."""
+"""What a Redis or Valkey server reports about itself, for people."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,7 @@ from asyncbucket.wording import in_seconds
 
 #: Clocks that differ by less (s) are in step.
 _STEP: Final = 0.5
-#: Seconds after which what has not been answered stays untold.
+#: Seconds to wait for answers; what has not been answered by then is left out.
 _PATIENCE: Final = 2.0
 
 

@@ -1,4 +1,4 @@
-"""The bell of a worker that waits: what its server tells it, and when."""
+"""The bell of a waiting worker: what its server tells it, and when."""
 
 import asyncio
 import contextlib
@@ -9,14 +9,14 @@ from asyncbucket.errors import StoreError
 from asyncbucket.stores.lifeline import end, leaving
 from asyncbucket.stores.servers import FAILURES, Server
 
-#: Seconds between attempts to listen again.
+#: Seconds before listening is tried again.
 _PAUSE: Final = 0.5
 
 
 class Bell:
-    """Listen on channels, where a message says in how many microseconds to come.
+    """Listen on channels whose messages say in how many microseconds to ring.
 
-    What rings between two waits is remembered.
+    A ring between two waits is remembered.
     """
 
     def __init__(
@@ -24,14 +24,14 @@ class Bell:
     ) -> None:
         self._server = server
         self._channels = channels
-        #: Says what was told while nobody listened, or -1.
+        #: Returns what was missed while nobody listened, or -1.
         self._missed = missed
         self._rung = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
 
     def reset(self) -> None:
-        """Forget what was told: the state is being looked at anew."""
+        """Forget earlier rings: the state is being checked anew."""
         self._rung.clear()
         if self._timer is not None:
             self._timer.cancel()
@@ -69,7 +69,7 @@ class Bell:
                     self._ring(int(message["data"]))
 
     def _ring(self, delay: int) -> None:
-        """Ring in ``delay`` microseconds; what was told before is void."""
+        """Ring in ``delay`` microseconds; this replaces earlier rings."""
         if delay < 0:
             return
         self.reset()

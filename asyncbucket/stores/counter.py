@@ -1,4 +1,4 @@
-"""Where a loop's calls stand that go next, until the store has booked them and they may start."""
+"""Where a loop's next calls wait until the store has booked them and they may start."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ from asyncbucket.wording import counted
 if TYPE_CHECKING:
     from asyncbucket.stores.shared import Shared
 
-#: The bounds of how many stand at the counter.
+#: The bounds of the counter's size.
 _LEAST: Final = 8
 _MOST: Final = 512
 _CLOSED: Final = "the limiter was closed while this call waited: close it when all calls have ended"
@@ -34,7 +34,7 @@ _FAILED: Final = (
 
 
 class Counter:
-    """Hold a loop's calls that go next until the store has booked them and they may start."""
+    """Hold a loop's next calls until the store has booked them and they may start."""
 
     def __init__(self, shared: "Shared", loop: asyncio.AbstractEventLoop) -> None:
         self._shared = shared
@@ -44,14 +44,14 @@ class Counter:
         self._line: dict[Waiter, Passage] = {}
         self._room = _LEAST
         self._sent = self._booked = 0
-        #: Calls that are booked, and wait for their start.
+        #: Calls that are booked and wait for their start.
         self._grants: dict[Waiter, tuple[Grant, Passage]] = {}
         self._store: Store | None = None
         self._desk: Desk[Waiter] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._opening = False
         self._closing: asyncio.Task[None] | None = None
-        #: Why the store could not be opened, and the last call that had come by then.
+        #: Why the store could not be opened, and the number of the last call that had come by then.
         self._failure: tuple[Exception, int] | None = None
         self._latecomers = Latecomers(
             shared.make,
@@ -81,7 +81,7 @@ class Counter:
             self._shared.put_off_locked(now)
 
     def put_off_locked(self, now: int) -> None:
-        """Have all who stand here count from ``now`` in the limits below the root."""
+        """Date to ``now``, in the limits below the root, all calls that wait here."""
         for waiter, passage in self._line.items():
             self._line[waiter] = _put_off(waiter, passage, now)
         for waiter, (grant, passage) in self._grants.items():
@@ -108,7 +108,7 @@ class Counter:
                 all_went = self._booked == self._sent
                 wanted = self._room * 5 // 4 if all_went else 2 * self._booked
                 self._room = min(max(wanted, _LEAST), _MOST)
-            most = min(most, self._room)  # more may stand here than there is room for by now
+            most = min(most, self._room)  # there may be more calls than room by now
             living = (waiter for waiter in self._line if not waiter.done())
             heads = list(itertools.islice(living, most))
             self._sent, self._booked = len(heads), 0
@@ -118,7 +118,7 @@ class Counter:
         """See `asyncbucket.stores.starts.Line`."""
         with self._budget.lock:
             self._booked += 1
-            if waiting.done():  # it gave up while the batch was under way
+            if waiting.done():  # it gave up while the batch was in flight
                 self._cancel(waiting, grant)
                 return
             self._grants[waiting] = grant, self._line.pop(waiting)
@@ -132,11 +132,11 @@ class Counter:
         """See `asyncbucket.stores.starts.Line`."""
         with self._budget.lock:
             if waiting.done() or waiting not in self._grants:
-                return  # it gave up: it was given back, or will be when its task comes to know
+                return  # it gave up: its task gives the booking back, or has done so
             now = self._budget.clock()
             _, passage = self._grants.pop(waiting)
             gates, _, bound_by = _put_off(waiting, passage, now)
-            # What is limited, and was not reserved, may be used all the same.
+            # A call may use limited resources that it did not reserve.
             unreserved = dict.fromkeys(self._shared.account.resources(), 0)
             entry = Entry(self, grant, {**unreserved, **waiting.amounts})
             gates = Gates((*gates.meters, *entry.meters()))
@@ -158,7 +158,7 @@ class Counter:
         waiting.line.pacer.fail(waiting, error)
 
     def abandon(self, error: Exception) -> None:
-        """See `asyncbucket.stores.starts.Line`: those who wait here are told, others get a new one."""
+        """See `asyncbucket.stores.starts.Line`: calls that wait here fail, later ones get a new desk."""
         self._turn_away(_FAILED, error)
         desk, self._desk = self._desk, None
         if desk is not None:
@@ -179,7 +179,7 @@ class Counter:
             self._shared.inherit((frozenset(), Batch(released=(slot,))))
 
     def on_loop(self, do: Callable[..., object], *args: object) -> bool:
-        """Call the desk in the thread where it lives; return whether it lives."""
+        """Call the desk on its own loop's thread; return whether that loop is open."""
         if asyncio._get_running_loop() is self.loop:  # noqa: SLF001 - None in a plain thread
             do(*args)
             return True
@@ -195,7 +195,7 @@ class Counter:
         yield self._latecomers.left_behind()
 
     def take_over(self) -> bool:
-        """Tell the store soon what is left behind elsewhere, if it is open here."""
+        """Report soon to the store what was left behind elsewhere, if it is open here."""
         return self._desk is not None and self.on_loop(self._take_over)
 
     def _take_over(self) -> None:
@@ -212,19 +212,19 @@ class Counter:
         return {} if self._desk is None else self._desk.left
 
     def held_up(self) -> tuple[str, int] | None:
-        """Return what the first who is not booked waits for, and until when at least."""
+        """Return what the first unbooked call waits for, and until when at least."""
         return None if self._desk is None else self._desk.held_up
 
     def waiting(self) -> int:
-        """Return how many calls stand here."""
+        """Return how many calls wait here."""
         return sum(not waiter.done() for waiter in (*self._line, *self._grants))
 
     def ring(self) -> bool:
-        """Have the store told soon of the limiter's orders, if it is open here."""
+        """Make the desk tell the store the limiter's orders soon, if it is open here."""
         return self._desk is not None and self.on_loop(self._desk.ring)
 
     async def _open(self) -> None:
-        """Join the limiter at the store; if that fails, all who have come by then are told."""
+        """Join the limiter at the store; if that fails, all calls that have come by then fail."""
         shared = self._shared
         account = shared.account
         try:
@@ -235,14 +235,14 @@ class Counter:
                 return
             store = self._store = self._store or shared.make()
             ledger = await store.open(account.name, shared.terms(), slot_ttl=shared.slot_ttl)
-        except Exception as error:  # noqa: BLE001 - such as a name that the store does not take
+        except Exception as error:  # noqa: BLE001 - such as a name that the store refuses
             self._failure = error, self._budget.arrivals
             self._is_told_of(*self._failure)
             return
         finally:
             self._opening = False
         self._failure = None
-        if leaving():  # the loop ends, and cancels no task that is made now
+        if leaving():  # the loop is ending, and would not cancel a task made now
             return
         self._desk = Desk(
             ledger,
@@ -258,16 +258,16 @@ class Counter:
         self._desk.ring()
 
     def _is_told_of(self, failure: Exception, last: int) -> bool:
-        """Turn away those who came before it was known; return whether nobody else waits here.
+        """Fail the calls that came before the failure was known; return if no other waits here.
 
-        More of them wait in the pacer's line than stand here at a time. Nor would it be of use to
-        have each of those try the store anew: it may take seconds to find out that it is gone.
+        More of them wait in the pacer's line than fit in here. Each of those would otherwise try
+        the store anew, in vain: it may take seconds to notice that it is gone.
         """
         self._turn_away(str(failure) or repr(failure), failure, last=last)
         return not self._line
 
     def _turn_away(self, why: str, cause: Exception | None = None, *, last: int = NEVER) -> None:
-        """Fail all who wait here, up to the ``last`` that has come."""
+        """Fail all calls that wait here, up to number ``last``."""
         for waiter in (*self._grants, *self._line):
             if waiter.number <= last:
                 error = StoreError(why)
@@ -282,7 +282,7 @@ class Counter:
     async def aclose(self) -> None:
         """Give back what was booked and has not started, and close the store.
 
-        Those who wait are told; later calls open it again. Whoever is cancelled here does not stop it.
+        Waiting calls fail; later calls open it again. Cancelling this method does not stop it.
         """
         if self._closing is None:
             self._closing = self.loop.create_task(self._close(), name="asyncbucket store")
@@ -297,7 +297,7 @@ class Counter:
                 await self._part_with(desk)
             await self._settle()
             await self._latecomers.take_over(self._shared.estate)
-        finally:  # though the loop ends meanwhile
+        finally:  # even if the loop ends meanwhile
             store, self._store, self._closing = self._store, None, None
             if store is not None:
                 await self._shared.close(store)
@@ -308,13 +308,13 @@ class Counter:
         self._latecomers.expect(desk.slots)
 
     async def _settle(self) -> None:
-        """Wait for what is asked of the store already."""
+        """Wait for requests to the store that are already in progress."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
 
 def _put_off(waiter: Waiter, passage: Passage, now: int) -> Passage:
-    if not passage.gates.windows:  # slots know no time
+    if not passage.gates.windows:  # slots have no dates
         return passage
     put_off(passage.gates, waiter.amounts, passage.when, now)
     return passage._replace(when=now)

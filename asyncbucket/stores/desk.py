@@ -1,9 +1,9 @@
 """The desk between a worker's line of calls and the store: one round trip for all who wait.
 
-The line decides who goes next; the desk sends as many of its heads as may start soon, and with them
-all corrections and slots that came back since. One batch flies at a time; what comes up meanwhile
-goes with the next. A call that was booked leaves the line and is let go when its start has come.
-Those that were not stay where they are, so that a more urgent call may still pass them.
+The line decides who goes next. The desk sends as many of its heads as may start soon, with all
+corrections and slots that came back since. One batch is in flight at a time; what comes up
+meanwhile goes with the next. A call that was booked leaves the line, and is let go at its start.
+The others stay where they are, so that a more urgent call may still pass them.
 
 While the store is gone, calls pass as `asyncbucket.stores.lifeline` allows.
 """
@@ -27,9 +27,9 @@ from asyncbucket.stores.returns import Left, Returns
 from asyncbucket.stores.starts import Grant, Line, Starts, W
 from asyncbucket.stores.store import Booking, Correction, Ledger, Outcome, Receipt
 
-#: Calls in one batch.
+#: The most calls in one batch.
 _BATCH: Final = 512
-#: How long (ns) others take to ask.
+#: How long (ns) to let others ask first.
 _TURN: Final = 5_000_000
 
 _log: Final = logging.getLogger("asyncbucket")
@@ -38,7 +38,7 @@ _log: Final = logging.getLogger("asyncbucket")
 class Desk(Generic[W]):
     """Serve one line of one event loop at one ledger.
 
-    `ring`, `correct`, `release` and `cancel` are synchronous and belong to the loop's thread.
+    `ring`, `correct`, `release` and `cancel` are synchronous, for the loop's thread only.
     """
 
     def __init__(
@@ -53,17 +53,17 @@ class Desk(Generic[W]):
         emit: Callable[[Event], None] | None = None,
         orders: Orders | None = None,
     ) -> None:
-        """Begin to serve; needs a running loop.
+        """Start serving; needs a running loop.
 
         Args:
             ledger: where the meters are.
             line: the calls that wait.
             slot_ttl: as the ledger was opened with.
-            horizon: seconds that one batch of starts spans at most; see `Batch.horizon`.
+            horizon: the most seconds between the starts of one batch; see `Batch.horizon`.
             on_outage: what to do while the store is gone: see `asyncbucket.stores.outage`.
             clock: monotonic integer nanoseconds.
-            emit: is told when the store is lost and when it is back.
-            orders: what the store is told before the next batch; ring when there is more.
+            emit: called when the store is lost and when it is back.
+            orders: what the store must be told before the next batch; ring when there is more.
         """
         self.ledger = ledger
         self._line = line
@@ -82,17 +82,17 @@ class Desk(Generic[W]):
         )
         self._returns = Returns()
         self._starts = Starts(line, clock, self._fall)
-        #: Before this instant the line's heads are not sent: they would not be booked.
+        #: Before this instant the line's heads are not sent, because they would not be booked.
         self._ask_at = 0
         #: The last start that was booked here.
         self._last_start = 0
-        #: What the first of those who were not booked waits for, and until when at least.
+        #: What the first unbooked call waits for, and until when at least.
         self.held_up: tuple[str, int] | None = None
-        #: What each of them waits for.
+        #: What each unbooked call waits for.
         self._bounds: dict[W, str] = {}
-        #: Heads stand in a line of the store's: they go with every batch.
+        #: Whether heads wait in one of the store's lines; if so, they go with every batch.
         self._waits = False
-        #: It is the one for slots; another worker stands there.
+        #: Whether it is the line for slots; whether another worker waits there.
         self._slotless = self._crowded = False
         self._bell = asyncio.Event()
         self._listener: asyncio.Task[None] | None = None
@@ -106,20 +106,20 @@ class Desk(Generic[W]):
 
     @property
     def slots(self) -> frozenset[str]:
-        """The slots that calls hold, and those of calls that are booked."""
+        """The slots of calls in flight, and of booked calls."""
         return frozenset(self._lifeline.slots)
 
     @property
     def left(self) -> dict[Limit, int]:
-        """The units left of each limit, as last heard; the store has an order of its own."""
+        """The units left of each limit, as last heard; the store sorts limits in its own order."""
         return dict(zip(self._lifeline.record.terms.limits, self._lifeline.left, strict=False))
 
     def look_after(self, slots: Iterable[str]) -> None:
-        """Keep alive, and take back, what calls hold that another desk has admitted."""
+        """Keep alive, and later give back, slots of calls that another desk admitted."""
         self._lifeline.slots.update(slots)
 
     def take_over(self, left: Left) -> None:
-        """Look after what another desk has left behind, and tell the store what that did not."""
+        """Look after what another desk left behind, and report to the store what that could not."""
         slots, untold = left
         self.look_after((*slots, *untold.released))
         for correction in untold.corrections:
@@ -128,7 +128,7 @@ class Desk(Generic[W]):
             self.release(slot)
 
     def left_behind(self) -> Left:
-        """Return what calls hold and what the store may not have heard: the loop has ended."""
+        """Return the slots held by calls and what the store may not have heard: the loop has ended."""
         for waiting, grant in self._starts.close():
             if grant.booked_at:
                 self._returns.correct(Correction.undo(waiting.amounts, grant.booked_at))
@@ -138,13 +138,14 @@ class Desk(Generic[W]):
         return self.slots, self._returns.untold()
 
     def ring(self) -> None:
-        """Look at the line, where somebody came or left, and at the orders."""
+        """Check the line, where somebody came or left, and the orders."""
         self._bell.set()
 
     def correct(self, correction: Correction) -> None:
         """Have a booking changed; it goes with the next batch.
 
-        Of what was admitted without the store (``start`` is 0) nothing comes back, but debts count.
+        For a call that was admitted without the store (``start`` is 0) nothing comes back, but
+        debts count.
         """
         if not correction.start:
             booked = correction.booked
@@ -176,7 +177,7 @@ class Desk(Generic[W]):
             self.release(grant.slot)
 
     async def aclose(self) -> None:
-        """Stop serving. What was booked and has not started is given back; then the ledger closes."""
+        """Stop serving. Bookings that have not started are given back; then the ledger closes."""
         await self._lifeline.aclose()
         await end(self._task, self._listener)
         for waiting, grant in self._starts.close():
@@ -193,7 +194,7 @@ class Desk(Generic[W]):
         return asyncio.create_task(guarded(work, self._fall), name=name)
 
     def _fall(self, error: Exception) -> None:
-        """Say once that the desk serves nobody any more."""
+        """Log, once, that the desk has failed, and abandon it."""
         if not self._fallen:
             self._fallen = True
             _log.error(
@@ -214,7 +215,7 @@ class Desk(Generic[W]):
                 await self._obey()
                 continue
             heads, more_at = self._lifeline.within_share(heads, self._clock())
-            if self._waits and not heads:  # those who waited have gone: leave the store's line
+            if self._waits and not heads:  # nobody waits any more: leave the store's line
                 self._waits = self._slotless = False
                 self._ask_at, self.held_up = 0, None
                 await self._fly(())
@@ -257,11 +258,11 @@ class Desk(Generic[W]):
             self._listen()
 
     def _plan(self, receipt: Receipt, now: int) -> None:
-        """Note when to send the next heads.
+        """Decide when to send the next heads.
 
-        Not before a horizon is left of what the worker has: others shall have their turn, and more go
-        with one trip. Nor at once while there is time: others ask at the same moment, for the same
-        units that come free.
+        Not before all but a horizon of the booked starts has passed: others get their turn, and
+        more calls go with one trip. Nor at once while there is time: others ask at the same moment,
+        for the same units.
         """
         last = max((booking.start for booking in receipt.bookings), default=0)
         others_first = min(receipt.now + _TURN, last - 2 * _TURN)
@@ -297,7 +298,7 @@ class Desk(Generic[W]):
         self._starts.add(waiting, grant)
 
     def _listen(self) -> None:
-        """Ask again when the store calls, or when it said that it would be time to."""
+        """Ask again when the store notifies, or at the time that it named."""
         if self._listener is None or self._listener.done():
             self._listener = self._guard(self._hark, "asyncbucket slots")
 
@@ -309,14 +310,14 @@ class Desk(Generic[W]):
             except StoreError as error:
                 self._lifeline.lose(error)
                 return
-            if not self._waits:  # a batch went meanwhile, and was booked: that call is answered
+            if not self._waits:  # a batch in between was booked: the notification is answered
                 return
             if called or self._clock() >= self._ask_at:
                 self._waits, self._ask_at = False, 0
                 self._bell.set()
 
     def _admit_alone(self, heads: Sequence[W]) -> int:
-        """Admit whom the policy allows; return when to look again."""
+        """Admit calls that the policy allows; return when to look again."""
         for waiting in heads:
             now = self._clock()
             when, slot = self._lifeline.admit(waiting.amounts, now)
@@ -328,7 +329,7 @@ class Desk(Generic[W]):
         return self._clock() if heads else NEVER
 
     def _changed(self, debts: Correction | None) -> None:
-        """The store is gone, or back: look anew."""
+        """Start afresh, because the store is gone, or back."""
         self._waits, self._slotless, self._ask_at = False, False, 0
         if debts is not None:
             self._returns.correct(debts)

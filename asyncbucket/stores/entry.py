@@ -1,4 +1,4 @@
-"""What one call has booked at a store: meters by which its lease settles and releases."""
+"""What one call has booked at a store: meters with which its lease settles and releases."""
 
 from collections.abc import Iterator
 from typing import ClassVar, Protocol
@@ -10,7 +10,7 @@ from asyncbucket.stores.store import Correction
 
 
 class Teller(Protocol):
-    """Tell the store of what leases do."""
+    """Tell the store what leases do."""
 
     def correct(self, correction: Correction) -> None:
         """Have a booking changed."""
@@ -59,7 +59,7 @@ class _Booked:
 
     def owe(self, amount: int, when: int) -> None:
         """See `asyncbucket.meters.Meter.owe`."""
-        # The store dates it when it hears of it, which is no sooner: what comes back errs on the safe side.
+        # The store dates it on arrival, which is no sooner, so a refund errs on the safe side.
         grant = self._entry.grant
         start = grant.booked_at and grant.booked_at + when - grant.start
         add_debt(self._parts, amount, start)

@@ -1,8 +1,8 @@
-"""What comes back when the limiter has been closed already: slots, and what calls used less or more.
+"""What comes back after the limiter was closed: slots, and corrections of what calls used.
 
-The desk has gone by then, and with it the connection. So what comes back gathers for a moment, and the
-store is told by a short visit. A visitor takes part under the terms that it finds: whatever others have
-set since stays in force. If the store cannot be reached, slots expire by themselves.
+The desk and its connection are gone by then. So what comes back is gathered for a moment, and
+reported to the store in a short visit. A visitor joins under the terms that it finds, so whatever
+others have set since stays in force. If the store cannot be reached, slots expire by themselves.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from asyncbucket.errors import StoreError
 from asyncbucket.stores.returns import Left, Returns
 from asyncbucket.stores.store import Correction, Store
 
-#: Seconds for which what comes back gathers.
+#: For how many seconds to gather.
 _GATHER: Final = 0.05
 
 _log: Final = logging.getLogger("asyncbucket")
@@ -38,15 +38,15 @@ class Latecomers:
         self._slot_ttl = slot_ttl
         self._spawn = spawn
         self._close = close
-        #: Slots of calls that are under way, though the desk that got them is gone.
+        #: Slots of calls in flight whose desk is gone.
         self._held: set[str] = set()
-        #: Those that came back before that desk had gone for good.
+        #: Slots that came back before their desk was completely closed.
         self._early: set[str] = set()
         self._returns = Returns()
         self._timer: asyncio.TimerHandle | None = None
 
     def expect(self, slots: Iterable[str]) -> None:
-        """Note which slots a desk that has gone leaves behind."""
+        """Note which slots a closed desk leaves behind."""
         self._held |= set(slots) - self._early
         self._early.clear()
 
@@ -60,7 +60,7 @@ class Latecomers:
         return frozenset(self.hand_over()), self._returns.untold()
 
     async def take_over(self, estate: collections.deque[Left]) -> None:
-        """Tell the store at once what was left behind elsewhere."""
+        """Report to the store at once what was left behind elsewhere."""
         while estate:
             slots, untold = estate.popleft()
             self._held |= slots - set(untold.released)
@@ -72,7 +72,7 @@ class Latecomers:
             await self._visit()
 
     def correct(self, correction: Correction) -> None:
-        """Have a booking changed; what passed without the store is forgotten."""
+        """Have a booking changed; corrections of calls admitted without the store are ignored."""
         if _is_of_store(correction):
             self._returns.correct(correction)
             self._visit_soon()
@@ -86,7 +86,7 @@ class Latecomers:
         self._visit_soon()
 
     def _visit_soon(self) -> None:
-        # By a timer, for a loop that ends drops it; it would complain of a task made at its end.
+        # With a timer, which a loop that ends drops; it would warn of a task made at its end.
         if self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(_GATHER, lambda: self._spawn(self._visit()))
@@ -110,5 +110,5 @@ class Latecomers:
 
 
 def _is_of_store(correction: Correction) -> bool:
-    """Return whether it changes what was booked at the store; nothing was of what passed without it."""
+    """Return whether it changes what was booked at the store; its ``start`` is 0 if nothing was."""
     return correction.start > 0

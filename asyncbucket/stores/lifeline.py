@@ -1,10 +1,10 @@
-"""Signs of life: what a worker tells the store now and then, and how it learns that it is gone.
+"""Signs of life: what a worker regularly tells the store, and how it notices an outage.
 
-One task sends heartbeats, which keep the worker's slots and tell how many workers there are. When the
-store does not answer, here or for a batch, the worker goes on alone, says so once, and knocks at the
-store's door with growing pauses. When it answers it is told what was admitted meanwhile, as debts;
-slots that were given out meanwhile are registered by the heartbeat itself. Until the others have
-told, too, the worker goes on with its share, though by way of the store.
+One task sends heartbeats, which keep the worker's slots and tell how many workers there are. If the
+store does not answer, a heartbeat or a batch, the worker goes on alone, logs that once, and tries
+the store again at growing intervals. When the store is back it is told what was admitted meanwhile,
+as debts; slots that were given out meanwhile are registered by the heartbeat itself. Until the
+other workers have reported as well, the worker keeps to its share, though through the store.
 """
 
 import asyncio
@@ -21,11 +21,11 @@ from asyncbucket.stores.outage import LONGEST_KNOCK, REUNION, Alone, Priced, Rec
 from asyncbucket.stores.store import Correction, Ledger, Terms
 from asyncbucket.wording import in_seconds
 
-#: Seconds between heartbeats at most.
+#: The most seconds between heartbeats.
 _HEARTBEAT: Final = 5.0
-#: Seconds until one that has more to tell.
+#: Seconds until the next heartbeat if there is more to tell.
 _AT_ONCE: Final = 0.001
-#: Seconds between the first knocks at a store that is gone.
+#: Seconds between the first attempts to reach a store that is gone.
 _KNOCK: Final = 0.1
 
 _log: Final = logging.getLogger("asyncbucket")
@@ -34,7 +34,7 @@ C = TypeVar("C", bound=Priced)
 
 
 class Lifeline:
-    """Keep a worker alive at its ledger, and going when the ledger is gone."""
+    """Keep a worker alive at its ledger, and going while the ledger is gone."""
 
     def __init__(
         self,
@@ -48,24 +48,24 @@ class Lifeline:
         on_terms: Callable[[Terms], None] | None,
         on_fall: Callable[[Exception], None],
     ) -> None:
-        """Begin; needs a running loop.
+        """Start; needs a running loop.
 
         Args:
             ledger: where the meters are.
             slot_ttl: as the ledger was opened with.
-            on_outage: what to do while it is gone.
+            on_outage: what to do while the ledger is gone.
             clock: monotonic integer nanoseconds.
-            emit: is told when the store is lost and when it is back.
-            on_change: is called then, with what the store has to be told.
-            on_terms: is told of other limits.
-            on_fall: is told of an error that nobody has foreseen: there are no more signs of life.
+            emit: called when the store is lost and when it is back.
+            on_change: called then, with what the store has to be told.
+            on_terms: called with terms that another worker has set.
+            on_fall: called with an unexpected error; there are no signs of life after it.
         """
         self.ledger = ledger
-        #: Slots held by calls under way.
+        #: Slots held by calls in flight.
         self.slots: set[str] = set()
         self.record = Record(ledger.terms)
         self.alone: Alone | None = None
-        #: What the worker's share is, while others may still have to tell what they took alone.
+        #: The worker's share, while others may still have to report what they admitted alone.
         self._share: Alone | None = None
         self._share_until = 0
         self.workers = 1
@@ -77,7 +77,7 @@ class Lifeline:
         self._beat = min(_HEARTBEAT, slot_ttl / 3)
         #: What the store has left of each limit, as last heard.
         self.left: tuple[int, ...] = ()
-        #: The store's clock less this one's.
+        #: The store's clock minus this one.
         self._offset = 0
         self._since = 0
         self._outages = 0
@@ -85,7 +85,7 @@ class Lifeline:
         self._task = asyncio.create_task(guarded(self._live, on_fall), name="asyncbucket heartbeat")
 
     def hear(self, now: int, changed: Terms | None, left: tuple[int, ...]) -> None:
-        """Take note of what an answer says besides; ``now`` is the store's clock."""
+        """Note what else an answer says; ``now`` is the store's clock."""
         self._offset = now - self._clock()
         self.left = left
         if self.record.terms != self.ledger.terms:
@@ -118,7 +118,7 @@ class Lifeline:
         self._on_change(None)
 
     def admit(self, amounts: Amounts, now: int) -> tuple[int, str | None]:
-        """Admit a call without the store, if that may be; return when, and its slot."""
+        """Admit a call without the store, if allowed; return when, and its slot."""
         assert self.alone is not None
         due = self.alone.earliest(amounts, now + self._offset, held=len(self.slots))
         if due > now + self._offset:
@@ -131,7 +131,7 @@ class Lifeline:
         return now, slot
 
     def within_share(self, heads: Sequence[C], now: int) -> tuple[Sequence[C], int]:
-        """Return those of ``heads`` that the store may be asked for, and when to look for more."""
+        """Return the ``heads`` that the store may be asked for, and when to look for more."""
         if self._share is None or now >= self._share_until:
             self._share = None
             return heads, NEVER
@@ -139,7 +139,7 @@ class Lifeline:
         return heads[:number], min(due - self._offset, self._share_until)
 
     async def aclose(self) -> None:
-        """Give no more signs of life."""
+        """Stop the signs of life."""
         await end(self._task)
 
     async def _live(self) -> None:
@@ -155,9 +155,9 @@ class Lifeline:
                 pause = min(LONGEST_KNOCK, 2 * pause)
                 self.lose(error)
                 continue
-            # What was given out alone while that was under way has to be told as well.
+            # Slots given out alone while the heartbeat was under way have to be reported, too.
             pause = self._beat if self.alone is None or self.slots <= told else _AT_ONCE
-            # Soon after an outage some are still away.
+            # Soon after an outage some workers are still away.
             if self.alone is None and self._clock() >= self._share_until:
                 self.workers = pulse.workers
             self.hear(pulse.now, pulse.changed, pulse.left)
@@ -190,7 +190,7 @@ class Lifeline:
 def leaving() -> bool:
     """Return whether the running task has been asked to end.
 
-    redis-py at times swallows a cancellation that comes while it connects: loops ask.
+    redis-py sometimes swallows a cancellation that comes while it connects, so loops check this.
     """
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
@@ -199,10 +199,10 @@ def leaving() -> bool:
 async def guarded(
     work: Callable[[], Awaitable[None]], on_fall: Callable[[Exception], None]
 ) -> None:
-    """Do ``work``; tell ``on_fall`` if it fails, for nobody awaits it who could be told."""
+    """Do ``work``; if it fails, call ``on_fall``, because nobody awaits it."""
     try:
         await work()
-    except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must not wait on
+    except Exception as error:  # noqa: BLE001 - whatever it is, those that wait must not wait on
         on_fall(error)
 
 
@@ -217,7 +217,7 @@ async def end(*tasks: asyncio.Task[None] | None) -> None:
 
 
 async def rung(bell: asyncio.Event, seconds: float | None) -> bool:
-    """Wait until ``bell`` rings, for so many seconds at most; take it down, say whether it did."""
+    """Wait until ``bell`` rings, for ``seconds`` at most; clear it, and return whether it rang."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await bell.wait()

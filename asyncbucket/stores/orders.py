@@ -1,4 +1,4 @@
-"""What all processes shall obey and the store has not heard yet: other terms, a pause."""
+"""What all processes must follow and the store has not heard yet: other terms, a pause."""
 
 from collections.abc import Callable
 
@@ -6,17 +6,17 @@ from asyncbucket.stores.store import Ledger, Terms
 
 
 class Orders:
-    """Keep the last terms and the longest pause until a ledger has heard them.
+    """Keep the latest terms and the longest pause until a ledger has heard them.
 
-    Orders are given in any thread. The desks of several loops may tell the same one: it says the same
-    twice. While the store is gone, or not open yet, they wait.
+    Orders are given in any thread. The desks of several loops may report the same one, which is
+    harmless. While the store is gone, or not yet open, they wait.
     """
 
     def __init__(self, on_terms: Callable[[Terms], None] | None = None) -> None:
-        """Begin with none; ``on_terms`` is told of terms that other workers have set."""
+        """Begin with none; ``on_terms`` is called with terms that other workers have set."""
         self._on_terms = on_terms
-        # What is wanted, and what of it was told: compared by identity, so that none is taken for
-        # told that another thread gave meanwhile.
+        # What is wanted, and which of it was reported: compared by identity, so that an order given
+        # meanwhile by another thread does not count as reported.
         self._terms: Terms | None = None
         self._told_terms: Terms | None = None
         #: Until when (ns of the worker's clock), and whether gradually.
@@ -27,24 +27,24 @@ class Orders:
         return self._terms is not self._told_terms or self._pause is not self._told_pause
 
     def configure(self, terms: Terms) -> None:
-        """Have ``terms`` put in force."""
+        """Put ``terms`` in force."""
         self._terms = terms
 
     def pause(self, until: int, *, gradually: bool) -> None:
-        """Have nobody start before ``until``; an earlier, longer pause stays."""
+        """Let nobody start before ``until``; an earlier pause that ends later stays."""
         if self._pause is None or until > self._pause[0]:
             self._pause = until, gradually
 
     def hear(self, terms: Terms) -> None:
-        """Follow ``terms`` of another worker, unless ours are to be told yet: they are the last word."""
+        """Follow ``terms`` of another worker, unless ours are still to be reported: these are newer."""
         if self._on_terms is not None and self._terms is self._told_terms:
             self._on_terms(terms)
 
     async def tell(self, ledger: Ledger, clock: Callable[[], int]) -> None:
-        """Have ``ledger`` do what is wanted.
+        """Tell ``ledger`` what is wanted.
 
         Raises:
-            StoreError: the store cannot be told; what it has not heard stays to be told.
+            StoreError: the store cannot be told; what it has not heard is kept.
         """
         terms, pause = self._terms, self._pause
         if terms is not None and terms is not self._told_terms:

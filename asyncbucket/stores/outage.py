@@ -1,18 +1,19 @@
-"""Go on alone while the store is gone: what a worker may admit by itself.
+"""Going on alone while the store is gone: what a worker may admit by itself.
 
 ``"share"`` gives each worker its part of every limit: with N units and w workers, known by their
-heartbeats, N / w, rounded down. But a window does not begin anew when the store goes: what all of
-them took before still counts. So each worker keeps a record of its own calls, and until a window has
-passed it may only take anew what its own record loses, and its part of what the store was last known
-to have left; and never more than its share. Sum that up over the workers: what they took before, less
-what has passed out of the window, and more by at most that and by what was left. That is never above
-N. After a window all that counts was taken alone, and the shares add up to N again.
+heartbeats, N / w, rounded down. But a window does not begin anew when the store goes: what all
+workers took before still counts. So each worker keeps a record of its own calls. Until a window has
+passed, it may only take as much as leaves the window in its own record, plus its part of what the
+store was last known to have left, and never more than its share. Summed over all workers, what was
+taken before, minus what has left the window, grows by at most that and by what was left, and so
+never exceeds N. After a window, everything that counts was taken alone, and the shares add up to N
+again.
 
-Nor may one that finds the store back take more than its share at once: of what the others took alone
-the store learns only when they have found it, too (`REUNION`).
+A worker that finds the store again must not take more than its share at once either: the store
+learns what the others took alone only when they have found it, too (`REUNION`).
 
-What remains is what others took since this worker last heard from the store: the bound by which an
-outage may exceed a limit. ``"closed"`` admits nobody, ``"open"`` everybody.
+What remains is what others took since this worker last heard from the store: by that much an outage
+may exceed a limit. ``"closed"`` admits nobody, ``"open"`` everybody.
 """
 
 from collections import Counter
@@ -26,8 +27,9 @@ from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER, Amounts, Bucket, Meter, Slots, Window
 from asyncbucket.stores.store import Booking, Correction, Terms
 
-#: Seconds between knocks at a store that is gone, at most; and after which all have found it back and
-#: told what they took, which costs a trip that fails and one that does not.
+#: The most seconds between attempts to reach a store that is gone; and after which all workers have
+#: found it again and reported what they took, which costs one trip that fails and one that does
+#: not.
 LONGEST_KNOCK: Final = 2.0
 REUNION: Final = LONGEST_KNOCK + 0.5
 
@@ -51,7 +53,7 @@ class Record:
         self.adopt(terms)
 
     def adopt(self, terms: Terms) -> None:
-        """Follow other terms; what is remembered of limits that stay, stays."""
+        """Follow other terms; the records of limits that stay are kept."""
         self.terms = terms
         known = self._windows
         self._windows = {
@@ -61,18 +63,18 @@ class Record:
         }
 
     def window(self, limit: Limit) -> Window:
-        """Return what was taken of ``limit``."""
+        """Return the record of ``limit``."""
         return self._windows[limit.resource, limit.window]
 
     def book(self, amounts: Amounts, start: int) -> None:
-        """Remember a call; one that a store with another clock dates earlier counts as the last."""
+        """Remember a call; if a store with another clock dates it earlier, it counts as the last."""
         self.last = max(self.last, start)
         for (resource, _), window in self._windows.items():
             if amounts.get(resource):
                 window.book(amounts[resource], self.last)
 
     def book_all(self, calls: Sequence[Priced], bookings: Sequence[Booking]) -> None:
-        """Remember the calls of a batch that were booked; those of one start together."""
+        """Remember the calls of a batch that were booked; those with one start together."""
         together: dict[str, int] = {}
         start = 0
         for call, booking in zip(calls, bookings, strict=True):
@@ -88,7 +90,7 @@ class Record:
             self.book(together, start)
 
     def correct(self, correction: Correction) -> None:
-        """Remember a call as what it really used."""
+        """Change the record of a call to what it really used."""
         for (resource, _), window in self._windows.items():
             booked = correction.booked.get(resource, 0)
             more = correction.used.get(resource, booked) - booked
@@ -99,7 +101,7 @@ class Record:
 
 
 class Alone:
-    """Admit by one worker's own means; instants are ns of the store's clock, as last known."""
+    """Admit without the store; instants are ns of the store's clock, as last known."""
 
     def __init__(
         self, policy: OnOutage, record: Record, *, workers: int, left: Sequence[int], now: int
@@ -108,13 +110,13 @@ class Alone:
 
         Args:
             policy: what a worker may do.
-            record: what it took; it goes on being kept.
+            record: what the worker took; it is kept up.
             workers: how many workers there are.
             left: what the store had left of each limit when last heard; nothing if empty.
             now: when the outage began.
         """
         self.policy = policy
-        #: Units admitted alone, by resource: the store is told of them afterwards.
+        #: Units admitted alone, by resource; they are reported to the store afterwards.
         self.admitted: dict[str, int] = {}
         self._record = record
         self._slots: Slots | None = None
@@ -143,9 +145,9 @@ class Alone:
         return meters
 
     def earliest(self, amounts: Amounts, now: int, *, held: int) -> int:
-        """Return from when on ``amounts`` may pass, with ``held`` slots held by this worker.
+        """Return from when on ``amounts`` may pass, if this worker holds ``held`` slots.
 
-        `NEVER` says that only the store can tell, or a slot that comes back.
+        `NEVER` means that it depends on the store, or on a slot being given back.
         """
         if self.policy == "open":
             return now
@@ -156,7 +158,7 @@ class Alone:
         return self._gates.earliest(amounts, max(now, self._record.last))[0]
 
     def fitting(self, calls: Sequence[Priced], now: int, *, held: int) -> tuple[int, int]:
-        """Return how many of ``calls``, from the first on, may pass now, and from when on the next."""
+        """Return how many of ``calls``, in order, may pass now, and from when on the next one may."""
         together: Counter[str] = Counter()
         for number, call in enumerate(calls):
             together.update(call.amounts)

@@ -1,7 +1,8 @@
 """Redis and Valkey: one budget for processes on many machines.
 
-A batch is one run of one script, so it happens at once or not at all; the server's clock is the only
-one. `asyncbucket.stores.redis_ledger` says how it is charged once, whatever breaks.
+A batch is one run of one script, so it happens at once or not at all; the server's clock is the
+only one. `asyncbucket.stores.redis_ledger` explains how each batch is charged once, whatever
+breaks.
 """
 
 import secrets
@@ -29,7 +30,7 @@ class RedisStore:
     def of(cls, client: Any) -> "RedisStore":
         """Return a store on a client of yours, `redis.asyncio.Redis` or ``RedisCluster``.
 
-        It stays yours: closing the store leaves it open. Give it time-outs below a second.
+        The client stays yours: closing the store leaves it open. Set its time-outs below a second.
         """
         return cls(servers.given(client))
 

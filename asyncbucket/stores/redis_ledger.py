@@ -1,16 +1,16 @@
-"""What a worker has at a Redis or Valkey server: one limiter, charged once whatever breaks.
+"""A worker's ledger on a Redis or Valkey server: one limiter, charged once whatever breaks.
 
-*Charged once.* Nothing is sent again blindly. A batch carries its worker's running number, and the
-script keeps what it answered the last one; so a batch whose answer was lost can be asked about again
-and is not booked twice.
+*Charged once.* Nothing is sent again blindly. A batch carries a running number of its worker, and
+the script keeps its last answer. So if an answer is lost, it can be asked for again, and nothing is
+booked twice.
 
-*In doubt.* A batch that got no answer may have been booked. The ledger raises `StoreError` and keeps
-the batch. Before anything else is sent, it asks again with the same number, and gives back whatever
-was booked for calls that have long been told no. The caller's cancellation is treated alike: the
-script runs in a task of the ledger's own, and what it brings is given back.
+*In doubt.* A batch that got no answer may have been booked. The ledger raises `StoreError` and
+keeps the batch. Before anything else is sent, it asks again with the same number, and gives back
+whatever was booked for calls that have already failed. Cancellation of the caller is handled
+likewise: the script runs in a task of the ledger's own, and what it books is given back.
 
-*Lost.* The state bears the name of its epoch. A worker that knows of an epoch which the server does
-not (flushed, restarted without its data) finds everything used up: a full window must pass.
+*Lost.* The state has an epoch. If a worker knows an epoch that the server does not (because it was
+flushed, or restarted without its data), everything counts as used up: a full window must pass.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ from asyncbucket.stores.store import (
     Use,
 )
 
-#: Seconds that the first answer may take, connecting and reading the script included.
+#: Seconds that the first answer may take, including connecting and parsing the script.
 _FIRST: Final = 2.0
 
 
@@ -55,7 +55,7 @@ class RedisLedger:
         self._keys = tuple(f"{hash_tag}:{part}" for part in ("state", "slots", "workers"))
         self._channel = f"{hash_tag}:wake:"
         self._dialect = Dialect(Terms(limits=()))
-        #: What the worker believes the state to be, until when it would be forgotten unheard.
+        #: The epoch that the worker knows, when it last heard of it, and how long it lives unused.
         self._epoch = ""
         self._heard = self._life = 0.0
         self._flight = asyncio.Lock()
@@ -63,16 +63,16 @@ class RedisLedger:
         self._number = 0
         #: Slots that this worker was given and has not given back.
         self._held: set[str] = set()
-        #: Slots given back since the last heartbeat was asked for.
+        #: Slots given back since the last heartbeat began.
         self._gone: set[str] = set()
-        #: The last batch, if nobody knows whether it was booked.
+        #: The last batch, if it is unknown whether it was booked.
         self._doubt: Batch | None = None
-        #: Whether that batch found the store's memory lost.
+        #: Whether that batch found the store's state lost.
         self._lost = False
         #: What came back while the store could not be told.
         self._kept = Batch()
         self._tasks: set[asyncio.Task[Any]] = set()
-        #: The last batch left calls in the line for slots.
+        #: Whether the last batch left calls waiting.
         self._waits = False
         channels = (f"{self._channel}{worker}", f"{self._channel}*")
         self._bell = Bell(server, channels, self._missed)
@@ -114,7 +114,7 @@ class RedisLedger:
         self._kept = behind(self._kept, undone(batch, receipt))
 
     async def _flush(self) -> None:
-        """Tell the store what came back, if it can be told now; else it waits for the next batch."""
+        """Report what came back, if possible now; otherwise it waits for the next batch."""
         with contextlib.suppress(StoreError):
             await self._commit(Batch())
 
@@ -137,7 +137,7 @@ class RedisLedger:
                 self._kept = behind(self._kept, dataclasses.replace(batch, calls=()))
 
     async def _settle_doubt(self) -> None:
-        """Learn what became of a batch that got no answer; give back what nobody waits for now."""
+        """Find out what became of a batch that got no answer; give back what was booked."""
         if self._doubt is not None:
             receipt = await self._fly(self._doubt)
             self._undo(self._doubt, receipt)
@@ -145,7 +145,7 @@ class RedisLedger:
             self._lost |= receipt.lost
 
     async def _fly(self, batch: Batch) -> Receipt:
-        """Send ``batch`` under the present number; if the terms are others by now, under those."""
+        """Send ``batch`` under the current number; if the terms have changed, under the new ones."""
         self._bell.reset()
         changed = None
         while True:
@@ -170,7 +170,7 @@ class RedisLedger:
             changed = self._adopt(reply)
 
     async def join(self, terms: Terms) -> None:
-        """Make the limiter, or take part in it, under ``terms``."""
+        """Make or join the limiter, under ``terms``."""
         self._dialect = Dialect(terms)
         await self._ask("open", patience=_FIRST)
 
@@ -178,7 +178,7 @@ class RedisLedger:
         """See `asyncbucket.stores.store.Ledger.heartbeat`."""
         gone = self._gone = set()
         try:
-            # Not while a batch is under way: a slot that it gives back must not be taken again.
+            # Not while a batch is in flight: a slot that it gives back must not be taken again.
             async with asyncio.timeout(PATIENCE), self._flight:
                 held = [slot for slot in slots if slot not in gone]
                 reply = await self._run("heartbeat", json.dumps(held))
@@ -221,7 +221,7 @@ class RedisLedger:
         return dataclasses.replace(snapshot, details=await about.details(self._server.client))
 
     async def look(self) -> Snapshot | None:
-        """Return what there is to see; None if there is no such limiter."""
+        """Return a snapshot; None if there is no such limiter."""
         reply = await self._ask("peek", patience=PATIENCE if self._worker else _FIRST)
         if not reply:
             return None
@@ -261,7 +261,7 @@ class RedisLedger:
             raise self._server.silent() from error
 
     async def _run(self, verb: str, *args: str | int) -> dict[str, Any]:
-        # An epoch that could have expired by itself, with nothing left to remember, is no loss.
+        # An epoch that may have expired by itself, with nothing left to remember, is not a loss.
         known = self._epoch if time.monotonic() < self._heard + self._life else ""
         sent = time.monotonic()
         reply = await self._server.run(

@@ -1,4 +1,4 @@
-"""What came back to a worker and is not told yet: corrections and slots, and when to tell the store."""
+"""What came back to a worker and is not yet reported, corrections and slots; and when to report it."""
 
 from dataclasses import replace
 from typing import Final, TypeAlias
@@ -6,31 +6,31 @@ from typing import Final, TypeAlias
 from asyncbucket.meters import NEVER
 from asyncbucket.stores.store import Batch, Correction, Outcome, Receipt
 
-#: For how long (ns) it gathers while nobody is known to wait for it, and while somebody does: less than
-#: a trip takes, and what comes back in between goes with it.
+#: For how long (ns) to gather while nobody is known to wait for it, and while somebody waits: less
+#: than a round trip takes, so what comes back in between goes with it.
 _GATHER: Final = 50_000_000
 _GATHER_BRIEFLY: Final = 500_000
 
-#: What is left behind where a loop has ended: slots that calls hold, and what the store may not have heard.
+#: What a loop that has ended leaves: slots held by calls, and what the store may not have heard.
 Left: TypeAlias = tuple[frozenset[str], Batch]
 
 
 class Returns:
-    """Gather what the next batch tells; all instants are ns of the worker's clock."""
+    """Gather what the next batch reports; all instants are ns of the worker's clock."""
 
     def __init__(self) -> None:
         self._corrections: list[Correction] = []
         self._released: list[str] = []
         #: Slots that went with the last batch, which may not have arrived.
         self._sent: tuple[str, ...] = ()
-        #: When it must be told, though no call goes.
+        #: When it must be reported, even if no call goes.
         self.tell_at = NEVER
 
     def __bool__(self) -> bool:
         return bool(self._corrections or self._released)
 
     def correct(self, correction: Correction) -> None:
-        """Have a booking changed."""
+        """Add a change of a booking."""
         self._corrections.append(correction)
 
     def release(self, slot: str) -> None:
@@ -38,31 +38,32 @@ class Returns:
         self._released.append(slot)
 
     def gather(self, now: int, *, awaited: bool, busy_until: int) -> None:
-        """Have it told soon: very soon if a call waits for it, here or elsewhere.
+        """Schedule the report: very soon if a call waits for it, here or elsewhere, else soon.
 
-        Not so soon while starts lie ahead: no call that gets it would start before ``busy_until``.
+        While starts lie ahead there is more time: no call that gets it would start before
+        ``busy_until``.
         """
         soon, late = now + _GATHER_BRIEFLY, now + _GATHER
         self.tell_at = min(self.tell_at, min(late, max(soon, busy_until)) if awaited else late)
 
     def take(self) -> Batch:
-        """Return it as a batch, and begin anew."""
+        """Return it as a batch, and start gathering anew."""
         told = Batch(corrections=tuple(self._corrections), released=tuple(self._released))
         self._corrections, self._released, self.tell_at = [], [], NEVER
         self._sent = told.released
         return told
 
     def untold(self) -> Batch:
-        """Return what the store may not have heard, for somebody else to tell.
+        """Return what the store may not have heard, for another desk to report.
 
-        A slot may be given back twice, a correction may not: those of a batch whose answer is missing
-        are left out.
+        A slot may be given back twice, a correction may not: corrections of a batch that was not
+        answered are left out.
         """
         return Batch(corrections=tuple(self._corrections), released=(*self._sent, *self._released))
 
 
 def undone(batch: Batch, receipt: Receipt) -> Batch:
-    """Return what gives back all that was booked for the calls of ``batch``, if they were sent."""
+    """Return a batch that gives back everything booked for the calls of ``batch``, if any was."""
     calls = batch.calls if receipt.bookings else ()
     booked = [
         (call, booking)
@@ -76,7 +77,7 @@ def undone(batch: Batch, receipt: Receipt) -> Batch:
 
 
 def behind(first: Batch, batch: Batch) -> Batch:
-    """Return ``batch``, with what ``first`` corrects and releases before its own."""
+    """Return ``batch`` with the corrections and releases of ``first`` before its own."""
     return replace(
         batch,
         corrections=first.corrections + batch.corrections,

@@ -1,9 +1,9 @@
 """The script that a Redis or Valkey server runs, and how it is called.
 
-Lua files in ``lua/`` are one script: the arithmetic of windows and buckets, the state that is loaded
-and saved around them, slots, and the verbs that a worker may ask. It is sent by its digest; a server
-that does not know it (new, flushed, a promoted replica) says so before anything has happened, and
-only then is the text sent, once.
+The Lua files in ``lua/`` form one script: the arithmetic of windows and buckets, the state that is
+loaded and saved around them, slots, and the commands that a worker may send. It is called by its
+digest. A server that does not know it (new, flushed, a promoted replica) says so before anything
+has happened; only then is the text sent, once.
 """
 
 import functools
@@ -29,10 +29,10 @@ from asyncbucket.stores.store import (
 _PARTS: Final = ("window", "bucket", "state", "limits", "turns", "slots", "admit", "verbs")
 #: Nanoseconds in the script's unit of time.
 GRAIN: Final = 1_000
-#: What a meter is meant to hold, in units or ticks. A double counts exactly to 128 times that, which
-#: is left for debts.
+#: The most that a meter is meant to hold, in units or ticks. A double counts exactly to 128 times
+#: that; the rest is for debts.
 _MOST: Final = 1 << 46
-#: What one call may have used at most: a larger debt is no different, for it is never paid off.
+#: The most that one call may have used: a larger debt would be the same, as it is never paid off.
 _MOST_USED: Final = _MOST << 6
 _OUTCOMES: Final = {-1: Outcome.FULL, -2: Outcome.LATER, -3: Outcome.NEVER}
 _PAUSED: Final = -1
@@ -47,12 +47,12 @@ def source() -> str:
 
 @functools.cache
 def digest() -> str:
-    """Return the name by which a server knows the script."""
+    """Return the digest by which a server knows the script."""
     return hashlib.sha1(source().encode(), usedforsecurity=False).hexdigest()
 
 
 class Dialect:
-    """Write batches and read answers under some terms: which resource is which number."""
+    """Encode batches and decode answers under given terms: which resource has which number."""
 
     def __init__(self, terms: Terms) -> None:
         limits = sorted(terms.limits, key=lambda limit: (limit.resource, limit.window))
@@ -83,7 +83,7 @@ class Dialect:
         return cls(Terms(limits=limits, concurrency=config.get("concurrency")))
 
     def corrections(self, corrections: Sequence[Correction]) -> str:
-        """Write corrections: each its start, then what was booked and used of every resource."""
+        """Encode corrections: for each its start, then what was booked and used of every resource."""
         flat: list[int] = []
         for each in corrections:
             flat.append(each.start // GRAIN)
@@ -93,7 +93,7 @@ class Dialect:
         return json.dumps(flat, separators=(",", ":")) if flat else ""
 
     def calls(self, calls: Sequence[Amounts]) -> str:
-        """Write calls: each the amount of every resource, then its slots."""
+        """Encode calls: for each the amount of every resource, then its slots."""
         names = (*self.resources, "concurrency")
         flat = [call.get(name, 0) for call in calls for name in names]
         return json.dumps(flat, separators=(",", ":")) if flat else ""
@@ -101,13 +101,13 @@ class Dialect:
     def receipt(
         self, reply: dict[str, Any], batch: Batch, slot: str, changed: Terms | None
     ) -> Receipt:
-        """Read the answer to ``batch``, whose slots' names begin with ``slot``."""
+        """Decode the answer to ``batch``, whose slots' names begin with ``slot``."""
         now = reply["now"] * GRAIN
         flat = reply["bookings"]
         counted = self.terms.concurrency is not None
         bookings: list[Booking] = []
         for index, (offset, bound) in enumerate(zip(flat[::2], flat[1::2], strict=True)):
-            bound_by = self._bounds.get(bound)  # none, perhaps, if given under earlier terms
+            bound_by = self._bounds.get(bound)  # may be missing if set under earlier terms
             if offset < 0:
                 bookings.append(Booking(_OUTCOMES[offset], 0, bound_by))
                 continue
@@ -134,7 +134,7 @@ def _meter(limit: Limit) -> dict[str, Any]:
         "key": f"{limit.resource}:{limit.window}",
         "amount": limit.amount,
         "grain": -(-window._grain // GRAIN),  # noqa: SLF001 - one rule for all windows
-        "hold": -(-window._hold // GRAIN),  # noqa: SLF001 - likewise
+        "hold": -(-window._hold // GRAIN),  # noqa: SLF001 - as above
     }
     if bucket is not None:
         p, q = _ticks(Fraction(bucket.p, bucket.q * GRAIN), limit.amount + bucket.burst)
@@ -145,8 +145,8 @@ def _meter(limit: Limit) -> dict[str, Any]:
 def _ticks(each: Fraction, most: int) -> tuple[int, int]:
     """Return microseconds per unit as a fraction with which ``most`` units can be counted.
 
-    Exact, unless amount and window are both huge; then a unit takes longer than it should: by less
-    than a ten-thousandth up to a billion units.
+    It is exact unless amount and window are both huge. Then a unit takes longer than it should, by
+    less than a ten-thousandth for up to a billion units.
     """
     p, q = each.as_integer_ratio()
     if p * most <= _MOST:

@@ -1,11 +1,11 @@
-"""Reach a Redis or Valkey server: URLs, connections that never send twice, errors without secrets.
+"""Redis and Valkey servers: URLs, connections that never send twice, errors without secrets.
 
-redis-py sends a command again up to ten times when a connection breaks, although the server may have
-run it. For a script that charges this is wrong, so connections made here do not. What is sent again
-is sent here: the text of a script that the server does not know, which proves that nothing has
-happened, and once, on a new connection, what a broken one carried. The latter is safe because the
-script recognises a batch by its number, and all else says the same twice. A server that is silent
-for a fifth of a second is asked no more.
+redis-py sends a command again up to ten times when a connection breaks, although the server may
+have run it. For a script that charges this is wrong, so connections made here do not. This module
+itself resends two things: the text of a script that the server does not know, because that proves
+that nothing has happened; and once, on a new connection, what a broken one carried. The latter is
+safe because the script recognises a batch by its number, and everything else may be said twice. A
+server that is silent for a fifth of a second is not asked again.
 """
 
 import asyncio
@@ -31,11 +31,11 @@ except ImportError as missing:
         'a redis:// store needs redis-py: pip install "asyncbucket[redis]"'
     ) from missing
 
-#: Seconds after which a server counts as gone; the caller has its answer within 0.3 s.
+#: Seconds after which a server counts as gone; the caller gets its answer within 0.3 s.
 PATIENCE: Final = 0.2
-#: Where in the script a server refused a command: it says that behind its reason.
+#: Where in the script a command was refused, which servers append to the reason.
 _TRAILER: Final = re.compile(r"\.? script: [0-9a-f]{40}, on @?user_script:\d+$")
-#: Seconds after which a connection gives up by itself, should nobody have ended it before.
+#: Seconds after which a connection gives up by itself, if nobody has ended it before.
 _BACKSTOP: Final = 5.0
 FAILURES: Final = (
     exceptions.RedisError,
@@ -46,7 +46,7 @@ FAILURES: Final = (
 
 
 class Server:
-    """Run the script on a server, a cluster's node, or whatever a sentinel calls the primary."""
+    """Run the script on a server, a cluster's node, or the primary that a sentinel names."""
 
     def __init__(
         self,
@@ -57,9 +57,9 @@ class Server:
         listener: Callable[[], Any] | None = None,
         others: Sequence[Any] = (),
     ) -> None:
-        """Take over ``client``, and ``others`` that are to be closed with it, if ``owned``.
+        """Take over ``client``, and, if ``owned``, ``others`` that are closed with it.
 
-        ``listener`` makes a client to listen on; by default it is the same.
+        ``listener`` makes a client to listen on; by default it is the same one.
         """
         self.url = url
         self.client = client
@@ -74,7 +74,7 @@ class Server:
         """Run the script once and return its answer.
 
         Raises:
-            StoreError: it could not be run, or nobody knows whether it was.
+            StoreError: it could not be run, or it is unknown whether it was.
         """
         loop = asyncio.get_running_loop()
         self._loop = self._loop or loop
@@ -102,13 +102,13 @@ class Server:
                 )
             except exceptions.AuthenticationError:
                 raise
-            except exceptions.ConnectionError:  # closed while idle, most likely
+            except exceptions.ConnectionError:  # most likely closed while idle
                 if last:
                     raise
         raise AssertionError
 
     async def keys(self, pattern: str) -> list[str]:
-        """Return the names of all keys that look like ``pattern``, on all nodes."""
+        """Return the names of all keys that match ``pattern``, on all nodes."""
         try:
             found = [key async for key in self.client.scan_iter(match=pattern, count=1_000)]
         except FAILURES as error:
@@ -154,7 +154,7 @@ def connect(url: str) -> Server:
 
     shown, split = without_password(url), urlsplit(url)
     scheme = split.scheme
-    # With one of /?# in the password the host ends there, and what is read is not what was meant.
+    # With one of /?# in the password, the host would end there, and the URL be misread.
     torn = "@" in url and "@" not in split.netloc and scheme != "unix"
     if torn and "@" in split.path + split.fragment:
         raise ValueError(f"{shown!r} cannot be read: {ESCAPES}")
@@ -174,7 +174,7 @@ def connect(url: str) -> Server:
 
 
 def given(client: Any) -> Server:
-    """Return the server that a client of the user's is connected to."""
+    """Return the server that the user's client is connected to."""
     if not isinstance(client, (Redis, RedisCluster)):
         kind = f"{type(client).__module__}.{type(client).__qualname__}"  # a URL holds a password
         raise TypeError(f"a client must be a redis.asyncio.Redis or RedisCluster, not a {kind}")
@@ -209,7 +209,7 @@ def _parts(url: str) -> tuple[dict[str, Any], list[tuple[str, int]], list[str]]:
 
 
 def _single(url: str) -> Any:
-    """Return a client of the server at ``url``, which redis-py reads for the most part."""
+    """Return a client of the server at ``url``, most of which redis-py parses."""
     split = urlsplit(url)
     settings = _settings()
     database = split.path.strip("/ ")
@@ -219,12 +219,12 @@ def _single(url: str) -> Any:
         raise ValueError(f"a database must be a number, not {database!r}: redis://host:6379/0")
     plain = url.replace("valkey", "redis", 1) if split.scheme.startswith("valkey") else url
     client: Any = Redis.from_url(plain, **settings)
-    client.connection_pool.make_connection()  # not connected; it refuses settings that there are not
+    client.connection_pool.make_connection()  # not connected, but unknown settings are refused
     return client
 
 
 def _sentinel(url: str) -> tuple[Any, Sequence[Any]]:
-    """Return a client of the primary, and those of the sentinels who know which that is."""
+    """Return a client of the primary, and those of the sentinels that know which it is."""
     settings, nodes, path = _parts(url)
     if not path:
         raise ValueError("write the service after the hosts: redis+sentinel://host:port/service/0")
@@ -248,7 +248,7 @@ def _cluster(url: str) -> tuple[Any, Callable[[], Any]]:
     client = RedisCluster(startup_nodes=[ClusterNode(*node) for node in nodes], **settings)
 
     def listener() -> Any:
-        """Return a client of any node: a cluster carries messages everywhere."""
+        """Return a client of any node: a cluster delivers messages on all."""
         node = client.get_random_node()
         return Redis(host=node.host, port=int(node.port), **settings)
 
@@ -270,7 +270,7 @@ def _without(words: str, secrets: list[str]) -> str:
 
 
 def _remedy(error: Exception, words: str) -> str:
-    """Say what a failure means to the person who must mend it."""
+    """Say what a failure means to the person who must fix it."""
     known = isinstance(error, exceptions.NoPermissionError) or words.startswith("ACL failure")
     if known or isinstance(error, exceptions.AuthenticationError):
         rights = "the docs' page on shared stores has the ACL that it needs"
@@ -280,7 +280,7 @@ def _remedy(error: Exception, words: str) -> str:
         return f"is out of memory: {words}; raise maxmemory or delete what is not needed"
     if isinstance(error, exceptions.ReadOnlyError):
         return f"is a replica: {words}; give the primary's address, or a Sentinel's"
-    if isinstance(error, MasterNotFoundError):  # behind that it describes its clients
+    if isinstance(error, MasterNotFoundError):  # after that it describes its clients
         return f"cannot be reached: {words.partition(' : ')[0]}; see whether the Sentinels run"
     if isinstance(error, exceptions.ConnectionError) or not isinstance(
         error, exceptions.RedisError

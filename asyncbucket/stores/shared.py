@@ -1,9 +1,9 @@
-"""A limiter whose limits lie in a store: between the core's pacer and the desk.
+"""A limiter whose limits are in a store: what stands between the core's pacer and the desk.
 
-The pacer still decides who goes next, children and priorities included, and books what lies below
-the root; then it hands the call over to the loop's `Counter` instead of letting it go. There it
-stands in a line of its own, first come, first served, until the desk has booked it at the store and
-its start has come. That line is kept short, about as long as what one trip books, so that an urgent
+The pacer still decides who goes next, including children and priorities, and books the limits below
+the root. Then it hands the call over to the loop's `Counter` instead of letting it go. There the
+call waits in a line, first come, first served, until the desk has booked it at the store and its
+start has come. That line is kept short, about as long as what one trip books, so that an urgent
 call is never behind many that wait for the store.
 """
 
@@ -36,24 +36,24 @@ def share(
     """Keep the limits of ``account``, a root, in ``store`` from now on.
 
     Args:
-        account: whose limits; its name is what processes share them by.
-        store: a URL, or a store made by the caller, which serves one event loop then, and stays
-            open when the limiter is closed: others may use it.
+        account: whose limits; processes share them by its name.
+        store: a URL, or a store made by the caller. That serves one event loop only, and stays open
+            when the limiter is closed, because others may use it.
         on_outage: what to do while the store is gone: see `asyncbucket.stores.outage`.
         slot_ttl: seconds without a sign of life after which a process's slots come back.
 
     Raises:
-        ValueError: no store takes such a name, the URL is not a store's, the limiter finds its
+        ValueError: no store accepts the name, the URL is not a store's, the limiter finds its
             concurrency by itself, or the store cannot count that far.
         TypeError: ``store`` is neither a URL nor a store.
-        ImportError: the extra that serves such a store is not installed.
+        ImportError: the extra for this store is not installed.
     """
     check_membership(account.name, slot_ttl)
     if account.adaptive is not None:
         raise ValueError(_ALONE)
     make = functools.partial(_made, _anchored(store))
     shared = Shared(account, make, on_outage=on_outage, slot_ttl=slot_ttl)
-    # A URL that is none is refused here, not at the first call, and so is what cannot be counted.
+    # A wrong URL is refused here, not at the first call, and so are limits that are too large.
     shared.check((), None)
     with account.budget.lock:
         account.remote = shared
@@ -63,7 +63,7 @@ def share(
 
 
 def _anchored(store: Any) -> Any:
-    """Return ``store`` as it is the same one wherever the program goes: a path from here is made whole."""
+    """Return ``store`` with a relative path made absolute, so that changing directories is harmless."""
     if isinstance(store, str) and store.lower().startswith("sqlite:"):
         return open_store(store).url
     return store
@@ -93,9 +93,9 @@ class Shared(Remote):
         reset_after_fork(self)
 
     def after_fork(self) -> None:
-        """Begin anew in a child process: loops, and what they hold at the store, are the parent's."""
+        """Start afresh in a child process: loops, and what they hold at the store, are the parent's."""
         self._counters: dict[asyncio.AbstractEventLoop, Counter] = {}
-        #: What loops that have ended left behind: the next desk to look takes it over.
+        #: What loops that have ended left behind; the next desk that looks takes it over.
         self.estate: collections.deque[Left] = collections.deque()
         #: Limits and pauses that the store has to hear of.
         self.orders = Orders(self.hear)
@@ -111,27 +111,27 @@ class Shared(Remote):
         return counter
 
     def put_off_locked(self, now: int) -> None:
-        """Have all who stand at a counter count from ``now`` in the limits below the root."""
+        """Date to ``now``, in the limits below the root, all calls at the counters."""
         for counter in list(self._counters.values()):
             if not counter.loop.is_closed():
                 counter.put_off_locked(now)
 
     def inherit(self, left: Left) -> None:
-        """Have the store told what came back to a loop that has ended: now, or by the next desk."""
-        self.bury()  # who gives a slot back here is among what that loop left
+        """Report to the store what came back to a loop that has ended: now, or by the next desk."""
+        self.bury()  # the call that gives a slot back here is among what that loop left
         self.estate.append(left)
         any(counter.take_over() for counter in self._at_work())
 
     def bury(self) -> None:
-        """Do without the counters of loops that have ended, but for what they left behind."""
+        """Drop the counters of loops that have ended, but keep what they left behind."""
         for loop in [each for each in list(self._counters) if each.is_closed()]:
             counter = self._counters.pop(loop, None)
-            if counter is not None:  # another thread may have been faster
+            if counter is not None:  # else another thread was faster
                 self.last_left = counter.left() or self.last_left
                 self.estate.extend(counter.left_behind())
 
     def terms(self, changes: Iterable[Limit] = (), concurrency: int | None = None) -> Terms:
-        """Return the limits as they are now, or as they would be after ``changes``."""
+        """Return the limits as they are, or as they would be after ``changes``."""
         slots = self.account.slots
         limits = {key: kept.limit for key, kept in self.account.limits.items()}
         limits |= {limit.key: limit for limit in changes}
@@ -140,7 +140,7 @@ class Shared(Remote):
         return Terms(limits=tuple(limits.values()), concurrency=concurrency)
 
     def use(self) -> Iterator[LimitUse]:
-        """See `asyncbucket.limiter.remote.Remote`: as the last reply of the store told."""
+        """See `asyncbucket.limiter.remote.Remote`: as the store's last reply said."""
         left = self.last_left
         for counter in self._counters.values():
             left = counter.left() or left
@@ -163,13 +163,13 @@ class Shared(Remote):
         self._ring()
 
     async def close(self, store: Store) -> None:
-        """Close a store that was made here; one that was given is for its maker to close."""
+        """Close a store that was made here; one that was given is closed by its maker."""
         (given,) = self.make.args
         if store is not given:
             await store.aclose()
 
     def options(self) -> dict[str, Any]:
-        """See `asyncbucket.limiter.remote.Remote`: by a URL another process comes to the same."""
+        """See `asyncbucket.limiter.remote.Remote`: by a URL, another process reaches the same store."""
         (store,) = self.make.args
         if not isinstance(store, str):
             return {}
@@ -187,19 +187,19 @@ class Shared(Remote):
         self._ring()
 
     def _ring(self) -> None:
-        """Have one desk tell the store, which tells the others."""
+        """Make one desk tell the store, which tells the other processes."""
         any(counter.ring() for counter in self._at_work())
 
     def _at_work(self) -> Iterable[Counter]:
-        """Return the counters, first those of loops that run, the youngest before the others.
+        """Return the counters, those of running loops first, newer ones before older ones.
 
-        A loop that rests hears nothing until it runs again.
+        A loop that is not running hears nothing until it runs again.
         """
         youngest_first = reversed(self._counters.values())
         return sorted(youngest_first, key=lambda counter: not counter.loop.is_running())
 
     def hear(self, terms: Terms) -> None:
-        """Take over limits that another process has set; what it does not name is limited no more."""
+        """Adopt limits that another process has set; limits that it does not name are removed."""
         account, before = self.account, self.terms()
         named = {limit.key for limit in terms.limits}
         with account.budget.lock:
@@ -216,7 +216,7 @@ class Shared(Remote):
     async def aclose(self) -> None:
         """See `asyncbucket.limiter.remote.Remote`.
 
-        It is for the running loop, for those that have ended, and for threads without one if none waits.
+        It covers the running loop, loops that have ended, and threads without a loop if none waits.
         """
         self.bury()
         loop, background = asyncio.get_running_loop(), self.account.budget.background.loop

@@ -1,4 +1,4 @@
-"""Calls that are booked: what each was given, and how it is let go when its start has come."""
+"""Calls that are booked: what each was given, and how it is let go at its start."""
 
 import asyncio
 import collections
@@ -26,42 +26,42 @@ W = TypeVar("W", bound=Waiting)
 class Grant:
     """Say what an admitted call was given."""
 
-    #: When it was booked, in the store's clock: what `Correction.start` asks for.
+    #: When it was booked, by the store's clock: the ``start`` of a `Correction`.
     booked_at: int
-    #: When it may go, in the worker's clock.
+    #: When it may go, by the worker's clock.
     start: int
-    #: The slot that it holds, to be released.
+    #: The slot that it holds and must give back.
     slot: str | None = None
     #: What held it up; None if nothing did.
     bound_by: str | None = None
 
 
 class Line(Protocol[W]):
-    """The calls of a worker that wait, in the order that is fair among them."""
+    """The calls of a worker that wait, in an order that is fair among them."""
 
     def heads(self, most: int) -> Sequence[W]:
         """Return the calls that go next, at most ``most``; they stay in line."""
         ...
 
     def book(self, waiting: W, grant: Grant) -> None:
-        """Take a call out of the line: it will go at ``grant.start``, unless it is given up."""
+        """Take a call out of the line: it will go at ``grant.start``, unless it gives up."""
         ...
 
     def admit(self, waiting: W, grant: Grant) -> None:
-        """Let a booked call go: its start has come."""
+        """Let a booked call go, because its start has come."""
         ...
 
     def refuse(self, waiting: W, bound_by: str) -> None:
-        """Take out of the line a call that costs more than a limit and can never pass."""
+        """Take a call out of the line that exceeds a limit and can never pass."""
         ...
 
     def abandon(self, error: Exception) -> None:
-        """Do without the desk, which has failed and serves nobody any more: to be closed."""
+        """Give up the desk, which has failed and serves no longer; it must be closed."""
         ...
 
 
 class Starts(Generic[W]):
-    """Hold a line's calls from their booking to their start; belongs to one loop's thread."""
+    """Hold a line's calls from booking to start; belongs to one loop's thread."""
 
     def __init__(
         self, line: Line[W], clock: Callable[[], int], on_fall: Callable[[Exception], None]
@@ -74,7 +74,7 @@ class Starts(Generic[W]):
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, waiting: W, grant: Grant) -> None:
-        """Take over a call that was booked behind all others; it goes at a later `let_go`."""
+        """Add a call that was booked after all others; a later `let_go` lets it go."""
         self._booked[waiting] = grant
         self._line.book(waiting, grant)
 
@@ -83,7 +83,7 @@ class Starts(Generic[W]):
         self._booked.pop(waiting, None)
 
     def let_go(self) -> None:
-        """Admit those whose start has come, and set the timer for the next."""
+        """Admit the calls whose start has come, and set the timer for the next."""
         self._stop()
         booked, now = self._booked, self._clock()
         while booked and next(iter(booked.values())).start <= now:
@@ -94,7 +94,7 @@ class Starts(Generic[W]):
             self._timer = loop.call_later(max(NAP, nap), self._let_go_late)
 
     def close(self) -> list[tuple[W, Grant]]:
-        """Let nobody go any more; return who is left."""
+        """Let nobody go any more; return the calls that are left."""
         self._stop()
         left = list(self._booked.items())
         self._booked.clear()

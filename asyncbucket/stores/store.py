@@ -1,40 +1,42 @@
 """What a store is: the meters of a limiter, kept where several processes reach them.
 
 A `Store` is a place: a file, a server. Opening a limiter's name in it gives a `Ledger`, and nearly
-everything goes through one verb of it: `Ledger.commit` hands over a `Batch` of calls that want in,
-corrections of earlier calls and slots that are given back, and brings a `Receipt`, in one round
-trip and all at once or not at all. A worker sends one batch at a time; what comes up meanwhile
-gathers for the next (group commit), so a round trip serves as many calls as wait.
+everything goes through one method, `Ledger.commit`. It hands over a `Batch` of calls that ask for
+admission, corrections of earlier calls and slots that are given back, and returns a `Receipt`, in
+one round trip and all at once or not at all. A worker sends one batch at a time; what comes up
+meanwhile goes with the next (group commit), so a round trip serves as many calls as wait.
 
-Reserve ahead. A call that cannot pass now is not sent away to ask again: it is booked at the first
+Reserve ahead. A call that cannot pass now is not sent away to ask again. It is booked at the first
 instant that suits all limits, and the receipt names that `start`. The worker sleeps until then and
 lets the call go. So nobody polls, and calls start in the order in which they were booked, over all
-processes: no call gets a start earlier than the last one that was booked. In order that an urgent
-call is not stuck behind far reservations, a batch has a `horizon`: calls that would start later than
-so long after the first one are left out (`Outcome.LATER`). A worker asks again when it has used up
-what it has but for a horizon. So workers that all want more than there is take turns with equal
+processes: no call gets a start earlier than the last one booked. A batch has a `horizon`, so that
+an urgent call is not stuck behind far reservations: calls that would start more than that after the
+batch's first start are left out (`Outcome.LATER`). A worker asks again when it has used up all but
+a horizon of what it has. So if all workers want more than there is, they take turns with equal
 slices of time.
 
-Nothing is booked farther ahead than `FAR`, for what other calls give back shall serve those who
-wait. A worker whose first call would start later gets `Outcome.LATER` for all of them and stands in
-the store's line of those who wait for units: one place a worker, first come, first served. Whoever
-asks while others stand there joins them, however little it wants. Slots cannot be booked ahead at
-all: nobody knows when one comes back. A call that needs one and finds none is not booked
-(`Outcome.FULL`), nor is any behind it, and its worker stands in the line of those who wait for slots.
+Nothing is booked farther ahead than `FAR`, because what other calls give back should serve those
+that wait. If a worker's first call would start later than that, all its calls get `Outcome.LATER`,
+and the worker stands in the store's line for units: one place for each worker, first come, first
+served. A worker that asks while others stand there joins them, however little it wants. Slots
+cannot be booked ahead at all: nobody knows when one comes back. A call that needs a slot and finds
+none is not booked (`Outcome.FULL`), nor is any call behind it, and its worker stands in the line
+for slots.
 
-`Ledger.changed` returns when a worker's turn has come in either line. As long as it waits it sends its
-waiting calls with every batch; a batch without calls leaves both. A slot is a lease: it expires unless
-its worker's `heartbeat` prolongs it, so that a killed process gives its slots back.
+`Ledger.changed` returns when a worker's turn has come in either line. While it waits, a worker
+sends its waiting calls with every batch; a batch without calls leaves both lines. A slot is a
+lease: it expires unless its worker's `heartbeat` prolongs it, so a killed process gives its slots
+back.
 
 All instants are integer nanoseconds of the store's own clock, which never goes back and means
-nothing elsewhere: use differences. A worker that adds ``start - receipt.now`` to the moment when the
-receipt arrived is never early. Amounts are whole units by resource, ``"concurrency": 1`` being a
-slot. The arithmetic is that of `asyncbucket.meters`; a store may answer later than it by at most one
-grain of its clock (a microsecond in Redis), never earlier.
+nothing elsewhere: use differences. A worker that adds ``start - receipt.now`` to the moment when
+the receipt arrived is never early. Amounts are whole units by resource; ``"concurrency": 1`` is a
+slot. The arithmetic is that of `asyncbucket.meters`. A store may answer later than that by at most
+one grain of its clock (a microsecond in Redis), never earlier.
 
-What fails raises `StoreError` within the store's patience (0.2 s). The calls of a batch that failed
-count as not booked: what may have been booked nevertheless is given back when the store answers
-again. Its corrections and releases are kept and applied then, once.
+A failure raises `StoreError` within the store's patience (0.2 s). The calls of a failed batch count
+as not booked: anything that was booked nevertheless is given back when the store answers again. The
+batch's corrections and releases are kept and applied then, once.
 """
 
 import enum
@@ -46,16 +48,16 @@ from asyncbucket.limiter.terms import read_slot_ttl
 from asyncbucket.limits import Limit
 from asyncbucket.meters import Amounts
 
-#: Nothing is booked that would start later than so many ns from now.
+#: Nothing is booked that would start later than this many ns from now.
 FAR: Final = 250_000_000
 _LONGEST_NAME: Final = 200
 
 
 def check_membership(name: str, slot_ttl: float) -> None:
-    """Refuse what no store opens a limiter with.
+    """Refuse a name or a time to live that no store accepts.
 
     Raises:
-        ValueError: ``name`` or ``slot_ttl`` cannot be: see `Store.open`.
+        ValueError: ``name`` or ``slot_ttl`` is not allowed: see `Store.open`.
     """
     if not (0 < len(name) <= _LONGEST_NAME and name.isprintable()) or set(name) & set("{}"):
         raise ValueError(
@@ -72,7 +74,7 @@ class Outcome(enum.Enum):
     BOOKED = "booked"
     #: Not booked: no slot was free, or others come first. Await `Ledger.changed`, then ask again.
     FULL = "full"
-    #: Not booked: its start lies beyond the horizon, or farther ahead than `FAR`, or others wait.
+    #: Not booked: its start is beyond the horizon, or farther ahead than `FAR`, or others wait.
     #: Await `Ledger.changed`, and ask again at `Receipt.ask_at` at the latest.
     LATER = "later"
     #: Not booked: it costs more than a limit and can never pass.
@@ -81,9 +83,9 @@ class Outcome(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """What a limiter is limited to: the same for all workers that share it.
+    """What a limiter is limited to, the same for all workers that share it.
 
-    Two limits are the same limit if they have resource and window in common.
+    Two limits are the same limit if they have the same resource and window.
     """
 
     limits: tuple[Limit, ...]
@@ -95,9 +97,9 @@ class Terms:
 class Correction:
     """Change what was booked at ``start`` from ``booked`` to ``used``; the rest stays.
 
-    What was booked beyond ``used`` comes back, as if never taken, unless the window has passed it
-    already; what was used beyond it is a debt, dated now. A booking that was for nothing is undone
-    by ``used`` of 0 each. Slots are given back by `Batch.released`, not by corrections:
+    What was booked beyond ``used`` comes back as if it had never been taken, unless the window has
+    already passed it. What was used beyond the booking is a debt, dated now. ``used`` of 0 for each
+    resource undoes a booking. Slots are given back by `Batch.released`, not by corrections:
     ``"concurrency"`` is ignored here.
     """
 
@@ -113,14 +115,14 @@ class Correction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What a worker has to say: applied in this order, in one step, or not at all."""
+    """What a worker tells the store: applied in this order, in one step, or not at all."""
 
     corrections: tuple[Correction, ...] = ()
-    #: Slots that are given back; one that is not held (any more) is ignored.
+    #: Slots that are given back; a slot that is no longer held is ignored.
     released: tuple[str, ...] = ()
-    #: What calls cost, in the order in which they shall start.
+    #: What calls cost, in the order in which they are to start.
     calls: tuple[Amounts, ...] = ()
-    #: How far behind the first start (ns) others may lie.
+    #: How long after the first start (ns) the others may start.
     horizon: int = 50_000_000
 
 
@@ -129,12 +131,12 @@ class Booking:
     """Answer one call of a batch."""
 
     outcome: Outcome
-    #: When it may go, in ns of the store's clock; 0 unless booked.
+    #: When the call may go, in ns of the store's clock; 0 unless booked.
     start: int = 0
-    #: The resource that holds it up (``"concurrency"`` for slots, ``"paused"``), or that it exceeds;
-    #: None if nothing does.
+    #: What holds it up (a resource, ``"concurrency"`` for slots, ``"paused"``), or the limit it
+    #: exceeds; None if nothing does.
     bound_by: str | None = None
-    #: The slot that it holds, to be given back; None if it needs none, or none are counted.
+    #: The slot that it holds and must give back; None if it needs none, or none are counted.
     slot: str | None = None
 
 
@@ -146,20 +148,20 @@ class Receipt:
     now: int
     #: One for each call, in order.
     bookings: tuple[Booking, ...] = ()
-    #: Under which date debts of this batch were counted: now, or the last start if that is later.
+    #: The date of this batch's debts: now, or the last start if that is later.
     debts_at: int = 0
-    #: When calls that were not booked should be sent again at the latest, though nothing is heard:
-    #: a slot expires, or a start will have come near enough. 0 if all were booked.
+    #: When calls that were not booked should be sent again at the latest, even if nothing is heard:
+    #: when a slot expires, or a start has come near enough. 0 if all were booked.
     ask_at: int = 0
-    #: The terms in force if they are others than the ledger had; None if they are the same. The
-    #: batch was applied under them.
+    #: The terms in force if they differ from the ledger's; None if they are the same. The batch was
+    #: applied under them.
     changed: Terms | None = None
-    #: The store had lost what it kept, and began again with nothing available.
+    #: The store had lost its state, and began again with nothing available.
     lost: bool = False
-    #: What the windows of `Terms.limits` have left, in that order, or less: what is known should the
-    #: store be lost. Empty if the store does not say.
+    #: What the windows of `Terms.limits` have left, in that order, or less: used if the store is
+    #: lost later. Empty if the store does not say.
     left: tuple[int, ...] = ()
-    #: Another worker stands in line for slots: what is released is best told at once.
+    #: Another worker waits for slots, so released slots should be reported at once.
     crowded: bool = False
 
 
@@ -168,7 +170,7 @@ class Pulse:
     """Answer a heartbeat."""
 
     now: int
-    #: Workers whose last sign of life is younger than the slots' time to live, this one included.
+    #: Workers that have given a sign of life within the slots' time to live, this one included.
     workers: int
     #: Terms that another worker has set, if they are new to this one.
     changed: Terms | None = None
@@ -181,47 +183,48 @@ class Use:
     """How much of one limit is used."""
 
     limit: Limit
-    #: Units booked within the window, debts and reserved starts included.
+    #: Units booked in the window, debts and reserved starts included.
     used: int
-    #: Units that could pass now, pacing included: at most 0 while starts lie ahead, negative while a
+    #: Units that could pass now, with pacing: at most 0 while starts lie ahead, negative during a
+    #: debt.
     #: debt is paid off.
     available: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """Show the state of a limiter, as it is for all workers."""
+    """Show the state of a limiter, the same for all workers."""
 
     now: int
     terms: Terms
     limits: tuple[Use, ...]
     #: Slots taken, over all workers; 0 if none are counted.
     slots: int
-    #: Nothing starts before this instant; 0 or past if nothing is paused.
+    #: Nothing starts before this instant; 0 or in the past if there is no pause.
     paused_until: int
-    #: The last start that was booked: no later call starts earlier.
+    #: The last start that was booked; no later call starts earlier.
     last_start: int
     workers: int
-    #: What stands there that only this kind of store has, for people: version, memory, file...
+    #: What only this kind of store can tell, for people: version, memory, file...
     details: dict[str, str] = field(default_factory=dict)
 
 
 class Ledger(Protocol):
     """Keep the meters of one limiter, as one worker sees them.
 
-    Methods may be called by several tasks of one event loop; the ledger puts them in order. A
-    caller that is cancelled during `commit` has its bookings given back. Every method raises
+    Methods may be called by several tasks of one event loop; the ledger puts them in order. If a
+    caller is cancelled during `commit`, its bookings are given back. Every method raises
     `StoreError` within the store's patience if the store is out of reach or unusable.
     """
 
     @property
     def name(self) -> str:
-        """The limiter's name: who opens the same name shares the same meters."""
+        """The limiter's name; all who open the same name share the same meters."""
         ...
 
     @property
     def worker(self) -> str:
-        """This worker's own name, unlike any other's."""
+        """This worker's unique name."""
         ...
 
     @property
@@ -233,31 +236,31 @@ class Ledger(Protocol):
         """Apply ``batch`` in one step; each call of it is charged once or not at all.
 
         Raises:
-            StoreError: the store does not answer, or cannot do it. See the module's last paragraph.
+            StoreError: the store does not answer, or fails. See the module's last paragraph.
         """
         ...
 
     async def heartbeat(self, slots: Sequence[str]) -> Pulse:
-        """Prolong this worker's life and ``slots``, all that it holds; a third of their life apart.
+        """Prolong the life of this worker and of ``slots``, all that it holds.
 
-        A slot that the store knows no more, having lost or expired it, is taken again: its call is
-        still under way.
+        Call it at intervals of a third of that life. A slot that the store has lost or let expire
+        is taken again, because its call is still running.
         """
         ...
 
     async def changed(self, *, timeout: float) -> bool:
         """Wait until this worker's turn has come, for units or a slot, or the terms have changed.
 
-        Return whether that happened; ``timeout`` seconds later at the latest it is False. What has
-        happened since the last batch was answered counts: nothing is lost in between. A store that
-        cannot tell looks itself, seldom enough.
+        Return whether that happened; after ``timeout`` seconds return False. Changes since the last
+        batch was answered count, so none is missed in between. A store that cannot notify checks by
+        itself, at a low rate.
         """
         ...
 
     async def pause(self, span: int, *, gradually: bool = False) -> None:
-        """Let no worker book a start for ``span`` ns from now; an earlier, longer pause stays.
+        """Let no worker book a start for ``span`` ns from now; a pause that ends later stays.
 
-        Starts that were given already stay. ``gradually`` begins again slowly: see
+        Starts that were already given stay. ``gradually`` makes a slow start afterwards: see
         `asyncbucket.feedback.pause`.
         """
         ...
@@ -265,28 +268,28 @@ class Ledger(Protocol):
     async def configure(self, terms: Terms) -> None:
         """Put ``terms`` in force for all workers; what is booked stays booked.
 
-        Meters keep what they know of limits that stay, by resource and window; a new limit begins
-        with nothing used, and what is not named is limited no more.
+        Meters of limits that stay, by resource and window, keep their state; a new limit begins
+        with nothing used; and limits that are not named are removed.
         """
         ...
 
     async def peek(self) -> Snapshot:
-        """Return what is used and what is left, changing nothing."""
+        """Return what is used and what is left, without changing anything."""
         ...
 
     async def aclose(self) -> None:
-        """Give back what this worker holds in the line, and its name. Closing twice is fine.
+        """Give back this worker's places in line, and its name. Closing twice is fine.
 
-        Slots are given back by their owners, or expire.
+        Slots are given back by their calls, or expire.
         """
         ...
 
 
 class Store(Protocol):
-    """A place where limiters' meters are kept; make one by `asyncbucket.stores.open_store`.
+    """A place where limiters' meters are kept; make one with `asyncbucket.stores.open_store`.
 
-    It may be made anywhere, and connects when it is first used. It serves the event loop on which
-    it was first used.
+    It may be made anywhere, connects when it is first used, and serves the event loop on which it
+    was first used.
     """
 
     @property
@@ -295,7 +298,7 @@ class Store(Protocol):
         ...
 
     def check(self, terms: Terms) -> None:
-        """Refuse terms that cannot be kept here; nobody is asked, and nothing happens.
+        """Refuse terms that cannot be kept here; this asks nobody and changes nothing.
 
         Raises:
             ValueError: a limit is above what the store counts; the message has both numbers.
@@ -305,25 +308,25 @@ class Store(Protocol):
     async def open(
         self, name: str, terms: Terms, *, worker: str | None = None, slot_ttl: float = 30.0
     ) -> Ledger:
-        """Join the limiter called ``name``, making it if need be, and put ``terms`` in force.
+        """Join the limiter called ``name``, making it if necessary, and put ``terms`` in force.
 
-        The last word counts: workers that opened it with other terms adopt these.
+        The latest terms count: workers that opened it with other terms adopt these.
 
         Args:
             name: which limiter; 1 to 200 printable characters, no braces.
             terms: its limits and slots.
-            worker: a name for this worker, unlike any other's; a random one by default.
+            worker: a unique name for this worker; random by default.
             slot_ttl: seconds without a heartbeat after which a worker's slots come back, from 0.1
                 to a day.
 
         Raises:
             StoreError: out of reach, or unusable.
-            ValueError: such a name or time to live cannot be: `check_membership` says so.
+            ValueError: the name or the time to live is not allowed: see `check_membership`.
         """
         ...
 
     async def peek(self, name: str) -> Snapshot | None:
-        """Look at a limiter without taking part in it; None if none of that name is kept here.
+        """Look at a limiter without joining it; None if there is none of that name.
 
         Raises:
             StoreError: out of reach, or unusable.
@@ -331,7 +334,7 @@ class Store(Protocol):
         ...
 
     async def names(self) -> list[str]:
-        """Return which limiters are kept here, in order.
+        """Return the names of the limiters kept here, in order.
 
         Raises:
             StoreError: out of reach, or unusable.
@@ -339,5 +342,5 @@ class Store(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """Close the connections. Ledgers are of no use afterwards."""
+        """Close the connections. Ledgers cannot be used afterwards."""
         ...

@@ -1,15 +1,15 @@
-"""See what a limiter does: in the log, in Prometheus, in OpenTelemetry, in LlamaIndex's traces.
+"""Observe what a limiter does: in the log, in Prometheus, in OpenTelemetry, in LlamaIndex's traces.
 
 Each function switches one of them on for a limiter and all limiters below it, and returns a
-function that switches it off again. They are observers (`Limiter.observe`), so they may be combined,
-and what goes wrong in one of them is logged once and disturbs no call.
+function that switches it off again. They are observers (`Limiter.observe`), so they may be
+combined; an error in one of them is logged once and disturbs no call.
 
 >>> from asyncbucket import telemetry
 >>> off = telemetry.prometheus(limiter)
 >>> off()
 
-Nothing that is shown holds a prompt, a key or the name of a tenant: a limiter goes by its path, such
-as ``openai/chat``, and all tenants of it together by ``openai/chat/*``.
+Nothing that is shown holds a prompt, a key or the name of a tenant: a limiter is named by its path,
+such as ``openai/chat``, and all its tenants share the name ``openai/chat/*``.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,18 +29,18 @@ __all__ = ["llama_index", "logging", "opentelemetry", "prometheus"]
 def logging(
     limiter: Source, *, threshold: float = 1.0, logger: Logger | str = "asyncbucket.events"
 ) -> Callable[[], None]:
-    """Log what happens, one readable line an event; the rest goes as ``extra`` to structured logs.
+    """Log each event as one readable line, with its fields as ``extra`` for structured logs.
 
-    A wait of ``threshold`` or more is worth INFO, everything else DEBUG. The fields of an event are
-    attributes of the log record: ``asyncbucket.limiter``, ``asyncbucket.waited`` and so on.
+    A wait of ``threshold`` or more is logged at INFO, everything else at DEBUG. An event's fields
+    are attributes of the log record: ``asyncbucket.limiter``, ``asyncbucket.waited`` and so on.
 
     Args:
-        limiter: what to watch.
+        limiter: the limiter to observe.
         threshold: the shortest wait, in seconds, that is logged at INFO.
-        logger: where to, a logger or its name.
+        logger: where to log, a logger or its name.
 
     Raises:
-        TypeError: ``limiter`` is not a limiter, or ``logger`` not a logger.
+        TypeError: ``limiter`` is not a limiter, or ``logger`` is not a logger.
         ValueError: ``threshold`` is not a number of seconds from 0 on.
     """
     from asyncbucket.telemetry.to_logging import observer
@@ -54,21 +54,21 @@ def prometheus(
 ) -> Callable[[], None]:
     """Count into Prometheus metrics, which a scrape of ``registry`` shows.
 
-    Any number of limiters may share a registry. In multiprocess mode, that is with
+    Any number of limiters may share a registry. In multiprocess mode, with
     ``PROMETHEUS_MULTIPROC_DIR`` in the environment, each process writes its own part: counters add
     up, queued and in-flight calls are summed over live processes, and of the use of a limit the
-    highest is shown. Gauges are then as old as a second.
+    highest is shown. Gauges may then be a second old.
 
     Args:
-        limiter: what to watch.
+        limiter: the limiter to observe.
         registry: what to register with; by default prometheus_client's own ``REGISTRY``.
-        max_limiters: how many limiters a registry tells apart; those beyond are ``other``.
+        max_limiters: how many limiters a registry tells apart; any more are labelled ``other``.
 
     Raises:
         ImportError: prometheus_client is not installed; the message names the extra.
-        ValueError: the limiter, or one above or below it, is watched by this registry already, so
-            that its calls would count twice; or ``max_limiters`` is not a whole number from 1 on.
-        TypeError: ``limiter`` is not a limiter, or ``registry`` not a registry.
+        ValueError: this registry already observes the limiter, or one above or below it, so its
+            calls would count twice; or ``max_limiters`` is not a whole number from 1 on.
+        TypeError: ``limiter`` is not a limiter, or ``registry`` is not a registry.
     """
     check_source(limiter)
     try:
@@ -90,23 +90,24 @@ def opentelemetry(
 ) -> Callable[[], None]:
     """Measure with OpenTelemetry, and make a span of each wait within the span of the caller.
 
-    The metrics go by the names of ASP.NET's, which are stable, with ``asyncbucket`` in front:
-    ``asyncbucket.rate_limiting.request.time_in_queue`` and so on. The span of a wait is not a span of
-    inference and has no ``gen_ai.usage.*``: beside an instrumentation of the model nothing is
+    The metrics are named like ASP.NET's, which are stable, with the prefix ``asyncbucket``:
+    ``asyncbucket.rate_limiting.request.time_in_queue`` and so on. The span of a wait is not a span
+    of inference and has no ``gen_ai.usage.*``, so beside an instrumentation of the model nothing is
     counted twice.
 
     Args:
-        limiter: what to watch.
+        limiter: the limiter to observe.
         meter_provider: where metrics go; by default the global one.
         tracer_provider: where spans go; by default the global one.
-        attributes: what else to say of each span, such as ``{"gen_ai.request.model": "gpt-4o"}``.
-            A limiter that is called like a provider, ``openai`` or ``anthropic``, gives its spans
-            ``gen_ai.provider.name`` without being told.
-        max_limiters: how many limiters a meter provider tells apart; those beyond are ``other``.
+        attributes: further attributes of each span, such as ``{"gen_ai.request.model": "gpt-4o"}``.
+            A limiter named like a provider, ``openai`` or ``anthropic``, gives its spans
+            ``gen_ai.provider.name`` by itself.
+        max_limiters: how many limiters a meter provider tells apart; any more are labelled
+            ``other``.
 
     Raises:
         ImportError: opentelemetry-api is not installed; the message names the extra.
-        ValueError: as for `prometheus`, of the meter provider.
+        ValueError: as for `prometheus`, for the meter provider.
         TypeError: ``limiter`` is not a limiter.
     """
     check_source(limiter)
@@ -128,11 +129,11 @@ def opentelemetry(
 def llama_index(limiter: Source) -> Callable[[], None]:
     """Send waits, refusals, pauses and retries through LlamaIndex's instrumentation.
 
-    They are events of `asyncbucket.llama_index`, dispatched in the span of whoever asked for the
-    admission. What a wrapped model says of its waits by itself is not said twice.
+    They are events of `asyncbucket.llama_index`, dispatched in the span of the code that asked for
+    the admission. Waits that a wrapped model reports by itself are not reported twice.
 
     Args:
-        limiter: what to watch.
+        limiter: the limiter to observe.
 
     Raises:
         ImportError: LlamaIndex is not installed; the message names the extra.

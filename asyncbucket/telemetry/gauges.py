@@ -1,6 +1,6 @@
-"""Gauges in Prometheus: read when somebody scrapes, or written now and then for others to read.
+"""Gauges in Prometheus: read at each scrape, or written regularly for another process to read.
 
-In multiprocess mode nobody asks the process at a scrape: what it knows must lie in its files by then.
+In multiprocess mode a scrape does not ask this process: its values must be in its files by then.
 Counters are there anyway; gauges are written once a second by a thread.
 """
 
@@ -17,10 +17,10 @@ from prometheus_client.core import GaugeMetricFamily
 from asyncbucket.loops import reset_after_fork
 from asyncbucket.telemetry.watched import Reading, Watched
 
-#: Seconds between two writings in multiprocess mode.
+#: Seconds between two writes in multiprocess mode.
 _EVERY: Final = 1.0
-#: Held while gauges are written, and while the process forks: a child that inherited a lock of
-#: prometheus_client's amid a writing would wait for it for ever.
+#: Held while gauges are written, and while the process forks: a child that inherited one of
+#: prometheus_client's locks during a write would wait for it for ever.
 _WRITING: Final = threading.RLock()
 
 _QUEUED: Final = ("asyncbucket_queued_requests", "Calls that wait for their admission now.")
@@ -32,7 +32,7 @@ _USED: Final = (
 
 
 def make_gauges(watched: Watched) -> "Scraped | Pushed":
-    """Return the gauges as this process needs them."""
+    """Return the kind of gauges that this process needs."""
     return Pushed(watched) if _multiprocess() else Scraped(watched)
 
 
@@ -43,7 +43,7 @@ def describe() -> Iterator[Metric]:
 
 
 class Scraped:
-    """Read the gauges when somebody scrapes."""
+    """Read the gauges at each scrape."""
 
     def __init__(self, watched: Watched) -> None:
         self._watched = watched
@@ -64,7 +64,7 @@ class Scraped:
 
 
 class Pushed:
-    """Write the gauges into this process's files, again and again, in a process's children too."""
+    """Write the gauges into this process's files regularly, and in its forked children, too."""
 
     def __init__(self, watched: Watched) -> None:
         self._watched = watched
@@ -72,14 +72,14 @@ class Pushed:
         self._queued = Gauge(*_QUEUED, one, registry=None, multiprocess_mode="livesum")
         self._in_flight = Gauge(*_IN_FLIGHT, one, registry=None, multiprocess_mode="livesum")
         self._used = Gauge(*_USED, two, registry=None, multiprocess_mode="livemax")
-        #: What was written last: who is gone is 0 from then on.
+        #: What was last written; labels that are gone are written as 0.
         self._last: dict[str, Reading] = {}
         self._closed = threading.Event()
         self.after_fork()
         reset_after_fork(self)
 
     def after_fork(self) -> None:
-        """Write from a thread of this process: those of its parent are not here."""
+        """Write from a thread of this process: the parent's threads do not exist here."""
         if not self._closed.is_set():
             self._closed = threading.Event()
             name = "asyncbucket gauges"
@@ -112,7 +112,7 @@ class Pushed:
 
 
 def _push(pushed: "weakref.ref[Pushed]", closed: threading.Event) -> None:
-    """Write until the gauges are closed or gone."""
+    """Write until the gauges are closed or garbage-collected."""
     while not closed.wait(_EVERY):
         alive = pushed()
         if alive is None:

@@ -1,4 +1,4 @@
-"""Events through LlamaIndex's instrumentation, where they stand beside those of models and agents."""
+"""Events through LlamaIndex's instrumentation, beside those of models and agents."""
 
 from typing import Final
 

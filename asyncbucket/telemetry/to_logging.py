@@ -10,14 +10,14 @@ from asyncbucket.events import Callback, Event
 from asyncbucket.numeric import is_number
 from asyncbucket.wording import counted, in_seconds, named
 
-#: Fields of the record that an event's own cannot hide: they are called ``asyncbucket.<field>``.
+#: Prefix of the record's attributes, so that they cannot clash with its own.
 _PREFIX: Final = "asyncbucket."
 #: Fields that are amounts by resource.
 _AMOUNTS: Final = {"cost", "reserved", "used", "corrects"}
 
 
 def observer(logger: Logger | str, *, threshold: float) -> Callback:
-    """Return what writes each event to ``logger``, waits of ``threshold`` seconds or more at INFO."""
+    """Return an observer that logs each event, waits of ``threshold`` seconds or more at INFO."""
     if not is_number(threshold) or not threshold >= 0:
         raise ValueError(f"threshold must be a number of seconds from 0 on, not {threshold!r}")
     log = getLogger(logger) if isinstance(logger, str) else logger
@@ -111,7 +111,7 @@ _LINES: Final[Mapping[type[Event], Callable[[Any], str]]] = {
 
 
 def _plain(amounts: Mapping[str, int]) -> dict[str, int]:
-    """Return a cost as people give it: without the slot and without what costs nothing."""
+    """Return a cost as people give it: without the slot and without resources that cost nothing."""
     return {name: amount for name, amount in amounts.items() if amount and name != "concurrency"}
 
 
@@ -119,7 +119,7 @@ def _cost(amounts: Mapping[str, int]) -> str:
     told = {
         name: amount
         for name, amount in _plain(amounts).items()
-        # Input and output say what their sum says, unless it is not there.
+        # Input and output are left out if their sum is there.
         if name not in {"input_tokens", "output_tokens"} or "tokens" not in amounts
     }
     return ", ".join(counted(amount, name) for name, amount in told.items()) or "nothing"

@@ -1,14 +1,15 @@
 """Events as OpenTelemetry's metrics and spans.
 
 The names are those of ASP.NET's rate limiting, the only ones of their kind that are stable in the
-semantic conventions (https://opentelemetry.io/docs/specs/semconv/dotnet/dotnet-aspnetcore-metrics/),
-with ``asyncbucket`` in front: who has a dashboard for the one can read the other.
+semantic conventions
+(https://opentelemetry.io/docs/specs/semconv/dotnet/dotnet-aspnetcore-metrics/), with the prefix
+``asyncbucket``: a dashboard for one can read the other.
 
 A wait is a span of its own, made when it is over, within the span that was current where the call
-asked. It says what it waited for, and, of the GenAI conventions
-(https://github.com/open-telemetry/semantic-conventions-genai), who the provider is and whatever else
-it is told. It has no ``gen_ai.operation.name`` and no ``gen_ai.usage.*``: those mark an inference, and
-whoever adds up inferences or tokens must not find a wait among them.
+asked. It says what the call waited for and, as in the GenAI conventions
+(https://github.com/open-telemetry/semantic-conventions-genai), who the provider is, and any other
+attributes given. It has no ``gen_ai.operation.name`` and no ``gen_ai.usage.*``: those mark an
+inference, and a sum of inferences or tokens must not include a wait.
 """
 
 import threading
@@ -32,9 +33,9 @@ from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, TracerProv
 from asyncbucket import events
 from asyncbucket.telemetry.watched import Source, Watched, by_kind, tokens_of
 
-#: Buckets in seconds: those of ASP.NET, and longer ones, for minutes are nothing unusual here.
+#: Buckets in seconds: ASP.NET's, and longer ones, because waits of minutes are common here.
 BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-#: Names that the GenAI conventions know a provider by.
+#: Names by which the GenAI conventions know a provider.
 PROVIDERS: Final = frozenset(
     {
         "anthropic",
@@ -64,7 +65,7 @@ _BOUND_BY: Final = _PREFIX + "bound_by"
 _ACQUIRED: Final = "acquired"
 _CANCELED: Final = "request_canceled"
 
-#: When the call of this context began to wait, by the wall clock in ns; 0 for not at all.
+#: When the call of this context began to wait, by the wall clock in ns; 0 if it does not wait.
 _waiting_since: Final[ContextVar[int]] = ContextVar("asyncbucket waiting since", default=0)
 
 
@@ -76,7 +77,7 @@ def watch(
     attributes: Mapping[str, str],
     max_limiters: int,
 ) -> Callable[[], None]:
-    """Measure what happens in ``limiter``, and trace its waits, until the result is called."""
+    """Measure ``limiter``, and trace its waits, until the returned function is called."""
     meters = metrics.get_meter_provider() if meter_provider is None else meter_provider
     with _LOCK:
         instruments = _INSTRUMENTS.get(meters)
@@ -107,7 +108,7 @@ def _requests(meter: Meter, name: str, description: str) -> Counter:
 
 
 class Instruments:
-    """All instruments of one meter provider; an instrument cannot be taken back, only fall silent."""
+    """All instruments of one meter provider; instruments cannot be removed, only fall silent."""
 
     def __init__(self, provider: MeterProvider, max_limiters: int) -> None:
         self.watched = Watched(max_limiters)
@@ -148,7 +149,7 @@ class Instruments:
         )
 
     def _look_now_and_then(self, meter: Meter) -> None:
-        """Make the instruments that ask for a state instead of hearing of events."""
+        """Make the instruments that read a state instead of counting events."""
         meter.create_observable_up_down_counter(
             _PREFIX + "queued_requests",
             [self._queued],
@@ -249,7 +250,7 @@ class Spans:
     def _refused(self, event: events.Refused) -> None:
         since = _waiting_since.get()
         _waiting_since.set(0)
-        if since:  # who was refused at once has not waited
+        if since:  # a call refused at once has not waited
             waited = (time.time_ns() - since) * 1e-9
             self._span(event, event.reason, event.bound_by, waited, {"error.type": event.reason})
 
@@ -283,7 +284,7 @@ class Spans:
         span.end(now)
 
 
-#: The instruments of a meter provider, made once: the callbacks of a second set would never be asked.
+#: A meter provider's instruments, made once: callbacks of a second set would never be called.
 _INSTRUMENTS: Final["weakref.WeakKeyDictionary[MeterProvider, Instruments]"] = (
     weakref.WeakKeyDictionary()
 )

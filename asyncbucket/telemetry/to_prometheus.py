@@ -1,9 +1,9 @@
 """Events as Prometheus metrics.
 
-Counters and the histogram count events as they come. Gauges are read from the limiters when somebody
-scrapes (see `asyncbucket.telemetry.gauges`), for how much of a limit is used changes although nothing
-happens. All of it is one collector a registry, shared by the limiters that the registry watches,
-which goes with the last of them.
+Counters and the histogram count events as they come. Gauges are read from the limiters when
+somebody scrapes (see `asyncbucket.telemetry.gauges`), because the use of a limit changes even if
+nothing happens. All of it is one collector per registry, shared by the limiters that the registry
+observes, and removed with the last of them.
 """
 
 import threading
@@ -18,7 +18,7 @@ from asyncbucket import events
 from asyncbucket.telemetry import gauges
 from asyncbucket.telemetry.watched import Source, Watched, by_kind, tokens_of
 
-#: Waits are as short as a burst's pace or as long as a minute's window and a pause on top.
+#: Waits may be as short as a burst's pace or as long as a minute's window plus a pause.
 BUCKETS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 #: How a call may end.
 _OUTCOMES: Final = (*get_args(events.Outcome), *get_args(events.Reason), "cancelled")
@@ -27,7 +27,7 @@ _OUTCOMES: Final = (*get_args(events.Outcome), *get_args(events.Reason), "cancel
 def watch(
     limiter: Source, registry: CollectorRegistry | None, *, max_limiters: int
 ) -> Callable[[], None]:
-    """Count what happens in ``limiter`` into ``registry`` until the result is called."""
+    """Count what happens in ``limiter`` into ``registry`` until the returned function is called."""
     registry = REGISTRY if registry is None else registry
     if not isinstance(registry, CollectorRegistry):
         kind = type(registry).__name__
@@ -97,14 +97,14 @@ class Families:
 
 
 class Series:
-    """Count for one label. Its counters begin at 0: a rate sees no first refusal out of nothing."""
+    """Count for one label. Its counters begin at 0, so that a rate sees the first refusal."""
 
     __slots__ = ("ended", "refunded", "reserved", "retries", "upstream_429", "used", "waited")
 
     def __init__(self, families: Families, label: str) -> None:
-        # Bound methods of the metrics: to find them takes longer than to count.
+        # Bound methods of the metrics: looking them up takes longer than counting.
         requests, tokens = families.requests, families.tokens
-        #: By what bound a call; made as it comes.
+        #: By what bound a call; made on demand.
         self.waited: dict[str | None, Callable[[float], None]] = {}
         self.ended = {outcome: requests.labels(label, outcome).inc for outcome in _OUTCOMES}
         self.reserved = tokens.labels(label, "reserved").inc
@@ -145,11 +145,11 @@ class Metrics(Collector):
         yield from gauges.describe()
 
     def close(self) -> None:
-        """End what runs in the background."""
+        """End the background work."""
         self._gauges.close()
 
     def series(self, limiter: str) -> Series:
-        """Return what counts for a limiter."""
+        """Return the counters of a limiter."""
         series = self._series.get(limiter)
         if series is None:
             label = self.watched.label(limiter)
@@ -195,8 +195,8 @@ class Metrics(Collector):
         self.series(event.limiter).retries()
 
 
-#: A registry refuses a name that it knows, so all limiters of one share what was registered. It
-#: lives as long as the registry does, and no longer.
+#: A registry refuses a name that it knows, so all limiters of one registry share what was
+#: registered. It lives as long as the registry.
 _COLLECTORS: Final["weakref.WeakKeyDictionary[CollectorRegistry, weakref.ref[Metrics]]"] = (
     weakref.WeakKeyDictionary()
 )

@@ -1,4 +1,4 @@
-"""What metrics know of limiters beside their events: who is watched, by which name, and how full."""
+"""What metrics know of limiters besides their events: which are observed, their labels, their use."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +31,7 @@ class Source(Protocol):
 
     @property
     def children(self) -> "Mapping[str, Source]":
-        """The limiters below, those of tenants not."""
+        """The limiters below, without those of tenants."""
         ...
 
     def statistics(self) -> Statistics:
@@ -39,7 +39,7 @@ class Source(Protocol):
         ...
 
     def observe(self, callback: Callback) -> Callable[[], None]:
-        """Tell of every event."""
+        """Call ``callback`` with every event."""
         ...
 
 
@@ -59,35 +59,35 @@ class Reading:
 
     queued: int = 0
     in_flight: int = 0
-    #: The share of each limit that is used, 1 for all of it; of several limiters the highest.
+    #: The fraction of each limit that is used; of several limiters the highest.
     used: dict[str, float] = field(default_factory=dict)
 
 
 class Watched:
-    """Hold the limiters that one registry watches, and the few names that it knows them by.
+    """Hold the limiters that one registry observes, and the few labels that it has for them.
 
     Args:
-        most: how many names there may be, whatever happens. `OTHER` is one more.
+        most: how many labels there may be, whatever happens; `OTHER` is one more.
 
     Raises:
-        ValueError: that is not a whole number from 1 on.
+        ValueError: ``most`` is not a whole number from 1 on.
     """
 
     def __init__(self, most: int) -> None:
         self._most = read_count(most, "max_limiters", least=1)
         self._lock = threading.RLock()
         self._labels: dict[str, str] = {}
-        #: Who is watched, by what ends that.
+        #: The observed limiters, each by a key of its own.
         self._sources: dict[object, Source] = {}
 
     def __bool__(self) -> bool:
         return bool(self._sources)
 
     def add(self, limiter: Source, where: str) -> Callable[[], None]:
-        """Watch ``limiter`` and all below it, until the result is called.
+        """Observe ``limiter`` and all below it, until the returned function is called.
 
         Raises:
-            ValueError: it or one above or below it is watched already.
+            ValueError: it, or one above or below it, is observed already.
         """
         with self._lock:
             for other in self._sources.values():
@@ -105,7 +105,7 @@ class Watched:
             self._sources = {each: of for each, of in self._sources.items() if each is not key}
 
     def label(self, name: str) -> str:
-        """Return what the limiter called ``name`` is known by."""
+        """Return the label of the limiter called ``name``."""
         known = self._labels.get(name)
         if known is not None:
             return known
@@ -126,7 +126,7 @@ class Watched:
         now = limiter.statistics()
         reading = readings.setdefault(self.label(now.name), Reading())
         below = [self._read(each, readings) for each in _below(limiter)]
-        # A limiter's statistics hold those below it; here each call stands where it asked.
+        # A limiter's statistics include those below it; here each call counts only where it asked.
         reading.queued += max(0, now.waiting - sum(each.waiting for each in below))
         reading.in_flight += max(0, now.in_flight - sum(each.in_flight for each in below))
         for limit, share in shares_used(now).items():
@@ -135,7 +135,7 @@ class Watched:
 
 
 def tokens_of(event: Settled) -> tuple[int, int] | None:
-    """Return the tokens that ``event`` adds to those used, and to those given back; None if it has none."""
+    """Return the tokens that ``event`` adds to those used and those refunded; None if it has none."""
     used = event.used.get("tokens")
     if used is None:
         return None
@@ -145,7 +145,7 @@ def tokens_of(event: Settled) -> tuple[int, int] | None:
 
 
 def by_kind(handlers: Mapping[type[Event], Callable[[Any], object]]) -> Callback:
-    """Return an observer that gives each event to the handler of its kind, if there is one."""
+    """Return an observer that passes each event to the handler of its kind, if there is one."""
     get = dict(handlers).get
 
     def observe(event: Event) -> None:
@@ -159,7 +159,7 @@ def by_kind(handlers: Mapping[type[Event], Callable[[Any], object]]) -> Callback
 def _below(limiter: Source) -> Iterator[Source]:
     yield from tuple(limiter.children.values())
     if isinstance(limiter, Limiter):
-        yield from limiter._busy_tenants()  # noqa: SLF001 - shown by a star alone; idle ones are many
+        yield from limiter._busy_tenants()  # noqa: SLF001 - shown as a star only; idle ones are many
 
 
 def _upwards(limiter: Source) -> Iterator[Source]:

@@ -1,12 +1,11 @@
-"""A kit for test suites of code that is paced, asyncbucket's own among them.
+"""A kit for test suites of paced code, asyncbucket's own among them.
 
 - `virtual_time`: an event loop on which an hour passes in milliseconds.
 - `RateLimitedProvider`, `ProviderProcess`: an OpenAI-compatible provider on loopback that enforces
   its limits (needs `pip install "asyncbucket[testing]"`).
 - `assert_never_over`: an exact check that a trace of admissions kept a limit.
 
-The provider is loaded when one of its names is first used, so that virtual time costs nobody a web
-framework.
+The provider is loaded when one of its names is first used, so virtual time needs no web framework.
 """
 
 from importlib import import_module
@@ -19,8 +18,7 @@ from asyncbucket.testing.assertions import (
     busiest_window,
 )
 
-# Not lazily: the function has its module's name, and an import of the module later on would put
-# the module in its place.
+# Not lazily: the function has its module's name, and importing the module later would hide it.
 from asyncbucket.testing.virtual_time import (
     DeadlockError,
     VirtualClock,

@@ -1,8 +1,8 @@
 """Exact checks that a trace of admissions kept a limit: every window, one pass, integers only.
 
-A trace is what was admitted when: pairs of time and amount in any order. Times are integer
-nanoseconds (what a clock gives) or float seconds, not a mix. Arithmetic is on integers and
-fractions throughout, so there is no tolerance to choose: a nanosecond or a unit too much fails.
+A trace says what was admitted when: pairs of time and amount in any order. Times are integer
+nanoseconds (from a clock) or float seconds, not a mix. Arithmetic is on integers and fractions
+throughout, so there is no tolerance to choose: a nanosecond or a unit too much fails.
 
 *Window.* A window of length W is half-open, [t, t + W): two admissions exactly W apart are never
 in one window. The busiest window ends with an admission, so two pointers over the sorted trace see
@@ -32,7 +32,7 @@ Trace: TypeAlias = Iterable[tuple[float, int]]
 
 
 class LimitLike(Protocol):
-    """What a limit must tell: at most `amount` in any `per` seconds; with `burst`, paced too."""
+    """What a limit must have: at most `amount` in any `per` seconds; with `burst`, paced as well."""
 
     @property
     def amount(self) -> float: ...
@@ -62,17 +62,15 @@ class BusiestWindow:
 def assert_never_over(trace: Trace, limit: LimitLike | str) -> BusiestWindow:
     """Assert that every window of `limit.per` seconds holds at most `limit.amount`.
 
-    `limit` may be a text, as a limiter takes it: `"60k TPM"`.
-
-    Where `limit.burst` is set, assert too that the trace keeps the bucket of that burst, refilled
-    at `amount / per`.
+    `limit` may be a text, as for a limiter: `"60k TPM"`. If `limit.burst` is set, assert also that
+    a bucket of that burst, refilled at `amount / per`, admits the trace.
 
     Returns:
         The busiest window, to assert that the limit was used: `.amount >= 0.99 * limit.amount`.
 
     Raises:
         AssertionError: Naming the worst window, by how much it is over and when.
-        ValueError, TypeError: If the trace isn't one, or `limit` can't be read.
+        ValueError, TypeError: If the trace is not valid, or `limit` can't be read.
     """
     limit = Limit.parse(limit) if isinstance(limit, str) else limit
     if not hasattr(limit, "per"):
@@ -96,8 +94,8 @@ def assert_within_bucket(trace: Trace, *, rate: float, burst: float) -> None:
 
     Raises:
         AssertionError: Naming the worst interval, by how much it is over and when.
-        ValueError, TypeError: If the trace isn't one, `rate` no finite number from 0 on, or `burst` none
-            above 0: nothing would ever be over it.
+        ValueError, TypeError: If the trace is not valid, `rate` is not a finite number from 0 on,
+            or `burst` is not above 0.
     """
     if not is_number(rate) or not 0 <= rate < math.inf:
         raise ValueError(f"rate must be a finite number from 0 on, not {rate!r}")
@@ -110,7 +108,8 @@ def busiest_window(trace: Trace, *, per: float) -> BusiestWindow:
     """Find the window of `per` seconds that holds most; an empty trace gives zeros.
 
     Raises:
-        ValueError, TypeError: If the trace isn't one, or `per` is not a positive number of seconds.
+        ValueError, TypeError: If the trace is not valid, or `per` is not a positive number of
+            seconds.
     """
     return _busiest(_admissions(trace), _window(per))
 
@@ -129,7 +128,7 @@ def _busiest(admissions: list[tuple[int, int]], window: int) -> BusiestWindow:
 
 
 def _check_bucket(admissions: list[tuple[int, int]], rate: Fraction, burst: float) -> None:
-    """Count in units of 1 / scale, in which a nanosecond's refill and the burst are integers."""
+    """Count in units of 1 / scale, so that a nanosecond's refill and the burst are integers."""
     size = Fraction(burst)
     scale = NANOSECONDS * rate.denominator * size.denominator
     refill = rate.numerator * size.denominator
@@ -161,7 +160,7 @@ def _fail_bucket(
 
 
 def _admissions(trace: Trace) -> list[tuple[int, int]]:
-    """Sort a trace and turn its times into nanoseconds, refusing what has no clear meaning."""
+    """Sort a trace and convert its times to nanoseconds; refuse what has no clear meaning."""
     pairs = list(trace)
     for pair in pairs:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:  # noqa: PLR2004 - a pair

@@ -1,7 +1,7 @@
-"""Fixtures for pytest, found by themselves once asyncbucket is installed.
+"""Fixtures for pytest, found automatically once asyncbucket is installed.
 
-`virtual_time` is a stretch of virtual time, `rate_limited_provider` makes providers on loopback that
-are stopped at the end of the test::
+`virtual_time` is a stretch of virtual time; `rate_limited_provider` makes providers on loopback
+that are stopped at the end of the test::
 
     def test_an_hour_of_pacing(virtual_time):
         limiter = Limiter("500 RPM", clock=virtual_time.clock)
@@ -12,7 +12,7 @@ are stopped at the end of the test::
         provider = rate_limited_provider(rpm=600, tpm=100_000)
         client = AsyncOpenAI(base_url=provider.base_url, api_key="any")
 
-pytest loads this module in every session, so it imports nothing until a fixture is asked for.
+pytest loads this module in every session, so it imports nothing until a fixture is used.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class ProviderFactory(Protocol):
-    """What `rate_limited_provider` gives: call it with the options of `RateLimitedProvider`."""
+    """What `rate_limited_provider` returns: call it with the options of `RateLimitedProvider`."""
 
     def __call__(self, **options: "Unpack[Options]") -> "RateLimitedProvider":
         """Return a provider that runs until the end of the test."""

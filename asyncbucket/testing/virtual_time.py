@@ -1,6 +1,6 @@
 """Virtual time: an event loop that jumps to its next timer when there is nothing else to do.
 
-Code that waits is slow to test and, on a real clock, never twice the same. On this loop
+Code that waits is slow to test and, on a real clock, never behaves the same twice. On this loop
 `await asyncio.sleep(3600)` returns at once, and afterwards the clock reads exactly 3,600 s::
 
     with virtual_time() as time:
@@ -9,31 +9,36 @@ Code that waits is slow to test and, on a real clock, never twice the same. On t
         assert time.now == 60.0
 
 How it works. asyncio's loop asks its selector to wait "until I/O is ready, or at most until the
-next timer". `_JumpingSelector` never waits for a timer: it looks whether I/O is ready, and if not,
-moves the clock by the time-out and returns. All else is asyncio's own loop. So the whole machine
-rests on two public seams, `SelectorEventLoop(selector)` and `loop.time()`, and one private name,
+next timer". `_JumpingSelector` never waits for a timer: it checks whether I/O is ready and, if not,
+moves the clock by the time-out and returns. Everything else is asyncio's own loop. So this rests on
+two public interfaces, `SelectorEventLoop(selector)` and `loop.time()`, and one private name,
 `_clock_resolution`, by which the loop decides which timers are due.
 
 What is guaranteed:
 
 - *Exact*. Time is kept in integer nanoseconds; `loop.time()` is those nanoseconds as a float. A
-  timer runs at its own instant rounded up to a nanosecond, never before it and never a
-  microsecond late, so `clock()` can be compared with `==`. Time stands still while code runs.
-- *Deterministic*. Timers run in order of their instants; those of one instant in the order in
-  which asyncio's heap gives them.
-- *No hang*. When nothing is ready, no timer is set and the main task isn't done, `DeadlockError`
-  names the tasks that wait and where. To sleep until infinity sets no timer.
+  timer runs
+  at its own instant rounded up to a nanosecond, never before it and never a microsecond late, so
+  `clock()` can be compared with `==`. Time stands still while code runs.
+- *Deterministic*. Timers run in order of their instants; those of one instant in the order of
+  asyncio's
+  heap.
+- *No hang*. If nothing is ready, no timer is set and the main task isn't done, `DeadlockError`
+  names the
+  tasks that wait and where. Sleeping until infinity sets no timer.
 - *Executors*. Work given to `run_in_executor` (`asyncio.to_thread`) takes no virtual time: while
-  any is out, the loop really waits for it and the clock stands still.
+  any is
+  running, the loop really waits for it and the clock stands still.
 - *Other threads and sockets* are unknown to the loop: a callback from `call_soon_threadsafe` or
-  data on a socket is served at the instant at which it arrives, and a loop with timers may have
-  jumped by then. `real_wait` makes each jump wait that many real seconds for them first. When no
-  timer is left, the loop gives them a real second before it calls the silence a deadlock.
+  data on a
+  socket is served when it arrives, and a loop with timers may have jumped by then. With
+  `real_wait`, each jump first waits that many real seconds for them. If no timer is left, the loop
+  gives them a real second before it reports a deadlock.
 
-Rejected: patching `time.monotonic` (it reaches code that isn't under test), and advancing the clock
+Rejected: patching `time.monotonic` (it affects code that isn't under test), and advancing the clock
 by hand from the test (the test must then know every instant at which the code under test waits;
-`VirtualTime.advance` is there for synchronous code). Trio's `MockClock(autojump_threshold=0)` is
-the model.
+`VirtualTime.advance` exists for synchronous code). Trio's `MockClock(autojump_threshold=0)` is the
+model.
 """
 
 import asyncio
@@ -56,7 +61,7 @@ Ts = TypeVarTuple("Ts")
 NANOSECONDS = 1_000_000_000
 
 NOISE = 2
-"""Units in the last place by which a sum of floats may miss the instant that was meant."""
+"""Units in the last place by which a sum of floats may miss the intended instant."""
 
 LATEST_START = 10_000_000_000
 """Seconds (317 years) beyond which a float of seconds is too coarse for the short waits of a limiter."""
@@ -112,19 +117,19 @@ class VirtualClock:
         self._now += round(seconds * NANOSECONDS)
 
     def advance_to(self, when: float) -> None:
-        """Move to `when` (seconds), rounded up to a nanosecond; always at least by one.
+        """Move to `when` (seconds), rounded up to a nanosecond, and by at least one.
 
-        Sums of floats miss the nanosecond that was meant by a few units in the last place (0.1 +
-        0.2 is 0.30000000000000004), so the rounding up forgives that much.
+        Sums of floats miss the intended nanosecond by a few units in the last place (0.1 + 0.2 is
+        0.30000000000000004), so rounding up allows for that much.
         """
         noise = NOISE * math.ulp(when) * NANOSECONDS
         self._now = max(self._now + 1, math.ceil(when * NANOSECONDS - noise))
 
 
 class _JumpingSelector(selectors.DefaultSelector):
-    """A selector that leaves waiting to the loop: it polls, and asks the loop when it finds none.
+    """A selector that leaves waiting to the loop: it polls, and asks the loop if nothing is ready.
 
-    `idle` takes the time-out and says how many real seconds to wait for I/O after all.
+    `idle` takes the time-out and returns how many real seconds to wait for I/O.
     """
 
     idle: Callable[[float | None], float]
@@ -169,7 +174,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         *args: *Ts,
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
-        if when == math.inf:  # never: the loop would jump towards it for ever, a day at a time
+        if when == math.inf:  # never: the loop would jump towards it day by day, for ever
             return asyncio.TimerHandle(when, callback, args, self, context)
         return super().call_at(when, callback, *args, context=context)
 
@@ -182,7 +187,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         return job
 
     async def shutdown_default_executor(self, *timeout: Any) -> None:
-        # From Python 3.12 on there is a timer around it, which must not be jumped over.
+        # From Python 3.12 on it sets a timer, which must not be jumped over.
         joining = self.create_future()
         self._jobs.add(joining)
         try:
@@ -193,17 +198,17 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     async def all_blocked(self) -> None:
         """Wait until every other task is blocked on a timer, on I/O or on another task.
 
-        No time passes. A test says with it "by now they all wait" without a sleep.
+        No time passes. A test uses it to say "by now they all wait" without a sleep.
         """
         waiter = self.create_future()
         self._idle_waiters.append(waiter)
         await waiter
 
     def _on_idle(self, timeout: float | None) -> float:
-        """Do what an idle loop does next; return the real seconds to wait for I/O after it."""
+        """Do what an idle loop does next; return the real seconds to wait for I/O afterwards."""
         if self._jobs:
-            # The job's completion wakes the selector through the loop's self-pipe. Bounded, so
-            # that a wake-up for anything else lets the loop look at its work again.
+            # The job's completion wakes the selector through the loop's self-pipe. The wait is
+            # bounded, so that after a wake-up for anything else the loop checks its work again.
             return LAST_CHANCE
         if self._idle_waiters:
             self._wake_idle_waiters()
@@ -240,14 +245,14 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         return "\n".join([f"{head}; these tasks wait:", *lines])
 
     def _set_resolution(self) -> None:
-        # A timer is due when it is earlier than now plus this. Less than what `advance_to` forgives
-        # would make the loop creep up to a timer by nanoseconds; more would run one that is due
-        # within the next nanosecond before its instant.
+        # A timer is due if it is earlier than now plus this. If it were less than what `advance_to`
+        # allows for, the loop would creep up to a timer by nanoseconds; if more, it would run a
+        # timer before its instant.
         self._clock_resolution = 2 * NOISE * math.ulp(self.time())
 
 
 def _where(task: asyncio.Task[Any]) -> str:
-    """Say where a task waits: its coroutines from the outermost to the one that is suspended."""
+    """Return where a task waits: its coroutines from the outermost to the suspended one."""
     places: list[str] = []
     coroutine: Any = task.get_coro()
     while coroutine is not None:
@@ -262,7 +267,8 @@ def _where(task: asyncio.Task[Any]) -> str:
 class VirtualTime:
     """A stretch of virtual time: one clock, and loops that run on it one after the other.
 
-    `run` may be called several times; time goes on where it stopped. What `virtual_time()` gives.
+    `run` may be called several times; time continues where it stopped. `virtual_time()` returns
+    this.
 
     Args:
         start: Seconds at which the clock starts, at most 10,000,000,000. Near zero a float of seconds
@@ -311,7 +317,7 @@ class VirtualTime:
         return VirtualTimeLoop(self.clock, real_wait=self._real_wait)
 
     def advance(self, seconds: float) -> None:
-        """Let `seconds` pass at once, as if code had been busy for so long.
+        """Let `seconds` pass at once, as if code had been busy that long.
 
         For synchronous code between two steps of a test; asynchronous code just sleeps.
         """
@@ -325,7 +331,7 @@ class VirtualTime:
         await loop.all_blocked()
 
     def close(self) -> None:
-        """Cancel what still runs and close the loop. Done by leaving the context."""
+        """Cancel what is still running and close the loop. Leaving the context does this."""
         self._runner.close()
 
 

@@ -43,11 +43,11 @@ def run(wish: Wish, *, as_json: bool = False) -> int:
 
 
 def _run(scenario: Scenario, console: Console, outcomes: list[Outcome], *, silent: bool) -> int:
-    """Append the outcome of each run, so that what is done is there however this ends."""
+    """Append each run's outcome to ``outcomes``, so that it is there however this ends."""
     screen = screen_for(console, scenario, silent=silent)
     if not silent:
         console.print(report.headline(scenario), markup=False)
-    # LlamaIndex takes seconds to load: whoever waits has something to read by now.
+    # LlamaIndex takes seconds to load; by now there is something to read on the screen.
     from asyncbucket.cli.demo.half import run_half
     from asyncbucket.cli.demo.load import Fatal
 
@@ -68,7 +68,7 @@ def _run(scenario: Scenario, console: Console, outcomes: list[Outcome], *, silen
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """Keep logs and warnings of LlamaIndex and its like off the screen."""
+    """Keep logs and warnings of LlamaIndex and others off the screen."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -14,17 +14,17 @@ from asyncbucket.testing import ProviderProcess
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """What of a limit was used within its window up to now."""
+    """How much of a limit was used in its window up to now."""
 
     limit: Limit
     used: int
 
 
 class Gauge(Protocol):
-    """Tell what is in use."""
+    """Read what is in use."""
 
     async def read(self) -> list[Use]:
-        """Return it, for each limit that is known."""
+        """Return it for each limit that is known."""
         ...
 
 
@@ -49,7 +49,7 @@ class ProviderGauge:
 
 
 class LimiterGauge:
-    """Ask the limiter, if there is one: a real provider does not tell."""
+    """Ask the limiter, if there is one, because a real provider does not tell."""
 
     def __init__(self, limiter: Limiter | None) -> None:
         self._limiter = limiter

@@ -1,4 +1,4 @@
-"""One run of the load, from its provider's start to its figures; Ctrl-C ends it with figures, too."""
+"""One run of the load, from its provider's start to its figures, even if Ctrl-C ends it."""
 
 import asyncio
 import contextlib
@@ -18,16 +18,16 @@ from asyncbucket.limiter import Limiter
 from asyncbucket.testing import ProviderProcess
 
 _REFRESH: Final = 0.2
-#: Seconds that the bundled provider takes for a reply, from and to.
+#: The range of seconds that the bundled provider takes for a reply.
 _LATENCY: Final = (0.2, 0.6)
 _REPLY_TOKENS: Final = 40
 
 
 def run_half(scenario: Scenario, screen: Screen, *, paced: bool) -> Outcome:
-    """Run the agents once and return what came of it.
+    """Run the agents once and return the outcome.
 
     Raises:
-        load.Fatal: the provider refuses in a way that no call would escape.
+        load.Fatal: the provider refuses in a way that any call would meet.
     """
     tally = Tally(Limiter(*scenario.limits, concurrency=scenario.concurrency) if paced else None)
     if scenario.api_base is not None:
@@ -44,7 +44,7 @@ def _run(scenario: Scenario, tally: Tally, screen: Screen, gauge: Gauge, *, api_
     screen.begin(name_of(paced=tally.limiter is not None))
     try:
         asyncio.run(_drive(scenario, tally, screen, gauge, api_base))
-    except KeyboardInterrupt:  # the second, or one that came before the loop or after it
+    except KeyboardInterrupt:  # the second one, or one before or after the loop
         tally.interrupted = True
     finally:
         screen.end()
@@ -57,7 +57,7 @@ async def _drive(
     ticker = asyncio.create_task(_tick(tally, screen, gauge))
     try:
         await load.run(scenario, tally, api_base=api_base)
-    except asyncio.CancelledError:  # asyncio's way to pass on a Ctrl-C
+    except asyncio.CancelledError:  # how asyncio passes on a Ctrl-C
         tally.interrupted = True
     finally:
         ticker.cancel()
@@ -95,7 +95,7 @@ def _bundled(scenario: Scenario) -> Generator[ProviderProcess]:
 
 @contextmanager
 def _interrupts_held_back() -> Generator[None]:
-    """Let a Ctrl-C wait for the end of a block; processes started in it get none at all.
+    """Hold back a Ctrl-C until the end of a block; processes started in it get none at all.
 
     A terminal sends it to them, too, and a Python that is still loading would show a traceback.
     """

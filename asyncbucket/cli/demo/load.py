@@ -27,17 +27,17 @@ from asyncbucket.cli.demo.traffic import CountingTransport
 from asyncbucket.cli.provider import secret_free
 from asyncbucket.llama_index import RateLimitWaitEvent
 
-#: Agents that start before the loop gets a breath; they cost some milliseconds of CPU each.
+#: How many agents start before the loop gets a break; each costs some milliseconds of CPU.
 _AT_ONCE: Final = 4
 _TEXTS_OF_A_BATCH: Final = 10
 _CITIES: Final = ("Lima", "Oslo", "Accra", "Perth", "Quito", "Turin", "Kyoto", "Dakar")
-#: Errors that no other call would escape: the demo ends at the first.
+#: Errors that any other call would get, too: the demo ends at the first one.
 _FATAL: Final = frozenset({401, 403, 404})
 
 Job = Callable[[], Awaitable[object]]
 
 
-class Fatal(Exception):  # noqa: N818 - it is what it says
+class Fatal(Exception):  # noqa: N818 - its name says it
     """Say that no call can succeed, and why."""
 
 
@@ -47,7 +47,7 @@ def look_up_weather(city: str) -> str:
 
 
 class _AnyOpenAI(OpenAI):
-    """Accept models whose context size LlamaIndex does not know, as other providers have them."""
+    """Accept models whose context size LlamaIndex does not know, such as other providers'."""
 
     @property
     def metadata(self) -> LLMMetadata:
@@ -63,7 +63,7 @@ class _AnyOpenAI(OpenAI):
 async def models(
     scenario: Scenario, tally: Tally, *, api_base: str
 ) -> AsyncGenerator[tuple[Any, Any]]:
-    """Open LLM and embedding model, as anybody would make them; paced if the tally has a limiter."""
+    """Open LLM and embedding model as usual; paced if the tally has a limiter."""
     async with httpx.AsyncClient(
         transport=CountingTransport(tally.traffic), timeout=60, trust_env=True
     ) as client:
@@ -94,7 +94,7 @@ async def run(scenario: Scenario, tally: Tally, *, api_base: str) -> None:
     Cancelling ends them all; what they did stays in the tally.
 
     Raises:
-        Fatal: the first call failed in a way that all others would.
+        Fatal: the first call failed in a way that all others would, too.
     """
     _load_what_loads_late()
     async with models(scenario, tally, api_base=api_base) as (llm, embed_model):
@@ -108,7 +108,7 @@ async def run(scenario: Scenario, tally: Tally, *, api_base: str) -> None:
 
 
 def _load_what_loads_late() -> None:
-    """Load what the first call would load: half a second of CPU that is no part of either run."""
+    """Load what the first call would load: half a second of CPU that belongs to neither run."""
     import_module("openai.resources")
     get_tokenizer()
 
@@ -135,7 +135,7 @@ async def _do(job: Job, tally: Tally, secret: str) -> None:
 
 
 def _kind(error: Exception, secret: str) -> str:
-    """Name an error so that equal ones are counted together; replies of a provider all differ."""
+    """Return a name by which equal errors are counted together; providers' messages all differ."""
     name = type(error).__name__
     if hasattr(error, "status_code"):
         code = getattr(error, "code", None)
@@ -144,7 +144,7 @@ def _kind(error: Exception, secret: str) -> str:
 
 
 def _jobs(scenario: Scenario, tally: Tally, llm: Any, embed_model: Any) -> Iterator[Job]:
-    """Yield agents with the batches spread evenly among them."""
+    """Yield agents, with the batches spread evenly among them."""
     made = 0
     for number in range(scenario.agents):
         yield _agent(number, tally, llm)
@@ -154,7 +154,7 @@ def _jobs(scenario: Scenario, tally: Tally, llm: Any, embed_model: Any) -> Itera
 
 
 def _agent(number: int, tally: Tally, llm: Any) -> Job:
-    # As `Any`: of the overloads of `run` the type checkers take a deprecated one.
+    # As `Any`, because type checkers pick a deprecated overload of `run`.
     agent: Any = FunctionAgent(tools=[look_up_weather], llm=llm, timeout=None)
     question = f"I am traveller {number}. What should I wear in {_CITIES[number % len(_CITIES)]}?"
 
@@ -179,7 +179,7 @@ def _batch(number: int, tally: Tally, embed_model: Any) -> Job:
 
 
 class _WaitHandler(BaseEventHandler):
-    """Take down each wait that the wrap tells of."""
+    """Record each wait that the wrap reports."""
 
     _waits: list[tuple[float, str]] = PrivateAttr()
 

@@ -1,4 +1,4 @@
-"""What can be typed after `asyncbucket demo`."""
+"""The options of `asyncbucket demo`."""
 
 from typing import Annotated, Final
 

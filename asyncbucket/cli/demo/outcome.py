@@ -1,4 +1,4 @@
-"""What one half of the demo came to, in figures."""
+"""The result of one half of the demo, in figures."""
 
 import math
 from collections import Counter
@@ -17,17 +17,17 @@ class Outcome:
 
     Attributes:
         name: "without asyncbucket" or "with asyncbucket".
-        paced: whether asyncbucket was there.
-        interrupted: whether it was ended before its time; then all is "so far".
+        paced: whether asyncbucket was used.
+        interrupted: whether it was ended early; then all figures are "so far".
         agents: how many there were.
-        agents_finished: how many came to their end.
+        agents_finished: how many finished.
         calls: calls of the agents and batches that were answered or failed for good.
         failed: those that failed for good, after the client's own retries.
         requests: HTTP requests.
         refused: HTTP requests that were answered with 429.
         seconds: wall time.
-        shares: for each limit, the share of it that was used, from 0 to 1; see `share_used`.
-        waits: how long admissions took, sorted, of calls that had to wait or not.
+        shares: for each limit, the fraction of it that was used, from 0 to 1; see `share_used`.
+        waits: how long admissions took, sorted, including calls that did not wait.
         bound_by: how many calls waited for what.
         failures: kinds of error and how often each ended an agent or a batch.
         admitted_at: when the provider admitted requests.
@@ -53,7 +53,7 @@ class Outcome:
 
     @property
     def binding(self) -> tuple[str, float] | None:
-        """The limit of which the most was used, and its share."""
+        """The limit that was used most, and its fraction."""
         return max(self.shares.items(), key=lambda item: item[1], default=None)
 
     def wait(self, quantile: float) -> float | None:
@@ -64,14 +64,14 @@ class Outcome:
 
 
 def name_of(*, paced: bool) -> str:
-    """Return what a run is called on the screen and in the report."""
+    """Return a run's name on the screen and in the report."""
     return "with asyncbucket" if paced else "without asyncbucket"
 
 
 def outcome_of(
     scenario: Scenario, tally: Tally, arrivals: Sequence[Arrival], *, tokens_known: bool
 ) -> Outcome:
-    """Work out the figures of a run that is over."""
+    """Compute the figures of a run that is over."""
     start, seconds = tally.started_ns, tally.seconds
     admitted = [arrival for arrival in arrivals if arrival.admitted]
     waited = sorted(wait for wait, _ in tally.waits)
@@ -107,11 +107,11 @@ def outcome_of(
 def share_used(
     limit: Limit, admitted: Sequence[Arrival], *, start_ns: int, seconds: float
 ) -> float:
-    """Return the share of a limit that was used within the wall time, from 0 to 1.
+    """Return the fraction of a limit that was used within the wall time, from 0 to 1.
 
-    The time is cut into windows of the limit, the last one shorter and with as much less in it.
-    What passed in a window counts up to the limit: a provider whose bucket is full at the start
-    admits more then, and that must not make up for a time when it stood idle.
+    The time is cut into windows of the limit; the last one is shorter, and allows less in
+    proportion. Usage in a window counts up to the limit: a provider whose bucket is full at the
+    start admits more then, and that must not make up for a time in which it was idle.
     """
     if seconds <= 0:
         return 0.0

@@ -20,7 +20,7 @@ _UNKNOWN: Final = "-"
 
 
 def headline(scenario: Scenario) -> str:
-    """Say in a few lines what is going to be run."""
+    """Say in a few lines what will be run."""
     work = f"{counted(scenario.agents, 'LlamaIndex agents')} with a tool"
     if scenario.batches:
         batches = "batch" if scenario.batches == 1 else "batches"
@@ -53,7 +53,7 @@ def show(console: Console, scenario: Scenario, outcomes: Sequence[Outcome]) -> N
 
 
 def as_dict(scenario: Scenario, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Return everything as what JSON can hold; times are seconds."""
+    """Return everything in values that JSON can hold; times are seconds."""
     runs: list[dict[str, Any]] = []
     for outcome in outcomes:
         waits = {"p50": outcome.wait(0.5), "p95": outcome.wait(0.95)}

@@ -8,16 +8,16 @@ from typing import Final
 from asyncbucket.cli import provider
 from asyncbucket.limits import Limit
 
-#: The bundled provider enforces its limits over windows so long, unless the demo is too short.
+#: The bundled provider's limits hold over windows of this length, unless the demo is too short.
 WINDOW: Final = 6.0
-#: How many windows the paced run takes at least; fewer would show nothing but the start.
+#: The fewest windows that the paced run takes; with fewer, only the start would be visible.
 WINDOWS: Final = 4
 SECONDS: Final = 36.0
 RPM: Final = 1_200
-#: One call in so many is a batch of embeddings; an agent makes two calls, around its tool.
+#: One call in this many is a batch of embeddings; an agent makes two calls, around its tool.
 A_BATCH_IN: Final = 12
 CALLS_OF_AN_AGENT: Final = 2
-#: What a call takes on average; and so many at least a window has to hold, or none ever passes.
+#: What a call takes on average; and the least that a window must hold, or none would ever pass.
 TOKENS_OF_A_CALL: Final = 150
 TOKENS_AT_LEAST: Final = 250
 MODEL: Final = "gpt-4o-mini"
@@ -29,7 +29,7 @@ CONCURRENCY_OF_A_REAL_DEMO: Final = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """What was typed; None where nothing was."""
+    """The options as given; None for those that were not."""
 
     agents: int | None = None
     rpm: int | None = None
@@ -50,12 +50,12 @@ class Scenario:
         agents: how many run at once.
         batches: how many batches of embeddings run beside them.
         limits: what the provider allows; asyncbucket is told the same.
-        concurrency: calls in flight at most, with asyncbucket.
+        concurrency: the most calls in flight, with asyncbucket.
         model: the chat model.
         embed_model: the embedding model, or None for no embeddings.
         api_base: a real provider's URL, or None for the bundled one.
         api_key: the key; never shown.
-        compare: whether the run without asyncbucket takes place.
+        compare: whether to run without asyncbucket as well.
     """
 
     agents: int
@@ -74,7 +74,7 @@ class Scenario:
 
     @property
     def window(self) -> float:
-        """The seconds over which the limits hold; the same for all of them."""
+        """The seconds over which the limits hold, the same for all of them."""
         return self.limits[0].per
 
     @property
@@ -84,7 +84,7 @@ class Scenario:
 
 
 def scenario_of(wish: Wish) -> Scenario:
-    """Fill in what was not typed.
+    """Fill in what was not given.
 
     Raises:
         ValueError: something needed is missing, or an option fits only the other provider.

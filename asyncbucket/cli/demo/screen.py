@@ -1,4 +1,4 @@
-"""What is seen while the demo runs: bars that move on a terminal, plain lines everywhere else."""
+"""Progress of the demo: moving bars on a terminal, plain lines everywhere else."""
 
 import time
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Screen(Protocol):
         ...
 
     def show(self, tally: Tally, uses: Sequence[Use]) -> None:
-        """Show how far it is."""
+        """Show how far it has come."""
         ...
 
     def end(self) -> None:
@@ -80,7 +80,7 @@ class _LiveScreen:
 
     def begin(self, name: str) -> None:
         self._name = name
-        # Refreshed by `show` alone: a thread of rich's would compete with the agents.
+        # Refreshed only by `show`: a thread of rich's would compete with the agents.
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
         self._live.start()
 
@@ -111,7 +111,7 @@ def _bar(used: int, amount: int) -> ProgressBar:
 
 
 def _counts(tally: Tally) -> str:
-    """Return what fits into 80 columns behind the time and the agents."""
+    """Return what fits into 80 columns after the time and the agents."""
     traffic = tally.traffic
     return (
         f"{traffic.answered:,} calls answered, {traffic.refused:,} 429s, "

@@ -18,7 +18,7 @@ class Tally:
     begun: int = 0
     agents_finished: int = 0
     batches_finished: int = 0
-    #: How often each kind of error ended an agent or a batch; the first failed call does.
+    #: How often each kind of error ended an agent or a batch; the first failed call ends one.
     failures: Counter[str] = field(default_factory=Counter[str])
     #: Seconds and binding limit of every call that had to wait for its admission.
     waits: list[tuple[float, str]] = field(default_factory=list[tuple[float, str]])

@@ -15,7 +15,7 @@ class Arrival(NamedTuple):
 
     #: Nanoseconds of `time.monotonic_ns()`.
     time_ns: int
-    #: Tokens that it was charged; 0 where nobody knows.
+    #: Tokens that it was charged; 0 if unknown.
     tokens: int
     admitted: bool
 
@@ -42,7 +42,7 @@ class CountingTransport(httpx.AsyncBaseTransport):
 
     def __init__(self, traffic: Traffic) -> None:
         self._traffic = traffic
-        # What the OpenAI client would have: an httpx client without limits of its own has 100.
+        # As the OpenAI client has it: an httpx client without limits of its own has 100.
         limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
         self._inner = httpx.AsyncHTTPTransport(limits=limits)
 

@@ -1,4 +1,4 @@
-"""What is installed: HTTP families, SDKs, who retries beneath whom, how texts are counted."""
+"""What is installed: HTTP libraries, SDKs, nested retries, how texts are counted."""
 
 import importlib
 import os
@@ -9,7 +9,7 @@ from typing import Final
 
 from asyncbucket.cli.doctor.findings import Finding, bad, good, note
 
-#: Each SDK: its package, its module, and from which major version on it sends by httpx2.
+#: Each SDK: its package, its module, and the first major version that uses httpx2.
 _SDKS: Final = (("openai", "openai", 3), ("anthropic", "anthropic", 1))
 _FAMILIES: Final = ("httpx", "httpx2")
 #: The packages of asyncbucket's extras that have a range of versions worth checking.
@@ -27,7 +27,7 @@ def version_of(package: str) -> str | None:
 
 
 def http_families(look: Look = version_of) -> Iterator[Finding]:
-    """Say which HTTP clients there are, and which one each SDK sends by."""
+    """Report which HTTP clients are installed."""
     found = {family: look(family) for family in _FAMILIES}
     if not any(found.values()):
         yield note(
@@ -47,7 +47,7 @@ def http_families(look: Look = version_of) -> Iterator[Finding]:
 
 
 def sdks(look: Look = version_of) -> Iterator[Finding]:
-    """Say which SDKs there are, by what they send, and how often they retry by themselves."""
+    """Report which SDKs are installed, which HTTP library they use, and how often they retry."""
     for package, module, turned in _SDKS:
         number = look(package)
         if number is None:
@@ -76,7 +76,7 @@ def _retries_of(package: str, module: str) -> Iterator[Finding]:
 
 
 def llama_index(look: Look = version_of) -> Iterator[Finding]:
-    """Say which LlamaIndex there is, and which of its retries multiply."""
+    """Report the version of LlamaIndex, and which of its retries multiply."""
     number = look("llama-index-core")
     if number is None:
         return
@@ -101,7 +101,7 @@ def ranges(
         from packaging.requirements import Requirement
 
         lines = wanted() or []
-    except (ModuleNotFoundError, PackageNotFoundError):  # without pip's help, or a source tree
+    except (ModuleNotFoundError, PackageNotFoundError):  # without packaging, or in a source tree
         return
     for package in _RANGED:
         number = look(package)
@@ -119,7 +119,7 @@ def ranges(
 
 
 def tokenizer(look: Look = version_of) -> Iterator[Finding]:
-    """Say how texts are counted, and whether that may reach for the network."""
+    """Report how texts are counted, and whether that may need the network."""
     if look("llama-index-core") is not None:
         from asyncbucket.llama_index.tokens import bundled_tokenizer
 

@@ -1,4 +1,4 @@
-"""What can be typed after `asyncbucket doctor`, and how the findings are shown."""
+"""The options of `asyncbucket doctor`, and how the findings are shown."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -71,10 +71,10 @@ def _look(store: str | None) -> Iterator[Finding]:
 
 
 def _safely(look: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """Yield what is found; a package that breaks when it is loaded is a finding, too."""
+    """Yield the findings; a package that breaks when it is loaded is a finding, too."""
     try:
         yield from look()
-    except Exception as error:  # noqa: BLE001 - whatever others' packages raise
+    except Exception as error:  # noqa: BLE001 - others' packages may raise anything
         name = getattr(look, "__name__", "store").replace("_", " ")
         found = f"looking failed: {type(error).__name__}: {error}"
         yield bad(name, found, "reinstall what the message names, or report it with the message")

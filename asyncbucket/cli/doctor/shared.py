@@ -1,4 +1,4 @@
-"""A store: whether it answers, how fast, and what it says of itself."""
+"""A store: whether it answers, how fast, and what it reports about itself."""
 
 import asyncio
 import re
@@ -12,20 +12,20 @@ from asyncbucket.errors import StoreError
 from asyncbucket.limits import Limit
 from asyncbucket.stores import Batch, Outcome, Store, Terms, open_store, without_password
 
-#: The limiter that is made in the store for the look; nobody else uses it.
+#: The limiter that is made in the store for this check; nobody else uses it.
 NAME: Final = "asyncbucket-doctor"
 _TERMS: Final = Terms(
     limits=(Limit("requests", 1_000_000, per=60, burst=1_000_000),), concurrency=9
 )
 _TRIPS: Final = 20
-#: Round trips longer than this (s) are felt by every admission that has to wait for one.
+#: Round trips longer than this (s) delay every admission that has to wait for one.
 _SLOW: Final = 0.02
-#: Seconds that the whole look may take.
+#: Seconds that the whole check may take.
 _PATIENCE: Final = 10.0
 
 
 def store(url: str) -> list[Finding]:
-    """Look at the store at ``url``: open it, book a call in it several times, and peek."""
+    """Check the store at ``url``: open it, book a call in it several times, and peek."""
     shown = without_password(url)
     try:
         return asyncio.run(asyncio.wait_for(_look(open_store(url), shown), _PATIENCE))
@@ -68,7 +68,7 @@ def _answers(shown: str, trip: float, details: dict[str, str]) -> Finding:
 
 
 def traps(shown: str, details: dict[str, str]) -> Iterator[Finding]:
-    """Find what makes a server forget what was booked, at a restart, a fail-over or any time."""
+    """Find settings with which a server forgets bookings: at a restart, a fail-over or any time."""
     clock = details.get("clock", "in step")
     if clock != "in step":
         yield note(

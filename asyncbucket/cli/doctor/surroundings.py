@@ -1,4 +1,4 @@
-"""Where it runs: the interpreter, its event loop and clock, and the settings around."""
+"""The surroundings: the interpreter, its event loop and clock, and the settings."""
 
 import asyncio
 import importlib.util
@@ -22,7 +22,7 @@ _COARSE: Final = 0.002
 
 
 def interpreter() -> Iterator[Finding]:
-    """Say what runs what."""
+    """Report the interpreter."""
     number = version_of("asyncbucket") or "(not installed)"
     locked = getattr(sys, "_is_gil_enabled", lambda: True)()
     threads = "" if locked else ", free-threaded"
@@ -33,7 +33,7 @@ def interpreter() -> Iterator[Finding]:
 
 
 def event_loop(make: Callable[[], Any] = asyncio.new_event_loop) -> Iterator[Finding]:
-    """Say which event loop ``asyncio.run`` takes, and how fine the clock is."""
+    """Report which event loop ``asyncio.run`` takes."""
     loop = make()
     kind = f"{type(loop).__module__.partition('.')[0]}.{type(loop).__name__}"
     loop.close()
@@ -42,7 +42,7 @@ def event_loop(make: Callable[[], Any] = asyncio.new_event_loop) -> Iterator[Fin
 
 
 def clock(resolution: float | None = None) -> Iterator[Finding]:
-    """Say how fine the clock is."""
+    """Report the clock's resolution."""
     if resolution is None:
         resolution = time.get_clock_info("monotonic").resolution
     if resolution > _COARSE:
@@ -56,7 +56,7 @@ def clock(resolution: float | None = None) -> Iterator[Finding]:
 
 
 def environment() -> Iterator[Finding]:
-    """Say what the environment asks for, if it can be read."""
+    """Report the settings in the environment, if they can be read."""
     named = sorted(name for name in os.environ if name.startswith(_PREFIX))
     if not named:
         return
@@ -65,7 +65,7 @@ def environment() -> Iterator[Finding]:
 
 
 def project() -> Iterator[Finding]:
-    """Say what each table of the nearest TOML file asks for, if it can be read."""
+    """Report the settings in each table of the nearest TOML file, if they can be read."""
     try:
         names = limiters_in_toml()
     except FileNotFoundError:
@@ -79,11 +79,11 @@ def project() -> Iterator[Finding]:
 
 
 def _settings(call: str, make: Callable[[], Limiter], remedy: str) -> Iterator[Finding]:
-    """Say what ``call`` returns, or why it does not."""
+    """Report what ``call`` returns, or why it fails."""
     try:
         with warnings.catch_warnings(record=True, action="always") as told:
             limiter = make()
-    except (ImportError, ValueError) as error:  # of a store whose extra is missing, too
+    except (ImportError, ValueError) as error:  # also of a store whose extra is missing
         yield bad("settings", str(error), remedy)
         return
     yield good("settings", f"{call}: {_said(limiter)}")

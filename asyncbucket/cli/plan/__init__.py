@@ -1,4 +1,4 @@
-"""`asyncbucket plan`: how long calls would take under limits, what binds, what other limits are worth.
+"""`asyncbucket plan`: how long calls would take under limits, and what binds.
 
-`options` is what can be typed, `report` what is seen in a terminal, `picture` what goes into a file.
+`options` defines the options, `report` writes to a terminal, `picture` to a file.
 """

@@ -1,4 +1,4 @@
-"""What can be typed after `asyncbucket plan`."""
+"""The options of `asyncbucket plan`."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ Examples:
   asyncbucket plan --agents 20 --depth 3 --fan-out 4 --rpm 500 --out plan.png
 """
 
-#: What a tenant may be told besides limits.
+#: What a tenant may have besides limits.
 _SIDES: Final = ("weight", "tokens", "input_tokens", "output_tokens", "latency", "poisson")
 
 
@@ -139,7 +139,7 @@ def _samples(text: str) -> float | Path: ...
 @overload
 def _samples(text: None) -> None: ...
 def _samples(text: str | None) -> float | Path | None:
-    """Return a number that was typed, or else the path of a file.
+    """Return a number, or else the path of a file.
 
     Raises:
         ValueError: it is neither.

@@ -9,12 +9,12 @@ from asyncbucket.plan.result import Plan, spoken, whose
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Units of the axis of time: from so many seconds on, what it is called, and its seconds.
+#: Units of the time axis: from how many seconds on, the unit's name, and its seconds.
 _UNITS: Final = ((172_800, "days", 86_400), (7_200, "hours", 3_600), (120, "minutes", 60))
 
 
 def draw(plan: Plan, path: Path, *, dark: bool) -> None:
-    """Draw a plan into a file; see `canvas` for what may be wrong with that."""
+    """Draw a plan into a file; see `canvas` for the errors."""
     changes = [each for each in plan.limits if each.if_doubled is not None]
     size = (8, 3.6 + 0.35 * bool(changes) * (len(changes) + 2))
     with canvas(path, what="a plan", size=size, dark=dark) as figure:
@@ -47,7 +47,7 @@ def _admissions(axes: "Axes", plan: Plan) -> None:
 
 
 def _top(rates: list[float], limit: float) -> float:
-    """Return the end of the scale: waves are seen whole, a burst at the start is cut."""
+    """Return the end of the scale: waves are shown completely, a burst at the start is cut off."""
     usual = sorted(rates)[len(rates) * 98 // 100]
     return 1.3 * max(limit, min(usual, 4 * limit))
 

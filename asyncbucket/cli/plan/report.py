@@ -59,7 +59,7 @@ def _plot(console: Console, canvas: Canvas, plan: Plan) -> None:
 
 
 def columns_of(plan: Plan, canvas: Canvas) -> list[float]:
-    """Return the admissions a second in each column, of the plan's parts that it covers."""
+    """Return the admissions a second in each column, from the parts of the plan that it covers."""
     part = plan.duration / len(plan.timeline)
     wide = canvas.bins * canvas.bin / canvas.columns
     columns = [0.0] * canvas.columns

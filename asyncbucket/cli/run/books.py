@@ -1,8 +1,9 @@
-"""A limiter's bookings, to disk and back: so that a restart does not burst over the limit.
+"""A limiter's bookings, to disk and back, so that a restart does not burst over the limit.
 
-What was admitted within a window still counts in it when the process that admitted it is gone. On
-disk stands how long ago each booking was, and when that was by the wall clock, for no other clock
-outlives a process. Where that lies in the future, because the clock was set back, it counts as now.
+What was admitted within a window still counts in it when the process that admitted it is gone. The
+file says how long ago each booking was, and when it was written by the wall clock, because no other
+clock outlives a process. If that is in the future, because the clock was set back, it counts as
+now.
 """
 
 import time
@@ -21,7 +22,7 @@ class Admission(NamedTuple):
 
 
 def snapshot(limiter: Limiter) -> dict[str, Any]:
-    """Return all that is booked within the windows of ``limiter``, as JSON can hold it."""
+    """Return all that is booked within the windows of ``limiter``, in values that JSON can hold."""
     booked = [[each.resource, each.per, each.entries, each.missing] for each in bookings(limiter)]
     return {"at": time.time_ns(), "limits": booked}
 

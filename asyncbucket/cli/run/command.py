@@ -1,4 +1,4 @@
-"""The run as a command: what is seen of it, and its exit status."""
+"""The run as a command: its output, and its exit status."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ class _Console(Console):
     """Standard error; if nobody reads it any more, the run goes on without."""
 
     def on_broken_pipe(self) -> None:
-        """Say nothing more: rich would have ended the program, and closed standard output."""
+        """Print nothing more; rich would end the program, and close standard output."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 

@@ -23,7 +23,7 @@ from asyncbucket.wording import counted
 if TYPE_CHECKING:
     from asyncbucket.plan import Plan
 
-#: Costs that are kept to plan by: enough for any distribution, and little memory.
+#: How many costs are kept for the plan: enough for any distribution, and little memory.
 _SAMPLES: Final = 20_000
 
 
@@ -34,15 +34,15 @@ class Estimate:
     calls: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
-    #: Whether nothing bounds some reply, which then counts as `FORESEEN`.
+    #: Whether some reply is unlimited, and so counts as `FORESEEN`.
     unbounded: bool = False
     costs: list[Cost] = field(default_factory=list[Cost])
 
     def add(self, request: Request, cost: Cost, chance: random.Random) -> None:
-        """Count a call; of many, a random sample of costs is kept."""
+        """Count a call; a random sample of many costs is kept."""
         self.calls += 1
         self.input_tokens += cost.get("input_tokens", 0)
-        # What may be written and has to be paid, also where a provider charges less at admission.
+        # What may be written and has to be paid, even if a provider charges less at admission.
         asked = sent(request.path, request.body)
         self.output_tokens += asked.output(FORESEEN)
         self.unbounded |= asked.writes and asked.max_output is None
@@ -96,7 +96,7 @@ def describe(job: Job, tally: Tally, found: Estimate, planned: "Plan | None") ->
     if planned is not None:
         lines.append(str(planned))
         most = f"({FORESEEN} for a reply without max_tokens)" if found.unbounded else "at most"
-        # Named, for it may be more than the plan's tokens: those are what limits count beforehand.
+        # Named separately, as it may exceed the plan's tokens: limits count those beforehand.
         tokens = (
             f"to pay for: about {counted(found.input_tokens, 'tokens')} in, "
             f"{found.output_tokens:,} out {most}"
@@ -107,7 +107,7 @@ def describe(job: Job, tally: Tally, found: Estimate, planned: "Plan | None") ->
 
 
 def as_dict(job: Job, tally: Tally, found: Estimate, planned: "Plan | None") -> dict[str, Any]:
-    """Say the same as JSON can hold it."""
+    """Return the same in values that JSON can hold."""
     return {
         "requests": found.calls,
         "answered_earlier": tally.earlier,
@@ -121,5 +121,5 @@ def as_dict(job: Job, tally: Tally, found: Estimate, planned: "Plan | None") -> 
 
 
 def _dollars(job: Job, found: Estimate) -> float | None:
-    """Return what the calls cost if replies are as long as they may be, where the price is known."""
+    """Return what the calls cost if replies are as long as allowed, if the price is known."""
     return None if job.price is None else job.price.of(found.input_tokens, found.output_tokens)

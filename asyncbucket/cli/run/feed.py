@@ -17,7 +17,7 @@ from asyncbucket.cli.run.request import BadLine, Request, read_request
 from asyncbucket.cli.run.tally import Tally
 
 _CHUNK: Final = 1 << 18
-#: The longest line: a batch file of OpenAI's may have 200 MB in all.
+#: The longest line; a batch file of OpenAI's may have 200 MB in total.
 _LONGEST: Final = 64 << 20
 
 
@@ -29,7 +29,7 @@ class Task(NamedTuple):
 
 
 async def tasks(job: Job, ledger: Ledger, errors: Errors, tally: Tally) -> AsyncGenerator[Task]:
-    """Yield what is to be sent; what is answered or cannot be read is counted, and passed over."""
+    """Yield what is to be sent; lines that are answered or cannot be read are counted and skipped."""
     number = 0
     async for chunk in _chunks(job):
         if tally.stopping:
@@ -76,7 +76,7 @@ def _whole(data: bytes | None) -> bytes:
 
 
 async def _chunks(job: Job) -> AsyncIterator[list[bytes | None]]:
-    """Yield the lines that a read gives, without their ends; None for one that is too long."""
+    """Yield the lines in each read, without their ends; None for one that is too long."""
     file: BinaryIO = sys.stdin.buffer if job.source == STANDARD else Path(job.source).open("rb")  # noqa: ASYNC230, SIM115 - closed below
     rest, skipping = b"", False
     try:
@@ -99,10 +99,10 @@ async def _chunks(job: Job) -> AsyncIterator[list[bytes | None]]:
 
 
 async def _read(descriptor: int) -> bytes:
-    """Return what is to be read next; empty at the end.
+    """Return the next data; empty at the end.
 
-    It may take as long as somebody does who types, and cannot be cancelled. So it runs in a thread
-    that nobody waits for, when all else has ended.
+    It may take as long as a person types, and cannot be cancelled. So it runs in a thread that
+    nobody waits for when everything else has ended.
     """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[bytes] = loop.create_future()
@@ -121,7 +121,7 @@ async def _read(descriptor: int) -> bytes:
             data = os.read(descriptor, _CHUNK)
         except OSError as error:
             failed = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed: it was not waited for
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it
             loop.call_soon_threadsafe(end, data, failed)
 
     threading.Thread(target=read, name="asyncbucket run", daemon=True).start()

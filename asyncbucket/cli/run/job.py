@@ -1,4 +1,4 @@
-"""What is to be done, checked before anything is begun."""
+"""What is to be done, checked before anything begins."""
 
 import os
 import re
@@ -14,13 +14,13 @@ from asyncbucket.limits import Limit, read_limits
 
 Endpoint = Literal["chat", "responses", "embeddings"]
 
-#: Paths of the API by what people call them.
+#: Paths of the API by their short names.
 PATHS: Final[dict[str, str]] = {
     "chat": "/v1/chat/completions",
     "responses": "/v1/responses",
     "embeddings": "/v1/embeddings",
 }
-#: Calls at once, where nobody says how many.
+#: Calls at once, by default.
 CONCURRENCY: Final = 100
 STANDARD: Final = "-"
 
@@ -60,13 +60,13 @@ class Job:
     Attributes:
         source: a file, or ``-`` for standard input.
         out: a file, or ``-`` for standard output.
-        model: put into every request; None leaves what the lines say.
-        endpoint: what a plain prompt is sent to.
+        model: put into every request; None keeps what the lines say.
+        endpoint: where a plain prompt is sent.
         system: the system message before each prompt.
-        max_tokens: the most tokens of a reply, where a line does not say.
-        most: so many lines are read, the first ones; None for all.
-        restart: begin anew, whatever was answered before.
-        bounded: whether somebody said how many calls may be in flight.
+        max_tokens: the most tokens of a reply, if a line does not say.
+        most: only this many lines are read, from the first; None for all.
+        restart: start over, whatever was answered before.
+        bounded: whether the user said how many calls may be in flight.
     """
 
     source: str
@@ -90,12 +90,12 @@ class Job:
 
     @property
     def checkpoint(self) -> Path | None:
-        """The file that knows what is done; None where the answers go to standard output."""
+        """The file that knows what is done; None if the answers go to standard output."""
         return None if self.out == STANDARD else Path(f"{self.out}.checkpoint")
 
     @property
     def errors_file(self) -> Path | None:
-        """The file of lines without an answer; None where the answers go to standard output."""
+        """The file of lines without an answer; None if the answers go to standard output."""
         if self.errors is not None or self.out == STANDARD:
             return self.errors
         out = Path(self.out)
@@ -103,21 +103,21 @@ class Job:
 
     @property
     def goes_on(self) -> bool:
-        """Whether there are answers to go on from; their index may be lost."""
+        """Whether there are answers to continue from; their index may be lost."""
         return self.out != STANDARD and not self.restart and Path(self.out).exists()
 
     @property
     def place(self) -> str:
-        """Where requests go, as it may be shown: without a password that a URL may hold."""
+        """Where requests go, in a form that may be shown: without a password in the URL."""
         return provider.place(self.api_base)
 
     def secret_free(self, text: str) -> str:
-        """Return ``text`` without the key, which a provider's complaint may quote."""
+        """Return ``text`` without the key, which a provider's error may quote."""
         return provider.secret_free(text, self.api_key)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What makes an answer another answer: a run with other settings is another run."""
+        """The settings on which answers depend: with others, it is another run."""
         return {
             "model": self.model,
             "api_base": self.place,
@@ -127,7 +127,7 @@ class Job:
         }
 
     def check(self) -> None:
-        """Refuse what does not fit together.
+        """Refuse options that do not fit together.
 
         Raises:
             ValueError: the message says what, and the remedy.
@@ -154,7 +154,7 @@ class Job:
         self._check_files()
 
     def _check_streams(self) -> None:
-        """Refuse to read or write where nothing is: whoever runs us may have closed it."""
+        """Refuse to read or write a standard stream that the parent process has closed."""
         if self.source == STANDARD and sys.stdin is None:
             raise ValueError("standard input is closed: name a file, or pipe the lines in")
         if self.out == STANDARD and sys.stdout is None:
@@ -163,7 +163,7 @@ class Job:
             raise ValueError("--errors takes a file, standard output is for answers: give its name")
 
     def _check_files(self) -> None:
-        """Refuse files that cannot be written, and one that is two of them: it would be lost."""
+        """Refuse files that cannot be written, and one file for two purposes: it would be lost."""
         taken = set() if self.source == STANDARD else {_identity(Path(self.source))}
         out = None if self.out == STANDARD else Path(self.out)
         for path, option in ((out, "-o"), (self.checkpoint, "-o"), (self.errors_file, "--errors")):
@@ -184,7 +184,7 @@ class Job:
 
 
 def _identity(path: Path) -> object:
-    """Return what all names of a file share: links, and upper and lower case where they are one."""
+    """Return what all names of a file share: links, and cases if the file system ignores case."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -210,5 +210,5 @@ def key_from(variable: str, *, api_base: str) -> str | None:
 
 
 def limits_of(texts: list[str | Limit], **keywords: float | None) -> tuple[Limit, ...]:
-    """Return limits as they were typed."""
+    """Return limits as given on the command line."""
     return tuple(read_limits(texts, keywords))

@@ -1,13 +1,13 @@
-"""Which lines are answered, and what was admitted: a run that was killed goes on where it was.
+"""Which lines are answered, and what was admitted: a run that was killed continues where it was.
 
-The file of answers is the truth: a line that is in it, whole, is answered. Beside it lies a SQLite
-file, the index: the keys of the lines that are answered up to a place in that file, and the limiter's
-bookings. It is brought up to date twice a second, and after a kill by reading the file from that
-place on. Every admission is written down before its request leaves; so whatever is killed, what
-counts in the provider's window is known.
+The file of answers is authoritative: a complete line in it is answered. Beside it is a SQLite file,
+the index: the keys of the lines that are answered up to a position in that file, and the limiter's
+bookings. It is updated twice a second, and after a kill by reading the file from that position on.
+Every admission is written down before its request leaves; so whatever is killed, what counts in the
+provider's window is known.
 
 SQLite does not wait for the disk here: a process may be killed at any time and nothing is lost. If
-the machine loses power the index may be broken; then it is made anew from the answers.
+the machine loses power the index may be damaged; then it is made anew from the answers.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from asyncbucket.cli.run.books import Admission
 from asyncbucket.cli.run.output import PREFIX, append
 from asyncbucket.cli.run.request import BadLine, Request
 
-#: How every line begins that is ours, whole or not.
+#: How each of our lines begins, complete or not.
 _BEGINNING: Final = b'{"id":"' + PREFIX.encode()
 _SCHEMA: Final = """
 PRAGMA journal_mode = WAL;
@@ -37,7 +37,7 @@ CREATE TEMP TABLE seen (key BLOB PRIMARY KEY, line INTEGER NOT NULL, times INTEG
 WITHOUT ROWID;
 """
 _OURS: Final = frozenset({"about", "answered", "admissions"})
-#: How every file of SQLite's begins, unless it is one that was never written through.
+#: How SQLite files begin, unless they were never flushed.
 _HEAD: Final = b"SQLite format 3\0"
 _SEE: Final = """
 INSERT INTO seen VALUES (?, ?, 1) ON CONFLICT (key) DO UPDATE SET times = times + 1
@@ -51,12 +51,12 @@ class Ledger:
     Args:
         out: the file of answers; None if they go to standard output, and nothing is kept.
         checkpoint: the index beside it.
-        settings: what makes an answer another answer.
-        restart: forget what is in them.
+        settings: the settings on which answers depend.
+        restart: forget what is in the files.
 
     Raises:
-        ValueError: another run has the files, or they were made with other settings, or ``out`` is
-            a file of somebody else's. The message says the remedy.
+        ValueError: another run is using the files, they were made with other settings, or ``out``
+            is a foreign file. The message says the remedy.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Ledger:
         self._database = self._connect()
         self._file: BinaryIO | None = None
         try:
-            if restart:  # the files are ours alone by now
+            if restart:  # by now no other run uses the files
                 self._forget()
             if out is not None:
                 self._file = out.open("ab", buffering=0)
@@ -108,7 +108,7 @@ class Ledger:
         return database
 
     def _take(self, database: sqlite3.Connection) -> None:
-        """Have the file for this run alone, with the tables in it."""
+        """Lock the file for this run, and make the tables in it."""
         database.execute("PRAGMA locking_mode = EXCLUSIVE")
         if other_tables(database, _OURS):
             raise self._not_ours(self._path)
@@ -142,9 +142,9 @@ class Ledger:
                 )
 
     def _catch_up(self, out: Path) -> None:
-        """Index what was written after the last note, and cut off half a line at the end."""
+        """Index what was written after the last update, and cut off an incomplete line at the end."""
         noted = self._about("size") or 0
-        if noted > out.stat().st_size:  # somebody shortened it: all of it is looked at again
+        if noted > out.stat().st_size:  # somebody shortened it: it is read again
             self._database.execute("DELETE FROM answered")
             noted = 0
         whole = noted
@@ -176,7 +176,7 @@ class Ledger:
         )
 
     def look_up(self, request: Request) -> tuple[bytes, bool]:
-        """Return the key of a line, which counts how many like it came before, and whether it is done.
+        """Return the key of a line, which counts equal ones before it, and whether it is answered.
 
         Raises:
             BadLine: another line has its ``custom_id``.
@@ -201,7 +201,7 @@ class Ledger:
             self._database.execute("COMMIT")
 
     def write(self, key: bytes, line: bytes) -> None:
-        """Append an answer; after that it is safe from the end of this process."""
+        """Append an answer; from then on it survives the end of this process."""
         if self._file is not None and self._out is not None:
             append(line, self._file, self._out)
             self._new.append((key,))
@@ -212,7 +212,7 @@ class Ledger:
         self._database.execute("INSERT INTO admissions VALUES (?, ?)", row)
 
     def admissions(self) -> list[Admission]:
-        """Return the admissions since the limiter's bookings were kept last."""
+        """Return the admissions since the limiter's bookings were last kept."""
         rows = self._database.execute("SELECT at, cost FROM admissions ORDER BY at").fetchall()
         return [Admission(at, json.loads(cost)) for at, cost in rows]
 
@@ -222,7 +222,7 @@ class Ledger:
         return found
 
     def keep(self, bookings: dict[str, Any]) -> None:
-        """Bring the index up to date, with the limiter's bookings of this very instant."""
+        """Update the index, with the limiter's bookings of this very instant."""
         self._write(None if self._file is None else self._file.tell(), bookings)
 
     def _write(self, size: int | None, bookings: dict[str, Any] | None = None) -> None:
@@ -256,7 +256,7 @@ class Ledger:
 
 
 def unusable(path: object, error: sqlite3.Error) -> ValueError:
-    """Return what to say of an index that cannot be read or written."""
+    """Return the error for an index that cannot be read or written."""
     return ValueError(
         f"{path}, the index of the answers, cannot be written ({error}): make room and run the same "
         f"command again, or give another -o"

@@ -1,4 +1,4 @@
-"""What can be typed after `asyncbucket run`."""
+"""The options of `asyncbucket run`."""
 
 import os
 from pathlib import Path

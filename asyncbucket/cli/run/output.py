@@ -1,4 +1,4 @@
-"""What is written for a line: its answer, or why it has none. The form is that of OpenAI's batches."""
+"""What is written for a line: its answer, or why it has none, in the form of OpenAI's batches."""
 
 import json
 import os
@@ -68,28 +68,28 @@ def _line(members: dict[str, Any]) -> bytes:
 
 
 def append(line: bytes, file: BinaryIO, path: Path) -> None:
-    """Write a line at the end of an unbuffered file, or nothing of it.
+    """Append a line to an unbuffered file, or nothing of it.
 
     Raises:
         OSError: with the path, which the system's own error lacks.
     """
     view = memoryview(line)
     try:
-        while view:  # a signal may cut a write short
+        while view:  # a signal may interrupt a write
             view = view[file.write(view) or 0 :]
     except OSError as error:
-        if path.is_file() and len(view) < len(line):  # half a line would spoil the one after it
+        if path.is_file() and len(view) < len(line):  # half a line would spoil the next one
             os.truncate(path, path.stat().st_size - (len(line) - len(view)))
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class Errors:
-    """Write failures to a file that is made with the first of them; without a file, to nowhere."""
+    """Write failures to a file that is made with the first one; without a file, discard them."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._file: BinaryIO | None = None
-        # No device, nor a link to one such as /dev/stderr: there is no other.
+        # No device, nor a link to one such as /dev/stderr: it could not be made again.
         if path is not None and path.is_file() and not path.is_symlink():
             path.unlink()
 
@@ -107,12 +107,12 @@ class Errors:
 
 
 def to_standard_output(line: bytes) -> bool:
-    """Write an answer to a pipe; return whether there is still somebody who reads it."""
+    """Write an answer to a pipe; return whether anyone still reads it."""
     try:
         sys.stdout.buffer.write(line)
         sys.stdout.buffer.flush()
     except BrokenPipeError:
-        # Or the interpreter would try again when it ends, and complain.
+        # Otherwise the interpreter would try again at its end, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return False
     return True

@@ -9,12 +9,12 @@ from asyncbucket.cli.run.tally import Tally
 from asyncbucket.limits import Limit
 from asyncbucket.wording import counted, one_line, rounded, written_out
 
-#: How people call the usual windows.
+#: Words for the usual windows.
 _PERS: Final[dict[float, str]] = {1: "a second", 60: "a minute", 86_400: "a day"}
 
 
 def headline(job: Job, tally: Tally) -> str:
-    """Say in a line or two what is going to be done, under which limits."""
+    """Say in a line or two what will be done, and under which limits."""
     limits = [_said(limit) for limit in job.limits]
     limits.append(
         f"{job.concurrency} at once" if job.concurrency != "auto" else "as many as go well"
@@ -48,7 +48,7 @@ def summary(job: Job, tally: Tally) -> str:
 
 
 def reasons(tally: Tally) -> list[str]:
-    """Return the commonest reasons why lines have no answer, a line for each."""
+    """Return the most common reasons why lines have no answer, one per line."""
     return [
         f"  {one_line(reason)}" if count == 1 else f"  {count:,} x {one_line(reason)}"
         for reason, count in tally.reasons.most_common(5)

@@ -7,14 +7,14 @@ from typing import Any, Final
 from asyncbucket.batch.keys import digest
 from asyncbucket.cli.run.job import PATHS, Job
 
-#: The member of a body that holds what is asked, by path.
+#: The member of a body that holds the question, by path.
 _ASKED: Final = {
     "/v1/chat/completions": "messages",
     "/v1/responses": "input",
     "/v1/embeddings": "input",
     "/v1/completions": "prompt",
 }
-#: The member that bounds the reply, by path, as this program writes it.
+#: The member that limits the reply, by path, as this program writes it.
 _BOUND: Final = {
     "/v1/chat/completions": "max_completion_tokens",
     "/v1/responses": "max_output_tokens",
@@ -24,8 +24,8 @@ _BOUNDS: Final = frozenset({"max_tokens", "max_completion_tokens", "max_output_t
 _LONGEST_ID: Final = 512
 
 
-class BadLine(ValueError):  # noqa: N818 - what it is about
-    """Say why a line cannot be sent, and what it is called if that can be read."""
+class BadLine(ValueError):  # noqa: N818 - it is about a line
+    """Say why a line cannot be sent, with its ``custom_id`` if that can be read."""
 
     def __init__(self, why: str, custom_id: str | None = None) -> None:
         super().__init__(why)
@@ -38,10 +38,10 @@ class Request:
 
     Attributes:
         line: the number of its line, from 1.
-        custom_id: what the user calls it; made of the number where there is none.
-        path: ``/v1/chat/completions`` and its like.
-        key: by what it is known again in another run.
-        named: whether the line had an id of its own, which no other line may have.
+        custom_id: the user's id for it; made from the line number if there is none.
+        path: such as ``/v1/chat/completions``.
+        key: by which another run recognizes it.
+        named: whether the line has an id of its own, which no other line may have.
     """
 
     line: int
@@ -109,7 +109,7 @@ def _asking(prompt: str, job: Job) -> dict[str, Any]:
 
 
 def _body_of(line: dict[str, Any], job: Job) -> dict[str, Any]:
-    """Return the body that a line without an envelope is; ``{"prompt": "..."}`` is a prompt."""
+    """Return the body in a line without an envelope; ``{"prompt": "..."}`` is a prompt."""
     if isinstance(line.get("prompt"), str) and _ASKED[PATHS[job.endpoint]] not in line:
         rest = {name: value for name, value in line.items() if name != "prompt"}
         return _asking(line["prompt"], job) | rest
@@ -130,7 +130,7 @@ def _batch_line(number: int, line: dict[str, Any], job: Job) -> Request:
 
 
 def _posted(line: dict[str, Any], job: Job) -> tuple[str, dict[str, Any]]:
-    """Return where a batch line goes, and the body that it sends there."""
+    """Return the path of a batch line, and its body."""
     if line.get("method", "POST") != "POST":
         raise BadLine(f"method is {line['method']!r}, only POST can be sent")
     path, body = line.get("url", PATHS[job.endpoint]), line.get("body")

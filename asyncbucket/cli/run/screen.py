@@ -1,4 +1,4 @@
-"""What is seen while it runs, on standard error: lines that move on a terminal, few ones in a pipe."""
+"""Progress on standard error: live lines on a terminal, occasional ones in a pipe."""
 
 from typing import Final, Protocol
 
@@ -14,7 +14,7 @@ from asyncbucket.cli.run.tally import Tally
 from asyncbucket.limiter import Limiter
 from asyncbucket.wording import counted, does
 
-#: Seconds between two looks on a terminal, and between two lines in a pipe.
+#: Seconds between two updates on a terminal, and between two lines in a pipe.
 _LIVE: Final = 0.2
 _LINES: Final = 10.0
 _BAR: Final = 28
@@ -33,9 +33,9 @@ class Screen(Protocol):
 
 
 def screen_for(console: Console, *, quiet: bool, shared: bool = False) -> Screen:
-    """Return the screen that suits a terminal, a pipe, or nobody.
+    """Return the screen that suits a terminal, a pipe, or ``quiet``.
 
-    On a terminal that is ``shared`` with the answers nothing moves: it would wipe them out.
+    On a terminal that is ``shared`` with the answers nothing moves, because it would wipe them out.
     """
     if quiet:
         return _NoScreen()
@@ -72,7 +72,7 @@ class _LiveScreen:
 
     async def keep_up(self, tally: Tally, limiter: Limiter) -> None:
         outlook = Outlook(limiter)
-        # Refreshed by this task alone: a thread of rich's would compete with the calls.
+        # Refreshed by this task only: a thread of rich's would compete with the calls.
         with Live(console=self._console, auto_refresh=False, transient=True) as live:
             while True:
                 live.update(self._view(tally, limiter, look_at(tally, outlook)), refresh=True)
@@ -94,7 +94,7 @@ class _LiveScreen:
 
 
 def look_at(tally: Tally, outlook: Outlook) -> Look:
-    """Judge how long it will take, by what was done and by what the limits allow."""
+    """Estimate how long it will take, from what was done and from what the limits allow."""
     left = None
     if tally.total is not None:
         items = max(0, tally.total - tally.done)
@@ -105,7 +105,7 @@ def look_at(tally: Tally, outlook: Outlook) -> Look:
 
 
 def _pace(look: Look, tally: Tally) -> list[str]:
-    if tally.stopping:  # what is left is left for the next run
+    if tally.stopping:  # the rest is left for the next run
         return ["stopping"]
     words = look.words()
     if look.bound_by is not None:
@@ -124,5 +124,5 @@ def _counts(tally: Tally, limiter: Limiter) -> list[str]:
 
 
 def dollars(amount: float) -> str:
-    """Return an amount of money, with as many digits as say something."""
+    """Return an amount of money, with as many digits as matter."""
     return f"${amount:,.2f}" if amount >= 1 else f"${amount:.4f}"

@@ -1,4 +1,4 @@
-"""Ask the provider: one request, paced, tried again as long as that makes sense."""
+"""Send requests to the provider: paced, and retried as long as that makes sense."""
 
 import functools
 import json
@@ -23,22 +23,22 @@ from asyncbucket.limiter import Limiter
 from asyncbucket.retry import Retrier, Retry, Sent
 
 _MESSAGE: Final = 500
-#: What a reply that cannot be read raises; too many brackets are the latter.
+#: What parsing an unreadable reply raises; too deep nesting raises the latter.
 _NO_JSON: Final = (ValueError, RecursionError)
-#: Nobody was there to be asked: nothing was sent.
+#: Nobody could be reached, so nothing was sent.
 UNREACHABLE: Final = (httpx.ConnectError, httpx.ConnectTimeout)
-#: Connections that are kept for the next request. For each request httpcore looks at every pair of
-#: idle ones: with a hundred of them that takes more time than all else together.
+#: Connections kept for the next request. For each request httpcore compares idle ones in pairs: a
+#: hundred of them would take more time than everything else together.
 _IDLE: Final = 32
 
 
 def request_id(response: httpx.Response) -> str:
-    """Return what the provider calls the request: who asks it for help has to name that."""
+    """Return the provider's id of the request, which its support asks for."""
     return str(response.headers.get("x-request-id", ""))
 
 
 class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
-    """Carry a reply that is an error, or not JSON, as `asyncbucket.retry` reads it."""
+    """Carry a reply that is an error, or not JSON, in a form that `asyncbucket.retry` reads."""
 
     def __init__(self, response: httpx.Response) -> None:
         self.response = response
@@ -57,13 +57,13 @@ class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
 
     @property
     def error(self) -> Mapping[str, Any]:
-        """What the provider says about it."""
+        """The error object in the reply."""
         error = self.body.get("error") if isinstance(self.body, dict) else None
         return error if isinstance(error, dict) else {}
 
     @property
     def message(self) -> str:
-        """What it says, for people."""
+        """The error's message, for people."""
         said = self.error.get("message") or self.body
         if self.is_of_another_server:
             said = f"the reply is not JSON: {said or 'it is empty'}"
@@ -71,7 +71,7 @@ class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
 
     @property
     def code(self) -> str:
-        """What it says, for programs."""
+        """The error's code, for programs."""
         if self.is_of_another_server:
             return "no_json"
         return str(self.error.get("code") or self.error.get("type") or f"http_{self.status_code}")
@@ -83,7 +83,7 @@ class Stopped(Exception):  # noqa: N818 - nothing went wrong
 
 @dataclass(slots=True)
 class Reply:
-    """What came of one request."""
+    """The result of one request."""
 
     attempts: int = 0
     #: Seconds in line, over all attempts.
@@ -106,7 +106,7 @@ class Reply:
         return (0, 0) if usage is None else (usage.input_tokens, usage.output_tokens)
 
 
-#: The reply that is waited for in this task.
+#: The reply that this task waits for.
 _CURRENT: Final[ContextVar[Reply | None]] = ContextVar("asyncbucket_run", default=None)
 
 
@@ -119,7 +119,7 @@ class Sender:
         self._retrier = Retrier(Retry(attempts=job.attempts), limiter)
         base, mark, query = job.api_base.partition("?")
         self._base = base.rstrip("/")
-        #: Behind each path, such as the version of Azure's API.
+        #: Appended to each path, such as the version of Azure's API.
         self._query = mark + query
         self._client: httpx.AsyncClient = limiter.http_client(
             family="httpx",
@@ -131,16 +131,16 @@ class Sender:
         #: Requests that wait in line or in a back-off.
         self._unsent: dict[int, Reply] = {}
         self._begun = 0
-        #: Set, and made anew, whenever a request is over.
+        #: Set, and replaced, whenever a request is over.
         self.over = anyio.Event()
         self._forget = limiter.observe(self._hear)
 
     async def send(self, request: Request, reply: Reply) -> None:
-        """Send ``request``, and put into ``reply`` what comes of it.
+        """Send ``request``, and put the result into ``reply``.
 
         Raises:
-            HTTPFailure: the provider's last word is an error.
-            httpx.HTTPError: there was none.
+            HTTPFailure: the final reply is an error.
+            httpx.HTTPError: there was no reply.
             Stopped: it was not sent.
             AsyncBucketError: it can never be admitted.
         """
@@ -167,7 +167,7 @@ class Sender:
         return self._begun - len(self._unsent)
 
     def stop(self) -> None:
-        """Have no more requests sent; those that are under way go on."""
+        """Send no more requests; those in flight go on."""
         for reply in self._unsent.values():
             reply.scope.cancel()
 
@@ -177,7 +177,7 @@ class Sender:
             reply.scope.cancel()
 
     def _hear(self, event: Event) -> None:
-        """Note an admission, in the ledger first: the request leaves after that."""
+        """Note an admission, first in the ledger; the request leaves after that."""
         if isinstance(event, Admitted):
             cost = {name: units for name, units in event.cost.items() if name != "concurrency"}
             self._ledger.admitted(cost)
@@ -198,7 +198,7 @@ class Sender:
             self._tally.sent += not isinstance(error, UNREACHABLE)
             self._waits(reply)
             raise
-        except BaseException:  # dropped, in line or under way
+        except BaseException:  # cancelled, in line or in flight
             self._tally.sent += id(reply) not in self._unsent
             raise
         self._tally.sent += 1

@@ -13,7 +13,7 @@ class Tally:
     """Count lines, calls and tokens."""
 
     price: Price | None = None
-    #: Lines that are requests or should be; None while nobody knows.
+    #: Lines that are requests or should be; None while unknown.
     total: int | None = None
     #: Answered by an earlier run.
     earlier: int = 0
@@ -27,7 +27,7 @@ class Tally:
     sent: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
-    #: What was admitted in all, by resource.
+    #: The total of what was admitted, by resource.
     admitted: Counter[str] = field(default_factory=Counter[str])
     #: Why lines failed or were bad, and how many.
     reasons: Counter[str] = field(default_factory=Counter[str])
@@ -35,12 +35,12 @@ class Tally:
     ended: float | None = None
     #: Whether it was told to stop.
     stopping: bool = False
-    #: Why no call can succeed, if that is so.
+    #: Why no call can succeed, if none can.
     fatal: str | None = None
 
     @property
     def done(self) -> int:
-        """Lines that are over, in this run or an earlier one."""
+        """Lines that are finished, in this run or an earlier one."""
         return self.earlier + self.answered + self.failed + self.bad
 
     @property
@@ -50,11 +50,11 @@ class Tally:
 
     @property
     def cost(self) -> float | None:
-        """Dollars for the tokens so far, where the price is known."""
+        """Dollars for the tokens so far, if the price is known."""
         return None if self.price is None else self.price.of(self.input_tokens, self.output_tokens)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON can hold it."""
+        """Return it in values that JSON can hold."""
         cost = self.cost
         return {
             "lines": self.done if self.total is None else self.total,

@@ -26,25 +26,24 @@ from asyncbucket.limiter import Limiter
 from asyncbucket.retry import classify
 from asyncbucket.wording import counted
 
-#: Seconds between two notes of what is done.
+#: Seconds between two updates of what is done.
 _KEEP: Final = 0.5
-#: Statuses that any other request would get, too: the key, the account, its rights.
+#: Statuses that any other request would get, too: because of the key, the account, its rights.
 _FATAL: Final = frozenset({401, 402, 403})
 _UNKNOWN: Final = 401
-#: Statuses of a server, or of a place on it, that is not the API.
+#: Statuses of a server, or of a path on it, that is not the API.
 _ELSEWHERE: Final = frozenset({404, 405})
-#: So many failures in a row, each after its own attempts, are an outage: the other lines are for
-#: another time.
+#: This many failures in a row, each after its own attempts, are an outage, which ends the run.
 _OUTAGE: Final = 50
 
 
 class Run:
-    """One run, from where the last one stopped.
+    """One run, continuing where the last one stopped.
 
     Args:
         job: what is to be done.
-        tally: what is counted while it runs.
-        screen: what shows it.
+        tally: counts while it runs.
+        screen: shows the progress.
     """
 
     def __init__(self, job: Job, tally: Tally, screen: Screen) -> None:
@@ -59,13 +58,13 @@ class Run:
         )
         self._errors = Errors(job.errors_file)
         self._stopped = anyio.Event()
-        #: Requests since the last answer that failed as those of an outage do.
+        #: Consecutive requests, since the last answer, that failed as in an outage.
         self._lost_in_a_row = 0
         self.limiter = Limiter(*job.limits, concurrency=job.concurrency, name="run")
         self._sender = Sender(job, self.limiter, self._ledger, tally)
 
     async def run(self) -> None:
-        """Send all lines that are not answered; Ctrl-C ends it when those under way are done."""
+        """Send all lines that are not answered; on Ctrl-C, finish only those in flight."""
         with self._ledger as ledger, contextlib.closing(self._errors):
             restore(self.limiter, ledger.admissions(), saved=ledger.bookings())
             try:
@@ -77,10 +76,10 @@ class Run:
                 ledger.keep(snapshot(self.limiter))
 
     async def _work(self) -> None:
-        """Do all of it.
+        """Do all the work.
 
         Raises:
-            Exception: as it was raised, not in a group.
+            Exception: the original one, not in a group.
         """
         try:
             await self._work_together()
@@ -114,7 +113,7 @@ class Run:
             self._answered(task, reply)
 
     def _answered(self, task: Task, reply: Reply) -> None:
-        """Write an answer, with nothing between it and its arrival."""
+        """Write an answer as soon as it arrives, with nothing in between."""
         line = answer(
             key=task.key,
             line=task.request.line,
@@ -192,7 +191,7 @@ class Run:
         self._sender.stop()
 
     def _stop_once(self) -> bool:
-        """Begin to stop; return whether that is news."""
+        """Begin to stop; return whether that is new."""
         if self._tally.stopping:
             return False
         self._stop()
@@ -206,7 +205,7 @@ class Run:
         return True
 
     async def _end_when_stopped(self, reading: anyio.CancelScope) -> None:
-        """End what may wait for ever for the next line of a pipe."""
+        """End the reading, which may wait for ever for the next line of a pipe."""
         await self._stopped.wait()
         while self._sender.under_way:
             await self._sender.over.wait()
@@ -220,7 +219,7 @@ class Run:
 
 @contextlib.contextmanager
 def _on_signal(stop: Callable[[], bool]) -> Generator[None]:
-    """Have the first SIGINT or SIGTERM call ``stop``, and the second cancel this task."""
+    """Make the first SIGINT or SIGTERM call ``stop``, and the second cancel this task."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
 

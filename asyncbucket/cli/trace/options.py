@@ -1,4 +1,4 @@
-"""What can be typed after `asyncbucket plot`."""
+"""The options of `asyncbucket plot`."""
 
 from pathlib import Path
 from typing import Annotated, Final

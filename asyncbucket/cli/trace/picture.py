@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def draw(story: Story, path: Path, *, dark: bool) -> None:
-    """Draw a story into a file; see `canvas` for what may be wrong with that."""
+    """Draw a story into a file; see `canvas` for the errors."""
     rows = len(story.limits) + 1
     with canvas(path, what="a trace", size=(8, 1.2 + 1.7 * rows), dark=dark) as figure:
         paused = "; paused where it is red" if story.pauses else ""
@@ -31,7 +31,7 @@ def draw(story: Story, path: Path, *, dark: bool) -> None:
 
 
 def _window(axis: "Axes", story: Story, limit: Mapping[str, Any]) -> None:
-    """Draw how many units the window that ends at each instant holds."""
+    """Draw how many units are in the window that ends at each instant."""
     resource, amount, per = limit["resource"], limit["amount"], limit["per"]
     instants = [at for at, cost in story.admitted if cost.get(resource)]
     units = [cost[resource] for _, cost in story.admitted if cost.get(resource)]

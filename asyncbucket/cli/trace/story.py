@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """Hold what happened: instants are seconds from the first event on."""
+    """Hold what happened; instants are seconds from the first event on."""
 
     limiter: str
     limits: tuple[Mapping[str, Any], ...]
@@ -23,7 +23,7 @@ class Story:
 
 
 def read(path: Path) -> Story:
-    """Return the story that a trace tells.
+    """Return the story in a trace.
 
     Raises:
         ValueError: it is not a trace, or nothing happened in it.
@@ -69,9 +69,9 @@ def _story(head: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> Story
 
 
 def _waiting(events: Sequence[Mapping[str, Any]], start: float) -> Iterator[tuple[float, int]]:
-    """Yield how many waited, over all limiters of the trace: each tells its own line."""
+    """Yield how many waited, over all limiters of the trace, each of which reports its own line."""
     lines: dict[str, int] = {}
-    yield 0.0, 0  # who is refused, or pauses, says nothing of a line
+    yield 0.0, 0  # a refusal or a pause says nothing of the line
     for event in events:
         if "waiting" in event:
             lines[event.get("limiter", "")] = event["waiting"]

@@ -1,4 +1,4 @@
 """`asyncbucket watch`: what running limiters do, live, in a terminal.
 
-`options` is what can be typed, `source` asks, `view` says what it means, `screen` shows it.
+`options` defines the options, `source` reads the state, `view` interprets it, `screen` shows it.
 """

@@ -1,4 +1,4 @@
-"""What can be typed after `asyncbucket watch`."""
+"""The options of `asyncbucket watch`."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Views as a terminal shows them, and as plain lines where there is none."""
+"""Views for a terminal, or as plain lines if there is none."""
 
 from collections.abc import Iterable, Sequence
 from typing import Final
@@ -41,7 +41,7 @@ def _limiter(view: View, width: int, *, unicode: bool) -> Iterable[RenderableTyp
 
 
 def _indented(text: Text) -> RenderableType:
-    """Set ``text`` in, and all lines that it takes on a narrow terminal."""
+    """Indent ``text``, and all lines that it takes on a narrow terminal."""
     return Padding(text, (0, 0, 0, 2), expand=False)
 
 

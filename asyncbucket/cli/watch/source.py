@@ -1,4 +1,4 @@
-"""Whom to ask: a program's own endpoint, or a store that several programs share."""
+"""Where to read: a program's own endpoint, or a store that several programs share."""
 
 import asyncio
 import http.client
@@ -12,24 +12,24 @@ from asyncbucket.errors import StoreError
 from asyncbucket.stats.report import row_of
 from asyncbucket.stores import Snapshot, open_store, without_password
 
-#: What a look gives: the JSON of `asyncbucket.stats.report`.
+#: What one reading returns: the JSON of `asyncbucket.stats.report`.
 Look = Callable[[], dict[str, Any]]
 
 _PATIENCE: Final = 5.0
 _OK: Final = 200
-#: What is said of every limiter, be it a program's or a store's.
+#: Members that every limiter has, a program's or a store's.
 _ALWAYS: Final = frozenset({"name", "limits", "paused", "in_flight"})
 
 
 class SourceError(Exception):
-    """Say why there is nothing to see, and what to do about it."""
+    """Say why nothing can be read, and what to do about it."""
 
 
 def source(url: str) -> Look:
-    """Return what looks at ``url``.
+    """Return a function that reads ``url``.
 
     Raises:
-        ValueError: nobody can be asked by such a URL.
+        ValueError: the URL is of an unknown kind.
     """
     scheme, known, _ = url.partition("://")
     shown = without_password(url)
@@ -84,7 +84,7 @@ def _fetch(connection: http.client.HTTPConnection, url: str) -> dict[str, Any]:
 
 
 def _is_report(seen: object) -> bool:
-    """Tell whether ``seen`` is of limiters, and not the JSON of some other server."""
+    """Tell whether ``seen`` reports limiters, and is not the JSON of another server."""
     limiters = seen.get("limiters") if isinstance(seen, dict) else None
     return isinstance(limiters, list) and all(
         isinstance(each, dict) and each.keys() >= _ALWAYS for each in limiters
@@ -92,7 +92,7 @@ def _is_report(seen: object) -> bool:
 
 
 async def _peek(url: str) -> dict[str, Any]:
-    """Look at all limiters of a store."""
+    """Read all limiters of a store."""
     store = open_store(url)
     try:
         names = await store.names()

@@ -1,4 +1,4 @@
-"""What a look means: bars, rates since the last look, and how long the line will take."""
+"""What a reading means: bars, rates since the last one, and how long the line will take."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class View:
     bars: tuple[Bar, ...]
     #: Facts in words, the most pressing first.
     facts: tuple[str, ...]
-    #: Whether something needs a person's eye: a pause, or refusals by the provider.
+    #: Whether someone should look at it: a pause, or refusals by the provider.
     alarming: bool
 
     @classmethod
@@ -45,8 +45,8 @@ class View:
     ) -> Self:
         """Compare a limiter with how it was ``seconds`` ago.
 
-        ``above`` are the limiters that it is a child of: where several limit what holds up its
-        calls, here and there, it is those with the least left.
+        ``above`` are the limiters above it. If several limits, here and there, count the resource
+        that binds its calls, the one with the least left is shown as binding.
         """
         binding = now.get("bound_by")
         least = min(
@@ -81,7 +81,7 @@ class View:
 def compare(
     now: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]], seconds: float
 ) -> list[View]:
-    """Compare all limiters of a look with how they were ``seconds`` ago."""
+    """Compare all limiters of a reading with how they were ``seconds`` ago."""
     then = {each["name"]: each for each in before}
     return [
         View.of(
@@ -95,7 +95,7 @@ def compare(
 
 
 def _limits(limiter: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the limits of a limiter, its slots as the last of them."""
+    """Yield the limits of a limiter, with its slots as the last one."""
     yield from limiter["limits"]
     slots, taken = limiter.get("concurrency"), limiter["in_flight"]
     if slots:

@@ -1,14 +1,14 @@
 """Limits shared by the processes of one machine, in a file: ``store="sqlite:///limits.db"``.
 
-No server, nothing to install. What was booked survives restarts, so limits of a day or a month hold
-over them. Processes may be killed at any instant: the file holds whole batches only, and the slots
-of the dead come back when they expire.
+No server, nothing to install. Bookings survive restarts, so limits of a day or a month still hold.
+A process may be killed at any instant: the file holds whole batches only, and the slots of dead
+processes come back when they expire.
 
-How it is made, from below: `books` is the arithmetic, pure, with `trip`, a batch's way through it, and
-`line`, who is next; `verbs` what is done to it, as values; `written` the books as text; `clock` the one
-clock of all processes; `file` the SQLite file, and `faults` what its errors mean; `shelf` a process's
-copy of the books; `clerk` the thread that works on the file; `closing` when files must be closed;
-`ledger` what a worker holds.
+The modules, bottom up: `books` is the arithmetic, pure, with `trip`, a batch's way through it, and
+`line`, who is next; `verbs` are the operations on it, as values; `written` is the books as text;
+`clock` the one clock of all processes; `file` the SQLite file, and `faults` what its errors mean;
+`shelf` a process's copy of the books; `clerk` the thread that works on the file; `closing` decides
+when files must be closed; `ledger` is what a worker uses.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from asyncbucket.stores.store import Snapshot, Terms, check_membership
 
 __all__ = ["SQLiteLedger", "SQLiteStore", "from_url"]
 
-#: Seconds within which the store answers or says why not.
+#: Within this many seconds the store answers or says why not.
 PATIENCE: Final = 0.2
 _HOW: Final = (
     "write sqlite:///limits.db for a file in this folder, sqlite:////var/lib/limits.db for another"
@@ -35,16 +35,16 @@ _HOW: Final = (
 
 
 class SQLiteStore:
-    """Keep limiters in the file at ``path``; any number of processes of this machine may.
+    """Keep limiters in the file at ``path``, for any number of processes of this machine.
 
-    Nothing is opened before it is used. The file, and beside it the ``-wal`` and ``-shm`` of SQLite,
-    belong on a local disk: network file systems share no memory between machines.
+    Nothing is opened before it is used. The file, and SQLite's ``-wal`` and ``-shm`` files beside
+    it, must be on a local disk: network file systems share no memory between machines.
 
     Args:
-        path: the file; it is made if need be, its folder is not.
+        path: the file; it is made if necessary, its folder is not.
         patience: seconds to wait for the file's write lock, which others hold for well under a
             millisecond.
-        clock: tells the time that all processes share, for tests.
+        clock: the time that all processes share, for tests.
 
     Raises:
         ValueError: ``patience`` is not a positive number of seconds.
@@ -68,12 +68,12 @@ class SQLiteStore:
 
     @property
     def url(self) -> str:
-        """Where it is: it leads to the same file from whatever folder."""
+        """A URL that leads to the same file from any working directory."""
         patience = "" if self._patience == PATIENCE else f"?patience={self._patience}"
         return f"sqlite:///{quote(str(self._path))}{patience}"
 
     def check(self, terms: Terms) -> None:
-        """See `asyncbucket.stores.store.Store.check`: whole numbers of any size are counted."""
+        """See `asyncbucket.stores.store.Store.check`: whole numbers of any size can be counted."""
 
     async def open(
         self, name: str, terms: Terms, *, worker: str | None = None, slot_ttl: float = 30.0
@@ -86,11 +86,11 @@ class SQLiteStore:
         return ledger
 
     async def peek(self, name: str) -> Snapshot | None:
-        """See `asyncbucket.stores.store.Store.peek`; where there is no file none is made."""
+        """See `asyncbucket.stores.store.Store.peek`; it makes no file if there is none."""
         return await self._onlooker(name).look() if self._path.exists() else None
 
     async def names(self) -> list[str]:
-        """See `asyncbucket.stores.store.Store.names`; where there is no file none is made."""
+        """See `asyncbucket.stores.store.Store.names`; it makes no file if there is none."""
         return await self._onlooker("").names() if self._path.exists() else []
 
     def _onlooker(self, name: str) -> SQLiteLedger:
@@ -104,7 +104,7 @@ class SQLiteStore:
         return ledger
 
     async def aclose(self) -> None:
-        """Finish what is under way, and close the file."""
+        """Finish what is in progress, and close the file."""
         thread = self._clerk.stop()
         if thread is not None:
             await asyncio.to_thread(thread.join)
@@ -114,10 +114,10 @@ class SQLiteStore:
 
 
 def from_url(url: str) -> SQLiteStore:
-    """Return the store that ``url`` names; ``?patience=5`` waits so many seconds for the lock.
+    """Return the store that ``url`` names; ``?patience=5`` waits up to 5 seconds for the lock.
 
     Raises:
-        ValueError: the URL names no file, or says something unknown.
+        ValueError: the URL names no file, or contains something unknown.
     """
     from asyncbucket.stores import without_password
 

@@ -1,10 +1,10 @@
 """The books of one limiter: its meters and slots, and what each batch of a worker does to them.
 
-Nothing here waits, reads a clock or knows of files. Each verb gets ``now`` and leaves the books in
-a state that follows from what they were and from its arguments alone. So two processes that apply
-the same verbs in the same order keep the same books: the journal in the file holds verbs.
+Nothing here waits, reads a clock or knows of files. Each verb gets ``now``, and its result depends
+only on the earlier state of the books and on its arguments. So two processes that apply the same
+verbs in the same order keep the same books: the journal in the file holds verbs.
 
-Calls are booked at instants that may lie ahead, never before the last one booked: dates in a
+Calls are booked at instants that may lie ahead, but never before the last one booked: dates in a
 `Window` ascend, whoever books.
 """
 
@@ -31,12 +31,12 @@ from asyncbucket.stores.store import (
     Use,
 )
 
-#: What makes two limits the same limit: the resource, and the window in ns.
+#: What identifies a limit: the resource, and the window in ns.
 Key: TypeAlias = tuple[str, int]
 
-#: Books are kept for so long (ns) at least.
+#: Books are kept for at least this long (ns).
 _LEAST: Final = 60_000_000_000
-#: No instant is later in a file: a huge debt is paid off, in effect, never.
+#: No instant in a file is later: a huge debt is practically never paid off.
 _FOREVER: Final = (1 << 63) - 1
 
 
@@ -109,7 +109,7 @@ class Books:
         self.edition += 1
 
     def leave(self, worker: str) -> None:
-        """Forget ``worker``; its slots live on until they are released, or expire."""
+        """Forget ``worker``; its slots stay until they are released, or expire."""
         self.line.leave(worker)
         self.turns.leave(worker)
         self.workers.pop(worker, None)
@@ -117,7 +117,7 @@ class Books:
     def absorb(self, ours: "Books", now: int, *, origin: "Books") -> None:
         """Charge what ``ours`` know of the past and these books do not.
 
-        ``origin`` is what these were begun from: a copy of ours at an earlier time, or nothing.
+        ``origin`` is what these were started from: an earlier copy of ours, or nothing.
         """
         when = max(now, self.last_start)
         before = {name: meter.available(now) for name, meter, _ in origin.each()}
@@ -132,7 +132,7 @@ class Books:
         self.given = max(self.given, ours.given)
 
     def each(self) -> Iterator[tuple[tuple[Key, type], Meter, int]]:
-        """Yield each meter with a name for it, and with what it can hold."""
+        """Yield each meter with a name for it, and with its size."""
         for key, (limit, window, bucket) in self.limits.items():
             yield (key, Window), window, limit.amount
             if bucket is not None:
@@ -172,7 +172,7 @@ class Books:
         )
 
     def until(self, now: int) -> int:
-        """Return from when on there is nothing left to remember, if nothing happens any more."""
+        """Return from when on there is nothing left to remember, if nothing else happens."""
         ends = [now + _LEAST, self.pause.until, *self.slots.values(), *self.workers.values()]
         for _, window, bucket in self.limits.values():
             ends.append(max(now, self.last_start) + 2 * window.window)
@@ -181,9 +181,9 @@ class Books:
         return min(max(ends), _FOREVER)
 
     def check(self) -> int:
-        """Return a number that two copies of the same books have in common.
+        """Return a checksum that is the same for two copies of the same books.
 
-        What windows and slots have forgotten is left out: they do so when they are looked at.
+        What windows and slots forget is left out, because they forget only when they are looked at.
         """
         total = self.last_start + self.pause.until + self.given + self.edition
         for kept in self.limits.values():
@@ -191,7 +191,7 @@ class Books:
         return total % (1 << 31)
 
     def held(self, now: int) -> Counter[str]:
-        """Count the slots that each worker holds; their names begin with its own."""
+        """Count the slots that each worker holds; their names begin with the worker's."""
         return Counter(slot.partition(":")[0] for slot, until in self.slots.items() if until > now)
 
     def slotless(self, worker: str, now: int, held: Mapping[str, int]) -> bool:
@@ -202,17 +202,17 @@ class Books:
         return size - len(self.slots) <= self.line.kept(worker, now, held)
 
     def exceeded(self, amounts: Amounts) -> str | None:
-        """Return the resource of which ``amounts`` asks more than a limit ever allows."""
+        """Return the resource of which ``amounts`` exceeds a limit."""
         for limit, *_ in self.limits.values():
             if amounts.get(limit.resource, 0) > limit.amount:
                 return limit.resource
         return None
 
     def earliest(self, amounts: Amounts, now: int, *, since: int = 0) -> tuple[int, str | None]:
-        """Return when a call may start, all that was booked considered, and what it waits for.
+        """Return when a call may start, after all that is booked, and what it waits for.
 
-        A call above a burst earns what is above it while it is first in line: ``since`` when, if
-        not since now.
+        A call above a burst earns the excess while it is first in line: since ``since``, or else
+        since now.
         """
         start = max(now, self.last_start)
         bound_by = self.last_bound if start > now else None

@@ -1,12 +1,12 @@
 """The clerk: the one thread that works on the file, for all ledgers of a store.
 
 The event loop never waits for the disk: it hands over jobs, and is called back. All jobs that came
-up while the clerk was busy become one transaction (group commit), so that the disk and the lock cost
-a batch of jobs as much as a single one. If that transaction fails, all jobs fail, those that have
-come up meanwhile too: nobody waits behind a lock for longer than the store's patience.
+up while the clerk was busy become one transaction (group commit), so for the disk and the lock a
+batch of jobs costs as much as a single one. If that transaction fails, all its jobs fail, and so do
+those that have come up meanwhile: nobody waits behind a lock for longer than the store's patience.
 
-Slots that come back are found by looking: while somebody waits for one, the clerk asks every few
-milliseconds whether another connection has written, which costs a look into shared memory.
+Slots that come back are noticed by polling: while somebody waits for one, the clerk checks every
+few milliseconds whether another connection has written, which costs one look into shared memory.
 """
 
 import asyncio
@@ -27,13 +27,13 @@ from asyncbucket.stores.sqlite.shelf import Shelf
 from asyncbucket.stores.sqlite.verbs import Verb
 from asyncbucket.stores.store import Terms
 
-#: How often (s) the clerk looks for changes while somebody waits for one.
+#: How often (s) the clerk checks for changes while somebody waits for one.
 _LOOK: Final = 0.005
-#: How often (ns) it looks whether a slot has expired meanwhile.
+#: How often (ns) it checks whether a slot has expired meanwhile.
 _EXPIRY: Final = 20_000_000
-#: Jobs in one transaction.
+#: The most jobs in one transaction.
 _BATCH: Final = 256
-#: How long (s) who forks waits for a transaction to end; it forks all the same.
+#: How long (s) a fork waits for a transaction to end; then it forks all the same.
 _FORK_PATIENCE: Final = 1.0
 
 
@@ -41,22 +41,22 @@ _FORK_PATIENCE: Final = 1.0
 class Answer:
     """What became of a job."""
 
-    #: The last verb's answer, or the snapshot asked for.
+    #: The last verb's answer, or the requested snapshot.
     result: Any
     #: Which terms are in force.
     edition: int
     terms: Terms
 
 
-#: Is called on the job's loop with an answer or an error.
+#: Called on the job's loop with an answer or an error.
 Done: TypeAlias = Callable[[Answer | None, StoreError | None], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Do to the books of limiter ``name`` what ``verbs`` returns at that moment.
+    """Apply to the books of limiter ``name`` what ``verbs`` returns when it is run.
 
-    Without verbs it is asked for a snapshot, which is None if there is no such limiter.
+    Without verbs it asks for a snapshot, which is None if there is no such limiter.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Watch:
 
 
 class Clerk:
-    """Serve jobs in order, on a thread that begins with the first of them."""
+    """Serve jobs in order, on a thread that starts with the first one."""
 
     def __init__(self, file: File, clock: SharedClock) -> None:
         self._file = file
@@ -92,22 +92,22 @@ class Clerk:
         look_after(self)
 
     def after_fork(self, *, new: bool = False) -> None:
-        """Begin anew in a child process: thread and connection are the parent's."""
+        """Start afresh in a child process: thread and connection are the parent's."""
         self._jobs: queue.SimpleQueue[Job | Watch | None] = queue.SimpleQueue()
         self._watches: list[Watch] = []
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
-        #: Held by whoever uses the file, or keeps it closed.
+        #: Held while the file is in use, or is kept closed.
         self._at_file = threading.Lock()
         self._closed = False
-        #: What the file was when those who wait were last told, and when time alone may change it.
+        #: The file's state when waiters were last notified, and when time alone may change it.
         self._seen = -1
         self._look_again = 0
         if not new:
             self._file.forget()
 
     def stand_still(self) -> bool:
-        """Close the file, and leave it so until `go_on`; return whether that could be had in time."""
+        """Close the file, and keep it closed until `go_on`; return whether that succeeded in time."""
         if not self._at_file.acquire(timeout=_FORK_PATIENCE):
             return False
         self._file.close()
@@ -134,7 +134,7 @@ class Clerk:
             self._jobs.put(job)
 
     def stop(self) -> threading.Thread | None:
-        """End the thread when it has done what there is; return it, to be waited for."""
+        """End the thread when it has done its jobs; return it, to be joined."""
         with self._starting:
             if not self._closed:
                 self._closed = True
@@ -152,9 +152,10 @@ class Clerk:
             self._thread = None
 
     def _step(self, jobs: "queue.SimpleQueue[Job | Watch | None]") -> bool:
-        """Do what there is to do; return whether there will be more.
+        """Do the jobs that there are; return whether there will be more.
 
-        Between steps no job is held, for it would hold its ledger, and that its store.
+        Between steps no job is referred to, because it would keep its ledger, and so its store,
+        alive.
         """
         batch, more = self._gathered(jobs)
         with self._at_file:
@@ -165,7 +166,7 @@ class Clerk:
         return more
 
     def _gathered(self, jobs: "queue.SimpleQueue[Job | Watch | None]") -> tuple[list[Job], bool]:
-        """Return what there is to do, and whether there will be more."""
+        """Return the jobs that there are, and whether there will be more."""
         batch: list[Job] = []
         wait: float | None = _LOOK if self._watches else None
         with contextlib.suppress(queue.Empty):
@@ -191,7 +192,7 @@ class Clerk:
             self._look_again = 0
         except StoreError as error:
             failure = error
-        except Exception as error:  # noqa: BLE001 - a mistake of ours must not end the thread
+        except Exception as error:  # noqa: BLE001 - our own mistake must not end the thread
             failure = StoreError(f"{self._file.path}: {type(error).__name__}: {error}")
             failure.__cause__ = error
         else:
@@ -252,7 +253,7 @@ class Clerk:
         return Answer(result, books.edition, books.terms)
 
     def _look(self) -> None:
-        """Tell those who wait for a change if there was one."""
+        """Notify those that wait for a change if there was one."""
         self._watches = [watch for watch in self._watches if not watch.changed.done()]
         now = self._clock.now()
         if not self._watches or not (self._follow() or now >= self._look_again):
@@ -263,8 +264,8 @@ class Clerk:
             _call(watch.changed.get_loop(), _resolve, watch.changed)
 
     def _follow(self) -> bool:
-        """Keep those books that somebody watches abreast of the file; return whether it changed."""
-        with contextlib.suppress(StoreError):  # whoever commits next is told
+        """Keep watched books up to date with the file; return whether it changed."""
+        with contextlib.suppress(StoreError):  # the next commit reports it
             seen = self._file.changes()
             if seen != self._seen:
                 with self._file.view() as connection:

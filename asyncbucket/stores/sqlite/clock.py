@@ -1,14 +1,14 @@
 """One clock for all processes of a machine, which never goes back, whatever the wall clock does.
 
-The wall clock jumps: people set it, and so do time servers. A jump forward would make a window
-forget too early, a jump back would stop all calls until the clock is where it was. So the wall
-clock is read once for each boot of the machine. From then on time is the machine's steady clock,
-which all processes see alike, plus what it was behind; the file keeps that number beside the boot
-that it belongs to. A new boot goes on from the last instant in the file, or from the wall clock if
-that is later: limits of a day survive a restart.
+The wall clock jumps, when people or time servers set it. A jump forward would make a window forget
+too early; a jump back would stop all calls until the clock is where it was. So the wall clock is
+read once for each boot of the machine. From then on, time is the machine's steady clock, which all
+processes share, plus a constant offset; the file keeps that offset with the boot that it belongs
+to. A new boot continues from the last instant in the file, or from the wall clock if that is later:
+limits of a day survive a restart.
 
-Where the system does not tell one boot from another each process reads the wall clock once, and is
-moved on to the last instant in the file.
+If the system does not identify boots, each process reads the wall clock once, and moves on to the
+last instant in the file.
 """
 
 import contextlib
@@ -25,27 +25,27 @@ class Reading(NamedTuple):
 
     #: Which boot `ahead` belongs to; empty if unknown.
     boot: str
-    #: What the shared clock is ahead (ns) of the machine's steady clock.
+    #: How far (ns) the shared clock is ahead of the machine's steady clock.
     ahead: int
-    #: The last instant that anybody has read.
+    #: The last instant that any process has read.
     last: int
 
 
 def this_boot() -> str:
-    """Return a name for this boot of the machine, or nothing where there is none."""
+    """Return a name for this boot of the machine, or "" if there is none."""
     with contextlib.suppress(OSError):
         return _BOOT.read_text("ascii").strip()
     return ""
 
 
 def steady() -> int:
-    """Return nanoseconds that all processes of this machine see alike, sleep of it included."""
+    """Return nanoseconds that all processes of this machine share; suspended time is included."""
     ticking = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic_ns() if ticking is None else time.clock_gettime_ns(ticking)
 
 
 class SharedClock:
-    """Tell the time that all who use a file share, in ns; about the wall clock's."""
+    """Tell the time that all users of a file share, in ns; it is close to the wall clock."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class SharedClock:
         self._ahead = wall() - steady()
 
     def read(self, known: Reading | None) -> Reading:
-        """Return the present instant, ``last``, and what to write into the file beside it."""
+        """Return the current instant, as ``last``, and what else to write into the file."""
         now = self._steady()
         if known is not None:
             if self._boot and known.boot == self._boot:
@@ -68,5 +68,5 @@ class SharedClock:
         return Reading(self._boot, self._ahead, now + self._ahead)
 
     def now(self) -> int:
-        """Return the present instant as this process knows it, without asking the file."""
+        """Return the current instant as this process knows it, without reading the file."""
         return self._steady() + self._ahead

@@ -1,8 +1,9 @@
-"""When files must be closed, whoever uses them: as the interpreter ends, and as it forks.
+"""When files must be closed, by whatever uses them: when the interpreter ends, and when it forks.
 
-What SQLite knows of the locks on a file belongs to a process. A child that inherits it takes itself
-for their holder, and holds none: whoever closes the file next takes the log away from under it. So
-who forks closes all files for that moment, and parent and child open their own again.
+What SQLite knows about locks on a file belongs to a process. A child that inherits it believes that
+it holds the locks, and holds none: the next process to close the file removes the log while the
+child still uses it. So before a fork all files are closed for a moment, and parent and child open
+their own again.
 """
 
 import atexit
@@ -17,19 +18,19 @@ class Closable(Protocol):
     """Use a file on a thread of its own."""
 
     def stop(self) -> threading.Thread | None:
-        """End the thread when it has done what there is; return it, to be waited for."""
+        """End the thread when it has done its jobs; return it, to be joined."""
         ...
 
     def stand_still(self) -> bool:
-        """Close the file, and leave it so until `go_on`; return whether that could be had in time."""
+        """Close the file, and keep it closed until `go_on`; return whether that succeeded in time."""
         ...
 
     def go_on(self) -> None:
-        """Use the file again; in a forked child it has begun anew instead."""
+        """Use the file again; a forked child has started afresh instead."""
         ...
 
 
-#: Neither hook can be undone, so there is one of each for all, and it keeps none of them alive.
+#: Neither hook can be undone, so there is one of each for all, which keeps none of them alive.
 _ALL: Final["weakref.WeakSet[Closable]"] = weakref.WeakSet()
 #: Those that stand still because a thread forks, one at a time.
 _STANDING: Final[list[Closable]] = []
@@ -37,7 +38,7 @@ _FORKING: Final = threading.Lock()
 
 
 def look_after(each: Closable) -> None:
-    """Have the file of ``each`` closed in time, while ``each`` lives."""
+    """Have the file of ``each`` closed in time, for as long as ``each`` lives."""
     _ALL.add(each)
 
 

@@ -1,4 +1,4 @@
-"""What SQLite's errors mean to whoever reads them: what happened, the numbers, the remedy."""
+"""What SQLite's errors mean for the reader: what happened, the numbers, the remedy."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ import sqlite3
 from pathlib import Path
 from typing import Final
 
-#: Somebody else holds the lock.
+#: Another connection holds the lock.
 BUSY: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 _LOCKED: Final = (

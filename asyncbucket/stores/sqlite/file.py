@@ -1,15 +1,17 @@
 """The file: one SQLite connection, what its tables mean, and what its errors mean.
 
-Tables. ``limiters`` has a row for each limiter: its books as of ``written`` as text, and ``seq``, the
-number of its last journal entry; after ``until`` there is nothing in it to remember. ``lineage`` and
-``origin`` matter when a file is lost: see `Shelf`. ``journal`` holds the entries since: what was done to
-the books, and when. Whoever has the books as of some entry does the later ones and has them as they are
-now; after some hundred entries the books are written anew and the journal begins again. So a batch costs
-one short row, however much the meters remember. ``clock`` has one row, see `SharedClock`.
+Tables. ``limiters`` has a row for each limiter: its books as of journal entry ``written``, as text;
+``seq``, the number of its last journal entry; and ``until``, after which nothing needs to be
+remembered. ``lineage`` and ``origin`` are needed if a file is lost: see `Shelf`. ``journal`` holds
+the entries since: what was done to the books, and when. A process that has the books as of some
+entry applies the later ones to get them as they are now. After some hundred entries the books are
+written anew, and the journal starts again. So a batch costs one short row, however much the meters
+remember. ``clock`` has one row, see `SharedClock`.
 
-Every change is one transaction begun by BEGIN IMMEDIATE, so that what is read is what is changed.
-In WAL mode a process killed at any instant leaves whole transactions only. ``synchronous=NORMAL``
-survives that too; after a loss of power the last seconds may be missing, fewer than a boot takes.
+Every change is one transaction begun by BEGIN IMMEDIATE, so that nothing changes between reading
+and writing. In WAL mode, a process killed at any instant leaves whole transactions only. The same
+holds with ``synchronous=NORMAL``; after a power failure the last seconds may be missing, fewer than
+a boot takes.
 """
 
 import contextlib
@@ -28,10 +30,10 @@ T = TypeVar("T")
 
 #: Marks the file as ours: "abkt".
 _APPLICATION: Final = 0x61626B74
-#: The version of the tables, and of the arithmetic that the journal's entries stand for.
+#: The version of the tables, and of the arithmetic behind the journal's entries.
 VERSION: Final = 1
 
-#: How long (s) to sleep, at least and at most, before another look at a lock that is held.
+#: The range of sleeps (s) before another attempt at a lock that is held.
 _NAP: Final = (0.0002, 0.002)
 
 _TABLES: Final = (
@@ -64,19 +66,19 @@ class File:
         self._patience = patience
         self._connection: sqlite3.Connection | None = None
         self._identity: tuple[int, int] | None = None
-        #: Counts the files that were found at this path: one may be deleted, and another be made.
+        #: Counts the files found at this path: one may be deleted, and another made.
         self.files = 0
         self._connections = 0
 
     @contextlib.contextmanager
     def transaction(self) -> Generator[sqlite3.Connection]:
-        """Read and write as one step, or not at all."""
+        """Read and write in one step, or not at all."""
         with self._explained(), self._begun("BEGIN IMMEDIATE") as connection:
             yield connection
 
     @contextlib.contextmanager
     def view(self) -> Generator[sqlite3.Connection]:
-        """Read as of one instant; nobody is held up."""
+        """Read as of one instant, without holding up anyone."""
         with self._explained(), self._begun("BEGIN") as connection:
             yield connection
 
@@ -87,7 +89,7 @@ class File:
             return int(count) + (self._connections << 32)
 
     def details(self) -> dict[str, str]:
-        """Say what kind of file it is, for people."""
+        """Describe the file, for people."""
         size = sum(
             part.stat().st_size
             for part in (self.path, self.path.with_name(self.path.name + "-wal"))
@@ -110,7 +112,7 @@ class File:
 
     def forget(self) -> None:
         """Leave the connection to the process that this one was forked from."""
-        # SQLite may not even close it here, so it must not be collected either.
+        # It must not even be closed here, so it must not be garbage-collected either.
         _INHERITED.append(self._connection)
         self._connection = None
 
@@ -158,8 +160,8 @@ class File:
         return connection
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        """Make the tables if the file is new; refuse what is not ours."""
-        connection.execute("BEGIN")  # as of one instant: another may be making the tables
+        """Make the tables if the file is new; refuse a file that is not ours."""
+        connection.execute("BEGIN")  # as of one instant: another process may be making the tables
         application, version = self._owner(connection)
         self._refuse_strangers(connection, application, version)
         connection.execute("COMMIT")
@@ -194,7 +196,7 @@ class File:
             )
 
     def _share(self, connection: sqlite3.Connection) -> None:
-        """Switch to WAL, which needs the file alone for an instant."""
+        """Switch to WAL, which needs exclusive access for an instant."""
         (mode,) = self._wait_for(lambda: connection.execute("PRAGMA journal_mode = WAL").fetchone())
         if mode != "wal":
             raise StoreError(
@@ -203,11 +205,11 @@ class File:
             )
 
     def _wait_for(self, attempt: Callable[[], T]) -> T:
-        """Try until nobody else holds the lock, as long as patience lasts.
+        """Try until nobody else holds the lock, as long as the patience lasts.
 
-        SQLite can wait by itself, but sleeps for ever longer, up to 0.1 s: where many processes
-        are busy whoever has waited longest is the least likely to find the lock free. Short naps
-        of random lengths find it as often as anybody's.
+        SQLite can wait by itself, but sleeps longer and longer, up to 0.1 s. If many processes are
+        busy, the one that has waited longest is then the least likely to find the lock free. Short
+        naps of random lengths give each the same chance.
         """
         end = time.monotonic() + self._patience
         while True:
@@ -224,10 +226,10 @@ class File:
         try:
             yield
         except sqlite3.Error as error:
-            if code_of(error) not in BUSY:  # whatever state it is in, begin anew
+            if code_of(error) not in BUSY:  # its state is unknown, so start afresh
                 self.close()
             raise StoreError(explained(error, self.path, patience=self._patience)) from error
 
 
-#: Connections of parent processes, kept so that nobody closes them here.
+#: Connections of parent processes, kept so that they are never closed here.
 _INHERITED: Final[list[sqlite3.Connection | None]] = []

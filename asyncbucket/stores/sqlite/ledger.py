@@ -1,4 +1,4 @@
-"""One worker's way to the books of a limiter; see `asyncbucket.stores.store.Ledger`."""
+"""One worker's access to the books of a limiter; see `asyncbucket.stores.store.Ledger`."""
 
 import asyncio
 import contextlib
@@ -21,9 +21,9 @@ from asyncbucket.stores.store import (
     Terms,
 )
 
-#: How much longer (s) than for the lock one waits for the thread to say so.
+#: How much longer (s) than for the lock to wait for the thread's report.
 _GRACE: Final = 0.05
-#: Seconds that opening may take at least: a new file is written through to the disk.
+#: Seconds that opening may take at least: a new file is flushed to the disk.
 _OPENING: Final = 5.0
 
 
@@ -42,10 +42,10 @@ class SQLiteLedger:
         self._edition = 0
         #: What failed batches wanted corrected and released.
         self._kept = Batch()
-        #: This worker stands in one of the store's lines.
+        #: Whether this worker stands in one of the store's lines.
         self._in_line = False
         self._open = True
-        #: The store that must not be collected while its ledger lives.
+        #: The store, which must not be garbage-collected while its ledger lives.
         self.store: object = None
         reset_after_fork(self)
 
@@ -68,7 +68,7 @@ class SQLiteLedger:
         return self._terms
 
     async def join(self) -> None:
-        """Make the limiter if need be, and put the terms in force."""
+        """Make the limiter if necessary, and put the terms in force."""
         heartbeat = Heartbeat(self._worker, self._life)
         patience = max(self._patience, _OPENING)
         answer = await self._ask(Configure(self._terms), heartbeat, patience=patience)
@@ -114,7 +114,7 @@ class SQLiteLedger:
         return snapshot
 
     async def look(self) -> Snapshot | None:
-        """Return how the limiter stands, whether or not one has joined it; None if there is none."""
+        """Return a snapshot of the limiter, joined or not; None if there is none."""
         snapshot: Snapshot | None = (await self._ask()).result
         return snapshot
 
@@ -133,7 +133,7 @@ class SQLiteLedger:
         return f"<SQLiteLedger {self._name!r}, worker {self._worker}>"
 
     def _news(self, answer: Answer) -> Terms | None:
-        """Return the terms in force if they are others than we knew."""
+        """Return the terms in force if they differ from those we knew."""
         if answer.edition == self._edition:
             return None
         self._edition = answer.edition
@@ -141,7 +141,7 @@ class SQLiteLedger:
         return None if ours == answer.terms else answer.terms
 
     async def _commit(self, batch: Batch) -> Answer:
-        """Apply ``batch`` behind what failed batches have left; give back what nobody awaits."""
+        """Apply ``batch`` after what failed batches have left; undo what nobody awaits any more."""
         kept, self._kept = self._kept, Batch()
         batch = behind(kept, batch)
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -161,20 +161,20 @@ class SQLiteLedger:
         try:
             return await self._wait(answered, job, self._patience)
         except asyncio.CancelledError:
-            # The answer was there, and the caller went before it could be told.
+            # The answer was there, but the caller was cancelled before it got it.
             if not answered.cancelled() and answered.exception() is None:
                 self._undo(batch, answered.result().result)
             raise
 
     def _undo(self, batch: Batch, receipt: Receipt) -> None:
-        """Give back what was booked for a caller that has gone."""
+        """Give back what was booked for a caller that is gone."""
         back = undone(batch, receipt)
         self._kept = behind(self._kept, back)
         if back.corrections:
             self._flush()
 
     def _flush(self) -> None:
-        """Send what is kept, now; if that fails, it is kept."""
+        """Send what is kept now; if that fails, keep it."""
         kept, self._kept = self._kept, Batch()
 
         def done(answer: Answer | None, _: StoreError | None) -> None:

@@ -1,19 +1,20 @@
 """Who is next, in order of arrival: for a slot that comes back, and for units that flow in.
 
 A slot that comes back is kept for the first in line, and the next for the second: asking at the
-right moment is no way past those who wait. But order alone is not fair. A worker whose calls end all
-at once gives back many slots in the batch in which it asks for as many; were one kept for each of
-the others, it would take the rest again, for ever. So slots go to whoever holds fewest, like water
-that fills the lowest places first, and order decides among equals. Hence too a worker that holds no
-more than the others takes the slot that it gives back again, without a detour.
+right moment does not get anyone past those who wait. But order alone is not fair. A worker whose
+calls end all at once gives back many slots in the same batch in which it asks for as many. If only
+one were kept for each of the others, it would take the rest again, for ever. So slots go to
+whichever worker holds fewest, like water that fills the lowest places first, and order decides
+among equals. It follows that a worker that holds no more than the others takes back the slot that
+it gives back, without a detour.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final, NamedTuple
 
-#: A worker that does not ask again for so long (ns) has lost its place: it may be dead.
+#: A worker that does not ask again for this long (ns) has lost its place, because it may be dead.
 _PATIENCE: Final = 2_000_000_000
-#: So long after asking (ns) a worker should ask again at the latest, lest it lose its place.
+#: A worker should ask again within this time (ns) to keep its place.
 ASK_AGAIN: Final = 1_000_000_000
 
 
@@ -32,7 +33,7 @@ class Line:
     def kept(self, worker: str, now: int, held: Mapping[str, int]) -> int:
         """Return how many free slots are not for ``worker``, which may have no place yet.
 
-        Each worker holds as many slots as ``held`` says.
+        ``held`` says how many slots each worker holds.
         """
         mine = held.get(worker, 0)
         total, ahead = 0, 1
@@ -44,20 +45,20 @@ class Line:
         return total
 
     def turn(self, worker: str, now: int, held: Mapping[str, int], *, free: int) -> bool:
-        """Return whether ``worker`` should ask: there is a slot for it, or its place was lost."""
+        """Return whether ``worker`` should ask: there is a slot for it, or it has lost its place."""
         until, _ = self._places.get(worker, (0, 0))
         return until <= now or free > self.kept(worker, now, held)
 
     def wanted(self, worker: str) -> int:
-        """Return with how many calls ``worker`` waits."""
+        """Return for how many calls ``worker`` waits."""
         return self._places.get(worker, (0, 0))[1]
 
     def others(self, worker: str) -> bool:
-        """Return whether anybody but ``worker`` waits."""
+        """Return whether anyone but ``worker`` waits."""
         return any(other != worker for other in self._places)
 
     def enter(self, worker: str, now: int, *, wanted: int) -> None:
-        """Note that ``worker`` waits with ``wanted`` calls: where it stands, or behind all."""
+        """Note that ``worker`` waits with ``wanted`` calls: in its place, or at the end."""
         self._places[worker] = (now + _PATIENCE, wanted)
 
     def leave(self, worker: str) -> None:
@@ -74,20 +75,20 @@ class Turn(NamedTuple):
     """The place of a worker whose next call may not start soon."""
 
     worker: str
-    #: When it will ask again, if it hears nothing before.
+    #: When it will ask again if it hears nothing before.
     ask_at: int
     #: What its next call costs, and what that waits for.
     amounts: dict[str, int]
     bound_by: str | None
-    #: Since when it is the first; 0 while others are before it.
+    #: Since when it has been the first; 0 while others are before it.
     since: int
 
 
 class Turns:
     """Keep the places of workers whose next call may not start soon, first come, first served.
 
-    Nothing is booked for them while they wait, so that what others give back serves them at once.
-    A place is kept while its worker lives, and asks when it should.
+    Nothing is booked for them while they wait, so that what others give back serves them at once. A
+    place is kept as long as its worker lives and asks in time.
     """
 
     __slots__ = ("_places",)
@@ -99,7 +100,7 @@ class Turns:
         return iter(self._places.values())
 
     def first(self, now: int, workers: Mapping[str, int]) -> Turn | None:
-        """Return whose turn it is, where ``workers`` says until when each lives."""
+        """Return whose turn it is; ``workers`` says until when each lives."""
         return next((each for each in self if not _silent(each, now, workers)), None)
 
     def of(self, worker: str) -> Turn | None:
@@ -107,7 +108,7 @@ class Turns:
         return self._places.get(worker)
 
     def enter(self, turn: Turn) -> None:
-        """Note that a worker waits: where it stands, or behind all."""
+        """Note that a worker waits: in its place, or at the end."""
         self._places[turn.worker] = turn
 
     def leave(self, worker: str) -> None:
@@ -115,7 +116,7 @@ class Turns:
         self._places.pop(worker, None)
 
     def expire(self, now: int, workers: Mapping[str, int]) -> None:
-        """Drop the places of the dead and of the silent."""
+        """Drop the places of dead and silent workers."""
         for each in [each for each in self if _silent(each, now, workers)]:
             del self._places[each.worker]
 

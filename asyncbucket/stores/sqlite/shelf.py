@@ -1,8 +1,8 @@
-"""A process's own copy of one limiter's books, kept abreast of the file.
+"""A process's own copy of one limiter's books, kept up to date with the file.
 
-Reading the books whole for each batch would cost more than the batch. So each process keeps them,
-and does what others have entered in the journal since. Each entry carries a sum of the books after
-it; a copy that arrives at another sum was made by other arithmetic, and is of no use.
+Reading the whole books for each batch would cost more than the batch. So each process keeps a copy,
+and applies what others have entered in the journal since. Each entry carries a checksum of the
+books after it; a copy with another checksum was computed by other arithmetic, and is discarded.
 """
 
 import secrets
@@ -14,7 +14,7 @@ from asyncbucket.stores.sqlite import verbs, written
 from asyncbucket.stores.sqlite.books import Books
 from asyncbucket.stores.sqlite.verbs import Configure, Verb
 
-#: After so many entries in the journal the books are written anew.
+#: After this many entries in the journal the books are written anew.
 _ENTRIES: Final = 256
 
 
@@ -24,20 +24,20 @@ class Shelf:
     def __init__(self, name: str) -> None:
         self.name = name
         self.books: Books | None = None
-        #: A name for the books that survives the file: who has it knows some of their past.
+        #: An identifier of the books that outlives the file: a copy that has it shares their past.
         self._lineage = ""
-        #: The last entry that has been done to our copy, and the one as of which the file has it.
+        #: The last entry applied to our copy, and the entry as of which the file has the books.
         self._seq = 0
         self._written = 0
-        #: Which of the files at its path the copy is of.
+        #: Which of the files at its path the copy belongs to.
         self._file = 0
-        #: Our copy holds what is in no file, or there is none.
+        #: Whether our copy differs from any file, or there is none.
         self._stale = True
-        #: This transaction has done something to our copy.
+        #: Whether this transaction has changed our copy.
         self._dirty = False
 
     def catch_up(self, connection: sqlite3.Connection, file: int, now: int) -> None:
-        """Make our copy what the file says; put it into a file that was lost and made anew."""
+        """Bring our copy up to the file; if the file was lost and made anew, put our copy into it."""
         row = connection.execute(
             "SELECT lineage, seq, written FROM limiters WHERE name = ?", (self.name,)
         ).fetchone()
@@ -56,12 +56,12 @@ class Shelf:
         self._lineage = lineage
 
     def view(self, connection: sqlite3.Connection, file: int) -> None:
-        """Do what others have entered, if our copy is of this file at all; write nothing."""
+        """Apply what others have entered, if our copy is of this file; write nothing."""
         if not self._stale and file == self._file:
             self.catch_up(connection, file, 0)
 
     def enter(self, connection: sqlite3.Connection, file: int, verb: Verb, now: int) -> Any:
-        """Do ``verb`` to the books, enter it in the journal, and return its answer."""
+        """Apply ``verb`` to the books, enter it in the journal, and return its answer."""
         self._dirty = True
         if self.books is None:
             assert isinstance(verb, Configure)
@@ -88,11 +88,11 @@ class Shelf:
             self._write(connection)
 
     def committed(self) -> None:
-        """Hear that the file has what our copy has."""
+        """Note that the file has what our copy has."""
         self._dirty = False
 
     def failed(self) -> None:
-        """Hear that the transaction failed: what it did to our copy never was."""
+        """Note that the transaction failed: what it did to our copy is void."""
         self._stale = self._stale or self._dirty
         self._dirty = False
 
@@ -106,7 +106,7 @@ class Shelf:
         self._stale = False
 
     def _restore(self, connection: sqlite3.Connection, file: int, now: int) -> None:
-        """Put our copy into the file, which was deleted under us, or thought it past."""
+        """Put our copy into the file, which was deleted, or had dropped it as outdated."""
         assert self.books is not None
         self._file, self._dirty = file, True
         self._insert(connection, written.to_text(self.books), now)
@@ -130,7 +130,7 @@ class Shelf:
         self._stale = False
 
     def _follow(self, connection: sqlite3.Connection, seq: int) -> None:
-        """Do the entries up to ``seq`` that our copy lacks."""
+        """Apply the entries up to ``seq`` that our copy lacks."""
         if self._seq == seq:
             return
         assert self.books is not None
@@ -151,7 +151,7 @@ class Shelf:
     def _absorb(
         self, connection: sqlite3.Connection, ours: Books, now: int, *, known: bool
     ) -> None:
-        """Charge what only our copy of a lost file knows to the books that others began since."""
+        """Charge to the books begun since what only our copy of a lost file knows."""
         assert self.books is not None
         (origin,) = connection.execute(
             "SELECT origin FROM limiters WHERE name = ?", (self.name,)
@@ -163,7 +163,7 @@ class Shelf:
         self._write(connection)
 
     def _write(self, connection: sqlite3.Connection) -> None:
-        """Write the books as they are, and begin the journal again."""
+        """Write the books as they are, and start the journal again."""
         assert self.books is not None
         connection.execute(
             "UPDATE limiters SET seq = ?, written = ?, books = ? WHERE name = ?",

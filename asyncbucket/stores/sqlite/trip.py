@@ -1,4 +1,4 @@
-"""The way of one batch through the books: which of its calls are booked, and when the rest ask again."""
+"""One batch's way through the books: which of its calls are booked, and when the rest ask again."""
 
 from typing import TYPE_CHECKING, Final
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 #: The resource of which a slot is one unit.
 SLOT: Final = "concurrency"
-#: The shortest time (ns) before a worker asks again because of the clock alone.
+#: The shortest time (ns) before a worker asks again on account of the clock alone.
 _SOON: Final = 5_000_000
 
 
@@ -25,7 +25,7 @@ class Trip:
         self._now = now
         self._life = life
         self._held = books.held(now)
-        #: What the worker waited for: slots for so many calls, and units for the first.
+        #: What the worker waited for: slots for how many calls, and units for the first.
         self._slots_wanted = books.line.wanted(worker)
         self._turn = books.turns.of(worker)
         self._booked = 0
@@ -34,7 +34,7 @@ class Trip:
         self._ask_at = 0
 
     def run(self) -> tuple[tuple[Booking, ...], int]:
-        """Return the answers, and when to ask again for those that were not booked."""
+        """Return the answers, and when to ask again for calls that were not booked."""
         answers: list[Booking] = []
         stop: Booking | None = None
         for amounts in self._batch.calls:
@@ -75,7 +75,7 @@ class Trip:
         start, bound_by = books.earliest(amounts, now, since=since)
         first = books.turns.first(now, books.workers)
         if first is not None and first.worker != self._worker:
-            self._ask_at = max(first.ask_at, now) + ASK_AGAIN  # it is told when it is the first
+            self._ask_at = max(first.ask_at, now) + ASK_AGAIN  # it is notified when it is the first
             since = 0
         elif start > now + FAR:
             self._ask_at = max(now + _SOON, start - FAR)
@@ -86,7 +86,7 @@ class Trip:
         return Booking(Outcome.LATER, bound_by=bound_by)
 
     def _waited_for(self, amounts: Amounts) -> str | None:
-        """Return what held up a call, though it may start at once now."""
+        """Return what held up a call that may start at once now."""
         if amounts.get(SLOT) and self._booked < self._slots_wanted:
             return SLOT
         return self._turn.bound_by if self._turn is not None and not self._booked else None

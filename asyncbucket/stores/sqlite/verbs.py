@@ -1,4 +1,4 @@
-"""What workers do to the books, as values: done at once, and written down for the others to do."""
+"""What workers do to the books, as values: applied at once, and written down for other processes."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -54,7 +54,7 @@ Verb: TypeAlias = Commit | Heartbeat | Hold | Configure | Leave
 
 
 def do(verb: Verb, books: Books, now: int) -> Any:
-    """Do ``verb`` to ``books`` at ``now``, and return its answer."""
+    """Apply ``verb`` to ``books`` at ``now``, and return its answer."""
     match verb:
         case Commit(worker, life, batch):
             return books.commit(worker, batch, now, life=life)
@@ -69,7 +69,7 @@ def do(verb: Verb, books: Books, now: int) -> Any:
 
 
 def to_text(verb: Verb) -> str:
-    """Write ``verb`` as one line of JSON, whose integers are exact however long."""
+    """Return ``verb`` as one line of JSON, whose integers are exact however long."""
     match verb:
         case Commit(worker, life, batch):
             data: list[Any] = [
@@ -93,7 +93,7 @@ def to_text(verb: Verb) -> str:
 
 
 def from_text(text: str) -> Verb:
-    """Read what `to_text` wrote."""
+    """Return the verb that `to_text` wrote."""
     match json.loads(text):
         case ["commit", worker, life, corrections, released, calls, horizon]:
             batch = Batch(
@@ -119,7 +119,7 @@ def from_text(text: str) -> Verb:
 
 
 def terms_to_data(terms: Terms) -> dict[str, Any]:
-    """Return ``terms`` as JSON takes them."""
+    """Return ``terms`` in a form that JSON can hold."""
     return {
         "limits": [asdict(limit) for limit in terms.limits],
         "concurrency": terms.concurrency,
@@ -127,6 +127,6 @@ def terms_to_data(terms: Terms) -> dict[str, Any]:
 
 
 def terms_from_data(data: Mapping[str, Any]) -> Terms:
-    """Return the terms of which `terms_to_data` made ``data``."""
+    """Return the terms from which `terms_to_data` made ``data``."""
     limits: Iterable[dict[str, Any]] = data["limits"]
     return Terms(limits=tuple(Limit(**limit) for limit in limits), concurrency=data["concurrency"])

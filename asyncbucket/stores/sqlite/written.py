@@ -1,6 +1,6 @@
-"""The books as text: every number that the meters keep, by name, as JSON.
+"""The books as text: the whole state of the meters, by name, as JSON.
 
-What follows from the terms (rates, sizes) is not written: it is made anew from them.
+What follows from the terms (rates, sizes) is not written, but computed from them.
 """
 
 import json
@@ -10,8 +10,8 @@ from asyncbucket.stores.sqlite.books import Books
 from asyncbucket.stores.sqlite.line import Line, Turn, Turns
 from asyncbucket.stores.sqlite.verbs import terms_from_data, terms_to_data
 
-#: What changes in each part while it is used. Together with what follows from the terms (and
-#: `Window.lent`, which only the process that lent it knows) that is all there is; a test compares.
+#: The mutable state of each part. Together with what follows from the terms (and `Window.lent`,
+#: which only the process itself knows) this is all; a test compares.
 BUCKET: Final = ("tat", "full_at", "_dates", "_lows", "low")
 WINDOW: Final = ("used", "_dates", "_units", "_last", "_recent", "_closes", "_forgotten")
 PAUSE: Final = ("until", "_start", "_step", "_calls")
@@ -19,7 +19,7 @@ BOOKS: Final = ("edition", "slots", "workers", "last_start", "last_bound", "give
 
 
 def to_text(books: Books) -> str:
-    """Write ``books`` down."""
+    """Return ``books`` as text."""
     data = _taken(books, BOOKS)
     data["terms"] = terms_to_data(books.terms)
     data["pause"] = _taken(books.pause, PAUSE)
@@ -33,7 +33,7 @@ def to_text(books: Books) -> str:
 
 
 def from_text(text: str) -> Books:
-    """Read what `to_text` wrote."""
+    """Return the books that `to_text` wrote."""
     data = json.loads(text)
     books = Books(terms_from_data(data["terms"]))
     _put(books, BOOKS, data)

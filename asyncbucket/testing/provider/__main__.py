@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda _number, _frame: stop.set())
     if until_eof:
-        # Ctrl-C goes to all processes of a terminal; whoever started this one says when it ends.
+        # Ctrl-C goes to all processes of a terminal; the parent says when this one ends.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=_wait_for_eof, args=[stop], daemon=True).start()
     provider = _start(options)
@@ -90,7 +90,7 @@ def _wait_for_eof(stop: threading.Event) -> None:
 def _say(line: str) -> None:
     try:
         print(line, flush=True)  # noqa: T201 - a command's output
-    except BrokenPipeError:  # whoever started this one is gone; at the exit nobody is told either
+    except BrokenPipeError:  # the parent is gone; the exit is silent, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

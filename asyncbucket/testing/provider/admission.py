@@ -1,4 +1,4 @@
-"""Who is let in: limits, slots and scripted failures, decided in one step at one instant.
+"""Which calls get in: limits, slots and scripted failures, decided in one step at one instant.
 
 A call is admitted by all limits or charged by none. A refused call costs nothing; an admitted one
 is charged even if it fails. All public methods may be called from any thread.
@@ -26,9 +26,9 @@ class Refusal:
     Attributes:
         reason: "requests", "tokens" or "concurrency".
         limit: The limit that refuses it.
-        used: What of it is used.
+        used: How much of it is used.
         requested: What the call asked for.
-        wait: Nanoseconds until it would pass; None if waiting doesn't help or nobody knows.
+        wait: Nanoseconds until it would pass; None if waiting doesn't help or it is unknown.
     """
 
     reason: str
@@ -60,7 +60,7 @@ class Admission:
     ) -> Refusal | Failure | None:
         """Admit a call or say why not; None means that it is in and must `leave`.
 
-        A `Failure` other than 429 is in as well, and must `leave` too.
+        A call with a `Failure` other than 429 is in as well, and must `leave`, too.
         """
         with self._lock:
             now = self.settings.clock()
@@ -83,12 +83,12 @@ class Admission:
             self._disconnected += disconnected
 
     def note_invalid(self) -> None:
-        """Count a call that was turned away unread."""
+        """Count a call that was refused unread."""
         with self._lock:
             self._invalid += 1
 
     def budget(self) -> list[tuple[str, int, int, int]]:
-        """Say for each limit its name, amount, what remains, and nanoseconds until it is full."""
+        """Return for each limit its name, amount, what remains, and nanoseconds until it is full."""
         with self._lock:
             now = self.settings.clock()
             return [
@@ -119,7 +119,7 @@ class Admission:
             return list(self._arrivals)
 
     def fail_next(self, count: int, failure: Failure) -> None:
-        """Let the next `count` calls fail, after those that were scripted before; 0 forgets all.
+        """Let the next `count` calls fail, after those scripted before; 0 forgets all of them.
 
         Raises:
             ValueError: If `count` is not a whole number from 0 on.

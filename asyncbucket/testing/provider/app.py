@@ -1,8 +1,8 @@
 """The provider as an ASGI application.
 
-Starlette holds the frame: the control endpoints (`/statistics`, `/arrivals`, `/reconfigure`,
-`/fail_next`). The metered endpoints are one plain ASGI application mounted beside them, because
-routing, request and response objects would take longer than the answer.
+Starlette handles the control endpoints (`/statistics`, `/arrivals`, `/reconfigure`, `/fail_next`).
+The metered endpoints are one plain ASGI application mounted beside them, because routing, request
+and response objects would take longer than the answer.
 """
 
 import functools
@@ -38,7 +38,7 @@ class _Endpoint(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """What will be said if the call is admitted."""
+    """What to reply if the call is admitted."""
 
     model: str
     tokens: int
@@ -136,7 +136,7 @@ class _Api:
             await self._answer(exchange, prepared, outcome)
 
     def _prepare(self, endpoint: str, body: Json, call_id: str) -> _Answer:
-        """Read the request, compose its reply and say what it is charged."""
+        """Read the request, compose its reply and determine its charge."""
         settings = self._admission.settings
         try:
             if endpoint == "embeddings":
@@ -147,7 +147,7 @@ class _Api:
             prompt = form.read(body)
             reply: Reply = answer(prompt, reply_tokens=settings.reply_tokens)
         except (AttributeError, KeyError, RecursionError, TypeError) as exc:
-            # A part of the wrong JSON type, anywhere: the reading above takes the types for granted.
+            # A part of the wrong JSON type, anywhere: the code above takes the types for granted.
             raise InvalidRequestError(f"the request can't be understood: {exc!r}") from exc
         tokens = charge(
             settings.charge, prompt, reply, default_max_tokens=settings.default_max_tokens
@@ -179,7 +179,7 @@ class _Api:
         seconds: float,
         failure: Failure | None,
     ) -> None:
-        """Send chunks over `seconds`; one that fails just ends, upon which the server cuts it."""
+        """Send chunks over `seconds`; a stream that fails just ends, and the server cuts it off."""
         pause = seconds / len(chunks)
         if failure is not None:
             chunks = chunks[: failure.after_chunks]
@@ -210,7 +210,8 @@ class _Api:
 class _Stay:
     """The slot of an admitted call.
 
-    It ends once, right before the last bytes are sent: a client that has them may count on it.
+    It ends once, right before the last bytes are sent, so that a client that has them may rely on
+    it.
     """
 
     def __init__(self, admission: Admission) -> None:

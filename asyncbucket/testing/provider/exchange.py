@@ -23,14 +23,14 @@ class Exchange:
 
     @property
     def endpoint(self) -> str:
-        """The end of the path by which the endpoints differ."""
+        """The end of the path, which tells the endpoints apart."""
         path = self.path.rstrip("/")
         last = path.rsplit("/", 1)[-1]
         return "chat/completions" if path.endswith("/chat/completions") else last
 
     @property
     def has_key(self) -> bool:
-        """Whether there is an API key, any, in OpenAI's header or in Azure's."""
+        """Whether there is any API key, in OpenAI's header or in Azure's."""
         scheme, _, key = (self.header(b"authorization") or "").partition(" ")
         bearer = scheme.lower() == "bearer" and key.strip()
         return bool(bearer or self.header(b"api-key"))

@@ -31,7 +31,7 @@ _UNITS = {
 
 
 def go_duration(nanoseconds: int) -> str:
-    """Write a duration as Go does, in whole milliseconds rounded up: 120ms, 1s, 8.64s, 6m0s."""
+    """Return a duration in Go's format, in whole milliseconds rounded up: 120ms, 1s, 8.64s, 6m0s."""
     milliseconds = -(-nanoseconds // MILLISECOND)
     if milliseconds < 1000:  # noqa: PLR2004 - a second
         return f"{milliseconds}ms" if milliseconds else "0s"
@@ -44,7 +44,7 @@ def go_duration(nanoseconds: int) -> str:
 
 
 def limit_headers(budget: Sequence[tuple[str, int, int, int]]) -> Headers:
-    """Write `x-ratelimit-{limit,remaining,reset}-{requests,tokens}` for the limits that are set."""
+    """Return `x-ratelimit-{limit,remaining,reset}-{requests,tokens}` for the limits that are set."""
     headers: Headers = []
     for name, limit, remaining, reset in budget:
         for part, value in (
@@ -57,7 +57,7 @@ def limit_headers(budget: Sequence[tuple[str, int, int, int]]) -> Headers:
 
 
 def retry_headers(nanoseconds: int | None) -> Headers:
-    """Write `retry-after` (whole seconds, rounded up) and `retry-after-ms`; nothing for None."""
+    """Return `retry-after` (whole seconds, rounded up) and `retry-after-ms`; nothing for None."""
     if nanoseconds is None:
         return []
     return [
@@ -74,7 +74,7 @@ def error_body(
     code: str | None = None,
     parameter: str | None = None,
 ) -> bytes:
-    """Write an error as OpenAI does; `kind` and `code` default to what goes with the status."""
+    """Return an error in OpenAI's format; `kind` and `code` default to those of the status."""
     usual_kind, usual_code = _KINDS.get(status, ("server_error", None))
     return encode(
         {

@@ -1,8 +1,8 @@
-"""The provider without a server: a MockTransport of httpx or httpx2 whose replies are the application's.
+"""The provider without a server: a MockTransport of httpx or httpx2 answered by the application.
 
-Nothing is listened on and nothing is sent, so it goes together with virtual time. What a client can
-tell from a real server by is there: a streamed reply arrives chunk by chunk, one that is cut off
-raises, and a client that goes away early is seen to go.
+Nothing listens and nothing is sent, so it works with virtual time. It behaves like a real server
+where a client can tell: a streamed reply arrives chunk by chunk, one that is cut off raises, and a
+client that goes away early is noticed.
 """
 
 import asyncio
@@ -21,12 +21,12 @@ _CUT: str = "peer closed connection without sending complete message body (incom
 
 
 def mock_transport(app: ASGIApp, *, family: Family = "httpx", sync: bool = False) -> Any:
-    """Return a ``MockTransport`` by which ``app`` answers every request, at whatever address.
+    """Return a ``MockTransport`` with which ``app`` answers every request, at any address.
 
     Args:
         app: The application, such as `RateLimitedProvider.app`.
         family: The library whose clients take it.
-        sync: For ``Client`` instead of ``AsyncClient``; each reply comes whole then.
+        sync: For ``Client`` instead of ``AsyncClient``; each reply is then sent whole.
 
     Raises:
         ImportError: The library isn't installed.
@@ -53,14 +53,14 @@ def mock_transport(app: ASGIApp, *, family: Family = "httpx", sync: bool = False
 
     def answer_sync(request: Any) -> Any:
         request.read()
-        with ThreadPoolExecutor(1) as thread:  # in this one a loop may be running
+        with ThreadPoolExecutor(1) as thread:  # a loop may be running in this one
             return thread.submit(asyncio.run, answer_whole(request)).result()
 
     return library.MockTransport(answer_sync if sync else answer)
 
 
 class _Body:
-    """The body of a streamed reply; closing it early is what a client does that goes away."""
+    """The body of a streamed reply; closing it early is how a client goes away."""
 
     def __init__(self, talk: "_Talk") -> None:
         self._talk = talk
@@ -84,19 +84,19 @@ class _Talk:
         self._app = asyncio.create_task(self._run(app, _scope(request)))
 
     async def begin(self) -> tuple[int, list[tuple[bytes, bytes]]]:
-        """Return the status and the headers of the reply, once they are said."""
+        """Return the status and the headers of the reply, once they are known."""
         try:
             start = await self._said.get()
         except BaseException:
             await self.end()
             raise
         if start is None:
-            await self._app  # raises what it raised
+            await self._app  # re-raises what it raised
             raise self._cut("Server disconnected without sending a response.")
         return start["status"], list(start["headers"])
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """Yield the reply's chunks as they are said."""
+        """Yield the reply's chunks as they come."""
         more = True
         while more:
             message = await self._said.get()
@@ -109,7 +109,7 @@ class _Talk:
         await self.end()
 
     async def end(self) -> None:
-        """Go away, and wait until the application has seen it."""
+        """Go away, and wait until the application has noticed."""
         self._gone.set()
         with contextlib.suppress(Exception):  # `begin` and `chunks` raise what matters
             await self._app

@@ -2,8 +2,8 @@
 
 It calls the first tool once for each question, and answers in text when it sees a result. With
 `tool_choice` it does as told. A ReAct prompt gets the same in ReAct's own format. A response format
-gets the smallest JSON that is valid. Any other question is repeated, so that an answer can be
-matched with its call.
+gets the smallest valid JSON. Any other question is repeated, so that an answer can be matched with
+its call.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""How a provider counts: four policies, each a pure object that is told the time.
+"""How a provider counts: four policies, each a pure object that is given the time.
 
 They judge asyncbucket, so they share no code with it: `meters.py` books the future, these look at
-the past. Each holds one limit of N units a minute and answers four questions at an instant `now`
-(integer nanoseconds, never going backwards): how long until an amount would pass, what is left,
+the past. Each holds one limit of N units a minute and answers three questions at an instant `now`
+(integer nanoseconds, never going backwards): how long until an amount would pass, what is left, and
 when all of it is back; and it is told what was admitted.
 
 - `TokenBucketPolicy`: N at once, refilled continuously at N a minute.

@@ -19,13 +19,13 @@ TIMEOUT = 10.0
 class ProviderProcess(Running):
     """`RateLimitedProvider` in a process: no shared interpreter lock, for demos and benchmarks.
 
-    The surface is the same; statistics, arrivals and orders travel over HTTP (a millisecond or
-    two, synchronously). After the end `statistics()` returns what the process said last;
-    `arrivals` must be read before. The process ends with its parent, however that ends.
+    The surface is the same; statistics, arrivals and orders travel over HTTP (a millisecond or two,
+    synchronously). After the end `statistics()` returns the last values; `arrivals` must be read
+    before. The process ends with its parent, however that ends.
 
     Args:
-        options: As for `RateLimitedProvider`, but neither `clock` nor a callable `latency`. Times in
-            `arrivals` are comparable with `time.monotonic_ns()` here where that clock is the
+        options: As for `RateLimitedProvider`, except `clock` and a callable `latency`. Times in
+            `arrivals` are comparable with `time.monotonic_ns()` here if that clock is the
             machine's, as on Linux and macOS.
 
     Raises:
@@ -68,7 +68,7 @@ class ProviderProcess(Running):
         return [Arrival(*fields) for fields in self._ask("/arrivals")]
 
     def statistics(self) -> ProviderStatistics:
-        """Take a snapshot of what was seen since it was started."""
+        """Take a snapshot of what was seen since the start."""
         if self._process is None:
             return self._last
         return ProviderStatistics(**self._ask("/statistics"))
@@ -104,7 +104,7 @@ class ProviderProcess(Running):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            process_group=0,  # Ctrl-C is for whoever started it, who then ends it
+            process_group=0,  # the parent handles Ctrl-C, and ends this process
         )
         assert self._process.stdout is not None
         self._base_url = self._process.stdout.readline().strip()
@@ -119,7 +119,7 @@ class ProviderProcess(Running):
             return
         process, self._process = self._process, None
         try:
-            # Closes its standard input, upon which it stops and says what it saw.
+            # Closes its standard input, upon which it stops and prints its statistics.
             said, _ = process.communicate(timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
             process.kill()

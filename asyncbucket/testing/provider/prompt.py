@@ -1,7 +1,7 @@
 """What a request asks for: one `Prompt` read from the body of each of the endpoints.
 
-Reading is as tolerant as the provider needs to be and no more: what the fake model, the charging
-rule and the reply use is looked at, the rest of the body is ignored.
+Reading is only as tolerant as the provider needs to be: what the fake model, the charging rule and
+the reply use is read, the rest of the body is ignored.
 """
 
 import json
@@ -12,14 +12,14 @@ from typing import Any, TypeAlias, TypeGuard
 Json: TypeAlias = Mapping[str, Any]
 
 IMAGE_CHARACTERS = 340
-"""An image in low detail is 85 tokens, which is so many characters at four a token."""
+"""An image in low detail is 85 tokens, which is this many characters at four a token."""
 
 _MOST_DIMENSIONS = 16_384
-"""More than any model gives, and few enough to be made at once."""
+"""More than any model has, and few enough to be generated at once."""
 
 
 class InvalidRequestError(Exception):
-    """The body is not what the endpoint takes; becomes a 400."""
+    """The body is not what the endpoint takes; it becomes a 400."""
 
     def __init__(self, message: str, *, parameter: str | None = None) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""What starts and stops as a context does, plain or async."""
+"""Objects that start and stop as a context, plain or async."""
 
 from abc import ABC, abstractmethod
 from types import TracebackType
@@ -8,7 +8,7 @@ from asyncbucket.testing.provider.server import in_thread
 
 
 class Running(ABC):
-    """Make a context, async or not, of `start` and `stop`; the loop is not blocked by either."""
+    """Make a context, async or not, from `start` and `stop`; neither blocks the loop."""
 
     @abstractmethod
     def start(self) -> None:

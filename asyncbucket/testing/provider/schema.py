@@ -1,4 +1,4 @@
-"""The smallest instance of a JSON schema, as far as SDKs and LlamaIndex write schemas."""
+"""The smallest instance of a JSON schema, for the schemas that SDKs and LlamaIndex write."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ _FORMATS = {
 
 
 def smallest_instance(schema: Mapping[str, Any], *, text: str = "text") -> Any:
-    """Return a value that `schema` accepts, with required properties alone.
+    """Return a value that `schema` accepts, with only the required properties.
 
     References into the schema itself, `enum`, `const`, `anyOf`, `oneOf`, `allOf` (merged), bounds of
     numbers, lengths and common formats are understood; `pattern` isn't.
@@ -64,7 +64,7 @@ class _Writer:
         for choice in ("anyOf", "oneOf"):
             if schema.get(choice):
                 options = [self._resolve(option) for option in schema[choice]]
-                # Null where it is allowed: a strict schema of a tree requires a child, or null.
+                # Null if it is allowed: a strict schema of a tree requires a child, or null.
                 return next((o for o in options if o.get("type") == "null"), options[0])
         if "allOf" in schema:
             merged = {key: value for key, value in schema.items() if key != "allOf"}

@@ -17,13 +17,13 @@ BACKLOG = 4096
 """Thousands of agents may connect in one instant."""
 
 KEEP_ALIVE = 600
-"""Seconds. Longer than any client's own expiry, so that no request meets a closing connection."""
+"""Seconds. Longer than any client's own expiry, so no request meets a closing connection."""
 
 
 class ThreadedServer:
     """uvicorn in a thread, listening on loopback.
 
-    Its loop is its own, so a busy event loop on the client's side delays no reply beyond what the
+    Its loop is its own, so a busy event loop on the client's side delays replies only as far as the
     interpreter's lock does. `start` and `stop` block for a moment; `in_thread` awaits them.
 
     Args:
@@ -61,14 +61,14 @@ class ThreadedServer:
             raise RuntimeError("the provider's server did not start") from self._error
 
     def stop(self) -> None:
-        """Cut what is left, and return when thread and sockets are gone. Idempotent."""
+        """Cut off what is left, and return when thread and sockets are gone. Idempotent."""
         self._server.request_stop()
         self._thread.join()
         self._socket.close()
 
     def _run(self) -> None:
         try:
-            # Not `uvicorn.Server.run`: until 0.36 that sets the event loop policy of the process.
+            # Not `uvicorn.Server.run`, which until 0.36 sets the event loop policy of the process.
             with asyncio.Runner() as runner:
                 runner.run(self._server.serve([self._socket]))
         except BaseException as exc:  # noqa: BLE001 - handed over to the thread that waits
@@ -81,8 +81,8 @@ class ThreadedServer:
 
 
 def _listen(port: int) -> socket.socket:
-    # `socket.create_server` leaves the protocol at 0, and asyncio sets TCP_NODELAY only where it
-    # reads TCP: each reply would wait 40 ms for the client's delayed acknowledgement.
+    # `socket.create_server` leaves the protocol at 0, and asyncio sets TCP_NODELAY only for TCP:
+    # each reply would wait 40 ms for the client's delayed acknowledgement.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -95,7 +95,7 @@ def _listen(port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server that is told to stop instead of asking every 0.1 s whether it should."""
+    """uvicorn's server, stopped by an event instead of checking every 0.1 s whether it should stop."""
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
         super().__init__(config)
@@ -104,7 +104,7 @@ class _Server(uvicorn.Server):
         self._stop = asyncio.Event()
 
     def request_stop(self) -> None:
-        """Let `main_loop` return; from any thread, also when it has returned long ago."""
+        """Let `main_loop` return; from any thread, even long after it has returned."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._stop.set)
 
@@ -121,8 +121,8 @@ class _Server(uvicorn.Server):
         self,
         sockets: list[socket.socket] | None = None,  # noqa: ARG002 - the parent's signature
     ) -> None:
-        # Not the parent's: that one waits for calls in flight to the end of their latency. Cut, they
-        # see their client gone and end.
+        # Not the parent's, which waits for calls in flight to the end of their latency. Once cut
+        # off, they see their client gone, and end.
         for server in self.servers:
             server.close()
         for connection in self.server_state.connections:
@@ -136,7 +136,7 @@ class _Server(uvicorn.Server):
 async def in_thread(work: Callable[[], T]) -> T:
     """Await a blocking `work` in a thread that is gone afterwards, unlike an executor's.
 
-    A cancelled caller still waits for the end of `work`: it starts or stops something, and half of
+    A cancelled caller still waits for the end of `work`, which starts or stops something: half of
     it would be a leak.
     """
     loop = asyncio.get_running_loop()

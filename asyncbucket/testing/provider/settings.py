@@ -1,4 +1,4 @@
-"""What can be set about the provider, once: names, types, defaults and checks."""
+"""The provider's settings, in one place: names, types, defaults and checks."""
 
 import random
 import sys
@@ -17,7 +17,7 @@ _LEAST = {"default_max_tokens": 0, "reply_tokens": 0, "dimensions": 1, "history"
 _LAST_PORT = 65_535
 
 Latency: TypeAlias = float | tuple[float, float] | Callable[[], float]
-"""Seconds a reply takes: fixed, uniform between two, or asked for each call."""
+"""Seconds a reply takes: fixed, uniform between two, or from a function for each call."""
 
 ChargeRule: TypeAlias = Literal["openai", "azure", "usage"]
 CHARGE_RULES: tuple[ChargeRule, ...] = get_args(ChargeRule)
@@ -25,15 +25,15 @@ CHARGE_RULES: tuple[ChargeRule, ...] = get_args(ChargeRule)
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A failure told in advance.
+    """A scripted failure.
 
     Attributes:
         status: HTTP status; 429 refuses without charging, any other is admitted, charged and
-            then fails, as a call that breaks down inside a provider.
-        code: The error's `code`; by default what OpenAI says with that status. With
+            then fails, like a call that breaks down inside a provider.
+        code: The error's `code`; by default OpenAI's for that status. With
             `"insufficient_quota"` a 429 says that the account is empty.
         retry_after: Seconds, for `retry-after` and `retry-after-ms`; by default none is sent.
-        after_chunks: Break a stream off after so many chunks, instead of answering with `status`.
+        after_chunks: Break a stream off after this many chunks, instead of answering with `status`.
     """
 
     status: int = 500
@@ -80,18 +80,18 @@ class Settings:
         tpm: Tokens a minute; None for no limit.
         policy: How both are counted, see `policies`.
         charge: What a call costs in tokens at admission, see `charging`.
-        concurrency: Calls in flight at most; None for no limit.
+        concurrency: The most calls in flight; None for no limit.
         latency: Seconds a reply takes; a stream spreads them over its chunks.
-        error_rate: Share of admitted calls that fail with a 500, by a random draw from `seed`.
+        error_rate: Fraction of admitted calls that fail with a 500, drawn at random from `seed`.
         always: Answer every call with this status.
-        seed: Of latencies and errors.
+        seed: The seed of latencies and errors.
         minute: Seconds a minute lasts. A short one makes tests on a real clock short.
         default_max_tokens: What a call without `max_tokens` is charged for its output.
         reply_tokens: Length to which text replies are padded.
         dimensions: Length of an embedding if the request doesn't say.
         history: How many arrivals are kept, the latest ones.
         port: Port on 127.0.0.1; 0 takes a free one.
-        clock: What the policies are judged by, integer nanoseconds.
+        clock: The policies' clock, in integer nanoseconds.
     """
 
     rpm: int | None = None

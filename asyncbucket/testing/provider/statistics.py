@@ -14,7 +14,7 @@ class Arrival(NamedTuple):
     time_ns: int
     """When it was decided, on the provider's clock (`time.monotonic_ns()` unless set)."""
     endpoint: str
-    """The path's end, such as "chat/completions"."""
+    """The end of the path, such as "chat/completions"."""
     tokens: int
     """What it was or would have been charged."""
     admitted: bool
@@ -25,15 +25,15 @@ class ProviderStatistics:
     """A snapshot of what the provider saw since it started.
 
     Attributes:
-        requests: Calls at metered endpoints that could be read: admitted and refused ones.
-        admitted: Calls that were charged, those that then failed included.
+        requests: Calls at metered endpoints that could be read, admitted and refused ones.
+        admitted: Calls that were charged, including those that then failed.
         refused_429: Refused calls by what refused them: "requests", "tokens", "concurrency",
             "scripted".
         errors: Admitted calls that were made to fail.
         invalid: Calls answered with 400, 401 or 404; they are charged nothing.
         tokens: Tokens charged.
         in_flight: Calls that are being answered now.
-        peak_in_flight: The most that were at once.
+        peak_in_flight: The most at once.
         disconnected: Calls whose client went away before the end of the reply.
         duplicates: Admitted calls that carried an `x-request-id` seen before.
         endpoints: Requests of each endpoint.

@@ -24,14 +24,14 @@ class RateLimitedProvider(Running):
 
     It runs in a thread with an event loop of its own and shares the interpreter's lock with the
     caller; `ProviderProcess` doesn't. Its methods may be called from any thread, before, while and
-    after it runs. Any API key will do; all keys share one budget.
+    after it runs. Any API key is accepted; all keys share one budget.
 
     Args:
         options: See `Settings`: `rpm`, `tpm`, `policy`, `concurrency`, `latency`, `error_rate`, ...
 
     Raises:
         ValueError: For an option out of its range.
-        TypeError: For one that there is not, or a clock that returns no integers.
+        TypeError: For an unknown option, or a clock that returns no integers.
     """
 
     def __init__(self, **options: Unpack[Options]) -> None:
@@ -62,9 +62,9 @@ class RateLimitedProvider(Running):
         return f"{self.url}/v1"
 
     def mock_transport(self, *, family: Family = "httpx", sync: bool = False) -> Any:
-        """Return a ``MockTransport`` by which this provider answers: no server, no sockets.
+        """Return a ``MockTransport`` with which this provider answers: no server, no sockets.
 
-        It need not be started for that, and with `clock=time.clock` it is on virtual time::
+        It works without being started, and with `clock=time.clock` on virtual time::
 
             provider = RateLimitedProvider(rpm=600, latency=1.5, clock=time.clock)
             http = httpx.AsyncClient(transport=provider.mock_transport())
@@ -106,20 +106,20 @@ class RateLimitedProvider(Running):
         retry_after: float | None = None,
         after_chunks: int | None = None,
     ) -> None:
-        """Let the next `count` calls fail, after those told before; 0 forgets them all.
+        """Let the next `count` calls fail, after those scripted before; 0 forgets all of them.
 
         Args:
             count: How many calls.
             status: See `Failure`, as for the others.
             code: Such as "insufficient_quota".
             retry_after: Seconds.
-            after_chunks: Break streams off after so many chunks; other calls get `status`.
+            after_chunks: Break streams off after this many chunks; other calls get `status`.
         """
         failure = Failure(status, code, retry_after, after_chunks)
         self._admission.fail_next(count, failure)
 
     def start(self) -> None:
-        """Start to answer. Done by entering the context."""
+        """Start answering. Done by entering the context."""
         if self._server is not None:
             raise RuntimeError(f"the provider runs already, at {self.url}")
         server = ThreadedServer(self.app, port=self._admission.settings.port)

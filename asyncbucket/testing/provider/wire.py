@@ -1,7 +1,7 @@
 """Replies in OpenAI's JSON: chat completions, legacy completions and embeddings, whole or in chunks.
 
-`responses.py` has the newer format. Constant parts are written out as text where that saves a
-pass of the JSON encoder over them.
+`responses.py` has the newer format. Constant parts are written as text where that saves a pass of
+the JSON encoder.
 """
 
 import base64
@@ -19,7 +19,7 @@ CREATED = 1_735_689_600
 """A constant: replies are the same from run to run."""
 
 PIECES = 8
-"""In how many pieces a text is streamed at most."""
+"""The most pieces in which a text is streamed."""
 
 DIRECTIONS = 1024
 """How many different embeddings there are; a text's checksum chooses one."""

@@ -10,10 +10,10 @@ Subclass `StoreConformance` in a test module, say how the store is reached, and 
         def make_store(self):
             return open_store(f"sqlite:///{self.path}")
 
-Each scenario opens limiters of fresh names and several connections, as processes would. Histories
+Each scenario opens limiters with fresh names and several connections, as processes would. Histories
 of calls, refunds and debts are compared with `asyncbucket.meters`: each start must be what the
-meters say at that instant of the store's clock. Scenarios run on the machine's clock, for that is
-what stores share; together they take about half a minute.
+meters say at that instant of the store's clock. Scenarios run on the machine's clock, because that
+is what stores share; together they take about half a minute.
 """
 
 from asyncbucket.testing.store_conformance.arithmetic import Arithmetic
@@ -25,4 +25,4 @@ __all__ = ["Oracle", "StoreConformance"]
 
 
 class StoreConformance(Arithmetic, Slots, Steering):
-    """Test a store: override `make_store`, and `grain` where its clock is coarser than 1 ns."""
+    """Test a store: override `make_store`, and `grain` if its clock is coarser than 1 ns."""

@@ -1,4 +1,4 @@
-"""Scenarios of limits: the store answers as the meters do, whoever asks."""
+"""Scenarios of limits: the store answers like the meters, whichever worker asks."""
 
 import asyncio
 import time
@@ -68,7 +68,7 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_no_call_starts_before_one_that_was_booked_earlier(self, place: Place) -> None:
-        """A newcomer passes nobody, at whatever worker it comes in, and however little it costs."""
+        """A newcomer passes nobody, whichever worker it asks, and however little it costs."""
         both = terms(amount_of("requests", 100, 1), amount_of("tokens", 100, 0.2))
         first, second = [await place.worker(both) for _ in range(2)]
         await first.commit(batch({"requests": 1, "tokens": 100}))
@@ -80,7 +80,7 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_a_newcomer_stands_behind_those_who_wait(self, place: Place) -> None:
-        """Nothing is booked yet for who waits long, and still nobody passes."""
+        """Nothing is booked yet for a call that waits long, and still nobody passes it."""
         both = terms(amount_of("requests", 100, 1), amount_of("tokens", 100, 0.8))
         first, second = [await place.worker(both) for _ in range(2)]
         await first.commit(batch({"requests": 1, "tokens": 100}))
@@ -97,7 +97,7 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_what_comes_back_serves_those_who_wait(self, place: Place) -> None:
-        """A call of a minute's tokens used few: who waits elsewhere is told, and starts at once."""
+        """A call of a minute's tokens used few: a waiting worker hears of it, and starts at once."""
         kind = terms(amount_of("tokens", 1_000, 60))
         first, second = [await place.worker(kind) for _ in range(2)]
         start = booked(await first.commit(batch({"tokens": 900})))[0].start
@@ -116,7 +116,7 @@ class Arithmetic(Suite):
     async def test_a_call_above_the_burst_earns_the_rest_while_it_is_first(
         self, place: Place
     ) -> None:
-        """Thirty of a burst of ten: asking again and again it comes nearer, and passes."""
+        """Thirty units with a burst of ten: by asking again the call comes nearer, and passes."""
         worker = await place.worker(terms(amount_of("requests", 500, 10, 10)))
         began = (await worker.commit(Batch())).now
         (booking,) = await place_all(worker, {"requests": 30})
@@ -125,7 +125,7 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_one_that_never_asks_again_holds_up_nobody_for_long(self, place: Place) -> None:
-        """The first of those who wait has died: within 3 s the next one is booked."""
+        """If the first of those that wait has died, the next one is booked within 3 s."""
         kind = terms(amount_of("tokens", 100, 0.5))
         dead, living = [await place.worker(kind) for _ in range(2)]
         await dead.commit(batch({"tokens": 100}))
@@ -136,7 +136,7 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_a_call_takes_all_it_costs_or_nothing(self, place: Place) -> None:
-        """What was not booked has cost nothing of any resource."""
+        """A call that was not booked has cost nothing of any resource."""
         both = terms(amount_of("requests", 10, 60), amount_of("tokens", 100, 60))
         worker = await place.worker(both)
         calls: list[Amounts] = [
@@ -157,7 +157,7 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_a_call_is_booked_ahead_only_if_it_starts_soon(self, place: Place) -> None:
-        """What lies far ahead is not booked, for what comes back may serve it earlier."""
+        """A call far ahead is not booked, because what comes back may serve it earlier."""
         worker = await place.worker(terms(amount_of("requests", 1, 100)))
         await worker.commit(batch({"requests": 1}))
         receipt = await worker.commit(batch({"requests": 1}, {"requests": 1}))
@@ -168,7 +168,7 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_calls_beyond_the_horizon_ask_again(self, place: Place) -> None:
-        """A batch is given a slice of time from its first start on; others have their turn."""
+        """A batch gets a slice of time from its first start on; then others have their turn."""
         worker = await place.worker(terms(amount_of("requests", 1_000, 10, 1)))
         horizon = 30 * MILLISECOND
         receipt = await worker.commit(batch(*[{"requests": 1}] * 9, horizon=horizon))
@@ -180,7 +180,7 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_a_booking_for_nothing_leaves_no_trace(self, place: Place) -> None:
-        """Undone, it is as if it had never been, and at once."""
+        """Once undone, it is at once as if it had never been."""
         worker = await place.worker(terms(amount_of("tokens", 1_000, 60, 100)))
         call = {"tokens": 100}
         start = booked(await worker.commit(batch(call)))[0].start
@@ -191,7 +191,7 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_a_debt_is_paid_off_before_anything_passes(self, place: Place) -> None:
-        """What a call used beyond its booking, later calls wait for."""
+        """Later calls wait for what a call used beyond its booking."""
         worker = await place.worker(terms(amount_of("tokens", 100, 60)))
         start = booked(await worker.commit(batch({"tokens": 10})))[0].start
         correction = Correction(start=start, booked={"tokens": 10}, used={"tokens": 150})
@@ -203,7 +203,7 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_no_debt_or_pause_is_too_long_to_be_counted(self, place: Place) -> None:
-        """Whatever a call says that it used: the store goes on answering, and others wait."""
+        """Whatever a call says it used, the store goes on answering, and others wait."""
         for power in (15, 20, 400):
             name = f"{place.name}-{power}"
             worker = await place.worker(terms(amount_of("tokens", 100, 86_400, 1)), name=name)
@@ -218,7 +218,7 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_a_cancelled_commit_costs_nothing(self, place: Place) -> None:
-        """Whenever its caller goes: either the receipt arrived, or nothing stays booked."""
+        """Whenever its caller is cancelled, either the receipt arrived, or nothing stays booked."""
         worker = await place.worker(terms(amount_of("requests", 1_000, 600), concurrency=1_000))
         held = 0
         for turns in range(30):
@@ -250,7 +250,7 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_a_look_changes_nothing(self, place: Place) -> None:
-        """Peeking tells what is used and what is left, and leaves both."""
+        """Peeking shows what is used and what is left, and changes neither."""
         worker = await place.worker(terms(amount_of("requests", 100, 600, 10)))
         await worker.commit(batch({"requests": 7}))
         for _ in range(3):

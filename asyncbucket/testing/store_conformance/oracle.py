@@ -1,8 +1,8 @@
-"""What a store has to answer: the meters of `asyncbucket.meters`, asked in the same order.
+"""What a store must answer: the meters of `asyncbucket.meters`, asked in the same order.
 
-The oracle is told what was asked and what the store answered, and works out for itself what the
-answer had to be at that instant of the store's clock. It then books what the store has booked, so
-that a grain's difference never adds up.
+The oracle is told what was asked and what the store answered, and computes what the answer had to
+be at that instant of the store's clock. It then books what the store has booked, so that
+differences of a grain never add up.
 """
 
 from fractions import Fraction
@@ -12,7 +12,7 @@ from asyncbucket.stores.store import FAR, Batch, Booking, Outcome, Receipt, Term
 
 
 class Oracle:
-    """Keep the meters that a store's limiter should have; slots are left out."""
+    """Keep the meters that a store's limiter should have, without slots."""
 
     def __init__(self, terms: Terms, *, grain: int) -> None:
         self._grain = grain
@@ -20,7 +20,7 @@ class Oracle:
         self._meters: list[tuple[str, Meter]] = []
         self._last_start = self._last_now = 0
         #: Workers whose next call could not start soon, in order of arrival: which call that is,
-        #: and since when it is the first of all.
+        #: and since when it has been the first of all.
         self._waiting: dict[str, tuple[Amounts, int]] = {}
         for limit in terms.limits:
             window = Window(amount=limit.amount, window=limit.window)
@@ -78,7 +78,7 @@ class Oracle:
             self._last_start = booking.start
 
     def _since(self, worker: str, amounts: Amounts, now: int) -> int:
-        """Return when the worker's next call may start; what it earned as the first is its own."""
+        """Return when the worker's next call may start, including what it earned by being first."""
         waits_for, since = self._waiting.get(worker, (None, 0))
         return self._earliest(amounts, now, since=since if waits_for == amounts else 0)
 

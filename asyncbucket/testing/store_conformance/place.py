@@ -1,4 +1,4 @@
-"""Where a scenario plays: fresh limiters in the store under test, closed when it is over."""
+"""Where a scenario runs: fresh limiters in the store under test, closed afterwards."""
 
 import asyncio
 import secrets
@@ -46,13 +46,13 @@ class Place:
 
 
 class Suite:
-    """Hold scenarios; subclasses say where they play."""
+    """Hold scenarios; subclasses say which store they run on."""
 
     #: By how much (ns) a store may answer later than the arithmetic: one grain of its clock.
     grain: ClassVar[int] = 1
 
     def make_store(self) -> Store:
-        """Return another `Store` object that reaches the same place; to be overridden."""
+        """Return another `Store` object for the same place; to be overridden."""
         raise NotImplementedError("say which store is tested: override make_store()")
 
 
@@ -60,7 +60,7 @@ Scenario: TypeAlias = Callable[[Any, Place], Coroutine[Any, Any, None]]
 
 
 def scenario(play: Scenario) -> Callable[[Suite], None]:
-    """Make a test of a coroutine method that is given a `Place`."""
+    """Turn a coroutine method that takes a `Place` into a test."""
 
     def test(self: Suite) -> None:
         async def run() -> None:
@@ -77,7 +77,7 @@ def scenario(play: Scenario) -> Callable[[Suite], None]:
 
 
 def terms(*limits: Limit, concurrency: int | None = None) -> Terms:
-    """Return terms of these limits."""
+    """Return terms with these limits."""
     return Terms(limits=limits, concurrency=concurrency)
 
 
@@ -87,19 +87,19 @@ def amount_of(limit: str, amount: int, per: float, burst: int | None = None) -> 
 
 
 def batch(*calls: Amounts, horizon: int = 60 * SECOND) -> Batch:
-    """Return a batch of calls alone."""
+    """Return a batch of calls only."""
     return Batch(calls=calls, horizon=horizon)
 
 
 def booked(receipt: Receipt) -> list[Booking]:
-    """Return the bookings of a receipt, having checked that every call was booked."""
+    """Return the bookings of a receipt, after checking that every call was booked."""
     outcomes = [each.outcome for each in receipt.bookings]
     assert set(outcomes) <= {Outcome.BOOKED}, f"not all calls were booked: {outcomes}"
     return list(receipt.bookings)
 
 
 async def place_all(worker: Ledger, *calls: Amounts) -> list[Booking]:
-    """Ask as a pacer would until all ``calls`` are booked; return their bookings in order."""
+    """Ask like a pacer until all ``calls`` are booked; return their bookings in order."""
     bookings: list[Booking] = []
     while len(bookings) < len(calls):
         receipt = await worker.commit(batch(*calls[len(bookings) :]))

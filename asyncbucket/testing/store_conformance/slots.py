@@ -29,7 +29,7 @@ async def _slots(worker: Ledger, count: int) -> tuple[str, ...]:
 
 
 async def _no_slot(*workers: Ledger) -> None:
-    """Have all these ask for a slot in vain, and stand in line."""
+    """Have all these workers ask for a slot in vain, and stand in line."""
     for each in workers:
         assert (await each.commit(batch(_CALL))).bookings[0].outcome is Outcome.FULL
 
@@ -39,7 +39,7 @@ class Slots(Suite):
 
     @scenario
     async def test_slots_are_shared_by_all_workers(self, place: Place) -> None:
-        """Three slots, two of them taken here: there is one there, and the rest find none."""
+        """Of three slots, two are taken by one worker: another gets one, and then none."""
         kind = terms(_ROOMY, concurrency=3)
         first, second = [await place.worker(kind) for _ in range(2)]
         await _slots(first, 2)
@@ -58,7 +58,7 @@ class Slots(Suite):
 
     @scenario
     async def test_a_slot_that_is_given_back_serves_the_same_batch(self, place: Place) -> None:
-        """Releases count before calls; giving back twice, or what was never held, is passed over."""
+        """Releases count before calls; a slot given back twice, or never held, is ignored."""
         worker = await place.worker(terms(_ROOMY, concurrency=1))
         (slot,) = await _slots(worker, 1)
         receipt = await worker.commit(Batch(released=(slot, "unknown"), calls=(_CALL,)))
@@ -69,7 +69,7 @@ class Slots(Suite):
 
     @scenario
     async def test_a_call_without_a_slot_passes_a_full_house(self, place: Place) -> None:
-        """Only who needs a slot waits for one; none are given where none are counted."""
+        """Only a call that needs a slot waits for one; if none are counted, none are given."""
         worker = await place.worker(terms(_ROOMY, concurrency=1))
         await _slots(worker, 1)
         (booking,) = booked(await worker.commit(batch({"requests": 1})))
@@ -80,7 +80,7 @@ class Slots(Suite):
 
     @scenario
     async def test_a_slot_is_held_from_the_booking_on(self, place: Place) -> None:
-        """A call that starts later has its slot already; it lives on after the start."""
+        """A call that starts later already has its slot, which lives on after the start."""
         kind = terms(amount_of("requests", 1, 0.24), concurrency=2)
         worker = await place.worker(kind, slot_ttl=0.2)
         receipt = await worker.commit(batch(_CALL, _CALL, _CALL))
@@ -95,7 +95,7 @@ class Slots(Suite):
 
     @scenario
     async def test_slots_of_the_dead_come_back(self, place: Place) -> None:
-        """No heartbeat for the time to live: the slot is free within 0.1 s, and not before."""
+        """Without a heartbeat for its time to live, a slot is free within 0.1 s, and not before."""
         kind = terms(_ROOMY, concurrency=1)
         dead = await place.worker(kind, slot_ttl=0.5)
         living = await place.worker(kind, slot_ttl=0.5)
@@ -106,7 +106,7 @@ class Slots(Suite):
 
     @scenario
     async def test_a_heartbeat_keeps_slots_alive(self, place: Place) -> None:
-        """Beaten in time, a slot outlives its first life by far."""
+        """With heartbeats in time, a slot outlives its first life by far."""
         kind = terms(_ROOMY, concurrency=1)
         worker = await place.worker(kind, slot_ttl=0.3)
         slots = await _slots(worker, 1)
@@ -117,7 +117,7 @@ class Slots(Suite):
 
     @scenario
     async def test_a_slot_that_expired_is_taken_again_by_a_heartbeat(self, place: Place) -> None:
-        """The call is still under way: it counts, though others may have its place by now."""
+        """The call is still running: it counts, even if others have its place by now."""
         kind = terms(_ROOMY, concurrency=1)
         late = await place.worker(kind, slot_ttl=0.1)
         other = await place.worker(kind, slot_ttl=5)
@@ -129,7 +129,7 @@ class Slots(Suite):
 
     @scenario
     async def test_whoever_asked_first_gets_the_slot(self, place: Place) -> None:
-        """A slot that comes back is kept for the first in line, though another asks before it."""
+        """A slot that comes back is kept for the first in line, even if another asks before it."""
         kind = terms(_ROOMY, concurrency=1)
         holder, first, second = [await place.worker(kind) for _ in range(3)]
         slots = await _slots(holder, 1)
@@ -149,7 +149,7 @@ class Slots(Suite):
 
     @scenario
     async def test_a_newcomer_leaves_the_slot_to_the_first_in_line(self, place: Place) -> None:
-        """Asking at the instant when it comes back is no way past those who wait."""
+        """Asking at the instant when it comes back does not get past those who wait."""
         kind = terms(_ROOMY, concurrency=1)
         holder, first, newcomer = [await place.worker(kind) for _ in range(3)]
         slots = await _slots(holder, 1)
@@ -160,7 +160,7 @@ class Slots(Suite):
 
     @scenario
     async def test_whoever_waits_no_more_leaves_the_line(self, place: Place) -> None:
-        """A batch without calls says so: the slot that comes back is the next worker's at once."""
+        """A batch without calls does that: the slot that comes back goes to the next worker at once."""
         kind = terms(_ROOMY, concurrency=1)
         holder, first, second = [await place.worker(kind) for _ in range(3)]
         slots = await _slots(holder, 1)
@@ -171,7 +171,7 @@ class Slots(Suite):
 
     @scenario
     async def test_many_slots_that_come_back_at_once_are_shared(self, place: Place) -> None:
-        """Whoever gives back a dozen and asks for a dozen gets no more than others that wait."""
+        """A worker that gives back a dozen and asks for a dozen gets no more than others that wait."""
         kind = terms(_ROOMY, concurrency=12)
         workers = [await place.worker(kind) for _ in range(3)]
         slots = await _slots(workers[0], 12)
@@ -187,7 +187,7 @@ class Slots(Suite):
 
     @scenario
     async def test_one_that_does_not_come_holds_up_nobody_for_long(self, place: Place) -> None:
-        """The first in line has died: within 3 s the next one is served."""
+        """If the first in line has died, the next one is served within 3 s."""
         kind = terms(_ROOMY, concurrency=1)
         holder, dead, living = [await place.worker(kind) for _ in range(3)]
         slots = await _slots(holder, 1)
@@ -198,7 +198,7 @@ class Slots(Suite):
 
     @scenario
     async def test_waiting_for_a_change_ends_in_time(self, place: Place) -> None:
-        """Nothing happens: it says so after the time that was asked for."""
+        """If nothing happens, it says so after the given time."""
         kind = terms(_ROOMY, concurrency=1)
         holder, waiting = [await place.worker(kind) for _ in range(2)]
         await _slots(holder, 1)
@@ -239,7 +239,7 @@ class Slots(Suite):
 
 
 async def _wait_for_slot(worker: Ledger) -> float:
-    """Take a slot as a pacer would; return when that was."""
+    """Take a slot like a pacer; return when that was."""
     while True:
         receipt = await worker.commit(batch(_CALL, horizon=0))
         if receipt.bookings[0].outcome is Outcome.BOOKED:

@@ -1,4 +1,4 @@
-"""Scenarios of what is decided for all workers: terms, pauses, and what outlives a process."""
+"""Scenarios of what concerns all workers: terms, pauses, and what outlives a process."""
 
 import asyncio
 
@@ -22,7 +22,7 @@ class Steering(Suite):
 
     @scenario
     async def test_a_pause_holds_for_all_workers(self, place: Place) -> None:
-        """Nobody books a start within it; a shorter one afterwards does not cut it short."""
+        """Nobody books a start within it; a later, shorter pause does not cut it short."""
         kind = terms(amount_of("requests", 100, 1))
         first, second = [await place.worker(kind) for _ in range(2)]
         await first.pause(800 * MILLISECOND)
@@ -65,7 +65,7 @@ class Steering(Suite):
 
     @scenario
     async def test_those_who_wait_hear_of_other_terms(self, place: Place) -> None:
-        """More slots are there to be had at once."""
+        """More slots are available at once."""
         few, more = [terms(amount_of("requests", 10, 60), concurrency=n) for n in (1, 2)]
         first, second = [await place.worker(few) for _ in range(2)]
         await first.commit(batch({"requests": 1, "concurrency": 1}))
@@ -80,7 +80,7 @@ class Steering(Suite):
 
     @scenario
     async def test_limits_that_stay_keep_what_was_booked(self, place: Place) -> None:
-        """Others come with nothing used, or go; a lower limit is kept from the first moment."""
+        """New limits begin with nothing used, others are removed; a lower limit is kept at once."""
         requests, tokens = amount_of("requests", 10, 60), amount_of("tokens", 100, 60)
         worker = await place.worker(terms(requests))
         await worker.commit(batch({"requests": 4, "tokens": 50}))
@@ -95,7 +95,7 @@ class Steering(Suite):
     async def test_a_call_from_before_a_limit_began_gives_nothing_of_it_back(
         self, place: Place
     ) -> None:
-        """It was not counted there, so what it used less than foreseen was never taken."""
+        """It was not counted there, so the refund of what it did not use was never taken."""
         worker = await place.worker(terms(amount_of("requests", 10, 60)))
         (before,) = booked(await worker.commit(batch({"requests": 1, "tokens": 100})))
         await worker.configure(terms(amount_of("requests", 10, 60), amount_of("tokens", 100, 60)))
@@ -107,7 +107,7 @@ class Steering(Suite):
 
     @scenario
     async def test_what_is_booked_outlives_the_process(self, place: Place) -> None:
-        """All have gone and somebody comes: a limit of a day goes on where it was."""
+        """All workers leave and one comes back: a limit of a day continues where it was."""
         kind = terms(amount_of("requests", 10, 86_400))
         store = place.store()
         worker = await store.open(place.name, kind)
@@ -120,7 +120,7 @@ class Steering(Suite):
 
     @scenario
     async def test_limiters_of_other_names_are_strangers(self, place: Place) -> None:
-        """Neither limits nor slots nor pauses of one are the other's."""
+        """Limits, slots and pauses of one do not affect the other."""
         kind = terms(amount_of("requests", 10, 60), concurrency=1)
         one = await place.worker(kind)
         other = await place.worker(kind, name=f"{place.name}/other: ä b")
@@ -132,7 +132,7 @@ class Steering(Suite):
 
     @scenario
     async def test_an_onlooker_joins_nothing(self, place: Place) -> None:
-        """It sees which limiters there are and how they stand, and is no worker for it."""
+        """It sees which limiters there are and their state, without counting as a worker."""
         kind = terms(amount_of("requests", 10, 60))
         store = place.store()
         assert await store.peek(place.name) is None
@@ -148,7 +148,7 @@ class Steering(Suite):
 
     @scenario
     async def test_names_and_times_that_cannot_be_are_refused(self, place: Place) -> None:
-        """Before anything is made of them."""
+        """They are refused before anything is made."""
         kind = terms(amount_of("requests", 10, 60))
         for name, life in (("", 30.0), ("a{b}", 30.0), ("a\nb", 30.0), ("a" * 201, 30.0), ("a", 0)):
             try:
