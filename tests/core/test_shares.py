@@ -155,13 +155,15 @@ def serve_newcomers(clock: VirtualClock, *, number: int, beside: float) -> None:
         clock.leave(newcomer)
 
 
-def test_virtual_time_does_not_stand_still_among_newcomers() -> None:
+@pytest.mark.parametrize("times", [1, 2, 10])
+def test_virtual_time_does_not_stand_still_among_newcomers(times: int) -> None:
     """One after the other served at once: it follows the potential, a call of each behind."""
     clock, waiting = VirtualClock(), Share(9.0)
     clock.enter(waiting)
-    clock.advance(waiting, 9.0, weights=9.0)
+    for _ in range(times):
+        clock.advance(waiting, 9.0, weights=9.0)
     serve_newcomers(clock, number=20, beside=9.0)
-    assert clock.now == pytest.approx(2.0)
+    assert clock.now == pytest.approx(times + 1.0)
 
 
 @pytest.mark.parametrize("price", [1.0, 1_000.0])
@@ -200,6 +202,13 @@ def test_of_one_claimant_the_first_goes_first(grove: Grove) -> None:
     a, b = grove.child(), grove.child()
     calls = [grove.push(a), grove.push(b), grove.push(a), grove.push(b)]
     assert [grove.serve() for _ in range(4)] == calls
+
+
+def test_many_with_the_same_tag_go_in_the_order_in_which_they_came(grove: Grove) -> None:
+    """Round after round, as long as all have calls of the same cost."""
+    children = [grove.child() for _ in range(7)]
+    calls = [grove.push(child) for _ in range(3) for child in children]
+    assert [grove.serve() for _ in calls] == calls
 
 
 def test_a_class_eight_times_as_urgent_has_eight_ninths(grove: Grove) -> None:
