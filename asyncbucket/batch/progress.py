@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from collections.abc import AsyncGenerator
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import anyio
 
@@ -53,6 +53,8 @@ def progress_for(limiter: Limiter, shown: Shown) -> Progress:
     if not _has(shown):
         remedy = '"asyncbucket[batch]"' if shown == "rich" else "tqdm"
         raise ImportError(f"a progress bar needs {shown}: pip install {remedy}")
+    if sys.stderr is None:  # whoever runs us has closed it
+        return Progress()
     return _ShownProgress(limiter, _RichBar if shown == "rich" else _TqdmBar)
 
 
@@ -113,18 +115,40 @@ class _ShownProgress(Progress):
         return words
 
 
+class _StandardError:
+    """Standard error as a bar sees it: if nobody reads it any more, the batch goes on without."""
+
+    def __init__(self) -> None:
+        self._file = sys.stderr
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 class _RichBar:
     def __init__(self, total: int | None) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+        file: Any = _StandardError()
         # Refreshed by `show` alone: a thread of rich's would compete with the calls.
         self._progress = Progress(
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TextColumn("{task.description}", markup=False),
-            console=Console(stderr=True),
+            console=Console(file=file),
             auto_refresh=False,
+            # What is printed meanwhile stands above the bar, unless it goes somewhere else.
+            redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
         )
         self._task = self._progress.add_task("", total=total)
         self._progress.start()
@@ -143,7 +167,8 @@ class _TqdmBar:
         # Without tqdm's own rate: it is among the words.
         far = "{n_fmt} items" if total is None else "{l_bar}{bar:30}| {n_fmt}/{total_fmt}"
         form = far + " {elapsed}{postfix}"
-        self._bar = tqdm(total=total, file=sys.stderr, mininterval=0, bar_format=form)
+        file: Any = _StandardError()
+        self._bar = tqdm(total=total, file=file, mininterval=0, bar_format=form)
 
     def show(self, done: int, words: str) -> None:
         self._bar.n = done
