@@ -189,6 +189,40 @@ async def test_key_says_by_what_an_item_is_known(tmp_path: Path) -> None:
     assert again.restored
 
 
+async def test_model_that_cannot_be_written_as_json_names_the_way_out(tmp_path: Path) -> None:
+    """As any other item that has no key."""
+    with pytest.raises(
+        TypeError, match=r"an item that contains Picture: give Checkpoint\(\.\.\., key="
+    ):
+        await run(tmp_path / "run.db", Calls(), [Picture(data=b"\x89PNG")])
+
+
+class Shape(BaseModel):
+    """Be what a structured model writes."""
+
+
+class Colour(BaseModel):
+    """Be another such thing."""
+
+
+class Square(Shape):
+    """Be a shape that holds more than any shape does."""
+
+    side: int
+
+
+class Asked(BaseModel):
+    """Be an item that is declared to hold any shape."""
+
+    shape: Shape
+
+
+class Picture(BaseModel):
+    """Be an item that holds what is no text."""
+
+    data: bytes
+
+
 @pytest.mark.parametrize(
     ("item", "other"),
     [
@@ -200,6 +234,7 @@ async def test_key_says_by_what_an_item_is_known(tmp_path: Path) -> None:
         ([b"ab"], [["builtins.bytes", "6162"]]),
         ({"a": "b"}, ["builtins.dict", ["a", "b"]]),
         ([1], [1.0]),
+        (Asked(shape=Square(side=1)), Asked(shape=Square(side=2))),
     ],
     ids=repr,
 )
@@ -252,14 +287,6 @@ async def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         CheckpointError, match=r"holds results of Model\.ask of small, not of .*large"
     ):
         await run(path, Model("large").ask, ["Why?"])
-
-
-class Shape(BaseModel):
-    """Be what a structured model writes."""
-
-
-class Colour(BaseModel):
-    """Be another such thing."""
 
 
 def test_structured_model_goes_by_what_it_asks_and_for_what() -> None:
