@@ -154,6 +154,21 @@ async def test_result_that_cannot_be_kept_is_handed_out_before_the_error(tmp_pat
     assert callable(seen[0])
 
 
+async def test_result_that_cannot_be_kept_keeps_no_other_out(tmp_path: Path) -> None:
+    """Those that came with it are on disk when they are handed out: the next run has them."""
+    again = Calls()
+
+    async def ask(number: int) -> Any:
+        return (lambda: None) if number == 3 else number
+
+    ask.__qualname__ = "Calls"
+    with pytest.raises(CheckpointError, match="result of type function cannot be kept"):
+        await run(tmp_path / "run.db", ask, range(4))
+    await run(tmp_path / "run.db", again, range(4))
+
+    assert again.seen == [3]
+
+
 async def test_functions_of_ones_own_write_and_read(tmp_path: Path) -> None:
     """No pickle then; and a checkpoint written so is not read otherwise."""
     own = Checkpoint(
