@@ -28,10 +28,12 @@ from asyncbucket.wording import counted
 
 #: Seconds between two notes of what is done.
 _KEEP: Final = 0.5
-#: Statuses that any other request would get, too: the key, the account, its rights.
-_FATAL: Final = frozenset({401, 402, 403})
+#: Statuses that any other request would get, too: the key, the account.
+_FATAL: Final = frozenset({401, 402})
 _UNKNOWN: Final = 401
-#: Statuses of a server, or of a place on it, that is not the API.
+#: A key without the right to any line, or one prompt that a moderator or a firewall turned away.
+_FORBIDDEN: Final = 403
+#: Statuses of a server, or of a place on it, that is not the API; or of one line's model.
 _ELSEWHERE: Final = frozenset({404, 405})
 #: So many failures in a row, each after its own attempts, are an outage: the other lines are for
 #: another time.
@@ -59,7 +61,7 @@ class Run:
         )
         self._errors = Errors(job.errors_file)
         self._stopped = anyio.Event()
-        #: Requests since the last answer that failed as those of an outage do.
+        #: Requests since the last answer that failed as all others may.
         self._lost_in_a_row = 0
         self.limiter = Limiter(*job.limits, concurrency=job.concurrency, name="run")
         self._sender = Sender(job, self.limiter, self._ledger, tally)
@@ -171,8 +173,8 @@ class Run:
         if isinstance(error, HTTPFailure):
             lost |= error.code in EXHAUSTED
             elsewhere |= error.is_of_another_server
-        lost |= elsewhere and not tally.answered
-        self._lost_in_a_row += classify(error).retry
+        lost |= elsewhere and not (tally.answered or (tally.earlier and not unreachable))
+        self._lost_in_a_row += elsewhere or status == _FORBIDDEN or classify(error).retry
         if self._lost_in_a_row >= _OUTAGE:
             lost = True
         if lost and tally.fatal is None:
