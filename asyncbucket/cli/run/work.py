@@ -152,7 +152,7 @@ class Run:
             }
         message = self._job.secret_free(message)
         tally.failed += 1
-        tally.reasons[f"{code}: {message}"[:200] if len(tally.reasons) < 20 else "others"] += 1  # noqa: PLR2004 - a screenful
+        tally.blame(f"{code}: {message}"[:200])
         line = failure(
             line=task.request.line,
             custom_id=task.request.custom_id,
