@@ -53,8 +53,6 @@ def progress_for(limiter: Limiter, shown: Shown) -> Progress:
     if not _has(shown):
         remedy = '"asyncbucket[batch]"' if shown == "rich" else "tqdm"
         raise ImportError(f"a progress bar needs {shown}: pip install {remedy}")
-    if sys.stderr is None:  # whoever runs us has closed it
-        return Progress()
     return _ShownProgress(limiter, _RichBar if shown == "rich" else _TqdmBar)
 
 
@@ -115,19 +113,21 @@ class _ShownProgress(Progress):
         return words
 
 
-class _StandardError:
-    """Standard error as a bar sees it: if nobody reads it any more, the batch goes on without."""
+class StandardError:
+    """Standard error for what may be missed: if nobody reads it any more, the batch goes on without."""
 
     def __init__(self) -> None:
         self._file = sys.stderr
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
+        """Write, or not."""
+        with contextlib.suppress(OSError, AttributeError):  # gone, or never there
             self._file.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
+        """See `write`."""
+        with contextlib.suppress(OSError, AttributeError):
             self._file.flush()
 
     def __getattr__(self, name: str) -> Any:
@@ -139,7 +139,7 @@ class _RichBar:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        file: Any = _StandardError()
+        file: Any = StandardError()
         # Refreshed by `show` alone: a thread of rich's would compete with the calls.
         self._progress = Progress(
             BarColumn(bar_width=30),
@@ -167,7 +167,7 @@ class _TqdmBar:
         # Without tqdm's own rate: it is among the words.
         far = "{n_fmt} items" if total is None else "{l_bar}{bar:30}| {n_fmt}/{total_fmt}"
         form = far + " {elapsed}{postfix}"
-        file: Any = _StandardError()
+        file: Any = StandardError()
         self._bar = tqdm(total=total, file=file, mininterval=0, bar_format=form)
 
     def show(self, done: int, words: str) -> None:

@@ -733,10 +733,11 @@ def test_full_standard_output_is_one_line(rate_limited_provider: ProviderFactory
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes are of Unix")
-def test_nobody_need_read_what_it_says(rate_limited_provider: ProviderFactory) -> None:
-    """As in ``asyncbucket run ... 2>&1 | head -1``: it is the answers that were asked for."""
+@pytest.mark.parametrize("made", ["pipe", "openpty"])
+def test_nobody_need_read_what_it_says(made: str, rate_limited_provider: ProviderFactory) -> None:
+    """As in ``asyncbucket run ... 2>&1 | head -1``, or at a terminal that is closed: answers were asked for."""
     provider = rate_limited_provider()
-    reader, writer = os.pipe()
+    reader, writer = getattr(os, made)()
     os.close(reader)
 
     done = subprocess.run(
