@@ -197,14 +197,22 @@ class Ledger:
         return digest(b"k" + text.encode("utf-8", "surrogatepass"))
 
     def save(self, results: Iterable[tuple[bytes, Any]]) -> None:
-        """Keep results by their keys, all or none.
+        """Keep results by their keys, all that can be.
 
         Raises:
-            CheckpointError: one of them cannot be kept, or the disk is full.
+            CheckpointError: one of them cannot be kept; or the disk is full, and none is.
         """
-        rows = [(key, *self._dump(result)) for key, result in results]
+        rows: list[tuple[bytes, int, bytes]] = []
+        failure: CheckpointError | None = None
+        for key, result in results:
+            try:
+                rows.append((key, *self._dump(result)))
+            except CheckpointError as error:  # the others were paid for, too
+                failure = error
         with self._lock, self._transaction():
             self._database.executemany("INSERT OR REPLACE INTO results VALUES (?, ?, ?)", rows)
+        if failure is not None:
+            raise failure
 
     def _dump(self, result: Any) -> tuple[int, bytes]:
         codec = self._checkpoint.codec

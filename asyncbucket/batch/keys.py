@@ -43,7 +43,7 @@ def _told_apart(value: Any) -> object:
         return value
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     if hasattr(value, "__pydantic_fields_set__"):
-        return [kind, _told_apart(value.model_dump(mode="json"))]
+        return [kind, _told_apart(_dumped(value))]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = dataclasses.fields(value)
         return [kind, *([each.name, _told_apart(getattr(value, each.name))] for each in fields)]
@@ -54,7 +54,19 @@ def _told_apart(value: Any) -> object:
         return [kind, *sorted(pairs, key=json.dumps)]
     if isinstance(value, (list, tuple)):
         return [kind, *map(_told_apart, value)]
-    raise TypeError(
+    raise _unknown(value)
+
+
+def _dumped(model: Any) -> object:
+    """Return what a pydantic model holds, also what only a subclass of a field's type has."""
+    try:
+        return model.model_dump(mode="json", serialize_as_any=True)
+    except Exception as error:
+        raise _unknown(model) from error
+
+
+def _unknown(value: object) -> TypeError:
+    return TypeError(
         f"a checkpoint cannot recognise an item that contains {type(value).__name__}: give "
         f"Checkpoint(..., key=...), a function from the item to a string"
     )

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from collections.abc import AsyncGenerator
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import anyio
 
@@ -113,18 +113,42 @@ class _ShownProgress(Progress):
         return words
 
 
+class StandardError:
+    """Standard error for what may be missed: if nobody reads it any more, the batch goes on."""
+
+    def __init__(self) -> None:
+        self._file = sys.stderr
+
+    def write(self, text: str) -> int:
+        """Write, or not."""
+        with contextlib.suppress(OSError, AttributeError):  # gone, or never there
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """See `write`."""
+        with contextlib.suppress(OSError, AttributeError):
+            self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 class _RichBar:
     def __init__(self, total: int | None) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+        file: Any = StandardError()
         # Refreshed only by `show`: a thread of rich's would compete with the calls.
         self._progress = Progress(
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TextColumn("{task.description}", markup=False),
-            console=Console(stderr=True),
+            console=Console(file=file),
             auto_refresh=False,
+            # What is printed meanwhile appears above the bar, unless it goes somewhere else.
+            redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
         )
         self._task = self._progress.add_task("", total=total)
         self._progress.start()
@@ -143,7 +167,8 @@ class _TqdmBar:
         # Without tqdm's own rate, which is among the words.
         far = "{n_fmt} items" if total is None else "{l_bar}{bar:30}| {n_fmt}/{total_fmt}"
         form = far + " {elapsed}{postfix}"
-        self._bar = tqdm(total=total, file=sys.stderr, mininterval=0, bar_format=form)
+        file: Any = StandardError()
+        self._bar = tqdm(total=total, file=file, mininterval=0, bar_format=form)
 
     def show(self, done: int, words: str) -> None:
         self._bar.n = done

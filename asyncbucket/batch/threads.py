@@ -1,8 +1,11 @@
 """`Limiter.map`: the same for code without an event loop."""
 
+import atexit
+import contextlib
 import inspect
+import weakref
 from collections.abc import AsyncIterable, Awaitable, Callable, Generator, Iterable
-from typing import Any, TypeVar, overload
+from typing import Any, Final, TypeVar, overload
 
 from anyio import CapacityLimiter, to_thread
 from anyio.from_thread import start_blocking_portal
@@ -19,6 +22,9 @@ R = TypeVar("R")
 
 #: The most threads if the limiter has no concurrency.
 _THREADS = 64
+#: Iterators that were handed out, and may be left in the middle. Module state, because `atexit` is: if one
+#: were closed later than that, it would wait for ever for a thread that has stopped.
+_LEFT: Final["weakref.WeakSet[Generator[Any]]"] = weakref.WeakSet()
 
 
 @overload
@@ -69,7 +75,16 @@ def map_sync(
     if options.get("checkpoint") is not None:
         options["checkpoint"] = Checkpoint.of(options["checkpoint"], name=name_of(fn))
     call = _in_threads(fn, workers)
-    return _iterate(amap(limiter, call, items, workers=workers, **options))
+    results = _iterate(amap(limiter, call, items, workers=workers, **options))
+    _LEFT.add(results)
+    return results
+
+
+@atexit.register
+def _close() -> None:
+    for each in tuple(_LEFT):
+        with contextlib.suppress(ValueError):  # another thread is in it
+            each.close()
 
 
 def _iterate(results: Results[T, Any]) -> Generator[Item[T, Any]]:

@@ -154,6 +154,21 @@ async def test_result_that_cannot_be_kept_is_handed_out_before_the_error(tmp_pat
     assert callable(seen[0])
 
 
+async def test_result_that_cannot_be_kept_keeps_no_other_out(tmp_path: Path) -> None:
+    """Those that came with it are on disk when they are handed out: the next run has them."""
+    again = Calls()
+
+    async def ask(number: int) -> Any:
+        return (lambda: None) if number == 3 else number
+
+    ask.__qualname__ = "Calls"
+    with pytest.raises(CheckpointError, match="result of type function cannot be kept"):
+        await run(tmp_path / "run.db", ask, range(4))
+    await run(tmp_path / "run.db", again, range(4))
+
+    assert again.seen == [3]
+
+
 async def test_functions_of_ones_own_write_and_read(tmp_path: Path) -> None:
     """No pickle then; and a checkpoint written so is not read otherwise."""
     own = Checkpoint(
@@ -189,6 +204,40 @@ async def test_key_says_by_what_an_item_is_known(tmp_path: Path) -> None:
     assert again.restored
 
 
+async def test_model_that_cannot_be_written_as_json_names_the_way_out(tmp_path: Path) -> None:
+    """As any other item that has no key."""
+    with pytest.raises(
+        TypeError, match=r"an item that contains Picture: give Checkpoint\(\.\.\., key="
+    ):
+        await run(tmp_path / "run.db", Calls(), [Picture(data=b"\x89PNG")])
+
+
+class Shape(BaseModel):
+    """Be what a structured model writes."""
+
+
+class Colour(BaseModel):
+    """Be another such thing."""
+
+
+class Square(Shape):
+    """Be a shape that holds more than any shape does."""
+
+    side: int
+
+
+class Asked(BaseModel):
+    """Be an item that is declared to hold any shape."""
+
+    shape: Shape
+
+
+class Picture(BaseModel):
+    """Be an item that holds what is no text."""
+
+    data: bytes
+
+
 @pytest.mark.parametrize(
     ("item", "other"),
     [
@@ -200,6 +249,7 @@ async def test_key_says_by_what_an_item_is_known(tmp_path: Path) -> None:
         ([b"ab"], [["builtins.bytes", "6162"]]),
         ({"a": "b"}, ["builtins.dict", ["a", "b"]]),
         ([1], [1.0]),
+        (Asked(shape=Square(side=1)), Asked(shape=Square(side=2))),
     ],
     ids=repr,
 )
@@ -252,14 +302,6 @@ async def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         CheckpointError, match=r"holds results of Model\.ask of small, not of .*large"
     ):
         await run(path, Model("large").ask, ["Why?"])
-
-
-class Shape(BaseModel):
-    """Be what a structured model writes."""
-
-
-class Colour(BaseModel):
-    """Be another such thing."""
 
 
 def test_structured_model_goes_by_what_it_asks_and_for_what() -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import functools
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -77,6 +79,20 @@ def test_leaving_the_loop_ends_it() -> None:
 
     assert len(begun) <= 6
     assert limiter.statistics().in_flight == 0
+
+
+def test_program_ends_though_a_loop_was_left() -> None:
+    """What still holds the items then is the module itself."""
+    program = (
+        "from asyncbucket import Limiter\n"
+        "items = Limiter(concurrency=2).map(abs, range(100))\n"
+        "print(next(items).ok)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=30
+    )
+
+    assert (done.stdout, done.stderr, done.returncode) == ("True\n", "", 0)
 
 
 def test_error_is_raised_as_it_is() -> None:

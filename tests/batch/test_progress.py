@@ -1,7 +1,10 @@
 """What is seen while it runs, and how long it says it will take."""
 
 import asyncio
+import errno
+import io
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -41,6 +44,57 @@ def test_bar_says_how_far_how_fast_and_what_binds(
     assert "2 failed" in shown
     if library == "tqdm":  # rich shows a pipe the end alone
         assert re.search(r"10/20 .*[\d.]+/s, \d+ s left, waiting for requests, 1 failed", shown)
+
+
+@pytest.mark.parametrize("library", ["rich", "tqdm"])
+def test_what_is_printed_goes_where_it_would_without_a_bar(
+    library: Any,
+    virtual_time: VirtualTime,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Into a file, if that is what standard output is, though the bar is at a terminal."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+
+    async def main() -> None:
+        limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
+        async for item in amap(limiter, asyncio.sleep, [0.1, 0.2], show_progress=library):
+            sys.stdout.write(f"{item.input}\n")
+
+    virtual_time.run(main())
+
+    assert capsys.readouterr().out == "0.1\n0.2\n"
+
+
+class Gone(io.StringIO):
+    """A file whose reader has gone away."""
+
+    def __init__(self, error: int) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:  # noqa: ARG002 - nobody reads it
+        raise OSError(self.error, os.strerror(self.error))
+
+    def flush(self) -> None:
+        self.write("")
+
+
+@pytest.mark.parametrize("library", ["rich", "tqdm"])
+@pytest.mark.parametrize("file", [Gone(errno.EPIPE), Gone(errno.EIO), None])
+def test_batch_goes_on_though_nobody_sees_its_bar(
+    file: Gone | None, library: Any, virtual_time: VirtualTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe whose reader has ended, a terminal that was closed, no standard error at all."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys, "stderr", file)
+
+    async def main() -> int:
+        limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
+        results = amap(limiter, asyncio.sleep, [0.1] * 20, show_progress=library)
+        return sum([item.ok async for item in results])
+
+    assert virtual_time.run(main()) == 20
 
 
 def test_bar_of_endless_items_shows_a_count(

@@ -185,11 +185,32 @@ def test_what_every_request_would_get_ends_the_run(
     assert SECRET not in result.output + Path("out.errors.jsonl").read_text()
 
 
+@pytest.mark.parametrize(("status", "earlier"), [(403, 0), (404, 1)])
+def test_line_that_is_refused_first_does_not_keep_the_others_out(
+    status: int, earlier: int, rate_limited_provider: ProviderFactory
+) -> None:
+    """It comes first in each run, and its refusal before any answer: a flagged prompt, a model that is gone."""
+    provider = rate_limited_provider(latency=0.1)
+    arguments = [batch(20), "-o", "out.jsonl", "--rpm", "60000", "--concurrency", "4"]
+    if earlier:
+        run(provider, *arguments, "--limit", f"{earlier}")
+    provider.fail_next(1, status=status)
+
+    result = run(provider, *arguments)
+
+    assert result.exit_code == 1, result.stderr
+    assert len(lines_of("out.jsonl")) == 19
+
+
+@pytest.mark.parametrize("status", [403, 404, 500])
 def test_outage_ends_the_run_before_it_has_burnt_the_file(
+    status: int,
     rate_limited_provider: ProviderFactory,
 ) -> None:
     """Fifty failures in a row; the lines after them are left for the next run."""
-    provider = rate_limited_provider(always=500)
+    provider = rate_limited_provider()
+    run(provider, batch(500), "-o", "out.jsonl", "--rpm", "60000", "--limit", "1")
+    provider.reconfigure(always=status)
     arguments = [batch(500), "-o", "out.jsonl", "--rpm", "60000", "--attempts", "1"]
 
     result = run(provider, *arguments, "--concurrency", "4")
@@ -197,7 +218,7 @@ def test_outage_ends_the_run_before_it_has_burnt_the_file(
     again = run(provider, *arguments)
 
     assert (result.exit_code, again.exit_code) == (2, 0)
-    assert "error: no request succeeds: HTTP 500" in result.stderr
+    assert f"error: no request succeeds: HTTP {status}" in result.stderr
     assert len(lines_of("out.jsonl")) == 500
     assert provider.statistics().errors < 60
 
@@ -712,10 +733,11 @@ def test_full_standard_output_is_one_line(rate_limited_provider: ProviderFactory
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes are of Unix")
-def test_nobody_need_read_what_it_says(rate_limited_provider: ProviderFactory) -> None:
-    """As in ``asyncbucket run ... 2>&1 | head -1``: it is the answers that were asked for."""
+@pytest.mark.parametrize("made", ["pipe", "openpty"])
+def test_nobody_need_read_what_it_says(made: str, rate_limited_provider: ProviderFactory) -> None:
+    """As in ``asyncbucket run ... 2>&1 | head -1``, or at a terminal that is closed: answers were asked for."""
     provider = rate_limited_provider()
-    reader, writer = os.pipe()
+    reader, writer = getattr(os, made)()
     os.close(reader)
 
     done = subprocess.run(

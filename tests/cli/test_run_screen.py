@@ -162,3 +162,16 @@ def test_stopped_run_says_how_to_go_on() -> None:
     assert ended(stop).startswith("stopped after 2 min: ")
     assert ended(stop).endswith("\nthe same command goes on from here")
     assert "goes on" not in ended(fail)
+
+
+def test_reason_that_was_told_apart_once_is_counted_to_the_end() -> None:
+    """However many others there are meanwhile, each quoting the number of its request."""
+    tally = Tally()
+
+    for number in range(30):
+        tally.blame("timeout")
+        tally.blame(f"error in request {number}")
+
+    assert tally.reasons["timeout"] == 30
+    assert tally.reasons.total() == 60
+    assert len(tally.reasons) == 21

@@ -3,15 +3,16 @@
 import asyncio
 import json
 import logging
-import os
 import sqlite3
 import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 
+from asyncbucket.batch.progress import StandardError
 from asyncbucket.cli import INTERRUPTED
 from asyncbucket.cli.ends import DONE, FAILED, WRONG
 from asyncbucket.cli.run import report
@@ -25,15 +26,6 @@ from asyncbucket.cli.run.work import Run
 from asyncbucket.wording import one_line
 
 
-class _Console(Console):
-    """Standard error; if nobody reads it any more, the run goes on without."""
-
-    def on_broken_pipe(self) -> None:
-        """Print nothing more; rich would end the program, and close standard output."""
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-
-
 def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
     """Run ``job`` and return the exit status: 0, 1 if lines failed, 2 if none can succeed, 130.
 
@@ -41,7 +33,8 @@ def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
         ValueError: the options or files don't fit together.
     """
     job.check()
-    console = _Console(stderr=True, highlight=False)
+    file: Any = StandardError()
+    console = Console(file=file, highlight=False, emoji=False)
     tally = Tally(price=job.price)
     if job.source != STANDARD:
         tally.total = count_lines(job.source, job.most)
@@ -75,7 +68,7 @@ def _say(job: Job, tally: Tally, console: Console, *, quiet: bool, as_json: bool
         console.print(report.summary(job, tally), markup=False, soft_wrap=True)
     if tally.fatal is not None:
         said = one_line(tally.fatal)
-        print(f"error: no request succeeds: {said}", file=sys.stderr)  # noqa: T201 - a command's output
+        console.print(f"error: no request succeeds: {said}", markup=False, soft_wrap=True)
     if as_json:
         print(json.dumps(tally.as_dict(), indent=2))  # noqa: T201 - a command's output
 

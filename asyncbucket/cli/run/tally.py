@@ -3,9 +3,12 @@
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from asyncbucket.cli.run.job import Price
+
+#: Reasons that are told apart: a screenful.
+_REASONS: Final = 20
 
 
 @dataclass(slots=True)
@@ -37,6 +40,11 @@ class Tally:
     stopping: bool = False
     #: Why no call can succeed, if none can.
     fatal: str | None = None
+
+    def blame(self, reason: str) -> None:
+        """Count why a line failed; reasons beyond the first few are one."""
+        known = reason in self.reasons or len(self.reasons) < _REASONS
+        self.reasons[reason if known else "others"] += 1
 
     @property
     def done(self) -> int:

@@ -28,10 +28,12 @@ from asyncbucket.wording import counted
 
 #: Seconds between two updates of what is done.
 _KEEP: Final = 0.5
-#: Statuses that any other request would get, too: because of the key, the account, its rights.
-_FATAL: Final = frozenset({401, 402, 403})
+#: Statuses that any other request would get, too: because of the key or the account.
+_FATAL: Final = frozenset({401, 402})
 _UNKNOWN: Final = 401
-#: Statuses of a server, or of a path on it, that is not the API.
+#: A key that may send no line, or one prompt that a moderator or a firewall turned away.
+_FORBIDDEN: Final = 403
+#: Statuses of a server, or of a path on it, that is not the API; or of one line's model.
 _ELSEWHERE: Final = frozenset({404, 405})
 #: This many failures in a row, each after its own attempts, are an outage, which ends the run.
 _OUTAGE: Final = 50
@@ -58,7 +60,7 @@ class Run:
         )
         self._errors = Errors(job.errors_file)
         self._stopped = anyio.Event()
-        #: Consecutive requests, since the last answer, that failed as in an outage.
+        #: Consecutive requests, since the last answer, that failed in a way that all others may.
         self._lost_in_a_row = 0
         self.limiter = Limiter(*job.limits, concurrency=job.concurrency, name="run")
         self._sender = Sender(job, self.limiter, self._ledger, tally)
@@ -149,7 +151,7 @@ class Run:
             }
         message = self._job.secret_free(message)
         tally.failed += 1
-        tally.reasons[f"{code}: {message}"[:200] if len(tally.reasons) < 20 else "others"] += 1  # noqa: PLR2004 - a screenful
+        tally.blame(f"{code}: {message}"[:200])
         line = failure(
             line=task.request.line,
             custom_id=task.request.custom_id,
@@ -170,8 +172,8 @@ class Run:
         if isinstance(error, HTTPFailure):
             lost |= error.code in EXHAUSTED
             elsewhere |= error.is_of_another_server
-        lost |= elsewhere and not tally.answered
-        self._lost_in_a_row += classify(error).retry
+        lost |= elsewhere and not (tally.answered or (tally.earlier and not unreachable))
+        self._lost_in_a_row += elsewhere or status == _FORBIDDEN or classify(error).retry
         if self._lost_in_a_row >= _OUTAGE:
             lost = True
         if lost and tally.fatal is None:
