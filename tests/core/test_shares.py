@@ -267,6 +267,24 @@ def test_one_out_of_its_quota_sleeps_and_the_next_goes(grove: Grove) -> None:
     assert grove.tree.head(0) is waiting
 
 
+@pytest.mark.parametrize("weight", [0.5, 1.0, 4.0])
+def test_one_out_of_its_quota_loses_its_share_but_for_a_call(grove: Grove, weight: float) -> None:
+    """As much as its last call is worth by its weight: it goes next, and once."""
+    poor, rich = grove.child(weight=weight), grove.child()
+    window = Window(amount=10, window=1_000)
+    poor._gates = Gates([(window, "tokens")])
+    calls = [grove.push(poor, 10), grove.push(poor, 10)]
+    for _ in range(40):
+        grove.push(rich, 5)
+    assert grove.serve() is calls[0]
+    window.book(10, 0)
+    assert all(grove.serve().node is rich for _ in range(30))
+    awake = 2_000
+    assert grove.tree.head(awake) is calls[1]
+    present = grove.root.fairness.clocks[0].now
+    assert poor.fairness.shares[0].tag == pytest.approx(present - 10 / weight)
+
+
 def test_one_that_waits_for_a_slot_is_found_without_it(grove: Grove) -> None:
     """For when all slots are held by those who are blocked; all else still binds."""
     slots = Slots(size=1)
