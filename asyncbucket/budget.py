@@ -38,7 +38,8 @@ class Budget:
         self.clock = clock
         self.root = root
         self.lock = threading.Lock()
-        #: Held while a limiter is made, so that two threads never make it twice; the outer of both.
+        #: Held while a limiter is made, so that two threads never make it twice, and while one is steered,
+        #: so that none puts it to rest meanwhile; the outer of both.
         self.making = threading.RLock()
         #: Calls that wait, over all loops. While this is 0 newcomers pass if the meters allow it.
         self.waiting = 0
