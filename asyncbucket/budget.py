@@ -38,7 +38,8 @@ class Budget:
         self.clock = clock
         self.root = root
         self.lock = threading.Lock()
-        #: Held while a limiter is made, so that two threads never make it twice; taken first.
+        #: Held while a limiter is made, so that two threads never make it twice, and while one is
+        #: steered, so that no thread puts it to rest meanwhile; taken before `lock`.
         self.making = threading.RLock()
         #: Calls that wait, on all loops. While it is 0, newcomers pass if the meters allow it.
         self.waiting = 0

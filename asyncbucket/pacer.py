@@ -323,8 +323,8 @@ class Pacer:
     def _turn_locked(self, head: Waiter, now: int) -> int:
         """Return from when on ``head`` need not let another loop's head go first."""
         turn, first = (self.queue.turn, head.number), self
-        for other in self._budget.pacers.values():
-            if other is not self and now < other.due + _GRACE:
+        for other in tuple(self._budget.pacers.values()):
+            if other is not self and now < other.due + _GRACE and not other.bury_locked():
                 elder = other.queue.head(now)
                 if elder is not None and (other.queue.turn, elder.number) < turn:
                     turn, first, head = (other.queue.turn, elder.number), other, elder

@@ -142,9 +142,9 @@ class Account(Books):
         if self.remote is not None:
             self.remote.configure()
         for limit in limits:
-            self.tell(LimitChanged, limit=str(limit))
+            self.tell_later(LimitChanged, limit=str(limit))
         if concurrency is not None and self.slots is not None:
-            self.tell(LimitChanged, limit=f"concurrency {self.slots.size}")
+            self.tell_later(LimitChanged, limit=f"concurrency {self.slots.size}")
 
     def learn(self, limit: Limit) -> None:
         """Adopt a limit that the provider announces, if none was given.
@@ -163,7 +163,7 @@ class Account(Books):
         self.set_limits([limit], None)
         if self.remote is not None:
             self.remote.configure()
-        self.tell(LimitLearned, limit=str(limit))
+        self.tell_later(LimitLearned, limit=str(limit))
 
     def hear_remaining_locked(
         self, key: Key, remaining: int, *, limit: int | None, since: int, rounding: int

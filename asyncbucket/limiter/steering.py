@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from asyncbucket.context import nanoseconds, span_of
 from asyncbucket.events import Callback, Event, Paused
@@ -22,6 +23,11 @@ class Steering(ABC):
     @abstractmethod
     def _account(self) -> Account: ...
 
+    @property
+    def _awake(self) -> AbstractContextManager[object]:
+        """Keep tenants from being put to rest, which takes the same lock."""
+        return self._account.budget.making
+
     def pause(self, seconds: float, *, reason: str = "", gradually: bool = False) -> None:
         """Admit nobody for ``seconds`` from now; an earlier pause that ends later stays in force.
 
@@ -38,9 +44,8 @@ class Steering(ABC):
         span = span_of(seconds, "a pause", "it counts from now")
         if span >= NEVER:
             raise ValueError("a pause must end: give a finite number of seconds")
-        account = self._account
-        until = account.budget.clock() + span
-        with account.budget.lock:
+        with self._awake, (account := self._account).budget.lock:
+            until = account.budget.clock() + span
             for each in account.path:
                 each.upstream_429 += reason == "429"
             account.pause_locked(until, gradually=gradually)
@@ -79,9 +84,8 @@ class Steering(ABC):
         read_count(rounding, "rounding")
         if limit is not None:
             read_count(limit, "limit")
-        account = self._account
-        sent = account.budget.clock() if since is None else nanoseconds(since, "since")
-        with account.budget.lock:
+        with self._awake, (account := self._account).budget.lock:
+            sent = account.budget.clock() if since is None else nanoseconds(since, "since")
             account.hear_remaining_locked(
                 (resource, per), remaining, limit=limit, since=sent, rounding=rounding
             )
@@ -97,7 +101,10 @@ class Steering(ABC):
         """
         if not isinstance(limit, Limit):
             raise TypeError(f'learn() takes a Limit, such as Limit("requests", 500), not {limit!r}')
-        self._account.learn(limit)
+        with self._awake:
+            account = self._account
+            account.learn(limit)
+        account.flush()
 
     def reconfigure(
         self,
@@ -118,7 +125,10 @@ class Steering(ABC):
         """
         given = read_limits(limits, limits_by_keyword)
         share = None if weight is None else read_weight(weight)
-        self._account.reconfigure(given, concurrency, weight=share)
+        with self._awake:
+            account = self._account
+            account.reconfigure(given, concurrency, weight=share)
+        account.flush()
 
     def observe(self, callback: Callback) -> Callable[[], None]:
         """Call ``callback`` with each event here and below; the returned function ends that.
@@ -130,7 +140,8 @@ class Steering(ABC):
         Raises:
             TypeError: ``callback`` cannot be called, or is a coroutine function.
         """
-        return self._account.observe(callback)
+        with self._awake:
+            return self._account.observe(callback)
 
     def emit(self, event: Event) -> None:
         """Send an adapter's event to the observers."""

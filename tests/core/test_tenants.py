@@ -473,6 +473,42 @@ def test_one_put_to_rest_by_another_thread_is_found_again(
     virtual_time.run(main())
 
 
+STEERED: dict[str, tuple[Callable[[Limiter], object], Callable[[Limiter], object]]] = {
+    "pause": (lambda tenant: tenant.pause(60), lambda tenant: tenant.statistics().paused),
+    "reconfigure": (
+        lambda tenant: tenant.reconfigure(rpm=1),
+        lambda tenant: tenant.limits[0].amount == 1,
+    ),
+    "observe_remaining": (
+        lambda tenant: tenant.observe_remaining(0, resource="requests", per=60),
+        lambda tenant: not tenant.statistics().limits[0].available,
+    ),
+    "learn": (lambda tenant: tenant.learn(Limit("images", 5)), lambda tenant: tenant.limits),
+}
+
+
+@pytest.mark.parametrize("how", STEERED)
+def test_one_that_is_steered_is_not_put_to_rest_meanwhile(how: str) -> None:
+    """By a thread that asks for others just then: what was said would be forgotten."""
+    steer, stands = STEERED[how]
+    key = Limiter(clock=lambda: 0)
+    key.per_key(*([] if how == "learn" else ["2 RPM burst 2"]), alive=1)
+    tenant = key.key("a")
+    others = threading.Thread(target=crowd_out, args=(key,))
+
+    def in_between() -> bool:
+        key._budget.lock = plain
+        others.start()
+        others.join(0.1)  # until they are there, or were kept out for so long
+        return True
+
+    plain = key._budget.lock
+    key._budget.lock = Snatching(in_between, times=1)  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+    steer(tenant)
+    others.join(20)
+    assert stands(key.key("a"))
+
+
 def test_tenants_of_tenants_keep_their_quota(virtual_time: VirtualTime) -> None:
     """An organisation's users are remembered with it."""
     key = Limiter(clock=virtual_time.clock)
