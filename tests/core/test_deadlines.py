@@ -10,6 +10,21 @@ from asyncbucket import AcquireTimeout, Lease, Limiter, TokenBucket
 from asyncbucket.testing import VirtualTime, virtual_time
 
 
+def test_a_call_above_the_burst_is_refused_before_it_waits(virtual_time: VirtualTime) -> None:
+    """Where nobody has stood first before it, it has earned nothing of what is above."""
+
+    async def main() -> None:
+        limiter = Limiter("100 requests/s burst 10", clock=virtual_time.clock)
+        await asyncio.sleep(5)
+        with pytest.raises(AcquireTimeout) as error:
+            await limiter.acquire(requests=50, timeout=0.3)
+        assert virtual_time.now == 5
+        assert error.value.retry_after == pytest.approx(0.4)
+        assert (await limiter.acquire(requests=50, timeout=0.4)).waited == pytest.approx(0.4)
+
+    virtual_time.run(main())
+
+
 def test_a_hopeless_call_is_refused_before_it_waits(virtual_time: VirtualTime) -> None:
     """By `timeout` and by `deadline`, with both times in the message."""
 

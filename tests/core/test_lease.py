@@ -39,6 +39,26 @@ def test_settling_above_leaves_a_debt(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
+def test_settling_above_by_one_is_a_debt_too(virtual_time: VirtualTime) -> None:
+    """The smallest there is."""
+    limiter = Limiter("100 TPM", clock=virtual_time.clock)
+    limiter.acquire_nowait(tokens=10).settle(tokens=11)
+    assert limiter.statistics().limits[0].used == 11
+    assert limiter.statistics().refunded == {}
+
+
+@pytest.mark.parametrize(("used", "refunded"), [(0, {"requests": 2}), (3, {})])
+def test_requests_are_settled_as_tokens_are(
+    virtual_time: VirtualTime, used: int, refunded: dict[str, int]
+) -> None:
+    """A call may turn out to be none, or several."""
+    limiter = Limiter("100 RPM burst 10", clock=virtual_time.clock)
+    limiter.acquire_nowait(requests=2).settle(requests=used)
+    assert limiter.statistics().limits[0].used == used
+    assert limiter.statistics().limits[0].available == 10 - used
+    assert limiter.statistics().refunded == refunded
+
+
 def test_settling_is_idempotent_and_corrects_itself(virtual_time: VirtualTime) -> None:
     """The last word holds, before and after the release."""
     limiter = Limiter("100 TPM", clock=virtual_time.clock)

@@ -663,6 +663,17 @@ def test_what_is_lent_may_come_back() -> None:
     assert gates.take(cost, 0)
 
 
+@pytest.mark.parametrize(("lent", "due"), [(0, NEVER), (1, 0)])
+def test_to_another_meter_comes_back_what_windows_of_its_resource_lent(lent: int, due: int) -> None:
+    """And no other's, whichever stands last before it."""
+    a, b = (Window(amount=10, window=SECOND) for _ in range(2))
+    other = Slots(size=1)
+    gates = Gates([(a, "a"), (b, "b"), (other, "a")])
+    assert gates.take({"a": 1, "b": 1}, 0)
+    a.lent, b.lent = lent, 1 - lent
+    assert gates.soonest({"a": 1}, 0, since=0) == due
+
+
 def test_a_bucket_remembers_what_another_lacked() -> None:
     """Up to a burst it is missing, beyond that it is a debt; later bookings come on top."""
     bucket = Bucket(rate=2, burst=4)

@@ -89,8 +89,9 @@ def test_refusals_say_why(virtual_time: VirtualTime) -> None:
             ("queue_full", "requests", pytest.approx(30)),
             ("too_costly", None, None),
         ]
+        assert [event.cost["requests"] for event in refused] == [1, 1, 1, 3]
         assert isinstance(heard[-1], Cancelled)
-        assert heard[-1].waited == 0
+        assert (heard[-1].cost, heard[-1].waited) == ({"requests": 1}, 0)
 
     virtual_time.run(main())
 
@@ -215,6 +216,21 @@ def test_a_lease_that_the_collector_finds_is_told_later(virtual_time: VirtualTim
     limiter.acquire_nowait().release()
     assert [type(event) for event in heard] == [Admitted, Released, Admitted, Released]
     assert (heard[1].held, heard[1].outcome) == (4.0, "failed")
+
+
+def test_how_a_call_ended_is_told_though_the_lock_was_held(virtual_time: VirtualTime) -> None:
+    """Whoever has it does what was left to it, and tells what was said."""
+    heard: list[Any] = []
+    limiter = Limiter(concurrency=3, clock=virtual_time.clock)
+    limiter.observe(heard.append)
+    leases = [limiter.acquire_nowait() for _ in range(3)]
+    with limiter._budget.lock:
+        leases[0].release()
+        leases[1].overloaded()
+        leases[2].failed()
+    limiter.acquire_nowait()
+    released = [event.outcome for event in heard if isinstance(event, Released)]
+    assert released == ["ok", "overloaded", "failed"]
 
 
 def test_a_call_that_the_collector_finds_waiting_is_told_later(virtual_time: VirtualTime) -> None:

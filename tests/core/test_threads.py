@@ -375,6 +375,23 @@ def test_a_blocked_loop_that_holds_all_slots_does_not_deadlock(
     )
 
 
+def test_every_open_lease_is_counted_where_it_is_held() -> None:
+    """By loop, and by plain threads together: so it is known who can give a slot back."""
+    limiter = Limiter(concurrency=4)
+    blocked = limiter._budget.blocked
+
+    async def main() -> None:
+        first = await limiter.acquire()
+        async with limiter.acquire():
+            first.release()
+            assert (blocked.here().leases, blocked.leases) == (1, 2)
+
+    with limiter.acquire_sync():
+        asyncio.run(main())
+        assert (blocked.threads.leases, blocked.leases) == (1, 1)
+    assert blocked.leases == 0
+
+
 def test_acquire_sync_on_a_loop_that_holds_all_slots_does_not_deadlock() -> None:
     """Blocking code on the loop's own thread passes too."""
     limiter = Limiter(concurrency=1)
