@@ -1,7 +1,7 @@
 """Go on alone while the store is gone: what a worker may admit by itself.
 
-``"share"`` gives each worker its part of every limit: with N units and w workers, known by their
-heartbeats, N / w, rounded down. But a window does not begin anew when the store goes: what all of
+``"share"`` gives each worker its part of every limit: with N units and w workers, as the store last
+said, N / w, rounded down. But a window does not begin anew when the store goes: what all of
 them took before still counts. So each worker keeps a record of its own calls, and until a window has
 passed it may only take anew what its own record loses, and its part of what the store was last known
 to have left; and never more than its share. Sum that up over the workers: what they took before, less

@@ -159,6 +159,8 @@ class Receipt:
     #: What the windows of `Terms.limits` have left, in that order, or less: what is known should the
     #: store be lost. Empty if the store does not say.
     left: tuple[int, ...] = ()
+    #: As many workers as `Pulse.workers`, or fewer; 0 if the store does not say.
+    workers: int = 0
     #: Another worker stands in line for slots: what is released is best told at once.
     crowded: bool = False
 
