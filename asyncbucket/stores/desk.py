@@ -248,7 +248,7 @@ class Desk(Generic[W]):
             self._lifeline.lose(error)
             return
         now = self._clock()
-        self._lifeline.hear(receipt.now, receipt.changed, receipt.left)
+        self._lifeline.hear(receipt)
         self._crowded = receipt.crowded
         if heads:
             self._plan(receipt, now)

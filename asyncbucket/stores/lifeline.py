@@ -18,7 +18,7 @@ from asyncbucket.events import Event, StoreLost, StoreRecovered
 from asyncbucket.limiter.terms import OnOutage
 from asyncbucket.meters import NEVER, Amounts
 from asyncbucket.stores.outage import LONGEST_KNOCK, REUNION, Alone, Priced, Record
-from asyncbucket.stores.store import Correction, Ledger, Terms
+from asyncbucket.stores.store import Correction, Ledger, Pulse, Receipt, Terms
 from asyncbucket.wording import in_seconds
 
 #: The most seconds between heartbeats.
@@ -84,14 +84,16 @@ class Lifeline:
         self._lost = asyncio.Event()
         self._task = asyncio.create_task(guarded(self._live, on_fall), name="asyncbucket heartbeat")
 
-    def hear(self, now: int, changed: Terms | None, left: tuple[int, ...]) -> None:
-        """Note what else an answer says; ``now`` is the store's clock."""
-        self._offset = now - self._clock()
-        self.left = left
+    def hear(self, answer: Receipt | Pulse) -> None:
+        """Note what else an answer says."""
+        self._offset = answer.now - self._clock()
+        self.left = answer.left
+        # The store may have lost some workers: only a heartbeat tells that there are fewer.
+        self.workers = max(self.workers, answer.workers)
         if self.record.terms != self.ledger.terms:
             self.record.adopt(self.ledger.terms)
-        if changed is not None and self._on_terms is not None:
-            self._on_terms(changed)
+        if answer.changed is not None and self._on_terms is not None:
+            self._on_terms(answer.changed)
 
     def lose(self, error: StoreError) -> None:
         """Go on alone from now on."""
@@ -160,7 +162,7 @@ class Lifeline:
             # Soon after an outage some workers are still away.
             if self.alone is None and self._clock() >= self._share_until:
                 self.workers = pulse.workers
-            self.hear(pulse.now, pulse.changed, pulse.left)
+            self.hear(pulse)
             self._recover()
 
     def _recover(self) -> None:

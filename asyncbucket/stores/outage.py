@@ -1,7 +1,7 @@
 """Going on alone while the store is gone: what a worker may admit by itself.
 
-``"share"`` gives each worker its part of every limit: with N units and w workers, known by their
-heartbeats, N / w, rounded down. But a window does not begin anew when the store goes: what all
+``"share"`` gives each worker its part of every limit: with N units and w workers, as the
+store last said, N / w, rounded down. But a window does not begin anew when the store goes: what all
 workers took before still counts. So each worker keeps a record of its own calls. Until a window has
 passed, it may only take as much as leaves the window in its own record, plus its part of what the
 store was last known to have left, and never more than its share. Summed over all workers, what was

@@ -121,6 +121,7 @@ class Dialect:
             changed=changed,
             lost=reply["lost"],
             left=tuple(reply["left"]),
+            workers=reply["workers"],
             crowded=reply["crowded"],
         )
 

@@ -161,6 +161,8 @@ class Receipt:
     #: What the windows of `Terms.limits` have left, in that order, or less: used if the store is
     #: lost later. Empty if the store does not say.
     left: tuple[int, ...] = ()
+    #: As many workers as `Pulse.workers`, or fewer; 0 if the store does not say.
+    workers: int = 0
     #: Another worker waits for slots, so released slots should be reported at once.
     crowded: bool = False
 

@@ -368,7 +368,10 @@ async def test_store_that_is_gone_is_decided_about_in_300_ms(
 async def test_shares_together_keep_the_limit(
     start_server: "Callable[..., RunningServer]", hire: Any
 ) -> None:
-    """Without the store two workers admit half of the limit each, and a full window stays full."""
+    """Without the store two workers admit half of the limit each, and a full window stays full.
+
+    Each knows of the other, though both have hardly begun.
+    """
     server = start_server()
     both = [await hire(server.url, terms("40 tokens/s")) for _ in range(2)]
     call = {"tokens": 1}
@@ -379,8 +382,6 @@ async def test_shares_together_keep_the_limit(
             await worker.acquire(call)
             times.append(time.perf_counter())
 
-    for worker in both:
-        worker.desk._lifeline.workers = 2
     agents = [asyncio.create_task(agent(worker)) for worker in both for _ in range(30)]
     await asyncio.sleep(0.6)
     server.kill()

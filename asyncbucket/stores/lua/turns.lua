@@ -84,6 +84,8 @@ local function turns_call(s)
     return nil
   end
   place.told = math.max(come, 1)
-  place.ask = math.max(come, s.now) + 1000000
+  if place.ask > s.now then -- an overdue worker may be dead, and gets no more time
+    place.ask = math.max(come, s.now) + 1000000
+  end
   return place.worker, come - s.now
 end

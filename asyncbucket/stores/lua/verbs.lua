@@ -73,6 +73,7 @@ function verbs.commit(seq, horizon, held, corrections, released, calls)
     lost = s.lost and 'true' or 'false',
     life = whole(lifetime(s)),
     left = left(s),
+    workers = redis.call('ZCARD', KEYS[3]),
     crowded = tostring(#s.line > (a.stopped == BOOKED_NOT.full and 1 or 0)),
     bookings = '[' .. table.concat(a.answers, ',') .. ']',
   })

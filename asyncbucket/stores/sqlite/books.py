@@ -80,6 +80,7 @@ class Books:
             debts_at=debts_at,
             ask_at=ask_at,
             left=self._left(now),
+            workers=len(self.workers),
             crowded=self.line.others(worker),
         )
 

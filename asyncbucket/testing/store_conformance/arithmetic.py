@@ -135,6 +135,20 @@ class Arithmetic(Suite):
         assert time.monotonic() - began < 3
 
     @scenario
+    async def test_several_that_never_ask_again_hold_up_nobody_for_longer(
+        self, place: Place
+    ) -> None:
+        """A machine with four of those who wait has died: 3 s after their turn the next is booked."""
+        kind = terms(amount_of("tokens", 100, 0.5))
+        *dead, living = [await place.worker(kind) for _ in range(5)]
+        await living.commit(batch({"tokens": 100}))
+        began = time.monotonic()
+        for each in dead:
+            assert (await each.commit(batch({"tokens": 1}))).bookings[0].outcome is Outcome.LATER
+        await place_all(living, {"tokens": 1})
+        assert time.monotonic() - began < 4
+
+    @scenario
     async def test_a_call_takes_all_it_costs_or_nothing(self, place: Place) -> None:
         """A call that was not booked has cost nothing of any resource."""
         both = terms(amount_of("requests", 10, 60), amount_of("tokens", 100, 60))
