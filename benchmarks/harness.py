@@ -9,6 +9,7 @@ CPU time (time asleep is the limiter's job); the rest is wall time of a loop tha
 """
 
 import asyncio
+import collections
 import gc
 import statistics
 import sys
@@ -83,10 +84,16 @@ def progress(now: str = "") -> None:
 
 
 def measure(samples: Mapping[str, Sample], *, rounds: int) -> tuple[Row, ...]:
-    """Sample all in turn, ``rounds`` times, each on a fresh event loop."""
+    """Sample all in turn, ``rounds`` times, each on a fresh event loop.
+
+    Each round begins with another one: what a sample leaves of the heap and the caches slows down the
+    next, and must not always meet the same contender.
+    """
     found: dict[str, list[float]] = {name: [] for name in samples}
     for number in range(rounds):
-        for name, sample in samples.items():
+        order = collections.deque(samples.items())
+        order.rotate(-number)
+        for name, sample in order:
             progress(f"round {number + 1} of {rounds}: {name}")
             gc.collect()
             found[name].append(asyncio.run(sample()))
