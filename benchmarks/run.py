@@ -55,7 +55,7 @@ def _figures(rounds: int, *, quick: bool) -> list[Callable[[], Figure]]:
     if not quick:
         crowd = (*CROWD, "llama_index", "langchain", "pyrate-limiter")
         figures += [
-            lambda: cases.contended(100_000, rounds=few, names=CROWD),
+            lambda: cases.contended(100_000, rounds=rounds, names=CROWD),
             lambda: cases.contended(1_000, rounds=3, names=crowd),
             lambda: cases.giving_up(100_000, rounds=few),
         ]
