@@ -83,7 +83,7 @@ def test_every_format_of_a_reset_is_read(value: str, seconds: float) -> None:
     ],
 )
 def test_what_is_no_time_says_nothing(value: str) -> None:
-    """What does not match a grammar in full, in 64 ASCII characters, is ignored."""
+    """A value that does not fully match a grammar, in 64 ASCII characters, is ignored."""
     assert headers.reset(value, now=NOW) is None
 
 
@@ -96,7 +96,7 @@ def test_what_is_no_text_says_nothing(value: object) -> None:
 
 
 def test_long_waits_are_clamped() -> None:
-    """However long a value claims, the result is at most the cap; below zero there is nothing."""
+    """However long a value claims, the result is at most the cap, and never below zero."""
     assert headers.number("9" * 64) == headers.WEEK
     assert headers.duration("9" * 60 + "h") == headers.WEEK
     assert headers.duration("-" + "9" * 60 + "h") == 0.0
@@ -124,7 +124,7 @@ def test_retry_after_date_is_taken_by_the_servers_clock() -> None:
 
 
 def test_reset_is_taken_by_the_servers_clock() -> None:
-    """Whatever this machine's clock says, an instant is as far away as the reply's own `date` has it."""
+    """An instant is as far away as the reply's own `date` says, whatever the local clock says."""
     reply = {
         "anthropic-ratelimit-requests-reset": "2026-01-31T12:00:30Z",
         "date": "Sat, 31 Jan 2026 12:00:20 GMT",
@@ -144,7 +144,7 @@ def test_case_of_names_does_not_matter() -> None:
 
 
 def test_missing_durationpy_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who has no durationpy reads what to install; formats that don't need it still work."""
+    """Without durationpy, the error says what to install; formats that don't need it still work."""
     monkeypatch.setitem(sys.modules, "durationpy", None)
 
     assert headers.reset("5", now=NOW) == 5.0
@@ -158,7 +158,7 @@ def test_go_durations_are_read_back(nanoseconds: int) -> None:
     """What the bundled provider writes is what is read, rounded up to its milliseconds."""
     expected = -(-nanoseconds // 1_000_000) / 1000
 
-    # Beyond a second Go's `%g` style keeps six digits.
+    # Beyond a second, Go's `%g` style keeps six digits.
     assert headers.duration(go_duration(nanoseconds)) == pytest.approx(expected, rel=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""A limiter that finds its concurrency hears from transports what the server cannot take."""
+"""Transports tell a limiter with adaptive concurrency what is too much for the server."""
 
 import asyncio
 
@@ -12,7 +12,7 @@ URL = "http://127.0.0.1/v1/chat/completions"
 
 
 async def concurrency_after(answer: httpx.Response | Exception) -> int | None:
-    """Return the number of slots, four at first, after a call that ends in `answer`."""
+    """Return the number of slots, at first four, after a call that ends in `answer`."""
 
     def handler(_: httpx.Request) -> httpx.Response:
         if isinstance(answer, Exception):
@@ -44,7 +44,7 @@ async def test_a_timeout_is_overload_if_the_call_was_sent() -> None:
 
 @pytest.mark.parametrize("status", [200, 400, 404, 500])
 async def test_other_replies_cut_nothing(status: int) -> None:
-    """Success, and errors that fewer calls would not have spared."""
+    """Neither success nor errors that fewer calls would not have avoided cost slots."""
     assert await concurrency_after(httpx.Response(status)) == 4
 
 

@@ -1,4 +1,4 @@
-"""What a call costs, by provider: the numbers that each provider's documentation gives."""
+"""What a call costs at each provider, by the numbers in its documentation."""
 
 import json
 from typing import Any
