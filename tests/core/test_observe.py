@@ -1,4 +1,4 @@
-"""What observers of a limiter hear, through real calls."""
+"""What observers of a limiter get, tested with real calls."""
 
 import asyncio
 import logging
@@ -24,7 +24,7 @@ from asyncbucket.testing import VirtualTime
 
 
 def test_the_life_of_a_call_is_told_in_order(virtual_time: VirtualTime) -> None:
-    """With its numbers, and in the context of the call."""
+    """Events of a call come in order, with its numbers."""
 
     async def main() -> None:
         heard: list[Event] = []
@@ -63,7 +63,7 @@ def test_the_life_of_a_call_is_told_in_order(virtual_time: VirtualTime) -> None:
 
 
 def test_refusals_say_why(virtual_time: VirtualTime) -> None:
-    """Each of the four, and giving up."""
+    """Each of the four kinds of refusal is an event, and so is a cancellation."""
 
     async def main() -> None:
         heard: list[Any] = []
@@ -97,7 +97,7 @@ def test_refusals_say_why(virtual_time: VirtualTime) -> None:
 
 
 def test_what_happens_below_is_heard_above(virtual_time: VirtualTime) -> None:
-    """By each observer once, nearest last made limiter first or not; not beside, and not below."""
+    """Observers of the limiter and of those above get each event once; others do not."""
 
     async def main() -> None:
         heard: dict[str, list[str]] = {"key": [], "chat": [], "tools": [], "agent": []}
@@ -125,7 +125,7 @@ def test_what_happens_below_is_heard_above(virtual_time: VirtualTime) -> None:
 
 
 def test_tenants_are_all_one_to_an_observer(virtual_time: VirtualTime) -> None:
-    """Theirs and those of whatever lies below them; also when they are put to rest in between."""
+    """Events show a star for a tenant, also in the names of its children."""
 
     async def main() -> None:
         heard: list[str] = []
@@ -142,7 +142,7 @@ def test_tenants_are_all_one_to_an_observer(virtual_time: VirtualTime) -> None:
 
 
 def test_steering_is_told(virtual_time: VirtualTime) -> None:
-    """Pauses, limits that are changed or learned, and what adapters say."""
+    """Pauses, changed and learned limits, and events of adapters are told."""
     heard: list[Any] = []
     key = Limiter(name="key", clock=virtual_time.clock)
     stop = key.observe(heard.append)

@@ -137,7 +137,7 @@ def test_many_are_admitted_in_batches(virtual_time: VirtualTime) -> None:
 def test_calls_that_pass_in_quick_succession_go_together(
     waiting: int, burst: int, wake_ups: int, virtual_time: VirtualTime
 ) -> None:
-    """One wake-up serves several calls if the bucket can hold the refill; a lone call is not late."""
+    """One wake-up serves several calls if the bucket can hold the refill; one alone is not late."""
     trace: list[tuple[int, int]] = []
 
     async def call(bucket: TokenBucket) -> None:

@@ -1,4 +1,4 @@
-"""Saturated, a limiter uses at least 99 % of its limits, and is never over them."""
+"""Under full load, a limiter uses at least 99 % of its limits, and never exceeds them."""
 
 import asyncio
 import random
@@ -21,7 +21,7 @@ def saturate(
     latency: float = 0.0,
     callers: int = 200,
 ) -> dict[str, float]:
-    """Let `callers` ask again and again; assert never over; return each limit's share of use.
+    """Let `callers` ask again and again; assert limits are kept; return each limit's share of use.
 
     The share counts whole windows after the first, with the units that passed in them.
     """
@@ -81,7 +81,7 @@ def test_small_calls_use_99_percent_of_tokens() -> None:
 
 
 def test_paced_tokens_are_used_to_99_percent() -> None:
-    """A burst of a sixtieth, as much as flows in within a second."""
+    """The burst is a sixtieth of the limit, as much as is refilled in a second."""
     (share,) = saturate(
         "60k TPM burst 1000", cost=lambda chance: {"tokens": chance.randint(1, 300)}, seconds=600
     ).values()
@@ -89,7 +89,7 @@ def test_paced_tokens_are_used_to_99_percent() -> None:
 
 
 def test_calls_of_a_fifth_of_the_limit_use_nine_tenths() -> None:
-    """Where single calls are up to a fifth of the limit: a tenth less, for what doesn't fit."""
+    """If single calls take up to a fifth of the limit, a tenth is lost because they do not fit."""
     (share,) = saturate(
         "60k TPM", cost=lambda chance: {"tokens": chance.randint(1, 12_000)}, seconds=1200
     ).values()
@@ -98,7 +98,7 @@ def test_calls_of_a_fifth_of_the_limit_use_nine_tenths() -> None:
 
 @pytest.mark.heavy
 def test_the_binding_limit_of_a_mix_is_used_to_99_percent() -> None:
-    """Requests, tokens and slots together: whichever binds is used up, none is over."""
+    """With requests, tokens and slots together, whichever binds is used up; none is exceeded."""
 
     def cost(chance: random.Random) -> dict[str, int]:
         return {"tokens": chance.randint(50, 150)}

@@ -48,7 +48,7 @@ def test_an_idle_bucket_fills_up_to_its_burst(virtual_time: VirtualTime) -> None
 
 
 def test_acquire_nowait_takes_or_refuses(virtual_time: VirtualTime) -> None:
-    """The refusal says for how long, and takes nothing."""
+    """The refusal says how long to wait, and takes nothing."""
     bucket = TokenBucket(rate=4.0, burst=2, clock=virtual_time.clock)
     bucket.acquire_nowait(2)
     with pytest.raises(WouldBlock) as error:
@@ -63,7 +63,7 @@ def test_acquire_nowait_takes_or_refuses(virtual_time: VirtualTime) -> None:
 
 
 def test_acquire_nowait_does_not_pass_those_who_wait(virtual_time: VirtualTime) -> None:
-    """One unit is there, but the call that waits for two came first."""
+    """One unit is available, but a call that waits for two came first."""
 
     async def main() -> None:
         bucket = TokenBucket(rate=1.0, burst=2, clock=virtual_time.clock)
