@@ -261,7 +261,7 @@ CANCELLED = asyncio.CancelledError
 
 
 class Hand:
-    """Drive one acquisition by hand, as a task would, for a tenth of a task's cost."""
+    """Drive one acquisition by hand, as a task would, at a tenth of a task's cost."""
 
     def __init__(self, steps: Generator[Any, Any, Lease | None]) -> None:
         self._steps = steps
@@ -338,7 +338,7 @@ class Crowd:
         self.release()
 
     def release(self) -> None:
-        """Give all slots back."""
+        """Release all slots."""
         for lease in self.held:
             lease.release()
         self.held.clear()

@@ -655,7 +655,7 @@ def test_a_childs_name_can_stand_in_a_path(name: Any) -> None:
     ],
 )
 def test_terms_are_checked_before_anything_is_made(terms: dict[str, Any], message: str) -> None:
-    """A mistake leaves no child behind."""
+    """An invalid term leaves no child behind."""
     limiter = Limiter()
     with pytest.raises(ValueError, match=message):
         limiter.child("child", **terms)

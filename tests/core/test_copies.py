@@ -28,7 +28,7 @@ def test_copy_of_a_lease_gives_its_slot_back_once(copied: Callable[[Any], Any]) 
 
 @COPIES
 def test_copy_of_a_limiter_is_the_limiter(copied: Callable[[Any], Any]) -> None:
-    """So an agent that is copied spends from the same budget."""
+    """An agent that is copied spends from the same budget."""
     limiter = Limiter("60 RPM")
     child = limiter.child("chat")
     bucket = TokenBucket(1.0)

@@ -58,7 +58,7 @@ def test_tokens_are_input_plus_output() -> None:
 def test_any_amounts_make_a_cost(
     tokens: float | None, inputs: float | None, outputs: float | None
 ) -> None:
-    """Whole, positive, and never less than was asked for."""
+    """All amounts are whole, positive, and never less than given."""
     cost = Cost(tokens=tokens, input_tokens=inputs, output_tokens=outputs)
     assert all(type(amount) is int and amount > 0 for amount in cost.values())
     assert cost.get("tokens", 0) >= (tokens if tokens is not None else (inputs or 0))

@@ -1,4 +1,4 @@
-"""With eager tasks, which run before `create_task` returns (Python 3.12 and newer)."""
+"""Eager tasks, which run before `create_task` returns (Python 3.12 and newer)."""
 
 import asyncio
 import sys
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks 
 
 
 def test_eager_tasks_are_served_in_order(virtual_time: VirtualTime) -> None:
-    """The pacer is started with the lock held, and must not run at once."""
+    """The pacer is started while the lock is held, so it must not run at once."""
 
     async def main() -> None:
         # getattr, because type checkers assume Python 3.11.

@@ -29,7 +29,7 @@ KINDS = [
 
 
 def paused(seconds: float = 1.0) -> Paused:
-    """Make an event that differs by its number."""
+    """Return an event that can be told apart by its number."""
     return Paused(limiter="openai", at=0.0, seconds=seconds, reason="429")
 
 

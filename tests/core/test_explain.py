@@ -1,4 +1,4 @@
-"""Which limit binds, for how long, and what would have to change."""
+"""`explain` tells which limit binds, for how long, and what would have to change."""
 
 import asyncio
 import random
@@ -136,7 +136,7 @@ def test_the_wait_is_the_real_one_in_a_line(ahead: list[int], tokens: int, pause
 
 
 def test_in_a_tree_the_wait_is_that_of_whoever_comes_last(virtual_time: VirtualTime) -> None:
-    """A child out of its quota does not count; with shares, a call may pass earlier, never later."""
+    """A child out of its quota does not count; a call may pass earlier, never later."""
 
     async def main() -> None:
         chance = random.Random(8)

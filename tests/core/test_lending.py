@@ -38,7 +38,7 @@ def test_slots_that_both_calls_pass_come_back_once() -> None:
 
 
 def test_slots_that_two_calls_would_hold_against_each_other_come_back_too() -> None:
-    """After ``a`` calls ``b`` and ``b`` calls ``c``, a call of ``c`` must lend its slot to ``a``."""
+    """If ``a`` calls ``b`` and ``b`` calls ``c``, a call of ``c`` to ``a`` lends its slot."""
     root, a, b = make_tree()
     c = root.child("c", concurrency=3)
     leases = [child.acquire_nowait() for child in (a, b, c)]

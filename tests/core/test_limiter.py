@@ -240,7 +240,7 @@ def test_a_cost_object_is_the_whole_cost(virtual_time: VirtualTime) -> None:
 
 
 async def keep(limiter: Limiter, cost: Cost) -> Lease:
-    """Pass, and keep the lease."""
+    """Acquire, and keep the lease."""
     return await limiter.acquire(cost)
 
 
@@ -297,7 +297,7 @@ def test_a_limiter_without_limits_lets_everything_pass(virtual_time: VirtualTime
 
 
 def test_the_clock_is_the_machines_unless_one_is_given() -> None:
-    """On the real clock an idle limiter and its deadline work, too."""
+    """With the default clock, an idle limiter and a deadline work, too."""
 
     async def main() -> None:
         import time
@@ -310,7 +310,7 @@ def test_the_clock_is_the_machines_unless_one_is_given() -> None:
 
 
 def test_limits_may_come_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """From environment variables, or from a file."""
+    """They may be in environment variables, or in a file."""
     monkeypatch.setenv("PACE_RPM", "60")
     assert Limiter.from_env("PACE_").limits == (Limit("requests", 60),)
     file = tmp_path / "asyncbucket.toml"

@@ -42,7 +42,7 @@ from asyncbucket.limits import KEYWORDS
     ],
 )
 def test_a_limit_is_read_as_people_write_it(text: str, limit: Limit) -> None:
-    """Short and long forms, prefixes, separators, windows and bursts."""
+    """Short and long forms, prefixes, separators, windows and bursts are understood."""
     assert Limit.parse(text) == limit
 
 
@@ -75,7 +75,7 @@ def test_limit_of_one_request_or_token_binds_calls(limit: str | Limit) -> None:
 
 @given(st.text(alphabet="0123456789.,_kKmMrRtTiIpPsSdD/ burstequ-²", max_size=20))
 def test_any_text_is_a_limit_or_refused(text: str) -> None:
-    """Nothing but a limit or a LimitSyntaxError comes out of `parse`."""
+    """`parse` gives a limit or raises a LimitSyntaxError, and nothing else."""
     try:
         limit = Limit.parse(text)
     except LimitSyntaxError:
@@ -163,7 +163,7 @@ def test_a_burst_is_at_most_the_amount() -> None:
 
 @pytest.mark.parametrize("resource", ["", "two words", "1st", 5, None])
 def test_a_resource_is_a_name(resource: str) -> None:
-    """All else is refused."""
+    """Anything else is refused."""
     with pytest.raises(LimitSyntaxError, match="a resource must be a name such as requests, not"):
         Limit(resource, 5)
 

@@ -77,7 +77,7 @@ def test_a_queue_of_no_length_admits_whoever_need_not_wait(virtual_time: Virtual
 
 
 def test_a_limiters_timeout_holds_for_calls_that_say_nothing(virtual_time: VirtualTime) -> None:
-    """A child has its parent's unless given one; `math.inf` means none; a call's own counts first."""
+    """A child has its parent's unless given one; `math.inf` means none; a call's own goes first."""
 
     async def main() -> None:
         key = Limiter("1 RPM", timeout=10, clock=virtual_time.clock)

@@ -564,7 +564,7 @@ def several() -> list[tuple[Meter, str]]:
 @moderate
 @given(st.lists(st.tuples(st.integers(0, SECOND), amounts), max_size=40))
 def test_gates_take_all_or_nothing(calls: list[tuple[int, dict[str, int]]]) -> None:
-    """A call that one meter refuses leaves no trace in the others."""
+    """A call that one meter refuses changes nothing in the others."""
     tried, only_passed = Gates(several()), Gates(several())
     now = 0
     for delay, costs in calls:

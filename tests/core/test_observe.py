@@ -166,7 +166,7 @@ def test_steering_is_told(virtual_time: VirtualTime) -> None:
 
 
 def test_an_observer_may_ask_the_limiter(virtual_time: VirtualTime) -> None:
-    """No lock is held while it is told; what it raises is reported once, and harms nothing."""
+    """No lock is held while an observer runs; its errors are reported once, and do no harm."""
 
     async def main() -> None:
         limiter = Limiter("60 RPM burst 1", name="key", clock=virtual_time.clock)
@@ -188,7 +188,7 @@ def test_an_observer_may_ask_the_limiter(virtual_time: VirtualTime) -> None:
 def test_errors_of_observers_are_logged_once(
     virtual_time: VirtualTime, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By the logger `asyncbucket`."""
+    """They go to the logger `asyncbucket`."""
     heard: list[Event] = []
 
     def fail(_: Event) -> None:
@@ -204,7 +204,7 @@ def test_errors_of_observers_are_logged_once(
 
 
 def test_a_lease_that_the_collector_finds_is_told_later(virtual_time: VirtualTime) -> None:
-    """With the next event, for nobody knows who holds which lock just then."""
+    """It is told with the next event, because any lock may be held when the collector runs."""
     heard: list[Any] = []
     key = Limiter(concurrency=1, clock=virtual_time.clock)
     limiter = key.child("child")
@@ -219,7 +219,7 @@ def test_a_lease_that_the_collector_finds_is_told_later(virtual_time: VirtualTim
 
 
 def test_how_a_call_ended_is_told_though_the_lock_was_held(virtual_time: VirtualTime) -> None:
-    """Whoever has it does what was left to it, and tells what was said."""
+    """The next holder of the lock does the postponed work, and sends its events."""
     heard: list[Any] = []
     limiter = Limiter(concurrency=3, clock=virtual_time.clock)
     limiter.observe(heard.append)
@@ -234,7 +234,7 @@ def test_how_a_call_ended_is_told_though_the_lock_was_held(virtual_time: Virtual
 
 
 def test_a_call_that_the_collector_finds_waiting_is_told_later(virtual_time: VirtualTime) -> None:
-    """As a call that gave up."""
+    """It is told as cancelled."""
 
     async def main() -> None:
         heard: list[Any] = []
@@ -256,7 +256,7 @@ def test_a_call_that_the_collector_finds_waiting_is_told_later(virtual_time: Vir
 def test_nobody_listens_and_no_events_are_made(
     virtual_time: VirtualTime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not before the first comes, and not after the last has gone."""
+    """No events are made once the last observer has gone."""
     limiter = Limiter(clock=virtual_time.clock)
     stop = limiter.observe(lambda _: None)
     stop()

@@ -1,4 +1,4 @@
-"""What stands for a limiter in a pickle."""
+"""A passport stands for a limiter in a pickle."""
 
 import dataclasses
 import pickle

@@ -193,7 +193,7 @@ def test_a_priority_is_the_calls_own_or_inherited_or_the_limiters(
 
 @pytest.mark.parametrize("value", ["urgent", 101, -101, 1.0, True, None])
 def test_what_is_no_priority_is_refused(value: Any) -> None:
-    """By the context, and by the call."""
+    """The context and the call refuse it."""
     message = (
         "priority must be 'interactive', 'normal', 'batch' or a whole number from -100 to 100, "
         f"not {value!r}"

@@ -38,7 +38,7 @@ def test_an_acquisition_that_was_not_awaited_says_so() -> None:
 
 
 def test_values_are_small() -> None:
-    """Meters and errors carry no instance dictionary beyond what they need."""
+    """Meters have no instance dictionary, and a plain error shows just its text."""
     for meter in (Bucket(rate=1, burst=1), Window(amount=1, window=1000), Slots(size=1)):
         assert not hasattr(meter, "__dict__")
     assert str(LimitSyntaxError("what")) == "what"

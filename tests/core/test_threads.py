@@ -32,7 +32,7 @@ ENOUGH = 20
 
 @contextlib.contextmanager
 def loop_in_thread() -> Generator[asyncio.AbstractEventLoop]:
-    """Run an event loop in a thread of its own."""
+    """Run an event loop in a separate thread."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -253,7 +253,7 @@ class Interrupted(BaseException):
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, before: Callable[[], None]) -> None:
-    """Make the wait for a background answer end in an interruption, after `before()`."""
+    """Make the wait for a background answer end with an interrupt, after `before()`."""
 
     def result(_: object) -> object:
         monkeypatch.undo()
@@ -484,7 +484,7 @@ def test_a_busy_loop_that_holds_all_slots_is_waited_for() -> None:
             eventually(lambda: limiter.statistics().waiting == 1)
             for _ in range(20):
                 clock.advance(0.6)
-                limiter.pause(0)  # rings
+                limiter.pause(0)  # it rings the pacer
                 time.sleep(0.005)
             assert not job.done()
             lease.release()
@@ -493,7 +493,7 @@ def test_a_busy_loop_that_holds_all_slots_is_waited_for() -> None:
 
 
 async def take(limiter: Limiter, tokens: int | None = None) -> Lease:
-    """Pass, and keep the lease."""
+    """Acquire, and keep the lease."""
     return await limiter.acquire(tokens=tokens)
 
 
@@ -776,7 +776,7 @@ def test_a_coroutine_closed_inside_the_lock_leaves_the_line() -> None:
 
 
 def test_dropping_inside_the_lock_survives_a_closed_loop() -> None:
-    """Ringing a loop that is closed is no error."""
+    """Ringing a closed loop is no error."""
     limiter = Limiter(concurrency=1)
     lease: Lease | None = limiter.acquire_nowait()
     dead = asyncio.new_event_loop()

@@ -181,7 +181,7 @@ def test_who_leaves_a_loop_that_ends_while_another_thread_has_the_lock_is_counte
 
 
 def test_a_blocked_loop_that_holds_a_childs_slots_blocks_nobody() -> None:
-    """The call passes without the slots of limiters between its own and the root."""
+    """The call passes without a slot of a limiter between its own and the root."""
     key = Limiter(concurrency=10)
     model = key.child("model", concurrency=1)
 

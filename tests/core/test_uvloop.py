@@ -1,4 +1,4 @@
-"""On uvloop, whose timers fire up to a millisecond early. Its clock is real."""
+"""Tests on uvloop, whose timers fire up to a millisecond early, in real time."""
 
 import asyncio
 import time
