@@ -11,7 +11,7 @@ from asyncbucket import Limiter
 
 @pytest.fixture(params=["httpx", "httpx2"])
 def library(request: pytest.FixtureRequest) -> Any:
-    """Either of the libraries that SDKs are built on."""
+    """One of the two libraries that SDKs are built on."""
     return importlib.import_module(request.param)
 
 

@@ -1,4 +1,4 @@
-"""A paced client is what the SDK would have made, with a limiter underneath."""
+"""A paced client is like the one that an SDK would make, with a limiter underneath."""
 
 import sys
 from typing import Any

@@ -349,7 +349,7 @@ class Shared:
 
 
 async def call(transport: httpx.AsyncBaseTransport) -> None:
-    """Make a call without a client, which would take twice the time."""
+    """Make a call without a client, which would take twice as long."""
     request = httpx.Request("POST", URL, content=BODY, headers=HEADERS)
     await (await transport.handle_async_request(request)).aread()
 

@@ -51,7 +51,7 @@ def test_header_never_raises_the_limit() -> None:
 
 
 def test_least_of_several_headers_counts() -> None:
-    """Tokens of the organisation and of the project are two limits of one window."""
+    """Tokens of the organisation and of the project are two limits for one window."""
     limiter = Limiter("10k TPM")
     ear = Ear(limiter)
 
@@ -398,7 +398,7 @@ def headers_by(chance: random.Random, profile: Profile) -> list[tuple[bytes, byt
 @pytest.mark.heavy
 @pytest.mark.parametrize("profile", [OPENAI, ANTHROPIC, GROQ], ids=lambda p: p.name)
 def test_fuzzed_headers_raise_nothing_and_cost_little(profile: Profile) -> None:
-    """20,000 hostile replies cause no error, each costs little to read, and no limit is exceeded."""
+    """20,000 hostile replies cause no error, are cheap to read, and raise no limit."""
     chance = random.Random(profile.name)
     replies = [headers_by(chance, profile) for _ in range(20_000)]
     limiter = Limiter("500 RPM", "100k TPM", "50k ITPM", "8k OTPM", "14k RPD")

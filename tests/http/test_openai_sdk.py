@@ -120,7 +120,7 @@ async def broken_stream(client: AsyncOpenAI, provider: RateLimitedProvider) -> O
 
 
 async def outcome(script: Script, http_client: Any) -> Any:
-    """Run a script with its own provider; two of them give the same replies."""
+    """Run a script with a provider of its own, whose replies are the same each time."""
     with RateLimitedProvider(seed=1) as provider:
         client = AsyncOpenAI(base_url=provider.base_url, api_key="k", http_client=http_client)
         async with client:
@@ -214,7 +214,7 @@ async def test_azure_client_is_charged_as_azure_does() -> None:
 
 @pytest.mark.parametrize("family", ["httpx", "httpx2"])
 async def test_charge_agrees_with_the_provider(family: str) -> None:
-    """What the limiter books for any kind of call is what the provider charges."""
+    """The limiter books for each kind of call what the provider charges, or up to 2 tokens more."""
     library = importlib.import_module(family)
     limiter = Limiter("10k RPM", "10M TPM")
     part = {"type": "text", "text": "part"}

@@ -92,7 +92,7 @@ async def script(http_client: Any) -> Any:
 
 
 async def test_anthropics_sdk_sees_no_difference() -> None:
-    """A reply after a retry, streams of both kinds: the same, charged and settled as Anthropic does."""
+    """A reply after a retry and two kinds of streams are the same, and are charged and settled."""
     limiter = Limiter("50 RPM burst 50", "30k ITPM", "8k OTPM", concurrency=1)
     plain = http.AsyncClient(transport=http.MockTransport(provider()))
     paced = http.AsyncClient(transport=limiter.transport(http.MockTransport(provider())))

@@ -1,4 +1,4 @@
-"""A transport sends each request to the child that it is for, by its path and its model."""
+"""A transport sends each request to a child, chosen by the request's path and model."""
 
 from typing import Any
 
@@ -22,13 +22,13 @@ async def send(library: Any, limiter: Limiter, routes: Any, *calls: tuple[str, s
 
 
 def admitted(limiter: Limiter) -> dict[str, int]:
-    """Return how many calls the children admitted."""
+    """Return how many calls each child admitted."""
     children = limiter.children
     return {name: child.statistics().admitted for name, child in children.items()}
 
 
 async def test_request_goes_to_the_child_of_its_path_or_model(library: Any) -> None:
-    """The first pattern that matches counts; what matches none is the limiter's own."""
+    """The first matching pattern counts; what matches none goes to the limiter itself."""
     limiter = Limiter("500 RPM", name="openai")
     limiter.child("big", "100 RPM")
     for name in ("vectors", "answers"):

@@ -271,7 +271,7 @@ def test_slices_go_on_while_nobody_calls() -> None:
 
 
 def test_few_units_cannot_be_shared() -> None:
-    """With two in a slice, no part can be left to others, so slices do not count as known."""
+    """Of two in a slice no part can be left to others, so only when alone are slices known."""
     assert known(share=2).known
     assert not known(share=2, taken=1).known
 

@@ -63,7 +63,7 @@ async def test_slot_is_held_until_the_body_is_read(library: Any, limiter: Limite
 
 
 async def test_slot_is_held_until_the_body_is_closed(library: Any, limiter: Limiter) -> None:
-    """A body that nobody reads gives its slot back when it is closed, once."""
+    """A body that is not read releases its slot once, when it is closed."""
     body = chunked(library, b"a")
     async with client_over(library, limiter, giving(library.Response(200, stream=body))) as client:
         reply = await client.send(client.build_request("GET", URL), stream=True)
@@ -315,7 +315,7 @@ def test_synchronous_upload_that_was_read_can_be_redirected(library: Any, limite
 
 
 async def test_reply_is_the_inner_transports_own(library: Any, limiter: Limiter) -> None:
-    """The same response object comes back, so that extensions and subclasses survive."""
+    """The same response object comes back, so extensions and subclasses survive."""
     answer = library.Response(200, stream=chunked(library), extensions={"http_version": b"HTTP/2"})
     paced = limiter.transport(library.MockTransport(giving(answer)))
 
