@@ -21,7 +21,7 @@ class _Kept(logging.Handler):
 
 @pytest.fixture(autouse=True)
 def no_callback_fails() -> Iterator[None]:
-    """Fail if a timer or a callback raised: by itself this fails no test, as a loop only logs it."""
+    """Fail a test in which a timer or a callback raised: a loop only logs such errors."""
     kept = _Kept()
     log = logging.getLogger("asyncio")
     log.addHandler(kept)

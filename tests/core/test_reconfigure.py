@@ -190,7 +190,7 @@ def test_new_slots_are_held_by_calls_that_were_just_let_go(virtual_time: Virtual
 
 
 def test_new_slot_of_a_call_in_flight_is_lent_to_a_call_inside(virtual_time: VirtualTime) -> None:
-    """It is lent once, for the call inside, however often the outer call gives it back."""
+    """It is lent once to the call inside, however often the outer call gives it back."""
 
     async def main() -> None:
         limiter = Limiter(clock=virtual_time.clock)
