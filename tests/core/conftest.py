@@ -1,4 +1,4 @@
-"""What holds in every test of the core."""
+"""What the tests of the core share, and what holds in all of them."""
 
 import logging
 import threading
@@ -8,7 +8,7 @@ import pytest
 
 
 class _Kept(logging.Handler):
-    """Keep what is logged."""
+    """Keep log records of exceptions."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -21,7 +21,7 @@ class _Kept(logging.Handler):
 
 @pytest.fixture(autouse=True)
 def no_callback_fails() -> Iterator[None]:
-    """An exception in a timer or a callback ends no test by itself: a loop only logs it."""
+    """Fail a test in which a timer or a callback raised: a loop only logs such errors."""
     kept = _Kept()
     log = logging.getLogger("asyncio")
     log.addHandler(kept)
@@ -31,7 +31,7 @@ def no_callback_fails() -> Iterator[None]:
 
 
 class FakeLock:
-    """Stand in for a budget's lock; how it is acquired is for subclasses to change."""
+    """Stand in for a budget's lock; subclasses change how it is acquired."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

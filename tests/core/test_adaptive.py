@@ -1,4 +1,4 @@
-"""A number of slots that is found: as good as the best fixed one, and it follows."""
+"""A number of slots found by search: nearly as good as the best fixed one, and it adapts."""
 
 import asyncio
 import math
@@ -17,7 +17,7 @@ from asyncbucket.feedback.adaptive import AUTO, Adaptive, Concurrency, read_conc
 from asyncbucket.testing import VirtualTime, virtual_time
 
 SECOND = 1_000_000_000
-#: What a call takes (s) on a server that has nothing else to do.
+#: How long a call takes (s) on an idle server.
 LATENCY = 1.0
 Capacity = Callable[[float], int]
 
@@ -27,7 +27,7 @@ class RefusedError(Exception):
 
 
 class QueueingServer:
-    """Serve `capacity` calls at once; let the others wait, first come first served."""
+    """Serve `capacity` calls at once; let the others wait, first come, first served."""
 
     def __init__(self, time: VirtualTime, capacity: Capacity, spread: float) -> None:
         self._time = time
@@ -73,14 +73,14 @@ class RefusingServer(QueueingServer):
 
 @dataclass
 class Run:
-    """What came of a run: when calls were served, and what sizes there were."""
+    """The results of a run: when calls were served, and what sizes were found."""
 
     served: list[float] = field(default_factory=list)
     sizes: list[tuple[float, int]] = field(default_factory=list)
     refused: int = 0
 
     def rate(self, start: float, end: float) -> float:
-        """Return the calls served in each second from `start` to `end`."""
+        """Return the calls served per second from `start` to `end`."""
         return sum(start <= when < end for when in self.served) / (end - start)
 
     def sizes_from(self, start: float) -> list[int]:
@@ -97,7 +97,7 @@ def run(
     callers: int = 150,
     spread: float = 0.05,
 ) -> Run:
-    """Let `callers` call a server again and again through a limiter, and watch."""
+    """Let `callers` call a server again and again through a limiter; return the results."""
     found = Run()
 
     async def caller(time: VirtualTime, limiter: Limiter, server: QueueingServer) -> None:
@@ -138,7 +138,7 @@ def always(capacity: int) -> Capacity:
 def test_throughput_is_within_10_percent_of_the_best_fixed_number(
     kind: type[QueueingServer], capacity: int, spread: float
 ) -> None:
-    """Whether a server queues or refuses what is too much, 90 % of what it can do is done."""
+    """Whether a server queues excess calls or refuses them, 90 % of its capacity is used."""
     fixed = run(kind, always(capacity), concurrency=capacity, spread=spread)
     found = run(kind, always(capacity), spread=spread)
     assert found.rate(60, 300) >= 0.9 * fixed.rate(60, 300)
@@ -148,7 +148,7 @@ def test_throughput_is_within_10_percent_of_the_best_fixed_number(
 @pytest.mark.heavy
 @pytest.mark.parametrize("capacity", [10, 40])
 def test_a_queue_stays_short(capacity: int) -> None:
-    """On average at most half as much waits in a server as it serves, at worst as much."""
+    """On average at most half as many calls wait in a server as it serves; at worst, as many."""
     sizes = run(QueueingServer, always(capacity)).sizes_from(60)
     assert sum(sizes) / len(sizes) <= 1.5 * capacity
     assert max(sizes) <= 2 * capacity
@@ -156,14 +156,14 @@ def test_a_queue_stays_short(capacity: int) -> None:
 
 @pytest.mark.heavy
 def test_a_queue_does_not_grow_from_anchor_to_anchor() -> None:
-    """Calls admitted before a cut are no part of the round after it, nor of its latency."""
+    """Calls admitted before a cut count neither in the round after it nor for its latency."""
     sizes = run(QueueingServer, always(50), seconds=600, spread=0).sizes_from(60)
     assert sum(sizes) / len(sizes) <= 4 / 3 * 50
 
 
 @pytest.mark.heavy
 def test_refusals_are_rare() -> None:
-    """A server that refuses is asked for more than it has by under 1 % of calls."""
+    """A server that refuses excess calls refuses under 1 % of them."""
     found = run(RefusingServer, always(40))
     assert found.refused <= 0.01 * len(found.served)
 
@@ -171,7 +171,7 @@ def test_refusals_are_rare() -> None:
 @pytest.mark.heavy
 @pytest.mark.parametrize("kind", [QueueingServer, RefusingServer])
 def test_it_follows_a_capacity_that_halves_and_doubles(kind: type[QueueingServer]) -> None:
-    """Within 40 s, which are 40 calls in a row, it does 90 % of what can be done."""
+    """After 40 s, the time of 40 calls in a row, it uses 90 % of the new capacity."""
 
     def capacity(now: float) -> int:
         return 20 if 200 <= now < 400 else 40
@@ -185,7 +185,7 @@ def test_it_follows_a_capacity_that_halves_and_doubles(kind: type[QueueingServer
 
 
 def test_calls_that_take_longer_are_no_overload_for_long() -> None:
-    """When all calls take three times as long, the number comes back within 100 calls in a row."""
+    """When all calls take three times as long, the size is back within 100 calls in a row."""
     adaptive = Adaptive(least=1, most=1_000)
     feed(adaptive, 5_000, lambda size: SECOND * max(size, 40) // 40)
     before = adaptive.size
@@ -194,14 +194,14 @@ def test_calls_that_take_longer_are_no_overload_for_long() -> None:
 
 
 def test_a_server_that_is_slower_with_more_calls_is_still_used() -> None:
-    """A batch of 64 takes twice as long as one call and does 32 times the work: take it."""
+    """A batch of 64 takes twice as long as one call, but does 32 times the work."""
     adaptive = Adaptive(least=1, most=1_000)
     feed(adaptive, 6_000, lambda size: int(SECOND * (1 + size / 64)))
     assert adaptive.size >= 32
 
 
 def test_the_same_history_gives_the_same_sizes() -> None:
-    """There is no chance in it."""
+    """The search uses no random numbers."""
     runs = [run(RefusingServer, always(10), seconds=60, spread=0.3) for _ in range(2)]
     assert runs[0] == runs[1]
 
@@ -209,13 +209,13 @@ def test_the_same_history_gives_the_same_sizes() -> None:
 def feed(
     adaptive: Adaptive, calls: int, latency: Callable[[int], int], *, waited: bool = True
 ) -> None:
-    """Let calls end well that took what `latency` says for the size."""
+    """Let calls succeed with the latency that `latency` gives for the present size."""
     for _ in range(calls):
         adaptive.succeeded(latency(adaptive.size), waited=waited)
 
 
 def test_an_idle_phase_raises_nothing() -> None:
-    """While slots are free, calls that go well teach nothing."""
+    """While slots are free, successful calls do not raise the size."""
     adaptive = Adaptive(least=1, most=1_000)
     feed(adaptive, 1_000, lambda _: SECOND, waited=False)
     assert adaptive.size == 4
@@ -224,7 +224,7 @@ def test_an_idle_phase_raises_nothing() -> None:
 
 
 def test_an_idle_phase_may_cut() -> None:
-    """Calls that take longer than they should are too many, whether or not slots are free."""
+    """Calls that take too long lower the size, whether or not slots are free."""
     adaptive = Adaptive(least=1, most=1_000)
     feed(adaptive, 200, lambda _: SECOND)
     before = adaptive.size
@@ -233,7 +233,7 @@ def test_an_idle_phase_may_cut() -> None:
 
 
 def test_refusals_of_one_wave_cut_once() -> None:
-    """What was admitted before a cut says nothing new; the next wave halves."""
+    """Calls admitted before a cut do not cut again; the next wave halves the size."""
     adaptive = Adaptive(least=1, most=1_000, start=100)
     for _ in range(50):
         adaptive.overloaded(started=1, now=10)
@@ -243,18 +243,18 @@ def test_refusals_of_one_wave_cut_once() -> None:
 
 
 def test_a_cut_takes_back_the_last_raise() -> None:
-    """Where a doubled size is refused, the size before it is known to be good."""
+    """If a doubled size is refused, the size before it is known to be good."""
     adaptive = Adaptive(least=1, most=1_000, start=16)
     feed(adaptive, 32, lambda _: SECOND)
     assert adaptive.size == 32
     adaptive.overloaded(started=1, now=2)
     assert adaptive.size == 16
     feed(adaptive, 32, lambda _: SECOND)
-    assert adaptive.size == 24  # half the way to what was refused
+    assert adaptive.size == 24  # halfway to the size that was refused
 
 
 def test_a_refusal_during_a_round_at_a_lower_size_is_of_the_usual_size() -> None:
-    """The round that looks for a new anchor is no new size to cut from."""
+    """The smaller size used to measure a new anchor is not what a refusal cuts."""
     adaptive = Adaptive(least=1, most=20, start=20)
     while adaptive.size == 20:
         feed(adaptive, 1, lambda _: SECOND)
@@ -274,7 +274,7 @@ def test_a_refusal_during_a_round_at_a_lower_size_is_of_the_usual_size() -> None
 def test_the_bounds_are_kept_whatever_happens(
     least: int, more: int, events: list[tuple[int, bool, int]]
 ) -> None:
-    """Any latencies, also of nothing, and any refusals: the size stays within its bounds."""
+    """The size stays within its bounds for any latencies, including 0, and any refusals."""
     adaptive = Adaptive(least=least, most=least + more)
     now = 0
     for latency, waited, calls in events:
@@ -287,14 +287,14 @@ def test_the_bounds_are_kept_whatever_happens(
 
 
 def test_one_slot_is_the_least() -> None:
-    """A server that refuses everything is still asked, one call at a time."""
+    """A server that refuses everything is still called, by one call at a time."""
     found = run(RefusingServer, always(0), seconds=20, callers=10)
     assert found.sizes[-1][1] == 1
     assert not found.served
 
 
 def test_auto_starts_with_four_slots_and_shows_them(virtual_time: VirtualTime) -> None:
-    """Statistics and repr show the present number, the repr its bounds too."""
+    """Statistics and the repr show the present number; the repr shows its bounds, too."""
 
     async def main() -> None:
         limiter = Limiter(concurrency="auto", clock=virtual_time.clock)
@@ -310,7 +310,7 @@ def test_auto_starts_with_four_slots_and_shows_them(virtual_time: VirtualTime) -
 
 
 def test_a_larger_number_lets_in_whoever_waits(virtual_time: VirtualTime) -> None:
-    """A raise at the end of a call admits two: one by the slot that it gave back, one by the new."""
+    """A raise when a call ends admits two: one by the slot given back, one by the new slot."""
 
     async def main() -> None:
         limiter = Limiter(concurrency=(1, 2), clock=virtual_time.clock)
@@ -330,7 +330,7 @@ def test_a_larger_number_lets_in_whoever_waits(virtual_time: VirtualTime) -> Non
 
 
 def test_calls_that_wait_for_a_childs_slots_raise_nothing(virtual_time: VirtualTime) -> None:
-    """The limiter above has slots to spare, so nothing is learned of what would be too much for it."""
+    """The limiter above has free slots, so it learns nothing about how many are too many."""
     limiter = Limiter(concurrency="auto", clock=virtual_time.clock)
     child = limiter.child("child", concurrency=2)
 
@@ -348,7 +348,7 @@ def test_calls_that_wait_for_a_childs_slots_raise_nothing(virtual_time: VirtualT
 
 
 def test_how_a_with_block_ends_tells_how_the_call_did(virtual_time: VirtualTime) -> None:
-    """A time-out in it is overload; our own, cancellation, and other errors are not."""
+    """A timeout in it means overload; AcquireTimeout, cancellation and other errors do not."""
 
     async def leave_by(limiter: Limiter, error: BaseException) -> int | None:
         await asyncio.sleep(1)
@@ -371,7 +371,7 @@ def test_how_a_with_block_ends_tells_how_the_call_did(virtual_time: VirtualTime)
 
 
 def test_only_the_first_word_about_a_call_counts(virtual_time: VirtualTime) -> None:
-    """`overloaded` and `failed` release; whatever is said of a released lease changes nothing."""
+    """`overloaded` and `failed` release the lease; later calls on it change nothing."""
     limiter = Limiter(concurrency=(1, 100), clock=virtual_time.clock)
     lease = limiter.acquire_nowait()
     lease.failed()
@@ -385,7 +385,7 @@ def test_only_the_first_word_about_a_call_counts(virtual_time: VirtualTime) -> N
 
 
 def test_calls_that_leave_after_a_cut_were_admitted_before_it(virtual_time: VirtualTime) -> None:
-    """A client takes its time to send a wave; those sent after the first refusal cut nothing more."""
+    """Calls of one wave that are sent after the first refusal do not cut again."""
 
     async def main() -> None:
         limiter = Limiter(concurrency=(1, 100), clock=virtual_time.clock)
@@ -400,7 +400,7 @@ def test_calls_that_leave_after_a_cut_were_admitted_before_it(virtual_time: Virt
 
 
 def test_calls_that_were_not_made_teach_nothing(virtual_time: VirtualTime) -> None:
-    """Leases that are undone, dropped, or failed are no rounds."""
+    """Leases that are undone, dropped or failed do not count."""
     limiter = Limiter(concurrency=(1, 100), clock=virtual_time.clock)
     for _ in range(200):
         limiter.acquire_nowait().undo()
@@ -411,7 +411,7 @@ def test_calls_that_were_not_made_teach_nothing(virtual_time: VirtualTime) -> No
 
 
 def test_reconfigure_goes_between_fixed_and_found(virtual_time: VirtualTime) -> None:
-    """A search begins anew after a fixed number, and goes on within other bounds."""
+    """The search starts anew after a fixed number, and goes on if only its bounds change."""
     limiter = Limiter("60 RPM", clock=virtual_time.clock)
     lease = limiter.acquire_nowait()
     limiter.reconfigure(concurrency="auto")
@@ -429,7 +429,7 @@ def test_reconfigure_goes_between_fixed_and_found(virtual_time: VirtualTime) -> 
 
 
 def test_bounds_are_a_number_auto_or_a_pair() -> None:
-    """All else is refused, with the value that was given."""
+    """Anything else is refused, and the error shows the value that was given."""
     assert read_concurrency(None) is None
     assert read_concurrency(7) == (7, 7)
     assert read_concurrency("auto") == AUTO
@@ -443,5 +443,5 @@ def test_bounds_are_a_number_auto_or_a_pair() -> None:
 
 
 def test_it_shows_where_it_is() -> None:
-    """The repr has the size and the bounds."""
+    """The repr shows the size and the bounds."""
     assert repr(Adaptive(least=1, most=1_000)) == "<Adaptive 4 of 1 to 1,000>"

@@ -1,4 +1,4 @@
-"""What a limiter has booked, booked again by the one that comes after it."""
+"""What a limiter has booked, and how a later limiter books it again."""
 
 from asyncbucket import Limiter
 from asyncbucket.limiter.bookings import Booked, bookings, rebook, rebook_call
@@ -8,7 +8,7 @@ SECOND = 1_000_000_000
 
 
 def test_bookings_are_told_by_how_long_ago_they_were() -> None:
-    """Windows entry by entry, and what the bucket lacks that paces them."""
+    """Windows are told entry by entry, and the bucket that paces them by what it lacks."""
     clock = VirtualClock()
     limiter = Limiter("60 RPM burst 10", "600 TPM", clock=clock)
     limiter.acquire_nowait(tokens=100).release()
@@ -23,7 +23,7 @@ def test_bookings_are_told_by_how_long_ago_they_were() -> None:
 
 
 def test_what_is_booked_again_counts_as_if_the_same_limiter_had_gone_on() -> None:
-    """Time passes in between, too; limits that there were before and are none now are left out."""
+    """The time in between counts, too; what the new limiter does not limit is left out."""
     clock = VirtualClock()
     clock.advance(100.0)
     before = Limiter("60 RPM burst 10", "600 TPM", clock=clock)
@@ -38,7 +38,7 @@ def test_what_is_booked_again_counts_as_if_the_same_limiter_had_gone_on() -> Non
 
 
 def test_bucket_that_is_full_again_lacks_nothing_afterwards() -> None:
-    """What its window remembers may be older than what it lacks."""
+    """Its window may remember older calls than those that the bucket still lacks."""
     clock = VirtualClock()
     clock.advance(100.0)
     before = Limiter("60 RPM burst 10", clock=clock)
@@ -52,7 +52,7 @@ def test_bucket_that_is_full_again_lacks_nothing_afterwards() -> None:
 
 
 def test_a_call_is_booked_again_in_each_limit_that_counts_it() -> None:
-    """Paced or not; resources that it does not cost stay as they are."""
+    """It is booked in paced and other limits; resources that it does not cost do not change."""
     clock = VirtualClock()
     clock.advance(100.0)
     limiter = Limiter("60 RPM burst 10", "600 TPM", "3 images/10s", clock=clock)

@@ -1,4 +1,4 @@
-"""Whoever gives up, at whatever await, leaves the world as if it had never asked."""
+"""A call that gives up, at whatever await, leaves everything as if it had never asked."""
 
 import asyncio
 import gc
@@ -34,7 +34,7 @@ async def steps(count: int) -> None:
 def test_a_waiter_cancelled_at_any_step_leaks_nothing(
     virtual_time: VirtualTime, before: int, after: int, *, cancel_first: bool
 ) -> None:
-    """Whether it stands in line, is being served or was just served: its slot comes back."""
+    """Whether it waits, is being admitted or was just admitted: its slot comes back."""
 
     async def main() -> None:
         limiter = Limiter(concurrency=1, clock=virtual_time.clock)
@@ -70,7 +70,7 @@ def test_a_waiter_cancelled_at_any_step_leaks_nothing(
 def test_all_waiters_cancelled_at_any_step_leak_nothing(
     virtual_time: VirtualTime, reach: int
 ) -> None:
-    """A release, and in some step soon after it everybody leaves at once."""
+    """A slot is released, and at some step soon after that all waiting calls are cancelled."""
 
     async def main() -> None:
         limiter = Limiter("1000 TPM", concurrency=1, clock=virtual_time.clock)
@@ -91,13 +91,13 @@ def test_all_waiters_cancelled_at_any_step_leak_nothing(
 
 
 async def taken(limiter: Limiter) -> None:
-    """Pass and leave."""
+    """Acquire and release."""
     async with limiter.acquire(tokens=10):
         pass
 
 
 def test_a_release_and_a_cancellation_in_one_step_do_not_meet(virtual_time: VirtualTime) -> None:
-    """The bell rings for a line that has emptied by the time the pacer looks."""
+    """The bell rings for a line that is empty by the time the pacer looks."""
 
     async def main() -> None:
         limiter = Limiter(concurrency=1, clock=virtual_time.clock)
@@ -114,7 +114,7 @@ def test_a_release_and_a_cancellation_in_one_step_do_not_meet(virtual_time: Virt
 
 
 def test_what_a_cancelled_waiter_was_handed_goes_to_the_next(virtual_time: VirtualTime) -> None:
-    """Ninety of a hundred tokens, handed over and refused, let the next pass in the same instant."""
+    """If 90 of 100 tokens are handed over and given back, the next call passes at that instant."""
 
     async def main() -> None:
         limiter = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock)
@@ -135,7 +135,7 @@ def test_what_a_cancelled_waiter_was_handed_goes_to_the_next(virtual_time: Virtu
 
 
 def test_the_head_gives_up_and_the_next_passes_at_once(virtual_time: VirtualTime) -> None:
-    """A costly call that leaves makes room for a cheap one behind it, in the same instant."""
+    """If a costly call leaves the line, the cheap one behind it passes at that instant."""
 
     async def main() -> None:
         bucket = TokenBucket(rate=1.0, burst=10, clock=virtual_time.clock)
@@ -156,7 +156,7 @@ def test_the_head_gives_up_and_the_next_passes_at_once(virtual_time: VirtualTime
 def test_a_bucket_takes_back_what_a_cancelled_waiter_was_handed(
     virtual_time: VirtualTime, depth: int
 ) -> None:
-    """Cancelled in any step about its own instant, it leaves its unit to the next."""
+    """Cancelled at any step around its own instant, it leaves its unit to the next call."""
 
     async def main() -> None:
         bucket = TokenBucket(rate=1.0, burst=1, clock=virtual_time.clock)
@@ -173,7 +173,7 @@ def test_a_bucket_takes_back_what_a_cancelled_waiter_was_handed(
 
 
 def call_after(steps_left: int, function: Callable[[], object]) -> None:
-    """Call `function` when the loop has run that many times more."""
+    """Call `function` after the loop has run `steps_left` more times."""
     if steps_left:
         asyncio.get_running_loop().call_soon(call_after, steps_left - 1, function)
     else:
@@ -184,7 +184,7 @@ def call_after(steps_left: int, function: Callable[[], object]) -> None:
 def test_a_waiter_cancelled_as_its_deadline_comes_takes_nothing(
     virtual_time: VirtualTime, depth: int
 ) -> None:
-    """Out of time and cancelled in about one step: either way it is gone."""
+    """If the deadline and the cancellation come at about the same step, the call is gone."""
 
     async def main() -> None:
         limiter = Limiter(concurrency=1, clock=virtual_time.clock)
@@ -202,7 +202,7 @@ def test_a_waiter_cancelled_as_its_deadline_comes_takes_nothing(
 
 
 def test_closing_what_waits_takes_it_out_of_the_line(virtual_time: VirtualTime) -> None:
-    """A coroutine that is closed while it waits, not cancelled, leaves the line too."""
+    """A coroutine that is closed while it waits leaves the line like a cancelled one."""
 
     async def main() -> None:
         limiter = Limiter(concurrency=1, clock=virtual_time.clock)
@@ -219,7 +219,7 @@ def test_closing_what_waits_takes_it_out_of_the_line(virtual_time: VirtualTime) 
 
 
 def test_wait_for_and_timeout_cancel_without_a_trace(virtual_time: VirtualTime) -> None:
-    """Asyncio's own time-outs do what `timeout=` does."""
+    """Asyncio's own timeouts leave as little behind as `timeout=`."""
 
     async def main() -> None:
         limiter = Limiter(concurrency=1, clock=virtual_time.clock)
@@ -242,7 +242,7 @@ def test_wait_for_and_timeout_cancel_without_a_trace(virtual_time: VirtualTime) 
 
 @pytest.mark.heavy
 def test_cancelling_in_lifo_order_is_linear(virtual_time: VirtualTime) -> None:
-    """A hundred thousand waiters leave from the back in about a second, however long the line."""
+    """A hundred thousand waiters leave from the back in about a second: each costs the same."""
 
     async def main() -> None:
         limiter = Limiter("1 RPM", clock=virtual_time.clock)
@@ -261,7 +261,7 @@ CANCELLED = asyncio.CancelledError
 
 
 class Hand:
-    """Drive one acquisition by hand, as a task would, for a tenth of a task's cost."""
+    """Drive one acquisition by hand, as a task would, at a tenth of a task's cost."""
 
     def __init__(self, steps: Generator[Any, Any, Lease | None]) -> None:
         self._steps = steps
@@ -273,7 +273,7 @@ class Hand:
             self.lease = done.value
 
     def cancel(self) -> None:
-        """Cancel the future, and then the coroutine, or only that if it has been served."""
+        """Cancel the future and then the coroutine; if it was admitted, only the coroutine."""
         assert self.future is not None
         self.future.cancel()
         try:
@@ -283,7 +283,7 @@ class Hand:
         raise AssertionError("a cancellation was swallowed")
 
     def taken(self) -> bool:
-        """Pick up what it was served, if it was; return whether it is through."""
+        """Take the lease if the call was admitted; return whether it has finished."""
         if self.future is not None:
             if not self.future.done():
                 return False
@@ -296,7 +296,7 @@ class Hand:
 
 
 class Crowd:
-    """Ask and give up at random; remember who was served, in the order of arrival."""
+    """Ask and give up at random; check that calls are admitted in order of arrival."""
 
     def __init__(self, ask: Callable[[int], Generator[Any, Any, Lease | None]], seed: int) -> None:
         self._ask = ask
@@ -306,17 +306,17 @@ class Crowd:
         self.held: list[Lease] = []
 
     async def mill(self, cancellations: int) -> None:
-        """Let 5,000 come at a time, and all but 1 % leave before, at and after their turn."""
+        """Let 5,000 calls come at a time; cancel 99 % before their turn, at it or after it."""
         while self.cancelled < cancellations:
             self.line += [Hand(self._ask(self._chance.randrange(1, 60))) for _ in range(5000)]
             await asyncio.sleep(self._chance.random() * 0.05)
             self.release()
             waits = [hand.future is not None and not hand.future.done() for hand in self.line]
-            assert waits == sorted(waits)  # nobody was passed
+            assert waits == sorted(waits)  # nobody was overtaken
             self.line = [hand for hand in self.line if self._stays(hand)]
 
     def _stays(self, hand: Hand) -> bool:
-        """Return whether `hand` goes on waiting."""
+        """Return whether `hand` stays in line."""
         if hand.future is None or self._chance.random() < 0.01:
             if not hand.taken():
                 return True
@@ -328,7 +328,7 @@ class Crowd:
         return False
 
     async def finish(self) -> None:
-        """Let those who are left pass, one after the other."""
+        """Let the remaining calls pass, one after the other."""
         for hand in self.line:
             while not hand.taken():
                 self.release()
@@ -338,7 +338,7 @@ class Crowd:
         self.release()
 
     def release(self) -> None:
-        """Give all slots back."""
+        """Release all slots."""
         for lease in self.held:
             lease.release()
         self.held.clear()
@@ -346,7 +346,7 @@ class Crowd:
 
 @pytest.mark.heavy
 def test_400_000_random_cancellations_of_a_limiter_leak_nothing_and_keep_the_order() -> None:
-    """Before, at and after the hand-over: no unit and no slot is lost, and nobody is passed."""
+    """Before, at and after the handover: no unit or slot is lost, and nobody is overtaken."""
 
     async def main(limiter: Limiter, crowd: Crowd) -> None:
         await crowd.mill(400_000)
@@ -366,7 +366,7 @@ def test_400_000_random_cancellations_of_a_limiter_leak_nothing_and_keep_the_ord
 
 @pytest.mark.heavy
 def test_600_000_random_cancellations_of_a_bucket_leak_nothing_and_keep_the_order() -> None:
-    """The same machine with one meter."""
+    """The same holds for a bucket, which has only one meter."""
 
     async def main(bucket: TokenBucket, crowd: Crowd) -> None:
         await crowd.mill(600_000)
@@ -400,13 +400,13 @@ class Story:
         self._limiter = limiter
         self._tasks: list[asyncio.Task[None]] = []
         self._leases: dict[int, Lease] = {}
-        #: When each passed, and what it cost in the end. At one instant the order in which they run
-        #: need not be that of their admissions: whoever is handed a lease wakes a turn of the loop
-        #: later than a newcomer who finds room after that.
+        #: When each was admitted, and what it cost in the end. Calls of one instant need not run in
+        #: the order of their admissions: one that is handed a lease wakes an iteration of the loop
+        #: later than a newcomer that finds room after that.
         self.costs: dict[int, tuple[int, int]] = {}
 
     async def play(self, history: list[tuple[str, int, int]]) -> None:
-        """Do one thing after the other, and then let all who are left pass."""
+        """Do one thing after the other, and then let all remaining calls pass."""
         for verb, amount, pick in history:
             if verb == "call":
                 self._tasks.append(asyncio.create_task(self._call(len(self._tasks), amount)))
@@ -451,7 +451,7 @@ class Story:
 def test_any_history_is_in_order_never_over_and_ends_empty(
     history: list[tuple[str, int, int]],
 ) -> None:
-    """Never over with the final costs of all calls, refunds included, and nothing is lost."""
+    """No limit is exceeded by the final costs of all calls, refunds included; nothing is lost."""
     with virtual_time() as time:
         limiter = Limiter(
             "100 tokens/10s burst 40", "300 tokens/60s", concurrency=3, clock=time.clock
@@ -469,7 +469,7 @@ def test_any_history_is_in_order_never_over_and_ends_empty(
 
 
 def test_a_dropped_task_on_a_closed_loop_gives_nothing_twice() -> None:
-    """Loops that end with calls in line, cancelled or not, are counted out once."""
+    """Calls that wait on a loop that is closed, cancelled or not, are counted out once."""
     held: list[object] = []
 
     async def forever(coroutine: Coroutine[Any, Any, object]) -> None:
@@ -478,11 +478,11 @@ def test_a_dropped_task_on_a_closed_loop_gives_nothing_twice() -> None:
     limiter = Limiter(concurrency=2)
     holder, other = limiter.acquire_nowait(), limiter.acquire_nowait()
     loop = asyncio.new_event_loop()
-    loop.set_exception_handler(lambda _, __: None)  # "Task was destroyed", as we mean it to be
+    loop.set_exception_handler(lambda _, __: None)  # "Task was destroyed": this is intended
     tasks = [loop.create_task(forever(limiter.acquire())) for _ in range(5)]
     loop.run_until_complete(steps(3))
     other.release()
-    loop.run_until_complete(steps(5))  # the first passes
+    loop.run_until_complete(steps(5))  # the first one passes
     assert (limiter.statistics().waiting, len(held)) == (4, 1)
     tasks[2].cancel()
     loop.close()

@@ -1,4 +1,4 @@
-"""Limiters under limiters: fair among siblings, never over at any level, nobody forgotten."""
+"""Children of limiters: fair among siblings, never over at any level, and nobody is forgotten."""
 
 import asyncio
 import collections
@@ -18,7 +18,7 @@ from asyncbucket.node import Node
 from asyncbucket.queue import Waiter
 from asyncbucket.testing import VirtualTime, assert_never_over, virtual_time
 
-#: Tokens a minute of the key that tenants share, and how many come back at once.
+#: Tokens a minute of the key that tenants share, and its burst.
 TPM, BURST = 60_000, 3_000
 MINUTES = 10
 
@@ -27,7 +27,7 @@ Price = Callable[[int, random.Random], int]
 
 @dataclass
 class Shared:
-    """What tenants got of one key in ten minutes, the first of which does not count."""
+    """What tenants got of one key in ten minutes; the first minute does not count."""
 
     got: list[int]
     trace: list[tuple[int, int]] = field(default_factory=list)
@@ -83,12 +83,12 @@ def share_a_key(
 
 
 def huge_or_small(number: int, chance: random.Random) -> int:
-    """Cost much if it is the heavy tenant's, the first, else little."""
+    """Make the first tenant's calls costly, and all others cheap."""
     return chance.randint(400, 800) if number == 0 else chance.randint(20, 120)
 
 
 def middling(_: int, chance: random.Random) -> int:
-    """Cost something in between."""
+    """Cost something in between, whichever tenant asks."""
     return chance.randint(50, 300)
 
 
@@ -104,7 +104,7 @@ def middling(_: int, chance: random.Random) -> int:
     ids=["paced", "calls that last", "requests beside", "a minute at once"],
 )
 def test_one_heavy_and_99_light_tenants_get_the_same(how: dict[str, Any]) -> None:
-    """Two hundred callers with huge prompts beside small ones: equal in cost, 99 % used."""
+    """A tenant with 200 callers and huge prompts gets no more than each other one; 99 % is used."""
     callers = how.pop("callers", 2)
     shared = share_a_key([1.0] * 100, [200] + [callers] * 99, huge_or_small, **how)
     assert jain([float(got) for got in shared.got]) >= 0.99
@@ -119,7 +119,7 @@ def test_one_heavy_and_99_light_tenants_get_the_same(how: dict[str, Any]) -> Non
     ids=["at once", "calls that last", "refunds", "a minute at once"],
 )
 def test_weights_are_kept_in_cost(how: dict[str, Any]) -> None:
-    """1 : 2 : 4 within 2 %, also where half of what was reserved comes back."""
+    """Shares are 1 : 2 : 4 within 2 %, even if half of what was reserved is refunded."""
     callers = 200 if "limits" in how else 20
     weights = [1.0, 2.0, 4.0]
     shared = share_a_key(weights, [callers] * 3, middling, **how)
@@ -130,7 +130,7 @@ def test_weights_are_kept_in_cost(how: dict[str, Any]) -> None:
 
 @pytest.mark.heavy
 def test_one_patient_caller_each_is_enough() -> None:
-    """Weights hold, within 5 %, where each has one call, and the next follows on it at once."""
+    """Weights hold within 5 % though each child has one call at a time, made again at once."""
     shared = share_a_key([1.0, 2.0, 4.0], [1, 1, 1], middling)
     for got, weight in zip(shared.got, (1, 2, 4), strict=True):
         assert got / sum(shared.got) == pytest.approx(weight / 7, rel=0.05)
@@ -138,7 +138,7 @@ def test_one_patient_caller_each_is_enough() -> None:
 
 @pytest.mark.heavy
 def test_what_one_does_not_want_goes_to_the_others_at_once(virtual_time: VirtualTime) -> None:
-    """A sibling that pauses leaves its half; when it is back it has its half, and no more."""
+    """While a sibling pauses, the other gets all; when it is back, it gets its half and no more."""
     passed: list[tuple[float, str]] = []
 
     async def caller(limiter: Limiter, *, resting: bool) -> None:
@@ -169,7 +169,7 @@ def test_what_one_does_not_want_goes_to_the_others_at_once(virtual_time: Virtual
 def test_a_child_below_its_share_gets_what_its_own_limit_allows(
     virtual_time: VirtualTime, rpm: int
 ) -> None:
-    """Of a key that four others want all of: when it may call again it waits for one of theirs, no round."""
+    """A child that may call again waits for one call of the others at most, not for a round."""
     minutes = 60
     passed: collections.Counter[str] = collections.Counter()
 
@@ -193,7 +193,7 @@ def test_a_child_below_its_share_gets_what_its_own_limit_allows(
 
 
 def test_whoever_was_held_up_for_long_is_ahead_by_one_call(virtual_time: VirtualTime) -> None:
-    """A quota that comes back at once is not used up before the others have their turns."""
+    """When its quota comes back all at once, it is not used up before others get their turns."""
     passed: list[tuple[float, str]] = []
 
     async def caller(limiter: Limiter) -> None:
@@ -222,7 +222,7 @@ def test_whoever_was_held_up_for_long_is_ahead_by_one_call(virtual_time: Virtual
 def test_a_costly_call_lets_no_newcomers_overtake(
     virtual_time: VirtualTime, tokens: int, weight: float
 ) -> None:
-    """However much it cost its child: one that has many calls waiting has its turn within two rounds."""
+    """A child with many calls waiting has its turn within two rounds, whatever the call cost."""
     passed: list[str] = []
 
     async def call(child: Limiter, tokens: int = 100) -> None:
@@ -250,7 +250,7 @@ def test_a_costly_call_lets_no_newcomers_overtake(
 
 
 def test_a_child_out_of_its_own_quota_holds_up_nobody(virtual_time: VirtualTime) -> None:
-    """A sibling's newcomer passes in the same instant, without waiting too."""
+    """A sibling's newcomer passes at once, and so does one of the parent."""
 
     async def main() -> None:
         key = Limiter("600 RPM", name="key", clock=virtual_time.clock)
@@ -274,7 +274,7 @@ def test_a_child_out_of_its_own_quota_holds_up_nobody(virtual_time: VirtualTime)
 
 
 def test_what_bound_a_child_last_is_what_its_call_waited_for(virtual_time: VirtualTime) -> None:
-    """Its own pace holds every second call up for a moment; the key's tokens all others, for long."""
+    """The child's own pace binds every second call for a moment, the key's tokens the others."""
 
     async def main() -> None:
         key = Limiter(Limit("tokens", 100, per=10), clock=virtual_time.clock)
@@ -290,7 +290,7 @@ def test_what_bound_a_child_last_is_what_its_call_waited_for(virtual_time: Virtu
 
 
 def test_who_waits_behind_a_cousin_waits_for_what_holds_that_up(virtual_time: VirtualTime) -> None:
-    """It is told so, and counted, though its own line never was the first to wait."""
+    """Its lease and the statistics say so, even though its own line was never first in line."""
 
     async def main() -> None:
         key = Limiter("1000 RPS burst 1000", clock=virtual_time.clock)
@@ -310,7 +310,7 @@ def test_who_waits_behind_a_cousin_waits_for_what_holds_that_up(virtual_time: Vi
 
 
 def test_each_child_says_what_holds_it_up(virtual_time: VirtualTime) -> None:
-    """Its own limits, or those above; and the limiter above, what holds up who goes next there."""
+    """A child names its own limits or those above; the parent names what holds up its next call."""
 
     async def main() -> None:
         key = Limiter("100 TPM", name="key", clock=virtual_time.clock)
@@ -336,7 +336,7 @@ def test_each_child_says_what_holds_it_up(virtual_time: VirtualTime) -> None:
 
 
 def test_a_newcomer_waits_behind_whoever_waits_for_the_same(virtual_time: VirtualTime) -> None:
-    """Where an uncle's costly call is next at a common limit, a nephew's cheap one is not."""
+    """While a child's costly call is next at a shared limit, a cousin's cheap one must wait."""
 
     async def main() -> None:
         key = Limiter("100 TPM", name="key", clock=virtual_time.clock)
@@ -359,7 +359,7 @@ def test_a_newcomer_waits_behind_whoever_waits_for_the_same(virtual_time: Virtua
 
 
 def test_a_newcomer_under_a_child_waits_behind_its_cousin(virtual_time: VirtualTime) -> None:
-    """What is next at a limit in the middle is not overtaken there, though the root is free."""
+    """Nobody overtakes the call that is next at a limit in the middle, though the root is free."""
 
     async def main() -> None:
         model = Limiter(name="key", clock=virtual_time.clock).child("model", "100 TPM")
@@ -378,7 +378,7 @@ def test_a_newcomer_under_a_child_waits_behind_its_cousin(virtual_time: VirtualT
 def test_one_that_wakes_below_is_looked_at_while_another_is_next(
     virtual_time: VirtualTime,
 ) -> None:
-    """Two levels down, one call every 30 s passes while a costly sibling earns its own for 100 s."""
+    """A grandchild with a call every 30 s keeps its pace while a costly sibling waits 100 s."""
     passed: list[float] = []
 
     async def caller(limiter: Limiter, tokens: int) -> None:
@@ -400,7 +400,7 @@ def test_one_that_wakes_below_is_looked_at_while_another_is_next(
 
 
 def test_a_costly_call_does_not_starve_among_cheap_siblings(virtual_time: VirtualTime) -> None:
-    """Ninety per cent of the window: it comes when the others have had as much."""
+    """A call for 90 % of the window is admitted once the others have had as much."""
     waits: list[float] = []
 
     async def cheap(limiter: Limiter) -> None:
@@ -427,10 +427,10 @@ def test_a_costly_call_does_not_starve_among_cheap_siblings(virtual_time: Virtua
 @pytest.mark.heavy
 @pytest.mark.parametrize("rate", [9, 10, 12, 20])
 def test_endless_newcomers_do_not_starve_an_old_flow(virtual_time: VirtualTime, rate: int) -> None:
-    """However many tenants come that were never seen before, few of them overtake one who waits.
+    """However many new tenants come, only a few of their calls overtake one that waits.
 
-    Whoever came first goes first, but for one round: of those who came later no more pass before
-    than had waited already, and four dozen.
+    Calls go in order of arrival, give or take one round: of those that came later, at most as many
+    as were waiting already, plus four dozen, pass first.
     """
     passed: list[tuple[float, float]] = []
     most = 0
@@ -464,7 +464,7 @@ def test_endless_newcomers_do_not_starve_an_old_flow(virtual_time: VirtualTime, 
 @pytest.mark.heavy
 @pytest.mark.parametrize("who", ["siblings", "the parent's own", "a priority"])
 def test_refunds_are_credited_to_whoever_reserved(virtual_time: VirtualTime, who: str) -> None:
-    """Who uses a tenth of what it reserves has its share of what is used, not of what is reserved."""
+    """A tenant that uses a tenth of what it reserves gets its share of use, not of reservations."""
     got = {"thrifty": 0, "honest": 0}
 
     async def caller(limiter: Limiter, name: str, used: int, priority: int) -> None:
@@ -490,7 +490,7 @@ def test_refunds_are_credited_to_whoever_reserved(virtual_time: VirtualTime, who
 def test_a_call_cancelled_at_its_hand_over_costs_its_share_nothing(
     virtual_time: VirtualTime,
 ) -> None:
-    """Nobody is served less for a costly call that was taken back before it had begun."""
+    """If a costly call is taken back before it began, its child is served no less for it."""
 
     async def main() -> None:
         key = Limiter("60 tokens/60s burst 10", clock=virtual_time.clock)
@@ -507,7 +507,7 @@ def test_a_call_cancelled_at_its_hand_over_costs_its_share_nothing(
         calls = [asyncio.ensure_future(call(each, 1)) for each in (tools, chat) * 30]
         await virtual_time.all_blocked()
         held.settle(tokens=0)
-        await asyncio.sleep(0)  # it was handed over, and its task has not run yet
+        await asyncio.sleep(0)  # it was admitted, but its task has not run yet
         costly.cancel()
         await asyncio.sleep(20.5)
         assert key.statistics().cancelled == 1
@@ -520,7 +520,7 @@ def test_a_call_cancelled_at_its_hand_over_costs_its_share_nothing(
 
 @pytest.mark.heavy
 def test_weight_changes_while_calls_wait(virtual_time: VirtualTime) -> None:
-    """From equal shares to 1 : 3, though no line has ever been empty."""
+    """Shares change from equal to 1 : 3, though no line was ever empty."""
     passed: dict[str, int] = {"a": 0, "b": 0}
 
     async def caller(limiter: Limiter, name: str) -> None:
@@ -546,7 +546,7 @@ def test_weight_changes_while_calls_wait(virtual_time: VirtualTime) -> None:
 
 
 def test_limits_change_at_every_level_while_children_wait(virtual_time: VirtualTime) -> None:
-    """A raised limit lets in who waits for it; one that is cut tells who can never pass."""
+    """A raised limit admits a call that waits; a lowered one fails a call that can never pass."""
 
     async def main() -> None:
         key = Limiter("100 TPM", name="key", clock=virtual_time.clock)
@@ -574,7 +574,7 @@ def test_limits_change_at_every_level_while_children_wait(virtual_time: VirtualT
 
 
 def test_books_of_a_child_are_in_those_above(virtual_time: VirtualTime) -> None:
-    """Admitted, refused, cancelled, waiting, in flight, refunded, paused by the provider."""
+    """Admissions, refusals, cancellations, waiting, slots, refunds and 429s count at each level."""
 
     async def main() -> None:
         key = Limiter("100 TPM", concurrency=3, name="key", clock=virtual_time.clock)
@@ -608,7 +608,7 @@ def test_books_of_a_child_are_in_those_above(virtual_time: VirtualTime) -> None:
 
 
 def test_a_child_is_made_once(virtual_time: VirtualTime) -> None:
-    """By name alone or on the same terms it is found; on others that is a mistake."""
+    """The same name, alone or with the same terms, returns it; other terms are an error."""
     key = Limiter("100 RPM", name="key", clock=virtual_time.clock)
     child = key.child("child", rpm=10, weight=2)
     assert key.child("child") is child
@@ -624,7 +624,7 @@ def test_a_child_is_made_once(virtual_time: VirtualTime) -> None:
 
 
 def test_children_may_be_made_while_others_are_looked_at(virtual_time: VirtualTime) -> None:
-    """By another thread, or by whoever goes through them."""
+    """Iterating over `children` is safe while children are added."""
     key = Limiter(clock=virtual_time.clock)
     key.child("a")
     for name in key.children:
@@ -634,7 +634,7 @@ def test_children_may_be_made_while_others_are_looked_at(virtual_time: VirtualTi
 
 @pytest.mark.parametrize("name", ["", "a/b", "*a", 7])
 def test_a_childs_name_can_stand_in_a_path(name: Any) -> None:
-    """No slash, no star in front, and a text."""
+    """It must be a string, not empty, without a slash, and without a star in front."""
     with pytest.raises(ValueError, match="a child's name must be a string without a slash"):
         Limiter().child(name)
 
@@ -655,7 +655,7 @@ def test_a_childs_name_can_stand_in_a_path(name: Any) -> None:
     ],
 )
 def test_terms_are_checked_before_anything_is_made(terms: dict[str, Any], message: str) -> None:
-    """A mistake leaves no child behind."""
+    """An invalid term leaves no child behind."""
     limiter = Limiter()
     with pytest.raises(ValueError, match=message):
         limiter.child("child", **terms)
@@ -683,7 +683,7 @@ def test_a_pause_holds_for_all_below_and_nobody_beside(virtual_time: VirtualTime
 
 
 def test_slots_of_a_level_come_back_to_whoever_waits_for_them(virtual_time: VirtualTime) -> None:
-    """A cousin's release lets in a cousin, an uncle's does not matter."""
+    """A slot released under the same parent admits a cousin; one released elsewhere does not."""
 
     async def main() -> None:
         key = Limiter(concurrency=3, clock=virtual_time.clock)
@@ -706,7 +706,7 @@ def test_slots_of_a_level_come_back_to_whoever_waits_for_them(virtual_time: Virt
 def test_nobody_sleeps_for_the_sake_of_who_is_out_of_its_own_limits(
     virtual_time: VirtualTime,
 ) -> None:
-    """A costly call is next until an urgent or a batch call takes what its own limiter had left."""
+    """A costly call stops being next once another call takes what its own limiter had left."""
 
     async def main() -> None:
         model = Limiter(clock=virtual_time.clock).child("model", Limit("tokens", 300, burst=60))
@@ -727,7 +727,7 @@ def test_nobody_sleeps_for_the_sake_of_who_is_out_of_its_own_limits(
 
 
 def test_nobody_sleeps_for_the_sake_of_who_is_in_debt(virtual_time: VirtualTime) -> None:
-    """A costly call is next until its own limiter has nothing left, by a call that used more."""
+    """A costly call stops being next once another's use puts its own limiter into debt."""
 
     async def main() -> None:
         model = Limiter(clock=virtual_time.clock).child("model", Limit("tokens", 300, burst=60))
@@ -749,7 +749,7 @@ def test_nobody_sleeps_for_the_sake_of_who_is_in_debt(virtual_time: VirtualTime)
 
 @dataclass(frozen=True)
 class Plant:
-    """Describe a limiter under another: which one, its limits, slots and weight."""
+    """Describe a limiter under another: its parent, limits, slots and weight."""
 
     above: int
     limits: tuple[Limit, ...]
@@ -776,7 +776,7 @@ plants = st.builds(
 
 
 def waiting_below(node: Node, heads: list[Waiter], now: int) -> tuple[list[Waiter], bool]:
-    """Return who may be the next below ``node``, and whether there must be one."""
+    """Return the calls that may be next below ``node``, and whether there must be one."""
     may = [head for head in heads if head.node is node]
     must = bool(may)
     for child in {each for head in heads for each in head.node.path if each.parent is node}:
@@ -790,10 +790,10 @@ def waiting_below(node: Node, heads: list[Waiter], now: int) -> tuple[list[Waite
 
 
 def assert_nobody_is_stuck(root: Limiter) -> None:
-    """Assert, while all tasks are blocked, that no waiter is left whom all limits would let pass.
+    """Assert, while all tasks are blocked, that no call waits that all limits would admit.
 
-    Who is next at a limit may wait for it, and others behind; so somebody is stuck if whoever might
-    be the next, at each level, would pass.
+    The call that is next at a limit may wait for it, and others behind it. So somebody is stuck
+    if every call that might be next, at each level, could pass.
     """
     budget = root._budget
     heads: dict[int, Waiter] = {}
@@ -808,7 +808,7 @@ def assert_nobody_is_stuck(root: Limiter) -> None:
 
 
 class Forest:
-    """Drive a random tree of limiters with calls that come, hold, settle and give up by chance."""
+    """Drive a random tree of limiters with calls that come, hold, settle and time out at random."""
 
     def __init__(self, time: VirtualTime, plants: list[Plant], seed: int) -> None:
         self.time = time
@@ -868,7 +868,7 @@ class Forest:
                 await asyncio.sleep(self.chance.random() * 10)
 
     async def run(self) -> None:
-        """Let all call for minutes, looking now and then whether somebody is stuck."""
+        """Run all callers for some minutes, and check at random times that nobody is stuck."""
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(self.caller(limiter))
@@ -882,7 +882,7 @@ class Forest:
                 assert self.time.now < 5_000
 
     def check(self) -> None:
-        """Assert that every level kept its limits, and that nothing is left behind."""
+        """Assert that every level kept its limits, and that nothing is left over."""
         for limiter in self.limiters:
             for limit in limiter.limits:
                 trace = [
@@ -900,7 +900,7 @@ class Forest:
 @settings(deadline=None, max_examples=100)
 @given(st.lists(plants, max_size=7), st.integers(0, 2**32))
 def test_random_trees_are_never_over_and_nobody_is_forgotten(trees: list[Plant], seed: int) -> None:
-    """Any depth, limits and slots at every level, cancels and refunds by chance, priorities."""
+    """Any depth, limits and slots at every level, random cancellations, refunds, priorities."""
     with virtual_time() as time:
         forest = Forest(time, trees, seed)
         time.run(forest.run())

@@ -1,4 +1,4 @@
-"""What calls inherit from whoever makes them: a priority, a tenant, a deadline."""
+"""What calls inherit from the code around them: a priority, a tenant, a deadline."""
 
 import asyncio
 import contextvars
@@ -19,7 +19,7 @@ from asyncbucket.testing import VirtualTime
 
 
 def test_contexts_add_up_and_end(virtual_time: VirtualTime) -> None:
-    """The inner word of a kind holds inside, other kinds stay, and nothing stays afterwards."""
+    """The inner value of a kind holds inside, other kinds stay, and afterwards all is as before."""
 
     async def main() -> None:
         assert inherited.get() is None
@@ -35,7 +35,7 @@ def test_contexts_add_up_and_end(virtual_time: VirtualTime) -> None:
 
 
 def test_an_error_inside_leaves_the_context_behind() -> None:
-    """It passes through, and what was set is undone."""
+    """The error passes through, and the value is reset."""
     with pytest.raises(KeyError), asyncbucket.tenant("acme"):
         raise KeyError
     assert inherited.get() is None
@@ -45,7 +45,7 @@ def test_an_error_inside_leaves_the_context_behind() -> None:
     "given", [asyncbucket.tenant("acme"), asyncbucket.priority(1), asyncbucket.deadline(5)]
 )
 def test_a_context_is_no_decorator(given: Any) -> None:
-    """Around an async function it would be over before that has begun, and nobody would notice."""
+    """Around an async function it would end before the function runs, which nobody would notice."""
 
     async def ask() -> None:
         """Ask."""
@@ -55,7 +55,7 @@ def test_a_context_is_no_decorator(given: Any) -> None:
 
 
 def test_a_context_is_for_one_block() -> None:
-    """Two tasks that share one would each leave what the other has set."""
+    """If two tasks shared one, each would reset the other's value."""
     given = asyncbucket.tenant("acme")
     with given, pytest.raises(RuntimeError, match=r"call priority\(\), tenant\(\) or"), given:
         pass
@@ -65,7 +65,7 @@ def test_a_context_is_for_one_block() -> None:
 
 
 def test_tasks_and_threads_inherit(virtual_time: VirtualTime) -> None:
-    """Whatever is started inside: tasks, tasks of tasks, `asyncio.to_thread`; not bare threads."""
+    """Tasks, tasks of tasks and `asyncio.to_thread` inherit; plain threads do not."""
     seen: list[Any] = []
 
     def note() -> None:
@@ -93,7 +93,7 @@ def test_tasks_and_threads_inherit(virtual_time: VirtualTime) -> None:
 
 
 def test_a_task_keeps_what_it_was_started_with(virtual_time: VirtualTime) -> None:
-    """Though its starter has left the context, and entered another."""
+    """It keeps this after its starter has left the context and entered another."""
 
     async def main() -> None:
         limiter = Limiter("100 RPM", name="key", clock=virtual_time.clock)
@@ -112,7 +112,7 @@ def test_a_task_keeps_what_it_was_started_with(virtual_time: VirtualTime) -> Non
 
 
 def test_a_call_in_a_thread_goes_to_its_tenant() -> None:
-    """`acquire_sync` under `asyncio.to_thread`, with what is left of the deadline."""
+    """`acquire_sync` in `asyncio.to_thread` inherits the tenant and the deadline."""
     limiter = Limiter(concurrency=1, name="key")
 
     def call() -> str:
@@ -133,7 +133,7 @@ def test_a_call_in_a_thread_goes_to_its_tenant() -> None:
 
 
 def test_a_generator_shares_the_context_of_whoever_iterates(virtual_time: VirtualTime) -> None:
-    """As context variables do: what it sets is seen outside between two items, and undone at its end."""
+    """What it sets is seen outside between two items, and is reset at its end."""
 
     def items() -> Generator[int]:
         with asyncbucket.tenant("inside"):
@@ -149,7 +149,7 @@ def test_a_generator_shares_the_context_of_whoever_iterates(virtual_time: Virtua
 
 
 def test_a_generator_may_be_closed_in_another_context(virtual_time: VirtualTime) -> None:
-    """By the loop, when it was left half-way: no error, and nothing is changed there."""
+    """If the loop closes it half-way, there is no error, and that context does not change."""
     errors: list[Any] = []
 
     async def items() -> AsyncGenerator[int]:
@@ -176,7 +176,7 @@ def test_a_generator_may_be_closed_in_another_context(virtual_time: VirtualTime)
 
 
 def test_an_earlier_deadline_stays(virtual_time: VirtualTime) -> None:
-    """Whichever of the two is the inner one; the limiter's and the call's own hold besides."""
+    """The earlier one holds, whichever is inside; the limiter's and the call's own hold as well."""
 
     async def main() -> None:
         limiter = Limiter("1 RPM", timeout=50, clock=virtual_time.clock)
@@ -201,7 +201,7 @@ def test_an_earlier_deadline_stays(virtual_time: VirtualTime) -> None:
 
 
 def test_a_call_that_cannot_make_it_fails_at_once_and_says_why(virtual_time: VirtualTime) -> None:
-    """What binds, and when it could; later calls of the same block know what is left."""
+    """The error says what binds and when it would pass; later calls have less time left."""
 
     async def main() -> None:
         limiter = Limiter("100 TPM", clock=virtual_time.clock)
@@ -228,7 +228,7 @@ def test_a_call_that_cannot_make_it_fails_at_once_and_says_why(virtual_time: Vir
 
 
 def test_a_deadline_that_is_over_refuses_what_would_wait(virtual_time: VirtualTime) -> None:
-    """What can pass passes."""
+    """Calls that can pass at once still do."""
 
     async def main() -> None:
         limiter = Limiter("1 RPM", clock=virtual_time.clock)
@@ -242,7 +242,7 @@ def test_a_deadline_that_is_over_refuses_what_would_wait(virtual_time: VirtualTi
 
 
 def test_a_deadline_comes_while_a_call_waits(virtual_time: VirtualTime) -> None:
-    """At its instant, in a tree as in a line."""
+    """A waiting call fails at its deadline, in a tree as in a line."""
 
     async def main() -> None:
         key = Limiter(concurrency=1, clock=virtual_time.clock)
@@ -260,7 +260,7 @@ def test_a_deadline_comes_while_a_call_waits(virtual_time: VirtualTime) -> None:
 
 
 def test_a_deadline_holds_outside_of_loops() -> None:
-    """A plain thread waits no longer than it says."""
+    """A plain thread waits no longer than its deadline."""
     limiter = Limiter(concurrency=1)
     with limiter.acquire_nowait():
         start = time.monotonic()
@@ -271,7 +271,7 @@ def test_a_deadline_holds_outside_of_loops() -> None:
 
 @pytest.mark.parametrize("seconds", [-1, float("nan"), "soon", True, None])
 def test_what_is_no_deadline_is_refused(seconds: Any) -> None:
-    """Before anything inside runs."""
+    """It is refused before the block runs."""
     ran = False
     with pytest.raises(ValueError, match=r"^a deadline must be "), asyncbucket.deadline(seconds):
         ran = True
@@ -280,7 +280,7 @@ def test_what_is_no_deadline_is_refused(seconds: Any) -> None:
 
 @pytest.mark.parametrize("name", ["", None, 7])
 def test_what_is_no_tenant_is_refused(name: Any) -> None:
-    """By the context, by the call and by `key`."""
+    """The context, the call and `key` refuse it."""
     given = "''" if name == "" else type(name).__name__
     message = f"a tenant must be a non-empty string, not {given}"
     with pytest.raises(ValueError, match=message), asyncbucket.tenant(name):
@@ -293,7 +293,7 @@ def test_what_is_no_tenant_is_refused(name: Any) -> None:
 
 
 def test_calls_inherit_their_tenant(virtual_time: VirtualTime) -> None:
-    """All ways to ask, at the root and below; one that is asked for by name is not asked again."""
+    """This holds for every kind of acquire; a tenant asked for by name is not replaced."""
 
     async def main() -> None:
         key = Limiter("100 RPM", name="key", clock=virtual_time.clock)
@@ -322,7 +322,7 @@ def test_calls_inherit_their_tenant(virtual_time: VirtualTime) -> None:
 
 
 def test_a_deadline_may_be_past_or_never(virtual_time: VirtualTime) -> None:
-    """However far: there is an order even of what no clock shows."""
+    """Even values that no clock reaches are compared correctly."""
     limiter = Limiter("1/s", clock=virtual_time.clock)
 
     async def main() -> None:
@@ -340,7 +340,7 @@ def test_a_deadline_may_be_past_or_never(virtual_time: VirtualTime) -> None:
 
 
 async def test_a_timeout_that_is_over_at_once_is_no_deadline_that_has_passed() -> None:
-    """Though time goes on between the question and the answer."""
+    """The message speaks of the timeout, though time passes while the call is made."""
     ticks = itertools.count(10**12, 1_000)
     limiter = Limiter("1/s", clock=lambda: next(ticks))
     await limiter.acquire()

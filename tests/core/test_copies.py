@@ -1,4 +1,4 @@
-"""What holds slots or counts what passes is there once, however it is copied."""
+"""Objects that hold slots or count calls exist once, however they are copied."""
 
 import copy
 import pickle
@@ -14,7 +14,7 @@ COPIES = pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
 
 @COPIES
 def test_copy_of_a_lease_gives_its_slot_back_once(copied: Callable[[Any], Any]) -> None:
-    """A request that is copied with the lease in it does not make room for two."""
+    """Copying a request that contains the lease does not free two slots."""
     limiter = Limiter(concurrency=1)
     lease = limiter.acquire_nowait()
     twin = copied({"lease": lease})["lease"]
@@ -28,7 +28,7 @@ def test_copy_of_a_lease_gives_its_slot_back_once(copied: Callable[[Any], Any]) 
 
 @COPIES
 def test_copy_of_a_limiter_is_the_limiter(copied: Callable[[Any], Any]) -> None:
-    """So an agent that is copied spends from the same budget."""
+    """An agent that is copied spends from the same budget."""
     limiter = Limiter("60 RPM")
     child = limiter.child("chat")
     bucket = TokenBucket(1.0)

@@ -13,7 +13,7 @@ amounts = st.none() | st.integers(0, 10**6) | st.floats(0, 1e6)
 
 
 def test_a_cost_maps_resources_to_whole_amounts() -> None:
-    """One request by default; fractions are rounded up; nothing is left out but nothing."""
+    """One request is the default, fractions are rounded up, and only zeros are left out."""
     cost = Cost(tokens=10.1, images=3)
     assert isinstance(cost, Mapping)
     assert dict(cost) == {
@@ -27,7 +27,7 @@ def test_a_cost_maps_resources_to_whole_amounts() -> None:
 
 
 def test_numbers_of_numpy_and_fractions_are_amounts() -> None:
-    """Token counts come out of data frames, too; what is kept of them are plain ints."""
+    """Token counts may come from data frames; they are kept as plain ints."""
     numpy = pytest.importorskip("numpy")
     fraction: Any = Fraction(7, 2)
     cost = Cost(tokens=numpy.int64(800), input_tokens=numpy.float32(2.5), images=fraction)
@@ -46,7 +46,7 @@ def test_numbers_of_numpy_and_fractions_are_amounts() -> None:
 
 
 def test_tokens_are_input_plus_output() -> None:
-    """Where the parts are given; where one is missing, it is nothing."""
+    """If both parts are given, their sum counts; a missing part counts as zero."""
     assert dict(Cost(input_tokens=900, output_tokens=300)) == {
         "requests": 1, "tokens": 1200, "input_tokens": 900, "output_tokens": 300
     }  # fmt: skip
@@ -58,7 +58,7 @@ def test_tokens_are_input_plus_output() -> None:
 def test_any_amounts_make_a_cost(
     tokens: float | None, inputs: float | None, outputs: float | None
 ) -> None:
-    """Whole, positive, and never less than was asked for."""
+    """All amounts are whole, positive, and never less than given."""
     cost = Cost(tokens=tokens, input_tokens=inputs, output_tokens=outputs)
     assert all(type(amount) is int and amount > 0 for amount in cost.values())
     assert cost.get("tokens", 0) >= (tokens if tokens is not None else (inputs or 0))
@@ -67,7 +67,7 @@ def test_any_amounts_make_a_cost(
 @pytest.mark.parametrize("name", ["requests", "tokens", "input_tokens", "output_tokens", "images"])
 @pytest.mark.parametrize("value", [True, False, "", "5", [], b"5", -1, -0.1, "nan", "inf"])
 def test_what_is_no_amount_is_refused(name: str, value: object) -> None:
-    """A bool, a text, a negative number, NaN and infinity, for each resource, even if false."""
+    """For each resource: bools, strings, negative numbers, NaN and infinity."""
     if value in {"nan", "inf"} if isinstance(value, str) else False:
         value = float(str(value))
     with pytest.raises((TypeError, ValueError)):
@@ -77,7 +77,7 @@ def test_what_is_no_amount_is_refused(name: str, value: object) -> None:
 
 
 def test_messages_name_the_resource_and_the_value() -> None:
-    """What must be what, and what it was."""
+    """They say what is expected, and what was given."""
     with pytest.raises(TypeError, match=r"^tokens must be a number, not True$"):
         Cost(tokens=True)
     with pytest.raises(ValueError, match=r"^requests must be finite and not negative, not -1$"):
@@ -87,7 +87,7 @@ def test_messages_name_the_resource_and_the_value() -> None:
 
 
 def test_a_text_in_the_place_of_an_amount_is_not_shown() -> None:
-    """It may be a prompt whose tokens somebody forgot to count."""
+    """It may be a prompt passed in place of its token count."""
     prompt: Any = "a secret prompt"
     limiter = Limiter("5 RPM", "1k TPM")
     with pytest.raises(TypeError, match=r"^tokens must be a number, not str$"):
@@ -103,14 +103,14 @@ def test_a_text_in_the_place_of_an_amount_is_not_shown() -> None:
 
 
 def test_a_call_costs_something() -> None:
-    """Nothing at all is a mistake."""
+    """A cost of zero is an error."""
     with pytest.raises(ValueError, match="a call must cost something: requests=1 is the usual"):
         Cost(requests=0)
     assert dict(Cost(requests=0, tokens=1))["tokens"] == 1
 
 
 def test_a_slot_is_no_part_of_a_cost() -> None:
-    """A call takes one, and could not give back more."""
+    """Each call takes exactly one slot."""
     with pytest.raises(
         TypeError, match="a call takes one slot: concurrency is no part of its cost"
     ):
@@ -129,5 +129,5 @@ def test_a_slot_is_no_part_of_a_cost() -> None:
     ],
 )
 def test_large_number_is_written_out(value: float, text: str) -> None:
-    """In three digits, or as many as stand before the point: never as 3.6e+03."""
+    """It has three digits, or all those before the point, and is never shown as 3.6e+03."""
     assert rounded(value) == text

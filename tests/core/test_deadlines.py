@@ -1,4 +1,4 @@
-"""A deadline is kept, a hopeless one is refused at once, and none is refused that could be kept."""
+"""A deadline is kept, a hopeless one is refused at once, and none that could be kept is refused."""
 
 import asyncio
 
@@ -11,7 +11,7 @@ from asyncbucket.testing import VirtualTime, virtual_time
 
 
 def test_a_call_above_the_burst_is_refused_before_it_waits(virtual_time: VirtualTime) -> None:
-    """Where nobody has stood first before it, it has earned nothing of what is above."""
+    """Unless another call was head before it, it has earned nothing above the burst yet."""
 
     async def main() -> None:
         limiter = Limiter("100 requests/s burst 10", clock=virtual_time.clock)
@@ -26,7 +26,7 @@ def test_a_call_above_the_burst_is_refused_before_it_waits(virtual_time: Virtual
 
 
 def test_a_hopeless_call_is_refused_before_it_waits(virtual_time: VirtualTime) -> None:
-    """By `timeout` and by `deadline`, with both times in the message."""
+    """This holds for `timeout` and `deadline`, and the message has both times."""
 
     async def main() -> None:
         limiter = Limiter("60 TPM", clock=virtual_time.clock)
@@ -47,7 +47,7 @@ def test_a_hopeless_call_is_refused_before_it_waits(virtual_time: VirtualTime) -
 
 
 def test_what_is_lent_is_hope(virtual_time: VirtualTime) -> None:
-    """While a call is open its tokens may come back: who waits for them is not refused."""
+    """The tokens of an open call may come back, so a call that waits for them is not refused."""
 
     async def main() -> None:
         limiter = Limiter("60 TPM", clock=virtual_time.clock)
@@ -69,7 +69,7 @@ def test_what_is_lent_is_hope(virtual_time: VirtualTime) -> None:
 
 
 def test_what_others_hold_of_other_limits_is_no_hope(virtual_time: VirtualTime) -> None:
-    """A sibling's open call may give back to the limits of both, never to those of one alone."""
+    """A sibling's open call may give back to limits that both share, but not to the other's own."""
 
     async def main() -> None:
         key = Limiter("1k TPM", clock=virtual_time.clock)
@@ -84,7 +84,7 @@ def test_what_others_hold_of_other_limits_is_no_hope(virtual_time: VirtualTime) 
 
 
 def test_what_was_just_handed_over_is_hope_too(virtual_time: VirtualTime) -> None:
-    """In the step between an admission and its lease, nothing is refused for want of it."""
+    """Between an admission and its lease, what was booked still counts as lent."""
 
     async def main() -> None:
         limiter = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock)
@@ -96,7 +96,7 @@ def test_what_was_just_handed_over_is_hope_too(virtual_time: VirtualTime) -> Non
         assert limiter.statistics().limits[0].used == 99
         assert not handed.done()
         patient = limiter.acquire(tokens=50, timeout=2)
-        patient.send(None)  # stands in line, refused by nobody
+        patient.send(None)  # waits in line, and is not refused
         (await handed).undo()
         await asyncio.sleep(0)
         patient.close()
@@ -106,7 +106,7 @@ def test_what_was_just_handed_over_is_hope_too(virtual_time: VirtualTime) -> Non
 
 
 def test_what_whoever_stands_first_has_earned_is_hope_too(virtual_time: VirtualTime) -> None:
-    """A call above the burst takes it over when the one before it gives up."""
+    """If the head gives up, a call above the burst behind it inherits what the head has earned."""
 
     async def main() -> None:
         limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
@@ -121,7 +121,7 @@ def test_what_whoever_stands_first_has_earned_is_hope_too(virtual_time: VirtualT
 
 
 def test_a_debt_of_tokens_does_not_refuse_a_call_without_any(virtual_time: VirtualTime) -> None:
-    """A call waits for what it costs, and for nothing else."""
+    """A call waits only for the limits of what it costs."""
 
     async def main() -> None:
         limiter = Limiter("1/s", "100 TPM burst 100", clock=virtual_time.clock)
@@ -133,7 +133,7 @@ def test_a_debt_of_tokens_does_not_refuse_a_call_without_any(virtual_time: Virtu
 
 
 def test_a_call_passes_at_the_very_instant_of_its_deadline(virtual_time: VirtualTime) -> None:
-    """The bucket has its unit after one second; one second is time enough."""
+    """The bucket has its unit after one second, so a timeout of one second is enough."""
 
     async def main() -> None:
         bucket = TokenBucket(rate=1.0, burst=1, clock=virtual_time.clock)
@@ -148,7 +148,7 @@ def test_a_call_passes_at_the_very_instant_of_its_deadline(virtual_time: Virtual
 
 
 def test_a_loop_that_wakes_late_does_not_cost_a_call_its_turn(virtual_time: VirtualTime) -> None:
-    """Who could have passed in time does, though the pacer looked only after the deadline."""
+    """If a call could have passed in time, it does, even if the pacer looks after its deadline."""
 
     async def main() -> None:
         bucket = TokenBucket(rate=1.0, burst=1, clock=virtual_time.clock)
@@ -166,7 +166,7 @@ def test_a_loop_that_wakes_late_does_not_cost_a_call_its_turn(virtual_time: Virt
 
 
 def test_deadlines_come_in_their_own_order(virtual_time: VirtualTime) -> None:
-    """Whoever stands where: each gives up at its own instant, the others move up."""
+    """Wherever a call is in line, it fails at its own instant, and the others move up."""
 
     async def main() -> None:
         limiter = Limiter("1 RPS", concurrency=1, clock=virtual_time.clock)
@@ -192,7 +192,7 @@ def test_deadlines_come_in_their_own_order(virtual_time: VirtualTime) -> None:
 
 
 def test_a_new_earliest_deadline_wakes_the_pacer(virtual_time: VirtualTime) -> None:
-    """It sleeps for the head's minute; a call with a second to live is not kept for that long."""
+    """It would sleep for the head's minute, but a call with a timeout of a second ends in time."""
 
     async def main() -> None:
         limiter = Limiter("1 RPM", "2 images/m", clock=virtual_time.clock)
@@ -208,7 +208,7 @@ def test_a_new_earliest_deadline_wakes_the_pacer(virtual_time: VirtualTime) -> N
 
 
 def test_a_batch_of_deadlines_at_one_instant_is_served_in_full(virtual_time: VirtualTime) -> None:
-    """A thousand calls that may pass just then all do, though one pass takes fewer."""
+    """All 900 calls that may pass at that instant do, though one pass admits fewer."""
 
     async def main() -> None:
         limiter = Limiter("1000 TPM", concurrency=1000, clock=virtual_time.clock)
@@ -236,7 +236,7 @@ history = st.lists(
 async def replay(
     time: VirtualTime, moves: list[tuple[str, int, float]]
 ) -> tuple[Limiter, list[Lease]]:
-    """Make a limiter with a past; return it and the leases that are open."""
+    """Make a limiter with a history; return it and its open leases."""
     limiter = Limiter(
         "30 tokens/20s burst 12", "50 tokens/60s", "6/20s", concurrency=4, clock=time.clock
     )
@@ -262,7 +262,7 @@ async def replay(
 def test_no_call_is_refused_that_could_have_passed(
     moves: list[tuple[str, int, float]], tokens: int, timeout: float
 ) -> None:
-    """Where a call is refused at once, it would have been late had all open calls been undone."""
+    """If a call is refused at once, it would be late even if all open calls were undone now."""
 
     async def asked(time: VirtualTime) -> bool:
         limiter, _ = await replay(time, moves)
@@ -289,7 +289,7 @@ def test_no_call_is_refused_that_could_have_passed(
 
 
 def test_a_crowd_that_passes_at_its_deadline_is_in_time(virtual_time: VirtualTime) -> None:
-    """However many passes that takes: those behind the first are not too late for being many."""
+    """Calls behind the first are not late, however many passes it takes to admit all."""
 
     async def main() -> None:
         limiter = Limiter("1000/s burst 1000", clock=virtual_time.clock)
@@ -305,7 +305,7 @@ def test_a_crowd_that_passes_at_its_deadline_is_in_time(virtual_time: VirtualTim
 def test_whose_deadline_has_come_is_not_lost_for_company_that_may_come_back(
     virtual_time: VirtualTime,
 ) -> None:
-    """Whoever was just emptied gets a turn of the loop to come back first: that costs nobody its deadline."""
+    """Waiting an iteration for an emptied flow to come back costs no other call its deadline."""
 
     async def main() -> None:
         key = Limiter("1000 TPM", clock=virtual_time.clock)

@@ -1,4 +1,4 @@
-"""With eager tasks, which run before `create_task` returns (Python 3.12 and newer)."""
+"""Eager tasks, which run before `create_task` returns (Python 3.12 and newer)."""
 
 import asyncio
 import sys
@@ -12,10 +12,10 @@ pytestmark = pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks 
 
 
 def test_eager_tasks_are_served_in_order(virtual_time: VirtualTime) -> None:
-    """The pacer is started with the lock held, and must not run at once."""
+    """The pacer is started while the lock is held, so it must not run at once."""
 
     async def main() -> None:
-        # By name, for the type checkers look with the eyes of 3.11.
+        # getattr, because type checkers assume Python 3.11.
         factory = getattr(asyncio, "eager_task_factory")  # noqa: B009
         asyncio.get_running_loop().set_task_factory(factory)
         limiter = Limiter("10 RPS burst 1", concurrency=2, clock=virtual_time.clock)

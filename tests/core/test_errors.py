@@ -1,4 +1,4 @@
-"""What is refused, and what the message says: what, the numbers, the remedy."""
+"""What is refused, and what the message says: the cause, the numbers, the remedy."""
 
 import asyncio
 from typing import Any
@@ -26,7 +26,7 @@ NO_TIMES = [float("nan"), True, "5", [], b""]
 
 
 def test_errors_are_the_ones_that_others_catch() -> None:
-    """ValueError for what can never be, TimeoutError for what came too late."""
+    """ValueError for what can never pass, TimeoutError for what is too late."""
     for kind in (
         AcquireTimeout,
         CostExceedsLimit,
@@ -42,7 +42,7 @@ def test_errors_are_the_ones_that_others_catch() -> None:
 
 
 def test_a_cost_above_a_limit_fails_at_once(virtual_time: VirtualTime) -> None:
-    """With the cost, the limit and the keyword to raise, whoever waits and however one asks."""
+    """The message has the cost, the limit and the keyword to raise, in every kind of acquire."""
 
     async def main() -> None:
         limiter = Limiter("500 RPM", "30k TPM", "3 images/10s", clock=virtual_time.clock)
@@ -64,7 +64,7 @@ def test_a_cost_above_a_limit_fails_at_once(virtual_time: VirtualTime) -> None:
             "raise the limit or split the request"
         )
         with pytest.raises(CostExceedsLimit, match=r"cost of over 1(,000){6} tokens exceeds"):
-            await limiter.acquire(tokens=10**5_000)  # whose digits Python itself would not write
+            await limiter.acquire(tokens=10**5_000)  # Python itself would not print its digits
         assert limiter.statistics().refused == 4
         assert virtual_time.now == 0
 
@@ -72,7 +72,7 @@ def test_a_cost_above_a_limit_fails_at_once(virtual_time: VirtualTime) -> None:
 
 
 def test_would_block_says_what_binds_and_for_how_long(virtual_time: VirtualTime) -> None:
-    """Requests, tokens for most of a day, slots, a pause, and others who wait."""
+    """It may be requests, tokens for most of a day, slots, a pause, or calls that came first."""
 
     async def main() -> None:
         clock = virtual_time.clock
@@ -115,7 +115,7 @@ def test_would_block_says_what_binds_and_for_how_long(virtual_time: VirtualTime)
 
 
 def test_a_call_above_a_burst_is_told_to_wait_in_line(virtual_time: VirtualTime) -> None:
-    """It earns the rest there alone: whoever came again without waiting would come for ever."""
+    """It earns the rest only there, so trying again without waiting would never succeed."""
 
     async def main() -> None:
         key = Limiter("20 requests/20s burst 5", clock=virtual_time.clock)
@@ -135,7 +135,7 @@ def test_a_call_above_a_burst_is_told_to_wait_in_line(virtual_time: VirtualTime)
 
 
 def test_a_full_queue_refuses(virtual_time: VirtualTime) -> None:
-    """With how many wait, and the number to raise."""
+    """The error tells how many wait, and which number to raise."""
 
     async def main() -> None:
         limiter = Limiter("1 RPS", max_queue=2, clock=virtual_time.clock)
@@ -155,7 +155,7 @@ def test_a_full_queue_refuses(virtual_time: VirtualTime) -> None:
 
 
 def test_no_queue_at_all_is_a_choice(virtual_time: VirtualTime) -> None:
-    """`max_queue=0`: a call passes at once or is refused."""
+    """With `max_queue=0`, a call passes at once or is refused."""
 
     async def main() -> None:
         limiter = Limiter("1 RPS", max_queue=0, clock=virtual_time.clock)
@@ -167,7 +167,7 @@ def test_no_queue_at_all_is_a_choice(virtual_time: VirtualTime) -> None:
 
 
 def test_a_hopeless_deadline_is_refused_at_once(virtual_time: VirtualTime) -> None:
-    """By a limiter and by a bucket, with the time there is and the time it takes."""
+    """The error shows the time that was given and the time that is needed."""
 
     async def main() -> None:
         limiter = Limiter("1 RPM", clock=virtual_time.clock)
@@ -188,7 +188,7 @@ def test_a_hopeless_deadline_is_refused_at_once(virtual_time: VirtualTime) -> No
 
 @pytest.mark.parametrize("seconds", NO_TIMES)
 def test_what_is_no_time_is_refused(seconds: float) -> None:
-    """NaN, bools and texts, at once and by name, for every argument that is a time."""
+    """NaN, bools and strings are refused at once, by name, for every argument that is a time."""
     limiter = Limiter("5 RPM")
     for name in ("timeout", "deadline"):
         times: dict[str, Any] = {name: seconds}
@@ -203,7 +203,7 @@ def test_what_is_no_time_is_refused(seconds: float) -> None:
 
 
 def test_a_timeout_is_not_negative_and_may_be_endless() -> None:
-    """Minus one second is a mistake; infinity is no deadline; a pause must end."""
+    """Minus one second is an error; infinity means no deadline; only a pause must be finite."""
     limiter = Limiter("5 RPM burst 5")
     with pytest.raises(ValueError, match="timeout must be at least 0 s, not -1; None waits for"):
         limiter.acquire(timeout=-1)
@@ -225,7 +225,7 @@ def test_a_timeout_is_not_negative_and_may_be_endless() -> None:
 
 @pytest.mark.parametrize("amount", [0, -1, 1.0, 1.5, float("nan"), True, "1", None])
 def test_a_bucket_counts_whole_units(amount: int) -> None:
-    """All else is refused, waiting or not, with the number that was given."""
+    """Anything else is refused, waiting or not, and the error shows the value."""
     bucket = TokenBucket(rate=1.0, burst=5)
     message = f"amount must be a whole number of units from 1 on, not {shown(amount)}"
     with pytest.raises(ValueError) as error:
@@ -238,7 +238,7 @@ def test_a_bucket_counts_whole_units(amount: int) -> None:
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), True, "x", None, 1e-300])
 def test_a_bucket_has_a_rate_and_a_burst(value: float) -> None:
-    """Each refused with the value that was given."""
+    """Invalid values of either are refused, and the error shows the value."""
     with pytest.raises(ValueError) as error:
         TokenBucket(value)
     assert str(error.value) == f"rate must be from 1e-9 to 1e9 units a second, not {value!r}"
@@ -251,7 +251,7 @@ def test_a_bucket_has_a_rate_and_a_burst(value: float) -> None:
 
 
 def test_a_bucket_refuses_what_is_above_its_burst() -> None:
-    """It could never pass."""
+    """A call above the burst could never pass."""
     with pytest.raises(CostExceedsLimit) as error:
         TokenBucket(rate=1.0, burst=1000).acquire_nowait(2000)
     assert str(error.value) == (
@@ -263,7 +263,7 @@ def test_a_bucket_refuses_what_is_above_its_burst() -> None:
 
 
 def test_resources_that_nothing_limits_are_typos() -> None:
-    """With the names there are; the four common ones are always known."""
+    """The error lists the known names; the four common ones are always accepted."""
     limiter = Limiter("5 RPM", "3 images/s")
     with pytest.raises(TypeError) as error:
         limiter.acquire(imges=3, token=5)
@@ -277,13 +277,13 @@ def test_resources_that_nothing_limits_are_typos() -> None:
 
 
 def test_a_cost_is_a_cost() -> None:
-    """A number in its place is refused."""
+    """A number in place of a `Cost` is refused."""
     with pytest.raises(TypeError, match=r"must be a Cost or keywords such as tokens=500, not 5"):
         Limiter("5 RPM").acquire(5)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
 def test_pacing_by_nothing_is_a_mistake() -> None:
-    """`pace` without a limit is told how to give one."""
+    """The error of `pace` without a limit says how to give one."""
     nothing: tuple[dict[str, Any], ...] = ({}, {"rpm": None}, {"on_outage": "open"})
     for keywords in nothing:
         with pytest.raises(LimitSyntaxError, match="pace\\(\\) without a limit would pace nothing"):
@@ -293,7 +293,7 @@ def test_pacing_by_nothing_is_a_mistake() -> None:
 
 
 def test_one_is_no_plural_and_names_have_no_underscores(virtual_time: VirtualTime) -> None:
-    """One call in line, one slot, input tokens."""
+    """This shows in messages about one call in line, one slot, and input tokens."""
 
     async def main() -> None:
         clock = virtual_time.clock
@@ -314,7 +314,7 @@ def test_one_is_no_plural_and_names_have_no_underscores(virtual_time: VirtualTim
 
 
 def test_long_times_are_written_out(virtual_time: VirtualTime) -> None:
-    """A quarter of an hour is no power of ten, nor is a month."""
+    """Messages do not write 1,000 s, or the seconds of a month, as powers of ten."""
 
     async def main() -> None:
         bucket = TokenBucket(rate=0.001, clock=virtual_time.clock)
@@ -329,14 +329,14 @@ def test_long_times_are_written_out(virtual_time: VirtualTime) -> None:
 
 
 def test_name_that_the_package_has_not_is_refused_as_of_any_module() -> None:
-    """Some of its names are loaded when they are first spoken of; others are mistakes."""
+    """Some names are loaded when first used; unknown ones are an AttributeError."""
     with pytest.raises(AttributeError, match=r"^module 'asyncbucket' has no attribute 'Limitr'$"):
         _ = asyncbucket.Limitr
     assert asyncbucket.Plan.__name__ == "Plan"
 
 
 def test_what_others_wrote_steers_no_terminal() -> None:
-    """It is one line, of characters that can be seen."""
+    """It is shown on one line, and only with printable characters."""
     assert (
         one_line(" a\x1b[2J\x07 name\r\n\tof\u200bsomebody\u2028 é ") == "a [2J  name of somebody é"
     )

@@ -1,4 +1,4 @@
-"""The stream of events and those who watch it, without a limiter."""
+"""The stream of events and its observers, without a limiter."""
 
 import dataclasses
 import logging
@@ -29,13 +29,13 @@ KINDS = [
 
 
 def paused(seconds: float = 1.0) -> Paused:
-    """Make an event that differs by its number."""
+    """Return an event that can be told apart by its number."""
     return Paused(limiter="openai", at=0.0, seconds=seconds, reason="429")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_event_is_a_frozen_value_without_a_dict(kind: type[Event]) -> None:
-    """Nobody who is told changes what the next one is told, and many events cost little memory."""
+    """No observer can change what the next one sees, and many events take little memory."""
     fields: dict[str, Any] = {field.name: "x" for field in dataclasses.fields(kind)}
     event, same = kind(**fields), kind(**fields)
 
@@ -47,13 +47,13 @@ def test_an_event_is_a_frozen_value_without_a_dict(kind: type[Event]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_event_says_where_and_when(kind: type[Event]) -> None:
-    """Whatever happened, it happened in one limiter at one instant."""
+    """Every event names one limiter and one instant."""
     assert {"limiter", "at"} <= {field.name for field in dataclasses.fields(kind)}
     assert kind.__doc__
 
 
 def test_an_event_goes_into_json_and_into_another_process() -> None:
-    """It is made of plain values all the way down."""
+    """It consists of plain values only."""
     settled = Settled(limiter="openai", at=1.0, reserved={"tokens": 9}, used={"tokens": 7})
 
     assert dataclasses.asdict(settled) == {
@@ -67,7 +67,7 @@ def test_an_event_goes_into_json_and_into_another_process() -> None:
 
 
 def test_an_event_reads_well() -> None:
-    """Printed, it says all that it knows."""
+    """Its repr shows all its fields."""
     assert repr(ADMITTED) == (
         "Admitted(limiter='openai/chat', at=12.5, cost={'requests': 1, 'tokens': 900}, "
         "waited=1.8, bound_by='tokens', waiting=3, in_flight=20)"
@@ -75,7 +75,7 @@ def test_an_event_reads_well() -> None:
 
 
 def test_every_observer_is_told_in_the_order_of_coming() -> None:
-    """The same event, the same object."""
+    """All of them get the same object, in the order in which they were added."""
     observers = Observers()
     seen: list[tuple[str, Event]] = []
     observers.add(lambda event: seen.append(("first", event)))
@@ -88,7 +88,7 @@ def test_every_observer_is_told_in_the_order_of_coming() -> None:
 
 
 def test_nobody_is_told_any_more_after_removal() -> None:
-    """Removing again, or one of two registrations of one callback, removes no other."""
+    """Removing it twice, or one of two registrations of a callback, removes no other."""
     observers = Observers()
     seen: list[Event] = []
     first, second = observers.add(seen.append), observers.add(seen.append)
@@ -104,7 +104,7 @@ def test_nobody_is_told_any_more_after_removal() -> None:
 
 
 def test_observers_are_true_while_somebody_watches() -> None:
-    """The core makes no event while they are not."""
+    """The core makes no events while there are no observers."""
     observers = Observers()
     assert not observers
 
@@ -118,7 +118,7 @@ def test_observers_are_true_while_somebody_watches() -> None:
 def test_an_observer_that_raises_is_reported_once_and_stops_nobody(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The log says which one, on what, and why; the others hear everything."""
+    """The log says which one, on what event and why; the other observers get every event."""
     observers = Observers()
     seen: list[Event] = []
 
@@ -146,7 +146,7 @@ def test_an_observer_that_raises_is_reported_once_and_stops_nobody(
 def test_a_report_does_not_show_what_an_observer_was_made_with(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The repr of a bound method or of a partial may hold a secret."""
+    """The repr of a callable object, such as a bound method or a partial, may hold a secret."""
 
     class Sender:
         def __repr__(self) -> str:
@@ -164,7 +164,7 @@ def test_a_report_does_not_show_what_an_observer_was_made_with(
 
 
 def test_an_interrupt_is_no_error_of_an_observer() -> None:
-    """Ctrl-C while an observer works ends the program, as anywhere."""
+    """Ctrl-C while an observer runs ends the program, as it does elsewhere."""
     observers = Observers()
 
     def interrupted(_: Event) -> None:
@@ -176,7 +176,7 @@ def test_an_interrupt_is_no_error_of_an_observer() -> None:
 
 
 def test_an_observer_may_come_and_go_while_it_is_told() -> None:
-    """The round that is under way is finished as it began."""
+    """An event goes to the observers that were there when it was sent."""
     observers = Observers()
     seen: list[str] = []
 
@@ -194,7 +194,7 @@ def test_an_observer_may_come_and_go_while_it_is_told() -> None:
 
 
 def test_an_observer_may_make_events_itself() -> None:
-    """Each is told when it happens; the first is not lost."""
+    """Each event is delivered when it happens, and the first one is not lost."""
     observers = Observers()
     seen: list[float] = []
 
@@ -218,14 +218,14 @@ def test_an_observer_may_make_events_itself() -> None:
     ],
 )
 def test_what_cannot_be_called_is_no_observer(callback: Any, message: str) -> None:
-    """It is said at once, not with the first event."""
+    """This is refused at once, not with the first event."""
     with pytest.raises(TypeError) as caught:
         Observers().add(callback)
     assert str(caught.value) == message
 
 
 def test_a_coroutine_function_is_no_observer() -> None:
-    """Nobody would await it, and nothing would happen."""
+    """It would never be awaited, so nothing would happen."""
 
     async def watch(_: Event) -> None: ...
 
@@ -239,7 +239,7 @@ def test_a_coroutine_function_is_no_observer() -> None:
 
 
 def test_an_object_that_is_called_asynchronously_is_no_observer() -> None:
-    """It is a coroutine function by another name."""
+    """Its `__call__` is a coroutine function."""
 
     class Watch:
         async def __call__(self, _: Event) -> None: ...
@@ -249,7 +249,7 @@ def test_an_object_that_is_called_asynchronously_is_no_observer() -> None:
 
 
 def test_an_event_for_later_comes_before_the_next_one() -> None:
-    """A finalizer may run inside an observer, so it only leaves a note."""
+    """A finalizer may run inside an observer, so it only queues its event."""
     observers = Observers()
     seen: list[Event] = []
     observers.add(seen.append)
@@ -263,7 +263,7 @@ def test_an_event_for_later_comes_before_the_next_one() -> None:
 
 
 def test_an_event_for_later_is_told_when_asked_for() -> None:
-    """Who reads the statistics finds all that happened before."""
+    """Reading the statistics delivers everything that happened before."""
     observers = Observers()
     seen: list[Event] = []
     observers.add(seen.append)
@@ -276,7 +276,7 @@ def test_an_event_for_later_is_told_when_asked_for() -> None:
 
 
 def test_an_event_for_later_is_not_kept_while_nobody_watches() -> None:
-    """Nothing piles up, and nobody hears what was before he came."""
+    """Events do not pile up, and a new observer gets none from before."""
     observers = Observers()
     observers.emit_later(ADMITTED)
     seen: list[Event] = []
@@ -288,7 +288,7 @@ def test_an_event_for_later_is_not_kept_while_nobody_watches() -> None:
 
 
 def test_thousands_of_events_for_later_are_no_deep_recursion() -> None:
-    """One after the other."""
+    """They are delivered one after the other."""
     observers = Observers()
     seen: list[Event] = []
     observers.add(seen.append)
@@ -301,7 +301,7 @@ def test_thousands_of_events_for_later_are_no_deep_recursion() -> None:
 
 
 def test_a_warning_is_seen_where_logging_is_not_configured() -> None:
-    """Who does not know of loggers learns all the same what goes wrong."""
+    """Without any logging set up, warnings still go to standard error."""
     code = "import asyncbucket, logging; logging.getLogger('asyncbucket').warning('look here')"
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""Which limit binds, for how long, and what would have to change."""
+"""`explain` tells which limit binds, for how long, and what would have to change."""
 
 import asyncio
 import random
@@ -13,7 +13,7 @@ from asyncbucket.testing import VirtualTime, virtual_time
 
 
 def test_it_reads_well(virtual_time: VirtualTime) -> None:
-    """What binds now, behind how many, and what binds in the long run."""
+    """It says what binds now, behind how many calls, and what binds in the long run."""
 
     async def main() -> None:
         limiter = Limiter("500 RPM burst 500", "200k TPM", clock=virtual_time.clock)
@@ -36,7 +36,7 @@ def test_it_reads_well(virtual_time: VirtualTime) -> None:
 
 
 def test_what_is_asked_is_part_of_the_answer(virtual_time: VirtualTime) -> None:
-    """The cost, and what each limit allows of such calls, the tightest first, here and above."""
+    """It has the cost and the calls that each limit allows, the tightest limit first."""
     key = Limiter("100 RPD", "60k TPM", name="key", clock=virtual_time.clock)
     chat = key.child("chat", "30 RPM")
     explanation = chat.explain(input_tokens=50, output_tokens=100)
@@ -59,7 +59,7 @@ def test_what_is_asked_is_part_of_the_answer(virtual_time: VirtualTime) -> None:
 
 
 def test_slots_tell_no_time(virtual_time: VirtualTime) -> None:
-    """Nobody knows when one is given back; not for whoever stands behind, either."""
+    """Nobody knows when a slot is given back, so calls behind get no time, either."""
 
     async def main() -> None:
         limiter = Limiter(concurrency=1, clock=virtual_time.clock)
@@ -83,14 +83,14 @@ def test_slots_tell_no_time(virtual_time: VirtualTime) -> None:
 
 
 def test_a_pause_is_named(virtual_time: VirtualTime) -> None:
-    """With its length."""
+    """The text says how long the pause lasts."""
     limiter = Limiter("60 RPM", clock=virtual_time.clock)
     limiter.pause(90)
     assert str(limiter.explain()).startswith("a call would wait 90 s: the limiter is paused;")
 
 
 def test_asking_changes_nothing(virtual_time: VirtualTime) -> None:
-    """Nothing is booked, counted or awaited; what can never pass is said so."""
+    """Nothing is booked, counted or awaited; a cost that can never pass is an error."""
 
     async def main() -> None:
         limiter = Limiter("60 RPM", "100 TPM", concurrency=2, clock=virtual_time.clock)
@@ -117,7 +117,7 @@ costs = st.lists(st.integers(1, 60), min_size=1, max_size=25)
 @settings(deadline=None, max_examples=100)
 @given(costs, st.integers(1, 60), st.floats(0, 70))
 def test_the_wait_is_the_real_one_in_a_line(ahead: list[int], tokens: int, pause: float) -> None:
-    """To the nanosecond, where nobody gives anything back and nobody is more urgent."""
+    """It is exact to the nanosecond if nothing is refunded and no call is more urgent."""
 
     async def main(time: VirtualTime) -> None:
         limiter = Limiter("60 TPM burst 20", "12 RPM burst 3", clock=time.clock)
@@ -136,7 +136,7 @@ def test_the_wait_is_the_real_one_in_a_line(ahead: list[int], tokens: int, pause
 
 
 def test_in_a_tree_the_wait_is_that_of_whoever_comes_last(virtual_time: VirtualTime) -> None:
-    """One out of its own quota holds up nobody; who shares may pass earlier, never later."""
+    """A child out of its quota does not count; a call may pass earlier, never later."""
 
     async def main() -> None:
         chance = random.Random(8)
@@ -162,7 +162,7 @@ def test_in_a_tree_the_wait_is_that_of_whoever_comes_last(virtual_time: VirtualT
 
 
 def test_limits_of_a_child_are_named_with_their_place(virtual_time: VirtualTime) -> None:
-    """So that one knows which to raise."""
+    """This tells which limit to raise."""
     key = Limiter("600 RPM", name="key", clock=virtual_time.clock)
     child = key.child("chat", Limit("tokens", 1_000, per=1))
     names = [rate.limiter for rate in child.explain(tokens=50).rates]
@@ -170,7 +170,7 @@ def test_limits_of_a_child_are_named_with_their_place(virtual_time: VirtualTime)
 
 
 def test_those_that_go_later_are_not_counted(virtual_time: VirtualTime) -> None:
-    """Less urgent calls, and those of a sibling that is out of its own quota."""
+    """These are less urgent calls, and those of a sibling that is out of its own quota."""
 
     async def main() -> None:
         key = Limiter("10 RPS burst 1", clock=virtual_time.clock)
@@ -195,7 +195,7 @@ def test_those_that_go_later_are_not_counted(virtual_time: VirtualTime) -> None:
 def test_those_behind_one_that_is_held_up_elsewhere_are_not_counted(
     virtual_time: VirtualTime,
 ) -> None:
-    """A sibling's cheap calls would pass its own limits, but stand behind one that does not."""
+    """A sibling's cheap calls would pass its own limits, but wait behind one that does not."""
 
     async def main() -> None:
         key = Limiter("100 TPM", clock=virtual_time.clock)
@@ -213,7 +213,7 @@ def test_those_behind_one_that_is_held_up_elsewhere_are_not_counted(
 
 
 def test_whoever_has_earned_its_turn_goes_before(virtual_time: VirtualTime) -> None:
-    """Above its child's burst, it has stood first for long enough, and waits for the key alone."""
+    """A call above its child's burst that was head long enough waits only for the key."""
 
     async def main() -> None:
         key = Limiter("100 tokens/100s", clock=virtual_time.clock)
@@ -233,7 +233,7 @@ def test_whoever_has_earned_its_turn_goes_before(virtual_time: VirtualTime) -> N
 
 
 def test_it_speaks_for_the_tenant_that_is_inherited(virtual_time: VirtualTime) -> None:
-    """As a call in its place would be."""
+    """It answers as for a call made in its place."""
     key = Limiter("100 RPM", name="key", clock=virtual_time.clock)
     key.per_key("1 RPM")
     key.acquire_nowait(tenant="acme").release()
@@ -243,7 +243,7 @@ def test_it_speaks_for_the_tenant_that_is_inherited(virtual_time: VirtualTime) -
 
 
 def test_names_and_numbers_are_written_as_people_write_them() -> None:
-    """Input tokens without an underscore, one call in the singular, an equal rate as no more."""
+    """Input tokens have no underscore, one call is singular, an equal rate is 1.0x."""
     one = str(Limiter("100 ITPM").explain(input_tokens=100))
     assert "input tokens allow 1 such call a minute (100 input tokens per 60 s)" in one
     alike = str(Limiter("500 RPM", "500k ITPM").explain(input_tokens=1_000))

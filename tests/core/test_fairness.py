@@ -1,4 +1,4 @@
-"""First come, first served: nobody is passed, however cheap the others are."""
+"""First come, first served: no call is overtaken, however cheap the others are."""
 
 import asyncio
 import random
@@ -10,7 +10,7 @@ from asyncbucket.testing import VirtualTime
 
 
 def test_calls_pass_in_the_order_of_their_arrival(virtual_time: VirtualTime) -> None:
-    """Whatever they cost, and whatever they wait for."""
+    """This holds whatever they cost, and whatever they wait for."""
 
     async def main() -> None:
         chance = random.Random(3)
@@ -33,7 +33,7 @@ def test_calls_pass_in_the_order_of_their_arrival(virtual_time: VirtualTime) -> 
 
 
 def test_a_costly_call_waits_no_longer_than_its_turn(virtual_time: VirtualTime) -> None:
-    """Ninety per cent of the burst among cheap calls that ask for twice the rate."""
+    """It costs 90 % of the burst, among cheap calls that ask for twice the rate."""
 
     async def main() -> None:
         rate, burst = 100.0, 100
@@ -64,7 +64,7 @@ def test_a_costly_call_waits_no_longer_than_its_turn(virtual_time: VirtualTime) 
 
 
 def test_a_call_above_the_burst_waits_no_longer_than_its_turn(virtual_time: VirtualTime) -> None:
-    """It earns the rest while it stands first; nobody takes that from it."""
+    """It earns the rest while it is head, and no other call takes that."""
 
     async def main() -> None:
         limiter = Limiter("6000 TPM burst 100", clock=virtual_time.clock)
@@ -86,7 +86,7 @@ def test_a_call_above_the_burst_waits_no_longer_than_its_turn(virtual_time: Virt
 
 
 def test_a_newcomer_never_passes_those_who_wait(virtual_time: VirtualTime) -> None:
-    """Though there is room for one token, ninety-nine come first; so too without waiting."""
+    """There is room for its one token, but a call for 99 came first."""
 
     async def main() -> None:
         limiter = Limiter("100 tokens/s", clock=virtual_time.clock)
@@ -108,7 +108,7 @@ def test_a_newcomer_never_passes_those_who_wait(virtual_time: VirtualTime) -> No
 
 
 def test_a_queue_of_cheap_calls_is_served_by_one_wake_up(virtual_time: VirtualTime) -> None:
-    """A refund admits, in the same instant, everyone who now fits."""
+    """A refund admits, at the same instant, all calls that now fit."""
 
     async def main() -> None:
         limiter = Limiter("100 TPM", clock=virtual_time.clock)

@@ -1,4 +1,4 @@
-"""A forked child begins anew: no lock, loop or slot of its parent's binds it."""
+"""A forked child starts anew: its parent's locks, loops and slots do not bind it."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def in_child(check):
 
 
 def run(code: str) -> str:
-    """Run a program in a fresh interpreter, for a fork copies all threads' locks."""
+    """Run a program in a fresh interpreter, because a fork copies the locks of all threads."""
     command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c"]
     program = HEAD + textwrap.dedent(code)
     done = subprocess.run(
@@ -36,7 +36,7 @@ def run(code: str) -> str:
 
 
 def test_a_child_has_all_the_slots_and_what_is_left_of_the_windows() -> None:
-    """The parent's leases are not the child's to count, nor to give back."""
+    """The parent's leases neither count in the child nor give back anything there."""
     run("""
         limiter = Limiter("100 TPM", concurrency=2)
         held = [limiter.acquire_nowait(tokens=10) for _ in range(2)]
@@ -63,7 +63,7 @@ def test_a_child_has_all_the_slots_and_what_is_left_of_the_windows() -> None:
 
 
 def test_a_lock_held_in_another_thread_does_not_deadlock_the_child() -> None:
-    """Whichever thread holds what at the fork."""
+    """It does not matter which thread holds the lock at the fork."""
     run("""
         limiter = Limiter("100 TPM", concurrency=1)
         inside, out = threading.Event(), threading.Event()
@@ -89,7 +89,7 @@ def test_a_lock_held_in_another_thread_does_not_deadlock_the_child() -> None:
 
 
 def test_calls_that_wait_in_the_parent_do_not_wait_in_the_child() -> None:
-    """Forked while asynchronous and synchronous calls stand in line."""
+    """The fork happens while a call waits in line in the parent."""
     run("""
         limiter = Limiter(concurrency=1)
         holder = limiter.acquire_nowait()
@@ -123,7 +123,7 @@ def test_calls_that_wait_in_the_parent_do_not_wait_in_the_child() -> None:
 
 
 def test_calls_of_the_parent_that_end_in_the_child_count_nowhere() -> None:
-    """Cancelled, closed or just admitted: nothing is given back, and the child's own line holds."""
+    """Cancelled, closed or just admitted, they give nothing back; the child's line is its own."""
     run("""
         limiter = Limiter(concurrency=1)
         bucket = TokenBucket(rate=1e-9)
@@ -177,7 +177,7 @@ def test_calls_of_the_parent_that_end_in_the_child_count_nowhere() -> None:
 
 
 def test_a_bucket_goes_on_in_the_child() -> None:
-    """Its units are the child's own from then on."""
+    """From then on each process has its own units."""
     run("""
         bucket = TokenBucket(rate=0.001, burst=3)
         bucket.acquire_nowait()
@@ -192,7 +192,7 @@ def test_a_bucket_goes_on_in_the_child() -> None:
 
 
 def test_a_child_process_has_its_own_children_of_a_limiter() -> None:
-    """Calls that waited in the tree, and slots and tenants in use, are the parent's."""
+    """Waiting calls, slots and tenants in use belong to the parent."""
     run("""
         key = Limiter("100 RPM", concurrency=3)
         key.per_key("50 RPM", concurrency=1, alive=1)

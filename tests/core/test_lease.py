@@ -9,7 +9,7 @@ from asyncbucket.testing import VirtualTime, virtual_time
 
 
 def test_settling_below_gives_back_at_once(virtual_time: VirtualTime) -> None:
-    """Whoever waits passes in the same instant."""
+    """A waiting call passes at that instant."""
 
     async def main() -> None:
         limiter = Limiter("100 TPM", clock=virtual_time.clock)
@@ -24,7 +24,7 @@ def test_settling_below_gives_back_at_once(virtual_time: VirtualTime) -> None:
 
 
 def test_settling_above_leaves_a_debt(virtual_time: VirtualTime) -> None:
-    """Later calls wait until it has left the window."""
+    """Later calls wait until the debt has left the window."""
 
     async def main() -> None:
         limiter = Limiter("100 TPM", clock=virtual_time.clock)
@@ -40,7 +40,7 @@ def test_settling_above_leaves_a_debt(virtual_time: VirtualTime) -> None:
 
 
 def test_settling_above_by_one_is_a_debt_too(virtual_time: VirtualTime) -> None:
-    """The smallest there is."""
+    """A single token is the smallest debt."""
     limiter = Limiter("100 TPM", clock=virtual_time.clock)
     limiter.acquire_nowait(tokens=10).settle(tokens=11)
     assert limiter.statistics().limits[0].used == 11
@@ -51,7 +51,7 @@ def test_settling_above_by_one_is_a_debt_too(virtual_time: VirtualTime) -> None:
 def test_requests_are_settled_as_tokens_are(
     virtual_time: VirtualTime, used: int, refunded: dict[str, int]
 ) -> None:
-    """A call may turn out to be none, or several."""
+    """A call may turn out to have made no requests, or several."""
     limiter = Limiter("100 RPM burst 10", clock=virtual_time.clock)
     limiter.acquire_nowait(requests=2).settle(requests=used)
     assert limiter.statistics().limits[0].used == used
@@ -60,7 +60,7 @@ def test_requests_are_settled_as_tokens_are(
 
 
 def test_settling_is_idempotent_and_corrects_itself(virtual_time: VirtualTime) -> None:
-    """The last word holds, before and after the release."""
+    """The last settlement holds, before and after the release."""
     limiter = Limiter("100 TPM", clock=virtual_time.clock)
     lease = limiter.acquire_nowait(tokens=50)
     used: list[int] = []
@@ -75,7 +75,7 @@ def test_settling_is_idempotent_and_corrects_itself(virtual_time: VirtualTime) -
 
 @pytest.mark.parametrize("limit", ["100 TPM", "100 TPM burst 100", "100 TPM burst 60"])
 def test_a_debt_that_was_none_comes_back(virtual_time: VirtualTime, limit: str) -> None:
-    """A word that took more, some time after the admission, and is taken back leaves no trace."""
+    """A settlement above the reservation that is corrected later leaves no trace."""
 
     async def main() -> None:
         limiter, as_told = (Limiter(limit, clock=virtual_time.clock) for _ in range(2))
@@ -99,7 +99,7 @@ def test_a_debt_that_was_none_comes_back(virtual_time: VirtualTime, limit: str) 
 def test_a_debt_above_the_burst_that_was_none_comes_back(
     virtual_time: VirtualTime, reserved: int
 ) -> None:
-    """All of it, whether the debt found the bucket full or not, for it has earned nothing."""
+    """All of it comes back, whether or not the bucket was full, since nothing was earned for it."""
     limiter = Limiter("100 TPM burst 60", clock=virtual_time.clock)
     lease = limiter.acquire_nowait(tokens=reserved)
     virtual_time.advance(0.6)
@@ -112,7 +112,7 @@ def test_a_debt_above_the_burst_that_was_none_comes_back(
 
 
 def test_a_stream_may_be_settled_chunk_by_chunk(virtual_time: VirtualTime) -> None:
-    """However many words that takes, a lease stays small, and the last few come back exactly."""
+    """However many settlements there are, a lease stays small, and the last few undo exactly."""
 
     async def main() -> None:
         limiter = Limiter("1k TPM", clock=virtual_time.clock)
@@ -131,7 +131,7 @@ def test_a_stream_may_be_settled_chunk_by_chunk(virtual_time: VirtualTime) -> No
 
 
 def test_a_debt_is_dated_anew_when_the_call_leaves(virtual_time: VirtualTime) -> None:
-    """With all else that the call has booked, once."""
+    """It gets the new date once, together with all else that the call has booked."""
 
     async def main() -> None:
         limiter = Limiter("100 TPM", clock=virtual_time.clock)
@@ -151,7 +151,7 @@ def test_a_debt_is_dated_anew_when_the_call_leaves(virtual_time: VirtualTime) ->
 
 
 def test_what_is_not_named_stays_as_it_is(virtual_time: VirtualTime) -> None:
-    """Parts of tokens correct their sum; the sum leaves the parts alone."""
+    """Input or output tokens correct the sum; the sum leaves them alone."""
     limiter = Limiter("1k ITPM", "1k OTPM", "2k TPM", "5 images/s", clock=virtual_time.clock)
 
     def used() -> list[int]:
@@ -177,7 +177,7 @@ def test_what_is_not_named_stays_as_it_is(virtual_time: VirtualTime) -> None:
 
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), True, "5"])
 def test_a_settlement_is_a_number(virtual_time: VirtualTime, value: float) -> None:
-    """What is none is refused, and changes nothing."""
+    """Anything else is refused, and changes nothing."""
     limiter = Limiter("100 TPM", "5 RPS", clock=virtual_time.clock)
     lease = limiter.acquire_nowait(tokens=50)
     with pytest.raises((TypeError, ValueError), match="tokens must be"):
@@ -198,7 +198,7 @@ def test_only_what_is_counted_is_settled(virtual_time: VirtualTime, unknown: str
 
 
 def test_a_child_process_does_not_settle_for_its_parent(virtual_time: VirtualTime) -> None:
-    """Else what is lent there would fall below nothing, and calls be refused that can pass."""
+    """Otherwise less than nothing would be lent there, and calls refused that can pass."""
     limiter = Limiter("100 TPM", clock=virtual_time.clock)
     inherited = limiter.acquire_nowait(tokens=40)
     limiter._budget.after_fork()
@@ -217,7 +217,7 @@ def test_a_child_process_does_not_settle_for_its_parent(virtual_time: VirtualTim
 
 
 def test_releasing_twice_gives_one_slot_back(virtual_time: VirtualTime) -> None:
-    """However it is released, and whoever drops it after that."""
+    """However it is released, and even if it is collected afterwards."""
 
     async def main() -> None:
         limiter = Limiter(concurrency=2, clock=virtual_time.clock)
@@ -235,7 +235,7 @@ def test_releasing_twice_gives_one_slot_back(virtual_time: VirtualTime) -> None:
 
 
 def test_an_error_inside_releases_too(virtual_time: VirtualTime) -> None:
-    """The slot comes back, the cost stays counted."""
+    """The slot comes back; the cost stays counted."""
 
     async def main() -> None:
         limiter = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock)
@@ -252,7 +252,7 @@ def test_an_error_inside_releases_too(virtual_time: VirtualTime) -> None:
 
 
 def test_undoing_gives_everything_back(virtual_time: VirtualTime) -> None:
-    """For a call that was never made, at once and once; the admission stays counted."""
+    """This is for a call that was never made; it works once, and the admission stays counted."""
 
     async def main() -> None:
         limiter = Limiter("5 RPS burst 5", "100 TPM", concurrency=1, clock=virtual_time.clock)
@@ -272,7 +272,7 @@ def test_undoing_gives_everything_back(virtual_time: VirtualTime) -> None:
 
 
 def test_undoing_gives_back_what_was_not_reserved_too(virtual_time: VirtualTime) -> None:
-    """It was settled before it turned out that the call was none."""
+    """A resource that was only settled comes back, too, if the call was not made."""
     limiter = Limiter("5 images/s", clock=virtual_time.clock)
     lease = limiter.acquire_nowait()
     lease.settle(images=3)
@@ -281,7 +281,7 @@ def test_undoing_gives_back_what_was_not_reserved_too(virtual_time: VirtualTime)
 
 
 def test_a_booking_is_dated_anew_when_the_call_leaves(virtual_time: VirtualTime) -> None:
-    """Three seconds after its admission: it stays in the window for three seconds longer."""
+    """Sent three seconds after its admission, it stays in the window for three seconds longer."""
 
     async def main() -> None:
         limiter = Limiter("1 requests/10s", "9 images/s", concurrency=1, clock=virtual_time.clock)
@@ -297,7 +297,7 @@ def test_a_booking_is_dated_anew_when_the_call_leaves(virtual_time: VirtualTime)
 
 
 def test_dating_anew_never_charges_a_paced_call_twice(virtual_time: VirtualTime) -> None:
-    """A call above the burst, sent as soon as it was admitted, costs what it costs."""
+    """A call above the burst that is sent as soon as it was admitted is charged once."""
 
     async def main() -> None:
         limiter = Limiter("6000 TPM burst 100", clock=virtual_time.clock)
@@ -311,14 +311,14 @@ def test_dating_anew_never_charges_a_paced_call_twice(virtual_time: VirtualTime)
 
 
 def test_dating_anew_charges_once_though_others_have_passed(virtual_time: VirtualTime) -> None:
-    """A call above the burst, sent when another one has left: what it had earned is no debt."""
+    """What a call above the burst had earned is no debt, even if another one left before it."""
 
     async def main() -> None:
         limiter = Limiter("6000 TPM burst 100", clock=virtual_time.clock)
         lease = await limiter.acquire(tokens=300)
         assert (await limiter.acquire(tokens=5)).waited == 0.05
         lease.sent()
-        assert limiter.statistics().limits[0].available == -5  # a burst, and the other one, at once
+        assert limiter.statistics().limits[0].available == -5  # a burst and the other call's five
         assert (await limiter.acquire(tokens=100)).waited == 1.05
 
     virtual_time.run(main())
@@ -327,7 +327,7 @@ def test_dating_anew_charges_once_though_others_have_passed(virtual_time: Virtua
 def test_a_partial_refund_of_a_call_above_the_burst_keeps_the_burst(
     virtual_time: VirtualTime,
 ) -> None:
-    """Three hundred reserved, fifty used: another fifty may pass at once, not a hundred."""
+    """If 300 were reserved and 50 used, another 50 may pass at once, not 100."""
 
     async def main() -> None:
         limiter = Limiter("6000 TPM burst 100", clock=virtual_time.clock)
@@ -341,7 +341,7 @@ def test_a_partial_refund_of_a_call_above_the_burst_keeps_the_burst(
 
 
 def test_a_call_that_ends_after_its_window_refunds_nobody_elses(virtual_time: VirtualTime) -> None:
-    """What has left the window has come back already."""
+    """What has left the window is not given back again."""
 
     async def main() -> None:
         limiter = Limiter("10 tokens/s", clock=virtual_time.clock)
@@ -355,7 +355,7 @@ def test_a_call_that_ends_after_its_window_refunds_nobody_elses(virtual_time: Vi
 
 
 def test_a_lease_speaks_for_itself(virtual_time: VirtualTime) -> None:
-    """Open or released, what it cost, what it waited for."""
+    """Its repr shows whether it is open, what it cost, and what it waited for."""
 
     async def main() -> None:
         limiter = Limiter("1/s", clock=virtual_time.clock)
@@ -380,7 +380,7 @@ def test_a_lease_speaks_for_itself(virtual_time: VirtualTime) -> None:
 def test_in_the_end_the_last_word_is_what_counts(
     *, reserved: int, words: list[tuple[int, float]], early: bool
 ) -> None:
-    """However often it is corrected: never less is counted; and no more if it was never raised."""
+    """Never less than the last settlement is counted, and exactly that if none was raised."""
     with virtual_time() as time:
         limiter = Limiter("1000 tokens/100s", "10/100s", concurrency=1, clock=time.clock)
         lease = limiter.acquire_nowait(tokens=reserved)

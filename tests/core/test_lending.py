@@ -1,4 +1,4 @@
-"""A call that waits for another one made inside it gives back the slots that this one needs."""
+"""A call that waits for one made inside it gives back the slots that the inner call needs."""
 
 import asyncio
 from pathlib import Path
@@ -28,7 +28,7 @@ def make_tree() -> tuple[Limiter, Limiter, Limiter]:
 
 
 def test_slots_that_both_calls_pass_come_back_once() -> None:
-    """At the root, which the call inside needs; of its own child it keeps them until it ends."""
+    """The root's slot is given back for the inner call; the child's is kept until the call ends."""
     root, a, b = make_tree()
     with a.acquire_nowait() as lease:
         give_back(lease, b)
@@ -38,7 +38,7 @@ def test_slots_that_both_calls_pass_come_back_once() -> None:
 
 
 def test_slots_that_two_calls_would_hold_against_each_other_come_back_too() -> None:
-    """One of ``a`` asks ``b``, which asks one of ``c``: now that may not hold its own and ask ``a``."""
+    """If ``a`` calls ``b`` and ``b`` calls ``c``, a call of ``c`` to ``a`` lends its slot."""
     root, a, b = make_tree()
     c = root.child("c", concurrency=3)
     leases = [child.acquire_nowait() for child in (a, b, c)]
@@ -51,7 +51,7 @@ def test_slots_that_two_calls_would_hold_against_each_other_come_back_too() -> N
 
 
 def test_order_of_many_is_searched_once_each() -> None:
-    """What was held for several others, which lead to the same one, is no circle by itself."""
+    """Several ways that lead to the same limiter do not yet make a circle."""
     root, a, b = make_tree()
     c, d = root.child("c", concurrency=3), root.child("d", concurrency=3)
     for first, inside in ((a, b), (a, c), (b, d), (c, d), (d, b)):
@@ -62,7 +62,7 @@ def test_order_of_many_is_searched_once_each() -> None:
 
 
 def test_who_waits_for_such_a_slot_passes(virtual_time: VirtualTime) -> None:
-    """At once, though the call outside goes on."""
+    """It passes at once, though the outer call goes on."""
 
     async def main() -> None:
         root = Limiter("1000/s", concurrency=1, clock=virtual_time.clock)
@@ -78,7 +78,7 @@ def test_who_waits_for_such_a_slot_passes(virtual_time: VirtualTime) -> None:
 
 
 def test_call_from_before_there_were_slots_gives_back_the_one_it_came_to_hold() -> None:
-    """It was counted in when slots were set."""
+    """The call was counted when slots were set."""
     root = Limiter("1000/s", clock=VirtualClock())
     with root.acquire_nowait() as lease:
         root.reconfigure(concurrency=2)
@@ -90,7 +90,7 @@ def test_call_from_before_there_were_slots_gives_back_the_one_it_came_to_hold() 
 
 @pytest.mark.parametrize("of_parent", [False, True])
 def test_what_is_held_no_more_gives_nothing_back(*, of_parent: bool) -> None:
-    """It was released, or a parent process holds it: else another call's slot would come back."""
+    """A released lease, or one of a parent process, would give back another call's slot."""
     root = Limiter("1000/s", concurrency=3, clock=VirtualClock())
     lease, other = root.acquire_nowait(), root.acquire_nowait()
     if of_parent:
@@ -104,7 +104,7 @@ def test_what_is_held_no_more_gives_nothing_back(*, of_parent: bool) -> None:
 
 
 def test_call_of_another_tree_needs_none() -> None:
-    """Who waits elsewhere holds up nobody there."""
+    """A call that waits in another tree needs no slot of this one."""
     root, elsewhere = (Limiter("1000/s", concurrency=1, clock=VirtualClock()) for _ in range(2))
     with root.acquire_nowait() as lease:
         give_back(lease, elsewhere)
@@ -112,7 +112,7 @@ def test_call_of_another_tree_needs_none() -> None:
 
 
 async def test_slot_in_a_store_comes_back_too(tmp_path: Path) -> None:
-    """It is the lease's own, whichever object stands for it."""
+    """The slot in the store comes back, whichever limiter object the inner call uses."""
     root = Limiter("1000/s", concurrency=1, store=f"sqlite:///{tmp_path}/limits.db?patience=5")
     async with root.acquire() as lease:
         give_back(lease, root.child("a"))
@@ -122,7 +122,7 @@ async def test_slot_in_a_store_comes_back_too(tmp_path: Path) -> None:
 
 
 def test_pace_is_a_limiter_and_its_wrap() -> None:
-    """In one line, and without a limit it would pace nothing."""
+    """It wraps in one line; without a limit it is an error."""
     mock = pytest.importorskip("llama_index.core.llms").MockLLM
     llm = pace(mock(), rpm=60, timeout=3.0)
     assert isinstance(llm, mock)

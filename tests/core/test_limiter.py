@@ -13,7 +13,7 @@ from asyncbucket.testing import VirtualTime
 
 
 def test_acquire_is_awaited_or_entered(virtual_time: VirtualTime) -> None:
-    """Awaited it gives a lease to keep; entered it gives one that is released on leaving."""
+    """Awaiting it gives a lease to keep; entering it gives one that is released on leaving."""
 
     async def main() -> None:
         limiter = Limiter("10 RPS burst 10", concurrency=2, clock=virtual_time.clock)
@@ -49,7 +49,7 @@ def test_an_acquisition_takes_nothing_until_it_is_awaited(virtual_time: VirtualT
 
 
 def test_leaving_an_acquisition_that_was_not_entered_is_harmless(virtual_time: VirtualTime) -> None:
-    """As when entering failed."""
+    """This happens when entering has failed."""
 
     async def main() -> None:
         limiter = Limiter(concurrency=1, clock=virtual_time.clock)
@@ -62,7 +62,7 @@ def test_leaving_an_acquisition_that_was_not_entered_is_harmless(virtual_time: V
 
 
 def test_who_forgets_to_await_is_told_so(virtual_time: VirtualTime) -> None:
-    """From the first call on, at its line; not where it was closed, and not by a limiter that is in use."""
+    """The warning names the caller's line; there is none if it was closed, or the limiter used."""
 
     async def main() -> None:
         limiter = Limiter("5 RPM", clock=virtual_time.clock)
@@ -88,7 +88,7 @@ def test_who_forgets_to_await_is_told_so(virtual_time: VirtualTime) -> None:
 def test_a_timeout_counts_from_each_time_that_an_acquisition_is_entered(
     virtual_time: VirtualTime,
 ) -> None:
-    """Not from when it was made: whoever enters it again has as long to wait as before."""
+    """An acquisition that is entered again may wait as long as the first time."""
 
     async def main() -> None:
         limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
@@ -103,7 +103,7 @@ def test_a_timeout_counts_from_each_time_that_an_acquisition_is_entered(
 
 
 def test_an_acquisition_is_entered_by_one_at_a_time(virtual_time: VirtualTime) -> None:
-    """By a second task it is refused, waiting or admitted, or slots would come back too early."""
+    """A second task is refused while the first waits or holds a lease."""
 
     async def main() -> None:
         limiter = Limiter("1 RPS burst 1", concurrency=1, clock=virtual_time.clock)
@@ -138,7 +138,7 @@ def test_an_acquisition_is_entered_by_one_at_a_time(virtual_time: VirtualTime) -
 
 
 async def test_an_acquisition_makes_one_task() -> None:
-    """As any coroutine: another task of it fails, rather than going on without a lease."""
+    """Awaiting it in a second task fails, as with any coroutine, and gives no lease."""
     limiter = Limiter(concurrency=2)
     acquisition = limiter.acquire()
     task = asyncio.create_task(acquisition)
@@ -152,7 +152,7 @@ async def test_an_acquisition_makes_one_task() -> None:
 
 @pytest.mark.parametrize("debug", [False, True])
 def test_an_acquisition_is_a_coroutine_to_asyncio(*, debug: bool) -> None:
-    """create_task, gather, wait_for, shield and TaskGroup take it, in debug mode too."""
+    """create_task, gather, wait_for, shield and TaskGroup take it, in debug mode, too."""
     with VirtualTime(debug=debug) as time:
 
         async def main() -> None:
@@ -170,7 +170,7 @@ def test_an_acquisition_is_a_coroutine_to_asyncio(*, debug: bool) -> None:
 
 
 def test_one_admission_covers_everything_or_nothing(virtual_time: VirtualTime) -> None:
-    """While a call waits for tokens it holds neither a slot nor a request."""
+    """While a call waits for tokens, it holds neither a slot nor a request."""
 
     async def main() -> None:
         limiter = Limiter("5 RPS burst 5", "100 TPM", concurrency=2, clock=virtual_time.clock)
@@ -188,7 +188,7 @@ def test_one_admission_covers_everything_or_nothing(virtual_time: VirtualTime) -
 
 
 def test_a_lease_tells_what_it_waited_for(virtual_time: VirtualTime) -> None:
-    """Requests, slots, or nothing; the statistics sum it up."""
+    """It may be requests, slots or nothing; the statistics count the waits by what bound them."""
 
     async def main() -> None:
         limiter = Limiter("1 requests/2s", concurrency=1, clock=virtual_time.clock)
@@ -212,7 +212,7 @@ def test_a_lease_tells_what_it_waited_for(virtual_time: VirtualTime) -> None:
 def test_who_passes_before_the_pacer_has_looked_tells_what_it_waited_for(
     virtual_time: VirtualTime,
 ) -> None:
-    """A slot that comes back in the very turn of the loop in which somebody came to wait for it."""
+    """The slot comes back in the same iteration of the loop in which the call began to wait."""
 
     async def main() -> None:
         limiter = Limiter(concurrency=1, clock=virtual_time.clock)
@@ -228,7 +228,7 @@ def test_who_passes_before_the_pacer_has_looked_tells_what_it_waited_for(
 
 
 def test_a_cost_object_is_the_whole_cost(virtual_time: VirtualTime) -> None:
-    """As good as its parts, however one asks."""
+    """A `Cost` works like its parts in every kind of acquire."""
     limiter = Limiter("10 images/s", "500 TPM", clock=virtual_time.clock)
     cost = Cost(tokens=100, images=2)
     assert limiter.acquire_nowait(cost).cost == cost
@@ -240,12 +240,12 @@ def test_a_cost_object_is_the_whole_cost(virtual_time: VirtualTime) -> None:
 
 
 async def keep(limiter: Limiter, cost: Cost) -> Lease:
-    """Pass, and keep the lease."""
+    """Acquire, and keep the lease."""
     return await limiter.acquire(cost)
 
 
 def test_input_and_output_tokens_have_limits_of_their_own(virtual_time: VirtualTime) -> None:
-    """Where only their sum is known, each counts all of it."""
+    """Where only their sum is known, each limit counts all of it."""
     limiter = Limiter("1k ITPM", "1k OTPM", "2k TPM", clock=virtual_time.clock)
     limiter.acquire_nowait(input_tokens=100, output_tokens=30)
     assert [use.used for use in limiter.statistics().limits] == [100, 30, 130]
@@ -254,7 +254,7 @@ def test_input_and_output_tokens_have_limits_of_their_own(virtual_time: VirtualT
 
 
 def test_statistics_are_a_frozen_snapshot(virtual_time: VirtualTime) -> None:
-    """All of it, at one instant."""
+    """All its values are of one instant, and later calls do not change it."""
 
     async def main() -> None:
         limiter = Limiter("100 TPM", concurrency=3, name="openai", clock=virtual_time.clock)
@@ -289,7 +289,7 @@ def test_statistics_are_a_frozen_snapshot(virtual_time: VirtualTime) -> None:
 
 
 def test_a_limiter_without_limits_lets_everything_pass(virtual_time: VirtualTime) -> None:
-    """It counts all the same."""
+    """It still counts calls."""
     limiter = Limiter(clock=virtual_time.clock)
     for _ in range(100):
         limiter.acquire_nowait(tokens=10**9).release()
@@ -297,7 +297,7 @@ def test_a_limiter_without_limits_lets_everything_pass(virtual_time: VirtualTime
 
 
 def test_the_clock_is_the_machines_unless_one_is_given() -> None:
-    """On the real clock an idle limiter and its deadline work, too."""
+    """With the default clock, an idle limiter and a deadline work, too."""
 
     async def main() -> None:
         import time
@@ -310,7 +310,7 @@ def test_the_clock_is_the_machines_unless_one_is_given() -> None:
 
 
 def test_limits_may_come_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """From environment variables, or from a file."""
+    """They may be in environment variables, or in a file."""
     monkeypatch.setenv("PACE_RPM", "60")
     assert Limiter.from_env("PACE_").limits == (Limit("requests", 60),)
     file = tmp_path / "asyncbucket.toml"
@@ -319,7 +319,7 @@ def test_limits_may_come_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 async def test_closing_without_a_store_does_nothing() -> None:
-    """So that code need not know where its limits are kept."""
+    """So code need not know where its limits are kept."""
     limiter = Limiter("10 RPS")
     await limiter.aclose()
     (await limiter.acquire()).release()
@@ -327,14 +327,14 @@ async def test_closing_without_a_store_does_nothing() -> None:
 
 
 async def test_a_limiter_itself_is_no_context() -> None:
-    """Who comes from a limiter that is one reads what to write instead."""
+    """The error says what to write instead, for those used to limiters that are one."""
     with pytest.raises(TypeError, match=r"write `async with limiter\.acquire\(\):`"):
         async with Limiter("5 RPM"):
             pass  # pragma: no cover - never entered
 
 
 def test_a_plain_with_is_told_of_both_ways() -> None:
-    """The asynchronous one, and the one for code without an event loop."""
+    """The error names the asynchronous one, and the one for code without an event loop."""
     limiter = Limiter("5 RPM")
     with (
         pytest.raises(
@@ -348,7 +348,7 @@ def test_a_plain_with_is_told_of_both_ways() -> None:
 
 @pytest.mark.parametrize("clock", [None, 5, "now", time.monotonic, str])
 def test_a_clock_counts_whole_nanoseconds(clock: Any) -> None:
-    """Seconds would make a minute last for years."""
+    """With a clock of seconds, a minute would last for years."""
     for kind in (Limiter, functools.partial(TokenBucket, 1.0)):
         with pytest.raises(TypeError, match="clock must be a callable that returns integer nano"):
             kind(clock=clock)
@@ -356,14 +356,14 @@ def test_a_clock_counts_whole_nanoseconds(clock: Any) -> None:
 
 @pytest.mark.parametrize("name", [None, 5, b"openai"])
 def test_a_name_is_a_text(name: Any) -> None:
-    """It is shown, and split."""
+    """It is shown in messages, and split into levels."""
     with pytest.raises(TypeError, match=f"name must be a string, not {name!r}"):
         Limiter("5 RPM", name=name)
 
 
 @pytest.mark.parametrize("parts", [{"tokens": 5}, {"requests": 2}, {"images": 3}])
 def test_a_whole_cost_has_no_parts_besides(parts: dict[str, Any]) -> None:
-    """One of both would be ignored."""
+    """One of the two would be ignored."""
     limiter = Limiter("10 images/s")
     with pytest.raises(
         TypeError, match=r"Cost\(requests=1\) is a whole cost: give no other amounts with it"
@@ -382,7 +382,7 @@ def test_a_whole_cost_has_no_parts_besides(parts: dict[str, Any]) -> None:
     ],
 )
 def test_what_is_left_is_a_number(heard: dict[str, Any], message: str) -> None:
-    """All else is refused before it is heard."""
+    """Anything else is refused before it has any effect."""
     limiter = Limiter("60 RPM")
     with pytest.raises(ValueError, match=re.escape(message)):
         limiter.observe_remaining(resource="requests", per=60, **{"remaining": 0, **heard})
@@ -390,6 +390,6 @@ def test_what_is_left_is_a_number(heard: dict[str, Any], message: str) -> None:
 
 
 def test_a_limit_is_learned_as_an_object() -> None:
-    """A text is for people, and headers are not."""
+    """Texts are for people; what is learned comes from headers."""
     with pytest.raises(TypeError, match=r"learn\(\) takes a Limit, such as .*, not '60 RPM'"):
         Limiter().learn("60 RPM")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]

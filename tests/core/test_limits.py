@@ -42,7 +42,7 @@ from asyncbucket.limits import KEYWORDS
     ],
 )
 def test_a_limit_is_read_as_people_write_it(text: str, limit: Limit) -> None:
-    """Short and long forms, prefixes, separators, windows and bursts."""
+    """Short and long forms, prefixes, separators, windows and bursts are understood."""
     assert Limit.parse(text) == limit
 
 
@@ -57,7 +57,7 @@ def test_a_limit_is_read_as_people_write_it(text: str, limit: Limit) -> None:
     ],
 )  # fmt: skip
 def test_garbage_is_no_limit(text: str) -> None:
-    """What cannot be read is refused at once, whatever it is."""
+    """What cannot be read is refused at once."""
     with pytest.raises(LimitSyntaxError):
         Limit.parse(text)
 
@@ -66,7 +66,7 @@ def test_garbage_is_no_limit(text: str) -> None:
     "limit", ["1 request/s", "1 call/s", "1r/s", Limit("request", 1, per=1), "1 token/s"]
 )
 def test_limit_of_one_request_or_token_binds_calls(limit: str | Limit) -> None:
-    """In the singular it is the same limit, not one of a resource that no call ever names."""
+    """The singular means the same limit, not a resource that no call ever names."""
     limiter = Limiter(limit)
     limiter.acquire_nowait(tokens=1)
     with pytest.raises(WouldBlock):
@@ -75,7 +75,7 @@ def test_limit_of_one_request_or_token_binds_calls(limit: str | Limit) -> None:
 
 @given(st.text(alphabet="0123456789.,_kKmMrRtTiIpPsSdD/ burstequ-²", max_size=20))
 def test_any_text_is_a_limit_or_refused(text: str) -> None:
-    """Nothing but a limit or a LimitSyntaxError comes out of `parse`."""
+    """`parse` gives a limit or raises a LimitSyntaxError, and nothing else."""
     try:
         limit = Limit.parse(text)
     except LimitSyntaxError:
@@ -93,13 +93,13 @@ def test_any_text_is_a_limit_or_refused(text: str) -> None:
     ],
 )
 def test_long_window_is_written_out(text: str, said: str) -> None:
-    """Nobody reads a month in 2.592e+06; and what was shown can be given."""
+    """A month is not shown as 2.592e+06, and the text shown can be parsed again."""
     assert str(Limit.parse(text)) == said
     assert Limit.parse(said) == Limit.parse(text)
 
 
 def test_the_message_shows_how_limits_are_written() -> None:
-    """The text that was given, and examples to copy."""
+    """It shows the text that was given, and examples to copy."""
     with pytest.raises(LimitSyntaxError) as error:
         Limit.parse("five per minute")
     assert str(error.value) == (
@@ -114,13 +114,13 @@ def test_the_message_shows_how_limits_are_written() -> None:
 
 @pytest.mark.parametrize("amount", [0, -1, 1.5, float("nan"), float("inf"), True, "5", None])
 def test_an_amount_is_a_whole_positive_number(amount: float) -> None:
-    """All else is refused with the value that was given."""
+    """Anything else is refused, and the error shows the value."""
     with pytest.raises(LimitSyntaxError) as error:
         Limit("tokens", amount)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     assert str(error.value) == (
         f"limit of tokens must be a whole number of at least 1, not {amount!r}"
     )
-    if isinstance(amount, (int, float, str)):  # None is no keyword at all, and no burst
+    if isinstance(amount, (int, float, str)):  # None means no keyword, and no burst
         with pytest.raises(LimitSyntaxError, match="rpm must be a whole number of at least 1"):
             Limiter(rpm=amount)
         with pytest.raises(LimitSyntaxError, match="burst must be a whole number of at least 1"):
@@ -129,7 +129,7 @@ def test_an_amount_is_a_whole_positive_number(amount: float) -> None:
 
 @pytest.mark.parametrize("amount", [10**19, 1e308, 10**400], ids=["1e19", "1e308", "1e400"])
 def test_an_amount_is_no_larger_than_anything(amount: float) -> None:
-    """Arithmetic ends somewhere; a limit that nobody reaches is none."""
+    """Amounts beyond 1e18 are refused; a limit that no call reaches can be left out."""
     limiter = Limiter("60 RPM")
     for refuse in (Limiter, limiter.child("a").reconfigure, limiter.reconfigure):
         with pytest.raises(LimitSyntaxError, match=r"rpm must be at most 1e\+18; leave it out"):
@@ -141,7 +141,7 @@ def test_an_amount_is_no_larger_than_anything(amount: float) -> None:
     "per", [0, -1, 1e-4, float("nan"), float("inf"), True, "minute", None, 1e9]
 )
 def test_a_window_is_a_millisecond_to_400_days(per: float) -> None:
-    """All else is refused with the value that was given."""
+    """Anything else is refused, and the error shows the value."""
     with pytest.raises(LimitSyntaxError) as error:
         Limit("tokens", 5, per=per)
     assert str(error.value) == (
@@ -150,7 +150,7 @@ def test_a_window_is_a_millisecond_to_400_days(per: float) -> None:
 
 
 def test_a_burst_is_at_most_the_amount() -> None:
-    """A larger one is refused with both numbers."""
+    """A larger burst is refused, and the error shows both numbers."""
     with pytest.raises(LimitSyntaxError) as error:
         Limit("requests", 500, burst=1000)
     assert str(error.value) == (
@@ -163,19 +163,19 @@ def test_a_burst_is_at_most_the_amount() -> None:
 
 @pytest.mark.parametrize("resource", ["", "two words", "1st", 5, None])
 def test_a_resource_is_a_name(resource: str) -> None:
-    """All else is refused."""
+    """Anything else is refused."""
     with pytest.raises(LimitSyntaxError, match="a resource must be a name such as requests, not"):
         Limit(resource, 5)
 
 
 def test_concurrency_has_no_window() -> None:
-    """It is a keyword of its own."""
+    """It is a keyword of its own, not a `Limit`."""
     with pytest.raises(LimitSyntaxError, match=r"no window: pass concurrency=\.\.\."):
         Limit("concurrency", 5)
 
 
 def test_requests_are_paced_by_a_tenth_and_nothing_else_is() -> None:
-    """The default burst: at least one request, none for tokens."""
+    """This is the default burst: at least one request, and none for tokens."""
     assert Limit("requests", 500).burst == 50
     assert Limit("requests", 5).burst == 1
     assert Limit("tokens", 500).burst is None
@@ -183,7 +183,7 @@ def test_requests_are_paced_by_a_tenth_and_nothing_else_is() -> None:
 
 
 def test_a_limit_knows_its_window_keyword_label_and_text() -> None:
-    """In nanoseconds, as an argument, as metrics call it, and as a person reads it."""
+    """These are for arithmetic, as an argument, for metrics and for people."""
     limit = Limit("input_tokens", 40_000)
     assert (limit.window, limit.keyword) == (60_000_000_000, "itpm")
     assert str(limit) == "40,000 input tokens per 60 s"
@@ -195,7 +195,7 @@ def test_a_limit_knows_its_window_keyword_label_and_text() -> None:
 
 
 def test_keywords_are_limits() -> None:
-    """Each keyword is the text of its name; None is not a limit."""
+    """Each keyword means the same as the text of that name; None means no limit."""
     for keyword in KEYWORDS:
         keywords: dict[str, Any] = {keyword: 7}
         assert Limiter(**keywords).limits == Limiter(f"7 {keyword.upper()}").limits
@@ -208,7 +208,7 @@ def test_keywords_are_limits() -> None:
 
 
 def test_unknown_keywords_and_twins_are_refused() -> None:
-    """A typo is told what there is; two limits of one window contradict each other."""
+    """A typo's error lists the known keywords; two limits of one window contradict each other."""
     with pytest.raises(LimitSyntaxError) as error:
         Limiter(rpmm=5)
     assert str(error.value) == (
@@ -223,7 +223,7 @@ def test_unknown_keywords_and_twins_are_refused() -> None:
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, float("nan"), True, "5"])
 def test_counts_are_whole_numbers(value: int) -> None:
-    """`concurrency` and `max_queue` refuse all else with the value that was given."""
+    """`concurrency` and `max_queue` refuse anything else; the error shows the value."""
     with pytest.raises(ValueError) as error:
         Limiter(concurrency=value)
     assert str(error.value) == (

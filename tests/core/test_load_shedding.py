@@ -1,4 +1,4 @@
-"""Turn away what would wait too long, and say when to come back."""
+"""Refuse calls that would wait too long, and say when to come back."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ from asyncbucket.testing import VirtualTime
 
 
 def test_a_queue_has_an_end(virtual_time: VirtualTime) -> None:
-    """Whoever would be one too many is told at once, with when a place may be free."""
+    """A call too many is refused at once, with the time when a place may be free."""
 
     async def main() -> None:
         limiter = Limiter("60 RPM burst 1", max_queue=2, clock=virtual_time.clock)
@@ -32,7 +32,7 @@ def test_a_queue_has_an_end(virtual_time: VirtualTime) -> None:
 
 
 def test_each_level_has_its_own_end(virtual_time: VirtualTime) -> None:
-    """A tenant's queue is full for that tenant; the key's is full for all of them."""
+    """A tenant's full queue refuses that tenant, and the key's full queue refuses all."""
 
     async def main() -> None:
         key = Limiter("60 RPM burst 1", max_queue=3, name="key", clock=virtual_time.clock)
@@ -58,7 +58,7 @@ def test_each_level_has_its_own_end(virtual_time: VirtualTime) -> None:
 
 
 def test_a_queue_of_no_length_admits_whoever_need_not_wait(virtual_time: VirtualTime) -> None:
-    """`max_queue=0` sheds everything else, for `acquire` and for threads."""
+    """`max_queue=0` refuses all others, in `acquire` and in threads."""
 
     async def main() -> None:
         limiter = Limiter("60 RPM burst 1", max_queue=0, clock=virtual_time.clock)
@@ -77,7 +77,7 @@ def test_a_queue_of_no_length_admits_whoever_need_not_wait(virtual_time: Virtual
 
 
 def test_a_limiters_timeout_holds_for_calls_that_say_nothing(virtual_time: VirtualTime) -> None:
-    """A child has its parent's unless it has its own; `math.inf` lifts it; a call's own word counts."""
+    """A child has its parent's unless given one; `math.inf` means none; a call's own goes first."""
 
     async def main() -> None:
         key = Limiter("1 RPM", timeout=10, clock=virtual_time.clock)
@@ -101,7 +101,7 @@ def test_a_limiters_timeout_holds_for_calls_that_say_nothing(virtual_time: Virtu
 
 
 def test_timeouts_in_a_tree_come_at_their_instants(virtual_time: VirtualTime) -> None:
-    """Whoever stands behind is looked at in the same instant."""
+    """The call behind is looked at in the same instant."""
 
     async def main() -> None:
         key = Limiter("1000 TPM", clock=virtual_time.clock)
@@ -121,7 +121,7 @@ def test_timeouts_in_a_tree_come_at_their_instants(virtual_time: VirtualTime) ->
 
 
 def test_what_to_answer_is_in_the_error(virtual_time: VirtualTime) -> None:
-    """`retry_after` in seconds where time tells, None where only a release can."""
+    """`retry_after` is in seconds, or None if only a release can help."""
 
     async def main() -> None:
         key = Limiter("60 RPM burst 1", concurrency=2, max_queue=1, clock=virtual_time.clock)

@@ -1,4 +1,4 @@
-"""The arithmetic against oracles that keep every booking and know no shortcut."""
+"""The meters' arithmetic, checked against simple models that keep every booking."""
 
 import copy
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ bursts = st.integers(1, 20)
 
 @dataclass
 class Booking:
-    """What was booked when, and how much of it stays."""
+    """What was booked when, and how much of it is still booked."""
 
     when: int
     amount: int
@@ -34,16 +34,16 @@ class Booking:
 
 
 def nanoseconds_of(rate: float | Fraction) -> Fraction:
-    """Return the exact time in which one unit flows in."""
+    """Return the exact time in which one unit is refilled."""
     exact = Fraction(rate)
     simple = exact.limit_denominator(1_000_000)
     return SECOND / (simple if float(simple) == float(rate) else exact)
 
 
 def missing(history: list[Booking], rate: float | Fraction, burst: int, now: int) -> Fraction:
-    """Return the units that a bucket lacks at `now` if it saw just what stays of `history`.
+    """Return the units that a bucket lacks at `now` if it had seen only what is left of `history`.
 
-    A call above the burst has filled an emptied bucket while it stood first, so it leaves it empty.
+    A call above the burst takes all of a bucket that has stood full, and leaves it empty.
     """
     each = nanoseconds_of(rate)
     full_at = Fraction(0)
@@ -59,7 +59,7 @@ def missing(history: list[Booking], rate: float | Fraction, burst: int, now: int
 def test_bucket_is_never_over(
     rate: float | Fraction, burst: int, calls: list[tuple[int, int]]
 ) -> None:
-    """Calls that pass as early as they may keep rate and burst in every interval."""
+    """Calls that pass as early as allowed keep rate and burst in every interval."""
     bucket = Bucket(rate=rate, burst=burst)
     trace: list[tuple[int, int]] = []
     now = 0
@@ -121,7 +121,7 @@ def test_bucket_fails_before_and_passes_at_the_promised_instant(
 def test_bucket_answers_never_decrease_as_time_goes_by(
     rate: float | Fraction, burst: int, delays: list[int], amount: int
 ) -> None:
-    """Asking later never gives an earlier instant, calls above the burst included."""
+    """Asking later never gives an earlier instant, not even for calls above the burst."""
     bucket = Bucket(rate=rate, burst=burst)
     bucket.book(burst, 0)
     now = answer = 0
@@ -143,7 +143,7 @@ steps = st.lists(
 
 
 def play(bucket: Bucket, moves: list[tuple[str, int, int, int]]) -> tuple[list[Booking], int]:
-    """Book, and give back, as `moves` say; return what stays booked, and the last instant."""
+    """Book and give back as `moves` say; return what stays booked, and the last instant."""
     history: list[Booking] = []
     now = 0
     for verb, delay, amount, pick in moves:
@@ -172,7 +172,7 @@ def test_unbook_leaves_a_bucket_as_if_that_had_never_been_booked(
     moves: list[tuple[str, int, int, int]],
     pause: int,
 ) -> None:
-    """Whatever is given back, whole or in part and however late: exactly the other bucket."""
+    """After any refunds, in whole or in part and however late, exactly what is left counts."""
     bucket = Bucket(rate=rate, burst=burst)
     history, now = play(bucket, moves)
     now += pause
@@ -187,7 +187,7 @@ def test_unbook_leaves_a_bucket_as_if_that_had_never_been_booked(
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 10**9))
 def test_hundreds_of_refunds_of_a_busy_bucket_are_exact(seed: int) -> None:
-    """A long history of a bucket that is seldom full, refunds in any order: exact at each step."""
+    """With a bucket that is seldom full and refunds in any order, each step is exact."""
     random = Random(seed)
     bucket = Bucket(rate=1, burst=100)
     history: list[Booking] = []
@@ -208,7 +208,7 @@ def test_hundreds_of_refunds_of_a_busy_bucket_are_exact(seed: int) -> None:
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 10**9))
 def test_unbook_errs_on_the_safe_side_once_lows_are_merged(seed: int) -> None:
-    """After more bookings than a bucket remembers, no more comes back than is due."""
+    """After more bookings than a bucket remembers, refunds bring back at most what is due."""
     random = Random(seed)
     bucket = Bucket(rate=1, burst=1000)
     history: list[Booking] = []
@@ -226,7 +226,7 @@ def test_unbook_errs_on_the_safe_side_once_lows_are_merged(seed: int) -> None:
 
 
 def test_a_bucket_remembers_in_bounded_memory() -> None:
-    """However long it is busy, it keeps some hundreds of numbers."""
+    """However long it is busy, it keeps only a few hundred numbers."""
     bucket = Bucket(rate=1, burst=100_000)
     for step in range(50_000):
         assert bucket.take(1, step * 1000)
@@ -234,7 +234,7 @@ def test_a_bucket_remembers_in_bounded_memory() -> None:
 
 
 def test_a_part_of_a_call_above_the_burst_brings_back_no_more_than_a_burst() -> None:
-    """Thirty units of a bucket of ten, settled to five: five more may pass, not ten."""
+    """Thirty units from a bucket of ten are settled to five: five more may pass, not ten."""
     bucket = Bucket(rate=1, burst=10)
     when = bucket.earliest(30, 0)
     assert when == 20 * SECOND
@@ -245,7 +245,7 @@ def test_a_part_of_a_call_above_the_burst_brings_back_no_more_than_a_burst() -> 
 
 
 def test_what_was_booked_until_a_window_began_gives_nothing_back_there() -> None:
-    """Not even at that instant; what was booked since does."""
+    """A refund of that instant gives nothing back, either; one of a later booking does."""
     window = Window(amount=10, window=60 * SECOND, began=5 * SECOND)
     window.book(8, 6 * SECOND)
     for when in (4, 5):
@@ -256,7 +256,7 @@ def test_what_was_booked_until_a_window_began_gives_nothing_back_there() -> None
 
 
 def test_dating_a_call_above_the_burst_anew_charges_it_once() -> None:
-    """Given back whole and owed a second later, it leaves an empty bucket, and no debt."""
+    """If it is refunded in full and owed a second later, the bucket is empty, but not in debt."""
     bucket = Bucket(rate=1, burst=10)
     bucket.book(30, 20 * SECOND)
     bucket.unbook(30, 20 * SECOND)
@@ -265,7 +265,7 @@ def test_dating_a_call_above_the_burst_anew_charges_it_once() -> None:
 
 
 def test_a_call_above_the_burst_given_back_leaves_what_others_took_at_that_instant() -> None:
-    """It earned ten units before it passed; they are no room for the five that came with it."""
+    """The ten units it waited for beyond the burst do not offset the five of another call."""
     bucket = Bucket(rate=1, burst=10)
     bucket.book(20, 10 * SECOND)
     bucket.owe(5, 10 * SECOND)
@@ -274,7 +274,7 @@ def test_a_call_above_the_burst_given_back_leaves_what_others_took_at_that_insta
 
 
 def test_a_debt_is_paid_off_before_anything_passes() -> None:
-    """Twenty-five units owed by a full bucket of ten: minus fifteen, and 16 s for one more."""
+    """Twenty-five units from a bucket of ten leave -15 available, and 16 s until one may pass."""
     bucket = Bucket(rate=1, burst=10)
     bucket.book(10, 0)
     bucket.owe(15, 0)
@@ -294,14 +294,14 @@ def test_a_debt_is_paid_off_before_anything_passes() -> None:
 def test_what_is_owed_above_the_burst_is_earned_by_standing_full(
     rate: int, now: int, available: int
 ) -> None:
-    """Thirty of a bucket of ten: full for as long as twenty take, it is empty, else it is in debt."""
+    """Thirty from a bucket of ten empty it if it stood full for twenty units, else it owes."""
     bucket = Bucket(rate=rate, burst=10)
     bucket.owe(30, now)
     assert bucket.available(now) == available
 
 
 def test_what_comes_back_is_there_sooner() -> None:
-    """An empty bucket of ten passes five after five seconds; with three more at hand, after two."""
+    """An empty bucket of ten passes five after five seconds, or after two if three come back."""
     bucket = Bucket(rate=1, burst=10)
     bucket.book(10, 3 * SECOND)
     assert [bucket.earliest(5, 3 * SECOND, back=n) for n in (0, 3, 5, 9)] == [
@@ -313,13 +313,13 @@ def test_what_comes_back_is_there_sooner() -> None:
 
 
 def test_units_a_nanosecond_apart_are_all_counted() -> None:
-    """The smallest backlog there is, is one."""
+    """The smallest backlog that counts is one nanosecond."""
     bucket = Bucket(rate=1e9, burst=3)
     assert [bucket.take(1, 0) for _ in range(4)] == [True, True, True, False]
 
 
 def test_a_bucket_reshaped_lacks_what_it_lacked() -> None:
-    """Four of ten are missing before and after; the rest follows the new rate."""
+    """Four of ten are missing before and after; only the refill follows the new rate."""
     bucket = Bucket(rate=1, burst=10)
     bucket.book(4, SECOND)
     bucket.reshape(rate=4, burst=5, now=SECOND)
@@ -330,7 +330,7 @@ def test_a_bucket_reshaped_lacks_what_it_lacked() -> None:
 
 
 def test_a_bucket_reshaped_gives_back_no_more_than_was_missing_since() -> None:
-    """Five units had flowed in before the second call, at whatever rate: one of six comes back."""
+    """Five units had been refilled before the second call, at any rate: one of six comes back."""
     bucket = Bucket(rate=1, burst=10)
     bucket.book(6, SECOND)
     bucket.book(4, 6 * SECOND)
@@ -344,7 +344,7 @@ def test_a_bucket_reshaped_gives_back_no_more_than_was_missing_since() -> None:
 
 
 def test_a_full_bucket_reshaped_is_full() -> None:
-    """To the last part of a nanosecond, and what was booked before it was does not come back."""
+    """It is full exactly, and refunds of what was booked before do not count."""
     bucket = Bucket(rate=7, burst=10)
     bucket.book(5, SECOND)
     bucket.reshape(rate=7, burst=20, now=2 * SECOND)
@@ -358,7 +358,7 @@ def test_a_full_bucket_reshaped_is_full() -> None:
 
 @pytest.mark.parametrize("rate", [0.1, 2 / 3, 200_000 / 60, 1e-9, 123_456_789.123])
 def test_a_rate_is_met_exactly_over_thousands_of_units(rate: float) -> None:
-    """No rounding adds up: the n-th unit beyond the burst passes at n / rate, rounded up."""
+    """Rounding errors do not add up: unit n beyond the burst passes at n / rate, rounded up."""
     bucket = Bucket(rate=rate, burst=2)
     when = 0
     for _ in range(5002):
@@ -372,7 +372,7 @@ windows = st.sampled_from([1_000_000, SECOND // 10, SECOND, 60 * SECOND])
 
 
 def within(history: list[Booking], now: int, span: int) -> int:
-    """Return the units of `history` whose date is less than `span` before `now`."""
+    """Return the units of `history` that were booked less than `span` before `now`."""
     return sum(booking.left for booking in history if booking.when > now - span)
 
 
@@ -422,9 +422,9 @@ def test_window_is_never_over_and_holds_back_no_longer_than_a_128th(
 def test_window_gives_back_exactly_what_was_booked(
     span: int, limit: int, moves: list[tuple[str, float, int, int]]
 ) -> None:
-    """With refunds at any time, whole or in part, it lacks what the window holds: no more, no less.
+    """After refunds at any time, in whole or in part, it counts exactly what its window holds.
 
-    More only for what left less than W/128 ago.
+    It may count more only for what left the window less than W/128 ago.
     """
     window = Window(amount=limit, window=span)
     history: list[Booking] = []
@@ -448,7 +448,7 @@ def test_window_gives_back_exactly_what_was_booked(
 
 
 def test_a_booking_that_left_the_window_is_not_refunded_from_a_younger_one() -> None:
-    """A call that ends after its window has been forgotten: nothing to give back."""
+    """A call that ends after its booking was forgotten gives nothing back."""
     window = Window(amount=1, window=SECOND)
     window.book(1, 0)
     assert window.take(1, 2 * SECOND)
@@ -457,7 +457,7 @@ def test_a_booking_that_left_the_window_is_not_refunded_from_a_younger_one() -> 
 
 
 def test_a_window_remembers_in_bounded_memory() -> None:
-    """A hundred thousand bookings within one window are kept as some 513."""
+    """A hundred thousand bookings within one window are kept as about 513 entries."""
     window = Window(amount=1_000_000, window=SECOND)
     for step in range(100_000):
         assert window.take(1, step * 20_000)
@@ -466,7 +466,7 @@ def test_a_window_remembers_in_bounded_memory() -> None:
 
 
 def test_a_window_in_debt_passes_nothing_until_it_leaves() -> None:
-    """Twice the limit is owed: minus ten is available, and nothing for the whole window."""
+    """Twice the limit is owed: -10 is available, and nothing passes for the whole window."""
     window = Window(amount=10, window=SECOND)
     window.owe(20, 0)
     assert window.available(0) == -10
@@ -475,7 +475,7 @@ def test_a_window_in_debt_passes_nothing_until_it_leaves() -> None:
 
 
 def test_a_window_knows_what_was_booked_since() -> None:
-    """To a grain: what shares the entry of a later booking counts as later."""
+    """It knows this up to its resolution: bookings in a later booking's entry count as later."""
     window = Window(amount=10, window=SECOND)
     for when, amount in ((0, 1), (1000, 2), (SECOND // 2, 4)):
         window.book(amount, when)
@@ -483,7 +483,7 @@ def test_a_window_knows_what_was_booked_since() -> None:
 
 
 def test_a_window_knows_what_may_come_back() -> None:
-    """What was booked and not given back, until whoever closes the call counts it out."""
+    """`lent` is what was booked and not given back, until a closed call is subtracted."""
     window = Window(amount=10, window=60 * SECOND)
     assert (window.amount, window.window, window.lent, window.last) == (10, 60 * SECOND, 0, 0)
     window.take(3, 1)
@@ -495,7 +495,7 @@ def test_a_window_knows_what_may_come_back() -> None:
 
 
 def test_what_is_closed_of_a_window_is_the_oldest() -> None:
-    """Nine of ten are booked, and four may come back: five are closed, as old as they are."""
+    """Nine of ten are booked and four may come back, so the oldest five are closed."""
     window = Window(amount=10, window=60 * SECOND)
     for when in (1, 2, 3):
         window.book(3, when * SECOND)
@@ -514,7 +514,7 @@ def test_what_is_closed_of_a_window_is_the_oldest() -> None:
 
 @pytest.mark.parametrize(("window", "held"), [(100, 100), (513, 516)])
 def test_a_window_of_nanoseconds_keeps_them_apart(window: int, held: int) -> None:
-    """Where a 512th is less than a nanosecond, or a little more, bookings are kept by nanoseconds."""
+    """If a 512th of a window is about a nanosecond or less, bookings are kept to the nanosecond."""
     meter = Window(amount=10, window=window)
     meter.book(5, 0)
     meter.book(5, 1)
@@ -522,7 +522,7 @@ def test_a_window_of_nanoseconds_keeps_them_apart(window: int, held: int) -> Non
 
 
 def test_a_window_reshaped_keeps_what_was_booked() -> None:
-    """Six of ten are used; with four allowed it is two over, with twenty there is room for 14."""
+    """Six of ten are used: a limit of four leaves it two over, one of twenty leaves room for 14."""
     window = Window(amount=10, window=SECOND)
     window.book(6, 0)
     window.reshape(amount=4)
@@ -532,7 +532,7 @@ def test_a_window_reshaped_keeps_what_was_booked() -> None:
 
 
 def test_slots_pass_until_they_are_full() -> None:
-    """Two slots: two pass, the third never does until one comes back."""
+    """Of two slots two calls may take one each; a third never passes until one comes back."""
     slots = Slots(size=2)
     assert slots.take(1, 0)
     assert slots.earliest(1, 5) == 5
@@ -552,7 +552,7 @@ amounts = st.fixed_dictionaries(
 
 
 def several() -> list[tuple[Meter, str]]:
-    """Make meters of each kind; two count the same resource."""
+    """Make meters of every kind; two of them count the same resource."""
     return [
         (Bucket(rate=5, burst=10), "a"),
         (Window(amount=20, window=3 * SECOND), "a"),
@@ -564,7 +564,7 @@ def several() -> list[tuple[Meter, str]]:
 @moderate
 @given(st.lists(st.tuples(st.integers(0, SECOND), amounts), max_size=40))
 def test_gates_take_all_or_nothing(calls: list[tuple[int, dict[str, int]]]) -> None:
-    """A call that one meter refuses leaves no trace in the others."""
+    """A call that one meter refuses changes nothing in the others."""
     tried, only_passed = Gates(several()), Gates(several())
     now = 0
     for delay, costs in calls:
@@ -591,7 +591,7 @@ def test_gates_take_all_or_nothing(calls: list[tuple[int, dict[str, int]]]) -> N
 def test_gates_book_many_calls_as_they_book_one_after_the_other(
     before: list[tuple[int, dict[str, int]]], costs: dict[str, int], most: int, data: st.DataObject
 ) -> None:
-    """As many as there is room for; and what one of them gives back is the same."""
+    """As many are booked as there is room for, and a refund of one of them has the same effect."""
     together, apart = Gates(several()), Gates(several())
     now = 0
     for delay, earlier in before:
@@ -617,7 +617,7 @@ def test_gates_book_many_calls_as_they_book_one_after_the_other(
 
 
 def test_calls_are_not_alike_to_every_meter() -> None:
-    """Each call of a slow start has its own instant: there is room for one, and then for another."""
+    """In a slow start each call has its own instant, so there is room for only one at a time."""
     pause = Pause()
     pause.begin(16 * SECOND, 0, gradually=True)
     gates = Gates([(pause, "c"), (Slots(size=9), "c")])
@@ -629,7 +629,7 @@ def test_calls_are_not_alike_to_every_meter() -> None:
 
 
 def test_what_was_written_out_elsewhere_bounds_every_refund() -> None:
-    """Two that were booked first give back no more than would be there without them."""
+    """Refunds of two earlier bookings give back no more than would be there without them."""
     bucket = Bucket(rate=1, burst=4)
     bucket.book(1, 0)
     bucket.book(1, 0)
@@ -641,7 +641,7 @@ def test_what_was_written_out_elsewhere_bounds_every_refund() -> None:
 
 
 def test_gates_name_what_binds() -> None:
-    """The latest meter binds; resources that a call takes none of do not."""
+    """The meter that is free last binds; resources that a call does not use never bind."""
     gates = Gates([(Bucket(rate=1, burst=1), "a"), (Bucket(rate=1, burst=9), "b")])
     gates.book({"a": 1, "b": 9}, 0)
     assert gates.earliest({"a": 1, "b": 3}, 0) == (3 * SECOND, "b")
@@ -650,7 +650,7 @@ def test_gates_name_what_binds() -> None:
 
 
 def test_what_is_lent_may_come_back() -> None:
-    """`soonest` counts on everything that open calls booked, and on every slot."""
+    """`soonest` assumes that all that open calls booked, and every slot, may come back."""
     gates = Gates([(Slots(size=1), "c"), (Window(amount=10, window=SECOND), "a")])
     cost = {"a": 8, "c": 1}
     assert gates.take(cost, 0)
@@ -665,7 +665,7 @@ def test_what_is_lent_may_come_back() -> None:
 
 @pytest.mark.parametrize(("lent", "due"), [(0, NEVER), (1, 0)])
 def test_to_another_meter_comes_back_what_windows_of_its_resource_lent(lent: int, due: int) -> None:
-    """And no other's, whichever stands last before it."""
+    """What other resources' windows lent does not count, whatever the order of the meters."""
     a, b = (Window(amount=10, window=SECOND) for _ in range(2))
     other = Slots(size=1)
     gates = Gates([(a, "a"), (b, "b"), (other, "a")])
@@ -675,7 +675,7 @@ def test_to_another_meter_comes_back_what_windows_of_its_resource_lent(lent: int
 
 
 def test_a_bucket_remembers_what_another_lacked() -> None:
-    """Up to a burst it is missing, beyond that it is a debt; later bookings come on top."""
+    """It is missing up to a burst, beyond that it is a debt; later bookings come on top."""
     bucket = Bucket(rate=2, burst=4)
     bucket.remember(3, 10 * SECOND)
     assert bucket.available(10 * SECOND) == 1
@@ -689,7 +689,7 @@ def test_a_bucket_remembers_what_another_lacked() -> None:
 
 
 def test_a_window_tells_what_it_holds_and_remembers_what_another_held() -> None:
-    """Entry by entry; nobody gives back what is remembered, and what is given back is no entry."""
+    """Refunds leave no entry; what is remembered is an entry, but `lent` does not count it."""
     window = Window(amount=100, window=60 * SECOND)
     window.book(5, SECOND)
     window.book(7, 10 * SECOND)
@@ -705,7 +705,7 @@ def test_a_window_tells_what_it_holds_and_remembers_what_another_held() -> None:
 
 
 def test_what_no_call_gives_back_any_more_is_told_apart() -> None:
-    """The oldest units of a window are those whose calls are over, to the last one."""
+    """The oldest units of a window are those whose calls are over, down to the last unit."""
     window = Window(amount=100, window=60 * SECOND)
     window.book(1, SECOND)
     window.lent -= 1
@@ -717,7 +717,7 @@ def test_what_no_call_gives_back_any_more_is_told_apart() -> None:
 
 
 def test_a_bucket_at_another_rate_knows_its_past_in_whole_numbers() -> None:
-    """Of six units, three had flowed in again before the next call: just the others come back."""
+    """Of six units, three were refilled before the next call: only the other three come back."""
     bucket = Bucket(rate=3, burst=9)
     bucket.book(6, SECOND)
     bucket.book(3, 2 * SECOND)

@@ -1,4 +1,4 @@
-"""What passes for a number, in every place where people give one."""
+"""What counts as a number wherever one is given."""
 
 import json
 import math
@@ -14,20 +14,20 @@ from asyncbucket.testing import VirtualTime
 
 @pytest.mark.parametrize("value", [3, 0.5, math.nan, math.inf, 10**400, Fraction(1, 3)])
 def test_numbers_are_numbers(value: object) -> None:
-    """Whether they are of use is for others to say."""
+    """Whether a number makes sense is checked elsewhere."""
     assert is_number(value)
     assert is_integer(value) == isinstance(value, int)
 
 
 @pytest.mark.parametrize("value", [True, "3", None, 1j, [3]])
 def test_what_is_no_number(value: object) -> None:
-    """A bool is an answer to another question."""
+    """A bool is not a number here, although Python makes it one."""
     assert not is_number(value)
     assert not is_integer(value)
 
 
 async def test_numpys_numbers_are_taken_everywhere() -> None:
-    """Where lengths were counted in arrays, they come as numpy's; what is kept is Python's own."""
+    """Lengths counted in arrays come as numpy's types; they are kept as Python's own."""
     numpy: Any = pytest.importorskip("numpy")
     whole, real = numpy.int64, numpy.float32
     limiter = Limiter(
@@ -45,7 +45,7 @@ async def test_numpys_numbers_are_taken_everywhere() -> None:
 
 
 def test_seconds_in_fractions_are_told_as_any_others(virtual_time: VirtualTime) -> None:
-    """A fraction cannot be formatted before Python 3.12, and neither it nor numpy's is JSON."""
+    """Before Python 3.12 fractions cannot be formatted, and they are never valid JSON."""
     third: Any = Fraction(1, 3)
     bucket = TokenBucket(rate=third, burst=1, clock=virtual_time.clock)
     bucket.acquire_nowait()
@@ -60,7 +60,7 @@ def test_seconds_in_fractions_are_told_as_any_others(virtual_time: VirtualTime) 
 
 
 def test_numpys_numbers_are_planned_with() -> None:
-    """As Python's are."""
+    """They give the same plan as Python's own."""
     numpy: Any = pytest.importorskip("numpy")
     whole, real = numpy.int64, numpy.float32
 
@@ -70,7 +70,7 @@ def test_numpys_numbers_are_planned_with() -> None:
 
 
 def test_bucket_at_numpys_rate_is_exact(virtual_time: VirtualTime) -> None:
-    """Its whole numbers are too short for what a bucket reckons with."""
+    """Integers of numpy would overflow in a bucket's arithmetic."""
     numpy: Any = pytest.importorskip("numpy")
 
     async def take() -> None:

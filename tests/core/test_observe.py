@@ -1,4 +1,4 @@
-"""What observers of a limiter hear, through real calls."""
+"""What observers of a limiter get, tested with real calls."""
 
 import asyncio
 import logging
@@ -24,7 +24,7 @@ from asyncbucket.testing import VirtualTime
 
 
 def test_the_life_of_a_call_is_told_in_order(virtual_time: VirtualTime) -> None:
-    """With its numbers, and in the context of the call."""
+    """Events of a call come in order, with its numbers."""
 
     async def main() -> None:
         heard: list[Event] = []
@@ -63,7 +63,7 @@ def test_the_life_of_a_call_is_told_in_order(virtual_time: VirtualTime) -> None:
 
 
 def test_refusals_say_why(virtual_time: VirtualTime) -> None:
-    """Each of the four, and giving up."""
+    """Each of the four kinds of refusal is an event, and so is a cancellation."""
 
     async def main() -> None:
         heard: list[Any] = []
@@ -97,7 +97,7 @@ def test_refusals_say_why(virtual_time: VirtualTime) -> None:
 
 
 def test_what_happens_below_is_heard_above(virtual_time: VirtualTime) -> None:
-    """By each observer once, nearest last made limiter first or not; not beside, and not below."""
+    """Observers of the limiter and of those above get each event once; others do not."""
 
     async def main() -> None:
         heard: dict[str, list[str]] = {"key": [], "chat": [], "tools": [], "agent": []}
@@ -125,7 +125,7 @@ def test_what_happens_below_is_heard_above(virtual_time: VirtualTime) -> None:
 
 
 def test_tenants_are_all_one_to_an_observer(virtual_time: VirtualTime) -> None:
-    """Theirs and those of whatever lies below them; also when they are put to rest in between."""
+    """Events show a star for a tenant, also in the names of its children."""
 
     async def main() -> None:
         heard: list[str] = []
@@ -142,7 +142,7 @@ def test_tenants_are_all_one_to_an_observer(virtual_time: VirtualTime) -> None:
 
 
 def test_steering_is_told(virtual_time: VirtualTime) -> None:
-    """Pauses, limits that are changed or learned, and what adapters say."""
+    """Pauses, changed and learned limits, and events of adapters are told."""
     heard: list[Any] = []
     key = Limiter(name="key", clock=virtual_time.clock)
     stop = key.observe(heard.append)
@@ -166,7 +166,7 @@ def test_steering_is_told(virtual_time: VirtualTime) -> None:
 
 
 def test_an_observer_may_ask_the_limiter(virtual_time: VirtualTime) -> None:
-    """No lock is held while it is told; what it raises is reported once, and harms nothing."""
+    """No lock is held while an observer runs; its errors are reported once, and do no harm."""
 
     async def main() -> None:
         limiter = Limiter("60 RPM burst 1", name="key", clock=virtual_time.clock)
@@ -188,7 +188,7 @@ def test_an_observer_may_ask_the_limiter(virtual_time: VirtualTime) -> None:
 def test_errors_of_observers_are_logged_once(
     virtual_time: VirtualTime, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By the logger `asyncbucket`."""
+    """They go to the logger `asyncbucket`."""
     heard: list[Event] = []
 
     def fail(_: Event) -> None:
@@ -204,7 +204,7 @@ def test_errors_of_observers_are_logged_once(
 
 
 def test_a_lease_that_the_collector_finds_is_told_later(virtual_time: VirtualTime) -> None:
-    """With the next event, for nobody knows who holds which lock just then."""
+    """It is told with the next event, because any lock may be held when the collector runs."""
     heard: list[Any] = []
     key = Limiter(concurrency=1, clock=virtual_time.clock)
     limiter = key.child("child")
@@ -219,7 +219,7 @@ def test_a_lease_that_the_collector_finds_is_told_later(virtual_time: VirtualTim
 
 
 def test_how_a_call_ended_is_told_though_the_lock_was_held(virtual_time: VirtualTime) -> None:
-    """Whoever has it does what was left to it, and tells what was said."""
+    """The next holder of the lock does the postponed work, and sends its events."""
     heard: list[Any] = []
     limiter = Limiter(concurrency=3, clock=virtual_time.clock)
     limiter.observe(heard.append)
@@ -234,7 +234,7 @@ def test_how_a_call_ended_is_told_though_the_lock_was_held(virtual_time: Virtual
 
 
 def test_a_call_that_the_collector_finds_waiting_is_told_later(virtual_time: VirtualTime) -> None:
-    """As a call that gave up."""
+    """It is told as cancelled."""
 
     async def main() -> None:
         heard: list[Any] = []
@@ -256,7 +256,7 @@ def test_a_call_that_the_collector_finds_waiting_is_told_later(virtual_time: Vir
 def test_nobody_listens_and_no_events_are_made(
     virtual_time: VirtualTime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not before the first comes, and not after the last has gone."""
+    """No events are made once the last observer has gone."""
     limiter = Limiter(clock=virtual_time.clock)
     stop = limiter.observe(lambda _: None)
     stop()

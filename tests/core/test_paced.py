@@ -10,7 +10,7 @@ from asyncbucket.testing import VirtualTime
 
 
 def test_each_call_of_a_paced_function_is_admitted_first(virtual_time: VirtualTime) -> None:
-    """Bare decorator, async function: arguments, result and name go through."""
+    """With the bare decorator, arguments, result and name of an async function are kept."""
     limiter = Limiter("1/s", concurrency=1, clock=virtual_time.clock)
 
     @limiter.paced
@@ -32,7 +32,7 @@ def test_each_call_of_a_paced_function_is_admitted_first(virtual_time: VirtualTi
 
 
 def test_a_callable_prices_the_call_by_its_own_arguments(virtual_time: VirtualTime) -> None:
-    """And a number is the price of every call."""
+    """A number is the price of every call."""
     limiter = Limiter("100 TPM", "50 images/m", clock=virtual_time.clock)
 
     @limiter.paced(tokens=len, images=2)
@@ -50,7 +50,7 @@ def test_a_callable_prices_the_call_by_its_own_arguments(virtual_time: VirtualTi
 
 
 def test_a_plain_function_blocks_its_thread() -> None:
-    """It holds its slot while it runs, and gives it back after an error."""
+    """The function holds its slot while it runs, and gives it back after an error, too."""
     limiter = Limiter("10 TPM burst 10", concurrency=1)
 
     @limiter.paced(tokens=3)
@@ -86,7 +86,7 @@ def test_a_method_and_a_partial_are_functions_too(virtual_time: VirtualTime) -> 
 
 
 def test_a_generator_is_refused() -> None:
-    """A call of it holds nothing yet: the message says where to acquire."""
+    """Calling it would hold nothing yet; the message says where to acquire."""
     limiter = Limiter(concurrency=1)
 
     async def stream() -> AsyncIterator[int]:
@@ -105,7 +105,7 @@ def test_a_generator_is_refused() -> None:
 
 
 def test_a_plain_function_that_returns_a_coroutine_is_refused_when_called() -> None:
-    """Its work would begin when its slot is back: nothing of it runs, and nothing stays booked."""
+    """Its work would begin after the slot is back, so it does not run, and nothing stays booked."""
     limiter = Limiter("10/s", concurrency=1)
     ran: list[int] = []
 
@@ -122,7 +122,7 @@ def test_a_plain_function_that_returns_a_coroutine_is_refused_when_called() -> N
 
 
 def test_only_what_can_be_called_is_paced() -> None:
-    """A number is meant as a cost, and says how."""
+    """The error says how to give a number as a cost."""
     with pytest.raises(
         TypeError, match="paced decorates a function, not 500; amounts go by keyword"
     ):
@@ -130,7 +130,7 @@ def test_only_what_can_be_called_is_paced() -> None:
 
 
 def test_an_object_that_is_called_asynchronously_blocks_nobody(virtual_time: VirtualTime) -> None:
-    """As an async function it waits its turn on the loop."""
+    """Like an async function, it waits for its turn on the loop."""
 
     class Model:
         async def __call__(self, prompt: str) -> str:

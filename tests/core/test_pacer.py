@@ -1,4 +1,4 @@
-"""When to look again: one task a loop, alive only while someone waits."""
+"""When to look again: one task for each loop, alive only while a call waits."""
 
 import asyncio
 import collections
@@ -22,7 +22,7 @@ def pacers() -> list[asyncio.Task[object]]:
 
 
 def test_the_pacer_lives_only_while_someone_waits(virtual_time: VirtualTime) -> None:
-    """None while all pass at once, one for any number who wait, none afterwards."""
+    """There is none while all calls pass at once, one while any number wait, none afterwards."""
 
     async def main() -> None:
         limiter = Limiter("10 RPS burst 1", clock=virtual_time.clock)
@@ -40,7 +40,7 @@ def test_the_pacer_lives_only_while_someone_waits(virtual_time: VirtualTime) -> 
 
 
 def test_a_pacer_serves_everyone_not_the_context_that_came_first(virtual_time: VirtualTime) -> None:
-    """It keeps nobody's context variables alive."""
+    """It runs in an empty context, so it keeps no caller's context variables alive."""
     variable = contextvars.ContextVar("variable", default="nobody's")
     seen: list[str] = []
 
@@ -64,7 +64,7 @@ def test_a_pacer_serves_everyone_not_the_context_that_came_first(virtual_time: V
 
 
 def test_a_pacer_cancelled_by_a_stranger_begins_anew(virtual_time: VirtualTime) -> None:
-    """Code that cancels every task it finds does not strand those who wait."""
+    """Code that cancels every task it finds does not strand waiting calls."""
 
     async def main() -> None:
         bucket = TokenBucket(rate=1.0, clock=virtual_time.clock)
@@ -84,7 +84,7 @@ def test_a_pacer_cancelled_by_a_stranger_begins_anew(virtual_time: VirtualTime) 
 
 
 def test_a_run_that_ends_with_calls_in_line_leaves_nothing(virtual_time: VirtualTime) -> None:
-    """asyncio.run cancels them all, pacer included; the next run finds an empty line."""
+    """asyncio.run cancels all calls and the pacer; the next run finds an empty line."""
     limiter = Limiter("1 RPS", concurrency=1, clock=virtual_time.clock)
 
     async def left_behind() -> None:
@@ -107,13 +107,13 @@ def test_a_run_that_ends_with_calls_in_line_leaves_nothing(virtual_time: Virtual
 
 
 async def call_once(limiter: Limiter) -> None:
-    """Pass."""
+    """Pass at once."""
     async with limiter.acquire() as lease:
         assert lease.waited == 0
 
 
 def test_many_are_admitted_in_batches(virtual_time: VirtualTime) -> None:
-    """A thousand at one instant, with turns for the loop's other tasks in between."""
+    """A thousand pass at one instant, and the loop's other tasks run in between."""
 
     async def main() -> None:
         limiter = Limiter("1000 TPM", clock=virtual_time.clock)
@@ -137,7 +137,7 @@ def test_many_are_admitted_in_batches(virtual_time: VirtualTime) -> None:
 def test_calls_that_pass_in_quick_succession_go_together(
     waiting: int, burst: int, wake_ups: int, virtual_time: VirtualTime
 ) -> None:
-    """One wake-up for some, where the bucket holds what flows in meanwhile; whoever is alone is not late."""
+    """One wake-up serves several calls if the bucket can hold the refill; one alone is not late."""
     trace: list[tuple[int, int]] = []
 
     async def call(bucket: TokenBucket) -> None:
@@ -157,7 +157,7 @@ def test_calls_that_pass_in_quick_succession_go_together(
 
 @pytest.mark.parametrize("where", ["at the root", "below"])
 def test_the_last_of_a_crowd_is_not_late(where: str, virtual_time: VirtualTime) -> None:
-    """It has no company to wait for: those before it have just gone."""
+    """It does not wait for others, since those before it have just gone."""
     times: list[float] = []
 
     async def call(limiter: Limiter) -> None:
@@ -176,13 +176,13 @@ def test_the_last_of_a_crowd_is_not_late(where: str, virtual_time: VirtualTime) 
 async def note_passage(
     trace: list[tuple[str, int]], clock: Callable[[], int], child: Limiter
 ) -> None:
-    """Pass by ``child``, and note whose call it was and when it passed."""
+    """Acquire from ``child``, and note its name and when the call passed."""
     (await child.acquire()).release()
     trace.append((child.name, clock()))
 
 
 def test_children_go_together_too(virtual_time: VirtualTime) -> None:
-    """In their turns, while their own limits hold up none of them."""
+    """They share wake-ups in turns, as long as their own limits hold up none of them."""
     trace: list[tuple[str, int]] = []
     call = functools.partial(note_passage, trace, virtual_time.clock)
 
@@ -195,14 +195,14 @@ def test_children_go_together_too(virtual_time: VirtualTime) -> None:
     assert_within_bucket([(when, 1) for _, when in trace], rate=5_000.0, burst=100)
     times = {name: [when for name_, when in trace if name_ == name] for name, _ in trace}
     assert len({when for _, when in trace}) <= 102
-    # What is left of one when those of the burst have gone is served with as many of the other.
+    # When the burst is over, what is left of one child is served together with the other's calls.
     assert times["default/one"][-1] <= 162_000_000 < times["default/other"][-1] == 180_000_000
 
 
 def test_nobody_waits_for_company_beside_a_child_that_its_own_limits_hold_up(
     virtual_time: VirtualTime,
 ) -> None:
-    """What flows into a bucket of its own meanwhile would be lost to it, and its part to others."""
+    """What flows into that child's full bucket meanwhile would be lost to it."""
     served: collections.Counter[str] = collections.Counter()
 
     async def call(child: Limiter) -> None:
@@ -218,13 +218,13 @@ def test_nobody_waits_for_company_beside_a_child_that_its_own_limits_hold_up(
 
     virtual_time.run(main())
     for name in ("key/d", "key/e"):
-        assert served[name] >= 390  # of 400, a fifth of what there is
+        assert served[name] >= 390  # of 400: a fifth of the key's limit
 
 
 def test_others_go_together_until_a_child_may_go_that_its_own_limits_hold_up(
     virtual_time: VirtualTime,
 ) -> None:
-    """It is served at its very instants, and just before each of them the others go one by one."""
+    """It is served at its exact instants; just before each of them, the others go one by one."""
     trace: list[tuple[str, int]] = []
     call = functools.partial(note_passage, trace, virtual_time.clock)
 
@@ -245,7 +245,7 @@ def test_others_go_together_until_a_child_may_go_that_its_own_limits_hold_up(
 def test_child_of_a_child_has_as_much_where_others_go_together(
     virtual_time: VirtualTime, first: str
 ) -> None:
-    """Whoever stands in line before it, and though its parent is not the one to go next."""
+    """Whichever stands first in line, and even if its parent is not the next to be served."""
     trace: list[tuple[str, int]] = []
     call = functools.partial(note_passage, trace, virtual_time.clock)
 
@@ -266,14 +266,14 @@ def test_child_of_a_child_has_as_much_where_others_go_together(
     virtual_time.run(main())
     assert (
         len([name for name, _ in trace if name == "key/team/slow"]) >= 170
-    )  # one by one it is 176
+    )  # one by one, it would be 176
     assert len({when for _, when in trace}) <= 1_000  # of 2,500
 
 
 def test_where_very_many_are_held_up_others_go_one_by_one(
     virtual_time: VirtualTime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To look at all of them before each wait would take longer."""
+    """Looking at all of them before each wait would take longer."""
     monkeypatch.setattr(tree, "_MANY", 2)
     instants: set[int] = set()
 
@@ -294,7 +294,7 @@ def test_where_very_many_are_held_up_others_go_one_by_one(
 
 
 def test_what_flows_past_a_full_bucket_is_not_lost_for_company(virtual_time: VirtualTime) -> None:
-    """A burst of one leaves no time to wait, though another bucket lacks much."""
+    """With a burst of one there is no time to wait, though another bucket lacks much."""
 
     async def main() -> None:
         limiter = Limiter("1000/s burst 1", "6M TPM burst 1M", clock=virtual_time.clock)
@@ -306,7 +306,7 @@ def test_what_flows_past_a_full_bucket_is_not_lost_for_company(virtual_time: Vir
 
 
 def test_a_timer_that_fires_early_admits_nobody_early() -> None:
-    """As uvloop's do, by up to a millisecond: the pacer looks again, and sleeps for the rest."""
+    """Timers of uvloop may be up to 1 ms early: the pacer looks again, and sleeps for the rest."""
     naps: list[float] = []
 
     class EarlyLoop(VirtualTimeLoop):
@@ -335,7 +335,7 @@ def test_a_timer_that_fires_early_admits_nobody_early() -> None:
 
 
 def test_waits_of_days_are_slept_in_stretches(virtual_time: VirtualTime) -> None:
-    """No event loop's timer is asked for more than a day."""
+    """No timer of the event loop is set for more than a day."""
 
     async def main() -> None:
         bucket = TokenBucket(rate=1 / (10 * 86_400), clock=virtual_time.clock)
@@ -347,7 +347,7 @@ def test_waits_of_days_are_slept_in_stretches(virtual_time: VirtualTime) -> None
 
 
 def test_calls_alike_go_together_and_others_in_their_turn(virtual_time: VirtualTime) -> None:
-    """What one pass lets go is what calls would take one by one, in order; the cancelled are skipped."""
+    """A pass admits, in order, the calls that would pass one by one, and skips cancelled ones."""
 
     async def main() -> None:
         limiter = Limiter("10 units/s", clock=virtual_time.clock)
@@ -374,7 +374,7 @@ def test_calls_alike_go_together_and_others_in_their_turn(virtual_time: VirtualT
 def test_what_a_call_has_earned_that_gave_up_is_there_for_the_next(
     virtual_time: VirtualTime,
 ) -> None:
-    """Nobody passed meanwhile: a call above the burst counts from when somebody stood first."""
+    """If nobody passed meanwhile, a call above the burst counts from when the first was head."""
 
     async def main() -> None:
         bucket = Limiter("20 units/20s burst 5", clock=virtual_time.clock)

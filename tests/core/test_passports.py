@@ -1,4 +1,4 @@
-"""What stands for a limiter in a pickle."""
+"""A passport stands for a limiter in a pickle."""
 
 import dataclasses
 import pickle
@@ -8,19 +8,19 @@ from asyncbucket.limiter.passports import Passport, Passports, is_shared
 
 
 def elsewhere(passport: Passport) -> Passport:
-    """Return what arrives in another process."""
+    """Return the passport as it arrives in another process."""
     parent = None if passport.parent is None else elsewhere(passport.parent)
     return dataclasses.replace(through_pickle(passport), pid=-1, parent=parent)
 
 
 def through_pickle(passport: Passport) -> Passport:
-    """Return what comes out of a pickle."""
+    """Return a pickled and unpickled passport."""
     found: Passport = pickle.loads(pickle.dumps(passport))  # noqa: S301 - our own
     return found
 
 
 def test_a_passport_that_comes_home_stands_for_the_same_limiter() -> None:
-    """Also for a child of it."""
+    """The same holds for a child."""
     known = Passports()
     limiter = Limiter(rpm=500, name="key")
     child = limiter.child("chat", tpm=1_000)
@@ -30,7 +30,7 @@ def test_a_passport_that_comes_home_stands_for_the_same_limiter() -> None:
 
 
 def test_elsewhere_it_stands_for_one_on_the_same_terms_with_those_above_it() -> None:
-    """A tenant is the same to all its passports, and its name is told to nobody."""
+    """All passports of a tenant stand for the same one, and do not show its name."""
     home, away = Passports(), Passports()
     limiter = Limiter(rpm=500, concurrency=(2, 8), max_queue=7, timeout=3.0, name="key")
     child = limiter.child("chat", tpm=1_000, weight=2.0, priority=1)

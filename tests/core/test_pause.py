@@ -9,7 +9,7 @@ from asyncbucket.testing import VirtualTime
 
 
 def test_nobody_passes_during_a_pause(virtual_time: VirtualTime) -> None:
-    """Neither those who wait nor newcomers; afterwards all do, in order."""
+    """Neither waiting nor new calls pass; afterwards all do, in order."""
 
     async def main() -> None:
         limiter = Limiter("10 RPS burst 10", clock=virtual_time.clock)
@@ -30,7 +30,7 @@ def test_nobody_passes_during_a_pause(virtual_time: VirtualTime) -> None:
 
 
 def test_a_longer_pause_stays_in_force(virtual_time: VirtualTime) -> None:
-    """A later, shorter one does not cut it; a longer one extends it under those who wait."""
+    """A shorter one does not cut it; a longer one extends it, also for calls that wait."""
 
     async def main() -> None:
         limiter = Limiter(clock=virtual_time.clock)
@@ -50,7 +50,7 @@ def test_a_longer_pause_stays_in_force(virtual_time: VirtualTime) -> None:
 
 
 def test_a_pause_of_nothing_ends_no_slow_start(virtual_time: VirtualTime) -> None:
-    """The fourth call still comes two steps after the first."""
+    """The fourth call passes two steps after the first, as it would without it."""
 
     async def main() -> None:
         limiter = Limiter(clock=virtual_time.clock)
@@ -66,7 +66,7 @@ def test_a_pause_of_nothing_ends_no_slow_start(virtual_time: VirtualTime) -> Non
 
 
 def test_only_refusals_of_the_provider_are_counted_as_such(virtual_time: VirtualTime) -> None:
-    """`reason="429"` counts; another reason does not."""
+    """Only `reason="429"` counts, no other reason."""
     limiter = Limiter(clock=virtual_time.clock)
     limiter.pause(1, reason="429")
     limiter.pause(1, reason="maintenance")
@@ -75,7 +75,7 @@ def test_only_refusals_of_the_provider_are_counted_as_such(virtual_time: Virtual
 
 
 def test_a_deadline_within_a_pause_is_hopeless(virtual_time: VirtualTime) -> None:
-    """Refused at once; one that comes while it waits is refused then."""
+    """A call that cannot make it is refused at once; a waiting one fails at its deadline."""
 
     async def main() -> None:
         limiter = Limiter("5 RPM", clock=virtual_time.clock)
@@ -101,7 +101,7 @@ def test_a_deadline_within_a_pause_is_hopeless(virtual_time: VirtualTime) -> Non
 
 
 def test_a_pause_outlasts_blocked_slots(virtual_time: VirtualTime) -> None:
-    """A slot that comes back during a pause admits nobody before its end."""
+    """A slot that comes back during a pause admits no call before the pause ends."""
 
     async def main() -> None:
         limiter = Limiter(concurrency=1, clock=virtual_time.clock)
@@ -116,7 +116,7 @@ def test_a_pause_outlasts_blocked_slots(virtual_time: VirtualTime) -> None:
 
 
 def test_the_end_of_a_gradual_pause_is_no_storm(virtual_time: VirtualTime) -> None:
-    """One call at first, then twice as many in each step, in order; after 256 nothing holds back."""
+    """One call passes at first, then twice as many in each step, in order; after 256, all do."""
     passed: list[tuple[float, int]] = []
 
     async def call(limiter: Limiter, number: int) -> None:
@@ -140,7 +140,7 @@ def test_the_end_of_a_gradual_pause_is_no_storm(virtual_time: VirtualTime) -> No
 
 
 def test_newcomers_climb_too(virtual_time: VirtualTime) -> None:
-    """Whoever comes during a slow start takes its next step, or waits for it."""
+    """A call that comes during a slow start takes its next step, or waits for it."""
 
     async def main() -> None:
         limiter = Limiter(clock=virtual_time.clock)
@@ -161,7 +161,7 @@ def test_newcomers_climb_too(virtual_time: VirtualTime) -> None:
 
 
 def test_a_pause_meets_priorities_and_tenants(virtual_time: VirtualTime) -> None:
-    """At its end the urgent go first; a tenant that is paused alone holds up nobody."""
+    """At its end urgent calls go first; pausing one tenant does not hold up others."""
     passed: list[str] = []
 
     async def call(limiter: Limiter, name: str, priority: int) -> None:
@@ -184,7 +184,7 @@ def test_a_pause_meets_priorities_and_tenants(virtual_time: VirtualTime) -> None
 
 
 def test_a_pause_that_is_longer_than_a_slow_start_restarts_it(virtual_time: VirtualTime) -> None:
-    """One that is shorter changes nothing: those who climb go on."""
+    """A shorter one changes nothing: the slow start goes on."""
 
     async def main() -> None:
         limiter = Limiter(clock=virtual_time.clock)
@@ -203,7 +203,7 @@ def test_a_pause_that_is_longer_than_a_slow_start_restarts_it(virtual_time: Virt
 def test_whoever_gives_up_in_a_slow_start_leaves_its_step_to_the_next(
     virtual_time: VirtualTime,
 ) -> None:
-    """Handed over and cancelled in one instant: the next one passes at once."""
+    """If a call is cancelled at its turn, the next one passes at that instant."""
 
     async def main() -> None:
         limiter = Limiter(clock=virtual_time.clock)
@@ -220,7 +220,7 @@ def test_whoever_gives_up_in_a_slow_start_leaves_its_step_to_the_next(
 def test_a_call_that_is_closed_after_its_hand_over_gives_its_step_back(
     virtual_time: VirtualTime,
 ) -> None:
-    """In a slow start, too: the next call passes in the same instant."""
+    """This holds in a slow start, too: the next call passes at that instant."""
 
     async def main() -> None:
         limiter = Limiter(clock=virtual_time.clock)
@@ -239,7 +239,7 @@ def test_a_call_that_is_closed_after_its_hand_over_gives_its_step_back(
 
 
 def test_a_pause_counts_instants_not_units() -> None:
-    """There is nothing to owe, and all or nothing to be had."""
+    """Nothing can be owed to a pause, and either nothing or everything is available."""
     pause = Pause()
     assert pause.available(0) == NEVER
     pause.begin(10, 0, gradually=False)

@@ -12,12 +12,12 @@ from asyncbucket import Limiter
 from asyncbucket.context import Priority
 from asyncbucket.testing import VirtualTime
 
-#: The most seconds between two calls of "10 RPS burst 1": the eleventh waits a jitter's worth longer.
+#: Most seconds between calls of "10 RPS burst 1": the eleventh also waits for the window.
 GAP = 515 / 512 - 0.9
 
 
 async def ask(limiter: Limiter, priority: Priority | None, served: list[Any]) -> None:
-    """Call once, and note it."""
+    """Call once, and note the priority."""
     async with limiter.acquire(priority=priority):
         served.append(priority)
 
@@ -25,7 +25,7 @@ async def ask(limiter: Limiter, priority: Priority | None, served: list[Any]) ->
 def served_to(
     priorities: tuple[Priority, ...], time: VirtualTime, *, callers: int, seconds: int
 ) -> list[Any]:
-    """Return whom ten calls a second serve where so many callers of each priority never stop."""
+    """Return the priorities served at ten calls a second, if ``callers`` of each never stop."""
     served: list[Any] = []
 
     async def caller(limiter: Limiter, priority: Priority) -> None:
@@ -47,7 +47,7 @@ def served_to(
 def test_an_interactive_call_waits_one_gap_among_10_000_of_a_batch(
     virtual_time: VirtualTime,
 ) -> None:
-    """Whenever it comes; the next batch call comes after it, so the batch loses nothing else."""
+    """It does so whenever it comes; the batch loses only the calls served in between."""
     chance = random.Random(2)
     waits: list[float] = []
 
@@ -72,7 +72,7 @@ def test_an_interactive_call_waits_one_gap_among_10_000_of_a_batch(
 def test_an_interactive_call_passes_a_costly_batch_call_that_is_next(
     virtual_time: VirtualTime,
 ) -> None:
-    """It does not wait for what the other still lacks."""
+    """It does not wait until the costly call has enough tokens."""
 
     async def main() -> None:
         limiter = Limiter("100 TPM", clock=virtual_time.clock)
@@ -99,14 +99,14 @@ def test_an_interactive_call_passes_a_costly_batch_call_that_is_next(
 def test_each_priority_has_its_floor(
     virtual_time: VirtualTime, priorities: tuple[Priority, ...], parts: tuple[float, ...]
 ) -> None:
-    """However much the more urgent ones want: 1/9 beside one class, 1/73 beside two."""
+    """However many more urgent calls wait: 1/9 beside one class, 1/73 beside two."""
     served = served_to(priorities, virtual_time, callers=30, seconds=600)
     for priority, part in zip(priorities, parts, strict=True):
         assert served.count(priority) / len(served) == pytest.approx(part, abs=0.012)
 
 
 def test_the_wait_of_the_least_urgent_is_bounded(virtual_time: VirtualTime) -> None:
-    """Beside one class it is served at least every ninth time, beside two every 73rd."""
+    """Beside one class every ninth call is of the lowest one, beside two every 73rd."""
     served = served_to((-1, 0, 1), virtual_time, callers=5, seconds=100)[15:900]
     places = [place for place, priority in enumerate(served) if priority == -1]
     gaps = [after - before for before, after in itertools.pairwise(places)]
@@ -115,7 +115,7 @@ def test_the_wait_of_the_least_urgent_is_bounded(virtual_time: VirtualTime) -> N
 
 
 def test_calls_of_one_priority_pass_in_order_of_arrival(virtual_time: VirtualTime) -> None:
-    """Whatever else waits."""
+    """This holds whatever calls of other priorities wait."""
 
     async def main() -> None:
         limiter = Limiter("20 RPS burst 1", clock=virtual_time.clock)
@@ -138,7 +138,7 @@ def test_calls_of_one_priority_pass_in_order_of_arrival(virtual_time: VirtualTim
 
 
 def test_urgency_goes_above_shares(virtual_time: VirtualTime) -> None:
-    """One tenant's urgent call passes before another's ordinary one, whatever they have had."""
+    """One tenant's urgent call passes before another's normal one, whatever their shares."""
 
     async def main() -> None:
         key = Limiter("10 RPS burst 1", clock=virtual_time.clock)
@@ -159,7 +159,7 @@ def test_urgency_goes_above_shares(virtual_time: VirtualTime) -> None:
 def test_a_priority_is_the_calls_own_or_inherited_or_the_limiters(
     virtual_time: VirtualTime,
 ) -> None:
-    """In this order; a child has its parent's unless it is given one."""
+    """They count in this order; a child has its parent's default unless it is given its own."""
 
     async def main() -> None:
         key = Limiter("1 RPS burst 1", clock=virtual_time.clock)
@@ -193,7 +193,7 @@ def test_a_priority_is_the_calls_own_or_inherited_or_the_limiters(
 
 @pytest.mark.parametrize("value", ["urgent", 101, -101, 1.0, True, None])
 def test_what_is_no_priority_is_refused(value: Any) -> None:
-    """By the context, and by the call."""
+    """The context and the call refuse it."""
     message = (
         "priority must be 'interactive', 'normal', 'batch' or a whole number from -100 to 100, "
         f"not {value!r}"

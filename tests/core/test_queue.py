@@ -1,4 +1,4 @@
-"""The line itself, without a clock and without meters."""
+"""The line by itself, without a clock and without meters."""
 
 import asyncio
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 def waiter(loop: asyncio.AbstractEventLoop, number: int, deadline: int | None = None) -> Waiter:
-    """Make a waiter with a place in the order of arrival."""
+    """Return a waiter with this place in the order of arrival."""
     made = Waiter(loop=loop)
     made.number = number
     made.deadline = deadline
@@ -44,7 +44,7 @@ moves = st.lists(
 @settings(deadline=None, max_examples=100)
 @given(moves)
 def test_a_line_is_a_list_without_its_costs(history: list[tuple[str, int]]) -> None:
-    """Whoever pushes, passes, leaves or expires: who is head, who is left and when is as said."""
+    """Head, members and deadlines are those of a plain list, whatever is pushed, served or left."""
     loop = asyncio.new_event_loop()
     line, deadlines = Line(Node(), NOBODY), Deadlines()
     waiting: list[Waiter] = []
@@ -91,7 +91,7 @@ def test_a_line_is_a_list_without_its_costs(history: list[tuple[str, int]]) -> N
 
 
 def test_the_dead_are_swept_out(loop: asyncio.AbstractEventLoop) -> None:
-    """Ten thousand who left from the middle are not remembered, nor are their deadlines."""
+    """Ten thousand calls that left from the middle are removed, and so are their deadlines."""
     line, deadlines = Line(Node(), NOBODY), Deadlines()
     first, last = waiter(loop, 0), waiter(loop, 10_001)
     line.push(first, 0)
@@ -110,7 +110,7 @@ def test_the_dead_are_swept_out(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def test_a_head_that_was_skipped_still_counts_as_head(loop: asyncio.AbstractEventLoop) -> None:
-    """Somebody else may have looked for the head before it could say that it left."""
+    """The pacer may have looked for the head before the cancelled call itself has left."""
     line = Line(Node(), NOBODY)
     first, second = waiter(loop, 0), waiter(loop, 1)
     line.push(first, 0)
@@ -124,7 +124,7 @@ def test_a_head_that_was_skipped_still_counts_as_head(loop: asyncio.AbstractEven
 
 
 def test_nobody_sleeps_in_a_line(loop: asyncio.AbstractEventLoop) -> None:
-    """It answers what a tree is asked, so that a pacer need not know which it serves."""
+    """A line has the methods of a tree, so a pacer need not know which of the two it serves."""
     node = Node()
     line = Line(node, NOBODY)
     assert line.free_for(node, 0)

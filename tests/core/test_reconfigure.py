@@ -13,7 +13,7 @@ from asyncbucket.testing import VirtualTime, assert_never_over, virtual_time
 
 
 def test_a_raised_limit_admits_who_waits_at_once(virtual_time: VirtualTime) -> None:
-    """In the same instant, without a newcomer's help."""
+    """A waiting call passes at that instant, even if no new call comes."""
 
     async def main() -> None:
         limiter = Limiter("100 TPM", clock=virtual_time.clock)
@@ -28,7 +28,7 @@ def test_a_raised_limit_admits_who_waits_at_once(virtual_time: VirtualTime) -> N
 
 
 def test_a_lowered_limit_is_kept_from_the_first_moment(virtual_time: VirtualTime) -> None:
-    """What was admitted stays counted."""
+    """What was admitted before stays counted."""
 
     async def main() -> None:
         limiter = Limiter("100 TPM", clock=virtual_time.clock)
@@ -42,7 +42,7 @@ def test_a_lowered_limit_is_kept_from_the_first_moment(virtual_time: VirtualTime
 
 
 def test_who_can_never_pass_any_more_is_told(virtual_time: VirtualTime) -> None:
-    """At once, with the new limit; those behind go on."""
+    """It fails at once, with the new limit; the calls behind it go on."""
 
     async def main() -> None:
         limiter = Limiter("100 TPM", clock=virtual_time.clock)
@@ -71,7 +71,7 @@ def test_who_can_never_pass_any_more_is_told(virtual_time: VirtualTime) -> None:
 def test_who_gives_up_at_that_moment_is_not_told_twice(
     virtual_time: VirtualTime, turns: int
 ) -> None:
-    """Cancelled and refused in one step: cancelled it is, told or not, and nothing breaks."""
+    """If a call is refused and cancelled at about the same step, it counts only as cancelled."""
 
     async def main() -> None:
         limiter = Limiter("100 TPM", clock=virtual_time.clock)
@@ -94,7 +94,7 @@ def test_who_gives_up_at_that_moment_is_not_told_twice(
 
 
 def test_who_is_told_once_counts_once(virtual_time: VirtualTime) -> None:
-    """However often limits change before its task has run."""
+    """However often limits change before its task runs, the refusal counts once."""
 
     async def main() -> None:
         limiter = Limiter("100 TPM", clock=virtual_time.clock)
@@ -113,7 +113,7 @@ def test_who_is_told_once_counts_once(virtual_time: VirtualTime) -> None:
 
 
 def test_who_can_never_pass_is_told_so_though_its_time_is_up(virtual_time: VirtualTime) -> None:
-    """A limit is lowered in the instant of a deadline, before the call has run."""
+    """A limit is lowered at the instant of a deadline, before the waiting call's task runs."""
 
     async def main() -> None:
         limiter = Limiter("100 TPM", clock=virtual_time.clock)
@@ -133,7 +133,7 @@ def test_who_can_never_pass_is_told_so_though_its_time_is_up(virtual_time: Virtu
 
 
 def test_new_slots_are_held_by_calls_in_flight(virtual_time: VirtualTime) -> None:
-    """Never more than the new number at once, at any level; a new limit counts from now on."""
+    """At each level at most the new number run at once; a new limit counts from now on."""
 
     async def main() -> None:
         limiter = Limiter(clock=virtual_time.clock)
@@ -164,7 +164,7 @@ def test_new_slots_are_held_by_calls_in_flight(virtual_time: VirtualTime) -> Non
 
 
 def test_new_slots_are_held_by_calls_that_were_just_let_go(virtual_time: VirtualTime) -> None:
-    """Admitted, but not run since: the change came in between, at whichever level."""
+    """The change comes after they were admitted and before they run, at either level."""
 
     async def main() -> None:
         limiter = Limiter(clock=virtual_time.clock)
@@ -190,7 +190,7 @@ def test_new_slots_are_held_by_calls_that_were_just_let_go(virtual_time: Virtual
 
 
 def test_new_slot_of_a_call_in_flight_is_lent_to_a_call_inside(virtual_time: VirtualTime) -> None:
-    """It comes back once, for the call inside, however often that is said."""
+    """It is lent once to the call inside, however often the outer call gives it back."""
 
     async def main() -> None:
         limiter = Limiter(clock=virtual_time.clock)
@@ -213,7 +213,7 @@ def test_new_slot_of_a_call_in_flight_is_lent_to_a_call_inside(virtual_time: Vir
 
 
 def test_fewer_slots_wait_until_enough_have_come_back(virtual_time: VirtualTime) -> None:
-    """Three are held, two remain: the next call passes when two have been released."""
+    """Of three held slots two must come back before the next call passes."""
 
     async def main() -> None:
         limiter = Limiter(concurrency=3, clock=virtual_time.clock)
@@ -230,7 +230,7 @@ def test_fewer_slots_wait_until_enough_have_come_back(virtual_time: VirtualTime)
 
 
 def test_pacing_changes_with_its_limit(virtual_time: VirtualTime) -> None:
-    """Slower, faster, off, on again."""
+    """A changed limit paces slower or faster; a burst equal to the limit turns pacing off."""
 
     async def main() -> None:
         limiter = Limiter("60 RPM burst 2", clock=virtual_time.clock)
@@ -250,7 +250,7 @@ def test_pacing_changes_with_its_limit(virtual_time: VirtualTime) -> None:
 
 
 def test_what_comes_back_after_a_change_is_there_at_once(virtual_time: VirtualTime) -> None:
-    """The bucket that paces a limit knows of what calls booked before it was changed."""
+    """A refund from before the change counts in the bucket that paces the changed limit."""
 
     async def main() -> None:
         limiter = Limiter("60k TPM burst 10k", clock=virtual_time.clock)
@@ -267,7 +267,7 @@ def test_what_comes_back_after_a_change_is_there_at_once(virtual_time: VirtualTi
 
 
 def test_who_looks_at_limits_from_another_thread_sees_no_change_begun() -> None:
-    """It may be in the middle of them when one is added."""
+    """It may be iterating over the limits while one is added."""
     limiter = Limiter("500 RPM")
     looking = iter(limiter._account.limits)
     limiter.reconfigure("200k TPM")
@@ -276,7 +276,7 @@ def test_who_looks_at_limits_from_another_thread_sees_no_change_begun() -> None:
 
 
 def test_a_mistake_changes_nothing(virtual_time: VirtualTime) -> None:
-    """Either all of it is put in force, or none."""
+    """All of the changes are applied, or none."""
     limiter = Limiter("60 RPM", concurrency=2, clock=virtual_time.clock)
     with pytest.raises(LimitSyntaxError):
         limiter.reconfigure("30 RPM", "nonsense")
@@ -287,7 +287,7 @@ def test_a_mistake_changes_nothing(virtual_time: VirtualTime) -> None:
 
 
 def test_a_mistake_leaves_a_childs_share_as_it_is(virtual_time: VirtualTime) -> None:
-    """Its weight is changed with all else, or not at all."""
+    """The weight is changed together with everything else, or not at all."""
     limiter = Limiter("60 RPM", clock=virtual_time.clock)
     child = limiter.child("a")
     with pytest.raises(ValueError, match="concurrency must be a whole number"):
@@ -318,7 +318,7 @@ changes = st.lists(
 def test_the_highest_limit_is_never_exceeded_through_changes(
     limits: list[tuple[int, int, float]], chance: object
 ) -> None:
-    """Whatever limits come and go: over no window is more admitted than the highest allowed."""
+    """However limits change, no window admits more than the highest of them."""
     del chance
     trace: list[tuple[int, int]] = []
     leases: list[Lease] = []

@@ -6,7 +6,7 @@ from asyncbucket.testing import VirtualTime
 
 
 def test_a_limiter_speaks_for_itself(virtual_time: VirtualTime) -> None:
-    """Its name, its limits, its slots and who waits."""
+    """Its repr shows its name, limits, slots, and how many calls wait."""
 
     async def main() -> None:
         limiter = Limiter(
@@ -28,7 +28,7 @@ def test_a_limiter_speaks_for_itself(virtual_time: VirtualTime) -> None:
 
 
 def test_an_acquisition_that_was_not_awaited_says_so() -> None:
-    """Seen in a debugger, by whoever forgot it."""
+    """The repr helps to find it in a debugger."""
     acquisition = Limiter().acquire(tokens=500)
     assert repr(acquisition) == (
         "<Acquisition Cost(requests=1, tokens=500, input_tokens=500, output_tokens=500): "
@@ -38,7 +38,7 @@ def test_an_acquisition_that_was_not_awaited_says_so() -> None:
 
 
 def test_values_are_small() -> None:
-    """Meters and errors carry no instance dictionary beyond what they need."""
+    """Meters have no instance dictionary, and a plain error shows just its text."""
     for meter in (Bucket(rate=1, burst=1), Window(amount=1, window=1000), Slots(size=1)):
         assert not hasattr(meter, "__dict__")
     assert str(LimitSyntaxError("what")) == "what"

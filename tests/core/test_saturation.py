@@ -1,4 +1,4 @@
-"""Saturated, a limiter uses at least 99 % of its limits, and is never over them."""
+"""Under full load, a limiter uses at least 99 % of its limits, and never exceeds them."""
 
 import asyncio
 import random
@@ -21,9 +21,9 @@ def saturate(
     latency: float = 0.0,
     callers: int = 200,
 ) -> dict[str, float]:
-    """Let `callers` ask again and again; assert never over; return each limit's share of use.
+    """Let `callers` ask again and again; assert limits are kept; return each limit's share of use.
 
-    The share counts whole windows after the first, with the units that passed in them.
+    The share counts only whole windows after the first, and the units that passed in them.
     """
     chance = random.Random(7)
     traces: dict[str, list[tuple[int, int]]] = {}
@@ -66,14 +66,14 @@ def one(_: random.Random) -> dict[str, int]:
 
 @pytest.mark.parametrize("limit", ["600 RPM", "60 RPM", "10/s", "1000 requests/10s burst 1000"])
 def test_requests_are_used_to_99_percent(limit: str) -> None:
-    """One limit of requests, paced or in bursts: at least 99 %."""
+    """One limit of requests, paced or in bursts, is used to at least 99 %."""
     per = Limit.parse(limit).per
     (share,) = saturate(limit, cost=one, seconds=10 * per).values()
     assert 0.99 <= share <= 1
 
 
 def test_small_calls_use_99_percent_of_tokens() -> None:
-    """Calls of up to 1 % of the tokens a minute: at least 99 %."""
+    """With calls of up to 1 % of the tokens a minute, at least 99 % are used."""
     (share,) = saturate(
         "60k TPM", cost=lambda chance: {"tokens": chance.randint(1, 600)}, seconds=600
     ).values()
@@ -81,7 +81,7 @@ def test_small_calls_use_99_percent_of_tokens() -> None:
 
 
 def test_paced_tokens_are_used_to_99_percent() -> None:
-    """A burst of a sixtieth, as much as flows in within a second."""
+    """The burst is a sixtieth of the limit, as much as is refilled in a second."""
     (share,) = saturate(
         "60k TPM burst 1000", cost=lambda chance: {"tokens": chance.randint(1, 300)}, seconds=600
     ).values()
@@ -89,7 +89,7 @@ def test_paced_tokens_are_used_to_99_percent() -> None:
 
 
 def test_calls_of_a_fifth_of_the_limit_use_nine_tenths() -> None:
-    """Where single calls are up to a fifth of the limit: a tenth less, for what doesn't fit."""
+    """If single calls take up to a fifth of the limit, a tenth is lost because they do not fit."""
     (share,) = saturate(
         "60k TPM", cost=lambda chance: {"tokens": chance.randint(1, 12_000)}, seconds=1200
     ).values()
@@ -98,7 +98,7 @@ def test_calls_of_a_fifth_of_the_limit_use_nine_tenths() -> None:
 
 @pytest.mark.heavy
 def test_the_binding_limit_of_a_mix_is_used_to_99_percent() -> None:
-    """Requests, tokens and slots together: whichever binds is used up, none is over."""
+    """With requests, tokens and slots together, whichever binds is used up; none is exceeded."""
 
     def cost(chance: random.Random) -> dict[str, int]:
         return {"tokens": chance.randint(50, 150)}
@@ -145,7 +145,7 @@ def test_refunds_are_used_at_once() -> None:
 
 @pytest.mark.parametrize(("rate", "burst"), [(10.0, 1), (7.25, 5), (0.5, 2), (1000.0, 50)])
 def test_a_bucket_is_used_to_the_last_unit(rate: float, burst: int) -> None:
-    """However many wait, burst + rate * t units pass, and not one more."""
+    """However many calls wait, just burst + rate * t units pass."""
     trace: list[tuple[int, int]] = []
     seconds = 500 / rate
 

@@ -1,4 +1,4 @@
-"""The arithmetic of shares, and the tree that chooses, without a pacer."""
+"""The arithmetic of shares, and the tree that chooses who is next, without a pacer."""
 
 import asyncio
 import math
@@ -31,7 +31,7 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 class Grove:
-    """A tree of nodes and the calls that wait in it; one token costs one second of the root."""
+    """A tree of nodes and the calls that wait in it; a token has a price of one second."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, root: Node | None = None) -> None:
         self.loop = loop
@@ -42,7 +42,7 @@ class Grove:
         self.arrivals = 0
 
     def rouse(self, node: Node) -> None:
-        """Look again at those who sleep at ``node`` or above, on the only loop."""
+        """Look again at the flows that sleep at ``node`` or above, on the only loop."""
         self.tree.rouse(node)
 
     def child(self, above: Node | None = None, *, weight: float = 1.0) -> Node:
@@ -50,7 +50,7 @@ class Grove:
         return Node(self.root if above is None else above, weight=weight)
 
     def push(self, node: Node, tokens: int = 1, *, priority: int = 0) -> Waiter:
-        """Let a call stand in line."""
+        """Add a call to the line of ``node``."""
         self.arrivals += 1
         waiter = Waiter(loop=self.loop)
         waiter.amounts = {"tokens": tokens, "concurrency": 1}
@@ -60,7 +60,7 @@ class Grove:
         return waiter
 
     def serve(self, now: int = 0) -> Waiter:
-        """Let the head pass; nobody who was served comes back."""
+        """Admit the head; its caller does not come back."""
         self.tree.begin()
         head = self.tree.head(now)
         assert head is not None
@@ -70,7 +70,7 @@ class Grove:
 
 
 def serve_next(*loops: Grove) -> Waiter:
-    """Let the head pass of that loop whose turn it is, as their pacers agree on it."""
+    """Admit the head of the loop whose turn it is, by the rule that pacers use."""
     for each in loops:
         each.tree.begin()
     standing = [each for each in loops if each.tree.head(0) is not None]
@@ -79,12 +79,12 @@ def serve_next(*loops: Grove) -> Waiter:
 
 @pytest.fixture
 def grove(loop: asyncio.AbstractEventLoop) -> Grove:
-    """Give a tree in which nobody waits."""
+    """Give a tree in which no call waits."""
     return Grove(loop)
 
 
 def test_an_idle_claimant_saves_nothing_up() -> None:
-    """Who wants something again starts now, however long nothing was wanted."""
+    """A share that competes again starts at the present, however long it was idle."""
     share = Share(2.0)
     share.join(10.0)
     share.charge(3.0)
@@ -96,7 +96,7 @@ def test_an_idle_claimant_saves_nothing_up() -> None:
 
 
 def test_who_was_held_up_keeps_one_call() -> None:
-    """As much as the last one, of what was not used; what was used beyond the share stays used."""
+    """What it did not use counts up to its last call's price; what it used above stays used."""
     share = Share(2.0)
     share.charge(3.0)
     share.join(5.0, kept=3.0)
@@ -109,7 +109,7 @@ def test_who_was_held_up_keeps_one_call() -> None:
 
 
 def test_what_came_back_pays_for_later_calls() -> None:
-    """First credit, then the tag; a debt is paid with the next call."""
+    """A refund is credit first, and then pays; a debt is charged with the next call."""
     share = Share(1.0)
     share.charge(10.0)
     share.correct(4.0)
@@ -124,7 +124,7 @@ def test_what_came_back_pays_for_later_calls() -> None:
 
 
 def test_credit_of_one_who_was_idle_is_lost() -> None:
-    """It brings the tag down to the present at most."""
+    """Credit lowers the tag to the present at most."""
     share = Share(1.0)
     share.charge(10.0)
     share.correct(8.0)
@@ -135,7 +135,7 @@ def test_credit_of_one_who_was_idle_is_lost() -> None:
 
 
 def test_virtual_time_is_the_start_of_the_call_served_last() -> None:
-    """As in the paper."""
+    """As in the paper on start-time fair queueing."""
     clock, share = VirtualClock(), Share(2.0)
     clock.enter(share)
     clock.advance(share, 1.0, weights=2.0)
@@ -146,7 +146,7 @@ def test_virtual_time_is_the_start_of_the_call_served_last() -> None:
 
 
 def serve_newcomers(clock: VirtualClock, *, number: int, beside: float) -> None:
-    """Serve them one after the other, each as soon as the last one is gone."""
+    """Serve newcomers one after the other, each as soon as the last one is gone."""
     for _ in range(number):
         newcomer = Share(1.0)
         newcomer.join(clock.now)
@@ -157,7 +157,7 @@ def serve_newcomers(clock: VirtualClock, *, number: int, beside: float) -> None:
 
 @pytest.mark.parametrize("times", [1, 2, 10])
 def test_virtual_time_does_not_stand_still_among_newcomers(times: int) -> None:
-    """One after the other served at once: it follows the potential, a call of each behind."""
+    """With newcomers served one by one, it follows the potential, one call of each behind."""
     clock, waiting = VirtualClock(), Share(9.0)
     clock.enter(waiting)
     for _ in range(times):
@@ -169,7 +169,7 @@ def test_virtual_time_does_not_stand_still_among_newcomers(times: int) -> None:
 @pytest.mark.parametrize("price", [1.0, 1_000.0])
 @pytest.mark.parametrize("weight", [1.0, 0.001])
 def test_virtual_time_does_not_remember_a_costly_call(price: float, weight: float) -> None:
-    """Whoever made it is gone: those who come later overtake nobody because of it."""
+    """Once the caller is gone, its call delays virtual time no longer, so nobody is overtaken."""
     clock, costly, waiting = VirtualClock(), Share(weight), Share(1.0)
     clock.enter(waiting)
     clock.advance(waiting, 1.0, weights=1.0)
@@ -182,7 +182,7 @@ def test_virtual_time_does_not_remember_a_costly_call(price: float, weight: floa
 
 
 def test_siblings_go_by_cost_over_weight(grove: Grove) -> None:
-    """Heavy calls of a light one, light calls of a heavy one: 1 to 3 in tokens."""
+    """Costly calls of a light child and cheap ones of a heavy child: 1 to 3 in tokens."""
     one, three = grove.child(), grove.child(weight=3.0)
     for _ in range(40):
         grove.push(one, 20)
@@ -198,21 +198,21 @@ def test_siblings_go_by_cost_over_weight(grove: Grove) -> None:
 
 
 def test_of_one_claimant_the_first_goes_first(grove: Grove) -> None:
-    """And those of one tag by when they began to wait."""
+    """Siblings with equal tags are served by when they began to wait."""
     a, b = grove.child(), grove.child()
     calls = [grove.push(a), grove.push(b), grove.push(a), grove.push(b)]
     assert [grove.serve() for _ in range(4)] == calls
 
 
 def test_many_with_the_same_tag_go_in_the_order_in_which_they_came(grove: Grove) -> None:
-    """Round after round, as long as all have calls of the same cost."""
+    """This holds for every round, as long as all calls cost the same."""
     children = [grove.child() for _ in range(7)]
     calls = [grove.push(child) for _ in range(3) for child in children]
     assert [grove.serve() for _ in calls] == calls
 
 
 def test_a_class_eight_times_as_urgent_has_eight_ninths(grove: Grove) -> None:
-    """Of three classes 1 : 8 : 64; of two of them 1 : 8, whichever they are."""
+    """Three classes get 1 : 8 : 64; two of them 1 : 8, even if they are not neighbours."""
     node = grove.child()
     for priority in (-1, 0, 1):
         for _ in range(800):
@@ -232,7 +232,7 @@ def test_a_class_eight_times_as_urgent_has_eight_ninths(grove: Grove) -> None:
 
 
 def test_an_urgent_newcomer_is_next(grove: Grove) -> None:
-    """However many wait that are less urgent."""
+    """It is next however many less urgent calls wait."""
     node = grove.child()
     for _ in range(100):
         grove.push(node, priority=-1)
@@ -244,7 +244,7 @@ def test_an_urgent_newcomer_is_next(grove: Grove) -> None:
 
 
 def test_one_out_of_its_quota_sleeps_and_the_next_goes(grove: Grove) -> None:
-    """It wakes by time, or when something of its path was given back."""
+    """It wakes when its time comes, or when something was given back on its path."""
     poor, rich = grove.child(), grove.child()
     window = Window(amount=1, window=1_000)
     poor._gates = Gates([(window, "tokens")])
@@ -269,7 +269,7 @@ def test_one_out_of_its_quota_sleeps_and_the_next_goes(grove: Grove) -> None:
 
 @pytest.mark.parametrize("weight", [0.5, 1.0, 4.0])
 def test_one_out_of_its_quota_loses_its_share_but_for_a_call(grove: Grove, weight: float) -> None:
-    """As much as its last call is worth by its weight: it goes next, and once."""
+    """It keeps the price of one call, divided by its weight, and so goes next."""
     poor, rich = grove.child(weight=weight), grove.child()
     window = Window(amount=10, window=1_000)
     poor._gates = Gates([(window, "tokens")])
@@ -286,7 +286,7 @@ def test_one_out_of_its_quota_loses_its_share_but_for_a_call(grove: Grove, weigh
 
 
 def test_one_that_waits_for_a_slot_is_found_without_it(grove: Grove) -> None:
-    """For when all slots are held by those who are blocked; all else still binds."""
+    """The head that lacks only a slot is found, for use when blocked loops hold all slots."""
     slots = Slots(size=1)
     slots.book(1, 0)
     node, other = grove.child(), grove.child()
@@ -302,7 +302,7 @@ def test_one_that_waits_for_a_slot_is_found_without_it(grove: Grove) -> None:
 
 
 def test_whoever_was_emptied_is_expected_back(grove: Grove) -> None:
-    """One with a higher tag waits a pass for it, and no longer."""
+    """A sibling with a higher tag waits one pass for it, and no longer."""
     patient, busy = grove.child(weight=8.0), grove.child()
     first = grove.push(patient)
     for _ in range(3):
@@ -320,7 +320,7 @@ def test_whoever_was_emptied_is_expected_back(grove: Grove) -> None:
 
 
 def test_a_tree_takes_over_a_line(loop: asyncio.AbstractEventLoop) -> None:
-    """Those who waited before there were children or priorities are neither lost nor passed."""
+    """Calls that waited before there were children or priorities keep their places."""
     root = Node()
     line = Line(root, NOBODY)
     waiters: list[Waiter] = []
@@ -339,7 +339,7 @@ def test_a_tree_takes_over_a_line(loop: asyncio.AbstractEventLoop) -> None:
 
 @pytest.mark.heavy
 def test_a_flow_in_which_nobody_is_left_is_forgotten(grove: Grove) -> None:
-    """Ten thousand who came once leave no flow behind, and no weight."""
+    """Ten thousand children with one call each leave neither a flow nor a class behind."""
     for _ in range(10_000):
         grove.push(grove.child())
     for _ in range(10_000):
@@ -350,7 +350,7 @@ def test_a_flow_in_which_nobody_is_left_is_forgotten(grove: Grove) -> None:
 
 
 def test_weights_of_those_that_compete_add_up(loop: asyncio.AbstractEventLoop) -> None:
-    """Empty and sleeping ones do not count; who comes back does."""
+    """Empty flows do not count; one that has calls again does."""
     root, clock, share = Node(), VirtualClock(), Share(2.0)
     branch = Branch(root, clock, set())
     line = Line(root, NOBODY)
@@ -387,7 +387,7 @@ def test_weights_of_those_that_compete_add_up(loop: asyncio.AbstractEventLoop) -
 
 
 def test_flows_of_one_instant_keep_their_order() -> None:
-    """Those that were made first; entries of one flow are alike."""
+    """The flow that was made first goes first."""
     line = Line(Node(), NOBODY)
     first = Flow("a", line, Share(1.0), child=None, order=1)
     second = Flow("b", line, Share(1.0), child=None, order=2)
@@ -396,7 +396,7 @@ def test_flows_of_one_instant_keep_their_order() -> None:
 
 
 def test_tags_along_the_way_decide_between_loops(loop: asyncio.AbstractEventLoop) -> None:
-    """On another loop stands a sibling whose turn it is, though it came later."""
+    """A sibling with a lower tag on another loop goes first, though its call came later."""
     here = Grove(loop)
     there = Grove(loop, here.root)
     heavy, light = here.child(), here.child()
@@ -415,7 +415,7 @@ def test_tags_along_the_way_decide_between_loops(loop: asyncio.AbstractEventLoop
 def test_of_two_loops_with_the_same_tags_the_more_urgent_goes_first(
     loop: asyncio.AbstractEventLoop,
 ) -> None:
-    """As on one: though it came later, and further down."""
+    """An urgent call goes first, as on one loop, though it came later and deeper in the tree."""
     here = Grove(loop)
     there = Grove(loop, here.root)
     here.push(here.root, priority=-1)
@@ -426,7 +426,7 @@ def test_of_two_loops_with_the_same_tags_the_more_urgent_goes_first(
 def test_who_comes_late_does_not_wait_for_all_that_two_loops_have_served(
     loop: asyncio.AbstractEventLoop,
 ) -> None:
-    """Virtual time runs by all who compete, on whichever loop each of them does."""
+    """Virtual time counts all competitors, on whichever loop they wait."""
     here = Grove(loop)
     there = Grove(loop, here.root)
     one, other, late = (here.child() for _ in range(3))
@@ -444,7 +444,7 @@ def test_who_comes_late_does_not_wait_for_all_that_two_loops_have_served(
 
 
 def test_priorities_compete_across_loops(loop: asyncio.AbstractEventLoop) -> None:
-    """The urgent on one loop, the others on another: 8 to 1 as on one."""
+    """With urgent calls on one loop and the others on another, shares are 8 to 1, as on one."""
     here = Grove(loop)
     there = Grove(loop, here.root)
     for _ in range(900):
@@ -455,7 +455,7 @@ def test_priorities_compete_across_loops(loop: asyncio.AbstractEventLoop) -> Non
 
 
 def test_on_a_loop_that_serves_no_more_nobody_competes(loop: asyncio.AbstractEventLoop) -> None:
-    """At no level; what competes on another loop still does."""
+    """It no longer counts at any level; calls on another loop still do."""
     here = Grove(loop)
     there = Grove(loop, here.root)
     child = here.child()
@@ -472,7 +472,7 @@ def test_on_a_loop_that_serves_no_more_nobody_competes(loop: asyncio.AbstractEve
 
 
 def test_a_node_without_waiters_has_no_shares_yet() -> None:
-    """Ten thousand idle children keep no books on fairness."""
+    """Idle nodes keep no account of fairness, which saves memory for ten thousand children."""
     node = Node(Node())
     assert node._fairness is None
     node.reweigh(3.0)
@@ -483,7 +483,7 @@ def test_a_node_without_waiters_has_no_shares_yet() -> None:
 
 
 def test_a_call_is_priced_by_what_binds_from_call_to_call() -> None:
-    """The largest part of any limit, of several of a resource the fastest; days do not count."""
+    """It is the largest part of any limit, of one resource the fastest; days do not count."""
     limits = (
         Limit("requests", 600),
         Limit("requests", 100, per=86_400),

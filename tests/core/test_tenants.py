@@ -1,4 +1,4 @@
-"""A limiter for each tenant, on demand: few alive, and nobody's quota forgotten."""
+"""A limiter for each tenant, made on demand: few are kept, and nobody's quota is forgotten."""
 
 import asyncio
 import concurrent.futures
@@ -21,13 +21,13 @@ from tests.core.conftest import FakeLock
 
 
 def crowd_out(limiter: Limiter, *, times: int = 8) -> None:
-    """Ask for so many others that those who are idle are put to rest."""
+    """Ask for enough other tenants that idle ones are put to rest."""
     for number in range(times):
         limiter.key(f"passer-by {number} of {limiter.now()}")
 
 
 def test_a_tenant_is_one_limiter(virtual_time: VirtualTime) -> None:
-    """Asked by `key`, by `acquire(tenant=)` or in a context: the same, under the same limits."""
+    """By `key` or `acquire(tenant=)`, it is the same limiter under the same limits."""
 
     async def main() -> None:
         key = Limiter("100 RPM", name="openai", clock=virtual_time.clock)
@@ -47,7 +47,7 @@ def test_a_tenant_is_one_limiter(virtual_time: VirtualTime) -> None:
 
 
 def test_telemetry_finds_the_tenants_that_have_calls(virtual_time: VirtualTime) -> None:
-    """Those who wait and those in flight, not the thousand that are idle."""
+    """Only tenants with calls waiting or in flight are listed, not the idle ones."""
 
     async def main() -> None:
         key = Limiter("60 RPM burst 1", clock=virtual_time.clock)
@@ -67,7 +67,7 @@ def test_telemetry_finds_the_tenants_that_have_calls(virtual_time: VirtualTime) 
 
 
 def test_a_tenants_name_is_nobodys_business(virtual_time: VirtualTime) -> None:
-    """It is in no name, repr, error or statistics, and children do not list it."""
+    """It appears in no name, repr, error or statistics, and `children` does not list it."""
 
     async def main() -> None:
         key = Limiter(name="openai", clock=virtual_time.clock)
@@ -88,7 +88,7 @@ def test_a_tenants_name_is_nobodys_business(virtual_time: VirtualTime) -> None:
 
 
 def test_terms_of_a_tenants_own_stay_its_own(virtual_time: VirtualTime) -> None:
-    """However long nobody asks for it; other terms are a mistake, as for a child."""
+    """They stay even while it is at rest; asking with other terms is an error, as for a child."""
     key = Limiter(name="key", clock=virtual_time.clock)
     key.per_key("100 RPM", alive=1)
     key.key("vip", rpm=500, weight=2)
@@ -108,7 +108,7 @@ def test_terms_of_a_tenants_own_stay_its_own(virtual_time: VirtualTime) -> None:
 
 
 def test_a_template_holds_for_those_that_come_later(virtual_time: VirtualTime) -> None:
-    """Whoever is there stays on the terms that it came on."""
+    """A tenant that exists already keeps the terms it was made with."""
     key = Limiter(clock=virtual_time.clock)
     assert key.key("first").limits == ()
     key.per_key(rpm=10)
@@ -121,7 +121,7 @@ def test_a_template_holds_for_those_that_come_later(virtual_time: VirtualTime) -
 
 
 def test_whoever_asked_last_is_alive(virtual_time: VirtualTime) -> None:
-    """Even where none are to be kept: a handle finds its account, and not another one for ever."""
+    """This holds with alive=0, too: old handles find the same account, which keeps its counts."""
     key = Limiter(clock=virtual_time.clock)
     key.per_key("10 RPM burst 10", alive=0)
     first, second = key.key("first"), key.key("second")
@@ -133,7 +133,7 @@ def test_whoever_asked_last_is_alive(virtual_time: VirtualTime) -> None:
 
 
 def test_few_are_alive_and_old_handles_stay_good(virtual_time: VirtualTime) -> None:
-    """A handle from before goes on with the quota as it was left, in every method."""
+    """A handle from before the rest sees the quota as it was left, in every method."""
 
     async def main() -> None:
         key = Limiter("1000 RPM", name="key", clock=virtual_time.clock)
@@ -174,7 +174,7 @@ def test_few_are_alive_and_old_handles_stay_good(virtual_time: VirtualTime) -> N
 
 
 def test_a_tenants_children_are_made_once_whoever_asks(virtual_time: VirtualTime) -> None:
-    """By a handle from before its rest or by one from after: the same, paid once, limited once."""
+    """Handles from before and after a rest give the same children, with the same limits."""
     key = Limiter(clock=virtual_time.clock)
     key.per_key("10 RPM burst 10", alive=1)
     old = key.key("acme")
@@ -202,7 +202,7 @@ def test_a_tenants_children_are_made_once_whoever_asks(virtual_time: VirtualTime
 
 
 def test_whoever_is_busy_is_not_put_to_rest(virtual_time: VirtualTime) -> None:
-    """In flight, in line, paused, watched, reconfigured, with children or tenants of its own."""
+    """A tenant with calls, a pause, observers, changed terms or children is not put to rest."""
 
     def idle(_: Limiter) -> None:
         pass
@@ -234,7 +234,7 @@ def test_whoever_is_busy_is_not_put_to_rest(virtual_time: VirtualTime) -> None:
 
 
 def test_a_learned_limit_is_not_forgotten(virtual_time: VirtualTime) -> None:
-    """What a tenant's own key was announced holds as long as it is known."""
+    """A limit learned for one tenant lasts as long as the tenant is known."""
     key = Limiter(clock=virtual_time.clock)
     key.per_key(alive=1)
     key.key("learned").learn(Limit("requests", 7))
@@ -246,7 +246,7 @@ def test_a_learned_limit_is_not_forgotten(virtual_time: VirtualTime) -> None:
 def test_whoever_was_admitted_and_has_not_run_since_is_busy(
     virtual_time: VirtualTime, limits: tuple[str, ...]
 ) -> None:
-    """Its slot is not given out again in between."""
+    """Its slot is not given to another call meanwhile."""
 
     async def main() -> None:
         key = Limiter(clock=virtual_time.clock)
@@ -269,7 +269,7 @@ def test_whoever_was_admitted_and_has_not_run_since_is_busy(
 
 
 def test_debts_are_remembered(virtual_time: VirtualTime) -> None:
-    """Also what is owed to a bucket for longer than the window remembers it."""
+    """So is a debt to a bucket that lasts longer than the window remembers it."""
 
     async def main() -> None:
         key = Limiter(clock=virtual_time.clock)
@@ -300,7 +300,7 @@ asks = st.lists(
 @settings(deadline=None, max_examples=50)
 @given(asks)
 def test_no_quota_is_reset_by_rest(history: list[tuple[int, int, float]]) -> None:
-    """With three of six tenants alive at a time: each is within its own limits all the same."""
+    """Only three of six tenants are alive at a time, but each keeps its own limits."""
     traces: dict[int, list[tuple[int, int]]] = {}
     requests: dict[int, list[tuple[int, int]]] = {}
 
@@ -329,7 +329,7 @@ def test_no_quota_is_reset_by_rest(history: list[tuple[int, int, float]]) -> Non
 
 @pytest.mark.heavy
 def test_any_number_of_tenants_needs_the_memory_of_a_thousand(virtual_time: VirtualTime) -> None:
-    """Those who are gone for longer than their windows leave nothing behind."""
+    """Tenants gone for longer than their windows leave nothing behind."""
     gc.collect()
     tracemalloc.start()
     key = Limiter("1M RPM", clock=virtual_time.clock)
@@ -357,7 +357,7 @@ def test_any_number_of_tenants_needs_the_memory_of_a_thousand(virtual_time: Virt
 
 @pytest.mark.heavy
 def test_10_000_idle_children_cost_no_tasks_and_little_memory(virtual_time: VirtualTime) -> None:
-    """Under 2 kB each, without limits of their own and with one."""
+    """A child takes under 2 kB, with or without a limit of its own."""
 
     async def main() -> None:
         key = Limiter("1000 RPM", clock=virtual_time.clock)
@@ -378,7 +378,7 @@ def test_10_000_idle_children_cost_no_tasks_and_little_memory(virtual_time: Virt
 
 
 def test_two_threads_that_ask_for_one_tenant_get_the_same() -> None:
-    """And for one child: nobody has two quotas."""
+    """The same holds for a child, so nobody has two quotas."""
     for _ in range(20):
         key = Limiter()
         key.per_key("5 RPM burst 5", alive=2)
@@ -396,7 +396,7 @@ def test_two_threads_that_ask_for_one_tenant_get_the_same() -> None:
 
 
 def test_whoever_asks_while_it_is_made_waits_for_it(virtual_time: VirtualTime) -> None:
-    """A thread that asks for a tenant just then gets that one, not another."""
+    """A thread that asks for a tenant while it is being made gets the same one."""
     key = Limiter(clock=virtual_time.clock)
     keys, found = key._tenants(), []
     make = keys._make
@@ -405,7 +405,7 @@ def test_whoever_asks_while_it_is_made_waits_for_it(virtual_time: VirtualTime) -
         if not others:
             others.append(threading.Thread(target=lambda: found.append(key.key("acme"))))
             others[0].start()
-            others[0].join(0.1)  # until it is there, or was kept out for so long
+            others[0].join(0.1)  # until it has been found, or was kept out for that long
         return make(*what)
 
     others: list[threading.Thread] = []
@@ -416,7 +416,7 @@ def test_whoever_asks_while_it_is_made_waits_for_it(virtual_time: VirtualTime) -
 
 
 class Snatching(FakeLock):
-    """A lock whose holder finds, the first times, that another thread came first."""
+    """A lock whose holder finds, the first few times, that another thread was faster."""
 
     def __init__(self, snatch: Callable[[], bool], *, times: int) -> None:
         super().__init__()
@@ -432,7 +432,7 @@ class Snatching(FakeLock):
 def test_one_put_to_rest_by_another_thread_is_found_again(
     virtual_time: VirtualTime, how: str
 ) -> None:
-    """Between the look at it and the lock: the call is booked with whoever stands for it now."""
+    """If that happens before the lock is taken, the call is booked with the current account."""
 
     async def main() -> None:
         key = Limiter(clock=virtual_time.clock)
@@ -489,7 +489,7 @@ STEERED: dict[str, tuple[Callable[[Limiter], object], Callable[[Limiter], object
 
 @pytest.mark.parametrize("how", STEERED)
 def test_one_that_is_steered_is_not_put_to_rest_meanwhile(how: str) -> None:
-    """By a thread that asks for others just then: what was said would be forgotten."""
+    """Otherwise a thread that asks for other tenants could make the change be forgotten."""
     steer, stands = STEERED[how]
     key = Limiter(clock=lambda: 0)
     key.per_key(*([] if how == "learn" else ["2 RPM burst 2"]), alive=1)
@@ -499,7 +499,7 @@ def test_one_that_is_steered_is_not_put_to_rest_meanwhile(how: str) -> None:
     def in_between() -> bool:
         key._budget.lock = plain
         others.start()
-        others.join(0.1)  # until they are there, or were kept out for so long
+        others.join(0.1)  # until they are there, or were kept out for that long
         return True
 
     plain = key._budget.lock
@@ -510,7 +510,7 @@ def test_one_that_is_steered_is_not_put_to_rest_meanwhile(how: str) -> None:
 
 
 def test_tenants_of_tenants_keep_their_quota(virtual_time: VirtualTime) -> None:
-    """An organisation's users are remembered with it."""
+    """The quotas of an organisation's users are kept with it while it is at rest."""
     key = Limiter(clock=virtual_time.clock)
     key.per_key("100 RPM", alive=1)
     organisation = key.key("organisation")
@@ -526,7 +526,7 @@ def test_tenants_of_tenants_keep_their_quota(virtual_time: VirtualTime) -> None:
 
 
 def test_what_was_used_counts_where_it_is_still_limited(virtual_time: VirtualTime) -> None:
-    """The template has changed while a tenant was at rest: it comes back on the new terms."""
+    """If the template changes meanwhile, a tenant comes back on the new terms, with its use."""
     key = Limiter(clock=virtual_time.clock)
     key.per_key("100 RPM", "50 images/60s", alive=1)
     key.acquire_nowait(tenant="a", images=7).release()

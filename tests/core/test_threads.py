@@ -1,4 +1,4 @@
-"""One budget for all loops and threads of a process. Real threads meet here, so time is real."""
+"""One budget for all loops and threads of a process, tested with real threads and in real time."""
 
 import asyncio
 import concurrent.futures
@@ -32,7 +32,7 @@ ENOUGH = 20
 
 @contextlib.contextmanager
 def loop_in_thread() -> Generator[asyncio.AbstractEventLoop]:
-    """Run an event loop in a thread of its own."""
+    """Run an event loop in a separate thread."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -45,11 +45,11 @@ def loop_in_thread() -> Generator[asyncio.AbstractEventLoop]:
 
 
 def run_until_waiting(loop: asyncio.AbstractEventLoop, limiter: Limiter) -> None:
-    """Run `loop` until somebody waits, and then abandon it."""
+    """Run `loop` until a call waits, and then abandon it."""
 
     async def waiting() -> None:
         async with asyncio.timeout(ENOUGH):
-            while not limiter.statistics().waiting:  # noqa: ASYNC110 - it takes two turns of the loop
+            while not limiter.statistics().waiting:  # noqa: ASYNC110 - two turns of the loop
                 await asyncio.sleep(0)
         await asyncio.sleep(0)
 
@@ -57,7 +57,7 @@ def run_until_waiting(loop: asyncio.AbstractEventLoop, limiter: Limiter) -> None
 
 
 def turn(*loops: asyncio.AbstractEventLoop) -> None:
-    """Let each loop have some turns, one loop after the other; no timer of theirs falls due."""
+    """Let each loop run some iterations, one loop after the other, too briefly for their timers."""
     for loop in loops * 9:
         loop.call_soon(loop.stop)
         loop.run_forever()
@@ -65,7 +65,7 @@ def turn(*loops: asyncio.AbstractEventLoop) -> None:
 
 @contextlib.contextmanager
 def two_loops() -> Generator[tuple[asyncio.AbstractEventLoop, asyncio.AbstractEventLoop]]:
-    """Give two loops that run by `turn` alone."""
+    """Give two loops that run only during `turn`."""
     loops = asyncio.new_event_loop(), asyncio.new_event_loop()
     try:
         yield loops
@@ -83,7 +83,7 @@ def eventually(happened: Callable[[], bool]) -> None:
 
 
 def test_several_loops_and_threads_share_one_budget() -> None:
-    """Three loops and three plain threads, contended: never over, and all are served."""
+    """Three loops and three threads compete: limits are kept, and all calls are served."""
     limiter = Limiter("300 requests/s burst 300", concurrency=4)
     trace: list[tuple[int, int]] = []
     most = 0
@@ -114,14 +114,14 @@ def test_several_loops_and_threads_share_one_budget() -> None:
             job.result(ENOUGH)
     assert len(trace) == 360
     assert most <= 4
-    # A trace is noted after its admission: allow for what the machine put in between.
+    # Calls are noted after their admission, so allow for delays of the machine in between.
     now = limiter.statistics()
     assert (now.admitted, now.waiting, now.in_flight) == (360, 0, 0)
     assert max(trace)[0] - min(trace)[0] >= 0.9 * 1_000_000_000
 
 
 def test_a_second_run_works_under_contention() -> None:
-    """Nothing is bound to the loop that came first."""
+    """A limiter and a bucket are not bound to the loop that used them first."""
     limiter = Limiter("1000/s", concurrency=1)
     bucket = TokenBucket(rate=10_000, burst=1)
 
@@ -138,7 +138,7 @@ def test_a_second_run_works_under_contention() -> None:
 
 
 def test_arrival_orders_calls_of_two_loops() -> None:
-    """With one slot, calls of two loops pass in turn as they came, not loop by loop."""
+    """With one slot, calls of two loops pass in order of arrival, not loop by loop."""
     limiter = Limiter(concurrency=1)
     holder = limiter.acquire_nowait()
     served: list[int] = []
@@ -160,7 +160,7 @@ def test_arrival_orders_calls_of_two_loops() -> None:
 
 
 def test_a_head_whose_time_is_up_makes_room_on_another_loop() -> None:
-    """At that instant, as one that is cancelled does."""
+    """The other loop's call passes at that instant, as it does when a head is cancelled."""
     clock = VirtualClock()
     limiter = Limiter("10 TPM", clock=clock)
     held = limiter.acquire_nowait(tokens=8)
@@ -179,7 +179,7 @@ def test_a_head_whose_time_is_up_makes_room_on_another_loop() -> None:
 
 
 def test_a_loop_that_is_next_and_does_not_know_it_is_told() -> None:
-    """It meant to let somebody of this one go first, whose turn it is no more."""
+    """It meant to let a call of this loop go first, but it is no longer that call's turn."""
     clock = VirtualClock()
     limiter = Limiter("10 TPM", clock=clock)
     limiter.acquire_nowait(tokens=10).release()
@@ -197,7 +197,7 @@ def test_a_loop_that_is_next_and_does_not_know_it_is_told() -> None:
 
 
 def test_a_lease_may_be_released_and_settled_in_another_thread() -> None:
-    """Its slot and its refund reach a waiter on this loop."""
+    """Both the slot and the refund reach a call that waits on this loop."""
 
     async def main() -> None:
         limiter = Limiter("100 TPM", concurrency=1)
@@ -219,7 +219,7 @@ def test_a_lease_may_be_released_and_settled_in_another_thread() -> None:
 
 
 def test_acquire_sync_waits_for_a_slot() -> None:
-    """A thread sleeps until another gives its slot back; `waited` and `bound_by` say so."""
+    """A thread sleeps until another gives its slot back; `waited` and `bound_by` tell of it."""
     limiter = Limiter(concurrency=1)
     holder = limiter.acquire_sync()
     assert (holder.waited, holder.bound_by) == (0, None)
@@ -234,7 +234,7 @@ def test_acquire_sync_waits_for_a_slot() -> None:
 
 
 def test_acquire_sync_refuses_like_acquire() -> None:
-    """A cost that can never pass, a hopeless deadline, and one that comes."""
+    """A cost that can never pass, a deadline that cannot be met, and one that is reached."""
     limiter = Limiter("10 TPM burst 10", concurrency=1)
     with pytest.raises(CostExceedsLimit, match="cost of 11 tokens exceeds the limit of 10 tokens"):
         limiter.acquire_sync(tokens=11)
@@ -253,7 +253,7 @@ class Interrupted(BaseException):
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, before: Callable[[], None]) -> None:
-    """Make the wait for a background answer end in an interruption, after `before()`."""
+    """Make the wait for a background answer end with an interrupt, after `before()`."""
 
     def result(_: object) -> object:
         monkeypatch.undo()
@@ -264,7 +264,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, before: Callable[[], None]) -> No
 
 
 def test_an_interrupted_thread_leaves_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in `acquire_sync`: the call no longer waits, and takes nothing later."""
+    """After Ctrl-C in `acquire_sync` the call no longer waits, and takes nothing later."""
     limiter = Limiter(concurrency=1)
     holder = limiter.acquire_nowait()
     interrupt(monkeypatch, lambda: eventually(lambda: limiter.statistics().waiting == 1))
@@ -279,7 +279,7 @@ def test_an_interrupted_thread_leaves_the_line(monkeypatch: pytest.MonkeyPatch) 
 def test_an_interrupted_thread_gives_back_what_it_was_just_given(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Ctrl-C when the answer is there already: all of it comes back, tokens too."""
+    """If Ctrl-C arrives after the admission, everything comes back, including the tokens."""
     limiter = Limiter("100 TPM", concurrency=1)
     holder = limiter.acquire_nowait()
 
@@ -297,7 +297,7 @@ def test_an_interrupted_thread_gives_back_what_it_was_just_given(
 
 
 def test_an_answer_that_nobody_awaits_any_more_is_undone() -> None:
-    """Cancelled a moment too late to stop it: what it brings is given back."""
+    """If a call is cancelled too late to stop its admission, what it took is given back."""
     limiter = Limiter(concurrency=1)
     answer: concurrent.futures.Future[Lease] = concurrent.futures.Future()
     answer.cancel()
@@ -307,7 +307,7 @@ def test_an_answer_that_nobody_awaits_any_more_is_undone() -> None:
 
 
 def test_who_exits_from_an_observer_leaves_the_others_in_line() -> None:
-    """Raised in the thread that waits, not on the loop that serves all such threads."""
+    """The exception is raised in the waiting thread, not on the loop that serves such threads."""
     limiter = Limiter(concurrency=1)
     held = limiter.acquire_nowait()
 
@@ -327,10 +327,10 @@ def test_who_exits_from_an_observer_leaves_the_others_in_line() -> None:
 
 
 def test_the_background_loop_ends_with_its_limiter() -> None:
-    """Nothing keeps a limiter alive; its thread goes with it, as soon as it is collected."""
+    """Nothing keeps a limiter alive; once it is collected, its thread ends."""
 
     def ended() -> bool:
-        gc.collect()  # again: the task that served the last caller may not have been done yet
+        gc.collect()  # again: the task that served the last call may not have been done yet
         return not thread.is_alive()
 
     before = set(threading.enumerate())
@@ -349,7 +349,7 @@ def test_the_background_loop_ends_with_its_limiter() -> None:
 def test_a_blocked_loop_that_holds_all_slots_does_not_deadlock(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Its calls elsewhere pass after a second's patience; they are counted, and warned of once."""
+    """Calls on other loops pass after a second; they are counted, and one warning is logged."""
     limiter = Limiter(concurrency=2)
 
     async def elsewhere() -> None:
@@ -367,7 +367,7 @@ def test_a_blocked_loop_that_holds_all_slots_does_not_deadlock(
         asyncio.run(main())
     assert limiter.statistics().overridden == 2
     assert limiter.statistics().in_flight == 0
-    # In its debug mode asyncio warns of the blocked loop, too.
+    # In its debug mode, asyncio warns of the blocked loop, too.
     (record,) = (each for each in caplog.records if each.name == "asyncbucket")
     assert record.getMessage() == (
         "a call passed without a slot: every slot is held on an event loop that has been blocked "
@@ -376,7 +376,7 @@ def test_a_blocked_loop_that_holds_all_slots_does_not_deadlock(
 
 
 def test_every_open_lease_is_counted_where_it_is_held() -> None:
-    """By loop, and by plain threads together: so it is known who can give a slot back."""
+    """Each loop counts its own, all plain threads together: this tells who can give slots back."""
     limiter = Limiter(concurrency=4)
     blocked = limiter._budget.blocked
 
@@ -393,7 +393,7 @@ def test_every_open_lease_is_counted_where_it_is_held() -> None:
 
 
 def test_acquire_sync_on_a_loop_that_holds_all_slots_does_not_deadlock() -> None:
-    """Blocking code on the loop's own thread passes too."""
+    """Blocking code on the loop's own thread passes, too."""
     limiter = Limiter(concurrency=1)
 
     async def main() -> None:
@@ -406,7 +406,7 @@ def test_acquire_sync_on_a_loop_that_holds_all_slots_does_not_deadlock() -> None
 
 
 def test_a_slot_left_on_a_loop_that_has_ended_holds_up_nobody_for_ever() -> None:
-    """Leaked by a run that is over, it is passed by as one on a blocked loop is."""
+    """A slot leaked by a finished run is ignored, like one held on a blocked loop."""
     limiter = Limiter(concurrency=1)
     leaked = asyncio.run(take(limiter))
     with limiter.acquire_sync(timeout=ENOUGH) as lease:
@@ -418,7 +418,7 @@ def test_a_slot_left_on_a_loop_that_has_ended_holds_up_nobody_for_ever() -> None
 
 @pytest.mark.parametrize("path", [(), ("chat",)])
 def test_without_a_slot_pass_no_more_at_once_than_there_are_slots(path: tuple[str, ...]) -> None:
-    """As if those on the blocked loop were free; one second's patience is enough for all."""
+    """At most as many pass at once as if the slots were free; they wait one second in all."""
     limiter = Limiter()
     for name in path:
         limiter = limiter.child(name)
@@ -451,7 +451,7 @@ def test_without_a_slot_pass_no_more_at_once_than_there_are_slots(path: tuple[st
 
 
 def test_a_call_that_passes_without_a_slot_keeps_the_other_limits() -> None:
-    """Blocked slots do not open the windows: the third call waits for the second to leave."""
+    """The windows are kept: the third call waits until the first has left its window."""
     limiter = Limiter("2 requests/3s burst 2", concurrency=1)
     trace: list[tuple[int, int]] = []
 
@@ -473,7 +473,7 @@ def test_a_call_that_passes_without_a_slot_keeps_the_other_limits() -> None:
 
 
 def test_a_busy_loop_that_holds_all_slots_is_waited_for() -> None:
-    """Slots on a loop that runs are not passed by, however long they are held."""
+    """Calls never pass without a slot while the loop that holds the slots runs."""
     clock = VirtualClock()
     limiter = Limiter(concurrency=1, clock=clock)
 
@@ -484,7 +484,7 @@ def test_a_busy_loop_that_holds_all_slots_is_waited_for() -> None:
             eventually(lambda: limiter.statistics().waiting == 1)
             for _ in range(20):
                 clock.advance(0.6)
-                limiter.pause(0)  # rings
+                limiter.pause(0)  # it rings the pacer
                 time.sleep(0.005)
             assert not job.done()
             lease.release()
@@ -493,17 +493,17 @@ def test_a_busy_loop_that_holds_all_slots_is_waited_for() -> None:
 
 
 async def take(limiter: Limiter, tokens: int | None = None) -> Lease:
-    """Pass, and keep the lease."""
+    """Acquire, and keep the lease."""
     return await limiter.acquire(tokens=tokens)
 
 
 @pytest.mark.parametrize("closed", [True, False])
 def test_a_dead_loop_with_waiters_holds_up_nobody(*, closed: bool) -> None:
-    """Calls that wait on a loop that has stopped do not stand before others for ever."""
+    """Calls that wait on a stopped loop do not stay ahead of others for ever."""
     limiter = Limiter("1000/s burst 1", concurrency=1)
     holder = limiter.acquire_nowait()
     dead = asyncio.new_event_loop()
-    dead.set_exception_handler(lambda _, __: None)  # "Task was destroyed", as we mean it to be
+    dead.set_exception_handler(lambda _, __: None)  # "Task was destroyed": this is intended
     task = dead.create_task(take(limiter))
     run_until_waiting(dead, limiter)
     assert limiter.statistics().waiting == 1
@@ -534,9 +534,9 @@ def test_a_dead_loop_with_waiters_holds_up_nobody(*, closed: bool) -> None:
 def left_to_wait(
     limiter: Limiter, *, tokens: int | None = None, rung: Callable[[], object] = int
 ) -> asyncio.Task[Lease]:
-    """Return a call that waits on a loop which is closed, and before that was ``rung``."""
+    """Return a call that waits on a loop that was closed; ``rung`` was called just before."""
     dead = asyncio.new_event_loop()
-    dead.set_exception_handler(lambda _, __: None)  # "Task was destroyed", as we mean it to be
+    dead.set_exception_handler(lambda _, __: None)  # "Task was destroyed": this is intended
     task = dead.create_task(take(limiter, tokens))
     run_until_waiting(dead, limiter)
     rung()
@@ -545,7 +545,7 @@ def left_to_wait(
 
 
 def test_who_waits_on_a_closed_loop_is_before_nobody() -> None:
-    """Not before those that do not wait, either, and not if nobody has rung meanwhile."""
+    """Not even ahead of calls that do not wait, and even if nobody has rung since."""
     clock = VirtualClock()
     limiter = Limiter("1000/s burst 1", clock=clock)
     limiter.acquire_nowait()
@@ -557,11 +557,11 @@ def test_who_waits_on_a_closed_loop_is_before_nobody() -> None:
 
 
 def test_a_newcomer_waits_behind_nobody_on_a_closed_loop(virtual_time: VirtualTime) -> None:
-    """However long that one would have had to wait: it is not its turn any more."""
+    """However long the lost call would have had to wait, it does not delay others."""
     bucket = TokenBucket(rate=1, burst=100, clock=virtual_time.clock)
     bucket.acquire_nowait(100)
     dead = virtual_time.new_loop()
-    dead.set_exception_handler(lambda _, __: None)  # "Task was destroyed", as we mean it to be
+    dead.set_exception_handler(lambda _, __: None)  # "Task was destroyed": this is intended
     task = dead.create_task(bucket.acquire(100))
     dead.run_until_complete(dead.all_blocked())
     dead.close()
@@ -572,7 +572,7 @@ def test_a_newcomer_waits_behind_nobody_on_a_closed_loop(virtual_time: VirtualTi
 
 
 def test_a_loop_that_is_closed_before_it_hears_a_ring_is_counted_out() -> None:
-    """The ring was lost with it; the next one finds out."""
+    """That ring was lost with the loop; the next one finds out."""
     limiter = Limiter(concurrency=1)
     holder = limiter.acquire_nowait()
     task = left_to_wait(limiter, rung=holder.release)
@@ -583,7 +583,7 @@ def test_a_loop_that_is_closed_before_it_hears_a_ring_is_counted_out() -> None:
 
 
 def test_limits_are_lowered_for_who_waits_on_a_closed_loop() -> None:
-    """That it cannot be told is no error, and those on other loops are told."""
+    """The call on the closed loop cannot be told, which is no error; calls on other loops are."""
     limiter = Limiter("1k TPM")
     limiter.acquire_nowait(tokens=1_000)
 
@@ -601,7 +601,7 @@ def test_limits_are_lowered_for_who_waits_on_a_closed_loop() -> None:
 
 
 def test_who_is_cancelled_on_a_closed_loop_is_counted_out_once() -> None:
-    """By whoever rings, and not again when its coroutine is collected."""
+    """The next ring counts it out; collecting its coroutine does not do so again."""
     key = Limiter(concurrency=1)
     child = key.child("chat")
     holder = key.acquire_nowait()
@@ -616,7 +616,7 @@ def test_who_is_cancelled_on_a_closed_loop_is_counted_out_once() -> None:
 
 
 def test_a_dropped_lease_releases_itself() -> None:
-    """Forgotten without `release`: the slot comes back with the object, to whoever waits."""
+    """A lease forgotten without `release` gives its slot to a waiting call when it is collected."""
 
     async def main() -> None:
         limiter = Limiter(concurrency=1)
@@ -632,7 +632,7 @@ def test_a_dropped_lease_releases_itself() -> None:
 
 
 def test_a_lease_dropped_inside_the_lock_is_released_soon() -> None:
-    """The collector may run while this very thread holds the lock: no deadlock, no lost slot."""
+    """The collector may run while the same thread holds the lock: no deadlock, and no lost slot."""
 
     async def main() -> None:
         limiter = Limiter(concurrency=1)
@@ -649,7 +649,7 @@ def test_a_lease_dropped_inside_the_lock_is_released_soon() -> None:
 
 
 def test_a_lease_dropped_inside_the_lock_is_there_for_a_newcomer() -> None:
-    """Where nobody waits, the next call collects what was dropped; so does a look."""
+    """If nobody waits, the next call handles what was dropped, and so does `statistics()`."""
     limiter = Limiter(concurrency=1)
     for look in (limiter.acquire_nowait, limiter.statistics):
         lease: Lease | None = limiter.acquire_nowait()
@@ -660,7 +660,7 @@ def test_a_lease_dropped_inside_the_lock_is_there_for_a_newcomer() -> None:
 
 
 def test_what_held_a_lease_may_be_closed_inside_the_lock() -> None:
-    """The collector may close a generator, and so leave its ``with`` block, wherever it likes."""
+    """The collector may close a generator at any point, and so leave its ``with`` block."""
     limiter = Limiter("100 TPM", concurrency=1)
     told: list[str] = []
     limiter.observe(lambda event: told.append(type(event).__name__))
@@ -683,7 +683,7 @@ def test_what_held_a_lease_may_be_closed_inside_the_lock() -> None:
 
 
 def test_what_was_dropped_inside_the_lock_is_done_in_order() -> None:
-    """Of several words about one lease the last holds, and each tells which one it corrects."""
+    """Of several settlements of one lease, the last holds; each event says what it corrects."""
     limiter = Limiter("100 ITPM", "100 OTPM", "100 TPM")
     corrected: list[dict[str, int]] = []
     limiter.observe(
@@ -701,7 +701,7 @@ def test_what_was_dropped_inside_the_lock_is_done_in_order() -> None:
 def test_slots_of_what_nobody_can_reach_come_back_to_a_program_that_only_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It makes no garbage, so the collector would not come: it is called, ever less often in vain."""
+    """A program that only waits makes no garbage: the limiter collects, less often if in vain."""
     monkeypatch.setattr(holders, "_STALL", 20_000_000)
     monkeypatch.setattr(holders, "_LONGEST_STALL", 80_000_000)
 
@@ -734,7 +734,7 @@ def test_slots_of_what_nobody_can_reach_come_back_to_a_program_that_only_waits(
 
 
 def test_the_collector_is_not_called_where_it_has_come_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program that makes garbage of its own pays for no collection more."""
+    """A program that causes collections itself is not made to pay for another one."""
     monkeypatch.setattr(holders, "_STALL", 20_000_000)
 
     async def main() -> None:
@@ -758,7 +758,7 @@ def test_the_collector_is_not_called_where_it_has_come_by(monkeypatch: pytest.Mo
 
 
 def test_a_coroutine_closed_inside_the_lock_leaves_the_line() -> None:
-    """The collector may close a coroutine that waits: that does not deadlock either."""
+    """The collector may close a coroutine that waits; that does not deadlock, either."""
 
     async def main() -> None:
         limiter = Limiter(concurrency=1)
@@ -776,7 +776,7 @@ def test_a_coroutine_closed_inside_the_lock_leaves_the_line() -> None:
 
 
 def test_dropping_inside_the_lock_survives_a_closed_loop() -> None:
-    """Ringing a loop that is closed is no error."""
+    """Ringing a closed loop is no error."""
     limiter = Limiter(concurrency=1)
     lease: Lease | None = limiter.acquire_nowait()
     dead = asyncio.new_event_loop()

@@ -19,21 +19,21 @@ async def instants(time: VirtualTime, bucket: TokenBucket, calls: int) -> list[f
 
 
 def test_two_at_once_then_every_half_second(virtual_time: VirtualTime) -> None:
-    """rate=2.0, burst=2."""
+    """This is a bucket with rate=2.0 and burst=2."""
     bucket = TokenBucket(rate=2.0, burst=2, clock=virtual_time.clock)
     passed = virtual_time.run(instants(virtual_time, bucket, 6))
     assert passed == [0.0, 0.0, 0.5, 1.0, 1.5, 2.0]
 
 
 def test_five_calls_two_seconds_apart(virtual_time: VirtualTime) -> None:
-    """rate=0.5."""
+    """This is a bucket with rate=0.5 and the default burst of one."""
     bucket = TokenBucket(rate=0.5, clock=virtual_time.clock)
     passed = virtual_time.run(instants(virtual_time, bucket, 5))
     assert passed == [0.0, 2.0, 4.0, 6.0, 8.0]
 
 
 def test_an_idle_bucket_fills_up_to_its_burst(virtual_time: VirtualTime) -> None:
-    """After a minute there are three units, not sixty."""
+    """After a minute it has three units, not sixty."""
 
     async def main() -> None:
         bucket = TokenBucket(rate=1.0, burst=3, clock=virtual_time.clock)
@@ -48,7 +48,7 @@ def test_an_idle_bucket_fills_up_to_its_burst(virtual_time: VirtualTime) -> None
 
 
 def test_acquire_nowait_takes_or_refuses(virtual_time: VirtualTime) -> None:
-    """The refusal says for how long, and takes nothing."""
+    """The refusal says how long to wait, and takes nothing."""
     bucket = TokenBucket(rate=4.0, burst=2, clock=virtual_time.clock)
     bucket.acquire_nowait(2)
     with pytest.raises(WouldBlock) as error:
@@ -63,7 +63,7 @@ def test_acquire_nowait_takes_or_refuses(virtual_time: VirtualTime) -> None:
 
 
 def test_acquire_nowait_does_not_pass_those_who_wait(virtual_time: VirtualTime) -> None:
-    """One unit is there, but the call that waits for two came first."""
+    """One unit is available, but a call that waits for two came first."""
 
     async def main() -> None:
         bucket = TokenBucket(rate=1.0, burst=2, clock=virtual_time.clock)
@@ -80,7 +80,7 @@ def test_acquire_nowait_does_not_pass_those_who_wait(virtual_time: VirtualTime) 
 
 
 def test_a_bucket_is_a_context_manager(virtual_time: VirtualTime) -> None:
-    """Entering takes one unit; leaving gives nothing back, after an error neither."""
+    """Entering takes one unit; leaving gives nothing back, not even after an error."""
 
     async def main() -> None:
         bucket = TokenBucket(rate=1.0, burst=2, clock=virtual_time.clock)
@@ -98,7 +98,7 @@ def test_a_bucket_is_a_context_manager(virtual_time: VirtualTime) -> None:
 def test_who_would_pass_but_for_others_is_told_when_the_first_of_them_goes(
     virtual_time: VirtualTime,
 ) -> None:
-    """Whoever sleeps for ``retry_after`` seconds and asks again does not spin."""
+    """A caller that sleeps for ``retry_after`` seconds and tries again does not spin."""
 
     async def main() -> None:
         bucket = TokenBucket(rate=1.0, burst=5, clock=virtual_time.clock)
@@ -114,7 +114,7 @@ def test_who_would_pass_but_for_others_is_told_when_the_first_of_them_goes(
 
 
 def test_a_timeout_is_kept(virtual_time: VirtualTime) -> None:
-    """Refused at once where it is hopeless, in time where others came first."""
+    """A hopeless call is refused at once; one behind others fails when its time is up."""
 
     async def main() -> None:
         bucket = TokenBucket(rate=1.0, burst=5, clock=virtual_time.clock)
@@ -137,7 +137,7 @@ def test_a_timeout_is_kept(virtual_time: VirtualTime) -> None:
 
 
 def test_a_bucket_speaks_for_itself(virtual_time: VirtualTime) -> None:
-    """Its repr and its statistics tell what there is and who waits."""
+    """Its repr and statistics show what is available, and how many calls wait."""
 
     async def main() -> None:
         bucket = TokenBucket(rate=0.5, burst=2_000, clock=virtual_time.clock)
@@ -153,12 +153,12 @@ def test_a_bucket_speaks_for_itself(virtual_time: VirtualTime) -> None:
 
 
 def test_a_whole_float_is_a_burst() -> None:
-    """2.0 is two."""
+    """2.0 counts as two."""
     assert TokenBucket(1, 2.0).burst == 2  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
 def test_a_bucket_stays_as_it_was_made() -> None:
-    """To set its rate or burst would change what it says, and not what it does."""
+    """Setting its rate or burst would change what it shows, but not how it paces."""
     bucket: Any = TokenBucket(rate=2, burst=3)
     for name in ("rate", "burst"):
         with pytest.raises(AttributeError):
@@ -184,7 +184,7 @@ def test_an_integer_by_another_name_is_an_amount(virtual_time: VirtualTime) -> N
 
 @pytest.mark.parametrize("amount", [0, -1, True, 1.0, None])
 def test_no_amount_is_refused_while_others_wait(virtual_time: VirtualTime, amount: int) -> None:
-    """There is a unit, but it is not for whoever asks for none."""
+    """A unit is available, but an invalid amount takes none."""
 
     async def main() -> None:
         bucket = TokenBucket(rate=1.0, burst=10, clock=virtual_time.clock)

@@ -23,7 +23,7 @@ ENOUGH = 20
 
 
 def test_children_are_shared_by_loops_and_threads() -> None:
-    """Three loops and three threads, each on its own child and on one in common; all are served."""
+    """Three loops and three threads each use a child of their own and one in common."""
     key = Limiter("600 requests/s burst 600", concurrency=4)
     common = key.child("common", concurrency=2)
     most = {"key": 0, "common": 0}
@@ -64,7 +64,7 @@ def test_children_are_shared_by_loops_and_threads() -> None:
 
 
 def test_a_light_tenant_of_another_loop_does_not_wait_for_a_heavy_ones_line() -> None:
-    """Though all of that line came first: shares hold across loops."""
+    """Shares hold across loops, even if the heavy child's calls all came first."""
     key = Limiter(concurrency=1)
     heavy, light = key.child("heavy"), key.child("light")
     holder = key.acquire_nowait()
@@ -96,7 +96,7 @@ def test_a_light_tenant_of_another_loop_does_not_wait_for_a_heavy_ones_line() ->
 
 
 def test_a_loop_that_ends_with_calls_in_a_tree_leaves_nothing(virtual_time: VirtualTime) -> None:
-    """Neither at the root nor in between: a tenant's queue has its places back."""
+    """Nothing is left at the root or in between, and the places in a child's queue are free."""
     key = Limiter("1 RPS", concurrency=1, clock=virtual_time.clock)
     chat = key.child("chat", max_queue=20)
     agent = chat.child("agent")
@@ -117,7 +117,7 @@ def test_a_loop_that_ends_with_calls_in_a_tree_leaves_nothing(virtual_time: Virt
     for limiter in (key, chat, agent):
         now = limiter.statistics()
         assert (now.waiting, now.in_flight) == (0, 0)
-    assert key._account.fairness.classes[0].loops == 0  # nobody competes with whoever comes next
+    assert key._account.fairness.classes[0].loops == 0  # nobody competes with the next call
 
     async def once() -> None:
         async with agent.acquire() as lease:
@@ -128,7 +128,7 @@ def test_a_loop_that_ends_with_calls_in_a_tree_leaves_nothing(virtual_time: Virt
 
 
 def test_a_loop_that_is_closed_with_calls_in_a_tree_is_counted_out() -> None:
-    """Found when next somebody rings; also those that were cancelled and never ran again."""
+    """The next ring finds out, and also counts out calls that were cancelled but never ran."""
     key = Limiter(concurrency=1)
     agent = key.child("chat").child("agent")
     held = key.acquire_nowait()
@@ -153,14 +153,14 @@ def test_a_loop_that_is_closed_with_calls_in_a_tree_is_counted_out() -> None:
 
 
 class Contended(FakeLock):
-    """A lock that whoever does not wait finds taken, as if by another thread."""
+    """A lock that looks taken, as if by another thread, to any caller that does not wait."""
 
     def acquire(self, blocking: bool = True) -> bool:  # noqa: FBT001, FBT002 - as `Lock.acquire`
         return blocking and super().acquire()
 
 
 def test_who_leaves_a_loop_that_ends_while_another_thread_has_the_lock_is_counted_out() -> None:
-    """What it postponed is run when that loop is closed, and its pacer has gone before it."""
+    """Its postponed work is done after the loop is closed and its pacer is gone."""
     key = Limiter(concurrency=1, max_queue=3)
     chat = key.child("chat")
     held = key.acquire_nowait()
@@ -181,7 +181,7 @@ def test_who_leaves_a_loop_that_ends_while_another_thread_has_the_lock_is_counte
 
 
 def test_a_blocked_loop_that_holds_a_childs_slots_blocks_nobody() -> None:
-    """The call passes without a slot: of the child, and of a limiter between it and the root."""
+    """The call passes without a slot of a limiter between its own and the root."""
     key = Limiter(concurrency=10)
     model = key.child("model", concurrency=1)
 
@@ -211,7 +211,7 @@ steps = st.lists(
 def test_whoever_is_cancelled_at_any_step_gives_all_back(
     calls: list[tuple[int, int, int]], settles: int
 ) -> None:
-    """After any number of turns of the loop, at any level: the books close, and the others pass."""
+    """Whenever and at whatever level calls are cancelled, nothing stays booked and others pass."""
 
     async def main(time: VirtualTime) -> None:
         key = Limiter("100 TPM", concurrency=2, clock=time.clock)
@@ -249,7 +249,7 @@ def test_whoever_is_cancelled_at_any_step_gives_all_back(
 
 
 def test_one_that_can_never_pass_any_more_makes_room_below(virtual_time: VirtualTime) -> None:
-    """Whoever stands behind it in its child goes on in the same instant."""
+    """The call behind it in the same child passes at that instant."""
 
     async def main() -> None:
         key = Limiter("100 TPM", clock=virtual_time.clock)
@@ -268,7 +268,7 @@ def test_one_that_can_never_pass_any_more_makes_room_below(virtual_time: Virtual
 
 
 def test_a_deadline_in_a_tree_leaves_a_place_in_the_middle(virtual_time: VirtualTime) -> None:
-    """A call that times out in one tenant's line is nobody's business but its own."""
+    """A call that times out in one tenant's line does not affect the others."""
 
     async def main() -> None:
         key = Limiter("60 RPM burst 1", clock=virtual_time.clock)
@@ -294,7 +294,7 @@ def test_a_deadline_in_a_tree_leaves_a_place_in_the_middle(virtual_time: Virtual
 def test_whoever_leaves_late_is_not_taken_for_the_next_in_its_place(
     virtual_time: VirtualTime,
 ) -> None:
-    """Cancelled, found gone by the pacer, and followed by another before its task has run."""
+    """It is cancelled, the pacer skips it, and another call becomes head before its task runs."""
 
     async def main() -> None:
         key = Limiter(clock=virtual_time.clock)
@@ -304,7 +304,7 @@ def test_whoever_leaves_late_is_not_taken_for_the_next_in_its_place(
         waiting = asyncio.create_task(other.acquire())
         gone = asyncio.create_task(child.acquire())
         await asyncio.sleep(0)
-        key.pause(0.5)  # the pacer looks first,
+        key.pause(0.5)  # the pacer looks first
         followers = [asyncio.create_task(child.acquire()) for _ in range(2)]
         gone.cancel()
         async with asyncio.timeout(60):
@@ -318,7 +318,7 @@ def test_whoever_leaves_late_is_not_taken_for_the_next_in_its_place(
 def test_who_has_passed_is_forgotten_while_an_earlier_deadline_waits(
     virtual_time: VirtualTime,
 ) -> None:
-    """However long that is: of thousands with later ones no pacer keeps more than a few."""
+    """Of thousands of calls with later deadlines, the pacer remembers only a few."""
 
     async def main() -> None:
         key = Limiter("100/s burst 1", clock=virtual_time.clock)
@@ -336,7 +336,7 @@ def test_who_has_passed_is_forgotten_while_an_earlier_deadline_waits(
 
 
 def test_who_sleeps_long_is_kept_once_however_often_it_is_asked(virtual_time: VirtualTime) -> None:
-    """A call that waits for a limit of a day is looked at whenever others pass below that limit."""
+    """A call that waits for a limit of a day is looked at each time another passes below it."""
 
     async def main() -> None:
         key = Limiter("1000/s", clock=virtual_time.clock)
@@ -359,7 +359,7 @@ def test_who_sleeps_long_is_kept_once_however_often_it_is_asked(virtual_time: Vi
 
 
 def test_a_forked_process_begins_anew_at_every_level(virtual_time: VirtualTime) -> None:
-    """What `os.fork` calls: nobody waits and nothing is in flight, but what was used stays used."""
+    """`os.fork` leaves nobody waiting and nothing in flight, but what was used stays used."""
 
     async def main() -> None:
         key = Limiter("100 RPM", concurrency=3, clock=virtual_time.clock)

@@ -1,4 +1,4 @@
-"""On uvloop, whose timers fire up to a millisecond early. Its clock is real."""
+"""Tests on uvloop, whose timers fire up to a millisecond early, in real time."""
 
 import asyncio
 import time
@@ -13,7 +13,7 @@ uvloop = pytest.importorskip("uvloop")
 
 @pytest.mark.real_clock
 def test_a_bucket_keeps_its_rate_on_uvloop() -> None:
-    """Never early, though the loop wakes early, and never stuck."""
+    """No call is early, though the loop's timers are, and none is stuck."""
     trace: list[tuple[int, int]] = []
 
     def clock() -> int:
@@ -32,13 +32,13 @@ def test_a_bucket_keeps_its_rate_on_uvloop() -> None:
         runner.run(main())
     assert len(trace) == 60
     assert trace[-1][0] - trace[0][0] >= 56 / 400.0 * 1e9
-    # Noted a little after its admission: what comes late may follow closer on the next.
+    # Times are noted after the admission, so a late one may be followed closely by the next.
     assert_within_bucket(trace, rate=400.0, burst=5)
 
 
 @pytest.mark.real_clock
 def test_a_limiter_cancels_and_counts_on_uvloop() -> None:
-    """Half of the calls give up; the others pass in order; nothing is left."""
+    """Half of the calls are cancelled; the others pass in order; nothing is left over."""
 
     async def main() -> None:
         limiter = Limiter("500 requests/s burst 5", concurrency=2)

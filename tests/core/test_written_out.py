@@ -1,4 +1,4 @@
-"""`TokenBucket.acquire` writes `Bucket.take` out; both must come to the same."""
+"""`TokenBucket.acquire` contains a copy of `Bucket.take`; both must give the same results."""
 
 import random
 
@@ -19,7 +19,7 @@ def passes_at_once(bucket: TokenBucket) -> None:
 @pytest.mark.parametrize("rate", [1.0, 3.0, 0.7, 1e6])
 @pytest.mark.parametrize("burst", [1, 2, 50])
 def test_written_out_bookings_leave_the_same_state(rate: float, burst: int, seed: int) -> None:
-    """Mixed with bookings under the lock and with their refunds, every later answer is the same."""
+    """Mixed with locked bookings and their refunds, all later answers are the same."""
     now = 10**12
     bucket = TokenBucket(rate, burst, clock=lambda: now)
     written, plain = bucket._bucket, Bucket(rate=rate, burst=burst)

@@ -1,4 +1,4 @@
-"""What the tests of the HTTP door share: both libraries, and inner transports that are scripted."""
+"""What the tests of `asyncbucket.http` share: both libraries, and scripted inner transports."""
 
 import importlib
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -11,18 +11,18 @@ from asyncbucket import Limiter
 
 @pytest.fixture(params=["httpx", "httpx2"])
 def library(request: pytest.FixtureRequest) -> Any:
-    """Either of the libraries that SDKs are built on."""
+    """One of the two libraries that SDKs are built on."""
     return importlib.import_module(request.param)
 
 
 @pytest.fixture
 def limiter() -> Limiter:
-    """A limiter with room, whose books show what a call took."""
+    """A limiter with room for all calls, whose statistics show what a call took."""
     return Limiter("1000 RPM burst 1000", "100k TPM", concurrency=4)
 
 
 def chunked(library: Any, *chunks: bytes, error: BaseException | None = None) -> Any:
-    """Return a body of both kinds that gives `chunks`, and then raises `error` if there is one."""
+    """Return a body, sync and async, that gives `chunks`, and then raises `error` if given."""
 
     class Body(library.AsyncByteStream, library.SyncByteStream):  # type: ignore[misc]
         closed = False

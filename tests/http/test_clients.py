@@ -1,4 +1,4 @@
-"""A paced client is what the SDK would have made, with a limiter underneath."""
+"""A paced client is like the one that an SDK would make, with a limiter underneath."""
 
 import sys
 from typing import Any
@@ -12,12 +12,12 @@ from asyncbucket.http import clients
 
 
 def inside(client: Any) -> Any:
-    """Return the transport that a paced client sends by."""
+    """Return the transport that a paced client sends with."""
     return client._transport.inner
 
 
 async def test_client_has_the_sdks_defaults(library: Any, limiter: Limiter) -> None:
-    """Pool, time-outs and redirects are those of the SDK's own client."""
+    """Pool, timeouts and redirects are those of the SDK's own client."""
     async with limiter.http_client(family=library.__name__) as client:
         assert type(client) is library.AsyncClient
         assert client.timeout == library.Timeout(timeout=600, connect=5.0)
@@ -27,7 +27,7 @@ async def test_client_has_the_sdks_defaults(library: Any, limiter: Limiter) -> N
 
 
 async def test_defaults_are_those_of_openai() -> None:
-    """OpenAI's own client and ours agree, whatever its version says."""
+    """OpenAI's own client and ours agree, whatever the SDK's version."""
     theirs: Any = openai.DefaultAsyncHttpxClient()
     async with Limiter(concurrency=1).http_client() as ours, theirs:
         assert ours.timeout.as_dict() == theirs.timeout.as_dict()
@@ -36,7 +36,7 @@ async def test_defaults_are_those_of_openai() -> None:
 
 
 def test_synchronous_client_is_made_alike(library: Any, limiter: Limiter) -> None:
-    """`sync=True` makes a synchronous client; options are the client's."""
+    """`sync=True` makes a synchronous client; other options go to the client."""
     with limiter.http_client(family=library.__name__, sync=True, timeout=3) as client:
         assert type(client) is library.Client
         assert client.timeout == library.Timeout(3)
@@ -46,7 +46,7 @@ def test_synchronous_client_is_made_alike(library: Any, limiter: Limiter) -> Non
 async def test_proxies_are_paced_too(
     library: Any, limiter: Limiter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the client mounts for the environment's proxies stands under the limiter, too."""
+    """The transports that the client mounts for the environment's proxies are paced, too."""
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "local.test")
     async with limiter.http_client(family=library.__name__) as client:
@@ -60,7 +60,7 @@ async def test_proxies_are_paced_too(
 
 
 def test_unknown_family_is_refused(limiter: Limiter) -> None:
-    """The error names those that there are."""
+    """The error names the known ones."""
     with pytest.raises(ValueError, match="family must be auto, httpx or httpx2, not 'aiohttp'"):
         limiter.http_client(family="aiohttp")
 
@@ -80,7 +80,7 @@ def test_missing_library_is_named(limiter: Limiter, monkeypatch: pytest.MonkeyPa
 def test_missing_library_of_a_family_is_named(
     limiter: Limiter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client and a transport of a family that is not there say what to install."""
+    """Making a client or a transport of a missing family says what to install."""
     monkeypatch.setitem(sys.modules, "httpx2", None)
 
     for make in (limiter.http_client, limiter.transport, limiter.transport_sync):
@@ -89,6 +89,6 @@ def test_missing_library_of_a_family_is_named(
 
 
 async def test_auto_takes_httpx_first(limiter: Limiter) -> None:
-    """Where both are installed, it is httpx."""
+    """If both are installed, it is httpx."""
     async with limiter.http_client() as client:
         assert type(client) is httpx.AsyncClient

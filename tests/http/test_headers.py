@@ -83,7 +83,7 @@ def test_every_format_of_a_reset_is_read(value: str, seconds: float) -> None:
     ],
 )
 def test_what_is_no_time_says_nothing(value: str) -> None:
-    """What does not match a grammar in full, in 64 ASCII characters, is ignored."""
+    """A value that does not fully match a grammar, in 64 ASCII characters, is ignored."""
     assert headers.reset(value, now=NOW) is None
 
 
@@ -96,7 +96,7 @@ def test_what_is_no_text_says_nothing(value: object) -> None:
 
 
 def test_long_waits_are_clamped() -> None:
-    """However long a value claims, the result is at most the cap; below zero there is nothing."""
+    """However long a value claims, the result is at most the cap, and never below zero."""
     assert headers.number("9" * 64) == headers.WEEK
     assert headers.duration("9" * 60 + "h") == headers.WEEK
     assert headers.duration("-" + "9" * 60 + "h") == 0.0
@@ -124,7 +124,7 @@ def test_retry_after_date_is_taken_by_the_servers_clock() -> None:
 
 
 def test_reset_is_taken_by_the_servers_clock() -> None:
-    """Whatever this machine's clock says, an instant is as far away as the reply's own `date` has it."""
+    """An instant is as far away as the reply's own `date` says, whatever the local clock says."""
     reply = {
         "anthropic-ratelimit-requests-reset": "2026-01-31T12:00:30Z",
         "date": "Sat, 31 Jan 2026 12:00:20 GMT",
@@ -135,7 +135,7 @@ def test_reset_is_taken_by_the_servers_clock() -> None:
 
 
 def test_case_of_names_does_not_matter() -> None:
-    """The mapping of httpx and a plain dict of any case give the same."""
+    """The mapping of httpx and a plain dict of any case give the same result."""
     assert headers.retry_after({"Retry-After-MS": "1500"}, now=NOW) == 1.5
     assert headers.retry_after(httpx.Headers({"Retry-After": "3"}), now=NOW) == 3.0
     assert headers.forbids_retry(httpx.Headers({"X-Should-Retry": "false"}))
@@ -144,7 +144,7 @@ def test_case_of_names_does_not_matter() -> None:
 
 
 def test_missing_durationpy_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who has no durationpy reads what to install; formats that don't need it still work."""
+    """Without durationpy, the error says what to install; formats that don't need it still work."""
     monkeypatch.setitem(sys.modules, "durationpy", None)
 
     assert headers.reset("5", now=NOW) == 5.0
@@ -155,16 +155,16 @@ def test_missing_durationpy_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
 
 @given(st.integers(min_value=0, max_value=10**14))
 def test_go_durations_are_read_back(nanoseconds: int) -> None:
-    """What the bundled provider writes is what is read, rounded up to its milliseconds."""
+    """What the bundled provider writes is read back, rounded up to a millisecond."""
     expected = -(-nanoseconds // 1_000_000) / 1000
 
-    # Beyond a second Go's `%g` style keeps six digits.
+    # Beyond a second, Go's `%g` style keeps six digits.
     assert headers.duration(go_duration(nanoseconds)) == pytest.approx(expected, rel=1e-5)
 
 
 @given(st.datetimes(min_value=datetime(1970, 1, 1), max_value=datetime(2999, 1, 1)))  # noqa: DTZ001 - hypothesis wants them naive
 def test_dates_are_read_back(naive: datetime) -> None:
-    """Any instant in either format is the seconds from now until it, within the cap."""
+    """An instant in either format gives the seconds from now until then, within the cap."""
     instant = naive.replace(tzinfo=UTC, microsecond=0)
     expected = min(max(instant.timestamp() - NOW, 0.0), headers.WEEK)
 
@@ -207,7 +207,7 @@ def test_nothing_that_a_server_sends_raises_or_leaves_the_range(value: object) -
     ],
 )
 def test_reading_is_quick(value: str) -> None:
-    """A value, friendly or not, costs a few times what the standard library takes to read a date."""
+    """Reading any value takes only a few times as long as the standard library needs for a date."""
     date = "Sat, 31 Jan 2026 12:01:00 GMT"
     ratios = [
         timeit.timeit(lambda: headers.reset(value, now=NOW), number=200)

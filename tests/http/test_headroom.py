@@ -1,4 +1,4 @@
-"""The one meter that hears of others: it holds back, never lets more pass, and forgets."""
+"""The meter of what others use of a key: it holds calls back, never lets more pass, and forgets."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ BODY = (
 
 
 def meter(*, remaining: int | None = None, window: int = MINUTE) -> Headroom:
-    """Return the headroom of 600 in a window, of which a reply at 0 left so much."""
+    """Return the headroom of 600 in a window; a reply at 0 said that `remaining` are left."""
     headroom = Headroom(amount=600, window=window)
     if remaining is not None:
         headroom.hear(remaining, 0, amount=600)
@@ -40,7 +40,7 @@ def meter(*, remaining: int | None = None, window: int = MINUTE) -> Headroom:
 
 
 def test_knows_nothing_before_it_is_told() -> None:
-    """Without a word from the provider everything passes."""
+    """Everything passes until the provider has said what is left."""
     headroom = meter()
     headroom.book(599, 0)
     headroom.unbook(1, 0)
@@ -50,7 +50,7 @@ def test_knows_nothing_before_it_is_told() -> None:
 
 
 def test_what_is_left_passes_and_the_rest_flows_in() -> None:
-    """Sixty are left: sixty pass at once, the next one when a unit has come back."""
+    """If sixty are left, sixty pass at once, and the next one when a unit has come back."""
     headroom = meter(remaining=60, window=HOUR)
 
     assert headroom.take(60, 0)
@@ -61,7 +61,7 @@ def test_what_is_left_passes_and_the_rest_flows_in() -> None:
 
 
 def test_answer_holds_for_those_who_stood_in_line_before() -> None:
-    """A waiter asks with the instant since which it waits; a word that came later counts too."""
+    """What is heard while a call waits in line counts for that call, too."""
     headroom = meter(remaining=60)
     headroom.hear(0, SECOND, amount=600)
 
@@ -69,7 +69,7 @@ def test_answer_holds_for_those_who_stood_in_line_before() -> None:
 
 
 def test_undone_booking_comes_back() -> None:
-    """What was not sent after all is there again; what is owed is gone."""
+    """What was not sent is available again; a debt is subtracted."""
     headroom = meter(remaining=60)
     headroom.book(30, 1)
     headroom.unbook(30, 1)
@@ -79,7 +79,7 @@ def test_undone_booking_comes_back() -> None:
 
 
 def test_booking_from_before_the_last_word_does_not_come_back() -> None:
-    """The provider counted it when it spoke."""
+    """The provider's last report has counted it already."""
     headroom = meter(remaining=60)
     headroom.book(30, 1)
     headroom.hear(30, 2, amount=600)
@@ -89,7 +89,7 @@ def test_booking_from_before_the_last_word_does_not_come_back() -> None:
 
 
 def test_all_is_forgotten_after_two_windows() -> None:
-    """What others did long ago holds nobody back."""
+    """What others used long ago holds back no calls."""
     headroom = meter(remaining=0)
     headroom.owe(10_000, 0)
 
@@ -99,7 +99,7 @@ def test_all_is_forgotten_after_two_windows() -> None:
 
 
 def test_what_comes_back_may_bring_better_news() -> None:
-    """As long as calls are in flight, a deadline is not hopeless for the headroom's sake."""
+    """While calls are in flight, a deadline is not refused because of the headroom alone."""
     headroom = meter(remaining=0)
 
     assert headroom.earliest(1, 0, back=1) == 0
@@ -107,7 +107,7 @@ def test_what_comes_back_may_bring_better_news() -> None:
 
 
 def test_announced_limit_below_ours_is_taken_over() -> None:
-    """The provider's limit was lowered: a call larger than it is not impossible."""
+    """If the provider's limit was lowered, a call larger than it is not impossible."""
     headroom = meter(remaining=600)
     headroom.hear(300, SECOND, amount=300)
 
@@ -116,7 +116,7 @@ def test_announced_limit_below_ours_is_taken_over() -> None:
 
 
 def listen(headroom: Headroom, *, rate: int, seconds: int, start: int = 0, ours: int = 0) -> int:
-    """Hear for a while of others who take so many a second, and we beside them; return the end."""
+    """Hear for `seconds` while others take `rate` and we take `ours` a second; return the end."""
     for second in range(start + 1, start + seconds + 1):
         headroom.book(ours, second * SECOND)
         headroom.hear(600 - (rate + ours) * second, second * SECOND, amount=600)
@@ -124,7 +124,7 @@ def listen(headroom: Headroom, *, rate: int, seconds: int, start: int = 0, ours:
 
 
 def test_others_are_noticed_and_left_their_share() -> None:
-    """Others take four a second: of a whole minute they are left 240, and some more for chance."""
+    """Others take four a second: they are left 240 a minute, and a reserve for random variation."""
     headroom = meter(remaining=600)
     now = listen(headroom, rate=4, seconds=30, ours=5)
 
@@ -133,7 +133,7 @@ def test_others_are_noticed_and_left_their_share() -> None:
 
 
 def test_what_others_leave_is_taken_evenly() -> None:
-    """No more than a tenth of what is left to us at once; then one every 60 / 336 s or so."""
+    """At most a tenth of our share passes at once, and then one about every 60 / 336 s."""
     headroom = meter(remaining=600)
     now = listen(headroom, rate=4, seconds=30)
     burst = sum(headroom.take(1, now) for _ in range(100))
@@ -145,7 +145,7 @@ def test_what_others_leave_is_taken_evenly() -> None:
 
 
 def test_some_calls_pass_however_much_others_take() -> None:
-    """Whose replies tell whether it is still so: one in a 20th of the window."""
+    """One call passes in each 20th of the window, so that its reply can tell what is left."""
     headroom = meter(remaining=600)
     now = listen(headroom, rate=9, seconds=60)
     headroom.hear(60, now, amount=600)
@@ -156,7 +156,7 @@ def test_some_calls_pass_however_much_others_take() -> None:
 
 
 def test_provider_with_enough_for_all_holds_nobody_back() -> None:
-    """A limit far above ours, others who take ten times ours: there is no need to share."""
+    """If the limit is far above ours, there is no need to share, however much others take."""
     headroom = Headroom(amount=600, window=MINUTE)
     for second in range(60):
         headroom.hear(60_000 - 100 * second, second * SECOND, amount=600)
@@ -173,7 +173,7 @@ def test_provider_with_enough_for_all_holds_nobody_back() -> None:
 def test_nothing_is_reserved_while_we_are_alone(
     counts: str, calls: list[tuple[int, int]], says: str
 ) -> None:
-    """Whatever the provider counts by, and however late and out of order it says it."""
+    """Whatever the provider counts by, and however late and out of order its replies come."""
     headroom = Headroom(amount=100, window=MINUTE)
     now = 0
     sent: list[int] = []
@@ -199,7 +199,7 @@ def test_nothing_is_reserved_while_we_are_alone(
 
 
 def used(counts: str, booked: list[int], now: int) -> int:
-    """Return what a provider that counts in this way has counted of calls at these instants."""
+    """Return how much of the calls at these instants a provider of this kind has counted."""
     if counts == "log":
         return sum(when > now - MINUTE for when in booked)
     if counts == "clock":
@@ -221,7 +221,7 @@ def passed(headroom: Headroom, amount: int, *, until: int) -> list[int]:
 
 
 def test_no_slice_holds_more_than_its_share_until_more_is_said_to_be_left() -> None:
-    """Ten a second at most, five of them at once; they are 97 % of 600 a minute."""
+    """At most ten pass in a second, five of them at once; this uses 97 % of 600 a minute."""
     headroom = meter(remaining=10)
     times = passed(headroom, 1, until=MINUTE)
 
@@ -232,7 +232,7 @@ def test_no_slice_holds_more_than_its_share_until_more_is_said_to_be_left() -> N
 
 
 def test_slices_end_with_the_word_that_more_is_left() -> None:
-    """Then a tenth of the limit may pass at once."""
+    """After that, a tenth of the limit may pass at once."""
     headroom = meter(remaining=10)
     headroom.hear(600, 0, amount=600)
 
@@ -240,7 +240,7 @@ def test_slices_end_with_the_word_that_more_is_left() -> None:
 
 
 def test_call_larger_than_a_slice_closes_those_after_it() -> None:
-    """Twenty-five take a slice of ten, the next, and half of the third."""
+    """A call of 25 takes a slice of ten, the next one, and half of the third."""
     times = passed(meter(remaining=10), 25, until=10 * SECOND)
 
     assert all(
@@ -250,7 +250,7 @@ def test_call_larger_than_a_slice_closes_those_after_it() -> None:
 
 
 def test_settling_a_large_call_opens_the_slices_again() -> None:
-    """What it reserved and did not use stands in nobody's way."""
+    """What a call reserved and did not use no longer holds up others."""
     headroom = meter(remaining=10)
     headroom.book(45, 0)
     assert headroom.earliest(5, 0) > 4 * SECOND
@@ -261,7 +261,7 @@ def test_settling_a_large_call_opens_the_slices_again() -> None:
 
 
 def test_undone_call_leaves_its_slice() -> None:
-    """What was never sent counts in no slice."""
+    """A call that was never sent counts in no slice."""
     headroom = meter(remaining=10)
     headroom.book(10, 0)
     assert not headroom.take(10, 0)
@@ -271,7 +271,7 @@ def test_undone_call_leaves_its_slice() -> None:
 
 
 def test_others_in_a_slice_are_left_what_they_take() -> None:
-    """Four of ten are gone at the end of each slice: five, less than six, are ours."""
+    """Others take four of ten by the end of each slice, so less than six are ours."""
     headroom = meter(remaining=10)
     for tenth in range(400):
         headroom.hear(10 - min(4, tenth % 10), tenth * SECOND // 10, amount=600)
@@ -281,7 +281,7 @@ def test_others_in_a_slice_are_left_what_they_take() -> None:
 
 
 def test_deadline_is_not_refused_for_what_a_reply_may_mend() -> None:
-    """A call whose deadline only the headroom forbids waits as long as a reply is awaited."""
+    """A call whose deadline only the headroom rules out waits while a reply is awaited."""
     with virtual_time() as time:
         limiter = Limiter("600 tokens/minute", clock=time.clock)
 
@@ -298,7 +298,7 @@ def test_deadline_is_not_refused_for_what_a_reply_may_mend() -> None:
 
 
 def test_window_that_is_not_limited_here_is_not_heard() -> None:
-    """Nothing is kept of a limit that the user did not set."""
+    """A window that the user did not limit is ignored."""
     limiter = Limiter("600 RPM burst 600")
     limiter.observe_remaining(0, resource="tokens", per=60)
     limiter.observe_remaining(0, resource="requests", per=1)
@@ -320,7 +320,7 @@ events = st.lists(
 def test_user_limit_is_never_exceeded_whatever_is_heard(
     history: list[tuple[int, str, int]],
 ) -> None:
-    """Any words of the provider, at any time: in every window at most the user's limit passes."""
+    """Whatever the provider says, and whenever, every window keeps the user's limit."""
     clock = VirtualClock()
     limiter = Limiter(Limit("units", 100, per=10), clock=clock)
     passed: list[tuple[int, int]] = []
@@ -340,7 +340,7 @@ def test_user_limit_is_never_exceeded_whatever_is_heard(
 
 @dataclass(frozen=True)
 class Shared:
-    """What became of a key that is saturated beside others."""
+    """The result of saturating a key that others use, too."""
 
     calls: int
     refused: int
@@ -349,7 +349,7 @@ class Shared:
 
 
 async def call(transport: httpx.AsyncBaseTransport) -> None:
-    """Make a call without a client, which would take twice the time."""
+    """Make a call without a client, which would take twice as long."""
     request = httpx.Request("POST", URL, content=BODY, headers=HEADERS)
     await (await transport.handle_async_request(request)).aread()
 
@@ -365,10 +365,10 @@ def share(
     evenly: bool = False,
     ours_at_most: int | None = None,
 ) -> Shared:
-    """Saturate `rpm`, or the TPM that are as many calls, beside others who take a part of it.
+    """Saturate `rpm`, or a `tpm` of as many calls, while others take a part of it.
 
-    They come by chance, or `evenly`; ours may be lower than the provider's. For `deaf`
-    seconds nobody listens to what replies say.
+    Others come at random, or `evenly`; our limit may be lower than the provider's. For the first
+    `deaf` seconds, replies are not read.
     """
     with virtual_time() as time:
         provider = RateLimitedProvider(
@@ -425,7 +425,7 @@ def share(
 @pytest.mark.parametrize("tpm", [None, 240_000])
 @pytest.mark.parametrize("policy", ["token_bucket", "sliding_window", "fixed_window"])
 def test_key_is_shared_with_others_without_refusals(policy: str, tpm: int | None) -> None:
-    """Others take 40 % of the key: under 0.5 % of all calls are refused, and 90 % are used."""
+    """If others take 40 % of the key, under 0.5 % of all calls are refused, and 90 % is used."""
     seen = share(policy, others=0.4, tpm=tpm)
 
     assert seen.refused / seen.calls < 0.005
@@ -434,7 +434,7 @@ def test_key_is_shared_with_others_without_refusals(policy: str, tpm: int | None
 
 @pytest.mark.heavy
 def test_large_slices_are_shared_without_refusals() -> None:
-    """A hundred in each, of which others take 40: what comes by chance is little beside them."""
+    """Others take 40 of a hundred in each slice, with little random variation in comparison."""
     seen = share("one_second_slices", others=0.4, rpm=6_000, minutes=2)
 
     assert seen.refused / seen.calls < 0.005
@@ -443,7 +443,7 @@ def test_large_slices_are_shared_without_refusals() -> None:
 
 @pytest.mark.heavy
 def test_small_slices_are_shared_without_refusals_if_others_come_evenly() -> None:
-    """Of ten in each others take four, and never more."""
+    """Others take four of ten in each slice, and never more."""
     seen = share("one_second_slices", others=0.4, evenly=True)
 
     assert seen.refused / seen.calls < 0.005
@@ -453,7 +453,7 @@ def test_small_slices_are_shared_without_refusals_if_others_come_evenly() -> Non
 @pytest.mark.heavy
 @pytest.mark.parametrize("tpm", [None, 240_000])
 def test_small_slices_are_shared_with_few_refusals(tpm: int | None) -> None:
-    """A random four in slices of ten: 18 % are refused if we do not give way."""
+    """Others take a random four of ten: without making room for them, 18 % would be refused."""
     seen = share("one_second_slices", others=0.4, tpm=tpm)
 
     assert seen.refused / seen.calls < 0.07
@@ -466,7 +466,7 @@ def test_small_slices_are_shared_with_few_refusals(tpm: int | None) -> None:
     "policy", ["token_bucket", "sliding_window", "fixed_window", "one_second_slices"]
 )
 def test_alone_nothing_is_refused_and_little_is_lost(policy: str, tpm: int | None) -> None:
-    """However the provider counts: while we are alone no call is refused, and 95 % are used."""
+    """However the provider counts, no call is refused while we are alone, and 95 % is used."""
     seen = share(policy, others=0, minutes=3, tpm=tpm)
 
     assert seen.refused == 0
@@ -476,7 +476,7 @@ def test_alone_nothing_is_refused_and_little_is_lost(policy: str, tpm: int | Non
 @pytest.mark.heavy
 @pytest.mark.parametrize("policy", ["token_bucket", "sliding_window", "fixed_window"])
 def test_what_we_sent_before_anybody_listened_is_taken_for_ours(policy: str) -> None:
-    """A program that is started again, and knows what it sent, is not cautious of itself."""
+    """If replies are read only after 40 s, the limiter does not take its own calls for others'."""
     seen = share(policy, others=0, minutes=3, deaf=40)
 
     assert seen.refused == 0
@@ -484,14 +484,14 @@ def test_what_we_sent_before_anybody_listened_is_taken_for_ours(policy: str) -> 
 
 
 def test_before_any_word_of_the_provider_all_pass() -> None:
-    """It holds up nobody by what it does not know."""
+    """What the meter does not know holds up nobody."""
     headroom = Headroom(amount=10, window=60 * 1_000_000_000)
     assert headroom.take(10, 0)
     assert headroom.earliest(10, 0) == 0
 
 
 def test_alone_what_was_said_to_be_left_is_not_taken_twice() -> None:
-    """Whoever takes without asking first is told the same as whoever asks."""
+    """`take` without asking first gives the same answer as `earliest`."""
     headroom = Headroom(amount=10, window=SECOND)
     for now in (0, SECOND, 2 * SECOND):
         headroom.hear(10, now, amount=10)
@@ -505,7 +505,7 @@ def test_alone_what_was_said_to_be_left_is_not_taken_twice() -> None:
     "policy", ["token_bucket", "sliding_window", "fixed_window", "one_second_slices"]
 )
 def test_limit_below_the_providers_is_used(policy: str) -> None:
-    """Half of it, whose slices are not ours: nothing is refused, and 95 % of ours are used."""
+    """With half of the provider's limit, nothing is refused, and 95 % of our limit is used."""
     seen = share(policy, others=0, minutes=3, ours_at_most=300)
 
     assert seen.refused == 0

@@ -1,4 +1,4 @@
-"""Headers are heard: they lower what is available, never raise it, and can do no harm."""
+"""Headers lower what is available, never raise it, and can do no harm."""
 
 import contextlib
 import random
@@ -19,17 +19,17 @@ MINUTE = 60_000_000_000
 
 
 def available(limiter: Limiter) -> list[int]:
-    """Return what of each limit could pass now."""
+    """Return what is available of each limit now."""
     return [use.available for use in limiter.statistics().limits]
 
 
 def said(**numbers: object) -> dict[str, object]:
-    """Return headers of OpenAI's kind."""
+    """Return headers as OpenAI names them."""
     return {f"x-ratelimit-{name.replace('_', '-')}": value for name, value in numbers.items()}
 
 
 def test_header_lowers_what_is_available() -> None:
-    """What the provider says is left is all that may pass, whatever we have used."""
+    """Only what the provider says is left may pass, however little we have used."""
     limiter = Limiter("500 RPM burst 500", "10k TPM")
 
     Ear(limiter).hear(
@@ -41,7 +41,7 @@ def test_header_lowers_what_is_available() -> None:
 
 
 def test_header_never_raises_the_limit() -> None:
-    """The provider may allow more than the user does."""
+    """The provider may allow more than the user does; the user's limit holds."""
     limiter = Limiter("5 RPM burst 5")
 
     Ear(limiter).hear(said(remaining_requests="9000", limit_requests="10000"), OPENAI)
@@ -51,7 +51,7 @@ def test_header_never_raises_the_limit() -> None:
 
 
 def test_least_of_several_headers_counts() -> None:
-    """Tokens of the organisation and of the project are two limits of one window."""
+    """Tokens of the organisation and of the project are two limits for one window."""
     limiter = Limiter("10k TPM")
     ear = Ear(limiter)
 
@@ -62,7 +62,7 @@ def test_least_of_several_headers_counts() -> None:
 
 
 def test_nothing_is_heard_if_told_not_to() -> None:
-    """`learn=False` is deaf."""
+    """With `learn=False`, headers are ignored."""
     limiter = Limiter("500 RPM burst 500")
 
     Ear(limiter, learn=False).hear(said(remaining_requests="40"), OPENAI)
@@ -71,7 +71,7 @@ def test_nothing_is_heard_if_told_not_to() -> None:
 
 
 def test_remaining_above_the_limit_is_the_limit() -> None:
-    """A provider that contradicts itself is believed the less of both."""
+    """If a provider contradicts itself, the lower of the two numbers counts."""
     limiter = Limiter("500 RPM burst 500")
 
     Ear(limiter).hear(said(remaining_requests="499", limit_requests="30"), OPENAI)
@@ -80,7 +80,7 @@ def test_remaining_above_the_limit_is_the_limit() -> None:
 
 
 def test_limit_tells_which_window_is_meant() -> None:
-    """OpenAI speaks of the minute or of the day; the number of the limit gives it away."""
+    """OpenAI's headers mean the minute or the day; the limit's number tells which."""
     limiter = Limiter("500 RPM burst 500", "10k RPD burst 10000")
 
     Ear(limiter).hear(said(remaining_requests="70", limit_requests="10000"), OPENAI)
@@ -89,7 +89,7 @@ def test_limit_tells_which_window_is_meant() -> None:
 
 
 def test_groq_speaks_of_the_day() -> None:
-    """Groq's requests are those of the day."""
+    """Groq's headers of requests mean the day."""
     limiter = Limiter("30 RPM burst 30", "14,400 RPD burst 14400")
 
     Ear(limiter).hear(said(remaining_requests="70", limit_requests="14400"), GROQ)
@@ -98,7 +98,7 @@ def test_groq_speaks_of_the_day() -> None:
 
 
 def test_anthropics_thousands_are_rounded() -> None:
-    """What lies within the rounding is no news: our own books are the better ones."""
+    """Within the rounding, headers say nothing new: our own count is more exact."""
     limiter = Limiter("50k ITPM")
     ear = Ear(limiter)
     for tokens, remaining in ((300, "50000"), (300, "49000"), (300, "49000")):
@@ -109,7 +109,7 @@ def test_anthropics_thousands_are_rounded() -> None:
 
 
 def test_late_header_leaves_out_what_is_on_its_way() -> None:
-    """A reply to an early call does not know of later ones: they are not mistaken for others'."""
+    """A reply to an early call does not count later ones; they are not taken for others' calls."""
     clock = VirtualClock()
     limiter = Limiter("500 RPM burst 500", clock=clock)
     ear = Ear(limiter)
@@ -127,7 +127,7 @@ def test_late_header_leaves_out_what_is_on_its_way() -> None:
 
 
 def test_limits_are_learned_where_none_were_given() -> None:
-    """A limiter without limits takes those announced, and follows them; others it keeps."""
+    """A limiter without limits takes those announced and follows them; set ones stay."""
     limiter = Limiter(concurrency=3)
     ear = Ear(limiter)
 
@@ -148,7 +148,7 @@ def test_limits_are_learned_where_none_were_given() -> None:
 
 @pytest.mark.parametrize("project", [100_000, 1_000_000])
 def test_least_limit_of_a_window_is_learned_once(project: int) -> None:
-    """OpenAI tells that of the organisation and that of the project: both hold, whichever is less."""
+    """OpenAI announces the limits of organisation and project; the lower one holds."""
     limiter = Limiter()
     learned: list[object] = []
     limiter.observe(learned.append)
@@ -161,7 +161,7 @@ def test_least_limit_of_a_window_is_learned_once(project: int) -> None:
 
 
 def test_least_limit_of_a_window_holds_whichever_has_less_left() -> None:
-    """What the organisation has left comes back no faster than the project's limit lets it."""
+    """What the organisation has left comes back no faster than the project's limit allows."""
     clock = VirtualClock()
     limiter = Limiter("300k TPM burst 300k", clock=clock)
     ear = Ear(limiter)
@@ -176,7 +176,7 @@ def test_least_limit_of_a_window_holds_whichever_has_less_left() -> None:
 
 
 def test_limits_that_were_given_stay() -> None:
-    """Where the user set one, nothing is added and nothing changed."""
+    """If the user has set a limit, none is added or changed."""
     limiter = Limiter("500 RPM")
 
     Ear(limiter).hear(said(limit_requests="900", limit_tokens="30000"), OPENAI)
@@ -195,18 +195,18 @@ def passing(limiter: Limiter) -> int:
 
 
 def test_first_calls_are_a_slice_until_a_reply_says_more() -> None:
-    """Nobody knows yet how the provider counts: half of a second's worth goes out at once."""
+    """How the provider counts is still unknown: half of a second's worth passes at once."""
     limiter = Limiter("600 RPM", clock=VirtualClock())
     ear = Ear(limiter)
     ear.expect(OPENAI)
     assert passing(limiter) == 5
 
     ear.hear(said(remaining_requests="595", limit_requests="600"), OPENAI)
-    assert passing(limiter) == 55  # a tenth of the limit, as ever
+    assert passing(limiter) == 55  # a tenth of the limit, as usual
 
 
 def test_first_call_passes_at_once_however_large() -> None:
-    """A slice that nothing has used takes a call of any size; the next one waits for a reply."""
+    """A call of any size passes in an unused slice; the next one waits for a reply."""
     limiter = Limiter("30k TPM", clock=VirtualClock())
     ear = Ear(limiter)
     ear.expect(OPENAI)
@@ -215,23 +215,23 @@ def test_first_call_passes_at_once_however_large() -> None:
         limiter.acquire_nowait(tokens=100)
 
     ear.hear(said(remaining_tokens="25000", limit_tokens="30000"), OPENAI)
-    assert (limiter.explain(tokens=2_000).wait or 0) < 4  # the first minute goes evenly
+    assert (limiter.explain(tokens=2_000).wait or 0) < 4  # the first minute is paced evenly
 
 
 def test_reply_that_says_nothing_lifts_the_caution() -> None:
-    """A gateway without headers is believed to count as the user says."""
+    """A gateway without these headers is assumed to count as the user says."""
     limiter = Limiter("600 RPM", clock=VirtualClock())
     ear = Ear(limiter)
     ear.expect(OPENAI)
     ear.hear({}, OPENAI, good=False)
-    assert passing(limiter) == 5  # an error page is no gateway's word
+    assert passing(limiter) == 5  # an error page tells nothing of how a gateway counts
 
     ear.hear({}, OPENAI)
     assert passing(limiter) == 55
 
 
 def test_error_that_a_wrapped_model_meets_lifts_no_caution() -> None:
-    """What its client reports has a status, too; a reply that says nothing is a word of the provider's."""
+    """An error that its client reports does not count; a reply without these headers does."""
     limiter = Limiter("600 RPM burst 600")
     ear = Ear(limiter)
     ear.expect(OPENAI)
@@ -244,7 +244,7 @@ def test_error_that_a_wrapped_model_meets_lifts_no_caution() -> None:
 
 
 def test_second_transport_forgets_nothing_that_was_heard() -> None:
-    """What one has heard is not taken back because another begins."""
+    """What one transport has heard stays when another one begins."""
     limiter = Limiter("600 RPM burst 600", clock=VirtualClock())
     Ear(limiter).expect(OPENAI)
     Ear(limiter).hear(said(remaining_requests="600"), OPENAI)
@@ -255,7 +255,7 @@ def test_second_transport_forgets_nothing_that_was_heard() -> None:
 
 @pytest.mark.parametrize("learn", [True, False])
 def test_nothing_is_taken_for_granted_of_days(learn: bool) -> None:  # noqa: FBT001 - a parameter
-    """A day's limit is not counted by the minute; and who is deaf expects nothing."""
+    """A limit of a day is not counted by slices; without learning, nothing is expected."""
     limiter = Limiter("10k RPD", "10k TPM" if not learn else "10k ITPM", clock=VirtualClock())
     Ear(limiter, learn=learn).expect(GROQ)
 
@@ -263,7 +263,7 @@ def test_nothing_is_taken_for_granted_of_days(learn: bool) -> None:  # noqa: FBT
 
 
 def test_listening_rests_for_a_moment() -> None:
-    """Of hundreds of replies a second some are enough: one in 10 ms, where a minute is limited."""
+    """Of hundreds of replies a second a few are enough: with a minute's limit, one in 10 ms."""
     ear = Ear(Limiter("600 RPM"))
     assert ear.is_due(0.0)
     ear.hear(said(remaining_requests="590"), OPENAI, since=1.0)
@@ -273,7 +273,7 @@ def test_listening_rests_for_a_moment() -> None:
 
 
 def test_first_reply_is_listened_to_whenever_it_comes() -> None:
-    """What is taken for granted until then may hold others back."""
+    """The first reply is always read, since what is assumed until then may hold up calls."""
     ear = Ear(Limiter("600 RPM"))
     ear.hear({}, OPENAI, since=1.0)
     ear.expect(OPENAI)
@@ -282,12 +282,12 @@ def test_first_reply_is_listened_to_whenever_it_comes() -> None:
 
 
 def lefts(*limiters: Limiter) -> list[int]:
-    """Return what is available of the only limit of each."""
+    """Return what is available of each limiter's only limit."""
     return [available(limiter)[0] for limiter in limiters]
 
 
 def test_tenants_reply_speaks_of_the_key_that_is_shared() -> None:
-    """The provider knows nothing of tenants: what is left is left of the limit above them."""
+    """The provider knows no tenants, so its headers are about the limit above them."""
     root = Limiter("450 RPM burst 450")
     tenant = root.child("acme", "100 RPM burst 100")
 
@@ -298,7 +298,7 @@ def test_tenants_reply_speaks_of_the_key_that_is_shared() -> None:
 
 
 def test_models_reply_speaks_of_the_limit_of_that_model() -> None:
-    """Where each child has a limit of the provider's, the number tells whose it is."""
+    """If each child has its own limit at the provider, the limit's number tells whose it is."""
     root = Limiter("5000 RPM burst 5000")
     model = root.child("gpt-4o", "450 RPM burst 450")
 
@@ -311,7 +311,7 @@ def test_models_reply_speaks_of_the_limit_of_that_model() -> None:
 
 
 def test_child_learns_nothing_where_limits_stand_above_it() -> None:
-    """The limit that is announced is not a second one for each tenant."""
+    """A limit announced for the key does not become a second one for each tenant."""
     root = Limiter("450 RPM")
     tenant = root.child("acme")
     alone = Limiter().child("acme")
@@ -344,7 +344,7 @@ def test_child_learns_nothing_where_limits_stand_above_it() -> None:
     ],
 )
 def test_hostile_value_is_ignored_and_counted(value: Any) -> None:
-    """What is no plain number says nothing."""
+    """A value that is not a plain number is ignored."""
     limiter = Limiter("500 RPM burst 500")
     ear = Ear(limiter)
 
@@ -355,7 +355,7 @@ def test_hostile_value_is_ignored_and_counted(value: Any) -> None:
 
 
 def test_largest_number_does_no_harm() -> None:
-    """Fifteen digits are a number, and more than anybody has."""
+    """A number may have fifteen digits, which is more than any real limit."""
     limiter = Limiter("500 RPM burst 500")
     learning = Limiter()
     headers = said(remaining_requests="9" * 15, limit_requests="9" * 15, limit_tokens="0")
@@ -368,7 +368,7 @@ def test_largest_number_does_no_harm() -> None:
 
 
 def headers_by(chance: random.Random, profile: Profile) -> list[tuple[bytes, bytes]]:
-    """Return headers of a reply as a hostile server may write them."""
+    """Return headers of a reply as a hostile server might write them."""
     names = [name for told in profile.tells for name in (told.remaining, told.limit or "x")]
     pieces = [
         b"0",
@@ -398,7 +398,7 @@ def headers_by(chance: random.Random, profile: Profile) -> list[tuple[bytes, byt
 @pytest.mark.heavy
 @pytest.mark.parametrize("profile", [OPENAI, ANTHROPIC, GROQ], ids=lambda p: p.name)
 def test_fuzzed_headers_raise_nothing_and_cost_little(profile: Profile) -> None:
-    """Twenty thousand replies with hostile headers: no error, each as dear as a few dates, limits kept."""
+    """20,000 hostile replies cause no error, are cheap to read, and raise no limit."""
     chance = random.Random(profile.name)
     replies = [headers_by(chance, profile) for _ in range(20_000)]
     limiter = Limiter("500 RPM", "100k TPM", "50k ITPM", "8k OTPM", "14k RPD")
@@ -420,7 +420,7 @@ def test_fuzzed_headers_raise_nothing_and_cost_little(profile: Profile) -> None:
 
 
 def test_refusal_for_a_limit_that_was_learned_says_who_set_it() -> None:
-    """Nothing can be raised here: the limit is the provider's."""
+    """The user cannot raise it here, because the provider set it."""
     limiter = Limiter()
     limiter.learn(Limit("tokens", 30, per=60))
 

@@ -1,4 +1,4 @@
-"""The OpenAI SDK over the transport behaves as it does without, byte for byte."""
+"""The OpenAI SDK behaves over the transport exactly as it does without, byte for byte."""
 
 import asyncio
 import importlib
@@ -44,7 +44,7 @@ async def chat(client: AsyncOpenAI, _: RateLimitedProvider) -> Outcome:
 
 
 async def stream(client: AsyncOpenAI, _: RateLimitedProvider) -> Outcome:
-    """Stream a chat call; return what the SDK makes of it, and the raw bytes of another one."""
+    """Stream a chat call; return its parsed chunks, and the raw lines of another one."""
     options: Any = {"model": MODEL, "messages": HELLO, "stream": True, "max_tokens": 50}
     parts = [
         part.model_dump_json()
@@ -76,7 +76,7 @@ async def embeddings(client: AsyncOpenAI, _: RateLimitedProvider) -> Outcome:
 
 
 async def errors(client: AsyncOpenAI, provider: RateLimitedProvider) -> Outcome:
-    """Meet an error of each kind that isn't retried."""
+    """Cause an error of each kind that isn't retried."""
     seen = []
     for make in (
         lambda: client.chat.completions.create(model="", messages=HELLO),
@@ -95,7 +95,7 @@ async def errors(client: AsyncOpenAI, provider: RateLimitedProvider) -> Outcome:
 
 
 async def retries(client: AsyncOpenAI, provider: RateLimitedProvider) -> Outcome:
-    """Succeed at the third attempt."""
+    """Succeed at the third attempt, and then fail at all of them."""
     provider.fail_next(2, status=503, retry_after=0.001)
     done = await chat(client, provider)
     provider.fail_next(3, status=500, retry_after=0.001)
@@ -105,7 +105,7 @@ async def retries(client: AsyncOpenAI, provider: RateLimitedProvider) -> Outcome
 
 
 async def broken_stream(client: AsyncOpenAI, provider: RateLimitedProvider) -> Outcome:
-    """Have a stream break off after two chunks."""
+    """Read a stream that breaks off after two chunks."""
     provider.fail_next(status=500, after_chunks=2)
     parts: list[str] = []
 
@@ -120,7 +120,7 @@ async def broken_stream(client: AsyncOpenAI, provider: RateLimitedProvider) -> O
 
 
 async def outcome(script: Script, http_client: Any) -> Any:
-    """Run a script with its own provider; two of them give the same replies."""
+    """Run a script with a provider of its own, whose replies are the same each time."""
     with RateLimitedProvider(seed=1) as provider:
         client = AsyncOpenAI(base_url=provider.base_url, api_key="k", http_client=http_client)
         async with client:
@@ -143,7 +143,7 @@ async def test_sdk_sees_no_difference(script: Script) -> None:
 
 
 def test_synchronous_sdk_sees_no_difference() -> None:
-    """So it is for the synchronous client."""
+    """The synchronous client sees none, either."""
     limiter = Limiter("10k RPM", "10M TPM", concurrency=1)
     seen = []
     for http_client in (None, limiter.http_client(family=FAMILY, sync=True)):
@@ -165,16 +165,16 @@ def test_synchronous_sdk_sees_no_difference() -> None:
 
 @pytest.fixture
 async def provider() -> AsyncIterator[RateLimitedProvider]:
-    """A provider that allows 60 calls in 3 s, which is its minute."""
+    """A provider that allows 60 calls in 3 s, because its minute has three seconds."""
     async with RateLimitedProvider(rpm=60, tpm=6_000, minute=3) as provider:
         yield provider
 
 
 @pytest.mark.real_clock
 async def test_provider_refuses_nothing(provider: RateLimitedProvider) -> None:
-    """Ninety calls at once against sixty a minute: no 429, and no longer than they must take.
+    """Ninety calls at once at sixty a minute: none gets a 429.
 
-    On the machine's clock, since it is the real SDK on real sockets.
+    This runs on the real clock, because the SDK uses real sockets.
     """
     limiter = Limiter("60 requests/3s burst 60", "6000 tokens/3s", concurrency=30)
     client = AsyncOpenAI(
@@ -197,7 +197,7 @@ async def test_provider_refuses_nothing(provider: RateLimitedProvider) -> None:
 
 
 async def test_azure_client_is_charged_as_azure_does() -> None:
-    """Prompt and max_tokens both count at Azure's door; the provider and the limiter agree."""
+    """Azure counts prompt and max_tokens on arrival; the provider and the limiter agree."""
     limiter = Limiter("10k RPM", "10M TPM")
     with RateLimitedProvider(charge="azure", tpm=1_000_000) as provider:
         client = AsyncAzureOpenAI(
@@ -214,7 +214,7 @@ async def test_azure_client_is_charged_as_azure_does() -> None:
 
 @pytest.mark.parametrize("family", ["httpx", "httpx2"])
 async def test_charge_agrees_with_the_provider(family: str) -> None:
-    """What the limiter books for any kind of call is what the provider charges."""
+    """The limiter books for each kind of call what the provider charges, or up to 2 tokens more."""
     library = importlib.import_module(family)
     limiter = Limiter("10k RPM", "10M TPM")
     part = {"type": "text", "text": "part"}
@@ -248,7 +248,7 @@ async def test_charge_agrees_with_the_provider(family: str) -> None:
 
 
 async def test_refusals_of_the_sdk_pause_everyone(caplog: pytest.LogCaptureFixture) -> None:
-    """A 429 that comes all the same pauses the limiter for as long as it says."""
+    """If a 429 comes nevertheless, the limiter pauses for as long as it says."""
     limiter = Limiter("10k RPM", name="shared")
     with RateLimitedProvider() as provider:
         http_client = limiter.http_client(family=FAMILY)
@@ -266,7 +266,7 @@ async def test_refusals_of_the_sdk_pause_everyone(caplog: pytest.LogCaptureFixtu
 
 
 async def test_what_the_limiter_refuses_reaches_whoever_called_the_sdk() -> None:
-    """Before its version 3 the SDK takes whatever a transport raises for a lost connection."""
+    """Before version 3, the SDK takes any error of a transport for a lost connection."""
     limiter = Limiter("10 TPM")
     http_client = limiter.http_client(family=FAMILY)
     client = AsyncOpenAI(

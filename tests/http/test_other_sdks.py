@@ -1,6 +1,6 @@
-"""Anthropic's SDK, on httpx and from version 1 on on httpx2: as without the transport, byte for byte.
+"""Anthropic's SDK, on httpx or, from version 1 on, httpx2, behaves as without the transport.
 
-LlamaIndex's integration needs one before that, so it is among the development dependencies.
+LlamaIndex's integration needs an older version, which is among the development dependencies.
 """
 
 import importlib
@@ -60,7 +60,7 @@ class Events(http.AsyncByteStream):  # type: ignore[misc]
 
 
 def provider() -> Callable[[Any], Any]:
-    """Return a handler for MockTransport: overloaded at the first call, then as it should be."""
+    """Return a handler for MockTransport that is overloaded at the first call, and then answers."""
     calls = 0
 
     def answer(request: Any) -> Any:
@@ -80,7 +80,7 @@ def provider() -> Callable[[Any], Any]:
 
 
 async def script(http_client: Any) -> Any:
-    """Make a call that is retried, a stream and a call that fails, and tell what came of them."""
+    """Make a call that is retried and two kinds of streams, and return their results."""
     async with anthropic.AsyncAnthropic(api_key="k", http_client=http_client) as client:
         options = {"model": "m", "max_tokens": 500, "messages": MESSAGES}
         raw = await client.messages.with_raw_response.create(**options)
@@ -92,7 +92,7 @@ async def script(http_client: Any) -> Any:
 
 
 async def test_anthropics_sdk_sees_no_difference() -> None:
-    """A reply after a retry, streams of both kinds: the same, charged and settled as Anthropic does."""
+    """A reply after a retry and two kinds of streams are the same, and are charged and settled."""
     limiter = Limiter("50 RPM burst 50", "30k ITPM", "8k OTPM", concurrency=1)
     plain = http.AsyncClient(transport=http.MockTransport(provider()))
     paced = http.AsyncClient(transport=limiter.transport(http.MockTransport(provider())))
@@ -103,13 +103,13 @@ async def test_anthropics_sdk_sees_no_difference() -> None:
     assert limiter.statistics().in_flight == 0
     assert requests.used == 4
     assert requests.available <= 40
-    # The failed attempt stays as it was reserved, 100 and 256; three replies were settled.
+    # The failed attempt stays as reserved, 100 and 256; the three replies are settled.
     assert given.used == 100 + 3 * 90
     assert received.used == 256 + 3 * 7
 
 
 async def test_anthropics_default_client_is_ours() -> None:
-    """Pool, time-outs and redirects agree with those of Anthropic's own client."""
+    """Pool, timeouts and redirects are those of Anthropic's own client."""
     theirs = anthropic.DefaultAsyncHttpxClient()
     async with Limiter(concurrency=1).http_client(family=FAMILY) as ours, theirs:
         pool, their_pool = ours._transport.inner._pool, theirs._transport._pool

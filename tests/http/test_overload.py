@@ -1,4 +1,4 @@
-"""A limiter that finds its concurrency hears from transports what the server cannot take."""
+"""Transports tell a limiter with adaptive concurrency what is too much for the server."""
 
 import asyncio
 
@@ -12,7 +12,7 @@ URL = "http://127.0.0.1/v1/chat/completions"
 
 
 async def concurrency_after(answer: httpx.Response | Exception) -> int | None:
-    """Return the number of slots, four at first, after a call that ends in `answer`."""
+    """Return the number of slots, at first four, after a call that ends in `answer`."""
 
     def handler(_: httpx.Request) -> httpx.Response:
         if isinstance(answer, Exception):
@@ -24,19 +24,19 @@ async def concurrency_after(answer: httpx.Response | Exception) -> int | None:
         try:
             _ = await http.post(URL, json={"messages": []})
         except httpx.HTTPError as error:
-            assert error is answer  # noqa: PT017 - or it would be no answer of the server's
+            assert error is answer  # noqa: PT017 - any other error would not be the server's answer
     assert limiter.statistics().in_flight == 0
     return limiter.concurrency
 
 
 @pytest.mark.parametrize("status", [408, 429, 503, 504, 529])
 async def test_overload_cuts_the_number_of_slots(status: int) -> None:
-    """Whoever is refused, or answered too late, was one too many."""
+    """A call that is refused, or answered too late, was one too many."""
     assert await concurrency_after(httpx.Response(status)) == 3
 
 
 async def test_a_timeout_is_overload_if_the_call_was_sent() -> None:
-    """A server that doesn't answer in time has too much to do; one that can't be reached, who knows."""
+    """A server that doesn't answer in time is overloaded; one that can't be reached may not be."""
     assert await concurrency_after(httpx.ReadTimeout("slow")) == 3
     assert await concurrency_after(httpx.ConnectTimeout("nobody there")) == 4
     assert await concurrency_after(httpx.RemoteProtocolError("cut")) == 4
@@ -44,13 +44,13 @@ async def test_a_timeout_is_overload_if_the_call_was_sent() -> None:
 
 @pytest.mark.parametrize("status", [200, 400, 404, 500])
 async def test_other_replies_cut_nothing(status: int) -> None:
-    """Success, and errors that fewer calls would not have spared."""
+    """Neither success nor errors that fewer calls would not have avoided cost slots."""
     assert await concurrency_after(httpx.Response(status)) == 4
 
 
 @pytest.mark.heavy
 def test_server_that_refuses_what_is_too_much_is_kept_busy(virtual_time: VirtualTime) -> None:
-    """Each search for more costs a refusal and not, for all calls, a pause that nobody asked for."""
+    """Searching for more slots costs a refusal each time, but does not pause all calls."""
     capacity, latency, seconds = 8, 0.05, 20
     serving = served = 0
 

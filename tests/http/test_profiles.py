@@ -1,4 +1,4 @@
-"""What a call costs, by provider: the numbers that each provider's documentation gives."""
+"""What a call costs at each provider, by the numbers in its documentation."""
 
 import json
 from typing import Any
@@ -23,7 +23,7 @@ def call(path: str = "/v1/chat/completions", *, foreseen: int = 256, **body: Any
 
 
 def document(kind: str, **source: Any) -> dict[str, Any]:
-    """Return a part of a message that is a document, as Anthropic takes it."""
+    """Return a document as a part of a message, as Anthropic takes it."""
     return {"type": "document", "source": {"type": kind, "media_type": "text/plain", **source}}
 
 
@@ -41,12 +41,12 @@ def document(kind: str, **source: Any) -> dict[str, Any]:
     ],
 )
 def test_profile_is_found_by_host(host: str, profile: Profile) -> None:
-    """A host is a provider's if it is the name, or ends in it after a dot."""
+    """A host belongs to a provider if it is its name, or ends in it after a dot."""
     assert profile_of(host) is profile
 
 
 def test_profile_is_found_by_name() -> None:
-    """Each goes by its name."""
+    """Every profile is found by its own name."""
     for profile in (OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC):
         assert profile_named(profile.name) is profile
 
@@ -75,7 +75,7 @@ def test_profile_is_found_by_name() -> None:
 def test_call_is_charged_as_the_provider_does(
     profile: Profile, body: dict[str, Any], cost: Cost
 ) -> None:
-    """400 characters are 100 tokens; what the reply adds is each provider's own rule."""
+    """400 characters count as 100 tokens; each provider has its own rule for the reply."""
     assert profile.cost(call(messages=MESSAGES, **body)) == cost
 
 
@@ -84,7 +84,7 @@ def test_call_is_charged_as_the_provider_does(
     [("four", 1), (["four", "five"], 2), ([[1, 2], [3]], 2), ([1, 2, 3], 1), ([], 1)],
 )
 def test_each_of_several_prompts_is_replied_to(prompt: object, replies: int) -> None:
-    """A completion may ask with many prompts at once, as texts or as tokens."""
+    """A completion may send several prompts at once, as texts or as tokens."""
     cost = GENERIC.cost(call("/v1/completions", prompt=prompt, max_tokens=20, n=3))
 
     assert cost.get("output_tokens") == replies * 3 * 20
@@ -92,7 +92,7 @@ def test_each_of_several_prompts_is_replied_to(prompt: object, replies: int) -> 
 
 @pytest.mark.parametrize("profile", [OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC])
 def test_embeddings_cost_their_input(profile: Profile) -> None:
-    """Nothing is written, so only what is sent counts."""
+    """Nothing is generated, so only the input counts."""
     assert profile.cost(call("/v1/embeddings", input="x" * 40)) == Cost(tokens=10, input_tokens=10)
 
 
@@ -108,20 +108,20 @@ def test_embeddings_cost_their_input(profile: Profile) -> None:
     ],
 )
 def test_other_calls_cost_a_request(profile: Profile, path: str) -> None:
-    """A file, or what is counted or put down and not read by a model, is a request and no tokens."""
+    """What no model reads, such as a file or a text to count, costs a request and no tokens."""
     assert profile.cost(call(path, messages=MESSAGES)) == Cost(requests=1, tokens=0)
 
 
 @pytest.mark.parametrize("path", ["/v1/responses/compact", "/v1/complete"])
 def test_calls_of_a_model_by_rarer_paths_cost_their_tokens(path: str) -> None:
-    """OpenAI's model shortens a conversation, and Anthropic's first interface completes a text."""
+    """OpenAI's compacts a conversation, and Anthropic's first API completes a text."""
     cost = GENERIC.cost(call(path, input="x" * 400, max_tokens_to_sample=20))
 
     assert cost == Cost(tokens=120, input_tokens=100, output_tokens=20)
 
 
 def test_tokens_are_settled_where_the_provider_does() -> None:
-    """OpenAI and Azure leave it at what they counted at their door; the others count what was used."""
+    """OpenAI and Azure keep what they counted on arrival; the others count what was used."""
     at_the_door = {"input_tokens": 90, "output_tokens": 7}
     for profile in (OPENAI, AZURE):
         assert profile.settled(call(), USAGE) == at_the_door
@@ -164,12 +164,12 @@ def test_tokens_are_settled_where_the_provider_does() -> None:
     ],
 )
 def test_everything_that_is_sent_counts(body: dict[str, Any], tokens: int) -> None:
-    """Text by its length, pictures and files by constants and size, tools and formats as JSON."""
+    """Text counts by its length, pictures and files by constants and size, the rest as JSON."""
     assert sent("/v1/chat/completions", body).by_characters == tokens
 
 
 def test_text_that_is_not_english_counts_by_size() -> None:
-    """Where a provider counts tokens and not characters, bytes are the better guess."""
+    """For a provider that counts tokens, bytes are a better guess than characters."""
     asked = sent("/api/chat", {"messages": [{"content": "これはテスト。"}]})
 
     assert (asked.by_characters, asked.by_size) == (2, 6)
@@ -190,7 +190,7 @@ def test_text_that_is_not_english_counts_by_size() -> None:
     ],
 )
 def test_limit_of_output_goes_by_many_names(body: dict[str, Any], limit: int | None) -> None:
-    """What is no positive whole number limits nothing."""
+    """A value that is not a positive whole number sets no limit."""
     assert sent("/v1/responses", body).max_output == limit
 
 
@@ -199,12 +199,12 @@ def test_limit_of_output_goes_by_many_names(body: dict[str, Any], limit: int | N
     [None, b"", b"[1]", b"{", b"\xff{", b'{"a":' + b"[" * 100_000, b"--boundary", b'{"a": \xff}'],
 )
 def test_what_is_no_json_object_has_no_parts(content: bytes | None) -> None:
-    """Uploads, forms and broken JSON are sent as they are and cost a request."""
+    """Uploads, forms and broken JSON are sent unchanged, and cost a request."""
     assert read_json(content) == {}
 
 
 def test_json_object_is_read() -> None:
-    """Blanks before it don't matter."""
+    """Whitespace before it doesn't matter."""
     assert read_json(b' \n{"a": 1}') == {"a": 1}
 
 
@@ -223,12 +223,12 @@ def test_json_object_is_read() -> None:
     ],
 )
 def test_usage_is_found_by_its_key(end: bytes, usage: Usage | None) -> None:
-    """The last real key counts; a text that looks like it is escaped and does not."""
+    """The last real key counts; text that looks like one is escaped, and does not."""
     assert find_usage(end) == usage
 
 
 def test_anthropics_stream_says_it_in_two_places() -> None:
-    """The first event has the tokens of the prompt, the last one those of the reply."""
+    """The first event has the prompt's tokens, the last one has those of the reply."""
     first = b'data: {"message":{"usage":{"input_tokens":90,"cache_read_input_tokens":500,"output_tokens":1}}}'
     last = b'data: {"type":"message_delta","usage":{"output_tokens":7}}'
 
@@ -239,7 +239,7 @@ def test_anthropics_stream_says_it_in_two_places() -> None:
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/threads/t1/messages"])
 @pytest.mark.parametrize("profile", [OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC])
 def test_what_only_lists_costs_a_request(profile: Profile, path: str) -> None:
-    """Stored completions and messages are listed at the paths at which they are made."""
+    """A GET lists stored completions and messages at the paths where they are created."""
     assert profile.cost(Call("GET", "host", path, {}, 256)) == Cost()
 
 
@@ -254,7 +254,7 @@ def test_profile_survives_any_json() -> None:
 
 
 def test_call_that_is_nested_deeply_is_priced() -> None:
-    """As far as it can be looked into; whether it makes sense is for the provider to say."""
+    """It is priced as far as it can be read; the provider decides whether it is valid."""
     message: Any = "x" * 400
     for _ in range(600):
         message = {"content": message}

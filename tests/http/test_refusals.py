@@ -1,4 +1,4 @@
-"""A refusal pauses everyone once, for as long as it says; what no waiting helps pauses nobody."""
+"""A refusal pauses everyone once, for as long as it says; none if waiting does not help."""
 
 import logging
 from typing import Any
@@ -12,13 +12,13 @@ from asyncbucket.testing import VirtualClock
 
 @pytest.fixture
 def clock() -> VirtualClock:
-    """Time that moves when told to."""
+    """A clock that moves only when told to."""
     return VirtualClock()
 
 
 @pytest.fixture
 def limiter(clock: VirtualClock) -> Limiter:
-    """A limiter on that time."""
+    """A limiter on that clock."""
     return Limiter("500 RPM", clock=clock, name="shared")
 
 
@@ -47,7 +47,7 @@ def error(code: str | None = None, kind: str | None = None) -> dict[str, Any]:
 def test_kind_of_refusal_decides(
     limiter: Limiter, status: int, headers: dict[str, str], body: dict[str, Any], paused: float
 ) -> None:
-    """Rate, want of slots and overload concern everyone; an empty account and mistakes don't."""
+    """Rate limits, slots and overload concern everyone; empty accounts and mistakes do not."""
     Refusals(limiter).judge(status, headers, body)
 
     assert limiter.statistics().paused == pytest.approx(paused)
@@ -66,7 +66,7 @@ def test_kind_of_refusal_decides(
 def test_unnamed_pause_is_no_longer_than_until_limits_are_whole(
     limiter: Limiter, clock: VirtualClock, headers: dict[str, str], longest: float
 ) -> None:
-    """It would double to 8 s in the fourth wave; what resets last counts, and a second is the least."""
+    """Instead of the 8 s of a fourth wave, it lasts until the last limit resets, at least 1 s."""
     refusals = Refusals(limiter)
     for _ in range(4):
         clock.advance(100)
@@ -76,7 +76,7 @@ def test_unnamed_pause_is_no_longer_than_until_limits_are_whole(
 
 
 def test_one_wave_is_one_pause(limiter: Limiter, clock: VirtualClock) -> None:
-    """What was in flight when the first refusal came makes no longer pause, unless it says so."""
+    """Refusals of calls already in flight do not make the pause longer, unless they say so."""
     refusals = Refusals(limiter)
     for _ in range(20):
         refusals.judge(429, {}, {})
@@ -93,13 +93,13 @@ def test_one_wave_is_one_pause(limiter: Limiter, clock: VirtualClock) -> None:
 def test_pause_doubles_from_wave_to_wave_until_a_success(
     limiter: Limiter, clock: VirtualClock
 ) -> None:
-    """Where the provider names no time, it is found out, up to two minutes."""
+    """If the provider names no time, pauses grow up to two minutes."""
     refusals = Refusals(limiter)
     pauses = []
     for _ in range(9):
         refusals.judge(429, {}, {})
         pauses.append(limiter.statistics().paused)
-        refusals.succeeded()  # late, from before: it says nothing of what comes after the pause
+        refusals.succeeded()  # of a call from before the pause, so it ends no series
         clock.advance(pauses[-1])
 
     assert pauses == pytest.approx([1, 2, 4, 8, 16, 32, 64, 120, 120])
@@ -110,7 +110,7 @@ def test_pause_doubles_from_wave_to_wave_until_a_success(
 
 
 def test_first_wave_costs_slots_where_they_can_be_fewer(clock: VirtualClock) -> None:
-    """One call too many at once pauses nobody, unless the next ones are refused as well."""
+    """One call too many at once causes no pause, unless the next wave is refused as well."""
     limiter = Limiter(concurrency="auto", clock=clock)
     refusals = Refusals(limiter)
     clock.advance(1)
@@ -130,7 +130,7 @@ def test_first_wave_costs_slots_where_they_can_be_fewer(clock: VirtualClock) -> 
 
 
 def test_first_wave_is_a_pause_where_there_is_no_slot_to_lose(clock: VirtualClock) -> None:
-    """Of the least number of slots none can be given up, so only waiting helps."""
+    """At the least number of slots none can be given up, so only waiting helps."""
     limiter = Limiter(concurrency=(4, 20), clock=clock)
     Refusals(limiter).judge(429, {}, {})
 
@@ -140,7 +140,7 @@ def test_first_wave_is_a_pause_where_there_is_no_slot_to_lose(clock: VirtualCloc
 def test_call_from_before_a_wave_says_nothing_after_its_pause(
     limiter: Limiter, clock: VirtualClock
 ) -> None:
-    """Replies that take long end no series of waves, and are no wave of their own."""
+    """Late replies neither end a series of waves nor start a new one."""
     refusals = Refusals(limiter)
     refusals.judge(429, {}, {}, sent_at=0)
     clock.advance(5)
@@ -155,7 +155,7 @@ def test_call_from_before_a_wave_says_nothing_after_its_pause(
 def test_people_are_told_once_a_minute(
     limiter: Limiter, clock: VirtualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A warning says how long and why; a storm of refusals is no storm of warnings."""
+    """A warning says how long and why; many refusals cause only one warning a minute."""
     refusals = Refusals(limiter)
     with caplog.at_level(logging.WARNING):
         for _ in range(11):
@@ -171,7 +171,7 @@ def test_people_are_told_once_a_minute(
 
 
 def test_empty_account_is_told_once(limiter: Limiter, caplog: pytest.LogCaptureFixture) -> None:
-    """The remedy is not to wait."""
+    """The message says that waiting does not help."""
     refusals = Refusals(limiter)
     for _ in range(3):
         refusals.judge(429, {}, error("insufficient_quota"))

@@ -1,4 +1,4 @@
-"""A transport sends each request to the child that it is for, by its path and its model."""
+"""A transport sends each request to a child, chosen by the request's path and model."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ CHAT = "/v1/chat/completions"
 
 
 async def send(library: Any, limiter: Limiter, routes: Any, *calls: tuple[str, str]) -> None:
-    """Send a call of each path and model through a transport with `routes`."""
+    """Send calls of these paths and models through a transport with `routes`."""
     inner = library.MockTransport(answering(library, b"{}"))
     async with library.AsyncClient(transport=limiter.transport(inner, routes=routes)) as client:
         for path, model in calls:
@@ -22,13 +22,13 @@ async def send(library: Any, limiter: Limiter, routes: Any, *calls: tuple[str, s
 
 
 def admitted(limiter: Limiter) -> dict[str, int]:
-    """Return how many calls the children admitted."""
+    """Return how many calls each child admitted."""
     children = limiter.children
     return {name: child.statistics().admitted for name, child in children.items()}
 
 
 async def test_request_goes_to_the_child_of_its_path_or_model(library: Any) -> None:
-    """The first pattern that matches counts; what matches none is the limiter's own."""
+    """The first matching pattern counts; what matches none goes to the limiter itself."""
     limiter = Limiter("500 RPM", name="openai")
     limiter.child("big", "100 RPM")
     for name in ("vectors", "answers"):
@@ -59,7 +59,7 @@ async def test_request_goes_to_the_child_of_its_path_or_model(library: Any) -> N
 
 
 async def test_function_may_choose(library: Any) -> None:
-    """It gets the call as a profile does."""
+    """The function gets the same `Call` as a profile."""
 
     def choose(call: Call) -> str | None:
         return "cheap" if call.body["max_tokens"] < 10 and call.path == CHAT else None
@@ -71,7 +71,7 @@ async def test_function_may_choose(library: Any) -> None:
 
 
 async def test_refusal_of_one_model_pauses_that_model_alone(library: Any) -> None:
-    """The others' calls go on."""
+    """Calls of other models go on."""
     limiter = Limiter("500 RPM", name="openai", clock=VirtualClock())
     for name in ("big", "small"):
         limiter.child(name)
@@ -92,7 +92,7 @@ async def test_refusal_of_one_model_pauses_that_model_alone(library: Any) -> Non
 
 
 async def test_refusal_of_a_tenant_pauses_all_who_share_the_key(library: Any) -> None:
-    """Where no route says that a child is a limit of the provider's own, its limits are the key's."""
+    """A child that no route names has no limit of its own at the provider, so the key is paused."""
     limiter = Limiter("500 RPM", name="openai", clock=VirtualClock())
     tenant = limiter.child("acme", "50 RPM")
     inner = library.MockTransport(answering(library, b"{}", status=429, retry_after="7"))
@@ -104,7 +104,7 @@ async def test_refusal_of_a_tenant_pauses_all_who_share_the_key(library: Any) ->
 
 
 async def test_headers_of_a_model_are_heard_by_its_child(library: Any) -> None:
-    """What is left of the model's limit is left of no other."""
+    """They lower the limit of that model's child, and no other."""
     limiter = Limiter("5000 RPM burst 5000")
     big = limiter.child("big", "500 RPM burst 500")
     inner = library.MockTransport(
@@ -124,7 +124,7 @@ async def test_headers_of_a_model_are_heard_by_its_child(library: Any) -> None:
 
 
 def test_clients_take_routes_too(library: Any) -> None:
-    """For synchronous clients as well."""
+    """Synchronous clients take them as well."""
     limiter = Limiter("500 RPM")
     limiter.child("chat")
     inner = library.MockTransport(answering(library, b"{}"))
@@ -137,7 +137,7 @@ def test_clients_take_routes_too(library: Any) -> None:
 
 
 async def test_memory_of_routes_is_bounded(library: Any) -> None:
-    """Thousands of tenants may be routed; what was heard of some is forgotten, calls are not."""
+    """Of thousands of routed tenants, some reports are forgotten, but all calls are counted."""
     limiter = Limiter("500k RPM")
     inner = library.MockTransport(answering(library, b"{}"))
 
@@ -155,7 +155,7 @@ async def test_memory_of_routes_is_bounded(library: Any) -> None:
 
 @pytest.mark.parametrize("pattern", ["", "  ", "gpt-4o /v1/chat", "/v1/chat gpt-4o mini"])
 def test_pattern_that_cannot_be_understood_is_refused(pattern: str) -> None:
-    """A route that matches nothing would go unseen."""
+    """A route that matches nothing would go unnoticed."""
     with pytest.raises(
         ValueError, match=r'such as "/v1/chat/completions gpt-4o\*", not '
     ) as caught:
@@ -164,7 +164,7 @@ def test_pattern_that_cannot_be_understood_is_refused(pattern: str) -> None:
 
 
 def test_route_to_a_child_that_there_is_not_is_refused() -> None:
-    """A name that was misspelt would be a child without the limits of the one that was meant."""
+    """A misspelt name would otherwise make a new child without the intended limits."""
     limiter = Limiter("500 RPM", name="openai")
     limiter.child("big", "100 RPM")
 
@@ -177,7 +177,7 @@ def test_route_to_a_child_that_there_is_not_is_refused() -> None:
 
 
 def test_route_must_lead_to_a_child() -> None:
-    """A stranger's calls would not count at the transport's limiter."""
+    """Otherwise calls would not count at the transport's limiter."""
     with pytest.raises(ValueError, match=r"'stranger' is not a child of 'openai'"):
         Limiter(name="openai").transport(routes={"*": Limiter(name="stranger")})
     with pytest.raises(TypeError, match="a route must lead to a child or its name, not to 5"):
@@ -193,6 +193,6 @@ def test_route_must_lead_to_a_child() -> None:
     ],
 )
 def test_what_routes_nothing_is_refused(routes: Any, message: str) -> None:
-    """At once, not by the first request."""
+    """It is refused at once, not by the first request."""
     with pytest.raises((TypeError, ValueError), match=message):
         Limiter("500 RPM").transport(routes=routes)

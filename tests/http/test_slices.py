@@ -1,4 +1,4 @@
-"""Slices: when they begin is heard, others are left what they take of them, and the rest is used."""
+"""Limits counted in slices: where they begin, what is left to others, and that the rest is used."""
 
 import heapq
 import random
@@ -17,7 +17,7 @@ MS = 1_000_000
 
 
 def beat(*words: tuple[float, int]) -> Beat:
-    """Return what hears of slices of a second and ten units, at these instants, what is left."""
+    """Return a detector of one-second slices of ten units that heard these reports."""
     found = Beat(share=10, length=SECOND)
     for when, left in words:
         found.hear(left, round(when * SECOND))
@@ -25,7 +25,7 @@ def beat(*words: tuple[float, int]) -> Beat:
 
 
 def test_slice_begins_where_what_is_left_jumps_up() -> None:
-    """Each begins 0.3 s after the second; two jumps tell, and those to come are foretold."""
+    """Two jumps show where each slice begins, and so where later ones will."""
     heard = beat((0.2, 1), (0.4, 9))
     assert heard.found
     assert not heard.sure
@@ -37,18 +37,18 @@ def test_slice_begins_where_what_is_left_jumps_up() -> None:
 
 
 def test_what_may_have_flowed_in_is_no_jump() -> None:
-    """A bucket refills steadily: four more after 0.4 s tell of no slice."""
+    """A bucket refills steadily: four more after 0.4 s do not indicate a slice."""
     assert not beat((0, 1), (0.4, 5)).found
     assert not beat((0, 5), (0.1, 4)).found
 
 
 def test_silence_of_half_a_slice_tells_nothing() -> None:
-    """Whenever in it the slice began."""
+    """The slice may have begun at any moment in between."""
     assert not beat((0, 0), (0.5, 10)).found
 
 
 def test_jumps_that_do_not_fit_are_no_slices() -> None:
-    """A window that slides has jumps, too, but no rhythm: nothing is sure, and it begins anew."""
+    """A sliding window jumps, too, but irregularly: nothing is sure, and the search starts anew."""
     words = [(second + 0.3 * (second % 3), 0) for second in range(8)]
     jumps = [(when + 0.05, 9) for when, _ in words]
     heard = beat(*(word for pair in zip(words, jumps, strict=True) for word in pair))
@@ -58,7 +58,7 @@ def test_jumps_that_do_not_fit_are_no_slices() -> None:
 
 
 def test_jump_from_elsewhere_does_not_move_what_is_sure() -> None:
-    """Something else made room in the middle of a slice, once."""
+    """Once, something else made room in the middle of a slice."""
     words = [(second + part, left) for second in range(6) for part, left in ((0.2, 1), (0.4, 9))]
     heard = beat(*words)
     before = heard.nearest(20 * SECOND)
@@ -70,7 +70,7 @@ def test_jump_from_elsewhere_does_not_move_what_is_sure() -> None:
 
 
 def test_beginning_is_never_known_better_than_words_are_on_time() -> None:
-    """However many fit, as much as they may be late or early stays open on either side."""
+    """However many jumps fit, replies may be late or early, so a margin stays on either side."""
     words = [(second + 0.3 * part, 9 * part) for second in range(1, 40) for part in (0, 1)]
 
     assert beat(*words, (40.29, 0), (40.31, 9)).blur >= SECOND // 16
@@ -78,7 +78,7 @@ def test_beginning_is_never_known_better_than_words_are_on_time() -> None:
 
 @dataclass
 class Provider:
-    """Count in slices of a second that begin at some instant, and refuse what is above ten."""
+    """Count in slices of a second that begin at `phase`, and refuse what is above the share."""
 
     phase: int
     share: int = 10
@@ -98,10 +98,10 @@ class Provider:
 def saturate(
     provider: Provider, *, others: float = 0, seconds: int = 60, way: int = 0, seed: int = 1
 ) -> float:
-    """Send all that passes, beside others who come by chance; return the part that was used.
+    """Send all that passes while others come at random; return the part that was used.
 
-    A reply comes after half a second or so and says what is left then; it takes ``way`` ns at most.
-    The first quarter of a minute, in which slices are looked for, is not counted as use.
+    A reply is written after about half a second with what is left then; its way takes up to
+    ``way`` ns. The first 16 seconds, in which slices are detected, do not count as use.
     """
     chance = random.Random(seed)
     slices = Slices(amount=60 * provider.share, window=MINUTE, number=60)
@@ -146,7 +146,7 @@ def saturate(
 @pytest.mark.parametrize("phase", [0, 370 * MS, 990 * MS])
 @pytest.mark.parametrize("way", [0, 50 * MS])
 def test_alone_all_is_used_and_nothing_refused(phase: int, way: int) -> None:
-    """Whenever slices begin, and with up to 50 ms either way."""
+    """Whenever slices begin, and with delays of up to 50 ms either way."""
     provider = Provider(phase)
 
     assert saturate(provider, way=way) > 0.95
@@ -155,7 +155,7 @@ def test_alone_all_is_used_and_nothing_refused(phase: int, way: int) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_of_large_slices_hardly_any_call_is_refused(seed: int) -> None:
-    """Others take 40 of a hundred, by chance: under 0.5 % is refused, and 90 % are used."""
+    """Others take a random 40 of a hundred: under 0.5 % is refused, and 90 % is used."""
     provider = Provider(370 * MS, share=100)
     used = saturate(provider, others=40, way=10 * MS, seed=seed)
 
@@ -164,7 +164,7 @@ def test_of_large_slices_hardly_any_call_is_refused(seed: int) -> None:
 
 
 def test_of_small_slices_few_calls_are_refused() -> None:
-    """Others take four of ten, by chance: who gives way to none is refused 18 %."""
+    """Others take a random four of ten; without making room for them, 18 % would be refused."""
     provider = Provider(370 * MS)
     used = saturate(provider, others=4, seconds=200)
 
@@ -175,9 +175,9 @@ def test_of_small_slices_few_calls_are_refused() -> None:
 def listen(
     hear: Callable[[int, int], None], book: Callable[[int, int], None], share: int, taken: int
 ) -> None:
-    """Hear for half a minute of slices that begin with the second, of which others take a part.
+    """Hear for half a minute of slices that begin with each second, of which others take a part.
 
-    For a while we take all the rest of each. The last word came at 29.99 s.
+    For some of that time we take the rest of each. The last report comes at 29.99 s.
     """
     for second in range(1, 30):
         ours = share - taken if 9 < second < 25 else 0
@@ -189,14 +189,14 @@ def listen(
 
 
 def known(*, taken: int = 0, share: int = 10) -> Slices:
-    """Return slices of a second that are known to begin with it, and that others take so much."""
+    """Return slices of a second whose beginning is known, and of which others take `taken`."""
     slices = Slices(amount=60 * share, window=MINUTE, number=60)
     listen(slices.hear, slices.book, share, taken)
     return slices
 
 
 def test_what_others_take_until_the_end_is_left_to_them() -> None:
-    """They take six of ten: early two pass at most, and more when they have been seen to take less."""
+    """Others take six of ten: early at most two pass, and more once they have taken less."""
     slices = known(taken=6)
     assert slices.known
     start = 30 * SECOND + 100 * MS
@@ -212,7 +212,7 @@ def test_what_others_take_until_the_end_is_left_to_them() -> None:
 
 
 def test_of_a_full_slice_nothing_more_is_expected() -> None:
-    """The next call passes when the next slice has begun."""
+    """The next call passes once the next slice has begun."""
     slices = known(taken=6)
     slices.hear(0, 30 * SECOND + 500 * MS)
     slices.book(1, 30 * SECOND + 500 * MS)
@@ -223,7 +223,7 @@ def test_of_a_full_slice_nothing_more_is_expected() -> None:
 
 
 def test_one_call_passes_in_every_slice_however_much_others_take() -> None:
-    """Whose reply tells whether it is still so; if anything was left."""
+    """If anything is left, one call passes, so that its reply can tell whether that has changed."""
     slices = known(taken=9)
     now = 30 * SECOND + 200 * MS
     assert slices.earliest(1, now) == now
@@ -233,7 +233,7 @@ def test_one_call_passes_in_every_slice_however_much_others_take() -> None:
 
 
 def test_call_at_the_end_of_a_slice_counts_in_the_next_one_too() -> None:
-    """It may arrive in either."""
+    """It may arrive in either of the two."""
     slices = known()
     late = 30 * SECOND + 990 * MS
     for _ in range(10):
@@ -246,7 +246,7 @@ def test_call_at_the_end_of_a_slice_counts_in_the_next_one_too() -> None:
 
 
 def test_undone_call_is_there_again_in_its_slice_only() -> None:
-    """What was booked in a slice that is over brings nothing back."""
+    """Undoing a call of a slice that is over brings nothing back."""
     slices = known()
     now = 30 * SECOND + 200 * MS
     for _ in range(10):
@@ -260,7 +260,7 @@ def test_undone_call_is_there_again_in_its_slice_only() -> None:
 
 
 def test_slices_go_on_while_nobody_calls() -> None:
-    """After a while in which nothing was heard the slice is the one that it is then."""
+    """After a time without calls, bookings count in the slice of that time."""
     slices = known()
     now = 90 * SECOND + 500 * MS
     for _ in range(5):
@@ -271,13 +271,13 @@ def test_slices_go_on_while_nobody_calls() -> None:
 
 
 def test_few_units_cannot_be_shared() -> None:
-    """Of two in a slice no part can be left to others: what was known alone is so no more."""
+    """Of two in a slice no part can be left to others, so only when alone are slices known."""
     assert known(share=2).known
     assert not known(share=2, taken=1).known
 
 
 def test_half_of_a_share_passes_until_others_are_known() -> None:
-    """After the first reply, for as long as it takes to find slices, or that there are none."""
+    """This holds from the first reply until slices are detected or ruled out."""
     slices = Slices(amount=600, window=MINUTE, number=60)
     slices.hear(10, SECOND)
     assert slices.earliest(10, SECOND) == SECOND
@@ -293,7 +293,7 @@ def test_half_of_a_share_passes_until_others_are_known() -> None:
 
 
 def test_room_for_chance_shrinks_with_what_is_to_come() -> None:
-    """In whole calls, however large they are."""
+    """The reserve is counted in whole calls, however large they are."""
     assert with_little_room(40, 1) == 40 + 18
     assert with_little_room(4, 1) == 4 + 4
     assert with_little_room(0.8, 1) == 1
@@ -303,7 +303,7 @@ def test_room_for_chance_shrinks_with_what_is_to_come() -> None:
 
 
 def test_slices_are_tried_from_the_shortest_on() -> None:
-    """More is left than in a second, less than in ten: it may be counted in ten seconds."""
+    """If more is left than fits into a second, the limit may be counted in ten-second slices."""
     assert [each.share for each in cut(amount=600, window=MINUTE)] == [10, 100]
     assert NUMBERS == (60, 6)
     headroom = Headroom(amount=600, window=MINUTE)
@@ -315,7 +315,7 @@ def test_slices_are_tried_from_the_shortest_on() -> None:
 
 
 def test_slices_of_another_limit_are_others() -> None:
-    """A limit that is lowered while it is counted in slices has smaller ones."""
+    """If the limit is lowered while it is counted in slices, the slices get smaller, too."""
     headroom = Headroom(amount=600, window=MINUTE)
     headroom.hear(10, SECOND, amount=600)
     headroom.hear(5, 2 * SECOND, amount=300)
@@ -324,7 +324,7 @@ def test_slices_of_another_limit_are_others() -> None:
 
 
 def test_slices_are_those_of_the_providers_limit() -> None:
-    """We keep to 300 of 600: ten that are left are all of a slice, and not twice of what is ours."""
+    """Our limit is 300 of 600, but ten left are a full slice of the provider's, not twice ours."""
     headroom = Headroom(amount=300, window=MINUTE)
     headroom.hear(10, SECOND, amount=300, limit=600)
     headroom.hear(10, 2 * SECOND, amount=300)
@@ -334,7 +334,7 @@ def test_slices_are_those_of_the_providers_limit() -> None:
 
 
 def test_headroom_goes_by_slices_once_they_are_known() -> None:
-    """What is left at the end of a slice says nothing of the next one."""
+    """What is left at the end of a slice tells nothing of the next one."""
     headroom = Headroom(amount=600, window=MINUTE)
     listen(lambda left, now: headroom.hear(left, now, amount=600), headroom.book, 10, 0)
     for _ in range(10):

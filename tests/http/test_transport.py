@@ -51,7 +51,7 @@ def giving(reply: Any) -> Any:
 
 
 async def test_slot_is_held_until_the_body_is_read(library: Any, limiter: Limiter) -> None:
-    """A reply's headers give nothing back; the end of its body does."""
+    """The slot is kept when the headers arrive, and released at the end of the body."""
     client = client_over(library, limiter, answering(library, b"a", b"b"))
     async with client, client.stream("GET", URL) as reply:
         assert in_flight(limiter) == 1
@@ -63,7 +63,7 @@ async def test_slot_is_held_until_the_body_is_read(library: Any, limiter: Limite
 
 
 async def test_slot_is_held_until_the_body_is_closed(library: Any, limiter: Limiter) -> None:
-    """A body that nobody reads gives its slot back when it is closed, once."""
+    """A body that is not read releases its slot once, when it is closed."""
     body = chunked(library, b"a")
     async with client_over(library, limiter, giving(library.Response(200, stream=body))) as client:
         reply = await client.send(client.build_request("GET", URL), stream=True)
@@ -76,7 +76,7 @@ async def test_slot_is_held_until_the_body_is_closed(library: Any, limiter: Limi
 
 
 async def test_slot_of_a_dropped_reply_comes_back(library: Any, limiter: Limiter) -> None:
-    """A reply that is neither read nor closed gives its slot back when it is collected."""
+    """A reply that is neither read nor closed releases its slot when it is collected."""
     async with client_over(library, limiter, answering(library, b"a")) as client:
         await client.send(client.build_request("GET", URL), stream=True)
         gc.collect()
@@ -85,7 +85,7 @@ async def test_slot_of_a_dropped_reply_comes_back(library: Any, limiter: Limiter
 
 
 async def test_slot_of_a_half_read_body_comes_back(library: Any, limiter: Limiter) -> None:
-    """Leaving off in the middle of a body gives its slot back."""
+    """A client that stops in the middle of a body releases the slot."""
     async with client_over(library, limiter, answering(library, b"a", b"b")) as client:
         async with client.stream("GET", URL) as reply:
             async for _ in reply.aiter_raw():
@@ -95,7 +95,7 @@ async def test_slot_of_a_half_read_body_comes_back(library: Any, limiter: Limite
 
 
 async def test_body_that_breaks_off_gives_its_slot_back(library: Any, limiter: Limiter) -> None:
-    """An error inside a body comes through as it is."""
+    """An error inside a body is passed on unchanged, too."""
     body = chunked(library, b"a", error=library.ReadError("gone"))
     async with client_over(library, limiter, giving(library.Response(200, stream=body))) as client:
         with pytest.raises(library.ReadError, match="gone"):
@@ -105,7 +105,7 @@ async def test_body_that_breaks_off_gives_its_slot_back(library: Any, limiter: L
 
 
 async def test_cancellation_in_mid_body_gives_the_slot_back(library: Any, limiter: Limiter) -> None:
-    """A task that is cancelled while it waits for the next chunk holds nothing any more."""
+    """A task cancelled while it waits for the next chunk no longer holds a slot."""
     first = asyncio.Event()
 
     class Slow(library.AsyncByteStream):  # type: ignore[misc]
@@ -128,7 +128,7 @@ async def test_cancellation_in_mid_body_gives_the_slot_back(library: Any, limite
 
 
 async def test_cancellation_while_waiting_takes_nothing(library: Any) -> None:
-    """A request that is cancelled in line was never sent and costs nothing."""
+    """A request that is cancelled while it waits is not sent, and costs nothing."""
     limiter = Limiter(concurrency=1)
     sent: list[Any] = []
 
@@ -152,7 +152,7 @@ async def test_cancellation_while_waiting_takes_nothing(library: Any) -> None:
 async def test_failed_attempt_is_charged_and_gives_its_slot_back(
     library: Any, limiter: Limiter
 ) -> None:
-    """Nobody knows what came of a request that was sent, so its cost stays."""
+    """What became of a request that was sent is unknown, so its cost stays charged."""
 
     def answer(_: Any) -> Any:
         raise library.ReadTimeout("no reply")
@@ -166,7 +166,7 @@ async def test_failed_attempt_is_charged_and_gives_its_slot_back(
 
 
 async def test_request_that_never_left_costs_nothing(library: Any, limiter: Limiter) -> None:
-    """Without a connection there was no call."""
+    """If no connection was made, there was no call."""
 
     def answer(_: Any) -> Any:
         raise library.ConnectError("refused")
@@ -182,7 +182,7 @@ async def test_request_that_never_left_costs_nothing(library: Any, limiter: Limi
 async def test_body_that_came_along_gives_the_slot_back_at_once(
     library: Any, limiter: Limiter
 ) -> None:
-    """A reply that is whole already, as tests make them, holds nothing, and settles."""
+    """A reply that is already complete, as tests make them, holds no slot, and is settled."""
     answer = library.Response(200, content=REPLY)
     async with client_over(library, limiter, giving(answer), profile="generic") as client:
         reply = await client.send(client.build_request("POST", URL, json=BODY), stream=True)
@@ -193,7 +193,7 @@ async def test_body_that_came_along_gives_the_slot_back_at_once(
 
 
 def test_synchronous_client_is_paced_alike(library: Any, limiter: Limiter) -> None:
-    """All of it holds for synchronous clients."""
+    """Slots are held and released the same way by synchronous clients."""
     bodies = [chunked(library, b"a", REPLY), chunked(library, b"a"), chunked(library, b"a")]
     script = iter(bodies)
 
@@ -218,7 +218,7 @@ def test_synchronous_client_is_paced_alike(library: Any, limiter: Limiter) -> No
 
 
 def test_synchronous_failure_gives_the_slot_back(library: Any, limiter: Limiter) -> None:
-    """A request that fails holds nothing; one that never left costs nothing either."""
+    """A request that never left costs nothing, and holds no slot."""
 
     def answer(_: Any) -> Any:
         raise library.ConnectTimeout("nobody there")
@@ -233,7 +233,7 @@ def test_synchronous_failure_gives_the_slot_back(library: Any, limiter: Limiter)
 
 
 async def test_each_hop_of_a_redirect_is_an_attempt(library: Any, limiter: Limiter) -> None:
-    """Redirects are the client's business, above the transport."""
+    """Redirects are followed by the client, above the transport, so each hop is charged."""
 
     def answer(request: Any) -> Any:
         if request.url.path == "/old":
@@ -249,7 +249,7 @@ async def test_each_hop_of_a_redirect_is_an_attempt(library: Any, limiter: Limit
 
 
 async def test_streamed_upload_stays_a_stream(library: Any, limiter: Limiter) -> None:
-    """A body that is made as it is sent is not read beforehand; it is charged as a request."""
+    """A body produced while it is sent is not read beforehand; it is charged as one request."""
     asked: list[str] = []
 
     class Inner(library.AsyncBaseTransport):  # type: ignore[misc]
@@ -278,7 +278,7 @@ async def test_streamed_upload_stays_a_stream(library: Any, limiter: Limiter) ->
 async def test_streamed_upload_that_was_read_can_be_redirected(
     library: Any, limiter: Limiter
 ) -> None:
-    """A transport that reads a body leaves what can be sent again, and so does a paced one."""
+    """A body that the transport has read can be sent again, through a paced transport, too."""
 
     async def answer(request: Any) -> Any:
         body = await request.aread()
@@ -297,7 +297,7 @@ async def test_streamed_upload_that_was_read_can_be_redirected(
 
 
 def test_synchronous_upload_that_was_read_can_be_redirected(library: Any, limiter: Limiter) -> None:
-    """As an asynchronous one."""
+    """It can be sent again, as with an asynchronous client."""
 
     def answer(request: Any) -> Any:
         body = request.read()
@@ -315,7 +315,7 @@ def test_synchronous_upload_that_was_read_can_be_redirected(library: Any, limite
 
 
 async def test_reply_is_the_inner_transports_own(library: Any, limiter: Limiter) -> None:
-    """The same response object comes back, so that extensions and subclasses survive."""
+    """The same response object comes back, so extensions and subclasses survive."""
     answer = library.Response(200, stream=chunked(library), extensions={"http_version": b"HTTP/2"})
     paced = limiter.transport(library.MockTransport(giving(answer)))
 
@@ -328,7 +328,7 @@ async def test_reply_is_the_inner_transports_own(library: Any, limiter: Limiter)
 
 
 async def test_reply_of_a_foreign_kind_passes_untouched(limiter: Limiter) -> None:
-    """A stream that no library knows is handed on as it is, and holds nothing."""
+    """A reply with a stream of no known library is passed on unchanged, and holds no slot."""
 
     class Foreign:
         status_code = 200
@@ -349,7 +349,7 @@ async def test_reply_of_a_foreign_kind_passes_untouched(limiter: Limiter) -> Non
 def test_a_body_closed_amid_the_limiters_work_waits_for_nothing(
     library: Any, limiter: Limiter
 ) -> None:
-    """The collector may close what reads a refusal, of which the limiter is to be told, anywhere."""
+    """The collector may close the reader of a refusal at any point, even while the lock is held."""
 
     class Body(library.SyncByteStream):  # type: ignore[misc]
         def __iter__(self) -> Iterator[bytes]:
@@ -374,7 +374,7 @@ def test_a_body_closed_amid_the_limiters_work_waits_for_nothing(
 async def test_slot_of_a_reply_dropped_by_a_real_client_comes_back(
     library: Any, limiter: Limiter
 ) -> None:
-    """Though the pool keeps the request, whose connection is in use for good; real sockets."""
+    """It comes back though the pool keeps the request for as long as its connection is in use."""
     headers = {"authorization": "Bearer k"}
     with RateLimitedProvider() as provider:
         url = f"{provider.base_url}/chat/completions"
@@ -390,9 +390,9 @@ async def test_slot_of_a_reply_dropped_by_a_real_client_comes_back(
 
 @pytest.mark.real_clock
 async def test_first_event_passes_before_the_second_is_sent(limiter: Limiter) -> None:
-    """Nothing is buffered: the server sends its second event when the client has seen the first.
+    """Nothing is buffered: the server sends its second event once the client has seen the first.
 
-    On the machine's clock, since it is real sockets that must not wait.
+    This runs on the real clock, because real sockets must not wait.
     """
     seen = asyncio.Event()
 
@@ -418,7 +418,7 @@ async def test_first_event_passes_before_the_second_is_sent(limiter: Limiter) ->
 
 @pytest.mark.real_clock
 async def test_waiting_in_line_does_not_eat_the_time_out(library: Any) -> None:
-    """A time-out begins when a request is sent; on the machine's clock, for it is the socket's."""
+    """A timeout begins when a request is sent; it is the socket's, hence the real clock."""
     limiter = Limiter(concurrency=1)
     headers = {"authorization": "Bearer k"}
     with RateLimitedProvider(latency=0.15) as provider:
@@ -444,7 +444,7 @@ async def test_cost_is_read_from_the_body_by_host(library: Any, limiter: Limiter
 
 
 async def test_limits_of_output_are_settled_though_tokens_are_not(library: Any) -> None:
-    """OpenAI's own count stays as it was at its door; a user's limit of output follows the usage."""
+    """Tokens stay charged as OpenAI counts them on arrival; a limit of output follows the usage."""
     limiter = Limiter("10k TPM", "10k OTPM")
     async with client_over(library, limiter, answering(library, REPLY)) as client:
         await client.post(URL, json=BODY)
@@ -454,7 +454,7 @@ async def test_limits_of_output_are_settled_though_tokens_are_not(library: Any) 
 
 
 async def test_usage_settles_the_lease(library: Any, limiter: Limiter) -> None:
-    """Where a provider corrects its count by what was used, so does the limiter."""
+    """Where a provider corrects its count to the actual use, so does the limiter."""
     client = client_over(library, limiter, answering(library, REPLY), profile="groq")
     async with client, client.stream("POST", URL, json=BODY) as reply:
         assert used(limiter, "tokens") == 400
@@ -480,7 +480,7 @@ async def test_usage_settles_the_lease(library: Any, limiter: Limiter) -> None:
 async def test_usage_of_what_is_read_back_is_not_charged_again(
     library: Any, method: str, path: str
 ) -> None:
-    """A batch or a stored reply tells what other calls used, and foretells nothing of the next."""
+    """The usage of a batch or a stored reply is that of other calls; forecasts ignore it."""
     limiter = Limiter("200k TPM", "100k ITPM", "100k OTPM")
     answer = answering(
         library, b'{"usage":{"input_tokens":5000000,"output_tokens":9000,"total_tokens":5009000}}'
@@ -494,7 +494,7 @@ async def test_usage_of_what_is_read_back_is_not_charged_again(
 
 
 async def test_total_of_what_is_only_read_is_input(library: Any) -> None:
-    """Who ranks or embeds may say the total alone; no reply of a model is that long."""
+    """Rerankers and embeddings may report only the total; it does not count as a reply's length."""
     limiter = Limiter("100k ITPM", "100k OTPM")
     answer = answering(library, b'{"usage":{"total_tokens":900}}')
     async with client_over(library, limiter, answer, profile="generic") as client:
@@ -506,7 +506,7 @@ async def test_total_of_what_is_only_read_is_input(library: Any) -> None:
 
 
 async def test_last_event_of_a_stream_settles(library: Any, limiter: Limiter) -> None:
-    """The usage is found in the last chunk of a stream, though the client stops at [DONE]."""
+    """The usage is found in the last chunk of a stream, even if the client stops at [DONE]."""
     events = [
         b'data: {"choices":[{"delta":{"content":"hi \\"usage\\":{"}}],"usage":null}\n\n',
         b'data: {"choices":[],"usage":{"prompt_tokens":90,"completion_tokens":7,"total_tok',
@@ -526,7 +526,7 @@ async def test_last_event_of_a_stream_settles(library: Any, limiter: Limiter) ->
 
 
 async def test_last_event_settles_however_long_it_is(library: Any, limiter: Limiter) -> None:
-    """OpenAI's last event of a response repeats all of it, and clients stop there."""
+    """OpenAI's last event of a response repeats all of it, and clients stop reading there."""
     last = b'data: {"type":"response.completed","response":{"output":["%b"],"usage":%b}}\n\n'
     usage = b'{"input_tokens":90,"output_tokens":7,"total_tokens":97}'
     answer = answering(library, b"event: response.completed\n", last % (b"x" * 9_000, usage), b":")
@@ -544,7 +544,7 @@ async def test_last_event_settles_however_long_it_is(library: Any, limiter: Limi
 async def test_beginning_of_a_stream_counts_wherever_it_is_cut(
     library: Any, cut: int, encoding: str
 ) -> None:
-    """Anthropic's first event has the prompt's tokens: in pieces or compressed, they stay charged."""
+    """Anthropic's first event has the input tokens; split or compressed, they are still counted."""
     limiter = Limiter("10k ITPM", "10k OTPM")
     start = (
         b'event: message_start\ndata: {"type":"message_start",'
@@ -565,7 +565,7 @@ async def test_beginning_of_a_stream_counts_wherever_it_is_cut(
 
 
 async def test_stream_that_is_cut_off_stays_charged(library: Any, limiter: Limiter) -> None:
-    """What the beginning of a stream says of its usage is not the whole."""
+    """The usage at the beginning of a stream is not complete, so the reservation stays."""
     start = b'data: {"type":"message_start","message":{"usage":{"input_tokens":9,"output_tokens":1}}}\n\n'
     text = b'data: {"text":"ends by \\"message_stop\\", [DONE] or response.completed"}\n\n'
     client = client_over(library, limiter, answering(library, start, text), profile="generic")
@@ -578,7 +578,7 @@ async def test_stream_that_is_cut_off_stays_charged(library: Any, limiter: Limit
 
 
 async def test_long_reply_settles_by_its_end(library: Any, limiter: Limiter) -> None:
-    """Megabytes of vectors pass; the usage behind them is found in what is kept of the end."""
+    """After megabytes of vectors, the usage is found in the part of the end that is kept."""
     chunks = [b'{"data":[', *(b"0.123456789," * 1_000 for _ in range(100)), b"0],", REPLY[1:]]
     client = client_over(library, limiter, answering(library, *chunks), profile="generic")
     async with client:
@@ -589,7 +589,7 @@ async def test_long_reply_settles_by_its_end(library: Any, limiter: Limiter) -> 
 
 
 async def test_long_reply_settles_by_its_beginning_too(library: Any, limiter: Limiter) -> None:
-    """Who says the usage first and sends megabytes then is understood as well."""
+    """If the usage comes first and megabytes follow, it is found as well."""
     chunks = [REPLY[:-1] + b',"data":[', *(b"0.123456789," * 1_000 for _ in range(100)), b"0]}"]
     client = client_over(library, limiter, answering(library, *chunks), profile="generic")
     async with client:
@@ -599,7 +599,7 @@ async def test_long_reply_settles_by_its_beginning_too(library: Any, limiter: Li
 
 
 async def test_compressed_reply_settles_too(library: Any, limiter: Limiter) -> None:
-    """What is compressed is read by the client's own library, and passes as it came."""
+    """A compressed body is decoded by the client's own library, and passed on as it came."""
     packed = zlib.compress(REPLY)
     answer = answering(library, packed[:20], packed[20:], content_encoding="deflate")
     async with client_over(library, limiter, answer, profile="generic") as client:
@@ -612,7 +612,7 @@ async def test_compressed_reply_settles_too(library: Any, limiter: Limiter) -> N
 async def test_compressed_stream_settles_though_the_client_stops_at_its_end(
     library: Any, limiter: Limiter
 ) -> None:
-    """A client that closes the reply at [DONE] leaves the end of the compressed data unread."""
+    """A client that closes the reply at [DONE] does not read the end of the compressed data."""
     packer = zlib.compressobj()
     packed = packer.compress(b"data: " + REPLY + b"\n\ndata: [DONE]\n\n")
     packed += packer.flush(zlib.Z_SYNC_FLUSH)
@@ -630,7 +630,7 @@ async def test_compressed_stream_settles_though_the_client_stops_at_its_end(
 async def test_unreadable_reply_stays_charged(
     library: Any, limiter: Limiter, encoding: str
 ) -> None:
-    """A body that can't be decoded is the client's problem; the reservation stays."""
+    """A body that can't be decoded is left to the client; the reservation stays."""
     answer = answering(library, b"\x00not compressed", content_encoding=encoding)
     client = client_over(library, limiter, answer, profile="generic")
     async with client, client.stream("POST", URL, json=BODY) as reply:
@@ -640,7 +640,7 @@ async def test_unreadable_reply_stays_charged(
 
 
 async def test_foreseen_output_does_not_make_a_call_impossible(library: Any) -> None:
-    """A guess is cut to what the limits allow; what is sent for sure is not."""
+    """Only the forecast is cut to what the limits allow; what the request contains is not."""
     limiter = Limiter("300 TPM", "50 OTPM")
     body = {"messages": [{"role": "user", "content": "x" * 400}]}
     async with client_over(
@@ -655,7 +655,7 @@ async def test_foreseen_output_does_not_make_a_call_impossible(library: Any) -> 
 
 
 async def test_foreseen_output_of_several_replies_is_cut_for_each(library: Any) -> None:
-    """Together they are cut to what the limits allow, whether or not a profile counts them all."""
+    """Their sum is cut to what the limits allow, whether or not a profile counts all of them."""
     one = ProviderProfile(name="one", charge=lambda _, foreseen: (0, foreseen, foreseen))
     body = {"messages": [{"role": "user", "content": "x" * 400}], "n": 4}
     for profile, reserved in (("generic", 4 * 12), (one, 50)):
@@ -668,7 +668,7 @@ async def test_foreseen_output_of_several_replies_is_cut_for_each(library: Any) 
 
 
 async def test_length_of_one_reply_is_foreseen_where_a_call_asks_for_several(library: Any) -> None:
-    """Four replies of a thousand tokens each tell that four more take four thousand, not sixteen."""
+    """After four replies of 1,000 tokens each, four more are expected to take 4,000, not 16,000."""
     limiter = Limiter("100k OTPM")
     reserved: list[int] = []
     limiter.observe(
@@ -687,7 +687,7 @@ async def test_length_of_one_reply_is_foreseen_where_a_call_asks_for_several(lib
 
 
 async def test_tenants_own_limits_count_as_the_limiters_do(library: Any) -> None:
-    """What is foreseen makes no call of a tenant impossible, and usage settles what it is charged."""
+    """A forecast makes no call of a tenant impossible, and usage settles the tenant's charge."""
     limiter = Limiter("1000 RPM burst 1000")
     limiter.per_key("200 TPM")
     async with client_over(library, limiter, answering(library, REPLY)) as client:
@@ -699,7 +699,7 @@ async def test_tenants_own_limits_count_as_the_limiters_do(library: Any) -> None
 
 
 async def test_refusal_is_listened_to_at_once(library: Any) -> None:
-    """Between replies that follow each other closely, what a refusal says is not missed."""
+    """The headers of a 429 are read even when replies follow each other closely."""
     limiter = Limiter("500 RPM burst 500")
     left = iter(["400", "300", "200"])
     status = iter([200, 200, 429])
@@ -716,7 +716,7 @@ async def test_refusal_is_listened_to_at_once(library: Any) -> None:
 
 
 async def test_profile_of_ones_own_prices_and_settles(library: Any) -> None:
-    """Twenty lines describe another provider: its prices, its headers, and what passes free."""
+    """A short class describes another provider: its prices, its headers, and what is free."""
 
     class Pictures:
         name = "pictures"
@@ -739,13 +739,13 @@ async def test_profile_of_ones_own_prices_and_settles(library: Any) -> None:
 
     (images,) = limiter.statistics().limits
     assert images.used == 1
-    assert images.available in (11, 12)  # as the last reply says, if it was listened to
+    assert images.available in (11, 12)  # as the last reply says, if its headers were read
 
 
 async def test_call_that_is_paced_above_is_charged_once(
     library: Any, limiter: Limiter, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Under a wrapped model of the same limiter a transport lets pass, listens, and says so once."""
+    """Under a wrapped model of the same limiter, a transport only reads headers, and warns once."""
     answer = answering(library, REPLY, x_ratelimit_remaining_requests="40")
     async with client_over(library, limiter, answer) as client:
         with await limiter.acquire(tokens=5) as lease, holding(Held(limiter, lease)):
@@ -764,7 +764,7 @@ async def test_call_that_is_paced_above_is_charged_once(
 async def test_error_that_says_nothing_lifts_no_caution(
     library: Any, status: int, *, lifts: bool, paid_above: bool
 ) -> None:
-    """A gateway's error is not a word of the provider's; a reply is, whoever has paid for it."""
+    """A gateway's error is no answer of the provider; a reply is, whoever has paid for the call."""
     limiter = Limiter("600 RPM burst 600")
     client = client_over(library, limiter, answering(library, status=status), profile="openai")
     lease = await limiter.acquire() if paid_above else None
@@ -778,7 +778,7 @@ async def test_error_that_says_nothing_lifts_no_caution(
 async def test_limiter_for_each_request_is_told_of_once(
     library: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Ten alike for one key at one host; not children, and not those of several keys or hosts."""
+    """It warns after ten alike for one key and host, not for children, or many keys or hosts."""
     shared, answer = Limiter("600 RPM", name="shared"), answering(library, REPLY)
     for number in range(30):
         for limiter, url, headers in (
@@ -801,7 +801,7 @@ async def test_limiter_for_each_request_is_told_of_once(
 async def test_call_of_a_childs_model_is_charged_once_above_it(
     library: Any, limiter: Limiter
 ) -> None:
-    """A lease of a child counts at its parent: the parent's transport beneath lets it pass."""
+    """A child's lease counts at its parent, so the parent's transport below lets the call pass."""
     child = limiter.child("chat")
     async with client_over(library, limiter, answering(library, REPLY)) as client:
         with await child.acquire(tokens=5) as lease, holding(Held(child, lease)):
@@ -813,7 +813,7 @@ async def test_call_of_a_childs_model_is_charged_once_above_it(
 async def test_call_of_a_model_does_not_wait_for_itself_at_a_child(
     library: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With one slot it would for ever, if a route beneath led to a child that asks for it again."""
+    """With one slot, a route to a child would wait for ever for the slot that the model holds."""
     limiter = Limiter("60 RPM", concurrency=1, name="openai")
     child = limiter.child("chat")
     transport = limiter.transport(
@@ -833,7 +833,7 @@ async def test_call_of_a_model_does_not_wait_for_itself_at_a_child(
 def test_synchronous_call_that_is_paced_above_is_charged_once(
     library: Any, limiter: Limiter
 ) -> None:
-    """So it is for synchronous clients."""
+    """Synchronous transports, too, let a call pass that a lease above has paid for."""
     inner = library.MockTransport(answering(library, REPLY))
     with (
         library.Client(transport=limiter.transport_sync(inner)) as client,
@@ -848,7 +848,7 @@ def test_synchronous_call_that_is_paced_above_is_charged_once(
 async def test_transport_above_a_transport_is_charged_once(
     library: Any, limiter: Limiter, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A paced transport around a paced transport of the same limiter is one."""
+    """A paced transport around a paced transport of the same limiter acts as one."""
     inner = library.MockTransport(answering(library, b"{}"))
     outer = limiter.transport(limiter.transport(inner))
     async with library.AsyncClient(transport=outer) as client:
@@ -862,7 +862,7 @@ async def test_transport_above_a_transport_is_charged_once(
 async def test_transport_of_a_child_above_its_parents_is_charged_once(
     library: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As when tenants share one pool: with one slot, the call would wait for itself."""
+    """This happens when tenants share one pool: with one slot, the call would wait for itself."""
     limiter = Limiter("100 RPM", concurrency=1, name="shared")
     child = limiter.child("acme", "50 RPM")
     pool = limiter.transport(library.MockTransport(answering(library, b"{}")))
@@ -876,7 +876,7 @@ async def test_transport_of_a_child_above_its_parents_is_charged_once(
 
 
 async def test_transport_of_another_limiter_is_charged_too(library: Any) -> None:
-    """A gateway's limits and a provider's are two."""
+    """The limits of a gateway and those of a provider are separate."""
     gateway, provider = (Limiter("9 RPM", name=name) for name in ("gateway", "provider"))
     inner = provider.transport(library.MockTransport(answering(library, b"{}")))
     async with library.AsyncClient(transport=gateway.transport(inner)) as client:
@@ -886,7 +886,7 @@ async def test_transport_of_another_limiter_is_charged_too(library: Any) -> None
 
 
 async def test_call_that_another_limiter_refuses_costs_nothing(library: Any) -> None:
-    """It was not sent: what the limiter above it had booked comes back."""
+    """The call was not sent, so what the outer limiter had booked comes back."""
     gateway, provider = Limiter("9 RPM", name="gateway"), Limiter("9 TPM", name="provider")
     inner = provider.transport(library.MockTransport(answering(library, b"{}")))
     async with library.AsyncClient(transport=gateway.transport(inner)) as client:
@@ -899,7 +899,7 @@ async def test_call_that_another_limiter_refuses_costs_nothing(library: Any) -> 
 async def test_retries_above_the_transport_are_mentioned_once(
     library: Any, limiter: Limiter, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An SDK that tries again by itself is told how not to; each attempt is charged."""
+    """A warning says how to turn off an SDK's own retries; each attempt is charged."""
     async with client_over(library, limiter, answering(library, b"{}", status=500)) as client:
         for attempt in range(3):
             await client.get(URL, headers={"x-stainless-retry-count": str(attempt)})
@@ -910,7 +910,7 @@ async def test_retries_above_the_transport_are_mentioned_once(
 
 
 async def test_inner_transport_goes_by_the_first_request(library: Any, limiter: Limiter) -> None:
-    """Without an inner transport, a request of httpx2 is sent by httpx2, and so on."""
+    """Without an inner transport, a request of httpx2 is sent by httpx2, one of httpx by httpx."""
     paced = limiter.transport()
     sync = limiter.transport_sync()
     assert "above transport" in repr(paced)
@@ -931,7 +931,7 @@ async def test_inner_transport_goes_by_the_first_request(library: Any, limiter: 
 def test_first_requests_on_several_threads_share_one_inner_transport(
     library: Any, limiter: Limiter
 ) -> None:
-    """Or what the others have opened would not be closed with the client."""
+    """Otherwise the connections of the other one would not be closed with the client."""
     paced, made, arrived = limiter.transport_sync(), [], threading.Barrier(2)
 
     def make(_: str) -> Any:
@@ -940,7 +940,7 @@ def test_first_requests_on_several_threads_share_one_inner_transport(
         made.append(library.MockTransport(answering(library, b"ok")))
         return made[-1]
 
-    paced._make = make  # what takes a while, in which another thread comes
+    paced._make = make  # slow, so that another thread can come meanwhile
     with library.Client(transport=paced) as client, ThreadPoolExecutor(2) as threads:
         assert [each.status_code for each in threads.map(client.get, [URL, URL])] == [200, 200]
 
@@ -948,7 +948,7 @@ def test_first_requests_on_several_threads_share_one_inner_transport(
 
 
 async def test_family_is_made_at_once_where_it_is_named(limiter: Limiter) -> None:
-    """`family=` makes the inner transport of that library."""
+    """`family=` makes that library's inner transport at once."""
     paced = limiter.transport(family="httpx2")
 
     assert type(paced.inner) is httpx2.AsyncHTTPTransport
@@ -956,13 +956,13 @@ async def test_family_is_made_at_once_where_it_is_named(limiter: Limiter) -> Non
 
 
 async def test_request_of_no_known_library_is_refused(limiter: Limiter) -> None:
-    """What is neither httpx nor httpx2 can't be sent, and is told so."""
+    """A request of neither httpx nor httpx2 can't be sent; the error says so."""
     with pytest.raises(TypeError, match="sends requests of httpx or httpx2, not object"):
         await limiter.transport().handle_async_request(object())
 
 
 def test_wrong_arguments_name_the_right_ones(limiter: Limiter) -> None:
-    """Errors say what would have been understood."""
+    """Each error says what would have been accepted."""
     with pytest.raises(ValueError, match="family must be auto, httpx or httpx2, not 'requests'"):
         limiter.transport(family="requests")
     with pytest.raises(ValueError, match="no profile is called 'acme'; known: openai, azure"):
@@ -981,7 +981,7 @@ def test_wrong_arguments_name_the_right_ones(limiter: Limiter) -> None:
 
 @pytest.mark.heavy
 async def test_memory_of_hosts_is_bounded(limiter: Limiter) -> None:
-    """A crawler with many hosts does not fill the memory."""
+    """A crawler that visits many hosts does not fill the memory."""
     async with client_over(httpx, limiter, answering(httpx, b""), learn=False) as client:
         for number in range(300):
             await client.get(f"https://host{number}.test/")
@@ -990,7 +990,7 @@ async def test_memory_of_hosts_is_bounded(limiter: Limiter) -> None:
 
 
 async def test_a_request_is_dated_by_when_it_leaves(library: Any) -> None:
-    """A connection takes its time; what a provider counts is when the request arrives."""
+    """Connecting takes time, and a provider counts a request when it arrives."""
     clock = VirtualClock()
     limiter = Limiter("1 requests/10s", clock=clock)
     sent = []
@@ -1015,7 +1015,7 @@ async def test_a_request_is_dated_by_when_it_leaves(library: Any) -> None:
 
 
 def test_a_synchronous_request_is_dated_by_when_it_leaves(library: Any) -> None:
-    """As on an event loop; one that leaves at once keeps its date."""
+    """Sending dates it, as on an event loop; a request that leaves at once keeps its date."""
     clock = VirtualClock()
     limiter = Limiter("2 requests/10s burst 2", clock=clock)
     waits = [0.0, 5.0]
@@ -1040,7 +1040,7 @@ def test_a_synchronous_request_is_dated_by_when_it_leaves(library: Any) -> None:
 
 
 async def test_a_body_that_is_streamed_up_can_be_closed(library: Any, limiter: Limiter) -> None:
-    """By whoever sends it, as without the transport."""
+    """The inner transport can close it, as it can without the paced one."""
     body = chunked(library, b"a", b"b")
 
     class Closing(library.AsyncBaseTransport):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""What the tests of the kit share."""
+"""What the tests of `asyncbucket.testing` share."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
-#: What needs an SDK is left out where there is none: on a Python that has the core alone.
+#: Tests that need an SDK are left out if it is missing, as on a Python with the core alone.
 collect_ignore: list[str] = (
     []
     if find_spec("openai") and find_spec("durationpy")
@@ -26,7 +26,7 @@ def until() -> Callable[[Callable[[], bool]], Awaitable[None]]:
 
     async def wait(happened: Callable[[], bool]) -> None:
         async with asyncio.timeout(10):
-            while not happened():  # noqa: ASYNC110 - no event crosses over from the server's loop
+            while not happened():  # noqa: ASYNC110 - the server's loop sends no event to this one
                 await asyncio.sleep(0.005)
 
     return wait

@@ -14,7 +14,7 @@ def clock() -> VirtualClock:
 
 
 def test_call_is_charged_by_all_limits_or_by_none(clock: VirtualClock) -> None:
-    """Refused for tokens, it has taken no request either."""
+    """A call refused for its tokens takes no request, either."""
     door = Admission(Settings(rpm=2, tpm=100, clock=clock))
 
     assert door.enter(CHAT, 80) is None
@@ -26,7 +26,7 @@ def test_call_is_charged_by_all_limits_or_by_none(clock: VirtualClock) -> None:
 
 
 def test_refusal_names_the_limit_that_takes_longest(clock: VirtualClock) -> None:
-    """One request comes back in 30 s, 100 tokens in 60 s: tokens bind, with their numbers."""
+    """Requests come back in 30 s, tokens in 60 s: the error names the later one and its numbers."""
     door = Admission(Settings(rpm=2, tpm=100, clock=clock))
     door.enter(CHAT, 50)
     door.enter(CHAT, 50)
@@ -37,7 +37,7 @@ def test_refusal_names_the_limit_that_takes_longest(clock: VirtualClock) -> None
 
 
 def test_call_larger_than_the_limit_never_passes(clock: VirtualClock) -> None:
-    """There is no time at which it would pass, and none is promised."""
+    """No waiting would help, so no time is promised."""
     door = Admission(Settings(tpm=100, rpm=1, clock=clock))
     door.enter(CHAT, 1)
 
@@ -45,7 +45,7 @@ def test_call_larger_than_the_limit_never_passes(clock: VirtualClock) -> None:
 
 
 def test_slots_are_held_until_left(clock: VirtualClock) -> None:
-    """Two in flight; the third is refused until one leaves."""
+    """With two calls in flight, a third is refused until one leaves."""
     door = Admission(Settings(concurrency=2, clock=clock))
     door.enter(CHAT, 1)
     door.enter(CHAT, 1)
@@ -59,7 +59,7 @@ def test_slots_are_held_until_left(clock: VirtualClock) -> None:
 
 
 def test_failed_call_is_charged_and_a_scripted_429_is_not(clock: VirtualClock) -> None:
-    """A 500 breaks down inside; a 429 never got in."""
+    """A 500 fails after admission; a scripted 429 is not admitted."""
     door = Admission(Settings(tpm=100, clock=clock))
     door.fail_next(1, Failure(500))
     door.fail_next(2, Failure(429, retry_after=2.5))
@@ -75,7 +75,7 @@ def test_failed_call_is_charged_and_a_scripted_429_is_not(clock: VirtualClock) -
 
 
 def test_refused_call_uses_up_no_scripted_failure(clock: VirtualClock) -> None:
-    """The 500 that was told is for the next call that gets in."""
+    """A scripted 500 is kept for the next call that is admitted."""
     door = Admission(Settings(tpm=100, clock=clock))
     door.fail_next(1, Failure(500))
 
@@ -84,7 +84,7 @@ def test_refused_call_uses_up_no_scripted_failure(clock: VirtualClock) -> None:
 
 
 def test_zero_forgets_what_was_scripted(clock: VirtualClock) -> None:
-    """`fail_next(0)` is the way back to normal."""
+    """`fail_next(0)` removes all scripted failures."""
     door = Admission(Settings(clock=clock))
     door.fail_next(5, Failure(500))
     door.fail_next(0, Failure())
@@ -95,7 +95,7 @@ def test_zero_forgets_what_was_scripted(clock: VirtualClock) -> None:
 
 
 def test_always_fails_until_it_is_reconfigured(clock: VirtualClock) -> None:
-    """`always=429` refuses everything, and can be taken back while running."""
+    """`always=429` refuses everything, until it is changed at run time."""
     door = Admission(Settings(always=429, clock=clock))
 
     assert door.enter(CHAT, 1) == Failure(429)
@@ -104,7 +104,7 @@ def test_always_fails_until_it_is_reconfigured(clock: VirtualClock) -> None:
 
 
 def test_error_rate_is_drawn_from_the_seed(clock: VirtualClock) -> None:
-    """15 % of calls fail, the same ones in every run."""
+    """15 % of calls fail, and the same ones in every run with a seed."""
 
     def failures(seed: int) -> list[bool]:
         door = Admission(Settings(error_rate=0.15, seed=seed, clock=clock))
@@ -115,7 +115,7 @@ def test_error_rate_is_drawn_from_the_seed(clock: VirtualClock) -> None:
 
 
 def test_arrivals_are_bounded_and_dated(clock: VirtualClock) -> None:
-    """The latest ones, oldest first, with what they cost and whether they got in."""
+    """The latest ones are kept, oldest first, with their cost and whether they were admitted."""
     door = Admission(Settings(rpm=2, history=2, clock=clock))
     for seconds in (0, 1, 1):
         clock.advance(seconds)
@@ -128,7 +128,7 @@ def test_arrivals_are_bounded_and_dated(clock: VirtualClock) -> None:
 
 
 def test_repeated_request_id_counts_as_a_duplicate(clock: VirtualClock) -> None:
-    """Only when it was admitted before: a retry of a refused call is none."""
+    """It counts only if it was admitted before, so a retry of a refused call does not."""
     door = Admission(Settings(rpm=2, clock=clock))
     door.fail_next(1, Failure(429))
     for _ in range(3):
@@ -138,7 +138,7 @@ def test_repeated_request_id_counts_as_a_duplicate(clock: VirtualClock) -> None:
 
 
 def test_limits_change_while_running(clock: VirtualClock) -> None:
-    """Taken away, set and changed; what is fixed at the start says so."""
+    """Limits can be removed, added and changed; options fixed at the start are refused."""
     door = Admission(Settings(rpm=1, clock=clock))
     door.enter(CHAT, 1)
     assert isinstance(door.enter(CHAT, 1), Refusal)
@@ -152,7 +152,7 @@ def test_limits_change_while_running(clock: VirtualClock) -> None:
 
 
 def test_budget_tells_what_remains_and_when_it_is_full(clock: VirtualClock) -> None:
-    """What the x-ratelimit headers say."""
+    """These are the numbers of the x-ratelimit headers."""
     door = Admission(Settings(rpm=60, tpm=600, clock=clock))
     door.enter(CHAT, 100)
 

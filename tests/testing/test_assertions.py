@@ -18,7 +18,7 @@ SECOND = 1_000_000_000
 
 @dataclass(frozen=True)
 class Limit:
-    """What `assert_never_over` needs of a limit."""
+    """The parts of a limit that `assert_never_over` needs."""
 
     amount: float
     per: float
@@ -38,7 +38,7 @@ traces = st.lists(
 
 
 def test_window_over_by_one_fails_with_the_numbers() -> None:
-    """The message says how much, in how many admissions, when, and what was allowed."""
+    """The message says how much was over, in how many admissions, when, and what was allowed."""
     trace = [(0, 5), (30 * SECOND, 3), (60 * SECOND - 1, 3), (60 * SECOND, 5)]
 
     with pytest.raises(AssertionError) as caught:
@@ -51,7 +51,7 @@ def test_window_over_by_one_fails_with_the_numbers() -> None:
 
 
 def test_admissions_a_window_apart_are_not_in_one_window() -> None:
-    """Windows are half-open: 10 at 0 and 10 at 60 s keep 10 per 60 s; a nanosecond less doesn't."""
+    """Windows are half-open: 10 at 0 s and 10 at 60 s keep 10 per 60 s, but not 1 ns earlier."""
     limit = Limit(10, per=60)
 
     assert assert_never_over([(0.0, 10), (60.0, 10)], limit).amount == 10
@@ -60,7 +60,7 @@ def test_admissions_a_window_apart_are_not_in_one_window() -> None:
 
 
 def test_trace_may_come_in_any_order_and_in_either_unit() -> None:
-    """Ints are nanoseconds, floats seconds."""
+    """Ints are nanoseconds, and floats are seconds."""
     in_seconds = busiest_window([(1.5, 2), (0.5, 3), (9.0, 4)], per=2)
 
     assert in_seconds == BusiestWindow(5, 2, SECOND // 2, 3 * SECOND // 2)
@@ -71,7 +71,7 @@ def test_trace_may_come_in_any_order_and_in_either_unit() -> None:
 
 
 def test_burst_over_fails_with_the_numbers() -> None:
-    """Two at once, then one every half second is what rate 2 and burst 2 allow; 1 ns early isn't."""
+    """Rate 2 and burst 2 allow two at once and then one every 0.5 s, but none 1 ns earlier."""
     kept = [(0, 1), (0, 1), (SECOND // 2, 1), (SECOND, 1)]
     assert_within_bucket(kept, rate=2.0, burst=2)
 
@@ -87,7 +87,7 @@ def test_burst_over_fails_with_the_numbers() -> None:
 
 
 def test_burst_in_fractions_fails_with_the_numbers() -> None:
-    """As one in floats does."""
+    """Fractions work like floats."""
     rate: Any = Fraction(1, 3)
     burst: Any = Fraction(5, 2)
 
@@ -98,7 +98,7 @@ def test_burst_in_fractions_fails_with_the_numbers() -> None:
 
 
 def test_limit_with_a_burst_is_checked_for_both() -> None:
-    """Never over 10 in 10 s, and never more than 2 at once."""
+    """It is never over 10 in 10 s, and never over 2 at once."""
     limit = Limit(10, per=10, burst=2)
 
     assert_never_over([(float(second), 1) for second in range(10)], limit)
@@ -107,7 +107,7 @@ def test_limit_with_a_burst_is_checked_for_both() -> None:
 
 
 def test_limit_may_be_written_as_for_a_limiter() -> None:
-    """Its burst included."""
+    """The text may include a burst."""
     assert assert_never_over([(0, 60_000)], "60k TPM").amount == 60_000
     with pytest.raises(AssertionError, match="over the burst by 1: 3 units in 3 admissions"):
         assert_never_over([(0, 1)] * 3, "10/s burst 2")
@@ -116,7 +116,7 @@ def test_limit_may_be_written_as_for_a_limiter() -> None:
 
 
 def test_what_is_no_limit_and_no_window_is_refused() -> None:
-    """A number alone says nothing of the window."""
+    """A number alone does not say what window is meant."""
     limit: Any = 100
 
     with pytest.raises(TypeError, match='a Limit or a string such as "100 TPM", not 100'):
@@ -127,7 +127,7 @@ def test_what_is_no_limit_and_no_window_is_refused() -> None:
 
 
 def test_call_above_the_burst_passes_when_it_has_earned_the_rest() -> None:
-    """Burst 2 at 1/s: 5 may go at 3 s after the bucket was full, and nothing right behind it."""
+    """At 1/s with burst 2, 5 may go after 3 s of a full bucket, and then nothing for 1 s."""
     assert_within_bucket([(0, 2), (5 * SECOND, 5), (6 * SECOND, 1)], rate=1.0, burst=2)
 
     with pytest.raises(AssertionError, match="over the burst"):
@@ -149,7 +149,7 @@ def test_call_above_the_burst_passes_when_it_has_earned_the_rest() -> None:
 def test_bucket_that_nothing_would_be_over_is_refused(
     rate: float, burst: float, message: str
 ) -> None:
-    """Every call is above a burst of nothing, and what is above a burst is let off."""
+    """Every call is above a burst of zero, and calls above the burst are allowed to pass."""
     with pytest.raises(ValueError, match=message):
         assert_within_bucket([(0, 5)], rate=rate, burst=burst)
 
@@ -175,7 +175,7 @@ def test_bucket_that_nothing_would_be_over_is_refused(
 def test_trace_without_a_clear_meaning_is_refused(
     trace: Any, error: type[Exception], message: str
 ) -> None:
-    """A check that guesses is worth nothing."""
+    """A check that had to guess would be useless."""
     with pytest.raises(error, match=message):
         assert_never_over(trace, Limit(10, per=60))
 
@@ -184,7 +184,7 @@ def test_trace_without_a_clear_meaning_is_refused(
 def test_window_check_agrees_with_every_window(
     trace: list[tuple[int, int]], amount: int, halves: int
 ) -> None:
-    """One pass finds what a look at the window before each admission finds."""
+    """One pass finds the same as a look at the window before each admission."""
     window = halves * SECOND // 2
     worst = max(
         (sum(amount for when, amount in trace if end - window < when <= end) for end, _ in trace),
@@ -207,7 +207,7 @@ def test_window_check_agrees_with_every_window(
 def test_bucket_check_agrees_with_every_interval(
     trace: list[tuple[int, int]], rate: float, burst: float
 ) -> None:
-    """One pass finds what a look at every pair of admissions finds."""
+    """One pass finds the same as a look at every pair of admissions."""
     ordered = sorted(trace)
     over = any(
         sum(amount for _, amount in ordered[first : last + 1])

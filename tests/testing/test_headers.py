@@ -26,13 +26,13 @@ SECOND = 1_000_000_000
     ],
 )
 def test_duration_is_written_as_go_does(nanoseconds: int, text: str) -> None:
-    """The formats that OpenAI sends."""
+    """These are the formats that OpenAI sends."""
     assert go_duration(nanoseconds) == text
 
 
 @given(st.integers(min_value=0, max_value=100 * 3600 * SECOND))
 def test_duration_reads_back_rounded_up_to_a_millisecond(nanoseconds: int) -> None:
-    """Never too early, by less than a millisecond too late."""
+    """It is never too short, and less than a millisecond too long."""
     read = durationpy.from_str(go_duration(nanoseconds)) / timedelta(milliseconds=1)
 
     assert read == -(-nanoseconds // MILLISECOND)

@@ -17,7 +17,7 @@ SECOND = 1_000_000_000
 MINUTE = 60 * SECOND
 
 limits = st.integers(min_value=1, max_value=200)
-# Steps in nanoseconds: many at one instant, many on the edges of seconds and minutes.
+# Steps in nanoseconds, many of them 0 or near whole seconds and minutes.
 steps = st.one_of(
     st.just(0),
     st.sampled_from([1, SECOND - 1, SECOND, SECOND + 1, MINUTE - 1, MINUTE, MINUTE + 1]),
@@ -29,7 +29,7 @@ policies = st.sampled_from(POLICY_NAMES)
 
 @dataclass(frozen=True)
 class Minute:
-    """A limit of so many a minute, for `assert_never_over`."""
+    """A limit for each minute, as `assert_never_over` needs it."""
 
     amount: int
     per: float = 60.0
@@ -39,7 +39,7 @@ class Minute:
 def play(
     policy: Policy, history: list[tuple[int, int]], *, start: int = 0
 ) -> list[tuple[int, int]]:
-    """Ask for each amount of a history and admit what passes; return the trace of admissions."""
+    """Try to admit each amount of a history; return the trace of admissions."""
     now = start
     trace: list[tuple[int, int]] = []
     for step, amount in history:
@@ -64,12 +64,12 @@ def test_sliding_window_is_never_over_in_any_minute(
 def test_token_bucket_admits_a_limit_at_once_and_the_refill(
     limit: int, history: list[tuple[int, int]]
 ) -> None:
-    """In any interval: at most the limit plus what was refilled in it."""
+    """Any interval holds at most the limit plus what was refilled in it."""
     policy = make_policy("token_bucket", limit, minute=MINUTE, now=0)
 
     trace = play(policy, history)
 
-    # In nanoseconds of a sixtieth of the limit, the rate is exact only scaled: 60 s become 1 s.
+    # The rate is exact only if scaled: amounts times 60, and 60 s become 1 s.
     assert_within_bucket(
         [(now, 60 * amount) for now, amount in trace], rate=limit, burst=60 * limit
     )
@@ -90,7 +90,7 @@ def test_fixed_window_is_never_over_in_a_minute_of_the_clock(
 
 
 def test_fixed_window_lets_twice_the_limit_pass_across_its_edge() -> None:
-    """What makes this policy different: a limit before the edge and another right after it."""
+    """This is its peculiarity: the limit passes before the edge, and again right after it."""
     policy = make_policy("fixed_window", 10, minute=MINUTE, now=0)
 
     trace = play(policy, [(MINUTE - 1, 10), (0, 1), (1, 10), (0, 1)])
@@ -100,7 +100,7 @@ def test_fixed_window_lets_twice_the_limit_pass_across_its_edge() -> None:
 
 @given(limits, histories)
 def test_one_second_slices_hold_a_sixtieth_each(limit: int, history: list[tuple[int, int]]) -> None:
-    """A second of the clock holds a sixtieth (rounded up), a minute the limit, whatever comes."""
+    """Each second of the clock holds a sixtieth (rounded up), and each minute the limit."""
     policy = OneSecondSlicesPolicy(limit, minute=MINUTE, now=0)
     share = -(-limit // 60)
     assert policy.share == share
@@ -115,7 +115,7 @@ def test_one_second_slices_hold_a_sixtieth_each(limit: int, history: list[tuple[
 
 
 def test_call_larger_than_a_slice_closes_the_slices_it_pays_with() -> None:
-    """10 a second: 25 pass in an unused second and take the next one and a half as well."""
+    """At 10 a second, 25 pass in an unused second, and use up the next one and a half, too."""
     policy = make_policy("one_second_slices", 600, minute=MINUTE, now=0)
     assert policy.wait(25, 0) == 0
     policy.charge(25, 0)
@@ -130,7 +130,7 @@ def test_call_larger_than_a_slice_closes_the_slices_it_pays_with() -> None:
 def test_promised_wait_is_exact(
     name: PolicyName, limit: int, history: list[tuple[int, int]], amount: int
 ) -> None:
-    """Refused until a nanosecond before the promised time, admitted at it; `None` is never."""
+    """A call is refused 1 ns before the promised time and admitted at it; `None` means never."""
     policy = make_policy(name, limit, minute=MINUTE, now=0)
     play(policy, history)
     now = sum(step for step, _ in history)
@@ -149,7 +149,7 @@ def test_promised_wait_is_exact(
 def test_remaining_is_what_passes_now(
     name: PolicyName, limit: int, history: list[tuple[int, int]]
 ) -> None:
-    """`remaining` passes and one more doesn't, except in a slice that nothing has used."""
+    """`remaining` passes and one more doesn't, except in an unused slice."""
     policy = make_policy(name, limit, minute=MINUTE, now=0)
     play(policy, history)
     now = sum(step for step, _ in history)
@@ -165,7 +165,7 @@ def test_remaining_is_what_passes_now(
 def test_everything_is_back_at_the_reset(
     name: PolicyName, limit: int, history: list[tuple[int, int]]
 ) -> None:
-    """After `reset` nanoseconds the policy is as new; a new one resets in 0."""
+    """After `reset` nanoseconds the policy is as good as new; a new one resets in 0."""
     policy = make_policy(name, limit, minute=MINUTE, now=0)
     fresh = make_policy(name, limit, minute=MINUTE, now=0)
     play(policy, history)
@@ -179,7 +179,7 @@ def test_everything_is_back_at_the_reset(
 
 @pytest.mark.parametrize("name", POLICY_NAMES)
 def test_resized_policy_keeps_what_was_used(name: PolicyName) -> None:
-    """Halving a limit of which half is used leaves nothing; doubling it doesn't refill it."""
+    """Halving the limit fills a slice that was half used; other policies still have room."""
     policy = make_policy(name, 60 * 60, minute=MINUTE, now=0)
     policy.charge(30, 0)
 
@@ -192,7 +192,7 @@ def test_resized_policy_keeps_what_was_used(name: PolicyName) -> None:
 
 
 def test_only_a_smaller_limit_takes_from_a_bucket() -> None:
-    """A bucket of 100 with 40 left holds 30 when resized to 30, and 30 when resized back."""
+    """A bucket of 100 with 40 left keeps 30 when resized to 30, and when resized back."""
     policy = make_policy("token_bucket", 100, minute=MINUTE, now=0)
     policy.charge(60, 0)
 

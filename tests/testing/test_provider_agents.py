@@ -1,4 +1,4 @@
-"""The provider as LlamaIndex sees it: agents and structured output work on the fake model."""
+"""The provider as LlamaIndex sees it: agents and structured output work with its fake model."""
 
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeAlias
@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from asyncbucket.testing.provider import RateLimitedProvider
 from asyncbucket.testing.pytest_plugin import ProviderFactory
 
-# LlamaIndex's own ReActAgent calls what its workflow engine has deprecated.
+# LlamaIndex's own ReActAgent calls something that its workflow engine has deprecated.
 LLAMA_INDEX_WARNS = pytest.mark.filterwarnings("ignore:is_running called:DeprecationWarning")
 
 Connect: TypeAlias = Callable[[RateLimitedProvider], dict[str, Any]]
@@ -26,12 +26,12 @@ def multiply(a: int, b: int) -> int:
 
 
 def ask(agent: Any, question: str) -> Any:
-    """Start a run: as `Any`, for of its overloads the type checkers take the deprecated one."""
+    """Start a run; as `Any`, because type checkers choose the deprecated overload."""
     return agent.run(user_msg=question)
 
 
 async def check_that_it_calls_its_tool_once(agent: Any, provider: RateLimitedProvider) -> None:
-    """Ask ``agent``: one call asks for the tool, one answers."""
+    """Ask ``agent``: one call asks for the tool, and one answers."""
     run = ask(agent, "What is 6 x 7?")
     results = [event async for event in run.stream_events() if isinstance(event, ToolCallResult)]
 
@@ -42,7 +42,7 @@ async def check_that_it_calls_its_tool_once(agent: Any, provider: RateLimitedPro
 
 @pytest.fixture
 async def connect() -> AsyncIterator[Connect]:
-    """Say what points a LlamaIndex model at a provider, with a client that gets closed."""
+    """Give a function that returns the options for a model on a provider; close their client."""
     async with httpx.AsyncClient() as client:
         yield lambda provider: {
             "api_base": provider.base_url,
@@ -57,7 +57,7 @@ async def connect() -> AsyncIterator[Connect]:
 async def test_function_agent_calls_its_tool_once_and_answers(
     rate_limited_provider: ProviderFactory, connect: Connect, model: Any, *, streaming: bool
 ) -> None:
-    """Two calls: one that asks for the tool, one that answers."""
+    """It makes two calls: one that asks for the tool, and one that answers."""
     provider = rate_limited_provider()
     llm = model(model="gpt-4o-mini", **connect(provider))
     agent = FunctionAgent(tools=[multiply], llm=llm, streaming=streaming)
@@ -68,7 +68,7 @@ async def test_function_agent_calls_its_tool_once_and_answers(
 async def test_react_agent_calls_its_tool_once_and_answers(
     rate_limited_provider: ProviderFactory, connect: Connect
 ) -> None:
-    """In ReAct's own format, which LlamaIndex parses."""
+    """The provider answers in ReAct's own format, which LlamaIndex parses."""
     provider = rate_limited_provider()
     llm = OpenAI(model="gpt-4o-mini", **connect(provider))
     agent = ReActAgent(tools=[multiply], llm=llm)
@@ -79,7 +79,7 @@ async def test_react_agent_calls_its_tool_once_and_answers(
 async def test_react_agent_without_tools_answers_at_once(
     rate_limited_provider: ProviderFactory, connect: Connect
 ) -> None:
-    """There is nothing to call."""
+    """Without tools it makes one call."""
     provider = rate_limited_provider()
     agent = ReActAgent(tools=[], llm=OpenAI(model="gpt-4o-mini", **connect(provider)))
 
@@ -90,7 +90,7 @@ async def test_react_agent_without_tools_answers_at_once(
 async def test_structured_output_is_valid(
     rate_limited_provider: ProviderFactory, connect: Connect
 ) -> None:
-    """By JSON schema, and by a tool that must be called."""
+    """This works by JSON schema, and by a tool that must be called."""
 
     class Song(BaseModel):
         title: str
@@ -106,7 +106,7 @@ async def test_structured_output_is_valid(
 async def test_embedding_batches_are_one_request_each(
     rate_limited_provider: ProviderFactory, connect: Connect
 ) -> None:
-    """25 texts in batches of 10 are three requests."""
+    """25 texts in batches of 10 make three requests."""
     provider = rate_limited_provider()
     model = OpenAIEmbedding(embed_batch_size=10, **connect(provider))
 

@@ -1,4 +1,4 @@
-"""Starting, stopping and steering the provider, in a thread and in a process."""
+"""Starting, stopping and controlling the provider, in a thread and in a process."""
 
 import asyncio
 import json
@@ -39,14 +39,14 @@ def call(provider: RateLimitedProvider | ProviderProcess) -> httpx.Response:
 
 
 def refuses_connections(url: str) -> bool:
-    """Say whether nobody listens."""
+    """Return whether no server listens there."""
     parts = urlsplit(url)
     with socket.socket() as probe:
         return probe.connect_ex((parts.hostname, parts.port)) != 0
 
 
 async def test_nothing_is_left_behind(until: Until) -> None:
-    """Neither thread nor socket, even with a call in flight and a connection open."""
+    """Neither a thread nor a socket is left, even with a call in flight and a connection open."""
     before = set(threading.enumerate())
     async with RateLimitedProvider(latency=60.0) as provider:
         url = provider.url
@@ -68,12 +68,12 @@ async def test_nothing_is_left_behind(until: Until) -> None:
 
 @pytest.mark.real_clock
 def test_reply_does_not_wait_for_an_acknowledgement() -> None:
-    """Real time, because it is the kernel's: twenty calls on one connection within 20 x 40 ms."""
+    """This runs in real time, the kernel's: 20 calls on one connection take under 20 x 40 ms."""
     with RateLimitedProvider() as provider, httpx.Client() as client:
         url = f"{provider.base_url}/chat/completions"
         client.post(url, **CALL)
         took: list[float] = []
-        for _ in range(3):  # a busy machine may spoil one
+        for _ in range(3):  # a busy machine may spoil one of them
             begun = time.monotonic()
             for _ in range(20):
                 client.post(url, **CALL)
@@ -83,7 +83,7 @@ def test_reply_does_not_wait_for_an_acknowledgement() -> None:
 
 
 def test_provider_may_be_started_again() -> None:
-    """One object, several runs, one book."""
+    """One object may run several times, and its statistics add up."""
     provider = RateLimitedProvider(rpm=60)
     assert repr(provider) == (
         "<RateLimitedProvider rpm=60 tpm=None policy=token_bucket not running>"
@@ -99,7 +99,7 @@ def test_provider_may_be_started_again() -> None:
 
 
 def test_url_of_a_provider_that_does_not_run_says_so() -> None:
-    """With the remedy."""
+    """The error says what to do."""
     for provider in (RateLimitedProvider(), ProviderProcess()):
         with pytest.raises(RuntimeError, match="isn't running: enter it with `with`"):
             _ = provider.base_url
@@ -108,7 +108,7 @@ def test_url_of_a_provider_that_does_not_run_says_so() -> None:
 
 
 def test_taken_port_is_an_error_at_the_start() -> None:
-    """And the one who has it goes on."""
+    """The provider that has the port goes on."""
     with RateLimitedProvider() as first:
         port = urlsplit(first.url).port or 0
         second = RateLimitedProvider(port=port)
@@ -118,7 +118,7 @@ def test_taken_port_is_an_error_at_the_start() -> None:
 
 
 async def test_cancelled_start_leaves_nothing_behind() -> None:
-    """A task that is cancelled while the provider starts."""
+    """The task is cancelled while the provider starts."""
     before = set(threading.enumerate())
 
     async def enter() -> None:
@@ -135,7 +135,7 @@ async def test_cancelled_start_leaves_nothing_behind() -> None:
 
 
 async def test_process_has_the_same_surface() -> None:
-    """Calls, statistics, arrivals, orders; and the last statistics after the end."""
+    """It has calls, statistics, arrivals and control, and after its end the last statistics."""
     async with ProviderProcess(rpm=600, latency=(0.0, 0.001), policy="sliding_window") as provider:
         assert provider.pid != os.getpid()
         assert repr(provider).endswith(f" {provider.base_url}>")
@@ -163,7 +163,7 @@ async def test_process_has_the_same_surface() -> None:
 
 
 def test_process_of_a_killed_parent_ends() -> None:
-    """`kill -9` of whoever started it closes its standard input, and it goes."""
+    """`kill -9` of its parent closes its standard input, at which it ends."""
     script = """
 import os, signal
 from asyncbucket.testing.provider import ProviderProcess
@@ -185,7 +185,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.parametrize("kind", [RateLimitedProvider, ProviderProcess])
 async def test_failed_start_may_be_tried_again(kind: Any) -> None:
-    """The error comes through `async with`, and nothing of the first try is in the way."""
+    """The error is raised by `async with`, and the failed start leaves nothing in the way."""
     with RateLimitedProvider() as first:
         second = kind(port=urlsplit(first.url).port)
         with pytest.raises((OSError, RuntimeError)):
@@ -195,7 +195,7 @@ async def test_failed_start_may_be_tried_again(kind: Any) -> None:
 
 
 def test_server_that_breaks_at_its_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever uvicorn says, it reaches whoever started it."""
+    """Whatever uvicorn raises is the cause of the error."""
 
     async def broken(*_: object) -> None:
         raise LookupError("no such thing")
@@ -208,10 +208,10 @@ def test_server_that_breaks_at_its_start_says_so(monkeypatch: pytest.MonkeyPatch
 
 
 def test_process_leaves_ctrl_c_to_its_parent() -> None:
-    """SIGINT reaches a whole terminal; the parent must still be able to ask what was seen."""
+    """SIGINT goes to a whole terminal; the parent must still be able to read the statistics."""
     with ProviderProcess() as provider:
         assert provider.pid is not None
-        assert os.getpgid(provider.pid) != os.getpgid(0)  # nor does a terminal send it one
+        assert os.getpgid(provider.pid) != os.getpgid(0)  # so no terminal sends it one, either
         os.kill(provider.pid, signal.SIGINT)
         time.sleep(0.05)
         assert call(provider).status_code == 200
@@ -219,7 +219,7 @@ def test_process_leaves_ctrl_c_to_its_parent() -> None:
 
 
 def test_dead_process_says_that_it_is_dead() -> None:
-    """Not a bare connection error."""
+    """The error is not a bare connection error."""
     with ProviderProcess() as provider:
         assert provider.pid is not None
         os.kill(provider.pid, signal.SIGKILL)
@@ -230,7 +230,7 @@ def test_dead_process_says_that_it_is_dead() -> None:
 
 
 def test_process_that_can_not_start_says_so() -> None:
-    """Its own error goes to standard error, its status into ours."""
+    """Its own error goes to standard error, and its exit status into ours."""
     with RateLimitedProvider() as first:
         second = ProviderProcess(port=urlsplit(first.url).port or 0)
         with pytest.raises(RuntimeError, match="process ended with status 1 at its start"):
@@ -239,7 +239,7 @@ def test_process_that_can_not_start_says_so() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_command_prints_its_url_and_at_the_end_its_statistics(number: signal.Signals) -> None:
-    """One line when it is ready, one line of JSON when it is told to end; status 0."""
+    """It prints one line when it is ready, one line of JSON at the end, and exits with 0."""
     command = [sys.executable, "-m", "asyncbucket.testing.provider", "--rpm", "60"]
     with subprocess.Popen([*command, "--latency", "0.001"], stdout=-1, text=True) as process:
         assert process.stdout is not None
@@ -255,7 +255,7 @@ def test_command_prints_its_url_and_at_the_end_its_statistics(number: signal.Sig
 
 
 def test_command_whose_reader_is_gone_ends_without_a_word() -> None:
-    """Whoever started it was killed: it has nobody to tell its statistics, and that is no error."""
+    """If its parent was killed, it cannot print its statistics, which is no error."""
     command = [sys.executable, "-m", "asyncbucket.testing.provider", "--until-eof"]
     with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True) as process:
         assert process.stdin is not None
@@ -270,7 +270,7 @@ def test_command_whose_reader_is_gone_ends_without_a_word() -> None:
 
 
 def test_latency_that_cannot_be_read_is_named_as_typed() -> None:
-    """Not by the function that reads it."""
+    """The error does not name the function that reads it."""
     command = [sys.executable, "-m", "asyncbucket.testing.provider", "--latency", "fast"]
 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -282,7 +282,7 @@ def test_latency_that_cannot_be_read_is_named_as_typed() -> None:
 
 
 def test_command_that_cannot_start_says_why_in_one_line() -> None:
-    """A bad setting, and a port that another has: not a traceback."""
+    """A bad setting or a port in use gives no traceback."""
     command = [sys.executable, "-m", "asyncbucket.testing.provider"]
 
     def refusal(*options: str) -> str:
@@ -326,14 +326,14 @@ def test_command_that_cannot_start_says_why_in_one_line() -> None:
     ],
 )
 def test_bad_option_is_refused_at_once(options: Any, message: str) -> None:
-    """With its name and its value, in this process and before another is started."""
+    """The error has its name and value, before any process is started."""
     for provider in (RateLimitedProvider, ProviderProcess):
         with pytest.raises(ValueError, match=message):
             provider(**options)
 
 
 def test_option_that_there_is_not_is_refused_with_those_there_are() -> None:
-    """Here, and where it is changed; nobody looks for it in a class that is ours alone."""
+    """Constructors and `reconfigure` list the valid options, and name no class of ours."""
     options: Any = {"rpms": 3}
     for order in (RateLimitedProvider, ProviderProcess, RateLimitedProvider().reconfigure):
         with pytest.raises(
@@ -343,7 +343,7 @@ def test_option_that_there_is_not_is_refused_with_those_there_are() -> None:
 
 
 def test_bad_failure_is_refused_at_once() -> None:
-    """Here, not when it is due."""
+    """It is refused at the call, not when the failure is due."""
     for provider in (RateLimitedProvider(), ProviderProcess()):
         with pytest.raises(ValueError, match="status must be 400 to 599, not 200"):
             provider.fail_next(status=200)
@@ -354,18 +354,18 @@ def test_bad_failure_is_refused_at_once() -> None:
 
 
 def test_clock_of_seconds_is_refused() -> None:
-    """Limits counted by it would all be wrong."""
+    """With such a clock, all limits would be counted wrong."""
     with pytest.raises(TypeError, match=r"clock must return integer nanoseconds, as time\.monoton"):
         RateLimitedProvider(clock=time.monotonic)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("options", [{"clock": time.monotonic_ns}, {"latency": lambda: 0.1}])
 def test_process_takes_no_functions(options: Any) -> None:
-    """They can't be sent."""
+    """Functions can't be sent to another process."""
     with pytest.raises(ValueError, match="can't be sent to another process"):
         ProviderProcess(**options)
 
 
 def test_options_are_the_settings() -> None:
-    """The keywords that the type checker knows are those that there are."""
+    """The keywords that type checkers know are the options that exist."""
     assert set(Options.__annotations__) == set(Settings.__dataclass_fields__)

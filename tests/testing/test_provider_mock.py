@@ -1,4 +1,4 @@
-"""The provider as a MockTransport: the same replies without a server, on virtual time too."""
+"""The provider as a MockTransport: the same replies without a server, also on virtual time."""
 
 import asyncio
 from collections.abc import Generator
@@ -22,13 +22,13 @@ HEADERS = {"authorization": "Bearer any"}
 
 @pytest.fixture
 def library(request: pytest.FixtureRequest) -> Any:
-    """The library that a test is run with."""
+    """The HTTP library that the test is run with."""
     return pytest.importorskip(request.param)
 
 
 @pytest.fixture
 def virtual() -> Generator[VirtualTime]:
-    """Virtual time."""
+    """Give virtual time."""
     with virtual_time() as stretch:
         yield stretch
 
@@ -37,7 +37,7 @@ each_family = pytest.mark.parametrize("library", FAMILIES, indirect=True)
 
 
 def client_of(provider: RateLimitedProvider, library: Any) -> Any:
-    """Return an async client on the provider."""
+    """Return an async client of the provider."""
     return library.AsyncClient(
         transport=provider.mock_transport(family=library.__name__),
         base_url="http://provider/v1/",
@@ -47,7 +47,7 @@ def client_of(provider: RateLimitedProvider, library: Any) -> Any:
 
 @each_family
 async def test_reply_is_that_of_the_server(library: Any) -> None:
-    """Status, headers and body."""
+    """It has the same status, headers and body."""
     provider = RateLimitedProvider(rpm=600)
     async with client_of(provider, library) as client:
         mocked = await client.post("chat/completions", json=CALL)
@@ -62,7 +62,7 @@ async def test_reply_is_that_of_the_server(library: Any) -> None:
 
 @each_family
 async def test_call_over_the_limit_is_refused(library: Any) -> None:
-    """With the headers by which clients know when to come again."""
+    """The reply has the headers that tell clients when to try again."""
     provider = RateLimitedProvider(rpm=1)
     async with client_of(provider, library) as client:
         replies = [await client.post("chat/completions", json=CALL) for _ in range(2)]
@@ -73,7 +73,7 @@ async def test_call_over_the_limit_is_refused(library: Any) -> None:
 
 @each_family
 async def test_stream_comes_chunk_by_chunk(library: Any) -> None:
-    """Spread over the latency."""
+    """It is not sent as one piece."""
     provider = RateLimitedProvider()
     async with (
         client_of(provider, library) as client,
@@ -87,7 +87,7 @@ async def test_stream_comes_chunk_by_chunk(library: Any) -> None:
 
 @each_family
 async def test_client_that_goes_away_is_seen(library: Any) -> None:
-    """Its slot is free again."""
+    """The provider counts it as disconnected, and its slot is free again."""
     provider = RateLimitedProvider(latency=30.0)
     async with (
         client_of(provider, library) as client,
@@ -101,7 +101,7 @@ async def test_client_that_goes_away_is_seen(library: Any) -> None:
 
 @each_family
 async def test_cancelled_call_leaves_nothing_behind(library: Any) -> None:
-    """Neither a task nor a slot."""
+    """Neither a task nor a slot is left."""
     provider = RateLimitedProvider(latency=30.0)
     async with client_of(provider, library) as client:
         call = asyncio.create_task(client.post("chat/completions", json=CALL))
@@ -117,7 +117,7 @@ async def test_cancelled_call_leaves_nothing_behind(library: Any) -> None:
 
 @each_family
 async def test_stream_that_breaks_off_raises(library: Any) -> None:
-    """As a closed connection does."""
+    """The error is the same as for a closed connection."""
     provider = RateLimitedProvider()
     provider.fail_next(1, after_chunks=2)
     async with client_of(provider, library) as client:
@@ -127,7 +127,7 @@ async def test_stream_that_breaks_off_raises(library: Any) -> None:
 
 @each_family
 def test_sync_clients_have_one_too(library: Any) -> None:
-    """Each reply comes whole."""
+    """Each reply comes as a whole."""
     provider = RateLimitedProvider()
     transport = provider.mock_transport(family=library.__name__, sync=True)
 
@@ -139,7 +139,7 @@ def test_sync_clients_have_one_too(library: Any) -> None:
 
 @each_family
 async def test_sync_client_may_be_used_while_a_loop_runs(library: Any) -> None:
-    """As agents do whose tools are synchronous."""
+    """Agents with synchronous tools do this."""
     transport = RateLimitedProvider().mock_transport(family=library.__name__, sync=True)
 
     with library.Client(transport=transport, headers=HEADERS) as client:
@@ -148,7 +148,7 @@ async def test_sync_client_may_be_used_while_a_loop_runs(library: Any) -> None:
 
 @each_family
 async def test_latency_that_raises_gives_the_slot_back(library: Any) -> None:
-    """The call is a 500."""
+    """The call gets a 500."""
 
     def broken() -> float:
         raise LookupError("no more latencies")
@@ -162,7 +162,7 @@ async def test_latency_that_raises_gives_the_slot_back(library: Any) -> None:
 
 
 def test_an_hour_of_paced_calls_is_not_waited_for(virtual: VirtualTime) -> None:
-    """OpenAI's SDK, the transport, the limiter and the provider, all on virtual time."""
+    """OpenAI's SDK, the transport, the limiter and the provider all run on virtual time."""
     provider = RateLimitedProvider(rpm=6, latency=2.0, clock=virtual.clock)
     limiter = Limiter("6 RPM burst 1", clock=virtual.clock)
     httpx = import_module("httpx")
@@ -186,13 +186,13 @@ def test_an_hour_of_paced_calls_is_not_waited_for(virtual: VirtualTime) -> None:
 
 
 def test_family_that_has_no_mock_is_refused() -> None:
-    """With those that have."""
+    """The error names those that have one."""
     with pytest.raises(ValueError, match="family must be httpx or httpx2, not 'requests'"):
         RateLimitedProvider().mock_transport(family="requests")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
 def test_missing_library_names_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As extras do."""
+    """The error is like that of a missing extra."""
     monkeypatch.setitem(__import__("sys").modules, "httpx2", None)
 
     with pytest.raises(ImportError, match="pip install httpx2"):

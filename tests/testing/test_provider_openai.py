@@ -52,7 +52,7 @@ async def client(provider: RateLimitedProvider) -> AsyncIterator[AsyncOpenAI]:
 
 
 def client_of(provider: RateLimitedProvider) -> AsyncOpenAI:
-    """Make a client that doesn't retry."""
+    """Return a client that doesn't retry."""
     return AsyncOpenAI(base_url=provider.base_url, api_key="test-key", max_retries=0)
 
 
@@ -63,7 +63,7 @@ async def ask(client: AsyncOpenAI, text: str = "Hello", **more: Any) -> Any:
 
 
 async def test_chat_repeats_the_question_and_reports_usage(client: AsyncOpenAI) -> None:
-    """Which answer belongs to which call can be seen, and the usage adds up."""
+    """It shows which answer belongs to which call, and the usage adds up."""
     reply = await ask(client, "What is 6 x 7?")
 
     assert reply.choices[0].message.content == "You said: What is 6 x 7?"
@@ -73,7 +73,7 @@ async def test_chat_repeats_the_question_and_reports_usage(client: AsyncOpenAI) 
 
 
 async def test_max_tokens_cuts_the_reply(client: AsyncOpenAI) -> None:
-    """Both names of it; the reply ends for length."""
+    """Both names of the parameter work, and the finish reason is "length"."""
     for name in ("max_tokens", "max_completion_tokens"):
         reply = await ask(client, "Hello " * 50, **{name: 5})
         assert reply.choices[0].finish_reason == "length"
@@ -83,14 +83,14 @@ async def test_max_tokens_cuts_the_reply(client: AsyncOpenAI) -> None:
 async def test_reply_tokens_sets_the_length_of_replies(
     provider: RateLimitedProvider, client: AsyncOpenAI
 ) -> None:
-    """For loads in which the output matters."""
+    """This is for tests in which the length of the output matters."""
     provider.reconfigure(reply_tokens=300)
 
     assert (await ask(client)).usage.completion_tokens == 300
 
 
 async def test_stream_is_the_reply_in_pieces_and_ends_with_the_usage(client: AsyncOpenAI) -> None:
-    """The last chunk has no choices and the usage; those before have none."""
+    """Only the last chunk has the usage, and it has no choices."""
     stream = await ask(client, stream=True, stream_options={"include_usage": True})
     chunks = [chunk async for chunk in stream]
 
@@ -104,7 +104,7 @@ async def test_stream_is_the_reply_in_pieces_and_ends_with_the_usage(client: Asy
 
 
 async def test_stream_reports_no_usage_unless_asked(client: AsyncOpenAI) -> None:
-    """As OpenAI: the last chunk is the one with the finish reason."""
+    """As with OpenAI, the last chunk is then the one with the finish reason."""
     chunks = [chunk async for chunk in await ask(client, stream=True)]
 
     assert chunks[-1].choices[0].finish_reason == "stop"
@@ -112,7 +112,7 @@ async def test_stream_reports_no_usage_unless_asked(client: AsyncOpenAI) -> None
 
 
 async def test_model_calls_the_first_tool_once_and_then_answers(client: AsyncOpenAI) -> None:
-    """Arguments are valid for the tool's schema; a result is followed by text."""
+    """The arguments are valid for the tool's schema; after a tool's result, it answers in text."""
     reply = await ask(client, tools=[MULTIPLY])
 
     message = reply.choices[0].message
@@ -133,7 +133,7 @@ async def test_model_calls_the_first_tool_once_and_then_answers(client: AsyncOpe
 
 
 async def test_tool_choice_is_obeyed(client: AsyncOpenAI) -> None:
-    """None, any, or the one that is named."""
+    """It may be none, any, or one tool by name."""
     other: Any = {"type": "function", "function": {"name": "other", "parameters": {}}}
     named = {"type": "function", "function": {"name": "other"}}
     tools = [MULTIPLY, other]
@@ -150,7 +150,7 @@ async def test_tool_choice_is_obeyed(client: AsyncOpenAI) -> None:
 
 
 async def test_tool_call_streams_in_pieces(client: AsyncOpenAI) -> None:
-    """The name comes first, the arguments in parts that join to the whole."""
+    """The name comes first, and the arguments in parts that join to the whole."""
     stream = await ask(client, tools=[MULTIPLY], stream=True)
     deltas = [chunk.choices[0] async for chunk in stream]
 
@@ -161,7 +161,7 @@ async def test_tool_call_streams_in_pieces(client: AsyncOpenAI) -> None:
 
 
 async def test_response_format_gets_json_that_is_valid_for_it(client: AsyncOpenAI) -> None:
-    """A schema is met by the SDK's own parser; json_object is an object."""
+    """The SDK's parser accepts what a schema gets; json_object gets an object."""
 
     class Point(BaseModel):
         x: int = Field(ge=10)
@@ -179,7 +179,7 @@ async def test_response_format_gets_json_that_is_valid_for_it(client: AsyncOpenA
 
 
 async def test_embeddings_are_unit_vectors_that_depend_on_the_text(client: AsyncOpenAI) -> None:
-    """Equal texts are equal, others differ; as floats and as base64, at any length."""
+    """Equal texts get equal vectors, as floats and as base64, at any length."""
     floats = await client.embeddings.create(
         model="e", input=["a", "b", "a"], encoding_format="float"
     )
@@ -197,7 +197,7 @@ async def test_embeddings_are_unit_vectors_that_depend_on_the_text(client: Async
 
 
 async def test_embeddings_take_tokens(provider: RateLimitedProvider) -> None:
-    """One list of token ids is one text; their number is what they cost."""
+    """One list of token ids is one text, and costs as many tokens as it has ids."""
     async with httpx.AsyncClient(headers={"authorization": "Bearer k"}) as client:
         one = await client.post(
             f"{provider.base_url}/embeddings",
@@ -215,7 +215,7 @@ async def test_embeddings_take_tokens(provider: RateLimitedProvider) -> None:
 
 
 async def test_responses_give_text_and_usage(client: AsyncOpenAI) -> None:
-    """Of a text or of messages, cut at max_output_tokens."""
+    """The input may be text or messages; the output is cut at max_output_tokens."""
     reply = await client.responses.create(model=MODEL, input="Hello", instructions="Be kind.")
     cut = await client.responses.create(
         model=MODEL, input=[{"role": "user", "content": "Hello " * 50}], max_output_tokens=16
@@ -231,7 +231,7 @@ async def test_responses_give_text_and_usage(client: AsyncOpenAI) -> None:
 
 
 async def test_responses_stream_their_main_events(client: AsyncOpenAI) -> None:
-    """In order, numbered, joined to the text; the last carries the usage."""
+    """They are in order and numbered, join to the text, and the last one has the usage."""
     stream = await client.responses.create(model=MODEL, input="Hello", stream=True)
     events: list[Any] = [event async for event in stream]
 
@@ -254,7 +254,7 @@ async def test_responses_stream_their_main_events(client: AsyncOpenAI) -> None:
 
 
 async def test_responses_call_tools(client: AsyncOpenAI) -> None:
-    """Once, streamed or not; after the output there is text."""
+    """They do so once, streamed or not; after the tool's output they answer in text."""
     tool: Any = {"type": "function", **MULTIPLY["function"], "strict": False}
     reply = await client.responses.create(model=MODEL, input="Hello", tools=[tool])
     stream = await client.responses.create(model=MODEL, input="Hello", tools=[tool], stream=True)
@@ -278,7 +278,7 @@ async def test_responses_call_tools(client: AsyncOpenAI) -> None:
 
 
 async def test_responses_obey_a_text_format(client: AsyncOpenAI) -> None:
-    """A schema given in `text.format`, as the SDK's parser gives it."""
+    """The SDK's parser sends a schema in `text.format`."""
 
     class City(BaseModel):
         name: str
@@ -289,7 +289,7 @@ async def test_responses_obey_a_text_format(client: AsyncOpenAI) -> None:
 
 
 async def test_legacy_completions_answer(client: AsyncOpenAI) -> None:
-    """For clients that know no chat: whole, and as a stream with usage."""
+    """Clients without chat get a whole reply, or a stream with usage."""
     whole = await client.completions.create(model=MODEL, prompt="Hello")
     stream = await client.completions.create(
         model=MODEL, prompt="Hello", stream=True, stream_options={"include_usage": True}
@@ -304,7 +304,7 @@ async def test_legacy_completions_answer(client: AsyncOpenAI) -> None:
 async def test_models_are_listed_and_cost_nothing(
     provider: RateLimitedProvider, client: AsyncOpenAI
 ) -> None:
-    """What clients ask to see whether a provider is there."""
+    """Clients list models to find out whether a provider is there."""
     names = [model.id async for model in client.models.list()]
 
     assert MODEL in names
@@ -312,7 +312,7 @@ async def test_models_are_listed_and_cost_nothing(
 
 
 async def test_azure_client_finds_its_deployment(provider: RateLimitedProvider) -> None:
-    """Its prefix, its api-key header."""
+    """The client uses Azure's path prefix and its api-key header."""
     async with openai.AsyncAzureOpenAI(
         azure_endpoint=provider.url, api_key="test-key", api_version="2024-10-21"
     ) as client:
@@ -322,7 +322,7 @@ async def test_azure_client_finds_its_deployment(provider: RateLimitedProvider) 
 
 
 def test_synchronous_client_and_context(rate_limited_provider: ProviderFactory) -> None:
-    """The provider and the SDK without asyncio."""
+    """The provider and the SDK work without asyncio, too."""
     provider = rate_limited_provider()
     with OpenAI(base_url=provider.base_url, api_key="test-key") as client:
         reply = client.chat.completions.create(
@@ -334,7 +334,7 @@ def test_synchronous_client_and_context(rate_limited_provider: ProviderFactory) 
 
 @pytest.mark.parametrize("key", [None, "", "Bearer", "Basic abc"])
 async def test_call_without_a_key_is_401(provider: RateLimitedProvider, key: str | None) -> None:
-    """Any key will do, but one is needed."""
+    """Any key will do, but there must be one."""
     headers = {} if key is None else {"authorization": key}
     async with httpx.AsyncClient() as client:
         reply = await client.post(f"{provider.base_url}/chat/completions", headers=headers, json={})
@@ -378,7 +378,7 @@ async def test_call_without_a_key_is_401(provider: RateLimitedProvider, key: str
 async def test_bad_request_is_400_and_costs_nothing(
     provider: RateLimitedProvider, path: str, body: object, message: str
 ) -> None:
-    """With OpenAI's error body, never a 500."""
+    """The reply has OpenAI's error body, and is never a 500."""
     async with httpx.AsyncClient(headers={"authorization": "Bearer k"}) as client:
         reply = await client.post(f"{provider.base_url}/{path}", json=body)
 
@@ -391,7 +391,7 @@ async def test_bad_request_is_400_and_costs_nothing(
 async def test_what_is_not_there_is_404_and_what_is_not_json_400(
     provider: RateLimitedProvider,
 ) -> None:
-    """Unknown paths and methods; garbage."""
+    """These are unknown paths and methods, and garbage."""
     async with httpx.AsyncClient(headers={"authorization": "Bearer k"}) as client:
         unknown = await client.post(f"{provider.base_url}/nonsense", json={})
         method = await client.get(f"{provider.base_url}/chat/completions")
@@ -407,7 +407,7 @@ async def test_what_is_not_there_is_404_and_what_is_not_json_400(
 
 
 async def test_every_reply_tells_the_limits(rate_limited_provider: ProviderFactory) -> None:
-    """Limit, what remains, and until when in Go's format."""
+    """It has the limit, what remains, and the time until reset in Go's format."""
     provider = rate_limited_provider(rpm=60, tpm=6000)
     async with client_of(provider) as client:
         reply = await client.chat.completions.with_raw_response.create(
@@ -425,7 +425,7 @@ async def test_every_reply_tells_the_limits(rate_limited_provider: ProviderFacto
 
 
 async def test_429_says_why_and_when_to_come_back(rate_limited_provider: ProviderFactory) -> None:
-    """OpenAI's body with the numbers; retry-after in seconds and in milliseconds."""
+    """It has OpenAI's body with the numbers, and retry-after in seconds and milliseconds."""
     provider = rate_limited_provider(rpm=1, policy="sliding_window")
     async with client_of(provider) as client:
         await ask(client)
@@ -445,7 +445,7 @@ async def test_429_says_why_and_when_to_come_back(rate_limited_provider: Provide
 async def test_429_for_tokens_larger_than_the_limit_promises_nothing(
     rate_limited_provider: ProviderFactory,
 ) -> None:
-    """Waiting wouldn't help, so there is no retry-after."""
+    """Waiting would not help, so there is no retry-after."""
     provider = rate_limited_provider(tpm=100)
     async with client_of(provider) as client:
         with pytest.raises(openai.RateLimitError, match="can never pass") as caught:
@@ -456,7 +456,7 @@ async def test_429_for_tokens_larger_than_the_limit_promises_nothing(
 
 
 async def test_sdk_retries_after_what_the_429_says(rate_limited_provider: ProviderFactory) -> None:
-    """With its own retries on, the SDK waits as told and gets through: the headers are right."""
+    """The SDK's own retry waits as long as the headers say, and then passes."""
     provider = rate_limited_provider(rpm=1, minute=0.2, policy="sliding_window")
     async with AsyncOpenAI(base_url=provider.base_url, api_key="test-key", max_retries=2) as client:
         for _ in range(2):
@@ -472,7 +472,7 @@ async def test_sdk_retries_after_what_the_429_says(rate_limited_provider: Provid
 async def test_call_is_charged_by_the_rule(
     rate_limited_provider: ProviderFactory, charge: Any, tokens: int
 ) -> None:
-    """The larger of prompt and max_tokens, their sum, or what is used in the end."""
+    """This is the larger of prompt and max_tokens, their sum, or the actual use."""
     provider = rate_limited_provider(charge=charge)
     async with client_of(provider) as client:
         reply = await ask(client, "Hello, world!"[:12], max_tokens=50)
@@ -482,7 +482,7 @@ async def test_call_is_charged_by_the_rule(
 
 
 async def test_prompt_counts_tools_images_and_formats(provider: RateLimitedProvider) -> None:
-    """All that is sent as text costs; an image costs 85 tokens."""
+    """All text that is sent counts, and an image counts as 85 tokens."""
     async with client_of(provider) as client:
         bare = await ask(client, "x" * 400)
         tools = await ask(client, "x" * 400, tools=[MULTIPLY], tool_choice="none")
@@ -500,7 +500,7 @@ async def test_prompt_counts_tools_images_and_formats(provider: RateLimitedProvi
 async def test_calls_over_the_concurrency_are_refused(
     rate_limited_provider: ProviderFactory,
 ) -> None:
-    """Five at once on three slots: two are refused, and the slots come back."""
+    """Of five calls at once on three slots two are refused, and the slots come back."""
     provider = rate_limited_provider(concurrency=3, latency=0.2)
     async with client_of(provider) as client:
         results = await asyncio.gather(*(ask(client) for _ in range(5)), return_exceptions=True)
@@ -512,7 +512,7 @@ async def test_calls_over_the_concurrency_are_refused(
 
 
 async def test_failures_come_as_told(provider: RateLimitedProvider, client: AsyncOpenAI) -> None:
-    """Statuses, codes and retry-after; then all is well again."""
+    """They have the given status, code and retry-after; later calls succeed."""
     provider.fail_next(status=503, retry_after=1.5)
     provider.fail_next(status=429, code="insufficient_quota")
 
@@ -530,7 +530,7 @@ async def test_failures_come_as_told(provider: RateLimitedProvider, client: Asyn
 
 
 async def test_error_rate_fails_its_share(rate_limited_provider: ProviderFactory) -> None:
-    """With 1.0 every call is a 500."""
+    """With 1.0, every call is a 500."""
     provider = rate_limited_provider(error_rate=1.0)
     async with client_of(provider) as client:
         with pytest.raises(openai.InternalServerError):
@@ -540,7 +540,7 @@ async def test_error_rate_fails_its_share(rate_limited_provider: ProviderFactory
 async def test_stream_breaks_off_when_told(
     provider: RateLimitedProvider, client: AsyncOpenAI
 ) -> None:
-    """After two chunks the connection is cut; a call that isn't a stream gets the status."""
+    """The connection is cut after two chunks; a call that isn't a stream gets the status."""
     provider.fail_next(2, after_chunks=2)
 
     got: list[Any] = []
@@ -557,7 +557,7 @@ async def test_stream_breaks_off_when_told(
 async def test_stream_spreads_its_latency_over_its_chunks(
     rate_limited_provider: ProviderFactory,
 ) -> None:
-    """Real time, because it is a server's: the first chunk is there long before the last."""
+    """This runs in real time, as the server does: the first chunk comes long before the last."""
     provider = rate_limited_provider(latency=lambda: 0.6)
     loop = asyncio.get_running_loop()
     async with client_of(provider) as client:
@@ -571,7 +571,7 @@ async def test_stream_spreads_its_latency_over_its_chunks(
 async def test_slot_comes_back_when_the_client_goes_away(
     rate_limited_provider: ProviderFactory, until: Until, *, stream: bool
 ) -> None:
-    """Real time, because a socket must close: an abandoned call doesn't hold its slot to the end."""
+    """It runs in real time, because a socket must close: an abandoned call frees its slot early."""
     provider = rate_limited_provider(latency=60.0)
 
     async def consume(client: AsyncOpenAI) -> None:
@@ -594,7 +594,7 @@ async def test_slot_comes_back_when_the_client_goes_away(
 async def test_arrivals_are_a_trace_of_what_was_admitted(
     rate_limited_provider: ProviderFactory,
 ) -> None:
-    """Under a storm a token bucket admits its burst and its refill, to the nanosecond."""
+    """Under a flood of calls, the bucket admits its burst and its refill, to the nanosecond."""
     provider = rate_limited_provider(rpm=20, minute=1.0)
     async with client_of(provider) as client:
         await asyncio.gather(*(ask(client) for _ in range(60)), return_exceptions=True)
@@ -606,7 +606,7 @@ async def test_arrivals_are_a_trace_of_what_was_admitted(
 
 
 async def test_application_answers_without_a_server() -> None:
-    """`provider.app` under httpx's ASGI transport: no sockets, not even started."""
+    """`provider.app` works under httpx's ASGI transport, without sockets, and without a start."""
     provider = RateLimitedProvider(rpm=1)
     transport = httpx.ASGITransport(provider.app)
     async with (
@@ -621,7 +621,7 @@ async def test_application_answers_without_a_server() -> None:
 
 
 def test_application_runs_on_virtual_time(virtual_time: VirtualTime) -> None:
-    """Three minutes of 60 a minute, the SDK retrying as told, and no real second passes."""
+    """Three minutes of 60 calls each, with the SDK's retries, take no real seconds."""
     provider = RateLimitedProvider(
         rpm=60, policy="sliding_window", latency=2.0, clock=virtual_time.clock
     )

@@ -52,13 +52,13 @@ class Everything(BaseModel):
 
 @pytest.mark.parametrize("model", [Everything, Tree])
 def test_instance_is_valid_for_what_pydantic_writes(model: type[BaseModel]) -> None:
-    """As plain schema and as the strict one that OpenAI's SDK makes of it."""
+    """It is valid for pydantic's schema and for the strict one that OpenAI's SDK makes of it."""
     for schema in (model.model_json_schema(), to_strict_json_schema(model)):
         model.model_validate_json(json.dumps(smallest_instance(schema)))
 
 
 def test_only_required_properties_are_there() -> None:
-    """Smallest, not fullest; in the order in which they are required."""
+    """They come in the order in which they are required."""
     schema = {
         "properties": {"a": {"type": "string"}, "b": {"type": "integer"}, "c": {}},
         "required": ["b", "a"],
@@ -68,7 +68,7 @@ def test_only_required_properties_are_there() -> None:
 
 
 def test_empty_schema_is_an_empty_object() -> None:
-    """What `json_object` asks for."""
+    """This is what `json_object` asks for."""
     assert smallest_instance({}) == {}
 
 
@@ -91,5 +91,5 @@ def test_empty_schema_is_an_empty_object() -> None:
     ],
 )
 def test_instance_of_what_people_write_by_hand(schema: Any, instance: object) -> None:
-    """Merged parts, alternatives, lists of types, bounds."""
+    """It handles merged parts, alternatives, lists of types, and bounds."""
     assert smallest_instance(schema) == instance

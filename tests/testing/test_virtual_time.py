@@ -40,7 +40,7 @@ def test_an_hour_passes_in_milliseconds() -> None:
 
 
 def test_clock_and_loop_agree() -> None:
-    """`clock()` is integer nanoseconds, `loop.time()` the same in seconds, and code takes no time."""
+    """`clock()` counts whole nanoseconds, `loop.time()` seconds, and code takes no time."""
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -59,7 +59,7 @@ def test_clock_and_loop_agree() -> None:
 @example([1.26e-09, 1.6e-71])
 @example([1.0, 1.0000000005])
 def test_timers_run_in_order_at_their_own_nanosecond(delays: list[float]) -> None:
-    """Never before its instant, less than a nanosecond (and a float's last digits) after it."""
+    """None runs early, nor more than about a nanosecond late, apart from a float's rounding."""
     ran: list[tuple[float, int]] = []
 
     def note(due: float) -> None:
@@ -96,7 +96,7 @@ def test_a_nanosecond_can_be_told_from_the_next() -> None:
 
 @pytest.mark.parametrize("start", [0.0, 1e6, 1e7, 1e9, 1e10])
 def test_loop_never_spins_however_late_it_is(start: float) -> None:
-    """Where a float of seconds is coarser than a nanosecond, timers still come due."""
+    """Even where a float of seconds is coarser than a nanosecond, timers come due."""
 
     async def main() -> None:
         for _ in range(100):
@@ -109,7 +109,7 @@ def test_loop_never_spins_however_late_it_is(start: float) -> None:
 
 @pytest.mark.parametrize("start", [1e6, 1e9, 1e10])
 def test_limiter_paces_however_late_it_is(start: float) -> None:
-    """Its shortest sleeps are longer than what a float of seconds can tell apart."""
+    """The limiter's shortest sleeps are longer than the resolution of a float of seconds."""
     with virtual_time(start=start) as time:
         bucket = TokenBucket(rate=3.0, burst=1, clock=time.clock)
 
@@ -122,13 +122,13 @@ def test_limiter_paces_however_late_it_is(start: float) -> None:
 
 @pytest.mark.parametrize("start", [-1.0, 1e12, 1_795_714_549_366_466_200, float("nan"), "0", None])
 def test_start_is_a_number_of_seconds(start: Any) -> None:
-    """Nanoseconds, for one, would make a limiter look at a clock that stands still, for ever."""
+    """A start in nanoseconds, for example, would leave a limiter with a clock that stands still."""
     with pytest.raises(ValueError, match="from 0 to 10,000,000,000, not"):
         VirtualTime(start=start)
 
 
 def test_time_goes_on_from_run_to_run_and_from_loop_to_loop() -> None:
-    """One clock for several runs; `advance` lets it pass without a loop."""
+    """Several runs share one clock; `advance` moves it without a loop."""
     with virtual_time() as time:
         time.run(asyncio.sleep(1))
         time.advance(0.5)
@@ -142,13 +142,13 @@ def test_time_goes_on_from_run_to_run_and_from_loop_to_loop() -> None:
 
 @pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf")])
 def test_time_advances_by_finite_seconds_alone(seconds: float) -> None:
-    """The clock never goes back."""
+    """The clock never goes back, nor to infinity."""
     with pytest.raises(ValueError, match=f"can't advance by {seconds} s"):
         VirtualClock().advance(seconds)
 
 
 def test_timeouts_of_asyncio_run_on_virtual_time() -> None:
-    """`asyncio.timeout` and `wait_for` end at their instants."""
+    """`asyncio.timeout` and `wait_for` end at their exact instants."""
 
     async def main() -> None:
         with pytest.raises(TimeoutError):
@@ -164,7 +164,7 @@ def test_timeouts_of_asyncio_run_on_virtual_time() -> None:
 
 
 def test_deadlock_names_the_tasks_that_wait() -> None:
-    """Instead of a hang: when, who, and where."""
+    """Instead of hanging, it says when, which tasks, and where."""
 
     async def waits_for_ever() -> None:
         await asyncio.Event().wait()
@@ -187,7 +187,7 @@ def test_deadlock_names_the_tasks_that_wait() -> None:
 
 
 def test_sleeping_for_ever_is_no_timer_to_jump_to() -> None:
-    """As `anyio.sleep_forever` does it; it can be cancelled as any other wait."""
+    """`anyio.sleep_forever` does this; it can be cancelled like any other wait."""
 
     async def main() -> None:
         sleeper = asyncio.create_task(asyncio.sleep(math.inf), name="sleeper")
@@ -196,7 +196,7 @@ def test_sleeping_for_ever_is_no_timer_to_jump_to() -> None:
         await asyncio.wait([sleeper])
         forever = asyncio.create_task(anyio.sleep_forever(), name="forever")
         await asyncio.Event().wait()
-        forever.cancel()  # never reached: it is held here, for the collector takes what nobody holds
+        forever.cancel()  # never reached: it keeps a reference, so that the task is not collected
 
     with (
         virtual_time() as time,
@@ -216,7 +216,7 @@ def test_loop_without_a_task_is_a_deadlock_too() -> None:
 
 
 def test_executor_work_takes_no_virtual_time() -> None:
-    """A timer of a millisecond doesn't overtake a thread that takes 50 real ones."""
+    """A timer of a millisecond does not overtake a thread that works for 50 real ones."""
 
     async def main() -> list[str]:
         order: list[str] = []
@@ -238,7 +238,7 @@ def test_executor_work_takes_no_virtual_time() -> None:
 
 
 def test_thread_may_wake_a_loop_that_has_no_timer() -> None:
-    """It gets a real second before the silence is called a deadlock."""
+    """The loop waits a real second for threads before it reports a deadlock."""
 
     async def main() -> str:
         loop = asyncio.get_running_loop()
@@ -261,7 +261,7 @@ def test_thread_may_wake_a_loop_that_has_no_timer() -> None:
 
 
 def test_real_wait_lets_sockets_come_before_timers() -> None:
-    """With `real_wait`, data that arrives within it is read before the clock jumps."""
+    """With `real_wait`, data that arrives in that time is read before the clock jumps."""
 
     async def main(reading: socket.socket, writing: socket.socket) -> bytes:
         loop = asyncio.get_running_loop()
@@ -281,14 +281,14 @@ def test_real_wait_lets_sockets_come_before_timers() -> None:
 
 
 def test_real_wait_ends_in_a_jump_when_nothing_comes() -> None:
-    """The wait is bounded: afterwards the timer has its turn."""
+    """The wait is limited; after it, the timer runs."""
     with virtual_time(real_wait=0.001) as time:
         time.run(asyncio.sleep(1))
         assert time.now == 1.0
 
 
 def test_all_blocked_returns_when_every_task_waits() -> None:
-    """Not before each has run as far as it can, and without time passing."""
+    """By then each task has run as far as it can, and no time has passed."""
 
     async def main() -> None:
         steps = 0
@@ -311,13 +311,13 @@ def test_all_blocked_returns_when_every_task_waits() -> None:
 
 
 def test_all_blocked_says_that_it_needs_virtual_time() -> None:
-    """On a real loop there is no telling."""
+    """On a real loop, it cannot know."""
     with virtual_time() as time, pytest.raises(TypeError, match="needs a VirtualTimeLoop"):
         asyncio.run(time.all_blocked())
 
 
 def test_cancelled_wait_for_all_blocked_is_forgotten() -> None:
-    """A task that stopped waiting isn't woken."""
+    """A task that was cancelled while it waited isn't woken."""
 
     async def main() -> None:
         waiting = asyncio.create_task(time.all_blocked())
@@ -331,7 +331,7 @@ def test_cancelled_wait_for_all_blocked_is_forgotten() -> None:
 
 
 def test_loop_is_a_loop_factory() -> None:
-    """For `asyncio.Runner` and for plugins that ask for one."""
+    """It works with `asyncio.Runner`, and with plugins that ask for a factory."""
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         runner.run(asyncio.sleep(86_400))
         loop = runner.get_loop()
@@ -340,7 +340,7 @@ def test_loop_is_a_loop_factory() -> None:
 
 
 def test_fixture_gives_virtual_time(virtual_time: VirtualTime) -> None:
-    """The pytest fixture is the same thing, from 0."""
+    """The pytest fixture is the same `VirtualTime`, starting at 0."""
     virtual_time.run(asyncio.sleep(1.5))
 
     assert virtual_time.now == 1.5
