@@ -23,14 +23,14 @@ Acquire: TypeAlias = Callable[[], Coroutine[Any, Any, object]]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one contender came to."""
+    """The result of one contender."""
 
     name: str
     samples: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The figure."""
+        """The median of all rounds."""
         return statistics.median(self.samples)
 
     @property
@@ -83,7 +83,7 @@ def progress(now: str = "") -> None:
 
 
 def measure(samples: Mapping[str, Sample], *, rounds: int) -> tuple[Row, ...]:
-    """Sample all in turn, ``rounds`` times, each on a fresh event loop."""
+    """Sample all contenders in turn, ``rounds`` times, each on a fresh event loop."""
     found: dict[str, list[float]] = {name: [] for name in samples}
     for number in range(rounds):
         for name, sample in samples.items():
