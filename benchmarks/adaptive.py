@@ -26,7 +26,7 @@ from asyncbucket import Limiter
 from asyncbucket.feedback.adaptive import Concurrency
 from benchmarks.plot import pages
 
-#: What a call takes when nothing queues (s), and the standard deviation of its logarithm.
+#: The time of a call when nothing queues (s), and the standard deviation of its logarithm.
 LATENCY: Final = 0.2
 SPREAD: Final = 0.2
 CAPACITIES: Final = (16, 8, 32)
@@ -80,7 +80,7 @@ class Server:
 
 @contextlib.asynccontextmanager
 async def running(app: Server) -> AsyncGenerator[str]:
-    """Serve `app` on a thread of its own; give its address."""
+    """Serve `app` on its own thread, and yield its address."""
     config = uvicorn.Config(app, port=0, lifespan="off", log_level="error")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
@@ -97,7 +97,7 @@ async def running(app: Server) -> AsyncGenerator[str]:
 
 @dataclass
 class Track:
-    """What was seen of one run, in seconds since its start."""
+    """What was observed in one run, in seconds since its start."""
 
     served: list[float] = field(default_factory=list[float])
     sizes: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])

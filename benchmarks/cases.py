@@ -1,4 +1,4 @@
-"""What is measured: an idle call, waiting in a crowd, a whole admission, and giving up."""
+"""The cases: an idle call, waiting in a crowd, a whole admission, and cancelling."""
 
 import asyncio
 import time
@@ -22,9 +22,9 @@ PEERS: Mapping[str, Make] = {
     "pyrate-limiter": contenders.pyrate,
     "throttled-py": contenders.throttled_py,
 }
-#: From so many waiters on, a line that is searched for whoever leaves it takes minutes.
+#: From this many waiters on, a limiter that searches its line for one that leaves takes minutes.
 QUADRATIC = 20_000
-#: From so many waiters on it is a crowd, and too much for some contenders.
+#: From this many waiters on it is a crowd, and too much for some contenders.
 CROWD = 10_000
 ABSENT: Mapping[str, str] = {
     "llama_index": "148 µs CPU an admission with 10,000",
@@ -37,11 +37,11 @@ FAST, HUGE = 1e9, 10**9
 
 
 async def nothing() -> None:
-    """Cost what any coroutine costs."""
+    """The cost of any coroutine."""
 
 
 async def waiting() -> None:
-    """Cost what any task costs that waits for a future, until it is cancelled."""
+    """The cost of any task that waits for a future until it is cancelled."""
     await asyncio.get_running_loop().create_future()
 
 
@@ -75,7 +75,7 @@ def idle(*, rounds: int, calls: int) -> Figure:
 
 
 def idle_turning(*, rounds: int, calls: int) -> Figure:
-    """Count the CPU of an acquire that need not wait, timers included, while the loop turns."""
+    """Measure the CPU time of an acquire that need not wait, timers included, in a running loop."""
 
     def sample(make: Make) -> Sample:
         async def run() -> float:
@@ -105,7 +105,7 @@ def idle_turning(*, rounds: int, calls: int) -> Figure:
 
 
 def contended(waiters: int, *, rounds: int, names: tuple[str, ...]) -> Figure:
-    """Count the CPU of an admission while ``waiters`` calls queue at once for 1.5 seconds."""
+    """Measure the CPU time of an admission while ``waiters`` calls queue at once for 1.5 s."""
     rate = waiters / 1.5
     burst = round(rate / 100)
 
@@ -133,7 +133,7 @@ def contended(waiters: int, *, rounds: int, names: tuple[str, ...]) -> Figure:
 
 
 def giving_up(waiters: int, *, rounds: int) -> Figure:
-    """Time the cancelling of ``waiters`` calls, the last first."""
+    """Time the cancelling of ``waiters`` calls, from the last to the first."""
     names = (OURS, LEAKY) if waiters > QUADRATIC else (OURS, LEAKY, AIO)
 
     def sample(make: Make) -> Sample:

@@ -1,4 +1,4 @@
-"""The limiters that are compared, each as its own documentation has it used."""
+"""The limiters that are compared, each used as its own documentation shows it."""
 
 from importlib.metadata import version
 
@@ -12,7 +12,7 @@ from llama_index.core.rate_limiter import TokenBucketRateLimiter
 from asyncbucket import TokenBucket
 from benchmarks.harness import Acquire
 
-#: Distributions that the tables name with their version.
+#: Distributions that the tables name with their versions.
 VERSIONS = {
     name: version(name)
     for name in (
@@ -62,13 +62,13 @@ def throttled_py(rate: float, burst: int) -> Acquire:
 
 
 def llama_index(rate: float, burst: int) -> Acquire:
-    """LlamaIndex's own. Its burst is a minute's worth: all but ``burst`` is taken beforehand."""
+    """LlamaIndex's own; its burst is a minute's worth, so all but ``burst`` is taken beforehand."""
     limiter = TokenBucketRateLimiter(requests_per_minute=rate * 60)
-    limiter._request_tokens = burst  # noqa: SLF001 - it can't be told
+    limiter._request_tokens = burst  # noqa: SLF001 - there is no public way
     return limiter.async_acquire
 
 
 def langchain(rate: float, burst: int) -> Acquire:
-    """LangChain's own, which looks ten times a second unless told otherwise."""
+    """LangChain's own, which looks ten times a second unless it is configured otherwise."""
     limiter = InMemoryRateLimiter(requests_per_second=rate, max_bucket_size=burst)
     return limiter.aacquire

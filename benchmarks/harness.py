@@ -24,14 +24,14 @@ Acquire: TypeAlias = Callable[[], Coroutine[Any, Any, object]]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one contender came to."""
+    """The result of one contender."""
 
     name: str
     samples: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The figure."""
+        """The median of all rounds."""
         return statistics.median(self.samples)
 
     @property
@@ -84,10 +84,10 @@ def progress(now: str = "") -> None:
 
 
 def measure(samples: Mapping[str, Sample], *, rounds: int) -> tuple[Row, ...]:
-    """Sample all in turn, ``rounds`` times, each on a fresh event loop.
+    """Sample all contenders in turn, ``rounds`` times, each on a fresh event loop.
 
-    Each round begins with another one: what a sample leaves of the heap and the caches slows down the
-    next, and must not always meet the same contender.
+    Each round begins with another contender: what a sample leaves in the heap and the caches slows
+    down the next one, which must not always be the same.
     """
     found: dict[str, list[float]] = {name: [] for name in samples}
     for number in range(rounds):

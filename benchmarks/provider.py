@@ -38,7 +38,7 @@ Way: TypeAlias = Callable[[str, httpx.AsyncBaseTransport], Chat]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of the calls of one way."""
+    """The outcome of the calls through one way of pacing."""
 
     way: str
     policy: PolicyName
@@ -63,7 +63,7 @@ def _model(base_url: str, inner: httpx.AsyncBaseTransport, **options: Any) -> Op
 
 
 def chat_through(llm: OpenAI, *gates: AbstractAsyncContextManager[Any]) -> Chat:
-    """Return what asks ``llm`` something once all ``gates`` have let it pass."""
+    """Return a function that asks ``llm`` something once all ``gates`` have let it pass."""
 
     async def chat(text: str) -> object:
         async with AsyncExitStack() as stack:
@@ -122,7 +122,7 @@ _HARD: dict[PolicyName, tuple[Way, ...]] = {
 
 
 def refusals(*, calls: int, policies: tuple[PolicyName, ...]) -> list[Outcome]:
-    """Send ``calls`` chats at once through each way of pacing; return what became of them."""
+    """Send ``calls`` chats at once through each way of pacing, and return the outcomes."""
     outcomes: list[Outcome] = []
     for policy in policies:
         for name, way in _WAYS.items():

@@ -1,4 +1,4 @@
-"""What every test may rely on."""
+"""What every test relies on."""
 
 import gc
 import os
@@ -26,24 +26,24 @@ for name in OUTSIDE:
 os.environ["NO_PROXY"] = "*"
 os.environ["COLUMNS"] = "80"
 
-# What runs in the background may ignore Ctrl-C, and so would the programs that the tests start.
+# Background processes may ignore Ctrl-C, and so would the programs that the tests start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-#: The folders whose tests are measured, where not all are: see `make test`.
+#: The folders whose tests are measured, if not all are: see `make test`.
 MEASURED = os.environ.get("MEASURED", "").split()
 
 
 def is_measured(item: pytest.Item) -> bool:
-    """Tell whether coverage is of interest in a test."""
+    """Tell whether the coverage of a test is of interest."""
     folder = item.path.relative_to(pathlib.Path(__file__).parent).parts[0]
     return item.get_closest_marker("heavy") is None and (not MEASURED or folder in MEASURED)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Have the collector never look at the modules: to visit them takes a tenth of the time of all tests."""
+    """Keep the collector from scanning modules, which would take a tenth of the time of all tests."""
     gc.disable()
     try:
         return (yield)
@@ -54,13 +54,13 @@ def pytest_collection() -> Generator[None, object, object]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Measure coverage only where it is of interest: a tracer would triple the time of a test."""
+    """Measure coverage only where it is of interest: a tracer makes a test three times as slow."""
     tracer, in_threads = sys.gettrace(), threading.gettrace()
     if tracer is None or is_measured(item):
         return (yield)
     sys.settrace(None)
     threading.settrace(None)
-    # What the test starts as a process of its own would be measured, too.
+    # Otherwise processes that the test starts would be measured, too.
     in_processes = os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
     try:
         return (yield)

@@ -29,7 +29,7 @@ SECRET = "sk-very-secret"
 def status_error(
     status: int, code: str | None = None, *, text: str = "no", **headers: str
 ) -> openai.APIStatusError:
-    """Make the error that OpenAI's SDK raises for a status; `_` in a header's name is `-`."""
+    """Make the error that OpenAI's SDK raises for a status; `_` in a header's name means `-`."""
     names = {name.replace("_", "-"): value for name, value in headers.items()}
     response = httpx.Response(status, headers=names, request=REQUEST)
     kind = openai.RateLimitError if status == 429 else openai.APIStatusError
@@ -37,7 +37,7 @@ def status_error(
 
 
 class Script:
-    """An attempt that raises or returns what the script says, the last line for ever."""
+    """An attempt that raises or returns what the script says, repeating its last line for ever."""
 
     def __init__(self, *lines: object, clock: Callable[[], int]) -> None:
         self.lines = list(lines)
@@ -56,7 +56,7 @@ class Script:
 
 
 class Stage:
-    """A retrier on virtual time, whose chance is always the same."""
+    """A retrier on virtual time, whose random number is always the same."""
 
     def __init__(self, time: VirtualTime) -> None:
         self.time = time
@@ -74,14 +74,14 @@ class Stage:
 
 @pytest.fixture(name="stage")
 def open_stage() -> Iterator[Stage]:
-    """Open a stretch of virtual time with a limiter of one slot on it."""
+    """Provide virtual time, with a limiter of one slot on it."""
     with virtual_time() as time:
         yield Stage(time)
 
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504, 529])
 def test_transient_statuses_are_retried(status: int) -> None:
-    """Time-outs, conflicts, rate limits and server errors may pass."""
+    """Time-outs, conflicts, rate limits and server errors may go away."""
     verdict = classify(status_error(status))
 
     assert verdict.retry
@@ -91,7 +91,7 @@ def test_transient_statuses_are_retried(status: int) -> None:
 
 @pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 413, 422])
 def test_other_client_errors_are_not(status: int) -> None:
-    """Who asks for the wrong thing gets the same answer again."""
+    """A wrong request would get the same answer again."""
     assert not classify(status_error(status, retry_after="1")).retry
 
 
@@ -99,7 +99,7 @@ def test_other_client_errors_are_not(status: int) -> None:
     "code", ["insufficient_quota", "billing_not_active", "billing_hard_limit_reached"]
 )
 def test_exhausted_quota_is_not_retried(code: str) -> None:
-    """A 429 for want of credit is final, and is no reason for others to pause."""
+    """A 429 because credit has run out is final, and no reason for other calls to pause."""
     expected = Verdict(retry=False, reason=f"HTTP 429 ({code})")
 
     assert classify(status_error(429, code)) == expected
@@ -115,7 +115,7 @@ def test_exhausted_quota_in_a_nested_body_is_not_retried() -> None:
 
 
 def test_server_may_forbid_a_retry() -> None:
-    """`x-should-retry: false` is obeyed; `true` makes no client error worth repeating."""
+    """`x-should-retry: false` is obeyed; `true` does not make a client error worth repeating."""
     assert not classify(status_error(429, x_should_retry="false")).retry
     assert not classify(status_error(400, x_should_retry="true")).retry
     assert classify(status_error(503, x_should_retry="true")).retry
@@ -132,7 +132,7 @@ def test_server_may_forbid_a_retry() -> None:
     ],
 )
 def test_retry_after_is_read(headers: dict[str, str], seconds: float | None) -> None:
-    """Milliseconds first, then seconds or a date; nonsense and 0 name no wait."""
+    """Milliseconds take precedence over seconds or a date; nonsense and 0 mean no wait."""
     raw = [(name.replace("_", "-").encode(), text.encode()) for name, text in headers.items()]
     error = status_error(429)
     error.response = httpx.Response(429, headers=raw, request=REQUEST)
@@ -153,7 +153,7 @@ def test_retry_after_is_read(headers: dict[str, str], seconds: float | None) -> 
     ],
 )
 def test_lost_connections_and_timeouts_are_retried(error: Exception) -> None:
-    """Errors without a status are known by the names of their classes."""
+    """Errors without a status are recognized by the names of their classes."""
     timed_out = isinstance(error, (openai.APITimeoutError, httpx.ReadTimeout, TimeoutError))
     name = type(error).__name__
     assert classify(error) == Verdict(retry=True, reason=name, overloaded=timed_out)
@@ -170,7 +170,7 @@ def test_http_errors_of_plain_httpx_are_judged_by_status() -> None:
 
 
 def test_errors_of_other_sdks_are_judged_by_status() -> None:
-    """A status by any of its usual names will do; without headers there is nothing to obey."""
+    """The status is found under any of its usual names; no headers are needed."""
     for name in ("status_code", "status", "code"):
         error = RuntimeError("no")
         vars(error)[name] = 503
@@ -178,7 +178,7 @@ def test_errors_of_other_sdks_are_judged_by_status() -> None:
 
 
 def test_headers_of_an_error_itself_are_heard() -> None:
-    """An error of aiohttp's has no response, but the status and the headers of one."""
+    """An error of aiohttp has no response, but has the status and the headers itself."""
     kind = pytest.importorskip("aiohttp").ClientResponseError
     error = kind(None, (), status=429, headers=httpx.Headers({"Retry-After": "7"}))
 
@@ -188,7 +188,7 @@ def test_headers_of_an_error_itself_are_heard() -> None:
 
 
 def test_errors_of_botocore_are_judged_by_their_mappings() -> None:
-    """Bedrock's status, code and headers are in dictionaries; the errors of its streams have a code."""
+    """Bedrock's status, code and headers are in dictionaries; errors in its streams have a code."""
     errors = pytest.importorskip("botocore.exceptions")
 
     def answered(status: int, code: str) -> Any:
@@ -210,7 +210,7 @@ def test_errors_of_botocore_are_judged_by_their_mappings() -> None:
 
 
 def test_error_event_in_a_stream_is_judged_by_its_code() -> None:
-    """A stream's status was 200; what went wrong is in the event."""
+    """The stream's status was 200; what went wrong is told by the event."""
     limited = openai.APIError("no", REQUEST, body={"code": "rate_limit_exceeded"})
     invalid = openai.APIError("no", REQUEST, body={"code": "invalid_prompt"})
     overloaded = openai.APIStatusError(
@@ -227,7 +227,7 @@ def test_error_event_in_a_stream_is_judged_by_its_code() -> None:
 
 
 def test_a_cause_that_lasts_is_not_retried() -> None:
-    """A wrong URL or header is no lost connection, though the SDK calls it one."""
+    """A wrong URL or header is not a lost connection, though the SDK calls it one."""
     error = openai.APIConnectionError(request=REQUEST)
     error.__cause__ = httpx.UnsupportedProtocol("no scheme")
     ring = openai.APIConnectionError(request=REQUEST)
@@ -239,7 +239,7 @@ def test_a_cause_that_lasts_is_not_retried() -> None:
 
 
 def test_what_a_limiter_refuses_beneath_an_sdk_is_not_retried() -> None:
-    """The SDK calls it a lost connection; but what was refused before is nobody's cause."""
+    """The SDK reports a lost connection; only `__cause__` counts, not `__context__`."""
     error = openai.APIConnectionError(request=REQUEST)
     error.__cause__ = CostExceedsLimit("ours")
     later = openai.APIConnectionError(request=REQUEST)
@@ -258,7 +258,7 @@ def test_what_a_limiter_refuses_beneath_an_sdk_is_not_retried() -> None:
     ],
 )
 def test_nothing_else_is_retried(error: BaseException) -> None:
-    """Neither the caller's errors, nor the limiter's, nor what is no `Exception`."""
+    """Not the caller's errors, not the limiter's, and nothing that is not an `Exception`."""
     assert not classify(error).retry
 
 
@@ -272,7 +272,7 @@ def test_reason_holds_no_text_from_outside() -> None:
 
 
 def test_retry_is_read_from_what_people_pass() -> None:
-    """A policy, a number of attempts, False for none, True or nothing for the usual."""
+    """It takes a policy, a number of attempts, False for none, and True or None for the default."""
     assert Retry.of(None) == Retry.of(True) == Retry()
     assert Retry().attempts == 5
     assert Retry.of(False) == Retry(attempts=1)
@@ -299,7 +299,7 @@ def test_retry_is_read_from_what_people_pass() -> None:
     ],
 )
 def test_senseless_policies_are_refused(wrong: dict[str, Any], message: str) -> None:
-    """Each wrong value is named, with what would be right."""
+    """The message names the wrong value and what would be right."""
     with pytest.raises((TypeError, ValueError)) as caught:
         _ = Retry(**wrong)
 
@@ -307,14 +307,14 @@ def test_senseless_policies_are_refused(wrong: dict[str, Any], message: str) -> 
 
 
 def test_senseless_budget_is_refused() -> None:
-    """A budget may be nothing or endless, never less than nothing."""
+    """A budget may be zero or infinite, but not negative."""
     _ = RetryBudget(capacity=0, per_success=math.inf)
     with pytest.raises(ValueError, match="the retry budget's capacity must be at least 0, not -1"):
         _ = RetryBudget(capacity=-1)
 
 
 def test_failures_are_tried_again_after_a_doubling_wait(stage: Stage) -> None:
-    """1, 2, 4 and 8 s; at the luckiest half of each; then the reply is the call's."""
+    """The waits are 1, 2, 4 and 8 s, or half of each at the luckiest; then the reply comes."""
     for chance, times in ((1.0, [0.0, 1.0, 3.0, 7.0, 15.0]), (0.0, [15.0, 15.5, 16.5, 18.5, 22.5])):
         script = stage.script(*[status_error(500)] * 4, "reply")
 
@@ -323,7 +323,7 @@ def test_failures_are_tried_again_after_a_doubling_wait(stage: Stage) -> None:
 
 
 def test_last_error_is_raised_itself_with_a_note(stage: Stage) -> None:
-    """After five attempts the user sees the provider's error, and what was done about it."""
+    """After five attempts the caller sees the provider's error, and what was done about it."""
     errors = [status_error(500) for _ in range(5)]
     script = stage.script(*errors)
 
@@ -341,7 +341,7 @@ def test_last_error_is_raised_itself_with_a_note(stage: Stage) -> None:
 
 
 def test_client_error_fails_at_once(stage: Stage) -> None:
-    """Nobody waits for a 400 to go away."""
+    """A 400 would not go away by waiting."""
     script = stage.script(status_error(400))
 
     with pytest.raises(openai.APIStatusError) as caught:
@@ -386,7 +386,7 @@ def test_retry_after_gets_a_tenth_of_jitter(stage: Stage, chance: float, again: 
 
 
 def test_jitter_does_not_exceed_the_longest_wait(stage: Stage) -> None:
-    """A server that asks for just the longest wait gets just that."""
+    """A server that asks for exactly the longest wait gets exactly that."""
     script = stage.script(status_error(503, retry_after="120"), "reply")
 
     assert stage.run(stage.retrier(chance=1.0).call(script)) == "reply"
@@ -394,7 +394,7 @@ def test_jitter_does_not_exceed_the_longest_wait(stage: Stage) -> None:
 
 
 def test_longer_wait_than_allowed_fails_at_once(stage: Stage) -> None:
-    """Who is told to come back in five minutes isn't kept waiting for two."""
+    """A call told to come back in five minutes is not kept waiting for two."""
     script = stage.script(status_error(503, retry_after="300"))
 
     with pytest.raises(openai.APIStatusError) as caught:
@@ -410,7 +410,7 @@ def test_longer_wait_than_allowed_fails_at_once(stage: Stage) -> None:
 
 
 def test_long_wait_is_said_in_seconds_that_are_written_out(stage: Stage) -> None:
-    """A provider whose day is spent asks for hours."""
+    """A provider whose daily limit is used up asks for hours."""
     with pytest.raises(openai.APIStatusError) as caught:
         stage.run(stage.retrier().call(stage.script(status_error(503, retry_after="7200"))))
 
@@ -418,7 +418,7 @@ def test_long_wait_is_said_in_seconds_that_are_written_out(stage: Stage) -> None
 
 
 def test_wait_past_the_deadline_fails_at_once(stage: Stage) -> None:
-    """The deadline is an instant of the limiter's clock, and nobody sleeps towards it in vain."""
+    """The deadline is an instant of the limiter's clock; no call sleeps if it cannot make it."""
     script = stage.script(status_error(503, retry_after="8"))
 
     with pytest.raises(openai.APIStatusError) as caught:
@@ -435,7 +435,7 @@ def test_wait_past_the_deadline_fails_at_once(stage: Stage) -> None:
 
 
 def test_nan_deadline_fails_rather_than_hangs(stage: Stage) -> None:
-    """A deadline that can't be compared lets nobody wait."""
+    """A deadline that cannot be compared allows no waiting."""
     script = stage.script(status_error(503))
 
     with pytest.raises(openai.APIStatusError):
@@ -446,7 +446,7 @@ def test_nan_deadline_fails_rather_than_hangs(stage: Stage) -> None:
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-5", "1e400", "9" * 60])
 def test_hostile_waits_never_hang(stage: Stage, value: str) -> None:
-    """A wait that is not a number is none; one that is none too short ends the call."""
+    """A wait that is not a number counts as none; one that is far too long ends the call."""
     script = stage.script(status_error(503, retry_after=value), "reply")
 
     try:
@@ -458,7 +458,7 @@ def test_hostile_waits_never_hang(stage: Stage, value: str) -> None:
 
 
 def test_time_in_the_queue_does_not_count(stage: Stage) -> None:
-    """Stamina's own time-out of 45 s is off: an attempt that queued for an hour is tried again."""
+    """Stamina's own time-out of 45 s is off: an attempt that took an hour is tried again."""
     attempts: list[float] = []
 
     async def attempt() -> str:
@@ -474,7 +474,7 @@ def test_time_in_the_queue_does_not_count(stage: Stage) -> None:
 
 @pytest.mark.parametrize("seconds", [0.5, 1.2])
 def test_cancellation_is_never_retried(stage: Stage, seconds: float) -> None:
-    """In an attempt (the first second) and in a back-off (the next), a cancel is the end."""
+    """A cancel ends the call, whether in an attempt (first second) or in a back-off (the next)."""
     attempts: list[float] = []
 
     async def attempt() -> None:
@@ -495,7 +495,7 @@ def test_cancellation_is_never_retried(stage: Stage, seconds: float) -> None:
 
 
 def test_timeout_around_a_call_ends_it(stage: Stage) -> None:
-    """`asyncio.timeout` turns its cancellation into a TimeoutError, which isn't retried here."""
+    """`asyncio.timeout` turns its cancellation into a TimeoutError, which is not retried here."""
     script = stage.script(status_error(503, retry_after="60"))
 
     async def main() -> None:
@@ -531,7 +531,7 @@ def test_no_slot_is_held_during_a_back_off(stage: Stage) -> None:
 
 
 def test_a_429_pauses_everyone(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
-    """While the provider wants no calls, no other user of the limiter makes one."""
+    """While the provider wants no calls, no other user of the limiter makes any."""
     others: list[float] = []
     script = stage.script(status_error(429, retry_after="7"), "reply")
 
@@ -558,7 +558,7 @@ def test_a_429_pauses_everyone(stage: Stage, caplog: pytest.LogCaptureFixture) -
 
 @pytest.mark.parametrize("policy", [Retry(attempts=1), Retry(max_wait=5.0)])
 def test_a_429_pauses_everyone_even_if_its_own_call_gives_up(stage: Stage, policy: Retry) -> None:
-    """The last attempt too tells others to wait, though never longer than `max_wait`."""
+    """Even the last attempt makes others wait, though never longer than `max_wait`."""
     script = stage.script(status_error(429, retry_after="7"))
 
     with pytest.raises(openai.RateLimitError):
@@ -576,7 +576,7 @@ def test_a_server_error_pauses_nobody(stage: Stage) -> None:
 
 
 def refused(retry_after: float | None = None, *, whole_after: float | None = None) -> Verdict:
-    """Return what a 429 means."""
+    """Return the verdict on a 429."""
     return Verdict(
         retry=True,
         reason="HTTP 429",
@@ -589,7 +589,7 @@ def refused(retry_after: float | None = None, *, whole_after: float | None = Non
 def test_one_wave_of_refusals_makes_one_pause(
     stage: Stage, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without Retry-After a pause doubles from wave to wave, not from refusal to refusal."""
+    """Without Retry-After, the pause doubles from wave to wave, not from refusal to refusal."""
     retrier = stage.retrier()
     pauses: list[float] = []
 
@@ -599,7 +599,7 @@ def test_one_wave_of_refusals_makes_one_pause(
             await asyncio.sleep(pauses[-1] / 4)
             for _ in range(50):
                 retrier.pause(refused())
-            retrier.succeeded()  # a reply that was under way ends no series of refusals
+            retrier.succeeded()  # a reply that was already under way does not end the series
             await asyncio.sleep(stage.limiter.statistics().paused)
         retrier.succeeded()
         pauses.append(retrier.pause(refused()))
@@ -607,11 +607,11 @@ def test_one_wave_of_refusals_makes_one_pause(
     stage.run(main())
     assert pauses == [1.0, 2.0, 4.0, 8.0, 1.0]
     assert stage.limiter.statistics().upstream_429 == 4 * 51 + 1
-    assert len(caplog.records) == 1  # more waves in the same minute are for whoever debugs
+    assert len(caplog.records) == 1  # more waves in the same minute are only logged for debugging
 
 
 def test_refusal_of_a_call_from_before_a_wave_is_of_that(stage: Stage) -> None:
-    """Whenever it comes; a call that does not say when it was sent makes a wave of its own."""
+    """It does not matter when it comes; a call of unknown start counts as a new wave."""
     retrier = stage.retrier(Retry(attempts=1))
     script = stage.script(status_error(429))
     sent = Sent()
@@ -634,7 +634,7 @@ def test_refusal_of_a_call_from_before_a_wave_is_of_that(stage: Stage) -> None:
 
 
 def test_wave_that_several_hear_is_one_wave(stage: Stage) -> None:
-    """Two models and a transport behind one limiter: a pause doubles once, and success is shared."""
+    """With two models and a transport on one limiter, a pause doubles once, and success counts."""
     first, second = stage.retrier(), stage.retrier()
     transport = Refusals(stage.limiter)
     pauses: list[float] = []
@@ -652,7 +652,7 @@ def test_wave_that_several_hear_is_one_wave(stage: Stage) -> None:
 
 
 def test_a_pause_that_nobody_named_ends_when_the_limits_are_whole(stage: Stage) -> None:
-    """However many waves there were: it is no longer than the provider says, nor than the first."""
+    """However many waves there were, it lasts no longer than the provider says."""
     retrier = stage.retrier()
     pauses: list[float] = []
 
@@ -666,7 +666,7 @@ def test_a_pause_that_nobody_named_ends_when_the_limits_are_whole(stage: Stage) 
 
 
 def test_refusal_that_pauses_nobody_is_tried_again_after_a_back_off(stage: Stage) -> None:
-    """Where it costs slots alone, the call itself waits as it does after a server's error."""
+    """Where it only costs slots, the call itself waits as it does after a server error."""
     stage.limiter.reconfigure(concurrency="auto")
     script = stage.script(status_error(429), "reply")
 
@@ -675,7 +675,7 @@ def test_refusal_that_pauses_nobody_is_tried_again_after_a_back_off(stage: Stage
 
 
 def test_longer_retry_after_lengthens_a_pause(stage: Stage) -> None:
-    """Of one wave's refusals the longest wait counts; a shorter one takes nothing away."""
+    """In one wave of refusals the longest wait counts; a shorter one changes nothing."""
     retrier = stage.retrier()
     for asked in (2.0, 6.0, 3.0):
         _ = retrier.pause(refused(asked))
@@ -684,7 +684,7 @@ def test_longer_retry_after_lengthens_a_pause(stage: Stage) -> None:
 
 
 def test_endless_refusals_pause_at_most_so_long(stage: Stage) -> None:
-    """The two-thousandth wave still gives a number."""
+    """Even after two thousand waves the pause is a number, and at most the longest one."""
     retrier = stage.retrier()
 
     async def main() -> None:
@@ -696,7 +696,7 @@ def test_endless_refusals_pause_at_most_so_long(stage: Stage) -> None:
 
 
 def test_refusal_by_the_limiter_itself_passes_untouched(stage: Stage) -> None:
-    """A call that can't be admitted in time never reached the provider: that is its error."""
+    """A call that is not admitted in time never reached the provider: the error is its own."""
     stage.limiter.pause(60)
 
     async def attempt() -> None:
@@ -709,7 +709,7 @@ def test_refusal_by_the_limiter_itself_passes_untouched(stage: Stage) -> None:
 
 
 def test_refusal_of_another_attempt_shows_the_providers_error(stage: Stage) -> None:
-    """The limiter leaves no time for a second attempt: the first one's error is the cause."""
+    """If the limiter leaves no time for a second attempt, the error of the first one is raised."""
     first = status_error(503)
 
     async def attempt() -> None:
@@ -729,7 +729,7 @@ def test_refusal_of_another_attempt_shows_the_providers_error(stage: Stage) -> N
 
 
 def faulty(share: float, chance: random.Random, tried: list[int]) -> Callable[[], Awaitable[str]]:
-    """Make an attempt that fails at random at once, or answers after a second."""
+    """Make an attempt that fails at once at random, or answers after a second."""
 
     async def attempt() -> str:
         tried.append(1)
@@ -748,7 +748,7 @@ def faulty(share: float, chance: random.Random, tried: list[int]) -> Callable[[]
 def test_random_errors_are_always_retried_through(
     stage: Stage, share: float, agents: int, seed: int
 ) -> None:
-    """At 15 and 20 % errors, hundreds at once, the budget never says no (more attempts allowed)."""
+    """At 15 and 20 % errors and hundreds of calls at once, the budget never runs out."""
     retrier = Retrier(Retry(attempts=30), stage.limiter, chance=random.Random(seed).random)
     tried: list[int] = []
     attempt = faulty(share, random.Random(seed), tried)
@@ -765,7 +765,7 @@ def test_random_errors_are_always_retried_through(
 
 
 def test_outage_costs_at_most_a_tenth_more(stage: Stage) -> None:
-    """Of 1,000 calls into an outage 100 are retries; the error says that the budget is spent."""
+    """A thousand calls into an outage make 100 retries; the error says that the budget is spent."""
     tried: list[int] = []
     attempt = faulty(1.0, random.Random(0), tried)
     retrier = stage.retrier()
@@ -783,7 +783,7 @@ def test_outage_costs_at_most_a_tenth_more(stage: Stage) -> None:
 
 
 def test_successes_refill_the_budget_up_to_its_capacity(stage: Stage) -> None:
-    """Two successes pay for a retry; riches are not saved for ever."""
+    """Two successes pay for one retry, and no more is saved than the capacity."""
     retrier = stage.retrier(Retry(budget=RetryBudget(capacity=2)))
     assert [retrier.spend() for _ in range(3)] == [True, True, False]
     retrier.succeeded()
@@ -796,7 +796,7 @@ def test_successes_refill_the_budget_up_to_its_capacity(stage: Stage) -> None:
 
 
 def test_refusals_for_rate_are_not_charged(stage: Stage) -> None:
-    """A whole wave of 429s comes back after its pause, however small the budget."""
+    """A whole wave of 429s is tried again after its pause, however small the budget."""
     retrier = stage.retrier(Retry(budget=RetryBudget(capacity=0)))
     refused = [stage.script(status_error(429, retry_after="1"), "reply") for _ in range(300)]
 
@@ -807,7 +807,7 @@ def test_refusals_for_rate_are_not_charged(stage: Stage) -> None:
 
 
 def test_always_429_makes_at_most_five_requests(stage: Stage) -> None:
-    """A provider that never gives in is asked five times, in pauses of 1, 2, 4 and 8 s."""
+    """A provider that always refuses is asked five times, after pauses of 1, 2, 4 and 8 s."""
     script = stage.script(status_error(429))
 
     with pytest.raises(openai.RateLimitError) as caught:
@@ -821,7 +821,7 @@ def test_always_429_makes_at_most_five_requests(stage: Stage) -> None:
 
 @pytest.fixture(name="hook_details")
 def record_hook_details() -> Iterator[list[RetryDetails]]:
-    """Instrument stamina, and record what the hook is told."""
+    """Instrument stamina, and record what its hook is told."""
     seen: list[RetryDetails] = []
 
     def record(details: RetryDetails) -> None:
@@ -835,7 +835,7 @@ def record_hook_details() -> Iterator[list[RetryDetails]]:
 def test_instrumentation_never_sees_the_providers_error(
     stage: Stage, hook_details: list[RetryDetails]
 ) -> None:
-    """An application that instruments stamina counts our retries, and reads no secret in them."""
+    """An application that instruments stamina counts our retries, but finds no secrets in them."""
     script = stage.script(status_error(500, text=f"your key {SECRET} is fine"), "reply")
     _ = stage.run(stage.retrier(chance=1.0).call(script))
 
@@ -851,7 +851,7 @@ def test_instrumentation_never_sees_the_providers_error(
 def test_instrumentation_counts_retries_by_the_users_call_and_the_providers_error(
     stage: Stage,
 ) -> None:
-    """As Prometheus shows them: no name of ours, which says nothing to who reads a dashboard."""
+    """Prometheus shows the user's names, not ours, which would mean nothing on a dashboard."""
     prometheus = pytest.importorskip("prometheus_client")
     instrumentation = stamina.instrumentation
     client = openai.OpenAI(api_key="k", max_retries=0)
@@ -880,7 +880,7 @@ def test_what_is_tried_goes_by_its_own_name_where_no_other_is_given(
     hook_details: list[RetryDetails],
     is_sync: bool,  # noqa: FBT001 - pytest passes it so
 ) -> None:
-    """An object that is called, by that of its class."""
+    """An object that is called goes by the name of its class."""
     script = stage.script(status_error(500), "reply")
     retrier = stage.retrier(Retry(backoff=0.0))
     if is_sync:
@@ -894,7 +894,7 @@ def test_what_is_tried_goes_by_its_own_name_where_no_other_is_given(
 
 
 def test_stamina_logs_nothing_of_ours(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
-    """A retry is no warning; with DEBUG on it is one line without a word of the provider's."""
+    """A retry is no warning; with DEBUG on it is one line that quotes nothing from the provider."""
     caplog.set_level(logging.DEBUG)
     script = stage.script(status_error(500, text=SECRET), "reply")
     _ = stage.run(stage.retrier(chance=1.0).call(script))
@@ -904,7 +904,7 @@ def test_stamina_logs_nothing_of_ours(stage: Stage, caplog: pytest.LogCaptureFix
 
 
 def test_stamina_still_logs_for_others(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
-    """Who uses stamina for something else keeps its warnings."""
+    """Other code that uses stamina keeps its warnings."""
     _ = stage.retrier()
     failing = iter([True, False])
 
@@ -919,7 +919,7 @@ def test_stamina_still_logs_for_others(stage: Stage, caplog: pytest.LogCaptureFi
 
 @pytest.mark.parametrize("switch", ["inactive", "testing"])
 def test_stamina_switched_off_by_the_application(stage: Stage, switch: str) -> None:
-    """Switches of stamina are obeyed, and still the provider's error is what is seen."""
+    """Stamina's switches are obeyed, and the caller still sees the provider's error."""
     error = status_error(500)
     script = stage.script(error)
     stamina.set_active(switch != "inactive")
@@ -938,7 +938,7 @@ def test_stamina_switched_off_by_the_application(stage: Stage, switch: str) -> N
 
 
 def test_no_retry_is_told_of_that_will_not_be(stage: Stage) -> None:
-    """Where stamina is switched off, nobody hears of retries, and none is paid for."""
+    """Where stamina is switched off, no retry is reported, and none is charged."""
     retrier = stage.retrier()
     told: list[object] = []
     stage.limiter.observe(told.append)
@@ -954,7 +954,7 @@ def test_no_retry_is_told_of_that_will_not_be(stage: Stage) -> None:
 
 
 def test_synchronous_calls_do_the_same(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waits, notes and the limiter's own refusals are those of the asynchronous twin."""
+    """Waits, notes and the limiter's own refusals are the same as in asynchronous calls."""
     monkeypatch.setattr("time.sleep", stage.time.advance)
     retrier = stage.retrier(chance=1.0)
     script = stage.script(status_error(500), "reply")
@@ -980,7 +980,7 @@ def test_synchronous_calls_do_the_same(stage: Stage, monkeypatch: pytest.MonkeyP
 
 
 def test_threads_share_one_budget() -> None:
-    """Calls in several threads take no retry twice."""
+    """Calls in several threads never spend the same retry twice."""
     retrier = Retrier(Retry(backoff=0.0, budget=RetryBudget(capacity=50)), Limiter("500 RPM"))
     tried: list[int] = []
 
@@ -1002,7 +1002,7 @@ def test_threads_share_one_budget() -> None:
 
 
 def test_a_tenants_retry_is_told_under_the_star(stage: Stage) -> None:
-    """Which tenant it was is in no event: not in the retry's either."""
+    """Events do not say which tenant it was, and the retry's event does not either."""
     tenant = stage.limiter.key("acme")
     heard: set[str] = set()
     stage.limiter.observe(lambda event: heard.add(f"{type(event).__name__} {event.limiter}"))
@@ -1019,7 +1019,7 @@ def test_a_tenants_retry_is_told_under_the_star(stage: Stage) -> None:
 
 @pytest.mark.real_clock
 async def test_every_call_is_answered_at_15_percent_errors() -> None:
-    """Real HTTP to a faulty provider: requests are calls plus failures, and nobody gets an error."""
+    """Over real HTTP, requests are calls plus failures, and no call ends in an error."""
     retrier = Retrier(Retry(backoff=0.01), Limiter("100k RPM burst 1000", concurrency=32))
     async with (
         RateLimitedProvider(error_rate=0.15, latency=0.005, seed=7) as provider,

@@ -25,12 +25,12 @@ def written(folder: Path, text: str, name: str = "pyproject.toml") -> Path:
 
 
 def said(limiter: Limiter) -> list[str]:
-    """Return the limits as they are said."""
+    """Return the limits as strings."""
     return [str(limit) for limit in limiter.limits]
 
 
 def test_environment_describes_a_limiter() -> None:
-    """In the words of its own arguments."""
+    """The variables have the names of its arguments."""
     limiter = env(RPM="500", TPM="200k", CONCURRENCY="20", NAME="openai", MAX_QUEUE="1,000")
 
     assert said(limiter) == ["500 requests per 60 s", "200,000 tokens per 60 s"]
@@ -38,14 +38,14 @@ def test_environment_describes_a_limiter() -> None:
 
 
 def test_environment_may_have_nobody_wait() -> None:
-    """As ``max_queue=0`` does: no line at all."""
+    """``max_queue=0`` means that no call may wait."""
     assert env(RPM="500", MAX_QUEUE="0").max_queue == 0
     with pytest.raises(LimitSyntaxError, match=r"^ASYNCBUCKET_RPM: '0' is not a number"):
         env(RPM="0")
 
 
 def test_environment_has_any_limit() -> None:
-    """Several, with a semicolon between them, for commas are in numbers."""
+    """Several are separated by semicolons, because numbers may contain commas."""
     limiter = env(LIMITS="14,400 RPD; 3 images/10s burst 1;")
 
     assert said(limiter) == ["14,400 requests per 86,400 s", "3 images per 10 s"]
@@ -53,7 +53,7 @@ def test_environment_has_any_limit() -> None:
 
 @pytest.mark.filterwarnings("ignore::asyncbucket.presets.PresetWarning")
 def test_environment_has_presets() -> None:
-    """And further limits beside them."""
+    """Further limits can be added to a preset."""
     limiter = env(PRESET="openai/tier-2/gpt-4o-mini", RPD="20k")
 
     assert len(limiter.limits) == 3
@@ -61,7 +61,7 @@ def test_environment_has_presets() -> None:
 
 @pytest.mark.parametrize(("text", "size"), [("auto", 4), ("8-64", 8), ("7", 7)])
 def test_concurrency_may_be_found(text: str, size: int) -> None:
-    """As in code: a number, bounds, or "auto"."""
+    """As in code, it is a number, bounds, or "auto"."""
     concurrency = env(CONCURRENCY=text).concurrency
 
     assert concurrency is not None
@@ -71,7 +71,7 @@ def test_concurrency_may_be_found(text: str, size: int) -> None:
 
 
 def test_code_goes_before_the_environment() -> None:
-    """What is typed is meant."""
+    """Arguments in code override variables."""
     environ = {"ASYNCBUCKET_RPM": "many", "ASYNCBUCKET_TPM": "5k"}
 
     limiter = from_env(Limiter, environ=environ, rpm=60, name=None)
@@ -81,14 +81,14 @@ def test_code_goes_before_the_environment() -> None:
 
 
 def test_prefix_keeps_two_limiters_apart() -> None:
-    """And empty variables are none."""
+    """Each prefix has its own limiter; empty variables do not count."""
     environ = {"OPENAI_LIMIT_RPM": "60", "ASYNCBUCKET_RPM": "500", "OPENAI_LIMIT_TPM": " "}
 
     assert said(from_env(Limiter, "OPENAI_LIMIT_", environ=environ)) == ["60 requests per 60 s"]
 
 
 def test_prefix_that_is_not_the_limiters_alone_is_refused() -> None:
-    """With another one to take."""
+    """The error suggests another prefix."""
     environ = {"OPENAI_RPM": "60", "OPENAI_API_KEY": "secret"}
 
     with pytest.raises(LimitSyntaxError, match=r"OPENAI_API_KEY is not .* as OPENAI_LIMIT_$"):
@@ -96,7 +96,7 @@ def test_prefix_that_is_not_the_limiters_alone_is_refused() -> None:
 
 
 def test_environment_is_the_processs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless another is given."""
+    """It is used unless another one is given."""
     for name in [name for name in os.environ if name.startswith("ASYNCBUCKET_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("ASYNCBUCKET_RPM", "60")
@@ -130,7 +130,7 @@ def test_environment_is_the_processs(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_variable_that_cannot_be_read_is_named(variables: dict[str, str], message: str) -> None:
-    """With what it should be."""
+    """The error says what it should be."""
     with pytest.raises(LimitSyntaxError, match=message):
         env(**variables)
 
@@ -148,7 +148,7 @@ limits = ["100 RPM burst 10", "1M TPD"]
 
 
 def test_project_describes_a_limiter(tmp_path: Path) -> None:
-    """In the table [tool.asyncbucket]."""
+    """It is in the table [tool.asyncbucket]."""
     limiter = from_toml(Limiter, written(tmp_path, TABLE))
 
     assert said(limiter) == ["500 requests per 60 s", "200,000 tokens per 60 s"]
@@ -156,7 +156,7 @@ def test_project_describes_a_limiter(tmp_path: Path) -> None:
 
 
 def test_project_describes_several_limiters(tmp_path: Path) -> None:
-    """Each has its table, and is called so."""
+    """Each has its own table, and is named after it."""
     limiter = from_toml(Limiter, written(tmp_path, TABLE), limiter="batch")
 
     assert said(limiter) == ["100 requests per 60 s", "1,000,000 tokens per 86,400 s"]
@@ -166,7 +166,7 @@ def test_project_describes_several_limiters(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["rpm = 60", "[asyncbucket]\nrpm = 60\n[other]\nx = 1"])
 def test_other_files_have_the_table_at_the_top(tmp_path: Path, text: str) -> None:
-    """Or are nothing else."""
+    """The table may also be the whole file."""
     assert said(from_toml(Limiter, written(tmp_path, text, "limits.toml"))) == [
         "60 requests per 60 s"
     ]
@@ -175,7 +175,7 @@ def test_other_files_have_the_table_at_the_top(tmp_path: Path, text: str) -> Non
 def test_table_of_a_project_may_stand_in_a_file_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Copied from one to the other, it means the same; errors call it by the name it has."""
+    """A table copied there means the same; errors call it by the name it has there."""
     written(tmp_path, TABLE, "asyncbucket.toml")
     monkeypatch.chdir(tmp_path)
 
@@ -185,7 +185,7 @@ def test_table_of_a_project_may_stand_in_a_file_of_its_own(
 
 
 def test_nearest_file_above_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A project without the table is passed by."""
+    """A project without the table is skipped."""
     inner = tmp_path / "a" / "b"
     inner.mkdir(parents=True)
     written(tmp_path, "rpm = 60", "asyncbucket.toml")
@@ -196,7 +196,7 @@ def test_nearest_file_above_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_no_file_says_what_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless the machine has one at its root."""
+    """The error names the files (unless the machine has one at its root)."""
     monkeypatch.chdir(tmp_path)
 
     with pytest.raises(
@@ -206,7 +206,7 @@ def test_no_file_says_what_was_looked_for(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_code_goes_before_the_file(tmp_path: Path) -> None:
-    """Entry by entry."""
+    """Arguments in code override single entries."""
     limiter = from_toml(Limiter, written(tmp_path, TABLE), concurrency=3, rpm=None)
 
     assert limiter.concurrency == 3
@@ -246,19 +246,19 @@ def test_code_goes_before_the_file(tmp_path: Path) -> None:
     ],
 )
 def test_entry_that_cannot_be_read_is_named(tmp_path: Path, text: str, message: str) -> None:
-    """With its file and table."""
+    """The error names its file and table."""
     with pytest.raises(LimitSyntaxError, match=message):
         from_toml(Limiter, written(tmp_path, text))
 
 
 def test_missing_table_names_those_that_are_there(tmp_path: Path) -> None:
-    """For typing errors."""
+    """This helps to find typing errors."""
     with pytest.raises(LimitSyntaxError, match="has no table 'btach'; it has batch"):
         from_toml(Limiter, written(tmp_path, TABLE), limiter="btach")
 
 
 def test_store_and_name_go_to_the_limiter_as_they_are() -> None:
-    """Whatever `cls` makes of them."""
+    """They are passed on to `cls` unchanged."""
 
     def make(*limits: Any, **arguments: Any) -> tuple[Any, ...]:
         return (limits, arguments)

@@ -1,4 +1,4 @@
-"""Many items through one function: what comes out, in which order, and what an end leaves behind."""
+"""Many items through one function: the results, their order, and what is left at the end."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ from asyncbucket.testing import VirtualTime
 
 
 class Work:
-    """An async function that takes its time and counts."""
+    """An async function that takes its time and counts its calls."""
 
     def __init__(self, seconds: Callable[[int], float] = lambda _: 1.0) -> None:
         self.seconds = seconds
@@ -47,7 +47,7 @@ async def odd_ones_fail(number: int) -> int:
 
 
 def test_results_come_as_they_come(virtual_time: VirtualTime) -> None:
-    """The quick ones first, each with its item and its place."""
+    """Quick ones come first, each with its item and its index."""
     limiter = Limiter(concurrency=3, clock=virtual_time.clock)
     work = Work(lambda number: 3.0 - number)
 
@@ -65,7 +65,7 @@ def test_results_come_as_they_come(virtual_time: VirtualTime) -> None:
 
 
 def test_ordered_results_come_in_the_order_of_the_items(virtual_time: VirtualTime) -> None:
-    """An early one waits in its place, and the next items are called for meanwhile."""
+    """An early result waits for its turn, while further items are called for."""
     limiter = Limiter(concurrency=3, clock=virtual_time.clock)
     work = Work(lambda number: 5.0 if number == 0 else 1.0)
 
@@ -77,7 +77,7 @@ def test_ordered_results_come_in_the_order_of_the_items(virtual_time: VirtualTim
 
 
 def test_ordered_results_wait_no_longer_than_the_window_reaches(virtual_time: VirtualTime) -> None:
-    """With one item that hangs, no more than a window of others is called for."""
+    """While one item hangs, no more than a window of items is called for."""
     limiter = Limiter(concurrency=4, clock=virtual_time.clock)
     work = Work(lambda number: 1_000.0 if number == 0 else 1.0)
 
@@ -92,7 +92,7 @@ def test_ordered_results_wait_no_longer_than_the_window_reaches(virtual_time: Vi
 
 
 def test_every_limit_of_the_limiter_holds(virtual_time: VirtualTime) -> None:
-    """Twenty a minute with a burst of two, three at once: each call is admitted."""
+    """With twenty a minute, a burst of two and three at once, every call is admitted."""
     limiter = Limiter("20 RPM burst 2", concurrency=3, clock=virtual_time.clock)
     work = Work()
 
@@ -105,7 +105,7 @@ def test_every_limit_of_the_limiter_holds(virtual_time: VirtualTime) -> None:
 
 
 def test_cost_says_what_an_item_is_charged(virtual_time: VirtualTime) -> None:
-    """A function of the item, a dict for all, or a `Cost`."""
+    """The cost is a function of the item, a dict for all items, or a `Cost`."""
     limiter = Limiter(tpm=100, clock=virtual_time.clock)
 
     async def main() -> int:
@@ -123,7 +123,7 @@ def test_cost_says_what_an_item_is_charged(virtual_time: VirtualTime) -> None:
 
 
 def test_cost_that_can_never_pass_is_the_items_error(virtual_time: VirtualTime) -> None:
-    """It says so at once, and the others go on."""
+    """Its error comes at once, and the other items go on."""
     limiter = Limiter(tpm=100, clock=virtual_time.clock)
 
     async def main() -> list[Item[int, int]]:
@@ -137,7 +137,7 @@ def test_cost_that_can_never_pass_is_the_items_error(virtual_time: VirtualTime) 
 
 
 def test_no_more_workers_than_are_admitted_and_one_that_waits(virtual_time: VirtualTime) -> None:
-    """A batch does not fill the limiter's line: whoever else comes is soon served."""
+    """A batch does not fill the limiter's queue, so another caller is soon served."""
     limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
 
     async def main() -> float:
@@ -151,7 +151,7 @@ def test_no_more_workers_than_are_admitted_and_one_that_waits(virtual_time: Virt
 
 
 def test_as_many_workers_as_the_calls_need(virtual_time: VirtualTime) -> None:
-    """Ten a second that take 5 s each: fifty at once."""
+    """Ten calls a second that take 5 s each need fifty workers."""
     limiter = Limiter("10/s burst 1", clock=virtual_time.clock)
     work = Work(lambda _: 5.0)
 
@@ -161,13 +161,13 @@ def test_as_many_workers_as_the_calls_need(virtual_time: VirtualTime) -> None:
 
     virtual_time.run(main())
 
-    # A window holds a hundredth of itself longer, for the network's jitter.
+    # A window counts a call for a hundredth of its length longer, to allow for network jitter.
     assert virtual_time.now <= 499 / 10 * 1.01 + 5
     assert work.most == 50
 
 
 def test_endless_items_take_no_more_than_a_window(virtual_time: VirtualTime) -> None:
-    """A reader that stops reading stops the workers."""
+    """When the reader stops reading, the workers stop, too."""
     limiter = Limiter(concurrency=5, clock=virtual_time.clock)
     taken = 0
 
@@ -211,7 +211,7 @@ def test_items_may_be_an_async_iterable(virtual_time: VirtualTime) -> None:
 
 
 def test_error_is_raised_as_it_is(virtual_time: VirtualTime) -> None:
-    """No group around it; nothing new is begun, nor charged, and what came before is handed out."""
+    """There is no group around it; nothing new is begun or charged; earlier results come first."""
     limiter = Limiter("100 RPM", concurrency=1, clock=virtual_time.clock)
     begun: list[int] = []
     seen: list[int] = []
@@ -231,7 +231,7 @@ def test_error_is_raised_as_it_is(virtual_time: VirtualTime) -> None:
 
 
 async def test_end_of_another_iteration_is_an_error_and_no_end() -> None:
-    """Such as of `anext`, which finds nothing: the loop must not end as if all were done."""
+    """A StopAsyncIteration in the function must not end the loop as if all items were done."""
 
     async def nothing(number: int) -> int:
         if number:
@@ -243,7 +243,7 @@ async def test_end_of_another_iteration_is_an_error_and_no_end() -> None:
 
 
 def test_collected_errors_come_with_their_items(virtual_time: VirtualTime) -> None:
-    """The result of an item that failed raises its error rather than be None."""
+    """The result of a failed item raises its error instead of being None."""
     limiter = Limiter(concurrency=4, clock=virtual_time.clock)
 
     async def main() -> list[Item[int, int]]:
@@ -260,7 +260,7 @@ def test_collected_errors_come_with_their_items(virtual_time: VirtualTime) -> No
 
 
 def test_call_that_is_cancelled_from_within_is_a_failed_item(virtual_time: VirtualTime) -> None:
-    """It is neither lost nor taken for the end of all."""
+    """It is neither lost nor taken for the end of the batch."""
     limiter = Limiter(concurrency=1, clock=virtual_time.clock)
 
     async def ask(number: int) -> int:
@@ -280,7 +280,7 @@ def test_call_that_is_cancelled_from_within_is_a_failed_item(virtual_time: Virtu
 
 
 def test_error_of_the_iterable_comes_after_the_results(virtual_time: VirtualTime) -> None:
-    """What was paid for is not lost by it."""
+    """The results that were paid for are not lost."""
     limiter = Limiter(concurrency=2, clock=virtual_time.clock)
     seen: list[int] = []
 
@@ -298,7 +298,7 @@ def test_error_of_the_iterable_comes_after_the_results(virtual_time: VirtualTime
 
 
 def test_iterable_that_is_cancelled_from_within_is_no_end(virtual_time: VirtualTime) -> None:
-    """It fails as any other, once what came of its items is handed out."""
+    """It fails like any other error, after the results of its items."""
     limiter = Limiter(concurrency=2, clock=virtual_time.clock)
     seen: list[int] = []
 
@@ -319,7 +319,7 @@ def test_iterable_that_is_cancelled_from_within_is_no_end(virtual_time: VirtualT
 
 
 def test_breaking_out_cancels_what_is_in_flight(virtual_time: VirtualTime) -> None:
-    """Nobody needs to close anything: the loop's own iterator is dropped."""
+    """Nothing needs to be closed: the loop drops the iterator."""
     limiter = Limiter(concurrency=3, clock=virtual_time.clock)
     work = Work()
 
@@ -337,7 +337,7 @@ def test_breaking_out_cancels_what_is_in_flight(virtual_time: VirtualTime) -> No
 
 
 def test_leaving_the_context_waits_for_the_end(virtual_time: VirtualTime) -> None:
-    """Even where the function takes a while to clean up."""
+    """This holds even if the function takes a while to clean up."""
     limiter = Limiter(concurrency=2, clock=virtual_time.clock)
     cleaned = 0
 
@@ -385,7 +385,7 @@ def test_cancelled_reader_leaves_nothing_behind(virtual_time: VirtualTime) -> No
 
 
 def test_closed_by_another_task_it_is_over_for_whoever_reads(virtual_time: VirtualTime) -> None:
-    """A reader that waits for the next item sees an end, and each of several readers too."""
+    """A reader that waits for the next item sees the end, even if there are several readers."""
     limiter = Limiter(concurrency=3, clock=virtual_time.clock)
     work = Work(float)
 
@@ -405,7 +405,7 @@ def test_closed_by_another_task_it_is_over_for_whoever_reads(virtual_time: Virtu
 
 
 def test_closing_that_was_broken_off_is_waited_for_by_the_next(virtual_time: VirtualTime) -> None:
-    """Whoever closes it once more does not go on while its calls do."""
+    """A second `aclose` returns only when all calls have ended."""
     limiter = Limiter(concurrency=2, clock=virtual_time.clock)
 
     async def slow_to_go(_: int) -> None:
@@ -431,7 +431,7 @@ def test_closing_that_was_broken_off_is_waited_for_by_the_next(virtual_time: Vir
 
 
 def test_closed_before_the_first_step_calls_nothing() -> None:
-    """Nothing is taken before somebody asks for a result."""
+    """No item is taken before somebody asks for a result."""
     work = Work()
 
     async def main() -> None:
@@ -447,7 +447,7 @@ def test_closed_before_the_first_step_calls_nothing() -> None:
 
 
 def test_end_of_the_loop_ends_it() -> None:
-    """`asyncio.run` that returns in the middle leaves no warning, and no task."""
+    """If `asyncio.run` returns in the middle, there is no warning, and no task is left."""
 
     async def main() -> Any:
         results = amap(Limiter(concurrency=2), Work(lambda _: 60.0), itertools.count())
@@ -464,7 +464,7 @@ def test_end_of_the_loop_ends_it() -> None:
 
 
 def test_timeouts_of_acquire_may_be_part_of_the_cost(virtual_time: VirtualTime) -> None:
-    """A dict holds any keyword of `Limiter.acquire`."""
+    """A dict may hold any keyword of `Limiter.acquire`."""
     limiter = Limiter("1 RPM", clock=virtual_time.clock)
 
     async def main() -> list[Item[int, int]]:
@@ -477,7 +477,7 @@ def test_timeouts_of_acquire_may_be_part_of_the_cost(virtual_time: VirtualTime) 
 
 
 async def test_calls_have_the_priority_of_whoever_iterates() -> None:
-    """A batch lets others go first, if so wished."""
+    """A batch inherits its caller's priority, so it can let others go first."""
     seen: list[int | None] = []
 
     async def ask(_: int) -> None:
@@ -492,7 +492,7 @@ async def test_calls_have_the_priority_of_whoever_iterates() -> None:
 
 
 def test_without_anyio_the_install_command_is_named() -> None:
-    """The core has no dependency; this needs one."""
+    """The core has no dependencies, but this needs one."""
     program = "import sys; sys.modules['anyio'] = None; import asyncbucket.batch"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
@@ -502,7 +502,7 @@ def test_without_anyio_the_install_command_is_named() -> None:
 
 
 async def test_plain_function_is_refused() -> None:
-    """It would have blocked the loop; the message names the way out."""
+    """It would block the loop; the message names the alternative."""
     with pytest.raises(TypeError, match=r"str, which cannot be awaited: .* map takes plain ones"):
         async for _ in amap(Limiter(concurrency=1), cast("Any", str), [1]):
             pass
@@ -510,7 +510,7 @@ async def test_plain_function_is_refused() -> None:
 
 @pytest.mark.parametrize("items", ["prompts.txt", b"prompts.txt"])
 def test_a_text_is_no_list_of_items(items: Any) -> None:
-    """The name of a file of prompts would be paid for letter by letter."""
+    """The name of a file of prompts would otherwise be paid for letter by letter."""
     message = (
         r"^items is one string, which would be a call for each of its 11 characters: give a list"
     )
@@ -542,20 +542,20 @@ def test_what_is_no_function_is_refused_at_once(run: Any, fn: Any, kind: str) ->
     ],
 )
 def test_bad_option_says_what_is_good(options: dict[str, Any], message: str) -> None:
-    """At once, not with the first result."""
+    """The error comes at once, not with the first result."""
     with pytest.raises(ValueError, match=message):
         amap(Limiter(concurrency=1), Work(), [1], **options)
 
 
 async def test_cost_that_is_none_says_so() -> None:
-    """A number would leave open of what."""
+    """A bare number would not say of which resource."""
     with pytest.raises(TypeError, match=r"a dict such as \{'tokens': 500\}"):
         async for _ in amap(Limiter(tpm=100), Work(), [1], cost=cast("Any", int)):
             pass
 
 
 async def test_a_limiter_maps_as_results_come() -> None:
-    """Its own method does what the function does."""
+    """The method does what the function does."""
     limiter = Limiter(concurrency=2)
     results = [item.result async for item in limiter.amap(Work(lambda _: 0), [1, 2], ordered=True)]
     assert results == [await Work(lambda _: 0)(1), await Work(lambda _: 0)(2)]
@@ -563,7 +563,7 @@ async def test_a_limiter_maps_as_results_come() -> None:
 
 
 def test_a_limiter_maps_for_code_without_a_loop() -> None:
-    """In threads, admitted one by one, and in order where that is asked for."""
+    """Calls run in threads, are admitted one by one, and keep their order if asked to."""
     limiter = Limiter(concurrency=2)
     results = [item.result for item in limiter.map(abs, [-1, -2, -3], ordered=True)]
     assert results == [1, 2, 3]
@@ -571,7 +571,7 @@ def test_a_limiter_maps_for_code_without_a_loop() -> None:
 
 
 def test_batch_that_its_loop_has_cancelled_says_so_in_the_next() -> None:
-    """Not as if somebody had cancelled the reader."""
+    """The error does not look as if somebody had cancelled the reader."""
     results = amap(Limiter(concurrency=1), Work(), [1, 2, 3])
 
     async def first() -> int:
@@ -584,7 +584,7 @@ def test_batch_that_its_loop_has_cancelled_says_so_in_the_next() -> None:
 
 @pytest.mark.heavy
 async def test_many_items_are_alive_a_window_at_a_time() -> None:
-    """Twenty thousand that do nothing, in the memory of a hundred."""
+    """Twenty thousand items that do nothing need the memory of a hundred."""
     limiter = Limiter("1000000000 RPM", concurrency=20)
     alive: weakref.WeakSet[Thing] = weakref.WeakSet()
     most = 0
@@ -601,6 +601,6 @@ async def test_many_items_are_alive_a_window_at_a_time() -> None:
 
 
 class Thing:
-    """Be something that can be counted."""
+    """An item that can be counted."""
 
     __slots__ = ("__weakref__",)  # pyright: ignore[reportUninitializedInstanceVariable]

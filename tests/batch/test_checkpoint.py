@@ -1,4 +1,4 @@
-"""A run that was killed goes on where it was: nothing is called for twice, nothing is lost."""
+"""A killed run goes on where it was: nothing is called for twice, and nothing is lost."""
 
 import asyncio
 import functools
@@ -24,7 +24,7 @@ from asyncbucket.batch.results import name_of
 
 
 class Calls:
-    """An async function that counts what it is called for."""
+    """An async function that records what it is called for."""
 
     __qualname__ = "Calls"
 
@@ -41,13 +41,13 @@ class Calls:
 
 
 async def run(checkpoint: Any, calls: Any, items: Any, **options: Any) -> list[Item[Any, Any]]:
-    """Run it to the end."""
+    """Run a batch to its end."""
     limiter = Limiter(concurrency=4)
     return [item async for item in amap(limiter, calls, items, checkpoint=checkpoint, **options)]
 
 
 async def test_second_run_calls_for_nothing(tmp_path: Path) -> None:
-    """All comes from the checkpoint, in place, and says so."""
+    """All results come from the checkpoint, in place, and are marked as restored."""
     path = tmp_path / "run.db"
     first, second = Calls(), Calls()
 
@@ -62,7 +62,7 @@ async def test_second_run_calls_for_nothing(tmp_path: Path) -> None:
 
 
 async def test_what_was_not_done_is_called_for(tmp_path: Path) -> None:
-    """A run that was left early, then one over more items in another order."""
+    """The first run is left early; the second has other items in another order."""
     path = tmp_path / "run.db"
     first, second = Calls(), Calls()
     async with amap(Limiter(concurrency=1), first, range(100), checkpoint=path) as results:
@@ -77,7 +77,7 @@ async def test_what_was_not_done_is_called_for(tmp_path: Path) -> None:
 
 
 async def test_equal_items_are_calls_of_their_own(tmp_path: Path) -> None:
-    """Ten equal prompts are asked for ten times, and not again."""
+    """Ten equal prompts are asked for ten times, but not again by the next run."""
     path = tmp_path / "run.db"
     first, second = Calls(), Calls()
 
@@ -89,7 +89,7 @@ async def test_equal_items_are_calls_of_their_own(tmp_path: Path) -> None:
 
 
 async def test_failed_items_are_tried_again(tmp_path: Path) -> None:
-    """Only results are kept."""
+    """Only results are kept, not errors."""
     path = tmp_path / "run.db"
     second = Calls()
 
@@ -117,7 +117,7 @@ async def test_none_is_a_result(tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class Reply:
-    """A result that is no plain data."""
+    """A result that is not plain data."""
 
     text: str
     tokens: tuple[int, int]
@@ -137,7 +137,7 @@ async def test_any_result_that_can_be_pickled_is_kept(tmp_path: Path) -> None:
 
 
 async def test_result_that_cannot_be_kept_is_handed_out_before_the_error(tmp_path: Path) -> None:
-    """It was paid for. The message says what to do."""
+    """It was paid for, so the caller gets it; the error says what to do."""
     seen: list[Any] = []
 
     async def ask(_: int) -> Any:
@@ -155,7 +155,7 @@ async def test_result_that_cannot_be_kept_is_handed_out_before_the_error(tmp_pat
 
 
 async def test_result_that_cannot_be_kept_keeps_no_other_out(tmp_path: Path) -> None:
-    """Those that came with it are on disk when they are handed out: the next run has them."""
+    """Results that came with it are on disk, so the next run need not ask for them again."""
     again = Calls()
 
     async def ask(number: int) -> Any:
@@ -170,7 +170,7 @@ async def test_result_that_cannot_be_kept_keeps_no_other_out(tmp_path: Path) -> 
 
 
 async def test_functions_of_ones_own_write_and_read(tmp_path: Path) -> None:
-    """No pickle then; and a checkpoint written so is not read otherwise."""
+    """They replace pickle, and a checkpoint written with them cannot be read without them."""
     own = Checkpoint(
         tmp_path / "run.db",
         dump=lambda result: result["said"].encode(),
@@ -185,7 +185,7 @@ async def test_functions_of_ones_own_write_and_read(tmp_path: Path) -> None:
 
 
 async def test_key_says_by_what_an_item_is_known(tmp_path: Path) -> None:
-    """An object has no hash that lasts; the message names the way out."""
+    """An object has no lasting hash; the message names the alternative."""
     item = object()
     with pytest.raises(
         TypeError,
@@ -205,7 +205,7 @@ async def test_key_says_by_what_an_item_is_known(tmp_path: Path) -> None:
 
 
 async def test_model_that_cannot_be_written_as_json_names_the_way_out(tmp_path: Path) -> None:
-    """As any other item that has no key."""
+    """The error is that of any other item without a key."""
     with pytest.raises(
         TypeError, match=r"an item that contains Picture: give Checkpoint\(\.\.\., key="
     ):
@@ -213,27 +213,27 @@ async def test_model_that_cannot_be_written_as_json_names_the_way_out(tmp_path: 
 
 
 class Shape(BaseModel):
-    """Be what a structured model writes."""
+    """What a structured model is asked for."""
 
 
 class Colour(BaseModel):
-    """Be another such thing."""
+    """Another class that it can be asked for."""
 
 
 class Square(Shape):
-    """Be a shape that holds more than any shape does."""
+    """A shape that has more fields than its base."""
 
     side: int
 
 
 class Asked(BaseModel):
-    """Be an item that is declared to hold any shape."""
+    """An item that is declared to hold any shape."""
 
     shape: Shape
 
 
 class Picture(BaseModel):
-    """Be an item that holds what is no text."""
+    """An item that holds data other than text."""
 
     data: bytes
 
@@ -256,7 +256,7 @@ class Picture(BaseModel):
 async def test_items_that_only_look_alike_are_told_apart(
     tmp_path: Path, item: Any, other: Any
 ) -> None:
-    """Or one would be given the other's result."""
+    """Otherwise one would be given the other's result."""
     await run(tmp_path / "run.db", Calls(), [item])
     (found,) = await run(tmp_path / "run.db", Calls(), [other])
 
@@ -264,7 +264,7 @@ async def test_items_that_only_look_alike_are_told_apart(
 
 
 async def test_dict_is_known_again_whatever_its_keys_and_their_order(tmp_path: Path) -> None:
-    """Keys of several types included, which nothing can sort."""
+    """Keys may be of several types, which cannot be sorted."""
     await run(tmp_path / "run.db", Calls(), [{1: "a", "b": 2, (3, 4): None}])
     (found,) = await run(tmp_path / "run.db", Calls(), [{(3, 4): None, "b": 2, 1: "a"}])
 
@@ -272,7 +272,7 @@ async def test_dict_is_known_again_whatever_its_keys_and_their_order(tmp_path: P
 
 
 async def test_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
-    """A number, say, as rows of a table have it."""
+    """Such a key may be a number, as in the rows of a table."""
     keyed = Checkpoint(tmp_path / "run.db", key=lambda row: row["id"])
 
     with pytest.raises(TypeError, match=r"key= of a checkpoint must return a string, not 7"):
@@ -282,18 +282,18 @@ async def test_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 
 class Model:
-    """Answer as models do that know their name."""
+    """A model that knows its name, and puts it into its answers."""
 
     def __init__(self, model: str) -> None:
         self.model = model
 
     async def ask(self, prompt: str) -> str:
-        """Say who says it."""
+        """Answer with the model's name."""
         return f"{self.model}: {prompt}"
 
 
 async def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    """Its answers would be handed out as this one's."""
+    """Otherwise its answers would be handed out as this model's."""
     path = tmp_path / "run.db"
     await run(path, Model("small").ask, ["Why?"])
 
@@ -305,7 +305,7 @@ async def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_structured_model_goes_by_what_it_asks_and_for_what() -> None:
-    """A shape is no colour, and the answers of one model are not those of another."""
+    """The name tells apart the classes asked for, and the models."""
     small, large = OpenAI(model="gpt-4o-mini", api_key="x"), OpenAI(model="gpt-4o", api_key="x")
     names = {
         name_of(model.as_structured_llm(wanted).acomplete)
@@ -321,7 +321,7 @@ def test_structured_model_goes_by_what_it_asks_and_for_what() -> None:
 
 
 async def test_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
-    """Or the answers of one question were taken for those of another."""
+    """Otherwise the answers of one function would be taken for those of another."""
     path = tmp_path / "run.db"
     await run(path, Calls(), [1])
 
@@ -335,7 +335,7 @@ async def test_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 async def test_a_partial_goes_by_the_function_that_it_calls(tmp_path: Path) -> None:
-    """All partials would be one function else, and take over each other's results."""
+    """Otherwise all partials would be one function, and share their results."""
 
     async def other(item: int) -> int:
         return item
@@ -349,7 +349,7 @@ async def test_a_partial_goes_by_the_function_that_it_calls(tmp_path: Path) -> N
 
 
 async def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
-    """They would pay twice. When the first is over, the second may go on."""
+    """They would pay twice; once the first is over, the second may go on."""
     path = tmp_path / "run.db"
     async with amap(Limiter(concurrency=1), Calls(), itertools.count(), checkpoint=path) as results:
         await anext(results)
@@ -362,7 +362,7 @@ async def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
 async def test_run_that_ends_while_its_file_is_opened_leaves_it_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The thread that opens it is waited for, and closes it."""
+    """Closing waits for the thread that opens the file, and the thread closes it."""
     opening, go_on = threading.Event(), threading.Event()
     kept: list[Ledger] = []  # as a traceback would
 
@@ -387,7 +387,7 @@ async def test_run_that_ends_while_its_file_is_opened_leaves_it_free(
 
 @pytest.mark.parametrize("content", [b"not mine" * 1_000, b"SQLite format 3\0" + b"?" * 4_080])
 async def test_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
-    """It is left as it is, and nobody is sent to look for space on the disk."""
+    """The file is left as it is, and the error does not blame the disk."""
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
 
@@ -399,7 +399,7 @@ async def test_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: by
 
 
 async def test_database_of_another_program_is_left_alone(tmp_path: Path) -> None:
-    """Such as the store of a limiter: a checkpoint would add its tables, and lock it."""
+    """A limiter's store is one: a checkpoint would add its tables to it, and lock it."""
     path = tmp_path / "limits.db"
     limiter = Limiter("10 RPM", store=f"sqlite:///{path}", name="x")
     (await limiter.acquire()).release()
@@ -415,7 +415,7 @@ async def test_database_of_another_program_is_left_alone(tmp_path: Path) -> None
 async def test_result_that_cannot_be_read_says_where_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its class is gone, or has another name by now."""
+    """Its class may be gone, or renamed."""
     path = tmp_path / "run.db"
 
     async def reply(text: str) -> Reply:
@@ -429,7 +429,7 @@ async def test_result_that_cannot_be_read_says_where_it_is(
 
 
 async def test_checkpoint_of_a_later_version_is_refused(tmp_path: Path) -> None:
-    """Rather than misread."""
+    """It is not misread."""
     path = tmp_path / "run.db"
     await run(path, Calls(), [1])
     with sqlite3.connect(path) as database:
@@ -441,7 +441,7 @@ async def test_checkpoint_of_a_later_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_dump_and_load_belong_together() -> None:
-    """One without the other is a mistake."""
+    """Giving only one of them is a mistake."""
     with pytest.raises(TypeError, match="give both, or neither"):
         Checkpoint("run.db", dump=str.encode)
 
@@ -467,7 +467,7 @@ asyncio.run(main())
 @pytest.mark.real_clock
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_killed_at_any_instant_nothing_is_paid_twice_but_what_was_in_flight(tmp_path: Path) -> None:
-    """Real processes, killed with SIGKILL at several places, then one that ends by itself."""
+    """Real processes are killed with SIGKILL at several points; the last one runs to its end."""
     paid: list[int] = []
     for lines in (50, 120, 1):
         with subprocess.Popen(
@@ -488,5 +488,5 @@ def test_killed_at_any_instant_nothing_is_paid_twice_but_what_was_in_flight(tmp_
     paid += map(int, end.stdout.split())
 
     assert set(paid) == set(range(400))
-    # Three kills, eight in flight at each, and those whose transaction was under way.
+    # Three kills, eight calls in flight at each, and those whose transaction was not committed yet.
     assert len(paid) - 400 <= 3 * 8 * 3

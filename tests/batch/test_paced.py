@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Word(BaseModel):
-    """Be what a structured model writes."""
+    """What a structured model is asked for."""
 
     word: str
 
@@ -34,54 +34,54 @@ client = AsyncOpenAI(
 
 
 async def plain(prompt: str) -> str:
-    """Know nothing of limiters."""
+    """Use no limiter."""
     return prompt
 
 
 async def by_the_model(prompt: str) -> str:
-    """Name a wrapped model."""
+    """Use a wrapped model by its name."""
     return str(await llm.acomplete(f"Please: {prompt}"))
 
 
 async def by_the_client(prompt: str) -> object:
-    """Name an SDK's client above a paced transport."""
+    """Use an SDK's client above a paced transport."""
     return await client.responses.create(model="m", input=prompt)
 
 
 async def by_hand(prompt: str) -> str:
-    """Acquire."""
+    """Acquire from the limiter."""
     async with limiter.acquire(tokens=len(prompt)):
         return prompt
 
 
 async def for_the_looks(prompt: str) -> str:
-    """Name the limiter, but acquire nothing of it."""
+    """Name the limiter, but acquire nothing from it."""
     return f"{prompt} {limiter.name}"
 
 
 async def by_another(prompt: str) -> str:
-    """Acquire of another limiter."""
+    """Acquire from another limiter."""
     async with other.acquire():
         return prompt
 
 
 async def by_a_batch(prompt: str) -> list[str]:
-    """Have many calls made, each of which is admitted."""
+    """Make many calls, each of which is admitted."""
     return [item.result async for item in limiter.amap(plain, prompt.split())]
 
 
 async def by_a_batch_in_threads(prompt: str) -> list[str]:
-    """Do so where there is no event loop, as a function for `Limiter.map` does."""
+    """Do so without an event loop, as a function for `Limiter.map` does."""
     return [item.result for item in limiter.map(str.upper, prompt.split())]
 
 
 async def by_the_map_of_python(prompt: str) -> str:
-    """Name the limiter, and map something of no matter to it."""
+    """Name the limiter, and use Python's own `map`."""
     return limiter.name.join(map(str.upper, prompt))
 
 
 def logged(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
-    """Stand for a method, as a decorator of any library does."""
+    """Wrap a method, as a decorator of any library does."""
 
     @functools.wraps(method)
     async def outer(*args: Any, **kwargs: Any) -> T:
@@ -91,22 +91,22 @@ def logged(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
 
 
 class Pipeline:
-    """Hold a model that some methods use, and some don't."""
+    """A class with a model that some methods use, and some don't."""
 
     def __init__(self) -> None:
         self.model = llm
         self.limiter = limiter
 
     async def ask(self, prompt: str) -> str:
-        """Use it."""
+        """Use the model."""
         return str(await self.model.acomplete(prompt))
 
     async def ask_politely(self, prompt: str) -> str:
-        """Use it by way of another method."""
+        """Use it through another method."""
         return await self.ask(prompt)
 
     async def by_hand(self, prompt: str) -> str:
-        """Acquire."""
+        """Acquire from the limiter."""
         async with self.limiter.acquire():
             return prompt
 
@@ -117,21 +117,21 @@ class Pipeline:
         return await self.ask(prompt)
 
     async def look_up(self, prompt: str) -> str:
-        """Use neither."""
+        """Use neither model nor limiter."""
         return prompt
 
     @logged
     async def look_up_loudly(self, prompt: str) -> str:
-        """Use neither below a decorator."""
+        """Use neither, below a decorator."""
         return prompt
 
     async def __call__(self, prompt: str) -> str:
-        """Be a function itself."""
+        """Make the object callable like a function."""
         return await self.ask(prompt)
 
 
 def closure(model: Any) -> Callable[[str], Awaitable[str]]:
-    """Return a function that knows a model from outside."""
+    """Return a function that gets its model from a closure."""
 
     async def ask(prompt: str) -> str:
         return str(await model.acomplete(prompt))
@@ -146,7 +146,7 @@ async def prefixed(prefix: str, model: Any, prompt: str) -> str:
 
 @limiter.paced
 async def decorated(prompt: str) -> str:
-    """Be paced."""
+    """Return the prompt; the decorator paces it."""
     return prompt
 
 
@@ -154,13 +154,13 @@ child = limiter.child("below")
 
 
 async def by_a_child(prompt: str) -> str:
-    """Acquire of a child, and so of the limiter."""
+    """Acquire from a child, and so from the limiter."""
     async with child.acquire():
         return prompt
 
 
 def paced_functions() -> Iterator[tuple[str, Callable[[str], Awaitable[object]]]]:
-    """Yield functions that come to the limiter by themselves."""
+    """Yield functions that acquire from the limiter by themselves."""
     pipeline = Pipeline()
     yield "a model's method", llm.acomplete
     yield "names a model", by_the_model
@@ -183,7 +183,7 @@ def paced_functions() -> Iterator[tuple[str, Callable[[str], Awaitable[object]]]
 
 
 def plain_functions() -> Iterator[tuple[str, Callable[[str], Awaitable[object]]]]:
-    """Yield functions that don't."""
+    """Yield functions that do not acquire from it."""
     yield "knows nothing", plain
     yield "looks at it", for_the_looks
     yield "maps something else", by_the_map_of_python
@@ -207,13 +207,13 @@ def test_function_that_comes_by_itself_is_seen(
 def test_function_that_does_not_come_is_admitted_here(
     what: str, function: Callable[[str], Awaitable[object]]
 ) -> None:
-    """It would not be paced at all."""
+    """Otherwise it would not be paced at all."""
     assert not acquires_itself(function, limiter), what
 
 
 @pytest.mark.parametrize("of", ["above", "beside"])
 def test_function_that_comes_above_or_beside_is_refused(of: str) -> None:
-    """Two leases of one call, and the second may wait for the slot of the first."""
+    """One call would have two leases, and the second might wait for the slot of the first."""
     root = Limiter("1000 RPM", concurrency=1, name="key")
     batch = root.child("batch")
     model = (root if of == "above" else root.child("chat")).wrap(MockLLM())
@@ -228,7 +228,7 @@ def test_function_that_comes_above_or_beside_is_refused(of: str) -> None:
 
 
 async def test_wrapped_model_is_charged_once() -> None:
-    """As many slots as one call has: a second lease for it would hang."""
+    """With a single slot, a second lease for the call would hang."""
     here = Limiter("1000 RPM", concurrency=1)
     model = here.wrap(MockLLM(max_tokens=3))
 
@@ -239,7 +239,7 @@ async def test_wrapped_model_is_charged_once() -> None:
 
 
 async def test_batch_of_batches_does_not_wait_for_itself() -> None:
-    """Each outer call would hold a slot and wait for another one for its own."""
+    """Each outer call would hold a slot while its inner calls wait for one."""
     here = Limiter("1000 RPM", concurrency=1)
 
     async def words(text: str) -> list[str]:
@@ -252,7 +252,7 @@ async def test_batch_of_batches_does_not_wait_for_itself() -> None:
 
 
 def test_function_that_comes_unseen_does_not_wait_for_itself() -> None:
-    """The slot of its batch is given back first, and so in a batch in a batch."""
+    """The slot of its batch is given back first, even in a batch within a batch."""
     with virtual_time() as time:
         here = Limiter("1000 RPM", concurrency=1, clock=time.clock)
 
@@ -274,7 +274,7 @@ def test_function_that_comes_unseen_does_not_wait_for_itself() -> None:
 
 
 def test_synchronous_function_that_comes_unseen_does_not_either() -> None:
-    """Its call is in a thread, and so is that of the model."""
+    """Its call runs in a thread, and so does that of the model."""
     here = Limiter("1000 RPM", concurrency=1)
 
     def made_late() -> MockLLM:
@@ -288,7 +288,7 @@ def test_synchronous_function_that_comes_unseen_does_not_either() -> None:
 
 
 async def test_whoever_says_so_decides() -> None:
-    """`paced=` and `cost=` go before what is found."""
+    """`paced=` and `cost=` take precedence over what is found."""
     here = Limiter("1000 RPM")
 
     async def ask(prompt: str) -> str:
@@ -308,7 +308,7 @@ async def test_whoever_says_so_decides() -> None:
 
 
 def test_thing_that_holds_itself_is_no_endless_search() -> None:
-    """Nor is a large one a long search."""
+    """Nor does a large object make the search long."""
 
     class Ring:
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The command line: help, versions and errors, as one sees them."""
+"""The command line as people see it: help, versions and errors."""
 
 import json
 import signal
@@ -23,7 +23,7 @@ main()
 
 
 def without(module: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Run `asyncbucket` where a module is not installed."""
+    """Run `asyncbucket` as if a module were not installed."""
     program = WITHOUT.format(module=module, arguments=list(arguments))
     return subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
@@ -32,7 +32,7 @@ def without(module: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.parametrize("command", ["", "demo", "plan", "run", "watch", "plot", "doctor"])
 def test_help_has_an_example_and_fits(command: str) -> None:
-    """And says what the command is for."""
+    """The help also says what the command is for."""
     given = [*command.split(), "--help"]
 
     result = CliRunner().invoke(cli.app, given, prog_name="asyncbucket", terminal_width=80)
@@ -43,14 +43,14 @@ def test_help_has_an_example_and_fits(command: str) -> None:
 
 
 def test_version_is_the_packages() -> None:
-    """`asyncbucket --version`."""
+    """`asyncbucket --version` shows it."""
     result = CliRunner().invoke(cli.app, ["--version"])
 
     assert result.output == f"asyncbucket {version('asyncbucket')}\n"
 
 
 def test_module_is_the_command() -> None:
-    """`python -m asyncbucket --version`."""
+    """`python -m asyncbucket --version` works."""
     result = subprocess.run(
         [sys.executable, "-m", "asyncbucket", "--version"],
         capture_output=True,
@@ -64,7 +64,7 @@ def test_module_is_the_command() -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_that_cannot_be_written_is_an_error_of_one_line(option: str) -> None:
-    """A full disk is no bug of ours: no traceback."""
+    """A full disk is not a bug of ours, so there is no traceback."""
     with Path("/dev/full").open("w") as full:
         result = subprocess.run(
             [sys.executable, "-m", "asyncbucket", option],
@@ -82,7 +82,7 @@ def test_help_that_cannot_be_written_is_an_error_of_one_line(option: str) -> Non
 
 @pytest.mark.parametrize("module", ["typer", "rich"])
 def test_missing_extra_names_its_install_command(module: str) -> None:
-    """One line, no traceback."""
+    """The error is one line without a traceback."""
     result = without(module, "demo")
 
     assert result.returncode != 0
@@ -102,7 +102,7 @@ def test_demo_without_what_it_drives_names_the_install_command(module: str) -> N
 
 
 def test_error_is_one_line_and_status_2() -> None:
-    """An option that doesn't fit is the user's to mend: no traceback."""
+    """The user can correct an option that does not fit, so there is no traceback."""
     result = CliRunner().invoke(cli.app, ["demo", "--compare"])
 
     assert result.exit_code == 2
@@ -112,7 +112,7 @@ def test_error_is_one_line_and_status_2() -> None:
 
 
 def test_interrupt_before_a_command_is_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C while modules load."""
+    """Ctrl-C may come while modules load."""
 
     def interrupted(**_: object) -> None:
         raise KeyboardInterrupt
@@ -127,7 +127,7 @@ def test_interrupt_before_a_command_is_status_130(monkeypatch: pytest.MonkeyPatc
 
 
 def test_sigterm_ends_a_command_that_ignores_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A script's shell has those in its background ignore it."""
+    """A script's shell makes its background commands ignore Ctrl-C."""
 
     def terminated(**_: object) -> None:
         signal.raise_signal(signal.SIGTERM)
@@ -157,7 +157,7 @@ def test_bench_without_the_source_tree_says_where_it_is(
 def test_bench_passes_options_and_status_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The benchmarks' own options, and their exit status."""
+    """It passes on the benchmarks' own options and their exit status."""
     package = tmp_path / "benchmarks"
     package.mkdir()
     (package / "__main__.py").write_text("import sys; sys.exit(sys.argv[1:] == ['--fast'] and 7)")
@@ -168,7 +168,7 @@ def test_bench_passes_options_and_status_on(
 
 @pytest.mark.parametrize(("typed", "read"), [("500", "500"), ("1,400", "1,400"), ("2k", "2,000")])
 def test_numbers_are_typed_as_in_limits(typed: str, read: str) -> None:
-    """One way to write them, in code, in the environment and in a terminal."""
+    """They are written the same way in code, in the environment and in a terminal."""
     shown = CliRunner().invoke(
         cli.app, ["plan", "--calls=1", "--tokens=1", f"--tpm={typed}", "--json"]
     )
@@ -178,7 +178,7 @@ def test_numbers_are_typed_as_in_limits(typed: str, read: str) -> None:
 
 
 def test_slots_of_a_run_are_typed_as_other_numbers(tmp_path: Path) -> None:
-    """Beside the word "auto"."""
+    """The word "auto" is accepted besides."""
     (tmp_path / "in.txt").write_text("Why?")
     typed = [
         "run",
@@ -201,7 +201,7 @@ def test_slots_of_a_run_are_typed_as_other_numbers(tmp_path: Path) -> None:
     [("--rpm", "0", "on"), ("--rpm", "1.5", "on"), ("--agents", "10001", "to 10,000")],
 )
 def test_number_that_is_none_is_named(option: str, typed: str, end: str) -> None:
-    """With the bounds, and how numbers are written."""
+    """The error has the bounds, and shows how numbers are written."""
     result = CliRunner().invoke(cli.app, ["demo", option, typed])
 
     assert result.exit_code == 2

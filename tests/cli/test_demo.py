@@ -1,4 +1,4 @@
-"""The demo itself, with real agents and real HTTP on loopback, in seconds of the machine's clock.
+"""The demo itself, with real agents and real HTTP on loopback, on the machine's clock.
 
 It measures waits and a wall time, and the provider runs in another process: virtual time won't do.
 """
@@ -37,17 +37,17 @@ def demo(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[st
 
 
 def demo_at(provider: RateLimitedProvider, *arguments: str) -> Result:
-    """Run the demo here, against a provider of somebody's, with a key in the environment."""
+    """Run the demo here, against a given provider, with a key in the environment."""
     command = ["demo", "--api-base", provider.base_url, *arguments]
     return CliRunner(env={"OPENAI_API_KEY": "sk-very-secret"}).invoke(app, command)
 
 
 def test_storm_without_asyncbucket_and_calm_with_it() -> None:
-    """Without: a storm of 429s, and failed calls. With: none, and each call is sent once."""
+    """Without it there are 429s and failed calls; with it there are none, and no retries."""
     figures: dict[str, Any] = {}
     calm: dict[str, Any] = {}
     stormy = False
-    # A machine that is busy with other things may be too slow for a storm, or let calls arrive out of time.
+    # A busy machine may be too slow for a storm, or deliver calls late.
     for _ in range(3):
         result = demo("--seconds", "4", "--json")
         assert (result.returncode, result.stderr) == (0, "")
@@ -68,20 +68,20 @@ def test_storm_without_asyncbucket_and_calm_with_it() -> None:
 
 
 def test_pipe_gets_plain_lines() -> None:
-    """No escape codes, nothing wider than 80 columns but the lines of progress, no logs."""
+    """There are no escape codes, no logs, and nothing wider than 90 columns."""
     result = demo("--seconds", "2", TERM="xterm-256color")
 
     assert (result.returncode, result.stderr) == (0, "")
     assert ESCAPE not in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 90
     assert re.search(r"^ 429s +[1-9][\d,]* +0 *$", result.stdout, re.MULTILINE)
-    # How many fail in the storm is the machine's affair: one that is slow asks for less.
+    # How many fail in the storm depends on the machine: a slow one asks for less.
     assert re.search(r"^ failed +[\d,]+ +0 *$", result.stdout, re.MULTILINE)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
 def test_interrupt_ends_it_with_the_table_so_far() -> None:
-    """Ctrl-C while agents run: a table, status 130, no traceback, and the provider is gone."""
+    """Ctrl-C while agents run gives a table and status 130, without a traceback."""
     with subprocess.Popen(
         [*COMMAND, "--seconds", "20"],
         stdout=subprocess.PIPE,
@@ -90,7 +90,7 @@ def test_interrupt_ends_it_with_the_table_so_far() -> None:
         encoding="utf-8",
     ) as process:
         assert process.stdout is not None
-        # The first line of progress that has something to say: agents are running.
+        # Wait for the first line of progress with answers: agents are running.
         seen = next(
             line for line in process.stdout if re.search(r"[1-9][\d,]* calls answered", line)
         )
@@ -106,7 +106,7 @@ def test_interrupt_ends_it_with_the_table_so_far() -> None:
 def test_real_provider_is_paced_and_its_key_stays_secret(
     rate_limited_provider: ProviderFactory,
 ) -> None:
-    """A model that LlamaIndex doesn't know, at a URL, with a key from the environment: one run."""
+    """It is one run, with a model unknown to LlamaIndex and a key from the environment."""
     provider = rate_limited_provider()
     models = ["--model", "llama-3-8b", "--embed-model", "bge"]
 
@@ -120,7 +120,7 @@ def test_real_provider_is_paced_and_its_key_stays_secret(
 
 
 def test_more_agents_than_a_machine_holds_are_refused() -> None:
-    """At once, and with the most."""
+    """The error comes at once, and names the maximum."""
     result = CliRunner().invoke(app, ["demo", "--agents", "1000000"])
 
     assert result.exit_code == 2
@@ -129,7 +129,7 @@ def test_more_agents_than_a_machine_holds_are_refused() -> None:
 
 
 def test_refused_key_ends_the_demo_at_once(rate_limited_provider: ProviderFactory) -> None:
-    """No agent could succeed, so the others aren't tried; the provider's reason is shown."""
+    """No agent could succeed, so the others are not tried, and the provider's reason is shown."""
     provider = rate_limited_provider(always=401)
 
     result = demo_at(provider, "--rpm", "60", "--agents", "20")
@@ -143,7 +143,7 @@ def test_refused_key_ends_the_demo_at_once(rate_limited_provider: ProviderFactor
 def test_what_a_provider_says_does_not_steer_the_terminal(
     rate_limited_provider: ProviderFactory,
 ) -> None:
-    """The code of an error comes from outside."""
+    """An error code comes from outside, so control characters are removed."""
     provider = rate_limited_provider()
     provider.fail_next(100, status=400, code="no\x1b[2J")
 
@@ -153,7 +153,7 @@ def test_what_a_provider_says_does_not_steer_the_terminal(
 
 
 def test_failed_calls_are_counted_by_kind(rate_limited_provider: ProviderFactory) -> None:
-    """An exhausted account: each first call fails without a retry, and the status says so."""
+    """With an exhausted account each first call fails without a retry, and the status is 1."""
     provider = rate_limited_provider()
     provider.fail_next(100, status=429, code="insufficient_quota")
 

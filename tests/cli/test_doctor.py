@@ -1,4 +1,4 @@
-"""`asyncbucket doctor`: what it finds, and what it says to do about it."""
+"""`asyncbucket doctor`: what it finds, and what it advises."""
 
 import json
 import socket
@@ -16,12 +16,12 @@ from asyncbucket.cli.doctor.findings import Finding, State
 
 
 def packages(**versions: str) -> Callable[[str], str | None]:
-    """Pretend that these are installed, and nothing else."""
+    """Pretend that only these packages are installed."""
     return {name.replace("_", "-"): number for name, number in versions.items()}.get
 
 
 def said(findings: Iterable[Finding]) -> list[tuple[str, str]]:
-    """Return what was found, and how good it is."""
+    """Return what was found, and how serious it is."""
     return [(each.state.value, each.found) for each in findings]
 
 
@@ -34,7 +34,7 @@ def typed(*arguments: str, status: int = 0) -> str:
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither this project's settings nor the machine's are found."""
+    """Find neither this project's settings nor the machine's."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -47,14 +47,14 @@ def test_findings_are_listed_and_counted() -> None:
 
 
 def test_help_has_an_example() -> None:
-    """With a store."""
+    """The example has a store."""
     shown = CliRunner().invoke(app, ["doctor", "--help"]).stdout
 
     assert "asyncbucket doctor --store redis://127.0.0.1:6379/0" in shown
 
 
 def test_json_has_each_finding_with_its_remedy() -> None:
-    """Whatever is not good has one."""
+    """Every finding that is not good has one."""
     findings = json.loads(typed("--json"))
 
     assert all(each.keys() == {"about", "state", "found", "remedy"} for each in findings)
@@ -62,7 +62,7 @@ def test_json_has_each_finding_with_its_remedy() -> None:
 
 
 def test_problem_is_status_1() -> None:
-    """So that a deployment stops at it."""
+    """This stops a deployment."""
     shown = typed("--store", "nowhere://x", status=1)
 
     assert "BAD" in shown
@@ -72,7 +72,7 @@ def test_problem_is_status_1() -> None:
 def test_package_that_breaks_when_it_is_loaded_is_a_problem(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A doctor does not die of what its patient has."""
+    """The command must not fail because of a broken package."""
 
     def broken() -> list[Finding]:
         raise TypeError("unsupported\x1b[2J operand")
@@ -86,11 +86,11 @@ def test_package_that_breaks_when_it_is_loaded_is_a_problem(
         "broken",
         "looking failed: TypeError: unsupported\x1b[2J operand",
     )
-    assert "TypeError: unsupported [2J operand" in typed(status=1)  # what steers no terminal
+    assert "TypeError: unsupported [2J operand" in typed(status=1)  # it cannot control the terminal
 
 
 def test_store_answers(tmp_path: Path) -> None:
-    """It is opened, booked in, and asked what it is."""
+    """The store is opened, used for a booking, and asked for its details."""
     shown = " ".join(typed("--store", f"sqlite:///{tmp_path}/limits.db").split())
 
     assert " answers in " in shown
@@ -98,7 +98,7 @@ def test_store_answers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
 def test_a_server_that_forgets_what_was_booked_is_told_of(policy: str) -> None:
-    """What its settings are worth at a restart, a fail-over and when its memory is full."""
+    """It says what the settings mean for a restart, a fail-over and a full memory."""
     good = {"valkey": "8.1.1", "clock": "in step", "memory": "unbounded", "persistence": "none"}
     trap = {"clock": "5 s ahead", "memory": f"9 bytes at most and {policy}"}
 
@@ -116,7 +116,7 @@ def test_a_server_that_forgets_what_was_booked_is_told_of(policy: str) -> None:
 
 
 def test_store_that_is_out_of_reach_is_named_without_its_password() -> None:
-    """With what to do."""
+    """The finding says what to do."""
     pytest.importorskip("redis")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -134,7 +134,7 @@ def test_store_that_is_out_of_reach_is_named_without_its_password() -> None:
 
 
 def test_a_file_that_cannot_be_opened_needs_no_server(tmp_path: Path) -> None:
-    """What is wrong with it is said, and what to do."""
+    """The finding says what is wrong with the file, and what to do."""
     url = f"sqlite:///{tmp_path}/nowhere/limits.db"
     found = json.loads(typed("--json", "--store", url, status=1))
     (finding,) = (each for each in found if each["about"] == "store")
@@ -154,7 +154,7 @@ def test_no_http_client_is_a_note() -> None:
 
 
 def test_durations_need_their_extra() -> None:
-    """Or resets such as 6m0s stay unread."""
+    """Without it, resets such as 6m0s stay unread."""
     findings = said(installed.http_families(packages(httpx="0.28.1")))
 
     assert findings == [
@@ -165,7 +165,7 @@ def test_durations_need_their_extra() -> None:
 
 @pytest.mark.parametrize(("number", "family"), [("2.54.0", "httpx"), ("3.1.0", "httpx2")])
 def test_sdk_is_told_with_its_family(number: str, family: str) -> None:
-    """It changed at version 3."""
+    """The family changed with version 3."""
     findings = said(installed.sdks(packages(openai=number, httpx="0.28", httpx2="2.16")))
 
     assert findings[0] == ("good", f"openai {number}, sends by {family}")
@@ -183,7 +183,7 @@ def test_sdk_without_its_family_is_wrong() -> None:
 
 
 def test_retries_around_retries_are_told() -> None:
-    """LlamaIndex's own, where its model for OpenAI is installed."""
+    """LlamaIndex's model for OpenAI, if installed, adds its own retries."""
     alone = said(installed.llama_index(packages(llama_index_core="0.14.25")))
     both = said(
         installed.llama_index(packages(llama_index_core="0.14.25", llama_index_llms_openai="0.8.3"))
@@ -198,7 +198,7 @@ def test_retries_around_retries_are_told() -> None:
 
 
 def test_version_out_of_range_is_wrong() -> None:
-    """With the range, and how to get into it."""
+    """The finding names the range, and how to get into it."""
     wanted = ['llama-index-core<0.15,>=0.14.21; extra == "llama-index"', "stamina>=25.2"]
 
     (finding,) = installed.ranges(
@@ -212,7 +212,7 @@ def test_version_out_of_range_is_wrong() -> None:
 
 
 def test_source_tree_has_no_ranges() -> None:
-    """Nothing is installed there."""
+    """No package metadata is there to give them."""
 
     def missing() -> list[str]:
         raise PackageNotFoundError
@@ -221,7 +221,7 @@ def test_source_tree_has_no_ranges() -> None:
 
 
 def test_tokenizer_that_may_download_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would fail where there is no network."""
+    """The download would fail without a network."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "/no/such/folder")
 
     assert said(installed.tokenizer(packages())) == [
@@ -233,7 +233,7 @@ def test_tokenizer_that_may_download_is_a_note(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_missing_tokenizer_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts are counted by characters then."""
+    """Texts are then counted by characters."""
     monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
     monkeypatch.setattr("asyncbucket.llama_index.tokens.bundled_tokenizer", lambda: None)
 
@@ -245,7 +245,7 @@ def test_missing_tokenizer_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_settings_that_cannot_be_read_are_wrong(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Those of the environment and those of the project."""
+    """This covers the settings of the environment and of the project."""
     monkeypatch.setenv("ASYNCBUCKET_RPM", "fast")
     (tmp_path / "pyproject.toml").write_text("[tool.asyncbucket]\ntpm = 'much'\n", "utf-8")
 
@@ -261,7 +261,7 @@ def test_settings_that_cannot_be_read_are_wrong(
 def test_settings_that_can_be_read_are_said(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """As the limits that they make."""
+    """They are shown as the limits that they make."""
     monkeypatch.setenv("ASYNCBUCKET_RPM", "500")
     (tmp_path / "pyproject.toml").write_text("[tool.asyncbucket]\nconcurrency = 7\n", "utf-8")
 
@@ -272,7 +272,7 @@ def test_settings_that_can_be_read_are_said(
 
 
 def test_each_table_of_a_project_is_read(tmp_path: Path) -> None:
-    """A table that only holds others is in order, and one of these may not be."""
+    """A table that only holds others is fine, even though one of these may not be."""
     (tmp_path / "pyproject.toml").write_text(
         "[tool.asyncbucket.chat]\nrpm = 5\n[tool.asyncbucket.batch]\ntpm = 'much'\n", "utf-8"
     )
@@ -285,7 +285,7 @@ def test_each_table_of_a_project_is_read(tmp_path: Path) -> None:
 
 
 def test_old_preset_among_the_settings_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no warning with a line of code."""
+    """It is not a warning with a line of code."""
     monkeypatch.setattr("asyncbucket.presets._OLD", -1)
     monkeypatch.setenv("ASYNCBUCKET_PRESET", "openrouter/free/any")
 
@@ -299,7 +299,7 @@ def test_old_preset_among_the_settings_is_a_note(monkeypatch: pytest.MonkeyPatch
 def test_setting_that_lacks_an_extra_is_wrong(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The rest of the findings is said all the same."""
+    """The other findings are still reported."""
     monkeypatch.setitem(sys.modules, "asyncbucket.stores.redis", None)
     monkeypatch.setenv("ASYNCBUCKET_RPM", "5")
     monkeypatch.setenv("ASYNCBUCKET_STORE", "redis://127.0.0.1:1/0")
@@ -316,7 +316,7 @@ def test_setting_that_lacks_an_extra_is_wrong(
 
 
 def test_coarse_clock_is_a_note() -> None:
-    """As on Windows."""
+    """Windows has one."""
     (finding,) = surroundings.clock(0.015625)
 
     assert finding.found.startswith("time.monotonic() moves in steps of 15.6")
@@ -324,7 +324,7 @@ def test_coarse_clock_is_a_note() -> None:
 
 
 def test_event_loop_in_use_is_named() -> None:
-    """Not the one that could be."""
+    """The finding names the loop in use, not one that could be used."""
     uvloop = pytest.importorskip("uvloop")
 
     (own,) = surroundings.event_loop(uvloop.new_event_loop)
@@ -336,7 +336,7 @@ def test_event_loop_in_use_is_named() -> None:
 
 
 def test_source_tree_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And says so."""
+    """The finding says so."""
 
     def missing(_: str) -> str:
         raise PackageNotFoundError

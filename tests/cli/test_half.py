@@ -1,4 +1,4 @@
-"""One run of the demo's load, ended from outside."""
+"""A run of the demo's load that is ended from outside."""
 
 import asyncio
 import signal
@@ -16,14 +16,14 @@ from asyncbucket.cli.demo.tally import Tally
 
 
 class Dropped:
-    """Be collected just when the program is told to end."""
+    """An object that is collected just when the program is told to end."""
 
     def __del__(self) -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
 def test_sigterm_amid_a_finalizer_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a finalizer raises is lost; the run ends all the same."""
+    """What a finalizer raises is lost, but the run still ends."""
 
     async def hang(*_: Any, **__: Any) -> None:
         Dropped()

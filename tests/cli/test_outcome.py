@@ -1,4 +1,4 @@
-"""The figures of a run: worked out from what the provider saw."""
+"""The figures of a run, worked out from what the provider saw."""
 
 import pytest
 
@@ -20,7 +20,7 @@ TEN_A_SECOND = Limit("requests", 10, per=1)
 
 
 def test_all_of_a_limit_is_one() -> None:
-    """Ten in each of three seconds."""
+    """Ten calls in each of three seconds use all of it."""
     arrivals = at(*(number / 10 for number in range(30)))
 
     assert share_used(TEN_A_SECOND, arrivals, start_ns=START, seconds=3.0) == 1.0
@@ -34,7 +34,7 @@ def test_full_bucket_at_the_start_makes_up_for_nothing() -> None:
 
 
 def test_last_window_counts_for_its_length() -> None:
-    """Half a window more has room for five: two of them used are 12 of 15."""
+    """The last half window has room for five, so two more calls make 12 of 15."""
     arrivals = at(*(number / 10 for number in range(10)), 1.1, 1.2)
 
     assert share_used(TEN_A_SECOND, arrivals, start_ns=START, seconds=1.5) == pytest.approx(0.8)
@@ -50,12 +50,12 @@ def test_tokens_count_as_they_were_charged() -> None:
 
 
 def test_nothing_ran_is_nothing_used() -> None:
-    """No division by a time of zero."""
+    """There is no division by a time of zero."""
     assert share_used(TEN_A_SECOND, [], start_ns=0, seconds=0.0) == 0.0
 
 
 async def test_waits_include_calls_that_passed_at_once() -> None:
-    """Eight passed at once and two waited: the median is 0 and the 95th percentile is the longest."""
+    """If eight pass at once and two wait, the median is 0, and the 95th percentile the longest."""
     tally = Tally(Limiter(rpm=600), started_ns=START, ended_ns=START + 1)
     assert tally.limiter is not None
     for _ in range(10):
@@ -76,7 +76,7 @@ def test_without_asyncbucket_no_wait_is_known() -> None:
 
 
 def test_calls_are_those_answered_and_those_that_failed() -> None:
-    """A refused request that is tried again is not a call of its own."""
+    """A refused request that is tried again is not another call."""
     tally = Tally(started_ns=START, ended_ns=START + 1)
     tally.traffic.requests, tally.traffic.refused, tally.traffic.answered = 100, 60, 40
     tally.failures["RateLimitError"] = 5

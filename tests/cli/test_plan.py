@@ -1,4 +1,4 @@
-"""`asyncbucket plan`: what is typed, what is seen, what is drawn."""
+"""`asyncbucket plan`: what people type, see and draw."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def typed(*arguments: str, status: int = 0) -> str:
 
 
 def test_example_of_the_docs() -> None:
-    """A sentence, a table and a plot with the limit in it."""
+    """It is a sentence, a table and a plot that shows the limit."""
     lines = typed(*EXAMPLE).splitlines()
 
     assert lines[0] == "39 min 39 s, tokens bind: 10,000 calls with 8,000,000 tokens"
@@ -42,7 +42,7 @@ def test_example_of_the_docs() -> None:
 def test_examples_of_the_help_run(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever copies one sees a plan."""
+    """Every example that people copy gives a plan."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.jsonl").write_text('"What is a bucket?"\n' * 50, "utf-8")
 
@@ -54,7 +54,7 @@ def test_examples_of_the_help_run(
 
 
 def test_json_is_the_plan() -> None:
-    """The same as from Python."""
+    """Its fields are those of the plan in Python."""
     planned = plan(calls=100, rpm=60, latency=[1.0, 2.0, 3.0], seed=7)
 
     shown = json.loads(
@@ -66,14 +66,14 @@ def test_json_is_the_plan() -> None:
 
 
 def test_numbers_are_written_as_in_limits() -> None:
-    """Thousands may be marked, or be a letter; so can tokens and latencies."""
+    """They may have thousands separators or a letter, and so may tokens and latencies."""
     plain = typed("--calls", "3", "--tokens", "2000", "--tpm", "2000", "--json")
     assert typed("--calls", "3", "--tokens", "2k", "--tpm", "2k", "--json") == plain
     assert typed("--calls", "3", "--tokens", "2,000", "--tpm", "2,000", "--json") == plain
 
 
 def test_samples_are_read_from_files(tmp_path: Path) -> None:
-    """Prompts for tokens, a log for latencies."""
+    """A file of prompts gives tokens, and a log gives latencies."""
     prompts, log = tmp_path / "prompts.jsonl", tmp_path / "log.jsonl"
     prompts.write_text('"What is a bucket?"\n{"prompt": "And a token?"}\n', "utf-8")
     log.write_text("1.5\n2.5\n", "utf-8")
@@ -84,7 +84,7 @@ def test_samples_are_read_from_files(tmp_path: Path) -> None:
 
 
 def test_agents_are_a_tree() -> None:
-    """Each option is a side of it."""
+    """Each option is a dimension of the tree."""
     tree = AgentTree(agents=2, depth=2, fan_out=3, steps=2)
 
     shown = json.loads(
@@ -98,7 +98,7 @@ def test_agents_are_a_tree() -> None:
 
 
 def test_limits_of_all_kinds_are_one_list() -> None:
-    """Options, texts and a preset."""
+    """They come from options, texts and a preset."""
     shown = json.loads(
         typed(
             *("--calls", "5", "--tokens", "10", "--rpd", "9", "--also", "8 RPH"),
@@ -116,7 +116,7 @@ def test_limits_of_all_kinds_are_one_list() -> None:
 
 
 def test_old_preset_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the line of code that a warning shows, and not among what is asked for."""
+    """The note does not show a line of code as a warning would, and goes to standard error."""
     monkeypatch.setattr("asyncbucket.presets._OLD", -1)
 
     result = CliRunner().invoke(
@@ -129,7 +129,7 @@ def test_old_preset_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tenants_are_told_in_words() -> None:
-    """Each with its own calls, limits and share."""
+    """Each has its own calls, limits and share."""
     shown = json.loads(
         typed(
             *("--tpm", "60000", "--tokens", "1000", "--latency", "1", "--json"),
@@ -146,7 +146,7 @@ def test_tenants_are_told_in_words() -> None:
 
 
 def test_tenants_have_a_table() -> None:
-    """Below that of the limits."""
+    """It is below the table of limits."""
     shown = typed("--rpm", "60", "--tenant", "acme[eu] calls=90", "--tenant", "bob calls=30")
 
     assert "wait p95" in shown
@@ -154,7 +154,7 @@ def test_tenants_have_a_table() -> None:
 
 
 def test_tenants_own_limit_is_drawn_where_it_binds() -> None:
-    """And whose it is stands beside it."""
+    """The caption says whose limit it is."""
     shown = typed("--tenant", "acme calls=90 rpm=60", "--tenant", "bob calls=30 rpm=60")
 
     assert shown.startswith("84.4 s, requests bind: 120 calls")
@@ -207,12 +207,12 @@ def test_what_nobody_waits_for_is_not_drawn() -> None:
     ],
 )
 def test_mistake_is_a_line_and_status_2(arguments: tuple[str, ...], error: str) -> None:
-    """No traceback."""
+    """There is no traceback."""
     assert typed(*arguments, status=2).startswith(error)
 
 
 def test_peak_is_said_in_the_unit_of_the_axis_below_it() -> None:
-    """A number alone would be read as one of those at the axis."""
+    """A bare number would be read as one of those at the axis."""
     shown = typed("--agents", "3", "--rpm", "1", "--steps", "2", "--latency", "5")
 
     assert re.search(r"limit of 1 request per 60 s, \d+/h the peak\n +120/h ", shown)
@@ -221,7 +221,7 @@ def test_peak_is_said_in_the_unit_of_the_axis_below_it() -> None:
 @pytest.mark.parametrize("options", [(), ("--dark",)])
 @pytest.mark.parametrize("kind", ["png", "svg"])
 def test_picture_is_drawn(tmp_path: Path, kind: str, options: tuple[str, ...]) -> None:
-    """For a light page and a dark one."""
+    """It is drawn for a light or a dark page."""
     path = tmp_path / f"plan.{kind}"
 
     shown = typed("--calls", "300", "--rpm", "60", "--out", str(path), *options)
@@ -236,7 +236,7 @@ def test_picture_is_drawn(tmp_path: Path, kind: str, options: tuple[str, ...]) -
 
 
 def test_picture_of_a_plan_without_waits(tmp_path: Path) -> None:
-    """No limit, no alternatives, no duration."""
+    """It has no limit, no alternatives and no duration."""
     path = tmp_path / "plan.png"
 
     typed("--calls", "3", "--out", str(path))
@@ -245,7 +245,7 @@ def test_picture_of_a_plan_without_waits(tmp_path: Path) -> None:
 
 
 def test_columns_of_a_plot_hold_all_admissions() -> None:
-    """Whatever the widths of columns and of parts."""
+    """This holds for all widths of columns and parts."""
     planned = plan(calls=500, rpm=60)
     canvas: Any = Canvas(seconds=planned.duration, width=70)
 
@@ -258,7 +258,7 @@ def test_columns_of_a_plot_hold_all_admissions() -> None:
 def test_missing_matplotlib_names_its_extra(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """One line."""
+    """The error is one line."""
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
 
     error = typed("--calls", "3", "--out", str(tmp_path / "plan.png"), status=2)

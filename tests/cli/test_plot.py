@@ -1,4 +1,4 @@
-"""Plots in characters: what is drawn is what was counted."""
+"""Plots in characters show what was counted."""
 
 import pytest
 
@@ -11,14 +11,14 @@ def rows(text: object) -> list[str]:
 
 
 def test_rate_is_events_a_second() -> None:
-    """Three seconds, two events in the first and one in the second."""
+    """In three seconds there are two events in the first, and one in the second."""
     canvas = Canvas(seconds=3.0, width=MARGIN + 30)
 
     assert canvas.rates([0.0, 0.9, 1.0], until=3.0) == [2.0, 1.0, 0.0]
 
 
 def test_long_time_is_counted_in_longer_bins() -> None:
-    """100 s in 50 columns: 2 s each, and rates stay rates."""
+    """With 100 s in 50 columns each bin is 2 s, and rates are still per second."""
     canvas = Canvas(seconds=100.0, width=MARGIN + 50)
 
     assert (canvas.bin, canvas.bins) == (2, 50)
@@ -26,7 +26,7 @@ def test_long_time_is_counted_in_longer_bins() -> None:
 
 
 def test_last_second_is_a_whole_second() -> None:
-    """A run that ended at 2.25 s shows no drop there: its last bin reaches back to 1.25 s."""
+    """The last bin of a run that ends at 2.25 s reaches back to 1.25 s, so it shows no drop."""
     canvas = Canvas(seconds=2.25, width=MARGIN + 30)
     steady = [number / 4 for number in range(9)]
 
@@ -42,7 +42,7 @@ def test_nothing_is_drawn_after_the_end() -> None:
 
 
 def test_column_at_the_limit_touches_the_line() -> None:
-    """The limit lies on the lower edge of the middle row; a rate of the limit fills all below."""
+    """The limit is the lower edge of the middle row, so a rate at the limit fills all below."""
     canvas = Canvas(seconds=10.0, width=MARGIN + 10, height=4)
     plot = rows(against_limit(canvas, [10.0] * 5 + [5.0] * 5, 10.0, style=""))
 
@@ -58,7 +58,7 @@ def test_column_over_twice_the_limit_is_cut() -> None:
 
 @pytest.mark.parametrize(("limit", "label"), [(1_200, "1,200/s"), (20, "20/s"), (25 / 3, "8.3/s")])
 def test_limit_is_written_at_its_row(limit: float, label: str) -> None:
-    """In as many digits as say something."""
+    """It has only as many digits as are meaningful."""
     canvas = Canvas(seconds=10.0, width=MARGIN + 10)
 
     lines = str(against_limit(canvas, [0.0] * 10, limit, style="")).splitlines()
@@ -67,7 +67,7 @@ def test_limit_is_written_at_its_row(limit: float, label: str) -> None:
 
 
 def test_ascii_is_enough() -> None:
-    """A terminal without Unicode gets none."""
+    """A terminal without Unicode gets only ASCII."""
     canvas = Canvas(seconds=4.0, width=MARGIN + 12, unicode=False)
     values = [0.0, 5.0, 10.0, 25.0] * 3
 
@@ -79,14 +79,14 @@ def test_ascii_is_enough() -> None:
 
 
 def test_sparkline_shows_the_smallest_rate() -> None:
-    """One among a thousand is seen; zero is blank."""
+    """One among a thousand is visible, and zero is blank."""
     canvas = Canvas(seconds=3.0, width=MARGIN + 10)
 
     assert str(sparkline(canvas, [0.0, 1.0, 1000.0], "429s", style="")) == "  429s   ▁█"
 
 
 def test_axis_names_seconds_under_their_marks() -> None:
-    """A mark at 10 s stands in the column of 10 s."""
+    """A mark at 10 s is in the column of 10 s."""
     canvas = Canvas(seconds=20.0, width=MARGIN + 40)
     *_, ruler, labels = rows(against_limit(canvas, [1.0] * 40, 1.0, style=""))
 
@@ -109,7 +109,7 @@ def test_axis_names_seconds_under_their_marks() -> None:
     ],
 )
 def test_long_axis_names_minutes_hours_and_days(seconds: float, labels: list[str]) -> None:
-    """In the unit of the steps between its marks."""
+    """The unit is that of the steps between the marks."""
     canvas = Canvas(seconds=seconds, width=MARGIN + 40)
     *_, names = rows(against_limit(canvas, [1.0] * 40, 1.0, style=""))
 
@@ -118,7 +118,7 @@ def test_long_axis_names_minutes_hours_and_days(seconds: float, labels: list[str
 
 @pytest.mark.parametrize(("limit", "label"), [(0.08, "288/h"), (0.05, "180/h"), (0.001, "86/d")])
 def test_slow_rates_are_said_by_the_hour_or_day(limit: float, label: str) -> None:
-    """0.0035/s says nothing to anybody; and one unit is enough for one axis."""
+    """0.0035/s would mean little, and an axis has only one unit."""
     canvas = Canvas(seconds=10.0, width=MARGIN + 10)
 
     lines = str(against_limit(canvas, [0.0] * 10, limit, style="")).splitlines()
@@ -129,7 +129,7 @@ def test_slow_rates_are_said_by_the_hour_or_day(limit: float, label: str) -> Non
 
 
 def test_label_of_the_axis_is_whole_or_not_there() -> None:
-    """Its mark is; "50 mi" would be no instant."""
+    """Its mark is always there; "50 mi" would be no label."""
     canvas = Canvas(seconds=3_240.0, width=60)
     *_, ruler, names = rows(against_limit(canvas, [1.0] * 40, 1.0, style=""))
 

@@ -1,6 +1,6 @@
-"""`asyncbucket run` as one uses it: real HTTP on loopback, real processes, real signals.
+"""`asyncbucket run` as people use it: real HTTP on loopback, real processes, real signals.
 
-The provider runs on the machine's clock, in a thread or a process of its own: virtual time won't do.
+The provider runs on the machine's clock, in its own thread or process: virtual time won't do.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ SECRET = "sk-very-secret"
 
 @pytest.fixture(autouse=True)
 def in_a_folder_with_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each test has its own folder, and a key."""
+    """Give each test its own folder, and a key."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
 
@@ -60,18 +60,18 @@ def batch(count: int, *, path: str = "in.jsonl", **body: Any) -> str:
 
 
 def run(provider: Any, *arguments: str) -> Result:
-    """Run it in this process."""
+    """Run the command in this process."""
     given = ["run", *arguments, "--api-base", provider.base_url]
     return CliRunner().invoke(app, given, prog_name="asyncbucket")
 
 
 def lines_of(path: str) -> list[dict[str, Any]]:
-    """Return the lines of a file of JSON."""
+    """Return the parsed lines of a JSONL file."""
     return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
 
 
 def test_every_line_is_answered_once(rate_limited_provider: ProviderFactory) -> None:
-    """In the form of OpenAI's output files, with usage, attempts, wait and line beside."""
+    """The output has the form of OpenAI's files, plus usage, attempts, wait and line."""
     provider = rate_limited_provider(rpm=6_000)
 
     result = run(provider, batch(50), "-o", "out.jsonl", "--rpm", "6000", "--concurrency", "8")
@@ -92,7 +92,7 @@ def test_every_line_is_answered_once(rate_limited_provider: ProviderFactory) -> 
 
 
 def test_second_run_sends_nothing(rate_limited_provider: ProviderFactory) -> None:
-    """And lines that were added meanwhile are sent."""
+    """Only lines that were added meanwhile are sent."""
     provider = rate_limited_provider()
     arguments = ["-o", "out.jsonl", "--rpm", "6000"]
     run(provider, batch(10), *arguments)
@@ -106,7 +106,7 @@ def test_second_run_sends_nothing(rate_limited_provider: ProviderFactory) -> Non
 
 
 def test_bad_lines_are_named_and_the_rest_goes_on(rate_limited_provider: ProviderFactory) -> None:
-    """The errors file has their numbers and reasons; the status says that not all is well."""
+    """The errors file has their numbers and reasons, and the exit status is 1."""
     provider = rate_limited_provider()
     good = Path(batch(2)).read_bytes()
     Path("in.jsonl").write_bytes(
@@ -130,7 +130,7 @@ def test_bad_lines_are_named_and_the_rest_goes_on(rate_limited_provider: Provide
 def test_refused_request_is_an_error_and_is_tried_again_by_the_next_run(
     rate_limited_provider: ProviderFactory,
 ) -> None:
-    """What the provider says of it is in the errors file, and the run goes on."""
+    """The provider's reason is in the errors file, and the run goes on."""
     provider = rate_limited_provider()
     provider.fail_next(1, status=400, code="string_above_max_length")
     arguments = [batch(3), "-o", "out.jsonl", "--rpm", "6000", "--concurrency", "1"]
@@ -150,7 +150,7 @@ def test_refused_request_is_an_error_and_is_tried_again_by_the_next_run(
 
 
 def test_failed_attempts_are_tried_again(rate_limited_provider: ProviderFactory) -> None:
-    """A 429 with its Retry-After, once; the line says how many attempts it took."""
+    """After a 429 with Retry-After it tries once more; the line says how many attempts it took."""
     provider = rate_limited_provider()
     provider.fail_next(1, status=429, retry_after=0.1)
 
@@ -173,7 +173,7 @@ def test_failed_attempts_are_tried_again(rate_limited_provider: ProviderFactory)
 def test_what_every_request_would_get_ends_the_run(
     rate_limited_provider: ProviderFactory, failure: dict[str, Any], said: str
 ) -> None:
-    """A wrong key, an empty account, a wrong model: a thousand lines are not tried."""
+    """With a wrong key, an empty account or a wrong model, it does not try a thousand lines."""
     provider = rate_limited_provider()
     provider.fail_next(1_000, **failure)
 
@@ -189,7 +189,7 @@ def test_what_every_request_would_get_ends_the_run(
 def test_line_that_is_refused_first_does_not_keep_the_others_out(
     status: int, earlier: int, rate_limited_provider: ProviderFactory
 ) -> None:
-    """It comes first in each run, and its refusal before any answer: a flagged prompt, a model that is gone."""
+    """A flagged prompt or a model that is gone may come first in each run, before any answer."""
     provider = rate_limited_provider(latency=0.1)
     arguments = [batch(20), "-o", "out.jsonl", "--rpm", "60000", "--concurrency", "4"]
     if earlier:
@@ -207,7 +207,7 @@ def test_outage_ends_the_run_before_it_has_burnt_the_file(
     status: int,
     rate_limited_provider: ProviderFactory,
 ) -> None:
-    """Fifty failures in a row; the lines after them are left for the next run."""
+    """It stops after fifty failures in a row; the remaining lines are left for the next run."""
     provider = rate_limited_provider()
     run(provider, batch(500), "-o", "out.jsonl", "--rpm", "60000", "--limit", "1")
     provider.reconfigure(always=status)
@@ -226,7 +226,7 @@ def test_outage_ends_the_run_before_it_has_burnt_the_file(
 def test_prompts_go_in_and_answers_come_out_of_pipes(
     rate_limited_provider: ProviderFactory,
 ) -> None:
-    """Standard input and output; nothing else is in the latter, and no file is left."""
+    """Only answers go to standard output, and no file is left behind."""
     provider = rate_limited_provider()
     options = ["-", "-o", "-", "--model", "m", "--rpm", "6000", "--api-base", provider.base_url]
     done = subprocess.run(
@@ -246,7 +246,7 @@ def test_prompts_go_in_and_answers_come_out_of_pipes(
 def test_pipe_that_nobody_reads_any_more_ends_it_quietly(
     rate_limited_provider: ProviderFactory,
 ) -> None:
-    """As `head` does it."""
+    """This is how `head` ends it."""
     provider = rate_limited_provider(latency=0.05)
     options = [batch(500), "--rpm", "60000", "--concurrency", "4", "--api-base", provider.base_url]
     with subprocess.Popen(
@@ -265,7 +265,7 @@ def test_pipe_that_nobody_reads_any_more_ends_it_quietly(
 
 
 def test_embeddings_and_responses_have_their_usage(rate_limited_provider: ProviderFactory) -> None:
-    """Each endpoint counts tokens by names of its own; the price adds them up."""
+    """Each endpoint has its own names for token counts; the cost adds them up."""
     provider = rate_limited_provider()
     Path("in.txt").write_text("How far is the moon?\n")
     arguments = ["in.txt", "--rpm", "6000", "--model", "m", "--price", "1000/2000", "--json"]
@@ -285,7 +285,7 @@ def test_embeddings_and_responses_have_their_usage(rate_limited_provider: Provid
 
 
 def test_query_of_the_base_stands_behind_each_path(rate_limited_provider: ProviderFactory) -> None:
-    """As Azure wants the version of its API."""
+    """Azure wants the version of its API there."""
     base = f"{rate_limited_provider().base_url}/?api-version=2024-10-21"
     arguments = ["-o", "out.jsonl", "--rpm", "60000", "--api-base", base]
 
@@ -295,7 +295,7 @@ def test_query_of_the_base_stands_behind_each_path(rate_limited_provider: Provid
 
 
 def test_key_that_a_provider_quotes_is_shown_to_nobody(httpx_says: Callable[..., str]) -> None:
-    """Nor is the password of a URL: not on the screen, in the errors, or in the checkpoint."""
+    """Neither the key nor a URL's password gets to the screen, the errors or the checkpoint."""
     base = httpx_says(f"Incorrect API key provided: {SECRET}")
     arguments = [batch(1), "-o", "out.jsonl", "--rpm", "60", "--model", "m", "--api-base", base]
 
@@ -321,7 +321,7 @@ def test_key_that_a_provider_quotes_is_shown_to_nobody(httpx_says: Callable[...,
 def test_server_that_is_not_the_api_ends_the_run(
     httpx_says: Callable[..., str], page: bytes, status: int, said: str
 ) -> None:
-    """A web site answers anything. What it says is a line, and cannot steer the terminal."""
+    """A web site answers anything; its text is put on one line, and cannot control the terminal."""
     base = httpx_says("", page=page, status=status)
     arguments = ["-o", "out.jsonl", "--rpm", "60000", "--concurrency", "2", "--model", "m"]
 
@@ -335,7 +335,7 @@ def test_server_that_is_not_the_api_ends_the_run(
 
 
 def test_server_that_cannot_be_reached_ends_the_run_with_the_remedy() -> None:
-    """Nobody listens there: nothing was sent, and the lines wait for the next run."""
+    """When nobody listens there, nothing is sent, and the lines are left for the next run."""
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         base = f"http://127.0.0.1:{nobody.getsockname()[1]}/v1"
@@ -350,7 +350,7 @@ def test_server_that_cannot_be_reached_ends_the_run_with_the_remedy() -> None:
 
 
 def test_failure_without_words_is_called_by_its_name() -> None:
-    """A server that takes requests and never answers: httpx has nothing to say of it."""
+    """When a server takes requests and never answers, httpx has no message for it."""
     with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
         base = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
         arguments = ["--rpm", "60000", "--attempts", "1", "--timeout", "1", "--api-base", base]
@@ -358,13 +358,13 @@ def test_failure_without_words_is_called_by_its_name() -> None:
 
     assert result.exit_code == 2
     assert f"error: no request succeeds: ReadTimeout ({base})" in result.stderr
-    assert "\n50 requests (0 answers/s)" in result.stderr  # they were sent, and may have been paid
+    assert "\n50 requests (0 answers/s)" in result.stderr  # they were sent, and may be charged
 
 
 def test_word_that_stands_for_a_key_is_no_secret(
     httpx_says: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A local server wants some; hiding it would blot out the words of messages."""
+    """A local server wants some key; hiding a common word would blot it out of messages."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     base = httpx_says("there is none, nonetheless")
 
@@ -406,7 +406,7 @@ def httpx_says() -> Generator[Callable[..., str]]:
 def test_limits_may_be_those_that_a_provider_publishes(
     rate_limited_provider: ProviderFactory,
 ) -> None:
-    """By the name of a preset, as for `asyncbucket plan`."""
+    """They are given by the name of a preset, as for `asyncbucket plan`."""
     provider = rate_limited_provider()
 
     result = run(provider, batch(1), "-o", "out.jsonl", "--preset", "openai/tier-1/gpt-4o-mini")
@@ -416,7 +416,7 @@ def test_limits_may_be_those_that_a_provider_publishes(
 
 
 def test_first_lines_only(rate_limited_provider: ProviderFactory) -> None:
-    """To see whether it does what one means before paying for all."""
+    """This lets people check a few answers before they pay for all."""
     provider = rate_limited_provider()
 
     run(provider, batch(100), "-o", "out.jsonl", "--rpm", "6000", "--limit", "5")
@@ -425,7 +425,7 @@ def test_first_lines_only(rate_limited_provider: ProviderFactory) -> None:
 
 
 def test_restart_begins_anew(rate_limited_provider: ProviderFactory) -> None:
-    """Other settings are refused first: two models' answers in one file are no use."""
+    """With other settings a run is refused first: one file cannot hold two models' answers."""
     provider = rate_limited_provider()
     arguments = [batch(3), "-o", "out.jsonl", "--rpm", "6000", "--model"]
     run(provider, *arguments, "a")
@@ -442,7 +442,7 @@ def test_restart_begins_anew(rate_limited_provider: ProviderFactory) -> None:
 def test_lines_that_are_empty_count_for_the_first_ones(
     rate_limited_provider: ProviderFactory,
 ) -> None:
-    """What is announced is what is done."""
+    """The announced number of lines is the number that is sent."""
     Path("in.txt").write_text("one\n\n\nfour\n")
 
     result = run(
@@ -457,7 +457,7 @@ def test_lines_that_are_empty_count_for_the_first_ones(
 def test_dry_run_sends_nothing_and_says_how_long_it_would_take(
     rate_limited_provider: ProviderFactory,
 ) -> None:
-    """By the limiter itself on virtual time; what is done already is not counted."""
+    """The estimate comes from the limiter on virtual time, without what is answered already."""
     provider = rate_limited_provider()
     arguments = [batch(600), "-o", "out.jsonl", "--rpm", "60", "--price", "1/1"]
     run(provider, *arguments, "--limit", "2")
@@ -475,7 +475,7 @@ def test_dry_run_sends_nothing_and_says_how_long_it_would_take(
 
 
 def test_dry_run_knows_answers_whose_index_is_lost(rate_limited_provider: ProviderFactory) -> None:
-    """As the run would: the answers are the record."""
+    """Like a real run, it takes the answers themselves as the record."""
     arguments = [batch(3), "-o", "out.jsonl", "--rpm", "6000"]
     run(rate_limited_provider(), *arguments)
     for path in Path().glob("*.checkpoint*"):
@@ -487,7 +487,7 @@ def test_dry_run_knows_answers_whose_index_is_lost(rate_limited_provider: Provid
 
 
 def test_dry_run_takes_what_a_run_takes() -> None:
-    """Calls that take no time, too."""
+    """This includes calls that take no time."""
     more = ["--latency", "0", "--dry-run"]
     result = CliRunner().invoke(app, ["run", batch(3), "--rpm", "60", *more])
 
@@ -508,7 +508,7 @@ def test_dry_run_takes_what_a_run_takes() -> None:
     ],
 )
 def test_dry_run_says_the_most_that_replies_may_cost(options: str, said: str) -> None:
-    """Of what a provider charges at its door that is no measure, and of some replies there is none."""
+    """What a provider charges against its limits is no measure; some replies have no maximum."""
     Path("in.txt").write_text("One\nTwo\n")
     command = "run in.txt --model m --rpm 60 --price 3/15 --dry-run"
 
@@ -518,7 +518,7 @@ def test_dry_run_says_the_most_that_replies_may_cost(options: str, said: str) ->
 
 
 def test_dry_run_of_one_short_prompt_says_token() -> None:
-    """One is no plural, here as in every other line."""
+    """One is singular, here as in every other line."""
     Path("in.txt").write_text("One\n")
 
     result = CliRunner().invoke(app, ["run", "in.txt", "--model", "m", "--rpm", "60", "--dry-run"])
@@ -527,7 +527,7 @@ def test_dry_run_of_one_short_prompt_says_token() -> None:
 
 
 def test_dry_run_says_the_same_as_json() -> None:
-    """With the whole plan in it, and what lines are bad."""
+    """It includes the whole plan, and the bad lines."""
     lines = Path(batch(600)).read_text() + "{\n"
     Path("in.jsonl").write_text(lines)
 
@@ -579,7 +579,7 @@ def test_dry_run_says_the_same_as_json() -> None:
     ],
 )
 def test_what_does_not_fit_is_one_line_and_status_2(arguments: list[str], message: str) -> None:
-    """Before anything is sent or written."""
+    """The error comes before anything is sent or written."""
     batch(1)
 
     result = CliRunner().invoke(app, ["run", *arguments])
@@ -600,7 +600,7 @@ def test_what_does_not_fit_is_one_line_and_status_2(arguments: list[str], messag
     ],
 )
 def test_closed_stream_is_one_line_and_status_2(arguments: str, closed: str, message: str) -> None:
-    """Some programs that run others close what they don't use."""
+    """Some programs close the streams of their child processes."""
     batch(1)
     line = f'exec "$0" -m asyncbucket run {arguments} --rpm 1 {closed}'
 
@@ -622,7 +622,7 @@ def test_closed_stream_is_one_line_and_status_2(arguments: str, closed: str, mes
     ],
 )
 def test_no_file_is_taken_for_two_things(files: list[str]) -> None:
-    """The lines that failed are a file, too, which one might send again: it must not be lost."""
+    """The errors file may be sent again later, so it must not be lost, either."""
     before = Path(batch(1)).read_bytes()
 
     result = CliRunner().invoke(app, ["run", "in.jsonl", "--rpm", "1", *files])
@@ -634,7 +634,7 @@ def test_no_file_is_taken_for_two_things(files: list[str]) -> None:
 
 
 def test_file_of_two_names_is_one(rate_limited_provider: ProviderFactory) -> None:
-    """A hard link, or upper and lower case on some disks: --restart would empty what is read."""
+    """With a hard link, or on disks that ignore case, --restart would empty the input."""
     before = Path(batch(1)).read_bytes()
     Path("out.jsonl").hardlink_to("in.jsonl")
     arguments = ["in.jsonl", "-o", "out.jsonl", "--rpm", "60", "--restart"]
@@ -647,7 +647,7 @@ def test_file_of_two_names_is_one(rate_limited_provider: ProviderFactory) -> Non
 
 
 def test_errors_may_go_to_a_device(rate_limited_provider: ProviderFactory) -> None:
-    """It is written to, and never removed."""
+    """The device is written to, and never removed."""
     os.mkfifo("pipe")
     reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
     Path("in.txt").write_text("{\n")
@@ -663,7 +663,7 @@ def test_errors_may_go_to_a_device(rate_limited_provider: ProviderFactory) -> No
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links are of Unix")
 def test_errors_may_go_through_a_link(rate_limited_provider: ProviderFactory) -> None:
-    """Such as /dev/stderr, which is one: it leads to a file if standard error does."""
+    """/dev/stderr is one, for example, and leads to a file if standard error does."""
     Path("in.txt").write_text("{\n")
     Path("link").symlink_to("log")
     Path("log").write_text("before\n")
@@ -678,7 +678,7 @@ def test_errors_may_go_through_a_link(rate_limited_provider: ProviderFactory) ->
 
 @pytest.mark.parametrize("key", ["sk-secret\nsk-secret", "sk-s\u00e9cret"])
 def test_key_that_cannot_be_sent_is_not_shown(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A library's own complaint would quote it."""
+    """A library's own error message would quote it."""
     monkeypatch.setenv("OPENAI_API_KEY", key)
 
     result = CliRunner().invoke(app, ["run", batch(1), "--rpm", "1"])
@@ -691,7 +691,7 @@ def test_key_that_cannot_be_sent_is_not_shown(key: str, monkeypatch: pytest.Monk
 
 @pytest.mark.skipif(sys.platform == "win32", reason="resource is of Unix")
 def test_disk_that_fills_up_is_one_line(rate_limited_provider: ProviderFactory) -> None:
-    """The index or the answers, whichever comes first: no traceback."""
+    """Whether the index or the answers fill it first, there is no traceback."""
     limited = [
         "sh",
         "-c",
@@ -717,7 +717,7 @@ def test_disk_that_fills_up_is_one_line(rate_limited_provider: ProviderFactory) 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 def test_full_standard_output_is_one_line(rate_limited_provider: ProviderFactory) -> None:
-    """The remedy is named, though nobody knows what lies behind it."""
+    """The remedy is named, though what lies behind standard output is unknown."""
     base = rate_limited_provider().base_url
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
@@ -735,7 +735,7 @@ def test_full_standard_output_is_one_line(rate_limited_provider: ProviderFactory
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes are of Unix")
 @pytest.mark.parametrize("made", ["pipe", "openpty"])
 def test_nobody_need_read_what_it_says(made: str, rate_limited_provider: ProviderFactory) -> None:
-    """As in ``asyncbucket run ... 2>&1 | head -1``, or at a terminal that is closed: answers were asked for."""
+    """With ``asyncbucket run ... 2>&1 | head -1``, or a closed terminal, the answers still come."""
     provider = rate_limited_provider()
     reader, writer = getattr(os, made)()
     os.close(reader)
@@ -755,7 +755,7 @@ def test_nobody_need_read_what_it_says(made: str, rate_limited_provider: Provide
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
 def test_interrupt_lets_requests_under_way_finish(rate_limited_provider: ProviderFactory) -> None:
-    """What was paid for is written; what waits in line is not sent; the next run goes on."""
+    """What was paid for is written, what waits is not sent, and the next run goes on."""
     provider = rate_limited_provider(latency=0.5)
     arguments = [batch(200), "-o", "out.jsonl", "--rpm", "600", "--concurrency", "4"]
     with subprocess.Popen(
@@ -786,7 +786,7 @@ def test_interrupt_lets_requests_under_way_finish(rate_limited_provider: Provide
 def test_second_interrupt_drops_requests_under_way_and_counts_them(
     rate_limited_provider: ProviderFactory,
 ) -> None:
-    """They may be paid; those that waited in line are not."""
+    """Dropped requests may be charged; those that still waited are not counted."""
     provider = rate_limited_provider(latency=30)
     arguments = [batch(200), "-o", "out.jsonl", "--rpm", "600", "--concurrency", "4"]
     with subprocess.Popen(
@@ -807,7 +807,7 @@ def test_second_interrupt_drops_requests_under_way_and_counts_them(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
 def test_interrupt_ends_a_run_that_waits_for_a_line(rate_limited_provider: ProviderFactory) -> None:
-    """Of a pipe that stays open, or of somebody who types: a read cannot be cancelled."""
+    """A read from an open pipe, or from somebody who types, cannot be cancelled."""
     provider = rate_limited_provider()
     reader, writer = os.pipe()
     arguments = ["-", "-o", "out.jsonl", "--rpm", "600", "--model", "m"]
@@ -832,9 +832,9 @@ def test_interrupt_ends_a_run_that_waits_for_a_line(rate_limited_provider: Provi
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_killed_and_started_again_each_line_is_paid_once(tmp_path: Path) -> None:
-    """Five kills at random, against a provider that counts: nothing lost, no 429, limit used.
+    """Five kills at random, against a provider that counts, lose nothing and cause no 429.
 
-    The sliding window is the strictest of its policies: a restart that burst would be refused.
+    The sliding window is the strictest policy: it would refuse the burst of a restarted limiter.
     """
     chance = random.Random(5)
     lines, rpm, at_once = 400, 3_000, 16
@@ -861,7 +861,7 @@ def test_killed_and_started_again_each_line_is_paid_once(tmp_path: Path) -> None
 
 
 def wait_for_admissions(provider: ProviderProcess, more: int) -> None:
-    """Wait until the provider has admitted so many more."""
+    """Wait until the provider has admitted ``more`` requests more."""
     before = provider.statistics().admitted
     while provider.statistics().admitted < before + more:
         time.sleep(0.005)
@@ -869,7 +869,7 @@ def wait_for_admissions(provider: ProviderProcess, more: int) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_restarted_run_does_not_burst_over_the_limit() -> None:
-    """Sixty a minute with six at once: a second process finds the six used up."""
+    """At sixty a minute, six at once, a second process finds the six used up."""
     with ProviderProcess() as provider:
         arguments = [batch(40), "-o", "out.jsonl", "--rpm", "60", "--api-base", provider.base_url]
         for _ in range(3):
@@ -887,7 +887,7 @@ def test_restarted_run_does_not_burst_over_the_limit() -> None:
 def test_examples_of_the_help_run_one_after_the_other(
     rate_limited_provider: ProviderFactory,
 ) -> None:
-    """Whoever copies them gets answers; only ``jq`` and the server's address are their own."""
+    """Copied as they are, they give answers; only ``jq`` and the address are replaced here."""
     base = rate_limited_provider().base_url
     batch(3, path="batch.jsonl")
     batch(3, path="in.jsonl")
@@ -912,7 +912,7 @@ def test_examples_of_the_help_run_one_after_the_other(
 
 
 def test_output_in_a_pipe_is_plain_and_fits(rate_limited_provider: ProviderFactory) -> None:
-    """No escape codes; at most 80 columns."""
+    """There are no escape codes, and lines have at most 80 columns."""
     provider = rate_limited_provider()
     done = subprocess.run(
         [*COMMAND, batch(5), "-o", "out.jsonl", "--rpm", "600", "--api-base", provider.base_url],

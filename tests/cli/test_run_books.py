@@ -12,18 +12,18 @@ SECOND = 1_000_000_000
 
 
 def ago(seconds: float) -> int:
-    """Return an instant of the wall clock."""
+    """Return the instant of the wall clock some seconds ago."""
     return time.time_ns() - round(seconds * SECOND)
 
 
 def through_json(limiter: Limiter) -> dict[str, object]:
-    """Return the bookings as a file gives them back."""
+    """Return the bookings as they come back from a file."""
     found: dict[str, object] = json.loads(json.dumps(snapshot(limiter)))
     return found
 
 
 def test_what_was_booked_is_booked_again() -> None:
-    """Requests and tokens, in their windows and in the bucket that paces them."""
+    """This covers requests and tokens, in their windows and in the bucket that paces them."""
     before = Limiter("100 RPM burst 10", tpm=1_000)
     for _ in range(7):
         before.acquire_nowait(tokens=50).release()
@@ -36,7 +36,7 @@ def test_what_was_booked_is_booked_again() -> None:
 
 
 def test_window_lets_them_go_when_they_are_a_window_old() -> None:
-    """The refusal says how long: 60 s after they were admitted, not after the restart."""
+    """The wait in the refusal is 60 s from the admission, not from the restart."""
     limiter = Limiter("10 RPM burst 10")
     restore(limiter, [Admission(ago(45), {"requests": 1})] * 10)
 
@@ -46,7 +46,7 @@ def test_window_lets_them_go_when_they_are_a_window_old() -> None:
 
 
 def test_admissions_come_on_top_of_what_was_saved() -> None:
-    """Those between the last note and the kill."""
+    """These are the ones between the last note and the kill."""
     before = Limiter("100 RPM")
     before.acquire_nowait().release()
     after = Limiter("100 RPM")
@@ -57,7 +57,7 @@ def test_admissions_come_on_top_of_what_was_saved() -> None:
 
 
 def test_what_is_older_than_the_window_is_forgotten() -> None:
-    """A restart on the next day begins with all of the limit."""
+    """A restart on the next day begins with the whole limit."""
     limiter = Limiter("10 RPM burst 10")
     restore(limiter, [Admission(ago(86_400), {"requests": 10})])
 
@@ -75,7 +75,7 @@ def test_clock_that_was_set_back_errs_on_the_safe_side() -> None:
 
 
 def test_other_limits_than_before_take_what_concerns_them() -> None:
-    """A limit that is new has nothing booked; one that is gone is no error."""
+    """A new limit has nothing booked, and one that is gone is no error."""
     before = Limiter(rpm=100, tpm=1_000)
     before.acquire_nowait(tokens=10).release()
     after = Limiter(rpm=50, rpd=1_000)
@@ -86,7 +86,7 @@ def test_other_limits_than_before_take_what_concerns_them() -> None:
 
 
 def test_deadline_is_judged_without_what_nobody_gives_back() -> None:
-    """The leases of the last process are no loans: a hopeless wait is refused at once."""
+    """Leases of the last process cannot come back, so a hopeless wait is refused at once."""
     limiter = Limiter("10 RPM burst 10")
     restore(limiter, [Admission(ago(0), {"requests": 10})])
 

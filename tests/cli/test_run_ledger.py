@@ -1,4 +1,4 @@
-"""Which lines are answered: the file of answers is the truth, the index follows it."""
+"""Which lines are answered: the file of answers decides, and the index follows it."""
 
 import contextlib
 import errno
@@ -21,24 +21,24 @@ SETTINGS: dict[str, Any] = {"model": "m"}
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """A file of answers that isn't there yet."""
+    """Return the path of a file of answers that does not exist yet."""
     return tmp_path / "out.jsonl"
 
 
 def opened(out: Path, settings: dict[str, Any] = SETTINGS) -> Ledger:
-    """Open it as a run does."""
+    """Open the ledger as a run does."""
     return Ledger(out, Path(f"{out}.checkpoint"), settings)
 
 
 def prompt(text: str, line: int = 1) -> Request:
-    """Return a prompt."""
+    """Return the request of a prompt."""
     request = read_request(line, text.encode(), JOB)
     assert request is not None
     return request
 
 
 def answered(ledger: Ledger, request: Request) -> None:
-    """Answer a request."""
+    """Write the answer to a request."""
     key, _ = ledger.look_up(request)
     ledger.write(
         key,
@@ -57,7 +57,7 @@ def answered(ledger: Ledger, request: Request) -> None:
 
 
 def killed(ledger: Ledger) -> None:
-    """Close the files as the end of a process does: nothing is noted any more."""
+    """Close the files as the end of a process does: nothing more is noted."""
     ledger.close()
 
 
@@ -67,7 +67,7 @@ def is_done(ledger: Ledger, request: Request) -> bool:
 
 
 def test_answered_line_is_done_even_if_nobody_noted_it(out: Path) -> None:
-    """Killed right after the write: the index catches up with the file."""
+    """After a kill right after the write, the index catches up with the file."""
     ledger = opened(out)
     answered(ledger, prompt("a"))
     killed(ledger)
@@ -78,7 +78,7 @@ def test_answered_line_is_done_even_if_nobody_noted_it(out: Path) -> None:
 
 
 def test_half_a_line_is_cut_off(out: Path) -> None:
-    """Killed in the middle of a write: that line is asked for again, the others stand."""
+    """After a kill during a write, only that line is asked for again."""
     with opened(out) as ledger:
         answered(ledger, prompt("a"))
     whole = out.read_bytes()
@@ -90,7 +90,7 @@ def test_half_a_line_is_cut_off(out: Path) -> None:
 
 
 def test_index_that_is_lost_or_broken_is_made_anew(out: Path) -> None:
-    """The answers hold all that it knew of lines."""
+    """The answers contain everything it knew about lines."""
     index = Path(f"{out}.checkpoint")
     with opened(out) as ledger:
         answered(ledger, prompt("a"))
@@ -105,7 +105,7 @@ def test_index_that_is_lost_or_broken_is_made_anew(out: Path) -> None:
 
 
 def test_equal_prompts_are_lines_of_their_own(out: Path) -> None:
-    """Two of three were answered; the third is still to be."""
+    """If two of three were answered, the third is still to be asked for."""
     with opened(out) as ledger:
         answered(ledger, prompt("a", 1))
         answered(ledger, prompt("a", 2))
@@ -140,7 +140,7 @@ def test_answers_with_other_settings_are_not_continued(out: Path) -> None:
 
 
 def test_other_settings_are_taken_while_nothing_is_answered(out: Path) -> None:
-    """A model whose name was misspelt has left nothing behind that would be lost."""
+    """A misspelt model has left no answers that could be lost."""
     opened(out).close()
     opened(out, {"model": "n"}).close()
 
@@ -152,7 +152,7 @@ def test_other_settings_are_taken_while_nothing_is_answered(out: Path) -> None:
 
 @pytest.mark.parametrize("text", ['{"my": "notes"}\nand more', '{"my": "notes"}', "notes"])
 def test_file_of_somebody_else_is_left_alone(out: Path, text: str) -> None:
-    """It is not a file of answers: nothing is appended, nothing cut off, not even half a line."""
+    """As it is not a file of answers, nothing is appended or cut off."""
     out.write_text(text)
 
     with pytest.raises(ValueError, match="was not written by `asyncbucket run`"):
@@ -161,7 +161,7 @@ def test_file_of_somebody_else_is_left_alone(out: Path, text: str) -> None:
 
 
 def test_second_run_of_one_file_is_refused(out: Path) -> None:
-    """While the first is at it."""
+    """This holds while the first one runs."""
     with (
         opened(out),
         pytest.raises(ValueError, match="is being written by another run: let it end"),
@@ -170,7 +170,7 @@ def test_second_run_of_one_file_is_refused(out: Path) -> None:
 
 
 def test_admissions_are_known_after_a_kill(out: Path) -> None:
-    """Those that came after the last note of the limiter's bookings."""
+    """They are those after the last note of the limiter's bookings."""
     ledger = opened(out)
     ledger.admitted({"requests": 1})
     ledger.keep({"at": 1})
@@ -185,7 +185,7 @@ def test_admissions_are_known_after_a_kill(out: Path) -> None:
 
 
 def test_file_that_became_shorter_is_read_anew(out: Path) -> None:
-    """Somebody removed answers to have them asked for again."""
+    """Somebody may remove answers to have them asked for again."""
     with opened(out) as ledger:
         answered(ledger, prompt("a"))
         answered(ledger, prompt("b", 2))
@@ -198,7 +198,7 @@ def test_file_that_became_shorter_is_read_anew(out: Path) -> None:
 
 
 def test_restart_forgets_what_is_there_and_never_what_another_run_writes(out: Path) -> None:
-    """Files that were removed beneath a run would take its answers with them."""
+    """Removing the files of a running run would lose its answers."""
     with opened(out) as ledger:
         answered(ledger, prompt("a"))
         before = out.read_bytes()
@@ -213,7 +213,7 @@ def test_restart_forgets_what_is_there_and_never_what_another_run_writes(out: Pa
 
 @pytest.mark.parametrize("kind", ["text", "database"])
 def test_index_of_somebody_else_is_left_alone(out: Path, kind: str) -> None:
-    """What lies there may be of another program, a model's weights for instance."""
+    """Another program's file may be there, for example a model's weights."""
     index = Path(f"{out}.checkpoint")
     if kind == "text":
         index.write_bytes(b"weights, and many of them " * 100)
@@ -228,7 +228,7 @@ def test_index_of_somebody_else_is_left_alone(out: Path, kind: str) -> None:
 
 
 class FullDisk(io.FileIO):
-    """Have room for so many bytes, and no more."""
+    """A file with room for a few bytes."""
 
     room = 10
 
@@ -241,7 +241,7 @@ class FullDisk(io.FileIO):
 
 
 def test_line_for_which_there_is_no_room_leaves_nothing(out: Path) -> None:
-    """Half of it would spoil the next one; and the error names the file, as the system does not."""
+    """Half a line would spoil the next one; the error names the file, which the system does not."""
     out.write_bytes(b"before\n")
 
     with FullDisk(out, "ab") as file, pytest.raises(OSError, match="No space left") as raised:
@@ -252,7 +252,7 @@ def test_line_for_which_there_is_no_room_leaves_nothing(out: Path) -> None:
 
 
 def test_index_that_cannot_be_made_is_an_error_that_names_it(tmp_path: Path) -> None:
-    """Such as in a folder where one may not write."""
+    """The folder may be missing or not writable."""
     with pytest.raises(
         ValueError, match=r"out\.jsonl\.checkpoint, .* \(unable to open .*, or give another -o"
     ):

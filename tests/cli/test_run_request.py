@@ -1,4 +1,4 @@
-"""One line: what it may be, and why it can't be sent."""
+"""What a line may be, and why it cannot be sent."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ JOB = Job(source="-", out="-", model="m")
 
 
 def read(line: Any, job: Job = JOB, number: int = 1) -> Request:
-    """Read a line that is a request; what is no bytes is written as JSON."""
+    """Read a line that is a request; anything but bytes is written as JSON first."""
     data = line if isinstance(line, bytes) else json.dumps(line).encode()
     request = read_request(number, data, job)
     assert request is not None
@@ -28,7 +28,7 @@ def batch(**members: Any) -> dict[str, Any]:
 
 
 def test_batch_line_is_sent_as_it_is() -> None:
-    """Its id, its URL and its body."""
+    """This includes its id, its URL and its body."""
     request = read(batch(), Job(source="-", out="-"))
 
     assert (request.custom_id, request.path, request.named) == ("a", "/v1/chat/completions", True)
@@ -36,7 +36,7 @@ def test_batch_line_is_sent_as_it_is() -> None:
 
 
 def test_model_of_the_command_line_replaces_that_of_the_body() -> None:
-    """The same file can be sent to another server."""
+    """So the same file can be sent to another server."""
     assert read(batch()).body["model"] == "m"
 
 
@@ -44,7 +44,7 @@ def test_model_of_the_command_line_replaces_that_of_the_body() -> None:
     "line", [b"Why?", b'"Why?"', b"  Why?\r", "﻿Why?".encode(), b'{"prompt": "Why?"}']
 )
 def test_prompt_becomes_a_chat(line: bytes) -> None:
-    """Plain text, a JSON string, or an object with a prompt; numbered by its line."""
+    """It may be plain text, a JSON string or an object with a prompt, and has its line as id."""
     request = read(line)
 
     assert request.body == {"messages": [{"role": "user", "content": "Why?"}], "model": "m"}
@@ -52,12 +52,12 @@ def test_prompt_becomes_a_chat(line: bytes) -> None:
 
 
 def test_text_that_only_begins_as_json_is_a_prompt() -> None:
-    """A quotation is no mistake."""
+    """A quotation is not a mistake."""
     assert read(b'"Why?" she said').body["messages"][0]["content"] == '"Why?" she said'
 
 
 def test_prompt_goes_to_the_endpoint_that_was_named() -> None:
-    """With the system message where there is one, and the bound of the reply by its right name."""
+    """It gets the system message, if any, and each endpoint's own name for the token limit."""
     options: dict[str, Any] = {"source": "-", "out": "-", "model": "m", "system": "Be brief."}
     chat = read(b"Why?", Job(**options, max_tokens=9))
     responses = read(b"Why?", Job(**options, endpoint="responses", max_tokens=9))
@@ -76,7 +76,7 @@ def test_prompt_goes_to_the_endpoint_that_was_named() -> None:
 
 
 def test_bound_of_a_line_stays() -> None:
-    """`--max-tokens` is for those that have none."""
+    """`--max-tokens` applies only to lines without one."""
     body = {"messages": [1], "max_tokens": 3}
 
     assert read(body, Job(source="-", out="-", model="m", max_tokens=9)).body == body | {
@@ -85,14 +85,14 @@ def test_bound_of_a_line_stays() -> None:
 
 
 def test_completion_has_its_bound_too() -> None:
-    """By the name that the old endpoint has for it."""
+    """The old endpoint has another name for it."""
     line = batch(url="/v1/completions", body={"model": "m", "prompt": "Why?"})
 
     assert read(line, Job(source="-", out="-", max_tokens=9)).body["max_tokens"] == 9
 
 
 def test_members_beside_a_prompt_are_kept() -> None:
-    """A temperature, a response format; a bound, which no second one joins; a model of its own."""
+    """A temperature, a token limit or a model of its own is kept."""
     job = Job(source="-", out="-", max_tokens=9)
     line = {"prompt": "Why?", "model": "mine", "temperature": 0, "max_tokens": 5}
 
@@ -106,12 +106,12 @@ def test_members_beside_a_prompt_are_kept() -> None:
 
 @pytest.mark.parametrize("line", [b"", b"   ", b"\t\r"])
 def test_empty_line_is_nothing(line: bytes) -> None:
-    """Neither a request nor a mistake."""
+    """It is neither a request nor a mistake."""
     assert read_request(1, line, JOB) is None
 
 
 def test_key_depends_on_what_is_asked() -> None:
-    """Not on the order of members, nor on the place of a prompt in the file."""
+    """It depends neither on the order of members nor on a prompt's place in the file."""
     assert read(b"Why?", number=1).key == read(b"Why?", number=2).key
     assert read({"messages": [1], "n": 2}).key == read({"n": 2, "messages": [1]}).key
     assert read(batch()).key != read(batch(custom_id="b")).key
@@ -135,14 +135,14 @@ def test_key_depends_on_what_is_asked() -> None:
     ],
 )
 def test_bad_line_says_why(line: Any, reason: str) -> None:
-    """In words that somebody who mends the file can use."""
+    """The words help somebody who corrects the file."""
     with pytest.raises(BadLine) as caught:
         read(line)
     assert reason in str(caught.value)
 
 
 def test_line_is_read_or_is_bad_however_deep_it_is_nested() -> None:
-    """There are depths that can be read and not written again."""
+    """Some depths can be read, but not written again."""
     reasons: list[str | None] = []
     for depth in (*range(2, sys.getrecursionlimit()), 1_000_000):
         line = b'{"messages": [1], "metadata": ' + b"[" * depth + b"]" * depth + b"}"
@@ -157,6 +157,6 @@ def test_line_is_read_or_is_bad_however_deep_it_is_nested() -> None:
 
 
 def test_line_without_a_model_says_where_to_put_it() -> None:
-    """Where the command line names none either."""
+    """The command line names none, either."""
     with pytest.raises(BadLine, match="no model: give --model, or name one in the body"):
         read(b"Why?", Job(source="-", out="-"))

@@ -1,4 +1,4 @@
-"""What is seen of a run: on a terminal of 80 columns, in a pipe, and at its end."""
+"""What a run shows: on a terminal of 80 columns, in a pipe, and at its end."""
 
 import asyncio
 import io
@@ -20,7 +20,7 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
 def tally_in_the_middle(total: int | None = 5_000) -> Tally:
-    """Return a run in its middle, with something of everything."""
+    """Return the tally of a run halfway through, with every kind of event."""
     tally = Tally(price=Price(0.15, 0.6), total=total)
     tally.earlier, tally.answered, tally.failed, tally.bad = 1_000, 1_234, 7, 3
     tally.refused, tally.sent = 2, 1_250
@@ -32,7 +32,7 @@ def tally_in_the_middle(total: int | None = 5_000) -> Tally:
 def shown(
     time: VirtualTime, tally: Tally, *, terminal: bool, seconds: float, **options: bool
 ) -> str:
-    """Return what is shown in some seconds."""
+    """Return what is shown within some seconds."""
     file = io.StringIO()
     console = Console(file=file, width=80, force_terminal=terminal, highlight=False)
     limiter = Limiter("500 RPM", "200k TPM", clock=time.clock)
@@ -55,7 +55,7 @@ def widest(text: str) -> int:
 
 
 def test_terminal_of_80_columns_shows_all(virtual_time: VirtualTime) -> None:
-    """How far, how long, what goes wrong, what it costs: nothing is cut."""
+    """Progress, time left, failures and costs are all there, and nothing is cut."""
     output = shown(virtual_time, tally_in_the_middle(), terminal=True, seconds=1.0)
 
     assert "2,244 of 5,000" in output
@@ -65,7 +65,7 @@ def test_terminal_of_80_columns_shows_all(virtual_time: VirtualTime) -> None:
 
 
 def test_unknown_end_shows_a_count(virtual_time: VirtualTime) -> None:
-    """Of a pipe: no bar, no time left."""
+    """Input from a pipe has no bar and no time left."""
     output = shown(virtual_time, tally_in_the_middle(None), terminal=True, seconds=1.0)
 
     assert "2,244 lines" in output
@@ -73,12 +73,12 @@ def test_unknown_end_shows_a_count(virtual_time: VirtualTime) -> None:
 
 
 def test_one_line_is_one(virtual_time: VirtualTime) -> None:
-    """And of a pipe that somebody types into there may be just one for a while."""
+    """Input that somebody types may be a single line for a while."""
     assert shown(virtual_time, Tally(bad=1), terminal=True, seconds=1.0).startswith("1 line ")
 
 
 def test_run_that_stops_says_so(virtual_time: VirtualTime) -> None:
-    """What is left is not done in this run, so no time is foreseen for it."""
+    """The remaining lines are not done in this run, so no time is given for them."""
     tally = tally_in_the_middle()
     tally.stopping = True
 
@@ -89,7 +89,7 @@ def test_run_that_stops_says_so(virtual_time: VirtualTime) -> None:
 
 
 def test_nothing_moves_on_a_terminal_to_which_the_answers_go(virtual_time: VirtualTime) -> None:
-    """A screen that draws itself anew would wipe them out; it gets lines as a pipe does."""
+    """A live display would overwrite the answers, so it gets plain lines as a pipe does."""
     output = shown(virtual_time, tally_in_the_middle(), terminal=True, shared=True, seconds=10.5)
 
     assert output.splitlines()[0].endswith("$0.3612")
@@ -97,7 +97,7 @@ def test_nothing_moves_on_a_terminal_to_which_the_answers_go(virtual_time: Virtu
 
 
 def test_pipe_gets_a_line_every_ten_seconds(virtual_time: VirtualTime) -> None:
-    """A log that somebody reads later."""
+    """It is a log that somebody reads later."""
     output = shown(virtual_time, tally_in_the_middle(), terminal=False, seconds=35.0)
 
     lines = output.splitlines()
@@ -106,7 +106,7 @@ def test_pipe_gets_a_line_every_ten_seconds(virtual_time: VirtualTime) -> None:
 
 
 def test_quiet_shows_nothing(virtual_time: VirtualTime) -> None:
-    """Not even that it stops."""
+    """It does not even say that it stops."""
     assert shown(virtual_time, tally_in_the_middle(), terminal=True, seconds=1, quiet=True) == ""
 
 
@@ -118,7 +118,7 @@ def job(**options: object) -> Job:
 
 
 def test_headline_says_what_and_under_which_limits() -> None:
-    """And where to, without the password that a URL may hold."""
+    """It also says where to, without the password that a URL may hold."""
     text = headline(job(api_base="https://me:secret@example.org:8443/v1"), Tally(total=5_000))
 
     assert text.splitlines() == [
@@ -136,7 +136,7 @@ def ended(change: Callable[[Tally], None]) -> str:
 
 
 def test_summary_adds_up() -> None:
-    """Every line is in one of its numbers; the commonest reasons are there."""
+    """Every line is counted in one of its numbers, and the most common reasons are listed."""
 
     def change(tally: Tally) -> None:
         tally.reasons.update({"http_500: overloaded": 6, "line 3: not JSON": 1})
@@ -151,7 +151,7 @@ def test_summary_adds_up() -> None:
 
 
 def test_stopped_run_says_how_to_go_on() -> None:
-    """But not where going on is of no use."""
+    """It does not if going on is of no use."""
 
     def stop(tally: Tally) -> None:
         tally.stopping = True
@@ -165,7 +165,7 @@ def test_stopped_run_says_how_to_go_on() -> None:
 
 
 def test_reason_that_was_told_apart_once_is_counted_to_the_end() -> None:
-    """However many others there are meanwhile, each quoting the number of its request."""
+    """Even if many others come meanwhile, each with the number of its request."""
     tally = Tally()
 
     for number in range(30):

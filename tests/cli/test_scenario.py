@@ -1,4 +1,4 @@
-"""What is run, from what was typed."""
+"""The scenario that follows from the options."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_paced_run_takes_as_long_as_asked_where_tokens_bind() -> None:
 
 
 def test_tokens_that_no_call_could_pass_with_are_refused() -> None:
-    """The run would end with nothing but failures, after minutes; what is asked for then will do."""
+    """The run would end in failures only, after minutes; the suggested limit works."""
     with pytest.raises(
         ValueError, match=r"10 tokens a minute are 1 in the demo's 1\.5 s, .* --tpm 10000 or more$"
     ):
@@ -36,7 +36,7 @@ def test_tokens_that_no_call_could_pass_with_are_refused() -> None:
 
 @pytest.mark.parametrize("seconds", [2.0, 6.0, 36.0])
 def test_agents_are_more_than_a_full_bucket_lets_pass(seconds: float) -> None:
-    """Or there would be nothing to see without asyncbucket."""
+    """Otherwise nothing would happen without asyncbucket."""
     scenario = scenario_of(Wish(seconds=seconds))
     amount = scenario.amount("requests")
 
@@ -55,14 +55,14 @@ def test_limits_are_those_of_a_minute_held_over_every_window() -> None:
 
 
 def test_agents_given_are_agents_run() -> None:
-    """With their share of embeddings beside them."""
+    """Their share of embedding batches is added."""
     scenario = scenario_of(Wish(agents=60))
 
     assert (scenario.agents, scenario.batches) == (60, 10)
 
 
 def test_real_provider_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is read from the environment alone, so that it is in no shell history."""
+    """It is read only from the environment, so that it gets into no shell history."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
     with pytest.raises(ValueError, match="OPENAI_API_KEY is not set: a real provider needs a key"):
@@ -70,7 +70,7 @@ def test_real_provider_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_real_provider_needs_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody else knows them."""
+    """Only the user knows them."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
 
     with pytest.raises(ValueError, match="--rpm 500 --tpm 200000"):
@@ -80,7 +80,7 @@ def test_real_provider_needs_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_real_provider_has_its_own_minute_and_is_not_stormed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Limits hold over 60 s, there are no embeddings unless named, and no run without asyncbucket."""
+    """Limits hold over 60 s, and there are embeddings or a comparison only if asked for."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
 
     scenario = scenario_of(Wish(model="gpt-4o-mini", rpm=500, tpm=200_000))
@@ -103,7 +103,7 @@ def test_real_provider_has_its_own_minute_and_is_not_stormed(
 def test_option_of_the_other_provider_is_refused(
     wish: Wish, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rather than ignored."""
+    """It is not ignored."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
 
     with pytest.raises(ValueError, match=message):
@@ -114,7 +114,7 @@ def test_option_of_the_other_provider_is_refused(
 def test_real_provider_has_the_url_of_a_server(
     api_base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or every agent would fail, after all its attempts."""
+    """Otherwise every agent would fail after all its attempts."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
 
     with pytest.raises(ValueError, match="--api-base must begin with http:// or https:// and a"):
@@ -124,7 +124,7 @@ def test_real_provider_has_the_url_of_a_server(
 def test_headline_shows_no_password_and_counts_as_people_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One is one."""
+    """One of a kind is singular."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     base = "http://me:pass-word@example.org/v1"
 

@@ -1,4 +1,4 @@
-"""What is seen at a terminal of 80 columns, a dumb one, and when Ctrl-C is pressed."""
+"""What a terminal of 80 columns shows, and a dumb one, and what Ctrl-C does there."""
 
 import os
 import pty
@@ -23,7 +23,7 @@ _PATIENCE = 60.0
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example_and_fits(command: str) -> None:
-    """In 80 columns, the examples too: they are there to be copied."""
+    """The examples, which people copy, fit into 80 columns, too."""
     result = CliRunner().invoke(app, [command, "--help"], prog_name="asyncbucket")
 
     assert result.exit_code == 0
@@ -34,7 +34,7 @@ def test_help_has_an_example_and_fits(command: str) -> None:
 def at_a_terminal(
     folder: Path, *arguments: str, terminal: str, interrupt_after: str = "", by: int = signal.SIGINT
 ) -> tuple[int, str]:
-    """Run a command at a terminal; interrupt it once a text is seen. Return status and output."""
+    """Run a command at a terminal, and interrupt it after a text. Return status and output."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "asyncbucket", *arguments],
@@ -66,7 +66,7 @@ def at_a_terminal(
 @pytest.mark.real_clock  # a terminal and a signal: another process's time
 @pytest.mark.parametrize("terminal", ["xterm-256color", "dumb"])
 def test_ctrl_c_ends_a_demo_quietly(terminal: str, tmp_path: Path) -> None:
-    """Status 130, no traceback, and the cursor is there again."""
+    """It ends with status 130 and no traceback, and the cursor is back."""
     status, seen = at_a_terminal(
         tmp_path, "demo", "--seconds", "30", terminal=terminal, interrupt_after="without"
     )
@@ -78,7 +78,7 @@ def test_ctrl_c_ends_a_demo_quietly(terminal: str, tmp_path: Path) -> None:
 
 @pytest.mark.real_clock  # a terminal and a signal: another process's time
 def test_terminated_command_gives_the_cursor_back(tmp_path: Path) -> None:
-    """As by Ctrl-C: status 130, no traceback, and the cursor is there again."""
+    """As with Ctrl-C there are status 130, no traceback, and the cursor."""
     with Limiter("500 RPM").serve_stats() as server:
         status, seen = at_a_terminal(
             tmp_path,
@@ -95,7 +95,7 @@ def test_terminated_command_gives_the_cursor_back(tmp_path: Path) -> None:
 
 @pytest.mark.real_clock  # another process's time
 def test_a_dumb_terminal_gets_no_escapes_and_no_wide_lines(tmp_path: Path) -> None:
-    """A plan as plain text."""
+    """A plan is shown as plain text."""
     status, seen = at_a_terminal(
         *(tmp_path, "plan", "--calls", "9000", "--tokens", "800", "--rpm", "500"),
         terminal="dumb",

@@ -1,4 +1,4 @@
-"""`asyncbucket watch` and `asyncbucket plot`: what a person sees."""
+"""What people see of `asyncbucket watch` and `asyncbucket plot`."""
 
 import asyncio
 import http.server
@@ -59,7 +59,7 @@ def shown(*, width: int, unicode: bool) -> list[str]:
 
 
 def plainly(views: list[View], *, width: int, unicode: bool) -> list[str]:
-    """Draw views, without colours."""
+    """Return the lines of views, drawn without colours."""
     from rich.console import Console
 
     console = Console(width=width, color_system=None, legacy_windows=False)
@@ -69,7 +69,7 @@ def plainly(views: list[View], *, width: int, unicode: bool) -> list[str]:
 
 
 def test_a_view_says_what_binds_and_how_long_the_line_takes() -> None:
-    """Thirty wait, five a second pass: six seconds."""
+    """If thirty wait and five a second pass, the last one waits for six seconds."""
     view = View.of(LOOK, {**LOOK, "admitted": 110}, 2.0)
     assert [bar.binds for bar in view.bars] == [False, True, False]
     assert view.alarming
@@ -84,12 +84,12 @@ def test_a_view_says_what_binds_and_how_long_the_line_takes() -> None:
 
 
 def test_a_pause_that_is_nearly_over_is_not_over() -> None:
-    """Nobody is told of one that lasts for 0.0 s more."""
+    """A short pause is never shown as lasting 0.0 s more."""
     assert View.of({**LOOK, "paused": 0.02}, None, 0.0).facts[0] == "paused for 0.02 s more"
 
 
 def test_of_several_limits_the_fullest_binds(virtual_time: VirtualTime) -> None:
-    """Not the day's beside the minute's, and none of a child that its parent holds up."""
+    """It is not the day's limit beside the minute's, nor that of a child held up by its parent."""
 
     async def main() -> None:
         limiter = Limiter(
@@ -114,7 +114,7 @@ def test_of_several_limits_the_fullest_binds(virtual_time: VirtualTime) -> None:
 
 
 def test_the_picture_fits_its_terminal() -> None:
-    """At 80 and at 160 columns, with blocks or without."""
+    """This holds at 80 and at 160 columns, with block characters or without."""
     lines = shown(width=80, unicode=True)
     assert lines[0] == "openai"
     assert lines[2].endswith("99% ◀ binds")
@@ -130,7 +130,7 @@ def test_the_picture_fits_its_terminal() -> None:
 
 @pytest.mark.parametrize("unicode", [True, False])
 def test_a_limit_that_binds_by_its_burst_is_one_line(*, unicode: bool) -> None:
-    """The longest that is said behind a bar, and labels that leave it little room."""
+    """Even the longest text fits behind the bar, though the labels leave it little room."""
     wide = {
         "limit": "40,000 tokens per 60 s",
         "resource": "tokens",
@@ -146,7 +146,7 @@ def test_a_limit_that_binds_by_its_burst_is_one_line(*, unicode: bool) -> None:
 
 
 def test_a_pipe_gets_a_line_for_each_limiter() -> None:
-    """Greppable, without colours."""
+    """The lines suit grep, and have no colours."""
     (line,) = plain([View.of(LOOK, None, 0.0)])
     assert line.startswith(
         "openai: 120 of 300 requests per 60 s, 9,900 of 10,000 tokens per 60 s (binds), "
@@ -154,7 +154,7 @@ def test_a_pipe_gets_a_line_for_each_limiter() -> None:
 
 
 def test_a_name_does_not_steer_the_terminal() -> None:
-    """A limiter may go by any name, and what is looked at may be none of ours."""
+    """A limiter may have any name, and what is watched may not be a limiter at all."""
     limits = [{**LOOK["limits"][0], "limit": "300 \x1b[2Jimages per 60 s"}]
     view = View.of({**LOOK, "name": "open\x1b[2Jai\n", "limits": limits}, None, 0.0)
     for shown in ("".join(plain([view])), "".join(plainly([view], width=80, unicode=True))):
@@ -163,7 +163,7 @@ def test_a_name_does_not_steer_the_terminal() -> None:
 
 
 def test_watch_looks_at_a_running_limiter() -> None:
-    """By the address that it tells; as lines and as JSON."""
+    """It uses the limiter's address, and prints lines or JSON."""
     limiter = Limiter("600 RPM", name="openai")
     with limiter.acquire_nowait(), limiter.serve_stats() as server:
         text = run.invoke(app, ["watch", server.url, "--once"])
@@ -175,7 +175,7 @@ def test_watch_looks_at_a_running_limiter() -> None:
 
 @pytest.mark.parametrize("name", ["s", "a b#1?", "100%25"])
 def test_watch_looks_at_a_unix_socket(tmp_path: Path, name: str) -> None:
-    """As at a port, whatever the socket is called."""
+    """It works as with a port, whatever the socket is called."""
     with Limiter("600 RPM", name="openai").serve_stats(path=tmp_path / name) as server:
         assert "openai" in run.invoke(app, ["watch", server.url, "--once"]).output
 
@@ -198,7 +198,7 @@ def test_watch_looks_at_a_unix_socket(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_watch_says_what_is_wrong(url: str, status: int, message: str) -> None:
-    """And ends with a status that scripts can tell."""
+    """The exit status tells scripts what kind of error it is."""
     done = run.invoke(app, ["watch", url, "--once"])
     assert done.exit_code == status
     assert message in done.stderr
@@ -210,7 +210,7 @@ def test_watch_says_what_is_wrong(url: str, status: int, message: str) -> None:
     ids=repr,
 )
 def test_watch_tells_another_server_from_a_limiter(page: bytes) -> None:
-    """A port is soon mistaken for another."""
+    """It is easy to give the wrong port."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -230,7 +230,7 @@ def test_watch_tells_another_server_from_a_limiter(page: bytes) -> None:
 
 
 def test_a_server_of_another_kind_does_not_steer_the_terminal() -> None:
-    """What it says first may be anything, and is quoted."""
+    """Its first line may be anything, and is quoted."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
@@ -247,7 +247,7 @@ def test_a_server_of_another_kind_does_not_steer_the_terminal() -> None:
 
 
 def test_look_at_a_store_has_the_fields_of_one_at_a_program(tmp_path: Path) -> None:
-    """So a script reads both."""
+    """A script can read both."""
     url = f"sqlite:///{tmp_path / 'limits.db'}"
 
     async def main() -> None:
@@ -266,7 +266,7 @@ def test_look_at_a_store_has_the_fields_of_one_at_a_program(tmp_path: Path) -> N
 
 
 def test_plot_draws_a_trace(virtual_time: VirtualTime, tmp_path: Path) -> None:
-    """On light and on dark ground."""
+    """It draws on a light or a dark background."""
     limiter = Limiter("60 RPM burst 2", "1k TPM", clock=virtual_time.clock)
 
     async def main() -> None:
@@ -288,7 +288,7 @@ def test_plot_draws_a_trace(virtual_time: VirtualTime, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["東京", "$5 {a_month$"])
 def test_plot_draws_a_limiter_of_any_name(tmp_path: Path, name: str) -> None:
-    """What no font has, and what looks like a formula; nothing is said of either."""
+    """The name may lack a font or look like a formula; there is no warning of either."""
     limiter = Limiter("5 RPM", name=name)
     with limiter.trace() as trace:
         limiter.acquire_nowait().release()
@@ -312,7 +312,7 @@ def test_plot_draws_a_limiter_of_any_name(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_plot_refuses_what_is_no_trace(tmp_path: Path, text: str, message: str) -> None:
-    """With the line where it noticed."""
+    """The error names the line where it was noticed."""
     (tmp_path / "trace.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
     done = run.invoke(app, ["plot", str(tmp_path / "trace.jsonl"), "-o", str(tmp_path / "out.png")])
     assert done.exit_code == 2
@@ -320,7 +320,7 @@ def test_plot_refuses_what_is_no_trace(tmp_path: Path, text: str, message: str) 
 
 
 def test_plot_draws_what_nobody_passed(tmp_path: Path) -> None:
-    """Calls that were refused, and a pause: no line to speak of."""
+    """There are only refused calls and a pause, so hardly a line."""
     limiter = Limiter("5 RPM", "5 TPM")
     with limiter.trace() as trace:
         with pytest.raises(CostExceedsLimit):
@@ -334,7 +334,7 @@ def test_plot_draws_what_nobody_passed(tmp_path: Path) -> None:
 
 
 def test_plot_counts_in_whole_units(virtual_time: VirtualTime, tmp_path: Path) -> None:
-    """A mark at 2.5 requests would be called 2, and where nobody waited all marks would be called 0."""
+    """A mark at 2.5 requests would read 2, and if nobody waited all marks would read 0."""
     limiter = Limiter("10/s", name="a", clock=virtual_time.clock)
     with limiter.trace() as trace:
         limiter.acquire_nowait()
@@ -351,7 +351,7 @@ def test_plot_counts_in_whole_units(virtual_time: VirtualTime, tmp_path: Path) -
 
 
 def test_plot_knows_its_kinds_of_pictures(tmp_path: Path) -> None:
-    """And names them."""
+    """The error names them."""
     (tmp_path / "t").write_text(
         '{"limits": [], "limiter": "a"}\n{"event": "admitted", "at": 1, "cost": {}, "waiting": 0}\n'
     )

@@ -1,4 +1,4 @@
-"""What the tests of the wrap share: records of instrumentation, and a scripted OpenAI."""
+"""What these tests share: records of instrumentation, and a scripted OpenAI."""
 
 import itertools
 import json
@@ -50,7 +50,7 @@ class _Spans(NullSpanHandler):
 
 @dataclass
 class Instrumentation:
-    """The names of events and spans in the order in which LlamaIndex told of them."""
+    """The names of events and spans, in the order in which LlamaIndex reported them."""
 
     events: list[str] = field(default_factory=list)
     spans: list[str] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Instrumentation:
     objects: list[BaseEvent] = field(default_factory=list)
 
     def take(self) -> tuple[list[str], list[str]]:
-        """Return spans and events so far, progress of a stream as one event, and forget them."""
+        """Return spans and events so far, a stream's progress as one event, and forget them."""
         events = [name for name, _ in itertools.groupby(self.events)]
         taken = list(self.spans), events
         self.spans.clear()
@@ -80,7 +80,7 @@ def instrumentation() -> Iterator[Instrumentation]:
 
 @dataclass
 class ScriptedOpenAI:
-    """An OpenAI that answers everything, and whatever a test scripts first."""
+    """An OpenAI API that answers everything, after whatever a test scripts first."""
 
     script: list[httpx.Response | Exception] = field(default_factory=list)
     requests: list[httpx.Request] = field(default_factory=list)
@@ -90,7 +90,7 @@ class ScriptedOpenAI:
 
     @property
     def bodies(self) -> list[dict[str, Any]]:
-        """What was sent, in order."""
+        """The bodies of all requests, in order."""
         return [json.loads(request.content) for request in self.requests]
 
     def answer(self, request: httpx.Request) -> httpx.Response:
@@ -213,7 +213,7 @@ class ScriptedOpenAI:
 
 @pytest.fixture
 def openai_api() -> Iterator[ScriptedOpenAI]:
-    """Answer all that goes to `API_BASE`, in place of the network."""
+    """Answer everything that goes to `API_BASE`, in place of the network."""
     api = ScriptedOpenAI()
     with respx.mock(assert_all_called=False) as mock:
         mock.route(host="llm.test").mock(side_effect=api.answer)
@@ -228,5 +228,5 @@ def error(status: int, headers: dict[str, str] | None = None, **fields: Any) -> 
 
 @pytest.fixture
 def refusal() -> Callable[..., httpx.Response]:
-    """Make refusals: `refusal(429, {"retry-after": "1"}, code="...")`."""
+    """Return a function for refusals: `refusal(429, {"retry-after": "1"}, code="...")`."""
     return error

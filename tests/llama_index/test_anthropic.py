@@ -33,7 +33,7 @@ class Person(BaseModel):
 
 
 class ScriptedAnthropic:
-    """An Anthropic that answers everything, after as many refusals as a test asks for."""
+    """An Anthropic API that answers everything, after as many refusals as a test asks for."""
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
@@ -82,7 +82,7 @@ class ScriptedAnthropic:
         )
 
     def model(self, **options: Any) -> Any:
-        """Return a model that talks to this."""
+        """Return a model that talks to this API."""
         llm = integration.Anthropic(model="claude-sonnet-4-5", api_key="k", **options)
         transport = http.MockTransport(self.answer)
         retries = llm.max_retries
@@ -97,12 +97,12 @@ class ScriptedAnthropic:
 
 @pytest.fixture
 def api() -> ScriptedAnthropic:
-    """Return a scripted Anthropic."""
+    """Return a scripted Anthropic API."""
     return ScriptedAnthropic()
 
 
 async def test_each_call_is_one_request_and_settled(api: ScriptedAnthropic) -> None:
-    """achat, acomplete (which calls achat), and both streams: one admission, the usage's tokens."""
+    """achat, acomplete (which calls achat) and both streams are one admission each."""
     limiter = Limiter("100k TPM", concurrency=1)
     llm = limiter.wrap(api.model())
 
@@ -117,7 +117,7 @@ async def test_each_call_is_one_request_and_settled(api: ScriptedAnthropic) -> N
 
 
 def test_synchronous_calls_too(api: ScriptedAnthropic) -> None:
-    """The synchronous twins pay alike."""
+    """The synchronous twins pay in the same way."""
     limiter = Limiter("100k TPM", concurrency=1)
     llm = limiter.wrap(api.model())
 
@@ -133,7 +133,7 @@ def test_synchronous_calls_too(api: ScriptedAnthropic) -> None:
 
 @pytest.mark.filterwarnings("ignore:The 'output_format' parameter:DeprecationWarning")
 async def test_structured_prediction_by_its_own_client_is_paced(api: ScriptedAnthropic) -> None:
-    """It calls `parse` of its client, all four ways, the streaming ones too."""
+    """All four ways, streaming included, call `parse` of its client."""
     limiter = Limiter("100 RPM", concurrency=1)
     llm = limiter.wrap(api.model())
     prompt = PromptTemplate("Name a {thing}.")
@@ -164,7 +164,7 @@ def test_one_layer_retries(api: ScriptedAnthropic) -> None:
 async def test_spans_and_events_are_those_of_the_plain_model(
     api: ScriptedAnthropic, instrumentation: "Instrumentation"
 ) -> None:
-    """Pacing doubles no span and no event."""
+    """Pacing adds no span and no event."""
     await api.model().achat(MESSAGES)
     plain = instrumentation.take()
 

@@ -1,4 +1,4 @@
-"""A model or tool behind a child: charged once at each level, moved down and never twice."""
+"""A model or tool behind a child is charged once per level, and can be moved further down."""
 
 import asyncio
 import contextlib
@@ -40,12 +40,12 @@ def add(a: int, b: int) -> int:
 
 
 def admitted(*limiters: Limiter) -> list[int]:
-    """Return how many calls each has let pass."""
+    """Return how many calls each has admitted."""
     return [limiter.statistics().admitted for limiter in limiters]
 
 
 def test_child_is_made_if_need_be() -> None:
-    """By its name, and the same one the next time."""
+    """The name makes it, and finds the same one the next time."""
     limiter = Limiter("100 RPM", name="openai")
 
     llm: Any = limiter.wrap(MockLLM(), child="chat")
@@ -56,7 +56,7 @@ def test_child_is_made_if_need_be() -> None:
 
 
 def test_limiter_is_taken_as_child() -> None:
-    """Any limiter under this one, a tenant's too; a stranger is refused."""
+    """It may be any limiter under this one, even a tenant's; others are refused."""
     limiter = Limiter("100 RPM", name="openai")
     deep = limiter.child("acme").child("chat")
 
@@ -68,7 +68,7 @@ def test_limiter_is_taken_as_child() -> None:
 
 
 def test_call_is_charged_once_at_each_level() -> None:
-    """Requests and tokens, at the child and above."""
+    """Requests and tokens are charged at the child and above."""
     limiter = Limiter("100 RPM", "10k TPM")
     chat = limiter.child("chat", "5k TPM")
     llm = limiter.wrap(MockLLM(max_tokens=3), child=chat)
@@ -80,7 +80,7 @@ def test_call_is_charged_once_at_each_level() -> None:
 
 
 def test_model_is_moved_to_a_descendant() -> None:
-    """What is behind the root already is wrapped anew below, and each call counts once a level."""
+    """A model paced by the root can be wrapped again below; its calls count once per level."""
     limiter = Limiter("100 RPM")
     first = limiter.wrap(MockLLM(max_tokens=3), retry=2)
     acme = limiter.child("acme")
@@ -100,7 +100,7 @@ def test_model_is_moved_to_a_descendant() -> None:
 
 
 def test_what_is_paced_below_is_returned_as_it_is() -> None:
-    """Its calls pass this limiter already."""
+    """Its calls already pass this limiter."""
     limiter = Limiter("100 RPM")
     llm = limiter.child("chat").wrap(MockLLM())
     tool = limiter.child("tools").wrap(FunctionTool.from_defaults(add))
@@ -110,7 +110,7 @@ def test_what_is_paced_below_is_returned_as_it_is() -> None:
 
 
 def test_tool_is_moved_to_a_descendant() -> None:
-    """With the cost that it had."""
+    """It keeps its cost."""
     limiter = Limiter("100 RPM", "100 images/m")
     tool = limiter.wrap(FunctionTool.from_defaults(add), cost={"images": 2})
 
@@ -123,7 +123,7 @@ def test_tool_is_moved_to_a_descendant() -> None:
 
 @pytest.mark.parametrize("thing", [MockLLM(), FunctionTool.from_defaults(add)])
 def test_sibling_and_stranger_are_refused(thing: Any) -> None:
-    """Two lines in a row would hold one budget while waiting for the other."""
+    """Two queues in a row would hold one budget while waiting for the other."""
     limiter = Limiter("100 RPM", name="openai")
     paced = limiter.wrap(thing, child="chat")
 
@@ -148,7 +148,7 @@ def test_structured_llm_is_moved_inside() -> None:
 
 
 class Outer(CustomLLM):
-    """A model that is made of another one."""
+    """A model that calls another one."""
 
     inner: Any
 
@@ -175,7 +175,7 @@ def test_model_in_a_model_does_not_pay_where_the_outer_one_has() -> None:
 
 @pytest.mark.parametrize(("outside", "inside"), [(None, "chat"), ("router", "chat")])
 def test_model_in_a_model_does_not_wait_for_it(outside: str | None, inside: str) -> None:
-    """Paced by a child or a sibling it counts there; the outer call lends it the slot they share."""
+    """The inner call counts at its own child; the outer call lends it the slot they share."""
     limiter = Limiter("100 RPM", concurrency=1, timeout=5)
     inner = limiter.wrap(MockLLM(max_tokens=2), child=inside)
     outer = limiter.wrap(Outer(inner=inner), child=outside)
@@ -190,7 +190,7 @@ def test_model_in_a_model_does_not_wait_for_it(outside: str | None, inside: str)
 
 
 async def test_model_does_not_wait_for_its_client_at_a_sibling() -> None:
-    """Its HTTP client is paced by another child: each keeps its limits, and they share a slot."""
+    """Its HTTP client belongs to another child: each has its limits, and they share a slot."""
     limiter = Limiter("100 RPM", concurrency=1)
     provider = RateLimitedProvider()
     transport = limiter.child("http").transport(provider.mock_transport())
@@ -205,7 +205,7 @@ async def test_model_does_not_wait_for_its_client_at_a_sibling() -> None:
 
 
 def test_guess_of_the_output_is_cut_to_what_any_level_can_admit() -> None:
-    """Nobody said how long the reply is; a small limit above must not make the call impossible."""
+    """As it is only a guess, a small limit above must not make the call impossible."""
     limiter = Limiter("100 TPM")
     chat = limiter.child("chat", "10k TPM")
 
@@ -217,7 +217,7 @@ def test_guess_of_the_output_is_cut_to_what_any_level_can_admit() -> None:
 
 
 def test_guess_of_the_output_is_cut_to_what_a_tenant_has() -> None:
-    """Whose limits only count within `tenant`."""
+    """A tenant's limits count only within `tenant`."""
     limiter = Limiter("10k TPM")
     limiter.per_key("50 TPM")
 
@@ -230,7 +230,7 @@ def test_guess_of_the_output_is_cut_to_what_a_tenant_has() -> None:
 async def test_refusal_pauses_all_who_share_the_provider_s_limits(
     openai_api: "ScriptedOpenAI", refusal: Any
 ) -> None:
-    """A 429 at one child holds back its siblings, too: it is their key."""
+    """A 429 at one child holds back its siblings, too, as they share the key."""
     limiter = Limiter("100 RPM")
     openai_api.script = [refusal(429, {"retry-after": "30"})]
     llm = limiter.wrap(
@@ -248,7 +248,7 @@ async def test_refusal_pauses_all_who_share_the_provider_s_limits(
 async def test_retry_is_told_where_the_call_asked(
     openai_api: "ScriptedOpenAI", refusal: Any, tenant: str
 ) -> None:
-    """As its admissions are: what is retried can be held against what was sent."""
+    """Its event names the same limiter as the admissions, so the two can be compared."""
     limiter = Limiter("100 RPM", name="openai")
     heard: list[str] = []
     limiter.observe(lambda event: heard.append(f"{type(event).__name__} {event.limiter}"))
@@ -267,7 +267,7 @@ async def test_retry_is_told_where_the_call_asked(
 async def test_refusal_pauses_nobody_else_s_limits(
     openai_api: "ScriptedOpenAI", refusal: Any
 ) -> None:
-    """Above the highest level with limits other providers may be served."""
+    """Above the highest level with limits there may be other providers."""
     everything = Limiter(concurrency=100)
     openai = everything.child("openai", "100 RPM")
     openai_api.script = [refusal(429, {"retry-after": "30"})]
@@ -281,7 +281,7 @@ async def test_refusal_pauses_nobody_else_s_limits(
 
 
 def test_child_out_of_its_own_limit_holds_up_nobody_else(virtual_time: VirtualTime) -> None:
-    """One tenant waits for its minute, the other's calls pass at once."""
+    """While one tenant waits for its minute, the other's calls pass at once."""
     limiter = Limiter("1000 RPM burst 1000", clock=virtual_time.clock)
     llm = limiter.wrap(MockLLM(max_tokens=1))
     small = limiter.child("small", "1 RPM").wrap(llm)
@@ -298,14 +298,14 @@ def test_child_out_of_its_own_limit_holds_up_nobody_else(virtual_time: VirtualTi
 
 
 def tree() -> tuple[Limiter, Limiter]:
-    """Return a limiter and one under it, made on every term that there is."""
+    """Return a limiter and one two levels below, with every kind of term set."""
     root = Limiter("100 RPM burst 7", concurrency=5, name="openai", timeout=50, max_queue=90)
     acme = root.child("acme", "10k TPM", weight=3, priority="batch", max_queue=9)
     return root, acme.child("chat", "5k TPM", concurrency=2, timeout=20)
 
 
 def terms(limiter: Limiter) -> list[Any]:
-    """Return on what terms a limiter stands, and those above it."""
+    """Return the terms of a limiter, and of those above it."""
     level: Limiter | None = limiter
     found: list[Any] = []
     while level is not None:
@@ -316,7 +316,7 @@ def terms(limiter: Limiter) -> list[Any]:
 
 @pytest.mark.parametrize(("given", "kept"), [("auto", (1, 1_000)), ((2, 8), (2, 8)), (3, 3)])
 def test_copy_elsewhere_finds_its_concurrency_itself(given: Any, kept: Any) -> None:
-    """It searches within the same bounds, and does not stay where the original began."""
+    """It searches within the same bounds, and does not stay at its starting value."""
     assert passports.terms_of(Limiter(concurrency=given))["concurrency"] == kept
 
 
@@ -331,7 +331,7 @@ def test_unpickled_model_shares_the_child_within_a_process() -> None:
 
 
 def _unpickle(pickled: list[bytes]) -> dict[str, Any]:
-    """Run in another process: say what paces the copies there."""
+    """Run in another process: return what paces the copies there."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         first, second, tenant = [pickle.loads(each) for each in pickled]  # noqa: S301 - our own
@@ -348,7 +348,7 @@ def _unpickle(pickled: list[bytes]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_copies_in_another_process_stand_under_the_same_tree(method: str) -> None:
-    """The limits above hold there, too, and together for all copies."""
+    """The limits above hold there, too, for all copies together."""
     root, chat = tree()
     llm = MockLLM(max_tokens=2)
     acme = root.key("acme", "7 RPM")
@@ -367,7 +367,7 @@ def test_copies_in_another_process_stand_under_the_same_tree(method: str) -> Non
 
 
 def _spend(pickled: bytes) -> list[str]:
-    """Run in another process: spend two calls, and say what was warned of."""
+    """Run in another process: make two calls, and return the warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         twin = pickle.loads(pickled)  # noqa: S301 - our own
@@ -378,7 +378,7 @@ def _spend(pickled: bytes) -> list[str]:
 
 @pytest.mark.real_clock
 def test_copy_in_another_process_shares_what_is_in_a_store(tmp_path: Path) -> None:
-    """Nothing to warn of: it is the same limit. On the machine's clock, as processes share a store."""
+    """It is the same limit, so there is no warning. The store needs the machine's clock."""
     store = f"sqlite:///{tmp_path}/limits.db?patience=5"
     limiter = Limiter("3 RPM burst 3", name="openai", store=store)
     paced = limiter.wrap(MockLLM(max_tokens=2), child="chat")

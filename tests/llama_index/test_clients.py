@@ -1,4 +1,4 @@
-"""One layer retries, and a booking is dated by the moment when its request leaves."""
+"""Only one layer retries, and a booking is dated by the moment when its request is sent."""
 
 import asyncio
 import contextlib
@@ -38,12 +38,12 @@ def make_openai(**options: Any) -> OpenAI:
 
 
 def make_fresh_client(**options: Any) -> OpenAI:
-    """Return one that makes a client for each call."""
+    """Return a model that makes a client for each call."""
     return make_openai(reuse_client=False, **options)
 
 
 def make_users_client(**options: Any) -> OpenAI:
-    """Return one with clients of the user's own."""
+    """Return a model with the user's own clients."""
     retries = options.get("max_retries", 2)
     return make_openai(
         async_openai_client=AsyncOpenAI(api_key="k", base_url=API_BASE, max_retries=retries),
@@ -53,12 +53,12 @@ def make_users_client(**options: Any) -> OpenAI:
 
 
 def make_users_http_client(**options: Any) -> OpenAI:
-    """Return one with HTTP clients of the user's own."""
+    """Return a model with the user's own HTTP clients."""
     return make_openai(async_http_client=httpx.AsyncClient(), http_client=httpx.Client(), **options)
 
 
 def make_used_client(**options: Any) -> OpenAI:
-    """Return one that has made its clients already."""
+    """Return a model that has made its clients already."""
     llm = make_openai(**options)
     llm._get_client()
     llm._get_aclient()
@@ -71,7 +71,7 @@ def make_responses(**options: Any) -> OpenAIResponses:
 
 
 def make_azure(**options: Any) -> AzureOpenAI:
-    """Return Azure's."""
+    """Return Azure's chat model."""
     return AzureOpenAI(
         engine="gpt",
         model="gpt-4o-mini",
@@ -94,7 +94,7 @@ MAKERS: list[Callable[..., LLM]] = [
 
 
 def name_of(make: Callable[..., Any]) -> str:
-    """Name a case."""
+    """Return the name of a case."""
     return make.__name__.removeprefix("make_")
 
 
@@ -102,7 +102,7 @@ def name_of(make: Callable[..., Any]) -> str:
 def test_always_429_is_five_requests_for_one_call(
     make: Callable[..., LLM], openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
 ) -> None:
-    """Class, SDK and tenacity would make 12 or 16 of it; we make 5, each admitted."""
+    """The class, the SDK and tenacity would make 12 or 16; we make 5, and each is admitted."""
     openai_api.script = [refusal(429) for _ in range(50)]
     with virtual_time() as time:
         limiter = Limiter("1000 RPM", clock=time.clock)
@@ -120,7 +120,7 @@ def test_always_429_is_five_requests_for_one_call(
 def test_retry_false_is_one_request(
     make: Callable[..., LLM], openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
 ) -> None:
-    """Switched off means off: nobody else retries in our place."""
+    """When retries are switched off, no other layer retries instead."""
     openai_api.script = [refusal(500) for _ in range(50)]
     llm = Limiter("1000 RPM").wrap(make(max_retries=3), retry=False)
 
@@ -133,7 +133,7 @@ def test_retry_false_is_one_request(
 def test_embeddings_are_five_requests_too(
     openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
 ) -> None:
-    """Their default of 10 retries in each of two layers is 110 requests without us."""
+    """By default they retry 10 times in each of two layers, which would be 110 requests."""
     openai_api.script = [refusal(429) for _ in range(200)]
     with virtual_time() as time:
         limiter = Limiter("1000 RPM", clock=time.clock)
@@ -148,7 +148,7 @@ def test_embeddings_are_five_requests_too(
 def test_no_slot_is_held_while_backing_off(
     openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
 ) -> None:
-    """The next call passes while the first one waits to be tried again."""
+    """The next call passes while the first one waits for its retry."""
     openai_api.script = [refusal(500)]
     with virtual_time() as time:
         limiter = Limiter("1000 RPM", concurrency=1, clock=time.clock)
@@ -156,7 +156,7 @@ def test_no_slot_is_held_while_backing_off(
 
         async def main() -> tuple[bool, float]:
             first = asyncio.create_task(llm.achat(MESSAGES))
-            while not openai_api.requests:  # noqa: ASYNC110 - nobody sets an event for us
+            while not openai_api.requests:  # noqa: ASYNC110 - nothing signals this
                 await asyncio.sleep(0)
             await llm.achat(MESSAGES)
             done_meanwhile, then = not first.done(), time.now
@@ -171,7 +171,7 @@ def test_no_slot_is_held_while_backing_off(
 def test_429_pauses_all_models_of_the_limiter(
     openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
 ) -> None:
-    """What one model is told, all heed."""
+    """What one model is told, all obey."""
     openai_api.script = [refusal(429, {"retry-after": "3"})]
     with virtual_time() as time:
         limiter = Limiter("1000 RPM", clock=time.clock)
@@ -192,7 +192,7 @@ def test_429_pauses_all_models_of_the_limiter(
 
 
 def test_client_of_the_user_is_left_alone() -> None:
-    """Ours is a copy on the same connections, of a class that is still the SDK's."""
+    """Ours is a copy on the same connections, whose class is a subclass of the SDK's."""
     theirs = AsyncOpenAI(api_key="k", base_url=API_BASE, max_retries=4)
 
     llm = Limiter("1 RPM").wrap(make_openai(async_openai_client=theirs))
@@ -216,7 +216,7 @@ def test_client_of_azure_stays_azures() -> None:
 
 
 def test_pool_is_as_large_as_openai_makes_it() -> None:
-    """Pacing costs none of the 1,000 connections that the SDK allows itself."""
+    """Pacing keeps all of the 1,000 connections that the SDK allows itself."""
     client = Limiter("1 RPM").wrap(make_openai())._get_aclient()
 
     transport: Any = client._client._transport
@@ -224,7 +224,7 @@ def test_pool_is_as_large_as_openai_makes_it() -> None:
 
 
 def test_clients_are_made_once() -> None:
-    """Asking twice gives the same client, as in the plain model, and not the plain model's."""
+    """As in the plain model, asking twice gives the same client; the plain model keeps its own."""
     inner = make_openai()
     llm = Limiter("1 RPM").wrap(inner)
 
@@ -234,7 +234,7 @@ def test_clients_are_made_once() -> None:
 
 
 def test_client_in_a_field_is_the_users() -> None:
-    """A model that hands out a client from one of its fields hands out that one."""
+    """A model that returns a client from one of its fields still returns that one."""
     theirs = AsyncOpenAI(api_key="k", max_retries=0)
 
     class WithField(MockLLM):
@@ -251,7 +251,7 @@ def test_client_in_a_field_is_the_users() -> None:
 
 
 def test_mock_in_place_of_a_client_is_left_in_place() -> None:
-    """Tests of users put mocks where clients belong."""
+    """Users' tests put mocks where clients belong."""
     mock = MagicMock()
 
     llm = Limiter("1 RPM").wrap(make_openai(async_openai_client=mock))
@@ -260,7 +260,7 @@ def test_mock_in_place_of_a_client_is_left_in_place() -> None:
 
 
 class NoThreads(ThreadPoolExecutor):
-    """A pool of threads that all wait for slots."""
+    """A pool whose threads are all busy waiting for slots."""
 
     def submit(self, *_: Any, **__: Any) -> Any:
         """Fail, rather than wait for ever."""
@@ -271,7 +271,7 @@ class NoThreads(ThreadPoolExecutor):
 async def test_call_that_holds_a_slot_needs_no_thread_of_the_loop(
     make: Callable[..., LLM], openai_api: "ScriptedOpenAI"
 ) -> None:
-    """They may all wait for slots: ``asyncio.to_thread(llm.chat, ...)`` does."""
+    """All its threads may be waiting for slots, as with ``asyncio.to_thread(llm.chat, ...)``."""
     with NoThreads() as threads:
         asyncio.get_running_loop().set_default_executor(threads)
 
@@ -284,7 +284,7 @@ async def test_call_that_holds_a_slot_needs_no_thread_of_the_loop(
 async def test_booking_is_dated_when_the_request_leaves(
     make: Callable[..., LLM], openai_api: "ScriptedOpenAI", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every client that makes requests for a paced model tells when they leave, once each."""
+    """Every client of a paced model reports each request once, just before it is sent."""
     seen: list[int] = []
 
     def sent(_: Lease) -> None:
@@ -304,7 +304,7 @@ async def test_booking_is_dated_when_the_request_leaves(
 async def test_booking_is_dated_again_when_the_body_goes_out(
     monkeypatch: pytest.MonkeyPatch, *, synchronous: bool
 ) -> None:
-    """Connections take their time, and so does the loop between head and body of a request."""
+    """Connecting takes time, and the loop may be busy between a request's head and body."""
     seen: list[str] = []
 
     def write(_: object, buffer: bytes, **__: Any) -> None:
@@ -342,7 +342,7 @@ async def test_booking_is_dated_again_when_the_body_goes_out(
 
 
 async def test_call_of_several_requests_is_booked_as_several(openai_api: "ScriptedOpenAI") -> None:
-    """A model that makes two requests of one call owes the second."""
+    """A model that makes two requests in one call is charged for the second, too."""
 
     class Twice(MockLLM):
         _client: AsyncOpenAI = PrivateAttr()
@@ -365,7 +365,7 @@ async def test_call_of_several_requests_is_booked_as_several(openai_api: "Script
 
 
 async def test_request_outside_of_a_call_is_nobodys(openai_api: "ScriptedOpenAI") -> None:
-    """Who takes the client and asks by himself books nothing, and nothing breaks."""
+    """A user who calls the client directly books nothing, and nothing breaks."""
     limiter = Limiter("1000 RPM")
     llm = limiter.wrap(make_openai())
 
@@ -378,7 +378,7 @@ async def test_request_outside_of_a_call_is_nobodys(openai_api: "ScriptedOpenAI"
 
 @contextlib.asynccontextmanager
 async def spent_from(provider: RateLimitedProvider) -> AsyncGenerator[OpenAI]:
-    """Yield a model of a key from which somebody else has spent 40 requests."""
+    """Yield a model whose key somebody else has used for 40 requests."""
     with httpx.Client() as client:
         async with httpx.AsyncClient() as async_client:
             llm = OpenAI(
@@ -394,7 +394,7 @@ async def spent_from(provider: RateLimitedProvider) -> AsyncGenerator[OpenAI]:
 
 
 def profile_of_everybody(_: str) -> Profile:
-    """Take every host for OpenAI's."""
+    """Treat every host as OpenAI's."""
     return OPENAI
 
 
@@ -402,7 +402,7 @@ def profile_of_everybody(_: str) -> Profile:
 async def test_a_wrapped_model_hears_what_the_provider_says_is_left(
     rate_limited_provider: "ProviderFactory", monkeypatch: pytest.MonkeyPatch, *, synchronous: bool
 ) -> None:
-    """Another program has spent from the same key: what it took is not available here."""
+    """What another program has taken from the same key is not available here."""
     monkeypatch.setattr("asyncbucket.llama_index.clients.profile_of", profile_of_everybody)
     async with spent_from(rate_limited_provider(rpm=60, tpm=100_000)) as llm:
         limiter = Limiter("60 RPM burst 60", "100k TPM")
@@ -417,7 +417,7 @@ async def test_a_wrapped_model_hears_what_the_provider_says_is_left(
 async def test_a_gateway_that_is_not_known_is_not_listened_to(
     rate_limited_provider: "ProviderFactory",
 ) -> None:
-    """It may mean something else by the same names."""
+    """Its headers may have the same names and another meaning."""
     async with spent_from(rate_limited_provider(rpm=60, tpm=100_000)) as llm:
         limiter = Limiter("60 RPM burst 60")
         await limiter.wrap(llm).achat(MESSAGES)

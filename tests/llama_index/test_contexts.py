@@ -1,6 +1,6 @@
-"""What is given around an agent's run reaches each call in it: priority, tenant, deadline.
+"""Priority, tenant and deadline that are set around an agent's run reach each call in it.
 
-The agents are real, and so is the provider, though without a socket: all runs on virtual time.
+The agents are real, and so is the provider, but without sockets: everything is on virtual time.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ class Bench:
     provider: RateLimitedProvider
     limiter: Limiter
     options: dict[str, Any]
-    #: Who was admitted, and what held around them.
+    #: The limiters that admitted calls, and what the calls inherited.
     seen: list[tuple[str, Inherited | None]] = field(default_factory=list)
 
     llm: OpenAI = field(init=False)
@@ -72,7 +72,7 @@ class Bench:
 
 @pytest.fixture
 def bench(virtual_time: VirtualTime) -> Iterator[Bench]:
-    """Return a bench with sixty calls a minute, one a second."""
+    """Provide a bench with sixty calls a minute, one a second."""
     provider = RateLimitedProvider(clock=virtual_time.clock)
     limiter = Limiter("60 RPM burst 1", name="openai", clock=virtual_time.clock)
     http_client = httpx.Client(transport=provider.mock_transport(sync=True))
@@ -93,20 +93,20 @@ def bench(virtual_time: VirtualTime) -> Iterator[Bench]:
 
 
 def ask(agent: Any) -> Any:
-    """Start an agent, with a memory in no database: the default one leaves a connection open."""
+    """Start an agent with a memory without a database: the default one leaves a connection open."""
     memory = ChatMemoryBuffer.from_defaults(token_limit=10_000)
     return agent.run(user_msg="look up 1 and 2", memory=memory)
 
 
 async def under(start: Any) -> Any:
-    """Run what ``start()`` starts under all that can be given."""
+    """Run what ``start()`` starts with priority, tenant and deadline set."""
     with (
         asyncbucket.tenant("acme"),
         asyncbucket.priority("interactive"),
         asyncbucket.deadline(1_000 - asyncio.get_running_loop().time()),
     ):
         started = asyncio.ensure_future(start())
-    return await started  # its tasks were made inside
+    return await started  # its tasks were created inside
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -114,7 +114,7 @@ def test_calls_of_a_function_agent_are_seen_under_what_was_given(
     bench: Bench,
     streaming: bool,  # noqa: FBT001 - a case
 ) -> None:
-    """Each of its LLM, tool and embedding calls: at the tenant's key of each child."""
+    """This includes LLM, tool and embedding calls, each at the tenant's key of its child."""
     bench.time.run(under(lambda: ask(bench.agent(streaming=streaming))))
 
     assert [name for name, _ in bench.seen] == [
@@ -142,7 +142,7 @@ def test_calls_of_an_agent_workflow_are_seen_under_what_was_given(bench: Bench) 
 
 @pytest.mark.filterwarnings("ignore:is_running called from within a step:DeprecationWarning")
 def test_calls_of_a_react_agent_are_seen_under_what_was_given(bench: Bench) -> None:
-    """An agent that thinks in text."""
+    """This agent calls its tools by text."""
     agent = ReActAgent(tools=[bench.tool], llm=bench.like)
 
     bench.time.run(under(lambda: ask(agent)))
@@ -156,7 +156,7 @@ def test_calls_of_a_react_agent_are_seen_under_what_was_given(bench: Bench) -> N
 
 
 def test_calls_of_a_query_engine_are_seen_under_what_was_given(bench: Bench) -> None:
-    """Its embedding and the answer, streamed or not."""
+    """This includes the embedding and the answer, streamed or not."""
     index = VectorStoreIndex.from_documents([Document(text="a")], embed_model=bench.embed_model)
     bench.seen.clear()
     engine = index.as_query_engine(llm=bench.llm)
@@ -175,7 +175,7 @@ def test_calls_of_a_query_engine_are_seen_under_what_was_given(bench: Bench) -> 
 
 
 def test_stream_is_admitted_on_the_terms_under_which_it_was_asked_for(bench: Bench) -> None:
-    """Engines read streams in tasks and threads of their own, which know nothing of them."""
+    """Engines read streams in their own tasks and threads, which do not inherit these terms."""
 
     async def main() -> None:
         with asyncbucket.tenant("acme"), asyncbucket.priority(3):
@@ -191,7 +191,7 @@ def test_stream_is_admitted_on_the_terms_under_which_it_was_asked_for(bench: Ben
 
 
 def test_stream_that_was_asked_for_under_no_terms_has_none_of_its_readers(bench: Bench) -> None:
-    """Whoever reads it may do so in the midst of something urgent."""
+    """Its reader may be in the middle of something urgent, which must not count."""
 
     async def main() -> None:
         stream = await bench.llm.astream_complete("hi")
@@ -217,7 +217,7 @@ def test_synchronous_stream_does_so_too() -> None:
 
 
 def test_urgent_agent_goes_before_what_waits(bench: Bench) -> None:
-    """Four calls of one agent at one a second, past a queue of a hundred."""
+    """Four calls of one agent, at one a second, overtake a queue of a hundred."""
 
     async def batch() -> None:
         with asyncbucket.priority("batch"):
@@ -236,7 +236,7 @@ def test_urgent_agent_goes_before_what_waits(bench: Bench) -> None:
 
 
 def test_tenants_agents_share_by_their_limits(bench: Bench) -> None:
-    """One with a small limit waits for it, the other one does not wait with it."""
+    """A tenant with a small limit waits for it, and the other one does not wait with it."""
     bench.limiter.reconfigure("600 RPM burst 600")
     chat = bench.limiter.children["chat"]
     chat.key("small", "1 RPM")
@@ -262,7 +262,7 @@ def test_run_that_cannot_make_its_deadline_fails_at_once(
     kind: str,
     streaming: bool,  # noqa: FBT001 - a case
 ) -> None:
-    """With the error of the limiter, which names what binds; LlamaIndex wraps it in nothing."""
+    """It raises the limiter's error, which names what binds, and LlamaIndex does not wrap it."""
     index = VectorStoreIndex.from_documents([Document(text="a")], embed_model=bench.embed_model)
     agent = bench.agent(streaming=streaming)
     start: Any = {
@@ -283,11 +283,11 @@ def test_run_that_cannot_make_its_deadline_fails_at_once(
         assert bench.time.now == 0
 
     bench.time.run(main())
-    assert bench.provider.statistics().requests == 1  # the index's
+    assert bench.provider.statistics().requests == 1  # for the index
 
 
 def test_agent_stops_at_the_call_that_cannot_make_it(bench: Bench) -> None:
-    """What was in time was made; the model is told of a tool's refusal, and cannot be asked then."""
+    """Calls in time are made; after a tool's refusal the model cannot be asked any more."""
 
     async def main() -> None:
         with pytest.raises(AcquireTimeout, match="requests bind for"), asyncbucket.deadline(0.9):
@@ -299,7 +299,7 @@ def test_agent_stops_at_the_call_that_cannot_make_it(bench: Bench) -> None:
 
 
 def test_deadline_ends_retries(bench: Bench) -> None:
-    """A back-off that would end after it is not slept through."""
+    """A back-off that would end after the deadline is not waited for."""
     bench.provider.reconfigure(rpm=1)
 
     async def main() -> None:
@@ -317,7 +317,7 @@ def test_deadline_ends_retries(bench: Bench) -> None:
 
 
 class Slow(Workflow):
-    """A workflow of one's own, with LlamaIndex's time-out of 45 s."""
+    """A user's own workflow, with LlamaIndex's time-out of 45 s."""
 
     def __init__(self, bench: Bench) -> None:
         super().__init__()
@@ -353,7 +353,7 @@ def test_deadline_says_more_than_the_time_out_of_a_workflow(bench: Bench) -> Non
 
 
 def test_agents_whose_tools_ask_models_meet_no_429(bench: Bench) -> None:
-    """Twenty at once under two slots and a narrow limit: each is answered, no slot is exceeded."""
+    """Twenty run at once under two slots and a narrow limit; each is answered."""
     bench.provider.reconfigure(rpm=60, concurrency=2, latency=1.5)
     bench.limiter.reconfigure(concurrency=2)
     searches = bench.limiter.child("searches", concurrency=1)

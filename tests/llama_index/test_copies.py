@@ -1,4 +1,4 @@
-"""A paced model survives being pickled, and so does the original."""
+"""A paced model can be pickled, and the original stays intact."""
 
 import multiprocessing
 import os
@@ -56,7 +56,7 @@ class PacedStubborn(RateLimitedLLM, Stubborn):
 
 
 def models() -> list[Any]:
-    """Return a model of each kind."""
+    """Return one model of each kind."""
     return [
         MockLLM(max_tokens=3),
         OpenAI(model="gpt-4o-mini", api_key=KEY, max_retries=7),
@@ -68,7 +68,7 @@ def models() -> list[Any]:
 
 @pytest.mark.parametrize("inner", models(), ids=lambda model: type(model).__name__)
 def test_unpickled_model_shares_the_limiter_within_a_process(inner: Any) -> None:
-    """Who copies by pickling gets a copy that spends from the same budget, as by copying."""
+    """As with other copies, the copy spends from the same budget."""
     limiter = Limiter("100 RPM")
     paced = limiter.wrap(inner)
 
@@ -80,7 +80,7 @@ def test_unpickled_model_shares_the_limiter_within_a_process(inner: Any) -> None
 
 
 def test_pickling_leaves_the_original_as_it_is() -> None:
-    """LlamaIndex deletes from the live object what does not pickle; here it is a twin's."""
+    """LlamaIndex removes from the live object what cannot be pickled; here a twin loses it."""
     limiter = Limiter("100 RPM")
     inner = OpenAI(api_key=KEY, completion_to_prompt=lambda prompt: prompt)
     paced = limiter.wrap(inner)
@@ -95,7 +95,7 @@ def test_pickling_leaves_the_original_as_it_is() -> None:
 
 @pytest.mark.parametrize("make", [PacedMock, PacedStubborn])
 def test_class_written_by_hand_is_pickled_too(make: Any) -> None:
-    """A static mixin keeps its class, its fields and its limiter, whatever its `__init__` takes."""
+    """It keeps its class, its fields and its limiter, whatever its `__init__` takes."""
     limiter = Limiter("100 RPM")
     paced = make(limiter=limiter)
     paced.max_tokens = 2
@@ -119,7 +119,7 @@ def test_options_go_along() -> None:
 
 @pytest.mark.parametrize("tokenizer", [None, str.split])
 def test_estimator_goes_along_with_what_it_has_learnt(tokenizer: Any) -> None:
-    """The copy foresees replies as the original does, by the same tokens; then each learns alone."""
+    """The copy begins with the same forecast and tokenizer; from then on each learns alone."""
     estimator = DefaultEstimator(tokenizer)
     estimator.observe(900)
     paced = Limiter("100 RPM").wrap(MockLLM(), estimator=estimator)
@@ -136,7 +136,7 @@ def test_estimator_goes_along_with_what_it_has_learnt(tokenizer: Any) -> None:
 
 
 def _unpickle(pickled: list[bytes]) -> dict[str, Any]:
-    """Run in another process: say what paces the copies there."""
+    """Run in another process: return what paces the copies there."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         twins = [pickle.loads(each) for each in pickled]  # noqa: S301 - our own
@@ -156,7 +156,7 @@ def _unpickle(pickled: list[bytes]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_copies_in_another_process_share_a_limiter_of_their_own(method: str) -> None:
-    """They keep the limits among themselves, and say once that they don't share the original's."""
+    """They keep the limits together, and warn once that they do not share the original's."""
     limiter = Limiter("100 RPM burst 7", "10k TPM", concurrency=3, name="mine")
     pickled = [pickle.dumps(limiter.wrap(MockLLM(max_tokens=2))) for _ in range(2)]
     with warnings.catch_warnings():
@@ -175,7 +175,7 @@ def test_copies_in_another_process_share_a_limiter_of_their_own(method: str) -> 
 
 
 def test_limiter_of_a_pickle_that_outlives_it_is_made_anew() -> None:
-    """A pickle from before a limiter was dropped brings one with the same limits, and says so."""
+    """An old pickle brings a limiter with the same limits, and warns about it."""
     paced = Limiter("100 RPM", name="gone").wrap(MockLLM())
     pickled = pickle.dumps(paced)
     del paced
@@ -190,7 +190,7 @@ def test_limiter_of_a_pickle_that_outlives_it_is_made_anew() -> None:
 def test_ingestion_pipeline_spreads_a_paced_model_over_processes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`IngestionPipeline(num_workers=2)` works, and the model here is whole afterwards."""
+    """`IngestionPipeline(num_workers=2)` works, and the model here is intact afterwards."""
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")  # of the workers: the one above
     limiter = Limiter("1000 RPM")
     model = limiter.wrap(MockEmbedding(embed_dim=2))

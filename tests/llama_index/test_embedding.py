@@ -1,4 +1,4 @@
-"""Each request of an embedding model is paid for once, and what a cache has is free."""
+"""Each request of an embedding model is paid for once, and what is in a cache is free."""
 
 import asyncio
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ TEXTS = [f"text {number}" for number in range(6)]
 
 
 class OnlySync(BaseEmbedding):
-    """The least that a user writes: the asynchronous methods fall back on the synchronous ones."""
+    """The least that users write: asynchronous methods fall back on the synchronous ones."""
 
     def _get_query_embedding(self, query: str) -> list[float]:
         return self._get_text_embedding(query)
@@ -35,7 +35,7 @@ class OnlySync(BaseEmbedding):
 
 
 class Batching(OnlySync):
-    """A model with a batch method of its own, here by way of the single one."""
+    """A model with its own batch method, which calls the single one."""
 
     def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
         return [self._get_text_embedding(text) for text in texts]
@@ -63,7 +63,7 @@ def limiter() -> Limiter:
 
 
 async def test_batch_is_one_request(limiter: Limiter, openai_api: "ScriptedOpenAI") -> None:
-    """`embed_batch_size` texts are one admission and one HTTP request, each way."""
+    """`embed_batch_size` texts are one admission and one HTTP request, sync or async."""
     model = limiter.wrap(openai_embedding())
 
     await model.aget_text_embedding_batch(TEXTS)
@@ -76,7 +76,7 @@ async def test_batch_is_one_request(limiter: Limiter, openai_api: "ScriptedOpenA
 async def test_batches_of_several_workers_are_paced(
     limiter: Limiter, openai_api: "ScriptedOpenAI"
 ) -> None:
-    """`num_workers` changes who asks, not what it costs."""
+    """`num_workers` changes how many ask at once, but not the cost."""
     model = limiter.wrap(openai_embedding(num_workers=3))
 
     await model.aget_text_embedding_batch(TEXTS)
@@ -87,7 +87,7 @@ async def test_batches_of_several_workers_are_paced(
 async def test_single_texts_and_queries_are_paced(
     limiter: Limiter, openai_api: "ScriptedOpenAI"
 ) -> None:
-    """A text, a query, or queries that are averaged: one request each."""
+    """A text, a query, or queries that are averaged make one request each."""
     model = limiter.wrap(openai_embedding())
 
     await model.aget_text_embedding("a")
@@ -100,7 +100,7 @@ async def test_single_texts_and_queries_are_paced(
 
 
 async def test_estimator_that_returns_nothing_is_refused(limiter: Limiter) -> None:
-    """It has forgotten its `return`; for no tokens at all nothing goes out."""
+    """A forgotten `return` is an error before anything is sent."""
 
     class Forgetful:
         def embedding(self, texts: list[str]) -> Any:
@@ -115,7 +115,7 @@ async def test_estimator_that_returns_nothing_is_refused(limiter: Limiter) -> No
 
 
 async def test_cached_embeddings_are_free(limiter: Limiter, openai_api: "ScriptedOpenAI") -> None:
-    """With a cache: cold 3 of 3 batches are paid for, warm none."""
+    """With a cold cache, 3 of 3 batches are paid for; with a warm one, none."""
     model = limiter.wrap(openai_embedding(embeddings_cache=SimpleKVStore()))
 
     await model.aget_text_embedding_batch(TEXTS)
@@ -145,7 +145,7 @@ async def test_partly_cached_batch_costs_its_rest(openai_api: "ScriptedOpenAI") 
 
 
 async def test_batches_are_settled_by_what_their_sdk_hears(openai_api: "ScriptedOpenAI") -> None:
-    """LlamaIndex drops the usage on the way. It says nothing of how long replies are."""
+    """LlamaIndex drops the usage; embeddings do not change the forecast of replies."""
     limiter = Limiter("100k TPM")
     estimator = DefaultEstimator()
     model = limiter.wrap(openai_embedding(), estimator=estimator)
@@ -160,7 +160,7 @@ async def test_batches_are_settled_by_what_their_sdk_hears(openai_api: "Scripted
 
 @pytest.mark.parametrize("make", [OnlySync, lambda: MockEmbedding(embed_dim=2)])
 async def test_inherited_batch_method_costs_a_request_a_text(make: Any, limiter: Limiter) -> None:
-    """Where the base class makes a request a text, each text pays, and the batch does not."""
+    """Where the base class sends a request per text, each text pays, and the batch does not."""
     model = limiter.wrap(make())
 
     await model.aget_text_embedding_batch(TEXTS)
@@ -171,7 +171,7 @@ async def test_inherited_batch_method_costs_a_request_a_text(make: Any, limiter:
 
 
 async def test_own_batch_method_costs_one_request(limiter: Limiter) -> None:
-    """What a class does within its own batch method is that batch; one slot is enough for it."""
+    """Whatever its own batch method calls belongs to that batch, and needs only one slot."""
     model = limiter.wrap(Batching())
 
     await model.aget_text_embedding_batch(TEXTS)
@@ -181,7 +181,7 @@ async def test_own_batch_method_costs_one_request(limiter: Limiter) -> None:
 
 
 async def test_batch_that_is_a_request_a_text_owes_the_others() -> None:
-    """Of batches of two that a class cuts up again, each further text is a request, too."""
+    """If a class splits its batches, each further text is charged as a request, too."""
     limiter = Limiter("1000 RPM", "10k TPM", concurrency=1)
     model = limiter.wrap(Batching(embed_batch_size=2))
 
@@ -195,11 +195,11 @@ async def test_batch_that_is_a_request_a_text_owes_the_others() -> None:
 async def test_requests_that_a_batch_sends_at_once_are_owed_once(
     openai_api: "ScriptedOpenAI",
 ) -> None:
-    """Nobody else is let in by what comes back while they leave one by one."""
+    """What comes back as they leave one by one lets nobody else in."""
 
     class Splitting(OpenAIEmbedding):  # type: ignore[misc]
         async def _aget_text_embedding(self, text: str) -> Any:
-            await asyncio.sleep(0)  # as whoever looks up a key first
+            await asyncio.sleep(0)  # as code that looks up a key first
             return await super()._aget_text_embedding(text)
 
         async def _aget_text_embeddings(self, texts: list[str]) -> Any:
@@ -216,7 +216,7 @@ async def test_requests_that_a_batch_sends_at_once_are_owed_once(
 
 
 async def test_fallback_on_the_synchronous_method_does_not_block_the_loop() -> None:
-    """The asynchronous method waits for its turn asynchronously, and its twin passes within."""
+    """The asynchronous method waits without blocking, and its synchronous twin passes inside it."""
     limiter = Limiter("1000 RPM", concurrency=1)
     model = limiter.wrap(OnlySync())
 
@@ -231,7 +231,7 @@ async def test_fallback_on_the_synchronous_method_does_not_block_the_loop() -> N
 
 
 async def test_images_are_paced(limiter: Limiter) -> None:
-    """An image is a request, in a batch that the class does not make itself, too."""
+    """An image is a request, even in a batch if the class has no batch method for images."""
     model = limiter.wrap(MockMultiModalEmbedding(embed_dim=2))
 
     await model.aget_image_embedding("a.png")
@@ -245,7 +245,7 @@ async def test_images_are_paced(limiter: Limiter) -> None:
 
 
 async def test_image_batches_of_a_class_are_one_request(limiter: Limiter) -> None:
-    """A class with a batch method for images pays once a batch."""
+    """A class with a batch method for images pays once per batch."""
 
     class BatchingImages(MockMultiModalEmbedding):
         def _get_image_embeddings(self, img_file_paths: Any) -> list[list[float]]:
@@ -265,7 +265,7 @@ async def test_image_batches_of_a_class_are_one_request(limiter: Limiter) -> Non
 async def test_spans_and_events_are_those_of_the_plain_model(
     openai_api: "ScriptedOpenAI", instrumentation: "Instrumentation"
 ) -> None:
-    """Pacing doubles no span and no event of embeddings."""
+    """Pacing adds no span and no event to embeddings."""
 
     async def use(model: BaseEmbedding) -> None:
         await model.aget_text_embedding_batch(TEXTS)

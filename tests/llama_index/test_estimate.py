@@ -57,24 +57,24 @@ def weather(city: str, days: int = 1) -> str:
 
 
 def words(text: str) -> Sequence[str]:
-    """Be a tokenizer whose count everybody can check: half a token for each character."""
+    """Tokenize so that everybody can check the count: half a token per character."""
     return text[::2]
 
 
 @pytest.fixture(name="llm")
 def make_llm() -> LLM:
-    """Make a model without any limit of its output."""
+    """Return a model without a limit of its output."""
     return MockLLM()
 
 
 def input_of(*blocks: ContentBlock, **options: Any) -> int:
-    """Return the input of a chat of one message, without the frame."""
+    """Return the input tokens of a chat of one message, without the frame."""
     message = ChatMessage(role=MessageRole.USER, blocks=list(blocks), **options)
     return DefaultEstimator(words).chat(MockLLM(), [message], {}).input_tokens - FRAME
 
 
 def test_every_message_counts_and_its_frame(llm: LLM) -> None:
-    """System prompt, question and answer: their tokens, 4 each, and 3 for the reply."""
+    """The messages cost their tokens and 4 each, and the reply costs 3."""
     messages = [
         ChatMessage(role="system", content="You are terse."),
         ChatMessage(role="user", content="What is the capital of France?"),
@@ -87,7 +87,7 @@ def test_every_message_counts_and_its_frame(llm: LLM) -> None:
 
 
 def test_the_larger_of_tokens_and_a_quarter_of_characters_counts() -> None:
-    """OpenAI estimates by characters at its door; where tokens are fewer, that is what it takes."""
+    """OpenAI's limits count characters; where tokens are fewer, the characters decide."""
     estimator = DefaultEstimator()
     encode = bundled_tokenizer()
     assert encode is not None
@@ -132,12 +132,12 @@ def test_the_larger_of_tokens_and_a_quarter_of_characters_counts() -> None:
     ],
 )
 def test_every_kind_of_block_counts(block: ContentBlock, tokens: int) -> None:
-    """Texts by their tokens, pictures and other media by the constants that are documented."""
+    """Texts cost their tokens, pictures and other media the constants in the docs."""
     assert input_of(block) == pytest.approx(tokens, abs=1)
 
 
 def test_tool_calls_count_once_wherever_they_are_kept() -> None:
-    """As a block, as text in a block, beside the blocks, or both: the same call costs the same."""
+    """As a block, as text in a block, beside the blocks, or both, a call costs the same."""
     call = {
         "id": "call_1",
         "type": "function",
@@ -156,12 +156,12 @@ def test_tool_calls_count_once_wherever_they_are_kept() -> None:
 
 
 def test_name_of_who_speaks_counts() -> None:
-    """A message may say who of several users it is from."""
+    """A message may name which of several users it is from."""
     assert input_of(TextBlock(text="x" * 40), additional_kwargs={"name": "Ada"}) == 22
 
 
 def test_block_of_an_unknown_kind_counts_as_its_text(llm: LLM) -> None:
-    """A block that a later LlamaIndex brings breaks no call."""
+    """A block type of a later LlamaIndex does not make a call fail."""
 
     class NewBlock(BaseModel):
         block_type: str = "new"
@@ -175,7 +175,7 @@ def test_block_of_an_unknown_kind_counts_as_its_text(llm: LLM) -> None:
 
 
 def test_tools_and_response_format_count(llm: LLM) -> None:
-    """What LlamaIndex sends along counts as the JSON that it is, specs and objects alike."""
+    """Whatever LlamaIndex sends along counts as JSON, whether spec or object."""
     estimator = DefaultEstimator()
     tool = FunctionTool.from_defaults(weather)
     messages = [ChatMessage(content="?")]
@@ -196,7 +196,7 @@ def test_tools_and_response_format_count(llm: LLM) -> None:
 
 
 def test_what_a_model_sends_with_every_call_counts() -> None:
-    """OpenAIResponses keeps instructions and tools in fields; those of a call come in their place."""
+    """OpenAIResponses has instructions and tools in fields; a call may replace the instructions."""
     search = {"type": "web_search_preview", "search_context_size": "high"}
 
     def cost(model: dict[str, Any], call: dict[str, Any]) -> int:
@@ -212,7 +212,7 @@ def test_what_a_model_sends_with_every_call_counts() -> None:
 
 
 def test_tools_that_are_no_json_break_no_call(llm: LLM) -> None:
-    """Rings, sets and generators count as the text that they are, and are not used up."""
+    """Rings, sets and generators count as their text, and are not consumed."""
     ring: list[object] = []
     ring.append(ring)
     numbers = iter(range(3))
@@ -224,14 +224,14 @@ def test_tools_that_are_no_json_break_no_call(llm: LLM) -> None:
 
 
 def test_tool_with_a_long_description_breaks_no_call(llm: LLM) -> None:
-    """What LlamaIndex will refuse is not refused here, before its time."""
+    """LlamaIndex will refuse it, but not before the call is made."""
     tool = FunctionTool.from_defaults(weather, description="long " * 300)
 
     assert DefaultEstimator().chat(llm, [], {"tools": [tool]}).input_tokens > 300
 
 
 def test_structured_llm_is_estimated_as_the_one_it_asks() -> None:
-    """Its inner model's `max_tokens` counts, and so does the schema that it is sent."""
+    """The inner model's `max_tokens` counts, and so does the schema that it is sent."""
     inner = OpenAI(model="gpt-4o-mini", api_key="test-key", max_tokens=77)
     messages = [ChatMessage(content="Name a city.")]
     plain = DefaultEstimator().chat(inner, messages, {})
@@ -242,21 +242,21 @@ def test_structured_llm_is_estimated_as_the_one_it_asks() -> None:
 
 
 def test_completion_is_estimated_as_one_message(llm: LLM) -> None:
-    """A chat model is sent the prompt in a message."""
+    """A chat model gets the prompt in a message."""
     expected = Estimate(20 + FRAME, 256, foreseen=True)
 
     assert DefaultEstimator(words).completion(llm, "x" * 40, {}) == expected
 
 
 def test_embeddings_cost_their_texts() -> None:
-    """One batch is one request of all its texts; an empty text still costs something."""
+    """One batch is one request with all its texts; an empty text still costs something."""
     assert DefaultEstimator(words).embedding(["x" * 40, "y" * 20]) == 30
     assert DefaultEstimator(words).embedding([""]) == 1
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "max_output_tokens"])
 def test_limit_of_the_call_counts(llm: LLM, name: str) -> None:
-    """A limit by any of its names is what a provider may charge, and no guess."""
+    """A limit under any of its names is what a provider may charge, and not a guess."""
     estimate = DefaultEstimator().completion(llm, "?", {name: 40})
 
     assert estimate.output_tokens == 40
@@ -264,7 +264,7 @@ def test_limit_of_the_call_counts(llm: LLM, name: str) -> None:
 
 
 def test_limit_of_the_model_counts_after_that_of_the_call() -> None:
-    """The call's own limit, then the model's extra arguments, then its field."""
+    """The call's own limit comes first, then the model's extra arguments, then its field."""
     field = OpenAI(api_key="test-key", max_tokens=100)
     extra = OpenAI(
         api_key="test-key", max_tokens=100, additional_kwargs={"max_completion_tokens": 50}
@@ -281,14 +281,14 @@ def test_limit_of_the_model_counts_after_that_of_the_call() -> None:
 
 @pytest.mark.parametrize("value", [None, 0, -5, True, "many", 1.5])
 def test_what_is_no_limit_is_foreseen(llm: LLM, value: object) -> None:
-    """A `max_tokens` that says nothing leaves it to the forecast."""
+    """A `max_tokens` that sets no limit leaves the output to the forecast."""
     expected = Estimate(1 + FRAME, 256, foreseen=True)
 
     assert DefaultEstimator().completion(llm, "?", {"max_tokens": value}) == expected
 
 
 def test_several_replies_cost_several_times(llm: LLM) -> None:
-    """`n` asks for so many replies, each up to the limit."""
+    """`n` asks for that number of replies, each up to the limit."""
     estimate = DefaultEstimator().completion
 
     assert estimate(llm, "?", {"max_tokens": 10, "n": 3}).output_tokens == 30
@@ -296,7 +296,7 @@ def test_several_replies_cost_several_times(llm: LLM) -> None:
 
 
 def test_output_is_foreseen_from_replies(llm: LLM) -> None:
-    """After a dozen short replies no call reserves the start any more."""
+    """After a dozen short replies, calls no longer reserve the forecast's start value."""
     estimator = DefaultEstimator()
     for _ in range(12):
         estimator.observe(20)
@@ -306,7 +306,7 @@ def test_output_is_foreseen_from_replies(llm: LLM) -> None:
 
 
 def test_replies_that_come_together_are_foreseen_together(llm: LLM) -> None:
-    """What calls for four replies took in all is what the next such call reserves, not four times that."""
+    """A call for four replies reserves what such calls took in all, not four times that."""
     estimator = DefaultEstimator()
     estimator.observe(4_000)
 
@@ -314,13 +314,13 @@ def test_replies_that_come_together_are_foreseen_together(llm: LLM) -> None:
 
 
 def test_forecast_starts_as_stated() -> None:
-    """256 tokens, or what is asked for, before any reply was seen."""
+    """Before any reply it is 256 tokens, or the given start."""
     assert OutputForecast().foresee() == 256
     assert OutputForecast(start=1000).foresee() == 1000
 
 
 def test_longer_replies_are_believed_at_once() -> None:
-    """One reply longer than foreseen is enough: the next calls reserve as much."""
+    """After one reply longer than foreseen, the next calls reserve that much."""
     forecast = OutputForecast()
     forecast.observe(2000)
 
@@ -328,7 +328,7 @@ def test_longer_replies_are_believed_at_once() -> None:
 
 
 def test_shorter_replies_are_believed_when_they_are_nine_of_ten() -> None:
-    """Eight short replies may be chance; with the ninth nine of ten are short."""
+    """Eight short replies may be chance; with the ninth, nine of ten are short."""
     forecast = OutputForecast()
     foreseen: list[int] = []
     for _ in range(10):
@@ -339,7 +339,7 @@ def test_shorter_replies_are_believed_when_they_are_nine_of_ten() -> None:
 
 
 def test_rare_long_replies_do_not_make_every_call_dear() -> None:
-    """One reply in twenty is forty times as long: the forecast stays with the others."""
+    """If one reply in twenty is forty times as long, the forecast stays with the others."""
     forecast = OutputForecast()
     for number in range(200):
         forecast.observe(4000 if number % 20 == 0 else 100)
@@ -348,7 +348,7 @@ def test_rare_long_replies_do_not_make_every_call_dear() -> None:
 
 
 def test_forecast_follows_a_change() -> None:
-    """Replies of yesterday are forgotten."""
+    """Replies from before the window are forgotten."""
     forecast = OutputForecast(window=50)
     for _ in range(500):
         forecast.observe(3000)
@@ -364,7 +364,7 @@ def test_forecast_follows_a_change() -> None:
     st.floats(min_value=0.01, max_value=1.0),
 )
 def test_forecast_is_the_nearest_rank(replies: list[int], window: int, quantile: float) -> None:
-    """At least the stated share of the last replies is no longer than foreseen; it is one of them."""
+    """The forecast is one of the latest replies; the stated share of them is at most as long."""
     forecast = OutputForecast(start=256, quantile=quantile, window=window)
     for reply in replies:
         forecast.observe(reply)
@@ -402,7 +402,7 @@ def test_forecast_may_be_fed_by_several_threads() -> None:
     ],
 )
 def test_senseless_forecasts_are_refused(wrong: dict[str, Any], message: str) -> None:
-    """Each wrong value is named, with what would be right."""
+    """The message names the wrong value and what would be right."""
     with pytest.raises(ValueError) as caught:
         _ = OutputForecast(**wrong)
 
@@ -410,7 +410,7 @@ def test_senseless_forecasts_are_refused(wrong: dict[str, Any], message: str) ->
 
 
 def test_default_estimator_is_what_it_says() -> None:
-    """It is an estimator that observes; one that doesn't observe is an estimator still."""
+    """It observes replies, which an estimator need not do."""
     estimator: Estimator = DefaultEstimator()
 
     assert isinstance(estimator, Observer)
@@ -418,7 +418,7 @@ def test_default_estimator_is_what_it_says() -> None:
 
 
 async def test_estimates_are_at_least_what_the_provider_charges() -> None:
-    """Over real HTTP: with text, tools, tool calls and pictures, usage is never above the estimate."""
+    """With text, tools, tool calls and pictures, usage over HTTP never exceeds the estimate."""
     tool = FunctionTool.from_defaults(weather).metadata.to_openai_tool()
     call = ToolCallBlock(tool_call_id="call_1", tool_name="weather", tool_kwargs={"city": "Rom"})
     question = ChatMessage(content="What will the weather in Rom be like tomorrow? " * 20)

@@ -1,4 +1,4 @@
-"""Every call of an LLM is paced, once, whichever method it came by."""
+"""Every call of an LLM is paced exactly once, whichever method it comes through."""
 
 import asyncio
 import contextvars
@@ -82,7 +82,7 @@ def make_openai() -> LLM:
 
 
 def make_completing_openai() -> LLM:
-    """Return a model of OpenAI's that knows no chat."""
+    """Return an OpenAI model that supports completion only."""
     return OpenAI(model="gpt-3.5-turbo-instruct", api_key="k", api_base=API_BASE, max_tokens=5)
 
 
@@ -92,7 +92,7 @@ def make_responses() -> LLM:
 
 
 def make_azure() -> Any:
-    """Return Azure's."""
+    """Return Azure's chat model."""
     return AzureOpenAI(
         engine="gpt",
         model="gpt-4o-mini",
@@ -103,12 +103,12 @@ def make_azure() -> Any:
 
 
 def make_like() -> Any:
-    """Return a chat model of somebody like OpenAI."""
+    """Return a chat model of an OpenAI-compatible provider."""
     return OpenAILike(model="m", api_key="k", api_base=API_BASE, is_chat_model=True)
 
 
 def make_completing_like() -> Any:
-    """Return one that knows no chat, whose achat calls acomplete."""
+    """Return one without chat, whose achat calls acomplete."""
     return OpenAILike(model="m", api_key="k", api_base=API_BASE, is_chat_model=False)
 
 
@@ -165,7 +165,7 @@ async def test_asynchronous_call_is_one_admission_and_one_request(
 def test_synchronous_call_is_one_admission_and_one_request(
     make: Callable[[], LLM], name: str, openai_api: "ScriptedOpenAI"
 ) -> None:
-    """The synchronous twins pay alike."""
+    """The synchronous twins pay in the same way."""
     limiter = Limiter("100 RPM", concurrency=1)
 
     SYNC_CALLS[name](limiter.wrap(make()))
@@ -191,7 +191,7 @@ async def test_method_that_calls_methods_pays_once(make: Callable[[], LLM], name
 
 
 async def test_method_that_calls_another_several_times_owes_all_of_it() -> None:
-    """Who votes on three answers has asked for three, whatever those calls call themselves."""
+    """A method that takes a vote of three answers pays for three, whatever methods it calls."""
 
     class Voting(Echo):
         async def achat(self, *_: Any, **__: Any) -> ChatResponse:
@@ -216,7 +216,7 @@ async def test_method_that_calls_another_several_times_owes_all_of_it() -> None:
 
 
 async def test_method_that_reads_several_streams_owes_all_of_them() -> None:
-    """As of calls: one after the other or side by side, and once what a stream reads itself."""
+    """It does not matter whether they are read in turn or side by side; none is charged twice."""
 
     class Drafting(Echo):
         async def achat(self, *_: Any, **__: Any) -> ChatResponse:
@@ -256,7 +256,7 @@ async def test_method_that_reads_several_streams_owes_all_of_them() -> None:
 async def test_calls_with_tools_are_paced(
     make: Callable[[], FunctionCallingLLM], openai_api: "ScriptedOpenAI"
 ) -> None:
-    """All four ways to chat with tools, and `apredict_and_call`, are one admission each."""
+    """All four ways to chat with tools are one admission each."""
     limiter = Limiter("100 RPM", concurrency=1)
     llm = limiter.wrap(make())
 
@@ -269,7 +269,7 @@ async def test_calls_with_tools_are_paced(
 
 
 async def test_tools_run_outside_of_the_guard(openai_api: "ScriptedOpenAI") -> None:
-    """A tool that asks the model itself pays for it, and finds a free slot."""
+    """A tool that asks the model itself pays for its call, and finds a free slot."""
     limiter = Limiter("100 RPM", concurrency=1)
     llm = limiter.wrap(OpenAI(model="gpt-4o-mini", api_key="k", api_base=API_BASE))
 
@@ -284,7 +284,7 @@ async def test_tools_run_outside_of_the_guard(openai_api: "ScriptedOpenAI") -> N
 
 @pytest.mark.parametrize("model", ["gpt-4o-mini", "gpt-4"], ids=["json_schema", "function"])
 async def test_structured_prediction_is_paced(model: str, openai_api: "ScriptedOpenAI") -> None:
-    """Structured prediction, by schema or by function, is one admission each way."""
+    """By schema or by function, each of the four methods is one admission."""
     limiter = Limiter("100 RPM", concurrency=1)
     llm = limiter.wrap(OpenAI(model=model, api_key="k", api_base=API_BASE))
 
@@ -301,7 +301,7 @@ async def test_structured_prediction_is_paced(model: str, openai_api: "ScriptedO
 
 
 async def test_structured_prediction_by_text_is_paced() -> None:
-    """A model without functions is asked for JSON, by LlamaIndex's own program: one admission."""
+    """A model without functions is asked for JSON by LlamaIndex's own program: one admission."""
 
     class Json(Echo):
         @llm_completion_callback()  # pyright: ignore[reportUntypedFunctionDecorator]  # LlamaIndex's
@@ -310,7 +310,7 @@ async def test_structured_prediction_by_text_is_paced() -> None:
 
     limiter = Limiter("100 RPM", concurrency=1)
 
-    prompt = PromptTemplate("Name a star.")  # one of its own: LlamaIndex puts a parser into it
+    prompt = PromptTemplate("Name a star.")  # a new one, because LlamaIndex puts a parser into it
     person = await limiter.wrap(Json()).astructured_predict(Person, prompt)
 
     assert person.name == "Ada"
@@ -320,7 +320,7 @@ async def test_structured_prediction_by_text_is_paced() -> None:
 async def test_responses_api_is_paced_where_it_talks_to_its_client_itself(
     openai_api: "ScriptedOpenAI",
 ) -> None:
-    """OpenAIResponses.structured_predict passes no chat method, and is paced all the same."""
+    """OpenAIResponses.structured_predict calls no chat method, and is paced all the same."""
     limiter = Limiter("100 RPM", concurrency=1)
     llm = limiter.wrap(make_responses())
 
@@ -337,7 +337,7 @@ async def test_structured_prediction_of_an_unknown_class_is_paid_once(
     by_itself: bool,  # noqa: FBT001 - a case
     openai_api: "ScriptedOpenAI",
 ) -> None:
-    """Whether it makes requests of its own or ends in `achat`, nobody knows; either pays what it used."""
+    """It may send requests itself or call `achat`; either way it pays what it used."""
 
     class Unknown(OpenAI):
         async def astructured_predict(self, output_cls: Any, *_: Any, **__: Any) -> Any:
@@ -380,7 +380,7 @@ async def test_structured_prediction_of_an_unknown_class_is_paid_once(
 async def test_class_may_add_arguments_to_structured_prediction(
     llm_kwargs: dict[str, Any] | None, openai_api: "ScriptedOpenAI"
 ) -> None:
-    """Its override sees `llm_kwargs` by name, where it was given, as LlamaIndex passes it on."""
+    """An override sees `llm_kwargs` by name, and only if given, as LlamaIndex passes it on."""
 
     class Seeded(OpenAI):
         async def astructured_predict(self, *args: Any, **kwargs: Any) -> Any:
@@ -415,7 +415,7 @@ async def test_class_may_add_arguments_to_structured_prediction(
 
 @pytest.mark.parametrize("outside", [True, False], ids=["wrapped outside", "wrapped inside"])
 async def test_structured_llm_is_paced_once(outside: bool, openai_api: "ScriptedOpenAI") -> None:  # noqa: FBT001 - a case
-    """`as_structured_llm` of a paced model, or a structured LLM that is wrapped: one admission."""
+    """Whether it is made from a paced model or wrapped itself, a call is one admission."""
     limiter = Limiter("100 RPM", concurrency=1)
     llm = make_openai()
     structured = (
@@ -442,7 +442,7 @@ async def test_spans_and_events_are_those_of_the_plain_model(
     openai_api: "ScriptedOpenAI",
     instrumentation: "Instrumentation",
 ) -> None:
-    """Pacing doubles no span and no event; a stream's usage, asked for by us, is progress."""
+    """Pacing adds no span and no event, even though it asks for a stream's usage."""
     await ASYNC_CALLS[name](make())
     plain = instrumentation.take()
 
@@ -455,7 +455,7 @@ async def test_spans_and_events_are_those_of_the_plain_model(
 async def test_achat_is_one_span_one_start_and_one_end(
     openai_api: "ScriptedOpenAI", instrumentation: "Instrumentation"
 ) -> None:
-    """What a tracing backend shows of a call is exactly what happened."""
+    """A tracing backend shows exactly what happened."""
     await Limiter("100 RPM").wrap(make_openai()).achat(MESSAGES)
 
     assert instrumentation.spans == ["achat"]
@@ -464,7 +464,7 @@ async def test_achat_is_one_span_one_start_and_one_end(
 
 
 def test_wait_is_an_event_before_the_call_starts(instrumentation: "Instrumentation") -> None:
-    """The time in the queue is told, and is no part of the model's latency."""
+    """The time in the queue is reported, and is not part of the model's latency."""
     with virtual_time() as time:
         limiter = Limiter("2/s burst 1", name="mine", clock=time.clock)
         llm = limiter.wrap(MockLLM(max_tokens=3))
@@ -480,7 +480,7 @@ def test_wait_is_an_event_before_the_call_starts(instrumentation: "Instrumentati
     waits = [event for event in instrumentation.objects if isinstance(event, RateLimitWaitEvent)]
     first, of_tenant = waits
     assert (first.waited, first.bound_by, first.limiter) == (0.5, "requests", "mine")
-    assert of_tenant.limiter == "mine/*"  # which tenant it was is nobody's business
+    assert of_tenant.limiter == "mine/*"  # events do not say which tenant it was
     second = instrumentation.events[instrumentation.events.index("RateLimitWaitEvent") :]
     assert second[:2] == ["RateLimitWaitEvent", "LLMCompletionStartEvent"]
     with pytest.raises(ValueError, match="frozen"):
@@ -488,7 +488,7 @@ def test_wait_is_an_event_before_the_call_starts(instrumentation: "Instrumentati
 
 
 async def test_reserved_tokens_are_settled_by_the_usage(openai_api: "ScriptedOpenAI") -> None:
-    """What the provider says it used is what stays booked, in every way of asking."""
+    """What the provider says it used is what stays booked, whichever method was called."""
     limiter = Limiter("100k TPM", "50k ITPM", "50k OTPM")
     openai_api.usage = {"prompt_tokens": 30, "completion_tokens": 12, "total_tokens": 42}
     calls = 0
@@ -505,7 +505,7 @@ async def test_reserved_tokens_are_settled_by_the_usage(openai_api: "ScriptedOpe
 
 
 async def test_estimator_of_ones_own_is_asked(openai_api: "ScriptedOpenAI") -> None:
-    """It decides what is reserved, and need not learn from replies; the usage settles."""
+    """It decides what is reserved, and need not learn from replies; the usage settles the call."""
 
     class Fixed:
         def chat(self, *_: Any) -> Estimate:
@@ -523,7 +523,7 @@ async def test_estimator_of_ones_own_is_asked(openai_api: "ScriptedOpenAI") -> N
 
 @pytest.mark.parametrize("name", [*ASYNC_CALLS, *SYNC_CALLS])
 async def test_failing_estimator_ends_the_call_at_once(name: str) -> None:
-    """One that asks a server may be refused; that is no refusal of a call, and pauses nobody."""
+    """Its error is not a refusal of the call, even if it looks like a 429, and pauses nobody."""
 
     class TooManyRequestsError(Exception):
         status_code = 429
@@ -561,7 +561,7 @@ async def test_failing_estimator_ends_the_call_at_once(name: str) -> None:
     ],
 )
 async def test_estimate_that_is_none_is_named(estimate: Callable[[], Any], said: str) -> None:
-    """The limiter says what the estimator did wrong, and nothing goes out for nothing."""
+    """The error says what the estimator did wrong, and nothing is sent."""
 
     class Odd:
         def chat(self, *_: Any) -> Estimate:
@@ -585,7 +585,7 @@ async def test_estimate_that_is_none_is_named(estimate: Callable[[], Any], said:
 @pytest.mark.parametrize("limit", ["100 TPM", "100 OTPM", "100 RPM"])
 @pytest.mark.usefixtures("openai_api")
 async def test_guess_of_the_output_makes_no_call_impossible(limit: str) -> None:
-    """256 tokens are foreseen of a first reply; under a lower limit it is cut down to that."""
+    """Of a first reply 256 output tokens are expected; a lower limit cuts that guess down."""
     limiter = Limiter(limit)
 
     await limiter.wrap(make_openai()).achat(MESSAGES)
@@ -594,7 +594,7 @@ async def test_guess_of_the_output_makes_no_call_impossible(limit: str) -> None:
 
 
 async def test_structured_llm_settles_inside(openai_api: "ScriptedOpenAI") -> None:
-    """A structured LLM's reply has lost the usage; the model in it has it still."""
+    """A structured LLM's reply has lost the usage, but the model in it still has it."""
     limiter = Limiter("100k TPM")
     structured = limiter.wrap(make_openai()).as_structured_llm(Person)
 
@@ -604,7 +604,7 @@ async def test_structured_llm_settles_inside(openai_api: "ScriptedOpenAI") -> No
 
 
 async def test_messages_are_those_of_the_call(openai_api: "ScriptedOpenAI") -> None:
-    """A list that grows until the call is admitted is sent as it was, and as it was estimated."""
+    """A list that changes before admission is sent as it was, and as it was estimated."""
     limiter = Limiter("100 RPM")
     llm = limiter.wrap(make_openai())
     messages = [ChatMessage("one")]
@@ -618,7 +618,7 @@ async def test_messages_are_those_of_the_call(openai_api: "ScriptedOpenAI") -> N
 
 
 async def test_text_in_place_of_messages_is_refused_by_the_model() -> None:
-    """It says what it takes; the estimate, which comes first, does not stumble over it."""
+    """The model says what it takes; the estimate, which comes first, does not fail on it."""
     text: Any = "hi"
 
     with pytest.raises(ValidationError, match=r"Input should be .* ChatMessage"):
@@ -626,7 +626,7 @@ async def test_text_in_place_of_messages_is_refused_by_the_model() -> None:
 
 
 async def test_call_over_a_limit_fails_at_once(openai_api: "ScriptedOpenAI") -> None:
-    """A prompt that can never pass is refused with the numbers, and sent nowhere."""
+    """A prompt that can never pass is refused with the numbers, and is not sent."""
     llm = Limiter("1k TPM").wrap(make_openai())
 
     with pytest.raises(CostExceedsLimit, match="exceeds the limit of 1,000 tokens per 60 s"):
@@ -668,7 +668,7 @@ async def test_slot_comes_back_from_a_cancelled_call() -> None:
 
 
 async def test_task_that_outlives_its_call_pays_for_itself() -> None:
-    """A task started within a call inherits its context; after the call that is no free ticket."""
+    """A task started in a call inherits its context, but after the call that pays for nothing."""
     limiter = Limiter("100 RPM", concurrency=1)
     plain = MockLLM(max_tokens=2)
     other = limiter.wrap(plain)
@@ -700,7 +700,7 @@ async def test_task_inside_a_call_belongs_to_it() -> None:
 
 
 async def test_two_limiters_do_not_guard_each_other() -> None:
-    """A model of another limiter that is called within a call pays its own limiter."""
+    """A model of another limiter, called within a call, is charged to its own limiter."""
     mine, other = Limiter("100 RPM"), Limiter("100 RPM")
     helper = other.wrap(MockLLM(max_tokens=2))
 

@@ -1,4 +1,4 @@
-"""What undoes pacing is said once, where it is done, with the remedy; and nothing else is."""
+"""What undoes pacing is warned of once, at its line and with the remedy; nothing else is."""
 
 import asyncio
 import warnings
@@ -26,7 +26,7 @@ class PacedOpenAI(RateLimitedLLM, OpenAI):
 
 
 class Holder(CustomLLM):
-    """A model around something else."""
+    """A model that contains something else."""
 
     inner: Any
 
@@ -49,7 +49,7 @@ async def client() -> Any:
 
 
 def test_native_rate_limiter_is_warned_of_where_it_is_wrapped() -> None:
-    """However the model comes to be paced; the warning names the caller's line."""
+    """However the model is paced, the warning names the caller's line."""
     limiter = Limiter("100 RPM")
     inner = OpenAI(api_key=KEY, rate_limiter=NATIVE)
 
@@ -68,7 +68,7 @@ def test_native_rate_limiter_is_warned_of_where_it_is_wrapped() -> None:
 
 
 def test_client_in_a_field_that_retries_is_warned_of(client: AsyncOpenAI) -> None:
-    """It is the user's own and stays as it is; with retry=False it is the only layer."""
+    """As the user's own client it stays as it is; with retry=False it is the only layer."""
     limiter = Limiter("100 RPM")
 
     with pytest.warns(
@@ -86,7 +86,7 @@ def test_client_in_a_field_that_retries_is_warned_of(client: AsyncOpenAI) -> Non
 
 
 def test_retries_that_are_switched_off_are_not_warned_of(client: AsyncOpenAI) -> None:
-    """A client given to OpenAI's class, the class itself, an embedding: all ours to change."""
+    """Clients of OpenAI's classes and of embeddings are ours to change."""
     limiter = Limiter("100 RPM")
 
     limiter.wrap(OpenAI(api_key=KEY, max_retries=9, async_openai_client=client))
@@ -96,7 +96,7 @@ def test_retries_that_are_switched_off_are_not_warned_of(client: AsyncOpenAI) ->
 
 
 async def test_limiter_for_each_request_is_warned_of_once() -> None:
-    """Ten alike for one key, on one event loop, whether or not the model is made anew, too."""
+    """The warning comes with the tenth such limiter for one key on one event loop."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(30):
@@ -110,7 +110,7 @@ async def test_limiter_for_each_request_is_warned_of_once() -> None:
 
 
 async def test_many_limiters_that_are_right_are_not_warned_of() -> None:
-    """For tenants with keys of their own, for several models, by children; one for many models."""
+    """Tenants with their own keys, several models, children, or many models of one are fine."""
     one = Limiter("500 RPM")
     for number in range(30):
         pace(OpenAI(api_key=f"{KEY} {number}"), rpm=500)
@@ -123,7 +123,7 @@ async def test_many_limiters_that_are_right_are_not_warned_of() -> None:
 
 
 def test_test_suites_are_not_warned_of() -> None:
-    """One limiter a test is right: each has an event loop of its own, or none."""
+    """One limiter per test is fine, as each test has its own event loop, or none."""
 
     async def test() -> None:
         pace(OpenAI(api_key=KEY), rpm=500)
@@ -144,7 +144,7 @@ async def test_what_is_counted_stays_small(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class Greeting(Workflow):
-    """Ask a model, which may take longer than the workflow may."""
+    """A workflow that asks a model, which may take longer than the workflow's time-out."""
 
     llm: Any = None
 
@@ -153,11 +153,11 @@ class Greeting(Workflow):
         return StopEvent(result=str(await self.llm.acomplete("Greet me.")))
 
 
-@pytest.mark.real_clock  # workflows take the machine's for their time-outs
+@pytest.mark.real_clock  # workflows use the machine's clock for their time-outs
 async def test_workflow_that_is_cut_off_in_line_is_told_of(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Once for a limiter; a call that is cancelled elsewhere, or soon, is nobody's mistake."""
+    """It is logged once per limiter; a call cancelled elsewhere, or early, is no mistake."""
     limiter = Limiter("1 RPM", name="slow")
     llm = Greeting.llm = limiter.wrap(MockLLM())
     await Greeting().run()

@@ -1,4 +1,4 @@
-"""A limiter that finds its concurrency hears from wrapped models what the server cannot take."""
+"""With concurrency="auto", wrapped models tell the limiter when the server is overloaded."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -37,7 +37,7 @@ class BusyLLM(MockLLM):
 
 
 class PickyLLM(BusyLLM):
-    """A model whose server does not like what it is asked."""
+    """A model whose server rejects its requests as wrong."""
 
     error = openai.BadRequestError(
         "wrong", response=httpx.Response(400, request=REQUEST), body={"message": "wrong"}
@@ -45,7 +45,7 @@ class PickyLLM(BusyLLM):
 
 
 class SlowlyRefusedLLM(MockLLM):
-    """A model whose first calls are refused, each in its own time (s)."""
+    """A model whose first calls are refused, each after its own time (s)."""
 
     _refusals: list[float] = PrivateAttr(default_factory=lambda: [0.0, 2.0, 5.0])
 
@@ -66,7 +66,7 @@ class SlowlyRefusedLLM(MockLLM):
 
 
 async def ask(llm: LLM) -> None:
-    """Make an async call."""
+    """Make an asynchronous call."""
     await llm.acomplete("hello")
 
 
@@ -86,7 +86,7 @@ async def ask_for_stream(llm: LLM) -> None:
 async def test_overload_cuts_the_number_of_slots(
     how: Callable[[LLM], Awaitable[None]], model: type[BusyLLM], slots: int
 ) -> None:
-    """Calls, async or not, and streams: a 503 does, a 400 does not."""
+    """Calls and streams cut it after a 503, but not after a 400."""
     limiter = Limiter(concurrency="auto")
     llm = limiter.wrap(model(max_tokens=None), retry=False)
     with pytest.raises(type(model.error)):
@@ -99,7 +99,7 @@ async def test_overload_cuts_the_number_of_slots(
 def test_refusals_of_one_wave_are_one_pause_however_late_they_come(
     how: Callable[[LLM], Awaitable[None]],
 ) -> None:
-    """Calls that were in flight at the first refusal say nothing of what comes after its pause."""
+    """Calls in flight at the first refusal say nothing about the time after its pause."""
     with virtual_time() as time:
         limiter = Limiter(concurrency=3, clock=time.clock)
         llm = limiter.wrap(SlowlyRefusedLLM(max_tokens=None))

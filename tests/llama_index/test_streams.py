@@ -52,7 +52,7 @@ def limiter() -> Limiter:
 
 
 async def test_stream_never_iterated_takes_nothing(limiter: Limiter) -> None:
-    """Neither a slot nor a request goes to a stream that nobody looks at."""
+    """A stream that nobody reads takes neither a slot nor a request."""
     stream = await limiter.wrap(MockLLM()).astream_chat(MESSAGES)
 
     assert admitted(limiter) == 0
@@ -62,7 +62,7 @@ async def test_stream_never_iterated_takes_nothing(limiter: Limiter) -> None:
 
 
 async def test_slot_is_held_until_exhaustion(limiter: Limiter) -> None:
-    """Up to the last item the slot is taken, and then it is free."""
+    """The slot is taken up to the last item, and free afterwards."""
     stream = await limiter.wrap(MockLLM(max_tokens=3)).astream_chat(MESSAGES)
     held = [in_flight(limiter) async for _ in stream]
 
@@ -81,7 +81,7 @@ def test_synchronous_stream_holds_its_slot_until_exhaustion(limiter: Limiter) ->
 
 
 async def test_closed_stream_gives_its_slot_back(limiter: Limiter) -> None:
-    """`aclose` ends it, any number of times."""
+    """`aclose` ends it, and may be called again."""
     stream = await limiter.wrap(MockLLM(max_tokens=3)).astream_chat(MESSAGES)
     await anext(stream)
 
@@ -94,7 +94,7 @@ async def test_closed_stream_gives_its_slot_back(limiter: Limiter) -> None:
 
 
 def test_closed_synchronous_stream_gives_its_slot_back(limiter: Limiter) -> None:
-    """`close` ends it, any number of times."""
+    """`close` ends it, and may be called again."""
     stream = limiter.wrap(MockLLM(max_tokens=3)).stream_complete("hi")
     next(stream)
 
@@ -107,7 +107,7 @@ def test_closed_synchronous_stream_gives_its_slot_back(limiter: Limiter) -> None
 
 
 async def test_stream_goes_on_after_an_item_that_is_none(limiter: Limiter) -> None:
-    """A structure of which there is nothing yet, say."""
+    """Such an item may be a structure with nothing in it yet."""
 
     class Slow(MockLLM):
         async def astream_structured_predict(self, *_: Any, **__: Any) -> Any:
@@ -130,7 +130,7 @@ async def test_stream_goes_on_after_an_item_that_is_none(limiter: Limiter) -> No
 
 
 async def test_stream_closed_before_its_start_takes_nothing(limiter: Limiter) -> None:
-    """Closing what was never begun is free, and final."""
+    """Closing a stream that was never begun costs nothing, and is final."""
     stream = await limiter.wrap(MockLLM()).astream_chat(MESSAGES)
 
     await stream.aclose()
@@ -140,7 +140,7 @@ async def test_stream_closed_before_its_start_takes_nothing(limiter: Limiter) ->
 
 
 async def test_dropped_stream_gives_its_slot_back(limiter: Limiter) -> None:
-    """Half read and forgotten: the garbage collector finds the slot."""
+    """When a half-read stream is forgotten, garbage collection frees the slot."""
     stream = await limiter.wrap(MockLLM(max_tokens=3)).astream_chat(MESSAGES)
     await anext(stream)
     assert in_flight(limiter) == 1
@@ -154,7 +154,7 @@ async def test_dropped_stream_gives_its_slot_back(limiter: Limiter) -> None:
 async def test_dropped_stream_of_a_pooled_connection_gives_its_slot_back(
     limiter: Limiter, rate_limited_provider: "ProviderFactory"
 ) -> None:
-    """A connection keeps the context of the call that opened it; the slot is not kept by that."""
+    """A connection keeps the context of the call that opened it; that must not keep the slot."""
     provider = rate_limited_provider(latency=0.5, reply_tokens=10)
     async with httpx.AsyncClient() as client:
         llm = OpenAI(api_key="k", api_base=provider.base_url, async_http_client=client)
@@ -169,7 +169,7 @@ async def test_dropped_stream_of_a_pooled_connection_gives_its_slot_back(
 
 
 async def test_dropped_synchronous_stream_gives_its_slot_back(limiter: Limiter) -> None:
-    """A `break` in a loop is the end of it."""
+    """A `break` out of a loop ends the stream."""
     for _ in limiter.wrap(MockLLM(max_tokens=3)).stream_chat(MESSAGES):
         break
     gc.collect()
@@ -186,7 +186,7 @@ async def test_dropped_stream_that_was_tried_again_gives_its_slot_back_at_once(
     failure: str,
     how: str,
 ) -> None:
-    """No first attempt keeps it: whoever waits for the slot may wait alone, and nothing is collected."""
+    """The failed first attempt must not keep it until garbage collection, which may come late."""
     first: dict[str, httpx.Response | Exception] = {
         "refused": refusal(429, {"retry-after-ms": "1"}),
         "broken": refusal(500),
@@ -210,7 +210,7 @@ async def test_dropped_stream_that_was_tried_again_gives_its_slot_back_at_once(
 
 
 class Wire(httpx.AsyncByteStream, httpx.SyncByteStream):
-    """A reply that never ends, and knows whether somebody has hung up."""
+    """A reply that never ends, and knows whether the client has hung up."""
 
     is_open = True
 
@@ -231,13 +231,13 @@ class Wire(httpx.AsyncByteStream, httpx.SyncByteStream):
         self.is_open = False
 
     async def aclose(self) -> None:
-        """Do the same."""
+        """Hang up."""
         self.close()
 
 
 @pytest.fixture
 def wire(openai_api: "ScriptedOpenAI") -> Generator[Wire]:
-    """Answer with a `Wire`, and collect no garbage: it would hang up sooner or later."""
+    """Answer with a `Wire`, and stop garbage collection, which would hang up sooner or later."""
     wire = Wire()
     headers = {"content-type": "text/event-stream"}
     openai_api.script.append(httpx.Response(200, headers=headers, stream=wire))
@@ -249,7 +249,7 @@ def wire(openai_api: "ScriptedOpenAI") -> Generator[Wire]:
 async def test_closed_stream_has_hung_up_when_its_slot_is_free(
     limiter: Limiter, wire: Wire
 ) -> None:
-    """OpenAI's SDK leaves that to the collector; till then the provider would go on with the call."""
+    """OpenAI's SDK leaves that to garbage collection; the provider would go on until then."""
     stream = await limiter.wrap(openai_llm()).astream_chat(MESSAGES)
     await anext(stream)
     assert (wire.is_open, in_flight(limiter)) == (True, 1)
@@ -271,7 +271,7 @@ def test_closed_synchronous_stream_has_hung_up(limiter: Limiter, wire: Wire) -> 
 
 
 class Censored(OpenAI):
-    """A model that ends its reply before the provider does: after ``most`` items, maybe by an error."""
+    """A model that ends its reply before the provider does, by a return or by an error."""
 
     most: int
     breaks: bool
@@ -300,7 +300,7 @@ class Censored(OpenAI):
 
 
 def censored(*, most: int, breaks: bool) -> Censored:
-    """Return such a model."""
+    """Return a model that ends its reply early."""
     return Censored(model="gpt-4o", api_key="k", api_base=API_BASE, most=most, breaks=breaks)
 
 
@@ -309,7 +309,7 @@ def censored(*, most: int, breaks: bool) -> Censored:
 async def test_stream_that_its_model_ends_has_hung_up(
     limiter: Limiter, wire: Wire, *, most: int, breaks: bool
 ) -> None:
-    """The model has stopped reading, and its provider must not go on with a slot that is free."""
+    """If the model has stopped reading, the provider must not go on once the slot is free."""
     stream = await limiter.wrap(censored(most=most, breaks=breaks)).astream_chat(MESSAGES)
 
     with pytest.raises(ValueError, match="a bad word") if breaks else contextlib.nullcontext():
@@ -333,7 +333,7 @@ def test_synchronous_stream_that_its_model_ends_has_hung_up(
 
 
 async def test_dropped_stream_hangs_up_soon(limiter: Limiter, wire: Wire) -> None:
-    """As the loop closes a generator that is dropped: in a moment, not when garbage is collected."""
+    """It takes a few turns of the loop, and does not wait for garbage collection."""
     async for _ in await limiter.wrap(openai_llm()).astream_chat(MESSAGES):
         break
     assert in_flight(limiter) == 0
@@ -347,7 +347,7 @@ async def test_dropped_stream_hangs_up_soon(limiter: Limiter, wire: Wire) -> Non
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("wire")
 def test_stream_that_is_dropped_after_its_loop_is_nobodys(limiter: Limiter) -> None:
-    """What outlives its loop has nobody to hang up by, and gives its slot back all the same."""
+    """With its loop gone nothing can hang up, but its slot comes back all the same."""
     kept = []
 
     async def begin() -> None:
@@ -387,7 +387,7 @@ async def test_broken_stream_gives_its_slot_back_and_is_not_begun_anew(limiter: 
 
 
 def test_broken_synchronous_stream_gives_its_slot_back(limiter: Limiter) -> None:
-    """The synchronous twin ends alike."""
+    """The synchronous twin ends in the same way."""
 
     class Breaking(MockLLM):
         def stream_chat(self, *_: Any, **__: Any) -> Any:
@@ -404,7 +404,7 @@ def test_broken_synchronous_stream_gives_its_slot_back(limiter: Limiter) -> None
 
 
 class Slow(MockLLM):
-    """Say nothing for an hour."""
+    """A model that says nothing for an hour."""
 
     async def astream_chat(self, *_: Any, **__: Any) -> Any:
         async def stream() -> AsyncGenerator[str, None]:
@@ -415,7 +415,7 @@ class Slow(MockLLM):
 
 
 async def test_cancelled_stream_gives_its_slot_back(limiter: Limiter) -> None:
-    """Cancelled while it waits for an item: the slot is free at once."""
+    """If it is cancelled while it waits for an item, the slot is free at once."""
 
     async def read() -> None:
         async for _ in await limiter.wrap(Slow(max_tokens=None)).astream_chat(MESSAGES):
@@ -433,7 +433,7 @@ async def test_cancelled_stream_gives_its_slot_back(limiter: Limiter) -> None:
 
 
 async def test_stream_is_read_by_one_task_at_a_time(limiter: Limiter) -> None:
-    """As any generator: a second step would be a call of its own, and closing would miss the first."""
+    """As with any generator; a second reader would start a call of its own."""
     stream = await limiter.wrap(MockLLM(max_tokens=2)).astream_chat(MESSAGES)
     async with limiter.acquire():
         first = asyncio.create_task(anext(stream))
@@ -466,7 +466,7 @@ def test_synchronous_stream_is_read_by_one_thread_at_a_time(limiter: Limiter) ->
 
 
 async def test_stream_may_be_closed_in_another_context_than_it_is_read_in(limiter: Limiter) -> None:
-    """So the interpreter closes the tasks of a loop that is gone: quietly, and the slot is free."""
+    """The interpreter closes tasks of a dead loop like this: no error, and the slot is free."""
     stream = await limiter.wrap(Slow(max_tokens=None)).astream_chat(MESSAGES)
     step = stream.asend(None)
     copy_context().run(step.send, None)
@@ -533,7 +533,7 @@ async def test_stream_can_be_read_by_several_tasks_in_turn(limiter: Limiter) -> 
 async def test_messages_are_those_of_the_call(
     limiter: Limiter, openai_api: "ScriptedOpenAI"
 ) -> None:
-    """A list that grows between the call and the first item is sent as it was."""
+    """A list that grows between the call and the first item is sent as it was at the call."""
     messages = [ChatMessage("one")]
     stream = await limiter.wrap(openai_llm()).astream_chat(messages)
     messages.append(ChatMessage("two"))
@@ -546,7 +546,7 @@ async def test_messages_are_those_of_the_call(
 async def test_span_of_a_stream_is_below_that_of_its_caller(
     limiter: Limiter, instrumentation: "Instrumentation"
 ) -> None:
-    """Read later or elsewhere, a stream's events still belong to the span that asked for it."""
+    """Even if it is read later or elsewhere, its events belong to the span that asked for it."""
     token = active_span_id.set("the caller")
     stream = await limiter.wrap(MockLLM(max_tokens=2)).astream_chat(MESSAGES)
     active_span_id.reset(token)
@@ -558,7 +558,7 @@ async def test_span_of_a_stream_is_below_that_of_its_caller(
 
 
 def test_events_of_a_stream_are_its_callers(instrumentation: "Instrumentation") -> None:
-    """The wait, the start and what follows have the tags, and the wait the span, of who asked."""
+    """All its events have the tags, and the wait also the span, of the code that asked for it."""
     with virtual_time() as time:
         limiter = Limiter("1/s burst 1", clock=time.clock)
         llm = limiter.wrap(MockLLM(max_tokens=2))
@@ -581,7 +581,7 @@ def test_events_of_a_stream_are_its_callers(instrumentation: "Instrumentation") 
 
 
 async def test_stream_asks_for_usage_and_keeps_it_to_itself(openai_api: "ScriptedOpenAI") -> None:
-    """OpenAI tells a stream's usage only if asked; the chunk that tells it is not the caller's."""
+    """OpenAI tells a stream's usage only if asked; the caller does not see the chunk with it."""
     limiter = Limiter("100k TPM")
     llm = limiter.wrap(openai_llm())
 
@@ -598,7 +598,7 @@ async def test_stream_asks_for_usage_and_keeps_it_to_itself(openai_api: "Scripte
 )
 @pytest.mark.usefixtures("openai_api")
 async def test_usage_that_the_user_asked_for_is_theirs(where: str) -> None:
-    """Who asks for the usage sees the chunk that tells it, and it settles the call."""
+    """A user who asks for the usage sees the chunk with it, and it settles the call."""
     option = {"stream_options": {"include_usage": True}}
     limiter = Limiter("100k TPM")
     llm = limiter.wrap(openai_llm(additional_kwargs=option if where == "model" else {}))
@@ -614,7 +614,7 @@ async def test_usage_that_the_user_asked_for_is_theirs(where: str) -> None:
 async def test_usage_that_the_user_does_not_want_is_not_asked_for(
     openai_api: "ScriptedOpenAI",
 ) -> None:
-    """An explicit no stays; the estimate stays booked."""
+    """An explicit no is respected, and the estimate stays booked."""
     limiter = Limiter("100k TPM")
     llm = limiter.wrap(openai_llm(additional_kwargs={"stream_options": {}}))
 
@@ -643,7 +643,7 @@ async def test_provider_that_knows_no_usage_option_is_asked_once(
 def test_synchronous_stream_without_the_usage_option_goes_on(
     openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
 ) -> None:
-    """The synchronous twin recovers alike."""
+    """The synchronous twin recovers in the same way."""
     llm = Limiter("1000 RPM").wrap(openai_llm())
     openai_api.script = [refusal(422, message="stream_options: extra fields not permitted")]
 
@@ -663,7 +663,7 @@ async def test_other_refusals_are_the_callers(
 
 
 async def test_responses_stream_is_settled_without_asking(openai_api: "ScriptedOpenAI") -> None:
-    """The Responses API ends each stream with its usage; nothing is added or left out."""
+    """The Responses API ends each stream with its usage, so nothing is added or left out."""
     limiter = Limiter("100k TPM")
     llm = limiter.wrap(OpenAIResponses(model="gpt-4o-mini", api_key="k", api_base=API_BASE))
 
@@ -677,7 +677,7 @@ async def test_responses_stream_is_settled_without_asking(openai_api: "ScriptedO
 async def test_stream_that_is_a_call_inside_is_settled_by_that(
     openai_api: "ScriptedOpenAI",
 ) -> None:
-    """A model may only pretend to stream, and pass the text alone."""
+    """A model may only pretend to stream, and pass on nothing but the text of a call."""
 
     class Pretending(OpenAI):
         async def astream_chat(self, messages: Any, **_: Any) -> Any:
@@ -696,7 +696,7 @@ async def test_stream_that_is_a_call_inside_is_settled_by_that(
 
 
 async def test_stream_within_a_call_settles_that(openai_api: "ScriptedOpenAI") -> None:
-    """Whether a call only collects a stream, or makes another one of it, it pays what that says it used."""
+    """Whether a call collects a stream or makes another stream of it, it pays the stream's usage."""
 
     class Within(OpenAIResponses):
         async def achat(self, messages: Any, **_: Any) -> Any:
@@ -730,7 +730,7 @@ async def test_stream_within_a_call_settles_that(openai_api: "ScriptedOpenAI") -
 
 @pytest.mark.usefixtures("openai_api")
 async def test_stream_broken_off_stays_booked_as_reserved() -> None:
-    """How much a provider charges for what was not read, nobody says."""
+    """Nobody knows how much a provider charges for a reply that was not read to its end."""
 
     class Fixed:
         def chat(self, *_: Any) -> Estimate:
@@ -749,7 +749,7 @@ async def test_stream_broken_off_stays_booked_as_reserved() -> None:
 def test_429_of_a_stream_is_retried_at_its_first_item(
     openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
 ) -> None:
-    """It shows when the first item is asked for; then it waits as it was told, and begins anew."""
+    """The refusal shows at the first item; the stream then waits as told, and starts again."""
     openai_api.script = [refusal(429, {"retry-after": "2"})]
     with virtual_time() as time:
         limiter = Limiter("1000 RPM", concurrency=1, clock=time.clock)
@@ -768,7 +768,7 @@ def test_429_of_a_stream_is_retried_at_its_first_item(
 async def test_error_of_the_first_item_gives_the_slot_back(
     limiter: Limiter, openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
 ) -> None:
-    """What can't be retried ends the stream before it began, asynchronous or not."""
+    """An error that cannot be retried ends the stream before it begins, asynchronous or not."""
     openai_api.script = [refusal(401), refusal(401)]
     llm = limiter.wrap(openai_llm())
 

@@ -58,7 +58,7 @@ def load_reference() -> Iterator[tiktoken.Encoding]:
 
 
 def test_bundled_tokenizer_is_cl100k_base(reference: tiktoken.Encoding) -> None:
-    """Token by token the same as tiktoken's own encoding of that name."""
+    """Every token is the same as in tiktoken's own encoding of that name."""
     encode = bundled_tokenizer()
     assert encode is not None
     for text in TEXTS.values():
@@ -67,7 +67,7 @@ def test_bundled_tokenizer_is_cl100k_base(reference: tiktoken.Encoding) -> None:
 
 @given(text=st.text(max_size=300))
 def test_bundled_tokenizer_takes_any_text(reference: tiktoken.Encoding, text: str) -> None:
-    """Whatever people type is counted, special tokens as the characters that they are."""
+    """All text is counted, and special tokens count as the characters they consist of."""
     encode = bundled_tokenizer()
     assert encode is not None
     assert encode(f"{text}<|endoftext|>\ud800") == reference.encode_ordinary(
@@ -76,7 +76,7 @@ def test_bundled_tokenizer_takes_any_text(reference: tiktoken.Encoding, text: st
 
 
 def test_bundled_tokenizer_never_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A cache directory of the user's that is empty, where tiktoken would download, is no matter."""
+    """It does not matter if the user's cache folder, where tiktoken would download, is empty."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(socket, "create_connection", None)
     monkeypatch.setattr(socket.socket, "connect", None)
@@ -86,7 +86,7 @@ def test_bundled_tokenizer_never_downloads(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_bundled_tokenizer_leaves_llama_indexs_global_alone() -> None:
-    """Whatever tokenizer the application has set, or not, stays as it is."""
+    """The application's tokenizer, set or not, stays as it is."""
     before = llama_index.core.global_tokenizer
     _ = tokens.bundled_tokenizer.__wrapped__()
 
@@ -97,7 +97,7 @@ def test_bundled_tokenizer_leaves_llama_indexs_global_alone() -> None:
 def test_without_the_file_there_is_no_tokenizer(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None
 ) -> None:
-    """A release of llama_index.core without the file, or with a broken one, costs no call."""
+    """If llama_index.core has no such file, or a broken one, no call fails."""
     if content is not None:
         folder = tmp_path / "_static" / "tiktoken_cache"
         folder.mkdir(parents=True)
@@ -117,14 +117,14 @@ def test_without_the_file_there_is_no_tokenizer(
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_characters_are_calibrated(name: str, reference: tiktoken.Encoding) -> None:
-    """Without a tokenizer a text is counted 0.7 to 1.4 times what it is, in any script."""
+    """Without a tokenizer the count is 0.7 to 1.4 times the true one, in any script."""
     text = TEXTS[name]
 
     assert 0.7 <= by_characters(text) / len(reference.encode_ordinary(text)) <= 1.4
 
 
 def test_characters_of_any_kind_are_counted() -> None:
-    """Nothing is nothing, and even half a surrogate pair is something."""
+    """An empty text counts 0, and even half a surrogate pair counts something."""
     assert by_characters("") == 0
     assert by_characters("a") == 1
     assert by_characters("\ud800") > 0
@@ -133,7 +133,7 @@ def test_characters_of_any_kind_are_counted() -> None:
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_long_texts_are_counted_by_samples(name: str, reference: tiktoken.Encoding) -> None:
-    """A long text's estimate is within 3 % of its tokens, though most of it is not looked at."""
+    """The estimate for a long text is within 3 %, though most of the text is not read."""
     text = TEXTS[name] * (200_000 // len(TEXTS[name]))
     encoded: list[int] = []
 
@@ -147,7 +147,7 @@ def test_long_texts_are_counted_by_samples(name: str, reference: tiktoken.Encodi
 
 
 def test_samples_are_spread_over_everything(reference: tiktoken.Encoding) -> None:
-    """Many texts of different kinds, one after the other, are sampled as one."""
+    """Many texts of different kinds are sampled as one text."""
     texts = [TEXTS[random.Random(n).choice(list(TEXTS))] for n in range(3000)]
     exact = sum(len(reference.encode_ordinary(text)) for text in texts)
 
@@ -156,7 +156,7 @@ def test_samples_are_spread_over_everything(reference: tiktoken.Encoding) -> Non
 
 @pytest.mark.parametrize("length", [tokens.EXACT, tokens.EXACT + 1])
 def test_exactness_ends_where_it_says(length: int) -> None:
-    """Up to `EXACT` characters, over all texts, every one is looked at."""
+    """Up to `EXACT` characters in all texts together, every character is read."""
     encoded: list[int] = []
 
     def encode(text: str) -> str:
@@ -173,7 +173,7 @@ def test_exactness_ends_where_it_says(length: int) -> None:
 @pytest.mark.parametrize("text", ["a", " ", "word ", "我能吞下玻璃而不伤身体", "👩‍🚀🎉"])
 @pytest.mark.parametrize("length", [tokens.EXACT, 5_000_000])
 def test_counting_never_holds_up_the_loop(text: str, length: int) -> None:
-    """The worst texts and the longest ones take a few times what the usual ones do, some milliseconds."""
+    """The worst and the longest texts take a few times as long as usual ones: milliseconds."""
     long = (text * (length // len(text) + 1))[:length]
     usual = ("some usual words of a text " * tokens.EXACT)[: tokens.EXACT]
     encode = bundled_tokenizer()

@@ -1,4 +1,4 @@
-"""A paced tool is the tool, each call of it is admitted once, and nothing inside it waits for it."""
+"""A paced tool is still the tool, is admitted once per call, and never waits for itself."""
 
 import asyncio
 import copy
@@ -59,7 +59,7 @@ class Engine(BaseQueryEngine):
 
 
 class Plain(BaseTool):
-    """A tool that is synchronous alone."""
+    """A tool that is only synchronous."""
 
     @property
     def metadata(self) -> ToolMetadata:
@@ -84,7 +84,7 @@ class Threaded(AsyncBaseTool):
 
 
 def tools() -> list[Any]:
-    """Return a tool of each kind."""
+    """Return one tool of each kind."""
     return [
         FunctionTool.from_defaults(add),
         FunctionTool.from_defaults(async_fn=multiply),
@@ -95,18 +95,18 @@ def tools() -> list[Any]:
 
 
 def named(tool: Any) -> str:
-    """Name a case."""
+    """Return the name of a case."""
     return str(tool.metadata.name)
 
 
 def arguments(tool: Any) -> dict[str, Any]:
-    """Return what to call a tool with."""
+    """Return arguments for a tool."""
     return {"a": 2, "b": 3} if isinstance(tool, FunctionTool) else {"input": "hi"}
 
 
 @pytest.mark.parametrize("inner", tools(), ids=named)
 def test_wrapped_tool_is_of_its_own_class(inner: Any) -> None:
-    """isinstance, metadata, schema and attributes are what they were."""
+    """`isinstance`, metadata, schema and attributes are unchanged."""
     paced = Limiter("100 RPM").wrap(inner)
 
     assert isinstance(paced, type(inner))
@@ -120,7 +120,7 @@ def test_wrapped_tool_is_of_its_own_class(inner: Any) -> None:
 
 @pytest.mark.parametrize("inner", tools(), ids=named)
 def test_each_call_of_a_tool_is_admitted_once(inner: Any) -> None:
-    """However it is called, and with the result that it always had."""
+    """Every way to call it is admitted once, and returns the usual result."""
     limiter = Limiter("100 RPM", concurrency=1)
     paced = limiter.wrap(inner)
     given = arguments(inner)
@@ -143,7 +143,7 @@ async def inner_acall(tool: Any, given: dict[str, Any]) -> Any:
 
 
 def test_inner_tool_stays_unpaced() -> None:
-    """Who calls the inner tool spends nothing of the limiter."""
+    """Calling the inner tool does not use the limiter."""
     limiter = Limiter("100 RPM")
     inner = FunctionTool.from_defaults(add)
     limiter.wrap(inner)
@@ -155,7 +155,7 @@ def test_inner_tool_stays_unpaced() -> None:
 
 
 def test_tools_wait_for_their_limit(virtual_time: VirtualTime) -> None:
-    """Ten calls at ten a second take nine tenths of a second, and no two run at once."""
+    """Ten calls at ten a second take nine tenths of a second."""
     limiter = Limiter("10/s burst 1", clock=virtual_time.clock)
     paced = limiter.wrap(FunctionTool.from_defaults(async_fn=multiply), child="tools")
 
@@ -168,7 +168,7 @@ def test_tools_wait_for_their_limit(virtual_time: VirtualTime) -> None:
 
 
 def test_list_comes_back_as_a_list_of_paced_ones() -> None:
-    """Models, tools and functions, in their order; a tuple comes back as a tuple."""
+    """Models, tools and functions keep their order; a tuple comes back as a tuple."""
     limiter = Limiter("100 RPM")
     things = [MockLLM(), FunctionTool.from_defaults(add), multiply]
 
@@ -188,13 +188,13 @@ def test_list_comes_back_as_a_list_of_paced_ones() -> None:
 
 
 def test_list_with_a_stranger_is_refused() -> None:
-    """And nothing of it is wrapped by halves."""
+    """The list may hold only what can be wrapped."""
     with pytest.raises(TypeError, match="embedding model or tool can be wrapped, not str"):
         Limiter("100 RPM").wrap([FunctionTool.from_defaults(add), "add"])
 
 
 def test_cost_is_a_mapping_or_a_callable() -> None:
-    """Amounts, amounts by argument, or a whole cost by argument; one request else."""
+    """It is amounts, amounts by argument, or a function for it all; the default is one request."""
     limiter = Limiter("1000 RPM burst 1000", "1000 images/m")
     inner = FunctionTool.from_defaults(add)
 
@@ -213,7 +213,7 @@ def test_cost_is_a_mapping_or_a_callable() -> None:
 
 
 async def test_cost_by_argument_gets_what_a_tool_was_given_beforehand() -> None:
-    """Whichever way the tool is called: agents await `acall`."""
+    """This holds however the tool is called; agents await `acall`."""
     limiter = Limiter("1000 images/m")
     inner = FunctionTool.from_defaults(add, partial_params={"b": 5})
 
@@ -227,7 +227,7 @@ async def test_cost_by_argument_gets_what_a_tool_was_given_beforehand() -> None:
 
 
 def test_bad_costs_are_refused() -> None:
-    """With what a cost is."""
+    """The error says what a cost is."""
     limiter = Limiter("100 RPM")
     inner = FunctionTool.from_defaults(add)
     wrong: Any = 3
@@ -245,7 +245,7 @@ def test_bad_costs_are_refused() -> None:
 
 
 def test_options_that_do_not_apply_are_refused() -> None:
-    """A tool is not retried, a model has no cost; in a list each gets its own."""
+    """A tool has no retries and a model no cost; in a list each gets its own option."""
     limiter = Limiter("1000 RPM", "1000 images/m")
     tool, llm = FunctionTool.from_defaults(add), MockLLM()
 
@@ -265,7 +265,7 @@ def test_failing_tool_gives_its_slot_back_and_is_not_tried_again() -> None:
     limiter = Limiter("100 RPM", concurrency=1)
     calls: list[int] = []
 
-    # Two arguments: a tool of one is tried again by older LlamaIndex itself, without its keyword.
+    # Two arguments: older LlamaIndex itself retries a tool of one argument, without its keyword.
     def fail(number: int, unit: str) -> None:
         """Fail."""
         calls.append(number)
@@ -282,7 +282,7 @@ def test_failing_tool_gives_its_slot_back_and_is_not_tried_again() -> None:
 
 
 def test_refusal_reaches_the_agent_s_model_as_the_tool_s_error() -> None:
-    """As LlamaIndex does with all that a tool raises: the model reads why."""
+    """LlamaIndex passes on whatever a tool raises, so the model reads why."""
     limiter = Limiter("1 RPM", timeout=1)
     paced = limiter.wrap(FunctionTool.from_defaults(add))
     paced(a=1, b=2)
@@ -310,14 +310,14 @@ def test_tool_with_a_context_gets_it() -> None:
 
 
 def test_repr_says_tool_and_limiter() -> None:
-    """Enough for a log."""
+    """The repr is enough for a log."""
     paced = Limiter("100 RPM", name="mine").wrap(FunctionTool.from_defaults(add))
 
     assert repr(paced).startswith("PacedFunctionTool('add', limiter=<Limiter 'mine'")
 
 
 def test_limiter_of_a_tool_stays_its_own() -> None:
-    """What a tool calls so is no business of ours."""
+    """A tool may have an attribute `limiter` that has nothing to do with ours."""
 
     class Mine(Threaded):
         def __init__(self) -> None:
@@ -334,7 +334,7 @@ def test_limiter_of_a_tool_stays_its_own() -> None:
 
 @pytest.mark.parametrize("make_copy", [copy.copy, copy.deepcopy])
 def test_copy_of_a_tool_spends_from_the_same_budget(make_copy: Any) -> None:
-    """However it is copied."""
+    """A shallow and a deep copy behave alike."""
     limiter = Limiter("100 RPM")
     paced = limiter.wrap(FunctionTool.from_defaults(add))
 
@@ -347,7 +347,7 @@ def test_copy_of_a_tool_spends_from_the_same_budget(make_copy: Any) -> None:
 
 
 def test_spans_are_those_of_the_tool(instrumentation: Any) -> None:
-    """LlamaIndex sees one span a call, as before, after the wait."""
+    """LlamaIndex sees one span per call, as with a plain tool."""
     inner = FunctionTool.from_defaults(async_fn=multiply)
     asyncio.run(inner_acall(inner, {"a": 1, "b": 2}))
     before, _ = instrumentation.take()
@@ -360,7 +360,7 @@ def test_spans_are_those_of_the_tool(instrumentation: Any) -> None:
 
 
 class Tree:
-    """A limiter of one slot with a child for models and one for tools."""
+    """A limiter with a child for models and a child of one slot for tools."""
 
     def __init__(self, clock: Any, **options: Any) -> None:
         self.root = Limiter("1000/s", clock=clock, **options)
@@ -370,7 +370,7 @@ class Tree:
         self.running = self.most = 0
 
     def ask(self, seconds: float = 1.0) -> Any:
-        """Return a tool that asks the model, and takes so long besides."""
+        """Return a tool that asks the model, and then takes some more time."""
 
         async def ask(prompt: str) -> str:
             """Ask."""
@@ -384,14 +384,14 @@ class Tree:
         return self.root.wrap(FunctionTool.from_defaults(async_fn=ask), child=self.tools)
 
     def assert_at_rest(self) -> None:
-        """Nothing is left over anywhere."""
+        """Assert that no call is in flight or waiting, and no slot is taken."""
         for limiter in (self.root, self.chat, self.tools):
             assert (limiter.statistics().in_flight, limiter.statistics().waiting) == (0, 0)
             assert all(slots.used == 0 for slots in limiter._account.gates.slots)
 
 
 def test_tool_that_asks_a_paced_model_does_not_wait_for_itself(virtual_time: VirtualTime) -> None:
-    """One slot above both: the tool lends it to the model's call, and keeps that of its own child."""
+    """With one slot at the root, the tool lends it to the model's call; it keeps its child's."""
     tree = Tree(virtual_time.clock, concurrency=1)
     tool = tree.ask()
 
@@ -408,7 +408,7 @@ def test_tool_that_asks_a_paced_model_does_not_wait_for_itself(virtual_time: Vir
 
 
 def test_tool_with_a_paced_http_client_does_not_wait_for_itself(virtual_time: VirtualTime) -> None:
-    """As many tools as there are slots ask a service at once, behind the same limiter."""
+    """As many tools as there are slots make requests at once, behind the same limiter."""
     limiter = Limiter(concurrency=2, clock=virtual_time.clock)
 
     async def main() -> None:
@@ -430,7 +430,7 @@ def test_tool_with_a_paced_http_client_does_not_wait_for_itself(virtual_time: Vi
 
 
 def test_models_in_tools_keep_the_slots_of_the_root(virtual_time: VirtualTime) -> None:
-    """A tool that asks ten times at once has no more of them in flight than the root allows."""
+    """However many calls tools make at once, no more are in flight than the root allows."""
     limiter = Limiter("1000/s", concurrency=2, clock=virtual_time.clock)
     most: list[int] = []
 
@@ -459,7 +459,7 @@ def test_models_in_tools_keep_the_slots_of_the_root(virtual_time: VirtualTime) -
 
 
 def test_tool_that_calls_a_tool_does_not_wait_for_itself(virtual_time: VirtualTime) -> None:
-    """Agents as tools, three deep, under one slot of one limiter, synchronous and not."""
+    """Tools may call tools, three deep, under one slot of one limiter."""
     limiter = Limiter("1000/s", concurrency=1, clock=virtual_time.clock)
     inner = limiter.wrap(FunctionTool.from_defaults(async_fn=multiply))
 
@@ -488,7 +488,7 @@ def test_tool_that_calls_a_tool_does_not_wait_for_itself(virtual_time: VirtualTi
 
 
 def test_tool_that_is_asked_for_again_inside_pays_again(virtual_time: VirtualTime) -> None:
-    """Not the method of a tool that calls another one, but an agent in it that runs it anew."""
+    """A recursive tool pays for each call, though a tool's own methods may call each other free."""
     tree = Tree(virtual_time.clock, concurrency=1)
     tool: Any = None
 
@@ -509,7 +509,7 @@ def test_tool_that_is_asked_for_again_inside_pays_again(virtual_time: VirtualTim
 
 
 def test_synchronous_tool_that_asks_a_paced_model_does_not_wait_for_itself() -> None:
-    """In a thread, where LlamaIndex runs it, with one slot for all."""
+    """LlamaIndex runs it in a thread, and there is one slot for all."""
     limiter = Limiter("1000/s", concurrency=1)
     llm = limiter.wrap(MockLLM())
 
@@ -533,7 +533,7 @@ def test_synchronous_tool_that_asks_a_paced_model_does_not_wait_for_itself() -> 
 
 
 def test_tools_that_ask_each_other_do_not_wait_for_each_other(virtual_time: VirtualTime) -> None:
-    """One slot each, and one goes from here to there while the other comes the other way."""
+    """Each has one slot, and calls go in both directions at once."""
     limiter = Limiter("1000/s", clock=virtual_time.clock)
     tools: dict[str, Any] = {}
 
@@ -559,7 +559,7 @@ def test_tools_that_ask_each_other_do_not_wait_for_each_other(virtual_time: Virt
 
 @dataclass(frozen=True)
 class Plan:
-    """What a tool call does: of which child it is, how long it takes, and what it asks inside."""
+    """What one tool call does: its child, how long it takes, and what it asks inside."""
 
     child: str
     seconds: int
@@ -589,7 +589,7 @@ def test_no_history_of_tools_hangs_or_leaks(
     cancelled: list[tuple[int, int]],
     models: bool,  # noqa: FBT001 - a case
 ) -> None:
-    """Tools that ask tools and models, of any child and at once, cancelled at any time."""
+    """Tools ask tools and models of any child at once, and are cancelled at any time."""
     with VirtualTime() as time:
         root = Limiter("1000/s", concurrency=slots[0], clock=time.clock)
         children = {
@@ -627,7 +627,7 @@ def test_no_history_of_tools_hangs_or_leaks(
 
 
 def test_slot_is_lent_once_to_many_threads() -> None:
-    """However many of them ask at the same time."""
+    """However many threads ask at the same time, the slot is lent once."""
     limiter = Limiter("1000/s", concurrency=3)
     llm = limiter.wrap(MockLLM())
 
@@ -659,7 +659,7 @@ def test_slot_of_a_parent_process_is_not_lent_by_its_child(monkeypatch: pytest.M
 
 
 def test_cancelled_tool_gives_back_what_it_still_holds(virtual_time: VirtualTime) -> None:
-    """Before and after it has lent its slot, at any instant."""
+    """It may be cancelled at any instant, before or after it has lent its slot."""
 
     async def main() -> None:
         for tenths in range(30):
@@ -676,7 +676,7 @@ def test_cancelled_tool_gives_back_what_it_still_holds(virtual_time: VirtualTime
 
 
 def test_tool_of_another_limiter_keeps_its_slot(virtual_time: VirtualTime) -> None:
-    """Who waits elsewhere holds up nobody there."""
+    """While it waits at another limiter, it keeps nobody waiting there."""
     limiter = Limiter("1000/s", concurrency=1, clock=virtual_time.clock)
     tree = Tree(virtual_time.clock, concurrency=1)
 
@@ -698,7 +698,7 @@ def test_tool_of_another_limiter_keeps_its_slot(virtual_time: VirtualTime) -> No
 
 @pytest.mark.real_clock
 def test_slot_in_a_store_is_lent_too(tmp_path: Path) -> None:
-    """Shared with other processes or not. On the machine's clock, which is the store's."""
+    """This uses the machine's clock, which is also the store's."""
 
     async def main() -> None:
         store = f"sqlite:///{tmp_path}/limits.db?patience=5"
@@ -717,7 +717,7 @@ def test_slot_in_a_store_is_lent_too(tmp_path: Path) -> None:
 async def test_tools_that_a_model_calls_are_paced_beside_it(
     rate_limited_provider: "ProviderFactory",
 ) -> None:
-    """`apredict_and_call` holds no slot of the model's while it runs tools: one slot does for both."""
+    """`apredict_and_call` does not hold the model's slot while it runs tools: one slot is enough."""
     limiter = Limiter("60k RPM", concurrency=1)
     tool = limiter.wrap(FunctionTool.from_defaults(add), child="tools")
     async with httpx.AsyncClient() as http_client:

@@ -32,7 +32,7 @@ GEMINI = {
     "total_token_count": 20,
 }
 BEDROCK = {"inputTokens": 12, "outputTokens": 8, "totalTokens": 20}
-#: The total holds what was read from the cache and written to it; the input holds neither.
+#: The total includes what was read from the cache and written to it; the input does not.
 BEDROCK_CACHED = {
     "inputTokens": 2,
     "cacheWriteInputTokens": 10,
@@ -40,7 +40,7 @@ BEDROCK_CACHED = {
     "outputTokens": 8,
     "totalTokens": 5020,
 }
-#: As LiteLLM tells of Anthropic: the prompt holds both.
+#: LiteLLM reports Anthropic's usage this way: the prompt includes both.
 GATEWAY = {
     "prompt_tokens": 12,
     "completion_tokens": 8,
@@ -52,7 +52,7 @@ OLLAMA = {"prompt_eval_count": 12, "eval_count": 8, "eval_duration": 4_000_000}
 
 
 class Unknown(BaseModel, extra="allow"):
-    """A reply whose SDK does not know of usage and keeps it as an extra field."""
+    """A reply whose SDK does not know of usage, and keeps it as an extra field."""
 
 
 class Slotted:
@@ -98,7 +98,7 @@ def chat(raw: object = None, **extra: Any) -> ChatResponse:
     ],
 )
 def test_usage_is_found_wherever_it_is_kept(reply: object) -> None:
-    """Replies of every provider, objects and dicts, from LlamaIndex or bare, say the same."""
+    """Objects and dicts of all providers, from LlamaIndex or bare, give the same usage."""
     assert usage_of(reply) == Usage(12, 8, 20)
 
 
@@ -114,7 +114,7 @@ def test_usage_is_found_wherever_it_is_kept(reply: object) -> None:
     ],
 )
 def test_no_usage_is_none(reply: object) -> None:
-    """No usage, all zeros, and numbers that can't be: nothing to settle by."""
+    """With no usage, all zeros or impossible numbers there is nothing to settle by."""
     assert usage_of(reply) is None
 
 
@@ -124,7 +124,7 @@ def test_embeddings_have_input_only() -> None:
 
 
 def test_usage_of_two_events_is_joined() -> None:
-    """Anthropic's stream tells the input when it begins, and a growing output as it goes on."""
+    """Anthropic's stream reports the input at its start, and a growing output as it goes on."""
     begin = usage_of({"message": {"usage": {"input_tokens": 12, "output_tokens": 1}}})
     end = usage_of({"usage": {"output_tokens": 8}})
     assert begin is not None
@@ -150,7 +150,7 @@ JSON = st.recursive(
 
 @given(JSON)
 def test_whatever_a_reply_holds_the_sum_is_right(reply: object) -> None:
-    """No reply raises, and what is returned are whole numbers whose sum is the total."""
+    """No reply raises an error, and the result is whole numbers whose sum is the total."""
     usage = usage_of(reply)
     if usage is not None:
         assert usage.total == usage.input_tokens + usage.output_tokens > 0
@@ -159,7 +159,7 @@ def test_whatever_a_reply_holds_the_sum_is_right(reply: object) -> None:
 
 @pytest.mark.parametrize("model", [OpenAI, OpenAIResponses])
 async def test_usage_of_real_replies(model: type[OpenAI | OpenAIResponses]) -> None:
-    """Over real HTTP: chat, completion and stream report what the provider charged."""
+    """Over HTTP, chat, completion and stream report what the provider charged."""
     async with RateLimitedProvider(charge="usage") as provider, httpx.AsyncClient() as client:
         options: dict[str, Any] = {
             "api_base": provider.base_url,
@@ -183,7 +183,7 @@ async def test_usage_of_real_replies(model: type[OpenAI | OpenAIResponses]) -> N
 
 
 async def test_usage_of_real_embeddings() -> None:
-    """The raw reply of an embedding carries its usage, though LlamaIndex discards it."""
+    """The raw reply of an embedding has its usage, though LlamaIndex discards it."""
     async with (
         RateLimitedProvider() as provider,
         AsyncOpenAI(base_url=provider.base_url, api_key="test-key") as client,
@@ -194,5 +194,5 @@ async def test_usage_of_real_embeddings() -> None:
 
 
 def test_model_without_usage_has_none() -> None:
-    """A mock of LlamaIndex's says nothing of tokens."""
+    """A mock of LlamaIndex reports no tokens."""
     assert usage_of(MockLLM().chat(MESSAGES)) is None

@@ -1,4 +1,4 @@
-"""A wrapped model is the model: its class, its fields, its name."""
+"""A wrapped model is still the model: its class, its fields, its name."""
 
 import copy
 import re
@@ -36,11 +36,11 @@ KEY = "sk-very-secret"
 
 
 class PacedOpenAI(RateLimitedLLM, OpenAI):
-    """What a reader of the docs writes."""
+    """A paced class, as the docs tell users to write it."""
 
 
 class PacedMockEmbedding(RateLimitedEmbedding, MockEmbedding):
-    """The same with an embedding model."""
+    """The same for an embedding model."""
 
 
 class Person(BaseModel):
@@ -50,7 +50,7 @@ class Person(BaseModel):
 
 
 def models() -> list[Any]:
-    """Return a model of each kind."""
+    """Return one model of each kind."""
     return [
         MockLLM(max_tokens=3),
         OpenAI(model="gpt-4o-mini", api_key=KEY, max_retries=7),
@@ -60,19 +60,19 @@ def models() -> list[Any]:
 
 
 def limiter_of(model: Any) -> Limiter:
-    """Return what a wrapped model has besides, unknown to a type checker."""
+    """Return the limiter of a wrapped model, an attribute unknown to type checkers."""
     limiter: Limiter = model.limiter
     return limiter
 
 
 def named(model: object) -> str:
-    """Name a case."""
+    """Return the name of a case."""
     return type(model).__name__
 
 
 @pytest.mark.parametrize("inner", models(), ids=named)
 def test_wrapped_model_is_of_its_own_class(inner: Any) -> None:
-    """isinstance, which LlamaIndex decides by, finds what it found before."""
+    """`isinstance`, which LlamaIndex relies on, gives the same answers."""
     paced = Limiter("100 RPM").wrap(inner)
 
     assert isinstance(paced, type(inner))
@@ -106,7 +106,7 @@ def test_wrapped_embedding_has_the_ingestion_cache_s_hash() -> None:
 
 
 def test_inner_model_is_left_as_it_was() -> None:
-    """Wrapping changes neither fields nor private values nor the retries of the inner model."""
+    """Wrapping does not change the fields, private values or retries of the inner model."""
     client = AsyncOpenAI(api_key=KEY, max_retries=4)
     inner = OpenAI(api_key=KEY, max_retries=7, async_openai_client=client)
     fields, private = dict(vars(inner)), dict(inner.__pydantic_private__ or {})
@@ -120,7 +120,7 @@ def test_inner_model_is_left_as_it_was() -> None:
 
 
 def test_inner_model_stays_unpaced() -> None:
-    """Who calls the inner model spends nothing of the limiter."""
+    """Calling the inner model does not use the limiter."""
     limiter = Limiter("100 RPM")
     inner = MockLLM(max_tokens=3)
     limiter.wrap(inner)
@@ -131,7 +131,7 @@ def test_inner_model_stays_unpaced() -> None:
 
 
 def test_fields_are_shared_with_the_inner_model() -> None:
-    """What Settings or a user writes into one of them later, both have."""
+    """What Settings or a user later writes to one of them, both have."""
     inner = OpenAI(api_key=KEY)
     paced = Limiter("100 RPM").wrap(inner)
     manager: Any = Settings.callback_manager
@@ -144,7 +144,7 @@ def test_fields_are_shared_with_the_inner_model() -> None:
 
 
 def test_names_of_a_model_stay_its_own() -> None:
-    """A field called `limiter`, helpers by any name, arguments of its own for what makes its client."""
+    """A class may have a field `limiter`, its own helpers, and a `_get_client` with arguments."""
 
     class Mine(MockLLM):
         limiter: str = "mine"
@@ -171,7 +171,7 @@ def test_names_of_a_model_stay_its_own() -> None:
     [(RateLimitedLLM, LLM), (RateLimitedMultiModalEmbedding, MultiModalEmbedding)],
 )
 def test_mixin_adds_few_names(mixin: type, kind: type) -> None:
-    """Whatever else it had would hide what a user's class calls so."""
+    """Any other name would hide what a user's class calls by it."""
     added = {name for base in mixin.__mro__[:-1] for name in vars(base)} - set(dir(kind))
 
     assert {name for name in added if not name.startswith("__")} == {
@@ -184,7 +184,7 @@ def test_mixin_adds_few_names(mixin: type, kind: type) -> None:
 
 
 def test_limiter_is_no_field() -> None:
-    """The limiter is reachable, and in no dump."""
+    """The limiter can be reached, and is in no dump."""
     limiter = Limiter("100 RPM", name="here")
     paced = limiter.wrap(OpenAI(api_key=KEY))
 
@@ -202,7 +202,7 @@ def test_repr_says_what_paces_the_model_and_no_secret() -> None:
 
 
 def test_wrapping_twice_is_the_same_object() -> None:
-    """A model is paced by a limiter once, however often one asks."""
+    """A model is paced by a limiter only once, however often it is wrapped."""
     limiter = Limiter("100 RPM")
     paced = limiter.wrap(MockLLM())
 
@@ -210,7 +210,7 @@ def test_wrapping_twice_is_the_same_object() -> None:
 
 
 def test_wrapping_again_with_options_paces_anew_once() -> None:
-    """Options given later hold for the new object, which pays once a call."""
+    """New options make a new object, whose calls are still charged once."""
     limiter = Limiter("100 RPM")
     paced = limiter.wrap(MockLLM(max_tokens=2))
 
@@ -231,7 +231,7 @@ def test_second_limiter_is_refused() -> None:
 
 
 def test_generated_class_is_made_once() -> None:
-    """Two models of a class are of one paced class."""
+    """Two models of the same class have the same paced class."""
     limiter = Limiter("100 RPM")
 
     assert type(limiter.wrap(MockLLM())) is type(limiter.wrap(MockLLM()))
@@ -252,7 +252,7 @@ def test_structured_llm_is_paced_inside() -> None:
 
 @pytest.mark.parametrize(("client", "sync"), [(AsyncOpenAI, ""), (openai.OpenAI, "sync=True")])
 def test_client_of_an_sdk_is_told_how_it_is_paced(client: type[Any], sync: str) -> None:
-    """It is not a model of LlamaIndex, and what paces it has another name."""
+    """It is not a model of LlamaIndex, and is paced in another way."""
     remedy = f"{client.__name__}(http_client=limiter.http_client({sync}), max_retries=0)"
     with pytest.raises(TypeError, match=re.escape(f"is paced where it sends: {remedy}")):
         Limiter("100 RPM").wrap(client(api_key="k"))
@@ -266,7 +266,7 @@ def test_anything_else_is_refused(thing: object) -> None:
 
 
 def test_class_in_place_of_a_model_is_refused() -> None:
-    """Forgotten parentheses are named."""
+    """The message tells of the forgotten parentheses."""
     with pytest.raises(TypeError, match=r"not its class: limiter.wrap\(MockLLM\(...\)\)"):
         Limiter("100 RPM").wrap(MockLLM)
 
@@ -282,7 +282,7 @@ def test_pace_gives_a_limiter_of_its_own() -> None:
 
 
 def test_settings_and_agents_hold_the_same_object() -> None:
-    """Nothing of LlamaIndex copies the model on the way, validation included."""
+    """LlamaIndex does not copy the model on the way, not even when it validates."""
     limiter = Limiter("100 RPM")
     llm, embed_model = limiter.wrap(OpenAI(api_key=KEY)), limiter.wrap(MockEmbedding(embed_dim=2))
     before = Settings._llm, Settings._embed_model
@@ -318,7 +318,7 @@ def test_copy_is_paced_by_the_same_limiter(make_copy: Any) -> None:
 
 
 def test_copy_has_fields_of_its_own() -> None:
-    """`model_copy(update=...)` does what it says, to the copy alone."""
+    """`model_copy(update=...)` changes only the copy."""
     paced = Limiter("100 RPM").wrap(OpenAI(api_key=KEY))
 
     twin = paced.model_copy(update={"model": "gpt-4o"})
@@ -340,7 +340,7 @@ def test_mixin_makes_paced_models_of_a_class() -> None:
 
 
 def test_mixin_paces() -> None:
-    """A model made of a mixin pays for its calls."""
+    """A model of a mixin class pays for its calls."""
     limiter = Limiter("100 RPM")
 
     PacedMockEmbedding(embed_dim=2, limiter=limiter).get_text_embedding("hi")
@@ -349,13 +349,13 @@ def test_mixin_paces() -> None:
 
 
 def test_mixin_without_a_limiter_says_so() -> None:
-    """There is no unpaced paced model."""
+    """A paced class cannot be made without a limiter."""
     with pytest.raises(TypeError, match="required keyword-only argument: 'limiter'"):
         PacedOpenAI(api_key=KEY)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]  # the point
 
 
 def test_mixin_with_anything_but_a_limiter_says_so() -> None:
-    """Not in the words of whoever stumbles over it."""
+    """The error names the argument, and not some detail that fails later."""
     with pytest.raises(TypeError, match="limiter= takes a Limiter, not 500"):
         PacedOpenAI(api_key=KEY, limiter=500)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]  # the point
 
@@ -372,7 +372,7 @@ def test_mixin_behind_the_model_is_refused(model: type[Any], mixin: type[Any]) -
 
 
 def test_subclass_of_a_paced_class_keeps_its_defaults() -> None:
-    """The 0 that keeps others from retrying is nobody's default."""
+    """The 0 that stops other layers from retrying must not become a default."""
 
     class Mine(PacedOpenAI):
         extra: int = 1
@@ -382,7 +382,7 @@ def test_subclass_of_a_paced_class_keeps_its_defaults() -> None:
 
 
 def test_max_retries_can_still_be_set() -> None:
-    """Setting it changes the field that is serialised, and nothing about who retries."""
+    """Setting it changes the serialised field, but not who retries."""
     inner = OpenAI(api_key=KEY)
     paced = Limiter("100 RPM").wrap(inner)
 
@@ -419,7 +419,7 @@ def test_wrap_is_what_limiter_wrap_calls() -> None:
 
 
 def test_what_is_made_of_models_is_told_what_to_wrap() -> None:
-    """An agent and a tool spec are neither model nor tool, but have some."""
+    """An agent and a tool spec are neither model nor tool, but contain some."""
 
     class Spec:
         def to_tool_list(self) -> list[Any]:
@@ -434,7 +434,7 @@ def test_what_is_made_of_models_is_told_what_to_wrap() -> None:
 
 
 def test_nothing_is_made_for_the_sake_of_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`Settings.llm` makes OpenAI's model where there is none, and fails without its key."""
+    """`Settings.llm` would make OpenAI's model if there is none, and fail without its key."""
     monkeypatch.setattr(Settings, "_llm", None)
     made: list[str] = []
     monkeypatch.setattr("llama_index.core.settings.resolve_llm", made.append)
@@ -446,6 +446,6 @@ def test_nothing_is_made_for_the_sake_of_a_message(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("estimator", [5, DefaultEstimator])
 def test_what_estimates_nothing_is_refused(estimator: Any) -> None:
-    """At once, not by the first call; a class in place of an estimator too."""
+    """The error comes at once, not with the first call; a class is refused, too."""
     with pytest.raises(TypeError, match=r"must have chat\(\), completion\(\) or embedding"):
         Limiter("1 RPM").wrap(MockLLM(), estimator=estimator)

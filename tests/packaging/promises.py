@@ -1,11 +1,11 @@
-"""What each extra promises, asked in an environment that has it and nothing else.
+"""What each extra promises, tested in an environment that has it and nothing else.
 
-``python -I promises.py EXTRA...`` is run by an interpreter in whose environment only the wheel and
-these extras are installed; ``WHEEL=`` before it names a folder to import from instead. What an extra
-serves must work; what lacks something must say how to install it. Prints a line for
-each promise and ends with status 1 if one is broken.
+``python -I promises.py EXTRA...`` is run by an interpreter whose environment has only the wheel and
+these extras; ``WHEEL=`` before it names a folder to import from instead. What an extra serves must
+work; what lacks something must say how to install it. The script prints a line for each promise,
+and ends with status 1 if one is broken.
 
-Only the standard library is imported here: nothing may help what is being tested.
+Only the standard library is imported here: nothing must help the code under test.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ import asyncbucket
 from asyncbucket import Limiter, TokenBucket, pace, plan, telemetry
 from asyncbucket.stores import open_store
 
-#: Extras that bring others along.
+#: Extras that include others.
 IMPLIED = {
     "openai": {"llama-index"},
     "llama-index": {"http"},
@@ -44,29 +44,29 @@ IMPLIED = {
 
 @dataclass(frozen=True)
 class Promise:
-    """Something that works once an extra is installed, and says so before."""
+    """Something that works with an extra, and without it names the extra to install."""
 
     extra: str
     name: str
     keep: Callable[[], object]
-    #: Who lacks the extra is told to install it; None: there is no such door without the extra.
+    #: Whether users without the extra are told to install it; False: they cannot get that far.
     tells: bool = True
 
 
 def read(request: str | urllib.request.Request) -> bytes:
-    """Return what a server on this machine answers."""
+    """Return the answer of a server on this machine."""
     with urllib.request.urlopen(request, timeout=10) as reply:  # noqa: S310 - loopback
         body: bytes = reply.read()
         return body
 
 
 def limiter() -> Limiter:
-    """Return one that everything here passes at once."""
+    """Return a limiter that admits every call here at once."""
     return Limiter("6000 RPM", "2M TPM", concurrency=3, name="packaged")
 
 
 def paces_calls() -> None:
-    """Limiter, TokenBucket, a child and a tenant, on an event loop."""
+    """Limiter, TokenBucket, a child and a tenant work on an event loop."""
 
     async def main() -> None:
         paced = limiter()
@@ -81,7 +81,7 @@ def paces_calls() -> None:
 
 
 def paces_without_a_loop() -> None:
-    """`acquire_sync` and a plain function under `paced`."""
+    """`acquire_sync` and a plain function under `paced` work."""
     paced = limiter()
     with paced.acquire_sync(tokens=5):
         pass
@@ -95,7 +95,7 @@ def plans() -> None:
 
 
 def shares_a_file() -> None:
-    """The store of one machine is SQLite."""
+    """SQLite is the store for one machine."""
     with tempfile.TemporaryDirectory() as folder:
         url = f"sqlite:///{folder}/limits.db"
         with Limiter("6000 RPM", store=url, name="packaged").acquire_sync():
@@ -103,7 +103,7 @@ def shares_a_file() -> None:
 
 
 def says_what_it_does() -> None:
-    """A log, a trace and a page of figures on loopback."""
+    """Logging, a trace and a page of statistics on loopback work."""
     paced = limiter()
     off = telemetry.logging(paced)
     trace = paced.trace()
@@ -121,14 +121,14 @@ def has_its_data() -> None:
 
 
 def reads_settings() -> None:
-    """From the environment, and what providers publish."""
+    """Settings come from the environment, and the presets can be imported."""
     os.environ["PACKAGED_RPM"] = "500"
     assert Limiter.from_env("PACKAGED_").limits[0].amount == 500
     assert asyncbucket.presets.__doc__
 
 
 def has_virtual_time() -> None:
-    """An hour of pacing takes no time; no web framework is needed for it."""
+    """An hour of pacing takes no time, and needs no web framework."""
     from asyncbucket.testing import VirtualTime
 
     async def main() -> None:
@@ -165,7 +165,7 @@ _REPLY = {
     ],
     "usage": {"prompt_tokens": 5, "completion_tokens": 1, "total_tokens": 6},
 }
-#: As OpenAI tells what is left; durations need a parser of their own.
+#: Headers of OpenAI about what is left; their durations need a parser of their own.
 _LEFT = {
     "x-ratelimit-limit-requests": "6000",
     "x-ratelimit-remaining-requests": "5999",
@@ -190,12 +190,12 @@ class _Model(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its base calls it so
-        """Say nothing."""
+        """Log nothing."""
 
 
 @contextlib.contextmanager
 def a_model() -> Generator[str]:
-    """Serve an OpenAI-compatible model on loopback; give its address."""
+    """Serve an OpenAI-compatible model on loopback, and yield its address."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _Model) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -205,7 +205,7 @@ def a_model() -> Generator[str]:
 
 
 def wraps_a_model() -> None:
-    """Any LLM of LlamaIndex."""
+    """A LlamaIndex model can be paced."""
     if importlib.util.find_spec("llama_index") is None:
         pace(object(), rpm=5)
     from llama_index.core.llms import MockLLM
@@ -216,7 +216,7 @@ def wraps_a_model() -> None:
 
 
 def wraps_openai() -> None:
-    """OpenAI's class, over HTTP, with headers that say what is left."""
+    """OpenAI's classes can be paced, over HTTP with headers that say what is left."""
     from llama_index.embeddings.openai import OpenAIEmbedding
     from llama_index.llms.openai import OpenAI
 
@@ -229,7 +229,7 @@ def wraps_openai() -> None:
 
 
 def paces_a_client() -> None:
-    """Whichever client is there; the user brings his own."""
+    """The limiter's own client works with whichever HTTP library is installed."""
     paced = limiter()
     client = paced.http_client(sync=True)
     with a_model() as url, client:
@@ -238,7 +238,7 @@ def paces_a_client() -> None:
 
 
 def maps_a_batch() -> None:
-    """`amap` with a bar and a checkpoint, and its twin for code without a loop."""
+    """`amap` works with a bar and a checkpoint, and so does `map` for code without a loop."""
 
     async def double(number: int) -> int:
         return 2 * number
@@ -260,12 +260,12 @@ def maps_a_batch() -> None:
 
 
 def opens_redis() -> None:
-    """A store on a server; nothing is connected yet."""
+    """A store on a server can be opened; nothing connects yet."""
     open_store("redis://127.0.0.1:1/0")
 
 
 def counts_for_prometheus() -> None:
-    """Metrics in a registry."""
+    """The metrics are in the registry."""
     paced = limiter()
     off = telemetry.prometheus(paced)
     with paced.acquire_sync():
@@ -277,7 +277,7 @@ def counts_for_prometheus() -> None:
 
 
 def measures_for_opentelemetry() -> None:
-    """The API alone: whoever wants to see something brings an SDK."""
+    """The API alone is enough; an SDK is only needed to see anything."""
     off = telemetry.opentelemetry(limiter())
     off()
 
@@ -304,7 +304,7 @@ def gives_fixtures() -> None:
 
 
 def has_commands() -> None:
-    """Each says what it does; the demo runs."""
+    """Each has its help, and `plan` and the demo run."""
     for command in ("demo", "run", "plan", "watch", "plot", "doctor"):
         assert "Examples:" in _run("-m", "asyncbucket", command, "--help"), command
     assert "tokens bind" in _run(
@@ -316,7 +316,7 @@ def has_commands() -> None:
 
 
 def says_its_version() -> None:
-    """The command tells which it is; without its extra it tells what to install."""
+    """The command tells its version; without its extra it tells what to install."""
     code = f"import sys; sys.path[:] = {sys.path!r}; from asyncbucket.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-B", "-c", code, "--version"],
@@ -330,7 +330,7 @@ def says_its_version() -> None:
 
 
 def draws_a_trace() -> None:
-    """What `limiter.trace()` kept, as a picture."""
+    """A picture is drawn of what `limiter.trace()` kept."""
     from asyncbucket.cli.trace.picture import draw
     from asyncbucket.cli.trace.story import read
 
@@ -377,7 +377,7 @@ PROMISES = (
 
 
 def installed(extras: list[str]) -> set[str]:
-    """Return the extras, with those that they bring along."""
+    """Return the extras, with those that they include."""
     found = set(extras)
     for extra in extras:
         found |= IMPLIED.get(extra, set())
@@ -387,7 +387,7 @@ def installed(extras: list[str]) -> set[str]:
 
 
 def broken(promise: Promise, *, here: bool) -> str | None:
-    """Return what is wrong with a promise whose extra is installed, or is not."""
+    """Return what is wrong with a promise, whether or not its extra is installed."""
     try:
         promise.keep()
     except ImportError as error:
@@ -395,13 +395,13 @@ def broken(promise: Promise, *, here: bool) -> str | None:
         if here:
             return traceback.format_exc()
         return None if "pip install" in str(error) and told in str(error) else f"says {error}"
-    except Exception:  # noqa: BLE001 - that is what is asked
+    except Exception:  # noqa: BLE001 - any failure is reported
         return traceback.format_exc()
-    return None  # without its extra, too: another one brought what it needs
+    return None  # it may work without its extra if another one brought what it needs
 
 
 def main(extras: list[str]) -> int:
-    """Ask for every promise; return 1 if one is broken."""
+    """Check every promise; return 1 if one is broken."""
     here = installed(extras)
     failures = 0
     core = [Promise("core", each.__name__.replace("_", " "), each) for each in CORE]

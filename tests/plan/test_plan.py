@@ -1,4 +1,4 @@
-"""What a plan says, and how it says it."""
+"""What a plan says, and how it is worded."""
 
 import json
 import pickle
@@ -23,13 +23,13 @@ limit                       used          if doubled          if removed
 
 
 def by(plan: Plan, resource: str) -> tuple[float | None, float | None]:
-    """Return what twice the limit, and no limit, of a resource would take."""
+    """Return the durations with twice the limit of a resource, and without it."""
     (limit,) = (each for each in plan.limits if each.resource == resource)
     return limit.if_doubled, limit.if_removed
 
 
 def test_example_of_the_readme_prints_well() -> None:
-    """A sentence, then a table."""
+    """It is a sentence, then a table."""
     planned = plan(calls=10_000, tokens=800, rpm=500, tpm=200_000, concurrency=32, latency=1.5)
 
     assert str(planned) == EXAMPLE
@@ -44,7 +44,7 @@ def test_example_of_the_readme_prints_well() -> None:
     ],
 )
 def test_doubling_what_binds_helps_most(binding: str, limits: dict[str, Any]) -> None:
-    """And what binds is the only limit that is worth money."""
+    """Only doubling the limit that binds is worth its money."""
     planned = plan(calls=500, tokens=800, latency=2.0, **limits)
 
     assert planned.bound_by == binding
@@ -58,14 +58,14 @@ def test_doubling_what_binds_helps_most(binding: str, limits: dict[str, Any]) ->
 
 @pytest.mark.parametrize("rpm", [5, 19, 500])
 def test_twice_a_limit_is_what_twice_the_number_means(rpm: int) -> None:
-    """Its default burst, too, which is rounded down: 1 of 19, and 3 of 38."""
+    """The default burst doubles, too, though it is rounded down: 1 of 19, and 3 of 38."""
     doubled, _ = by(plan(calls=700, rpm=rpm), "requests")
 
     assert doubled == plan(calls=700, rpm=2 * rpm).duration
 
 
 def test_twice_a_limit_has_twice_the_burst_that_was_given() -> None:
-    """It was chosen for what it is a part of."""
+    """A burst that was given doubles with its limit."""
     doubled, _ = by(plan("60 RPM burst 2", calls=700), "requests")
 
     assert doubled == plan("120 RPM burst 4", calls=700).duration
@@ -82,12 +82,12 @@ def test_what_nobody_waits_for_does_not_bind() -> None:
 
 
 def test_calls_without_a_latency_take_no_time() -> None:
-    """None said is none given."""
+    """Passing None is the same as passing 0."""
     assert plan(calls=5, rpm=500, latency=None) == plan(calls=5, rpm=500, latency=0)
 
 
 def test_same_seed_same_plan() -> None:
-    """Whatever is drawn, another time and in another order of arguments."""
+    """The same seed draws the same values again, and another seed draws others."""
 
     def one(seed: int) -> Plan:
         return plan(
@@ -105,7 +105,7 @@ def test_same_seed_same_plan() -> None:
 
 
 def test_a_plan_reads_no_clock_and_no_global_chance() -> None:
-    """It is the same in a test that seeds `random` otherwise."""
+    """It leaves the state of `random` alone."""
     state = random.getstate()
 
     plan(calls=10, tokens=lambda chance: chance.random(), latency=1, rpm=5)
@@ -114,7 +114,7 @@ def test_a_plan_reads_no_clock_and_no_global_chance() -> None:
 
 
 def test_calls_that_can_never_pass_are_counted() -> None:
-    """One text too long in a thousand is no reason to have no plan."""
+    """One overlong text in a thousand is no reason to have no plan."""
     planned = plan(tokens=[500, 50_000, 700], tpm=30_000, latency=1.0)
 
     assert (planned.calls, planned.refused) == (2, 1)
@@ -124,21 +124,21 @@ def test_calls_that_can_never_pass_are_counted() -> None:
 
 
 def test_call_that_can_never_pass_holds_up_nobody() -> None:
-    """The limiter refuses it as it comes, so those behind it do not wait until others end."""
+    """The limiter refuses it on arrival, so calls behind it need not wait for running ones."""
     planned = plan(tokens=[500, 50_000, 700], tpm=30_000, concurrency=2, latency=[20.0, 1.0, 1.0])
 
     assert (planned.refused, planned.waits.max, planned.duration) == (1, 0, 20.0)
 
 
 def test_many_calls_in_flight_are_written_out() -> None:
-    """On average, too, as their peak is."""
+    """The average is written out like the peak."""
     planned = plan(calls=50_000, rpm=600_000, latency=60, what_if=False)
 
     assert "\nin flight: 50,000 on average, 50,000 at most" in str(planned)
 
 
 def test_no_more_than_all_of_a_limit_is_used() -> None:
-    """Not even by a call that turns out to have used more than there is."""
+    """This holds even if a call turns out to have used more than the limit."""
     planned = plan(calls=1, tokens=800, used_tokens=1_500, tpm=1_000, latency=1)
 
     assert planned.tokens == 1_500
@@ -146,7 +146,7 @@ def test_no_more_than_all_of_a_limit_is_used() -> None:
 
 
 def test_no_call_passes_is_an_error() -> None:
-    """With the numbers and the remedy of the limiter."""
+    """The error has the limiter's numbers and remedy."""
     with pytest.raises(
         CostExceedsLimit,
         match="no call can ever pass: cost of 800 tokens exceeds the limit of 500 tokens per 60 s",
@@ -163,12 +163,12 @@ def test_many_calls_are_asked_what_if_only_on_request() -> None:
 
 
 def test_what_if_can_be_left_out() -> None:
-    """For those who want the duration alone."""
+    """This serves those who want only the duration."""
     assert by(plan(calls=10, rpm=5, what_if=False), "requests") == (None, None)
 
 
 def test_timeline_adds_up_to_all_calls() -> None:
-    """Admissions in equal parts of the duration."""
+    """It counts admissions in equal parts of the duration."""
     planned = plan(calls=1_000, rpm=500, latency=1.0)
 
     assert sum(planned.timeline) == 1_000
@@ -184,7 +184,7 @@ def test_poisson_arrivals_come_at_their_rate() -> None:
 
 
 def test_debt_of_a_request_limit_of_the_day_shows_in_the_share() -> None:
-    """Two limits of one resource are judged each by its own window."""
+    """Two limits of one resource are each judged by their own window."""
     planned = plan("100 RPD burst 100", calls=150, rpm=600)
 
     day, minute = sorted(planned.limits, key=lambda each: each.limit)
@@ -195,7 +195,7 @@ def test_debt_of_a_request_limit_of_the_day_shows_in_the_share() -> None:
 
 
 def test_plan_survives_json_and_pickle() -> None:
-    """It may be written down and sent to another process."""
+    """It may be written down, or sent to another process."""
     planned = plan(calls=10, tokens=100, rpm=5, tpm=1_000, latency=1)
 
     assert json.loads(json.dumps(planned.as_dict()))["bound_by"] == planned.bound_by
@@ -228,7 +228,7 @@ def test_plan_survives_json_and_pickle() -> None:
     ],
 )
 def test_what_makes_no_plan_says_what_is_missing(arguments: dict[str, Any], message: str) -> None:
-    """Each message has the remedy."""
+    """Each message names the remedy."""
     with pytest.raises(ValueError, match=message):
         plan(**arguments)
 
@@ -249,14 +249,14 @@ def test_limit_that_cannot_be_read_is_an_error_of_limits() -> None:
 
 
 def test_samples_and_instants_may_come_from_generators() -> None:
-    """They are read once, and run through several times."""
+    """They are read once, though the plan runs through them several times."""
     planned = plan(tpm=100, tokens=(60 for _ in range(3)), resources={}, latency=iter([1, 1, 1]))
     assert planned == plan(tpm=100, tokens=[60, 60, 60], latency=[1, 1, 1])
     assert plan(rpm=60, arrivals=iter([0.0, 5.0])).duration == 5
 
 
 def test_other_resources_are_planned_too() -> None:
-    """Images, pages, dollars."""
+    """These may be images, pages or dollars."""
     planned = plan("6 images/10s", calls=10, resources={"images": 3})
 
     assert planned.bound_by == "images"
@@ -278,7 +278,7 @@ def test_a_tree_is_made_of_whole_numbers(sides: dict[str, int]) -> None:
 
 
 def test_tree_counts_its_calls() -> None:
-    """Three agents, each calls two, each of which calls two; four calls each."""
+    """Three agents each call two, each of which calls two, and each makes four calls."""
     assert AgentTree(agents=3, depth=3, fan_out=2, steps=4).calls == 3 * (1 + 2 + 4) * 4
 
 
@@ -297,7 +297,7 @@ def test_tree_counts_its_calls() -> None:
     ],
 )
 def test_times_are_said_in_two_units_at_most(seconds: float, text: str) -> None:
-    """As people say them, and never 60 of the smaller one."""
+    """They are worded as people say them, never with 60 of the smaller unit."""
     assert spoken(seconds) == text
 
 
@@ -308,14 +308,14 @@ def test_shares_are_rounded_down() -> None:
 
 
 def test_what_binds_is_said_in_the_right_number() -> None:
-    """Tokens bind, concurrency binds."""
+    """Tokens bind, but concurrency binds."""
     assert binds("input_tokens") == "input tokens bind"
     assert binds("concurrency") == "concurrency binds"
     assert binds(None) == "nothing binds"
 
 
 def test_a_change_below_half_a_percent_is_none() -> None:
-    """Nobody pays for that."""
+    """Nobody would pay for so little."""
     assert change(100.4, 100) == "the same"
     assert change(50, 100) == "50 s (-50 %)"
     assert change(None, 100) == ""
@@ -333,13 +333,13 @@ def test_a_change_below_half_a_percent_is_none() -> None:
     ids=str,
 )
 def test_a_tree_that_nobody_can_run_through_is_refused_at_once(sides: dict[str, int]) -> None:
-    """Before its calls are counted one by one."""
+    """It is refused before its calls are counted one by one."""
     with pytest.raises(ValueError, match=r"^agents=.* make more than 10,000,000 calls, the most"):
         AgentTree(**sides)
 
 
 def test_calls_that_nobody_can_run_through_are_refused_at_once() -> None:
-    """With the numbers, and what to do; tenants take longer, so theirs are fewer."""
+    """The error has numbers and remedy; tenants take longer to plan, so their bound is lower."""
     with pytest.raises(ValueError, match=r"10,000,001 calls are more than the 10,000,000 that a"):
         plan(calls=10_000_001, rpm=500)
     with pytest.raises(ValueError, match=r"1,200,000 calls are more than the 1,000,000 of tenants"):

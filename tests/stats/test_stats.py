@@ -1,4 +1,4 @@
-"""What a limiter does, as somebody else on this machine sees it."""
+"""What other programs on this machine can see of a limiter."""
 
 import asyncio
 import http.client
@@ -34,13 +34,13 @@ def busy() -> Limiter:
 
 
 def get(url: str, **headers: str) -> str:
-    """Return what an address answers."""
+    """Return the answer at an address."""
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers)) as reply:  # noqa: S310 - our own
         return str(reply.read().decode())
 
 
 def test_limiters_of_one_name_are_refused() -> None:
-    """Prometheus would drop the numbers of one of them, and ``watch`` mix them up."""
+    """Prometheus would drop the numbers of one of them, and ``watch`` would mix them up."""
     limiter = Limiter("5 RPM", name="chat")
     child = limiter.child("a")
 
@@ -51,7 +51,7 @@ def test_limiters_of_one_name_are_refused() -> None:
 
 
 def test_report_shows_children_and_counts_tenants_unnamed() -> None:
-    """Tenants are in the numbers above, never in the list."""
+    """Tenants are part of the totals, but are never listed."""
     seen = report([busy()])
     assert [each["name"] for each in seen["limiters"]] == ["openai", "openai/chat"]
     root, chat = seen["limiters"]
@@ -71,7 +71,7 @@ def test_report_shows_children_and_counts_tenants_unnamed() -> None:
 
 
 def test_endpoint_serves_json_and_prometheus_text() -> None:
-    """To whoever asks on this machine."""
+    """Any program on this machine can ask for them."""
     limiter = busy()
     with limiter.serve_stats() as server:
         seen = json.loads(get(server.url))
@@ -83,7 +83,7 @@ def test_endpoint_serves_json_and_prometheus_text() -> None:
 
 
 def test_metric_that_telemetry_has_too_has_the_same_labels() -> None:
-    """One dashboard reads both, and another amount of a limit makes no other series."""
+    """One dashboard reads both, and a changed amount of a limit does not start another series."""
     client = pytest.importorskip("prometheus_client")
     parser = pytest.importorskip("prometheus_client.parser")
     limiter = Limiter("500 RPM", "3 images/10s", concurrency=4, name="mine")
@@ -107,7 +107,7 @@ def test_metric_that_telemetry_has_too_has_the_same_labels() -> None:
 
 
 def test_prometheus_text_is_what_its_parser_reads() -> None:
-    """Quotes in a name included."""
+    """This includes quotes in a name."""
     parser = pytest.importorskip("prometheus_client.parser")
     limiter = Limiter("5 RPM", name='a "b"\\c')
     families = list(parser.text_string_to_metric_families(as_prometheus([limiter])))
@@ -118,7 +118,7 @@ def test_prometheus_text_is_what_its_parser_reads() -> None:
 
 
 def test_unix_socket_is_its_owner_s_alone_and_gone_afterwards(tmp_path: Path) -> None:
-    """One that a dead process left is taken over; a live one is not."""
+    """A socket left by a dead process is taken over, but not a live one."""
     path = tmp_path / "limits.sock"
     left = socket.socket(socket.AF_UNIX)
     left.bind(str(path))
@@ -140,7 +140,7 @@ def test_unix_socket_is_its_owner_s_alone_and_gone_afterwards(tmp_path: Path) ->
 def test_socket_goes_away_wherever_the_program_has_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A daemon changes to another folder after it was started."""
+    """A daemon may change its folder after it has started."""
     monkeypatch.chdir(tmp_path)
     with busy().serve_stats(path="limits.sock"):
         monkeypatch.chdir("/")
@@ -148,7 +148,7 @@ def test_socket_goes_away_wherever_the_program_has_gone(
 
 
 def test_a_file_is_no_socket_to_take_over(tmp_path: Path) -> None:
-    """Somebody's file stays."""
+    """A file that somebody else made stays."""
     path = tmp_path / "notes.txt"
     path.write_text("mine")
     with pytest.raises(OSError, match="Address already in use"):
@@ -158,20 +158,20 @@ def test_a_file_is_no_socket_to_take_over(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.1", "example.org"])  # noqa: S104 - refused
 def test_other_machines_are_not_served(host: str) -> None:
-    """The message says what is."""
+    """The error says which addresses are served."""
     with pytest.raises(ValueError, match="on this machine alone: host must be a loopback address"):
         busy().serve_stats(host=host)
 
 
 @pytest.mark.parametrize("port", [99_999, -1, "80"])
 def test_port_that_there_is_not_is_refused_with_the_ports_that_there_are(port: Any) -> None:
-    """Before a socket is made of it; one from the environment is a text."""
+    """The error comes before a socket is made; a port from the environment is a string."""
     with pytest.raises(ValueError, match=rf"number from 0 .any.* to 65535, not {port!r}$"):
         busy().serve_stats(port=port)
 
 
 def test_error_says_where_nothing_can_be_served(tmp_path: Path) -> None:
-    """A port that is taken, a folder that is not there, a path that no socket may have."""
+    """The port may be taken, the folder missing, or the path too long for a socket."""
     with busy().serve_stats() as server:
         where = server.url.removeprefix("http://")
         port = int(where.partition(":")[2])
@@ -184,7 +184,7 @@ def test_error_says_where_nothing_can_be_served(tmp_path: Path) -> None:
 
 
 def test_strange_names_and_paths_get_nothing() -> None:
-    """A browser lured here by another name is refused; unknown paths say what there is."""
+    """A browser lured here by another host name is refused; unknown paths get 404."""
     with busy().serve_stats(host="localhost") as server:
         with pytest.raises(urllib.error.HTTPError, match="403"):
             get(server.url, Host="evil.example")
@@ -193,7 +193,7 @@ def test_strange_names_and_paths_get_nothing() -> None:
 
 
 def test_client_that_goes_away_is_no_noise(capfd: pytest.CaptureFixture[str]) -> None:
-    """In the middle of its request, or before its answer: the program's terminal stays as it is."""
+    """Whether it leaves during its request or before the answer, nothing is printed."""
     before = set(threading.enumerate())
     with busy().serve_stats() as server:
         port = int(server.url.rpartition(":")[2])
@@ -207,13 +207,13 @@ def test_client_that_goes_away_is_no_noise(capfd: pytest.CaptureFixture[str]) ->
             client.close()  # the connection is reset
         assert "openai" in get(server.url)
         while any(each.name.startswith("Thread-") for each in set(threading.enumerate()) - before):
-            time.sleep(0.001)  # those who answer
+            time.sleep(0.001)  # the threads that answer
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_forked_child_that_closes_it_leaves_it_to_its_parent(tmp_path: Path) -> None:
-    """As it leaves a ``with`` that it was forked in; and the child itself is not held up."""
+    """It may leave the ``with`` block that it was forked in, and is not held up itself."""
     script = """
 import os, sys, urllib.request
 from asyncbucket import Limiter
@@ -237,7 +237,7 @@ with limiter.serve_stats() as server, limiter.serve_stats(path=sys.argv[1]):
 
 
 def test_loopback_of_version_six_is_loopback() -> None:
-    """Where the machine has it."""
+    """This needs a machine with IPv6."""
     try:
         server = busy().serve_stats(host="::1")
     except OSError:
@@ -248,7 +248,7 @@ def test_loopback_of_version_six_is_loopback() -> None:
 
 
 def test_statistics_read_well_in_a_notebook(virtual_time: VirtualTime) -> None:
-    """As a table, with nothing that HTML would misread."""
+    """They are a table, with special characters escaped for HTML."""
     limiter = Limiter("600 RPM", concurrency=1, name="<b>", clock=virtual_time.clock)
 
     async def main() -> None:
@@ -271,7 +271,7 @@ def test_statistics_read_well_in_a_notebook(virtual_time: VirtualTime) -> None:
 
 
 def test_trace_keeps_the_last_admissions(virtual_time: VirtualTime, tmp_path: Path) -> None:
-    """In full for a test, in lines for a plot; nothing after it was stopped."""
+    """A test gets them in full, and a plot gets them as lines; a stopped trace records nothing."""
     limiter = Limiter("60 RPM burst 1", "1k TPM", clock=virtual_time.clock, name="openai")
 
     async def main() -> None:
@@ -304,6 +304,6 @@ def test_trace_keeps_the_last_admissions(virtual_time: VirtualTime, tmp_path: Pa
 
 @pytest.mark.parametrize("last", [0, -1, 1.5, True])
 def test_a_trace_of_nothing_is_refused(last: object) -> None:
-    """At once."""
+    """The error comes at once."""
     with pytest.raises(ValueError, match="last must be a whole number of at least 1"):
         Limiter("5 RPM").trace(cast("int", last))

@@ -1,4 +1,4 @@
-"""Real servers: Debian's valkey-server, else redis-server, on loopback, each in a folder of its own."""
+"""Real servers on loopback, valkey-server or else redis-server, each in its own folder."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ SERVER = shutil.which("valkey-server") or shutil.which("redis-server")
 
 
 class RunningServer:
-    """Be a server process; it can be killed, frozen and started again on the same port."""
+    """A server process that can be killed, frozen and started again on the same port."""
 
     def __init__(self, folder: Path, *options: str, tls: bool = False) -> None:
         self.folder = folder
@@ -97,9 +97,9 @@ class RunningServer:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on, another one each time.
+    """Return a port that nobody listens on, a different one each time.
 
-    Those of a cluster's nodes, 10,000 further up, are below what the system gives to clients, too.
+    Ports of cluster nodes, 10,000 higher, also stay below those that the system gives to clients.
     """
     for port in _PORTS:
         with socket.socket() as probe:
@@ -111,14 +111,14 @@ def free_port() -> int:
     raise AssertionError
 
 
-#: Processes that run tests beside each other begin at different places.
+#: Test processes that run in parallel start at different ports.
 _PORTS = itertools.cycle(
     [10_000 + (1_200 * (os.getpid() % 10) + each) % 12_000 for each in range(12_000)]
 )
 
 
 def wait_for_port(process: "subprocess.Popen[bytes]", port: int, *, tls: bool) -> None:
-    """Return as soon as the server listens there, and has loaded what it kept.
+    """Return as soon as the server listens, and has loaded its data.
 
     Raises:
         ConnectionRefusedError: it has ended.
@@ -140,7 +140,7 @@ def wait_for_port(process: "subprocess.Popen[bytes]", port: int, *, tls: bool) -
 
 @pytest.fixture(scope="session")
 def server_program() -> str:
-    """Have a server, or say loudly that none can be had here."""
+    """Return the server's program, or say loudly that there is none."""
     if SERVER is None:
         if "CI" in os.environ:
             pytest.fail("no valkey-server or redis-server: install the Debian package")
@@ -150,7 +150,7 @@ def server_program() -> str:
 
 @pytest.fixture
 def start_server(server_program: str, tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
-    """Start servers with options of one's own; all are stopped at the end."""
+    """Start servers with the given options, and stop all of them at the end."""
     running: list[RunningServer] = []
     assert server_program
 
@@ -169,7 +169,7 @@ def start_server(server_program: str, tmp_path: Path) -> Iterator[Callable[..., 
 def shared_server(
     server_program: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
-    """Be one server for all tests that do it no harm."""
+    """Run one server for all tests that do it no harm."""
     assert server_program
     with RunningServer(tmp_path_factory.mktemp("valkey")) as server:
         yield server
@@ -177,9 +177,9 @@ def shared_server(
 
 @pytest.fixture(autouse=True)
 def patient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait longer for replies than 0.2 s, for the machine may be busy.
+    """Wait longer than 0.2 s for replies, as the machine may be busy.
 
-    Not where a test has a server of its own, that may be frozen or killed.
+    This does not apply if a test has its own server, which may be frozen or killed.
     """
     if "start_server" not in request.fixturenames:
         monkeypatch.setattr("asyncbucket.stores.redis_ledger.PATIENCE", 5.0)
@@ -188,7 +188,7 @@ def patient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 async def redis(shared_server: RunningServer) -> AsyncIterator[Any]:
-    """Look at the shared server from outside; it is empty at first."""
+    """Return a client for the shared server, which is empty at first."""
     client = Redis.from_url(shared_server.url, decode_responses=True)
     await client.flushall()
     yield client
@@ -197,7 +197,7 @@ async def redis(shared_server: RunningServer) -> AsyncIterator[Any]:
 
 @pytest.fixture
 async def store(shared_server: RunningServer, redis: Any) -> AsyncIterator[RedisStore]:
-    """Be a store on the shared server, empty at first."""
+    """Return a store on the shared server, which is empty at first."""
     assert await redis.dbsize() == 0
     store = open_store(shared_server.url)
     assert isinstance(store, RedisStore)
@@ -208,7 +208,7 @@ async def store(shared_server: RunningServer, redis: Any) -> AsyncIterator[Redis
 
 @pytest.fixture
 def redis_sync(shared_server: RunningServer) -> Iterator[Any]:
-    """Look at the shared server without a loop."""
+    """Return a synchronous client for the shared server, which is empty at first."""
     client = SyncRedis.from_url(shared_server.url, decode_responses=True)
     client.flushall()
     yield client
@@ -217,26 +217,26 @@ def redis_sync(shared_server: RunningServer) -> Iterator[Any]:
 
 @pytest.fixture
 def url(shared_server: RunningServer, redis_sync: Any) -> str:
-    """Be an empty server."""
+    """Return the URL of an empty server."""
     assert redis_sync.dbsize() == 0
     return shared_server.url
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A file that is not there yet."""
+    """Return the path of a file that does not exist yet."""
     return tmp_path / "limits.db"
 
 
 class Proxy:
-    """Stand between a client and a server, and break the connection where it hurts."""
+    """A proxy between a client and a server that can break the connection at any byte."""
 
     def __init__(self, target: int) -> None:
         self.target = target
         self.port = free_port()
-        #: How many bytes of answers pass from now on before the connection breaks; None for all.
+        #: How many more bytes of answers pass before the connection breaks; None for all.
         self.left: int | None = None
-        #: How many connections break so.
+        #: How many connections break.
         self.cuts = 1
         self.broken = 0
         self._server: asyncio.Server | None = None
@@ -244,7 +244,7 @@ class Proxy:
         self._open: set[asyncio.StreamWriter] = set()
 
     def cut(self, left: int, *, times: int = 1) -> None:
-        """Break the connection after ``left`` bytes, and the next ones after the first."""
+        """Break the connection after ``left`` bytes, and later ones after their first byte."""
         self.left, self.cuts, self.broken = left, times, 0
 
     @property
@@ -300,7 +300,7 @@ class Proxy:
 
 @pytest.fixture
 async def proxy(shared_server: RunningServer, redis: Any) -> AsyncIterator[Proxy]:
-    """Stand before the shared server, empty at first."""
+    """Return a proxy before the shared server, which is empty at first."""
     assert await redis.dbsize() == 0
     async with Proxy(shared_server.port) as proxy:
         yield proxy

@@ -1,4 +1,4 @@
-"""The public suite, played on the SQLite store."""
+"""The public conformance suite, run on the SQLite store."""
 
 from pathlib import Path
 
@@ -7,12 +7,12 @@ import pytest
 from asyncbucket.stores import Store, open_store
 from asyncbucket.testing.store_conformance import StoreConformance
 
-#: What stores share is the machine's clock.
+#: The stores share the machine's clock.
 pytestmark = pytest.mark.real_clock
 
 
 class TestSQLite(StoreConformance):
-    """A file is a store."""
+    """Run every scenario on a file."""
 
     path: Path = Path()
 

@@ -1,4 +1,4 @@
-"""The desk between a line of calls and the store: few round trips, and what happens without a store."""
+"""The desk between a line of calls and the store: few round trips, and what an outage does."""
 
 import asyncio
 import collections
@@ -35,7 +35,7 @@ def terms(*limits: str, concurrency: int | None = None) -> Terms:
 
 
 class Call:
-    """Wait in a line."""
+    """A call that waits in a line."""
 
     def __init__(self, amounts: dict[str, int]) -> None:
         self.amounts = amounts
@@ -44,7 +44,7 @@ class Call:
 
 
 class Fifo:
-    """Be the simplest line."""
+    """The simplest line."""
 
     def __init__(self) -> None:
         self.calls: collections.deque[Call] = collections.deque()
@@ -69,7 +69,7 @@ class Fifo:
 
 
 class Worker:
-    """Be one worker: a desk, its line, and calls."""
+    """One worker: a desk, its line, and calls."""
 
     def __init__(self, desk: Desk[Call], line: Fifo, events: list[Event]) -> None:
         self.desk = desk
@@ -92,7 +92,7 @@ class Worker:
 
 @pytest.fixture
 async def hire() -> AsyncIterator[Any]:
-    """Open workers at a URL; all are closed at the end."""
+    """Open workers at a URL, and close all of them at the end."""
     workers: list[tuple[Worker, Any]] = []
 
     async def hire(url: str, terms: Terms, **options: Any) -> Worker:
@@ -111,20 +111,20 @@ async def hire() -> AsyncIterator[Any]:
 
 @pytest.fixture
 async def url(shared_server: "RunningServer", redis: Any) -> str:
-    """Be an empty server."""
+    """Return the URL of an empty server."""
     assert await redis.dbsize() == 0
     return shared_server.url
 
 
 async def until(holds: "Callable[[], object]") -> None:
-    """Look again and again, for some seconds."""
+    """Wait for a condition, for some seconds."""
     async with asyncio.timeout(5):
-        while not holds():  # noqa: ASYNC110 - what is waited for rings no bell
+        while not holds():  # noqa: ASYNC110 - nothing signals this
             await asyncio.sleep(0.005)
 
 
 async def scripts_run(redis: Any) -> int:
-    """Return how often the server was asked, by its own count."""
+    """Return how many scripts the server has run, by its own count."""
     stats = await redis.info("commandstats")
     return sum(stats.get(f"cmdstat_{verb}", {"calls": 0})["calls"] for verb in ("evalsha", "eval"))
 
@@ -134,7 +134,7 @@ async def scripts_run(redis: Any) -> int:
 async def test_fifty_waiters_cost_at_most_one_round_trip_each(
     url: str, redis: Any, hire: Any, concurrency: int | None
 ) -> None:
-    """Reservations, settlements and releases together: by the server's own count."""
+    """This includes reservations, settlements and releases, by the server's own count."""
     worker = await hire(url, terms("100/s burst 10", concurrency=concurrency))
     grants = 0
 
@@ -158,7 +158,7 @@ async def test_fifty_waiters_cost_at_most_one_round_trip_each(
 async def test_workers_short_of_slots_cost_at_most_one_round_trip_a_call(
     url: str, redis: Any, hire: Any, limit: str, least: int
 ) -> None:
-    """Four of them share 50 slots among 100 agents, whether slots bind or the limit."""
+    """Four workers share 50 slots among 100 agents, whether slots or the limit bind."""
     workers = [await hire(url, terms(f"{limit} burst 10", concurrency=50)) for _ in range(4)]
     chance = random.Random(1)
     end, grants = time.monotonic() + 4, 0
@@ -182,7 +182,7 @@ async def test_workers_short_of_slots_cost_at_most_one_round_trip_a_call(
 async def test_workers_that_want_more_than_there_is_take_turns(
     kind: str, url: str, hire: Any, tmp_path: Path
 ) -> None:
-    """Whoever was served stands behind those who wait: no two calls of one worker in a row."""
+    """A worker that was served goes behind those that wait, so none is served twice in a row."""
     where = url if kind == "server" else f"sqlite:///{tmp_path / 'limits.db'}?patience=5"
     workers = [await hire(where, terms("10/s burst 1", concurrency=50)) for _ in range(3)]
     went: list[tuple[int, Worker]] = []
@@ -209,12 +209,12 @@ async def test_idle_acquire_takes_one_round_trip(url: str, hire: Any) -> None:
         grant = await worker.acquire()
         times.append(time.perf_counter() - begun)
         worker.release(grant)
-    # A median of under 1 ms is what a quiet machine shows; a busy one is given five times that.
+    # The median is below 1 ms on a quiet machine; a busy one is allowed five times that.
     assert sorted(times)[100] < 0.005
 
 
 async def test_slot_goes_round_between_workers(url: str, redis: Any, hire: Any) -> None:
-    """A release in one worker lets in the call that waits in another, without polling."""
+    """A release in one worker admits the call that waits in another, without polling."""
     one = await hire(url, terms("1000/s", concurrency=1))
     two = await hire(url, terms("1000/s", concurrency=1))
     held = await one.acquire()
@@ -251,7 +251,7 @@ async def test_what_was_booked_for_a_call_that_is_gone_comes_back(url: str, hire
 
 
 async def test_closing_gives_back_what_has_not_started(url: str, hire: Any) -> None:
-    """A worker that leaves in order costs the others nothing."""
+    """A worker that closes costs the others nothing."""
     one = await hire(url, terms("100 requests/minute burst 1", concurrency=5))
     two = await hire(url, one.desk.ledger.terms)
     await one.acquire()
@@ -264,7 +264,7 @@ async def test_closing_gives_back_what_has_not_started(url: str, hire: Any) -> N
 
 
 async def test_desk_takes_over_what_another_has_left_behind(url: str, hire: Any) -> None:
-    """Where a loop has ended: what was booked ahead comes back, what calls hold is held on, and told."""
+    """After its loop ended, what was booked ahead comes back, and held slots are kept alive."""
     one = await hire(url, terms("100 requests/minute burst 1", concurrency=5), slot_ttl=0.3)
     two = await hire(url, one.desk.ledger.terms, slot_ttl=0.3)
     held = await one.acquire()
@@ -284,7 +284,7 @@ async def test_desk_takes_over_what_another_has_left_behind(url: str, hire: Any)
 
 
 async def test_what_was_given_back_is_not_given_back_again_by_closing(url: str, hire: Any) -> None:
-    """Or what another worker has booked for the same instant would come back with it."""
+    """Otherwise the booking of another worker for the same instant would come back with it."""
     one = await hire(url, terms("3 requests/s burst 3"))
     two = await hire(url, one.desk.ledger.terms)
     for call in [
@@ -313,7 +313,7 @@ async def test_terms_that_another_worker_sets_are_told(url: str, hire: Any) -> N
 
 
 async def test_longest_pause_is_told_once_for_what_is_left_of_it(hire: Any, url: str) -> None:
-    """However many were begun before the store could be told; a shorter one afterwards is no news."""
+    """Only what is left of the longest is sent; a shorter one afterwards is not."""
     worker = await hire(url, terms("10/s"))
     now = time.monotonic_ns()
     orders = Orders()
@@ -334,7 +334,7 @@ async def test_store_that_is_gone_is_decided_about_in_300_ms(
     fault: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A worker goes on with its share; one line is logged and one event sent at each change."""
+    """A worker goes on with its share; each change is logged once and is one event."""
     caplog.set_level(logging.WARNING, logger="asyncbucket")
     server = start_server()
     workers = [await hire(server.url, terms("100/s burst 100", concurrency=8)) for _ in range(2)]
@@ -370,7 +370,7 @@ async def test_shares_together_keep_the_limit(
 ) -> None:
     """Without the store two workers admit half of the limit each, and a full window stays full.
 
-    Each knows of the other, though both have hardly begun.
+    Each knows of the other, though both have only just begun.
     """
     server = start_server()
     both = [await hire(server.url, terms("40 tokens/s")) for _ in range(2)]
@@ -398,7 +398,7 @@ async def test_shares_together_keep_the_limit(
 async def test_other_policies_admit_everybody_or_nobody(
     start_server: "Callable[..., RunningServer]", hire: Any, policy: str, passing: int
 ) -> None:
-    """What is right depends on whom a refusal hurts: the choice is the user's."""
+    """Which is right depends on whom a refusal hurts, so the user chooses."""
     server = start_server()
     worker = await hire(server.url, terms("10/minute burst 2"), on_outage=policy)
     await worker.acquire()
@@ -414,7 +414,7 @@ async def test_other_policies_admit_everybody_or_nobody(
 
 
 async def test_desk_can_be_closed_before_it_has_begun(tmp_path: Path) -> None:
-    """Without a word on coroutines that nobody awaited: its tasks are cancelled before their start."""
+    """Its tasks are cancelled before they start, without a warning of coroutines never awaited."""
     store = open_store(f"sqlite:///{tmp_path / 'limits.db'}")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

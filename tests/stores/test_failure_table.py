@@ -4,13 +4,13 @@ import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
-#: What every store is put through.
+#: The tests that every store must pass.
 SUITE = HERE.parents[1] / "asyncbucket" / "testing" / "store_conformance"
 PAGE = HERE.parents[1] / "docs" / "shared-stores.md"
 
 
 def test_every_fault_in_the_docs_is_tested() -> None:
-    """A row names tests that are there."""
+    """The tests that a row names exist."""
     there = {
         name
         for file in (*HERE.glob("test_*.py"), *SUITE.glob("*.py"))
@@ -25,7 +25,7 @@ def test_every_fault_in_the_docs_is_tested() -> None:
 
 
 def test_rights_in_the_docs_are_those_that_were_tested() -> None:
-    """Whoever copies the ACL of the docs gets the login that the TLS test used."""
+    """The ACL in the docs is that of the login in the TLS test."""
     page, test = PAGE.read_text("utf-8"), (HERE / "test_redis_places.py").read_text("utf-8")
     shown = re.search(r"ACL SETUSER limits on >password (.*?)\n\n", page, re.DOTALL)
     used = re.search(r"RULES = \((.*?)\)", test, re.DOTALL)

@@ -1,4 +1,4 @@
-"""A store that goes and comes back, on virtual time: together never over, there and back."""
+"""A store that goes and comes back, on virtual time, never lets the limit be exceeded."""
 
 import asyncio
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ LIFE = 30_000_000_000
 
 
 class Place:
-    """Be a store in memory, which several limiters share, and which may be gone."""
+    """A store in memory that several limiters share, and that may be gone."""
 
     url = "memory"
 
@@ -24,11 +24,11 @@ class Place:
         self.books = Books(Terms(limits=()))
         self.workers = 0
         self.gone = False
-        #: Seconds that an answer takes.
+        #: How long an answer takes (s).
         self.delay = 0.0
 
     def check(self, terms: Terms) -> None:
-        """Take them all."""
+        """Accept all terms."""
 
     async def open(
         self, name: str, terms: Terms, *, worker: str | None = None, slot_ttl: float = 30.0
@@ -52,7 +52,7 @@ class Place:
 
 
 class Desk:
-    """Be a ledger of it."""
+    """A ledger of a `Place`."""
 
     def __init__(self, place: Place, name: str, worker: str) -> None:
         self.place = place
@@ -98,7 +98,7 @@ class Desk:
 def test_who_returns_first_does_not_take_what_others_took_alone(
     virtual_time: VirtualTime, late: float
 ) -> None:
-    """The store learns of that only when they return; until then nobody takes more than its share."""
+    """The store hears of that only when they return; until then nobody takes more than a share."""
     admitted: list[tuple[float, int]] = []
 
     async def main() -> None:
@@ -135,7 +135,7 @@ def test_who_returns_first_does_not_take_what_others_took_alone(
 
 
 def test_slots_given_out_as_the_store_comes_back_are_told(virtual_time: VirtualTime) -> None:
-    """The heartbeat that finds it tells of those that were given out before it was sent."""
+    """The heartbeat that finds the store reports slots given out before it was sent."""
 
     async def main() -> None:
         place = Place(virtual_time.clock)
@@ -153,7 +153,7 @@ def test_slots_given_out_as_the_store_comes_back_are_told(virtual_time: VirtualT
         place.gone = True
         leases = [await one.acquire()]
         place.gone, place.delay = False, 0.02
-        await asyncio.sleep(0.11)  # the first knock is under way
+        await asyncio.sleep(0.11)  # the first heartbeat is under way
         leases.append(await one.acquire())
         place.delay = 0.0
         await asyncio.sleep(0.02)
@@ -168,7 +168,7 @@ def test_slots_given_out_as_the_store_comes_back_are_told(virtual_time: VirtualT
 
 
 def test_record_counts_of_a_new_limit_what_was_taken_since() -> None:
-    """What a call from before used less than foreseen is no room in it."""
+    """A refund of a call from before the limit makes no room in it."""
     requests, tokens = Limit("requests", 10, per=60), Limit("tokens", 100, per=60)
     record = Record(Terms(limits=(requests,)))
     record.book({"requests": 1, "tokens": 100}, 1_000)

@@ -1,4 +1,4 @@
-"""What a ledger promises while the server, the network or a worker is unwell: one row a fault."""
+"""What a ledger promises when the server, the network or a worker fails: one test per fault."""
 
 import asyncio
 import os
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 SECOND = 1_000_000_000
 FREE = {"requests": 1}
 CALL = {"requests": 1, "concurrency": 1}
-#: A store that is gone is known to be gone after so many seconds.
+#: Within this time (s) a store that is gone must be known to be gone.
 DECISION = 1.0  # 0.3 s is promised; a machine that runs other things gets room
 
 
@@ -43,23 +43,23 @@ def terms(*limits: str, concurrency: int | None = None) -> Terms:
 
 
 def outcomes(receipt: Receipt) -> list[str]:
-    """Return what became of each call, as a word."""
+    """Return the outcome of each call, as a word."""
     return [booking.outcome.value for booking in receipt.bookings]
 
 
 def closed_for(receipt: Receipt) -> int:
-    """Return in how many ns the call of a batch will start that was not booked yet."""
+    """Return in how many ns the unbooked call of a batch will start."""
     assert outcomes(receipt) == ["later"]
     return receipt.ask_at + FAR - receipt.now
 
 
 async def used(ledger: Ledger) -> int:
-    """Return the units of the first limit that are used."""
+    """Return how many units of the first limit are used."""
     return (await ledger.peek()).limits[0].used
 
 
 async def refused(ledger: Ledger, batch: Batch) -> StoreError:
-    """Return the error with which `batch` fails, in time."""
+    """Return the error with which `batch` fails, and check that it comes in time."""
     begun = time.perf_counter()
     with pytest.raises(StoreError) as error:
         await ledger.commit(batch)
@@ -68,7 +68,7 @@ async def refused(ledger: Ledger, batch: Batch) -> StoreError:
 
 
 async def test_script_flush_costs_nothing(store: RedisStore, redis: Any) -> None:
-    """A server that has forgotten the script is sent its text, and charges once."""
+    """A server that has lost the script is sent its text, and charges once."""
     ledger = await store.open("flush", terms("100 requests/minute"))
     await redis.script_flush()
     await ledger.commit(Batch(calls=(FREE,)))
@@ -77,7 +77,7 @@ async def test_script_flush_costs_nothing(store: RedisStore, redis: Any) -> None
 
 
 async def test_flushall_begins_empty(store: RedisStore, redis: Any) -> None:
-    """After a total loss nothing passes until a whole window has."""
+    """After a total loss nothing passes for a whole window."""
     one = await store.open("lost", terms("100 requests/minute", "1000 tokens/s", concurrency=2))
     two = await store.open("lost", one.terms)
     await one.commit(Batch(calls=(CALL,)))
@@ -92,7 +92,7 @@ async def test_flushall_begins_empty(store: RedisStore, redis: Any) -> None:
 
 
 async def test_loss_counts_what_was_booked_ahead(store: RedisStore, redis: Any) -> None:
-    """Who was given a start before the loss goes then: the window that has to pass begins behind it."""
+    """Calls booked ahead still go after the loss, so the closed window begins after them."""
     limit = Limit("requests", 10, per=0.2, burst=10)
     one = await store.open("ahead", Terms(limits=(limit,)))
     await one.commit(Batch(calls=(FREE,) * 10))
@@ -104,7 +104,7 @@ async def test_loss_counts_what_was_booked_ahead(store: RedisStore, redis: Any) 
 
 
 async def test_newcomer_cannot_hide_a_loss(store: RedisStore, redis: Any) -> None:
-    """Whoever opens a lost limiter first finds it new; those who know better empty it."""
+    """To the first that opens a lost limiter it is new; workers who know better close it."""
     one = await store.open("hide", terms("100 requests/minute"))
     await one.commit(Batch(calls=(FREE,)))
     await redis.flushall()
@@ -119,7 +119,7 @@ async def test_newcomer_cannot_hide_a_loss(store: RedisStore, redis: Any) -> Non
 async def test_restart_without_data_begins_empty(
     start_server: "Callable[..., RunningServer]",
 ) -> None:
-    """A server that comes back with nothing is a loss; the worker goes on by itself."""
+    """A server that comes back empty is a loss; the worker connects again by itself."""
     server = start_server()
     store = open_store(server.url)
     ledger = await store.open("restart", terms("100 requests/minute"))
@@ -137,7 +137,7 @@ async def test_restart_without_data_begins_empty(
 async def test_restart_with_its_data_forgets_nothing(
     start_server: "Callable[..., RunningServer]",
 ) -> None:
-    """With appendfsync always a killed server still knows all that it had answered."""
+    """With appendfsync always, a killed server still has everything that it had confirmed."""
     server = start_server("--appendonly", "yes", "--appendfsync", "always")
     store = open_store(server.url)
     ledger = await store.open("kept", terms("100 requests/minute burst 100", concurrency=3))
@@ -154,7 +154,7 @@ async def test_restart_with_its_data_forgets_nothing(
 async def test_restart_with_a_snapshot_forgets_what_came_after(
     start_server: "Callable[..., RunningServer]",
 ) -> None:
-    """By so much the limit may be exceeded, and no more: what the snapshot holds still counts."""
+    """The limit may be exceeded by that much, but what the snapshot holds still counts."""
     server = start_server()
     store = open_store(server.url)
     assert isinstance(store, RedisStore)
@@ -173,7 +173,7 @@ async def test_restart_with_a_snapshot_forgets_what_came_after(
 async def test_frozen_server_is_told_within_300_ms_and_charges_once(
     start_server: "Callable[..., RunningServer]",
 ) -> None:
-    """A server that does not answer may still do it later: what it booked then is given back."""
+    """A frozen server may still book later; what it then books is given back."""
     server = start_server()
     store = open_store(server.url)
     ledger = await store.open("frozen", terms("100 requests/minute burst 100", concurrency=9))
@@ -199,7 +199,7 @@ async def test_frozen_server_is_told_within_300_ms_and_charges_once(
 
 @pytest.mark.parametrize("times", [1, 2])
 async def test_connection_cut_at_any_byte_charges_once(proxy: "Proxy", times: int) -> None:
-    """Wherever the answer breaks off, a call is charged once; if that happens twice, not at all."""
+    """Wherever the answer breaks off, a call is charged once; if twice in a row, not at all."""
     store = open_store(proxy.url)
     ledger = await store.open("cut", terms("1000 requests/minute burst 1000", concurrency=99))
     whole = await ledger.commit(Batch(calls=(CALL,)))
@@ -232,7 +232,7 @@ async def test_connection_cut_at_any_byte_charges_once(proxy: "Proxy", times: in
 async def test_lost_answer_is_understood_though_the_limits_are_fewer_now(
     proxy: "Proxy", store: RedisStore
 ) -> None:
-    """What became of a batch is told in the words of its time: what held it up has no name any more."""
+    """The outcome uses the limits of its time: what held a call up may no longer exist."""
     behind = open_store(proxy.url)
     ledger = await behind.open("fewer", terms("100 RPM", "9 TPM", "9 images/hour", concurrency=1))
     assert outcomes(await ledger.commit(Batch(calls=(CALL,)))) == ["booked"]
@@ -252,7 +252,7 @@ async def test_lost_answer_is_understood_though_the_limits_are_fewer_now(
 async def test_corrections_of_a_failed_batch_are_applied_once(
     start_server: "Callable[..., RunningServer]",
 ) -> None:
-    """What is given back while the store is gone is not lost, and not given back twice."""
+    """What is given back during an outage is neither lost nor given back twice."""
     server = start_server("--appendonly", "yes", "--appendfsync", "always")
     store = open_store(server.url)
     ledger = await store.open("owed", terms("100 requests/minute burst 100", concurrency=9))
@@ -272,7 +272,7 @@ async def test_corrections_of_a_failed_batch_are_applied_once(
 async def test_server_short_of_memory_books_nothing(
     start_server: "Callable[..., RunningServer]",
 ) -> None:
-    """A server that may not write refuses the whole batch, and the error says what to do."""
+    """A server that cannot write refuses the whole batch, and the error says what to do."""
     server = start_server("--maxmemory-policy", "noeviction")
     store = open_store(server.url)
     assert isinstance(store, RedisStore)
@@ -316,7 +316,7 @@ asyncio.run(main())
 async def test_killed_worker_gives_back_its_slots(
     shared_server: "RunningServer", store: Store
 ) -> None:
-    """After kill -9 slots come back when their time to live is over, by the server's clock."""
+    """After kill -9, slots come back when their time to live ends, by the server's clock."""
     ledger = await store.open("killed", terms("1000/s", concurrency=4), slot_ttl=1.0)
     worker = subprocess.Popen(  # noqa: ASYNC220 - it has to be killed from outside
         [sys.executable, "-c", WORKER, shared_server.url], stdout=subprocess.PIPE
@@ -338,7 +338,7 @@ async def test_killed_worker_gives_back_its_slots(
 
 
 async def test_heartbeat_takes_lost_slots_again(store: RedisStore, redis: Any) -> None:
-    """After a loss the slots of calls under way are counted again with the next heartbeat."""
+    """After a loss, the next heartbeat counts the slots of calls under way again."""
     ledger = await store.open("held", terms("1000/s", concurrency=4))
     receipt = await ledger.commit(Batch(calls=(CALL,) * 3))
     await redis.flushall()
@@ -347,7 +347,7 @@ async def test_heartbeat_takes_lost_slots_again(store: RedisStore, redis: Any) -
 
 
 async def test_worker_in_line_that_does_not_come_is_passed_over(store: RedisStore) -> None:
-    """One that was called and is dead holds up the others for a tenth of a second."""
+    """A dead worker whose turn it is holds up the others only for a tenth of a second."""
     one, dead, two = [await store.open("dead", terms("1000/s", concurrency=1)) for _ in range(3)]
     held = await one.commit(Batch(calls=(CALL,)))
     await dead.commit(Batch(calls=(CALL,)))

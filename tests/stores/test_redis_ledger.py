@@ -36,7 +36,7 @@ def terms(*limits: str, concurrency: int | None = None) -> Terms:
 
 
 def outcomes(receipt: Receipt) -> list[str]:
-    """Return what became of each call, as a word."""
+    """Return the outcome of each call, as a word."""
     return [booking.outcome.value for booking in receipt.bookings]
 
 
@@ -60,7 +60,7 @@ async def test_processes_share_one_limit_in_order_of_arrival(store: RedisStore) 
 
 
 async def test_horizon_leaves_the_rest_for_the_next_turn(store: RedisStore) -> None:
-    """A batch books a slice of time, from its first start on."""
+    """A batch books a slice of time, which begins with its first start."""
     ledger = await store.open("horizon", terms("40/s burst 1"))
     horizon = 60 * MILLISECOND
     receipt = await ledger.commit(Batch(calls=(FREE,) * 5, horizon=horizon))
@@ -73,7 +73,7 @@ async def test_horizon_leaves_the_rest_for_the_next_turn(store: RedisStore) -> N
 
 
 async def test_nothing_is_booked_far_ahead(store: RedisStore) -> None:
-    """What comes back until then shall serve it; others stand behind, however little they want."""
+    """Refunds that come before then should serve the call; smaller calls wait behind it."""
     one, two = [await store.open("far", terms("2/s burst 1", "1000 tokens/s")) for _ in range(2)]
     await one.commit(Batch(calls=(FREE,)))
     receipt = await one.commit(Batch(calls=(FREE,)))
@@ -86,7 +86,7 @@ async def test_nothing_is_booked_far_ahead(store: RedisStore) -> None:
 
 
 async def test_first_in_line_is_told_when_to_come(store: RedisStore) -> None:
-    """A refund calls it at once; whoever becomes the first is told how long it still takes."""
+    """A refund calls it at once; a worker that becomes the first is told how long to wait."""
     spender, one, two = [await store.open("told", terms("1000 tokens/minute")) for _ in range(3)]
     for ledger in (one, two):
         await ledger.changed(timeout=0.2)  # begins to listen
@@ -139,7 +139,7 @@ async def test_slot_given_back_serves_the_waiting_call_of_the_same_batch(store: 
 
 
 async def test_workers_take_turns_for_slots(store: RedisStore) -> None:
-    """Whoever waited longest is called; a newcomer does not pass those in line."""
+    """The worker that has waited longest is called; newcomers do not pass those in line."""
     ledgers = [await store.open("turns", terms("100/s", concurrency=1)) for _ in range(3)]
     held = await ledgers[0].commit(Batch(calls=(CALL,)))
     for ledger in ledgers[1:]:
@@ -158,7 +158,7 @@ async def test_workers_take_turns_for_slots(store: RedisStore) -> None:
 
 
 async def test_next_in_line_hears_that_a_slot_is_free(store: RedisStore) -> None:
-    """Nobody polls: the worker whose turn it is hears of it, and no other does."""
+    """Nobody polls: only the worker whose turn it is hears of it."""
     one, two, three = [await store.open("bell", terms("100/s", concurrency=1)) for _ in range(3)]
     for ledger in (two, three):
         await ledger.changed(timeout=1)  # begins to listen
@@ -174,7 +174,7 @@ async def test_next_in_line_hears_that_a_slot_is_free(store: RedisStore) -> None
 
 
 async def test_refund_comes_back_and_debt_is_waited_for(store: RedisStore) -> None:
-    """A correction changes what later calls find."""
+    """A correction changes what is available to later calls."""
     ledger = await store.open("settle", terms("1000 tokens/minute"))
     call = {"tokens": 800}
     receipt = await ledger.commit(Batch(calls=(call,)))
@@ -191,7 +191,7 @@ async def test_refund_comes_back_and_debt_is_waited_for(store: RedisStore) -> No
 
 
 async def test_pause_holds_up_all_workers(store: RedisStore) -> None:
-    """A 429 that one worker met stops the others, and they begin again slowly."""
+    """A 429 that one worker gets stops the others, and they resume slowly."""
     one, two = [await store.open("pause", terms("1000/s burst 1000")) for _ in range(2)]
     await one.pause(SECOND // 5, gradually=True)
     await one.pause(SECOND // 10)
@@ -206,7 +206,7 @@ async def test_pause_holds_up_all_workers(store: RedisStore) -> None:
 
 
 async def test_last_word_on_the_limits_counts_for_all(store: RedisStore) -> None:
-    """A worker that opens or configures others' limits changes them for everyone, at once."""
+    """A worker that opens the limiter with other limits, or configures it, changes them for all."""
     one = await store.open("terms", terms("10 requests/minute burst 10"))
     await one.commit(Batch(calls=(FREE,) * 8))
     two = await store.open("terms", terms("12 requests/minute burst 12", concurrency=3))
@@ -219,7 +219,7 @@ async def test_last_word_on_the_limits_counts_for_all(store: RedisStore) -> None
 
 
 async def test_cancelled_commit_gives_back_what_it_booked(store: RedisStore) -> None:
-    """A caller that is gone when the answer arrives has its units and slots returned."""
+    """If a caller is gone when the answer arrives, its units and slots are returned."""
     ledger = await store.open("gone", terms("100 requests/minute burst 100", concurrency=10))
     for delay in range(6):
         task = asyncio.create_task(ledger.commit(Batch(calls=(CALL,) * 5)))
@@ -246,7 +246,7 @@ async def test_batch_is_charged_once_though_it_is_sent_again(store: RedisStore) 
 
 
 async def test_keys_carry_the_name_only_and_expire(store: RedisStore, redis: Any) -> None:
-    """No tenant and no secret in a key; one hash tag; nothing stays for ever."""
+    """Keys hold no tenant and no secret, have one hash tag, and expire."""
     ledger = await store.open("acme", terms("10 requests/minute", concurrency=2), slot_ttl=5)
     await ledger.commit(Batch(calls=(CALL,)))
     keys = await redis.keys("*")
@@ -273,7 +273,7 @@ async def test_worker_that_leaves_is_forgotten(store: RedisStore) -> None:
 async def test_window_forgets_after_its_length_and_keeps_memory_bounded(
     store: RedisStore, redis: Any
 ) -> None:
-    """A long stream leaves at most 515 entries in the hash."""
+    """A long series of calls leaves fewer than 530 fields in the hash."""
     ledger = await store.open("memory", terms("100000/s burst 100000"))
     for _ in range(700):
         await ledger.commit(Batch(calls=(FREE,) * 3))
@@ -300,7 +300,7 @@ async def test_own_client_is_accepted_and_stays_open(redis: Any) -> None:
 
 
 async def test_two_ledgers_of_one_name_are_two_workers(store: RedisStore) -> None:
-    """Workers are counted by their signs of life."""
+    """Workers are counted by their heartbeats."""
     one = await store.open("count", terms("10/s"), slot_ttl=0.2)
     two = await store.open("count", terms("10/s"), slot_ttl=0.2)
     assert (await one.heartbeat([])).workers == 2
@@ -312,7 +312,7 @@ async def test_two_ledgers_of_one_name_are_two_workers(store: RedisStore) -> Non
 
 
 async def test_url_is_shown_without_its_password() -> None:
-    """Neither repr nor errors carry a secret."""
+    """Neither repr nor errors contain it."""
     store = open_store("redis://user:s3cret@127.0.0.1:1/0?health_check_interval=0")
     assert "s3cret" not in repr(store)
     assert store.url == "redis://user:***@127.0.0.1:1/0"
@@ -345,7 +345,7 @@ async def test_url_is_shown_without_its_password() -> None:
     ],
 )
 def test_what_stands_where_no_password_belongs_is_not_shown_either(url: str, shown: str) -> None:
-    """The colon before it was forgotten, or the host behind it."""
+    """The colon before the password was forgotten, or the host behind it."""
     assert without_password(url) == shown
     if "s3cret" in shown or "***" in shown.rpartition("@")[2]:
         with pytest.raises(ValueError, match=r"\*\*\*") as wrong:
@@ -362,7 +362,7 @@ def test_what_stands_where_no_password_belongs_is_not_shown_either(url: str, sho
     ],
 )
 def test_url_that_means_nothing_is_refused_before_the_first_call(url: str, why: str) -> None:
-    """redis-py takes a database that is not a number for 0, and looks at settings as it connects."""
+    """redis-py reads a database that is no number as 0, and checks settings only on connecting."""
     with pytest.raises(ValueError, match=f"^'redis://127.0.0.1/[^?]*' cannot be read: .*{why}"):
         Limiter("10 RPM", store=url)
 
@@ -381,21 +381,21 @@ def test_url_that_means_nothing_is_refused_before_the_first_call(url: str, why: 
     ],
 )
 def test_url_that_is_written_wrong_is_refused_without_its_password(url: str) -> None:
-    """A scheme forgotten, a sign that had to be escaped, a host where a file has none."""
+    """The scheme is missing, a sign is not escaped, or a file's URL has a host."""
     with pytest.raises(ValueError) as wrong:
         open_store(url)
     assert "s3cret" not in str(wrong.value)
 
 
 def test_sign_that_splits_a_password_is_what_the_error_speaks_of() -> None:
-    """Else it would be of a port that nobody wrote."""
+    """Otherwise the error would be about a port that nobody wrote."""
     with pytest.raises(ValueError, match="write special characters of a password as %2F for /"):
         open_store("redis://user:s3cret/more@host:6379/0")
     assert isinstance(open_store("redis://host:6379/0?client_name=me@here"), RedisStore)
 
 
 def test_url_in_place_of_a_client_is_not_shown() -> None:
-    """It may hold a password."""
+    """The URL may hold a password."""
     with pytest.raises(TypeError, match=r"^a client must be .*, not a builtins\.str$"):
         RedisStore.of("redis://user:s3cret@host")
 
@@ -414,7 +414,7 @@ def test_url_in_place_of_a_client_is_not_shown() -> None:
     ],
 )
 async def test_servers_of_which_none_is_there_are_one_error(url: str, message: str) -> None:
-    """A cluster's and the Sentinels' errors are of other kinds, and describe their clients."""
+    """Errors of clusters and Sentinels are of other types, and contain the repr of clients."""
     store = open_store(url)
     with pytest.raises(StoreError, match=message) as error:
         await store.open("x", terms("10/s"))
@@ -423,7 +423,7 @@ async def test_servers_of_which_none_is_there_are_one_error(url: str, message: s
 
 
 async def test_heartbeat_does_not_take_again_what_was_given_back(store: RedisStore) -> None:
-    """A heartbeat that was asked for before a release, and sent after it, knows better."""
+    """A heartbeat asked for before a release, but sent after it, leaves out the released slots."""
     ledger = await store.open("late", terms("1000/s", concurrency=9))
     for _ in range(20):
         held = slots(await ledger.commit(Batch(calls=(CALL,) * 3)))
@@ -434,7 +434,7 @@ async def test_heartbeat_does_not_take_again_what_was_given_back(store: RedisSto
 
 
 async def test_what_dead_workers_leave_is_buried(store: RedisStore, redis: Any) -> None:
-    """A job that is started again and again, and never closes, does not fill the memory."""
+    """A job that starts again and again, and never closes, does not fill the memory."""
     for _ in range(5):
         ledger = await store.open("cron", terms("1000 requests/day"), slot_ttl=0.1)
         await ledger.commit(Batch(calls=(FREE,)))
@@ -445,7 +445,7 @@ async def test_what_dead_workers_leave_is_buried(store: RedisStore, redis: Any) 
 
 
 async def test_closing_ends_though_a_cancellation_is_swallowed(store: RedisStore) -> None:
-    """At whatever await of connecting and listening it comes: nothing goes on, nothing hangs."""
+    """Wherever it comes while connecting or listening, closing does not hang."""
     ledgers = [await store.open("close", terms("1 RPM")) for _ in range(40)]
     for number, ledger in enumerate(ledgers):
         listening = asyncio.create_task(ledger.changed(timeout=5))

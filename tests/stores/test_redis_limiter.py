@@ -1,4 +1,4 @@
-"""What people type: `Limiter(..., store="redis://...")`, in one process and in several."""
+"""`Limiter(..., store="redis://...")` as people use it, in one process and in several."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from tests.stores.conftest import RunningServer
 
-#: What processes wait for is each other: nothing of it runs on virtual time.
+#: The processes wait for each other, which virtual time cannot speed up.
 pytestmark = pytest.mark.real_clock
 
 AGENTS = """
@@ -75,7 +75,7 @@ async def limited(url: str, *limits: str, **options: Any) -> AsyncGenerator[Limi
 
 
 def test_four_processes_share_one_limit_in_equal_parts(url: str, redis_sync: Any) -> None:
-    """Sixty agents: never over, 97 % used, equal shares, at most one round trip an admission."""
+    """Sixty agents keep and use the limit in equal shares, with at most a round trip a call."""
     processes = [start(AGENTS, url) for _ in range(4)]
     for each in processes:
         assert each.stdout is not None
@@ -87,12 +87,12 @@ def test_four_processes_share_one_limit_in_equal_parts(url: str, redis_sync: Any
         each.stdin.flush()
     went = [json.loads(each.communicate()[0]) for each in processes]
     every = sorted(when for each in went for when in each)
-    # Booked starts keep the limit exactly; a busy machine lets some calls go a little late, and the
-    # next window's in time. Windows of a minute have room for that, these 6 s have 35 ms.
+    # Booked starts keep the limit exactly, but a busy machine lets some calls go a little late, and
+    # the next window's in time. Windows of a minute have room for that, these 6 s have 35 ms.
     assert busiest_window([(when, 1) for when in every], per=5.85).amount <= 600
     until = every[0] + 8_000_000_000
     used = sum(when < until for when in every) - 20
-    # 97 % and more on a machine that has two cores for it; less where they are shared.
+    # It is 97 % and more on a machine with two free cores; less where they are shared.
     assert used >= 0.9 * 800, f"{used / 8:.1f} % used"
     shares = [len(each) for each in went]
     assert max(shares) - min(shares) <= 0.1 * max(shares), shares
@@ -129,7 +129,7 @@ async def call_once(limiter: Limiter) -> None:
 async def test_server_that_is_gone_is_an_outage_and_no_hang(
     start_server: "Callable[..., RunningServer]", caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
-    """A decision within 300 ms; one line and one event at each change; what passed is told later."""
+    """A call is decided within 300 ms; each change is logged once; what passed is reported later."""
     server = start_server("--appendonly", "yes", "--appendfsync", "always")
     events: list[Event] = []
     async with limited(server.url, "100 RPM burst 100") as limiter:
@@ -159,7 +159,7 @@ async def test_server_that_is_gone_is_an_outage_and_no_hang(
 async def test_limits_and_pauses_of_an_outage_are_told_when_it_is_over(
     start_server: "Callable[..., RunningServer]",
 ) -> None:
-    """Before the next call is asked for: what is believed here is what all processes obey."""
+    """They are sent before the next call, so all processes obey what is believed here."""
     server = start_server()
     async with limited(server.url, "100 RPM burst 100") as limiter, asyncio.timeout(10):
         back = asyncio.Event()
@@ -184,7 +184,7 @@ async def test_limits_and_pauses_of_an_outage_are_told_when_it_is_over(
 async def test_closed_policy_lets_deadlines_end_the_wait(
     start_server: "Callable[..., RunningServer]",
 ) -> None:
-    """Whoever chose to admit nobody still gets an answer in time."""
+    """Even if nobody is admitted, callers get an answer in time."""
     server = start_server()
     async with limited(server.url, "100 RPM burst 100", on_outage="closed") as limiter:
         (await limiter.acquire()).release()
@@ -196,7 +196,7 @@ async def test_closed_policy_lets_deadlines_end_the_wait(
 
 
 async def test_server_that_was_never_there_is_told_to_those_who_wait() -> None:
-    """At the first call, with where it was sought."""
+    """The error comes at the first call, and says where the server was expected."""
     async with limited("redis://:s3cret@127.0.0.1:1/0", "100 RPM") as limiter:
         with pytest.raises(StoreError, match=r"127\.0\.0\.1:1/0 cannot be reached") as error:
             await limiter.acquire(timeout=5)
@@ -206,7 +206,7 @@ async def test_server_that_was_never_there_is_told_to_those_who_wait() -> None:
 async def test_server_that_does_not_answer_at_first_is_told_to_all_at_once(
     start_server: "Callable[..., RunningServer]",
 ) -> None:
-    """However many wait, for more than go to the store at a time; who comes later tries again."""
+    """This holds for more calls than go to the store at once; a later call tries again."""
     server = start_server()
     server.freeze()
     async with limited(server.url, "100 RPM burst 100") as limiter, asyncio.timeout(10):
@@ -219,7 +219,7 @@ async def test_server_that_does_not_answer_at_first_is_told_to_all_at_once(
 
 
 async def test_children_share_a_root_in_the_store(url: str) -> None:
-    """Fairness stays above: two children of different weight get what they are due."""
+    """Fairness works above the store: two children of different weight get their due shares."""
     async with limited(url, "100/s burst 1", concurrency=20) as limiter:
         heavy, light = limiter.child("heavy", weight=3), limiter.child("light")
         went: list[str] = []

@@ -1,6 +1,6 @@
-"""The script against the meters of the live limiter: same histories, same answers.
+"""The script and the live limiter's meters give the same answers to the same histories.
 
-Time is given to the server by the test, so that every instant is exact.
+The test sets the server's time, so that every instant is exact.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MICROSECOND = 1_000
 SECOND = 1_000_000_000
-#: When histories begin: an instant of this age has as many digits as the server's own.
+#: When histories begin: an instant with as many digits as the server's own.
 START = 1_795_000_000 * SECOND
 RESOURCES: tuple[str, ...] = ("requests", "tokens")
 
@@ -32,13 +32,13 @@ moderate = settings(
 
 
 def ceil_to_grain(instant: int) -> int:
-    """Round up to what the script can say."""
+    """Round up to the precision of the script."""
     return -(-instant // MICROSECOND) * MICROSECOND
 
 
 @dataclass
 class Oracle:
-    """Answer as the live limiter's meters do, booked where the store has booked."""
+    """Answer as the live limiter's meters do, given what the store has booked."""
 
     limits: tuple[Limit, ...]
     last: int = 0
@@ -80,7 +80,7 @@ class Oracle:
 
 @pytest.fixture
 def clock(redis_sync: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Set the time that the script reads; return how."""
+    """Return a function that sets the time that the script reads."""
     text = script.source()
     mine = text.replace("redis.call('TIME')", "redis.call('HMGET', KEYS[1] .. ':test', 's', 'us')")
     assert mine != text

@@ -1,4 +1,4 @@
-"""Where a server may be: behind TLS and a login, in a cluster, behind a Sentinel, at a socket."""
+"""Servers of all kinds: behind TLS and a login, in a cluster, behind Sentinel, at a socket."""
 
 import asyncio
 import shutil
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SECOND = 1_000_000_000
 CALL = {"requests": 1, "concurrency": 1}
-#: What a login must be allowed, as docs/shared-stores.md says.
+#: What a login must be allowed to do, as docs/shared-stores.md says.
 RULES = (
     "~asyncbucket:* &asyncbucket:* +eval +evalsha +time +exists +pexpire +hget +hmget +hset +hdel "
     "+zadd +zrem +zcard +zcount +zrangebyscore +zremrangebyscore +publish +subscribe +unsubscribe"
@@ -36,12 +36,12 @@ def terms(*limits: str, concurrency: int | None = None) -> Terms:
 
 
 def outcomes(receipt: Receipt) -> list[str]:
-    """Return what became of each call, as a word."""
+    """Return the outcome of each call, as a word."""
     return [booking.outcome.value for booking in receipt.bookings]
 
 
 async def use(url: str, name: str = "place") -> None:
-    """Do all that a worker does, at `url`."""
+    """Do everything that a worker does, at `url`."""
     store = open_store(url)
     one, two = [await store.open(name, terms("100/s", concurrency=1)) for _ in range(2)]
     held = await one.commit(Batch(calls=(CALL,)))
@@ -67,7 +67,7 @@ async def use(url: str, name: str = "place") -> None:
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
-    """Make a certificate of 127.0.0.1 that nobody else trusts."""
+    """Make a certificate for 127.0.0.1 that nobody else trusts."""
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("NO OPENSSL: install it to test TLS")
@@ -86,7 +86,7 @@ def certificate(tmp_path: Path) -> Path:
 async def test_tls_with_the_least_rights(
     start_server: "Callable[..., RunningServer]", certificate: Path
 ) -> None:
-    """A login that may run the script on its own keys, and no more, is enough; TLS is checked."""
+    """A login that may only run the script on its own keys is enough; TLS is verified."""
     key = str(certificate.with_name("key.pem"))
     server = start_server(
         *("--tls-cert-file", str(certificate), "--tls-key-file", key),
@@ -121,7 +121,7 @@ async def test_tls_with_the_least_rights(
 async def test_login_without_a_right_is_told_which(
     start_server: "Callable[..., RunningServer]", rules: str
 ) -> None:
-    """When it opens, not when somebody waits; and where to find what the login needs."""
+    """The error comes on opening, not when a call waits, and says where the needed rights are."""
     server = start_server("--user", "app", "on", ">s3cret", *rules.split())
     store = open_store(f"redis://app:s3cret@127.0.0.1:{server.port}/0")
     with pytest.raises(
@@ -141,7 +141,7 @@ async def test_unix_socket(start_server: "Callable[..., RunningServer]", tmp_pat
 
 
 async def test_cluster_of_three(start_server: "Callable[..., RunningServer]") -> None:
-    """A limiter lives on one node, whichever; limiters spread over all."""
+    """Each limiter lives on one node; many limiters spread over all nodes."""
     nodes = [
         start_server("--cluster-enabled", "yes", "--cluster-node-timeout", "2000") for _ in range(3)
     ]
@@ -162,7 +162,7 @@ async def test_cluster_of_three(start_server: "Callable[..., RunningServer]") ->
 async def test_a_server_says_what_it_is_as_far_as_the_login_may_ask(
     start_server: "Callable[..., RunningServer]",
 ) -> None:
-    """For `asyncbucket doctor`, which warns of some of it."""
+    """`asyncbucket doctor` reports this, and warns of some of it."""
     server = start_server(*f"--user app on >s3cret {RULES} +info".split())
     store = open_store(server.url)
     ledger = await store.open("limits", terms("1/s"))
@@ -196,7 +196,7 @@ async def test_a_server_says_what_it_is_as_far_as_the_login_may_ask(
 async def test_a_setting_that_a_server_does_not_have_is_unknown(
     store: RedisStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server that only speaks like Redis answers the question for it with nothing."""
+    """A server that only imitates Redis gives an empty answer."""
 
     async def nothing(*_: object) -> dict[str, str]:
         return {}
@@ -209,7 +209,7 @@ async def test_a_setting_that_a_server_does_not_have_is_unknown(
 async def test_a_clock_that_is_out_of_step_is_told(
     store: RedisStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By how much, and which way."""
+    """The details say by how much, and in which direction."""
     ledger = await store.open("clock", terms("1/s"))
     for hours, said in ((-1, "3,600 s ahead"), (1, "3,600 s behind")):
         ours = types.SimpleNamespace(time=lambda hours=hours: time.time() + hours * 3_600)
@@ -218,7 +218,7 @@ async def test_a_clock_that_is_out_of_step_is_told(
 
 
 async def join(nodes: "list[RunningServer]") -> None:
-    """Make a cluster of servers, each with a third of the slots."""
+    """Make a cluster of the servers, each with a third of the hash slots."""
     clients: list[Any] = [Redis(port=node.port) for node in nodes]
     for number, client in enumerate(clients):
         first, last = 16_384 * number // 3, 16_384 * (number + 1) // 3 - 1
@@ -253,7 +253,7 @@ async def keys_of(node: "RunningServer") -> int:
 
 @pytest.mark.real_clock
 async def test_failover_to_a_replica(start_server: "Callable[..., RunningServer]") -> None:
-    """A promoted replica knows what was replicated: no more passes than the limit allows."""
+    """A promoted replica has what was replicated, so no more passes than the limit allows."""
     primary = start_server()
     replica = start_server(
         "--replicaof", f"127.0.0.1 {primary.port}", "--repl-diskless-sync-delay", "0"
@@ -289,7 +289,7 @@ async def test_failover_to_a_replica(start_server: "Callable[..., RunningServer]
 
 
 async def wait_for_replica(replica: "RunningServer") -> None:
-    """Return when a replica is in step."""
+    """Return when a replica is in sync."""
     client = Redis(port=replica.port, decode_responses=True)
     until = time.monotonic() + 20
     while (await client.info("replication"))["master_link_status"] != "up":
@@ -299,7 +299,7 @@ async def wait_for_replica(replica: "RunningServer") -> None:
 
 
 async def until_replicated(primary: "RunningServer") -> None:
-    """Return when the replica has all that was written until now."""
+    """Return when the replica has everything written so far."""
     client: Any = Redis(port=primary.port)
     await client.set("asyncbucket:mark", 1)
     assert await client.execute_command("WAIT", 1, 5_000) == 1
@@ -307,7 +307,7 @@ async def until_replicated(primary: "RunningServer") -> None:
 
 
 async def test_store_is_of_the_kind_that_the_url_names() -> None:
-    """Every scheme is served, and what is none is refused with what could be written."""
+    """Every scheme is served; anything else is refused with what could be written."""
     for url in (
         "redis://127.0.0.1:6379/0",
         "valkey://127.0.0.1",
@@ -332,7 +332,7 @@ async def test_store_is_of_the_kind_that_the_url_names() -> None:
 
 @pytest.mark.parametrize("kind", ["sentinel", "cluster"])
 async def test_settings_in_a_url_are_read_alike_for_every_kind_of_server(kind: str) -> None:
-    """A text would do for none: "false" is true."""
+    """Strings would not do, since "false" would be true."""
     settings = "ssl_check_hostname=false&socket_timeout=1.5&max_connections=7"
     store = open_store(f"rediss+{kind}://me:p%40ss@a:1,b:2/main?{settings}")
     assert isinstance(store, RedisStore)

@@ -1,4 +1,4 @@
-"""A limiter above a store, as people use it: loops, threads, steering, refusals, who goes first."""
+"""A limiter with a store as people use it: loops, threads, changes, refusals, and the order."""
 
 import asyncio
 import concurrent.futures
@@ -49,14 +49,14 @@ asyncio.run(main())
 
 @pytest.fixture(params=["server", "file"])
 def where(request: pytest.FixtureRequest, path: Path) -> str:
-    """Be each kind of store, empty."""
+    """Return the URL of each kind of store, empty."""
     if request.param == "file":
         return f"sqlite:///{path}?patience=5"
     return str(request.getfixturevalue("url"))
 
 
 async def test_nowait_says_that_the_store_has_to_be_asked(where: str) -> None:
-    """What a store keeps cannot be had without waiting for it, nor is it known for how long."""
+    """Limits in a store cannot be checked without waiting, and the wait is not known."""
     limiter = Limiter("10 RPM", store=where, name="nowait")
     with pytest.raises(WouldBlock, match="the store that keeps its limits has to be asked") as told:
         limiter.acquire_nowait()
@@ -65,7 +65,7 @@ async def test_nowait_says_that_the_store_has_to_be_asked(where: str) -> None:
 
 
 async def test_deadline_ends_the_wait_and_says_what_binds(url: str) -> None:
-    """As without a store: the resource, and for how long; nothing stays booked."""
+    """The error names the resource and the wait, as without a store; nothing stays booked."""
     limiter = Limiter("10 RPM burst 1", concurrency=5, store=url, name="deadline")
     (await limiter.acquire()).release()
     begun = time.perf_counter()
@@ -80,7 +80,7 @@ async def test_deadline_ends_the_wait_and_says_what_binds(url: str) -> None:
 
 
 async def test_slots_that_others_hold_are_named_too(where: str) -> None:
-    """When they come back nobody knows."""
+    """Nobody knows when they come back."""
     one = Limiter("1000 RPM", concurrency=1, store=where, name="held")
     two = Limiter("1000 RPM", concurrency=1, store=where, name="held")
     async with one.acquire():
@@ -98,7 +98,7 @@ async def test_slots_that_others_hold_are_named_too(where: str) -> None:
 
 
 async def test_calls_that_wait_are_told_that_the_limiter_closes(where: str) -> None:
-    """More of them than go to the store at once, booked ahead or not; nothing stays booked."""
+    """More calls wait than go to the store at once; those refused leave nothing booked."""
     limiter = Limiter("20/s burst 1", store=where, name="closes")
     (await limiter.acquire()).release()
     calls = [asyncio.ensure_future(take(limiter)) for _ in range(60)]
@@ -116,7 +116,7 @@ async def test_calls_that_wait_are_told_that_the_limiter_closes(where: str) -> N
 
 
 async def test_limiter_may_be_used_and_closed_again(url: str) -> None:
-    """Later calls open the store anew."""
+    """Later calls open the store again."""
     limiter = Limiter("20/s", store=url, name="again")
     for count in (1, 2):
         (await limiter.acquire()).release()
@@ -129,7 +129,7 @@ async def test_limiter_may_be_used_and_closed_again(url: str) -> None:
 
 @pytest.mark.parametrize("turns", range(1, 12, 2))
 async def test_closing_goes_on_though_it_is_cancelled(turns: int, where: str) -> None:
-    """At whichever await: what is closed again is closed as a whole, and may be used again."""
+    """Wherever it was cancelled, closing again completes it, and the limiter can be used again."""
     before = asyncio.all_tasks()
     limiter = Limiter("20/s", store=where, name="cancelled")
     (await limiter.acquire()).release()
@@ -149,7 +149,7 @@ async def test_closing_goes_on_though_it_is_cancelled(turns: int, where: str) ->
 
 
 async def test_store_that_was_given_stays_open(where: str) -> None:
-    """For other limiters, for calls that end late, and for the limiter if it is used again."""
+    """It serves other limiters, calls that end late, and the same limiter if it is used again."""
     store = open_store(where)
     one = Limiter("20/s", concurrency=2, store=store, name="one")
     two = Limiter("20/s", store=store, name="two")
@@ -174,7 +174,7 @@ async def test_store_that_was_given_stays_open(where: str) -> None:
 
 
 async def test_limit_above_what_the_store_counts_is_refused_at_once(url: str) -> None:
-    """When the limiter is made and when it is changed, with the numbers; nothing changes, anywhere."""
+    """It is refused on creation and on change, with the numbers, and nothing changes anywhere."""
     message = (
         r"a store counts to 70,368,744,177,664: 1,000,000,000,000,000 tokens per .* is above; "
         r"lower the limit"
@@ -193,7 +193,7 @@ async def test_limit_above_what_the_store_counts_is_refused_at_once(url: str) ->
 
 
 async def test_slots_in_a_store_are_not_found_by_one_process(url: str) -> None:
-    """A limiter with a store cannot be changed into one that it could not have been made as."""
+    """A limiter with a store cannot be given `concurrency="auto"` later, either."""
     limiter = Limiter("10 RPM", concurrency=4, store=url, name="fixed")
 
     with pytest.raises(ValueError, match="with a store, concurrency must be a number"):
@@ -209,7 +209,7 @@ async def test_slots_in_a_store_are_not_found_by_one_process(url: str) -> None:
 def test_name_that_no_store_takes_is_refused_when_the_limiter_is_made(
     where: str, name: str
 ) -> None:
-    """Not at the first call; and of a very long one the message shows the beginning."""
+    """The error comes before the first call, and shows only the beginning of a very long name."""
     with pytest.raises(ValueError, match="1 to 200 printable characters and no braces") as refused:
         Limiter("10 RPM", store=where, name=name)
     assert len(str(refused.value)) < 400
@@ -218,14 +218,14 @@ def test_name_that_no_store_takes_is_refused_when_the_limiter_is_made(
 @pytest.mark.parametrize("slot_ttl", [0.09, 86_401, float("inf"), float("nan"), True, "30"])
 @pytest.mark.parametrize("where", ["sqlite:///limits.db", "redis://127.0.0.1:6379/0", None])
 def test_life_of_slots_is_a_tenth_of_a_second_to_a_day(where: str | None, slot_ttl: Any) -> None:
-    """In every store, and before there is one: a mistake would else show only in production."""
+    """This holds for every store, and without one: else the mistake would show in production."""
     with pytest.raises(ValueError, match=r"slot_ttl must be .* from 0\.1 to 86,400, a day, not"):
         Limiter("10 RPM", store=where, slot_ttl=slot_ttl)
 
 
 @pytest.mark.parametrize("where", ["sqlite:///limits.db", None])
 def test_what_to_do_in_an_outage_is_one_of_three_words(where: str | None) -> None:
-    """Before there is a store, too."""
+    """This is checked even without a store."""
     unknown: Any = "half"
     with pytest.raises(
         ValueError, match="on_outage must be one of share, closed, open, not 'half'"
@@ -236,7 +236,7 @@ def test_what_to_do_in_an_outage_is_one_of_three_words(where: str | None) -> Non
 async def test_what_a_store_does_not_take_is_an_error_and_no_hang(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All who wait are told, whatever it raises."""
+    """All waiting calls are told, whatever the store raises."""
 
     async def refuse(*_: object, **__: object) -> None:
         raise ValueError("not here")
@@ -252,7 +252,7 @@ async def test_what_a_store_does_not_take_is_an_error_and_no_hang(
 
 
 async def test_what_comes_back_after_closing_is_told_the_store(where: str) -> None:
-    """At once, not when the slot would expire; limits that others have set meanwhile stay."""
+    """The store hears of it at once, and limits that others have set meanwhile stay."""
     one = Limiter("1000 TPM", concurrency=2, store=where, name="late")
     two = Limiter("1000 TPM", concurrency=2, store=where, name="late")
     leases = [await one.acquire(tokens=400) for _ in range(2)]
@@ -291,7 +291,7 @@ async def test_slot_of_a_call_outlives_closing_and_opening_again(url: str) -> No
 async def test_desk_that_fails_is_told_to_those_who_wait_and_replaced(
     url: str, verb: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An error that nobody has foreseen: no call hangs, each desk logs a line, later calls pass."""
+    """On an unforeseen error no call hangs, each desk logs one line, and later calls pass."""
     limiter = Limiter("1000/s", concurrency=2, store=url, name="odd", slot_ttl=0.3)
     leases = [await limiter.acquire() for _ in range(2)]
 
@@ -321,14 +321,14 @@ async def test_desk_that_fails_is_told_to_those_who_wait_and_replaced(
 async def test_call_that_is_cancelled_as_it_is_let_go_gives_back_and_holds_up_nobody(
     url: str,
 ) -> None:
-    """Its start comes in the turn of the loop in which it is cancelled, before its task knows."""
+    """The admission comes in the same turn of the loop as the cancel, before the task knows."""
     limiter = Limiter("20/s burst 1", concurrency=9, store=url, name="as-it-goes")
     (await limiter.acquire()).release()
     calls = [asyncio.ensure_future(take(limiter)) for _ in range(3)]
     remote: Any = limiter._account.remote
     counter = remote.counter(asyncio.get_running_loop())
     async with asyncio.timeout(5):
-        while not counter._grants:  # noqa: ASYNC110 - what is waited for rings no bell
+        while not counter._grants:  # noqa: ASYNC110 - nothing signals this
             await asyncio.sleep(0.002)
     waiter, grant = next(iter(counter._grants.items()))
 
@@ -349,7 +349,7 @@ async def test_call_that_is_cancelled_as_it_is_let_go_gives_back_and_holds_up_no
 async def test_calls_after_one_that_gave_up_pass_as_soon_as_they_may(
     url: str, limit: str, slots: int | None, behind: int
 ) -> None:
-    """Whether they stood behind it, or came when nobody waited any more."""
+    """This holds for calls that stood behind it, and for one that comes later."""
     limiter = Limiter(limit, concurrency=slots, store=url, name="gave-up")
     lease = await limiter.acquire(tokens=900)
     costly = asyncio.ensure_future(limiter.acquire(tokens=500))
@@ -365,7 +365,7 @@ async def test_calls_after_one_that_gave_up_pass_as_soon_as_they_may(
 
 
 async def test_one_that_gave_up_costs_its_share_nothing(url: str) -> None:
-    """A child is served no less for a costly call that had gone to the store, and left again."""
+    """A child gets no less because a costly call of it went to the store and gave up."""
     key = Limiter("6000 TPM burst 100", store=url, name="shares")
     chat, tools = key.child("chat"), key.child("tools")
     went: list[str] = []
@@ -380,7 +380,7 @@ async def test_one_that_gave_up_costs_its_share_nothing(url: str) -> None:
     calls = [asyncio.ensure_future(call(each)) for each in (tools, chat) * 60]
     await asyncio.sleep(0.1)
     costly.cancel()
-    while len(went) < 80:  # noqa: ASYNC110 - nobody tells
+    while len(went) < 80:  # noqa: ASYNC110 - nothing signals this
         await asyncio.sleep(0.01)
     assert abs(went.count(chat.name) - went.count(tools.name)) < 5
     for each in calls:
@@ -390,13 +390,13 @@ async def test_one_that_gave_up_costs_its_share_nothing(url: str) -> None:
 
 
 async def take(limiter: Limiter, *, tokens: int | None = None) -> None:
-    """Be a call that takes no time."""
+    """Make a call that takes no time."""
     async with limiter.acquire(tokens=tokens):
         pass
 
 
 async def open_and_peek(url: str, name: str) -> Any:
-    """Look at a limiter from outside."""
+    """Return a snapshot of a limiter, from outside."""
     store = open_store(url)
     snapshot = await store.peek(name)
     await store.aclose()
@@ -405,7 +405,7 @@ async def open_and_peek(url: str, name: str) -> Any:
 
 
 async def test_one_that_gave_up_holds_up_nobody_elsewhere(url: str) -> None:
-    """Its place in the store's line goes with it: a small call in another process passes at once."""
+    """Its place in the store's line is given up, so a small call elsewhere passes at once."""
     one = Limiter("1000 tokens/minute", store=url, name="gone")
     two = Limiter("1000 tokens/minute", store=url, name="gone")
     (await one.acquire(tokens=900)).release()
@@ -419,7 +419,7 @@ async def test_one_that_gave_up_holds_up_nobody_elsewhere(url: str) -> None:
 
 
 async def test_pause_and_new_limits_are_heard_by_the_others(where: str) -> None:
-    """What one process learns from its provider, all of them obey."""
+    """What one process learns from its provider, all others obey."""
     one = Limiter("1000 RPM burst 100", store=where, name="steer")
     two = Limiter("1000 RPM burst 100", store=where, name="steer")
     for limiter in (one, two):
@@ -443,9 +443,9 @@ async def test_pause_and_new_limits_are_heard_by_the_others(where: str) -> None:
 
 @pytest.mark.parametrize("turns", range(8))
 async def test_limits_changed_while_the_store_is_opened_reach_it(turns: int, where: str) -> None:
-    """At whichever await: what is believed here is what all processes obey.
+    """Whichever await it hits, the limits believed here are those that all processes obey.
 
-    A pause, too, if the call was on its way to the store: else it holds it up here, and is over by then.
+    So is a pause, if the call was on its way to the store; else the call waits it out here first.
     """
     limiter = Limiter("1000 RPM burst 100", store=where, name="opens")
     call = asyncio.ensure_future(take(limiter))
@@ -461,7 +461,7 @@ async def test_limits_changed_while_the_store_is_opened_reach_it(turns: int, whe
 
 
 def hold_first_change(patch: pytest.MonkeyPatch) -> tuple[asyncio.Event, asyncio.Event]:
-    """Let the first change of limits be long on its way; return its begin, and what lets it go on."""
+    """Delay the first change of limits; return an event for its start, and one that lets it go on."""
     begun, free = asyncio.Event(), asyncio.Event()
     kinds: tuple[Any, ...] = (RedisLedger, SQLiteLedger)
     for kind in kinds:
@@ -478,7 +478,7 @@ def hold_first_change(patch: pytest.MonkeyPatch) -> tuple[asyncio.Event, asyncio
 
 
 async def test_last_of_two_changes_counts(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long the first is on its way, the second does not overtake it."""
+    """However long the first takes to reach the store, the second does not overtake it."""
     begun, free = hold_first_change(monkeypatch)
     limiter = Limiter("1000 RPM burst 100", store=where, name="quick")
     await take(limiter)
@@ -498,7 +498,7 @@ async def test_last_of_two_changes_counts(where: str, monkeypatch: pytest.Monkey
 async def test_change_on_its_way_is_the_last_word_though_another_is_heard_meanwhile(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All processes believe what the store has; heartbeats of the first bring it what it overrules."""
+    """All processes believe the store, even if the first one's heartbeats bring the other change."""
     begun, free = hold_first_change(monkeypatch)
     one = Limiter("1000 RPM burst 100", store=where, name="last", slot_ttl=0.15)
     two = Limiter("1000 RPM burst 100", store=where, name="last")
@@ -523,7 +523,7 @@ async def test_change_on_its_way_is_the_last_word_though_another_is_heard_meanwh
 
 
 async def test_limits_that_another_process_changes_are_events_here(where: str) -> None:
-    """Those that are others than before, each once, to whoever observes."""
+    """Each limit that has changed is reported once to observers."""
     one = Limiter("1000 RPM burst 100", "10k TPM", concurrency=9, store=where, name="told")
     two = Limiter("1000 RPM burst 100", "10k TPM", concurrency=9, store=where, name="told")
     told: list[Event] = []
@@ -541,7 +541,7 @@ async def test_limits_that_another_process_changes_are_events_here(where: str) -
 
 
 async def test_limit_that_another_process_leaves_out_is_in_force_no_more(where: str) -> None:
-    """Nor does it come back with the next change: the last word counts, for all."""
+    """It does not come back with the next change, either: the latest change counts for all."""
     one = Limiter("100 RPM burst 100", "10 TPM", concurrency=2, store=where, name="fewer")
     (await one.acquire()).release()
     two = Limiter("100 RPM burst 100", store=where, name="fewer")
@@ -560,7 +560,7 @@ async def test_limit_that_another_process_leaves_out_is_in_force_no_more(where: 
 
 
 async def test_limit_that_a_provider_announces_is_kept_by_all(where: str) -> None:
-    """Where none was given; one that is beyond what the store counts limits nobody."""
+    """It is added where no limit was given; one beyond what the store can count limits nobody."""
     one = Limiter(store=where, name="learn")
     two = Limiter(store=where, name="learn")
     for limiter in (one, two):
@@ -578,14 +578,14 @@ async def test_limit_that_a_provider_announces_is_kept_by_all(where: str) -> Non
 
 @pytest.mark.real_clock
 async def test_burst_that_several_wait_for_is_shared(where: str) -> None:
-    """Units of a window that come free all at once go to all who wait, in parts of about a size."""
+    """When a window frees its units at once, all waiting limiters get parts of similar size."""
     limiters = [Limiter("60 requests/2s burst 60", store=where, name="burst") for _ in range(3)]
     await asyncio.gather(*(take(limiters[0]) for _ in range(60)))
     calls = [[asyncio.ensure_future(take(each)) for _ in range(40)] for each in limiters]
     await asyncio.sleep(2.6)
     shares = [sum(call.done() for call in of_one) for of_one in calls]
     assert sum(shares) == 60
-    assert min(shares) >= 10, shares  # half an equal part: the machine may be busy
+    assert min(shares) >= 10, shares  # half of an equal share: the machine may be busy
     for call in (call for of_one in calls for call in of_one):
         call.cancel()
     await asyncio.gather(*(call for of_one in calls for call in of_one), return_exceptions=True)
@@ -594,7 +594,7 @@ async def test_burst_that_several_wait_for_is_shared(where: str) -> None:
 
 
 async def test_urgent_call_passes_those_that_wait(url: str) -> None:
-    """Priorities hold above the store: few calls stand where they cannot be passed any more."""
+    """Priorities work above the store: few calls are where they can no longer be overtaken."""
     limiter = Limiter("20/s burst 1", store=url, name="urgent")
     order: list[str] = []
 
@@ -613,7 +613,7 @@ async def test_urgent_call_passes_those_that_wait(url: str) -> None:
 
 
 def test_second_run_of_a_loop_goes_on(url: str) -> None:
-    """A script may call `asyncio.run` again, with the same limiter; what was used stays used."""
+    """A script may call `asyncio.run` again with the same limiter; what was used stays used."""
     limiter = Limiter("3 RPM burst 3", store=url, name="again")
 
     async def once() -> None:
@@ -627,19 +627,19 @@ def test_second_run_of_a_loop_goes_on(url: str) -> None:
     asyncio.run(limiter.aclose())
 
 
-#: A loop that ended without the limiter's being closed leaves its connections to the collector.
+#: If a loop ends without closing the limiter, its connections are left to the garbage collector.
 UNCLOSED = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning", "ignore:loop is closed")
 
 
 async def use_less(limiter: Limiter) -> None:
-    """Make a call that uses a quarter of what it reserves, and do not close."""
+    """Make a call that uses a quarter of what it reserves, without closing the limiter."""
     async with limiter.acquire(tokens=400, timeout=2) as lease:
         lease.settle(tokens=100)
 
 
 @UNCLOSED
 def test_run_that_forgets_to_close_leaves_the_next_one_its_slots_and_refunds(where: str) -> None:
-    """A script calls `asyncio.run` for each of its calls: what came back last is told by the next run."""
+    """Where each call has its own `asyncio.run`, the next run reports what came back last."""
     limiter = Limiter("1000 TPM", concurrency=2, store=where, name="forgets")
     for _ in range(6):
         asyncio.run(use_less(limiter))
@@ -651,7 +651,7 @@ def test_run_that_forgets_to_close_leaves_the_next_one_its_slots_and_refunds(whe
 
 @UNCLOSED
 def test_run_that_forgets_to_close_leaves_those_without_a_loop_its_slots(where: str) -> None:
-    """Their loop was there before, and goes on: it is told as well as one that begins."""
+    """Their loop existed before and goes on: it reports what came back just as a new one does."""
     limiter = Limiter("1000 TPM", concurrency=1, store=where, name="mixes")
     for _ in range(3):
         limiter.acquire_sync(tokens=100, timeout=2).release()
@@ -665,7 +665,7 @@ def test_run_that_forgets_to_close_leaves_those_without_a_loop_its_slots(where: 
 
 @UNCLOSED
 def test_store_that_was_made_for_another_loop_says_so(url: str) -> None:
-    """Connections belong to a loop; by a URL each loop has its own."""
+    """Connections belong to one loop; with a URL, each loop opens its own."""
     limiter = Limiter("10 RPM burst 10", store=open_store(url), name="foreign")
 
     async def once() -> None:
@@ -684,7 +684,7 @@ def test_store_that_was_made_for_another_loop_says_so(url: str) -> None:
 
 @UNCLOSED
 def test_lease_outlives_the_loop_that_it_was_got_on(where: str) -> None:
-    """Given back between two runs, in another run, or by a thread beside one: the store is told."""
+    """The store hears of it, whether released between runs, in another run, or by a thread."""
     limiter = Limiter("1000 TPM", concurrency=3, store=where, name="outlives")
 
     async def hold() -> Lease:
@@ -710,7 +710,7 @@ def test_lease_outlives_the_loop_that_it_was_got_on(where: str) -> None:
 
 
 def test_loops_and_threads_of_a_process_share_it(url: str) -> None:
-    """Two loops in two threads, and threads without one: together they get what there is."""
+    """Two loops in two threads, and threads without a loop, together get all there is."""
     limiter = Limiter("12 RPM burst 12", store=url, name="threads")
     passed: list[str] = []
 
@@ -742,7 +742,7 @@ def test_loops_and_threads_of_a_process_share_it(url: str) -> None:
 def test_closing_takes_leave_for_threads_without_a_loop_unless_one_waits(
     url: str, redis_sync: Any
 ) -> None:
-    """Else their connection, and their word that they are alive, would go on as long as the program."""
+    """Otherwise its connection and its heartbeats would go on as long as the program."""
     limiter = Limiter(concurrency=1, store=url, name="leaves")
 
     def connections() -> set[str]:
@@ -760,12 +760,12 @@ def test_closing_takes_leave_for_threads_without_a_loop_unless_one_waits(
             lease.release()
             waiting.result().release()
         asyncio.run(limiter.aclose())
-        while connections() - before:  # the server may hear of it later
+        while connections() - before:  # the server may notice it later
             time.sleep(0.001)
 
 
 def test_pause_and_new_limits_reach_the_store_though_an_older_loop_rests(url: str) -> None:
-    """They go by a loop that runs; what is told to one that rests nobody hears until it runs again."""
+    """They are sent by a loop that runs; a resting loop would send nothing until it runs again."""
     limiter = Limiter("1000 RPM burst 100", store=url, name="rests")
 
     async def use() -> None:
@@ -790,7 +790,7 @@ def test_pause_and_new_limits_reach_the_store_though_an_older_loop_rests(url: st
 
 @pytest.mark.real_clock
 async def test_killed_process_gives_its_slots_to_those_who_wait(where: str) -> None:
-    """Held far beyond their life while it beats; back within their life once it is dead."""
+    """Its slots outlive their TTL while it sends heartbeats, and come back soon once it is dead."""
     command = sys.executable, "-X", "dev", "-c", HOLDING, where
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     assert process.stdout is not None
@@ -810,7 +810,7 @@ async def test_killed_process_gives_its_slots_to_those_who_wait(where: str) -> N
 
 
 async def test_refund_of_one_limiter_admits_another(where: str) -> None:
-    """A call that used less than it reserved: who asks elsewhere need not wait for the window."""
+    """After a call used less than it reserved, another limiter need not wait for the window."""
     one = Limiter("1000 TPM", store=where, name="refund")
     two = Limiter("1000 TPM", store=where, name="refund")
     async with one.acquire(tokens=900) as lease:
@@ -821,7 +821,7 @@ async def test_refund_of_one_limiter_admits_another(where: str) -> None:
 
 
 async def test_call_that_can_never_pass_says_so(where: str) -> None:
-    """As without a store."""
+    """The error is the same as without a store."""
     limiter = Limiter("100 TPM", store=where, name="never")
     with pytest.raises(CostExceedsLimit, match="cost of 101 tokens exceeds the limit"):
         await limiter.acquire(tokens=101)
@@ -829,14 +829,14 @@ async def test_call_that_can_never_pass_says_so(where: str) -> None:
 
 
 async def test_limit_that_only_the_store_knows_is_told_with_the_cost(path: Path) -> None:
-    """Another process has lowered it, and the word of that is still under way."""
+    """Another process has lowered the limit, and this one has not heard of it yet."""
     limiter = Limiter("1000 TPM", store=f"sqlite:///{path}?patience=5", name="lowered")
     (await limiter.acquire(tokens=1_000)).release()
     waiting = asyncio.ensure_future(limiter.acquire(tokens=500))
     remote: Any = limiter._account.remote
     counter = remote.counter(asyncio.get_running_loop())
     async with asyncio.timeout(5):
-        while not (heads := counter.heads(1)):  # noqa: ASYNC110 - what is waited for rings no bell
+        while not (heads := counter.heads(1)):  # noqa: ASYNC110 - nothing signals this
             await asyncio.sleep(0.01)
     counter.refuse(heads[0], "tokens")
     with pytest.raises(CostExceedsLimit, match="cost of 500 tokens exceeds the limit that another"):
@@ -845,7 +845,7 @@ async def test_limit_that_only_the_store_knows_is_told_with_the_cost(path: Path)
 
 
 async def test_refund_reaches_who_waits_for_long(url: str) -> None:
-    """Estimates above use, the usual case: what comes back serves the next, as in one process."""
+    """Where estimates exceed use, what comes back serves the next call, as in one process."""
     limiter = Limiter("1000 tokens/minute", store=url, name="refund")
     done = 0
 
@@ -866,7 +866,7 @@ async def test_refund_reaches_who_waits_for_long(url: str) -> None:
 
 
 async def test_explanation_tells_what_the_store_told_last(where: str) -> None:
-    """A call that the store would let wait is not said to pass; for how long only the store knows."""
+    """It does not promise that a call passes at once if the store would make it wait."""
     limiter = Limiter("9 RPM burst 9", "1000 TPM", concurrency=2, store=where, name="explained")
     lease = await limiter.acquire(tokens=900)
     assert str(limiter.explain(tokens=100)).startswith("a call would pass at once; ")
@@ -891,7 +891,7 @@ async def test_explanation_tells_what_the_store_told_last(where: str) -> None:
 
 
 async def test_explanation_counts_those_who_stand_at_the_store(where: str) -> None:
-    """And does not take what is known of the first of them for the wait of a call behind all."""
+    """The wait known for the first of them is not given as that of a call behind all."""
     limiter = Limiter("10 RPM burst 1", store=where, name="ahead")
     (await limiter.acquire()).release()
     calls = [asyncio.create_task(take(limiter)) for _ in range(15)]
@@ -907,7 +907,7 @@ async def test_explanation_counts_those_who_stand_at_the_store(where: str) -> No
 
 
 async def test_statistics_tell_what_the_store_told_last(url: str) -> None:
-    """Used and available are those of all processes together."""
+    """Used and available are totals of all processes."""
     one = Limiter("100 RPM burst 100", store=url, name="statistics")
     two = Limiter("100 RPM burst 100", store=url, name="statistics")
     for limiter in (one, two, one):
@@ -921,7 +921,7 @@ async def test_statistics_tell_what_the_store_told_last(url: str) -> None:
 
 
 async def test_statistics_tell_each_limit_its_own_numbers(where: str) -> None:
-    """In whatever order a store keeps limits, and other processes write them."""
+    """The order in which the store or other processes keep the limits does not matter."""
     one = Limiter("500 RPM burst 500", "20k TPM", "10k RPD", store=where, name="order")
     two = Limiter("20k TPM", "10k RPD", "500 RPM burst 500", store=where, name="order")
     for limiter in (one, two, one):
@@ -938,7 +938,7 @@ async def test_statistics_tell_each_limit_its_own_numbers(where: str) -> None:
 
 
 async def test_limits_of_a_child_hold_when_calls_leave(where: str) -> None:
-    """However long they waited for the store: what left together counts together."""
+    """What leaves the store's line together counts together, however long it waited there."""
     limiter = Limiter("100 tokens/s", store=where, name="below")
     await take(limiter, tokens=100)
     child = limiter.child("child", "5 requests/s burst 2")
@@ -961,7 +961,7 @@ async def test_limits_of_a_child_hold_when_calls_leave(where: str) -> None:
 async def test_wait_for_a_store_is_no_part_of_a_call(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is told apart in events, and what finds a child's concurrency does not take it for latency."""
+    """It is no part of `held`, and the adaptive concurrency does not take it for latency."""
     limiter = Limiter("2 RPS burst 1", store=where, name="left")
     child = limiter.child("child", concurrency=(2, 9))
     held: list[float] = []
@@ -984,7 +984,7 @@ async def test_wait_for_a_store_is_no_part_of_a_call(
 
 
 async def test_last_word_on_what_a_call_used_counts(where: str) -> None:
-    """A debt that was none comes back, and what was used without having been reserved is counted."""
+    """A debt that turned out smaller is given back; units used but never reserved are counted."""
     limiter = Limiter("100 tokens/minute", "9 images/minute", store=where, name="last word")
 
     async def available(*left: int) -> None:

@@ -1,4 +1,4 @@
-"""The pure parts: books, what is done to them, and both as text."""
+"""The pure parts: the books, the verbs that change them, and both as text."""
 
 from random import Random
 
@@ -61,7 +61,7 @@ def some_commit(random: Random, worker: str, starts: list[int]) -> Commit:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_what_others_read_in_the_journal_gives_them_the_same_books(seed: int) -> None:
-    """Books read anew at any point, and fed the journal's text since, answer alike ever after."""
+    """Books read from text at any point, and fed the journal since, give the same answers."""
     random = Random(seed)
     ours, now, starts = Books(TERMS), 0, [0]
     theirs = written.from_text(written.to_text(ours))
@@ -81,7 +81,7 @@ def test_what_others_read_in_the_journal_gives_them_the_same_books(seed: int) ->
 
 
 def test_every_number_of_a_meter_is_written_or_follows_from_the_terms() -> None:
-    """A slot that a meter gains must be written too; nothing else tells."""
+    """Each new slot of a meter must be written, too, and only this test would tell."""
     follow = {"burst", "p", "q", "depth", "slack"}
     assert set(written.BUCKET) | follow == set(Bucket.__slots__)
     follow = {"amount", "window", "_grain", "_hold"}
@@ -92,7 +92,7 @@ def test_every_number_of_a_meter_is_written_or_follows_from_the_terms() -> None:
 
 
 def test_a_look_at_the_line_changes_nothing() -> None:
-    """Processes look at different instants, and must keep the same books nevertheless."""
+    """Processes look at different instants, and must still keep the same books."""
     books = Books(TERMS)
     verbs.do(Commit("a", LIFE, Batch(calls=({"concurrency": 1},) * 7)), books, 0)
     before = written.to_text(books)
@@ -102,13 +102,13 @@ def test_a_look_at_the_line_changes_nothing() -> None:
 
 
 def test_an_entry_nobody_knows_is_refused() -> None:
-    """A journal line of another make is no reason to guess."""
+    """A journal entry of another version must not be guessed at."""
     with pytest.raises(ValueError, match=r'no such entry: \["sing"\]'):
         verbs.from_text('["sing"]')
 
 
 def test_books_of_a_lost_file_are_charged_to_its_successor() -> None:
-    """A successor copied from some of ours is charged the rest; one begun afresh, all of it."""
+    """A successor copied from some of ours is charged the rest; a fresh one is charged it all."""
     limit = Terms(limits=(Limit("requests", 100, per=60, burst=10),))
     ours = Books(limit)
     ours.commit("a", Batch(calls=({"requests": 2},)), 0, life=LIFE)
@@ -124,24 +124,24 @@ def test_books_of_a_lost_file_are_charged_to_its_successor() -> None:
 
 
 class Hands:
-    """Turn a wall clock and a steady one by hand."""
+    """A wall clock and a steady one that are turned by hand."""
 
     def __init__(self) -> None:
         self.wall = 1_000 * SECOND
         self.steady = 50 * SECOND
 
     def clock(self, boot: str) -> SharedClock:
-        """Return a clock of a process that begins now."""
+        """Return the clock of a process that starts now."""
         return SharedClock(wall=lambda: self.wall, steady=lambda: self.steady, boot=boot)
 
     def pass_by(self, seconds: int) -> None:
-        """Let time go by for both."""
+        """Advance both clocks."""
         self.wall += seconds * SECOND
         self.steady += seconds * SECOND
 
 
 def test_the_clock_begins_at_the_wall_clock_and_keeps_its_own_pace() -> None:
-    """A wall clock that is set, forward or back, moves nothing in this boot, for any process."""
+    """Setting the wall clock forward or back changes nothing until the next boot."""
     hands = Hands()
     first = hands.clock("boot-1")
     reading = first.read(None)
@@ -157,7 +157,7 @@ def test_the_clock_begins_at_the_wall_clock_and_keeps_its_own_pace() -> None:
 
 
 def test_a_new_boot_goes_on_from_the_wall_clock() -> None:
-    """The steady clock begins anew, and the time that the machine was off has passed."""
+    """The steady clock starts again, and the time that the machine was off has passed."""
     hands = Hands()
     reading = hands.clock("boot-1").read(None)
     hands.steady = 0

@@ -1,4 +1,4 @@
-"""What a file may do to us: each fault, its message, and what holds afterwards."""
+"""Each fault of a file: its message, and what still holds afterwards."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ from asyncbucket.stores.sqlite.clock import SharedClock
 from asyncbucket.stores.sqlite.file import VERSION
 
 TERMS = Terms(limits=(Limit("requests", 1_000, per=86_400, burst=1_000),), concurrency=10)
-#: Locks and disks know no virtual time.
+#: Virtual time does not apply to locks and disks.
 pytestmark = pytest.mark.real_clock
 
 CALL = {"requests": 1, "concurrency": 1}
@@ -45,7 +45,7 @@ async def opened(path: Path, *, patience: float = 0.2) -> AsyncGenerator[SQLiteL
 
 
 async def used(ledger: SQLiteLedger) -> int:
-    """Return the units booked."""
+    """Return the number of units booked."""
     return (await ledger.peek()).limits[0].used
 
 
@@ -58,7 +58,7 @@ async def used(ledger: SQLiteLedger) -> int:
     ],
 )
 def test_a_url_names_a_file(url: str, path: str) -> None:
-    """Three slashes for a path from here, four for one from the root."""
+    """Three slashes are for a relative path, four for an absolute one."""
     assert repr(open_store(url)) == f"<SQLiteStore {Path(path).absolute()}>"
 
 
@@ -66,7 +66,7 @@ def test_a_url_names_a_file(url: str, path: str) -> None:
 def test_a_stores_url_leads_to_its_file_from_anywhere(
     options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is in its name, and with the patience that it has."""
+    """The URL keeps special characters and the patience."""
     monkeypatch.chdir(tmp_path)
     store = open_store(f"sqlite:///a%20b%3F/100%25%23.db{options}")
     monkeypatch.chdir("/")
@@ -92,13 +92,13 @@ def test_a_stores_url_leads_to_its_file_from_anywhere(
     ],
 )
 def test_a_url_that_names_no_file_is_refused_with_a_remedy(url: str, why: str) -> None:
-    """At once, when the store is made."""
+    """The error comes as soon as the store is made."""
     with pytest.raises(ValueError, match=why):
         from_url(url)
 
 
 async def test_nothing_is_made_before_it_is_used(path: Path) -> None:
-    """A store that nobody uses leaves no file, and closes all the same."""
+    """A store that nobody uses leaves no file, and can still be closed."""
     store = SQLiteStore(path)
     assert repr(store) == f"<SQLiteStore {path}>"
     await store.aclose()
@@ -106,7 +106,7 @@ async def test_nothing_is_made_before_it_is_used(path: Path) -> None:
 
 
 async def test_one_file_is_left_behind(path: Path) -> None:
-    """The last to close folds the log into the file."""
+    """The last worker to close merges the log into the file."""
     async with opened(path) as ledger:
         await ledger.commit(Batch(calls=(CALL,)))
         assert repr(ledger) == f"<SQLiteLedger 'openai', worker {ledger.worker}>"
@@ -117,7 +117,7 @@ async def test_one_file_is_left_behind(path: Path) -> None:
 
 
 async def test_a_closed_store_says_so(path: Path) -> None:
-    """Closing twice is fine, also of a ledger whose store has gone."""
+    """Closing twice is fine, and so is closing a ledger whose store has been closed."""
     store = SQLiteStore(path)
     ledger = await store.open("openai", TERMS)
     await store.aclose()
@@ -128,7 +128,7 @@ async def test_a_closed_store_says_so(path: Path) -> None:
 
 
 async def test_a_store_that_nobody_holds_closes_its_file(path: Path) -> None:
-    """A ledger keeps its store; with both gone the thread ends, and the log is folded in."""
+    """A ledger keeps its store; once both are gone the thread ends and the log is merged."""
     ledger = await SQLiteStore(path).open("openai", TERMS)
     gc.collect()
     await ledger.commit(Batch(calls=(CALL,)))
@@ -149,7 +149,7 @@ async def failure(path: Path) -> str:
 
 
 async def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    """It is not made: a typing error would give each process a limit of its own."""
+    """It is not created: with a typing error each process would get a limit of its own."""
     path = tmp_path / "nowhere" / "limits.db"
     assert await failure(path) == (
         f"{path}: it cannot be opened: there is no folder {path.parent}; make the folder, or give "
@@ -159,7 +159,7 @@ async def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 
 async def test_a_newer_schema_is_refused(path: Path) -> None:
-    """And the file is left as it is."""
+    """The file is left as it is."""
     async with opened(path):
         pass
     with contextlib.closing(sqlite3.connect(path)) as newer:
@@ -173,7 +173,7 @@ async def test_a_newer_schema_is_refused(path: Path) -> None:
 
 
 async def test_a_database_of_another_program_is_left_alone(path: Path) -> None:
-    """Nobody's tables are mixed with ours, and not a byte is changed."""
+    """Its tables are not mixed with ours, and not a byte is changed."""
     with contextlib.closing(sqlite3.connect(path)) as other:
         other.execute("CREATE TABLE people (name)")
     before = path.read_bytes()
@@ -185,7 +185,7 @@ async def test_a_database_of_another_program_is_left_alone(path: Path) -> None:
 
 
 async def test_what_is_no_database_is_left_alone(path: Path) -> None:
-    """A text file stays one."""
+    """A text file stays as it is."""
     path.write_text("not a database at all, " * 100)
     assert await failure(path) == (
         f"{path}: it is not a SQLite file, or is damaged (file is not a database): move it away, and "
@@ -195,7 +195,7 @@ async def test_what_is_no_database_is_left_alone(path: Path) -> None:
 
 
 async def test_a_disk_that_fails_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also what nobody has foreseen says where and what."""
+    """Even unforeseen errors name the file and the cause."""
     async with opened(path) as ledger:
         error = sqlite3.OperationalError("disk I/O error")
         for code, why in (
@@ -223,7 +223,7 @@ def _raising(error: Exception) -> Any:
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everything")
 async def test_a_file_that_may_not_be_written_is_named(path: Path) -> None:
-    """With the remedy."""
+    """The error names the remedy."""
     async with opened(path):
         pass
     path.chmod(0o400)
@@ -240,7 +240,7 @@ def locked(path: Path) -> Generator[None]:
 
 
 async def test_a_held_lock_is_an_error_within_the_patience(path: Path) -> None:
-    """All who ask meanwhile are answered as soon; when the lock is free all goes on."""
+    """All who ask meanwhile get the same error; once the lock is free everything goes on."""
     async with opened(path) as ledger:
         with locked(path):
             began = time.monotonic()
@@ -262,7 +262,7 @@ async def test_a_held_lock_is_an_error_within_the_patience(path: Path) -> None:
 
 
 async def test_corrections_of_a_failed_batch_are_applied_once(path: Path) -> None:
-    """Later, with whatever is sent next, be it a look; calls are not: their callers were told."""
+    """They go with whatever is sent next, even a peek; the failed calls do not."""
     async with opened(path) as ledger:
         receipt = await ledger.commit(Batch(calls=(CALL,) * 3))
         first, second, third = receipt.bookings
@@ -286,7 +286,7 @@ async def test_corrections_of_a_failed_batch_are_applied_once(path: Path) -> Non
 
 
 async def test_a_booking_is_given_back_though_the_lock_is_held(path: Path) -> None:
-    """Its caller has gone, and giving back fails at first: it is kept until it succeeds."""
+    """Its caller has gone and giving back fails at first, so it is kept until it succeeds."""
     async with opened(path) as ledger:
         await ledger.commit(Batch())
         receipt = await ledger.commit(Batch(calls=(CALL,)))
@@ -301,7 +301,7 @@ async def test_a_booking_is_given_back_though_the_lock_is_held(path: Path) -> No
 async def test_a_caller_that_goes_as_its_answer_comes_is_charged_nothing(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The booking was made, and told, but not to anybody who was still there."""
+    """The booking was made and reported, but its caller was cancelled at that moment."""
     put = Clerk.put
     tasks: list[asyncio.Task[Any]] = []
 
@@ -324,7 +324,7 @@ async def test_a_caller_that_goes_as_its_answer_comes_is_charged_nothing(
 
 
 async def test_a_lock_held_for_less_than_the_patience_is_only_a_delay(path: Path) -> None:
-    """More patience waits longer."""
+    """With more patience the call waits for the lock."""
     async with opened(path, patience=5) as ledger:
         held = threading.Event()
 
@@ -344,7 +344,7 @@ async def test_a_lock_held_for_less_than_the_patience_is_only_a_delay(path: Path
 async def test_a_disk_that_does_not_answer_is_an_error_in_time(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hanging write holds up its thread alone; what it books after all is given back."""
+    """A hanging write holds up only its thread; what it books in the end is given back."""
     async with opened(path) as ledger:
         clerk = ledger._clerk
         serve, hang = clerk._serve, threading.Event()
@@ -364,7 +364,7 @@ async def test_a_disk_that_does_not_answer_is_an_error_in_time(
 async def test_opening_may_take_longer_than_a_batch(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A slow disk writes the tables through; those who wait for the first call wait for that."""
+    """A slow disk takes its time to create the tables, and the first call waits for that."""
     store = SQLiteStore(path)
     connect = store._clerk._file._connect
 
@@ -379,7 +379,7 @@ async def test_opening_may_take_longer_than_a_batch(
 
 
 async def test_a_full_disk_is_an_error_and_nothing_is_booked(path: Path) -> None:
-    """Space is short: StoreError says how much is free; when there is some all goes on."""
+    """StoreError says how much space is free; once there is some, everything goes on."""
     async with opened(path) as ledger:
         await ledger.commit(Batch(calls=(CALL,)))
         log = path.with_name("limits.db-wal")
@@ -435,7 +435,7 @@ asyncio.run(main())
 
 
 def test_a_disk_that_fills_up_loses_no_booking(tmp_path: Path) -> None:
-    """A real file system of 1 MB runs full: an error that says so, and not a call too many or few."""
+    """A real file system of 1 MB fills up: the error says so, and every booking is counted once."""
     mount = f"mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} - {tmp_path}"
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount]
     if os.geteuid() == 0:
@@ -458,13 +458,13 @@ def test_a_disk_that_fills_up_loses_no_booking(tmp_path: Path) -> None:
 
 
 async def test_a_deleted_file_is_made_anew_from_what_its_users_know(path: Path) -> None:
-    """Somebody cleans up: the limit of the day is no fuller for it, for old workers and new."""
+    """If somebody deletes it, old workers and new ones still find the day's use counted."""
     async with opened(path) as one, opened(path) as two:
         await one.commit(Batch(calls=(CALL,) * 3))
         await two.commit(Batch(calls=(CALL,) * 3))
         for each in path.parent.glob("limits.db*"):
             each.unlink()
-        await one.commit(Batch(calls=(CALL,)))  # it never saw what `two` did last
+        await one.commit(Batch(calls=(CALL,)))  # it never saw the last batch of `two`
         await two.commit(Batch(calls=(CALL,)))
         assert await used(one) == 8
         async with opened(path) as new:
@@ -473,7 +473,7 @@ async def test_a_deleted_file_is_made_anew_from_what_its_users_know(path: Path) 
 
 
 async def test_a_successor_that_strangers_have_begun_is_charged_too(path: Path) -> None:
-    """Deleted, and made anew by a newcomer: those who knew the old one bring their part."""
+    """When a newcomer has made the file again, those who knew the old one add their part."""
     async with opened(path) as old:
         await old.commit(Batch(calls=(CALL,) * 3))
         for each in path.parent.glob("limits.db*"):
@@ -485,7 +485,7 @@ async def test_a_successor_that_strangers_have_begun_is_charged_too(path: Path) 
 
 
 async def test_a_log_cut_off_at_any_byte_leaves_whole_batches(path: Path) -> None:
-    """What a loss of power leaves on the disk: a prefix of what was booked, and a sound file."""
+    """A power failure leaves a prefix of what was booked, and a sound file."""
     async with opened(path) as ledger:
         for _ in range(30):
             await ledger.commit(Batch(calls=({"requests": 1},)))
@@ -505,7 +505,7 @@ async def test_a_log_cut_off_at_any_byte_leaves_whole_batches(path: Path) -> Non
 
 
 async def test_an_entry_that_counts_otherwise_stops_all(path: Path) -> None:
-    """Two versions whose arithmetic differs do not share a limit, lest it be exceeded."""
+    """Two versions whose arithmetic differs must not share a limit, or it could be exceeded."""
     async with opened(path) as one, opened(path) as two:
         await one.commit(Batch(calls=(CALL,)))
         with contextlib.closing(sqlite3.connect(path)) as other:
@@ -532,12 +532,12 @@ async def test_the_journal_is_cut_again_and_again(path: Path) -> None:
 
 
 def mistaken(*_: Any, **__: Any) -> None:
-    """Be a mistake."""
+    """Raise as a programming error would."""
     raise ZeroDivisionError("division by zero")
 
 
 async def test_limiters_that_have_nothing_to_remember_go(path: Path) -> None:
-    """Names that nobody uses any more do not pile up; whoever still holds one goes on with it."""
+    """Unused names do not pile up; a worker that still has one can go on with it."""
     hands = Hands()
     store = SQLiteStore(path, clock=hands.clock("boot"))
     minute, day = (Terms(limits=(Limit("requests", 5, per=per),)) for per in (60, 86_400))
@@ -560,17 +560,17 @@ async def test_limiters_that_have_nothing_to_remember_go(path: Path) -> None:
 
 
 class Hands:
-    """Turn the clocks by hand."""
+    """Clocks that are turned by hand."""
 
     def __init__(self) -> None:
         self.now = 10**18
 
     def clock(self, boot: str) -> SharedClock:
-        """Return a clock that shows the hands."""
+        """Return a clock that shows the time of the hands."""
         return SharedClock(wall=lambda: self.now, steady=lambda: self.now, boot=boot)
 
     def pass_by(self, seconds: int) -> None:
-        """Let time go by."""
+        """Advance the time."""
         self.now += seconds * 1_000_000_000
 
 
@@ -601,7 +601,7 @@ async def test_a_mistake_of_ours_is_an_error_and_no_hang(
     ],
 )
 async def test_amounts_that_are_none_are_refused(path: Path, batch: Batch, why: str) -> None:
-    """Before anything is written that others would have to read."""
+    """The error comes before anything is written that others would have to read."""
     async with opened(path) as ledger:
         with pytest.raises(ValueError, match=why):
             await ledger.commit(batch)

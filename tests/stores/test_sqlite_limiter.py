@@ -1,4 +1,4 @@
-"""What people type: `Limiter(..., store="sqlite:///limits.db")`, in one process and in several."""
+"""`Limiter(..., store="sqlite:///limits.db")` as people use it, in one process and in several."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ from asyncbucket import AcquireTimeout, Limit, Limiter, StoreError
 from asyncbucket.events import Event, StoreLost, StoreRecovered
 from asyncbucket.testing import assert_never_over
 
-#: What processes wait for is each other: nothing of it runs on virtual time.
+#: The processes wait for each other, which virtual time cannot speed up.
 pytestmark = pytest.mark.real_clock
 
 AGENTS = """
@@ -127,7 +127,7 @@ def locked(path: Path) -> Generator[None]:
 
 
 def test_three_processes_share_one_limit_in_equal_parts(path: Path) -> None:
-    """Sixty agents: never over, at least 97 % used, and no process served worse than another."""
+    """Sixty agents never exceed the limit, use at least 97 % of it, and get equal shares."""
     processes = [start(AGENTS, path) for _ in range(3)]
     for each in processes:
         assert each.stdout is not None
@@ -148,7 +148,7 @@ def test_three_processes_share_one_limit_in_equal_parts(path: Path) -> None:
 
 
 def test_a_limit_of_a_day_survives_restarts(path: Path) -> None:
-    """Three processes, one after the other, have used it up; the fourth waits for tomorrow."""
+    """Three processes in turn have used it up, so the fourth would have to wait until tomorrow."""
     for _ in range(3):
         process = start(ONE_CALL, path)
         assert process.communicate()[0] == "True\n"
@@ -166,7 +166,7 @@ def test_a_limit_of_a_day_survives_restarts(path: Path) -> None:
 def test_a_path_from_the_working_directory_names_one_file_wherever_the_program_goes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is that of the folder where the limiter was made, not of where it is opened, or opened again."""
+    """It is relative to the folder where the limiter was made, not to that where it is opened."""
     for folder in ("here", "there"):
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -185,7 +185,7 @@ def test_a_path_from_the_working_directory_names_one_file_wherever_the_program_g
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_child_gives_back_nothing_of_its_parent(path: Path) -> None:
-    """What a loop of the parent left untold, the parent tells, once."""
+    """What a loop of the parent has not reported yet is reported by the parent, once."""
     done = subprocess.run(
         [sys.executable, "-c", FORGETTING, str(path)], capture_output=True, text=True, check=False
     )
@@ -195,7 +195,7 @@ def test_a_forked_child_gives_back_nothing_of_its_parent(path: Path) -> None:
 async def test_a_lock_that_is_held_is_an_outage_and_no_hang(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A decision within 300 ms; one line and one event at each change; what passed is told later."""
+    """A call is decided within 300 ms; each change is logged once; what passed is reported later."""
     events: list[Event] = []
     back = asyncio.Event()
 
@@ -226,20 +226,20 @@ async def test_a_lock_that_is_held_is_an_outage_and_no_hang(
 
 
 async def test_a_file_that_cannot_be_opened_is_told_to_those_who_wait(tmp_path: Path) -> None:
-    """At the first call, with the remedy."""
+    """The error comes at the first call, with the remedy."""
     async with limited(tmp_path / "nowhere" / "limits.db", "100 RPM") as limiter:
         with pytest.raises(StoreError, match="make the folder, or give another path"):
             await limiter.acquire()
 
 
 def test_a_url_that_names_no_file_is_told_at_once() -> None:
-    """When the limiter is made, not at its first call."""
+    """The error comes when the limiter is made, not at its first call."""
     with pytest.raises(ValueError, match="for one process no store is needed"):
         Limiter("100 RPM", store="sqlite:///:memory:")
 
 
 async def test_statistics_tell_what_the_store_has_calls_wait_for(path: Path) -> None:
-    """At the root, and at a child that has room of its own; of one that has none, its own limit."""
+    """The root and a child with room show it; a child that is full shows its own limit."""
     limiter = Limiter(
         "1 requests/2s", concurrency=9, store=f"sqlite:///{path}?patience=5", name="openai"
     )
@@ -266,7 +266,7 @@ async def take(limiter: Limiter) -> None:
 
 
 def test_threads_without_a_loop_share_it_too(path: Path) -> None:
-    """Plain code on plain threads: the background loop keeps the store, and all are admitted."""
+    """The background loop holds the store, and calls of plain threads are all admitted."""
     limiter = Limiter("100 RPM burst 100", store=f"sqlite:///{path}?patience=5", name="openai")
     done: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Real processes on one file: together within the limit, and no worse for the death of one."""
+"""Real processes share one file: they stay within the limit, even if one of them dies."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ from asyncbucket.stores import Batch, Outcome, Terms
 from asyncbucket.stores.sqlite import SQLiteLedger, SQLiteStore
 from asyncbucket.testing import assert_never_over
 
-#: What processes wait for is each other: nothing of it runs on virtual time.
+#: The processes wait for each other, which virtual time cannot speed up.
 pytestmark = pytest.mark.real_clock
 
 PREAMBLE = """
@@ -30,7 +30,7 @@ from asyncbucket.stores.sqlite import SQLiteStore
 store = SQLiteStore(sys.argv[1], patience=5)
 """
 
-#: Take what there is, some calls at a time, and sleep until shortly before the last may go.
+#: Take all there is, some calls at a time, and sleep until shortly before the last may go.
 GREEDY = (
     PREAMBLE
     + """
@@ -51,7 +51,7 @@ asyncio.run(main())
 """
 )
 
-#: Commit as fast as can be; with some more patience, for a busy machine may stop who holds the lock.
+#: Commit as fast as possible, with more patience, as a busy machine may stop the lock's holder.
 PUSHING = """
 import asyncio, sys, time
 from asyncbucket import Limit
@@ -72,7 +72,7 @@ async def main():
 asyncio.run(main())
 """
 
-#: Say what was booked as soon as it was, until killed.
+#: Print what was booked as soon as it was, until killed.
 BUSY = (
     PREAMBLE
     + """
@@ -87,7 +87,7 @@ asyncio.run(main())
 """
 )
 
-#: Stop within a transaction, as a process does whose debugger halts it.
+#: Stop within a transaction, as a process halted by a debugger does.
 FROZEN = """
 import os, signal, sqlite3, sys
 connection = sqlite3.connect(sys.argv[1], isolation_level=None)
@@ -124,7 +124,7 @@ loop.close()
 """
 )
 
-#: Fork while the parent books as fast as it can; the child goes on when the parent has closed the file.
+#: Fork while the parent books as fast as it can; the child goes on after the parent has closed.
 OUTLIVING = (
     PREAMBLE
     + """
@@ -205,7 +205,7 @@ async def opened(path: Path, terms: Terms) -> AsyncGenerator[SQLiteLedger]:
 
 
 def test_three_processes_are_never_over_and_never_idle(path: Path) -> None:
-    """In every window of the clock they share at most the limit, and at least 97 % of it used."""
+    """No window exceeds the limit, and together they use at least 97 % of it."""
     processes = [start(GREEDY, path) for _ in range(3)]
     for each in processes:
         assert each.stdout is not None
@@ -221,7 +221,7 @@ def test_three_processes_are_never_over_and_never_idle(path: Path) -> None:
 
 
 def test_nobody_starves_among_processes_that_push(path: Path) -> None:
-    """Four begin at one instant with no file there, and none loses patience; all is counted."""
+    """Four start at once without a file; none runs out of patience, and all is counted."""
     processes = [start(PUSHING, path) for _ in range(4)]
     answers = [each.communicate("go\n")[0] for each in _started(processes)]
     with contextlib.closing(sqlite3.connect(path)) as other:
@@ -230,7 +230,7 @@ def test_nobody_starves_among_processes_that_push(path: Path) -> None:
 
 
 def _started(processes: "list[subprocess.Popen[str]]") -> "list[subprocess.Popen[str]]":
-    """Let all of them go at once."""
+    """Let all of them start at once."""
     for each in processes:
         assert each.stdin is not None
         each.stdin.write("go\n")
@@ -239,7 +239,7 @@ def _started(processes: "list[subprocess.Popen[str]]") -> "list[subprocess.Popen
 
 
 async def test_a_process_killed_at_any_instant_leaves_whole_bookings(path: Path) -> None:
-    """What it was told is booked, plus at most the batch under way; the file is sound."""
+    """All it reported is booked, plus at most the batch under way, and the file is sound."""
     told = 0
     terms = Terms(limits=(Limit("requests", 10**6, per=86_400, burst=10**6),), concurrency=10**6)
     async with opened(path, terms) as ledger:
@@ -259,7 +259,7 @@ async def test_a_process_killed_at_any_instant_leaves_whole_bookings(path: Path)
 
 
 async def test_slots_of_a_killed_process_come_back_in_time(path: Path) -> None:
-    """Within their time to live, by the file's own clock: those who wait are told, and served."""
+    """Within their TTL by the file's clock, those who wait are told, and get them."""
     terms = Terms(limits=(Limit("requests", 10**6, per=86_400, burst=10**6),), concurrency=10**6)
     process = start(BUSY, path)
     assert process.stdout is not None
@@ -283,7 +283,7 @@ async def test_slots_of_a_killed_process_come_back_in_time(path: Path) -> None:
 
 
 async def test_a_process_frozen_in_a_transaction_is_an_error_until_it_is_gone(path: Path) -> None:
-    """Within the patience; killed, it leaves nothing that anybody has to mend."""
+    """The error comes within the patience; once killed, it leaves nothing to repair."""
     terms = Terms(limits=(Limit("requests", 10, per=60, burst=10),))
     call = Batch(calls=({"requests": 1},))
     async with opened(path, terms) as ledger:
@@ -310,7 +310,7 @@ def test_a_forked_child_is_a_worker_of_its_own(path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system does not fork")
 def test_a_forked_child_outlives_its_parents_store(path: Path) -> None:
-    """It has locks of its own, whatever its parent did when it forked: nothing that it books is lost."""
+    """The child has its own locks, whatever the parent was doing, and loses no booking."""
     done = subprocess.run(
         [sys.executable, "-c", OUTLIVING, str(path)], capture_output=True, text=True, check=False
     )
@@ -318,7 +318,7 @@ def test_a_forked_child_outlives_its_parents_store(path: Path) -> None:
 
 
 def test_a_store_that_nobody_closes_ends_with_its_process(path: Path) -> None:
-    """No hang, and not a word: the thread is no reason to stay."""
+    """It does not hang or print anything: the store's thread does not keep the process alive."""
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-X", "dev", "-c", UNCLOSED, str(path)],

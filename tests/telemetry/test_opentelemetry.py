@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 COST = {"requests": 1, "tokens": 900, "input_tokens": 600, "output_tokens": 300, "concurrency": 1}
 POLICY = "asyncbucket.rate_limiting.policy"
-#: What the semantic conventions call the metrics of ASP.NET's rate limiting (stable), and their units.
+#: Names and units of ASP.NET's rate limiting metrics (stable) in the semantic conventions.
 STABLE = {
     "request.time_in_queue": "s",
     "request_lease.duration": "s",
@@ -30,7 +30,7 @@ STABLE = {
 
 
 class Telemetry:
-    """Keep what is measured and traced."""
+    """Providers that keep what is measured and traced."""
 
     def __init__(self) -> None:
         self._reader = InMemoryMetricReader()
@@ -47,11 +47,11 @@ class Telemetry:
 
     @property
     def spans(self) -> tuple[ReadableSpan, ...]:
-        """The spans that are over."""
+        """The spans that have ended."""
         return self._spans.get_finished_spans()
 
     def metrics(self) -> dict[str, Any]:
-        """Return the metrics of ours, by name without the prefix."""
+        """Return our metrics by name, without the prefix."""
         data = self._reader.get_metrics_data()
         return {
             metric.name.removeprefix("asyncbucket.rate_limiting."): metric
@@ -61,7 +61,7 @@ class Telemetry:
         }
 
     def points(self, name: str, key: str) -> dict[Any, Any]:
-        """Return the points of a metric by one attribute."""
+        """Return the points of a metric by the value of one attribute."""
         points = self.metrics()[name].data.data_points
         prefixed = f"asyncbucket.rate_limiting.{key}"
         return {point.attributes[prefixed]: point for point in points}
@@ -69,7 +69,7 @@ class Telemetry:
 
 @pytest.fixture
 def otel() -> Iterator[Telemetry]:
-    """Return what keeps all that is measured and traced."""
+    """Return providers that keep everything that is measured and traced."""
     kept = Telemetry()
     yield kept
     kept.meters.shutdown()
@@ -77,7 +77,7 @@ def otel() -> Iterator[Telemetry]:
 
 
 def admit(limiter: "ScriptedLimiter", **what: Any) -> None:
-    """Have a call pass."""
+    """Emit the event of an admitted call."""
     usual = {"cost": COST, "waited": 0.0, "bound_by": None, "waiting": 0, "in_flight": 1}
     limiter.say(events.Admitted, **{**usual, **what})
 
@@ -85,7 +85,7 @@ def admit(limiter: "ScriptedLimiter", **what: Any) -> None:
 def test_names_and_units_mirror_the_stable_ones(
     limiter: "ScriptedLimiter", otel: Telemetry
 ) -> None:
-    """Who knows ASP.NET's `aspnetcore.rate_limiting.*` knows these."""
+    """They are those of ASP.NET's `aspnetcore.rate_limiting.*`."""
     otel.watch(limiter)
     admit(limiter)
     limiter.say(events.Released, cost=COST, held=1.0, outcome="ok")
@@ -97,7 +97,7 @@ def test_names_and_units_mirror_the_stable_ones(
 
 
 def test_requests_are_counted_by_result(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
-    """When it is decided, as in ASP.NET: acquired, canceled, or why it was refused."""
+    """As in ASP.NET they are counted when decided: acquired, canceled, or why they were refused."""
     otel.watch(limiter)
     admit(limiter)
     admit(limiter)
@@ -114,7 +114,7 @@ def test_requests_are_counted_by_result(limiter: "ScriptedLimiter", otel: Teleme
 
 
 def test_time_in_queue_says_what_bound_it(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
-    """Minutes have buckets of their own."""
+    """The buckets reach minutes."""
     otel.watch(limiter)
     admit(limiter, waited=90.0, bound_by="tokens")
     admit(limiter)
@@ -128,7 +128,7 @@ def test_time_in_queue_says_what_bound_it(limiter: "ScriptedLimiter", otel: Tele
 def test_how_long_a_lease_was_held_says_how_it_ended(
     limiter: "ScriptedLimiter", otel: Telemetry
 ) -> None:
-    """A call that was overloaded is told from one that went well."""
+    """An overloaded call can be told from one that went well."""
     otel.watch(limiter)
     limiter.say(events.Released, cost=COST, held=2.0, outcome="ok")
     limiter.say(events.Released, cost=COST, held=0.5, outcome="overloaded")
@@ -143,7 +143,7 @@ def test_how_long_a_lease_was_held_says_how_it_ended(
 def test_tokens_refusals_and_retries_are_counted(
     limiter: "ScriptedLimiter", otel: Telemetry
 ) -> None:
-    """Reserved, used and refunded tokens, under a name that no GenAI instrumentation uses."""
+    """The names for reserved, used and refunded tokens are used by no GenAI instrumentation."""
     otel.watch(limiter)
     admit(limiter)
     admit(limiter, cost={"requests": 1})
@@ -167,7 +167,7 @@ def test_tokens_refusals_and_retries_are_counted(
 def test_what_waits_and_what_is_used_is_read_when_asked_for(
     limiter: "ScriptedLimiter", otel: Telemetry
 ) -> None:
-    """Each call stands where it asked, and a limit goes by its keyword."""
+    """Each call counts only at the limiter it asked, and a limit is labelled with its keyword."""
     chat = limiter.child("chat")
     otel.watch(limiter)
     limiter.numbers.update(waiting=5, in_flight=4, concurrency=8)
@@ -194,7 +194,7 @@ def test_what_waits_and_what_is_used_is_read_when_asked_for(
 def test_limiters_share_a_meter_provider_and_fall_silent_one_by_one(
     make_limiter: "Callable[[str], ScriptedLimiter]", otel: Telemetry
 ) -> None:
-    """Instruments cannot be taken back; what is off is not in them any more."""
+    """Instruments cannot be removed, but a limiter that is switched off no longer shows in them."""
     one, two = make_limiter("openai"), make_limiter("anthropic")
     off_one, off_two = otel.watch(one), otel.watch(two)
     assert set(otel.points("queued_requests", "policy")) == {"openai", "anthropic"}
@@ -215,7 +215,7 @@ def test_limiters_share_a_meter_provider_and_fall_silent_one_by_one(
 def test_switching_off_again_leaves_a_later_watch_on(
     limiter: "ScriptedLimiter", otel: Telemetry
 ) -> None:
-    """What ends one watch ends that one alone, however often it is called."""
+    """What ends one watch ends only that one, however often it is called."""
     off = otel.watch(limiter)
     off()
     otel.watch(limiter)
@@ -242,7 +242,7 @@ def test_no_call_is_counted_twice(limiter: "ScriptedLimiter", otel: Telemetry) -
 def test_cardinality_is_bounded_whatever_happens(
     limiter: "ScriptedLimiter", otel: Telemetry
 ) -> None:
-    """Who names a limiter after each user gets one attribute for all beyond the bound."""
+    """If somebody names a limiter after each user, those beyond the bound share one attribute."""
     otel.watch(limiter, max_limiters=2)
     for number in range(100):
         admit(limiter.child(f"user-{number}"))
@@ -252,7 +252,7 @@ def test_cardinality_is_bounded_whatever_happens(
 
 
 def test_a_wait_is_a_span_within_the_callers(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
-    """As long as the wait, and it says what bound it and what the call costs."""
+    """It is as long as the wait, and says what bound it and what the call costs."""
     otel.watch(limiter)
     with otel.tracers.get_tracer("mine").start_as_current_span("agent step"):
         limiter.say(events.Queued, cost=COST, waiting=4)
@@ -284,7 +284,7 @@ def test_a_wait_is_a_span_within_the_callers(limiter: "ScriptedLimiter", otel: T
 def test_a_call_that_passes_at_once_has_no_span(
     limiter: "ScriptedLimiter", otel: Telemetry
 ) -> None:
-    """A trace shows what took time."""
+    """A trace shows only what took time."""
     otel.watch(limiter)
     admit(limiter)
     limiter.say(events.Refused, cost=COST, reason="would_block", bound_by=None, retry_after=1.0)
@@ -295,7 +295,7 @@ def test_a_call_that_passes_at_once_has_no_span(
 def test_a_wait_that_ends_in_a_refusal_is_an_error(
     limiter: "ScriptedLimiter", otel: Telemetry
 ) -> None:
-    """It says which, by the stable `error.type`; giving up is none."""
+    """The stable `error.type` says which; a cancelled wait is not an error."""
     otel.watch(limiter)
     limiter.say(events.Queued, cost=COST, waiting=1)
     limiter.say(events.Refused, cost=COST, reason="timeout", bound_by="tokens", retry_after=3.0)
@@ -315,7 +315,7 @@ def test_a_wait_that_ends_in_a_refusal_is_an_error(
 def test_who_is_refused_at_once_does_not_inherit_an_earlier_wait(
     limiter: "ScriptedLimiter", otel: Telemetry
 ) -> None:
-    """Each call's wait is its own."""
+    """Each call has its own wait."""
     otel.watch(limiter)
     limiter.say(events.Queued, cost=COST, waiting=1)
     admit(limiter, waited=1.0, bound_by="tokens")
@@ -327,7 +327,7 @@ def test_who_is_refused_at_once_does_not_inherit_an_earlier_wait(
 def test_a_span_is_told_what_only_its_user_knows(
     make_limiter: "Callable[[str], ScriptedLimiter]", otel: Telemetry
 ) -> None:
-    """The model, for one; and the provider, where the limiter is not called like one."""
+    """The user gives the model, and the provider if the limiter is not named after it."""
     limiter = make_limiter("mine")
     otel.watch(
         limiter, attributes={"gen_ai.request.model": "gpt-4o", "gen_ai.provider.name": "openai"}
@@ -341,7 +341,7 @@ def test_a_span_is_told_what_only_its_user_knows(
 
 
 def test_a_wait_is_no_inference(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
-    """Who adds up inferences or their tokens beside an instrumentation finds no wait among them."""
+    """Tools that add up inferences or their tokens must not count the wait as one."""
     otel.watch(limiter)
     admit(limiter, waited=1.0, bound_by="tokens")
 
@@ -351,7 +351,7 @@ def test_a_wait_is_no_inference(limiter: "ScriptedLimiter", otel: Telemetry) -> 
 
 
 def test_spans_go_to_the_global_provider_by_default(limiter: "ScriptedLimiter") -> None:
-    """Without an SDK that is one that does nothing, and costs next to nothing."""
+    """Without an SDK that provider does nothing, and costs next to nothing."""
     off = telemetry.opentelemetry(limiter)
     admit(limiter, waited=1.0, bound_by="tokens")
     assert not trace.get_current_span().is_recording()
@@ -362,7 +362,7 @@ def test_spans_go_to_the_global_provider_by_default(limiter: "ScriptedLimiter") 
 def test_a_missing_library_names_its_extra(
     limiter: "ScriptedLimiter", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The remedy is the message."""
+    """The error says what to install."""
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     monkeypatch.delitem(sys.modules, "asyncbucket.telemetry.to_opentelemetry")
     with pytest.raises(ImportError) as caught:

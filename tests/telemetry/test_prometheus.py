@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tests.telemetry.conftest import ScriptedLimiter
 
 COST = {"requests": 1, "tokens": 900, "input_tokens": 600, "output_tokens": 300, "concurrency": 1}
-#: Every metric that there is, and its labels.
+#: Every metric, and its labels.
 METRICS = {
     "asyncbucket_wait_seconds": {"limiter", "bound_by"},
     "asyncbucket_requests": {"limiter", "outcome"},
@@ -34,7 +34,7 @@ METRICS = {
 
 
 def scrape(registry: CollectorRegistry) -> dict[tuple[str, ...], float]:
-    """Return what a Prometheus server reads: samples by name and label values, times of birth not."""
+    """Return what Prometheus reads: samples by name and label values, without creation times."""
     text = generate_latest(registry).decode()
     return {
         (sample.name, *(value for key, value in sorted(sample.labels.items()) if key != "le")): (
@@ -47,21 +47,21 @@ def scrape(registry: CollectorRegistry) -> dict[tuple[str, ...], float]:
 
 
 def admit(limiter: "ScriptedLimiter", **what: Any) -> None:
-    """Have a call pass."""
+    """Emit the event of an admitted call."""
     usual = {"cost": COST, "waited": 0.0, "bound_by": None, "waiting": 0, "in_flight": 1}
     limiter.say(events.Admitted, **{**usual, **what})
 
 
 @pytest.fixture
 def registry() -> CollectorRegistry:
-    """Return a registry of the test's own."""
+    """Return a registry for this test only."""
     return CollectorRegistry()
 
 
 def test_names_and_labels_are_exactly_these(
     limiter: "ScriptedLimiter", registry: CollectorRegistry
 ) -> None:
-    """Dashboards and alerts are built on them."""
+    """Dashboards and alerts depend on them."""
     telemetry.prometheus(limiter, registry=registry)
     limiter.numbers["concurrency"] = 5
     admit(limiter)
@@ -84,7 +84,7 @@ def test_names_and_labels_are_exactly_these(
 def test_a_wait_is_counted_with_what_bound_it(
     limiter: "ScriptedLimiter", registry: CollectorRegistry
 ) -> None:
-    """Calls that passed at once count too, or percentiles would lie."""
+    """Calls that passed at once are counted too, or percentiles would be wrong."""
     telemetry.prometheus(limiter, registry=registry)
     admit(limiter, waited=1.5, bound_by="tokens")
     admit(limiter, waited=2.5, bound_by="tokens")
@@ -99,7 +99,7 @@ def test_a_wait_is_counted_with_what_bound_it(
 def test_a_call_is_counted_once_by_how_it_ended(
     limiter: "ScriptedLimiter", registry: CollectorRegistry
 ) -> None:
-    """Admitted ones when they are over, the others when they are turned away or give up."""
+    """Admitted calls are counted when they end, others when they are refused or give up."""
     telemetry.prometheus(limiter, registry=registry)
     admit(limiter)
     for outcome in ("ok", "ok", "overloaded", "failed"):
@@ -124,7 +124,7 @@ def test_a_call_is_counted_once_by_how_it_ended(
 
 
 def test_counters_begin_at_zero(limiter: "ScriptedLimiter", registry: CollectorRegistry) -> None:
-    """The first refusal is a rise that an alert sees: from 0, not out of nothing."""
+    """An alert sees the first refusal as a rise from 0, not as a new series."""
     telemetry.prometheus(limiter, registry=registry)
     limiter.child("chat").say(events.Paused, seconds=1.0, reason="lunch")
     limiter.child("tools").say(events.Paused, seconds=1.0, reason="429")
@@ -139,7 +139,7 @@ def test_counters_begin_at_zero(limiter: "ScriptedLimiter", registry: CollectorR
 def test_tokens_are_counted_as_reserved_used_and_refunded(
     limiter: "ScriptedLimiter", registry: CollectorRegistry
 ) -> None:
-    """A later word counts only what it adds; a call without tokens counts none."""
+    """A later settlement adds only the difference; a call without tokens adds nothing."""
     telemetry.prometheus(limiter, registry=registry)
     admit(limiter)
     admit(limiter, cost={"requests": 1})
@@ -157,7 +157,7 @@ def test_tokens_are_counted_as_reserved_used_and_refunded(
 def test_only_a_providers_refusal_is_an_upstream_429(
     limiter: "ScriptedLimiter", registry: CollectorRegistry
 ) -> None:
-    """A pause of the user's own, or for overload, is none."""
+    """A pause set by the user, or for overload, is none."""
     telemetry.prometheus(limiter, registry=registry)
     for reason in ("429", "lunch", "overload", "429"):
         limiter.say(events.Paused, seconds=1.0, reason=reason)
@@ -171,7 +171,7 @@ def test_only_a_providers_refusal_is_an_upstream_429(
 def test_gauges_are_as_of_the_scrape(
     limiter: "ScriptedLimiter", registry: CollectorRegistry
 ) -> None:
-    """Use of a limit falls although nothing happens; nobody pushes it."""
+    """The use of a limit falls although nothing happens, so it is read, not pushed."""
     telemetry.prometheus(limiter, registry=registry)
     limiter.numbers.update(waiting=7, in_flight=3, concurrency=4)
     limiter.used = [
@@ -196,7 +196,7 @@ def test_gauges_are_as_of_the_scrape(
 def test_a_call_stands_once_where_it_asked(
     limiter: "ScriptedLimiter", registry: CollectorRegistry
 ) -> None:
-    """Statistics of a limiter hold those of its children; metrics add up to what there is."""
+    """A limiter's statistics include its children's; metrics count each call only once."""
     chat, tools = limiter.child("chat"), limiter.child("tools")
     telemetry.prometheus(limiter, registry=registry)
     limiter.numbers.update(waiting=10, in_flight=6, concurrency=8)
@@ -207,14 +207,14 @@ def test_a_call_stands_once_where_it_asked(
     seen = scrape(registry)
     queued = {key[1]: value for key, value in seen.items() if key[0].endswith("queued_requests")}
     assert queued == {"openai": 1, "openai/chat": 4, "openai/tools": 5}
-    # Read one after the other, numbers may not quite agree; none is below nothing.
+    # Numbers that are read one after the other may not quite agree, but none becomes negative.
     assert seen["asyncbucket_in_flight_requests", "openai"] == 0
     assert seen["asyncbucket_limit_used_ratio", "concurrency", "openai"] == 0.75
     assert seen["asyncbucket_wait_seconds_count", "none", "openai/chat"] == 1
 
 
 def test_all_tenants_are_one_label(limiter: "ScriptedLimiter", registry: CollectorRegistry) -> None:
-    """Their events go by a star; their limiters by a hash, which nobody sees either."""
+    """Their events are labelled with a star; the hashes that name their limiters stay hidden."""
     telemetry.prometheus(limiter, registry=registry)
     for used in (100, 400, 200):
         tenant = limiter.child(f"*{used:016x}")
@@ -234,7 +234,7 @@ def test_all_tenants_are_one_label(limiter: "ScriptedLimiter", registry: Collect
 def test_cardinality_is_bounded_whatever_happens(
     limiter: "ScriptedLimiter", registry: CollectorRegistry
 ) -> None:
-    """Who names a limiter after each user gets one label for all beyond the bound."""
+    """If somebody names a limiter after each user, those beyond the bound share one label."""
     off = telemetry.prometheus(limiter, registry=registry, max_limiters=3)
     for number in range(1_000):
         admit(limiter.child(f"user-{number}"))
@@ -250,7 +250,7 @@ def test_cardinality_is_bounded_whatever_happens(
 def test_switching_off_again_leaves_a_later_watch_on(
     make_limiter: "Callable[[str], ScriptedLimiter]", registry: CollectorRegistry
 ) -> None:
-    """What ends one watch ends that one alone, however often it is called."""
+    """What ends one watch ends only that one, however often it is called."""
     one, two = make_limiter("openai"), make_limiter("anthropic")
     telemetry.prometheus(two, registry=registry)
     off = telemetry.prometheus(one, registry=registry)
@@ -265,7 +265,7 @@ def test_switching_off_again_leaves_a_later_watch_on(
 def test_several_limiters_share_a_registry(
     make_limiter: "Callable[[str], ScriptedLimiter]", registry: CollectorRegistry
 ) -> None:
-    """A name is registered once, whoever comes first; the last to go takes the metrics along."""
+    """Metrics are registered by the first limiter, and removed with the last."""
     one, two = make_limiter("openai"), make_limiter("anthropic")
     off_one = telemetry.prometheus(one, registry=registry)
     off_two = telemetry.prometheus(two, registry=registry)
@@ -285,7 +285,7 @@ def test_several_limiters_share_a_registry(
     assert not one.observers
     assert not two.observers
 
-    off_one()  # of long ago: it takes nothing from who comes later
+    off_one()  # this one ended long ago: it takes nothing from a later watch
     telemetry.prometheus(one, registry=registry)
     off_two()
     assert scrape(registry)["asyncbucket_queued_requests", "openai"] == 0
@@ -316,7 +316,7 @@ def test_no_call_is_counted_twice(
 def test_what_is_no_limiter_is_refused_and_leaves_the_registry_as_it_was(
     limiter: "ScriptedLimiter", registry: CollectorRegistry
 ) -> None:
-    """Later scrapes go on, and so do limiters that are watched later."""
+    """Later scrapes work, and other limiters can still be watched."""
     for strange in (None, "openai", [limiter], TokenBucket(rate=1, burst=1)):
         with pytest.raises(
             TypeError, match=f"only a limiter can be watched, not {type(strange).__name__}"
@@ -330,7 +330,7 @@ def test_what_is_no_limiter_is_refused_and_leaves_the_registry_as_it_was(
 
 
 def test_the_default_is_the_librarys_own_registry(limiter: "ScriptedLimiter") -> None:
-    """So that `start_http_server` or a framework's `/metrics` shows it without more."""
+    """`start_http_server` or a framework's `/metrics` shows it without further setup."""
     off = telemetry.prometheus(limiter)
     assert b"asyncbucket_queued_requests" in generate_latest(REGISTRY)
     off()
@@ -338,7 +338,7 @@ def test_the_default_is_the_librarys_own_registry(limiter: "ScriptedLimiter") ->
 
 
 def test_a_registry_that_is_gone_leaves_nothing_behind(limiter: "ScriptedLimiter") -> None:
-    """Not even when nobody switched anything off."""
+    """This holds even if nothing was switched off."""
     registry = CollectorRegistry()
     telemetry.prometheus(limiter, registry=registry)
     gone = weakref.ref(registry)
@@ -351,7 +351,7 @@ def test_a_registry_that_is_gone_leaves_nothing_behind(limiter: "ScriptedLimiter
 def test_a_missing_library_names_its_extra(
     limiter: "ScriptedLimiter", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The remedy is the message."""
+    """The error says what to install."""
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     monkeypatch.delitem(sys.modules, "asyncbucket.telemetry.to_prometheus")
     with pytest.raises(ImportError) as caught:
@@ -411,9 +411,9 @@ print(generate_latest(registry).decode())
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_forked_workers_add_up(tmp_path: Path) -> None:
-    """Counters of all processes are one sum; gauges are those of the living.
+    """Counters of all processes are added up; gauges are those of the living ones.
 
-    Real processes, as only they have files of their own; what is waited for is their word.
+    The processes are real, as only these have files of their own; they signal when they are ready.
     """
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     command = [sys.executable, "-c", WORKER, str(Path(__file__).parent)]
@@ -467,7 +467,7 @@ os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_fork_waits_until_the_gauges_are_written(tmp_path: Path) -> None:
-    """Else a child inherits a lock that no thread of its own will ever release."""
+    """Otherwise a child would inherit a lock that none of its threads will ever release."""
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     command = [sys.executable, "-c", FORKER, str(Path(__file__).parent)]
     subprocess.run(command, check=True, env=environment)
@@ -476,7 +476,7 @@ def test_a_fork_waits_until_the_gauges_are_written(tmp_path: Path) -> None:
 def test_the_thread_of_the_gauges_ends_with_them(
     limiter: "ScriptedLimiter", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Switched off, the last values are written and the thread is gone."""
+    """When switched off, it writes the last values and ends."""
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/unused")
     monkeypatch.setattr(gauges, "_EVERY", 0.001)
     registry = CollectorRegistry()
@@ -498,7 +498,7 @@ def test_the_thread_of_the_gauges_ends_with_them(
 
 
 def test_what_is_no_registry_is_refused() -> None:
-    """By name, and before anything is watched."""
+    """The error names what was given, and comes before anything is watched."""
     other: Any = object()
 
     with pytest.raises(TypeError, match="prometheus_client's CollectorRegistry, not object"):
