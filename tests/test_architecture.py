@@ -1,4 +1,4 @@
-"""The borders that a reader of the code relies on."""
+"""The boundaries that readers of the code rely on."""
 
 import ast
 import importlib
@@ -94,7 +94,7 @@ def imported_packages(module: str) -> set[str]:
 
 
 def test_import_loads_no_extra() -> None:
-    """`import asyncbucket` costs nobody the libraries that only an adapter needs."""
+    """`import asyncbucket` loads no library that only an adapter needs."""
     loaded = in_fresh_interpreter("import asyncbucket, sys; print(*sys.modules)")
 
     assert "asyncbucket.limiter" in loaded
@@ -103,7 +103,7 @@ def test_import_loads_no_extra() -> None:
 
 @pytest.mark.parametrize("module", core_modules())
 def test_core_imports_the_standard_library_alone(module: str) -> None:
-    """A module of the core imports the standard library and other modules of this package."""
+    """A module of the core imports only the standard library and modules of this package."""
     assert imported_packages(module) - sys.stdlib_module_names <= {"asyncbucket"}
 
 
@@ -128,7 +128,7 @@ def lines_of_code(file: Path) -> int:
 
 
 def test_the_machine_can_be_read_in_one_sitting() -> None:
-    """Who goes next, when to look again, and what may pass: fewer than 900 lines of code."""
+    """Who goes next, when to look again, and what may pass take fewer than 900 lines of code."""
     machine = ("meters", "gates", "queue", "pacer", "budget")
 
     assert sum(lines_of_code(ROOT / f"asyncbucket/{name}.py") for name in machine) < 900
@@ -141,7 +141,7 @@ def test_public_names_are_exactly_these() -> None:
 
 @pytest.mark.parametrize("name", sorted(PUBLIC_NAMES))
 def test_public_name_exists_and_is_documented(name: str) -> None:
-    """Every public name can be imported and says what it is for."""
+    """Every public name can be imported, and says what it is for."""
     assert getattr(asyncbucket, name).__doc__
 
 
@@ -177,5 +177,5 @@ def test_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_package_is_typed() -> None:
-    """Type checkers of users read our annotations."""
+    """Users' type checkers read our annotations."""
     assert (ROOT / "asyncbucket" / "py.typed").is_file()

@@ -1,4 +1,4 @@
-"""Published limits: what is there, where it comes from, and what is said of its age."""
+"""Published limits: what there is, where it comes from, and when it is said to be old."""
 
 from datetime import date, timedelta
 from urllib.parse import urlsplit
@@ -12,7 +12,7 @@ NOW = date(2026, 11, 25)
 
 
 def test_preset_is_what_a_limiter_takes() -> None:
-    """Its limits, and nothing else to learn."""
+    """A limiter takes its limits as they are."""
     limiter = Limiter(*preset("openai/tier-2/gpt-4o-mini", today=NOW), concurrency=20)
 
     assert [str(limit) for limit in limiter.limits] == [
@@ -23,7 +23,7 @@ def test_preset_is_what_a_limiter_takes() -> None:
 
 @pytest.mark.parametrize("name", preset_names())
 def test_preset_has_limits_a_date_and_a_page(name: str) -> None:
-    """Of a provider's own, that anybody can compare it with."""
+    """The page is the provider's own, so anybody can compare the figures."""
     found = preset(name, today=NOW)
 
     provider, tier, model = name.split("/")
@@ -36,7 +36,7 @@ def test_preset_has_limits_a_date_and_a_page(name: str) -> None:
 
 
 def test_daily_limits_are_not_paced() -> None:
-    """A provider lets one use up the day in the morning."""
+    """Providers allow the day's limit to be used up in the morning."""
     (daily,) = (
         limit
         for limit in preset("groq/free/gpt-oss-20b", today=NOW)
@@ -47,7 +47,7 @@ def test_daily_limits_are_not_paced() -> None:
 
 
 def test_old_preset_warns_and_says_where_to_look() -> None:
-    """Half a year later the figures are still given."""
+    """After half a year the figures are still returned, with a warning."""
     dated = preset("groq/free/gpt-oss-20b", today=NOW).dated
 
     with pytest.warns(
@@ -59,19 +59,19 @@ def test_old_preset_warns_and_says_where_to_look() -> None:
 
 
 def test_young_preset_says_nothing() -> None:
-    """Warnings are errors here."""
+    """There is no warning; warnings are errors in these tests."""
     dated = preset("groq/free/gpt-oss-20b", today=NOW).dated
 
     assert preset("groq/free/gpt-oss-20b", today=dated + timedelta(days=180)).dated == dated
 
 
 def test_unknown_preset_names_those_like_it() -> None:
-    """A typing error is mended at once."""
+    """The suggestion helps to correct a typing error."""
     with pytest.raises(ValueError, match=r"try e\.g\. openai/tier-1/gpt-4o-mini"):
         preset("openai/tier1/gpt-4o-mini")
 
 
 def test_nothing_like_it_names_the_first() -> None:
-    """And how to see all."""
+    """The message also says how to see all."""
     with pytest.raises(ValueError, match=r"preset_names\(\) names all"):
         preset("?")

@@ -1,4 +1,4 @@
-"""The example of the docs, as a reader starts it."""
+"""The example of the docs, run as a reader runs it."""
 
 import os
 import re
@@ -15,7 +15,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "batch_with_resume.py"
 @pytest.mark.timeout(240)
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_killed_batch_pays_again_only_for_what_was_in_flight(tmp_path: Path) -> None:
-    """Two real processes, the first killed; ten slots, so at most about ten calls twice."""
+    """Of two real processes the first is killed; with ten slots about ten calls are made twice."""
     done = subprocess.run(
         [sys.executable, str(EXAMPLE)],
         capture_output=True,

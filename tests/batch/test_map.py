@@ -1,4 +1,4 @@
-"""The same for code without an event loop. Threads run on the machine's clock."""
+"""`amap` for code without an event loop. Threads use the machine's clock."""
 
 import asyncio
 import functools
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.real_clock
 
 
 def test_plain_function_runs_in_as_many_threads_as_there_are_slots() -> None:
-    """Four at once, none of them this one; each call is admitted."""
+    """Four run at once, none of them in this thread, and each call is admitted."""
     limiter = Limiter("6000 RPM", concurrency=4)
     lock, running, most, threads = threading.Lock(), 0, 0, set[str]()
 
@@ -42,7 +42,7 @@ def test_plain_function_runs_in_as_many_threads_as_there_are_slots() -> None:
 
 
 def test_async_function_runs_on_a_loop_of_its_own() -> None:
-    """Its results come as they are, not as coroutines."""
+    """It gives results, not coroutines."""
 
     async def double(number: int) -> int:
         return number * 2
@@ -53,7 +53,7 @@ def test_async_function_runs_on_a_loop_of_its_own() -> None:
 
 
 def test_paced_function_is_charged_once() -> None:
-    """It acquires in its thread, and nobody does so for it."""
+    """It acquires in its thread, and the batch does not do so again."""
     limiter = Limiter("6000 RPM", concurrency=1)
 
     @limiter.paced
@@ -65,7 +65,7 @@ def test_paced_function_is_charged_once() -> None:
 
 
 def test_leaving_the_loop_ends_it() -> None:
-    """After the calls that run: no thread of it is left."""
+    """Running calls end first, and nothing stays in flight."""
     limiter = Limiter(concurrency=2)
     begun: list[int] = []
 
@@ -82,7 +82,7 @@ def test_leaving_the_loop_ends_it() -> None:
 
 
 def test_program_ends_though_a_loop_was_left() -> None:
-    """What still holds the items then is the module itself."""
+    """In that case the module itself still refers to the items."""
     program = (
         "from asyncbucket import Limiter\n"
         "items = Limiter(concurrency=2).map(abs, range(100))\n"
@@ -96,7 +96,7 @@ def test_program_ends_though_a_loop_was_left() -> None:
 
 
 def test_error_is_raised_as_it_is() -> None:
-    """With the traceback into the function."""
+    """Its traceback leads into the function."""
 
     def work(_: int) -> int:
         raise LookupError("nothing there")
@@ -106,7 +106,7 @@ def test_error_is_raised_as_it_is() -> None:
 
 
 def test_options_are_those_of_amap(tmp_path: Path) -> None:
-    """Checkpoints, collected errors, costs."""
+    """This includes checkpoints, collected errors and costs."""
     limiter = Limiter(tpm=100, concurrency=1)
     calls: list[Any] = []
 
@@ -143,13 +143,13 @@ def test_a_number_of_threads_is_a_whole_one(workers: Any) -> None:
     ],
 )
 def test_mistake_is_refused_at_once(option: dict[str, Any], message: str) -> None:
-    """And not with the first result, which somebody else may be the one to ask for."""
+    """The error does not wait for the first result, which other code may ask for."""
     with pytest.raises((TypeError, ValueError), match=message):
         map_sync(Limiter(concurrency=1), str, [1], **option)
 
 
 def test_text_is_no_list_of_items() -> None:
-    """The name of a file, which is forgotten to be opened; said at once, too."""
+    """It may be the name of a file that should have been opened; this is an error at once, too."""
     with pytest.raises(
         TypeError, match=r"items is one string, which would be a call for each of its 11 characters"
     ):
@@ -157,7 +157,7 @@ def test_text_is_no_list_of_items() -> None:
 
 
 def test_it_may_be_called_where_a_loop_runs() -> None:
-    """As in a notebook; and need not be iterated at all."""
+    """A notebook is such a place; and the result need not be iterated."""
     limiter = Limiter("6000 RPM", concurrency=2)
 
     async def main() -> list[int]:
@@ -169,7 +169,7 @@ def test_it_may_be_called_where_a_loop_runs() -> None:
 
 
 def test_checkpoint_is_of_the_function(tmp_path: Path) -> None:
-    """Not of what calls it in a thread."""
+    """It is not bound to the wrapper that calls it in a thread."""
     limiter, path = Limiter(concurrency=1), tmp_path / "run.db"
     list(limiter.map(functools.partial(pow, 2), [3], checkpoint=path))
 

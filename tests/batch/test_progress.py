@@ -1,4 +1,4 @@
-"""What is seen while it runs, and how long it says it will take."""
+"""What a batch shows while it runs, and how long it says it will take."""
 
 import asyncio
 import errno
@@ -24,7 +24,7 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 def test_bar_says_how_far_how_fast_and_what_binds(
     library: Any, virtual_time: VirtualTime, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On standard error; with what is restored and what failed, if any."""
+    """The bar is on standard error, with restored and failed items, if any."""
     limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
 
     async def ask(number: int) -> int:
@@ -42,7 +42,7 @@ def test_bar_says_how_far_how_fast_and_what_binds(
     assert (output, done) == ("", 18)
     assert "20/20" in shown
     assert "2 failed" in shown
-    if library == "tqdm":  # rich shows a pipe the end alone
+    if library == "tqdm":  # in a pipe rich shows only the end
         assert re.search(r"10/20 .*[\d.]+/s, \d+ s left, waiting for requests, 1 failed", shown)
 
 
@@ -53,7 +53,7 @@ def test_what_is_printed_goes_where_it_would_without_a_bar(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Into a file, if that is what standard output is, though the bar is at a terminal."""
+    """If standard output is a file, it goes there, even with the bar at a terminal."""
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
 
     async def main() -> None:
@@ -85,7 +85,7 @@ class Gone(io.StringIO):
 def test_batch_goes_on_though_nobody_sees_its_bar(
     file: Gone | None, library: Any, virtual_time: VirtualTime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pipe whose reader has ended, a terminal that was closed, no standard error at all."""
+    """The reader of a pipe may be gone, the terminal closed, or standard error missing."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setattr(sys, "stderr", file)
 
@@ -100,7 +100,7 @@ def test_batch_goes_on_though_nobody_sees_its_bar(
 def test_bar_of_endless_items_shows_a_count(
     virtual_time: VirtualTime, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No end, no time left; and its rate once."""
+    """It has no end and no time left, and shows its rate once."""
     limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
 
     async def main() -> None:
@@ -122,7 +122,7 @@ def test_bar_of_endless_items_shows_a_count(
     ("library", "remedy"), [("rich", '"asyncbucket[batch]"'), ("tqdm", "tqdm")]
 )
 def test_missing_library_names_its_install_command(library: str, remedy: str) -> None:
-    """At once, not with the first result."""
+    """The error comes at once, not with the first result."""
     program = (
         f"import sys; sys.modules[{library!r}] = None\n"
         f"from asyncbucket import Limiter\n"
@@ -137,7 +137,7 @@ def test_missing_library_names_its_install_command(library: str, remedy: str) ->
 
 
 def test_limits_say_how_long_before_there_is_any_experience() -> None:
-    """A thousand at a hundred a minute, ten of them at once: 9.9 minutes."""
+    """A thousand at a hundred a minute, ten of them at once, take 9.9 minutes."""
     limiter = Limiter("100 RPM burst 10")
     outlook = Outlook(limiter)
 
@@ -148,7 +148,7 @@ def test_limits_say_how_long_before_there_is_any_experience() -> None:
 
 
 def test_experience_says_how_long_where_calls_are_slower_than_the_limits() -> None:
-    """Two a second where five would be allowed."""
+    """Two a second are done where five would be allowed."""
     now = 0.0
     outlook = Outlook(Limiter("300 RPM"), clock=lambda: now)
     now = 10.0
@@ -159,7 +159,7 @@ def test_experience_says_how_long_where_calls_are_slower_than_the_limits() -> No
 
 
 def test_rate_is_that_of_lately() -> None:
-    """What was fast at the start does not promise a fast end."""
+    """A fast start does not promise a fast end."""
     now = 0.0
     outlook = Outlook(Limiter("300 RPM"), clock=lambda: now)
     looks: list[float] = []
@@ -176,5 +176,5 @@ def test_rate_is_that_of_lately() -> None:
     [(0.4, "0 s"), (99.0, "99 s"), (100.0, "2 min"), (5_900.0, "98 min"), (12_000.0, "3 h 20 min")],
 )
 def test_duration_is_said_as_people_say_it(seconds: float, words: str) -> None:
-    """With two digits that matter."""
+    """It has two significant digits."""
     assert duration(seconds) == words

@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_example_is_on_the_page() -> None:
-    """Who adds one adds it here."""
+    """A new example must be added to the page."""
     page = (ROOT / "docs" / "examples.md").read_text("utf-8")
     files = {
         file.name for file in (ROOT / "examples").iterdir() if file.suffix in {".py", ".ipynb"}

@@ -1,4 +1,4 @@
-"""llms.txt, the docs on one page for language models, leaves nothing out and leads nowhere wrong."""
+"""llms.txt, the docs on one page for language models, is complete and has no wrong links."""
 
 import re
 from pathlib import Path
@@ -10,14 +10,14 @@ TEXT = (DOCS / "llms.txt").read_text("utf-8")
 
 
 def test_it_lists_every_page_and_no_other() -> None:
-    """A page that was added or renamed is here, too."""
+    """A page that is added or renamed must be changed here, too."""
     pages = {page.stem for page in DOCS.glob("*.md")} - {"index"}
 
     assert set(re.findall(r"\]\(([\w-]+)\.html\)", TEXT)) == pages
 
 
 def test_it_names_every_command() -> None:
-    """So a model does not invent one."""
+    """This keeps models from inventing one."""
     (line,) = re.findall(r"^Commands: `asyncbucket ([^`]+)`", TEXT, re.MULTILINE)
     commands = {
         command.name or command.callback.__name__

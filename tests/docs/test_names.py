@@ -1,4 +1,4 @@
-"""What README and docs point at is there: files, links, classes and their members."""
+"""What README and docs refer to exists: files, links, classes and their members."""
 
 import ast
 import functools
@@ -33,7 +33,7 @@ def members_of_classes() -> dict[str, set[str]]:
     for name, above in bases.items():
         for base in above & members.keys():
             members[name] |= members[base]
-    del members["Settings"]  # pages speak of LlamaIndex's
+    del members["Settings"]  # pages mean LlamaIndex's
     return members
 
 
@@ -51,7 +51,7 @@ def _names_in(node: ast.ClassDef) -> list[str]:
 
 @each_page
 def test_files_that_a_page_names_exist(page: Path) -> None:
-    """Who follows a path or a link finds something."""
+    """Every path and link leads to a file."""
     text = page.read_text("utf-8")
     paths = re.findall(r"`((?:asyncbucket|tests|docs|benchmarks|examples)/[\w/.-]*)`", text)
     links = re.findall(r"\]\(([^)#:]+)\)", text)
@@ -64,7 +64,7 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
 
 @each_page
 def test_members_that_a_page_names_exist(page: Path) -> None:
-    """A method that was renamed is renamed in the docs, too."""
+    """A renamed method must be renamed in the docs, too."""
     members = members_of_classes()
     named = re.findall(r"`([A-Z]\w+)\.(\w+)(?:\([^`]*\))?`", page.read_text("utf-8"))
 
@@ -72,7 +72,7 @@ def test_members_that_a_page_names_exist(page: Path) -> None:
 
 
 def test_what_docstrings_name_in_full_exists() -> None:
-    """Who looks up `asyncbucket.some.name` finds it."""
+    """`asyncbucket.some.name` can be looked up."""
     named = {
         name
         for file in (ROOT / "asyncbucket").rglob("*.py")

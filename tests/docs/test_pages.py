@@ -50,7 +50,7 @@ Run: TypeAlias = Callable[[Coroutine[Any, Any, object]], object]
 
 
 def code_evaluator(run: Run) -> Callable[[Example], None]:
-    """Make what executes a block; `run` drives it where it awaits."""
+    """Make a function that executes a block; `run` drives it where it awaits."""
 
     def evaluate(example: Example) -> None:
         source = pad(example.parsed, example.line + example.parsed.line_offset)
@@ -143,12 +143,12 @@ STAGES = {
 
 
 def stage_of(page: Path) -> str:
-    """Say how a page asks to be run."""
+    """Return how a page asks to be run."""
     asked = re.search(r"<!--+ run: (\w+) --+>", page.read_text("utf-8"))
     return asked[1] if asked else "virtual"
 
 
-#: Those that ask for another stage than virtual time wait on the machine's clock, as their readers do.
+#: Pages that ask for another stage than virtual time wait on the machine's clock, as readers do.
 STAGED = [
     pytest.param(page, marks=[pytest.mark.real_clock] if stage_of(page) != "virtual" else [])
     for page in PAGES
@@ -165,13 +165,13 @@ def test_every_block_of_a_page_runs(
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch, STAGES[stage_of(page)](patch) as run:
         run_page(page, run)
-    # A page leaves its clients open, as LlamaIndex does: their end is no other test's warning.
+    # A page leaves its clients open, as LlamaIndex does; they must not warn in another test.
     _ = gc.collect()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_a_skipped_block_says_why(page: Path) -> None:
-    """No example rots behind a skip that nobody can judge."""
+    """No example breaks unnoticed behind a skip without a reason."""
     skips = re.findall(r"<!--+ skip: next(.*?)--+>", page.read_text("utf-8"))
 
     assert [skip for skip in skips if not re.search(r'"[^"]+"', skip)] == []

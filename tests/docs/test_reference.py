@@ -1,4 +1,4 @@
-"""The reference is complete: every public name of the package, every method of a limiter."""
+"""The reference is complete: it has every public name, and every method of a limiter."""
 
 import importlib
 import inspect
@@ -14,7 +14,7 @@ from asyncbucket import Limiter
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "reference.md").read_text("utf-8")
-#: Behind ``asyncbucket.``; the first is that itself.
+#: Names behind ``asyncbucket.``; the first is the package itself.
 MODULES = (
     "",
     "batch",
@@ -32,7 +32,7 @@ MODULES = (
 
 
 def test_what_a_limiter_inherits_is_shown() -> None:
-    """`wrap`, `transport` and `amap` are what most people look for, and stand in a base class."""
+    """`wrap`, `transport` and `amap` are what most people look for, but are in a base class."""
     limiter = PAGE.split(".. autoclass:: asyncbucket.Limiter\n")[1].split("\n\n")[0]
 
     assert ":inherited-members:" in limiter
@@ -40,14 +40,14 @@ def test_what_a_limiter_inherits_is_shown() -> None:
 
 @pytest.mark.parametrize("error", ["WouldBlock", "AcquireTimeout", "QueueFull"])
 def test_what_an_error_tells_its_caller_is_shown(error: str) -> None:
-    """``retry_after`` and its unit stand in a base class that has no entry of its own."""
+    """``retry_after`` and its unit are in a base class without an entry of its own."""
     assert f":: asyncbucket.{error}\n   :members: retry_after, bound_by\n" in PAGE
     assert error in PAGE.split(":exclude-members: Limiter, ")[1].split("\n")[0]
 
 
 @pytest.mark.parametrize("what", ["attribute", "data", "property"])
 def test_what_an_attribute_says_before_a_colon_is_no_type(what: str) -> None:
-    """Napoleon would take it for one, and show the sentence in two halves, the second one first."""
+    """Napoleon would read it as a type, and show the second half of the sentence first."""
     napoleon = pytest.importorskip("sphinx.ext.napoleon")
     before_napoleon = runpy.run_path(str(DOCS / "conf.py"))["begin_with_a_comment"]
     lines = ["What binds: a resource."]
@@ -59,7 +59,7 @@ def test_what_an_attribute_says_before_a_colon_is_no_type(what: str) -> None:
 
 
 def test_every_public_name_has_a_docstring_to_show() -> None:
-    """What has none would be left out without a word."""
+    """A name without one would be silently left out."""
     public = [getattr(asyncbucket, name) for name in asyncbucket.__all__]
     public += [member for name, member in inspect.getmembers(Limiter) if not name.startswith("_")]
 
@@ -68,7 +68,7 @@ def test_every_public_name_has_a_docstring_to_show() -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_public_name_is_in_the_reference(name: str) -> None:
-    """With a module, or by itself where it is data that comes from another one."""
+    """It comes with a module, or by itself if it is data from another module."""
     module = importlib.import_module(f"asyncbucket.{name}".removesuffix("."))
     by_itself = {each.rpartition(".")[2] for each in re.findall(r"auto\w+:: (\S+)", PAGE)}
 

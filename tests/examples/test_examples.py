@@ -1,4 +1,4 @@
-"""Each example runs as a stranger would run it, and shows what it says that it shows."""
+"""Each example runs as a stranger would run it, and shows what it promises."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def run(name: str, *arguments: str, cwd: Path) -> str:
 
 
 def test_every_agent_answers_and_no_call_is_refused(tmp_path: Path) -> None:
-    """Sixty-four calls under a limit of forty in three seconds: all of them pass, some wait."""
+    """Of 64 calls under a limit of forty in three seconds all pass, and some wait."""
     printed = run("agents_with_tools.py", cwd=tmp_path)
 
     assert "32 agents answered with 64 calls, 0 refused (429)" in printed
@@ -53,7 +53,7 @@ def test_the_sdk_is_paced_beneath(tmp_path: Path) -> None:
 
 
 def test_questions_pass_while_a_manual_is_embedded(tmp_path: Path) -> None:
-    """Who asks waits less than what is ingested behind, on one key."""
+    """On one key, questions wait less than the ingestion behind them."""
     printed = run("rag_ingestion.py", cwd=tmp_path)
 
     behind = [int(number) for number in re.findall(r"; (\d+) batches in line behind", printed)]
@@ -65,7 +65,7 @@ def test_questions_pass_while_a_manual_is_embedded(tmp_path: Path) -> None:
 
 
 def test_processes_share_a_file(tmp_path: Path) -> None:
-    """Four processes that each want a third more than there is stay under one limit."""
+    """Four processes that together want a third more than the limit stay within it."""
     printed = run("shared_store.py", cwd=tmp_path)
 
     assert re.findall(r"(\d+) of 40 answered", printed) == ["40"] * 4
@@ -78,7 +78,7 @@ def test_processes_share_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("valkey-server") is None, reason="there is no valkey-server")
 def test_processes_share_a_valkey(tmp_path: Path) -> None:
-    """The same with a URL."""
+    """A URL makes them share a server in the same way."""
     path = tmp_path / "valkey.sock"
     server = subprocess.Popen(
         ["valkey-server", "--port", "0", "--unixsocket", str(path), "--save", ""],  # noqa: S607

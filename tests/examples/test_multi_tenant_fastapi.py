@@ -1,4 +1,4 @@
-"""What the multi-tenant service answers its own callers, on virtual time and as a stranger runs it."""
+"""What the multi-tenant service answers, on virtual time and as a stranger runs it."""
 
 import asyncio
 import importlib.util
@@ -59,7 +59,7 @@ class Service:
 def test_whoever_is_over_its_plan_is_told_429(
     example: ModuleType, virtual_time: VirtualTime
 ) -> None:
-    """After what it may at once, with when there is more; others do not notice."""
+    """It gets what it may have at once, then 429 with a time to return; others do not notice."""
 
     async def main() -> None:
         limiter = Limiter("600 RPM", max_queue=100, clock=virtual_time.clock)
@@ -76,7 +76,7 @@ def test_whoever_is_over_its_plan_is_told_429(
 
 
 def test_when_the_service_is_full_it_is_503(example: ModuleType, virtual_time: VirtualTime) -> None:
-    """Though the tenant has enough left of its own."""
+    """This is so although the tenant has enough left of its own limit."""
 
     async def main() -> None:
         limiter = Limiter("60 RPM burst 2", max_queue=3, clock=virtual_time.clock)
@@ -91,7 +91,7 @@ def test_when_the_service_is_full_it_is_503(example: ModuleType, virtual_time: V
 def test_a_question_longer_than_a_limit_is_413(
     example: ModuleType, virtual_time: VirtualTime
 ) -> None:
-    """No waiting would help, and it is no fault of the service."""
+    """Waiting would not help, and the service is not at fault."""
 
     async def main() -> None:
         limiter = Limiter("1k TPM", clock=virtual_time.clock)
@@ -107,7 +107,7 @@ def test_a_question_longer_than_a_limit_is_413(
 @pytest.mark.real_clock  # a process of its own, and a real server: a stranger's clock
 @pytest.mark.timeout(120)
 def test_a_tenant_that_floods_is_told_so_and_the_others_are_served(tmp_path: Path) -> None:
-    """Forty callers on a plan for sixty a minute hear 429; nobody is refused by the provider."""
+    """Forty callers on a plan for sixty a minute get 429; the provider refuses nobody."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
     done = subprocess.run(
         [sys.executable, "-W", "error", str(EXAMPLE)],

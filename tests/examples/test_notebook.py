@@ -1,4 +1,4 @@
-"""The notebook runs in a real kernel, whose event loop runs already."""
+"""The notebook runs in a real kernel, whose event loop is already running."""
 
 import re
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ pytestmark = [
 
 @pytest.fixture(name="client")
 def opened(tmp_path: Path) -> Iterator[Any]:
-    """Open it with a kernel of its own."""
+    """Open the notebook with its own kernel."""
     notebook: Any = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
     resources = {"metadata": {"path": str(tmp_path)}}
     client: Any = NotebookClient(
@@ -42,15 +42,15 @@ def limits_in(text: str) -> list[str]:
 
 
 def test_each_cell_runs_and_may_be_run_again(client: Any) -> None:
-    """Top-level await, synchronous calls, and a second run of a cell on the same limiter.
+    """Top-level await and synchronous calls work, and so does running a cell twice.
 
-    The outputs that it is kept with are of the limits that it names.
+    The saved outputs show the limits that the cells name.
     """
     cells = {n: cell for n, cell in enumerate(client.nb.cells) if cell.cell_type == "code"}
     kept = {n: limits_in(printed(cell)) for n, cell in cells.items()}
     last = max(cells)
     for number, cell in cells.items():
-        if number < last:  # which stops the provider
+        if number < last:  # the last one stops the provider
             client.execute_cell(cell, number)
     assert kept == {n: limits_in(printed(cell)) for n, cell in cells.items()}
     (many,) = (n for n, cell in cells.items() if "asyncio.gather" in cell.source)
@@ -62,7 +62,7 @@ def test_each_cell_runs_and_may_be_run_again(client: Any) -> None:
 
 
 def test_what_it_shows_on_a_page_is_no_error() -> None:
-    """It is kept with its outputs, for those who only read it."""
+    """It is saved with its outputs, for those who only read it."""
     notebook: Any = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
 

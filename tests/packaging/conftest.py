@@ -1,4 +1,4 @@
-"""What users download, built from this tree without a network."""
+"""The distributions that users download, built from this tree without a network."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def build(kind: str, *, tree: Path, into: Path) -> Path:
-    """Build the wheel or the sdist of ``tree`` with the build backend that pyproject.toml names."""
+    """Build the wheel or the sdist of ``tree`` with the backend that pyproject.toml names."""
     command = [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(into)]
     subprocess.run(command, check=True, capture_output=True, cwd=tree)
     (built,) = into.iterdir()
@@ -27,7 +27,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder that holds what the wheel installs."""
+    """Return a folder with what the wheel installs."""
     folder = tmp_path_factory.mktemp("unpacked")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)  # noqa: S202 - built a moment ago, from this tree

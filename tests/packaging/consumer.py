@@ -1,4 +1,4 @@
-"""A program of somebody else's, as type checkers see it: every line says what type it expects.
+"""A user's program as type checkers see it: every line says what type it expects.
 
 `test_types.py` checks it against the installed wheel, under mypy's strict mode and basedpyright.
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Model:
-    """Stands for a LlamaIndex model: any class may be wrapped as far as types go."""
+    """Stand for a LlamaIndex model: as far as types go, any class may be wrapped."""
 
     async def acomplete(self, prompt: str) -> str:
         """Answer."""
@@ -40,14 +40,14 @@ class Model:
 
 
 def wrapping_keeps_the_type(limiter: Limiter, model: Model) -> None:
-    """A wrapped model is what it was; functions in a list become tools."""
+    """A wrapped model keeps its type; functions in a list become tools."""
     assert_type(limiter.wrap(model), Model)
     assert_type(limiter.wrap([model], child="tools"), list[Any])
     assert_type(pace(model, rpm=500, tpm=200_000, concurrency=20), Model)
 
 
 async def acquiring_gives_a_lease(limiter: Limiter) -> None:
-    """Awaited, entered, at once or without a loop."""
+    """This holds for awaiting, entering, `acquire_nowait` and `acquire_sync`."""
     async with limiter.acquire(input_tokens=900, output_tokens=300, timeout=30) as lease:
         assert_type(lease, Lease)
         lease.settle(tokens=800)
@@ -68,7 +68,7 @@ async def acquiring_gives_a_lease(limiter: Limiter) -> None:
 
 
 def pacing_keeps_the_signature(limiter: Limiter) -> None:
-    """Parameters, results and whether it is async stay as they were."""
+    """Parameters and results stay the same, and async functions stay async."""
 
     def tokens(prompt: str, *, loud: bool = False) -> float:
         return len(prompt) / 4 + loud
@@ -88,7 +88,7 @@ def pacing_keeps_the_signature(limiter: Limiter) -> None:
 
 
 def children_are_limiters(limiter: Limiter) -> None:
-    """So are those of tenants, and the one above."""
+    """So are those of tenants, and the parent."""
     assert_type(limiter.child("chat", "100 RPM", weight=2, concurrency=4), Limiter)
     assert_type(limiter.key("acme"), Limiter)
     assert_type(limiter.parent, Limiter | None)
@@ -103,7 +103,7 @@ def children_are_limiters(limiter: Limiter) -> None:
 
 
 def planning_gives_a_plan() -> None:
-    """Which says how long, and what binds."""
+    """The plan says how long the calls take, and what binds."""
     planned = plan("500 RPM", calls=10_000, tokens=800, latency=1.5)
     assert_type(planned, Plan)
     assert_type(planned.duration, float)
@@ -111,7 +111,7 @@ def planning_gives_a_plan() -> None:
 
 
 async def batches_know_their_items(limiter: Limiter, model: Model) -> None:
-    """What went in, and what came of it."""
+    """The types of inputs and results are known."""
 
     async def measure(prompt: str) -> int:
         return len(prompt)
@@ -131,7 +131,7 @@ async def batches_know_their_items(limiter: Limiter, model: Model) -> None:
 
 
 async def buckets_are_typed() -> None:
-    """The primitive, too."""
+    """The primitive is typed, too."""
     bucket = TokenBucket(rate=2.0, burst=2)
     async with bucket:
         bucket.acquire_nowait()
@@ -139,7 +139,7 @@ async def buckets_are_typed() -> None:
 
 
 def limiters_are_made_from_outside() -> None:
-    """From variables, from a file; a subclass stays one."""
+    """They come from variables or a file, and a subclass stays a subclass."""
 
     class Mine(Limiter):
         pass

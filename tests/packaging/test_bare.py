@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 PROMISES = Path(__file__).with_name("promises.py")
-#: What of the standard library the core needs and asyncio has not loaded.
+#: Modules of the standard library that the core needs, and asyncio has not loaded.
 ALSO = {
     "_bisect",
     "_decimal",
@@ -36,7 +36,7 @@ def alone(unpacked: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_without_extras_the_core_works_and_the_rest_says_what_to_install(unpacked: Path) -> None:
-    """Calls are paced, planned, shared and shown; each other door names its `pip install`."""
+    """Calls are paced, planned, shared and shown; everything else names its `pip install`."""
     done = alone(unpacked, str(PROMISES))
 
     assert done.returncode == 0, done.stdout + done.stderr
@@ -44,7 +44,7 @@ def test_without_extras_the_core_works_and_the_rest_says_what_to_install(unpacke
 
 
 def test_import_loads_no_more_than_it_needs(unpacked: Path) -> None:
-    """Beyond asyncio: its own core, and a few small modules of the standard library."""
+    """Beyond asyncio it loads its own core, and a few small modules of the standard library."""
     code = (
         f"import asyncio, sys; sys.path.insert(0, {str(unpacked)!r}); before = set(sys.modules);"
         "import asyncbucket; print(*sorted(sys.modules.keys() - before))"

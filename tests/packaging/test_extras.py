@@ -1,4 +1,4 @@
-"""What a part of the package imports, its extra installs; what an extra installs, a part imports."""
+"""Extras install what their parts of the package import, and nothing that no part imports."""
 
 import ast
 import functools
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "asyncbucket"
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
-#: Which extras a part of the package may rely on; the longest path that fits counts.
+#: Which extras a part of the package may rely on; the longest matching path counts.
 SERVES = {
     "": (),
     "batch": ("batch",),
@@ -34,14 +34,14 @@ SERVES = {
     "telemetry/to_prometheus.py": ("prometheus",),
     "testing": ("testing",),
 }
-#: What is used where it happens to be, and by which file.
+#: Modules that a file uses only if they are installed.
 WHERE_IT_HAPPENS_TO_BE = {
     "batch/progress.py": {"tqdm"},  # a bar, if rich is missing
 }
-#: Installed for the user's own imports, or for what has no import of ours.
+#: Distributions for the user's own imports, or for use without an import of ours.
 FOR_THE_USER = {
     "openai": {"llama-index-llms-openai", "llama-index-embeddings-openai", "openai"},
-    # The wrap reads what httpx's clients and errors hold, without its classes.
+    # The wrap reads what httpx's clients and errors contain, without importing its classes.
     "llama-index": {"httpx"},
 }
 
@@ -52,7 +52,7 @@ def canonical(name: str) -> str:
 
 
 def modules() -> Iterator[tuple[str, str]]:
-    """Yield each third-party module that a file imports, wherever in it."""
+    """Yield each third-party module that a file imports, wherever in the file."""
     for file in sorted(PACKAGE.rglob("*.py")):
         path = file.relative_to(PACKAGE).as_posix()
         for name in sorted(imported(ast.parse(file.read_text("utf-8")))):
@@ -76,7 +76,7 @@ def imported(node: ast.AST) -> set[str]:
 
 
 def named(extra: str) -> set[str]:
-    """Return the distributions that an extra names, through other extras of ours too."""
+    """Return the distributions that an extra names, including through our other extras."""
     found: set[str] = set()
     for line in EXTRAS[extra]:
         requirement = Requirement(line)
@@ -90,7 +90,7 @@ def named(extra: str) -> set[str]:
 
 @functools.cache
 def required_by(name: str) -> frozenset[str]:
-    """Return the distributions that one requires by itself, here and now."""
+    """Return the distributions that one requires by itself on this system."""
     try:
         lines = requires(name) or []
     except PackageNotFoundError:  # not on this Python or system
@@ -104,7 +104,7 @@ def required_by(name: str) -> frozenset[str]:
 
 
 def installed_by(names: set[str]) -> set[str]:
-    """Return the distributions with all that they require in turn."""
+    """Return the distributions, and all that they require in turn."""
     found, todo = set[str](), list(names)
     while todo:
         name = todo.pop()
@@ -116,7 +116,7 @@ def installed_by(names: set[str]) -> set[str]:
 
 @functools.cache
 def provided() -> Mapping[str, list[str]]:
-    """Return which distributions bring a package."""
+    """Return the distributions that provide each package."""
     return packages_distributions()
 
 
@@ -128,7 +128,7 @@ def extras_of(path: str) -> tuple[str, ...]:
 
 @pytest.mark.parametrize(("path", "module"), list(modules()))
 def test_what_a_part_imports_its_extra_installs(path: str, module: str) -> None:
-    """Nobody meets a ModuleNotFoundError behind an extra that was installed."""
+    """No ModuleNotFoundError is possible after an extra was installed."""
     providers = {canonical(name) for name in provided().get(module, [])}
     there = installed_by({name for extra in extras_of(path) for name in named(extra)})
 
@@ -149,5 +149,5 @@ def test_what_an_extra_installs_is_used(extra: str) -> None:
 
 
 def test_parts_that_are_named_here_are_there() -> None:
-    """A part that moved takes its line with it."""
+    """A part that moves must be changed here, too."""
     assert [part for part in SERVES if not (PACKAGE / part).exists()] == []

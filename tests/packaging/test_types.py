@@ -1,4 +1,4 @@
-"""Who depends on asyncbucket gets its types: a module of theirs is checked against the wheel."""
+"""Users of asyncbucket get its types: a module of theirs is checked against the wheel."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ CONSUMER = Path(__file__).with_name("consumer.py")
 
 @pytest.fixture(scope="module")
 def environment(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an environment whose asyncbucket is the wheel; the libraries are those of this one."""
+    """Return an environment whose asyncbucket is the wheel, with the libraries of this one."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False)
     variables = {"base": str(folder), "platbase": str(folder)}
@@ -26,12 +26,12 @@ def environment(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return the option for where mypy remembers what it has read."""
+    """Return the option for mypy's cache folder."""
     return f"--cache-dir={tmp_path_factory.mktemp('cache')}"
 
 
 def check(*command: str, where: Path) -> subprocess.CompletedProcess[str]:
-    """Run a type checker on the consumer from a folder that has no settings."""
+    """Run a type checker on the consumer, in a folder without settings."""
     consumer = where / "consumer.py"
     consumer.write_text(CONSUMER.read_text("utf-8"), "utf-8")
     return subprocess.run(
@@ -45,7 +45,7 @@ def check(*command: str, where: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_mypy_strict_finds_nothing(environment: Path, cache: str, tmp_path: Path) -> None:
-    """Each `assert_type` holds, and each call that is wrong is found."""
+    """Each `assert_type` holds, and each wrong call is found."""
     python = f"--python-executable={environment / 'bin' / 'python'}"
     done = check("mypy", "--strict", python, cache, where=tmp_path)
 
@@ -53,7 +53,7 @@ def test_mypy_strict_finds_nothing(environment: Path, cache: str, tmp_path: Path
 
 
 def test_basedpyright_finds_nothing(environment: Path, tmp_path: Path) -> None:
-    """The same by a checker of another school."""
+    """An independent checker agrees."""
     python = environment / "bin" / "python"
     done = check("basedpyright", "--pythonpath", str(python), "--level=error", where=tmp_path)
 
@@ -61,7 +61,7 @@ def test_basedpyright_finds_nothing(environment: Path, tmp_path: Path) -> None:
 
 
 def test_a_wrong_type_is_found(environment: Path, cache: str, tmp_path: Path) -> None:
-    """The check above could fail: without its marker for types the package would be Any."""
+    """The check above can fail: without the marker for types, the package would be Any."""
     wrong = tmp_path / "wrong.py"
     wrong.write_text("from asyncbucket import Limiter\nLimiter().acquire().nonsense\n", "utf-8")
     python = f"--python-executable={environment / 'bin' / 'python'}"

@@ -1,4 +1,4 @@
-"""The wheel and the source distribution hold what they should, and say so."""
+"""The wheel and the source distribution hold what they should, and their metadata says so."""
 
 import ast
 import configparser
@@ -18,26 +18,26 @@ FOR_DEVELOPERS = {"bench", "dev", "docs", "test"}
 
 
 def info(unpacked: Path, name: str) -> str:
-    """Return a file of what the wheel says about itself."""
+    """Return a file of the wheel's metadata."""
     (folder,) = unpacked.glob("*.dist-info")
     return (folder / name).read_text("utf-8")
 
 
 @pytest.fixture
 def metadata(unpacked: Path) -> email.message.Message:
-    """Return what an index shows."""
+    """Return the metadata that an index shows."""
     return Parser().parsestr(info(unpacked, "METADATA"))
 
 
 def requirements(metadata: email.message.Message, extra: str) -> set[str]:
-    """Return what an extra installs, as the wheel says it."""
+    """Return what an extra installs, according to the wheel."""
     condition = f"extra == '{extra}'"
     lines = metadata.get_all("Requires-Dist", [])
     return {line.partition(";")[0].strip() for line in lines if condition in line}
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
-    """Every file of `asyncbucket/`: modules, the scripts of the Redis store, the typing marker."""
+    """It has all of `asyncbucket/`: modules, scripts of the Redis store, the typing marker."""
     with zipfile.ZipFile(wheel) as archive:
         ours = {name for name in archive.namelist() if ".dist-info/" not in name}
 
@@ -51,12 +51,12 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 
 
 def test_installing_it_installs_nothing_else(metadata: email.message.Message) -> None:
-    """Whatever it requires, an extra requires."""
+    """All its requirements belong to extras."""
     assert [each for each in metadata.get_all("Requires-Dist", []) if "extra ==" not in each] == []
 
 
 def test_all_is_every_extra_for_users(metadata: email.message.Message) -> None:
-    """`asyncbucket[all]` leaves nothing out, and brings no tool of developers."""
+    """`asyncbucket[all]` leaves out no user's extra, and brings no developer's tool."""
     extras = set(metadata.get_all("Provides-Extra", []))
     wanted = {
         requirement
@@ -69,7 +69,7 @@ def test_all_is_every_extra_for_users(metadata: email.message.Message) -> None:
 
 
 def test_pages_of_an_index_have_what_they_show(metadata: email.message.Message) -> None:
-    """The readme, the licence, the oldest Python, the marker for types."""
+    """They are the readme, the licence, the oldest Python and the marker for types."""
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "MIT"
     assert metadata["Description-Content-Type"] == "text/markdown"
@@ -93,7 +93,7 @@ def test_entry_points_lead_to_what_is_there(unpacked: Path) -> None:
 
 
 def test_source_distribution_builds_the_same_wheel(wheel: Path, rebuilt: Path) -> None:
-    """To the byte, the archive's time stamps aside."""
+    """They are equal to the byte, except for the archive's time stamps."""
     with zipfile.ZipFile(wheel) as ours, zipfile.ZipFile(rebuilt) as theirs:
         assert sorted(ours.namelist()) == sorted(theirs.namelist())
         assert [name for name in ours.namelist() if ours.read(name) != theirs.read(name)] == []
@@ -112,5 +112,5 @@ def test_source_distribution_builds_the_same_wheel(wheel: Path, rebuilt: Path) -
     ],
 )
 def test_source_distribution_holds_what_packagers_need(source: Path, name: str) -> None:
-    """Tests, docs and licence: a distribution can build and test from it alone."""
+    """With tests, docs and licence, a distribution can build and test from it alone."""
     assert (source / name).is_file()

@@ -1,4 +1,4 @@
-"""A plan is what a limiter does: the same calls through a real one, on virtual time."""
+"""A plan agrees with a limiter: the same calls go through a real one, on virtual time."""
 
 import asyncio
 import random
@@ -11,7 +11,7 @@ from asyncbucket import Limiter
 from asyncbucket.plan import Plan, plan
 from asyncbucket.testing import virtual_time
 
-#: A timer of the event loop may be late by so much (s): its instants are floats.
+#: A timer of the event loop may be late by this much (s), because its instants are floats.
 LATE = 1e-6
 
 
@@ -73,7 +73,7 @@ LIMITS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("binds", LIMITS)
 def test_plan_is_what_a_limiter_does(binds: str) -> None:
-    """Whatever binds, down to costs above a burst, which are earned at the head of the line."""
+    """This holds whatever binds, even for costs above a burst."""
     tokens = [round(each) for each in drawn(1, 400, 100, 4_000)]
     latencies = list(drawn(2, 400, 0.1, 3.0))
     limits = dict(LIMITS[binds])
@@ -102,7 +102,7 @@ def test_calls_that_come_one_after_the_other_wait_as_they_do() -> None:
 
 
 def test_who_stands_in_line_looks_when_the_head_of_a_line_does() -> None:
-    """Not at each call's end: whoever is let into one window in vain would date its last entry anew."""
+    """Looking at each call's end as well would date the last entry of a window anew."""
     latencies = list(drawn(1, 40, 0.0, 4.0))
     arrivals = sorted(drawn(51, 40, 0.0, 30.0))
     limits: dict[str, Any] = {"limits": ("30 RPM burst 1",), "concurrency": 10}
@@ -124,7 +124,7 @@ def test_what_calls_give_back_when_they_end_is_used_again() -> None:
 
 
 def test_calls_that_are_refused_leave_the_others_as_they_are() -> None:
-    """Whoever asks for more than a limit is told so at once, wherever it stands in line."""
+    """A call that costs more than a limit is refused at once, wherever it is in line."""
     tokens = [round(each) for each in drawn(8, 200, 1_000, 24_000)]
     latencies = list(drawn(9, 200, 1.0, 30.0))
     limits: dict[str, Any] = {"tpm": 20_000, "concurrency": 4}

@@ -1,4 +1,4 @@
-"""A plan against the clock: real calls over HTTP to the bundled provider."""
+"""A plan compared with reality: real calls over HTTP to the bundled provider."""
 
 import asyncio
 import time
@@ -18,7 +18,7 @@ REQUEST = {
     "messages": [{"role": "user", "content": "Is it?"}],
 }
 HEADERS = {"authorization": "Bearer any"}
-#: All paced: a hundred calls at one instant would measure how busy the machine is.
+#: All are paced: a hundred calls at one instant would measure how busy the machine is.
 LOADS: dict[str, tuple[str, str, int]] = {
     "requests": ("100 requests/s", "100k tokens/s", 50),
     "tokens": ("1k requests/s", "10k tokens/s burst 1k", 50),
@@ -45,10 +45,10 @@ async def run_for_real(requests: str, tokens: str, concurrency: int) -> tuple[fl
             return time.monotonic() - start, took
 
 
-@pytest.mark.real_clock  # what is planned is the time that it really takes
+@pytest.mark.real_clock  # the plan is compared with real time
 @pytest.mark.parametrize("binds", LOADS)
 async def test_plan_agrees_with_a_real_run_within_three_percent(binds: str) -> None:
-    """Whatever binds, given how long calls took; a busy machine may have spoilt a run."""
+    """The plan knows how long calls took; there are ten tries, as a busy machine may spoil some."""
     requests, tokens, concurrency = LOADS[binds]
     runs: list[tuple[str | None, float]] = []
     for _ in range(10):

@@ -1,4 +1,4 @@
-"""What a call costs and how long it takes may be said in many ways."""
+"""What a call costs and how long it takes can be given in many ways."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def written(folder: Path, *lines: Any) -> Path:
 def test_sample_of_tokens_is_charged_as_a_call_would_be(
     tmp_path: Path, sample: Any, tokens: int
 ) -> None:
-    """In a list, and as a line of a file; bodies as OpenAI charges them at its door."""
+    """It may be in a list or on a line of a file; bodies are charged as OpenAI's limits do."""
     assert plan(tokens=[sample]).tokens == tokens
     if not isinstance(sample, Cost):
         assert plan(tokens=written(tmp_path, sample)).tokens == tokens
@@ -47,26 +47,26 @@ def test_sample_of_tokens_is_charged_as_a_call_would_be(
 
 
 def test_body_is_charged_as_the_named_provider_does() -> None:
-    """Azure adds up what OpenAI takes the larger of."""
+    """Azure adds input and output, where OpenAI takes the larger one."""
     assert plan(tokens=[CHAT], profile="azure").tokens == 1_300
 
 
 def test_input_and_output_limits_see_their_own_part() -> None:
-    """A body says both."""
+    """A body gives both."""
     planned = plan(tokens=[CHAT] * 4, itpm=2_000, otpm=10_000)
 
     assert planned.bound_by == "input_tokens"
 
 
 def test_texts_are_counted_by_a_tokenizer_if_one_is_given() -> None:
-    """By words, say."""
+    """It may count words, for example."""
     assert (
         plan(tokens=["one two", "three"], count_tokens=lambda text: len(text.split())).tokens == 3
     )
 
 
 def test_as_many_samples_as_calls_are_taken_in_order() -> None:
-    """Then the plan is about exactly these."""
+    """The plan is then about exactly these."""
     assert plan(calls=3, tokens=[1, 2, 3]).tokens == 6
 
 
@@ -79,14 +79,14 @@ def test_few_samples_stand_for_many_calls() -> None:
 
 
 def test_samples_of_latency_may_be_lines_of_a_log(tmp_path: Path) -> None:
-    """Numbers, or objects that have one."""
+    """They are numbers, or objects with a number."""
     path = written(tmp_path, 1.5, {"latency": 2.5}, {"seconds": 0.5, "id": 7})
 
     assert plan(calls=3, latency=path).duration == 2.5
 
 
 def test_drawn_amounts_are_rounded_up() -> None:
-    """As everywhere else."""
+    """Amounts are always rounded up."""
     assert plan(calls=2, tokens=lambda _: 10.2).tokens == 22
 
 
@@ -99,7 +99,7 @@ def test_empty_lines_are_skipped(tmp_path: Path) -> None:
 
 
 def test_file_that_is_no_text_is_named(tmp_path: Path) -> None:
-    """A picture, say."""
+    """It may be a picture, for example."""
     path = tmp_path / "samples.jsonl"
     path.write_bytes(b"5\n\x85\xff\n")
 
@@ -120,7 +120,7 @@ def test_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_bad_line_is_named_with_its_number(tmp_path: Path, line: str, message: str) -> None:
-    """A file of a million lines has one that is wrong."""
+    """It may be the only wrong one in a million."""
     path = tmp_path / "samples.jsonl"
     path.write_text(f"5\n{line}\n", "utf-8")
 
@@ -129,12 +129,12 @@ def test_bad_line_is_named_with_its_number(tmp_path: Path, line: str, message: s
 
 
 def test_object_without_seconds_says_which_names_are_known() -> None:
-    """And which are not."""
+    """The error lists them."""
     with pytest.raises(ValueError, match="an object without latency, seconds, duration"):
         plan(latency=[{"time": 3}])
 
 
 def test_missing_file_is_the_usual_error(tmp_path: Path) -> None:
-    """A path is a path."""
+    """A `Path` is always taken for a file."""
     with pytest.raises(FileNotFoundError):
         plan(tokens=tmp_path / "none.jsonl")

@@ -17,7 +17,7 @@ def two(**others: Any) -> Plan:
 
 
 def test_weights_decide_who_is_done_first() -> None:
-    """Two thirds go to the one until it has all it wants."""
+    """Two thirds go to the heavy tenant until it has all it wants."""
     planned = two()
 
     acme, bob = planned.tenants["acme"], planned.tenants["bob"]
@@ -28,7 +28,7 @@ def test_weights_decide_who_is_done_first() -> None:
 
 
 def test_tenants_of_a_plan_are_children_of_a_limiter() -> None:
-    """The same figures as of tasks that call them."""
+    """The figures are those of tasks that call the children."""
     planned = two(concurrency=7)
     done: dict[str, float] = {}
 
@@ -52,7 +52,7 @@ def test_tenants_of_a_plan_are_children_of_a_limiter() -> None:
 
 
 def test_one_tenants_limit_holds_up_nobody_else() -> None:
-    """And what it is worth is asked, too."""
+    """The plan also says what doubling its limit is worth."""
     planned = plan(
         rpm=600,
         latency=1.0,
@@ -72,7 +72,7 @@ def test_one_tenants_limit_holds_up_nobody_else() -> None:
 
 
 def test_tenants_own_limit_binds_where_no_shared_one_does() -> None:
-    """Whether all share one that nobody waits for or none at all."""
+    """This holds with a shared limit that nobody waits for, and without any."""
     slow = Tenant(calls=60, limits=("12 RPM burst 1",))
     planned = plan(rpd=9_000, latency=1.0, tenants={"slow": slow, "fast": Tenant(calls=9)})
     assert planned.summary == "4 min 57 s, requests bind: 69 calls"
@@ -83,7 +83,7 @@ def test_tenants_own_limit_binds_where_no_shared_one_does() -> None:
 
 
 def test_tenants_share_what_can_be_read_once() -> None:
-    """Samples and instants may come from generators, and each tenant has all of them."""
+    """Samples and instants may come from generators, and each tenant gets all of them."""
     planned = plan(
         "9 images/10s",
         tpm=1_000,
@@ -99,7 +99,7 @@ def test_tenants_share_what_can_be_read_once() -> None:
 
 
 def test_a_resource_may_be_limited_for_one_tenant_alone() -> None:
-    """The others take as much of it, which nobody counts."""
+    """The others' use of it is not counted."""
     painter, writer = Tenant(calls=3, limits=("1 images/10s",)), Tenant(calls=3)
     planned = plan(rps=9, resources={"images": 1}, tenants={"painter": painter, "writer": writer})
 
@@ -130,7 +130,7 @@ def test_urgent_calls_wait_less() -> None:
 
 
 def test_each_tenants_calls_are_its_own() -> None:
-    """What it does not say is as the plan says."""
+    """What a tenant does not set is taken from the plan."""
     planned = plan(
         calls=10,
         tokens=100,
@@ -161,7 +161,7 @@ def test_each_tenants_calls_are_its_own() -> None:
 
 
 def test_calls_that_can_never_pass_end_at_once() -> None:
-    """An agent goes on after one, and the others do not mind."""
+    """An agent goes on after such a call, and the other tenants are not affected."""
     planned = plan(
         tpm=1_000,
         tenants={
@@ -182,13 +182,13 @@ def test_calls_that_can_never_pass_end_at_once() -> None:
 
 
 def test_no_tenant_passes_is_an_error() -> None:
-    """As without tenants."""
+    """The error is the same as without tenants."""
     with pytest.raises(CostExceedsLimit, match="no call can ever pass: cost of 50 tokens"):
         plan(calls=2, tokens=50, tpm=10, tenants={"a": Tenant(), "b": Tenant()})
 
 
 def test_same_seed_same_plan_of_tenants() -> None:
-    """And tenants draw each their own."""
+    """Each tenant draws values of its own."""
 
     def one(seed: int) -> Plan:
         tenants = {name: Tenant(arrivals=Poisson(5.0)) for name in ("a", "b")}
@@ -202,7 +202,7 @@ def test_same_seed_same_plan_of_tenants() -> None:
 
 
 async def test_plan_may_be_made_on_an_event_loop() -> None:
-    """In a notebook, with a priority and a tenant of its own around it."""
+    """This is so in a notebook, even with a priority and a tenant around it."""
     with priority("interactive"), tenant("someone"):
         inside = two()
 
@@ -210,7 +210,7 @@ async def test_plan_may_be_made_on_an_event_loop() -> None:
 
 
 def test_tenant_that_is_none_is_refused() -> None:
-    """What lies near is a dict of the same names."""
+    """A likely mistake is a dict with the same names."""
     tenants: Any = {"a": {"calls": 3}}
     with pytest.raises(TypeError, match=r"tenant 'a' must be a Tenant such as .*, not dict"):
         plan(rpm=60, tenants=tenants)
@@ -222,7 +222,7 @@ def test_tenant_that_is_none_is_refused() -> None:
 
 
 def test_limit_alone_is_not_read_letter_by_letter() -> None:
-    """The message shows how it is written."""
+    """The message shows how to write it."""
     one: Any = "5 RPM"
     with pytest.raises(TypeError, match=r"of tenant 'a' must be a tuple: write \('5 RPM',\)$"):
         plan(rpm=5, tenants={"a": Tenant(calls=3, limits=one)})
@@ -241,6 +241,6 @@ def test_limit_alone_is_not_read_letter_by_letter() -> None:
 def test_tenant_that_makes_no_plan_says_what_is_missing(
     tenants: dict[str, Tenant], message: str
 ) -> None:
-    """As without tenants."""
+    """The messages are the same as without tenants."""
     with pytest.raises(ValueError, match=message):
         plan(rpm=60, tenants=tenants)

@@ -1,4 +1,4 @@
-"""What the tests of telemetry share: a limiter that only says what a test has it say."""
+"""What the tests of telemetry share: a limiter that only says what a test tells it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ COST = {
 
 
 class ScriptedLimiter:
-    """Be watched like a limiter, and say and show what a test wants."""
+    """A limiter that can be watched, and says and shows what a test wants."""
 
     def __init__(self, name: str = "openai", parent: "ScriptedLimiter | None" = None) -> None:
         self.name = name
@@ -29,13 +29,13 @@ class ScriptedLimiter:
         self.used: list[tuple[Limit, int]] = []
 
     def child(self, name: str) -> "ScriptedLimiter":
-        """Make a limiter below."""
+        """Make a child."""
         child = ScriptedLimiter(f"{self.name}/{name}", self)
         self.children[name] = child
         return child
 
     def observe(self, callback: Callback) -> Callable[[], None]:
-        """Tell of what `say` is told."""
+        """Call back with the events that `say` makes."""
         return self.observers.add(callback)
 
     def say(self, kind: type[Event], **what: Any) -> None:
@@ -66,11 +66,11 @@ class ScriptedLimiter:
 
 @pytest.fixture
 def limiter() -> ScriptedLimiter:
-    """Return a limiter that says what a test has it say."""
+    """Return a limiter that says what a test tells it."""
     return ScriptedLimiter()
 
 
 @pytest.fixture
 def make_limiter() -> Callable[[str], ScriptedLimiter]:
-    """Return what makes such limiters, each by its name."""
+    """Return a function that makes such limiters by name."""
     return ScriptedLimiter

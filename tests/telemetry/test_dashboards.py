@@ -1,4 +1,4 @@
-"""The dashboard and the alerts of the documentation, held against what is really exposed."""
+"""The dashboard and the alerts in the docs, compared with what is really exposed."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ DASHBOARDS = ROOT / "docs" / "dashboards"
 ALERTS = DASHBOARDS / "alerts.yml"
 DASHBOARD: dict[str, Any] = json.loads((DASHBOARDS / "asyncbucket.json").read_text("utf-8"))
 COST = {"requests": 1, "tokens": 900}
-#: Labels that whoever scrapes adds.
+#: Labels that the scraping server adds.
 SCRAPED = {"instance", "job"}
 
 needs_promtool = pytest.mark.skipif(
@@ -47,7 +47,7 @@ def rules() -> list[str]:
 
 
 def promtool(*arguments: str) -> None:
-    """Run promtool and show what it says if it complains."""
+    """Run promtool, and show its output if it complains."""
     done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False)  # noqa: S607 - wherever it is
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -90,13 +90,13 @@ def test_a_query_names_what_exists(expression: str, exposed: dict[str, set[str]]
 
 @pytest.mark.parametrize("expression", [*queries(), *rules()])
 def test_a_rate_spans_scrapes_a_minute_apart(expression: str) -> None:
-    """That is Prometheus' own pace, at which a rate over one minute shows nothing."""
+    """Prometheus scrapes once a minute by default, so a rate over one minute shows nothing."""
     spans = re.findall(r"\[(\d+)m\]", expression)
     assert all(int(minutes) >= 4 for minutes in spans)
 
 
 def test_every_metric_is_on_the_dashboard(exposed: dict[str, set[str]]) -> None:
-    """Nothing is exposed that nobody would see."""
+    """Nothing is exposed that the dashboard does not show."""
     shown = set(re.findall(r"asyncbucket_\w+", " ".join(queries())))
     suffixes = ("_bucket", "_sum", "_count", "_created")
     families = {name for name in exposed if not name.endswith(suffixes)}
@@ -105,7 +105,7 @@ def test_every_metric_is_on_the_dashboard(exposed: dict[str, set[str]]) -> None:
 
 
 def test_panels_are_whole_and_do_not_overlap() -> None:
-    """Each says in a sentence how it is to be read; Grafana would push overlapping ones about."""
+    """Each has a description of how to read it; Grafana would move overlapping ones."""
     taken: set[tuple[int, int]] = set()
     for panel in DASHBOARD["panels"]:
         assert panel["title"]
@@ -124,7 +124,7 @@ def test_panels_are_whole_and_do_not_overlap() -> None:
 
 
 def test_rules_are_found() -> None:
-    """The tests above look at all of them."""
+    """The tests above check all of them."""
     assert len(rules()) == ALERTS.read_text("utf-8").count("- alert:") == 8
     assert len(queries()) == 15
 
@@ -148,5 +148,5 @@ def test_promtool_accepts_the_queries_of_the_dashboard(tmp_path: Path) -> None:
 
 @needs_promtool
 def test_alerts_fire_when_they_should_and_only_then() -> None:
-    """Each for trouble of its kind, with a text that can be acted upon; none for a calm day."""
+    """Each fires for its kind of trouble, with a useful text, and none on a calm day."""
     promtool("test", "rules", str(Path(__file__).with_name("alerts_test.yml")))

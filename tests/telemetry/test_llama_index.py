@@ -1,4 +1,4 @@
-"""Waits and refusals beside what LlamaIndex tells of models and agents."""
+"""Waits and refusals beside what LlamaIndex reports of models and agents."""
 
 import asyncio
 import sys
@@ -46,7 +46,7 @@ class _Handler(BaseEventHandler):
 
 @pytest.fixture
 def seen() -> Iterator[list[BaseEvent]]:
-    """Return what LlamaIndex's instrumentation tells of during the test."""
+    """Return what LlamaIndex's instrumentation reports during the test."""
     root, heard = get_dispatcher(), list[BaseEvent]()
     before = list(root.event_handlers)
     root.add_event_handler(_Handler(heard))
@@ -55,13 +55,13 @@ def seen() -> Iterator[list[BaseEvent]]:
 
 
 def names(heard: list[BaseEvent]) -> list[str]:
-    """Return what the events are called."""
+    """Return the names of events."""
     return [event.class_name() for event in heard]
 
 
 @dispatcher.span
 async def ask_by_hand(limiter: Limiter, **options: Any) -> None:
-    """Be a step of somebody's workflow that calls an API of its own."""
+    """A step of a user's workflow that calls an API of its own."""
     async with limiter.acquire(**options):
         await asyncio.sleep(0.1)
 
@@ -69,7 +69,7 @@ async def ask_by_hand(limiter: Limiter, **options: Any) -> None:
 def test_what_happens_is_told_with_its_numbers(
     limiter: "ScriptedLimiter", seen: list[BaseEvent]
 ) -> None:
-    """A call that passed at once has no event: nothing happened to it."""
+    """A call that passed at once has no event, because nothing happened to it."""
     telemetry.llama_index(limiter)
     for waited in (0.0, 1.8):
         limiter.say(
@@ -93,7 +93,7 @@ def test_what_happens_is_told_with_its_numbers(
 
 
 def test_it_is_silent_once_it_is_off(limiter: "ScriptedLimiter", seen: list[BaseEvent]) -> None:
-    """Nobody watches any more."""
+    """Nothing watches any more."""
     telemetry.llama_index(limiter)()
     limiter.say(events.Paused, seconds=2.0, reason="429")
 
@@ -104,7 +104,7 @@ def test_it_is_silent_once_it_is_off(limiter: "ScriptedLimiter", seen: list[Base
 def test_a_wait_stands_in_the_span_of_who_asked(
     virtual_time: VirtualTime, seen: list[BaseEvent]
 ) -> None:
-    """Of several that wait at once each has its own, and it is the caller's."""
+    """If several wait at once, each wait is in the span of its own caller."""
     limiter = Limiter(concurrency=1, name="mine", clock=virtual_time.clock)
     telemetry.llama_index(limiter)
 
@@ -146,7 +146,7 @@ def test_a_refusal_stands_in_the_span_of_who_asked(
 def test_the_wait_of_a_wrapped_model_is_told_once(
     virtual_time: VirtualTime, seen: list[BaseEvent]
 ) -> None:
-    """The wrap tells of it by itself; both together are no two waits."""
+    """The wrap reports it by itself; with both, it is still one event."""
     limiter = Limiter("2/s burst 1", name="mine", clock=virtual_time.clock)
     telemetry.llama_index(limiter)
     llm = limiter.wrap(MockLLM(max_tokens=3))
@@ -167,9 +167,9 @@ def test_the_wait_of_a_wrapped_model_is_told_once(
 
 
 def test_the_wait_of_a_wrapped_model_is_told_once_to_threads_too(seen: list[BaseEvent]) -> None:
-    """A blocking call waits on a loop in the background, and is the same call.
+    """A blocking call waits on a background loop, and is still the same call.
 
-    On the machine's clock, for threads do not wait in virtual time.
+    This uses the machine's clock, because threads do not wait in virtual time.
     """
     limiter = Limiter("50/s burst 1", name="mine")
     telemetry.llama_index(limiter)
@@ -182,7 +182,7 @@ def test_the_wait_of_a_wrapped_model_is_told_once_to_threads_too(seen: list[Base
 
 
 def test_token_counters_count_as_before(virtual_time: VirtualTime) -> None:
-    """What LlamaIndex's own handler counts of a run does not change by being paced and watched."""
+    """Pacing and watching do not change what LlamaIndex's own handler counts."""
 
     def count(*, watched: bool) -> list[tuple[int, int]]:
         counter = TokenCountingHandler()
@@ -198,7 +198,7 @@ def test_token_counters_count_as_before(virtual_time: VirtualTime) -> None:
                 await llm.acomplete(prompt)
 
         virtual_time.run(main())
-        # Models share the handlers that they are not given, those of later tests, too.
+        # Models share handlers that they were not given, and so would those of later tests.
         llm.callback_manager.remove_handler(counter)
         return [
             (each.prompt_token_count, each.completion_token_count)
@@ -212,7 +212,7 @@ def test_token_counters_count_as_before(virtual_time: VirtualTime) -> None:
 def test_a_missing_library_names_its_extra(
     limiter: "ScriptedLimiter", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The remedy is the message."""
+    """The error says what to install."""
     monkeypatch.setitem(sys.modules, "llama_index_instrumentation", None)
     monkeypatch.delitem(sys.modules, "asyncbucket.telemetry.to_llama_index", raising=False)
     with pytest.raises(ImportError) as caught:

@@ -98,7 +98,7 @@ def test_an_event_is_one_readable_line(
     what: dict[str, Any],
     line: str,
 ) -> None:
-    """Whoever is on call reads what happened, with its numbers."""
+    """A person on call can read what happened, with its numbers."""
     telemetry.logging(limiter)
     with caplog.at_level(logging.DEBUG, "asyncbucket"):
         limiter.say(kind, **what)
@@ -107,7 +107,7 @@ def test_an_event_is_one_readable_line(
 
 
 def test_every_kind_of_event_has_a_line() -> None:
-    """None is left to its class's name."""
+    """None is logged by its class's name only."""
     kinds = {kind for kind in vars(events).values() if isinstance(kind, type)}
     kinds = {kind for kind in kinds if issubclass(kind, events.Event)} - {events.Event}
 
@@ -120,7 +120,7 @@ def test_every_kind_of_event_has_a_line() -> None:
 def test_a_wait_from_the_threshold_on_is_worth_knowing(
     limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture, waited: float, level: str
 ) -> None:
-    """Shorter ones, and all else, are for whoever debugs."""
+    """Shorter waits and everything else are logged for debugging."""
     telemetry.logging(limiter, threshold=1.5)
     with caplog.at_level(logging.DEBUG, "asyncbucket"):
         limiter.say(
@@ -135,7 +135,7 @@ def test_a_wait_from_the_threshold_on_is_worth_knowing(
 def test_the_fields_of_an_event_are_structured(
     limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A formatter that writes JSON has them all, by name; a cost is as the user gave it."""
+    """A JSON formatter gets them all by name, with the cost as the user gave it."""
     telemetry.logging(limiter)
     with caplog.at_level(logging.DEBUG, "asyncbucket"):
         limiter.say(
@@ -164,7 +164,7 @@ def test_the_fields_of_an_event_are_structured(
 def test_it_goes_to_a_logger_of_ones_own(
     limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Given by name or as an object; a child's line says which it is."""
+    """The logger is given by name or as an object; a child's line names the child."""
     telemetry.logging(limiter, logger=logging.getLogger("mine"))
     telemetry.logging(limiter, logger="too")
     with caplog.at_level(logging.DEBUG):
@@ -177,7 +177,7 @@ def test_it_goes_to_a_logger_of_ones_own(
 
 
 def test_what_cannot_be_is_refused_at_once(limiter: "ScriptedLimiter") -> None:
-    """Not by an error of an observer, in the log that it would have written to."""
+    """It is refused at once, not by an error of an observer in the log."""
     for threshold in (-1, float("nan"), "1", None, True):
         with pytest.raises(
             ValueError, match="threshold must be a number of seconds from 0 on, not"
@@ -195,7 +195,7 @@ def test_what_cannot_be_is_refused_at_once(limiter: "ScriptedLimiter") -> None:
 def test_it_is_silent_once_it_is_off(
     limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nobody watches any more, so no event is made."""
+    """Nothing watches any more, so no event is made."""
     off = telemetry.logging(limiter)
     off()
     with caplog.at_level(logging.DEBUG):
@@ -208,7 +208,7 @@ def test_it_is_silent_once_it_is_off(
 def test_lines_that_nobody_would_read_are_not_made(
     limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At INFO, the usual level, a short wait costs a comparison."""
+    """At INFO, the usual level, a short wait costs only a comparison."""
     telemetry.logging(limiter)
     with caplog.at_level(logging.INFO, "asyncbucket"):
         limiter.say(events.Released, cost=None, held=1.0, outcome="ok")

@@ -1,4 +1,4 @@
-"""Real limiters, real agents and a provider that counts for itself."""
+"""Real limiters and agents, and a provider that counts for itself."""
 
 import asyncio
 import gc
@@ -26,7 +26,7 @@ from asyncbucket.testing import RateLimitedProvider, VirtualTime
 if TYPE_CHECKING:
     from asyncbucket.events import Event
 
-#: What must never be seen: a key, a prompt, the password of a URL, the name of a tenant.
+#: What must never be shown: a key, a prompt, the password of a URL, the name of a tenant.
 CANARIES = ("sk-canary-key", "canary-prompt", "canary-password", "canary-tenant")
 
 
@@ -36,7 +36,7 @@ def add(a: int, b: int) -> int:
 
 
 def scrape(registry: CollectorRegistry) -> Counter[tuple[str, ...]]:
-    """Return the samples that a Prometheus server would read, by name and label values."""
+    """Return the samples that Prometheus would read, by name and label values."""
     return Counter(
         {
             (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
@@ -52,9 +52,9 @@ def total(seen: Counter[tuple[str, ...]], name: str) -> float:
 
 
 async def test_counters_equal_what_the_provider_saw() -> None:
-    """To the call and to the token: agents, refusals, errors and retries included.
+    """They agree to the call and the token, with agents, refusals, errors and retries.
 
-    On the machine's clock: the provider is a server, and agents are LlamaIndex's own.
+    This uses the machine's clock: the provider is a server, and agents are LlamaIndex's own.
     """
     registry = CollectorRegistry()
     async with (
@@ -74,7 +74,7 @@ async def test_counters_equal_what_the_provider_saw() -> None:
         provider.fail_next(2, status=429, retry_after=0.05)
 
         async def run(number: int) -> None:
-            # As `Any`: of the overloads of `run` the type checkers take a deprecated one.
+            # As `Any`: among the overloads of `run` the type checkers choose a deprecated one.
             agent: Any = FunctionAgent(tools=[add], llm=chat, streaming=False)
             await agent.run(user_msg=f"What is {number} plus 1?")
 
@@ -103,7 +103,7 @@ async def test_counters_equal_what_the_provider_saw() -> None:
 
 
 def test_every_way_of_ending_is_counted_by_a_real_limiter(virtual_time: VirtualTime) -> None:
-    """One call each that passes, gives up, runs out of time, finds no room, or never can pass."""
+    """One call each passes, gives up, times out, finds no room, can never pass, and so on."""
     limiter = Limiter("100 TPM", concurrency=1, max_queue=2, clock=virtual_time.clock, name="mine")
     registry = CollectorRegistry()
     telemetry.prometheus(limiter, registry=registry)
@@ -152,7 +152,7 @@ def test_every_way_of_ending_is_counted_by_a_real_limiter(virtual_time: VirtualT
 
 
 def test_an_observer_may_ask_the_limiter(virtual_time: VirtualTime) -> None:
-    """Whatever happens, it is told without a lock; a lease that the collector found, later."""
+    """Observers are called without a lock; a lease that was collected is reported later."""
     limiter = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock, name="mine")
     told: list[str] = []
 
@@ -194,9 +194,9 @@ def test_an_observer_may_ask_the_limiter(virtual_time: VirtualTime) -> None:
 
 @pytest.mark.parametrize("threads", [False, True])
 def test_a_wait_is_in_the_trace_of_who_asked(*, threads: bool) -> None:
-    """On an event loop, where many wait at once, and in a thread, whose wait is served elsewhere.
+    """This holds on an event loop, and in threads, whose waits are served on another one.
 
-    On the machine's clock, for threads do not wait in virtual time.
+    It uses the machine's clock, because threads do not wait in virtual time.
     """
     spans = InMemorySpanExporter()
     tracers = TracerProvider()
@@ -244,7 +244,7 @@ def test_a_wait_is_in_the_trace_of_who_asked(*, threads: bool) -> None:
 
 
 class Everything:
-    """Watch a limiter in every way that there is, and keep all that can be seen."""
+    """Watch a limiter in every way, and keep everything that can be seen."""
 
     def __init__(self, limiter: Limiter) -> None:
         self._registry = CollectorRegistry()
@@ -279,7 +279,7 @@ class Everything:
 async def test_no_secret_is_seen(caplog: pytest.LogCaptureFixture) -> None:
     """No key, prompt, password or tenant in an event, a log, a label, a span or an error.
 
-    On the machine's clock, against the provider, with refusals, errors and a caller who gives up.
+    This uses the machine's clock, with refusals, errors and a caller that gives up.
     """
     key, prompt, password, tenant = CANARIES
     errors: list[BaseException] = []
@@ -307,7 +307,7 @@ async def test_no_secret_is_seen(caplog: pytest.LogCaptureFixture) -> None:
                 held = await own.acquire() if asked.__class__.__name__ == "Acquisition" else None
                 try:
                     await asked
-                except Exception as error:  # noqa: BLE001 - whichever it is, it is looked at
+                except Exception as error:  # noqa: BLE001 - any error is checked
                     errors.append(error)
                 if held is not None:
                     held.release()
@@ -326,7 +326,7 @@ async def test_no_secret_is_seen(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_tenants_call_is_shown_where_it_is_counted(virtual_time: VirtualTime) -> None:
-    """By a star, as it waits, in flight and afterwards: or it would seem to wait while none passes."""
+    """It counts under the star while it waits, while it is in flight, and afterwards."""
     registry = CollectorRegistry()
     limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock, name="openai")
     telemetry.prometheus(limiter, registry=registry)
@@ -352,7 +352,7 @@ def test_a_tenants_call_is_shown_where_it_is_counted(virtual_time: VirtualTime) 
 
 
 def calls_in(limiter: Limiter) -> int:
-    """Count the functions that an admission and its release call: as a clock does, without one."""
+    """Count the functions that an admission and its release call, in place of measuring time."""
     limiter.acquire_nowait(tokens=9).release()
     calls = 0
 
@@ -369,7 +369,7 @@ def calls_in(limiter: Limiter) -> int:
 
 
 def test_watching_with_prometheus_costs_little() -> None:
-    """Not twice more than what an admission takes by itself."""
+    """It takes less than three times the calls of an admission by itself."""
     plain, watched = (Limiter("1m RPM", "100m TPM", concurrency=8) for _ in range(2))
     telemetry.prometheus(watched, registry=CollectorRegistry())
     alone = calls_in(plain)
