@@ -46,7 +46,7 @@ async def odd_ones_fail(number: int) -> int:
     return number
 
 
-def test_results_come_as_they_come(virtual_time: VirtualTime) -> None:
+def test_results_arrive_in_order_of_completion(virtual_time: VirtualTime) -> None:
     """Quick ones come first, each with its item and its index."""
     limiter = Limiter(concurrency=3, clock=virtual_time.clock)
     work = Work(lambda number: 3.0 - number)
@@ -64,7 +64,9 @@ def test_results_come_as_they_come(virtual_time: VirtualTime) -> None:
     assert virtual_time.now == 3.0
 
 
-def test_ordered_results_come_in_the_order_of_the_items(virtual_time: VirtualTime) -> None:
+def test_ordered_results_follow_item_order_while_further_calls_run(
+    virtual_time: VirtualTime,
+) -> None:
     """An early result waits for its turn, while further items are called for."""
     limiter = Limiter(concurrency=3, clock=virtual_time.clock)
     work = Work(lambda number: 5.0 if number == 0 else 1.0)
@@ -76,7 +78,7 @@ def test_ordered_results_come_in_the_order_of_the_items(virtual_time: VirtualTim
     assert virtual_time.now == 5.0
 
 
-def test_ordered_results_wait_no_longer_than_the_window_reaches(virtual_time: VirtualTime) -> None:
+def test_slow_ordered_item_holds_back_calls_beyond_the_window(virtual_time: VirtualTime) -> None:
     """While one item hangs, no more than a window of items is called for."""
     limiter = Limiter(concurrency=4, clock=virtual_time.clock)
     work = Work(lambda number: 1_000.0 if number == 0 else 1.0)
@@ -91,7 +93,7 @@ def test_ordered_results_wait_no_longer_than_the_window_reaches(virtual_time: Vi
     virtual_time.run(main())
 
 
-def test_every_limit_of_the_limiter_holds(virtual_time: VirtualTime) -> None:
+def test_batch_calls_are_admitted_at_the_rate_of_the_limiter(virtual_time: VirtualTime) -> None:
     """With twenty a minute, a burst of two and three at once, every call is admitted."""
     limiter = Limiter("20 RPM burst 2", concurrency=3, clock=virtual_time.clock)
     work = Work()
@@ -104,7 +106,7 @@ def test_every_limit_of_the_limiter_holds(virtual_time: VirtualTime) -> None:
     assert limiter.statistics().admitted == 20
 
 
-def test_cost_says_what_an_item_is_charged(virtual_time: VirtualTime) -> None:
+def test_cost_may_be_a_function_a_dict_or_a_cost_object(virtual_time: VirtualTime) -> None:
     """The cost is a function of the item, a dict for all items, or a `Cost`."""
     limiter = Limiter(tpm=100, clock=virtual_time.clock)
 
@@ -122,7 +124,7 @@ def test_cost_says_what_an_item_is_charged(virtual_time: VirtualTime) -> None:
     assert virtual_time.run(main()) == 70
 
 
-def test_cost_that_can_never_pass_is_the_items_error(virtual_time: VirtualTime) -> None:
+def test_item_that_costs_more_than_the_limit_fails_alone(virtual_time: VirtualTime) -> None:
     """Its error comes at once, and the other items go on."""
     limiter = Limiter(tpm=100, clock=virtual_time.clock)
 
@@ -136,7 +138,7 @@ def test_cost_that_can_never_pass_is_the_items_error(virtual_time: VirtualTime) 
     assert [item.result for item in items if item.ok] == [10, 20]
 
 
-def test_no_more_workers_than_are_admitted_and_one_that_waits(virtual_time: VirtualTime) -> None:
+def test_batch_keeps_only_one_call_in_the_limiters_queue(virtual_time: VirtualTime) -> None:
     """A batch does not fill the limiter's queue, so another caller is soon served."""
     limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
 
@@ -150,7 +152,7 @@ def test_no_more_workers_than_are_admitted_and_one_that_waits(virtual_time: Virt
     assert virtual_time.run(main()) == pytest.approx(2.0)
 
 
-def test_as_many_workers_as_the_calls_need(virtual_time: VirtualTime) -> None:
+def test_batch_runs_as_many_workers_as_its_calls_need(virtual_time: VirtualTime) -> None:
     """Ten calls a second that take 5 s each need fifty workers."""
     limiter = Limiter("10/s burst 1", clock=virtual_time.clock)
     work = Work(lambda _: 5.0)
@@ -166,7 +168,9 @@ def test_as_many_workers_as_the_calls_need(virtual_time: VirtualTime) -> None:
     assert work.most == 50
 
 
-def test_endless_items_take_no_more_than_a_window(virtual_time: VirtualTime) -> None:
+def test_batch_takes_at_most_a_window_of_items_ahead_of_its_reader(
+    virtual_time: VirtualTime,
+) -> None:
     """When the reader stops reading, the workers stop, too."""
     limiter = Limiter(concurrency=5, clock=virtual_time.clock)
     taken = 0
@@ -188,7 +192,7 @@ def test_endless_items_take_no_more_than_a_window(virtual_time: VirtualTime) -> 
     assert taken == 15
 
 
-def test_items_may_be_an_async_iterable(virtual_time: VirtualTime) -> None:
+def test_async_generator_of_items_is_read_and_closed(virtual_time: VirtualTime) -> None:
     """They are asked for one at a time, and an async generator is closed in the end."""
     limiter = Limiter(concurrency=2, clock=virtual_time.clock)
     closed = False
@@ -210,7 +214,7 @@ def test_items_may_be_an_async_iterable(virtual_time: VirtualTime) -> None:
     assert closed
 
 
-def test_error_is_raised_as_it_is(virtual_time: VirtualTime) -> None:
+def test_error_is_raised_unwrapped_after_earlier_results(virtual_time: VirtualTime) -> None:
     """There is no group around it; nothing new is begun or charged; earlier results come first."""
     limiter = Limiter("100 RPM", concurrency=1, clock=virtual_time.clock)
     begun: list[int] = []
@@ -230,7 +234,7 @@ def test_error_is_raised_as_it_is(virtual_time: VirtualTime) -> None:
     assert limiter.statistics().limits[0].used == 2
 
 
-async def test_end_of_another_iteration_is_an_error_and_no_end() -> None:
+async def test_stop_async_iteration_in_the_function_is_an_error_not_the_end() -> None:
     """A StopAsyncIteration in the function must not end the loop as if all items were done."""
 
     async def nothing(number: int) -> int:
@@ -259,7 +263,7 @@ def test_collected_errors_come_with_their_items(virtual_time: VirtualTime) -> No
     assert repr(items[3]) == "<Item 3: 3, error=ValueError('3 is odd')>"
 
 
-def test_call_that_is_cancelled_from_within_is_a_failed_item(virtual_time: VirtualTime) -> None:
+def test_call_cancelled_from_within_is_a_failed_item(virtual_time: VirtualTime) -> None:
     """It is neither lost nor taken for the end of the batch."""
     limiter = Limiter(concurrency=1, clock=virtual_time.clock)
 
@@ -279,7 +283,7 @@ def test_call_that_is_cancelled_from_within_is_a_failed_item(virtual_time: Virtu
     assert limiter.statistics().in_flight == 0
 
 
-def test_error_of_the_iterable_comes_after_the_results(virtual_time: VirtualTime) -> None:
+def test_error_of_the_iterable_is_raised_after_all_results(virtual_time: VirtualTime) -> None:
     """The results that were paid for are not lost."""
     limiter = Limiter(concurrency=2, clock=virtual_time.clock)
     seen: list[int] = []
@@ -297,7 +301,7 @@ def test_error_of_the_iterable_comes_after_the_results(virtual_time: VirtualTime
     assert sorted(seen) == [0, 1, 2]
 
 
-def test_iterable_that_is_cancelled_from_within_is_no_end(virtual_time: VirtualTime) -> None:
+def test_iterable_cancelled_from_within_is_an_error_not_the_end(virtual_time: VirtualTime) -> None:
     """It fails like any other error, after the results of its items."""
     limiter = Limiter(concurrency=2, clock=virtual_time.clock)
     seen: list[int] = []
@@ -318,7 +322,7 @@ def test_iterable_that_is_cancelled_from_within_is_no_end(virtual_time: VirtualT
     assert seen == [0]
 
 
-def test_breaking_out_cancels_what_is_in_flight(virtual_time: VirtualTime) -> None:
+def test_breaking_out_cancels_calls_in_flight(virtual_time: VirtualTime) -> None:
     """Nothing needs to be closed: the loop drops the iterator."""
     limiter = Limiter(concurrency=3, clock=virtual_time.clock)
     work = Work()
@@ -336,7 +340,7 @@ def test_breaking_out_cancels_what_is_in_flight(virtual_time: VirtualTime) -> No
     assert limiter.statistics().in_flight == 0
 
 
-def test_leaving_the_context_waits_for_the_end(virtual_time: VirtualTime) -> None:
+def test_leaving_the_context_waits_for_calls_to_clean_up(virtual_time: VirtualTime) -> None:
     """This holds even if the function takes a while to clean up."""
     limiter = Limiter(concurrency=2, clock=virtual_time.clock)
     cleaned = 0
@@ -362,7 +366,7 @@ def test_leaving_the_context_waits_for_the_end(virtual_time: VirtualTime) -> Non
     assert virtual_time.now == 7.0
 
 
-def test_cancelled_reader_leaves_nothing_behind(virtual_time: VirtualTime) -> None:
+def test_cancelled_reader_leaves_no_call_running_or_waiting(virtual_time: VirtualTime) -> None:
     """When the task is over, so are its calls."""
     limiter = Limiter("60 RPM burst 1", concurrency=3, clock=virtual_time.clock)
     work = Work(lambda _: 100.0)
@@ -384,7 +388,7 @@ def test_cancelled_reader_leaves_nothing_behind(virtual_time: VirtualTime) -> No
     virtual_time.run(main())
 
 
-def test_closed_by_another_task_it_is_over_for_whoever_reads(virtual_time: VirtualTime) -> None:
+def test_aclose_by_another_task_ends_iteration_for_all_readers(virtual_time: VirtualTime) -> None:
     """A reader that waits for the next item sees the end, even if there are several readers."""
     limiter = Limiter(concurrency=3, clock=virtual_time.clock)
     work = Work(float)
@@ -404,7 +408,7 @@ def test_closed_by_another_task_it_is_over_for_whoever_reads(virtual_time: Virtu
     virtual_time.run(main())
 
 
-def test_closing_that_was_broken_off_is_waited_for_by_the_next(virtual_time: VirtualTime) -> None:
+def test_aclose_after_an_interrupted_close_waits_for_all_calls(virtual_time: VirtualTime) -> None:
     """A second `aclose` returns only when all calls have ended."""
     limiter = Limiter(concurrency=2, clock=virtual_time.clock)
 
@@ -430,7 +434,7 @@ def test_closing_that_was_broken_off_is_waited_for_by_the_next(virtual_time: Vir
     virtual_time.run(main())
 
 
-def test_closed_before_the_first_step_calls_nothing() -> None:
+def test_batch_closed_before_its_first_result_calls_nothing() -> None:
     """No item is taken before somebody asks for a result."""
     work = Work()
 
@@ -446,7 +450,7 @@ def test_closed_before_the_first_step_calls_nothing() -> None:
     assert work.begun == []
 
 
-def test_end_of_the_loop_ends_it() -> None:
+def test_batch_abandoned_at_end_of_event_loop_ends_without_warning() -> None:
     """If `asyncio.run` returns in the middle, there is no warning, and no task is left."""
 
     async def main() -> Any:
@@ -463,7 +467,7 @@ def test_end_of_the_loop_ends_it() -> None:
     assert repr(left) == "<Results at work>" or left is not None
 
 
-def test_timeouts_of_acquire_may_be_part_of_the_cost(virtual_time: VirtualTime) -> None:
+def test_cost_dict_may_hold_a_timeout_for_acquire(virtual_time: VirtualTime) -> None:
     """A dict may hold any keyword of `Limiter.acquire`."""
     limiter = Limiter("1 RPM", clock=virtual_time.clock)
 
@@ -476,7 +480,7 @@ def test_timeouts_of_acquire_may_be_part_of_the_cost(virtual_time: VirtualTime) 
     assert [type(item.error) for item in items if not item.ok] == [AcquireTimeout]
 
 
-async def test_calls_have_the_priority_of_whoever_iterates() -> None:
+async def test_calls_inherit_the_priority_of_the_reader() -> None:
     """A batch inherits its caller's priority, so it can let others go first."""
     seen: list[int | None] = []
 
@@ -491,7 +495,7 @@ async def test_calls_have_the_priority_of_whoever_iterates() -> None:
     assert seen == [read_priority("batch")] * 2
 
 
-def test_without_anyio_the_install_command_is_named() -> None:
+def test_missing_anyio_names_its_install_command() -> None:
     """The core has no dependencies, but this needs one."""
     program = "import sys; sys.modules['anyio'] = None; import asyncbucket.batch"
     done = subprocess.run(
@@ -501,7 +505,7 @@ def test_without_anyio_the_install_command_is_named() -> None:
     assert 'ImportError: amap and map need anyio: pip install "asyncbucket[batch]"' in done.stderr
 
 
-async def test_plain_function_is_refused() -> None:
+async def test_plain_function_is_refused_with_a_hint_at_map() -> None:
     """It would block the loop; the message names the alternative."""
     with pytest.raises(TypeError, match=r"str, which cannot be awaited: .* map takes plain ones"):
         async for _ in amap(Limiter(concurrency=1), cast("Any", str), [1]):
@@ -509,7 +513,7 @@ async def test_plain_function_is_refused() -> None:
 
 
 @pytest.mark.parametrize("items", ["prompts.txt", b"prompts.txt"])
-def test_a_text_is_no_list_of_items(items: Any) -> None:
+def test_single_string_is_refused_as_items(items: Any) -> None:
     """The name of a file of prompts would otherwise be paid for letter by letter."""
     message = (
         r"^items is one string, which would be a call for each of its 11 characters: give a list"
@@ -520,7 +524,7 @@ def test_a_text_is_no_list_of_items(items: Any) -> None:
 
 @pytest.mark.parametrize("run", [amap, map_sync])
 @pytest.mark.parametrize(("fn", "kind"), [(["a prompt"], "list"), (None, "NoneType")])
-def test_what_is_no_function_is_refused_at_once(run: Any, fn: Any, kind: str) -> None:
+def test_non_function_is_refused_at_once(run: Any, fn: Any, kind: str) -> None:
     """Nothing is charged for it, and nobody waits for the limit first."""
     with pytest.raises(
         TypeError, match=rf"function comes first.*amap\(ask, prompts\); {kind} cannot"
@@ -541,20 +545,20 @@ def test_what_is_no_function_is_refused_at_once(run: Any, fn: Any, kind: str) ->
         ({"show_progress": "curses"}, "show_progress must be True, False, 'rich' or 'tqdm'"),
     ],
 )
-def test_bad_option_says_what_is_good(options: dict[str, Any], message: str) -> None:
+def test_invalid_option_is_refused_with_the_remedy(options: dict[str, Any], message: str) -> None:
     """The error comes at once, not with the first result."""
     with pytest.raises(ValueError, match=message):
         amap(Limiter(concurrency=1), Work(), [1], **options)
 
 
-async def test_cost_that_is_none_says_so() -> None:
+async def test_bare_number_from_cost_function_is_refused() -> None:
     """A bare number would not say of which resource."""
     with pytest.raises(TypeError, match=r"a dict such as \{'tokens': 500\}"):
         async for _ in amap(Limiter(tpm=100), Work(), [1], cost=cast("Any", int)):
             pass
 
 
-async def test_a_limiter_maps_as_results_come() -> None:
+async def test_limiter_amap_admits_calls_and_returns_their_results() -> None:
     """The method does what the function does."""
     limiter = Limiter(concurrency=2)
     results = [item.result async for item in limiter.amap(Work(lambda _: 0), [1, 2], ordered=True)]
@@ -562,7 +566,7 @@ async def test_a_limiter_maps_as_results_come() -> None:
     assert limiter.statistics().admitted == 2
 
 
-def test_a_limiter_maps_for_code_without_a_loop() -> None:
+def test_limiter_map_works_without_an_event_loop() -> None:
     """Calls run in threads, are admitted one by one, and keep their order if asked to."""
     limiter = Limiter(concurrency=2)
     results = [item.result for item in limiter.map(abs, [-1, -2, -3], ordered=True)]
@@ -570,7 +574,7 @@ def test_a_limiter_maps_for_code_without_a_loop() -> None:
     assert limiter.statistics().admitted == 3
 
 
-def test_batch_that_its_loop_has_cancelled_says_so_in_the_next() -> None:
+def test_batch_continued_on_another_event_loop_is_an_error() -> None:
     """The error does not look as if somebody had cancelled the reader."""
     results = amap(Limiter(concurrency=1), Work(), [1, 2, 3])
 
@@ -583,7 +587,7 @@ def test_batch_that_its_loop_has_cancelled_says_so_in_the_next() -> None:
 
 
 @pytest.mark.heavy
-async def test_many_items_are_alive_a_window_at_a_time() -> None:
+async def test_batch_keeps_at_most_a_window_of_items_alive() -> None:
     """Twenty thousand items that do nothing need the memory of a hundred."""
     limiter = Limiter("1000000000 RPM", concurrency=20)
     alive: weakref.WeakSet[Thing] = weakref.WeakSet()

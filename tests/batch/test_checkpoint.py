@@ -46,7 +46,7 @@ async def run(checkpoint: Any, calls: Any, items: Any, **options: Any) -> list[I
     return [item async for item in amap(limiter, calls, items, checkpoint=checkpoint, **options)]
 
 
-async def test_second_run_calls_for_nothing(tmp_path: Path) -> None:
+async def test_second_run_restores_all_results_without_a_call(tmp_path: Path) -> None:
     """All results come from the checkpoint, in place, and are marked as restored."""
     path = tmp_path / "run.db"
     first, second = Calls(), Calls()
@@ -61,7 +61,7 @@ async def test_second_run_calls_for_nothing(tmp_path: Path) -> None:
     ]
 
 
-async def test_what_was_not_done_is_called_for(tmp_path: Path) -> None:
+async def test_second_run_calls_only_for_unfinished_items(tmp_path: Path) -> None:
     """The first run is left early; the second has other items in another order."""
     path = tmp_path / "run.db"
     first, second = Calls(), Calls()
@@ -76,7 +76,7 @@ async def test_what_was_not_done_is_called_for(tmp_path: Path) -> None:
     assert {item.input for item in items} == set(range(50))
 
 
-async def test_equal_items_are_calls_of_their_own(tmp_path: Path) -> None:
+async def test_equal_items_are_called_and_restored_one_by_one(tmp_path: Path) -> None:
     """Ten equal prompts are asked for ten times, but not again by the next run."""
     path = tmp_path / "run.db"
     first, second = Calls(), Calls()
@@ -88,7 +88,7 @@ async def test_equal_items_are_calls_of_their_own(tmp_path: Path) -> None:
     assert sum(item.restored for item in items) == 10
 
 
-async def test_failed_items_are_tried_again(tmp_path: Path) -> None:
+async def test_failed_items_are_retried_by_the_next_run(tmp_path: Path) -> None:
     """Only results are kept, not errors."""
     path = tmp_path / "run.db"
     second = Calls()
@@ -100,7 +100,7 @@ async def test_failed_items_are_tried_again(tmp_path: Path) -> None:
     assert all(item.ok for item in items)
 
 
-async def test_none_is_a_result(tmp_path: Path) -> None:
+async def test_none_is_restored_as_a_result(tmp_path: Path) -> None:
     """It is restored, not called for again."""
     calls = 0
 
@@ -123,7 +123,7 @@ class Reply:
     tokens: tuple[int, int]
 
 
-async def test_any_result_that_can_be_pickled_is_kept(tmp_path: Path) -> None:
+async def test_picklable_result_is_restored_with_its_type(tmp_path: Path) -> None:
     """It comes back as it was, type and all."""
 
     async def ask(number: int) -> Reply:
@@ -136,7 +136,7 @@ async def test_any_result_that_can_be_pickled_is_kept(tmp_path: Path) -> None:
     assert item.result == Reply("7", (7, 1))
 
 
-async def test_result_that_cannot_be_kept_is_handed_out_before_the_error(tmp_path: Path) -> None:
+async def test_unpicklable_result_is_handed_out_before_the_error(tmp_path: Path) -> None:
     """It was paid for, so the caller gets it; the error says what to do."""
     seen: list[Any] = []
 
@@ -154,7 +154,7 @@ async def test_result_that_cannot_be_kept_is_handed_out_before_the_error(tmp_pat
     assert callable(seen[0])
 
 
-async def test_result_that_cannot_be_kept_keeps_no_other_out(tmp_path: Path) -> None:
+async def test_unpicklable_result_does_not_lose_other_results(tmp_path: Path) -> None:
     """Results that came with it are on disk, so the next run need not ask for them again."""
     again = Calls()
 
@@ -169,7 +169,7 @@ async def test_result_that_cannot_be_kept_keeps_no_other_out(tmp_path: Path) -> 
     assert again.seen == [3]
 
 
-async def test_functions_of_ones_own_write_and_read(tmp_path: Path) -> None:
+async def test_custom_dump_and_load_replace_pickle(tmp_path: Path) -> None:
     """They replace pickle, and a checkpoint written with them cannot be read without them."""
     own = Checkpoint(
         tmp_path / "run.db",
@@ -184,7 +184,7 @@ async def test_functions_of_ones_own_write_and_read(tmp_path: Path) -> None:
         await run(tmp_path / "run.db", Calls(), ["a"])
 
 
-async def test_key_says_by_what_an_item_is_known(tmp_path: Path) -> None:
+async def test_object_item_is_recognised_only_by_its_key(tmp_path: Path) -> None:
     """An object has no lasting hash; the message names the alternative."""
     item = object()
     with pytest.raises(
@@ -204,7 +204,7 @@ async def test_key_says_by_what_an_item_is_known(tmp_path: Path) -> None:
     assert again.restored
 
 
-async def test_model_that_cannot_be_written_as_json_names_the_way_out(tmp_path: Path) -> None:
+async def test_pydantic_item_that_is_not_json_asks_for_a_key(tmp_path: Path) -> None:
     """The error is that of any other item without a key."""
     with pytest.raises(
         TypeError, match=r"an item that contains Picture: give Checkpoint\(\.\.\., key="
@@ -253,9 +253,7 @@ class Picture(BaseModel):
     ],
     ids=repr,
 )
-async def test_items_that_only_look_alike_are_told_apart(
-    tmp_path: Path, item: Any, other: Any
-) -> None:
+async def test_similar_items_do_not_share_a_result(tmp_path: Path, item: Any, other: Any) -> None:
     """Otherwise one would be given the other's result."""
     await run(tmp_path / "run.db", Calls(), [item])
     (found,) = await run(tmp_path / "run.db", Calls(), [other])
@@ -263,7 +261,7 @@ async def test_items_that_only_look_alike_are_told_apart(
     assert not found.restored
 
 
-async def test_dict_is_known_again_whatever_its_keys_and_their_order(tmp_path: Path) -> None:
+async def test_dict_item_is_restored_whatever_its_key_types_and_order(tmp_path: Path) -> None:
     """Keys may be of several types, which cannot be sorted."""
     await run(tmp_path / "run.db", Calls(), [{1: "a", "b": 2, (3, 4): None}])
     (found,) = await run(tmp_path / "run.db", Calls(), [{(3, 4): None, "b": 2, 1: "a"}])
@@ -271,7 +269,7 @@ async def test_dict_is_known_again_whatever_its_keys_and_their_order(tmp_path: P
     assert found.restored
 
 
-async def test_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
+async def test_non_string_key_is_refused(tmp_path: Path) -> None:
     """Such a key may be a number, as in the rows of a table."""
     keyed = Checkpoint(tmp_path / "run.db", key=lambda row: row["id"])
 
@@ -304,7 +302,7 @@ async def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         await run(path, Model("large").ask, ["Why?"])
 
 
-def test_structured_model_goes_by_what_it_asks_and_for_what() -> None:
+def test_structured_model_is_named_by_output_class_and_model() -> None:
     """The name tells apart the classes asked for, and the models."""
     small, large = OpenAI(model="gpt-4o-mini", api_key="x"), OpenAI(model="gpt-4o", api_key="x")
     names = {
@@ -320,7 +318,7 @@ def test_structured_model_goes_by_what_it_asks_and_for_what() -> None:
     }
 
 
-async def test_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+async def test_checkpoint_of_another_function_is_refused_unless_named(tmp_path: Path) -> None:
     """Otherwise the answers of one function would be taken for those of another."""
     path = tmp_path / "run.db"
     await run(path, Calls(), [1])
@@ -334,7 +332,7 @@ async def test_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     assert item.restored
 
 
-async def test_a_partial_goes_by_the_function_that_it_calls(tmp_path: Path) -> None:
+async def test_partial_is_identified_by_the_function_it_calls(tmp_path: Path) -> None:
     """Otherwise all partials would be one function, and share their results."""
 
     async def other(item: int) -> int:
@@ -348,7 +346,7 @@ async def test_a_partial_goes_by_the_function_that_it_calls(tmp_path: Path) -> N
     assert item.restored
 
 
-async def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
+async def test_second_run_at_the_same_time_is_refused(tmp_path: Path) -> None:
     """They would pay twice; once the first is over, the second may go on."""
     path = tmp_path / "run.db"
     async with amap(Limiter(concurrency=1), Calls(), itertools.count(), checkpoint=path) as results:
@@ -359,7 +357,7 @@ async def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
     assert (await run(path, Calls(), [0]))[0].restored
 
 
-async def test_run_that_ends_while_its_file_is_opened_leaves_it_free(
+async def test_run_cancelled_while_opening_its_checkpoint_leaves_it_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Closing waits for the thread that opens the file, and the thread closes it."""
@@ -386,7 +384,9 @@ async def test_run_that_ends_while_its_file_is_opened_leaves_it_free(
 
 
 @pytest.mark.parametrize("content", [b"not mine" * 1_000, b"SQLite format 3\0" + b"?" * 4_080])
-async def test_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
+async def test_foreign_or_damaged_file_is_refused_and_left_unchanged(
+    tmp_path: Path, content: bytes
+) -> None:
     """The file is left as it is, and the error does not blame the disk."""
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
@@ -398,7 +398,7 @@ async def test_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: by
     assert path.read_bytes() == content
 
 
-async def test_database_of_another_program_is_left_alone(tmp_path: Path) -> None:
+async def test_database_of_another_program_is_refused_and_left_unchanged(tmp_path: Path) -> None:
     """A limiter's store is one: a checkpoint would add its tables to it, and lock it."""
     path = tmp_path / "limits.db"
     limiter = Limiter("10 RPM", store=f"sqlite:///{path}", name="x")
@@ -412,7 +412,7 @@ async def test_database_of_another_program_is_left_alone(tmp_path: Path) -> None
     assert path.read_bytes() == before
 
 
-async def test_result_that_cannot_be_read_says_where_it_is(
+async def test_unreadable_result_error_names_its_checkpoint_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its class may be gone, or renamed."""
@@ -440,7 +440,7 @@ async def test_checkpoint_of_a_later_version_is_refused(tmp_path: Path) -> None:
         await run(path, Calls(), [1])
 
 
-def test_dump_and_load_belong_together() -> None:
+def test_dump_and_load_must_be_given_together() -> None:
     """Giving only one of them is a mistake."""
     with pytest.raises(TypeError, match="give both, or neither"):
         Checkpoint("run.db", dump=str.encode)
@@ -466,7 +466,7 @@ asyncio.run(main())
 
 @pytest.mark.real_clock
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-def test_killed_at_any_instant_nothing_is_paid_twice_but_what_was_in_flight(tmp_path: Path) -> None:
+def test_killed_run_pays_again_only_for_calls_in_flight(tmp_path: Path) -> None:
     """Real processes are killed with SIGKILL at several points; the last one runs to its end."""
     paid: list[int] = []
     for lines in (50, 120, 1):

@@ -17,7 +17,7 @@ from asyncbucket.batch import CheckpointError, map_sync
 pytestmark = pytest.mark.real_clock
 
 
-def test_plain_function_runs_in_as_many_threads_as_there_are_slots() -> None:
+def test_plain_function_runs_in_as_many_threads_as_slots() -> None:
     """Four run at once, none of them in this thread, and each call is admitted."""
     limiter = Limiter("6000 RPM", concurrency=4)
     lock, running, most, threads = threading.Lock(), 0, 0, set[str]()
@@ -41,7 +41,7 @@ def test_plain_function_runs_in_as_many_threads_as_there_are_slots() -> None:
     assert limiter.statistics().admitted == 24
 
 
-def test_async_function_runs_on_a_loop_of_its_own() -> None:
+def test_map_awaits_an_async_function() -> None:
     """It gives results, not coroutines."""
 
     async def double(number: int) -> int:
@@ -64,7 +64,7 @@ def test_paced_function_is_charged_once() -> None:
     assert limiter.statistics().admitted == 5
 
 
-def test_leaving_the_loop_ends_it() -> None:
+def test_breaking_out_of_map_ends_its_batch() -> None:
     """Running calls end first, and nothing stays in flight."""
     limiter = Limiter(concurrency=2)
     begun: list[int] = []
@@ -81,7 +81,7 @@ def test_leaving_the_loop_ends_it() -> None:
     assert limiter.statistics().in_flight == 0
 
 
-def test_program_ends_though_a_loop_was_left() -> None:
+def test_program_exits_with_a_map_left_unfinished() -> None:
     """In that case the module itself still refers to the items."""
     program = (
         "from asyncbucket import Limiter\n"
@@ -95,7 +95,7 @@ def test_program_ends_though_a_loop_was_left() -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("True\n", "", 0)
 
 
-def test_error_is_raised_as_it_is() -> None:
+def test_error_is_raised_unwrapped() -> None:
     """Its traceback leads into the function."""
 
     def work(_: int) -> int:
@@ -105,7 +105,7 @@ def test_error_is_raised_as_it_is() -> None:
         list(map_sync(Limiter(concurrency=2), work, range(3)))
 
 
-def test_options_are_those_of_amap(tmp_path: Path) -> None:
+def test_map_takes_errors_checkpoint_and_cost_options(tmp_path: Path) -> None:
     """This includes checkpoints, collected errors and costs."""
     limiter = Limiter(tpm=100, concurrency=1)
     calls: list[Any] = []
@@ -125,7 +125,7 @@ def test_options_are_those_of_amap(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, -1, 2.5])
-def test_a_number_of_threads_is_a_whole_one(workers: Any) -> None:
+def test_workers_must_be_a_positive_whole_number(workers: Any) -> None:
     """It is refused at once, not with the first result."""
     message = f"workers must be a whole number of at least 1, not {workers}"
     with pytest.raises(ValueError, match=message):
@@ -142,13 +142,13 @@ def test_a_number_of_threads_is_a_whole_one(workers: Any) -> None:
         ({"order": True}, "unexpected keyword argument 'order'"),
     ],
 )
-def test_mistake_is_refused_at_once(option: dict[str, Any], message: str) -> None:
+def test_invalid_option_is_refused_at_once(option: dict[str, Any], message: str) -> None:
     """The error does not wait for the first result, which other code may ask for."""
     with pytest.raises((TypeError, ValueError), match=message):
         map_sync(Limiter(concurrency=1), str, [1], **option)
 
 
-def test_text_is_no_list_of_items() -> None:
+def test_single_string_is_refused_as_items() -> None:
     """It may be the name of a file that should have been opened; this is an error at once, too."""
     with pytest.raises(
         TypeError, match=r"items is one string, which would be a call for each of its 11 characters"
@@ -156,7 +156,7 @@ def test_text_is_no_list_of_items() -> None:
         map_sync(Limiter(concurrency=1), str, "prompts.txt")
 
 
-def test_it_may_be_called_where_a_loop_runs() -> None:
+def test_map_works_inside_a_running_event_loop() -> None:
     """A notebook is such a place; and the result need not be iterated."""
     limiter = Limiter("6000 RPM", concurrency=2)
 
@@ -168,7 +168,7 @@ def test_it_may_be_called_where_a_loop_runs() -> None:
     assert limiter.statistics().admitted == 2
 
 
-def test_checkpoint_is_of_the_function(tmp_path: Path) -> None:
+def test_checkpoint_of_map_belongs_to_the_mapped_function(tmp_path: Path) -> None:
     """It is not bound to the wrapper that calls it in a thread."""
     limiter, path = Limiter(concurrency=1), tmp_path / "run.db"
     list(limiter.map(functools.partial(pow, 2), [3], checkpoint=path))

@@ -167,9 +167,9 @@ def paced_functions() -> Iterator[tuple[str, Callable[[str], Awaitable[object]]]
     yield "names a client", by_the_client
     yield "acquires", by_hand
     yield "has a batch of its own", by_a_batch
-    yield "has one in threads", by_a_batch_in_threads
+    yield "has a batch in threads", by_a_batch_in_threads
     yield "is decorated", decorated
-    yield "acquires of a child", by_a_child
+    yield "acquires from a child", by_a_child
     yield "a lambda", lambda prompt: decorated(prompt)  # noqa: PLW0108 - it is the point
     yield "a closure", closure(llm)
     yield "a partial", functools.partial(prefixed, "Please: ", llm)
@@ -184,9 +184,9 @@ def paced_functions() -> Iterator[tuple[str, Callable[[str], Awaitable[object]]]
 
 def plain_functions() -> Iterator[tuple[str, Callable[[str], Awaitable[object]]]]:
     """Yield functions that do not acquire from it."""
-    yield "knows nothing", plain
-    yield "looks at it", for_the_looks
-    yield "maps something else", by_the_map_of_python
+    yield "uses no limiter", plain
+    yield "only names the limiter", for_the_looks
+    yield "uses the map of Python", by_the_map_of_python
     yield "another limiter", by_another
     yield "another model", closure(other.wrap(MockLLM()))
     yield "an unpaced model", MockLLM().acomplete
@@ -196,7 +196,7 @@ def plain_functions() -> Iterator[tuple[str, Callable[[str], Awaitable[object]]]
 
 
 @pytest.mark.parametrize(("what", "function"), list(paced_functions()))
-def test_function_that_comes_by_itself_is_seen(
+def test_function_that_acquires_from_the_limiter_is_detected(
     what: str, function: Callable[[str], Awaitable[object]]
 ) -> None:
     """It would be charged twice, and with few slots wait for ever."""
@@ -204,7 +204,7 @@ def test_function_that_comes_by_itself_is_seen(
 
 
 @pytest.mark.parametrize(("what", "function"), list(plain_functions()))
-def test_function_that_does_not_come_is_admitted_here(
+def test_function_that_does_not_acquire_is_not_taken_for_paced(
     what: str, function: Callable[[str], Awaitable[object]]
 ) -> None:
     """Otherwise it would not be paced at all."""
@@ -212,7 +212,7 @@ def test_function_that_does_not_come_is_admitted_here(
 
 
 @pytest.mark.parametrize("of", ["above", "beside"])
-def test_function_that_comes_above_or_beside_is_refused(of: str) -> None:
+def test_function_paced_by_parent_or_sibling_is_refused(of: str) -> None:
     """One call would have two leases, and the second might wait for the slot of the first."""
     root = Limiter("1000 RPM", concurrency=1, name="key")
     batch = root.child("batch")
@@ -238,7 +238,7 @@ async def test_wrapped_model_is_charged_once() -> None:
     assert here.statistics().admitted == 2
 
 
-async def test_batch_of_batches_does_not_wait_for_itself() -> None:
+async def test_batch_within_a_batch_does_not_wait_for_its_own_slot() -> None:
     """Each outer call would hold a slot while its inner calls wait for one."""
     here = Limiter("1000 RPM", concurrency=1)
 
@@ -251,7 +251,7 @@ async def test_batch_of_batches_does_not_wait_for_itself() -> None:
     assert here.statistics().admitted == 3
 
 
-def test_function_that_comes_unseen_does_not_wait_for_itself() -> None:
+def test_undetected_paced_function_does_not_wait_for_its_own_slot() -> None:
     """The slot of its batch is given back first, even in a batch within a batch."""
     with virtual_time() as time:
         here = Limiter("1000 RPM", concurrency=1, clock=time.clock)
@@ -273,7 +273,7 @@ def test_function_that_comes_unseen_does_not_wait_for_itself() -> None:
         assert (here.statistics().admitted, here.statistics().in_flight) == (10, 0)
 
 
-def test_synchronous_function_that_comes_unseen_does_not_either() -> None:
+def test_undetected_paced_sync_function_does_not_wait_for_its_own_slot() -> None:
     """Its call runs in a thread, and so does that of the model."""
     here = Limiter("1000 RPM", concurrency=1)
 
@@ -287,7 +287,7 @@ def test_synchronous_function_that_comes_unseen_does_not_either() -> None:
     assert (here.statistics().admitted, here.statistics().overridden) == (6, 0)
 
 
-async def test_whoever_says_so_decides() -> None:
+async def test_paced_and_cost_options_override_detection() -> None:
     """`paced=` and `cost=` take precedence over what is found."""
     here = Limiter("1000 RPM")
 
@@ -307,7 +307,7 @@ async def test_whoever_says_so_decides() -> None:
         assert here.statistics().limits[0].used - before == charged
 
 
-def test_thing_that_holds_itself_is_no_endless_search() -> None:
+def test_search_for_a_limiter_ends_in_cyclic_and_large_objects() -> None:
     """Nor does a large object make the search long."""
 
     class Ring:

@@ -21,7 +21,7 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
 @pytest.mark.parametrize("library", ["rich", "tqdm", True])
-def test_bar_says_how_far_how_fast_and_what_binds(
+def test_bar_shows_progress_rate_binding_limit_and_failures(
     library: Any, virtual_time: VirtualTime, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The bar is on standard error, with restored and failed items, if any."""
@@ -47,7 +47,7 @@ def test_bar_says_how_far_how_fast_and_what_binds(
 
 
 @pytest.mark.parametrize("library", ["rich", "tqdm"])
-def test_what_is_printed_goes_where_it_would_without_a_bar(
+def test_output_printed_beside_a_bar_still_goes_to_stdout(
     library: Any,
     virtual_time: VirtualTime,
     capsys: pytest.CaptureFixture[str],
@@ -82,7 +82,7 @@ class Gone(io.StringIO):
 
 @pytest.mark.parametrize("library", ["rich", "tqdm"])
 @pytest.mark.parametrize("file", [Gone(errno.EPIPE), Gone(errno.EIO), None])
-def test_batch_goes_on_though_nobody_sees_its_bar(
+def test_batch_continues_when_its_bar_cannot_be_written(
     file: Gone | None, library: Any, virtual_time: VirtualTime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reader of a pipe may be gone, the terminal closed, or standard error missing."""
@@ -97,7 +97,7 @@ def test_batch_goes_on_though_nobody_sees_its_bar(
     assert virtual_time.run(main()) == 20
 
 
-def test_bar_of_endless_items_shows_a_count(
+def test_bar_of_endless_items_shows_a_count_without_time_left(
     virtual_time: VirtualTime, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It has no end and no time left, and shows its rate once."""
@@ -121,7 +121,7 @@ def test_bar_of_endless_items_shows_a_count(
 @pytest.mark.parametrize(
     ("library", "remedy"), [("rich", '"asyncbucket[batch]"'), ("tqdm", "tqdm")]
 )
-def test_missing_library_names_its_install_command(library: str, remedy: str) -> None:
+def test_missing_bar_library_names_its_install_command(library: str, remedy: str) -> None:
     """The error comes at once, not with the first result."""
     program = (
         f"import sys; sys.modules[{library!r}] = None\n"
@@ -136,7 +136,7 @@ def test_missing_library_names_its_install_command(library: str, remedy: str) ->
     assert f"ImportError: a progress bar needs {library}: pip install {remedy}" in done.stderr
 
 
-def test_limits_say_how_long_before_there_is_any_experience() -> None:
+def test_time_left_is_estimated_from_limits_before_any_item_is_done() -> None:
     """A thousand at a hundred a minute, ten of them at once, take 9.9 minutes."""
     limiter = Limiter("100 RPM burst 10")
     outlook = Outlook(limiter)
@@ -147,7 +147,7 @@ def test_limits_say_how_long_before_there_is_any_experience() -> None:
     assert look.left == pytest.approx(594)
 
 
-def test_experience_says_how_long_where_calls_are_slower_than_the_limits() -> None:
+def test_time_left_follows_the_measured_rate_when_slower_than_limits() -> None:
     """Two a second are done where five would be allowed."""
     now = 0.0
     outlook = Outlook(Limiter("300 RPM"), clock=lambda: now)
@@ -158,7 +158,7 @@ def test_experience_says_how_long_where_calls_are_slower_than_the_limits() -> No
     assert (look.rate, look.left) == (2.0, 50.0)
 
 
-def test_rate_is_that_of_lately() -> None:
+def test_rate_follows_recent_progress() -> None:
     """A fast start does not promise a fast end."""
     now = 0.0
     outlook = Outlook(Limiter("300 RPM"), clock=lambda: now)
@@ -175,6 +175,6 @@ def test_rate_is_that_of_lately() -> None:
     ("seconds", "words"),
     [(0.4, "0 s"), (99.0, "99 s"), (100.0, "2 min"), (5_900.0, "98 min"), (12_000.0, "3 h 20 min")],
 )
-def test_duration_is_said_as_people_say_it(seconds: float, words: str) -> None:
+def test_duration_is_rounded_and_worded_in_everyday_units(seconds: float, words: str) -> None:
     """It has two significant digits."""
     assert duration(seconds) == words
