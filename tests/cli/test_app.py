@@ -31,7 +31,7 @@ def without(module: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.parametrize("command", ["", "demo", "plan", "run", "watch", "plot", "doctor"])
-def test_help_has_an_example_and_fits(command: str) -> None:
+def test_help_has_an_example_and_fits_80_columns(command: str) -> None:
     """The help also says what the command is for."""
     given = [*command.split(), "--help"]
 
@@ -42,14 +42,14 @@ def test_help_has_an_example_and_fits(command: str) -> None:
     assert max(map(len, result.output.splitlines())) <= 80
 
 
-def test_version_is_the_packages() -> None:
+def test_version_option_shows_the_package_version() -> None:
     """`asyncbucket --version` shows it."""
     result = CliRunner().invoke(cli.app, ["--version"])
 
     assert result.output == f"asyncbucket {version('asyncbucket')}\n"
 
 
-def test_module_is_the_command() -> None:
+def test_python_m_asyncbucket_runs_the_command() -> None:
     """`python -m asyncbucket --version` works."""
     result = subprocess.run(
         [sys.executable, "-m", "asyncbucket", "--version"],
@@ -63,7 +63,7 @@ def test_module_is_the_command() -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
 @pytest.mark.parametrize("option", ["--help", "--version"])
-def test_help_that_cannot_be_written_is_an_error_of_one_line(option: str) -> None:
+def test_help_that_cannot_be_written_is_a_one_line_error(option: str) -> None:
     """A full disk is not a bug of ours, so there is no traceback."""
     with Path("/dev/full").open("w") as full:
         result = subprocess.run(
@@ -91,7 +91,7 @@ def test_missing_extra_names_its_install_command(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", ["llama_index", "starlette"])
-def test_demo_without_what_it_drives_names_the_install_command(module: str) -> None:
+def test_demo_without_its_dependencies_names_the_install_command(module: str) -> None:
     """LlamaIndex and the bundled provider are extras, too."""
     result = without(module, "demo")
 
@@ -101,7 +101,7 @@ def test_demo_without_what_it_drives_names_the_install_command(module: str) -> N
     assert "Traceback" not in result.stderr
 
 
-def test_error_is_one_line_and_status_2() -> None:
+def test_error_is_one_line_with_status_2() -> None:
     """The user can correct an option that does not fit, so there is no traceback."""
     result = CliRunner().invoke(cli.app, ["demo", "--compare"])
 
@@ -111,7 +111,9 @@ def test_error_is_one_line_and_status_2() -> None:
     )
 
 
-def test_interrupt_before_a_command_is_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_before_a_command_starts_exits_with_status_130(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Ctrl-C may come while modules load."""
 
     def interrupted(**_: object) -> None:
@@ -142,7 +144,7 @@ def test_sigterm_ends_a_command_that_ignores_ctrl_c(monkeypatch: pytest.MonkeyPa
     assert caught.value.code == 130
 
 
-def test_bench_without_the_source_tree_says_where_it_is(
+def test_bench_outside_a_checkout_points_to_make_bench(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A wheel has no benchmarks."""
@@ -154,7 +156,7 @@ def test_bench_without_the_source_tree_says_where_it_is(
     assert "run `make bench` in a checkout" in result.stderr
 
 
-def test_bench_passes_options_and_status_on(
+def test_bench_passes_on_options_and_exit_status(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """It passes on the benchmarks' own options and their exit status."""
@@ -167,7 +169,7 @@ def test_bench_passes_options_and_status_on(
 
 
 @pytest.mark.parametrize(("typed", "read"), [("500", "500"), ("1,400", "1,400"), ("2k", "2,000")])
-def test_numbers_are_typed_as_in_limits(typed: str, read: str) -> None:
+def test_numbers_may_be_typed_with_separators_or_a_k_suffix(typed: str, read: str) -> None:
     """They are written the same way in code, in the environment and in a terminal."""
     shown = CliRunner().invoke(
         cli.app, ["plan", "--calls=1", "--tokens=1", f"--tpm={typed}", "--json"]
@@ -177,7 +179,7 @@ def test_numbers_are_typed_as_in_limits(typed: str, read: str) -> None:
     assert limit["limit"] == f"{read} tokens per 60 s"
 
 
-def test_slots_of_a_run_are_typed_as_other_numbers(tmp_path: Path) -> None:
+def test_run_concurrency_takes_a_k_suffix(tmp_path: Path) -> None:
     """The word "auto" is accepted besides."""
     (tmp_path / "in.txt").write_text("Why?")
     typed = [
@@ -200,7 +202,7 @@ def test_slots_of_a_run_are_typed_as_other_numbers(tmp_path: Path) -> None:
     ("option", "typed", "end"),
     [("--rpm", "0", "on"), ("--rpm", "1.5", "on"), ("--agents", "10001", "to 10,000")],
 )
-def test_number_that_is_none_is_named(option: str, typed: str, end: str) -> None:
+def test_invalid_number_is_quoted_with_its_bounds(option: str, typed: str, end: str) -> None:
     """The error has the bounds, and shows how numbers are written."""
     result = CliRunner().invoke(cli.app, ["demo", option, typed])
 

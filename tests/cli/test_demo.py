@@ -42,7 +42,7 @@ def demo_at(provider: RateLimitedProvider, *arguments: str) -> Result:
     return CliRunner(env={"OPENAI_API_KEY": "sk-very-secret"}).invoke(app, command)
 
 
-def test_storm_without_asyncbucket_and_calm_with_it() -> None:
+def test_demo_has_429s_and_failures_only_without_asyncbucket() -> None:
     """Without it there are 429s and failed calls; with it there are none, and no retries."""
     figures: dict[str, Any] = {}
     calm: dict[str, Any] = {}
@@ -67,7 +67,7 @@ def test_storm_without_asyncbucket_and_calm_with_it() -> None:
     assert 0 < calm["waits"]["p50"] <= calm["waits"]["p95"] < calm["seconds"]
 
 
-def test_pipe_gets_plain_lines() -> None:
+def test_demo_output_in_a_pipe_is_plain_text_within_90_columns() -> None:
     """There are no escape codes, no logs, and nothing wider than 90 columns."""
     result = demo("--seconds", "2", TERM="xterm-256color")
 
@@ -80,7 +80,7 @@ def test_pipe_gets_plain_lines() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
-def test_interrupt_ends_it_with_the_table_so_far() -> None:
+def test_ctrl_c_ends_demo_with_the_table_so_far_and_status_130() -> None:
     """Ctrl-C while agents run gives a table and status 130, without a traceback."""
     with subprocess.Popen(
         [*COMMAND, "--seconds", "20"],
@@ -119,7 +119,7 @@ def test_real_provider_is_paced_and_its_key_stays_secret(
     assert provider.statistics().endpoints == {"chat/completions": 12, "embeddings": 1}
 
 
-def test_more_agents_than_a_machine_holds_are_refused() -> None:
+def test_more_than_10000_agents_are_refused() -> None:
     """The error comes at once, and names the maximum."""
     result = CliRunner().invoke(app, ["demo", "--agents", "1000000"])
 
@@ -140,7 +140,7 @@ def test_refused_key_ends_the_demo_at_once(rate_limited_provider: ProviderFactor
     assert provider.statistics().requests < 20
 
 
-def test_what_a_provider_says_does_not_steer_the_terminal(
+def test_control_characters_of_a_provider_do_not_reach_the_terminal(
     rate_limited_provider: ProviderFactory,
 ) -> None:
     """An error code comes from outside, so control characters are removed."""

@@ -33,7 +33,7 @@ def typed(*arguments: str, status: int = 0) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Find neither this project's settings nor the machine's."""
     monkeypatch.chdir(tmp_path)
 
@@ -46,7 +46,7 @@ def test_findings_are_listed_and_counted() -> None:
     assert "0 wrong, " in shown.splitlines()[-1]
 
 
-def test_help_has_an_example() -> None:
+def test_help_has_an_example_with_a_store() -> None:
     """The example has a store."""
     shown = CliRunner().invoke(app, ["doctor", "--help"]).stdout
 
@@ -61,7 +61,7 @@ def test_json_has_each_finding_with_its_remedy() -> None:
     assert all(each["remedy"] for each in findings if each["state"] != "good")
 
 
-def test_problem_is_status_1() -> None:
+def test_problem_exits_with_status_1() -> None:
     """This stops a deployment."""
     shown = typed("--store", "nowhere://x", status=1)
 
@@ -69,7 +69,7 @@ def test_problem_is_status_1() -> None:
     assert "1 wrong" in shown
 
 
-def test_package_that_breaks_when_it_is_loaded_is_a_problem(
+def test_check_that_raises_is_reported_as_a_problem(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The command must not fail because of a broken package."""
@@ -89,7 +89,7 @@ def test_package_that_breaks_when_it_is_loaded_is_a_problem(
     assert "TypeError: unsupported [2J operand" in typed(status=1)  # it cannot control the terminal
 
 
-def test_store_answers(tmp_path: Path) -> None:
+def test_reachable_store_is_reported_with_its_answer_time(tmp_path: Path) -> None:
     """The store is opened, used for a booking, and asked for its details."""
     shown = " ".join(typed("--store", f"sqlite:///{tmp_path}/limits.db").split())
 
@@ -97,7 +97,7 @@ def test_store_answers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
-def test_a_server_that_forgets_what_was_booked_is_told_of(policy: str) -> None:
+def test_store_server_that_may_forget_bookings_is_noted(policy: str) -> None:
     """It says what the settings mean for a restart, a fail-over and a full memory."""
     good = {"valkey": "8.1.1", "clock": "in step", "memory": "unbounded", "persistence": "none"}
     trap = {"clock": "5 s ahead", "memory": f"9 bytes at most and {policy}"}
@@ -115,7 +115,7 @@ def test_a_server_that_forgets_what_was_booked_is_told_of(policy: str) -> None:
     ]
 
 
-def test_store_that_is_out_of_reach_is_named_without_its_password() -> None:
+def test_unreachable_store_is_named_without_its_password() -> None:
     """The finding says what to do."""
     pytest.importorskip("redis")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -133,7 +133,7 @@ def test_store_that_is_out_of_reach_is_named_without_its_password() -> None:
     assert finding["remedy"] == "start the server, or correct the URL"
 
 
-def test_a_file_that_cannot_be_opened_needs_no_server(tmp_path: Path) -> None:
+def test_store_file_in_missing_folder_is_reported_with_its_remedy(tmp_path: Path) -> None:
     """The finding says what is wrong with the file, and what to do."""
     url = f"sqlite:///{tmp_path}/nowhere/limits.db"
     found = json.loads(typed("--json", "--store", url, status=1))
@@ -143,7 +143,7 @@ def test_a_file_that_cannot_be_opened_needs_no_server(tmp_path: Path) -> None:
     assert finding["remedy"] == "make the file one that can be written, or correct the URL"
 
 
-def test_no_http_client_is_a_note() -> None:
+def test_missing_http_client_is_a_note() -> None:
     """There may be nothing to pace over HTTP."""
     assert said(installed.http_families(packages())) == [
         (
@@ -153,7 +153,7 @@ def test_no_http_client_is_a_note() -> None:
     ]
 
 
-def test_durations_need_their_extra() -> None:
+def test_missing_parser_of_durations_is_a_note() -> None:
     """Without it, resets such as 6m0s stay unread."""
     findings = said(installed.http_families(packages(httpx="0.28.1")))
 
@@ -164,7 +164,7 @@ def test_durations_need_their_extra() -> None:
 
 
 @pytest.mark.parametrize(("number", "family"), [("2.54.0", "httpx"), ("3.1.0", "httpx2")])
-def test_sdk_is_told_with_its_family(number: str, family: str) -> None:
+def test_sdk_is_reported_with_its_http_library_and_retries(number: str, family: str) -> None:
     """The family changed with version 3."""
     findings = said(installed.sdks(packages(openai=number, httpx="0.28", httpx2="2.16")))
 
@@ -175,14 +175,14 @@ def test_sdk_is_told_with_its_family(number: str, family: str) -> None:
     )
 
 
-def test_sdk_without_its_family_is_wrong() -> None:
+def test_sdk_without_its_http_library_is_bad() -> None:
     """It cannot send anything."""
     findings = said(installed.sdks(packages(openai="3.1.0", httpx="0.28")))
 
     assert findings == [("bad", "openai 3.1.0 sends by httpx2, which is not installed")]
 
 
-def test_retries_around_retries_are_told() -> None:
+def test_llama_index_retries_around_sdk_retries_are_noted() -> None:
     """LlamaIndex's model for OpenAI, if installed, adds its own retries."""
     alone = said(installed.llama_index(packages(llama_index_core="0.14.25")))
     both = said(
@@ -197,7 +197,7 @@ def test_retries_around_retries_are_told() -> None:
     assert said(installed.llama_index(packages())) == []
 
 
-def test_version_out_of_range_is_wrong() -> None:
+def test_version_out_of_range_is_bad() -> None:
     """The finding names the range, and how to get into it."""
     wanted = ['llama-index-core<0.15,>=0.14.21; extra == "llama-index"', "stamina>=25.2"]
 
@@ -211,7 +211,7 @@ def test_version_out_of_range_is_wrong() -> None:
     assert finding.remedy.startswith('pip install "llama-index-core')
 
 
-def test_source_tree_has_no_ranges() -> None:
+def test_version_ranges_are_not_checked_without_metadata() -> None:
     """No package metadata is there to give them."""
 
     def missing() -> list[str]:
@@ -242,9 +242,7 @@ def test_missing_tokenizer_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     assert finding.found == "wrapped models count tokens by characters: cl100k_base is not at hand"
 
 
-def test_settings_that_cannot_be_read_are_wrong(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_unreadable_settings_are_bad(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """This covers the settings of the environment and of the project."""
     monkeypatch.setenv("ASYNCBUCKET_RPM", "fast")
     (tmp_path / "pyproject.toml").write_text("[tool.asyncbucket]\ntpm = 'much'\n", "utf-8")
@@ -258,7 +256,7 @@ def test_settings_that_cannot_be_read_are_wrong(
     assert "tpm: 'much' is not a number" in entry.found
 
 
-def test_settings_that_can_be_read_are_said(
+def test_valid_settings_are_shown_as_their_limits(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """They are shown as the limits that they make."""
@@ -271,7 +269,7 @@ def test_settings_that_can_be_read_are_said(
     assert said(surroundings.project()) == [("good", "Limiter.from_toml(): concurrency 7")]
 
 
-def test_each_table_of_a_project_is_read(tmp_path: Path) -> None:
+def test_each_table_of_pyproject_is_checked_by_itself(tmp_path: Path) -> None:
     """A table that only holds others is fine, even though one of these may not be."""
     (tmp_path / "pyproject.toml").write_text(
         "[tool.asyncbucket.chat]\nrpm = 5\n[tool.asyncbucket.batch]\ntpm = 'much'\n", "utf-8"
@@ -284,7 +282,7 @@ def test_each_table_of_a_project_is_read(tmp_path: Path) -> None:
     assert "[tool.asyncbucket.batch]: tpm: 'much' is not a number" in batch[1]
 
 
-def test_old_preset_among_the_settings_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outdated_preset_in_settings_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not a warning with a line of code."""
     monkeypatch.setattr("asyncbucket.presets._OLD", -1)
     monkeypatch.setenv("ASYNCBUCKET_PRESET", "openrouter/free/any")
@@ -296,7 +294,7 @@ def test_old_preset_among_the_settings_is_a_note(monkeypatch: pytest.MonkeyPatch
     assert age[1].startswith("the limits of 'openrouter/free/any' were read ")
 
 
-def test_setting_that_lacks_an_extra_is_wrong(
+def test_setting_that_needs_a_missing_extra_is_bad(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The other findings are still reported."""
@@ -335,7 +333,7 @@ def test_event_loop_in_use_is_named() -> None:
     assert usual.found.endswith("(uvloop is installed, and not used)")
 
 
-def test_source_tree_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_tree_is_reported_as_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The finding says so."""
 
     def missing(_: str) -> str:

@@ -22,7 +22,7 @@ class Dropped:
         signal.raise_signal(signal.SIGTERM)
 
 
-def test_sigterm_amid_a_finalizer_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_during_a_finalizer_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a finalizer raises is lost, but the run still ends."""
 
     async def hang(*_: Any, **__: Any) -> None:

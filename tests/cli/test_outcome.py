@@ -19,28 +19,28 @@ def at(*times: float, tokens: int = 0) -> list[Arrival]:
 TEN_A_SECOND = Limit("requests", 10, per=1)
 
 
-def test_all_of_a_limit_is_one() -> None:
+def test_share_used_is_one_when_all_of_a_limit_is_used() -> None:
     """Ten calls in each of three seconds use all of it."""
     arrivals = at(*(number / 10 for number in range(30)))
 
     assert share_used(TEN_A_SECOND, arrivals, start_ns=START, seconds=3.0) == 1.0
 
 
-def test_full_bucket_at_the_start_makes_up_for_nothing() -> None:
+def test_burst_at_the_start_does_not_make_up_for_idle_time() -> None:
     """Twenty in the first second and none in the next use half of the limit, not all of it."""
     arrivals = at(*(number / 20 for number in range(20)))
 
     assert share_used(TEN_A_SECOND, arrivals, start_ns=START, seconds=2.0) == 0.5
 
 
-def test_last_window_counts_for_its_length() -> None:
+def test_partial_last_window_counts_for_its_length() -> None:
     """The last half window has room for five, so two more calls make 12 of 15."""
     arrivals = at(*(number / 10 for number in range(10)), 1.1, 1.2)
 
     assert share_used(TEN_A_SECOND, arrivals, start_ns=START, seconds=1.5) == pytest.approx(0.8)
 
 
-def test_tokens_count_as_they_were_charged() -> None:
+def test_share_of_a_token_limit_counts_charged_tokens() -> None:
     """Two requests of 30 tokens are 60 of 100."""
     limit = Limit("tokens", 100, per=1)
 
@@ -49,12 +49,12 @@ def test_tokens_count_as_they_were_charged() -> None:
     assert share == pytest.approx(0.6)
 
 
-def test_nothing_ran_is_nothing_used() -> None:
+def test_share_used_is_zero_when_nothing_ran() -> None:
     """There is no division by a time of zero."""
     assert share_used(TEN_A_SECOND, [], start_ns=0, seconds=0.0) == 0.0
 
 
-async def test_waits_include_calls_that_passed_at_once() -> None:
+async def test_wait_percentiles_include_calls_that_passed_at_once() -> None:
     """If eight pass at once and two wait, the median is 0, and the 95th percentile the longest."""
     tally = Tally(Limiter(rpm=600), started_ns=START, ended_ns=START + 1)
     assert tally.limiter is not None
@@ -68,14 +68,14 @@ async def test_waits_include_calls_that_passed_at_once() -> None:
     assert outcome.bound_by == {"tokens": 1, "requests": 1}
 
 
-def test_without_asyncbucket_no_wait_is_known() -> None:
+def test_waits_are_unknown_without_asyncbucket() -> None:
     """A client's back-off is not an admission."""
     outcome = outcome_of(scenario_of(Wish()), Tally(), [], tokens_known=True)
 
     assert outcome.wait(0.5) is None
 
 
-def test_calls_are_those_answered_and_those_that_failed() -> None:
+def test_calls_count_answers_and_failures_but_no_retries() -> None:
     """A refused request that is tried again is not another call."""
     tally = Tally(started_ns=START, ended_ns=START + 1)
     tally.traffic.requests, tally.traffic.refused, tally.traffic.answered = 100, 60, 40

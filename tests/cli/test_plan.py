@@ -28,7 +28,7 @@ def typed(*arguments: str, status: int = 0) -> str:
     return result.stdout if status == 0 else result.stderr
 
 
-def test_example_of_the_docs() -> None:
+def test_docs_example_prints_sentence_table_and_plot() -> None:
     """It is a sentence, a table and a plot that shows the limit."""
     lines = typed(*EXAMPLE).splitlines()
 
@@ -39,9 +39,7 @@ def test_example_of_the_docs() -> None:
 
 
 @pytest.mark.parametrize("line", [line for line in EXAMPLES.splitlines() if "plan " in line])
-def test_examples_of_the_help_run(
-    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_examples_in_help_run(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every example that people copy gives a plan."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.jsonl").write_text('"What is a bucket?"\n' * 50, "utf-8")
@@ -53,7 +51,7 @@ def test_examples_of_the_help_run(
     assert " calls" in typed(*arguments).splitlines()[0]
 
 
-def test_json_is_the_plan() -> None:
+def test_json_has_the_fields_of_the_plan() -> None:
     """Its fields are those of the plan in Python."""
     planned = plan(calls=100, rpm=60, latency=[1.0, 2.0, 3.0], seed=7)
 
@@ -65,14 +63,14 @@ def test_json_is_the_plan() -> None:
     assert shown["bound_by"] == "requests"
 
 
-def test_numbers_are_written_as_in_limits() -> None:
+def test_numbers_may_have_separators_or_a_k_suffix() -> None:
     """They may have thousands separators or a letter, and so may tokens and latencies."""
     plain = typed("--calls", "3", "--tokens", "2000", "--tpm", "2000", "--json")
     assert typed("--calls", "3", "--tokens", "2k", "--tpm", "2k", "--json") == plain
     assert typed("--calls", "3", "--tokens", "2,000", "--tpm", "2,000", "--json") == plain
 
 
-def test_samples_are_read_from_files(tmp_path: Path) -> None:
+def test_token_and_latency_samples_are_read_from_files(tmp_path: Path) -> None:
     """A file of prompts gives tokens, and a log gives latencies."""
     prompts, log = tmp_path / "prompts.jsonl", tmp_path / "log.jsonl"
     prompts.write_text('"What is a bucket?"\n{"prompt": "And a token?"}\n', "utf-8")
@@ -83,7 +81,7 @@ def test_samples_are_read_from_files(tmp_path: Path) -> None:
     assert (shown["calls"], shown["tokens"], shown["duration"]) == (2, 5 + 16, 2.5)
 
 
-def test_agents_are_a_tree() -> None:
+def test_agent_options_are_planned_as_an_agent_tree() -> None:
     """Each option is a dimension of the tree."""
     tree = AgentTree(agents=2, depth=2, fan_out=3, steps=2)
 
@@ -97,7 +95,7 @@ def test_agents_are_a_tree() -> None:
     assert (shown["calls"], shown["duration"]) == (tree.calls, 4.0)
 
 
-def test_limits_of_all_kinds_are_one_list() -> None:
+def test_limits_of_options_texts_and_preset_are_combined() -> None:
     """They come from options, texts and a preset."""
     shown = json.loads(
         typed(
@@ -115,7 +113,7 @@ def test_limits_of_all_kinds_are_one_list() -> None:
     ]
 
 
-def test_old_preset_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outdated_preset_gives_a_one_line_note_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
     """The note does not show a line of code as a warning would, and goes to standard error."""
     monkeypatch.setattr("asyncbucket.presets._OLD", -1)
 
@@ -128,7 +126,7 @@ def test_old_preset_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(result.stdout)["calls"] == 5
 
 
-def test_tenants_are_told_in_words() -> None:
+def test_tenant_options_set_calls_and_limits_per_tenant() -> None:
     """Each has its own calls, limits and share."""
     shown = json.loads(
         typed(
@@ -145,7 +143,7 @@ def test_tenants_are_told_in_words() -> None:
     assert [limit["tenant"] for limit in shown["limits"]] == [None, "bob", "bob"]
 
 
-def test_tenants_have_a_table() -> None:
+def test_tenants_are_listed_in_a_table() -> None:
     """It is below the table of limits."""
     shown = typed("--rpm", "60", "--tenant", "acme[eu] calls=90", "--tenant", "bob calls=30")
 
@@ -153,7 +151,7 @@ def test_tenants_have_a_table() -> None:
     assert any(line.split()[:2] == ["acme[eu]", "90"] for line in shown.splitlines())
 
 
-def test_tenants_own_limit_is_drawn_where_it_binds() -> None:
+def test_plot_names_the_tenant_whose_limit_binds() -> None:
     """The caption says whose limit it is."""
     shown = typed("--tenant", "acme calls=90 rpm=60", "--tenant", "bob calls=30 rpm=60")
 
@@ -161,7 +159,7 @@ def test_tenants_own_limit_is_drawn_where_it_binds() -> None:
     assert "____ is the limit of acme: 60 requests per 60 s" in shown
 
 
-def test_what_nobody_waits_for_is_not_drawn() -> None:
+def test_plan_without_waits_has_no_plot() -> None:
     """There is nothing to see."""
     assert "│" not in typed("--calls", "5", "--rpm", "500")
 
@@ -206,12 +204,12 @@ def test_what_nobody_waits_for_is_not_drawn() -> None:
         (("--calls", "3", "--tokens", "9", "--also", "5 TPM"), "error: no call can ever pass"),
     ],
 )
-def test_mistake_is_a_line_and_status_2(arguments: tuple[str, ...], error: str) -> None:
+def test_mistake_is_explained_with_status_2(arguments: tuple[str, ...], error: str) -> None:
     """There is no traceback."""
     assert typed(*arguments, status=2).startswith(error)
 
 
-def test_peak_is_said_in_the_unit_of_the_axis_below_it() -> None:
+def test_plot_gives_peak_in_the_unit_of_its_axis() -> None:
     """A bare number would be read as one of those at the axis."""
     shown = typed("--agents", "3", "--rpm", "1", "--steps", "2", "--latency", "5")
 
@@ -220,7 +218,9 @@ def test_peak_is_said_in_the_unit_of_the_axis_below_it() -> None:
 
 @pytest.mark.parametrize("options", [(), ("--dark",)])
 @pytest.mark.parametrize("kind", ["png", "svg"])
-def test_picture_is_drawn(tmp_path: Path, kind: str, options: tuple[str, ...]) -> None:
+def test_picture_is_drawn_for_light_and_dark_pages(
+    tmp_path: Path, kind: str, options: tuple[str, ...]
+) -> None:
     """It is drawn for a light or a dark page."""
     path = tmp_path / f"plan.{kind}"
 
@@ -235,7 +235,7 @@ def test_picture_is_drawn(tmp_path: Path, kind: str, options: tuple[str, ...]) -
         assert re.search(rb"<!-- admitted a second, [0-9.]+ the peak -->", content)
 
 
-def test_picture_of_a_plan_without_waits(tmp_path: Path) -> None:
+def test_picture_of_a_plan_without_waits_is_drawn(tmp_path: Path) -> None:
     """It has no limit, no alternatives and no duration."""
     path = tmp_path / "plan.png"
 
@@ -244,7 +244,7 @@ def test_picture_of_a_plan_without_waits(tmp_path: Path) -> None:
     assert path.stat().st_size > 1_000
 
 
-def test_columns_of_a_plot_hold_all_admissions() -> None:
+def test_plot_columns_add_up_to_all_admissions() -> None:
     """This holds for all widths of columns and parts."""
     planned = plan(calls=500, rpm=60)
     canvas: Any = Canvas(seconds=planned.duration, width=70)

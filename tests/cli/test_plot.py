@@ -10,14 +10,14 @@ def rows(text: object) -> list[str]:
     return [line[MARGIN:] for line in str(text).splitlines()]
 
 
-def test_rate_is_events_a_second() -> None:
+def test_rate_is_in_events_per_second() -> None:
     """In three seconds there are two events in the first, and one in the second."""
     canvas = Canvas(seconds=3.0, width=MARGIN + 30)
 
     assert canvas.rates([0.0, 0.9, 1.0], until=3.0) == [2.0, 1.0, 0.0]
 
 
-def test_long_time_is_counted_in_longer_bins() -> None:
+def test_long_run_has_longer_bins_with_rates_per_second() -> None:
     """With 100 s in 50 columns each bin is 2 s, and rates are still per second."""
     canvas = Canvas(seconds=100.0, width=MARGIN + 50)
 
@@ -25,7 +25,7 @@ def test_long_time_is_counted_in_longer_bins() -> None:
     assert canvas.rates([0.5, 1.5, 99.0], until=100.0)[::49] == [1.0, 0.5]
 
 
-def test_last_second_is_a_whole_second() -> None:
+def test_last_bin_covers_a_whole_second() -> None:
     """The last bin of a run that ends at 2.25 s reaches back to 1.25 s, so it shows no drop."""
     canvas = Canvas(seconds=2.25, width=MARGIN + 30)
     steady = [number / 4 for number in range(9)]
@@ -41,7 +41,7 @@ def test_nothing_is_drawn_after_the_end() -> None:
     assert canvas.spread([5.0, 5.0, 5.0], until=1.0) == [5.0] * 10 + [0.0] * 20
 
 
-def test_column_at_the_limit_touches_the_line() -> None:
+def test_column_at_the_limit_touches_the_limit_line() -> None:
     """The limit is the lower edge of the middle row, so a rate at the limit fills all below."""
     canvas = Canvas(seconds=10.0, width=MARGIN + 10, height=4)
     plot = rows(against_limit(canvas, [10.0] * 5 + [5.0] * 5, 10.0, style=""))
@@ -49,7 +49,7 @@ def test_column_at_the_limit_touches_the_line() -> None:
     assert plot[:4] == [" " * 10, "_" * 10, "█" * 5 + " " * 5, "█" * 10]
 
 
-def test_column_over_twice_the_limit_is_cut() -> None:
+def test_column_over_twice_the_limit_is_cut_off_at_the_top() -> None:
     """It ends at the top."""
     canvas = Canvas(seconds=10.0, width=MARGIN + 10, height=2)
 
@@ -57,7 +57,7 @@ def test_column_over_twice_the_limit_is_cut() -> None:
 
 
 @pytest.mark.parametrize(("limit", "label"), [(1_200, "1,200/s"), (20, "20/s"), (25 / 3, "8.3/s")])
-def test_limit_is_written_at_its_row(limit: float, label: str) -> None:
+def test_limit_is_labelled_at_its_row(limit: float, label: str) -> None:
     """It has only as many digits as are meaningful."""
     canvas = Canvas(seconds=10.0, width=MARGIN + 10)
 
@@ -66,7 +66,7 @@ def test_limit_is_written_at_its_row(limit: float, label: str) -> None:
     assert lines[3].split("│")[0].strip() == label
 
 
-def test_ascii_is_enough() -> None:
+def test_plot_without_unicode_is_pure_ascii() -> None:
     """A terminal without Unicode gets only ASCII."""
     canvas = Canvas(seconds=4.0, width=MARGIN + 12, unicode=False)
     values = [0.0, 5.0, 10.0, 25.0] * 3
@@ -78,14 +78,14 @@ def test_ascii_is_enough() -> None:
     assert plot.isascii()
 
 
-def test_sparkline_shows_the_smallest_rate() -> None:
+def test_sparkline_shows_even_the_smallest_rate() -> None:
     """One among a thousand is visible, and zero is blank."""
     canvas = Canvas(seconds=3.0, width=MARGIN + 10)
 
     assert str(sparkline(canvas, [0.0, 1.0, 1000.0], "429s", style="")) == "  429s   ▁█"
 
 
-def test_axis_names_seconds_under_their_marks() -> None:
+def test_axis_labels_stand_under_their_marks() -> None:
     """A mark at 10 s is in the column of 10 s."""
     canvas = Canvas(seconds=20.0, width=MARGIN + 40)
     *_, ruler, labels = rows(against_limit(canvas, [1.0] * 40, 1.0, style=""))
@@ -108,7 +108,7 @@ def test_axis_names_seconds_under_their_marks() -> None:
         (345_600.0, ["0 d", "1 d", "2 d", "3 d"]),
     ],
 )
-def test_long_axis_names_minutes_hours_and_days(seconds: float, labels: list[str]) -> None:
+def test_long_axis_is_labelled_in_minutes_hours_or_days(seconds: float, labels: list[str]) -> None:
     """The unit is that of the steps between the marks."""
     canvas = Canvas(seconds=seconds, width=MARGIN + 40)
     *_, names = rows(against_limit(canvas, [1.0] * 40, 1.0, style=""))
@@ -117,7 +117,7 @@ def test_long_axis_names_minutes_hours_and_days(seconds: float, labels: list[str
 
 
 @pytest.mark.parametrize(("limit", "label"), [(0.08, "288/h"), (0.05, "180/h"), (0.001, "86/d")])
-def test_slow_rates_are_said_by_the_hour_or_day(limit: float, label: str) -> None:
+def test_slow_rates_are_labelled_per_hour_or_day(limit: float, label: str) -> None:
     """0.0035/s would mean little, and an axis has only one unit."""
     canvas = Canvas(seconds=10.0, width=MARGIN + 10)
 
@@ -128,7 +128,7 @@ def test_slow_rates_are_said_by_the_hour_or_day(limit: float, label: str) -> Non
     assert twice == f"{2 * limit * (86_400 if 'd' in label else 3_600):,.0f}/{label[-1]}"
 
 
-def test_label_of_the_axis_is_whole_or_not_there() -> None:
+def test_axis_label_that_does_not_fit_is_omitted() -> None:
     """Its mark is always there; "50 mi" would be no label."""
     canvas = Canvas(seconds=3_240.0, width=60)
     *_, ruler, names = rows(against_limit(canvas, [1.0] * 40, 1.0, style=""))

@@ -91,7 +91,7 @@ def test_every_line_is_answered_once(rate_limited_provider: ProviderFactory) -> 
     assert not Path("out.errors.jsonl").exists()
 
 
-def test_second_run_sends_nothing(rate_limited_provider: ProviderFactory) -> None:
+def test_second_run_sends_only_added_lines(rate_limited_provider: ProviderFactory) -> None:
     """Only lines that were added meanwhile are sent."""
     provider = rate_limited_provider()
     arguments = ["-o", "out.jsonl", "--rpm", "6000"]
@@ -105,7 +105,9 @@ def test_second_run_sends_nothing(rate_limited_provider: ProviderFactory) -> Non
     assert provider.statistics().admitted == len(lines_of("out.jsonl")) == 12
 
 
-def test_bad_lines_are_named_and_the_rest_goes_on(rate_limited_provider: ProviderFactory) -> None:
+def test_bad_lines_are_reported_and_the_rest_is_sent(
+    rate_limited_provider: ProviderFactory,
+) -> None:
     """The errors file has their numbers and reasons, and the exit status is 1."""
     provider = rate_limited_provider()
     good = Path(batch(2)).read_bytes()
@@ -127,7 +129,7 @@ def test_bad_lines_are_named_and_the_rest_goes_on(rate_limited_provider: Provide
     assert "line 1: not JSON" in result.stderr
 
 
-def test_refused_request_is_an_error_and_is_tried_again_by_the_next_run(
+def test_failed_request_is_recorded_and_retried_by_the_next_run(
     rate_limited_provider: ProviderFactory,
 ) -> None:
     """The provider's reason is in the errors file, and the run goes on."""
@@ -149,7 +151,7 @@ def test_refused_request_is_an_error_and_is_tried_again_by_the_next_run(
     assert not Path("out.errors.jsonl").exists()
 
 
-def test_failed_attempts_are_tried_again(rate_limited_provider: ProviderFactory) -> None:
+def test_request_is_retried_after_a_429(rate_limited_provider: ProviderFactory) -> None:
     """After a 429 with Retry-After it tries once more; the line says how many attempts it took."""
     provider = rate_limited_provider()
     provider.fail_next(1, status=429, retry_after=0.1)
@@ -170,7 +172,7 @@ def test_failed_attempts_are_tried_again(rate_limited_provider: ProviderFactory)
         ({"status": 404}, r"HTTP 404: .*; correct --api-base or --model"),
     ],
 )
-def test_what_every_request_would_get_ends_the_run(
+def test_error_that_every_request_would_get_ends_the_run(
     rate_limited_provider: ProviderFactory, failure: dict[str, Any], said: str
 ) -> None:
     """With a wrong key, an empty account or a wrong model, it does not try a thousand lines."""
@@ -186,7 +188,7 @@ def test_what_every_request_would_get_ends_the_run(
 
 
 @pytest.mark.parametrize(("status", "earlier"), [(403, 0), (404, 1)])
-def test_line_that_is_refused_first_does_not_keep_the_others_out(
+def test_refused_first_line_does_not_stop_the_others(
     status: int, earlier: int, rate_limited_provider: ProviderFactory
 ) -> None:
     """A flagged prompt or a model that is gone may come first in each run, before any answer."""
@@ -203,7 +205,7 @@ def test_line_that_is_refused_first_does_not_keep_the_others_out(
 
 
 @pytest.mark.parametrize("status", [403, 404, 500])
-def test_outage_ends_the_run_before_it_has_burnt_the_file(
+def test_outage_ends_the_run_and_leaves_lines_for_the_next_run(
     status: int,
     rate_limited_provider: ProviderFactory,
 ) -> None:
@@ -223,7 +225,7 @@ def test_outage_ends_the_run_before_it_has_burnt_the_file(
     assert provider.statistics().errors < 60
 
 
-def test_prompts_go_in_and_answers_come_out_of_pipes(
+def test_prompts_from_stdin_are_answered_on_stdout(
     rate_limited_provider: ProviderFactory,
 ) -> None:
     """Only answers go to standard output, and no file is left behind."""
@@ -243,7 +245,7 @@ def test_prompts_go_in_and_answers_come_out_of_pipes(
     assert list(Path().iterdir()) == []
 
 
-def test_pipe_that_nobody_reads_any_more_ends_it_quietly(
+def test_closed_output_pipe_ends_the_run_quietly(
     rate_limited_provider: ProviderFactory,
 ) -> None:
     """This is how `head` ends it."""
@@ -264,7 +266,9 @@ def test_pipe_that_nobody_reads_any_more_ends_it_quietly(
     assert provider.statistics().requests < 100
 
 
-def test_embeddings_and_responses_have_their_usage(rate_limited_provider: ProviderFactory) -> None:
+def test_embeddings_and_responses_are_counted_and_priced(
+    rate_limited_provider: ProviderFactory,
+) -> None:
     """Each endpoint has its own names for token counts; the cost adds them up."""
     provider = rate_limited_provider()
     Path("in.txt").write_text("How far is the moon?\n")
@@ -284,7 +288,7 @@ def test_embeddings_and_responses_have_their_usage(rate_limited_provider: Provid
     assert provider.statistics().endpoints == {"embeddings": 1, "responses": 1}
 
 
-def test_query_of_the_base_stands_behind_each_path(rate_limited_provider: ProviderFactory) -> None:
+def test_api_base_may_have_a_query(rate_limited_provider: ProviderFactory) -> None:
     """Azure wants the version of its API there."""
     base = f"{rate_limited_provider().base_url}/?api-version=2024-10-21"
     arguments = ["-o", "out.jsonl", "--rpm", "60000", "--api-base", base]
@@ -294,9 +298,11 @@ def test_query_of_the_base_stands_behind_each_path(rate_limited_provider: Provid
     assert (result.exit_code, len(lines_of("out.jsonl"))) == (0, 1)
 
 
-def test_key_that_a_provider_quotes_is_shown_to_nobody(httpx_says: Callable[..., str]) -> None:
+def test_key_quoted_by_the_provider_is_never_shown_or_written(
+    server_answering: Callable[..., str],
+) -> None:
     """Neither the key nor a URL's password gets to the screen, the errors or the checkpoint."""
-    base = httpx_says(f"Incorrect API key provided: {SECRET}")
+    base = server_answering(f"Incorrect API key provided: {SECRET}")
     arguments = [batch(1), "-o", "out.jsonl", "--rpm", "60", "--model", "m", "--api-base", base]
 
     result = CliRunner().invoke(app, ["run", *arguments])
@@ -318,11 +324,11 @@ def test_key_that_a_provider_quotes_is_shown_to_nobody(httpx_says: Callable[...,
         (b"<html>", 405, "HTTP 405: <html>"),
     ],
 )
-def test_server_that_is_not_the_api_ends_the_run(
-    httpx_says: Callable[..., str], page: bytes, status: int, said: str
+def test_server_that_is_no_api_ends_the_run(
+    server_answering: Callable[..., str], page: bytes, status: int, said: str
 ) -> None:
     """A web site answers anything; its text is put on one line, and cannot control the terminal."""
-    base = httpx_says("", page=page, status=status)
+    base = server_answering("", page=page, status=status)
     arguments = ["-o", "out.jsonl", "--rpm", "60000", "--concurrency", "2", "--model", "m"]
 
     result = CliRunner().invoke(app, ["run", batch(100), *arguments, "--api-base", base])
@@ -334,7 +340,7 @@ def test_server_that_is_not_the_api_ends_the_run(
     assert "\x1b" not in result.stderr
 
 
-def test_server_that_cannot_be_reached_ends_the_run_with_the_remedy() -> None:
+def test_unreachable_server_ends_the_run_with_the_remedy() -> None:
     """When nobody listens there, nothing is sent, and the lines are left for the next run."""
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
@@ -349,7 +355,7 @@ def test_server_that_cannot_be_reached_ends_the_run_with_the_remedy() -> None:
     )
 
 
-def test_failure_without_words_is_called_by_its_name() -> None:
+def test_failure_without_a_message_is_shown_by_its_class_name() -> None:
     """When a server takes requests and never answers, httpx has no message for it."""
     with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
         base = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
@@ -361,12 +367,12 @@ def test_failure_without_words_is_called_by_its_name() -> None:
     assert "\n50 requests (0 answers/s)" in result.stderr  # they were sent, and may be charged
 
 
-def test_word_that_stands_for_a_key_is_no_secret(
-    httpx_says: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+def test_placeholder_key_is_not_masked_in_messages(
+    server_answering: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A local server wants some key; hiding a common word would blot it out of messages."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    base = httpx_says("there is none, nonetheless")
+    base = server_answering("there is none, nonetheless")
 
     result = CliRunner().invoke(
         app, ["run", batch(1), "--rpm", "60", "--model", "m", "--api-base", base]
@@ -376,7 +382,7 @@ def test_word_that_stands_for_a_key_is_no_secret(
 
 
 @pytest.fixture
-def httpx_says() -> Generator[Callable[..., str]]:
+def server_answering() -> Generator[Callable[..., str]]:
     """Make a server that answers 401 with a message, or a page, at a URL with a password."""
     with contextlib.ExitStack() as stack:
 
@@ -403,7 +409,7 @@ def httpx_says() -> Generator[Callable[..., str]]:
         yield start
 
 
-def test_limits_may_be_those_that_a_provider_publishes(
+def test_preset_gives_the_limits_of_a_run(
     rate_limited_provider: ProviderFactory,
 ) -> None:
     """They are given by the name of a preset, as for `asyncbucket plan`."""
@@ -415,7 +421,7 @@ def test_limits_may_be_those_that_a_provider_publishes(
     assert "500 requests a minute, 10,000 requests a day, 200,000 tokens" in result.stderr
 
 
-def test_first_lines_only(rate_limited_provider: ProviderFactory) -> None:
+def test_limit_option_sends_only_the_first_lines(rate_limited_provider: ProviderFactory) -> None:
     """This lets people check a few answers before they pay for all."""
     provider = rate_limited_provider()
 
@@ -424,7 +430,9 @@ def test_first_lines_only(rate_limited_provider: ProviderFactory) -> None:
     assert sorted(line["line"] for line in lines_of("out.jsonl")) == [1, 2, 3, 4, 5]
 
 
-def test_restart_begins_anew(rate_limited_provider: ProviderFactory) -> None:
+def test_run_with_another_model_is_refused_without_restart(
+    rate_limited_provider: ProviderFactory,
+) -> None:
     """With other settings a run is refused first: one file cannot hold two models' answers."""
     provider = rate_limited_provider()
     arguments = [batch(3), "-o", "out.jsonl", "--rpm", "6000", "--model"]
@@ -439,7 +447,7 @@ def test_restart_begins_anew(rate_limited_provider: ProviderFactory) -> None:
     assert {line["response"]["body"]["model"] for line in lines_of("out.jsonl")} == {"b"}
 
 
-def test_lines_that_are_empty_count_for_the_first_ones(
+def test_empty_lines_count_towards_the_limit_option(
     rate_limited_provider: ProviderFactory,
 ) -> None:
     """The announced number of lines is the number that is sent."""
@@ -454,7 +462,7 @@ def test_lines_that_are_empty_count_for_the_first_ones(
     assert len(lines_of("out.jsonl")) == 1
 
 
-def test_dry_run_sends_nothing_and_says_how_long_it_would_take(
+def test_dry_run_sends_nothing_and_estimates_the_duration(
     rate_limited_provider: ProviderFactory,
 ) -> None:
     """The estimate comes from the limiter on virtual time, without what is answered already."""
@@ -474,7 +482,9 @@ def test_dry_run_sends_nothing_and_says_how_long_it_would_take(
     assert Path("out.jsonl").read_bytes() == before
 
 
-def test_dry_run_knows_answers_whose_index_is_lost(rate_limited_provider: ProviderFactory) -> None:
+def test_dry_run_counts_earlier_answers_without_their_index(
+    rate_limited_provider: ProviderFactory,
+) -> None:
     """Like a real run, it takes the answers themselves as the record."""
     arguments = [batch(3), "-o", "out.jsonl", "--rpm", "6000"]
     run(rate_limited_provider(), *arguments)
@@ -486,7 +496,7 @@ def test_dry_run_knows_answers_whose_index_is_lost(rate_limited_provider: Provid
     assert result.stdout.startswith("0 requests to send, 3 answered earlier")
 
 
-def test_dry_run_takes_what_a_run_takes() -> None:
+def test_dry_run_accepts_a_latency_of_zero() -> None:
     """This includes calls that take no time."""
     more = ["--latency", "0", "--dry-run"]
     result = CliRunner().invoke(app, ["run", batch(3), "--rpm", "60", *more])
@@ -507,7 +517,7 @@ def test_dry_run_takes_what_a_run_takes() -> None:
         ("--endpoint embeddings", "0 out at most: $0.0000"),
     ],
 )
-def test_dry_run_says_the_most_that_replies_may_cost(options: str, said: str) -> None:
+def test_dry_run_estimates_the_highest_cost_of_replies(options: str, said: str) -> None:
     """What a provider charges against its limits is no measure; some replies have no maximum."""
     Path("in.txt").write_text("One\nTwo\n")
     command = "run in.txt --model m --rpm 60 --price 3/15 --dry-run"
@@ -517,7 +527,7 @@ def test_dry_run_says_the_most_that_replies_may_cost(options: str, said: str) ->
     assert result.stdout.splitlines()[-1] == f"to pay for: about 2 tokens in, {said}"
 
 
-def test_dry_run_of_one_short_prompt_says_token() -> None:
+def test_dry_run_uses_the_singular_for_one_token() -> None:
     """One is singular, here as in every other line."""
     Path("in.txt").write_text("One\n")
 
@@ -526,7 +536,7 @@ def test_dry_run_of_one_short_prompt_says_token() -> None:
     assert "about 1 token in, 256 out" in result.stdout
 
 
-def test_dry_run_says_the_same_as_json() -> None:
+def test_dry_run_json_has_the_plan_and_the_bad_lines() -> None:
     """It includes the whole plan, and the bad lines."""
     lines = Path(batch(600)).read_text() + "{\n"
     Path("in.jsonl").write_text(lines)
@@ -578,7 +588,7 @@ def test_dry_run_says_the_same_as_json() -> None:
         (["in.jsonl", "--rpm", "1", "--profile", "x"], "no profile is called 'x'"),
     ],
 )
-def test_what_does_not_fit_is_one_line_and_status_2(arguments: list[str], message: str) -> None:
+def test_usage_error_is_one_line_with_status_2(arguments: list[str], message: str) -> None:
     """The error comes before anything is sent or written."""
     batch(1)
 
@@ -599,7 +609,9 @@ def test_what_does_not_fit_is_one_line_and_status_2(arguments: list[str], messag
         ("in.jsonl", ">&-", "standard output is closed, where the answers go: give -o"),
     ],
 )
-def test_closed_stream_is_one_line_and_status_2(arguments: str, closed: str, message: str) -> None:
+def test_closed_stream_is_a_one_line_error_with_status_2(
+    arguments: str, closed: str, message: str
+) -> None:
     """Some programs close the streams of their child processes."""
     batch(1)
     line = f'exec "$0" -m asyncbucket run {arguments} --rpm 1 {closed}'
@@ -621,7 +633,7 @@ def test_closed_stream_is_one_line_and_status_2(arguments: str, closed: str, mes
         ["-o", "out.jsonl", "--errors", "out.jsonl.checkpoint"],
     ],
 )
-def test_no_file_is_taken_for_two_things(files: list[str]) -> None:
+def test_file_given_for_two_purposes_is_refused(files: list[str]) -> None:
     """The errors file may be sent again later, so it must not be lost, either."""
     before = Path(batch(1)).read_bytes()
 
@@ -633,7 +645,7 @@ def test_no_file_is_taken_for_two_things(files: list[str]) -> None:
     assert [path.name for path in Path().iterdir()] == ["in.jsonl"]
 
 
-def test_file_of_two_names_is_one(rate_limited_provider: ProviderFactory) -> None:
+def test_output_hard_linked_to_the_input_is_refused(rate_limited_provider: ProviderFactory) -> None:
     """With a hard link, or on disks that ignore case, --restart would empty the input."""
     before = Path(batch(1)).read_bytes()
     Path("out.jsonl").hardlink_to("in.jsonl")
@@ -646,7 +658,7 @@ def test_file_of_two_names_is_one(rate_limited_provider: ProviderFactory) -> Non
     assert Path("in.jsonl").read_bytes() == before
 
 
-def test_errors_may_go_to_a_device(rate_limited_provider: ProviderFactory) -> None:
+def test_errors_may_go_to_a_named_pipe(rate_limited_provider: ProviderFactory) -> None:
     """The device is written to, and never removed."""
     os.mkfifo("pipe")
     reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
@@ -662,7 +674,7 @@ def test_errors_may_go_to_a_device(rate_limited_provider: ProviderFactory) -> No
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links are of Unix")
-def test_errors_may_go_through_a_link(rate_limited_provider: ProviderFactory) -> None:
+def test_errors_may_go_through_a_symbolic_link(rate_limited_provider: ProviderFactory) -> None:
     """/dev/stderr is one, for example, and leads to a file if standard error does."""
     Path("in.txt").write_text("{\n")
     Path("link").symlink_to("log")
@@ -677,7 +689,9 @@ def test_errors_may_go_through_a_link(rate_limited_provider: ProviderFactory) ->
 
 
 @pytest.mark.parametrize("key", ["sk-secret\nsk-secret", "sk-s\u00e9cret"])
-def test_key_that_cannot_be_sent_is_not_shown(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_with_invalid_characters_is_refused_and_not_shown(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A library's own error message would quote it."""
     monkeypatch.setenv("OPENAI_API_KEY", key)
 
@@ -690,7 +704,7 @@ def test_key_that_cannot_be_sent_is_not_shown(key: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="resource is of Unix")
-def test_disk_that_fills_up_is_one_line(rate_limited_provider: ProviderFactory) -> None:
+def test_full_disk_is_a_one_line_error(rate_limited_provider: ProviderFactory) -> None:
     """Whether the index or the answers fill it first, there is no traceback."""
     limited = [
         "sh",
@@ -716,7 +730,7 @@ def test_disk_that_fills_up_is_one_line(rate_limited_provider: ProviderFactory) 
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
-def test_full_standard_output_is_one_line(rate_limited_provider: ProviderFactory) -> None:
+def test_full_standard_output_is_a_one_line_error(rate_limited_provider: ProviderFactory) -> None:
     """The remedy is named, though what lies behind standard output is unknown."""
     base = rate_limited_provider().base_url
     with Path("/dev/full").open("wb") as full:
@@ -734,7 +748,9 @@ def test_full_standard_output_is_one_line(rate_limited_provider: ProviderFactory
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes are of Unix")
 @pytest.mark.parametrize("made", ["pipe", "openpty"])
-def test_nobody_need_read_what_it_says(made: str, rate_limited_provider: ProviderFactory) -> None:
+def test_answers_are_written_though_standard_error_is_closed(
+    made: str, rate_limited_provider: ProviderFactory
+) -> None:
     """With ``asyncbucket run ... 2>&1 | head -1``, or a closed terminal, the answers still come."""
     provider = rate_limited_provider()
     reader, writer = getattr(os, made)()
@@ -754,7 +770,7 @@ def test_nobody_need_read_what_it_says(made: str, rate_limited_provider: Provide
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
-def test_interrupt_lets_requests_under_way_finish(rate_limited_provider: ProviderFactory) -> None:
+def test_ctrl_c_lets_requests_in_flight_finish(rate_limited_provider: ProviderFactory) -> None:
     """What was paid for is written, what waits is not sent, and the next run goes on."""
     provider = rate_limited_provider(latency=0.5)
     arguments = [batch(200), "-o", "out.jsonl", "--rpm", "600", "--concurrency", "4"]
@@ -783,7 +799,7 @@ def test_interrupt_lets_requests_under_way_finish(rate_limited_provider: Provide
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
-def test_second_interrupt_drops_requests_under_way_and_counts_them(
+def test_second_ctrl_c_drops_and_counts_requests_in_flight(
     rate_limited_provider: ProviderFactory,
 ) -> None:
     """Dropped requests may be charged; those that still waited are not counted."""
@@ -806,7 +822,7 @@ def test_second_interrupt_drops_requests_under_way_and_counts_them(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
-def test_interrupt_ends_a_run_that_waits_for_a_line(rate_limited_provider: ProviderFactory) -> None:
+def test_ctrl_c_ends_a_run_that_waits_for_input(rate_limited_provider: ProviderFactory) -> None:
     """A read from an open pipe, or from somebody who types, cannot be cancelled."""
     provider = rate_limited_provider()
     reader, writer = os.pipe()
@@ -831,7 +847,7 @@ def test_interrupt_ends_a_run_that_waits_for_a_line(rate_limited_provider: Provi
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-def test_killed_and_started_again_each_line_is_paid_once(tmp_path: Path) -> None:
+def test_repeatedly_killed_run_answers_each_line_once_without_429(tmp_path: Path) -> None:
     """Five kills at random, against a provider that counts, lose nothing and cause no 429.
 
     The sliding window is the strictest policy: it would refuse the burst of a restarted limiter.
@@ -884,7 +900,7 @@ def test_restarted_run_does_not_burst_over_the_limit() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes are of a shell")
-def test_examples_of_the_help_run_one_after_the_other(
+def test_examples_in_help_run_one_after_another(
     rate_limited_provider: ProviderFactory,
 ) -> None:
     """Copied as they are, they give answers; only ``jq`` and the address are replaced here."""
@@ -911,7 +927,9 @@ def test_examples_of_the_help_run_one_after_the_other(
     assert len(examples) == 4
 
 
-def test_output_in_a_pipe_is_plain_and_fits(rate_limited_provider: ProviderFactory) -> None:
+def test_output_in_a_pipe_is_plain_text_within_80_columns(
+    rate_limited_provider: ProviderFactory,
+) -> None:
     """There are no escape codes, and lines have at most 80 columns."""
     provider = rate_limited_provider()
     done = subprocess.run(

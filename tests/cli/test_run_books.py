@@ -22,7 +22,7 @@ def through_json(limiter: Limiter) -> dict[str, object]:
     return found
 
 
-def test_what_was_booked_is_booked_again() -> None:
+def test_restore_books_saved_usage_in_windows_and_bucket() -> None:
     """This covers requests and tokens, in their windows and in the bucket that paces them."""
     before = Limiter("100 RPM burst 10", tpm=1_000)
     for _ in range(7):
@@ -35,7 +35,7 @@ def test_what_was_booked_is_booked_again() -> None:
     assert after.statistics().limits[0].available == 3
 
 
-def test_window_lets_them_go_when_they_are_a_window_old() -> None:
+def test_restored_admissions_expire_a_window_after_they_were_made() -> None:
     """The wait in the refusal is 60 s from the admission, not from the restart."""
     limiter = Limiter("10 RPM burst 10")
     restore(limiter, [Admission(ago(45), {"requests": 1})] * 10)
@@ -45,7 +45,7 @@ def test_window_lets_them_go_when_they_are_a_window_old() -> None:
     assert caught.value.retry_after == pytest.approx(15.35, abs=0.5)
 
 
-def test_admissions_come_on_top_of_what_was_saved() -> None:
+def test_restore_adds_later_admissions_to_saved_bookings() -> None:
     """These are the ones between the last note and the kill."""
     before = Limiter("100 RPM")
     before.acquire_nowait().release()
@@ -56,7 +56,7 @@ def test_admissions_come_on_top_of_what_was_saved() -> None:
     assert after.statistics().limits[0].used == 3
 
 
-def test_what_is_older_than_the_window_is_forgotten() -> None:
+def test_restore_ignores_admissions_older_than_the_window() -> None:
     """A restart on the next day begins with the whole limit."""
     limiter = Limiter("10 RPM burst 10")
     restore(limiter, [Admission(ago(86_400), {"requests": 10})])
@@ -64,7 +64,7 @@ def test_what_is_older_than_the_window_is_forgotten() -> None:
     assert limiter.statistics().limits[0].available == 10
 
 
-def test_clock_that_was_set_back_errs_on_the_safe_side() -> None:
+def test_admission_dated_in_the_future_counts_from_now() -> None:
     """An admission in the future counts as one of now."""
     limiter = Limiter("10 RPM burst 10")
     restore(limiter, [Admission(ago(-3_600), {"requests": 10})])
@@ -74,7 +74,7 @@ def test_clock_that_was_set_back_errs_on_the_safe_side() -> None:
     assert caught.value.retry_after == pytest.approx(60, abs=1)
 
 
-def test_other_limits_than_before_take_what_concerns_them() -> None:
+def test_restore_under_changed_limits_books_only_matching_usage() -> None:
     """A new limit has nothing booked, and one that is gone is no error."""
     before = Limiter(rpm=100, tpm=1_000)
     before.acquire_nowait(tokens=10).release()
@@ -85,7 +85,7 @@ def test_other_limits_than_before_take_what_concerns_them() -> None:
     assert [use.used for use in after.statistics().limits] == [1, 0]
 
 
-def test_deadline_is_judged_without_what_nobody_gives_back() -> None:
+def test_restored_bookings_are_not_expected_as_refunds() -> None:
     """Leases of the last process cannot come back, so a hopeless wait is refused at once."""
     limiter = Limiter("10 RPM burst 10")
     restore(limiter, [Admission(ago(0), {"requests": 10})])

@@ -66,7 +66,7 @@ def is_done(ledger: Ledger, request: Request) -> bool:
     return ledger.look_up(request)[1]
 
 
-def test_answered_line_is_done_even_if_nobody_noted_it(out: Path) -> None:
+def test_answered_line_is_done_even_if_missing_from_the_index(out: Path) -> None:
     """After a kill right after the write, the index catches up with the file."""
     ledger = opened(out)
     answered(ledger, prompt("a"))
@@ -77,7 +77,7 @@ def test_answered_line_is_done_even_if_nobody_noted_it(out: Path) -> None:
         assert not is_done(again, prompt("b", 2))
 
 
-def test_half_a_line_is_cut_off(out: Path) -> None:
+def test_half_written_line_is_cut_off(out: Path) -> None:
     """After a kill during a write, only that line is asked for again."""
     with opened(out) as ledger:
         answered(ledger, prompt("a"))
@@ -89,7 +89,7 @@ def test_half_a_line_is_cut_off(out: Path) -> None:
     assert out.read_bytes() == whole
 
 
-def test_index_that_is_lost_or_broken_is_made_anew(out: Path) -> None:
+def test_lost_or_broken_index_is_rebuilt_from_the_answers(out: Path) -> None:
     """The answers contain everything it knew about lines."""
     index = Path(f"{out}.checkpoint")
     with opened(out) as ledger:
@@ -104,7 +104,7 @@ def test_index_that_is_lost_or_broken_is_made_anew(out: Path) -> None:
         assert is_done(again, prompt("a"))
 
 
-def test_equal_prompts_are_lines_of_their_own(out: Path) -> None:
+def test_equal_prompts_are_counted_as_separate_lines(out: Path) -> None:
     """If two of three were answered, the third is still to be asked for."""
     with opened(out) as ledger:
         answered(ledger, prompt("a", 1))
@@ -114,7 +114,7 @@ def test_equal_prompts_are_lines_of_their_own(out: Path) -> None:
         assert [is_done(again, prompt("a", line)) for line in (1, 2, 3)] == [True, True, False]
 
 
-def test_second_line_of_one_id_is_bad(out: Path) -> None:
+def test_second_line_with_the_same_id_is_bad(out: Path) -> None:
     """Nobody could tell their answers apart."""
     line = {"custom_id": "x", "body": {"messages": [1]}}
     first = read_request(1, json.dumps(line).encode(), JOB)
@@ -128,7 +128,7 @@ def test_second_line_of_one_id_is_bad(out: Path) -> None:
             ledger.look_up(second)
 
 
-def test_answers_with_other_settings_are_not_continued(out: Path) -> None:
+def test_answers_with_other_settings_are_refused(out: Path) -> None:
     """The file would hold answers of two models."""
     with opened(out) as ledger:
         answered(ledger, prompt("a"))
@@ -139,7 +139,7 @@ def test_answers_with_other_settings_are_not_continued(out: Path) -> None:
         opened(out, {"model": "n"})
 
 
-def test_other_settings_are_taken_while_nothing_is_answered(out: Path) -> None:
+def test_settings_may_change_until_a_line_is_answered(out: Path) -> None:
     """A misspelt model has left no answers that could be lost."""
     opened(out).close()
     opened(out, {"model": "n"}).close()
@@ -151,7 +151,7 @@ def test_other_settings_are_taken_while_nothing_is_answered(out: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ['{"my": "notes"}\nand more', '{"my": "notes"}', "notes"])
-def test_file_of_somebody_else_is_left_alone(out: Path, text: str) -> None:
+def test_foreign_file_is_refused_and_left_unchanged(out: Path, text: str) -> None:
     """As it is not a file of answers, nothing is appended or cut off."""
     out.write_text(text)
 
@@ -160,7 +160,7 @@ def test_file_of_somebody_else_is_left_alone(out: Path, text: str) -> None:
     assert out.read_text() == text
 
 
-def test_second_run_of_one_file_is_refused(out: Path) -> None:
+def test_second_run_on_the_same_file_is_refused(out: Path) -> None:
     """This holds while the first one runs."""
     with (
         opened(out),
@@ -169,7 +169,7 @@ def test_second_run_of_one_file_is_refused(out: Path) -> None:
         opened(out)
 
 
-def test_admissions_are_known_after_a_kill(out: Path) -> None:
+def test_admissions_since_the_last_note_survive_a_kill(out: Path) -> None:
     """They are those after the last note of the limiter's bookings."""
     ledger = opened(out)
     ledger.admitted({"requests": 1})
@@ -184,7 +184,7 @@ def test_admissions_are_known_after_a_kill(out: Path) -> None:
         ]
 
 
-def test_file_that_became_shorter_is_read_anew(out: Path) -> None:
+def test_shortened_file_of_answers_is_read_again(out: Path) -> None:
     """Somebody may remove answers to have them asked for again."""
     with opened(out) as ledger:
         answered(ledger, prompt("a"))
@@ -197,7 +197,7 @@ def test_file_that_became_shorter_is_read_anew(out: Path) -> None:
         assert is_done(again, prompt("b", 2))
 
 
-def test_restart_forgets_what_is_there_and_never_what_another_run_writes(out: Path) -> None:
+def test_restart_discards_answers_but_not_those_of_a_live_run(out: Path) -> None:
     """Removing the files of a running run would lose its answers."""
     with opened(out) as ledger:
         answered(ledger, prompt("a"))
@@ -212,7 +212,7 @@ def test_restart_forgets_what_is_there_and_never_what_another_run_writes(out: Pa
 
 
 @pytest.mark.parametrize("kind", ["text", "database"])
-def test_index_of_somebody_else_is_left_alone(out: Path, kind: str) -> None:
+def test_foreign_index_is_refused_and_left_unchanged(out: Path, kind: str) -> None:
     """Another program's file may be there, for example a model's weights."""
     index = Path(f"{out}.checkpoint")
     if kind == "text":
@@ -240,7 +240,7 @@ class FullDisk(io.FileIO):
         return written
 
 
-def test_line_for_which_there_is_no_room_leaves_nothing(out: Path) -> None:
+def test_line_that_does_not_fit_on_the_disk_leaves_nothing_behind(out: Path) -> None:
     """Half a line would spoil the next one; the error names the file, which the system does not."""
     out.write_bytes(b"before\n")
 
@@ -251,7 +251,7 @@ def test_line_for_which_there_is_no_room_leaves_nothing(out: Path) -> None:
     assert out.read_bytes() == b"before\n"
 
 
-def test_index_that_cannot_be_made_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_index_that_cannot_be_created_is_named_in_the_error(tmp_path: Path) -> None:
     """The folder may be missing or not writable."""
     with pytest.raises(
         ValueError, match=r"out\.jsonl\.checkpoint, .* \(unable to open .*, or give another -o"

@@ -27,7 +27,7 @@ def batch(**members: Any) -> dict[str, Any]:
     return {name: value for name, value in (line | members).items() if value is not None}
 
 
-def test_batch_line_is_sent_as_it_is() -> None:
+def test_batch_line_keeps_its_id_url_and_body() -> None:
     """This includes its id, its URL and its body."""
     request = read(batch(), Job(source="-", out="-"))
 
@@ -35,7 +35,7 @@ def test_batch_line_is_sent_as_it_is() -> None:
     assert request.body == batch()["body"]
 
 
-def test_model_of_the_command_line_replaces_that_of_the_body() -> None:
+def test_model_option_replaces_the_model_of_a_batch_line() -> None:
     """So the same file can be sent to another server."""
     assert read(batch()).body["model"] == "m"
 
@@ -43,7 +43,7 @@ def test_model_of_the_command_line_replaces_that_of_the_body() -> None:
 @pytest.mark.parametrize(
     "line", [b"Why?", b'"Why?"', b"  Why?\r", "﻿Why?".encode(), b'{"prompt": "Why?"}']
 )
-def test_prompt_becomes_a_chat(line: bytes) -> None:
+def test_prompt_in_any_form_becomes_a_chat_request(line: bytes) -> None:
     """It may be plain text, a JSON string or an object with a prompt, and has its line as id."""
     request = read(line)
 
@@ -51,12 +51,12 @@ def test_prompt_becomes_a_chat(line: bytes) -> None:
     assert (request.custom_id, request.named) == ("line-1", False)
 
 
-def test_text_that_only_begins_as_json_is_a_prompt() -> None:
+def test_text_that_only_starts_like_json_is_a_prompt() -> None:
     """A quotation is not a mistake."""
     assert read(b'"Why?" she said').body["messages"][0]["content"] == '"Why?" she said'
 
 
-def test_prompt_goes_to_the_endpoint_that_was_named() -> None:
+def test_prompt_is_shaped_for_the_chosen_endpoint() -> None:
     """It gets the system message, if any, and each endpoint's own name for the token limit."""
     options: dict[str, Any] = {"source": "-", "out": "-", "model": "m", "system": "Be brief."}
     chat = read(b"Why?", Job(**options, max_tokens=9))
@@ -75,7 +75,7 @@ def test_prompt_goes_to_the_endpoint_that_was_named() -> None:
     assert (embedding.path, embedding.body) == ("/v1/embeddings", {"input": "Why?", "model": "m"})
 
 
-def test_bound_of_a_line_stays() -> None:
+def test_max_tokens_of_a_line_overrides_the_option() -> None:
     """`--max-tokens` applies only to lines without one."""
     body = {"messages": [1], "max_tokens": 3}
 
@@ -84,14 +84,14 @@ def test_bound_of_a_line_stays() -> None:
     }
 
 
-def test_completion_has_its_bound_too() -> None:
+def test_max_tokens_option_applies_to_completions_too() -> None:
     """The old endpoint has another name for it."""
     line = batch(url="/v1/completions", body={"model": "m", "prompt": "Why?"})
 
     assert read(line, Job(source="-", out="-", max_tokens=9)).body["max_tokens"] == 9
 
 
-def test_members_beside_a_prompt_are_kept() -> None:
+def test_other_fields_of_a_prompt_line_are_kept() -> None:
     """A temperature, a token limit or a model of its own is kept."""
     job = Job(source="-", out="-", max_tokens=9)
     line = {"prompt": "Why?", "model": "mine", "temperature": 0, "max_tokens": 5}
@@ -105,12 +105,12 @@ def test_members_beside_a_prompt_are_kept() -> None:
 
 
 @pytest.mark.parametrize("line", [b"", b"   ", b"\t\r"])
-def test_empty_line_is_nothing(line: bytes) -> None:
+def test_empty_line_is_skipped(line: bytes) -> None:
     """It is neither a request nor a mistake."""
     assert read_request(1, line, JOB) is None
 
 
-def test_key_depends_on_what_is_asked() -> None:
+def test_key_depends_on_content_but_not_on_order_or_line_number() -> None:
     """It depends neither on the order of members nor on a prompt's place in the file."""
     assert read(b"Why?", number=1).key == read(b"Why?", number=2).key
     assert read({"messages": [1], "n": 2}).key == read({"n": 2, "messages": [1]}).key
@@ -134,14 +134,14 @@ def test_key_depends_on_what_is_asked() -> None:
         ({"input": "Hi"}, "the body has no messages, which /v1/chat/completions needs"),
     ],
 )
-def test_bad_line_says_why(line: Any, reason: str) -> None:
+def test_bad_line_is_refused_with_the_reason(line: Any, reason: str) -> None:
     """The words help somebody who corrects the file."""
     with pytest.raises(BadLine) as caught:
         read(line)
     assert reason in str(caught.value)
 
 
-def test_line_is_read_or_is_bad_however_deep_it_is_nested() -> None:
+def test_deeply_nested_line_is_read_or_reported_as_bad() -> None:
     """Some depths can be read, but not written again."""
     reasons: list[str | None] = []
     for depth in (*range(2, sys.getrecursionlimit()), 1_000_000):
@@ -156,7 +156,7 @@ def test_line_is_read_or_is_bad_however_deep_it_is_nested() -> None:
     assert len(set(reasons)) == 2
 
 
-def test_line_without_a_model_says_where_to_put_it() -> None:
+def test_line_without_a_model_asks_for_one() -> None:
     """The command line names none, either."""
     with pytest.raises(BadLine, match="no model: give --model, or name one in the body"):
         read(b"Why?", Job(source="-", out="-"))

@@ -54,7 +54,7 @@ def widest(text: str) -> int:
     return max(map(len, text.splitlines()))
 
 
-def test_terminal_of_80_columns_shows_all(virtual_time: VirtualTime) -> None:
+def test_terminal_of_80_columns_shows_all_figures_uncut(virtual_time: VirtualTime) -> None:
     """Progress, time left, failures and costs are all there, and nothing is cut."""
     output = shown(virtual_time, tally_in_the_middle(), terminal=True, seconds=1.0)
 
@@ -64,7 +64,7 @@ def test_terminal_of_80_columns_shows_all(virtual_time: VirtualTime) -> None:
     assert widest(output) <= 80
 
 
-def test_unknown_end_shows_a_count(virtual_time: VirtualTime) -> None:
+def test_input_of_unknown_length_shows_a_count_without_time_left(virtual_time: VirtualTime) -> None:
     """Input from a pipe has no bar and no time left."""
     output = shown(virtual_time, tally_in_the_middle(None), terminal=True, seconds=1.0)
 
@@ -72,12 +72,12 @@ def test_unknown_end_shows_a_count(virtual_time: VirtualTime) -> None:
     assert "left" not in output
 
 
-def test_one_line_is_one(virtual_time: VirtualTime) -> None:
+def test_single_line_is_shown_in_the_singular(virtual_time: VirtualTime) -> None:
     """Input that somebody types may be a single line for a while."""
     assert shown(virtual_time, Tally(bad=1), terminal=True, seconds=1.0).startswith("1 line ")
 
 
-def test_run_that_stops_says_so(virtual_time: VirtualTime) -> None:
+def test_stopping_run_says_so_and_shows_no_time_left(virtual_time: VirtualTime) -> None:
     """The remaining lines are not done in this run, so no time is given for them."""
     tally = tally_in_the_middle()
     tally.stopping = True
@@ -88,7 +88,9 @@ def test_run_that_stops_says_so(virtual_time: VirtualTime) -> None:
     assert "left" not in output
 
 
-def test_nothing_moves_on_a_terminal_to_which_the_answers_go(virtual_time: VirtualTime) -> None:
+def test_terminal_that_also_shows_answers_gets_plain_progress_lines(
+    virtual_time: VirtualTime,
+) -> None:
     """A live display would overwrite the answers, so it gets plain lines as a pipe does."""
     output = shown(virtual_time, tally_in_the_middle(), terminal=True, shared=True, seconds=10.5)
 
@@ -96,7 +98,7 @@ def test_nothing_moves_on_a_terminal_to_which_the_answers_go(virtual_time: Virtu
     assert len(output.splitlines()) == 2
 
 
-def test_pipe_gets_a_line_every_ten_seconds(virtual_time: VirtualTime) -> None:
+def test_pipe_gets_a_progress_line_every_ten_seconds(virtual_time: VirtualTime) -> None:
     """It is a log that somebody reads later."""
     output = shown(virtual_time, tally_in_the_middle(), terminal=False, seconds=35.0)
 
@@ -117,7 +119,7 @@ def job(**options: object) -> Job:
     return Job(**(given | options))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
-def test_headline_says_what_and_under_which_limits() -> None:
+def test_headline_shows_input_model_and_limits_without_password() -> None:
     """It also says where to, without the password that a URL may hold."""
     text = headline(job(api_base="https://me:secret@example.org:8443/v1"), Tally(total=5_000))
 
@@ -135,7 +137,7 @@ def ended(change: Callable[[Tally], None]) -> str:
     return summary(job(errors=Path("bad.jsonl")), tally)
 
 
-def test_summary_adds_up() -> None:
+def test_summary_counts_every_line_and_lists_reasons() -> None:
     """Every line is counted in one of its numbers, and the most common reasons are listed."""
 
     def change(tally: Tally) -> None:
@@ -150,7 +152,7 @@ def test_summary_adds_up() -> None:
     ]
 
 
-def test_stopped_run_says_how_to_go_on() -> None:
+def test_stopped_run_says_how_to_go_on_unless_its_error_is_fatal() -> None:
     """It does not if going on is of no use."""
 
     def stop(tally: Tally) -> None:
@@ -164,7 +166,7 @@ def test_stopped_run_says_how_to_go_on() -> None:
     assert "goes on" not in ended(fail)
 
 
-def test_reason_that_was_told_apart_once_is_counted_to_the_end() -> None:
+def test_known_failure_reason_is_still_counted_after_many_others() -> None:
     """Even if many others come meanwhile, each with the number of its request."""
     tally = Tally()
 

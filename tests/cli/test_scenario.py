@@ -8,7 +8,7 @@ from asyncbucket.cli.demo.scenario import CALLS_OF_AN_AGENT, TOKENS_OF_A_CALL, W
 
 @pytest.mark.parametrize("seconds", [2.0, 6.0, 36.0, 120.0])
 @pytest.mark.parametrize("rpm", [600, 1_200, 3_000])
-def test_paced_run_takes_as_long_as_asked(rpm: int, seconds: float) -> None:
+def test_paced_run_lasts_the_requested_seconds(rpm: int, seconds: float) -> None:
     """There are as many calls as the limit lets pass in that time."""
     scenario = scenario_of(Wish(rpm=rpm, seconds=seconds))
     calls = scenario.agents * CALLS_OF_AN_AGENT + scenario.batches
@@ -16,7 +16,7 @@ def test_paced_run_takes_as_long_as_asked(rpm: int, seconds: float) -> None:
     assert calls / (rpm / 60) == pytest.approx(seconds, rel=0.05)
 
 
-def test_paced_run_takes_as_long_as_asked_where_tokens_bind() -> None:
+def test_paced_run_lasts_the_requested_seconds_when_tokens_bind() -> None:
     """60,000 tokens a minute are 400 calls a minute, whatever requests would allow."""
     scenario = scenario_of(Wish(tpm=60_000, seconds=36.0))
     calls = scenario.agents * CALLS_OF_AN_AGENT + scenario.batches
@@ -24,7 +24,7 @@ def test_paced_run_takes_as_long_as_asked_where_tokens_bind() -> None:
     assert calls / (60_000 / TOKENS_OF_A_CALL / 60) == pytest.approx(36, rel=0.05)
 
 
-def test_tokens_that_no_call_could_pass_with_are_refused() -> None:
+def test_token_limit_too_low_for_any_call_is_refused() -> None:
     """The run would end in failures only, after minutes; the suggested limit works."""
     with pytest.raises(
         ValueError, match=r"10 tokens a minute are 1 in the demo's 1\.5 s, .* --tpm 10000 or more$"
@@ -35,7 +35,7 @@ def test_tokens_that_no_call_could_pass_with_are_refused() -> None:
 
 
 @pytest.mark.parametrize("seconds", [2.0, 6.0, 36.0])
-def test_agents_are_more_than_a_full_bucket_lets_pass(seconds: float) -> None:
+def test_agents_and_batches_exceed_the_request_limit(seconds: float) -> None:
     """Otherwise nothing would happen without asyncbucket."""
     scenario = scenario_of(Wish(seconds=seconds))
     amount = scenario.amount("requests")
@@ -44,7 +44,7 @@ def test_agents_are_more_than_a_full_bucket_lets_pass(seconds: float) -> None:
     assert scenario.agents + scenario.batches > 1.5 * amount
 
 
-def test_limits_are_those_of_a_minute_held_over_every_window() -> None:
+def test_limits_per_minute_are_scaled_to_windows_of_6_s() -> None:
     """1,200 a minute are 120 in 6 s."""
     scenario = scenario_of(Wish())
 
@@ -54,7 +54,7 @@ def test_limits_are_those_of_a_minute_held_over_every_window() -> None:
     ]
 
 
-def test_agents_given_are_agents_run() -> None:
+def test_scenario_has_the_requested_number_of_agents() -> None:
     """Their share of embedding batches is added."""
     scenario = scenario_of(Wish(agents=60))
 
@@ -77,7 +77,7 @@ def test_real_provider_needs_limits(monkeypatch: pytest.MonkeyPatch) -> None:
         scenario_of(Wish(model="gpt-4o-mini"))
 
 
-def test_real_provider_has_its_own_minute_and_is_not_stormed(
+def test_real_provider_gets_60_s_windows_and_no_comparison(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Limits hold over 60 s, and there are embeddings or a comparison only if asked for."""
@@ -100,7 +100,7 @@ def test_real_provider_has_its_own_minute_and_is_not_stormed(
         ),
     ],
 )
-def test_option_of_the_other_provider_is_refused(
+def test_option_for_the_other_kind_of_provider_is_refused(
     wish: Wish, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is not ignored."""
@@ -111,9 +111,7 @@ def test_option_of_the_other_provider_is_refused(
 
 
 @pytest.mark.parametrize("api_base", ["localhost:8000", "http://", "ftp://example.org"])
-def test_real_provider_has_the_url_of_a_server(
-    api_base: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_api_base_is_refused(api_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise every agent would fail after all its attempts."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
 
@@ -121,7 +119,7 @@ def test_real_provider_has_the_url_of_a_server(
         scenario_of(Wish(rpm=500, api_base=api_base))
 
 
-def test_headline_shows_no_password_and_counts_as_people_do(
+def test_headline_hides_the_password_and_uses_the_singular_for_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One of a kind is singular."""

@@ -22,7 +22,7 @@ _PATIENCE = 60.0
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example_and_fits(command: str) -> None:
+def test_help_has_an_example_and_fits_80_columns(command: str) -> None:
     """The examples, which people copy, fit into 80 columns, too."""
     result = CliRunner().invoke(app, [command, "--help"], prog_name="asyncbucket")
 
@@ -65,7 +65,9 @@ def at_a_terminal(
 
 @pytest.mark.real_clock  # a terminal and a signal: another process's time
 @pytest.mark.parametrize("terminal", ["xterm-256color", "dumb"])
-def test_ctrl_c_ends_a_demo_quietly(terminal: str, tmp_path: Path) -> None:
+def test_ctrl_c_ends_demo_without_traceback_and_restores_cursor(
+    terminal: str, tmp_path: Path
+) -> None:
     """It ends with status 130 and no traceback, and the cursor is back."""
     status, seen = at_a_terminal(
         tmp_path, "demo", "--seconds", "30", terminal=terminal, interrupt_after="without"
@@ -77,7 +79,7 @@ def test_ctrl_c_ends_a_demo_quietly(terminal: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.real_clock  # a terminal and a signal: another process's time
-def test_terminated_command_gives_the_cursor_back(tmp_path: Path) -> None:
+def test_sigterm_ends_watch_without_traceback_and_restores_cursor(tmp_path: Path) -> None:
     """As with Ctrl-C there are status 130, no traceback, and the cursor."""
     with Limiter("500 RPM").serve_stats() as server:
         status, seen = at_a_terminal(
@@ -94,7 +96,7 @@ def test_terminated_command_gives_the_cursor_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.real_clock  # another process's time
-def test_a_dumb_terminal_gets_no_escapes_and_no_wide_lines(tmp_path: Path) -> None:
+def test_dumb_terminal_gets_no_escape_codes_and_no_wide_lines(tmp_path: Path) -> None:
     """A plan is shown as plain text."""
     status, seen = at_a_terminal(
         *(tmp_path, "plan", "--calls", "9000", "--tokens", "800", "--rpm", "500"),

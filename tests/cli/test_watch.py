@@ -68,7 +68,7 @@ def plainly(views: list[View], *, width: int, unicode: bool) -> list[str]:
     return [line.rstrip() for line in captured.get().splitlines()]
 
 
-def test_a_view_says_what_binds_and_how_long_the_line_takes() -> None:
+def test_view_shows_binding_limit_and_estimated_wait() -> None:
     """If thirty wait and five a second pass, the last one waits for six seconds."""
     view = View.of(LOOK, {**LOOK, "admitted": 110}, 2.0)
     assert [bar.binds for bar in view.bars] == [False, True, False]
@@ -83,12 +83,12 @@ def test_a_view_says_what_binds_and_how_long_the_line_takes() -> None:
     )
 
 
-def test_a_pause_that_is_nearly_over_is_not_over() -> None:
+def test_pause_that_is_nearly_over_is_not_shown_as_zero() -> None:
     """A short pause is never shown as lasting 0.0 s more."""
     assert View.of({**LOOK, "paused": 0.02}, None, 0.0).facts[0] == "paused for 0.02 s more"
 
 
-def test_of_several_limits_the_fullest_binds(virtual_time: VirtualTime) -> None:
+def test_view_marks_only_the_limit_that_binds(virtual_time: VirtualTime) -> None:
     """It is not the day's limit beside the minute's, nor that of a child held up by its parent."""
 
     async def main() -> None:
@@ -113,7 +113,7 @@ def test_of_several_limits_the_fullest_binds(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_the_picture_fits_its_terminal() -> None:
+def test_view_fits_its_terminal() -> None:
     """This holds at 80 and at 160 columns, with block characters or without."""
     lines = shown(width=80, unicode=True)
     assert lines[0] == "openai"
@@ -129,7 +129,7 @@ def test_the_picture_fits_its_terminal() -> None:
 
 
 @pytest.mark.parametrize("unicode", [True, False])
-def test_a_limit_that_binds_by_its_burst_is_one_line(*, unicode: bool) -> None:
+def test_limit_that_binds_by_its_burst_fits_on_one_line(*, unicode: bool) -> None:
     """Even the longest text fits behind the bar, though the labels leave it little room."""
     wide = {
         "limit": "40,000 tokens per 60 s",
@@ -145,7 +145,7 @@ def test_a_limit_that_binds_by_its_burst_is_one_line(*, unicode: bool) -> None:
     assert lines[1].endswith("binds (paced)")
 
 
-def test_a_pipe_gets_a_line_for_each_limiter() -> None:
+def test_pipe_gets_one_plain_line_per_limiter() -> None:
     """The lines suit grep, and have no colours."""
     (line,) = plain([View.of(LOOK, None, 0.0)])
     assert line.startswith(
@@ -153,7 +153,7 @@ def test_a_pipe_gets_a_line_for_each_limiter() -> None:
     )
 
 
-def test_a_name_does_not_steer_the_terminal() -> None:
+def test_control_characters_in_names_do_not_reach_the_terminal() -> None:
     """A limiter may have any name, and what is watched may not be a limiter at all."""
     limits = [{**LOOK["limits"][0], "limit": "300 \x1b[2Jimages per 60 s"}]
     view = View.of({**LOOK, "name": "open\x1b[2Jai\n", "limits": limits}, None, 0.0)
@@ -162,7 +162,7 @@ def test_a_name_does_not_steer_the_terminal() -> None:
         assert shown.startswith("open [2Jai")
 
 
-def test_watch_looks_at_a_running_limiter() -> None:
+def test_watch_shows_a_running_limiter_as_text_or_json() -> None:
     """It uses the limiter's address, and prints lines or JSON."""
     limiter = Limiter("600 RPM", name="openai")
     with limiter.acquire_nowait(), limiter.serve_stats() as server:
@@ -174,7 +174,7 @@ def test_watch_looks_at_a_running_limiter() -> None:
 
 
 @pytest.mark.parametrize("name", ["s", "a b#1?", "100%25"])
-def test_watch_looks_at_a_unix_socket(tmp_path: Path, name: str) -> None:
+def test_watch_reads_a_unix_socket_of_any_name(tmp_path: Path, name: str) -> None:
     """It works as with a port, whatever the socket is called."""
     with Limiter("600 RPM", name="openai").serve_stats(path=tmp_path / name) as server:
         assert "openai" in run.invoke(app, ["watch", server.url, "--once"]).output
@@ -197,7 +197,7 @@ def test_watch_looks_at_a_unix_socket(tmp_path: Path, name: str) -> None:
         ("http://me:s3cret/x@127.0.0.1", 2, "'http://me:***@127.0.0.1' names no port: give one"),
     ],
 )
-def test_watch_says_what_is_wrong(url: str, status: int, message: str) -> None:
+def test_watch_explains_an_invalid_or_unreachable_url(url: str, status: int, message: str) -> None:
     """The exit status tells scripts what kind of error it is."""
     done = run.invoke(app, ["watch", url, "--once"])
     assert done.exit_code == status
@@ -209,7 +209,7 @@ def test_watch_says_what_is_wrong(url: str, status: int, message: str) -> None:
     [b"<html>", b"[1]", b"{}", b"null", b'{"limiters": 5}', b'{"limiters": [{"name": 1}]}'],
     ids=repr,
 )
-def test_watch_tells_another_server_from_a_limiter(page: bytes) -> None:
+def test_watch_reports_a_server_that_is_no_limiter(page: bytes) -> None:
     """It is easy to give the wrong port."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -229,7 +229,7 @@ def test_watch_tells_another_server_from_a_limiter(page: bytes) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_a_server_of_another_kind_does_not_steer_the_terminal() -> None:
+def test_control_characters_of_a_foreign_server_do_not_reach_the_terminal() -> None:
     """Its first line may be anything, and is quoted."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -246,7 +246,7 @@ def test_a_server_of_another_kind_does_not_steer_the_terminal() -> None:
     assert "(220 ready [2J )" in done.stderr
 
 
-def test_look_at_a_store_has_the_fields_of_one_at_a_program(tmp_path: Path) -> None:
+def test_watch_shows_the_same_limit_fields_for_store_and_program(tmp_path: Path) -> None:
     """A script can read both."""
     url = f"sqlite:///{tmp_path / 'limits.db'}"
 
@@ -265,7 +265,9 @@ def test_look_at_a_store_has_the_fields_of_one_at_a_program(tmp_path: Path) -> N
     assert (seen["name"], limit["label"], limit["used"]) == ("openai", "rpm", 1)
 
 
-def test_plot_draws_a_trace(virtual_time: VirtualTime, tmp_path: Path) -> None:
+def test_plot_draws_a_trace_on_light_or_dark_background(
+    virtual_time: VirtualTime, tmp_path: Path
+) -> None:
     """It draws on a light or a dark background."""
     limiter = Limiter("60 RPM burst 2", "1k TPM", clock=virtual_time.clock)
 
@@ -311,7 +313,7 @@ def test_plot_draws_a_limiter_of_any_name(tmp_path: Path, name: str) -> None:
         ('{"limits": []}\n{"event": "paused"}\n', "no trace, or one that was changed"),
     ],
 )
-def test_plot_refuses_what_is_no_trace(tmp_path: Path, text: str, message: str) -> None:
+def test_plot_refuses_an_invalid_or_empty_trace(tmp_path: Path, text: str, message: str) -> None:
     """The error names the line where it was noticed."""
     (tmp_path / "trace.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
     done = run.invoke(app, ["plot", str(tmp_path / "trace.jsonl"), "-o", str(tmp_path / "out.png")])
@@ -319,7 +321,7 @@ def test_plot_refuses_what_is_no_trace(tmp_path: Path, text: str, message: str) 
     assert message in done.stderr
 
 
-def test_plot_draws_what_nobody_passed(tmp_path: Path) -> None:
+def test_plot_draws_a_trace_without_admissions(tmp_path: Path) -> None:
     """There are only refused calls and a pause, so hardly a line."""
     limiter = Limiter("5 RPM", "5 TPM")
     with limiter.trace() as trace:
@@ -333,7 +335,7 @@ def test_plot_draws_what_nobody_passed(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
 
 
-def test_plot_counts_in_whole_units(virtual_time: VirtualTime, tmp_path: Path) -> None:
+def test_plot_marks_whole_units_on_its_axes(virtual_time: VirtualTime, tmp_path: Path) -> None:
     """A mark at 2.5 requests would read 2, and if nobody waited all marks would read 0."""
     limiter = Limiter("10/s", name="a", clock=virtual_time.clock)
     with limiter.trace() as trace:
@@ -350,7 +352,7 @@ def test_plot_counts_in_whole_units(virtual_time: VirtualTime, tmp_path: Path) -
     assert [text for text in texts[title:] if text.isdigit()] == ["0", "1"]
 
 
-def test_plot_knows_its_kinds_of_pictures(tmp_path: Path) -> None:
+def test_plot_error_lists_the_supported_formats(tmp_path: Path) -> None:
     """The error names them."""
     (tmp_path / "t").write_text(
         '{"limits": [], "limiter": "a"}\n{"event": "admitted", "at": 1, "cost": {}, "waiting": 0}\n'
