@@ -72,7 +72,7 @@ LIMITS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("binds", LIMITS)
-def test_plan_is_what_a_limiter_does(binds: str) -> None:
+def test_plan_agrees_with_a_limiter_whatever_binds(binds: str) -> None:
     """This holds whatever binds, even for costs above a burst."""
     tokens = [round(each) for each in drawn(1, 400, 100, 4_000)]
     latencies = list(drawn(2, 400, 0.1, 3.0))
@@ -84,7 +84,7 @@ def test_plan_is_what_a_limiter_does(binds: str) -> None:
     assert_same(planned, run(dict(LIMITS[binds]), tokens, latencies))
 
 
-def test_calls_that_come_one_after_the_other_wait_as_they_do() -> None:
+def test_plan_of_staggered_arrivals_agrees_with_a_limiter() -> None:
     """Arrivals in the middle of a run join the end of the line."""
     tokens = [round(each) for each in drawn(3, 300, 100, 4_000)]
     latencies = list(drawn(4, 300, 0.1, 3.0))
@@ -101,7 +101,7 @@ def test_calls_that_come_one_after_the_other_wait_as_they_do() -> None:
     assert_same(planned, run(limits, tokens, latencies, arrivals=arrivals))
 
 
-def test_who_stands_in_line_looks_when_the_head_of_a_line_does() -> None:
+def test_plan_looks_at_the_head_of_the_line_only_when_a_limiter_does() -> None:
     """Looking at each call's end as well would date the last entry of a window anew."""
     latencies = list(drawn(1, 40, 0.0, 4.0))
     arrivals = sorted(drawn(51, 40, 0.0, 30.0))
@@ -111,7 +111,7 @@ def test_who_stands_in_line_looks_when_the_head_of_a_line_does() -> None:
     assert_same(planned, run(limits, [1] * 40, latencies, arrivals=arrivals))
 
 
-def test_what_calls_give_back_when_they_end_is_used_again() -> None:
+def test_plan_applies_refunds_and_debts_as_a_limiter_does() -> None:
     """Refunds and debts are those of `Lease.settle`."""
     tokens = [1_000] * 300
     used = [round(each) for each in drawn(6, 300, 200, 1_300)]
@@ -123,7 +123,7 @@ def test_what_calls_give_back_when_they_end_is_used_again() -> None:
     assert planned.tokens == sum(used)
 
 
-def test_calls_that_are_refused_leave_the_others_as_they_are() -> None:
+def test_refused_calls_do_not_change_the_plan_of_the_others() -> None:
     """A call that costs more than a limit is refused at once, wherever it is in line."""
     tokens = [round(each) for each in drawn(8, 200, 1_000, 24_000)]
     latencies = list(drawn(9, 200, 1.0, 30.0))
@@ -139,7 +139,7 @@ def test_calls_that_are_refused_leave_the_others_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("calls", [1, 7, 100])
-def test_agents_call_further_agents_as_they_end(calls: int) -> None:
+def test_plan_of_an_agent_tree_agrees_with_a_limiter(calls: int) -> None:
     """A tree of agents is the same as tasks that start tasks."""
     from asyncbucket.plan import AgentTree
 

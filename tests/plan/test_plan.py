@@ -22,13 +22,13 @@ limit                       used          if doubled          if removed
 32 at once                19.7 %            the same            the same"""
 
 
-def by(plan: Plan, resource: str) -> tuple[float | None, float | None]:
+def changed_durations(plan: Plan, resource: str) -> tuple[float | None, float | None]:
     """Return the durations with twice the limit of a resource, and without it."""
     (limit,) = (each for each in plan.limits if each.resource == resource)
     return limit.if_doubled, limit.if_removed
 
 
-def test_example_of_the_readme_prints_well() -> None:
+def test_readme_example_prints_a_sentence_and_a_table() -> None:
     """It is a sentence, then a table."""
     planned = plan(calls=10_000, tokens=800, rpm=500, tpm=200_000, concurrency=32, latency=1.5)
 
@@ -43,7 +43,7 @@ def test_example_of_the_readme_prints_well() -> None:
         ("concurrency", {"rpm": 600, "tpm": 2_000_000, "concurrency": 2}),
     ],
 )
-def test_doubling_what_binds_helps_most(binding: str, limits: dict[str, Any]) -> None:
+def test_doubling_helps_only_for_the_limit_that_binds(binding: str, limits: dict[str, Any]) -> None:
     """Only doubling the limit that binds is worth its money."""
     planned = plan(calls=500, tokens=800, latency=2.0, **limits)
 
@@ -57,36 +57,36 @@ def test_doubling_what_binds_helps_most(binding: str, limits: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("rpm", [5, 19, 500])
-def test_twice_a_limit_is_what_twice_the_number_means(rpm: int) -> None:
+def test_if_doubled_equals_a_plan_with_twice_the_limit(rpm: int) -> None:
     """The default burst doubles, too, though it is rounded down: 1 of 19, and 3 of 38."""
-    doubled, _ = by(plan(calls=700, rpm=rpm), "requests")
+    doubled, _ = changed_durations(plan(calls=700, rpm=rpm), "requests")
 
     assert doubled == plan(calls=700, rpm=2 * rpm).duration
 
 
-def test_twice_a_limit_has_twice_the_burst_that_was_given() -> None:
+def test_if_doubled_doubles_a_given_burst_too() -> None:
     """A burst that was given doubles with its limit."""
-    doubled, _ = by(plan("60 RPM burst 2", calls=700), "requests")
+    doubled, _ = changed_durations(plan("60 RPM burst 2", calls=700), "requests")
 
     assert doubled == plan("120 RPM burst 4", calls=700).duration
 
 
-def test_what_nobody_waits_for_does_not_bind() -> None:
+def test_limit_that_no_call_waits_for_does_not_bind() -> None:
     """Without a wait a plan is as long as its longest call."""
     planned = plan(calls=5, rpm=500, latency=2.5)
 
     assert planned.bound_by is None
     assert planned.duration == 2.5
     assert planned.waits.max == 0
-    assert by(planned, "requests") == (2.5, 2.5)
+    assert changed_durations(planned, "requests") == (2.5, 2.5)
 
 
-def test_calls_without_a_latency_take_no_time() -> None:
+def test_latency_of_none_is_the_same_as_zero() -> None:
     """Passing None is the same as passing 0."""
     assert plan(calls=5, rpm=500, latency=None) == plan(calls=5, rpm=500, latency=0)
 
 
-def test_same_seed_same_plan() -> None:
+def test_same_seed_gives_the_same_plan() -> None:
     """The same seed draws the same values again, and another seed draws others."""
 
     def one(seed: int) -> Plan:
@@ -104,7 +104,7 @@ def test_same_seed_same_plan() -> None:
     assert one(1) != one(2)
 
 
-def test_a_plan_reads_no_clock_and_no_global_chance() -> None:
+def test_plan_leaves_global_random_state_alone() -> None:
     """It leaves the state of `random` alone."""
     state = random.getstate()
 
@@ -123,21 +123,21 @@ def test_calls_that_can_never_pass_are_counted() -> None:
     )
 
 
-def test_call_that_can_never_pass_holds_up_nobody() -> None:
+def test_call_that_can_never_pass_delays_no_other() -> None:
     """The limiter refuses it on arrival, so calls behind it need not wait for running ones."""
     planned = plan(tokens=[500, 50_000, 700], tpm=30_000, concurrency=2, latency=[20.0, 1.0, 1.0])
 
     assert (planned.refused, planned.waits.max, planned.duration) == (1, 0, 20.0)
 
 
-def test_many_calls_in_flight_are_written_out() -> None:
+def test_many_calls_in_flight_are_written_in_full() -> None:
     """The average is written out like the peak."""
     planned = plan(calls=50_000, rpm=600_000, latency=60, what_if=False)
 
     assert "\nin flight: 50,000 on average, 50,000 at most" in str(planned)
 
 
-def test_no_more_than_all_of_a_limit_is_used() -> None:
+def test_share_used_of_a_limit_is_at_most_one() -> None:
     """This holds even if a call turns out to have used more than the limit."""
     planned = plan(calls=1, tokens=800, used_tokens=1_500, tpm=1_000, latency=1)
 
@@ -145,7 +145,7 @@ def test_no_more_than_all_of_a_limit_is_used() -> None:
     assert planned.limits[0].used == 1.0
 
 
-def test_no_call_passes_is_an_error() -> None:
+def test_plan_in_which_no_call_can_pass_is_an_error() -> None:
     """The error has the limiter's numbers and remedy."""
     with pytest.raises(
         CostExceedsLimit,
@@ -154,17 +154,17 @@ def test_no_call_passes_is_an_error() -> None:
         plan(calls=3, tokens=800, tpm=500)
 
 
-def test_many_calls_are_asked_what_if_only_on_request() -> None:
+def test_plan_of_many_calls_omits_what_if_by_default() -> None:
     """Each limit would take two more runs."""
     planned = plan(calls=100_001, rpm=6_000_000, concurrency=1_000, latency=0.001)
 
-    assert by(planned, "concurrency") == (None, None)
+    assert changed_durations(planned, "concurrency") == (None, None)
     assert "if doubled" not in str(planned)
 
 
-def test_what_if_can_be_left_out() -> None:
+def test_plan_with_what_if_false_omits_doubled_and_removed_limits() -> None:
     """This serves those who want only the duration."""
-    assert by(plan(calls=10, rpm=5, what_if=False), "requests") == (None, None)
+    assert changed_durations(plan(calls=10, rpm=5, what_if=False), "requests") == (None, None)
 
 
 def test_timeline_adds_up_to_all_calls() -> None:
@@ -183,7 +183,7 @@ def test_poisson_arrivals_come_at_their_rate() -> None:
     assert planned.bound_by is None
 
 
-def test_debt_of_a_request_limit_of_the_day_shows_in_the_share() -> None:
+def test_share_used_of_each_request_limit_follows_its_own_window() -> None:
     """Two limits of one resource are each judged by their own window."""
     planned = plan("100 RPD burst 100", calls=150, rpm=600)
 
@@ -227,13 +227,15 @@ def test_plan_survives_json_and_pickle() -> None:
         ),
     ],
 )
-def test_what_makes_no_plan_says_what_is_missing(arguments: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_refused_with_the_remedy(
+    arguments: dict[str, Any], message: str
+) -> None:
     """Each message names the remedy."""
     with pytest.raises(ValueError, match=message):
         plan(**arguments)
 
 
-def test_number_is_no_arrivals() -> None:
+def test_bare_number_is_refused_as_arrivals() -> None:
     """It may have been meant as a rate."""
     arrivals: Any = 8.0
     with pytest.raises(
@@ -242,20 +244,20 @@ def test_number_is_no_arrivals() -> None:
         plan(calls=5, rpm=60, arrivals=arrivals)
 
 
-def test_limit_that_cannot_be_read_is_an_error_of_limits() -> None:
+def test_unreadable_limit_raises_limit_syntax_error() -> None:
     """Limits are written as for a limiter."""
     with pytest.raises(LimitSyntaxError):
         plan("many", calls=3)
 
 
-def test_samples_and_instants_may_come_from_generators() -> None:
+def test_samples_and_arrivals_may_come_from_generators() -> None:
     """They are read once, though the plan runs through them several times."""
     planned = plan(tpm=100, tokens=(60 for _ in range(3)), resources={}, latency=iter([1, 1, 1]))
     assert planned == plan(tpm=100, tokens=[60, 60, 60], latency=[1, 1, 1])
     assert plan(rpm=60, arrivals=iter([0.0, 5.0])).duration == 5
 
 
-def test_other_resources_are_planned_too() -> None:
+def test_limit_on_another_resource_can_bind_a_plan() -> None:
     """These may be images, pages or dollars."""
     planned = plan("6 images/10s", calls=10, resources={"images": 3})
 
@@ -264,20 +266,20 @@ def test_other_resources_are_planned_too() -> None:
 
 
 @pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf"), True, "5"])
-def test_rate_of_arrivals_is_a_number_above_zero(rate: float) -> None:
+def test_arrival_rate_must_be_a_finite_number_above_zero(rate: float) -> None:
     """Anything else is not a rate."""
     with pytest.raises(ValueError, match="a rate must be a finite number of calls a second"):
         Poisson(rate)
 
 
 @pytest.mark.parametrize("sides", [{"agents": 0}, {"depth": 1.5}, {"fan_out": True}, {"steps": -1}])
-def test_a_tree_is_made_of_whole_numbers(sides: dict[str, int]) -> None:
+def test_sides_of_an_agent_tree_must_be_positive_whole_numbers(sides: dict[str, int]) -> None:
     """Anything else is not a tree."""
     with pytest.raises(ValueError, match="must be a whole number of at least 1"):
         AgentTree(**sides)
 
 
-def test_tree_counts_its_calls() -> None:
+def test_agent_tree_counts_its_calls() -> None:
     """Three agents each call two, each of which calls two, and each makes four calls."""
     assert AgentTree(agents=3, depth=3, fan_out=2, steps=4).calls == 3 * (1 + 2 + 4) * 4
 
@@ -296,25 +298,25 @@ def test_tree_counts_its_calls() -> None:
         (300_000, "3 d 11 h"),
     ],
 )
-def test_times_are_said_in_two_units_at_most(seconds: float, text: str) -> None:
+def test_durations_are_worded_in_two_units_at_most(seconds: float, text: str) -> None:
     """They are worded as people say them, never with 60 of the smaller unit."""
     assert spoken(seconds) == text
 
 
-def test_shares_are_rounded_down() -> None:
+def test_percentages_are_rounded_down() -> None:
     """99.96 % is not 100 %."""
     assert percent(0.9996) == "99.9 %"
     assert percent(1.0) == "100.0 %"
 
 
-def test_what_binds_is_said_in_the_right_number() -> None:
+def test_binding_resource_is_worded_in_singular_or_plural() -> None:
     """Tokens bind, but concurrency binds."""
     assert binds("input_tokens") == "input tokens bind"
     assert binds("concurrency") == "concurrency binds"
     assert binds(None) == "nothing binds"
 
 
-def test_a_change_below_half_a_percent_is_none() -> None:
+def test_change_below_half_a_percent_is_shown_as_the_same() -> None:
     """Nobody would pay for so little."""
     assert change(100.4, 100) == "the same"
     assert change(50, 100) == "50 s (-50 %)"
@@ -332,13 +334,13 @@ def test_a_change_below_half_a_percent_is_none() -> None:
     ],
     ids=str,
 )
-def test_a_tree_that_nobody_can_run_through_is_refused_at_once(sides: dict[str, int]) -> None:
+def test_agent_tree_with_too_many_calls_is_refused_at_once(sides: dict[str, int]) -> None:
     """It is refused before its calls are counted one by one."""
     with pytest.raises(ValueError, match=r"^agents=.* make more than 10,000,000 calls, the most"):
         AgentTree(**sides)
 
 
-def test_calls_that_nobody_can_run_through_are_refused_at_once() -> None:
+def test_too_many_calls_are_refused_at_once() -> None:
     """The error has numbers and remedy; tenants take longer to plan, so their bound is lower."""
     with pytest.raises(ValueError, match=r"10,000,001 calls are more than the 10,000,000 that a"):
         plan(calls=10_000_001, rpm=500)

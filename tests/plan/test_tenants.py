@@ -10,15 +10,15 @@ from asyncbucket.plan import AgentTree, Plan, PlannedTenant, Poisson, Tenant, pl
 from asyncbucket.testing import virtual_time
 
 
-def two(**others: Any) -> Plan:
+def plan_of_two_tenants(**others: Any) -> Plan:
     """Plan for a heavy tenant and a light one."""
     tenants = {"acme": Tenant(calls=400, weight=2), "bob": Tenant(calls=400)}
     return plan(tokens=1_000, tpm=60_000, latency=1.0, tenants=tenants, what_if=False, **others)
 
 
-def test_weights_decide_who_is_done_first() -> None:
+def test_tenant_with_a_higher_weight_finishes_first() -> None:
     """Two thirds go to the heavy tenant until it has all it wants."""
-    planned = two()
+    planned = plan_of_two_tenants()
 
     acme, bob = planned.tenants["acme"], planned.tenants["bob"]
     assert planned.calls == 800
@@ -27,9 +27,9 @@ def test_weights_decide_who_is_done_first() -> None:
     assert acme.waits.p50 < bob.waits.p50
 
 
-def test_tenants_of_a_plan_are_children_of_a_limiter() -> None:
+def test_planned_tenants_agree_with_children_of_a_limiter() -> None:
     """The figures are those of tasks that call the children."""
-    planned = two(concurrency=7)
+    planned = plan_of_two_tenants(concurrency=7)
     done: dict[str, float] = {}
 
     with virtual_time() as time:
@@ -51,7 +51,7 @@ def test_tenants_of_a_plan_are_children_of_a_limiter() -> None:
     assert planned.duration == pytest.approx(time.now, abs=0.01)
 
 
-def test_one_tenants_limit_holds_up_nobody_else() -> None:
+def test_limit_of_one_tenant_does_not_delay_another() -> None:
     """The plan also says what doubling its limit is worth."""
     planned = plan(
         rpm=600,
@@ -71,7 +71,7 @@ def test_one_tenants_limit_holds_up_nobody_else() -> None:
     assert planned.bound_by == "requests"
 
 
-def test_tenants_own_limit_binds_where_no_shared_one_does() -> None:
+def test_tenants_own_limit_binds_where_no_shared_limit_does() -> None:
     """This holds with a shared limit that nobody waits for, and without any."""
     slow = Tenant(calls=60, limits=("12 RPM burst 1",))
     planned = plan(rpd=9_000, latency=1.0, tenants={"slow": slow, "fast": Tenant(calls=9)})
@@ -82,7 +82,7 @@ def test_tenants_own_limit_binds_where_no_shared_one_does() -> None:
     assert planned.binding is planned.limits[0]
 
 
-def test_tenants_share_what_can_be_read_once() -> None:
+def test_each_tenant_gets_all_samples_of_a_generator() -> None:
     """Samples and instants may come from generators, and each tenant gets all of them."""
     planned = plan(
         "9 images/10s",
@@ -98,7 +98,7 @@ def test_tenants_share_what_can_be_read_once() -> None:
     assert [each.tokens for each in planned.tenants.values()] == [600, 600]
 
 
-def test_a_resource_may_be_limited_for_one_tenant_alone() -> None:
+def test_resource_may_be_limited_for_one_tenant_only() -> None:
     """The others' use of it is not counted."""
     painter, writer = Tenant(calls=3, limits=("1 images/10s",)), Tenant(calls=3)
     planned = plan(rps=9, resources={"images": 1}, tenants={"painter": painter, "writer": writer})
@@ -114,7 +114,7 @@ def test_a_resource_may_be_limited_for_one_tenant_alone() -> None:
     assert "cost of 900 tokens exceeds" in str(planned.refusal)
 
 
-def test_urgent_calls_wait_less() -> None:
+def test_tenant_with_a_higher_priority_waits_less() -> None:
     """A tenant's priority is that of its calls."""
     planned = plan(
         tpm=60_000,
@@ -129,7 +129,7 @@ def test_urgent_calls_wait_less() -> None:
     assert planned.tenants["chat"].waits.p95 < planned.tenants["batch"].waits.p50
 
 
-def test_each_tenants_calls_are_its_own() -> None:
+def test_tenant_settings_override_those_of_the_plan() -> None:
     """What a tenant does not set is taken from the plan."""
     planned = plan(
         calls=10,
@@ -160,7 +160,7 @@ def test_each_tenants_calls_are_its_own() -> None:
     assert planned.tokens == 1_850
 
 
-def test_calls_that_can_never_pass_end_at_once() -> None:
+def test_refused_calls_of_one_tenant_do_not_affect_another() -> None:
     """An agent goes on after such a call, and the other tenants are not affected."""
     planned = plan(
         tpm=1_000,
@@ -181,13 +181,13 @@ def test_calls_that_can_never_pass_end_at_once() -> None:
     assert "never passed: 3 calls: cost of 5,000 tokens exceeds" in str(planned)
 
 
-def test_no_tenant_passes_is_an_error() -> None:
+def test_plan_in_which_no_tenant_can_pass_is_an_error() -> None:
     """The error is the same as without tenants."""
     with pytest.raises(CostExceedsLimit, match="no call can ever pass: cost of 50 tokens"):
         plan(calls=2, tokens=50, tpm=10, tenants={"a": Tenant(), "b": Tenant()})
 
 
-def test_same_seed_same_plan_of_tenants() -> None:
+def test_same_seed_gives_the_same_plan_of_tenants() -> None:
     """Each tenant draws values of its own."""
 
     def one(seed: int) -> Plan:
@@ -201,15 +201,15 @@ def test_same_seed_same_plan_of_tenants() -> None:
     assert one(1).tenants["a"] != one(1).tenants["b"]
 
 
-async def test_plan_may_be_made_on_an_event_loop() -> None:
+async def test_plan_can_be_made_on_an_event_loop() -> None:
     """This is so in a notebook, even with a priority and a tenant around it."""
     with priority("interactive"), tenant("someone"):
-        inside = two()
+        inside = plan_of_two_tenants()
 
-    assert inside == two()
+    assert inside == plan_of_two_tenants()
 
 
-def test_tenant_that_is_none_is_refused() -> None:
+def test_tenants_and_resources_of_a_wrong_type_are_refused() -> None:
     """A likely mistake is a dict with the same names."""
     tenants: Any = {"a": {"calls": 3}}
     with pytest.raises(TypeError, match=r"tenant 'a' must be a Tenant such as .*, not dict"):
@@ -221,7 +221,7 @@ def test_tenant_that_is_none_is_refused() -> None:
         plan(rpm=60, calls=3, resources=unnamed)
 
 
-def test_limit_alone_is_not_read_letter_by_letter() -> None:
+def test_string_is_refused_as_limits_of_a_tenant() -> None:
     """The message shows how to write it."""
     one: Any = "5 RPM"
     with pytest.raises(TypeError, match=r"of tenant 'a' must be a tuple: write \('5 RPM',\)$"):
@@ -238,7 +238,7 @@ def test_limit_alone_is_not_read_letter_by_letter() -> None:
         ({"a": Tenant(calls=2, concurrency=3)}, "concurrency=3 allows depends on how long"),
     ],
 )
-def test_tenant_that_makes_no_plan_says_what_is_missing(
+def test_invalid_tenant_is_refused_with_the_reason(
     tenants: dict[str, Tenant], message: str
 ) -> None:
     """The messages are the same as without tenants."""
