@@ -39,7 +39,7 @@ def get(url: str, **headers: str) -> str:
         return str(reply.read().decode())
 
 
-def test_limiters_of_one_name_are_refused() -> None:
+def test_limiters_of_the_same_name_are_refused() -> None:
     """Prometheus would drop the numbers of one of them, and ``watch`` would mix them up."""
     limiter = Limiter("5 RPM", name="chat")
     child = limiter.child("a")
@@ -50,7 +50,7 @@ def test_limiters_of_one_name_are_refused() -> None:
         serve_stats([limiter, child])
 
 
-def test_report_shows_children_and_counts_tenants_unnamed() -> None:
+def test_report_lists_children_and_counts_tenants_without_names() -> None:
     """Tenants are part of the totals, but are never listed."""
     seen = report([busy()])
     assert [each["name"] for each in seen["limiters"]] == ["openai", "openai/chat"]
@@ -82,7 +82,7 @@ def test_endpoint_serves_json_and_prometheus_text() -> None:
     assert 'asyncbucket_limit_used_ratio{limiter="openai",limit="tpm"} 0.015' in text
 
 
-def test_metric_that_telemetry_has_too_has_the_same_labels() -> None:
+def test_metric_shared_with_telemetry_has_the_same_labels() -> None:
     """One dashboard reads both, and a changed amount of a limit does not start another series."""
     client = pytest.importorskip("prometheus_client")
     parser = pytest.importorskip("prometheus_client.parser")
@@ -106,7 +106,7 @@ def test_metric_that_telemetry_has_too_has_the_same_labels() -> None:
     assert len(used(text)) == 3
 
 
-def test_prometheus_text_is_what_its_parser_reads() -> None:
+def test_prometheus_text_can_be_parsed_even_with_quotes_in_a_name() -> None:
     """This includes quotes in a name."""
     parser = pytest.importorskip("prometheus_client.parser")
     limiter = Limiter("5 RPM", name='a "b"\\c')
@@ -117,7 +117,7 @@ def test_prometheus_text_is_what_its_parser_reads() -> None:
     assert len(families) == 8
 
 
-def test_unix_socket_is_its_owner_s_alone_and_gone_afterwards(tmp_path: Path) -> None:
+def test_unix_socket_is_private_and_removed_afterwards(tmp_path: Path) -> None:
     """A socket left by a dead process is taken over, but not a live one."""
     path = tmp_path / "limits.sock"
     left = socket.socket(socket.AF_UNIX)
@@ -137,7 +137,7 @@ def test_unix_socket_is_its_owner_s_alone_and_gone_afterwards(tmp_path: Path) ->
     assert not path.exists()
 
 
-def test_socket_goes_away_wherever_the_program_has_gone(
+def test_unix_socket_is_removed_even_after_a_change_of_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A daemon may change its folder after it has started."""
@@ -147,7 +147,7 @@ def test_socket_goes_away_wherever_the_program_has_gone(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_is_no_socket_to_take_over(tmp_path: Path) -> None:
+def test_existing_file_is_not_taken_over_as_a_socket(tmp_path: Path) -> None:
     """A file that somebody else made stays."""
     path = tmp_path / "notes.txt"
     path.write_text("mine")
@@ -157,20 +157,20 @@ def test_a_file_is_no_socket_to_take_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.1", "example.org"])  # noqa: S104 - refused
-def test_other_machines_are_not_served(host: str) -> None:
+def test_host_other_than_loopback_is_refused(host: str) -> None:
     """The error says which addresses are served."""
     with pytest.raises(ValueError, match="on this machine alone: host must be a loopback address"):
         busy().serve_stats(host=host)
 
 
 @pytest.mark.parametrize("port", [99_999, -1, "80"])
-def test_port_that_there_is_not_is_refused_with_the_ports_that_there_are(port: Any) -> None:
+def test_invalid_port_is_refused_with_the_valid_range(port: Any) -> None:
     """The error comes before a socket is made; a port from the environment is a string."""
     with pytest.raises(ValueError, match=rf"number from 0 .any.* to 65535, not {port!r}$"):
         busy().serve_stats(port=port)
 
 
-def test_error_says_where_nothing_can_be_served(tmp_path: Path) -> None:
+def test_error_names_the_address_that_cannot_be_served(tmp_path: Path) -> None:
     """The port may be taken, the folder missing, or the path too long for a socket."""
     with busy().serve_stats() as server:
         where = server.url.removeprefix("http://")
@@ -183,7 +183,7 @@ def test_error_says_where_nothing_can_be_served(tmp_path: Path) -> None:
         busy().serve_stats(path=tmp_path / ("x" * 200))
 
 
-def test_strange_names_and_paths_get_nothing() -> None:
+def test_foreign_host_name_gets_403_and_unknown_path_404() -> None:
     """A browser lured here by another host name is refused; unknown paths get 404."""
     with busy().serve_stats(host="localhost") as server:
         with pytest.raises(urllib.error.HTTPError, match="403"):
@@ -192,7 +192,7 @@ def test_strange_names_and_paths_get_nothing() -> None:
             get(f"{server.url}/secrets")
 
 
-def test_client_that_goes_away_is_no_noise(capfd: pytest.CaptureFixture[str]) -> None:
+def test_client_that_disconnects_early_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     """Whether it leaves during its request or before the answer, nothing is printed."""
     before = set(threading.enumerate())
     with busy().serve_stats() as server:
@@ -212,7 +212,7 @@ def test_client_that_goes_away_is_no_noise(capfd: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_forked_child_that_closes_it_leaves_it_to_its_parent(tmp_path: Path) -> None:
+def test_forked_child_leaves_the_server_to_its_parent(tmp_path: Path) -> None:
     """It may leave the ``with`` block that it was forked in, and is not held up itself."""
     script = """
 import os, sys, urllib.request
@@ -236,7 +236,7 @@ with limiter.serve_stats() as server, limiter.serve_stats(path=sys.argv[1]):
     assert (done.returncode, done.stdout, done.stderr) == (0, "200\n", "")
 
 
-def test_loopback_of_version_six_is_loopback() -> None:
+def test_ipv6_loopback_is_served() -> None:
     """This needs a machine with IPv6."""
     try:
         server = busy().serve_stats(host="::1")
@@ -247,7 +247,7 @@ def test_loopback_of_version_six_is_loopback() -> None:
         assert "openai" in get(server.url)
 
 
-def test_statistics_read_well_in_a_notebook(virtual_time: VirtualTime) -> None:
+def test_notebook_shows_statistics_with_escaped_html(virtual_time: VirtualTime) -> None:
     """They are a table, with special characters escaped for HTML."""
     limiter = Limiter("600 RPM", concurrency=1, name="<b>", clock=virtual_time.clock)
 
@@ -270,7 +270,7 @@ def test_statistics_read_well_in_a_notebook(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_trace_keeps_the_last_admissions(virtual_time: VirtualTime, tmp_path: Path) -> None:
+def test_trace_keeps_and_saves_the_last_events(virtual_time: VirtualTime, tmp_path: Path) -> None:
     """A test gets them in full, and a plot gets them as lines; a stopped trace records nothing."""
     limiter = Limiter("60 RPM burst 1", "1k TPM", clock=virtual_time.clock, name="openai")
 
@@ -303,7 +303,7 @@ def test_trace_keeps_the_last_admissions(virtual_time: VirtualTime, tmp_path: Pa
 
 
 @pytest.mark.parametrize("last", [0, -1, 1.5, True])
-def test_a_trace_of_nothing_is_refused(last: object) -> None:
+def test_invalid_length_of_a_trace_is_refused(last: object) -> None:
     """The error comes at once."""
     with pytest.raises(ValueError, match="last must be a whole number of at least 1"):
         Limiter("5 RPM").trace(cast("int", last))
