@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_example_is_on_the_page() -> None:
+def test_page_of_examples_lists_exactly_the_examples() -> None:
     """A new example must be added to the page."""
     page = (ROOT / "docs" / "examples.md").read_text("utf-8")
     files = {

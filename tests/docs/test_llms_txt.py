@@ -9,14 +9,14 @@ DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "llms.txt").read_text("utf-8")
 
 
-def test_it_lists_every_page_and_no_other() -> None:
+def test_llms_txt_lists_exactly_the_pages_of_the_docs() -> None:
     """A page that is added or renamed must be changed here, too."""
     pages = {page.stem for page in DOCS.glob("*.md")} - {"index"}
 
     assert set(re.findall(r"\]\(([\w-]+)\.html\)", TEXT)) == pages
 
 
-def test_it_names_every_command() -> None:
+def test_llms_txt_names_exactly_the_commands() -> None:
     """This keeps models from inventing one."""
     (line,) = re.findall(r"^Commands: `asyncbucket ([^`]+)`", TEXT, re.MULTILINE)
     commands = {

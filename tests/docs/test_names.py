@@ -50,7 +50,7 @@ def _names_in(node: ast.ClassDef) -> list[str]:
 
 
 @each_page
-def test_files_that_a_page_names_exist(page: Path) -> None:
+def test_files_named_on_a_page_exist(page: Path) -> None:
     """Every path and link leads to a file."""
     text = page.read_text("utf-8")
     paths = re.findall(r"`((?:asyncbucket|tests|docs|benchmarks|examples)/[\w/.-]*)`", text)
@@ -63,7 +63,7 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
 
 
 @each_page
-def test_members_that_a_page_names_exist(page: Path) -> None:
+def test_class_members_named_on_a_page_exist(page: Path) -> None:
     """A renamed method must be renamed in the docs, too."""
     members = members_of_classes()
     named = re.findall(r"`([A-Z]\w+)\.(\w+)(?:\([^`]*\))?`", page.read_text("utf-8"))
@@ -71,7 +71,7 @@ def test_members_that_a_page_names_exist(page: Path) -> None:
     assert [pair for pair in named if pair[0] in members and pair[1] not in members[pair[0]]] == []
 
 
-def test_what_docstrings_name_in_full_exists() -> None:
+def test_full_names_in_docstrings_exist() -> None:
     """`asyncbucket.some.name` can be looked up."""
     named = {
         name

@@ -158,7 +158,7 @@ STAGED = [
 @pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.parametrize("page", STAGED, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_every_block_of_a_page_runs(
+def test_every_code_block_of_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reader who types what a page shows sees no error."""
@@ -170,7 +170,7 @@ def test_every_block_of_a_page_runs(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_a_skipped_block_says_why(page: Path) -> None:
+def test_skipped_block_gives_a_reason(page: Path) -> None:
     """No example breaks unnoticed behind a skip without a reason."""
     skips = re.findall(r"<!--+ skip: next(.*?)--+>", page.read_text("utf-8"))
 

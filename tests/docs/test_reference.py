@@ -31,7 +31,7 @@ MODULES = (
 )
 
 
-def test_what_a_limiter_inherits_is_shown() -> None:
+def test_reference_shows_inherited_members_of_limiter() -> None:
     """`wrap`, `transport` and `amap` are what most people look for, but are in a base class."""
     limiter = PAGE.split(".. autoclass:: asyncbucket.Limiter\n")[1].split("\n\n")[0]
 
@@ -39,14 +39,14 @@ def test_what_a_limiter_inherits_is_shown() -> None:
 
 
 @pytest.mark.parametrize("error", ["WouldBlock", "AcquireTimeout", "QueueFull"])
-def test_what_an_error_tells_its_caller_is_shown(error: str) -> None:
+def test_reference_shows_retry_after_and_bound_by_of_errors(error: str) -> None:
     """``retry_after`` and its unit are in a base class without an entry of its own."""
     assert f":: asyncbucket.{error}\n   :members: retry_after, bound_by\n" in PAGE
     assert error in PAGE.split(":exclude-members: Limiter, ")[1].split("\n")[0]
 
 
 @pytest.mark.parametrize("what", ["attribute", "data", "property"])
-def test_what_an_attribute_says_before_a_colon_is_no_type(what: str) -> None:
+def test_text_before_a_colon_in_attribute_docs_is_not_read_as_a_type(what: str) -> None:
     """Napoleon would read it as a type, and show the second half of the sentence first."""
     napoleon = pytest.importorskip("sphinx.ext.napoleon")
     before_napoleon = runpy.run_path(str(DOCS / "conf.py"))["begin_with_a_comment"]
@@ -58,7 +58,7 @@ def test_what_an_attribute_says_before_a_colon_is_no_type(what: str) -> None:
     assert shown == ["..", "", "What binds: a resource."]
 
 
-def test_every_public_name_has_a_docstring_to_show() -> None:
+def test_every_public_name_has_a_docstring() -> None:
     """A name without one would be silently left out."""
     public = [getattr(asyncbucket, name) for name in asyncbucket.__all__]
     public += [member for name, member in inspect.getmembers(Limiter) if not name.startswith("_")]
