@@ -43,7 +43,7 @@ def test_every_agent_answers_and_no_call_is_refused(tmp_path: Path) -> None:
     assert re.search(r"^openai: \d+ calls waited for requests$", printed, re.MULTILINE)
 
 
-def test_the_sdk_is_paced_beneath(tmp_path: Path) -> None:
+def test_openai_sdk_calls_are_paced_without_a_429(tmp_path: Path) -> None:
     """Chat, a stream and embeddings pass through one client, and nothing stays in flight."""
     printed = run("plain_openai_sdk.py", cwd=tmp_path)
 
@@ -52,7 +52,7 @@ def test_the_sdk_is_paced_beneath(tmp_path: Path) -> None:
     assert "concurrency 0/32, 0 waiting" in printed
 
 
-def test_questions_pass_while_a_manual_is_embedded(tmp_path: Path) -> None:
+def test_questions_wait_less_than_the_ingestion_beside_them(tmp_path: Path) -> None:
     """On one key, questions wait less than the ingestion behind them."""
     printed = run("rag_ingestion.py", cwd=tmp_path)
 
@@ -64,7 +64,7 @@ def test_questions_pass_while_a_manual_is_embedded(tmp_path: Path) -> None:
     assert float(waited["questions"]) < float(waited["ingestion"]) / 3
 
 
-def test_processes_share_a_file(tmp_path: Path) -> None:
+def test_four_processes_share_limits_through_a_file(tmp_path: Path) -> None:
     """Four processes that together want a third more than the limit stay within it."""
     printed = run("shared_store.py", cwd=tmp_path)
 
@@ -77,7 +77,7 @@ def test_processes_share_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("valkey-server") is None, reason="there is no valkey-server")
-def test_processes_share_a_valkey(tmp_path: Path) -> None:
+def test_four_processes_share_limits_through_valkey(tmp_path: Path) -> None:
     """A URL makes them share a server in the same way."""
     path = tmp_path / "valkey.sock"
     server = subprocess.Popen(

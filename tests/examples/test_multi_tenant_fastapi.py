@@ -56,7 +56,7 @@ class Service:
         return sorted((reply.status_code, reply.headers.get("retry-after")) for reply in replies)
 
 
-def test_whoever_is_over_its_plan_is_told_429(
+def test_tenant_over_its_limit_gets_429_with_retry_after(
     example: ModuleType, virtual_time: VirtualTime
 ) -> None:
     """It gets what it may have at once, then 429 with a time to return; others do not notice."""
@@ -75,7 +75,9 @@ def test_whoever_is_over_its_plan_is_told_429(
     virtual_time.run(main())
 
 
-def test_when_the_service_is_full_it_is_503(example: ModuleType, virtual_time: VirtualTime) -> None:
+def test_full_service_answers_503_with_retry_after(
+    example: ModuleType, virtual_time: VirtualTime
+) -> None:
     """This is so although the tenant has enough left of its own limit."""
 
     async def main() -> None:
@@ -88,7 +90,7 @@ def test_when_the_service_is_full_it_is_503(example: ModuleType, virtual_time: V
     virtual_time.run(main())
 
 
-def test_a_question_longer_than_a_limit_is_413(
+def test_question_larger_than_a_limit_gets_413(
     example: ModuleType, virtual_time: VirtualTime
 ) -> None:
     """Waiting would not help, and the service is not at fault."""
@@ -106,7 +108,7 @@ def test_a_question_longer_than_a_limit_is_413(
 
 @pytest.mark.real_clock  # a process of its own, and a real server: a stranger's clock
 @pytest.mark.timeout(120)
-def test_a_tenant_that_floods_is_told_so_and_the_others_are_served(tmp_path: Path) -> None:
+def test_flooding_tenant_gets_429_while_others_are_served(tmp_path: Path) -> None:
     """Forty callers on a plan for sixty a minute get 429; the provider refuses nobody."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
     done = subprocess.run(

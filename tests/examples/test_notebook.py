@@ -41,7 +41,7 @@ def limits_in(text: str) -> list[str]:
     return re.findall(r"[\d,]+ \w+ per [\d,]+ s", text)
 
 
-def test_each_cell_runs_and_may_be_run_again(client: Any) -> None:
+def test_notebook_runs_as_saved_and_a_cell_may_run_twice(client: Any) -> None:
     """Top-level await and synchronous calls work, and so does running a cell twice.
 
     The saved outputs show the limits that the cells name.
@@ -61,7 +61,7 @@ def test_each_cell_runs_and_may_be_run_again(client: Any) -> None:
     assert any("<b>openai</b>" in printed(cell) for cell in cells.values())
 
 
-def test_what_it_shows_on_a_page_is_no_error() -> None:
+def test_saved_notebook_outputs_have_no_errors() -> None:
     """It is saved with its outputs, for those who only read it."""
     notebook: Any = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
