@@ -35,7 +35,7 @@ def alone(unpacked: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_without_extras_the_core_works_and_the_rest_says_what_to_install(unpacked: Path) -> None:
+def test_core_works_without_extras_and_the_rest_names_its_install_command(unpacked: Path) -> None:
     """Calls are paced, planned, shared and shown; everything else names its `pip install`."""
     done = alone(unpacked, str(PROMISES))
 
@@ -43,7 +43,7 @@ def test_without_extras_the_core_works_and_the_rest_says_what_to_install(unpacke
     assert done.stdout.count(": ok") >= 15
 
 
-def test_import_loads_no_more_than_it_needs(unpacked: Path) -> None:
+def test_import_loads_only_the_core_and_few_stdlib_modules(unpacked: Path) -> None:
     """Beyond asyncio it loads its own core, and a few small modules of the standard library."""
     code = (
         f"import asyncio, sys; sys.path.insert(0, {str(unpacked)!r}); before = set(sys.modules);"

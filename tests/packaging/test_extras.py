@@ -127,7 +127,7 @@ def extras_of(path: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize(("path", "module"), list(modules()))
-def test_what_a_part_imports_its_extra_installs(path: str, module: str) -> None:
+def test_extra_installs_every_module_its_part_imports(path: str, module: str) -> None:
     """No ModuleNotFoundError is possible after an extra was installed."""
     providers = {canonical(name) for name in provided().get(module, [])}
     there = installed_by({name for extra in extras_of(path) for name in named(extra)})
@@ -139,7 +139,7 @@ def test_what_a_part_imports_its_extra_installs(path: str, module: str) -> None:
 
 
 @pytest.mark.parametrize("extra", sorted(set(EXTRAS) - {"all", "bench", "dev", "docs", "test"}))
-def test_what_an_extra_installs_is_used(extra: str) -> None:
+def test_every_distribution_of_an_extra_is_used(extra: str) -> None:
     """Nobody downloads what nothing imports."""
     used = {module for _, module in modules()}
     providers = {canonical(name) for module in used for name in provided().get(module, [])}
@@ -148,6 +148,6 @@ def test_what_an_extra_installs_is_used(extra: str) -> None:
     assert own - providers <= FOR_THE_USER.get(extra, set())
 
 
-def test_parts_that_are_named_here_are_there() -> None:
+def test_parts_listed_with_their_extras_exist() -> None:
     """A part that moves must be changed here, too."""
     assert [part for part in SERVES if not (PACKAGE / part).exists()] == []

@@ -44,7 +44,7 @@ def check(*command: str, where: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_mypy_strict_finds_nothing(environment: Path, cache: str, tmp_path: Path) -> None:
+def test_consumer_module_passes_strict_mypy(environment: Path, cache: str, tmp_path: Path) -> None:
     """Each `assert_type` holds, and each wrong call is found."""
     python = f"--python-executable={environment / 'bin' / 'python'}"
     done = check("mypy", "--strict", python, cache, where=tmp_path)
@@ -52,7 +52,7 @@ def test_mypy_strict_finds_nothing(environment: Path, cache: str, tmp_path: Path
     assert done.returncode == 0, done.stdout
 
 
-def test_basedpyright_finds_nothing(environment: Path, tmp_path: Path) -> None:
+def test_consumer_module_passes_basedpyright(environment: Path, tmp_path: Path) -> None:
     """An independent checker agrees."""
     python = environment / "bin" / "python"
     done = check("basedpyright", "--pythonpath", str(python), "--level=error", where=tmp_path)
@@ -60,7 +60,9 @@ def test_basedpyright_finds_nothing(environment: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_a_wrong_type_is_found(environment: Path, cache: str, tmp_path: Path) -> None:
+def test_mypy_reports_misuse_of_the_installed_types(
+    environment: Path, cache: str, tmp_path: Path
+) -> None:
     """The check above can fail: without the marker for types, the package would be Any."""
     wrong = tmp_path / "wrong.py"
     wrong.write_text("from asyncbucket import Limiter\nLimiter().acquire().nonsense\n", "utf-8")

@@ -50,12 +50,14 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert any(name.endswith(".lua") for name in ours)
 
 
-def test_installing_it_installs_nothing_else(metadata: email.message.Message) -> None:
+def test_wheel_without_extras_requires_nothing(metadata: email.message.Message) -> None:
     """All its requirements belong to extras."""
     assert [each for each in metadata.get_all("Requires-Dist", []) if "extra ==" not in each] == []
 
 
-def test_all_is_every_extra_for_users(metadata: email.message.Message) -> None:
+def test_all_extra_installs_exactly_what_user_extras_install(
+    metadata: email.message.Message,
+) -> None:
     """`asyncbucket[all]` leaves out no user's extra, and brings no developer's tool."""
     extras = set(metadata.get_all("Provides-Extra", []))
     wanted = {
@@ -68,7 +70,7 @@ def test_all_is_every_extra_for_users(metadata: email.message.Message) -> None:
     assert requirements(metadata, "all") == wanted
 
 
-def test_pages_of_an_index_have_what_they_show(metadata: email.message.Message) -> None:
+def test_metadata_has_readme_licence_python_and_typing(metadata: email.message.Message) -> None:
     """They are the readme, the licence, the oldest Python and the marker for types."""
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "MIT"
@@ -77,7 +79,7 @@ def test_pages_of_an_index_have_what_they_show(metadata: email.message.Message) 
     assert str(metadata.get_payload()).strip() == (ROOT / "README.md").read_text("utf-8").strip()
 
 
-def test_entry_points_lead_to_what_is_there(unpacked: Path) -> None:
+def test_entry_points_exist_in_the_wheel(unpacked: Path) -> None:
     """The command's function and the fixtures' module are in the wheel."""
     points = configparser.ConfigParser()
     points.read_string(info(unpacked, "entry_points.txt"))
