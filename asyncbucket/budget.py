@@ -104,7 +104,10 @@ class Budget:
         waiter.number = self.arrivals = self.arrivals + 1
         self.waiting += 1
         self.easy = NONE_AT_ALL
-        pacer.push_locked(waiter, node, priority, now)
+        pacer.waiting += 1
+        pacer.queue.join(waiter, now, node, priority)
+        if deadline is not None:
+            pacer.watch_locked(waiter, deadline)
         return waiter
 
     def withdraw_locked(self, waiter: Waiter) -> bool:

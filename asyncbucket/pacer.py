@@ -36,7 +36,6 @@ from asyncbucket.tree import Tree
 
 if TYPE_CHECKING:
     from asyncbucket.budget import Budget
-    from asyncbucket.node import Node
 
 #: The most admissions in one pass, before other tasks of the loop get their turn.
 _BATCH: Final = 256
@@ -68,7 +67,7 @@ class Pacer:
         self._deadlines = Deadlines()
         self._outlet = None if budget.outlet_for is None else budget.outlet_for(loop)
         #: Calls that wait on this loop.
-        self._waiting = 0
+        self.waiting = 0
         #: When this pacer will look again; by it, other loops tell whether it is late.
         self.due = now
         self._start()
@@ -78,27 +77,17 @@ class Pacer:
         assert isinstance(self.queue, Line)
         self.queue = Tree(self._budget.root, self.queue, self._budget.rouse_locked)
 
-    def push_locked(self, waiter: Waiter, node: "Node", priority: int, now: int) -> None:
-        """Append ``waiter`` to the line of its node and priority."""
-        self._waiting += 1
-        queue, deadline = self.queue, waiter.deadline
-        if deadline is not None:
-            self._deadlines.push(waiter, deadline)
-            self._deadlines.sweep(self._waiting)
-        if isinstance(queue, Line):
-            queue.push(waiter, now)
-            if deadline is not None and deadline < self.due:
-                self.ring_locked()
-        else:
-            for below in node.below_root:
-                below.waiting_below_root += 1
-            queue.line(node, priority).push(waiter, now)
+    def watch_locked(self, waiter: Waiter, deadline: int) -> None:
+        """Resolve ``waiter`` when its deadline comes."""
+        self._deadlines.push(waiter, deadline)
+        self._deadlines.sweep(self.waiting)
+        if deadline < self.due:
             self.ring_locked()
 
     def leave_locked(self, waiter: Waiter) -> bool:
         """Count ``waiter``, which is done, out of its line; return whether it was the head."""
         self.count_out_locked(waiter)
-        self._deadlines.sweep(self._waiting)
+        self._deadlines.sweep(self.waiting)
         return (waiter.outlet or waiter.line).leave(waiter)
 
     def admit_locked(self, waiter: Waiter, passage: Passage) -> None:
@@ -109,8 +98,8 @@ class Pacer:
 
     def count_out_locked(self, waiter: Waiter) -> None:
         """Count ``waiter``, done, out everywhere; at the root `bury_locked` may have been first."""
-        if self._waiting:
-            self._waiting -= 1
+        if self.waiting:
+            self.waiting -= 1
             self._budget.waiting -= 1
         for node in waiter.line.node.below_root:
             node.waiting_below_root -= 1
@@ -138,8 +127,8 @@ class Pacer:
         for waiter in self.queue.waiters():
             self.count_out_locked(waiter)
             waiter.line = nowhere  # a later cancel does not count it out again
-        self._budget.waiting -= self._waiting  # those that were cancelled, but never ran again
-        self._waiting = 0
+        self._budget.waiting -= self.waiting  # those that were cancelled, but never ran again
+        self.waiting = 0
         self._retire_locked()
         self.queue = nowhere
         return True
@@ -218,7 +207,7 @@ class Pacer:
                 budget.blocked.stall.passed = now
                 if outlet is None:
                     budget.waiting -= passed
-                    self._waiting -= passed
+                    self.waiting -= passed
                 if len(budget.pacers) > 1:
                     budget.ring_locked(budget.root)
             end = self._deadlines.first()
@@ -232,7 +221,7 @@ class Pacer:
             if wake < due or end < due:  # `min` of three would be a call
                 due = min(wake, end)
             self.due = max(now, due)
-            gone = nobody and wake >= EMPTY and (outlet is None or not self._waiting)
+            gone = nobody and wake >= EMPTY and (outlet is None or not self.waiting)
             return None if gone else self.due
 
     def _admit_locked(self, now: int) -> tuple[int, int]:

@@ -48,7 +48,7 @@ class Waiter(asyncio.Future[Passage | None]):
     #: The place in the order of arrival over all loops.
     number: int
     deadline: int | None
-    #: The line it stands or stood in; set by `Line.push`.
+    #: The line it stands or stood in; set by `Line.join`.
     line: "Line"
     #: Where limits are kept elsewhere, who has taken it over. Not in a slot: few waiters have one,
     #: and a future has a `__dict__` anyway.
@@ -132,7 +132,13 @@ class Line:
         """Yield all who wait, in order."""
         return (waiter for waiter in self._line if not waiter.done())
 
-    def push(self, waiter: Waiter, now: int) -> None:
+    def join(
+        self,
+        waiter: Waiter,
+        now: int,
+        node: "Node | None" = None,  # noqa: ARG002 - as `Tree.join`
+        priority: int = 0,  # noqa: ARG002 - as `Tree.join`
+    ) -> None:
         """Append ``waiter`` to the line."""
         if not self._living:
             self.since = now

@@ -89,6 +89,13 @@ class Tree:
             branch.want(flow)
         return line
 
+    def join(self, waiter: Waiter, now: int, node: Node, priority: int) -> None:
+        """Append ``waiter`` to the line of its node and priority; it may be entitled to go next."""
+        for below in node.below_root:
+            below.waiting_below_root += 1
+        self.line(node, priority).join(waiter, now)
+        self._pacer.ring_locked()
+
     def head(self, now: int, *, slotless: int = 0) -> Waiter | None:
         """Return the next waiter, as far as the limits below the root are concerned."""
         return self._classes.head(now, slotless=slotless)

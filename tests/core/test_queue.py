@@ -53,7 +53,7 @@ def test_a_line_is_a_list_without_its_costs(history: list[tuple[str, int]]) -> N
         if verb == "push":
             deadline = None if pick % 2 else now + pick
             made = waiter(loop, number, deadline)
-            line.push(made, now)
+            line.join(made, now)
             if deadline is not None:
                 deadlines.push(made, deadline)
             waiting.append(made)
@@ -94,12 +94,12 @@ def test_the_dead_are_swept_out(loop: asyncio.AbstractEventLoop) -> None:
     """Ten thousand calls that left from the middle are removed, and so are their deadlines."""
     line, deadlines = Line(Node(), NOBODY), Deadlines()
     first, last = waiter(loop, 0), waiter(loop, 10_001)
-    line.push(first, 0)
+    line.join(first, 0)
     crowd = [waiter(loop, number, number) for number in range(1, 10_001)]
     for each in crowd:
-        line.push(each, 0)
+        line.join(each, 0)
         deadlines.push(each, each.number)
-    line.push(last, 0)
+    line.join(last, 0)
     for each in crowd:
         each.cancel()
         assert not line.leave(each)
@@ -113,8 +113,8 @@ def test_a_head_that_was_skipped_still_counts_as_head(loop: asyncio.AbstractEven
     """The pacer may have looked for the head before the cancelled call itself has left."""
     line = Line(Node(), NOBODY)
     first, second = waiter(loop, 0), waiter(loop, 1)
-    line.push(first, 0)
-    line.push(second, 0)
+    line.join(first, 0)
+    line.join(second, 0)
     first.cancel()
     assert line.head() is second
     assert line.leave(first)
@@ -128,7 +128,7 @@ def test_nobody_sleeps_in_a_line(loop: asyncio.AbstractEventLoop) -> None:
     node = Node()
     line = Line(node, NOBODY)
     assert line.free_for(node, 0)
-    line.push(waiter(loop, 0), 0)
+    line.join(waiter(loop, 0), 0)
     line.rouse(node)
     line.rouse_all()
     assert not line.free_for(node, 0)

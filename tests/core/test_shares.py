@@ -56,7 +56,7 @@ class Grove:
         waiter.amounts = {"tokens": tokens, "concurrency": 1}
         waiter.number = self.arrivals
         waiter.deadline = None
-        self.tree.line(node, priority).push(waiter, 0)
+        self.tree.line(node, priority).join(waiter, 0)
         return waiter
 
     def serve(self, now: int = 0) -> Waiter:
@@ -327,7 +327,7 @@ def test_a_tree_takes_over_a_line(loop: asyncio.AbstractEventLoop) -> None:
     for number in range(3):
         waiter = Waiter(loop=loop)
         waiter.number, waiter.amounts, waiter.deadline = number, ONE, None
-        line.push(waiter, 0)
+        line.join(waiter, 0)
         waiters.append(waiter)
     roused: list[Node] = []
     tree = Tree(root, line, roused.append)
@@ -359,7 +359,7 @@ def test_weights_of_those_that_compete_add_up(loop: asyncio.AbstractEventLoop) -
         waiter = Waiter(loop=loop)
         waiter.number = 0
         waiter.amounts = ONE
-        line.push(waiter, 0)
+        line.join(waiter, 0)
         return waiter
 
     push()
