@@ -11,39 +11,39 @@ from asyncbucket import Limiter
 from asyncbucket.http import clients
 
 
-def inside(client: Any) -> Any:
+def inner_of(client: Any) -> Any:
     """Return the transport that a paced client sends with."""
     return client._transport.inner
 
 
-async def test_client_has_the_sdks_defaults(library: Any, limiter: Limiter) -> None:
+async def test_http_client_has_sdk_defaults(library: Any, limiter: Limiter) -> None:
     """Pool, timeouts and redirects are those of the SDK's own client."""
     async with limiter.http_client(family=library.__name__) as client:
         assert type(client) is library.AsyncClient
         assert client.timeout == library.Timeout(timeout=600, connect=5.0)
         assert client.follow_redirects
-        assert inside(client)._pool._max_connections == 1_000
-        assert inside(client)._pool._max_keepalive_connections == 100
+        assert inner_of(client)._pool._max_connections == 1_000
+        assert inner_of(client)._pool._max_keepalive_connections == 100
 
 
-async def test_defaults_are_those_of_openai() -> None:
+async def test_http_client_defaults_match_openai_sdk() -> None:
     """OpenAI's own client and ours agree, whatever the SDK's version."""
     theirs: Any = openai.DefaultAsyncHttpxClient()
     async with Limiter(concurrency=1).http_client() as ours, theirs:
         assert ours.timeout.as_dict() == theirs.timeout.as_dict()
         assert ours.follow_redirects == theirs.follow_redirects
-        assert inside(ours)._pool._max_connections == theirs._transport._pool._max_connections
+        assert inner_of(ours)._pool._max_connections == theirs._transport._pool._max_connections
 
 
-def test_synchronous_client_is_made_alike(library: Any, limiter: Limiter) -> None:
+def test_sync_true_makes_synchronous_client(library: Any, limiter: Limiter) -> None:
     """`sync=True` makes a synchronous client; other options go to the client."""
     with limiter.http_client(family=library.__name__, sync=True, timeout=3) as client:
         assert type(client) is library.Client
         assert client.timeout == library.Timeout(3)
-        assert type(inside(client)) is library.HTTPTransport
+        assert type(inner_of(client)) is library.HTTPTransport
 
 
-async def test_proxies_are_paced_too(
+async def test_environment_proxy_transports_are_paced(
     library: Any, limiter: Limiter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The transports that the client mounts for the environment's proxies are paced, too."""
@@ -65,7 +65,9 @@ def test_unknown_family_is_refused(limiter: Limiter) -> None:
         limiter.http_client(family="aiohttp")
 
 
-def test_missing_library_is_named(limiter: Limiter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_http_library_error_says_what_to_install(
+    limiter: Limiter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without any HTTP library, the error says what to install."""
 
     def find_nothing(_: str) -> None:
@@ -77,7 +79,7 @@ def test_missing_library_is_named(limiter: Limiter, monkeypatch: pytest.MonkeyPa
         clients.http_client(limiter)
 
 
-def test_missing_library_of_a_family_is_named(
+def test_missing_family_library_error_says_what_to_install(
     limiter: Limiter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Making a client or a transport of a missing family says what to install."""
@@ -88,7 +90,7 @@ def test_missing_library_of_a_family_is_named(
             make(family="httpx2")
 
 
-async def test_auto_takes_httpx_first(limiter: Limiter) -> None:
+async def test_auto_family_prefers_httpx(limiter: Limiter) -> None:
     """If both are installed, it is httpx."""
     async with limiter.http_client() as client:
         assert type(client) is httpx.AsyncClient

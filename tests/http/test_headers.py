@@ -50,7 +50,7 @@ READERS: list[Callable[[object], float | None]] = [
         ("Sat, 31 Jan 2026 11:00:00 GMT", 0.0),
     ],
 )
-def test_every_format_of_a_reset_is_read(value: str, seconds: float) -> None:
+def test_reset_reads_every_time_format(value: str, seconds: float) -> None:
     """Bare numbers, Go durations, RFC 3339 and the three HTTP dates all give seconds from now."""
     assert headers.reset(value, now=NOW) == pytest.approx(seconds, abs=1e-6)
 
@@ -82,20 +82,20 @@ def test_every_format_of_a_reset_is_read(value: str, seconds: float) -> None:
         *("1" * 65, " " * 64 + "1"),
     ],
 )
-def test_what_is_no_time_says_nothing(value: str) -> None:
+def test_reset_ignores_malformed_value(value: str) -> None:
     """A value that does not fully match a grammar, in 64 ASCII characters, is ignored."""
     assert headers.reset(value, now=NOW) is None
 
 
 @pytest.mark.parametrize("value", [None, 5, 5.0, True, b"5", ["5"], math.nan])
-def test_what_is_no_text_says_nothing(value: object) -> None:
+def test_readers_ignore_value_that_is_not_a_string(value: object) -> None:
     """Values that aren't `str` are ignored by every reader."""
     readings = {reader(value) for reader in READERS[:-1]}
 
     assert readings == {None}
 
 
-def test_long_waits_are_clamped() -> None:
+def test_readers_clamp_waits_between_zero_and_cap() -> None:
     """However long a value claims, the result is at most the cap, and never below zero."""
     assert headers.number("9" * 64) == headers.WEEK
     assert headers.duration("9" * 60 + "h") == headers.WEEK
@@ -105,7 +105,7 @@ def test_long_waits_are_clamped() -> None:
     assert headers.reset("90m", now=NOW, cap=60.0) == 60.0
 
 
-def test_milliseconds_go_before_seconds() -> None:
+def test_retry_after_ms_takes_precedence_over_retry_after() -> None:
     """`retry-after-ms` is the finer of the two, and wins; an unreadable one does not."""
     both = {"retry-after": "2", "retry-after-ms": "1250"}
 
@@ -114,7 +114,7 @@ def test_milliseconds_go_before_seconds() -> None:
     assert headers.retry_after({}, now=NOW) is None
 
 
-def test_retry_after_date_is_taken_by_the_servers_clock() -> None:
+def test_retry_after_date_is_relative_to_server_clock() -> None:
     """A date is compared with the reply's own `date`; without one, with this machine's clock."""
     date = {"retry-after": "Sat, 31 Jan 2026 12:00:30 GMT"}
 
@@ -123,7 +123,7 @@ def test_retry_after_date_is_taken_by_the_servers_clock() -> None:
     assert headers.retry_after(skewed, now=NOW + 3600) == 10.0
 
 
-def test_reset_is_taken_by_the_servers_clock() -> None:
+def test_reset_instant_is_relative_to_server_clock() -> None:
     """An instant is as far away as the reply's own `date` says, whatever the local clock says."""
     reply = {
         "anthropic-ratelimit-requests-reset": "2026-01-31T12:00:30Z",
@@ -134,7 +134,7 @@ def test_reset_is_taken_by_the_servers_clock() -> None:
         assert headers.whole_again(reply, now=NOW + skew) == 10.0
 
 
-def test_case_of_names_does_not_matter() -> None:
+def test_header_names_are_case_insensitive() -> None:
     """The mapping of httpx and a plain dict of any case give the same result."""
     assert headers.retry_after({"Retry-After-MS": "1500"}, now=NOW) == 1.5
     assert headers.retry_after(httpx.Headers({"Retry-After": "3"}), now=NOW) == 3.0
@@ -143,7 +143,7 @@ def test_case_of_names_does_not_matter() -> None:
     assert not headers.forbids_retry({})
 
 
-def test_missing_durationpy_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_durationpy_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without durationpy, the error says what to install; formats that don't need it still work."""
     monkeypatch.setitem(sys.modules, "durationpy", None)
 
@@ -154,7 +154,7 @@ def test_missing_durationpy_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @given(st.integers(min_value=0, max_value=10**14))
-def test_go_durations_are_read_back(nanoseconds: int) -> None:
+def test_go_duration_round_trips(nanoseconds: int) -> None:
     """What the bundled provider writes is read back, rounded up to a millisecond."""
     expected = -(-nanoseconds // 1_000_000) / 1000
 
@@ -163,7 +163,7 @@ def test_go_durations_are_read_back(nanoseconds: int) -> None:
 
 
 @given(st.datetimes(min_value=datetime(1970, 1, 1), max_value=datetime(2999, 1, 1)))  # noqa: DTZ001 - hypothesis wants them naive
-def test_dates_are_read_back(naive: datetime) -> None:
+def test_http_and_rfc3339_dates_round_trip(naive: datetime) -> None:
     """An instant in either format gives the seconds from now until then, within the cap."""
     instant = naive.replace(tzinfo=UTC, microsecond=0)
     expected = min(max(instant.timestamp() - NOW, 0.0), headers.WEEK)
@@ -190,7 +190,7 @@ HOSTILE = st.one_of(
 @example("9999-12-31T23:59:59.999999999-23:59")
 @example("Fri, 31 Dec 0001 00:00:00 GMT")
 @example("Mon, 01 Jan 0000 00:00:00 GMT")
-def test_nothing_that_a_server_sends_raises_or_leaves_the_range(value: object) -> None:
+def test_readers_never_raise_or_leave_range_on_hostile_value(value: object) -> None:
     """Every reader gives None or a finite number from 0 to the cap, whatever the value is."""
     for reader in READERS:
         seconds = reader(value)
@@ -206,7 +206,7 @@ def test_nothing_that_a_server_sends_raises_or_leaves_the_range(value: object) -
         *("1" * 63 + "x", "1h" * 31 + "h", "1.1" * 21, "Sat, 31 Jan 2026 12:01:00 GMX"),
     ],
 )
-def test_reading_is_quick(value: str) -> None:
+def test_reading_a_reset_costs_less_than_five_date_parses(value: str) -> None:
     """Reading any value takes only a few times as long as the standard library needs for a date."""
     date = "Sat, 31 Jan 2026 12:01:00 GMT"
     ratios = [

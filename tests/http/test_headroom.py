@@ -39,7 +39,7 @@ def meter(*, remaining: int | None = None, window: int = MINUTE) -> Headroom:
     return headroom
 
 
-def test_knows_nothing_before_it_is_told() -> None:
+def test_bookings_before_first_report_use_no_headroom() -> None:
     """Everything passes until the provider has said what is left."""
     headroom = meter()
     headroom.book(599, 0)
@@ -49,7 +49,7 @@ def test_knows_nothing_before_it_is_told() -> None:
     assert headroom.earliest(10_000, 0) == 0
 
 
-def test_what_is_left_passes_and_the_rest_flows_in() -> None:
+def test_headroom_admits_remaining_then_refills_at_limit_rate() -> None:
     """If sixty are left, sixty pass at once, and the next one when a unit has come back."""
     headroom = meter(remaining=60, window=HOUR)
 
@@ -60,7 +60,7 @@ def test_what_is_left_passes_and_the_rest_flows_in() -> None:
     assert headroom.take(1, 6 * SECOND)
 
 
-def test_answer_holds_for_those_who_stood_in_line_before() -> None:
+def test_report_applies_to_calls_already_waiting() -> None:
     """What is heard while a call waits in line counts for that call, too."""
     headroom = meter(remaining=60)
     headroom.hear(0, SECOND, amount=600)
@@ -68,7 +68,7 @@ def test_answer_holds_for_those_who_stood_in_line_before() -> None:
     assert headroom.earliest(1, 0) > SECOND
 
 
-def test_undone_booking_comes_back() -> None:
+def test_unbooked_units_return_and_debt_is_subtracted() -> None:
     """What was not sent is available again; a debt is subtracted."""
     headroom = meter(remaining=60)
     headroom.book(30, 1)
@@ -78,7 +78,7 @@ def test_undone_booking_comes_back() -> None:
     assert headroom.available(1) == -10
 
 
-def test_booking_from_before_the_last_word_does_not_come_back() -> None:
+def test_unbooking_a_call_older_than_last_report_returns_nothing() -> None:
     """The provider's last report has counted it already."""
     headroom = meter(remaining=60)
     headroom.book(30, 1)
@@ -88,7 +88,7 @@ def test_booking_from_before_the_last_word_does_not_come_back() -> None:
     assert headroom.available(2) == 30
 
 
-def test_all_is_forgotten_after_two_windows() -> None:
+def test_headroom_forgets_reports_and_debt_after_two_windows() -> None:
     """What others used long ago holds back no calls."""
     headroom = meter(remaining=0)
     headroom.owe(10_000, 0)
@@ -98,7 +98,7 @@ def test_all_is_forgotten_after_two_windows() -> None:
     assert headroom.take(600, 2 * MINUTE)
 
 
-def test_what_comes_back_may_bring_better_news() -> None:
+def test_headroom_rules_out_no_deadline_while_calls_are_in_flight() -> None:
     """While calls are in flight, a deadline is not refused because of the headroom alone."""
     headroom = meter(remaining=0)
 
@@ -106,7 +106,7 @@ def test_what_comes_back_may_bring_better_news() -> None:
     assert headroom.earliest(1, 0) > 0
 
 
-def test_announced_limit_below_ours_is_taken_over() -> None:
+def test_headroom_adopts_lower_announced_limit() -> None:
     """If the provider's limit was lowered, a call larger than it is not impossible."""
     headroom = meter(remaining=600)
     headroom.hear(300, SECOND, amount=300)
@@ -123,7 +123,7 @@ def listen(headroom: Headroom, *, rate: int, seconds: int, start: int = 0, ours:
     return (start + seconds) * SECOND
 
 
-def test_others_are_noticed_and_left_their_share() -> None:
+def test_headroom_measures_what_others_use_and_reserves_it() -> None:
     """Others take four a second: they are left 240 a minute, and a reserve for random variation."""
     headroom = meter(remaining=600)
     now = listen(headroom, rate=4, seconds=30, ours=5)
@@ -132,7 +132,7 @@ def test_others_are_noticed_and_left_their_share() -> None:
     assert not headroom.take(600 - 240 - 150, now)
 
 
-def test_what_others_leave_is_taken_evenly() -> None:
+def test_share_left_by_others_is_paced_after_a_small_burst() -> None:
     """At most a tenth of our share passes at once, and then one about every 60 / 336 s."""
     headroom = meter(remaining=600)
     now = listen(headroom, rate=4, seconds=30)
@@ -144,7 +144,7 @@ def test_what_others_leave_is_taken_evenly() -> None:
     assert 0.15 * SECOND < headroom.earliest(1, first) - first < 0.21 * SECOND
 
 
-def test_some_calls_pass_however_much_others_take() -> None:
+def test_one_call_passes_per_twentieth_of_window_despite_others() -> None:
     """One call passes in each 20th of the window, so that its reply can tell what is left."""
     headroom = meter(remaining=600)
     now = listen(headroom, rate=9, seconds=60)
@@ -155,7 +155,7 @@ def test_some_calls_pass_however_much_others_take() -> None:
     assert headroom.earliest(1, now) <= now + 3 * SECOND
 
 
-def test_provider_with_enough_for_all_holds_nobody_back() -> None:
+def test_provider_limit_far_above_ours_delays_no_call() -> None:
     """If the limit is far above ours, there is no need to share, however much others take."""
     headroom = Headroom(amount=600, window=MINUTE)
     for second in range(60):
@@ -170,7 +170,7 @@ def test_provider_with_enough_for_all_holds_nobody_back() -> None:
     st.lists(st.tuples(st.integers(0, 2 * SECOND), st.integers(0, 3 * SECOND)), max_size=120),
     st.sampled_from(["at admission", "at the end"]),
 )
-def test_nothing_is_reserved_while_we_are_alone(
+def test_unshared_key_reserves_nothing_for_others(
     counts: str, calls: list[tuple[int, int]], says: str
 ) -> None:
     """Whatever the provider counts by, and however late and out of order its replies come."""
@@ -220,7 +220,7 @@ def passed(headroom: Headroom, amount: int, *, until: int) -> list[int]:
     return times
 
 
-def test_no_slice_holds_more_than_its_share_until_more_is_said_to_be_left() -> None:
+def test_slices_never_admit_more_than_their_share_and_waste_little() -> None:
     """At most ten pass in a second, five of them at once; this uses 97 % of 600 a minute."""
     headroom = meter(remaining=10)
     times = passed(headroom, 1, until=MINUTE)
@@ -231,7 +231,7 @@ def test_no_slice_holds_more_than_its_share_until_more_is_said_to_be_left() -> N
     assert 0.97 < len(times) / 600 <= 1
 
 
-def test_slices_end_with_the_word_that_more_is_left() -> None:
+def test_report_above_slice_share_ends_slicing() -> None:
     """After that, a tenth of the limit may pass at once."""
     headroom = meter(remaining=10)
     headroom.hear(600, 0, amount=600)
@@ -239,7 +239,7 @@ def test_slices_end_with_the_word_that_more_is_left() -> None:
     assert all(headroom.take(1, 0) for _ in range(60))
 
 
-def test_call_larger_than_a_slice_closes_those_after_it() -> None:
+def test_call_larger_than_slice_uses_up_following_slices() -> None:
     """A call of 25 takes a slice of ten, the next one, and half of the third."""
     times = passed(meter(remaining=10), 25, until=10 * SECOND)
 
@@ -249,7 +249,7 @@ def test_call_larger_than_a_slice_closes_those_after_it() -> None:
     )
 
 
-def test_settling_a_large_call_opens_the_slices_again() -> None:
+def test_refund_of_large_call_reopens_slices() -> None:
     """What a call reserved and did not use no longer holds up others."""
     headroom = meter(remaining=10)
     headroom.book(45, 0)
@@ -260,7 +260,7 @@ def test_settling_a_large_call_opens_the_slices_again() -> None:
     assert headroom.take(5, 2 * SECOND)
 
 
-def test_undone_call_leaves_its_slice() -> None:
+def test_unbooked_call_returns_its_units_to_the_slice() -> None:
     """A call that was never sent counts in no slice."""
     headroom = meter(remaining=10)
     headroom.book(10, 0)
@@ -270,7 +270,7 @@ def test_undone_call_leaves_its_slice() -> None:
     assert headroom.take(10, 0)
 
 
-def test_others_in_a_slice_are_left_what_they_take() -> None:
+def test_slice_reserves_what_others_use() -> None:
     """Others take four of ten by the end of each slice, so less than six are ours."""
     headroom = meter(remaining=10)
     for tenth in range(400):
@@ -280,7 +280,7 @@ def test_others_in_a_slice_are_left_what_they_take() -> None:
     assert headroom.earliest(1, 41 * SECOND) > 41 * SECOND
 
 
-def test_deadline_is_not_refused_for_what_a_reply_may_mend() -> None:
+def test_deadline_is_not_refused_while_a_reply_may_raise_headroom() -> None:
     """A call whose deadline only the headroom rules out waits while a reply is awaited."""
     with virtual_time() as time:
         limiter = Limiter("600 tokens/minute", clock=time.clock)
@@ -297,7 +297,7 @@ def test_deadline_is_not_refused_for_what_a_reply_may_mend() -> None:
         assert time.run(main()) == pytest.approx(1)
 
 
-def test_window_that_is_not_limited_here_is_not_heard() -> None:
+def test_report_on_window_without_limit_is_ignored() -> None:
     """A window that the user did not limit is ignored."""
     limiter = Limiter("600 RPM burst 600")
     limiter.observe_remaining(0, resource="tokens", per=60)
@@ -317,7 +317,7 @@ events = st.lists(
 
 
 @given(events)
-def test_user_limit_is_never_exceeded_whatever_is_heard(
+def test_user_limit_is_never_exceeded_whatever_provider_reports(
     history: list[tuple[int, str, int]],
 ) -> None:
     """Whatever the provider says, and whenever, every window keeps the user's limit."""
@@ -424,7 +424,7 @@ def share(
 @pytest.mark.heavy
 @pytest.mark.parametrize("tpm", [None, 240_000])
 @pytest.mark.parametrize("policy", ["token_bucket", "sliding_window", "fixed_window"])
-def test_key_is_shared_with_others_without_refusals(policy: str, tpm: int | None) -> None:
+def test_shared_key_is_well_used_with_almost_no_refusals(policy: str, tpm: int | None) -> None:
     """If others take 40 % of the key, under 0.5 % of all calls are refused, and 90 % is used."""
     seen = share(policy, others=0.4, tpm=tpm)
 
@@ -433,7 +433,7 @@ def test_key_is_shared_with_others_without_refusals(policy: str, tpm: int | None
 
 
 @pytest.mark.heavy
-def test_large_slices_are_shared_without_refusals() -> None:
+def test_shared_large_slices_are_well_used_with_almost_no_refusals() -> None:
     """Others take 40 of a hundred in each slice, with little random variation in comparison."""
     seen = share("one_second_slices", others=0.4, rpm=6_000, minutes=2)
 
@@ -442,7 +442,7 @@ def test_large_slices_are_shared_without_refusals() -> None:
 
 
 @pytest.mark.heavy
-def test_small_slices_are_shared_without_refusals_if_others_come_evenly() -> None:
+def test_small_slices_shared_with_even_traffic_see_almost_no_refusals() -> None:
     """Others take four of ten in each slice, and never more."""
     seen = share("one_second_slices", others=0.4, evenly=True)
 
@@ -452,7 +452,7 @@ def test_small_slices_are_shared_without_refusals_if_others_come_evenly() -> Non
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("tpm", [None, 240_000])
-def test_small_slices_are_shared_with_few_refusals(tpm: int | None) -> None:
+def test_small_slices_shared_with_random_traffic_see_few_refusals(tpm: int | None) -> None:
     """Others take a random four of ten: without making room for them, 18 % would be refused."""
     seen = share("one_second_slices", others=0.4, tpm=tpm)
 
@@ -465,7 +465,7 @@ def test_small_slices_are_shared_with_few_refusals(tpm: int | None) -> None:
 @pytest.mark.parametrize(
     "policy", ["token_bucket", "sliding_window", "fixed_window", "one_second_slices"]
 )
-def test_alone_nothing_is_refused_and_little_is_lost(policy: str, tpm: int | None) -> None:
+def test_unshared_key_is_well_used_and_never_refused(policy: str, tpm: int | None) -> None:
     """However the provider counts, no call is refused while we are alone, and 95 % is used."""
     seen = share(policy, others=0, minutes=3, tpm=tpm)
 
@@ -475,7 +475,7 @@ def test_alone_nothing_is_refused_and_little_is_lost(policy: str, tpm: int | Non
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("policy", ["token_bucket", "sliding_window", "fixed_window"])
-def test_what_we_sent_before_anybody_listened_is_taken_for_ours(policy: str) -> None:
+def test_calls_sent_before_first_read_reply_are_not_taken_for_others(policy: str) -> None:
     """If replies are read only after 40 s, the limiter does not take its own calls for others'."""
     seen = share(policy, others=0, minutes=3, deaf=40)
 
@@ -483,14 +483,14 @@ def test_what_we_sent_before_anybody_listened_is_taken_for_ours(policy: str) -> 
     assert seen.use > 0.95
 
 
-def test_before_any_word_of_the_provider_all_pass() -> None:
+def test_headroom_admits_everything_before_first_report() -> None:
     """What the meter does not know holds up nobody."""
     headroom = Headroom(amount=10, window=60 * 1_000_000_000)
     assert headroom.take(10, 0)
     assert headroom.earliest(10, 0) == 0
 
 
-def test_alone_what_was_said_to_be_left_is_not_taken_twice() -> None:
+def test_take_without_earliest_never_spends_units_twice() -> None:
     """`take` without asking first gives the same answer as `earliest`."""
     headroom = Headroom(amount=10, window=SECOND)
     for now in (0, SECOND, 2 * SECOND):
@@ -504,7 +504,7 @@ def test_alone_what_was_said_to_be_left_is_not_taken_twice() -> None:
 @pytest.mark.parametrize(
     "policy", ["token_bucket", "sliding_window", "fixed_window", "one_second_slices"]
 )
-def test_limit_below_the_providers_is_used(policy: str) -> None:
+def test_limit_below_the_providers_is_well_used_and_never_refused(policy: str) -> None:
     """With half of the provider's limit, nothing is refused, and 95 % of our limit is used."""
     seen = share(policy, others=0, minutes=3, ours_at_most=300)
 

@@ -28,7 +28,7 @@ def said(**numbers: object) -> dict[str, object]:
     return {f"x-ratelimit-{name.replace('_', '-')}": value for name, value in numbers.items()}
 
 
-def test_header_lowers_what_is_available() -> None:
+def test_remaining_header_lowers_available_units() -> None:
     """Only what the provider says is left may pass, however little we have used."""
     limiter = Limiter("500 RPM burst 500", "10k TPM")
 
@@ -40,7 +40,7 @@ def test_header_lowers_what_is_available() -> None:
     assert [use.used for use in limiter.statistics().limits] == [0, 0]
 
 
-def test_header_never_raises_the_limit() -> None:
+def test_header_never_raises_user_limit() -> None:
     """The provider may allow more than the user does; the user's limit holds."""
     limiter = Limiter("5 RPM burst 5")
 
@@ -50,7 +50,7 @@ def test_header_never_raises_the_limit() -> None:
     assert [limit.amount for limit in limiter.limits] == [5]
 
 
-def test_least_of_several_headers_counts() -> None:
+def test_lowest_of_several_remaining_headers_counts() -> None:
     """Tokens of the organisation and of the project are two limits for one window."""
     limiter = Limiter("10k TPM")
     ear = Ear(limiter)
@@ -61,7 +61,7 @@ def test_least_of_several_headers_counts() -> None:
     assert available(limiter) == [200]
 
 
-def test_nothing_is_heard_if_told_not_to() -> None:
+def test_learn_false_ignores_headers() -> None:
     """With `learn=False`, headers are ignored."""
     limiter = Limiter("500 RPM burst 500")
 
@@ -70,7 +70,7 @@ def test_nothing_is_heard_if_told_not_to() -> None:
     assert available(limiter) == [500]
 
 
-def test_remaining_above_the_limit_is_the_limit() -> None:
+def test_remaining_above_announced_limit_is_capped_at_it() -> None:
     """If a provider contradicts itself, the lower of the two numbers counts."""
     limiter = Limiter("500 RPM burst 500")
 
@@ -79,7 +79,7 @@ def test_remaining_above_the_limit_is_the_limit() -> None:
     assert available(limiter) == [30]
 
 
-def test_limit_tells_which_window_is_meant() -> None:
+def test_announced_limit_selects_window_of_headers() -> None:
     """OpenAI's headers mean the minute or the day; the limit's number tells which."""
     limiter = Limiter("500 RPM burst 500", "10k RPD burst 10000")
 
@@ -88,7 +88,7 @@ def test_limit_tells_which_window_is_meant() -> None:
     assert available(limiter) == [500, 70]
 
 
-def test_groq_speaks_of_the_day() -> None:
+def test_groq_request_headers_apply_to_day_limit() -> None:
     """Groq's headers of requests mean the day."""
     limiter = Limiter("30 RPM burst 30", "14,400 RPD burst 14400")
 
@@ -97,7 +97,7 @@ def test_groq_speaks_of_the_day() -> None:
     assert available(limiter) == [30, 70]
 
 
-def test_anthropics_thousands_are_rounded() -> None:
+def test_rounded_anthropic_header_does_not_override_own_count() -> None:
     """Within the rounding, headers say nothing new: our own count is more exact."""
     limiter = Limiter("50k ITPM")
     ear = Ear(limiter)
@@ -108,7 +108,7 @@ def test_anthropics_thousands_are_rounded() -> None:
     assert 49_000 <= available(limiter)[0] <= 49_100
 
 
-def test_late_header_leaves_out_what_is_on_its_way() -> None:
+def test_late_header_subtracts_calls_sent_since_its_request() -> None:
     """A reply to an early call does not count later ones; they are not taken for others' calls."""
     clock = VirtualClock()
     limiter = Limiter("500 RPM burst 500", clock=clock)
@@ -126,7 +126,7 @@ def test_late_header_leaves_out_what_is_on_its_way() -> None:
     assert available(limiter) == [488]
 
 
-def test_limits_are_learned_where_none_were_given() -> None:
+def test_limiter_without_limits_learns_and_follows_announced_ones() -> None:
     """A limiter without limits takes those announced and follows them; set ones stay."""
     limiter = Limiter(concurrency=3)
     ear = Ear(limiter)
@@ -147,7 +147,7 @@ def test_limits_are_learned_where_none_were_given() -> None:
 
 
 @pytest.mark.parametrize("project", [100_000, 1_000_000])
-def test_least_limit_of_a_window_is_learned_once(project: int) -> None:
+def test_lowest_announced_limit_of_window_is_learned_once(project: int) -> None:
     """OpenAI announces the limits of organisation and project; the lower one holds."""
     limiter = Limiter()
     learned: list[object] = []
@@ -160,7 +160,7 @@ def test_least_limit_of_a_window_is_learned_once(project: int) -> None:
     assert len(learned) == 1
 
 
-def test_least_limit_of_a_window_holds_whichever_has_less_left() -> None:
+def test_refill_follows_lowest_announced_limit_of_window() -> None:
     """What the organisation has left comes back no faster than the project's limit allows."""
     clock = VirtualClock()
     limiter = Limiter("300k TPM burst 300k", clock=clock)
@@ -175,7 +175,7 @@ def test_least_limit_of_a_window_holds_whichever_has_less_left() -> None:
     assert available(limiter)[0] <= 47_000 + 10_000
 
 
-def test_limits_that_were_given_stay() -> None:
+def test_announced_limits_do_not_change_user_limits() -> None:
     """If the user has set a limit, none is added or changed."""
     limiter = Limiter("500 RPM")
 
@@ -194,7 +194,7 @@ def passing(limiter: Limiter) -> int:
     return passed
 
 
-def test_first_calls_are_a_slice_until_a_reply_says_more() -> None:
+def test_first_calls_are_capped_at_half_a_slice_until_first_report() -> None:
     """How the provider counts is still unknown: half of a second's worth passes at once."""
     limiter = Limiter("600 RPM", clock=VirtualClock())
     ear = Ear(limiter)
@@ -205,7 +205,7 @@ def test_first_calls_are_a_slice_until_a_reply_says_more() -> None:
     assert passing(limiter) == 55  # a tenth of the limit, as usual
 
 
-def test_first_call_passes_at_once_however_large() -> None:
+def test_large_first_call_passes_at_once_and_next_awaits_reply() -> None:
     """A call of any size passes in an unused slice; the next one waits for a reply."""
     limiter = Limiter("30k TPM", clock=VirtualClock())
     ear = Ear(limiter)
@@ -218,7 +218,7 @@ def test_first_call_passes_at_once_however_large() -> None:
     assert (limiter.explain(tokens=2_000).wait or 0) < 4  # the first minute is paced evenly
 
 
-def test_reply_that_says_nothing_lifts_the_caution() -> None:
+def test_successful_reply_without_headers_lifts_first_calls_cap() -> None:
     """A gateway without these headers is assumed to count as the user says."""
     limiter = Limiter("600 RPM", clock=VirtualClock())
     ear = Ear(limiter)
@@ -230,7 +230,7 @@ def test_reply_that_says_nothing_lifts_the_caution() -> None:
     assert passing(limiter) == 55
 
 
-def test_error_that_a_wrapped_model_meets_lifts_no_caution() -> None:
+def test_error_reported_by_wrapped_model_keeps_first_calls_cap() -> None:
     """An error that its client reports does not count; a reply without these headers does."""
     limiter = Limiter("600 RPM burst 600")
     ear = Ear(limiter)
@@ -243,7 +243,7 @@ def test_error_that_a_wrapped_model_meets_lifts_no_caution() -> None:
     assert limiter.statistics().limits[0].available == 599
 
 
-def test_second_transport_forgets_nothing_that_was_heard() -> None:
+def test_second_transport_keeps_what_first_one_learned() -> None:
     """What one transport has heard stays when another one begins."""
     limiter = Limiter("600 RPM burst 600", clock=VirtualClock())
     Ear(limiter).expect(OPENAI)
@@ -254,7 +254,7 @@ def test_second_transport_forgets_nothing_that_was_heard() -> None:
 
 
 @pytest.mark.parametrize("learn", [True, False])
-def test_nothing_is_taken_for_granted_of_days(learn: bool) -> None:  # noqa: FBT001 - a parameter
+def test_first_calls_are_not_capped_for_day_limits_or_without_learning(learn: bool) -> None:  # noqa: FBT001 - a parameter
     """A limit of a day is not counted by slices; without learning, nothing is expected."""
     limiter = Limiter("10k RPD", "10k TPM" if not learn else "10k ITPM", clock=VirtualClock())
     Ear(limiter, learn=learn).expect(GROQ)
@@ -262,7 +262,7 @@ def test_nothing_is_taken_for_granted_of_days(learn: bool) -> None:  # noqa: FBT
     assert passing(limiter) == 1_000
 
 
-def test_listening_rests_for_a_moment() -> None:
+def test_ear_reads_at_most_one_reply_per_10_ms() -> None:
     """Of hundreds of replies a second a few are enough: with a minute's limit, one in 10 ms."""
     ear = Ear(Limiter("600 RPM"))
     assert ear.is_due(0.0)
@@ -272,7 +272,7 @@ def test_listening_rests_for_a_moment() -> None:
     assert ear.is_due(1.011)
 
 
-def test_first_reply_is_listened_to_whenever_it_comes() -> None:
+def test_first_expected_reply_is_always_read() -> None:
     """The first reply is always read, since what is assumed until then may hold up calls."""
     ear = Ear(Limiter("600 RPM"))
     ear.hear({}, OPENAI, since=1.0)
@@ -281,36 +281,36 @@ def test_first_reply_is_listened_to_whenever_it_comes() -> None:
     assert ear.is_due(1.0)
 
 
-def lefts(*limiters: Limiter) -> list[int]:
+def available_of_each(*limiters: Limiter) -> list[int]:
     """Return what is available of each limiter's only limit."""
     return [available(limiter)[0] for limiter in limiters]
 
 
-def test_tenants_reply_speaks_of_the_key_that_is_shared() -> None:
+def test_tenant_reply_headers_apply_to_shared_parent_limit() -> None:
     """The provider knows no tenants, so its headers are about the limit above them."""
     root = Limiter("450 RPM burst 450")
     tenant = root.child("acme", "100 RPM burst 100")
 
     Ear(tenant).hear(said(remaining_requests="70", limit_requests="500"), OPENAI)
-    assert lefts(root, tenant) == [70, 100]
+    assert available_of_each(root, tenant) == [70, 100]
     Ear(tenant).hear(said(remaining_requests="60"), OPENAI)
-    assert lefts(root, tenant) == [60, 100]
+    assert available_of_each(root, tenant) == [60, 100]
 
 
-def test_models_reply_speaks_of_the_limit_of_that_model() -> None:
+def test_announced_limit_tells_whether_headers_mean_parent_or_child() -> None:
     """If each child has its own limit at the provider, the limit's number tells whose it is."""
     root = Limiter("5000 RPM burst 5000")
     model = root.child("gpt-4o", "450 RPM burst 450")
 
     Ear(model).hear(said(remaining_requests="70", limit_requests="500"), OPENAI)
-    assert lefts(root, model) == [5000, 70]
+    assert available_of_each(root, model) == [5000, 70]
     Ear(model).hear(said(remaining_requests="60", limit_requests="5000"), OPENAI)
-    assert lefts(root, model) == [60, 70]
+    assert available_of_each(root, model) == [60, 70]
     Ear(model).hear(said(remaining_requests="50", limit_requests="90"), OPENAI)
-    assert lefts(root, model) == [60, 50]
+    assert available_of_each(root, model) == [60, 50]
 
 
-def test_child_learns_nothing_where_limits_stand_above_it() -> None:
+def test_child_learns_limits_only_if_no_parent_has_any() -> None:
     """A limit announced for the key does not become a second one for each tenant."""
     root = Limiter("450 RPM")
     tenant = root.child("acme")
@@ -354,7 +354,7 @@ def test_hostile_value_is_ignored_and_counted(value: Any) -> None:
     assert ear.ignored == 1
 
 
-def test_largest_number_does_no_harm() -> None:
+def test_fifteen_digit_header_never_raises_user_limit_and_is_learned() -> None:
     """A number may have fifteen digits, which is more than any real limit."""
     limiter = Limiter("500 RPM burst 500")
     learning = Limiter()
@@ -397,7 +397,7 @@ def headers_by(chance: random.Random, profile: Profile) -> list[tuple[bytes, byt
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("profile", [OPENAI, ANTHROPIC, GROQ], ids=lambda p: p.name)
-def test_fuzzed_headers_raise_nothing_and_cost_little(profile: Profile) -> None:
+def test_fuzzed_headers_raise_nothing_and_are_cheap_to_read(profile: Profile) -> None:
     """20,000 hostile replies cause no error, are cheap to read, and raise no limit."""
     chance = random.Random(profile.name)
     replies = [headers_by(chance, profile) for _ in range(20_000)]
@@ -419,7 +419,7 @@ def test_fuzzed_headers_raise_nothing_and_cost_little(profile: Profile) -> None:
         assert use.available <= use.limit.amount
 
 
-def test_refusal_for_a_limit_that_was_learned_says_who_set_it() -> None:
+def test_learned_limit_error_says_provider_set_it() -> None:
     """The user cannot raise it here, because the provider set it."""
     limiter = Limiter()
     limiter.learn(Limit("tokens", 30, per=60))

@@ -130,7 +130,7 @@ async def outcome(script: Script, http_client: Any) -> Any:
 @pytest.mark.parametrize(
     "script", [chat, stream, responses, embeddings, errors, retries, broken_stream]
 )
-async def test_sdk_sees_no_difference(script: Script) -> None:
+async def test_async_openai_sdk_behaves_as_without_transport(script: Script) -> None:
     """Replies, streams, errors and retries are the same with the transport and without."""
     limiter = Limiter("10k RPM", "10M TPM", concurrency=1)
     plain = await outcome(script, None)
@@ -142,7 +142,7 @@ async def test_sdk_sees_no_difference(script: Script) -> None:
     assert statistics.in_flight == 0
 
 
-def test_synchronous_sdk_sees_no_difference() -> None:
+def test_sync_openai_sdk_behaves_as_without_transport() -> None:
     """The synchronous client sees none, either."""
     limiter = Limiter("10k RPM", "10M TPM", concurrency=1)
     seen = []
@@ -171,7 +171,7 @@ async def provider() -> AsyncIterator[RateLimitedProvider]:
 
 
 @pytest.mark.real_clock
-async def test_provider_refuses_nothing(provider: RateLimitedProvider) -> None:
+async def test_provider_refuses_none_of_ninety_paced_calls(provider: RateLimitedProvider) -> None:
     """Ninety calls at once at sixty a minute: none gets a 429.
 
     This runs on the real clock, because the SDK uses real sockets.
@@ -196,7 +196,7 @@ async def test_provider_refuses_nothing(provider: RateLimitedProvider) -> None:
     assert limiter.statistics().upstream_429 == 0
 
 
-async def test_azure_client_is_charged_as_azure_does() -> None:
+async def test_azure_call_is_charged_as_azure_charges_it() -> None:
     """Azure counts prompt and max_tokens on arrival; the provider and the limiter agree."""
     limiter = Limiter("10k RPM", "10M TPM")
     with RateLimitedProvider(charge="azure", tpm=1_000_000) as provider:
@@ -213,7 +213,7 @@ async def test_azure_client_is_charged_as_azure_does() -> None:
 
 
 @pytest.mark.parametrize("family", ["httpx", "httpx2"])
-async def test_charge_agrees_with_the_provider(family: str) -> None:
+async def test_booked_tokens_match_provider_charge_within_two(family: str) -> None:
     """The limiter books for each kind of call what the provider charges, or up to 2 tokens more."""
     library = importlib.import_module(family)
     limiter = Limiter("10k RPM", "10M TPM")
@@ -247,7 +247,7 @@ async def test_charge_agrees_with_the_provider(family: str) -> None:
                 assert charged <= booked <= charged + 2, (path, body)
 
 
-async def test_refusals_of_the_sdk_pause_everyone(caplog: pytest.LogCaptureFixture) -> None:
+async def test_429_pauses_limiter_for_its_retry_after(caplog: pytest.LogCaptureFixture) -> None:
     """If a 429 comes nevertheless, the limiter pauses for as long as it says."""
     limiter = Limiter("10k RPM", name="shared")
     with RateLimitedProvider() as provider:
@@ -265,7 +265,7 @@ async def test_refusals_of_the_sdk_pause_everyone(caplog: pytest.LogCaptureFixtu
     assert "limiter 'shared' pauses for 30 s" in caplog.text
 
 
-async def test_what_the_limiter_refuses_reaches_whoever_called_the_sdk() -> None:
+async def test_cost_exceeds_limit_reaches_caller_through_sdk() -> None:
     """Before version 3, the SDK takes any error of a transport for a lost connection."""
     limiter = Limiter("10 TPM")
     http_client = limiter.http_client(family=FAMILY)

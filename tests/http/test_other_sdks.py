@@ -91,7 +91,7 @@ async def script(http_client: Any) -> Any:
         return raw.http_response.text, raw.retries_taken, events, text
 
 
-async def test_anthropics_sdk_sees_no_difference() -> None:
+async def test_anthropic_sdk_behaves_as_without_transport() -> None:
     """A reply after a retry and two kinds of streams are the same, and are charged and settled."""
     limiter = Limiter("50 RPM burst 50", "30k ITPM", "8k OTPM", concurrency=1)
     plain = http.AsyncClient(transport=http.MockTransport(provider()))
@@ -108,7 +108,7 @@ async def test_anthropics_sdk_sees_no_difference() -> None:
     assert received.used == 256 + 3 * 7
 
 
-async def test_anthropics_default_client_is_ours() -> None:
+async def test_http_client_defaults_match_anthropic_sdk() -> None:
     """Pool, timeouts and redirects are those of Anthropic's own client."""
     theirs = anthropic.DefaultAsyncHttpxClient()
     async with Limiter(concurrency=1).http_client(family=FAMILY) as ours, theirs:

@@ -30,12 +30,12 @@ async def concurrency_after(answer: httpx.Response | Exception) -> int | None:
 
 
 @pytest.mark.parametrize("status", [408, 429, 503, 504, 529])
-async def test_overload_cuts_the_number_of_slots(status: int) -> None:
+async def test_overload_reply_cuts_slots(status: int) -> None:
     """A call that is refused, or answered too late, was one too many."""
     assert await concurrency_after(httpx.Response(status)) == 3
 
 
-async def test_a_timeout_is_overload_if_the_call_was_sent() -> None:
+async def test_timeout_cuts_slots_only_if_call_was_sent() -> None:
     """A server that doesn't answer in time is overloaded; one that can't be reached may not be."""
     assert await concurrency_after(httpx.ReadTimeout("slow")) == 3
     assert await concurrency_after(httpx.ConnectTimeout("nobody there")) == 4
@@ -43,13 +43,13 @@ async def test_a_timeout_is_overload_if_the_call_was_sent() -> None:
 
 
 @pytest.mark.parametrize("status", [200, 400, 404, 500])
-async def test_other_replies_cut_nothing(status: int) -> None:
+async def test_reply_that_is_not_overload_cuts_no_slots(status: int) -> None:
     """Neither success nor errors that fewer calls would not have avoided cost slots."""
     assert await concurrency_after(httpx.Response(status)) == 4
 
 
 @pytest.mark.heavy
-def test_server_that_refuses_what_is_too_much_is_kept_busy(virtual_time: VirtualTime) -> None:
+def test_adaptive_concurrency_keeps_server_90_percent_busy(virtual_time: VirtualTime) -> None:
     """Searching for more slots costs a refusal each time, but does not pause all calls."""
     capacity, latency, seconds = 8, 0.05, 20
     serving = served = 0

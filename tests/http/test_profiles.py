@@ -72,7 +72,7 @@ def test_profile_is_found_by_name() -> None:
         (GENERIC, {}, Cost(tokens=356, input_tokens=100, output_tokens=256)),
     ],
 )
-def test_call_is_charged_as_the_provider_does(
+def test_call_costs_what_provider_charges(
     profile: Profile, body: dict[str, Any], cost: Cost
 ) -> None:
     """400 characters count as 100 tokens; each provider has its own rule for the reply."""
@@ -83,7 +83,7 @@ def test_call_is_charged_as_the_provider_does(
     ("prompt", "replies"),
     [("four", 1), (["four", "five"], 2), ([[1, 2], [3]], 2), ([1, 2, 3], 1), ([], 1)],
 )
-def test_each_of_several_prompts_is_replied_to(prompt: object, replies: int) -> None:
+def test_each_prompt_of_completion_reserves_its_replies(prompt: object, replies: int) -> None:
     """A completion may send several prompts at once, as texts or as tokens."""
     cost = GENERIC.cost(call("/v1/completions", prompt=prompt, max_tokens=20, n=3))
 
@@ -91,7 +91,7 @@ def test_each_of_several_prompts_is_replied_to(prompt: object, replies: int) -> 
 
 
 @pytest.mark.parametrize("profile", [OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC])
-def test_embeddings_cost_their_input(profile: Profile) -> None:
+def test_embeddings_cost_only_their_input(profile: Profile) -> None:
     """Nothing is generated, so only the input counts."""
     assert profile.cost(call("/v1/embeddings", input="x" * 40)) == Cost(tokens=10, input_tokens=10)
 
@@ -107,20 +107,20 @@ def test_embeddings_cost_their_input(profile: Profile) -> None:
         "/v1/uploads/u1/complete",
     ],
 )
-def test_other_calls_cost_a_request(profile: Profile, path: str) -> None:
+def test_calls_reaching_no_model_cost_a_request_and_no_tokens(profile: Profile, path: str) -> None:
     """What no model reads, such as a file or a text to count, costs a request and no tokens."""
     assert profile.cost(call(path, messages=MESSAGES)) == Cost(requests=1, tokens=0)
 
 
 @pytest.mark.parametrize("path", ["/v1/responses/compact", "/v1/complete"])
-def test_calls_of_a_model_by_rarer_paths_cost_their_tokens(path: str) -> None:
+def test_calls_by_rarer_model_paths_cost_their_tokens(path: str) -> None:
     """OpenAI's compacts a conversation, and Anthropic's first API completes a text."""
     cost = GENERIC.cost(call(path, input="x" * 400, max_tokens_to_sample=20))
 
     assert cost == Cost(tokens=120, input_tokens=100, output_tokens=20)
 
 
-def test_tokens_are_settled_where_the_provider_does() -> None:
+def test_tokens_are_settled_only_for_providers_that_correct_them() -> None:
     """OpenAI and Azure keep what they counted on arrival; the others count what was used."""
     at_the_door = {"input_tokens": 90, "output_tokens": 7}
     for profile in (OPENAI, AZURE):
@@ -163,12 +163,12 @@ def test_tokens_are_settled_where_the_provider_does() -> None:
         ({"messages": [None, True, 1.5, {"role": "user", "type": 3, "content": "four"}]}, 1),
     ],
 )
-def test_everything_that_is_sent_counts(body: dict[str, Any], tokens: int) -> None:
+def test_every_part_of_request_counts_towards_input(body: dict[str, Any], tokens: int) -> None:
     """Text counts by its length, pictures and files by constants and size, the rest as JSON."""
     assert sent("/v1/chat/completions", body).by_characters == tokens
 
 
-def test_text_that_is_not_english_counts_by_size() -> None:
+def test_non_english_text_counts_more_by_size_than_by_characters() -> None:
     """For a provider that counts tokens, bytes are a better guess than characters."""
     asked = sent("/api/chat", {"messages": [{"content": "これはテスト。"}]})
 
@@ -189,7 +189,9 @@ def test_text_that_is_not_english_counts_by_size() -> None:
         ({"n": 3}, None),
     ],
 )
-def test_limit_of_output_goes_by_many_names(body: dict[str, Any], limit: int | None) -> None:
+def test_max_output_is_read_by_any_name_if_positive_integer(
+    body: dict[str, Any], limit: int | None
+) -> None:
     """A value that is not a positive whole number sets no limit."""
     assert sent("/v1/responses", body).max_output == limit
 
@@ -198,12 +200,12 @@ def test_limit_of_output_goes_by_many_names(body: dict[str, Any], limit: int | N
     "content",
     [None, b"", b"[1]", b"{", b"\xff{", b'{"a":' + b"[" * 100_000, b"--boundary", b'{"a": \xff}'],
 )
-def test_what_is_no_json_object_has_no_parts(content: bytes | None) -> None:
+def test_body_that_is_not_a_json_object_reads_as_empty(content: bytes | None) -> None:
     """Uploads, forms and broken JSON are sent unchanged, and cost a request."""
     assert read_json(content) == {}
 
 
-def test_json_object_is_read() -> None:
+def test_json_object_after_whitespace_is_read() -> None:
     """Whitespace before it doesn't matter."""
     assert read_json(b' \n{"a": 1}') == {"a": 1}
 
@@ -222,12 +224,12 @@ def test_json_object_is_read() -> None:
         (b"", None),
     ],
 )
-def test_usage_is_found_by_its_key(end: bytes, usage: Usage | None) -> None:
+def test_usage_is_read_from_last_real_usage_key(end: bytes, usage: Usage | None) -> None:
     """The last real key counts; text that looks like one is escaped, and does not."""
     assert find_usage(end) == usage
 
 
-def test_anthropics_stream_says_it_in_two_places() -> None:
+def test_anthropic_stream_usage_combines_first_and_last_event() -> None:
     """The first event has the prompt's tokens, the last one has those of the reply."""
     first = b'data: {"message":{"usage":{"input_tokens":90,"cache_read_input_tokens":500,"output_tokens":1}}}'
     last = b'data: {"type":"message_delta","usage":{"output_tokens":7}}'
@@ -238,12 +240,12 @@ def test_anthropics_stream_says_it_in_two_places() -> None:
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/threads/t1/messages"])
 @pytest.mark.parametrize("profile", [OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC])
-def test_what_only_lists_costs_a_request(profile: Profile, path: str) -> None:
+def test_get_request_costs_one_request_and_no_tokens(profile: Profile, path: str) -> None:
     """A GET lists stored completions and messages at the paths where they are created."""
     assert profile.cost(Call("GET", "host", path, {}, 256)) == Cost()
 
 
-def test_profile_survives_any_json() -> None:
+def test_any_json_body_gets_a_whole_number_cost() -> None:
     """Whatever a body holds, pricing it raises nothing and gives a whole cost."""
     odd: list[Any] = [None, True, 0, -1, 1e400, "x", [], [[]], {}, {"type": []}, {"type": "image"}]
     for name in ("messages", "input", "tools", "max_tokens", "n", "options", "response_format"):
@@ -253,7 +255,7 @@ def test_profile_survives_any_json() -> None:
             assert all(type(amount) is int for amount in cost.values())
 
 
-def test_call_that_is_nested_deeply_is_priced() -> None:
+def test_deeply_nested_body_is_still_priced() -> None:
     """It is priced as far as it can be read; the provider decides whether it is valid."""
     message: Any = "x" * 400
     for _ in range(600):

@@ -44,7 +44,7 @@ def error(code: str | None = None, kind: str | None = None) -> dict[str, Any]:
         (400, {}, {}, 0),
     ],
 )
-def test_kind_of_refusal_decides(
+def test_only_rate_and_overload_refusals_pause_limiter(
     limiter: Limiter, status: int, headers: dict[str, str], body: dict[str, Any], paused: float
 ) -> None:
     """Rate limits, slots and overload concern everyone; empty accounts and mistakes do not."""
@@ -63,7 +63,7 @@ def test_kind_of_refusal_decides(
         ({"x-ratelimit-reset-requests": "soon"}, 8),
     ],
 )
-def test_unnamed_pause_is_no_longer_than_until_limits_are_whole(
+def test_pause_without_retry_after_lasts_at_most_until_limits_reset(
     limiter: Limiter, clock: VirtualClock, headers: dict[str, str], longest: float
 ) -> None:
     """Instead of the 8 s of a fourth wave, it lasts until the last limit resets, at least 1 s."""
@@ -75,7 +75,7 @@ def test_unnamed_pause_is_no_longer_than_until_limits_are_whole(
     assert limiter.statistics().paused == pytest.approx(longest)
 
 
-def test_one_wave_is_one_pause(limiter: Limiter, clock: VirtualClock) -> None:
+def test_one_wave_of_refusals_causes_one_pause(limiter: Limiter, clock: VirtualClock) -> None:
     """Refusals of calls already in flight do not make the pause longer, unless they say so."""
     refusals = Refusals(limiter)
     for _ in range(20):
@@ -90,7 +90,7 @@ def test_one_wave_is_one_pause(limiter: Limiter, clock: VirtualClock) -> None:
     assert limiter.statistics().paused == 4
 
 
-def test_pause_doubles_from_wave_to_wave_until_a_success(
+def test_pause_doubles_with_each_wave_until_a_success(
     limiter: Limiter, clock: VirtualClock
 ) -> None:
     """If the provider names no time, pauses grow up to two minutes."""
@@ -109,7 +109,7 @@ def test_pause_doubles_from_wave_to_wave_until_a_success(
     assert limiter.statistics().paused == 1
 
 
-def test_first_wave_costs_slots_where_they_can_be_fewer(clock: VirtualClock) -> None:
+def test_first_wave_with_adaptive_concurrency_causes_no_pause(clock: VirtualClock) -> None:
     """One call too many at once causes no pause, unless the next wave is refused as well."""
     limiter = Limiter(concurrency="auto", clock=clock)
     refusals = Refusals(limiter)
@@ -129,7 +129,7 @@ def test_first_wave_costs_slots_where_they_can_be_fewer(clock: VirtualClock) -> 
     assert limiter.statistics().paused == 0
 
 
-def test_first_wave_is_a_pause_where_there_is_no_slot_to_lose(clock: VirtualClock) -> None:
+def test_first_wave_pauses_when_slots_are_at_minimum(clock: VirtualClock) -> None:
     """At the least number of slots none can be given up, so only waiting helps."""
     limiter = Limiter(concurrency=(4, 20), clock=clock)
     Refusals(limiter).judge(429, {}, {})
@@ -137,9 +137,7 @@ def test_first_wave_is_a_pause_where_there_is_no_slot_to_lose(clock: VirtualCloc
     assert limiter.statistics().paused == 1
 
 
-def test_call_from_before_a_wave_says_nothing_after_its_pause(
-    limiter: Limiter, clock: VirtualClock
-) -> None:
+def test_late_reply_neither_ends_nor_starts_a_wave(limiter: Limiter, clock: VirtualClock) -> None:
     """Late replies neither end a series of waves nor start a new one."""
     refusals = Refusals(limiter)
     refusals.judge(429, {}, {}, sent_at=0)
@@ -152,7 +150,7 @@ def test_call_from_before_a_wave_says_nothing_after_its_pause(
     assert limiter.statistics().paused == 2
 
 
-def test_people_are_told_once_a_minute(
+def test_refusal_warning_is_logged_at_most_once_a_minute(
     limiter: Limiter, clock: VirtualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A warning says how long and why; many refusals cause only one warning a minute."""
@@ -170,7 +168,7 @@ def test_people_are_told_once_a_minute(
     )
 
 
-def test_empty_account_is_told_once(limiter: Limiter, caplog: pytest.LogCaptureFixture) -> None:
+def test_empty_account_is_logged_once(limiter: Limiter, caplog: pytest.LogCaptureFixture) -> None:
     """The message says that waiting does not help."""
     refusals = Refusals(limiter)
     for _ in range(3):

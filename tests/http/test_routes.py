@@ -27,7 +27,7 @@ def admitted(limiter: Limiter) -> dict[str, int]:
     return {name: child.statistics().admitted for name, child in children.items()}
 
 
-async def test_request_goes_to_the_child_of_its_path_or_model(library: Any) -> None:
+async def test_request_is_routed_to_child_by_path_or_model(library: Any) -> None:
     """The first matching pattern counts; what matches none goes to the limiter itself."""
     limiter = Limiter("500 RPM", name="openai")
     limiter.child("big", "100 RPM")
@@ -58,7 +58,7 @@ async def test_request_goes_to_the_child_of_its_path_or_model(library: Any) -> N
     assert limiter.statistics().in_flight == 0
 
 
-async def test_function_may_choose(library: Any) -> None:
+async def test_routing_function_chooses_child(library: Any) -> None:
     """The function gets the same `Call` as a profile."""
 
     def choose(call: Call) -> str | None:
@@ -70,7 +70,7 @@ async def test_function_may_choose(library: Any) -> None:
     assert admitted(limiter) == {"cheap": 1}
 
 
-async def test_refusal_of_one_model_pauses_that_model_alone(library: Any) -> None:
+async def test_refusal_of_routed_model_pauses_only_its_child(library: Any) -> None:
     """Calls of other models go on."""
     limiter = Limiter("500 RPM", name="openai", clock=VirtualClock())
     for name in ("big", "small"):
@@ -91,7 +91,7 @@ async def test_refusal_of_one_model_pauses_that_model_alone(library: Any) -> Non
     assert limiter.statistics().paused == 0
 
 
-async def test_refusal_of_a_tenant_pauses_all_who_share_the_key(library: Any) -> None:
+async def test_refusal_of_tenant_pauses_whole_key(library: Any) -> None:
     """A child that no route names has no limit of its own at the provider, so the key is paused."""
     limiter = Limiter("500 RPM", name="openai", clock=VirtualClock())
     tenant = limiter.child("acme", "50 RPM")
@@ -103,7 +103,7 @@ async def test_refusal_of_a_tenant_pauses_all_who_share_the_key(library: Any) ->
     assert limiter.statistics().upstream_429 == 1
 
 
-async def test_headers_of_a_model_are_heard_by_its_child(library: Any) -> None:
+async def test_headers_of_routed_model_lower_only_its_child(library: Any) -> None:
     """They lower the limit of that model's child, and no other."""
     limiter = Limiter("5000 RPM burst 5000")
     big = limiter.child("big", "500 RPM burst 500")
@@ -123,7 +123,7 @@ async def test_headers_of_a_model_are_heard_by_its_child(library: Any) -> None:
     assert limiter.statistics().limits[0].available > 4_900
 
 
-def test_clients_take_routes_too(library: Any) -> None:
+def test_sync_transport_and_client_accept_routes(library: Any) -> None:
     """Synchronous clients take them as well."""
     limiter = Limiter("500 RPM")
     limiter.child("chat")
@@ -136,7 +136,7 @@ def test_clients_take_routes_too(library: Any) -> None:
     assert admitted(limiter) == {"chat": 1}
 
 
-async def test_memory_of_routes_is_bounded(library: Any) -> None:
+async def test_transport_keeps_state_of_at_most_256_routes(library: Any) -> None:
     """Of thousands of routed tenants, some reports are forgotten, but all calls are counted."""
     limiter = Limiter("500k RPM")
     inner = library.MockTransport(answering(library, b"{}"))
@@ -154,7 +154,7 @@ async def test_memory_of_routes_is_bounded(library: Any) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["", "  ", "gpt-4o /v1/chat", "/v1/chat gpt-4o mini"])
-def test_pattern_that_cannot_be_understood_is_refused(pattern: str) -> None:
+def test_malformed_route_pattern_is_refused(pattern: str) -> None:
     """A route that matches nothing would go unnoticed."""
     with pytest.raises(
         ValueError, match=r'such as "/v1/chat/completions gpt-4o\*", not '
@@ -163,7 +163,7 @@ def test_pattern_that_cannot_be_understood_is_refused(pattern: str) -> None:
     assert repr(pattern) in str(caught.value)
 
 
-def test_route_to_a_child_that_there_is_not_is_refused() -> None:
+def test_route_to_missing_child_is_refused() -> None:
     """A misspelt name would otherwise make a new child without the intended limits."""
     limiter = Limiter("500 RPM", name="openai")
     limiter.child("big", "100 RPM")
@@ -176,7 +176,7 @@ def test_route_to_a_child_that_there_is_not_is_refused() -> None:
     assert list(limiter.children) == ["big"]
 
 
-def test_route_must_lead_to_a_child() -> None:
+def test_route_to_anything_but_a_child_is_refused() -> None:
     """Otherwise calls would not count at the transport's limiter."""
     with pytest.raises(ValueError, match=r"'stranger' is not a child of 'openai'"):
         Limiter(name="openai").transport(routes={"*": Limiter(name="stranger")})
@@ -192,7 +192,7 @@ def test_route_must_lead_to_a_child() -> None:
         ({5: "big"}, "a route must be a path, a model, or both, such as .*, not 5"),
     ],
 )
-def test_what_routes_nothing_is_refused(routes: Any, message: str) -> None:
+def test_invalid_routes_argument_is_refused(routes: Any, message: str) -> None:
     """It is refused at once, not by the first request."""
     with pytest.raises((TypeError, ValueError), match=message):
         Limiter("500 RPM").transport(routes=routes)

@@ -24,7 +24,7 @@ def beat(*words: tuple[float, int]) -> Beat:
     return found
 
 
-def test_slice_begins_where_what_is_left_jumps_up() -> None:
+def test_jumps_in_remaining_show_where_slices_begin() -> None:
     """Two jumps show where each slice begins, and so where later ones will."""
     heard = beat((0.2, 1), (0.4, 9))
     assert heard.found
@@ -36,18 +36,18 @@ def test_slice_begins_where_what_is_left_jumps_up() -> None:
     assert heard.blur <= 0.2 * SECOND
 
 
-def test_what_may_have_flowed_in_is_no_jump() -> None:
+def test_steady_refill_is_not_taken_for_a_slice() -> None:
     """A bucket refills steadily: four more after 0.4 s do not indicate a slice."""
     assert not beat((0, 1), (0.4, 5)).found
     assert not beat((0, 5), (0.1, 4)).found
 
 
-def test_silence_of_half_a_slice_tells_nothing() -> None:
+def test_jump_after_half_a_slice_of_silence_is_ignored() -> None:
     """The slice may have begun at any moment in between."""
     assert not beat((0, 0), (0.5, 10)).found
 
 
-def test_jumps_that_do_not_fit_are_no_slices() -> None:
+def test_irregular_jumps_do_not_make_slices_sure() -> None:
     """A sliding window jumps, too, but irregularly: nothing is sure, and the search starts anew."""
     words = [(second + 0.3 * (second % 3), 0) for second in range(8)]
     jumps = [(when + 0.05, 9) for when, _ in words]
@@ -57,7 +57,7 @@ def test_jumps_that_do_not_fit_are_no_slices() -> None:
     assert not heard.sure
 
 
-def test_jump_from_elsewhere_does_not_move_what_is_sure() -> None:
+def test_stray_jump_does_not_move_sure_slice_start() -> None:
     """Once, something else made room in the middle of a slice."""
     words = [(second + part, left) for second in range(6) for part, left in ((0.2, 1), (0.4, 9))]
     heard = beat(*words)
@@ -69,7 +69,7 @@ def test_jump_from_elsewhere_does_not_move_what_is_sure() -> None:
     assert heard.nearest(20 * SECOND) == before
 
 
-def test_beginning_is_never_known_better_than_words_are_on_time() -> None:
+def test_slice_start_keeps_a_margin_for_reply_delay() -> None:
     """However many jumps fit, replies may be late or early, so a margin stays on either side."""
     words = [(second + 0.3 * part, 9 * part) for second in range(1, 40) for part in (0, 1)]
 
@@ -145,7 +145,7 @@ def saturate(
 
 @pytest.mark.parametrize("phase", [0, 370 * MS, 990 * MS])
 @pytest.mark.parametrize("way", [0, 50 * MS])
-def test_alone_all_is_used_and_nothing_refused(phase: int, way: int) -> None:
+def test_unshared_slices_are_well_used_and_never_refused(phase: int, way: int) -> None:
     """Whenever slices begin, and with delays of up to 50 ms either way."""
     provider = Provider(phase)
 
@@ -154,7 +154,7 @@ def test_alone_all_is_used_and_nothing_refused(phase: int, way: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_of_large_slices_hardly_any_call_is_refused(seed: int) -> None:
+def test_shared_large_slices_are_well_used_with_few_refusals(seed: int) -> None:
     """Others take a random 40 of a hundred: under 0.5 % is refused, and 90 % is used."""
     provider = Provider(370 * MS, share=100)
     used = saturate(provider, others=40, way=10 * MS, seed=seed)
@@ -163,7 +163,7 @@ def test_of_large_slices_hardly_any_call_is_refused(seed: int) -> None:
     assert provider.refused < 0.005 * 6_000
 
 
-def test_of_small_slices_few_calls_are_refused() -> None:
+def test_shared_small_slices_are_well_used_with_few_refusals() -> None:
     """Others take a random four of ten; without making room for them, 18 % would be refused."""
     provider = Provider(370 * MS)
     used = saturate(provider, others=4, seconds=200)
@@ -195,7 +195,7 @@ def known(*, taken: int = 0, share: int = 10) -> Slices:
     return slices
 
 
-def test_what_others_take_until_the_end_is_left_to_them() -> None:
+def test_slice_reserves_others_share_until_its_end() -> None:
     """Others take six of ten: early at most two pass, and more once they have taken less."""
     slices = known(taken=6)
     assert slices.known
@@ -211,7 +211,7 @@ def test_what_others_take_until_the_end_is_left_to_them() -> None:
     assert slices.earliest(1, late) == late
 
 
-def test_of_a_full_slice_nothing_more_is_expected() -> None:
+def test_full_slice_delays_calls_until_next_slice() -> None:
     """The next call passes once the next slice has begun."""
     slices = known(taken=6)
     slices.hear(0, 30 * SECOND + 500 * MS)
@@ -222,7 +222,7 @@ def test_of_a_full_slice_nothing_more_is_expected() -> None:
     assert slices.earliest(1, when) == when
 
 
-def test_one_call_passes_in_every_slice_however_much_others_take() -> None:
+def test_one_call_passes_per_slice_however_much_others_take() -> None:
     """If anything is left, one call passes, so that its reply can tell whether that has changed."""
     slices = known(taken=9)
     now = 30 * SECOND + 200 * MS
@@ -232,7 +232,7 @@ def test_one_call_passes_in_every_slice_however_much_others_take() -> None:
     assert slices.earliest(1, now) >= 31 * SECOND
 
 
-def test_call_at_the_end_of_a_slice_counts_in_the_next_one_too() -> None:
+def test_call_at_slice_end_counts_in_next_slice_too() -> None:
     """It may arrive in either of the two."""
     slices = known()
     late = 30 * SECOND + 990 * MS
@@ -245,7 +245,7 @@ def test_call_at_the_end_of_a_slice_counts_in_the_next_one_too() -> None:
     assert slices.earliest(1, begun + 500 * MS) >= 32 * SECOND
 
 
-def test_undone_call_is_there_again_in_its_slice_only() -> None:
+def test_unbooked_call_returns_units_only_to_its_own_slice() -> None:
     """Undoing a call of a slice that is over brings nothing back."""
     slices = known()
     now = 30 * SECOND + 200 * MS
@@ -259,7 +259,7 @@ def test_undone_call_is_there_again_in_its_slice_only() -> None:
     assert slices.earliest(1, now + 600 * MS) == now + 600 * MS
 
 
-def test_slices_go_on_while_nobody_calls() -> None:
+def test_slices_continue_while_no_calls_are_made() -> None:
     """After a time without calls, bookings count in the slice of that time."""
     slices = known()
     now = 90 * SECOND + 500 * MS
@@ -270,13 +270,13 @@ def test_slices_go_on_while_nobody_calls() -> None:
     assert 90 * SECOND < slices.earliest(10, now) <= 91 * SECOND + 100 * MS
 
 
-def test_few_units_cannot_be_shared() -> None:
+def test_slices_of_two_units_are_known_only_on_unshared_key() -> None:
     """Of two in a slice no part can be left to others, so only when alone are slices known."""
     assert known(share=2).known
     assert not known(share=2, taken=1).known
 
 
-def test_half_of_a_share_passes_until_others_are_known() -> None:
+def test_new_slices_delay_calls_after_half_a_share() -> None:
     """This holds from the first reply until slices are detected or ruled out."""
     slices = Slices(amount=600, window=MINUTE, number=60)
     slices.hear(10, SECOND)
@@ -292,7 +292,7 @@ def test_half_of_a_share_passes_until_others_are_known() -> None:
     assert not slices.new
 
 
-def test_room_for_chance_shrinks_with_what_is_to_come() -> None:
+def test_reserve_for_random_variation_shrinks_with_expected_use() -> None:
     """The reserve is counted in whole calls, however large they are."""
     assert with_little_room(40, 1) == 40 + 18
     assert with_little_room(4, 1) == 4 + 4
@@ -302,7 +302,7 @@ def test_room_for_chance_shrinks_with_what_is_to_come() -> None:
     assert with_little_room(400, 100, least=True) == 600
 
 
-def test_slices_are_tried_from_the_shortest_on() -> None:
+def test_slices_are_tried_from_shortest_to_longest() -> None:
     """If more is left than fits into a second, the limit may be counted in ten-second slices."""
     assert [each.share for each in cut(amount=600, window=MINUTE)] == [10, 100]
     assert NUMBERS == (60, 6)
@@ -314,7 +314,7 @@ def test_slices_are_tried_from_the_shortest_on() -> None:
     assert sum(headroom.take(1, MINUTE + 2 * SECOND) for _ in range(600)) == 600
 
 
-def test_slices_of_another_limit_are_others() -> None:
+def test_lowered_limit_shrinks_slices() -> None:
     """If the limit is lowered while it is counted in slices, the slices get smaller, too."""
     headroom = Headroom(amount=600, window=MINUTE)
     headroom.hear(10, SECOND, amount=600)
@@ -323,7 +323,7 @@ def test_slices_of_another_limit_are_others() -> None:
     assert sum(headroom.take(1, 2 * SECOND) for _ in range(100)) <= 5
 
 
-def test_slices_are_those_of_the_providers_limit() -> None:
+def test_slice_size_follows_providers_limit_not_ours() -> None:
     """Our limit is 300 of 600, but ten left are a full slice of the provider's, not twice ours."""
     headroom = Headroom(amount=300, window=MINUTE)
     headroom.hear(10, SECOND, amount=300, limit=600)
@@ -333,7 +333,7 @@ def test_slices_are_those_of_the_providers_limit() -> None:
     assert headroom.others == 0
 
 
-def test_headroom_goes_by_slices_once_they_are_known() -> None:
+def test_known_slices_let_headroom_admit_at_next_slice_start() -> None:
     """What is left at the end of a slice tells nothing of the next one."""
     headroom = Headroom(amount=600, window=MINUTE)
     listen(lambda left, now: headroom.hear(left, now, amount=600), headroom.book, 10, 0)

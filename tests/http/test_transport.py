@@ -62,7 +62,7 @@ async def test_slot_is_held_until_the_body_is_read(library: Any, limiter: Limite
     assert limiter.statistics().admitted == 1
 
 
-async def test_slot_is_held_until_the_body_is_closed(library: Any, limiter: Limiter) -> None:
+async def test_slot_is_held_until_unread_body_is_closed(library: Any, limiter: Limiter) -> None:
     """A body that is not read releases its slot once, when it is closed."""
     body = chunked(library, b"a")
     async with client_over(library, limiter, giving(library.Response(200, stream=body))) as client:
@@ -75,7 +75,7 @@ async def test_slot_is_held_until_the_body_is_closed(library: Any, limiter: Limi
     assert in_flight(limiter) == 0
 
 
-async def test_slot_of_a_dropped_reply_comes_back(library: Any, limiter: Limiter) -> None:
+async def test_dropped_reply_gives_its_slot_back(library: Any, limiter: Limiter) -> None:
     """A reply that is neither read nor closed releases its slot when it is collected."""
     async with client_over(library, limiter, answering(library, b"a")) as client:
         await client.send(client.build_request("GET", URL), stream=True)
@@ -84,7 +84,7 @@ async def test_slot_of_a_dropped_reply_comes_back(library: Any, limiter: Limiter
         assert in_flight(limiter) == 0
 
 
-async def test_slot_of_a_half_read_body_comes_back(library: Any, limiter: Limiter) -> None:
+async def test_half_read_body_gives_its_slot_back(library: Any, limiter: Limiter) -> None:
     """A client that stops in the middle of a body releases the slot."""
     async with client_over(library, limiter, answering(library, b"a", b"b")) as client:
         async with client.stream("GET", URL) as reply:
@@ -104,7 +104,7 @@ async def test_body_that_breaks_off_gives_its_slot_back(library: Any, limiter: L
     assert in_flight(limiter) == 0
 
 
-async def test_cancellation_in_mid_body_gives_the_slot_back(library: Any, limiter: Limiter) -> None:
+async def test_request_cancelled_mid_body_gives_slot_back(library: Any, limiter: Limiter) -> None:
     """A task cancelled while it waits for the next chunk no longer holds a slot."""
     first = asyncio.Event()
 
@@ -127,7 +127,7 @@ async def test_cancellation_in_mid_body_gives_the_slot_back(library: Any, limite
         assert in_flight(limiter) == 0
 
 
-async def test_cancellation_while_waiting_takes_nothing(library: Any) -> None:
+async def test_request_cancelled_while_waiting_is_not_sent_or_charged(library: Any) -> None:
     """A request that is cancelled while it waits is not sent, and costs nothing."""
     limiter = Limiter(concurrency=1)
     sent: list[Any] = []
@@ -165,7 +165,7 @@ async def test_failed_attempt_is_charged_and_gives_its_slot_back(
     assert used(limiter, "requests") == 1
 
 
-async def test_request_that_never_left_costs_nothing(library: Any, limiter: Limiter) -> None:
+async def test_request_never_sent_costs_nothing(library: Any, limiter: Limiter) -> None:
     """If no connection was made, there was no call."""
 
     def answer(_: Any) -> Any:
@@ -179,7 +179,7 @@ async def test_request_that_never_left_costs_nothing(library: Any, limiter: Limi
     assert used(limiter, "requests") == used(limiter, "tokens") == 0
 
 
-async def test_body_that_came_along_gives_the_slot_back_at_once(
+async def test_complete_reply_gives_its_slot_back_and_settles_at_once(
     library: Any, limiter: Limiter
 ) -> None:
     """A reply that is already complete, as tests make them, holds no slot, and is settled."""
@@ -192,7 +192,7 @@ async def test_body_that_came_along_gives_the_slot_back_at_once(
         assert await reply.aread() == REPLY
 
 
-def test_synchronous_client_is_paced_alike(library: Any, limiter: Limiter) -> None:
+def test_synchronous_client_is_paced_like_async_client(library: Any, limiter: Limiter) -> None:
     """Slots are held and released the same way by synchronous clients."""
     bodies = [chunked(library, b"a", REPLY), chunked(library, b"a"), chunked(library, b"a")]
     script = iter(bodies)
@@ -217,7 +217,7 @@ def test_synchronous_client_is_paced_alike(library: Any, limiter: Limiter) -> No
     assert limiter.statistics().admitted == 3
 
 
-def test_synchronous_failure_gives_the_slot_back(library: Any, limiter: Limiter) -> None:
+def test_synchronous_request_never_sent_costs_nothing(library: Any, limiter: Limiter) -> None:
     """A request that never left costs nothing, and holds no slot."""
 
     def answer(_: Any) -> Any:
@@ -232,7 +232,7 @@ def test_synchronous_failure_gives_the_slot_back(library: Any, limiter: Limiter)
     assert in_flight(limiter) == used(limiter, "requests") == 0
 
 
-async def test_each_hop_of_a_redirect_is_an_attempt(library: Any, limiter: Limiter) -> None:
+async def test_each_redirect_hop_is_admitted(library: Any, limiter: Limiter) -> None:
     """Redirects are followed by the client, above the transport, so each hop is charged."""
 
     def answer(request: Any) -> Any:
@@ -248,7 +248,7 @@ async def test_each_hop_of_a_redirect_is_an_attempt(library: Any, limiter: Limit
     assert limiter.statistics().admitted == 2
 
 
-async def test_streamed_upload_stays_a_stream(library: Any, limiter: Limiter) -> None:
+async def test_streamed_upload_is_not_read_before_sending(library: Any, limiter: Limiter) -> None:
     """A body produced while it is sent is not read beforehand; it is charged as one request."""
     asked: list[str] = []
 
@@ -314,7 +314,7 @@ def test_synchronous_upload_that_was_read_can_be_redirected(library: Any, limite
     assert reply.content == b"hello"
 
 
-async def test_reply_is_the_inner_transports_own(library: Any, limiter: Limiter) -> None:
+async def test_inner_transports_response_is_returned_as_is(library: Any, limiter: Limiter) -> None:
     """The same response object comes back, so extensions and subclasses survive."""
     answer = library.Response(200, stream=chunked(library), extensions={"http_version": b"HTTP/2"})
     paced = limiter.transport(library.MockTransport(giving(answer)))
@@ -327,7 +327,7 @@ async def test_reply_is_the_inner_transports_own(library: Any, limiter: Limiter)
     await got.stream.aclose()
 
 
-async def test_reply_of_a_foreign_kind_passes_untouched(limiter: Limiter) -> None:
+async def test_reply_of_unknown_library_is_returned_unchanged(limiter: Limiter) -> None:
     """A reply with a stream of no known library is passed on unchanged, and holds no slot."""
 
     class Foreign:
@@ -346,9 +346,7 @@ async def test_reply_of_a_foreign_kind_passes_untouched(limiter: Limiter) -> Non
     assert in_flight(limiter) == 0
 
 
-def test_a_body_closed_amid_the_limiters_work_waits_for_nothing(
-    library: Any, limiter: Limiter
-) -> None:
+def test_closing_body_while_lock_is_held_does_not_deadlock(library: Any, limiter: Limiter) -> None:
     """The collector may close the reader of a refusal at any point, even while the lock is held."""
 
     class Body(library.SyncByteStream):  # type: ignore[misc]
@@ -371,7 +369,7 @@ def test_a_body_closed_amid_the_limiters_work_waits_for_nothing(
 
 
 @pytest.mark.real_clock
-async def test_slot_of_a_reply_dropped_by_a_real_client_comes_back(
+async def test_reply_dropped_by_real_client_gives_its_slot_back(
     library: Any, limiter: Limiter
 ) -> None:
     """It comes back though the pool keeps the request for as long as its connection is in use."""
@@ -389,7 +387,7 @@ async def test_slot_of_a_reply_dropped_by_a_real_client_comes_back(
 
 
 @pytest.mark.real_clock
-async def test_first_event_passes_before_the_second_is_sent(limiter: Limiter) -> None:
+async def test_stream_event_reaches_client_before_next_is_sent(limiter: Limiter) -> None:
     """Nothing is buffered: the server sends its second event once the client has seen the first.
 
     This runs on the real clock, because real sockets must not wait.
@@ -417,7 +415,7 @@ async def test_first_event_passes_before_the_second_is_sent(limiter: Limiter) ->
 
 
 @pytest.mark.real_clock
-async def test_waiting_in_line_does_not_eat_the_time_out(library: Any) -> None:
+async def test_waiting_in_queue_does_not_use_up_request_timeout(library: Any) -> None:
     """A timeout begins when a request is sent; it is the socket's, hence the real clock."""
     limiter = Limiter(concurrency=1)
     headers = {"authorization": "Bearer k"}
@@ -434,7 +432,9 @@ async def test_waiting_in_line_does_not_eat_the_time_out(library: Any) -> None:
     assert provider.statistics().peak_in_flight == 1
 
 
-async def test_cost_is_read_from_the_body_by_host(library: Any, limiter: Limiter) -> None:
+async def test_call_to_openai_host_is_charged_as_openai_does(
+    library: Any, limiter: Limiter
+) -> None:
     """A call to OpenAI is charged as OpenAI charges it: the larger of prompt and max_tokens."""
     async with client_over(library, limiter, answering(library, REPLY)) as client:
         await client.post(URL, json=BODY)
@@ -443,7 +443,7 @@ async def test_cost_is_read_from_the_body_by_host(library: Any, limiter: Limiter
         assert used(limiter, "tokens") == 300 + 100
 
 
-async def test_limits_of_output_are_settled_though_tokens_are_not(library: Any) -> None:
+async def test_openai_call_settles_output_tokens_but_not_tokens(library: Any) -> None:
     """Tokens stay charged as OpenAI counts them on arrival; a limit of output follows the usage."""
     limiter = Limiter("10k TPM", "10k OTPM")
     async with client_over(library, limiter, answering(library, REPLY)) as client:
@@ -453,7 +453,7 @@ async def test_limits_of_output_are_settled_though_tokens_are_not(library: Any) 
     assert used(limiter, "output_tokens") == 7
 
 
-async def test_usage_settles_the_lease(library: Any, limiter: Limiter) -> None:
+async def test_reply_usage_settles_the_lease(library: Any, limiter: Limiter) -> None:
     """Where a provider corrects its count to the actual use, so does the limiter."""
     client = client_over(library, limiter, answering(library, REPLY), profile="groq")
     async with client, client.stream("POST", URL, json=BODY) as reply:
@@ -477,7 +477,7 @@ async def test_usage_settles_the_lease(library: Any, limiter: Limiter) -> None:
         ("POST", "/v1/sessions/s1/archive"),
     ],
 )
-async def test_usage_of_what_is_read_back_is_not_charged_again(
+async def test_usage_in_retrieved_results_is_not_charged_again(
     library: Any, method: str, path: str
 ) -> None:
     """The usage of a batch or a stored reply is that of other calls; forecasts ignore it."""
@@ -493,7 +493,7 @@ async def test_usage_of_what_is_read_back_is_not_charged_again(
             assert used(limiter, "output_tokens") == 256
 
 
-async def test_total_of_what_is_only_read_is_input(library: Any) -> None:
+async def test_usage_with_only_a_total_counts_as_input(library: Any) -> None:
     """Rerankers and embeddings may report only the total; it does not count as a reply's length."""
     limiter = Limiter("100k ITPM", "100k OTPM")
     answer = answering(library, b'{"usage":{"total_tokens":900}}')
@@ -505,7 +505,9 @@ async def test_total_of_what_is_only_read_is_input(library: Any) -> None:
             assert used(limiter, "output_tokens") == 256
 
 
-async def test_last_event_of_a_stream_settles(library: Any, limiter: Limiter) -> None:
+async def test_last_stream_event_settles_even_if_client_stops_at_done(
+    library: Any, limiter: Limiter
+) -> None:
     """The usage is found in the last chunk of a stream, even if the client stops at [DONE]."""
     events = [
         b'data: {"choices":[{"delta":{"content":"hi \\"usage\\":{"}}],"usage":null}\n\n',
@@ -525,7 +527,7 @@ async def test_last_event_of_a_stream_settles(library: Any, limiter: Limiter) ->
     assert in_flight(limiter) == 0
 
 
-async def test_last_event_settles_however_long_it_is(library: Any, limiter: Limiter) -> None:
+async def test_last_stream_event_of_any_length_settles(library: Any, limiter: Limiter) -> None:
     """OpenAI's last event of a response repeats all of it, and clients stop reading there."""
     last = b'data: {"type":"response.completed","response":{"output":["%b"],"usage":%b}}\n\n'
     usage = b'{"input_tokens":90,"output_tokens":7,"total_tokens":97}'
@@ -541,7 +543,7 @@ async def test_last_event_settles_however_long_it_is(library: Any, limiter: Limi
 
 @pytest.mark.parametrize("encoding", ["identity", "deflate"])
 @pytest.mark.parametrize("cut", [0, 21, 70, 95])
-async def test_beginning_of_a_stream_counts_wherever_it_is_cut(
+async def test_first_stream_event_counts_however_stream_is_chunked(
     library: Any, cut: int, encoding: str
 ) -> None:
     """Anthropic's first event has the input tokens; split or compressed, they are still counted."""
@@ -564,7 +566,7 @@ async def test_beginning_of_a_stream_counts_wherever_it_is_cut(
     assert used(limiter, "output_tokens") == 7
 
 
-async def test_stream_that_is_cut_off_stays_charged(library: Any, limiter: Limiter) -> None:
+async def test_stream_cut_off_stays_charged_as_reserved(library: Any, limiter: Limiter) -> None:
     """The usage at the beginning of a stream is not complete, so the reservation stays."""
     start = b'data: {"type":"message_start","message":{"usage":{"input_tokens":9,"output_tokens":1}}}\n\n'
     text = b'data: {"text":"ends by \\"message_stop\\", [DONE] or response.completed"}\n\n'
@@ -577,7 +579,7 @@ async def test_stream_that_is_cut_off_stays_charged(library: Any, limiter: Limit
     assert used(limiter, "tokens") == 400
 
 
-async def test_long_reply_settles_by_its_end(library: Any, limiter: Limiter) -> None:
+async def test_long_reply_settles_by_usage_at_its_end(library: Any, limiter: Limiter) -> None:
     """After megabytes of vectors, the usage is found in the part of the end that is kept."""
     chunks = [b'{"data":[', *(b"0.123456789," * 1_000 for _ in range(100)), b"0],", REPLY[1:]]
     client = client_over(library, limiter, answering(library, *chunks), profile="generic")
@@ -588,7 +590,7 @@ async def test_long_reply_settles_by_its_end(library: Any, limiter: Limiter) -> 
     assert used(limiter, "tokens") == 97
 
 
-async def test_long_reply_settles_by_its_beginning_too(library: Any, limiter: Limiter) -> None:
+async def test_long_reply_settles_by_usage_at_its_beginning(library: Any, limiter: Limiter) -> None:
     """If the usage comes first and megabytes follow, it is found as well."""
     chunks = [REPLY[:-1] + b',"data":[', *(b"0.123456789," * 1_000 for _ in range(100)), b"0]}"]
     client = client_over(library, limiter, answering(library, *chunks), profile="generic")
@@ -598,7 +600,7 @@ async def test_long_reply_settles_by_its_beginning_too(library: Any, limiter: Li
     assert used(limiter, "tokens") == 97
 
 
-async def test_compressed_reply_settles_too(library: Any, limiter: Limiter) -> None:
+async def test_compressed_reply_settles_and_stays_intact(library: Any, limiter: Limiter) -> None:
     """A compressed body is decoded by the client's own library, and passed on as it came."""
     packed = zlib.compress(REPLY)
     answer = answering(library, packed[:20], packed[20:], content_encoding="deflate")
@@ -609,7 +611,7 @@ async def test_compressed_reply_settles_too(library: Any, limiter: Limiter) -> N
     assert used(limiter, "tokens") == 97
 
 
-async def test_compressed_stream_settles_though_the_client_stops_at_its_end(
+async def test_compressed_stream_settles_if_client_stops_at_done(
     library: Any, limiter: Limiter
 ) -> None:
     """A client that closes the reply at [DONE] does not read the end of the compressed data."""
@@ -627,7 +629,7 @@ async def test_compressed_stream_settles_though_the_client_stops_at_its_end(
 
 
 @pytest.mark.parametrize("encoding", ["deflate", "gzip, odd"])
-async def test_unreadable_reply_stays_charged(
+async def test_undecodable_reply_stays_charged_as_reserved(
     library: Any, limiter: Limiter, encoding: str
 ) -> None:
     """A body that can't be decoded is left to the client; the reservation stays."""
@@ -639,7 +641,7 @@ async def test_unreadable_reply_stays_charged(
     assert used(limiter, "tokens") == 400
 
 
-async def test_foreseen_output_does_not_make_a_call_impossible(library: Any) -> None:
+async def test_output_forecast_is_cut_to_what_limits_allow(library: Any) -> None:
     """Only the forecast is cut to what the limits allow; what the request contains is not."""
     limiter = Limiter("300 TPM", "50 OTPM")
     body = {"messages": [{"role": "user", "content": "x" * 400}]}
@@ -654,7 +656,7 @@ async def test_foreseen_output_does_not_make_a_call_impossible(library: Any) -> 
             await client.post(URL, json=body)
 
 
-async def test_foreseen_output_of_several_replies_is_cut_for_each(library: Any) -> None:
+async def test_forecast_sum_of_several_replies_is_cut_to_limit(library: Any) -> None:
     """Their sum is cut to what the limits allow, whether or not a profile counts all of them."""
     one = ProviderProfile(name="one", charge=lambda _, foreseen: (0, foreseen, foreseen))
     body = {"messages": [{"role": "user", "content": "x" * 400}], "n": 4}
@@ -667,7 +669,7 @@ async def test_foreseen_output_of_several_replies_is_cut_for_each(library: Any) 
         assert used(limiter, "output_tokens") == reserved
 
 
-async def test_length_of_one_reply_is_foreseen_where_a_call_asks_for_several(library: Any) -> None:
+async def test_forecast_is_per_reply_when_a_call_asks_for_several(library: Any) -> None:
     """After four replies of 1,000 tokens each, four more are expected to take 4,000, not 16,000."""
     limiter = Limiter("100k OTPM")
     reserved: list[int] = []
@@ -686,7 +688,7 @@ async def test_length_of_one_reply_is_foreseen_where_a_call_asks_for_several(lib
     assert reserved == [4 * 256, 4 * 1000]
 
 
-async def test_tenants_own_limits_count_as_the_limiters_do(library: Any) -> None:
+async def test_forecast_and_usage_respect_tenants_own_limits(library: Any) -> None:
     """A forecast makes no call of a tenant impossible, and usage settles the tenant's charge."""
     limiter = Limiter("1000 RPM burst 1000")
     limiter.per_key("200 TPM")
@@ -698,7 +700,7 @@ async def test_tenants_own_limits_count_as_the_limiters_do(library: Any) -> None
     assert used(limiter.key("acme"), "tokens") == used(limiter.key("other"), "tokens") == 97
 
 
-async def test_refusal_is_listened_to_at_once(library: Any) -> None:
+async def test_headers_of_refusal_are_read_at_once(library: Any) -> None:
     """The headers of a 429 are read even when replies follow each other closely."""
     limiter = Limiter("500 RPM burst 500")
     left = iter(["400", "300", "200"])
@@ -715,7 +717,7 @@ async def test_refusal_is_listened_to_at_once(library: Any) -> None:
     assert limiter.statistics().limits[0].available <= 200
 
 
-async def test_profile_of_ones_own_prices_and_settles(library: Any) -> None:
+async def test_custom_profile_prices_and_settles_calls(library: Any) -> None:
     """A short class describes another provider: its prices, its headers, and what is free."""
 
     class Pictures:
@@ -742,7 +744,7 @@ async def test_profile_of_ones_own_prices_and_settles(library: Any) -> None:
     assert images.available in (11, 12)  # as the last reply says, if its headers were read
 
 
-async def test_call_that_is_paced_above_is_charged_once(
+async def test_call_of_wrapped_model_is_charged_once_and_warns_once(
     library: Any, limiter: Limiter, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Under a wrapped model of the same limiter, a transport only reads headers, and warns once."""
@@ -761,7 +763,7 @@ async def test_call_that_is_paced_above_is_charged_once(
 
 @pytest.mark.parametrize("paid_above", [False, True])
 @pytest.mark.parametrize(("status", "lifts"), [(502, False), (200, True)])
-async def test_error_that_says_nothing_lifts_no_caution(
+async def test_only_successful_reply_lifts_first_calls_cap(
     library: Any, status: int, *, lifts: bool, paid_above: bool
 ) -> None:
     """A gateway's error is no answer of the provider; a reply is, whoever has paid for the call."""
@@ -775,7 +777,7 @@ async def test_error_that_says_nothing_lifts_no_caution(
     assert (limiter.statistics().limits[0].available > 10) is lifts
 
 
-async def test_limiter_for_each_request_is_told_of_once(
+async def test_new_limiter_per_request_warns_once(
     library: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It warns after ten alike for one key and host, not for children, or many keys or hosts."""
@@ -798,7 +800,7 @@ async def test_limiter_for_each_request_is_told_of_once(
     assert "secret" not in record.getMessage()
 
 
-async def test_call_of_a_childs_model_is_charged_once_above_it(
+async def test_parents_transport_does_not_charge_call_of_childs_model_again(
     library: Any, limiter: Limiter
 ) -> None:
     """A child's lease counts at its parent, so the parent's transport below lets the call pass."""
@@ -810,7 +812,7 @@ async def test_call_of_a_childs_model_is_charged_once_above_it(
     assert limiter.statistics().admitted == child.statistics().admitted == 1
 
 
-async def test_call_of_a_model_does_not_wait_for_itself_at_a_child(
+async def test_route_to_child_does_not_deadlock_on_slot_held_by_model(
     library: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With one slot, a route to a child would wait for ever for the slot that the model holds."""
@@ -830,9 +832,7 @@ async def test_call_of_a_model_does_not_wait_for_itself_at_a_child(
     assert "so the limits of 'openai/chat' are not kept; wrap the model by that" in record.message
 
 
-def test_synchronous_call_that_is_paced_above_is_charged_once(
-    library: Any, limiter: Limiter
-) -> None:
+def test_synchronous_call_under_a_lease_is_charged_once(library: Any, limiter: Limiter) -> None:
     """Synchronous transports, too, let a call pass that a lease above has paid for."""
     inner = library.MockTransport(answering(library, REPLY))
     with (
@@ -845,7 +845,7 @@ def test_synchronous_call_that_is_paced_above_is_charged_once(
     assert limiter.statistics().admitted == 1
 
 
-async def test_transport_above_a_transport_is_charged_once(
+async def test_transport_around_transport_of_same_limiter_charges_once(
     library: Any, limiter: Limiter, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A paced transport around a paced transport of the same limiter acts as one."""
@@ -859,7 +859,7 @@ async def test_transport_above_a_transport_is_charged_once(
     assert "give the inner transport itself" in caplog.text
 
 
-async def test_transport_of_a_child_above_its_parents_is_charged_once(
+async def test_childs_transport_around_parents_charges_once(
     library: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """This happens when tenants share one pool: with one slot, the call would wait for itself."""
@@ -875,7 +875,7 @@ async def test_transport_of_a_child_above_its_parents_is_charged_once(
         limiter.transport(child.transport())
 
 
-async def test_transport_of_another_limiter_is_charged_too(library: Any) -> None:
+async def test_nested_transports_of_two_limiters_charge_both(library: Any) -> None:
     """The limits of a gateway and those of a provider are separate."""
     gateway, provider = (Limiter("9 RPM", name=name) for name in ("gateway", "provider"))
     inner = provider.transport(library.MockTransport(answering(library, b"{}")))
@@ -885,7 +885,7 @@ async def test_transport_of_another_limiter_is_charged_too(library: Any) -> None
     assert gateway.statistics().admitted == provider.statistics().admitted == 1
 
 
-async def test_call_that_another_limiter_refuses_costs_nothing(library: Any) -> None:
+async def test_call_refused_by_inner_limiter_costs_outer_nothing(library: Any) -> None:
     """The call was not sent, so what the outer limiter had booked comes back."""
     gateway, provider = Limiter("9 RPM", name="gateway"), Limiter("9 TPM", name="provider")
     inner = provider.transport(library.MockTransport(answering(library, b"{}")))
@@ -896,7 +896,7 @@ async def test_call_that_another_limiter_refuses_costs_nothing(library: Any) -> 
     assert (used(gateway, "requests"), in_flight(gateway)) == (0, 0)
 
 
-async def test_retries_above_the_transport_are_mentioned_once(
+async def test_sdk_retries_are_charged_and_warned_about_once(
     library: Any, limiter: Limiter, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A warning says how to turn off an SDK's own retries; each attempt is charged."""
@@ -909,7 +909,7 @@ async def test_retries_above_the_transport_are_mentioned_once(
     assert "pass max_retries=0 to the SDK" in record.message
 
 
-async def test_inner_transport_goes_by_the_first_request(library: Any, limiter: Limiter) -> None:
+async def test_first_request_selects_inner_transport(library: Any, limiter: Limiter) -> None:
     """Without an inner transport, a request of httpx2 is sent by httpx2, one of httpx by httpx."""
     paced = limiter.transport()
     sync = limiter.transport_sync()
@@ -947,7 +947,7 @@ def test_first_requests_on_several_threads_share_one_inner_transport(
     assert made == [paced.inner]
 
 
-async def test_family_is_made_at_once_where_it_is_named(limiter: Limiter) -> None:
+async def test_named_family_makes_inner_transport_at_once(limiter: Limiter) -> None:
     """`family=` makes that library's inner transport at once."""
     paced = limiter.transport(family="httpx2")
 
@@ -955,13 +955,13 @@ async def test_family_is_made_at_once_where_it_is_named(limiter: Limiter) -> Non
     await paced.aclose()
 
 
-async def test_request_of_no_known_library_is_refused(limiter: Limiter) -> None:
+async def test_request_of_unknown_library_is_refused(limiter: Limiter) -> None:
     """A request of neither httpx nor httpx2 can't be sent; the error says so."""
     with pytest.raises(TypeError, match="sends requests of httpx or httpx2, not object"):
         await limiter.transport().handle_async_request(object())
 
 
-def test_wrong_arguments_name_the_right_ones(limiter: Limiter) -> None:
+def test_wrong_argument_error_names_accepted_ones(limiter: Limiter) -> None:
     """Each error says what would have been accepted."""
     with pytest.raises(ValueError, match="family must be auto, httpx or httpx2, not 'requests'"):
         limiter.transport(family="requests")
@@ -980,7 +980,7 @@ def test_wrong_arguments_name_the_right_ones(limiter: Limiter) -> None:
 
 
 @pytest.mark.heavy
-async def test_memory_of_hosts_is_bounded(limiter: Limiter) -> None:
+async def test_transport_remembers_at_most_256_hosts(limiter: Limiter) -> None:
     """A crawler that visits many hosts does not fill the memory."""
     async with client_over(httpx, limiter, answering(httpx, b""), learn=False) as client:
         for number in range(300):
@@ -989,7 +989,7 @@ async def test_memory_of_hosts_is_bounded(limiter: Limiter) -> None:
         assert len(client._transport._reader._profiles) == 256
 
 
-async def test_a_request_is_dated_by_when_it_leaves(library: Any) -> None:
+async def test_booking_is_dated_when_async_request_is_sent(library: Any) -> None:
     """Connecting takes time, and a provider counts a request when it arrives."""
     clock = VirtualClock()
     limiter = Limiter("1 requests/10s", clock=clock)
@@ -1014,7 +1014,7 @@ async def test_a_request_is_dated_by_when_it_leaves(library: Any) -> None:
     assert refused.value.retry_after == pytest.approx(4.0, abs=0.1)
 
 
-def test_a_synchronous_request_is_dated_by_when_it_leaves(library: Any) -> None:
+def test_booking_is_dated_when_synchronous_request_is_sent(library: Any) -> None:
     """Sending dates it, as on an event loop; a request that leaves at once keeps its date."""
     clock = VirtualClock()
     limiter = Limiter("2 requests/10s burst 2", clock=clock)
@@ -1039,7 +1039,7 @@ def test_a_synchronous_request_is_dated_by_when_it_leaves(library: Any) -> None:
     assert limiter.statistics().limits[0].used == 0
 
 
-async def test_a_body_that_is_streamed_up_can_be_closed(library: Any, limiter: Limiter) -> None:
+async def test_inner_transport_can_close_streamed_upload(library: Any, limiter: Limiter) -> None:
     """The inner transport can close it, as it can without the paced one."""
     body = chunked(library, b"a", b"b")
 

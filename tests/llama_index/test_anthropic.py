@@ -101,7 +101,7 @@ def api() -> ScriptedAnthropic:
     return ScriptedAnthropic()
 
 
-async def test_each_call_is_one_request_and_settled(api: ScriptedAnthropic) -> None:
+async def test_async_call_is_one_request_admitted_once_and_settled(api: ScriptedAnthropic) -> None:
     """achat, acomplete (which calls achat) and both streams are one admission each."""
     limiter = Limiter("100k TPM", concurrency=1)
     llm = limiter.wrap(api.model())
@@ -116,7 +116,7 @@ async def test_each_call_is_one_request_and_settled(api: ScriptedAnthropic) -> N
     assert now.limits[0].used == 4 * 42
 
 
-def test_synchronous_calls_too(api: ScriptedAnthropic) -> None:
+def test_synchronous_call_is_one_request_admitted_once_and_settled(api: ScriptedAnthropic) -> None:
     """The synchronous twins pay in the same way."""
     limiter = Limiter("100k TPM", concurrency=1)
     llm = limiter.wrap(api.model())
@@ -132,7 +132,7 @@ def test_synchronous_calls_too(api: ScriptedAnthropic) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The 'output_format' parameter:DeprecationWarning")
-async def test_structured_prediction_by_its_own_client_is_paced(api: ScriptedAnthropic) -> None:
+async def test_structured_prediction_through_sdk_client_is_paced(api: ScriptedAnthropic) -> None:
     """All four ways, streaming included, call `parse` of its client."""
     limiter = Limiter("100 RPM", concurrency=1)
     llm = limiter.wrap(api.model())
@@ -149,7 +149,7 @@ async def test_structured_prediction_by_its_own_client_is_paced(api: ScriptedAnt
     assert (now.admitted, now.in_flight, len(api.requests)) == (4, 0, 4)
 
 
-def test_one_layer_retries(api: ScriptedAnthropic) -> None:
+def test_refused_call_makes_five_requests_as_sdk_does_not_retry(api: ScriptedAnthropic) -> None:
     """Its SDK would try 11 times."""
     api.refusals = 50
     with virtual_time() as time:
@@ -161,7 +161,7 @@ def test_one_layer_retries(api: ScriptedAnthropic) -> None:
     assert len(api.requests) == 5
 
 
-async def test_spans_and_events_are_those_of_the_plain_model(
+async def test_pacing_adds_no_spans_or_events(
     api: ScriptedAnthropic, instrumentation: "Instrumentation"
 ) -> None:
     """Pacing adds no span and no event."""

@@ -44,7 +44,7 @@ def admitted(*limiters: Limiter) -> list[int]:
     return [limiter.statistics().admitted for limiter in limiters]
 
 
-def test_child_is_made_if_need_be() -> None:
+def test_wrap_by_child_name_creates_child_once() -> None:
     """The name makes it, and finds the same one the next time."""
     limiter = Limiter("100 RPM", name="openai")
 
@@ -55,7 +55,7 @@ def test_child_is_made_if_need_be() -> None:
     assert llm.limiter.name == "openai/chat"
 
 
-def test_limiter_is_taken_as_child() -> None:
+def test_child_option_accepts_any_descendant_and_refuses_others() -> None:
     """It may be any limiter under this one, even a tenant's; others are refused."""
     limiter = Limiter("100 RPM", name="openai")
     deep = limiter.child("acme").child("chat")
@@ -79,7 +79,7 @@ def test_call_is_charged_once_at_each_level() -> None:
     assert limiter.statistics().limits[1].used == chat.statistics().limits[0].used > 0
 
 
-def test_model_is_moved_to_a_descendant() -> None:
+def test_paced_model_can_be_moved_to_a_descendant() -> None:
     """A model paced by the root can be wrapped again below; its calls count once per level."""
     limiter = Limiter("100 RPM")
     first = limiter.wrap(MockLLM(max_tokens=3), retry=2)
@@ -99,7 +99,7 @@ def test_model_is_moved_to_a_descendant() -> None:
     assert admitted(limiter, acme, limiter.children["chat"]) == [2, 1, 1]
 
 
-def test_what_is_paced_below_is_returned_as_it_is() -> None:
+def test_wrapping_what_a_descendant_paces_returns_it_unchanged() -> None:
     """Its calls already pass this limiter."""
     limiter = Limiter("100 RPM")
     llm = limiter.child("chat").wrap(MockLLM())
@@ -109,7 +109,7 @@ def test_what_is_paced_below_is_returned_as_it_is() -> None:
     assert limiter.wrap([llm, tool]) == [llm, tool]
 
 
-def test_tool_is_moved_to_a_descendant() -> None:
+def test_paced_tool_moved_to_a_descendant_keeps_its_cost() -> None:
     """It keeps its cost."""
     limiter = Limiter("100 RPM", "100 images/m")
     tool = limiter.wrap(FunctionTool.from_defaults(add), cost={"images": 2})
@@ -122,7 +122,7 @@ def test_tool_is_moved_to_a_descendant() -> None:
 
 
 @pytest.mark.parametrize("thing", [MockLLM(), FunctionTool.from_defaults(add)])
-def test_sibling_and_stranger_are_refused(thing: Any) -> None:
+def test_paced_object_is_refused_by_sibling_and_unrelated_limiter(thing: Any) -> None:
     """Two queues in a row would hold one budget while waiting for the other."""
     limiter = Limiter("100 RPM", name="openai")
     paced = limiter.wrap(thing, child="chat")
@@ -136,7 +136,7 @@ def test_sibling_and_stranger_are_refused(thing: Any) -> None:
             other.wrap(paced)
 
 
-def test_structured_llm_is_moved_inside() -> None:
+def test_moving_structured_llm_to_child_moves_its_inner_model() -> None:
     """The model in it pays at the child."""
     limiter = Limiter("100 RPM")
 
@@ -163,7 +163,7 @@ class Outer(CustomLLM):
         return self.inner.stream_complete(prompt)
 
 
-def test_model_in_a_model_does_not_pay_where_the_outer_one_has() -> None:
+def test_inner_model_is_not_charged_where_outer_model_has_paid() -> None:
     """A lease of the child counts at the root, too."""
     limiter = Limiter("100 RPM", concurrency=1)
     inner = limiter.wrap(MockLLM(max_tokens=2))
@@ -174,7 +174,9 @@ def test_model_in_a_model_does_not_pay_where_the_outer_one_has() -> None:
 
 
 @pytest.mark.parametrize(("outside", "inside"), [(None, "chat"), ("router", "chat")])
-def test_model_in_a_model_does_not_wait_for_it(outside: str | None, inside: str) -> None:
+def test_inner_model_at_child_does_not_wait_for_outer_models_slot(
+    outside: str | None, inside: str
+) -> None:
     """The inner call counts at its own child; the outer call lends it the slot they share."""
     limiter = Limiter("100 RPM", concurrency=1, timeout=5)
     inner = limiter.wrap(MockLLM(max_tokens=2), child=inside)
@@ -189,7 +191,7 @@ def test_model_in_a_model_does_not_wait_for_it(outside: str | None, inside: str)
     assert "concurrency 0/1" in repr(limiter)
 
 
-async def test_model_does_not_wait_for_its_client_at_a_sibling() -> None:
+async def test_model_does_not_deadlock_with_its_http_client_at_sibling() -> None:
     """Its HTTP client belongs to another child: each has its limits, and they share a slot."""
     limiter = Limiter("100 RPM", concurrency=1)
     provider = RateLimitedProvider()
@@ -204,7 +206,7 @@ async def test_model_does_not_wait_for_its_client_at_a_sibling() -> None:
     assert (limiter.statistics().in_flight, limiter.statistics().overridden) == (0, 0)
 
 
-def test_guess_of_the_output_is_cut_to_what_any_level_can_admit() -> None:
+def test_output_forecast_is_cut_to_lowest_limit_of_any_level() -> None:
     """As it is only a guess, a small limit above must not make the call impossible."""
     limiter = Limiter("100 TPM")
     chat = limiter.child("chat", "10k TPM")
@@ -216,7 +218,7 @@ def test_guess_of_the_output_is_cut_to_what_any_level_can_admit() -> None:
         limiter.wrap(MockLLM(max_tokens=200), child=chat).complete("hi")
 
 
-def test_guess_of_the_output_is_cut_to_what_a_tenant_has() -> None:
+def test_output_forecast_is_cut_to_tenants_limit() -> None:
     """A tenant's limits count only within `tenant`."""
     limiter = Limiter("10k TPM")
     limiter.per_key("50 TPM")
@@ -227,7 +229,7 @@ def test_guess_of_the_output_is_cut_to_what_a_tenant_has() -> None:
     assert admitted(limiter, limiter.key("acme")) == [1, 1]
 
 
-async def test_refusal_pauses_all_who_share_the_provider_s_limits(
+async def test_429_at_child_pauses_root_for_all_that_share_the_key(
     openai_api: "ScriptedOpenAI", refusal: Any
 ) -> None:
     """A 429 at one child holds back its siblings, too, as they share the key."""
@@ -245,7 +247,7 @@ async def test_refusal_pauses_all_who_share_the_provider_s_limits(
 
 
 @pytest.mark.parametrize("tenant", ["", "/*"])
-async def test_retry_is_told_where_the_call_asked(
+async def test_retried_event_names_limiter_that_admitted_the_call(
     openai_api: "ScriptedOpenAI", refusal: Any, tenant: str
 ) -> None:
     """Its event names the same limiter as the admissions, so the two can be compared."""
@@ -264,7 +266,7 @@ async def test_retry_is_told_where_the_call_asked(
     ]
 
 
-async def test_refusal_pauses_nobody_else_s_limits(
+async def test_429_pauses_no_level_above_highest_one_with_limits(
     openai_api: "ScriptedOpenAI", refusal: Any
 ) -> None:
     """Above the highest level with limits there may be other providers."""
@@ -280,7 +282,7 @@ async def test_refusal_pauses_nobody_else_s_limits(
     assert everything.statistics().paused == 0
 
 
-def test_child_out_of_its_own_limit_holds_up_nobody_else(virtual_time: VirtualTime) -> None:
+def test_child_over_its_own_limit_does_not_delay_siblings(virtual_time: VirtualTime) -> None:
     """While one tenant waits for its minute, the other's calls pass at once."""
     limiter = Limiter("1000 RPM burst 1000", clock=virtual_time.clock)
     llm = limiter.wrap(MockLLM(max_tokens=1))
@@ -315,7 +317,7 @@ def terms(limiter: Limiter) -> list[Any]:
 
 
 @pytest.mark.parametrize(("given", "kept"), [("auto", (1, 1_000)), ((2, 8), (2, 8)), (3, 3)])
-def test_copy_elsewhere_finds_its_concurrency_itself(given: Any, kept: Any) -> None:
+def test_terms_for_copies_keep_adaptive_concurrency_bounds(given: Any, kept: Any) -> None:
     """It searches within the same bounds, and does not stay at its starting value."""
     assert passports.terms_of(Limiter(concurrency=given))["concurrency"] == kept
 
@@ -347,7 +349,7 @@ def _unpickle(pickled: list[bytes]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_copies_in_another_process_stand_under_the_same_tree(method: str) -> None:
+def test_copies_in_another_process_share_one_rebuilt_limiter_tree(method: str) -> None:
     """The limits above hold there, too, for all copies together."""
     root, chat = tree()
     llm = MockLLM(max_tokens=2)
@@ -377,7 +379,7 @@ def _spend(pickled: bytes) -> list[str]:
 
 
 @pytest.mark.real_clock
-def test_copy_in_another_process_shares_what_is_in_a_store(tmp_path: Path) -> None:
+def test_copy_in_another_process_shares_limit_in_a_store(tmp_path: Path) -> None:
     """It is the same limit, so there is no warning. The store needs the machine's clock."""
     store = f"sqlite:///{tmp_path}/limits.db?patience=5"
     limiter = Limiter("3 RPM burst 3", name="openai", store=store)

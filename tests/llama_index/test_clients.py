@@ -99,7 +99,7 @@ def name_of(make: Callable[..., Any]) -> str:
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=name_of)
-def test_always_429_is_five_requests_for_one_call(
+def test_call_refused_with_429_every_time_makes_five_requests(
     make: Callable[..., LLM], openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
 ) -> None:
     """The class, the SDK and tenacity would make 12 or 16; we make 5, and each is admitted."""
@@ -117,7 +117,7 @@ def test_always_429_is_five_requests_for_one_call(
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=name_of)
-def test_retry_false_is_one_request(
+def test_retry_false_makes_one_request(
     make: Callable[..., LLM], openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
 ) -> None:
     """When retries are switched off, no other layer retries instead."""
@@ -130,7 +130,7 @@ def test_retry_false_is_one_request(
     assert len(openai_api.requests) == 1
 
 
-def test_embeddings_are_five_requests_too(
+def test_embedding_refused_with_429_every_time_makes_five_requests(
     openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
 ) -> None:
     """By default they retry 10 times in each of two layers, which would be 110 requests."""
@@ -191,7 +191,7 @@ def test_429_pauses_all_models_of_the_limiter(
     assert limiter.statistics().upstream_429 == 1
 
 
-def test_client_of_the_user_is_left_alone() -> None:
+def test_wrapping_leaves_users_sdk_client_unchanged() -> None:
     """Ours is a copy on the same connections, whose class is a subclass of the SDK's."""
     theirs = AsyncOpenAI(api_key="k", base_url=API_BASE, max_retries=4)
 
@@ -205,7 +205,7 @@ def test_client_of_the_user_is_left_alone() -> None:
     assert theirs._client.event_hooks == {"request": [], "response": []}
 
 
-def test_client_of_azure_stays_azures() -> None:
+def test_wrapped_azure_model_keeps_an_azure_client() -> None:
     """The copy keeps endpoint, version and class."""
     theirs = AsyncAzureOpenAI(api_key="k", azure_endpoint="https://llm.test", api_version="v")
 
@@ -215,7 +215,7 @@ def test_client_of_azure_stays_azures() -> None:
     assert (ours.max_retries, ours.base_url) == (0, theirs.base_url)
 
 
-def test_pool_is_as_large_as_openai_makes_it() -> None:
+def test_wrapped_model_keeps_connection_pool_size_of_openai_sdk() -> None:
     """Pacing keeps all of the 1,000 connections that the SDK allows itself."""
     client = Limiter("1 RPM").wrap(make_openai())._get_aclient()
 
@@ -223,7 +223,7 @@ def test_pool_is_as_large_as_openai_makes_it() -> None:
     assert transport._pool._max_connections == 1_000
 
 
-def test_clients_are_made_once() -> None:
+def test_wrapped_model_creates_its_client_once() -> None:
     """As in the plain model, asking twice gives the same client; the plain model keeps its own."""
     inner = make_openai()
     llm = Limiter("1 RPM").wrap(inner)
@@ -233,7 +233,7 @@ def test_clients_are_made_once() -> None:
     assert type(inner._get_aclient()) is AsyncOpenAI
 
 
-def test_client_in_a_field_is_the_users() -> None:
+def test_client_from_a_model_field_is_returned_unchanged() -> None:
     """A model that returns a client from one of its fields still returns that one."""
     theirs = AsyncOpenAI(api_key="k", max_retries=0)
 
@@ -250,7 +250,7 @@ def test_client_in_a_field_is_the_users() -> None:
     assert type(theirs) is AsyncOpenAI
 
 
-def test_mock_in_place_of_a_client_is_left_in_place() -> None:
+def test_mock_client_is_returned_unchanged() -> None:
     """Users' tests put mocks where clients belong."""
     mock = MagicMock()
 
@@ -268,7 +268,7 @@ class NoThreads(ThreadPoolExecutor):
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=name_of)
-async def test_call_that_holds_a_slot_needs_no_thread_of_the_loop(
+async def test_call_holding_a_slot_needs_no_executor_thread(
     make: Callable[..., LLM], openai_api: "ScriptedOpenAI"
 ) -> None:
     """All its threads may be waiting for slots, as with ``asyncio.to_thread(llm.chat, ...)``."""
@@ -281,7 +281,7 @@ async def test_call_that_holds_a_slot_needs_no_thread_of_the_loop(
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=name_of)
-async def test_booking_is_dated_when_the_request_leaves(
+async def test_booking_is_dated_just_before_each_request_is_sent(
     make: Callable[..., LLM], openai_api: "ScriptedOpenAI", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every client of a paced model reports each request once, just before it is sent."""
@@ -301,7 +301,7 @@ async def test_booking_is_dated_when_the_request_leaves(
 
 
 @pytest.mark.parametrize("synchronous", [False, True])
-async def test_booking_is_dated_again_when_the_body_goes_out(
+async def test_booking_is_dated_again_when_request_body_is_sent(
     monkeypatch: pytest.MonkeyPatch, *, synchronous: bool
 ) -> None:
     """Connecting takes time, and the loop may be busy between a request's head and body."""
@@ -341,7 +341,7 @@ async def test_booking_is_dated_again_when_the_body_goes_out(
     assert seen == ["dated", "head", "dated", "body"]
 
 
-async def test_call_of_several_requests_is_booked_as_several(openai_api: "ScriptedOpenAI") -> None:
+async def test_call_making_two_requests_is_charged_for_both(openai_api: "ScriptedOpenAI") -> None:
     """A model that makes two requests in one call is charged for the second, too."""
 
     class Twice(MockLLM):
@@ -364,7 +364,7 @@ async def test_call_of_several_requests_is_booked_as_several(openai_api: "Script
     assert [limit.used for limit in limiter.statistics().limits] == [2, 2 * 18]
 
 
-async def test_request_outside_of_a_call_is_nobodys(openai_api: "ScriptedOpenAI") -> None:
+async def test_request_made_directly_on_client_is_not_charged(openai_api: "ScriptedOpenAI") -> None:
     """A user who calls the client directly books nothing, and nothing breaks."""
     limiter = Limiter("1000 RPM")
     llm = limiter.wrap(make_openai())
@@ -399,7 +399,7 @@ def profile_of_everybody(_: str) -> Profile:
 
 
 @pytest.mark.parametrize("synchronous", [False, True])
-async def test_a_wrapped_model_hears_what_the_provider_says_is_left(
+async def test_wrapped_model_learns_remaining_units_from_reply_headers(
     rate_limited_provider: "ProviderFactory", monkeypatch: pytest.MonkeyPatch, *, synchronous: bool
 ) -> None:
     """What another program has taken from the same key is not available here."""
@@ -414,7 +414,7 @@ async def test_a_wrapped_model_hears_what_the_provider_says_is_left(
     assert 15 <= limiter.statistics().limits[0].available <= 20
 
 
-async def test_a_gateway_that_is_not_known_is_not_listened_to(
+async def test_wrapped_model_ignores_headers_of_unknown_gateway(
     rate_limited_provider: "ProviderFactory",
 ) -> None:
     """Its headers may have the same names and another meaning."""

@@ -110,7 +110,7 @@ async def under(start: Any) -> Any:
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_calls_of_a_function_agent_are_seen_under_what_was_given(
+def test_function_agent_calls_inherit_priority_tenant_and_deadline(
     bench: Bench,
     streaming: bool,  # noqa: FBT001 - a case
 ) -> None:
@@ -130,7 +130,7 @@ def test_calls_of_a_function_agent_are_seen_under_what_was_given(
     assert bench.provider.statistics().requests == 3
 
 
-def test_calls_of_an_agent_workflow_are_seen_under_what_was_given(bench: Bench) -> None:
+def test_agent_workflow_calls_inherit_priority_tenant_and_deadline(bench: Bench) -> None:
     """The agents of a workflow run in its tasks."""
     workflow = AgentWorkflow(agents=[bench.agent()], root_agent="f")
 
@@ -141,7 +141,7 @@ def test_calls_of_an_agent_workflow_are_seen_under_what_was_given(bench: Bench) 
 
 
 @pytest.mark.filterwarnings("ignore:is_running called from within a step:DeprecationWarning")
-def test_calls_of_a_react_agent_are_seen_under_what_was_given(bench: Bench) -> None:
+def test_react_agent_calls_inherit_priority_tenant_and_deadline(bench: Bench) -> None:
     """This agent calls its tools by text."""
     agent = ReActAgent(tools=[bench.tool], llm=bench.like)
 
@@ -155,7 +155,7 @@ def test_calls_of_a_react_agent_are_seen_under_what_was_given(bench: Bench) -> N
     assert {terms for _, terms in bench.seen} == {GIVEN}
 
 
-def test_calls_of_a_query_engine_are_seen_under_what_was_given(bench: Bench) -> None:
+def test_query_engine_calls_inherit_priority_tenant_and_deadline(bench: Bench) -> None:
     """This includes the embedding and the answer, streamed or not."""
     index = VectorStoreIndex.from_documents([Document(text="a")], embed_model=bench.embed_model)
     bench.seen.clear()
@@ -174,7 +174,7 @@ def test_calls_of_a_query_engine_are_seen_under_what_was_given(bench: Bench) -> 
     assert {terms for _, terms in bench.seen} == {GIVEN}
 
 
-def test_stream_is_admitted_on_the_terms_under_which_it_was_asked_for(bench: Bench) -> None:
+def test_stream_is_admitted_on_terms_set_when_it_was_requested(bench: Bench) -> None:
     """Engines read streams in their own tasks and threads, which do not inherit these terms."""
 
     async def main() -> None:
@@ -190,7 +190,7 @@ def test_stream_is_admitted_on_the_terms_under_which_it_was_asked_for(bench: Ben
     assert bench.limiter.children["chat"].key("acme").statistics().admitted == 1
 
 
-def test_stream_that_was_asked_for_under_no_terms_has_none_of_its_readers(bench: Bench) -> None:
+def test_stream_requested_without_terms_takes_none_from_its_reader(bench: Bench) -> None:
     """Its reader may be in the middle of something urgent, which must not count."""
 
     async def main() -> None:
@@ -202,7 +202,7 @@ def test_stream_that_was_asked_for_under_no_terms_has_none_of_its_readers(bench:
     assert bench.seen == [("openai/chat", None)]
 
 
-def test_synchronous_stream_does_so_too() -> None:
+def test_synchronous_stream_is_admitted_on_terms_set_when_requested() -> None:
     """A chat engine reads it in a thread."""
     limiter = Limiter("1000/s")
     llm = limiter.wrap(MockLLM())
@@ -216,7 +216,7 @@ def test_synchronous_stream_does_so_too() -> None:
     assert limiter.key("other").statistics().admitted == 0
 
 
-def test_urgent_agent_goes_before_what_waits(bench: Bench) -> None:
+def test_interactive_agent_overtakes_batch_queue(bench: Bench) -> None:
     """Four calls of one agent, at one a second, overtake a queue of a hundred."""
 
     async def batch() -> None:
@@ -235,7 +235,7 @@ def test_urgent_agent_goes_before_what_waits(bench: Bench) -> None:
     assert bench.limiter.statistics().admitted == 104
 
 
-def test_tenants_agents_share_by_their_limits(bench: Bench) -> None:
+def test_tenant_over_its_limit_does_not_delay_other_tenant(bench: Bench) -> None:
     """A tenant with a small limit waits for it, and the other one does not wait with it."""
     bench.limiter.reconfigure("600 RPM burst 600")
     chat = bench.limiter.children["chat"]
@@ -257,7 +257,7 @@ def test_tenants_agents_share_by_their_limits(bench: Bench) -> None:
 
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("kind", ["agent", "workflow", "engine"])
-def test_run_that_cannot_make_its_deadline_fails_at_once(
+def test_run_that_cannot_meet_its_deadline_fails_at_once(
     bench: Bench,
     kind: str,
     streaming: bool,  # noqa: FBT001 - a case
@@ -286,7 +286,7 @@ def test_run_that_cannot_make_its_deadline_fails_at_once(
     assert bench.provider.statistics().requests == 1  # for the index
 
 
-def test_agent_stops_at_the_call_that_cannot_make_it(bench: Bench) -> None:
+def test_agent_raises_once_no_call_can_meet_the_deadline(bench: Bench) -> None:
     """Calls in time are made; after a tool's refusal the model cannot be asked any more."""
 
     async def main() -> None:
@@ -298,7 +298,7 @@ def test_agent_stops_at_the_call_that_cannot_make_it(bench: Bench) -> None:
     assert [name for name, _ in bench.seen] == ["openai/chat"]
 
 
-def test_deadline_ends_retries(bench: Bench) -> None:
+def test_retry_that_would_outlast_deadline_is_not_made(bench: Bench) -> None:
     """A back-off that would end after the deadline is not waited for."""
     bench.provider.reconfigure(rpm=1)
 
@@ -337,7 +337,7 @@ async def queued(bench: Bench) -> AsyncIterator[None]:
     await asyncio.gather(waiting, return_exceptions=True)
 
 
-def test_deadline_says_more_than_the_time_out_of_a_workflow(bench: Bench) -> None:
+def test_deadline_raises_limiters_error_before_workflow_times_out(bench: Bench) -> None:
     """Behind a minute's queue a workflow times out; with a deadline the limiter says why."""
 
     async def main() -> None:
@@ -352,7 +352,7 @@ def test_deadline_says_more_than_the_time_out_of_a_workflow(bench: Bench) -> Non
     bench.time.run(main())
 
 
-def test_agents_whose_tools_ask_models_meet_no_429(bench: Bench) -> None:
+def test_agents_with_tools_that_ask_models_get_no_429(bench: Bench) -> None:
     """Twenty run at once under two slots and a narrow limit; each is answered."""
     bench.provider.reconfigure(rpm=60, concurrency=2, latency=1.5)
     bench.limiter.reconfigure(concurrency=2)

@@ -79,7 +79,7 @@ def test_unpickled_model_shares_the_limiter_within_a_process(inner: Any) -> None
     assert twin.to_dict() == paced.to_dict()
 
 
-def test_pickling_leaves_the_original_as_it_is() -> None:
+def test_pickling_leaves_original_unchanged() -> None:
     """LlamaIndex removes from the live object what cannot be pickled; here a twin loses it."""
     limiter = Limiter("100 RPM")
     inner = OpenAI(api_key=KEY, completion_to_prompt=lambda prompt: prompt)
@@ -94,7 +94,7 @@ def test_pickling_leaves_the_original_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("make", [PacedMock, PacedStubborn])
-def test_class_written_by_hand_is_pickled_too(make: Any) -> None:
+def test_handwritten_paced_class_survives_pickling(make: Any) -> None:
     """It keeps its class, its fields and its limiter, whatever its `__init__` takes."""
     limiter = Limiter("100 RPM")
     paced = make(limiter=limiter)
@@ -108,7 +108,7 @@ def test_class_written_by_hand_is_pickled_too(make: Any) -> None:
     assert str(twin.complete("hi"))
 
 
-def test_options_go_along() -> None:
+def test_pickled_copy_keeps_retry_options() -> None:
     """A copy retries as the original does."""
     paced = Limiter("100 RPM").wrap(MockLLM(), retry=Retry(attempts=2))
 
@@ -118,7 +118,7 @@ def test_options_go_along() -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [None, str.split])
-def test_estimator_goes_along_with_what_it_has_learnt(tokenizer: Any) -> None:
+def test_pickled_copy_keeps_estimator_and_its_forecast(tokenizer: Any) -> None:
     """The copy begins with the same forecast and tokenizer; from then on each learns alone."""
     estimator = DefaultEstimator(tokenizer)
     estimator.observe(900)
@@ -155,7 +155,7 @@ def _unpickle(pickled: list[bytes]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_copies_in_another_process_share_a_limiter_of_their_own(method: str) -> None:
+def test_copies_in_another_process_share_one_new_limiter_and_warn_once(method: str) -> None:
     """They keep the limits together, and warn once that they do not share the original's."""
     limiter = Limiter("100 RPM burst 7", "10k TPM", concurrency=3, name="mine")
     pickled = [pickle.dumps(limiter.wrap(MockLLM(max_tokens=2))) for _ in range(2)]
@@ -174,7 +174,7 @@ def test_copies_in_another_process_share_a_limiter_of_their_own(method: str) -> 
     assert "give each process its share" in said
 
 
-def test_limiter_of_a_pickle_that_outlives_it_is_made_anew() -> None:
+def test_unpickling_after_limiter_is_gone_recreates_it_with_warning() -> None:
     """An old pickle brings a limiter with the same limits, and warns about it."""
     paced = Limiter("100 RPM", name="gone").wrap(MockLLM())
     pickled = pickle.dumps(paced)
@@ -187,7 +187,7 @@ def test_limiter_of_a_pickle_that_outlives_it_is_made_anew() -> None:
     assert copies._PASSPORTS.immigrants
 
 
-def test_ingestion_pipeline_spreads_a_paced_model_over_processes(
+def test_ingestion_pipeline_runs_paced_model_in_worker_processes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`IngestionPipeline(num_workers=2)` works, and the model here is intact afterwards."""

@@ -62,7 +62,9 @@ def limiter() -> Limiter:
     return Limiter("1000 RPM", concurrency=1)
 
 
-async def test_batch_is_one_request(limiter: Limiter, openai_api: "ScriptedOpenAI") -> None:
+async def test_embedding_batch_is_one_admission_and_one_request(
+    limiter: Limiter, openai_api: "ScriptedOpenAI"
+) -> None:
     """`embed_batch_size` texts are one admission and one HTTP request, sync or async."""
     model = limiter.wrap(openai_embedding())
 
@@ -73,7 +75,7 @@ async def test_batch_is_one_request(limiter: Limiter, openai_api: "ScriptedOpenA
     assert admitted(limiter) == len(openai_api.requests) == 6
 
 
-async def test_batches_of_several_workers_are_paced(
+async def test_num_workers_does_not_change_cost_of_batches(
     limiter: Limiter, openai_api: "ScriptedOpenAI"
 ) -> None:
     """`num_workers` changes how many ask at once, but not the cost."""
@@ -84,7 +86,7 @@ async def test_batches_of_several_workers_are_paced(
     assert admitted(limiter) == len(openai_api.requests) == 3
 
 
-async def test_single_texts_and_queries_are_paced(
+async def test_single_text_and_query_embeddings_are_paced(
     limiter: Limiter, openai_api: "ScriptedOpenAI"
 ) -> None:
     """A text, a query, or queries that are averaged make one request each."""
@@ -99,7 +101,7 @@ async def test_single_texts_and_queries_are_paced(
     assert admitted(limiter) == len(openai_api.requests) == 6
 
 
-async def test_estimator_that_returns_nothing_is_refused(limiter: Limiter) -> None:
+async def test_estimator_returning_none_raises_before_anything_is_sent(limiter: Limiter) -> None:
     """A forgotten `return` is an error before anything is sent."""
 
     class Forgetful:
@@ -129,7 +131,7 @@ async def test_cached_embeddings_are_free(limiter: Limiter, openai_api: "Scripte
     assert (admitted(limiter), len(openai_api.requests)) == (3, 3)
 
 
-async def test_partly_cached_batch_costs_its_rest(openai_api: "ScriptedOpenAI") -> None:
+async def test_partly_cached_batch_costs_only_uncached_texts(openai_api: "ScriptedOpenAI") -> None:
     """Only the texts that are sent are counted."""
     limiter = Limiter("100k TPM")
     model = limiter.wrap(openai_embedding(embeddings_cache=SimpleKVStore()))
@@ -144,7 +146,7 @@ async def test_partly_cached_batch_costs_its_rest(openai_api: "ScriptedOpenAI") 
     assert len(openai_api.requests) == 2
 
 
-async def test_batches_are_settled_by_what_their_sdk_hears(openai_api: "ScriptedOpenAI") -> None:
+async def test_batch_is_settled_by_usage_that_sdk_receives(openai_api: "ScriptedOpenAI") -> None:
     """LlamaIndex drops the usage; embeddings do not change the forecast of replies."""
     limiter = Limiter("100k TPM")
     estimator = DefaultEstimator()
@@ -159,7 +161,7 @@ async def test_batches_are_settled_by_what_their_sdk_hears(openai_api: "Scripted
 
 
 @pytest.mark.parametrize("make", [OnlySync, lambda: MockEmbedding(embed_dim=2)])
-async def test_inherited_batch_method_costs_a_request_a_text(make: Any, limiter: Limiter) -> None:
+async def test_inherited_batch_method_costs_a_request_per_text(make: Any, limiter: Limiter) -> None:
     """Where the base class sends a request per text, each text pays, and the batch does not."""
     model = limiter.wrap(make())
 
@@ -170,7 +172,7 @@ async def test_inherited_batch_method_costs_a_request_a_text(make: Any, limiter:
     assert admitted(limiter) == 12
 
 
-async def test_own_batch_method_costs_one_request(limiter: Limiter) -> None:
+async def test_overridden_batch_method_costs_one_request(limiter: Limiter) -> None:
     """Whatever its own batch method calls belongs to that batch, and needs only one slot."""
     model = limiter.wrap(Batching())
 
@@ -180,7 +182,7 @@ async def test_own_batch_method_costs_one_request(limiter: Limiter) -> None:
     assert admitted(limiter) == 2
 
 
-async def test_batch_that_is_a_request_a_text_owes_the_others() -> None:
+async def test_batch_split_into_requests_per_text_is_charged_for_each() -> None:
     """If a class splits its batches, each further text is charged as a request, too."""
     limiter = Limiter("1000 RPM", "10k TPM", concurrency=1)
     model = limiter.wrap(Batching(embed_batch_size=2))
@@ -192,7 +194,7 @@ async def test_batch_that_is_a_request_a_text_owes_the_others() -> None:
     assert (now.admitted, now.limits[0].used) == (6, 12)
 
 
-async def test_requests_that_a_batch_sends_at_once_are_owed_once(
+async def test_parallel_requests_of_a_batch_are_charged_once_each(
     openai_api: "ScriptedOpenAI",
 ) -> None:
     """What comes back as they leave one by one lets nobody else in."""
@@ -215,7 +217,7 @@ async def test_requests_that_a_batch_sends_at_once_are_owed_once(
     assert "requests" not in now.refunded
 
 
-async def test_fallback_on_the_synchronous_method_does_not_block_the_loop() -> None:
+async def test_async_fallback_to_synchronous_embedding_does_not_block_loop() -> None:
     """The asynchronous method waits without blocking, and its synchronous twin passes inside it."""
     limiter = Limiter("1000 RPM", concurrency=1)
     model = limiter.wrap(OnlySync())
@@ -230,7 +232,7 @@ async def test_fallback_on_the_synchronous_method_does_not_block_the_loop() -> N
     assert admitted(limiter) == 2
 
 
-async def test_images_are_paced(limiter: Limiter) -> None:
+async def test_each_image_costs_one_request_without_batch_method(limiter: Limiter) -> None:
     """An image is a request, even in a batch if the class has no batch method for images."""
     model = limiter.wrap(MockMultiModalEmbedding(embed_dim=2))
 
@@ -244,7 +246,7 @@ async def test_images_are_paced(limiter: Limiter) -> None:
     assert admitted(limiter) == 7
 
 
-async def test_image_batches_of_a_class_are_one_request(limiter: Limiter) -> None:
+async def test_image_batch_method_costs_one_request_per_batch(limiter: Limiter) -> None:
     """A class with a batch method for images pays once per batch."""
 
     class BatchingImages(MockMultiModalEmbedding):
@@ -262,7 +264,7 @@ async def test_image_batches_of_a_class_are_one_request(limiter: Limiter) -> Non
     assert admitted(limiter) == 2
 
 
-async def test_spans_and_events_are_those_of_the_plain_model(
+async def test_pacing_adds_no_spans_or_events(
     openai_api: "ScriptedOpenAI", instrumentation: "Instrumentation"
 ) -> None:
     """Pacing adds no span and no event to embeddings."""

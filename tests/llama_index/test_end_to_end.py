@@ -94,7 +94,7 @@ async def test_function_agent_is_paced(bench: Bench) -> None:
     bench.assert_paced(at_least=2)
 
 
-async def test_agents_at_once_are_paced(bench: Bench) -> None:
+async def test_twenty_concurrent_agents_share_three_slots(bench: Bench) -> None:
     """Twenty agents share three slots, and each gets its answer."""
     agents = [FunctionAgent(tools=[add], llm=bench.llm) for _ in range(20)]
 
@@ -128,7 +128,7 @@ async def test_agent_workflow_is_paced(bench: Bench, streaming: bool) -> None:  
     bench.assert_paced(at_least=2)
 
 
-async def test_agent_of_a_mock_is_paced() -> None:
+async def test_agent_with_mock_llm_is_paced() -> None:
     """A mock, with which people test their agents, is paced as any other model."""
     limiter = Limiter("60k RPM", concurrency=1)
     agent = FunctionAgent(tools=[add], llm=limiter.wrap(MockFunctionCallingLLM()))
@@ -168,7 +168,7 @@ async def test_index_built_asynchronously_in_a_running_loop_is_paced() -> None:
     assert limiter.statistics().admitted == provider.statistics().requests == 4
 
 
-async def test_index_built_in_a_blocked_loop_does_not_wait_for_its_slots(
+async def test_index_build_does_not_deadlock_on_slot_of_the_loop_it_blocks(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """While this loop, which holds the only slot, is blocked by the index, the index gets on."""
@@ -182,7 +182,7 @@ async def test_index_built_in_a_blocked_loop_does_not_wait_for_its_slots(
     assert "a call passed without a slot" in caplog.text
 
 
-async def test_query_engines_are_paced(bench: Bench) -> None:
+async def test_async_streaming_and_summary_query_engines_are_paced(bench: Bench) -> None:
     """Asynchronous and streaming queries, and one that asks of each document."""
     index = VectorStoreIndex.from_documents(DOCUMENTS, embed_model=bench.embed_model)
 
@@ -200,7 +200,7 @@ async def test_query_engines_are_paced(bench: Bench) -> None:
     bench.assert_paced(at_least=3 + 2 + 2 + 1)
 
 
-async def test_streaming_query_engine_is_paced(bench: Bench) -> None:
+async def test_synchronous_streaming_query_engine_is_paced(bench: Bench) -> None:
     """A synchronous streamed answer gives its slot back at its end."""
     index = VectorStoreIndex.from_documents(DOCUMENTS, embed_model=bench.embed_model)
 
@@ -240,7 +240,7 @@ async def test_ingestion_pipeline_is_paced(bench: Bench) -> None:
     assert bench.limiter.statistics().admitted == 3
 
 
-async def test_slots_of_streams_dropped_by_an_agent_come_back(bench: Bench) -> None:
+async def test_cancelled_agent_run_gives_its_streams_slot_back(bench: Bench) -> None:
     """An agent cancelled in the middle of its stream leaves nothing behind."""
     bench.provider.reconfigure(latency=0.3)
     handler = ask(FunctionAgent(tools=[add], llm=bench.llm), "add 1 and 2")
@@ -257,7 +257,7 @@ async def test_slots_of_streams_dropped_by_an_agent_come_back(bench: Bench) -> N
 
 
 @pytest.mark.real_clock
-async def test_storm_meets_no_429(rate_limited_provider: "ProviderFactory") -> None:
+async def test_mixed_load_at_limit_gets_no_429(rate_limited_provider: "ProviderFactory") -> None:
     """Agents, chats, streams and embeddings at once, under the provider's own limits: no refusal.
 
     On the real clock, since a provider in another thread judges by it.

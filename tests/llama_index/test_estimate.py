@@ -73,7 +73,7 @@ def input_of(*blocks: ContentBlock, **options: Any) -> int:
     return DefaultEstimator(words).chat(MockLLM(), [message], {}).input_tokens - FRAME
 
 
-def test_every_message_counts_and_its_frame(llm: LLM) -> None:
+def test_chat_estimate_counts_text_and_framing_of_each_message(llm: LLM) -> None:
     """The messages cost their tokens and 4 each, and the reply costs 3."""
     messages = [
         ChatMessage(role="system", content="You are terse."),
@@ -86,7 +86,7 @@ def test_every_message_counts_and_its_frame(llm: LLM) -> None:
     assert estimator.chat(llm, messages, {}).input_tokens == text_tokens + 3 * 4 + 3
 
 
-def test_the_larger_of_tokens_and_a_quarter_of_characters_counts() -> None:
+def test_count_is_larger_of_tokens_and_quarter_of_characters() -> None:
     """OpenAI's limits count characters; where tokens are fewer, the characters decide."""
     estimator = DefaultEstimator()
     encode = bundled_tokenizer()
@@ -131,12 +131,12 @@ def test_the_larger_of_tokens_and_a_quarter_of_characters_counts() -> None:
         ),
     ],
 )
-def test_every_kind_of_block_counts(block: ContentBlock, tokens: int) -> None:
+def test_every_content_block_kind_is_counted(block: ContentBlock, tokens: int) -> None:
     """Texts cost their tokens, pictures and other media the constants in the docs."""
     assert input_of(block) == pytest.approx(tokens, abs=1)
 
 
-def test_tool_calls_count_once_wherever_they_are_kept() -> None:
+def test_tool_call_counts_once_wherever_message_stores_it() -> None:
     """As a block, as text in a block, beside the blocks, or both, a call costs the same."""
     call = {
         "id": "call_1",
@@ -155,12 +155,12 @@ def test_tool_calls_count_once_wherever_they_are_kept() -> None:
     assert input_of(additional_kwargs={"tool_calls": [call]}) == pytest.approx(as_block, abs=2)
 
 
-def test_name_of_who_speaks_counts() -> None:
+def test_speaker_name_of_message_counts() -> None:
     """A message may name which of several users it is from."""
     assert input_of(TextBlock(text="x" * 40), additional_kwargs={"name": "Ada"}) == 22
 
 
-def test_block_of_an_unknown_kind_counts_as_its_text(llm: LLM) -> None:
+def test_unknown_block_kind_counts_as_its_text(llm: LLM) -> None:
     """A block type of a later LlamaIndex does not make a call fail."""
 
     class NewBlock(BaseModel):
@@ -174,7 +174,7 @@ def test_block_of_an_unknown_kind_counts_as_its_text(llm: LLM) -> None:
     assert DefaultEstimator(words).chat(llm, [message], {}).input_tokens == 20 + FRAME
 
 
-def test_tools_and_response_format_count(llm: LLM) -> None:
+def test_tools_and_response_format_count_as_input(llm: LLM) -> None:
     """Whatever LlamaIndex sends along counts as JSON, whether spec or object."""
     estimator = DefaultEstimator()
     tool = FunctionTool.from_defaults(weather)
@@ -195,7 +195,7 @@ def test_tools_and_response_format_count(llm: LLM) -> None:
     assert costs(tools=[], response_format=None, temperature=0.5) == 0
 
 
-def test_what_a_model_sends_with_every_call_counts() -> None:
+def test_model_level_instructions_and_tools_count() -> None:
     """OpenAIResponses has instructions and tools in fields; a call may replace the instructions."""
     search = {"type": "web_search_preview", "search_context_size": "high"}
 
@@ -211,7 +211,7 @@ def test_what_a_model_sends_with_every_call_counts() -> None:
     assert both - bare == 2 * (cost({}, {"tools": [search]}) - bare)
 
 
-def test_tools_that_are_no_json_break_no_call(llm: LLM) -> None:
+def test_tools_that_are_not_json_do_not_fail_the_estimate(llm: LLM) -> None:
     """Rings, sets and generators count as their text, and are not consumed."""
     ring: list[object] = []
     ring.append(ring)
@@ -223,14 +223,14 @@ def test_tools_that_are_no_json_break_no_call(llm: LLM) -> None:
     assert list(numbers) == [0, 1, 2]
 
 
-def test_tool_with_a_long_description_breaks_no_call(llm: LLM) -> None:
+def test_overlong_tool_description_does_not_fail_the_estimate(llm: LLM) -> None:
     """LlamaIndex will refuse it, but not before the call is made."""
     tool = FunctionTool.from_defaults(weather, description="long " * 300)
 
     assert DefaultEstimator().chat(llm, [], {"tools": [tool]}).input_tokens > 300
 
 
-def test_structured_llm_is_estimated_as_the_one_it_asks() -> None:
+def test_structured_llm_is_estimated_as_inner_model_plus_schema() -> None:
     """The inner model's `max_tokens` counts, and so does the schema that it is sent."""
     inner = OpenAI(model="gpt-4o-mini", api_key="test-key", max_tokens=77)
     messages = [ChatMessage(content="Name a city.")]
@@ -248,14 +248,14 @@ def test_completion_is_estimated_as_one_message(llm: LLM) -> None:
     assert DefaultEstimator(words).completion(llm, "x" * 40, {}) == expected
 
 
-def test_embeddings_cost_their_texts() -> None:
+def test_embedding_estimate_sums_its_texts_and_is_at_least_one() -> None:
     """One batch is one request with all its texts; an empty text still costs something."""
     assert DefaultEstimator(words).embedding(["x" * 40, "y" * 20]) == 30
     assert DefaultEstimator(words).embedding([""]) == 1
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "max_output_tokens"])
-def test_limit_of_the_call_counts(llm: LLM, name: str) -> None:
+def test_output_limit_of_call_is_reserved_under_any_name(llm: LLM, name: str) -> None:
     """A limit under any of its names is what a provider may charge, and not a guess."""
     estimate = DefaultEstimator().completion(llm, "?", {name: 40})
 
@@ -263,7 +263,7 @@ def test_limit_of_the_call_counts(llm: LLM, name: str) -> None:
     assert not estimate.foreseen
 
 
-def test_limit_of_the_model_counts_after_that_of_the_call() -> None:
+def test_output_limit_of_call_takes_precedence_over_models() -> None:
     """The call's own limit comes first, then the model's extra arguments, then its field."""
     field = OpenAI(api_key="test-key", max_tokens=100)
     extra = OpenAI(
@@ -280,14 +280,14 @@ def test_limit_of_the_model_counts_after_that_of_the_call() -> None:
 
 
 @pytest.mark.parametrize("value", [None, 0, -5, True, "many", 1.5])
-def test_what_is_no_limit_is_foreseen(llm: LLM, value: object) -> None:
+def test_invalid_max_tokens_falls_back_to_forecast(llm: LLM, value: object) -> None:
     """A `max_tokens` that sets no limit leaves the output to the forecast."""
     expected = Estimate(1 + FRAME, 256, foreseen=True)
 
     assert DefaultEstimator().completion(llm, "?", {"max_tokens": value}) == expected
 
 
-def test_several_replies_cost_several_times(llm: LLM) -> None:
+def test_output_limit_is_multiplied_by_number_of_replies(llm: LLM) -> None:
     """`n` asks for that number of replies, each up to the limit."""
     estimate = DefaultEstimator().completion
 
@@ -295,7 +295,7 @@ def test_several_replies_cost_several_times(llm: LLM) -> None:
     assert estimate(llm, "?", {"max_tokens": 10, "best_of": 2, "n": 1}).output_tokens == 20
 
 
-def test_output_is_foreseen_from_replies(llm: LLM) -> None:
+def test_output_forecast_learns_from_observed_replies(llm: LLM) -> None:
     """After a dozen short replies, calls no longer reserve the forecast's start value."""
     estimator = DefaultEstimator()
     for _ in range(12):
@@ -305,7 +305,7 @@ def test_output_is_foreseen_from_replies(llm: LLM) -> None:
     assert repr(estimator) == "<DefaultEstimator <OutputForecast 20 tokens from 13 replies>>"
 
 
-def test_replies_that_come_together_are_foreseen_together(llm: LLM) -> None:
+def test_forecast_for_several_replies_is_their_observed_total(llm: LLM) -> None:
     """A call for four replies reserves what such calls took in all, not four times that."""
     estimator = DefaultEstimator()
     estimator.observe(4_000)
@@ -313,13 +313,13 @@ def test_replies_that_come_together_are_foreseen_together(llm: LLM) -> None:
     assert estimator.completion(llm, "?", {"n": 4}).output_tokens == 4_000
 
 
-def test_forecast_starts_as_stated() -> None:
+def test_forecast_starts_at_256_tokens_or_given_start() -> None:
     """Before any reply it is 256 tokens, or the given start."""
     assert OutputForecast().foresee() == 256
     assert OutputForecast(start=1000).foresee() == 1000
 
 
-def test_longer_replies_are_believed_at_once() -> None:
+def test_one_longer_reply_raises_forecast_at_once() -> None:
     """After one reply longer than foreseen, the next calls reserve that much."""
     forecast = OutputForecast()
     forecast.observe(2000)
@@ -327,7 +327,7 @@ def test_longer_replies_are_believed_at_once() -> None:
     assert forecast.foresee() == 2000
 
 
-def test_shorter_replies_are_believed_when_they_are_nine_of_ten() -> None:
+def test_forecast_drops_once_nine_of_ten_replies_are_shorter() -> None:
     """Eight short replies may be chance; with the ninth, nine of ten are short."""
     forecast = OutputForecast()
     foreseen: list[int] = []
@@ -338,7 +338,7 @@ def test_shorter_replies_are_believed_when_they_are_nine_of_ten() -> None:
     assert foreseen == [256] * 8 + [20] * 2
 
 
-def test_rare_long_replies_do_not_make_every_call_dear() -> None:
+def test_rare_long_replies_do_not_raise_forecast() -> None:
     """If one reply in twenty is forty times as long, the forecast stays with the others."""
     forecast = OutputForecast()
     for number in range(200):
@@ -347,7 +347,7 @@ def test_rare_long_replies_do_not_make_every_call_dear() -> None:
     assert forecast.foresee() == 100
 
 
-def test_forecast_follows_a_change() -> None:
+def test_forecast_forgets_replies_older_than_its_window() -> None:
     """Replies from before the window are forgotten."""
     forecast = OutputForecast(window=50)
     for _ in range(500):
@@ -363,7 +363,9 @@ def test_forecast_follows_a_change() -> None:
     st.integers(min_value=1, max_value=30),
     st.floats(min_value=0.01, max_value=1.0),
 )
-def test_forecast_is_the_nearest_rank(replies: list[int], window: int, quantile: float) -> None:
+def test_forecast_is_nearest_rank_quantile_of_window(
+    replies: list[int], window: int, quantile: float
+) -> None:
     """The forecast is one of the latest replies; the stated share of them is at most as long."""
     forecast = OutputForecast(start=256, quantile=quantile, window=window)
     for reply in replies:
@@ -376,7 +378,7 @@ def test_forecast_is_the_nearest_rank(replies: list[int], window: int, quantile:
     assert sum(reply < foreseen for reply in latest) < quantile * len(latest)
 
 
-def test_forecast_may_be_fed_by_several_threads() -> None:
+def test_forecast_is_thread_safe() -> None:
     """No reply is lost or counted twice."""
     forecast = OutputForecast(window=100)
 
@@ -401,7 +403,7 @@ def test_forecast_may_be_fed_by_several_threads() -> None:
         ({"window": 0}, "start must be at least 0 and window at least 1, not 256 and 0"),
     ],
 )
-def test_senseless_forecasts_are_refused(wrong: dict[str, Any], message: str) -> None:
+def test_invalid_forecast_parameters_are_refused(wrong: dict[str, Any], message: str) -> None:
     """The message names the wrong value and what would be right."""
     with pytest.raises(ValueError) as caught:
         _ = OutputForecast(**wrong)
@@ -409,7 +411,7 @@ def test_senseless_forecasts_are_refused(wrong: dict[str, Any], message: str) ->
     assert str(caught.value) == message
 
 
-def test_default_estimator_is_what_it_says() -> None:
+def test_default_estimator_satisfies_observer_protocol() -> None:
     """It observes replies, which an estimator need not do."""
     estimator: Estimator = DefaultEstimator()
 

@@ -176,7 +176,9 @@ def test_synchronous_call_is_one_admission_and_one_request(
 
 @pytest.mark.parametrize("name", ASYNC_CALLS | SYNC_CALLS)
 @pytest.mark.parametrize("make", LOCAL, ids=["MockLLM", "CustomLLM"])
-async def test_method_that_calls_methods_pays_once(make: Callable[[], LLM], name: str) -> None:
+async def test_call_through_nested_model_methods_is_charged_once(
+    make: Callable[[], LLM], name: str
+) -> None:
     """CustomLLM goes from achat to chat to complete; with one slot a second charge would hang."""
     limiter = Limiter("100 RPM", concurrency=1)
     llm = limiter.wrap(make())
@@ -190,7 +192,7 @@ async def test_method_that_calls_methods_pays_once(make: Callable[[], LLM], name
     assert (now.admitted, now.in_flight, now.limits[0].used) == (1, 0, 1)
 
 
-async def test_method_that_calls_another_several_times_owes_all_of_it() -> None:
+async def test_method_making_three_calls_is_charged_for_all_three() -> None:
     """A method that takes a vote of three answers pays for three, whatever methods it calls."""
 
     class Voting(Echo):
@@ -215,7 +217,7 @@ async def test_method_that_calls_another_several_times_owes_all_of_it() -> None:
     assert (now.admitted, [limit.used for limit in now.limits]) == (2, [6, 60])
 
 
-async def test_method_that_reads_several_streams_owes_all_of_them() -> None:
+async def test_method_reading_several_streams_is_charged_for_all() -> None:
     """It does not matter whether they are read in turn or side by side; none is charged twice."""
 
     class Drafting(Echo):
@@ -268,7 +270,9 @@ async def test_calls_with_tools_are_paced(
     assert limiter.statistics().admitted == len(openai_api.requests) == 4
 
 
-async def test_tools_run_outside_of_the_guard(openai_api: "ScriptedOpenAI") -> None:
+async def test_tool_run_by_predict_and_call_pays_for_its_own_model_call(
+    openai_api: "ScriptedOpenAI",
+) -> None:
     """A tool that asks the model itself pays for its call, and finds a free slot."""
     limiter = Limiter("100 RPM", concurrency=1)
     llm = limiter.wrap(OpenAI(model="gpt-4o-mini", api_key="k", api_base=API_BASE))
@@ -300,7 +304,7 @@ async def test_structured_prediction_is_paced(model: str, openai_api: "ScriptedO
     assert limiter.statistics().admitted == len(openai_api.requests) == 4
 
 
-async def test_structured_prediction_by_text_is_paced() -> None:
+async def test_structured_prediction_of_text_only_model_is_paced() -> None:
     """A model without functions is asked for JSON by LlamaIndex's own program: one admission."""
 
     class Json(Echo):
@@ -317,7 +321,7 @@ async def test_structured_prediction_by_text_is_paced() -> None:
     assert limiter.statistics().admitted == 1
 
 
-async def test_responses_api_is_paced_where_it_talks_to_its_client_itself(
+async def test_structured_prediction_of_responses_api_is_paced(
     openai_api: "ScriptedOpenAI",
 ) -> None:
     """OpenAIResponses.structured_predict calls no chat method, and is paced all the same."""
@@ -333,7 +337,7 @@ async def test_responses_api_is_paced_where_it_talks_to_its_client_itself(
 
 
 @pytest.mark.parametrize("by_itself", [True, False], ids=["by its client", "by its chat"])
-async def test_structured_prediction_of_an_unknown_class_is_paid_once(
+async def test_structured_prediction_of_custom_class_is_charged_once(
     by_itself: bool,  # noqa: FBT001 - a case
     openai_api: "ScriptedOpenAI",
 ) -> None:
@@ -377,7 +381,7 @@ async def test_structured_prediction_of_an_unknown_class_is_paid_once(
 
 
 @pytest.mark.parametrize("llm_kwargs", [None, {"temperature": 0.5}])
-async def test_class_may_add_arguments_to_structured_prediction(
+async def test_subclass_can_add_llm_kwargs_to_structured_prediction(
     llm_kwargs: dict[str, Any] | None, openai_api: "ScriptedOpenAI"
 ) -> None:
     """An override sees `llm_kwargs` by name, and only if given, as LlamaIndex passes it on."""
@@ -436,7 +440,7 @@ async def test_structured_llm_is_paced_once(outside: bool, openai_api: "Scripted
 @pytest.mark.parametrize(
     "make", [*REMOTE, Echo], ids=lambda make: make.__name__.removeprefix("make_")
 )
-async def test_spans_and_events_are_those_of_the_plain_model(
+async def test_pacing_adds_no_spans_or_events(
     make: Callable[[], LLM],
     name: str,
     openai_api: "ScriptedOpenAI",
@@ -452,7 +456,7 @@ async def test_spans_and_events_are_those_of_the_plain_model(
     assert openai_api.requests or make is Echo
 
 
-async def test_achat_is_one_span_one_start_and_one_end(
+async def test_achat_emits_one_span_one_start_and_one_end_event(
     openai_api: "ScriptedOpenAI", instrumentation: "Instrumentation"
 ) -> None:
     """A tracing backend shows exactly what happened."""
@@ -463,7 +467,7 @@ async def test_achat_is_one_span_one_start_and_one_end(
     assert len(openai_api.requests) == 1
 
 
-def test_wait_is_an_event_before_the_call_starts(instrumentation: "Instrumentation") -> None:
+def test_wait_event_is_emitted_before_call_starts(instrumentation: "Instrumentation") -> None:
     """The time in the queue is reported, and is not part of the model's latency."""
     with virtual_time() as time:
         limiter = Limiter("2/s burst 1", name="mine", clock=time.clock)
@@ -504,7 +508,7 @@ async def test_reserved_tokens_are_settled_by_the_usage(openai_api: "ScriptedOpe
     assert used["output_tokens"] == 12 * calls
 
 
-async def test_estimator_of_ones_own_is_asked(openai_api: "ScriptedOpenAI") -> None:
+async def test_custom_estimator_decides_what_is_reserved(openai_api: "ScriptedOpenAI") -> None:
     """It decides what is reserved, and need not learn from replies; the usage settles the call."""
 
     class Fixed:
@@ -522,7 +526,7 @@ async def test_estimator_of_ones_own_is_asked(openai_api: "ScriptedOpenAI") -> N
 
 
 @pytest.mark.parametrize("name", [*ASYNC_CALLS, *SYNC_CALLS])
-async def test_failing_estimator_ends_the_call_at_once(name: str) -> None:
+async def test_estimator_error_fails_call_without_retry_or_pause(name: str) -> None:
     """Its error is not a refusal of the call, even if it looks like a 429, and pauses nobody."""
 
     class TooManyRequestsError(Exception):
@@ -560,7 +564,9 @@ async def test_failing_estimator_ends_the_call_at_once(name: str) -> None:
         (lambda: Estimate(5, ODD["nothing"]), "output_tokens must be a number, not None"),
     ],
 )
-async def test_estimate_that_is_none_is_named(estimate: Callable[[], Any], said: str) -> None:
+async def test_invalid_estimate_is_refused_and_nothing_is_sent(
+    estimate: Callable[[], Any], said: str
+) -> None:
     """The error says what the estimator did wrong, and nothing is sent."""
 
     class Odd:
@@ -584,7 +590,7 @@ async def test_estimate_that_is_none_is_named(estimate: Callable[[], Any], said:
 
 @pytest.mark.parametrize("limit", ["100 TPM", "100 OTPM", "100 RPM"])
 @pytest.mark.usefixtures("openai_api")
-async def test_guess_of_the_output_makes_no_call_impossible(limit: str) -> None:
+async def test_output_forecast_never_makes_call_impossible(limit: str) -> None:
     """Of a first reply 256 output tokens are expected; a lower limit cuts that guess down."""
     limiter = Limiter(limit)
 
@@ -593,7 +599,7 @@ async def test_guess_of_the_output_makes_no_call_impossible(limit: str) -> None:
     assert limiter.statistics().admitted == 1
 
 
-async def test_structured_llm_settles_inside(openai_api: "ScriptedOpenAI") -> None:
+async def test_structured_llm_is_settled_by_inner_model_usage(openai_api: "ScriptedOpenAI") -> None:
     """A structured LLM's reply has lost the usage, but the model in it still has it."""
     limiter = Limiter("100k TPM")
     structured = limiter.wrap(make_openai()).as_structured_llm(Person)
@@ -603,7 +609,7 @@ async def test_structured_llm_settles_inside(openai_api: "ScriptedOpenAI") -> No
     assert limiter.statistics().limits[0].used == openai_api.usage["total_tokens"]
 
 
-async def test_messages_are_those_of_the_call(openai_api: "ScriptedOpenAI") -> None:
+async def test_messages_added_before_admission_are_not_sent(openai_api: "ScriptedOpenAI") -> None:
     """A list that changes before admission is sent as it was, and as it was estimated."""
     limiter = Limiter("100 RPM")
     llm = limiter.wrap(make_openai())
@@ -617,7 +623,7 @@ async def test_messages_are_those_of_the_call(openai_api: "ScriptedOpenAI") -> N
     assert [len(body["messages"]) for body in openai_api.bodies] == [1, 1]
 
 
-async def test_text_in_place_of_messages_is_refused_by_the_model() -> None:
+async def test_string_instead_of_messages_raises_models_own_error() -> None:
     """The model says what it takes; the estimate, which comes first, does not fail on it."""
     text: Any = "hi"
 
@@ -635,7 +641,7 @@ async def test_call_over_a_limit_fails_at_once(openai_api: "ScriptedOpenAI") -> 
     assert openai_api.requests == []
 
 
-async def test_slot_comes_back_from_a_failed_call(
+async def test_failed_call_gives_its_slot_back(
     openai_api: "ScriptedOpenAI", refusal: Callable[..., Any]
 ) -> None:
     """An error of the provider leaves no slot behind, and keeps its type."""
@@ -648,7 +654,7 @@ async def test_slot_comes_back_from_a_failed_call(
     assert limiter.statistics().in_flight == 0
 
 
-async def test_slot_comes_back_from_a_cancelled_call() -> None:
+async def test_cancelled_call_gives_its_slot_back() -> None:
     """A call that is cancelled while it runs gives its slot back."""
     limiter = Limiter("100 RPM", concurrency=1)
 
@@ -667,7 +673,7 @@ async def test_slot_comes_back_from_a_cancelled_call() -> None:
     assert limiter.statistics().in_flight == 0
 
 
-async def test_task_that_outlives_its_call_pays_for_itself() -> None:
+async def test_task_that_outlives_its_call_pays_for_its_own_calls() -> None:
     """A task started in a call inherits its context, but after the call that pays for nothing."""
     limiter = Limiter("100 RPM", concurrency=1)
     plain = MockLLM(max_tokens=2)
@@ -685,7 +691,7 @@ async def test_task_that_outlives_its_call_pays_for_itself() -> None:
     assert limiter.statistics().admitted == 2
 
 
-async def test_task_inside_a_call_belongs_to_it() -> None:
+async def test_call_working_in_own_tasks_and_threads_is_charged_once() -> None:
     """A call that does its work in tasks and threads of its own pays once."""
     limiter = Limiter("100 RPM", concurrency=1)
 
@@ -699,7 +705,7 @@ async def test_task_inside_a_call_belongs_to_it() -> None:
     assert limiter.statistics().admitted == 1
 
 
-async def test_two_limiters_do_not_guard_each_other() -> None:
+async def test_nested_call_of_another_limiters_model_is_charged_to_it() -> None:
     """A model of another limiter, called within a call, is charged to its own limiter."""
     mine, other = Limiter("100 RPM"), Limiter("100 RPM")
     helper = other.wrap(MockLLM(max_tokens=2))

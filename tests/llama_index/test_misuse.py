@@ -48,7 +48,7 @@ async def client() -> Any:
         yield made
 
 
-def test_native_rate_limiter_is_warned_of_where_it_is_wrapped() -> None:
+def test_native_rate_limiter_warning_points_to_callers_line() -> None:
     """However the model is paced, the warning names the caller's line."""
     limiter = Limiter("100 RPM")
     inner = OpenAI(api_key=KEY, rate_limiter=NATIVE)
@@ -67,7 +67,7 @@ def test_native_rate_limiter_is_warned_of_where_it_is_wrapped() -> None:
     assert [each.filename for each in seen] == [__file__] * 4
 
 
-def test_client_in_a_field_that_retries_is_warned_of(client: AsyncOpenAI) -> None:
+def test_retrying_client_in_model_field_causes_warning(client: AsyncOpenAI) -> None:
     """As the user's own client it stays as it is; with retry=False it is the only layer."""
     limiter = Limiter("100 RPM")
 
@@ -85,7 +85,7 @@ def test_client_in_a_field_that_retries_is_warned_of(client: AsyncOpenAI) -> Non
     limiter.wrap(Holder(inner=limiter.wrap(OpenAI(api_key=KEY))))
 
 
-def test_retries_that_are_switched_off_are_not_warned_of(client: AsyncOpenAI) -> None:
+def test_retries_that_wrap_switches_off_cause_no_warning(client: AsyncOpenAI) -> None:
     """Clients of OpenAI's classes and of embeddings are ours to change."""
     limiter = Limiter("100 RPM")
 
@@ -95,7 +95,7 @@ def test_retries_that_are_switched_off_are_not_warned_of(client: AsyncOpenAI) ->
     PacedOpenAI(api_key=KEY, max_retries=9, limiter=limiter)
 
 
-async def test_limiter_for_each_request_is_warned_of_once() -> None:
+async def test_new_limiter_per_request_warns_once() -> None:
     """The warning comes with the tenth such limiter for one key on one event loop."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -109,7 +109,7 @@ async def test_limiter_for_each_request_is_warned_of_once() -> None:
     assert KEY not in str(said.message)
 
 
-async def test_many_limiters_that_are_right_are_not_warned_of() -> None:
+async def test_many_legitimate_limiters_cause_no_warning() -> None:
     """Tenants with their own keys, several models, children, or many models of one are fine."""
     one = Limiter("500 RPM")
     for number in range(30):
@@ -122,7 +122,7 @@ async def test_many_limiters_that_are_right_are_not_warned_of() -> None:
         pace(MockLLM(), rpm=500)
 
 
-def test_test_suites_are_not_warned_of() -> None:
+def test_one_limiter_per_event_loop_causes_no_warning() -> None:
     """One limiter per test is fine, as each test has its own event loop, or none."""
 
     async def test() -> None:
@@ -133,7 +133,7 @@ def test_test_suites_are_not_warned_of() -> None:
         pace(OpenAI(api_key=KEY), rpm=500)
 
 
-async def test_what_is_counted_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_number_of_remembered_keys_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A service that sees any number of keys remembers a bounded number of them."""
     monkeypatch.setattr(alike, "_MOST_KEYS", 5)
 
@@ -154,7 +154,7 @@ class Greeting(Workflow):
 
 
 @pytest.mark.real_clock  # workflows use the machine's clock for their time-outs
-async def test_workflow_that_is_cut_off_in_line_is_told_of(
+async def test_workflow_timed_out_in_queue_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is logged once per limiter; a call cancelled elsewhere, or early, is no mistake."""

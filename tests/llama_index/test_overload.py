@@ -83,7 +83,7 @@ async def ask_for_stream(llm: LLM) -> None:
 
 @pytest.mark.parametrize("how", [ask, ask_sync, ask_for_stream])
 @pytest.mark.parametrize(("model", "slots"), [(BusyLLM, 3), (PickyLLM, 4)])
-async def test_overload_cuts_the_number_of_slots(
+async def test_overload_error_cuts_slots_and_bad_request_does_not(
     how: Callable[[LLM], Awaitable[None]], model: type[BusyLLM], slots: int
 ) -> None:
     """Calls and streams cut it after a 503, but not after a 400."""
@@ -96,7 +96,7 @@ async def test_overload_cuts_the_number_of_slots(
 
 
 @pytest.mark.parametrize("how", [ask, ask_for_stream])
-def test_refusals_of_one_wave_are_one_pause_however_late_they_come(
+def test_late_refusals_of_one_wave_cause_one_pause(
     how: Callable[[LLM], Awaitable[None]],
 ) -> None:
     """Calls in flight at the first refusal say nothing about the time after its pause."""

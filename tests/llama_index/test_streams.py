@@ -61,7 +61,7 @@ async def test_stream_never_iterated_takes_nothing(limiter: Limiter) -> None:
     assert admitted(limiter) == 0
 
 
-async def test_slot_is_held_until_exhaustion(limiter: Limiter) -> None:
+async def test_async_stream_holds_its_slot_until_exhaustion(limiter: Limiter) -> None:
     """The slot is taken up to the last item, and free afterwards."""
     stream = await limiter.wrap(MockLLM(max_tokens=3)).astream_chat(MESSAGES)
     held = [in_flight(limiter) async for _ in stream]
@@ -106,7 +106,7 @@ def test_closed_synchronous_stream_gives_its_slot_back(limiter: Limiter) -> None
         next(stream)
 
 
-async def test_stream_goes_on_after_an_item_that_is_none(limiter: Limiter) -> None:
+async def test_stream_continues_after_a_none_item(limiter: Limiter) -> None:
     """Such an item may be a structure with nothing in it yet."""
 
     class Slow(MockLLM):
@@ -179,7 +179,7 @@ async def test_dropped_synchronous_stream_gives_its_slot_back(limiter: Limiter) 
 
 @pytest.mark.parametrize("failure", ["refused", "broken", "cut off"])
 @pytest.mark.parametrize("how", ["asynchronous", "synchronous"])
-async def test_dropped_stream_that_was_tried_again_gives_its_slot_back_at_once(
+async def test_dropped_stream_after_retry_gives_its_slot_back_at_once(
     limiter: Limiter,
     openai_api: "ScriptedOpenAI",
     refusal: Callable[..., httpx.Response],
@@ -246,9 +246,7 @@ def wire(openai_api: "ScriptedOpenAI") -> Generator[Wire]:
     gc.enable()
 
 
-async def test_closed_stream_has_hung_up_when_its_slot_is_free(
-    limiter: Limiter, wire: Wire
-) -> None:
+async def test_closing_stream_hangs_up_at_once(limiter: Limiter, wire: Wire) -> None:
     """OpenAI's SDK leaves that to garbage collection; the provider would go on until then."""
     stream = await limiter.wrap(openai_llm()).astream_chat(MESSAGES)
     await anext(stream)
@@ -259,7 +257,7 @@ async def test_closed_stream_has_hung_up_when_its_slot_is_free(
     assert (wire.is_open, in_flight(limiter)) == (False, 0)
 
 
-def test_closed_synchronous_stream_has_hung_up(limiter: Limiter, wire: Wire) -> None:
+def test_closing_synchronous_stream_hangs_up_at_once(limiter: Limiter, wire: Wire) -> None:
     """The synchronous twin does the same."""
     stream = limiter.wrap(openai_llm()).stream_chat(MESSAGES)
     next(stream)
@@ -306,7 +304,7 @@ def censored(*, most: int, breaks: bool) -> Censored:
 
 @pytest.mark.parametrize("breaks", [False, True])
 @pytest.mark.parametrize("most", [0, 2])
-async def test_stream_that_its_model_ends_has_hung_up(
+async def test_stream_ended_early_by_model_hangs_up(
     limiter: Limiter, wire: Wire, *, most: int, breaks: bool
 ) -> None:
     """If the model has stopped reading, the provider must not go on once the slot is free."""
@@ -320,7 +318,7 @@ async def test_stream_that_its_model_ends_has_hung_up(
 
 @pytest.mark.parametrize("breaks", [False, True])
 @pytest.mark.parametrize("most", [0, 2])
-def test_synchronous_stream_that_its_model_ends_has_hung_up(
+def test_synchronous_stream_ended_early_by_model_hangs_up(
     limiter: Limiter, wire: Wire, *, most: int, breaks: bool
 ) -> None:
     """The synchronous twin does the same."""
@@ -332,7 +330,7 @@ def test_synchronous_stream_that_its_model_ends_has_hung_up(
     assert (wire.is_open, in_flight(limiter)) == (False, 0)
 
 
-async def test_dropped_stream_hangs_up_soon(limiter: Limiter, wire: Wire) -> None:
+async def test_dropped_stream_hangs_up_without_gc(limiter: Limiter, wire: Wire) -> None:
     """It takes a few turns of the loop, and does not wait for garbage collection."""
     async for _ in await limiter.wrap(openai_llm()).astream_chat(MESSAGES):
         break
@@ -346,7 +344,7 @@ async def test_dropped_stream_hangs_up_soon(limiter: Limiter, wire: Wire) -> Non
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("wire")
-def test_stream_that_is_dropped_after_its_loop_is_nobodys(limiter: Limiter) -> None:
+def test_stream_dropped_after_its_loop_closed_gives_its_slot_back(limiter: Limiter) -> None:
     """With its loop gone nothing can hang up, but its slot comes back all the same."""
     kept = []
 
@@ -364,7 +362,7 @@ def test_stream_that_is_dropped_after_its_loop_is_nobodys(limiter: Limiter) -> N
     gc.collect()
 
 
-async def test_broken_stream_gives_its_slot_back_and_is_not_begun_anew(limiter: Limiter) -> None:
+async def test_broken_stream_gives_its_slot_back_and_is_not_retried(limiter: Limiter) -> None:
     """An error after the first item reaches the caller, who has seen a part of the answer."""
     begun = []
 
@@ -432,7 +430,7 @@ async def test_cancelled_stream_gives_its_slot_back(limiter: Limiter) -> None:
     assert in_flight(limiter) == 0
 
 
-async def test_stream_is_read_by_one_task_at_a_time(limiter: Limiter) -> None:
+async def test_stream_refuses_a_second_concurrent_reader(limiter: Limiter) -> None:
     """As with any generator; a second reader would start a call of its own."""
     stream = await limiter.wrap(MockLLM(max_tokens=2)).astream_chat(MESSAGES)
     async with limiter.acquire():
@@ -449,7 +447,7 @@ async def test_stream_is_read_by_one_task_at_a_time(limiter: Limiter) -> None:
     assert (admitted(limiter), in_flight(limiter)) == (2, 0)
 
 
-def test_synchronous_stream_is_read_by_one_thread_at_a_time(limiter: Limiter) -> None:
+def test_synchronous_stream_refuses_use_while_being_read(limiter: Limiter) -> None:
     """The synchronous twin does the same."""
     inside: list[Any] = []
 
@@ -465,7 +463,7 @@ def test_synchronous_stream_is_read_by_one_thread_at_a_time(limiter: Limiter) ->
     assert (admitted(limiter), in_flight(limiter)) == (1, 0)
 
 
-async def test_stream_may_be_closed_in_another_context_than_it_is_read_in(limiter: Limiter) -> None:
+async def test_stream_can_be_closed_in_another_context(limiter: Limiter) -> None:
     """The interpreter closes tasks of a dead loop like this: no error, and the slot is free."""
     stream = await limiter.wrap(Slow(max_tokens=None)).astream_chat(MESSAGES)
     step = stream.asend(None)
@@ -497,7 +495,7 @@ async def test_thrown_error_ends_the_stream(limiter: Limiter) -> None:
     assert in_flight(limiter) == 0
 
 
-async def test_stream_is_what_llama_index_takes_for_a_generator(limiter: Limiter) -> None:
+async def test_stream_is_an_instance_of_generator(limiter: Limiter) -> None:
     """`isinstance(stream, AsyncGenerator)`, by which LlamaIndex decides, is true."""
     llm = limiter.wrap(MockLLM())
 
@@ -505,7 +503,7 @@ async def test_stream_is_what_llama_index_takes_for_a_generator(limiter: Limiter
     assert isinstance(llm.stream_chat(MESSAGES), Generator)
 
 
-async def test_guard_does_not_leak_into_the_consumer(limiter: Limiter) -> None:
+async def test_consumers_calls_between_stream_items_are_charged(limiter: Limiter) -> None:
     """Between two items of a stream the consumer's own calls pay for themselves."""
     limiter = Limiter("1000 RPM", concurrency=2)
     llm = limiter.wrap(MockLLM(max_tokens=2))
@@ -530,7 +528,7 @@ async def test_stream_can_be_read_by_several_tasks_in_turn(limiter: Limiter) -> 
     assert in_flight(limiter) == 0
 
 
-async def test_messages_are_those_of_the_call(
+async def test_messages_added_after_stream_request_are_not_sent(
     limiter: Limiter, openai_api: "ScriptedOpenAI"
 ) -> None:
     """A list that grows between the call and the first item is sent as it was at the call."""
@@ -543,7 +541,7 @@ async def test_messages_are_those_of_the_call(
     assert len(openai_api.bodies[0]["messages"]) == 1
 
 
-async def test_span_of_a_stream_is_below_that_of_its_caller(
+async def test_stream_span_has_its_callers_span_as_parent(
     limiter: Limiter, instrumentation: "Instrumentation"
 ) -> None:
     """Even if it is read later or elsewhere, its events belong to the span that asked for it."""
@@ -557,7 +555,7 @@ async def test_span_of_a_stream_is_below_that_of_its_caller(
     assert active_span_id.get() is None
 
 
-def test_events_of_a_stream_are_its_callers(instrumentation: "Instrumentation") -> None:
+def test_stream_events_carry_tags_and_span_of_caller(instrumentation: "Instrumentation") -> None:
     """All its events have the tags, and the wait also the span, of the code that asked for it."""
     with virtual_time() as time:
         limiter = Limiter("1/s burst 1", clock=time.clock)
@@ -580,7 +578,7 @@ def test_events_of_a_stream_are_its_callers(instrumentation: "Instrumentation") 
     assert [event.tags for event in instrumentation.objects] == [{"user": "ada"}] * len(names)
 
 
-async def test_stream_asks_for_usage_and_keeps_it_to_itself(openai_api: "ScriptedOpenAI") -> None:
+async def test_stream_requests_usage_and_hides_usage_chunk(openai_api: "ScriptedOpenAI") -> None:
     """OpenAI tells a stream's usage only if asked; the caller does not see the chunk with it."""
     limiter = Limiter("100k TPM")
     llm = limiter.wrap(openai_llm())
@@ -597,7 +595,7 @@ async def test_stream_asks_for_usage_and_keeps_it_to_itself(openai_api: "Scripte
     "where", ["call", "model"], ids=["asked by the call", "asked by the model"]
 )
 @pytest.mark.usefixtures("openai_api")
-async def test_usage_that_the_user_asked_for_is_theirs(where: str) -> None:
+async def test_stream_passes_on_usage_that_user_requested(where: str) -> None:
     """A user who asks for the usage sees the chunk with it, and it settles the call."""
     option = {"stream_options": {"include_usage": True}}
     limiter = Limiter("100k TPM")
@@ -611,7 +609,7 @@ async def test_usage_that_the_user_asked_for_is_theirs(where: str) -> None:
     assert limiter.statistics().limits[0].used == 18
 
 
-async def test_usage_that_the_user_does_not_want_is_not_asked_for(
+async def test_stream_does_not_request_usage_that_user_declined(
     openai_api: "ScriptedOpenAI",
 ) -> None:
     """An explicit no is respected, and the estimate stays booked."""
@@ -624,7 +622,7 @@ async def test_usage_that_the_user_does_not_want_is_not_asked_for(
     assert limiter.statistics().limits[0].used > 18
 
 
-async def test_provider_that_knows_no_usage_option_is_asked_once(
+async def test_provider_that_refuses_usage_option_is_asked_only_once(
     openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
 ) -> None:
     """A server that refuses the option gets the request without it, and is not asked again."""
@@ -640,7 +638,7 @@ async def test_provider_that_knows_no_usage_option_is_asked_once(
     assert (admitted(limiter), in_flight(limiter)) == (4, 0)
 
 
-def test_synchronous_stream_without_the_usage_option_goes_on(
+def test_synchronous_stream_recovers_when_usage_option_is_refused(
     openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
 ) -> None:
     """The synchronous twin recovers in the same way."""
@@ -650,7 +648,7 @@ def test_synchronous_stream_without_the_usage_option_goes_on(
     assert len(list(llm.stream_chat(MESSAGES))) == 2
 
 
-async def test_other_refusals_are_the_callers(
+async def test_other_bad_request_is_raised_without_retry(
     limiter: Limiter, openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
 ) -> None:
     """A bad request for another reason is not tried again."""
@@ -662,7 +660,7 @@ async def test_other_refusals_are_the_callers(
     assert len(openai_api.requests) == 1
 
 
-async def test_responses_stream_is_settled_without_asking(openai_api: "ScriptedOpenAI") -> None:
+async def test_responses_stream_settles_without_usage_option(openai_api: "ScriptedOpenAI") -> None:
     """The Responses API ends each stream with its usage, so nothing is added or left out."""
     limiter = Limiter("100k TPM")
     llm = limiter.wrap(OpenAIResponses(model="gpt-4o-mini", api_key="k", api_base=API_BASE))
@@ -674,7 +672,7 @@ async def test_responses_stream_is_settled_without_asking(openai_api: "ScriptedO
     assert limiter.statistics().limits[0].used == 18
 
 
-async def test_stream_that_is_a_call_inside_is_settled_by_that(
+async def test_stream_made_from_a_plain_call_is_settled_by_its_usage(
     openai_api: "ScriptedOpenAI",
 ) -> None:
     """A model may only pretend to stream, and pass on nothing but the text of a call."""
@@ -695,7 +693,7 @@ async def test_stream_that_is_a_call_inside_is_settled_by_that(
     assert limiter.statistics().limits[0].used == 18
 
 
-async def test_stream_within_a_call_settles_that(openai_api: "ScriptedOpenAI") -> None:
+async def test_call_collecting_stream_is_settled_by_its_usage(openai_api: "ScriptedOpenAI") -> None:
     """Whether a call collects a stream or makes another stream of it, it pays the stream's usage."""
 
     class Within(OpenAIResponses):
@@ -729,7 +727,7 @@ async def test_stream_within_a_call_settles_that(openai_api: "ScriptedOpenAI") -
 
 
 @pytest.mark.usefixtures("openai_api")
-async def test_stream_broken_off_stays_booked_as_reserved() -> None:
+async def test_stream_closed_early_stays_charged_as_reserved() -> None:
     """Nobody knows how much a provider charges for a reply that was not read to its end."""
 
     class Fixed:
@@ -746,7 +744,7 @@ async def test_stream_broken_off_stays_booked_as_reserved() -> None:
     assert limiter.statistics().limits[0].used == 500
 
 
-def test_429_of_a_stream_is_retried_at_its_first_item(
+def test_stream_refused_with_429_at_first_item_is_retried(
     openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
 ) -> None:
     """The refusal shows at the first item; the stream then waits as told, and starts again."""
@@ -765,7 +763,7 @@ def test_429_of_a_stream_is_retried_at_its_first_item(
     assert (admitted(limiter), in_flight(limiter)) == (2, 0)
 
 
-async def test_error_of_the_first_item_gives_the_slot_back(
+async def test_stream_that_fails_at_first_item_gives_its_slot_back(
     limiter: Limiter, openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
 ) -> None:
     """An error that cannot be retried ends the stream before it begins, asynchronous or not."""

@@ -94,7 +94,7 @@ def test_bundled_tokenizer_leaves_llama_indexs_global_alone() -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no ranks at all", b"AA== x\n"])
-def test_without_the_file_there_is_no_tokenizer(
+def test_missing_or_broken_encoding_file_gives_no_tokenizer(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None
 ) -> None:
     """If llama_index.core has no such file, or a broken one, no call fails."""
@@ -116,14 +116,14 @@ def test_without_the_file_there_is_no_tokenizer(
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_characters_are_calibrated(name: str, reference: tiktoken.Encoding) -> None:
+def test_estimate_by_characters_fits_every_script(name: str, reference: tiktoken.Encoding) -> None:
     """Without a tokenizer the count is 0.7 to 1.4 times the true one, in any script."""
     text = TEXTS[name]
 
     assert 0.7 <= by_characters(text) / len(reference.encode_ordinary(text)) <= 1.4
 
 
-def test_characters_of_any_kind_are_counted() -> None:
+def test_estimate_by_characters_handles_empty_text_and_surrogates() -> None:
     """An empty text counts 0, and even half a surrogate pair counts something."""
     assert by_characters("") == 0
     assert by_characters("a") == 1
@@ -132,7 +132,7 @@ def test_characters_of_any_kind_are_counted() -> None:
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_long_texts_are_counted_by_samples(name: str, reference: tiktoken.Encoding) -> None:
+def test_long_text_is_sampled_to_within_3_percent(name: str, reference: tiktoken.Encoding) -> None:
     """The estimate for a long text is within 3 %, though most of the text is not read."""
     text = TEXTS[name] * (200_000 // len(TEXTS[name]))
     encoded: list[int] = []
@@ -146,7 +146,7 @@ def test_long_texts_are_counted_by_samples(name: str, reference: tiktoken.Encodi
     assert estimated == pytest.approx(len(reference.encode_ordinary(text)), rel=0.03)
 
 
-def test_samples_are_spread_over_everything(reference: tiktoken.Encoding) -> None:
+def test_samples_are_spread_over_all_texts(reference: tiktoken.Encoding) -> None:
     """Many texts of different kinds are sampled as one text."""
     texts = [TEXTS[random.Random(n).choice(list(TEXTS))] for n in range(3000)]
     exact = sum(len(reference.encode_ordinary(text)) for text in texts)
@@ -155,7 +155,7 @@ def test_samples_are_spread_over_everything(reference: tiktoken.Encoding) -> Non
 
 
 @pytest.mark.parametrize("length", [tokens.EXACT, tokens.EXACT + 1])
-def test_exactness_ends_where_it_says(length: int) -> None:
+def test_count_reads_every_character_up_to_documented_length(length: int) -> None:
     """Up to `EXACT` characters in all texts together, every character is read."""
     encoded: list[int] = []
 
@@ -172,7 +172,7 @@ def test_exactness_ends_where_it_says(length: int) -> None:
 @pytest.mark.real_clock
 @pytest.mark.parametrize("text", ["a", " ", "word ", "我能吞下玻璃而不伤身体", "👩‍🚀🎉"])
 @pytest.mark.parametrize("length", [tokens.EXACT, 5_000_000])
-def test_counting_never_holds_up_the_loop(text: str, length: int) -> None:
+def test_counting_worst_case_text_stays_fast(text: str, length: int) -> None:
     """The worst and the longest texts take a few times as long as usual ones: milliseconds."""
     long = (text * (length // len(text) + 1))[:length]
     usual = ("some usual words of a text " * tokens.EXACT)[: tokens.EXACT]

@@ -105,7 +105,7 @@ def arguments(tool: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("inner", tools(), ids=named)
-def test_wrapped_tool_is_of_its_own_class(inner: Any) -> None:
+def test_wrapped_tool_keeps_class_metadata_and_attributes(inner: Any) -> None:
     """`isinstance`, metadata, schema and attributes are unchanged."""
     paced = Limiter("100 RPM").wrap(inner)
 
@@ -119,7 +119,7 @@ def test_wrapped_tool_is_of_its_own_class(inner: Any) -> None:
 
 
 @pytest.mark.parametrize("inner", tools(), ids=named)
-def test_each_call_of_a_tool_is_admitted_once(inner: Any) -> None:
+def test_tool_call_by_any_method_is_admitted_once(inner: Any) -> None:
     """Every way to call it is admitted once, and returns the usual result."""
     limiter = Limiter("100 RPM", concurrency=1)
     paced = limiter.wrap(inner)
@@ -167,7 +167,7 @@ def test_tools_wait_for_their_limit(virtual_time: VirtualTime) -> None:
     assert limiter.children["tools"].statistics().admitted == 10
 
 
-def test_list_comes_back_as_a_list_of_paced_ones() -> None:
+def test_wrapping_a_list_returns_paced_items_in_order() -> None:
     """Models, tools and functions keep their order; a tuple comes back as a tuple."""
     limiter = Limiter("100 RPM")
     things = [MockLLM(), FunctionTool.from_defaults(add), multiply]
@@ -187,13 +187,13 @@ def test_list_comes_back_as_a_list_of_paced_ones() -> None:
     assert all(a is b for a, b in zip(limiter.wrap(paced), paced, strict=True))
 
 
-def test_list_with_a_stranger_is_refused() -> None:
+def test_list_with_an_unwrappable_item_is_refused() -> None:
     """The list may hold only what can be wrapped."""
     with pytest.raises(TypeError, match="embedding model or tool can be wrapped, not str"):
         Limiter("100 RPM").wrap([FunctionTool.from_defaults(add), "add"])
 
 
-def test_cost_is_a_mapping_or_a_callable() -> None:
+def test_tool_cost_can_be_mapping_or_callable() -> None:
     """It is amounts, amounts by argument, or a function for it all; the default is one request."""
     limiter = Limiter("1000 RPM burst 1000", "1000 images/m")
     inner = FunctionTool.from_defaults(add)
@@ -212,7 +212,7 @@ def test_cost_is_a_mapping_or_a_callable() -> None:
     assert (requests.used, images.used) == (1 + 2 + 6, 3 + 20 + 7)
 
 
-async def test_cost_by_argument_gets_what_a_tool_was_given_beforehand() -> None:
+async def test_cost_function_receives_partial_params_of_tool() -> None:
     """This holds however the tool is called; agents await `acall`."""
     limiter = Limiter("1000 images/m")
     inner = FunctionTool.from_defaults(add, partial_params={"b": 5})
@@ -226,7 +226,7 @@ async def test_cost_by_argument_gets_what_a_tool_was_given_beforehand() -> None:
     assert limiter.statistics().limits[0].used == 5 + 5 + 5
 
 
-def test_bad_costs_are_refused() -> None:
+def test_invalid_tool_costs_are_refused() -> None:
     """The error says what a cost is."""
     limiter = Limiter("100 RPM")
     inner = FunctionTool.from_defaults(add)
@@ -260,7 +260,7 @@ def test_options_that_do_not_apply_are_refused() -> None:
     assert limiter.statistics().limits[1].used == 1
 
 
-def test_failing_tool_gives_its_slot_back_and_is_not_tried_again() -> None:
+def test_failing_tool_gives_its_slot_back_and_is_not_retried() -> None:
     """Nobody but its author knows what a tool has done by the time it fails."""
     limiter = Limiter("100 RPM", concurrency=1)
     calls: list[int] = []
@@ -281,7 +281,7 @@ def test_failing_tool_gives_its_slot_back_and_is_not_tried_again() -> None:
     assert limiter.statistics().in_flight == 0
 
 
-def test_refusal_reaches_the_agent_s_model_as_the_tool_s_error() -> None:
+def test_acquire_timeout_of_tool_becomes_its_error_output() -> None:
     """LlamaIndex passes on whatever a tool raises, so the model reads why."""
     limiter = Limiter("1 RPM", timeout=1)
     paced = limiter.wrap(FunctionTool.from_defaults(add))
@@ -293,7 +293,7 @@ def test_refusal_reaches_the_agent_s_model_as_the_tool_s_error() -> None:
     assert "a call of 1 request cannot pass within 1 s: requests bind for" in str(output)
 
 
-def test_tool_with_a_context_gets_it() -> None:
+def test_paced_tool_receives_workflow_context() -> None:
     """The agent passes its context to a tool that asks for one, paced or not."""
 
     async def greet(ctx: Context, name: str) -> str:
@@ -309,14 +309,14 @@ def test_tool_with_a_context_gets_it() -> None:
     assert str(asyncio.run(inner_acall(paced, {"name": "Ada", "ctx": "hello"}))) == "hello Ada"
 
 
-def test_repr_says_tool_and_limiter() -> None:
+def test_paced_tool_repr_shows_tool_and_limiter() -> None:
     """The repr is enough for a log."""
     paced = Limiter("100 RPM", name="mine").wrap(FunctionTool.from_defaults(add))
 
     assert repr(paced).startswith("PacedFunctionTool('add', limiter=<Limiter 'mine'")
 
 
-def test_limiter_of_a_tool_stays_its_own() -> None:
+def test_tools_own_limiter_attribute_is_kept() -> None:
     """A tool may have an attribute `limiter` that has nothing to do with ours."""
 
     class Mine(Threaded):
@@ -346,7 +346,7 @@ def test_copy_of_a_tool_spends_from_the_same_budget(make_copy: Any) -> None:
     assert limiter.statistics().admitted == 1
 
 
-def test_spans_are_those_of_the_tool(instrumentation: Any) -> None:
+def test_pacing_adds_no_spans_to_tool_call(instrumentation: Any) -> None:
     """LlamaIndex sees one span per call, as with a plain tool."""
     inner = FunctionTool.from_defaults(async_fn=multiply)
     asyncio.run(inner_acall(inner, {"a": 1, "b": 2}))
@@ -390,7 +390,7 @@ class Tree:
             assert all(slots.used == 0 for slots in limiter._account.gates.slots)
 
 
-def test_tool_that_asks_a_paced_model_does_not_wait_for_itself(virtual_time: VirtualTime) -> None:
+def test_tool_calling_paced_model_does_not_deadlock(virtual_time: VirtualTime) -> None:
     """With one slot at the root, the tool lends it to the model's call; it keeps its child's."""
     tree = Tree(virtual_time.clock, concurrency=1)
     tool = tree.ask()
@@ -407,7 +407,7 @@ def test_tool_that_asks_a_paced_model_does_not_wait_for_itself(virtual_time: Vir
     tree.assert_at_rest()
 
 
-def test_tool_with_a_paced_http_client_does_not_wait_for_itself(virtual_time: VirtualTime) -> None:
+def test_tool_using_paced_http_client_does_not_deadlock(virtual_time: VirtualTime) -> None:
     """As many tools as there are slots make requests at once, behind the same limiter."""
     limiter = Limiter(concurrency=2, clock=virtual_time.clock)
 
@@ -429,7 +429,7 @@ def test_tool_with_a_paced_http_client_does_not_wait_for_itself(virtual_time: Vi
     assert (now.admitted, now.in_flight, now.overridden) == (8, 0, 0)
 
 
-def test_models_in_tools_keep_the_slots_of_the_root(virtual_time: VirtualTime) -> None:
+def test_calls_inside_tools_never_exceed_root_concurrency(virtual_time: VirtualTime) -> None:
     """However many calls tools make at once, no more are in flight than the root allows."""
     limiter = Limiter("1000/s", concurrency=2, clock=virtual_time.clock)
     most: list[int] = []
@@ -458,7 +458,7 @@ def test_models_in_tools_keep_the_slots_of_the_root(virtual_time: VirtualTime) -
     assert limiter.statistics().in_flight == 0
 
 
-def test_tool_that_calls_a_tool_does_not_wait_for_itself(virtual_time: VirtualTime) -> None:
+def test_tool_calling_paced_tool_does_not_deadlock(virtual_time: VirtualTime) -> None:
     """Tools may call tools, three deep, under one slot of one limiter."""
     limiter = Limiter("1000/s", concurrency=1, clock=virtual_time.clock)
     inner = limiter.wrap(FunctionTool.from_defaults(async_fn=multiply))
@@ -487,7 +487,7 @@ def test_tool_that_calls_a_tool_does_not_wait_for_itself(virtual_time: VirtualTi
     assert limiter._account.gates.slots[0].used == 0
 
 
-def test_tool_that_is_asked_for_again_inside_pays_again(virtual_time: VirtualTime) -> None:
+def test_recursive_tool_pays_for_each_call(virtual_time: VirtualTime) -> None:
     """A recursive tool pays for each call, though a tool's own methods may call each other free."""
     tree = Tree(virtual_time.clock, concurrency=1)
     tool: Any = None
@@ -508,7 +508,7 @@ def test_tool_that_is_asked_for_again_inside_pays_again(virtual_time: VirtualTim
     tree.assert_at_rest()
 
 
-def test_synchronous_tool_that_asks_a_paced_model_does_not_wait_for_itself() -> None:
+def test_synchronous_tool_calling_paced_model_does_not_deadlock() -> None:
     """LlamaIndex runs it in a thread, and there is one slot for all."""
     limiter = Limiter("1000/s", concurrency=1)
     llm = limiter.wrap(MockLLM())
@@ -532,7 +532,7 @@ def test_synchronous_tool_that_asks_a_paced_model_does_not_wait_for_itself() -> 
     assert limiter.statistics().in_flight == 0
 
 
-def test_tools_that_ask_each_other_do_not_wait_for_each_other(virtual_time: VirtualTime) -> None:
+def test_tools_calling_each_other_do_not_deadlock(virtual_time: VirtualTime) -> None:
     """Each has one slot, and calls go in both directions at once."""
     limiter = Limiter("1000/s", clock=virtual_time.clock)
     tools: dict[str, Any] = {}
@@ -583,7 +583,7 @@ PLANS = st.recursive(
     cancelled=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 8)), max_size=4),
     models=st.booleans(),
 )
-def test_no_history_of_tools_hangs_or_leaks(
+def test_nested_and_cancelled_tools_never_hang_or_leak_slots(
     plans: list[Plan],
     slots: list[int],
     cancelled: list[tuple[int, int]],
@@ -626,7 +626,7 @@ def test_no_history_of_tools_hangs_or_leaks(
             assert limiter._account.gates.slots[0].used == 0
 
 
-def test_slot_is_lent_once_to_many_threads() -> None:
+def test_tool_lends_its_slot_once_however_many_threads_ask() -> None:
     """However many threads ask at the same time, the slot is lent once."""
     limiter = Limiter("1000/s", concurrency=3)
     llm = limiter.wrap(MockLLM())
@@ -645,7 +645,7 @@ def test_slot_is_lent_once_to_many_threads() -> None:
     assert limiter._account.gates.slots[0].used == 0
 
 
-def test_slot_of_a_parent_process_is_not_lent_by_its_child(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forked_child_does_not_lend_slot_of_parent_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a fork the leases in flight are the parent's, and the child's slots are all free."""
     limiter = Limiter("1000/s", concurrency=1)
     lease = limiter.acquire_nowait()
@@ -658,7 +658,7 @@ def test_slot_of_a_parent_process_is_not_lent_by_its_child(monkeypatch: pytest.M
     assert limiter._account.gates.slots[0].used == 0
 
 
-def test_cancelled_tool_gives_back_what_it_still_holds(virtual_time: VirtualTime) -> None:
+def test_tool_cancelled_at_any_instant_gives_its_slots_back(virtual_time: VirtualTime) -> None:
     """It may be cancelled at any instant, before or after it has lent its slot."""
 
     async def main() -> None:
@@ -675,7 +675,7 @@ def test_cancelled_tool_gives_back_what_it_still_holds(virtual_time: VirtualTime
     virtual_time.run(main())
 
 
-def test_tool_of_another_limiter_keeps_its_slot(virtual_time: VirtualTime) -> None:
+def test_tool_keeps_its_slot_while_calling_other_limiters_model(virtual_time: VirtualTime) -> None:
     """While it waits at another limiter, it keeps nobody waiting there."""
     limiter = Limiter("1000/s", concurrency=1, clock=virtual_time.clock)
     tree = Tree(virtual_time.clock, concurrency=1)
@@ -697,7 +697,7 @@ def test_tool_of_another_limiter_keeps_its_slot(virtual_time: VirtualTime) -> No
 
 
 @pytest.mark.real_clock
-def test_slot_in_a_store_is_lent_too(tmp_path: Path) -> None:
+def test_tool_with_store_lends_its_slot_to_model_call(tmp_path: Path) -> None:
     """This uses the machine's clock, which is also the store's."""
 
     async def main() -> None:
@@ -714,7 +714,7 @@ def test_slot_in_a_store_is_lent_too(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-async def test_tools_that_a_model_calls_are_paced_beside_it(
+async def test_predict_and_call_holds_no_model_slot_while_running_tools(
     rate_limited_provider: "ProviderFactory",
 ) -> None:
     """`apredict_and_call` does not hold the model's slot while it runs tools: one slot is enough."""

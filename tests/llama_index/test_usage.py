@@ -97,7 +97,7 @@ def chat(raw: object = None, **extra: Any) -> ChatResponse:
         OPENAI,
     ],
 )
-def test_usage_is_found_wherever_it_is_kept(reply: object) -> None:
+def test_usage_is_found_in_every_known_reply_format(reply: object) -> None:
     """Objects and dicts of all providers, from LlamaIndex or bare, give the same usage."""
     assert usage_of(reply) == Usage(12, 8, 20)
 
@@ -113,17 +113,17 @@ def test_usage_is_found_wherever_it_is_kept(reply: object) -> None:
         chat({"usage": {"prompt_tokens": 10**12}}),
     ],
 )
-def test_no_usage_is_none(reply: object) -> None:
+def test_missing_or_impossible_usage_is_none(reply: object) -> None:
     """With no usage, all zeros or impossible numbers there is nothing to settle by."""
     assert usage_of(reply) is None
 
 
-def test_embeddings_have_input_only() -> None:
+def test_embedding_usage_has_only_input_tokens() -> None:
     """An embedding's total is its prompt."""
     assert usage_of({"usage": {"prompt_tokens": 12, "total_tokens": 12}}) == Usage(12, 0, 12)
 
 
-def test_usage_of_two_events_is_joined() -> None:
+def test_usage_of_two_stream_events_is_combined() -> None:
     """Anthropic's stream reports the input at its start, and a growing output as it goes on."""
     begin = usage_of({"message": {"usage": {"input_tokens": 12, "output_tokens": 1}}})
     end = usage_of({"usage": {"output_tokens": 8}})
@@ -149,7 +149,7 @@ JSON = st.recursive(
 
 
 @given(JSON)
-def test_whatever_a_reply_holds_the_sum_is_right(reply: object) -> None:
+def test_usage_total_is_sum_of_its_parts_for_any_reply(reply: object) -> None:
     """No reply raises an error, and the result is whole numbers whose sum is the total."""
     usage = usage_of(reply)
     if usage is not None:
@@ -158,7 +158,7 @@ def test_whatever_a_reply_holds_the_sum_is_right(reply: object) -> None:
 
 
 @pytest.mark.parametrize("model", [OpenAI, OpenAIResponses])
-async def test_usage_of_real_replies(model: type[OpenAI | OpenAIResponses]) -> None:
+async def test_usage_of_real_replies_matches_charge(model: type[OpenAI | OpenAIResponses]) -> None:
     """Over HTTP, chat, completion and stream report what the provider charged."""
     async with RateLimitedProvider(charge="usage") as provider, httpx.AsyncClient() as client:
         options: dict[str, Any] = {
@@ -182,7 +182,7 @@ async def test_usage_of_real_replies(model: type[OpenAI | OpenAIResponses]) -> N
     assert all(usage and usage.input_tokens and usage.output_tokens for usage in seen)
 
 
-async def test_usage_of_real_embeddings() -> None:
+async def test_usage_is_read_from_real_embedding_reply() -> None:
     """The raw reply of an embedding has its usage, though LlamaIndex discards it."""
     async with (
         RateLimitedProvider() as provider,
@@ -193,6 +193,6 @@ async def test_usage_of_real_embeddings() -> None:
         assert usage_of(reply) == Usage(2, 0, 2)
 
 
-def test_model_without_usage_has_none() -> None:
+def test_mock_model_reply_has_no_usage() -> None:
     """A mock of LlamaIndex reports no tokens."""
     assert usage_of(MockLLM().chat(MESSAGES)) is None

@@ -71,7 +71,7 @@ def named(model: object) -> str:
 
 
 @pytest.mark.parametrize("inner", models(), ids=named)
-def test_wrapped_model_is_of_its_own_class(inner: Any) -> None:
+def test_wrapped_model_keeps_its_class(inner: Any) -> None:
     """`isinstance`, which LlamaIndex relies on, gives the same answers."""
     paced = Limiter("100 RPM").wrap(inner)
 
@@ -82,7 +82,7 @@ def test_wrapped_model_is_of_its_own_class(inner: Any) -> None:
 
 
 @pytest.mark.parametrize("inner", models(), ids=named)
-def test_wrapped_model_serialises_as_the_inner_one(inner: Any) -> None:
+def test_wrapped_model_serialises_like_inner_model(inner: Any) -> None:
     """Dumps, payloads and schemas are equal, so that caches keyed by them stay valid."""
     paced = Limiter("100 RPM").wrap(inner)
 
@@ -95,7 +95,7 @@ def test_wrapped_model_serialises_as_the_inner_one(inner: Any) -> None:
     assert type(paced).model_fields.keys() == type(inner).model_fields.keys()
 
 
-def test_wrapped_embedding_has_the_ingestion_cache_s_hash() -> None:
+def test_wrapped_embedding_keeps_its_ingestion_cache_hash() -> None:
     """A cache filled by the plain model serves the paced one."""
     inner = MockEmbedding(embed_dim=2)
     nodes = [TextNode(text="a")]
@@ -105,7 +105,7 @@ def test_wrapped_embedding_has_the_ingestion_cache_s_hash() -> None:
     assert get_transformation_hash(nodes, paced) == get_transformation_hash(nodes, inner)
 
 
-def test_inner_model_is_left_as_it_was() -> None:
+def test_wrapping_leaves_inner_model_unchanged() -> None:
     """Wrapping does not change the fields, private values or retries of the inner model."""
     client = AsyncOpenAI(api_key=KEY, max_retries=4)
     inner = OpenAI(api_key=KEY, max_retries=7, async_openai_client=client)
@@ -143,7 +143,7 @@ def test_fields_are_shared_with_the_inner_model() -> None:
     assert paced.temperature == 0.7
 
 
-def test_names_of_a_model_stay_its_own() -> None:
+def test_models_own_limiter_field_and_helpers_still_work() -> None:
     """A class may have a field `limiter`, its own helpers, and a `_get_client` with arguments."""
 
     class Mine(MockLLM):
@@ -170,7 +170,7 @@ def test_names_of_a_model_stay_its_own() -> None:
     ("mixin", "kind"),
     [(RateLimitedLLM, LLM), (RateLimitedMultiModalEmbedding, MultiModalEmbedding)],
 )
-def test_mixin_adds_few_names(mixin: type, kind: type) -> None:
+def test_mixin_adds_only_limiter_max_retries_and_client_getters(mixin: type, kind: type) -> None:
     """Any other name would hide what a user's class calls by it."""
     added = {name for base in mixin.__mro__[:-1] for name in vars(base)} - set(dir(kind))
 
@@ -183,7 +183,7 @@ def test_mixin_adds_few_names(mixin: type, kind: type) -> None:
     } - set(dir(kind))
 
 
-def test_limiter_is_no_field() -> None:
+def test_limiter_of_wrapped_model_is_not_a_serialised_field() -> None:
     """The limiter can be reached, and is in no dump."""
     limiter = Limiter("100 RPM", name="here")
     paced = limiter.wrap(OpenAI(api_key=KEY))
@@ -193,7 +193,7 @@ def test_limiter_is_no_field() -> None:
     assert "limiter" not in type(paced).model_fields
 
 
-def test_repr_says_what_paces_the_model_and_no_secret() -> None:
+def test_wrapped_model_repr_shows_limiter_and_no_api_key() -> None:
     """A repr that lands in a log shows model and limiter, and no API key."""
     paced = Limiter("100 RPM", name="mine").wrap(OpenAI(model="gpt-4o-mini", api_key=KEY))
 
@@ -201,7 +201,7 @@ def test_repr_says_what_paces_the_model_and_no_secret() -> None:
     assert KEY not in repr(paced) + str(paced)
 
 
-def test_wrapping_twice_is_the_same_object() -> None:
+def test_wrapping_twice_returns_same_object() -> None:
     """A model is paced by a limiter only once, however often it is wrapped."""
     limiter = Limiter("100 RPM")
     paced = limiter.wrap(MockLLM())
@@ -209,7 +209,7 @@ def test_wrapping_twice_is_the_same_object() -> None:
     assert limiter.wrap(paced) is paced
 
 
-def test_wrapping_again_with_options_paces_anew_once() -> None:
+def test_rewrapping_with_options_returns_new_model_charged_once() -> None:
     """New options make a new object, whose calls are still charged once."""
     limiter = Limiter("100 RPM")
     paced = limiter.wrap(MockLLM(max_tokens=2))
@@ -222,7 +222,7 @@ def test_wrapping_again_with_options_paces_anew_once() -> None:
     assert limiter.statistics().admitted == 1
 
 
-def test_second_limiter_is_refused() -> None:
+def test_wrapping_paced_model_by_second_limiter_is_refused() -> None:
     """Two queues in a row would hold one budget while waiting for the other."""
     paced = Limiter("100 RPM", name="a").wrap(MockLLM())
 
@@ -230,14 +230,14 @@ def test_second_limiter_is_refused() -> None:
         Limiter("100 RPM", name="b").wrap(paced)
 
 
-def test_generated_class_is_made_once() -> None:
+def test_models_of_one_class_share_one_paced_class() -> None:
     """Two models of the same class have the same paced class."""
     limiter = Limiter("100 RPM")
 
     assert type(limiter.wrap(MockLLM())) is type(limiter.wrap(MockLLM()))
 
 
-def test_structured_llm_is_paced_inside() -> None:
+def test_wrapping_structured_llm_paces_its_inner_model() -> None:
     """A structured LLM stays one; the model in it, which makes the requests, is paced."""
     limiter = Limiter("100 RPM")
     structured = MockLLM().as_structured_llm(Person)
@@ -251,7 +251,7 @@ def test_structured_llm_is_paced_inside() -> None:
 
 
 @pytest.mark.parametrize(("client", "sync"), [(AsyncOpenAI, ""), (openai.OpenAI, "sync=True")])
-def test_client_of_an_sdk_is_told_how_it_is_paced(client: type[Any], sync: str) -> None:
+def test_error_for_sdk_client_tells_how_to_pace_it(client: type[Any], sync: str) -> None:
     """It is not a model of LlamaIndex, and is paced in another way."""
     remedy = f"{client.__name__}(http_client=limiter.http_client({sync}), max_retries=0)"
     with pytest.raises(TypeError, match=re.escape(f"is paced where it sends: {remedy}")):
@@ -259,19 +259,19 @@ def test_client_of_an_sdk_is_told_how_it_is_paced(client: type[Any], sync: str) 
 
 
 @pytest.mark.parametrize("thing", ["gpt-4o", 3, None, object(), Limiter("1 RPM")], ids=named)
-def test_anything_else_is_refused(thing: object) -> None:
+def test_wrapping_unsupported_object_is_refused(thing: object) -> None:
     """The error says what can be wrapped, and what to do with other code."""
     with pytest.raises(TypeError, match=rf"not {named(thing)}; pace other code by `async with"):
         Limiter("100 RPM").wrap(thing)
 
 
-def test_class_in_place_of_a_model_is_refused() -> None:
+def test_wrapping_model_class_instead_of_instance_is_refused() -> None:
     """The message tells of the forgotten parentheses."""
     with pytest.raises(TypeError, match=r"not its class: limiter.wrap\(MockLLM\(...\)\)"):
         Limiter("100 RPM").wrap(MockLLM)
 
 
-def test_pace_gives_a_limiter_of_its_own() -> None:
+def test_pace_creates_its_own_limiter() -> None:
     """One line does it all, and the limiter can still be reached."""
     paced = pace(MockLLM(max_tokens=2), rpm=100, concurrency=2, name="own")
 
@@ -281,7 +281,7 @@ def test_pace_gives_a_limiter_of_its_own() -> None:
     assert (limiter.name, limiter.statistics().admitted, limiter.concurrency) == ("own", 1, 2)
 
 
-def test_settings_and_agents_hold_the_same_object() -> None:
+def test_settings_and_agents_keep_wrapped_model_object() -> None:
     """LlamaIndex does not copy the model on the way, not even when it validates."""
     limiter = Limiter("100 RPM")
     llm, embed_model = limiter.wrap(OpenAI(api_key=KEY)), limiter.wrap(MockEmbedding(embed_dim=2))
@@ -317,7 +317,7 @@ def test_copy_is_paced_by_the_same_limiter(make_copy: Any) -> None:
     assert limiter.statistics().admitted == 1
 
 
-def test_copy_has_fields_of_its_own() -> None:
+def test_model_copy_update_changes_only_the_copy() -> None:
     """`model_copy(update=...)` changes only the copy."""
     paced = Limiter("100 RPM").wrap(OpenAI(api_key=KEY))
 
@@ -326,7 +326,7 @@ def test_copy_has_fields_of_its_own() -> None:
     assert (twin.model, paced.model) == ("gpt-4o", "gpt-3.5-turbo")
 
 
-def test_mixin_makes_paced_models_of_a_class() -> None:
+def test_mixin_class_takes_model_arguments_and_limiter() -> None:
     """`PacedOpenAI(model=..., limiter=...)` takes the arguments of OpenAI and the limiter."""
     limiter = Limiter("100 RPM")
 
@@ -339,7 +339,7 @@ def test_mixin_makes_paced_models_of_a_class() -> None:
     assert PacedOpenAI.model_fields["max_retries"].default == 3
 
 
-def test_mixin_paces() -> None:
+def test_mixin_class_paces_its_calls() -> None:
     """A model of a mixin class pays for its calls."""
     limiter = Limiter("100 RPM")
 
@@ -348,13 +348,13 @@ def test_mixin_paces() -> None:
     assert limiter.statistics().admitted == 1
 
 
-def test_mixin_without_a_limiter_says_so() -> None:
+def test_mixin_class_without_limiter_is_refused() -> None:
     """A paced class cannot be made without a limiter."""
     with pytest.raises(TypeError, match="required keyword-only argument: 'limiter'"):
         PacedOpenAI(api_key=KEY)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]  # the point
 
 
-def test_mixin_with_anything_but_a_limiter_says_so() -> None:
+def test_mixin_class_with_non_limiter_argument_is_refused() -> None:
     """The error names the argument, and not some detail that fails later."""
     with pytest.raises(TypeError, match="limiter= takes a Limiter, not 500"):
         PacedOpenAI(api_key=KEY, limiter=500)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]  # the point
@@ -363,7 +363,7 @@ def test_mixin_with_anything_but_a_limiter_says_so() -> None:
 @pytest.mark.parametrize(
     ("model", "mixin"), [(OpenAI, RateLimitedLLM), (MockEmbedding, RateLimitedEmbedding)]
 )
-def test_mixin_behind_the_model_is_refused(model: type[Any], mixin: type[Any]) -> None:
+def test_mixin_listed_after_model_class_is_refused(model: type[Any], mixin: type[Any]) -> None:
     """It would be hidden by the model's methods, and pace nothing."""
     right = rf"Mine would not be paced: .*; write class Mine\({mixin.__name__}, {model.__name__}\)$"
 
@@ -371,7 +371,7 @@ def test_mixin_behind_the_model_is_refused(model: type[Any], mixin: type[Any]) -
         type("Mine", (model, mixin), {})
 
 
-def test_subclass_of_a_paced_class_keeps_its_defaults() -> None:
+def test_subclass_of_paced_class_keeps_default_max_retries() -> None:
     """The 0 that stops other layers from retrying must not become a default."""
 
     class Mine(PacedOpenAI):
@@ -381,7 +381,7 @@ def test_subclass_of_a_paced_class_keeps_its_defaults() -> None:
     assert Mine(api_key=KEY, limiter=Limiter("1 RPM")).to_dict()["max_retries"] == 3
 
 
-def test_max_retries_can_still_be_set() -> None:
+def test_setting_max_retries_changes_field_but_still_reads_zero() -> None:
     """Setting it changes the serialised field, but not who retries."""
     inner = OpenAI(api_key=KEY)
     paced = Limiter("100 RPM").wrap(inner)
@@ -393,7 +393,7 @@ def test_max_retries_can_still_be_set() -> None:
     assert (paced.max_retries, inner.max_retries, paced.to_dict()["max_retries"]) == (0, 9, 9)
 
 
-def test_missing_llama_index_names_the_extra() -> None:
+def test_missing_llama_index_error_names_the_extra() -> None:
     """Without LlamaIndex `pace` says what to install."""
     code = (
         "import sys; sys.modules['llama_index.core'] = None\n"
@@ -408,7 +408,7 @@ def test_missing_llama_index_names_the_extra() -> None:
     assert 'pip install "asyncbucket[llama-index]"' in done.stdout
 
 
-def test_wrap_is_what_limiter_wrap_calls() -> None:
+def test_wrap_function_paces_model_by_given_limiter() -> None:
     """The function can be used without the method."""
     limiter = Limiter("100 RPM")
 
@@ -418,7 +418,7 @@ def test_wrap_is_what_limiter_wrap_calls() -> None:
     assert limiter.statistics().admitted == 1
 
 
-def test_what_is_made_of_models_is_told_what_to_wrap() -> None:
+def test_error_for_agent_or_tool_spec_names_what_to_wrap() -> None:
     """An agent and a tool spec are neither model nor tool, but contain some."""
 
     class Spec:
@@ -433,7 +433,7 @@ def test_what_is_made_of_models_is_told_what_to_wrap() -> None:
         limiter.wrap(agent)
 
 
-def test_nothing_is_made_for_the_sake_of_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrapping_settings_creates_no_default_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """`Settings.llm` would make OpenAI's model if there is none, and fail without its key."""
     monkeypatch.setattr(Settings, "_llm", None)
     made: list[str] = []
@@ -445,7 +445,7 @@ def test_nothing_is_made_for_the_sake_of_a_message(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("estimator", [5, DefaultEstimator])
-def test_what_estimates_nothing_is_refused(estimator: Any) -> None:
+def test_object_that_is_not_an_estimator_is_refused(estimator: Any) -> None:
     """The error comes at once, not with the first call; a class is refused, too."""
     with pytest.raises(TypeError, match=r"must have chat\(\), completion\(\) or embedding"):
         Limiter("1 RPM").wrap(MockLLM(), estimator=estimator)
