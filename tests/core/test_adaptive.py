@@ -135,7 +135,7 @@ def always(capacity: int) -> Capacity:
 @pytest.mark.parametrize("spread", [0.05, 0.3])
 @pytest.mark.parametrize("capacity", [3, 10, 40])
 @pytest.mark.parametrize("kind", [QueueingServer, RefusingServer])
-def test_throughput_is_within_10_percent_of_the_best_fixed_number(
+def test_adaptive_throughput_is_within_10_percent_of_best_fixed_concurrency(
     kind: type[QueueingServer], capacity: int, spread: float
 ) -> None:
     """Whether a server queues excess calls or refuses them, 90 % of its capacity is used."""
@@ -147,7 +147,7 @@ def test_throughput_is_within_10_percent_of_the_best_fixed_number(
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("capacity", [10, 40])
-def test_a_queue_stays_short(capacity: int) -> None:
+def test_queue_in_server_stays_short(capacity: int) -> None:
     """On average at most half as many calls wait in a server as it serves; at worst, as many."""
     sizes = run(QueueingServer, always(capacity)).sizes_from(60)
     assert sum(sizes) / len(sizes) <= 1.5 * capacity
@@ -155,14 +155,14 @@ def test_a_queue_stays_short(capacity: int) -> None:
 
 
 @pytest.mark.heavy
-def test_a_queue_does_not_grow_from_anchor_to_anchor() -> None:
+def test_queue_in_server_does_not_grow_from_one_anchor_to_the_next() -> None:
     """Calls admitted before a cut count neither in the round after it nor for its latency."""
     sizes = run(QueueingServer, always(50), seconds=600, spread=0).sizes_from(60)
     assert sum(sizes) / len(sizes) <= 4 / 3 * 50
 
 
 @pytest.mark.heavy
-def test_refusals_are_rare() -> None:
+def test_at_most_1_percent_of_calls_are_refused() -> None:
     """A server that refuses excess calls refuses under 1 % of them."""
     found = run(RefusingServer, always(40))
     assert found.refused <= 0.01 * len(found.served)
@@ -170,7 +170,7 @@ def test_refusals_are_rare() -> None:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("kind", [QueueingServer, RefusingServer])
-def test_it_follows_a_capacity_that_halves_and_doubles(kind: type[QueueingServer]) -> None:
+def test_size_follows_capacity_that_halves_and_doubles(kind: type[QueueingServer]) -> None:
     """After 40 s, the time of 40 calls in a row, it uses 90 % of the new capacity."""
 
     def capacity(now: float) -> int:
@@ -184,7 +184,7 @@ def test_it_follows_a_capacity_that_halves_and_doubles(kind: type[QueueingServer
     assert sum(halved) / len(halved) <= 1.5 * 20
 
 
-def test_calls_that_take_longer_are_no_overload_for_long() -> None:
+def test_size_recovers_after_all_calls_become_three_times_slower() -> None:
     """When all calls take three times as long, the size is back within 100 calls in a row."""
     adaptive = Adaptive(least=1, most=1_000)
     feed(adaptive, 5_000, lambda size: SECOND * max(size, 40) // 40)
@@ -193,14 +193,14 @@ def test_calls_that_take_longer_are_no_overload_for_long() -> None:
     assert adaptive.size >= 0.7 * before
 
 
-def test_a_server_that_is_slower_with_more_calls_is_still_used() -> None:
+def test_size_grows_even_if_batching_slows_each_call() -> None:
     """A batch of 64 takes twice as long as one call, but does 32 times the work."""
     adaptive = Adaptive(least=1, most=1_000)
     feed(adaptive, 6_000, lambda size: int(SECOND * (1 + size / 64)))
     assert adaptive.size >= 32
 
 
-def test_the_same_history_gives_the_same_sizes() -> None:
+def test_same_history_gives_same_sizes() -> None:
     """The search uses no random numbers."""
     runs = [run(RefusingServer, always(10), seconds=60, spread=0.3) for _ in range(2)]
     assert runs[0] == runs[1]
@@ -214,7 +214,7 @@ def feed(
         adaptive.succeeded(latency(adaptive.size), waited=waited)
 
 
-def test_an_idle_phase_raises_nothing() -> None:
+def test_successful_calls_do_not_raise_size_while_slots_are_free() -> None:
     """While slots are free, successful calls do not raise the size."""
     adaptive = Adaptive(least=1, most=1_000)
     feed(adaptive, 1_000, lambda _: SECOND, waited=False)
@@ -223,7 +223,7 @@ def test_an_idle_phase_raises_nothing() -> None:
     assert adaptive.size > 16
 
 
-def test_an_idle_phase_may_cut() -> None:
+def test_slow_calls_lower_size_even_while_slots_are_free() -> None:
     """Calls that take too long lower the size, whether or not slots are free."""
     adaptive = Adaptive(least=1, most=1_000)
     feed(adaptive, 200, lambda _: SECOND)
@@ -232,7 +232,7 @@ def test_an_idle_phase_may_cut() -> None:
     assert adaptive.size < before
 
 
-def test_refusals_of_one_wave_cut_once() -> None:
+def test_refusals_of_one_wave_cut_size_once() -> None:
     """Calls admitted before a cut do not cut again; the next wave halves the size."""
     adaptive = Adaptive(least=1, most=1_000, start=100)
     for _ in range(50):
@@ -242,7 +242,7 @@ def test_refusals_of_one_wave_cut_once() -> None:
     assert adaptive.size == 45
 
 
-def test_a_cut_takes_back_the_last_raise() -> None:
+def test_cut_takes_back_last_raise() -> None:
     """If a doubled size is refused, the size before it is known to be good."""
     adaptive = Adaptive(least=1, most=1_000, start=16)
     feed(adaptive, 32, lambda _: SECOND)
@@ -253,7 +253,7 @@ def test_a_cut_takes_back_the_last_raise() -> None:
     assert adaptive.size == 24  # halfway to the size that was refused
 
 
-def test_a_refusal_during_a_round_at_a_lower_size_is_of_the_usual_size() -> None:
+def test_refusal_while_measuring_at_lower_size_cuts_from_usual_size() -> None:
     """The smaller size used to measure a new anchor is not what a refusal cuts."""
     adaptive = Adaptive(least=1, most=20, start=20)
     while adaptive.size == 20:
@@ -271,7 +271,7 @@ def test_a_refusal_during_a_round_at_a_lower_size_is_of_the_usual_size() -> None
         st.tuples(st.integers(0, 5 * SECOND), st.booleans(), st.integers(0, 40)), max_size=60
     ),
 )
-def test_the_bounds_are_kept_whatever_happens(
+def test_size_stays_within_its_bounds_for_any_history(
     least: int, more: int, events: list[tuple[int, bool, int]]
 ) -> None:
     """The size stays within its bounds for any latencies, including 0, and any refusals."""
@@ -286,14 +286,14 @@ def test_the_bounds_are_kept_whatever_happens(
         assert least <= adaptive.size <= least + more
 
 
-def test_one_slot_is_the_least() -> None:
+def test_size_falls_no_lower_than_one_slot() -> None:
     """A server that refuses everything is still called, by one call at a time."""
     found = run(RefusingServer, always(0), seconds=20, callers=10)
     assert found.sizes[-1][1] == 1
     assert not found.served
 
 
-def test_auto_starts_with_four_slots_and_shows_them(virtual_time: VirtualTime) -> None:
+def test_auto_concurrency_starts_with_four_slots_and_shows_them(virtual_time: VirtualTime) -> None:
     """Statistics and the repr show the present number; the repr shows its bounds, too."""
 
     async def main() -> None:
@@ -309,7 +309,7 @@ def test_auto_starts_with_four_slots_and_shows_them(virtual_time: VirtualTime) -
     virtual_time.run(main())
 
 
-def test_a_larger_number_lets_in_whoever_waits(virtual_time: VirtualTime) -> None:
+def test_raised_concurrency_admits_waiting_calls(virtual_time: VirtualTime) -> None:
     """A raise when a call ends admits two: one by the slot given back, one by the new slot."""
 
     async def main() -> None:
@@ -329,7 +329,7 @@ def test_a_larger_number_lets_in_whoever_waits(virtual_time: VirtualTime) -> Non
     virtual_time.run(main())
 
 
-def test_calls_that_wait_for_a_childs_slots_raise_nothing(virtual_time: VirtualTime) -> None:
+def test_waiting_for_child_slots_does_not_raise_size_of_parent(virtual_time: VirtualTime) -> None:
     """The limiter above has free slots, so it learns nothing about how many are too many."""
     limiter = Limiter(concurrency="auto", clock=virtual_time.clock)
     child = limiter.child("child", concurrency=2)
@@ -347,7 +347,7 @@ def test_calls_that_wait_for_a_childs_slots_raise_nothing(virtual_time: VirtualT
     assert limiter.statistics().waits["concurrency"].count > 380
 
 
-def test_how_a_with_block_ends_tells_how_the_call_did(virtual_time: VirtualTime) -> None:
+def test_only_timeout_raised_in_with_block_counts_as_overload(virtual_time: VirtualTime) -> None:
     """A timeout in it means overload; AcquireTimeout, cancellation and other errors do not."""
 
     async def leave_by(limiter: Limiter, error: BaseException) -> int | None:
@@ -370,7 +370,7 @@ def test_how_a_with_block_ends_tells_how_the_call_did(virtual_time: VirtualTime)
     virtual_time.run(main())
 
 
-def test_only_the_first_word_about_a_call_counts(virtual_time: VirtualTime) -> None:
+def test_only_first_reported_outcome_of_call_counts(virtual_time: VirtualTime) -> None:
     """`overloaded` and `failed` release the lease; later calls on it change nothing."""
     limiter = Limiter(concurrency=(1, 100), clock=virtual_time.clock)
     lease = limiter.acquire_nowait()
@@ -384,7 +384,7 @@ def test_only_the_first_word_about_a_call_counts(virtual_time: VirtualTime) -> N
     assert plain.released
 
 
-def test_calls_that_leave_after_a_cut_were_admitted_before_it(virtual_time: VirtualTime) -> None:
+def test_calls_of_wave_sent_after_first_refusal_do_not_cut_again(virtual_time: VirtualTime) -> None:
     """Calls of one wave that are sent after the first refusal do not cut again."""
 
     async def main() -> None:
@@ -399,7 +399,7 @@ def test_calls_that_leave_after_a_cut_were_admitted_before_it(virtual_time: Virt
     virtual_time.run(main())
 
 
-def test_calls_that_were_not_made_teach_nothing(virtual_time: VirtualTime) -> None:
+def test_undone_failed_and_dropped_leases_do_not_change_size(virtual_time: VirtualTime) -> None:
     """Leases that are undone, dropped or failed do not count."""
     limiter = Limiter(concurrency=(1, 100), clock=virtual_time.clock)
     for _ in range(200):
@@ -410,7 +410,7 @@ def test_calls_that_were_not_made_teach_nothing(virtual_time: VirtualTime) -> No
     assert limiter.statistics().in_flight == 0
 
 
-def test_reconfigure_goes_between_fixed_and_found(virtual_time: VirtualTime) -> None:
+def test_reconfigure_switches_between_fixed_and_auto_concurrency(virtual_time: VirtualTime) -> None:
     """The search starts anew after a fixed number, and goes on if only its bounds change."""
     limiter = Limiter("60 RPM", clock=virtual_time.clock)
     lease = limiter.acquire_nowait()
@@ -428,7 +428,7 @@ def test_reconfigure_goes_between_fixed_and_found(virtual_time: VirtualTime) -> 
     assert limiter.statistics().in_flight == 0
 
 
-def test_bounds_are_a_number_auto_or_a_pair() -> None:
+def test_concurrency_must_be_number_auto_or_pair_of_bounds() -> None:
     """Anything else is refused, and the error shows the value that was given."""
     assert read_concurrency(None) is None
     assert read_concurrency(7) == (7, 7)
@@ -442,6 +442,6 @@ def test_bounds_are_a_number_auto_or_a_pair() -> None:
         read_concurrency((9, 2))
 
 
-def test_it_shows_where_it_is() -> None:
+def test_adaptive_repr_shows_size_and_bounds() -> None:
     """The repr shows the size and the bounds."""
     assert repr(Adaptive(least=1, most=1_000)) == "<Adaptive 4 of 1 to 1,000>"

@@ -7,7 +7,7 @@ from asyncbucket.testing import VirtualClock
 SECOND = 1_000_000_000
 
 
-def test_bookings_are_told_by_how_long_ago_they_were() -> None:
+def test_bookings_report_each_entry_with_its_age() -> None:
     """Windows are told entry by entry, and the bucket that paces them by what it lacks."""
     clock = VirtualClock()
     limiter = Limiter("60 RPM burst 10", "600 TPM", clock=clock)
@@ -22,7 +22,7 @@ def test_bookings_are_told_by_how_long_ago_they_were() -> None:
     )
 
 
-def test_what_is_booked_again_counts_as_if_the_same_limiter_had_gone_on() -> None:
+def test_rebooking_restores_use_as_if_same_limiter_had_gone_on() -> None:
     """The time in between counts, too; what the new limiter does not limit is left out."""
     clock = VirtualClock()
     clock.advance(100.0)
@@ -37,7 +37,7 @@ def test_what_is_booked_again_counts_as_if_the_same_limiter_had_gone_on() -> Non
     assert after.statistics().limits[0].available == 4
 
 
-def test_bucket_that_is_full_again_lacks_nothing_afterwards() -> None:
+def test_refilled_bucket_lacks_nothing_after_rebooking() -> None:
     """Its window may remember older calls than those that the bucket still lacks."""
     clock = VirtualClock()
     clock.advance(100.0)
@@ -51,7 +51,7 @@ def test_bucket_that_is_full_again_lacks_nothing_afterwards() -> None:
     assert after.statistics().limits[0].available == 10
 
 
-def test_a_call_is_booked_again_in_each_limit_that_counts_it() -> None:
+def test_call_is_rebooked_in_each_limit_that_counts_it() -> None:
     """It is booked in paced and other limits; resources that it does not cost do not change."""
     clock = VirtualClock()
     clock.advance(100.0)

@@ -31,7 +31,7 @@ async def steps(count: int) -> None:
 @pytest.mark.parametrize("cancel_first", [True, False])
 @pytest.mark.parametrize("after", range(8))
 @pytest.mark.parametrize("before", range(6))
-def test_a_waiter_cancelled_at_any_step_leaks_nothing(
+def test_waiter_cancelled_at_any_step_leaks_nothing(
     virtual_time: VirtualTime, before: int, after: int, *, cancel_first: bool
 ) -> None:
     """Whether it waits, is being admitted or was just admitted: its slot comes back."""
@@ -75,7 +75,7 @@ def test_all_waiters_cancelled_at_any_step_leak_nothing(
     async def main() -> None:
         limiter = Limiter("1000 TPM", concurrency=1, clock=virtual_time.clock)
         holder = await limiter.acquire(tokens=10)
-        calls = [asyncio.create_task(taken(limiter)) for _ in range(3)]
+        calls = [asyncio.create_task(acquire_and_release(limiter)) for _ in range(3)]
         await virtual_time.all_blocked()
         holder.release()
         await steps(reach)
@@ -90,19 +90,19 @@ def test_all_waiters_cancelled_at_any_step_leak_nothing(
     virtual_time.run(main())
 
 
-async def taken(limiter: Limiter) -> None:
+async def acquire_and_release(limiter: Limiter) -> None:
     """Acquire and release."""
     async with limiter.acquire(tokens=10):
         pass
 
 
-def test_a_release_and_a_cancellation_in_one_step_do_not_meet(virtual_time: VirtualTime) -> None:
+def test_release_and_cancellation_in_same_step_leak_nothing(virtual_time: VirtualTime) -> None:
     """The bell rings for a line that is empty by the time the pacer looks."""
 
     async def main() -> None:
         limiter = Limiter(concurrency=1, clock=virtual_time.clock)
         holder = await limiter.acquire()
-        call = asyncio.create_task(taken(limiter))
+        call = asyncio.create_task(acquire_and_release(limiter))
         await virtual_time.all_blocked()
         holder.release()
         call.cancel()
@@ -113,7 +113,7 @@ def test_a_release_and_a_cancellation_in_one_step_do_not_meet(virtual_time: Virt
     virtual_time.run(main())
 
 
-def test_what_a_cancelled_waiter_was_handed_goes_to_the_next(virtual_time: VirtualTime) -> None:
+def test_units_handed_to_cancelled_waiter_go_to_next_call(virtual_time: VirtualTime) -> None:
     """If 90 of 100 tokens are handed over and given back, the next call passes at that instant."""
 
     async def main() -> None:
@@ -134,7 +134,7 @@ def test_what_a_cancelled_waiter_was_handed_goes_to_the_next(virtual_time: Virtu
     virtual_time.run(main())
 
 
-def test_the_head_gives_up_and_the_next_passes_at_once(virtual_time: VirtualTime) -> None:
+def test_next_call_passes_at_once_when_head_is_cancelled(virtual_time: VirtualTime) -> None:
     """If a costly call leaves the line, the cheap one behind it passes at that instant."""
 
     async def main() -> None:
@@ -153,7 +153,7 @@ def test_the_head_gives_up_and_the_next_passes_at_once(virtual_time: VirtualTime
 
 
 @pytest.mark.parametrize("depth", range(5))
-def test_a_bucket_takes_back_what_a_cancelled_waiter_was_handed(
+def test_bucket_takes_back_unit_handed_to_cancelled_waiter(
     virtual_time: VirtualTime, depth: int
 ) -> None:
     """Cancelled at any step around its own instant, it leaves its unit to the next call."""
@@ -181,7 +181,7 @@ def call_after(steps_left: int, function: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("depth", range(4))
-def test_a_waiter_cancelled_as_its_deadline_comes_takes_nothing(
+def test_waiter_cancelled_at_its_deadline_takes_nothing(
     virtual_time: VirtualTime, depth: int
 ) -> None:
     """If the deadline and the cancellation come at about the same step, the call is gone."""
@@ -201,7 +201,7 @@ def test_a_waiter_cancelled_as_its_deadline_comes_takes_nothing(
     virtual_time.run(main())
 
 
-def test_closing_what_waits_takes_it_out_of_the_line(virtual_time: VirtualTime) -> None:
+def test_coroutine_closed_while_waiting_leaves_line(virtual_time: VirtualTime) -> None:
     """A coroutine that is closed while it waits leaves the line like a cancelled one."""
 
     async def main() -> None:
@@ -218,7 +218,7 @@ def test_closing_what_waits_takes_it_out_of_the_line(virtual_time: VirtualTime) 
     virtual_time.run(main())
 
 
-def test_wait_for_and_timeout_cancel_without_a_trace(virtual_time: VirtualTime) -> None:
+def test_asyncio_wait_for_and_timeout_leave_nothing_behind(virtual_time: VirtualTime) -> None:
     """Asyncio's own timeouts leave as little behind as `timeout=`."""
 
     async def main() -> None:
@@ -241,7 +241,7 @@ def test_wait_for_and_timeout_cancel_without_a_trace(virtual_time: VirtualTime) 
 
 
 @pytest.mark.heavy
-def test_cancelling_in_lifo_order_is_linear(virtual_time: VirtualTime) -> None:
+def test_100_000_waiters_leave_line_when_cancelled_last_to_first(virtual_time: VirtualTime) -> None:
     """A hundred thousand waiters leave from the back in about a second: each costs the same."""
 
     async def main() -> None:
@@ -345,7 +345,7 @@ class Crowd:
 
 
 @pytest.mark.heavy
-def test_400_000_random_cancellations_of_a_limiter_leak_nothing_and_keep_the_order() -> None:
+def test_400_000_cancellations_of_limiter_leak_nothing_and_keep_order() -> None:
     """Before, at and after the handover: no unit or slot is lost, and nobody is overtaken."""
 
     async def main(limiter: Limiter, crowd: Crowd) -> None:
@@ -365,7 +365,7 @@ def test_400_000_random_cancellations_of_a_limiter_leak_nothing_and_keep_the_ord
 
 
 @pytest.mark.heavy
-def test_600_000_random_cancellations_of_a_bucket_leak_nothing_and_keep_the_order() -> None:
+def test_600_000_cancellations_of_bucket_leak_nothing_and_keep_order() -> None:
     """The same holds for a bucket, which has only one meter."""
 
     async def main(bucket: TokenBucket, crowd: Crowd) -> None:
@@ -448,7 +448,7 @@ class Story:
 @settings(deadline=None, max_examples=150)
 @given(events)
 @example([("call", 1, 0), ("call", 40, 1), ("call", 0, 0), ("settle", 0, 0)])
-def test_any_history_is_in_order_never_over_and_ends_empty(
+def test_any_history_keeps_order_and_limits_and_leaks_nothing(
     history: list[tuple[str, int, int]],
 ) -> None:
     """No limit is exceeded by the final costs of all calls, refunds included; nothing is lost."""
@@ -468,7 +468,7 @@ def test_any_history_is_in_order_never_over_and_ends_empty(
         assert [use.available for use in limiter.statistics().limits] == [40, 300]
 
 
-def test_a_dropped_task_on_a_closed_loop_gives_nothing_twice() -> None:
+def test_tasks_dropped_on_closed_loop_are_counted_out_once() -> None:
     """Calls that wait on a loop that is closed, cancelled or not, are counted out once."""
     held: list[object] = []
 

@@ -101,9 +101,9 @@ def middling(_: int, chance: random.Random) -> int:
         {"limits": (f"{TPM} TPM", "900 RPM"), "callers": 20},
         {"limits": (f"{TPM} TPM",), "callers": 20},
     ],
-    ids=["paced", "calls that last", "requests beside", "a minute at once"],
+    ids=["paced", "calls with latency", "with a request limit", "unpaced"],
 )
-def test_one_heavy_and_99_light_tenants_get_the_same(how: dict[str, Any]) -> None:
+def test_one_heavy_and_99_light_tenants_get_equal_shares(how: dict[str, Any]) -> None:
     """A tenant with 200 callers and huge prompts gets no more than each other one; 99 % is used."""
     callers = how.pop("callers", 2)
     shared = share_a_key([1.0] * 100, [200] + [callers] * 99, huge_or_small, **how)
@@ -116,9 +116,9 @@ def test_one_heavy_and_99_light_tenants_get_the_same(how: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     "how",
     [{}, {"latency": 0.2}, {"latency": 0.2, "used": 0.5}, {"limits": (f"{TPM} TPM",)}],
-    ids=["at once", "calls that last", "refunds", "a minute at once"],
+    ids=["instant calls", "calls with latency", "refunds", "unpaced"],
 )
-def test_weights_are_kept_in_cost(how: dict[str, Any]) -> None:
+def test_children_get_cost_in_proportion_to_their_weights(how: dict[str, Any]) -> None:
     """Shares are 1 : 2 : 4 within 2 %, even if half of what was reserved is refunded."""
     callers = 200 if "limits" in how else 20
     weights = [1.0, 2.0, 4.0]
@@ -129,7 +129,7 @@ def test_weights_are_kept_in_cost(how: dict[str, Any]) -> None:
 
 
 @pytest.mark.heavy
-def test_one_patient_caller_each_is_enough() -> None:
+def test_weights_hold_with_one_caller_per_child() -> None:
     """Weights hold within 5 % though each child has one call at a time, made again at once."""
     shared = share_a_key([1.0, 2.0, 4.0], [1, 1, 1], middling)
     for got, weight in zip(shared.got, (1, 2, 4), strict=True):
@@ -137,7 +137,7 @@ def test_one_patient_caller_each_is_enough() -> None:
 
 
 @pytest.mark.heavy
-def test_what_one_does_not_want_goes_to_the_others_at_once(virtual_time: VirtualTime) -> None:
+def test_share_of_idle_child_goes_to_its_sibling_at_once(virtual_time: VirtualTime) -> None:
     """While a sibling pauses, the other gets all; when it is back, it gets its half and no more."""
     passed: list[tuple[float, str]] = []
 
@@ -166,7 +166,7 @@ def test_what_one_does_not_want_goes_to_the_others_at_once(virtual_time: Virtual
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("rpm", [5, 8, 9])
-def test_a_child_below_its_share_gets_what_its_own_limit_allows(
+def test_child_below_its_share_gets_what_its_own_limit_allows(
     virtual_time: VirtualTime, rpm: int
 ) -> None:
     """A child that may call again waits for one call of the others at most, not for a round."""
@@ -192,7 +192,7 @@ def test_a_child_below_its_share_gets_what_its_own_limit_allows(
     assert slow + sum(passed.values()) >= 0.99 * 50 * minutes
 
 
-def test_whoever_was_held_up_for_long_is_ahead_by_one_call(virtual_time: VirtualTime) -> None:
+def test_child_held_up_long_is_only_one_call_ahead_of_sibling(virtual_time: VirtualTime) -> None:
     """When its quota comes back all at once, it is not used up before others get their turns."""
     passed: list[tuple[float, str]] = []
 
@@ -219,7 +219,7 @@ def test_whoever_was_held_up_for_long_is_ahead_by_one_call(virtual_time: Virtual
 
 
 @pytest.mark.parametrize(("tokens", "weight"), [(6_000, 1.0), (100, 0.01)])
-def test_a_costly_call_lets_no_newcomers_overtake(
+def test_costly_call_does_not_let_newcomers_overtake_waiting_child(
     virtual_time: VirtualTime, tokens: int, weight: float
 ) -> None:
     """A child with many calls waiting has its turn within two rounds, whatever the call cost."""
@@ -249,7 +249,7 @@ def test_a_costly_call_lets_no_newcomers_overtake(
     assert max(later - earlier for earlier, later in itertools.pairwise(turns)) <= 24
 
 
-def test_a_child_out_of_its_own_quota_holds_up_nobody(virtual_time: VirtualTime) -> None:
+def test_child_at_its_limit_holds_up_neither_sibling_nor_parent(virtual_time: VirtualTime) -> None:
     """A sibling's newcomer passes at once, and so does one of the parent."""
 
     async def main() -> None:
@@ -273,7 +273,7 @@ def test_a_child_out_of_its_own_quota_holds_up_nobody(virtual_time: VirtualTime)
     virtual_time.run(main())
 
 
-def test_what_bound_a_child_last_is_what_its_call_waited_for(virtual_time: VirtualTime) -> None:
+def test_lease_of_child_names_limit_that_bound_it_last(virtual_time: VirtualTime) -> None:
     """The child's own pace binds every second call for a moment, the key's tokens the others."""
 
     async def main() -> None:
@@ -289,7 +289,7 @@ def test_what_bound_a_child_last_is_what_its_call_waited_for(virtual_time: Virtu
     virtual_time.run(main())
 
 
-def test_who_waits_behind_a_cousin_waits_for_what_holds_that_up(virtual_time: VirtualTime) -> None:
+def test_call_behind_cousin_is_bound_by_same_resource(virtual_time: VirtualTime) -> None:
     """Its lease and the statistics say so, even though its own line was never first in line."""
 
     async def main() -> None:
@@ -309,7 +309,7 @@ def test_who_waits_behind_a_cousin_waits_for_what_holds_that_up(virtual_time: Vi
     virtual_time.run(main())
 
 
-def test_each_child_says_what_holds_it_up(virtual_time: VirtualTime) -> None:
+def test_statistics_of_each_child_name_what_binds_it(virtual_time: VirtualTime) -> None:
     """A child names its own limits or those above; the parent names what holds up its next call."""
 
     async def main() -> None:
@@ -335,7 +335,7 @@ def test_each_child_says_what_holds_it_up(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_a_newcomer_waits_behind_whoever_waits_for_the_same(virtual_time: VirtualTime) -> None:
+def test_newcomer_does_not_pass_cousin_waiting_for_same_limit(virtual_time: VirtualTime) -> None:
     """While a child's costly call is next at a shared limit, a cousin's cheap one must wait."""
 
     async def main() -> None:
@@ -358,7 +358,7 @@ def test_a_newcomer_waits_behind_whoever_waits_for_the_same(virtual_time: Virtua
     virtual_time.run(main())
 
 
-def test_a_newcomer_under_a_child_waits_behind_its_cousin(virtual_time: VirtualTime) -> None:
+def test_newcomer_does_not_pass_cousin_waiting_at_middle_level(virtual_time: VirtualTime) -> None:
     """Nobody overtakes the call that is next at a limit in the middle, though the root is free."""
 
     async def main() -> None:
@@ -375,9 +375,7 @@ def test_a_newcomer_under_a_child_waits_behind_its_cousin(virtual_time: VirtualT
     virtual_time.run(main())
 
 
-def test_one_that_wakes_below_is_looked_at_while_another_is_next(
-    virtual_time: VirtualTime,
-) -> None:
+def test_grandchild_keeps_its_pace_while_costly_sibling_waits(virtual_time: VirtualTime) -> None:
     """A grandchild with a call every 30 s keeps its pace while a costly sibling waits 100 s."""
     passed: list[float] = []
 
@@ -399,7 +397,7 @@ def test_one_that_wakes_below_is_looked_at_while_another_is_next(
     assert len(passed) >= 25
 
 
-def test_a_costly_call_does_not_starve_among_cheap_siblings(virtual_time: VirtualTime) -> None:
+def test_costly_call_does_not_starve_among_cheap_siblings(virtual_time: VirtualTime) -> None:
     """A call for 90 % of the window is admitted once the others have had as much."""
     waits: list[float] = []
 
@@ -426,7 +424,7 @@ def test_a_costly_call_does_not_starve_among_cheap_siblings(virtual_time: Virtua
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("rate", [9, 10, 12, 20])
-def test_endless_newcomers_do_not_starve_an_old_flow(virtual_time: VirtualTime, rate: int) -> None:
+def test_endless_new_children_do_not_starve_old_child(virtual_time: VirtualTime, rate: int) -> None:
     """However many new tenants come, only a few of their calls overtake one that waits.
 
     Calls go in order of arrival, give or take one round: of those that came later, at most as many
@@ -463,7 +461,7 @@ def test_endless_newcomers_do_not_starve_an_old_flow(virtual_time: VirtualTime, 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("who", ["siblings", "the parent's own", "a priority"])
-def test_refunds_are_credited_to_whoever_reserved(virtual_time: VirtualTime, who: str) -> None:
+def test_refunds_are_credited_to_limiter_that_reserved(virtual_time: VirtualTime, who: str) -> None:
     """A tenant that uses a tenth of what it reserves gets its share of use, not of reservations."""
     got = {"thrifty": 0, "honest": 0}
 
@@ -487,7 +485,7 @@ def test_refunds_are_credited_to_whoever_reserved(virtual_time: VirtualTime, who
     assert got["thrifty"] / sum(got.values()) == pytest.approx(fair, rel=0.05)
 
 
-def test_a_call_cancelled_at_its_hand_over_costs_its_share_nothing(
+def test_call_cancelled_at_handover_does_not_count_against_its_share(
     virtual_time: VirtualTime,
 ) -> None:
     """If a costly call is taken back before it began, its child is served no less for it."""
@@ -519,7 +517,7 @@ def test_a_call_cancelled_at_its_hand_over_costs_its_share_nothing(
 
 
 @pytest.mark.heavy
-def test_weight_changes_while_calls_wait(virtual_time: VirtualTime) -> None:
+def test_changed_weight_applies_while_calls_wait(virtual_time: VirtualTime) -> None:
     """Shares change from equal to 1 : 3, though no line was ever empty."""
     passed: dict[str, int] = {"a": 0, "b": 0}
 
@@ -545,7 +543,7 @@ def test_weight_changes_while_calls_wait(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_limits_change_at_every_level_while_children_wait(virtual_time: VirtualTime) -> None:
+def test_changed_limits_at_every_level_apply_to_waiting_calls(virtual_time: VirtualTime) -> None:
     """A raised limit admits a call that waits; a lowered one fails a call that can never pass."""
 
     async def main() -> None:
@@ -573,7 +571,7 @@ def test_limits_change_at_every_level_while_children_wait(virtual_time: VirtualT
     virtual_time.run(main())
 
 
-def test_books_of_a_child_are_in_those_above(virtual_time: VirtualTime) -> None:
+def test_calls_of_child_count_in_statistics_of_every_level_above(virtual_time: VirtualTime) -> None:
     """Admissions, refusals, cancellations, waiting, slots, refunds and 429s count at each level."""
 
     async def main() -> None:
@@ -607,7 +605,7 @@ def test_books_of_a_child_are_in_those_above(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_a_child_is_made_once(virtual_time: VirtualTime) -> None:
+def test_child_is_made_once(virtual_time: VirtualTime) -> None:
     """The same name, alone or with the same terms, returns it; other terms are an error."""
     key = Limiter("100 RPM", name="key", clock=virtual_time.clock)
     child = key.child("child", rpm=10, weight=2)
@@ -623,7 +621,7 @@ def test_a_child_is_made_once(virtual_time: VirtualTime) -> None:
     assert child.limits == (Limit("requests", 10),)
 
 
-def test_children_may_be_made_while_others_are_looked_at(virtual_time: VirtualTime) -> None:
+def test_children_can_be_added_while_iterating_over_them(virtual_time: VirtualTime) -> None:
     """Iterating over `children` is safe while children are added."""
     key = Limiter(clock=virtual_time.clock)
     key.child("a")
@@ -633,7 +631,7 @@ def test_children_may_be_made_while_others_are_looked_at(virtual_time: VirtualTi
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "*a", 7])
-def test_a_childs_name_can_stand_in_a_path(name: Any) -> None:
+def test_child_name_unfit_for_path_is_refused(name: Any) -> None:
     """It must be a string, not empty, without a slash, and without a star in front."""
     with pytest.raises(ValueError, match="a child's name must be a string without a slash"):
         Limiter().child(name)
@@ -654,7 +652,7 @@ def test_a_childs_name_can_stand_in_a_path(name: Any) -> None:
         ({"speed": 1}, "speed"),
     ],
 )
-def test_terms_are_checked_before_anything_is_made(terms: dict[str, Any], message: str) -> None:
+def test_invalid_terms_leave_no_child_behind(terms: dict[str, Any], message: str) -> None:
     """An invalid term leaves no child behind."""
     limiter = Limiter()
     with pytest.raises(ValueError, match=message):
@@ -662,7 +660,7 @@ def test_terms_are_checked_before_anything_is_made(terms: dict[str, Any], messag
     assert not limiter.children
 
 
-def test_a_pause_holds_for_all_below_and_nobody_beside(virtual_time: VirtualTime) -> None:
+def test_pause_holds_for_limiters_below_but_not_for_siblings(virtual_time: VirtualTime) -> None:
     """Pausing a child pauses its children; siblings and the parent go on."""
 
     async def main() -> None:
@@ -682,7 +680,7 @@ def test_a_pause_holds_for_all_below_and_nobody_beside(virtual_time: VirtualTime
     virtual_time.run(main())
 
 
-def test_slots_of_a_level_come_back_to_whoever_waits_for_them(virtual_time: VirtualTime) -> None:
+def test_waiter_gets_slot_released_under_its_own_parent_only(virtual_time: VirtualTime) -> None:
     """A slot released under the same parent admits a cousin; one released elsewhere does not."""
 
     async def main() -> None:
@@ -703,7 +701,7 @@ def test_slots_of_a_level_come_back_to_whoever_waits_for_them(virtual_time: Virt
     virtual_time.run(main())
 
 
-def test_nobody_sleeps_for_the_sake_of_who_is_out_of_its_own_limits(
+def test_costly_call_stops_being_next_once_its_child_runs_out_of_units(
     virtual_time: VirtualTime,
 ) -> None:
     """A costly call stops being next once another call takes what its own limiter had left."""
@@ -726,7 +724,7 @@ def test_nobody_sleeps_for_the_sake_of_who_is_out_of_its_own_limits(
     virtual_time.run(main())
 
 
-def test_nobody_sleeps_for_the_sake_of_who_is_in_debt(virtual_time: VirtualTime) -> None:
+def test_costly_call_stops_being_next_once_its_child_is_in_debt(virtual_time: VirtualTime) -> None:
     """A costly call stops being next once another's use puts its own limiter into debt."""
 
     async def main() -> None:
@@ -899,7 +897,7 @@ class Forest:
 @pytest.mark.heavy
 @settings(deadline=None, max_examples=100)
 @given(st.lists(plants, max_size=7), st.integers(0, 2**32))
-def test_random_trees_are_never_over_and_nobody_is_forgotten(trees: list[Plant], seed: int) -> None:
+def test_random_trees_keep_all_limits_and_strand_no_waiter(trees: list[Plant], seed: int) -> None:
     """Any depth, limits and slots at every level, random cancellations, refunds, priorities."""
     with virtual_time() as time:
         forest = Forest(time, trees, seed)

@@ -18,7 +18,7 @@ from asyncbucket.context import Inherited, inherited
 from asyncbucket.testing import VirtualTime
 
 
-def test_contexts_add_up_and_end(virtual_time: VirtualTime) -> None:
+def test_nested_contexts_combine_and_are_reset_on_exit(virtual_time: VirtualTime) -> None:
     """The inner value of a kind holds inside, other kinds stay, and afterwards all is as before."""
 
     async def main() -> None:
@@ -34,7 +34,7 @@ def test_contexts_add_up_and_end(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_an_error_inside_leaves_the_context_behind() -> None:
+def test_context_is_reset_after_error() -> None:
     """The error passes through, and the value is reset."""
     with pytest.raises(KeyError), asyncbucket.tenant("acme"):
         raise KeyError
@@ -44,7 +44,7 @@ def test_an_error_inside_leaves_the_context_behind() -> None:
 @pytest.mark.parametrize(
     "given", [asyncbucket.tenant("acme"), asyncbucket.priority(1), asyncbucket.deadline(5)]
 )
-def test_a_context_is_no_decorator(given: Any) -> None:
+def test_context_cannot_be_used_as_decorator(given: Any) -> None:
     """Around an async function it would end before the function runs, which nobody would notice."""
 
     async def ask() -> None:
@@ -54,7 +54,7 @@ def test_a_context_is_no_decorator(given: Any) -> None:
         given(ask)
 
 
-def test_a_context_is_for_one_block() -> None:
+def test_context_can_be_entered_only_once() -> None:
     """If two tasks shared one, each would reset the other's value."""
     given = asyncbucket.tenant("acme")
     with given, pytest.raises(RuntimeError, match=r"call priority\(\), tenant\(\) or"), given:
@@ -64,7 +64,7 @@ def test_a_context_is_for_one_block() -> None:
         pass
 
 
-def test_tasks_and_threads_inherit(virtual_time: VirtualTime) -> None:
+def test_tasks_and_to_thread_inherit_context_but_threads_do_not(virtual_time: VirtualTime) -> None:
     """Tasks, tasks of tasks and `asyncio.to_thread` inherit; plain threads do not."""
     seen: list[Any] = []
 
@@ -92,7 +92,7 @@ def test_tasks_and_threads_inherit(virtual_time: VirtualTime) -> None:
     assert sorted(seen, key=str) == [(1, "acme")] * 3 + [None]
 
 
-def test_a_task_keeps_what_it_was_started_with(virtual_time: VirtualTime) -> None:
+def test_task_keeps_context_it_was_started_with(virtual_time: VirtualTime) -> None:
     """It keeps this after its starter has left the context and entered another."""
 
     async def main() -> None:
@@ -111,7 +111,7 @@ def test_a_task_keeps_what_it_was_started_with(virtual_time: VirtualTime) -> Non
     virtual_time.run(main())
 
 
-def test_a_call_in_a_thread_goes_to_its_tenant() -> None:
+def test_acquire_sync_in_to_thread_inherits_tenant_and_deadline() -> None:
     """`acquire_sync` in `asyncio.to_thread` inherits the tenant and the deadline."""
     limiter = Limiter(concurrency=1, name="key")
 
@@ -132,7 +132,7 @@ def test_a_call_in_a_thread_goes_to_its_tenant() -> None:
     asyncio.run(main())
 
 
-def test_a_generator_shares_the_context_of_whoever_iterates(virtual_time: VirtualTime) -> None:
+def test_generator_shares_context_with_its_caller(virtual_time: VirtualTime) -> None:
     """What it sets is seen outside between two items, and is reset at its end."""
 
     def items() -> Generator[int]:
@@ -148,7 +148,7 @@ def test_a_generator_shares_the_context_of_whoever_iterates(virtual_time: Virtua
     assert virtual_time.now == 0
 
 
-def test_a_generator_may_be_closed_in_another_context(virtual_time: VirtualTime) -> None:
+def test_generator_can_be_closed_in_another_context(virtual_time: VirtualTime) -> None:
     """If the loop closes it half-way, there is no error, and that context does not change."""
     errors: list[Any] = []
 
@@ -175,7 +175,7 @@ def test_a_generator_may_be_closed_in_another_context(virtual_time: VirtualTime)
     assert errors == []
 
 
-def test_an_earlier_deadline_stays(virtual_time: VirtualTime) -> None:
+def test_earliest_deadline_holds(virtual_time: VirtualTime) -> None:
     """The earlier one holds, whichever is inside; the limiter's and the call's own hold as well."""
 
     async def main() -> None:
@@ -200,7 +200,7 @@ def test_an_earlier_deadline_stays(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_a_call_that_cannot_make_it_fails_at_once_and_says_why(virtual_time: VirtualTime) -> None:
+def test_call_that_would_miss_deadline_fails_at_once_with_reason(virtual_time: VirtualTime) -> None:
     """The error says what binds and when it would pass; later calls have less time left."""
 
     async def main() -> None:
@@ -227,7 +227,7 @@ def test_a_call_that_cannot_make_it_fails_at_once_and_says_why(virtual_time: Vir
     virtual_time.run(main())
 
 
-def test_a_deadline_that_is_over_refuses_what_would_wait(virtual_time: VirtualTime) -> None:
+def test_past_deadline_refuses_only_calls_that_would_wait(virtual_time: VirtualTime) -> None:
     """Calls that can pass at once still do."""
 
     async def main() -> None:
@@ -241,7 +241,7 @@ def test_a_deadline_that_is_over_refuses_what_would_wait(virtual_time: VirtualTi
     virtual_time.run(main())
 
 
-def test_a_deadline_comes_while_a_call_waits(virtual_time: VirtualTime) -> None:
+def test_waiting_call_fails_at_inherited_deadline(virtual_time: VirtualTime) -> None:
     """A waiting call fails at its deadline, in a tree as in a line."""
 
     async def main() -> None:
@@ -259,7 +259,7 @@ def test_a_deadline_comes_while_a_call_waits(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_a_deadline_holds_outside_of_loops() -> None:
+def test_deadline_holds_without_event_loop() -> None:
     """A plain thread waits no longer than its deadline."""
     limiter = Limiter(concurrency=1)
     with limiter.acquire_nowait():
@@ -270,7 +270,7 @@ def test_a_deadline_holds_outside_of_loops() -> None:
 
 
 @pytest.mark.parametrize("seconds", [-1, float("nan"), "soon", True, None])
-def test_what_is_no_deadline_is_refused(seconds: Any) -> None:
+def test_invalid_deadline_is_refused(seconds: Any) -> None:
     """It is refused before the block runs."""
     ran = False
     with pytest.raises(ValueError, match=r"^a deadline must be "), asyncbucket.deadline(seconds):
@@ -279,7 +279,7 @@ def test_what_is_no_deadline_is_refused(seconds: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["", None, 7])
-def test_what_is_no_tenant_is_refused(name: Any) -> None:
+def test_invalid_tenant_is_refused(name: Any) -> None:
     """The context, the call and `key` refuse it."""
     given = "''" if name == "" else type(name).__name__
     message = f"a tenant must be a non-empty string, not {given}"
@@ -292,7 +292,7 @@ def test_what_is_no_tenant_is_refused(name: Any) -> None:
             Limiter().acquire(tenant=name)
 
 
-def test_calls_inherit_their_tenant(virtual_time: VirtualTime) -> None:
+def test_calls_inherit_tenant_from_context(virtual_time: VirtualTime) -> None:
     """This holds for every kind of acquire; a tenant asked for by name is not replaced."""
 
     async def main() -> None:
@@ -321,7 +321,7 @@ def test_calls_inherit_their_tenant(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_a_deadline_may_be_past_or_never(virtual_time: VirtualTime) -> None:
+def test_deadlines_beyond_any_clock_are_compared_correctly(virtual_time: VirtualTime) -> None:
     """Even values that no clock reaches are compared correctly."""
     limiter = Limiter("1/s", clock=virtual_time.clock)
 
@@ -339,7 +339,7 @@ def test_a_deadline_may_be_past_or_never(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-async def test_a_timeout_that_is_over_at_once_is_no_deadline_that_has_passed() -> None:
+async def test_zero_timeout_is_not_reported_as_past_deadline() -> None:
     """The message speaks of the timeout, though time passes while the call is made."""
     ticks = itertools.count(10**12, 1_000)
     limiter = Limiter("1/s", clock=lambda: next(ticks))

@@ -13,7 +13,7 @@ COPIES = pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
 
 
 @COPIES
-def test_copy_of_a_lease_gives_its_slot_back_once(copied: Callable[[Any], Any]) -> None:
+def test_copied_lease_gives_its_slot_back_once(copied: Callable[[Any], Any]) -> None:
     """Copying a request that contains the lease does not free two slots."""
     limiter = Limiter(concurrency=1)
     lease = limiter.acquire_nowait()
@@ -27,7 +27,7 @@ def test_copy_of_a_lease_gives_its_slot_back_once(copied: Callable[[Any], Any]) 
 
 
 @COPIES
-def test_copy_of_a_limiter_is_the_limiter(copied: Callable[[Any], Any]) -> None:
+def test_copy_of_limiter_or_bucket_is_same_object(copied: Callable[[Any], Any]) -> None:
     """An agent that is copied spends from the same budget."""
     limiter = Limiter("60 RPM")
     child = limiter.child("chat")
@@ -44,7 +44,7 @@ def test_copy_of_a_limiter_is_the_limiter(copied: Callable[[Any], Any]) -> None:
         lambda: TokenBucket(1.0),
     ],
 )
-def test_what_counts_in_this_process_says_why_it_cannot_be_pickled(make: Callable[[], Any]) -> None:
+def test_pickling_limiter_lease_or_bucket_fails_with_remedy(make: Callable[[], Any]) -> None:
     """The message names the remedy: a limiter in each process, and a store."""
     with pytest.raises(TypeError, match=r"belongs to its process .* with store=\.\.\. if they"):
         pickle.dumps(make())

@@ -12,7 +12,7 @@ from asyncbucket.wording import rounded
 amounts = st.none() | st.integers(0, 10**6) | st.floats(0, 1e6)
 
 
-def test_a_cost_maps_resources_to_whole_amounts() -> None:
+def test_cost_maps_resources_to_whole_amounts() -> None:
     """One request is the default, fractions are rounded up, and only zeros are left out."""
     cost = Cost(tokens=10.1, images=3)
     assert isinstance(cost, Mapping)
@@ -26,7 +26,7 @@ def test_a_cost_maps_resources_to_whole_amounts() -> None:
     assert "concurrency" not in cost
 
 
-def test_numbers_of_numpy_and_fractions_are_amounts() -> None:
+def test_numpy_numbers_and_fractions_are_accepted_as_amounts() -> None:
     """Token counts may come from data frames; they are kept as plain ints."""
     numpy = pytest.importorskip("numpy")
     fraction: Any = Fraction(7, 2)
@@ -45,7 +45,7 @@ def test_numbers_of_numpy_and_fractions_are_amounts() -> None:
         Cost(tokens=numpy.bool_(True))
 
 
-def test_tokens_are_input_plus_output() -> None:
+def test_tokens_default_to_sum_of_input_and_output_tokens() -> None:
     """If both parts are given, their sum counts; a missing part counts as zero."""
     assert dict(Cost(input_tokens=900, output_tokens=300)) == {
         "requests": 1, "tokens": 1200, "input_tokens": 900, "output_tokens": 300
@@ -55,7 +55,7 @@ def test_tokens_are_input_plus_output() -> None:
 
 
 @given(amounts, amounts, amounts)
-def test_any_amounts_make_a_cost(
+def test_amounts_of_cost_are_whole_positive_and_never_less_than_given(
     tokens: float | None, inputs: float | None, outputs: float | None
 ) -> None:
     """All amounts are whole, positive, and never less than given."""
@@ -66,7 +66,7 @@ def test_any_amounts_make_a_cost(
 
 @pytest.mark.parametrize("name", ["requests", "tokens", "input_tokens", "output_tokens", "images"])
 @pytest.mark.parametrize("value", [True, False, "", "5", [], b"5", -1, -0.1, "nan", "inf"])
-def test_what_is_no_amount_is_refused(name: str, value: object) -> None:
+def test_invalid_amount_is_refused(name: str, value: object) -> None:
     """For each resource: bools, strings, negative numbers, NaN and infinity."""
     if value in {"nan", "inf"} if isinstance(value, str) else False:
         value = float(str(value))
@@ -76,7 +76,7 @@ def test_what_is_no_amount_is_refused(name: str, value: object) -> None:
         Limiter("5 images/s").acquire(**{name: value})  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
-def test_messages_name_the_resource_and_the_value() -> None:
+def test_error_names_resource_and_value() -> None:
     """They say what is expected, and what was given."""
     with pytest.raises(TypeError, match=r"^tokens must be a number, not True$"):
         Cost(tokens=True)
@@ -86,7 +86,7 @@ def test_messages_name_the_resource_and_the_value() -> None:
         Cost(images=float("nan"))
 
 
-def test_a_text_in_the_place_of_an_amount_is_not_shown() -> None:
+def test_error_does_not_show_text_given_in_place_of_number() -> None:
     """It may be a prompt passed in place of its token count."""
     prompt: Any = "a secret prompt"
     limiter = Limiter("5 RPM", "1k TPM")
@@ -102,14 +102,14 @@ def test_a_text_in_the_place_of_an_amount_is_not_shown() -> None:
         TokenBucket(rate=1.0).acquire_nowait(prompt)
 
 
-def test_a_call_costs_something() -> None:
+def test_zero_cost_is_refused() -> None:
     """A cost of zero is an error."""
     with pytest.raises(ValueError, match="a call must cost something: requests=1 is the usual"):
         Cost(requests=0)
     assert dict(Cost(requests=0, tokens=1))["tokens"] == 1
 
 
-def test_a_slot_is_no_part_of_a_cost() -> None:
+def test_concurrency_is_refused_in_cost() -> None:
     """Each call takes exactly one slot."""
     with pytest.raises(
         TypeError, match="a call takes one slot: concurrency is no part of its cost"
@@ -128,6 +128,6 @@ def test_a_slot_is_no_part_of_a_cost() -> None:
         (1e6, "1,000,000"),
     ],
 )
-def test_large_number_is_written_out(value: float, text: str) -> None:
+def test_rounded_number_is_shown_without_exponent(value: float, text: str) -> None:
     """It has three digits, or all those before the point, and is never shown as 3.6e+03."""
     assert rounded(value) == text

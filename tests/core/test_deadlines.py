@@ -10,7 +10,7 @@ from asyncbucket import AcquireTimeout, Lease, Limiter, TokenBucket
 from asyncbucket.testing import VirtualTime, virtual_time
 
 
-def test_a_call_above_the_burst_is_refused_before_it_waits(virtual_time: VirtualTime) -> None:
+def test_call_above_burst_that_would_be_late_is_refused_at_once(virtual_time: VirtualTime) -> None:
     """Unless another call was head before it, it has earned nothing above the burst yet."""
 
     async def main() -> None:
@@ -25,7 +25,7 @@ def test_a_call_above_the_burst_is_refused_before_it_waits(virtual_time: Virtual
     virtual_time.run(main())
 
 
-def test_a_hopeless_call_is_refused_before_it_waits(virtual_time: VirtualTime) -> None:
+def test_call_that_would_be_late_is_refused_at_once(virtual_time: VirtualTime) -> None:
     """This holds for `timeout` and `deadline`, and the message has both times."""
 
     async def main() -> None:
@@ -46,7 +46,7 @@ def test_a_hopeless_call_is_refused_before_it_waits(virtual_time: VirtualTime) -
     virtual_time.run(main())
 
 
-def test_what_is_lent_is_hope(virtual_time: VirtualTime) -> None:
+def test_call_that_may_use_refund_of_open_call_is_not_refused(virtual_time: VirtualTime) -> None:
     """The tokens of an open call may come back, so a call that waits for them is not refused."""
 
     async def main() -> None:
@@ -68,7 +68,7 @@ def test_what_is_lent_is_hope(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_what_others_hold_of_other_limits_is_no_hope(virtual_time: VirtualTime) -> None:
+def test_open_call_of_sibling_does_not_help_call_at_own_limit(virtual_time: VirtualTime) -> None:
     """A sibling's open call may give back to limits that both share, but not to the other's own."""
 
     async def main() -> None:
@@ -83,7 +83,7 @@ def test_what_others_hold_of_other_limits_is_no_hope(virtual_time: VirtualTime) 
     virtual_time.run(main())
 
 
-def test_what_was_just_handed_over_is_hope_too(virtual_time: VirtualTime) -> None:
+def test_call_that_may_use_units_just_handed_over_is_not_refused(virtual_time: VirtualTime) -> None:
     """Between an admission and its lease, what was booked still counts as lent."""
 
     async def main() -> None:
@@ -105,7 +105,7 @@ def test_what_was_just_handed_over_is_hope_too(virtual_time: VirtualTime) -> Non
     virtual_time.run(main())
 
 
-def test_what_whoever_stands_first_has_earned_is_hope_too(virtual_time: VirtualTime) -> None:
+def test_call_above_burst_is_in_time_with_units_earned_by_head(virtual_time: VirtualTime) -> None:
     """If the head gives up, a call above the burst behind it inherits what the head has earned."""
 
     async def main() -> None:
@@ -120,7 +120,7 @@ def test_what_whoever_stands_first_has_earned_is_hope_too(virtual_time: VirtualT
     virtual_time.run(main())
 
 
-def test_a_debt_of_tokens_does_not_refuse_a_call_without_any(virtual_time: VirtualTime) -> None:
+def test_token_debt_does_not_refuse_call_without_tokens(virtual_time: VirtualTime) -> None:
     """A call waits only for the limits of what it costs."""
 
     async def main() -> None:
@@ -132,7 +132,7 @@ def test_a_debt_of_tokens_does_not_refuse_a_call_without_any(virtual_time: Virtu
     virtual_time.run(main())
 
 
-def test_a_call_passes_at_the_very_instant_of_its_deadline(virtual_time: VirtualTime) -> None:
+def test_call_passes_at_exact_instant_of_its_deadline(virtual_time: VirtualTime) -> None:
     """The bucket has its unit after one second, so a timeout of one second is enough."""
 
     async def main() -> None:
@@ -147,7 +147,7 @@ def test_a_call_passes_at_the_very_instant_of_its_deadline(virtual_time: Virtual
     virtual_time.run(main())
 
 
-def test_a_loop_that_wakes_late_does_not_cost_a_call_its_turn(virtual_time: VirtualTime) -> None:
+def test_late_loop_does_not_time_out_call_that_could_have_passed(virtual_time: VirtualTime) -> None:
     """If a call could have passed in time, it does, even if the pacer looks after its deadline."""
 
     async def main() -> None:
@@ -165,7 +165,7 @@ def test_a_loop_that_wakes_late_does_not_cost_a_call_its_turn(virtual_time: Virt
     virtual_time.run(main())
 
 
-def test_deadlines_come_in_their_own_order(virtual_time: VirtualTime) -> None:
+def test_each_call_times_out_at_its_own_deadline(virtual_time: VirtualTime) -> None:
     """Wherever a call is in line, it fails at its own instant, and the others move up."""
 
     async def main() -> None:
@@ -191,7 +191,7 @@ def test_deadlines_come_in_their_own_order(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_a_new_earliest_deadline_wakes_the_pacer(virtual_time: VirtualTime) -> None:
+def test_new_earliest_deadline_wakes_pacer(virtual_time: VirtualTime) -> None:
     """It would sleep for the head's minute, but a call with a timeout of a second ends in time."""
 
     async def main() -> None:
@@ -207,7 +207,7 @@ def test_a_new_earliest_deadline_wakes_the_pacer(virtual_time: VirtualTime) -> N
     virtual_time.run(main())
 
 
-def test_a_batch_of_deadlines_at_one_instant_is_served_in_full(virtual_time: VirtualTime) -> None:
+def test_batch_larger_than_one_pass_is_admitted_by_its_deadline(virtual_time: VirtualTime) -> None:
     """All 900 calls that may pass at that instant do, though one pass admits fewer."""
 
     async def main() -> None:
@@ -259,7 +259,7 @@ async def replay(
 
 @settings(deadline=None, max_examples=250)
 @given(history, st.integers(1, 30), st.floats(0, 40))
-def test_no_call_is_refused_that_could_have_passed(
+def test_call_that_could_pass_in_time_is_never_refused(
     moves: list[tuple[str, int, float]], tokens: int, timeout: float
 ) -> None:
     """If a call is refused at once, it would be late even if all open calls were undone now."""
@@ -288,7 +288,7 @@ def test_no_call_is_refused_that_could_have_passed(
             assert time.run(undone(time)) > timeout - 1e-6
 
 
-def test_a_crowd_that_passes_at_its_deadline_is_in_time(virtual_time: VirtualTime) -> None:
+def test_1000_calls_due_exactly_at_their_deadline_all_pass(virtual_time: VirtualTime) -> None:
     """Calls behind the first are not late, however many passes it takes to admit all."""
 
     async def main() -> None:
@@ -302,7 +302,7 @@ def test_a_crowd_that_passes_at_its_deadline_is_in_time(virtual_time: VirtualTim
     virtual_time.run(main())
 
 
-def test_whose_deadline_has_come_is_not_lost_for_company_that_may_come_back(
+def test_waiting_for_emptied_flow_makes_no_call_miss_its_deadline(
     virtual_time: VirtualTime,
 ) -> None:
     """Waiting an iteration for an emptied flow to come back costs no other call its deadline."""

@@ -25,7 +25,7 @@ from asyncbucket.wording import one_line, shown
 NO_TIMES = [float("nan"), True, "5", [], b""]
 
 
-def test_errors_are_the_ones_that_others_catch() -> None:
+def test_errors_share_one_base_and_derive_from_builtin_errors() -> None:
     """ValueError for what can never pass, TimeoutError for what is too late."""
     for kind in (
         AcquireTimeout,
@@ -41,7 +41,7 @@ def test_errors_are_the_ones_that_others_catch() -> None:
     assert issubclass(AcquireTimeout, TimeoutError)
 
 
-def test_a_cost_above_a_limit_fails_at_once(virtual_time: VirtualTime) -> None:
+def test_cost_above_limit_fails_at_once(virtual_time: VirtualTime) -> None:
     """The message has the cost, the limit and the keyword to raise, in every kind of acquire."""
 
     async def main() -> None:
@@ -114,7 +114,7 @@ def test_would_block_says_what_binds_and_for_how_long(virtual_time: VirtualTime)
     virtual_time.run(main())
 
 
-def test_a_call_above_a_burst_is_told_to_wait_in_line(virtual_time: VirtualTime) -> None:
+def test_would_block_tells_call_above_burst_to_wait_in_line(virtual_time: VirtualTime) -> None:
     """It earns the rest only there, so trying again without waiting would never succeed."""
 
     async def main() -> None:
@@ -134,7 +134,7 @@ def test_a_call_above_a_burst_is_told_to_wait_in_line(virtual_time: VirtualTime)
     virtual_time.run(main())
 
 
-def test_a_full_queue_refuses(virtual_time: VirtualTime) -> None:
+def test_queue_full_tells_how_many_wait_and_what_to_raise(virtual_time: VirtualTime) -> None:
     """The error tells how many wait, and which number to raise."""
 
     async def main() -> None:
@@ -154,7 +154,7 @@ def test_a_full_queue_refuses(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_no_queue_at_all_is_a_choice(virtual_time: VirtualTime) -> None:
+def test_max_queue_0_refuses_call_that_would_wait(virtual_time: VirtualTime) -> None:
     """With `max_queue=0`, a call passes at once or is refused."""
 
     async def main() -> None:
@@ -166,7 +166,7 @@ def test_no_queue_at_all_is_a_choice(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_a_hopeless_deadline_is_refused_at_once(virtual_time: VirtualTime) -> None:
+def test_hopeless_timeout_of_bucket_is_refused_at_once(virtual_time: VirtualTime) -> None:
     """The error shows the time that was given and the time that is needed."""
 
     async def main() -> None:
@@ -187,7 +187,7 @@ def test_a_hopeless_deadline_is_refused_at_once(virtual_time: VirtualTime) -> No
 
 
 @pytest.mark.parametrize("seconds", NO_TIMES)
-def test_what_is_no_time_is_refused(seconds: float) -> None:
+def test_invalid_time_is_refused(seconds: float) -> None:
     """NaN, bools and strings are refused at once, by name, for every argument that is a time."""
     limiter = Limiter("5 RPM")
     for name in ("timeout", "deadline"):
@@ -202,7 +202,7 @@ def test_what_is_no_time_is_refused(seconds: float) -> None:
         asyncio.run(TokenBucket(rate=1).acquire(timeout=seconds))
 
 
-def test_a_timeout_is_not_negative_and_may_be_endless() -> None:
+def test_negative_times_are_refused_and_only_pause_must_be_finite() -> None:
     """Minus one second is an error; infinity means no deadline; only a pause must be finite."""
     limiter = Limiter("5 RPM burst 5")
     with pytest.raises(ValueError, match="timeout must be at least 0 s, not -1; None waits for"):
@@ -224,7 +224,7 @@ def test_a_timeout_is_not_negative_and_may_be_endless() -> None:
 
 
 @pytest.mark.parametrize("amount", [0, -1, 1.0, 1.5, float("nan"), True, "1", None])
-def test_a_bucket_counts_whole_units(amount: int) -> None:
+def test_bucket_refuses_amount_that_is_not_whole_number_of_units(amount: int) -> None:
     """Anything else is refused, waiting or not, and the error shows the value."""
     bucket = TokenBucket(rate=1.0, burst=5)
     message = f"amount must be a whole number of units from 1 on, not {shown(amount)}"
@@ -237,7 +237,7 @@ def test_a_bucket_counts_whole_units(amount: int) -> None:
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), True, "x", None, 1e-300])
-def test_a_bucket_has_a_rate_and_a_burst(value: float) -> None:
+def test_bucket_refuses_invalid_rate_and_burst(value: float) -> None:
     """Invalid values of either are refused, and the error shows the value."""
     with pytest.raises(ValueError) as error:
         TokenBucket(value)
@@ -250,7 +250,7 @@ def test_a_bucket_has_a_rate_and_a_burst(value: float) -> None:
     )
 
 
-def test_a_bucket_refuses_what_is_above_its_burst() -> None:
+def test_bucket_refuses_call_above_its_burst() -> None:
     """A call above the burst could never pass."""
     with pytest.raises(CostExceedsLimit) as error:
         TokenBucket(rate=1.0, burst=1000).acquire_nowait(2000)
@@ -262,7 +262,7 @@ def test_a_bucket_refuses_what_is_above_its_burst() -> None:
         TokenBucket(rate=1.0).acquire_nowait(5)
 
 
-def test_resources_that_nothing_limits_are_typos() -> None:
+def test_unknown_resource_is_refused_with_list_of_known_ones() -> None:
     """The error lists the known names; the four common ones are always accepted."""
     limiter = Limiter("5 RPM", "3 images/s")
     with pytest.raises(TypeError) as error:
@@ -276,13 +276,13 @@ def test_resources_that_nothing_limits_are_typos() -> None:
     limiter.acquire_nowait(tokens=5, input_tokens=5, images=1).release()
 
 
-def test_a_cost_is_a_cost() -> None:
+def test_number_in_place_of_cost_is_refused() -> None:
     """A number in place of a `Cost` is refused."""
     with pytest.raises(TypeError, match=r"must be a Cost or keywords such as tokens=500, not 5"):
         Limiter("5 RPM").acquire(5)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
-def test_pacing_by_nothing_is_a_mistake() -> None:
+def test_pace_without_limit_is_refused() -> None:
     """The error of `pace` without a limit says how to give one."""
     nothing: tuple[dict[str, Any], ...] = ({}, {"rpm": None}, {"on_outage": "open"})
     for keywords in nothing:
@@ -292,7 +292,7 @@ def test_pacing_by_nothing_is_a_mistake() -> None:
         pace(object(), rpm=0)
 
 
-def test_one_is_no_plural_and_names_have_no_underscores(virtual_time: VirtualTime) -> None:
+def test_messages_use_singular_for_one_and_no_underscores(virtual_time: VirtualTime) -> None:
     """This shows in messages about one call in line, one slot, and input tokens."""
 
     async def main() -> None:
@@ -313,7 +313,7 @@ def test_one_is_no_plural_and_names_have_no_underscores(virtual_time: VirtualTim
     virtual_time.run(main())
 
 
-def test_long_times_are_written_out(virtual_time: VirtualTime) -> None:
+def test_messages_show_long_times_without_exponent(virtual_time: VirtualTime) -> None:
     """Messages do not write 1,000 s, or the seconds of a month, as powers of ten."""
 
     async def main() -> None:
@@ -328,14 +328,14 @@ def test_long_times_are_written_out(virtual_time: VirtualTime) -> None:
     assert str(Limit("requests", 5, per=30 * 86_400)) == "5 requests per 2,592,000 s"
 
 
-def test_name_that_the_package_has_not_is_refused_as_of_any_module() -> None:
+def test_unknown_name_in_package_raises_attribute_error() -> None:
     """Some names are loaded when first used; unknown ones are an AttributeError."""
     with pytest.raises(AttributeError, match=r"^module 'asyncbucket' has no attribute 'Limitr'$"):
         _ = asyncbucket.Limitr
     assert asyncbucket.Plan.__name__ == "Plan"
 
 
-def test_what_others_wrote_steers_no_terminal() -> None:
+def test_foreign_text_is_shown_on_one_line_without_control_characters() -> None:
     """It is shown on one line, and only with printable characters."""
     assert (
         one_line(" a\x1b[2J\x07 name\r\n\tof\u200bsomebody\u2028 é ") == "a [2J  name of somebody é"

@@ -34,7 +34,7 @@ def paused(seconds: float = 1.0) -> Paused:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_event_is_a_frozen_value_without_a_dict(kind: type[Event]) -> None:
+def test_event_is_frozen_value_without_instance_dict(kind: type[Event]) -> None:
     """No observer can change what the next one sees, and many events take little memory."""
     fields: dict[str, Any] = {field.name: "x" for field in dataclasses.fields(kind)}
     event, same = kind(**fields), kind(**fields)
@@ -46,13 +46,13 @@ def test_an_event_is_a_frozen_value_without_a_dict(kind: type[Event]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_event_says_where_and_when(kind: type[Event]) -> None:
+def test_event_names_its_limiter_and_instant(kind: type[Event]) -> None:
     """Every event names one limiter and one instant."""
     assert {"limiter", "at"} <= {field.name for field in dataclasses.fields(kind)}
     assert kind.__doc__
 
 
-def test_an_event_goes_into_json_and_into_another_process() -> None:
+def test_event_has_plain_values_and_survives_pickling() -> None:
     """It consists of plain values only."""
     settled = Settled(limiter="openai", at=1.0, reserved={"tokens": 9}, used={"tokens": 7})
 
@@ -66,7 +66,7 @@ def test_an_event_goes_into_json_and_into_another_process() -> None:
     assert pickle.loads(pickle.dumps(ADMITTED)) == ADMITTED  # noqa: S301 - our own
 
 
-def test_an_event_reads_well() -> None:
+def test_event_repr_shows_all_fields() -> None:
     """Its repr shows all its fields."""
     assert repr(ADMITTED) == (
         "Admitted(limiter='openai/chat', at=12.5, cost={'requests': 1, 'tokens': 900}, "
@@ -74,7 +74,7 @@ def test_an_event_reads_well() -> None:
     )
 
 
-def test_every_observer_is_told_in_the_order_of_coming() -> None:
+def test_observers_are_called_in_order_they_were_added() -> None:
     """All of them get the same object, in the order in which they were added."""
     observers = Observers()
     seen: list[tuple[str, Event]] = []
@@ -87,7 +87,7 @@ def test_every_observer_is_told_in_the_order_of_coming() -> None:
     assert all(event is ADMITTED for _, event in seen)
 
 
-def test_nobody_is_told_any_more_after_removal() -> None:
+def test_removed_observer_gets_no_more_events() -> None:
     """Removing it twice, or one of two registrations of a callback, removes no other."""
     observers = Observers()
     seen: list[Event] = []
@@ -103,7 +103,7 @@ def test_nobody_is_told_any_more_after_removal() -> None:
     assert len(seen) == 1
 
 
-def test_observers_are_true_while_somebody_watches() -> None:
+def test_observers_are_truthy_only_while_one_is_registered() -> None:
     """The core makes no events while there are no observers."""
     observers = Observers()
     assert not observers
@@ -115,7 +115,7 @@ def test_observers_are_true_while_somebody_watches() -> None:
     assert not observers
 
 
-def test_an_observer_that_raises_is_reported_once_and_stops_nobody(
+def test_observer_that_raises_is_logged_once_and_stops_no_other(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The log says which one, on what event and why; the other observers get every event."""
@@ -136,14 +136,14 @@ def test_an_observer_that_raises_is_reported_once_and_stops_nobody(
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("asyncbucket", "ERROR")
     assert record.getMessage() == (
-        "observer test_an_observer_that_raises_is_reported_once_and_stops_nobody.<locals>.faulty "
+        "observer test_observer_that_raises_is_logged_once_and_stops_no_other.<locals>.faulty "
         "raised on Admitted; later errors of it are not reported"
     )
     assert record.exc_info
     assert str(record.exc_info[1]) == "disk full"
 
 
-def test_a_report_does_not_show_what_an_observer_was_made_with(
+def test_logged_observer_error_does_not_show_repr_of_observer(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The repr of a callable object, such as a bound method or a partial, may hold a secret."""
@@ -163,7 +163,7 @@ def test_a_report_does_not_show_what_an_observer_was_made_with(
     assert "sk-canary" not in caplog.text
 
 
-def test_an_interrupt_is_no_error_of_an_observer() -> None:
+def test_keyboard_interrupt_in_observer_is_not_swallowed() -> None:
     """Ctrl-C while an observer runs ends the program, as it does elsewhere."""
     observers = Observers()
 
@@ -175,7 +175,7 @@ def test_an_interrupt_is_no_error_of_an_observer() -> None:
         observers.emit(ADMITTED)
 
 
-def test_an_observer_may_come_and_go_while_it_is_told() -> None:
+def test_observer_may_add_and_remove_observers_while_it_is_called() -> None:
     """An event goes to the observers that were there when it was sent."""
     observers = Observers()
     seen: list[str] = []
@@ -193,7 +193,7 @@ def test_an_observer_may_come_and_go_while_it_is_told() -> None:
     assert seen == ["once", "new"]
 
 
-def test_an_observer_may_make_events_itself() -> None:
+def test_observer_may_emit_events_itself() -> None:
     """Each event is delivered when it happens, and the first one is not lost."""
     observers = Observers()
     seen: list[float] = []
@@ -217,14 +217,14 @@ def test_an_observer_may_make_events_itself() -> None:
         ("print", "an observer must be a function of an event; str cannot be called"),
     ],
 )
-def test_what_cannot_be_called_is_no_observer(callback: Any, message: str) -> None:
+def test_observer_that_is_not_callable_is_refused(callback: Any, message: str) -> None:
     """This is refused at once, not with the first event."""
     with pytest.raises(TypeError) as caught:
         Observers().add(callback)
     assert str(caught.value) == message
 
 
-def test_a_coroutine_function_is_no_observer() -> None:
+def test_coroutine_function_is_refused_as_observer() -> None:
     """It would never be awaited, so nothing would happen."""
 
     async def watch(_: Event) -> None: ...
@@ -233,12 +233,12 @@ def test_a_coroutine_function_is_no_observer() -> None:
         Observers().add(watch)
     assert str(caught.value) == (
         "an observer must be a plain function, and "
-        "test_a_coroutine_function_is_no_observer.<locals>.watch is a coroutine function: "
+        "test_coroutine_function_is_refused_as_observer.<locals>.watch is a coroutine function: "
         "let it put the event into a queue"
     )
 
 
-def test_an_object_that_is_called_asynchronously_is_no_observer() -> None:
+def test_object_with_async_call_is_refused_as_observer() -> None:
     """Its `__call__` is a coroutine function."""
 
     class Watch:
@@ -248,7 +248,7 @@ def test_an_object_that_is_called_asynchronously_is_no_observer() -> None:
         Observers().add(Watch())
 
 
-def test_an_event_for_later_comes_before_the_next_one() -> None:
+def test_postponed_event_comes_before_next_one() -> None:
     """A finalizer may run inside an observer, so it only queues its event."""
     observers = Observers()
     seen: list[Event] = []
@@ -262,7 +262,7 @@ def test_an_event_for_later_comes_before_the_next_one() -> None:
     assert seen == [paused(1), paused(2), paused(3)]
 
 
-def test_an_event_for_later_is_told_when_asked_for() -> None:
+def test_flush_delivers_postponed_event_once() -> None:
     """Reading the statistics delivers everything that happened before."""
     observers = Observers()
     seen: list[Event] = []
@@ -275,7 +275,7 @@ def test_an_event_for_later_is_told_when_asked_for() -> None:
     assert seen == [ADMITTED]
 
 
-def test_an_event_for_later_is_not_kept_while_nobody_watches() -> None:
+def test_postponed_event_is_dropped_while_no_observer_is_registered() -> None:
     """Events do not pile up, and a new observer gets none from before."""
     observers = Observers()
     observers.emit_later(ADMITTED)
@@ -287,7 +287,7 @@ def test_an_event_for_later_is_not_kept_while_nobody_watches() -> None:
     assert seen == []
 
 
-def test_thousands_of_events_for_later_are_no_deep_recursion() -> None:
+def test_thousands_of_postponed_events_cause_no_deep_recursion() -> None:
     """They are delivered one after the other."""
     observers = Observers()
     seen: list[Event] = []
@@ -300,7 +300,7 @@ def test_thousands_of_events_for_later_are_no_deep_recursion() -> None:
     assert len(seen) == 5_001
 
 
-def test_a_warning_is_seen_where_logging_is_not_configured() -> None:
+def test_warning_reaches_stderr_when_logging_is_not_configured() -> None:
     """Without any logging set up, warnings still go to standard error."""
     code = "import asyncbucket, logging; logging.getLogger('asyncbucket').warning('look here')"
     done = subprocess.run(

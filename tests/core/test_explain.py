@@ -12,7 +12,7 @@ from asyncbucket import Cost, CostExceedsLimit, Limit, Limiter
 from asyncbucket.testing import VirtualTime, virtual_time
 
 
-def test_it_reads_well(virtual_time: VirtualTime) -> None:
+def test_explanation_names_what_binds_now_and_in_the_long_run(virtual_time: VirtualTime) -> None:
     """It says what binds now, behind how many calls, and what binds in the long run."""
 
     async def main() -> None:
@@ -35,7 +35,7 @@ def test_it_reads_well(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_what_is_asked_is_part_of_the_answer(virtual_time: VirtualTime) -> None:
+def test_explanation_has_cost_and_rate_of_limits_tightest_first(virtual_time: VirtualTime) -> None:
     """It has the cost and the calls that each limit allows, the tightest limit first."""
     key = Limiter("100 RPD", "60k TPM", name="key", clock=virtual_time.clock)
     chat = key.child("chat", "30 RPM")
@@ -58,7 +58,7 @@ def test_what_is_asked_is_part_of_the_answer(virtual_time: VirtualTime) -> None:
     assert "requests allow 5 such calls a day" in str(Limiter("5 RPD").explain())
 
 
-def test_slots_tell_no_time(virtual_time: VirtualTime) -> None:
+def test_explanation_gives_no_time_when_slots_bind(virtual_time: VirtualTime) -> None:
     """Nobody knows when a slot is given back, so calls behind get no time, either."""
 
     async def main() -> None:
@@ -82,14 +82,14 @@ def test_slots_tell_no_time(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_a_pause_is_named(virtual_time: VirtualTime) -> None:
+def test_explanation_names_pause_and_its_length(virtual_time: VirtualTime) -> None:
     """The text says how long the pause lasts."""
     limiter = Limiter("60 RPM", clock=virtual_time.clock)
     limiter.pause(90)
     assert str(limiter.explain()).startswith("a call would wait 90 s: the limiter is paused;")
 
 
-def test_asking_changes_nothing(virtual_time: VirtualTime) -> None:
+def test_explain_changes_nothing(virtual_time: VirtualTime) -> None:
     """Nothing is booked, counted or awaited; a cost that can never pass is an error."""
 
     async def main() -> None:
@@ -116,7 +116,7 @@ costs = st.lists(st.integers(1, 60), min_size=1, max_size=25)
 @pytest.mark.heavy
 @settings(deadline=None, max_examples=100)
 @given(costs, st.integers(1, 60), st.floats(0, 70))
-def test_the_wait_is_the_real_one_in_a_line(ahead: list[int], tokens: int, pause: float) -> None:
+def test_explained_wait_in_line_is_exact(ahead: list[int], tokens: int, pause: float) -> None:
     """It is exact to the nanosecond if nothing is refunded and no call is more urgent."""
 
     async def main(time: VirtualTime) -> None:
@@ -135,7 +135,7 @@ def test_the_wait_is_the_real_one_in_a_line(ahead: list[int], tokens: int, pause
         time.run(main(time))
 
 
-def test_in_a_tree_the_wait_is_that_of_whoever_comes_last(virtual_time: VirtualTime) -> None:
+def test_explained_wait_in_tree_is_upper_bound(virtual_time: VirtualTime) -> None:
     """A child out of its quota does not count; a call may pass earlier, never later."""
 
     async def main() -> None:
@@ -161,7 +161,7 @@ def test_in_a_tree_the_wait_is_that_of_whoever_comes_last(virtual_time: VirtualT
     virtual_time.run(main())
 
 
-def test_limits_of_a_child_are_named_with_their_place(virtual_time: VirtualTime) -> None:
+def test_explanation_names_limiter_of_each_limit(virtual_time: VirtualTime) -> None:
     """This tells which limit to raise."""
     key = Limiter("600 RPM", name="key", clock=virtual_time.clock)
     child = key.child("chat", Limit("tokens", 1_000, per=1))
@@ -169,7 +169,7 @@ def test_limits_of_a_child_are_named_with_their_place(virtual_time: VirtualTime)
     assert names == ["key", "key/chat"]
 
 
-def test_those_that_go_later_are_not_counted(virtual_time: VirtualTime) -> None:
+def test_explanation_does_not_count_calls_that_go_later(virtual_time: VirtualTime) -> None:
     """These are less urgent calls, and those of a sibling that is out of its own quota."""
 
     async def main() -> None:
@@ -192,7 +192,7 @@ def test_those_that_go_later_are_not_counted(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_those_behind_one_that_is_held_up_elsewhere_are_not_counted(
+def test_explanation_does_not_count_calls_behind_held_up_call_of_sibling(
     virtual_time: VirtualTime,
 ) -> None:
     """A sibling's cheap calls would pass its own limits, but wait behind one that does not."""
@@ -212,7 +212,7 @@ def test_those_behind_one_that_is_held_up_elsewhere_are_not_counted(
     virtual_time.run(main())
 
 
-def test_whoever_has_earned_its_turn_goes_before(virtual_time: VirtualTime) -> None:
+def test_explain_counts_call_above_burst_that_earned_its_turn(virtual_time: VirtualTime) -> None:
     """A call above its child's burst that was head long enough waits only for the key."""
 
     async def main() -> None:
@@ -232,7 +232,7 @@ def test_whoever_has_earned_its_turn_goes_before(virtual_time: VirtualTime) -> N
     virtual_time.run(main())
 
 
-def test_it_speaks_for_the_tenant_that_is_inherited(virtual_time: VirtualTime) -> None:
+def test_explanation_applies_to_inherited_tenant(virtual_time: VirtualTime) -> None:
     """It answers as for a call made in its place."""
     key = Limiter("100 RPM", name="key", clock=virtual_time.clock)
     key.per_key("1 RPM")
@@ -242,7 +242,7 @@ def test_it_speaks_for_the_tenant_that_is_inherited(virtual_time: VirtualTime) -
         assert key.explain().wait == pytest.approx(60 * 515 / 512)
 
 
-def test_names_and_numbers_are_written_as_people_write_them() -> None:
+def test_explanation_spells_names_and_numbers_as_people_do() -> None:
     """Input tokens have no underscore, one call is singular, an equal rate is 1.0x."""
     one = str(Limiter("100 ITPM").explain(input_tokens=100))
     assert "input tokens allow 1 such call a minute (100 input tokens per 60 s)" in one

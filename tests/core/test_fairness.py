@@ -9,7 +9,7 @@ from asyncbucket import Limiter, TokenBucket
 from asyncbucket.testing import VirtualTime
 
 
-def test_calls_pass_in_the_order_of_their_arrival(virtual_time: VirtualTime) -> None:
+def test_calls_pass_in_order_of_arrival(virtual_time: VirtualTime) -> None:
     """This holds whatever they cost, and whatever they wait for."""
 
     async def main() -> None:
@@ -32,7 +32,7 @@ def test_calls_pass_in_the_order_of_their_arrival(virtual_time: VirtualTime) -> 
     virtual_time.run(main())
 
 
-def test_a_costly_call_waits_no_longer_than_its_turn(virtual_time: VirtualTime) -> None:
+def test_costly_call_waits_no_longer_than_its_turn(virtual_time: VirtualTime) -> None:
     """It costs 90 % of the burst, among cheap calls that ask for twice the rate."""
 
     async def main() -> None:
@@ -63,7 +63,7 @@ def test_a_costly_call_waits_no_longer_than_its_turn(virtual_time: VirtualTime) 
     virtual_time.run(main())
 
 
-def test_a_call_above_the_burst_waits_no_longer_than_its_turn(virtual_time: VirtualTime) -> None:
+def test_call_above_burst_waits_no_longer_than_its_turn(virtual_time: VirtualTime) -> None:
     """It earns the rest while it is head, and no other call takes that."""
 
     async def main() -> None:
@@ -85,7 +85,7 @@ def test_a_call_above_the_burst_waits_no_longer_than_its_turn(virtual_time: Virt
     virtual_time.run(main())
 
 
-def test_a_newcomer_never_passes_those_who_wait(virtual_time: VirtualTime) -> None:
+def test_newcomer_never_passes_waiting_calls(virtual_time: VirtualTime) -> None:
     """There is room for its one token, but a call for 99 came first."""
 
     async def main() -> None:
@@ -107,7 +107,7 @@ def test_a_newcomer_never_passes_those_who_wait(virtual_time: VirtualTime) -> No
     virtual_time.run(main())
 
 
-def test_a_queue_of_cheap_calls_is_served_by_one_wake_up(virtual_time: VirtualTime) -> None:
+def test_refund_admits_all_calls_that_fit_at_once(virtual_time: VirtualTime) -> None:
     """A refund admits, at the same instant, all calls that now fit."""
 
     async def main() -> None:

@@ -35,7 +35,7 @@ def run(code: str) -> str:
     return done.stderr
 
 
-def test_a_child_has_all_the_slots_and_what_is_left_of_the_windows() -> None:
+def test_forked_process_has_all_slots_free_and_keeps_used_units() -> None:
     """The parent's leases neither count in the child nor give back anything there."""
     run("""
         limiter = Limiter("100 TPM", concurrency=2)
@@ -62,7 +62,7 @@ def test_a_child_has_all_the_slots_and_what_is_left_of_the_windows() -> None:
     """)
 
 
-def test_a_lock_held_in_another_thread_does_not_deadlock_the_child() -> None:
+def test_lock_held_by_other_thread_at_fork_does_not_deadlock_forked_process() -> None:
     """It does not matter which thread holds the lock at the fork."""
     run("""
         limiter = Limiter("100 TPM", concurrency=1)
@@ -88,7 +88,7 @@ def test_a_lock_held_in_another_thread_does_not_deadlock_the_child() -> None:
     """)
 
 
-def test_calls_that_wait_in_the_parent_do_not_wait_in_the_child() -> None:
+def test_calls_waiting_in_parent_process_do_not_wait_in_forked_process() -> None:
     """The fork happens while a call waits in line in the parent."""
     run("""
         limiter = Limiter(concurrency=1)
@@ -122,7 +122,7 @@ def test_calls_that_wait_in_the_parent_do_not_wait_in_the_child() -> None:
     """)
 
 
-def test_calls_of_the_parent_that_end_in_the_child_count_nowhere() -> None:
+def test_calls_of_parent_process_that_end_in_forked_process_are_not_counted() -> None:
     """Cancelled, closed or just admitted, they give nothing back; the child's line is its own."""
     run("""
         limiter = Limiter(concurrency=1)
@@ -176,7 +176,7 @@ def test_calls_of_the_parent_that_end_in_the_child_count_nowhere() -> None:
     """)
 
 
-def test_a_bucket_goes_on_in_the_child() -> None:
+def test_bucket_works_in_forked_process_with_units_of_its_own() -> None:
     """From then on each process has its own units."""
     run("""
         bucket = TokenBucket(rate=0.001, burst=3)
@@ -191,7 +191,7 @@ def test_a_bucket_goes_on_in_the_child() -> None:
     """)
 
 
-def test_a_child_process_has_its_own_children_of_a_limiter() -> None:
+def test_waiting_calls_and_slots_of_children_and_tenants_do_not_survive_fork() -> None:
     """Waiting calls, slots and tenants in use belong to the parent."""
     run("""
         key = Limiter("100 RPM", concurrency=3)

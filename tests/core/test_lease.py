@@ -8,7 +8,7 @@ from asyncbucket import Limiter
 from asyncbucket.testing import VirtualTime, virtual_time
 
 
-def test_settling_below_gives_back_at_once(virtual_time: VirtualTime) -> None:
+def test_settling_below_reservation_refunds_at_once(virtual_time: VirtualTime) -> None:
     """A waiting call passes at that instant."""
 
     async def main() -> None:
@@ -23,7 +23,7 @@ def test_settling_below_gives_back_at_once(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_settling_above_leaves_a_debt(virtual_time: VirtualTime) -> None:
+def test_settling_above_reservation_leaves_debt(virtual_time: VirtualTime) -> None:
     """Later calls wait until the debt has left the window."""
 
     async def main() -> None:
@@ -39,7 +39,7 @@ def test_settling_above_leaves_a_debt(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_settling_above_by_one_is_a_debt_too(virtual_time: VirtualTime) -> None:
+def test_settling_one_token_above_reservation_counts_it(virtual_time: VirtualTime) -> None:
     """A single token is the smallest debt."""
     limiter = Limiter("100 TPM", clock=virtual_time.clock)
     limiter.acquire_nowait(tokens=10).settle(tokens=11)
@@ -48,7 +48,7 @@ def test_settling_above_by_one_is_a_debt_too(virtual_time: VirtualTime) -> None:
 
 
 @pytest.mark.parametrize(("used", "refunded"), [(0, {"requests": 2}), (3, {})])
-def test_requests_are_settled_as_tokens_are(
+def test_requests_can_be_settled_like_tokens(
     virtual_time: VirtualTime, used: int, refunded: dict[str, int]
 ) -> None:
     """A call may turn out to have made no requests, or several."""
@@ -59,7 +59,7 @@ def test_requests_are_settled_as_tokens_are(
     assert limiter.statistics().refunded == refunded
 
 
-def test_settling_is_idempotent_and_corrects_itself(virtual_time: VirtualTime) -> None:
+def test_last_settlement_replaces_earlier_ones(virtual_time: VirtualTime) -> None:
     """The last settlement holds, before and after the release."""
     limiter = Limiter("100 TPM", clock=virtual_time.clock)
     lease = limiter.acquire_nowait(tokens=50)
@@ -74,7 +74,7 @@ def test_settling_is_idempotent_and_corrects_itself(virtual_time: VirtualTime) -
 
 
 @pytest.mark.parametrize("limit", ["100 TPM", "100 TPM burst 100", "100 TPM burst 60"])
-def test_a_debt_that_was_none_comes_back(virtual_time: VirtualTime, limit: str) -> None:
+def test_corrected_debt_leaves_no_trace(virtual_time: VirtualTime, limit: str) -> None:
     """A settlement above the reservation that is corrected later leaves no trace."""
 
     async def main() -> None:
@@ -96,7 +96,7 @@ def test_a_debt_that_was_none_comes_back(virtual_time: VirtualTime, limit: str) 
 
 
 @pytest.mark.parametrize("reserved", [0, 10, 60])
-def test_a_debt_above_the_burst_that_was_none_comes_back(
+def test_debt_above_burst_comes_back_in_full_when_corrected(
     virtual_time: VirtualTime, reserved: int
 ) -> None:
     """All of it comes back, whether or not the bucket was full, since nothing was earned for it."""
@@ -111,7 +111,7 @@ def test_a_debt_above_the_burst_that_was_none_comes_back(
     assert limiter.statistics().limits[0].available == 60 - reserved + flowed_in
 
 
-def test_a_stream_may_be_settled_chunk_by_chunk(virtual_time: VirtualTime) -> None:
+def test_lease_stays_small_when_settled_chunk_by_chunk(virtual_time: VirtualTime) -> None:
     """However many settlements there are, a lease stays small, and the last few undo exactly."""
 
     async def main() -> None:
@@ -130,7 +130,7 @@ def test_a_stream_may_be_settled_chunk_by_chunk(virtual_time: VirtualTime) -> No
     virtual_time.run(main())
 
 
-def test_a_debt_is_dated_anew_when_the_call_leaves(virtual_time: VirtualTime) -> None:
+def test_sending_call_redates_its_debt_along_with_its_booking(virtual_time: VirtualTime) -> None:
     """It gets the new date once, together with all else that the call has booked."""
 
     async def main() -> None:
@@ -150,7 +150,7 @@ def test_a_debt_is_dated_anew_when_the_call_leaves(virtual_time: VirtualTime) ->
     virtual_time.run(main())
 
 
-def test_what_is_not_named_stays_as_it_is(virtual_time: VirtualTime) -> None:
+def test_settlement_changes_only_named_resources_and_token_sum(virtual_time: VirtualTime) -> None:
     """Input or output tokens correct the sum; the sum leaves them alone."""
     limiter = Limiter("1k ITPM", "1k OTPM", "2k TPM", "5 images/s", clock=virtual_time.clock)
 
@@ -176,7 +176,7 @@ def test_what_is_not_named_stays_as_it_is(virtual_time: VirtualTime) -> None:
 
 
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), True, "5"])
-def test_a_settlement_is_a_number(virtual_time: VirtualTime, value: float) -> None:
+def test_invalid_settlement_is_refused(virtual_time: VirtualTime, value: float) -> None:
     """Anything else is refused, and changes nothing."""
     limiter = Limiter("100 TPM", "5 RPS", clock=virtual_time.clock)
     lease = limiter.acquire_nowait(tokens=50)
@@ -186,7 +186,7 @@ def test_a_settlement_is_a_number(virtual_time: VirtualTime, value: float) -> No
 
 
 @pytest.mark.parametrize("unknown", ["concurrency", "token", "images"])
-def test_only_what_is_counted_is_settled(virtual_time: VirtualTime, unknown: str) -> None:
+def test_settling_unknown_resource_is_refused(virtual_time: VirtualTime, unknown: str) -> None:
     """A slot is not an amount to settle, and a misspelt resource would settle nothing."""
     limiter = Limiter("100 TPM", concurrency=2, clock=virtual_time.clock)
     lease = limiter.acquire_nowait(tokens=50)
@@ -197,7 +197,7 @@ def test_only_what_is_counted_is_settled(virtual_time: VirtualTime, unknown: str
     assert "concurrency 0/2" in repr(limiter)
 
 
-def test_a_child_process_does_not_settle_for_its_parent(virtual_time: VirtualTime) -> None:
+def test_forked_process_does_not_settle_lease_of_its_parent(virtual_time: VirtualTime) -> None:
     """Otherwise less than nothing would be lent there, and calls refused that can pass."""
     limiter = Limiter("100 TPM", clock=virtual_time.clock)
     inherited = limiter.acquire_nowait(tokens=40)
@@ -216,7 +216,7 @@ def test_a_child_process_does_not_settle_for_its_parent(virtual_time: VirtualTim
     virtual_time.run(main())
 
 
-def test_releasing_twice_gives_one_slot_back(virtual_time: VirtualTime) -> None:
+def test_lease_released_twice_gives_back_one_slot(virtual_time: VirtualTime) -> None:
     """However it is released, and even if it is collected afterwards."""
 
     async def main() -> None:
@@ -234,7 +234,7 @@ def test_releasing_twice_gives_one_slot_back(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_an_error_inside_releases_too(virtual_time: VirtualTime) -> None:
+def test_error_inside_with_block_releases_lease(virtual_time: VirtualTime) -> None:
     """The slot comes back; the cost stays counted."""
 
     async def main() -> None:
@@ -251,7 +251,7 @@ def test_an_error_inside_releases_too(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_undoing_gives_everything_back(virtual_time: VirtualTime) -> None:
+def test_undo_gives_everything_back_once(virtual_time: VirtualTime) -> None:
     """This is for a call that was never made; it works once, and the admission stays counted."""
 
     async def main() -> None:
@@ -271,7 +271,7 @@ def test_undoing_gives_everything_back(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_undoing_gives_back_what_was_not_reserved_too(virtual_time: VirtualTime) -> None:
+def test_undo_gives_back_resource_that_was_only_settled(virtual_time: VirtualTime) -> None:
     """A resource that was only settled comes back, too, if the call was not made."""
     limiter = Limiter("5 images/s", clock=virtual_time.clock)
     lease = limiter.acquire_nowait()
@@ -280,7 +280,7 @@ def test_undoing_gives_back_what_was_not_reserved_too(virtual_time: VirtualTime)
     assert limiter.statistics().limits[0].used == 0
 
 
-def test_a_booking_is_dated_anew_when_the_call_leaves(virtual_time: VirtualTime) -> None:
+def test_sending_call_redates_its_booking(virtual_time: VirtualTime) -> None:
     """Sent three seconds after its admission, it stays in the window for three seconds longer."""
 
     async def main() -> None:
@@ -296,7 +296,7 @@ def test_a_booking_is_dated_anew_when_the_call_leaves(virtual_time: VirtualTime)
     virtual_time.run(main())
 
 
-def test_dating_anew_never_charges_a_paced_call_twice(virtual_time: VirtualTime) -> None:
+def test_redating_call_above_burst_does_not_charge_it_twice(virtual_time: VirtualTime) -> None:
     """A call above the burst that is sent as soon as it was admitted is charged once."""
 
     async def main() -> None:
@@ -310,7 +310,7 @@ def test_dating_anew_never_charges_a_paced_call_twice(virtual_time: VirtualTime)
     virtual_time.run(main())
 
 
-def test_dating_anew_charges_once_though_others_have_passed(virtual_time: VirtualTime) -> None:
+def test_redating_after_others_passed_does_not_charge_call_twice(virtual_time: VirtualTime) -> None:
     """What a call above the burst had earned is no debt, even if another one left before it."""
 
     async def main() -> None:
@@ -324,7 +324,7 @@ def test_dating_anew_charges_once_though_others_have_passed(virtual_time: Virtua
     virtual_time.run(main())
 
 
-def test_a_partial_refund_of_a_call_above_the_burst_keeps_the_burst(
+def test_partial_refund_of_call_above_burst_leaves_actual_use_booked(
     virtual_time: VirtualTime,
 ) -> None:
     """If 300 were reserved and 50 used, another 50 may pass at once, not 100."""
@@ -340,7 +340,7 @@ def test_a_partial_refund_of_a_call_above_the_burst_keeps_the_burst(
     virtual_time.run(main())
 
 
-def test_a_call_that_ends_after_its_window_refunds_nobody_elses(virtual_time: VirtualTime) -> None:
+def test_settling_after_window_has_passed_refunds_nothing(virtual_time: VirtualTime) -> None:
     """What has left the window is not given back again."""
 
     async def main() -> None:
@@ -354,7 +354,7 @@ def test_a_call_that_ends_after_its_window_refunds_nobody_elses(virtual_time: Vi
     virtual_time.run(main())
 
 
-def test_a_lease_speaks_for_itself(virtual_time: VirtualTime) -> None:
+def test_lease_repr_shows_state_cost_and_wait(virtual_time: VirtualTime) -> None:
     """Its repr shows whether it is open, what it cost, and what it waited for."""
 
     async def main() -> None:
@@ -377,7 +377,7 @@ def test_a_lease_speaks_for_itself(virtual_time: VirtualTime) -> None:
     words=st.lists(st.tuples(st.integers(0, 90), st.sampled_from([0.0, 0.3, 5.0])), max_size=8),
     early=st.booleans(),
 )
-def test_in_the_end_the_last_word_is_what_counts(
+def test_at_least_last_settlement_is_counted(
     *, reserved: int, words: list[tuple[int, float]], early: bool
 ) -> None:
     """Never less than the last settlement is counted, and exactly that if none was raised."""

@@ -27,7 +27,7 @@ def make_tree() -> tuple[Limiter, Limiter, Limiter]:
     return root, root.child("a", concurrency=3), root.child("b", concurrency=3)
 
 
-def test_slots_that_both_calls_pass_come_back_once() -> None:
+def test_outer_call_gives_back_slot_of_common_parent_once() -> None:
     """The root's slot is given back for the inner call; the child's is kept until the call ends."""
     root, a, b = make_tree()
     with a.acquire_nowait() as lease:
@@ -37,7 +37,7 @@ def test_slots_that_both_calls_pass_come_back_once() -> None:
     assert used(root, a, b) == [0, 0, 0]
 
 
-def test_slots_that_two_calls_would_hold_against_each_other_come_back_too() -> None:
+def test_call_that_closes_cycle_of_limiters_gives_back_its_own_slot() -> None:
     """If ``a`` calls ``b`` and ``b`` calls ``c``, a call of ``c`` to ``a`` lends its slot."""
     root, a, b = make_tree()
     c = root.child("c", concurrency=3)
@@ -50,7 +50,7 @@ def test_slots_that_two_calls_would_hold_against_each_other_come_back_too() -> N
     assert used(root, a, b, c) == [0, 0, 0, 0]
 
 
-def test_order_of_many_is_searched_once_each() -> None:
+def test_several_paths_to_one_limiter_are_not_a_cycle() -> None:
     """Several ways that lead to the same limiter do not yet make a circle."""
     root, a, b = make_tree()
     c, d = root.child("c", concurrency=3), root.child("d", concurrency=3)
@@ -61,7 +61,7 @@ def test_order_of_many_is_searched_once_each() -> None:
         lease.release()
 
 
-def test_who_waits_for_such_a_slot_passes(virtual_time: VirtualTime) -> None:
+def test_inner_call_passes_when_outer_call_gives_back_its_slot(virtual_time: VirtualTime) -> None:
     """It passes at once, though the outer call goes on."""
 
     async def main() -> None:
@@ -77,7 +77,7 @@ def test_who_waits_for_such_a_slot_passes(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_call_from_before_there_were_slots_gives_back_the_one_it_came_to_hold() -> None:
+def test_call_admitted_before_slots_were_set_gives_back_its_slot() -> None:
     """The call was counted when slots were set."""
     root = Limiter("1000/s", clock=VirtualClock())
     with root.acquire_nowait() as lease:
@@ -89,7 +89,7 @@ def test_call_from_before_there_were_slots_gives_back_the_one_it_came_to_hold() 
 
 
 @pytest.mark.parametrize("of_parent", [False, True])
-def test_what_is_held_no_more_gives_nothing_back(*, of_parent: bool) -> None:
+def test_released_or_inherited_lease_gives_back_no_slot(*, of_parent: bool) -> None:
     """A released lease, or one of a parent process, would give back another call's slot."""
     root = Limiter("1000/s", concurrency=3, clock=VirtualClock())
     lease, other = root.acquire_nowait(), root.acquire_nowait()
@@ -103,7 +103,7 @@ def test_what_is_held_no_more_gives_nothing_back(*, of_parent: bool) -> None:
     other.release()
 
 
-def test_call_of_another_tree_needs_none() -> None:
+def test_outer_call_keeps_its_slot_for_call_in_another_tree() -> None:
     """A call that waits in another tree needs no slot of this one."""
     root, elsewhere = (Limiter("1000/s", concurrency=1, clock=VirtualClock()) for _ in range(2))
     with root.acquire_nowait() as lease:
@@ -111,7 +111,7 @@ def test_call_of_another_tree_needs_none() -> None:
         assert used(root) == [1]
 
 
-async def test_slot_in_a_store_comes_back_too(tmp_path: Path) -> None:
+async def test_slot_in_store_is_given_back_for_inner_call(tmp_path: Path) -> None:
     """The slot in the store comes back, whichever limiter object the inner call uses."""
     root = Limiter("1000/s", concurrency=1, store=f"sqlite:///{tmp_path}/limits.db?patience=5")
     async with root.acquire() as lease:
@@ -121,7 +121,7 @@ async def test_slot_in_a_store_comes_back_too(tmp_path: Path) -> None:
     await root.aclose()
 
 
-def test_pace_is_a_limiter_and_its_wrap() -> None:
+def test_pace_wraps_llm_and_refuses_missing_limit() -> None:
     """It wraps in one line; without a limit it is an error."""
     mock = pytest.importorskip("llama_index.core.llms").MockLLM
     llm = pace(mock(), rpm=60, timeout=3.0)

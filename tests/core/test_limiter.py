@@ -12,7 +12,7 @@ from asyncbucket.limiter.statistics import LimitUse, Waits
 from asyncbucket.testing import VirtualTime
 
 
-def test_acquire_is_awaited_or_entered(virtual_time: VirtualTime) -> None:
+def test_acquire_can_be_awaited_or_entered(virtual_time: VirtualTime) -> None:
     """Awaiting it gives a lease to keep; entering it gives one that is released on leaving."""
 
     async def main() -> None:
@@ -33,7 +33,7 @@ def test_acquire_is_awaited_or_entered(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_an_acquisition_takes_nothing_until_it_is_awaited(virtual_time: VirtualTime) -> None:
+def test_acquisition_takes_nothing_until_it_is_awaited(virtual_time: VirtualTime) -> None:
     """It may be made early, thrown away, closed, or awaited again for another lease."""
 
     async def main() -> None:
@@ -48,7 +48,7 @@ def test_an_acquisition_takes_nothing_until_it_is_awaited(virtual_time: VirtualT
     virtual_time.run(main())
 
 
-def test_leaving_an_acquisition_that_was_not_entered_is_harmless(virtual_time: VirtualTime) -> None:
+def test_leaving_acquisition_that_was_not_entered_is_harmless(virtual_time: VirtualTime) -> None:
     """This happens when entering has failed."""
 
     async def main() -> None:
@@ -61,7 +61,7 @@ def test_leaving_an_acquisition_that_was_not_entered_is_harmless(virtual_time: V
     virtual_time.run(main())
 
 
-def test_who_forgets_to_await_is_told_so(virtual_time: VirtualTime) -> None:
+def test_acquisition_never_awaited_causes_warning(virtual_time: VirtualTime) -> None:
     """The warning names the caller's line; there is none if it was closed, or the limiter used."""
 
     async def main() -> None:
@@ -85,9 +85,7 @@ def test_who_forgets_to_await_is_told_so(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_a_timeout_counts_from_each_time_that_an_acquisition_is_entered(
-    virtual_time: VirtualTime,
-) -> None:
+def test_timeout_restarts_each_time_acquisition_is_entered(virtual_time: VirtualTime) -> None:
     """An acquisition that is entered again may wait as long as the first time."""
 
     async def main() -> None:
@@ -102,7 +100,7 @@ def test_a_timeout_counts_from_each_time_that_an_acquisition_is_entered(
     virtual_time.run(main())
 
 
-def test_an_acquisition_is_entered_by_one_at_a_time(virtual_time: VirtualTime) -> None:
+def test_acquisition_can_be_entered_by_one_task_at_a_time(virtual_time: VirtualTime) -> None:
     """A second task is refused while the first waits or holds a lease."""
 
     async def main() -> None:
@@ -137,7 +135,7 @@ def test_an_acquisition_is_entered_by_one_at_a_time(virtual_time: VirtualTime) -
     virtual_time.run(main())
 
 
-async def test_an_acquisition_makes_one_task() -> None:
+async def test_acquisition_can_be_wrapped_in_one_task_only() -> None:
     """Awaiting it in a second task fails, as with any coroutine, and gives no lease."""
     limiter = Limiter(concurrency=2)
     acquisition = limiter.acquire()
@@ -151,7 +149,7 @@ async def test_an_acquisition_makes_one_task() -> None:
 
 
 @pytest.mark.parametrize("debug", [False, True])
-def test_an_acquisition_is_a_coroutine_to_asyncio(*, debug: bool) -> None:
+def test_acquisition_is_accepted_by_asyncio_as_coroutine(*, debug: bool) -> None:
     """create_task, gather, wait_for, shield and TaskGroup take it, in debug mode, too."""
     with VirtualTime(debug=debug) as time:
 
@@ -169,7 +167,7 @@ def test_an_acquisition_is_a_coroutine_to_asyncio(*, debug: bool) -> None:
         time.run(main())
 
 
-def test_one_admission_covers_everything_or_nothing(virtual_time: VirtualTime) -> None:
+def test_waiting_call_holds_neither_slot_nor_request(virtual_time: VirtualTime) -> None:
     """While a call waits for tokens, it holds neither a slot nor a request."""
 
     async def main() -> None:
@@ -187,7 +185,7 @@ def test_one_admission_covers_everything_or_nothing(virtual_time: VirtualTime) -
     virtual_time.run(main())
 
 
-def test_a_lease_tells_what_it_waited_for(virtual_time: VirtualTime) -> None:
+def test_lease_tells_what_it_waited_for(virtual_time: VirtualTime) -> None:
     """It may be requests, slots or nothing; the statistics count the waits by what bound them."""
 
     async def main() -> None:
@@ -209,7 +207,7 @@ def test_a_lease_tells_what_it_waited_for(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_who_passes_before_the_pacer_has_looked_tells_what_it_waited_for(
+def test_call_that_passes_before_pacer_looks_still_names_what_bound_it(
     virtual_time: VirtualTime,
 ) -> None:
     """The slot comes back in the same iteration of the loop in which the call began to wait."""
@@ -227,7 +225,7 @@ def test_who_passes_before_the_pacer_has_looked_tells_what_it_waited_for(
     virtual_time.run(main())
 
 
-def test_a_cost_object_is_the_whole_cost(virtual_time: VirtualTime) -> None:
+def test_cost_object_works_in_every_kind_of_acquire(virtual_time: VirtualTime) -> None:
     """A `Cost` works like its parts in every kind of acquire."""
     limiter = Limiter("10 images/s", "500 TPM", clock=virtual_time.clock)
     cost = Cost(tokens=100, images=2)
@@ -244,7 +242,7 @@ async def keep(limiter: Limiter, cost: Cost) -> Lease:
     return await limiter.acquire(cost)
 
 
-def test_input_and_output_tokens_have_limits_of_their_own(virtual_time: VirtualTime) -> None:
+def test_input_and_output_tokens_are_limited_separately(virtual_time: VirtualTime) -> None:
     """Where only their sum is known, each limit counts all of it."""
     limiter = Limiter("1k ITPM", "1k OTPM", "2k TPM", clock=virtual_time.clock)
     limiter.acquire_nowait(input_tokens=100, output_tokens=30)
@@ -253,7 +251,7 @@ def test_input_and_output_tokens_have_limits_of_their_own(virtual_time: VirtualT
     assert [use.used for use in limiter.statistics().limits] == [150, 80, 180]
 
 
-def test_statistics_are_a_frozen_snapshot(virtual_time: VirtualTime) -> None:
+def test_statistics_are_frozen_snapshot(virtual_time: VirtualTime) -> None:
     """All its values are of one instant, and later calls do not change it."""
 
     async def main() -> None:
@@ -288,7 +286,7 @@ def test_statistics_are_a_frozen_snapshot(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_a_limiter_without_limits_lets_everything_pass(virtual_time: VirtualTime) -> None:
+def test_limiter_without_limits_admits_and_counts_every_call(virtual_time: VirtualTime) -> None:
     """It still counts calls."""
     limiter = Limiter(clock=virtual_time.clock)
     for _ in range(100):
@@ -296,7 +294,7 @@ def test_a_limiter_without_limits_lets_everything_pass(virtual_time: VirtualTime
     assert limiter.statistics().admitted == 100
 
 
-def test_the_clock_is_the_machines_unless_one_is_given() -> None:
+def test_limiter_works_with_default_clock() -> None:
     """With the default clock, an idle limiter and a deadline work, too."""
 
     async def main() -> None:
@@ -309,7 +307,7 @@ def test_the_clock_is_the_machines_unless_one_is_given() -> None:
     asyncio.run(main())
 
 
-def test_limits_may_come_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_limits_are_read_from_env_or_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """They may be in environment variables, or in a file."""
     monkeypatch.setenv("PACE_RPM", "60")
     assert Limiter.from_env("PACE_").limits == (Limit("requests", 60),)
@@ -318,7 +316,7 @@ def test_limits_may_come_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert Limiter.from_toml(file).limits == (Limit("requests", 30),)
 
 
-async def test_closing_without_a_store_does_nothing() -> None:
+async def test_aclose_without_store_does_nothing() -> None:
     """So code need not know where its limits are kept."""
     limiter = Limiter("10 RPS")
     await limiter.aclose()
@@ -326,14 +324,14 @@ async def test_closing_without_a_store_does_nothing() -> None:
     await limiter.aclose()
 
 
-async def test_a_limiter_itself_is_no_context() -> None:
+async def test_limiter_used_as_async_context_manager_is_refused_with_remedy() -> None:
     """The error says what to write instead, for those used to limiters that are one."""
     with pytest.raises(TypeError, match=r"write `async with limiter\.acquire\(\):`"):
         async with Limiter("5 RPM"):
             pass  # pragma: no cover - never entered
 
 
-def test_a_plain_with_is_told_of_both_ways() -> None:
+def test_plain_with_on_acquire_is_refused_with_both_remedies() -> None:
     """The error names the asynchronous one, and the one for code without an event loop."""
     limiter = Limiter("5 RPM")
     with (
@@ -347,7 +345,7 @@ def test_a_plain_with_is_told_of_both_ways() -> None:
 
 
 @pytest.mark.parametrize("clock", [None, 5, "now", time.monotonic, str])
-def test_a_clock_counts_whole_nanoseconds(clock: Any) -> None:
+def test_clock_that_does_not_return_integer_nanoseconds_is_refused(clock: Any) -> None:
     """With a clock of seconds, a minute would last for years."""
     for kind in (Limiter, functools.partial(TokenBucket, 1.0)):
         with pytest.raises(TypeError, match="clock must be a callable that returns integer nano"):
@@ -355,14 +353,14 @@ def test_a_clock_counts_whole_nanoseconds(clock: Any) -> None:
 
 
 @pytest.mark.parametrize("name", [None, 5, b"openai"])
-def test_a_name_is_a_text(name: Any) -> None:
+def test_name_that_is_not_a_string_is_refused(name: Any) -> None:
     """It is shown in messages, and split into levels."""
     with pytest.raises(TypeError, match=f"name must be a string, not {name!r}"):
         Limiter("5 RPM", name=name)
 
 
 @pytest.mark.parametrize("parts", [{"tokens": 5}, {"requests": 2}, {"images": 3}])
-def test_a_whole_cost_has_no_parts_besides(parts: dict[str, Any]) -> None:
+def test_cost_object_together_with_amounts_is_refused(parts: dict[str, Any]) -> None:
     """One of the two would be ignored."""
     limiter = Limiter("10 images/s")
     with pytest.raises(
@@ -381,7 +379,7 @@ def test_a_whole_cost_has_no_parts_besides(parts: dict[str, Any]) -> None:
         ({"since": float("nan")}, "since must be a number of seconds, not nan"),
     ],
 )
-def test_what_is_left_is_a_number(heard: dict[str, Any], message: str) -> None:
+def test_observe_remaining_refuses_invalid_numbers(heard: dict[str, Any], message: str) -> None:
     """Anything else is refused before it has any effect."""
     limiter = Limiter("60 RPM")
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -389,7 +387,7 @@ def test_what_is_left_is_a_number(heard: dict[str, Any], message: str) -> None:
     assert limiter.acquire_nowait().waited == 0
 
 
-def test_a_limit_is_learned_as_an_object() -> None:
+def test_learn_refuses_limit_given_as_string() -> None:
     """Texts are for people; what is learned comes from headers."""
     with pytest.raises(TypeError, match=r"learn\(\) takes a Limit, such as .*, not '60 RPM'"):
         Limiter().learn("60 RPM")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]

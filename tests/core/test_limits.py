@@ -41,7 +41,7 @@ from asyncbucket.limits import KEYWORDS
         ("1,000,000.5k TPM", Limit("tokens", 1_000_000_500)),
     ],
 )
-def test_a_limit_is_read_as_people_write_it(text: str, limit: Limit) -> None:
+def test_limit_is_parsed_as_people_write_it(text: str, limit: Limit) -> None:
     """Short and long forms, prefixes, separators, windows and bursts are understood."""
     assert Limit.parse(text) == limit
 
@@ -56,7 +56,7 @@ def test_a_limit_is_read_as_people_write_it(text: str, limit: Limit) -> None:
         "5/\u017f", "9" * 5000 + " RPM", "1/" + "9" * 5000 + "s", "5 RPM burst " + "9" * 5000,
     ],
 )  # fmt: skip
-def test_garbage_is_no_limit(text: str) -> None:
+def test_unreadable_limit_is_refused(text: str) -> None:
     """What cannot be read is refused at once."""
     with pytest.raises(LimitSyntaxError):
         Limit.parse(text)
@@ -74,7 +74,7 @@ def test_limit_of_one_request_or_token_binds_calls(limit: str | Limit) -> None:
 
 
 @given(st.text(alphabet="0123456789.,_kKmMrRtTiIpPsSdD/ burstequ-²", max_size=20))
-def test_any_text_is_a_limit_or_refused(text: str) -> None:
+def test_any_text_is_parsed_or_refused_with_limit_syntax_error(text: str) -> None:
     """`parse` gives a limit or raises a LimitSyntaxError, and nothing else."""
     try:
         limit = Limit.parse(text)
@@ -92,13 +92,13 @@ def test_any_text_is_a_limit_or_refused(text: str) -> None:
         ("5 RPM", "5 requests per 60 s"),
     ],
 )
-def test_long_window_is_written_out(text: str, said: str) -> None:
+def test_long_window_is_shown_without_exponent(text: str, said: str) -> None:
     """A month is not shown as 2.592e+06, and the text shown can be parsed again."""
     assert str(Limit.parse(text)) == said
     assert Limit.parse(said) == Limit.parse(text)
 
 
-def test_the_message_shows_how_limits_are_written() -> None:
+def test_limit_syntax_error_shows_how_limits_are_written() -> None:
     """It shows the text that was given, and examples to copy."""
     with pytest.raises(LimitSyntaxError) as error:
         Limit.parse("five per minute")
@@ -113,7 +113,7 @@ def test_the_message_shows_how_limits_are_written() -> None:
 
 
 @pytest.mark.parametrize("amount", [0, -1, 1.5, float("nan"), float("inf"), True, "5", None])
-def test_an_amount_is_a_whole_positive_number(amount: float) -> None:
+def test_amount_that_is_not_positive_whole_number_is_refused(amount: float) -> None:
     """Anything else is refused, and the error shows the value."""
     with pytest.raises(LimitSyntaxError) as error:
         Limit("tokens", amount)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
@@ -128,7 +128,7 @@ def test_an_amount_is_a_whole_positive_number(amount: float) -> None:
 
 
 @pytest.mark.parametrize("amount", [10**19, 1e308, 10**400], ids=["1e19", "1e308", "1e400"])
-def test_an_amount_is_no_larger_than_anything(amount: float) -> None:
+def test_amount_above_1e18_is_refused(amount: float) -> None:
     """Amounts beyond 1e18 are refused; a limit that no call reaches can be left out."""
     limiter = Limiter("60 RPM")
     for refuse in (Limiter, limiter.child("a").reconfigure, limiter.reconfigure):
@@ -140,7 +140,7 @@ def test_an_amount_is_no_larger_than_anything(amount: float) -> None:
 @pytest.mark.parametrize(
     "per", [0, -1, 1e-4, float("nan"), float("inf"), True, "minute", None, 1e9]
 )
-def test_a_window_is_a_millisecond_to_400_days(per: float) -> None:
+def test_window_outside_1_ms_to_400_days_is_refused(per: float) -> None:
     """Anything else is refused, and the error shows the value."""
     with pytest.raises(LimitSyntaxError) as error:
         Limit("tokens", 5, per=per)
@@ -149,7 +149,7 @@ def test_a_window_is_a_millisecond_to_400_days(per: float) -> None:
     )
 
 
-def test_a_burst_is_at_most_the_amount() -> None:
+def test_burst_above_limit_is_refused() -> None:
     """A larger burst is refused, and the error shows both numbers."""
     with pytest.raises(LimitSyntaxError) as error:
         Limit("requests", 500, burst=1000)
@@ -162,19 +162,19 @@ def test_a_burst_is_at_most_the_amount() -> None:
 
 
 @pytest.mark.parametrize("resource", ["", "two words", "1st", 5, None])
-def test_a_resource_is_a_name(resource: str) -> None:
+def test_resource_that_is_not_a_name_is_refused(resource: str) -> None:
     """Anything else is refused."""
     with pytest.raises(LimitSyntaxError, match="a resource must be a name such as requests, not"):
         Limit(resource, 5)
 
 
-def test_concurrency_has_no_window() -> None:
+def test_limit_on_concurrency_is_refused() -> None:
     """It is a keyword of its own, not a `Limit`."""
     with pytest.raises(LimitSyntaxError, match=r"no window: pass concurrency=\.\.\."):
         Limit("concurrency", 5)
 
 
-def test_requests_are_paced_by_a_tenth_and_nothing_else_is() -> None:
+def test_default_burst_is_a_tenth_for_requests_and_none_for_tokens() -> None:
     """This is the default burst: at least one request, and none for tokens."""
     assert Limit("requests", 500).burst == 50
     assert Limit("requests", 5).burst == 1
@@ -182,7 +182,7 @@ def test_requests_are_paced_by_a_tenth_and_nothing_else_is() -> None:
     assert Limit("requests", 500.0, burst=20.0).burst == 20  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
-def test_a_limit_knows_its_window_keyword_label_and_text() -> None:
+def test_limit_knows_its_window_keyword_label_and_text() -> None:
     """These are for arithmetic, as an argument, for metrics and for people."""
     limit = Limit("input_tokens", 40_000)
     assert (limit.window, limit.keyword) == (60_000_000_000, "itpm")
@@ -194,7 +194,7 @@ def test_a_limit_knows_its_window_keyword_label_and_text() -> None:
     assert Limit("images", 3, per=0.5).window == Fraction("0.5") * 1_000_000_000
 
 
-def test_keywords_are_limits() -> None:
+def test_keywords_mean_same_as_limit_strings() -> None:
     """Each keyword means the same as the text of that name; None means no limit."""
     for keyword in KEYWORDS:
         keywords: dict[str, Any] = {keyword: 7}
@@ -207,7 +207,7 @@ def test_keywords_are_limits() -> None:
     )
 
 
-def test_unknown_keywords_and_twins_are_refused() -> None:
+def test_unknown_keywords_and_duplicate_windows_are_refused() -> None:
     """A typo's error lists the known keywords; two limits of one window contradict each other."""
     with pytest.raises(LimitSyntaxError) as error:
         Limiter(rpmm=5)
@@ -222,7 +222,7 @@ def test_unknown_keywords_and_twins_are_refused() -> None:
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, float("nan"), True, "5"])
-def test_counts_are_whole_numbers(value: int) -> None:
+def test_concurrency_and_max_queue_must_be_whole_numbers(value: int) -> None:
     """`concurrency` and `max_queue` refuse anything else; the error shows the value."""
     with pytest.raises(ValueError) as error:
         Limiter(concurrency=value)

@@ -8,7 +8,7 @@ from asyncbucket import AcquireTimeout, Limiter, QueueFull, WouldBlock
 from asyncbucket.testing import VirtualTime
 
 
-def test_a_queue_has_an_end(virtual_time: VirtualTime) -> None:
+def test_call_beyond_max_queue_is_refused_with_retry_after(virtual_time: VirtualTime) -> None:
     """A call too many is refused at once, with the time when a place may be free."""
 
     async def main() -> None:
@@ -31,7 +31,7 @@ def test_a_queue_has_an_end(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_each_level_has_its_own_end(virtual_time: VirtualTime) -> None:
+def test_each_level_has_its_own_max_queue(virtual_time: VirtualTime) -> None:
     """A tenant's full queue refuses that tenant, and the key's full queue refuses all."""
 
     async def main() -> None:
@@ -57,7 +57,7 @@ def test_each_level_has_its_own_end(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_a_queue_of_no_length_admits_whoever_need_not_wait(virtual_time: VirtualTime) -> None:
+def test_max_queue_0_admits_only_calls_that_need_not_wait(virtual_time: VirtualTime) -> None:
     """`max_queue=0` refuses all others, in `acquire` and in threads."""
 
     async def main() -> None:
@@ -76,7 +76,7 @@ def test_a_queue_of_no_length_admits_whoever_need_not_wait(virtual_time: Virtual
         limiter.acquire_sync()
 
 
-def test_a_limiters_timeout_holds_for_calls_that_say_nothing(virtual_time: VirtualTime) -> None:
+def test_timeout_of_limiter_is_default_for_calls_and_children(virtual_time: VirtualTime) -> None:
     """A child has its parent's unless given one; `math.inf` means none; a call's own goes first."""
 
     async def main() -> None:
@@ -100,7 +100,7 @@ def test_a_limiters_timeout_holds_for_calls_that_say_nothing(virtual_time: Virtu
     virtual_time.run(main())
 
 
-def test_timeouts_in_a_tree_come_at_their_instants(virtual_time: VirtualTime) -> None:
+def test_timeout_in_tree_admits_call_behind_at_same_instant(virtual_time: VirtualTime) -> None:
     """The call behind is looked at in the same instant."""
 
     async def main() -> None:
@@ -120,7 +120,7 @@ def test_timeouts_in_a_tree_come_at_their_instants(virtual_time: VirtualTime) ->
     virtual_time.run(main())
 
 
-def test_what_to_answer_is_in_the_error(virtual_time: VirtualTime) -> None:
+def test_errors_carry_retry_after(virtual_time: VirtualTime) -> None:
     """`retry_after` is in seconds, or None if only a release can help."""
 
     async def main() -> None:

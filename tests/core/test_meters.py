@@ -56,7 +56,7 @@ def missing(history: list[Booking], rate: float | Fraction, burst: int, now: int
 @given(
     rates, bursts, st.lists(st.tuples(st.integers(0, 5 * SECOND), st.integers(1, 40)), max_size=40)
 )
-def test_bucket_is_never_over(
+def test_bucket_never_exceeds_its_rate_and_burst(
     rate: float | Fraction, burst: int, calls: list[tuple[int, int]]
 ) -> None:
     """Calls that pass as early as allowed keep rate and burst in every interval."""
@@ -87,7 +87,7 @@ def test_bucket_is_never_over(
     st.integers(1, 20),
     st.lists(st.floats(0, 1, exclude_max=True), max_size=8),
 )
-def test_bucket_fails_before_and_passes_at_the_promised_instant(
+def test_bucket_refuses_before_promised_instant_and_passes_at_it(
     rate: float | Fraction,
     burst: int,
     calls: list[tuple[int, int]],
@@ -118,7 +118,7 @@ def test_bucket_fails_before_and_passes_at_the_promised_instant(
 @given(
     rates, bursts, st.lists(st.integers(0, 4 * SECOND), min_size=1, max_size=10), st.integers(1, 60)
 )
-def test_bucket_answers_never_decrease_as_time_goes_by(
+def test_earliest_of_bucket_never_decreases_as_time_goes_by(
     rate: float | Fraction, burst: int, delays: list[int], amount: int
 ) -> None:
     """Asking later never gives an earlier instant, not even for calls above the burst."""
@@ -166,7 +166,7 @@ def play(bucket: Bucket, moves: list[tuple[str, int, int, int]]) -> tuple[list[B
 
 @moderate
 @given(rates, bursts, steps, st.integers(0, 5 * SECOND))
-def test_unbook_leaves_a_bucket_as_if_that_had_never_been_booked(
+def test_unbook_leaves_bucket_as_if_units_had_never_been_booked(
     rate: float | Fraction,
     burst: int,
     moves: list[tuple[str, int, int, int]],
@@ -186,7 +186,7 @@ def test_unbook_leaves_a_bucket_as_if_that_had_never_been_booked(
 @pytest.mark.heavy
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 10**9))
-def test_hundreds_of_refunds_of_a_busy_bucket_are_exact(seed: int) -> None:
+def test_hundreds_of_refunds_to_busy_bucket_are_exact(seed: int) -> None:
     """With a bucket that is seldom full and refunds in any order, each step is exact."""
     random = Random(seed)
     bucket = Bucket(rate=1, burst=100)
@@ -207,7 +207,7 @@ def test_hundreds_of_refunds_of_a_busy_bucket_are_exact(seed: int) -> None:
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 10**9))
-def test_unbook_errs_on_the_safe_side_once_lows_are_merged(seed: int) -> None:
+def test_refunds_beyond_memory_of_bucket_err_on_safe_side(seed: int) -> None:
     """After more bookings than a bucket remembers, refunds bring back at most what is due."""
     random = Random(seed)
     bucket = Bucket(rate=1, burst=1000)
@@ -225,7 +225,7 @@ def test_unbook_errs_on_the_safe_side_once_lows_are_merged(seed: int) -> None:
     assert bucket.available(now) <= 1000 - missing(history, 1, 1000, now)
 
 
-def test_a_bucket_remembers_in_bounded_memory() -> None:
+def test_bucket_memory_is_bounded() -> None:
     """However long it is busy, it keeps only a few hundred numbers."""
     bucket = Bucket(rate=1, burst=100_000)
     for step in range(50_000):
@@ -233,7 +233,7 @@ def test_a_bucket_remembers_in_bounded_memory() -> None:
     assert len(bucket._dates) == len(bucket._lows) <= 512
 
 
-def test_a_part_of_a_call_above_the_burst_brings_back_no_more_than_a_burst() -> None:
+def test_bucket_keeps_what_partially_refunded_call_above_burst_used() -> None:
     """Thirty units from a bucket of ten are settled to five: five more may pass, not ten."""
     bucket = Bucket(rate=1, burst=10)
     when = bucket.earliest(30, 0)
@@ -244,7 +244,7 @@ def test_a_part_of_a_call_above_the_burst_brings_back_no_more_than_a_burst() -> 
     assert bucket.available(when) == 5
 
 
-def test_what_was_booked_until_a_window_began_gives_nothing_back_there() -> None:
+def test_window_ignores_refunds_of_bookings_from_before_it_began() -> None:
     """A refund of that instant gives nothing back, either; one of a later booking does."""
     window = Window(amount=10, window=60 * SECOND, began=5 * SECOND)
     window.book(8, 6 * SECOND)
@@ -255,7 +255,7 @@ def test_what_was_booked_until_a_window_began_gives_nothing_back_there() -> None
     assert window.available(6 * SECOND) == 5
 
 
-def test_dating_a_call_above_the_burst_anew_charges_it_once() -> None:
+def test_bucket_charges_redated_call_above_burst_once() -> None:
     """If it is refunded in full and owed a second later, the bucket is empty, but not in debt."""
     bucket = Bucket(rate=1, burst=10)
     bucket.book(30, 20 * SECOND)
@@ -264,7 +264,7 @@ def test_dating_a_call_above_the_burst_anew_charges_it_once() -> None:
     assert bucket.available(21 * SECOND) == 0
 
 
-def test_a_call_above_the_burst_given_back_leaves_what_others_took_at_that_instant() -> None:
+def test_refund_of_call_above_burst_keeps_what_others_booked_at_that_instant() -> None:
     """The ten units it waited for beyond the burst do not offset the five of another call."""
     bucket = Bucket(rate=1, burst=10)
     bucket.book(20, 10 * SECOND)
@@ -273,7 +273,7 @@ def test_a_call_above_the_burst_given_back_leaves_what_others_took_at_that_insta
     assert bucket.available(10 * SECOND) == 5
 
 
-def test_a_debt_is_paid_off_before_anything_passes() -> None:
+def test_debt_is_paid_off_before_anything_passes() -> None:
     """Twenty-five units from a bucket of ten leave -15 available, and 16 s until one may pass."""
     bucket = Bucket(rate=1, burst=10)
     bucket.book(10, 0)
@@ -291,7 +291,7 @@ def test_a_debt_is_paid_off_before_anything_passes() -> None:
         (7, 2_857_142_857, -20),
     ],
 )
-def test_what_is_owed_above_the_burst_is_earned_by_standing_full(
+def test_debt_above_burst_is_earned_if_bucket_stood_full_long_enough(
     rate: int, now: int, available: int
 ) -> None:
     """Thirty from a bucket of ten empty it if it stood full for twenty units, else it owes."""
@@ -300,7 +300,7 @@ def test_what_is_owed_above_the_burst_is_earned_by_standing_full(
     assert bucket.available(now) == available
 
 
-def test_what_comes_back_is_there_sooner() -> None:
+def test_earliest_is_sooner_if_units_come_back() -> None:
     """An empty bucket of ten passes five after five seconds, or after two if three come back."""
     bucket = Bucket(rate=1, burst=10)
     bucket.book(10, 3 * SECOND)
@@ -312,13 +312,13 @@ def test_what_comes_back_is_there_sooner() -> None:
     ]
 
 
-def test_units_a_nanosecond_apart_are_all_counted() -> None:
+def test_bucket_counts_units_one_nanosecond_apart() -> None:
     """The smallest backlog that counts is one nanosecond."""
     bucket = Bucket(rate=1e9, burst=3)
     assert [bucket.take(1, 0) for _ in range(4)] == [True, True, True, False]
 
 
-def test_a_bucket_reshaped_lacks_what_it_lacked() -> None:
+def test_reshaped_bucket_lacks_same_units_as_before() -> None:
     """Four of ten are missing before and after; only the refill follows the new rate."""
     bucket = Bucket(rate=1, burst=10)
     bucket.book(4, SECOND)
@@ -329,7 +329,7 @@ def test_a_bucket_reshaped_lacks_what_it_lacked() -> None:
     assert bucket.available(SECOND) == 1
 
 
-def test_a_bucket_reshaped_gives_back_no_more_than_was_missing_since() -> None:
+def test_reshaped_bucket_gives_back_no_more_than_it_still_lacked() -> None:
     """Five units had been refilled before the second call, at any rate: one of six comes back."""
     bucket = Bucket(rate=1, burst=10)
     bucket.book(6, SECOND)
@@ -343,7 +343,7 @@ def test_a_bucket_reshaped_gives_back_no_more_than_was_missing_since() -> None:
     assert bucket.available(7 * SECOND) == 20
 
 
-def test_a_full_bucket_reshaped_is_full() -> None:
+def test_full_bucket_is_still_full_after_reshape() -> None:
     """It is full exactly, and refunds of what was booked before do not count."""
     bucket = Bucket(rate=7, burst=10)
     bucket.book(5, SECOND)
@@ -357,7 +357,7 @@ def test_a_full_bucket_reshaped_is_full() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.1, 2 / 3, 200_000 / 60, 1e-9, 123_456_789.123])
-def test_a_rate_is_met_exactly_over_thousands_of_units(rate: float) -> None:
+def test_bucket_meets_its_rate_exactly_over_thousands_of_units(rate: float) -> None:
     """Rounding errors do not add up: unit n beyond the burst passes at n / rate, rounded up."""
     bucket = Bucket(rate=rate, burst=2)
     when = 0
@@ -382,7 +382,7 @@ def within(history: list[Booking], now: int, span: int) -> int:
     st.integers(1, 50),
     st.lists(st.tuples(st.floats(0, 1.2), st.integers(1, 50)), max_size=60),
 )
-def test_window_is_never_over_and_holds_back_no_longer_than_a_128th(
+def test_window_keeps_its_limit_and_delays_calls_by_a_128th_at_most(
     span: int, limit: int, calls: list[tuple[float, int]]
 ) -> None:
     """Every window keeps the limit; no call waits longer than W/128 beyond the exact instant."""
@@ -447,7 +447,7 @@ def test_window_gives_back_exactly_what_was_booked(
         assert available <= limit - within(history, now, span)
 
 
-def test_a_booking_that_left_the_window_is_not_refunded_from_a_younger_one() -> None:
+def test_refund_of_booking_that_left_window_takes_nothing_from_newer_one() -> None:
     """A call that ends after its booking was forgotten gives nothing back."""
     window = Window(amount=1, window=SECOND)
     window.book(1, 0)
@@ -456,7 +456,7 @@ def test_a_booking_that_left_the_window_is_not_refunded_from_a_younger_one() -> 
     assert window.available(2 * SECOND) == 0
 
 
-def test_a_window_remembers_in_bounded_memory() -> None:
+def test_window_memory_is_bounded() -> None:
     """A hundred thousand bookings within one window are kept as about 513 entries."""
     window = Window(amount=1_000_000, window=SECOND)
     for step in range(100_000):
@@ -465,7 +465,7 @@ def test_a_window_remembers_in_bounded_memory() -> None:
     assert len(window._units) == len(window._dates)
 
 
-def test_a_window_in_debt_passes_nothing_until_it_leaves() -> None:
+def test_window_in_debt_passes_nothing_until_debt_leaves() -> None:
     """Twice the limit is owed: -10 is available, and nothing passes for the whole window."""
     window = Window(amount=10, window=SECOND)
     window.owe(20, 0)
@@ -474,7 +474,7 @@ def test_a_window_in_debt_passes_nothing_until_it_leaves() -> None:
     assert window.earliest(11, 0) == NEVER
 
 
-def test_a_window_knows_what_was_booked_since() -> None:
+def test_window_tells_what_was_booked_since_given_instant() -> None:
     """It knows this up to its resolution: bookings in a later booking's entry count as later."""
     window = Window(amount=10, window=SECOND)
     for when, amount in ((0, 1), (1000, 2), (SECOND // 2, 4)):
@@ -482,7 +482,7 @@ def test_a_window_knows_what_was_booked_since() -> None:
     assert [window.since(when) for when in (0, 1000, SECOND // 2)] == [7, 4, 0]
 
 
-def test_a_window_knows_what_may_come_back() -> None:
+def test_window_counts_units_that_may_come_back_as_lent() -> None:
     """`lent` is what was booked and not given back, until a closed call is subtracted."""
     window = Window(amount=10, window=60 * SECOND)
     assert (window.amount, window.window, window.lent, window.last) == (10, 60 * SECOND, 0, 0)
@@ -494,7 +494,7 @@ def test_a_window_knows_what_may_come_back() -> None:
     assert window.lent == 7
 
 
-def test_what_is_closed_of_a_window_is_the_oldest() -> None:
+def test_closed_units_of_window_are_its_oldest() -> None:
     """Nine of ten are booked and four may come back, so the oldest five are closed."""
     window = Window(amount=10, window=60 * SECOND)
     for when in (1, 2, 3):
@@ -513,7 +513,7 @@ def test_what_is_closed_of_a_window_is_the_oldest() -> None:
 
 
 @pytest.mark.parametrize(("window", "held"), [(100, 100), (513, 516)])
-def test_a_window_of_nanoseconds_keeps_them_apart(window: int, held: int) -> None:
+def test_window_of_nanoseconds_keeps_bookings_apart(window: int, held: int) -> None:
     """If a 512th of a window is about a nanosecond or less, bookings are kept to the nanosecond."""
     meter = Window(amount=10, window=window)
     meter.book(5, 0)
@@ -521,7 +521,7 @@ def test_a_window_of_nanoseconds_keeps_them_apart(window: int, held: int) -> Non
     assert [meter.available(held + now) for now in (-1, 0, 1)] == [0, 5, 10]
 
 
-def test_a_window_reshaped_keeps_what_was_booked() -> None:
+def test_reshaped_window_keeps_what_was_booked() -> None:
     """Six of ten are used: a limit of four leaves it two over, one of twenty leaves room for 14."""
     window = Window(amount=10, window=SECOND)
     window.book(6, 0)
@@ -531,7 +531,7 @@ def test_a_window_reshaped_keeps_what_was_booked() -> None:
     assert window.available(1) == 14
 
 
-def test_slots_pass_until_they_are_full() -> None:
+def test_slots_admit_calls_until_all_are_taken() -> None:
     """Of two slots two calls may take one each; a third never passes until one comes back."""
     slots = Slots(size=2)
     assert slots.take(1, 0)
@@ -551,7 +551,7 @@ amounts = st.fixed_dictionaries(
 )
 
 
-def several() -> list[tuple[Meter, str]]:
+def meters_of_every_kind() -> list[tuple[Meter, str]]:
     """Make meters of every kind; two of them count the same resource."""
     return [
         (Bucket(rate=5, burst=10), "a"),
@@ -565,7 +565,7 @@ def several() -> list[tuple[Meter, str]]:
 @given(st.lists(st.tuples(st.integers(0, SECOND), amounts), max_size=40))
 def test_gates_take_all_or_nothing(calls: list[tuple[int, dict[str, int]]]) -> None:
     """A call that one meter refuses changes nothing in the others."""
-    tried, only_passed = Gates(several()), Gates(several())
+    tried, only_passed = Gates(meters_of_every_kind()), Gates(meters_of_every_kind())
     now = 0
     for delay, costs in calls:
         now += delay
@@ -588,11 +588,11 @@ def test_gates_take_all_or_nothing(calls: list[tuple[int, dict[str, int]]]) -> N
     st.integers(0, 5),
     st.data(),
 )
-def test_gates_book_many_calls_as_they_book_one_after_the_other(
+def test_gates_book_many_calls_as_if_one_by_one(
     before: list[tuple[int, dict[str, int]]], costs: dict[str, int], most: int, data: st.DataObject
 ) -> None:
     """As many are booked as there is room for, and a refund of one of them has the same effect."""
-    together, apart = Gates(several()), Gates(several())
+    together, apart = Gates(meters_of_every_kind()), Gates(meters_of_every_kind())
     now = 0
     for delay, earlier in before:
         now += delay
@@ -616,7 +616,7 @@ def test_gates_book_many_calls_as_they_book_one_after_the_other(
         assert one.earliest(3, now) == other.earliest(3, now)
 
 
-def test_calls_are_not_alike_to_every_meter() -> None:
+def test_gates_have_room_for_one_call_at_a_time_in_slow_start() -> None:
     """In a slow start each call has its own instant, so there is room for only one at a time."""
     pause = Pause()
     pause.begin(16 * SECOND, 0, gradually=True)
@@ -628,7 +628,7 @@ def test_calls_are_not_alike_to_every_meter() -> None:
     assert gates.room({"c": 1}, 16 * SECOND, most=9) == 0
 
 
-def test_what_was_written_out_elsewhere_bounds_every_refund() -> None:
+def test_booking_inlined_in_token_bucket_bounds_later_refunds() -> None:
     """Refunds of two earlier bookings give back no more than would be there without them."""
     bucket = Bucket(rate=1, burst=4)
     bucket.book(1, 0)
@@ -640,7 +640,7 @@ def test_what_was_written_out_elsewhere_bounds_every_refund() -> None:
     assert bucket.earliest(4, SECOND // 2) == SECOND * 3 // 2
 
 
-def test_gates_name_what_binds() -> None:
+def test_gates_name_resource_that_binds() -> None:
     """The meter that is free last binds; resources that a call does not use never bind."""
     gates = Gates([(Bucket(rate=1, burst=1), "a"), (Bucket(rate=1, burst=9), "b")])
     gates.book({"a": 1, "b": 9}, 0)
@@ -649,7 +649,7 @@ def test_gates_name_what_binds() -> None:
     assert gates.earliest({}, 5) == (5, None)
 
 
-def test_what_is_lent_may_come_back() -> None:
+def test_soonest_assumes_that_lent_units_and_slots_come_back() -> None:
     """`soonest` assumes that all that open calls booked, and every slot, may come back."""
     gates = Gates([(Slots(size=1), "c"), (Window(amount=10, window=SECOND), "a")])
     cost = {"a": 8, "c": 1}
@@ -664,7 +664,7 @@ def test_what_is_lent_may_come_back() -> None:
 
 
 @pytest.mark.parametrize(("lent", "due"), [(0, NEVER), (1, 0)])
-def test_to_another_meter_comes_back_what_windows_of_its_resource_lent(lent: int, due: int) -> None:
+def test_soonest_counts_only_units_lent_by_windows_of_same_resource(lent: int, due: int) -> None:
     """What other resources' windows lent does not count, whatever the order of the meters."""
     a, b = (Window(amount=10, window=SECOND) for _ in range(2))
     other = Slots(size=1)
@@ -674,7 +674,7 @@ def test_to_another_meter_comes_back_what_windows_of_its_resource_lent(lent: int
     assert gates.soonest({"a": 1}, 0, since=0) == due
 
 
-def test_a_bucket_remembers_what_another_lacked() -> None:
+def test_bucket_takes_over_units_that_another_bucket_lacked() -> None:
     """It is missing up to a burst, beyond that it is a debt; later bookings come on top."""
     bucket = Bucket(rate=2, burst=4)
     bucket.remember(3, 10 * SECOND)
@@ -688,7 +688,7 @@ def test_a_bucket_remembers_what_another_lacked() -> None:
     assert indebted.earliest(1, 10 * SECOND) == 12 * SECOND
 
 
-def test_a_window_tells_what_it_holds_and_remembers_what_another_held() -> None:
+def test_window_lists_its_entries_and_takes_over_those_of_another() -> None:
     """Refunds leave no entry; what is remembered is an entry, but `lent` does not count it."""
     window = Window(amount=100, window=60 * SECOND)
     window.book(5, SECOND)
@@ -704,7 +704,7 @@ def test_a_window_tells_what_it_holds_and_remembers_what_another_held() -> None:
     assert window.entries(200 * SECOND) == [(190 * SECOND, 30)]
 
 
-def test_what_no_call_gives_back_any_more_is_told_apart() -> None:
+def test_closed_units_of_window_are_told_apart_to_the_last_unit() -> None:
     """The oldest units of a window are those whose calls are over, down to the last unit."""
     window = Window(amount=100, window=60 * SECOND)
     window.book(1, SECOND)
@@ -716,7 +716,7 @@ def test_what_no_call_gives_back_any_more_is_told_apart() -> None:
     assert (closed.used, closed.lent, window.used) == (1, 0, 5)
 
 
-def test_a_bucket_at_another_rate_knows_its_past_in_whole_numbers() -> None:
+def test_bucket_reshaped_to_another_rate_keeps_its_history_in_integers() -> None:
     """Of six units, three were refilled before the next call: only the other three come back."""
     bucket = Bucket(rate=3, burst=9)
     bucket.book(6, SECOND)

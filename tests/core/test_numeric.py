@@ -13,20 +13,20 @@ from asyncbucket.testing import VirtualTime
 
 
 @pytest.mark.parametrize("value", [3, 0.5, math.nan, math.inf, 10**400, Fraction(1, 3)])
-def test_numbers_are_numbers(value: object) -> None:
+def test_nan_infinity_and_fractions_count_as_numbers(value: object) -> None:
     """Whether a number makes sense is checked elsewhere."""
     assert is_number(value)
     assert is_integer(value) == isinstance(value, int)
 
 
 @pytest.mark.parametrize("value", [True, "3", None, 1j, [3]])
-def test_what_is_no_number(value: object) -> None:
+def test_bools_strings_and_complex_do_not_count_as_numbers(value: object) -> None:
     """A bool is not a number here, although Python makes it one."""
     assert not is_number(value)
     assert not is_integer(value)
 
 
-async def test_numpys_numbers_are_taken_everywhere() -> None:
+async def test_numpy_numbers_are_accepted_everywhere() -> None:
     """Lengths counted in arrays come as numpy's types; they are kept as Python's own."""
     numpy: Any = pytest.importorskip("numpy")
     whole, real = numpy.int64, numpy.float32
@@ -44,7 +44,7 @@ async def test_numpys_numbers_are_taken_everywhere() -> None:
     assert told == "[10, 60.0, 3, 3]"
 
 
-def test_seconds_in_fractions_are_told_as_any_others(virtual_time: VirtualTime) -> None:
+def test_fraction_as_seconds_is_shown_as_decimal_number(virtual_time: VirtualTime) -> None:
     """Before Python 3.12 fractions cannot be formatted, and they are never valid JSON."""
     third: Any = Fraction(1, 3)
     bucket = TokenBucket(rate=third, burst=1, clock=virtual_time.clock)
@@ -59,7 +59,7 @@ def test_seconds_in_fractions_are_told_as_any_others(virtual_time: VirtualTime) 
     assert json.dumps([event.seconds for event in paused]) == "[0.3333333333333333]"
 
 
-def test_numpys_numbers_are_planned_with() -> None:
+def test_plan_accepts_numpy_numbers() -> None:
     """They give the same plan as Python's own."""
     numpy: Any = pytest.importorskip("numpy")
     whole, real = numpy.int64, numpy.float32
@@ -69,7 +69,7 @@ def test_numpys_numbers_are_planned_with() -> None:
     assert planned == plan(calls=100, tokens=30, rpm=60, latency=1.5)
 
 
-def test_bucket_at_numpys_rate_is_exact(virtual_time: VirtualTime) -> None:
+def test_bucket_with_numpy_rate_is_exact(virtual_time: VirtualTime) -> None:
     """Integers of numpy would overflow in a bucket's arithmetic."""
     numpy: Any = pytest.importorskip("numpy")
 

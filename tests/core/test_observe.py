@@ -23,7 +23,7 @@ from asyncbucket.events import (
 from asyncbucket.testing import VirtualTime
 
 
-def test_the_life_of_a_call_is_told_in_order(virtual_time: VirtualTime) -> None:
+def test_events_of_call_come_in_order(virtual_time: VirtualTime) -> None:
     """Events of a call come in order, with its numbers."""
 
     async def main() -> None:
@@ -62,7 +62,7 @@ def test_the_life_of_a_call_is_told_in_order(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_refusals_say_why(virtual_time: VirtualTime) -> None:
+def test_refusal_events_say_why(virtual_time: VirtualTime) -> None:
     """Each of the four kinds of refusal is an event, and so is a cancellation."""
 
     async def main() -> None:
@@ -96,7 +96,7 @@ def test_refusals_say_why(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_what_happens_below_is_heard_above(virtual_time: VirtualTime) -> None:
+def test_events_reach_only_observers_of_limiter_and_those_above(virtual_time: VirtualTime) -> None:
     """Observers of the limiter and of those above get each event once; others do not."""
 
     async def main() -> None:
@@ -124,7 +124,7 @@ def test_what_happens_below_is_heard_above(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_tenants_are_all_one_to_an_observer(virtual_time: VirtualTime) -> None:
+def test_events_show_star_in_place_of_tenant(virtual_time: VirtualTime) -> None:
     """Events show a star for a tenant, also in the names of its children."""
 
     async def main() -> None:
@@ -141,7 +141,7 @@ def test_tenants_are_all_one_to_an_observer(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_steering_is_told(virtual_time: VirtualTime) -> None:
+def test_pauses_limit_changes_and_adapter_events_reach_observers(virtual_time: VirtualTime) -> None:
     """Pauses, changed and learned limits, and events of adapters are told."""
     heard: list[Any] = []
     key = Limiter(name="key", clock=virtual_time.clock)
@@ -165,7 +165,7 @@ def test_steering_is_told(virtual_time: VirtualTime) -> None:
     ]
 
 
-def test_an_observer_may_ask_the_limiter(virtual_time: VirtualTime) -> None:
+def test_observer_may_call_limiter(virtual_time: VirtualTime) -> None:
     """No lock is held while an observer runs; its errors are reported once, and do no harm."""
 
     async def main() -> None:
@@ -203,7 +203,7 @@ def test_errors_of_observers_are_logged_once(
     assert [type(event) for event in heard] == [Admitted, Released]
 
 
-def test_a_lease_that_the_collector_finds_is_told_later(virtual_time: VirtualTime) -> None:
+def test_garbage_collected_lease_is_reported_with_next_event(virtual_time: VirtualTime) -> None:
     """It is told with the next event, because any lock may be held when the collector runs."""
     heard: list[Any] = []
     key = Limiter(concurrency=1, clock=virtual_time.clock)
@@ -218,7 +218,7 @@ def test_a_lease_that_the_collector_finds_is_told_later(virtual_time: VirtualTim
     assert (heard[1].held, heard[1].outcome) == (4.0, "failed")
 
 
-def test_how_a_call_ended_is_told_though_the_lock_was_held(virtual_time: VirtualTime) -> None:
+def test_outcome_of_lease_is_reported_even_if_lock_was_held(virtual_time: VirtualTime) -> None:
     """The next holder of the lock does the postponed work, and sends its events."""
     heard: list[Any] = []
     limiter = Limiter(concurrency=3, clock=virtual_time.clock)
@@ -233,7 +233,7 @@ def test_how_a_call_ended_is_told_though_the_lock_was_held(virtual_time: Virtual
     assert released == ["ok", "overloaded", "failed"]
 
 
-def test_a_call_that_the_collector_finds_waiting_is_told_later(virtual_time: VirtualTime) -> None:
+def test_closed_waiter_is_reported_as_cancelled_with_next_event(virtual_time: VirtualTime) -> None:
     """It is told as cancelled."""
 
     async def main() -> None:
@@ -253,7 +253,7 @@ def test_a_call_that_the_collector_finds_waiting_is_told_later(virtual_time: Vir
     virtual_time.run(main())
 
 
-def test_nobody_listens_and_no_events_are_made(
+def test_no_events_are_made_without_observers(
     virtual_time: VirtualTime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No events are made once the last observer has gone."""

@@ -9,7 +9,7 @@ from asyncbucket import CostExceedsLimit, Limiter
 from asyncbucket.testing import VirtualTime
 
 
-def test_each_call_of_a_paced_function_is_admitted_first(virtual_time: VirtualTime) -> None:
+def test_each_call_of_paced_async_function_waits_for_admission(virtual_time: VirtualTime) -> None:
     """With the bare decorator, arguments, result and name of an async function are kept."""
     limiter = Limiter("1/s", concurrency=1, clock=virtual_time.clock)
 
@@ -31,7 +31,7 @@ def test_each_call_of_a_paced_function_is_admitted_first(virtual_time: VirtualTi
     assert inspect.iscoroutinefunction(ask)
 
 
-def test_a_callable_prices_the_call_by_its_own_arguments(virtual_time: VirtualTime) -> None:
+def test_cost_given_as_function_is_computed_from_call_arguments(virtual_time: VirtualTime) -> None:
     """A number is the price of every call."""
     limiter = Limiter("100 TPM", "50 images/m", clock=virtual_time.clock)
 
@@ -49,7 +49,7 @@ def test_a_callable_prices_the_call_by_its_own_arguments(virtual_time: VirtualTi
     virtual_time.run(main())
 
 
-def test_a_plain_function_blocks_its_thread() -> None:
+def test_paced_plain_function_holds_its_slot_while_it_runs() -> None:
     """The function holds its slot while it runs, and gives it back after an error, too."""
     limiter = Limiter("10 TPM burst 10", concurrency=1)
 
@@ -65,7 +65,7 @@ def test_a_plain_function_blocks_its_thread() -> None:
     assert (now.in_flight, now.limits[0].used) == (0, 6)
 
 
-def test_a_method_and_a_partial_are_functions_too(virtual_time: VirtualTime) -> None:
+def test_methods_and_partials_can_be_paced(virtual_time: VirtualTime) -> None:
     """`self` is the first argument; a partial of an async function is async."""
     limiter = Limiter(concurrency=1, clock=virtual_time.clock)
 
@@ -85,7 +85,7 @@ def test_a_method_and_a_partial_are_functions_too(virtual_time: VirtualTime) -> 
     virtual_time.run(main())
 
 
-def test_a_generator_is_refused() -> None:
+def test_paced_refuses_generator_functions() -> None:
     """Calling it would hold nothing yet; the message says where to acquire."""
     limiter = Limiter(concurrency=1)
 
@@ -104,7 +104,7 @@ def test_a_generator_is_refused() -> None:
         )
 
 
-def test_a_plain_function_that_returns_a_coroutine_is_refused_when_called() -> None:
+def test_paced_plain_function_that_returns_coroutine_is_refused_when_called() -> None:
     """Its work would begin after the slot is back, so it does not run, and nothing stays booked."""
     limiter = Limiter("10/s", concurrency=1)
     ran: list[int] = []
@@ -121,7 +121,7 @@ def test_a_plain_function_that_returns_a_coroutine_is_refused_when_called() -> N
     assert (now.in_flight, now.limits[0].used, ran) == (0, 0, [])
 
 
-def test_only_what_can_be_called_is_paced() -> None:
+def test_paced_refuses_object_that_is_not_callable() -> None:
     """The error says how to give a number as a cost."""
     with pytest.raises(
         TypeError, match="paced decorates a function, not 500; amounts go by keyword"
@@ -129,7 +129,7 @@ def test_only_what_can_be_called_is_paced() -> None:
         Limiter("1/s").paced(500)  # type: ignore[call-overload] # pyright: ignore[reportArgumentType]
 
 
-def test_an_object_that_is_called_asynchronously_blocks_nobody(virtual_time: VirtualTime) -> None:
+def test_paced_object_with_async_call_does_not_block_loop(virtual_time: VirtualTime) -> None:
     """Like an async function, it waits for its turn on the loop."""
 
     class Model:

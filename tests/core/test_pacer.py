@@ -21,7 +21,7 @@ def pacers() -> list[asyncio.Task[object]]:
     return [task for task in asyncio.all_tasks() if task.get_name() == "asyncbucket pacer"]
 
 
-def test_the_pacer_lives_only_while_someone_waits(virtual_time: VirtualTime) -> None:
+def test_pacer_lives_only_while_calls_wait(virtual_time: VirtualTime) -> None:
     """There is none while all calls pass at once, one while any number wait, none afterwards."""
 
     async def main() -> None:
@@ -39,7 +39,7 @@ def test_the_pacer_lives_only_while_someone_waits(virtual_time: VirtualTime) -> 
     virtual_time.run(main())
 
 
-def test_a_pacer_serves_everyone_not_the_context_that_came_first(virtual_time: VirtualTime) -> None:
+def test_pacer_runs_in_empty_context(virtual_time: VirtualTime) -> None:
     """It runs in an empty context, so it keeps no caller's context variables alive."""
     variable = contextvars.ContextVar("variable", default="nobody's")
     seen: list[str] = []
@@ -63,7 +63,7 @@ def test_a_pacer_serves_everyone_not_the_context_that_came_first(virtual_time: V
     assert set(seen) == {"nobody's"}
 
 
-def test_a_pacer_cancelled_by_a_stranger_begins_anew(virtual_time: VirtualTime) -> None:
+def test_pacer_cancelled_by_foreign_code_starts_again(virtual_time: VirtualTime) -> None:
     """Code that cancels every task it finds does not strand waiting calls."""
 
     async def main() -> None:
@@ -83,7 +83,7 @@ def test_a_pacer_cancelled_by_a_stranger_begins_anew(virtual_time: VirtualTime) 
     virtual_time.run(main())
 
 
-def test_a_run_that_ends_with_calls_in_line_leaves_nothing(virtual_time: VirtualTime) -> None:
+def test_loop_that_ends_with_waiting_calls_leaves_nothing_behind(virtual_time: VirtualTime) -> None:
     """asyncio.run cancels all calls and the pacer; the next run finds an empty line."""
     limiter = Limiter("1 RPS", concurrency=1, clock=virtual_time.clock)
 
@@ -112,7 +112,7 @@ async def call_once(limiter: Limiter) -> None:
         assert lease.waited == 0
 
 
-def test_many_are_admitted_in_batches(virtual_time: VirtualTime) -> None:
+def test_1000_calls_are_admitted_in_batches_of_256(virtual_time: VirtualTime) -> None:
     """A thousand pass at one instant, and the loop's other tasks run in between."""
 
     async def main() -> None:
@@ -134,7 +134,7 @@ def test_many_are_admitted_in_batches(virtual_time: VirtualTime) -> None:
 @pytest.mark.parametrize(
     ("waiting", "burst", "wake_ups"), [(1_000, 100, 100), (1_000, 1, 1_000), (1, 100, 1)]
 )
-def test_calls_that_pass_in_quick_succession_go_together(
+def test_one_wake_up_admits_several_calls_in_quick_succession(
     waiting: int, burst: int, wake_ups: int, virtual_time: VirtualTime
 ) -> None:
     """One wake-up serves several calls if the bucket can hold the refill; one alone is not late."""
@@ -156,7 +156,7 @@ def test_calls_that_pass_in_quick_succession_go_together(
 
 
 @pytest.mark.parametrize("where", ["at the root", "below"])
-def test_the_last_of_a_crowd_is_not_late(where: str, virtual_time: VirtualTime) -> None:
+def test_last_of_many_calls_is_not_late(where: str, virtual_time: VirtualTime) -> None:
     """It does not wait for others, since those before it have just gone."""
     times: list[float] = []
 
@@ -181,7 +181,7 @@ async def note_passage(
     trace.append((child.name, clock()))
 
 
-def test_children_go_together_too(virtual_time: VirtualTime) -> None:
+def test_children_share_wake_ups(virtual_time: VirtualTime) -> None:
     """They share wake-ups in turns, as long as their own limits hold up none of them."""
     trace: list[tuple[str, int]] = []
     call = functools.partial(note_passage, trace, virtual_time.clock)
@@ -199,7 +199,7 @@ def test_children_go_together_too(virtual_time: VirtualTime) -> None:
     assert times["default/one"][-1] <= 162_000_000 < times["default/other"][-1] == 180_000_000
 
 
-def test_nobody_waits_for_company_beside_a_child_that_its_own_limits_hold_up(
+def test_batched_wake_ups_cost_child_with_its_own_limit_no_admissions(
     virtual_time: VirtualTime,
 ) -> None:
     """What flows into that child's full bucket meanwhile would be lost to it."""
@@ -221,9 +221,7 @@ def test_nobody_waits_for_company_beside_a_child_that_its_own_limits_hold_up(
         assert served[name] >= 390  # of 400: a fifth of the key's limit
 
 
-def test_others_go_together_until_a_child_may_go_that_its_own_limits_hold_up(
-    virtual_time: VirtualTime,
-) -> None:
+def test_calls_are_batched_without_delaying_slow_sibling(virtual_time: VirtualTime) -> None:
     """It is served at its exact instants; just before each of them, the others go one by one."""
     trace: list[tuple[str, int]] = []
     call = functools.partial(note_passage, trace, virtual_time.clock)
@@ -242,7 +240,7 @@ def test_others_go_together_until_a_child_may_go_that_its_own_limits_hold_up(
 
 
 @pytest.mark.parametrize("first", ["crowd", "slow"])
-def test_child_of_a_child_has_as_much_where_others_go_together(
+def test_grandchild_keeps_its_rate_while_other_calls_are_batched(
     virtual_time: VirtualTime, first: str
 ) -> None:
     """Whichever stands first in line, and even if its parent is not the next to be served."""
@@ -270,7 +268,7 @@ def test_child_of_a_child_has_as_much_where_others_go_together(
     assert len({when for _, when in trace}) <= 1_000  # of 2,500
 
 
-def test_where_very_many_are_held_up_others_go_one_by_one(
+def test_calls_are_not_batched_when_very_many_children_are_held_up(
     virtual_time: VirtualTime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Looking at all of them before each wait would take longer."""
@@ -293,7 +291,7 @@ def test_where_very_many_are_held_up_others_go_one_by_one(
     assert len(instants) > 400
 
 
-def test_what_flows_past_a_full_bucket_is_not_lost_for_company(virtual_time: VirtualTime) -> None:
+def test_batching_wastes_no_refill_of_bucket_with_burst_of_one(virtual_time: VirtualTime) -> None:
     """With a burst of one there is no time to wait, though another bucket lacks much."""
 
     async def main() -> None:
@@ -305,7 +303,7 @@ def test_what_flows_past_a_full_bucket_is_not_lost_for_company(virtual_time: Vir
     assert virtual_time.now == 0.1
 
 
-def test_a_timer_that_fires_early_admits_nobody_early() -> None:
+def test_timer_that_fires_early_admits_no_call_early() -> None:
     """Timers of uvloop may be up to 1 ms early: the pacer looks again, and sleeps for the rest."""
     naps: list[float] = []
 
@@ -334,7 +332,7 @@ def test_a_timer_that_fires_early_admits_nobody_early() -> None:
     assert len(naps) < 400
 
 
-def test_waits_of_days_are_slept_in_stretches(virtual_time: VirtualTime) -> None:
+def test_wait_of_ten_days_ends_on_time(virtual_time: VirtualTime) -> None:
     """No timer of the event loop is set for more than a day."""
 
     async def main() -> None:
@@ -346,7 +344,7 @@ def test_waits_of_days_are_slept_in_stretches(virtual_time: VirtualTime) -> None
     virtual_time.run(main())
 
 
-def test_calls_alike_go_together_and_others_in_their_turn(virtual_time: VirtualTime) -> None:
+def test_one_pass_admits_calls_in_order_and_skips_cancelled_ones(virtual_time: VirtualTime) -> None:
     """A pass admits, in order, the calls that would pass one by one, and skips cancelled ones."""
 
     async def main() -> None:
@@ -371,7 +369,7 @@ def test_calls_alike_go_together_and_others_in_their_turn(virtual_time: VirtualT
     virtual_time.run(main())
 
 
-def test_what_a_call_has_earned_that_gave_up_is_there_for_the_next(
+def test_call_above_burst_inherits_units_earned_by_cancelled_head(
     virtual_time: VirtualTime,
 ) -> None:
     """If nobody passed meanwhile, a call above the burst counts from when the first was head."""

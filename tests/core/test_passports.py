@@ -19,7 +19,7 @@ def through_pickle(passport: Passport) -> Passport:
     return found
 
 
-def test_a_passport_that_comes_home_stands_for_the_same_limiter() -> None:
+def test_passport_back_in_its_own_process_gives_same_limiter() -> None:
     """The same holds for a child."""
     known = Passports()
     limiter = Limiter(rpm=500, name="key")
@@ -29,7 +29,7 @@ def test_a_passport_that_comes_home_stands_for_the_same_limiter() -> None:
         assert known.admit(through_pickle(known.issue(each))) == (each, False)
 
 
-def test_elsewhere_it_stands_for_one_on_the_same_terms_with_those_above_it() -> None:
+def test_passport_in_other_process_gives_limiter_with_same_terms_and_parent() -> None:
     """All passports of a tenant stand for the same one, and do not show its name."""
     home, away = Passports(), Passports()
     limiter = Limiter(rpm=500, concurrency=(2, 8), max_queue=7, timeout=3.0, name="key")

@@ -8,7 +8,7 @@ from asyncbucket.meters import NEVER
 from asyncbucket.testing import VirtualTime
 
 
-def test_nobody_passes_during_a_pause(virtual_time: VirtualTime) -> None:
+def test_no_call_passes_during_pause(virtual_time: VirtualTime) -> None:
     """Neither waiting nor new calls pass; afterwards all do, in order."""
 
     async def main() -> None:
@@ -29,7 +29,7 @@ def test_nobody_passes_during_a_pause(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_a_longer_pause_stays_in_force(virtual_time: VirtualTime) -> None:
+def test_longer_pause_stays_in_force(virtual_time: VirtualTime) -> None:
     """A shorter one does not cut it; a longer one extends it, also for calls that wait."""
 
     async def main() -> None:
@@ -49,7 +49,7 @@ def test_a_longer_pause_stays_in_force(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_a_pause_of_nothing_ends_no_slow_start(virtual_time: VirtualTime) -> None:
+def test_pause_of_zero_seconds_does_not_end_slow_start(virtual_time: VirtualTime) -> None:
     """The fourth call passes two steps after the first, as it would without it."""
 
     async def main() -> None:
@@ -65,7 +65,7 @@ def test_a_pause_of_nothing_ends_no_slow_start(virtual_time: VirtualTime) -> Non
     virtual_time.run(main())
 
 
-def test_only_refusals_of_the_provider_are_counted_as_such(virtual_time: VirtualTime) -> None:
+def test_only_pauses_with_reason_429_count_as_upstream_429(virtual_time: VirtualTime) -> None:
     """Only `reason="429"` counts, no other reason."""
     limiter = Limiter(clock=virtual_time.clock)
     limiter.pause(1, reason="429")
@@ -74,7 +74,7 @@ def test_only_refusals_of_the_provider_are_counted_as_such(virtual_time: Virtual
     assert limiter.statistics().upstream_429 == 1
 
 
-def test_a_deadline_within_a_pause_is_hopeless(virtual_time: VirtualTime) -> None:
+def test_call_with_deadline_within_pause_fails(virtual_time: VirtualTime) -> None:
     """A call that cannot make it is refused at once; a waiting one fails at its deadline."""
 
     async def main() -> None:
@@ -100,7 +100,7 @@ def test_a_deadline_within_a_pause_is_hopeless(virtual_time: VirtualTime) -> Non
     virtual_time.run(main())
 
 
-def test_a_pause_outlasts_blocked_slots(virtual_time: VirtualTime) -> None:
+def test_slot_released_during_pause_admits_no_call_until_its_end(virtual_time: VirtualTime) -> None:
     """A slot that comes back during a pause admits no call before the pause ends."""
 
     async def main() -> None:
@@ -115,7 +115,7 @@ def test_a_pause_outlasts_blocked_slots(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_the_end_of_a_gradual_pause_is_no_storm(virtual_time: VirtualTime) -> None:
+def test_gradual_pause_admits_twice_as_many_calls_at_each_step(virtual_time: VirtualTime) -> None:
     """One call passes at first, then twice as many in each step, in order; after 256, all do."""
     passed: list[tuple[float, int]] = []
 
@@ -139,7 +139,7 @@ def test_the_end_of_a_gradual_pause_is_no_storm(virtual_time: VirtualTime) -> No
     virtual_time.run(main())
 
 
-def test_newcomers_climb_too(virtual_time: VirtualTime) -> None:
+def test_slow_start_applies_to_newcomers_too(virtual_time: VirtualTime) -> None:
     """A call that comes during a slow start takes its next step, or waits for it."""
 
     async def main() -> None:
@@ -160,7 +160,7 @@ def test_newcomers_climb_too(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_a_pause_meets_priorities_and_tenants(virtual_time: VirtualTime) -> None:
+def test_pause_keeps_priorities_and_holds_up_only_its_own_tenant(virtual_time: VirtualTime) -> None:
     """At its end urgent calls go first; pausing one tenant does not hold up others."""
     passed: list[str] = []
 
@@ -183,7 +183,7 @@ def test_a_pause_meets_priorities_and_tenants(virtual_time: VirtualTime) -> None
     virtual_time.run(main())
 
 
-def test_a_pause_that_is_longer_than_a_slow_start_restarts_it(virtual_time: VirtualTime) -> None:
+def test_only_longer_pause_restarts_slow_start(virtual_time: VirtualTime) -> None:
     """A shorter one changes nothing: the slow start goes on."""
 
     async def main() -> None:
@@ -200,7 +200,7 @@ def test_a_pause_that_is_longer_than_a_slow_start_restarts_it(virtual_time: Virt
     virtual_time.run(main())
 
 
-def test_whoever_gives_up_in_a_slow_start_leaves_its_step_to_the_next(
+def test_call_cancelled_in_slow_start_leaves_its_step_to_next_call(
     virtual_time: VirtualTime,
 ) -> None:
     """If a call is cancelled at its turn, the next one passes at that instant."""
@@ -217,7 +217,7 @@ def test_whoever_gives_up_in_a_slow_start_leaves_its_step_to_the_next(
     virtual_time.run(main())
 
 
-def test_a_call_that_is_closed_after_its_hand_over_gives_its_step_back(
+def test_call_closed_after_handover_in_slow_start_gives_its_step_back(
     virtual_time: VirtualTime,
 ) -> None:
     """This holds in a slow start, too: the next call passes at that instant."""
@@ -238,7 +238,7 @@ def test_a_call_that_is_closed_after_its_hand_over_gives_its_step_back(
     virtual_time.run(main())
 
 
-def test_a_pause_counts_instants_not_units() -> None:
+def test_pause_has_nothing_or_everything_available_and_takes_no_debt() -> None:
     """Nothing can be owed to a pause, and either nothing or everything is available."""
     pause = Pause()
     assert pause.available(0) == NEVER

@@ -44,7 +44,7 @@ def served_to(
 
 
 @pytest.mark.heavy
-def test_an_interactive_call_waits_one_gap_among_10_000_of_a_batch(
+def test_interactive_call_waits_one_gap_beside_10_000_batch_calls(
     virtual_time: VirtualTime,
 ) -> None:
     """It does so whenever it comes; the batch loses only the calls served in between."""
@@ -69,9 +69,7 @@ def test_an_interactive_call_waits_one_gap_among_10_000_of_a_batch(
     assert virtual_time.now == pytest.approx(10_100 / 10, rel=0.01)
 
 
-def test_an_interactive_call_passes_a_costly_batch_call_that_is_next(
-    virtual_time: VirtualTime,
-) -> None:
+def test_interactive_call_passes_costly_batch_call_at_head(virtual_time: VirtualTime) -> None:
     """It does not wait until the costly call has enough tokens."""
 
     async def main() -> None:
@@ -96,7 +94,7 @@ def test_an_interactive_call_passes_a_costly_batch_call_that_is_next(
         ((-100, 100), (1 / 9, 8 / 9)),
     ],
 )
-def test_each_priority_has_its_floor(
+def test_each_priority_gets_its_guaranteed_share(
     virtual_time: VirtualTime, priorities: tuple[Priority, ...], parts: tuple[float, ...]
 ) -> None:
     """However many more urgent calls wait: 1/9 beside one class, 1/73 beside two."""
@@ -105,7 +103,7 @@ def test_each_priority_has_its_floor(
         assert served.count(priority) / len(served) == pytest.approx(part, abs=0.012)
 
 
-def test_the_wait_of_the_least_urgent_is_bounded(virtual_time: VirtualTime) -> None:
+def test_wait_of_least_urgent_call_is_bounded(virtual_time: VirtualTime) -> None:
     """Beside one class every ninth call is of the lowest one, beside two every 73rd."""
     served = served_to((-1, 0, 1), virtual_time, callers=5, seconds=100)[15:900]
     places = [place for place, priority in enumerate(served) if priority == -1]
@@ -137,7 +135,7 @@ def test_calls_of_one_priority_pass_in_order_of_arrival(virtual_time: VirtualTim
     virtual_time.run(main())
 
 
-def test_urgency_goes_above_shares(virtual_time: VirtualTime) -> None:
+def test_priority_outranks_shares_of_children(virtual_time: VirtualTime) -> None:
     """One tenant's urgent call passes before another's normal one, whatever their shares."""
 
     async def main() -> None:
@@ -156,9 +154,7 @@ def test_urgency_goes_above_shares(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_a_priority_is_the_calls_own_or_inherited_or_the_limiters(
-    virtual_time: VirtualTime,
-) -> None:
+def test_priority_comes_from_call_then_context_then_limiter(virtual_time: VirtualTime) -> None:
     """They count in this order; a child has its parent's default unless it is given its own."""
 
     async def main() -> None:
@@ -192,7 +188,7 @@ def test_a_priority_is_the_calls_own_or_inherited_or_the_limiters(
 
 
 @pytest.mark.parametrize("value", ["urgent", 101, -101, 1.0, True, None])
-def test_what_is_no_priority_is_refused(value: Any) -> None:
+def test_invalid_priority_is_refused(value: Any) -> None:
     """The context and the call refuse it."""
     message = (
         "priority must be 'interactive', 'normal', 'batch' or a whole number from -100 to 100, "

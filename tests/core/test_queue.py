@@ -43,7 +43,7 @@ moves = st.lists(
 
 @settings(deadline=None, max_examples=100)
 @given(moves)
-def test_a_line_is_a_list_without_its_costs(history: list[tuple[str, int]]) -> None:
+def test_line_behaves_like_plain_list(history: list[tuple[str, int]]) -> None:
     """Head, members and deadlines are those of a plain list, whatever is pushed, served or left."""
     loop = asyncio.new_event_loop()
     line, deadlines = Line(Node(), NOBODY), Deadlines()
@@ -90,7 +90,7 @@ def test_a_line_is_a_list_without_its_costs(history: list[tuple[str, int]]) -> N
     loop.close()
 
 
-def test_the_dead_are_swept_out(loop: asyncio.AbstractEventLoop) -> None:
+def test_calls_that_left_line_are_swept_out(loop: asyncio.AbstractEventLoop) -> None:
     """Ten thousand calls that left from the middle are removed, and so are their deadlines."""
     line, deadlines = Line(Node(), NOBODY), Deadlines()
     first, last = waiter(loop, 0), waiter(loop, 10_001)
@@ -109,7 +109,7 @@ def test_the_dead_are_swept_out(loop: asyncio.AbstractEventLoop) -> None:
     assert len(deadlines._heap) < 100
 
 
-def test_a_head_that_was_skipped_still_counts_as_head(loop: asyncio.AbstractEventLoop) -> None:
+def test_skipped_head_still_counts_as_head_when_it_leaves(loop: asyncio.AbstractEventLoop) -> None:
     """The pacer may have looked for the head before the cancelled call itself has left."""
     line = Line(Node(), NOBODY)
     first, second = waiter(loop, 0), waiter(loop, 1)
@@ -123,7 +123,7 @@ def test_a_head_that_was_skipped_still_counts_as_head(loop: asyncio.AbstractEven
     assert line.leave(second)
 
 
-def test_nobody_sleeps_in_a_line(loop: asyncio.AbstractEventLoop) -> None:
+def test_line_has_interface_of_tree(loop: asyncio.AbstractEventLoop) -> None:
     """A line has the methods of a tree, so a pacer need not know which of the two it serves."""
     node = Node()
     line = Line(node, NOBODY)

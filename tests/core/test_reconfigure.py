@@ -12,7 +12,7 @@ from asyncbucket.limiter.lending import give_back
 from asyncbucket.testing import VirtualTime, assert_never_over, virtual_time
 
 
-def test_a_raised_limit_admits_who_waits_at_once(virtual_time: VirtualTime) -> None:
+def test_raised_limit_admits_waiting_call_at_once(virtual_time: VirtualTime) -> None:
     """A waiting call passes at that instant, even if no new call comes."""
 
     async def main() -> None:
@@ -27,7 +27,7 @@ def test_a_raised_limit_admits_who_waits_at_once(virtual_time: VirtualTime) -> N
     virtual_time.run(main())
 
 
-def test_a_lowered_limit_is_kept_from_the_first_moment(virtual_time: VirtualTime) -> None:
+def test_lowered_limit_counts_earlier_admissions_at_once(virtual_time: VirtualTime) -> None:
     """What was admitted before stays counted."""
 
     async def main() -> None:
@@ -41,7 +41,7 @@ def test_a_lowered_limit_is_kept_from_the_first_moment(virtual_time: VirtualTime
     virtual_time.run(main())
 
 
-def test_who_can_never_pass_any_more_is_told(virtual_time: VirtualTime) -> None:
+def test_lowered_limit_fails_waiting_call_that_can_never_pass(virtual_time: VirtualTime) -> None:
     """It fails at once, with the new limit; the calls behind it go on."""
 
     async def main() -> None:
@@ -68,7 +68,7 @@ def test_who_can_never_pass_any_more_is_told(virtual_time: VirtualTime) -> None:
 
 
 @pytest.mark.parametrize("turns", [0, 1])
-def test_who_gives_up_at_that_moment_is_not_told_twice(
+def test_call_cancelled_while_being_refused_counts_only_as_cancelled(
     virtual_time: VirtualTime, turns: int
 ) -> None:
     """If a call is refused and cancelled at about the same step, it counts only as cancelled."""
@@ -93,7 +93,7 @@ def test_who_gives_up_at_that_moment_is_not_told_twice(
     virtual_time.run(main())
 
 
-def test_who_is_told_once_counts_once(virtual_time: VirtualTime) -> None:
+def test_refusal_counts_once_however_often_limits_change(virtual_time: VirtualTime) -> None:
     """However often limits change before its task runs, the refusal counts once."""
 
     async def main() -> None:
@@ -112,7 +112,7 @@ def test_who_is_told_once_counts_once(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_who_can_never_pass_is_told_so_though_its_time_is_up(virtual_time: VirtualTime) -> None:
+def test_call_at_its_deadline_is_told_that_it_can_never_pass(virtual_time: VirtualTime) -> None:
     """A limit is lowered at the instant of a deadline, before the waiting call's task runs."""
 
     async def main() -> None:
@@ -132,7 +132,7 @@ def test_who_can_never_pass_is_told_so_though_its_time_is_up(virtual_time: Virtu
     virtual_time.run(main())
 
 
-def test_new_slots_are_held_by_calls_in_flight(virtual_time: VirtualTime) -> None:
+def test_newly_set_slots_count_calls_in_flight(virtual_time: VirtualTime) -> None:
     """At each level at most the new number run at once; a new limit counts from now on."""
 
     async def main() -> None:
@@ -163,7 +163,7 @@ def test_new_slots_are_held_by_calls_in_flight(virtual_time: VirtualTime) -> Non
     virtual_time.run(main())
 
 
-def test_new_slots_are_held_by_calls_that_were_just_let_go(virtual_time: VirtualTime) -> None:
+def test_newly_set_slots_count_calls_just_admitted(virtual_time: VirtualTime) -> None:
     """The change comes after they were admitted and before they run, at either level."""
 
     async def main() -> None:
@@ -189,7 +189,7 @@ def test_new_slots_are_held_by_calls_that_were_just_let_go(virtual_time: Virtual
     virtual_time.run(main())
 
 
-def test_new_slot_of_a_call_in_flight_is_lent_to_a_call_inside(virtual_time: VirtualTime) -> None:
+def test_newly_set_slot_of_outer_call_is_lent_to_inner_call_once(virtual_time: VirtualTime) -> None:
     """It is lent once to the call inside, however often the outer call gives it back."""
 
     async def main() -> None:
@@ -212,7 +212,7 @@ def test_new_slot_of_a_call_in_flight_is_lent_to_a_call_inside(virtual_time: Vir
     virtual_time.run(main())
 
 
-def test_fewer_slots_wait_until_enough_have_come_back(virtual_time: VirtualTime) -> None:
+def test_lowered_concurrency_waits_until_enough_slots_come_back(virtual_time: VirtualTime) -> None:
     """Of three held slots two must come back before the next call passes."""
 
     async def main() -> None:
@@ -229,7 +229,7 @@ def test_fewer_slots_wait_until_enough_have_come_back(virtual_time: VirtualTime)
     virtual_time.run(main())
 
 
-def test_pacing_changes_with_its_limit(virtual_time: VirtualTime) -> None:
+def test_pacing_follows_changed_limit(virtual_time: VirtualTime) -> None:
     """A changed limit paces slower or faster; a burst equal to the limit turns pacing off."""
 
     async def main() -> None:
@@ -249,7 +249,7 @@ def test_pacing_changes_with_its_limit(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_what_comes_back_after_a_change_is_there_at_once(virtual_time: VirtualTime) -> None:
+def test_refund_of_booking_before_change_admits_waiting_call(virtual_time: VirtualTime) -> None:
     """A refund from before the change counts in the bucket that paces the changed limit."""
 
     async def main() -> None:
@@ -266,7 +266,7 @@ def test_what_comes_back_after_a_change_is_there_at_once(virtual_time: VirtualTi
     virtual_time.run(main())
 
 
-def test_who_looks_at_limits_from_another_thread_sees_no_change_begun() -> None:
+def test_iteration_over_limits_is_not_disturbed_by_reconfigure() -> None:
     """It may be iterating over the limits while one is added."""
     limiter = Limiter("500 RPM")
     looking = iter(limiter._account.limits)
@@ -275,7 +275,7 @@ def test_who_looks_at_limits_from_another_thread_sees_no_change_begun() -> None:
     assert len(limiter.limits) == 2
 
 
-def test_a_mistake_changes_nothing(virtual_time: VirtualTime) -> None:
+def test_invalid_reconfigure_changes_nothing(virtual_time: VirtualTime) -> None:
     """All of the changes are applied, or none."""
     limiter = Limiter("60 RPM", concurrency=2, clock=virtual_time.clock)
     with pytest.raises(LimitSyntaxError):
@@ -286,7 +286,7 @@ def test_a_mistake_changes_nothing(virtual_time: VirtualTime) -> None:
     assert limiter.concurrency == 2
 
 
-def test_a_mistake_leaves_a_childs_share_as_it_is(virtual_time: VirtualTime) -> None:
+def test_invalid_reconfigure_keeps_weight_of_child(virtual_time: VirtualTime) -> None:
     """The weight is changed together with everything else, or not at all."""
     limiter = Limiter("60 RPM", clock=virtual_time.clock)
     child = limiter.child("a")
@@ -315,7 +315,7 @@ changes = st.lists(
 
 @settings(deadline=None, max_examples=60)
 @given(changes, st.randoms(use_true_random=False))
-def test_the_highest_limit_is_never_exceeded_through_changes(
+def test_changing_limits_never_admit_more_than_highest_of_them(
     limits: list[tuple[int, int, float]], chance: object
 ) -> None:
     """However limits change, no window admits more than the highest of them."""

@@ -5,7 +5,7 @@ from asyncbucket.meters import Bucket, Slots, Window
 from asyncbucket.testing import VirtualTime
 
 
-def test_a_limiter_speaks_for_itself(virtual_time: VirtualTime) -> None:
+def test_limiter_repr_shows_name_limits_slots_and_waiting_calls(virtual_time: VirtualTime) -> None:
     """Its repr shows its name, limits, slots, and how many calls wait."""
 
     async def main() -> None:
@@ -27,7 +27,7 @@ def test_a_limiter_speaks_for_itself(virtual_time: VirtualTime) -> None:
     assert repr(Limiter()) == "<Limiter 'default', 0 waiting>"
 
 
-def test_an_acquisition_that_was_not_awaited_says_so() -> None:
+def test_acquisition_repr_shows_cost_and_says_to_await_it() -> None:
     """The repr helps to find it in a debugger."""
     acquisition = Limiter().acquire(tokens=500)
     assert repr(acquisition) == (
@@ -37,7 +37,7 @@ def test_an_acquisition_that_was_not_awaited_says_so() -> None:
     acquisition.close()
 
 
-def test_values_are_small() -> None:
+def test_meters_have_no_instance_dict_and_plain_error_shows_its_text() -> None:
     """Meters have no instance dictionary, and a plain error shows just its text."""
     for meter in (Bucket(rate=1, burst=1), Window(amount=1, window=1000), Slots(size=1)):
         assert not hasattr(meter, "__dict__")

@@ -65,14 +65,14 @@ def one(_: random.Random) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("limit", ["600 RPM", "60 RPM", "10/s", "1000 requests/10s burst 1000"])
-def test_requests_are_used_to_99_percent(limit: str) -> None:
+def test_request_limit_is_used_to_99_percent(limit: str) -> None:
     """One limit of requests, paced or in bursts, is used to at least 99 %."""
     per = Limit.parse(limit).per
     (share,) = saturate(limit, cost=one, seconds=10 * per).values()
     assert 0.99 <= share <= 1
 
 
-def test_small_calls_use_99_percent_of_tokens() -> None:
+def test_small_calls_use_99_percent_of_token_limit() -> None:
     """With calls of up to 1 % of the tokens a minute, at least 99 % are used."""
     (share,) = saturate(
         "60k TPM", cost=lambda chance: {"tokens": chance.randint(1, 600)}, seconds=600
@@ -80,7 +80,7 @@ def test_small_calls_use_99_percent_of_tokens() -> None:
     assert 0.99 <= share <= 1
 
 
-def test_paced_tokens_are_used_to_99_percent() -> None:
+def test_paced_token_limit_is_used_to_99_percent() -> None:
     """The burst is a sixtieth of the limit, as much as is refilled in a second."""
     (share,) = saturate(
         "60k TPM burst 1000", cost=lambda chance: {"tokens": chance.randint(1, 300)}, seconds=600
@@ -88,7 +88,7 @@ def test_paced_tokens_are_used_to_99_percent() -> None:
     assert 0.99 <= share <= 1
 
 
-def test_calls_of_a_fifth_of_the_limit_use_nine_tenths() -> None:
+def test_calls_of_up_to_a_fifth_of_limit_use_89_percent_of_it() -> None:
     """If single calls take up to a fifth of the limit, a tenth is lost because they do not fit."""
     (share,) = saturate(
         "60k TPM", cost=lambda chance: {"tokens": chance.randint(1, 12_000)}, seconds=1200
@@ -97,7 +97,7 @@ def test_calls_of_a_fifth_of_the_limit_use_nine_tenths() -> None:
 
 
 @pytest.mark.heavy
-def test_the_binding_limit_of_a_mix_is_used_to_99_percent() -> None:
+def test_binding_limit_among_several_is_used_to_99_percent() -> None:
     """With requests, tokens and slots together, whichever binds is used up; none is exceeded."""
 
     def cost(chance: random.Random) -> dict[str, int]:
@@ -118,7 +118,7 @@ def test_the_binding_limit_of_a_mix_is_used_to_99_percent() -> None:
     assert slots_bind["1,200 requests per 60 s"] == pytest.approx(10 / 1.5 / 20, rel=0.01)
 
 
-def test_refunds_are_used_at_once() -> None:
+def test_calls_that_refund_most_tokens_still_use_98_percent_of_limit() -> None:
     """Calls that reserve three times what they use still use 99 % of the tokens."""
     trace: list[tuple[int, int]] = []
 
@@ -144,7 +144,7 @@ def test_refunds_are_used_at_once() -> None:
 
 
 @pytest.mark.parametrize(("rate", "burst"), [(10.0, 1), (7.25, 5), (0.5, 2), (1000.0, 50)])
-def test_a_bucket_is_used_to_the_last_unit(rate: float, burst: int) -> None:
+def test_bucket_is_used_to_last_unit(rate: float, burst: int) -> None:
     """However many calls wait, just burst + rate * t units pass."""
     trace: list[tuple[int, int]] = []
     seconds = 500 / rate

@@ -83,7 +83,7 @@ def grove(loop: asyncio.AbstractEventLoop) -> Grove:
     return Grove(loop)
 
 
-def test_an_idle_claimant_saves_nothing_up() -> None:
+def test_idle_share_saves_nothing_up() -> None:
     """A share that competes again starts at the present, however long it was idle."""
     share = Share(2.0)
     share.join(10.0)
@@ -95,7 +95,7 @@ def test_an_idle_claimant_saves_nothing_up() -> None:
     assert share.tag == 50.0
 
 
-def test_who_was_held_up_keeps_one_call() -> None:
+def test_share_held_up_keeps_price_of_one_call() -> None:
     """What it did not use counts up to its last call's price; what it used above stays used."""
     share = Share(2.0)
     share.charge(3.0)
@@ -108,7 +108,7 @@ def test_who_was_held_up_keeps_one_call() -> None:
     assert share.tag == 57.0
 
 
-def test_what_came_back_pays_for_later_calls() -> None:
+def test_refund_pays_for_later_calls_and_debt_is_charged_with_next() -> None:
     """A refund is credit first, and then pays; a debt is charged with the next call."""
     share = Share(1.0)
     share.charge(10.0)
@@ -123,7 +123,7 @@ def test_what_came_back_pays_for_later_calls() -> None:
     assert share.tag == 18.0
 
 
-def test_credit_of_one_who_was_idle_is_lost() -> None:
+def test_credit_of_idle_share_is_lost() -> None:
     """Credit lowers the tag to the present at most."""
     share = Share(1.0)
     share.charge(10.0)
@@ -134,7 +134,7 @@ def test_credit_of_one_who_was_idle_is_lost() -> None:
     assert share.tag == 6.0
 
 
-def test_virtual_time_is_the_start_of_the_call_served_last() -> None:
+def test_virtual_time_is_start_of_call_served_last() -> None:
     """As in the paper on start-time fair queueing."""
     clock, share = VirtualClock(), Share(2.0)
     clock.enter(share)
@@ -168,7 +168,7 @@ def test_virtual_time_does_not_stand_still_among_newcomers(times: int) -> None:
 
 @pytest.mark.parametrize("price", [1.0, 1_000.0])
 @pytest.mark.parametrize("weight", [1.0, 0.001])
-def test_virtual_time_does_not_remember_a_costly_call(price: float, weight: float) -> None:
+def test_virtual_time_forgets_costly_call_whose_caller_is_gone(price: float, weight: float) -> None:
     """Once the caller is gone, its call delays virtual time no longer, so nobody is overtaken."""
     clock, costly, waiting = VirtualClock(), Share(weight), Share(1.0)
     clock.enter(waiting)
@@ -181,7 +181,7 @@ def test_virtual_time_does_not_remember_a_costly_call(price: float, weight: floa
     assert clock.now >= waiting.tag
 
 
-def test_siblings_go_by_cost_over_weight(grove: Grove) -> None:
+def test_siblings_share_cost_by_weight(grove: Grove) -> None:
     """Costly calls of a light child and cheap ones of a heavy child: 1 to 3 in tokens."""
     one, three = grove.child(), grove.child(weight=3.0)
     for _ in range(40):
@@ -197,21 +197,21 @@ def test_siblings_go_by_cost_over_weight(grove: Grove) -> None:
     assert abs(tokens[three] / 3 - tokens[one]) <= 20
 
 
-def test_of_one_claimant_the_first_goes_first(grove: Grove) -> None:
+def test_siblings_with_equal_tags_go_in_order_of_arrival(grove: Grove) -> None:
     """Siblings with equal tags are served by when they began to wait."""
     a, b = grove.child(), grove.child()
     calls = [grove.push(a), grove.push(b), grove.push(a), grove.push(b)]
     assert [grove.serve() for _ in range(4)] == calls
 
 
-def test_many_with_the_same_tag_go_in_the_order_in_which_they_came(grove: Grove) -> None:
+def test_many_siblings_of_equal_cost_keep_order_of_arrival_in_every_round(grove: Grove) -> None:
     """This holds for every round, as long as all calls cost the same."""
     children = [grove.child() for _ in range(7)]
     calls = [grove.push(child) for _ in range(3) for child in children]
     assert [grove.serve() for _ in calls] == calls
 
 
-def test_a_class_eight_times_as_urgent_has_eight_ninths(grove: Grove) -> None:
+def test_priority_class_gets_eight_times_as_much_as_next_lower_class(grove: Grove) -> None:
     """Three classes get 1 : 8 : 64; two of them 1 : 8, even if they are not neighbours."""
     node = grove.child()
     for priority in (-1, 0, 1):
@@ -231,7 +231,7 @@ def test_a_class_eight_times_as_urgent_has_eight_ninths(grove: Grove) -> None:
     assert served.count(-1) == pytest.approx(10, abs=1)
 
 
-def test_an_urgent_newcomer_is_next(grove: Grove) -> None:
+def test_urgent_newcomer_is_next(grove: Grove) -> None:
     """It is next however many less urgent calls wait."""
     node = grove.child()
     for _ in range(100):
@@ -243,7 +243,7 @@ def test_an_urgent_newcomer_is_next(grove: Grove) -> None:
     assert grove.serve().line.priority == -1
 
 
-def test_one_out_of_its_quota_sleeps_and_the_next_goes(grove: Grove) -> None:
+def test_child_at_its_own_limit_sleeps_until_its_time_or_refund(grove: Grove) -> None:
     """It wakes when its time comes, or when something was given back on its path."""
     poor, rich = grove.child(), grove.child()
     window = Window(amount=1, window=1_000)
@@ -268,7 +268,7 @@ def test_one_out_of_its_quota_sleeps_and_the_next_goes(grove: Grove) -> None:
 
 
 @pytest.mark.parametrize("weight", [0.5, 1.0, 4.0])
-def test_one_out_of_its_quota_loses_its_share_but_for_a_call(grove: Grove, weight: float) -> None:
+def test_child_at_its_own_limit_keeps_share_of_one_call_only(grove: Grove, weight: float) -> None:
     """It keeps the price of one call, divided by its weight, and so goes next."""
     poor, rich = grove.child(weight=weight), grove.child()
     window = Window(amount=10, window=1_000)
@@ -285,7 +285,7 @@ def test_one_out_of_its_quota_loses_its_share_but_for_a_call(grove: Grove, weigh
     assert poor.fairness.shares[0].tag == pytest.approx(present - 10 / weight)
 
 
-def test_one_that_waits_for_a_slot_is_found_without_it(grove: Grove) -> None:
+def test_head_that_lacks_only_a_slot_can_be_found_without_it(grove: Grove) -> None:
     """The head that lacks only a slot is found, for use when blocked loops hold all slots."""
     slots = Slots(size=1)
     slots.book(1, 0)
@@ -301,7 +301,7 @@ def test_one_that_waits_for_a_slot_is_found_without_it(grove: Grove) -> None:
     assert grove.tree.head(0, slotless=1) is call
 
 
-def test_whoever_was_emptied_is_expected_back(grove: Grove) -> None:
+def test_emptied_flow_is_expected_back_for_one_pass(grove: Grove) -> None:
     """A sibling with a higher tag waits one pass for it, and no longer."""
     patient, busy = grove.child(weight=8.0), grove.child()
     first = grove.push(patient)
@@ -319,7 +319,7 @@ def test_whoever_was_emptied_is_expected_back(grove: Grove) -> None:
     assert not grove.tree.expects
 
 
-def test_a_tree_takes_over_a_line(loop: asyncio.AbstractEventLoop) -> None:
+def test_tree_takes_over_line_in_order(loop: asyncio.AbstractEventLoop) -> None:
     """Calls that waited before there were children or priorities keep their places."""
     root = Node()
     line = Line(root, NOBODY)
@@ -338,7 +338,7 @@ def test_a_tree_takes_over_a_line(loop: asyncio.AbstractEventLoop) -> None:
 
 
 @pytest.mark.heavy
-def test_a_flow_in_which_nobody_is_left_is_forgotten(grove: Grove) -> None:
+def test_empty_flows_are_forgotten(grove: Grove) -> None:
     """Ten thousand children with one call each leave neither a flow nor a class behind."""
     for _ in range(10_000):
         grove.push(grove.child())
@@ -349,7 +349,7 @@ def test_a_flow_in_which_nobody_is_left_is_forgotten(grove: Grove) -> None:
     assert list(grove.tree._classes.keys()) == []
 
 
-def test_weights_of_those_that_compete_add_up(loop: asyncio.AbstractEventLoop) -> None:
+def test_total_weight_counts_only_flows_with_waiting_calls(loop: asyncio.AbstractEventLoop) -> None:
     """Empty flows do not count; one that has calls again does."""
     root, clock, share = Node(), VirtualClock(), Share(2.0)
     branch = Branch(root, clock, set())
@@ -386,7 +386,7 @@ def test_weights_of_those_that_compete_add_up(loop: asyncio.AbstractEventLoop) -
     assert branch.lowest_emptied < math.inf
 
 
-def test_flows_of_one_instant_keep_their_order() -> None:
+def test_flows_with_equal_tags_go_in_order_they_were_made() -> None:
     """The flow that was made first goes first."""
     line = Line(Node(), NOBODY)
     first = Flow("a", line, Share(1.0), child=None, order=1)
@@ -395,7 +395,7 @@ def test_flows_of_one_instant_keep_their_order() -> None:
     assert not second < first
 
 
-def test_tags_along_the_way_decide_between_loops(loop: asyncio.AbstractEventLoop) -> None:
+def test_lower_tag_goes_first_across_loops(loop: asyncio.AbstractEventLoop) -> None:
     """A sibling with a lower tag on another loop goes first, though its call came later."""
     here = Grove(loop)
     there = Grove(loop, here.root)
@@ -412,7 +412,7 @@ def test_tags_along_the_way_decide_between_loops(loop: asyncio.AbstractEventLoop
     assert Line.turn == ()
 
 
-def test_of_two_loops_with_the_same_tags_the_more_urgent_goes_first(
+def test_urgent_call_goes_first_across_loops_with_equal_tags(
     loop: asyncio.AbstractEventLoop,
 ) -> None:
     """An urgent call goes first, as on one loop, though it came later and deeper in the tree."""
@@ -423,9 +423,7 @@ def test_of_two_loops_with_the_same_tags_the_more_urgent_goes_first(
     assert serve_next(here, there) is urgent
 
 
-def test_who_comes_late_does_not_wait_for_all_that_two_loops_have_served(
-    loop: asyncio.AbstractEventLoop,
-) -> None:
+def test_late_child_gets_equal_share_across_two_loops(loop: asyncio.AbstractEventLoop) -> None:
     """Virtual time counts all competitors, on whichever loop they wait."""
     here = Grove(loop)
     there = Grove(loop, here.root)
@@ -443,7 +441,7 @@ def test_who_comes_late_does_not_wait_for_all_that_two_loops_have_served(
     ]
 
 
-def test_priorities_compete_across_loops(loop: asyncio.AbstractEventLoop) -> None:
+def test_priorities_share_eight_to_one_across_loops(loop: asyncio.AbstractEventLoop) -> None:
     """With urgent calls on one loop and the others on another, shares are 8 to 1, as on one."""
     here = Grove(loop)
     there = Grove(loop, here.root)
@@ -454,7 +452,7 @@ def test_priorities_compete_across_loops(loop: asyncio.AbstractEventLoop) -> Non
     assert served.count(-1) == pytest.approx(100, abs=1)
 
 
-def test_on_a_loop_that_serves_no_more_nobody_competes(loop: asyncio.AbstractEventLoop) -> None:
+def test_disbanded_tree_no_longer_competes_for_shares(loop: asyncio.AbstractEventLoop) -> None:
     """It no longer counts at any level; calls on another loop still do."""
     here = Grove(loop)
     there = Grove(loop, here.root)
@@ -471,7 +469,7 @@ def test_on_a_loop_that_serves_no_more_nobody_competes(loop: asyncio.AbstractEve
     assert child.fairness.clocks[1]._weights == 1.0
 
 
-def test_a_node_without_waiters_has_no_shares_yet() -> None:
+def test_idle_node_keeps_no_fairness_state() -> None:
     """Idle nodes keep no account of fairness, which saves memory for ten thousand children."""
     node = Node(Node())
     assert node._fairness is None
@@ -482,7 +480,7 @@ def test_a_node_without_waiters_has_no_shares_yet() -> None:
     assert node.fairness.shares[0].weight == 4.0
 
 
-def test_a_call_is_priced_by_what_binds_from_call_to_call() -> None:
+def test_price_of_call_is_its_largest_part_of_any_short_term_limit() -> None:
     """It is the largest part of any limit, of one resource the fastest; days do not count."""
     limits = (
         Limit("requests", 600),

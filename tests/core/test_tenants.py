@@ -26,7 +26,7 @@ def crowd_out(limiter: Limiter, *, times: int = 8) -> None:
         limiter.key(f"passer-by {number} of {limiter.now()}")
 
 
-def test_a_tenant_is_one_limiter(virtual_time: VirtualTime) -> None:
+def test_tenant_is_same_limiter_by_key_and_by_acquire(virtual_time: VirtualTime) -> None:
     """By `key` or `acquire(tenant=)`, it is the same limiter under the same limits."""
 
     async def main() -> None:
@@ -46,7 +46,7 @@ def test_a_tenant_is_one_limiter(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_telemetry_finds_the_tenants_that_have_calls(virtual_time: VirtualTime) -> None:
+def test_telemetry_lists_only_tenants_with_calls(virtual_time: VirtualTime) -> None:
     """Only tenants with calls waiting or in flight are listed, not the idle ones."""
 
     async def main() -> None:
@@ -66,7 +66,7 @@ def test_telemetry_finds_the_tenants_that_have_calls(virtual_time: VirtualTime) 
     virtual_time.run(main())
 
 
-def test_a_tenants_name_is_nobodys_business(virtual_time: VirtualTime) -> None:
+def test_name_of_tenant_is_never_shown(virtual_time: VirtualTime) -> None:
     """It appears in no name, repr, error or statistics, and `children` does not list it."""
 
     async def main() -> None:
@@ -87,7 +87,7 @@ def test_a_tenants_name_is_nobodys_business(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_terms_of_a_tenants_own_stay_its_own(virtual_time: VirtualTime) -> None:
+def test_tenant_keeps_its_own_terms_even_while_at_rest(virtual_time: VirtualTime) -> None:
     """They stay even while it is at rest; asking with other terms is an error, as for a child."""
     key = Limiter(name="key", clock=virtual_time.clock)
     key.per_key("100 RPM", alive=1)
@@ -107,7 +107,7 @@ def test_terms_of_a_tenants_own_stay_its_own(virtual_time: VirtualTime) -> None:
     assert keys._own["same"] is keys._own["vip"]
 
 
-def test_a_template_holds_for_those_that_come_later(virtual_time: VirtualTime) -> None:
+def test_per_key_template_applies_only_to_later_tenants(virtual_time: VirtualTime) -> None:
     """A tenant that exists already keeps the terms it was made with."""
     key = Limiter(clock=virtual_time.clock)
     assert key.key("first").limits == ()
@@ -120,7 +120,7 @@ def test_a_template_holds_for_those_that_come_later(virtual_time: VirtualTime) -
         key.per_key(alive=None)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
-def test_whoever_asked_last_is_alive(virtual_time: VirtualTime) -> None:
+def test_tenant_asked_for_last_is_alive_even_with_alive_0(virtual_time: VirtualTime) -> None:
     """This holds with alive=0, too: old handles find the same account, which keeps its counts."""
     key = Limiter(clock=virtual_time.clock)
     key.per_key("10 RPM burst 10", alive=0)
@@ -132,7 +132,7 @@ def test_whoever_asked_last_is_alive(virtual_time: VirtualTime) -> None:
     assert [each.statistics().limits[0].used for each in (first, second)] == [3, 3]
 
 
-def test_few_are_alive_and_old_handles_stay_good(virtual_time: VirtualTime) -> None:
+def test_old_handle_works_after_its_tenant_was_put_to_rest(virtual_time: VirtualTime) -> None:
     """A handle from before the rest sees the quota as it was left, in every method."""
 
     async def main() -> None:
@@ -173,7 +173,7 @@ def test_few_are_alive_and_old_handles_stay_good(virtual_time: VirtualTime) -> N
     virtual_time.run(main())
 
 
-def test_a_tenants_children_are_made_once_whoever_asks(virtual_time: VirtualTime) -> None:
+def test_old_and_new_handles_of_tenant_give_same_children(virtual_time: VirtualTime) -> None:
     """Handles from before and after a rest give the same children, with the same limits."""
     key = Limiter(clock=virtual_time.clock)
     key.per_key("10 RPM burst 10", alive=1)
@@ -201,7 +201,7 @@ def test_a_tenants_children_are_made_once_whoever_asks(virtual_time: VirtualTime
                 each.acquire_nowait()
 
 
-def test_whoever_is_busy_is_not_put_to_rest(virtual_time: VirtualTime) -> None:
+def test_busy_tenant_is_not_put_to_rest(virtual_time: VirtualTime) -> None:
     """A tenant with calls, a pause, observers, changed terms or children is not put to rest."""
 
     def idle(_: Limiter) -> None:
@@ -233,7 +233,7 @@ def test_whoever_is_busy_is_not_put_to_rest(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_a_learned_limit_is_not_forgotten(virtual_time: VirtualTime) -> None:
+def test_learned_limit_of_tenant_survives_rest(virtual_time: VirtualTime) -> None:
     """A limit learned for one tenant lasts as long as the tenant is known."""
     key = Limiter(clock=virtual_time.clock)
     key.per_key(alive=1)
@@ -242,8 +242,8 @@ def test_a_learned_limit_is_not_forgotten(virtual_time: VirtualTime) -> None:
     assert key.key("learned").limits == (Limit("requests", 7),)
 
 
-@pytest.mark.parametrize("limits", [(), ("100 RPM",)], ids=["slots alone", "a window, too"])
-def test_whoever_was_admitted_and_has_not_run_since_is_busy(
+@pytest.mark.parametrize("limits", [(), ("100 RPM",)], ids=["slots only", "slots and window"])
+def test_tenant_whose_admitted_call_has_not_run_yet_is_not_put_to_rest(
     virtual_time: VirtualTime, limits: tuple[str, ...]
 ) -> None:
     """Its slot is not given to another call meanwhile."""
@@ -268,7 +268,7 @@ def test_whoever_was_admitted_and_has_not_run_since_is_busy(
     virtual_time.run(main())
 
 
-def test_debts_are_remembered(virtual_time: VirtualTime) -> None:
+def test_debt_of_tenant_survives_rest(virtual_time: VirtualTime) -> None:
     """So is a debt to a bucket that lasts longer than the window remembers it."""
 
     async def main() -> None:
@@ -299,7 +299,7 @@ asks = st.lists(
 
 @settings(deadline=None, max_examples=50)
 @given(asks)
-def test_no_quota_is_reset_by_rest(history: list[tuple[int, int, float]]) -> None:
+def test_rest_resets_no_limit_of_tenant(history: list[tuple[int, int, float]]) -> None:
     """Only three of six tenants are alive at a time, but each keeps its own limits."""
     traces: dict[int, list[tuple[int, int]]] = {}
     requests: dict[int, list[tuple[int, int]]] = {}
@@ -328,7 +328,7 @@ def test_no_quota_is_reset_by_rest(history: list[tuple[int, int, float]]) -> Non
 
 
 @pytest.mark.heavy
-def test_any_number_of_tenants_needs_the_memory_of_a_thousand(virtual_time: VirtualTime) -> None:
+def test_memory_stays_bounded_however_many_tenants_come(virtual_time: VirtualTime) -> None:
     """Tenants gone for longer than their windows leave nothing behind."""
     gc.collect()
     tracemalloc.start()
@@ -377,7 +377,7 @@ def test_10_000_idle_children_cost_no_tasks_and_little_memory(virtual_time: Virt
     virtual_time.run(main())
 
 
-def test_two_threads_that_ask_for_one_tenant_get_the_same() -> None:
+def test_threads_asking_for_one_tenant_get_same_limiter() -> None:
     """The same holds for a child, so nobody has two quotas."""
     for _ in range(20):
         key = Limiter()
@@ -395,7 +395,7 @@ def test_two_threads_that_ask_for_one_tenant_get_the_same() -> None:
         assert len(key._account.children) == 2
 
 
-def test_whoever_asks_while_it_is_made_waits_for_it(virtual_time: VirtualTime) -> None:
+def test_thread_asking_for_tenant_being_made_gets_same_limiter(virtual_time: VirtualTime) -> None:
     """A thread that asks for a tenant while it is being made gets the same one."""
     key = Limiter(clock=virtual_time.clock)
     keys, found = key._tenants(), []
@@ -429,7 +429,7 @@ class Snatching(FakeLock):
 
 
 @pytest.mark.parametrize("how", ["nowait", "await", "refused", "line"])
-def test_one_put_to_rest_by_another_thread_is_found_again(
+def test_call_is_booked_if_other_thread_puts_tenant_to_rest_meanwhile(
     virtual_time: VirtualTime, how: str
 ) -> None:
     """If that happens before the lock is taken, the call is booked with the current account."""
@@ -488,7 +488,7 @@ STEERED: dict[str, tuple[Callable[[Limiter], object], Callable[[Limiter], object
 
 
 @pytest.mark.parametrize("how", STEERED)
-def test_one_that_is_steered_is_not_put_to_rest_meanwhile(how: str) -> None:
+def test_change_to_tenant_is_not_lost_to_concurrent_rest(how: str) -> None:
     """Otherwise a thread that asks for other tenants could make the change be forgotten."""
     steer, stands = STEERED[how]
     key = Limiter(clock=lambda: 0)
@@ -509,7 +509,7 @@ def test_one_that_is_steered_is_not_put_to_rest_meanwhile(how: str) -> None:
     assert stands(key.key("a"))
 
 
-def test_tenants_of_tenants_keep_their_quota(virtual_time: VirtualTime) -> None:
+def test_tenant_of_tenant_keeps_its_use_through_rest(virtual_time: VirtualTime) -> None:
     """The quotas of an organisation's users are kept with it while it is at rest."""
     key = Limiter(clock=virtual_time.clock)
     key.per_key("100 RPM", alive=1)
@@ -525,7 +525,7 @@ def test_tenants_of_tenants_keep_their_quota(virtual_time: VirtualTime) -> None:
     assert user._account.personal
 
 
-def test_what_was_used_counts_where_it_is_still_limited(virtual_time: VirtualTime) -> None:
+def test_tenant_comes_back_on_changed_template_with_its_use(virtual_time: VirtualTime) -> None:
     """If the template changes meanwhile, a tenant comes back on the new terms, with its use."""
     key = Limiter(clock=virtual_time.clock)
     key.per_key("100 RPM", "50 images/60s", alive=1)

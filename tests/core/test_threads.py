@@ -120,7 +120,7 @@ def test_several_loops_and_threads_share_one_budget() -> None:
     assert max(trace)[0] - min(trace)[0] >= 0.9 * 1_000_000_000
 
 
-def test_a_second_run_works_under_contention() -> None:
+def test_limiter_and_bucket_work_in_several_asyncio_runs() -> None:
     """A limiter and a bucket are not bound to the loop that used them first."""
     limiter = Limiter("1000/s", concurrency=1)
     bucket = TokenBucket(rate=10_000, burst=1)
@@ -137,7 +137,7 @@ def test_a_second_run_works_under_contention() -> None:
     assert limiter.statistics().admitted == 30
 
 
-def test_arrival_orders_calls_of_two_loops() -> None:
+def test_calls_of_two_loops_pass_in_order_of_arrival() -> None:
     """With one slot, calls of two loops pass in order of arrival, not loop by loop."""
     limiter = Limiter(concurrency=1)
     holder = limiter.acquire_nowait()
@@ -159,7 +159,7 @@ def test_arrival_orders_calls_of_two_loops() -> None:
     assert served == list(range(12))
 
 
-def test_a_head_whose_time_is_up_makes_room_on_another_loop() -> None:
+def test_timed_out_head_makes_room_for_call_on_another_loop() -> None:
     """The other loop's call passes at that instant, as it does when a head is cancelled."""
     clock = VirtualClock()
     limiter = Limiter("10 TPM", clock=clock)
@@ -178,7 +178,7 @@ def test_a_head_whose_time_is_up_makes_room_on_another_loop() -> None:
     held.release()
 
 
-def test_a_loop_that_is_next_and_does_not_know_it_is_told() -> None:
+def test_loop_that_does_not_know_it_is_next_is_woken() -> None:
     """It meant to let a call of this loop go first, but it is no longer that call's turn."""
     clock = VirtualClock()
     limiter = Limiter("10 TPM", clock=clock)
@@ -196,7 +196,7 @@ def test_a_loop_that_is_next_and_does_not_know_it_is_told() -> None:
         assert (first.done(), second.done()) == (True, True)
 
 
-def test_a_lease_may_be_released_and_settled_in_another_thread() -> None:
+def test_lease_can_be_released_and_settled_in_another_thread() -> None:
     """Both the slot and the refund reach a call that waits on this loop."""
 
     async def main() -> None:
@@ -218,7 +218,7 @@ def test_a_lease_may_be_released_and_settled_in_another_thread() -> None:
     asyncio.run(main())
 
 
-def test_acquire_sync_waits_for_a_slot() -> None:
+def test_acquire_sync_waits_for_slot() -> None:
     """A thread sleeps until another gives its slot back; `waited` and `bound_by` tell of it."""
     limiter = Limiter(concurrency=1)
     holder = limiter.acquire_sync()
@@ -263,7 +263,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, before: Callable[[], None]) -> No
     monkeypatch.setattr(concurrent.futures.Future, "result", result)
 
 
-def test_an_interrupted_thread_leaves_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_thread_leaves_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """After Ctrl-C in `acquire_sync` the call no longer waits, and takes nothing later."""
     limiter = Limiter(concurrency=1)
     holder = limiter.acquire_nowait()
@@ -276,7 +276,7 @@ def test_an_interrupted_thread_leaves_the_line(monkeypatch: pytest.MonkeyPatch) 
     assert limiter.statistics().cancelled == 1
 
 
-def test_an_interrupted_thread_gives_back_what_it_was_just_given(
+def test_thread_interrupted_after_admission_gives_everything_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """If Ctrl-C arrives after the admission, everything comes back, including the tokens."""
@@ -296,7 +296,7 @@ def test_an_interrupted_thread_gives_back_what_it_was_just_given(
     assert limiter.statistics().limits[0].used == 0
 
 
-def test_an_answer_that_nobody_awaits_any_more_is_undone() -> None:
+def test_admission_whose_caller_was_cancelled_is_undone() -> None:
     """If a call is cancelled too late to stop its admission, what it took is given back."""
     limiter = Limiter(concurrency=1)
     answer: concurrent.futures.Future[Lease] = concurrent.futures.Future()
@@ -306,7 +306,7 @@ def test_an_answer_that_nobody_awaits_any_more_is_undone() -> None:
     assert (now.admitted, now.in_flight) == (1, 0)
 
 
-def test_who_exits_from_an_observer_leaves_the_others_in_line() -> None:
+def test_system_exit_in_observer_does_not_affect_other_waiting_threads() -> None:
     """The exception is raised in the waiting thread, not on the loop that serves such threads."""
     limiter = Limiter(concurrency=1)
     held = limiter.acquire_nowait()
@@ -326,7 +326,7 @@ def test_who_exits_from_an_observer_leaves_the_others_in_line() -> None:
     assert limiter.statistics().waiting == 0
 
 
-def test_the_background_loop_ends_with_its_limiter() -> None:
+def test_background_loop_ends_with_its_limiter() -> None:
     """Nothing keeps a limiter alive; once it is collected, its thread ends."""
 
     def ended() -> bool:
@@ -346,7 +346,7 @@ def test_the_background_loop_ends_with_its_limiter() -> None:
     assert gone() is None
 
 
-def test_a_blocked_loop_that_holds_all_slots_does_not_deadlock(
+def test_blocked_loop_that_holds_all_slots_does_not_deadlock(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Calls on other loops pass after a second; they are counted, and one warning is logged."""
@@ -375,7 +375,7 @@ def test_a_blocked_loop_that_holds_all_slots_does_not_deadlock(
     )
 
 
-def test_every_open_lease_is_counted_where_it_is_held() -> None:
+def test_open_lease_is_counted_on_loop_or_thread_that_holds_it() -> None:
     """Each loop counts its own, all plain threads together: this tells who can give slots back."""
     limiter = Limiter(concurrency=4)
     blocked = limiter._budget.blocked
@@ -392,7 +392,7 @@ def test_every_open_lease_is_counted_where_it_is_held() -> None:
     assert blocked.leases == 0
 
 
-def test_acquire_sync_on_a_loop_that_holds_all_slots_does_not_deadlock() -> None:
+def test_acquire_sync_on_loop_that_holds_all_slots_does_not_deadlock() -> None:
     """Blocking code on the loop's own thread passes, too."""
     limiter = Limiter(concurrency=1)
 
@@ -405,7 +405,7 @@ def test_acquire_sync_on_a_loop_that_holds_all_slots_does_not_deadlock() -> None
     assert limiter.statistics().overridden == 1
 
 
-def test_a_slot_left_on_a_loop_that_has_ended_holds_up_nobody_for_ever() -> None:
+def test_slot_left_on_ended_loop_does_not_hold_up_calls_for_ever() -> None:
     """A slot leaked by a finished run is ignored, like one held on a blocked loop."""
     limiter = Limiter(concurrency=1)
     leaked = asyncio.run(take(limiter))
@@ -417,7 +417,7 @@ def test_a_slot_left_on_a_loop_that_has_ended_holds_up_nobody_for_ever() -> None
 
 
 @pytest.mark.parametrize("path", [(), ("chat",)])
-def test_without_a_slot_pass_no_more_at_once_than_there_are_slots(path: tuple[str, ...]) -> None:
+def test_calls_without_slot_run_no_more_at_once_than_there_are_slots(path: tuple[str, ...]) -> None:
     """At most as many pass at once as if the slots were free; they wait one second in all."""
     limiter = Limiter()
     for name in path:
@@ -450,7 +450,7 @@ def test_without_a_slot_pass_no_more_at_once_than_there_are_slots(path: tuple[st
     assert limiter.statistics().overridden == 9
 
 
-def test_a_call_that_passes_without_a_slot_keeps_the_other_limits() -> None:
+def test_call_that_passes_without_slot_keeps_other_limits() -> None:
     """The windows are kept: the third call waits until the first has left its window."""
     limiter = Limiter("2 requests/3s burst 2", concurrency=1)
     trace: list[tuple[int, int]] = []
@@ -472,7 +472,7 @@ def test_a_call_that_passes_without_a_slot_keeps_the_other_limits() -> None:
     assert_never_over(trace, limiter.limits[0])
 
 
-def test_a_busy_loop_that_holds_all_slots_is_waited_for() -> None:
+def test_calls_wait_for_busy_loop_that_holds_all_slots() -> None:
     """Calls never pass without a slot while the loop that holds the slots runs."""
     clock = VirtualClock()
     limiter = Limiter(concurrency=1, clock=clock)
@@ -498,7 +498,7 @@ async def take(limiter: Limiter, tokens: int | None = None) -> Lease:
 
 
 @pytest.mark.parametrize("closed", [True, False])
-def test_a_dead_loop_with_waiters_holds_up_nobody(*, closed: bool) -> None:
+def test_waiters_on_dead_loop_hold_up_no_other_call(*, closed: bool) -> None:
     """Calls that wait on a stopped loop do not stay ahead of others for ever."""
     limiter = Limiter("1000/s burst 1", concurrency=1)
     holder = limiter.acquire_nowait()
@@ -531,7 +531,7 @@ def test_a_dead_loop_with_waiters_holds_up_nobody(*, closed: bool) -> None:
     assert limiter.statistics().waiting == 0
 
 
-def left_to_wait(
+def call_waiting_on_closed_loop(
     limiter: Limiter, *, tokens: int | None = None, rung: Callable[[], object] = int
 ) -> asyncio.Task[Lease]:
     """Return a call that waits on a loop that was closed; ``rung`` was called just before."""
@@ -544,19 +544,19 @@ def left_to_wait(
     return task
 
 
-def test_who_waits_on_a_closed_loop_is_before_nobody() -> None:
+def test_waiter_on_closed_loop_does_not_hold_up_acquire_nowait() -> None:
     """Not even ahead of calls that do not wait, and even if nobody has rung since."""
     clock = VirtualClock()
     limiter = Limiter("1000/s burst 1", clock=clock)
     limiter.acquire_nowait()
-    task = left_to_wait(limiter)
+    task = call_waiting_on_closed_loop(limiter)
     clock.advance(0.01)
     limiter.acquire_nowait()
     assert limiter.statistics().waiting == 0
     del task
 
 
-def test_a_newcomer_waits_behind_nobody_on_a_closed_loop(virtual_time: VirtualTime) -> None:
+def test_newcomer_does_not_wait_behind_waiter_on_closed_loop(virtual_time: VirtualTime) -> None:
     """However long the lost call would have had to wait, it does not delay others."""
     bucket = TokenBucket(rate=1, burst=100, clock=virtual_time.clock)
     bucket.acquire_nowait(100)
@@ -571,18 +571,18 @@ def test_a_newcomer_waits_behind_nobody_on_a_closed_loop(virtual_time: VirtualTi
     del task
 
 
-def test_a_loop_that_is_closed_before_it_hears_a_ring_is_counted_out() -> None:
+def test_loop_closed_before_it_hears_ring_is_counted_out() -> None:
     """That ring was lost with the loop; the next one finds out."""
     limiter = Limiter(concurrency=1)
     holder = limiter.acquire_nowait()
-    task = left_to_wait(limiter, rung=holder.release)
+    task = call_waiting_on_closed_loop(limiter, rung=holder.release)
     limiter.acquire_sync(timeout=ENOUGH).release()
     assert limiter.statistics().waiting == 0
     limiter.acquire_nowait().release()
     del task
 
 
-def test_limits_are_lowered_for_who_waits_on_a_closed_loop() -> None:
+def test_limit_can_be_lowered_below_cost_of_waiter_on_closed_loop() -> None:
     """The call on the closed loop cannot be told, which is no error; calls on other loops are."""
     limiter = Limiter("1k TPM")
     limiter.acquire_nowait(tokens=1_000)
@@ -594,18 +594,18 @@ def test_limits_are_lowered_for_who_waits_on_a_closed_loop() -> None:
         with pytest.raises(CostExceedsLimit):
             await waiting
 
-    task = left_to_wait(limiter, tokens=900)
+    task = call_waiting_on_closed_loop(limiter, tokens=900)
     asyncio.run(main())
     assert limiter.statistics().waiting == 0
     del task
 
 
-def test_who_is_cancelled_on_a_closed_loop_is_counted_out_once() -> None:
+def test_waiter_cancelled_on_closed_loop_is_counted_out_once() -> None:
     """The next ring counts it out; collecting its coroutine does not do so again."""
     key = Limiter(concurrency=1)
     child = key.child("chat")
     holder = key.acquire_nowait()
-    abandoned = [left_to_wait(child)]
+    abandoned = [call_waiting_on_closed_loop(child)]
     holder.release()
     assert child.statistics().waiting == 0
     with pytest.raises(RuntimeError, match="closed"):
@@ -615,7 +615,7 @@ def test_who_is_cancelled_on_a_closed_loop_is_counted_out_once() -> None:
     assert child.statistics().waiting == 0
 
 
-def test_a_dropped_lease_releases_itself() -> None:
+def test_dropped_lease_releases_itself() -> None:
     """A lease forgotten without `release` gives its slot to a waiting call when it is collected."""
 
     async def main() -> None:
@@ -631,7 +631,7 @@ def test_a_dropped_lease_releases_itself() -> None:
     asyncio.run(main())
 
 
-def test_a_lease_dropped_inside_the_lock_is_released_soon() -> None:
+def test_lease_dropped_while_lock_is_held_is_released_soon() -> None:
     """The collector may run while the same thread holds the lock: no deadlock, and no lost slot."""
 
     async def main() -> None:
@@ -648,7 +648,7 @@ def test_a_lease_dropped_inside_the_lock_is_released_soon() -> None:
     asyncio.run(main())
 
 
-def test_a_lease_dropped_inside_the_lock_is_there_for_a_newcomer() -> None:
+def test_lease_dropped_while_lock_is_held_frees_its_slot_for_newcomer() -> None:
     """If nobody waits, the next call handles what was dropped, and so does `statistics()`."""
     limiter = Limiter(concurrency=1)
     for look in (limiter.acquire_nowait, limiter.statistics):
@@ -659,7 +659,7 @@ def test_a_lease_dropped_inside_the_lock_is_there_for_a_newcomer() -> None:
         assert limiter.statistics().in_flight == 0
 
 
-def test_what_held_a_lease_may_be_closed_inside_the_lock() -> None:
+def test_generator_holding_lease_can_be_closed_while_lock_is_held() -> None:
     """The collector may close a generator at any point, and so leave its ``with`` block."""
     limiter = Limiter("100 TPM", concurrency=1)
     told: list[str] = []
@@ -682,7 +682,7 @@ def test_what_held_a_lease_may_be_closed_inside_the_lock() -> None:
     assert told == ["Admitted", "Settled", "Released", "Admitted", "Released"]
 
 
-def test_what_was_dropped_inside_the_lock_is_done_in_order() -> None:
+def test_settlements_made_while_lock_is_held_apply_in_order() -> None:
     """Of several settlements of one lease, the last holds; each event says what it corrects."""
     limiter = Limiter("100 ITPM", "100 OTPM", "100 TPM")
     corrected: list[dict[str, int]] = []
@@ -698,7 +698,7 @@ def test_what_was_dropped_inside_the_lock_is_done_in_order() -> None:
     assert corrected == [{}, {"tokens": 50}, {"input_tokens": 10, "tokens": 15}]
 
 
-def test_slots_of_what_nobody_can_reach_come_back_to_a_program_that_only_waits(
+def test_slots_in_unreachable_cycles_come_back_while_program_only_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A program that only waits makes no garbage: the limiter collects, less often if in vain."""
@@ -733,7 +733,7 @@ def test_slots_of_what_nobody_can_reach_come_back_to_a_program_that_only_waits(
         gc.enable()
 
 
-def test_the_collector_is_not_called_where_it_has_come_by(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limiter_collects_no_garbage_if_program_just_did(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program that causes collections itself is not made to pay for another one."""
     monkeypatch.setattr(holders, "_STALL", 20_000_000)
 
@@ -757,7 +757,7 @@ def test_the_collector_is_not_called_where_it_has_come_by(monkeypatch: pytest.Mo
         gc.enable()
 
 
-def test_a_coroutine_closed_inside_the_lock_leaves_the_line() -> None:
+def test_coroutine_closed_while_lock_is_held_leaves_line() -> None:
     """The collector may close a coroutine that waits; that does not deadlock, either."""
 
     async def main() -> None:
@@ -775,7 +775,7 @@ def test_a_coroutine_closed_inside_the_lock_leaves_the_line() -> None:
     asyncio.run(main())
 
 
-def test_dropping_inside_the_lock_survives_a_closed_loop() -> None:
+def test_lease_dropped_while_lock_is_held_comes_back_despite_closed_loop() -> None:
     """Ringing a closed loop is no error."""
     limiter = Limiter(concurrency=1)
     lease: Lease | None = limiter.acquire_nowait()

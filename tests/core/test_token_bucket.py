@@ -18,21 +18,21 @@ async def instants(time: VirtualTime, bucket: TokenBucket, calls: int) -> list[f
     return await asyncio.gather(*(call() for _ in range(calls)))
 
 
-def test_two_at_once_then_every_half_second(virtual_time: VirtualTime) -> None:
+def test_bucket_passes_its_burst_at_once_and_then_keeps_its_rate(virtual_time: VirtualTime) -> None:
     """This is a bucket with rate=2.0 and burst=2."""
     bucket = TokenBucket(rate=2.0, burst=2, clock=virtual_time.clock)
     passed = virtual_time.run(instants(virtual_time, bucket, 6))
     assert passed == [0.0, 0.0, 0.5, 1.0, 1.5, 2.0]
 
 
-def test_five_calls_two_seconds_apart(virtual_time: VirtualTime) -> None:
+def test_bucket_with_default_burst_passes_one_call_at_a_time(virtual_time: VirtualTime) -> None:
     """This is a bucket with rate=0.5 and the default burst of one."""
     bucket = TokenBucket(rate=0.5, clock=virtual_time.clock)
     passed = virtual_time.run(instants(virtual_time, bucket, 5))
     assert passed == [0.0, 2.0, 4.0, 6.0, 8.0]
 
 
-def test_an_idle_bucket_fills_up_to_its_burst(virtual_time: VirtualTime) -> None:
+def test_idle_bucket_fills_up_to_its_burst(virtual_time: VirtualTime) -> None:
     """After a minute it has three units, not sixty."""
 
     async def main() -> None:
@@ -47,7 +47,7 @@ def test_an_idle_bucket_fills_up_to_its_burst(virtual_time: VirtualTime) -> None
     virtual_time.run(main())
 
 
-def test_acquire_nowait_takes_or_refuses(virtual_time: VirtualTime) -> None:
+def test_acquire_nowait_takes_unit_or_says_how_long_to_wait(virtual_time: VirtualTime) -> None:
     """The refusal says how long to wait, and takes nothing."""
     bucket = TokenBucket(rate=4.0, burst=2, clock=virtual_time.clock)
     bucket.acquire_nowait(2)
@@ -62,7 +62,7 @@ def test_acquire_nowait_takes_or_refuses(virtual_time: VirtualTime) -> None:
     assert bucket.statistics().available == 0
 
 
-def test_acquire_nowait_does_not_pass_those_who_wait(virtual_time: VirtualTime) -> None:
+def test_acquire_nowait_does_not_pass_waiting_calls(virtual_time: VirtualTime) -> None:
     """One unit is available, but a call that waits for two came first."""
 
     async def main() -> None:
@@ -79,7 +79,7 @@ def test_acquire_nowait_does_not_pass_those_who_wait(virtual_time: VirtualTime) 
     virtual_time.run(main())
 
 
-def test_a_bucket_is_a_context_manager(virtual_time: VirtualTime) -> None:
+def test_bucket_as_context_manager_takes_one_unit_for_good(virtual_time: VirtualTime) -> None:
     """Entering takes one unit; leaving gives nothing back, not even after an error."""
 
     async def main() -> None:
@@ -95,9 +95,7 @@ def test_a_bucket_is_a_context_manager(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_who_would_pass_but_for_others_is_told_when_the_first_of_them_goes(
-    virtual_time: VirtualTime,
-) -> None:
+def test_retry_after_tells_when_first_waiting_call_will_pass(virtual_time: VirtualTime) -> None:
     """A caller that sleeps for ``retry_after`` seconds and tries again does not spin."""
 
     async def main() -> None:
@@ -113,7 +111,7 @@ def test_who_would_pass_but_for_others_is_told_when_the_first_of_them_goes(
     virtual_time.run(main())
 
 
-def test_a_timeout_is_kept(virtual_time: VirtualTime) -> None:
+def test_call_behind_another_fails_exactly_at_its_timeout(virtual_time: VirtualTime) -> None:
     """A hopeless call is refused at once; one behind others fails when its time is up."""
 
     async def main() -> None:
@@ -136,7 +134,7 @@ def test_a_timeout_is_kept(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_a_bucket_speaks_for_itself(virtual_time: VirtualTime) -> None:
+def test_bucket_repr_shows_units_available_and_calls_waiting(virtual_time: VirtualTime) -> None:
     """Its repr and statistics show what is available, and how many calls wait."""
 
     async def main() -> None:
@@ -152,12 +150,12 @@ def test_a_bucket_speaks_for_itself(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
-def test_a_whole_float_is_a_burst() -> None:
+def test_whole_float_is_accepted_as_burst() -> None:
     """2.0 counts as two."""
     assert TokenBucket(1, 2.0).burst == 2  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
-def test_a_bucket_stays_as_it_was_made() -> None:
+def test_rate_and_burst_of_bucket_cannot_be_set() -> None:
     """Setting its rate or burst would change what it shows, but not how it paces."""
     bucket: Any = TokenBucket(rate=2, burst=3)
     for name in ("rate", "burst"):
@@ -166,7 +164,7 @@ def test_a_bucket_stays_as_it_was_made() -> None:
     assert (bucket.rate, bucket.burst) == (2.0, 3)
 
 
-def test_an_integer_by_another_name_is_an_amount(virtual_time: VirtualTime) -> None:
+def test_int_enum_member_is_accepted_as_amount(virtual_time: VirtualTime) -> None:
     """An IntEnum's member counts as its value."""
 
     class Size(enum.IntEnum):
@@ -183,7 +181,7 @@ def test_an_integer_by_another_name_is_an_amount(virtual_time: VirtualTime) -> N
 
 
 @pytest.mark.parametrize("amount", [0, -1, True, 1.0, None])
-def test_no_amount_is_refused_while_others_wait(virtual_time: VirtualTime, amount: int) -> None:
+def test_invalid_amount_is_refused_while_calls_wait(virtual_time: VirtualTime, amount: int) -> None:
     """A unit is available, but an invalid amount takes none."""
 
     async def main() -> None:

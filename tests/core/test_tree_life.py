@@ -63,7 +63,7 @@ def test_children_are_shared_by_loops_and_threads() -> None:
     assert key.statistics().admitted == 360
 
 
-def test_a_light_tenant_of_another_loop_does_not_wait_for_a_heavy_ones_line() -> None:
+def test_light_child_on_one_loop_is_not_starved_by_heavy_child_on_another() -> None:
     """Shares hold across loops, even if the heavy child's calls all came first."""
     key = Limiter(concurrency=1)
     heavy, light = key.child("heavy"), key.child("light")
@@ -95,7 +95,7 @@ def test_a_light_tenant_of_another_loop_does_not_wait_for_a_heavy_ones_line() ->
     assert served[:50].count("light") >= 12
 
 
-def test_a_loop_that_ends_with_calls_in_a_tree_leaves_nothing(virtual_time: VirtualTime) -> None:
+def test_loop_that_ends_with_calls_in_tree_leaves_nothing_behind(virtual_time: VirtualTime) -> None:
     """Nothing is left at the root or in between, and the places in a child's queue are free."""
     key = Limiter("1 RPS", concurrency=1, clock=virtual_time.clock)
     chat = key.child("chat", max_queue=20)
@@ -127,7 +127,7 @@ def test_a_loop_that_ends_with_calls_in_a_tree_leaves_nothing(virtual_time: Virt
     asyncio.run(once())
 
 
-def test_a_loop_that_is_closed_with_calls_in_a_tree_is_counted_out() -> None:
+def test_loop_closed_with_calls_waiting_in_tree_is_counted_out() -> None:
     """The next ring finds out, and also counts out calls that were cancelled but never ran."""
     key = Limiter(concurrency=1)
     agent = key.child("chat").child("agent")
@@ -159,7 +159,7 @@ class Contended(FakeLock):
         return blocking and super().acquire()
 
 
-def test_who_leaves_a_loop_that_ends_while_another_thread_has_the_lock_is_counted_out() -> None:
+def test_calls_cancelled_by_ending_loop_while_lock_is_taken_are_counted_out() -> None:
     """Its postponed work is done after the loop is closed and its pacer is gone."""
     key = Limiter(concurrency=1, max_queue=3)
     chat = key.child("chat")
@@ -180,7 +180,7 @@ def test_who_leaves_a_loop_that_ends_while_another_thread_has_the_lock_is_counte
     assert key._budget.pacers == {}
 
 
-def test_a_blocked_loop_that_holds_a_childs_slots_blocks_nobody() -> None:
+def test_blocked_loop_that_holds_slots_of_child_does_not_deadlock() -> None:
     """The call passes without a slot of a limiter between its own and the root."""
     key = Limiter(concurrency=10)
     model = key.child("model", concurrency=1)
@@ -208,7 +208,7 @@ steps = st.lists(
 
 @settings(deadline=None, max_examples=80)
 @given(steps, st.integers(0, 60))
-def test_whoever_is_cancelled_at_any_step_gives_all_back(
+def test_call_in_tree_cancelled_at_any_step_gives_everything_back(
     calls: list[tuple[int, int, int]], settles: int
 ) -> None:
     """Whenever and at whatever level calls are cancelled, nothing stays booked and others pass."""
@@ -248,7 +248,7 @@ def test_whoever_is_cancelled_at_any_step_gives_all_back(
         time.run(main(time))
 
 
-def test_one_that_can_never_pass_any_more_makes_room_below(virtual_time: VirtualTime) -> None:
+def test_refused_call_in_child_makes_room_for_call_behind_it(virtual_time: VirtualTime) -> None:
     """The call behind it in the same child passes at that instant."""
 
     async def main() -> None:
@@ -267,7 +267,7 @@ def test_one_that_can_never_pass_any_more_makes_room_below(virtual_time: Virtual
     virtual_time.run(main())
 
 
-def test_a_deadline_in_a_tree_leaves_a_place_in_the_middle(virtual_time: VirtualTime) -> None:
+def test_timeout_in_line_of_one_tenant_does_not_affect_others(virtual_time: VirtualTime) -> None:
     """A call that times out in one tenant's line does not affect the others."""
 
     async def main() -> None:
@@ -291,7 +291,7 @@ def test_a_deadline_in_a_tree_leaves_a_place_in_the_middle(virtual_time: Virtual
     virtual_time.run(main())
 
 
-def test_whoever_leaves_late_is_not_taken_for_the_next_in_its_place(
+def test_cancelled_head_that_leaves_late_is_not_mistaken_for_new_head(
     virtual_time: VirtualTime,
 ) -> None:
     """It is cancelled, the pacer skips it, and another call becomes head before its task runs."""
@@ -315,9 +315,7 @@ def test_whoever_leaves_late_is_not_taken_for_the_next_in_its_place(
     virtual_time.run(main())
 
 
-def test_who_has_passed_is_forgotten_while_an_earlier_deadline_waits(
-    virtual_time: VirtualTime,
-) -> None:
+def test_pacer_forgets_deadlines_of_calls_that_have_passed(virtual_time: VirtualTime) -> None:
     """Of thousands of calls with later deadlines, the pacer remembers only a few."""
 
     async def main() -> None:
@@ -335,7 +333,7 @@ def test_who_has_passed_is_forgotten_while_an_earlier_deadline_waits(
     virtual_time.run(main())
 
 
-def test_who_sleeps_long_is_kept_once_however_often_it_is_asked(virtual_time: VirtualTime) -> None:
+def test_branch_keeps_few_entries_for_flow_that_sleeps_long(virtual_time: VirtualTime) -> None:
     """A call that waits for a limit of a day is looked at each time another passes below it."""
 
     async def main() -> None:
@@ -358,7 +356,7 @@ def test_who_sleeps_long_is_kept_once_however_often_it_is_asked(virtual_time: Vi
     virtual_time.run(main())
 
 
-def test_a_forked_process_begins_anew_at_every_level(virtual_time: VirtualTime) -> None:
+def test_forked_process_starts_anew_at_every_level(virtual_time: VirtualTime) -> None:
     """`os.fork` leaves nobody waiting and nothing in flight, but what was used stays used."""
 
     async def main() -> None:

@@ -12,7 +12,7 @@ uvloop = pytest.importorskip("uvloop")
 
 
 @pytest.mark.real_clock
-def test_a_bucket_keeps_its_rate_on_uvloop() -> None:
+def test_bucket_keeps_its_rate_on_uvloop() -> None:
     """No call is early, though the loop's timers are, and none is stuck."""
     trace: list[tuple[int, int]] = []
 
@@ -37,7 +37,7 @@ def test_a_bucket_keeps_its_rate_on_uvloop() -> None:
 
 
 @pytest.mark.real_clock
-def test_a_limiter_cancels_and_counts_on_uvloop() -> None:
+def test_limiter_keeps_order_and_leaks_nothing_on_uvloop() -> None:
     """Half of the calls are cancelled; the others pass in order; nothing is left over."""
 
     async def main() -> None:

@@ -18,7 +18,7 @@ def passes_at_once(bucket: TokenBucket) -> None:
 @pytest.mark.parametrize("seed", range(30))
 @pytest.mark.parametrize("rate", [1.0, 3.0, 0.7, 1e6])
 @pytest.mark.parametrize("burst", [1, 2, 50])
-def test_written_out_bookings_leave_the_same_state(rate: float, burst: int, seed: int) -> None:
+def test_inlined_bookings_leave_same_state_as_bucket(rate: float, burst: int, seed: int) -> None:
     """Mixed with locked bookings and their refunds, all later answers are the same."""
     now = 10**12
     bucket = TokenBucket(rate, burst, clock=lambda: now)
