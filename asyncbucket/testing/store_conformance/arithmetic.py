@@ -38,7 +38,7 @@ class Arithmetic(Suite):
     """Test what is booked when."""
 
     @scenario
-    async def test_a_history_is_answered_as_the_meters_answer_it(self, place: Place) -> None:
+    async def test_random_history_matches_the_meters(self, place: Place) -> None:
         """Calls, refunds and debts of two workers: each start is what `asyncbucket.meters` says."""
         for seed, kind in enumerate(_HISTORIES * 2):
             name = f"{place.name}-{seed}"
@@ -46,7 +46,7 @@ class Arithmetic(Suite):
             await _History(Random(seed), workers, Oracle(kind, grain=self.grain)).play()
 
     @scenario
-    async def test_workers_together_are_never_over(self, place: Place) -> None:
+    async def test_workers_together_never_exceed_a_limit(self, place: Place) -> None:
         """Three workers that ask for all they can get keep every window of the shared clock."""
         requests, tokens = amount_of("requests", 60, 0.5, 10), amount_of("tokens", 2_000, 0.3)
         both = terms(requests, tokens)
@@ -67,7 +67,7 @@ class Arithmetic(Suite):
             assert busiest.amount > limit.amount // 2, f"hardly used: {busiest}"
 
     @scenario
-    async def test_no_call_starts_before_one_that_was_booked_earlier(self, place: Place) -> None:
+    async def test_calls_start_in_the_order_of_their_bookings(self, place: Place) -> None:
         """A newcomer passes nobody, whichever worker it asks, and however little it costs."""
         both = terms(amount_of("requests", 100, 1), amount_of("tokens", 100, 0.2))
         first, second = [await place.worker(both) for _ in range(2)]
@@ -79,7 +79,7 @@ class Arithmetic(Suite):
         assert booked(receipt)[0].bound_by is not None
 
     @scenario
-    async def test_a_newcomer_stands_behind_those_who_wait(self, place: Place) -> None:
+    async def test_newcomer_does_not_pass_a_waiting_call(self, place: Place) -> None:
         """Nothing is booked yet for a call that waits long, and still nobody passes it."""
         both = terms(amount_of("requests", 100, 1), amount_of("tokens", 100, 0.8))
         first, second = [await place.worker(both) for _ in range(2)]
@@ -96,7 +96,9 @@ class Arithmetic(Suite):
         assert then[0].bound_by == "tokens"
 
     @scenario
-    async def test_what_comes_back_serves_those_who_wait(self, place: Place) -> None:
+    async def test_refund_is_told_to_a_waiting_worker_and_admits_its_call(
+        self, place: Place
+    ) -> None:
         """A call of a minute's tokens used few: a waiting worker hears of it, and starts at once."""
         kind = terms(amount_of("tokens", 1_000, 60))
         first, second = [await place.worker(kind) for _ in range(2)]
@@ -113,9 +115,7 @@ class Arithmetic(Suite):
         assert booked(receipt)[0].start == receipt.now
 
     @scenario
-    async def test_a_call_above_the_burst_earns_the_rest_while_it_is_first(
-        self, place: Place
-    ) -> None:
+    async def test_call_above_the_burst_earns_the_rest_as_first_in_line(self, place: Place) -> None:
         """Thirty units with a burst of ten: by asking again the call comes nearer, and passes."""
         worker = await place.worker(terms(amount_of("requests", 500, 10, 10)))
         began = (await worker.commit(Batch())).now
@@ -124,7 +124,7 @@ class Arithmetic(Suite):
         assert booking.bound_by == "requests"
 
     @scenario
-    async def test_one_that_never_asks_again_holds_up_nobody_for_long(self, place: Place) -> None:
+    async def test_dead_worker_first_in_line_delays_others_at_most_3_s(self, place: Place) -> None:
         """If the first of those that wait has died, the next one is booked within 3 s."""
         kind = terms(amount_of("tokens", 100, 0.5))
         dead, living = [await place.worker(kind) for _ in range(2)]
@@ -135,7 +135,7 @@ class Arithmetic(Suite):
         assert time.monotonic() - began < 3
 
     @scenario
-    async def test_several_that_never_ask_again_hold_up_nobody_for_longer(
+    async def test_several_dead_workers_in_line_delay_others_no_longer_than_one(
         self, place: Place
     ) -> None:
         """A machine with four of those who wait has died: 3 s after their turn the next is booked."""
@@ -149,7 +149,7 @@ class Arithmetic(Suite):
         assert time.monotonic() - began < 4
 
     @scenario
-    async def test_a_call_takes_all_it_costs_or_nothing(self, place: Place) -> None:
+    async def test_call_books_its_whole_cost_or_nothing(self, place: Place) -> None:
         """A call that was not booked has cost nothing of any resource."""
         both = terms(amount_of("requests", 10, 60), amount_of("tokens", 100, 60))
         worker = await place.worker(both)
@@ -170,7 +170,7 @@ class Arithmetic(Suite):
         assert used == {"requests": 1, "tokens": 100}
 
     @scenario
-    async def test_a_call_is_booked_ahead_only_if_it_starts_soon(self, place: Place) -> None:
+    async def test_call_is_booked_ahead_only_if_it_starts_soon(self, place: Place) -> None:
         """A call far ahead is not booked, because what comes back may serve it earlier."""
         worker = await place.worker(terms(amount_of("requests", 1, 100)))
         await worker.commit(batch({"requests": 1}))
@@ -181,7 +181,7 @@ class Arithmetic(Suite):
         assert (use.used, use.available) == (1, 0)
 
     @scenario
-    async def test_calls_beyond_the_horizon_ask_again(self, place: Place) -> None:
+    async def test_calls_beyond_the_horizon_must_ask_again(self, place: Place) -> None:
         """A batch gets a slice of time from its first start on; then others have their turn."""
         worker = await place.worker(terms(amount_of("requests", 1_000, 10, 1)))
         horizon = 30 * MILLISECOND
@@ -193,7 +193,7 @@ class Arithmetic(Suite):
         assert use.available <= 0, "nothing passes before the last start"
 
     @scenario
-    async def test_a_booking_for_nothing_leaves_no_trace(self, place: Place) -> None:
+    async def test_undone_booking_leaves_no_trace(self, place: Place) -> None:
         """Once undone, it is at once as if it had never been."""
         worker = await place.worker(terms(amount_of("tokens", 1_000, 60, 100)))
         call = {"tokens": 100}
@@ -204,7 +204,7 @@ class Arithmetic(Suite):
         assert (await worker.peek()).limits[0].used == 100
 
     @scenario
-    async def test_a_debt_is_paid_off_before_anything_passes(self, place: Place) -> None:
+    async def test_debt_delays_later_calls(self, place: Place) -> None:
         """Later calls wait for what a call used beyond its booking."""
         worker = await place.worker(terms(amount_of("tokens", 100, 60)))
         start = booked(await worker.commit(batch({"tokens": 10})))[0].start
@@ -216,7 +216,7 @@ class Arithmetic(Suite):
         assert receipt.bookings[0].outcome is Outcome.LATER
 
     @scenario
-    async def test_no_debt_or_pause_is_too_long_to_be_counted(self, place: Place) -> None:
+    async def test_enormous_debt_or_pause_does_not_break_the_store(self, place: Place) -> None:
         """Whatever a call says it used, the store goes on answering, and others wait."""
         for power in (15, 20, 400):
             name = f"{place.name}-{power}"
@@ -231,7 +231,7 @@ class Arithmetic(Suite):
                 assert receipt.ask_at > receipt.now + 86_400 * SECOND
 
     @scenario
-    async def test_a_cancelled_commit_costs_nothing(self, place: Place) -> None:
+    async def test_cancelled_commit_leaves_nothing_booked(self, place: Place) -> None:
         """Whenever its caller is cancelled, either the receipt arrived, or nothing stays booked."""
         worker = await place.worker(terms(amount_of("requests", 1_000, 600), concurrency=1_000))
         held = 0
@@ -253,7 +253,7 @@ class Arithmetic(Suite):
         assert right == 4, f"{held} bookings were told of, and others are counted"
 
     @scenario
-    async def test_batches_at_the_same_time_are_each_applied_once(self, place: Place) -> None:
+    async def test_concurrent_batches_are_each_applied_once(self, place: Place) -> None:
         """Fifty callers of one ledger get fifty bookings, and fifty are charged."""
         worker = await place.worker(terms(amount_of("requests", 1_000, 600)))
         receipts = await asyncio.gather(
@@ -263,7 +263,7 @@ class Arithmetic(Suite):
         assert (await worker.peek()).limits[0].used == 100
 
     @scenario
-    async def test_a_look_changes_nothing(self, place: Place) -> None:
+    async def test_peeking_changes_nothing(self, place: Place) -> None:
         """Peeking shows what is used and what is left, and changes neither."""
         worker = await place.worker(terms(amount_of("requests", 100, 600, 10)))
         await worker.commit(batch({"requests": 7}))

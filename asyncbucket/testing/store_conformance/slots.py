@@ -38,7 +38,7 @@ class Slots(Suite):
     """Test who holds a slot, and who is next."""
 
     @scenario
-    async def test_slots_are_shared_by_all_workers(self, place: Place) -> None:
+    async def test_workers_share_the_slots(self, place: Place) -> None:
         """Of three slots, two are taken by one worker: another gets one, and then none."""
         kind = terms(_ROOMY, concurrency=3)
         first, second = [await place.worker(kind) for _ in range(2)]
@@ -57,7 +57,7 @@ class Slots(Suite):
         assert (snapshot.slots, snapshot.limits[0].used) == (3, 3)
 
     @scenario
-    async def test_a_slot_that_is_given_back_serves_the_same_batch(self, place: Place) -> None:
+    async def test_released_slot_serves_a_call_of_the_same_batch(self, place: Place) -> None:
         """Releases count before calls; a slot given back twice, or never held, is ignored."""
         worker = await place.worker(terms(_ROOMY, concurrency=1))
         (slot,) = await _slots(worker, 1)
@@ -68,7 +68,7 @@ class Slots(Suite):
         assert receipt.bookings[0].outcome is Outcome.FULL
 
     @scenario
-    async def test_a_call_without_a_slot_passes_a_full_house(self, place: Place) -> None:
+    async def test_call_that_needs_no_slot_passes_when_all_are_taken(self, place: Place) -> None:
         """Only a call that needs a slot waits for one; if none are counted, none are given."""
         worker = await place.worker(terms(_ROOMY, concurrency=1))
         await _slots(worker, 1)
@@ -79,7 +79,7 @@ class Slots(Suite):
         assert booking.slot is None
 
     @scenario
-    async def test_a_slot_is_held_from_the_booking_on(self, place: Place) -> None:
+    async def test_slot_is_held_from_booking_to_beyond_the_start(self, place: Place) -> None:
         """A call that starts later already has its slot, which lives on after the start."""
         kind = terms(amount_of("requests", 1, 0.24), concurrency=2)
         worker = await place.worker(kind, slot_ttl=0.2)
@@ -94,7 +94,7 @@ class Slots(Suite):
         assert (await worker.peek()).slots == 1
 
     @scenario
-    async def test_slots_of_the_dead_come_back(self, place: Place) -> None:
+    async def test_slots_of_a_dead_worker_expire_on_time(self, place: Place) -> None:
         """Without a heartbeat for its time to live, a slot is free within 0.1 s, and not before."""
         kind = terms(_ROOMY, concurrency=1)
         dead = await place.worker(kind, slot_ttl=0.5)
@@ -105,7 +105,7 @@ class Slots(Suite):
         assert 0.45 < freed - began < 0.8, f"after {freed - began:.3f} s"
 
     @scenario
-    async def test_a_heartbeat_keeps_slots_alive(self, place: Place) -> None:
+    async def test_heartbeats_keep_slots_alive(self, place: Place) -> None:
         """With heartbeats in time, a slot outlives its first life by far."""
         kind = terms(_ROOMY, concurrency=1)
         worker = await place.worker(kind, slot_ttl=0.3)
@@ -116,7 +116,7 @@ class Slots(Suite):
         await _no_slot(worker)
 
     @scenario
-    async def test_a_slot_that_expired_is_taken_again_by_a_heartbeat(self, place: Place) -> None:
+    async def test_late_heartbeat_takes_an_expired_slot_again(self, place: Place) -> None:
         """The call is still running: it counts, even if others have its place by now."""
         kind = terms(_ROOMY, concurrency=1)
         late = await place.worker(kind, slot_ttl=0.1)
@@ -128,7 +128,7 @@ class Slots(Suite):
         assert (await other.peek()).slots == 2
 
     @scenario
-    async def test_whoever_asked_first_gets_the_slot(self, place: Place) -> None:
+    async def test_released_slot_goes_to_the_worker_that_asked_first(self, place: Place) -> None:
         """A slot that comes back is kept for the first in line, even if another asks before it."""
         kind = terms(_ROOMY, concurrency=1)
         holder, first, second = [await place.worker(kind) for _ in range(3)]
@@ -148,7 +148,7 @@ class Slots(Suite):
         await _slots(second, 1)
 
     @scenario
-    async def test_a_newcomer_leaves_the_slot_to_the_first_in_line(self, place: Place) -> None:
+    async def test_newcomer_does_not_take_the_slot_of_the_first_in_line(self, place: Place) -> None:
         """Asking at the instant when it comes back does not get past those who wait."""
         kind = terms(_ROOMY, concurrency=1)
         holder, first, newcomer = [await place.worker(kind) for _ in range(3)]
@@ -159,7 +159,7 @@ class Slots(Suite):
         await _slots(first, 1)
 
     @scenario
-    async def test_whoever_waits_no_more_leaves_the_line(self, place: Place) -> None:
+    async def test_worker_without_waiting_calls_leaves_the_line(self, place: Place) -> None:
         """A batch without calls does that: the slot that comes back goes to the next worker at once."""
         kind = terms(_ROOMY, concurrency=1)
         holder, first, second = [await place.worker(kind) for _ in range(3)]
@@ -170,7 +170,7 @@ class Slots(Suite):
         await _slots(second, 1)
 
     @scenario
-    async def test_many_slots_that_come_back_at_once_are_shared(self, place: Place) -> None:
+    async def test_many_released_slots_are_shared_equally(self, place: Place) -> None:
         """A worker that gives back a dozen and asks for a dozen gets no more than others that wait."""
         kind = terms(_ROOMY, concurrency=12)
         workers = [await place.worker(kind) for _ in range(3)]
@@ -186,7 +186,7 @@ class Slots(Suite):
         assert max(got) - min(got) <= 2, got
 
     @scenario
-    async def test_one_that_does_not_come_holds_up_nobody_for_long(self, place: Place) -> None:
+    async def test_dead_worker_first_in_line_delays_a_slot_at_most_3_s(self, place: Place) -> None:
         """If the first in line has died, the next one is served within 3 s."""
         kind = terms(_ROOMY, concurrency=1)
         holder, dead, living = [await place.worker(kind) for _ in range(3)]
@@ -197,7 +197,7 @@ class Slots(Suite):
         assert await _wait_for_slot(living) - began < 3
 
     @scenario
-    async def test_waiting_for_a_change_ends_in_time(self, place: Place) -> None:
+    async def test_changed_returns_false_after_its_timeout(self, place: Place) -> None:
         """If nothing happens, it says so after the given time."""
         kind = terms(_ROOMY, concurrency=1)
         holder, waiting = [await place.worker(kind) for _ in range(2)]
@@ -208,7 +208,7 @@ class Slots(Suite):
         assert 0.19 < time.monotonic() - began < 0.6
 
     @scenario
-    async def test_what_happened_before_waiting_counts(self, place: Place) -> None:
+    async def test_changed_does_not_miss_a_slot_released_before_it(self, place: Place) -> None:
         """A slot that came back between the answer and the question is not missed."""
         kind = terms(_ROOMY, concurrency=1)
         holder, waiting = [await place.worker(kind) for _ in range(2)]
@@ -221,7 +221,7 @@ class Slots(Suite):
         assert time.monotonic() - began < 0.5
 
     @scenario
-    async def test_the_living_are_counted(self, place: Place) -> None:
+    async def test_live_workers_are_counted(self, place: Place) -> None:
         """Workers count from opening on, for one time to live after each sign of life."""
         kind = terms(_ROOMY)
         first = await place.worker(kind, slot_ttl=0.4)

@@ -21,7 +21,7 @@ class Steering(Suite):
     """Test what concerns all workers at once."""
 
     @scenario
-    async def test_a_pause_holds_for_all_workers(self, place: Place) -> None:
+    async def test_pause_by_one_worker_holds_for_all(self, place: Place) -> None:
         """Nobody books a start within it; a later, shorter pause does not cut it short."""
         kind = terms(amount_of("requests", 100, 1))
         first, second = [await place.worker(kind) for _ in range(2)]
@@ -36,7 +36,7 @@ class Steering(Suite):
         assert booking.start >= snapshot.paused_until
 
     @scenario
-    async def test_a_gradual_pause_is_followed_by_a_slow_start(self, place: Place) -> None:
+    async def test_gradual_pause_ends_in_a_slow_start(self, place: Place) -> None:
         """One call at first, and then twice as many in each 16th of the pause."""
         kind = terms(amount_of("requests", 1_000, 1))
         worker = await place.worker(kind)
@@ -48,7 +48,7 @@ class Steering(Suite):
         assert [round(since[n - 1], 2) for n in (1, 2, 4, 8, 16)] == [0, 1, 2, 3, 4], since
 
     @scenario
-    async def test_the_last_terms_hold_for_all(self, place: Place) -> None:
+    async def test_latest_terms_apply_to_all_workers(self, place: Place) -> None:
         """A worker hears once that others have set other terms, and is held to them at once."""
         old, new = terms(amount_of("requests", 10, 60)), terms(amount_of("requests", 3, 60))
         first = await place.worker(old)
@@ -64,7 +64,7 @@ class Steering(Suite):
         assert (await first.heartbeat(())).changed == old == first.terms
 
     @scenario
-    async def test_those_who_wait_hear_of_other_terms(self, place: Place) -> None:
+    async def test_waiting_worker_is_told_of_changed_terms(self, place: Place) -> None:
         """More slots are available at once."""
         few, more = [terms(amount_of("requests", 10, 60), concurrency=n) for n in (1, 2)]
         first, second = [await place.worker(few) for _ in range(2)]
@@ -79,7 +79,7 @@ class Steering(Suite):
         booked(receipt)
 
     @scenario
-    async def test_limits_that_stay_keep_what_was_booked(self, place: Place) -> None:
+    async def test_changed_terms_keep_bookings_of_remaining_limits(self, place: Place) -> None:
         """New limits begin with nothing used, others are removed; a lower limit is kept at once."""
         requests, tokens = amount_of("requests", 10, 60), amount_of("tokens", 100, 60)
         worker = await place.worker(terms(requests))
@@ -92,9 +92,7 @@ class Steering(Suite):
         assert [each.limit.resource for each in (await worker.peek()).limits] == ["tokens"]
 
     @scenario
-    async def test_a_call_from_before_a_limit_began_gives_nothing_of_it_back(
-        self, place: Place
-    ) -> None:
+    async def test_call_older_than_a_limit_refunds_nothing_to_it(self, place: Place) -> None:
         """It was not counted there, so the refund of what it did not use was never taken."""
         worker = await place.worker(terms(amount_of("requests", 10, 60)))
         (before,) = booked(await worker.commit(batch({"requests": 1, "tokens": 100})))
@@ -106,7 +104,7 @@ class Steering(Suite):
         assert used == {"requests": 2, "tokens": 90}
 
     @scenario
-    async def test_what_is_booked_outlives_the_process(self, place: Place) -> None:
+    async def test_bookings_outlive_the_process(self, place: Place) -> None:
         """All workers leave and one comes back: a limit of a day continues where it was."""
         kind = terms(amount_of("requests", 10, 86_400))
         store = place.store()
@@ -119,7 +117,7 @@ class Steering(Suite):
         assert (use.used, use.available) == (7, 3)
 
     @scenario
-    async def test_limiters_of_other_names_are_strangers(self, place: Place) -> None:
+    async def test_limiters_of_different_names_are_independent(self, place: Place) -> None:
         """Limits, slots and pauses of one do not affect the other."""
         kind = terms(amount_of("requests", 10, 60), concurrency=1)
         one = await place.worker(kind)
@@ -131,7 +129,7 @@ class Steering(Suite):
         assert (one.name, other.name) == (place.name, f"{place.name}/other: ä b")
 
     @scenario
-    async def test_an_onlooker_joins_nothing(self, place: Place) -> None:
+    async def test_peeking_at_a_store_adds_no_worker(self, place: Place) -> None:
         """It sees which limiters there are and their state, without counting as a worker."""
         kind = terms(amount_of("requests", 10, 60))
         store = place.store()
@@ -147,7 +145,7 @@ class Steering(Suite):
         assert f"{place.name}-unknown" not in await store.names()
 
     @scenario
-    async def test_names_and_times_that_cannot_be_are_refused(self, place: Place) -> None:
+    async def test_invalid_names_and_times_to_live_are_refused(self, place: Place) -> None:
         """They are refused before anything is made."""
         kind = terms(amount_of("requests", 10, 60))
         for name, life in (("", 30.0), ("a{b}", 30.0), ("a\nb", 30.0), ("a" * 201, 30.0), ("a", 0)):
