@@ -131,7 +131,7 @@ async def scripts_run(redis: Any) -> int:
 
 @pytest.mark.real_clock
 @pytest.mark.parametrize("concurrency", [None, 60])
-async def test_fifty_waiters_cost_at_most_one_round_trip_each(
+async def test_fifty_waiters_cost_at_most_one_round_trip_per_call(
     url: str, redis: Any, hire: Any, concurrency: int | None
 ) -> None:
     """This includes reservations, settlements and releases, by the server's own count."""
@@ -155,7 +155,7 @@ async def test_fifty_waiters_cost_at_most_one_round_trip_each(
 
 @pytest.mark.real_clock
 @pytest.mark.parametrize(("limit", "least"), [("1000/s", 500), ("100/s", 360)])
-async def test_workers_short_of_slots_cost_at_most_one_round_trip_a_call(
+async def test_workers_short_of_slots_cost_at_most_one_round_trip_per_call(
     url: str, redis: Any, hire: Any, limit: str, least: int
 ) -> None:
     """Four workers share 50 slots among 100 agents, whether slots or the limit bind."""
@@ -179,7 +179,7 @@ async def test_workers_short_of_slots_cost_at_most_one_round_trip_a_call(
 
 @pytest.mark.real_clock
 @pytest.mark.parametrize("kind", ["server", "file"])
-async def test_workers_that_want_more_than_there_is_take_turns(
+async def test_workers_competing_for_a_limit_take_turns(
     kind: str, url: str, hire: Any, tmp_path: Path
 ) -> None:
     """A worker that was served goes behind those that wait, so none is served twice in a row."""
@@ -200,7 +200,7 @@ async def test_workers_that_want_more_than_there_is_take_turns(
 
 
 @pytest.mark.real_clock
-async def test_idle_acquire_takes_one_round_trip(url: str, hire: Any) -> None:
+async def test_idle_acquire_takes_less_than_5_ms(url: str, hire: Any) -> None:
     """A lone call is sent at once, and its release does not delay the next."""
     worker = await hire(url, terms("10000/s burst 10000", concurrency=10))
     times: list[float] = []
@@ -213,7 +213,7 @@ async def test_idle_acquire_takes_one_round_trip(url: str, hire: Any) -> None:
     assert sorted(times)[100] < 0.005
 
 
-async def test_slot_goes_round_between_workers(url: str, redis: Any, hire: Any) -> None:
+async def test_released_slot_admits_call_of_another_worker(url: str, redis: Any, hire: Any) -> None:
     """A release in one worker admits the call that waits in another, without polling."""
     one = await hire(url, terms("1000/s", concurrency=1))
     two = await hire(url, terms("1000/s", concurrency=1))
@@ -228,7 +228,7 @@ async def test_slot_goes_round_between_workers(url: str, redis: Any, hire: Any) 
     assert await scripts_run(redis) - before <= 3
 
 
-async def test_call_above_a_limit_is_refused(url: str, hire: Any) -> None:
+async def test_call_above_limit_is_refused_without_holding_up_the_next(url: str, hire: Any) -> None:
     """It learns which limit, and does not hold up the next."""
     worker = await hire(url, terms("10/s"))
     never, soon = worker.ask({"requests": 11}), worker.ask()
@@ -237,7 +237,7 @@ async def test_call_above_a_limit_is_refused(url: str, hire: Any) -> None:
     await soon.granted
 
 
-async def test_what_was_booked_for_a_call_that_is_gone_comes_back(url: str, hire: Any) -> None:
+async def test_cancelled_call_returns_units_and_slot_booked_ahead(url: str, hire: Any) -> None:
     """A call given up between booking and start returns its units and its slot."""
     worker = await hire(url, terms("100 requests/minute burst 1", concurrency=5))
     await worker.acquire()
@@ -250,7 +250,7 @@ async def test_what_was_booked_for_a_call_that_is_gone_comes_back(url: str, hire
     assert (seen.limits[0].used, seen.slots) == (1, 1)
 
 
-async def test_closing_gives_back_what_has_not_started(url: str, hire: Any) -> None:
+async def test_closing_desk_returns_bookings_that_have_not_started(url: str, hire: Any) -> None:
     """A worker that closes costs the others nothing."""
     one = await hire(url, terms("100 requests/minute burst 1", concurrency=5))
     two = await hire(url, one.desk.ledger.terms)
@@ -263,7 +263,7 @@ async def test_closing_gives_back_what_has_not_started(url: str, hire: Any) -> N
     assert (seen.limits[0].used, seen.slots, seen.workers) == (1, 1, 1)
 
 
-async def test_desk_takes_over_what_another_has_left_behind(url: str, hire: Any) -> None:
+async def test_desk_takes_over_slots_and_bookings_of_closed_desk(url: str, hire: Any) -> None:
     """After its loop ended, what was booked ahead comes back, and held slots are kept alive."""
     one = await hire(url, terms("100 requests/minute burst 1", concurrency=5), slot_ttl=0.3)
     two = await hire(url, one.desk.ledger.terms, slot_ttl=0.3)
@@ -283,7 +283,7 @@ async def test_desk_takes_over_what_another_has_left_behind(url: str, hire: Any)
     assert (await two.desk.ledger.peek()).slots == 0
 
 
-async def test_what_was_given_back_is_not_given_back_again_by_closing(url: str, hire: Any) -> None:
+async def test_closing_desk_does_not_return_cancelled_booking_twice(url: str, hire: Any) -> None:
     """Otherwise the booking of another worker for the same instant would come back with it."""
     one = await hire(url, terms("3 requests/s burst 3"))
     two = await hire(url, one.desk.ledger.terms)
@@ -303,7 +303,7 @@ async def test_what_was_given_back_is_not_given_back_again_by_closing(url: str, 
     assert (await two.desk.ledger.peek()).limits[0].used == 1
 
 
-async def test_terms_that_another_worker_sets_are_told(url: str, hire: Any) -> None:
+async def test_terms_set_by_another_worker_are_reported(url: str, hire: Any) -> None:
     """The limiter above hears of limits that it did not set itself."""
     heard: list[Terms] = []
     one = await hire(url, terms("10/s"), orders=Orders(heard.append))
@@ -312,7 +312,7 @@ async def test_terms_that_another_worker_sets_are_told(url: str, hire: Any) -> N
     assert heard == [two.desk.ledger.terms]
 
 
-async def test_longest_pause_is_told_once_for_what_is_left_of_it(hire: Any, url: str) -> None:
+async def test_only_the_longest_pause_is_sent_with_its_remaining_time(hire: Any, url: str) -> None:
     """Only what is left of the longest is sent; a shorter one afterwards is not."""
     worker = await hire(url, terms("10/s"))
     now = time.monotonic_ns()
@@ -328,7 +328,7 @@ async def test_longest_pause_is_told_once_for_what_is_left_of_it(hire: Any, url:
 
 @pytest.mark.real_clock
 @pytest.mark.parametrize("fault", ["freeze", "kill"])
-async def test_store_that_is_gone_is_decided_about_in_300_ms(
+async def test_worker_goes_on_with_its_share_when_store_is_lost(
     start_server: "Callable[..., RunningServer]",
     hire: Any,
     fault: str,
@@ -365,7 +365,7 @@ async def test_store_that_is_gone_is_decided_about_in_300_ms(
 
 
 @pytest.mark.real_clock
-async def test_shares_together_keep_the_limit(
+async def test_worker_shares_without_store_together_keep_the_limit(
     start_server: "Callable[..., RunningServer]", hire: Any
 ) -> None:
     """Without the store two workers admit half of the limit each, and a full window stays full.
@@ -395,7 +395,7 @@ async def test_shares_together_keep_the_limit(
 
 
 @pytest.mark.parametrize(("policy", "passing"), [("open", 30), ("closed", 0)])
-async def test_other_policies_admit_everybody_or_nobody(
+async def test_open_outage_policy_admits_all_and_closed_admits_none(
     start_server: "Callable[..., RunningServer]", hire: Any, policy: str, passing: int
 ) -> None:
     """Which is right depends on whom a refusal hurts, so the user chooses."""
@@ -413,7 +413,7 @@ async def test_other_policies_admit_everybody_or_nobody(
         assert (await worker.desk.ledger.peek()).limits[0].available <= -20, "no debt was told"
 
 
-async def test_desk_can_be_closed_before_it_has_begun(tmp_path: Path) -> None:
+async def test_desk_closed_before_it_starts_gives_no_warning(tmp_path: Path) -> None:
     """Its tasks are cancelled before they start, without a warning of coroutines never awaited."""
     store = open_store(f"sqlite:///{tmp_path / 'limits.db'}")
     with warnings.catch_warnings(record=True) as told:

@@ -9,7 +9,7 @@ SUITE = HERE.parents[1] / "asyncbucket" / "testing" / "store_conformance"
 PAGE = HERE.parents[1] / "docs" / "shared-stores.md"
 
 
-def test_every_fault_in_the_docs_is_tested() -> None:
+def test_tests_named_in_failure_table_exist() -> None:
     """The tests that a row names exist."""
     there = {
         name
@@ -24,7 +24,7 @@ def test_every_fault_in_the_docs_is_tested() -> None:
     assert named - there == set()
 
 
-def test_rights_in_the_docs_are_those_that_were_tested() -> None:
+def test_acl_in_docs_is_the_tested_one() -> None:
     """The ACL in the docs is that of the login in the TLS test."""
     page, test = PAGE.read_text("utf-8"), (HERE / "test_redis_places.py").read_text("utf-8")
     shown = re.search(r"ACL SETUSER limits on >password (.*?)\n\n", page, re.DOTALL)

@@ -14,7 +14,7 @@ from asyncbucket.testing import VirtualClock, VirtualTime, assert_never_over
 LIFE = 30_000_000_000
 
 
-class Place:
+class MemoryStore:
     """A store in memory that several limiters share, and that may be gone."""
 
     url = "memory"
@@ -32,11 +32,11 @@ class Place:
 
     async def open(
         self, name: str, terms: Terms, *, worker: str | None = None, slot_ttl: float = 30.0
-    ) -> "Desk":
+    ) -> "MemoryLedger":
         assert worker is None
         assert slot_ttl == LIFE / 1e9
         self.workers += 1
-        desk = Desk(self, name, f"w{self.workers}")
+        desk = MemoryLedger(self, name, f"w{self.workers}")
         self.books.configure(terms, self.clock())
         await desk.heartbeat(())
         return desk
@@ -51,10 +51,10 @@ class Place:
         """Leave it open."""
 
 
-class Desk:
-    """A ledger of a `Place`."""
+class MemoryLedger:
+    """A ledger of a `MemoryStore`."""
 
-    def __init__(self, place: Place, name: str, worker: str) -> None:
+    def __init__(self, place: MemoryStore, name: str, worker: str) -> None:
         self.place = place
         self.name = name
         self.worker = worker
@@ -95,14 +95,14 @@ class Desk:
 
 
 @pytest.mark.parametrize("late", [0.05, 0.35, 0.8])
-def test_who_returns_first_does_not_take_what_others_took_alone(
+def test_limiters_returning_after_outage_together_keep_the_limit(
     virtual_time: VirtualTime, late: float
 ) -> None:
     """The store hears of that only when they return; until then nobody takes more than a share."""
     admitted: list[tuple[float, int]] = []
 
     async def main() -> None:
-        place = Place(virtual_time.clock)
+        place = MemoryStore(virtual_time.clock)
         limit = "100 requests/10s burst 100"
         both = [Limiter(limit, store=place, clock=virtual_time.clock) for _ in range(2)]
 
@@ -134,11 +134,11 @@ def test_who_returns_first_does_not_take_what_others_took_alone(
     assert len(admitted) == 2 + 300, "not all was used afterwards"
 
 
-def test_slots_given_out_as_the_store_comes_back_are_told(virtual_time: VirtualTime) -> None:
+def test_slots_taken_while_store_returns_are_reported_to_it(virtual_time: VirtualTime) -> None:
     """The heartbeat that finds the store reports slots given out before it was sent."""
 
     async def main() -> None:
-        place = Place(virtual_time.clock)
+        place = MemoryStore(virtual_time.clock)
         one, two = (
             Limiter(
                 "1000/s burst 1000",
@@ -167,7 +167,7 @@ def test_slots_given_out_as_the_store_comes_back_are_told(virtual_time: VirtualT
     virtual_time.run(main())
 
 
-def test_record_counts_of_a_new_limit_what_was_taken_since() -> None:
+def test_record_counts_for_new_limit_only_units_booked_after_it() -> None:
     """A refund of a call from before the limit makes no room in it."""
     requests, tokens = Limit("requests", 10, per=60), Limit("tokens", 100, per=60)
     record = Record(Terms(limits=(requests,)))

@@ -67,7 +67,7 @@ async def refused(ledger: Ledger, batch: Batch) -> StoreError:
     return error.value
 
 
-async def test_script_flush_costs_nothing(store: RedisStore, redis: Any) -> None:
+async def test_script_flush_loses_nothing_and_charges_once(store: RedisStore, redis: Any) -> None:
     """A server that has lost the script is sent its text, and charges once."""
     ledger = await store.open("flush", terms("100 requests/minute"))
     await redis.script_flush()
@@ -76,7 +76,7 @@ async def test_script_flush_costs_nothing(store: RedisStore, redis: Any) -> None
     assert await used(ledger) == 1
 
 
-async def test_flushall_begins_empty(store: RedisStore, redis: Any) -> None:
+async def test_flushall_closes_limiter_for_a_whole_window(store: RedisStore, redis: Any) -> None:
     """After a total loss nothing passes for a whole window."""
     one = await store.open("lost", terms("100 requests/minute", "1000 tokens/s", concurrency=2))
     two = await store.open("lost", one.terms)
@@ -91,7 +91,7 @@ async def test_flushall_begins_empty(store: RedisStore, redis: Any) -> None:
     assert (await third.peek()).limits[0].available <= 0
 
 
-async def test_loss_counts_what_was_booked_ahead(store: RedisStore, redis: Any) -> None:
+async def test_loss_closes_window_after_calls_booked_ahead(store: RedisStore, redis: Any) -> None:
     """Calls booked ahead still go after the loss, so the closed window begins after them."""
     limit = Limit("requests", 10, per=0.2, burst=10)
     one = await store.open("ahead", Terms(limits=(limit,)))
@@ -103,7 +103,7 @@ async def test_loss_counts_what_was_booked_ahead(store: RedisStore, redis: Any) 
     assert receipt.now + closed_for(receipt) >= ahead + 0.2 * SECOND
 
 
-async def test_newcomer_cannot_hide_a_loss(store: RedisStore, redis: Any) -> None:
+async def test_newcomer_does_not_hide_data_loss_from_others(store: RedisStore, redis: Any) -> None:
     """To the first that opens a lost limiter it is new; workers who know better close it."""
     one = await store.open("hide", terms("100 requests/minute"))
     await one.commit(Batch(calls=(FREE,)))
@@ -116,7 +116,7 @@ async def test_newcomer_cannot_hide_a_loss(store: RedisStore, redis: Any) -> Non
     assert closed_for(receipt) + receipt.now - loss.now >= 60 * SECOND
 
 
-async def test_restart_without_data_begins_empty(
+async def test_restart_without_data_closes_limiter_for_a_whole_window(
     start_server: "Callable[..., RunningServer]",
 ) -> None:
     """A server that comes back empty is a loss; the worker connects again by itself."""
@@ -134,7 +134,7 @@ async def test_restart_without_data_begins_empty(
     await store.aclose()
 
 
-async def test_restart_with_its_data_forgets_nothing(
+async def test_restart_with_appendfsync_always_forgets_nothing(
     start_server: "Callable[..., RunningServer]",
 ) -> None:
     """With appendfsync always, a killed server still has everything that it had confirmed."""
@@ -151,7 +151,7 @@ async def test_restart_with_its_data_forgets_nothing(
     await store.aclose()
 
 
-async def test_restart_with_a_snapshot_forgets_what_came_after(
+async def test_restart_from_snapshot_forgets_only_later_bookings(
     start_server: "Callable[..., RunningServer]",
 ) -> None:
     """The limit may be exceeded by that much, but what the snapshot holds still counts."""
@@ -170,7 +170,7 @@ async def test_restart_with_a_snapshot_forgets_what_came_after(
     await store.aclose()
 
 
-async def test_frozen_server_is_told_within_300_ms_and_charges_once(
+async def test_frozen_server_is_reported_in_time_and_charges_once(
     start_server: "Callable[..., RunningServer]",
 ) -> None:
     """A frozen server may still book later; what it then books is given back."""
@@ -198,7 +198,7 @@ async def test_frozen_server_is_told_within_300_ms_and_charges_once(
 
 
 @pytest.mark.parametrize("times", [1, 2])
-async def test_connection_cut_at_any_byte_charges_once(proxy: "Proxy", times: int) -> None:
+async def test_connection_cut_at_any_byte_charges_at_most_once(proxy: "Proxy", times: int) -> None:
     """Wherever the answer breaks off, a call is charged once; if twice in a row, not at all."""
     store = open_store(proxy.url)
     ledger = await store.open("cut", terms("1000 requests/minute burst 1000", concurrency=99))
@@ -229,7 +229,7 @@ async def test_connection_cut_at_any_byte_charges_once(proxy: "Proxy", times: in
     await store.aclose()
 
 
-async def test_lost_answer_is_understood_though_the_limits_are_fewer_now(
+async def test_lost_answer_is_understood_after_limits_were_removed(
     proxy: "Proxy", store: RedisStore
 ) -> None:
     """The outcome uses the limits of its time: what held a call up may no longer exist."""
@@ -313,7 +313,7 @@ asyncio.run(main())
 
 
 @pytest.mark.real_clock
-async def test_killed_worker_gives_back_its_slots(
+async def test_slots_of_killed_worker_come_back_after_slot_ttl(
     shared_server: "RunningServer", store: Store
 ) -> None:
     """After kill -9, slots come back when their time to live ends, by the server's clock."""
@@ -337,7 +337,7 @@ async def test_killed_worker_gives_back_its_slots(
     await ledger.aclose()
 
 
-async def test_heartbeat_takes_lost_slots_again(store: RedisStore, redis: Any) -> None:
+async def test_heartbeat_after_data_loss_counts_slots_again(store: RedisStore, redis: Any) -> None:
     """After a loss, the next heartbeat counts the slots of calls under way again."""
     ledger = await store.open("held", terms("1000/s", concurrency=4))
     receipt = await ledger.commit(Batch(calls=(CALL,) * 3))
@@ -346,7 +346,7 @@ async def test_heartbeat_takes_lost_slots_again(store: RedisStore, redis: Any) -
     assert (await ledger.peek()).slots == 3
 
 
-async def test_worker_in_line_that_does_not_come_is_passed_over(store: RedisStore) -> None:
+async def test_dead_worker_at_head_of_line_is_passed_over(store: RedisStore) -> None:
     """A dead worker whose turn it is holds up the others only for a tenth of a second."""
     one, dead, two = [await store.open("dead", terms("1000/s", concurrency=1)) for _ in range(3)]
     held = await one.commit(Batch(calls=(CALL,)))

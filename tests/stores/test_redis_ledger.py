@@ -45,7 +45,7 @@ def slots(receipt: Receipt) -> tuple[str, ...]:
     return tuple(booking.slot for booking in receipt.bookings if booking.slot is not None)
 
 
-async def test_processes_share_one_limit_in_order_of_arrival(store: RedisStore) -> None:
+async def test_workers_share_one_limit_in_order_of_arrival(store: RedisStore) -> None:
     """Starts of two workers never decrease, and together they keep the limit."""
     one = await store.open("shared", terms("100/s burst 10"))
     two = await store.open("shared", terms("100/s burst 10"))
@@ -59,7 +59,7 @@ async def test_processes_share_one_limit_in_order_of_arrival(store: RedisStore) 
     assert_within_bucket([(start, 1) for start in starts], rate=100, burst=10)
 
 
-async def test_horizon_leaves_the_rest_for_the_next_turn(store: RedisStore) -> None:
+async def test_batch_books_no_further_than_its_horizon(store: RedisStore) -> None:
     """A batch books a slice of time, which begins with its first start."""
     ledger = await store.open("horizon", terms("40/s burst 1"))
     horizon = 60 * MILLISECOND
@@ -72,7 +72,7 @@ async def test_horizon_leaves_the_rest_for_the_next_turn(store: RedisStore) -> N
     assert next_one.bookings[0].start == receipt.bookings[2].start + 25 * MILLISECOND
 
 
-async def test_nothing_is_booked_far_ahead(store: RedisStore) -> None:
+async def test_call_due_far_ahead_is_not_booked_but_keeps_its_place(store: RedisStore) -> None:
     """Refunds that come before then should serve the call; smaller calls wait behind it."""
     one, two = [await store.open("far", terms("2/s burst 1", "1000 tokens/s")) for _ in range(2)]
     await one.commit(Batch(calls=(FREE,)))
@@ -85,7 +85,7 @@ async def test_nothing_is_booked_far_ahead(store: RedisStore) -> None:
     assert outcomes(await two.commit(Batch(calls=({"tokens": 1},)))) == ["booked"]
 
 
-async def test_first_in_line_is_told_when_to_come(store: RedisStore) -> None:
+async def test_refund_wakes_workers_in_line_one_after_the_other(store: RedisStore) -> None:
     """A refund calls it at once; a worker that becomes the first is told how long to wait."""
     spender, one, two = [await store.open("told", terms("1000 tokens/minute")) for _ in range(3)]
     for ledger in (one, two):
@@ -106,7 +106,7 @@ async def test_first_in_line_is_told_when_to_come(store: RedisStore) -> None:
         await ledger.aclose()
 
 
-async def test_call_above_a_limit_is_told_never_and_others_pass(store: RedisStore) -> None:
+async def test_call_above_limit_is_never_booked_and_holds_up_no_other(store: RedisStore) -> None:
     """A call that can never pass does not hold up those behind it."""
     ledger = await store.open("never", terms("100/s", "1000 tokens/s"))
     receipt = await ledger.commit(Batch(calls=({"requests": 1, "tokens": 1001}, CALL)))
@@ -114,7 +114,7 @@ async def test_call_above_a_limit_is_told_never_and_others_pass(store: RedisStor
     assert outcomes(receipt) == ["never", "booked"]
 
 
-async def test_call_without_a_slot_takes_nothing(store: RedisStore) -> None:
+async def test_call_without_free_slot_is_charged_nothing(store: RedisStore) -> None:
     """All or nothing: without a slot neither requests nor tokens are charged."""
     ledger = await store.open("slots", terms("100/s", "1000 tokens/s", concurrency=2))
     receipt = await ledger.commit(Batch(calls=(CALL,) * 3))
@@ -128,7 +128,7 @@ async def test_call_without_a_slot_takes_nothing(store: RedisStore) -> None:
     ]
 
 
-async def test_slot_given_back_serves_the_waiting_call_of_the_same_batch(store: RedisStore) -> None:
+async def test_slot_released_in_a_batch_serves_a_call_of_the_same_batch(store: RedisStore) -> None:
     """Release and admission are one round trip."""
     ledger = await store.open("same", terms("100/s", concurrency=1))
     first = await ledger.commit(Batch(calls=(CALL, CALL)))
@@ -157,7 +157,7 @@ async def test_workers_take_turns_for_slots(store: RedisStore) -> None:
     assert order == [1, 2, 0, 1, 2, 0]
 
 
-async def test_next_in_line_hears_that_a_slot_is_free(store: RedisStore) -> None:
+async def test_only_next_worker_in_line_hears_of_free_slot(store: RedisStore) -> None:
     """Nobody polls: only the worker whose turn it is hears of it."""
     one, two, three = [await store.open("bell", terms("100/s", concurrency=1)) for _ in range(3)]
     for ledger in (two, three):
@@ -173,7 +173,7 @@ async def test_next_in_line_hears_that_a_slot_is_free(store: RedisStore) -> None
         await ledger.aclose()
 
 
-async def test_refund_comes_back_and_debt_is_waited_for(store: RedisStore) -> None:
+async def test_refund_is_available_at_once_and_debt_delays_later_calls(store: RedisStore) -> None:
     """A correction changes what is available to later calls."""
     ledger = await store.open("settle", terms("1000 tokens/minute"))
     call = {"tokens": 800}
@@ -190,7 +190,7 @@ async def test_refund_comes_back_and_debt_is_waited_for(store: RedisStore) -> No
     assert owed.ask_at - owed.now > 59 * SECOND
 
 
-async def test_pause_holds_up_all_workers(store: RedisStore) -> None:
+async def test_pause_by_one_worker_holds_up_all_and_ends_gradually(store: RedisStore) -> None:
     """A 429 that one worker gets stops the others, and they resume slowly."""
     one, two = [await store.open("pause", terms("1000/s burst 1000")) for _ in range(2)]
     await one.pause(SECOND // 5, gradually=True)
@@ -205,7 +205,7 @@ async def test_pause_holds_up_all_workers(store: RedisStore) -> None:
     assert steps[7] == 3 * SECOND // 80
 
 
-async def test_last_word_on_the_limits_counts_for_all(store: RedisStore) -> None:
+async def test_latest_limits_apply_to_all_workers(store: RedisStore) -> None:
     """A worker that opens the limiter with other limits, or configures it, changes them for all."""
     one = await store.open("terms", terms("10 requests/minute burst 10"))
     await one.commit(Batch(calls=(FREE,) * 8))
@@ -218,7 +218,7 @@ async def test_last_word_on_the_limits_counts_for_all(store: RedisStore) -> None
     assert (await two.heartbeat([])).changed == one.terms
 
 
-async def test_cancelled_commit_gives_back_what_it_booked(store: RedisStore) -> None:
+async def test_cancelled_commit_returns_units_and_slots(store: RedisStore) -> None:
     """If a caller is gone when the answer arrives, its units and slots are returned."""
     ledger = await store.open("gone", terms("100 requests/minute burst 100", concurrency=10))
     for delay in range(6):
@@ -234,7 +234,7 @@ async def test_cancelled_commit_gives_back_what_it_booked(store: RedisStore) -> 
     assert (seen.limits[0].used, seen.slots) == (0, 0)
 
 
-async def test_batch_is_charged_once_though_it_is_sent_again(store: RedisStore) -> None:
+async def test_batch_whose_answer_was_lost_is_recognized_and_undone(store: RedisStore) -> None:
     """A batch that was booked, but whose answer was lost, is recognised by its number."""
     ledger = await store.open("once", terms("100 requests/minute burst 100"))
     first = await ledger.commit(Batch(calls=(FREE,) * 3))
@@ -245,7 +245,7 @@ async def test_batch_is_charged_once_though_it_is_sent_again(store: RedisStore) 
     assert (await ledger.peek()).limits[0].used == 1, "what was in doubt was not given back once"
 
 
-async def test_keys_carry_the_name_only_and_expire(store: RedisStore, redis: Any) -> None:
+async def test_redis_keys_hold_only_limiter_name_and_expire(store: RedisStore, redis: Any) -> None:
     """Keys hold no tenant and no secret, have one hash tag, and expire."""
     ledger = await store.open("acme", terms("10 requests/minute", concurrency=2), slot_ttl=5)
     await ledger.commit(Batch(calls=(CALL,)))
@@ -257,7 +257,7 @@ async def test_keys_carry_the_name_only_and_expire(store: RedisStore, redis: Any
         assert 0 < await redis.pttl(key) < 200_000
 
 
-async def test_worker_that_leaves_is_forgotten(store: RedisStore) -> None:
+async def test_closed_worker_is_neither_counted_nor_waited_for(store: RedisStore) -> None:
     """Closing gives up the place in line and the worker's name."""
     one = await store.open("leave", terms("10/s", concurrency=1))
     two = await store.open("leave", terms("10/s", concurrency=1))
@@ -270,9 +270,7 @@ async def test_worker_that_leaves_is_forgotten(store: RedisStore) -> None:
     assert outcomes(after) == ["booked"], "one who had left was waited for"
 
 
-async def test_window_forgets_after_its_length_and_keeps_memory_bounded(
-    store: RedisStore, redis: Any
-) -> None:
+async def test_window_in_redis_uses_bounded_memory(store: RedisStore, redis: Any) -> None:
     """A long series of calls leaves fewer than 530 fields in the hash."""
     ledger = await store.open("memory", terms("100000/s burst 100000"))
     for _ in range(700):
@@ -281,13 +279,13 @@ async def test_window_forgets_after_its_length_and_keeps_memory_bounded(
 
 
 @pytest.mark.parametrize("name", ["", "a{b}", "x" * 201, "line\nbreak"])
-async def test_name_that_would_break_keys_is_refused(store: RedisStore, name: str) -> None:
+async def test_limiter_name_unfit_for_a_redis_key_is_refused(store: RedisStore, name: str) -> None:
     """A name is part of a key."""
     with pytest.raises(ValueError, match="1 to 200 printable characters"):
         await store.open(name, terms("10/s"))
 
 
-async def test_own_client_is_accepted_and_stays_open(redis: Any) -> None:
+async def test_users_redis_client_is_accepted_and_left_open(redis: Any) -> None:
     """A client that decodes answers serves as well, and is not closed by the store."""
     store = RedisStore.of(redis)
     ledger = await store.open("own", terms("10/s"))
@@ -299,7 +297,7 @@ async def test_own_client_is_accepted_and_stays_open(redis: Any) -> None:
         RedisStore.of("redis://")
 
 
-async def test_two_ledgers_of_one_name_are_two_workers(store: RedisStore) -> None:
+async def test_workers_are_counted_by_their_heartbeats(store: RedisStore) -> None:
     """Workers are counted by their heartbeats."""
     one = await store.open("count", terms("10/s"), slot_ttl=0.2)
     two = await store.open("count", terms("10/s"), slot_ttl=0.2)
@@ -311,7 +309,7 @@ async def test_two_ledgers_of_one_name_are_two_workers(store: RedisStore) -> Non
     assert isinstance(two, RedisLedger)
 
 
-async def test_url_is_shown_without_its_password() -> None:
+async def test_repr_and_errors_show_url_without_password() -> None:
     """Neither repr nor errors contain it."""
     store = open_store("redis://user:s3cret@127.0.0.1:1/0?health_check_interval=0")
     assert "s3cret" not in repr(store)
@@ -344,7 +342,7 @@ async def test_url_is_shown_without_its_password() -> None:
         ("sqlite:///a@b:c.db", "sqlite:///a@b:c.db"),
     ],
 )
-def test_what_stands_where_no_password_belongs_is_not_shown_either(url: str, shown: str) -> None:
+def test_misplaced_password_in_url_is_hidden_too(url: str, shown: str) -> None:
     """The colon before the password was forgotten, or the host behind it."""
     assert without_password(url) == shown
     if "s3cret" in shown or "***" in shown.rpartition("@")[2]:
@@ -361,7 +359,7 @@ def test_what_stands_where_no_password_belongs_is_not_shown_either(url: str, sho
         ("redis://127.0.0.1/0?timeout=5", "unexpected keyword argument 'timeout'"),
     ],
 )
-def test_url_that_means_nothing_is_refused_before_the_first_call(url: str, why: str) -> None:
+def test_meaningless_redis_url_is_refused_when_limiter_is_made(url: str, why: str) -> None:
     """redis-py reads a database that is no number as 0, and checks settings only on connecting."""
     with pytest.raises(ValueError, match=f"^'redis://127.0.0.1/[^?]*' cannot be read: .*{why}"):
         Limiter("10 RPM", store=url)
@@ -380,21 +378,21 @@ def test_url_that_means_nothing_is_refused_before_the_first_call(url: str, why: 
         "sqlite://host/limits.db?password=s3cret",
     ],
 )
-def test_url_that_is_written_wrong_is_refused_without_its_password(url: str) -> None:
+def test_malformed_url_is_refused_without_showing_password(url: str) -> None:
     """The scheme is missing, a sign is not escaped, or a file's URL has a host."""
     with pytest.raises(ValueError) as wrong:
         open_store(url)
     assert "s3cret" not in str(wrong.value)
 
 
-def test_sign_that_splits_a_password_is_what_the_error_speaks_of() -> None:
+def test_error_explains_unescaped_character_in_password() -> None:
     """Otherwise the error would be about a port that nobody wrote."""
     with pytest.raises(ValueError, match="write special characters of a password as %2F for /"):
         open_store("redis://user:s3cret/more@host:6379/0")
     assert isinstance(open_store("redis://host:6379/0?client_name=me@here"), RedisStore)
 
 
-def test_url_in_place_of_a_client_is_not_shown() -> None:
+def test_url_passed_instead_of_client_is_not_shown_in_error() -> None:
     """The URL may hold a password."""
     with pytest.raises(TypeError, match=r"^a client must be .*, not a builtins\.str$"):
         RedisStore.of("redis://user:s3cret@host")
@@ -413,7 +411,7 @@ def test_url_in_place_of_a_client_is_not_shown() -> None:
         ),
     ],
 )
-async def test_servers_of_which_none_is_there_are_one_error(url: str, message: str) -> None:
+async def test_unreachable_cluster_or_sentinel_raises_store_error(url: str, message: str) -> None:
     """Errors of clusters and Sentinels are of other types, and contain the repr of clients."""
     store = open_store(url)
     with pytest.raises(StoreError, match=message) as error:
@@ -422,7 +420,7 @@ async def test_servers_of_which_none_is_there_are_one_error(url: str, message: s
     await store.aclose()
 
 
-async def test_heartbeat_does_not_take_again_what_was_given_back(store: RedisStore) -> None:
+async def test_heartbeat_does_not_take_released_slots_again(store: RedisStore) -> None:
     """A heartbeat asked for before a release, but sent after it, leaves out the released slots."""
     ledger = await store.open("late", terms("1000/s", concurrency=9))
     for _ in range(20):
@@ -433,7 +431,7 @@ async def test_heartbeat_does_not_take_again_what_was_given_back(store: RedisSto
         assert (await ledger.peek()).slots == 0
 
 
-async def test_what_dead_workers_leave_is_buried(store: RedisStore, redis: Any) -> None:
+async def test_state_of_dead_workers_is_removed_from_redis(store: RedisStore, redis: Any) -> None:
     """A job that starts again and again, and never closes, does not fill the memory."""
     for _ in range(5):
         ledger = await store.open("cron", terms("1000 requests/day"), slot_ttl=0.1)
@@ -444,7 +442,7 @@ async def test_what_dead_workers_leave_is_buried(store: RedisStore, redis: Any) 
     assert await redis.pttl("asyncbucket:{cron}:workers") > 86_400_000
 
 
-async def test_closing_ends_though_a_cancellation_is_swallowed(store: RedisStore) -> None:
+async def test_closing_ledger_never_hangs_after_cancelled_listening(store: RedisStore) -> None:
     """Wherever it comes while connecting or listening, closing does not hang."""
     ledgers = [await store.open("close", terms("1 RPM")) for _ in range(40)]
     for number, ledger in enumerate(ledgers):

@@ -100,7 +100,7 @@ def test_four_processes_share_one_limit_in_equal_parts(url: str, redis_sync: Any
     assert stats["cmdstat_evalsha"]["calls"] <= len(every)
 
 
-async def test_call_cancelled_at_any_await_gives_back(url: str, redis_sync: Any) -> None:
+async def test_call_cancelled_at_any_await_returns_all_it_took(url: str, redis_sync: Any) -> None:
     """Whatever was on its way to or from the server comes back."""
     async with limited(url, "1000 RPM burst 1000", concurrency=50) as limiter:
         (await limiter.acquire()).release()
@@ -126,7 +126,7 @@ async def call_once(limiter: Limiter) -> None:
 
 
 @pytest.mark.parametrize("fault", ["freeze", "kill"])
-async def test_server_that_is_gone_is_an_outage_and_no_hang(
+async def test_lost_server_is_an_outage_and_hangs_no_call(
     start_server: "Callable[..., RunningServer]", caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
     """A call is decided within 300 ms; each change is logged once; what passed is reported later."""
@@ -156,7 +156,7 @@ async def test_server_that_is_gone_is_an_outage_and_no_hang(
     assert len(caplog.records) == 2
 
 
-async def test_limits_and_pauses_of_an_outage_are_told_when_it_is_over(
+async def test_limits_and_pauses_set_in_outage_reach_store_afterwards(
     start_server: "Callable[..., RunningServer]",
 ) -> None:
     """They are sent before the next call, so all processes obey what is believed here."""
@@ -181,7 +181,7 @@ async def test_limits_and_pauses_of_an_outage_are_told_when_it_is_over(
         assert snapshot.paused_until > 0
 
 
-async def test_closed_policy_lets_deadlines_end_the_wait(
+async def test_calls_still_time_out_under_closed_outage_policy(
     start_server: "Callable[..., RunningServer]",
 ) -> None:
     """Even if nobody is admitted, callers get an answer in time."""
@@ -195,7 +195,7 @@ async def test_closed_policy_lets_deadlines_end_the_wait(
         assert 0.4 < time.perf_counter() - began < 2.0
 
 
-async def test_server_that_was_never_there_is_told_to_those_who_wait() -> None:
+async def test_unreachable_server_fails_first_call_with_store_error() -> None:
     """The error comes at the first call, and says where the server was expected."""
     async with limited("redis://:s3cret@127.0.0.1:1/0", "100 RPM") as limiter:
         with pytest.raises(StoreError, match=r"127\.0\.0\.1:1/0 cannot be reached") as error:
@@ -203,7 +203,7 @@ async def test_server_that_was_never_there_is_told_to_those_who_wait() -> None:
         assert "s3cret" not in str(error.value)
 
 
-async def test_server_that_does_not_answer_at_first_is_told_to_all_at_once(
+async def test_server_frozen_at_start_fails_all_calls_until_it_answers(
     start_server: "Callable[..., RunningServer]",
 ) -> None:
     """This holds for more calls than go to the store at once; a later call tries again."""
@@ -218,7 +218,7 @@ async def test_server_that_does_not_answer_at_first_is_told_to_all_at_once(
         (await limiter.acquire()).release()
 
 
-async def test_children_share_a_root_in_the_store(url: str) -> None:
+async def test_children_of_limiter_with_store_get_weighted_shares(url: str) -> None:
     """Fairness works above the store: two children of different weight get their due shares."""
     async with limited(url, "100/s burst 1", concurrency=20) as limiter:
         heavy, light = limiter.child("heavy", weight=3), limiter.child("light")

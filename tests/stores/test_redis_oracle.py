@@ -127,7 +127,7 @@ moves = st.lists(
 @pytest.mark.heavy
 @moderate
 @given(limits=limits, moves=moves)
-def test_script_answers_as_the_meters_do(
+def test_redis_script_gives_the_same_answers_as_the_meters(
     shared_server: "RunningServer", redis_sync: Any, clock: Any, limits: Any, moves: Any
 ) -> None:
     """Every start is the meters' own, rounded up to a microsecond; so is what is available."""
@@ -140,7 +140,7 @@ def test_script_answers_as_the_meters_do(
     st.sampled_from([1, 7, 60, 3_600, 86_400, 400 * 86_400]),
     st.floats(0, 1),
 )
-def test_ticks_are_exact_or_safe(amount: int, per: int, share: float) -> None:
+def test_script_ticks_are_exact_or_on_the_safe_side(amount: int, per: int, share: float) -> None:
     """A unit takes exactly its time, or longer by less than a ten-thousandth."""
     limit = Limit("requests", amount, per=per, burst=max(1, int(amount * share)))
     meter = script._meter(limit)
@@ -191,7 +191,7 @@ async def replay(url: str, clock: Any, limits: tuple[Limit, ...], moves: Any) ->
     await store.aclose()
 
 
-def test_clock_that_goes_back_stops_nothing(
+def test_store_time_goes_on_when_server_clock_is_set_back(
     shared_server: "RunningServer", redis_sync: Any, clock: Any
 ) -> None:
     """Time goes on from where it was: nothing passes twice, and nobody waits for the clock."""

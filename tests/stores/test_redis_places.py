@@ -83,7 +83,7 @@ def certificate(tmp_path: Path) -> Path:
     return tmp_path / "cert.pem"
 
 
-async def test_tls_with_the_least_rights(
+async def test_tls_login_with_least_rights_is_enough(
     start_server: "Callable[..., RunningServer]", certificate: Path
 ) -> None:
     """A login that may only run the script on its own keys is enough; TLS is verified."""
@@ -118,7 +118,7 @@ async def test_tls_with_the_least_rights(
         "~* &* +@all -publish",
     ],
 )
-async def test_login_without_a_right_is_told_which(
+async def test_login_without_needed_right_is_refused_on_opening(
     start_server: "Callable[..., RunningServer]", rules: str
 ) -> None:
     """The error comes on opening, not when a call waits, and says where the needed rights are."""
@@ -133,14 +133,18 @@ async def test_login_without_a_right_is_told_which(
     await store.aclose()
 
 
-async def test_unix_socket(start_server: "Callable[..., RunningServer]", tmp_path: Path) -> None:
+async def test_store_works_over_unix_socket(
+    start_server: "Callable[..., RunningServer]", tmp_path: Path
+) -> None:
     """A server on the same machine needs no network."""
     path = tmp_path / "valkey.sock"
     start_server("--unixsocket", str(path))
     await use(f"unix://{path}?db=0")
 
 
-async def test_cluster_of_three(start_server: "Callable[..., RunningServer]") -> None:
+async def test_limiters_spread_over_all_nodes_of_cluster(
+    start_server: "Callable[..., RunningServer]",
+) -> None:
     """Each limiter lives on one node; many limiters spread over all nodes."""
     nodes = [
         start_server("--cluster-enabled", "yes", "--cluster-node-timeout", "2000") for _ in range(3)
@@ -159,7 +163,7 @@ async def test_cluster_of_three(start_server: "Callable[..., RunningServer]") ->
     await store.aclose()
 
 
-async def test_a_server_says_what_it_is_as_far_as_the_login_may_ask(
+async def test_details_describe_server_as_far_as_login_allows(
     start_server: "Callable[..., RunningServer]",
 ) -> None:
     """`asyncbucket doctor` reports this, and warns of some of it."""
@@ -193,7 +197,7 @@ async def test_a_server_says_what_it_is_as_far_as_the_login_may_ask(
         await each.aclose()
 
 
-async def test_a_setting_that_a_server_does_not_have_is_unknown(
+async def test_missing_server_setting_is_reported_as_unknown(
     store: RedisStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that only imitates Redis gives an empty answer."""
@@ -206,7 +210,7 @@ async def test_a_setting_that_a_server_does_not_have_is_unknown(
     assert (await ledger.peek()).details["persistence"] == "unknown"
 
 
-async def test_a_clock_that_is_out_of_step_is_told(
+async def test_details_report_how_far_clock_is_out_of_step(
     store: RedisStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The details say by how much, and in which direction."""
@@ -252,7 +256,9 @@ async def keys_of(node: "RunningServer") -> int:
 
 
 @pytest.mark.real_clock
-async def test_failover_to_a_replica(start_server: "Callable[..., RunningServer]") -> None:
+async def test_failover_to_replica_keeps_replicated_bookings(
+    start_server: "Callable[..., RunningServer]",
+) -> None:
     """A promoted replica has what was replicated, so no more passes than the limit allows."""
     primary = start_server()
     replica = start_server(
@@ -306,7 +312,7 @@ async def until_replicated(primary: "RunningServer") -> None:
     await client.aclose()
 
 
-async def test_store_is_of_the_kind_that_the_url_names() -> None:
+async def test_url_scheme_selects_store_and_unknown_store_is_refused() -> None:
     """Every scheme is served; anything else is refused with what could be written."""
     for url in (
         "redis://127.0.0.1:6379/0",
@@ -331,7 +337,7 @@ async def test_store_is_of_the_kind_that_the_url_names() -> None:
 
 
 @pytest.mark.parametrize("kind", ["sentinel", "cluster"])
-async def test_settings_in_a_url_are_read_alike_for_every_kind_of_server(kind: str) -> None:
+async def test_url_settings_are_typed_for_sentinel_and_cluster(kind: str) -> None:
     """Strings would not do, since "false" would be true."""
     settings = "ssl_check_hostname=false&socket_timeout=1.5&max_connections=7"
     store = open_store(f"rediss+{kind}://me:p%40ss@a:1,b:2/main?{settings}")

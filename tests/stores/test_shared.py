@@ -55,7 +55,7 @@ def where(request: pytest.FixtureRequest, path: Path) -> str:
     return str(request.getfixturevalue("url"))
 
 
-async def test_nowait_says_that_the_store_has_to_be_asked(where: str) -> None:
+async def test_acquire_nowait_with_store_raises_would_block(where: str) -> None:
     """Limits in a store cannot be checked without waiting, and the wait is not known."""
     limiter = Limiter("10 RPM", store=where, name="nowait")
     with pytest.raises(WouldBlock, match="the store that keeps its limits has to be asked") as told:
@@ -64,7 +64,7 @@ async def test_nowait_says_that_the_store_has_to_be_asked(where: str) -> None:
     await limiter.aclose()
 
 
-async def test_deadline_ends_the_wait_and_says_what_binds(url: str) -> None:
+async def test_timeout_ends_wait_for_store_and_names_binding_limit(url: str) -> None:
     """The error names the resource and the wait, as without a store; nothing stays booked."""
     limiter = Limiter("10 RPM burst 1", concurrency=5, store=url, name="deadline")
     (await limiter.acquire()).release()
@@ -79,7 +79,7 @@ async def test_deadline_ends_the_wait_and_says_what_binds(url: str) -> None:
     await limiter.aclose()
 
 
-async def test_slots_that_others_hold_are_named_too(where: str) -> None:
+async def test_errors_say_when_other_limiters_hold_all_slots(where: str) -> None:
     """Nobody knows when they come back."""
     one = Limiter("1000 RPM", concurrency=1, store=where, name="held")
     two = Limiter("1000 RPM", concurrency=1, store=where, name="held")
@@ -97,7 +97,7 @@ async def test_slots_that_others_hold_are_named_too(where: str) -> None:
     await one.aclose()
 
 
-async def test_calls_that_wait_are_told_that_the_limiter_closes(where: str) -> None:
+async def test_closing_limiter_fails_waiting_calls_with_store_error(where: str) -> None:
     """More calls wait than go to the store at once; those refused leave nothing booked."""
     limiter = Limiter("20/s burst 1", store=where, name="closes")
     (await limiter.acquire()).release()
@@ -115,7 +115,7 @@ async def test_calls_that_wait_are_told_that_the_limiter_closes(where: str) -> N
     assert (snapshot.limits[0].used, snapshot.workers) == (1 + len(calls) - len(told), 0)
 
 
-async def test_limiter_may_be_used_and_closed_again(url: str) -> None:
+async def test_closed_limiter_can_be_used_and_closed_again(url: str) -> None:
     """Later calls open the store again."""
     limiter = Limiter("20/s", store=url, name="again")
     for count in (1, 2):
@@ -128,7 +128,7 @@ async def test_limiter_may_be_used_and_closed_again(url: str) -> None:
 
 
 @pytest.mark.parametrize("turns", range(1, 12, 2))
-async def test_closing_goes_on_though_it_is_cancelled(turns: int, where: str) -> None:
+async def test_cancelled_closing_is_completed_by_closing_again(turns: int, where: str) -> None:
     """Wherever it was cancelled, closing again completes it, and the limiter can be used again."""
     before = asyncio.all_tasks()
     limiter = Limiter("20/s", store=where, name="cancelled")
@@ -148,7 +148,7 @@ async def test_closing_goes_on_though_it_is_cancelled(turns: int, where: str) ->
     await limiter.aclose()
 
 
-async def test_store_that_was_given_stays_open(where: str) -> None:
+async def test_store_object_passed_to_limiter_is_left_open(where: str) -> None:
     """It serves other limiters, calls that end late, and the same limiter if it is used again."""
     store = open_store(where)
     one = Limiter("20/s", concurrency=2, store=store, name="one")
@@ -173,7 +173,7 @@ async def test_store_that_was_given_stays_open(where: str) -> None:
     await store.aclose()
 
 
-async def test_limit_above_what_the_store_counts_is_refused_at_once(url: str) -> None:
+async def test_limit_too_large_for_store_is_refused_at_once(url: str) -> None:
     """It is refused on creation and on change, with the numbers, and nothing changes anywhere."""
     message = (
         r"a store counts to 70,368,744,177,664: 1,000,000,000,000,000 tokens per .* is above; "
@@ -192,7 +192,7 @@ async def test_limit_above_what_the_store_counts_is_refused_at_once(url: str) ->
     await limiter.aclose()
 
 
-async def test_slots_in_a_store_are_not_found_by_one_process(url: str) -> None:
+async def test_limiter_with_store_refuses_adaptive_concurrency(url: str) -> None:
     """A limiter with a store cannot be given `concurrency="auto"` later, either."""
     limiter = Limiter("10 RPM", concurrency=4, store=url, name="fixed")
 
@@ -206,9 +206,7 @@ async def test_slots_in_a_store_are_not_found_by_one_process(url: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "a{b}", "x" * 5_000, "line\nbreak", "\ud800"])
 @pytest.mark.parametrize("where", ["sqlite:///limits.db", "redis://127.0.0.1:6379/0"])
-def test_name_that_no_store_takes_is_refused_when_the_limiter_is_made(
-    where: str, name: str
-) -> None:
+def test_name_unfit_for_stores_is_refused_when_limiter_is_made(where: str, name: str) -> None:
     """The error comes before the first call, and shows only the beginning of a very long name."""
     with pytest.raises(ValueError, match="1 to 200 printable characters and no braces") as refused:
         Limiter("10 RPM", store=where, name=name)
@@ -217,14 +215,14 @@ def test_name_that_no_store_takes_is_refused_when_the_limiter_is_made(
 
 @pytest.mark.parametrize("slot_ttl", [0.09, 86_401, float("inf"), float("nan"), True, "30"])
 @pytest.mark.parametrize("where", ["sqlite:///limits.db", "redis://127.0.0.1:6379/0", None])
-def test_life_of_slots_is_a_tenth_of_a_second_to_a_day(where: str | None, slot_ttl: Any) -> None:
+def test_slot_ttl_must_be_between_100_ms_and_a_day(where: str | None, slot_ttl: Any) -> None:
     """This holds for every store, and without one: else the mistake would show in production."""
     with pytest.raises(ValueError, match=r"slot_ttl must be .* from 0\.1 to 86,400, a day, not"):
         Limiter("10 RPM", store=where, slot_ttl=slot_ttl)
 
 
 @pytest.mark.parametrize("where", ["sqlite:///limits.db", None])
-def test_what_to_do_in_an_outage_is_one_of_three_words(where: str | None) -> None:
+def test_unknown_outage_policy_is_refused(where: str | None) -> None:
     """This is checked even without a store."""
     unknown: Any = "half"
     with pytest.raises(
@@ -233,7 +231,7 @@ def test_what_to_do_in_an_outage_is_one_of_three_words(where: str | None) -> Non
         Limiter("10 RPM", store=where, on_outage=unknown)
 
 
-async def test_what_a_store_does_not_take_is_an_error_and_no_hang(
+async def test_store_that_cannot_be_opened_fails_all_waiting_calls(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All waiting calls are told, whatever the store raises."""
@@ -251,7 +249,7 @@ async def test_what_a_store_does_not_take_is_an_error_and_no_hang(
     await limiter.aclose()
 
 
-async def test_what_comes_back_after_closing_is_told_the_store(where: str) -> None:
+async def test_refunds_and_slots_released_after_closing_reach_store(where: str) -> None:
     """The store hears of it at once, and limits that others have set meanwhile stay."""
     one = Limiter("1000 TPM", concurrency=2, store=where, name="late")
     two = Limiter("1000 TPM", concurrency=2, store=where, name="late")
@@ -273,7 +271,7 @@ async def test_what_comes_back_after_closing_is_told_the_store(where: str) -> No
     assert (snapshot.terms.concurrency, snapshot.slots, snapshot.workers) == (1, 0, 0)
 
 
-async def test_slot_of_a_call_outlives_closing_and_opening_again(url: str) -> None:
+async def test_held_slot_survives_closing_and_reopening_of_limiter(url: str) -> None:
     """The next desk keeps it alive, and gives it back when the call has ended."""
     limiter = Limiter(concurrency=2, store=url, name="outlives", slot_ttl=0.3)
     lease = await limiter.acquire()
@@ -288,7 +286,7 @@ async def test_slot_of_a_call_outlives_closing_and_opening_again(url: str) -> No
 
 
 @pytest.mark.parametrize("verb", ["commit", "heartbeat", "changed"])
-async def test_desk_that_fails_is_told_to_those_who_wait_and_replaced(
+async def test_failed_desk_fails_waiting_calls_and_is_replaced(
     url: str, verb: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On an unforeseen error no call hangs, each desk logs one line, and later calls pass."""
@@ -318,7 +316,7 @@ async def test_desk_that_fails_is_told_to_those_who_wait_and_replaced(
     await limiter.aclose()
 
 
-async def test_call_that_is_cancelled_as_it_is_let_go_gives_back_and_holds_up_nobody(
+async def test_call_cancelled_at_admission_returns_slot_and_delays_nobody(
     url: str,
 ) -> None:
     """The admission comes in the same turn of the loop as the cancel, before the task knows."""
@@ -346,7 +344,7 @@ async def test_call_that_is_cancelled_as_it_is_let_go_gives_back_and_holds_up_no
 
 @pytest.mark.parametrize("behind", [0, 1])
 @pytest.mark.parametrize(("limit", "slots"), [("1000 TPM", None), ("1M TPM", 1)])
-async def test_calls_after_one_that_gave_up_pass_as_soon_as_they_may(
+async def test_cancelled_call_does_not_hold_up_calls_behind_it(
     url: str, limit: str, slots: int | None, behind: int
 ) -> None:
     """This holds for calls that stood behind it, and for one that comes later."""
@@ -364,7 +362,7 @@ async def test_calls_after_one_that_gave_up_pass_as_soon_as_they_may(
     await limiter.aclose()
 
 
-async def test_one_that_gave_up_costs_its_share_nothing(url: str) -> None:
+async def test_cancelled_call_does_not_reduce_share_of_its_child(url: str) -> None:
     """A child gets no less because a costly call of it went to the store and gave up."""
     key = Limiter("6000 TPM burst 100", store=url, name="shares")
     chat, tools = key.child("chat"), key.child("tools")
@@ -404,7 +402,7 @@ async def open_and_peek(url: str, name: str) -> Any:
     return snapshot
 
 
-async def test_one_that_gave_up_holds_up_nobody_elsewhere(url: str) -> None:
+async def test_timed_out_call_does_not_hold_up_other_limiters(url: str) -> None:
     """Its place in the store's line is given up, so a small call elsewhere passes at once."""
     one = Limiter("1000 tokens/minute", store=url, name="gone")
     two = Limiter("1000 tokens/minute", store=url, name="gone")
@@ -418,7 +416,7 @@ async def test_one_that_gave_up_holds_up_nobody_elsewhere(url: str) -> None:
     await two.aclose()
 
 
-async def test_pause_and_new_limits_are_heard_by_the_others(where: str) -> None:
+async def test_pause_and_new_limits_apply_to_all_limiters_on_store(where: str) -> None:
     """What one process learns from its provider, all others obey."""
     one = Limiter("1000 RPM burst 100", store=where, name="steer")
     two = Limiter("1000 RPM burst 100", store=where, name="steer")
@@ -442,7 +440,7 @@ async def test_pause_and_new_limits_are_heard_by_the_others(where: str) -> None:
 
 
 @pytest.mark.parametrize("turns", range(8))
-async def test_limits_changed_while_the_store_is_opened_reach_it(turns: int, where: str) -> None:
+async def test_limits_changed_while_store_opens_reach_it(turns: int, where: str) -> None:
     """Whichever await it hits, the limits believed here are those that all processes obey.
 
     So is a pause, if the call was on its way to the store; else the call waits it out here first.
@@ -477,7 +475,7 @@ def hold_first_change(patch: pytest.MonkeyPatch) -> tuple[asyncio.Event, asyncio
     return begun, free
 
 
-async def test_last_of_two_changes_counts(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_later_of_two_limit_changes_wins(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the first takes to reach the store, the second does not overtake it."""
     begun, free = hold_first_change(monkeypatch)
     limiter = Limiter("1000 RPM burst 100", store=where, name="quick")
@@ -495,7 +493,7 @@ async def test_last_of_two_changes_counts(where: str, monkeypatch: pytest.Monkey
     await limiter.aclose()
 
 
-async def test_change_on_its_way_is_the_last_word_though_another_is_heard_meanwhile(
+async def test_limit_change_that_reaches_store_last_wins_everywhere(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All processes believe the store, even if the first one's heartbeats bring the other change."""
@@ -522,7 +520,7 @@ async def test_change_on_its_way_is_the_last_word_though_another_is_heard_meanwh
     await two.aclose()
 
 
-async def test_limits_that_another_process_changes_are_events_here(where: str) -> None:
+async def test_limit_changes_by_another_limiter_are_reported_as_events(where: str) -> None:
     """Each limit that has changed is reported once to observers."""
     one = Limiter("1000 RPM burst 100", "10k TPM", concurrency=9, store=where, name="told")
     two = Limiter("1000 RPM burst 100", "10k TPM", concurrency=9, store=where, name="told")
@@ -540,7 +538,7 @@ async def test_limits_that_another_process_changes_are_events_here(where: str) -
     await two.aclose()
 
 
-async def test_limit_that_another_process_leaves_out_is_in_force_no_more(where: str) -> None:
+async def test_limit_dropped_by_another_limiter_no_longer_applies(where: str) -> None:
     """It does not come back with the next change, either: the latest change counts for all."""
     one = Limiter("100 RPM burst 100", "10 TPM", concurrency=2, store=where, name="fewer")
     (await one.acquire()).release()
@@ -559,7 +557,7 @@ async def test_limit_that_another_process_leaves_out_is_in_force_no_more(where: 
     await two.aclose()
 
 
-async def test_limit_that_a_provider_announces_is_kept_by_all(where: str) -> None:
+async def test_limit_announced_by_provider_applies_to_all_limiters(where: str) -> None:
     """It is added where no limit was given; one beyond what the store can count limits nobody."""
     one = Limiter(store=where, name="learn")
     two = Limiter(store=where, name="learn")
@@ -577,7 +575,7 @@ async def test_limit_that_a_provider_announces_is_kept_by_all(where: str) -> Non
 
 
 @pytest.mark.real_clock
-async def test_burst_that_several_wait_for_is_shared(where: str) -> None:
+async def test_units_freed_at_once_are_shared_by_waiting_limiters(where: str) -> None:
     """When a window frees its units at once, all waiting limiters get parts of similar size."""
     limiters = [Limiter("60 requests/2s burst 60", store=where, name="burst") for _ in range(3)]
     await asyncio.gather(*(take(limiters[0]) for _ in range(60)))
@@ -593,7 +591,7 @@ async def test_burst_that_several_wait_for_is_shared(where: str) -> None:
         await each.aclose()
 
 
-async def test_urgent_call_passes_those_that_wait(url: str) -> None:
+async def test_urgent_call_overtakes_calls_waiting_for_store(url: str) -> None:
     """Priorities work above the store: few calls are where they can no longer be overtaken."""
     limiter = Limiter("20/s burst 1", store=url, name="urgent")
     order: list[str] = []
@@ -612,7 +610,7 @@ async def test_urgent_call_passes_those_that_wait(url: str) -> None:
     await limiter.aclose()
 
 
-def test_second_run_of_a_loop_goes_on(url: str) -> None:
+def test_limiter_keeps_count_across_asyncio_runs(url: str) -> None:
     """A script may call `asyncio.run` again with the same limiter; what was used stays used."""
     limiter = Limiter("3 RPM burst 3", store=url, name="again")
 
@@ -638,7 +636,7 @@ async def use_less(limiter: Limiter) -> None:
 
 
 @UNCLOSED
-def test_run_that_forgets_to_close_leaves_the_next_one_its_slots_and_refunds(where: str) -> None:
+def test_unclosed_run_leaves_slots_and_refunds_to_next_run(where: str) -> None:
     """Where each call has its own `asyncio.run`, the next run reports what came back last."""
     limiter = Limiter("1000 TPM", concurrency=2, store=where, name="forgets")
     for _ in range(6):
@@ -650,7 +648,7 @@ def test_run_that_forgets_to_close_leaves_the_next_one_its_slots_and_refunds(whe
 
 
 @UNCLOSED
-def test_run_that_forgets_to_close_leaves_those_without_a_loop_its_slots(where: str) -> None:
+def test_unclosed_run_leaves_slots_and_refunds_to_synchronous_calls(where: str) -> None:
     """Their loop existed before and goes on: it reports what came back just as a new one does."""
     limiter = Limiter("1000 TPM", concurrency=1, store=where, name="mixes")
     for _ in range(3):
@@ -664,7 +662,7 @@ def test_run_that_forgets_to_close_leaves_those_without_a_loop_its_slots(where: 
 
 
 @UNCLOSED
-def test_store_that_was_made_for_another_loop_says_so(url: str) -> None:
+def test_store_object_used_on_second_loop_raises_store_error(url: str) -> None:
     """Connections belong to one loop; with a URL, each loop opens its own."""
     limiter = Limiter("10 RPM burst 10", store=open_store(url), name="foreign")
 
@@ -683,7 +681,7 @@ def test_store_that_was_made_for_another_loop_says_so(url: str) -> None:
 
 
 @UNCLOSED
-def test_lease_outlives_the_loop_that_it_was_got_on(where: str) -> None:
+def test_lease_can_be_released_after_its_loop_has_ended(where: str) -> None:
     """The store hears of it, whether released between runs, in another run, or by a thread."""
     limiter = Limiter("1000 TPM", concurrency=3, store=where, name="outlives")
 
@@ -709,7 +707,7 @@ def test_lease_outlives_the_loop_that_it_was_got_on(where: str) -> None:
     assert (snapshot.limits[0].used, snapshot.slots) == (510, 0)
 
 
-def test_loops_and_threads_of_a_process_share_it(url: str) -> None:
+def test_loops_and_threads_of_a_process_share_the_limit(url: str) -> None:
     """Two loops in two threads, and threads without a loop, together get all there is."""
     limiter = Limiter("12 RPM burst 12", store=url, name="threads")
     passed: list[str] = []
@@ -739,9 +737,7 @@ def test_loops_and_threads_of_a_process_share_it(url: str) -> None:
     asyncio.run(limiter.aclose())
 
 
-def test_closing_takes_leave_for_threads_without_a_loop_unless_one_waits(
-    url: str, redis_sync: Any
-) -> None:
+def test_closing_disconnects_background_loop_unless_a_call_waits(url: str, redis_sync: Any) -> None:
     """Otherwise its connection and its heartbeats would go on as long as the program."""
     limiter = Limiter(concurrency=1, store=url, name="leaves")
 
@@ -764,7 +760,7 @@ def test_closing_takes_leave_for_threads_without_a_loop_unless_one_waits(
             time.sleep(0.001)
 
 
-def test_pause_and_new_limits_reach_the_store_though_an_older_loop_rests(url: str) -> None:
+def test_pause_and_new_limits_reach_store_despite_resting_loop(url: str) -> None:
     """They are sent by a loop that runs; a resting loop would send nothing until it runs again."""
     limiter = Limiter("1000 RPM burst 100", store=url, name="rests")
 
@@ -789,7 +785,7 @@ def test_pause_and_new_limits_reach_the_store_though_an_older_loop_rests(url: st
 
 
 @pytest.mark.real_clock
-async def test_killed_process_gives_its_slots_to_those_who_wait(where: str) -> None:
+async def test_slots_of_killed_process_go_to_waiting_calls(where: str) -> None:
     """Its slots outlive their TTL while it sends heartbeats, and come back soon once it is dead."""
     command = sys.executable, "-X", "dev", "-c", HOLDING, where
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
@@ -809,7 +805,7 @@ async def test_killed_process_gives_its_slots_to_those_who_wait(where: str) -> N
     await limiter.aclose()
 
 
-async def test_refund_of_one_limiter_admits_another(where: str) -> None:
+async def test_refund_in_one_limiter_admits_call_of_another(where: str) -> None:
     """After a call used less than it reserved, another limiter need not wait for the window."""
     one = Limiter("1000 TPM", store=where, name="refund")
     two = Limiter("1000 TPM", store=where, name="refund")
@@ -820,7 +816,7 @@ async def test_refund_of_one_limiter_admits_another(where: str) -> None:
     await two.aclose()
 
 
-async def test_call_that_can_never_pass_says_so(where: str) -> None:
+async def test_call_that_can_never_pass_raises_cost_exceeds_limit(where: str) -> None:
     """The error is the same as without a store."""
     limiter = Limiter("100 TPM", store=where, name="never")
     with pytest.raises(CostExceedsLimit, match="cost of 101 tokens exceeds the limit"):
@@ -828,7 +824,7 @@ async def test_call_that_can_never_pass_says_so(where: str) -> None:
     await limiter.aclose()
 
 
-async def test_limit_that_only_the_store_knows_is_told_with_the_cost(path: Path) -> None:
+async def test_cost_above_limit_known_only_to_store_is_refused(path: Path) -> None:
     """Another process has lowered the limit, and this one has not heard of it yet."""
     limiter = Limiter("1000 TPM", store=f"sqlite:///{path}?patience=5", name="lowered")
     (await limiter.acquire(tokens=1_000)).release()
@@ -844,7 +840,7 @@ async def test_limit_that_only_the_store_knows_is_told_with_the_cost(path: Path)
     await limiter.aclose()
 
 
-async def test_refund_reaches_who_waits_for_long(url: str) -> None:
+async def test_refunds_admit_waiting_calls_before_window_ends(url: str) -> None:
     """Where estimates exceed use, what comes back serves the next call, as in one process."""
     limiter = Limiter("1000 tokens/minute", store=url, name="refund")
     done = 0
@@ -865,7 +861,7 @@ async def test_refund_reaches_who_waits_for_long(url: str) -> None:
     await limiter.aclose()
 
 
-async def test_explanation_tells_what_the_store_told_last(where: str) -> None:
+async def test_explanation_uses_last_answer_of_store(where: str) -> None:
     """It does not promise that a call passes at once if the store would make it wait."""
     limiter = Limiter("9 RPM burst 9", "1000 TPM", concurrency=2, store=where, name="explained")
     lease = await limiter.acquire(tokens=900)
@@ -890,7 +886,7 @@ async def test_explanation_tells_what_the_store_told_last(where: str) -> None:
     await limiter.aclose()
 
 
-async def test_explanation_counts_those_who_stand_at_the_store(where: str) -> None:
+async def test_explanation_counts_calls_waiting_at_store(where: str) -> None:
     """The wait known for the first of them is not given as that of a call behind all."""
     limiter = Limiter("10 RPM burst 1", store=where, name="ahead")
     (await limiter.acquire()).release()
@@ -906,7 +902,7 @@ async def test_explanation_counts_those_who_stand_at_the_store(where: str) -> No
     await limiter.aclose()
 
 
-async def test_statistics_tell_what_the_store_told_last(url: str) -> None:
+async def test_statistics_report_use_of_all_limiters_on_store(url: str) -> None:
     """Used and available are totals of all processes."""
     one = Limiter("100 RPM burst 100", store=url, name="statistics")
     two = Limiter("100 RPM burst 100", store=url, name="statistics")
@@ -920,7 +916,7 @@ async def test_statistics_tell_what_the_store_told_last(url: str) -> None:
     assert one.statistics().limits == (use,), "forgotten when it was closed"
 
 
-async def test_statistics_tell_each_limit_its_own_numbers(where: str) -> None:
+async def test_statistics_match_limits_whatever_their_order(where: str) -> None:
     """The order in which the store or other processes keep the limits does not matter."""
     one = Limiter("500 RPM burst 500", "20k TPM", "10k RPD", store=where, name="order")
     two = Limiter("20k TPM", "10k RPD", "500 RPM burst 500", store=where, name="order")
@@ -937,7 +933,7 @@ async def test_statistics_tell_each_limit_its_own_numbers(where: str) -> None:
     await two.aclose()
 
 
-async def test_limits_of_a_child_hold_when_calls_leave(where: str) -> None:
+async def test_child_limits_hold_when_calls_leave_the_store_line(where: str) -> None:
     """What leaves the store's line together counts together, however long it waited there."""
     limiter = Limiter("100 tokens/s", store=where, name="below")
     await take(limiter, tokens=100)
@@ -958,7 +954,7 @@ async def test_limits_of_a_child_hold_when_calls_leave(where: str) -> None:
     await limiter.aclose()
 
 
-async def test_wait_for_a_store_is_no_part_of_a_call(
+async def test_wait_for_store_is_not_counted_as_call_latency(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is no part of `held`, and the adaptive concurrency does not take it for latency."""
@@ -983,7 +979,7 @@ async def test_wait_for_a_store_is_no_part_of_a_call(
     await limiter.aclose()
 
 
-async def test_last_word_on_what_a_call_used_counts(where: str) -> None:
+async def test_last_settlement_determines_what_a_call_used(where: str) -> None:
     """A debt that turned out smaller is given back; units used but never reserved are counted."""
     limiter = Limiter("100 tokens/minute", "9 images/minute", store=where, name="last word")
 

@@ -60,7 +60,7 @@ def some_commit(random: Random, worker: str, starts: list[int]) -> Commit:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_what_others_read_in_the_journal_gives_them_the_same_books(seed: int) -> None:
+def test_books_rebuilt_from_journal_match_the_original(seed: int) -> None:
     """Books read from text at any point, and fed the journal since, give the same answers."""
     random = Random(seed)
     ours, now, starts = Books(TERMS), 0, [0]
@@ -80,7 +80,7 @@ def test_what_others_read_in_the_journal_gives_them_the_same_books(seed: int) ->
     assert written.to_text(ours) == written.to_text(theirs)
 
 
-def test_every_number_of_a_meter_is_written_or_follows_from_the_terms() -> None:
+def test_every_meter_field_is_saved_or_derived_from_terms() -> None:
     """Each new slot of a meter must be written, too, and only this test would tell."""
     follow = {"burst", "p", "q", "depth", "slack"}
     assert set(written.BUCKET) | follow == set(Bucket.__slots__)
@@ -91,7 +91,7 @@ def test_every_number_of_a_meter_is_written_or_follows_from_the_terms() -> None:
     assert set(written.BOOKS) | held_otherwise == set(vars(Books(TERMS)))
 
 
-def test_a_look_at_the_line_changes_nothing() -> None:
+def test_asking_whose_turn_it_is_does_not_change_books() -> None:
     """Processes look at different instants, and must still keep the same books."""
     books = Books(TERMS)
     verbs.do(Commit("a", LIFE, Batch(calls=({"concurrency": 1},) * 7)), books, 0)
@@ -101,13 +101,13 @@ def test_a_look_at_the_line_changes_nothing() -> None:
     assert written.to_text(books) == before
 
 
-def test_an_entry_nobody_knows_is_refused() -> None:
+def test_unknown_journal_entry_is_refused() -> None:
     """A journal entry of another version must not be guessed at."""
     with pytest.raises(ValueError, match=r'no such entry: \["sing"\]'):
         verbs.from_text('["sing"]')
 
 
-def test_books_of_a_lost_file_are_charged_to_its_successor() -> None:
+def test_bookings_of_lost_file_are_charged_to_its_successor() -> None:
     """A successor copied from some of ours is charged the rest; a fresh one is charged it all."""
     limit = Terms(limits=(Limit("requests", 100, per=60, burst=10),))
     ours = Books(limit)
@@ -140,7 +140,7 @@ class Hands:
         self.steady += seconds * SECOND
 
 
-def test_the_clock_begins_at_the_wall_clock_and_keeps_its_own_pace() -> None:
+def test_shared_clock_starts_at_wall_clock_and_ignores_its_jumps() -> None:
     """Setting the wall clock forward or back changes nothing until the next boot."""
     hands = Hands()
     first = hands.clock("boot-1")
@@ -156,7 +156,7 @@ def test_the_clock_begins_at_the_wall_clock_and_keeps_its_own_pace() -> None:
     assert late.now() == reading.last
 
 
-def test_a_new_boot_goes_on_from_the_wall_clock() -> None:
+def test_shared_clock_resumes_from_wall_clock_after_reboot() -> None:
     """The steady clock starts again, and the time that the machine was off has passed."""
     hands = Hands()
     reading = hands.clock("boot-1").read(None)
@@ -166,7 +166,7 @@ def test_a_new_boot_goes_on_from_the_wall_clock() -> None:
 
 
 @pytest.mark.parametrize("boot", ["boot-2", ""])
-def test_a_clock_set_back_never_goes_back_and_never_stands_still(boot: str) -> None:
+def test_shared_clock_keeps_advancing_if_wall_clock_is_set_back(boot: str) -> None:
     """After a boot with a wrong wall clock, time goes on from the last instant in the file."""
     hands = Hands()
     reading = hands.clock("boot-1").read(None)

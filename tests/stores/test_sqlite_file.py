@@ -57,13 +57,13 @@ async def used(ledger: SQLiteLedger) -> int:
         ("sqlite:///a%20b%3F/limits.db?patience=2", "a b?/limits.db"),
     ],
 )
-def test_a_url_names_a_file(url: str, path: str) -> None:
+def test_sqlite_url_names_relative_or_absolute_path(url: str, path: str) -> None:
     """Three slashes are for a relative path, four for an absolute one."""
     assert repr(open_store(url)) == f"<SQLiteStore {Path(path).absolute()}>"
 
 
 @pytest.mark.parametrize("options", ["", "?patience=2.5"])
-def test_a_stores_url_leads_to_its_file_from_anywhere(
+def test_store_url_leads_to_same_file_from_any_folder(
     options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The URL keeps special characters and the patience."""
@@ -91,13 +91,13 @@ def test_a_stores_url_leads_to_its_file_from_anywhere(
         ("sqlite:///limits.db?patience=0", "patience must be a positive number of seconds"),
     ],
 )
-def test_a_url_that_names_no_file_is_refused_with_a_remedy(url: str, why: str) -> None:
+def test_invalid_sqlite_url_is_refused_with_remedy(url: str, why: str) -> None:
     """The error comes as soon as the store is made."""
     with pytest.raises(ValueError, match=why):
         from_url(url)
 
 
-async def test_nothing_is_made_before_it_is_used(path: Path) -> None:
+async def test_unused_store_creates_no_file(path: Path) -> None:
     """A store that nobody uses leaves no file, and can still be closed."""
     store = SQLiteStore(path)
     assert repr(store) == f"<SQLiteStore {path}>"
@@ -105,7 +105,7 @@ async def test_nothing_is_made_before_it_is_used(path: Path) -> None:
     assert not path.exists()
 
 
-async def test_one_file_is_left_behind(path: Path) -> None:
+async def test_closing_last_worker_leaves_a_single_file(path: Path) -> None:
     """The last worker to close merges the log into the file."""
     async with opened(path) as ledger:
         await ledger.commit(Batch(calls=(CALL,)))
@@ -116,7 +116,7 @@ async def test_one_file_is_left_behind(path: Path) -> None:
     assert [each.name for each in path.parent.iterdir()] == ["limits.db"]
 
 
-async def test_a_closed_store_says_so(path: Path) -> None:
+async def test_closed_store_raises_store_error(path: Path) -> None:
     """Closing twice is fine, and so is closing a ledger whose store has been closed."""
     store = SQLiteStore(path)
     ledger = await store.open("openai", TERMS)
@@ -127,7 +127,7 @@ async def test_a_closed_store_says_so(path: Path) -> None:
     await ledger.aclose()
 
 
-async def test_a_store_that_nobody_holds_closes_its_file(path: Path) -> None:
+async def test_garbage_collected_store_closes_its_file(path: Path) -> None:
     """A ledger keeps its store; once both are gone the thread ends and the log is merged."""
     ledger = await SQLiteStore(path).open("openai", TERMS)
     gc.collect()
@@ -148,7 +148,7 @@ async def failure(path: Path) -> str:
     return str(caught.value)
 
 
-async def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+async def test_missing_folder_is_named_in_error(tmp_path: Path) -> None:
     """It is not created: with a typing error each process would get a limit of its own."""
     path = tmp_path / "nowhere" / "limits.db"
     assert await failure(path) == (
@@ -158,7 +158,7 @@ async def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     assert "it is not a plain file" in await failure(tmp_path)
 
 
-async def test_a_newer_schema_is_refused(path: Path) -> None:
+async def test_newer_schema_is_refused(path: Path) -> None:
     """The file is left as it is."""
     async with opened(path):
         pass
@@ -172,7 +172,7 @@ async def test_a_newer_schema_is_refused(path: Path) -> None:
     assert path.read_bytes() == before
 
 
-async def test_a_database_of_another_program_is_left_alone(path: Path) -> None:
+async def test_database_of_another_program_is_left_unchanged(path: Path) -> None:
     """Its tables are not mixed with ours, and not a byte is changed."""
     with contextlib.closing(sqlite3.connect(path)) as other:
         other.execute("CREATE TABLE people (name)")
@@ -184,7 +184,7 @@ async def test_a_database_of_another_program_is_left_alone(path: Path) -> None:
     assert path.read_bytes() == before
 
 
-async def test_what_is_no_database_is_left_alone(path: Path) -> None:
+async def test_file_that_is_no_database_is_left_unchanged(path: Path) -> None:
     """A text file stays as it is."""
     path.write_text("not a database at all, " * 100)
     assert await failure(path) == (
@@ -194,7 +194,9 @@ async def test_what_is_no_database_is_left_alone(path: Path) -> None:
     assert path.read_text().startswith("not a database")
 
 
-async def test_a_disk_that_fails_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_sqlite_failure_raises_store_error_with_file_and_cause(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Even unforeseen errors name the file and the cause."""
     async with opened(path) as ledger:
         error = sqlite3.OperationalError("disk I/O error")
@@ -222,7 +224,7 @@ def _raising(error: Exception) -> Any:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everything")
-async def test_a_file_that_may_not_be_written_is_named(path: Path) -> None:
+async def test_read_only_file_error_names_remedy(path: Path) -> None:
     """The error names the remedy."""
     async with opened(path):
         pass
@@ -239,7 +241,7 @@ def locked(path: Path) -> Generator[None]:
         holder.execute("ROLLBACK")
 
 
-async def test_a_held_lock_is_an_error_within_the_patience(path: Path) -> None:
+async def test_held_lock_raises_store_error_within_patience(path: Path) -> None:
     """All who ask meanwhile get the same error; once the lock is free everything goes on."""
     async with opened(path) as ledger:
         with locked(path):
@@ -285,7 +287,7 @@ async def test_corrections_of_a_failed_batch_are_applied_once(path: Path) -> Non
         assert (await ledger.peek()).slots == 0
 
 
-async def test_a_booking_is_given_back_though_the_lock_is_held(path: Path) -> None:
+async def test_booking_undone_while_lock_is_held_is_returned_later(path: Path) -> None:
     """Its caller has gone and giving back fails at first, so it is kept until it succeeds."""
     async with opened(path) as ledger:
         await ledger.commit(Batch())
@@ -298,7 +300,7 @@ async def test_a_booking_is_given_back_though_the_lock_is_held(path: Path) -> No
         assert (snapshot.limits[0].used, snapshot.slots) == (0, 0)
 
 
-async def test_a_caller_that_goes_as_its_answer_comes_is_charged_nothing(
+async def test_caller_cancelled_as_answer_arrives_is_charged_nothing(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The booking was made and reported, but its caller was cancelled at that moment."""
@@ -323,7 +325,7 @@ async def test_a_caller_that_goes_as_its_answer_comes_is_charged_nothing(
         assert (snapshot.limits[0].used, snapshot.slots) == (0, 0)
 
 
-async def test_a_lock_held_for_less_than_the_patience_is_only_a_delay(path: Path) -> None:
+async def test_lock_held_for_less_than_patience_only_delays_call(path: Path) -> None:
     """With more patience the call waits for the lock."""
     async with opened(path, patience=5) as ledger:
         held = threading.Event()
@@ -341,7 +343,7 @@ async def test_a_lock_held_for_less_than_the_patience_is_only_a_delay(path: Path
         assert receipt.bookings[0].outcome is Outcome.BOOKED
 
 
-async def test_a_disk_that_does_not_answer_is_an_error_in_time(
+async def test_unresponsive_disk_raises_store_error_and_charges_nothing(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A hanging write holds up only its thread; what it books in the end is given back."""
@@ -361,7 +363,7 @@ async def test_a_disk_that_does_not_answer_is_an_error_in_time(
         assert await used(ledger) == 0
 
 
-async def test_opening_may_take_longer_than_a_batch(
+async def test_opening_store_may_take_longer_than_patience(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A slow disk takes its time to create the tables, and the first call waits for that."""
@@ -378,7 +380,7 @@ async def test_opening_may_take_longer_than_a_batch(
     await store.aclose()
 
 
-async def test_a_full_disk_is_an_error_and_nothing_is_booked(path: Path) -> None:
+async def test_full_disk_raises_store_error_and_books_nothing(path: Path) -> None:
     """StoreError says how much space is free; once there is some, everything goes on."""
     async with opened(path) as ledger:
         await ledger.commit(Batch(calls=(CALL,)))
@@ -434,7 +436,7 @@ asyncio.run(main())
 """
 
 
-def test_a_disk_that_fills_up_loses_no_booking(tmp_path: Path) -> None:
+def test_disk_that_fills_up_loses_no_booking(tmp_path: Path) -> None:
     """A real file system of 1 MB fills up: the error says so, and every booking is counted once."""
     mount = f"mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} - {tmp_path}"
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount]
@@ -457,7 +459,7 @@ def test_a_disk_that_fills_up_loses_no_booking(tmp_path: Path) -> None:
     assert difference == "1"
 
 
-async def test_a_deleted_file_is_made_anew_from_what_its_users_know(path: Path) -> None:
+async def test_deleted_file_is_rebuilt_from_what_its_workers_know(path: Path) -> None:
     """If somebody deletes it, old workers and new ones still find the day's use counted."""
     async with opened(path) as one, opened(path) as two:
         await one.commit(Batch(calls=(CALL,) * 3))
@@ -472,7 +474,7 @@ async def test_a_deleted_file_is_made_anew_from_what_its_users_know(path: Path) 
             assert (await new.peek()).slots == 8
 
 
-async def test_a_successor_that_strangers_have_begun_is_charged_too(path: Path) -> None:
+async def test_file_recreated_by_newcomer_is_charged_with_earlier_use(path: Path) -> None:
     """When a newcomer has made the file again, those who knew the old one add their part."""
     async with opened(path) as old:
         await old.commit(Batch(calls=(CALL,) * 3))
@@ -484,7 +486,7 @@ async def test_a_successor_that_strangers_have_begun_is_charged_too(path: Path) 
             assert await used(new) == 6
 
 
-async def test_a_log_cut_off_at_any_byte_leaves_whole_batches(path: Path) -> None:
+async def test_log_cut_off_at_any_byte_leaves_whole_batches(path: Path) -> None:
     """A power failure leaves a prefix of what was booked, and a sound file."""
     async with opened(path) as ledger:
         for _ in range(30):
@@ -504,7 +506,7 @@ async def test_a_log_cut_off_at_any_byte_leaves_whole_batches(path: Path) -> Non
     assert seen[-1] >= 29
 
 
-async def test_an_entry_that_counts_otherwise_stops_all(path: Path) -> None:
+async def test_journal_entry_of_differing_version_raises_store_error(path: Path) -> None:
     """Two versions whose arithmetic differs must not share a limit, or it could be exceeded."""
     async with opened(path) as one, opened(path) as two:
         await one.commit(Batch(calls=(CALL,)))
@@ -519,7 +521,7 @@ async def test_an_entry_that_counts_otherwise_stops_all(path: Path) -> None:
             await two.commit(Batch(calls=(CALL,)))
 
 
-async def test_the_journal_is_cut_again_and_again(path: Path) -> None:
+async def test_journal_stays_short_and_newcomer_counts_all_bookings(path: Path) -> None:
     """However many batches there were, the file stays small and a newcomer reads little."""
     async with opened(path) as ledger:
         for _ in range(900):
@@ -536,7 +538,7 @@ def mistaken(*_: Any, **__: Any) -> None:
     raise ZeroDivisionError("division by zero")
 
 
-async def test_limiters_that_have_nothing_to_remember_go(path: Path) -> None:
+async def test_limiters_with_nothing_to_remember_are_deleted_from_file(path: Path) -> None:
     """Unused names do not pile up; a worker that still has one can go on with it."""
     hands = Hands()
     store = SQLiteStore(path, clock=hands.clock("boot"))
@@ -574,7 +576,7 @@ class Hands:
         self.now += seconds * 1_000_000_000
 
 
-async def test_a_mistake_of_ours_is_an_error_and_no_hang(
+async def test_internal_error_raises_store_error_and_store_works_on(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The thread lives on, and nothing is booked."""
@@ -600,7 +602,7 @@ async def test_a_mistake_of_ours_is_an_error_and_no_hang(
         ),
     ],
 )
-async def test_amounts_that_are_none_are_refused(path: Path, batch: Batch, why: str) -> None:
+async def test_invalid_amounts_in_batch_are_refused(path: Path, batch: Batch, why: str) -> None:
     """The error comes before anything is written that others would have to read."""
     async with opened(path) as ledger:
         with pytest.raises(ValueError, match=why):

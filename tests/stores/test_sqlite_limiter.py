@@ -147,7 +147,7 @@ def test_three_processes_share_one_limit_in_equal_parts(path: Path) -> None:
     assert max(shares) - min(shares) <= 0.1 * max(shares), shares
 
 
-def test_a_limit_of_a_day_survives_restarts(path: Path) -> None:
+def test_daily_limit_survives_process_restarts(path: Path) -> None:
     """Three processes in turn have used it up, so the fourth would have to wait until tomorrow."""
     for _ in range(3):
         process = start(ONE_CALL, path)
@@ -163,7 +163,7 @@ def test_a_limit_of_a_day_survives_restarts(path: Path) -> None:
     asyncio.run(fourth())
 
 
-def test_a_path_from_the_working_directory_names_one_file_wherever_the_program_goes(
+def test_relative_path_is_resolved_when_limiter_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is relative to the folder where the limiter was made, not to that where it is opened."""
@@ -184,7 +184,7 @@ def test_a_path_from_the_working_directory_names_one_file_wherever_the_program_g
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_forked_child_gives_back_nothing_of_its_parent(path: Path) -> None:
+def test_forked_child_does_not_report_refunds_of_its_parent(path: Path) -> None:
     """What a loop of the parent has not reported yet is reported by the parent, once."""
     done = subprocess.run(
         [sys.executable, "-c", FORGETTING, str(path)], capture_output=True, text=True, check=False
@@ -192,7 +192,7 @@ def test_a_forked_child_gives_back_nothing_of_its_parent(path: Path) -> None:
     assert (done.stdout, done.stderr) == ("900\n", "")
 
 
-async def test_a_lock_that_is_held_is_an_outage_and_no_hang(
+async def test_held_lock_is_an_outage_and_hangs_no_call(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A call is decided within 300 ms; each change is logged once; what passed is reported later."""
@@ -225,20 +225,20 @@ async def test_a_lock_that_is_held_is_an_outage_and_no_hang(
         assert other.statistics().limits[0].used == 5
 
 
-async def test_a_file_that_cannot_be_opened_is_told_to_those_who_wait(tmp_path: Path) -> None:
+async def test_file_that_cannot_be_opened_fails_first_call_with_remedy(tmp_path: Path) -> None:
     """The error comes at the first call, with the remedy."""
     async with limited(tmp_path / "nowhere" / "limits.db", "100 RPM") as limiter:
         with pytest.raises(StoreError, match="make the folder, or give another path"):
             await limiter.acquire()
 
 
-def test_a_url_that_names_no_file_is_told_at_once() -> None:
+def test_url_without_file_is_refused_when_limiter_is_made() -> None:
     """The error comes when the limiter is made, not at its first call."""
     with pytest.raises(ValueError, match="for one process no store is needed"):
         Limiter("100 RPM", store="sqlite:///:memory:")
 
 
-async def test_statistics_tell_what_the_store_has_calls_wait_for(path: Path) -> None:
+async def test_statistics_name_limit_that_binds_at_store(path: Path) -> None:
     """The root and a child with room show it; a child that is full shows its own limit."""
     limiter = Limiter(
         "1 requests/2s", concurrency=9, store=f"sqlite:///{path}?patience=5", name="openai"
@@ -265,7 +265,7 @@ async def take(limiter: Limiter) -> None:
         await asyncio.sleep(60)
 
 
-def test_threads_without_a_loop_share_it_too(path: Path) -> None:
+def test_threads_without_event_loop_share_the_limit(path: Path) -> None:
     """The background loop holds the store, and calls of plain threads are all admitted."""
     limiter = Limiter("100 RPM burst 100", store=f"sqlite:///{path}?patience=5", name="openai")
     done: list[int] = []

@@ -220,7 +220,7 @@ def test_three_processes_are_never_over_and_never_idle(path: Path) -> None:
     assert went >= 0.97 * 3.5 * 300, f"{went / 10.5:.1f} % used"
 
 
-def test_nobody_starves_among_processes_that_push(path: Path) -> None:
+def test_processes_that_commit_nonstop_neither_starve_nor_miscount(path: Path) -> None:
     """Four start at once without a file; none runs out of patience, and all is counted."""
     processes = [start(PUSHING, path) for _ in range(4)]
     answers = [each.communicate("go\n")[0] for each in _started(processes)]
@@ -238,7 +238,7 @@ def _started(processes: "list[subprocess.Popen[str]]") -> "list[subprocess.Popen
     return processes
 
 
-async def test_a_process_killed_at_any_instant_leaves_whole_bookings(path: Path) -> None:
+async def test_process_killed_at_any_instant_loses_no_reported_booking(path: Path) -> None:
     """All it reported is booked, plus at most the batch under way, and the file is sound."""
     told = 0
     terms = Terms(limits=(Limit("requests", 10**6, per=86_400, burst=10**6),), concurrency=10**6)
@@ -258,7 +258,7 @@ async def test_a_process_killed_at_any_instant_leaves_whole_bookings(path: Path)
             assert other.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-async def test_slots_of_a_killed_process_come_back_in_time(path: Path) -> None:
+async def test_slots_of_killed_process_come_back_within_slot_ttl(path: Path) -> None:
     """Within their TTL by the file's clock, those who wait are told, and get them."""
     terms = Terms(limits=(Limit("requests", 10**6, per=86_400, burst=10**6),), concurrency=10**6)
     process = start(BUSY, path)
@@ -282,7 +282,7 @@ async def test_slots_of_a_killed_process_come_back_in_time(path: Path) -> None:
         assert time.monotonic() - killed < 2 * 1.5
 
 
-async def test_a_process_frozen_in_a_transaction_is_an_error_until_it_is_gone(path: Path) -> None:
+async def test_process_frozen_in_transaction_causes_error_until_killed(path: Path) -> None:
     """The error comes within the patience; once killed, it leaves nothing to repair."""
     terms = Terms(limits=(Limit("requests", 10, per=60, burst=10),))
     call = Batch(calls=({"requests": 1},))
@@ -300,7 +300,7 @@ async def test_a_process_frozen_in_a_transaction_is_an_error_until_it_is_gone(pa
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system does not fork")
-def test_a_forked_child_is_a_worker_of_its_own(path: Path) -> None:
+def test_forked_child_is_a_separate_worker(path: Path) -> None:
     """It opens the file anew, under another name, and leaves its parent's connection alone."""
     done = subprocess.run(
         [sys.executable, "-c", FORKING, str(path)], capture_output=True, text=True, check=True
@@ -309,7 +309,7 @@ def test_a_forked_child_is_a_worker_of_its_own(path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system does not fork")
-def test_a_forked_child_outlives_its_parents_store(path: Path) -> None:
+def test_forked_child_goes_on_after_parent_closes_store(path: Path) -> None:
     """The child has its own locks, whatever the parent was doing, and loses no booking."""
     done = subprocess.run(
         [sys.executable, "-c", OUTLIVING, str(path)], capture_output=True, text=True, check=False
@@ -317,7 +317,7 @@ def test_a_forked_child_outlives_its_parents_store(path: Path) -> None:
     assert (done.stdout, done.stderr) == ("530\n", "")
 
 
-def test_a_store_that_nobody_closes_ends_with_its_process(path: Path) -> None:
+def test_unclosed_store_does_not_keep_process_alive(path: Path) -> None:
     """It does not hang or print anything: the store's thread does not keep the process alive."""
     began = time.monotonic()
     done = subprocess.run(
