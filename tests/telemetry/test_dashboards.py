@@ -71,7 +71,7 @@ def exposed(limiter: "ScriptedLimiter") -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("expression", [*queries(), *rules()])
-def test_a_query_names_what_exists(expression: str, exposed: dict[str, set[str]]) -> None:
+def test_query_uses_known_metrics_and_labels(expression: str, exposed: dict[str, set[str]]) -> None:
     """A renamed metric or label breaks a test, not an evening."""
     named = re.findall(r"(asyncbucket_\w+)(?:\{([^}]*)\})?", expression)
     assert named
@@ -89,7 +89,7 @@ def test_a_query_names_what_exists(expression: str, exposed: dict[str, set[str]]
 
 
 @pytest.mark.parametrize("expression", [*queries(), *rules()])
-def test_a_rate_spans_scrapes_a_minute_apart(expression: str) -> None:
+def test_rates_span_at_least_four_minutes(expression: str) -> None:
     """Prometheus scrapes once a minute by default, so a rate over one minute shows nothing."""
     spans = re.findall(r"\[(\d+)m\]", expression)
     assert all(int(minutes) >= 4 for minutes in spans)
@@ -104,7 +104,7 @@ def test_every_metric_is_on_the_dashboard(exposed: dict[str, set[str]]) -> None:
     assert {"asyncbucket_wait_seconds_bucket", "asyncbucket_wait_seconds_sum"} <= shown
 
 
-def test_panels_are_whole_and_do_not_overlap() -> None:
+def test_panels_are_described_and_do_not_overlap() -> None:
     """Each has a description of how to read it; Grafana would move overlapping ones."""
     taken: set[tuple[int, int]] = set()
     for panel in DASHBOARD["panels"]:
@@ -123,20 +123,20 @@ def test_panels_are_whole_and_do_not_overlap() -> None:
     assert len(set(ids)) == len(ids)
 
 
-def test_rules_are_found() -> None:
+def test_all_alert_rules_and_dashboard_queries_are_found() -> None:
     """The tests above check all of them."""
     assert len(rules()) == ALERTS.read_text("utf-8").count("- alert:") == 8
     assert len(queries()) == 15
 
 
 @needs_promtool
-def test_promtool_accepts_the_alert_rules() -> None:
+def test_promtool_accepts_alert_rules() -> None:
     """They load into a Prometheus server."""
     promtool("check", "rules", "--lint-fatal", str(ALERTS))
 
 
 @needs_promtool
-def test_promtool_accepts_the_queries_of_the_dashboard(tmp_path: Path) -> None:
+def test_promtool_accepts_dashboard_queries(tmp_path: Path) -> None:
     """Grafana would show an error in the panel."""
     lines = ["groups:", "  - name: dashboard", "    rules:"]
     for number, query in enumerate(queries()):

@@ -66,7 +66,7 @@ async def ask_by_hand(limiter: Limiter, **options: Any) -> None:
         await asyncio.sleep(0.1)
 
 
-def test_what_happens_is_told_with_its_numbers(
+def test_waits_refusals_retries_and_pauses_are_reported_with_numbers(
     limiter: "ScriptedLimiter", seen: list[BaseEvent]
 ) -> None:
     """A call that passed at once has no event, because nothing happened to it."""
@@ -92,7 +92,7 @@ def test_what_happens_is_told_with_its_numbers(
     assert names(seen) == [type(event).__name__ for event in seen]
 
 
-def test_it_is_silent_once_it_is_off(limiter: "ScriptedLimiter", seen: list[BaseEvent]) -> None:
+def test_no_events_after_switching_off(limiter: "ScriptedLimiter", seen: list[BaseEvent]) -> None:
     """Nothing watches any more."""
     telemetry.llama_index(limiter)()
     limiter.say(events.Paused, seconds=2.0, reason="429")
@@ -101,7 +101,7 @@ def test_it_is_silent_once_it_is_off(limiter: "ScriptedLimiter", seen: list[Base
     assert not limiter.observers
 
 
-def test_a_wait_stands_in_the_span_of_who_asked(
+def test_wait_event_is_in_the_span_of_its_caller(
     virtual_time: VirtualTime, seen: list[BaseEvent]
 ) -> None:
     """If several wait at once, each wait is in the span of its own caller."""
@@ -125,7 +125,7 @@ def test_a_wait_stands_in_the_span_of_who_asked(
     assert len(set(spans)) == 3
 
 
-def test_a_refusal_stands_in_the_span_of_who_asked(
+def test_refusal_event_is_in_the_span_of_its_caller(
     virtual_time: VirtualTime, seen: list[BaseEvent]
 ) -> None:
     """The trace shows why the step failed."""
@@ -143,7 +143,7 @@ def test_a_refusal_stands_in_the_span_of_who_asked(
     assert str(refused.span_id).startswith("ask_by_hand-")
 
 
-def test_the_wait_of_a_wrapped_model_is_told_once(
+def test_wait_of_wrapped_model_is_reported_once(
     virtual_time: VirtualTime, seen: list[BaseEvent]
 ) -> None:
     """The wrap reports it by itself; with both, it is still one event."""
@@ -166,7 +166,7 @@ def test_the_wait_of_a_wrapped_model_is_told_once(
     assert str(waits[1].span_id).startswith("ask_by_hand-")
 
 
-def test_the_wait_of_a_wrapped_model_is_told_once_to_threads_too(seen: list[BaseEvent]) -> None:
+def test_wait_of_blocking_wrapped_model_is_reported_once(seen: list[BaseEvent]) -> None:
     """A blocking call waits on a background loop, and is still the same call.
 
     This uses the machine's clock, because threads do not wait in virtual time.
@@ -181,7 +181,7 @@ def test_the_wait_of_a_wrapped_model_is_told_once_to_threads_too(seen: list[Base
     assert names(seen).count("RateLimitWaitEvent") == 1
 
 
-def test_token_counters_count_as_before(virtual_time: VirtualTime) -> None:
+def test_pacing_and_watching_do_not_change_token_counts(virtual_time: VirtualTime) -> None:
     """Pacing and watching do not change what LlamaIndex's own handler counts."""
 
     def count(*, watched: bool) -> list[tuple[int, int]]:
@@ -209,7 +209,7 @@ def test_token_counters_count_as_before(virtual_time: VirtualTime) -> None:
     assert len(count(watched=True)) >= 3
 
 
-def test_a_missing_library_names_its_extra(
+def test_missing_library_error_names_its_extra(
     limiter: "ScriptedLimiter", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error says what to install."""

@@ -91,7 +91,7 @@ LINES: list[tuple[type[events.Event], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("kind", "what", "line"), LINES)
-def test_an_event_is_one_readable_line(
+def test_event_is_logged_as_one_readable_line(
     limiter: "ScriptedLimiter",
     caplog: pytest.LogCaptureFixture,
     kind: type[events.Event],
@@ -106,7 +106,7 @@ def test_an_event_is_one_readable_line(
     assert [record.getMessage() for record in caplog.records] == [line]
 
 
-def test_every_kind_of_event_has_a_line() -> None:
+def test_every_kind_of_event_has_a_log_line() -> None:
     """None is logged by its class's name only."""
     kinds = {kind for kind in vars(events).values() if isinstance(kind, type)}
     kinds = {kind for kind in kinds if issubclass(kind, events.Event)} - {events.Event}
@@ -117,7 +117,7 @@ def test_every_kind_of_event_has_a_line() -> None:
 @pytest.mark.parametrize(
     ("waited", "level"), [(0.0, "DEBUG"), (1.499, "DEBUG"), (1.5, "INFO"), (60.0, "INFO")]
 )
-def test_a_wait_from_the_threshold_on_is_worth_knowing(
+def test_wait_from_threshold_on_is_logged_at_info(
     limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture, waited: float, level: str
 ) -> None:
     """Shorter waits and everything else are logged for debugging."""
@@ -132,7 +132,7 @@ def test_a_wait_from_the_threshold_on_is_worth_knowing(
     assert [record.levelname for record in caplog.records] == [level, level, "DEBUG"]
 
 
-def test_the_fields_of_an_event_are_structured(
+def test_log_record_carries_event_fields_by_name(
     limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture
 ) -> None:
     """A JSON formatter gets them all by name, with the cost as the user gave it."""
@@ -161,7 +161,7 @@ def test_the_fields_of_an_event_are_structured(
     }
 
 
-def test_it_goes_to_a_logger_of_ones_own(
+def test_lines_go_to_logger_given_as_object_or_name(
     limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture
 ) -> None:
     """The logger is given by name or as an object; a child's line names the child."""
@@ -176,7 +176,7 @@ def test_it_goes_to_a_logger_of_ones_own(
     ]
 
 
-def test_what_cannot_be_is_refused_at_once(limiter: "ScriptedLimiter") -> None:
+def test_invalid_threshold_logger_or_limiter_is_refused_at_once(limiter: "ScriptedLimiter") -> None:
     """It is refused at once, not by an error of an observer in the log."""
     for threshold in (-1, float("nan"), "1", None, True):
         with pytest.raises(
@@ -192,7 +192,7 @@ def test_what_cannot_be_is_refused_at_once(limiter: "ScriptedLimiter") -> None:
     assert not limiter.observers
 
 
-def test_it_is_silent_once_it_is_off(
+def test_nothing_is_logged_after_switching_off(
     limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing watches any more, so no event is made."""
@@ -205,7 +205,7 @@ def test_it_is_silent_once_it_is_off(
     assert not limiter.observers
 
 
-def test_lines_that_nobody_would_read_are_not_made(
+def test_lines_below_logger_level_are_not_made(
     limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture
 ) -> None:
     """At INFO, the usual level, a short wait costs only a comparison."""

@@ -82,7 +82,7 @@ def admit(limiter: "ScriptedLimiter", **what: Any) -> None:
     limiter.say(events.Admitted, **{**usual, **what})
 
 
-def test_names_and_units_mirror_the_stable_ones(
+def test_metric_names_and_units_follow_aspnet_conventions(
     limiter: "ScriptedLimiter", otel: Telemetry
 ) -> None:
     """They are those of ASP.NET's `aspnetcore.rate_limiting.*`."""
@@ -113,7 +113,7 @@ def test_requests_are_counted_by_result(limiter: "ScriptedLimiter", otel: Teleme
     assert {point.attributes[POLICY] for point in results.values()} == {"openai"}
 
 
-def test_time_in_queue_says_what_bound_it(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
+def test_queue_time_is_split_by_binding_limit(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
     """The buckets reach minutes."""
     otel.watch(limiter)
     admit(limiter, waited=90.0, bound_by="tokens")
@@ -125,9 +125,7 @@ def test_time_in_queue_says_what_bound_it(limiter: "ScriptedLimiter", otel: Tele
     assert points["tokens"].explicit_bounds == to_opentelemetry.BUCKETS
 
 
-def test_how_long_a_lease_was_held_says_how_it_ended(
-    limiter: "ScriptedLimiter", otel: Telemetry
-) -> None:
+def test_lease_duration_is_recorded_by_outcome(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
     """An overloaded call can be told from one that went well."""
     otel.watch(limiter)
     limiter.say(events.Released, cost=COST, held=2.0, outcome="ok")
@@ -164,7 +162,7 @@ def test_tokens_refusals_and_retries_are_counted(
     assert otel.points("retries", "policy")["openai"].value == 1
 
 
-def test_what_waits_and_what_is_used_is_read_when_asked_for(
+def test_gauges_are_read_at_collection_and_count_each_call_once(
     limiter: "ScriptedLimiter", otel: Telemetry
 ) -> None:
     """Each call counts only at the limiter it asked, and a limit is labelled with its keyword."""
@@ -191,7 +189,7 @@ def test_what_waits_and_what_is_used_is_read_when_asked_for(
     }
 
 
-def test_limiters_share_a_meter_provider_and_fall_silent_one_by_one(
+def test_limiters_sharing_meter_provider_switch_off_separately(
     make_limiter: "Callable[[str], ScriptedLimiter]", otel: Telemetry
 ) -> None:
     """Instruments cannot be removed, but a limiter that is switched off no longer shows in them."""
@@ -212,7 +210,7 @@ def test_limiters_share_a_meter_provider_and_fall_silent_one_by_one(
     assert set(otel.points("queued_requests", "policy")) == {"openai"}
 
 
-def test_switching_off_again_leaves_a_later_watch_on(
+def test_switching_off_twice_does_not_end_a_later_watch(
     limiter: "ScriptedLimiter", otel: Telemetry
 ) -> None:
     """What ends one watch ends only that one, however often it is called."""
@@ -225,7 +223,9 @@ def test_switching_off_again_leaves_a_later_watch_on(
         otel.watch(limiter)
 
 
-def test_no_call_is_counted_twice(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
+def test_watching_child_of_watched_limiter_is_refused(
+    limiter: "ScriptedLimiter", otel: Telemetry
+) -> None:
     """A limiter and one below it cannot both be watched by one provider."""
     child = limiter.child("chat")
     otel.watch(limiter)
@@ -239,7 +239,7 @@ def test_no_call_is_counted_twice(limiter: "ScriptedLimiter", otel: Telemetry) -
     assert not child.observers
 
 
-def test_cardinality_is_bounded_whatever_happens(
+def test_limiters_beyond_max_limiters_share_one_attribute(
     limiter: "ScriptedLimiter", otel: Telemetry
 ) -> None:
     """If somebody names a limiter after each user, those beyond the bound share one attribute."""
@@ -251,7 +251,7 @@ def test_cardinality_is_bounded_whatever_happens(
     assert policies == {"openai/user-0": 1, "openai/user-1": 1, "other": 98}
 
 
-def test_a_wait_is_a_span_within_the_callers(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
+def test_wait_span_is_inside_the_callers_span(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
     """It is as long as the wait, and says what bound it and what the call costs."""
     otel.watch(limiter)
     with otel.tracers.get_tracer("mine").start_as_current_span("agent step"):
@@ -281,9 +281,7 @@ def test_a_wait_is_a_span_within_the_callers(limiter: "ScriptedLimiter", otel: T
     }
 
 
-def test_a_call_that_passes_at_once_has_no_span(
-    limiter: "ScriptedLimiter", otel: Telemetry
-) -> None:
+def test_call_that_does_not_wait_has_no_span(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
     """A trace shows only what took time."""
     otel.watch(limiter)
     admit(limiter)
@@ -292,7 +290,7 @@ def test_a_call_that_passes_at_once_has_no_span(
     assert otel.spans == ()
 
 
-def test_a_wait_that_ends_in_a_refusal_is_an_error(
+def test_wait_that_ends_in_refusal_is_an_error_span(
     limiter: "ScriptedLimiter", otel: Telemetry
 ) -> None:
     """The stable `error.type` says which; a cancelled wait is not an error."""
@@ -312,7 +310,7 @@ def test_a_wait_that_ends_in_a_refusal_is_an_error(
     assert cancelled.attributes["asyncbucket.rate_limiting.result"] == "request_canceled"
 
 
-def test_who_is_refused_at_once_does_not_inherit_an_earlier_wait(
+def test_call_refused_at_once_gets_no_span_of_an_earlier_wait(
     limiter: "ScriptedLimiter", otel: Telemetry
 ) -> None:
     """Each call has its own wait."""
@@ -324,7 +322,7 @@ def test_who_is_refused_at_once_does_not_inherit_an_earlier_wait(
     assert [span.name for span in otel.spans] == ["wait openai"]
 
 
-def test_a_span_is_told_what_only_its_user_knows(
+def test_wait_span_carries_attributes_given_by_user(
     make_limiter: "Callable[[str], ScriptedLimiter]", otel: Telemetry
 ) -> None:
     """The user gives the model, and the provider if the limiter is not named after it."""
@@ -340,7 +338,7 @@ def test_a_span_is_told_what_only_its_user_knows(
     assert span.attributes["gen_ai.provider.name"] == "openai"
 
 
-def test_a_wait_is_no_inference(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
+def test_wait_span_is_not_taken_for_inference(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
     """Tools that add up inferences or their tokens must not count the wait as one."""
     otel.watch(limiter)
     admit(limiter, waited=1.0, bound_by="tokens")
@@ -350,7 +348,7 @@ def test_a_wait_is_no_inference(limiter: "ScriptedLimiter", otel: Telemetry) -> 
     assert gen_ai == {"gen_ai.provider.name"}
 
 
-def test_spans_go_to_the_global_provider_by_default(limiter: "ScriptedLimiter") -> None:
+def test_default_provider_without_sdk_records_no_span(limiter: "ScriptedLimiter") -> None:
     """Without an SDK that provider does nothing, and costs next to nothing."""
     off = telemetry.opentelemetry(limiter)
     admit(limiter, waited=1.0, bound_by="tokens")
@@ -359,7 +357,7 @@ def test_spans_go_to_the_global_provider_by_default(limiter: "ScriptedLimiter") 
     assert not limiter.observers
 
 
-def test_a_missing_library_names_its_extra(
+def test_missing_library_error_names_its_extra(
     limiter: "ScriptedLimiter", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error says what to install."""

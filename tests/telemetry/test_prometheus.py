@@ -58,7 +58,7 @@ def registry() -> CollectorRegistry:
     return CollectorRegistry()
 
 
-def test_names_and_labels_are_exactly_these(
+def test_metric_names_and_labels_are_exactly_as_expected(
     limiter: "ScriptedLimiter", registry: CollectorRegistry
 ) -> None:
     """Dashboards and alerts depend on them."""
@@ -81,7 +81,7 @@ def test_names_and_labels_are_exactly_these(
     assert {metric.name for metric in to_prometheus.Metrics(1).describe()} == set(METRICS)
 
 
-def test_a_wait_is_counted_with_what_bound_it(
+def test_wait_is_counted_by_binding_limit(
     limiter: "ScriptedLimiter", registry: CollectorRegistry
 ) -> None:
     """Calls that passed at once are counted too, or percentiles would be wrong."""
@@ -96,7 +96,7 @@ def test_a_wait_is_counted_with_what_bound_it(
     assert seen["asyncbucket_wait_seconds_count", "none", "openai"] == 1
 
 
-def test_a_call_is_counted_once_by_how_it_ended(
+def test_call_is_counted_once_by_outcome(
     limiter: "ScriptedLimiter", registry: CollectorRegistry
 ) -> None:
     """Admitted calls are counted when they end, others when they are refused or give up."""
@@ -154,7 +154,7 @@ def test_tokens_are_counted_as_reserved_used_and_refunded(
     assert seen["asyncbucket_tokens_total", "refunded", "openai"] == 200 + 30
 
 
-def test_only_a_providers_refusal_is_an_upstream_429(
+def test_only_provider_refusals_count_as_upstream_429(
     limiter: "ScriptedLimiter", registry: CollectorRegistry
 ) -> None:
     """A pause set by the user, or for overload, is none."""
@@ -168,7 +168,7 @@ def test_only_a_providers_refusal_is_an_upstream_429(
     assert seen["asyncbucket_retries_total", "openai"] == 1
 
 
-def test_gauges_are_as_of_the_scrape(
+def test_gauges_are_read_at_scrape_time(
     limiter: "ScriptedLimiter", registry: CollectorRegistry
 ) -> None:
     """The use of a limit falls although nothing happens, so it is read, not pushed."""
@@ -193,7 +193,7 @@ def test_gauges_are_as_of_the_scrape(
     assert scrape(registry)["asyncbucket_queued_requests", "openai"] == 0
 
 
-def test_a_call_stands_once_where_it_asked(
+def test_call_is_counted_only_at_the_limiter_it_asked(
     limiter: "ScriptedLimiter", registry: CollectorRegistry
 ) -> None:
     """A limiter's statistics include its children's; metrics count each call only once."""
@@ -213,7 +213,7 @@ def test_a_call_stands_once_where_it_asked(
     assert seen["asyncbucket_wait_seconds_count", "none", "openai/chat"] == 1
 
 
-def test_all_tenants_are_one_label(limiter: "ScriptedLimiter", registry: CollectorRegistry) -> None:
+def test_tenants_share_one_label(limiter: "ScriptedLimiter", registry: CollectorRegistry) -> None:
     """Their events are labelled with a star; the hashes that name their limiters stay hidden."""
     telemetry.prometheus(limiter, registry=registry)
     for used in (100, 400, 200):
@@ -231,7 +231,7 @@ def test_all_tenants_are_one_label(limiter: "ScriptedLimiter", registry: Collect
     assert not any("00000" in label for key in seen for label in key)
 
 
-def test_cardinality_is_bounded_whatever_happens(
+def test_limiters_beyond_max_limiters_share_one_label(
     limiter: "ScriptedLimiter", registry: CollectorRegistry
 ) -> None:
     """If somebody names a limiter after each user, those beyond the bound share one label."""
@@ -247,7 +247,7 @@ def test_cardinality_is_bounded_whatever_happens(
     off()
 
 
-def test_switching_off_again_leaves_a_later_watch_on(
+def test_switching_off_twice_does_not_end_a_later_watch(
     make_limiter: "Callable[[str], ScriptedLimiter]", registry: CollectorRegistry
 ) -> None:
     """What ends one watch ends only that one, however often it is called."""
@@ -262,7 +262,7 @@ def test_switching_off_again_leaves_a_later_watch_on(
         telemetry.prometheus(one, registry=registry)
 
 
-def test_several_limiters_share_a_registry(
+def test_limiters_share_registry_until_the_last_is_switched_off(
     make_limiter: "Callable[[str], ScriptedLimiter]", registry: CollectorRegistry
 ) -> None:
     """Metrics are registered by the first limiter, and removed with the last."""
@@ -292,7 +292,7 @@ def test_several_limiters_share_a_registry(
 
 
 @pytest.mark.parametrize(("first", "then"), [("root", "root"), ("root", "leaf"), ("leaf", "root")])
-def test_no_call_is_counted_twice(
+def test_watching_one_tree_twice_in_a_registry_is_refused(
     limiter: "ScriptedLimiter", registry: CollectorRegistry, first: str, then: str
 ) -> None:
     """A limiter and one above or below it cannot both be watched by one registry."""
@@ -313,7 +313,7 @@ def test_no_call_is_counted_twice(
     assert scrape(registry)["asyncbucket_wait_seconds_count", "none", "openai/chat/fast"] == 1
 
 
-def test_what_is_no_limiter_is_refused_and_leaves_the_registry_as_it_was(
+def test_invalid_watch_is_refused_and_leaves_registry_unchanged(
     limiter: "ScriptedLimiter", registry: CollectorRegistry
 ) -> None:
     """Later scrapes work, and other limiters can still be watched."""
@@ -329,7 +329,7 @@ def test_what_is_no_limiter_is_refused_and_leaves_the_registry_as_it_was(
     telemetry.prometheus(limiter, registry=registry)()
 
 
-def test_the_default_is_the_librarys_own_registry(limiter: "ScriptedLimiter") -> None:
+def test_default_registry_is_that_of_prometheus_client(limiter: "ScriptedLimiter") -> None:
     """`start_http_server` or a framework's `/metrics` shows it without further setup."""
     off = telemetry.prometheus(limiter)
     assert b"asyncbucket_queued_requests" in generate_latest(REGISTRY)
@@ -337,7 +337,7 @@ def test_the_default_is_the_librarys_own_registry(limiter: "ScriptedLimiter") ->
     assert b"asyncbucket_" not in generate_latest(REGISTRY)
 
 
-def test_a_registry_that_is_gone_leaves_nothing_behind(limiter: "ScriptedLimiter") -> None:
+def test_discarded_registry_is_garbage_collected(limiter: "ScriptedLimiter") -> None:
     """This holds even if nothing was switched off."""
     registry = CollectorRegistry()
     telemetry.prometheus(limiter, registry=registry)
@@ -348,7 +348,7 @@ def test_a_registry_that_is_gone_leaves_nothing_behind(limiter: "ScriptedLimiter
     assert gone() is None
 
 
-def test_a_missing_library_names_its_extra(
+def test_missing_library_error_names_its_extra(
     limiter: "ScriptedLimiter", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error says what to install."""
@@ -410,7 +410,7 @@ print(generate_latest(registry).decode())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_forked_workers_add_up(tmp_path: Path) -> None:
+def test_metrics_of_forked_workers_are_added_up(tmp_path: Path) -> None:
     """Counters of all processes are added up; gauges are those of the living ones.
 
     The processes are real, as only these have files of their own; they signal when they are ready.
@@ -466,14 +466,14 @@ os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_fork_waits_until_the_gauges_are_written(tmp_path: Path) -> None:
+def test_fork_waits_until_gauges_are_written(tmp_path: Path) -> None:
     """Otherwise a child would inherit a lock that none of its threads will ever release."""
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     command = [sys.executable, "-c", FORKER, str(Path(__file__).parent)]
     subprocess.run(command, check=True, env=environment)
 
 
-def test_the_thread_of_the_gauges_ends_with_them(
+def test_gauge_thread_ends_when_watch_is_switched_off(
     limiter: "ScriptedLimiter", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When switched off, it writes the last values and ends."""
@@ -497,7 +497,7 @@ def test_the_thread_of_the_gauges_ends_with_them(
     assert last["asyncbucket_limit_used_ratio"] == 0
 
 
-def test_what_is_no_registry_is_refused() -> None:
+def test_invalid_registry_is_refused() -> None:
     """The error names what was given, and comes before anything is watched."""
     other: Any = object()
 

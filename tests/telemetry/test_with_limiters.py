@@ -51,7 +51,7 @@ def total(seen: Counter[tuple[str, ...]], name: str) -> float:
     return sum(value for key, value in seen.items() if key[0] == name)
 
 
-async def test_counters_equal_what_the_provider_saw() -> None:
+async def test_counters_match_what_the_provider_saw() -> None:
     """They agree to the call and the token, with agents, refusals, errors and retries.
 
     This uses the machine's clock: the provider is a server, and agents are LlamaIndex's own.
@@ -102,7 +102,7 @@ async def test_counters_equal_what_the_provider_saw() -> None:
     assert seen["asyncbucket_queued_requests", "openai/chat"] == 0
 
 
-def test_every_way_of_ending_is_counted_by_a_real_limiter(virtual_time: VirtualTime) -> None:
+def test_every_outcome_of_calls_to_real_limiter_is_counted(virtual_time: VirtualTime) -> None:
     """One call each passes, gives up, times out, finds no room, can never pass, and so on."""
     limiter = Limiter("100 TPM", concurrency=1, max_queue=2, clock=virtual_time.clock, name="mine")
     registry = CollectorRegistry()
@@ -151,7 +151,7 @@ def test_every_way_of_ending_is_counted_by_a_real_limiter(virtual_time: VirtualT
     assert seen["asyncbucket_tokens_total", "refunded", "mine"] == 6
 
 
-def test_an_observer_may_ask_the_limiter(virtual_time: VirtualTime) -> None:
+def test_observer_may_call_the_limiter(virtual_time: VirtualTime) -> None:
     """Observers are called without a lock; a lease that was collected is reported later."""
     limiter = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock, name="mine")
     told: list[str] = []
@@ -193,7 +193,7 @@ def test_an_observer_may_ask_the_limiter(virtual_time: VirtualTime) -> None:
 
 
 @pytest.mark.parametrize("threads", [False, True])
-def test_a_wait_is_in_the_trace_of_who_asked(*, threads: bool) -> None:
+def test_wait_span_is_in_the_trace_of_its_caller(*, threads: bool) -> None:
     """This holds on an event loop, and in threads, whose waits are served on another one.
 
     It uses the machine's clock, because threads do not wait in virtual time.
@@ -276,7 +276,7 @@ class Everything:
         return repr(shown)
 
 
-async def test_no_secret_is_seen(caplog: pytest.LogCaptureFixture) -> None:
+async def test_telemetry_and_errors_reveal_no_secret(caplog: pytest.LogCaptureFixture) -> None:
     """No key, prompt, password or tenant in an event, a log, a label, a span or an error.
 
     This uses the machine's clock, with refusals, errors and a caller that gives up.
@@ -325,7 +325,7 @@ async def test_no_secret_is_seen(caplog: pytest.LogCaptureFixture) -> None:
     assert [canary for canary in CANARIES if canary in shown] == []
 
 
-def test_a_tenants_call_is_shown_where_it_is_counted(virtual_time: VirtualTime) -> None:
+def test_tenant_calls_are_counted_under_the_star_label(virtual_time: VirtualTime) -> None:
     """It counts under the star while it waits, while it is in flight, and afterwards."""
     registry = CollectorRegistry()
     limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock, name="openai")
@@ -368,7 +368,7 @@ def calls_in(limiter: Limiter) -> int:
     return calls
 
 
-def test_watching_with_prometheus_costs_little() -> None:
+def test_prometheus_less_than_triples_function_calls_of_admission() -> None:
     """It takes less than three times the calls of an admission by itself."""
     plain, watched = (Limiter("1m RPM", "100m TPM", concurrency=8) for _ in range(2))
     telemetry.prometheus(watched, registry=CollectorRegistry())
