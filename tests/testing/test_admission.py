@@ -25,7 +25,7 @@ def test_call_is_charged_by_all_limits_or_by_none(clock: VirtualClock) -> None:
     assert door.statistics().tokens == 100
 
 
-def test_refusal_names_the_limit_that_takes_longest(clock: VirtualClock) -> None:
+def test_refusal_names_the_limit_with_the_longest_wait(clock: VirtualClock) -> None:
     """Requests come back in 30 s, tokens in 60 s: the error names the later one and its numbers."""
     door = Admission(Settings(rpm=2, tpm=100, clock=clock))
     door.enter(CHAT, 50)
@@ -36,7 +36,7 @@ def test_refusal_names_the_limit_that_takes_longest(clock: VirtualClock) -> None
     assert door.statistics().refused_429 == {"tokens": 1, "requests": 1}
 
 
-def test_call_larger_than_the_limit_never_passes(clock: VirtualClock) -> None:
+def test_call_larger_than_limit_is_promised_no_retry_time(clock: VirtualClock) -> None:
     """No waiting would help, so no time is promised."""
     door = Admission(Settings(tpm=100, rpm=1, clock=clock))
     door.enter(CHAT, 1)
@@ -44,7 +44,7 @@ def test_call_larger_than_the_limit_never_passes(clock: VirtualClock) -> None:
     assert door.enter(CHAT, 101) == Refusal("tokens", 100, 1, 101, None)
 
 
-def test_slots_are_held_until_left(clock: VirtualClock) -> None:
+def test_slot_is_held_until_its_call_leaves(clock: VirtualClock) -> None:
     """With two calls in flight, a third is refused until one leaves."""
     door = Admission(Settings(concurrency=2, clock=clock))
     door.enter(CHAT, 1)
@@ -58,7 +58,7 @@ def test_slots_are_held_until_left(clock: VirtualClock) -> None:
     assert (seen.in_flight, seen.peak_in_flight, seen.refused) == (2, 2, 1)
 
 
-def test_failed_call_is_charged_and_a_scripted_429_is_not(clock: VirtualClock) -> None:
+def test_failed_call_is_charged_but_scripted_429_is_not(clock: VirtualClock) -> None:
     """A 500 fails after admission; a scripted 429 is not admitted."""
     door = Admission(Settings(tpm=100, clock=clock))
     door.fail_next(1, Failure(500))
@@ -74,7 +74,7 @@ def test_failed_call_is_charged_and_a_scripted_429_is_not(clock: VirtualClock) -
     assert (seen.tokens, seen.errors, seen.refused_429) == (20, 1, {"scripted": 2})
 
 
-def test_refused_call_uses_up_no_scripted_failure(clock: VirtualClock) -> None:
+def test_refused_call_does_not_use_up_a_scripted_failure(clock: VirtualClock) -> None:
     """A scripted 500 is kept for the next call that is admitted."""
     door = Admission(Settings(tpm=100, clock=clock))
     door.fail_next(1, Failure(500))
@@ -83,7 +83,7 @@ def test_refused_call_uses_up_no_scripted_failure(clock: VirtualClock) -> None:
     assert door.enter(CHAT, 1) == Failure(500)
 
 
-def test_zero_forgets_what_was_scripted(clock: VirtualClock) -> None:
+def test_fail_next_zero_removes_scripted_failures(clock: VirtualClock) -> None:
     """`fail_next(0)` removes all scripted failures."""
     door = Admission(Settings(clock=clock))
     door.fail_next(5, Failure(500))
@@ -94,7 +94,7 @@ def test_zero_forgets_what_was_scripted(clock: VirtualClock) -> None:
         door.fail_next(-1, Failure())
 
 
-def test_always_fails_until_it_is_reconfigured(clock: VirtualClock) -> None:
+def test_always_option_fails_calls_until_reconfigured(clock: VirtualClock) -> None:
     """`always=429` refuses everything, until it is changed at run time."""
     door = Admission(Settings(always=429, clock=clock))
 
@@ -103,7 +103,7 @@ def test_always_fails_until_it_is_reconfigured(clock: VirtualClock) -> None:
     assert door.enter(CHAT, 1) is None
 
 
-def test_error_rate_is_drawn_from_the_seed(clock: VirtualClock) -> None:
+def test_error_rate_is_reproducible_from_seed(clock: VirtualClock) -> None:
     """15 % of calls fail, and the same ones in every run with a seed."""
 
     def failures(seed: int) -> list[bool]:
@@ -114,7 +114,7 @@ def test_error_rate_is_drawn_from_the_seed(clock: VirtualClock) -> None:
     assert 240 < sum(failures(1)) < 360
 
 
-def test_arrivals_are_bounded_and_dated(clock: VirtualClock) -> None:
+def test_arrivals_keep_only_the_latest_calls_with_their_times(clock: VirtualClock) -> None:
     """The latest ones are kept, oldest first, with their cost and whether they were admitted."""
     door = Admission(Settings(rpm=2, history=2, clock=clock))
     for seconds in (0, 1, 1):
@@ -127,7 +127,7 @@ def test_arrivals_are_bounded_and_dated(clock: VirtualClock) -> None:
     ]
 
 
-def test_repeated_request_id_counts_as_a_duplicate(clock: VirtualClock) -> None:
+def test_request_id_repeated_after_admission_counts_as_duplicate(clock: VirtualClock) -> None:
     """It counts only if it was admitted before, so a retry of a refused call does not."""
     door = Admission(Settings(rpm=2, clock=clock))
     door.fail_next(1, Failure(429))
@@ -137,7 +137,7 @@ def test_repeated_request_id_counts_as_a_duplicate(clock: VirtualClock) -> None:
     assert door.statistics().duplicates == 1
 
 
-def test_limits_change_while_running(clock: VirtualClock) -> None:
+def test_limits_can_change_while_provider_runs(clock: VirtualClock) -> None:
     """Limits can be removed, added and changed; options fixed at the start are refused."""
     door = Admission(Settings(rpm=1, clock=clock))
     door.enter(CHAT, 1)
@@ -151,7 +151,7 @@ def test_limits_change_while_running(clock: VirtualClock) -> None:
         door.reconfigure(policy="fixed_window", minute=1.0)
 
 
-def test_budget_tells_what_remains_and_when_it_is_full(clock: VirtualClock) -> None:
+def test_budget_gives_remaining_amount_and_time_until_full(clock: VirtualClock) -> None:
     """These are the numbers of the x-ratelimit headers."""
     door = Admission(Settings(rpm=60, tpm=600, clock=clock))
     door.enter(CHAT, 100)

@@ -37,7 +37,7 @@ traces = st.lists(
 )
 
 
-def test_window_over_by_one_fails_with_the_numbers() -> None:
+def test_window_over_by_one_fails_with_numbers() -> None:
     """The message says how much was over, in how many admissions, when, and what was allowed."""
     trace = [(0, 5), (30 * SECOND, 3), (60 * SECOND - 1, 3), (60 * SECOND, 5)]
 
@@ -50,7 +50,7 @@ def test_window_over_by_one_fails_with_the_numbers() -> None:
     )
 
 
-def test_admissions_a_window_apart_are_not_in_one_window() -> None:
+def test_admissions_a_window_apart_are_in_separate_windows() -> None:
     """Windows are half-open: 10 at 0 s and 10 at 60 s keep 10 per 60 s, but not 1 ns earlier."""
     limit = Limit(10, per=60)
 
@@ -59,7 +59,7 @@ def test_admissions_a_window_apart_are_not_in_one_window() -> None:
         assert_never_over([(1, 10), (60 * SECOND, 10)], limit)
 
 
-def test_trace_may_come_in_any_order_and_in_either_unit() -> None:
+def test_trace_may_be_unordered_and_in_seconds_or_nanoseconds() -> None:
     """Ints are nanoseconds, and floats are seconds."""
     in_seconds = busiest_window([(1.5, 2), (0.5, 3), (9.0, 4)], per=2)
 
@@ -70,7 +70,7 @@ def test_trace_may_come_in_any_order_and_in_either_unit() -> None:
     assert busiest_window([], per=2) == BusiestWindow(0, 0, 0, 0)
 
 
-def test_burst_over_fails_with_the_numbers() -> None:
+def test_exceeded_burst_fails_with_numbers() -> None:
     """Rate 2 and burst 2 allow two at once and then one every 0.5 s, but none 1 ns earlier."""
     kept = [(0, 1), (0, 1), (SECOND // 2, 1), (SECOND, 1)]
     assert_within_bucket(kept, rate=2.0, burst=2)
@@ -86,7 +86,7 @@ def test_burst_over_fails_with_the_numbers() -> None:
         assert_within_bucket([*kept[:3], (SECOND - 1, 1)], rate=2.0, burst=2)
 
 
-def test_burst_in_fractions_fails_with_the_numbers() -> None:
+def test_exceeded_fractional_burst_fails_with_numbers() -> None:
     """Fractions work like floats."""
     rate: Any = Fraction(1, 3)
     burst: Any = Fraction(5, 2)
@@ -97,7 +97,7 @@ def test_burst_in_fractions_fails_with_the_numbers() -> None:
         assert_within_bucket([(0, 1)] * 3, rate=rate, burst=burst)
 
 
-def test_limit_with_a_burst_is_checked_for_both() -> None:
+def test_limit_with_burst_is_checked_for_window_and_burst() -> None:
     """It is never over 10 in 10 s, and never over 2 at once."""
     limit = Limit(10, per=10, burst=2)
 
@@ -106,7 +106,7 @@ def test_limit_with_a_burst_is_checked_for_both() -> None:
         assert_never_over([(0.0, 3 - 1), (0.0, 1)], limit)
 
 
-def test_limit_may_be_written_as_for_a_limiter() -> None:
+def test_limit_may_be_given_as_string() -> None:
     """The text may include a burst."""
     assert assert_never_over([(0, 60_000)], "60k TPM").amount == 60_000
     with pytest.raises(AssertionError, match="over the burst by 1: 3 units in 3 admissions"):
@@ -115,7 +115,7 @@ def test_limit_may_be_written_as_for_a_limiter() -> None:
         assert_never_over([(0, 11)], "10/s")
 
 
-def test_what_is_no_limit_and_no_window_is_refused() -> None:
+def test_invalid_limit_or_window_is_refused() -> None:
     """A number alone does not say what window is meant."""
     limit: Any = 100
 
@@ -126,7 +126,7 @@ def test_what_is_no_limit_and_no_window_is_refused() -> None:
             busiest_window([(0, 1)], per=per)
 
 
-def test_call_above_the_burst_passes_when_it_has_earned_the_rest() -> None:
+def test_call_above_burst_passes_once_it_has_earned_the_rest() -> None:
     """At 1/s with burst 2, 5 may go after 3 s of a full bucket, and then nothing for 1 s."""
     assert_within_bucket([(0, 2), (5 * SECOND, 5), (6 * SECOND, 1)], rate=1.0, burst=2)
 
@@ -146,7 +146,7 @@ def test_call_above_the_burst_passes_when_it_has_earned_the_rest() -> None:
         (1.0, float("nan"), "burst must be a finite number above 0, not nan"),
     ],
 )
-def test_bucket_that_nothing_would_be_over_is_refused(
+def test_bucket_with_invalid_rate_or_burst_is_refused(
     rate: float, burst: float, message: str
 ) -> None:
     """Every call is above a burst of zero, and calls above the burst are allowed to pass."""
@@ -172,7 +172,7 @@ def test_bucket_that_nothing_would_be_over_is_refused(
         ([(0, True)], ValueError, "integer >= 0, not True"),
     ],
 )
-def test_trace_without_a_clear_meaning_is_refused(
+def test_ambiguous_or_invalid_trace_is_refused(
     trace: Any, error: type[Exception], message: str
 ) -> None:
     """A check that had to guess would be useless."""
@@ -181,7 +181,7 @@ def test_trace_without_a_clear_meaning_is_refused(
 
 
 @given(traces, st.integers(min_value=1, max_value=40), st.integers(min_value=1, max_value=8))
-def test_window_check_agrees_with_every_window(
+def test_window_check_agrees_with_brute_force(
     trace: list[tuple[int, int]], amount: int, halves: int
 ) -> None:
     """One pass finds the same as a look at the window before each admission."""
@@ -204,7 +204,7 @@ def test_window_check_agrees_with_every_window(
     st.sampled_from([0.5, 1.0, 1 / 3, 2.0, 7.25]),
     st.sampled_from([1, 2, 2.5, 5, 9]),
 )
-def test_bucket_check_agrees_with_every_interval(
+def test_bucket_check_agrees_with_brute_force(
     trace: list[tuple[int, int]], rate: float, burst: float
 ) -> None:
     """One pass finds the same as a look at every pair of admissions."""

@@ -25,7 +25,7 @@ SECOND = 1_000_000_000
         (3661 * SECOND + 500 * MILLISECOND, "1h1m1.5s"),
     ],
 )
-def test_duration_is_written_as_go_does(nanoseconds: int, text: str) -> None:
+def test_duration_is_written_in_go_format(nanoseconds: int, text: str) -> None:
     """These are the formats that OpenAI sends."""
     assert go_duration(nanoseconds) == text
 

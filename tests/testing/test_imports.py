@@ -6,7 +6,7 @@ import pytest
 from asyncbucket import testing
 
 
-def test_virtual_time_and_assertions_cost_no_web_framework() -> None:
+def test_virtual_time_and_assertions_load_no_web_framework() -> None:
     """In a fresh interpreter, neither they nor the fixtures load starlette or uvicorn."""
     script = """
 import sys
@@ -21,7 +21,7 @@ print(sorted({"starlette", "uvicorn", "openai", "httpx"} & sys.modules.keys()), 
     assert done.stdout.startswith("[] <function virtual_time at ")
 
 
-def test_public_names_are_all_there() -> None:
+def test_every_public_name_of_testing_can_be_loaded() -> None:
     """Each name of `__all__` loads, and `dir` lists no other."""
     assert dir(testing) == sorted(testing.__all__)
     for name in testing.__all__:
@@ -30,7 +30,7 @@ def test_public_names_are_all_there() -> None:
         _ = getattr(testing, "nonsense")  # noqa: B009 - a type checker would see it
 
 
-def test_missing_extra_names_its_install_command() -> None:
+def test_missing_extra_error_names_its_install_command() -> None:
     """Without starlette and uvicorn, the provider says what to install."""
     script = """
 import importlib.util

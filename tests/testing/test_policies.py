@@ -61,7 +61,7 @@ def test_sliding_window_is_never_over_in_any_minute(
 
 
 @given(limits, histories)
-def test_token_bucket_admits_a_limit_at_once_and_the_refill(
+def test_token_bucket_admits_at_most_limit_plus_refill(
     limit: int, history: list[tuple[int, int]]
 ) -> None:
     """Any interval holds at most the limit plus what was refilled in it."""
@@ -76,7 +76,7 @@ def test_token_bucket_admits_a_limit_at_once_and_the_refill(
 
 
 @given(limits, histories)
-def test_fixed_window_is_never_over_in_a_minute_of_the_clock(
+def test_fixed_window_is_never_over_in_any_clock_minute(
     limit: int, history: list[tuple[int, int]]
 ) -> None:
     """The sum of each minute of the clock is at most the limit."""
@@ -89,7 +89,7 @@ def test_fixed_window_is_never_over_in_a_minute_of_the_clock(
     assert all(total <= limit for total in sums.values())
 
 
-def test_fixed_window_lets_twice_the_limit_pass_across_its_edge() -> None:
+def test_fixed_window_admits_twice_the_limit_across_its_edge() -> None:
     """This is its peculiarity: the limit passes before the edge, and again right after it."""
     policy = make_policy("fixed_window", 10, minute=MINUTE, now=0)
 
@@ -114,7 +114,7 @@ def test_one_second_slices_hold_a_sixtieth_each(limit: int, history: list[tuple[
     assert_never_over(trace, Minute(limit))
 
 
-def test_call_larger_than_a_slice_closes_the_slices_it_pays_with() -> None:
+def test_call_larger_than_slice_uses_up_following_slices() -> None:
     """At 10 a second, 25 pass in an unused second, and use up the next one and a half, too."""
     policy = make_policy("one_second_slices", 600, minute=MINUTE, now=0)
     assert policy.wait(25, 0) == 0
@@ -146,7 +146,7 @@ def test_promised_wait_is_exact(
 
 
 @given(policies, limits, histories)
-def test_remaining_is_what_passes_now(
+def test_remaining_amount_passes_now_and_one_more_does_not(
     name: PolicyName, limit: int, history: list[tuple[int, int]]
 ) -> None:
     """`remaining` passes and one more doesn't, except in an unused slice."""
@@ -162,7 +162,7 @@ def test_remaining_is_what_passes_now(
 
 
 @given(policies, limits, histories)
-def test_everything_is_back_at_the_reset(
+def test_policy_is_as_good_as_new_at_its_reset(
     name: PolicyName, limit: int, history: list[tuple[int, int]]
 ) -> None:
     """After `reset` nanoseconds the policy is as good as new; a new one resets in 0."""
@@ -178,7 +178,7 @@ def test_everything_is_back_at_the_reset(
 
 
 @pytest.mark.parametrize("name", POLICY_NAMES)
-def test_resized_policy_keeps_what_was_used(name: PolicyName) -> None:
+def test_resized_policy_still_counts_earlier_use(name: PolicyName) -> None:
     """Halving the limit fills a slice that was half used; other policies still have room."""
     policy = make_policy(name, 60 * 60, minute=MINUTE, now=0)
     policy.charge(30, 0)
@@ -191,7 +191,7 @@ def test_resized_policy_keeps_what_was_used(name: PolicyName) -> None:
     assert policy.wait(2, 0) is None
 
 
-def test_only_a_smaller_limit_takes_from_a_bucket() -> None:
+def test_only_smaller_limit_reduces_what_remains_in_bucket() -> None:
     """A bucket of 100 with 40 left keeps 30 when resized to 30, and when resized back."""
     policy = make_policy("token_bucket", 100, minute=MINUTE, now=0)
     policy.charge(60, 0)

@@ -103,7 +103,7 @@ async def test_structured_output_is_valid(
         assert isinstance(reply.raw, Song)
 
 
-async def test_embedding_batches_are_one_request_each(
+async def test_each_embedding_batch_is_one_request(
     rate_limited_provider: ProviderFactory, connect: Connect
 ) -> None:
     """25 texts in batches of 10 make three requests."""

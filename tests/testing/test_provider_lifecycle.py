@@ -45,7 +45,7 @@ def refuses_connections(url: str) -> bool:
         return probe.connect_ex((parts.hostname, parts.port)) != 0
 
 
-async def test_nothing_is_left_behind(until: Until) -> None:
+async def test_stopped_provider_leaves_no_thread_or_socket(until: Until) -> None:
     """Neither a thread nor a socket is left, even with a call in flight and a connection open."""
     before = set(threading.enumerate())
     async with RateLimitedProvider(latency=60.0) as provider:
@@ -67,7 +67,7 @@ async def test_nothing_is_left_behind(until: Until) -> None:
 
 
 @pytest.mark.real_clock
-def test_reply_does_not_wait_for_an_acknowledgement() -> None:
+def test_replies_are_not_delayed_by_tcp_acknowledgements() -> None:
     """This runs in real time, the kernel's: 20 calls on one connection take under 20 x 40 ms."""
     with RateLimitedProvider() as provider, httpx.Client() as client:
         url = f"{provider.base_url}/chat/completions"
@@ -82,7 +82,7 @@ def test_reply_does_not_wait_for_an_acknowledgement() -> None:
     assert min(took) < 0.4
 
 
-def test_provider_may_be_started_again() -> None:
+def test_stopped_provider_can_be_started_again() -> None:
     """One object may run several times, and its statistics add up."""
     provider = RateLimitedProvider(rpm=60)
     assert repr(provider) == (
@@ -98,7 +98,7 @@ def test_provider_may_be_started_again() -> None:
     assert provider.statistics().admitted == 2
 
 
-def test_url_of_a_provider_that_does_not_run_says_so() -> None:
+def test_provider_that_is_not_running_raises_with_remedy() -> None:
     """The error says what to do."""
     for provider in (RateLimitedProvider(), ProviderProcess()):
         with pytest.raises(RuntimeError, match="isn't running: enter it with `with`"):
@@ -107,7 +107,7 @@ def test_url_of_a_provider_that_does_not_run_says_so() -> None:
         ProviderProcess().fail_next()
 
 
-def test_taken_port_is_an_error_at_the_start() -> None:
+def test_port_in_use_is_an_error_at_start() -> None:
     """The provider that has the port goes on."""
     with RateLimitedProvider() as first:
         port = urlsplit(first.url).port or 0
@@ -117,7 +117,7 @@ def test_taken_port_is_an_error_at_the_start() -> None:
         assert call(first).status_code == 200
 
 
-async def test_cancelled_start_leaves_nothing_behind() -> None:
+async def test_cancelled_start_leaves_no_thread() -> None:
     """The task is cancelled while the provider starts."""
     before = set(threading.enumerate())
 
@@ -134,7 +134,7 @@ async def test_cancelled_start_leaves_nothing_behind() -> None:
     assert set(threading.enumerate()) == before
 
 
-async def test_process_has_the_same_surface() -> None:
+async def test_provider_process_has_the_interface_of_the_provider() -> None:
     """It has calls, statistics, arrivals and control, and after its end the last statistics."""
     async with ProviderProcess(rpm=600, latency=(0.0, 0.001), policy="sliding_window") as provider:
         assert provider.pid != os.getpid()
@@ -162,7 +162,7 @@ async def test_process_has_the_same_surface() -> None:
     assert refuses_connections(provider.url)
 
 
-def test_process_of_a_killed_parent_ends() -> None:
+def test_provider_process_ends_when_its_parent_is_killed() -> None:
     """`kill -9` of its parent closes its standard input, at which it ends."""
     script = """
 import os, signal
@@ -184,7 +184,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("kind", [RateLimitedProvider, ProviderProcess])
-async def test_failed_start_may_be_tried_again(kind: Any) -> None:
+async def test_failed_start_can_be_retried(kind: Any) -> None:
     """The error is raised by `async with`, and the failed start leaves nothing in the way."""
     with RateLimitedProvider() as first:
         second = kind(port=urlsplit(first.url).port)
@@ -194,7 +194,7 @@ async def test_failed_start_may_be_tried_again(kind: Any) -> None:
         assert call(second).status_code == 200
 
 
-def test_server_that_breaks_at_its_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_failure_at_start_is_the_cause_of_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever uvicorn raises is the cause of the error."""
 
     async def broken(*_: object) -> None:
@@ -207,7 +207,7 @@ def test_server_that_breaks_at_its_start_says_so(monkeypatch: pytest.MonkeyPatch
     assert isinstance(caught.value.__cause__, LookupError)
 
 
-def test_process_leaves_ctrl_c_to_its_parent() -> None:
+def test_provider_process_leaves_ctrl_c_to_its_parent() -> None:
     """SIGINT goes to a whole terminal; the parent must still be able to read the statistics."""
     with ProviderProcess() as provider:
         assert provider.pid is not None
@@ -218,7 +218,7 @@ def test_process_leaves_ctrl_c_to_its_parent() -> None:
     assert provider.statistics().admitted == 1
 
 
-def test_dead_process_says_that_it_is_dead() -> None:
+def test_dead_provider_process_raises_runtime_error() -> None:
     """The error is not a bare connection error."""
     with ProviderProcess() as provider:
         assert provider.pid is not None
@@ -229,7 +229,7 @@ def test_dead_process_says_that_it_is_dead() -> None:
             provider.statistics()
 
 
-def test_process_that_can_not_start_says_so() -> None:
+def test_provider_process_that_cannot_start_raises_with_status() -> None:
     """Its own error goes to standard error, and its exit status into ours."""
     with RateLimitedProvider() as first:
         second = ProviderProcess(port=urlsplit(first.url).port or 0)
@@ -238,7 +238,7 @@ def test_process_that_can_not_start_says_so() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_command_prints_its_url_and_at_the_end_its_statistics(number: signal.Signals) -> None:
+def test_command_prints_url_at_start_and_statistics_at_end(number: signal.Signals) -> None:
     """It prints one line when it is ready, one line of JSON at the end, and exits with 0."""
     command = [sys.executable, "-m", "asyncbucket.testing.provider", "--rpm", "60"]
     with subprocess.Popen([*command, "--latency", "0.001"], stdout=-1, text=True) as process:
@@ -254,7 +254,7 @@ def test_command_prints_its_url_and_at_the_end_its_statistics(number: signal.Sig
     assert process.returncode == 0
 
 
-def test_command_whose_reader_is_gone_ends_without_a_word() -> None:
+def test_command_ends_silently_when_its_reader_is_gone() -> None:
     """If its parent was killed, it cannot print its statistics, which is no error."""
     command = [sys.executable, "-m", "asyncbucket.testing.provider", "--until-eof"]
     with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True) as process:
@@ -269,7 +269,7 @@ def test_command_whose_reader_is_gone_ends_without_a_word() -> None:
     assert process.returncode == 0
 
 
-def test_latency_that_cannot_be_read_is_named_as_typed() -> None:
+def test_command_error_quotes_invalid_latency_as_typed() -> None:
     """The error does not name the function that reads it."""
     command = [sys.executable, "-m", "asyncbucket.testing.provider", "--latency", "fast"]
 
@@ -281,7 +281,7 @@ def test_latency_that_cannot_be_read_is_named_as_typed() -> None:
     )
 
 
-def test_command_that_cannot_start_says_why_in_one_line() -> None:
+def test_command_that_cannot_start_prints_a_one_line_error() -> None:
     """A bad setting or a port in use gives no traceback."""
     command = [sys.executable, "-m", "asyncbucket.testing.provider"]
 
@@ -325,14 +325,14 @@ def test_command_that_cannot_start_says_why_in_one_line() -> None:
         ({"always": "429"}, "status must be 400 to 599, not '429'"),
     ],
 )
-def test_bad_option_is_refused_at_once(options: Any, message: str) -> None:
+def test_invalid_option_is_refused_at_once(options: Any, message: str) -> None:
     """The error has its name and value, before any process is started."""
     for provider in (RateLimitedProvider, ProviderProcess):
         with pytest.raises(ValueError, match=message):
             provider(**options)
 
 
-def test_option_that_there_is_not_is_refused_with_those_there_are() -> None:
+def test_unknown_option_is_refused_with_a_list_of_valid_ones() -> None:
     """Constructors and `reconfigure` list the valid options, and name no class of ours."""
     options: Any = {"rpms": 3}
     for order in (RateLimitedProvider, ProviderProcess, RateLimitedProvider().reconfigure):
@@ -342,7 +342,7 @@ def test_option_that_there_is_not_is_refused_with_those_there_are() -> None:
             order(**options)
 
 
-def test_bad_failure_is_refused_at_once() -> None:
+def test_invalid_scripted_failure_is_refused_at_once() -> None:
     """It is refused at the call, not when the failure is due."""
     for provider in (RateLimitedProvider(), ProviderProcess()):
         with pytest.raises(ValueError, match="status must be 400 to 599, not 200"):
@@ -353,19 +353,19 @@ def test_bad_failure_is_refused_at_once() -> None:
             provider.fail_next(after_chunks=-1)
 
 
-def test_clock_of_seconds_is_refused() -> None:
+def test_clock_in_seconds_is_refused() -> None:
     """With such a clock, all limits would be counted wrong."""
     with pytest.raises(TypeError, match=r"clock must return integer nanoseconds, as time\.monoton"):
         RateLimitedProvider(clock=time.monotonic)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("options", [{"clock": time.monotonic_ns}, {"latency": lambda: 0.1}])
-def test_process_takes_no_functions(options: Any) -> None:
+def test_provider_process_refuses_functions_as_options(options: Any) -> None:
     """Functions can't be sent to another process."""
     with pytest.raises(ValueError, match="can't be sent to another process"):
         ProviderProcess(**options)
 
 
-def test_options_are_the_settings() -> None:
+def test_option_keywords_match_settings_fields() -> None:
     """The keywords that type checkers know are the options that exist."""
     assert set(Options.__annotations__) == set(Settings.__dataclass_fields__)

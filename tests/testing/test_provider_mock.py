@@ -46,7 +46,7 @@ def client_of(provider: RateLimitedProvider, library: Any) -> Any:
 
 
 @each_family
-async def test_reply_is_that_of_the_server(library: Any) -> None:
+async def test_mocked_reply_matches_that_of_the_server(library: Any) -> None:
     """It has the same status, headers and body."""
     provider = RateLimitedProvider(rpm=600)
     async with client_of(provider, library) as client:
@@ -61,7 +61,7 @@ async def test_reply_is_that_of_the_server(library: Any) -> None:
 
 
 @each_family
-async def test_call_over_the_limit_is_refused(library: Any) -> None:
+async def test_mock_refuses_call_over_limit_with_retry_after(library: Any) -> None:
     """The reply has the headers that tell clients when to try again."""
     provider = RateLimitedProvider(rpm=1)
     async with client_of(provider, library) as client:
@@ -72,7 +72,7 @@ async def test_call_over_the_limit_is_refused(library: Any) -> None:
 
 
 @each_family
-async def test_stream_comes_chunk_by_chunk(library: Any) -> None:
+async def test_mocked_stream_comes_chunk_by_chunk(library: Any) -> None:
     """It is not sent as one piece."""
     provider = RateLimitedProvider()
     async with (
@@ -86,7 +86,7 @@ async def test_stream_comes_chunk_by_chunk(library: Any) -> None:
 
 
 @each_family
-async def test_client_that_goes_away_is_seen(library: Any) -> None:
+async def test_client_disconnect_is_counted_and_frees_slot(library: Any) -> None:
     """The provider counts it as disconnected, and its slot is free again."""
     provider = RateLimitedProvider(latency=30.0)
     async with (
@@ -100,7 +100,7 @@ async def test_client_that_goes_away_is_seen(library: Any) -> None:
 
 
 @each_family
-async def test_cancelled_call_leaves_nothing_behind(library: Any) -> None:
+async def test_cancelled_call_leaves_no_task_or_slot(library: Any) -> None:
     """Neither a task nor a slot is left."""
     provider = RateLimitedProvider(latency=30.0)
     async with client_of(provider, library) as client:
@@ -116,7 +116,7 @@ async def test_cancelled_call_leaves_nothing_behind(library: Any) -> None:
 
 
 @each_family
-async def test_stream_that_breaks_off_raises(library: Any) -> None:
+async def test_stream_that_breaks_off_raises_remote_protocol_error(library: Any) -> None:
     """The error is the same as for a closed connection."""
     provider = RateLimitedProvider()
     provider.fail_next(1, after_chunks=2)
@@ -126,7 +126,7 @@ async def test_stream_that_breaks_off_raises(library: Any) -> None:
 
 
 @each_family
-def test_sync_clients_have_one_too(library: Any) -> None:
+def test_sync_client_can_use_mock_transport(library: Any) -> None:
     """Each reply comes as a whole."""
     provider = RateLimitedProvider()
     transport = provider.mock_transport(family=library.__name__, sync=True)
@@ -138,7 +138,7 @@ def test_sync_clients_have_one_too(library: Any) -> None:
 
 
 @each_family
-async def test_sync_client_may_be_used_while_a_loop_runs(library: Any) -> None:
+async def test_sync_client_can_use_mock_while_an_event_loop_runs(library: Any) -> None:
     """Agents with synchronous tools do this."""
     transport = RateLimitedProvider().mock_transport(family=library.__name__, sync=True)
 
@@ -147,7 +147,7 @@ async def test_sync_client_may_be_used_while_a_loop_runs(library: Any) -> None:
 
 
 @each_family
-async def test_latency_that_raises_gives_the_slot_back(library: Any) -> None:
+async def test_latency_that_raises_frees_slot(library: Any) -> None:
     """The call gets a 500."""
 
     def broken() -> float:
@@ -161,7 +161,7 @@ async def test_latency_that_raises_gives_the_slot_back(library: Any) -> None:
     assert provider.statistics().in_flight == 0
 
 
-def test_an_hour_of_paced_calls_is_not_waited_for(virtual: VirtualTime) -> None:
+def test_hour_of_paced_calls_runs_on_virtual_time(virtual: VirtualTime) -> None:
     """OpenAI's SDK, the transport, the limiter and the provider all run on virtual time."""
     provider = RateLimitedProvider(rpm=6, latency=2.0, clock=virtual.clock)
     limiter = Limiter("6 RPM burst 1", clock=virtual.clock)
@@ -185,13 +185,13 @@ def test_an_hour_of_paced_calls_is_not_waited_for(virtual: VirtualTime) -> None:
     assert_never_over([(call.time_ns, 1) for call in provider.arrivals], limiter.limits[0])
 
 
-def test_family_that_has_no_mock_is_refused() -> None:
+def test_library_family_without_mock_is_refused() -> None:
     """The error names those that have one."""
     with pytest.raises(ValueError, match="family must be httpx or httpx2, not 'requests'"):
         RateLimitedProvider().mock_transport(family="requests")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
-def test_missing_library_names_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_error_names_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error is like that of a missing extra."""
     monkeypatch.setitem(__import__("sys").modules, "httpx2", None)
 

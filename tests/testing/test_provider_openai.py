@@ -89,7 +89,7 @@ async def test_reply_tokens_sets_the_length_of_replies(
     assert (await ask(client)).usage.completion_tokens == 300
 
 
-async def test_stream_is_the_reply_in_pieces_and_ends_with_the_usage(client: AsyncOpenAI) -> None:
+async def test_stream_joins_to_reply_and_ends_with_usage(client: AsyncOpenAI) -> None:
     """Only the last chunk has the usage, and it has no choices."""
     stream = await ask(client, stream=True, stream_options={"include_usage": True})
     chunks = [chunk async for chunk in stream]
@@ -160,7 +160,7 @@ async def test_tool_call_streams_in_pieces(client: AsyncOpenAI) -> None:
     assert deltas[-1].finish_reason == "tool_calls"
 
 
-async def test_response_format_gets_json_that_is_valid_for_it(client: AsyncOpenAI) -> None:
+async def test_response_format_yields_valid_json(client: AsyncOpenAI) -> None:
     """The SDK's parser accepts what a schema gets; json_object gets an object."""
 
     class Point(BaseModel):
@@ -196,7 +196,7 @@ async def test_embeddings_are_unit_vectors_that_depend_on_the_text(client: Async
     assert floats.usage.total_tokens == 3
 
 
-async def test_embeddings_take_tokens(provider: RateLimitedProvider) -> None:
+async def test_embeddings_accept_token_ids(provider: RateLimitedProvider) -> None:
     """One list of token ids is one text, and costs as many tokens as it has ids."""
     async with httpx.AsyncClient(headers={"authorization": "Bearer k"}) as client:
         one = await client.post(
@@ -288,7 +288,7 @@ async def test_responses_obey_a_text_format(client: AsyncOpenAI) -> None:
     assert reply.output_parsed == City(name="text")
 
 
-async def test_legacy_completions_answer(client: AsyncOpenAI) -> None:
+async def test_legacy_completions_answer_whole_or_streamed(client: AsyncOpenAI) -> None:
     """Clients without chat get a whole reply, or a stream with usage."""
     whole = await client.completions.create(model=MODEL, prompt="Hello")
     stream = await client.completions.create(
@@ -321,7 +321,7 @@ async def test_azure_client_finds_its_deployment(provider: RateLimitedProvider) 
     assert reply.choices[0].message.content == "You said: Hello"
 
 
-def test_synchronous_client_and_context(rate_limited_provider: ProviderFactory) -> None:
+def test_provider_works_with_synchronous_client(rate_limited_provider: ProviderFactory) -> None:
     """The provider and the SDK work without asyncio, too."""
     provider = rate_limited_provider()
     with OpenAI(base_url=provider.base_url, api_key="test-key") as client:
@@ -333,7 +333,7 @@ def test_synchronous_client_and_context(rate_limited_provider: ProviderFactory) 
 
 
 @pytest.mark.parametrize("key", [None, "", "Bearer", "Basic abc"])
-async def test_call_without_a_key_is_401(provider: RateLimitedProvider, key: str | None) -> None:
+async def test_call_without_key_gets_401(provider: RateLimitedProvider, key: str | None) -> None:
     """Any key will do, but there must be one."""
     headers = {} if key is None else {"authorization": key}
     async with httpx.AsyncClient() as client:
@@ -375,7 +375,7 @@ async def test_call_without_a_key_is_401(provider: RateLimitedProvider, key: str
         ("embeddings", [], "the body must be a JSON object"),
     ],
 )
-async def test_bad_request_is_400_and_costs_nothing(
+async def test_bad_request_gets_400_and_costs_nothing(
     provider: RateLimitedProvider, path: str, body: object, message: str
 ) -> None:
     """The reply has OpenAI's error body, and is never a 500."""
@@ -388,7 +388,7 @@ async def test_bad_request_is_400_and_costs_nothing(
     assert (provider.statistics().admitted, provider.statistics().invalid) == (0, 1)
 
 
-async def test_what_is_not_there_is_404_and_what_is_not_json_400(
+async def test_unknown_path_gets_404_and_invalid_json_gets_400(
     provider: RateLimitedProvider,
 ) -> None:
     """These are unknown paths and methods, and garbage."""
@@ -406,7 +406,7 @@ async def test_what_is_not_there_is_404_and_what_is_not_json_400(
     assert provider.statistics().invalid == 4
 
 
-async def test_every_reply_tells_the_limits(rate_limited_provider: ProviderFactory) -> None:
+async def test_every_reply_reports_the_rate_limits(rate_limited_provider: ProviderFactory) -> None:
     """It has the limit, what remains, and the time until reset in Go's format."""
     provider = rate_limited_provider(rpm=60, tpm=6000)
     async with client_of(provider) as client:
@@ -424,7 +424,7 @@ async def test_every_reply_tells_the_limits(rate_limited_provider: ProviderFacto
     assert headers["x-request-id"].startswith("req_")
 
 
-async def test_429_says_why_and_when_to_come_back(rate_limited_provider: ProviderFactory) -> None:
+async def test_429_names_limit_and_when_to_retry(rate_limited_provider: ProviderFactory) -> None:
     """It has OpenAI's body with the numbers, and retry-after in seconds and milliseconds."""
     provider = rate_limited_provider(rpm=1, policy="sliding_window")
     async with client_of(provider) as client:
@@ -442,7 +442,7 @@ async def test_429_says_why_and_when_to_come_back(rate_limited_provider: Provide
     assert error.response.headers["x-ratelimit-remaining-requests"] == "0"
 
 
-async def test_429_for_tokens_larger_than_the_limit_promises_nothing(
+async def test_429_for_call_above_token_limit_has_no_retry_after(
     rate_limited_provider: ProviderFactory,
 ) -> None:
     """Waiting would not help, so there is no retry-after."""
@@ -455,7 +455,7 @@ async def test_429_for_tokens_larger_than_the_limit_promises_nothing(
     assert "retry-after" not in caught.value.response.headers
 
 
-async def test_sdk_retries_after_what_the_429_says(rate_limited_provider: ProviderFactory) -> None:
+async def test_sdk_retries_after_wait_named_in_429(rate_limited_provider: ProviderFactory) -> None:
     """The SDK's own retry waits as long as the headers say, and then passes."""
     provider = rate_limited_provider(rpm=1, minute=0.2, policy="sliding_window")
     async with AsyncOpenAI(base_url=provider.base_url, api_key="test-key", max_retries=2) as client:
@@ -469,7 +469,7 @@ async def test_sdk_retries_after_what_the_429_says(rate_limited_provider: Provid
 @pytest.mark.parametrize(
     ("charge", "tokens"), [("openai", 50), ("azure", 53), ("usage", 3 + 6)], ids=str
 )
-async def test_call_is_charged_by_the_rule(
+async def test_call_is_charged_by_the_configured_rule(
     rate_limited_provider: ProviderFactory, charge: Any, tokens: int
 ) -> None:
     """This is the larger of prompt and max_tokens, their sum, or the actual use."""
@@ -481,7 +481,7 @@ async def test_call_is_charged_by_the_rule(
     assert provider.statistics().tokens == tokens
 
 
-async def test_prompt_counts_tools_images_and_formats(provider: RateLimitedProvider) -> None:
+async def test_prompt_tokens_include_tools_and_images(provider: RateLimitedProvider) -> None:
     """All text that is sent counts, and an image counts as 85 tokens."""
     async with client_of(provider) as client:
         bare = await ask(client, "x" * 400)
@@ -497,7 +497,7 @@ async def test_prompt_counts_tools_images_and_formats(provider: RateLimitedProvi
     assert seen.usage.prompt_tokens == 185
 
 
-async def test_calls_over_the_concurrency_are_refused(
+async def test_calls_above_the_concurrency_are_refused(
     rate_limited_provider: ProviderFactory,
 ) -> None:
     """Of five calls at once on three slots two are refused, and the slots come back."""
@@ -511,7 +511,9 @@ async def test_calls_over_the_concurrency_are_refused(
     assert (seen.peak_in_flight, seen.in_flight, seen.refused_429) == (3, 0, {"concurrency": 2})
 
 
-async def test_failures_come_as_told(provider: RateLimitedProvider, client: AsyncOpenAI) -> None:
+async def test_scripted_failures_have_given_status_code_and_retry_after(
+    provider: RateLimitedProvider, client: AsyncOpenAI
+) -> None:
     """They have the given status, code and retry-after; later calls succeed."""
     provider.fail_next(status=503, retry_after=1.5)
     provider.fail_next(status=429, code="insufficient_quota")
@@ -529,7 +531,7 @@ async def test_failures_come_as_told(provider: RateLimitedProvider, client: Asyn
     assert (seen.admitted, seen.errors, seen.refused_429) == (2, 1, {"scripted": 1})
 
 
-async def test_error_rate_fails_its_share(rate_limited_provider: ProviderFactory) -> None:
+async def test_error_rate_of_one_fails_every_call(rate_limited_provider: ProviderFactory) -> None:
     """With 1.0, every call is a 500."""
     provider = rate_limited_provider(error_rate=1.0)
     async with client_of(provider) as client:
@@ -537,7 +539,7 @@ async def test_error_rate_fails_its_share(rate_limited_provider: ProviderFactory
             await ask(client)
 
 
-async def test_stream_breaks_off_when_told(
+async def test_stream_breaks_off_after_scripted_number_of_chunks(
     provider: RateLimitedProvider, client: AsyncOpenAI
 ) -> None:
     """The connection is cut after two chunks; a call that isn't a stream gets the status."""
@@ -568,7 +570,7 @@ async def test_stream_spreads_its_latency_over_its_chunks(
 
 @pytest.mark.real_clock
 @pytest.mark.parametrize("stream", [True, False])
-async def test_slot_comes_back_when_the_client_goes_away(
+async def test_slot_comes_back_when_client_disconnects(
     rate_limited_provider: ProviderFactory, until: Until, *, stream: bool
 ) -> None:
     """It runs in real time, because a socket must close: an abandoned call frees its slot early."""
@@ -591,7 +593,7 @@ async def test_slot_comes_back_when_the_client_goes_away(
     assert provider.statistics().disconnected == 1
 
 
-async def test_arrivals_are_a_trace_of_what_was_admitted(
+async def test_admitted_arrivals_of_a_flood_stay_within_the_bucket(
     rate_limited_provider: ProviderFactory,
 ) -> None:
     """Under a flood of calls, the bucket admits its burst and its refill, to the nanosecond."""
@@ -605,7 +607,7 @@ async def test_arrivals_are_a_trace_of_what_was_admitted(
     assert_within_bucket(trace, rate=20, burst=20)
 
 
-async def test_application_answers_without_a_server() -> None:
+async def test_asgi_application_answers_without_a_server() -> None:
     """`provider.app` works under httpx's ASGI transport, without sockets, and without a start."""
     provider = RateLimitedProvider(rpm=1)
     transport = httpx.ASGITransport(provider.app)
@@ -620,7 +622,7 @@ async def test_application_answers_without_a_server() -> None:
             await ask(client)
 
 
-def test_application_runs_on_virtual_time(virtual_time: VirtualTime) -> None:
+def test_asgi_application_runs_on_virtual_time(virtual_time: VirtualTime) -> None:
     """Three minutes of 60 calls each, with the SDK's retries, take no real seconds."""
     provider = RateLimitedProvider(
         rpm=60, policy="sliding_window", latency=2.0, clock=virtual_time.clock

@@ -51,13 +51,13 @@ class Everything(BaseModel):
 
 
 @pytest.mark.parametrize("model", [Everything, Tree])
-def test_instance_is_valid_for_what_pydantic_writes(model: type[BaseModel]) -> None:
+def test_instance_is_valid_for_pydantic_schemas(model: type[BaseModel]) -> None:
     """It is valid for pydantic's schema and for the strict one that OpenAI's SDK makes of it."""
     for schema in (model.model_json_schema(), to_strict_json_schema(model)):
         model.model_validate_json(json.dumps(smallest_instance(schema)))
 
 
-def test_only_required_properties_are_there() -> None:
+def test_instance_has_only_required_properties() -> None:
     """They come in the order in which they are required."""
     schema = {
         "properties": {"a": {"type": "string"}, "b": {"type": "integer"}, "c": {}},
@@ -67,7 +67,7 @@ def test_only_required_properties_are_there() -> None:
     assert smallest_instance(schema, text="hello") == {"b": 1, "a": "hello"}
 
 
-def test_empty_schema_is_an_empty_object() -> None:
+def test_empty_schema_gives_empty_object() -> None:
     """This is what `json_object` asks for."""
     assert smallest_instance({}) == {}
 
@@ -90,6 +90,6 @@ def test_empty_schema_is_an_empty_object() -> None:
         ({"enum": [None, 1]}, None),
     ],
 )
-def test_instance_of_what_people_write_by_hand(schema: Any, instance: object) -> None:
+def test_instance_fits_handwritten_schemas(schema: Any, instance: object) -> None:
     """It handles merged parts, alternatives, lists of types, and bounds."""
     assert smallest_instance(schema) == instance

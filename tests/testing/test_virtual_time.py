@@ -23,7 +23,7 @@ from asyncbucket.testing.virtual_time import (
 SECOND = 1_000_000_000
 
 
-def test_an_hour_passes_in_milliseconds() -> None:
+def test_virtual_hour_passes_in_less_than_a_real_second() -> None:
     """3,600 one-second sleeps take well under a real second and end at exactly 3,600 s."""
 
     async def an_hour() -> None:
@@ -39,7 +39,7 @@ def test_an_hour_passes_in_milliseconds() -> None:
     assert real.monotonic() - started < 1.0
 
 
-def test_clock_and_loop_agree() -> None:
+def test_clock_and_loop_time_agree() -> None:
     """`clock()` counts whole nanoseconds, `loop.time()` seconds, and code takes no time."""
 
     async def main() -> None:
@@ -79,7 +79,7 @@ def test_timers_run_in_order_at_their_own_nanosecond(delays: list[float]) -> Non
         assert due * SECOND - 0.1 <= at <= due * SECOND + 1.1
 
 
-def test_a_nanosecond_can_be_told_from_the_next() -> None:
+def test_timers_a_nanosecond_apart_run_at_two_instants() -> None:
     """Two timers a nanosecond apart run at two instants."""
 
     async def main() -> list[int]:
@@ -95,7 +95,7 @@ def test_a_nanosecond_can_be_told_from_the_next() -> None:
 
 
 @pytest.mark.parametrize("start", [0.0, 1e6, 1e7, 1e9, 1e10])
-def test_loop_never_spins_however_late_it_is(start: float) -> None:
+def test_timers_come_due_however_late_the_clock_starts(start: float) -> None:
     """Even where a float of seconds is coarser than a nanosecond, timers come due."""
 
     async def main() -> None:
@@ -108,7 +108,7 @@ def test_loop_never_spins_however_late_it_is(start: float) -> None:
 
 
 @pytest.mark.parametrize("start", [1e6, 1e9, 1e10])
-def test_limiter_paces_however_late_it_is(start: float) -> None:
+def test_bucket_paces_however_late_the_clock_starts(start: float) -> None:
     """The limiter's shortest sleeps are longer than the resolution of a float of seconds."""
     with virtual_time(start=start) as time:
         bucket = TokenBucket(rate=3.0, burst=1, clock=time.clock)
@@ -121,13 +121,13 @@ def test_limiter_paces_however_late_it_is(start: float) -> None:
 
 
 @pytest.mark.parametrize("start", [-1.0, 1e12, 1_795_714_549_366_466_200, float("nan"), "0", None])
-def test_start_is_a_number_of_seconds(start: Any) -> None:
+def test_start_outside_0_to_10_billion_seconds_is_refused(start: Any) -> None:
     """A start in nanoseconds, for example, would leave a limiter with a clock that stands still."""
     with pytest.raises(ValueError, match="from 0 to 10,000,000,000, not"):
         VirtualTime(start=start)
 
 
-def test_time_goes_on_from_run_to_run_and_from_loop_to_loop() -> None:
+def test_time_continues_across_runs_and_loops() -> None:
     """Several runs share one clock; `advance` moves it without a loop."""
     with virtual_time() as time:
         time.run(asyncio.sleep(1))
@@ -141,13 +141,13 @@ def test_time_goes_on_from_run_to_run_and_from_loop_to_loop() -> None:
 
 
 @pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf")])
-def test_time_advances_by_finite_seconds_alone(seconds: float) -> None:
+def test_clock_refuses_negative_or_non_finite_advance(seconds: float) -> None:
     """The clock never goes back, nor to infinity."""
     with pytest.raises(ValueError, match=f"can't advance by {seconds} s"):
         VirtualClock().advance(seconds)
 
 
-def test_timeouts_of_asyncio_run_on_virtual_time() -> None:
+def test_asyncio_timeouts_run_on_virtual_time() -> None:
     """`asyncio.timeout` and `wait_for` end at their exact instants."""
 
     async def main() -> None:
@@ -163,7 +163,7 @@ def test_timeouts_of_asyncio_run_on_virtual_time() -> None:
         time.run(main())
 
 
-def test_deadlock_names_the_tasks_that_wait() -> None:
+def test_deadlock_error_names_waiting_tasks() -> None:
     """Instead of hanging, it says when, which tasks, and where."""
 
     async def waits_for_ever() -> None:
@@ -186,7 +186,7 @@ def test_deadlock_names_the_tasks_that_wait() -> None:
     )
 
 
-def test_sleeping_for_ever_is_no_timer_to_jump_to() -> None:
+def test_sleeping_forever_counts_as_deadlock() -> None:
     """`anyio.sleep_forever` does this; it can be cancelled like any other wait."""
 
     async def main() -> None:
@@ -205,7 +205,7 @@ def test_sleeping_for_ever_is_no_timer_to_jump_to() -> None:
         time.run(main())
 
 
-def test_loop_without_a_task_is_a_deadlock_too() -> None:
+def test_loop_without_a_task_counts_as_deadlock() -> None:
     """`run_forever` with nothing to do would hang."""
     loop = VirtualTimeLoop()
     try:
@@ -237,7 +237,7 @@ def test_executor_work_takes_no_virtual_time() -> None:
         assert time.run(main()) == ["thread", "timer"]
 
 
-def test_thread_may_wake_a_loop_that_has_no_timer() -> None:
+def test_thread_can_wake_loop_without_timers() -> None:
     """The loop waits a real second for threads before it reports a deadlock."""
 
     async def main() -> str:
@@ -260,7 +260,7 @@ def test_thread_may_wake_a_loop_that_has_no_timer() -> None:
         assert time.clock() == 0
 
 
-def test_real_wait_lets_sockets_come_before_timers() -> None:
+def test_real_wait_serves_sockets_before_timers() -> None:
     """With `real_wait`, data that arrives in that time is read before the clock jumps."""
 
     async def main(reading: socket.socket, writing: socket.socket) -> bytes:
@@ -280,7 +280,7 @@ def test_real_wait_lets_sockets_come_before_timers() -> None:
         assert time.clock() == 0
 
 
-def test_real_wait_ends_in_a_jump_when_nothing_comes() -> None:
+def test_real_wait_ends_in_a_jump_when_no_data_arrives() -> None:
     """The wait is limited; after it, the timer runs."""
     with virtual_time(real_wait=0.001) as time:
         time.run(asyncio.sleep(1))
@@ -310,7 +310,7 @@ def test_all_blocked_returns_when_every_task_waits() -> None:
         time.run(main())
 
 
-def test_all_blocked_says_that_it_needs_virtual_time() -> None:
+def test_all_blocked_on_real_loop_raises_type_error() -> None:
     """On a real loop, it cannot know."""
     with virtual_time() as time, pytest.raises(TypeError, match="needs a VirtualTimeLoop"):
         asyncio.run(time.all_blocked())
@@ -330,7 +330,7 @@ def test_cancelled_wait_for_all_blocked_is_forgotten() -> None:
         time.run(main())
 
 
-def test_loop_is_a_loop_factory() -> None:
+def test_virtual_time_loop_works_as_loop_factory() -> None:
     """It works with `asyncio.Runner`, and with plugins that ask for a factory."""
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         runner.run(asyncio.sleep(86_400))
