@@ -93,7 +93,7 @@ def imported_packages(module: str) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-def test_import_loads_no_extra() -> None:
+def test_importing_asyncbucket_loads_no_optional_library() -> None:
     """`import asyncbucket` loads no library that only an adapter needs."""
     loaded = in_fresh_interpreter("import asyncbucket, sys; print(*sys.modules)")
 
@@ -102,7 +102,7 @@ def test_import_loads_no_extra() -> None:
 
 
 @pytest.mark.parametrize("module", core_modules())
-def test_core_imports_the_standard_library_alone(module: str) -> None:
+def test_core_imports_only_the_standard_library(module: str) -> None:
     """A module of the core imports only the standard library and modules of this package."""
     assert imported_packages(module) - sys.stdlib_module_names <= {"asyncbucket"}
 
@@ -127,14 +127,14 @@ def lines_of_code(file: Path) -> int:
     return len(lines - told)
 
 
-def test_the_machine_can_be_read_in_one_sitting() -> None:
+def test_core_machine_is_under_900_lines_of_code() -> None:
     """Who goes next, when to look again, and what may pass take fewer than 900 lines of code."""
     machine = ("meters", "gates", "queue", "pacer", "budget")
 
     assert sum(lines_of_code(ROOT / f"asyncbucket/{name}.py") for name in machine) < 900
 
 
-def test_public_names_are_exactly_these() -> None:
+def test_package_exports_exactly_the_expected_names() -> None:
     """Nobody adds or removes a public name by accident."""
     assert sorted(asyncbucket.__all__) == sorted(PUBLIC_NAMES)
 
@@ -160,7 +160,7 @@ def test_public_members_are_documented(name: str) -> None:
     ] == []
 
 
-def test_parts_with_extras_are_there_when_spoken_of() -> None:
+def test_subpackages_load_on_first_access() -> None:
     """`asyncbucket.telemetry` needs no import of its own."""
     assert in_fresh_interpreter("import asyncbucket; print(asyncbucket.telemetry.__name__)") == [
         "asyncbucket.telemetry"
@@ -168,7 +168,7 @@ def test_parts_with_extras_are_there_when_spoken_of() -> None:
     assert asyncbucket.testing is sys.modules["asyncbucket.testing"]
 
 
-def test_unknown_name_is_an_attribute_error() -> None:
+def test_unknown_name_raises_attribute_error() -> None:
     """A typing error is not mistaken for a missing extra."""
     misspelt = "Limitter"
 
@@ -176,6 +176,6 @@ def test_unknown_name_is_an_attribute_error() -> None:
         _ = getattr(asyncbucket, misspelt)
 
 
-def test_package_is_typed() -> None:
+def test_package_has_py_typed_marker() -> None:
     """Users' type checkers read our annotations."""
     assert (ROOT / "asyncbucket" / "py.typed").is_file()

@@ -11,7 +11,7 @@ from asyncbucket.presets import PresetWarning, preset, preset_names
 NOW = date(2026, 11, 25)
 
 
-def test_preset_is_what_a_limiter_takes() -> None:
+def test_preset_can_be_unpacked_into_a_limiter() -> None:
     """A limiter takes its limits as they are."""
     limiter = Limiter(*preset("openai/tier-2/gpt-4o-mini", today=NOW), concurrency=20)
 
@@ -22,7 +22,7 @@ def test_preset_is_what_a_limiter_takes() -> None:
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_preset_has_limits_a_date_and_a_page(name: str) -> None:
+def test_preset_has_limits_date_and_provider_page(name: str) -> None:
     """The page is the provider's own, so anybody can compare the figures."""
     found = preset(name, today=NOW)
 
@@ -35,7 +35,7 @@ def test_preset_has_limits_a_date_and_a_page(name: str) -> None:
     assert date(2026, 1, 1) < found.dated <= NOW
 
 
-def test_daily_limits_are_not_paced() -> None:
+def test_daily_limit_of_preset_is_not_paced() -> None:
     """Providers allow the day's limit to be used up in the morning."""
     (daily,) = (
         limit
@@ -46,7 +46,7 @@ def test_daily_limits_are_not_paced() -> None:
     assert daily == Limit("requests", 1_000, per=86_400, burst=1_000)
 
 
-def test_old_preset_warns_and_says_where_to_look() -> None:
+def test_preset_older_than_half_a_year_warns_and_names_source() -> None:
     """After half a year the figures are still returned, with a warning."""
     dated = preset("groq/free/gpt-oss-20b", today=NOW).dated
 
@@ -58,20 +58,20 @@ def test_old_preset_warns_and_says_where_to_look() -> None:
     assert found.limits
 
 
-def test_young_preset_says_nothing() -> None:
+def test_recent_preset_does_not_warn() -> None:
     """There is no warning; warnings are errors in these tests."""
     dated = preset("groq/free/gpt-oss-20b", today=NOW).dated
 
     assert preset("groq/free/gpt-oss-20b", today=dated + timedelta(days=180)).dated == dated
 
 
-def test_unknown_preset_names_those_like_it() -> None:
+def test_unknown_preset_error_suggests_similar_name() -> None:
     """The suggestion helps to correct a typing error."""
     with pytest.raises(ValueError, match=r"try e\.g\. openai/tier-1/gpt-4o-mini"):
         preset("openai/tier1/gpt-4o-mini")
 
 
-def test_nothing_like_it_names_the_first() -> None:
+def test_preset_error_without_similar_name_points_to_preset_names() -> None:
     """The message also says how to see all."""
     with pytest.raises(ValueError, match=r"preset_names\(\) names all"):
         preset("?")

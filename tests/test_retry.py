@@ -90,7 +90,7 @@ def test_transient_statuses_are_retried(status: int) -> None:
 
 
 @pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 413, 422])
-def test_other_client_errors_are_not(status: int) -> None:
+def test_other_client_errors_are_not_retried(status: int) -> None:
     """A wrong request would get the same answer again."""
     assert not classify(status_error(status, retry_after="1")).retry
 
@@ -105,7 +105,7 @@ def test_exhausted_quota_is_not_retried(code: str) -> None:
     assert classify(status_error(429, code)) == expected
 
 
-def test_exhausted_quota_in_a_nested_body_is_not_retried() -> None:
+def test_exhausted_quota_in_nested_body_is_not_retried() -> None:
     """Some SDKs keep the whole body, with the error inside."""
     error = status_error(429)
     error.body = {"type": "error", "error": {"code": None, "type": "insufficient_quota"}}
@@ -114,7 +114,7 @@ def test_exhausted_quota_in_a_nested_body_is_not_retried() -> None:
     assert classify(error) == Verdict(retry=False, reason="HTTP 429 (insufficient_quota)")
 
 
-def test_server_may_forbid_a_retry() -> None:
+def test_x_should_retry_header_can_only_forbid_a_retry() -> None:
     """`x-should-retry: false` is obeyed; `true` does not make a client error worth repeating."""
     assert not classify(status_error(429, x_should_retry="false")).retry
     assert not classify(status_error(400, x_should_retry="true")).retry
@@ -131,7 +131,9 @@ def test_server_may_forbid_a_retry() -> None:
         ({}, None),
     ],
 )
-def test_retry_after_is_read(headers: dict[str, str], seconds: float | None) -> None:
+def test_retry_after_prefers_milliseconds_and_ignores_nonsense(
+    headers: dict[str, str], seconds: float | None
+) -> None:
     """Milliseconds take precedence over seconds or a date; nonsense and 0 mean no wait."""
     raw = [(name.replace("_", "-").encode(), text.encode()) for name, text in headers.items()]
     error = status_error(429)
@@ -159,7 +161,7 @@ def test_lost_connections_and_timeouts_are_retried(error: Exception) -> None:
     assert classify(error) == Verdict(retry=True, reason=name, overloaded=timed_out)
 
 
-def test_http_errors_of_plain_httpx_are_judged_by_status() -> None:
+def test_plain_httpx_errors_are_judged_by_status() -> None:
     """`raise_for_status` gives an error whose response has the status."""
     response = httpx.Response(503, headers={"retry-after": "2"}, request=REQUEST)
     error = httpx.HTTPStatusError("no", request=REQUEST, response=response)
@@ -177,7 +179,7 @@ def test_errors_of_other_sdks_are_judged_by_status() -> None:
         assert classify(error) == Verdict(retry=True, reason="HTTP 503", overloaded=True)
 
 
-def test_headers_of_an_error_itself_are_heard() -> None:
+def test_status_and_headers_on_error_itself_are_read() -> None:
     """An error of aiohttp has no response, but has the status and the headers itself."""
     kind = pytest.importorskip("aiohttp").ClientResponseError
     error = kind(None, (), status=429, headers=httpx.Headers({"Retry-After": "7"}))
@@ -187,7 +189,7 @@ def test_headers_of_an_error_itself_are_heard() -> None:
     assert (verdict.retry, verdict.rate_limited, verdict.retry_after) == (True, True, 7.0)
 
 
-def test_errors_of_botocore_are_judged_by_their_mappings() -> None:
+def test_botocore_errors_are_judged_by_status_or_code() -> None:
     """Bedrock's status, code and headers are in dictionaries; errors in its streams have a code."""
     errors = pytest.importorskip("botocore.exceptions")
 
@@ -209,7 +211,7 @@ def test_errors_of_botocore_are_judged_by_their_mappings() -> None:
     assert classify(errors.ConnectionClosedError(endpoint_url="https://bedrock.test")).retry
 
 
-def test_error_event_in_a_stream_is_judged_by_its_code() -> None:
+def test_error_event_in_stream_is_judged_by_its_code() -> None:
     """The stream's status was 200; what went wrong is told by the event."""
     limited = openai.APIError("no", REQUEST, body={"code": "rate_limit_exceeded"})
     invalid = openai.APIError("no", REQUEST, body={"code": "invalid_prompt"})
@@ -226,7 +228,7 @@ def test_error_event_in_a_stream_is_judged_by_its_code() -> None:
     assert not classify(invalid).retry
 
 
-def test_a_cause_that_lasts_is_not_retried() -> None:
+def test_connection_error_with_permanent_cause_is_not_retried() -> None:
     """A wrong URL or header is not a lost connection, though the SDK calls it one."""
     error = openai.APIConnectionError(request=REQUEST)
     error.__cause__ = httpx.UnsupportedProtocol("no scheme")
@@ -238,7 +240,7 @@ def test_a_cause_that_lasts_is_not_retried() -> None:
     assert classify(ring).retry
 
 
-def test_what_a_limiter_refuses_beneath_an_sdk_is_not_retried() -> None:
+def test_limiter_refusal_as_cause_of_sdk_error_is_not_retried() -> None:
     """The SDK reports a lost connection; only `__cause__` counts, not `__context__`."""
     error = openai.APIConnectionError(request=REQUEST)
     error.__cause__ = CostExceedsLimit("ours")
@@ -257,12 +259,12 @@ def test_what_a_limiter_refuses_beneath_an_sdk_is_not_retried() -> None:
         *(asyncio.CancelledError(), KeyboardInterrupt(), SystemExit(500), GeneratorExit()),
     ],
 )
-def test_nothing_else_is_retried(error: BaseException) -> None:
+def test_caller_errors_limiter_errors_and_exits_are_not_retried(error: BaseException) -> None:
     """Not the caller's errors, not the limiter's, and nothing that is not an `Exception`."""
     assert not classify(error).retry
 
 
-def test_reason_holds_no_text_from_outside() -> None:
+def test_verdict_reason_omits_free_text_from_provider() -> None:
     """A code that is more than a word is left out: reasons are logged."""
     error = status_error(500, f"key {SECRET}\n", text=SECRET)
     error.body = {"code": f"key {SECRET}\n", "type": "x" * 65}
@@ -271,7 +273,7 @@ def test_reason_holds_no_text_from_outside() -> None:
     assert classify(error).reason == "HTTP 500"
 
 
-def test_retry_is_read_from_what_people_pass() -> None:
+def test_retry_of_accepts_policy_attempts_bool_or_none() -> None:
     """It takes a policy, a number of attempts, False for none, and True or None for the default."""
     assert Retry.of(None) == Retry.of(True) == Retry()
     assert Retry().attempts == 5
@@ -298,7 +300,7 @@ def test_retry_is_read_from_what_people_pass() -> None:
         ({"budget": 5}, "budget must be a RetryBudget, not 5"),
     ],
 )
-def test_senseless_policies_are_refused(wrong: dict[str, Any], message: str) -> None:
+def test_invalid_retry_policy_is_refused(wrong: dict[str, Any], message: str) -> None:
     """The message names the wrong value and what would be right."""
     with pytest.raises((TypeError, ValueError)) as caught:
         _ = Retry(**wrong)
@@ -306,14 +308,14 @@ def test_senseless_policies_are_refused(wrong: dict[str, Any], message: str) -> 
     assert str(caught.value) == message
 
 
-def test_senseless_budget_is_refused() -> None:
+def test_negative_retry_budget_is_refused() -> None:
     """A budget may be zero or infinite, but not negative."""
     _ = RetryBudget(capacity=0, per_success=math.inf)
     with pytest.raises(ValueError, match="the retry budget's capacity must be at least 0, not -1"):
         _ = RetryBudget(capacity=-1)
 
 
-def test_failures_are_tried_again_after_a_doubling_wait(stage: Stage) -> None:
+def test_failed_call_is_retried_after_doubling_waits(stage: Stage) -> None:
     """The waits are 1, 2, 4 and 8 s, or half of each at the luckiest; then the reply comes."""
     for chance, times in ((1.0, [0.0, 1.0, 3.0, 7.0, 15.0]), (0.0, [15.0, 15.5, 16.5, 18.5, 22.5])):
         script = stage.script(*[status_error(500)] * 4, "reply")
@@ -322,7 +324,7 @@ def test_failures_are_tried_again_after_a_doubling_wait(stage: Stage) -> None:
         assert script.times == times
 
 
-def test_last_error_is_raised_itself_with_a_note(stage: Stage) -> None:
+def test_last_error_is_raised_unwrapped_with_a_note(stage: Stage) -> None:
     """After five attempts the caller sees the provider's error, and what was done about it."""
     errors = [status_error(500) for _ in range(5)]
     script = stage.script(*errors)
@@ -353,7 +355,7 @@ def test_client_error_fails_at_once(stage: Stage) -> None:
     ]
 
 
-def test_errors_of_the_caller_pass_untouched(stage: Stage) -> None:
+def test_caller_errors_pass_through_without_a_note(stage: Stage) -> None:
     """An error that has nothing to do with the provider gets no note."""
     script = stage.script(ValueError("yours"))
 
@@ -385,7 +387,7 @@ def test_retry_after_gets_a_tenth_of_jitter(stage: Stage, chance: float, again: 
     assert script.times == [0.0, again]
 
 
-def test_jitter_does_not_exceed_the_longest_wait(stage: Stage) -> None:
+def test_jitter_does_not_exceed_max_wait(stage: Stage) -> None:
     """A server that asks for exactly the longest wait gets exactly that."""
     script = stage.script(status_error(503, retry_after="120"), "reply")
 
@@ -393,7 +395,7 @@ def test_jitter_does_not_exceed_the_longest_wait(stage: Stage) -> None:
     assert script.times == [0.0, 120.0]
 
 
-def test_longer_wait_than_allowed_fails_at_once(stage: Stage) -> None:
+def test_retry_after_above_max_wait_fails_at_once(stage: Stage) -> None:
     """A call told to come back in five minutes is not kept waiting for two."""
     script = stage.script(status_error(503, retry_after="300"))
 
@@ -409,7 +411,7 @@ def test_longer_wait_than_allowed_fails_at_once(stage: Stage) -> None:
     ]
 
 
-def test_long_wait_is_said_in_seconds_that_are_written_out(stage: Stage) -> None:
+def test_note_writes_out_long_wait_in_seconds(stage: Stage) -> None:
     """A provider whose daily limit is used up asks for hours."""
     with pytest.raises(openai.APIStatusError) as caught:
         stage.run(stage.retrier().call(stage.script(status_error(503, retry_after="7200"))))
@@ -417,7 +419,7 @@ def test_long_wait_is_said_in_seconds_that_are_written_out(stage: Stage) -> None
     assert "the provider asks to wait 7,200 s, and" in caught.value.__notes__[0]
 
 
-def test_wait_past_the_deadline_fails_at_once(stage: Stage) -> None:
+def test_retry_due_after_deadline_fails_at_once(stage: Stage) -> None:
     """The deadline is an instant of the limiter's clock; no call sleeps if it cannot make it."""
     script = stage.script(status_error(503, retry_after="8"))
 
@@ -445,7 +447,7 @@ def test_nan_deadline_fails_rather_than_hangs(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-5", "1e400", "9" * 60])
-def test_hostile_waits_never_hang(stage: Stage, value: str) -> None:
+def test_hostile_retry_after_never_hangs_the_call(stage: Stage, value: str) -> None:
     """A wait that is not a number counts as none; one that is far too long ends the call."""
     script = stage.script(status_error(503, retry_after=value), "reply")
 
@@ -457,7 +459,7 @@ def test_hostile_waits_never_hang(stage: Stage, value: str) -> None:
         assert script.times == [0.0, 1.0]
 
 
-def test_time_in_the_queue_does_not_count(stage: Stage) -> None:
+def test_attempt_that_took_an_hour_is_retried(stage: Stage) -> None:
     """Stamina's own time-out of 45 s is off: an attempt that took an hour is tried again."""
     attempts: list[float] = []
 
@@ -494,7 +496,7 @@ def test_cancellation_is_never_retried(stage: Stage, seconds: float) -> None:
     assert stage.time.now == seconds
 
 
-def test_timeout_around_a_call_ends_it(stage: Stage) -> None:
+def test_asyncio_timeout_around_call_ends_it(stage: Stage) -> None:
     """`asyncio.timeout` turns its cancellation into a TimeoutError, which is not retried here."""
     script = stage.script(status_error(503, retry_after="60"))
 
@@ -508,7 +510,7 @@ def test_timeout_around_a_call_ends_it(stage: Stage) -> None:
     assert stage.time.now == 10.0
 
 
-def test_no_slot_is_held_during_a_back_off(stage: Stage) -> None:
+def test_no_slot_is_held_during_back_off(stage: Stage) -> None:
     """With one slot, a call that backs off lets the next one pass."""
     passed: list[tuple[str, float]] = []
     failing = iter([True, False])
@@ -530,7 +532,7 @@ def test_no_slot_is_held_during_a_back_off(stage: Stage) -> None:
     assert passed == [("retried", 0.0), ("other", 0.0), ("retried", 5.0)]
 
 
-def test_a_429_pauses_everyone(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+def test_429_pauses_all_users_of_limiter(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
     """While the provider wants no calls, no other user of the limiter makes any."""
     others: list[float] = []
     script = stage.script(status_error(429, retry_after="7"), "reply")
@@ -557,7 +559,7 @@ def test_a_429_pauses_everyone(stage: Stage, caplog: pytest.LogCaptureFixture) -
 
 
 @pytest.mark.parametrize("policy", [Retry(attempts=1), Retry(max_wait=5.0)])
-def test_a_429_pauses_everyone_even_if_its_own_call_gives_up(stage: Stage, policy: Retry) -> None:
+def test_429_pauses_limiter_even_if_its_own_call_gives_up(stage: Stage, policy: Retry) -> None:
     """Even the last attempt makes others wait, though never longer than `max_wait`."""
     script = stage.script(status_error(429, retry_after="7"))
 
@@ -567,7 +569,7 @@ def test_a_429_pauses_everyone_even_if_its_own_call_gives_up(stage: Stage, polic
     assert stage.limiter.statistics().paused == min(7.0, policy.max_wait)
 
 
-def test_a_server_error_pauses_nobody(stage: Stage) -> None:
+def test_server_error_does_not_pause_limiter(stage: Stage) -> None:
     """An error of one call says nothing about the others."""
     with pytest.raises(openai.APIStatusError):
         stage.run(stage.retrier(Retry(attempts=1)).call(stage.script(status_error(503))))
@@ -586,7 +588,7 @@ def refused(retry_after: float | None = None, *, whole_after: float | None = Non
     )
 
 
-def test_one_wave_of_refusals_makes_one_pause(
+def test_wave_of_429s_doubles_the_pause_only_once(
     stage: Stage, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Without Retry-After, the pause doubles from wave to wave, not from refusal to refusal."""
@@ -610,7 +612,7 @@ def test_one_wave_of_refusals_makes_one_pause(
     assert len(caplog.records) == 1  # more waves in the same minute are only logged for debugging
 
 
-def test_refusal_of_a_call_from_before_a_wave_is_of_that(stage: Stage) -> None:
+def test_late_429_of_call_sent_before_a_pause_starts_no_new_one(stage: Stage) -> None:
     """It does not matter when it comes; a call of unknown start counts as a new wave."""
     retrier = stage.retrier(Retry(attempts=1))
     script = stage.script(status_error(429))
@@ -633,7 +635,7 @@ def test_refusal_of_a_call_from_before_a_wave_is_of_that(stage: Stage) -> None:
     assert pauses == [1.0, 0.0, 2.0]
 
 
-def test_wave_that_several_hear_is_one_wave(stage: Stage) -> None:
+def test_retriers_and_transport_on_one_limiter_share_429_waves(stage: Stage) -> None:
     """With two models and a transport on one limiter, a pause doubles once, and success counts."""
     first, second = stage.retrier(), stage.retrier()
     transport = Refusals(stage.limiter)
@@ -651,7 +653,7 @@ def test_wave_that_several_hear_is_one_wave(stage: Stage) -> None:
     assert pauses == [1.0, 2.0, 4.0, 1.0]
 
 
-def test_a_pause_that_nobody_named_ends_when_the_limits_are_whole(stage: Stage) -> None:
+def test_pause_without_retry_after_lasts_at_most_until_limits_reset(stage: Stage) -> None:
     """However many waves there were, it lasts no longer than the provider says."""
     retrier = stage.retrier()
     pauses: list[float] = []
@@ -665,7 +667,7 @@ def test_a_pause_that_nobody_named_ends_when_the_limits_are_whole(stage: Stage) 
     assert pauses == [1.0, 2.0, 3.0, 3.0]
 
 
-def test_refusal_that_pauses_nobody_is_tried_again_after_a_back_off(stage: Stage) -> None:
+def test_429_under_adaptive_concurrency_is_retried_after_back_off(stage: Stage) -> None:
     """Where it only costs slots, the call itself waits as it does after a server error."""
     stage.limiter.reconfigure(concurrency="auto")
     script = stage.script(status_error(429), "reply")
@@ -674,7 +676,7 @@ def test_refusal_that_pauses_nobody_is_tried_again_after_a_back_off(stage: Stage
     assert script.times == [0.0, 1.0]
 
 
-def test_longer_retry_after_lengthens_a_pause(stage: Stage) -> None:
+def test_longest_retry_after_in_a_wave_sets_the_pause(stage: Stage) -> None:
     """In one wave of refusals the longest wait counts; a shorter one changes nothing."""
     retrier = stage.retrier()
     for asked in (2.0, 6.0, 3.0):
@@ -683,7 +685,7 @@ def test_longer_retry_after_lengthens_a_pause(stage: Stage) -> None:
     assert stage.limiter.statistics().paused == 6.0
 
 
-def test_endless_refusals_pause_at_most_so_long(stage: Stage) -> None:
+def test_endless_429s_pause_for_at_most_max_wait(stage: Stage) -> None:
     """Even after two thousand waves the pause is a number, and at most the longest one."""
     retrier = stage.retrier()
 
@@ -695,7 +697,7 @@ def test_endless_refusals_pause_at_most_so_long(stage: Stage) -> None:
     assert retrier.pause(refused()) == 120.0
 
 
-def test_refusal_by_the_limiter_itself_passes_untouched(stage: Stage) -> None:
+def test_limiter_refusal_passes_through_without_a_note(stage: Stage) -> None:
     """A call that is not admitted in time never reached the provider: the error is its own."""
     stage.limiter.pause(60)
 
@@ -708,7 +710,7 @@ def test_refusal_by_the_limiter_itself_passes_untouched(stage: Stage) -> None:
     assert not hasattr(caught.value, "__notes__")
 
 
-def test_refusal_of_another_attempt_shows_the_providers_error(stage: Stage) -> None:
+def test_provider_error_is_raised_if_limiter_refuses_the_retry(stage: Stage) -> None:
     """If the limiter leaves no time for a second attempt, the error of the first one is raised."""
     first = status_error(503)
 
@@ -745,7 +747,7 @@ def faulty(share: float, chance: random.Random, tried: list[int]) -> Callable[[]
 @pytest.mark.parametrize(
     ("share", "agents", "seed"), [(0.15, 300, 1), (0.2, 100, 2), (0.2, 300, 3)]
 )
-def test_random_errors_are_always_retried_through(
+def test_retry_budget_survives_20_percent_random_errors(
     stage: Stage, share: float, agents: int, seed: int
 ) -> None:
     """At 15 and 20 % errors and hundreds of calls at once, the budget never runs out."""
@@ -764,7 +766,7 @@ def test_random_errors_are_always_retried_through(
     assert len(tried) == pytest.approx(agents * 10 / (1 - share), rel=0.05)
 
 
-def test_outage_costs_at_most_a_tenth_more(stage: Stage) -> None:
+def test_retry_budget_limits_outage_to_a_tenth_more_attempts(stage: Stage) -> None:
     """A thousand calls into an outage make 100 retries; the error says that the budget is spent."""
     tried: list[int] = []
     attempt = faulty(1.0, random.Random(0), tried)
@@ -782,7 +784,7 @@ def test_outage_costs_at_most_a_tenth_more(stage: Stage) -> None:
     assert repr(retrier) == "<Retrier 5 attempts, 0 retries in the budget>"
 
 
-def test_successes_refill_the_budget_up_to_its_capacity(stage: Stage) -> None:
+def test_successes_refill_retry_budget_up_to_its_capacity(stage: Stage) -> None:
     """Two successes pay for one retry, and no more is saved than the capacity."""
     retrier = stage.retrier(Retry(budget=RetryBudget(capacity=2)))
     assert [retrier.spend() for _ in range(3)] == [True, True, False]
@@ -795,7 +797,7 @@ def test_successes_refill_the_budget_up_to_its_capacity(stage: Stage) -> None:
     assert [retrier.spend() for _ in range(3)] == [True, True, False]
 
 
-def test_refusals_for_rate_are_not_charged(stage: Stage) -> None:
+def test_retries_after_429_do_not_spend_the_budget(stage: Stage) -> None:
     """A whole wave of 429s is tried again after its pause, however small the budget."""
     retrier = stage.retrier(Retry(budget=RetryBudget(capacity=0)))
     refused = [stage.script(status_error(429, retry_after="1"), "reply") for _ in range(300)]
@@ -806,7 +808,7 @@ def test_refusals_for_rate_are_not_charged(stage: Stage) -> None:
     assert stage.run(main()) == ["reply"] * 300
 
 
-def test_always_429_makes_at_most_five_requests(stage: Stage) -> None:
+def test_call_that_always_gets_429_makes_five_attempts(stage: Stage) -> None:
     """A provider that always refuses is asked five times, after pauses of 1, 2, 4 and 8 s."""
     script = stage.script(status_error(429))
 
@@ -832,7 +834,7 @@ def record_hook_details() -> Iterator[list[RetryDetails]]:
     stamina.instrumentation.set_on_retry_hooks(None)
 
 
-def test_instrumentation_never_sees_the_providers_error(
+def test_stamina_hook_never_sees_the_provider_error(
     stage: Stage, hook_details: list[RetryDetails]
 ) -> None:
     """An application that instruments stamina counts our retries, but finds no secrets in them."""
@@ -848,7 +850,7 @@ def test_instrumentation_never_sees_the_providers_error(
     assert SECRET not in repr(details)
 
 
-def test_instrumentation_counts_retries_by_the_users_call_and_the_providers_error(
+def test_stamina_metrics_name_users_callable_and_provider_error(
     stage: Stage,
 ) -> None:
     """Prometheus shows the user's names, not ours, which would mean nothing on a dashboard."""
@@ -875,7 +877,7 @@ def test_instrumentation_counts_retries_by_the_users_call_and_the_providers_erro
 
 
 @pytest.mark.parametrize("is_sync", [True, False])
-def test_what_is_tried_goes_by_its_own_name_where_no_other_is_given(
+def test_stamina_hook_gets_name_of_retried_callable_by_default(
     stage: Stage,
     hook_details: list[RetryDetails],
     is_sync: bool,  # noqa: FBT001 - pytest passes it so
@@ -893,7 +895,7 @@ def test_what_is_tried_goes_by_its_own_name_where_no_other_is_given(
     assert (details.args, details.kwargs) == ((), {})
 
 
-def test_stamina_logs_nothing_of_ours(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+def test_retry_logs_only_one_debug_line(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
     """A retry is no warning; with DEBUG on it is one line that quotes nothing from the provider."""
     caplog.set_level(logging.DEBUG)
     script = stage.script(status_error(500, text=SECRET), "reply")
@@ -903,7 +905,7 @@ def test_stamina_logs_nothing_of_ours(stage: Stage, caplog: pytest.LogCaptureFix
     assert lines == [("asyncbucket", "attempt 1: HTTP 500 (requests); again in 1 s")]
 
 
-def test_stamina_still_logs_for_others(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+def test_stamina_still_logs_for_other_code(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
     """Other code that uses stamina keeps its warnings."""
     _ = stage.retrier()
     failing = iter([True, False])
@@ -918,7 +920,7 @@ def test_stamina_still_logs_for_others(stage: Stage, caplog: pytest.LogCaptureFi
 
 
 @pytest.mark.parametrize("switch", ["inactive", "testing"])
-def test_stamina_switched_off_by_the_application(stage: Stage, switch: str) -> None:
+def test_switching_stamina_off_disables_retries(stage: Stage, switch: str) -> None:
     """Stamina's switches are obeyed, and the caller still sees the provider's error."""
     error = status_error(500)
     script = stage.script(error)
@@ -937,7 +939,7 @@ def test_stamina_switched_off_by_the_application(stage: Stage, switch: str) -> N
     assert error.__notes__ == [f"asyncbucket: tried once in 0.0 s; gave up: stamina is {how}"]
 
 
-def test_no_retry_is_told_of_that_will_not_be(stage: Stage) -> None:
+def test_retry_suppressed_by_stamina_is_neither_reported_nor_charged(stage: Stage) -> None:
     """Where stamina is switched off, no retry is reported, and none is charged."""
     retrier = stage.retrier()
     told: list[object] = []
@@ -953,7 +955,7 @@ def test_no_retry_is_told_of_that_will_not_be(stage: Stage) -> None:
     assert "100 retries in the budget" in repr(retrier)
 
 
-def test_synchronous_calls_do_the_same(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sync_calls_retry_like_async_calls(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits, notes and the limiter's own refusals are the same as in asynchronous calls."""
     monkeypatch.setattr("time.sleep", stage.time.advance)
     retrier = stage.retrier(chance=1.0)
@@ -979,7 +981,7 @@ def test_synchronous_calls_do_the_same(stage: Stage, monkeypatch: pytest.MonkeyP
     assert then_refused.value is first
 
 
-def test_threads_share_one_budget() -> None:
+def test_threads_share_one_retry_budget() -> None:
     """Calls in several threads never spend the same retry twice."""
     retrier = Retrier(Retry(backoff=0.0, budget=RetryBudget(capacity=50)), Limiter("500 RPM"))
     tried: list[int] = []
@@ -1001,7 +1003,7 @@ def test_threads_share_one_budget() -> None:
     assert len(tried) == 4 * 50 + 50
 
 
-def test_a_tenants_retry_is_told_under_the_star(stage: Stage) -> None:
+def test_retry_events_of_tenants_are_labelled_with_a_star(stage: Stage) -> None:
     """Events do not say which tenant it was, and the retry's event does not either."""
     tenant = stage.limiter.key("acme")
     heard: set[str] = set()

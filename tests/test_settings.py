@@ -17,42 +17,42 @@ def env(**variables: str) -> Limiter:
     )
 
 
-def written(folder: Path, text: str, name: str = "pyproject.toml") -> Path:
+def write(folder: Path, text: str, name: str = "pyproject.toml") -> Path:
     """Write a file."""
     path = folder / name
     path.write_text(text, "utf-8")
     return path
 
 
-def said(limiter: Limiter) -> list[str]:
+def limits(limiter: Limiter) -> list[str]:
     """Return the limits as strings."""
     return [str(limit) for limit in limiter.limits]
 
 
-def test_environment_describes_a_limiter() -> None:
+def test_environment_variables_describe_a_limiter() -> None:
     """The variables have the names of its arguments."""
     limiter = env(RPM="500", TPM="200k", CONCURRENCY="20", NAME="openai", MAX_QUEUE="1,000")
 
-    assert said(limiter) == ["500 requests per 60 s", "200,000 tokens per 60 s"]
+    assert limits(limiter) == ["500 requests per 60 s", "200,000 tokens per 60 s"]
     assert (limiter.name, limiter.concurrency, limiter.max_queue) == ("openai", 20, 1_000)
 
 
-def test_environment_may_have_nobody_wait() -> None:
+def test_max_queue_variable_may_be_zero_but_rpm_may_not() -> None:
     """``max_queue=0`` means that no call may wait."""
     assert env(RPM="500", MAX_QUEUE="0").max_queue == 0
     with pytest.raises(LimitSyntaxError, match=r"^ASYNCBUCKET_RPM: '0' is not a number"):
         env(RPM="0")
 
 
-def test_environment_has_any_limit() -> None:
+def test_limits_variable_holds_limits_separated_by_semicolons() -> None:
     """Several are separated by semicolons, because numbers may contain commas."""
     limiter = env(LIMITS="14,400 RPD; 3 images/10s burst 1;")
 
-    assert said(limiter) == ["14,400 requests per 86,400 s", "3 images per 10 s"]
+    assert limits(limiter) == ["14,400 requests per 86,400 s", "3 images per 10 s"]
 
 
 @pytest.mark.filterwarnings("ignore::asyncbucket.presets.PresetWarning")
-def test_environment_has_presets() -> None:
+def test_preset_variable_can_be_combined_with_further_limits() -> None:
     """Further limits can be added to a preset."""
     limiter = env(PRESET="openai/tier-2/gpt-4o-mini", RPD="20k")
 
@@ -60,7 +60,7 @@ def test_environment_has_presets() -> None:
 
 
 @pytest.mark.parametrize(("text", "size"), [("auto", 4), ("8-64", 8), ("7", 7)])
-def test_concurrency_may_be_found(text: str, size: int) -> None:
+def test_concurrency_variable_takes_number_bounds_or_auto(text: str, size: int) -> None:
     """As in code, it is a number, bounds, or "auto"."""
     concurrency = env(CONCURRENCY=text).concurrency
 
@@ -70,24 +70,24 @@ def test_concurrency_may_be_found(text: str, size: int) -> None:
         assert concurrency == size
 
 
-def test_code_goes_before_the_environment() -> None:
+def test_arguments_override_environment_variables() -> None:
     """Arguments in code override variables."""
     environ = {"ASYNCBUCKET_RPM": "many", "ASYNCBUCKET_TPM": "5k"}
 
     limiter = from_env(Limiter, environ=environ, rpm=60, name=None)
 
-    assert said(limiter) == ["5,000 tokens per 60 s", "60 requests per 60 s"]
+    assert limits(limiter) == ["5,000 tokens per 60 s", "60 requests per 60 s"]
     assert limiter.name == "default"
 
 
-def test_prefix_keeps_two_limiters_apart() -> None:
+def test_prefix_selects_the_variables_of_one_limiter() -> None:
     """Each prefix has its own limiter; empty variables do not count."""
     environ = {"OPENAI_LIMIT_RPM": "60", "ASYNCBUCKET_RPM": "500", "OPENAI_LIMIT_TPM": " "}
 
-    assert said(from_env(Limiter, "OPENAI_LIMIT_", environ=environ)) == ["60 requests per 60 s"]
+    assert limits(from_env(Limiter, "OPENAI_LIMIT_", environ=environ)) == ["60 requests per 60 s"]
 
 
-def test_prefix_that_is_not_the_limiters_alone_is_refused() -> None:
+def test_prefix_shared_with_other_variables_is_refused() -> None:
     """The error suggests another prefix."""
     environ = {"OPENAI_RPM": "60", "OPENAI_API_KEY": "secret"}
 
@@ -95,13 +95,13 @@ def test_prefix_that_is_not_the_limiters_alone_is_refused() -> None:
         from_env(Limiter, "OPENAI_", environ=environ)
 
 
-def test_environment_is_the_processs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_env_reads_process_environment_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is used unless another one is given."""
     for name in [name for name in os.environ if name.startswith("ASYNCBUCKET_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("ASYNCBUCKET_RPM", "60")
 
-    assert said(from_env(Limiter)) == ["60 requests per 60 s"]
+    assert limits(from_env(Limiter)) == ["60 requests per 60 s"]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_environment_is_the_processs(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"RPM": "5", "LIMITS": "6 RPM"}, r"ASYNCBUCKET_\*: two limits for one window"),
     ],
 )
-def test_variable_that_cannot_be_read_is_named(variables: dict[str, str], message: str) -> None:
+def test_invalid_environment_variable_is_named(variables: dict[str, str], message: str) -> None:
     """The error says what it should be."""
     with pytest.raises(LimitSyntaxError, match=message):
         env(**variables)
@@ -147,55 +147,57 @@ limits = ["100 RPM burst 10", "1M TPD"]
 """
 
 
-def test_project_describes_a_limiter(tmp_path: Path) -> None:
+def test_pyproject_table_describes_a_limiter(tmp_path: Path) -> None:
     """It is in the table [tool.asyncbucket]."""
-    limiter = from_toml(Limiter, written(tmp_path, TABLE))
+    limiter = from_toml(Limiter, write(tmp_path, TABLE))
 
-    assert said(limiter) == ["500 requests per 60 s", "200,000 tokens per 60 s"]
+    assert limits(limiter) == ["500 requests per 60 s", "200,000 tokens per 60 s"]
     assert (limiter.name, limiter.concurrency, limiter.max_queue) == ("default", 8, 100)
 
 
-def test_project_describes_several_limiters(tmp_path: Path) -> None:
+def test_pyproject_subtable_describes_a_named_limiter(tmp_path: Path) -> None:
     """Each has its own table, and is named after it."""
-    limiter = from_toml(Limiter, written(tmp_path, TABLE), limiter="batch")
+    limiter = from_toml(Limiter, write(tmp_path, TABLE), limiter="batch")
 
-    assert said(limiter) == ["100 requests per 60 s", "1,000,000 tokens per 86,400 s"]
+    assert limits(limiter) == ["100 requests per 60 s", "1,000,000 tokens per 86,400 s"]
     assert limiter.limits[0].burst == 10
     assert limiter.name == "batch"
 
 
 @pytest.mark.parametrize("text", ["rpm = 60", "[asyncbucket]\nrpm = 60\n[other]\nx = 1"])
-def test_other_files_have_the_table_at_the_top(tmp_path: Path, text: str) -> None:
+def test_toml_file_other_than_pyproject_needs_no_tool_table(tmp_path: Path, text: str) -> None:
     """The table may also be the whole file."""
-    assert said(from_toml(Limiter, written(tmp_path, text, "limits.toml"))) == [
+    assert limits(from_toml(Limiter, write(tmp_path, text, "limits.toml"))) == [
         "60 requests per 60 s"
     ]
 
 
-def test_table_of_a_project_may_stand_in_a_file_of_its_own(
+def test_asyncbucket_toml_accepts_table_copied_from_pyproject(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A table copied there means the same; errors call it by the name it has there."""
-    written(tmp_path, TABLE, "asyncbucket.toml")
+    write(tmp_path, TABLE, "asyncbucket.toml")
     monkeypatch.chdir(tmp_path)
 
-    assert said(from_toml(Limiter)) == said(from_toml(Limiter, written(tmp_path, TABLE)))
+    assert limits(from_toml(Limiter)) == limits(from_toml(Limiter, write(tmp_path, TABLE)))
     with pytest.raises(LimitSyntaxError, match=r"toml, \[tool\.asyncbucket\] has no table 'x'"):
         from_toml(Limiter, limiter="x")
 
 
-def test_nearest_file_above_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearest_settings_file_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A project without the table is skipped."""
     inner = tmp_path / "a" / "b"
     inner.mkdir(parents=True)
-    written(tmp_path, "rpm = 60", "asyncbucket.toml")
-    written(inner, "[tool.other]\nx = 1")
+    write(tmp_path, "rpm = 60", "asyncbucket.toml")
+    write(inner, "[tool.other]\nx = 1")
     monkeypatch.chdir(inner)
 
-    assert said(from_toml(Limiter)) == ["60 requests per 60 s"]
+    assert limits(from_toml(Limiter)) == ["60 requests per 60 s"]
 
 
-def test_no_file_says_what_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_settings_file_error_names_files_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The error names the files (unless the machine has one at its root)."""
     monkeypatch.chdir(tmp_path)
 
@@ -205,9 +207,9 @@ def test_no_file_says_what_was_looked_for(tmp_path: Path, monkeypatch: pytest.Mo
         from_toml(Limiter)
 
 
-def test_code_goes_before_the_file(tmp_path: Path) -> None:
+def test_arguments_override_file_entries(tmp_path: Path) -> None:
     """Arguments in code override single entries."""
-    limiter = from_toml(Limiter, written(tmp_path, TABLE), concurrency=3, rpm=None)
+    limiter = from_toml(Limiter, write(tmp_path, TABLE), concurrency=3, rpm=None)
 
     assert limiter.concurrency == 3
     assert len(limiter.limits) == 2
@@ -245,19 +247,19 @@ def test_code_goes_before_the_file(tmp_path: Path) -> None:
         ("[tool.asyncbucket", "is not valid TOML"),
     ],
 )
-def test_entry_that_cannot_be_read_is_named(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_file_entry_is_named_in_error(tmp_path: Path, text: str, message: str) -> None:
     """The error names its file and table."""
     with pytest.raises(LimitSyntaxError, match=message):
-        from_toml(Limiter, written(tmp_path, text))
+        from_toml(Limiter, write(tmp_path, text))
 
 
-def test_missing_table_names_those_that_are_there(tmp_path: Path) -> None:
+def test_missing_table_error_lists_existing_tables(tmp_path: Path) -> None:
     """This helps to find typing errors."""
     with pytest.raises(LimitSyntaxError, match="has no table 'btach'; it has batch"):
-        from_toml(Limiter, written(tmp_path, TABLE), limiter="btach")
+        from_toml(Limiter, write(tmp_path, TABLE), limiter="btach")
 
 
-def test_store_and_name_go_to_the_limiter_as_they_are() -> None:
+def test_store_url_from_environment_is_passed_on_unchanged() -> None:
     """They are passed on to `cls` unchanged."""
 
     def make(*limits: Any, **arguments: Any) -> tuple[Any, ...]:
