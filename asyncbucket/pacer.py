@@ -21,7 +21,8 @@ Condition has a lock that always says it is held (`_TheLoop`), and ringing is on
 Several loops and threads share one `Budget`: its meters, under a plain lock that is never held
 across an await, and one order of arrival. Each loop has its own pacer. The head of a loop lets an
 older head of another loop go first, unless that loop is late for its own turn by more than a grace
-period. So a loop that is blocked, or dead, holds up nobody.
+period. So a loop that is blocked holds up nobody for longer. Nor does one that is closed: while
+calls wait on several loops, each looks at least once a second.
 """
 
 import asyncio
@@ -48,6 +49,8 @@ _GRACE: Final = 50_000_000
 NAP: Final = 20e-6
 #: The longest sleep (s) that the timers of every event loop accept.
 _LONGEST: Final = 86_400.0
+#: The longest sleep (s) while calls wait on several loops: one that is closed tells nobody.
+_WATCH: Final = 1.0
 
 
 class Pacer:
@@ -188,7 +191,8 @@ class Pacer:
         if due < NEVER:
             nap = (due - self._budget.clock()) * 1e-9
             if nap > 0:
-                self._timer = self.loop.call_later(min(max(nap, NAP), _LONGEST), self._tick)
+                longest = _LONGEST if len(self._budget.pacers) == 1 else _WATCH
+                self._timer = self.loop.call_later(min(max(nap, NAP), longest), self._tick)
             else:  # in the next iteration of the loop
                 self._timer = self.loop.call_soon(self._tick)
         return True
@@ -237,11 +241,10 @@ class Pacer:
 
     def _admit_locked(self, now: int) -> tuple[int, int]:
         """Admit all that may pass; return how many did, and when the next may, or `EMPTY`."""
-        queue, outlet = self.queue, self._outlet
+        queue, outlet, passed = self.queue, self._outlet, 0
         alone = len(self._budget.pacers) == 1  # then only the meters decide
         if alone and outlet is None and isinstance(queue, Line):
             return self._admit_line_locked(queue, now)
-        passed = 0
         if outlet is not None:
             outlet.put_off(now)
         queue.begin()
@@ -367,7 +370,6 @@ class Pacer:
     def _retire_locked(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
         self.queue.disband()
         budget = self._budget
         budget.pacers.pop(self.loop, None)

@@ -571,6 +571,29 @@ def test_a_newcomer_waits_behind_nobody_on_a_closed_loop(virtual_time: VirtualTi
     del task
 
 
+def test_a_loop_that_is_closed_while_others_sleep_behind_its_head_is_found_out(
+    virtual_time: VirtualTime,
+) -> None:
+    """Nobody says that it was closed, so the others look at least once a second."""
+    bucket = TokenBucket(rate=1, burst=100, clock=virtual_time.clock)
+    bucket.acquire_nowait(100)
+    dead = virtual_time.new_loop()
+    dead.set_exception_handler(lambda _, __: None)  # "Task was destroyed": this is intended
+    task = dead.create_task(bucket.acquire(100))
+    dead.run_until_complete(dead.all_blocked())
+
+    async def main() -> None:
+        waiting = asyncio.create_task(bucket.acquire())
+        await asyncio.sleep(2.5)
+        dead.close()
+        await waiting
+
+    virtual_time.run(main())
+    assert virtual_time.now == 3
+    assert bucket.statistics().waiting == 0
+    del task
+
+
 def test_a_loop_that_is_closed_before_it_hears_a_ring_is_counted_out() -> None:
     """That ring was lost with the loop; the next one finds out."""
     limiter = Limiter(concurrency=1)
