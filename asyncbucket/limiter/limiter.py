@@ -240,7 +240,8 @@ class Limiter(Doors, Steering, OfThisProcess):
 
         >>> print(limiter.explain(tokens=1_000))
         a call would wait 12 s behind 40 calls: tokens bind; tokens allow 200 such calls a minute
-        (200,000 tokens per 60 s); requests alone would allow 2.5x as many (500 requests per 60 s)
+        (200,000 tokens per 60 s); without that limit, requests would allow 500 a minute (500 requests
+        per 60 s, burst 50)
 
         It takes nothing. It uses the tenant and the priority that a call from here would inherit.
         If many calls wait, it takes about 10 µs for each.
