@@ -100,7 +100,7 @@ class Limiter(Doors, Steering, OfThisProcess):
         if not isinstance(name, str):
             raise TypeError(f"name must be a string, not {name!r}")
         read_on_outage(on_outage)
-        read_slot_ttl(slot_ttl)
+        slot_ttl = read_slot_ttl(slot_ttl)
         account = Account(name, clock=clock, max_queue=read_max_queue(max_queue))
         self._open(Door(account, timeout=read_timeout(timeout)), None)
         account.set_limits(given, concurrency)

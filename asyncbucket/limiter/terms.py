@@ -7,7 +7,7 @@ from typing import Any, Final, Literal, Self, TypeAlias, TypedDict, get_args
 from asyncbucket.context import Priority, deadline_of, read_priority
 from asyncbucket.feedback.adaptive import Concurrency, read_concurrency
 from asyncbucket.limits import Limit, read_limits
-from asyncbucket.numeric import is_integer, is_number
+from asyncbucket.numeric import is_integer, is_number, plain
 
 #: What to do while a store is gone: see `asyncbucket.stores.outage`.
 OnOutage: TypeAlias = Literal["share", "closed", "open"]
@@ -135,4 +135,4 @@ def read_slot_ttl(seconds: float) -> float:
         raise ValueError(
             f"slot_ttl must be a number of seconds from {least} to {most:,}, a day, not {seconds!r}"
         )
-    return seconds
+    return plain(seconds)

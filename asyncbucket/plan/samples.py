@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from asyncbucket.cost import Cost
-from asyncbucket.numeric import is_number
+from asyncbucket.numeric import is_number, plain
 from asyncbucket.wording import shown
 
 Sample: TypeAlias = float | str | Cost | Mapping[str, Any]
@@ -203,4 +203,4 @@ def _number(value: object) -> float:
         raise TypeError(f"expected a number, not {shown(value)}")
     if not 0 <= value < math.inf:
         raise ValueError(f"expected a finite number from 0 on, not {value!r}")
-    return value
+    return plain(value)
