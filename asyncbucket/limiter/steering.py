@@ -40,7 +40,10 @@ class Steering(ABC):
 
         Raises:
             ValueError: ``seconds`` is not a finite number from 0 on.
+            TypeError: ``reason`` is not a string.
         """
+        if not isinstance(reason, str):
+            raise TypeError(f'reason must be a string, such as "429", not {reason!r}')
         span = span_of(seconds, "a pause", "it counts from now")
         if span >= NEVER:
             raise ValueError("a pause must end: give a finite number of seconds")
