@@ -71,6 +71,24 @@ class Terms:
         return terms
 
 
+def read_name(name: str) -> str:
+    """Return a limiter's name.
+
+    Raises:
+        TypeError: it is not a string.
+        ValueError: it holds surrogates, which logs and metrics cannot write.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, not {name!r}")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"name must be text that UTF-8 can write, for logs and metrics, not {name!r}"
+        ) from error
+    return name
+
+
 def read_weight(weight: float) -> float:
     """Return a weight.
 

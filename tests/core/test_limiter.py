@@ -361,6 +361,15 @@ def test_a_name_is_a_text(name: Any) -> None:
         Limiter("5 RPM", name=name)
 
 
+def test_a_name_can_be_written() -> None:
+    """One child with half a character in its name would leave all limiters without metrics."""
+    told = r"text that UTF-8 can write, for logs and metrics, not '\\ud800x'$"
+    with pytest.raises(ValueError, match=told):
+        Limiter("5 RPM", name="\ud800x")
+    with pytest.raises(ValueError, match=told):
+        Limiter("5 RPM").child("\ud800x")
+
+
 @pytest.mark.parametrize("parts", [{"tokens": 5}, {"requests": 2}, {"images": 3}])
 def test_a_whole_cost_has_no_parts_besides(parts: dict[str, Any]) -> None:
     """One of the two would be ignored."""
