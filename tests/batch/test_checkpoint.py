@@ -446,6 +446,13 @@ def test_dump_and_load_belong_together() -> None:
         Checkpoint("run.db", dump=str.encode)
 
 
+@pytest.mark.parametrize("given", [{"key": "id"}, {"dump": "json", "load": "json"}])
+def test_what_a_checkpoint_calls_is_a_function(given: dict[str, Any]) -> None:
+    """The error comes at once, not with the first item."""
+    with pytest.raises(TypeError, match=r"^(key|dump) must be a function, not str$"):
+        Checkpoint("run.db", **given)
+
+
 KILLED = """
 import asyncio, os, sys
 from asyncbucket import Limiter
