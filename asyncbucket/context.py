@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, NoReturn, TypeAlias, TypeVar
 
 from asyncbucket.meters import NEVER
-from asyncbucket.numeric import is_integer, is_number
+from asyncbucket.numeric import is_integer, is_number, plain
 
 T = TypeVar("T")
 #: How urgent a call is: a name, or a whole number; larger numbers are more urgent.
@@ -197,6 +197,7 @@ def nanoseconds(seconds: float, name: str) -> int:
     """
     if not is_number(seconds) or not abs(seconds) >= 0:
         raise ValueError(f"{name} must be a number of seconds, not {seconds!r}")
+    seconds = plain(seconds)
     if abs(seconds) >= _FOR_EVER:
         return NEVER if seconds > 0 else -NEVER
     return round(seconds * 1_000_000_000)

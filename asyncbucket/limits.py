@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Final, Self, TypeAlias
 
 from asyncbucket.errors import LimitSyntaxError
-from asyncbucket.numeric import is_integer, is_number
+from asyncbucket.numeric import is_number, plain
 from asyncbucket.wording import counted, written_out
 
 #: What identifies a limit within a limiter: its resource, and its window in seconds.
@@ -92,7 +92,7 @@ class Limit:
             raise LimitSyntaxError(
                 f"a window must last from 0.001 to 34,560,000 seconds (400 days), not {self.per!r}"
             )
-        object.__setattr__(self, "per", int(self.per) if is_integer(self.per) else float(self.per))
+        object.__setattr__(self, "per", plain(self.per))
         if self.burst is None:
             if self.resource == "requests":
                 object.__setattr__(self, "burst", max(1, self.amount // 10))

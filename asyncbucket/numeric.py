@@ -12,3 +12,10 @@ def is_number(value: object) -> TypeGuard[float]:
 def is_integer(value: object) -> TypeGuard[int]:
     """Tell whether ``value`` is an integer."""
     return isinstance(value, (int, Integral)) and not isinstance(value, bool)
+
+
+def plain(value: float) -> float:
+    """Return a number as Python's own: numpy's integers overflow in arithmetic."""
+    if type(value) in (int, float):
+        return value
+    return int(value) if is_integer(value) else float(value)

@@ -21,7 +21,7 @@ Condition has a lock that always says it is held (`_TheLoop`), and ringing is on
 Several loops and threads share one `Budget`: its meters, under a plain lock that is never held
 across an await, and one order of arrival. Each loop has its own pacer. The head of a loop lets an
 older head of another loop go first, unless that loop is late for its own turn by more than a grace
-period. So a loop that is blocked, or dead, holds up nobody.
+period. So a loop that is blocked, or dead, holds up nobody beyond the turn of its head.
 """
 
 import asyncio
@@ -356,7 +356,6 @@ class Pacer:
     def _retire_locked(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
         self.queue.disband()
         budget = self._budget
         budget.pacers.pop(self.loop, None)

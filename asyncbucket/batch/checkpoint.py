@@ -73,7 +73,7 @@ class Checkpoint:
             function's name, for a model's method with that of the model.
 
     Raises:
-        TypeError: only one of ``dump`` and ``load`` is given.
+        TypeError: only one of ``dump`` and ``load`` is given, or one of the three is no function.
     """
 
     __slots__ = ("codec", "key", "name", "path")
@@ -89,6 +89,9 @@ class Checkpoint:
     ) -> None:
         if (dump is None) != (load is None):
             raise TypeError("dump and load belong together: give both, or neither")
+        for what, given in (("key", key), ("dump", dump), ("load", load)):
+            if given is not None and not callable(given):
+                raise TypeError(f"{what} must be a function, not {shown(given)}")
         self.path = Path(path)
         self.key = key
         self.codec = None if dump is None or load is None else _Codec(dump=dump, load=load)

@@ -67,7 +67,7 @@ def map_sync(
     """
     check_function(fn)
     if workers is not None:
-        read_count(workers, "workers", least=1)
+        workers = read_count(workers, "workers", least=1)
     elif not inspect.iscoroutinefunction(fn):
         workers = min(limiter.concurrency or _THREADS, _THREADS)
     if options.get("paced") is None and options.get("cost") is None:

@@ -286,7 +286,7 @@ class Doors(ABC):
             last: how many are kept, at least 1.
 
         Raises:
-            ValueError: ``last`` is less than 1.
+            ValueError: ``last`` is not a whole number from 1 to a thousand million.
         """
         from asyncbucket.stats import Trace
 

@@ -1,5 +1,6 @@
 """Why would a call wait, for how long, and what would have to change?"""
 
+import collections
 import copy
 from dataclasses import dataclass
 
@@ -34,8 +35,8 @@ class Explanation:
     #: slot being given back, or on the store that keeps the limits, of which only the latest reply
     #: is known. Settling, cancelling and the call's own fair share shorten it.
     wait: float | None
-    #: What it would wait for: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``;
-    #: None if it would pass at once.
+    #: What most of the wait would be for: ``"requests"``, ``"tokens"``, ``"concurrency"``,
+    #: ``"paused"``; None if it would pass at once.
     bound_by: str | None
     #: Calls that may go before it: those that wait, except less urgent ones and those held up by
     #: limits that do not apply to it.
@@ -60,26 +61,33 @@ class Explanation:
         if not self.rates:
             return ["no limit over time binds such calls"]
         first, *others = self.rates
-        told = [f"{does(first.limit.resource, 'allow')} {_such_calls(first)} ({first.limit})"]
+        unit, seconds = _unit(first)
+        number, what = rounded(first.calls * seconds), does(first.limit.resource, "allow")
+        calls = "call" if number == "1" else "calls"
+        told = [f"{what} {number} such {calls} {unit} ({self._written(first)})"]
         for other in others[:1]:
-            more = other.calls / first.calls
-            times = f"{more:.1f}" if more < 10 else f"{more:,.0f}"  # noqa: PLR2004 - two digits
-            limit, more_of = other.limit, f"alone would allow {times}x as many"
-            alike = limit.resource == first.limit.resource
-            told.append(
-                f"{limit} {more_of}" if alike else f"{named(limit.resource)} {more_of} ({limit})"
-            )
+            number, what = rounded(other.calls * seconds), named(other.limit.resource)
+            without = f"without that limit, {what} would allow {number} {unit}"
+            told.append(f"{without} ({self._written(other)})")
         return told
+
+    def _written(self, rate: Rate) -> str:
+        limit = rate.limit
+        paced = limit.burst is not None and limit.burst < limit.amount
+        text = f"{limit}, burst {limit.burst:,}" if paced else str(limit)
+        several = any(each.limiter != rate.limiter for each in self.rates)
+        return f"{rate.limiter}: {text}" if several else text
 
 
 def explain_locked(account: Account, amounts: dict[str, int], priority: int) -> Explanation:
     """Explain what would happen to a call of these amounts; called with the budget's lock held."""
     now = account.budget.clock()
-    gates, ahead, last, bound_by = _line_up(account, now, priority)
-    when: int = last
-    if last < NEVER:
-        due, binds = gates.earliest(amounts, last)
-        when, bound_by = due, binds if due > last else bound_by
+    gates, ahead, when, waits = _line_up(account, now, priority)
+    if when < NEVER:
+        due, binds = gates.earliest(amounts, when)
+        waits[binds] += due - when
+        when = due
+    ((bound_by, _),) = waits.most_common(1)
     due, binds, there = _in_store(account.path[-1], amounts, now)
     if due > when:
         when, bound_by = due, binds
@@ -92,10 +100,13 @@ def explain_locked(account: Account, amounts: dict[str, int], priority: int) -> 
     )
 
 
-def _line_up(account: Account, now: int, priority: int) -> tuple[Gates, int, int, str | None]:
+def _line_up(
+    account: Account, now: int, priority: int
+) -> tuple[Gates, int, int, collections.Counter[str | None]]:
     """Book all calls ahead in copies of the meters, in order of arrival.
 
-    Return the copies, how many calls there are, when the last one passes, and what held it up.
+    Return the copies, how many calls there are, when the last one passes, and how long they wait for
+    what.
     """
     waiters = sorted(
         waiter for pacer in account.budget.pacers.values() for waiter in pacer.queue.waiters()
@@ -104,7 +115,8 @@ def _line_up(account: Account, now: int, priority: int) -> tuple[Gates, int, int
     first: dict[object, int] = {}  # when the first in each line became the first
     held: set[object] = set()  # lines whose first waits for limits that do not apply to the call
     gates = copy.deepcopy(account.through, copies)
-    ahead, when, bound_by = 0, now, None
+    waits: collections.Counter[str | None] = collections.Counter()
+    ahead, when = 0, now
     for waiter in waiters:
         apart = [node for node in waiter.node.path if node not in account.path]
         since = waiter.line.since
@@ -116,11 +128,12 @@ def _line_up(account: Account, now: int, priority: int) -> tuple[Gates, int, int
         theirs = copy.deepcopy(waiter.node.through, copies)
         due, binds = theirs.earliest(waiter.amounts, first.get(waiter.line, since))
         if due > when:
-            when, bound_by = due, binds
+            waits[binds] += due - when
+            when = due
         if when < NEVER:
             theirs.book(waiter.amounts, when)
             first[waiter.line] = when
-    return gates, ahead, when, bound_by
+    return gates, ahead, when, waits
 
 
 def _in_store(root: Account, amounts: Amounts, now: int) -> tuple[int, str | None, int]:
@@ -155,14 +168,8 @@ def _rates(account: Account, amounts: Amounts) -> list[Rate]:
     ]
 
 
-def _such_calls(rate: Rate) -> str:
-    """Return a rate in a unit at least as long as the window, so that it is no fraction."""
-    for unit, length in (("a second", 1), ("a minute", 60), ("an hour", 3_600)):
-        if length >= rate.limit.per and rate.calls * length >= 1:
-            return f"{_counted(rate.calls * length)} {unit}"
-    return f"{_counted(rate.calls * 86_400)} a day"
-
-
-def _counted(calls: float) -> str:
-    number = rounded(calls)
-    return f"{number} such {'call' if number == '1' else 'calls'}"
+def _unit(rate: Rate) -> tuple[str, int]:
+    """Return a unit at least as long as the window, so that the rate is no fraction; and its seconds."""
+    units = (("a second", 1), ("a minute", 60), ("an hour", 3_600))
+    fit = (each for each in units if each[1] >= rate.limit.per and rate.calls * each[1] >= 1)
+    return next(fit, ("a day", 86_400))

@@ -23,6 +23,7 @@ from asyncbucket.limiter.terms import (
     Terms,
     read_count,
     read_max_queue,
+    read_name,
     read_on_outage,
     read_slot_ttl,
     read_timeout,
@@ -68,7 +69,8 @@ class Limiter(Doors, Steering, OfThisProcess):
     Raises:
         LimitSyntaxError: a limit cannot be read; a ValueError.
         ValueError: ``concurrency``, ``max_queue``, ``timeout`` or ``slot_ttl`` is out of range,
-            ``on_outage`` is none of these words, or the store's URL is not understood.
+            ``on_outage`` is none of these words, the store's URL is not understood, or ``name``
+            holds surrogates.
         TypeError: ``name`` is not a string, ``store`` is not a store, or ``clock`` returns no
             integer.
         ImportError: the extra that serves the store is not installed.
@@ -97,11 +99,9 @@ class Limiter(Doors, Steering, OfThisProcess):
         **limits_by_keyword: float | None,
     ) -> None:
         given = read_limits(limits, limits_by_keyword)
-        if not isinstance(name, str):
-            raise TypeError(f"name must be a string, not {name!r}")
         read_on_outage(on_outage)
-        read_slot_ttl(slot_ttl)
-        account = Account(name, clock=clock, max_queue=read_max_queue(max_queue))
+        slot_ttl = read_slot_ttl(slot_ttl)
+        account = Account(read_name(name), clock=clock, max_queue=read_max_queue(max_queue))
         self._open(Door(account, timeout=read_timeout(timeout)), None)
         account.set_limits(given, concurrency)
         if store is not None:
@@ -240,7 +240,8 @@ class Limiter(Doors, Steering, OfThisProcess):
 
         >>> print(limiter.explain(tokens=1_000))
         a call would wait 12 s behind 40 calls: tokens bind; tokens allow 200 such calls a minute
-        (200,000 tokens per 60 s); requests alone would allow 2.5x as many (500 requests per 60 s)
+        (200,000 tokens per 60 s); without that limit, requests would allow 500 a minute (500 requests
+        per 60 s, burst 50)
 
         It takes nothing. It uses the tenant and the priority that a call from here would inherit.
         If many calls wait, it takes about 10 µs for each.
@@ -289,13 +290,14 @@ class Limiter(Doors, Steering, OfThisProcess):
 
         Raises:
             LimitSyntaxError: a limit cannot be read; a ValueError.
-            ValueError: the child exists on other terms (see `reconfigure`), or a number is out of
-                range.
+            ValueError: the child exists on other terms (see `reconfigure`), a number is out of range,
+                or the name is none.
         """
         if not isinstance(name, str) or not name or "/" in name or name.startswith("*"):
             raise ValueError(
                 f"a child's name must be a string without a slash or a leading star, not {name!r}"
             )
+        read_name(name)
         agreed = Terms.read(limits, terms)
         with self._budget.making:
             account = self._account

@@ -40,7 +40,10 @@ class Steering(ABC):
 
         Raises:
             ValueError: ``seconds`` is not a finite number from 0 on.
+            TypeError: ``reason`` is not a string.
         """
+        if not isinstance(reason, str):
+            raise TypeError(f'reason must be a string, such as "429", not {reason!r}')
         span = span_of(seconds, "a pause", "it counts from now")
         if span >= NEVER:
             raise ValueError("a pause must end: give a finite number of seconds")
@@ -80,10 +83,8 @@ class Steering(ABC):
         Raises:
             ValueError: a number of units is not a whole number from 0 on, or ``since`` not a number.
         """
-        read_count(remaining, "remaining")
-        read_count(rounding, "rounding")
-        if limit is not None:
-            read_count(limit, "limit")
+        remaining, rounding = read_count(remaining, "remaining"), read_count(rounding, "rounding")
+        limit = None if limit is None else read_count(limit, "limit")
         with self._awake, (account := self._account).budget.lock:
             sent = account.budget.clock() if since is None else nanoseconds(since, "since")
             account.hear_remaining_locked(

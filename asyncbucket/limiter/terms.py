@@ -7,7 +7,7 @@ from typing import Any, Final, Literal, Self, TypeAlias, TypedDict, get_args
 from asyncbucket.context import Priority, deadline_of, read_priority
 from asyncbucket.feedback.adaptive import Concurrency, read_concurrency
 from asyncbucket.limits import Limit, read_limits
-from asyncbucket.numeric import is_integer, is_number
+from asyncbucket.numeric import is_integer, is_number, plain
 
 #: What to do while a store is gone: see `asyncbucket.stores.outage`.
 OnOutage: TypeAlias = Literal["share", "closed", "open"]
@@ -69,6 +69,24 @@ class Terms:
         )
         read_concurrency(terms.concurrency)
         return terms
+
+
+def read_name(name: str) -> str:
+    """Return a limiter's name.
+
+    Raises:
+        TypeError: it is not a string.
+        ValueError: it holds surrogates, which logs and metrics cannot write.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, not {name!r}")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"name must be text that UTF-8 can write, for logs and metrics, not {name!r}"
+        ) from error
+    return name
 
 
 def read_weight(weight: float) -> float:
@@ -135,4 +153,4 @@ def read_slot_ttl(seconds: float) -> float:
         raise ValueError(
             f"slot_ttl must be a number of seconds from {least} to {most:,}, a day, not {seconds!r}"
         )
-    return seconds
+    return plain(seconds)

@@ -121,9 +121,10 @@ def plan(  # noqa: PLR0913 - a plan has this many parameters
         arrivals=arrivals,
     )
     read = Tokens(count=count_tokens, profile=profile)
-    loads = loads_of(everyone, tenants or {}, {} if resources is None else resources, read, seed)
+    tenants = {} if tenants is None else tenants
+    loads = loads_of(everyone, tenants, {} if resources is None else resources, read, seed)
     limits_read = read_limits(limits, limits_by_keyword)
-    bounds = bounds_of(limits_read, concurrency, tenants or {})
+    bounds = bounds_of(limits_read, concurrency, tenants)
     try:
         return foresee(loads, bounds, what_if=what_if)
     except OverflowError as error:

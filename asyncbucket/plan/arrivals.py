@@ -8,7 +8,7 @@ from itertools import repeat
 from typing import Final, TypeAlias
 
 from asyncbucket.limiter.terms import read_count
-from asyncbucket.numeric import is_number
+from asyncbucket.numeric import is_number, plain
 from asyncbucket.wording import shown
 
 #: The most calls of a plan: they take a minute or two and some gigabytes.
@@ -123,4 +123,4 @@ def read_instants(arrivals: Iterable[float]) -> list[float]:
             raise ValueError(
                 f"an arrival must be a finite number of seconds from 0 on, not {second!r}"
             )
-    return instants
+    return [plain(second) for second in instants]

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Final
 
 from asyncbucket.errors import CostExceedsLimit
 from asyncbucket.limits import Limit
-from asyncbucket.numeric import is_integer
 from asyncbucket.plan.arrivals import MOST
 from asyncbucket.plan.bounds import Bound, Bounds, cost_for
 from asyncbucket.plan.drive import Course, drive
@@ -81,12 +80,6 @@ def _check(loads: Loads, bounds: Bounds) -> None:
     counted = {bound.limit.resource for bound in bounds.each() if bound.limit is not None}
     for name, load in loads.items():
         own = bounds.of(name)
-        for slots in (own.concurrency, bounds.concurrency):
-            if slots is not None and not is_integer(slots):
-                raise ValueError(
-                    f"concurrency={slots!r} depends on how a server answers, which a plan cannot know: "
-                    "give a number"
-                )
         shared = [] if name is None else bounds.limits
         slots = own.concurrency or bounds.concurrency
         load.check([*own.limits, *shared], slots, counted=counted)

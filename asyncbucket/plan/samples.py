@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from asyncbucket.cost import Cost
-from asyncbucket.numeric import is_number
+from asyncbucket.numeric import is_number, plain
 from asyncbucket.wording import shown
 
 Sample: TypeAlias = float | str | Cost | Mapping[str, Any]
@@ -48,7 +48,7 @@ class Series:
             self._draw = given
         elif isinstance(given, (str, PathLike)):
             self._values = _read_file(Path(given), name, read)
-        elif isinstance(given, Iterable) and not isinstance(given, Mapping):
+        elif isinstance(given, Iterable) and not isinstance(given, (Mapping, bytes)):
             self._values = [
                 _read(sample, f"{name}, sample {n}", read) for n, sample in enumerate(given, 1)
             ]
@@ -122,6 +122,10 @@ class Tokens:
     """
 
     def __init__(self, *, count: Callable[[str], int] | None, profile: str) -> None:
+        if count is not None and not callable(count):
+            raise TypeError(
+                f"count_tokens must be a function from a text to its tokens, not {shown(count)}"
+            )
         self._count = count
         self._profile = profile
         if profile != _PROFILE:  # a misspelt name is an error, with or without bodies
@@ -203,4 +207,4 @@ def _number(value: object) -> float:
         raise TypeError(f"expected a number, not {shown(value)}")
     if not 0 <= value < math.inf:
         raise ValueError(f"expected a finite number from 0 on, not {value!r}")
-    return value
+    return plain(value)

@@ -1,9 +1,10 @@
 """Who shares the limits: tenants, each with calls of its own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from asyncbucket.limiter.terms import read_count
 from asyncbucket.limits import Limit, read_limits
 from asyncbucket.plan.arrivals import Arrivals
 from asyncbucket.plan.bounds import Bounds
@@ -53,16 +54,26 @@ def bounds_of(
     own = {
         name: Bounds(
             read_limits(_several(tenant.limits, name), {}),
-            tenant.concurrency,
+            _slots(tenant.concurrency),
             terms={"weight": tenant.weight, "priority": tenant.priority},
         )
         for name, tenant in tenants.items()
     }
-    return Bounds(limits, concurrency, own)
+    return Bounds(limits, _slots(concurrency), own)
+
+
+def _slots(concurrency: Any) -> int | None:
+    """Return how many calls may be in flight."""
+    if concurrency == "auto" or isinstance(concurrency, tuple):
+        raise ValueError(
+            f"concurrency={concurrency!r} depends on how a server answers, which a plan cannot know: "
+            "give a number"
+        )
+    return None if concurrency is None else read_count(concurrency, "concurrency", least=1)
 
 
 def _several(limits: Sequence[str | Limit], name: str) -> Sequence[str | Limit]:
-    """Refuse a single text instead of a tuple, which would be read letter by letter."""
-    if isinstance(limits, str):
+    """Refuse a single limit instead of a tuple; a text would be read letter by letter."""
+    if isinstance(limits, str) or not isinstance(limits, Iterable):
         raise TypeError(f"limits of tenant {name!r} must be a tuple: write ({limits!r},)")
     return limits

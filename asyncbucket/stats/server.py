@@ -22,6 +22,7 @@ from typing import Any, Final, Self
 from urllib.parse import quote
 
 from asyncbucket.limiter import Limiter
+from asyncbucket.numeric import is_integer
 from asyncbucket.stats.report import as_prometheus, check_names, report
 
 _NAMES: Final = ("localhost", "127.0.0.1", "[::1]")
@@ -84,9 +85,13 @@ def serve_stats(
     Raises:
         ValueError: ``host`` is not a loopback address, there is no such port, or two limiters have
             the same name.
+        TypeError: one of ``limiters`` is none.
         OSError: the port or the path is taken, or not available; the message says which.
     """
     them = [limiters] if isinstance(limiters, Limiter) else list(limiters)
+    for each in them:
+        if not isinstance(each, Limiter):
+            raise TypeError(f"serve_stats() shows limiters, not {type(each).__name__}")
     check_names(them)
     if path is not None:
         where = Path(path).resolve()  # the program may change directories
@@ -99,13 +104,13 @@ def serve_stats(
             f"statistics are served on this machine alone: host must be a loopback address such as "
             f"127.0.0.1, not {host!r}"
         )
-    if not isinstance(port, int) or not 0 <= port <= _PORTS:
+    if not is_integer(port) or not 0 <= port <= _PORTS:
         raise ValueError(
             f"port must be a whole number from 0 (any that is free) to {_PORTS}, not {port!r}"
         )
     name = f"[{host}]" if ":" in host else host
     with _said_of(f"{name}:{port}"):
-        server = _TcpServer(host, port, them)
+        server = _TcpServer(host, int(port), them)
     return StatsServer(server, f"http://{name}:{server.server_address[1]}", None)
 
 

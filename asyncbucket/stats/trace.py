@@ -12,6 +12,8 @@ from asyncbucket.events import Admitted, Cancelled, Event, Paused, Queued, Refus
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.terms import read_count
 
+#: The most events that are kept; no machine would hold more.
+_MOST: Final = 1_000_000_000
 _KINDS: Final[dict[type[Event], str]] = {
     Admitted: "admitted",
     Queued: "queued",
@@ -35,14 +37,15 @@ class Trace:
         last: how many events are kept, at about 300 bytes each.
 
     Raises:
-        ValueError: ``last`` is not a whole number from 1 on.
+        ValueError: ``last`` is not a whole number from 1 to a thousand million.
     """
 
     def __init__(self, limiter: Limiter, *, last: int) -> None:
         self._limiter = limiter
-        self._events: collections.deque[Event] = collections.deque(
-            maxlen=read_count(last, "last", least=1)
-        )
+        kept = read_count(last, "last", least=1)
+        if kept > _MOST:
+            raise ValueError(f"last must be at most {_MOST:,} events, some 300 GB, not {last!r}")
+        self._events: collections.deque[Event] = collections.deque(maxlen=kept)
         self._lock = threading.Lock()
         self._unobserve: Callable[[], None] = limiter.observe(self._keep)
 

@@ -446,6 +446,13 @@ def test_dump_and_load_must_be_given_together() -> None:
         Checkpoint("run.db", dump=str.encode)
 
 
+@pytest.mark.parametrize("given", [{"key": "id"}, {"dump": "json", "load": "json"}])
+def test_checkpoint_refuses_key_dump_and_load_that_are_not_callable(given: dict[str, Any]) -> None:
+    """The error comes at once, not with the first item."""
+    with pytest.raises(TypeError, match=r"^(key|dump) must be a function, not str$"):
+        Checkpoint("run.db", **given)
+
+
 KILLED = """
 import asyncio, os, sys
 from asyncbucket import Limiter

@@ -192,6 +192,32 @@ def test_child_below_its_share_gets_what_its_own_limit_allows(
     assert slow + sum(passed.values()) >= 0.99 * 50 * minutes
 
 
+@pytest.mark.parametrize(("burst", "calls"), [(1, 250), (2, 301)])
+def test_child_with_burst_of_one_loses_what_flows_in_while_key_is_busy(
+    virtual_time: VirtualTime, burst: int, calls: int
+) -> None:
+    """With a burst of one it makes a call every so many whole gaps of its key: 40 ms, not 33."""
+    passed: list[int] = []
+
+    async def caller(limiter: Limiter) -> None:
+        while virtual_time.now < 10:
+            await limiter.acquire()
+            if limiter is small and virtual_time.now < 10:
+                passed.append(virtual_time.clock())
+
+    async def main() -> None:
+        async with asyncio.TaskGroup() as group:
+            for limiter in 3 * (key.child("busy"), small):
+                group.create_task(caller(limiter))
+
+    key = Limiter("6000 RPM burst 1", clock=virtual_time.clock)
+    small = key.child("small", f"1800 RPM burst {burst}")
+    virtual_time.run(main())
+    assert len(passed) == calls
+    if burst == 1:
+        assert {late - early for early, late in itertools.pairwise(passed)} == {40_000_000}
+
+
 def test_child_held_up_long_is_only_one_call_ahead_of_sibling(virtual_time: VirtualTime) -> None:
     """When its quota comes back all at once, it is not used up before others get their turns."""
     passed: list[tuple[float, str]] = []

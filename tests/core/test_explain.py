@@ -19,7 +19,7 @@ def test_explanation_names_what_binds_now_and_in_the_long_run(virtual_time: Virt
         limiter = Limiter("500 RPM burst 500", "200k TPM", clock=virtual_time.clock)
         assert str(limiter.explain(tokens=1_000)) == (
             "a call would pass at once; tokens allow 200 such calls a minute "
-            "(200,000 tokens per 60 s); requests alone would allow 2.5x as many "
+            "(200,000 tokens per 60 s); without that limit, requests would allow 500 a minute "
             "(500 requests per 60 s)"
         )
         await limiter.acquire(tokens=200_000)
@@ -27,8 +27,8 @@ def test_explanation_names_what_binds_now_and_in_the_long_run(virtual_time: Virt
         await asyncio.sleep(48)
         assert str(limiter.explain(tokens=1_000)) == (
             "a call would wait 12.4 s behind 40 calls: tokens bind; tokens allow 200 such calls a "
-            "minute (200,000 tokens per 60 s); requests alone would allow 2.5x as many "
-            "(500 requests per 60 s)"
+            "minute (200,000 tokens per 60 s); without that limit, requests would allow 500 a "
+            "minute (500 requests per 60 s)"
         )
         await asyncio.gather(*calls)
 
@@ -48,8 +48,9 @@ def test_explanation_has_cost_and_rate_of_limits_tightest_first(virtual_time: Vi
     ]
     assert (explanation.wait, explanation.bound_by, explanation.ahead) == (0.0, None, 0)
     assert str(explanation) == (
-        "a call would pass at once; requests allow 100 such calls a day "
-        "(100 requests per 86,400 s); 30 requests per 60 s alone would allow 432x as many"
+        "a call would pass at once; requests allow 100 such calls a day (key: 100 requests per "
+        "86,400 s, burst 10); without that limit, requests would allow 43,200 a day (key/chat: 30 "
+        "requests per 60 s, burst 3)"
     )
     assert "tokens allow 2 such calls a minute" in str(Limiter("1k TPM").explain(tokens=500))
     assert "tokens allow 10 such calls a second" in str(
@@ -87,6 +88,24 @@ def test_explanation_names_pause_and_its_length(virtual_time: VirtualTime) -> No
     limiter = Limiter("60 RPM", clock=virtual_time.clock)
     limiter.pause(90)
     assert str(limiter.explain()).startswith("a call would wait 90 s: the limiter is paused;")
+
+
+def test_explanation_names_what_most_of_the_wait_is_for(virtual_time: VirtualTime) -> None:
+    """Most of their wait is the pause, though the last one then waits for a second more."""
+
+    async def main() -> None:
+        limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
+        await limiter.acquire()
+        calls = [asyncio.ensure_future(limiter.acquire()) for _ in range(3)]
+        await virtual_time.all_blocked()
+        limiter.pause(30)
+        explanation = limiter.explain()
+        assert (explanation.wait, explanation.bound_by, explanation.ahead) == (33.0, "paused", 3)
+        assert str(explanation).startswith("a call would wait 33 s behind 3 calls: the limiter is ")
+        for call in calls:
+            call.cancel()
+
+    virtual_time.run(main())
 
 
 def test_explain_changes_nothing(virtual_time: VirtualTime) -> None:
@@ -243,11 +262,12 @@ def test_explanation_applies_to_inherited_tenant(virtual_time: VirtualTime) -> N
 
 
 def test_explanation_spells_names_and_numbers_as_people_do() -> None:
-    """Input tokens have no underscore, one call is singular, an equal rate is 1.0x."""
+    """Input tokens have no underscore, one call is singular, an equal rate is the same number."""
     one = str(Limiter("100 ITPM").explain(input_tokens=100))
     assert "input tokens allow 1 such call a minute (100 input tokens per 60 s)" in one
     alike = str(Limiter("500 RPM", "500k ITPM").explain(input_tokens=1_000))
-    assert "input tokens alone would allow 1.0x as many" in alike
+    assert "requests allow 500 such calls a minute" in alike
+    assert "without that limit, input tokens would allow 500 a minute" in alike
     assert "traffic allows 2 such calls a second" in str(
         Limiter("6 traffic/s").explain(requests=0, traffic=3)
     )

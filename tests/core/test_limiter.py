@@ -359,6 +359,15 @@ def test_name_that_is_not_a_string_is_refused(name: Any) -> None:
         Limiter("5 RPM", name=name)
 
 
+def test_limiter_name_with_surrogates_is_refused() -> None:
+    """One child with half a character in its name would leave all limiters without metrics."""
+    told = r"text that UTF-8 can write, for logs and metrics, not '\\ud800x'$"
+    with pytest.raises(ValueError, match=told):
+        Limiter("5 RPM", name="\ud800x")
+    with pytest.raises(ValueError, match=told):
+        Limiter("5 RPM").child("\ud800x")
+
+
 @pytest.mark.parametrize("parts", [{"tokens": 5}, {"requests": 2}, {"images": 3}])
 def test_cost_object_together_with_amounts_is_refused(parts: dict[str, Any]) -> None:
     """One of the two would be ignored."""

@@ -44,6 +44,38 @@ async def test_numpy_numbers_are_accepted_everywhere() -> None:
     assert told == "[10, 60.0, 3, 3]"
 
 
+@pytest.mark.parametrize("kind", ["int8", "uint8", "int16", "int32", "int64", "float32"])
+def test_seconds_in_small_numpy_integers_do_not_overflow(
+    virtual_time: VirtualTime, kind: str
+) -> None:
+    """Thirty seconds are more nanoseconds than small integers hold, such as those of an int32 column."""
+    numpy: Any = pytest.importorskip("numpy")
+    thirty = getattr(numpy, kind)(30)
+
+    async def main() -> None:
+        limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock, slot_ttl=thirty)
+        limiter.pause(thirty)
+        await limiter.acquire(timeout=thirty, deadline=thirty)
+        assert virtual_time.now == 30
+
+    virtual_time.run(main())
+    told = plan(rpm=100, latency=[thirty, thirty], arrivals=[thirty, thirty], what_if=False)
+    assert told.duration == 60
+
+
+def test_counts_in_small_numpy_integers_do_not_overflow() -> None:
+    """Neither in a plan, which multiplies slots by time, nor where threads are counted."""
+    numpy: Any = pytest.importorskip("numpy")
+    three = numpy.int8(3)
+    told = plan(rpm=100, calls=three, concurrency=three, latency=three, what_if=True)
+    assert told.duration == 3
+    limiter = Limiter("100 requests/s")
+    assert [item.result for item in limiter.map(str, [1, 2], workers=three)] == ["1", "2"]
+    limiter = Limiter("1k TPM")
+    limiter.observe_remaining(three, resource="tokens", per=60, limit=three, rounding=three)
+    assert limiter.statistics().limits[0].available == three
+
+
 def test_fraction_as_seconds_is_shown_as_decimal_number(virtual_time: VirtualTime) -> None:
     """Before Python 3.12 fractions cannot be formatted, and they are never valid JSON."""
     third: Any = Fraction(1, 3)

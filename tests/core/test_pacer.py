@@ -344,6 +344,37 @@ def test_wait_of_ten_days_ends_on_time(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
 
 
+@pytest.mark.parametrize("where", ["root", "child"])
+def test_no_more_than_a_full_bucket_passes_after_a_long_stop(
+    where: str, virtual_time: VirtualTime
+) -> None:
+    """A process that was stopped for an hour (`SIGSTOP`) finds a full bucket, not an hour's units."""
+    looks, passed = 0, list[float]()
+
+    def clock() -> int:
+        nonlocal looks
+        looks += 1
+        return virtual_time.clock()
+
+    async def call(limiter: Limiter) -> None:
+        await limiter.acquire()
+        passed.append(virtual_time.now)
+
+    async def main() -> None:
+        root = Limiter("600 RPM burst 3", clock=clock)
+        limiter = root if where == "root" else root.child("child")
+        calls = [asyncio.create_task(call(limiter)) for _ in range(10)]
+        await asyncio.sleep(0.25)
+        before = looks
+        virtual_time.advance(3600)
+        await asyncio.gather(*calls)
+        assert looks - before < 20
+
+    virtual_time.run(main())
+    assert passed[:5] == [0, 0, 0, 0.1, 0.2]
+    assert passed[5:] == [3600.25, 3600.25, 3600.25, 3600.35, 3600.45]
+
+
 def test_one_pass_admits_calls_in_order_and_skips_cancelled_ones(virtual_time: VirtualTime) -> None:
     """A pass admits, in order, the calls that would pass one by one, and skips cancelled ones."""
 

@@ -1,4 +1,5 @@
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -72,6 +73,9 @@ def test_only_pauses_with_reason_429_count_as_upstream_429(virtual_time: Virtual
     limiter.pause(1, reason="maintenance")
     limiter.pause(1)
     assert limiter.statistics().upstream_429 == 1
+    number: Any = 429
+    with pytest.raises(TypeError, match='reason must be a string, such as "429", not 429'):
+        limiter.pause(1, reason=number)
 
 
 def test_call_with_deadline_within_pause_fails(virtual_time: VirtualTime) -> None:

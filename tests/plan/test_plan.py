@@ -3,7 +3,7 @@
 import json
 import pickle
 import random
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -218,6 +218,8 @@ def test_plan_survives_json_and_pickle() -> None:
         ({"calls": 5, "latency": -1}, "latency: expected a finite number from 0 on, not -1"),
         ({"calls": 5, "tokens": True}, "tokens: expected a number, not True"),
         ({"tokens": []}, "tokens has no samples"),
+        ({"calls": 5, "tokens": b"800"}, "tokens: expected a number, not bytes"),
+        ({"calls": 5, "latency": 1, "concurrency": True}, "concurrency must be a whole number of"),
         ({"tokens": [1, -2]}, "tokens, sample 2: expected a finite number from 0 on, not -2"),
         ({"calls": 5, "arrivals": [0, 1]}, "calls=5 contradicts the arrivals, which are 2 calls"),
         ({"arrivals": [0, -1]}, "an arrival must be a finite number of seconds from 0 on, not -1"),
@@ -233,6 +235,25 @@ def test_invalid_arguments_are_refused_with_the_remedy(
     """Each message names the remedy."""
     with pytest.raises(ValueError, match=message):
         plan(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tenants": 0}, r"tenants must be given by name, such as .*, not 0$"),
+        (
+            {"tenants": {"a": Tenant(limits=cast("Any", 5))}},
+            r"limits of tenant 'a' must be a tuple: write \(5,\)",
+        ),
+        ({"count_tokens": 4}, "count_tokens must be a function from a text to its tokens, not 4"),
+    ],
+)
+def test_arguments_of_wrong_types_are_refused_with_the_right_ones(
+    arguments: dict[str, Any], message: str
+) -> None:
+    """Even where it would not be used."""
+    with pytest.raises(TypeError, match=message):
+        plan(calls=5, rpm=5, **arguments)
 
 
 def test_bare_number_is_refused_as_arrivals() -> None:

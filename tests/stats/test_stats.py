@@ -163,7 +163,7 @@ def test_host_other_than_loopback_is_refused(host: str) -> None:
         busy().serve_stats(host=host)
 
 
-@pytest.mark.parametrize("port", [99_999, -1, "80"])
+@pytest.mark.parametrize("port", [99_999, -1, "80", True, 80.0])
 def test_invalid_port_is_refused_with_the_valid_range(port: Any) -> None:
     """The error comes before a socket is made; a port from the environment is a string."""
     with pytest.raises(ValueError, match=rf"number from 0 .any.* to 65535, not {port!r}$"):
@@ -307,3 +307,18 @@ def test_invalid_length_of_a_trace_is_refused(last: object) -> None:
     """The error comes at once."""
     with pytest.raises(ValueError, match="last must be a whole number of at least 1"):
         Limiter("5 RPM").trace(cast("int", last))
+
+
+def test_trace_longer_than_any_memory_is_refused() -> None:
+    """The error says how many events may be kept."""
+    with pytest.raises(
+        ValueError, match=r"last must be at most 1,000,000,000 events, .* not 10{30}$"
+    ):
+        Limiter("5 RPM").trace(10**30)
+
+
+@pytest.mark.parametrize("limiters", ["chat", [3]])
+def test_serve_stats_refuses_what_is_not_a_limiter(limiters: Any) -> None:
+    """A name, say, is refused before a port is taken."""
+    with pytest.raises(TypeError, match=r"shows limiters, not (str|int)$"):
+        serve_stats(limiters)
