@@ -8,7 +8,9 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import MagicMock
 
+import aiohttp
 import httpx
 import httpx2
 import pytest
@@ -177,6 +179,32 @@ async def test_request_that_never_left_costs_nothing(library: Any, limiter: Limi
 
     assert in_flight(limiter) == 0
     assert used(limiter, "requests") == used(limiter, "tokens") == 0
+
+
+@pytest.mark.parametrize(
+    ("cause", "charged"),
+    [
+        (aiohttp.ConnectionTimeoutError("connecting"), 0),
+        (aiohttp.ClientConnectorError(MagicMock(), OSError("no such host")), 0),
+        (aiohttp.ServerDisconnectedError("no reply"), 1),
+        (aiohttp.ClientOSError("reset"), 1),
+    ],
+    ids=["no connection in time", "no such host", "no reply", "reset"],
+)
+async def test_what_aiohttp_has_sent_is_charged_whatever_httpx_calls_the_error(
+    library: Any, limiter: Limiter, cause: Exception, charged: int
+) -> None:
+    """Over aiohttp, a connection lost before the reply becomes a time-out of connecting."""
+
+    def answer(_: Any) -> Any:
+        raise library.ConnectTimeout("lost") from cause
+
+    async with client_over(library, limiter, answer) as client:
+        with pytest.raises(library.ConnectTimeout):
+            await client.post(URL, json=BODY)
+
+    assert in_flight(limiter) == 0
+    assert used(limiter, "requests") == charged
 
 
 async def test_body_that_came_along_gives_the_slot_back_at_once(
