@@ -82,10 +82,15 @@ def without_retries(client: C) -> C:
 def reporting(client: C) -> C:
     """Make ``client``, which must not be the user's own, report its requests; return it."""
     cls: Any = type(client)
-    if is_client(client) and _REPORTS not in vars(cls):
+    if is_client(client) and not does_report(client):
         _know_platform(client)
         client.__class__ = _reporting_class(cls)
     return client
+
+
+def does_report(client: object) -> bool:
+    """Tell whether ``client`` reports its requests."""
+    return _REPORTS in vars(type(client))
 
 
 def _know_platform(client: Any) -> None:

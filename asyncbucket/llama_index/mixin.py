@@ -1,5 +1,6 @@
 """What paced LLMs, embedding models and tools have in common."""
 
+import functools
 import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -7,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from llama_index.core.schema import BaseComponent
 
 from asyncbucket.limiter import Limiter
-from asyncbucket.llama_index.clients import is_client, reporting, without_retries
+from asyncbucket.llama_index.clients import does_report, is_client, reporting, without_retries
 from asyncbucket.llama_index.copies import reduce
 from asyncbucket.llama_index.estimate import Estimator
+from asyncbucket.llama_index.held import watch
 from asyncbucket.llama_index.misuse import warn_of_misuse
 from asyncbucket.llama_index.pacing import Pacing
 from asyncbucket.retry import Retry
@@ -93,11 +95,13 @@ class Paced:
 
     def _get_client(self, *args: Any, **kwargs: Any) -> Any:
         above: Any = super()  # some models have it
-        return _ours(self, above._get_client(*args, **kwargs))  # noqa: SLF001 - an override
+        make = functools.partial(above._get_client, *args, **kwargs)  # noqa: SLF001 - an override
+        return _ours(self, make)
 
     def _get_aclient(self, *args: Any, **kwargs: Any) -> Any:
         above: Any = super()
-        return _ours(self, above._get_aclient(*args, **kwargs))  # noqa: SLF001 - as above
+        make = functools.partial(above._get_aclient, *args, **kwargs)  # noqa: SLF001 - as above
+        return _ours(self, make)
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         return reduce(self, pacing_of(self))
@@ -139,11 +143,14 @@ def bind(model: object, pacing: Pacing) -> None:
     object.__setattr__(model, "__pydantic_private__", {**private, _PACING: pacing})
 
 
-def _ours(model: object, client: Any) -> Any:
+def _ours(model: object, make: Callable[[], Any]) -> Any:
     """Make a client report if it was made under our `max_retries`; those in fields are the user's."""
-    if any(client is value for value in vars(model).values()):
-        return client
-    return reporting(client)
+    watch(reports=True)  # making it sends nothing, even if that fails
+    client = make()
+    if not any(client is value for value in vars(model).values()):
+        client = reporting(client)
+    watch(reports=does_report(client))
+    return client
 
 
 def unpaced_private(model: object) -> dict[str, Any]:

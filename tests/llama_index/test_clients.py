@@ -341,27 +341,147 @@ async def test_booking_is_dated_again_when_the_body_goes_out(
     assert seen == ["dated", "head", "dated", "body"]
 
 
+class Twice(MockLLM):
+    """A model that makes two requests in one call."""
+
+    _client: AsyncOpenAI = PrivateAttr()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._client = AsyncOpenAI(api_key="k", base_url=API_BASE)
+
+    async def acomplete(self, prompt: str, *_: Any, **__: Any) -> CompletionResponse:
+        """Ask twice."""
+        for _turn in range(2):
+            await self._client.completions.create(model="m", prompt=prompt)
+        return CompletionResponse(text=prompt)
+
+
 async def test_call_of_several_requests_is_booked_as_several(openai_api: "ScriptedOpenAI") -> None:
     """A model that makes two requests in one call is charged for the second, too."""
-
-    class Twice(MockLLM):
-        _client: AsyncOpenAI = PrivateAttr()
-
-        def __init__(self) -> None:
-            super().__init__()
-            self._client = AsyncOpenAI(api_key="k", base_url=API_BASE)
-
-        async def acomplete(self, prompt: str, *_: Any, **__: Any) -> CompletionResponse:
-            for _turn in range(2):
-                await self._client.completions.create(model="m", prompt=prompt)
-            return CompletionResponse(text=prompt)
-
     limiter = Limiter("1000 RPM", "100k TPM")
 
     await limiter.wrap(Twice()).acomplete("hi")
 
     assert len(openai_api.requests) == 2
     assert [limit.used for limit in limiter.statistics().limits] == [2, 2 * 18]
+
+
+def charged(limiter: Limiter) -> list[int]:
+    """Return the requests and tokens that are charged."""
+    return [limit.used for limit in limiter.statistics().limits]
+
+
+@pytest.mark.parametrize(
+    "make", [each for each in MAKERS if each is not make_responses], ids=name_of
+)
+async def test_call_that_fails_before_its_request_costs_nothing(make: Callable[..., LLM]) -> None:
+    """A wrong argument is refused by the SDK, in a call as in a stream, asynchronous or not."""
+    limiter = Limiter("1000 RPM", "100k TPM")
+    llm = limiter.wrap(make())
+
+    with pytest.raises(TypeError, match="nonsense"):
+        await llm.achat(MESSAGES, nonsense=1)
+    with pytest.raises(TypeError, match="nonsense"):
+        await anext(await llm.astream_chat(MESSAGES, nonsense=1))
+    with pytest.raises(TypeError, match="nonsense"):
+        llm.chat(MESSAGES, nonsense=1)
+    with pytest.raises(TypeError, match="nonsense"):
+        next(llm.stream_chat(MESSAGES, nonsense=1))
+
+    assert charged(limiter) == [0, 0]
+
+
+async def test_call_without_a_key_costs_nothing() -> None:
+    """No client can be made, so nothing can be sent."""
+    limiter = Limiter("1000 RPM", "100k TPM")
+
+    with pytest.raises(openai.OpenAIError, match="credentials"):
+        await limiter.wrap(OpenAI(model="gpt-4o-mini", api_base=API_BASE)).achat(MESSAGES)
+    with pytest.raises(openai.OpenAIError, match="credentials"):
+        await limiter.wrap(OpenAIEmbedding(api_base=API_BASE)).aget_query_embedding("hi")
+
+    assert charged(limiter) == [0, 0]
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=name_of)
+def test_attempts_that_find_no_connection_cost_nothing(
+    make: Callable[..., LLM], openai_api: "ScriptedOpenAI"
+) -> None:
+    """While the provider is down, the retries wait for it, and not for the limit as well."""
+    openai_api.script = [httpx.ConnectError("refused"), httpx.ConnectTimeout("slow")]
+    with virtual_time() as time:
+        limiter = Limiter("1 RPM", "100k TPM", clock=time.clock)
+
+        time.run(limiter.wrap(make()).achat(MESSAGES))
+
+        assert time.now <= 3.0
+        assert len(openai_api.requests) == 3
+        assert charged(limiter) == [1, 18]
+
+
+async def test_request_whose_reply_is_lost_stays_charged(openai_api: "ScriptedOpenAI") -> None:
+    """The provider has counted it."""
+    openai_api.script = [httpx.ReadError("lost")]
+    limiter = Limiter("1000 RPM")
+
+    with pytest.raises(openai.APIConnectionError):
+        await limiter.wrap(make_openai(), retry=False).achat(MESSAGES)
+
+    assert charged(limiter) == [1]
+
+
+async def test_request_that_finds_no_connection_after_a_redirect_stays_charged() -> None:
+    """The first host has received it."""
+
+    class Redirected(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            await request.extensions["trace"]("http11.send_request_body.started", {})
+            raise httpx.ConnectError("refused by the second host")
+
+    limiter = Limiter("1000 RPM")
+    async with httpx.AsyncClient(transport=Redirected()) as client:
+        llm = limiter.wrap(make_openai(async_http_client=client), retry=False)
+        with pytest.raises(openai.APIConnectionError):
+            await llm.achat(MESSAGES)
+
+    assert charged(limiter) == [1]
+
+
+async def test_call_whose_second_request_finds_no_connection_stays_charged(
+    openai_api: "ScriptedOpenAI",
+) -> None:
+    """Its first request was answered."""
+    openai_api.script = [httpx.Response(200, json={}), httpx.ConnectError("refused")]
+    limiter = Limiter("1000 RPM")
+
+    with pytest.raises(openai.APIConnectionError):
+        await limiter.wrap(Twice(), retry=False).acomplete("hi")
+
+    assert charged(limiter) == [2]
+
+
+async def test_call_by_a_client_that_reports_nothing_stays_charged() -> None:
+    """What the user's own client in a field sends is not seen."""
+
+    class WithField(MockLLM):
+        client: Any = None
+
+        def _get_aclient(self) -> Any:
+            return self.client
+
+        async def acomplete(self, *_: Any, **__: Any) -> CompletionResponse:
+            await self._get_aclient().completions.create(model="m", prompt="hi", nonsense=1)
+            raise AssertionError("unreachable")
+
+    limiter = Limiter("1000 RPM")
+    inner = WithField(max_tokens=None)
+    inner.client = AsyncOpenAI(api_key="k", max_retries=0)
+
+    with pytest.raises(TypeError, match="nonsense"):
+        await limiter.wrap(inner).acomplete("hi")
+
+    assert charged(limiter) == [1]
 
 
 async def test_request_outside_of_a_call_is_nobodys(openai_api: "ScriptedOpenAI") -> None:
