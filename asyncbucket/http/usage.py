@@ -36,6 +36,9 @@ _TOTAL: Final = ("total_tokens", "totalTokens", "total_token_count")
 #: of input count what is written, but not what is read.
 _CACHE_WRITES: Final = ("cache_creation_input_tokens", "cacheWriteInputTokens")
 _CACHE_READS: Final = ("cache_read_input_tokens", "cacheReadInputTokens")
+#: OpenAI and those who speak its protocol count in the input what is read from their cache.
+_DETAILS: Final = ("prompt_tokens_details", "input_tokens_details")
+_CACHED: Final = "cached_tokens"
 
 #: More than any model's context, and too little to stop a limiter for good.
 _MOST: Final = 10_000_000
@@ -50,11 +53,13 @@ class Usage:
             provider's cache depends on the provider.
         output_tokens: what came back, reasoning included.
         total: both.
+        cached_tokens: the part of the input that came from the provider's cache.
     """
 
     input_tokens: int
     output_tokens: int
     total: int
+    cached_tokens: int = 0
 
     def __add__(self, other: "Usage") -> "Usage":
         """Add up what two calls used."""
@@ -62,6 +67,7 @@ class Usage:
             self.input_tokens + other.input_tokens,
             self.output_tokens + other.output_tokens,
             self.total + other.total,
+            self.cached_tokens + other.cached_tokens,
         )
 
     def __or__(self, other: "Usage | None") -> "Usage":
@@ -71,7 +77,13 @@ class Usage:
         input_tokens = max(self.input_tokens, other.input_tokens)
         output_tokens = max(self.output_tokens, other.output_tokens)
         total = max(self.total, other.total, input_tokens + output_tokens)
-        return Usage(input_tokens, output_tokens, total)
+        cached_tokens = max(self.cached_tokens, other.cached_tokens)
+        return Usage(input_tokens, output_tokens, total, cached_tokens)
+
+    def without_cached(self) -> "Usage":
+        """Leave out of input and total what came from the provider's cache."""
+        rest = self.input_tokens - self.cached_tokens
+        return Usage(rest, self.output_tokens, self.total - self.cached_tokens)
 
 
 def usage_of(reply: object) -> Usage | None:
@@ -113,7 +125,9 @@ def read_usage(place: object) -> Usage | None:
         # Gemini counts thoughts in the total only, and Bedrock counts cache reads there.
         received += max(0, rest - written - (_number(place, *_CACHE_READS) or 0))
     given += written
-    return Usage(given, received, given + received)
+    details = (_get(place, name) for name in _DETAILS)
+    cached = max(_number(each, _CACHED) or 0 for each in details)
+    return Usage(given, received, given + received, min(given, cached))
 
 
 def _number(place: object, *names: str) -> int | None:

@@ -50,7 +50,7 @@ class _Trace:
 
     def __init__(self, held: Held, request: _Request) -> None:
         self._held = held
-        self._profile = profile_of(request.url.host)
+        self._profile = held.profile = profile_of(request.url.host)
 
     def hear(self, event: str, info: Mapping[str, Any]) -> None:
         """Handle one event of httpcore."""

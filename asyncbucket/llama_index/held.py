@@ -59,11 +59,14 @@ class HeldCall(Held):
             self._replies = usage if self._replies is None else self._replies + usage
 
     def used(self, said: Usage | None) -> Usage | None:
-        """Return what the call used: what its reply ``said``, or what was seen inside if more."""
+        """Return what the call used: what its reply ``said``, or what was seen inside if more.
+
+        What the provider's limits do not count is left out.
+        """
         within = [method.usage for method in self.methods if method.usage is not None]
         for seen in (functools.reduce(operator.add, within) if within else None, self._replies):
             said = said | seen if said is not None else seen
-        return said
+        return said if said is None or self.profile is None else self.profile.counted(said)
 
     def failed(self, lease: Lease, error: BaseException) -> None:
         """End the call's lease; a call that is known to have sent nothing costs nothing."""

@@ -16,6 +16,7 @@ from llama_index.core.llms import LLM, MockLLM
 from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.azure_openai import AzureOpenAI
 from llama_index.llms.openai import OpenAI, OpenAIResponses
+from llama_index.llms.openai_like import OpenAILike
 from openai import AsyncAzureOpenAI, AsyncOpenAI
 from pydantic import PrivateAttr
 
@@ -542,3 +543,20 @@ async def test_a_gateway_that_is_not_known_is_not_listened_to(
         limiter = Limiter("60 RPM burst 60")
         await limiter.wrap(llm).achat(MESSAGES)
     assert limiter.statistics().limits[0].available == 59
+
+
+@pytest.mark.parametrize(("host", "counted"), [("api.groq.com", 26), ("llm.test", 90)])
+async def test_what_came_from_the_cache_counts_as_the_provider_counts_it(
+    openai_api: "ScriptedOpenAI", host: str, counted: int
+) -> None:
+    """Groq, known by its host, leaves it out; a call and a stream are settled alike."""
+    openai_api.usage = {"prompt_tokens": 90, "completion_tokens": 7, "total_tokens": 97}
+    openai_api.usage |= {"prompt_tokens_details": {"cached_tokens": 64}}
+    limiter = Limiter("100k ITPM")
+    like = OpenAILike(model="m", api_key="k", api_base=f"https://{host}/v1", is_chat_model=True)
+    llm = limiter.wrap(like)
+
+    await llm.achat(MESSAGES)
+    assert charged(limiter) == [counted]
+    assert [chunk async for chunk in await llm.astream_chat(MESSAGES)]
+    assert charged(limiter) == [2 * counted]
