@@ -16,7 +16,10 @@ _PLACES: Final = ("usage", "usage_metadata")
 #: events.
 _WRAPPERS: Final = ("raw", "additional_kwargs", "response", "message", "data")
 
-#: OpenAI chat, then OpenAI Responses and Anthropic, Bedrock, Gemini, Ollama.
+#: Where Cohere keeps the numbers inside: what it processed, and what it charges for.
+_PARTS: Final = ("tokens", "billed_units")
+
+#: OpenAI chat, then OpenAI Responses, Anthropic and Cohere, Bedrock, Gemini, Ollama.
 _INPUT: Final = (
     "prompt_tokens",
     "input_tokens",
@@ -113,7 +116,12 @@ def _places(reply: object) -> Iterator[object]:
 
 
 def read_usage(place: object) -> Usage | None:
-    """Return the usage in ``place``, an object with token counts, or None."""
+    """Return the usage in ``place``, an object with token counts or with such objects, or None."""
+    found = map(_read_numbers, (place, *(_get(place, name) for name in _PARTS)))
+    return next(filter(None, found), None)
+
+
+def _read_numbers(place: object) -> Usage | None:
     given, received = _number(place, *_INPUT) or 0, _number(place, *_OUTPUT) or 0
     total = _number(place, *_TOTAL) or 0
     if not (given or received or total):
