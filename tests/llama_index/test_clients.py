@@ -1,8 +1,11 @@
-"""Only one layer retries, and a booking is dated by the moment when its request is sent."""
+"""Only one layer retries, a booking is dated when its request is sent, and clients fit their loop."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable
+import copy
+import functools
+import gc
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from unittest.mock import MagicMock
@@ -560,3 +563,112 @@ async def test_what_came_from_the_cache_counts_as_the_provider_counts_it(
     assert charged(limiter) == [counted]
     assert [chunk async for chunk in await llm.astream_chat(MESSAGES)]
     assert charged(limiter) == [2 * counted]
+
+
+async def ask(llm: LLM) -> None:
+    """Make two calls at once, so that two connections stay open."""
+    await asyncio.gather(llm.achat(MESSAGES), llm.achat(MESSAGES))
+
+
+async def read(llm: LLM) -> None:
+    """Read a stream to its end."""
+    assert [chunk async for chunk in await llm.astream_chat(MESSAGES)]
+
+
+async def embed(model: OpenAIEmbedding) -> None:
+    """Embed two texts."""
+    await model.aget_text_embedding_batch(["one", "two"])
+
+
+async def hang_up(llm: Any) -> None:
+    """Leave the clients of earlier loops, and close that of this one."""
+    await llm._get_aclient().close()
+
+
+# A connection that is still open when its loop ends is closed by the collector, which says so.
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+@pytest.mark.parametrize("call", [ask, read, embed])
+def test_each_call_is_sent_once_however_many_loops_there_are(
+    rate_limited_provider: "ProviderFactory",
+    call: Callable[[Any], Coroutine[Any, Any, None]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A script may say ``asyncio.run(...)`` again and again; connections end with their loop."""
+    provider = rate_limited_provider()
+    limiter = Limiter("60k RPM")
+    model = OpenAIEmbedding if call is embed else OpenAI
+    llm = limiter.wrap(model(api_key="k", api_base=provider.base_url), retry=False)
+
+    for _ in range(3):
+        asyncio.run(call(llm))
+    asyncio.run(hang_up(llm))
+    gc.collect()
+
+    assert provider.statistics().requests == (6 if call is ask else 3)
+    assert limiter.statistics().admitted == provider.statistics().requests
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("openai_api")
+def test_client_of_the_user_is_kept_on_each_loop() -> None:
+    """Whoever passes a client or an HTTP client decides on which loops it lives."""
+    theirs = AsyncOpenAI(api_key="k", base_url=API_BASE)
+    for make in (
+        make_users_http_client,
+        functools.partial(make_openai, async_openai_client=theirs),
+    ):
+        llm = Limiter("1000 RPM").wrap(make())
+        asyncio.run(ask(llm))
+        ours = llm._get_aclient()
+        asyncio.run(ask(llm))
+        assert llm._get_aclient() is ours
+
+
+@pytest.mark.usefixtures("openai_api")
+def test_client_is_kept_while_its_loop_runs() -> None:
+    """Each loop has one, which a model that is wrapped again shares."""
+    limiter = Limiter("1000 RPM")
+    llm = limiter.wrap(make_openai())
+
+    async def client() -> AsyncOpenAI:
+        await ask(llm)
+        assert llm._get_aclient() is llm._get_aclient()
+        assert limiter.child("chat").wrap(llm)._get_aclient() is llm._get_aclient()
+        return llm._get_aclient()
+
+    assert asyncio.run(client()) is not asyncio.run(client())
+
+
+async def test_copy_of_a_model_has_a_client_of_its_own() -> None:
+    """Its key may be another one."""
+    llm = Limiter("1000 RPM").wrap(make_openai())
+    other = llm.model_copy(update={"api_key": "other"})
+    twin = copy.deepcopy(llm)
+
+    clients = [each._get_aclient() for each in (llm, other, twin, llm.model_copy())]
+
+    assert [client.api_key for client in clients] == ["k", "other", "k", "k"]
+    assert len(set(map(id, clients))) == 4
+
+
+@pytest.mark.real_clock
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_loops_on_several_threads_share_no_connection(
+    rate_limited_provider: "ProviderFactory",
+) -> None:
+    """They would wait for each other's replies; threads run on the machine's clock."""
+    provider = rate_limited_provider(latency=0.01)
+    limiter = Limiter("60k RPM burst 1000")
+    llm = limiter.wrap(OpenAI(api_key="k", api_base=provider.base_url), retry=False)
+
+    def work() -> None:
+        for _ in range(3):
+            asyncio.run(ask(llm))
+
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(work) for _ in range(4)]:
+            done.result(timeout=30)
+    asyncio.run(hang_up(llm))
+    gc.collect()
+
+    assert provider.statistics().requests == limiter.statistics().admitted == 4 * 3 * 2
