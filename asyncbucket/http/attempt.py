@@ -15,7 +15,7 @@ from asyncbucket.http.body import (
     read_json,
     replies_of,
 )
-from asyncbucket.http.failures import FIRST_ERROR, classify
+from asyncbucket.http.failures import FIRST_ERROR, classify, never_sent
 from asyncbucket.http.forecast import OutputForecast
 from asyncbucket.http.learn import Ear, pairs
 from asyncbucket.http.profiles import Call, Profile
@@ -28,10 +28,6 @@ _LAG: Final = 0.2
 #: A request that leaves this long (s) after its admission is dated anew: connecting takes time.
 _SOON: Final = 0.002
 _ENCODING: Final = b"content-encoding"
-#: Errors of httpx, httpx2 or a limiter beneath: nothing was sent, so nothing was charged.
-_NEVER_SENT: Final = frozenset(
-    {"AsyncBucketError", "ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"}
-)
 
 
 class Attempt:
@@ -82,8 +78,7 @@ class Attempt:
 
     def failed(self, error: BaseException) -> None:
         """End without a reply; a request that never left costs nothing."""
-        names = {kind.__name__ for kind in type(error).__mro__}
-        if names & _NEVER_SENT:
+        if never_sent(error):
             self._lease.undo()
         elif classify(error).overloaded:
             self._lease.overloaded()

@@ -9,7 +9,7 @@ text.
 A reply's body passes through untouched. References to its last chunks are kept (`Tail`). Once it is
 complete, the usage is found in them by its key, without parsing: a reply's text may contain the
 letters ``"usage"``, but JSON escapes the quotes around them, so those bytes can only be the real
-key.
+key. It is the key of an object, or, from Ollama, that of a number at the very end.
 """
 
 import json
@@ -30,21 +30,25 @@ _WRITES: Final = (
     "/v1/complete",  # not an upload's
     "/api/chat",
     "/api/generate",
+    "/v2/chat",
 )
 #: Suffixes of paths whose calls only send tokens. ``/messages/count_tokens`` is not among them: it
 #: has its own limit of requests, and none of tokens (docs.anthropic.com, "Token counting", read in
 #: 2025).
-_READS: Final = ("/embeddings", "/api/embed", "/rerank")
+_READS: Final = ("/embeddings", "/api/embed", "/v1/embed", "/v2/embed", "/rerank")
 #: The end of a path that adds a message to a thread, for a run to read later.
 _PUTS_DOWN: Final = re.compile(r"/threads/[^/]+/messages/?$")
 #: The ends of paths that change an existing object: they cancel or archive it, or label a stored
 #: reply, a run or a session, whose answer reports its total usage.
 _CHANGES: Final = re.compile(r"/(cancel|archive)/?$|/(chat/completions|runs|sessions)/[^/]+/?$")
 #: The kinds of a body's members, by their names in OpenAI's chat, completions, responses and
-#: embeddings, Anthropic's messages and Ollama.
+#: embeddings, Anthropic's messages, Cohere and Ollama.
 _PARTS: Final = {
     **dict.fromkeys(
-        ("messages", "input", "prompt", "instructions", "system", "suffix", "query", "documents"),
+        (
+            *("messages", "input", "prompt", "instructions", "system", "suffix"),
+            *("query", "documents", "texts"),
+        ),
         "text",
     ),
     **dict.fromkeys(("tools", "functions"), "tools"),
@@ -80,13 +84,18 @@ _KEPT: Final = 65_536
 _KEPT_ENCODED: Final = 1_048_576
 #: The first bytes of a stream: Anthropic's first event has the tokens of the prompt.
 _HEAD: Final = 4_096
-_KEY: Final = b'"usage"'
-_USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
+#: The keys of an object with the usage: everybody's, then that of Cohere's embeddings.
+_KEYS: Final = (b'"usage"', b'"billed_units"')
+_OBJECT: Final = re.compile(rb'"\w+"\s*:\s*(?=\{)')
+#: The numbers at the end of Ollama's last line: docs.ollama.com/api/chat, read in 2026.
+_NUMBER: Final = re.compile(rb'"(prompt_eval_count|eval_count)"\s*:\s*(\d{1,9})(?=\s*[,}])')
 #: After one of these a stream is complete, even if the client reads no further. They cannot occur
 #: in what a model writes, because JSON escapes quotes and line ends.
 _ENDS: Final = (
     b"\ndata: [DONE]",
     b"\ndata:[DONE]",
+    b'"eval_count"',
+    b'"message-end"',
     b'"message_stop"',
     b'"response.completed"',
     b'"response.incomplete"',
@@ -302,18 +311,28 @@ def is_complete(end: bytes) -> bool:
 
 def find_usage(end: bytes, head: bytes = b"") -> Usage | None:
     """Return the usage at the end of a reply's body, merged with that in its ``head``."""
-    usage, at, tries = None, end.rfind(_KEY), 8
-    while usage is None and at >= 0 and tries:
-        usage = _usage_at(end, at)
-        at = end.rfind(_KEY, 0, at)
-        tries -= 1
-    first = head.find(_KEY)
+    key = next((key for key in _KEYS if key in end), None)
+    usage = (None if key is None else _last_usage(end, key)) or _usage_of_numbers(end)
+    first = head.find(_KEYS[0])
     early = None if first < 0 else _usage_at(head, first)
     return early if usage is None else usage | early
 
 
+def _last_usage(end: bytes, key: bytes) -> Usage | None:
+    usage, at, tries = None, end.rfind(key), 8
+    while usage is None and at >= 0 and tries:
+        usage = _usage_at(end, at)
+        at = end.rfind(key, 0, at)
+        tries -= 1
+    return usage
+
+
+def _usage_of_numbers(end: bytes) -> Usage | None:
+    return read_usage({name.decode(): int(count) for name, count in _NUMBER.findall(end[-_HEAD:])})
+
+
 def _usage_at(data: bytes, key: int) -> Usage | None:
-    value = _USAGE.match(data, key)
+    value = _OBJECT.match(data, key)
     if value is None:
         return None
     text = data[value.end() : value.end() + _HEAD].decode("utf-8", "replace")

@@ -63,6 +63,18 @@ _CONNECTION_ERRORS: Final = frozenset(
 _LASTING_ERRORS: Final = frozenset(
     {"LocalProtocolError", "SSLCertVerificationError", "UnsupportedProtocol"}
 )
+#: Of httpx and httpx2, of aiohttp, and of a limiter beneath: the request was never sent.
+_NEVER_SENT: Final = frozenset(
+    {
+        "AsyncBucketError",
+        "ClientConnectorError",
+        "ConnectError",
+        "ConnectTimeout",
+        "ConnectionTimeoutError",
+        "PoolTimeout",
+        "UnsupportedProtocol",
+    }
+)
 _CODE: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -107,13 +119,25 @@ def classify(error: BaseException) -> Verdict:
             rate_limited=rate_limited,
             overloaded=rate_limited or reason in _OVERLOADED_CODES,
         )
-    names = {kind.__name__ for kind in type(error).__mro__}
+    names = _names(error)
     causes = {type(cause).__name__ for cause in _causes(error)}
     return Verdict(
         retry=bool(names & _CONNECTION_ERRORS and not causes & _LASTING_ERRORS),
         reason=type(error).__name__,
         overloaded=bool(names & _TIMEOUTS),
     )
+
+
+def never_sent(error: BaseException | None) -> bool:
+    """Tell whether an HTTP client's error means that the request was not sent, so costs nothing.
+
+    Over aiohttp, httpx calls even a reply that never came a time-out of connecting; so there,
+    aiohttp's own error counts.
+    """
+    cause = None if error is None else error.__cause__
+    if cause is not None and type(cause).__module__.startswith("aiohttp."):
+        error = cause
+    return not _names(error).isdisjoint(_NEVER_SENT)
 
 
 def _judge_status(error: Exception, status: int, codes: frozenset[str]) -> Verdict:
@@ -176,6 +200,11 @@ def _codes(error: Exception) -> Iterator[str]:
                 # Anthropic's outer `type` is always "error".
                 if isinstance(value, str) and value != "error":
                     yield value.lower()
+
+
+def _names(error: BaseException | None) -> set[str]:
+    """Return the names of the class of an error and of those above it."""
+    return {kind.__name__ for kind in type(error).__mro__}
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

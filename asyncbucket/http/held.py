@@ -26,7 +26,7 @@ from asyncbucket.limiter.levels import is_under
 
 if TYPE_CHECKING:
     from asyncbucket.http.learn import Ear
-    from asyncbucket.http.profiles import Profile
+    from asyncbucket.http.profiles import Profile, ProviderProfile
 
 
 class Note:
@@ -47,13 +47,15 @@ class Note:
 class Held(Note):
     """Note that calls in this context run under a lease of ``limiter``."""
 
-    __slots__ = ("_ear", "_left", "_owed", "limiter", "outer", "requests")
+    __slots__ = ("_ear", "_left", "_owed", "limiter", "outer", "profile", "requests")
 
     def __init__(self, limiter: Limiter, lease: Lease, ear: "Ear | None" = None) -> None:
         super().__init__(lease)
         self.limiter = limiter
         self._ear = ear
         self._left: float | None = None
+        #: The profile of the provider that its requests go to, once one was seen to leave.
+        self.profile: ProviderProfile | None = None
         self.outer = _HELD.get()
         #: Requests that were seen to leave under this lease.
         self.requests = 0

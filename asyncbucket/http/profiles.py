@@ -101,6 +101,8 @@ class ProviderProfile:
     #: Returns the tokens charged at admission: input, output, and both as the provider counts them.
     charge: Callable[[Sent, int], tuple[int, int, int]]
     settles: frozenset[str] = frozenset({"tokens", "input_tokens", "output_tokens"})
+    #: Whether its limits count the part of the input that came from its cache.
+    counts_cached: bool = True
 
     def cost(self, call: Call) -> Cost:
         """See `Profile.cost`: one request, and tokens if a model reads or writes."""
@@ -110,12 +112,17 @@ class ProviderProfile:
 
     def settled(self, call: Call, usage: Usage) -> Mapping[str, int]:  # noqa: ARG002 - others may use it
         """See `Profile.settled`."""
+        usage = self.counted(usage)
         used = {
             "tokens": usage.total,
             "input_tokens": usage.input_tokens,
             "output_tokens": usage.output_tokens,
         }
         return {name: amount for name, amount in used.items() if name in self.settles}
+
+    def counted(self, usage: Usage) -> Usage:
+        """Return the part of ``usage`` that its limits count."""
+        return usage if self.counts_cached else usage.without_cached()
 
 
 #: The default of ``max_tokens`` for completions in OpenAI's API reference, and the number that its
@@ -218,12 +225,14 @@ ANTHROPIC: Final = ProviderProfile(
 )
 
 #: console.groq.com/docs/rate-limits, "Rate limit headers", read in 2025: requests are per day,
-#: tokens per minute.
+#: tokens per minute. What came from its cache is taken off again once the reply is there: its
+#: console, "Prompt caching", read in 2026.
 GROQ: Final = ProviderProfile(
     name="groq",
     hosts=("api.groq.com",),
     tells=(_ratelimit("requests", "requests", per=_DAY), _ratelimit("tokens", "tokens")),
     charge=_both,
+    counts_cached=False,
 )
 
 #: Servers and gateways that speak OpenAI's protocol: vLLM, LiteLLM and many more.
@@ -245,7 +254,7 @@ def profile_named(name: str) -> Profile:
     raise ValueError(f"no profile is called {name!r}; known: {known}; or pass one of your own")
 
 
-def profile_of(host: str) -> Profile:
+def profile_of(host: str) -> ProviderProfile:
     """Return the profile of the provider at ``host``."""
     host = host.lower().rstrip(".")
     for profile in _ALL:

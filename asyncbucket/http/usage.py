@@ -16,7 +16,10 @@ _PLACES: Final = ("usage", "usage_metadata")
 #: events.
 _WRAPPERS: Final = ("raw", "additional_kwargs", "response", "message", "data")
 
-#: OpenAI chat, then OpenAI Responses and Anthropic, Bedrock, Gemini, Ollama.
+#: Where Cohere keeps the numbers inside: what it processed, and what it charges for.
+_PARTS: Final = ("tokens", "billed_units")
+
+#: OpenAI chat, then OpenAI Responses, Anthropic and Cohere, Bedrock, Gemini, Ollama.
 _INPUT: Final = (
     "prompt_tokens",
     "input_tokens",
@@ -36,6 +39,9 @@ _TOTAL: Final = ("total_tokens", "totalTokens", "total_token_count")
 #: of input count what is written, but not what is read.
 _CACHE_WRITES: Final = ("cache_creation_input_tokens", "cacheWriteInputTokens")
 _CACHE_READS: Final = ("cache_read_input_tokens", "cacheReadInputTokens")
+#: OpenAI and those who speak its protocol count in the input what is read from their cache.
+_DETAILS: Final = ("prompt_tokens_details", "input_tokens_details")
+_CACHED: Final = "cached_tokens"
 
 #: More than any model's context, and too little to stop a limiter for good.
 _MOST: Final = 10_000_000
@@ -50,11 +56,13 @@ class Usage:
             provider's cache depends on the provider.
         output_tokens: what came back, reasoning included.
         total: both.
+        cached_tokens: the part of the input that came from the provider's cache.
     """
 
     input_tokens: int
     output_tokens: int
     total: int
+    cached_tokens: int = 0
 
     def __add__(self, other: "Usage") -> "Usage":
         """Add up what two calls used."""
@@ -62,6 +70,7 @@ class Usage:
             self.input_tokens + other.input_tokens,
             self.output_tokens + other.output_tokens,
             self.total + other.total,
+            self.cached_tokens + other.cached_tokens,
         )
 
     def __or__(self, other: "Usage | None") -> "Usage":
@@ -71,7 +80,13 @@ class Usage:
         input_tokens = max(self.input_tokens, other.input_tokens)
         output_tokens = max(self.output_tokens, other.output_tokens)
         total = max(self.total, other.total, input_tokens + output_tokens)
-        return Usage(input_tokens, output_tokens, total)
+        cached_tokens = max(self.cached_tokens, other.cached_tokens)
+        return Usage(input_tokens, output_tokens, total, cached_tokens)
+
+    def without_cached(self) -> "Usage":
+        """Leave out of input and total what came from the provider's cache."""
+        rest = self.input_tokens - self.cached_tokens
+        return Usage(rest, self.output_tokens, self.total - self.cached_tokens)
 
 
 def usage_of(reply: object) -> Usage | None:
@@ -101,7 +116,12 @@ def _places(reply: object) -> Iterator[object]:
 
 
 def read_usage(place: object) -> Usage | None:
-    """Return the usage in ``place``, an object with token counts, or None."""
+    """Return the usage in ``place``, an object with token counts or with such objects, or None."""
+    found = map(_read_numbers, (place, *(_get(place, name) for name in _PARTS)))
+    return next(filter(None, found), None)
+
+
+def _read_numbers(place: object) -> Usage | None:
     given, received = _number(place, *_INPUT) or 0, _number(place, *_OUTPUT) or 0
     total = _number(place, *_TOTAL) or 0
     if not (given or received or total):
@@ -113,7 +133,9 @@ def read_usage(place: object) -> Usage | None:
         # Gemini counts thoughts in the total only, and Bedrock counts cache reads there.
         received += max(0, rest - written - (_number(place, *_CACHE_READS) or 0))
     given += written
-    return Usage(given, received, given + received)
+    details = (_get(place, name) for name in _DETAILS)
+    cached = max(_number(each, _CACHED) or 0 for each in details)
+    return Usage(given, received, given + received, min(given, cached))
 
 
 def _number(place: object, *names: str) -> int | None:

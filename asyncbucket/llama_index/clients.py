@@ -15,13 +15,20 @@ in between, a long one if many calls leave at once, and no provider counts token
 body.) The same extension shows the reply's headers, so the limiter hears what the provider says is
 left. This is done only for providers that are known by their host, because a gateway that looks
 like one may mean something else by the same headers.
+
+Connections belong to an event loop. On another one, a request would still go out, but its reply
+would be lost: after a second `asyncio.run` every call would be made twice, and two threads with a
+loop each would wait for ever. So a paced model that makes its own client makes one for each loop.
 """
 
+import asyncio
+import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Mapping
-from typing import Any, Final, Protocol, TypeVar
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol, Self, TypeVar
 
 from asyncbucket.http.held import Held, current
 from asyncbucket.http.profiles import GENERIC, profile_of
@@ -50,7 +57,7 @@ class _Trace:
 
     def __init__(self, held: Held, request: _Request) -> None:
         self._held = held
-        self._profile = profile_of(request.url.host)
+        self._profile = held.profile = profile_of(request.url.host)
 
     def hear(self, event: str, info: Mapping[str, Any]) -> None:
         """Handle one event of httpcore."""
@@ -82,10 +89,48 @@ def without_retries(client: C) -> C:
 def reporting(client: C) -> C:
     """Make ``client``, which must not be the user's own, report its requests; return it."""
     cls: Any = type(client)
-    if is_client(client) and _REPORTS not in vars(cls):
+    if is_client(client) and not does_report(client):
         _know_platform(client)
         client.__class__ = _reporting_class(cls)
     return client
+
+
+def does_report(client: object) -> bool:
+    """Tell whether ``client`` reports its requests."""
+    return _REPORTS in vars(type(client))
+
+
+class ClientsByLoop:
+    """Hold the clients, one for each event loop, of models that share ``fields``; thread-safe."""
+
+    __slots__ = ("_clients", "_lock", "fields")
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self.fields = fields
+        self._clients: dict[asyncio.AbstractEventLoop, Any] = {}
+        self._lock = threading.Lock()
+
+    def of_this_loop(self, make: Callable[[], C]) -> C:
+        """Return the running loop's client, made by ``make()`` if there is none yet."""
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            for closed in [each for each in self._clients if each.is_closed()]:
+                late = _discard(self._clients.pop(closed))
+                loop.create_task(late)  # noqa: RUF006 - it never waits
+            if loop not in self._clients:
+                self._clients[loop] = make()
+            client: C = self._clients[loop]
+            return client
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """Return one that no model shares: a copy has fields of its own."""
+        return type(self)({})
+
+
+async def _discard(client: Any) -> None:
+    """Close a client after its loop, as far as possible; else it would try to when collected."""
+    with contextlib.suppress(RuntimeError):  # its connections call their loop
+        await client.close()
 
 
 def _know_platform(client: Any) -> None:

@@ -18,7 +18,8 @@ from contextvars import ContextVar
 from typing import Any, Final, TypeVar
 
 from asyncbucket.context import put_back
-from asyncbucket.http.held import Held, around
+from asyncbucket.http.failures import classify, never_sent
+from asyncbucket.http.held import Held, around, current
 from asyncbucket.http.learn import Ear
 from asyncbucket.http.usage import Usage, usage_of
 from asyncbucket.limiter import Limiter
@@ -34,7 +35,7 @@ _END: Final[Any] = object()
 class HeldCall(Held):
     """Note that a model's call runs in this context under a lease of ``limiter``."""
 
-    __slots__ = ("_replies", "_stream", "methods")
+    __slots__ = ("_replies", "_stream", "methods", "watched")
 
     def __init__(self, limiter: Limiter, lease: Lease, ear: Ear) -> None:
         super().__init__(limiter, lease, ear)
@@ -44,6 +45,8 @@ class HeldCall(Held):
         self._replies: Usage | None = None
         # A weak reference, because a pooled connection keeps this note for good.
         self._stream: weakref.ref[Any] | None = None
+        #: Whether it sends its requests by a client that reports them.
+        self.watched = False
 
     def asks(self, method: "Method") -> None:
         """Note a method that is called inside: each but the first adds a request."""
@@ -56,11 +59,30 @@ class HeldCall(Held):
             self._replies = usage if self._replies is None else self._replies + usage
 
     def used(self, said: Usage | None) -> Usage | None:
-        """Return what the call used: what its reply ``said``, or what was seen inside if more."""
+        """Return what the call used: what its reply ``said``, or what was seen inside if more.
+
+        What the provider's limits do not count is left out.
+        """
         within = [method.usage for method in self.methods if method.usage is not None]
         for seen in (functools.reduce(operator.add, within) if within else None, self._replies):
             said = said | seen if said is not None else seen
-        return said
+        return said if said is None or self.profile is None else self.profile.counted(said)
+
+    def failed(self, lease: Lease, error: BaseException) -> None:
+        """End the call's lease; a call that is known to have sent nothing costs nothing."""
+        if self._has_sent_nothing(error):
+            lease.undo()
+        elif classify(error).overloaded:
+            lease.overloaded()
+        else:
+            lease.failed()
+
+    def _has_sent_nothing(self, error: BaseException) -> bool:
+        """Tell whether no request left, by what the client reported, or by the only one's error."""
+        if not self.requests:
+            return self.watched
+        # The SDK's own error says only that there was no connection; its cause says why.
+        return self.requests == 1 and self._left is None and never_sent(error.__cause__)
 
     def streams(self, stream: object) -> None:
         """Note the SDK's own stream that this call reads."""
@@ -91,6 +113,13 @@ def held_call(limiter: Limiter) -> HeldCall | None:
         ),
         None,
     )
+
+
+def watch(*, reports: bool) -> None:
+    """Note whether the client that this context's call asks for reports its requests."""
+    held = current()
+    if isinstance(held, HeldCall):
+        held.watched = reports
 
 
 class Method:

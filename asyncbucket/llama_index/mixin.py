@@ -1,5 +1,7 @@
 """What paced LLMs, embedding models and tools have in common."""
 
+import asyncio
+import functools
 import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -7,9 +9,16 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from llama_index.core.schema import BaseComponent
 
 from asyncbucket.limiter import Limiter
-from asyncbucket.llama_index.clients import is_client, reporting, without_retries
+from asyncbucket.llama_index.clients import (
+    ClientsByLoop,
+    does_report,
+    is_client,
+    reporting,
+    without_retries,
+)
 from asyncbucket.llama_index.copies import reduce
 from asyncbucket.llama_index.estimate import Estimator
+from asyncbucket.llama_index.held import watch
 from asyncbucket.llama_index.misuse import warn_of_misuse
 from asyncbucket.llama_index.pacing import Pacing
 from asyncbucket.retry import Retry
@@ -18,6 +27,10 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
 _PACING: Final = "_asyncbucket_pacing"
+_CLIENTS: Final = "_asyncbucket_clients"
+#: Where models keep their asynchronous client once it is made, and what the user gave instead.
+_CLIENT: Final = "_aclient"
+_HTTP_CLIENT: Final = "_async_http_client"
 
 
 class _NoRetries:
@@ -93,11 +106,13 @@ class Paced:
 
     def _get_client(self, *args: Any, **kwargs: Any) -> Any:
         above: Any = super()  # some models have it
-        return _ours(self, above._get_client(*args, **kwargs))  # noqa: SLF001 - an override
+        make = functools.partial(above._get_client, *args, **kwargs)  # noqa: SLF001 - an override
+        return _ours(self, make)
 
     def _get_aclient(self, *args: Any, **kwargs: Any) -> Any:
         above: Any = super()
-        return _ours(self, above._get_aclient(*args, **kwargs))  # noqa: SLF001 - as above
+        make = functools.partial(above._get_aclient, *args, **kwargs)  # noqa: SLF001 - as above
+        return _ours(self, functools.partial(_of_this_loop, self, make))
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         return reduce(self, pacing_of(self))
@@ -136,19 +151,42 @@ def bind(model: object, pacing: Pacing) -> None:
         name: without_retries(value) if is_client(value) else value
         for name, value in _private(model).items()
     }
+    if private.get(_CLIENT) is None and private.get(_HTTP_CLIENT) is None:
+        private.setdefault(_CLIENTS, ClientsByLoop(vars(model)))
     object.__setattr__(model, "__pydantic_private__", {**private, _PACING: pacing})
 
 
-def _ours(model: object, client: Any) -> Any:
+def _ours(model: object, make: Callable[[], Any]) -> Any:
     """Make a client report if it was made under our `max_retries`; those in fields are the user's."""
-    if any(client is value for value in vars(model).values()):
-        return client
-    return reporting(client)
+    watch(reports=True)  # making it sends nothing, even if that fails
+    client = make()
+    if not any(client is value for value in vars(model).values()):
+        client = reporting(client)
+    watch(reports=does_report(client))
+    return client
+
+
+def _of_this_loop(model: object, make: Callable[[], Any]) -> Any:
+    """Return the client that ``make()`` gives; if the model makes and keeps it, one for each loop."""
+    private = _private(model)
+    clients: ClientsByLoop | None = private.get(_CLIENTS)
+    loop = asyncio._get_running_loop()  # noqa: SLF001 - None outside
+    if clients is None or loop is None or not getattr(model, "reuse_client", False):
+        return make()
+    if clients.fields is not vars(model):  # a copy, which may have another key
+        clients = private[_CLIENTS] = ClientsByLoop(vars(model))
+
+    def make_anew() -> Any:
+        private[_CLIENT] = None
+        return make()
+
+    return clients.of_this_loop(make_anew)
 
 
 def unpaced_private(model: object) -> dict[str, Any]:
     """Return the private values of ``model`` without ours."""
-    return {name: value for name, value in _private(model).items() if name != _PACING}
+    ours = {_PACING, _CLIENTS}
+    return {name: value for name, value in _private(model).items() if name not in ours}
 
 
 def _private(model: object) -> dict[str, Any]:

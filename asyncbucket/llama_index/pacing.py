@@ -15,7 +15,7 @@ from asyncbucket.limiter.levels import asked, in_force, provider_of
 from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator, Observer
 from asyncbucket.llama_index.events import admit, admit_sync
 from asyncbucket.llama_index.held import HeldCall, held_call, nested
-from asyncbucket.retry import Retrier, Retry, Sent, classify
+from asyncbucket.retry import Retrier, Retry, Sent
 
 T = TypeVar("T")
 
@@ -107,8 +107,7 @@ class Pacing:
         read: Callable[[T], Usage | None],
         sent: Sent,
     ) -> T:
-        with await self.admit(estimate, sent) as lease, told_of_overload(lease):
-            held = HeldCall(self.limiter, lease, self.ear)
+        with await self.admit(estimate, sent) as lease, self._held(lease) as held:
             with holding(held):
                 reply = await send()
             self.settle(lease, held.used(read(reply)))
@@ -121,12 +120,21 @@ class Pacing:
         read: Callable[[T], Usage | None],
         sent: Sent,
     ) -> T:
-        with self.admit_sync(estimate, sent) as lease, told_of_overload(lease):
-            held = HeldCall(self.limiter, lease, self.ear)
+        with self.admit_sync(estimate, sent) as lease, self._held(lease) as held:
             with holding(held):
                 reply = send()
             self.settle(lease, held.used(read(reply)))
             return reply
+
+    @contextlib.contextmanager
+    def _held(self, lease: Lease) -> Generator[HeldCall]:
+        """Tell ``lease`` how the call failed, if it does."""
+        held = HeldCall(self.limiter, lease, self.ear)
+        try:
+            yield held
+        except BaseException as error:
+            held.failed(lease, error)
+            raise
 
     async def admit(self, estimate: Estimate, sent: Sent) -> Lease:
         """Wait for the admission of a call that costs ``estimate``; note in ``sent`` when it leaves."""
@@ -169,17 +177,6 @@ class Pacing:
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         """Return this object: a copy of a model spends from the same budget."""
         return self
-
-
-@contextlib.contextmanager
-def told_of_overload(lease: Lease) -> Generator[None]:
-    """Report to ``lease`` an error which means that the provider is overloaded."""
-    try:
-        yield
-    except Exception as error:
-        if classify(error).overloaded:
-            lease.overloaded()
-        raise
 
 
 def no_usage(_: object) -> None:

@@ -37,7 +37,7 @@ from asyncbucket.limiter.lease import Lease
 from asyncbucket.llama_index.estimate import Estimate
 from asyncbucket.llama_index.held import HeldCall
 from asyncbucket.llama_index.pacing import Pacing
-from asyncbucket.retry import Sent, classify
+from asyncbucket.retry import Sent
 
 if TYPE_CHECKING:
     from contextvars import ContextVar
@@ -139,16 +139,15 @@ class _Stream(Generic[T]):
 
     def _let_go(self, error: BaseException | None = None) -> None:
         """Give the slot back, and forget the attempt."""
-        lease, self._lease = self._lease, None
+        (lease, held), self._lease = (self._lease, self._held), None
         self._inner = self._held = None
         if lease is None:
             return
         if error is None:
             lease.release()
-        elif classify(error).overloaded:
-            lease.overloaded()
         else:
-            lease.failed()
+            assert held is not None
+            held.failed(lease, error)
 
     def _exhaust(self) -> None:
         """End after the last item, when the usage is known; for a broken stream it never is."""

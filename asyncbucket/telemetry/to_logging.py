@@ -8,6 +8,7 @@ from typing import Any, Final
 from asyncbucket import events
 from asyncbucket.events import Callback, Event
 from asyncbucket.numeric import is_number
+from asyncbucket.telemetry.watched import as_given
 from asyncbucket.wording import counted, in_seconds, named
 
 #: Prefix of the record's attributes, so that they cannot clash with its own.
@@ -36,7 +37,7 @@ def _extra(event: Event) -> dict[str, Any]:
     extra: dict[str, Any] = {f"{_PREFIX}event": type(event).__name__}
     for field in dataclasses.fields(event):
         value = getattr(event, field.name)
-        extra[_PREFIX + field.name] = _plain(value) if field.name in _AMOUNTS else value
+        extra[_PREFIX + field.name] = as_given(value) if field.name in _AMOUNTS else value
     return extra
 
 
@@ -110,15 +111,10 @@ _LINES: Final[Mapping[type[Event], Callable[[Any], str]]] = {
 }
 
 
-def _plain(amounts: Mapping[str, int]) -> dict[str, int]:
-    """Return a cost as people give it: without the slot and without resources that cost nothing."""
-    return {name: amount for name, amount in amounts.items() if amount and name != "concurrency"}
-
-
 def _cost(amounts: Mapping[str, int]) -> str:
     told = {
         name: amount
-        for name, amount in _plain(amounts).items()
+        for name, amount in as_given(amounts).items()
         # Input and output are left out if their sum is there.
         if name not in {"input_tokens", "output_tokens"} or "tokens" not in amounts
     }

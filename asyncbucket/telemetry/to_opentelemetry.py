@@ -31,7 +31,7 @@ from opentelemetry.metrics import (
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, TracerProvider
 
 from asyncbucket import events
-from asyncbucket.telemetry.watched import Source, Watched, by_kind, tokens_of
+from asyncbucket.telemetry.watched import Source, Watched, as_given, by_kind, tokens_of
 
 #: Buckets in seconds: ASP.NET's, and longer ones, because waits of minutes are common here.
 BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -270,8 +270,7 @@ class Spans:
         provider = event.limiter.partition("/")[0]
         known = {"gen_ai.provider.name": provider} if provider in PROVIDERS else {}
         bound = {} if bound_by is None else {_BOUND_BY: bound_by}
-        cost = {f"{_PREFIX}cost.{name}": amount for name, amount in event.cost.items() if amount}
-        cost.pop(_PREFIX + "cost.concurrency", None)
+        cost = {f"{_PREFIX}cost.{name}": amount for name, amount in as_given(event.cost).items()}
         mine = {_POLICY: event.limiter, _RESULT: result, **bound, **cost, **more}
         span = self._tracer.start_span(
             f"wait {event.limiter}",

@@ -144,6 +144,18 @@ def tokens_of(event: Settled) -> tuple[int, int] | None:
     return max(0, used - (before or 0)), max(0, booked - used)
 
 
+def as_given(amounts: Mapping[str, int]) -> dict[str, int]:
+    """Return a cost as people give it: without the slot and without resources that cost nothing.
+
+    If the total alone was given, it is booked as input and as output, too: nobody knows its parts.
+    """
+    given = {name: amount for name, amount in amounts.items() if amount and name != "concurrency"}
+    if given.get("tokens") == given.get("input_tokens") == given.get("output_tokens"):
+        for part in ("input_tokens", "output_tokens"):
+            given.pop(part, None)
+    return given
+
+
 def by_kind(handlers: Mapping[type[Event], Callable[[Any], object]]) -> Callback:
     """Return an observer that passes each event to the handler of its kind, if there is one."""
     get = dict(handlers).get

@@ -120,6 +120,18 @@ def test_calls_by_rarer_model_paths_cost_their_tokens(path: str) -> None:
     assert cost == Cost(tokens=120, input_tokens=100, output_tokens=20)
 
 
+def test_groq_does_not_count_cached_tokens() -> None:
+    """Groq takes it off its limits after the reply; the others count it as input."""
+    end = b'{"usage":{"prompt_tokens":90,"completion_tokens":7,"%b_details":{"cached_tokens":64}}}'
+    usage = find_usage(end % b"prompt_tokens")
+
+    assert usage is not None
+    assert usage == find_usage(end % b"input_tokens") == Usage(90, 7, 97, 64)
+    for profile in (OPENAI, AZURE, ANTHROPIC, GENERIC):
+        assert profile.settled(call(), usage)["input_tokens"] == 90
+    assert GROQ.settled(call(), usage) == {"input_tokens": 26, "output_tokens": 7, "tokens": 33}
+
+
 def test_tokens_are_settled_only_for_providers_that_correct_them() -> None:
     """OpenAI and Azure keep what they counted on arrival; the others count what was used."""
     at_the_door = {"input_tokens": 90, "output_tokens": 7}

@@ -8,7 +8,9 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import MagicMock
 
+import aiohttp
 import httpx
 import httpx2
 import pytest
@@ -177,6 +179,32 @@ async def test_request_never_sent_costs_nothing(library: Any, limiter: Limiter) 
 
     assert in_flight(limiter) == 0
     assert used(limiter, "requests") == used(limiter, "tokens") == 0
+
+
+@pytest.mark.parametrize(
+    ("cause", "charged"),
+    [
+        (aiohttp.ConnectionTimeoutError("connecting"), 0),
+        (aiohttp.ClientConnectorError(MagicMock(), OSError("no such host")), 0),
+        (aiohttp.ServerDisconnectedError("no reply"), 1),
+        (aiohttp.ClientOSError("reset"), 1),
+    ],
+    ids=["no connection in time", "no such host", "no reply", "reset"],
+)
+async def test_reply_lost_over_aiohttp_is_charged_despite_its_httpx_error(
+    library: Any, limiter: Limiter, cause: Exception, charged: int
+) -> None:
+    """Over aiohttp, a connection lost before the reply becomes a time-out of connecting."""
+
+    def answer(_: Any) -> Any:
+        raise library.ConnectTimeout("lost") from cause
+
+    async with client_over(library, limiter, answer) as client:
+        with pytest.raises(library.ConnectTimeout):
+            await client.post(URL, json=BODY)
+
+    assert in_flight(limiter) == 0
+    assert used(limiter, "requests") == charged
 
 
 async def test_complete_reply_gives_its_slot_back_and_settles_at_once(

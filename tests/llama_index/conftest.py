@@ -84,7 +84,7 @@ class ScriptedOpenAI:
 
     script: list[httpx.Response | Exception] = field(default_factory=list)
     requests: list[httpx.Request] = field(default_factory=list)
-    usage: dict[str, int] = field(
+    usage: dict[str, Any] = field(
         default_factory=lambda: {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
     )
 
@@ -213,10 +213,10 @@ class ScriptedOpenAI:
 
 @pytest.fixture
 def openai_api() -> Iterator[ScriptedOpenAI]:
-    """Answer everything that goes to `API_BASE`, in place of the network."""
+    """Answer everything that goes to `API_BASE`, or to Groq, in place of the network."""
     api = ScriptedOpenAI()
     with respx.mock(assert_all_called=False) as mock:
-        mock.route(host="llm.test").mock(side_effect=api.answer)
+        mock.route(host__in=["llm.test", "api.groq.com"]).mock(side_effect=api.answer)
         yield api
 
 

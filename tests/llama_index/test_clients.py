@@ -1,8 +1,11 @@
-"""Only one layer retries, and a booking is dated by the moment when its request is sent."""
+"""Only one layer retries, a booking is dated when its request is sent, and clients fit their loop."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable
+import copy
+import functools
+import gc
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from unittest.mock import MagicMock
@@ -16,6 +19,7 @@ from llama_index.core.llms import LLM, MockLLM
 from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.azure_openai import AzureOpenAI
 from llama_index.llms.openai import OpenAI, OpenAIResponses
+from llama_index.llms.openai_like import OpenAILike
 from openai import AsyncAzureOpenAI, AsyncOpenAI
 from pydantic import PrivateAttr
 
@@ -341,27 +345,147 @@ async def test_booking_is_dated_again_when_request_body_is_sent(
     assert seen == ["dated", "head", "dated", "body"]
 
 
+class Twice(MockLLM):
+    """A model that makes two requests in one call."""
+
+    _client: AsyncOpenAI = PrivateAttr()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._client = AsyncOpenAI(api_key="k", base_url=API_BASE)
+
+    async def acomplete(self, prompt: str, *_: Any, **__: Any) -> CompletionResponse:
+        """Ask twice."""
+        for _turn in range(2):
+            await self._client.completions.create(model="m", prompt=prompt)
+        return CompletionResponse(text=prompt)
+
+
 async def test_call_making_two_requests_is_charged_for_both(openai_api: "ScriptedOpenAI") -> None:
     """A model that makes two requests in one call is charged for the second, too."""
-
-    class Twice(MockLLM):
-        _client: AsyncOpenAI = PrivateAttr()
-
-        def __init__(self) -> None:
-            super().__init__()
-            self._client = AsyncOpenAI(api_key="k", base_url=API_BASE)
-
-        async def acomplete(self, prompt: str, *_: Any, **__: Any) -> CompletionResponse:
-            for _turn in range(2):
-                await self._client.completions.create(model="m", prompt=prompt)
-            return CompletionResponse(text=prompt)
-
     limiter = Limiter("1000 RPM", "100k TPM")
 
     await limiter.wrap(Twice()).acomplete("hi")
 
     assert len(openai_api.requests) == 2
     assert [limit.used for limit in limiter.statistics().limits] == [2, 2 * 18]
+
+
+def charged(limiter: Limiter) -> list[int]:
+    """Return the requests and tokens that are charged."""
+    return [limit.used for limit in limiter.statistics().limits]
+
+
+@pytest.mark.parametrize(
+    "make", [each for each in MAKERS if each is not make_responses], ids=name_of
+)
+async def test_call_failing_before_its_request_costs_nothing(make: Callable[..., LLM]) -> None:
+    """A wrong argument is refused by the SDK, in a call as in a stream, asynchronous or not."""
+    limiter = Limiter("1000 RPM", "100k TPM")
+    llm = limiter.wrap(make())
+
+    with pytest.raises(TypeError, match="nonsense"):
+        await llm.achat(MESSAGES, nonsense=1)
+    with pytest.raises(TypeError, match="nonsense"):
+        await anext(await llm.astream_chat(MESSAGES, nonsense=1))
+    with pytest.raises(TypeError, match="nonsense"):
+        llm.chat(MESSAGES, nonsense=1)
+    with pytest.raises(TypeError, match="nonsense"):
+        next(llm.stream_chat(MESSAGES, nonsense=1))
+
+    assert charged(limiter) == [0, 0]
+
+
+async def test_call_without_a_key_costs_nothing() -> None:
+    """No client can be made, so nothing can be sent."""
+    limiter = Limiter("1000 RPM", "100k TPM")
+
+    with pytest.raises(openai.OpenAIError, match="credentials"):
+        await limiter.wrap(OpenAI(model="gpt-4o-mini", api_base=API_BASE)).achat(MESSAGES)
+    with pytest.raises(openai.OpenAIError, match="credentials"):
+        await limiter.wrap(OpenAIEmbedding(api_base=API_BASE)).aget_query_embedding("hi")
+
+    assert charged(limiter) == [0, 0]
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=name_of)
+def test_attempts_without_a_connection_cost_nothing(
+    make: Callable[..., LLM], openai_api: "ScriptedOpenAI"
+) -> None:
+    """While the provider is down, the retries wait for it, and not for the limit as well."""
+    openai_api.script = [httpx.ConnectError("refused"), httpx.ConnectTimeout("slow")]
+    with virtual_time() as time:
+        limiter = Limiter("1 RPM", "100k TPM", clock=time.clock)
+
+        time.run(limiter.wrap(make()).achat(MESSAGES))
+
+        assert time.now <= 3.0
+        assert len(openai_api.requests) == 3
+        assert charged(limiter) == [1, 18]
+
+
+async def test_request_whose_reply_is_lost_stays_charged(openai_api: "ScriptedOpenAI") -> None:
+    """The provider has counted it."""
+    openai_api.script = [httpx.ReadError("lost")]
+    limiter = Limiter("1000 RPM")
+
+    with pytest.raises(openai.APIConnectionError):
+        await limiter.wrap(make_openai(), retry=False).achat(MESSAGES)
+
+    assert charged(limiter) == [1]
+
+
+async def test_request_losing_its_connection_after_redirect_stays_charged() -> None:
+    """The first host has received it."""
+
+    class Redirected(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            await request.extensions["trace"]("http11.send_request_body.started", {})
+            raise httpx.ConnectError("refused by the second host")
+
+    limiter = Limiter("1000 RPM")
+    async with httpx.AsyncClient(transport=Redirected()) as client:
+        llm = limiter.wrap(make_openai(async_http_client=client), retry=False)
+        with pytest.raises(openai.APIConnectionError):
+            await llm.achat(MESSAGES)
+
+    assert charged(limiter) == [1]
+
+
+async def test_call_whose_second_request_cannot_connect_stays_charged(
+    openai_api: "ScriptedOpenAI",
+) -> None:
+    """Its first request was answered."""
+    openai_api.script = [httpx.Response(200, json={}), httpx.ConnectError("refused")]
+    limiter = Limiter("1000 RPM")
+
+    with pytest.raises(openai.APIConnectionError):
+        await limiter.wrap(Twice(), retry=False).acomplete("hi")
+
+    assert charged(limiter) == [2]
+
+
+async def test_failed_call_of_a_client_that_reports_nothing_stays_charged() -> None:
+    """What the user's own client in a field sends is not seen."""
+
+    class WithField(MockLLM):
+        client: Any = None
+
+        def _get_aclient(self) -> Any:
+            return self.client
+
+        async def acomplete(self, *_: Any, **__: Any) -> CompletionResponse:
+            await self._get_aclient().completions.create(model="m", prompt="hi", nonsense=1)
+            raise AssertionError("unreachable")
+
+    limiter = Limiter("1000 RPM")
+    inner = WithField(max_tokens=None)
+    inner.client = AsyncOpenAI(api_key="k", max_retries=0)
+
+    with pytest.raises(TypeError, match="nonsense"):
+        await limiter.wrap(inner).acomplete("hi")
+
+    assert charged(limiter) == [1]
 
 
 async def test_request_made_directly_on_client_is_not_charged(openai_api: "ScriptedOpenAI") -> None:
@@ -422,3 +546,129 @@ async def test_wrapped_model_ignores_headers_of_unknown_gateway(
         limiter = Limiter("60 RPM burst 60")
         await limiter.wrap(llm).achat(MESSAGES)
     assert limiter.statistics().limits[0].available == 59
+
+
+@pytest.mark.parametrize(("host", "counted"), [("api.groq.com", 26), ("llm.test", 90)])
+async def test_cached_tokens_count_as_the_provider_counts_them(
+    openai_api: "ScriptedOpenAI", host: str, counted: int
+) -> None:
+    """Groq, known by its host, leaves it out; a call and a stream are settled alike."""
+    openai_api.usage = {"prompt_tokens": 90, "completion_tokens": 7, "total_tokens": 97}
+    openai_api.usage |= {"prompt_tokens_details": {"cached_tokens": 64}}
+    limiter = Limiter("100k ITPM")
+    like = OpenAILike(model="m", api_key="k", api_base=f"https://{host}/v1", is_chat_model=True)
+    llm = limiter.wrap(like)
+
+    await llm.achat(MESSAGES)
+    assert charged(limiter) == [counted]
+    assert [chunk async for chunk in await llm.astream_chat(MESSAGES)]
+    assert charged(limiter) == [2 * counted]
+
+
+async def ask(llm: LLM) -> None:
+    """Make two calls at once, so that two connections stay open."""
+    await asyncio.gather(llm.achat(MESSAGES), llm.achat(MESSAGES))
+
+
+async def read(llm: LLM) -> None:
+    """Read a stream to its end."""
+    assert [chunk async for chunk in await llm.astream_chat(MESSAGES)]
+
+
+async def embed(model: OpenAIEmbedding) -> None:
+    """Embed two texts."""
+    await model.aget_text_embedding_batch(["one", "two"])
+
+
+async def hang_up(llm: Any) -> None:
+    """Leave the clients of earlier loops, and close that of this one."""
+    await llm._get_aclient().close()
+
+
+# A connection that is still open when its loop ends is closed by the collector, which says so.
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+@pytest.mark.parametrize("call", [ask, read, embed])
+def test_call_is_sent_once_on_each_of_several_event_loops(
+    rate_limited_provider: "ProviderFactory",
+    call: Callable[[Any], Coroutine[Any, Any, None]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A script may say ``asyncio.run(...)`` again and again; connections end with their loop."""
+    provider = rate_limited_provider()
+    limiter = Limiter("60k RPM")
+    model = OpenAIEmbedding if call is embed else OpenAI
+    llm = limiter.wrap(model(api_key="k", api_base=provider.base_url), retry=False)
+
+    for _ in range(3):
+        asyncio.run(call(llm))
+    asyncio.run(hang_up(llm))
+    gc.collect()
+
+    assert provider.statistics().requests == (6 if call is ask else 3)
+    assert limiter.statistics().admitted == provider.statistics().requests
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("openai_api")
+def test_client_given_by_the_user_is_kept_on_every_loop() -> None:
+    """Whoever passes a client or an HTTP client decides on which loops it lives."""
+    theirs = AsyncOpenAI(api_key="k", base_url=API_BASE)
+    for make in (
+        make_users_http_client,
+        functools.partial(make_openai, async_openai_client=theirs),
+    ):
+        llm = Limiter("1000 RPM").wrap(make())
+        asyncio.run(ask(llm))
+        ours = llm._get_aclient()
+        asyncio.run(ask(llm))
+        assert llm._get_aclient() is ours
+
+
+@pytest.mark.usefixtures("openai_api")
+def test_client_is_kept_while_its_loop_runs() -> None:
+    """Each loop has one, which a model that is wrapped again shares."""
+    limiter = Limiter("1000 RPM")
+    llm = limiter.wrap(make_openai())
+
+    async def client() -> AsyncOpenAI:
+        await ask(llm)
+        assert llm._get_aclient() is llm._get_aclient()
+        assert limiter.child("chat").wrap(llm)._get_aclient() is llm._get_aclient()
+        return llm._get_aclient()
+
+    assert asyncio.run(client()) is not asyncio.run(client())
+
+
+async def test_copied_model_has_its_own_client() -> None:
+    """Its key may be another one."""
+    llm = Limiter("1000 RPM").wrap(make_openai())
+    other = llm.model_copy(update={"api_key": "other"})
+    twin = copy.deepcopy(llm)
+
+    clients = [each._get_aclient() for each in (llm, other, twin, llm.model_copy())]
+
+    assert [client.api_key for client in clients] == ["k", "other", "k", "k"]
+    assert len(set(map(id, clients))) == 4
+
+
+@pytest.mark.real_clock
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_loops_on_several_threads_share_no_connection(
+    rate_limited_provider: "ProviderFactory",
+) -> None:
+    """They would wait for each other's replies; threads run on the machine's clock."""
+    provider = rate_limited_provider(latency=0.01)
+    limiter = Limiter("60k RPM burst 1000")
+    llm = limiter.wrap(OpenAI(api_key="k", api_base=provider.base_url), retry=False)
+
+    def work() -> None:
+        for _ in range(3):
+            asyncio.run(ask(llm))
+
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(work) for _ in range(4)]:
+            done.result(timeout=30)
+    asyncio.run(hang_up(llm))
+    gc.collect()
+
+    assert provider.statistics().requests == limiter.statistics().admitted == 4 * 3 * 2

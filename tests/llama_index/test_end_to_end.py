@@ -256,6 +256,20 @@ async def test_cancelled_agent_run_gives_its_streams_slot_back(bench: Bench) -> 
     assert bench.limiter.statistics().in_flight == 0
 
 
+async def test_waiting_call_of_a_cancelled_agent_run_leaves_the_line(bench: Bench) -> None:
+    """``cancel_run`` ends the step that waits; cancelling the handler alone would not."""
+    async with bench.limiter.acquire(), bench.limiter.acquire(), bench.limiter.acquire():
+        handler = ask(FunctionAgent(tools=[add], llm=bench.llm), "add 1 and 2")
+        while not bench.limiter.statistics().waiting:  # noqa: ASYNC110 - nobody sets an event
+            await asyncio.sleep(0.01)
+
+        await handler.cancel_run()
+        while bench.limiter.statistics().waiting:  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0.01)
+
+    assert bench.provider.statistics().requests == 0
+
+
 @pytest.mark.real_clock
 async def test_mixed_load_at_limit_gets_no_429(rate_limited_provider: "ProviderFactory") -> None:
     """Agents, chats, streams and embeddings at once, under the provider's own limits: no refusal.

@@ -134,12 +134,26 @@ def test_usage_of_two_stream_events_is_combined() -> None:
     assert begin | None == begin
 
 
+def test_cached_tokens_are_merged_and_summed_like_other_tokens() -> None:
+    """They stay part of the input; more of them than input is impossible."""
+    details = {"prompt_tokens_details": {"cached_tokens": 10}}
+    usage = usage_of({"usage": OPENAI | details})
+    assert usage is not None
+
+    assert usage == Usage(12, 8, 20, cached_tokens=10)
+    assert usage | Usage(12, 8, 20) == usage
+    assert usage + usage == Usage(24, 16, 40, 20)
+    assert usage.without_cached() == Usage(2, 8, 10)
+    assert usage_of({"usage": {"prompt_tokens": 4} | details}) == Usage(4, 0, 4, 4)
+
+
+PLACES = ["usage", "raw", "response", "message", "prompt_tokens_details", "cached_tokens"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["usage", "raw", "response", "message", *OPENAI, *ANTHROPIC, *GEMINI]),
+            st.sampled_from([*PLACES, *OPENAI, *ANTHROPIC, *GEMINI]),
             inner,
             max_size=5,
         )
@@ -155,6 +169,7 @@ def test_usage_total_is_sum_of_its_parts_for_any_reply(reply: object) -> None:
     if usage is not None:
         assert usage.total == usage.input_tokens + usage.output_tokens > 0
         assert min(usage.input_tokens, usage.output_tokens) >= 0
+        assert 0 <= usage.cached_tokens <= usage.input_tokens
 
 
 @pytest.mark.parametrize("model", [OpenAI, OpenAIResponses])

@@ -11,7 +11,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from asyncbucket import Limit, events, telemetry
+from asyncbucket import Cost, Limit, events, telemetry
 from asyncbucket.telemetry import to_opentelemetry
 
 if TYPE_CHECKING:
@@ -279,6 +279,26 @@ def test_wait_span_is_inside_the_callers_span(limiter: "ScriptedLimiter", otel: 
         "asyncbucket.rate_limiting.cost.input_tokens": 600,
         "asyncbucket.rate_limiting.cost.output_tokens": 300,
     }
+
+
+def test_total_of_tokens_is_not_shown_as_input_and_output(
+    limiter: "ScriptedLimiter", otel: Telemetry
+) -> None:
+    """Limits of either count all of it, because nobody knows the parts; a sum would be double."""
+    otel.watch(limiter)
+    limiter.say(events.Queued, cost=COST, waiting=1)
+    admit(limiter, cost={**Cost(tokens=900), "concurrency": 1}, waited=1.8, bound_by="tokens")
+    limiter.say(events.Queued, cost=COST, waiting=1)
+    admit(limiter, cost=Cost(input_tokens=900), waited=1.8, bound_by="tokens")
+
+    prefix = "asyncbucket.rate_limiting.cost."
+    total, sent = (dict(span.attributes or {}) for span in otel.spans)
+    assert {name: total[name] for name in total if name.startswith(prefix)} == {
+        prefix + "requests": 1,
+        prefix + "tokens": 900,
+    }
+    assert sent[prefix + "tokens"] == sent[prefix + "input_tokens"] == 900
+    assert prefix + "output_tokens" not in sent
 
 
 def test_call_that_does_not_wait_has_no_span(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
