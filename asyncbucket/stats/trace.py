@@ -12,7 +12,7 @@ from asyncbucket.events import Admitted, Cancelled, Event, Paused, Queued, Refus
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.terms import read_count
 
-_KINDS: Final[dict[type[Event], str]] = {
+_EVENT_NAMES: Final[dict[type[Event], str]] = {
     Admitted: "admitted",
     Queued: "queued",
     Refused: "refused",
@@ -44,10 +44,10 @@ class Trace:
             maxlen=read_count(last, "last", least=1)
         )
         self._lock = threading.Lock()
-        self._unobserve: Callable[[], None] = limiter.observe(self._keep)
+        self._unobserve: Callable[[], None] = limiter.observe(self._record)
 
-    def _keep(self, event: Event) -> None:
-        if type(event) in _KINDS:
+    def _record(self, event: Event) -> None:
+        if type(event) in _EVENT_NAMES:
             with self._lock:
                 self._events.append(event)
 
@@ -71,15 +71,20 @@ class Trace:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write it as JSON lines: first the limits, then one event per line."""
-        lines = [self._head(), *map(_line, self)]
+        lines = [self._header(), *map(_line, self)]
         text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
         Path(path).write_text(text, "utf-8")
 
-    def _head(self) -> dict[str, Any]:
+    def _header(self) -> dict[str, Any]:
         limiter = self._limiter
         limits = [
-            {"resource": each.resource, "amount": each.amount, "per": each.per, "burst": each.burst}
-            for each in limiter.limits
+            {
+                "resource": limit.resource,
+                "amount": limit.amount,
+                "per": limit.per,
+                "burst": limit.burst,
+            }
+            for limit in limiter.limits
         ]
         return {"limiter": limiter.name, "limits": limits, "concurrency": limiter.concurrency}
 
@@ -98,7 +103,7 @@ class Trace:
 
 
 def _line(event: Event) -> dict[str, Any]:
-    line: dict[str, Any] = {"event": _KINDS[type(event)], "at": round(event.at, 6)}
+    line: dict[str, Any] = {"event": _EVENT_NAMES[type(event)], "at": round(event.at, 6)}
     line["limiter"] = event.limiter
     for name in ("cost", "waited", "bound_by", "waiting", "in_flight", "reason", "seconds"):
         value = getattr(event, name, None)
