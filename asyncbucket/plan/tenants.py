@@ -52,7 +52,7 @@ def bounds_of(
     """Return the limits of a plan, and those of its tenants."""
     own = {
         name: Bounds(
-            read_limits(_several(tenant.limits, name), {}),
+            read_limits(_checked_limits(tenant.limits, name), {}),
             tenant.concurrency,
             terms={"weight": tenant.weight, "priority": tenant.priority},
         )
@@ -61,7 +61,7 @@ def bounds_of(
     return Bounds(limits, concurrency, own)
 
 
-def _several(limits: Sequence[str | Limit], name: str) -> Sequence[str | Limit]:
+def _checked_limits(limits: Sequence[str | Limit], name: str) -> Sequence[str | Limit]:
     """Refuse a single text instead of a tuple, which would be read letter by letter."""
     if isinstance(limits, str):
         raise TypeError(f"limits of tenant {name!r} must be a tuple: write ({limits!r},)")
