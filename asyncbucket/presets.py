@@ -175,9 +175,9 @@ def preset(name: str, *, today: date | None = None) -> Preset:
     found = _presets().get(name)
     if found is None:
         names = preset_names()
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:3]
+        similar = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:3]
         raise ValueError(
-            f"no preset is called {name!r}; try e.g. {', '.join(near)}; "
+            f"no preset is called {name!r}; try e.g. {', '.join(similar)}; "
             "asyncbucket.presets.preset_names() names all"
         )
     age = ((date.today() if today is None else today) - found.dated).days  # noqa: DTZ011 - a day more or less

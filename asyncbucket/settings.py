@@ -54,9 +54,9 @@ def from_env(
         if variable.startswith(prefix) and text.strip():
             _check_name(name, f"environment variable {variable}", prefix=prefix)
             if arguments.get(name) is None:
-                found[name] = _told(variable, partial(_read, name, text.strip()))
+                found[name] = _with_error_source(variable, partial(_read, name, text.strip()))
     hint = f"set e.g. {prefix}RPM=500 and {prefix}TPM=200k"
-    return _make(cls, found, arguments, where=f"environment variables {prefix}*", hint=hint)
+    return _make_limiter(cls, found, arguments, where=f"environment variables {prefix}*", hint=hint)
 
 
 def from_toml(
@@ -92,7 +92,7 @@ def from_toml(
             ValueError. The message names the file and the entry.
         FileNotFoundError: there is no such file.
     """
-    where, table = _find(path)
+    where, table = _find_table(path)
     tables = _tables_in(table)
     hint = "write e.g. rpm = 500"
     if limiter is not None:
@@ -108,8 +108,8 @@ def from_toml(
         if name not in tables:
             _check_name(name, f"entry {name!r} of {where}")
             if arguments.get(name) is None:
-                found[name] = _told(f"{where}: {name}", partial(_read, name, value))
-    return _make(cls, found, arguments, where=where, hint=hint)
+                found[name] = _with_error_source(f"{where}: {name}", partial(_read, name, value))
+    return _make_limiter(cls, found, arguments, where=where, hint=hint)
 
 
 def limiters_in_toml() -> list[str | None]:
@@ -119,7 +119,7 @@ def limiters_in_toml() -> list[str | None]:
         LimitSyntaxError: the file or the table cannot be read.
         FileNotFoundError: there is no such file.
     """
-    _, table = _find(None)
+    _, table = _find_table(None)
     tables = _tables_in(table)
     return [*([] if tables.keys() == table.keys() else [None]), *tables]
 
@@ -133,7 +133,7 @@ def _tables_in(table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     }
 
 
-def _make(
+def _make_limiter(
     cls: Callable[..., L],
     found: dict[str, Any],
     arguments: dict[str, Any],
@@ -145,10 +145,10 @@ def _make(
     given = {**found, **{name: value for name, value in arguments.items() if value is not None}}
     if not limits and not given.keys() & {*KEYWORDS, "concurrency"}:
         raise LimitSyntaxError(f"{where} limit nothing; {hint}")
-    return _told(where, lambda: cls(*limits, **given))
+    return _with_error_source(where, lambda: cls(*limits, **given))
 
 
-def _told(where: str, make: Callable[[], L]) -> L:
+def _with_error_source(where: str, make: Callable[[], L]) -> L:
     """Return what ``make`` returns; an error says where it comes from."""
     try:
         return make()
@@ -232,23 +232,23 @@ def _list(value: object) -> list[Any]:
     return value
 
 
-def _find(path: str | PathLike[str] | None) -> tuple[str, Mapping[str, Any]]:
+def _find_table(path: str | PathLike[str] | None) -> tuple[str, Mapping[str, Any]]:
     """Return the table that describes limiters, preceded by a text that says where it is."""
     if path is not None:
-        return _table(Path(path), required=True)
-    here = Path.cwd()
-    for folder in (here, *here.parents):
+        return _read_table(Path(path), required=True)
+    cwd = Path.cwd()
+    for folder in (cwd, *cwd.parents):
         for name in _FILES:
             file = folder / name
-            if file.is_file() and (found := _table(file, required=False))[1]:
+            if file.is_file() and (found := _read_table(file, required=False))[1]:
                 return found
     raise FileNotFoundError(
-        f"no {_FILES[0]}, nor a {_FILES[1]} with [tool.{_TABLE}], in {here} or above it: write one, "
+        f"no {_FILES[0]}, nor a {_FILES[1]} with [tool.{_TABLE}], in {cwd} or above it: write one, "
         "or give its path"
     )
 
 
-def _table(file: Path, *, required: bool) -> tuple[str, Mapping[str, Any]]:
+def _read_table(file: Path, *, required: bool) -> tuple[str, Mapping[str, Any]]:
     with file.open("rb") as content:
         try:
             document = tomllib.load(content)

@@ -179,9 +179,9 @@ class Ledger:
             CheckpointError: the file cannot be read.
         """
         with self._lock, self._transaction():
-            return [self._found(entry) for entry in entries]
+            return [self._with_result(entry) for entry in entries]
 
-    def _found(self, entry: Entry) -> Entry:
+    def _with_result(self, entry: Entry) -> Entry:
         item = self._key(entry.input)
         ((times,),) = self._database.execute(_COUNT, (item,)).fetchall()
         key = item + times.to_bytes(4, "big")
@@ -191,10 +191,10 @@ class Ledger:
         return entry._replace(key=key, stored=stored)
 
     def _key(self, item: Any) -> bytes:
-        given = self._checkpoint.key
-        if given is None:
+        key_function = self._checkpoint.key
+        if key_function is None:
             return key_of(item)
-        text: object = given(item)
+        text: object = key_function(item)
         if not isinstance(text, str):
             raise TypeError(f"key= of a checkpoint must return a string, not {shown(text)}")
         return digest(b"k" + text.encode("utf-8", "surrogatepass"))

@@ -63,10 +63,10 @@ class Engine(Generic[T, R]):
     ) -> None:
         self._source = source
         self._call = call
-        self._most = workers
+        self._max_workers = workers
         self._workers = 0
         #: Workers without an admitted call: they wait in line, or fetch an item.
-        self._at_hand = 0
+        self._unadmitted = 0
         #: Places in the window.
         self.places = anyio.Semaphore(window, fast_acquire=True)
         self._ordered = ordered
@@ -79,15 +79,15 @@ class Engine(Generic[T, R]):
         #: Why it ended early, if not by an item's own error.
         self.failure: Exception | None = None
         self._group: TaskGroup | None = None
-        self._put: MemoryObjectSendStream[Item[T, R]]
+        self._sender: MemoryObjectSendStream[Item[T, R]]
         self.results: MemoryObjectReceiveStream[Item[T, R]]
         # Unbounded, because the places are the bound.
-        self._put, self.results = anyio.create_memory_object_stream(float("inf"))
-        self._save: MemoryObjectSendStream[tuple[bytes, Item[T, R]]] | None = None
+        self._sender, self.results = anyio.create_memory_object_stream(float("inf"))
+        self._save_sender: MemoryObjectSendStream[tuple[bytes, Item[T, R]]] | None = None
 
     def close(self) -> None:
         """Drop what is not read."""
-        self._put.close()
+        self._sender.close()
         self.results.close()
 
     async def run(self, scope: CancelScope) -> None:
@@ -96,15 +96,15 @@ class Engine(Generic[T, R]):
         Cancel the scope, not the task: the file is opened, written and closed behind a shield,
         which only holds against the scope.
         """
-        with self._put, scope:
+        with self._sender, scope:
             try:
                 async with (
                     self._progress.shown(self._source.total),
-                    anyio.create_task_group() as all_,
+                    anyio.create_task_group() as task_group,
                 ):
-                    await self._work_all(all_)
+                    await self._work_all(task_group)
                 for index in sorted(self._early):  # those behind one that was not started
-                    self._put.send_nowait(self._early[index])
+                    self._sender.send_nowait(self._early[index])
             except BaseException:  # cancelled: nobody will read on
                 self.results.close()
                 raise
@@ -114,7 +114,7 @@ class Engine(Generic[T, R]):
     async def _work_all(self, group: TaskGroup) -> None:
         self._group = group
         if self._checkpoint is None:
-            self._enlist()
+            self._start_worker()
             return
         try:
             ledger = await to_thread.run_sync(Ledger, self._checkpoint)
@@ -122,44 +122,44 @@ class Engine(Generic[T, R]):
             self.failure = error
             return
         self._source.ledger = ledger
-        self._save, to_save = anyio.create_memory_object_stream(float("inf"))
+        self._save_sender, to_save = anyio.create_memory_object_stream(float("inf"))
         try:
-            async with anyio.create_task_group() as keeping:
-                keeping.start_soon(self._keep, ledger, to_save)
-                with self._save:
+            async with anyio.create_task_group() as saving:
+                saving.start_soon(self._save_results, ledger, to_save)
+                with self._save_sender:
                     async with anyio.create_task_group() as self._group:
-                        self._enlist()
+                        self._start_worker()
         finally:
             with CancelScope(shield=True):
                 await to_thread.run_sync(ledger.close)
 
-    def _enlist(self) -> None:
+    def _start_worker(self) -> None:
         assert self._group is not None
         self._workers += 1
-        self._at_hand += 1
+        self._unadmitted += 1
         self._group.start_soon(self._work, name="asyncbucket amap")
 
-    def _begin(self) -> None:
+    def _note_admission(self) -> None:
         """Note that a worker left the line; make sure that another one stands there."""
         if self._failed and self._stop_on_error:
             raise Stopped
-        self._at_hand -= 1
-        if not self._at_hand and self._workers < self._most:
-            self._enlist()
+        self._unadmitted -= 1
+        if not self._unadmitted and self._workers < self._max_workers:
+            self._start_worker()
 
     async def _work(self) -> None:
         while True:
             await self.places.acquire()
             entry = await self._fetch()
             if entry is None:
-                self._at_hand -= 1
+                self._unadmitted -= 1
                 self.places.release()  # for the others, which must see the end, too
                 return
             if entry.stored is not None:
                 self._progress.count(restored=True)
                 self._hand_out(Item(entry.number, entry.input, entry.stored[0], restored=True))
             else:
-                await self._do(entry)
+                await self._process(entry)
 
     async def _fetch(self) -> Entry | None:
         try:
@@ -167,16 +167,16 @@ class Engine(Generic[T, R]):
         except Exception as error:  # noqa: BLE001 - the reader gets it
             self._fail(error)
         except asyncio.CancelledError as cancelled:
-            self._fail(_from_within(cancelled, "the iterable of items"))
+            self._fail(_cancellation_error(cancelled, "the iterable of items"))
         return None
 
-    async def _do(self, entry: Entry) -> None:
-        begun = False
+    async def _process(self, entry: Entry) -> None:
+        admitted = False
 
         def begin() -> None:
-            nonlocal begun
-            self._begin()
-            begun = True
+            nonlocal admitted
+            self._note_admission()
+            admitted = True
 
         try:
             result = await self._call(entry.input, begin)
@@ -185,12 +185,12 @@ class Engine(Generic[T, R]):
         except Exception as error:  # noqa: BLE001 - it belongs to the item
             self._hand_out_failed(entry, error)
         except asyncio.CancelledError as cancelled:
-            self._hand_out_failed(entry, _from_within(cancelled, "the call"))
+            self._hand_out_failed(entry, _cancellation_error(cancelled, "the call"))
         else:
             self._progress.count()
-            self._done(entry, Item(entry.number, entry.input, result))
+            self._save_or_hand_out(entry, Item(entry.number, entry.input, result))
         finally:
-            self._at_hand += begun
+            self._unadmitted += admitted
 
     def _hand_out_failed(self, entry: Entry, error: Exception) -> None:
         self._failed = True
@@ -204,22 +204,22 @@ class Engine(Generic[T, R]):
         if self.failure is None:
             self.failure = error
 
-    def _done(self, entry: Entry, item: Item[T, R]) -> None:
-        if self._save is None:
+    def _save_or_hand_out(self, entry: Entry, item: Item[T, R]) -> None:
+        if self._save_sender is None:
             self._hand_out(item)
         else:
-            self._save.send_nowait((entry.key, item))
+            self._save_sender.send_nowait((entry.key, item))
 
     def _hand_out(self, item: Item[T, R]) -> None:
         if not self._ordered:
-            self._put.send_nowait(item)
+            self._sender.send_nowait(item)
             return
         self._early[item.index] = item
         while self._next in self._early:
-            self._put.send_nowait(self._early.pop(self._next))
+            self._sender.send_nowait(self._early.pop(self._next))
             self._next += 1
 
-    async def _keep(
+    async def _save_results(
         self, ledger: Ledger, to_save: MemoryObjectReceiveStream[tuple[bytes, Item[T, R]]]
     ) -> None:
         """Save results in order of arrival, all available ones in one transaction.
@@ -228,7 +228,7 @@ class Engine(Generic[T, R]):
         """
         with CancelScope(shield=True), to_save:
             async for first in to_save:
-                batch = [first, *_waiting(to_save)]
+                batch = [first, *_receive_available(to_save)]
                 try:
                     rows = [(key, item.result) for key, item in batch]
                     await to_thread.run_sync(ledger.save, rows)
@@ -238,7 +238,7 @@ class Engine(Generic[T, R]):
                     self._hand_out(item)
 
 
-def _from_within(cancelled: asyncio.CancelledError, what: str) -> RuntimeError:
+def _cancellation_error(cancelled: asyncio.CancelledError, what: str) -> RuntimeError:
     """Return the error for a cancellation from inside ``what``; re-raise one meant for us."""
     if anyio.current_effective_deadline() == -math.inf:
         raise cancelled
@@ -247,7 +247,7 @@ def _from_within(cancelled: asyncio.CancelledError, what: str) -> RuntimeError:
     return error
 
 
-def _waiting(stream: MemoryObjectReceiveStream[Any]) -> Iterator[Any]:
+def _receive_available(stream: MemoryObjectReceiveStream[Any]) -> Iterator[Any]:
     with contextlib.suppress(anyio.WouldBlock, anyio.EndOfStream):
         while True:
             yield stream.receive_nowait()

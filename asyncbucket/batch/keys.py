@@ -25,7 +25,7 @@ def key_of(item: object) -> bytes:
         return digest(b"s" + item.encode("utf-8", "surrogatepass"))
     if isinstance(item, bytes):
         return digest(b"b" + item)
-    text = json.dumps(_told_apart(item), separators=(",", ":"))
+    text = json.dumps(_with_types(item), separators=(",", ":"))
     return digest(b"j" + text.encode("utf-8", "surrogatepass"))
 
 
@@ -34,38 +34,41 @@ def digest(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()[:SIZE]
 
 
-def _told_apart(value: Any) -> object:
+def _with_types(value: Any) -> object:
     """Return ``value`` in a form that JSON can hold: anything with parts as a list, its type first.
 
     JSON alone would not distinguish tuples from lists, or the key 1 from "1".
     """
     if value is None or isinstance(value, (str, int, float)):
         return value
-    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    type_name = f"{type(value).__module__}.{type(value).__qualname__}"
     if hasattr(value, "__pydantic_fields_set__"):
-        return [kind, _told_apart(_dumped(value))]
+        return [type_name, _with_types(_model_dump(value))]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = dataclasses.fields(value)
-        return [kind, *([each.name, _told_apart(getattr(value, each.name))] for each in fields)]
+        return [
+            type_name,
+            *([field.name, _with_types(getattr(value, field.name))] for field in fields),
+        ]
     if isinstance(value, (bytes, bytearray)):
-        return [kind, value.hex()]
+        return [type_name, value.hex()]
     if isinstance(value, Mapping):
-        pairs = ([_told_apart(key), _told_apart(each)] for key, each in value.items())
-        return [kind, *sorted(pairs, key=json.dumps)]
+        pairs = ([_with_types(key), _with_types(part)] for key, part in value.items())
+        return [type_name, *sorted(pairs, key=json.dumps)]
     if isinstance(value, (list, tuple)):
-        return [kind, *map(_told_apart, value)]
-    raise _unknown(value)
+        return [type_name, *map(_with_types, value)]
+    raise _unknown_type_error(value)
 
 
-def _dumped(model: Any) -> object:
+def _model_dump(model: Any) -> object:
     """Return what a pydantic model holds, also what only a subclass of a field's type has."""
     try:
         return model.model_dump(mode="json", serialize_as_any=True)
     except Exception as error:
-        raise _unknown(model) from error
+        raise _unknown_type_error(model) from error
 
 
-def _unknown(value: object) -> TypeError:
+def _unknown_type_error(value: object) -> TypeError:
     return TypeError(
         f"a checkpoint cannot recognise an item that contains {type(value).__name__}: give "
         f"Checkpoint(..., key=...), a function from the item to a string"
@@ -74,15 +77,15 @@ def _unknown(value: object) -> TypeError:
 
 def is_plain(value: object) -> bool:
     """Tell whether JSON returns ``value`` unchanged."""
-    kind = type(value)
-    if value is None or kind is str or kind is bool or kind is int:
+    value_type = type(value)
+    if value is None or value_type is str or value_type is bool or value_type is int:
         return True
     if isinstance(value, float):
-        return kind is float and math.isfinite(value)
+        return value_type is float and math.isfinite(value)
     if isinstance(value, list):
-        return kind is list and all(map(is_plain, value))
+        return value_type is list and all(map(is_plain, value))
     if isinstance(value, dict):
-        return kind is dict and all(
-            type(name) is str and is_plain(each) for name, each in value.items()
+        return value_type is dict and all(
+            type(name) is str and is_plain(part) for name, part in value.items()
         )
     return False

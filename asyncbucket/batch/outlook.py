@@ -10,12 +10,12 @@ from asyncbucket.limiter import Limiter
 from asyncbucket.wording import rounded
 
 #: Seconds over which a rate is computed, and between two samples of it.
-_SPAN: Final = 30.0
-_APART: Final = 0.5
+_RATE_SPAN: Final = 30.0
+_SAMPLE_INTERVAL: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Snapshot:
     """What can be said at one instant.
 
     Attributes:
@@ -47,42 +47,42 @@ class Outlook:
     def __init__(self, limiter: Limiter, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._limiter = limiter
         self._clock = clock
-        self._seen = deque([(clock(), 0)])
+        self._samples = deque([(clock(), 0)])
         self._waits: dict[str, float] = {}
         self._bound_by: str | None = None
 
-    def look(self, done: int, *, left: Mapping[str, float] | None) -> Look:
+    def snapshot(self, done: int, *, left: Mapping[str, float] | None) -> Snapshot:
         """Judge by what is done, and by what is left: items, requests, tokens.
 
         ``left["items"]`` is counted like ``done``. From the amounts of resources follows how long
         the limits will take at least, even before anything is done.
         """
         statistics = self._limiter.statistics()
-        waits = {name: each.seconds for name, each in statistics.waits.items()}
-        grown = {name: seconds - self._waits.get(name, 0.0) for name, seconds in waits.items()}
-        if any(grown.values()):
-            self._bound_by = max(grown, key=grown.__getitem__)
+        waits = {name: wait.seconds for name, wait in statistics.waits.items()}
+        new_waits = {name: seconds - self._waits.get(name, 0.0) for name, seconds in waits.items()}
+        if any(new_waits.values()):
+            self._bound_by = max(new_waits, key=new_waits.__getitem__)
             self._waits = waits
         elif not statistics.waiting:
             self._bound_by = None
         rate = self._rate(done)
-        return Look(
+        return Snapshot(
             rate,
-            None if left is None else self._left(rate, left),
+            None if left is None else self._seconds_left(rate, left),
             "a pause" if statistics.paused else self._bound_by,
             statistics.waiting,
         )
 
     def _rate(self, done: int) -> float:
-        now, seen = self._clock(), self._seen
-        while len(seen) > 1 and seen[1][0] <= now - _SPAN:
-            seen.popleft()
-        since, before = seen[0]
-        if now - seen[-1][0] >= _APART:
-            seen.append((now, done))
+        now, samples = self._clock(), self._samples
+        while len(samples) > 1 and samples[1][0] <= now - _RATE_SPAN:
+            samples.popleft()
+        since, before = samples[0]
+        if now - samples[-1][0] >= _SAMPLE_INTERVAL:
+            samples.append((now, done))
         return (done - before) / (now - since) if now > since else 0.0
 
-    def _left(self, rate: float, left: Mapping[str, float]) -> float | None:
+    def _seconds_left(self, rate: float, left: Mapping[str, float]) -> float | None:
         """Return the longer of the estimates from experience and from the limits."""
         items = left.get("items", 0.0)
         seconds = 0.0

@@ -27,12 +27,12 @@ from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.levels import is_under, levels
 
 #: How deep to look, and at how many objects.
-_DEPTH: Final = 6
-_MOST: Final = 2_000
+_MAX_DEPTH: Final = 6
+_MAX_OBJECTS: Final = 2_000
 #: How many entries of a list or a dict to look at; models may be kept in one.
-_OF_MANY: Final = 8
-_ACQUIRES: Final = frozenset({"acquire", "acquire_nowait", "acquire_sync", "amap", "map"})
-_TAKES: Final = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
+_MAX_ENTRIES: Final = 8
+_ACQUIRING_METHODS: Final = frozenset({"acquire", "acquire_nowait", "acquire_sync", "amap", "map"})
+_ATTRIBUTE_LOADS: Final = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
 _LEAVES: Final = (str, bytes, int, float, complex, type(None), type, types.ModuleType, Limiter)
 
 
@@ -42,16 +42,16 @@ def acquires_itself(fn: Callable[..., object], limiter: Limiter) -> bool:
     Raises:
         ValueError: it is admitted by a limiter above or beside it.
     """
-    akin: Limiter | None = None
+    related: Limiter | None = None
     *_, root = levels(limiter)
-    for each in _limiters_of(fn):
-        if is_under(each, limiter):
+    for acquired in _limiters_of(fn):
+        if is_under(acquired, limiter):
             return True
-        if is_under(each, root):
-            akin = each
-    if akin is not None:
+        if is_under(acquired, root):
+            related = acquired
+    if related is not None:
         raise ValueError(
-            f"{getattr(fn, '__qualname__', fn)} is paced by {akin.name!r} already, and would be paced by "
+            f"{getattr(fn, '__qualname__', fn)} is paced by {related.name!r} already, and would be paced by "
             f"{limiter.name!r}, too: pace both by one limiter, or say by paced= or cost= who acquires"
         )
     return False
@@ -60,15 +60,15 @@ def acquires_itself(fn: Callable[..., object], limiter: Limiter) -> bool:
 def _limiters_of(fn: object) -> Iterator[Limiter]:
     """Yield the limiters that admit a call of ``fn``, as far as its code shows."""
     seen: dict[int, object] = {}
-    rest: deque[tuple[object, int]] = deque([(fn, 0)])
-    while rest and len(seen) < _MOST:
-        value, depth = rest.popleft()
+    pending: deque[tuple[object, int]] = deque([(fn, 0)])
+    while pending and len(seen) < _MAX_OBJECTS:
+        value, depth = pending.popleft()
         if isinstance(value, _LEAVES) or id(value) in seen:
             continue
         seen[id(value)] = value  # kept alive, so that its id is not reused
         yield from _acquired_by(value)
-        if depth < _DEPTH:
-            rest.extend((each, depth + 1) for each in _parts(value))
+        if depth < _MAX_DEPTH:
+            pending.extend((part, depth + 1) for part in _parts(value))
 
 
 def _acquired_by(value: object) -> Iterator[Limiter]:
@@ -85,24 +85,32 @@ def _acquired_by(value: object) -> Iterator[Limiter]:
 def _acquired_in(function: types.FunctionType, *, holder: object = None) -> Iterator[Limiter]:
     """Yield the limiters within reach, if the code acquires."""
     names = _names(function.__code__)
-    if names & _ACQUIRES and not _ACQUIRES.isdisjoint(_attributes(function.__code__)):
-        near = [holder, *_named(function)]
-        held = [getattr(each, "__dict__", {}).get(name) for each in near for name in names]
-        yield from (each for each in (*near, *held) if isinstance(each, Limiter))
+    if names & _ACQUIRING_METHODS and not _ACQUIRING_METHODS.isdisjoint(
+        _attributes(function.__code__)
+    ):
+        reachable = [holder, *_referenced(function)]
+        held = [
+            getattr(candidate, "__dict__", {}).get(name)
+            for candidate in reachable
+            for name in names
+        ]
+        yield from (
+            candidate for candidate in (*reachable, *held) if isinstance(candidate, Limiter)
+        )
 
 
 def _parts(value: Any) -> Iterator[object]:
     """Yield what ``value`` uses or holds, one step away."""
     if isinstance(value, types.FunctionType):
-        yield from _named(value)
+        yield from _referenced(value)
     elif isinstance(value, types.MethodType):
         yield from _parts_of_method(value)
     elif isinstance(value, functools.partial):
         yield from (value.func, *value.args, *value.keywords.values())
     elif isinstance(value, Mapping):
-        yield from list(value.values())[:_OF_MANY]
+        yield from list(value.values())[:_MAX_ENTRIES]
     elif isinstance(value, (list, tuple)):
-        yield from value[:_OF_MANY]
+        yield from value[:_MAX_ENTRIES]
     else:
         yield from getattr(value, "__dict__", {}).values()
         call = getattr(type(value), "__call__", None)  # noqa: B004 - the function itself is wanted
@@ -115,10 +123,12 @@ def _parts_of_method(method: types.MethodType) -> Iterator[object]:
     function, holder = method.__func__, method.__self__
     if not isinstance(function, types.FunctionType):
         return
-    yield from _named(function)
+    yield from _referenced(function)
     # A decorated method is in the closure of its wrapper.
-    within = [each for each in _enclosed(function) if isinstance(each, types.FunctionType)]
-    yield from (types.MethodType(each, holder) for each in within)
+    wrapped = [
+        inner for inner in _closure_values(function) if isinstance(inner, types.FunctionType)
+    ]
+    yield from (types.MethodType(inner, holder) for inner in wrapped)
     # An object of ours is recognized by its limiter, which is not among the names.
     if _is_ours(holder):
         yield holder
@@ -130,19 +140,19 @@ def _parts_of_method(method: types.MethodType) -> Iterator[object]:
 
 
 def _is_ours(value: object) -> bool:
-    return any(kind.__module__.startswith("asyncbucket.") for kind in type(value).__mro__)
+    return any(cls.__module__.startswith("asyncbucket.") for cls in type(value).__mro__)
 
 
-def _named(function: types.FunctionType) -> Iterator[object]:
+def _referenced(function: types.FunctionType) -> Iterator[object]:
     """Yield the globals that a function names, what its closure holds, and its defaults."""
     names = function.__globals__
     yield from (names[name] for name in _names(function.__code__) if name in names)
-    yield from _enclosed(function)
+    yield from _closure_values(function)
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
 
 
-def _enclosed(function: types.FunctionType) -> Iterator[object]:
+def _closure_values(function: types.FunctionType) -> Iterator[object]:
     """Yield what a function's closure holds."""
     for cell in function.__closure__ or ():
         try:
@@ -153,17 +163,17 @@ def _enclosed(function: types.FunctionType) -> Iterator[object]:
 
 def _attributes(code: types.CodeType) -> Iterator[str]:
     """Yield the attributes that code, and code inside it, reads: so not the builtin ``map``."""
-    for each in dis.get_instructions(code):
-        if each.opname in _TAKES:
-            yield each.argval
-        elif isinstance(each.argval, types.CodeType):
-            yield from _attributes(each.argval)
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in _ATTRIBUTE_LOADS:
+            yield instruction.argval
+        elif isinstance(instruction.argval, types.CodeType):
+            yield from _attributes(instruction.argval)
 
 
 def _names(code: types.CodeType) -> set[str]:
     """Return the names in code, and in code inside it."""
     found = set(code.co_names)
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            found |= _names(inner)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found |= _names(constant)
     return found

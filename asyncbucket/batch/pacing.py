@@ -27,12 +27,12 @@ class Call(Protocol):
     async def __call__(self, item: Any, begin: Callable[[], None]) -> Any: ...
 
 
-def leave_to(fn: Callable[[Any], Awaitable[Any]]) -> Call:
+def leave_admission_to(fn: Callable[[Any], Awaitable[Any]]) -> Call:
     """Leave the admission to ``fn``."""
 
     async def call(item: Any, begin: Callable[[], None]) -> Any:
         begin()
-        return await awaitable(fn, item)
+        return await start_call(fn, item)
 
     return call
 
@@ -52,7 +52,7 @@ def admit_each(
                 lease.undo()
                 raise
             with running(fn, lease):  # it may call the limiter unseen
-                return await awaitable(fn, item)
+                return await start_call(fn, item)
 
     return call
 
@@ -77,17 +77,17 @@ def _keywords(price: Price) -> dict[str, Any]:
     )
 
 
-def awaitable(fn: Callable[[Any], Awaitable[Any]], item: Any) -> Awaitable[Any]:
+def start_call(fn: Callable[[Any], Awaitable[Any]], item: Any) -> Awaitable[Any]:
     """Call ``fn`` and return its awaitable.
 
     Raises:
         TypeError: it is a plain function, which has blocked the event loop.
     """
-    waiting = fn(item)
-    if not inspect.isawaitable(waiting):
+    awaitable = fn(item)
+    if not inspect.isawaitable(awaitable):
         name = getattr(fn, "__qualname__", repr(fn))
         raise TypeError(
-            f"{name} returned {type(waiting).__name__}, which cannot be awaited: amap takes async "
+            f"{name} returned {type(awaitable).__name__}, which cannot be awaited: amap takes async "
             f"functions; map takes plain ones"
         )
-    return waiting
+    return awaitable

@@ -7,14 +7,14 @@ from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import anyio
 
-from asyncbucket.batch.outlook import Look, Outlook, duration
+from asyncbucket.batch.outlook import Outlook, Snapshot, duration
 from asyncbucket.limiter import Limiter
 from asyncbucket.wording import named
 
 Shown: TypeAlias = bool | Literal["rich", "tqdm"]
 
 #: Seconds between two updates.
-_EVERY: Final = 0.2
+_REFRESH_INTERVAL: Final = 0.2
 
 
 class Progress:
@@ -47,16 +47,16 @@ def progress_for(limiter: Limiter, shown: Shown) -> Progress:
     if shown is False:
         return Progress()
     if shown is True:
-        shown = "rich" if _has("rich") or not _has("tqdm") else "tqdm"
+        shown = "rich" if _is_installed("rich") or not _is_installed("tqdm") else "tqdm"
     if shown not in ("rich", "tqdm"):
         raise ValueError(f"show_progress must be True, False, 'rich' or 'tqdm', not {shown!r}")
-    if not _has(shown):
+    if not _is_installed(shown):
         remedy = '"asyncbucket[batch]"' if shown == "rich" else "tqdm"
         raise ImportError(f"a progress bar needs {shown}: pip install {remedy}")
     return _ShownProgress(limiter, _RichBar if shown == "rich" else _TqdmBar)
 
 
-def _has(library: str) -> bool:
+def _is_installed(library: str) -> bool:
     from importlib.util import find_spec
 
     return find_spec(library) is not None
@@ -67,7 +67,7 @@ class _ShownProgress(Progress):
 
     def __init__(self, limiter: Limiter, bar: "type[_RichBar | _TqdmBar]") -> None:
         self._limiter = limiter
-        self._make = bar
+        self._bar_type = bar
         self._done = 0
         self._failed = 0
         self._restored = 0
@@ -79,33 +79,33 @@ class _ShownProgress(Progress):
 
     @contextlib.asynccontextmanager
     async def shown(self, total: int | None) -> AsyncGenerator[None]:
-        bar = self._make(total)
+        bar = self._bar_type(total)
         outlook = Outlook(self._limiter, clock=anyio.current_time)
         started = anyio.current_time()
         try:
             async with anyio.create_task_group() as group:
-                group.start_soon(self._keep_up, bar, outlook, total)
+                group.start_soon(self._refresh, bar, outlook, total)
                 try:
                     yield
                 finally:
                     group.cancel_scope.cancel()
         finally:
             took = f"in {duration(anyio.current_time() - started)}"
-            bar.show(self._done, ", ".join([took, *self._words(Look())]))
+            bar.show(self._done, ", ".join([took, *self._words(Snapshot())]))
             bar.close()
 
-    async def _keep_up(self, bar: _Bar, outlook: Outlook, total: int | None) -> None:
+    async def _refresh(self, bar: _Bar, outlook: Outlook, total: int | None) -> None:
         while True:
             left = None if total is None else float(total - self._done)
             amounts = None if left is None else {"items": left, "requests": left}
-            look = outlook.look(self._done - self._restored, left=amounts)
-            bar.show(self._done, ", ".join(self._words(look)))
-            await anyio.sleep(_EVERY)
+            snapshot = outlook.snapshot(self._done - self._restored, left=amounts)
+            bar.show(self._done, ", ".join(self._words(snapshot)))
+            await anyio.sleep(_REFRESH_INTERVAL)
 
-    def _words(self, look: Look) -> list[str]:
-        words = look.words()
-        if look.bound_by is not None:
-            words.append(f"waiting for {named(look.bound_by)}")
+    def _words(self, snapshot: Snapshot) -> list[str]:
+        words = snapshot.words()
+        if snapshot.bound_by is not None:
+            words.append(f"waiting for {named(snapshot.bound_by)}")
         if self._restored:
             words.append(f"{self._restored:,} restored")
         if self._failed:
@@ -165,10 +165,10 @@ class _TqdmBar:
         from tqdm import tqdm
 
         # Without tqdm's own rate, which is among the words.
-        far = "{n_fmt} items" if total is None else "{l_bar}{bar:30}| {n_fmt}/{total_fmt}"
-        form = far + " {elapsed}{postfix}"
+        layout = "{n_fmt} items" if total is None else "{l_bar}{bar:30}| {n_fmt}/{total_fmt}"
+        bar_format = layout + " {elapsed}{postfix}"
         file: Any = StandardError()
-        self._bar = tqdm(total=total, file=file, mininterval=0, bar_format=form)
+        self._bar = tqdm(total=total, file=file, mininterval=0, bar_format=bar_format)
 
     def show(self, done: int, words: str) -> None:
         self._bar.n = done

@@ -15,7 +15,7 @@ from asyncbucket.batch.checkpoint import Checkpoint
 from asyncbucket.batch.engine import Engine
 from asyncbucket.batch.item import Item
 from asyncbucket.batch.paced import acquires_itself
-from asyncbucket.batch.pacing import PriceOf, admit_each, leave_to
+from asyncbucket.batch.pacing import PriceOf, admit_each, leave_admission_to
 from asyncbucket.batch.progress import Shown, progress_for
 from asyncbucket.batch.source import Source
 from asyncbucket.limiter import Limiter
@@ -28,9 +28,9 @@ Errors = Literal["raise", "collect"]
 
 #: The most workers if the limiter has no concurrency: if `amap` acquires, there are only as many as
 #: are admitted, ...
-_MOST = 1_000
+_MAX_WORKERS = 1_000
 #: ... and this many, if the function acquires.
-_MOST_UNSEEN = 256
+_MAX_IF_FN_ACQUIRES = 256
 
 
 def amap(  # noqa: PLR0913 - each is an option of its own
@@ -90,13 +90,13 @@ def amap(  # noqa: PLR0913 - each is an option of its own
         )
     if cost is None and paced is None:
         paced = acquires_itself(fn, limiter)
-    by_fn = bool(paced) and cost is None
-    most = _workers(limiter, workers, by_fn=by_fn)
+    fn_acquires = bool(paced) and cost is None
+    max_workers = _workers(limiter, workers, fn_acquires=fn_acquires)
     engine: Engine[T, R] = Engine(
         Source(items),
-        leave_to(fn) if by_fn else admit_each(limiter, fn, cost),
-        workers=most,
-        window=_window(window, most),
+        leave_admission_to(fn) if fn_acquires else admit_each(limiter, fn, cost),
+        workers=max_workers,
+        window=_window(window, max_workers),
         ordered=ordered,
         stop_on_error=errors == "raise",
         checkpoint=None if checkpoint is None else Checkpoint.of(checkpoint, name=name_of(fn)),
@@ -120,22 +120,22 @@ def name_of(fn: object) -> str:
         fn = fn.func
     name: str = getattr(fn, "__qualname__", type(fn).__qualname__)
     holder = getattr(fn, "__self__", None)
-    wanted = getattr(holder, "output_cls", None)  # of a structured LLM, which calls another one
+    output_cls = getattr(holder, "output_cls", None)  # of a structured LLM, which calls another one
     holder = getattr(holder, "llm", holder)
     model = getattr(holder, "model", None) or getattr(holder, "model_name", None)
-    if isinstance(wanted, type):
-        name = f"{name} for {wanted.__qualname__}"
+    if isinstance(output_cls, type):
+        name = f"{name} for {output_cls.__qualname__}"
     return f"{name} of {model}" if isinstance(model, str) else name
 
 
-def _workers(limiter: Limiter, workers: int | None, *, by_fn: bool) -> int:
+def _workers(limiter: Limiter, workers: int | None, *, fn_acquires: bool) -> int:
     if workers is not None:
         return read_count(workers, "workers", least=1)
-    if not by_fn:
-        return _MOST
+    if not fn_acquires:
+        return _MAX_WORKERS
     # One more than the slots, so that somebody is always in line. If the limiter finds its slots by
     # itself, there may be more of them later.
-    return _MOST_UNSEEN if limiter.concurrency is None else max(32, limiter.concurrency + 1)
+    return _MAX_IF_FN_ACQUIRES if limiter.concurrency is None else max(32, limiter.concurrency + 1)
 
 
 def _window(window: int | None, workers: int) -> int:
@@ -230,9 +230,9 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
 
     async def __aexit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
-        trace: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
         await self.aclose()
 

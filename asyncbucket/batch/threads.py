@@ -21,10 +21,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 #: The most threads if the limiter has no concurrency.
-_THREADS = 64
+_MAX_THREADS = 64
 #: Iterators that were handed out, and may be left in the middle. Module state, because `atexit` is: if one
 #: were closed later than that, it would wait for ever for a thread that has stopped.
-_LEFT: Final["weakref.WeakSet[Generator[Any]]"] = weakref.WeakSet()
+_OPEN_ITERATORS: Final["weakref.WeakSet[Generator[Any]]"] = weakref.WeakSet()
 
 
 @overload
@@ -69,22 +69,22 @@ def map_sync(
     if workers is not None:
         workers = read_count(workers, "workers", least=1)
     elif not inspect.iscoroutinefunction(fn):
-        workers = min(limiter.concurrency or _THREADS, _THREADS)
+        workers = min(limiter.concurrency or _MAX_THREADS, _MAX_THREADS)
     if options.get("paced") is None and options.get("cost") is None:
         options["paced"] = acquires_itself(fn, limiter)
     if options.get("checkpoint") is not None:
         options["checkpoint"] = Checkpoint.of(options["checkpoint"], name=name_of(fn))
     call = _in_threads(fn, workers)
     results = _iterate(amap(limiter, call, items, workers=workers, **options))
-    _LEFT.add(results)
+    _OPEN_ITERATORS.add(results)
     return results
 
 
 @atexit.register
-def _close() -> None:
-    for each in tuple(_LEFT):
+def _close_iterators() -> None:
+    for iterator in tuple(_OPEN_ITERATORS):
         with contextlib.suppress(ValueError):  # another thread is in it
-            each.close()
+            iterator.close()
 
 
 def _iterate(results: Results[T, Any]) -> Generator[Item[T, Any]]:
@@ -102,10 +102,10 @@ def _iterate(results: Results[T, Any]) -> Generator[Item[T, Any]]:
 def _in_threads(fn: Callable[[T], Any], threads: int | None) -> Callable[[T], Awaitable[Any]]:
     if inspect.iscoroutinefunction(fn):
         return fn
-    bound = CapacityLimiter(threads or _THREADS)
+    thread_limit = CapacityLimiter(threads or _MAX_THREADS)
 
     async def call(item: T) -> Any:
-        result = await to_thread.run_sync(fn, item, limiter=bound)
+        result = await to_thread.run_sync(fn, item, limiter=thread_limit)
         return await result if inspect.isawaitable(result) else result
 
     return call

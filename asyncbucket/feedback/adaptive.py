@@ -58,8 +58,8 @@ _START: Final = 4
 #: The fewest calls whose mean latency counts.
 _SAMPLE: Final = 10
 #: A round goes on until its mean's relative error is this small, or for this many times the size.
-_SURE: Final = 0.1
-_PATIENCE: Final = 3
+_MAX_ERROR: Final = 0.1
+_MAX_ROUND: Final = 3
 #: Below the first slope the size grows; from the second on it is cut.
 _FLAT: Final = 0.25
 _STEEP: Final = 0.6
@@ -93,20 +93,20 @@ class Adaptive:
 
     __slots__ = (
         "_anchor",
-        "_busy",
         "_ceiling",
-        "_clean",
+        "_clean_since_cut",
         "_cut_at",
         "_full",
-        "_held",
-        "_raised",
-        "_resume",
+        "_last_raise",
+        "_resume_size",
         "_rounds",
+        "_rounds_held",
         "_seen",
         "_squares",
         "_step",
         "_total",
-        "_unheeded",
+        "_waited",
+        "_warmup",
         "least",
         "most",
         "size",
@@ -115,25 +115,25 @@ class Adaptive:
     def __init__(self, *, least: int, most: int, start: int = _START) -> None:
         self.least = least
         self.most = most
-        self.size = self._unheeded = self._within(start)
+        self.size = self._warmup = self._clamp(start)
         #: A size, and how long calls took there.
-        self._anchor: tuple[int, _Took] | None = None
+        self._anchor: tuple[int, _Latencies] | None = None
         #: The size to go back to after a round at a lower size that gives an anchor.
-        self._resume: int | None = None
+        self._resume_size: int | None = None
         #: Busy rounds since the anchor was set.
         self._rounds = 0
         #: What the next raise adds, and what the last one added.
         self._step = self.size
-        self._raised = 0
+        self._last_raise = 0
         #: A size that was refused, and how many rounds were spent just below it.
         self._ceiling: int | None = None
-        self._held = 0
+        self._rounds_held = 0
         #: When the last refusal cut the size, and whether a round without another has passed since.
         self._cut_at = -1
-        self._clean = True
-        # The round so far: calls seen, of which the first `_unheeded` do not count; of those that
+        self._clean_since_cut = True
+        # The round so far: calls seen, of which the first `_warmup` do not count; of those that
         # count, how many had waited, and the sums of their latencies and of the squares.
-        self._seen = self._busy = self._total = self._squares = 0
+        self._seen = self._waited = self._total = self._squares = 0
         #: Whether all slots were taken at some point in it; if not, calls wait for a child's slots.
         self._full = False
 
@@ -150,20 +150,20 @@ class Adaptive:
         """
         self._seen += 1
         self._full |= full
-        over = self._seen - self._unheeded
-        if over <= 0:
+        counted = self._seen - self._warmup
+        if counted <= 0:
             return
-        self._busy += waited
+        self._waited += waited
         self._total += latency
         self._squares += latency * latency
-        if over < max(self.size, _SAMPLE):
+        if counted < max(self.size, _SAMPLE):
             return
-        took = _Took.of(over, self._total, self._squares)
-        if took.error <= _SURE or over >= _PATIENCE * self.size:
-            busy = self._full and self._busy * 2 >= over
-            self._begin()
-            self._clean = True
-            self._end_round(took, busy=busy)
+        latencies = _Latencies.of(counted, self._total, self._squares)
+        if latencies.error <= _MAX_ERROR or counted >= _MAX_ROUND * self.size:
+            busy = self._full and self._waited * 2 >= counted
+            self._begin_round()
+            self._clean_since_cut = True
+            self._end_round(latencies, busy=busy)
 
     def overloaded(self, *, started: int, now: int) -> None:
         """Take in a call, admitted at ``started``, that the server refused or let time out.
@@ -172,64 +172,64 @@ class Adaptive:
         """
         if started <= self._cut_at:
             return
-        size = self.size if self._resume is None else self._resume
-        self._ceiling, self._held = size, 0
-        if self._clean:
-            self._resize(int(min(size * _BACKOFF, size - self._raised)))
+        size = self.size if self._resume_size is None else self._resume_size
+        self._ceiling, self._rounds_held = size, 0
+        if self._clean_since_cut:
+            self._resize(int(min(size * _BACKOFF, size - self._last_raise)))
         else:
             self._resize(int(size * _HALF))
         self._cut_at = now
-        self._clean = False
-        self._step, self._raised, self._resume = 1, 0, None
-        self._begin()
+        self._clean_since_cut = False
+        self._step, self._last_raise, self._resume_size = 1, 0, None
+        self._begin_round()
 
-    def _begin(self) -> None:
-        self._unheeded = self.size
-        self._seen = self._busy = self._total = self._squares = 0
+    def _begin_round(self) -> None:
+        self._warmup = self.size
+        self._seen = self._waited = self._total = self._squares = 0
         self._full = False
 
-    def _end_round(self, took: "_Took", *, busy: bool) -> None:
+    def _end_round(self, latencies: "_Latencies", *, busy: bool) -> None:
         """Choose the next size by how long the calls of a round took at this size."""
-        if self._resume is not None:
-            self._set_anchor(took)
-            self._resize(self._resume)
-            self._resume = None
+        if self._resume_size is not None:
+            self._set_anchor(latencies)
+            self._resize(self._resume_size)
+            self._resume_size = None
             return
         if self._anchor is None:
-            self._set_anchor(took)
+            self._set_anchor(latencies)
         elif self.size < self._anchor[0]:
-            slower = took.rise_from(self._anchor[1]) > _NEAR
-            self._set_anchor(took)
+            slower = latencies.rise_from(self._anchor[1]) > _NEAR
+            self._set_anchor(latencies)
             self._rounds = _PROBE_EVERY if slower else 0  # if so, calls may queue at this size, too
-        size, base = self._anchor or (self.size, took)
-        slope = took.rise_from(base) / max(math.log(self.size / size), _NEAR)
+        size, base = self._anchor or (self.size, latencies)
+        slope = latencies.rise_from(base) / max(math.log(self.size / size), _NEAR)
         if slope >= _STEEP:
-            self._cut(base.mean / took.mean)
+            self._cut(base.mean / latencies.mean)
         elif busy:
-            self._go_on(took, slope)
+            self._grow_or_probe(latencies, slope)
 
-    def _go_on(self, took: "_Took", slope: float) -> None:
+    def _grow_or_probe(self, latencies: "_Latencies", slope: float) -> None:
         """Stay, grow, or look again at a lower size."""
         self._rounds += 1
         if self._rounds >= _PROBE_EVERY and self.size > self.least:
-            self._resume = self.size
+            self._resume_size = self.size
             self._resize(int(self.size * _PROBE))
         elif slope < _FLAT:
             if self._anchor is not None and self.size >= self._anchor[0] * _FAR:
-                self._set_anchor(took)
+                self._set_anchor(latencies)
             self._raise()
         else:
-            self._step, self._raised = max(1, self._step // 2), 0
+            self._step, self._last_raise = max(1, self._step // 2), 0
 
-    def _set_anchor(self, took: "_Took") -> None:
-        self._anchor = (self.size, took)
+    def _set_anchor(self, latencies: "_Latencies") -> None:
+        self._anchor = (self.size, latencies)
         self._rounds = 0
 
-    def _cut(self, left: float) -> None:
+    def _cut(self, fraction: float) -> None:
         """Cut the size to what the server carries at the anchor's latency, plus a short queue."""
-        left = max(left * _QUEUE, _HALF)
-        self._step, self._raised = 1, 0
-        self._resize(min(int(self.size * left), self.size - 1))
+        fraction = max(fraction * _QUEUE, _HALF)
+        self._step, self._last_raise = 1, 0
+        self._resize(min(int(self.size * fraction), self.size - 1))
         if self._anchor is not None and self.size > self._anchor[0]:  # it may be queued itself
             self._rounds = _PROBE_EVERY
 
@@ -239,26 +239,26 @@ class Adaptive:
         if self._ceiling is not None:
             step = (self._ceiling - self.size) // 2
             if step < 1:
-                self._held += 1
-                self._raised = 0
-                if self._held < _HOLD:
+                self._rounds_held += 1
+                self._last_raise = 0
+                if self._rounds_held < _HOLD:
                     return
                 self._ceiling, step = None, 1
         before = self.size
         self._resize(before + step)
-        self._raised = self.size - before
+        self._last_raise = self.size - before
         self._step = min(2 * step, self.size)
 
     def _resize(self, size: int) -> None:
-        before, self.size = self.size, self._within(size)
-        self._unheeded = max(before, self.size)
+        before, self.size = self.size, self._clamp(size)
+        self._warmup = max(before, self.size)
 
-    def _within(self, size: int) -> int:
+    def _clamp(self, size: int) -> int:
         return max(self.least, min(size, self.most))
 
 
 @dataclass(frozen=True, slots=True)
-class _Took:
+class _Latencies:
     """How long the calls of a round took (mean, in ns), and the relative standard error of the mean."""
 
     mean: float

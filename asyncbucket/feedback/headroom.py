@@ -38,8 +38,8 @@ with others at 0, 10, 40 and 60 %.
 
 from typing import ClassVar, Final
 
-from asyncbucket.feedback.others import Others, with_room
-from asyncbucket.feedback.slices import NUMBERS, cut
+from asyncbucket.feedback.others import Others, with_margin
+from asyncbucket.feedback.slices import SLICE_COUNTS, possible_slices
 from asyncbucket.meters import Window
 
 #: Something counts as missing if it is at least this fraction (1/8) of the limit.
@@ -49,9 +49,9 @@ _SMOOTHING: Final = 8
 #: The margin covers what is missing in this fraction (1/60) of the window...
 _MARGIN: Final = 60
 #: ...and this many calls like the one that asks,
-_CALLS: Final = 2
+_MARGIN_CALLS: Final = 2
 #: ...but at most this fraction (1/4) of the most that was ever left.
-_MOST: Final = 4
+_MAX_MARGIN: Final = 4
 #: For a window longer than this (ns) only the level counts: a short observation does not tell how
 #: much others take in a day.
 _LONG: Final = 120_000_000_000
@@ -67,25 +67,25 @@ class Headroom:
     """Admit what the provider says is left. Levels are in units times window, hence exact."""
 
     __slots__ = (
-        "_alone",
-        "_at",
         "_booked",
-        "_even",
-        "_first",
+        "_first_report",
         "_growth",
-        "_heard",
-        "_last",
-        "_left",
+        "_is_alone",
+        "_is_long",
+        "_last_booking",
+        "_last_report",
         "_level",
-        "_long",
+        "_level_at",
         "_margin",
         "_missing",
-        "_most",
+        "_most_left",
         "_others",
         "_ours",
-        "_pace",
+        "_provider_limit",
+        "_reported_left",
         "_slices",
-        "_theirs",
+        "_spread_until",
+        "_unit_spacing",
         "amount",
         "window",
     )
@@ -97,47 +97,47 @@ class Headroom:
         """Know nothing yet except ``ours``: what we booked before the first report."""
         self.amount = amount
         self.window = window
-        #: What was left at ``_at``, as far as is known; None before the first report.
+        #: What was left at ``_level_at``, as far as is known; None before the first report.
         self._level: int | None = None
-        self._at = 0
+        self._level_at = 0
         #: When the latest report was heard, and the first.
-        self._heard = self._first = 0
+        self._last_report = self._first_report = 0
         #: By how much less than the limit comes back per window, and what is expected to come back.
         self._missing = 0
         self._growth = amount
         #: What is left untouched while something is missing.
         self._margin = 0
         #: What the latest report said was left, at least, and the most that was ever left.
-        self._left = 0
-        self._most = 0
+        self._reported_left = 0
+        self._most_left = 0
         #: Units that we booked, in the last window and ever.
         self._ours = Window(amount=amount, window=window) if ours is None else ours
         self._booked = 0
         self._others = Others(amount=amount, window=window)
         #: Until when our bookings reach if spread evenly, and when we last booked.
-        self._even = self._last = 0
+        self._spread_until = self._last_booking = 0
         #: Whether others are negligible, and how many ns apart single units then come.
-        self._alone = False
-        self._pace = 0
-        self._long = window > _LONG
+        self._is_alone = False
+        self._unit_spacing = 0
+        self._is_long = window > _LONG
         #: The provider's limit, if it is higher than ours.
-        self._theirs = amount
+        self._provider_limit = amount
         #: The slices in which the provider may count; empty once it is known to count as a whole.
-        self._slices = () if self._long else cut(amount=amount, window=window)
+        self._slices = () if self._is_long else possible_slices(amount=amount, window=window)
 
     @property
     def others(self) -> int:
         """Estimated units that others take of the limit in each window."""
         return self._others.estimate
 
-    def hear(
+    def update(
         self,
         remaining: int,
         now: int,
         *,
         amount: int,
         limit: int | None = None,
-        under_way: int = 0,
+        booked_since: int = 0,
         lent: int = 0,
         rounding: int = 0,
     ) -> None:
@@ -148,27 +148,27 @@ class Headroom:
             now: the instant.
             amount: the limit, the provider's or ours, whichever is lower.
             limit: the provider's limit, if it says so; a slice holds a fraction of it.
-            under_way: units that we booked after the call that the reply answers.
+            booked_since: units that we booked after the call that the reply answers.
             lent: units that calls in flight may still give back.
             rounding: by how many units ``remaining`` may have been rounded down.
         """
         if self._level is None:
-            self._first = now
-        self._follow(amount, limit)
-        self._slices = tuple(each for each in self._slices if remaining <= each.share)
-        for each in self._slices:
-            each.hear(remaining, now)
-        self._correct(remaining, now, under_way=under_way, rounding=rounding)
-        if not (self._long or len(self._slices) == len(NUMBERS)):
+            self._first_report = now
+        self._adopt_limit(amount, limit)
+        self._slices = tuple(slices for slices in self._slices if remaining <= slices.share)
+        for slices in self._slices:
+            slices.update(remaining, now)
+        self._correct(remaining, now, booked_since=booked_since, rounding=rounding)
+        if not (self._is_long or len(self._slices) == len(SLICE_COUNTS)):
             used = -remaining - rounding
             ours = amount - self._ours.available(now)
             total = max(amount, remaining + ours)  # the provider's limit may be far above ours
-            unsure = max(under_way, lent) + rounding
-            self._others.hear(used - self._booked, now, used + total - ours, unsure)
-        self._alone = not (self._slices or self._others.estimate or self._margin)
-        self._pace = self.window // amount
+            uncertainty = max(booked_since, lent) + rounding
+            self._others.update(used - self._booked, now, used + total - ours, uncertainty)
+        self._is_alone = not (self._slices or self._others.estimate or self._margin)
+        self._unit_spacing = self.window // amount
 
-    def _follow(self, amount: int, limit: int | None) -> None:
+    def _adopt_limit(self, amount: int, limit: int | None) -> None:
         """Adopt another limit; what was expected under the old one no longer counts."""
         changed = amount != self.amount
         if changed:
@@ -177,71 +177,71 @@ class Headroom:
             self._level = None
             self._others = Others(amount=amount, window=self.window)
         if limit is None:
-            limit = amount if changed else self._theirs
-        theirs = max(limit, amount)
-        if theirs != self._theirs:
-            self._theirs = theirs
+            limit = amount if changed else self._provider_limit
+        provider_limit = max(limit, amount)
+        if provider_limit != self._provider_limit:
+            self._provider_limit = provider_limit
             if self._slices:
-                self._slices = cut(amount=theirs, window=self.window)
+                self._slices = possible_slices(amount=provider_limit, window=self.window)
 
-    def _correct(self, remaining: int, now: int, *, under_way: int, rounding: int) -> None:
+    def _correct(self, remaining: int, now: int, *, booked_since: int, rounding: int) -> None:
         """Move the level into the interval that a reply names, and update what is missing."""
-        self._left = remaining - under_way
-        self._most = min(self.amount, max(self._most, remaining + rounding + 1))
-        low = (remaining - under_way) * self.window
+        self._reported_left = remaining - booked_since
+        self._most_left = min(self.amount, max(self._most_left, remaining + rounding + 1))
+        low = (remaining - booked_since) * self.window
         high = (remaining + rounding) * self.window
-        expected = self._expect(now)
+        expected = self._expected_level(now)
         if expected is None:
             self._level, self._missing = low, 0
         else:
             self._level = min(max(expected, low), high)
-            less = (expected - self._level) // (
-                now - self._heard + _MEMORY * self.window // _SMOOTHING
+            shortfall = (expected - self._level) // (
+                now - self._last_report + _MEMORY * self.window // _SMOOTHING
             )
-            self._missing = min(self.amount, max(0, self._missing + less))
-            if self._slices and self._slices[0].explain:
+            self._missing = min(self.amount, max(0, self._missing + shortfall))
+            if self._slices and self._slices[0].explains_shortfall:
                 self._missing = 0
         self._growth = max(self.amount - self._missing, self.amount // _LEAST, 1)
-        missed = self._missing * _BUSY >= self.amount
-        self._margin = max(1, self._missing // _MARGIN) if missed else 0
-        self._at = self._heard = now
+        is_missing = self._missing * _BUSY >= self.amount
+        self._margin = max(1, self._missing // _MARGIN) if is_missing else 0
+        self._level_at = self._last_report = now
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
         """See `asyncbucket.meters.Meter.earliest`; with ``back``, now: a reply may bring good news."""
-        needed = self._needed(amount)
-        level = self._expect(now, needed)
+        needed = self._needed_level(amount)
+        level = self._expected_level(now, needed)
         if level is None or back:
             return now
-        if self._slices and self._slices[0].known:
+        if self._slices and self._slices[0].is_known:
             return self._slices[0].earliest(amount, now)
         when = now
         if needed > level:
-            when = max(now, self._at) - -(needed - level) // self._growth
+            when = max(now, self._level_at) - -(needed - level) // self._growth
         reserve = self._reserve(amount)
-        if reserve or (now < self._first + self.window and not self._long):
-            when = max(when, self._evenly(amount, now, reserve))
+        if reserve or (now < self._first_report + self.window and not self._is_long):
+            when = max(when, self._earliest_evenly(amount, now, reserve))
         if self._slices:
             when = max(when, self._slices[0].earliest(amount, now))
-        return min(when, self._heard + _MEMORY * self.window)
+        return min(when, self._last_report + _MEMORY * self.window)
 
-    def _evenly(self, amount: int, now: int, reserve: int) -> int:
+    def _earliest_evenly(self, amount: int, now: int, reserve: int) -> int:
         """Return when ``amount`` may pass so that we take evenly what others leave."""
         amount = min(amount, self.amount)
         cost = amount * self.window // (self.amount - reserve)
-        even = self._even - max(0, self.window // _AT_ONCE - cost)
+        even = self._spread_until - max(0, self.window // _AT_ONCE - cost)
         when = max(even, self._ours.earliest(amount + reserve, now))
-        return min(when, self._last + self.window // _LEAST)
+        return min(when, self._last_booking + self.window // _LEAST)
 
     def take(self, amount: int, now: int) -> bool:
         """See `asyncbucket.meters.Meter.take`."""
         level = self._level
         if level is not None:
-            if self._alone and now < self._heard + self.window:
+            if self._is_alone and now < self._last_report + self.window:
                 needed = amount * self.window  # as `earliest` does, without the calls
-                if level + (now - self._at) * self._growth < needed:
+                if level + (now - self._level_at) * self._growth < needed:
                     return False
-                evenly = now < self._first + self.window and not self._long
-                if evenly and self._evenly(amount, now, 0) > now:
+                must_spread = now < self._first_report + self.window and not self._is_long
+                if must_spread and self._earliest_evenly(amount, now, 0) > now:
                     return False
             elif self.earliest(amount, now) > now:
                 return False
@@ -250,17 +250,17 @@ class Headroom:
 
     def book(self, amount: int, when: int) -> None:
         """See `asyncbucket.meters.Meter.book`."""
-        level = self._expect(when, self._needed(amount))
+        level = self._expected_level(when, self._needed_level(amount))
         if level is not None:
             self._level = level - self._share(amount) * self.window
-            self._at = max(self._at, when)
+            self._level_at = max(self._level_at, when)
         self._booked += amount
         self._ours.book(amount, when)
-        apart = amount * self._pace if self._alone else self._apart(amount)
-        self._even = max(self._even, when) + apart
-        self._last = when
-        for each in self._slices:
-            each.book(amount, when)
+        spacing = amount * self._unit_spacing if self._is_alone else self._spacing(amount)
+        self._spread_until = max(self._spread_until, when) + spacing
+        self._last_booking = when
+        for slices in self._slices:
+            slices.book(amount, when)
 
     def owe(self, amount: int, when: int) -> None:
         """See `asyncbucket.meters.Meter.owe`."""
@@ -268,39 +268,41 @@ class Headroom:
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
         """See `asyncbucket.meters.Meter.unbook`; bookings before the latest report are counted in it."""
-        if self._level is not None and when >= self._heard:
+        if self._level is not None and when >= self._last_report:
             self._level += self._share(amount) * self.window
         self._booked -= amount
         self._ours.unbook(amount, when, left=left)
-        self._even -= self._apart(amount)
-        for each in self._slices:
-            each.unbook(amount, when, left)
+        self._spread_until -= self._spacing(amount)
+        for slices in self._slices:
+            slices.unbook(amount, when, left)
 
     def available(self, now: int) -> int:
         """See `asyncbucket.meters.Meter.available`: what is left, including any reserve for others."""
-        level = self._expect(now)
+        level = self._expected_level(now)
         if level is None:
             return self.amount
-        return (level - self._needed(0)) // self.window
+        return (level - self._needed_level(0)) // self.window
 
-    def _expect(self, now: int, needed: int = 0) -> int | None:
+    def _expected_level(self, now: int, needed: int = 0) -> int | None:
         """Return the level at ``now``; None if no report counts any more.
 
         It grows to the most that was ever left, or to what a larger call needs, so every call can
         pass.
         """
-        level, at = self._level, self._at
-        if level is None or now >= self._heard + _MEMORY * self.window:
+        level, at = self._level, self._level_at
+        if level is None or now >= self._last_report + _MEMORY * self.window:
             return None
         if now <= at:
             return level
-        return min(level + (now - at) * self._growth, max(level, self._most * self.window, needed))
+        return min(
+            level + (now - at) * self._growth, max(level, self._most_left * self.window, needed)
+        )
 
-    def _needed(self, amount: int) -> int:
+    def _needed_level(self, amount: int) -> int:
         """Return the level at which ``amount`` may pass."""
         amount = self._share(amount)
         if self._margin:
-            amount += min(self._margin + _CALLS * amount, self._most // _MOST)
+            amount += min(self._margin + _MARGIN_CALLS * amount, self._most_left // _MAX_MARGIN)
         return amount * self.window
 
     def _share(self, amount: int) -> int:
@@ -310,13 +312,13 @@ class Headroom:
     def _reserve(self, amount: int) -> int:
         """Return what is left to others in a window, if calls cost about ``amount``."""
         others = self._others.estimate
-        if not others or (self._slices and self._slices[0].explain):
+        if not others or (self._slices and self._slices[0].explains_shortfall):
             return 0
-        reserve = with_room(others, amount)
-        if self._left >= reserve + self.amount:  # there is enough for all
+        reserve = with_margin(others, amount)
+        if self._reported_left >= reserve + self.amount:  # there is enough for all
             return 0
         return max(0, min(reserve, self.amount - max(amount, self.amount // _LEAST)))
 
-    def _apart(self, amount: int) -> int:
+    def _spacing(self, amount: int) -> int:
         """Return the time (ns) between calls of ``amount`` in an even flow."""
         return amount * self.window // max(1, self.amount - self._reserve(amount))

@@ -15,12 +15,12 @@ class Others:
     """Estimate what others take in a window: what they must have taken, however it is counted."""
 
     __slots__ = (
-        "_heard",
-        "_known",
-        "_least",
-        "_listened",
+        "_last_report",
+        "_lowest",
+        "_lowest_at",
+        "_mean",
         "_noise",
-        "_since",
+        "_observed",
         "_window",
         "estimate",
     )
@@ -29,41 +29,41 @@ class Others:
         self._window = window
         self._noise = amount // _NOISE
         #: The lowest usage beyond our bookings so far; None before any report.
-        self._least: int | None = None
-        self._since = 0
-        self._heard = 0
+        self._lowest: int | None = None
+        self._lowest_at = 0
+        self._last_report = 0
         #: For how long we have listened, as far as it still matters, and the mean over that time.
-        self._listened = 0
-        self._known = 0
+        self._observed = 0
+        self._mean = 0
         #: Units per window.
         self.estimate = 0
 
-    def hear(self, used: int, now: int, held: int, unsure: int) -> None:
-        """Take in that ``used`` units or up to ``unsure`` more were used beyond our bookings.
+    def update(self, used: int, now: int, in_window: int, uncertainty: int) -> None:
+        """Take in that ``used`` units or up to ``uncertainty`` more were used beyond our bookings.
 
         Args:
             used: counted from any zero; only differences matter.
             now: the instant.
-            held: how much of it lies in the last window, at least.
-            unsure: what we booked recently, which those numbers may or may not include.
+            in_window: how much of it lies in the last window, at least.
+            uncertainty: what we booked recently, which those numbers may or may not include.
         """
-        if self._least is None:
-            self._heard = now
-        if self._least is None or used + unsure <= self._least:  # that much has come back
-            self._least, self._since = used + unsure, now
-        found = 0 if held <= self._noise else held + unsure // 2
-        took = used - self._least
-        if took > self._noise:
-            elapsed = max(now - self._since, self._window // _SMOOTHING)
-            found = max(found, (took + unsure // 2) * self._window // elapsed)
-        gone, self._heard = now - self._heard, now
-        self._listened = min(self._listened + gone, _MEMORY * self._window)
+        if self._lowest is None:
+            self._last_report = now
+        if self._lowest is None or used + uncertainty <= self._lowest:  # that much has come back
+            self._lowest, self._lowest_at = used + uncertainty, now
+        latest = 0 if in_window <= self._noise else in_window + uncertainty // 2
+        taken = used - self._lowest
+        if taken > self._noise:
+            elapsed = max(now - self._lowest_at, self._window // _SMOOTHING)
+            latest = max(latest, (taken + uncertainty // 2) * self._window // elapsed)
+        since_report, self._last_report = now - self._last_report, now
+        self._observed = min(self._observed + since_report, _MEMORY * self._window)
         # The estimate rises faster than it falls.
-        memory = self._listened // (4 if found > self._known else 1)
-        self._known += (found - self._known) * gone // max(1, memory + gone)
-        self.estimate = max(found, self._known)
+        memory = self._observed // (4 if latest > self._mean else 1)
+        self._mean += (latest - self._mean) * since_report // max(1, memory + since_report)
+        self.estimate = max(latest, self._mean)
 
 
-def with_room(others: int, amount: int) -> int:
+def with_margin(others: int, amount: int) -> int:
     """Return what others take, plus a margin for chance if a call costs about ``amount``."""
     return others + math.isqrt(3 * others * max(amount, 1)) if others > 0 else 0

@@ -53,12 +53,12 @@ class Pause:
     def book(self, amount: int, when: int) -> None:  # noqa: ARG002 - all calls are alike
         """See `asyncbucket.meters.Meter.book`: the next call of a slow start has its own instant."""
         if self._step:
-            self._climb(1)
+            self._advance(1)
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:  # noqa: ARG002 - all calls are alike
         """See `asyncbucket.meters.Meter.unbook`."""
         if self._step:
-            self._climb(-1)
+            self._advance(-1)
 
     def owe(self, amount: int, when: int) -> None:
         """See `asyncbucket.meters.Meter.owe`: nothing is owed to a pause."""
@@ -67,7 +67,7 @@ class Pause:
         """See `asyncbucket.meters.Meter.available`."""
         return 0 if self.until > now else NEVER
 
-    def _climb(self, calls: int) -> None:
+    def _advance(self, calls: int) -> None:
         if self._calls >= _CALLS:
             self._step = 0
             return

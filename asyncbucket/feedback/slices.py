@@ -18,7 +18,7 @@ come evenly, and after a long silence one goes even if little is left.
 
 *Until that is known*, no more than a slice's share passes in any slice's length: half of it at
 once, the rest evenly. After the first reply it is half of that, for as long as it takes to find the
-slices (`new`): others are unknown then, and if they take less than the other half, nobody is
+slices (`is_searching`): others are unknown then, and if they take less than the other half, nobody is
 refused. If no slice is found, what others take is seen as usage beyond ours in a slice's length.
 Most reports show too little of it, so a high quantile is left to others.
 
@@ -30,16 +30,16 @@ ten seconds, replies up to 80 ms on the way, others that come evenly or at rando
 import math
 from typing import Final
 
-from asyncbucket.feedback.others import with_room
+from asyncbucket.feedback.others import with_margin
 from asyncbucket.meters import Window
 
 #: A limit may be counted in this many slices of its window: seconds of a minute, or ten seconds.
-NUMBERS: Final = (60, 6)
+SLICE_COUNTS: Final = (60, 6)
 #: For network jitter our slices are longer by 1/64. (`Window` adds up to half as much.)
 _ROOM: Final = 64
 #: What we send within this fraction (1/8) of a slice before its end may arrive in the next one, and
 #: a report that comes as soon after its beginning may be about the last one.
-_WAY: Final = 8
+_TRANSIT: Final = 8
 #: Reports are early or late by this fraction (1/32) of a slice; clocks drift apart by the other.
 _JITTER: Final = 32
 _DRIFT: Final = 1_024
@@ -68,20 +68,29 @@ _QUANTILE: Final = 0.8
 _FOLLOW: Final = 2
 
 
-def share_of(amount: int, number: int = NUMBERS[0]) -> int:
+def share_of(amount: int, number: int = SLICE_COUNTS[0]) -> int:
     """Return the units in one slice of ``amount``, by default in one of the shortest slices."""
     return -(-amount // number)
 
 
-def cut(*, amount: int, window: int) -> tuple["Slices", ...]:
+def possible_slices(*, amount: int, window: int) -> tuple["Slices", ...]:
     """Return all the ways in which a limit may be cut into slices, the shortest first."""
-    return tuple(Slices(amount=amount, window=window, number=number) for number in NUMBERS)
+    return tuple(Slices(amount=amount, window=window, number=number) for number in SLICE_COUNTS)
 
 
 class Beat:
     """Find out when slices begin, from reports of what is left of them."""
 
-    __slots__ = ("_early", "_fits", "_heard", "_jitter", "_late", "_left", "_length", "_share")
+    __slots__ = (
+        "_early",
+        "_fits",
+        "_jitter",
+        "_last_report",
+        "_late",
+        "_left",
+        "_length",
+        "_share",
+    )
 
     def __init__(self, *, share: int, length: int) -> None:
         self._share = share
@@ -92,51 +101,51 @@ class Beat:
         self._fits = 0
         #: What was left by the latest report, and when it came.
         self._left: int | None = None
-        self._heard = 0
+        self._last_report = 0
 
     @property
-    def found(self) -> bool:
+    def is_found(self) -> bool:
         """Whether a beat was heard, perhaps by chance."""
         return self._fits > 0
 
     @property
-    def sure(self) -> bool:
+    def is_sure(self) -> bool:
         """Whether it was heard again where it was expected."""
         return self._fits >= _FITS
 
     @property
-    def blur(self) -> int:
+    def uncertainty(self) -> int:
         """For how many ns it is uncertain whether the next slice has begun."""
         return self._late - self._early
 
     def nearest(self, when: int) -> int:
         """Return when the slice that begins nearest to ``when`` has certainly begun."""
-        return self._late + self._turns(when - self._late) * self._length
+        return self._late + self._slices_in(when - self._late) * self._length
 
-    def hear(self, remaining: int, now: int) -> None:
+    def update(self, remaining: int, now: int) -> None:
         """Take in a report of what is left of a slice."""
-        left, heard = self._left, self._heard
-        self._left, self._heard = remaining, now
-        if left is None or now - heard >= self._length // 2:
+        left, last_report = self._left, self._last_report
+        self._left, self._last_report = remaining, now
+        if left is None or now - last_report >= self._length // 2:
             return
-        flowed = (now - heard) * self._share // self._length
-        least = max(self._share // _JUMP, min(2, self._share))  # replies may overtake each other
-        if remaining - left - flowed >= least:
-            self._narrow(heard - self._jitter, now + self._jitter)
+        refilled = (now - last_report) * self._share // self._length
+        min_jump = max(self._share // _JUMP, min(2, self._share))  # replies may overtake each other
+        if remaining - left - refilled >= min_jump:
+            self._narrow(last_report - self._jitter, now + self._jitter)
 
     def _narrow(self, early: int, late: int) -> None:
-        turns = self._turns((early + late - self._early - self._late) // 2)
-        moved, drift = turns * self._length, turns * self._length // _DRIFT
-        common = max(early, self._early + moved - drift), min(late, self._late + moved + drift)
-        if self._fits and common[1] - common[0] >= 2 * self._jitter:
-            self._early, self._late = common
+        slices = self._slices_in((early + late - self._early - self._late) // 2)
+        moved, drift = slices * self._length, slices * self._length // _DRIFT
+        overlap = max(early, self._early + moved - drift), min(late, self._late + moved + drift)
+        if self._fits and overlap[1] - overlap[0] >= 2 * self._jitter:
+            self._early, self._late = overlap
             self._fits = min(self._fits + 1, _MOST_FITS)
             return
         self._fits -= 2
         if self._fits <= 0:
             self._early, self._late, self._fits = early, late, 1
 
-    def _turns(self, span: int) -> int:
+    def _slices_in(self, span: int) -> int:
         return (span + self._length // 2) // self._length
 
 
@@ -146,190 +155,194 @@ class Slices:
     __slots__ = (
         "_amount",
         "_beat",
-        "_closed",
-        "_end",
-        "_even",
-        "_full",
-        "_heard",
+        "_closed_until",
+        "_full_window",
+        "_is_exhausted",
+        "_last_report",
         "_length",
-        "_listened",
-        "_next",
+        "_observed",
         "_others",
+        "_others_seen",
+        "_others_taken",
         "_ours",
-        "_passed",
-        "_seen",
-        "_taken",
-        "_way",
-        "_whole",
+        "_ours_next",
+        "_reported_at",
+        "_slice_end",
+        "_slices_seen",
+        "_spread_until",
+        "_transit",
         "_window",
-        "_word",
         "share",
     )
 
     def __init__(self, *, amount: int, window: int, number: int) -> None:
         self._amount = amount
-        self._whole = window
+        self._full_window = window
         #: Units in a slice.
         self.share = share_of(amount, number)
         self._length = window // number
-        self._way = self._length // _WAY
+        self._transit = self._length // _TRANSIT
         self._window = Window(amount=self.share, window=self._length + self._length // _ROOM)
         #: Until when larger calls have closed it.
-        self._closed = 0
+        self._closed_until = 0
         #: Until when our bookings reach if spread evenly.
-        self._even = 0
+        self._spread_until = 0
         #: When the latest report came, and for how long we have listened.
-        self._heard = 0
-        self._listened = 0
+        self._last_report = 0
+        self._observed = 0
         #: What others take of a slice's length, if the beginning is not known.
         self._others = 0.0
         self._beat = Beat(share=self.share, length=self._length)
         #: When this slice ends; 0 as long as no beat was heard.
-        self._end = 0
+        self._slice_end = 0
         #: Units that we booked in it, and those that may count in the next one as well.
-        self._ours = self._next = 0
+        self._ours = self._ours_next = 0
         #: Units that others took of it, when that was reported, and whether nothing was left then.
-        self._taken = 0
-        self._word = 0
-        self._full = False
+        self._others_taken = 0
+        self._reported_at = 0
+        self._is_exhausted = False
         #: Units that others took of the latest slices, and how much of them we saw, in slices.
-        self._seen = self._passed = 0.0
+        self._others_seen = self._slices_seen = 0.0
 
     @property
-    def known(self) -> bool:
+    def is_known(self) -> bool:
         """Whether it is known when slices begin, and what others take of them."""
-        if not self._beat.sure or self._passed < _ENOUGH:
+        if not self._beat.is_sure or self._slices_seen < _ENOUGH:
             return False
-        return self.share >= _FEW or not self._busy
+        return self.share >= _FEW or not self._others_are_active
 
     @property
-    def new(self) -> bool:
+    def is_searching(self) -> bool:
         """Whether that may still be found out."""
-        return 0 < self._listened < _PATIENCE * self._length
+        return 0 < self._observed < _PATIENCE * self._length
 
     @property
-    def explain(self) -> bool:
+    def explains_shortfall(self) -> bool:
         """Whether slices, and not others, may be why less is left than expected."""
-        return self.new or self.known
+        return self.is_searching or self.is_known
 
     @property
-    def _rate(self) -> float:
+    def _others_rate(self) -> float:
         """Units that others take of a slice, once that is known."""
-        return self._seen / self._passed
+        return self._others_seen / self._slices_seen
 
     @property
-    def _busy(self) -> bool:
+    def _others_are_active(self) -> bool:
         """Whether others are active."""
-        return self._seen * _BUSY >= self.share * self._passed
+        return self._others_seen * _BUSY >= self.share * self._slices_seen
 
-    def hear(self, remaining: int, now: int) -> None:
+    def update(self, remaining: int, now: int) -> None:
         """Take in a report of what is left of a slice."""
-        gone = min(now - self._heard, self._length) if self._heard else 0
-        self._listened += gone
-        self._heard = now
+        elapsed = min(now - self._last_report, self._length) if self._last_report else 0
+        self._observed += elapsed
+        self._last_report = now
         ours = self.share - self._window.available(now)
         step = _QUANTILE if self.share - remaining - ours > self._others else _QUANTILE - 1
-        self._others = max(0.0, self._others + step * self.share * gone / (_FOLLOW * self._length))
-        self._beat.hear(remaining, now)
-        self._turn(now)
-        begun = self._end - self._length
-        if self._end and now >= begun + self._way and not self._full:
-            self._taken = max(self._taken, self.share - remaining - self._ours)
-            self._word = now
-            self._full = not remaining  # later reports say nothing about what others take
+        self._others = max(
+            0.0, self._others + step * self.share * elapsed / (_FOLLOW * self._length)
+        )
+        self._beat.update(remaining, now)
+        self._begin_slice(now)
+        slice_start = self._slice_end - self._length
+        if self._slice_end and now >= slice_start + self._transit and not self._is_exhausted:
+            self._others_taken = max(self._others_taken, self.share - remaining - self._ours)
+            self._reported_at = now
+            self._is_exhausted = not remaining  # later reports say nothing about what others take
 
     def earliest(self, amount: int, now: int) -> int:
         """See `Headroom.earliest`; one call passes in every slice, whatever others take."""
         amount = min(amount, self.share)
-        cost = self._apart(amount)
-        shared = self.known and self._busy
-        at_once = cost if shared else max(cost, self._window.window // 2 - cost)
-        when = max(now, self._closed, self._even - at_once)
-        if not self.known:
+        cost = self._spacing(amount)
+        is_shared = self.is_known and self._others_are_active
+        at_once = cost if is_shared else max(cost, self._window.window // 2 - cost)
+        when = max(now, self._closed_until, self._spread_until - at_once)
+        if not self.is_known:
             return self._window.earliest(min(amount + self._reserve(amount), self.share), when)
-        return when if when >= self._end else self._once_left(amount, when)
+        return when if when >= self._slice_end else self._earliest_in_slice(amount, when)
 
     def book(self, amount: int, when: int) -> None:
         """See `Headroom.book`; what exceeds the share closes the following slices."""
-        self._turn(when)
+        self._begin_slice(when)
         self._ours += amount
-        if self._end - when < self._beat.blur + self._way:
-            self._next += amount
-        self._even = max(when, self._even) + self._apart(amount)
-        more = self._more(amount)
-        if more:
-            self._closed = max(when, self._closed) + more * self._length
-        self._window.book(amount - more * self.share, max(when, self._closed))
+        if self._slice_end - when < self._beat.uncertainty + self._transit:
+            self._ours_next += amount
+        self._spread_until = max(when, self._spread_until) + self._spacing(amount)
+        further = self._further_slices(amount)
+        if further:
+            self._closed_until = max(when, self._closed_until) + further * self._length
+        self._window.book(amount - further * self.share, max(when, self._closed_until))
 
     def unbook(self, amount: int, when: int, left: int) -> None:
         """See `Headroom.unbook`."""
-        if when >= self._end - self._length:
+        if when >= self._slice_end - self._length:
             self._ours -= amount
-        more, fewer = self._more(amount + left), self._more(left)
-        self._closed -= (more - fewer) * self._length
-        back = amount - (more - fewer) * self.share
+        before, after = self._further_slices(amount + left), self._further_slices(left)
+        self._closed_until -= (before - after) * self._length
+        back = amount - (before - after) * self.share
         if back > 0:
             self._window.unbook(back, when)
-        self._even -= self._apart(amount)
+        self._spread_until -= self._spacing(amount)
 
-    def _turn(self, now: int) -> None:
+    def _begin_slice(self, now: int) -> None:
         """Begin the next slice if it is time."""
-        if not self._beat.found:
+        if not self._beat.is_found:
             return
         ours = self.share - self._window.available(now)
-        if self._end:
-            self._end = self._beat.nearest(self._end)  # known better by now, perhaps
-            if now < self._end:
+        if self._slice_end:
+            self._slice_end = self._beat.nearest(self._slice_end)  # known better by now, perhaps
+            if now < self._slice_end:
                 return
-            begun = self._end - self._length
-            self._seen += self._taken - self._seen / _MEMORY
-            self._passed += (self._word - begun) / self._length - self._passed / _MEMORY
-            ours = self._next
-        self._ours, self._next, self._taken, self._full = ours, 0, 0, False
-        self._end = self._beat.nearest(now + self._length // 2)
-        self._word = self._end - self._length
+            slice_start = self._slice_end - self._length
+            self._others_seen += self._others_taken - self._others_seen / _MEMORY
+            self._slices_seen += (
+                self._reported_at - slice_start
+            ) / self._length - self._slices_seen / _MEMORY
+            ours = self._ours_next
+        self._ours, self._ours_next, self._others_taken, self._is_exhausted = ours, 0, 0, False
+        self._slice_end = self._beat.nearest(now + self._length // 2)
+        self._reported_at = self._slice_end - self._length
 
-    def _once_left(self, amount: int, when: int) -> int:
+    def _earliest_in_slice(self, amount: int, when: int) -> int:
         """Return from when on this slice has room for ``amount`` and for what others will take."""
         free = self.share - self._ours - amount
-        if not self._busy:
-            return when if free >= 0 else self._end
-        free -= self._taken
-        others = self._rate * (self._end - self._word) / self._length
-        if free >= with_little_room(others, amount) or (free >= 0 and not self._ours):
+        if not self._others_are_active:
+            return when if free >= 0 else self._slice_end
+        free -= self._others_taken
+        others = self._others_rate * (self._slice_end - self._reported_at) / self._length
+        if free >= with_small_margin(others, amount) or (free >= 0 and not self._ours):
             return when
-        if free >= with_little_room(others, amount, least=True):
-            return min(self._end, max(when, self._word + self._length // _SILENCE))
-        return self._end
+        if free >= with_small_margin(others, amount, minimal=True):
+            return min(self._slice_end, max(when, self._reported_at + self._length // _SILENCE))
+        return self._slice_end
 
-    def _more(self, amount: int) -> int:
+    def _further_slices(self, amount: int) -> int:
         """Return how many further slices ``amount`` fills after its own."""
         return max(0, -(-amount // self.share) - 1)
 
     def _reserve(self, amount: int) -> int:
         """Return what is left to others in a slice's length, if the beginning is not known."""
         others = int(self._others)
-        reserve = with_room(others, amount) if others * _BUSY_UNSEEN >= self.share else 0
-        return max(reserve, self.share // 2) if self.new else reserve
+        reserve = with_margin(others, amount) if others * _BUSY_UNSEEN >= self.share else 0
+        return max(reserve, self.share // 2) if self.is_searching else reserve
 
-    def _apart(self, amount: int) -> int:
+    def _spacing(self, amount: int) -> int:
         """Return the time (ns) between calls of ``amount`` in an even flow."""
-        if not self.known:
+        if not self.is_known:
             ours = max(min(amount, self.share), self.share - self._reserve(amount))
             return amount * self._window.window // ours
-        if not self._busy:
-            return amount * self._whole // self._amount
-        return int(amount * self._length / max(self.share - self._rate, self.share / _LEAST))
+        if not self._others_are_active:
+            return amount * self._full_window // self._amount
+        return int(amount * self._length / max(self.share - self._others_rate, self.share / _LEAST))
 
 
-def with_little_room(others: float, amount: int, *, least: bool = False) -> int:
+def with_small_margin(others: float, amount: int, *, minimal: bool = False) -> int:
     """Return what others take until a slice ends, in whole calls of ``amount``, plus a margin.
 
     Early in a slice most of it is still to come, and what is left to others in vain is noticed in
     time; late in it little is to come, and what is left in vain is lost. So the margin shrinks, and
-    a fraction of a call does not count. ``least`` is for a limiter that has heard nothing for long.
+    a fraction of a call does not count. ``minimal`` is for a limiter that has heard nothing for long.
     """
     calls = others / amount
     sigma = math.sqrt(calls)
-    room = sigma if least else min(3 * sigma, max(calls, 1.25 * sigma))
-    return int(calls + room) * amount
+    margin = sigma if minimal else min(3 * sigma, max(calls, 1.25 * sigma))
+    return int(calls + margin) * amount

@@ -178,12 +178,12 @@ class Account(Books):
             headroom = Headroom(amount=ours.amount, window=ours.window, ours=window.closed())
             self.headrooms = {**self.headrooms, key: headroom}
             self.changed_locked()
-        headroom.hear(
+        headroom.update(
             remaining,
             self.budget.clock(),
             amount=ours.amount if limit is None else max(1, min(limit, ours.amount)),
             limit=limit,
-            under_way=window.since(since),
+            booked_since=window.since(since),
             lent=window.lent,
             rounding=rounding,
         )

@@ -291,7 +291,7 @@ class Limiter(Doors, Steering, OfThisProcess):
         Raises:
             LimitSyntaxError: a limit cannot be read; a ValueError.
             ValueError: the child exists on other terms (see `reconfigure`), a number is out of range,
-                or the name is none.
+                or the name is not valid.
         """
         if not isinstance(name, str) or not name or "/" in name or name.startswith("*"):
             raise ValueError(

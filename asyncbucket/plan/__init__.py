@@ -107,7 +107,7 @@ def plan(  # noqa: PLR0913 - a plan has this many parameters
         OSError: a file cannot be read.
     """
     from asyncbucket.plan.load import loads_of
-    from asyncbucket.plan.outlook import foresee
+    from asyncbucket.plan.outlook import make_plan
     from asyncbucket.plan.samples import Tokens
     from asyncbucket.plan.tenants import Tenant, bounds_of
 
@@ -126,7 +126,7 @@ def plan(  # noqa: PLR0913 - a plan has this many parameters
     limits_read = read_limits(limits, limits_by_keyword)
     bounds = bounds_of(limits_read, concurrency, tenants)
     try:
-        return foresee(loads, bounds, what_if=what_if)
+        return make_plan(loads, bounds, what_if=what_if)
     except OverflowError as error:
         raise ValueError(
             "a plan covers 292 years at most, and some latency or instant is beyond: give smaller ones"

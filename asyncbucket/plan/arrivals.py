@@ -33,10 +33,10 @@ class Poisson:
 
     def instants(self, calls: int, seed: str) -> Iterator[int]:
         """Yield when each call comes, in nanoseconds."""
-        chance = random.Random(f"{seed} arrivals")  # noqa: S311 - repeatable, not secret
+        rng = random.Random(f"{seed} arrivals")  # noqa: S311 - repeatable, not secret
         now = 0.0
         for _ in range(calls):
-            now += chance.expovariate(self.rate)
+            now += rng.expovariate(self.rate)
             yield round(now * _NANOSECONDS)
 
 

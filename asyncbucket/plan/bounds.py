@@ -33,22 +33,26 @@ class Bounds:
     def limiter(self, clock: Callable[[], int] = lambda: 0) -> Limiter:
         """Return a fresh limiter with these limits, and with children for tenants."""
         root = Limiter(*self.limits, concurrency=self.concurrency, clock=clock)
-        for name, each in self.tenants.items():
-            root.child(name, *each.limits, concurrency=each.concurrency, **each.terms)
+        for name, tenant in self.tenants.items():
+            root.child(name, *tenant.limits, concurrency=tenant.concurrency, **tenant.terms)
         return root
 
     def without(self, bound: Bound) -> "Bounds":
         """Return all limits except ``bound``."""
         if bound.tenant is not None:
-            return self._with(bound.tenant, self.tenants[bound.tenant].without(_own(bound)))
+            return self._with_tenant(
+                bound.tenant, self.tenants[bound.tenant].without(_without_tenant(bound))
+            )
         if bound.limit is None:
             return replace(self, concurrency=None)
-        return replace(self, limits=[each for each in self.limits if each is not bound.limit])
+        return replace(self, limits=[limit for limit in self.limits if limit is not bound.limit])
 
     def doubled(self, bound: Bound) -> "Bounds":
         """Return the same with one limit doubled."""
         if bound.tenant is not None:
-            return self._with(bound.tenant, self.tenants[bound.tenant].doubled(_own(bound)))
+            return self._with_tenant(
+                bound.tenant, self.tenants[bound.tenant].doubled(_without_tenant(bound))
+            )
         limit = bound.limit
         if limit is None:
             assert self.concurrency is not None
@@ -56,26 +60,28 @@ class Bounds:
         # A user who doubles the number gets its default burst: for 38 that is 3, for 19 it was 1.
         default = replace(limit, burst=None).burst
         burst = None if limit.burst is None or limit.burst == default else 2 * limit.burst
-        twice = replace(limit, amount=2 * limit.amount, burst=burst)
-        return replace(self, limits=[twice if each is limit else each for each in self.limits])
+        doubled = replace(limit, amount=2 * limit.amount, burst=burst)
+        return replace(
+            self, limits=[doubled if existing is limit else existing for existing in self.limits]
+        )
 
-    def _with(self, name: str, tenant: "Bounds") -> "Bounds":
+    def _with_tenant(self, name: str, tenant: "Bounds") -> "Bounds":
         return replace(self, tenants={**self.tenants, name: tenant})
 
-    def each(self, tenant: str | None = None) -> Iterator[Bound]:
+    def all_bounds(self, tenant: str | None = None) -> Iterator[Bound]:
         """Yield all limits, those of tenants after the shared ones."""
         yield from (Bound(tenant, limit) for limit in self.limits)
         if self.concurrency is not None:
             yield Bound(tenant, None)
         for name, bounds in self.tenants.items():
-            yield from bounds.each(name)
+            yield from bounds.all_bounds(name)
 
     def of(self, tenant: str | None) -> "Bounds":
         """Return the bounds of a tenant, or the shared ones."""
         return self if tenant is None else self.tenants[tenant]
 
 
-def _own(bound: Bound) -> Bound:
+def _without_tenant(bound: Bound) -> Bound:
     return bound._replace(tenant=None)
 
 

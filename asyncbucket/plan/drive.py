@@ -19,7 +19,7 @@ from asyncbucket.limits import Limit
 from asyncbucket.meters import Amounts, Meter
 
 
-class Passage(Protocol):
+class GatesLike(Protocol):
     """What a call passes: the part of a limiter's `Gates` that is needed here."""
 
     @property
@@ -73,7 +73,7 @@ class _Running(NamedTuple):
 
 
 @dataclass(slots=True)
-class Course:
+class Record:
     """What happened; instants and lengths are nanoseconds."""
 
     #: When each call was admitted, and how long it had waited, in order of admission.
@@ -96,33 +96,33 @@ Follow = Callable[[Call], Iterable[Call]]
 
 
 def drive(
-    passage: Passage, arrivals: Iterable[tuple[int, Call]], follow: Follow | None = None
-) -> Course:
+    gates: GatesLike, arrivals: Iterable[tuple[int, Call]], follow: Follow | None = None
+) -> Record:
     """Run every call from its arrival to its end, first come first served.
 
     Args:
-        passage: what the calls pass, with nothing booked yet.
+        gates: what the calls pass, with nothing booked yet.
         arrivals: instants, ascending, and calls.
         follow: returns the calls that arrive when a call ends.
     """
-    return _Drive(passage, follow).run(arrivals)
+    return _Drive(gates, follow).run(arrivals)
 
 
 class _Drive:
     """One run; `now` never goes back."""
 
-    def __init__(self, passage: Passage, follow: Follow | None) -> None:
-        self._passage = passage
+    def __init__(self, gates: GatesLike, follow: Follow | None) -> None:
+        self._gates = gates
         self._follow = follow
-        limited = {resource for _, resource in passage.meters} - {"concurrency"}
+        limited = {resource for _, resource in gates.meters} - {"concurrency"}
         self._resources = tuple(limited | {"tokens"})
         #: Calls made by other calls, in order of arrival.
         self._line: deque[tuple[int, Call]] = deque()
         self._running: list[_Running] = []
         self._now = 0
-        self._course = Course(used=dict.fromkeys(self._resources, 0))
+        self._record = Record(used=dict.fromkeys(self._resources, 0))
 
-    def run(self, arrivals: Iterable[tuple[int, Call]]) -> Course:
+    def run(self, arrivals: Iterable[tuple[int, Call]]) -> Record:
         """Run all calls, and return when the last one has ended."""
         source = iter(arrivals)
         upcoming = next(source, None)
@@ -136,83 +136,83 @@ class _Drive:
                 if not running:
                     break
                 self._now = max(self._now, running[0].end)
-                self._end()
+                self._end_next_call()
             else:
                 self._serve(*upcoming)
                 upcoming = next(source, None)
-        self._course.end = self._now
-        return self._course
+        self._record.end = self._now
+        return self._record
 
     def _serve(self, arrived: int, call: Call) -> None:
         """Advance time until ``call``, now the first in line, is admitted."""
         waited = arrived < self._now
         self._now = max(self._now, arrived)
         # As for a newcomer if nobody is in line, or as the pacer asks for those that wait.
-        passes = self._pass if waited else self._passage.take
-        if not passes(call.amounts, self._now):
+        take = self._take_if_room if waited else self._gates.take
+        if not take(call.amounts, self._now):
             if self._can_never_pass(call):
-                self._course.refused.append(call)
-                self._beget(call)
+                self._record.refused.append(call)
+                self._add_followers(call)
                 return
             self._wait(call)
-        now, course, running = self._now, self._course, self._running
-        course.admitted.append(now)
-        course.waited.append(now - arrived)
+        now, record, running = self._now, self._record, self._running
+        record.admitted.append(now)
+        record.waited.append(now - arrived)
         for resource in self._resources:
-            course.used[resource] += call.amounts.get(resource, 0)
-        course.busy += call.latency
-        heapq.heappush(running, _Running(now + call.latency, len(course.waited), now, call))
-        course.peak = max(course.peak, len(running))
+            record.used[resource] += call.amounts.get(resource, 0)
+        record.busy += call.latency
+        heapq.heappush(running, _Running(now + call.latency, len(record.waited), now, call))
+        record.peak = max(record.peak, len(running))
 
-    def _pass(self, amounts: Amounts, now: int) -> bool:
+    def _take_if_room(self, amounts: Amounts, now: int) -> bool:
         """Book ``amounts`` if there is room for them now."""
-        if self._passage.room(amounts, now, most=1) < 1:
+        if self._gates.room(amounts, now, most=1) < 1:
             return False
-        self._passage.book(amounts, now)
+        self._gates.book(amounts, now)
         return True
 
     def _can_never_pass(self, call: Call) -> bool:
         """Tell whether the limiter would refuse ``call`` on arrival, which takes no time."""
-        limits = self._passage.limits
+        limits = self._gates.limits
         return any(call.amounts.get(limit.resource, 0) > limit.amount for limit in limits)
 
     def _wait(self, call: Call) -> None:
         """Advance time until the meters let ``call`` pass."""
-        passage, running, held_up = self._passage, self._running, self._course.held_up
+        gates, running, held_up = self._gates, self._running, self._record.held_up
         since = now = self._now
         while True:
-            due, bound_by = passage.earliest(call.amounts, since)
+            due, bound_by = gates.earliest(call.amounts, since)
             if due <= now:  # above a burst, and the rest has flowed in
-                passage.book(call.amounts, now)
+                gates.book(call.amounts, now)
                 return
-            then = min(due, running[0].end) if running else due
+            until = min(due, running[0].end) if running else due
             assert bound_by is not None, "whoever has to wait waits for something"
-            held_up[bound_by] = held_up.get(bound_by, 0) + then - now
-            self._now = now = then
-            look = then == due
+            held_up[bound_by] = held_up.get(bound_by, 0) + until - now
+            self._now = now = until
+            ask_again = until == due
             while running and running[0].end <= now:
-                look |= self._end()
-            if look and self._pass(call.amounts, now):
+                ask_again |= self._end_next_call()
+            if ask_again and self._take_if_room(call.amounts, now):
                 return
 
-    def _end(self) -> bool:
+    def _end_next_call(self) -> bool:
         """End the call that ends next; return whether anything came back."""
         _, _, when, call = heapq.heappop(self._running)
         booked, back = call.amounts, False
         if call.used is not None:
             booked = {**booked, **call.used}
             back = self._settle(call, call.used, when)
-        back |= self._passage.close(booked)
-        self._beget(call)
+        back |= self._gates.close(booked)
+        self._add_followers(call)
         return back
 
-    def _beget(self, call: Call) -> None:
+    def _add_followers(self, call: Call) -> None:
         if self._follow is not None:
-            self._line.extend((self._now, child) for child in self._follow(call))
+            self._line.extend((self._now, follower) for follower in self._follow(call))
 
     def _settle(self, call: Call, actual: Amounts, when: int) -> bool:
         """Correct the meters to what the call used; return whether it was less. See `Lease.settle`."""
-        for meter, resource in self._passage.meters:
+        for meter, resource in self._gates.meters:
             if resource in actual:
                 used = actual[resource]
                 more = used - call.amounts.get(resource, 0)
@@ -224,6 +224,6 @@ class _Drive:
         for resource, used in actual.items():
             less = call.amounts.get(resource, 0) - used
             back |= less > 0
-            if resource in self._course.used:
-                self._course.used[resource] -= less
+            if resource in self._record.used:
+                self._record.used[resource] -= less
         return back

@@ -43,7 +43,7 @@ class Load:
         #: How many calls there are.
         self.calls = self._count(calls)
 
-    def _all(self) -> Iterator[Series]:
+    def _all_series(self) -> Iterator[Series]:
         yield from (*self._tokens.values(), self._used, *self._others.values(), self._latency)
 
     def _count(self, calls: int | None) -> int:
@@ -51,20 +51,20 @@ class Load:
         if calls is not None:
             calls = read_count(calls, "calls", least=1)
         if isinstance(self._arrivals, AgentTree):
-            told = self._arrivals.calls
+            total = self._arrivals.calls
         elif isinstance(self._arrivals, list):
-            told = len(self._arrivals)
+            total = len(self._arrivals)
         else:
-            told = calls or max(map(len, self._all()))
-        if not told:
+            total = calls or max(map(len, self._all_series()))
+        if not total:
             raise ValueError(
                 "how many calls? give calls, samples or a file of them, instants, or a tree of agents"
             )
-        if calls not in (None, told):
+        if calls not in (None, total):
             raise ValueError(
-                f"calls={calls:,} contradicts the arrivals, which are {told:,} calls; leave it out"
+                f"calls={calls:,} contradicts the arrivals, which are {total:,} calls; leave it out"
             )
-        return told
+        return total
 
     def check(
         self, limits: Iterable[Limit], concurrency: int | None, *, counted: Container[str]
@@ -117,20 +117,24 @@ class Load:
         return zip(repeat(0), generation(tree.agents, tree.generations - 1), strict=False), follow
 
     def _draw(self) -> Iterator[Call]:
-        if all(series.constant for series in self._all()):
-            return repeat(next(self._drawn(1)), self.calls)
-        return self._drawn(self.calls)
+        if all(series.constant for series in self._all_series()):
+            return repeat(next(self._generate(1)), self.calls)
+        return self._generate(self.calls)
 
-    def _drawn(self, count: int) -> Iterator[Call]:
-        tokens = zip(*(self._values(each, count) for each in self._tokens.values()), strict=True)
-        others = {name: self._values(each, count) for name, each in self._others.items()}
+    def _generate(self, count: int) -> Iterator[Call]:
+        tokens = zip(
+            *(self._values(series, count) for series in self._tokens.values()), strict=True
+        )
+        others = {name: self._values(series, count) for name, series in self._others.items()}
         used = self._values(self._used, count)
         seconds = self._values(self._latency, count)
-        for drawn, latency, really in zip(tokens, seconds, used, strict=True):
+        for drawn, latency, used_tokens in zip(tokens, seconds, used, strict=True):
             amounts = _amounts(dict(zip(self._tokens, drawn, strict=True)))
-            amounts |= {name: rounded_up(next(each), name) for name, each in others.items()}
+            amounts |= {name: rounded_up(next(values), name) for name, values in others.items()}
             settled = (
-                None if really is None else {"tokens": rounded_up(_one(really, "tokens"), "tokens")}
+                None
+                if used_tokens is None
+                else {"tokens": rounded_up(_units_of(used_tokens, "tokens"), "tokens")}
             )
             yield Call(amounts, round(latency * _NANOSECONDS), settled)
 
@@ -144,13 +148,13 @@ def _amounts(drawn: dict[str, float | Cost | None]) -> dict[str, int]:
     if isinstance(tokens, Cost):
         return {**tokens, "concurrency": 1}
     given, received = (
-        None if drawn[name] is None else _one(drawn[name], name)
+        None if drawn[name] is None else _units_of(drawn[name], name)
         for name in ("input_tokens", "output_tokens")
     )
     return amounts_of(1, tokens, given, received)
 
 
-def _one(value: float | Cost | None, name: str) -> float:
+def _units_of(value: float | Cost | None, name: str) -> float:
     """Return a number of units; of a cost, the part that is asked for."""
     if isinstance(value, Cost):
         return value.get(name, 0)
@@ -166,25 +170,29 @@ def loads_of(
     seed: int,
 ) -> dict[str | None, Load]:
     """Return the calls of each tenant; without tenants, those of the plan under None."""
-    shared = {each.name: _kept(getattr(everyone, each.name)) for each in fields(everyone)}
+    shared = {field.name: _rereadable(getattr(everyone, field.name)) for field in fields(everyone)}
     if not isinstance(resources, Mapping):
         raise TypeError(
             f'resources must be given by name, such as {{"images": 3}}, not {shown(resources)}'
         )
-    resources = {name: _kept(samples) for name, samples in resources.items()}
+    resources = {name: _rereadable(samples) for name, samples in resources.items()}
 
     def load(name: str | None, tenant: Tenant) -> Load:
         if not isinstance(tenant, Tenant):
-            kind = type(tenant).__name__
-            raise TypeError(f"tenant {name!r} must be a Tenant such as Tenant(calls=3), not {kind}")
+            type_name = type(tenant).__name__
+            raise TypeError(
+                f"tenant {name!r} must be a Tenant such as Tenant(calls=3), not {type_name}"
+            )
 
-        def given(side: str) -> Any:
-            own = getattr(tenant, side)
-            return shared[side] if own is None else own
+        def given(option: str) -> Any:
+            own = getattr(tenant, option)
+            return shared[option] if own is None else own
 
         return Load(
             calls=given("calls"),
-            tokens={side: given(side) for side in ("tokens", "input_tokens", "output_tokens")},
+            tokens={
+                option: given(option) for option in ("tokens", "input_tokens", "output_tokens")
+            },
             used_tokens=given("used_tokens"),
             resources=resources,
             latency=given("latency"),
@@ -202,6 +210,6 @@ def loads_of(
     return {name: load(name, tenant) for name, tenant in tenants.items()}
 
 
-def _kept(value: Any) -> Any:
+def _rereadable(value: Any) -> Any:
     """Return samples or instants in a form that every tenant can read, even if given as a generator."""
     return list(value) if isinstance(value, Iterator) else value

@@ -118,11 +118,13 @@ class Plan:
     @property
     def binding(self) -> PlannedLimit | None:
         """The limit that binds."""
-        waited = [each for each in self.limits if self._of(each.tenant).held_up.get(each.resource)]
-        shared = [each for each in waited if each.tenant is None]
+        waited = [
+            limit for limit in self.limits if self._of(limit.tenant).held_up.get(limit.resource)
+        ]
+        shared = [limit for limit in waited if limit.tenant is None]
         return max(
             shared or waited,
-            key=lambda each: (self._of(each.tenant).duration, each.used),
+            key=lambda limit: (self._of(limit.tenant).duration, limit.used),
             default=None,
         )
 
@@ -144,7 +146,7 @@ class Plan:
         what = counted(self.calls, "calls")
         if self.tokens:
             what += f" with {self.tokens:,} tokens"
-        return f"{spoken(self.duration)}, {binds(self.bound_by)}: {what}"
+        return f"{duration_in_words(self.duration)}, {binds(self.bound_by)}: {what}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything in values that JSON can hold; times are seconds."""
@@ -158,16 +160,16 @@ def binds(resource: str | None) -> str:
     return does(resource, "bind")
 
 
-def spoken(seconds: float) -> str:
+def duration_in_words(seconds: float) -> str:
     """Return a length of time in at most two units: "1.5 s", "39 min 39 s", "6 h 42 min"."""
     if seconds < _LONG:
         return in_seconds(seconds)
     whole = round(seconds)
     if whole < _HOUR:
-        return _pair(whole, _MINUTE, "min", 1, "s")
+        return _two_units(whole, _MINUTE, "min", 1, "s")
     if whole < _DAY:
-        return _pair(whole, _HOUR, "h", _MINUTE, "min")
-    return _pair(whole, _DAY, "d", _HOUR, "h")
+        return _two_units(whole, _HOUR, "h", _MINUTE, "min")
+    return _two_units(whole, _DAY, "d", _HOUR, "h")
 
 
 def percent(share: float) -> str:
@@ -175,7 +177,7 @@ def percent(share: float) -> str:
     return f"{int(share * 1000 + 1e-6) / 10:.1f} %"
 
 
-def _pair(seconds: int, large: int, name: str, small: int, rest_name: str) -> str:
+def _two_units(seconds: int, large: int, name: str, small: int, rest_name: str) -> str:
     rounded = round(seconds / small) * small
     whole, rest = divmod(rounded, large)
     return f"{whole:,} {name} {rest // small} {rest_name}" if rest else f"{whole:,} {name}"
@@ -186,8 +188,8 @@ def details(plan: Plan) -> Iterator[str]:
     waits = plan.waits
     if waits.max:
         yield (
-            f"waits: {spoken(waits.p50)} at the median, {spoken(waits.p95)} at 95 %, "
-            f"{spoken(waits.max)} at most"
+            f"waits: {duration_in_words(waits.p50)} at the median, {duration_in_words(waits.p95)} at 95 %, "
+            f"{duration_in_words(waits.max)} at most"
         )
     if plan.mean_in_flight:
         yield f"in flight: {rounded(plan.mean_in_flight)} on average, {plan.peak_in_flight:,} at most"
@@ -199,16 +201,16 @@ def details(plan: Plan) -> Iterator[str]:
 def table(plan: Plan) -> list[tuple[str, ...]]:
     """Return the header and a row for each limit: what is used of it, and what changes would do."""
     rows: list[tuple[str, ...]] = [("limit", "used", "if doubled", "if removed")]
-    for each in plan.limits:
-        others = (each.if_doubled, each.if_removed)
+    for limit in plan.limits:
+        others = (limit.if_doubled, limit.if_removed)
         changes = (change(seconds, plan.duration) for seconds in others)
-        rows.append((whose(each), percent(each.used), *changes))
-    if all(each.if_doubled is None for each in plan.limits):
+        rows.append((limit_in_words(limit), percent(limit.used), *changes))
+    if all(limit.if_doubled is None for limit in plan.limits):
         rows = [row[:2] for row in rows]
     return rows
 
 
-def whose(limit: PlannedLimit) -> str:
+def limit_in_words(limit: PlannedLimit) -> str:
     """Return a limit in words, and whose it is."""
     return limit.limit if limit.tenant is None else f"{limit.tenant}: {limit.limit}"
 
@@ -218,10 +220,10 @@ def tenants(plan: Plan) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         ("tenant", "calls", "done after", "wait p50", "wait p95", "waits for")
     ]
-    for name, each in plan.tenants.items():
-        waits = (spoken(each.waits.p50), spoken(each.waits.p95))
-        reason = "" if each.bound_by is None else named(each.bound_by)
-        rows.append((name, f"{each.calls:,}", spoken(each.duration), *waits, reason))
+    for name, tenant in plan.tenants.items():
+        waits = (duration_in_words(tenant.waits.p50), duration_in_words(tenant.waits.p95))
+        reason = "" if tenant.bound_by is None else named(tenant.bound_by)
+        rows.append((name, f"{tenant.calls:,}", duration_in_words(tenant.duration), *waits, reason))
     return rows
 
 
@@ -239,4 +241,4 @@ def change(seconds: float | None, duration: float) -> str:
     share = (seconds - duration) / duration if duration else 0.0
     if abs(share) < 0.005:  # noqa: PLR2004 - it would be written as 0 %
         return "the same"
-    return f"{spoken(seconds)} ({share:+.0%})".replace("%", " %")
+    return f"{duration_in_words(seconds)} ({share:+.0%})".replace("%", " %")

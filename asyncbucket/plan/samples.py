@@ -74,16 +74,14 @@ class Series:
 
     def draw(self, calls: int, seed: str) -> Iterator[Any]:
         """Yield a value for each of ``calls`` calls."""
-        chance = random.Random(f"{seed} {self._name}")  # noqa: S311 - repeatable, not secret
+        rng = random.Random(f"{seed} {self._name}")  # noqa: S311 - repeatable, not secret
         values, draw = self._values, self._draw
         if values is not None:
             return (
-                iter(values)
-                if len(values) == calls
-                else (chance.choice(values) for _ in range(calls))
+                iter(values) if len(values) == calls else (rng.choice(values) for _ in range(calls))
             )
         if draw is not None:
-            return (_read(draw(chance), self._name, self._read) for _ in range(calls))
+            return (_read(draw(rng), self._name, self._read) for _ in range(calls))
         return (self.value for _ in range(calls))
 
 
@@ -195,10 +193,10 @@ def read_seconds(sample: object) -> float:
         TypeError, ValueError: it is not a number of seconds from 0 on.
     """
     if isinstance(sample, Mapping):
-        named = next((sample[name] for name in _SECONDS if name in sample), None)
-        if named is None:
+        seconds = next((sample[name] for name in _SECONDS if name in sample), None)
+        if seconds is None:
             raise ValueError(f"an object without {', '.join(_SECONDS)} gives no seconds")
-        sample = named
+        sample = seconds
     return _number(sample)
 
 

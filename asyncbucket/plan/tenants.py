@@ -53,7 +53,7 @@ def bounds_of(
     """Return the limits of a plan, and those of its tenants."""
     own = {
         name: Bounds(
-            read_limits(_several(tenant.limits, name), {}),
+            read_limits(_checked_limits(tenant.limits, name), {}),
             _slots(tenant.concurrency),
             terms={"weight": tenant.weight, "priority": tenant.priority},
         )
@@ -72,7 +72,7 @@ def _slots(concurrency: Any) -> int | None:
     return None if concurrency is None else read_count(concurrency, "concurrency", least=1)
 
 
-def _several(limits: Sequence[str | Limit], name: str) -> Sequence[str | Limit]:
+def _checked_limits(limits: Sequence[str | Limit], name: str) -> Sequence[str | Limit]:
     """Refuse a single limit instead of a tuple; a text would be read letter by letter."""
     if isinstance(limits, str) or not isinstance(limits, Iterable):
         raise TypeError(f"limits of tenant {name!r} must be a tuple: write ({limits!r},)")

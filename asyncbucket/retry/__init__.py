@@ -18,7 +18,7 @@ Each attempt acquires anew: during a back-off a call holds no slot and no tokens
 provider's last error, the same object, with a note that says how often the call was tried.
 
 `policy` is what a user sets, `retrier` applies it for one model, `trial` is the story of one call,
-and `again` is all that stamina gets to see of it.
+and `stamina_loop` is all that stamina gets to see of it.
 """
 
 from asyncbucket.http.failures import Verdict, classify

@@ -13,8 +13,8 @@ from asyncbucket.http.refusals import Refusals, doubled
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.books import shown_name
 from asyncbucket.limiter.levels import asked
-from asyncbucket.retry.again import TryAgain, again, not_ours, renamed
 from asyncbucket.retry.policy import Retry
+from asyncbucket.retry.stamina_loop import TryAgain, is_not_ours, named_like, with_retries
 from asyncbucket.retry.trial import Sent, Trial
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ class Retrier:
         self._budget = policy.budget.capacity
         self._refusals = Refusals(limiter)
         # stamina logs each retry as a warning: in a storm, hundreds of lines that say nothing.
-        logging.getLogger("stamina").addFilter(not_ours)
+        logging.getLogger("stamina").addFilter(is_not_ours)
 
     def __repr__(self) -> str:
         return f"<Retrier {self.policy.attempts} attempts, {self._budget:g} retries in the budget>"
@@ -83,9 +83,11 @@ class Retrier:
             return await trial.run(attempt)
 
         try:
-            return await again(renamed(once, tried or attempt), attempts=self.policy.attempts)()
+            return await with_retries(
+                named_like(once, tried or attempt), attempts=self.policy.attempts
+            )()
         except (TryAgain, AsyncBucketError) as ended:
-            error = trial.last_word(ended)
+            error = trial.final_error(ended)
         finally:
             trial.error = None  # its traceback leads back here
         raise error
@@ -105,9 +107,9 @@ class Retrier:
             return trial.run_sync(attempt)
 
         try:
-            return again(renamed(once, tried or attempt), attempts=self.policy.attempts)()
+            return with_retries(named_like(once, tried or attempt), attempts=self.policy.attempts)()
         except (TryAgain, AsyncBucketError) as ended:
-            error = trial.last_word(ended)
+            error = trial.final_error(ended)
         finally:
             trial.error = None
         raise error

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from asyncbucket.errors import AsyncBucketError
 from asyncbucket.http.failures import Verdict, classify
-from asyncbucket.retry.again import TryAgain, by_the_name, is_off
+from asyncbucket.retry.stamina_loop import TryAgain, is_stamina_off, try_again_class
 from asyncbucket.wording import in_seconds
 
 if TYPE_CHECKING:
@@ -45,26 +45,26 @@ class Trial:
         try:
             result = await attempt()
         except Exception as error:
-            again = self.judge(error)
-            if again is None:
+            try_again = self.judge(error)
+            if try_again is None:
                 raise
         else:
             self.retrier.succeeded(self.sent.at)
             return result
-        raise again  # raised here so that the real error is not its context
+        raise try_again  # raised here so that the real error is not its context
 
     def run_sync(self, attempt: Callable[[], T]) -> T:
         self.attempts += 1
         try:
             result = attempt()
         except Exception as error:
-            again = self.judge(error)
-            if again is None:
+            try_again = self.judge(error)
+            if try_again is None:
                 raise
         else:
             self.retrier.succeeded(self.sent.at)
             return result
-        raise again
+        raise try_again
 
     def judge(self, error: Exception) -> TryAgain | None:
         """Return what makes stamina try again; or None, after noting on `error` why this is the end."""
@@ -72,38 +72,38 @@ class Trial:
             return None
         self.error = error
         verdict = classify(error)
-        wait, end = self._plan(verdict)
-        if end is None and not verdict.rate_limited and not self.retrier.spend():
-            end = "the retry budget is spent, too few calls succeed; Retry(budget=...) sets it"
-        if end is None:
+        wait, reason = self._next_wait(verdict)
+        if reason is None and not verdict.rate_limited and not self.retrier.spend():
+            reason = "the retry budget is spent, too few calls succeed; Retry(budget=...) sets it"
+        if reason is None:
             _log.debug(
                 "attempt %d: %s; again in %s", self.attempts, verdict.reason, in_seconds(wait)
             )
             self.retrier.tell_of_retry(self.attempts, verdict.reason, wait)
-            named = by_the_name(type(error).__module__, type(error).__qualname__)
-            return named(verdict.reason, wait)
+            error_class = try_again_class(type(error).__module__, type(error).__qualname__)
+            return error_class(verdict.reason, wait)
         # The user's own ValueError stays as it is; a provider's answer gets a note.
         if self.attempts > 1 or verdict.retry or verdict.reason.startswith("HTTP"):
-            self._note(error, end)
+            self._add_note(error, reason)
         return None
 
-    def _plan(self, verdict: Verdict) -> tuple[float, str | None]:
+    def _next_wait(self, verdict: Verdict) -> tuple[float, str | None]:
         """Return how long to wait before the next attempt, and why there will be none, if so."""
-        retrier, policy, asked = self.retrier, self.retrier.policy, verdict.retry_after
+        retrier, policy, retry_after = self.retrier, self.retrier.policy, verdict.retry_after
         if not verdict.retry:
             return 0.0, f"{verdict.reason} is not retried"
         paused = retrier.pause(verdict, self.sent.at) if verdict.rate_limited else None
         if self.attempts >= policy.attempts:
             return 0.0, f"Retry(attempts={policy.attempts}) allows no more"
-        if is_off():
+        if is_stamina_off():
             return 0.0, "stamina is switched off"
-        if asked is not None and asked > policy.max_wait:
+        if retry_after is not None and retry_after > policy.max_wait:
             return 0.0, (
-                f"the provider asks to wait {in_seconds(asked)}, "
+                f"the provider asks to wait {in_seconds(retry_after)}, "
                 f"and Retry(max_wait={policy.max_wait:g}) allows no more"
             )
-        stated = paused if asked is None else asked
-        wait = retrier.hold_on(stated) if stated else retrier.back_off(self.attempts)
+        given_wait = paused if retry_after is None else retry_after
+        wait = retrier.hold_on(given_wait) if given_wait else retrier.back_off(self.attempts)
         left = self.deadline - retrier.now()
         if not wait <= left:
             return (
@@ -112,19 +112,19 @@ class Trial:
             )
         return wait, None
 
-    def last_word(self, ended: TryAgain | AsyncBucketError) -> Exception:
+    def final_error(self, ended: TryAgain | AsyncBucketError) -> Exception:
         """Return what to raise if no further attempt was possible: the provider's last error."""
         error = self.error
         if error is None:
             return ended
         if isinstance(ended, TryAgain):
-            self._note(error, "stamina is in its testing mode")
+            self._add_note(error, "stamina is in its testing mode")
         else:
             self.attempts -= 1  # it was refused before it reached the provider
-            self._note(error, f"no other attempt was admitted: {ended}")
+            self._add_note(error, f"no other attempt was admitted: {ended}")
         return error
 
-    def _note(self, error: Exception, end: str) -> None:
+    def _add_note(self, error: Exception, reason: str) -> None:
         times = "once" if self.attempts == 1 else f"{self.attempts} times"
         seconds = self.retrier.now() - self.started
-        error.add_note(f"asyncbucket: tried {times} in {seconds:.1f} s; gave up: {end}")
+        error.add_note(f"asyncbucket: tried {times} in {seconds:.1f} s; gave up: {reason}")

@@ -35,7 +35,7 @@ def report(limiters: Sequence[Limiter]) -> dict[str, Any]:
     Shape: ``{"time": Unix seconds, "limiters": [{"name", "admitted", "waiting", "limits": [...]}]}``.
     Times are seconds, amounts whole units.
     """
-    return {"time": time.time(), "limiters": [_row(now) for now in _snapshots(limiters)]}
+    return {"time": time.time(), "limiters": [_row(snapshot) for snapshot in _snapshots(limiters)]}
 
 
 def check_names(limiters: Sequence[Limiter]) -> None:
@@ -45,7 +45,7 @@ def check_names(limiters: Sequence[Limiter]) -> None:
         ValueError: the message says which name.
     """
     seen: set[str] = set()
-    for name in (each.name for limiter in limiters for each in _family(limiter)):
+    for name in (member.name for limiter in limiters for member in _with_descendants(limiter)):
         if name in seen:
             raise ValueError(
                 f"two limiters to be shown are called {name!r}: give each a name= of its own, and "
@@ -57,47 +57,52 @@ def check_names(limiters: Sequence[Limiter]) -> None:
 def as_prometheus(limiters: Sequence[Limiter]) -> str:
     """Return the same as text in Prometheus's format, version 0.0.4."""
     snapshots = _snapshots(limiters)
-    rows = [_row(now) for now in snapshots]
+    rows = [_row(snapshot) for snapshot in snapshots]
     lines: list[str] = []
-    for kind, metrics in (("gauge", _GAUGES), ("counter", _COUNTERS)):
+    for metric_type, metrics in (("gauge", _GAUGES), ("counter", _COUNTERS)):
         for metric, field, help_ in metrics:
-            lines += [f"# HELP {metric} {help_}", f"# TYPE {metric} {kind}"]
+            lines += [f"# HELP {metric} {help_}", f"# TYPE {metric} {metric_type}"]
             lines += [f"{metric}{{limiter={_quoted(row['name'])}}} {row[field]}" for row in rows]
     metric = "asyncbucket_limit_used_ratio"
     lines += [f"# HELP {metric} Part of a limit that is used.", f"# TYPE {metric} gauge"]
     lines += [
-        f"{metric}{{limiter={_quoted(now.name)},limit={_quoted(label)}}} {share}"
-        for now in snapshots
-        for label, share in shares_used(now).items()
+        f"{metric}{{limiter={_quoted(snapshot.name)},limit={_quoted(label)}}} {share}"
+        for snapshot in snapshots
+        for label, share in shares_used(snapshot).items()
     ]
     return "\n".join([*lines, ""])
 
 
-def _family(limiter: Limiter) -> Iterator[Limiter]:
+def _with_descendants(limiter: Limiter) -> Iterator[Limiter]:
     yield limiter
     for child in limiter.children.values():
-        yield from _family(child)
+        yield from _with_descendants(child)
 
 
 def _snapshots(limiters: Iterable[Limiter]) -> list[Statistics]:
-    return [each.statistics() for limiter in limiters for each in _family(limiter)]
+    return [member.statistics() for limiter in limiters for member in _with_descendants(limiter)]
 
 
-def _row(now: Statistics) -> dict[str, Any]:
+def _row(snapshot: Statistics) -> dict[str, Any]:
     return {
-        "name": now.name,
-        "admitted": now.admitted,
-        "refused": now.refused,
-        "cancelled": now.cancelled,
-        "waiting": now.waiting,
-        "in_flight": now.in_flight,
-        "concurrency": now.concurrency,
-        "paused": round(now.paused, 3),
-        "upstream_429": now.upstream_429,
-        "bound_by": now.bound_by,
-        "waits": {name: {"count": w.count, "seconds": w.seconds} for name, w in now.waits.items()},
-        "refunded": dict(now.refunded),
-        "limits": [row_of(use.limit, used=use.used, available=use.available) for use in now.limits],
+        "name": snapshot.name,
+        "admitted": snapshot.admitted,
+        "refused": snapshot.refused,
+        "cancelled": snapshot.cancelled,
+        "waiting": snapshot.waiting,
+        "in_flight": snapshot.in_flight,
+        "concurrency": snapshot.concurrency,
+        "paused": round(snapshot.paused, 3),
+        "upstream_429": snapshot.upstream_429,
+        "bound_by": snapshot.bound_by,
+        "waits": {
+            name: {"count": wait.count, "seconds": wait.seconds}
+            for name, wait in snapshot.waits.items()
+        },
+        "refunded": dict(snapshot.refunded),
+        "limits": [
+            row_of(use.limit, used=use.used, available=use.available) for use in snapshot.limits
+        ],
     }
 
 

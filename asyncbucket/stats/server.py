@@ -25,9 +25,9 @@ from asyncbucket.limiter import Limiter
 from asyncbucket.numeric import is_integer
 from asyncbucket.stats.report import as_prometheus, check_names, report
 
-_NAMES: Final = ("localhost", "127.0.0.1", "[::1]")
-_PORTS: Final = 65_535
-_NEXT_NAMES: Final = "see / for limiters, /metrics for Prometheus"
+_LOOPBACK_NAMES: Final = ("localhost", "127.0.0.1", "[::1]")
+_LAST_PORT: Final = 65_535
+_ENDPOINTS: Final = "see / for limiters, /metrics for Prometheus"
 
 
 class StatsServer:
@@ -40,7 +40,7 @@ class StatsServer:
     def __init__(self, server: socketserver.BaseServer, url: str, path: Path | None) -> None:
         self._server = server
         self._path = path
-        self._process = os.getpid()
+        self._pid = os.getpid()
         #: Its address: ``"http://127.0.0.1:4294"`` or ``"unix:///run/limits.sock"``.
         self.url = url
         threading.Thread(
@@ -49,11 +49,11 @@ class StatsServer:
 
     def close(self) -> None:
         """Stop. Closing twice is fine; a forked child only drops its copy, and the parent serves on."""
-        ours = self._process == os.getpid()
-        if ours:  # the thread is the parent's
+        is_own_process = self._pid == os.getpid()
+        if is_own_process:  # the thread is the parent's
             self._server.shutdown()
         self._server.server_close()
-        if ours and self._path is not None:
+        if is_own_process and self._path is not None:
             with contextlib.suppress(FileNotFoundError):
                 self._path.unlink()
 
@@ -85,37 +85,37 @@ def serve_stats(
     Raises:
         ValueError: ``host`` is not a loopback address, there is no such port, or two limiters have
             the same name.
-        TypeError: one of ``limiters`` is none.
+        TypeError: one of ``limiters`` is not a `Limiter`.
         OSError: the port or the path is taken, or not available; the message says which.
     """
-    them = [limiters] if isinstance(limiters, Limiter) else list(limiters)
-    for each in them:
-        if not isinstance(each, Limiter):
-            raise TypeError(f"serve_stats() shows limiters, not {type(each).__name__}")
-    check_names(them)
+    served = [limiters] if isinstance(limiters, Limiter) else list(limiters)
+    for member in served:
+        if not isinstance(member, Limiter):
+            raise TypeError(f"serve_stats() shows limiters, not {type(member).__name__}")
+    check_names(served)
     if path is not None:
         where = Path(path).resolve()  # the program may change directories
-        with _said_of(str(where)):
-            _clear(where)
-            unix = _UnixServer(where, them)
+        with _adding_address(str(where)):
+            _remove_stale_socket(where)
+            unix = _UnixServer(where, served)
         return StatsServer(unix, f"unix://{quote(str(where))}", where)
     if not (host == "localhost" or _is_loopback(host)):
         raise ValueError(
             f"statistics are served on this machine alone: host must be a loopback address such as "
             f"127.0.0.1, not {host!r}"
         )
-    if not is_integer(port) or not 0 <= port <= _PORTS:
+    if not is_integer(port) or not 0 <= port <= _LAST_PORT:
         raise ValueError(
-            f"port must be a whole number from 0 (any that is free) to {_PORTS}, not {port!r}"
+            f"port must be a whole number from 0 (any that is free) to {_LAST_PORT}, not {port!r}"
         )
     name = f"[{host}]" if ":" in host else host
-    with _said_of(f"{name}:{port}"):
-        server = _TcpServer(host, int(port), them)
+    with _adding_address(f"{name}:{port}"):
+        server = _TcpServer(host, int(port), served)
     return StatsServer(server, f"http://{name}:{server.server_address[1]}", None)
 
 
 @contextlib.contextmanager
-def _said_of(where: str) -> Generator[None]:
+def _adding_address(where: str) -> Generator[None]:
     """Add the address to an error; sockets' own errors lack it."""
     try:
         yield
@@ -131,7 +131,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _clear(path: Path) -> None:
+def _remove_stale_socket(path: Path) -> None:
     """Remove a socket on which nobody listens any more."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(path.stat().st_mode):
@@ -158,19 +158,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer."""
         host = (self.headers.get("Host") or "localhost").rsplit(":", 1)[0]
-        if host not in _NAMES and not _is_loopback(host.strip("[]")):
+        if host not in _LOOPBACK_NAMES and not _is_loopback(host.strip("[]")):
             self._reply(403, "text/plain", "this is for this machine alone\n")
         elif self.path.partition("?")[0] == "/":
             self._reply(200, "application/json", json.dumps(report(self.limiters)))
         elif self.path.partition("?")[0] == "/metrics":
             self._reply(200, "text/plain; version=0.0.4", as_prometheus(self.limiters))
         else:
-            self._reply(404, "text/plain", f"nothing here; {_NEXT_NAMES}\n")
+            self._reply(404, "text/plain", f"nothing here; {_ENDPOINTS}\n")
 
-    def _reply(self, status: int, kind: str, text: str) -> None:
+    def _reply(self, status: int, content_type: str, text: str) -> None:
         body = text.encode()
         self.send_response(status)
-        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Type", f"{content_type}; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
@@ -180,7 +180,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Print nothing: this is somebody else's terminal."""
 
 
-def _handler(limiters: Sequence[Limiter]) -> type[_Handler]:
+def _handler_class(limiters: Sequence[Limiter]) -> type[_Handler]:
     return type("_Handler", (_Handler,), {"limiters": limiters})
 
 
@@ -191,18 +191,18 @@ class _TcpServer(socketserver.ThreadingTCPServer):
     def __init__(self, host: str, port: int, limiters: Sequence[Limiter]) -> None:
         if ":" in host:
             self.address_family = socket.AF_INET6
-        super().__init__((host, port), _handler(limiters))
+        super().__init__((host, port), _handler_class(limiters))
 
 
 class _UnixServer(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
 
     def __init__(self, path: Path, limiters: Sequence[Limiter]) -> None:
-        before = os.umask(0o177)
+        old_umask = os.umask(0o177)
         try:
-            super().__init__(str(path), _handler(limiters))
+            super().__init__(str(path), _handler_class(limiters))
         finally:
-            os.umask(before)
+            os.umask(old_umask)
 
     def get_request(self) -> tuple[Any, Any]:
         """Give the peer a name: http.server needs one, and a unix socket has none."""

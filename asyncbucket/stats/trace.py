@@ -14,7 +14,7 @@ from asyncbucket.limiter.terms import read_count
 
 #: The most events that are kept; no machine would hold more.
 _MOST: Final = 1_000_000_000
-_KINDS: Final[dict[type[Event], str]] = {
+_EVENT_NAMES: Final[dict[type[Event], str]] = {
     Admitted: "admitted",
     Queued: "queued",
     Refused: "refused",
@@ -47,10 +47,10 @@ class Trace:
             raise ValueError(f"last must be at most {_MOST:,} events, some 300 GB, not {last!r}")
         self._events: collections.deque[Event] = collections.deque(maxlen=kept)
         self._lock = threading.Lock()
-        self._unobserve: Callable[[], None] = limiter.observe(self._keep)
+        self._unobserve: Callable[[], None] = limiter.observe(self._record)
 
-    def _keep(self, event: Event) -> None:
-        if type(event) in _KINDS:
+    def _record(self, event: Event) -> None:
+        if type(event) in _EVENT_NAMES:
             with self._lock:
                 self._events.append(event)
 
@@ -74,15 +74,20 @@ class Trace:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write it as JSON lines: first the limits, then one event per line."""
-        lines = [self._head(), *map(_line, self)]
+        lines = [self._header(), *map(_line, self)]
         text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
         Path(path).write_text(text, "utf-8")
 
-    def _head(self) -> dict[str, Any]:
+    def _header(self) -> dict[str, Any]:
         limiter = self._limiter
         limits = [
-            {"resource": each.resource, "amount": each.amount, "per": each.per, "burst": each.burst}
-            for each in limiter.limits
+            {
+                "resource": limit.resource,
+                "amount": limit.amount,
+                "per": limit.per,
+                "burst": limit.burst,
+            }
+            for limit in limiter.limits
         ]
         return {"limiter": limiter.name, "limits": limits, "concurrency": limiter.concurrency}
 
@@ -101,7 +106,7 @@ class Trace:
 
 
 def _line(event: Event) -> dict[str, Any]:
-    line: dict[str, Any] = {"event": _KINDS[type(event)], "at": round(event.at, 6)}
+    line: dict[str, Any] = {"event": _EVENT_NAMES[type(event)], "at": round(event.at, 6)}
     line["limiter"] = event.limiter
     for name in ("cost", "waited", "bound_by", "waiting", "in_flight", "reason", "seconds"):
         value = getattr(event, name, None)

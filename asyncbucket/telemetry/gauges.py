@@ -18,10 +18,10 @@ from asyncbucket.loops import reset_after_fork
 from asyncbucket.telemetry.watched import Reading, Watched
 
 #: Seconds between two writes in multiprocess mode.
-_EVERY: Final = 1.0
+_WRITE_INTERVAL: Final = 1.0
 #: Held while gauges are written, and while the process forks: a child that inherited one of
 #: prometheus_client's locks during a write would wait for it for ever.
-_WRITING: Final = threading.RLock()
+_WRITE_LOCK: Final = threading.RLock()
 
 _QUEUED: Final = ("asyncbucket_queued_requests", "Calls that wait for their admission now.")
 _IN_FLIGHT: Final = ("asyncbucket_in_flight_requests", "Calls admitted and not yet over.")
@@ -33,7 +33,7 @@ _USED: Final = (
 
 def make_gauges(watched: Watched) -> "Scraped | Pushed":
     """Return the kind of gauges that this process needs."""
-    return Pushed(watched) if _multiprocess() else Scraped(watched)
+    return Pushed(watched) if _is_multiprocess() else Scraped(watched)
 
 
 def describe() -> Iterator[Metric]:
@@ -68,10 +68,12 @@ class Pushed:
 
     def __init__(self, watched: Watched) -> None:
         self._watched = watched
-        one, two = ("limiter",), ("limiter", "limit")
-        self._queued = Gauge(*_QUEUED, one, registry=None, multiprocess_mode="livesum")
-        self._in_flight = Gauge(*_IN_FLIGHT, one, registry=None, multiprocess_mode="livesum")
-        self._used = Gauge(*_USED, two, registry=None, multiprocess_mode="livemax")
+        limiter_labels, limit_labels = ("limiter",), ("limiter", "limit")
+        self._queued = Gauge(*_QUEUED, limiter_labels, registry=None, multiprocess_mode="livesum")
+        self._in_flight = Gauge(
+            *_IN_FLIGHT, limiter_labels, registry=None, multiprocess_mode="livesum"
+        )
+        self._used = Gauge(*_USED, limit_labels, registry=None, multiprocess_mode="livemax")
         #: What was last written; labels that are gone are written as 0.
         self._last: dict[str, Reading] = {}
         self._closed = threading.Event()
@@ -88,11 +90,11 @@ class Pushed:
             ).start()
 
     def push(self) -> None:
-        with _WRITING:
+        with _WRITE_LOCK:
             readings = dict(self._watched.read())
             gone = {
-                label: Reading(used=dict.fromkeys(was.used, 0.0))
-                for label, was in self._last.items()
+                label: Reading(used=dict.fromkeys(last.used, 0.0))
+                for label, last in self._last.items()
             }
             for label, reading in (gone | readings).items():
                 self._queued.labels(label).set(reading.queued)
@@ -113,7 +115,7 @@ class Pushed:
 
 def _push(pushed: "weakref.ref[Pushed]", closed: threading.Event) -> None:
     """Write until the gauges are closed or garbage-collected."""
-    while not closed.wait(_EVERY):
+    while not closed.wait(_WRITE_INTERVAL):
         alive = pushed()
         if alive is None:
             return
@@ -121,12 +123,14 @@ def _push(pushed: "weakref.ref[Pushed]", closed: threading.Event) -> None:
         del alive
 
 
-def _multiprocess() -> bool:
+def _is_multiprocess() -> bool:
     """Tell whether prometheus_client writes files that another process reads."""
     return "PROMETHEUS_MULTIPROC_DIR" in os.environ or "prometheus_multiproc_dir" in os.environ
 
 
 with contextlib.suppress(AttributeError):  # Windows does not fork
     os.register_at_fork(
-        before=_WRITING.acquire, after_in_parent=_WRITING.release, after_in_child=_WRITING.release
+        before=_WRITE_LOCK.acquire,
+        after_in_parent=_WRITE_LOCK.release,
+        after_in_child=_WRITE_LOCK.release,
     )

@@ -12,7 +12,7 @@ from asyncbucket.llama_index.events import (
     RateLimitWaitEvent,
     is_told,
 )
-from asyncbucket.telemetry.watched import by_kind
+from asyncbucket.telemetry.watched import dispatch_by_type
 
 _dispatcher: Final = get_dispatcher(__name__)
 
@@ -49,7 +49,7 @@ def _paused(event: events.Paused) -> None:
     )
 
 
-observer: Final = by_kind(
+observer: Final = dispatch_by_type(
     {
         events.Admitted: _admitted,
         events.Refused: _refused,

@@ -112,13 +112,13 @@ _LINES: Final[Mapping[type[Event], Callable[[Any], str]]] = {
 
 
 def _cost(amounts: Mapping[str, int]) -> str:
-    told = {
+    shown = {
         name: amount
         for name, amount in as_given(amounts).items()
         # Input and output are left out if their sum is there.
         if name not in {"input_tokens", "output_tokens"} or "tokens" not in amounts
     }
-    return ", ".join(counted(amount, name) for name, amount in told.items()) or "nothing"
+    return ", ".join(counted(amount, name) for name, amount in shown.items()) or "nothing"
 
 
 def _resource(name: str) -> str:

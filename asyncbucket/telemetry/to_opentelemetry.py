@@ -31,7 +31,7 @@ from opentelemetry.metrics import (
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, TracerProvider
 
 from asyncbucket import events
-from asyncbucket.telemetry.watched import Source, Watched, as_given, by_kind, tokens_of
+from asyncbucket.telemetry.watched import Source, Watched, as_given, dispatch_by_type, tokens_of
 
 #: Buckets in seconds: ASP.NET's, and longer ones, because waits of minutes are common here.
 BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -135,8 +135,8 @@ class Instruments:
             unit="{token}",
             description="Tokens reserved by admissions; used and refunded, as they were settled.",
         )
-        self._look_now_and_then(meter)
-        self.observe = by_kind(
+        self._make_observables(meter)
+        self.observe = dispatch_by_type(
             {
                 events.Admitted: self._admitted,
                 events.Refused: self._refused,
@@ -148,43 +148,43 @@ class Instruments:
             }
         )
 
-    def _look_now_and_then(self, meter: Meter) -> None:
+    def _make_observables(self, meter: Meter) -> None:
         """Make the instruments that read a state instead of counting events."""
         meter.create_observable_up_down_counter(
             _PREFIX + "queued_requests",
-            [self._queued],
+            [self._observe_queued],
             unit="{request}",
             description="Number of requests that are currently queued.",
         )
         meter.create_observable_up_down_counter(
             _PREFIX + "active_request_leases",
-            [self._active],
+            [self._observe_active],
             unit="{request}",
             description="Number of requests that currently hold a lease.",
         )
         meter.create_observable_gauge(
             _PREFIX + "limit.utilization",
-            [self._used],
+            [self._observe_used],
             unit="1",
             description="Share of a limit that is used now, 1 for all of it.",
         )
 
     def _admitted(self, event: events.Admitted) -> None:
-        self._decided(event.limiter, _ACQUIRED, event.bound_by, event.waited)
+        self._count_request(event.limiter, _ACQUIRED, event.bound_by, event.waited)
         tokens = event.cost.get("tokens")
         if tokens:
-            self._tokens.add(tokens, self._of(event.limiter, kind="reserved"))
+            self._tokens.add(tokens, self._attributes_of(event.limiter, kind="reserved"))
 
     def _refused(self, event: events.Refused) -> None:
-        self._decided(event.limiter, event.reason, event.bound_by, None)
+        self._count_request(event.limiter, event.reason, event.bound_by, None)
 
     def _cancelled(self, event: events.Cancelled) -> None:
-        self._decided(event.limiter, _CANCELED, None, event.waited)
+        self._count_request(event.limiter, _CANCELED, None, event.waited)
 
-    def _decided(
+    def _count_request(
         self, limiter: str, result: str, bound_by: str | None, waited: float | None
     ) -> None:
-        attributes = self._of(limiter, result=result)
+        attributes = self._attributes_of(limiter, result=result)
         self._requests.add(1, attributes)
         if waited is not None:
             self._time_in_queue.record(waited, {**attributes, _BOUND_BY: bound_by or "none"})
@@ -192,32 +192,34 @@ class Instruments:
     def _settled(self, event: events.Settled) -> None:
         tokens = tokens_of(event)
         if tokens is not None:
-            self._tokens.add(tokens[0], self._of(event.limiter, kind="used"))
-            self._tokens.add(tokens[1], self._of(event.limiter, kind="refunded"))
+            self._tokens.add(tokens[0], self._attributes_of(event.limiter, kind="used"))
+            self._tokens.add(tokens[1], self._attributes_of(event.limiter, kind="refunded"))
 
     def _released(self, event: events.Released) -> None:
-        self._lease_duration.record(event.held, self._of(event.limiter, outcome=event.outcome))
+        self._lease_duration.record(
+            event.held, self._attributes_of(event.limiter, outcome=event.outcome)
+        )
 
     def _paused(self, event: events.Paused) -> None:
         if event.reason == "429":
-            self._refusals.add(1, self._of(event.limiter))
+            self._refusals.add(1, self._attributes_of(event.limiter))
 
     def _retried(self, event: events.Retried) -> None:
-        self._retries.add(1, self._of(event.limiter))
+        self._retries.add(1, self._attributes_of(event.limiter))
 
-    def _of(self, limiter: str, **more: str) -> dict[str, str]:
-        named = {_PREFIX + name: value for name, value in more.items()}
-        return {_POLICY: self.watched.label(limiter), **named}
+    def _attributes_of(self, limiter: str, **extra: str) -> dict[str, str]:
+        prefixed = {_PREFIX + name: value for name, value in extra.items()}
+        return {_POLICY: self.watched.label(limiter), **prefixed}
 
-    def _queued(self, _: CallbackOptions) -> Iterable[Observation]:
+    def _observe_queued(self, _: CallbackOptions) -> Iterable[Observation]:
         for label, reading in self.watched.read().items():
             yield Observation(reading.queued, {_POLICY: label})
 
-    def _active(self, _: CallbackOptions) -> Iterable[Observation]:
+    def _observe_active(self, _: CallbackOptions) -> Iterable[Observation]:
         for label, reading in self.watched.read().items():
             yield Observation(reading.in_flight, {_POLICY: label})
 
-    def _used(self, _: CallbackOptions) -> Iterator[Observation]:
+    def _observe_used(self, _: CallbackOptions) -> Iterator[Observation]:
         for label, reading in self.watched.read().items():
             for limit, share in reading.used.items():
                 yield Observation(share, {_POLICY: label, _PREFIX + "limit": limit})
@@ -229,7 +231,7 @@ class Spans:
     def __init__(self, tracer: Tracer, attributes: Mapping[str, str]) -> None:
         self._tracer = tracer
         self._attributes = attributes
-        self.observe = by_kind(
+        self.observe = dispatch_by_type(
             {
                 events.Queued: self._queued,
                 events.Admitted: self._admitted,
@@ -244,8 +246,8 @@ class Spans:
     def _admitted(self, event: events.Admitted) -> None:
         _waiting_since.set(0)
         if event.waited > 0:
-            more = {_PREFIX + "queued_requests": event.waiting}
-            self._span(event, _ACQUIRED, event.bound_by, event.waited, more)
+            extra = {_PREFIX + "queued_requests": event.waiting}
+            self._span(event, _ACQUIRED, event.bound_by, event.waited, extra)
 
     def _refused(self, event: events.Refused) -> None:
         since = _waiting_since.get()
@@ -264,21 +266,21 @@ class Spans:
         result: str,
         bound_by: str | None,
         waited: float,
-        more: Mapping[str, Any],
+        extra: Mapping[str, Any],
     ) -> None:
         now = time.time_ns()
         provider = event.limiter.partition("/")[0]
-        known = {"gen_ai.provider.name": provider} if provider in PROVIDERS else {}
+        provider_attributes = {"gen_ai.provider.name": provider} if provider in PROVIDERS else {}
         bound = {} if bound_by is None else {_BOUND_BY: bound_by}
         cost = {f"{_PREFIX}cost.{name}": amount for name, amount in as_given(event.cost).items()}
-        mine = {_POLICY: event.limiter, _RESULT: result, **bound, **cost, **more}
+        wait_attributes = {_POLICY: event.limiter, _RESULT: result, **bound, **cost, **extra}
         span = self._tracer.start_span(
             f"wait {event.limiter}",
             kind=SpanKind.INTERNAL,
             start_time=now - round(waited * 1e9),
-            attributes={**known, **self._attributes, **mine},
+            attributes={**provider_attributes, **self._attributes, **wait_attributes},
         )
-        if "error.type" in more:
+        if "error.type" in extra:
             span.set_status(Status(StatusCode.ERROR))
         span.end(now)
 

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from asyncbucket import events
 from asyncbucket.telemetry import gauges
-from asyncbucket.telemetry.watched import Source, Watched, by_kind, tokens_of
+from asyncbucket.telemetry.watched import Source, Watched, dispatch_by_type, tokens_of
 
 #: Waits may be as short as a burst's pace or as long as a minute's window plus a pause.
 BUCKETS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
@@ -30,11 +30,11 @@ def watch(
     """Count what happens in ``limiter`` into ``registry`` until the returned function is called."""
     registry = REGISTRY if registry is None else registry
     if not isinstance(registry, CollectorRegistry):
-        kind = type(registry).__name__
-        raise TypeError(f"registry must be prometheus_client's CollectorRegistry, not {kind}")
+        type_name = type(registry).__name__
+        raise TypeError(f"registry must be prometheus_client's CollectorRegistry, not {type_name}")
     with _LOCK:
-        found = _COLLECTORS.get(registry)
-        metrics = None if found is None else found()
+        reference = _COLLECTORS.get(registry)
+        metrics = None if reference is None else reference()
         if metrics is None:
             metrics = Metrics(max_limiters)
             registry.register(metrics)
@@ -46,9 +46,9 @@ def watch(
     def off() -> None:
         stop()
         with _LOCK:
-            was_on = bool(metrics.watched)
+            was_watching = bool(metrics.watched)
             forget()
-            if was_on and not metrics.watched:
+            if was_watching and not metrics.watched:
                 metrics.close()
                 registry.unregister(metrics)
                 _COLLECTORS.pop(registry, None)
@@ -122,7 +122,7 @@ class Metrics(Collector):
         self._families = Families()
         self._gauges = gauges.make_gauges(self.watched)
         self._series: dict[str, Series] = {}
-        self.observe = by_kind(
+        self.observe = dispatch_by_type(
             {
                 events.Admitted: self._admitted,
                 events.Released: self._released,

@@ -67,14 +67,14 @@ class Watched:
     """Hold the limiters that one registry observes, and the few labels that it has for them.
 
     Args:
-        most: how many labels there may be, whatever happens; `OTHER` is one more.
+        max_labels: how many labels there may be, whatever happens; `OTHER` is one more.
 
     Raises:
-        ValueError: ``most`` is not a whole number from 1 on.
+        ValueError: ``max_labels`` is not a whole number from 1 on.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = read_count(most, "max_limiters", least=1)
+    def __init__(self, max_labels: int) -> None:
+        self._max_labels = read_count(max_labels, "max_limiters", least=1)
         self._lock = threading.RLock()
         self._labels: dict[str, str] = {}
         #: The observed limiters, each by a key of its own.
@@ -91,7 +91,7 @@ class Watched:
         """
         with self._lock:
             for other in self._sources.values():
-                if other in _upwards(limiter) or limiter in _upwards(other):
+                if other in _self_and_ancestors(limiter) or limiter in _self_and_ancestors(other):
                     raise ValueError(
                         f"{where} watches limiter {other.name!r} already, and the calls of "
                         f"{limiter.name!r} would count twice; switch that off first"
@@ -102,7 +102,9 @@ class Watched:
 
     def _remove(self, key: object) -> None:
         with self._lock:
-            self._sources = {each: of for each, of in self._sources.items() if each is not key}
+            self._sources = {
+                known: source for known, source in self._sources.items() if known is not key
+            }
 
     def label(self, name: str) -> str:
         """Return the label of the limiter called ``name``."""
@@ -111,7 +113,7 @@ class Watched:
             return known
         name = shown_name(name)
         with self._lock:
-            if len(self._labels) >= self._most:
+            if len(self._labels) >= self._max_labels:
                 return self._labels.get(name, OTHER)
             return self._labels.setdefault(name, name)
 
@@ -123,15 +125,17 @@ class Watched:
         return readings
 
     def _read(self, limiter: Source, readings: dict[str, Reading]) -> Statistics:
-        now = limiter.statistics()
-        reading = readings.setdefault(self.label(now.name), Reading())
-        below = [self._read(each, readings) for each in _below(limiter)]
+        statistics = limiter.statistics()
+        reading = readings.setdefault(self.label(statistics.name), Reading())
+        children = [self._read(child, readings) for child in _children_of(limiter)]
         # A limiter's statistics include those below it; here each call counts only where it asked.
-        reading.queued += max(0, now.waiting - sum(each.waiting for each in below))
-        reading.in_flight += max(0, now.in_flight - sum(each.in_flight for each in below))
-        for limit, share in shares_used(now).items():
+        reading.queued += max(0, statistics.waiting - sum(child.waiting for child in children))
+        reading.in_flight += max(
+            0, statistics.in_flight - sum(child.in_flight for child in children)
+        )
+        for limit, share in shares_used(statistics).items():
             reading.used[limit] = max(share, reading.used.get(limit, 0.0))
-        return now
+        return statistics
 
 
 def tokens_of(event: Settled) -> tuple[int, int] | None:
@@ -156,26 +160,26 @@ def as_given(amounts: Mapping[str, int]) -> dict[str, int]:
     return given
 
 
-def by_kind(handlers: Mapping[type[Event], Callable[[Any], object]]) -> Callback:
+def dispatch_by_type(handlers: Mapping[type[Event], Callable[[Any], object]]) -> Callback:
     """Return an observer that passes each event to the handler of its kind, if there is one."""
-    get = dict(handlers).get
+    handler_of = dict(handlers).get
 
     def observe(event: Event) -> None:
-        handle = get(type(event))
+        handle = handler_of(type(event))
         if handle is not None:
             handle(event)
 
     return observe
 
 
-def _below(limiter: Source) -> Iterator[Source]:
+def _children_of(limiter: Source) -> Iterator[Source]:
     yield from tuple(limiter.children.values())
     if isinstance(limiter, Limiter):
         yield from limiter._busy_tenants()  # noqa: SLF001 - shown as a star only; idle ones are many
 
 
-def _upwards(limiter: Source) -> Iterator[Source]:
-    above: Source | None = limiter
-    while above is not None:
-        yield above
-        above = above.parent
+def _self_and_ancestors(limiter: Source) -> Iterator[Source]:
+    ancestor: Source | None = limiter
+    while ancestor is not None:
+        yield ancestor
+        ancestor = ancestor.parent

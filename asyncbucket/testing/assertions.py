@@ -168,17 +168,17 @@ def _admissions(trace: Trace) -> list[tuple[int, int]]:
                 f"a trace must be pairs of time and amount, such as (0.5, 1), or what a limiter's "
                 f'trace.amounts("requests") gives, not {pair!r}'
             )
-    kinds = {type(when) for when, _ in pairs}
+    time_types = {type(when) for when, _ in pairs}
     for when, amount in pairs:
         if isinstance(amount, bool) or not isinstance(amount, int) or amount < 0:
             raise ValueError(f"an amount in a trace must be an integer >= 0, not {amount!r}")
         if type(when) not in (int, float):
             raise TypeError(f"a time in a trace must be int (ns) or float (s), not {when!r}")
-    if len(kinds) > 1:
+    if len(time_types) > 1:
         raise TypeError(
             "a trace mixes int times (nanoseconds) and float times (seconds); use one kind"
         )
-    if float in kinds:
+    if float in time_types:
         return sorted((_nanoseconds(when), amount) for when, amount in pairs)
     return sorted((int(when), amount) for when, amount in pairs)
 

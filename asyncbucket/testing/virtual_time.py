@@ -216,7 +216,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         if timeout is None:
             self._give_last_chance()
             return 0.0
-        if self._real_wait and self._arrived_within(self._real_wait):
+        if self._real_wait and self._has_io_within(self._real_wait):
             return 0.0
         self.clock.advance_to(self.time() + timeout)
         self._set_resolution()
@@ -229,11 +229,11 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
                 waiter.set_result(None)
 
     def _give_last_chance(self) -> None:
-        outside = threading.active_count() > 1 or len(self._io.get_map()) > self._own_files
-        if not (outside and self._arrived_within(LAST_CHANCE)):
+        may_be_woken = threading.active_count() > 1 or len(self._io.get_map()) > self._own_files
+        if not (may_be_woken and self._has_io_within(LAST_CHANCE)):
             raise DeadlockError(self._describe_deadlock())
 
-    def _arrived_within(self, seconds: float) -> bool:
+    def _has_io_within(self, seconds: float) -> bool:
         return bool(selectors.DefaultSelector.select(self._io, seconds))
 
     def _describe_deadlock(self) -> str:

@@ -141,10 +141,10 @@ def test_time_left_is_estimated_from_limits_before_any_item_is_done() -> None:
     limiter = Limiter("100 RPM burst 10")
     outlook = Outlook(limiter)
 
-    look = outlook.look(0, left={"items": 1_000, "requests": 1_000})
+    snapshot = outlook.snapshot(0, left={"items": 1_000, "requests": 1_000})
 
-    assert look.rate == 0.0
-    assert look.left == pytest.approx(594)
+    assert snapshot.rate == 0.0
+    assert snapshot.left == pytest.approx(594)
 
 
 def test_time_left_follows_the_measured_rate_when_slower_than_limits() -> None:
@@ -153,9 +153,9 @@ def test_time_left_follows_the_measured_rate_when_slower_than_limits() -> None:
     outlook = Outlook(Limiter("300 RPM"), clock=lambda: now)
     now = 10.0
 
-    look = outlook.look(20, left={"items": 100, "requests": 100})
+    snapshot = outlook.snapshot(20, left={"items": 100, "requests": 100})
 
-    assert (look.rate, look.left) == (2.0, 50.0)
+    assert (snapshot.rate, snapshot.left) == (2.0, 50.0)
 
 
 def test_rate_follows_recent_progress() -> None:
@@ -165,7 +165,7 @@ def test_rate_follows_recent_progress() -> None:
     looks: list[float] = []
     for second in range(1, 100):
         now = float(second)
-        looks.append(outlook.look(1_000 + second, left=None).rate)
+        looks.append(outlook.snapshot(1_000 + second, left=None).rate)
 
     assert looks[0] == 1_001.0
     assert looks[-1] == pytest.approx(1.0, rel=0.1)

@@ -35,7 +35,7 @@ def meter(*, remaining: int | None = None, window: int = MINUTE) -> Headroom:
     """Return the headroom of 600 in a window; a reply at 0 said that `remaining` are left."""
     headroom = Headroom(amount=600, window=window)
     if remaining is not None:
-        headroom.hear(remaining, 0, amount=600)
+        headroom.update(remaining, 0, amount=600)
     return headroom
 
 
@@ -63,7 +63,7 @@ def test_headroom_admits_remaining_then_refills_at_limit_rate() -> None:
 def test_report_applies_to_calls_already_waiting() -> None:
     """What is heard while a call waits in line counts for that call, too."""
     headroom = meter(remaining=60)
-    headroom.hear(0, SECOND, amount=600)
+    headroom.update(0, SECOND, amount=600)
 
     assert headroom.earliest(1, 0) > SECOND
 
@@ -82,7 +82,7 @@ def test_unbooking_a_call_older_than_last_report_returns_nothing() -> None:
     """The provider's last report has counted it already."""
     headroom = meter(remaining=60)
     headroom.book(30, 1)
-    headroom.hear(30, 2, amount=600)
+    headroom.update(30, 2, amount=600)
     headroom.unbook(30, 1)
 
     assert headroom.available(2) == 30
@@ -109,7 +109,7 @@ def test_headroom_rules_out_no_deadline_while_calls_are_in_flight() -> None:
 def test_headroom_adopts_lower_announced_limit() -> None:
     """If the provider's limit was lowered, a call larger than it is not impossible."""
     headroom = meter(remaining=600)
-    headroom.hear(300, SECOND, amount=300)
+    headroom.update(300, SECOND, amount=300)
 
     assert headroom.amount == 300
     assert headroom.earliest(400, SECOND) < 2 * MINUTE
@@ -119,7 +119,7 @@ def listen(headroom: Headroom, *, rate: int, seconds: int, start: int = 0, ours:
     """Hear for `seconds` while others take `rate` and we take `ours` a second; return the end."""
     for second in range(start + 1, start + seconds + 1):
         headroom.book(ours, second * SECOND)
-        headroom.hear(600 - (rate + ours) * second, second * SECOND, amount=600)
+        headroom.update(600 - (rate + ours) * second, second * SECOND, amount=600)
     return (start + seconds) * SECOND
 
 
@@ -148,7 +148,7 @@ def test_one_call_passes_per_twentieth_of_window_despite_others() -> None:
     """One call passes in each 20th of the window, so that its reply can tell what is left."""
     headroom = meter(remaining=600)
     now = listen(headroom, rate=9, seconds=60)
-    headroom.hear(60, now, amount=600)
+    headroom.update(60, now, amount=600)
     while headroom.take(1, now):
         pass
 
@@ -159,7 +159,7 @@ def test_provider_limit_far_above_ours_delays_no_call() -> None:
     """If the limit is far above ours, there is no need to share, however much others take."""
     headroom = Headroom(amount=600, window=MINUTE)
     for second in range(60):
-        headroom.hear(60_000 - 100 * second, second * SECOND, amount=600)
+        headroom.update(60_000 - 100 * second, second * SECOND, amount=600)
 
     assert headroom.others > 1_000
     assert headroom.take(600, MINUTE)
@@ -192,9 +192,9 @@ def test_unshared_key_reserves_nothing_for_others(
         if not replies:
             said[number] = left
             continue
-        under_way = sum(when >= sent[number] for when in booked)
+        booked_since = sum(when >= sent[number] for when in booked)
         remaining = said[number] if says == "at admission" else left
-        headroom.hear(max(0, remaining), instant, amount=100, under_way=under_way)
+        headroom.update(max(0, remaining), instant, amount=100, booked_since=booked_since)
         assert headroom.others == 0
 
 
@@ -234,7 +234,7 @@ def test_slices_never_admit_more_than_their_share_and_waste_little() -> None:
 def test_report_above_slice_share_ends_slicing() -> None:
     """After that, a tenth of the limit may pass at once."""
     headroom = meter(remaining=10)
-    headroom.hear(600, 0, amount=600)
+    headroom.update(600, 0, amount=600)
 
     assert all(headroom.take(1, 0) for _ in range(60))
 
@@ -255,7 +255,7 @@ def test_refund_of_large_call_reopens_slices() -> None:
     headroom.book(45, 0)
     assert headroom.earliest(5, 0) > 4 * SECOND
     headroom.unbook(40, 0, left=5)
-    headroom.hear(10, 2 * SECOND, amount=600)
+    headroom.update(10, 2 * SECOND, amount=600)
 
     assert headroom.take(5, 2 * SECOND)
 
@@ -274,7 +274,7 @@ def test_slice_reserves_what_others_use() -> None:
     """Others take four of ten by the end of each slice, so less than six are ours."""
     headroom = meter(remaining=10)
     for tenth in range(400):
-        headroom.hear(10 - min(4, tenth % 10), tenth * SECOND // 10, amount=600)
+        headroom.update(10 - min(4, tenth % 10), tenth * SECOND // 10, amount=600)
     headroom.book(3, 41 * SECOND)
 
     assert headroom.earliest(1, 41 * SECOND) > 41 * SECOND
@@ -494,7 +494,7 @@ def test_take_without_earliest_never_spends_units_twice() -> None:
     """`take` without asking first gives the same answer as `earliest`."""
     headroom = Headroom(amount=10, window=SECOND)
     for now in (0, SECOND, 2 * SECOND):
-        headroom.hear(10, now, amount=10)
+        headroom.update(10, now, amount=10)
     assert headroom.take(10, 2 * SECOND)
     assert not headroom.take(1, 2 * SECOND)
     assert headroom.take(1, 2 * SECOND + SECOND // 10)

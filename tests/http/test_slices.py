@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 import pytest
 
 from asyncbucket.feedback.headroom import Headroom
-from asyncbucket.feedback.slices import NUMBERS, Beat, Slices, cut, with_little_room
+from asyncbucket.feedback.slices import (
+    SLICE_COUNTS,
+    Beat,
+    Slices,
+    possible_slices,
+    with_small_margin,
+)
 
 SECOND = 1_000_000_000
 MINUTE = 60 * SECOND
@@ -20,31 +26,31 @@ def beat(*words: tuple[float, int]) -> Beat:
     """Return a detector of one-second slices of ten units that heard these reports."""
     found = Beat(share=10, length=SECOND)
     for when, left in words:
-        found.hear(left, round(when * SECOND))
+        found.update(left, round(when * SECOND))
     return found
 
 
 def test_jumps_in_remaining_show_where_slices_begin() -> None:
     """Two jumps show where each slice begins, and so where later ones will."""
     heard = beat((0.2, 1), (0.4, 9))
-    assert heard.found
-    assert not heard.sure
+    assert heard.is_found
+    assert not heard.is_sure
     heard = beat((0.2, 1), (0.4, 9), (1.2, 2), (1.35, 8), (2.25, 0), (2.45, 9))
 
-    assert heard.sure
+    assert heard.is_sure
     assert 7.3 * SECOND <= heard.nearest(7 * SECOND) <= 7.4 * SECOND
-    assert heard.blur <= 0.2 * SECOND
+    assert heard.uncertainty <= 0.2 * SECOND
 
 
 def test_steady_refill_is_not_taken_for_a_slice() -> None:
     """A bucket refills steadily: four more after 0.4 s do not indicate a slice."""
-    assert not beat((0, 1), (0.4, 5)).found
-    assert not beat((0, 5), (0.1, 4)).found
+    assert not beat((0, 1), (0.4, 5)).is_found
+    assert not beat((0, 5), (0.1, 4)).is_found
 
 
 def test_jump_after_half_a_slice_of_silence_is_ignored() -> None:
     """The slice may have begun at any moment in between."""
-    assert not beat((0, 0), (0.5, 10)).found
+    assert not beat((0, 0), (0.5, 10)).is_found
 
 
 def test_irregular_jumps_do_not_make_slices_sure() -> None:
@@ -53,8 +59,8 @@ def test_irregular_jumps_do_not_make_slices_sure() -> None:
     jumps = [(when + 0.05, 9) for when, _ in words]
     heard = beat(*(word for pair in zip(words, jumps, strict=True) for word in pair))
 
-    assert heard.found
-    assert not heard.sure
+    assert heard.is_found
+    assert not heard.is_sure
 
 
 def test_stray_jump_does_not_move_sure_slice_start() -> None:
@@ -62,10 +68,10 @@ def test_stray_jump_does_not_move_sure_slice_start() -> None:
     words = [(second + part, left) for second in range(6) for part, left in ((0.2, 1), (0.4, 9))]
     heard = beat(*words)
     before = heard.nearest(20 * SECOND)
-    heard.hear(0, round(6.7 * SECOND))
-    heard.hear(9, round(6.75 * SECOND))
+    heard.update(0, round(6.7 * SECOND))
+    heard.update(9, round(6.75 * SECOND))
 
-    assert heard.sure
+    assert heard.is_sure
     assert heard.nearest(20 * SECOND) == before
 
 
@@ -73,7 +79,7 @@ def test_slice_start_keeps_a_margin_for_reply_delay() -> None:
     """However many jumps fit, replies may be late or early, so a margin stays on either side."""
     words = [(second + 0.3 * part, 9 * part) for second in range(1, 40) for part in (0, 1)]
 
-    assert beat(*words, (40.29, 0), (40.31, 9)).blur >= SECOND // 16
+    assert beat(*words, (40.29, 0), (40.31, 9)).uncertainty >= SECOND // 16
 
 
 @dataclass
@@ -105,7 +111,7 @@ def saturate(
     """
     chance = random.Random(seed)
     slices = Slices(amount=60 * provider.share, window=MINUTE, number=60)
-    slices.hear(provider.share, SECOND)
+    slices.update(provider.share, SECOND)
     events: list[tuple[int, int, str, int]] = [(SECOND, 0, "ask", 0)]
     number = 0
 
@@ -130,7 +136,7 @@ def saturate(
         elif what == "reply":
             later(chance.randint(0, way), "hear", provider.left(now))
         elif what == "hear":
-            slices.hear(left, now)
+            slices.update(left, now)
             later(0, "ask")
         else:
             while (when := slices.earliest(1, now)) <= now:
@@ -191,21 +197,21 @@ def listen(
 def known(*, taken: int = 0, share: int = 10) -> Slices:
     """Return slices of a second whose beginning is known, and of which others take `taken`."""
     slices = Slices(amount=60 * share, window=MINUTE, number=60)
-    listen(slices.hear, slices.book, share, taken)
+    listen(slices.update, slices.book, share, taken)
     return slices
 
 
 def test_slice_reserves_others_share_until_its_end() -> None:
     """Others take six of ten: early at most two pass, and more once they have taken less."""
     slices = known(taken=6)
-    assert slices.known
+    assert slices.is_known
     start = 30 * SECOND + 100 * MS
     early = 0
     while early < 9 and slices.earliest(1, start) <= start:
         slices.book(1, start)
         early += 1
     late = 30 * SECOND + 950 * MS
-    slices.hear(9 - early, late)
+    slices.update(9 - early, late)
 
     assert early <= 2
     assert slices.earliest(1, late) == late
@@ -214,7 +220,7 @@ def test_slice_reserves_others_share_until_its_end() -> None:
 def test_full_slice_delays_calls_until_next_slice() -> None:
     """The next call passes once the next slice has begun."""
     slices = known(taken=6)
-    slices.hear(0, 30 * SECOND + 500 * MS)
+    slices.update(0, 30 * SECOND + 500 * MS)
     slices.book(1, 30 * SECOND + 500 * MS)
     when = slices.earliest(1, 30 * SECOND + 600 * MS)
 
@@ -272,44 +278,44 @@ def test_slices_continue_while_no_calls_are_made() -> None:
 
 def test_slices_of_two_units_are_known_only_on_unshared_key() -> None:
     """Of two in a slice no part can be left to others, so only when alone are slices known."""
-    assert known(share=2).known
-    assert not known(share=2, taken=1).known
+    assert known(share=2).is_known
+    assert not known(share=2, taken=1).is_known
 
 
 def test_new_slices_delay_calls_after_half_a_share() -> None:
     """This holds from the first reply until slices are detected or ruled out."""
     slices = Slices(amount=600, window=MINUTE, number=60)
-    slices.hear(10, SECOND)
+    slices.update(10, SECOND)
     assert slices.earliest(10, SECOND) == SECOND
-    slices.hear(9, SECOND + 500 * MS)
+    slices.update(9, SECOND + 500 * MS)
     for _ in range(5):
         slices.book(1, SECOND + 500 * MS)
 
-    assert slices.new
+    assert slices.is_searching
     assert slices.earliest(1, 2 * SECOND + 400 * MS) > 2 * SECOND + 400 * MS
     for second in range(2, 11):
-        slices.hear(9, second * SECOND)
-    assert not slices.new
+        slices.update(9, second * SECOND)
+    assert not slices.is_searching
 
 
 def test_reserve_for_random_variation_shrinks_with_expected_use() -> None:
     """The reserve is counted in whole calls, however large they are."""
-    assert with_little_room(40, 1) == 40 + 18
-    assert with_little_room(4, 1) == 4 + 4
-    assert with_little_room(0.8, 1) == 1
-    assert with_little_room(0.2, 1) == 0
-    assert with_little_room(400, 100) == 800
-    assert with_little_room(400, 100, least=True) == 600
+    assert with_small_margin(40, 1) == 40 + 18
+    assert with_small_margin(4, 1) == 4 + 4
+    assert with_small_margin(0.8, 1) == 1
+    assert with_small_margin(0.2, 1) == 0
+    assert with_small_margin(400, 100) == 800
+    assert with_small_margin(400, 100, minimal=True) == 600
 
 
 def test_slices_are_tried_from_shortest_to_longest() -> None:
     """If more is left than fits into a second, the limit may be counted in ten-second slices."""
-    assert [each.share for each in cut(amount=600, window=MINUTE)] == [10, 100]
-    assert NUMBERS == (60, 6)
+    assert [each.share for each in possible_slices(amount=600, window=MINUTE)] == [10, 100]
+    assert SLICE_COUNTS == (60, 6)
     headroom = Headroom(amount=600, window=MINUTE)
-    headroom.hear(90, SECOND, amount=600)
+    headroom.update(90, SECOND, amount=600)
     assert sum(headroom.take(1, SECOND) for _ in range(600)) < 100
-    headroom.hear(600, MINUTE + 2 * SECOND, amount=600)
+    headroom.update(600, MINUTE + 2 * SECOND, amount=600)
 
     assert sum(headroom.take(1, MINUTE + 2 * SECOND) for _ in range(600)) == 600
 
@@ -317,8 +323,8 @@ def test_slices_are_tried_from_shortest_to_longest() -> None:
 def test_lowered_limit_shrinks_slices() -> None:
     """If the limit is lowered while it is counted in slices, the slices get smaller, too."""
     headroom = Headroom(amount=600, window=MINUTE)
-    headroom.hear(10, SECOND, amount=600)
-    headroom.hear(5, 2 * SECOND, amount=300)
+    headroom.update(10, SECOND, amount=600)
+    headroom.update(5, 2 * SECOND, amount=300)
 
     assert sum(headroom.take(1, 2 * SECOND) for _ in range(100)) <= 5
 
@@ -326,8 +332,8 @@ def test_lowered_limit_shrinks_slices() -> None:
 def test_slice_size_follows_providers_limit_not_ours() -> None:
     """Our limit is 300 of 600, but ten left are a full slice of the provider's, not twice ours."""
     headroom = Headroom(amount=300, window=MINUTE)
-    headroom.hear(10, SECOND, amount=300, limit=600)
-    headroom.hear(10, 2 * SECOND, amount=300)
+    headroom.update(10, SECOND, amount=300, limit=600)
+    headroom.update(10, 2 * SECOND, amount=300)
 
     assert sum(headroom.take(1, 2 * SECOND) for _ in range(100)) <= 10
     assert headroom.others == 0
@@ -336,7 +342,7 @@ def test_slice_size_follows_providers_limit_not_ours() -> None:
 def test_known_slices_let_headroom_admit_at_next_slice_start() -> None:
     """What is left at the end of a slice tells nothing of the next one."""
     headroom = Headroom(amount=600, window=MINUTE)
-    listen(lambda left, now: headroom.hear(left, now, amount=600), headroom.book, 10, 0)
+    listen(lambda left, now: headroom.update(left, now, amount=600), headroom.book, 10, 0)
     for _ in range(10):
         headroom.book(1, 29 * SECOND + 500 * MS)
     begun = headroom.earliest(1, 29 * SECOND + 995 * MS)

@@ -9,7 +9,7 @@ import pytest
 
 from asyncbucket import CostExceedsLimit, LimitSyntaxError
 from asyncbucket.plan import AgentTree, Plan, Poisson, Tenant, plan
-from asyncbucket.plan.result import binds, change, percent, spoken
+from asyncbucket.plan.result import binds, change, duration_in_words, percent
 
 EXAMPLE = """\
 39 min 39 s, tokens bind: 10,000 calls with 8,000,000 tokens
@@ -321,7 +321,7 @@ def test_agent_tree_counts_its_calls() -> None:
 )
 def test_durations_are_worded_in_two_units_at_most(seconds: float, text: str) -> None:
     """They are worded as people say them, never with 60 of the smaller unit."""
-    assert spoken(seconds) == text
+    assert duration_in_words(seconds) == text
 
 
 def test_percentages_are_rounded_down() -> None:

@@ -368,7 +368,7 @@ from conftest import COST, ScriptedLimiter
 from asyncbucket import Limit, Limiter, TokenBucket, events, telemetry
 from asyncbucket.telemetry import gauges
 
-gauges._EVERY = 0.01
+gauges._WRITE_INTERVAL = 0.01
 limiter = ScriptedLimiter("openai")
 limiter.numbers.update(waiting=0, in_flight=0)
 off = telemetry.prometheus(limiter)  # before the fork, as a server that preloads its application
@@ -445,7 +445,7 @@ from conftest import ScriptedLimiter
 from asyncbucket import telemetry
 from asyncbucket.telemetry import gauges
 
-gauges._EVERY = 0.01
+gauges._WRITE_INTERVAL = 0.01
 lock, writing = threading.Lock(), threading.Event()
 
 class Slow:
@@ -478,7 +478,7 @@ def test_gauge_thread_ends_when_watch_is_switched_off(
 ) -> None:
     """When switched off, it writes the last values and ends."""
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/unused")
-    monkeypatch.setattr(gauges, "_EVERY", 0.001)
+    monkeypatch.setattr(gauges, "_WRITE_INTERVAL", 0.001)
     registry = CollectorRegistry()
     off = telemetry.prometheus(limiter, registry=registry)
     limiter.numbers.update(waiting=4)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from asyncbucket.cli.canvas import LIMIT, OTHER, OURS, canvas
-from asyncbucket.plan.result import Plan, spoken, whose
+from asyncbucket.plan.result import Plan, duration_in_words, limit_in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ def _admissions(axes: "Axes", plan: Plan) -> None:
     counted = "admitted a second"
     binding = plan.binding
     if binding is not None and binding.rate is not None:
-        said = f"{whose(binding)}: {binding.rate:,.3g}/s in the long run"
+        said = f"{limit_in_words(binding)}: {binding.rate:,.3g}/s in the long run"
         axes.axhline(binding.rate, color=LIMIT, linewidth=1.5, label=said)
         top, peak = _top(rates, binding.rate), max(rates)
         axes.set_ylim(0, top)
@@ -55,7 +55,7 @@ def _top(rates: list[float], limit: float) -> float:
 def _others(axes: "Axes", plan: Plan) -> None:
     rows = [("as planned", plan.duration)]
     rows += [
-        (f"twice {whose(each)}", each.if_doubled)
+        (f"twice {limit_in_words(each)}", each.if_doubled)
         for each in plan.limits
         if each.if_doubled is not None
     ]
@@ -63,7 +63,7 @@ def _others(axes: "Axes", plan: Plan) -> None:
     unit, seconds = _unit(plan.duration)
     colours = [OTHER] * (len(rows) - 1) + [OURS]
     bars = axes.barh(names, [each / seconds for each in lengths], color=colours, height=0.7)
-    axes.bar_label(bars, [spoken(each) for each in lengths], padding=4, fontsize=8)
+    axes.bar_label(bars, [duration_in_words(each) for each in lengths], padding=4, fontsize=8)
     axes.set_xlim(0, 1.2 * max(lengths) / seconds or 1)
     axes.set_xlabel(unit, fontsize=8)
     _plain(axes, "how long it takes")

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from asyncbucket.cli.plot import Canvas, against_limit, shows_blocks, written
-from asyncbucket.plan.result import Plan, details, table, tenants, whose
+from asyncbucket.plan.result import Plan, details, limit_in_words, table, tenants
 
 
 def show(plan: Plan) -> None:
@@ -49,7 +49,7 @@ def _plot(console: Console, canvas: Canvas, plan: Plan) -> None:
     rate = None if binding is None else binding.rate
     title = "admitted over time"
     if rate is not None and binding is not None:
-        title += f"; ____ is the limit of {whose(binding)}"
+        title += f"; ____ is the limit of {limit_in_words(binding)}"
     columns = columns_of(plan, canvas)
     limit = rate or max(columns)
     if max(columns) > 2 * limit:

@@ -9,7 +9,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from asyncbucket.batch.outlook import Look, Outlook, duration
+from asyncbucket.batch.outlook import Outlook, Snapshot, duration
 from asyncbucket.cli.run.tally import Tally
 from asyncbucket.limiter import Limiter
 from asyncbucket.wording import counted, does
@@ -78,7 +78,7 @@ class _LiveScreen:
                 live.update(self._view(tally, limiter, look_at(tally, outlook)), refresh=True)
                 await anyio.sleep(_LIVE)
 
-    def _view(self, tally: Tally, limiter: Limiter, look: Look) -> RenderableType:
+    def _view(self, tally: Tally, limiter: Limiter, look: Snapshot) -> RenderableType:
         grid = Table.grid(padding=(0, 2, 0, 0))
         if tally.total is None:
             done = Text(counted(tally.done, "lines"), "bold")
@@ -93,7 +93,7 @@ class _LiveScreen:
         self._console.print(text, markup=False)
 
 
-def look_at(tally: Tally, outlook: Outlook) -> Look:
+def look_at(tally: Tally, outlook: Outlook) -> Snapshot:
     """Estimate how long it will take, from what was done and from what the limits allow."""
     left = None
     if tally.total is not None:
@@ -101,10 +101,10 @@ def look_at(tally: Tally, outlook: Outlook) -> Look:
         calls = max(1, tally.admitted["requests"])
         left = {name: items * units / calls for name, units in tally.admitted.items()}
         left |= {"items": float(items), "requests": float(items)}
-    return outlook.look(tally.answered + tally.failed, left=left)
+    return outlook.snapshot(tally.answered + tally.failed, left=left)
 
 
-def _pace(look: Look, tally: Tally) -> list[str]:
+def _pace(look: Snapshot, tally: Tally) -> list[str]:
     if tally.stopping:  # the rest is left for the next run
         return ["stopping"]
     words = look.words()

@@ -27,11 +27,11 @@ def main(arguments: list[str] | None = None) -> None:
         threading.Thread(target=_wait_for_eof, args=[stop], daemon=True).start()
     provider = _start(options)
     try:
-        _say(provider.base_url)
+        _print_line(provider.base_url)
         stop.wait()
     finally:
         provider.stop()
-    _say(json.dumps(asdict(provider.statistics())))
+    _print_line(json.dumps(asdict(provider.statistics())))
 
 
 def _start(options: dict[str, Any]) -> RateLimitedProvider:
@@ -87,7 +87,7 @@ def _wait_for_eof(stop: threading.Event) -> None:
     stop.set()
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     try:
         print(line, flush=True)  # noqa: T201 - a command's output
     except BrokenPipeError:  # the parent is gone; the exit is silent, too

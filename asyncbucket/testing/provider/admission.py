@@ -46,7 +46,7 @@ class Admission:
         self._lock = threading.Lock()
         self._policies: dict[str, Policy] = {}
         self._scripted: deque[tuple[Failure, int]] = deque()
-        self._chance = random.Random(settings.seed)  # noqa: S311 - repeatable, not secret
+        self._rng = random.Random(settings.seed)  # noqa: S311 - repeatable, not secret
         self._arrivals: deque[Arrival] = deque(maxlen=settings.history)
         self._request_ids: set[str] = set()
         self._refused: Counter[str] = Counter()
@@ -65,7 +65,7 @@ class Admission:
         with self._lock:
             now = self.settings.clock()
             outcome = self._decide(tokens, now)
-            admitted = not _refuses(outcome)
+            admitted = not _is_refusal(outcome)
             self._endpoints[endpoint] += 1
             self._arrivals.append(Arrival(now, endpoint, tokens, admitted))
             if admitted:
@@ -190,10 +190,10 @@ class Admission:
                 return refusal
         if failure is None:
             return self._random_failure()
-        self._use_up_script()
+        self._consume_script()
         return failure
 
-    def _use_up_script(self) -> None:
+    def _consume_script(self) -> None:
         if self._scripted:
             failure, count = self._scripted.popleft()
             if count > 1:
@@ -206,10 +206,10 @@ class Admission:
 
     def _random_failure(self) -> Failure | None:
         rate = self.settings.error_rate
-        return Failure(500) if rate and self._chance.random() < rate else None
+        return Failure(500) if rate and self._rng.random() < rate else None
 
 
-def _refuses(outcome: Refusal | Failure | None) -> bool:
+def _is_refusal(outcome: Refusal | Failure | None) -> bool:
     if isinstance(outcome, Failure):
         return outcome.status == TOO_MANY_REQUESTS
     return outcome is not None

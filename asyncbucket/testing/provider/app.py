@@ -18,8 +18,8 @@ from starlette.responses import JSONResponse
 from starlette.routing import Mount, Route
 from starlette.types import Receive, Scope, Send
 
-from asyncbucket.testing.provider import headers as say
-from asyncbucket.testing.provider import prompt as read
+from asyncbucket.testing.provider import headers as provider_headers
+from asyncbucket.testing.provider import prompt as prompts
 from asyncbucket.testing.provider import responses, wire
 from asyncbucket.testing.provider.admission import Admission, Refusal
 from asyncbucket.testing.provider.charging import charge
@@ -47,9 +47,9 @@ class _Answer(NamedTuple):
 
 
 _GENERATING: Mapping[str, _Endpoint] = {
-    "chat/completions": _Endpoint(read.read_chat, wire.chat_completion, wire.chat_chunks),
-    "completions": _Endpoint(read.read_completion, wire.completion, wire.completion_chunks),
-    "responses": _Endpoint(read.read_responses, responses.response, responses.response_events),
+    "chat/completions": _Endpoint(prompts.read_chat, wire.chat_completion, wire.chat_chunks),
+    "completions": _Endpoint(prompts.read_completion, wire.completion, wire.completion_chunks),
+    "responses": _Endpoint(prompts.read_responses, responses.response, responses.response_events),
 }
 
 
@@ -69,8 +69,8 @@ def make_app(admission: Admission) -> Starlette:
         return _control(lambda: admission.reconfigure(**options))
 
     async def fail_next(request: Request) -> JSONResponse:
-        order = await request.json()
-        return _control(lambda: admission.fail_next(order.pop("count"), Failure(**order)))
+        command = await request.json()
+        return _control(lambda: admission.fail_next(command.pop("count"), Failure(**command)))
 
     return Starlette(
         routes=[
@@ -83,9 +83,9 @@ def make_app(admission: Admission) -> Starlette:
     )
 
 
-def _control(order: Callable[[], None]) -> JSONResponse:
+def _control(command: Callable[[], None]) -> JSONResponse:
     try:
-        order()
+        command()
     except (TypeError, ValueError) as exc:
         return JSONResponse({"error": str(exc)}, status_code=400)
     return JSONResponse({})
@@ -97,7 +97,7 @@ class _Api:
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
         self._numbers = count(1)
-        self._chance = random.Random(admission.settings.seed)  # noqa: S311 - repeatable, not secret
+        self._rng = random.Random(admission.settings.seed)  # noqa: S311 - repeatable, not secret
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -109,7 +109,7 @@ class _Api:
 
     async def _serve(self, exchange: Exchange) -> None:
         if not exchange.has_key:
-            await self._turn_away(exchange, 401, "You didn't provide an API key.")
+            await self._reject(exchange, 401, "You didn't provide an API key.")
             return
         endpoint = exchange.endpoint
         if endpoint == "models" and exchange.method == "GET":
@@ -117,21 +117,21 @@ class _Api:
             return
         if exchange.method != "POST" or endpoint not in (*_GENERATING, "embeddings"):
             message = f"Invalid URL ({exchange.method} {exchange.path})"
-            await self._turn_away(exchange, 404, message)
+            await self._reject(exchange, 404, message)
             return
         try:
             prepared = self._prepare(endpoint, await exchange.body(), exchange.number)
         except InvalidRequestError as exc:
-            await self._turn_away(exchange, 400, str(exc), parameter=exc.parameter)
+            await self._reject(exchange, 400, str(exc), parameter=exc.parameter)
             return
         outcome = self._admission.enter(
             endpoint, prepared.tokens, request_id=exchange.header(b"x-request-id")
         )
         if isinstance(outcome, Refusal):
-            body, extra = say.refusal_reply(outcome, prepared.model)
+            body, extra = provider_headers.refusal_reply(outcome, prepared.model)
             await exchange.reply(429, body, self._limits() + extra)
         elif outcome is not None and outcome.status == 429:  # noqa: PLR2004 - HTTP
-            await self._fail(exchange, outcome)
+            await self._send_failure(exchange, outcome)
         else:
             await self._answer(exchange, prepared, outcome)
 
@@ -140,11 +140,11 @@ class _Api:
         settings = self._admission.settings
         try:
             if endpoint == "embeddings":
-                texts = read.read_embeddings(body)
+                texts = prompts.read_embeddings(body)
                 write = functools.partial(wire.embeddings, texts, dimensions=settings.dimensions)
                 return _Answer(texts.model, texts.tokens, write, None)
-            form = _GENERATING[endpoint]
-            prompt = form.read(body)
+            handler = _GENERATING[endpoint]
+            prompt = handler.read(body)
             reply: Reply = answer(prompt, reply_tokens=settings.reply_tokens)
         except (AttributeError, KeyError, RecursionError, TypeError) as exc:
             # A part of the wrong JSON type, anywhere: the code above takes the types for granted.
@@ -152,29 +152,29 @@ class _Api:
         tokens = charge(
             settings.charge, prompt, reply, default_max_tokens=settings.default_max_tokens
         )
-        whole = functools.partial(form.whole, prompt, reply, call_id=call_id)
-        chunks = functools.partial(form.chunks, prompt, reply, call_id=call_id)
+        whole = functools.partial(handler.whole, prompt, reply, call_id=call_id)
+        chunks = functools.partial(handler.chunks, prompt, reply, call_id=call_id)
         return _Answer(prompt.model, tokens, whole, chunks if prompt.stream else None)
 
     async def _answer(self, exchange: Exchange, prepared: _Answer, failure: Failure | None) -> None:
-        stay = _Stay(self._admission)
+        slot = _Slot(self._admission)
         try:
-            seconds = draw_latency(self._admission.settings.latency, self._chance)
+            seconds = draw_latency(self._admission.settings.latency, self._rng)
             if failure is not None and (failure.after_chunks is None or prepared.chunks is None):
-                stay.end()
-                await self._fail(exchange, failure)
+                slot.release()
+                await self._send_failure(exchange, failure)
             elif prepared.chunks is not None:
-                await self._stream(exchange, stay, prepared.chunks(), seconds, failure)
+                await self._stream(exchange, slot, prepared.chunks(), seconds, failure)
             elif await exchange.pause(seconds):
-                stay.end()
+                slot.release()
                 await exchange.reply(200, prepared.whole(), self._limits())
         finally:
-            stay.end(disconnected=True)
+            slot.release(disconnected=True)
 
     async def _stream(
         self,
         exchange: Exchange,
-        stay: "_Stay",
+        slot: "_Slot",
         chunks: Sequence[bytes],
         seconds: float,
         failure: Failure | None,
@@ -188,26 +188,26 @@ class _Api:
             if not await exchange.pause(pause):
                 return
             if left == 0:
-                stay.end()
+                slot.release()
             await exchange.send_chunk(chunk, more=left > 0 or failure is not None)
-        stay.end()
+        slot.release()
 
-    async def _fail(self, exchange: Exchange, failure: Failure) -> None:
-        body, extra = say.failure_reply(failure)
+    async def _send_failure(self, exchange: Exchange, failure: Failure) -> None:
+        body, extra = provider_headers.failure_reply(failure)
         await exchange.reply(failure.status, body, self._limits() + extra)
 
-    async def _turn_away(
+    async def _reject(
         self, exchange: Exchange, status: int, message: str, *, parameter: str | None = None
     ) -> None:
         self._admission.note_invalid()
-        body = say.error_body(status, message, parameter=parameter)
+        body = provider_headers.error_body(status, message, parameter=parameter)
         await exchange.reply(status, body, self._limits())
 
-    def _limits(self) -> say.Headers:
-        return say.limit_headers(self._admission.budget())
+    def _limits(self) -> provider_headers.Headers:
+        return provider_headers.limit_headers(self._admission.budget())
 
 
-class _Stay:
+class _Slot:
     """The slot of an admitted call.
 
     It ends once, right before the last bytes are sent, so that a client that has them may rely on
@@ -216,9 +216,9 @@ class _Stay:
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
-        self._ended = False
+        self._released = False
 
-    def end(self, *, disconnected: bool = False) -> None:
-        if not self._ended:
-            self._ended = True
+    def release(self, *, disconnected: bool = False) -> None:
+        if not self._released:
+            self._released = True
             self._admission.leave(disconnected=disconnected)

@@ -19,7 +19,7 @@ class Exchange:
         self._headers: Headers = scope["headers"]
         self._receive = receive
         self._send = send
-        self._gone: asyncio.Task[None] | None = None
+        self._disconnect: asyncio.Task[None] | None = None
 
     @property
     def endpoint(self) -> str:
@@ -65,20 +65,20 @@ class Exchange:
         """Sleep; return False at once when the client goes away."""
         if seconds <= 0:
             return True
-        if self._gone is None:
-            self._gone = asyncio.ensure_future(self._disconnected())
-        await asyncio.wait([self._gone], timeout=seconds)
-        return not self._gone.done()
+        if self._disconnect is None:
+            self._disconnect = asyncio.ensure_future(self._wait_for_disconnect())
+        await asyncio.wait([self._disconnect], timeout=seconds)
+        return not self._disconnect.done()
 
     async def reply(self, status: int, body: bytes, headers: Headers) -> None:
         """Send a whole JSON reply."""
         length = (b"content-length", b"%d" % len(body))
-        await self._start(status, b"application/json", [length, *headers])
+        await self._send_start(status, b"application/json", [length, *headers])
         await self._send({"type": "http.response.body", "body": body})
 
     async def start_stream(self, headers: Headers) -> None:
         """Begin a reply of server-sent events."""
-        await self._start(200, b"text/event-stream; charset=utf-8", headers)
+        await self._send_start(200, b"text/event-stream; charset=utf-8", headers)
 
     async def send_chunk(self, chunk: bytes, *, more: bool) -> None:
         """Send the next piece of a stream, and end the reply unless there is `more`."""
@@ -86,14 +86,14 @@ class Exchange:
 
     def close(self) -> None:
         """Stop listening for the client to go away."""
-        if self._gone is not None:
-            self._gone.cancel()
+        if self._disconnect is not None:
+            self._disconnect.cancel()
 
-    async def _start(self, status: int, content_type: bytes, headers: Headers) -> None:
+    async def _send_start(self, status: int, content_type: bytes, headers: Headers) -> None:
         request_id = (b"x-request-id", f"req_{self.number}".encode())
         start = [(b"content-type", content_type), request_id, *headers]
         await self._send({"type": "http.response.start", "status": status, "headers": start})
 
-    async def _disconnected(self) -> None:
+    async def _wait_for_disconnect(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass

@@ -16,7 +16,7 @@ _QUOTA = (
     "You exceeded your current quota, please check your plan and billing details.",
     "insufficient_quota",
 )
-_KINDS = {
+_ERROR_TYPES = {
     400: ("invalid_request_error", None),
     401: ("invalid_request_error", "invalid_api_key"),
     404: ("invalid_request_error", "unknown_url"),
@@ -70,17 +70,17 @@ def error_body(
     status: int,
     message: str,
     *,
-    kind: str | None = None,
+    error_type: str | None = None,
     code: str | None = None,
     parameter: str | None = None,
 ) -> bytes:
-    """Return an error in OpenAI's format; `kind` and `code` default to those of the status."""
-    usual_kind, usual_code = _KINDS.get(status, ("server_error", None))
+    """Return an error in OpenAI's format; `error_type` and `code` default to those of the status."""
+    usual_type, usual_code = _ERROR_TYPES.get(status, ("server_error", None))
     return encode(
         {
             "error": {
                 "message": message,
-                "type": kind or usual_kind,
+                "type": error_type or usual_type,
                 "param": parameter,
                 "code": code or usual_code,
             }
@@ -99,8 +99,8 @@ def refusal_reply(refusal: Refusal, model: str) -> tuple[bytes, Headers]:
     else:
         advice = "It is larger than the limit and can never pass."
     message = f"Rate limit reached for {model} on {units}: {numbers} {advice}"
-    kind = "tokens" if refusal.reason == "tokens" else "requests"
-    return error_body(429, message, kind=kind), retry_headers(refusal.wait)
+    error_type = "tokens" if refusal.reason == "tokens" else "requests"
+    return error_body(429, message, error_type=error_type), retry_headers(refusal.wait)
 
 
 def failure_reply(failure: Failure) -> tuple[bytes, Headers]:
@@ -108,7 +108,7 @@ def failure_reply(failure: Failure) -> tuple[bytes, Headers]:
     after = failure.retry_after
     headers = retry_headers(None if after is None else round(after * SECOND))
     if failure.code == "insufficient_quota":
-        message, kind = _QUOTA
-        return error_body(failure.status, message, kind=kind, code=kind), headers
+        message, error_type = _QUOTA
+        return error_body(failure.status, message, error_type=error_type, code=error_type), headers
     message = f"The provider was told to answer with {failure.status}."
     return error_body(failure.status, message, code=failure.code), headers

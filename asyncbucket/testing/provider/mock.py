@@ -17,7 +17,9 @@ from starlette.types import ASGIApp, Message
 
 Family: TypeAlias = Literal["httpx", "httpx2"]
 
-_CUT: str = "peer closed connection without sending complete message body (incomplete chunked read)"
+_INCOMPLETE_BODY: str = (
+    "peer closed connection without sending complete message body (incomplete chunked read)"
+)
 
 
 def mock_transport(app: ASGIApp, *, family: Family = "httpx", sync: bool = False) -> Any:
@@ -41,14 +43,18 @@ def mock_transport(app: ASGIApp, *, family: Family = "httpx", sync: bool = False
     body = type("Body", (_Body, library.AsyncByteStream), {})
 
     async def answer(request: Any) -> Any:
-        talk = _Talk(app, request, await request.aread(), cut=library.RemoteProtocolError)
-        status, headers = await talk.begin()
-        return library.Response(status, headers=headers, stream=body(talk))
+        cycle = _RequestCycle(
+            app, request, await request.aread(), disconnect_error=library.RemoteProtocolError
+        )
+        status, headers = await cycle.begin()
+        return library.Response(status, headers=headers, stream=body(cycle))
 
     async def answer_whole(request: Any) -> Any:
-        talk = _Talk(app, request, request.content, cut=library.RemoteProtocolError)
-        status, headers = await talk.begin()
-        content = b"".join([chunk async for chunk in talk.chunks()])
+        cycle = _RequestCycle(
+            app, request, request.content, disconnect_error=library.RemoteProtocolError
+        )
+        status, headers = await cycle.begin()
+        content = b"".join([chunk async for chunk in cycle.chunks()])
         return library.Response(status, headers=headers, content=content)
 
     def answer_sync(request: Any) -> Any:
@@ -62,47 +68,49 @@ def mock_transport(app: ASGIApp, *, family: Family = "httpx", sync: bool = False
 class _Body:
     """The body of a streamed reply; closing it early is how a client goes away."""
 
-    def __init__(self, talk: "_Talk") -> None:
-        self._talk = talk
+    def __init__(self, cycle: "_RequestCycle") -> None:
+        self._cycle = cycle
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        return self._talk.chunks()
+        return self._cycle.chunks()
 
     async def aclose(self) -> None:
-        """See `_Talk.end`."""
-        await self._talk.end()
+        """See `_RequestCycle.end`."""
+        await self._cycle.end()
 
 
-class _Talk:
+class _RequestCycle:
     """One request and its reply, between a client and an ASGI application."""
 
-    def __init__(self, app: ASGIApp, request: Any, content: bytes, *, cut: type[Exception]) -> None:
-        self._cut = cut
-        self._said: asyncio.Queue[Message | None] = asyncio.Queue()
-        self._gone = asyncio.Event()
+    def __init__(
+        self, app: ASGIApp, request: Any, content: bytes, *, disconnect_error: type[Exception]
+    ) -> None:
+        self._disconnect_error = disconnect_error
+        self._messages: asyncio.Queue[Message | None] = asyncio.Queue()
+        self._disconnected = asyncio.Event()
         self._content: bytes | None = content
-        self._app = asyncio.create_task(self._run(app, _scope(request)))
+        self._app_task = asyncio.create_task(self._run(app, _scope(request)))
 
     async def begin(self) -> tuple[int, list[tuple[bytes, bytes]]]:
         """Return the status and the headers of the reply, once they are known."""
         try:
-            start = await self._said.get()
+            start = await self._messages.get()
         except BaseException:
             await self.end()
             raise
         if start is None:
-            await self._app  # re-raises what it raised
-            raise self._cut("Server disconnected without sending a response.")
+            await self._app_task  # re-raises what it raised
+            raise self._disconnect_error("Server disconnected without sending a response.")
         return start["status"], list(start["headers"])
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yield the reply's chunks as they come."""
         more = True
         while more:
-            message = await self._said.get()
+            message = await self._messages.get()
             if message is None:
-                await self._app
-                raise self._cut(_CUT)
+                await self._app_task
+                raise self._disconnect_error(_INCOMPLETE_BODY)
             more = message.get("more_body", False)
             if message.get("body"):
                 yield message["body"]
@@ -110,21 +118,21 @@ class _Talk:
 
     async def end(self) -> None:
         """Go away, and wait until the application has noticed."""
-        self._gone.set()
+        self._disconnected.set()
         with contextlib.suppress(Exception):  # `begin` and `chunks` raise what matters
-            await self._app
+            await self._app_task
 
     async def _run(self, app: ASGIApp, scope: dict[str, Any]) -> None:
         try:
-            await app(scope, self._receive, self._said.put)
+            await app(scope, self._receive, self._messages.put)
         finally:
-            self._said.put_nowait(None)
+            self._messages.put_nowait(None)
 
     async def _receive(self) -> Message:
         if self._content is not None:
             content, self._content = self._content, None
             return {"type": "http.request", "body": content, "more_body": False}
-        await self._gone.wait()
+        await self._disconnected.wait()
         return {"type": "http.disconnect"}
 
 

@@ -38,7 +38,7 @@ class Reply:
 
     text: str
     call: ToolCall | None
-    cut: bool
+    truncated: bool
     prompt_tokens: int
     completion_tokens: int
 
@@ -57,17 +57,23 @@ def answer(prompt: Prompt, *, reply_tokens: int = 0) -> Reply:
         return Reply(
             "",
             ToolCall(tool.name, arguments),
-            cut=False,
+            truncated=False,
             prompt_tokens=prompt.tokens,
             completion_tokens=length,
         )
     text = _text(prompt)
     if prompt.schema is None and len(text) < reply_tokens * 4:
         text = (text + FILLER * reply_tokens)[: reply_tokens * 4]
-    most = len(text) if prompt.max_tokens is None else prompt.max_tokens * 4
-    cut = len(text) > most
-    text = text[:most]
-    return Reply(text, None, cut=cut, prompt_tokens=prompt.tokens, completion_tokens=_tokens(text))
+    max_length = len(text) if prompt.max_tokens is None else prompt.max_tokens * 4
+    truncated = len(text) > max_length
+    text = text[:max_length]
+    return Reply(
+        text,
+        None,
+        truncated=truncated,
+        prompt_tokens=prompt.tokens,
+        completion_tokens=_tokens(text),
+    )
 
 
 def _tool_to_call(prompt: Prompt) -> Tool | None:

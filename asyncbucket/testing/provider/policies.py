@@ -101,7 +101,7 @@ class SlidingWindowPolicy:
         self._used = 0
 
     def wait(self, amount: int, now: int) -> int | None:
-        self._forget(now)
+        self._expire(now)
         if amount > self.limit:
             return None
         over = self._used + amount - self.limit
@@ -115,23 +115,23 @@ class SlidingWindowPolicy:
         raise AssertionError("the log holds all that is used")
 
     def charge(self, amount: int, now: int) -> None:
-        self._forget(now)
+        self._expire(now)
         self._log.append((now + self._minute, amount))
         self._used += amount
 
     def remaining(self, now: int) -> int:
-        self._forget(now)
+        self._expire(now)
         return max(0, self.limit - self._used)
 
     def reset(self, now: int) -> int:
-        self._forget(now)
+        self._expire(now)
         return self._log[-1][0] - now if self._log else 0
 
     def resize(self, limit: int, now: int) -> None:
-        self._forget(now)
+        self._expire(now)
         self.limit = limit
 
-    def _forget(self, now: int) -> None:
+    def _expire(self, now: int) -> None:
         while self._log and self._log[0][0] <= now:
             self._used -= self._log.popleft()[1]
 
@@ -146,33 +146,33 @@ class FixedWindowPolicy:
         self._used = 0
 
     def wait(self, amount: int, now: int) -> int | None:
-        self._turn(now)
+        self._roll_over(now)
         if amount > self.limit:
             return None
-        return 0 if self._used + amount <= self.limit else self._rest(now)
+        return 0 if self._used + amount <= self.limit else self._until_next_window(now)
 
     def charge(self, amount: int, now: int) -> None:
-        self._turn(now)
+        self._roll_over(now)
         self._used += amount
 
     def remaining(self, now: int) -> int:
-        self._turn(now)
+        self._roll_over(now)
         return max(0, self.limit - self._used)
 
     def reset(self, now: int) -> int:
-        self._turn(now)
-        return self._rest(now) if self._used else 0
+        self._roll_over(now)
+        return self._until_next_window(now) if self._used else 0
 
     def resize(self, limit: int, now: int) -> None:
-        self._turn(now)
+        self._roll_over(now)
         self.limit = limit
 
-    def _turn(self, now: int) -> None:
+    def _roll_over(self, now: int) -> None:
         if now // self._minute != self._window:
             self._window = now // self._minute
             self._used = 0
 
-    def _rest(self, now: int) -> int:
+    def _until_next_window(self, now: int) -> int:
         return self._minute - now % self._minute
 
 
@@ -185,14 +185,14 @@ class OneSecondSlicesPolicy:
     """
 
     def __init__(self, limit: int, *, minute: int, now: int) -> None:
-        self._whole = SlidingWindowPolicy(limit, minute=minute, now=now)
+        self._minute_policy = SlidingWindowPolicy(limit, minute=minute, now=now)
         self._slice = minute // SLICES
         self._index = now // self._slice
         self._used = 0
 
     @property
     def limit(self) -> int:
-        return self._whole.limit
+        return self._minute_policy.limit
 
     @property
     def share(self) -> int:
@@ -200,33 +200,33 @@ class OneSecondSlicesPolicy:
         return _ceil(self.limit, SLICES)
 
     def wait(self, amount: int, now: int) -> int | None:
-        whole = self._whole.wait(amount, now)
-        if whole is None:
+        minute_wait = self._minute_policy.wait(amount, now)
+        if minute_wait is None:
             return None
-        self._turn(now)
+        self._roll_over(now)
         room = max(0, self.share - amount)
         if self._used <= room:
-            return whole
+            return minute_wait
         slices = _ceil(self._used - room, self.share)
-        return max(whole, (self._index + slices) * self._slice - now)
+        return max(minute_wait, (self._index + slices) * self._slice - now)
 
     def charge(self, amount: int, now: int) -> None:
-        self._turn(now)
+        self._roll_over(now)
         self._used += amount
-        self._whole.charge(amount, now)
+        self._minute_policy.charge(amount, now)
 
     def remaining(self, now: int) -> int:
-        self._turn(now)
-        return min(max(0, self.share - self._used), self._whole.remaining(now))
+        self._roll_over(now)
+        return min(max(0, self.share - self._used), self._minute_policy.remaining(now))
 
     def reset(self, now: int) -> int:
-        return self._whole.reset(now)
+        return self._minute_policy.reset(now)
 
     def resize(self, limit: int, now: int) -> None:
-        self._turn(now)
-        self._whole.resize(limit, now)
+        self._roll_over(now)
+        self._minute_policy.resize(limit, now)
 
-    def _turn(self, now: int) -> None:
+    def _roll_over(self, now: int) -> None:
         index = now // self._slice
         self._used = max(0, self._used - (index - self._index) * self.share)
         self._index = index

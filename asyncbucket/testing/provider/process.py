@@ -39,7 +39,7 @@ class ProviderProcess(Running):
         self._options = options
         self._process: subprocess.Popen[str] | None = None
         self._base_url = ""
-        self._last = ProviderStatistics()
+        self._last_statistics = ProviderStatistics()
 
     def __repr__(self) -> str:
         where = self._base_url if self._process else "not running"
@@ -65,17 +65,17 @@ class ProviderProcess(Running):
     @property
     def arrivals(self) -> list[Arrival]:
         """The latest calls and whether they were admitted, oldest first."""
-        return [Arrival(*fields) for fields in self._ask("/arrivals")]
+        return [Arrival(*fields) for fields in self._request("/arrivals")]
 
     def statistics(self) -> ProviderStatistics:
         """Take a snapshot of what was seen since the start."""
         if self._process is None:
-            return self._last
-        return ProviderStatistics(**self._ask("/statistics"))
+            return self._last_statistics
+        return ProviderStatistics(**self._request("/statistics"))
 
     def reconfigure(self, **options: Unpack[Options]) -> None:
         """See `RateLimitedProvider.reconfigure`."""
-        self._ask("/reconfigure", dict(options))
+        self._request("/reconfigure", dict(options))
 
     def fail_next(
         self,
@@ -88,7 +88,7 @@ class ProviderProcess(Running):
     ) -> None:
         """See `RateLimitedProvider.fail_next`."""
         failure = Failure(status, code, retry_after, after_chunks)
-        self._ask("/fail_next", {"count": count, **asdict(failure)})
+        self._request("/fail_next", {"count": count, **asdict(failure)})
 
     def start(self) -> None:
         """Start the process and return when it answers. Done by entering the context."""
@@ -120,17 +120,17 @@ class ProviderProcess(Running):
         process, self._process = self._process, None
         try:
             # Closes its standard input, upon which it stops and prints its statistics.
-            said, _ = process.communicate(timeout=TIMEOUT)
+            output, _ = process.communicate(timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
             process.kill()
-            said, _ = process.communicate()
-        if said.strip():
-            self._last = ProviderStatistics(**json.loads(said))
+            output, _ = process.communicate()
+        if output.strip():
+            self._last_statistics = ProviderStatistics(**json.loads(output))
 
-    def _ask(self, path: str, order: dict[str, Any] | None = None) -> Any:
+    def _request(self, path: str, command: dict[str, Any] | None = None) -> Any:
         if self._process is None:
             raise RuntimeError("the provider isn't running: enter it with `with` or `async with`")
-        body = None if order is None else json.dumps(order).encode()
+        body = None if command is None else json.dumps(command).encode()
         request = urllib.request.Request(self.url + path, data=body)  # noqa: S310 - loopback
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:

@@ -246,11 +246,11 @@ def _forced(choice: object) -> str | None:
     return choice if choice in ("required", "none") else None
 
 
-def _schema(declared: Json, holder: Json | None) -> Json | None:
-    kind = declared.get("type")
-    if kind == "json_schema":
-        return (holder or {}).get("schema") or {}
-    return {} if kind == "json_object" else None
+def _schema(declared: Json, schema_holder: Json | None) -> Json | None:
+    format_type = declared.get("type")
+    if format_type == "json_schema":
+        return (schema_holder or {}).get("schema") or {}
+    return {} if format_type == "json_object" else None
 
 
 def _model(body: Json) -> str:

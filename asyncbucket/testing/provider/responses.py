@@ -15,49 +15,52 @@ def response(prompt: Prompt, reply: Reply, *, call_id: str) -> bytes:
 
 def response_events(prompt: Prompt, reply: Reply, *, call_id: str) -> list[bytes]:
     """Write the reply of /responses as server-sent events."""
-    begun = {"response": _response(prompt, call_id)}
+    in_progress = {"response": _response(prompt, call_id)}
     item = _item(reply, call_id, done=True)
     final = {"response": _response(prompt, call_id, reply=reply, output=[item])}
     events: list[tuple[str, dict[str, Any]]] = [
-        ("response.created", begun),
-        ("response.in_progress", begun),
-        ("response.output_item.added", _at(item=_item(reply, call_id, done=False))),
+        ("response.created", in_progress),
+        ("response.in_progress", in_progress),
+        ("response.output_item.added", _with_output_index(item=_item(reply, call_id, done=False))),
         *(_call_events(reply, call_id) if reply.call else _text_events(reply, call_id)),
-        ("response.output_item.done", _at(item=item)),
-        ("response.incomplete" if reply.cut else "response.completed", final),
+        ("response.output_item.done", _with_output_index(item=item)),
+        ("response.incomplete" if reply.truncated else "response.completed", final),
     ]
     return [
         b"event: %b\ndata: %b\n\n"
-        % (kind.encode(), encode({"type": kind, "sequence_number": number, **fields}))
-        for number, (kind, fields) in enumerate(events)
+        % (event_type.encode(), encode({"type": event_type, "sequence_number": number, **fields}))
+        for number, (event_type, fields) in enumerate(events)
     ]
 
 
 def _text_events(reply: Reply, call_id: str) -> list[tuple[str, dict[str, Any]]]:
-    at = _at(item_id=f"msg_{call_id}", content_index=0)
+    location = _with_output_index(item_id=f"msg_{call_id}", content_index=0)
     return [
-        ("response.content_part.added", {**at, "part": _part("")}),
+        ("response.content_part.added", {**location, "part": _part("")}),
         *(
-            ("response.output_text.delta", {**at, "delta": piece, "logprobs": []})
+            ("response.output_text.delta", {**location, "delta": piece, "logprobs": []})
             for piece in pieces(reply.text)
         ),
-        ("response.output_text.done", {**at, "text": reply.text, "logprobs": []}),
-        ("response.content_part.done", {**at, "part": _part(reply.text)}),
+        ("response.output_text.done", {**location, "text": reply.text, "logprobs": []}),
+        ("response.content_part.done", {**location, "part": _part(reply.text)}),
     ]
 
 
 def _call_events(reply: Reply, call_id: str) -> list[tuple[str, dict[str, Any]]]:
     assert reply.call is not None
-    at = _at(item_id=f"fc_{call_id}")
-    kind = "response.function_call_arguments"
-    done = {**at, "name": reply.call.name, "arguments": reply.call.arguments}
+    location = _with_output_index(item_id=f"fc_{call_id}")
+    event_type = "response.function_call_arguments"
+    done = {**location, "name": reply.call.name, "arguments": reply.call.arguments}
     return [
-        *((f"{kind}.delta", {**at, "delta": piece}) for piece in pieces(reply.call.arguments)),
-        (f"{kind}.done", done),
+        *(
+            (f"{event_type}.delta", {**location, "delta": piece})
+            for piece in pieces(reply.call.arguments)
+        ),
+        (f"{event_type}.done", done),
     ]
 
 
-def _at(**fields: Any) -> dict[str, Any]:
+def _with_output_index(**fields: Any) -> dict[str, Any]:
     return {"output_index": 0, **fields}
 
 
@@ -75,7 +78,7 @@ def _item(reply: Reply, call_id: str, *, done: bool) -> dict[str, Any]:
     return {
         "id": f"msg_{call_id}",
         "type": "message",
-        "status": "incomplete" if done and reply.cut else status,
+        "status": "incomplete" if done and reply.truncated else status,
         "role": "assistant",
         "content": [_part(reply.text)] if done else [],
     }
@@ -93,15 +96,15 @@ def _response(
     output: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Build the response object, in progress without a reply and finished with one."""
-    cut = reply is not None and reply.cut
-    status = "in_progress" if reply is None else "incomplete" if cut else "completed"
+    truncated = reply is not None and reply.truncated
+    status = "in_progress" if reply is None else "incomplete" if truncated else "completed"
     return {
         "id": f"resp_{call_id}",
         "object": "response",
         "created_at": CREATED,
         "status": status,
         "error": None,
-        "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+        "incomplete_details": {"reason": "max_output_tokens"} if truncated else None,
         "instructions": None,
         "max_output_tokens": prompt.max_tokens,
         "metadata": {},

@@ -39,10 +39,10 @@ class _Writer:
         choices = [schema["const"]] if "const" in schema else schema.get("enum")
         if choices:
             return choices[0]
-        kind = schema.get("type") or ("object" if "properties" in schema else "string")
-        if isinstance(kind, list):
-            kind = "null" if "null" in kind else kind[0]
-        match kind:
+        json_type = schema.get("type") or ("object" if "properties" in schema else "string")
+        if isinstance(json_type, list):
+            json_type = "null" if "null" in json_type else json_type[0]
+        match json_type:
             case "object":
                 return self._object(schema)
             case "array":
@@ -50,9 +50,9 @@ class _Writer:
                     self.write(schema.get("items") or {}) for _ in range(schema.get("minItems", 0))
                 ]
             case "integer" | "number":
-                return _number(schema, whole=kind == "integer")
+                return _number(schema, whole=json_type == "integer")
             case _:
-                return {"boolean": True, "null": None}.get(kind, self._string(schema))
+                return {"boolean": True, "null": None}.get(json_type, self._string(schema))
 
     def _resolve(self, schema: Mapping[str, Any]) -> Mapping[str, Any]:
         """Follow `$ref` and choose among alternatives until a plain schema is left."""
@@ -65,7 +65,9 @@ class _Writer:
             if schema.get(choice):
                 options = [self._resolve(option) for option in schema[choice]]
                 # Null if it is allowed: a strict schema of a tree requires a child, or null.
-                return next((o for o in options if o.get("type") == "null"), options[0])
+                return next(
+                    (option for option in options if option.get("type") == "null"), options[0]
+                )
         if "allOf" in schema:
             merged = {key: value for key, value in schema.items() if key != "allOf"}
             for part in schema["allOf"]:

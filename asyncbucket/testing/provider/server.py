@@ -45,7 +45,7 @@ class ThreadedServer:
             timeout_keep_alive=KEEP_ALIVE,
             ws="none",
         )
-        self._server = _Server(config, self._run_is_ready)
+        self._server = _Server(config, self._set_ready)
         self._ready = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(
@@ -76,7 +76,7 @@ class ThreadedServer:
         finally:
             self._ready.set()
 
-    def _run_is_ready(self) -> None:
+    def _set_ready(self) -> None:
         self._ready.set()
 
 
@@ -99,7 +99,7 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
         super().__init__(config)
-        self._tell_ready = ready
+        self._on_ready = ready
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
 
@@ -111,7 +111,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
-        self._tell_ready()
+        self._on_ready()
 
     async def main_loop(self) -> None:
         await self.on_tick(0)
@@ -146,9 +146,9 @@ async def in_thread(work: Callable[[], T]) -> T:
         try:
             result = work()
         except BaseException as exc:  # noqa: BLE001 - handed over to the task that waits
-            loop.call_soon_threadsafe(_deliver, done, None, exc)
+            loop.call_soon_threadsafe(_resolve, done, None, exc)
         else:
-            loop.call_soon_threadsafe(_deliver, done, result, None)
+            loop.call_soon_threadsafe(_resolve, done, result, None)
 
     thread = threading.Thread(target=run, name="asyncbucket-provider-start-stop")
     thread.start()
@@ -159,7 +159,7 @@ async def in_thread(work: Callable[[], T]) -> T:
     return outcome
 
 
-def _deliver(done: "asyncio.Future[T]", result: T, error: BaseException | None) -> None:
+def _resolve(done: "asyncio.Future[T]", result: T, error: BaseException | None) -> None:
     if done.done():
         return
     if error is None:

@@ -13,7 +13,7 @@ from asyncbucket.testing.provider.policies import POLICY_NAMES, SLICES, PolicyNa
 
 NANOSECONDS = 1_000_000_000
 _LIMITS = ("rpm", "tpm", "concurrency")
-_LEAST = {"default_max_tokens": 0, "reply_tokens": 0, "dimensions": 1, "history": 0}
+_MINIMUMS = {"default_max_tokens": 0, "reply_tokens": 0, "dimensions": 1, "history": 0}
 _LAST_PORT = 65_535
 
 Latency: TypeAlias = float | tuple[float, float] | Callable[[], float]
@@ -44,7 +44,7 @@ class Failure:
     def __post_init__(self) -> None:
         if not isinstance(self.status, int) or self.status // 100 not in (4, 5):
             raise ValueError(f"status must be 400 to 599, not {self.status!r}")
-        if self.retry_after is not None and not _is_number(self.retry_after, 0):
+        if self.retry_after is not None and not _is_in_range(self.retry_after, 0):
             raise ValueError(f"retry_after must be finite and >= 0 s, not {self.retry_after!r}")
         if self.after_chunks is not None:
             read_count(self.after_chunks, "after_chunks")
@@ -117,9 +117,9 @@ class Settings:
             value: str = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-        if not _is_number(self.error_rate, 0, 1):
+        if not _is_in_range(self.error_rate, 0, 1):
             raise ValueError(f"error_rate must be a share from 0 to 1, not {self.error_rate!r}")
-        if not _is_number(self.minute, SLICES / NANOSECONDS):
+        if not _is_in_range(self.minute, SLICES / NANOSECONDS):
             raise ValueError(f"minute must be a positive number of seconds, not {self.minute!r}")
         if not callable(self.clock) or not isinstance(self.clock(), int):
             raise TypeError(
@@ -133,7 +133,7 @@ class Settings:
         for name in _LIMITS:
             if getattr(self, name) is not None:
                 read_count(getattr(self, name), name, least=1)
-        for name, least in _LEAST.items():
+        for name, least in _MINIMUMS.items():
             read_count(getattr(self, name), name, least=least)
         if read_count(self.port, "port") > _LAST_PORT:
             raise ValueError(f"port must be at most {_LAST_PORT}, not {self.port}")
@@ -144,8 +144,8 @@ class Settings:
         return round(self.minute * NANOSECONDS)
 
 
-def settings_of(options: Options, before: Settings | None = None) -> Settings:
-    """Return the settings ``before``, by default those that hold for all, with ``options`` in their place.
+def settings_of(options: Options, base: Settings | None = None) -> Settings:
+    """Return the settings ``base``, by default those that hold for all, with ``options`` in their place.
 
     Raises:
         TypeError: there is no such option.
@@ -156,15 +156,15 @@ def settings_of(options: Options, before: Settings | None = None) -> Settings:
             raise TypeError(
                 f"{name!r} is not an option of the provider: give one of {', '.join(known)}"
             )
-    return replace(before or Settings(), **options)
+    return replace(base or Settings(), **options)
 
 
-def draw_latency(latency: Latency, chance: random.Random) -> float:
+def draw_latency(latency: Latency, rng: random.Random) -> float:
     """Return the seconds that one reply takes."""
     if callable(latency):
         return latency()
     if isinstance(latency, tuple):
-        return chance.uniform(*latency)
+        return rng.uniform(*latency)
     return latency
 
 
@@ -172,10 +172,10 @@ def _check_latency(latency: Latency) -> None:
     if callable(latency):
         return
     bounds = latency if isinstance(latency, tuple) else (latency, latency)
-    seconds = len(bounds) == 2 and all(_is_number(bound, 0) for bound in bounds)  # noqa: PLR2004 - a pair
-    if not seconds or bounds[0] > bounds[1]:
+    are_seconds = len(bounds) == 2 and all(_is_in_range(bound, 0) for bound in bounds)  # noqa: PLR2004 - a pair
+    if not are_seconds or bounds[0] > bounds[1]:
         raise ValueError(f"latency must be seconds >= 0 or (low, high), not {latency!r}")
 
 
-def _is_number(value: object, least: float, most: float = sys.float_info.max) -> bool:
+def _is_in_range(value: object, least: float, most: float = sys.float_info.max) -> bool:
     return is_number(value) and least <= value <= most

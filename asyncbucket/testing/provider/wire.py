@@ -145,8 +145,8 @@ def models() -> bytes:
 
 @functools.lru_cache(maxsize=2 * DIRECTIONS)
 def _vector(direction: int, size: int, as_base64: bool) -> bytes:  # noqa: FBT001 - a cache key
-    chance = random.Random(direction)  # noqa: S311 - repeatable, not secret
-    numbers = [chance.gauss(0.0, 1.0) for _ in range(size)]
+    rng = random.Random(direction)  # noqa: S311 - repeatable, not secret
+    numbers = [rng.gauss(0.0, 1.0) for _ in range(size)]
     length = sum(number * number for number in numbers) ** 0.5
     packed = struct.pack(f"<{size}f", *(number / length for number in numbers))
     if as_base64:
@@ -166,7 +166,7 @@ def _tool_call(call: ToolCall, call_id: str) -> dict[str, object]:
 def _finish_reason(reply: Reply) -> str:
     if reply.call:
         return "tool_calls"
-    return "length" if reply.cut else "stop"
+    return "length" if reply.truncated else "stop"
 
 
 def _usage(reply: Reply) -> dict[str, object]:

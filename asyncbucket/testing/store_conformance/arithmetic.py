@@ -15,8 +15,8 @@ from asyncbucket.testing.store_conformance.place import (
     Suite,
     amount_of,
     batch,
+    book_all,
     booked,
-    place_all,
     scenario,
     terms,
 )
@@ -40,37 +40,39 @@ class Arithmetic(Suite):
     @scenario
     async def test_random_history_matches_the_meters(self, place: Place) -> None:
         """Calls, refunds and debts of two workers: each start is what `asyncbucket.meters` says."""
-        for seed, kind in enumerate(_HISTORIES * 2):
+        for seed, limiter_terms in enumerate(_HISTORIES * 2):
             name = f"{place.name}-{seed}"
-            workers = [await place.worker(kind, name=name) for _ in range(2)]
-            await _History(Random(seed), workers, Oracle(kind, grain=self.grain)).play()
+            workers = [await place.worker(limiter_terms, name=name) for _ in range(2)]
+            await _History(Random(seed), workers, Oracle(limiter_terms, grain=self.grain)).play()
 
     @scenario
     async def test_workers_together_never_exceed_a_limit(self, place: Place) -> None:
         """Three workers that ask for all they can get keep every window of the shared clock."""
         requests, tokens = amount_of("requests", 60, 0.5, 10), amount_of("tokens", 2_000, 0.3)
-        both = terms(requests, tokens)
+        limiter_terms = terms(requests, tokens)
         trace: list[tuple[int, Amounts]] = []
 
         async def work(worker: Ledger, random: Random) -> None:
             for _ in range(15):
                 calls = [{"requests": 1, "tokens": random.randint(1, 90)} for _ in range(4)]
-                bookings = await place_all(worker, *calls)
-                trace.extend((each.start, call) for each, call in zip(bookings, calls, strict=True))
+                bookings = await book_all(worker, *calls)
+                trace.extend(
+                    (booking.start, call) for booking, call in zip(bookings, calls, strict=True)
+                )
 
-        workers = [await place.worker(both) for _ in range(3)]
-        await asyncio.gather(*(work(each, Random(seed)) for seed, each in enumerate(workers)))
-        for limit in both.limits:
+        workers = [await place.worker(limiter_terms) for _ in range(3)]
+        await asyncio.gather(*(work(worker, Random(seed)) for seed, worker in enumerate(workers)))
+        for limit in limiter_terms.limits:
             busiest = assert_never_over(
-                [(when, each[limit.resource]) for when, each in trace], limit
+                [(when, amounts[limit.resource]) for when, amounts in trace], limit
             )
             assert busiest.amount > limit.amount // 2, f"hardly used: {busiest}"
 
     @scenario
     async def test_calls_start_in_the_order_of_their_bookings(self, place: Place) -> None:
         """A newcomer passes nobody, whichever worker it asks, and however little it costs."""
-        both = terms(amount_of("requests", 100, 1), amount_of("tokens", 100, 0.2))
-        first, second = [await place.worker(both) for _ in range(2)]
+        limiter_terms = terms(amount_of("requests", 100, 1), amount_of("tokens", 100, 0.2))
+        first, second = [await place.worker(limiter_terms) for _ in range(2)]
         await first.commit(batch({"requests": 1, "tokens": 100}))
         waits = booked(await first.commit(batch({"requests": 1, "tokens": 50})))[0].start
         receipt = await second.commit(batch({"requests": 1}))
@@ -81,8 +83,8 @@ class Arithmetic(Suite):
     @scenario
     async def test_newcomer_does_not_pass_a_waiting_call(self, place: Place) -> None:
         """Nothing is booked yet for a call that waits long, and still nobody passes it."""
-        both = terms(amount_of("requests", 100, 1), amount_of("tokens", 100, 0.8))
-        first, second = [await place.worker(both) for _ in range(2)]
+        limiter_terms = terms(amount_of("requests", 100, 1), amount_of("tokens", 100, 0.8))
+        first, second = [await place.worker(limiter_terms) for _ in range(2)]
         await first.commit(batch({"requests": 1, "tokens": 100}))
         receipt = await first.commit(batch({"requests": 1, "tokens": 50}))
         assert receipt.bookings[0].outcome is Outcome.LATER
@@ -90,7 +92,7 @@ class Arithmetic(Suite):
         receipt = await second.commit(batch({"requests": 1}))
         assert receipt.bookings[0].outcome is Outcome.LATER
         then, behind = await asyncio.gather(
-            place_all(first, {"requests": 1, "tokens": 50}), place_all(second, {"requests": 1})
+            book_all(first, {"requests": 1, "tokens": 50}), book_all(second, {"requests": 1})
         )
         assert then[0].start <= behind[0].start
         assert then[0].bound_by == "tokens"
@@ -100,16 +102,16 @@ class Arithmetic(Suite):
         self, place: Place
     ) -> None:
         """A call of a minute's tokens used few: a waiting worker hears of it, and starts at once."""
-        kind = terms(amount_of("tokens", 1_000, 60))
-        first, second = [await place.worker(kind) for _ in range(2)]
+        limiter_terms = terms(amount_of("tokens", 1_000, 60))
+        first, second = [await place.worker(limiter_terms) for _ in range(2)]
         start = booked(await first.commit(batch({"tokens": 900})))[0].start
         receipt = await second.commit(batch({"tokens": 800}))
         assert receipt.bookings[0].outcome is Outcome.LATER
-        told = asyncio.create_task(second.changed(timeout=5))
+        notified = asyncio.create_task(second.changed(timeout=5))
         used = Correction(start=start, booked={"tokens": 900}, used={"tokens": 100})
         await first.commit(Batch(corrections=(used,)))
         began = time.monotonic()
-        assert await told
+        assert await notified
         assert time.monotonic() - began < 0.5
         receipt = await second.commit(batch({"tokens": 800}))
         assert booked(receipt)[0].start == receipt.now
@@ -119,19 +121,19 @@ class Arithmetic(Suite):
         """Thirty units with a burst of ten: by asking again the call comes nearer, and passes."""
         worker = await place.worker(terms(amount_of("requests", 500, 10, 10)))
         began = (await worker.commit(Batch())).now
-        (booking,) = await place_all(worker, {"requests": 30})
+        (booking,) = await book_all(worker, {"requests": 30})
         assert 400 * MILLISECOND <= booking.start - began < 800 * MILLISECOND
         assert booking.bound_by == "requests"
 
     @scenario
     async def test_dead_worker_first_in_line_delays_others_at_most_3_s(self, place: Place) -> None:
         """If the first of those that wait has died, the next one is booked within 3 s."""
-        kind = terms(amount_of("tokens", 100, 0.5))
-        dead, living = [await place.worker(kind) for _ in range(2)]
+        limiter_terms = terms(amount_of("tokens", 100, 0.5))
+        dead, living = [await place.worker(limiter_terms) for _ in range(2)]
         await dead.commit(batch({"tokens": 100}))
         assert (await dead.commit(batch({"tokens": 1}))).bookings[0].outcome is Outcome.LATER
         began = time.monotonic()
-        await place_all(living, {"tokens": 1})
+        await book_all(living, {"tokens": 1})
         assert time.monotonic() - began < 3
 
     @scenario
@@ -139,20 +141,20 @@ class Arithmetic(Suite):
         self, place: Place
     ) -> None:
         """A machine with four of those who wait has died: 3 s after their turn the next is booked."""
-        kind = terms(amount_of("tokens", 100, 0.5))
-        *dead, living = [await place.worker(kind) for _ in range(5)]
+        limiter_terms = terms(amount_of("tokens", 100, 0.5))
+        *dead, living = [await place.worker(limiter_terms) for _ in range(5)]
         await living.commit(batch({"tokens": 100}))
         began = time.monotonic()
-        for each in dead:
-            assert (await each.commit(batch({"tokens": 1}))).bookings[0].outcome is Outcome.LATER
-        await place_all(living, {"tokens": 1})
+        for worker in dead:
+            assert (await worker.commit(batch({"tokens": 1}))).bookings[0].outcome is Outcome.LATER
+        await book_all(living, {"tokens": 1})
         assert time.monotonic() - began < 4
 
     @scenario
     async def test_call_books_its_whole_cost_or_nothing(self, place: Place) -> None:
         """A call that was not booked has cost nothing of any resource."""
-        both = terms(amount_of("requests", 10, 60), amount_of("tokens", 100, 60))
-        worker = await place.worker(both)
+        limiter_terms = terms(amount_of("requests", 10, 60), amount_of("tokens", 100, 60))
+        worker = await place.worker(limiter_terms)
         calls: list[Amounts] = [
             {"requests": 1, "tokens": 101},
             {"requests": 1, "tokens": 100},
@@ -160,13 +162,13 @@ class Arithmetic(Suite):
             {"requests": 11},
         ]
         receipt = await worker.commit(batch(*calls, horizon=0))
-        outcomes = [each.outcome for each in receipt.bookings]
+        outcomes = [booking.outcome for booking in receipt.bookings]
         assert outcomes == [Outcome.NEVER, Outcome.BOOKED, Outcome.LATER, Outcome.NEVER]
         assert [receipt.bookings[0].bound_by, receipt.bookings[3].bound_by] == [
             "tokens",
             "requests",
         ]
-        used = {each.limit.resource: each.used for each in (await worker.peek()).limits}
+        used = {use.limit.resource: use.used for use in (await worker.peek()).limits}
         assert used == {"requests": 1, "tokens": 100}
 
     @scenario
@@ -175,7 +177,7 @@ class Arithmetic(Suite):
         worker = await place.worker(terms(amount_of("requests", 1, 100)))
         await worker.commit(batch({"requests": 1}))
         receipt = await worker.commit(batch({"requests": 1}, {"requests": 1}))
-        assert {each.outcome for each in receipt.bookings} == {Outcome.LATER}
+        assert {booking.outcome for booking in receipt.bookings} == {Outcome.LATER}
         assert receipt.now < receipt.ask_at < receipt.now + 102 * SECOND
         (use,) = (await worker.peek()).limits
         assert (use.used, use.available) == (1, 0)
@@ -186,7 +188,9 @@ class Arithmetic(Suite):
         worker = await place.worker(terms(amount_of("requests", 1_000, 10, 1)))
         horizon = 30 * MILLISECOND
         receipt = await worker.commit(batch(*[{"requests": 1}] * 9, horizon=horizon))
-        starts = [each.start for each in receipt.bookings if each.outcome is Outcome.BOOKED]
+        starts = [
+            booking.start for booking in receipt.bookings if booking.outcome is Outcome.BOOKED
+        ]
         assert [start - starts[0] for start in starts] == [0, *range(10**7, 31 * 10**6, 10**7)]
         assert receipt.now <= receipt.ask_at <= starts[-1]
         (use,) = (await worker.peek()).limits
@@ -222,8 +226,8 @@ class Arithmetic(Suite):
             name = f"{place.name}-{power}"
             worker = await place.worker(terms(amount_of("tokens", 100, 86_400, 1)), name=name)
             start = booked(await worker.commit(batch({"tokens": 1})))[0].start
-            much = Correction(start=start, booked={"tokens": 1}, used={"tokens": 10**power})
-            await worker.commit(Batch(corrections=(much,)))
+            debt = Correction(start=start, booked={"tokens": 1}, used={"tokens": 10**power})
+            await worker.commit(Batch(corrections=(debt,)))
             await worker.pause(10 ** min(power, 25))
             for _ in range(2):
                 receipt = await worker.commit(batch({"tokens": 1}))
@@ -235,22 +239,22 @@ class Arithmetic(Suite):
         """Whenever its caller is cancelled, either the receipt arrived, or nothing stays booked."""
         worker = await place.worker(terms(amount_of("requests", 1_000, 600), concurrency=1_000))
         held = 0
-        for turns in range(30):
+        for steps in range(30):
             call = batch({"requests": 1, "concurrency": 1})
             task = asyncio.create_task(worker.commit(call))
-            for _ in range(turns):
+            for _ in range(steps):
                 await asyncio.sleep(0)
             task.cancel()
             (answer,) = await asyncio.gather(task, return_exceptions=True)
             held += not isinstance(answer, BaseException)
-        right = 0
+        stable = 0
         for _ in range(100):  # what was given back is on its way
             snapshot = await worker.peek()
-            right = right + 1 if (snapshot.limits[0].used, snapshot.slots) == (held, held) else 0
-            if right == 4:
+            stable = stable + 1 if (snapshot.limits[0].used, snapshot.slots) == (held, held) else 0
+            if stable == 4:
                 break
             await asyncio.sleep(0.03)
-        assert right == 4, f"{held} bookings were told of, and others are counted"
+        assert stable == 4, f"{held} bookings were told of, and others are counted"
 
     @scenario
     async def test_concurrent_batches_are_each_applied_once(self, place: Place) -> None:
@@ -259,7 +263,7 @@ class Arithmetic(Suite):
         receipts = await asyncio.gather(
             *(worker.commit(batch({"requests": 1}, {"requests": 1})) for _ in range(50))
         )
-        assert sum(len(booked(each)) for each in receipts) == 100
+        assert sum(len(booked(receipt)) for receipt in receipts) == 100
         assert (await worker.peek()).limits[0].used == 100
 
     @scenario

@@ -37,19 +37,19 @@ class Oracle:
         self._last_now = now
         debts_at = max(now, self._last_start)
         assert receipt.debts_at == debts_at, (receipt.debts_at, debts_at)
-        for each in batch.corrections:
+        for correction in batch.corrections:
             for resource, meter in self._meters:
-                if resource in each.used:
-                    used = each.used[resource]
-                    more = used - each.booked.get(resource, 0)
+                if resource in correction.used:
+                    used = correction.used[resource]
+                    more = used - correction.booked.get(resource, 0)
                     if more > 0:
                         meter.owe(more, debts_at)
                     elif more < 0:
-                        meter.unbook(-more, each.start, left=used)
+                        meter.unbook(-more, correction.start, left=used)
         self._check_calls(worker, batch, receipt)
 
     def _check_calls(self, worker: str, batch: Batch, receipt: Receipt) -> None:
-        edge: int | None = None
+        horizon_end: int | None = None
         later = False
         if not batch.calls:
             self._waiting.pop(worker, None)
@@ -61,28 +61,28 @@ class Oracle:
                 assert booking.bound_by in exceeded, booking
                 continue
             start = self._earliest(amounts, receipt.now)
-            if not later and edge is None:
-                start = self._since(worker, amounts, receipt.now)
-                later = self._waits(worker, amounts, start, receipt)
-            elif not later and edge is not None and start > edge:
+            if not later and horizon_end is None:
+                start = self._earliest_in_turn(worker, amounts, receipt.now)
+                later = self._must_wait(worker, amounts, start, receipt)
+            elif not later and horizon_end is not None and start > horizon_end:
                 assert receipt.now <= receipt.ask_at <= self._last_start, receipt.ask_at
                 later = True
             if later:
                 assert booking.outcome is Outcome.LATER, (booking, start - receipt.now)
                 continue
             self._check_booking(booking, start, receipt.now)
-            edge = booking.start + batch.horizon if edge is None else edge
+            horizon_end = booking.start + batch.horizon if horizon_end is None else horizon_end
             for resource, meter in self._meters:
                 if amounts.get(resource):
                     meter.book(amounts[resource], booking.start)
             self._last_start = booking.start
 
-    def _since(self, worker: str, amounts: Amounts, now: int) -> int:
+    def _earliest_in_turn(self, worker: str, amounts: Amounts, now: int) -> int:
         """Return when the worker's next call may start, including what it earned by being first."""
         waits_for, since = self._waiting.get(worker, (None, 0))
         return self._earliest(amounts, now, since=since if waits_for == amounts else 0)
 
-    def _waits(self, worker: str, amounts: Amounts, start: int, receipt: Receipt) -> bool:
+    def _must_wait(self, worker: str, amounts: Amounts, start: int, receipt: Receipt) -> bool:
         """Return whether the worker's next call is too far ahead, or others come first."""
         now = receipt.now
         first = next(iter(self._waiting), worker) == worker

@@ -93,17 +93,17 @@ def batch(*calls: Amounts, horizon: int = 60 * SECOND) -> Batch:
 
 def booked(receipt: Receipt) -> list[Booking]:
     """Return the bookings of a receipt, after checking that every call was booked."""
-    outcomes = [each.outcome for each in receipt.bookings]
+    outcomes = [booking.outcome for booking in receipt.bookings]
     assert set(outcomes) <= {Outcome.BOOKED}, f"not all calls were booked: {outcomes}"
     return list(receipt.bookings)
 
 
-async def place_all(worker: Ledger, *calls: Amounts) -> list[Booking]:
+async def book_all(worker: Ledger, *calls: Amounts) -> list[Booking]:
     """Ask like a pacer until all ``calls`` are booked; return their bookings in order."""
     bookings: list[Booking] = []
     while len(bookings) < len(calls):
         receipt = await worker.commit(batch(*calls[len(bookings) :]))
-        bookings += [each for each in receipt.bookings if each.outcome is Outcome.BOOKED]
+        bookings += [booking for booking in receipt.bookings if booking.outcome is Outcome.BOOKED]
         if len(bookings) < len(calls):
             await worker.changed(timeout=(receipt.ask_at - receipt.now) / SECOND)
     return bookings

@@ -23,15 +23,15 @@ _ROOMY = amount_of("requests", 10_000, 600)
 async def _slots(worker: Ledger, count: int) -> tuple[str, ...]:
     """Take ``count`` slots and return their names."""
     bookings = booked(await worker.commit(batch(*[_CALL] * count)))
-    names = tuple(each.slot for each in bookings if each.slot is not None)
+    names = tuple(booking.slot for booking in bookings if booking.slot is not None)
     assert len(set(names)) == count, names
     return names
 
 
 async def _no_slot(*workers: Ledger) -> None:
     """Have all these workers ask for a slot in vain, and stand in line."""
-    for each in workers:
-        assert (await each.commit(batch(_CALL))).bookings[0].outcome is Outcome.FULL
+    for worker in workers:
+        assert (await worker.commit(batch(_CALL))).bookings[0].outcome is Outcome.FULL
 
 
 class Slots(Suite):
@@ -40,11 +40,11 @@ class Slots(Suite):
     @scenario
     async def test_workers_share_the_slots(self, place: Place) -> None:
         """Of three slots, two are taken by one worker: another gets one, and then none."""
-        kind = terms(_ROOMY, concurrency=3)
-        first, second = [await place.worker(kind) for _ in range(2)]
+        limiter_terms = terms(_ROOMY, concurrency=3)
+        first, second = [await place.worker(limiter_terms) for _ in range(2)]
         await _slots(first, 2)
         receipt = await second.commit(batch(_CALL, _CALL, _CALL))
-        assert [each.outcome for each in receipt.bookings] == [
+        assert [booking.outcome for booking in receipt.bookings] == [
             Outcome.BOOKED,
             Outcome.FULL,
             Outcome.FULL,
@@ -81,10 +81,10 @@ class Slots(Suite):
     @scenario
     async def test_slot_is_held_from_booking_to_beyond_the_start(self, place: Place) -> None:
         """A call that starts later already has its slot, which lives on after the start."""
-        kind = terms(amount_of("requests", 1, 0.24), concurrency=2)
-        worker = await place.worker(kind, slot_ttl=0.2)
+        limiter_terms = terms(amount_of("requests", 1, 0.24), concurrency=2)
+        worker = await place.worker(limiter_terms, slot_ttl=0.2)
         receipt = await worker.commit(batch(_CALL, _CALL, _CALL))
-        assert [each.outcome for each in receipt.bookings] == [
+        assert [booking.outcome for booking in receipt.bookings] == [
             Outcome.BOOKED,
             Outcome.BOOKED,
             Outcome.FULL,
@@ -96,9 +96,9 @@ class Slots(Suite):
     @scenario
     async def test_slots_of_a_dead_worker_expire_on_time(self, place: Place) -> None:
         """Without a heartbeat for its time to live, a slot is free within 0.1 s, and not before."""
-        kind = terms(_ROOMY, concurrency=1)
-        dead = await place.worker(kind, slot_ttl=0.5)
-        living = await place.worker(kind, slot_ttl=0.5)
+        limiter_terms = terms(_ROOMY, concurrency=1)
+        dead = await place.worker(limiter_terms, slot_ttl=0.5)
+        living = await place.worker(limiter_terms, slot_ttl=0.5)
         began = time.monotonic()
         await _slots(dead, 1)
         freed = await _wait_for_slot(living)
@@ -107,8 +107,8 @@ class Slots(Suite):
     @scenario
     async def test_heartbeats_keep_slots_alive(self, place: Place) -> None:
         """With heartbeats in time, a slot outlives its first life by far."""
-        kind = terms(_ROOMY, concurrency=1)
-        worker = await place.worker(kind, slot_ttl=0.3)
+        limiter_terms = terms(_ROOMY, concurrency=1)
+        worker = await place.worker(limiter_terms, slot_ttl=0.3)
         slots = await _slots(worker, 1)
         for _ in range(6):
             await asyncio.sleep(0.1)
@@ -118,9 +118,9 @@ class Slots(Suite):
     @scenario
     async def test_late_heartbeat_takes_an_expired_slot_again(self, place: Place) -> None:
         """The call is still running: it counts, even if others have its place by now."""
-        kind = terms(_ROOMY, concurrency=1)
-        late = await place.worker(kind, slot_ttl=0.1)
-        other = await place.worker(kind, slot_ttl=5)
+        limiter_terms = terms(_ROOMY, concurrency=1)
+        late = await place.worker(limiter_terms, slot_ttl=0.1)
+        other = await place.worker(limiter_terms, slot_ttl=5)
         slots = await _slots(late, 1)
         await asyncio.sleep(0.2)
         await _slots(other, 1)
@@ -130,14 +130,14 @@ class Slots(Suite):
     @scenario
     async def test_released_slot_goes_to_the_worker_that_asked_first(self, place: Place) -> None:
         """A slot that comes back is kept for the first in line, even if another asks before it."""
-        kind = terms(_ROOMY, concurrency=1)
-        holder, first, second = [await place.worker(kind) for _ in range(3)]
+        limiter_terms = terms(_ROOMY, concurrency=1)
+        holder, first, second = [await place.worker(limiter_terms) for _ in range(3)]
         slots = await _slots(holder, 1)
         await _no_slot(first, second)
-        told = asyncio.create_task(first.changed(timeout=5))
+        notified = asyncio.create_task(first.changed(timeout=5))
         await holder.commit(Batch(released=slots))
         began = time.monotonic()
-        assert await told
+        assert await notified
         assert time.monotonic() - began < 0.5
         (booking,) = booked(await first.commit(batch(_CALL)))
         assert booking.bound_by == "concurrency", "it waited for a slot"
@@ -150,8 +150,8 @@ class Slots(Suite):
     @scenario
     async def test_newcomer_does_not_take_the_slot_of_the_first_in_line(self, place: Place) -> None:
         """Asking at the instant when it comes back does not get past those who wait."""
-        kind = terms(_ROOMY, concurrency=1)
-        holder, first, newcomer = [await place.worker(kind) for _ in range(3)]
+        limiter_terms = terms(_ROOMY, concurrency=1)
+        holder, first, newcomer = [await place.worker(limiter_terms) for _ in range(3)]
         slots = await _slots(holder, 1)
         await _no_slot(first)
         await holder.commit(Batch(released=slots))
@@ -161,8 +161,8 @@ class Slots(Suite):
     @scenario
     async def test_worker_without_waiting_calls_leaves_the_line(self, place: Place) -> None:
         """A batch without calls does that: the slot that comes back goes to the next worker at once."""
-        kind = terms(_ROOMY, concurrency=1)
-        holder, first, second = [await place.worker(kind) for _ in range(3)]
+        limiter_terms = terms(_ROOMY, concurrency=1)
+        holder, first, second = [await place.worker(limiter_terms) for _ in range(3)]
         slots = await _slots(holder, 1)
         await _no_slot(first, second)
         await first.commit(Batch())
@@ -172,15 +172,15 @@ class Slots(Suite):
     @scenario
     async def test_many_released_slots_are_shared_equally(self, place: Place) -> None:
         """A worker that gives back a dozen and asks for a dozen gets no more than others that wait."""
-        kind = terms(_ROOMY, concurrency=12)
-        workers = [await place.worker(kind) for _ in range(3)]
+        limiter_terms = terms(_ROOMY, concurrency=12)
+        workers = [await place.worker(limiter_terms) for _ in range(3)]
         slots = await _slots(workers[0], 12)
-        for each in workers[1:]:
-            await each.commit(batch(*[_CALL] * 12))
+        for worker in workers[1:]:
+            await worker.commit(batch(*[_CALL] * 12))
         got: list[int] = []
-        for each in workers:
-            released = slots if each is workers[0] else ()
-            receipt = await each.commit(Batch(released=released, calls=(_CALL,) * 12))
+        for worker in workers:
+            released = slots if worker is workers[0] else ()
+            receipt = await worker.commit(Batch(released=released, calls=(_CALL,) * 12))
             got.append(sum(booking.outcome is Outcome.BOOKED for booking in receipt.bookings))
         assert sum(got) == 12, got
         assert max(got) - min(got) <= 2, got
@@ -188,8 +188,8 @@ class Slots(Suite):
     @scenario
     async def test_dead_worker_first_in_line_delays_a_slot_at_most_3_s(self, place: Place) -> None:
         """If the first in line has died, the next one is served within 3 s."""
-        kind = terms(_ROOMY, concurrency=1)
-        holder, dead, living = [await place.worker(kind) for _ in range(3)]
+        limiter_terms = terms(_ROOMY, concurrency=1)
+        holder, dead, living = [await place.worker(limiter_terms) for _ in range(3)]
         slots = await _slots(holder, 1)
         await _no_slot(dead, living)
         await holder.commit(Batch(released=slots))
@@ -199,8 +199,8 @@ class Slots(Suite):
     @scenario
     async def test_changed_returns_false_after_its_timeout(self, place: Place) -> None:
         """If nothing happens, it says so after the given time."""
-        kind = terms(_ROOMY, concurrency=1)
-        holder, waiting = [await place.worker(kind) for _ in range(2)]
+        limiter_terms = terms(_ROOMY, concurrency=1)
+        holder, waiting = [await place.worker(limiter_terms) for _ in range(2)]
         await _slots(holder, 1)
         await waiting.commit(batch(_CALL))
         began = time.monotonic()
@@ -210,8 +210,8 @@ class Slots(Suite):
     @scenario
     async def test_changed_does_not_miss_a_slot_released_before_it(self, place: Place) -> None:
         """A slot that came back between the answer and the question is not missed."""
-        kind = terms(_ROOMY, concurrency=1)
-        holder, waiting = [await place.worker(kind) for _ in range(2)]
+        limiter_terms = terms(_ROOMY, concurrency=1)
+        holder, waiting = [await place.worker(limiter_terms) for _ in range(2)]
         slots = await _slots(holder, 1)
         await waiting.commit(batch(_CALL))
         await holder.commit(Batch(released=slots))
@@ -223,10 +223,10 @@ class Slots(Suite):
     @scenario
     async def test_live_workers_are_counted(self, place: Place) -> None:
         """Workers count from opening on, for one time to live after each sign of life."""
-        kind = terms(_ROOMY)
-        first = await place.worker(kind, slot_ttl=0.4)
-        second = await place.worker(kind, slot_ttl=0.4)
-        third = await place.worker(kind, slot_ttl=0.4)
+        limiter_terms = terms(_ROOMY)
+        first = await place.worker(limiter_terms, slot_ttl=0.4)
+        second = await place.worker(limiter_terms, slot_ttl=0.4)
+        third = await place.worker(limiter_terms, slot_ttl=0.4)
         assert len({first.worker, second.worker, third.worker}) == 3
         assert (await first.heartbeat(())).workers == 3
         await third.aclose()

@@ -10,8 +10,8 @@ from asyncbucket.testing.store_conformance.place import (
     Suite,
     amount_of,
     batch,
+    book_all,
     booked,
-    place_all,
     scenario,
     terms,
 )
@@ -23,8 +23,8 @@ class Steering(Suite):
     @scenario
     async def test_pause_by_one_worker_holds_for_all(self, place: Place) -> None:
         """Nobody books a start within it; a later, shorter pause does not cut it short."""
-        kind = terms(amount_of("requests", 100, 1))
-        first, second = [await place.worker(kind) for _ in range(2)]
+        limiter_terms = terms(amount_of("requests", 100, 1))
+        first, second = [await place.worker(limiter_terms) for _ in range(2)]
         await first.pause(800 * MILLISECOND)
         await first.pause(100 * MILLISECOND)
         receipt = await second.commit(batch({"requests": 1}))
@@ -32,17 +32,17 @@ class Steering(Suite):
         assert receipt.bookings[0].bound_by == "paused"
         snapshot = await second.peek()
         assert 700 * MILLISECOND < snapshot.paused_until - snapshot.now <= 800 * MILLISECOND
-        (booking,) = await place_all(second, {"requests": 1})
+        (booking,) = await book_all(second, {"requests": 1})
         assert booking.start >= snapshot.paused_until
 
     @scenario
     async def test_gradual_pause_ends_in_a_slow_start(self, place: Place) -> None:
         """One call at first, and then twice as many in each 16th of the pause."""
-        kind = terms(amount_of("requests", 1_000, 1))
-        worker = await place.worker(kind)
+        limiter_terms = terms(amount_of("requests", 1_000, 1))
+        worker = await place.worker(limiter_terms)
         await worker.pause(160 * MILLISECOND, gradually=True)
         starts = [
-            each.start for each in booked(await worker.commit(batch(*[{"requests": 1}] * 17)))
+            booking.start for booking in booked(await worker.commit(batch(*[{"requests": 1}] * 17)))
         ]
         since = [(start - starts[0]) / (10 * MILLISECOND) for start in starts]
         assert [round(since[n - 1], 2) for n in (1, 2, 4, 8, 16)] == [0, 1, 2, 3, 4], since
@@ -70,10 +70,10 @@ class Steering(Suite):
         first, second = [await place.worker(few) for _ in range(2)]
         await first.commit(batch({"requests": 1, "concurrency": 1}))
         await second.commit(batch({"requests": 1, "concurrency": 1}))
-        told = asyncio.create_task(second.changed(timeout=5))
+        notified = asyncio.create_task(second.changed(timeout=5))
         await asyncio.sleep(0.02)
         await first.configure(more)
-        assert await told
+        assert await notified
         receipt = await second.commit(batch({"requests": 1, "concurrency": 1}))
         assert receipt.changed == more
         booked(receipt)
@@ -85,11 +85,11 @@ class Steering(Suite):
         worker = await place.worker(terms(requests))
         await worker.commit(batch({"requests": 4, "tokens": 50}))
         await worker.configure(terms(amount_of("requests", 5, 60), tokens))
-        uses = {each.limit.resource: each for each in (await worker.peek()).limits}
+        uses = {use.limit.resource: use for use in (await worker.peek()).limits}
         assert (uses["requests"].used, uses["requests"].available) == (4, 1)
         assert (uses["tokens"].used, uses["tokens"].available) == (0, 100)
         await worker.configure(terms(tokens))
-        assert [each.limit.resource for each in (await worker.peek()).limits] == ["tokens"]
+        assert [use.limit.resource for use in (await worker.peek()).limits] == ["tokens"]
 
     @scenario
     async def test_call_older_than_a_limit_refunds_nothing_to_it(self, place: Place) -> None:
@@ -98,30 +98,30 @@ class Steering(Suite):
         (before,) = booked(await worker.commit(batch({"requests": 1, "tokens": 100})))
         await worker.configure(terms(amount_of("requests", 10, 60), amount_of("tokens", 100, 60)))
         await worker.commit(batch({"requests": 1, "tokens": 90}))
-        less = Correction(start=before.start, booked={"tokens": 100}, used={"tokens": 20})
-        await worker.commit(Batch(corrections=(less,)))
-        used = {each.limit.resource: each.used for each in (await worker.peek()).limits}
+        refund = Correction(start=before.start, booked={"tokens": 100}, used={"tokens": 20})
+        await worker.commit(Batch(corrections=(refund,)))
+        used = {use.limit.resource: use.used for use in (await worker.peek()).limits}
         assert used == {"requests": 2, "tokens": 90}
 
     @scenario
     async def test_bookings_outlive_the_process(self, place: Place) -> None:
         """All workers leave and one comes back: a limit of a day continues where it was."""
-        kind = terms(amount_of("requests", 10, 86_400))
+        limiter_terms = terms(amount_of("requests", 10, 86_400))
         store = place.store()
-        worker = await store.open(place.name, kind)
+        worker = await store.open(place.name, limiter_terms)
         await worker.commit(batch({"requests": 7}))
         await worker.aclose()
         await store.aclose()
-        again = await place.worker(kind)
+        again = await place.worker(limiter_terms)
         (use,) = (await again.peek()).limits
         assert (use.used, use.available) == (7, 3)
 
     @scenario
     async def test_limiters_of_different_names_are_independent(self, place: Place) -> None:
         """Limits, slots and pauses of one do not affect the other."""
-        kind = terms(amount_of("requests", 10, 60), concurrency=1)
-        one = await place.worker(kind)
-        other = await place.worker(kind, name=f"{place.name}/other: ä b")
+        limiter_terms = terms(amount_of("requests", 10, 60), concurrency=1)
+        one = await place.worker(limiter_terms)
+        other = await place.worker(limiter_terms, name=f"{place.name}/other: ä b")
         await one.commit(batch({"requests": 10, "concurrency": 1}))
         await one.pause(10 * SECOND)
         receipt = await other.commit(batch({"requests": 1, "concurrency": 1}))
@@ -131,26 +131,26 @@ class Steering(Suite):
     @scenario
     async def test_peeking_at_a_store_adds_no_worker(self, place: Place) -> None:
         """It sees which limiters there are and their state, without counting as a worker."""
-        kind = terms(amount_of("requests", 10, 60))
+        limiter_terms = terms(amount_of("requests", 10, 60))
         store = place.store()
         assert await store.peek(place.name) is None
         assert place.name not in await store.names()
-        worker = await place.worker(kind)
+        worker = await place.worker(limiter_terms)
         await worker.commit(batch({"requests": 3}))
         assert place.name in await store.names()
         snapshot = await store.peek(place.name)
         assert snapshot is not None
-        assert (snapshot.terms, snapshot.limits[0].used, snapshot.workers) == (kind, 3, 1)
+        assert (snapshot.terms, snapshot.limits[0].used, snapshot.workers) == (limiter_terms, 3, 1)
         assert await store.peek(f"{place.name}-unknown") is None
         assert f"{place.name}-unknown" not in await store.names()
 
     @scenario
     async def test_invalid_names_and_times_to_live_are_refused(self, place: Place) -> None:
         """They are refused before anything is made."""
-        kind = terms(amount_of("requests", 10, 60))
+        limiter_terms = terms(amount_of("requests", 10, 60))
         for name, life in (("", 30.0), ("a{b}", 30.0), ("a\nb", 30.0), ("a" * 201, 30.0), ("a", 0)):
             try:
-                await place.worker(kind, name=name or "\0", slot_ttl=life)
+                await place.worker(limiter_terms, name=name or "\0", slot_ttl=life)
             except ValueError:
                 continue
             raise AssertionError(f"{name!r} with a time to live of {life} s was taken")

@@ -37,12 +37,12 @@ class TryAgain(Exception):  # noqa: N818 - a request, not an error that anybody 
 
 
 @functools.lru_cache(maxsize=64)
-def by_the_name(module: str, name: str) -> type[TryAgain]:
+def try_again_class(module: str, name: str) -> type[TryAgain]:
     """Return a `TryAgain` class of another name: metrics name an error by its class."""
     return type(name, (TryAgain,), {"__module__": module, "__qualname__": name})
 
 
-def renamed(once: Callable[[], T], tried: Callable[..., object]) -> Callable[[], T]:
+def named_like(once: Callable[[], T], tried: Callable[..., object]) -> Callable[[], T]:
     """Return ``once``, named like what is ``tried``, below partials and bound methods."""
     while isinstance(tried, functools.partial):
         tried = tried.func
@@ -51,7 +51,7 @@ def renamed(once: Callable[[], T], tried: Callable[..., object]) -> Callable[[],
     return once
 
 
-def _wait_of(error: BaseException) -> bool | float:
+def _backoff_hook(error: BaseException) -> bool | float:
     """Tell stamina when to try again; it asks about everything raised, even cancellation."""
     if not isinstance(error, TryAgain):
         return False
@@ -60,16 +60,16 @@ def _wait_of(error: BaseException) -> bool | float:
     return error.wait
 
 
-def not_ours(record: logging.LogRecord) -> bool:
+def is_not_ours(record: logging.LogRecord) -> bool:
     """Filter stamina's log of retries to those of other users of stamina in this process."""
     return not str(vars(record).get("stamina.caused_by")).endswith(_OURS)
 
 
-def is_off() -> bool:
+def is_stamina_off() -> bool:
     """Tell whether the application has switched stamina off, and so all retries."""
     return not stamina.is_active()
 
 
-def again(once: Callable[[], T], *, attempts: int) -> Callable[[], T]:
+def with_retries(once: Callable[[], T], *, attempts: int) -> Callable[[], T]:
     """Return ``once``, async or plain, called again whenever it raises a `TryAgain`."""
-    return stamina.retry(on=_wait_of, attempts=attempts, timeout=None)(once)
+    return stamina.retry(on=_backoff_hook, attempts=attempts, timeout=None)(once)
