@@ -576,6 +576,23 @@ async def test_limit_that_a_provider_announces_is_kept_by_all(where: str) -> Non
     await two.aclose()
 
 
+async def test_what_headers_say_is_left_counts_for_a_childs_own_limits_alone(where: str) -> None:
+    """The store's limits are those of all processes; a child's are in this one."""
+    limiter = Limiter("600 RPM burst 600", store=where, name="heard")
+    child = limiter.child("chat", "300 RPM burst 300")
+    (await child.acquire()).release()
+    said = {"x-ratelimit-limit-requests": "600", "x-ratelimit-remaining-requests": "0"}
+    Ear(limiter).hear(said, OPENAI, since=limiter.now())
+    assert limiter.explain().bound_by is None
+    assert child.explain().bound_by is None
+    assert limiter.statistics().limits[0].available == 599
+    assert not limiter._account.headrooms, "worked out for nothing"
+    Ear(child).hear({**said, "x-ratelimit-limit-requests": "300"}, OPENAI, since=limiter.now())
+    assert child.explain().bound_by == "requests"
+    assert limiter.explain().bound_by is None
+    await limiter.aclose()
+
+
 @pytest.mark.real_clock
 async def test_burst_that_several_wait_for_is_shared(where: str) -> None:
     """When a window frees its units at once, all waiting limiters get parts of similar size."""
