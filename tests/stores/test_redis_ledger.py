@@ -359,11 +359,12 @@ def test_what_stands_where_no_password_belongs_is_not_shown_either(url: str, sho
         ("redis://127.0.0.1/production", "a database must be a number, not 'production': redis://"),
         ("redis://127.0.0.1/1/2", "a database must be a number, not '1/2'"),
         ("redis://127.0.0.1/0?timeout=5", "unexpected keyword argument 'timeout'"),
+        ("redis://127.0.0.1:1,127.0.0.1:2/0", r"for several servers write redis\+cluster:// or"),
     ],
 )
 def test_url_that_means_nothing_is_refused_before_the_first_call(url: str, why: str) -> None:
     """redis-py reads a database that is no number as 0, and checks settings only on connecting."""
-    with pytest.raises(ValueError, match=f"^'redis://127.0.0.1/[^?]*' cannot be read: .*{why}"):
+    with pytest.raises(ValueError, match=f"^'redis://127.0.0.1[^?]*' cannot be read: .*{why}"):
         Limiter("10 RPM", store=url)
 
 
