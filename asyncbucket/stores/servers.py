@@ -159,9 +159,8 @@ class Server:
         return StoreError(f"the store {self.url} {_remedy(error, words)}")
 
     def pubsub(self) -> Any:
-        """Return something to listen with."""
-        if self._listening is None:
-            self._listening = self.client if self._listener is None else self._listener()
+        """Return something to listen with; in a cluster on any node, as the last one may be gone."""
+        self._listening = self.client if self._listener is None else self._listener()
         return self._listening.pubsub()
 
     async def aclose(self) -> None:

@@ -15,6 +15,7 @@ from asyncbucket import Limiter
 from asyncbucket.limits import Limit
 from asyncbucket.stores import Batch, Receipt, StoreError, Terms, about, open_store
 from asyncbucket.stores.redis import RedisStore
+from asyncbucket.stores.servers import Server, _settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -188,6 +189,24 @@ async def test_nodes_of_a_cluster_are_all_asked_for_their_settings(
     assert all("is one node of a cluster: write redis+cluster:// with" in each for each in errors)
     await ledger.aclose()
     for each in (store, *alone):
+        await each.aclose()
+
+
+async def test_worker_listens_elsewhere_when_the_node_it_listened_to_is_gone(
+    shared_server: "RunningServer", redis: Any
+) -> None:
+    """A cluster delivers messages on all nodes: who is called must hear it on one that is left."""
+    gone, there = [Redis(port=port, **_settings()) for port in (1, shared_server.port)]
+    nodes = iter([gone, there])
+    store = RedisStore(Server("cluster", redis, owned=False, listener=lambda: next(nodes)))
+    one, two = [await store.open("elsewhere", terms(concurrency=1)) for _ in range(2)]
+    held = await one.commit(Batch(calls=(CALL,)))
+    assert outcomes(await two.commit(Batch(calls=(CALL,)))) == ["full"]
+    waiting = asyncio.create_task(two.changed(timeout=3))
+    await asyncio.sleep(0.1)
+    await one.commit(Batch(released=(held.bookings[0].slot or "",)))
+    assert await waiting
+    for each in (one, two, store, gone, there):
         await each.aclose()
 
 
