@@ -3,6 +3,7 @@
 Needs `pip install "asyncbucket[cli]"`. Nothing in the package imports this.
 """
 
+import atexit
 import signal
 import sys
 from types import FrameType
@@ -16,6 +17,8 @@ INTERRUPTED = 130
 def main() -> None:
     """Run the command that `sys.argv` names, and exit with its status."""
     signal.signal(signal.SIGTERM, as_ctrl_c)
+    for number in (signal.SIGINT, signal.SIGTERM):  # when all is done, they end nothing
+        atexit.register(signal.signal, number, signal.SIG_IGN)
     try:
         from asyncbucket.cli.app import app
 

@@ -142,6 +142,24 @@ def test_sigterm_ends_a_command_that_ignores_ctrl_c(monkeypatch: pytest.MonkeyPa
     assert caught.value.code == 130
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_that_comes_when_all_is_done_changes_no_status(number: int) -> None:
+    """Python takes its time to unload what a command has loaded, and no longer handles signals."""
+    program = f"""
+import os, sys
+from asyncbucket.cli import main
+
+class Unloaded:
+    def __del__(self, kill=os.kill, me=os.getpid()):
+        kill(me, {number:d})
+
+sys.argv, unloaded = ["asyncbucket", "--version"], Unloaded()
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_bench_without_the_source_tree_says_where_it_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
