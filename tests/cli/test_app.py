@@ -143,6 +143,40 @@ def test_sigterm_ends_a_command_that_ignores_ctrl_c(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("module", "name", "command"),
+    [
+        ("asyncbucket.cli.app", "app", "plan"),
+        ("asyncbucket.cli.demo.half", "run_half", "demo"),
+    ],
+)
+def test_signal_amid_an_import_ends_the_command(
+    module: str, name: str, command: str, number: int
+) -> None:
+    """What is raised there may be caught by Python itself, or by who loads an optional module."""
+    program = f"""
+import contextlib, signal, sys, types
+from asyncbucket.cli import main
+
+class Loading(types.ModuleType):
+    def __getattr__(self, name):
+        if name != {name!r}:
+            raise AttributeError(name)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal({number:d})
+        return lambda *_, **__: ()
+
+sys.modules[{module!r}] = Loading({module!r})
+sys.argv = ["asyncbucket", {command!r}]
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_that_comes_when_all_is_done_changes_no_status(number: int) -> None:
     """Python takes its time to unload what a command has loaded, and no longer handles signals."""
     program = f"""

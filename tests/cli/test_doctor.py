@@ -1,6 +1,8 @@
 """`asyncbucket doctor`: what it finds, and what it advises."""
 
+import contextlib
 import json
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterable
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from asyncbucket.cli import as_ctrl_c
 from asyncbucket.cli.app import app
 from asyncbucket.cli.doctor import installed, shared, surroundings
 from asyncbucket.cli.doctor.findings import Finding, State
@@ -87,6 +90,25 @@ def test_package_that_breaks_when_it_is_loaded_is_a_problem(
         "looking failed: TypeError: unsupported\x1b[2J operand",
     )
     assert "TypeError: unsupported [2J operand" in typed(status=1)  # it cannot control the terminal
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_that_a_package_catches_when_it_is_loaded_ends_it(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some packages raise another error instead, which would be a problem found."""
+
+    def loading() -> list[Finding]:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(number)
+        raise ValueError("broken off")
+
+    monkeypatch.setattr(installed, "sdks", loading)
+    before = signal.signal(signal.SIGTERM, as_ctrl_c)
+    try:
+        assert typed(status=130) == ""
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_store_answers(tmp_path: Path) -> None:
