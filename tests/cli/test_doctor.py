@@ -135,6 +135,12 @@ def test_a_server_that_forgets_what_was_booked_is_told_of(policy: str) -> None:
         ),
         ("note", "x may evict a limiter, which begins with nothing left then"),
     ]
+    cluster = {
+        "clock": "in step or 5 s ahead",
+        "memory": f"unbounded or 9 bytes at most and {policy}",
+        "persistence": "none or snapshots alone",
+    }
+    assert len(list(shared.traps("x", cluster))) == 3
 
 
 def test_store_that_is_out_of_reach_is_named_without_its_password() -> None:
