@@ -165,7 +165,11 @@ async def test_what_cannot_be_opened_is_told_with_what_to_do_about_it(
         f"{tmp_path}: it cannot be opened: it is not a plain file, or may not be read; see what it "
         f"is, or give another path"
     )
-    monkeypatch.setattr(os, "access", lambda *_: False)  # which does not stop root
+
+    def refused(_path: object, _mode: int) -> bool:
+        return False
+
+    monkeypatch.setattr(os, "access", refused)  # root may write everywhere
     assert await failure(tmp_path) == (
         f"{tmp_path}: it cannot be opened: the folder {tmp_path.parent} is not writable; give this "
         f"user the right to write there, or give another path"
