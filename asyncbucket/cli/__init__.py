@@ -3,8 +3,11 @@
 Needs `pip install "asyncbucket[cli]"`. Nothing in the package imports this.
 """
 
+import atexit
 import signal
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from types import FrameType
 
 __all__ = ["main"]
@@ -16,8 +19,11 @@ INTERRUPTED = 130
 def main() -> None:
     """Run the command that `sys.argv` names, and exit with its status."""
     signal.signal(signal.SIGTERM, as_ctrl_c)
+    for number in (signal.SIGINT, signal.SIGTERM):  # when all is done, they end nothing
+        atexit.register(signal.signal, number, signal.SIG_IGN)
     try:
-        from asyncbucket.cli.app import app
+        with interrupts_held_back():
+            from asyncbucket.cli.app import app
 
         app(prog_name="asyncbucket")
     except ModuleNotFoundError as error:
@@ -37,3 +43,21 @@ def as_ctrl_c(number: int, frame: FrameType | None) -> None:
     """End a command like Ctrl-C, even where that is ignored, as in the background of a script."""
     interrupt = signal.getsignal(signal.SIGINT)
     (interrupt if callable(interrupt) else signal.default_int_handler)(number, frame)
+
+
+@contextmanager
+def interrupts_held_back() -> Generator[None]:
+    """Hold back Ctrl-C and SIGTERM until the end of a block; processes started in it get none at all.
+
+    In the middle of an import they may be lost: Python and some libraries catch whatever is raised
+    there. And a terminal sends a Ctrl-C to child processes, too: a Python that is still loading
+    would show a traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -170,7 +170,7 @@ class Account(Books):
     ) -> None:
         """Take in what the provider says is left of a limit that others spend from, too."""
         kept = self.limits.get(key)
-        if kept is None:
+        if kept is None or self.remote is not None:
             return
         ours, window, _ = kept
         headroom = self.headrooms.get(key)

@@ -5,6 +5,8 @@ import contextlib
 import time
 from typing import Any, Final
 
+from redis.asyncio import RedisCluster
+
 from asyncbucket.stores.servers import FAILURES
 from asyncbucket.wording import in_seconds
 
@@ -12,19 +14,36 @@ from asyncbucket.wording import in_seconds
 _STEP: Final = 0.5
 #: Seconds to wait for answers; what has not been answered by then is left out.
 _PATIENCE: Final = 2.0
+_OR: Final = " or "
 
 
 async def details(client: Any) -> dict[str, str]:
-    """Return its clock, version, scripts, memory and persistence, as far as the login may ask."""
+    """Return its clock, version, scripts, memory and persistence, as far as the login may ask.
+
+    If the primaries of a cluster differ in something, all that they say is named.
+    """
+    nodes: list[dict[str, Any]] = [{}]
+    if isinstance(client, RedisCluster):
+        nodes = [{"target_nodes": node} for node in client.get_primaries()]
+    said: dict[str, str] = {}
+    for node in nodes:
+        for name, value in (await _details_of(client, node)).items():
+            known = said.get(name, value)
+            said[name] = known if value in known.split(_OR) else f"{known}{_OR}{value}"
+    return said
+
+
+async def _details_of(client: Any, node: dict[str, Any]) -> dict[str, str]:
     said: dict[str, str] = {}
     with contextlib.suppress(TimeoutError, *FAILURES):
         async with asyncio.timeout(_PATIENCE):
             asked = time.time()
-            seconds, micros = await client.time()
+            seconds, micros = await client.time(**node)
             said["clock"] = _clock(seconds + micros * 1e-6 - (asked + time.time()) / 2)
-            info = await client.info()
+            info = await client.info(**node)
             said = _kind(info) | said | _memory(info) | _persistence(info, None)
-            said |= _persistence(info, (await client.config_get("save")).get("save"))
+            kept = await client.config_get("save", **node)
+            said |= _persistence(info, kept.get("save"))
     return said
 
 

@@ -258,7 +258,7 @@ class RedisLedger:
             async with asyncio.timeout(patience):
                 return await self._run(verb, *args)
         except TimeoutError as error:
-            raise self._server.silent() from error
+            raise self._server.silent(patience) from error
 
     async def _run(self, verb: str, *args: str | int) -> dict[str, Any]:
         # An epoch that may have expired by itself, with nothing left to remember, is not a loss.

@@ -43,6 +43,35 @@ FAILURES: Final = (
     OSError,
     asyncio.IncompleteReadError,
 )
+_NO_RIGHT: Final = (
+    "refuses the login: {}; the docs' page on shared stores has the ACL that it needs"
+)
+#: What failures mean, and what to do about them; the first kind that fits counts.
+_REMEDIES: Final = (
+    (exceptions.NoPermissionError, _NO_RIGHT),
+    (
+        exceptions.AuthenticationError,
+        "refuses the login: {}; look at user and password in its URL",
+    ),
+    (
+        exceptions.OutOfMemoryError,
+        "is out of memory: {}; raise maxmemory or delete what is not needed",
+    ),
+    (
+        (exceptions.ReadOnlyError, exceptions.MasterDownError),
+        "is a replica: {}; give the primary's address, or a Sentinel's",
+    ),
+    (
+        exceptions.MovedError,
+        "is one node of a cluster: write redis+cluster:// with the same host and port",
+    ),
+    (exceptions.BusyLoadingError, "is starting: {}; wait until it has loaded its data"),
+    (MasterNotFoundError, "cannot be reached: {}; see whether the Sentinels run"),
+    (
+        (exceptions.ConnectionError, exceptions.RedisClusterException, OSError, EOFError),
+        "cannot be reached: {}; see whether it runs",
+    ),
+)
 
 
 class Server:
@@ -115,10 +144,10 @@ class Server:
             raise self._explain(error) from error
         return [key.decode() if isinstance(key, bytes) else key for key in found]
 
-    def silent(self) -> StoreError:
-        """Return the error of a server that does not answer in time."""
+    def silent(self, patience: float = PATIENCE) -> StoreError:
+        """Return the error of a server that does not answer within ``patience`` seconds."""
         return StoreError(
-            f"the store {self.url} gave no answer within {PATIENCE:g} s; "
+            f"the store {self.url} gave no answer within {patience:g} s; "
             f"see whether it runs and how far away it is"
         )
 
@@ -130,9 +159,8 @@ class Server:
         return StoreError(f"the store {self.url} {_remedy(error, words)}")
 
     def pubsub(self) -> Any:
-        """Return something to listen with."""
-        if self._listening is None:
-            self._listening = self.client if self._listener is None else self._listener()
+        """Return something to listen with; in a cluster on any node, as the last one may be gone."""
+        self._listening = self.client if self._listener is None else self._listener()
         return self._listening.pubsub()
 
     async def aclose(self) -> None:
@@ -217,6 +245,8 @@ def _single(url: str) -> Any:
         del settings["socket_keepalive"]
     elif database and not database.isdecimal():
         raise ValueError(f"a database must be a number, not {database!r}: redis://host:6379/0")
+    if "," in split.netloc.rpartition("@")[2]:
+        raise ValueError("for several servers write redis+cluster:// or redis+sentinel://")
     plain = url.replace("valkey", "redis", 1) if split.scheme.startswith("valkey") else url
     client: Any = Redis.from_url(plain, **settings)
     client.connection_pool.make_connection()  # not connected, but unknown settings are refused
@@ -271,19 +301,9 @@ def _without(words: str, secrets: list[str]) -> str:
 
 def _remedy(error: Exception, words: str) -> str:
     """Say what a failure means to the person who must fix it."""
-    known = isinstance(error, exceptions.NoPermissionError) or words.startswith("ACL failure")
-    if known or isinstance(error, exceptions.AuthenticationError):
-        rights = "the docs' page on shared stores has the ACL that it needs"
-        remedy = rights if known else "look at user and password in its URL"
-        return f"refuses the login: {words}; {remedy}"
-    if isinstance(error, exceptions.OutOfMemoryError):
-        return f"is out of memory: {words}; raise maxmemory or delete what is not needed"
-    if isinstance(error, exceptions.ReadOnlyError):
-        return f"is a replica: {words}; give the primary's address, or a Sentinel's"
-    if isinstance(error, MasterNotFoundError):  # after that it describes its clients
-        return f"cannot be reached: {words.partition(' : ')[0]}; see whether the Sentinels run"
-    if isinstance(error, exceptions.ConnectionError) or not isinstance(
-        error, exceptions.RedisError
-    ):
-        return f"cannot be reached: {words or type(error).__name__}; see whether it runs"
-    return f"failed: {words}"
+    if words.startswith("ACL failure"):  # in a script, so it is of another kind
+        return _NO_RIGHT.format(words)
+    if isinstance(error, MasterNotFoundError):  # behind the colon it describes its clients
+        words = words.partition(" : ")[0]
+    said = (said for kinds, said in _REMEDIES if isinstance(error, kinds))
+    return next(said, "failed: {}").format(words or type(error).__name__)

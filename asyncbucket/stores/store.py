@@ -189,7 +189,6 @@ class Use:
     used: int
     #: Units that could pass now, with pacing: at most 0 while starts lie ahead, negative during a
     #: debt.
-    #: debt is paid off.
     available: int
 
 

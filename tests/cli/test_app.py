@@ -144,6 +144,58 @@ def test_sigterm_ends_a_command_that_ignores_ctrl_c(monkeypatch: pytest.MonkeyPa
     assert caught.value.code == 130
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("module", "name", "command"),
+    [
+        ("asyncbucket.cli.app", "app", "plan"),
+        ("asyncbucket.cli.demo.half", "run_half", "demo"),
+    ],
+)
+def test_signal_during_an_import_ends_the_command(
+    module: str, name: str, command: str, number: int
+) -> None:
+    """What is raised there may be caught by Python itself, or by who loads an optional module."""
+    program = f"""
+import contextlib, signal, sys, types
+from asyncbucket.cli import main
+
+class Loading(types.ModuleType):
+    def __getattr__(self, name):
+        if name != {name!r}:
+            raise AttributeError(name)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal({number:d})
+        return lambda *_, **__: ()
+
+sys.modules[{module!r}] = Loading({module!r})
+sys.argv = ["asyncbucket", {command!r}]
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_after_a_command_ended_does_not_change_its_status(number: int) -> None:
+    """Python takes its time to unload what a command has loaded, and no longer handles signals."""
+    program = f"""
+import os, sys
+from asyncbucket.cli import main
+
+class Unloaded:
+    def __del__(self, kill=os.kill, me=os.getpid()):
+        kill(me, {number:d})
+
+sys.argv, unloaded = ["asyncbucket", "--version"], Unloaded()
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_bench_outside_a_checkout_points_to_make_bench(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

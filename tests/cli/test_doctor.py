@@ -1,6 +1,8 @@
 """`asyncbucket doctor`: what it finds, and what it advises."""
 
+import contextlib
 import json
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterable
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from asyncbucket.cli import as_ctrl_c
 from asyncbucket.cli.app import app
 from asyncbucket.cli.doctor import installed, shared, surroundings
 from asyncbucket.cli.doctor.findings import Finding, State
@@ -89,6 +92,25 @@ def test_check_that_raises_is_reported_as_a_problem(
     assert "TypeError: unsupported [2J operand" in typed(status=1)  # it cannot control the terminal
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_swallowed_by_an_import_still_ends_doctor(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some packages raise another error instead, which would be a problem found."""
+
+    def loading() -> list[Finding]:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(number)
+        raise ValueError("broken off")
+
+    monkeypatch.setattr(installed, "sdks", loading)
+    before = signal.signal(signal.SIGTERM, as_ctrl_c)
+    try:
+        assert typed(status=130) == ""
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_reachable_store_is_reported_with_its_answer_time(tmp_path: Path) -> None:
     """The store is opened, used for a booking, and asked for its details."""
     shown = " ".join(typed("--store", f"sqlite:///{tmp_path}/limits.db").split())
@@ -113,6 +135,12 @@ def test_store_server_that_may_forget_bookings_is_noted(policy: str) -> None:
         ),
         ("note", "x may evict a limiter, which begins with nothing left then"),
     ]
+    cluster = {
+        "clock": "in step or 5 s ahead",
+        "memory": f"unbounded or 9 bytes at most and {policy}",
+        "persistence": "none or snapshots alone",
+    }
+    assert len(list(shared.traps("x", cluster))) == 3
 
 
 def test_unreachable_store_is_named_without_its_password() -> None:

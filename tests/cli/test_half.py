@@ -13,6 +13,7 @@ from asyncbucket.cli.demo.gauge import LimiterGauge
 from asyncbucket.cli.demo.scenario import Wish, scenario_of
 from asyncbucket.cli.demo.screen import screen_for
 from asyncbucket.cli.demo.tally import Tally
+from asyncbucket.testing import ProviderProcess
 
 
 class Dropped:
@@ -39,3 +40,28 @@ def test_sigterm_during_a_finalizer_ends_the_run(monkeypatch: pytest.MonkeyPatch
         signal.signal(signal.SIGTERM, before)
 
     assert tally.interrupted
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_while_the_provider_starts_ends_the_demo(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the provider's first line would be taken for its last, which is an error."""
+    called: list[str] = []
+
+    def start(_: ProviderProcess) -> None:
+        signal.raise_signal(number)
+        called.append("started")
+
+    def stop(_: ProviderProcess) -> None:
+        called.append("stopped")
+
+    monkeypatch.setattr(ProviderProcess, "start", start)
+    monkeypatch.setattr(ProviderProcess, "stop", stop)
+    before = signal.signal(signal.SIGTERM, as_ctrl_c)
+    try:
+        with pytest.raises(KeyboardInterrupt), half._bundled(scenario_of(Wish())):
+            called.append("used")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert called == ["started", "stopped"]

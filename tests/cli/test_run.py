@@ -266,6 +266,28 @@ def test_closed_output_pipe_ends_the_run_quietly(
     assert provider.statistics().requests < 100
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a pipe's size cannot be set")
+def test_paused_reader_of_answers_costs_no_call(rate_limited_provider: ProviderFactory) -> None:
+    """With `less`, nothing more is sent meanwhile, and what was in flight is not paid for again."""
+    provider = rate_limited_provider(latency=(0.1, 0.8))
+    options = ["--rpm", "60000", "--concurrency", "8", "--timeout", "1"]
+    with subprocess.Popen(
+        [*COMMAND, batch(32), *options, "--api-base", provider.base_url],
+        stdout=subprocess.PIPE,
+        pipesize=4_096,  # room for a few answers
+    ) as process:
+        time.sleep(3)
+        sent = provider.statistics().requests
+        taken, _ = process.communicate(timeout=30)
+
+    answers = [json.loads(line) for line in taken.splitlines()]
+    assert process.returncode == 0
+    assert sent < 24
+    assert sorted(each["line"] for each in answers) == list(range(1, 33))
+    assert {each["attempts"] for each in answers} == {1}
+    assert provider.statistics().requests == 32
+
+
 def test_embeddings_and_responses_are_counted_and_priced(
     rate_limited_provider: ProviderFactory,
 ) -> None:

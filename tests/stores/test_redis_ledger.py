@@ -357,11 +357,12 @@ def test_misplaced_password_in_url_is_hidden_too(url: str, shown: str) -> None:
         ("redis://127.0.0.1/production", "a database must be a number, not 'production': redis://"),
         ("redis://127.0.0.1/1/2", "a database must be a number, not '1/2'"),
         ("redis://127.0.0.1/0?timeout=5", "unexpected keyword argument 'timeout'"),
+        ("redis://127.0.0.1:1,127.0.0.1:2/0", r"for several servers write redis\+cluster:// or"),
     ],
 )
 def test_meaningless_redis_url_is_refused_when_limiter_is_made(url: str, why: str) -> None:
     """redis-py reads a database that is no number as 0, and checks settings only on connecting."""
-    with pytest.raises(ValueError, match=f"^'redis://127.0.0.1/[^?]*' cannot be read: .*{why}"):
+    with pytest.raises(ValueError, match=f"^'redis://127.0.0.1[^?]*' cannot be read: .*{why}"):
         Limiter("10 RPM", store=url)
 
 

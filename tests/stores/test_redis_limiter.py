@@ -214,6 +214,7 @@ async def test_server_frozen_at_start_fails_all_calls_until_it_answers(
             *(limiter.acquire() for _ in range(100)), return_exceptions=True
         )
         assert {type(error) for error in ended} == {StoreError}
+        assert "gave no answer within 2 s" in str(ended[0]), "longer than later, to connect"
         server.thaw()
         (await limiter.acquire()).release()
 

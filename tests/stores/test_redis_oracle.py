@@ -74,6 +74,12 @@ class Oracle:
             elif more < 0:
                 meter.unbook(-more, correction.start, left=used)
 
+    def left(self, limit: Limit, now: int) -> int:
+        (window,) = (
+            meter for each, meter in self.meters if each == limit and isinstance(meter, Window)
+        )
+        return window.available(now)
+
     def available(self, limit: Limit, now: int) -> int:
         return min(meter.available(now) for each, meter in self.meters if each is limit)
 
@@ -182,6 +188,9 @@ async def replay(url: str, clock: Any, limits: tuple[Limit, ...], moves: Any) ->
             await ledger.commit(Batch(corrections=(correction,)))
             oracle.correct(correction, now)
             booked.append((used, start))
+        pulse = await ledger.heartbeat([])
+        left = [oracle.left(limit, now) for limit in ledger.terms.limits]
+        assert all(said <= there for said, there in zip(pulse.left, left, strict=True))
         snapshot = await ledger.peek()
         for use in snapshot.limits:
             limit = next(each for each in limits if each == use.limit)
@@ -213,5 +222,32 @@ async def set_back(url: str, clock: Any) -> None:
     assert second.bookings[0].start >= first.now + 10 * SECOND
     clock(START - 3_589 * SECOND)
     assert (await ledger.peek()).now == first.now + 11 * SECOND
+    await ledger.aclose()
+    await store.aclose()
+
+
+def test_heartbeat_reports_what_is_left_while_idle(
+    shared_server: "RunningServer", redis_sync: Any, clock: Any
+) -> None:
+    """Units come back to a window that is not booked from, and the statistics say so."""
+    assert redis_sync.dbsize() == 0
+    asyncio.run(fall_silent(shared_server.url, clock))
+
+
+async def fall_silent(url: str, clock: Any) -> None:
+    """Make six calls, four of them later, and only send heartbeats for a while."""
+    store = open_store(url)
+    clock(START)
+    limit = Limit("requests", 10, per=10, burst=10)
+    ledger = await store.open("oracle", Terms(limits=(limit,)))
+    call = {"requests": 1}
+    await ledger.commit(Batch(calls=(call,) * 2))
+    clock(START + 5 * SECOND)
+    await ledger.commit(Batch(calls=(call,) * 4))
+    left = []
+    for seconds in (5, 10, 11, 15, 16):
+        clock(START + seconds * SECOND)
+        left.append((await ledger.heartbeat([])).left)
+    assert left == [(4,), (4,), (6,), (6,), (10,)]
     await ledger.aclose()
     await store.aclose()

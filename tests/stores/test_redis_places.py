@@ -15,6 +15,7 @@ from asyncbucket import Limiter
 from asyncbucket.limits import Limit
 from asyncbucket.stores import Batch, Receipt, StoreError, Terms, about, open_store
 from asyncbucket.stores.redis import RedisStore
+from asyncbucket.stores.servers import Server, _settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -161,6 +162,97 @@ async def test_limiters_spread_over_all_nodes_of_cluster(
     spread = [await keys_of(node) for node in nodes]
     assert all(spread), spread
     await store.aclose()
+
+
+async def test_all_nodes_of_a_cluster_are_asked_for_their_settings(
+    start_server: "Callable[..., RunningServer]",
+) -> None:
+    """Each limiter is on one of them, and each of them may forget what was booked.
+
+    As a server of its own, a node knows the limiters on it alone, and says where to look.
+    """
+    nodes = [start_server("--cluster-enabled", "yes") for _ in range(3)]
+    await join(nodes)
+    for node, settings in zip(nodes, ({}, {"save": "3600 1"}, {"maxmemory": "100mb"}), strict=True):
+        async with Redis(port=node.port) as client:
+            for name, value in settings.items():
+                await client.config_set(name, value)
+    store = open_store(f"redis+cluster://127.0.0.1:{nodes[0].port}")
+    ledger = await store.open("settings", terms("1/s"))
+    details = (await ledger.peek()).details
+    assert details["clock"] == "in step"
+    assert sorted(details["persistence"].split(" or ")) == ["none", "snapshots alone"]
+    assert sorted(details["memory"].split(" or ")) == [
+        "104,857,600 bytes at most and noeviction",
+        "unbounded",
+    ]
+    alone = [open_store(node.url) for node in nodes]
+    found = await asyncio.gather(*(each.peek("settings") for each in alone), return_exceptions=True)
+    errors = [str(each) for each in found if isinstance(each, StoreError)]
+    assert len(errors) == 2
+    assert all("is one node of a cluster: write redis+cluster:// with" in each for each in errors)
+    await ledger.aclose()
+    for each in (store, *alone):
+        await each.aclose()
+
+
+async def test_worker_listens_on_another_node_when_its_node_is_gone(
+    shared_server: "RunningServer", redis: Any
+) -> None:
+    """A cluster delivers messages on all nodes: who is called must hear it on one that is left."""
+    gone, there = [Redis(port=port, **_settings()) for port in (1, shared_server.port)]
+    nodes = iter([gone, there])
+    store = RedisStore(Server("cluster", redis, owned=False, listener=lambda: next(nodes)))
+    one, two = [await store.open("elsewhere", terms(concurrency=1)) for _ in range(2)]
+    held = await one.commit(Batch(calls=(CALL,)))
+    assert outcomes(await two.commit(Batch(calls=(CALL,)))) == ["full"]
+    waiting = asyncio.create_task(two.changed(timeout=3))
+    await asyncio.sleep(0.1)
+    await one.commit(Batch(released=(held.bookings[0].slot or "",)))
+    assert await waiting
+    for each in (one, two, store, gone, there):
+        await each.aclose()
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (
+            "MOVED 15201 10.0.0.7:6379",
+            "is one node of a cluster: write redis+cluster:// with the same host and port",
+        ),
+        (
+            "MASTERDOWN Link with MASTER is down.",
+            "is a replica: Link with MASTER is down; give the primary's address, or a Sentinel's",
+        ),
+        (
+            "LOADING Valkey is loading the dataset in memory",
+            "is starting: Valkey is loading the dataset in memory; wait until it has loaded its data",
+        ),
+        (
+            "NOAUTH Authentication required.",
+            "refuses the login: Authentication required; look at user and password in its URL",
+        ),
+        ("BUSY Valkey is busy running a script.", "failed: BUSY Valkey is busy running a script"),
+    ],
+)
+async def test_error_of_an_unavailable_server_names_the_remedy(answer: str, told: str) -> None:
+    """A state that a server is in for a moment only is played by one that always says so."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(65_536):
+            writer.write(f"-{answer}\r\n".encode())
+        writer.close()
+
+    server = await asyncio.start_server(refuse, "127.0.0.1")
+    port = server.sockets[0].getsockname()[1]
+    store = open_store(f"redis://127.0.0.1:{port}/0")
+    with pytest.raises(StoreError) as error:
+        await store.open("refused", terms("1/s"))
+    assert str(error.value) == f"the store {store.url} {told}"
+    await store.aclose()
+    server.close()
+    await server.wait_closed()
 
 
 async def test_details_describe_server_as_far_as_login_allows(

@@ -585,6 +585,23 @@ async def test_limit_announced_by_provider_applies_to_all_limiters(where: str) -
     await two.aclose()
 
 
+async def test_remaining_headers_count_only_for_limits_of_a_child(where: str) -> None:
+    """The store's limits are those of all processes; a child's are in this one."""
+    limiter = Limiter("600 RPM burst 600", store=where, name="heard")
+    child = limiter.child("chat", "300 RPM burst 300")
+    (await child.acquire()).release()
+    said = {"x-ratelimit-limit-requests": "600", "x-ratelimit-remaining-requests": "0"}
+    Ear(limiter).hear(said, OPENAI, since=limiter.now())
+    assert limiter.explain().bound_by is None
+    assert child.explain().bound_by is None
+    assert limiter.statistics().limits[0].available == 599
+    assert not limiter._account.headrooms, "worked out for nothing"
+    Ear(child).hear({**said, "x-ratelimit-limit-requests": "300"}, OPENAI, since=limiter.now())
+    assert child.explain().bound_by == "requests"
+    assert limiter.explain().bound_by is None
+    await limiter.aclose()
+
+
 @pytest.mark.real_clock
 async def test_units_freed_at_once_are_shared_by_waiting_limiters(where: str) -> None:
     """When a window frees its units at once, all waiting limiters get parts of similar size."""

@@ -155,7 +155,25 @@ async def test_missing_folder_is_named_in_error(tmp_path: Path) -> None:
         f"{path}: it cannot be opened: there is no folder {path.parent}; make the folder, or give "
         f"another path"
     )
-    assert "it is not a plain file" in await failure(tmp_path)
+
+
+async def test_path_that_cannot_be_opened_is_named_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that is there need not be made."""
+    assert await failure(tmp_path) == (
+        f"{tmp_path}: it cannot be opened: it is not a plain file, or may not be read; see what it "
+        f"is, or give another path"
+    )
+
+    def refused(_path: object, _mode: int) -> bool:
+        return False
+
+    monkeypatch.setattr(os, "access", refused)  # root may write everywhere
+    assert await failure(tmp_path) == (
+        f"{tmp_path}: it cannot be opened: the folder {tmp_path.parent} is not writable; give this "
+        f"user the right to write there, or give another path"
+    )
 
 
 async def test_newer_schema_is_refused(path: Path) -> None:

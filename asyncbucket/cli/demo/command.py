@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from asyncbucket.cli import INTERRUPTED
+from asyncbucket.cli import INTERRUPTED, interrupts_held_back
 from asyncbucket.cli.demo import report
 from asyncbucket.cli.demo.outcome import Outcome
 from asyncbucket.cli.demo.scenario import Scenario, Wish, scenario_of
@@ -48,8 +48,9 @@ def _run(scenario: Scenario, console: Console, outcomes: list[Outcome], *, silen
     if not silent:
         console.print(report.headline(scenario), markup=False)
     # LlamaIndex takes seconds to load; by now there is something to read on the screen.
-    from asyncbucket.cli.demo.half import run_half
-    from asyncbucket.cli.demo.load import Fatal
+    with interrupts_held_back():
+        from asyncbucket.cli.demo.half import run_half
+        from asyncbucket.cli.demo.load import Fatal
 
     for paced in (False, True) if scenario.compare else (True,):
         try:

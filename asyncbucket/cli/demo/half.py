@@ -2,11 +2,11 @@
 
 import asyncio
 import contextlib
-import signal
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, Final
 
+from asyncbucket.cli import interrupts_held_back
 from asyncbucket.cli.demo import load
 from asyncbucket.cli.demo.gauge import Gauge, LimiterGauge, ProviderGauge
 from asyncbucket.cli.demo.outcome import Outcome, name_of, outcome_of
@@ -86,24 +86,8 @@ def _bundled(scenario: Scenario) -> Generator[ProviderProcess]:
         reply_tokens=_REPLY_TOKENS,
     )
     try:
-        with _interrupts_held_back():
+        with interrupts_held_back():
             provider.start()
         yield provider
     finally:
         provider.stop()
-
-
-@contextmanager
-def _interrupts_held_back() -> Generator[None]:
-    """Hold back a Ctrl-C until the end of a block; processes started in it get none at all.
-
-    A terminal sends it to them, too, and a Python that is still loading would show a traceback.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

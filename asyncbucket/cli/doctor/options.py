@@ -7,6 +7,7 @@ from typing import Annotated, Final
 
 import typer
 
+from asyncbucket.cli import interrupts_held_back
 from asyncbucket.cli.doctor.findings import Finding, State, bad
 from asyncbucket.cli.ends import FAILED, in_a_line
 from asyncbucket.cli.typed import switch, words
@@ -62,12 +63,13 @@ def _look(store: str | None) -> Iterator[Finding]:
         surroundings.environment,
         surroundings.project,
     ]
+    for look in looks:
+        with interrupts_held_back():  # most of them load something
+            yield from _safely(look)
     if store is not None:
         from asyncbucket.cli.doctor import shared
 
-        looks.append(partial(shared.store, store))
-    for look in looks:
-        yield from _safely(look)
+        yield from _safely(partial(shared.store, store))
 
 
 def _safely(look: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ local function read(text)
   return text == '' and {} or cjson.decode(text)
 end
 
--- What the windows have left, for whoever must go on alone.
+-- What the windows have left, or less, for whoever must go on alone: booking makes them forget.
 local function left(s)
   local units = {}
   for i, m in ipairs(s.meters) do
@@ -101,6 +101,9 @@ end
 
 function verbs.heartbeat(slots)
   local s = load(known, fresh, config, ttl)
+  for _, m in ipairs(s.meters) do -- perhaps nobody has booked anything for long
+    window_forget(m.window, s.now)
+  end
   revive(s, worker, ttl, read(slots))
   bury(s)
   local told = due(s)

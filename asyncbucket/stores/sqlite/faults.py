@@ -24,9 +24,7 @@ _MEANINGS: Final = {
         "no space is left ({free} free), so nothing was booked; free some, or move the file to "
         "another disk"
     ),
-    sqlite3.SQLITE_CANTOPEN: (
-        "it cannot be opened: {trouble}; make the folder, or give another path"
-    ),
+    sqlite3.SQLITE_CANTOPEN: "it cannot be opened: {trouble}, or give another path",
     sqlite3.SQLITE_READONLY: _RIGHTS,
     sqlite3.SQLITE_PERM: _RIGHTS,
     sqlite3.SQLITE_CORRUPT: _DAMAGED,
@@ -66,7 +64,7 @@ def _free(folder: Path) -> str:
 
 def _trouble(folder: Path) -> str:
     if not folder.exists():
-        return f"there is no folder {folder}"
+        return f"there is no folder {folder}; make the folder"
     if not os.access(folder, os.W_OK):
-        return f"the folder {folder} is not writable"
-    return "it is not a plain file, or may not be read"
+        return f"the folder {folder} is not writable; give this user the right to write there"
+    return "it is not a plain file, or may not be read; see what it is"
