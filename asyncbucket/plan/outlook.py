@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from asyncbucket.errors import CostExceedsLimit
+from asyncbucket.feedback.adaptive import read_concurrency
 from asyncbucket.limits import Limit
 from asyncbucket.numeric import is_integer
 from asyncbucket.plan.arrivals import MOST
@@ -82,7 +83,7 @@ def _check(loads: Loads, bounds: Bounds) -> None:
     for name, load in loads.items():
         own = bounds.of(name)
         for slots in (own.concurrency, bounds.concurrency):
-            if slots is not None and not is_integer(slots):
+            if read_concurrency(slots) and not is_integer(slots):
                 raise ValueError(
                     f"concurrency={slots!r} depends on how a server answers, which a plan cannot know: "
                     "give a number"
