@@ -6,9 +6,9 @@
     ├── LimitSyntaxError (ValueError)    a limit that cannot be read
     ├── CostExceedsLimit (ValueError)    a call that can never pass
     ├── WouldBlock                       ``acquire_nowait`` found no room now
-    ├── AcquireTimeout (TimeoutError)    the deadline came first, or is bound to
-        ├── AcquireTimeout (TimeoutError)    the deadline passed, or is bound to
-        ├── QueueFull                        ``max_queue`` calls wait already
+    ├── AcquireTimeout (TimeoutError)    the deadline passed, or is bound to
+    ├── QueueFull                        ``max_queue`` calls wait already
+    └── StoreError                       shared state is out of reach, or unusable
 
 Every message says what happened, the numbers, and the remedy.
 """

@@ -6,6 +6,7 @@ the work is left to whoever holds the lock (`Budget.run_or_postpone`).
 """
 
 import functools
+from collections.abc import Collection, Mapping
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -109,8 +110,9 @@ class Lease(OfThisProcess):
 
         What was reserved beyond it is given back at once, and admits waiting calls. What was used
         beyond the reservation becomes a debt that later calls wait for. Resources that are not
-        named stay as they are, except that ``tokens`` follows its parts. Settling again replaces
-        the earlier report; reporting the same again changes nothing.
+        named stay as they are, except that ``tokens`` follows its parts. (If only ``tokens`` was
+        reserved, report both parts, or ``tokens``: one part alone gives nothing back of the whole.)
+        Settling again replaces the earlier report; reporting the same again changes nothing.
 
         Raises:
             TypeError, ValueError: an amount is not a finite number from 0 on, or no limit counts
@@ -139,7 +141,7 @@ class Lease(OfThisProcess):
         """Correct the meters to ``used``, and admit calls that fit into what comes back."""
         account, booked = self._account, self._booked()
         if "tokens" not in used and not used.keys().isdisjoint(_TOKENS):
-            used = used | {"tokens": sum((booked | used).get(name, 0) for name in _TOKENS)}
+            used = used | {"tokens": self._total(booked | used, used.keys() | (self._parts or {}))}
         if account.budget.observed:
             corrects = {name: booked[name] for name in used if name in (self._parts or ())}
             account.tell_later(Settled, reserved=self.cost, used=used, corrects=corrects)
@@ -155,6 +157,19 @@ class Lease(OfThisProcess):
             account.correct(self._priority, booked, self._booked())
         if refunds or (changes and account.deep):
             account.budget.ring_locked(account)
+
+    def _total(self, booked: Mapping[str, int], reported: Collection[str]) -> int:
+        """Return input and output tokens together, of which one may not be ``reported`` yet.
+
+        If the split was unknown, each was reserved as the whole. Then one that is not reported yet
+        adds no more than the other leaves of the whole.
+        """
+        total = sum(booked.get(name, 0) for name in _TOKENS)
+        if all(name in reported for name in _TOKENS):
+            return total
+        reserved = self._amounts
+        beyond = sum(max(0, booked.get(name, 0) - reserved.get(name, 0)) for name in _TOKENS)
+        return min(total, reserved.get("tokens", 0) + beyond)
 
     def _correct_locked(self, resource: str, more: int) -> None:
         """Book ``more`` units of ``resource`` now.

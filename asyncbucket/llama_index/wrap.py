@@ -17,17 +17,14 @@ its ``__dict__`` is the inner model's. Its private values are copies: among them
 and HTTP clients that do not retry. The inner model is left as it was, and stays unpaced.
 
 Where a call is paced
-        *LLMs*: at ``chat``, ``complete``, their streams and asynchronous twins. Everything else
-            that
-        LlamaIndex does with a model goes through these; ``predict_and_call`` must not be paced as a
-        whole, since tools run inside it. The exception is the structured prediction of some
-        integrations, which use their client directly. See `llm` and `structured`.
-        *Embeddings*: beneath the cache, at the private methods that make one request. See
-            `embedding`.
-        *Structured LLMs* (``llm.as_structured_llm(...)``) have a model inside; that one is paced.
-        *Tools*: at ``call`` and ``acall``, with which agents run them, without the calls that they
-            make.
-        See `tools`, and `asyncbucket.http.running` for what they hold meanwhile.
+    *LLMs*: at ``chat``, ``complete``, their streams and asynchronous twins. Everything else that
+    LlamaIndex does with a model goes through these; ``predict_and_call`` must not be paced as a
+    whole, since tools run inside it. The exception is the structured prediction of some
+    integrations, which use their client directly. See `llm` and `structured`.
+    *Embeddings*: beneath the cache, at the private methods that make one request. See `embedding`.
+    *Structured LLMs* (``llm.as_structured_llm(...)``) have a model inside; that one is paced.
+    *Tools*: at ``call`` and ``acall``, with which agents run them, without the calls that they
+    make. See `tools`, and `asyncbucket.http.running` for what they hold meanwhile.
 
 The traps, and where they are handled
     Public methods call public methods, and would pay twice: `held`. A stream holds its slot until
@@ -35,8 +32,7 @@ The traps, and where they are handled
     tenacity each retry, so one call may become twelve: `clients`, and `Paced.max_retries`.
     Pickling: `copies`.
     Spans: LlamaIndex puts one around a method that a *class* overrides, by ``__init_subclass__``.
-        The
-    overrides are in a mixin that is not a model, so this does not apply: a call has the same span
+    The overrides are in a mixin that is not a model, so this does not apply: a call has the same span
     and events as before, and the wait comes before them (`events`).
 
 Each attempt of a retried call has an admission, a span and a start event of its own, because that
@@ -99,8 +95,7 @@ def wrap(
         limiter: what admits the calls; it may be shared with other models and plain code.
         child: a limiter below ``limiter``, or the name of its child, to use instead.
         retry: the most attempts, or a `Retry`; False for a single attempt. 5 attempts by default.
-            Models
-            only: a tool is never retried.
+            Models only: a tool is never retried.
         estimator: what estimates the cost of a model's call in tokens, instead of the default.
         cost: what a tool's call costs, instead of one request; see `ToolCost`.
 

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from asyncbucket.limiter.terms import read_count
+from asyncbucket.feedback.adaptive import read_concurrency
 from asyncbucket.limits import Limit, read_limits
+from asyncbucket.numeric import is_integer
 from asyncbucket.plan.arrivals import Arrivals
 from asyncbucket.plan.bounds import Bounds
 from asyncbucket.plan.samples import Samples
@@ -63,13 +64,14 @@ def bounds_of(
 
 
 def _slots(concurrency: Any) -> int | None:
-    """Return how many calls may be in flight."""
-    if concurrency == "auto" or isinstance(concurrency, tuple):
+    """Return how many calls may be in flight, read as a limiter reads it."""
+    bounds = read_concurrency(concurrency)
+    if bounds is not None and not is_integer(concurrency):
         raise ValueError(
             f"concurrency={concurrency!r} depends on how a server answers, which a plan cannot know: "
             "give a number"
         )
-    return None if concurrency is None else read_count(concurrency, "concurrency", least=1)
+    return None if bounds is None else bounds[0]
 
 
 def _checked_limits(limits: Sequence[str | Limit], name: str) -> Sequence[str | Limit]:

@@ -9,9 +9,8 @@ What is decided here, for each failed attempt:
    `asyncbucket.http.refusals`: the refusals of one wave make one pause. If the server names no
    time, the pause doubles from wave to wave.
 3. *When?* As the server says, plus up to a tenth; otherwise by exponential back-off, of which a
-   random
-   part between a half and the whole is waited. Never past the deadline, and never longer than
-   `max_wait`: then the call fails at once.
+   random part between a half and the whole is waited. Never past the deadline, and never longer
+   than `max_wait`: then the call fails at once.
 4. *May we?* A retry budget bounds the load that an outage would multiply; see `RetryBudget`.
 
 Each attempt acquires anew: during a back-off a call holds no slot and no tokens. The user sees the

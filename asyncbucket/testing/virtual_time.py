@@ -17,21 +17,16 @@ two public interfaces, `SelectorEventLoop(selector)` and `loop.time()`, and one 
 What is guaranteed:
 
 - *Exact*. Time is kept in integer nanoseconds; `loop.time()` is those nanoseconds as a float. A
-  timer runs
-  at its own instant rounded up to a nanosecond, never before it and never a microsecond late, so
-  `clock()` can be compared with `==`. Time stands still while code runs.
+  timer runs at its own instant rounded up to a nanosecond, never before it and never a microsecond
+  late, so `clock()` can be compared with `==`. Time stands still while code runs.
 - *Deterministic*. Timers run in order of their instants; those of one instant in the order of
-  asyncio's
-  heap.
+  asyncio's heap.
 - *No hang*. If nothing is ready, no timer is set and the main task isn't done, `DeadlockError`
-  names the
-  tasks that wait and where. Sleeping until infinity sets no timer.
+  names the tasks that wait and where. Sleeping until infinity sets no timer.
 - *Executors*. Work given to `run_in_executor` (`asyncio.to_thread`) takes no virtual time: while
-  any is
-  running, the loop really waits for it and the clock stands still.
+  any is running, the loop really waits for it and the clock stands still.
 - *Other threads and sockets* are unknown to the loop: a callback from `call_soon_threadsafe` or
-  data on a
-  socket is served when it arrives, and a loop with timers may have jumped by then. With
+  data on a socket is served when it arrives, and a loop with timers may have jumped by then. With
   `real_wait`, each jump first waits that many real seconds for them. If no timer is left, the loop
   gives them a real second before it reports a deadlock.
 

@@ -1,6 +1,7 @@
 """What is refused, and what the message says: the cause, the numbers, the remedy."""
 
 import asyncio
+import re
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from asyncbucket import (
     StoreError,
     TokenBucket,
     WouldBlock,
+    errors,
     pace,
 )
 from asyncbucket.testing import VirtualTime
@@ -39,6 +41,19 @@ def test_errors_share_one_base_and_derive_from_builtin_errors() -> None:
     assert issubclass(CostExceedsLimit, ValueError)
     assert issubclass(LimitSyntaxError, ValueError)
     assert issubclass(AcquireTimeout, TimeoutError)
+
+
+def test_errors_module_docstring_draws_every_error_once() -> None:
+    """Each is drawn beneath the common base, with the built-in error that it also is."""
+    drawn = re.findall(r"^ {4}[├└]── (\w+) (?:\((\w+)\))?", errors.__doc__ or "", re.MULTILINE)
+
+    kinds = AsyncBucketError.__subclasses__()
+    kinds += [heir for kind in kinds for heir in kind.__subclasses__()]
+    assert sorted(drawn) == sorted(
+        (kind.__name__, "".join(base.__name__ for base in kind.__bases__[1:]))
+        for kind in kinds
+        if kind.__module__ == errors.__name__ and not kind.__name__.startswith("_")
+    )
 
 
 def test_cost_above_limit_fails_at_once(virtual_time: VirtualTime) -> None:

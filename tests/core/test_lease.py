@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncbucket import Limiter
+from asyncbucket import Cost, Limiter
 from asyncbucket.testing import VirtualTime, virtual_time
 
 
@@ -173,6 +173,28 @@ def test_settlement_changes_only_named_resources_and_token_sum(virtual_time: Vir
     other.undo()
     lease.settle(requests=3)
     assert used() == [90, 10, 70, 1]
+
+
+def test_settling_one_part_alone_does_not_count_the_total_twice(
+    virtual_time: VirtualTime,
+) -> None:
+    """An embedding that reserved tokens and reports its input has not used both."""
+    limiter = Limiter("1k ITPM", "1k OTPM", "2k TPM", clock=virtual_time.clock)
+
+    def used() -> list[int]:
+        return [use.used for use in limiter.statistics().limits]
+
+    lease = limiter.acquire_nowait(tokens=100)
+    lease.settle(input_tokens=130)
+    assert used() == [130, 100, 130]
+    lease.settle(input_tokens=90)
+    assert used() == [90, 100, 100]
+    lease.settle(output_tokens=30)
+    assert used() == [90, 30, 120]
+    lease.undo()
+    lease = limiter.acquire_nowait(Cost(requests=1))
+    lease.settle(output_tokens=7)
+    assert used() == [0, 7, 7]
 
 
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), True, "5"])
