@@ -11,7 +11,6 @@ not pass by waiting, and pauses nobody.
 
 Several parties may hear of one wave: each transport of a limiter, and each wrapped model's retries.
 What they have heard is kept once for each limiter, so it remains one wave.
-that is wrapped. What they have heard is kept once for each limiter, so that it stays one wave.
 """
 
 import logging
