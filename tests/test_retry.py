@@ -821,6 +821,32 @@ def test_call_that_always_gets_429_makes_five_attempts(stage: Stage) -> None:
     ]
 
 
+def test_429s_without_end_fail_calls_after_max_wait_not_after_all_attempts(stage: Stage) -> None:
+    """Sixty calls would else make 300 attempts, one after each pause of two minutes: ten hours."""
+    retrier = stage.retrier()
+    scripts = [stage.script(status_error(429)) for _ in range(60)]
+    failed: dict[float, openai.RateLimitError] = {}
+
+    async def paced(script: Script) -> str:
+        async with stage.limiter.acquire():
+            return await script()
+
+    async def call(script: Script) -> None:
+        with pytest.raises(openai.RateLimitError) as caught:
+            await retrier.call(lambda: paced(script))
+        failed[stage.time.now] = caught.value
+
+    async def main() -> None:
+        await asyncio.gather(*(call(script) for script in scripts))
+
+    stage.run(main())
+    assert list(failed) == [127 + 120 * n for n in range(60)]
+    assert failed[127].__notes__ == [
+        "asyncbucket: tried once in 127.0 s; gave up: the provider has refused every call for 127 s"
+    ]
+    assert sum(len(script.times) for script in scripts) == 67
+
+
 @pytest.fixture(name="hook_details")
 def record_hook_details() -> Iterator[list[RetryDetails]]:
     """Instrument stamina, and record what its hook is told."""

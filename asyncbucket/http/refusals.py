@@ -63,11 +63,13 @@ class _Response:
 class _Heard:
     """What is known of one limiter's refusals, from whichever source."""
 
-    __slots__ = ("lock", "paused_until", "quiet_until", "since", "told_of_quota", "waves")
+    __slots__ = ("began", "lock", "paused_until", "quiet_until", "since", "told_of_quota", "waves")
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        #: Waves since a call last succeeded, and when the first of them came.
         self.waves = 0
+        self.began = -math.inf
         #: When the latest wave came, and when its pause ends.
         self.since = -math.inf
         self.paused_until = -math.inf
@@ -99,6 +101,11 @@ class Refusals:
             with heard.lock:
                 if heard.is_over(self._limiter.now(), sent_at):
                     heard.waves = 0
+
+    def lasted(self, *, waves: int) -> float:
+        """Return for how long (s) no call has succeeded, if there were more than so many ``waves``."""
+        heard = self._heard
+        return self._limiter.now() - heard.began if heard.waves > waves else 0.0
 
     def judge(
         self,
@@ -163,6 +170,8 @@ class Refusals:
             if new_wave:
                 heard.waves += 1
                 heard.since = now
+                if heard.waves == 1:
+                    heard.began = now
             if asked is not None:
                 seconds = min(asked, longest)
             elif not new_wave:

@@ -44,7 +44,8 @@ class Retry:
 
     Args:
         attempts: the most attempts for one call, the first included; 1 switches retries off.
-        max_wait: the longest wait (s) before an attempt. A call told to wait longer fails at once.
+        max_wait: the longest wait (s) before an attempt. A call told to wait longer fails at once,
+            and so does one that gets a 429 without a time after nothing else came for longer.
         jitter: the fraction of a ``Retry-After`` added at random, so that calls do not come all at
             once.
         backoff: the wait (s) after a first failure if the server names none; it doubles.

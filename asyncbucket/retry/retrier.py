@@ -132,6 +132,10 @@ class Retrier:
             sent_at=sent_at,
         )
 
+    def refused_for(self) -> float:
+        """Return for how long (s) the provider has refused whatever came; 0 if that is not sure."""
+        return self._refusals.lasted(waves=self.policy.attempts)
+
     def back_off(self, failures: int) -> float:
         """Return the seconds to wait after this many failures in a row, jitter included."""
         longest = doubled(self.policy.backoff, failures, most=self.policy.max_wait)

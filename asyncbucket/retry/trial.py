@@ -97,6 +97,9 @@ class Trial:
             return 0.0, f"Retry(attempts={policy.attempts}) allows no more"
         if is_stamina_off():
             return 0.0, "stamina is switched off"
+        refused_for = retrier.refused_for() if paused is not None and retry_after is None else 0.0
+        if refused_for > policy.max_wait:
+            return 0.0, f"the provider has refused every call for {in_seconds(refused_for)}"
         if retry_after is not None and retry_after > policy.max_wait:
             return 0.0, (
                 f"the provider asks to wait {in_seconds(retry_after)}, "
