@@ -93,27 +93,28 @@ class Trial:
         if not verdict.retry:
             return 0.0, f"{verdict.reason} is not retried"
         paused = retrier.pause(verdict, self.sent.at) if verdict.rate_limited else None
-        if self.attempts >= policy.attempts:
-            return 0.0, f"Retry(attempts={policy.attempts}) allows no more"
-        if is_stamina_off():
-            return 0.0, "stamina is switched off"
         refused_for = retrier.refused_for() if paused is not None and retry_after is None else 0.0
-        if refused_for > policy.max_wait:
-            return 0.0, f"the provider has refused every call for {in_seconds(refused_for)}"
-        if retry_after is not None and retry_after > policy.max_wait:
-            return 0.0, (
-                f"the provider asks to wait {in_seconds(retry_after)}, "
-                f"and Retry(max_wait={policy.max_wait:g}) allows no more"
-            )
         given_wait = paused if retry_after is None else retry_after
         wait = retrier.hold_on(given_wait) if given_wait else retrier.back_off(self.attempts)
         left = self.deadline - retrier.now()
-        if not wait <= left:
-            return (
-                0.0,
-                f"the next attempt is due in {in_seconds(wait)}, the deadline in {in_seconds(left)}",
+        if self.attempts >= policy.attempts:
+            reason = f"Retry(attempts={policy.attempts}) allows no more"
+        elif is_stamina_off():
+            reason = "stamina is switched off"
+        elif retry_after is not None and retry_after > policy.max_wait:
+            reason = (
+                f"the provider asks to wait {in_seconds(retry_after)}, "
+                f"and Retry(max_wait={policy.max_wait:g}) allows no more"
             )
-        return wait, None
+        elif refused_for > policy.max_wait:
+            reason = f"the provider has refused every call for {in_seconds(refused_for)}"
+        elif not wait <= left:
+            reason = (
+                f"the next attempt is due in {in_seconds(wait)}, the deadline in {in_seconds(left)}"
+            )
+        else:
+            return wait, None
+        return 0.0, reason
 
     def final_error(self, ended: TryAgain | AsyncBucketError) -> Exception:
         """Return what to raise if no further attempt was possible: the provider's last error."""
