@@ -30,7 +30,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol, Self, TypeVar
 
-from asyncbucket.http.held import Held, current
+from asyncbucket.http.held import HeldLease, innermost_held_lease
 from asyncbucket.http.profiles import GENERIC, profile_of
 from asyncbucket.http.usage import usage_of
 from asyncbucket.llama_index.held import HeldCall
@@ -55,19 +55,19 @@ class _Trace:
 
     __slots__ = ("_held", "_profile")
 
-    def __init__(self, held: Held, request: _Request) -> None:
+    def __init__(self, held: HeldLease, request: _Request) -> None:
         self._held = held
         self._profile = held.profile = profile_of(request.url.host)
 
     def hear(self, event: str, info: Mapping[str, Any]) -> None:
         """Handle one event of httpcore."""
         if event.endswith(_GOES_OUT):
-            self._held.left()
+            self._held.request_sent()
         elif event.endswith(_ANSWERED) and self._profile is not GENERIC:
             parts = info["return_value"]  # HTTP/1.1 has more parts than HTTP/2
             status = next(each for each in parts if isinstance(each, int))
             headers = next((each for each in parts if isinstance(each, list)), [])
-            self._held.answered(status, headers, self._profile)
+            self._held.headers_received(status, headers, self._profile)
 
     async def hear_async(self, event: str, info: Mapping[str, Any]) -> None:
         """Do the same on an event loop."""
@@ -150,14 +150,14 @@ def _reporting_class(cls: type[Any]) -> type[Any]:
 
     def prepare(self: Any, request: _Request) -> None:
         cls._prepare_request(self, request)
-        if (held := current()) is not None:
-            held.leaves()
+        if (held := innermost_held_lease()) is not None:
+            held.request_prepared()
             request.extensions = {"trace": _Trace(held, request).hear, **request.extensions}
 
     async def prepare_async(self: Any, request: _Request) -> None:
         await cls._prepare_request(self, request)
-        if (held := current()) is not None:
-            held.leaves()
+        if (held := innermost_held_lease()) is not None:
+            held.request_prepared()
             request.extensions = {"trace": _Trace(held, request).hear_async, **request.extensions}
 
     def request(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -180,7 +180,7 @@ def _reporting_class(cls: type[Any]) -> type[Any]:
 
 def _seen(reply: Any, arguments: Mapping[str, Any]) -> Any:
     """Return ``reply``, after noting its usage; or, if it is a stream, how to close the request."""
-    held = current()
+    held = innermost_held_lease()
     if isinstance(held, HeldCall):
         if not arguments.get("stream"):
             held.replied(usage_of(reply))

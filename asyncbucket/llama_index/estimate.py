@@ -21,7 +21,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 from asyncbucket.cost import rounded_up
-from asyncbucket.http.body import A_SMALL_IMAGE, AN_IMAGE, is_count, replies_of
+from asyncbucket.http.body import (
+    IMAGE_TOKENS,
+    LOW_DETAIL_IMAGE_TOKENS,
+    is_positive_integer,
+    replies_of,
+)
 from asyncbucket.http.forecast import OutputForecast
 from asyncbucket.llama_index.tokens import Tokenizer, bundled_tokenizer, count
 
@@ -170,7 +175,7 @@ class DefaultEstimator:
             sent.add_argument(arguments.get(name))
         told = (arguments.get(name) for name in _LIMITS_OF_OUTPUT)
         always = (getattr(model, name, None) for name in _LIMITS_OF_OUTPUT)
-        limit = next(filter(is_count, (*told, *always)), 0)
+        limit = next(filter(is_positive_integer, (*told, *always)), 0)
         return Estimate(
             input_tokens=self.count(*sent.texts) + sent.tokens,
             # The forecast is for the whole call.
@@ -204,7 +209,7 @@ class _Sent:
         """Add a content block; a block of an unknown kind counts by its text."""
         match getattr(block, "block_type", None):
             case "image":
-                self.tokens += A_SMALL_IMAGE if block.detail == "low" else AN_IMAGE
+                self.tokens += LOW_DETAIL_IMAGE_TOKENS if block.detail == "low" else IMAGE_TOKENS
             case "document" if str(block.document_mimetype).startswith("text/") and block.data:
                 self.tokens += _size(block.data) // 4
             case "audio" | "video" | "document" as kind:

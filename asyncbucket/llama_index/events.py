@@ -10,7 +10,7 @@ from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
 from pydantic import ConfigDict
 
-from asyncbucket.http.running import make_way
+from asyncbucket.http.running import give_up_slots
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.books import shown_name
 from asyncbucket.limiter.lease import Lease
@@ -80,7 +80,7 @@ class RateLimitPauseEvent(RateLimitEvent):
 
 async def admit(limiter: Limiter, amounts: Mapping[str, Any]) -> Lease:
     """Wait for the admission of a call and report the wait; calls around it give up slots it needs."""
-    make_way(limiter)
+    give_up_slots(limiter)
     began = limiter.now()
     try:
         with _told_here():
@@ -94,7 +94,7 @@ async def admit(limiter: Limiter, amounts: Mapping[str, Any]) -> Lease:
 
 def admit_sync(limiter: Limiter, amounts: Mapping[str, Any]) -> Lease:
     """Do the same as `admit`, on a thread that may be blocked."""
-    make_way(limiter)
+    give_up_slots(limiter)
     with _told_here():
         lease = limiter.acquire_sync(**amounts)
     _tell_of_wait(lease, limiter)

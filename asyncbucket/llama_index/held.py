@@ -19,8 +19,8 @@ from typing import Any, Final, TypeVar
 
 from asyncbucket.context import put_back
 from asyncbucket.http.failures import classify, never_sent
-from asyncbucket.http.held import Held, around, current
-from asyncbucket.http.learn import Ear
+from asyncbucket.http.held import HeldLease, held_leases, innermost_held_lease
+from asyncbucket.http.learn import HeaderReader
 from asyncbucket.http.usage import Usage, usage_of
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.lease import Lease
@@ -32,13 +32,13 @@ T = TypeVar("T")
 _END: Final[Any] = object()
 
 
-class HeldCall(Held):
+class HeldCall(HeldLease):
     """Note that a model's call runs in this context under a lease of ``limiter``."""
 
     __slots__ = ("_replies", "_stream", "methods", "watched")
 
-    def __init__(self, limiter: Limiter, lease: Lease, ear: Ear) -> None:
-        super().__init__(limiter, lease, ear)
+    def __init__(self, limiter: Limiter, lease: Lease, header_reader: HeaderReader) -> None:
+        super().__init__(limiter, lease, header_reader)
         #: Methods called inside.
         self.methods: list[Method] = []
         #: What the SDK's replies said was used, in total.
@@ -51,7 +51,7 @@ class HeldCall(Held):
     def asks(self, method: "Method") -> None:
         """Note a method that is called inside: each but the first adds a request."""
         self.methods.append(method)
-        self.owe(len(self.methods))
+        self.pay_for(len(self.methods))
 
     def replied(self, usage: Usage | None) -> None:
         """Add what one reply of the SDK says was used."""
@@ -82,7 +82,7 @@ class HeldCall(Held):
         if not self.requests:
             return self.watched
         # The SDK's own error says only that there was no connection; its cause says why.
-        return self.requests == 1 and self._left is None and never_sent(error.__cause__)
+        return self.requests == 1 and self._sent_at is None and never_sent(error.__cause__)
 
     def streams(self, stream: object) -> None:
         """Note the SDK's own stream that this call reads."""
@@ -108,7 +108,7 @@ def held_call(limiter: Limiter) -> HeldCall | None:
     return next(
         (
             held
-            for held, _ in around()
+            for held, _ in held_leases()
             if isinstance(held, HeldCall) and is_under(held.limiter, limiter)
         ),
         None,
@@ -117,7 +117,7 @@ def held_call(limiter: Limiter) -> HeldCall | None:
 
 def watch(*, reports: bool) -> None:
     """Note whether the client that this context's call asks for reports its requests."""
-    held = current()
+    held = innermost_held_lease()
     if isinstance(held, HeldCall):
         held.watched = reports
 

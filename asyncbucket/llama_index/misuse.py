@@ -14,7 +14,7 @@ from typing import Any, Final
 from weakref import WeakSet
 
 import asyncbucket
-from asyncbucket.http.alike import ALIKE, MANY
+from asyncbucket.http.duplicates import DUPLICATE_LIMITERS, WARNING_THRESHOLD
 from asyncbucket.limiter import Limiter
 from asyncbucket.llama_index.clients import is_client
 from asyncbucket.wording import in_seconds
@@ -45,11 +45,11 @@ def warn_of_misuse(model: Any, limiter: Limiter, *, attempts: int) -> None:
         )
     asked = tuple(str(getattr(model, name, "")) for name in ("model", "model_name", "api_base"))
     key = getattr(model, "api_key", None)
-    if ALIKE.is_one_too_many(limiter, key, type(model), asked):
+    if DUPLICATE_LIMITERS.is_one_too_many(limiter, key, type(model), asked):
         _warn(
-            f"{MANY} limiters like {limiter!r} were made for the same model and key: one that is "
-            f"made for each request remembers nothing, and limits nothing; make it once, when the "
-            f"program starts, and wrap with that"
+            f"{WARNING_THRESHOLD} limiters like {limiter!r} were made for the same model and key: "
+            f"one that is made for each request remembers nothing, and limits nothing; make it once, "
+            f"when the program starts, and wrap with that"
         )
 
 

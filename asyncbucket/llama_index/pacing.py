@@ -7,7 +7,7 @@ from typing import Any, Self, TypeVar
 
 from asyncbucket.context import inherited
 from asyncbucket.http.held import holding
-from asyncbucket.http.learn import Ear
+from asyncbucket.http.learn import HeaderReader
 from asyncbucket.http.usage import Usage, usage_of
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.lease import Lease
@@ -23,7 +23,7 @@ T = TypeVar("T")
 class Pacing:
     """Pace the calls of one model; copies of the model share it."""
 
-    __slots__ = ("asks_for_usage", "ear", "estimator", "limiter", "options", "retrier")
+    __slots__ = ("asks_for_usage", "estimator", "header_reader", "limiter", "options", "retrier")
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Pacing:
         # A refusal concerns all who share the provider's limits.
         self.retrier = Retrier(Retry.of(retry), provider_of(limiter), caller=limiter)
         #: What reads the headers of replies, if the HTTP client passes them on.
-        self.ear = Ear(limiter)
+        self.header_reader = HeaderReader(limiter)
         #: Whether streams ask the provider for the usage; off for good once it refuses.
         self.asks_for_usage = True
 
@@ -129,7 +129,7 @@ class Pacing:
     @contextlib.contextmanager
     def _held(self, lease: Lease) -> Generator[HeldCall]:
         """Tell ``lease`` how the call failed, if it does."""
-        held = HeldCall(self.limiter, lease, self.ear)
+        held = HeldCall(self.limiter, lease, self.header_reader)
         try:
             yield held
         except BaseException as error:

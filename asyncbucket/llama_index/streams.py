@@ -82,7 +82,10 @@ class _Stream(Generic[T]):
         self._over = False
 
     def _admitted(self, lease: Lease) -> None:
-        self._lease, self._held = lease, HeldCall(self._pacing.limiter, lease, self._pacing.ear)
+        self._lease, self._held = (
+            lease,
+            HeldCall(self._pacing.limiter, lease, self._pacing.header_reader),
+        )
 
     @contextlib.contextmanager
     def _step(self) -> Generator[None]:

@@ -24,7 +24,7 @@ from asyncbucket import (
 from asyncbucket.events import Event, LimitChanged, Released, StoreLost
 from asyncbucket.feedback.adaptive import Adaptive
 from asyncbucket.http import OPENAI
-from asyncbucket.http.learn import Ear
+from asyncbucket.http.learn import HeaderReader
 from asyncbucket.stores import Terms, open_store
 from asyncbucket.stores.redis import RedisStore
 from asyncbucket.stores.redis_ledger import RedisLedger
@@ -575,7 +575,7 @@ async def test_limit_announced_by_provider_applies_to_all_limiters(where: str) -
     for limiter in (one, two):
         (await limiter.acquire()).release()
     for number in (10**15 - 1, 3):
-        Ear(one).hear([(b"x-ratelimit-limit-requests", str(number).encode())], OPENAI)
+        HeaderReader(one).read([(b"x-ratelimit-limit-requests", str(number).encode())], OPENAI)
     await asyncio.sleep(0.1)
     (await one.acquire(timeout=0.5)).release()
     with pytest.raises(AcquireTimeout, match="requests bind"):
