@@ -19,7 +19,7 @@ from asyncbucket.llama_index.misuse import warn_of_time_out
 _dispatcher: Final = get_dispatcher(__name__)
 
 #: Whether the code that asks for the current admission reports its wait.
-_told: Final[ContextVar[bool]] = ContextVar("asyncbucket told of waits", default=False)
+_wait_is_reported: Final[ContextVar[bool]] = ContextVar("asyncbucket told of waits", default=False)
 
 
 class RateLimitEvent(BaseEvent):
@@ -83,40 +83,41 @@ async def admit(limiter: Limiter, amounts: Mapping[str, Any]) -> Lease:
     give_up_slots(limiter)
     began = limiter.now()
     try:
-        with _told_here():
+        with _mark_wait_reported():
             lease = await limiter.acquire(**amounts)
     except asyncio.CancelledError:
         warn_of_time_out(limiter, limiter.now() - began)
         raise
-    _tell_of_wait(lease, limiter)
+    _report_wait(lease, limiter)
     return lease
 
 
 def admit_sync(limiter: Limiter, amounts: Mapping[str, Any]) -> Lease:
     """Do the same as `admit`, on a thread that may be blocked."""
     give_up_slots(limiter)
-    with _told_here():
+    with _mark_wait_reported():
         lease = limiter.acquire_sync(**amounts)
-    _tell_of_wait(lease, limiter)
+    _report_wait(lease, limiter)
     return lease
 
 
-def is_told() -> bool:
+def is_wait_reported() -> bool:
     """Return whether the code that asks for the current admission reports its wait."""
-    return _told.get()
+    return _wait_is_reported.get()
 
 
 @contextlib.contextmanager
-def _told_here() -> Generator[None]:
+def _mark_wait_reported() -> Generator[None]:
     """Keep others from reporting the admissions that are asked for inside."""
-    _told.set(True)
+    _wait_is_reported.set(True)
     try:
         yield
     finally:
-        _told.set(False)  # no token: a coroutine may be closed in another context than it ran in
+        # No token: a coroutine may be closed in another context than it ran in.
+        _wait_is_reported.set(False)
 
 
-def _tell_of_wait(lease: Lease, limiter: Limiter) -> None:
+def _report_wait(lease: Lease, limiter: Limiter) -> None:
     if lease.waited > 0:
         name = shown_name(limiter.name)
         _dispatcher.event(

@@ -163,7 +163,7 @@ async def test_workflow_timed_out_in_queue_is_logged_once(
     await Greeting().run()
     with pytest.raises(WorkflowTimeoutError):
         await Greeting(timeout=0.1).run()
-    monkeypatch.setattr(misuse, "_HARDLY", 0.0)
+    monkeypatch.setattr(misuse, "_MIN_WAIT", 0.0)
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(llm.acomplete("Hello."), 0.1)
     assert not caplog.messages
