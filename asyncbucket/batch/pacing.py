@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
 from asyncbucket.cost import Cost
-from asyncbucket.http.running import make_way, running
+from asyncbucket.http.running import give_up_slots, running
 from asyncbucket.limiter import Limiter
 from asyncbucket.wording import shown
 
@@ -44,7 +44,7 @@ def admit_each(
     keywords_of = _keywords_of({} if price is None else price)
 
     async def call(item: Any, begin: Callable[[], None]) -> Any:
-        make_way(limiter)  # of calls around this batch
+        give_up_slots(limiter)  # of calls around this batch
         async with limiter.acquire(**keywords_of(item)) as lease:
             try:
                 begin()

@@ -11,22 +11,22 @@ from asyncbucket.http.body import (
     Tail,
     find_usage,
     is_complete,
-    only_reads,
+    is_input_only,
     read_json,
     replies_of,
 )
 from asyncbucket.http.failures import FIRST_ERROR, classify, never_sent
 from asyncbucket.http.forecast import OutputForecast
-from asyncbucket.http.learn import Ear, pairs
+from asyncbucket.http.learn import HeaderReader, header_pairs
 from asyncbucket.http.profiles import Call, Profile
 from asyncbucket.http.refusals import Refusals
 from asyncbucket.http.usage import Usage
 from asyncbucket.limiter.lease import Lease
 
 #: If calls wait, many leave at once: calls this close together (s) may arrive in another order.
-_LAG: Final = 0.2
+_REORDERING_LAG: Final = 0.2
 #: A request that leaves this long (s) after its admission is dated anew: connecting takes time.
-_SOON: Final = 0.002
+_REDATE_AFTER: Final = 0.002
 _ENCODING: Final = b"content-encoding"
 
 
@@ -36,12 +36,12 @@ class Attempt:
     __slots__ = (
         "__weakref__",  # pyright: ignore[reportUninitializedInstanceVariable]
         "_call",
-        "_ear",
         "_encoding",
+        "_ended",
         "_forecast",
+        "_header_reader",
         "_lease",
         "_now",
-        "_over",
         "_profile",
         "_refusals",
         "_reply",
@@ -56,7 +56,7 @@ class Attempt:
         call: Call,
         profile: Profile,
         *,
-        ear: Ear,
+        header_reader: HeaderReader,
         refusals: Refusals,
         forecast: OutputForecast,
         now: Callable[[], float],
@@ -65,13 +65,13 @@ class Attempt:
         self._lease = lease
         self._call = call
         self._profile = profile
-        self._ear = ear
+        self._header_reader = header_reader
         self._refusals = refusals
         self._forecast = forecast
         self._now = now
         self._sent_at = now()
         self._settles = settles
-        self._over = False
+        self._ended = False
         self._reply: Any = None
         self._encoding: str | None = None
         self._tail: Tail | None = None
@@ -85,21 +85,21 @@ class Attempt:
         else:
             self._lease.failed()
 
-    def leaves(self) -> None:
+    def request_sent(self) -> None:
         """Note that the request leaves only now."""
         now = self._now()
-        if now - self._sent_at > _SOON:
+        if now - self._sent_at > _REDATE_AFTER:
             self._sent_at = now
             self._lease.sent()
 
-    def answered(self, reply: Any) -> None:
+    def headers_received(self, reply: Any) -> None:
         """Take in status and headers; the body follows."""
         self._reply = reply
-        good = reply.status_code < FIRST_ERROR
-        if not good or self._ear.is_due(self._sent_at):
-            since = self._sent_at - (_LAG if self._lease.waited else 0.0)
-            self._ear.hear(reply.headers, self._profile, since=since, good=good)
-        if good:
+        ok = reply.status_code < FIRST_ERROR
+        if not ok or self._header_reader.is_due(self._sent_at):
+            since = self._sent_at - (_REORDERING_LAG if self._lease.waited else 0.0)
+            self._header_reader.read(reply.headers, self._profile, since=since, ok=ok)
+        if ok:
             self._refusals.succeeded(self._sent_at)
             if not self._settles:
                 return
@@ -107,16 +107,16 @@ class Attempt:
         self._encoding = None if reply.is_closed else _encoding(reply.headers)
         self._tail = Tail(encoded=self._encoding is not None)
 
-    def passes(self, chunk: bytes) -> None:
+    def chunk_received(self, chunk: bytes) -> None:
         """Take in a part of the body on its way to the client."""
         if self._tail is not None:
             self._tail.add(chunk)
 
-    def ended(self, *, complete: bool) -> None:
+    def body_ended(self, *, complete: bool) -> None:
         """End with the body, read to its end or cut off; a second call does nothing."""
-        if self._over:
+        if self._ended:
             return
-        self._over = True
+        self._ended = True
         tail, self._tail = self._tail, None
         try:
             if tail is None:
@@ -147,7 +147,7 @@ class Attempt:
         events = head.lstrip()[:1] != b"{"
         usage = find_usage(end, head if events else b"") or find_usage(head)
         if usage is not None:
-            if only_reads(self._call.path):  # some report the total only
+            if is_input_only(self._call.path):  # some report the total only
                 usage = Usage(usage.total, 0, usage.total)
             amounts = self._profile.settled(self._call, usage)
             if amounts:
@@ -171,7 +171,7 @@ class Attempt:
 
 def _encoding(headers: Any) -> str | None:
     """Return the encoding of a body, or None."""
-    for name, value in pairs(headers):
+    for name, value in header_pairs(headers):
         if len(name) == len(_ENCODING) and name.lower() == _ENCODING:  # few names are this long
             return None if value == b"identity" else value.decode("latin-1")
     return None

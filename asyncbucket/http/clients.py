@@ -50,20 +50,20 @@ def http_client(
         ValueError: ``family`` or ``profile`` is not known.
     """
     library = _library(family)
-    usual = {
+    defaults = {
         "timeout": library.Timeout(timeout=_TIMEOUT, connect=_CONNECT_TIMEOUT),
         "limits": library.Limits(**POOL),
         "follow_redirects": True,
     }
-    client: Any = (library.Client if sync else library.AsyncClient)(**(usual | options))
+    client: Any = (library.Client if sync else library.AsyncClient)(**(defaults | options))
     pace = transport_sync if sync else transport
-    how: dict[str, Any] = {"profile": profile, "learn": learn, "routes": routes}
+    pacing_options: dict[str, Any] = {"profile": profile, "learn": learn, "routes": routes}
     # Not `transport=`: a client that gets one makes no others, as for proxies, and these need its
     # options. There is no public way to wrap the transports that a client makes.
-    client._transport = pace(limiter, client._transport, **how)  # noqa: SLF001
+    client._transport = pace(limiter, client._transport, **pacing_options)  # noqa: SLF001
     for pattern, inner in client._mounts.items():  # noqa: SLF001
         if inner is not None:
-            client._mounts[pattern] = pace(limiter, inner, **how)  # noqa: SLF001
+            client._mounts[pattern] = pace(limiter, inner, **pacing_options)  # noqa: SLF001
     return client
 
 

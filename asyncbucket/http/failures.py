@@ -20,7 +20,7 @@ FIRST_ERROR: Final = 400
 RATE_LIMITED: Final = 429
 _FIRST_SERVER_ERROR: Final = 500
 #: Request time-out, too many requests, unavailable, gateway time-out; Anthropic's and Google's.
-_OVERLOADED: Final = frozenset({408, RATE_LIMITED, 503, 504, 529})
+_OVERLOADED_STATUSES: Final = frozenset({408, RATE_LIMITED, 503, 504, 529})
 _TRANSIENT_STATUSES: Final = frozenset({408, 409, RATE_LIMITED})
 
 #: A 429 that will not pass by waiting: platform.openai.com/docs/guides/error-codes, read in 2025.
@@ -60,7 +60,7 @@ _CONNECTION_ERRORS: Final = frozenset(
     }
 )
 #: Causes that the next attempt would meet again: a wrong URL, header or certificate.
-_LASTING_ERRORS: Final = frozenset(
+_PERMANENT_ERRORS: Final = frozenset(
     {"LocalProtocolError", "SSLCertVerificationError", "UnsupportedProtocol"}
 )
 #: Of httpx and httpx2, of aiohttp, and of a limiter beneath: the request was never sent.
@@ -119,10 +119,10 @@ def classify(error: BaseException) -> Verdict:
             rate_limited=rate_limited,
             overloaded=rate_limited or reason in _OVERLOADED_CODES,
         )
-    names = _names(error)
+    names = _class_names(error)
     causes = {type(cause).__name__ for cause in _causes(error)}
     return Verdict(
-        retry=bool(names & _CONNECTION_ERRORS and not causes & _LASTING_ERRORS),
+        retry=bool(names & _CONNECTION_ERRORS and not causes & _PERMANENT_ERRORS),
         reason=type(error).__name__,
         overloaded=bool(names & _TIMEOUTS),
     )
@@ -137,7 +137,7 @@ def never_sent(error: BaseException | None) -> bool:
     cause = None if error is None else error.__cause__
     if cause is not None and type(cause).__module__.startswith("aiohttp."):
         error = cause
-    return not _names(error).isdisjoint(_NEVER_SENT)
+    return not _class_names(error).isdisjoint(_NEVER_SENT)
 
 
 def _judge_status(error: Exception, status: int, codes: frozenset[str]) -> Verdict:
@@ -152,9 +152,9 @@ def _judge_status(error: Exception, status: int, codes: frozenset[str]) -> Verdi
         reason=reason,
         # A wait of 0 means none was named: the call is retried after a back-off.
         retry_after=headers.retry_after(reply_headers, now=wall_clock()) or None,
-        whole_after=headers.whole_again(reply_headers, now=wall_clock()),
+        whole_after=headers.full_reset_after(reply_headers, now=wall_clock()),
         rate_limited=status == RATE_LIMITED,
-        overloaded=status in _OVERLOADED,
+        overloaded=status in _OVERLOADED_STATUSES,
     )
 
 
@@ -202,9 +202,9 @@ def _codes(error: Exception) -> Iterator[str]:
                     yield value.lower()
 
 
-def _names(error: BaseException | None) -> set[str]:
+def _class_names(error: BaseException | None) -> set[str]:
     """Return the names of the class of an error and of those above it."""
-    return {kind.__name__ for kind in type(error).__mro__}
+    return {cls.__name__ for cls in type(error).__mro__}
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

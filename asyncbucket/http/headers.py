@@ -28,7 +28,7 @@ from typing import Any, Final
 #: The longest wait (s) that is distinguished: a week.
 WEEK: Final = 604_800.0
 #: No header about time is longer.
-_LONGEST: Final = 64
+_MAX_LENGTH: Final = 64
 
 _NUMBER: Final = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 _GO_DURATION: Final = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?(?:h|ms|m|us|ns|s))+")
@@ -60,7 +60,7 @@ def retry_after(headers: Mapping[str, Any], *, now: float) -> float | None:
     seconds = number(value)
     if seconds is not None:
         return seconds
-    return http_date(value, now=_sent(headers, now))
+    return http_date(value, now=_sent_at(headers, now))
 
 
 def forbids_retry(headers: Mapping[str, Any]) -> bool:
@@ -68,7 +68,7 @@ def forbids_retry(headers: Mapping[str, Any]) -> bool:
     return header(headers, "x-should-retry") == "false"
 
 
-def whole_again(headers: Mapping[str, Any], *, now: float) -> float | None:
+def full_reset_after(headers: Mapping[str, Any], *, now: float) -> float | None:
     """Return the seconds until all limits that a reply reports are fully available again, or None.
 
     Any header whose name mentions a rate limit's reset counts, from any provider; without
@@ -76,7 +76,7 @@ def whole_again(headers: Mapping[str, Any], *, now: float) -> float | None:
     `retry_after`.
     """
     found: list[float] = []
-    now = _sent(headers, now)
+    now = _sent_at(headers, now)
     for name, value in headers.items():
         lower = str(name).lower()
         if "ratelimit" in lower and "reset" in lower:
@@ -152,7 +152,7 @@ def header(headers: Mapping[str, Any], name: str) -> object:
     return next((found for key, found in headers.items() if str(key).lower() == name), None)
 
 
-def _sent(headers: Mapping[str, Any], now: float) -> float:
+def _sent_at(headers: Mapping[str, Any], now: float) -> float:
     """Return when a reply was sent, by the server's clock if it says, or else `now`."""
     date = _http_date(header(headers, "date"))
     return now if date is None else date
@@ -171,7 +171,7 @@ def _http_date(value: object) -> float | None:
 
 def _text(value: object) -> str:
     """Return a header's value without surrounding blanks; "" if it cannot be valid."""
-    if not isinstance(value, str) or len(value) > _LONGEST or not value.isascii():
+    if not isinstance(value, str) or len(value) > _MAX_LENGTH or not value.isascii():
         return ""
     return value.strip(" \t")
 

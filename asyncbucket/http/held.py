@@ -25,11 +25,11 @@ from asyncbucket.limiter.lease import Lease
 from asyncbucket.limiter.levels import is_under
 
 if TYPE_CHECKING:
-    from asyncbucket.http.learn import Ear
+    from asyncbucket.http.learn import HeaderReader
     from asyncbucket.http.profiles import Profile, ProviderProfile
 
 
-class Note:
+class LeaseRef:
     """Refer to a lease while it is held, without keeping it alive."""
 
     __slots__ = ("_lease",)
@@ -44,61 +44,71 @@ class Note:
         return None if lease is None or lease.released else lease
 
 
-class Held(Note):
+class HeldLease(LeaseRef):
     """Note that calls in this context run under a lease of ``limiter``."""
 
-    __slots__ = ("_ear", "_left", "_owed", "limiter", "outer", "profile", "requests")
+    __slots__ = (
+        "_header_reader",
+        "_paid_requests",
+        "_sent_at",
+        "limiter",
+        "outer",
+        "profile",
+        "requests",
+    )
 
-    def __init__(self, limiter: Limiter, lease: Lease, ear: "Ear | None" = None) -> None:
+    def __init__(
+        self, limiter: Limiter, lease: Lease, header_reader: "HeaderReader | None" = None
+    ) -> None:
         super().__init__(lease)
         self.limiter = limiter
-        self._ear = ear
-        self._left: float | None = None
+        self._header_reader = header_reader
+        self._sent_at: float | None = None
         #: The profile of the provider that its requests go to, once one was seen to leave.
         self.profile: ProviderProfile | None = None
         self.outer = _HELD.get()
         #: Requests that were seen to leave under this lease.
         self.requests = 0
         #: Requests that the lease pays for.
-        self._owed = 1
+        self._paid_requests = 1
 
-    def leaves(self) -> None:
+    def request_prepared(self) -> None:
         """Count a request that is about to leave, and date the booking to now."""
         lease = self.lease
         if lease is not None:
             self.requests += 1
-            self.owe(self.requests)  # one call of the model may send several requests
+            self.pay_for(self.requests)  # one call of the model may send several requests
             lease.sent()
 
-    def owe(self, requests: int) -> None:
+    def pay_for(self, requests: int) -> None:
         """Make the lease pay for ``requests`` requests, unless it does so already."""
         lease = self.lease
-        if lease is not None and requests > self._owed:
-            self._owed = requests
+        if lease is not None and requests > self._paid_requests:
+            self._paid_requests = requests
             lease.settle(requests=requests)
 
-    def left(self) -> None:
+    def request_sent(self) -> None:
         """Date the booking to now, when the request really goes out."""
-        self._left = self.limiter.now()
+        self._sent_at = self.limiter.now()
         lease = self.lease
         if lease is not None:
             lease.sent()
 
-    def answered(self, status: int, headers: Any, profile: "Profile") -> None:
+    def headers_received(self, status: int, headers: Any, profile: "Profile") -> None:
         """Take in what the headers of a reply say of the provider's limits."""
-        if self._ear is not None:
-            self._ear.hear(headers, profile, since=self._left, good=status < FIRST_ERROR)
+        if self._header_reader is not None:
+            self._header_reader.read(headers, profile, since=self._sent_at, ok=status < FIRST_ERROR)
 
 
-_HELD: Final[ContextVar[Held | None]] = ContextVar("asyncbucket_held", default=None)
+_HELD: Final[ContextVar[HeldLease | None]] = ContextVar("asyncbucket_held", default=None)
 
 
-def current() -> Held | None:
+def innermost_held_lease() -> HeldLease | None:
     """Return the innermost note of this context."""
     return _HELD.get()
 
 
-def around() -> Iterator[tuple[Held, Lease]]:
+def held_leases() -> Iterator[tuple[HeldLease, Lease]]:
     """Yield the notes of this context whose leases are held, and the leases, innermost first."""
     held = _HELD.get()
     while held is not None:
@@ -108,20 +118,20 @@ def around() -> Iterator[tuple[Held, Lease]]:
         held = held.outer
 
 
-def payer(limiter: Limiter) -> Limiter | None:
+def paying_limiter(limiter: Limiter) -> Limiter | None:
     """Return the limiter whose lease is held here, if it is ``limiter``, or below or above it.
 
     If it is below, a lease of ``limiter`` would be a second one for the same call: if there is only
     one slot, the call would wait for itself.
     """
-    for held, _ in around():
+    for held, _ in held_leases():
         if is_under(held.limiter, limiter) or is_under(limiter, held.limiter):
             return held.limiter
     return None
 
 
 @contextlib.contextmanager
-def holding(held: Held) -> Generator[None]:
+def holding(held: HeldLease) -> Generator[None]:
     """Make ``held`` the innermost note for the time of a ``with`` block."""
     token = _HELD.set(held)
     try:

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from asyncbucket.cost import Cost
 from asyncbucket.http.attempt import Attempt
-from asyncbucket.http.body import may_use, replies_of
+from asyncbucket.http.body import replies_of, reports_own_usage
 from asyncbucket.http.forecast import OutputForecast
-from asyncbucket.http.learn import Ear
+from asyncbucket.http.learn import HeaderReader
 from asyncbucket.http.profiles import Call, Profile
 from asyncbucket.http.refusals import Refusals
 from asyncbucket.limiter import Limiter
@@ -30,18 +30,18 @@ class Lane:
     __slots__ = (
         "_forecast",
         "_refusals",
-        "_settles",
-        "ear",
+        "_settles_by_profile",
+        "header_reader",
         "limiter",
     )
 
-    def __init__(self, limiter: Limiter, *, pauses: Limiter, learn: bool) -> None:
+    def __init__(self, limiter: Limiter, *, paused_limiter: Limiter, learn: bool) -> None:
         self.limiter = limiter
-        self.ear = Ear(limiter, learn=learn)
-        self._refusals = Refusals(pauses)
+        self.header_reader = HeaderReader(limiter, learn=learn)
+        self._refusals = Refusals(paused_limiter)
         self._forecast = OutputForecast()
         #: For each profile: the limits when last looked at, and whether the profile settles any.
-        self._settles: dict[int, tuple[Profile, tuple[Limit, ...], bool]] = {}
+        self._settles_by_profile: dict[int, tuple[Profile, tuple[Limit, ...], bool]] = {}
 
     def foresee(self) -> int:
         """Return the tokens that a reply probably stays under, judged by the latest ones."""
@@ -49,15 +49,15 @@ class Lane:
 
     def price(self, call: Call, profile: Profile) -> tuple[Call, Cost | None]:
         """Return ``call`` as it is priced, and its cost, or None if it needs no admission."""
-        self.ear.expect(profile)
+        self.header_reader.expect(profile)
         cost = profile.cost(call)
         if cost is None:
             return call, None
         excess = self._excess(cost)
         if excess:  # a mere forecast must not make a call impossible
-            whole = call
+            original = call
             for replies in (replies_of(call.body), 1):  # a profile may count one forecast for all
-                call = replace(whole, foreseen=max(0, whole.foreseen - -(-excess // replies)))
+                call = replace(original, foreseen=max(0, original.foreseen - -(-excess // replies)))
                 cost = profile.cost(call)
                 if cost is None or not self._excess(cost):
                     break
@@ -78,22 +78,22 @@ class Lane:
             lease,
             call,
             profile,
-            ear=self.ear,
+            header_reader=self.header_reader,
             refusals=self._refusals,
             forecast=self._forecast,
             now=self.limiter.now,
-            settles=may_use(call.method, call.path) and self._is_settled(profile),
+            settles=reports_own_usage(call.method, call.path) and self._settles_any_limit(profile),
         )
 
-    def _is_settled(self, profile: Profile) -> bool:
+    def _settles_any_limit(self, profile: Profile) -> bool:
         limits = in_force(asked(self.limiter))
-        known = self._settles.get(id(profile))
+        known = self._settles_by_profile.get(id(profile))
         if known is None or known[1] is not limits:
             settles = any(limit.resource in profile.settles for limit in limits)
-            self._settles[id(profile)] = known = profile, limits, settles
+            self._settles_by_profile[id(profile)] = known = profile, limits, settles
         return known[2]
 
 
-def parts(cost: Cost) -> dict[str, Any]:
+def acquire_keywords(cost: Cost) -> dict[str, Any]:
     """Return a cost as keywords, which `Limiter.acquire` handles faster."""
     return {"requests": 0, "input_tokens": 0, "output_tokens": 0, **cost._amounts}  # noqa: SLF001

@@ -6,14 +6,14 @@ Layers above it may pay for the same call, or retry it; and its limiter may be o
 import logging
 from typing import Any, Final
 
-from asyncbucket.http.alike import ALIKE, MANY
-from asyncbucket.http.held import payer
+from asyncbucket.http.duplicates import DUPLICATE_LIMITERS, WARNING_THRESHOLD
+from asyncbucket.http.held import paying_limiter
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.levels import is_under
 
 _RETRY_COUNT: Final = "x-stainless-retry-count"
 #: The headers that carry keys: of OpenAI and most others, Anthropic, Azure.
-_KEYS: Final = ("authorization", "x-api-key", "api-key")
+_KEY_HEADERS: Final = ("authorization", "x-api-key", "api-key")
 
 _log: Final = logging.getLogger("asyncbucket")
 
@@ -21,45 +21,45 @@ _log: Final = logging.getLogger("asyncbucket")
 class Layers:
     """Look for layers above a transport of ``limiter``, and log what to change."""
 
-    __slots__ = ("_counted", "_limiter", "_told", "failures")
+    __slots__ = ("_counted", "_limiter", "_warned", "seen_failure")
 
     def __init__(self, limiter: Limiter) -> None:
         self._limiter = limiter
         #: Whether the limiter was counted among similar ones.
         self._counted = False
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         #: Whether a call has failed; before that, no SDK retries.
-        self.failures = False
+        self.seen_failure = False
 
     def have_paid(self, limiter: Limiter) -> bool:
         """Tell whether a paced model above has already paid for the request, and warn once."""
-        paid = payer(limiter)
-        if paid is None:
+        payer = paying_limiter(limiter)
+        if payer is None:
             return False
-        if is_under(paid, limiter):
-            self._tell(
+        if is_under(payer, limiter):
+            self._warn_once(
                 "held",
                 "a model that is paced by limiter %r has an HTTP client paced by it, too: calls are "
                 "charged once, by the model; give it a plain client, or don't wrap it",
                 self._limiter.name,
             )
         else:
-            self._tell(
+            self._warn_once(
                 f"held {limiter.name}",
                 "a model that is paced by limiter %r has an HTTP client paced by %r below it: calls "
                 "are charged once, by the model, so the limits of %r are not kept; wrap the model "
                 "by that child, or don't wrap it",
-                *(paid.name, limiter.name, limiter.name),
+                *(payer.name, limiter.name, limiter.name),
             )
         return True
 
-    def look_at(self, request: Any) -> None:
+    def check(self, request: Any) -> None:
         """Warn once if an SDK above retries by itself, or if many similar limiters are made."""
         if not self._counted:
             self._counted = True
             self._count(request)
-        if self.failures and request.headers.get(_RETRY_COUNT, "0") != "0":
-            self._tell(
+        if self.seen_failure and request.headers.get(_RETRY_COUNT, "0") != "0":
+            self._warn_once(
                 "retries",
                 "the SDK above the transport of limiter %r tries failed calls again by itself: "
                 "each attempt is charged and waits in line after the SDK's own back-off; if "
@@ -68,16 +68,16 @@ class Layers:
             )
 
     def _count(self, request: Any) -> None:
-        key = next(filter(None, map(request.headers.get, _KEYS)), None)
-        if ALIKE.is_one_too_many(self._limiter, key, request.url.host):
+        key = next(filter(None, map(request.headers.get, _KEY_HEADERS)), None)
+        if DUPLICATE_LIMITERS.is_one_too_many(self._limiter, key, request.url.host):
             _log.warning(
                 "%d limiters like %r were made for the same host and key: one that is made for each "
                 "request remembers nothing, and limits nothing; make it and its client once, when "
                 "the program starts",
-                *(MANY, self._limiter),
+                *(WARNING_THRESHOLD, self._limiter),
             )
 
-    def _tell(self, what: str, message: str, *args: object) -> None:
-        if what not in self._told:
-            self._told.add(what)
+    def _warn_once(self, topic: str, message: str, *args: object) -> None:
+        if topic not in self._warned:
+            self._warned.add(topic)
             _log.warning(message, *args)

@@ -21,22 +21,22 @@ from asyncbucket.limiter.levels import in_force, levels
 from asyncbucket.limits import Key, Limit
 
 #: A limiter, and the resource and the window of one of its limits.
-_Place: TypeAlias = tuple[Limiter, str, float]
+_LimitId: TypeAlias = tuple[Limiter, str, float]
 
-_LONGEST: Final = 64
-_DIGITS: Final = 15
+_MAX_LENGTH: Final = 64
+_MAX_DIGITS: Final = 15
 #: How many times in a window replies are read, at most.
-_TIMES: Final = 6_000
+_READS_PER_WINDOW: Final = 6_000
 #: More different limits than this are not announced in good faith.
-_MANY: Final = 64
+_MAX_LIMITS: Final = 64
 #: Windows longer than this (s) are not counted in slices.
-_LONG: Final = 60
+_MAX_SLICED_WINDOW: Final = 60
 
 #: The windows of each limiter about which something was heard, or assumed.
-_KNOWN: Final[WeakKeyDictionary[Limiter, set[Key]]] = WeakKeyDictionary()
+_KNOWN_WINDOWS: Final[WeakKeyDictionary[Limiter, set[Key]]] = WeakKeyDictionary()
 
 
-class Ear:
+class HeaderReader:
     """Read headers for one limiter, and for those above it.
 
     Args:
@@ -47,34 +47,34 @@ class Ear:
 
     __slots__ = (
         "_assumed",
-        "_deaf_until",
         "_expected",
+        "_ignore_until",
         "_in_force",
         "_indexes",
         "_learn",
+        "_levels",
+        "_limit_ids",
         "_limiter",
-        "_line",
-        "_pause",
-        "_places",
+        "_min_interval",
         "ignored",
     )
 
     def __init__(self, limiter: Limiter, *, learn: bool = True) -> None:
         self._limiter = limiter
-        self._line = tuple(levels(limiter))
+        self._levels = tuple(levels(limiter))
         self._learn = learn
         #: For each profile, which limit each header belongs to.
         self._indexes: dict[int, tuple[Profile, dict[bytes, tuple[int, bool]]]] = {}
         #: Profiles for which a first reply is awaited or has come.
         self._expected: dict[int, Profile] = {}
         #: What is assumed until that reply.
-        self._assumed: dict[_Place, int] = {}
+        self._assumed: dict[_LimitId, int] = {}
         #: Which limits headers report, as long as the limits in force are these.
-        self._places: dict[tuple[int, int, int | None], _Place] = {}
+        self._limit_ids: dict[tuple[int, int, int | None], _LimitId] = {}
         self._in_force: tuple[Limit, ...] = ()
         #: How long to ignore headers after reading some (s), and until when.
-        self._pause = 0.0
-        self._deaf_until = -math.inf
+        self._min_interval = 0.0
+        self._ignore_until = -math.inf
         #: How many values were no numbers.
         self.ignored = 0
 
@@ -87,12 +87,15 @@ class Ear:
         if not self._learn or id(profile) in self._expected:
             return
         self._expected[id(profile)] = profile
-        told = {each.resource: each.per for each in profile.tells}
-        for limiter in self._line:
-            known = _KNOWN.setdefault(limiter, set())
+        windows = {reported.resource: reported.per for reported in profile.tells}
+        for limiter in self._levels:
+            known = _KNOWN_WINDOWS.setdefault(limiter, set())
             for limit in limiter.limits:
                 key = limit.key
-                if limit.per <= min(told.get(limit.resource, 0), _LONG) and key not in known:
+                if (
+                    limit.per <= min(windows.get(limit.resource, 0), _MAX_SLICED_WINDOW)
+                    and key not in known
+                ):
                     known.add(key)
                     self._assumed[limiter, *key] = limit.amount
                     limiter.observe_remaining(
@@ -104,10 +107,10 @@ class Ear:
 
         In between little changes, and reading them is a good part of what a call costs.
         """
-        return now >= self._deaf_until or bool(self._assumed)
+        return now >= self._ignore_until or bool(self._assumed)
 
-    def hear(
-        self, headers: Any, profile: Profile, *, since: float | None = None, good: bool = True
+    def read(
+        self, headers: Any, profile: Profile, *, since: float | None = None, ok: bool = True
     ) -> None:
         """Read the headers of a reply to a call that was sent at ``since``.
 
@@ -115,111 +118,120 @@ class Ear:
             headers: httpx's or httpx2's headers, pairs of bytes, or a mapping.
             profile: which headers mean what.
             since: in seconds of the limiter's clock.
-            good: whether the call succeeded; an error without headers about limits tells nothing.
+            ok: whether the call succeeded; an error without headers about limits tells nothing.
         """
         if not self._learn or not profile.tells:
             return
         index = self._index(profile)
         left: dict[int, int] = {}
         limits: dict[int, int] = {}
-        for name, value in pairs(headers):
-            place = index.get(name.lower())
-            if place is not None:
-                header, says_left = place
+        for name, value in header_pairs(headers):
+            entry = index.get(name.lower())
+            if entry is not None:
+                told_index, is_remaining = entry
                 number = self._number(value)
                 if number is not None:
-                    (left if says_left else limits)[header] = number
+                    (left if is_remaining else limits)[told_index] = number
         if left or limits:
-            self._tell(profile, left, limits, since)
-        if self._assumed and good:
+            self._report(profile, left, limits, since)
+        if self._assumed and ok:
             assumed, self._assumed = self._assumed, {}  # at once: other threads read headers, too
             for (limiter, resource, per), amount in assumed.items():
                 limiter.observe_remaining(amount, resource=resource, per=per)
         if since is not None:
-            self._deaf_until = since + self._pause
+            self._ignore_until = since + self._min_interval
 
-    def _tell(
+    def _report(
         self, profile: Profile, left: dict[int, int], limits: dict[int, int], since: float | None
     ) -> None:
         """Tell the limiter; if several headers report one window, the lowest of each kind counts."""
-        words: dict[_Place, list[tuple[int, int]]] = {}
-        announced: dict[_Place, int] = {}
-        for number in left.keys() | limits.keys():
-            limit = limits.get(number) or None
-            place = self._place(profile, number, limits)
+        remaining_by_limit: dict[_LimitId, list[tuple[int, int]]] = {}
+        announced: dict[_LimitId, int] = {}
+        for told_index in left.keys() | limits.keys():
+            limit = limits.get(told_index) or None
+            limit_id = self._limit_id(profile, told_index, limits)
             if limit is not None:
-                announced[place] = min(limit, announced.get(place, limit))
-            if number in left:
-                remaining = left[number] if limit is None else min(left[number], limit)
-                words.setdefault(place, []).append((remaining, profile.tells[number].rounding))
-        for place, said in words.items():
+                announced[limit_id] = min(limit, announced.get(limit_id, limit))
+            if told_index in left:
+                remaining = left[told_index] if limit is None else min(left[told_index], limit)
+                remaining_by_limit.setdefault(limit_id, []).append(
+                    (remaining, profile.tells[told_index].rounding)
+                )
+        for limit_id, reports in remaining_by_limit.items():
             if self._assumed:
-                self._assumed.pop(place, None)
-            remaining, rounding = min(said)
-            limiter, resource, per = place
+                self._assumed.pop(limit_id, None)
+            remaining, rounding = min(reports)
+            limiter, resource, per = limit_id
             limiter.observe_remaining(
                 remaining,
                 resource=resource,
                 per=per,
-                limit=announced.get(place),
+                limit=announced.get(limit_id),
                 since=since,
                 rounding=rounding,
             )
 
-    def _place(self, profile: Profile, number: int, limits: dict[int, int]) -> _Place:
+    def _limit_id(self, profile: Profile, told_index: int, limits: dict[int, int]) -> _LimitId:
         """Return the limiter and the window that a header reports; adopt an announced limit here."""
-        now_in_force = in_force(self._limiter)
-        if now_in_force is not self._in_force:
-            self._in_force = now_in_force
-            self._places.clear()
-            self._pause = min((limit.per for limit in now_in_force), default=0.0) / _TIMES
-        limit = limits.get(number) or None
-        key = id(profile), number, limit
-        place = self._places.get(key)
-        if place is None:
-            told = profile.tells[number]
-            if limit is not None and not any(above.limits for above in self._line[1:]):
-                self._take_over(profile, told, limits)
-            limiter, per = self._whose(told, limit)
-            place = limiter, told.resource, per
-            if len(self._places) < _MANY:
-                self._places[key] = place
-        return place
+        limits_in_force = in_force(self._limiter)
+        if limits_in_force is not self._in_force:
+            self._in_force = limits_in_force
+            self._limit_ids.clear()
+            self._min_interval = (
+                min((limit.per for limit in limits_in_force), default=0.0) / _READS_PER_WINDOW
+            )
+        limit = limits.get(told_index) or None
+        key = id(profile), told_index, limit
+        limit_id = self._limit_ids.get(key)
+        if limit_id is None:
+            told = profile.tells[told_index]
+            if limit is not None and not any(above.limits for above in self._levels[1:]):
+                self._adopt(profile, told, limits)
+            limiter, per = self._find_limit(told, limit)
+            limit_id = limiter, told.resource, per
+            if len(self._limit_ids) < _MAX_LIMITS:
+                self._limit_ids[key] = limit_id
+        return limit_id
 
-    def _take_over(self, profile: Profile, told: Told, limits: dict[int, int]) -> None:
+    def _adopt(self, profile: Profile, told: Told, limits: dict[int, int]) -> None:
         """Adopt a limit; if a reply announces several for one window, the lowest counts."""
         window = told.resource, told.per
         amounts = [
             amount
-            for number, amount in limits.items()
-            if amount and window == (profile.tells[number].resource, profile.tells[number].per)
+            for told_index, amount in limits.items()
+            if amount
+            and window == (profile.tells[told_index].resource, profile.tells[told_index].per)
         ]
         with contextlib.suppress(ValueError):  # no real limit is more than a store can count
             self._limiter.learn(Limit(told.resource, min(amounts), per=told.per))
 
-    def _whose(self, told: Told, limit: int | None) -> tuple[Limiter, float]:
+    def _find_limit(self, told: Told, limit: int | None) -> tuple[Limiter, float]:
         """Find the limiter and the window that a header reports."""
-        ours = [
-            (each, limiter)
-            for limiter in self._line
-            for each in limiter.limits
-            if each.resource == told.resource
+        candidates = [
+            (candidate, limiter)
+            for limiter in self._levels
+            for candidate in limiter.limits
+            if candidate.resource == told.resource
         ]
-        same = [(each, limiter) for each, limiter in ours if each.per == told.per]
-        for each, limiter in (*same, *ours):
-            if each.amount == limit:  # perhaps of another window
-                return limiter, each.per
-        if not same:
+        same_window = [
+            (candidate, limiter) for candidate, limiter in candidates if candidate.per == told.per
+        ]
+        for candidate, limiter in (*same_window, *candidates):
+            if candidate.amount == limit:  # perhaps of another window
+                return limiter, candidate.per
+        if not same_window:
             return self._limiter, told.per
         if limit is None:
-            return same[-1][1], told.per
-        below = [pair for pair in same if pair[0].amount < limit]
-        nearest = max(below or same, key=lambda pair: pair[0].amount if below else -pair[0].amount)
+            return same_window[-1][1], told.per
+        below = [pair for pair in same_window if pair[0].amount < limit]
+        nearest = max(
+            below or same_window, key=lambda pair: pair[0].amount if below else -pair[0].amount
+        )
         return nearest[1], told.per
 
     def _number(self, value: bytes) -> int | None:
-        value = value.strip(b" \t") if len(value) <= _LONGEST else b""
-        if value.isdigit() and len(value) <= _DIGITS:  # in bytes, these are ASCII digits
+        value = value.strip(b" \t") if len(value) <= _MAX_LENGTH else b""
+        if value.isdigit() and len(value) <= _MAX_DIGITS:  # in bytes, these are ASCII digits
             return int(value)
         self.ignored += 1
         return None
@@ -229,15 +241,15 @@ class Ear:
         if known is not None:
             return known[1]
         index: dict[bytes, tuple[int, bool]] = {}
-        for number, told in enumerate(profile.tells):
-            index[told.remaining.lower().encode()] = (number, True)
+        for told_index, told in enumerate(profile.tells):
+            index[told.remaining.lower().encode()] = (told_index, True)
             if told.limit is not None:
-                index[told.limit.lower().encode()] = (number, False)
+                index[told.limit.lower().encode()] = (told_index, False)
         self._indexes[id(profile)] = (profile, index)
         return index
 
 
-def pairs(headers: Any) -> Iterable[tuple[bytes, bytes]]:
+def header_pairs(headers: Any) -> Iterable[tuple[bytes, bytes]]:
     """Return names and values in bytes, as httpx and httpx2 keep them."""
     if isinstance(headers, list):
         return headers

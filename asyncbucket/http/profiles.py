@@ -34,7 +34,7 @@ from asyncbucket.http.usage import Usage
 
 _MINUTE: Final = 60
 #: What the user may limit besides the tokens that are counted at admission.
-_AT_THE_DOOR: Final = frozenset({"input_tokens", "output_tokens"})
+_INPUT_AND_OUTPUT: Final = frozenset({"input_tokens", "output_tokens"})
 _DAY: Final = 86_400
 
 
@@ -164,20 +164,20 @@ def _anthropic(asked: Sent, foreseen: int) -> tuple[int, int, int]:
     return given, received, given + received
 
 
-def _both(asked: Sent, foreseen: int) -> tuple[int, int, int]:
+def _prompt_and_output(asked: Sent, foreseen: int) -> tuple[int, int, int]:
     """Charge the prompt, and the longest reply that is allowed, or else expected."""
     given = asked.by_size
     received = asked.output(foreseen)
     return given, received, given + received
 
 
-def _ratelimit(resource: str, name: str, *, per: float = _MINUTE) -> Told:
+def _ratelimit_headers(resource: str, name: str, *, per: float = _MINUTE) -> Told:
     return Told(
         resource, per, remaining=f"x-ratelimit-remaining-{name}", limit=f"x-ratelimit-limit-{name}"
     )
 
 
-def _anthropic_says(resource: str, *, rounding: int = 0) -> Told:
+def _anthropic_headers(resource: str, *, rounding: int = 0) -> Told:
     stem = f"anthropic-ratelimit-{resource.replace('_', '-')}"
     return Told(
         resource, _MINUTE, remaining=f"{stem}-remaining", limit=f"{stem}-limit", rounding=rounding
@@ -188,9 +188,9 @@ def _anthropic_says(resource: str, *, rounding: int = 0) -> Told:
 #: with few requests a day the headers report the day instead; `asyncbucket.http.learn` tells by the
 #: limit.
 _OPENAI_TELLS: Final = (
-    _ratelimit("requests", "requests"),
-    _ratelimit("tokens", "tokens"),
-    _ratelimit("tokens", "project-tokens"),
+    _ratelimit_headers("requests", "requests"),
+    _ratelimit_headers("tokens", "tokens"),
+    _ratelimit_headers("tokens", "project-tokens"),
 )
 
 #: The larger of prompt and ``max_tokens`` is charged at admission, and not corrected.
@@ -199,7 +199,7 @@ OPENAI: Final = ProviderProfile(
     hosts=("api.openai.com",),
     tells=_OPENAI_TELLS,
     charge=_openai,
-    settles=_AT_THE_DOOR,
+    settles=_INPUT_AND_OUTPUT,
 )
 
 #: The same headers. Counters are per minute; requests are also checked over 1 or 10 s.
@@ -208,7 +208,7 @@ AZURE: Final = ProviderProfile(
     hosts=("openai.azure.com", "cognitiveservices.azure.com", "services.ai.azure.com"),
     tells=_OPENAI_TELLS,
     charge=_azure,
-    settles=_AT_THE_DOOR,
+    settles=_INPUT_AND_OUTPUT,
 )
 
 #: docs.anthropic.com/en/api/rate-limits, "Response headers", read in 2025: tokens are rounded to
@@ -217,9 +217,9 @@ ANTHROPIC: Final = ProviderProfile(
     name="anthropic",
     hosts=("api.anthropic.com",),
     tells=(
-        _anthropic_says("requests"),
-        _anthropic_says("input_tokens", rounding=1_000),
-        _anthropic_says("output_tokens", rounding=1_000),
+        _anthropic_headers("requests"),
+        _anthropic_headers("input_tokens", rounding=1_000),
+        _anthropic_headers("output_tokens", rounding=1_000),
     ),
     charge=_anthropic,
 )
@@ -230,13 +230,16 @@ ANTHROPIC: Final = ProviderProfile(
 GROQ: Final = ProviderProfile(
     name="groq",
     hosts=("api.groq.com",),
-    tells=(_ratelimit("requests", "requests", per=_DAY), _ratelimit("tokens", "tokens")),
-    charge=_both,
+    tells=(
+        _ratelimit_headers("requests", "requests", per=_DAY),
+        _ratelimit_headers("tokens", "tokens"),
+    ),
+    charge=_prompt_and_output,
     counts_cached=False,
 )
 
 #: Servers and gateways that speak OpenAI's protocol: vLLM, LiteLLM and many more.
-GENERIC: Final = ProviderProfile(name="generic", tells=_OPENAI_TELLS, charge=_both)
+GENERIC: Final = ProviderProfile(name="generic", tells=_OPENAI_TELLS, charge=_prompt_and_output)
 
 _ALL: Final = (OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC)
 
@@ -258,6 +261,6 @@ def profile_of(host: str) -> ProviderProfile:
     """Return the profile of the provider at ``host``."""
     host = host.lower().rstrip(".")
     for profile in _ALL:
-        if any(host == end or host.endswith(f".{end}") for end in profile.hosts):
+        if any(host == domain or host.endswith(f".{domain}") for domain in profile.hosts):
             return profile
     return GENERIC

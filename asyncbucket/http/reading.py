@@ -12,13 +12,13 @@ from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.levels import provider_of
 
 #: A request's lane, the call, its profile, and its cost; None if it needs no admission.
-Asked: TypeAlias = tuple[Lane, Call, Profile, Cost | None]
+PricedRequest: TypeAlias = tuple[Lane, Call, Profile, Cost | None]
 
 #: How many hosts and routes are remembered.
-_MANY: Final = 256
+_MAX_REMEMBERED: Final = 256
 
 
-class Reader:
+class RequestReader:
     """Read the requests of one transport.
 
     Args:
@@ -32,7 +32,7 @@ class Reader:
         TypeError: likewise.
     """
 
-    __slots__ = ("_given", "_lane", "_lanes", "_learn", "_profiles", "_routes")
+    __slots__ = ("_default_lane", "_fixed_profile", "_lanes", "_learn", "_profiles", "_routes")
 
     def __init__(
         self,
@@ -42,28 +42,28 @@ class Reader:
         learn: bool,
         routes: Routing | None,
     ) -> None:
-        self._given = profile_named(profile) if isinstance(profile, str) else profile
-        if self._given is not None and not has_method(self._given, "cost"):
+        self._fixed_profile = profile_named(profile) if isinstance(profile, str) else profile
+        if self._fixed_profile is not None and not has_method(self._fixed_profile, "cost"):
             raise TypeError(f"profile must be a provider's name or a Profile, not {profile!r}")
         self._profiles: dict[str, Profile] = {}
         self._learn = learn
-        self._lane = Lane(limiter, pauses=provider_of(limiter), learn=learn)
+        self._default_lane = Lane(limiter, paused_limiter=provider_of(limiter), learn=learn)
         self._routes = None if routes is None else Routes(limiter, routes)
-        self._lanes: dict[Limiter, Lane] = {limiter: self._lane}
+        self._lanes: dict[Limiter, Lane] = {limiter: self._default_lane}
 
     @property
     def ignored_headers(self) -> int:
         """How many headers about limits held no number."""
-        return sum(lane.ear.ignored for lane in self._lanes.values())
+        return sum(lane.header_reader.ignored for lane in self._lanes.values())
 
-    def read(self, request: Any) -> Asked:
+    def read(self, request: Any) -> PricedRequest:
         """Return a request's lane, the call as its profile sees it, the profile, and the cost."""
         url = request.url
         try:
             content: bytes | None = request.content
         except RuntimeError:  # still to be streamed, so it is left alone
             content = None
-        lane, host = self._lane, url.host
+        lane, host = self._default_lane, url.host
         call = Call(request.method, host, url.path, read_json(content), lane.foresee())
         if self._routes is not None:
             lane = self._lane_of(self._routes.of(call))
@@ -73,24 +73,24 @@ class Reader:
         return lane, call, profile, cost
 
     def _profile(self, host: str) -> Profile:
-        if self._given is not None:
-            return self._given
+        if self._fixed_profile is not None:
+            return self._fixed_profile
         profile = self._profiles.get(host)
         if profile is None:
             profile = profile_of(host)
-            if len(self._profiles) < _MANY:  # do not keep a crawler's many hosts
+            if len(self._profiles) < _MAX_REMEMBERED:  # do not keep a crawler's many hosts
                 self._profiles[host] = profile
         return profile
 
     def _lane_of(self, limiter: Limiter) -> Lane:
         lane = self._lanes.get(limiter)
         if lane is None:
-            if len(self._lanes) >= _MANY:  # tenants, perhaps
-                self._lanes = {self._lane.limiter: self._lane}
-            lane = self._lanes[limiter] = Lane(limiter, pauses=limiter, learn=self._learn)
+            if len(self._lanes) >= _MAX_REMEMBERED:  # tenants, perhaps
+                self._lanes = {self._default_lane.limiter: self._default_lane}
+            lane = self._lanes[limiter] = Lane(limiter, paused_limiter=limiter, learn=self._learn)
         return lane
 
 
-def has_method(given: object, name: str) -> bool:
+def has_method(obj: object, name: str) -> bool:
     """Tell whether ``given`` is an object, not a class, with the method ``name``."""
-    return not isinstance(given, type) and callable(getattr(given, name, None))
+    return not isinstance(obj, type) and callable(getattr(obj, name, None))

@@ -26,9 +26,9 @@ from asyncbucket.limiter.levels import can_give_slots_up
 from asyncbucket.wording import in_seconds
 
 #: The first pause (s) if the provider names none, and the longest.
-_FIRST: Final = 1.0
-_LONGEST: Final = 120.0
-_WHY: Final = {
+_FIRST_PAUSE: Final = 1.0
+_MAX_PAUSE: Final = 120.0
+_EXPLANATIONS: Final = {
     "429": (
         "the provider refused a call (429); its limits may be lower than yours, or others use the "
         "same key"
@@ -36,7 +36,7 @@ _WHY: Final = {
     "overload": "the provider is overloaded; a lower concurrency may serve it better",
 }
 #: At most one pause in this many seconds is logged as a warning; the others for debugging.
-_QUIET: Final = 60.0
+_WARNING_INTERVAL: Final = 60.0
 _UNAVAILABLE: Final = 503
 _OVERLOADED: Final = 529
 
@@ -60,28 +60,36 @@ class _Response:
         self.headers = headers
 
 
-class _Heard:
+class _RefusalState:
     """What is known of one limiter's refusals, from whichever source."""
 
-    __slots__ = ("began", "lock", "paused_until", "quiet_until", "since", "told_of_quota", "waves")
+    __slots__ = (
+        "first_wave_at",
+        "lock",
+        "paused_until",
+        "quiet_until",
+        "quota_warned",
+        "wave_started_at",
+        "waves",
+    )
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         #: Waves since a call last succeeded, and when the first of them came.
         self.waves = 0
-        self.began = -math.inf
+        self.first_wave_at = -math.inf
         #: When the latest wave came, and when its pause ends.
-        self.since = -math.inf
+        self.wave_started_at = -math.inf
         self.paused_until = -math.inf
         self.quiet_until = -math.inf
-        self.told_of_quota = False
+        self.quota_warned = False
 
-    def is_over(self, now: float, sent_at: float | None) -> bool:
+    def is_after_wave(self, now: float, sent_at: float | None) -> bool:
         """Tell whether a call sent at ``sent_at``, answered now, says more than the latest wave."""
-        return now >= self.paused_until and (sent_at is None or sent_at > self.since)
+        return now >= self.paused_until and (sent_at is None or sent_at > self.wave_started_at)
 
 
-_HEARD: Final[WeakKeyDictionary[Limiter, _Heard]] = WeakKeyDictionary()
+_STATES: Final[WeakKeyDictionary[Limiter, _RefusalState]] = WeakKeyDictionary()
 
 
 class Refusals:
@@ -92,20 +100,20 @@ class Refusals:
 
     def __init__(self, limiter: Limiter) -> None:
         self._limiter = limiter
-        self._heard = _HEARD.setdefault(limiter, _Heard())
+        self._state = _STATES.setdefault(limiter, _RefusalState())
 
     def succeeded(self, sent_at: float | None = None) -> None:
         """End a series of waves, unless the call was sent before the latest wave came."""
-        heard = self._heard
-        if heard.waves:
-            with heard.lock:
-                if heard.is_over(self._limiter.now(), sent_at):
-                    heard.waves = 0
+        state = self._state
+        if state.waves:
+            with state.lock:
+                if state.is_after_wave(self._limiter.now(), sent_at):
+                    state.waves = 0
 
     def lasted(self, *, waves: int) -> float:
         """Return for how long (s) no call has succeeded, if there were more than so many ``waves``."""
-        heard = self._heard
-        return self._limiter.now() - heard.began if heard.waves > waves else 0.0
+        state = self._state
+        return self._limiter.now() - state.first_wave_at if state.waves > waves else 0.0
 
     def judge(
         self,
@@ -121,8 +129,8 @@ class Refusals:
             self.pause(verdict.retry_after, whole_after=verdict.whole_after, sent_at=sent_at)
         elif self._is_overload(status, verdict):
             self.pause(verdict.retry_after, reason="overload", sent_at=sent_at)
-        elif status == RATE_LIMITED and not self._heard.told_of_quota:
-            self._heard.told_of_quota = True
+        elif status == RATE_LIMITED and not self._state.quota_warned:
+            self._state.quota_warned = True
             _log.warning(
                 "the provider refuses calls of limiter %r for good (%s): no waiting helps; "
                 "look at the account's plan and balance",
@@ -139,12 +147,12 @@ class Refusals:
 
     def pause(
         self,
-        asked: float | None,
+        retry_after: float | None,
         *,
         reason: str = "429",
         whole_after: float | None = None,
-        first: float = _FIRST,
-        longest: float = _LONGEST,
+        first: float = _FIRST_PAUSE,
+        longest: float = _MAX_PAUSE,
         sent_at: float | None = None,
     ) -> float:
         """Pause the limiter after a refusal that concerns all; return the seconds until it ends.
@@ -154,46 +162,46 @@ class Refusals:
         server says so.
 
         Args:
-            asked: the seconds that the server asks for, if it does.
+            retry_after: the seconds that the server asks for, if it does.
             reason: ``"429"`` or ``"overload"``.
             whole_after: the seconds until its limits are fully available again, if it says so: a
-                pause without ``asked`` is no longer than that, but at least ``first``.
+                pause without ``retry_after`` is no longer than that, but at least ``first``.
             first: the seconds of a first pause for which the server names no time; the next ones
                 double.
             longest: the most seconds.
             sent_at: when the call was sent, in seconds of the limiter's clock, if that is known.
         """
-        heard = self._heard
-        with heard.lock:
+        state = self._state
+        with state.lock:
             now = self._limiter.now()
-            new_wave = heard.is_over(now, sent_at)
+            new_wave = state.is_after_wave(now, sent_at)
             if new_wave:
-                heard.waves += 1
-                heard.since = now
-                if heard.waves == 1:
-                    heard.began = now
-            if asked is not None:
-                seconds = min(asked, longest)
+                state.waves += 1
+                state.wave_started_at = now
+                if state.waves == 1:
+                    state.first_wave_at = now
+            if retry_after is not None:
+                seconds = min(retry_after, longest)
             elif not new_wave:
-                seconds = max(0.0, heard.paused_until - now)
-            elif heard.waves == 1 and can_give_slots_up(self._limiter):
+                seconds = max(0.0, state.paused_until - now)
+            elif state.waves == 1 and can_give_slots_up(self._limiter):
                 seconds = 0.0
             else:
-                most = longest if whole_after is None else min(longest, max(first, whole_after))
-                seconds = doubled(first, heard.waves, most=most)
-            heard.paused_until = max(heard.paused_until, now + seconds)
-            told = new_wave and seconds > 0
-            loud = told and now >= heard.quiet_until
-            if loud:
-                heard.quiet_until = now + _QUIET
+                cap = longest if whole_after is None else min(longest, max(first, whole_after))
+                seconds = doubled(first, state.waves, most=cap)
+            state.paused_until = max(state.paused_until, now + seconds)
+            is_logged = new_wave and seconds > 0
+            is_warning = is_logged and now >= state.quiet_until
+            if is_warning:
+                state.quiet_until = now + _WARNING_INTERVAL
         self._limiter.pause(seconds, reason=reason, gradually=True)
-        if told:
+        if is_logged:
             _log.log(
-                logging.WARNING if loud else logging.DEBUG,
+                logging.WARNING if is_warning else logging.DEBUG,
                 "limiter %r pauses for %s: %s",
                 self._limiter.name,
                 in_seconds(seconds),
-                _WHY[reason],
+                _EXPLANATIONS[reason],
             )
         return seconds
 

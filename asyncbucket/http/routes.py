@@ -60,7 +60,7 @@ class Routes:
                 f"not {routing!r}"
             )
         if isinstance(routing, Mapping):
-            rules = [_read(pattern, target) for pattern, target in routing.items()]
+            rules = [_parse_rule(pattern, target) for pattern, target in routing.items()]
             for rule in rules:
                 self._check(rule.target)  # report mistakes at once
             self._choose: Callable[[Call], Target] = lambda call: next(
@@ -95,7 +95,7 @@ class Routes:
         return target
 
 
-def _read(pattern: str, target: Target) -> _Rule:
+def _parse_rule(pattern: str, target: Target) -> _Rule:
     parts = pattern.split() if isinstance(pattern, str) else []
     path = parts.pop(0) if parts and parts[0].startswith("/") else None
     model = parts.pop(0) if parts else None

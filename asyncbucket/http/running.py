@@ -1,4 +1,4 @@
-"""Tool calls in progress in a context, and how they make way for the calls made inside them.
+"""Tool calls in progress in a context, and how they give up slots for calls made inside.
 
 A tool may call a paced model, or another tool, or run a whole agent. While it waits for that it
 does nothing itself, yet holds a slot. If both pass the same limiter, be it only the root, the inner
@@ -11,7 +11,7 @@ See `asyncbucket.limiter.lending` for which slots those are, and how two calls a
 for each other.
 
 A model may call another one that is paced elsewhere: by a child of its limiter, or by a sibling. If
-the model's own call does not pay for that one (see `held`), the model makes way like a tool.
+the model's own call does not pay for that one (see `held`), the model gives up slots like a tool.
 
 A task started by a tool sees the tool in its context even after the tool has ended. So a note
 counts only until its lease is released.
@@ -23,39 +23,39 @@ from contextvars import ContextVar
 from typing import Final
 
 from asyncbucket.context import put_back
-from asyncbucket.http.held import Note, around
+from asyncbucket.http.held import LeaseRef, held_leases
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.lease import Lease
 from asyncbucket.limiter.lending import give_back
 
 
-class Running(Note):
+class RunningCall(LeaseRef):
     """Note that a tool's call runs in this context."""
 
-    __slots__ = ("made_way", "outer", "tool")
+    __slots__ = ("has_inner_calls", "outer", "tool")
 
-    def __init__(self, tool: object, lease: Lease, outer: "Running | None") -> None:
+    def __init__(self, tool: object, lease: Lease, outer: "RunningCall | None") -> None:
         super().__init__(lease)
         self.tool = tool
         self.outer = outer
         #: Whether another call was made inside.
-        self.made_way = False
+        self.has_inner_calls = False
 
-    def make_way(self, limiter: Limiter) -> None:
+    def give_up_slots(self, limiter: Limiter) -> None:
         """Give back the slots that a call of ``limiter`` needs."""
-        self.made_way = True
+        self.has_inner_calls = True
         lease = self.lease
         if lease is not None:
             give_back(lease, limiter)
 
 
-_RUNNING: Final[ContextVar[Running | None]] = ContextVar("asyncbucket tools", default=None)
+_RUNNING: Final[ContextVar[RunningCall | None]] = ContextVar("asyncbucket tools", default=None)
 
 
 @contextlib.contextmanager
 def running(tool: object, lease: Lease) -> Generator[None]:
     """Note that ``tool`` runs under ``lease`` in a ``with`` block."""
-    token = _RUNNING.set(Running(tool, lease, _RUNNING.get()))
+    token = _RUNNING.set(RunningCall(tool, lease, _RUNNING.get()))
     try:
         yield
     finally:
@@ -67,15 +67,20 @@ def is_running(tool: object) -> bool:
 
     Once another call was made inside, such as a model's, a further call of ``tool`` is a new one.
     """
-    here = _RUNNING.get()
-    return here is not None and here.tool is tool and not here.made_way and here.lease is not None
+    current = _RUNNING.get()
+    return (
+        current is not None
+        and current.tool is tool
+        and not current.has_inner_calls
+        and current.lease is not None
+    )
 
 
-def make_way(limiter: Limiter) -> None:
+def give_up_slots(limiter: Limiter) -> None:
     """Make the calls around this context give back the slots that a call of ``limiter`` needs."""
-    here = _RUNNING.get()
-    while here is not None:
-        here.make_way(limiter)
-        here = here.outer
-    for _, lease in around():
+    current = _RUNNING.get()
+    while current is not None:
+        current.give_up_slots(limiter)
+        current = current.outer
+    for _, lease in held_leases():
         give_back(lease, limiter)

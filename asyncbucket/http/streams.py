@@ -16,7 +16,7 @@ from typing import Any, Final
 from asyncbucket.http.attempt import Attempt
 
 
-class _AsyncBody:
+class _AsyncReplyBody:
     """Pass on an async body, and tell the attempt."""
 
     def __init__(self, inner: Any, attempt: Attempt) -> None:
@@ -28,11 +28,11 @@ class _AsyncBody:
         chunks = self._inner.__aiter__()
         try:
             async for chunk in chunks:
-                self._attempt.passes(chunk)
+                self._attempt.chunk_received(chunk)
                 yield chunk
             complete = True
         finally:
-            self._attempt.ended(complete=complete)
+            self._attempt.body_ended(complete=complete)
             if isinstance(chunks, AsyncGenerator):
                 await chunks.aclose()
 
@@ -40,10 +40,10 @@ class _AsyncBody:
         try:
             await self._inner.aclose()
         finally:
-            self._attempt.ended(complete=False)
+            self._attempt.body_ended(complete=False)
 
 
-class _SyncBody:
+class _SyncReplyBody:
     """Pass on a body, and tell the attempt."""
 
     def __init__(self, inner: Any, attempt: Attempt) -> None:
@@ -53,23 +53,23 @@ class _SyncBody:
     def __iter__(self) -> Iterator[bytes]:
         try:
             for chunk in self._inner:
-                self._attempt.passes(chunk)
+                self._attempt.chunk_received(chunk)
                 yield chunk
         except GeneratorExit:
             raise  # perhaps from the collector, amid the limiter's work: `close` may follow
         except BaseException:
-            self._attempt.ended(complete=False)
+            self._attempt.body_ended(complete=False)
             raise
-        self._attempt.ended(complete=True)
+        self._attempt.body_ended(complete=True)
 
     def close(self) -> None:
         try:
             self._inner.close()
         finally:
-            self._attempt.ended(complete=False)
+            self._attempt.body_ended(complete=False)
 
 
-class _AsyncLoad:
+class _AsyncRequestBody:
     """The body of a request, which is read once the headers have been sent."""
 
     def __init__(self, inner: Any, attempt: Attempt) -> None:
@@ -77,7 +77,7 @@ class _AsyncLoad:
         self._attempt = weakref.ref(attempt)
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        _leaves(self._attempt)
+        _note_sent(self._attempt)
         chunks: AsyncIterator[bytes] = self._inner.__aiter__()
         return chunks
 
@@ -85,7 +85,7 @@ class _AsyncLoad:
         await self._inner.aclose()
 
 
-class _SyncLoad:
+class _SyncRequestBody:
     """The body of a request, which is read once the headers have been sent."""
 
     def __init__(self, inner: Any, attempt: Attempt) -> None:
@@ -93,39 +93,39 @@ class _SyncLoad:
         self._attempt = weakref.ref(attempt)
 
     def __iter__(self) -> Iterator[bytes]:
-        _leaves(self._attempt)
+        _note_sent(self._attempt)
         return iter(self._inner)
 
     def close(self) -> None:
         self._inner.close()
 
 
-def _leaves(attempt: "weakref.ref[Attempt]") -> None:
-    there = attempt()
-    if there is not None:
-        there.leaves()
+def _note_sent(attempt: "weakref.ref[Attempt]") -> None:
+    referent = attempt()
+    if referent is not None:
+        referent.request_sent()
 
 
-_BODIES: Final = {"AsyncByteStream": _AsyncBody, "SyncByteStream": _SyncBody}
-_LOADS: Final = {"AsyncByteStream": _AsyncLoad, "SyncByteStream": _SyncLoad}
+_REPLY_BODIES: Final = {"AsyncByteStream": _AsyncReplyBody, "SyncByteStream": _SyncReplyBody}
+_REQUEST_BODIES: Final = {"AsyncByteStream": _AsyncRequestBody, "SyncByteStream": _SyncRequestBody}
 
 
-def body_class(stream: object, name: str) -> type[Any] | None:
+def reply_body_class(stream: object, name: str) -> type[Any] | None:
     """Return a class of body of the same kind as ``stream``: a subclass of its library's ``name``."""
-    kind: Any = type(stream)  # hashable, which mypy cannot know
-    return _made_of(kind, name, _BODIES[name])
+    stream_class: Any = type(stream)  # hashable, which mypy cannot know
+    return _paced_body_class(stream_class, name, _REPLY_BODIES[name])
 
 
-def load(stream: Any, attempt: Attempt, name: str) -> Any:
+def request_body(stream: Any, attempt: Attempt, name: str) -> Any:
     """Return the body of a request, wrapped so that it tells ``attempt`` when it leaves."""
-    kind: Any = type(stream)
-    made = _made_of(kind, name, _LOADS[name])
-    return stream if made is None else made(stream, attempt)
+    stream_class: Any = type(stream)
+    body_class = _paced_body_class(stream_class, name, _REQUEST_BODIES[name])
+    return stream if body_class is None else body_class(stream, attempt)
 
 
 @functools.lru_cache(maxsize=64)
-def _made_of(stream: type[Any], name: str, ours: type[Any]) -> type[Any] | None:
-    for kind in stream.__mro__:
-        if kind.__name__ == name:
-            return type(f"Paced{name}", (ours, kind), {})
+def _paced_body_class(stream: type[Any], name: str, mixin: type[Any]) -> type[Any] | None:
+    for base in stream.__mro__:
+        if base.__name__ == name:
+            return type(f"Paced{name}", (mixin, base), {})
     return None

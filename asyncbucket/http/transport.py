@@ -21,13 +21,13 @@ from typing import Any, Final, Literal, Self
 
 from asyncbucket.http.attempt import Attempt
 from asyncbucket.http.failures import FIRST_ERROR
-from asyncbucket.http.lane import parts
+from asyncbucket.http.lane import acquire_keywords
 from asyncbucket.http.layers import Layers
 from asyncbucket.http.profiles import Profile
-from asyncbucket.http.reading import Reader, has_method
+from asyncbucket.http.reading import RequestReader, has_method
 from asyncbucket.http.routes import Routing
-from asyncbucket.http.running import make_way
-from asyncbucket.http.streams import body_class, load
+from asyncbucket.http.running import give_up_slots
+from asyncbucket.http.streams import reply_body_class, request_body
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.levels import is_under
 
@@ -93,12 +93,12 @@ def transport_sync(
     )
 
 
-class _Paced:
+class _BaseTransport:
     """What both kinds of transport share."""
 
     #: The inner transport's method that sends a request, and the default transport's class name.
     _method = ""
-    _default = ""
+    _default_class = ""
 
     def __init__(
         self,
@@ -112,8 +112,8 @@ class _Paced:
     ) -> None:
         check_family(family)
         self.limiter: Limiter = limiter
-        if isinstance(inner, _Paced):
-            inner = self._beneath(inner)
+        if isinstance(inner, _BaseTransport):
+            inner = self._sending_transport(inner)
         if inner is not None and not has_method(inner, self._method):
             what = inner if isinstance(inner, type) else type(inner).__name__
             raise TypeError(f"inner must be a transport with {self._method}(), not {what}")
@@ -121,7 +121,7 @@ class _Paced:
             inner = self._make(family)
         #: What sends the requests; None until the first request shows which library it is.
         self.inner: Any = inner
-        self._reader = Reader(limiter, profile=profile, learn=learn, routes=routes)
+        self._reader = RequestReader(limiter, profile=profile, learn=learn, routes=routes)
         self._layers = Layers(limiter)
         self._entered = False
 
@@ -134,7 +134,7 @@ class _Paced:
         inner = "transport" if self.inner is None else type(self.inner).__name__
         return f"<{type(self).__name__} of {self.limiter.name!r} above {inner}>"
 
-    def _beneath(self, inner: "_Paced") -> Any:
+    def _sending_transport(self, inner: "_BaseTransport") -> Any:
         """Return the transport that will send the requests, if ``inner`` is a paced one."""
         ours, theirs = self.limiter, inner.limiter
         if is_under(ours, theirs):
@@ -153,54 +153,54 @@ class _Paced:
 
     def _make(self, family: str) -> Any:
         library = library_named(family)
-        return getattr(library, self._default)(limits=library.Limits(**POOL))
+        return getattr(library, self._default_class)(limits=library.Limits(**POOL))
 
-    def _watch(self, attempt: Attempt, reply: Any, kind: type[Any] | None) -> Any:
+    def _watch(self, attempt: Attempt, reply: Any, body_class: type[Any] | None) -> Any:
         """Return ``reply`` with a stream that watches the body."""
-        attempt.answered(reply)
+        attempt.headers_received(reply)
         if reply.status_code >= FIRST_ERROR:
-            self._layers.failures = True
-        if kind is None or reply.is_closed:
+            self._layers.seen_failure = True
+        if body_class is None or reply.is_closed:
             if reply.is_closed:  # it came with its body, as in tests
-                attempt.passes(reply.content)
-            attempt.ended(complete=True)
+                attempt.chunk_received(reply.content)
+            attempt.body_ended(complete=True)
         else:
-            reply.stream = kind(reply.stream, attempt)
+            reply.stream = body_class(reply.stream, attempt)
         return reply
 
 
-class PacedTransport(_Paced):
+class PacedTransport(_BaseTransport):
     """Pace an async client's requests; made by `transport`."""
 
     _method = "handle_async_request"
-    _default = "AsyncHTTPTransport"
+    _default_class = "AsyncHTTPTransport"
 
     async def handle_async_request(self, request: Any) -> Any:
         """Send ``request`` when it is its turn, and return the inner transport's response."""
         inner = self.inner or await self._open(request)
         lane, call, profile, cost = self._reader.read(request)
         limiter = lane.limiter
-        self._layers.look_at(request)
+        self._layers.check(request)
         if cost is None or self._layers.have_paid(limiter):
             sent_at = limiter.now()
             reply = await inner.handle_async_request(request)
-            good = reply.status_code < FIRST_ERROR
-            lane.ear.hear(reply.headers, profile, since=sent_at, good=good)
+            ok = reply.status_code < FIRST_ERROR
+            lane.header_reader.read(reply.headers, profile, since=sent_at, ok=ok)
             return reply
-        make_way(limiter)
-        lease = await limiter.acquire(**parts(cost))
+        give_up_slots(limiter)
+        lease = await limiter.acquire(**acquire_keywords(cost))
         attempt = lane.attempt(lease, call, profile)
-        body = ours = request.stream
+        body = paced_body = request.stream
         try:
-            request.stream = ours = load(body, attempt, "AsyncByteStream")
+            request.stream = paced_body = request_body(body, attempt, "AsyncByteStream")
             reply = await inner.handle_async_request(request)
-            return self._watch(attempt, reply, body_class(reply.stream, "AsyncByteStream"))
+            return self._watch(attempt, reply, reply_body_class(reply.stream, "AsyncByteStream"))
         except BaseException as error:
-            self._layers.failures = True
+            self._layers.seen_failure = True
             attempt.failed(error)
             raise
         finally:
-            if request.stream is ours:  # else its reader has put a body there to resend
+            if request.stream is paced_body:  # else its reader has put a body there to resend
                 request.stream = body
 
     async def _open(self, request: Any) -> Any:
@@ -223,23 +223,23 @@ class PacedTransport(_Paced):
 
     async def __aexit__(
         self,
-        kind: type[BaseException] | None = None,
-        error: BaseException | None = None,
-        trace: TracebackType | None = None,
+        exc_type: type[BaseException] | None = None,
+        exc: BaseException | None = None,
+        traceback: TracebackType | None = None,
     ) -> None:
         self._entered = False
         if self.inner is not None:
-            await self.inner.__aexit__(kind, error, trace)
+            await self.inner.__aexit__(exc_type, exc, traceback)
 
 
-class PacedTransportSync(_Paced):
+class PacedTransportSync(_BaseTransport):
     """Pace a synchronous client's requests; made by `transport_sync`."""
 
     _method = "handle_request"
-    _default = "HTTPTransport"
+    _default_class = "HTTPTransport"
 
-    def __init__(self, limiter: Limiter, inner: Any, **how: Any) -> None:
-        super().__init__(limiter, inner, **how)
+    def __init__(self, limiter: Limiter, inner: Any, **options: Any) -> None:
+        super().__init__(limiter, inner, **options)
         self._opening = threading.Lock()
 
     def handle_request(self, request: Any) -> Any:
@@ -247,27 +247,27 @@ class PacedTransportSync(_Paced):
         inner = self.inner or self._open(request)
         lane, call, profile, cost = self._reader.read(request)
         limiter = lane.limiter
-        self._layers.look_at(request)
+        self._layers.check(request)
         if cost is None or self._layers.have_paid(limiter):
             sent_at = limiter.now()
             reply = inner.handle_request(request)
-            good = reply.status_code < FIRST_ERROR
-            lane.ear.hear(reply.headers, profile, since=sent_at, good=good)
+            ok = reply.status_code < FIRST_ERROR
+            lane.header_reader.read(reply.headers, profile, since=sent_at, ok=ok)
             return reply
-        make_way(limiter)
-        lease = limiter.acquire_sync(**parts(cost))
+        give_up_slots(limiter)
+        lease = limiter.acquire_sync(**acquire_keywords(cost))
         attempt = lane.attempt(lease, call, profile)
-        body = ours = request.stream
+        body = paced_body = request.stream
         try:
-            request.stream = ours = load(body, attempt, "SyncByteStream")
+            request.stream = paced_body = request_body(body, attempt, "SyncByteStream")
             reply = inner.handle_request(request)
-            return self._watch(attempt, reply, body_class(reply.stream, "SyncByteStream"))
+            return self._watch(attempt, reply, reply_body_class(reply.stream, "SyncByteStream"))
         except BaseException as error:
-            self._layers.failures = True
+            self._layers.seen_failure = True
             attempt.failed(error)
             raise
         finally:
-            if request.stream is ours:  # else its reader has put a body there to resend
+            if request.stream is paced_body:  # else its reader has put a body there to resend
                 request.stream = body
 
     def _open(self, request: Any) -> Any:
@@ -292,13 +292,13 @@ class PacedTransportSync(_Paced):
 
     def __exit__(
         self,
-        kind: type[BaseException] | None = None,
-        error: BaseException | None = None,
-        trace: TracebackType | None = None,
+        exc_type: type[BaseException] | None = None,
+        exc: BaseException | None = None,
+        traceback: TracebackType | None = None,
     ) -> None:
         self._entered = False
         if self.inner is not None:
-            self.inner.__exit__(kind, error, trace)
+            self.inner.__exit__(exc_type, exc, traceback)
 
 
 def check_family(family: str) -> None:
@@ -325,8 +325,8 @@ def family_of(request: Any) -> str:
     Raises:
         TypeError: it is made by neither.
     """
-    for kind in type(request).__mro__:
-        family = kind.__module__.partition(".")[0]
+    for cls in type(request).__mro__:
+        family = cls.__module__.partition(".")[0]
         if family in FAMILIES:
             return family
     raise TypeError(f"a transport sends requests of httpx or httpx2, not {type(request).__name__}")

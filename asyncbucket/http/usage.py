@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 #: Where a reply, or an event of a stream, keeps its usage.
-_PLACES: Final = ("usage", "usage_metadata")
+_USAGE_FIELDS: Final = ("usage", "usage_metadata")
 #: Where other objects keep the reply: LlamaIndex's, the first and last events of streams, Mistral's
 #: events.
 _WRAPPERS: Final = ("raw", "additional_kwargs", "response", "message", "data")
 
 #: Where Cohere keeps the numbers inside: what it processed, and what it charges for.
-_PARTS: Final = ("tokens", "billed_units")
+_COHERE_FIELDS: Final = ("tokens", "billed_units")
 
 #: OpenAI chat, then OpenAI Responses, Anthropic and Cohere, Bedrock, Gemini, Ollama.
 _INPUT: Final = (
@@ -44,7 +44,7 @@ _DETAILS: Final = ("prompt_tokens_details", "input_tokens_details")
 _CACHED: Final = "cached_tokens"
 
 #: More than any model's context, and too little to stop a limiter for good.
-_MOST: Final = 10_000_000
+_MAX_TOKENS: Final = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,55 +97,64 @@ def usage_of(reply: object) -> Usage | None:
     Anthropic, Gemini, Bedrock, Ollama or a compatible server. All zeros are no usage: some servers
     send them until they know.
     """
-    for place in _places(reply):
-        usage = None if place is None else read_usage(place)
+    for candidate in _usage_candidates(reply):
+        usage = None if candidate is None else read_usage(candidate)
         if usage is not None:
             return usage
     return None
 
 
-def _places(reply: object) -> Iterator[object]:
+def _usage_candidates(reply: object) -> Iterator[object]:
     """Yield the places where usage may be, the most reliable first."""
     raw = _get(reply, "raw")
     holders = [reply, *(_get(holder, name) for holder in (reply, raw) for name in _WRAPPERS)]
     for holder in holders:
         if holder is not None:
-            yield from (_get(holder, name) for name in _PLACES)
+            yield from (_get(holder, name) for name in _USAGE_FIELDS)
     # `additional_kwargs` of LlamaIndex's OpenAI, and Ollama's replies, hold the numbers directly.
     yield from (holder for holder in holders if isinstance(holder, Mapping))
 
 
-def read_usage(place: object) -> Usage | None:
-    """Return the usage in ``place``, an object with token counts or with such objects, or None."""
-    found = map(_read_numbers, (place, *(_get(place, name) for name in _PARTS)))
+def read_usage(candidate: object) -> Usage | None:
+    """Return the usage in ``candidate``, an object with token counts or with such objects, or None."""
+    found = map(_read_counts, (candidate, *(_get(candidate, name) for name in _COHERE_FIELDS)))
     return next(filter(None, found), None)
 
 
-def _read_numbers(place: object) -> Usage | None:
-    given, received = _number(place, *_INPUT) or 0, _number(place, *_OUTPUT) or 0
-    total = _number(place, *_TOTAL) or 0
-    if not (given or received or total):
+def _read_counts(counts: object) -> Usage | None:
+    input_tokens, output_tokens = (
+        _number(counts, *_INPUT) or 0,
+        _number(counts, *_OUTPUT) or 0,
+    )
+    total = _number(counts, *_TOTAL) or 0
+    if not (input_tokens or output_tokens or total):
         return None
-    written = _number(place, *_CACHE_WRITES) or 0
+    cache_writes = _number(counts, *_CACHE_WRITES) or 0
     if total:
-        rest = max(0, total - given - received)
-        written = min(written, rest)  # gateways like LiteLLM count it in the prompt
+        rest = max(0, total - input_tokens - output_tokens)
+        cache_writes = min(cache_writes, rest)  # gateways like LiteLLM count it in the prompt
         # Gemini counts thoughts in the total only, and Bedrock counts cache reads there.
-        received += max(0, rest - written - (_number(place, *_CACHE_READS) or 0))
-    given += written
-    details = (_get(place, name) for name in _DETAILS)
-    cached = max(_number(each, _CACHED) or 0 for each in details)
-    return Usage(given, received, given + received, min(given, cached))
+        output_tokens += max(0, rest - cache_writes - (_number(counts, *_CACHE_READS) or 0))
+    input_tokens += cache_writes
+    details = (_get(counts, name) for name in _DETAILS)
+    cached = max(_number(detail, _CACHED) or 0 for detail in details)
+    return Usage(
+        input_tokens, output_tokens, input_tokens + output_tokens, min(input_tokens, cached)
+    )
 
 
-def _number(place: object, *names: str) -> int | None:
+def _number(counts: object, *names: str) -> int | None:
     """Return the first number under one of these names."""
-    look = place.get if isinstance(place, dict) else functools.partial(_get, place)
+    lookup = counts.get if isinstance(counts, dict) else functools.partial(_get, counts)
     for name in names:
-        value = look(name)
+        value = lookup(name)
         if value is None:
             continue
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= _MOST:
+        if (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and 0 <= value <= _MAX_TOKENS
+        ):
             return round(value)
     return None
 

@@ -30,7 +30,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol, Self, TypeVar
 
-from asyncbucket.http.held import Held, current
+from asyncbucket.http.held import HeldLease, innermost_held_lease
 from asyncbucket.http.profiles import GENERIC, profile_of
 from asyncbucket.http.usage import usage_of
 from asyncbucket.llama_index.held import HeldCall
@@ -39,8 +39,8 @@ C = TypeVar("C")
 
 #: Marks the classes made here.
 _REPORTS: Final = "__asyncbucket_reports__"
-_GOES_OUT: Final = "send_request_body.started"
-_ANSWERED: Final = "receive_response_headers.complete"
+_BODY_STARTED: Final = "send_request_body.started"
+_HEADERS_RECEIVED: Final = "receive_response_headers.complete"
 
 
 class _Request(Protocol):
@@ -55,23 +55,23 @@ class _Trace:
 
     __slots__ = ("_held", "_profile")
 
-    def __init__(self, held: Held, request: _Request) -> None:
+    def __init__(self, held: HeldLease, request: _Request) -> None:
         self._held = held
         self._profile = held.profile = profile_of(request.url.host)
 
-    def hear(self, event: str, info: Mapping[str, Any]) -> None:
+    def handle(self, event: str, info: Mapping[str, Any]) -> None:
         """Handle one event of httpcore."""
-        if event.endswith(_GOES_OUT):
-            self._held.left()
-        elif event.endswith(_ANSWERED) and self._profile is not GENERIC:
+        if event.endswith(_BODY_STARTED):
+            self._held.request_sent()
+        elif event.endswith(_HEADERS_RECEIVED) and self._profile is not GENERIC:
             parts = info["return_value"]  # HTTP/1.1 has more parts than HTTP/2
-            status = next(each for each in parts if isinstance(each, int))
-            headers = next((each for each in parts if isinstance(each, list)), [])
-            self._held.answered(status, headers, self._profile)
+            status = next(part for part in parts if isinstance(part, int))
+            headers = next((part for part in parts if isinstance(part, list)), [])
+            self._held.headers_received(status, headers, self._profile)
 
-    async def hear_async(self, event: str, info: Mapping[str, Any]) -> None:
+    async def handle_async(self, event: str, info: Mapping[str, Any]) -> None:
         """Do the same on an event loop."""
-        self.hear(event, info)
+        self.handle(event, info)
 
 
 def is_client(value: object) -> bool:
@@ -81,21 +81,21 @@ def is_client(value: object) -> bool:
 
 def without_retries(client: C) -> C:
     """Return a copy of ``client`` that does not retry, on the same connections."""
-    theirs: Any = client
-    ours: C = theirs.with_options(max_retries=0)
-    return reporting(ours)
+    original: Any = client
+    copied: C = original.with_options(max_retries=0)
+    return make_reporting(copied)
 
 
-def reporting(client: C) -> C:
+def make_reporting(client: C) -> C:
     """Make ``client``, which must not be the user's own, report its requests; return it."""
     cls: Any = type(client)
-    if is_client(client) and not does_report(client):
-        _know_platform(client)
+    if is_client(client) and not is_reporting(client):
+        _detect_platform(client)
         client.__class__ = _reporting_class(cls)
     return client
 
 
-def does_report(client: object) -> bool:
+def is_reporting(client: object) -> bool:
     """Tell whether ``client`` reports its requests."""
     return _REPORTS in vars(type(client))
 
@@ -110,13 +110,13 @@ class ClientsByLoop:
         self._clients: dict[asyncio.AbstractEventLoop, Any] = {}
         self._lock = threading.Lock()
 
-    def of_this_loop(self, make: Callable[[], C]) -> C:
+    def for_running_loop(self, make: Callable[[], C]) -> C:
         """Return the running loop's client, made by ``make()`` if there is none yet."""
         loop = asyncio.get_running_loop()
         with self._lock:
-            for closed in [each for each in self._clients if each.is_closed()]:
-                late = _discard(self._clients.pop(closed))
-                loop.create_task(late)  # noqa: RUF006 - it never waits
+            for closed in [client_loop for client_loop in self._clients if client_loop.is_closed()]:
+                closing = _discard(self._clients.pop(closed))
+                loop.create_task(closing)  # noqa: RUF006 - it never waits
             if loop not in self._clients:
                 self._clients[loop] = make()
             client: C = self._clients[loop]
@@ -133,7 +133,7 @@ async def _discard(client: Any) -> None:
         await client.close()
 
 
-def _know_platform(client: Any) -> None:
+def _detect_platform(client: Any) -> None:
     """Let ``client`` find out its platform before its first request.
 
     An asynchronous client would do that in one of the event loop's threads, with a slot held, while
@@ -150,21 +150,21 @@ def _reporting_class(cls: type[Any]) -> type[Any]:
 
     def prepare(self: Any, request: _Request) -> None:
         cls._prepare_request(self, request)
-        if (held := current()) is not None:
-            held.leaves()
-            request.extensions = {"trace": _Trace(held, request).hear, **request.extensions}
+        if (held := innermost_held_lease()) is not None:
+            held.request_prepared()
+            request.extensions = {"trace": _Trace(held, request).handle, **request.extensions}
 
     async def prepare_async(self: Any, request: _Request) -> None:
         await cls._prepare_request(self, request)
-        if (held := current()) is not None:
-            held.leaves()
-            request.extensions = {"trace": _Trace(held, request).hear_async, **request.extensions}
+        if (held := innermost_held_lease()) is not None:
+            held.request_prepared()
+            request.extensions = {"trace": _Trace(held, request).handle_async, **request.extensions}
 
     def request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _seen(cls.request(self, *args, **kwargs), kwargs)
+        return _note_reply(cls.request(self, *args, **kwargs), kwargs)
 
     async def request_async(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _seen(await cls.request(self, *args, **kwargs), kwargs)
+        return _note_reply(await cls.request(self, *args, **kwargs), kwargs)
 
     is_async = inspect.iscoroutinefunction(cls._prepare_request)
     names = {
@@ -178,12 +178,12 @@ def _reporting_class(cls: type[Any]) -> type[Any]:
     return type(cls.__name__, (cls,), names)
 
 
-def _seen(reply: Any, arguments: Mapping[str, Any]) -> Any:
+def _note_reply(reply: Any, arguments: Mapping[str, Any]) -> Any:
     """Return ``reply``, after noting its usage; or, if it is a stream, how to close the request."""
-    held = current()
+    held = innermost_held_lease()
     if isinstance(held, HeldCall):
         if not arguments.get("stream"):
-            held.replied(usage_of(reply))
+            held.add_usage(usage_of(reply))
         elif hasattr(reply, "close"):
-            held.streams(reply)
+            held.note_stream(reply)
     return reply

@@ -72,7 +72,7 @@ class RateLimitedEmbedding(_Embedding):
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         send = functools.partial(super()._aget_text_embeddings, texts)
-        if _is_of(BaseEmbedding, send):
+        if _is_inherited_from(BaseEmbedding, send):
             return await send()
         return await pacing_of(self).call(send, _cost(self, texts), read=no_usage)
 
@@ -86,7 +86,7 @@ class RateLimitedEmbedding(_Embedding):
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         send = functools.partial(super()._get_text_embeddings, texts)
-        if _is_of(BaseEmbedding, send):
+        if _is_inherited_from(BaseEmbedding, send):
             return send()
         return pacing_of(self).call_sync(send, _cost(self, texts), read=no_usage)
 
@@ -100,7 +100,7 @@ class RateLimitedMultiModalEmbedding(RateLimitedEmbedding, _MultiModalEmbedding)
 
     async def _aget_image_embeddings(self, img_file_paths: "list[ImageType]") -> list[Embedding]:
         send = functools.partial(super()._aget_image_embeddings, img_file_paths)
-        if _is_of(MultiModalEmbedding, send):
+        if _is_inherited_from(MultiModalEmbedding, send):
             return await send()
         return await pacing_of(self).call(send, _no_tokens, read=no_usage)
 
@@ -110,7 +110,7 @@ class RateLimitedMultiModalEmbedding(RateLimitedEmbedding, _MultiModalEmbedding)
 
     def _get_image_embeddings(self, img_file_paths: "list[ImageType]") -> list[Embedding]:
         send = functools.partial(super()._get_image_embeddings, img_file_paths)
-        if _is_of(MultiModalEmbedding, send):
+        if _is_inherited_from(MultiModalEmbedding, send):
             return send()
         return pacing_of(self).call_sync(send, _no_tokens, read=no_usage)
 
@@ -126,7 +126,7 @@ def _no_tokens() -> Estimate:
     return Estimate(input_tokens=0, output_tokens=0)
 
 
-def _is_of(base: type, send: "functools.partial[Any]") -> bool:
+def _is_inherited_from(base: type, send: "functools.partial[Any]") -> bool:
     """Tell whether a model inherits the method in ``send`` from ``base``, which calls others."""
     name: str = send.func.__name__
     return getattr(send.func, "__func__", None) is vars(base)[name]

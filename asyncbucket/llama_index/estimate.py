@@ -21,7 +21,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 from asyncbucket.cost import rounded_up
-from asyncbucket.http.body import A_SMALL_IMAGE, AN_IMAGE, is_count, replies_of
+from asyncbucket.http.body import (
+    IMAGE_TOKENS,
+    LOW_DETAIL_IMAGE_TOKENS,
+    is_positive_integer,
+    replies_of,
+)
 from asyncbucket.http.forecast import OutputForecast
 from asyncbucket.llama_index.tokens import Tokenizer, bundled_tokenizer, count
 
@@ -31,18 +36,18 @@ if TYPE_CHECKING:
 
 #: OpenAI's template: 3 tokens a message, 1 for the role, and 3 that open the reply. See "How to
 #: count tokens with tiktoken" in the OpenAI cookbook, read in 2025.
-_A_MESSAGE: Final = 4
-_A_REPLY: Final = 3
+_TOKENS_PER_MESSAGE: Final = 4
+_TOKENS_BEFORE_REPLY: Final = 3
 #: For media that cannot be measured without a decoder: the fewest tokens, and bytes per token.
 #: Sound is MP3 of 128 kbit/s at Gemini's 32 tokens a second, video 2 Mbit/s at its 263, and PDF
 #: pages 50 kB at Anthropic's 1,500 to 3,000.
 _MEDIA: Final = {"audio": (256, 500), "video": (2048, 950), "document": (2048, 20)}
 #: The fields that hold a medium's bytes, in base64.
-_DATA: Final = {"audio": "audio", "video": "video", "document": "data"}
+_DATA_FIELDS: Final = {"audio": "audio", "video": "video", "document": "data"}
 
-_LIMITS_OF_OUTPUT: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+_OUTPUT_LIMITS: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 #: Arguments that are sent and count as input.
-_SENT: Final = (
+_SENT_ARGUMENTS: Final = (
     "tools",
     "built_in_tools",
     "functions",
@@ -52,7 +57,7 @@ _SENT: Final = (
     "system",
 )
 #: Those of them that OpenAIResponses keeps in fields, and sends with every call.
-_SENT_ALWAYS: Final = ("instructions", "built_in_tools")
+_SENT_FIELDS: Final = ("instructions", "built_in_tools")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +143,16 @@ class DefaultEstimator:
         self, llm: "LLM", messages: Sequence["ChatMessage"], kwargs: Mapping[str, Any]
     ) -> Estimate:
         """Estimate a chat by everything that is sent."""
-        sent = _Sent(tokens=_A_REPLY)
+        payload = _Payload(tokens=_TOKENS_BEFORE_REPLY)
         for message in messages:
-            sent.add_message(message)
-        return self._estimate(llm, sent, kwargs)
+            payload.add_message(message)
+        return self._estimate(llm, payload, kwargs)
 
     def completion(self, llm: "LLM", prompt: str, kwargs: Mapping[str, Any]) -> Estimate:
         """Estimate a completion; chat models get the prompt as one message."""
-        return self._estimate(llm, _Sent(prompt, tokens=_A_MESSAGE + _A_REPLY), kwargs)
+        return self._estimate(
+            llm, _Payload(prompt, tokens=_TOKENS_PER_MESSAGE + _TOKENS_BEFORE_REPLY), kwargs
+        )
 
     def embedding(self, texts: Sequence[str]) -> int:
         """Estimate the tokens of one batch of texts to embed, at least one."""
@@ -160,26 +167,26 @@ class DefaultEstimator:
         """Learn how long a whole reply was."""
         self._forecast.observe(output_tokens)
 
-    def _estimate(self, llm: "LLM", sent: "_Sent", kwargs: Mapping[str, Any]) -> Estimate:
+    def _estimate(self, llm: "LLM", payload: "_Payload", kwargs: Mapping[str, Any]) -> Estimate:
         # A structured LLM calls another one, and sends it the schema of its output.
         model = getattr(llm, "llm", llm)
-        sent.add_argument(getattr(llm, "output_cls", None))
-        fields = {name: getattr(model, name, None) for name in _SENT_ALWAYS}
+        payload.add_argument(getattr(llm, "output_cls", None))
+        fields = {name: getattr(model, name, None) for name in _SENT_FIELDS}
         arguments = {**fields, **_additional_kwargs(model), **kwargs}
-        for name in _SENT:
-            sent.add_argument(arguments.get(name))
-        told = (arguments.get(name) for name in _LIMITS_OF_OUTPUT)
-        always = (getattr(model, name, None) for name in _LIMITS_OF_OUTPUT)
-        limit = next(filter(is_count, (*told, *always)), 0)
+        for name in _SENT_ARGUMENTS:
+            payload.add_argument(arguments.get(name))
+        from_arguments = (arguments.get(name) for name in _OUTPUT_LIMITS)
+        from_fields = (getattr(model, name, None) for name in _OUTPUT_LIMITS)
+        limit = next(filter(is_positive_integer, (*from_arguments, *from_fields)), 0)
         return Estimate(
-            input_tokens=self.count(*sent.texts) + sent.tokens,
+            input_tokens=self.count(*payload.texts) + payload.tokens,
             # The forecast is for the whole call.
             output_tokens=limit * replies_of(arguments) or self._forecast.foresee(),
             foreseen=not limit,
         )
 
 
-class _Sent:
+class _Payload:
     """What a call sends: its texts, and the tokens of what is not text."""
 
     __slots__ = ("texts", "tokens")
@@ -190,7 +197,7 @@ class _Sent:
 
     def add_message(self, message: "ChatMessage") -> None:
         """Add a message: its blocks, and the tool calls that older integrations keep beside them."""
-        self.tokens += _A_MESSAGE
+        self.tokens += _TOKENS_PER_MESSAGE
         if not hasattr(message, "blocks"):
             return  # not a message: the model's own error says it better
         for block in message.blocks:
@@ -204,11 +211,11 @@ class _Sent:
         """Add a content block; a block of an unknown kind counts by its text."""
         match getattr(block, "block_type", None):
             case "image":
-                self.tokens += A_SMALL_IMAGE if block.detail == "low" else AN_IMAGE
+                self.tokens += LOW_DETAIL_IMAGE_TOKENS if block.detail == "low" else IMAGE_TOKENS
             case "document" if str(block.document_mimetype).startswith("text/") and block.data:
-                self.tokens += _size(block.data) // 4
-            case "audio" | "video" | "document" as kind:
-                self.add_medium(kind, getattr(block, _DATA[kind]))
+                self.tokens += _decoded_size(block.data) // 4
+            case "audio" | "video" | "document" as medium:
+                self.add_medium(medium, getattr(block, _DATA_FIELDS[medium]))
             case "cache":
                 pass
             case "thinking":
@@ -225,10 +232,10 @@ class _Sent:
             case _:
                 self.texts.append(str(getattr(block, "text", "")))
 
-    def add_medium(self, kind: str, data: object) -> None:
+    def add_medium(self, medium: str, data: object) -> None:
         """Add sound, video or a document, by its size if that is known."""
-        least, bytes_a_token = _MEDIA[kind]
-        self.tokens += max(least, _size(data) // bytes_a_token)
+        minimum, bytes_per_token = _MEDIA[medium]
+        self.tokens += max(minimum, _decoded_size(data) // bytes_per_token)
 
     def add_argument(self, value: object) -> None:
         """Add an argument, which is sent as JSON, or unchanged if it is text."""
@@ -250,12 +257,12 @@ def _tool_call(block: Any) -> str:
 def _json(value: object) -> str:
     """Return ``value`` as JSON; if that is impossible, as text: an estimate must not fail a call."""
     try:
-        return json.dumps(value, default=_plain, ensure_ascii=False)
+        return json.dumps(value, default=_to_jsonable, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
         return str(value)
 
 
-def _plain(value: Any) -> object:
+def _to_jsonable(value: Any) -> object:
     """Convert what is sent as JSON: tools, pydantic models and classes."""
     to_openai_tool = getattr(getattr(value, "metadata", None), "to_openai_tool", None)
     if callable(to_openai_tool):
@@ -267,7 +274,7 @@ def _plain(value: Any) -> object:
     return dump() if callable(dump) else str(value)
 
 
-def _size(data: object) -> int:
+def _decoded_size(data: object) -> int:
     """Return the number of bytes of data in base64; 0 if there is none here."""
     return len(data) * 3 // 4 if isinstance(data, bytes) else 0
 

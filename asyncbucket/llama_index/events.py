@@ -10,7 +10,7 @@ from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
 from pydantic import ConfigDict
 
-from asyncbucket.http.running import make_way
+from asyncbucket.http.running import give_up_slots
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.books import shown_name
 from asyncbucket.limiter.lease import Lease
@@ -19,7 +19,7 @@ from asyncbucket.llama_index.misuse import warn_of_time_out
 _dispatcher: Final = get_dispatcher(__name__)
 
 #: Whether the code that asks for the current admission reports its wait.
-_told: Final[ContextVar[bool]] = ContextVar("asyncbucket told of waits", default=False)
+_wait_is_reported: Final[ContextVar[bool]] = ContextVar("asyncbucket told of waits", default=False)
 
 
 class RateLimitEvent(BaseEvent):
@@ -80,43 +80,44 @@ class RateLimitPauseEvent(RateLimitEvent):
 
 async def admit(limiter: Limiter, amounts: Mapping[str, Any]) -> Lease:
     """Wait for the admission of a call and report the wait; calls around it give up slots it needs."""
-    make_way(limiter)
+    give_up_slots(limiter)
     began = limiter.now()
     try:
-        with _told_here():
+        with _mark_wait_reported():
             lease = await limiter.acquire(**amounts)
     except asyncio.CancelledError:
         warn_of_time_out(limiter, limiter.now() - began)
         raise
-    _tell_of_wait(lease, limiter)
+    _report_wait(lease, limiter)
     return lease
 
 
 def admit_sync(limiter: Limiter, amounts: Mapping[str, Any]) -> Lease:
     """Do the same as `admit`, on a thread that may be blocked."""
-    make_way(limiter)
-    with _told_here():
+    give_up_slots(limiter)
+    with _mark_wait_reported():
         lease = limiter.acquire_sync(**amounts)
-    _tell_of_wait(lease, limiter)
+    _report_wait(lease, limiter)
     return lease
 
 
-def is_told() -> bool:
+def is_wait_reported() -> bool:
     """Return whether the code that asks for the current admission reports its wait."""
-    return _told.get()
+    return _wait_is_reported.get()
 
 
 @contextlib.contextmanager
-def _told_here() -> Generator[None]:
+def _mark_wait_reported() -> Generator[None]:
     """Keep others from reporting the admissions that are asked for inside."""
-    _told.set(True)
+    _wait_is_reported.set(True)
     try:
         yield
     finally:
-        _told.set(False)  # no token: a coroutine may be closed in another context than it ran in
+        # No token: a coroutine may be closed in another context than it ran in.
+        _wait_is_reported.set(False)
 
 
-def _tell_of_wait(lease: Lease, limiter: Limiter) -> None:
+def _report_wait(lease: Lease, limiter: Limiter) -> None:
     if lease.waited > 0:
         name = shown_name(limiter.name)
         _dispatcher.event(

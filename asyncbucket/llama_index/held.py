@@ -19,8 +19,8 @@ from typing import Any, Final, TypeVar
 
 from asyncbucket.context import put_back
 from asyncbucket.http.failures import classify, never_sent
-from asyncbucket.http.held import Held, around, current
-from asyncbucket.http.learn import Ear
+from asyncbucket.http.held import HeldLease, held_leases, innermost_held_lease
+from asyncbucket.http.learn import HeaderReader
 from asyncbucket.http.usage import Usage, usage_of
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.lease import Lease
@@ -32,41 +32,46 @@ T = TypeVar("T")
 _END: Final[Any] = object()
 
 
-class HeldCall(Held):
+class HeldCall(HeldLease):
     """Note that a model's call runs in this context under a lease of ``limiter``."""
 
-    __slots__ = ("_replies", "_stream", "methods", "watched")
+    __slots__ = ("_sdk_usage", "_stream", "methods", "reports_requests")
 
-    def __init__(self, limiter: Limiter, lease: Lease, ear: Ear) -> None:
-        super().__init__(limiter, lease, ear)
+    def __init__(self, limiter: Limiter, lease: Lease, header_reader: HeaderReader) -> None:
+        super().__init__(limiter, lease, header_reader)
         #: Methods called inside.
-        self.methods: list[Method] = []
+        self.methods: list[NestedMethod] = []
         #: What the SDK's replies said was used, in total.
-        self._replies: Usage | None = None
+        self._sdk_usage: Usage | None = None
         # A weak reference, because a pooled connection keeps this note for good.
         self._stream: weakref.ref[Any] | None = None
         #: Whether it sends its requests by a client that reports them.
-        self.watched = False
+        self.reports_requests = False
 
-    def asks(self, method: "Method") -> None:
+    def add_method(self, method: "NestedMethod") -> None:
         """Note a method that is called inside: each but the first adds a request."""
         self.methods.append(method)
-        self.owe(len(self.methods))
+        self.pay_for(len(self.methods))
 
-    def replied(self, usage: Usage | None) -> None:
+    def add_usage(self, usage: Usage | None) -> None:
         """Add what one reply of the SDK says was used."""
         if usage is not None:
-            self._replies = usage if self._replies is None else self._replies + usage
+            self._sdk_usage = usage if self._sdk_usage is None else self._sdk_usage + usage
 
-    def used(self, said: Usage | None) -> Usage | None:
-        """Return what the call used: what its reply ``said``, or what was seen inside if more.
+    def actual_usage(self, reported: Usage | None) -> Usage | None:
+        """Return what the call used: what its reply ``reported``, or what was seen inside if more.
 
         What the provider's limits do not count is left out.
         """
-        within = [method.usage for method in self.methods if method.usage is not None]
-        for seen in (functools.reduce(operator.add, within) if within else None, self._replies):
-            said = said | seen if said is not None else seen
-        return said if said is None or self.profile is None else self.profile.counted(said)
+        nested_usages = [method.usage for method in self.methods if method.usage is not None]
+        for seen in (
+            functools.reduce(operator.add, nested_usages) if nested_usages else None,
+            self._sdk_usage,
+        ):
+            reported = reported | seen if reported is not None else seen
+        return (
+            reported if reported is None or self.profile is None else self.profile.counted(reported)
+        )
 
     def failed(self, lease: Lease, error: BaseException) -> None:
         """End the call's lease; a call that is known to have sent nothing costs nothing."""
@@ -80,22 +85,22 @@ class HeldCall(Held):
     def _has_sent_nothing(self, error: BaseException) -> bool:
         """Tell whether no request left, by what the client reported, or by the only one's error."""
         if not self.requests:
-            return self.watched
+            return self.reports_requests
         # The SDK's own error says only that there was no connection; its cause says why.
-        return self.requests == 1 and self._left is None and never_sent(error.__cause__)
+        return self.requests == 1 and self._sent_at is None and never_sent(error.__cause__)
 
-    def streams(self, stream: object) -> None:
+    def note_stream(self, stream: object) -> None:
         """Note the SDK's own stream that this call reads."""
         self._stream = weakref.ref(stream)
 
-    async def hang_up(self) -> None:
+    async def close_stream(self) -> None:
         """Close the SDK's stream, and with it the request. Idempotent."""
         closing = self._close()
         if inspect.isawaitable(closing):
             await closing
 
-    def hang_up_sync(self) -> None:
-        """Do the same as `hang_up`, for a synchronous stream."""
+    def close_stream_sync(self) -> None:
+        """Do the same as `close_stream`, for a synchronous stream."""
         self._close()
 
     def _close(self) -> Any:
@@ -108,21 +113,21 @@ def held_call(limiter: Limiter) -> HeldCall | None:
     return next(
         (
             held
-            for held, _ in around()
+            for held, _ in held_leases()
             if isinstance(held, HeldCall) and is_under(held.limiter, limiter)
         ),
         None,
     )
 
 
-def watch(*, reports: bool) -> None:
+def note_client(*, reports: bool) -> None:
     """Note whether the client that this context's call asks for reports its requests."""
-    held = current()
+    held = innermost_held_lease()
     if isinstance(held, HeldCall):
-        held.watched = reports
+        held.reports_requests = reports
 
 
-class Method:
+class NestedMethod:
     """Run a method inside a paced call, with the methods it calls, and note what it uses."""
 
     __slots__ = ("usage",)
@@ -144,7 +149,7 @@ class Method:
         finally:
             put_back(_METHOD, token)
 
-    async def passed_on(self, stream: AsyncIterator[T]) -> AsyncGenerator[T, None]:
+    async def relay(self, stream: AsyncIterator[T]) -> AsyncGenerator[T, None]:
         """Pass on the stream that this method returns."""
         try:
             while True:
@@ -158,8 +163,8 @@ class Method:
             if isinstance(stream, AsyncGenerator):
                 await stream.aclose()
 
-    def passed_on_sync(self, stream: Iterator[T]) -> Generator[T, None, None]:
-        """Do the same as `passed_on`, for a synchronous stream."""
+    def relay_sync(self, stream: Iterator[T]) -> Generator[T, None, None]:
+        """Do the same as `relay`, for a synchronous stream."""
         try:
             while True:
                 with self.running():
@@ -173,15 +178,15 @@ class Method:
                 stream.close()
 
 
-_METHOD: Final[ContextVar[Method | None]] = ContextVar("asyncbucket nested", default=None)
+_METHOD: Final[ContextVar[NestedMethod | None]] = ContextVar("asyncbucket nested", default=None)
 
 
 @contextlib.contextmanager
-def nested(held: HeldCall) -> Generator[Method]:
+def nested(held: HeldCall) -> Generator[NestedMethod]:
     """Run a method inside the call of ``held``; what several of them use adds up."""
     method = _METHOD.get()
     if method is None or method not in held.methods:
-        held.asks(method := Method())
+        held.add_method(method := NestedMethod())
     with method.running():
         yield method
 
@@ -192,7 +197,7 @@ async def nested_stream(
     """Do the same as `nested` for a method that returns a stream: start it, and return the stream."""
     with nested(held) as method:
         stream = await start()
-    return method.passed_on(aiter(stream))
+    return method.relay(aiter(stream))
 
 
 def nested_stream_sync(
@@ -201,4 +206,4 @@ def nested_stream_sync(
     """Do the same as `nested_stream`, for a synchronous stream."""
     with nested(held) as method:
         stream = start()
-    return method.passed_on_sync(iter(stream))
+    return method.relay_sync(iter(stream))

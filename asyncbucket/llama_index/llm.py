@@ -61,7 +61,7 @@ class RateLimitedLLM(RateLimitedPrediction, ABC):
             pacing_of(self),
             start,
             _chat_cost(self, messages, kwargs),
-            ask_for_usage=_has_to_ask(self, kwargs),
+            ask_for_usage=_must_ask_for_usage(self, kwargs),
         )
 
     async def astream_complete(
@@ -74,7 +74,7 @@ class RateLimitedLLM(RateLimitedPrediction, ABC):
             pacing_of(self),
             start,
             _completion_cost(self, prompt, kwargs),
-            ask_for_usage=_has_to_ask(self, kwargs),
+            ask_for_usage=_must_ask_for_usage(self, kwargs),
         )
 
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
@@ -95,7 +95,7 @@ class RateLimitedLLM(RateLimitedPrediction, ABC):
             pacing_of(self),
             start,
             _chat_cost(self, messages, kwargs),
-            ask_for_usage=_has_to_ask(self, kwargs),
+            ask_for_usage=_must_ask_for_usage(self, kwargs),
         )
 
     def stream_complete(self, prompt: str, *args: Any, **kwargs: Any) -> CompletionResponseGen:
@@ -106,7 +106,7 @@ class RateLimitedLLM(RateLimitedPrediction, ABC):
             pacing_of(self),
             start,
             _completion_cost(self, prompt, kwargs),
-            ask_for_usage=_has_to_ask(self, kwargs),
+            ask_for_usage=_must_ask_for_usage(self, kwargs),
         )
 
 
@@ -122,7 +122,7 @@ def _completion_cost(
     return functools.partial(pacing_of(llm).estimator.completion, llm, prompt, kwargs)
 
 
-def _has_to_ask(llm: LLM, kwargs: dict[str, Any]) -> bool:
+def _must_ask_for_usage(llm: LLM, kwargs: dict[str, Any]) -> bool:
     """Tell whether streams of ``llm`` end with their usage only if asked, and the user did not ask."""
     if "stream_options" in kwargs or "stream_options" in getattr(llm, "additional_kwargs", {}):
         return False

@@ -14,17 +14,17 @@ from typing import Any, Final
 from weakref import WeakSet
 
 import asyncbucket
-from asyncbucket.http.alike import ALIKE, MANY
+from asyncbucket.http.duplicates import DUPLICATE_LIMITERS, WARNING_THRESHOLD
 from asyncbucket.limiter import Limiter
 from asyncbucket.llama_index.clients import is_client
 from asyncbucket.wording import in_seconds
 
 #: What `llama_index.core.workflow` sets around each step of a workflow.
-_STEP: Final = "step_worker"
+_STEP_VARIABLE: Final = "step_worker"
 #: A call that waited no longer than this (s) was hardly cut off by a time-out.
-_HARDLY: Final = 1.0
+_MIN_WAIT: Final = 1.0
 #: Limiters for which the warning about a workflow's time-out has been logged.
-_TOLD: Final[WeakSet[Limiter]] = WeakSet()
+_WARNED: Final[WeakSet[Limiter]] = WeakSet()
 
 _log: Final = logging.getLogger("asyncbucket")
 _PACKAGE: Final = str(Path(asyncbucket.__file__).parent)
@@ -43,13 +43,13 @@ def warn_of_misuse(model: Any, limiter: Limiter, *, attempts: int) -> None:
             f"may become {attempts} x {retries + 1} requests, of which the limiter sees {attempts}; "
             f"make it with max_retries=0, or wrap with retry=False"
         )
-    asked = tuple(str(getattr(model, name, "")) for name in ("model", "model_name", "api_base"))
+    model_id = tuple(str(getattr(model, name, "")) for name in ("model", "model_name", "api_base"))
     key = getattr(model, "api_key", None)
-    if ALIKE.is_one_too_many(limiter, key, type(model), asked):
+    if DUPLICATE_LIMITERS.is_one_too_many(limiter, key, type(model), model_id):
         _warn(
-            f"{MANY} limiters like {limiter!r} were made for the same model and key: one that is "
-            f"made for each request remembers nothing, and limits nothing; make it once, when the "
-            f"program starts, and wrap with that"
+            f"{WARNING_THRESHOLD} limiters like {limiter!r} were made for the same model and key: "
+            f"one that is made for each request remembers nothing, and limits nothing; make it once, "
+            f"when the program starts, and wrap with that"
         )
 
 
@@ -59,9 +59,9 @@ def warn_of_time_out(limiter: Limiter, waited: float) -> None:
     The workflow's own error does not mention the queue. Whether its time-out or the step's own code
     cancelled the call cannot be seen.
     """
-    in_a_step = any(each.name == _STEP for each in contextvars.copy_context())
-    if waited > _HARDLY and in_a_step and limiter not in _TOLD:
-        _TOLD.add(limiter)
+    in_a_step = any(variable.name == _STEP_VARIABLE for variable in contextvars.copy_context())
+    if waited > _MIN_WAIT and in_a_step and limiter not in _WARNED:
+        _WARNED.add(limiter)
         _log.warning(
             "a call inside a workflow was cancelled when it had waited %s for limiter %r: if the workflow's "
             "time-out did that, it is shorter than the queue; make it with timeout=None, or run it inside "

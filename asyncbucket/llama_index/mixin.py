@@ -11,14 +11,14 @@ from llama_index.core.schema import BaseComponent
 from asyncbucket.limiter import Limiter
 from asyncbucket.llama_index.clients import (
     ClientsByLoop,
-    does_report,
     is_client,
-    reporting,
+    is_reporting,
+    make_reporting,
     without_retries,
 )
 from asyncbucket.llama_index.copies import reduce
 from asyncbucket.llama_index.estimate import Estimator
-from asyncbucket.llama_index.held import watch
+from asyncbucket.llama_index.held import note_client
 from asyncbucket.llama_index.misuse import warn_of_misuse
 from asyncbucket.llama_index.pacing import Pacing
 from asyncbucket.retry import Retry
@@ -50,7 +50,7 @@ class _NoRetries:
         vars(model)["max_retries"] = value
 
 
-class PacedBy:
+class LimiterAttribute:
     """Return the limiter of a paced model or tool, unless that has its own ``limiter`` attribute.
 
     There is no ``__set__``, so an instance attribute, such as a pydantic field, comes first. On the
@@ -77,17 +77,17 @@ class Paced:
     # To a type checker, both are fields of the model's class.
     if not TYPE_CHECKING:  # pragma: no branch - always so at run time
         max_retries = _NoRetries()
-        limiter = PacedBy(lambda model: pacing_of(model).limiter)
+        limiter = LimiterAttribute(lambda model: pacing_of(model).limiter)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         mro = cls.__mro__
         if BaseComponent in mro[: mro.index(Paced)]:
             bases = sorted(cls.__bases__, key=lambda base: not issubclass(base, Paced))
-            right = ", ".join(base.__name__ for base in bases)
+            right_order = ", ".join(base.__name__ for base in bases)
             raise TypeError(
                 f"{cls.__name__} would not be paced: the methods of a class that comes first hide the "
-                f"mixin's; write class {cls.__name__}({right})"
+                f"mixin's; write class {cls.__name__}({right_order})"
             )
 
     def __init__(
@@ -105,14 +105,14 @@ class Paced:
         bind(self, pacing)
 
     def _get_client(self, *args: Any, **kwargs: Any) -> Any:
-        above: Any = super()  # some models have it
-        make = functools.partial(above._get_client, *args, **kwargs)  # noqa: SLF001 - an override
-        return _ours(self, make)
+        base: Any = super()  # some models have it
+        make = functools.partial(base._get_client, *args, **kwargs)  # noqa: SLF001 - an override
+        return _reporting_client(self, make)
 
     def _get_aclient(self, *args: Any, **kwargs: Any) -> Any:
-        above: Any = super()
-        make = functools.partial(above._get_aclient, *args, **kwargs)  # noqa: SLF001 - as above
-        return _ours(self, functools.partial(_of_this_loop, self, make))
+        base: Any = super()
+        make = functools.partial(base._get_aclient, *args, **kwargs)  # noqa: SLF001 - as above
+        return _reporting_client(self, functools.partial(_client_of_running_loop, self, make))
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         return reduce(self, pacing_of(self))
@@ -156,17 +156,17 @@ def bind(model: object, pacing: Pacing) -> None:
     object.__setattr__(model, "__pydantic_private__", {**private, _PACING: pacing})
 
 
-def _ours(model: object, make: Callable[[], Any]) -> Any:
+def _reporting_client(model: object, make: Callable[[], Any]) -> Any:
     """Make a client report if it was made under our `max_retries`; those in fields are the user's."""
-    watch(reports=True)  # making it sends nothing, even if that fails
+    note_client(reports=True)  # making it sends nothing, even if that fails
     client = make()
     if not any(client is value for value in vars(model).values()):
-        client = reporting(client)
-    watch(reports=does_report(client))
+        client = make_reporting(client)
+    note_client(reports=is_reporting(client))
     return client
 
 
-def _of_this_loop(model: object, make: Callable[[], Any]) -> Any:
+def _client_of_running_loop(model: object, make: Callable[[], Any]) -> Any:
     """Return the client that ``make()`` gives; if the model makes and keeps it, one for each loop."""
     private = _private(model)
     clients: ClientsByLoop | None = private.get(_CLIENTS)
@@ -180,7 +180,7 @@ def _of_this_loop(model: object, make: Callable[[], Any]) -> Any:
         private[_CLIENT] = None
         return make()
 
-    return clients.of_this_loop(make_anew)
+    return clients.for_running_loop(make_anew)
 
 
 def unpaced_private(model: object) -> dict[str, Any]:

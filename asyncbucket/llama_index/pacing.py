@@ -7,7 +7,7 @@ from typing import Any, Self, TypeVar
 
 from asyncbucket.context import inherited
 from asyncbucket.http.held import holding
-from asyncbucket.http.learn import Ear
+from asyncbucket.http.learn import HeaderReader
 from asyncbucket.http.usage import Usage, usage_of
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.lease import Lease
@@ -23,7 +23,7 @@ T = TypeVar("T")
 class Pacing:
     """Pace the calls of one model; copies of the model share it."""
 
-    __slots__ = ("asks_for_usage", "ear", "estimator", "limiter", "options", "retrier")
+    __slots__ = ("asks_for_usage", "estimator", "header_reader", "limiter", "options", "retrier")
 
     def __init__(
         self,
@@ -49,11 +49,11 @@ class Pacing:
         # A refusal concerns all who share the provider's limits.
         self.retrier = Retrier(Retry.of(retry), provider_of(limiter), caller=limiter)
         #: What reads the headers of replies, if the HTTP client passes them on.
-        self.ear = Ear(limiter)
+        self.header_reader = HeaderReader(limiter)
         #: Whether streams ask the provider for the usage; off for good once it refuses.
         self.asks_for_usage = True
 
-    def again(self, limiter: Limiter, options: dict[str, Any]) -> Self:
+    def copy_for(self, limiter: Limiter, options: dict[str, Any]) -> Self:
         """Return a pacing for ``limiter`` with the same options, except those given."""
         new = type(self)(limiter, **self.options | options)
         if new.options["estimator"] is None:
@@ -107,10 +107,10 @@ class Pacing:
         read: Callable[[T], Usage | None],
         sent: Sent,
     ) -> T:
-        with await self.admit(estimate, sent) as lease, self._held(lease) as held:
+        with await self.admit(estimate, sent) as lease, self._held_call(lease) as held:
             with holding(held):
                 reply = await send()
-            self.settle(lease, held.used(read(reply)))
+            self.settle(lease, held.actual_usage(read(reply)))
             return reply
 
     def _attempt_sync(
@@ -120,16 +120,16 @@ class Pacing:
         read: Callable[[T], Usage | None],
         sent: Sent,
     ) -> T:
-        with self.admit_sync(estimate, sent) as lease, self._held(lease) as held:
+        with self.admit_sync(estimate, sent) as lease, self._held_call(lease) as held:
             with holding(held):
                 reply = send()
-            self.settle(lease, held.used(read(reply)))
+            self.settle(lease, held.actual_usage(read(reply)))
             return reply
 
     @contextlib.contextmanager
-    def _held(self, lease: Lease) -> Generator[HeldCall]:
+    def _held_call(self, lease: Lease) -> Generator[HeldCall]:
         """Tell ``lease`` how the call failed, if it does."""
-        held = HeldCall(self.limiter, lease, self.ear)
+        held = HeldCall(self.limiter, lease, self.header_reader)
         try:
             yield held
         except BaseException as error:
@@ -158,9 +158,9 @@ class Pacing:
 
     def deadline(self) -> float | None:
         """Return until when another attempt may begin, in seconds of the limiter's clock."""
-        here = inherited.get()
-        left = None if here is None else here.seconds_left()
-        return None if left is None else self.limiter.now() + left
+        inherited_terms = inherited.get()
+        seconds_left = None if inherited_terms is None else inherited_terms.seconds_left()
+        return None if seconds_left is None else self.limiter.now() + seconds_left
 
     def _amounts(self, estimate: Estimate) -> dict[str, float]:
         """Return the tokens to reserve; a guess of the output must not make a call impossible."""

@@ -69,20 +69,23 @@ class _Stream(Generic[T]):
         self._start = start
         self._estimate = estimate
         self._read = read
-        self._asks = ask_for_usage and pacing.asks_for_usage
+        self._asks_for_usage = ask_for_usage and pacing.asks_for_usage
         variables: list[ContextVar[Any]] = [inherited, active_span_id, active_instrument_tags]
         #: The context in which the stream was requested.
-        self._origin = [(variable, variable.get()) for variable in variables]
+        self._caller_context = [(variable, variable.get()) for variable in variables]
         self._inner: Any = None
         self._lease: Lease | None = None
         self._held: HeldCall | None = None
         self._usage: Usage | None = None
         self._sent = Sent()
         self._busy = False
-        self._over = False
+        self._ended = False
 
-    def _admitted(self, lease: Lease) -> None:
-        self._lease, self._held = lease, HeldCall(self._pacing.limiter, lease, self._pacing.ear)
+    def _hold(self, lease: Lease) -> None:
+        self._lease, self._held = (
+            lease,
+            HeldCall(self._pacing.limiter, lease, self._pacing.header_reader),
+        )
 
     @contextlib.contextmanager
     def _step(self) -> Generator[None]:
@@ -99,22 +102,22 @@ class _Stream(Generic[T]):
             self._busy = False
 
     def _options(self) -> dict[str, Any]:
-        return USAGE_OPTION if self._asks else {}
+        return USAGE_OPTION if self._asks_for_usage else {}
 
     @contextlib.contextmanager
-    def _inside(self) -> Generator[None]:
+    def _under_lease(self) -> Generator[None]:
         """Run the model's own code: under our lease, in the context of the request for the stream."""
         assert self._held is not None
-        with self._as_asked(), holding(self._held):
+        with self._in_caller_context(), holding(self._held):
             yield
 
     @contextlib.contextmanager
-    def _as_asked(self) -> Generator[None]:
+    def _in_caller_context(self) -> Generator[None]:
         """Restore the context in which the stream was requested: inherited terms, span and tags.
 
         Engines hand streams to threads and tasks of their own, which know none of these.
         """
-        tokens = [(variable, variable.set(value)) for variable, value in self._origin]
+        tokens = [(variable, variable.set(value)) for variable, value in self._caller_context]
         try:
             yield
         finally:
@@ -126,18 +129,20 @@ class _Stream(Generic[T]):
         usage = self._read(item)
         if usage is not None:
             self._usage = usage | self._usage
-        return not (self._asks and usage and not getattr(getattr(item, "raw", None), "choices", 1))
+        return not (
+            self._asks_for_usage and usage and not getattr(getattr(item, "raw", None), "choices", 1)
+        )
 
-    def _must_not_ask(self, error: BaseException) -> bool:
+    def _is_usage_refused(self, error: BaseException) -> bool:
         """Tell whether the provider refused the option that asks for usage; if so, ask no more."""
-        if not (self._asks and getattr(error, "status_code", None) in _BAD_REQUEST):
+        if not (self._asks_for_usage and getattr(error, "status_code", None) in _BAD_REQUEST):
             return False
         if "stream_options" not in str(error):
             return False
-        self._asks = self._pacing.asks_for_usage = False
+        self._asks_for_usage = self._pacing.asks_for_usage = False
         return True
 
-    def _let_go(self, error: BaseException | None = None) -> None:
+    def _end_attempt(self, error: BaseException | None = None) -> None:
         """Give the slot back, and forget the attempt."""
         (lease, held), self._lease = (self._lease, self._held), None
         self._inner = self._held = None
@@ -153,12 +158,12 @@ class _Stream(Generic[T]):
         """End after the last item, when the usage is known; for a broken stream it never is."""
         assert self._lease is not None
         assert self._held is not None
-        self._pacing.settle(self._lease, self._held.used(self._usage))
+        self._pacing.settle(self._lease, self._held.actual_usage(self._usage))
         self._end()
 
     def _end(self, error: BaseException | None = None) -> None:
-        self._over = True
-        self._let_go(error)
+        self._ended = True
+        self._end_attempt(error)
 
 
 class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
@@ -168,7 +173,7 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
 
     async def asend(self, _: None, /) -> T:
         """Return the next item, like ``__anext__``."""
-        if self._over:
+        if self._ended:
             raise StopAsyncIteration
         with self._step():
             item = await self._next()
@@ -180,53 +185,53 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
     async def _next(self) -> T:
         item: T = _END
         try:
-            item = await (self._pull() if self._inner is not None else self._first())
+            item = await (self._pull() if self._inner is not None else self._first_item())
         finally:
             if item is _END:
-                await self._hang_up()
+                await self._close_request()
         return item
 
-    async def _first(self) -> T:
-        begin = functools.partial(self._begin, self._estimate())
-        with self._as_asked():
+    async def _first_item(self) -> T:
+        attempt = functools.partial(self._attempt, self._estimate())
+        with self._in_caller_context():
             return await self._pacing.retrier.call(
-                begin, deadline=self._pacing.deadline(), tried=self._start, sent=self._sent
+                attempt, deadline=self._pacing.deadline(), tried=self._start, sent=self._sent
             )
 
-    async def _begin(self, estimate: Estimate) -> T:
+    async def _attempt(self, estimate: Estimate) -> T:
         """Make one attempt; return the first item, or the end."""
         self._loop = asyncio.get_running_loop()
-        self._admitted(await self._pacing.admit(estimate, self._sent))
+        self._hold(await self._pacing.admit(estimate, self._sent))
         try:
-            with self._inside():
+            with self._under_lease():
                 self._inner = aiter(await self._start(**self._options()))
             return await self._pull()
         except BaseException as error:
             try:
-                await self._hang_up()
+                await self._close_request()
             finally:
-                self._let_go(error)
-            if not self._must_not_ask(error):
+                self._end_attempt(error)
+            if not self._is_usage_refused(error):
                 raise
-        return await self._begin(estimate)
+        return await self._attempt(estimate)
 
     async def _pull(self) -> T:
         while True:
-            with self._inside():
+            with self._under_lease():
                 item: T = await anext(self._inner, _END)
             if item is _END or self._is_for_caller(item):
                 return item
 
     async def athrow(
         self,
-        kind: type[BaseException] | BaseException,
+        exc_type: type[BaseException] | BaseException,
         value: BaseException | object = None,
         traceback: TracebackType | None = None,
         /,
     ) -> T:
         """End the stream and raise; nobody inside would handle it."""
         await self.aclose()
-        raise _raised(kind, value, traceback)
+        raise _exception_to_raise(exc_type, value, traceback)
 
     async def aclose(self) -> None:
         """End the stream and give the slot back. Idempotent."""
@@ -234,21 +239,21 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
         with self._step():
             if inner is not None and hasattr(inner, "aclose"):
                 await inner.aclose()
-            await self._hang_up()
+            await self._close_request()
         self._end()
 
-    async def _hang_up(self) -> None:
+    async def _close_request(self) -> None:
         if self._held is not None:
-            await self._held.hang_up()
+            await self._held.close_stream()
 
     def __del__(self) -> None:
         """Close the request soon, as asyncio closes a generator that is dropped."""
         if self._held is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_hang_up_soon, self._held)
+            self._loop.call_soon_threadsafe(_close_request_soon, self._held)
 
 
-def _hang_up_soon(held: HeldCall) -> None:
-    asyncio.ensure_future(held.hang_up())  # noqa: RUF006 - like asyncio itself
+def _close_request_soon(held: HeldCall) -> None:
+    asyncio.ensure_future(held.close_stream())  # noqa: RUF006 - like asyncio itself
 
 
 class PacedStream(_Stream[T], Generator[T, None, None]):
@@ -256,7 +261,7 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
 
     def send(self, _: None, /) -> T:
         """Return the next item, like ``__next__``."""
-        if self._over:
+        if self._ended:
             raise StopIteration
         with self._step():
             item = self._next()
@@ -268,52 +273,52 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
     def _next(self) -> T:
         item: T = _END
         try:
-            item = self._pull() if self._inner is not None else self._first()
+            item = self._pull() if self._inner is not None else self._first_item()
         finally:
             if item is _END:
-                self._hang_up()
+                self._close_request()
         return item
 
-    def _first(self) -> T:
-        begin = functools.partial(self._begin, self._estimate())
-        with self._as_asked():
+    def _first_item(self) -> T:
+        attempt = functools.partial(self._attempt, self._estimate())
+        with self._in_caller_context():
             return self._pacing.retrier.call_sync(
-                begin, deadline=self._pacing.deadline(), tried=self._start, sent=self._sent
+                attempt, deadline=self._pacing.deadline(), tried=self._start, sent=self._sent
             )
 
-    def _begin(self, estimate: Estimate) -> T:
+    def _attempt(self, estimate: Estimate) -> T:
         """Make one attempt; return the first item, or the end."""
-        self._admitted(self._pacing.admit_sync(estimate, self._sent))
+        self._hold(self._pacing.admit_sync(estimate, self._sent))
         try:
-            with self._inside():
+            with self._under_lease():
                 self._inner = iter(self._start(**self._options()))
             return self._pull()
         except BaseException as error:
             try:
-                self._hang_up()
+                self._close_request()
             finally:
-                self._let_go(error)
-            if not self._must_not_ask(error):
+                self._end_attempt(error)
+            if not self._is_usage_refused(error):
                 raise
-        return self._begin(estimate)
+        return self._attempt(estimate)
 
     def _pull(self) -> T:
         while True:
-            with self._inside():
+            with self._under_lease():
                 item: T = next(self._inner, _END)
             if item is _END or self._is_for_caller(item):
                 return item
 
     def throw(
         self,
-        kind: type[BaseException] | BaseException,
+        exc_type: type[BaseException] | BaseException,
         value: BaseException | object = None,
         traceback: TracebackType | None = None,
         /,
     ) -> T:
         """End the stream and raise; nobody inside would handle it."""
         self.close()
-        raise _raised(kind, value, traceback)
+        raise _exception_to_raise(exc_type, value, traceback)
 
     def close(self) -> None:
         """End the stream and give the slot back. Idempotent."""
@@ -321,22 +326,22 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
         with self._step():
             if inner is not None and hasattr(inner, "close"):
                 inner.close()
-            self._hang_up()
+            self._close_request()
         self._end()
 
-    def _hang_up(self) -> None:
+    def _close_request(self) -> None:
         if self._held is not None:
-            self._held.hang_up_sync()
+            self._held.close_stream_sync()
 
 
-def _raised(
-    kind: type[BaseException] | BaseException, value: object, traceback: TracebackType | None
+def _exception_to_raise(
+    exc_type: type[BaseException] | BaseException, value: object, traceback: TracebackType | None
 ) -> BaseException:
     """Return the exception that ``throw(kind, value, traceback)`` raises."""
-    if isinstance(kind, BaseException):
-        error = kind
+    if isinstance(exc_type, BaseException):
+        error = exc_type
     elif isinstance(value, BaseException):
         error = value
     else:
-        error = kind() if value is None else kind(value)
+        error = exc_type() if value is None else exc_type(value)
     return error if traceback is None else error.with_traceback(traceback)

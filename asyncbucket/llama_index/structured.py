@@ -66,7 +66,9 @@ class RateLimitedPrediction(_LLM, ABC):
     ) -> "Model":
         """Predict an ``output_cls``."""
         predict = functools.partial(super().astructured_predict, output_cls, prompt)
-        predicted: Model = await _once(self, predict, llm_kwargs, prompt_args, pacing_of(self).call)
+        predicted: Model = await _predict_paced(
+            self, predict, llm_kwargs, prompt_args, pacing_of(self).call
+        )
         return predicted
 
     async def astream_structured_predict(
@@ -78,8 +80,12 @@ class RateLimitedPrediction(_LLM, ABC):
     ) -> "AsyncGenerator[Any, None]":
         """Predict an ``output_cls``, streaming it."""
         predict = functools.partial(super().astream_structured_predict, output_cls, prompt)
-        stream: AsyncGenerator[Any, None] = await _once(
-            self, predict, llm_kwargs, prompt_args, functools.partial(_stream, pacing_of(self))
+        stream: AsyncGenerator[Any, None] = await _predict_paced(
+            self,
+            predict,
+            llm_kwargs,
+            prompt_args,
+            functools.partial(_paced_stream, pacing_of(self)),
         )
         return stream
 
@@ -92,7 +98,9 @@ class RateLimitedPrediction(_LLM, ABC):
     ) -> "Model":
         """Predict an ``output_cls``."""
         predict = functools.partial(super().structured_predict, output_cls, prompt)
-        predicted: Model = _once(self, predict, llm_kwargs, prompt_args, pacing_of(self).call_sync)
+        predicted: Model = _predict_paced(
+            self, predict, llm_kwargs, prompt_args, pacing_of(self).call_sync
+        )
         return predicted
 
     def stream_structured_predict(
@@ -104,13 +112,13 @@ class RateLimitedPrediction(_LLM, ABC):
     ) -> "Generator[Any, None, None]":
         """Predict an ``output_cls``, streaming it."""
         predict = functools.partial(super().stream_structured_predict, output_cls, prompt)
-        stream: Generator[Any, None, None] = _once(
+        stream: Generator[Any, None, None] = _predict_paced(
             self, predict, llm_kwargs, prompt_args, functools.partial(PacedStream, pacing_of(self))
         )
         return stream
 
 
-def _once(
+def _predict_paced(
     llm: RateLimitedPrediction,
     predict: "functools.partial[Any]",
     llm_kwargs: dict[str, Any] | None,
@@ -119,8 +127,8 @@ def _once(
 ) -> Any:
     """Call ``predict`` through ``pace``, or directly if another call, inside or outside, pays."""
     # By keyword, and only if given: classes take it by keyword only, or add their own.
-    given = {} if llm_kwargs is None else {"llm_kwargs": llm_kwargs}
-    send = functools.partial(predict, **given, **prompt_args)
+    options = {} if llm_kwargs is None else {"llm_kwargs": llm_kwargs}
+    send = functools.partial(predict, **options, **prompt_args)
     pacing = pacing_of(llm)
     if _ends_in_chat(type(llm), predict.func.__name__) or held_call(pacing.limiter):
         return send()
@@ -131,15 +139,15 @@ def _once(
     return pace(send, cost, read=no_usage)
 
 
-async def _stream(pacing: Pacing, *args: Any, **kwargs: Any) -> AsyncPacedStream[Any]:
+async def _paced_stream(pacing: Pacing, *args: Any, **kwargs: Any) -> AsyncPacedStream[Any]:
     return AsyncPacedStream(pacing, *args, **kwargs)
 
 
 @functools.lru_cache(maxsize=1024)
 def _ends_in_chat(cls: type[Any], name: str) -> bool:
     """Tell whether a class's method ``name`` is known to end in its ``chat`` methods."""
-    after = cls.__mro__[cls.__mro__.index(RateLimitedPrediction) + 1 :]
-    owner = next(base for base in after if name in vars(base))
+    bases = cls.__mro__[cls.__mro__.index(RateLimitedPrediction) + 1 :]
+    owner = next(base for base in bases if name in vars(base))
     if owner.__module__.startswith("llama_index.core."):
         return True
     return f"{owner.__module__}.{owner.__qualname__}.{name}" in _END_IN_CHAT

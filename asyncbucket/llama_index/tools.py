@@ -19,7 +19,7 @@ from asyncbucket.http.running import is_running, running
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.doors import price
 from asyncbucket.llama_index.events import admit, admit_sync
-from asyncbucket.llama_index.mixin import PacedBy, paced_subclass
+from asyncbucket.llama_index.mixin import LimiterAttribute, paced_subclass
 from asyncbucket.wording import shown
 
 T = TypeVar("T")
@@ -45,9 +45,9 @@ class ToolPacing:
         self.limiter = limiter
         #: The options as given, to pace a copy alike.
         self.options: dict[str, Any] = {"cost": cost}
-        self._price = _reader(cost)
+        self._price = _cost_function(cost)
 
-    def again(self, limiter: Limiter, options: dict[str, Any]) -> Self:
+    def copy_for(self, limiter: Limiter, options: dict[str, Any]) -> Self:
         """Return a pacing for ``limiter`` with the same options, except those given."""
         return type(self)(limiter, **self.options | options)
 
@@ -83,7 +83,7 @@ class ToolPacing:
 class PacedTool:
     """The part of a paced tool that is not a tool."""
 
-    limiter = PacedBy(lambda tool: pacing_of_tool(tool).limiter)
+    limiter = LimiterAttribute(lambda tool: pacing_of_tool(tool).limiter)
 
     def __repr__(self) -> str:
         tool: Any = self
@@ -149,7 +149,7 @@ def _paced_class(cls: type[Any]) -> type[Any]:
     return paced_subclass(mixin, cls)
 
 
-def _reader(cost: ToolCost | None) -> Callable[..., Mapping[str, float]]:
+def _cost_function(cost: ToolCost | None) -> Callable[..., Mapping[str, float]]:
     """Return a function that computes the cost of a call from its arguments."""
     if callable(cost):
         return cost

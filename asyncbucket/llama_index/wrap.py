@@ -70,7 +70,7 @@ from asyncbucket.retry import Retry
 
 T = TypeVar("T")
 
-_GENERATED = "__asyncbucket_plain_class__"
+_PLAIN_CLASS = "__asyncbucket_plain_class__"
 
 
 def wrap(
@@ -110,9 +110,9 @@ def wrap(
         _check_options(given, [obj])
         one: T = _wrap_one(obj, limiter, given)
         return one
-    things = [_as_tool(each) for each in obj]
-    _check_options(given, things)
-    several: Any = [_wrap_one(each, limiter, given) for each in things]
+    objects = [_as_tool(item) for item in obj]
+    _check_options(given, objects)
+    several: Any = [_wrap_one(item, limiter, given) for item in objects]
     if isinstance(obj, tuple):
         several = tuple(several)
     return cast("T", several)
@@ -123,18 +123,20 @@ def _wrap_one(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
     if isinstance(obj, StructuredLLM):
         inside = _wrap_one(obj.llm, limiter, options)
         return obj if inside is obj.llm else obj.model_copy(update={"llm": inside})
-    mine = {name: options[name] for name in _OPTIONS[_kind(obj)] if name in options}
+    applicable = {name: options[name] for name in _OPTIONS[_kind(obj)] if name in options}
     if not isinstance(obj, (Paced, PacedTool)):
-        return _pace(obj, limiter, mine)
+        return _pace(obj, limiter, applicable)
     pacing: Any = pacing_of_tool(obj) if isinstance(obj, PacedTool) else pacing_of(obj)
     if is_under(pacing.limiter, limiter):
         limiter = pacing.limiter
-        if not mine:
+        if not applicable:
             return obj
     elif not is_under(limiter, pacing.limiter):
-        raise ValueError(_two_limiters(obj, limiter))
-    again = pacing.again(limiter, mine)
-    return paced_tool(obj, again) if isinstance(obj, PacedTool) else _share(obj, again)
+        raise ValueError(_two_limiters_message(obj, limiter))
+    new_pacing = pacing.copy_for(limiter, applicable)
+    return (
+        paced_tool(obj, new_pacing) if isinstance(obj, PacedTool) else _paced_model(obj, new_pacing)
+    )
 
 
 def _pace(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
@@ -142,7 +144,7 @@ def _pace(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
         return paced_tool(obj, ToolPacing(limiter, **options))
     pacing = Pacing(limiter, **options)
     warn_of_misuse(obj, limiter, attempts=pacing.retrier.policy.attempts)
-    return _share(obj, pacing)
+    return _paced_model(obj, pacing)
 
 
 #: The options of each kind of object.
@@ -159,16 +161,16 @@ def _kind(obj: object) -> str:
         return "model"
     if isinstance(obj, BaseTool):
         return "tool"
-    raise TypeError(_refusal(obj))
+    raise TypeError(_refusal_message(obj))
 
 
-def _check_options(options: Mapping[str, Any], things: list[Any]) -> None:
+def _check_options(options: Mapping[str, Any], objects: list[Any]) -> None:
     """Refuse options that would have no effect."""
-    kinds = {_kind(each) for each in things}
-    idle = options.keys() - {name for kind in kinds for name in _OPTIONS[kind]}
-    if idle and kinds:
+    kinds = {_kind(item) for item in objects}
+    unused = options.keys() - {name for kind in kinds for name in _OPTIONS[kind]}
+    if unused and kinds:
         raise TypeError(
-            f"{', '.join(sorted(idle))}= is for {'models' if kinds == {'tool'} else 'tools'}: "
+            f"{', '.join(sorted(unused))}= is for {'models' if kinds == {'tool'} else 'tools'}: "
             f"a model's calls are estimated and tried again, a tool's have a cost"
         )
 
@@ -192,11 +194,11 @@ def _child_of(limiter: Limiter, child: str | Limiter | None) -> Limiter:
 
 def plain_class(cls: type[Any]) -> type[Any]:
     """Return the class that ``cls`` was generated from, or ``cls`` if it was written by hand."""
-    plain: type[Any] = vars(cls).get(_GENERATED, cls)
+    plain: type[Any] = vars(cls).get(_PLAIN_CLASS, cls)
     return plain
 
 
-def _share(model: T, pacing: Pacing) -> T:
+def _paced_model(model: T, pacing: Pacing) -> T:
     """Return a paced model with the fields of ``model``, which stays as it is."""
     cls: Any = type(model)
     if not isinstance(model, Paced):
@@ -226,11 +228,11 @@ def paced_class(cls: type[Any]) -> type[Any]:
         name: str = cls.class_name()
         return name
 
-    names = {"class_name": classmethod(class_name), _GENERATED: cls}
+    names = {"class_name": classmethod(class_name), _PLAIN_CLASS: cls}
     return paced_subclass(mixin, cls, **names)
 
 
-def _refusal(obj: object) -> str:
+def _refusal_message(obj: object) -> str:
     if isinstance(obj, type):
         return f"wrap a model or tool, not its class: limiter.wrap({obj.__name__}(...))"
     if inspect.getattr_static(obj, "llm", None) is not None:  # `Settings` would make one
@@ -250,7 +252,7 @@ def _refusal(obj: object) -> str:
     )
 
 
-def _two_limiters(obj: object, limiter: Limiter) -> str:
+def _two_limiters_message(obj: object, limiter: Limiter) -> str:
     return (
         f"{obj!r} is paced already and can't be paced by {limiter!r} too: neither limiter is under the "
         f"other, so that a call would wait in two lines; wrap what it was made of, or make one of "

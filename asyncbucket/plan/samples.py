@@ -151,7 +151,7 @@ class Tokens:
         from asyncbucket.http.body import Sent
 
         sent = Sent()
-        sent.weigh(text)
+        sent.add(text)
         return sent.by_characters
 
     def _of_object(self, line: Mapping[str, Any]) -> Cost:

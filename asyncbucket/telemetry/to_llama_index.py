@@ -10,7 +10,7 @@ from asyncbucket.llama_index.events import (
     RateLimitRefusedEvent,
     RateLimitRetryEvent,
     RateLimitWaitEvent,
-    is_told,
+    is_wait_reported,
 )
 from asyncbucket.telemetry.watched import dispatch_by_type
 
@@ -18,7 +18,7 @@ _dispatcher: Final = get_dispatcher(__name__)
 
 
 def _admitted(event: events.Admitted) -> None:
-    if event.waited > 0 and not is_told():
+    if event.waited > 0 and not is_wait_reported():
         _dispatcher.event(
             RateLimitWaitEvent(limiter=event.limiter, waited=event.waited, bound_by=event.bound_by)
         )

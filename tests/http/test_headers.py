@@ -131,7 +131,7 @@ def test_reset_instant_is_relative_to_server_clock() -> None:
     }
 
     for skew in (-3600, 0, 3600):
-        assert headers.whole_again(reply, now=NOW + skew) == 10.0
+        assert headers.full_reset_after(reply, now=NOW + skew) == 10.0
 
 
 def test_header_names_are_case_insensitive() -> None:
@@ -148,7 +148,7 @@ def test_missing_durationpy_error_names_the_extra(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "durationpy", None)
 
     assert headers.reset("5", now=NOW) == 5.0
-    assert headers.whole_again({"x-ratelimit-reset": "5s"}, now=NOW) is None
+    assert headers.full_reset_after({"x-ratelimit-reset": "5s"}, now=NOW) is None
     with pytest.raises(ImportError, match=r'pip install "asyncbucket\[http\]"'):
         _ = headers.duration("5s")
 

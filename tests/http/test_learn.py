@@ -11,8 +11,8 @@ import pytest
 
 from asyncbucket import CostExceedsLimit, Limit, Limiter, WouldBlock
 from asyncbucket.http import ANTHROPIC, GROQ, OPENAI, Profile
-from asyncbucket.http.held import Held
-from asyncbucket.http.learn import Ear
+from asyncbucket.http.held import HeldLease
+from asyncbucket.http.learn import HeaderReader
 from asyncbucket.testing import VirtualClock
 
 MINUTE = 60_000_000_000
@@ -32,7 +32,7 @@ def test_remaining_header_lowers_available_units() -> None:
     """Only what the provider says is left may pass, however little we have used."""
     limiter = Limiter("500 RPM burst 500", "10k TPM")
 
-    Ear(limiter).hear(
+    HeaderReader(limiter).read(
         said(remaining_requests="40", limit_requests="500", remaining_tokens="900"), OPENAI
     )
 
@@ -44,7 +44,7 @@ def test_header_never_raises_user_limit() -> None:
     """The provider may allow more than the user does; the user's limit holds."""
     limiter = Limiter("5 RPM burst 5")
 
-    Ear(limiter).hear(said(remaining_requests="9000", limit_requests="10000"), OPENAI)
+    HeaderReader(limiter).read(said(remaining_requests="9000", limit_requests="10000"), OPENAI)
 
     assert available(limiter) == [5]
     assert [limit.amount for limit in limiter.limits] == [5]
@@ -53,11 +53,11 @@ def test_header_never_raises_user_limit() -> None:
 def test_lowest_of_several_remaining_headers_counts() -> None:
     """Tokens of the organisation and of the project are two limits for one window."""
     limiter = Limiter("10k TPM")
-    ear = Ear(limiter)
+    reader = HeaderReader(limiter)
 
-    ear.hear(said(remaining_tokens="5000", remaining_project_tokens="300"), OPENAI)
+    reader.read(said(remaining_tokens="5000", remaining_project_tokens="300"), OPENAI)
     assert available(limiter) == [300]
-    ear.hear(said(remaining_project_tokens="5000", remaining_tokens="200"), OPENAI)
+    reader.read(said(remaining_project_tokens="5000", remaining_tokens="200"), OPENAI)
     assert available(limiter) == [200]
 
 
@@ -65,7 +65,7 @@ def test_learn_false_ignores_headers() -> None:
     """With `learn=False`, headers are ignored."""
     limiter = Limiter("500 RPM burst 500")
 
-    Ear(limiter, learn=False).hear(said(remaining_requests="40"), OPENAI)
+    HeaderReader(limiter, learn=False).read(said(remaining_requests="40"), OPENAI)
 
     assert available(limiter) == [500]
 
@@ -74,7 +74,7 @@ def test_remaining_above_announced_limit_is_capped_at_it() -> None:
     """If a provider contradicts itself, the lower of the two numbers counts."""
     limiter = Limiter("500 RPM burst 500")
 
-    Ear(limiter).hear(said(remaining_requests="499", limit_requests="30"), OPENAI)
+    HeaderReader(limiter).read(said(remaining_requests="499", limit_requests="30"), OPENAI)
 
     assert available(limiter) == [30]
 
@@ -83,7 +83,7 @@ def test_announced_limit_selects_window_of_headers() -> None:
     """OpenAI's headers mean the minute or the day; the limit's number tells which."""
     limiter = Limiter("500 RPM burst 500", "10k RPD burst 10000")
 
-    Ear(limiter).hear(said(remaining_requests="70", limit_requests="10000"), OPENAI)
+    HeaderReader(limiter).read(said(remaining_requests="70", limit_requests="10000"), OPENAI)
 
     assert available(limiter) == [500, 70]
 
@@ -92,7 +92,7 @@ def test_groq_request_headers_apply_to_day_limit() -> None:
     """Groq's headers of requests mean the day."""
     limiter = Limiter("30 RPM burst 30", "14,400 RPD burst 14400")
 
-    Ear(limiter).hear(said(remaining_requests="70", limit_requests="14400"), GROQ)
+    HeaderReader(limiter).read(said(remaining_requests="70", limit_requests="14400"), GROQ)
 
     assert available(limiter) == [30, 70]
 
@@ -100,10 +100,10 @@ def test_groq_request_headers_apply_to_day_limit() -> None:
 def test_rounded_anthropic_header_does_not_override_own_count() -> None:
     """Within the rounding, headers say nothing new: our own count is more exact."""
     limiter = Limiter("50k ITPM")
-    ear = Ear(limiter)
+    reader = HeaderReader(limiter)
     for tokens, remaining in ((300, "50000"), (300, "49000"), (300, "49000")):
         limiter.acquire_nowait(input_tokens=tokens).release()
-        ear.hear({"Anthropic-Ratelimit-Input-Tokens-Remaining": remaining}, ANTHROPIC)
+        reader.read({"Anthropic-Ratelimit-Input-Tokens-Remaining": remaining}, ANTHROPIC)
 
     assert 49_000 <= available(limiter)[0] <= 49_100
 
@@ -112,16 +112,16 @@ def test_late_header_subtracts_calls_sent_since_its_request() -> None:
     """A reply to an early call does not count later ones; they are not taken for others' calls."""
     clock = VirtualClock()
     limiter = Limiter("500 RPM burst 500", clock=clock)
-    ear = Ear(limiter)
+    reader = HeaderReader(limiter)
     limiter.acquire_nowait().release()
-    ear.hear(said(remaining_requests="499"), OPENAI, since=clock.seconds)
+    reader.read(said(remaining_requests="499"), OPENAI, since=clock.seconds)
     clock.advance(1)
     start = clock.seconds
     limiter.acquire_nowait().release()
     clock.advance(1)
     for _ in range(10):
         limiter.acquire_nowait().release()
-    ear.hear(said(remaining_requests="498"), OPENAI, since=start)
+    reader.read(said(remaining_requests="498"), OPENAI, since=start)
 
     assert available(limiter) == [488]
 
@@ -129,20 +129,20 @@ def test_late_header_subtracts_calls_sent_since_its_request() -> None:
 def test_limiter_without_limits_learns_and_follows_announced_ones() -> None:
     """A limiter without limits takes those announced and follows them; set ones stay."""
     limiter = Limiter(concurrency=3)
-    ear = Ear(limiter)
+    reader = HeaderReader(limiter)
 
-    ear.hear(said(limit_requests="500", remaining_requests="400", limit_tokens="30000"), OPENAI)
+    reader.read(said(limit_requests="500", remaining_requests="400", limit_tokens="30000"), OPENAI)
     assert [str(limit) for limit in limiter.limits] == [
         "500 requests per 60 s",
         "30,000 tokens per 60 s",
     ]
     assert available(limiter) == [50, 30_000]
 
-    ear.hear(said(limit_requests="1000"), OPENAI)
+    reader.read(said(limit_requests="1000"), OPENAI)
     assert limiter.limits[0].amount == 1_000
 
     limiter.reconfigure(rpm=700)
-    ear.hear(said(limit_requests="2000", limit_tokens="50000"), OPENAI)
+    reader.read(said(limit_requests="2000", limit_tokens="50000"), OPENAI)
     assert [limit.amount for limit in limiter.limits] == [700, 30_000]
 
 
@@ -152,9 +152,9 @@ def test_lowest_announced_limit_of_window_is_learned_once(project: int) -> None:
     limiter = Limiter()
     learned: list[object] = []
     limiter.observe(learned.append)
-    ear = Ear(limiter)
+    reader = HeaderReader(limiter)
     for _ in range(3):
-        ear.hear(said(limit_tokens="200000", limit_project_tokens=str(project)), OPENAI)
+        reader.read(said(limit_tokens="200000", limit_project_tokens=str(project)), OPENAI)
 
     assert [limit.amount for limit in limiter.limits] == [min(project, 200_000)]
     assert len(learned) == 1
@@ -164,12 +164,12 @@ def test_refill_follows_lowest_announced_limit_of_window() -> None:
     """What the organisation has left comes back no faster than the project's limit allows."""
     clock = VirtualClock()
     limiter = Limiter("300k TPM burst 300k", clock=clock)
-    ear = Ear(limiter)
+    reader = HeaderReader(limiter)
     limits = {"limit_tokens": "200000", "limit_project_tokens": "100000"}
     for left in ((150_000, 90_000), (47_000, 48_000)):
         organisation, project = map(str, left)
         reply = said(remaining_tokens=organisation, remaining_project_tokens=project, **limits)
-        ear.hear(reply, OPENAI)
+        reader.read(reply, OPENAI)
     clock.advance(6)
 
     assert available(limiter)[0] <= 47_000 + 10_000
@@ -179,7 +179,7 @@ def test_announced_limits_do_not_change_user_limits() -> None:
     """If the user has set a limit, none is added or changed."""
     limiter = Limiter("500 RPM")
 
-    Ear(limiter).hear(said(limit_requests="900", limit_tokens="30000"), OPENAI)
+    HeaderReader(limiter).read(said(limit_requests="900", limit_tokens="30000"), OPENAI)
 
     assert [str(limit) for limit in limiter.limits] == ["500 requests per 60 s"]
 
@@ -197,58 +197,58 @@ def passing(limiter: Limiter) -> int:
 def test_first_calls_are_capped_at_half_a_slice_until_first_report() -> None:
     """How the provider counts is still unknown: half of a second's worth passes at once."""
     limiter = Limiter("600 RPM", clock=VirtualClock())
-    ear = Ear(limiter)
-    ear.expect(OPENAI)
+    reader = HeaderReader(limiter)
+    reader.expect(OPENAI)
     assert passing(limiter) == 5
 
-    ear.hear(said(remaining_requests="595", limit_requests="600"), OPENAI)
+    reader.read(said(remaining_requests="595", limit_requests="600"), OPENAI)
     assert passing(limiter) == 55  # a tenth of the limit, as usual
 
 
 def test_large_first_call_passes_at_once_and_next_awaits_reply() -> None:
     """A call of any size passes in an unused slice; the next one waits for a reply."""
     limiter = Limiter("30k TPM", clock=VirtualClock())
-    ear = Ear(limiter)
-    ear.expect(OPENAI)
+    reader = HeaderReader(limiter)
+    reader.expect(OPENAI)
     assert limiter.acquire_nowait(tokens=5_000).waited == 0
     with pytest.raises(WouldBlock):
         limiter.acquire_nowait(tokens=100)
 
-    ear.hear(said(remaining_tokens="25000", limit_tokens="30000"), OPENAI)
+    reader.read(said(remaining_tokens="25000", limit_tokens="30000"), OPENAI)
     assert (limiter.explain(tokens=2_000).wait or 0) < 4  # the first minute is paced evenly
 
 
 def test_successful_reply_without_headers_lifts_first_calls_cap() -> None:
     """A gateway without these headers is assumed to count as the user says."""
     limiter = Limiter("600 RPM", clock=VirtualClock())
-    ear = Ear(limiter)
-    ear.expect(OPENAI)
-    ear.hear({}, OPENAI, good=False)
+    reader = HeaderReader(limiter)
+    reader.expect(OPENAI)
+    reader.read({}, OPENAI, ok=False)
     assert passing(limiter) == 5  # an error page tells nothing of how a gateway counts
 
-    ear.hear({}, OPENAI)
+    reader.read({}, OPENAI)
     assert passing(limiter) == 55
 
 
 def test_error_reported_by_wrapped_model_keeps_first_calls_cap() -> None:
     """An error that its client reports does not count; a reply without these headers does."""
     limiter = Limiter("600 RPM burst 600")
-    ear = Ear(limiter)
-    ear.expect(OPENAI)
-    held = Held(limiter, limiter.acquire_nowait(), ear)
+    reader = HeaderReader(limiter)
+    reader.expect(OPENAI)
+    held = HeldLease(limiter, limiter.acquire_nowait(), reader)
 
-    held.answered(502, [], OPENAI)
+    held.headers_received(502, [], OPENAI)
     assert limiter.statistics().limits[0].available == 9
-    held.answered(200, [], OPENAI)
+    held.headers_received(200, [], OPENAI)
     assert limiter.statistics().limits[0].available == 599
 
 
 def test_second_transport_keeps_what_first_one_learned() -> None:
     """What one transport has heard stays when another one begins."""
     limiter = Limiter("600 RPM burst 600", clock=VirtualClock())
-    Ear(limiter).expect(OPENAI)
-    Ear(limiter).hear(said(remaining_requests="600"), OPENAI)
-    Ear(limiter).expect(OPENAI)
+    HeaderReader(limiter).expect(OPENAI)
+    HeaderReader(limiter).read(said(remaining_requests="600"), OPENAI)
+    HeaderReader(limiter).expect(OPENAI)
 
     assert available(limiter) == [600]
 
@@ -257,28 +257,28 @@ def test_second_transport_keeps_what_first_one_learned() -> None:
 def test_first_calls_are_not_capped_for_day_limits_or_without_learning(learn: bool) -> None:  # noqa: FBT001 - a parameter
     """A limit of a day is not counted by slices; without learning, nothing is expected."""
     limiter = Limiter("10k RPD", "10k TPM" if not learn else "10k ITPM", clock=VirtualClock())
-    Ear(limiter, learn=learn).expect(GROQ)
+    HeaderReader(limiter, learn=learn).expect(GROQ)
 
     assert passing(limiter) == 1_000
 
 
 def test_ear_reads_at_most_one_reply_per_10_ms() -> None:
     """Of hundreds of replies a second a few are enough: with a minute's limit, one in 10 ms."""
-    ear = Ear(Limiter("600 RPM"))
-    assert ear.is_due(0.0)
-    ear.hear(said(remaining_requests="590"), OPENAI, since=1.0)
+    reader = HeaderReader(Limiter("600 RPM"))
+    assert reader.is_due(0.0)
+    reader.read(said(remaining_requests="590"), OPENAI, since=1.0)
 
-    assert not ear.is_due(1.009)
-    assert ear.is_due(1.011)
+    assert not reader.is_due(1.009)
+    assert reader.is_due(1.011)
 
 
 def test_first_expected_reply_is_always_read() -> None:
     """The first reply is always read, since what is assumed until then may hold up calls."""
-    ear = Ear(Limiter("600 RPM"))
-    ear.hear({}, OPENAI, since=1.0)
-    ear.expect(OPENAI)
+    reader = HeaderReader(Limiter("600 RPM"))
+    reader.read({}, OPENAI, since=1.0)
+    reader.expect(OPENAI)
 
-    assert ear.is_due(1.0)
+    assert reader.is_due(1.0)
 
 
 def available_of_each(*limiters: Limiter) -> list[int]:
@@ -291,9 +291,9 @@ def test_tenant_reply_headers_apply_to_shared_parent_limit() -> None:
     root = Limiter("450 RPM burst 450")
     tenant = root.child("acme", "100 RPM burst 100")
 
-    Ear(tenant).hear(said(remaining_requests="70", limit_requests="500"), OPENAI)
+    HeaderReader(tenant).read(said(remaining_requests="70", limit_requests="500"), OPENAI)
     assert available_of_each(root, tenant) == [70, 100]
-    Ear(tenant).hear(said(remaining_requests="60"), OPENAI)
+    HeaderReader(tenant).read(said(remaining_requests="60"), OPENAI)
     assert available_of_each(root, tenant) == [60, 100]
 
 
@@ -302,11 +302,11 @@ def test_announced_limit_tells_whether_headers_mean_parent_or_child() -> None:
     root = Limiter("5000 RPM burst 5000")
     model = root.child("gpt-4o", "450 RPM burst 450")
 
-    Ear(model).hear(said(remaining_requests="70", limit_requests="500"), OPENAI)
+    HeaderReader(model).read(said(remaining_requests="70", limit_requests="500"), OPENAI)
     assert available_of_each(root, model) == [5000, 70]
-    Ear(model).hear(said(remaining_requests="60", limit_requests="5000"), OPENAI)
+    HeaderReader(model).read(said(remaining_requests="60", limit_requests="5000"), OPENAI)
     assert available_of_each(root, model) == [60, 70]
-    Ear(model).hear(said(remaining_requests="50", limit_requests="90"), OPENAI)
+    HeaderReader(model).read(said(remaining_requests="50", limit_requests="90"), OPENAI)
     assert available_of_each(root, model) == [60, 50]
 
 
@@ -316,7 +316,7 @@ def test_child_learns_limits_only_if_no_parent_has_any() -> None:
     tenant = root.child("acme")
     alone = Limiter().child("acme")
     for limiter in (tenant, alone):
-        Ear(limiter).hear(said(remaining_requests="70", limit_requests="500"), OPENAI)
+        HeaderReader(limiter).read(said(remaining_requests="70", limit_requests="500"), OPENAI)
 
     assert tenant.limits == ()
     assert [limit.amount for limit in alone.limits] == [500]
@@ -346,12 +346,12 @@ def test_child_learns_limits_only_if_no_parent_has_any() -> None:
 def test_hostile_value_is_ignored_and_counted(value: Any) -> None:
     """A value that is not a plain number is ignored."""
     limiter = Limiter("500 RPM burst 500")
-    ear = Ear(limiter)
+    reader = HeaderReader(limiter)
 
-    ear.hear(said(remaining_requests=value), OPENAI)
+    reader.read(said(remaining_requests=value), OPENAI)
 
     assert available(limiter) == [500]
-    assert ear.ignored == 1
+    assert reader.ignored == 1
 
 
 def test_fifteen_digit_header_never_raises_user_limit_and_is_learned() -> None:
@@ -360,8 +360,8 @@ def test_fifteen_digit_header_never_raises_user_limit_and_is_learned() -> None:
     learning = Limiter()
     headers = said(remaining_requests="9" * 15, limit_requests="9" * 15, limit_tokens="0")
 
-    Ear(limiter).hear(headers, OPENAI)
-    Ear(learning).hear(headers, OPENAI)
+    HeaderReader(limiter).read(headers, OPENAI)
+    HeaderReader(learning).read(headers, OPENAI)
 
     assert available(limiter) == [500]
     assert [limit.amount for limit in learning.limits] == [10**15 - 1]
@@ -402,18 +402,18 @@ def test_fuzzed_headers_raise_nothing_and_are_cheap_to_read(profile: Profile) ->
     chance = random.Random(profile.name)
     replies = [headers_by(chance, profile) for _ in range(20_000)]
     limiter = Limiter("500 RPM", "100k TPM", "50k ITPM", "8k OTPM", "14k RPD")
-    ears = Ear(limiter), Ear(Limiter())
+    readers = HeaderReader(limiter), HeaderReader(Limiter())
     start = time.process_time()
 
     for reply in replies:
-        for ear in ears:
-            ear.hear(reply, profile, since=time.monotonic())
+        for reader in readers:
+            reader.read(reply, profile, since=time.monotonic())
 
     ours = (time.process_time() - start) / (2 * sum(map(len, replies)))
     date = "Sat, 31 Jan 2026 12:01:00 GMT"
     theirs = timeit.timeit(lambda: parsedate_to_datetime(date), number=1000) / 1000
     assert ours < 5 * theirs
-    assert ears[0].ignored > 10_000
+    assert readers[0].ignored > 10_000
     for use in limiter.statistics().limits:
         assert use.used == 0
         assert use.available <= use.limit.amount

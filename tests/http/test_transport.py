@@ -18,7 +18,7 @@ import pytest
 from asyncbucket import Cost, CostExceedsLimit, Limiter, WouldBlock, tenant
 from asyncbucket.events import Admitted
 from asyncbucket.http import Call, ProviderProfile, Told, Usage
-from asyncbucket.http.held import Held, holding
+from asyncbucket.http.held import HeldLease, holding
 from asyncbucket.testing import RateLimitedProvider, VirtualClock
 from tests.http.conftest import answering, chunked
 
@@ -778,7 +778,7 @@ async def test_call_of_wrapped_model_is_charged_once_and_warns_once(
     """Under a wrapped model of the same limiter, a transport only reads headers, and warns once."""
     answer = answering(library, REPLY, x_ratelimit_remaining_requests="40")
     async with client_over(library, limiter, answer) as client:
-        with await limiter.acquire(tokens=5) as lease, holding(Held(limiter, lease)):
+        with await limiter.acquire(tokens=5) as lease, holding(HeldLease(limiter, lease)):
             await client.post(URL, json=BODY)
             await client.post(URL, json=BODY)
 
@@ -798,7 +798,7 @@ async def test_only_successful_reply_lifts_first_calls_cap(
     limiter = Limiter("600 RPM burst 600")
     client = client_over(library, limiter, answering(library, status=status), profile="openai")
     lease = await limiter.acquire() if paid_above else None
-    with contextlib.nullcontext() if lease is None else holding(Held(limiter, lease)):
+    with contextlib.nullcontext() if lease is None else holding(HeldLease(limiter, lease)):
         await client.post(URL, json=BODY)
     await client.aclose()
 
@@ -834,7 +834,7 @@ async def test_parents_transport_does_not_charge_call_of_childs_model_again(
     """A child's lease counts at its parent, so the parent's transport below lets the call pass."""
     child = limiter.child("chat")
     async with client_over(library, limiter, answering(library, REPLY)) as client:
-        with await child.acquire(tokens=5) as lease, holding(Held(child, lease)):
+        with await child.acquire(tokens=5) as lease, holding(HeldLease(child, lease)):
             await client.post(URL, json=BODY)
 
     assert limiter.statistics().admitted == child.statistics().admitted == 1
@@ -850,7 +850,7 @@ async def test_route_to_child_does_not_deadlock_on_slot_held_by_model(
         library.MockTransport(answering(library, REPLY)), routes={"/v1/*": "chat"}
     )
     async with library.AsyncClient(transport=transport) as client:
-        with await limiter.acquire(tokens=5) as lease, holding(Held(limiter, lease)):
+        with await limiter.acquire(tokens=5) as lease, holding(HeldLease(limiter, lease)):
             await client.post(URL, json=BODY)
             await client.post(URL, json=BODY)
 
@@ -866,7 +866,7 @@ def test_synchronous_call_under_a_lease_is_charged_once(library: Any, limiter: L
     with (
         library.Client(transport=limiter.transport_sync(inner)) as client,
         limiter.acquire_sync(tokens=5) as lease,
-        holding(Held(limiter, lease)),
+        holding(HeldLease(limiter, lease)),
     ):
         client.post(URL, json=BODY)
 

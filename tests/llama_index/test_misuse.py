@@ -14,7 +14,7 @@ from llama_index.llms.openai import OpenAI
 from openai import AsyncOpenAI
 
 from asyncbucket import Limiter, pace
-from asyncbucket.http import alike
+from asyncbucket.http import duplicates
 from asyncbucket.llama_index import RateLimitedLLM, misuse
 
 KEY = "sk-very-secret"
@@ -135,12 +135,12 @@ def test_one_limiter_per_event_loop_causes_no_warning() -> None:
 
 async def test_number_of_remembered_keys_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A service that sees any number of keys remembers a bounded number of them."""
-    monkeypatch.setattr(alike, "_MOST_KEYS", 5)
+    monkeypatch.setattr(duplicates, "_MAX_KEYS", 5)
 
     for number in range(50):
         pace(OpenAI(api_key=f"{KEY} {number}"), rpm=500)
 
-    assert len(alike.ALIKE._seen[asyncio.get_running_loop()]) <= 6
+    assert len(duplicates.DUPLICATE_LIMITERS._seen[asyncio.get_running_loop()]) <= 6
 
 
 class Greeting(Workflow):
@@ -163,7 +163,7 @@ async def test_workflow_timed_out_in_queue_is_logged_once(
     await Greeting().run()
     with pytest.raises(WorkflowTimeoutError):
         await Greeting(timeout=0.1).run()
-    monkeypatch.setattr(misuse, "_HARDLY", 0.0)
+    monkeypatch.setattr(misuse, "_MIN_WAIT", 0.0)
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(llm.acomplete("Hello."), 0.1)
     assert not caplog.messages

@@ -154,9 +154,9 @@ def test_samples_are_spread_over_all_texts(reference: tiktoken.Encoding) -> None
     assert count(texts, bundled_tokenizer()) == pytest.approx(exact, rel=0.15)
 
 
-@pytest.mark.parametrize("length", [tokens.EXACT, tokens.EXACT + 1])
+@pytest.mark.parametrize("length", [tokens.MAX_EXACT_CHARACTERS, tokens.MAX_EXACT_CHARACTERS + 1])
 def test_count_reads_every_character_up_to_documented_length(length: int) -> None:
-    """Up to `EXACT` characters in all texts together, every character is read."""
+    """Up to `MAX_EXACT_CHARACTERS` characters in all texts together, every character is read."""
     encoded: list[int] = []
 
     def encode(text: str) -> str:
@@ -166,16 +166,18 @@ def test_count_reads_every_character_up_to_documented_length(length: int) -> Non
     half = length // 2
     _ = count(["a" * half, "", "b" * (length - half)], encode)
 
-    assert (sum(encoded) == length) == (length == tokens.EXACT)
+    assert (sum(encoded) == length) == (length == tokens.MAX_EXACT_CHARACTERS)
 
 
 @pytest.mark.real_clock
 @pytest.mark.parametrize("text", ["a", " ", "word ", "我能吞下玻璃而不伤身体", "👩‍🚀🎉"])
-@pytest.mark.parametrize("length", [tokens.EXACT, 5_000_000])
+@pytest.mark.parametrize("length", [tokens.MAX_EXACT_CHARACTERS, 5_000_000])
 def test_counting_worst_case_text_stays_fast(text: str, length: int) -> None:
     """The worst and the longest texts take a few times as long as usual ones: milliseconds."""
     long = (text * (length // len(text) + 1))[:length]
-    usual = ("some usual words of a text " * tokens.EXACT)[: tokens.EXACT]
+    usual = ("some usual words of a text " * tokens.MAX_EXACT_CHARACTERS)[
+        : tokens.MAX_EXACT_CHARACTERS
+    ]
     encode = bundled_tokenizer()
     # A busy machine may spoil some.
     ratios = (_seconds_of([long], encode) / _seconds_of([usual], encode) for _ in range(20))

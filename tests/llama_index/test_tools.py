@@ -24,7 +24,7 @@ from llama_index.core.workflow import Context
 from llama_index.llms.openai import OpenAI
 
 from asyncbucket import AcquireTimeout, Limiter
-from asyncbucket.http.running import make_way, running
+from asyncbucket.http.running import give_up_slots, running
 from asyncbucket.llama_index.mixin import pacing_of
 from asyncbucket.testing import VirtualTime
 
@@ -653,7 +653,7 @@ def test_forked_child_does_not_lend_slot_of_parent_process(monkeypatch: pytest.M
     limiter._account.after_fork()
 
     with running("tool", lease):
-        make_way(limiter)
+        give_up_slots(limiter)
 
     assert limiter._account.gates.slots[0].used == 0
 

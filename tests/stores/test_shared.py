@@ -24,7 +24,7 @@ from asyncbucket import (
 from asyncbucket.events import Event, LimitChanged, Released, StoreLost
 from asyncbucket.feedback.adaptive import Adaptive
 from asyncbucket.http import OPENAI
-from asyncbucket.http.learn import Ear
+from asyncbucket.http.learn import HeaderReader
 from asyncbucket.stores import Terms, open_store
 from asyncbucket.stores.redis import RedisStore
 from asyncbucket.stores.redis_ledger import RedisLedger
@@ -575,7 +575,7 @@ async def test_limit_announced_by_provider_applies_to_all_limiters(where: str) -
     for limiter in (one, two):
         (await limiter.acquire()).release()
     for number in (10**15 - 1, 3):
-        Ear(one).hear([(b"x-ratelimit-limit-requests", str(number).encode())], OPENAI)
+        HeaderReader(one).read([(b"x-ratelimit-limit-requests", str(number).encode())], OPENAI)
     await asyncio.sleep(0.1)
     (await one.acquire(timeout=0.5)).release()
     with pytest.raises(AcquireTimeout, match="requests bind"):
@@ -591,12 +591,14 @@ async def test_remaining_headers_count_only_for_limits_of_a_child(where: str) ->
     child = limiter.child("chat", "300 RPM burst 300")
     (await child.acquire()).release()
     said = {"x-ratelimit-limit-requests": "600", "x-ratelimit-remaining-requests": "0"}
-    Ear(limiter).hear(said, OPENAI, since=limiter.now())
+    HeaderReader(limiter).read(said, OPENAI, since=limiter.now())
     assert limiter.explain().bound_by is None
     assert child.explain().bound_by is None
     assert limiter.statistics().limits[0].available == 599
     assert not limiter._account.headrooms, "worked out for nothing"
-    Ear(child).hear({**said, "x-ratelimit-limit-requests": "300"}, OPENAI, since=limiter.now())
+    HeaderReader(child).read(
+        {**said, "x-ratelimit-limit-requests": "300"}, OPENAI, since=limiter.now()
+    )
     assert child.explain().bound_by == "requests"
     assert limiter.explain().bound_by is None
     await limiter.aclose()

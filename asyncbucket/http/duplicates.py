@@ -8,11 +8,11 @@ from weakref import WeakKeyDictionary, WeakSet
 from asyncbucket.limiter import Limiter
 
 #: How many of them, on one event loop, cause a warning.
-MANY: Final = 10
-_MOST_KEYS: Final = 1_000
+WARNING_THRESHOLD: Final = 10
+_MAX_KEYS: Final = 1_000
 
 
-class Alike:
+class DuplicateLimiters:
     """Count, for each event loop, the limiters that were made for the same key and place.
 
     A loop is one program at work. Outside a loop nothing is counted: a test suite rightly makes
@@ -26,23 +26,23 @@ class Alike:
         ] = WeakKeyDictionary()
 
     def is_one_too_many(self, limiter: Limiter, key: object, *where: object) -> bool:
-        """Count ``limiter``; return True once, when it is the `MANY`-th for ``key`` at ``where``."""
+        """Count ``limiter``; return True once, when ``key`` at ``where`` has `WARNING_THRESHOLD`."""
         loop = asyncio._get_running_loop()  # noqa: SLF001 - None outside
         if loop is None or not isinstance(key, str) or not key or limiter.parent is not None:
             return False
         # Hashed, so that no key is kept.
-        what = hash((where, key, limiter.name, limiter.limits, limiter.concurrency))
+        fingerprint = hash((where, key, limiter.name, limiter.limits, limiter.concurrency))
         with self._lock:
             seen = self._seen.setdefault(loop, {})
-            if len(seen) > _MOST_KEYS:
+            if len(seen) > _MAX_KEYS:
                 seen.clear()
-            limiters, made = seen.setdefault(what, (WeakSet(), [0]))
+            limiters, made = seen.setdefault(fingerprint, (WeakSet(), [0]))
             if limiter in limiters:
                 return False
             limiters.add(limiter)
             made[0] += 1
-            return made[0] == MANY
+            return made[0] == WARNING_THRESHOLD
 
 
 #: For all models and transports of the process.
-ALIKE: Final = Alike()
+DUPLICATE_LIMITERS: Final = DuplicateLimiters()
