@@ -124,7 +124,7 @@ class Account(Books):
             self.limits = self.limits | changed
             if bounds is not None:
                 self._set_slots_locked(bounds, fixed=is_integer(concurrency))
-            self.changed_locked()
+            self.refresh_gates_locked()
 
     def reconfigure(
         self, limits: list[Limit], concurrency: Concurrency | None, *, weight: float | None
@@ -175,15 +175,17 @@ class Account(Books):
         ours, window, _ = kept
         headroom = self.headrooms.get(key)
         if headroom is None:
-            headroom = Headroom(amount=ours.amount, window=ours.window, ours=window.closed())
+            headroom = Headroom(
+                amount=ours.amount, window=ours.window, ours=window.without_open_calls()
+            )
             self.headrooms = {**self.headrooms, key: headroom}
-            self.changed_locked()
+            self.refresh_gates_locked()
         headroom.hear(
             remaining,
             self.budget.clock(),
             amount=ours.amount if limit is None else max(1, min(limit, ours.amount)),
             limit=limit,
-            under_way=window.since(since),
+            under_way=window.booked_since(since),
             lent=window.lent,
             rounding=rounding,
         )
@@ -193,7 +195,7 @@ class Account(Books):
         """Let nobody pass before ``until``, and then, if ``gradually``, few at first."""
         if self.pause is None:
             self.pause = Pause()
-            self.changed_locked()
+            self.refresh_gates_locked()
         now = self.budget.clock()
         self.pause.begin(until, now, gradually=gradually)
         if self.remote is not None:
@@ -226,21 +228,21 @@ class Account(Books):
         if larger and self.budget.waiting:
             self.budget.ring_locked(self)
 
-    def changed_locked(self) -> None:
+    def refresh_gates_locked(self) -> None:
         """Send newcomers and those who wait through the meters as they are now."""
         self.forget_gates()
         if self.waiting:
-            self.budget.changed_locked(_check)
+            self.budget.recheck_waiters_locked(_check)
 
     def make_gates(self) -> Gates:
         """See `Node.make_gates`."""
         return Gates(self._meters(), tuple(kept.limit for kept in self.limits.values()))
 
-    def forget_through(self) -> None:
-        """See `Node.forget_through`; the meters above the children have changed, too."""
-        super().forget_through()
+    def forget_path_gates(self) -> None:
+        """See `Node.forget_path_gates`; the meters above the children have changed, too."""
+        super().forget_path_gates()
         for child in self.children.values():
-            child.forget_through()
+            child.forget_path_gates()
 
     def check_locked(self, amounts: Amounts) -> None:
         """Refuse a cost that can never pass, here or above.

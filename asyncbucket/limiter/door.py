@@ -95,7 +95,7 @@ class Door:
             if gates is None:
                 return None
             blocked = budget.blocked
-            holder = blocked.here() if on_loop else blocked.threads
+            holder = blocked.current_holder() if on_loop else blocked.threads
             lease = Lease(account, gates, amounts, now, holder)
         finally:
             budget.lock.release()
@@ -159,9 +159,9 @@ class Door:
                     account.check_locked(amounts)  # limits may have been lowered since
                     assert deadline is not None
                     raise _too_late_locked(account, amounts, now, deadline)
-                if passage.gates is not account.known_through:
+                if passage.gates is not account.cached_path_gates:
                     account.begin_early_locked(passage.gates)
-                holder = budget.blocked.here() if on_loop else budget.blocked.threads
+                holder = budget.blocked.current_holder() if on_loop else budget.blocked.threads
                 lease = Lease(account, passage.gates, amounts, passage.when, holder, priority)
                 waited = passage.when - now
                 lease.waited = waited * 1e-9
@@ -201,7 +201,7 @@ def _refuse_if_hopeless_locked(
         return
     # A head that gives up leaves to the next what it has earned by being first in line.
     since = 0 if account.waiting else now
-    if account.through.soonest(amounts, now, since=since) > deadline:
+    if account.path_gates.soonest(amounts, now, since=since) > deadline:
         raise _too_late_locked(account, amounts, now, deadline)
 
 

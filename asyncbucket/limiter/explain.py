@@ -9,7 +9,7 @@ from asyncbucket.gates import Gates
 from asyncbucket.limiter.account import Account
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER, Amounts
-from asyncbucket.wording import counted, does, in_seconds, named, rounded
+from asyncbucket.wording import counted, in_seconds, named, rounded, with_verb
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,11 @@ class Explanation:
             return f"a call would pass at once{behind}"
         if self.bound_by == "concurrency" and self.wait is None:
             return f"a call would wait{behind} until a slot is given back"
-        why = "the limiter is paused" if self.bound_by == "paused" else does(self.bound_by, "bind")
+        why = (
+            "the limiter is paused"
+            if self.bound_by == "paused"
+            else with_verb(self.bound_by, "bind")
+        )
         for_so_long = "" if self.wait is None else f" {in_seconds(self.wait)}"
         return f"a call would wait{for_so_long}{behind}: {why}"
 
@@ -62,7 +66,7 @@ class Explanation:
             return ["no limit over time binds such calls"]
         first, *others = self.rates
         unit, seconds = _unit(first)
-        number, what = rounded(first.calls * seconds), does(first.limit.resource, "allow")
+        number, what = rounded(first.calls * seconds), with_verb(first.limit.resource, "allow")
         calls = "call" if number == "1" else "calls"
         told = [f"{what} {number} such {calls} {unit} ({self._written(first)})"]
         for other in others[:1]:
@@ -114,7 +118,7 @@ def _line_up(
     copies: dict[int, object] = {}
     first: dict[object, int] = {}  # when the first in each line became the first
     held: set[object] = set()  # lines whose first waits for limits that do not apply to the call
-    gates = copy.deepcopy(account.through, copies)
+    gates = copy.deepcopy(account.path_gates, copies)
     waits: collections.Counter[str | None] = collections.Counter()
     ahead, when = 0, now
     for waiter in waiters:
@@ -125,7 +129,7 @@ def _line_up(
         if waiter.line in held or waiter.line.priority < priority:
             continue
         ahead += 1
-        theirs = copy.deepcopy(waiter.node.through, copies)
+        theirs = copy.deepcopy(waiter.node.path_gates, copies)
         due, binds = theirs.earliest(waiter.amounts, first.get(waiter.line, since))
         if due > when:
             waits[binds] += due - when

@@ -45,7 +45,7 @@ class Keys(Generic[L]):
 
     def busy(self) -> list[L]:
         """Return the limiters with calls that wait or are in flight now."""
-        with self._parent.budget.making:
+        with self._parent.budget.lifecycle_lock:
             found = tuple(self._limiters.values())
         return [limiter for limiter, account in found if account.waiting or account.in_flight]
 
@@ -59,14 +59,14 @@ class Keys(Generic[L]):
         Raises:
             ValueError: it exists on other terms.
         """
-        with self._parent.budget.making:
+        with self._parent.budget.lifecycle_lock:
             if terms is not None:
                 self._keep(tenant, terms)
             return self._get(tenant)[0]
 
     def find(self, tenant: str) -> Account:
         """Return a tenant's account, made again if it was put to rest."""
-        with self._parent.budget.making:
+        with self._parent.budget.lifecycle_lock:
             return self._get(tenant)[1]
 
     def _keep(self, tenant: str, terms: Terms) -> None:

@@ -15,7 +15,7 @@ from asyncbucket.events import Outcome, Released, Settled
 from asyncbucket.gates import Gates
 from asyncbucket.holders import Holder
 from asyncbucket.limiter.account import Account
-from asyncbucket.limiter.parts import Parts, add_debt, put_off, taken_back
+from asyncbucket.limiter.parts import Parts, add_debt, redate, take_back
 from asyncbucket.loops import OfThisProcess
 
 #: The parts of tokens.
@@ -153,7 +153,7 @@ class Lease(OfThisProcess):
                 account.count_refund_locked(name, -more)
         if self._priority is not None:
             account.correct(self._priority, booked, self._booked())
-        if refunds or (changes and account.deep):
+        if refunds or (changes and account.is_below_child):
             account.budget.ring_locked(account)
 
     def _correct_locked(self, resource: str, more: int) -> None:
@@ -176,7 +176,7 @@ class Lease(OfThisProcess):
             for meter in meters:
                 meter.owe(more, now)
             return
-        for back, when, left in taken_back(parts, -more):
+        for back, when, left in take_back(parts, -more):
             for meter in meters:
                 meter.unbook(back, when, left=left)
 
@@ -199,7 +199,7 @@ class Lease(OfThisProcess):
             for resource, amount in self._booked().items():
                 settled = (self._parts or {}).get(resource)
                 for units, when in settled or [(amount, self._when)]:
-                    put_off(self._gates, {resource: units}, when, now)
+                    redate(self._gates, {resource: units}, when, now)
                 if settled:
                     settled[:] = [(amount, now)]
             self._when = now

@@ -37,10 +37,10 @@ def provider_of(limiter: Limiter) -> Limiter:
 def in_force(limiter: Limiter) -> tuple[Limit, ...]:
     """Return the limits that hold for calls here: its own, and those of the levels above."""
     account = limiter._account  # noqa: SLF001 - its own kind
-    gates = account.known_through
+    gates = account.cached_path_gates
     if gates is None:
         with account.budget.lock:
-            gates = account.through
+            gates = account.path_gates
     return gates.limits
 
 

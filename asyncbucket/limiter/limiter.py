@@ -299,7 +299,7 @@ class Limiter(Doors, Steering, OfThisProcess):
             )
         read_name(name)
         agreed = Terms.read(limits, terms)
-        with self._budget.making:
+        with self._budget.lifecycle_lock:
             account = self._account
             child = account.limiters.get(name)
             if child is None:
@@ -365,7 +365,7 @@ class Limiter(Doors, Steering, OfThisProcess):
         return [] if keys is None else keys.busy()
 
     def _tenants(self) -> Keys["Limiter"]:
-        with self._budget.making:
+        with self._budget.lifecycle_lock:
             account = self._account
             if account.keys is None:
                 account.steered = True  # a `Rest` lacks what a tenant's own tenants used

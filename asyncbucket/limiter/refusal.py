@@ -8,7 +8,7 @@ from asyncbucket.errors import AcquireTimeout, QueueFull, WouldBlock
 from asyncbucket.limiter.account import Account
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER, Amounts
-from asyncbucket.wording import counted, does, in_seconds
+from asyncbucket.wording import counted, in_seconds, with_verb
 
 Refusal = TypeVar("Refusal", WouldBlock, AcquireTimeout, QueueFull)
 
@@ -56,8 +56,8 @@ def _wait_for(bound_by: str, due: int, account: Account, now: int) -> str:
     if bound_by == "paused":
         return f"the limiter is paused for {left} more"
     if due < NEVER:
-        return f"{does(bound_by, 'bind')} for {left} more"
-    taken = [slots.size for slots in account.through.slots if slots.available(now) < 1]
+        return f"{with_verb(bound_by, 'bind')} for {left} more"
+    taken = [slots.size for slots in account.path_gates.slots if slots.available(now) < 1]
     if not taken:  # they are in a store
         return "all slots are taken"
     slots = min(taken)
@@ -69,7 +69,7 @@ def _above_a_burst(account: Account, amounts: Amounts) -> Limit | None:
     return next(
         (
             limit
-            for limit in account.through.limits
+            for limit in account.path_gates.limits
             if limit.burst is not None and amounts.get(limit.resource, 0) > limit.burst
         ),
         None,

@@ -26,7 +26,7 @@ class Steering(ABC):
     @property
     def _awake(self) -> AbstractContextManager[object]:
         """Keep tenants from being put to rest, which takes the same lock."""
-        return self._account.budget.making
+        return self._account.budget.lifecycle_lock
 
     def pause(self, seconds: float, *, reason: str = "", gradually: bool = False) -> None:
         """Admit nobody for ``seconds`` from now; an earlier pause that ends later stays in force.

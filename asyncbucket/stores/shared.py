@@ -58,7 +58,7 @@ def share(
     with account.budget.lock:
         account.remote = shared
         account.budget.outlet_for = shared.counter
-        account.changed_locked()
+        account.refresh_gates_locked()
     return shared
 
 
