@@ -20,7 +20,8 @@ class Flow:
     def __init__(
         self, key: object, source: Source, share: Share, *, child: Node | None, order: int
     ) -> None:
-        #: A priority in `Classes`; below that the child's node, or None for the limiter's own line.
+        #: A priority in `PriorityClasses`; below that the child's node, or None for the limiter's
+        #: own line.
         self.key = key
         self.source = source
         self.share = share
@@ -46,17 +47,17 @@ class Branch:
         "_flows",
         "_orders",
         "_ready",
-        "_tight",
+        "_self_bound",
         "first",
         "living",
         "lowest_emptied",
         "node",
     )
 
-    def __init__(self, node: Node, clock: VirtualClock, tight: set[Flow]) -> None:
+    def __init__(self, node: Node, clock: VirtualClock, self_bound: set[Flow]) -> None:
         self.node = node
         #: The tree's flows that limits of their own hold up, or did before they were last served.
-        self._tight = tight
+        self._self_bound = self_bound
         self._clock = clock
         self._flows: dict[object, Flow] = {}
         # Entries with an outdated tag, or of a flow woken earlier, are corrected when found.
@@ -105,25 +106,25 @@ class Branch:
         """Add a flow; its source has, or is about to have, a head."""
         flow = Flow(key, source, share, child=child, order=self._order(key))
         self._flows[key] = flow
-        self._rise(flow)
+        self._make_ready(flow)
         return flow
 
-    def _order(self, key: object) -> int:  # noqa: ARG002 - as `Classes._order`
+    def _order(self, key: object) -> int:  # noqa: ARG002 - as `PriorityClasses._order`
         """Return a flow's place among those with the same tag: first come, first served."""
         self._orders += 1
         return self._orders
 
-    def want(self, flow: Flow) -> None:
+    def reactivate(self, flow: Flow) -> None:
         """Let a flow compete again in which somebody waits anew."""
         if flow.asleep:
-            self._rise(flow)
+            self._make_ready(flow)
         else:
             self._enter(flow)
 
     def rouse(self, flow: Flow) -> None:
         """Wake a sleeping flow, because something has changed below."""
         if flow.asleep:
-            self._rise(flow)
+            self._make_ready(flow)
 
     def rouse_all(self) -> None:
         """Wake all flows, here and below, because limits have changed."""
@@ -148,22 +149,22 @@ class Branch:
         while asleep and (asleep[0][0] <= now or slotless):
             due, flow = heapq.heappop(asleep)
             if flow.asleep == due:
-                self._rise(flow)
+                self._make_ready(flow)
         while ready:
             tag, flow = ready[0]
             if tag != flow.share.tag:
                 heapq.heapreplace(ready, (flow.share.tag, flow))
                 continue
-            waiter, due = self._ask(flow, now, slotless=slotless)
+            waiter, due = self._head_of(flow, now, slotless=slotless)
             if waiter is not None and due <= now:
                 self.first = flow
                 return waiter
             heapq.heappop(ready)
-            self._sink(flow, due)
+            self._put_to_sleep(flow, due)
         self.first = None
         return None
 
-    def _ask(self, flow: Flow, now: int, *, slotless: int) -> tuple[Waiter | None, int]:
+    def _head_of(self, flow: Flow, now: int, *, slotless: int) -> tuple[Waiter | None, int]:
         """Return the head of a flow, if it has one now, and when it may have one."""
         waiter = flow.source.head(now, slotless=slotless)
         if waiter is None:
@@ -177,7 +178,7 @@ class Branch:
             due = min(due, flow.source.wake)  # another call may be the head by then
         return waiter, due
 
-    def _rise(self, flow: Flow) -> None:
+    def _make_ready(self, flow: Flow) -> None:
         """Make ``flow`` a candidate, as if idle until now; if held up before, it keeps one call."""
         held_up = flow.asleep and flow.child is not None
         flow.asleep = 0
@@ -186,25 +187,25 @@ class Branch:
         self._enter(flow)
         heapq.heappush(self._ready, (share.tag, flow))
 
-    def _sink(self, flow: Flow, due: int) -> None:
+    def _put_to_sleep(self, flow: Flow, due: int) -> None:
         """Let ``flow`` sleep until ``due``, or forget it if nobody is left in it."""
         self._leave(flow)
         if due < EMPTY:
             flow.asleep = due
-            self._tight.add(flow)
+            self._self_bound.add(flow)
             heapq.heappush(self._asleep, (due, flow))
             if len(self._asleep) > 2 * len(self._flows) + SWEEP:
                 self._asleep = [(each.asleep, each) for each in self._flows.values() if each.asleep]
                 heapq.heapify(self._asleep)
         else:
             del self._flows[flow.key]
-            self._tight.discard(flow)
+            self._self_bound.discard(flow)
 
     def served(self, head: Waiter, now: int) -> None:
         """Remove ``head``, which `head` returned and which passed, from its line; charge for it."""
         flow = self.first
         assert flow is not None
-        self._tight.discard(flow)
+        self._self_bound.discard(flow)
         flow.source.served(head, now)
         self.living -= 1
         price = self.node.prices.of(head.amounts)
@@ -233,7 +234,7 @@ class Branch:
         return self._clock.weigh(flow.share)
 
 
-class Classes(Branch):
+class PriorityClasses(Branch):
     """Choose among priorities; with equal tags the more urgent one goes first."""
 
     __slots__ = ()

@@ -18,8 +18,8 @@ from asyncbucket.queue import Outlet, Passage, Waiter
 
 #: An amount that no caller can pass.
 NONE_AT_ALL: Final[object] = object()
-#: What `Budget.easy` is while nobody waits.
-_EASY: Final[object] = 1 if thread_switches_only_at_calls else NONE_AT_ALL
+#: What `Budget.lock_free_amount` is while nobody waits.
+_LOCK_FREE: Final[object] = 1 if thread_switches_only_at_calls else NONE_AT_ALL
 
 
 class Budget:
@@ -40,11 +40,11 @@ class Budget:
         self.lock = threading.Lock()
         #: Held while a limiter is made, so that two threads never make it twice, and while one is
         #: steered, so that no thread puts it to rest meanwhile; taken before `lock`.
-        self.making = threading.RLock()
+        self.lifecycle_lock = threading.RLock()
         #: Calls that wait, on all loops. While it is 0, newcomers pass if the meters allow it.
         self.waiting = 0
         #: The amount that lock-free callers may book (see `TokenBucket.acquire`): 1, or none.
-        self.easy: object = NONE_AT_ALL
+        self.lock_free_amount: object = NONE_AT_ALL
         #: Whether the queues are trees, because children or priorities wait.
         self.fair = False
         #: How many observers there are; while it is 0, no events are made.
@@ -60,7 +60,7 @@ class Budget:
         #: How many calls have ever stood in line; each gets its number.
         self.arrivals = 0
         self._postponed: collections.deque[Callable[[], object]] = collections.deque()
-        self.settle_down_locked()
+        self.update_lock_free_locked()
         reset_after_fork(self)
 
     def take_locked(self, node: Node, amounts: Amounts, now: int) -> Gates | None:
@@ -69,17 +69,17 @@ class Budget:
             self.run_postponed_locked()
         if self.outlet_for is not None or (self.waiting and not self._free_locked(node, now)):
             return None
-        gates = node.known_through or node.through  # the property would take three times as long
+        gates = node.cached_path_gates or node.path_gates  # the property takes three times as long
         return gates if gates.take(amounts, now) else None
 
     def _free_locked(self, node: Node, now: int) -> bool:
         """Tell whether a newcomer at ``node`` overtakes nobody, on any loop."""
         pacers = tuple(self.pacers.values())
-        return all(each.queue.free_for(node, now) or each.bury_locked() for each in pacers)
+        return all(pacer.queue.is_free_for(node, now) or pacer.reap_locked() for pacer in pacers)
 
     def earliest_locked(self, node: Node, amounts: Amounts, now: int) -> tuple[int, str | None]:
         """Return when a newcomer could pass, at the earliest, and what binds; None if others wait."""
-        due, bound_by = node.through.earliest(amounts, now)
+        due, bound_by = node.path_gates.earliest(amounts, now)
         if bound_by is None and self.pacers:  # a place is free when the head has gone
             due = max(now, min(pacer.due for pacer in self.pacers.values()))
         return due, bound_by
@@ -93,17 +93,17 @@ class Budget:
         if pacer is None:
             pacer = self.pacers[loop] = Pacer(self, loop, now)
             # A call admitted before the pacer's first look has been held up, too.
-            pacer.bound_by = node.through.earliest(amounts, now)[1]
+            pacer.bound_by = node.path_gates.earliest(amounts, now)[1]
         if not self.fair and (priority or node is not self.root):
             self.fair = True
             for each in self.pacers.values():
-                each.plant_locked()
+                each.switch_to_tree_locked()
         waiter = Waiter(loop=loop)
         waiter.amounts = amounts
         waiter.deadline = deadline
         waiter.number = self.arrivals = self.arrivals + 1
         self.waiting += 1
-        self.easy = NONE_AT_ALL
+        self.lock_free_amount = NONE_AT_ALL
         pacer.waiting += 1
         pacer.queue.join(waiter, now, node, priority)
         if deadline is not None:
@@ -122,7 +122,7 @@ class Budget:
         if cancelled or not waiter.done():
             line = waiter.line
             if line.pacer.loop.is_closed():
-                if cancelled:  # `bury_locked` counts out all others
+                if cancelled:  # `reap_locked` counts out all others
                     line.pacer.count_out_locked(waiter)
                 return True
             waiter.cancel()
@@ -134,9 +134,9 @@ class Budget:
 
     def give_back_locked(self, waiter: Waiter, passage: Passage) -> None:
         """Undo the booking of a waiter that got it but is gone, and ring."""
-        self.easy = NONE_AT_ALL
+        self.lock_free_amount = NONE_AT_ALL
         waiter.unbook(passage)
-        self.settle_down_locked()
+        self.update_lock_free_locked()
         self.ring_locked(waiter.node)
 
     def ring_locked(self, node: Node) -> None:
@@ -154,7 +154,7 @@ class Budget:
         for pacer in self.pacers.values():
             pacer.queue.rouse(node)
 
-    def changed_locked(self, check: Callable[[Waiter], object]) -> None:
+    def recheck_waiters_locked(self, check: Callable[[Waiter], object]) -> None:
         """Make all waiters face new limits; ``check`` raises for those that can never pass."""
         for pacer in tuple(self.pacers.values()):
             pacer.ring_locked()  # which notices if its loop is closed
@@ -188,14 +188,14 @@ class Budget:
         while self._postponed:
             self._postponed.popleft()()
 
-    def settle_down_locked(self) -> None:
+    def update_lock_free_locked(self) -> None:
         """Let lock-free callers pass again if nobody waits."""
-        self.easy = NONE_AT_ALL if self.waiting else _EASY
+        self.lock_free_amount = NONE_AT_ALL if self.waiting else _LOCK_FREE
 
     def after_fork(self) -> None:
         """Start afresh in a child process: the parent's tasks, locks and slots do not exist here."""
         self.lock = threading.Lock()
-        self.making = threading.RLock()
+        self.lifecycle_lock = threading.RLock()
         self.pacers.clear()
         self._postponed.clear()
         self.blocked = BlockedLoops()
@@ -204,4 +204,4 @@ class Budget:
         self.fair = False
         self.epoch = self.arrivals = self.arrivals + 1
         self.root.after_fork()
-        self.settle_down_locked()
+        self.update_lock_free_locked()

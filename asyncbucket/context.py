@@ -45,18 +45,18 @@ class Inherited:
 inherited: Final[ContextVar[Inherited | None]] = ContextVar("asyncbucket", default=None)
 
 
-class Given(contextlib.AbstractContextManager[None, None]):
+class InheritedScope(contextlib.AbstractContextManager[None, None]):
     """Set what the calls in one ``with`` block inherit.
 
     It is not a decorator, as `contextlib.contextmanager` would make it: around an async function,
     the block would end before the function has begun.
     """
 
-    __slots__ = ("_token", "_what")
+    __slots__ = ("_token", "_values")
 
-    def __init__(self, **what: Any) -> None:
+    def __init__(self, **values: Any) -> None:
         self._token: Token[Inherited | None] | None = None
-        self._what = what
+        self._values = values
 
     def __enter__(self) -> None:
         if self._token is not None:
@@ -64,10 +64,10 @@ class Given(contextlib.AbstractContextManager[None, None]):
                 "this context was entered before: call priority(), tenant() or deadline() anew"
             )
         outer = inherited.get() or Inherited()
-        given = replace(outer, **self._what)
-        if outer.deadline is not None and given.deadline is not None:
-            given = replace(given, deadline=min(outer.deadline, given.deadline))
-        self._token = inherited.set(given)
+        inner = replace(outer, **self._values)
+        if outer.deadline is not None and inner.deadline is not None:
+            inner = replace(inner, deadline=min(outer.deadline, inner.deadline))
+        self._token = inherited.set(inner)
 
     def __exit__(self, *_: object) -> None:
         assert self._token is not None
@@ -98,7 +98,7 @@ def priority(value: Priority) -> contextlib.AbstractContextManager[None, None]:
     Raises:
         ValueError: it is none of these.
     """
-    return Given(priority=read_priority(value))
+    return InheritedScope(priority=read_priority(value))
 
 
 def tenant(name: str) -> contextlib.AbstractContextManager[None, None]:
@@ -107,7 +107,7 @@ def tenant(name: str) -> contextlib.AbstractContextManager[None, None]:
     Raises:
         ValueError: the name is not a string, or is empty.
     """
-    return Given(tenant=read_tenant(name))
+    return InheritedScope(tenant=read_tenant(name))
 
 
 def deadline(seconds: float) -> contextlib.AbstractContextManager[None, None]:
@@ -122,8 +122,8 @@ def deadline(seconds: float) -> contextlib.AbstractContextManager[None, None]:
     Raises:
         ValueError: ``seconds`` is NaN, negative or not a number.
     """
-    ever = span_of(seconds, "a deadline", "math.inf sets none") >= NEVER
-    return Given(deadline=math.inf if ever else _now() + seconds)
+    for_ever = span_of(seconds, "a deadline", "math.inf sets none") >= NEVER
+    return InheritedScope(deadline=math.inf if for_ever else _now() + seconds)
 
 
 def put_back(variable: ContextVar[T], token: Token[T]) -> None:

@@ -79,13 +79,15 @@ class Cost(Mapping[str, int]):
         output_tokens: float | None = None,
         **resources: float,
     ) -> None:
-        self._amounts = _named(amounts_of(requests, tokens, input_tokens, output_tokens, resources))
+        self._amounts = _without_slot(
+            amounts_of(requests, tokens, input_tokens, output_tokens, resources)
+        )
 
     @classmethod
     def of(cls, amounts: Mapping[str, int]) -> Self:
         """Return the cost with the amounts that `amounts_of` returned, slot included."""
         cost = cls.__new__(cls)
-        cost._amounts = _named(amounts)  # noqa: SLF001 - another `Cost`
+        cost._amounts = _without_slot(amounts)  # noqa: SLF001 - another `Cost`
         return cost
 
     def __getitem__(self, resource: str) -> int:
@@ -102,5 +104,5 @@ class Cost(Mapping[str, int]):
         return f"Cost({inside})"
 
 
-def _named(amounts: Mapping[str, int]) -> dict[str, int]:
+def _without_slot(amounts: Mapping[str, int]) -> dict[str, int]:
     return {name: amount for name, amount in amounts.items() if amount and name != "concurrency"}

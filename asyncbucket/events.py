@@ -198,11 +198,11 @@ class Observers:
     Every method may be called from any thread, even by an observer while it runs.
     """
 
-    __slots__ = ("_callbacks", "_late", "_lock")
+    __slots__ = ("_callbacks", "_deferred", "_lock")
 
     def __init__(self) -> None:
         self._callbacks: tuple[_Observer, ...] = ()
-        self._late: collections.deque[Event] = collections.deque()
+        self._deferred: collections.deque[Event] = collections.deque()
         self._lock = threading.RLock()
 
     def __bool__(self) -> bool:
@@ -236,25 +236,25 @@ class Observers:
 
     def emit(self, event: Event) -> None:
         """Call every observer. The first error of each is logged; it still gets later events."""
-        if self._late:
+        if self._deferred:
             self.flush()
-        self._tell(event)
+        self._call_observers(event)
 
     def emit_later(self, event: Event) -> None:
         """Send the event with the next one, or at `flush`; for finalizers."""
         if self._callbacks:
-            self._late.append(event)
+            self._deferred.append(event)
 
     def flush(self) -> None:
         """Send the events that were postponed."""
         while True:
             try:
-                event = self._late.popleft()
+                event = self._deferred.popleft()
             except IndexError:
                 return
-            self._tell(event)
+            self._call_observers(event)
 
-    def _tell(self, event: Event) -> None:
+    def _call_observers(self, event: Event) -> None:
         for observer in self._callbacks:
             try:
                 observer.callback(event)

@@ -30,14 +30,14 @@ class Gates:
         #: Whether several calls at one instant count in all of them like one call of their total.
         self._simple = all(isinstance(meter, _SIMPLE) for meter, _ in self.meters)
 
-    def above(self, others: Self) -> "Gates":
+    def plus(self, others: Self) -> "Gates":
         """Return these gates and ``others`` in one."""
         return Gates(self.meters + others.meters, self.limits + others.limits)
 
     def slotless(self, back: int) -> "Gates":
         """Return these gates without slots that would suffice if ``back`` of them were given back."""
         free = {slots for slots in self.slots if slots.available(0) + back > 0}
-        return Gates(each for each in self.meters if each[0] not in free)
+        return Gates(pair for pair in self.meters if pair[0] not in free)
 
     def take(self, amounts: Amounts, now: int) -> bool:
         """Book ``amounts`` in all meters if all allow it now, else in none."""
@@ -68,14 +68,14 @@ class Gates:
         hold nothing of the others.
         """
         lent: dict[str, int] = {}
-        soonest, here = now, NEVER
+        soonest, on_loan = now, NEVER
         for meter, resource in self.meters:
             if isinstance(meter, Window):
-                here = meter.lent
-                lent[resource] = max(here, lent.get(resource, 0))
+                on_loan = meter.lent
+                lent[resource] = max(on_loan, lent.get(resource, 0))
             amount = amounts.get(resource)
             if amount:
-                back = here if isinstance(meter, (Window, Bucket)) else lent.get(resource, NEVER)
+                back = on_loan if isinstance(meter, (Window, Bucket)) else lent.get(resource, NEVER)
                 start = since if isinstance(meter, Bucket) else now
                 soonest = max(soonest, meter.earliest(amount, start, back=back))
         return soonest
@@ -92,11 +92,11 @@ class Gates:
                     most = room
         return most
 
-    def full(self, since: int) -> int:
+    def full_at(self, since: int) -> int:
         """Return when the first bucket that is not full becomes full; from then on inflow is lost."""
         buckets = (meter for meter, _ in self.meters if isinstance(meter, Bucket))
         when = (bucket.earliest(bucket.burst, since - 1) for bucket in buckets)
-        return min((each for each in when if each >= since), default=since)
+        return min((instant for instant in when if instant >= since), default=since)
 
     def book(self, amounts: Amounts, when: int, *, calls: int = 1) -> None:
         """Book ``calls`` calls of ``amounts`` in all meters at ``when``."""

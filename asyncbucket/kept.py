@@ -22,12 +22,12 @@ def keep(limit: Limit, before: Kept | None, now: int, *, began: int = -1) -> Kep
     """
     if before is None:
         window = Window(amount=limit.amount, window=limit.window, began=began)
-        return Kept(limit, window, _pacing(limit, None, now))
+        return Kept(limit, window, _pacing_bucket(limit, None, now))
     before.window.reshape(amount=limit.amount)
-    return Kept(limit, before.window, _pacing(limit, before.bucket, now))
+    return Kept(limit, before.window, _pacing_bucket(limit, before.bucket, now))
 
 
-def _pacing(limit: Limit, before: Bucket | None, now: int) -> Bucket | None:
+def _pacing_bucket(limit: Limit, before: Bucket | None, now: int) -> Bucket | None:
     """Return the bucket that paces ``limit`` from now on, or None if nothing paces it."""
     if limit.burst is None or limit.burst == limit.amount:
         return None

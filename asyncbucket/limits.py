@@ -53,7 +53,7 @@ _LONG: Final = re.compile(
     rf"{_AMOUNT}\s*(?P<resource>[a-z_]+)?\s*(?:/|\bper\b)\s*{_EVERY}\s*"
     rf"(?P<unit>s|sec|seconds?|m|min|minutes?|h|hours?|d|days?){_BURST}"
 )
-_HOW: Final = (
+_SYNTAX: Final = (
     'write e.g. "500 RPM", "200k TPM", "10/s", "100 requests/minute", "3 images/10s", '
     'with "burst 20" at the end if wanted'
 )
@@ -114,11 +114,11 @@ class Limit:
             LimitSyntaxError: the text is not a limit; the message shows how limits are written.
         """
         if not isinstance(text, str):
-            raise LimitSyntaxError(f"a limit must be a string or a Limit, not {text!r}; {_HOW}")
+            raise LimitSyntaxError(f"a limit must be a string or a Limit, not {text!r}; {_SYNTAX}")
         written = text.strip().lower()
         match = _SHORT.fullmatch(written) or _LONG.fullmatch(written)
         if match is None:
-            raise LimitSyntaxError(f"{text!r} is not a limit; {_HOW}")
+            raise LimitSyntaxError(f"{text!r} is not a limit; {_SYNTAX}")
         resource = match["resource"] or "requests"
         every = int((match.groupdict().get("every") or "1").replace(",", ""))
         return cls(
@@ -169,9 +169,9 @@ def read_limits(limits: Iterable[str | Limit], keywords: dict[str, float | None]
             found.append(Limit(resource, _units(amount, keyword), per=per))
     seen: dict[Key, Limit] = {}
     for limit in found:
-        twin = seen.setdefault(limit.key, limit)
-        if twin is not limit:
-            raise LimitSyntaxError(f"two limits for one window: {twin} and {limit}; keep one")
+        earlier = seen.setdefault(limit.key, limit)
+        if earlier is not limit:
+            raise LimitSyntaxError(f"two limits for one window: {earlier} and {limit}; keep one")
     return found
 
 
@@ -190,7 +190,7 @@ def _read_number(number: str, text: str) -> int:
     prefix = digits.lstrip("0123456789.")
     exact = Fraction(digits.removesuffix(prefix)) * _PREFIXES[prefix]
     if exact.denominator != 1:
-        raise LimitSyntaxError(f"{text!r} is not a whole number of units; {_HOW}")
+        raise LimitSyntaxError(f"{text!r} is not a whole number of units; {_SYNTAX}")
     return int(exact)
 
 

@@ -55,10 +55,10 @@ class Background:
 
     def call(self, start: Callable[[], Coroutine[Any, Any, T]], undo: Callable[[T], None]) -> T:
         """Return the result of ``start()``; if this thread is interrupted, cancel or undo it."""
-        loop = self._running()
+        loop = self._running_loop()
         answer: concurrent.futures.Future[T] = concurrent.futures.Future()
         task: concurrent.futures.Future[None] = asyncio.run_coroutine_threadsafe(
-            _answer(start, answer, undo), loop
+            _resolve(start, answer, undo), loop
         )
         try:
             return answer.result()
@@ -69,7 +69,7 @@ class Background:
                 undo(answer.result())
             raise
 
-    def _running(self) -> asyncio.AbstractEventLoop:
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self.loop is None:
                 loop = self.loop = asyncio.new_event_loop()
@@ -80,7 +80,7 @@ class Background:
             return self.loop
 
 
-async def _answer(
+async def _resolve(
     start: Callable[[], Coroutine[Any, Any, T]],
     answer: "concurrent.futures.Future[T]",
     undo: Callable[[T], None],
@@ -113,14 +113,14 @@ class _Forkable(Protocol):
 _FORKABLE: Final["weakref.WeakSet[_Forkable]"] = weakref.WeakSet()
 
 
-def reset_after_fork(each: _Forkable) -> None:
-    """Have ``each.after_fork()`` called in a child process, for as long as ``each`` lives."""
-    _FORKABLE.add(each)
+def reset_after_fork(obj: _Forkable) -> None:
+    """Have ``obj.after_fork()`` called in a child process, for as long as ``obj`` lives."""
+    _FORKABLE.add(obj)
 
 
 def _after_fork() -> None:
-    for each in tuple(_FORKABLE):
-        each.after_fork()
+    for obj in tuple(_FORKABLE):
+        obj.after_fork()
 
 
 with contextlib.suppress(AttributeError):  # Windows does not fork

@@ -117,7 +117,7 @@ class Bucket:
     def reshape(self, *, rate: float | Fraction, burst: int, now: int) -> None:
         """Change rate and burst; units that are missing stay missing until they are given back."""
         p, q, missing = self.p, self.q, max(0, self.tat - now * self.q)
-        self.p, self.q = (1_000_000_000 / exactly(rate)).as_integer_ratio()
+        self.p, self.q = (1_000_000_000 / exact_rate(rate)).as_integer_ratio()
         self.burst = burst
         self.depth = burst * self.p
         self.slack = self.depth - self.p
@@ -228,7 +228,7 @@ class Bucket:
         return self.burst - self.available(now)
 
 
-def exactly(rate: float | Fraction) -> Fraction:
+def exact_rate(rate: float | Fraction) -> Fraction:
     """Return the ``rate`` that is meant: 0.1 is a tenth, 66666.66666666667 is 200,000 / 3."""
     exact = Fraction(rate)
     simple = exact.limit_denominator(1_000_000)
@@ -340,20 +340,20 @@ class Window:
         """The date of the last booking."""
         return self._last
 
-    def since(self, when: int) -> int:
+    def booked_since(self, when: int) -> int:
         """Return the units booked after ``when``, or within a grain before it."""
         recent = self._recent if self._last > when else 0
         return recent + sum(self._units[bisect.bisect_right(self._dates, when) :])
 
-    def closed(self) -> "Window":
+    def without_open_calls(self) -> "Window":
         """Return another window with the bookings that no open call can give back: the oldest ones."""
-        twin = Window(amount=self.amount, window=self.window)
+        result = Window(amount=self.amount, window=self.window)
         left = self.used - self.lent
         for date, units in self._entries():
             if left > 0:
-                twin.remember(min(units, left), date)
+                result.remember(min(units, left), date)
             left -= units
-        return twin
+        return result
 
     def entries(self, now: int) -> list[tuple[int, int]]:
         """Return what is booked in the window that ends at ``now``: (date, units), oldest first."""

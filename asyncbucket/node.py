@@ -16,7 +16,7 @@ class Node:
         "_gates",
         "_prices",
         "below_root",
-        "known_through",
+        "cached_path_gates",
         "parent",
         "path",
         "waiting_below_root",
@@ -39,13 +39,13 @@ class Node:
         self.waiting_below_root = 0
         # There may be thousands of idle children, so what admits a call is made for the first one.
         self._gates = gates
-        #: The value of `through`, if it has been computed since the last change.
-        self.known_through: Gates | None = None
+        #: The value of `path_gates`, if it has been computed since the last change.
+        self.cached_path_gates: Gates | None = None
         self._prices: Prices | None = None
         self._fairness: Fairness | None = None
 
     @property
-    def deep(self) -> bool:
+    def is_below_child(self) -> bool:
         """Whether a limiter other than the root is above: this one's debts affect who is next there."""
         return len(self.below_root) > 1
 
@@ -63,26 +63,28 @@ class Node:
     def forget_gates(self) -> None:
         """Rebuild the gates when next asked, because the meters have changed here."""
         self._gates = None
-        self.forget_through()
+        self.forget_path_gates()
 
     @property
-    def through(self) -> Gates:
+    def path_gates(self) -> Gates:
         """All meters that a call from here passes, up to the root's."""
-        if self.known_through is None:
+        if self.cached_path_gates is None:
             above = self.parent
-            self.known_through = self.gates if above is None else self.gates.above(above.through)
-        return self.known_through
+            self.cached_path_gates = (
+                self.gates if above is None else self.gates.plus(above.path_gates)
+            )
+        return self.cached_path_gates
 
-    def forget_through(self) -> None:
+    def forget_path_gates(self) -> None:
         """Rebuild what depends on meters here and above when next asked, because some have changed."""
-        self.known_through = None
+        self.cached_path_gates = None
         self._prices = None
 
     @property
     def prices(self) -> Prices:
         """What calls cost here, by the limits here and above."""
         if self._prices is None:
-            self._prices = Prices(self.through.limits)
+            self._prices = Prices(self.path_gates.limits)
         return self._prices
 
     def after_fork(self) -> None:

@@ -16,7 +16,7 @@ timer for each waiter knows nothing of a refund.
 
 The doorbell is rung by synchronous code (`Lease.release`), which cannot await the Condition's lock.
 Within a loop's thread there is nothing to lock out: between two awaits the pacer runs alone. So the
-Condition has a lock that always says it is held (`_TheLoop`), and ringing is one notify.
+Condition has a lock that always says it is held (`_AlwaysHeldLock`), and ringing is one notify.
 
 Several loops and threads share one `Budget`: its meters, under a plain lock that is never held
 across an await, and one order of arrival. Each loop has its own pacer. The head of a loop lets an
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 #: The most admissions in one pass, before other tasks of the loop get their turn.
 _BATCH: Final = 256
 #: Calls that become due within this time (ns) go together: waking up takes longer than admitting.
-_LULL: Final = 2_000_000
+_TIMER_SLACK: Final = 2_000_000
 #: How late (ns) another loop may be for its turn before a younger call of this one goes first.
 _GRACE: Final = 50_000_000
 #: The shortest sleep (s): timers may fire early, which must not make the pacer spin.
@@ -55,7 +55,7 @@ class Pacer:
     def __init__(self, budget: "Budget", loop: asyncio.AbstractEventLoop, now: int) -> None:
         self._budget = budget
         self.loop = loop
-        self._bell = asyncio.Condition(_TheLoop())
+        self._bell = asyncio.Condition(_AlwaysHeldLock())
         self._timer: asyncio.Handle | None = None
         #: What last held up the head.
         self.bound_by: str | None = None
@@ -63,7 +63,7 @@ class Pacer:
         self._rung = False
         self.queue: Line | Tree = Line(budget.root, self)
         if budget.fair:
-            self.plant_locked()
+            self.switch_to_tree_locked()
         self._deadlines = Deadlines()
         self._outlet = None if budget.outlet_for is None else budget.outlet_for(loop)
         #: Calls that wait on this loop.
@@ -72,7 +72,7 @@ class Pacer:
         self.due = now
         self._start()
 
-    def plant_locked(self) -> None:
+    def switch_to_tree_locked(self) -> None:
         """Make the line part of a tree, because not all waiters are alike any more."""
         assert isinstance(self.queue, Line)
         self.queue = Tree(self._budget.root, self.queue, self._budget.rouse_locked)
@@ -97,7 +97,7 @@ class Pacer:
         self.ring_locked()
 
     def count_out_locked(self, waiter: Waiter) -> None:
-        """Count ``waiter``, done, out everywhere; at the root `bury_locked` may have been first."""
+        """Count ``waiter``, done, out everywhere; at the root `reap_locked` may have been first."""
         if self.waiting:
             self.waiting -= 1
             self._budget.waiting -= 1
@@ -114,12 +114,12 @@ class Pacer:
         self.due = min(self.due, self._budget.clock())
         if asyncio._get_running_loop() is self.loop:  # noqa: SLF001 - None in a plain thread
             self._bell.notify()
-        elif not (self.bury_locked() or self._rung):  # a blocked loop needs only one
+        elif not (self.reap_locked() or self._rung):  # a blocked loop needs only one
             self._rung = True
             with contextlib.suppress(RuntimeError):  # just closed: the next ring finds out
                 self.loop.call_soon_threadsafe(self.ring)
 
-    def bury_locked(self) -> bool:
+    def reap_locked(self) -> bool:
         """Return whether the loop is closed; if so, count out all who wait on it, for good."""
         if not self.loop.is_closed():
             return False
@@ -175,9 +175,9 @@ class Pacer:
         if due is None:
             return False
         if due < NEVER:
-            nap = (due - self._budget.clock()) * 1e-9
-            if nap > 0:
-                self._timer = self.loop.call_later(min(max(nap, NAP), _LONGEST), self._tick)
+            delay = (due - self._budget.clock()) * 1e-9
+            if delay > 0:
+                self._timer = self.loop.call_later(min(max(delay, NAP), _LONGEST), self._tick)
             else:  # in the next iteration of the loop
                 self._timer = self.loop.call_soon(self._tick)
         return True
@@ -204,7 +204,7 @@ class Pacer:
             now = budget.clock()
             passed, due = self._admit_locked(now)
             if passed:
-                budget.blocked.stall.passed = now
+                budget.blocked.stall.last_passed = now
                 if outlet is None:
                     budget.waiting -= passed
                     self.waiting -= passed
@@ -232,15 +232,15 @@ class Pacer:
             return self._admit_line_locked(queue, now)
         passed = 0
         if outlet is not None:
-            outlet.put_off(now)
-        queue.begin()
+            outlet.redate(now)
+        queue.begin_pass()
         while (head := queue.head(now)) is not None:
             if outlet is not None and not outlet.room():
                 return passed, NEVER
             line = head.line
-            gates = line.node.through
+            gates = line.node.path_gates
             # An outlet decides itself when it has no room.
-            stop = (passed == _BATCH and outlet is None) or queue.expects
+            stop = (passed == _BATCH and outlet is None) or queue.expects_caller
             if stop or not alone or not gates.take(head.amounts, now):
                 due = self._due_locked(head, now)
                 if stop or due > now:  # if it is now, the loop's next iteration goes on
@@ -259,7 +259,7 @@ class Pacer:
 
     def _admit_line_locked(self, line: Line, now: int) -> tuple[int, int]:
         """As `_admit_locked`, for one line on the only loop; equal calls are booked together."""
-        gates, passed, room = self._budget.root.through, 0, 0
+        gates, passed, room = self._budget.root.path_gates, 0, 0
         amounts: Amounts = {}
         while (head := line.head()) is not None:
             if head.amounts is not amounts:
@@ -273,8 +273,8 @@ class Pacer:
             alike = line.serve_alike(amounts, room, now)
             gates.book(amounts, now, calls=len(alike))
             passage = Passage(gates, now, self.bound_by)
-            for each in alike:
-                each.set_result(passage)
+            for waiter in alike:
+                waiter.set_result(passage)
             passed += len(alike)
             room -= len(alike)
         return passed, EMPTY
@@ -291,7 +291,7 @@ class Pacer:
     def _due_locked(self, head: Waiter, now: int) -> int:
         """Return from when on ``head`` may pass, taking other loops into account."""
         budget, line = self._budget, head.line
-        gates, since = line.node.through, line.since
+        gates, since = line.node.path_gates, line.since
         due, bound_by = gates.earliest(head.amounts, since)
         if due > now:
             self.bound_by = line.bound_by = bound_by
@@ -302,9 +302,9 @@ class Pacer:
                 due, _ = gates.slotless(budget.blocked.leases).earliest(head.amounts, since)
         if len(budget.pacers) > 1:
             due = max(due, self._turn_locked(head, now))
-        elif now < due < now + _LULL < self.queue.calm_until and len(self.queue) > 1:
+        elif now < due < now + _TIMER_SLACK < self.queue.calm_until and len(self.queue) > 1:
             # Wait for more calls to become due: nothing is lost.
-            due = min(now + _LULL, due + (gates.full(due) - due) // 8)
+            due = min(now + _TIMER_SLACK, due + (gates.full_at(due) - due) // 8)
         if slotless and due <= now:
             budget.blocked.override(self.loop)
         return due
@@ -313,14 +313,14 @@ class Pacer:
         """Return from when on ``head`` need not let another loop's head go first."""
         turn, first = (self.queue.turn, head.number), self
         for other in tuple(self._budget.pacers.values()):
-            if other is not self and now < other.due + _GRACE and not other.bury_locked():
+            if other is not self and now < other.due + _GRACE and not other.reap_locked():
                 elder = other.queue.head(now)
                 if elder is not None and (other.queue.turn, elder.number) < turn:
                     turn, first, head = (other.queue.turn, elder.number), other, elder
         if first is self:
             return now
         self.bound_by = self.bound_by or first.bound_by
-        due, _ = head.node.through.earliest(head.amounts, head.line.since)
+        due, _ = head.node.path_gates.earliest(head.amounts, head.line.since)
         if first.due > max(now, due):  # that loop sleeps for a head whose turn it is no more
             first.ring_locked()
         return first.due + _GRACE
@@ -337,7 +337,7 @@ class Pacer:
         head = queue.head(now, slotless=budget.blocked.leases) if due <= now else None
         if head is None:
             return due if due > now else queue.wake
-        gates = head.node.through
+        gates = head.node.path_gates
         gates.book(head.amounts, now)
         head.set_result(Passage(gates, now, head.line.bound_by))
         queue.served(head, now)
@@ -360,10 +360,10 @@ class Pacer:
         budget = self._budget
         budget.pacers.pop(self.loop, None)
         budget.fair = budget.fair and bool(budget.pacers)
-        budget.settle_down_locked()
+        budget.update_lock_free_locked()
 
 
-class _TheLoop(asyncio.Lock):
+class _AlwaysHeldLock(asyncio.Lock):
     """A lock that is always held, by the loop's thread while it runs, and never contended."""
 
     def locked(self) -> bool:

@@ -79,7 +79,7 @@ class Outlet(Protocol):
         """Take over ``waiter``, whose ``passage`` is booked; its pacer is told how that ends."""
         ...
 
-    def put_off(self, now: int) -> None:
+    def redate(self, now: int) -> None:
         """Date to ``now`` all waiters, of any loop, that were taken over and have not left yet.
 
         Otherwise limits below the root would forget those that wait for long, and let too many
@@ -106,7 +106,7 @@ class Line:
     #: Lines of several loops compete by order of arrival alone.
     turn: Final = ()
     #: A line never waits for callers to come back: they go to its end.
-    expects: Final = False
+    expects_caller: Final = False
     #: No call in a line has limits that the others do not have.
     calm_until: Final = EMPTY
     #: There are no limits below a line.
@@ -145,8 +145,8 @@ class Line:
         waiter.line = self
         self._line.append(waiter)
         self._living += 1
-        for each in self.above:
-            each.living += 1
+        for branch in self.above:
+            branch.living += 1
 
     def head(self, now: int = 0, *, slotless: int = 0) -> Waiter | None:  # noqa: ARG002 - as `Branch.head`
         """Return the first that still waits."""
@@ -178,10 +178,10 @@ class Line:
         self.since = now
         return alike
 
-    def begin(self) -> None:
-        """Do nothing: see `expects`."""
+    def begin_pass(self) -> None:
+        """Do nothing: see `expects_caller`."""
 
-    def free_for(self, node: "Node", now: int) -> bool:  # noqa: ARG002 - as `Tree.free_for`
+    def is_free_for(self, node: "Node", now: int) -> bool:  # noqa: ARG002 - as `Tree.is_free_for`
         """Tell whether a newcomer would overtake nobody."""
         return self.head() is None
 
@@ -205,8 +205,8 @@ class Line:
         taken this line's place.
         """
         self._living -= 1
-        for each in self.above:
-            each.living -= 1
+        for branch in self.above:
+            branch.living -= 1
         line = self._line
         first = line[0].number >= waiter.number if line else not self._living
         if len(line) > 2 * self._living + SWEEP:
@@ -241,5 +241,5 @@ class Deadlines:
     def sweep(self, living: int) -> None:
         """Forget waiters that are done, if they outnumber the ``living``."""
         if len(self._heap) > 2 * living + SWEEP:
-            self._heap = [each for each in self._heap if not each[1].done()]
+            self._heap = [entry for entry in self._heap if not entry[1].done()]
             heapq.heapify(self._heap)

@@ -30,8 +30,8 @@ that.
 
 Many callers make one call after the other. When it has passed, their line is empty, but they are
 back in the loop's next iteration. A flow that a pass has emptied, and that would be next if its
-caller came back, gets that iteration before a higher tag is served (`Tree.expects`). Otherwise
-those that queue calls ahead would get its share.
+caller came back, gets that iteration before a higher tag is served (`Tree.expects_caller`).
+Otherwise those that queue calls ahead would get its share.
 
 Above all this stand the priorities. There is one such tree for each, and they compete by the same
 rule, each with eight times the weight of the next below. So an urgent call that comes alone is
@@ -160,7 +160,7 @@ class VirtualClock:
 class Fairness:
     """Keep the shares and virtual clocks of a node at which somebody has waited, by priority."""
 
-    __slots__ = ("classes", "clocks", "lines", "shares", "top")
+    __slots__ = ("classes", "clocks", "lines", "shares", "top_clock")
 
     def __init__(self) -> None:
         #: The node's shares of its parent, and the shares of its own calls in itself.
@@ -169,7 +169,7 @@ class Fairness:
         self.clocks: dict[int, VirtualClock] = {}
         #: At the root, the shares of the priorities, and their clock.
         self.classes: dict[int, Share] = {}
-        self.top = VirtualClock()
+        self.top_clock = VirtualClock()
 
     def line(self, priority: int) -> Share:
         """Return the share of the node's own calls of this priority."""

@@ -97,11 +97,11 @@ class TokenBucket(OfThisProcess):
         """
         # The fast path for one unit that the bucket holds: `Bucket.take`, inlined. Between reading
         # the clock and the last store there is no call and no backward jump, so no other thread can
-        # interleave. `easy` equals no amount where that does not hold, and while anyone waits or
-        # changes the bucket. This takes a quarter of the time that a lock would.
+        # interleave. `lock_free_amount` equals no amount where that does not hold, and while anyone
+        # waits or changes the bucket. This takes a quarter of the time that a lock would.
         now = self._clock()
         bucket = self._bucket
-        if amount is self._budget.easy and timeout is None:
+        if amount is self._budget.lock_free_amount and timeout is None:
             if bucket.q != 1:  # the test is cheaper than multiplying
                 now *= bucket.q
             if now >= bucket.tat:
@@ -114,7 +114,7 @@ class TokenBucket(OfThisProcess):
                 if backlog < bucket.low:  # noqa: PLR1730 - `min` would be a call
                     bucket.low = backlog
                 return
-        waiter = self._enter(amount, timeout)
+        waiter = self._take_or_join(amount, timeout)
         del now, bucket  # fewer objects for the collector to visit in each of 100,000 frames
         if waiter is None:
             return
@@ -125,7 +125,7 @@ class TokenBucket(OfThisProcess):
             self._budget.run_or_postpone(functools.partial(self._budget.withdraw_locked, waiter))
             del waiter  # else the error's traceback would keep it alive
             raise
-        raise self._too_late(amount, timeout, self._wait_of(waiter.amounts))
+        raise self._timeout_error(amount, timeout, self._wait_of(waiter.amounts))
 
     def acquire_nowait(self, amount: int = 1) -> None:
         """Take ``amount`` units now.
@@ -153,9 +153,9 @@ class TokenBucket(OfThisProcess):
 
     async def __aexit__(
         self,
-        kind: type[BaseException] | None,
+        exc_type: type[BaseException] | None,
         error: BaseException | None,
-        trace: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
         """Give nothing back: a bucket limits how often calls pass, not how many run."""
 
@@ -195,7 +195,7 @@ class TokenBucket(OfThisProcess):
             )
         return {"units": int(amount)}
 
-    def _enter(self, amount: int, timeout: float | None) -> Waiter | None:
+    def _take_or_join(self, amount: int, timeout: float | None) -> Waiter | None:
         """Take ``amount`` now, or return a waiter in the queue."""
         budget, now = self._budget, self._clock()
         amounts = _ONE if amount == 1 and type(amount) is int else self._amounts(amount)
@@ -205,9 +205,9 @@ class TokenBucket(OfThisProcess):
             if not budget.waiting and self._take_locked(amounts):
                 return None
             if deadline is not None:
-                due, _ = self._node.through.earliest(amounts, now)
+                due, _ = self._node.path_gates.earliest(amounts, now)
                 if due > deadline:
-                    raise self._too_late(amount, timeout, due - now)
+                    raise self._timeout_error(amount, timeout, due - now)
             return budget.join_locked(self._node, amounts, now, deadline)
         finally:
             budget.lock.release()
@@ -215,12 +215,12 @@ class TokenBucket(OfThisProcess):
     def _take_locked(self, amounts: Amounts) -> bool:
         """Take ``amounts`` now if nobody has to wait longer; keep out lock-free callers."""
         budget = self._budget
-        budget.easy = NONE_AT_ALL
+        budget.lock_free_amount = NONE_AT_ALL
         taken = budget.take_locked(self._node, amounts, self._clock()) is not None
-        budget.settle_down_locked()
+        budget.update_lock_free_locked()
         return taken
 
-    def _too_late(self, amount: int, timeout: float | None, wait: int) -> AcquireTimeout:
+    def _timeout_error(self, amount: int, timeout: float | None, wait: int) -> AcquireTimeout:
         assert timeout is not None
         return AcquireTimeout(
             f"{counted(amount, 'units')} cannot pass within {in_seconds(timeout)} at {self.rate:g} a "

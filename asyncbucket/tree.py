@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from asyncbucket.branch import Branch, Classes, Flow, Source
+from asyncbucket.branch import Branch, Flow, PriorityClasses, Source
 from asyncbucket.node import Node
 from asyncbucket.queue import EMPTY, Line, Waiter
 from asyncbucket.shares import Share, VirtualClock
@@ -16,7 +16,7 @@ _MANY: Final = 256
 class Tree:
     """Choose among all waiters of one loop, wherever they stand in the tree of limiters."""
 
-    __slots__ = ("_classes", "_emptied", "_pacer", "_root", "_rouse", "_tight")
+    __slots__ = ("_classes", "_emptied", "_pacer", "_root", "_rouse", "_self_bound")
 
     def __init__(self, root: Node, line: Line, rouse: Callable[[Node], object]) -> None:
         """Take over ``line``, in which calls have waited at the root so far.
@@ -27,9 +27,9 @@ class Tree:
         self._pacer = line.pacer
         self._rouse = rouse
         self._emptied: list[Branch] = []
-        self._tight: set[Flow] = set()
-        self._classes = Classes(root, root.fairness.top, self._tight)
-        branch = self._class(0)
+        self._self_bound: set[Flow] = set()
+        self._classes = PriorityClasses(root, root.fairness.top_clock, self._self_bound)
+        branch = self._branch_of_priority(0)
         branch.add(None, line, root.fairness.line(0))
         branch.living = self._classes.living = len(line)
         line.above = (self._classes, branch)
@@ -40,9 +40,9 @@ class Tree:
     @property
     def calm_until(self) -> int:
         """Until when no flow held up by its own limits may go: such a flow would lose by each delay."""
-        if len(self._tight) > _MANY:
+        if len(self._self_bound) > _MANY:
             return 0
-        return min((flow.asleep for flow in self._tight), default=EMPTY)
+        return min((flow.asleep for flow in self._self_bound), default=EMPTY)
 
     def waiters(self) -> Iterator[Waiter]:
         """Yield all waiters."""
@@ -51,7 +51,7 @@ class Tree:
     @property
     def wake(self) -> int:
         """When a sleeper wakes that may then be the head; `EMPTY` if nobody is left or asleep."""
-        return min(branch.wake for branch in self._chosen())
+        return min(branch.wake for branch in self._branches_to_head())
 
     @property
     def turn(self) -> tuple[float, ...]:
@@ -59,22 +59,22 @@ class Tree:
 
         The tag of its priority and that priority, more urgent ones first; then the tags below.
         """
-        tags = [branch.first.share.tag for branch in self._chosen() if branch.first]
-        urgent = self._classes.first
-        return () if urgent is None else (tags[0], urgent.order, *tags[1:])
+        tags = [branch.first.share.tag for branch in self._branches_to_head() if branch.first]
+        priority_flow = self._classes.first
+        return () if priority_flow is None else (tags[0], priority_flow.order, *tags[1:])
 
     @property
     def held_by(self) -> str | None:
         """What held up, below the root, the flows on the way to the head found last."""
-        held = (branch.first.held_by for branch in self._chosen() if branch.first)
+        held = (branch.first.held_by for branch in self._branches_to_head() if branch.first)
         return next(filter(None, held), None)
 
     def line(self, node: Node, priority: int) -> Line:
         """Return the line of a node and a priority, in which somebody is about to stand."""
-        branch = self._class(priority)
+        branch = self._branch_of_priority(priority)
         above = [self._classes, branch]
-        for each in reversed(node.below_root):
-            branch = self._branch(branch, each, each, priority, each.fairness.shares)
+        for level in reversed(node.below_root):
+            branch = self._branch(branch, level, level, priority, level.fairness.shares)
             above.append(branch)
         flow = branch.find(None)
         if flow is None:
@@ -84,9 +84,9 @@ class Tree:
         assert isinstance(line, Line)
         line.above = tuple(above)
         if not line:
-            for chooser, wanted in self._way(node, (priority,)):
-                chooser.want(wanted)
-            branch.want(flow)
+            for chooser, wanted in self._flows_to(node, (priority,)):
+                chooser.reactivate(wanted)
+            branch.reactivate(flow)
         return line
 
     def join(self, waiter: Waiter, now: int, node: Node, priority: int) -> None:
@@ -105,26 +105,26 @@ class Tree:
         self._classes.served(head, now)
         if not head.line:
             self._emptied.extend(
-                branch for branch in self._chosen() if branch.lowest_emptied < math.inf
+                branch for branch in self._branches_to_head() if branch.lowest_emptied < math.inf
             )
-        if head.node.deep:
+        if head.node.is_below_child:
             self._rouse(head.node)
 
     @property
-    def expects(self) -> bool:
+    def expects_caller(self) -> bool:
         """Whether the head that was found should first wait for another caller to come back."""
         return bool(self._emptied) and any(
             branch.first is not None and branch.first.share.tag > branch.lowest_emptied
-            for branch in self._chosen()
+            for branch in self._branches_to_head()
         )
 
-    def begin(self) -> None:
+    def begin_pass(self) -> None:
         """Begin a new pass: callers that were expected back have had their time."""
         for branch in self._emptied:
             branch.lowest_emptied = math.inf
         self._emptied.clear()
 
-    def _chosen(self) -> Iterator[Branch]:
+    def _branches_to_head(self) -> Iterator[Branch]:
         """Yield the branches on the way to the head found last."""
         branch: Source = self._classes
         while isinstance(branch, Branch):
@@ -133,24 +133,24 @@ class Tree:
                 return
             branch = branch.first.source
 
-    def free_for(self, node: Node, now: int) -> bool:
+    def is_free_for(self, node: Node, now: int) -> bool:
         """Tell whether a newcomer at ``node`` would overtake nobody that may go now or next."""
         return self._classes.head(now) is None and all(
-            flow.source.head(now) is None for _, flow in self._way(node, self._classes.keys())
+            flow.source.head(now) is None for _, flow in self._flows_to(node, self._classes.keys())
         )
 
     def binding(self, node: Node) -> str | None:
         """Return what last held up the head at ``node``, if that is known."""
         if node is self._root:
             return self._classes.bound_by
-        way = [flow for _, flow in self._way(node, self._classes.keys())]
-        here = (flow.source.bound_by for flow in way if flow.child is node)
-        above = (flow.held_by for flow in reversed(way))
+        flows = [flow for _, flow in self._flows_to(node, self._classes.keys())]
+        here = (flow.source.bound_by for flow in flows if flow.child is node)
+        above = (flow.held_by for flow in reversed(flows))
         return next(filter(None, (*here, *above)), None)
 
     def rouse(self, node: Node) -> None:
         """Wake the sleepers at ``node`` and above, because something has changed there."""
-        for branch, flow in self._way(node, self._classes.keys()):
+        for branch, flow in self._flows_to(node, self._classes.keys()):
             branch.rouse(flow)
 
     def rouse_all(self) -> None:
@@ -161,7 +161,9 @@ class Tree:
         """End all competition: this loop no longer serves them."""
         self._classes.disband()
 
-    def _way(self, node: Node, priorities: tuple[object, ...]) -> Iterator[tuple[Branch, Flow]]:
+    def _flows_to(
+        self, node: Node, priorities: tuple[object, ...]
+    ) -> Iterator[tuple[Branch, Flow]]:
         """Yield the flows from the top to ``node`` in which somebody waits, each with its branch."""
         for priority in priorities:
             branch: Branch = self._classes
@@ -173,7 +175,7 @@ class Tree:
                 assert isinstance(flow.source, Branch)
                 branch = flow.source
 
-    def _class(self, priority: int) -> Branch:
+    def _branch_of_priority(self, priority: int) -> Branch:
         root = self._root
         return self._branch(self._classes, priority, root, priority, root.fairness.classes)
 
@@ -184,7 +186,7 @@ class Tree:
         flow = branch.find(key)
         if flow is None:
             clock = node.fairness.clocks.setdefault(priority, VirtualClock())
-            source = Branch(node, clock, self._tight)
+            source = Branch(node, clock, self._self_bound)
             share = shares.setdefault(priority, Share(node.weight))
             branch.add(key, source, share, child=node if key is node else None)
             return source

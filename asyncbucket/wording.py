@@ -25,10 +25,10 @@ def shown(value: object) -> str:
 
 def one_line(text: str) -> str:
     """Return text from outside in one line, without characters that would control a terminal."""
-    return "".join(each if each.isprintable() else " " for each in " ".join(text.split()))
+    return "".join(char if char.isprintable() else " " for char in " ".join(text.split()))
 
 
-def does(resource: str, verb: str) -> str:
+def with_verb(resource: str, verb: str) -> str:
     """Say what a resource does: "input tokens bind", "concurrency binds", "requests allow"."""
     name = named(resource)
     return f"{name} {verb if name.endswith('s') else verb + 's'}"

@@ -12,7 +12,7 @@ from asyncbucket.http.profiles import Call, Profile
 from asyncbucket.http.refusals import Refusals
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.lease import Lease
-from asyncbucket.limiter.levels import asked, in_force
+from asyncbucket.limiter.levels import effective_limiter, in_force
 
 if TYPE_CHECKING:
     from asyncbucket.limits import Limit
@@ -66,7 +66,7 @@ class Lane:
     def _excess(self, cost: Cost) -> int:
         """Return by how much ``cost`` exceeds what any limit can ever admit."""
         excess, amounts = 0, cost._amounts  # noqa: SLF001 - looked at for each request
-        for limit in in_force(asked(self.limiter)):
+        for limit in in_force(effective_limiter(self.limiter)):
             excess = max(excess, amounts.get(limit.resource, 0) - limit.amount)
         return excess
 
@@ -86,7 +86,7 @@ class Lane:
         )
 
     def _settles_any_limit(self, profile: Profile) -> bool:
-        limits = in_force(asked(self.limiter))
+        limits = in_force(effective_limiter(self.limiter))
         known = self._settles_by_profile.get(id(profile))
         if known is None or known[1] is not limits:
             settles = any(limit.resource in profile.settles for limit in limits)

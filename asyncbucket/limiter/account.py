@@ -11,7 +11,7 @@ from asyncbucket.feedback.headroom import Headroom
 from asyncbucket.feedback.pause import Pause
 from asyncbucket.gates import Gates
 from asyncbucket.kept import Kept, keep
-from asyncbucket.limiter.books import NOTHING, Books
+from asyncbucket.limiter.books import EMPTY_MAPPING, Books
 from asyncbucket.limiter.statistics import LimitUse
 from asyncbucket.limiter.terms import Terms
 from asyncbucket.limits import Key, Limit
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from asyncbucket.limiter.limiter import Limiter
     from asyncbucket.limiter.remote import Remote
 
-_NONE: Final[frozenset[Any]] = frozenset()
+_NO_KEYS: Final[frozenset[Any]] = frozenset()
 
 
 class Account(Books):
@@ -38,7 +38,7 @@ class Account(Books):
     __slots__ = (
         "adaptive",
         "children",
-        "early",
+        "early_calls",
         "headrooms",
         "keys",
         "learned",
@@ -63,22 +63,22 @@ class Account(Books):
     ) -> None:
         super().__init__(name, parent, clock=clock, weight=weight)
         self.max_queue = max_queue
-        self.children: dict[str, Account] = NOTHING
+        self.children: dict[str, Account] = EMPTY_MAPPING
         #: The children's `Limiter` objects, by name, and the tenants: the same for all `Limiter`
         #: objects of this account. A tenant that was put to rest and came back has several.
-        self.limiters: dict[str, Limiter] = NOTHING
+        self.limiters: dict[str, Limiter] = EMPTY_MAPPING
         self.keys: Keys[Limiter] | None = None
         self.limits: dict[Key, Kept] = {}
         self.slots: Slots | None = None
         #: Calls admitted before there were slots; each counts as holding one until it ends.
-        self.early = 0
+        self.early_calls = 0
         #: What finds the number of slots, if it is not given.
         self.adaptive: Adaptive | None = None
         self.pause: Pause | None = None
         #: What the provider says is left, where it says so.
-        self.headrooms: dict[Key, Headroom] = NOTHING
+        self.headrooms: dict[Key, Headroom] = EMPTY_MAPPING
         #: Limits that the provider announced and nobody gave.
-        self.learned: frozenset[Key] = _NONE
+        self.learned: frozenset[Key] = _NO_KEYS
         #: Where the limits are kept, if not here.
         self.remote: Remote | None = None
         #: Whether its limits were changed after it was made.
@@ -87,7 +87,7 @@ class Account(Books):
         self.retired = False
 
     @property
-    def personal(self) -> bool:
+    def belongs_to_tenant(self) -> bool:
         """Whether it belongs to a tenant."""
         return "/*" in self.name
 
@@ -107,7 +107,7 @@ class Account(Books):
     def after_fork(self) -> None:
         """See `Node.after_fork`: the slots that are taken are the parent's."""
         super().after_fork()
-        self.early = 0
+        self.early_calls = 0
         if self.slots is not None:
             self.slots.used = 0
         for kept in self.limits.values():
@@ -124,7 +124,7 @@ class Account(Books):
             self.limits = self.limits | changed
             if bounds is not None:
                 self._set_slots_locked(bounds, fixed=is_integer(concurrency))
-            self.changed_locked()
+            self.refresh_gates_locked()
 
     def reconfigure(
         self, limits: list[Limit], concurrency: Concurrency | None, *, weight: float | None
@@ -142,9 +142,9 @@ class Account(Books):
         if self.remote is not None:
             self.remote.configure()
         for limit in limits:
-            self.tell_later(LimitChanged, limit=str(limit))
+            self.notify_later(LimitChanged, limit=str(limit))
         if concurrency is not None and self.slots is not None:
-            self.tell_later(LimitChanged, limit=f"concurrency {self.slots.size}")
+            self.notify_later(LimitChanged, limit=f"concurrency {self.slots.size}")
 
     def learn(self, limit: Limit) -> None:
         """Adopt a limit that the provider announces, if none was given.
@@ -155,35 +155,37 @@ class Account(Books):
         if self.remote is not None:
             self.remote.check([limit], None)
         with self.budget.lock:
-            ours = self.limits.get(limit.key)
-            if self.limits.keys() - self.learned or (ours and ours.limit.amount == limit.amount):
+            kept = self.limits.get(limit.key)
+            if self.limits.keys() - self.learned or (kept and kept.limit.amount == limit.amount):
                 return
             self.steered = True
             self.learned |= {limit.key}
         self.set_limits([limit], None)
         if self.remote is not None:
             self.remote.configure()
-        self.tell_later(LimitLearned, limit=str(limit))
+        self.notify_later(LimitLearned, limit=str(limit))
 
-    def hear_remaining_locked(
+    def observe_remaining_locked(
         self, key: Key, remaining: int, *, limit: int | None, since: int, rounding: int
     ) -> None:
         """Take in what the provider says is left of a limit that others spend from, too."""
         kept = self.limits.get(key)
         if kept is None or self.remote is not None:
             return
-        ours, window, _ = kept
+        own_limit, window, _ = kept
         headroom = self.headrooms.get(key)
         if headroom is None:
-            headroom = Headroom(amount=ours.amount, window=ours.window, ours=window.closed())
+            headroom = Headroom(
+                amount=own_limit.amount, window=own_limit.window, ours=window.without_open_calls()
+            )
             self.headrooms = {**self.headrooms, key: headroom}
-            self.changed_locked()
+            self.refresh_gates_locked()
         headroom.update(
             remaining,
             self.budget.clock(),
-            amount=ours.amount if limit is None else max(1, min(limit, ours.amount)),
+            amount=own_limit.amount if limit is None else max(1, min(limit, own_limit.amount)),
             limit=limit,
-            booked_since=window.since(since),
+            booked_since=window.booked_since(since),
             lent=window.lent,
             rounding=rounding,
         )
@@ -193,27 +195,32 @@ class Account(Books):
         """Let nobody pass before ``until``, and then, if ``gradually``, few at first."""
         if self.pause is None:
             self.pause = Pause()
-            self.changed_locked()
+            self.refresh_gates_locked()
         now = self.budget.clock()
         self.pause.begin(until, now, gradually=gradually)
         if self.remote is not None:
             self.remote.pause(until - now, gradually=gradually)
         self.budget.ring_locked(self)
 
-    def begin_early_locked(self, gates: Gates) -> None:
+    def hold_added_slots_locked(self, gates: Gates) -> None:
         """Let a call through ``gates`` hold slots, here and above, that were added before it ran."""
         for account in self.path:
             slots = account.slots
             if slots is not None and account.remote is None and slots not in gates.slots:
-                account.early += 1
+                account.early_calls += 1
                 slots.book(1, 0)
 
-    def end_early_locked(self, gates: Gates) -> bool:
+    def release_added_slot_locked(self, gates: Gates) -> bool:
         """Give back the slot of a call through ``gates`` that was in flight before there were slots."""
         slots = self.slots
-        if not self.early or slots is None or slots in gates.slots or slots in gates.given_back:
+        if (
+            not self.early_calls
+            or slots is None
+            or slots in gates.slots
+            or slots in gates.given_back
+        ):
             return False
-        self.early -= 1
+        self.early_calls -= 1
         slots.give_back()
         return True
 
@@ -226,21 +233,21 @@ class Account(Books):
         if larger and self.budget.waiting:
             self.budget.ring_locked(self)
 
-    def changed_locked(self) -> None:
+    def refresh_gates_locked(self) -> None:
         """Send newcomers and those who wait through the meters as they are now."""
         self.forget_gates()
         if self.waiting:
-            self.budget.changed_locked(_check)
+            self.budget.recheck_waiters_locked(_check)
 
     def make_gates(self) -> Gates:
         """See `Node.make_gates`."""
         return Gates(self._meters(), tuple(kept.limit for kept in self.limits.values()))
 
-    def forget_through(self) -> None:
-        """See `Node.forget_through`; the meters above the children have changed, too."""
-        super().forget_through()
+    def forget_path_gates(self) -> None:
+        """See `Node.forget_path_gates`; the meters above the children have changed, too."""
+        super().forget_path_gates()
         for child in self.children.values():
-            child.forget_through()
+            child.forget_path_gates()
 
     def check_locked(self, amounts: Amounts) -> None:
         """Refuse a cost that can never pass, here or above.
@@ -285,8 +292,8 @@ class Account(Books):
             yield from self.remote.use()
             return
         for key, (limit, window, bucket) in self.limits.items():
-            meters = [each for each in (window, bucket, self.headrooms.get(key)) if each]
-            available = min(each.available(now) for each in meters)
+            meters = [meter for meter in (window, bucket, self.headrooms.get(key)) if meter]
+            available = min(meter.available(now) for meter in meters)
             yield LimitUse(limit, used=window.used, available=available)
 
     def _set_slots_locked(self, bounds: tuple[int, int], *, fixed: bool) -> None:
@@ -300,8 +307,8 @@ class Account(Books):
             size = self.adaptive.size
         if self.slots is None:
             self.slots = Slots(size=size)
-            self.early = self.in_flight
-            self.slots.book(self.early, 0)
+            self.early_calls = self.in_flight
+            self.slots.book(self.early_calls, 0)
         else:
             self.slots.reshape(size=size)
 
@@ -326,11 +333,11 @@ class Account(Books):
             return None
         remote = self.path[-1].remote
         known = None if remote is None else remote.held_up()
-        elsewhere = None if known is None else known[0]
+        in_store = None if known is None else known[0]
         pacers = self.budget.pacers.values()
-        here = next(filter(None, (pacer.queue.binding(self) for pacer in pacers)), None)
+        local = next(filter(None, (pacer.queue.binding(self) for pacer in pacers)), None)
         # At the root the store's answer comes first, as it keeps these limits; below, the child's.
-        bound = (elsewhere or here) if self.parent is None else (here or elsewhere)
+        bound = (in_store or local) if self.parent is None else (local or in_store)
         return bound or next(filter(None, (pacer.bound_by for pacer in pacers)), None)
 
 

@@ -66,9 +66,9 @@ class Acquisition(Coroutine[Any, Any, Lease]):
 
     async def __aexit__(
         self,
-        kind: type[BaseException] | None,
+        exc_type: type[BaseException] | None,
         error: BaseException | None,
-        trace: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
         lease, self._lease = self._lease, None
         self._entered = False
@@ -96,13 +96,13 @@ class Acquisition(Coroutine[Any, Any, Lease]):
     def __repr__(self) -> str:
         return f"<Acquisition {Cost.of(self._amounts)}: await it, or enter it by async with>"
 
-    def _begun(self) -> Generator[Any, Any, Lease]:
+    def _get_coroutine(self) -> Generator[Any, Any, Lease]:
         if self._coroutine is None:
             self._coroutine = self.__await__()
         return self._coroutine
 
-    def _running(self) -> Generator[Any, Any, Lease]:
-        coroutine = self._begun()
+    def _get_open_coroutine(self) -> Generator[Any, Any, Lease]:
+        coroutine = self._get_coroutine()
         if inspect.getgeneratorstate(coroutine) == inspect.GEN_CLOSED:
             raise RuntimeError(
                 "this acquisition has been awaited: call acquire() for another lease"
@@ -111,15 +111,15 @@ class Acquisition(Coroutine[Any, Any, Lease]):
 
     def send(self, value: Any) -> Any:
         """Run as a coroutine."""
-        return self._running().send(value)
+        return self._get_open_coroutine().send(value)
 
     def throw(self, *args: Any) -> Any:
         """Raise an exception inside, as in a coroutine."""
-        return self._running().throw(*args)
+        return self._get_open_coroutine().throw(*args)
 
     def close(self) -> None:
         """Close it, as a coroutine: it counts as awaited, so there is no warning."""
-        self._begun().close()
+        self._get_coroutine().close()
 
 
 class FirstAcquisition(Acquisition):
@@ -132,7 +132,7 @@ class FirstAcquisition(Acquisition):
     __slots__ = ()
 
     def __del__(self) -> None:
-        if not self._door.was_asked() and self._coroutine is None:
+        if not self._door.was_called() and self._coroutine is None:
             warnings.warn(
                 "an acquisition was never awaited, so that nothing was paced: write "
                 "`await limiter.acquire(...)` or `async with limiter.acquire(...):`",

@@ -40,14 +40,14 @@ def rebook(limiter: Limiter, booked: Iterable[Booked], *, ago: int) -> None:
     account = limiter._account  # noqa: SLF001 - its own kind
     with account.budget.lock:
         now = account.budget.clock()
-        for each in booked:
-            if (each.resource, each.per) not in account.limits:
+        for booking in booked:
+            if (booking.resource, booking.per) not in account.limits:
                 continue
-            _, window, bucket = account.limits[each.resource, each.per]
-            for age, units in each.entries:
+            _, window, bucket = account.limits[booking.resource, booking.per]
+            for age, units in booking.entries:
                 window.remember(units, max(1, now - ago - age))
-            if bucket is not None and each.missing:
-                bucket.remember(each.missing, max(1, now - ago))
+            if bucket is not None and booking.missing:
+                bucket.remember(booking.missing, max(1, now - ago))
 
 
 def rebook_call(limiter: Limiter, cost: Mapping[str, int], *, ago: int) -> None:

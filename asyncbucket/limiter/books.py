@@ -11,7 +11,7 @@ from asyncbucket.node import Node
 from asyncbucket.queue import Waiter
 
 #: An empty mapping: most of ten thousand idle limiters need no container of their own.
-NOTHING: Final[Any] = MappingProxyType({})
+EMPTY_MAPPING: Final[Any] = MappingProxyType({})
 
 
 class Books(Node):
@@ -26,7 +26,7 @@ class Books(Node):
         "observers",
         "refunded",
         "refused",
-        "shown",
+        "shown_name",
         "upstream_429",
         "waits",
     )
@@ -43,7 +43,7 @@ class Books(Node):
         self.budget: Budget = Budget(clock, self) if parent is None else parent.budget
         self.name = name
         #: The name that others may see: tenants' names are private.
-        self.shown = shown_name(name)
+        self.shown_name = shown_name(name)
         self.observers: Observers | None = None
         self.admitted = 0
         self.cancelled = 0
@@ -52,9 +52,9 @@ class Books(Node):
         self.ended = 0
         self.upstream_429 = 0
         #: Units given back by settling, by resource.
-        self.refunded: dict[str, int] = NOTHING
+        self.refunded: dict[str, int] = EMPTY_MAPPING
         #: How many calls waited, and how long (ns) in total, by what bound them.
-        self.waits: dict[str, tuple[int, int]] = NOTHING
+        self.waits: dict[str, tuple[int, int]] = EMPTY_MAPPING
 
     @property
     def in_flight(self) -> int:
@@ -121,15 +121,15 @@ class Books(Node):
             if account.observers is not None:
                 account.observers.emit(event)
 
-    def tell(self, kind: type[Event], at: int | None = None, **what: Any) -> None:
+    def notify(self, event_type: type[Event], at: int | None = None, **fields: Any) -> None:
         """Make an event of now, or of ``at``, for observers here and above; called without the lock."""
         if self.budget.observed:
             at = self.budget.clock() if at is None else at
-            self.emit(kind(limiter=self.shown, at=at * 1e-9, **what))
+            self.emit(event_type(limiter=self.shown_name, at=at * 1e-9, **fields))
 
-    def tell_later(self, kind: type[Event], **what: Any) -> None:
+    def notify_later(self, event_type: type[Event], **fields: Any) -> None:
         """Make an event that is sent with the next one, because the lock may be held."""
-        event = kind(limiter=self.shown, at=self.budget.clock() * 1e-9, **what)
+        event = event_type(limiter=self.shown_name, at=self.budget.clock() * 1e-9, **fields)
         for account in self.path:
             if account.observers is not None:
                 account.observers.emit_later(event)

@@ -127,12 +127,12 @@ class Doors(ABC):
 
         @functools.wraps(function)
         async def paced(*args: Any, **kwargs: Any) -> Any:
-            async with self.acquire(**price(cost, *args, **kwargs)):
+            async with self.acquire(**call_amounts(cost, *args, **kwargs)):
                 return await function(*args, **kwargs)
 
         @functools.wraps(function)
         def paced_sync(*args: Any, **kwargs: Any) -> Any:
-            with self.acquire_sync(**price(cost, *args, **kwargs)) as lease:
+            with self.acquire_sync(**call_amounts(cost, *args, **kwargs)) as lease:
                 result = function(*args, **kwargs)
                 if inspect.iscoroutine(result):  # it has not started
                     result.close()
@@ -293,7 +293,7 @@ class Doors(ABC):
         return Trace(self._limiter, last=last)
 
 
-def price(cost: Mapping[str, Any], /, *args: Any, **kwargs: Any) -> dict[str, Any]:
+def call_amounts(cost: Mapping[str, Any], /, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Return the amounts of a call: a callable amount is called with the call's own arguments."""
     return {
         name: amount(*args, **kwargs) if callable(amount) else amount

@@ -9,7 +9,7 @@ from asyncbucket.gates import Gates
 from asyncbucket.limiter.account import Account
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER, Amounts
-from asyncbucket.wording import counted, does, in_seconds, named, rounded
+from asyncbucket.wording import counted, in_seconds, named, rounded, with_verb
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,11 @@ class Explanation:
             return f"a call would pass at once{behind}"
         if self.bound_by == "concurrency" and self.wait is None:
             return f"a call would wait{behind} until a slot is given back"
-        why = "the limiter is paused" if self.bound_by == "paused" else does(self.bound_by, "bind")
+        why = (
+            "the limiter is paused"
+            if self.bound_by == "paused"
+            else with_verb(self.bound_by, "bind")
+        )
         for_so_long = "" if self.wait is None else f" {in_seconds(self.wait)}"
         return f"a call would wait{for_so_long}{behind}: {why}"
 
@@ -62,45 +66,45 @@ class Explanation:
             return ["no limit over time binds such calls"]
         first, *others = self.rates
         unit, seconds = _unit(first)
-        number, what = rounded(first.calls * seconds), does(first.limit.resource, "allow")
+        number, what = rounded(first.calls * seconds), with_verb(first.limit.resource, "allow")
         calls = "call" if number == "1" else "calls"
-        told = [f"{what} {number} such {calls} {unit} ({self._written(first)})"]
+        sentences = [f"{what} {number} such {calls} {unit} ({self._written(first)})"]
         for other in others[:1]:
             number, what = rounded(other.calls * seconds), named(other.limit.resource)
             without = f"without that limit, {what} would allow {number} {unit}"
-            told.append(f"{without} ({self._written(other)})")
-        return told
+            sentences.append(f"{without} ({self._written(other)})")
+        return sentences
 
     def _written(self, rate: Rate) -> str:
         limit = rate.limit
         paced = limit.burst is not None and limit.burst < limit.amount
         text = f"{limit}, burst {limit.burst:,}" if paced else str(limit)
-        several = any(each.limiter != rate.limiter for each in self.rates)
+        several = any(other.limiter != rate.limiter for other in self.rates)
         return f"{rate.limiter}: {text}" if several else text
 
 
 def explain_locked(account: Account, amounts: dict[str, int], priority: int) -> Explanation:
     """Explain what would happen to a call of these amounts; called with the budget's lock held."""
     now = account.budget.clock()
-    gates, ahead, when, waits = _line_up(account, now, priority)
+    gates, ahead, when, waits = _simulate_line(account, now, priority)
     if when < NEVER:
         due, binds = gates.earliest(amounts, when)
         waits[binds] += due - when
         when = due
     ((bound_by, _),) = waits.most_common(1)
-    due, binds, there = _in_store(account.path[-1], amounts, now)
+    due, binds, ahead_in_store = _in_store(account.path[-1], amounts, now)
     if due > when:
         when, bound_by = due, binds
     return Explanation(
         cost=Cost.of(amounts),
         wait=None if when >= NEVER else (when - now) * 1e-9,
         bound_by=bound_by if when > now else None,
-        ahead=ahead + there,
+        ahead=ahead + ahead_in_store,
         rates=tuple(sorted(_rates(account, amounts), key=lambda rate: rate.calls)),
     )
 
 
-def _line_up(
+def _simulate_line(
     account: Account, now: int, priority: int
 ) -> tuple[Gates, int, int, collections.Counter[str | None]]:
     """Book all calls ahead in copies of the meters, in order of arrival.
@@ -113,25 +117,27 @@ def _line_up(
     )
     copies: dict[int, object] = {}
     first: dict[object, int] = {}  # when the first in each line became the first
-    held: set[object] = set()  # lines whose first waits for limits that do not apply to the call
-    gates = copy.deepcopy(account.through, copies)
+    held_lines: set[object] = (
+        set()
+    )  # lines whose first waits for limits that do not apply to the call
+    gates = copy.deepcopy(account.path_gates, copies)
     waits: collections.Counter[str | None] = collections.Counter()
     ahead, when = 0, now
     for waiter in waiters:
-        apart = [node for node in waiter.node.path if node not in account.path]
+        other_nodes = [node for node in waiter.node.path if node not in account.path]
         since = waiter.line.since
-        if any(node.gates.earliest(waiter.amounts, since)[0] > now for node in apart):
-            held.add(waiter.line)
-        if waiter.line in held or waiter.line.priority < priority:
+        if any(node.gates.earliest(waiter.amounts, since)[0] > now for node in other_nodes):
+            held_lines.add(waiter.line)
+        if waiter.line in held_lines or waiter.line.priority < priority:
             continue
         ahead += 1
-        theirs = copy.deepcopy(waiter.node.through, copies)
-        due, binds = theirs.earliest(waiter.amounts, first.get(waiter.line, since))
+        their_gates = copy.deepcopy(waiter.node.path_gates, copies)
+        due, binds = their_gates.earliest(waiter.amounts, first.get(waiter.line, since))
         if due > when:
             waits[binds] += due - when
             when = due
         if when < NEVER:
-            theirs.book(waiter.amounts, when)
+            their_gates.book(waiter.amounts, when)
             first[waiter.line] = when
     return gates, ahead, when, waits
 
@@ -161,9 +167,9 @@ def _in_store(root: Account, amounts: Amounts, now: int) -> tuple[int, str | Non
 
 def _rates(account: Account, amounts: Amounts) -> list[Rate]:
     return [
-        Rate(each.name, limit, limit.amount / limit.per / amounts[limit.resource])
-        for each in account.path
-        for limit, *_ in each.limits.values()
+        Rate(level.name, limit, limit.amount / limit.per / amounts[limit.resource])
+        for level in account.path
+        for limit, *_ in level.limits.values()
         if amounts.get(limit.resource)
     ]
 
@@ -171,5 +177,5 @@ def _rates(account: Account, amounts: Amounts) -> list[Rate]:
 def _unit(rate: Rate) -> tuple[str, int]:
     """Return a unit at least as long as the window, so that the rate is no fraction; and its seconds."""
     units = (("a second", 1), ("a minute", 60), ("an hour", 3_600))
-    fit = (each for each in units if each[1] >= rate.limit.per and rate.calls * each[1] >= 1)
+    fit = (unit for unit in units if unit[1] >= rate.limit.per and rate.calls * unit[1] >= 1)
     return next(fit, ("a day", 86_400))

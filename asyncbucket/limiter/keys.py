@@ -23,20 +23,20 @@ _LOOKS: Final = 4
 
 L = TypeVar("L")
 #: Makes the limiter of a tenant from its name, its terms, and what finds its account again.
-Make: TypeAlias = Callable[[str, Terms, Callable[[], Account]], tuple[L, Account]]
+MakeLimiter: TypeAlias = Callable[[str, Terms, Callable[[], Account]], tuple[L, Account]]
 
 
 class Keys(Generic[L]):
     """Keep one limiter for each tenant; at most ``alive`` of them, busy ones apart."""
 
-    def __init__(self, parent: Account, make: Make[L], *, alive: int) -> None:
+    def __init__(self, parent: Account, make: MakeLimiter[L], *, alive: int) -> None:
         self._parent = parent
         self._make = make
         self._alive = alive
-        self._terms = Terms()
+        self._default_terms = Terms()
         #: The terms of tenants that have their own; and each distinct set of terms once.
-        self._own: dict[str, Terms] = {}
-        self._known: dict[Terms, Terms] = {}
+        self._own_terms: dict[str, Terms] = {}
+        self._interned_terms: dict[Terms, Terms] = {}
         self._limiters: OrderedDict[str, tuple[L, Account]] = OrderedDict()
         self._resting: OrderedDict[str, Rest] = OrderedDict()
 
@@ -45,13 +45,13 @@ class Keys(Generic[L]):
 
     def busy(self) -> list[L]:
         """Return the limiters with calls that wait or are in flight now."""
-        with self._parent.budget.making:
+        with self._parent.budget.lifecycle_lock:
             found = tuple(self._limiters.values())
         return [limiter for limiter, account in found if account.waiting or account.in_flight]
 
-    def agree(self, terms: Terms, *, alive: int) -> None:
+    def set_defaults(self, terms: Terms, *, alive: int) -> None:
         """Set the terms for tenants that have none of their own."""
-        self._terms, self._alive = terms, alive
+        self._default_terms, self._alive = terms, alive
 
     def get(self, tenant: str, terms: Terms | None = None) -> L:
         """Return a tenant's limiter as it was left, or made on ``terms``.
@@ -59,22 +59,22 @@ class Keys(Generic[L]):
         Raises:
             ValueError: it exists on other terms.
         """
-        with self._parent.budget.making:
+        with self._parent.budget.lifecycle_lock:
             if terms is not None:
-                self._keep(tenant, terms)
+                self._remember_terms(tenant, terms)
             return self._get(tenant)[0]
 
     def find(self, tenant: str) -> Account:
         """Return a tenant's account, made again if it was put to rest."""
-        with self._parent.budget.making:
+        with self._parent.budget.lifecycle_lock:
             return self._get(tenant)[1]
 
-    def _keep(self, tenant: str, terms: Terms) -> None:
+    def _remember_terms(self, tenant: str, terms: Terms) -> None:
         """Remember a tenant's own terms."""
-        stands = self._own.get(tenant)
-        if stands is None and tenant not in self._limiters:
-            stands = self._own[tenant] = self._known.setdefault(terms, terms)
-        if stands != terms:
+        existing = self._own_terms.get(tenant)
+        if existing is None and tenant not in self._limiters:
+            existing = self._own_terms[tenant] = self._interned_terms.setdefault(terms, terms)
+        if existing != terms:
             raise ValueError(
                 "this tenant exists on other terms: ask for it by name alone, and change it with "
                 "key(...).reconfigure(...)"
@@ -85,8 +85,10 @@ class Keys(Generic[L]):
         if found is not None:
             self._limiters.move_to_end(tenant)
             return found
-        again = functools.partial(self.find, tenant)
-        made = self._make(_hashed(tenant), self._own.get(tenant, self._terms), again)
+        find_again = functools.partial(self.find, tenant)
+        made = self._make(
+            _hashed(tenant), self._own_terms.get(tenant, self._default_terms), find_again
+        )
         self._limiters[tenant] = made
         with self._parent.budget.lock:
             rest = self._resting.pop(tenant, None)

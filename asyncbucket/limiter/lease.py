@@ -16,7 +16,7 @@ from asyncbucket.events import Outcome, Released, Settled
 from asyncbucket.gates import Gates
 from asyncbucket.holders import Holder
 from asyncbucket.limiter.account import Account
-from asyncbucket.limiter.parts import Parts, add_debt, put_off, taken_back
+from asyncbucket.limiter.parts import Parts, add_debt, redate, take_back
 from asyncbucket.loops import OfThisProcess
 
 #: The parts of tokens.
@@ -81,8 +81,8 @@ class Lease(OfThisProcess):
         #: What held it up: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``...;
         #: None if it did not wait.
         self.bound_by: str | None = None
-        for each in account.path:
-            each.admitted += 1
+        for level in account.path:
+            level.admitted += 1
         holder.leases += 1
 
     @property
@@ -144,25 +144,25 @@ class Lease(OfThisProcess):
             used = used | {"tokens": self._total(booked | used, used.keys() | (self._parts or {}))}
         if account.budget.observed:
             corrects = {name: booked[name] for name in used if name in (self._parts or ())}
-            account.tell_later(Settled, reserved=self.cost, used=used, corrects=corrects)
+            account.notify_later(Settled, reserved=self.cost, used=used, corrects=corrects)
         refunds = changes = False
         for name, amount in used.items():
-            more = amount - booked.get(name, 0)
-            self._correct_locked(name, more)
-            changes = changes or more != 0
-            if more < 0:
+            delta = amount - booked.get(name, 0)
+            self._correct_locked(name, delta)
+            changes = changes or delta != 0
+            if delta < 0:
                 refunds = True
-                account.count_refund_locked(name, -more)
+                account.count_refund_locked(name, -delta)
         if self._priority is not None:
             account.correct(self._priority, booked, self._booked())
-        if refunds or (changes and account.deep):
+        if refunds or (changes and account.is_below_child):
             account.budget.ring_locked(account)
 
     def _total(self, booked: Mapping[str, int], reported: Collection[str]) -> int:
         """Return input and output tokens together, of which one may not be ``reported`` yet.
 
         If the split was unknown, each was reserved as the whole. Then one that is not reported yet
-        adds no more than the other leaves of the whole.
+        adds no delta than the other leaves of the whole.
         """
         total = sum(booked.get(name, 0) for name in _TOKENS)
         if all(name in reported for name in _TOKENS):
@@ -171,27 +171,27 @@ class Lease(OfThisProcess):
         beyond = sum(max(0, booked.get(name, 0) - reserved.get(name, 0)) for name in _TOKENS)
         return min(total, reserved.get("tokens", 0) + beyond)
 
-    def _correct_locked(self, resource: str, more: int) -> None:
-        """Book ``more`` units of ``resource`` now.
+    def _correct_locked(self, resource: str, delta: int) -> None:
+        """Book ``delta`` units of ``resource`` now.
 
         If it is negative, give that many back: the latest bookings first, each at its own date.
         """
         self._parts = self._parts or {}
         parts = self._parts.setdefault(resource, [(self._amounts.get(resource, 0), self._when)])
-        if not more:
+        if not delta:
             return
         if not self._open:
             for window, counts in self._gates.windows:
                 if counts == resource:
-                    window.lent -= more
+                    window.lent -= delta
         meters = [meter for meter, counts in self._gates.meters if counts == resource]
-        if more > 0:
+        if delta > 0:
             now = self._account.budget.clock()
-            add_debt(parts, more, now)
+            add_debt(parts, delta, now)
             for meter in meters:
-                meter.owe(more, now)
+                meter.owe(delta, now)
             return
-        for back, when, left in taken_back(parts, -more):
+        for back, when, left in take_back(parts, -delta):
             for meter in meters:
                 meter.unbook(back, when, left=left)
 
@@ -214,7 +214,7 @@ class Lease(OfThisProcess):
             for resource, amount in self._booked().items():
                 settled = (self._parts or {}).get(resource)
                 for units, when in settled or [(amount, self._when)]:
-                    put_off(self._gates, {resource: units}, when, now)
+                    redate(self._gates, {resource: units}, when, now)
                 if settled:
                     settled[:] = [(amount, now)]
             self._when = now
@@ -247,7 +247,7 @@ class Lease(OfThisProcess):
         finally:
             budget.lock.release()
         if ended and budget.observed:
-            account.tell(Released, **self._released(outcome))
+            account.notify(Released, **self._released_fields(outcome))
 
     def _end_locked(self, outcome: Outcome) -> bool:
         """Close the booking, here and above; return whether it was open, in this process."""
@@ -258,17 +258,17 @@ class Lease(OfThisProcess):
         self._open = False
         self._holder.leases -= 1
         awaited = self._gates.close(self._amounts if self._parts is None else self._booked())
-        for each in account.path:
-            each.ended += 1
-            if each.early and each.end_early_locked(self._gates):
+        for level in account.path:
+            level.ended += 1
+            if level.early_calls and level.release_added_slot_locked(self._gates):
                 awaited = True
-            if each.adaptive is not None:
-                self._tell_locked(each, outcome)
+            if level.adaptive is not None:
+                self._report_outcome_locked(level, outcome)
         if awaited and budget.waiting:
             budget.ring_locked(account)
         return True
 
-    def _tell_locked(self, account: Account, outcome: Outcome) -> None:
+    def _report_outcome_locked(self, account: Account, outcome: Outcome) -> None:
         """Tell the search for the number of slots how the call ended."""
         adaptive, slots, now = account.adaptive, account.slots, account.budget.clock()
         assert adaptive is not None
@@ -291,9 +291,9 @@ class Lease(OfThisProcess):
     def _drop_locked(self, outcome: Outcome = "failed") -> None:
         """Release a lease that was collected, or that was released while the lock was held."""
         if self._end_locked(outcome) and self._account.budget.observed:
-            self._account.tell_later(Released, **self._released(outcome))
+            self._account.notify_later(Released, **self._released_fields(outcome))
 
-    def _released(self, outcome: Outcome) -> dict[str, Any]:
+    def _released_fields(self, outcome: Outcome) -> dict[str, Any]:
         held = (self._account.budget.clock() - self._when) * 1e-9
         return {"cost": self.cost, "held": held, "outcome": outcome}
 
@@ -308,9 +308,9 @@ class Lease(OfThisProcess):
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        exc_type: type[BaseException] | None,
         error: BaseException | None,
-        trace: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
         if error is None:
             self.release()
@@ -322,11 +322,11 @@ class Lease(OfThisProcess):
 
     async def __aexit__(
         self,
-        kind: type[BaseException] | None,
+        exc_type: type[BaseException] | None,
         error: BaseException | None,
-        trace: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
-        self.__exit__(kind, error, trace)
+        self.__exit__(exc_type, error, traceback)
 
     def __del__(self) -> None:
         if self._open:  # a finalizer may run anywhere, even inside the lock

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from asyncbucket.gates import Gates
 from asyncbucket.limiter.lease import Lease
-from asyncbucket.limiter.levels import asked
+from asyncbucket.limiter.levels import effective_limiter
 from asyncbucket.limiter.limiter import Limiter
 
 if TYPE_CHECKING:
@@ -28,62 +28,64 @@ if TYPE_CHECKING:
 
 def give_back(lease: Lease, limiter: Limiter) -> None:
     """Release the slots of ``lease`` that a call of ``limiter`` from this context may need."""
-    account, path = lease._account, asked(limiter)._account.path
+    account, path = lease._account, effective_limiter(limiter)._account.path
     budget = account.budget
     if budget is not path[-1].budget:
         return
     with budget.lock:
         if lease.released or lease._epoch != budget.epoch:
             return
-        order = _ORDER.setdefault(budget, _Order())
+        graph = _WAIT_GRAPHS.setdefault(budget, _WaitGraph())
         held = lease._gates
-        wanted = [each for each in path if each not in account.path and each.gates.slots]
-        needed = [slots for each in path for slots in each.gates.slots]
-        for each in account.path:
-            if each not in path and each.gates.slots and order.is_circle(each, wanted):
-                needed += each.gates.slots
+        wanted = [level for level in path if level not in account.path and level.gates.slots]
+        needed = [slots for level in path for slots in level.gates.slots]
+        for level in account.path:
+            if level not in path and level.gates.slots and graph.would_deadlock(level, wanted):
+                needed += level.gates.slots
         # Slots in a store belong to the lease itself, and to the root.
-        mine = [slots for slots in held.slots if slots in needed or slots.remote]
-        for slots in mine:
+        returned = [slots for slots in held.slots if slots in needed or slots.remote]
+        for slots in returned:
             slots.give_back()
-        mine += (
-            each.slots
-            for each in account.path
-            if each.slots is not None and each.slots in needed and each.end_early_locked(held)
+        returned += (
+            level.slots
+            for level in account.path
+            if level.slots is not None
+            and level.slots in needed
+            and level.release_added_slot_locked(held)
         )
-        if mine:
-            lease._gates = Gates(each for each in held.meters if each[0] not in mine)
-            lease._gates.given_back = (*held.given_back, *mine)
+        if returned:
+            lease._gates = Gates(pair for pair in held.meters if pair[0] not in returned)
+            lease._gates.given_back = (*held.given_back, *returned)
             budget.ring_locked(account)
 
 
-class _Order:
+class _WaitGraph:
     """Remember which levels' slots were held while which others' were waited for."""
 
-    __slots__ = ("_after",)
+    __slots__ = ("_edges",)
 
     def __init__(self) -> None:
-        self._after: dict[str, set[str]] = {}
+        self._edges: dict[str, set[str]] = {}
 
-    def is_circle(self, held: "Account", wanted: "list[Account]") -> bool:
+    def would_deadlock(self, held: "Account", wanted: "list[Account]") -> bool:
         """Tell whether calls may wait for each other in a circle; if not, remember the pair."""
-        name = held.shown  # all tenants share it, as there may be many
-        goals = {each.shown for each in wanted}
-        if any(self._leads(goal, name) for goal in goals):
+        name = held.shown_name  # all tenants share it, as there may be many
+        goals = {level.shown_name for level in wanted}
+        if any(self._reaches(goal, name) for goal in goals):
             return True
-        self._after.setdefault(name, set()).update(goals)
+        self._edges.setdefault(name, set()).update(goals)
         return False
 
-    def _leads(self, start: str, goal: str) -> bool:
+    def _reaches(self, start: str, goal: str) -> bool:
         seen, rest = {start}, [start]
         while rest:
-            here = rest.pop()
-            if here == goal:
+            current = rest.pop()
+            if current == goal:
                 return True
-            new = self._after.get(here, set()) - seen
+            new = self._edges.get(current, set()) - seen
             seen |= new
             rest += new
         return False
 
 
-_ORDER: Final["weakref.WeakKeyDictionary[Budget, _Order]"] = weakref.WeakKeyDictionary()
+_WAIT_GRAPHS: Final["weakref.WeakKeyDictionary[Budget, _WaitGraph]"] = weakref.WeakKeyDictionary()

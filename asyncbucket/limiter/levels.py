@@ -37,22 +37,22 @@ def provider_of(limiter: Limiter) -> Limiter:
 def in_force(limiter: Limiter) -> tuple[Limit, ...]:
     """Return the limits that hold for calls here: its own, and those of the levels above."""
     account = limiter._account  # noqa: SLF001 - its own kind
-    gates = account.known_through
+    gates = account.cached_path_gates
     if gates is None:
         with account.budget.lock:
-            gates = account.through
+            gates = account.path_gates
     return gates.limits
 
 
 def can_give_slots_up(limiter: Limiter) -> bool:
     """Tell whether this limiter, or one above, can answer a refusal by reducing its slots."""
     path = limiter._account.path  # noqa: SLF001 - its own kind
-    return any(each.adaptive and each.adaptive.size > each.adaptive.least for each in path)
+    return any(level.adaptive and level.adaptive.size > level.adaptive.least for level in path)
 
 
-def asked(limiter: Limiter) -> Limiter:
+def effective_limiter(limiter: Limiter) -> Limiter:
     """Return the limiter that admits a call here: this one, or the tenant's inside `tenant`."""
-    here = inherited.get()
-    if here is None or here.tenant is None or limiter._account.personal:  # noqa: SLF001 - its own kind
+    context = inherited.get()
+    if context is None or context.tenant is None or limiter._account.belongs_to_tenant:  # noqa: SLF001 - its own kind
         return limiter
-    return limiter.key(here.tenant)
+    return limiter.key(context.tenant)

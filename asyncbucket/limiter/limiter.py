@@ -102,14 +102,14 @@ class Limiter(Doors, Steering, OfThisProcess):
         read_on_outage(on_outage)
         slot_ttl = read_slot_ttl(slot_ttl)
         account = Account(read_name(name), clock=clock, max_queue=read_max_queue(max_queue))
-        self._open(Door(account, timeout=read_timeout(timeout)), None)
+        self._set_up(Door(account, timeout=read_timeout(timeout)), None)
         account.set_limits(given, concurrency)
         if store is not None:
             from asyncbucket.stores.shared import share
 
             share(account, store, on_outage=on_outage, slot_ttl=slot_ttl)
 
-    def _open(self, door: Door, parent: "Limiter | None", terms: Terms | None = None) -> None:
+    def _set_up(self, door: Door, parent: "Limiter | None", terms: Terms | None = None) -> None:
         """Set up the public object in front of ``door``."""
         self._door = door
         self._budget = door.account.budget
@@ -153,25 +153,25 @@ class Limiter(Doors, Steering, OfThisProcess):
             StoreError: the store that keeps the limits cannot be used, or was closed meanwhile.
             TypeError, ValueError: an amount or a time is not a finite number from 0 on.
         """
-        here, door = inherited.get(), self._door
-        if tenant is not None or here is not None:
-            door = self._door_for(tenant, here)
+        context, door = inherited.get(), self._door
+        if tenant is not None or context is not None:
+            door = self._door_for(tenant, context)
         if cost is None and not resources:  # the usual case: a short cut
             amounts = amounts_of(requests, tokens, input_tokens, output_tokens)
         else:
-            amounts = _price(door, cost, requests, tokens, input_tokens, output_tokens, resources)
-        kind = Acquisition if door.asked else FirstAcquisition
+            amounts = _amounts(door, cost, requests, tokens, input_tokens, output_tokens, resources)
+        acquisition_type = Acquisition if door.called else FirstAcquisition
         if (
-            here is None
+            context is None
             and priority is None
             and timeout is None
             and deadline is None
             and door.timeout is None
         ):
-            return kind(door, amounts, None, door.priority)
-        end = functools.partial(door.deadline_for, timeout, deadline, here)
+            return acquisition_type(door, amounts, None, door.priority)
+        end = functools.partial(door.deadline_for, timeout, deadline, context)
         end()  # report mistakes at once
-        return kind(door, amounts, end, door.priority_for(priority, here))
+        return acquisition_type(door, amounts, end, door.priority_for(priority, context))
 
     def acquire_nowait(
         self,
@@ -194,7 +194,7 @@ class Limiter(Doors, Steering, OfThisProcess):
             CostExceedsLimit, TypeError, ValueError: as for `acquire`.
         """
         door = self._door_for(tenant, inherited.get())
-        amounts = _price(door, cost, requests, tokens, input_tokens, output_tokens, resources)
+        amounts = _amounts(door, cost, requests, tokens, input_tokens, output_tokens, resources)
         return door.take(amounts)
 
     def acquire_sync(  # noqa: PLR0913 - as `acquire`
@@ -216,10 +216,13 @@ class Limiter(Doors, Steering, OfThisProcess):
         A call that has to wait does so on one background event loop, in the same line as all
         others.
         """
-        here = inherited.get()
-        door = self._door_for(tenant, here)
-        amounts = _price(door, cost, requests, tokens, input_tokens, output_tokens, resources)
-        end, urgency = door.deadline_for(timeout, deadline, here), door.priority_for(priority, here)
+        context = inherited.get()
+        door = self._door_for(tenant, context)
+        amounts = _amounts(door, cost, requests, tokens, input_tokens, output_tokens, resources)
+        end, urgency = (
+            door.deadline_for(timeout, deadline, context),
+            door.priority_for(priority, context),
+        )
         lease = door.try_now(amounts, on_loop=False)
         if lease is None:
             wait = functools.partial(door.wait, amounts, end, urgency, on_loop=False)
@@ -249,10 +252,10 @@ class Limiter(Doors, Steering, OfThisProcess):
         Raises:
             CostExceedsLimit, TypeError, ValueError: as for `acquire`.
         """
-        here = inherited.get()
-        door = self._door_for(None, here)
-        amounts = _price(door, cost, requests, tokens, input_tokens, output_tokens, resources)
-        account, urgency = door.account, door.priority_for(None, here)
+        context = inherited.get()
+        door = self._door_for(None, context)
+        amounts = _amounts(door, cost, requests, tokens, input_tokens, output_tokens, resources)
+        account, urgency = door.account, door.priority_for(None, context)
         with self._budget.lock:
             account.check_locked(amounts)
             return explain_locked(account, amounts, urgency)
@@ -298,14 +301,14 @@ class Limiter(Doors, Steering, OfThisProcess):
                 f"a child's name must be a string without a slash or a leading star, not {name!r}"
             )
         read_name(name)
-        agreed = Terms.read(limits, terms)
-        with self._budget.making:
+        given_terms = Terms.read(limits, terms)
+        with self._budget.lifecycle_lock:
             account = self._account
             child = account.limiters.get(name)
             if child is None:
                 account.limiters = account.limiters or {}
-                child = account.limiters[name] = self._make_child(name, agreed)
-        if (limits or terms) and agreed != child._terms:  # noqa: SLF001 - another `Limiter`
+                child = account.limiters[name] = self._make_child(name, given_terms)
+        if (limits or terms) and given_terms != child._terms:  # noqa: SLF001 - another `Limiter`
             raise ValueError(
                 f"{child.name!r} exists on other terms: ask for it by name alone, and change it "
                 f"with child({name!r}).reconfigure(...)"
@@ -347,7 +350,7 @@ class Limiter(Doors, Steering, OfThisProcess):
             LimitSyntaxError, ValueError: as for `child`.
         """
         count = read_count(alive, "alive")
-        self._tenants().agree(Terms.read(limits, terms), alive=count)
+        self._tenants().set_defaults(Terms.read(limits, terms), alive=count)
 
     @property
     def parent(self) -> "Limiter | None":
@@ -365,19 +368,19 @@ class Limiter(Doors, Steering, OfThisProcess):
         return [] if keys is None else keys.busy()
 
     def _tenants(self) -> Keys["Limiter"]:
-        with self._budget.making:
+        with self._budget.lifecycle_lock:
             account = self._account
             if account.keys is None:
                 account.steered = True  # a `Rest` lacks what a tenant's own tenants used
-                account.keys = Keys(account, self._tenant, alive=_ALIVE)
+                account.keys = Keys(account, self._make_tenant, alive=_ALIVE)
             return account.keys
 
-    def _tenant(
-        self, name: str, terms: Terms, again: Callable[[], Account]
+    def _make_tenant(
+        self, name: str, terms: Terms, find_again: Callable[[], Account]
     ) -> tuple["Limiter", Account]:
         child = self._make_child(name, terms)
         door = child._door  # noqa: SLF001 - another `Limiter`
-        door.find_again = again
+        door.find_again = find_again
         return child, door.account
 
     def _make_child(self, name: str, terms: Terms) -> "Limiter":
@@ -388,14 +391,14 @@ class Limiter(Doors, Steering, OfThisProcess):
         priority = above.priority if terms.priority is None else terms.priority
         child = Limiter.__new__(Limiter)
         door = Door(account, timeout=timeout, priority=priority)
-        child._open(door, self, terms)  # noqa: SLF001 - another `Limiter`
+        child._set_up(door, self, terms)  # noqa: SLF001 - another `Limiter`
         account.set_limits(list(terms.limits), terms.concurrency)
         return child
 
-    def _door_for(self, tenant: str | None, here: Inherited | None) -> Door:
+    def _door_for(self, tenant: str | None, context: Inherited | None) -> Door:
         """Return the door of ``tenant`` or, unless this is a tenant's, of an inherited one."""
         if tenant is None:
-            tenant = None if here is None or self._account.personal else here.tenant
+            tenant = None if context is None or self._account.belongs_to_tenant else context.tenant
         return self._door if tenant is None else self.key(tenant)._door  # noqa: SLF001 - its own kind
 
     @property
@@ -403,7 +406,7 @@ class Limiter(Doors, Steering, OfThisProcess):
         return self._door.account
 
 
-def _price(
+def _amounts(
     door: Door,
     cost: Cost | None,
     requests: float,

@@ -14,7 +14,7 @@ _PARTS: Final = 16
 Parts: TypeAlias = list[tuple[int, int]]
 
 
-def put_off(gates: Gates, amounts: Amounts, when: int, now: int) -> None:
+def redate(gates: Gates, amounts: Amounts, when: int, now: int) -> None:
     """Move a booking at ``when`` to ``now``, except for its slot: the call leaves only now."""
     for meter, resource in gates.meters:
         amount = amounts.get(resource)
@@ -33,7 +33,7 @@ def add_debt(parts: Parts, units: int, when: int) -> None:
         parts[:2] = [(reserved + debt, first)]
 
 
-def taken_back(parts: Parts, units: int) -> Iterator[tuple[int, int, int]]:
+def take_back(parts: Parts, units: int) -> Iterator[tuple[int, int, int]]:
     """Take ``units`` from ``parts``, the latest first; yield for each: units, date, what is left."""
     while units > 0:
         booked, when = parts.pop()

@@ -39,11 +39,11 @@ class Passports:
     issued: weakref.WeakKeyDictionary[Limiter, Passport] = field(
         default_factory=weakref.WeakKeyDictionary
     )
-    holders: weakref.WeakValueDictionary[str, Limiter] = field(
+    limiters: weakref.WeakValueDictionary[str, Limiter] = field(
         default_factory=weakref.WeakValueDictionary
     )
     #: Limiters of other processes, as remade in this one.
-    immigrants: dict[tuple[int, str], Limiter] = field(default_factory=dict)
+    remade: dict[tuple[int, str], Limiter] = field(default_factory=dict)
 
     def issue(self, limiter: Limiter) -> Passport:
         """Return the passport of ``limiter``, with its limits as they are now."""
@@ -60,27 +60,27 @@ class Passports:
             terms=terms_of(limiter),
             parent=None if parent is None else self._issue_locked(parent),
         )
-        self.holders[passport.key] = limiter
+        self.limiters[passport.key] = limiter
         return passport
 
-    def admit(self, passport: Passport) -> tuple[Limiter, bool]:
+    def resolve(self, passport: Passport) -> tuple[Limiter, bool]:
         """Return the limiter that ``passport`` stands for here, and whether it was just made."""
         with self.lock:
-            return self._admit_locked(passport)
+            return self._resolve_locked(passport)
 
-    def _admit_locked(self, passport: Passport) -> tuple[Limiter, bool]:
-        here = os.getpid()
-        limiter = self.holders.get(passport.key) if passport.pid == here else None
-        limiter = limiter or self.immigrants.get((here, passport.key))
+    def _resolve_locked(self, passport: Passport) -> tuple[Limiter, bool]:
+        pid = os.getpid()
+        limiter = self.limiters.get(passport.key) if passport.pid == pid else None
+        limiter = limiter or self.remade.get((pid, passport.key))
         if limiter is not None:
             return limiter, False
         if passport.parent is None:
             limiter = Limiter(*passport.limits, name=passport.name, **passport.terms)
         else:
-            parent, _ = self._admit_locked(passport.parent)
+            parent, _ = self._resolve_locked(passport.parent)
             make = parent.key if passport.name.startswith("*") else parent.child
             limiter = make(passport.name, *passport.limits, **passport.terms)
-        self.immigrants[here, passport.key] = limiter
+        self.remade[pid, passport.key] = limiter
         return limiter, True
 
 

@@ -8,21 +8,21 @@ from asyncbucket.errors import AcquireTimeout, QueueFull, WouldBlock
 from asyncbucket.limiter.account import Account
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER, Amounts
-from asyncbucket.wording import counted, does, in_seconds
+from asyncbucket.wording import counted, in_seconds, with_verb
 
 Refusal = TypeVar("Refusal", WouldBlock, AcquireTimeout, QueueFull)
 
 
 def refusal_locked(
-    kind: type[Refusal], account: Account, amounts: dict[str, int], how: str, remedy: str
+    error_type: type[Refusal], account: Account, amounts: dict[str, int], how: str, remedy: str
 ) -> Refusal:
     """Return the error of a refusal, with what binds and for how long."""
     now = account.budget.clock()
-    due, bound_by, why = _reason_locked(account, amounts, now, at_once=kind is WouldBlock)
+    due, bound_by, why = _reason_locked(account, amounts, now, at_once=error_type is WouldBlock)
     if bound_by == "paused":
         remedy = remedy.removesuffix(" or the limit")  # no limit ends a pause
-    what = ", ".join(counted(amounts[each], each) for each in _counted(account, amounts))
-    return kind(
+    what = ", ".join(counted(amounts[name], name) for name in _limited_resources(account, amounts))
+    return error_type(
         f"a call of {what} cannot pass {how}: {why}; {remedy}",
         retry_after=None if due >= NEVER else (due - now) * 1e-9,
         bound_by=bound_by,
@@ -35,11 +35,11 @@ def _reason_locked(
     """Return when such a call could pass, or `NEVER` if unknown; what binds; and both in words."""
     remote = account.path[-1].remote  # only the root's limits may be in a store
     due, bound_by = account.budget.earliest_locked(account, amounts, now)
-    paced = _above_a_burst(account, amounts) if at_once and remote is None else None
-    if paced is not None:
-        burst = counted(paced.burst or 0, paced.resource)
+    burst_limit = _limit_with_lower_burst(account, amounts) if at_once and remote is None else None
+    if burst_limit is not None:
+        burst = counted(burst_limit.burst or 0, burst_limit.resource)
         why = f"above a burst of {burst} it earns the rest while it is first in line"
-        return NEVER, paced.resource, why
+        return NEVER, burst_limit.resource, why
     if bound_by is None and remote is not None:
         known = remote.held_up()
         if known is None:
@@ -56,27 +56,27 @@ def _wait_for(bound_by: str, due: int, account: Account, now: int) -> str:
     if bound_by == "paused":
         return f"the limiter is paused for {left} more"
     if due < NEVER:
-        return f"{does(bound_by, 'bind')} for {left} more"
-    taken = [slots.size for slots in account.through.slots if slots.available(now) < 1]
+        return f"{with_verb(bound_by, 'bind')} for {left} more"
+    taken = [slots.size for slots in account.path_gates.slots if slots.available(now) < 1]
     if not taken:  # they are in a store
         return "all slots are taken"
     slots = min(taken)
     return "the one slot is taken" if slots == 1 else f"all {slots:,} slots are taken"
 
 
-def _above_a_burst(account: Account, amounts: Amounts) -> Limit | None:
+def _limit_with_lower_burst(account: Account, amounts: Amounts) -> Limit | None:
     """Return a limit whose burst is below the cost; such a call passes only by waiting."""
     return next(
         (
             limit
-            for limit in account.through.limits
+            for limit in account.path_gates.limits
             if limit.burst is not None and amounts.get(limit.resource, 0) > limit.burst
         ),
         None,
     )
 
 
-def _counted(account: Account, amounts: Amounts) -> Iterator[str]:
+def _limited_resources(account: Account, amounts: Amounts) -> Iterator[str]:
     """Yield the resources of ``amounts`` that are limited; if none is, all that it costs."""
     limited = account.resources()
     counted = [name for name, amount in amounts.items() if amount and name in limited]

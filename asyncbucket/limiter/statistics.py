@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from asyncbucket.limits import Limit
-from asyncbucket.wording import does, in_seconds
+from asyncbucket.wording import in_seconds, with_verb
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +75,8 @@ class Statistics:
         )
         most = "" if self.concurrency is None else f" of {self.concurrency:,}"
         bound = self.bound_by not in {None, "paused"}  # a pause is mentioned below
-        binds = f" ({escape(does(str(self.bound_by), 'bind'))})" if bound else ""
-        told = [
+        binds = f" ({escape(with_verb(str(self.bound_by), 'bind'))})" if bound else ""
+        phrases = [
             f"{self.admitted:,} admitted",
             f"{self.waiting:,} waiting{binds}",
             f"{self.in_flight:,}{most} in flight",
@@ -86,7 +86,7 @@ class Statistics:
             f"paused for {in_seconds(self.paused)} more" if self.paused else "",
             f"waited so far: {waits}" if waits else "",
         ]
-        facts = " · ".join(filter(None, told))
+        facts = " · ".join(filter(None, phrases))
         return f"<b>{escape(self.name)}</b><br>{facts}<table>{rows}</table>"
 
 

@@ -24,9 +24,9 @@ class Steering(ABC):
     def _account(self) -> Account: ...
 
     @property
-    def _awake(self) -> AbstractContextManager[object]:
+    def _lifecycle_lock(self) -> AbstractContextManager[object]:
         """Keep tenants from being put to rest, which takes the same lock."""
-        return self._account.budget.making
+        return self._account.budget.lifecycle_lock
 
     def pause(self, seconds: float, *, reason: str = "", gradually: bool = False) -> None:
         """Admit nobody for ``seconds`` from now; an earlier pause that ends later stays in force.
@@ -47,12 +47,12 @@ class Steering(ABC):
         span = span_of(seconds, "a pause", "it counts from now")
         if span >= NEVER:
             raise ValueError("a pause must end: give a finite number of seconds")
-        with self._awake, (account := self._account).budget.lock:
+        with self._lifecycle_lock, (account := self._account).budget.lock:
             until = account.budget.clock() + span
-            for each in account.path:
-                each.upstream_429 += reason == "429"
+            for level in account.path:
+                level.upstream_429 += reason == "429"
             account.pause_locked(until, gradually=gradually)
-        account.tell(Paused, seconds=float(seconds), reason=reason)
+        account.notify(Paused, seconds=float(seconds), reason=reason)
 
     def observe_remaining(
         self,
@@ -85,9 +85,9 @@ class Steering(ABC):
         """
         remaining, rounding = read_count(remaining, "remaining"), read_count(rounding, "rounding")
         limit = None if limit is None else read_count(limit, "limit")
-        with self._awake, (account := self._account).budget.lock:
+        with self._lifecycle_lock, (account := self._account).budget.lock:
             sent = account.budget.clock() if since is None else nanoseconds(since, "since")
-            account.hear_remaining_locked(
+            account.observe_remaining_locked(
                 (resource, per), remaining, limit=limit, since=sent, rounding=rounding
             )
 
@@ -102,7 +102,7 @@ class Steering(ABC):
         """
         if not isinstance(limit, Limit):
             raise TypeError(f'learn() takes a Limit, such as Limit("requests", 500), not {limit!r}')
-        with self._awake:
+        with self._lifecycle_lock:
             account = self._account
             account.learn(limit)
         account.flush()
@@ -125,10 +125,10 @@ class Steering(ABC):
             LimitSyntaxError, ValueError: as for `Limiter` and `child`.
         """
         given = read_limits(limits, limits_by_keyword)
-        share = None if weight is None else read_weight(weight)
-        with self._awake:
+        new_weight = None if weight is None else read_weight(weight)
+        with self._lifecycle_lock:
             account = self._account
-            account.reconfigure(given, concurrency, weight=share)
+            account.reconfigure(given, concurrency, weight=new_weight)
         account.flush()
 
     def observe(self, callback: Callback) -> Callable[[], None]:
@@ -141,7 +141,7 @@ class Steering(ABC):
         Raises:
             TypeError: ``callback`` cannot be called, or is a coroutine function.
         """
-        with self._awake:
+        with self._lifecycle_lock:
             return self._account.observe(callback)
 
     def emit(self, event: Event) -> None:

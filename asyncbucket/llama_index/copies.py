@@ -47,7 +47,7 @@ def _restore(
     from asyncbucket.llama_index.pacing import Pacing
     from asyncbucket.llama_index.wrap import wrap
 
-    limiter, is_new = _PASSPORTS.admit(passport)
+    limiter, is_new = _PASSPORTS.resolve(passport)
     if is_new and not is_shared(limiter):
         _warn(cls, limiter)
     model = cls.__new__(cls)

@@ -11,7 +11,7 @@ from asyncbucket.http.learn import HeaderReader
 from asyncbucket.http.usage import Usage, usage_of
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.lease import Lease
-from asyncbucket.limiter.levels import asked, in_force, provider_of
+from asyncbucket.limiter.levels import effective_limiter, in_force, provider_of
 from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator, Observer
 from asyncbucket.llama_index.events import admit, admit_sync
 from asyncbucket.llama_index.held import HeldCall, held_call, nested
@@ -167,7 +167,7 @@ class Pacing:
         if not isinstance(estimate, Estimate):
             raise TypeError(f"{self.estimator!r} returned {estimate!r}; it must return an Estimate")
         output = estimate.output_tokens
-        for limit in in_force(asked(self.limiter)) if estimate.foreseen else ():
+        for limit in in_force(effective_limiter(self.limiter)) if estimate.foreseen else ():
             if limit.resource == "output_tokens":
                 output = min(output, limit.amount)
             elif limit.resource == "tokens":

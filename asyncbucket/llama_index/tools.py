@@ -17,7 +17,7 @@ from llama_index.core.tools.types import AsyncBaseTool
 
 from asyncbucket.http.running import is_running, running
 from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.doors import price
+from asyncbucket.limiter.doors import call_amounts
 from asyncbucket.llama_index.events import admit, admit_sync
 from asyncbucket.llama_index.mixin import LimiterAttribute, paced_subclass
 from asyncbucket.wording import shown
@@ -154,7 +154,7 @@ def _cost_function(cost: ToolCost | None) -> Callable[..., Mapping[str, float]]:
     if callable(cost):
         return cost
     if cost is None or isinstance(cost, Mapping):
-        return functools.partial(price, dict(cost or {}))
+        return functools.partial(call_amounts, dict(cost or {}))
     raise TypeError(
         f"cost= must be amounts by resource, {{'images': 3}}, or a callable, not {shown(cost)}"
     )

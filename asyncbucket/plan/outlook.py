@@ -93,7 +93,7 @@ def _run(loads: Loads, bounds: Bounds) -> _Run:
         named = {name: load for name, load in loads.items() if name is not None}
         return _Run(*drive_fair(bounds, named))
     arrivals, follow = shared_load.arrivals()
-    gates = bounds.limiter()._door.account.through  # noqa: SLF001 - only needed here
+    gates = bounds.limiter()._door.account.path_gates  # noqa: SLF001 - only needed here
     return _Run(drive(gates, arrivals, follow))
 
 

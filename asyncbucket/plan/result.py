@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from asyncbucket.wording import counted, does, in_seconds, named, rounded
+from asyncbucket.wording import counted, in_seconds, named, rounded, with_verb
 
 _MINUTE: Final = 60
 _HOUR: Final = 3_600
@@ -157,7 +157,7 @@ def binds(resource: str | None) -> str:
     """Say what binds: "tokens bind", "concurrency binds", "nothing binds"."""
     if resource is None:
         return "nothing binds"
-    return does(resource, "bind")
+    return with_verb(resource, "bind")
 
 
 def duration_in_words(seconds: float) -> str:

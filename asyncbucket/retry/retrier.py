@@ -12,7 +12,7 @@ from asyncbucket.http.failures import Verdict
 from asyncbucket.http.refusals import Refusals, doubled
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.books import shown_name
-from asyncbucket.limiter.levels import asked
+from asyncbucket.limiter.levels import effective_limiter
 from asyncbucket.retry.policy import Retry
 from asyncbucket.retry.stamina_loop import TryAgain, is_not_ours, named_like, with_retries
 from asyncbucket.retry.trial import Sent, Trial
@@ -154,7 +154,7 @@ class Retrier:
 
     def tell_of_retry(self, attempt: int, error: str, delay: float) -> None:
         """Tell the observers of the limiter that was asked that a call will be retried."""
-        caller = asked(self._caller)
+        caller = effective_limiter(self._caller)
         name, at = shown_name(caller.name), self.now()
         caller.emit(Retried(limiter=name, at=at, attempt=attempt, error=error, delay=delay))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.errors import AsyncBucketError, CostExceedsLimit, StoreError
 from asyncbucket.gates import Gates
-from asyncbucket.limiter.parts import put_off
+from asyncbucket.limiter.parts import redate
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER
 from asyncbucket.queue import Passage, Waiter
@@ -75,7 +75,7 @@ class Counter:
             self._opening = True
             self._spawn(self._open())
 
-    def put_off(self, now: int) -> None:
+    def redate(self, now: int) -> None:
         """See `asyncbucket.queue.Outlet`."""
         if self.room():
             self._shared.put_off_locked(now)
@@ -316,5 +316,5 @@ class Counter:
 def _put_off(waiter: Waiter, passage: Passage, now: int) -> Passage:
     if not passage.gates.windows:  # slots have no dates
         return passage
-    put_off(passage.gates, waiter.amounts, passage.when, now)
+    redate(passage.gates, waiter.amounts, passage.when, now)
     return passage._replace(when=now)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import ClassVar, Protocol
 
-from asyncbucket.limiter.parts import Parts, add_debt, taken_back
+from asyncbucket.limiter.parts import Parts, add_debt, take_back
 from asyncbucket.meters import Amounts, Meter, Slots
 from asyncbucket.stores.starts import Grant
 from asyncbucket.stores.store import Correction
@@ -54,7 +54,7 @@ class _Booked:
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:  # noqa: ARG002 - the store has its own dates
         """See `asyncbucket.meters.Meter.unbook`."""
-        for back, start, rest in taken_back(self._parts, amount):
+        for back, start, rest in take_back(self._parts, amount):
             self._tell(start, booked=rest + back, used=rest)
 
     def owe(self, amount: int, when: int) -> None:

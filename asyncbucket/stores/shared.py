@@ -58,7 +58,7 @@ def share(
     with account.budget.lock:
         account.remote = shared
         account.budget.outlet_for = shared.counter
-        account.changed_locked()
+        account.refresh_gates_locked()
     return shared
 
 
@@ -209,9 +209,9 @@ class Shared(Remote):
         account.set_limits(list(terms.limits), terms.concurrency)
         for limit in terms.limits:
             if limit not in before.limits:
-                account.tell(LimitChanged, limit=str(limit))
+                account.notify(LimitChanged, limit=str(limit))
         if terms.concurrency not in {None, before.concurrency}:
-            account.tell(LimitChanged, limit=f"concurrency {terms.concurrency}")
+            account.notify(LimitChanged, limit=f"concurrency {terms.concurrency}")
 
     async def aclose(self) -> None:
         """See `asyncbucket.limiter.remote.Remote`.

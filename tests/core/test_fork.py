@@ -206,7 +206,7 @@ def test_waiting_calls_and_slots_of_children_and_tenants_do_not_survive_fork() -
             ]
             await asyncio.sleep(0)
             assert key.statistics().waiting == 2
-            key._budget.making.acquire()
+            key._budget.lifecycle_lock.acquire()
 
             def check():
                 for limiter in (key, chat, key.key("acme")):
@@ -222,7 +222,7 @@ def test_waiting_calls_and_slots_of_children_and_tenants_do_not_survive_fork() -
                 os._exit(0)
 
             in_child(check)
-            key._budget.making.release()
+            key._budget.lifecycle_lock.release()
             for call in waiting:
                 call.cancel()
 

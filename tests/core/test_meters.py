@@ -479,7 +479,7 @@ def test_window_tells_what_was_booked_since_given_instant() -> None:
     window = Window(amount=10, window=SECOND)
     for when, amount in ((0, 1), (1000, 2), (SECOND // 2, 4)):
         window.book(amount, when)
-    assert [window.since(when) for when in (0, 1000, SECOND // 2)] == [7, 4, 0]
+    assert [window.booked_since(when) for when in (0, 1000, SECOND // 2)] == [7, 4, 0]
 
 
 def test_window_counts_units_that_may_come_back_as_lent() -> None:
@@ -500,7 +500,7 @@ def test_closed_units_of_window_are_its_oldest() -> None:
     for when in (1, 2, 3):
         window.book(3, when * SECOND)
     window.lent = 4
-    closed = window.closed()
+    closed = window.without_open_calls()
     assert (closed.used, closed.lent, closed.last) == (5, 0, 2 * SECOND)
     held = 60 * SECOND * 515 // 512
     assert [closed.earliest(n, 3 * SECOND) for n in (5, 8, 10)] == [
@@ -711,7 +711,7 @@ def test_closed_units_of_window_are_told_apart_to_the_last_unit() -> None:
     window.lent -= 1
     window.book(4, 2 * SECOND)
 
-    closed = window.closed()
+    closed = window.without_open_calls()
     assert closed.entries(3 * SECOND) == [(SECOND, 1)]
     assert (closed.used, closed.lent, window.used) == (1, 0, 5)
 

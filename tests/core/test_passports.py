@@ -26,7 +26,7 @@ def test_passport_back_in_its_own_process_gives_same_limiter() -> None:
     child = limiter.child("chat", tpm=1_000)
 
     for each in (limiter, child):
-        assert known.admit(through_pickle(known.issue(each))) == (each, False)
+        assert known.resolve(through_pickle(known.issue(each))) == (each, False)
 
 
 def test_passport_in_other_process_gives_limiter_with_same_terms_and_parent() -> None:
@@ -36,9 +36,9 @@ def test_passport_in_other_process_gives_limiter_with_same_terms_and_parent() ->
     child = limiter.child("chat", tpm=1_000, weight=2.0, priority=1)
     tenant = limiter.key("acme", rpm=10)
 
-    chat, is_new = away.admit(elsewhere(home.issue(child)))
-    again, is_new_again = away.admit(elsewhere(home.issue(child)))
-    acme, _ = away.admit(elsewhere(home.issue(tenant)))
+    chat, is_new = away.resolve(elsewhere(home.issue(child)))
+    again, is_new_again = away.resolve(elsewhere(home.issue(child)))
+    acme, _ = away.resolve(elsewhere(home.issue(tenant)))
 
     assert (is_new, is_new_again, again) == (True, False, chat)
     assert (chat.name, chat.limits) == ("key/chat", child.limits)

@@ -127,9 +127,9 @@ def test_line_has_interface_of_tree(loop: asyncio.AbstractEventLoop) -> None:
     """A line has the methods of a tree, so a pacer need not know which of the two it serves."""
     node = Node()
     line = Line(node, NOBODY)
-    assert line.free_for(node, 0)
+    assert line.is_free_for(node, 0)
     line.join(waiter(loop, 0), 0)
     line.rouse(node)
     line.rouse_all()
-    assert not line.free_for(node, 0)
+    assert not line.is_free_for(node, 0)
     assert line.wake > NEVER

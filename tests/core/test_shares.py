@@ -61,7 +61,7 @@ class Grove:
 
     def serve(self, now: int = 0) -> Waiter:
         """Admit the head; its caller does not come back."""
-        self.tree.begin()
+        self.tree.begin_pass()
         head = self.tree.head(now)
         assert head is not None
         head.set_result(None)
@@ -72,7 +72,7 @@ class Grove:
 def serve_next(*loops: Grove) -> Waiter:
     """Admit the head of the loop whose turn it is, by the rule that pacers use."""
     for each in loops:
-        each.tree.begin()
+        each.tree.begin_pass()
     standing = [each for each in loops if each.tree.head(0) is not None]
     return min(standing, key=lambda each: each.tree.turn).serve()
 
@@ -310,13 +310,13 @@ def test_emptied_flow_is_expected_back_for_one_pass(grove: Grove) -> None:
     assert grove.serve() is first
     assert grove.serve().node is busy
     assert grove.tree.head(0) is not None
-    assert not grove.tree.expects
+    assert not grove.tree.expects_caller
     back = grove.push(patient)
     assert grove.serve() is back
     assert grove.tree.head(0) is not None
-    assert grove.tree.expects
-    grove.tree.begin()
-    assert not grove.tree.expects
+    assert grove.tree.expects_caller
+    grove.tree.begin_pass()
+    assert not grove.tree.expects_caller
 
 
 def test_tree_takes_over_line_in_order(loop: asyncio.AbstractEventLoop) -> None:
@@ -333,7 +333,7 @@ def test_tree_takes_over_line_in_order(loop: asyncio.AbstractEventLoop) -> None:
     tree = Tree(root, line, roused.append)
     assert list(tree.waiters()) == waiters
     assert tree.head(0) is waiters[0]
-    assert not tree.free_for(root, 0)
+    assert not tree.is_free_for(root, 0)
     assert not roused
 
 
@@ -371,8 +371,8 @@ def test_total_weight_counts_only_flows_with_waiting_calls(loop: asyncio.Abstrac
     head.set_result(None)
     branch.served(head, 0)
     assert (clock._weights, share.loops) == (0.0, 0)
-    branch.want(flow)
-    branch.want(flow)
+    branch.reactivate(flow)
+    branch.reactivate(flow)
     assert (clock._weights, share.loops) == (2.0, 1)
     share.weight = 5.0
     push()

@@ -104,7 +104,7 @@ def test_tenant_keeps_its_own_terms_even_while_at_rest(virtual_time: VirtualTime
         key.key("usual", rpm=5)
     key.key("same", rpm=500, weight=2)
     keys = key._tenants()
-    assert keys._own["same"] is keys._own["vip"]
+    assert keys._own_terms["same"] is keys._own_terms["vip"]
 
 
 def test_per_key_template_applies_only_to_later_tenants(virtual_time: VirtualTime) -> None:
@@ -352,7 +352,7 @@ def test_memory_stays_bounded_however_many_tenants_come(virtual_time: VirtualTim
     keys = key._tenants()
     assert len(keys) == len(key._account.children) == 1_000
     assert len(keys._resting) <= 1_300
-    assert not keys._own
+    assert not keys._own_terms
 
 
 @pytest.mark.heavy
@@ -522,7 +522,7 @@ def test_tenant_of_tenant_keeps_its_use_through_rest(virtual_time: VirtualTime) 
     assert user.statistics().limits[0].used == 1
     assert user.parent is organisation
     assert isinstance(user._account, Account)
-    assert user._account.personal
+    assert user._account.belongs_to_tenant
 
 
 def test_tenant_comes_back_on_changed_template_with_its_use(virtual_time: VirtualTime) -> None:

@@ -301,7 +301,7 @@ def test_admission_whose_caller_was_cancelled_is_undone() -> None:
     limiter = Limiter(concurrency=1)
     answer: concurrent.futures.Future[Lease] = concurrent.futures.Future()
     answer.cancel()
-    asyncio.run(loops._answer(functools.partial(take, limiter), answer, Lease.undo))
+    asyncio.run(loops._resolve(functools.partial(take, limiter), answer, Lease.undo))
     now = limiter.statistics()
     assert (now.admitted, now.in_flight) == (1, 0)
 
@@ -384,7 +384,7 @@ def test_open_lease_is_counted_on_loop_or_thread_that_holds_it() -> None:
         first = await limiter.acquire()
         async with limiter.acquire():
             first.release()
-            assert (blocked.here().leases, blocked.leases) == (1, 2)
+            assert (blocked.current_holder().leases, blocked.leases) == (1, 2)
 
     with limiter.acquire_sync():
         asyncio.run(main())
@@ -744,9 +744,9 @@ def test_limiter_collects_no_garbage_if_program_just_did(monkeypatch: pytest.Mon
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         gc.collect()
-        come = holders.visits()
+        come = holders.gc_runs()
         await asyncio.sleep(0.1)
-        assert holders.visits() == come
+        assert holders.gc_runs() == come
         holder.release()
         (await waiting).release()
 

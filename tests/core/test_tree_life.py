@@ -365,14 +365,14 @@ def test_forked_process_starts_anew_at_every_level(virtual_time: VirtualTime) ->
         held = [await agent.acquire(), await key.acquire()]
         waiting = asyncio.ensure_future(agent.acquire())
         await virtual_time.all_blocked()
-        making = key._budget.making
+        lock = key._budget.lifecycle_lock
         key._budget.after_fork()
         for limiter in (key, *key.children.values(), agent):
             now = limiter.statistics()
             assert (now.waiting, now.in_flight) == (0, 0)
         assert agent.statistics().limits[0].used == 1
         assert agent._account._fairness is None
-        assert key._budget.making is not making
+        assert key._budget.lifecycle_lock is not lock
         for lease in held:
             lease.release()
         assert key.statistics().in_flight == 0

@@ -184,7 +184,7 @@ def test_unpickling_after_limiter_is_gone_recreates_it_with_warning() -> None:
         twin = pickle.loads(pickled)  # noqa: S301 - our own
 
     assert twin.limiter.name == "gone"
-    assert copies._PASSPORTS.immigrants
+    assert copies._PASSPORTS.remade
 
 
 def test_ingestion_pipeline_runs_paced_model_in_worker_processes(

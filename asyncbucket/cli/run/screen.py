@@ -12,7 +12,7 @@ from rich.text import Text
 from asyncbucket.batch.outlook import Outlook, Snapshot, duration
 from asyncbucket.cli.run.tally import Tally
 from asyncbucket.limiter import Limiter
-from asyncbucket.wording import counted, does
+from asyncbucket.wording import counted, with_verb
 
 #: Seconds between two updates on a terminal, and between two lines in a pipe.
 _LIVE: Final = 0.2
@@ -109,7 +109,7 @@ def _pace(look: Snapshot, tally: Tally) -> list[str]:
         return ["stopping"]
     words = look.words()
     if look.bound_by is not None:
-        words.append(does(look.bound_by, "bind"))
+        words.append(with_verb(look.bound_by, "bind"))
     return words
 
 
