@@ -22,7 +22,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # when all is done, they end nothing
         atexit.register(signal.signal, number, signal.SIG_IGN)
     try:
-        with interrupts_held_back():
+        with interrupts_blocked():
             from asyncbucket.cli.app import app
 
         app(prog_name="asyncbucket")
@@ -33,10 +33,10 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except OSError as error:  # raised by help or a version, as no command has begun
-        from asyncbucket.cli.ends import WRONG, said
+        from asyncbucket.cli.exits import CANNOT_RUN, error_message
 
-        print(f"error: {said(error)}", file=sys.stderr)  # noqa: T201 - the command's output
-        sys.exit(WRONG)
+        print(f"error: {error_message(error)}", file=sys.stderr)  # noqa: T201 - the command's output
+        sys.exit(CANNOT_RUN)
 
 
 def as_ctrl_c(number: int, frame: FrameType | None) -> None:
@@ -46,7 +46,7 @@ def as_ctrl_c(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def interrupts_held_back() -> Generator[None]:
+def interrupts_blocked() -> Generator[None]:
     """Hold back Ctrl-C and SIGTERM until the end of a block; processes started in it get none at all.
 
     In the middle of an import they may be lost: Python and some libraries catch whatever is raised

@@ -27,7 +27,7 @@ app = typer.Typer(
 TREE: Final = Path(__file__).resolve().parents[2]
 
 
-def _say_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it so
+def _print_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it so
     if wanted:
         # A source tree that is not installed has none.
         typer.echo(f"asyncbucket {version_of('asyncbucket') or '(not installed)'}")
@@ -40,7 +40,7 @@ def root(
     _version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_say_version, is_eager=True, help="Show the version and exit."
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
         ),
     ] = False,
 ) -> None:
@@ -84,7 +84,7 @@ def bench(context: typer.Context) -> None:
             err=True,
         )
         raise typer.Exit(1)
-    done = subprocess.run(  # noqa: S603 - this interpreter, our module
+    completed = subprocess.run(  # noqa: S603 - this interpreter, our module
         [sys.executable, "-m", "benchmarks", *context.args], cwd=TREE, check=False
     )
-    raise typer.Exit(done.returncode)
+    raise typer.Exit(completed.returncode)

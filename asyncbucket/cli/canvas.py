@@ -16,8 +16,8 @@ LIMIT: Final = "#d98c00"
 PAUSE: Final = "#d9534f"
 _PAPER: Final = {False: "#ffffff", True: "#17191c"}
 _INK: Final = {False: "#202124", True: "#e8eaed"}
-_KINDS: Final = (".png", ".svg", ".pdf")
-_INKED: Final = (
+_SUFFIXES: Final = (".png", ".svg", ".pdf")
+_INK_SETTINGS: Final = (
     "text.color",
     "axes.labelcolor",
     "axes.edgecolor",
@@ -38,8 +38,8 @@ def canvas(path: Path, *, what: str, size: tuple[float, float], dark: bool) -> G
         ImportError: matplotlib is missing; the message names ``what`` is drawn, e.g. "a plan".
         OSError: the file cannot be written.
     """
-    if path.suffix.lower() not in _KINDS:
-        raise ValueError(f"a picture must be one of {', '.join(_KINDS)}, not {path.name!r}")
+    if path.suffix.lower() not in _SUFFIXES:
+        raise ValueError(f"a picture must be one of {', '.join(_SUFFIXES)}, not {path.name!r}")
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
@@ -48,7 +48,7 @@ def canvas(path: Path, *, what: str, size: tuple[float, float], dark: bool) -> G
             f'drawing {what} needs {error.name}: pip install "asyncbucket[plot]"'
         ) from error
     style: dict[Any, Any] = {
-        **dict.fromkeys(_INKED, _INK[dark]),
+        **dict.fromkeys(_INK_SETTINGS, _INK[dark]),
         "axes.facecolor": "none",
         "legend.facecolor": _PAPER[dark],
         "svg.hashsalt": "asyncbucket",

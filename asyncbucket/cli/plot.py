@@ -17,9 +17,9 @@ _HOURS: Final = (3_600, 7_200, 10_800, 21_600, 43_200)
 _DAY: Final = 86_400
 _DAYS: Final = tuple(days * _DAY for days in (1, 2, 5, 10, 20, 50, 100, 200, 500))
 _STEPS: Final = (1, 2, 5, 10, 20, 30, *_MINUTES, *_HOURS, *_DAYS)
-_WIDEST: Final = 120
+_MAX_WIDTH: Final = 120
 #: The fewest columns between two marks of the axis.
-_APART: Final = 9
+_MIN_GAP: Final = 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class Canvas:
     @classmethod
     def on(cls, console: Console, seconds: float) -> Self:
         """Return a canvas that fits on ``console``."""
-        width = min(console.width, _WIDEST)
+        width = min(console.width, _MAX_WIDTH)
         return cls(seconds=seconds, width=width, unicode=shows_blocks(console))
 
     @property
@@ -90,14 +90,16 @@ def shows_blocks(console: Console) -> bool:
 def against_limit(canvas: Canvas, columns: Sequence[float], limit: float, *, style: str) -> Text:
     """Plot a rate for each column, up to twice the limit, with the limit as a line."""
     text = Text()
-    above = canvas.height // 2  # the row on whose lower edge the limit lies
-    labels = dict(zip((canvas.height - 1, above - 1), written(2 * limit, limit), strict=True))
+    limit_row = canvas.height // 2  # the row on whose lower edge the limit lies
+    labels = dict(
+        zip((canvas.height - 1, limit_row - 1), format_rates(2 * limit, limit), strict=True)
+    )
     for row in reversed(range(canvas.height)):
         text.append(f"{labels.get(row, ''):>{MARGIN - 2}} ")
         text.append("│" if canvas.unicode else "|", "dim")
         for rate in columns:
-            cell = _cell(canvas, rate / limit * above - row)
-            line = row == above and cell == " "
+            cell = _cell(canvas, rate / limit * limit_row - row)
+            line = row == limit_row and cell == " "
             text.append("_" if line else cell, "yellow" if line else style)
         text.append("\n")
     text.append(_axis(canvas))
@@ -107,11 +109,11 @@ def against_limit(canvas: Canvas, columns: Sequence[float], limit: float, *, sty
 def sparkline(canvas: Canvas, columns: Sequence[float], label: str, *, style: str) -> Text:
     """Plot a rate for each column, in one row and on a scale of its own."""
     text = Text(f"{label:>{MARGIN - 2}}  ")
-    most = max(columns) or 1.0
+    highest = max(columns) or 1.0
     ramp = _EIGHTHS if canvas.unicode else _FOURTHS
     for rate in columns:
         # Rounded up, so that the smallest rate is visible.
-        text.append(ramp[math.ceil(rate / most * (len(ramp) - 1))], style)
+        text.append(ramp[math.ceil(rate / highest * (len(ramp) - 1))], style)
     return text
 
 
@@ -123,16 +125,16 @@ def _cell(canvas: Canvas, filled: float) -> str:
     return "#" if 2 * eighths >= len(_EIGHTHS) - 1 else " "
 
 
-def written(*values: float) -> list[str]:
+def format_rates(*values: float) -> list[str]:
     """Return rates in one unit, in which the lowest of them has significant digits."""
     least, units = min(values), ((1, "s", 0.1), (_HOURS[0], "h", 10))
-    found = ((per, unit) for per, unit, enough in units if least * per >= enough)
+    found = ((per, unit) for per, unit, threshold in units if least * per >= threshold)
     per, unit = next(found, (_DAY, "d"))
     counts = [value * per for value in values]
     return [f"{n:,.0f}/{unit}" if n >= 10 else f"{n:.2g}/{unit}" for n in counts]  # noqa: PLR2004 - two digits
 
 
-def _time(seconds: int, every: int) -> str:
+def _time_label(seconds: int, every: int) -> str:
     """Return an instant in the unit of the steps between marks."""
     units = ((_DAYS, "d"), (_HOURS, "h"), (_MINUTES, "min"))
     unit, name = next(((steps[0], name) for steps, name in units if every in steps), (1, "s"))
@@ -142,7 +144,7 @@ def _time(seconds: int, every: int) -> str:
 def _axis(canvas: Canvas) -> Text:
     corner, line, tick = ("└", "─", "┬") if canvas.unicode else "+-+"
     span = canvas.bins * canvas.bin
-    steps = (step for step in _STEPS if step / span * canvas.columns >= _APART)
+    steps = (step for step in _STEPS if step / span * canvas.columns >= _MIN_GAP)
     every = next(steps, span + 1)
     marks, labels = [line] * canvas.columns, [" "] * (canvas.columns + MARGIN)
     for time in range(0, span, every):
@@ -150,7 +152,7 @@ def _axis(canvas: Canvas) -> Text:
         if column == canvas.columns:
             break
         marks[column] = tick
-        label = _time(time, every)
+        label = _time_label(time, every)
         if column + len(label) <= canvas.columns:  # half a label would be wrong
             labels[column : column + MARGIN] = label.ljust(MARGIN)
     indent = " " * (MARGIN - 1)

@@ -45,7 +45,7 @@ ESCAPES: Final = (
     "write special characters of a password as %2F for /, %5B for [, %40 for @ and so on"
 )
 #: What follows a host's colon and is not a port.
-_NO_PORT: Final = re.compile(r"(?<=:)(?!\d+(?:,|$))[^:\[\],]+(?=,|$)")
+_INVALID_PORT: Final = re.compile(r"(?<=:)(?!\d+(?:,|$))[^:\[\],]+(?=,|$)")
 #: Which module serves a scheme; each has ``from_url(url) -> Store``.
 _MODULES: Final = {
     "sqlite": "asyncbucket.stores.sqlite",
@@ -95,14 +95,14 @@ def without_password(url: str) -> str:
 
     A login without a user may be a password, and so may what stands where a port belongs.
     """
-    plain = url.partition("?")[0]
+    without_query = url.partition("?")[0]
     if url.startswith("sqlite:///"):  # a path may contain an @
-        return plain
+        return without_query
     head, at, hosts = url.rpartition("@")
     if not at:
-        scheme, slashes, rest = plain.partition("://")
+        scheme, slashes, rest = without_query.partition("://")
         host, slash, path = rest.partition("/")
-        return f"{scheme}{slashes}{_NO_PORT.sub('***', host)}{slash}{path}"
+        return f"{scheme}{slashes}{_INVALID_PORT.sub('***', host)}{slash}{path}"
     scheme, slashes, login = head.partition("://")
     user, colon, _ = login.partition(":")
     shown = f"{scheme}{slashes}{user}:***" if colon else f"{scheme}{slashes}***"

@@ -6,11 +6,11 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from asyncbucket.errors import StoreError
-from asyncbucket.stores.lifeline import end, leaving
+from asyncbucket.stores.lifeline import cancel_and_wait, is_cancelling
 from asyncbucket.stores.servers import FAILURES, Server
 
 #: Seconds before listening is tried again.
-_PAUSE: Final = 0.5
+_RETRY_DELAY: Final = 0.5
 
 
 class Bell:
@@ -20,12 +20,12 @@ class Bell:
     """
 
     def __init__(
-        self, server: Server, channels: tuple[str, ...], missed: Callable[[], Awaitable[int]]
+        self, server: Server, channels: tuple[str, ...], missed_ring: Callable[[], Awaitable[int]]
     ) -> None:
         self._server = server
         self._channels = channels
         #: Returns what was missed while nobody listened, or -1.
-        self._missed = missed
+        self._missed_ring = missed_ring
         self._rung = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
@@ -50,20 +50,20 @@ class Bell:
         return True
 
     async def _listen(self) -> None:
-        while not leaving():
+        while not is_cancelling():
             with contextlib.suppress(*FAILURES, StoreError):
-                await self._hear()
-            if not leaving():
-                await asyncio.sleep(_PAUSE)
+                await self._receive()
+            if not is_cancelling():
+                await asyncio.sleep(_RETRY_DELAY)
 
-    async def _hear(self) -> None:
+    async def _receive(self) -> None:
         async with self._server.pubsub() as pubsub:
             await pubsub.subscribe(*self._channels)
             for _ in self._channels:
-                if not leaving():
+                if not is_cancelling():
                     await pubsub.get_message(timeout=None)
-            self._ring(await self._missed())
-            while not leaving():
+            self._ring(await self._missed_ring())
+            while not is_cancelling():
                 message = await pubsub.get_message(timeout=None)
                 if message is not None and message["type"] == "message":
                     self._ring(int(message["data"]))
@@ -82,4 +82,4 @@ class Bell:
     async def aclose(self) -> None:
         """Stop listening."""
         self.reset()
-        await end(self._task)
+        await cancel_and_wait(self._task)

@@ -14,10 +14,10 @@ from asyncbucket.meters import NEVER
 from asyncbucket.queue import Passage, Waiter
 from asyncbucket.stores.desk import Desk
 from asyncbucket.stores.entry import Entry
-from asyncbucket.stores.late import Latecomers
-from asyncbucket.stores.lifeline import leaving
-from asyncbucket.stores.returns import Left
-from asyncbucket.stores.starts import Grant
+from asyncbucket.stores.late import LateReturns
+from asyncbucket.stores.lifeline import is_cancelling
+from asyncbucket.stores.returns import Leftover
+from asyncbucket.stores.starts import Reservation
 from asyncbucket.stores.store import Batch, Correction, Store
 from asyncbucket.wording import counted
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from asyncbucket.stores.shared import Shared
 
 #: The bounds of the counter's size.
-_LEAST: Final = 8
-_MOST: Final = 512
+_MIN_ROOM: Final = 8
+_MAX_ROOM: Final = 512
 _CLOSED: Final = "the limiter was closed while this call waited: close it when all calls have ended"
 _FAILED: Final = (
     "what asks the store for this call has failed, see the log: ask again, and report this error"
@@ -42,10 +42,10 @@ class Counter:
         self.loop = loop
         #: Calls that wait to be booked, in order.
         self._line: dict[Waiter, Passage] = {}
-        self._room = _LEAST
+        self._room = _MIN_ROOM
         self._sent = self._booked = 0
         #: Calls that are booked and wait for their start.
-        self._grants: dict[Waiter, tuple[Grant, Passage]] = {}
+        self._reserved: dict[Waiter, tuple[Reservation, Passage]] = {}
         self._store: Store | None = None
         self._desk: Desk[Waiter] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -53,8 +53,8 @@ class Counter:
         self._closing: asyncio.Task[None] | None = None
         #: Why the store could not be opened, and the number of the last call that had come by then.
         self._failure: tuple[Exception, int] | None = None
-        self._latecomers = Latecomers(
-            shared.make,
+        self._late_returns = LateReturns(
+            shared.make_store,
             shared.account.name,
             slot_ttl=shared.slot_ttl,
             spawn=self._spawn,
@@ -78,25 +78,25 @@ class Counter:
     def redate(self, now: int) -> None:
         """See `asyncbucket.queue.Outlet`."""
         if self.room():
-            self._shared.put_off_locked(now)
+            self._shared.redate_locked(now)
 
-    def put_off_locked(self, now: int) -> None:
+    def redate_locked(self, now: int) -> None:
         """Date to ``now``, in the limits below the root, all calls that wait here."""
         for waiter, passage in self._line.items():
             self._line[waiter] = _put_off(waiter, passage, now)
-        for waiter, (grant, passage) in self._grants.items():
-            self._grants[waiter] = grant, _put_off(waiter, passage, now)
+        for waiter, (reservation, passage) in self._reserved.items():
+            self._reserved[waiter] = reservation, _put_off(waiter, passage, now)
 
     def leave(self, waiter: Waiter) -> bool:
         """See `asyncbucket.queue.Outlet`."""
         if waiter in self._line:
             passage = self._line.pop(waiter)
             if self._desk is not None:  # its place in the store's line is free
-                self.on_loop(self._desk.ring)
+                self.call_on_loop(self._desk.ring)
         else:
-            grant, passage = self._grants.pop(waiter)
+            reservation, passage = self._reserved.pop(waiter)
             if self._desk is not None:
-                self.on_loop(self._desk.cancel, waiter, grant)
+                self.call_on_loop(self._desk.cancel, waiter, reservation)
         waiter.unbook(passage)
         return True
 
@@ -105,107 +105,107 @@ class Counter:
         self._take_over()
         with self._budget.lock:
             if self._sent:
-                all_went = self._booked == self._sent
-                wanted = self._room * 5 // 4 if all_went else 2 * self._booked
-                self._room = min(max(wanted, _LEAST), _MOST)
+                all_booked = self._booked == self._sent
+                wanted = self._room * 5 // 4 if all_booked else 2 * self._booked
+                self._room = min(max(wanted, _MIN_ROOM), _MAX_ROOM)
             most = min(most, self._room)  # there may be more calls than room by now
-            living = (waiter for waiter in self._line if not waiter.done())
-            heads = list(itertools.islice(living, most))
+            waiting = (waiter for waiter in self._line if not waiter.done())
+            heads = list(itertools.islice(waiting, most))
             self._sent, self._booked = len(heads), 0
             return heads
 
-    def book(self, waiting: Waiter, grant: Grant) -> None:
+    def book(self, waiter: Waiter, reservation: Reservation) -> None:
         """See `asyncbucket.stores.starts.Line`."""
         with self._budget.lock:
             self._booked += 1
-            if waiting.done():  # it gave up while the batch was in flight
-                self._cancel(waiting, grant)
+            if waiter.done():  # it gave up while the batch was in flight
+                self._cancel(waiter, reservation)
                 return
-            self._grants[waiting] = grant, self._line.pop(waiting)
-            pacer = waiting.line.pacer
-            if waiting.deadline is not None and waiting.deadline < grant.start:
-                waiting.set_result(None)
-                pacer.leave_locked(waiting)
+            self._reserved[waiter] = reservation, self._line.pop(waiter)
+            pacer = waiter.line.pacer
+            if waiter.deadline is not None and waiter.deadline < reservation.start:
+                waiter.set_result(None)
+                pacer.leave_locked(waiter)
             pacer.ring_locked()
 
-    def admit(self, waiting: Waiter, grant: Grant) -> None:
+    def admit(self, waiter: Waiter, reservation: Reservation) -> None:
         """See `asyncbucket.stores.starts.Line`."""
         with self._budget.lock:
-            if waiting.done() or waiting not in self._grants:
+            if waiter.done() or waiter not in self._reserved:
                 return  # it gave up: its task gives the booking back, or has done so
             now = self._budget.clock()
-            _, passage = self._grants.pop(waiting)
-            gates, _, bound_by = _put_off(waiting, passage, now)
+            _, passage = self._reserved.pop(waiter)
+            gates, _, bound_by = _put_off(waiter, passage, now)
             # A call may use limited resources that it did not reserve.
             unreserved = dict.fromkeys(self._shared.account.resources(), 0)
-            entry = Entry(self, grant, {**unreserved, **waiting.amounts})
+            entry = Entry(self, reservation, {**unreserved, **waiter.amounts})
             gates = Gates((*gates.meters, *entry.meters()))
-            waiting.line.pacer.admit_locked(
-                waiting, Passage(gates, now, grant.bound_by or bound_by)
+            waiter.line.pacer.admit_locked(
+                waiter, Passage(gates, now, reservation.bound_by or bound_by)
             )
 
-    def refuse(self, waiting: Waiter, bound_by: str) -> None:
+    def refuse(self, waiter: Waiter, bound_by: str) -> None:
         """See `asyncbucket.stores.starts.Line`."""
         error: AsyncBucketError = CostExceedsLimit(
-            f"cost of {counted(waiting.amounts.get(bound_by, 0), bound_by)} exceeds the limit that "
+            f"cost of {counted(waiter.amounts.get(bound_by, 0), bound_by)} exceeds the limit that "
             f"another process has set and can never pass; raise the limit or split the request"
         )
         with self._budget.lock:
             try:
-                self._shared.account.check_locked(dict(waiting.amounts))
-            except CostExceedsLimit as told:
-                error = told
-        waiting.line.pacer.fail(waiting, error)
+                self._shared.account.check_locked(dict(waiter.amounts))
+            except CostExceedsLimit as own_error:
+                error = own_error
+        waiter.line.pacer.fail(waiter, error)
 
     def abandon(self, error: Exception) -> None:
         """See `asyncbucket.stores.starts.Line`: calls that wait here fail, later ones get a new desk."""
-        self._turn_away(_FAILED, error)
+        self._fail_calls(_FAILED, error)
         desk, self._desk = self._desk, None
         if desk is not None:
-            self._spawn(self._part_with(desk))
+            self._spawn(self._close_desk(desk))
 
-    def _cancel(self, waiting: Waiter, grant: Grant) -> None:
+    def _cancel(self, waiter: Waiter, reservation: Reservation) -> None:
         if self._desk is not None:
-            self._desk.cancel(waiting, grant)
+            self._desk.cancel(waiter, reservation)
 
     def correct(self, correction: Correction) -> None:
         """Have a booking changed."""
-        if not self.on_loop((self._desk or self._latecomers).correct, correction):
-            self._shared.inherit((frozenset(), Batch(corrections=(correction,))))
+        if not self.call_on_loop((self._desk or self._late_returns).correct, correction):
+            self._shared.report_leftover((frozenset(), Batch(corrections=(correction,))))
 
     def release(self, slot: str) -> None:
         """Give a slot back."""
-        if not self.on_loop((self._desk or self._latecomers).release, slot):
-            self._shared.inherit((frozenset(), Batch(released=(slot,))))
+        if not self.call_on_loop((self._desk or self._late_returns).release, slot):
+            self._shared.report_leftover((frozenset(), Batch(released=(slot,))))
 
-    def on_loop(self, do: Callable[..., object], *args: object) -> bool:
+    def call_on_loop(self, function: Callable[..., object], *args: object) -> bool:
         """Call the desk on its own loop's thread; return whether that loop is open."""
         if asyncio._get_running_loop() is self.loop:  # noqa: SLF001 - None in a plain thread
-            do(*args)
+            function(*args)
             return True
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            self.loop.call_soon_threadsafe(do, *args)
+            self.loop.call_soon_threadsafe(function, *args)
             return True
         return False
 
-    def left_behind(self) -> Iterator[Left]:
+    def leftovers(self) -> Iterator[Leftover]:
         """Yield what is left here, now that the loop has ended."""
         if self._desk is not None:
-            yield self._desk.left_behind()
-        yield self._latecomers.left_behind()
+            yield self._desk.leftover()
+        yield self._late_returns.leftover()
 
     def take_over(self) -> bool:
         """Report soon to the store what was left behind elsewhere, if it is open here."""
-        return self._desk is not None and self.on_loop(self._take_over)
+        return self._desk is not None and self.call_on_loop(self._take_over)
 
     def _take_over(self) -> None:
-        self._shared.bury()
+        self._shared.drop_closed_loops()
         while self._desk is not None:
             try:
-                left = self._shared.estate.popleft()
+                leftover = self._shared.leftovers.popleft()
             except IndexError:  # there is none, or another thread was faster
                 return
-            self._desk.take_over(left)
+            self._desk.take_over(leftover)
 
     def left(self) -> dict[Limit, int]:
         """Return the units left of each limit, as last heard."""
@@ -217,11 +217,11 @@ class Counter:
 
     def waiting(self) -> int:
         """Return how many calls wait here."""
-        return sum(not waiter.done() for waiter in (*self._line, *self._grants))
+        return sum(not waiter.done() for waiter in (*self._line, *self._reserved))
 
     def ring(self) -> bool:
         """Make the desk tell the store the limiter's orders soon, if it is open here."""
-        return self._desk is not None and self.on_loop(self._desk.ring)
+        return self._desk is not None and self.call_on_loop(self._desk.ring)
 
     async def _open(self) -> None:
         """Join the limiter at the store; if that fails, all calls that have come by then fail."""
@@ -229,20 +229,20 @@ class Counter:
         account = shared.account
         try:
             if self._closing is not None:
-                self._turn_away(_CLOSED)
+                self._fail_calls(_CLOSED)
                 return
-            if self._failure is not None and self._is_told_of(*self._failure):
+            if self._failure is not None and self._fail_earlier_calls(*self._failure):
                 return
-            store = self._store = self._store or shared.make()
+            store = self._store = self._store or shared.make_store()
             ledger = await store.open(account.name, shared.terms(), slot_ttl=shared.slot_ttl)
         except Exception as error:  # noqa: BLE001 - such as a name that the store refuses
             self._failure = error, self._budget.arrivals
-            self._is_told_of(*self._failure)
+            self._fail_earlier_calls(*self._failure)
             return
         finally:
             self._opening = False
         self._failure = None
-        if leaving():  # the loop is ending, and would not cancel a task made now
+        if is_cancelling():  # the loop is ending, and would not cancel a task made now
             return
         self._desk = Desk(
             ledger,
@@ -253,22 +253,22 @@ class Counter:
             emit=account.emit,
             orders=shared.orders,
         )
-        self._desk.look_after(self._latecomers.hand_over())
+        self._desk.look_after(self._late_returns.hand_over())
         self._take_over()
         self._desk.ring()
 
-    def _is_told_of(self, failure: Exception, last: int) -> bool:
+    def _fail_earlier_calls(self, failure: Exception, last: int) -> bool:
         """Fail the calls that came before the failure was known; return if no other waits here.
 
         More of them wait in the pacer's line than fit in here. Each of those would otherwise try
         the store anew, in vain: it may take seconds to notice that it is gone.
         """
-        self._turn_away(str(failure) or repr(failure), failure, last=last)
+        self._fail_calls(str(failure) or repr(failure), failure, last=last)
         return not self._line
 
-    def _turn_away(self, why: str, cause: Exception | None = None, *, last: int = NEVER) -> None:
+    def _fail_calls(self, why: str, cause: Exception | None = None, *, last: int = NEVER) -> None:
         """Fail all calls that wait here, up to number ``last``."""
-        for waiter in (*self._grants, *self._line):
+        for waiter in (*self._reserved, *self._line):
             if waiter.number <= last:
                 error = StoreError(why)
                 error.__cause__ = cause
@@ -290,24 +290,24 @@ class Counter:
 
     async def _close(self) -> None:
         try:
-            await self._settle()
-            self._turn_away(_CLOSED)
+            await self._wait_for_tasks()
+            self._fail_calls(_CLOSED)
             desk, self._desk = self._desk, None
             if desk is not None:
-                await self._part_with(desk)
-            await self._settle()
-            await self._latecomers.take_over(self._shared.estate)
+                await self._close_desk(desk)
+            await self._wait_for_tasks()
+            await self._late_returns.take_over(self._shared.leftovers)
         finally:  # even if the loop ends meanwhile
             store, self._store, self._closing = self._store, None, None
             if store is not None:
                 await self._shared.close(store)
 
-    async def _part_with(self, desk: Desk[Waiter]) -> None:
+    async def _close_desk(self, desk: Desk[Waiter]) -> None:
         await desk.aclose()
         self._shared.last_left = desk.left
-        self._latecomers.expect(desk.slots)
+        self._late_returns.expect(desk.slots)
 
-    async def _settle(self) -> None:
+    async def _wait_for_tasks(self) -> None:
         """Wait for requests to the store that are already in progress."""
         while self._tasks:
             await asyncio.wait(self._tasks)

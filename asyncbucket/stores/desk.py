@@ -21,16 +21,22 @@ from asyncbucket.limiter.terms import OnOutage
 from asyncbucket.limits import Limit
 from asyncbucket.meters import NEVER
 from asyncbucket.pacer import NAP
-from asyncbucket.stores.lifeline import Lifeline, end, guarded, leaving, rung
+from asyncbucket.stores.lifeline import (
+    Lifeline,
+    cancel_and_wait,
+    is_cancelling,
+    run_guarded,
+    wait_for_ring,
+)
 from asyncbucket.stores.orders import Orders
-from asyncbucket.stores.returns import Left, Returns
-from asyncbucket.stores.starts import Grant, Line, Starts, W
+from asyncbucket.stores.returns import Leftover, Returns
+from asyncbucket.stores.starts import Line, Reservation, Starts, W
 from asyncbucket.stores.store import Booking, Correction, Ledger, Outcome, Receipt
 
 #: The most calls in one batch.
-_BATCH: Final = 512
+_MAX_BATCH: Final = 512
 #: How long (ns) to let others ask first.
-_TURN: Final = 5_000_000
+_HEAD_START: Final = 5_000_000
 
 _log: Final = logging.getLogger("asyncbucket")
 
@@ -76,12 +82,12 @@ class Desk(Generic[W]):
             on_outage=on_outage,
             clock=clock,
             emit=emit,
-            on_change=self._changed,
-            on_terms=self._orders.hear,
-            on_fall=self._fall,
+            on_change=self._start_afresh,
+            on_terms=self._orders.adopt_terms,
+            on_failure=self._fail,
         )
         self._returns = Returns()
-        self._starts = Starts(line, clock, self._fall)
+        self._starts = Starts(line, clock, self._fail)
         #: Before this instant the line's heads are not sent, because they would not be booked.
         self._ask_at = 0
         #: The last start that was booked here.
@@ -91,18 +97,18 @@ class Desk(Generic[W]):
         #: What each unbooked call waits for.
         self._bounds: dict[W, str] = {}
         #: Whether heads wait in one of the store's lines; if so, they go with every batch.
-        self._waits = False
+        self._in_line = False
         #: Whether it is the line for slots; whether another worker waits there.
-        self._slotless = self._crowded = False
+        self._in_slot_line = self._crowded = False
         self._bell = asyncio.Event()
         self._listener: asyncio.Task[None] | None = None
-        self._fallen = False
-        self._task = self._guard(self._serve, "asyncbucket desk")
+        self._has_failed = False
+        self._task = self._start_task(self._serve, "asyncbucket desk")
 
     @property
-    def alone(self) -> bool:
+    def is_store_gone(self) -> bool:
         """Whether the store is gone."""
-        return self._lifeline.alone is not None
+        return self._lifeline.outage is not None
 
     @property
     def slots(self) -> frozenset[str]:
@@ -118,24 +124,24 @@ class Desk(Generic[W]):
         """Keep alive, and later give back, slots of calls that another desk admitted."""
         self._lifeline.slots.update(slots)
 
-    def take_over(self, left: Left) -> None:
+    def take_over(self, leftover: Leftover) -> None:
         """Look after what another desk left behind, and report to the store what that could not."""
-        slots, untold = left
-        self.look_after((*slots, *untold.released))
-        for correction in untold.corrections:
+        slots, unreported = leftover
+        self.look_after((*slots, *unreported.released))
+        for correction in unreported.corrections:
             self.correct(correction)
-        for slot in untold.released:
+        for slot in unreported.released:
             self.release(slot)
 
-    def left_behind(self) -> Left:
+    def leftover(self) -> Leftover:
         """Return the slots held by calls and what the store may not have heard: the loop has ended."""
-        for waiting, grant in self._starts.close():
-            if grant.booked_at:
-                self._returns.correct(Correction.undo(waiting.amounts, grant.booked_at))
-            if grant.slot is not None:
-                self._lifeline.slots.discard(grant.slot)
-                self._returns.release(grant.slot)
-        return self.slots, self._returns.untold()
+        for waiter, reservation in self._starts.close():
+            if reservation.booked_at:
+                self._returns.correct(Correction.undo(waiter.amounts, reservation.booked_at))
+            if reservation.slot is not None:
+                self._lifeline.slots.discard(reservation.slot)
+                self._returns.release(reservation.slot)
+        return self.slots, self._returns.unreported()
 
     def ring(self) -> None:
         """Check the line, where somebody came or left, and the orders."""
@@ -149,54 +155,56 @@ class Desk(Generic[W]):
         """
         if not correction.start:
             booked = correction.booked
-            more = {name: max(used, booked.get(name, 0)) for name, used in correction.used.items()}
-            correction = Correction(start=0, booked=booked, used=more)
+            at_least_booked = {
+                name: max(used, booked.get(name, 0)) for name, used in correction.used.items()
+            }
+            correction = Correction(start=0, booked=booked, used=at_least_booked)
         else:
             self._lifeline.record.correct(correction)
         self._returns.correct(correction)
-        self._gather(awaited=self._waits)
+        self._gather(awaited=self._in_line)
 
     def release(self, slot: str) -> None:
         """Give a slot back; it goes with the next batch."""
         if slot in self._lifeline.slots:
             self._lifeline.slots.discard(slot)
             self._returns.release(slot)
-            self._gather(awaited=self._slotless or self._crowded)
+            self._gather(awaited=self._in_slot_line or self._crowded)
 
     def _gather(self, *, awaited: bool) -> None:
         busy_until = self._last_start - self._horizon
         self._returns.gather(self._clock(), awaited=awaited, busy_until=busy_until)
         self._bell.set()
 
-    def cancel(self, waiting: W, grant: Grant) -> None:
+    def cancel(self, waiter: W, reservation: Reservation) -> None:
         """Give back what was booked for a call that is gone, whether or not its start has come."""
-        self._starts.discard(waiting)
-        if grant.booked_at:
-            self.correct(Correction.undo(waiting.amounts, grant.booked_at))
-        if grant.slot is not None:
-            self.release(grant.slot)
+        self._starts.discard(waiter)
+        if reservation.booked_at:
+            self.correct(Correction.undo(waiter.amounts, reservation.booked_at))
+        if reservation.slot is not None:
+            self.release(reservation.slot)
 
     async def aclose(self) -> None:
         """Stop serving. Bookings that have not started are given back; then the ledger closes."""
         await self._lifeline.aclose()
-        await end(self._task, self._listener)
-        for waiting, grant in self._starts.close():
-            self.cancel(waiting, grant)
+        await cancel_and_wait(self._task, self._listener)
+        for waiter, reservation in self._starts.close():
+            self.cancel(waiter, reservation)
         try:
-            await self._orders.tell(self.ledger, self._clock)
+            await self._orders.report(self.ledger, self._clock)
             if self._returns:
                 await self.ledger.commit(self._returns.take())
         except StoreError:
             _log.debug("the store is gone: slots expire by themselves")
         await self.ledger.aclose()
 
-    def _guard(self, work: Callable[[], Awaitable[None]], name: str) -> asyncio.Task[None]:
-        return asyncio.create_task(guarded(work, self._fall), name=name)
+    def _start_task(self, work: Callable[[], Awaitable[None]], name: str) -> asyncio.Task[None]:
+        return asyncio.create_task(run_guarded(work, self._fail), name=name)
 
-    def _fall(self, error: Exception) -> None:
+    def _fail(self, error: Exception) -> None:
         """Log, once, that the desk has failed, and abandon it."""
-        if not self._fallen:
-            self._fallen = True
+        if not self._has_failed:
+            self._has_failed = True
             _log.error(
                 "the desk of limiter %s has failed; calls that wait are told, later ones get another "
                 "desk; please report this",
@@ -206,55 +214,55 @@ class Desk(Generic[W]):
             self._line.abandon(error)
 
     async def _serve(self) -> None:
-        while not leaving():
-            heads = self._line.heads(_BATCH)
-            if self.alone:
-                await self._sleep(self._admit_alone(heads))
+        while not is_cancelling():
+            heads = self._line.heads(_MAX_BATCH)
+            if self.is_store_gone:
+                await self._sleep(self._admit_without_store(heads))
                 continue
             if self._orders:
-                await self._obey()
+                await self._report_orders()
                 continue
-            heads, more_at = self._lifeline.within_share(heads, self._clock())
-            if self._waits and not heads:  # nobody waits any more: leave the store's line
-                self._waits = self._slotless = False
+            heads, look_again_at = self._lifeline.within_share(heads, self._clock())
+            if self._in_line and not heads:  # nobody waits any more: leave the store's line
+                self._in_line = self._in_slot_line = False
                 self._ask_at, self.held_up = 0, None
-                await self._fly(())
+                await self._send_batch(())
                 continue
             now = self._clock()
             due = heads and now >= self._ask_at
-            tell_at = self._returns.tell_at
-            if not due and now < tell_at:
-                await self._sleep(min(self._ask_at if heads else more_at, tell_at))
+            report_at = self._returns.report_at
+            if not due and now < report_at:
+                await self._sleep(min(self._ask_at if heads else look_again_at, report_at))
                 continue
-            await self._fly(heads if due or self._waits else ())
+            await self._send_batch(heads if due or self._in_line else ())
 
-    async def _obey(self) -> None:
+    async def _report_orders(self) -> None:
         try:
-            await self._orders.tell(self.ledger, self._clock)
+            await self._orders.report(self.ledger, self._clock)
         except StoreError as error:
-            self._lifeline.lose(error)
+            self._lifeline.begin_outage(error)
 
     async def _sleep(self, until: int) -> None:
         """Sleep until the bell rings or ``until`` has come."""
         left = (until - self._clock()) * 1e-9
-        await rung(self._bell, None if until >= NEVER else max(NAP, left))
+        await wait_for_ring(self._bell, None if until >= NEVER else max(NAP, left))
 
-    async def _fly(self, heads: Sequence[W]) -> None:
-        calls = tuple(waiting.amounts for waiting in heads)
+    async def _send_batch(self, heads: Sequence[W]) -> None:
+        calls = tuple(waiter.amounts for waiter in heads)
         batch = replace(self._returns.take(), calls=calls, horizon=self._horizon)
         try:
             receipt = await self.ledger.commit(batch)
         except StoreError as error:
-            self._lifeline.lose(error)
+            self._lifeline.begin_outage(error)
             return
         now = self._clock()
-        self._lifeline.hear(receipt)
+        self._lifeline.note_answer(receipt)
         self._crowded = receipt.crowded
         if heads:
             self._plan(receipt, now)
-            self._hand_out(heads, receipt, now)
-        self._starts.let_go()
-        if self._waits:
+            self._answer_calls(heads, receipt, now)
+        self._starts.admit_due()
+        if self._in_line:
             self._listen()
 
     def _plan(self, receipt: Receipt, now: int) -> None:
@@ -265,73 +273,75 @@ class Desk(Generic[W]):
         for the same units.
         """
         last = max((booking.start for booking in receipt.bookings), default=0)
-        others_first = min(receipt.now + _TURN, last - 2 * _TURN)
+        others_first = min(receipt.now + _HEAD_START, last - 2 * _HEAD_START)
         ask_at = max(receipt.ask_at, last - self._horizon, others_first)
         self._ask_at = now + max(0, ask_at - receipt.now)
         self._last_start = max(self._last_start, now + last - receipt.now)
 
-    def _hand_out(self, heads: Sequence[W], receipt: Receipt, now: int) -> None:
+    def _answer_calls(self, heads: Sequence[W], receipt: Receipt, now: int) -> None:
         """Answer the calls of a batch, and note what those wait for that were not booked."""
         offset, bounds, booked = now - receipt.now, self._bounds, False
-        self._waits = self._slotless = False
+        self._in_line = self._in_slot_line = False
         self._bounds, self.held_up = {}, None
-        for waiting, booking in zip(heads, receipt.bookings, strict=True):
+        for waiter, booking in zip(heads, receipt.bookings, strict=True):
             if booking.outcome is Outcome.BOOKED:
                 start, booked = max(now, booking.start + offset), True
-                self._deliver(waiting, booking, start, booking.bound_by or bounds.get(waiting))
+                self._deliver(waiter, booking, start, booking.bound_by or bounds.get(waiter))
             elif booking.outcome is Outcome.NEVER:
-                self._line.refuse(waiting, booking.bound_by or "")
+                self._line.refuse(waiter, booking.bound_by or "")
             else:
-                self._slotless |= booking.outcome is Outcome.FULL
-                self._waits |= self._slotless or not booked
+                self._in_slot_line |= booking.outcome is Outcome.FULL
+                self._in_line |= self._in_slot_line or not booked
                 if booking.bound_by is not None:
-                    self._bounds[waiting] = booking.bound_by
+                    self._bounds[waiter] = booking.bound_by
                     until = NEVER if booking.bound_by == "concurrency" else self._ask_at
                     self.held_up = self.held_up or (booking.bound_by, until)
         self._lifeline.record.book_all(heads, receipt.bookings)
 
-    def _deliver(self, waiting: W, booking: Booking, start: int, bound_by: str | None) -> None:
+    def _deliver(self, waiter: W, booking: Booking, start: int, bound_by: str | None) -> None:
         slot = booking.slot
-        grant = Grant(booked_at=booking.start, start=start, slot=slot, bound_by=bound_by)
+        reservation = Reservation(
+            booked_at=booking.start, start=start, slot=slot, bound_by=bound_by
+        )
         if slot is not None:
             self._lifeline.slots.add(slot)
-        self._starts.add(waiting, grant)
+        self._starts.add(waiter, reservation)
 
     def _listen(self) -> None:
         """Ask again when the store notifies, or at the time that it named."""
         if self._listener is None or self._listener.done():
-            self._listener = self._guard(self._hark, "asyncbucket slots")
+            self._listener = self._start_task(self._wait_for_turn, "asyncbucket slots")
 
-    async def _hark(self) -> None:
-        while self._waits and not self.alone and not leaving():
+    async def _wait_for_turn(self) -> None:
+        while self._in_line and not self.is_store_gone and not is_cancelling():
             wait = max(0.01, (self._ask_at - self._clock()) * 1e-9)
             try:
-                called = await self.ledger.changed(timeout=wait)
+                notified = await self.ledger.changed(timeout=wait)
             except StoreError as error:
-                self._lifeline.lose(error)
+                self._lifeline.begin_outage(error)
                 return
-            if not self._waits:  # a batch in between was booked: the notification is answered
+            if not self._in_line:  # a batch in between was booked: the notification is answered
                 return
-            if called or self._clock() >= self._ask_at:
-                self._waits, self._ask_at = False, 0
+            if notified or self._clock() >= self._ask_at:
+                self._in_line, self._ask_at = False, 0
                 self._bell.set()
 
-    def _admit_alone(self, heads: Sequence[W]) -> int:
+    def _admit_without_store(self, heads: Sequence[W]) -> int:
         """Admit calls that the policy allows; return when to look again."""
-        for waiting in heads:
+        for waiter in heads:
             now = self._clock()
-            when, slot = self._lifeline.admit(waiting.amounts, now)
+            when, slot = self._lifeline.admit(waiter.amounts, now)
             if when > now:
                 return when
-            grant = Grant(booked_at=0, start=now, slot=slot)
-            self._line.book(waiting, grant)
-            self._line.admit(waiting, grant)
+            reservation = Reservation(booked_at=0, start=now, slot=slot)
+            self._line.book(waiter, reservation)
+            self._line.admit(waiter, reservation)
         return self._clock() if heads else NEVER
 
-    def _changed(self, debts: Correction | None) -> None:
+    def _start_afresh(self, debts: Correction | None) -> None:
         """Start afresh, because the store is gone, or back."""
-        self._waits, self._slotless, self._ask_at = False, False, 0
+        self._in_line, self._in_slot_line, self._ask_at = False, False, 0
         if debts is not None:
             self._returns.correct(debts)
-            self._returns.tell_at = 0
+            self._returns.report_at = 0
         self._bell.set()

@@ -5,11 +5,11 @@ from typing import ClassVar, Protocol
 
 from asyncbucket.limiter.parts import Parts, add_debt, take_back
 from asyncbucket.meters import Amounts, Meter, Slots
-from asyncbucket.stores.starts import Grant
+from asyncbucket.stores.starts import Reservation
 from asyncbucket.stores.store import Correction
 
 
-class Teller(Protocol):
+class Reporter(Protocol):
     """Tell the store what leases do."""
 
     def correct(self, correction: Correction) -> None:
@@ -24,21 +24,21 @@ class Teller(Protocol):
 class Entry:
     """Stand for what one call has booked at the store."""
 
-    def __init__(self, teller: Teller, grant: Grant, amounts: Amounts) -> None:
-        self.teller = teller
-        self.grant = grant
+    def __init__(self, reporter: Reporter, reservation: Reservation, amounts: Amounts) -> None:
+        self.reporter = reporter
+        self.reservation = reservation
         self._amounts = amounts
 
     def meters(self) -> Iterator[tuple[Meter, str]]:
         """Yield a meter for each resource, and one for the slot."""
         for resource, amount in self._amounts.items():
             if resource != "concurrency":
-                yield _Booked(self, resource, amount), resource
-        if self.grant.slot is not None:
-            yield _Slot(self), "concurrency"
+                yield _BookedMeter(self, resource, amount), resource
+        if self.reservation.slot is not None:
+            yield _SlotMeter(self), "concurrency"
 
 
-class _Booked:
+class _BookedMeter:
     """The meter of what one call has booked of one resource."""
 
     __slots__ = ("_entry", "_parts", "_resource")
@@ -50,24 +50,24 @@ class _Booked:
         self._entry = entry
         self._resource = resource
         #: Dated by the store's clock.
-        self._parts: Parts = [(units, entry.grant.booked_at)]
+        self._parts: Parts = [(units, entry.reservation.booked_at)]
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:  # noqa: ARG002 - the store has its own dates
         """See `asyncbucket.meters.Meter.unbook`."""
         for back, start, rest in take_back(self._parts, amount):
-            self._tell(start, booked=rest + back, used=rest)
+            self._report(start, booked=rest + back, used=rest)
 
     def owe(self, amount: int, when: int) -> None:
         """See `asyncbucket.meters.Meter.owe`."""
         # The store dates it on arrival, which is no sooner, so a refund errs on the safe side.
-        grant = self._entry.grant
-        start = grant.booked_at and grant.booked_at + when - grant.start
+        reservation = self._entry.reservation
+        start = reservation.booked_at and reservation.booked_at + when - reservation.start
         add_debt(self._parts, amount, start)
-        self._tell(start, booked=0, used=amount)
+        self._report(start, booked=0, used=amount)
 
-    def _tell(self, start: int, *, booked: int, used: int) -> None:
+    def _report(self, start: int, *, booked: int, used: int) -> None:
         name = self._resource
-        self._entry.teller.correct(
+        self._entry.reporter.correct(
             Correction(start=start, booked={name: booked}, used={name: used})
         )
 
@@ -87,7 +87,7 @@ class _Booked:
         return sum(units for units, _ in self._parts)
 
 
-class _Slot(Slots):
+class _SlotMeter(Slots):
     """The slot that one call holds."""
 
     __slots__ = ("_entry",)
@@ -99,9 +99,9 @@ class _Slot(Slots):
         self._entry = entry
 
     def give_back(self) -> None:
-        slot = self._entry.grant.slot
+        slot = self._entry.reservation.slot
         assert slot is not None
-        self._entry.teller.release(slot)
+        self._entry.reporter.release(slot)
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:  # noqa: ARG002 - it is one
         self.give_back()

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Final
 
 from asyncbucket.errors import StoreError
-from asyncbucket.stores.returns import Left, Returns
+from asyncbucket.stores.returns import Leftover, Returns
 from asyncbucket.stores.store import Correction, Store
 
 #: For how many seconds to gather.
@@ -21,19 +21,19 @@ _GATHER: Final = 0.05
 _log: Final = logging.getLogger("asyncbucket")
 
 
-class Latecomers:
+class LateReturns:
     """Take what comes back while there is no desk; belongs to one loop's thread."""
 
     def __init__(
         self,
-        make: Callable[[], Store],
+        make_store: Callable[[], Store],
         name: str,
         *,
         slot_ttl: float,
         spawn: Callable[[Coroutine[Any, Any, None]], None],
         close: Callable[[Store], Awaitable[None]],
     ) -> None:
-        self._make = make
+        self._make_store = make_store
         self._name = name
         self._slot_ttl = slot_ttl
         self._spawn = spawn
@@ -55,27 +55,27 @@ class Latecomers:
         held, self._held = self._held, set()
         return held
 
-    def left_behind(self) -> Left:
+    def leftover(self) -> Leftover:
         """Return what is still held and what the store may not have heard: the loop has ended."""
-        return frozenset(self.hand_over()), self._returns.untold()
+        return frozenset(self.hand_over()), self._returns.unreported()
 
-    async def take_over(self, estate: collections.deque[Left]) -> None:
+    async def take_over(self, leftovers: collections.deque[Leftover]) -> None:
         """Report to the store at once what was left behind elsewhere."""
-        while estate:
-            slots, untold = estate.popleft()
-            self._held |= slots - set(untold.released)
-            for correction in filter(_is_of_store, untold.corrections):
+        while leftovers:
+            slots, unreported = leftovers.popleft()
+            self._held |= slots - set(unreported.released)
+            for correction in filter(_is_booked_at_store, unreported.corrections):
                 self._returns.correct(correction)
-            for slot in untold.released:
+            for slot in unreported.released:
                 self._returns.release(slot)
         if self._returns:
-            await self._visit()
+            await self._report()
 
     def correct(self, correction: Correction) -> None:
         """Have a booking changed; corrections of calls admitted without the store are ignored."""
-        if _is_of_store(correction):
+        if _is_booked_at_store(correction):
             self._returns.correct(correction)
-            self._visit_soon()
+            self._report_soon()
 
     def release(self, slot: str) -> None:
         """Give a slot back."""
@@ -83,24 +83,24 @@ class Latecomers:
             self._early.add(slot)
         self._held.discard(slot)
         self._returns.release(slot)
-        self._visit_soon()
+        self._report_soon()
 
-    def _visit_soon(self) -> None:
+    def _report_soon(self) -> None:
         # With a timer, which a loop that ends drops; it would warn of a task made at its end.
         if self._timer is None:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(_GATHER, lambda: self._spawn(self._visit()))
+            self._timer = loop.call_later(_GATHER, lambda: self._spawn(self._report()))
 
-    async def _visit(self) -> None:
+    async def _report(self) -> None:
         batch = self._returns.take()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        store = self._make()
+        store = self._make_store()
         try:
-            seen = await store.peek(self._name)
-            if seen is not None:
-                ledger = await store.open(self._name, seen.terms, slot_ttl=self._slot_ttl)
+            snapshot = await store.peek(self._name)
+            if snapshot is not None:
+                ledger = await store.open(self._name, snapshot.terms, slot_ttl=self._slot_ttl)
                 await ledger.commit(batch)
                 await ledger.aclose()
         except StoreError:
@@ -109,6 +109,6 @@ class Latecomers:
             await self._close(store)
 
 
-def _is_of_store(correction: Correction) -> bool:
+def _is_booked_at_store(correction: Correction) -> bool:
     """Return whether it changes what was booked at the store; its ``start`` is 0 if nothing was."""
     return correction.start > 0

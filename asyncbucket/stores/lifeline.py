@@ -17,20 +17,20 @@ from asyncbucket.errors import StoreError
 from asyncbucket.events import Event, StoreLost, StoreRecovered
 from asyncbucket.limiter.terms import OnOutage
 from asyncbucket.meters import NEVER, Amounts
-from asyncbucket.stores.outage import LONGEST_KNOCK, REUNION, Alone, Priced, Record
+from asyncbucket.stores.outage import MAX_RETRY_INTERVAL, RECOVERY_TIME, Outage, PricedCall, Record
 from asyncbucket.stores.store import Correction, Ledger, Pulse, Receipt, Terms
 from asyncbucket.wording import in_seconds
 
 #: The most seconds between heartbeats.
-_HEARTBEAT: Final = 5.0
+_MAX_HEARTBEAT_INTERVAL: Final = 5.0
 #: Seconds until the next heartbeat if there is more to tell.
 _AT_ONCE: Final = 0.001
 #: Seconds between the first attempts to reach a store that is gone.
-_KNOCK: Final = 0.1
+_RETRY_INTERVAL: Final = 0.1
 
 _log: Final = logging.getLogger("asyncbucket")
 
-C = TypeVar("C", bound=Priced)
+C = TypeVar("C", bound=PricedCall)
 
 
 class Lifeline:
@@ -46,7 +46,7 @@ class Lifeline:
         emit: Callable[[Event], None] | None,
         on_change: Callable[[Correction | None], None],
         on_terms: Callable[[Terms], None] | None,
-        on_fall: Callable[[Exception], None],
+        on_failure: Callable[[Exception], None],
     ) -> None:
         """Start; needs a running loop.
 
@@ -58,15 +58,15 @@ class Lifeline:
             emit: called when the store is lost and when it is back.
             on_change: called then, with what the store has to be told.
             on_terms: called with terms that another worker has set.
-            on_fall: called with an unexpected error; there are no signs of life after it.
+            on_failure: called with an unexpected error; there are no signs of life after it.
         """
         self.ledger = ledger
         #: Slots held by calls in flight.
         self.slots: set[str] = set()
         self.record = Record(ledger.terms)
-        self.alone: Alone | None = None
+        self.outage: Outage | None = None
         #: The worker's share, while others may still have to report what they admitted alone.
-        self._share: Alone | None = None
+        self._share: Outage | None = None
         self._share_until = 0
         self.workers = 1
         self._on_outage: OnOutage = on_outage
@@ -74,17 +74,19 @@ class Lifeline:
         self._emit = emit
         self._on_change = on_change
         self._on_terms = on_terms
-        self._beat = min(_HEARTBEAT, slot_ttl / 3)
+        self._heartbeat_interval = min(_MAX_HEARTBEAT_INTERVAL, slot_ttl / 3)
         #: What the store has left of each limit, as last heard.
         self.left: tuple[int, ...] = ()
         #: The store's clock minus this one.
         self._offset = 0
-        self._since = 0
+        self._lost_at = 0
         self._outages = 0
-        self._lost = asyncio.Event()
-        self._task = asyncio.create_task(guarded(self._live, on_fall), name="asyncbucket heartbeat")
+        self._store_lost = asyncio.Event()
+        self._task = asyncio.create_task(
+            run_guarded(self._send_heartbeats, on_failure), name="asyncbucket heartbeat"
+        )
 
-    def hear(self, answer: Receipt | Pulse) -> None:
+    def note_answer(self, answer: Receipt | Pulse) -> None:
         """Note what else an answer says."""
         self._offset = answer.now - self._clock()
         self.left = answer.left
@@ -95,19 +97,19 @@ class Lifeline:
         if answer.changed is not None and self._on_terms is not None:
             self._on_terms(answer.changed)
 
-    def lose(self, error: StoreError) -> None:
+    def begin_outage(self, error: StoreError) -> None:
         """Go on alone from now on."""
-        if self.alone is not None:
+        if self.outage is not None:
             return
         self._outages += 1
-        self._since = self._clock()
+        self._lost_at = self._clock()
         self._share = None
-        self.alone = Alone(
+        self.outage = Outage(
             self._on_outage,
             self.record,
             workers=self.workers,
             left=self.left,
-            now=self._since + self._offset,
+            now=self._lost_at + self._offset,
         )
         manner = {
             "share": f"with its share, 1 of {self.workers}",
@@ -115,17 +117,19 @@ class Lifeline:
             "closed": "admitting nobody",
         }[self._on_outage]
         _log.warning("%s; limiter %s goes on %s", error, self.ledger.name, manner)
-        self._tell(StoreLost(limiter=self.ledger.name, at=self._since * 1e-9, reason=str(error)))
-        self._lost.set()
+        self._emit_event(
+            StoreLost(limiter=self.ledger.name, at=self._lost_at * 1e-9, reason=str(error))
+        )
+        self._store_lost.set()
         self._on_change(None)
 
     def admit(self, amounts: Amounts, now: int) -> tuple[int, str | None]:
         """Admit a call without the store, if allowed; return when, and its slot."""
-        assert self.alone is not None
-        due = self.alone.earliest(amounts, now + self._offset, held=len(self.slots))
+        assert self.outage is not None
+        due = self.outage.earliest(amounts, now + self._offset, held=len(self.slots))
         if due > now + self._offset:
             return due - self._offset, None
-        self.alone.book(amounts, due)
+        self.outage.book(amounts, due)
         slot = None
         if self.ledger.terms.concurrency is not None and amounts.get("concurrency"):
             slot = f"{self.ledger.worker}:alone:{self._outages}:{now}:{len(self.slots)}"
@@ -142,54 +146,60 @@ class Lifeline:
 
     async def aclose(self) -> None:
         """Stop the signs of life."""
-        await end(self._task)
+        await cancel_and_wait(self._task)
 
-    async def _live(self) -> None:
-        pause = self._beat
-        while not leaving():
-            if await rung(self._lost, pause):
-                pause = _KNOCK
+    async def _send_heartbeats(self) -> None:
+        pause = self._heartbeat_interval
+        while not is_cancelling():
+            if await wait_for_ring(self._store_lost, pause):
+                pause = _RETRY_INTERVAL
                 continue
-            told = frozenset(self.slots)
+            reported = frozenset(self.slots)
             try:
-                pulse = await self.ledger.heartbeat(tuple(told))
+                pulse = await self.ledger.heartbeat(tuple(reported))
             except StoreError as error:
-                pause = min(LONGEST_KNOCK, 2 * pause)
-                self.lose(error)
+                pause = min(MAX_RETRY_INTERVAL, 2 * pause)
+                self.begin_outage(error)
                 continue
             # Slots given out alone while the heartbeat was under way have to be reported, too.
-            pause = self._beat if self.alone is None or self.slots <= told else _AT_ONCE
+            pause = (
+                self._heartbeat_interval
+                if self.outage is None or self.slots <= reported
+                else _AT_ONCE
+            )
             # Soon after an outage some workers are still away.
-            if self.alone is None and self._clock() >= self._share_until:
+            if self.outage is None and self._clock() >= self._share_until:
                 self.workers = pulse.workers
-            self.hear(pulse)
+            self.note_answer(pulse)
             self._recover()
 
     def _recover(self) -> None:
         """Go on with the store, and tell it what was admitted meanwhile."""
-        if self.alone is None:
+        if self.outage is None:
             return
-        alone, self.alone = self.alone, None
-        if alone.policy == "share":
-            self._share = alone
-            self._share_until = self._clock() + round(REUNION * 1e9)
-        gone = (self._clock() - self._since) * 1e-9
+        outage, self.outage = self.outage, None
+        if outage.policy == "share":
+            self._share = outage
+            self._share_until = self._clock() + round(RECOVERY_TIME * 1e9)
+        seconds = (self._clock() - self._lost_at) * 1e-9
         _log.warning(
             "the store of limiter %s is back after %s; admitted without it: %s",
             self.ledger.name,
-            in_seconds(gone),
-            ", ".join(f"{n:,} {name}" for name, n in alone.admitted.items()) or "nothing",
+            in_seconds(seconds),
+            ", ".join(f"{n:,} {name}" for name, n in outage.admitted.items()) or "nothing",
         )
-        self._tell(StoreRecovered(limiter=self.ledger.name, at=self._clock() * 1e-9, seconds=gone))
-        debts = any(alone.admitted.values())
-        self._on_change(Correction(start=0, booked={}, used=alone.admitted) if debts else None)
+        self._emit_event(
+            StoreRecovered(limiter=self.ledger.name, at=self._clock() * 1e-9, seconds=seconds)
+        )
+        debts = any(outage.admitted.values())
+        self._on_change(Correction(start=0, booked={}, used=outage.admitted) if debts else None)
 
-    def _tell(self, event: Event) -> None:
+    def _emit_event(self, event: Event) -> None:
         if self._emit is not None:
             self._emit(event)
 
 
-def leaving() -> bool:
+def is_cancelling() -> bool:
     """Return whether the running task has been asked to end.
 
     redis-py sometimes swallows a cancellation that comes while it connects, so loops check this.
@@ -198,27 +208,27 @@ def leaving() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-async def guarded(
-    work: Callable[[], Awaitable[None]], on_fall: Callable[[Exception], None]
+async def run_guarded(
+    work: Callable[[], Awaitable[None]], on_failure: Callable[[Exception], None]
 ) -> None:
-    """Do ``work``; if it fails, call ``on_fall``, because nobody awaits it."""
+    """Do ``work``; if it fails, call ``on_failure``, because nobody awaits it."""
     try:
         await work()
     except Exception as error:  # noqa: BLE001 - whatever it is, those that wait must not wait on
-        on_fall(error)
+        on_failure(error)
 
 
-async def end(*tasks: asyncio.Task[None] | None) -> None:
-    """Cancel ``tasks`` until they have ended: see `leaving`."""
+async def cancel_and_wait(*tasks: asyncio.Task[None] | None) -> None:
+    """Cancel ``tasks`` until they have ended: see `is_cancelling`."""
     running = {task for task in tasks if task is not None and not task.done()}
     while running:
         for task in running:
             task.cancel()
-        ended, running = await asyncio.wait(running, timeout=_KNOCK)
+        ended, running = await asyncio.wait(running, timeout=_RETRY_INTERVAL)
         await asyncio.gather(*ended, return_exceptions=True)
 
 
-async def rung(bell: asyncio.Event, seconds: float | None) -> bool:
+async def wait_for_ring(bell: asyncio.Event, seconds: float | None) -> bool:
     """Wait until ``bell`` rings, for ``seconds`` at most; clear it, and return whether it rang."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):

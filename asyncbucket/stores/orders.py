@@ -18,13 +18,13 @@ class Orders:
         # What is wanted, and which of it was reported: compared by identity, so that an order given
         # meanwhile by another thread does not count as reported.
         self._terms: Terms | None = None
-        self._told_terms: Terms | None = None
+        self._reported_terms: Terms | None = None
         #: Until when (ns of the worker's clock), and whether gradually.
         self._pause: tuple[int, bool] | None = None
-        self._told_pause: tuple[int, bool] | None = None
+        self._reported_pause: tuple[int, bool] | None = None
 
     def __bool__(self) -> bool:
-        return self._terms is not self._told_terms or self._pause is not self._told_pause
+        return self._terms is not self._reported_terms or self._pause is not self._reported_pause
 
     def configure(self, terms: Terms) -> None:
         """Put ``terms`` in force."""
@@ -35,24 +35,24 @@ class Orders:
         if self._pause is None or until > self._pause[0]:
             self._pause = until, gradually
 
-    def hear(self, terms: Terms) -> None:
+    def adopt_terms(self, terms: Terms) -> None:
         """Follow ``terms`` of another worker, unless ours are still to be reported: these are newer."""
-        if self._on_terms is not None and self._terms is self._told_terms:
+        if self._on_terms is not None and self._terms is self._reported_terms:
             self._on_terms(terms)
 
-    async def tell(self, ledger: Ledger, clock: Callable[[], int]) -> None:
+    async def report(self, ledger: Ledger, clock: Callable[[], int]) -> None:
         """Tell ``ledger`` what is wanted.
 
         Raises:
             StoreError: the store cannot be told; what it has not heard is kept.
         """
         terms, pause = self._terms, self._pause
-        if terms is not None and terms is not self._told_terms:
+        if terms is not None and terms is not self._reported_terms:
             await ledger.configure(terms)
-            self._told_terms = terms
-        if pause is not None and pause is not self._told_pause:
+            self._reported_terms = terms
+        if pause is not None and pause is not self._reported_pause:
             until, gradually = pause
             left = until - clock()
             if left > 0:  # else it is over
                 await ledger.pause(left, gradually=gradually)
-            self._told_pause = pause
+            self._reported_pause = pause

@@ -10,7 +10,7 @@ never exceeds N. After a window, everything that counts was taken alone, and the
 again.
 
 A worker that finds the store again must not take more than its share at once either: the store
-learns what the others took alone only when they have found it, too (`REUNION`).
+learns what the others took alone only when they have found it, too (`RECOVERY_TIME`).
 
 What remains is what others took since this worker last heard from the store: by that much an outage
 may exceed a limit. ``"closed"`` admits nobody, ``"open"`` everybody.
@@ -30,11 +30,11 @@ from asyncbucket.stores.store import Booking, Correction, Terms
 #: The most seconds between attempts to reach a store that is gone; and after which all workers have
 #: found it again and reported what they took, which costs one trip that fails and one that does
 #: not.
-LONGEST_KNOCK: Final = 2.0
-REUNION: Final = LONGEST_KNOCK + 0.5
+MAX_RETRY_INTERVAL: Final = 2.0
+RECOVERY_TIME: Final = MAX_RETRY_INTERVAL + 0.5
 
 
-class Priced(Protocol):
+class PricedCall(Protocol):
     """A call."""
 
     @property
@@ -73,21 +73,21 @@ class Record:
             if amounts.get(resource):
                 window.book(amounts[resource], self.last)
 
-    def book_all(self, calls: Sequence[Priced], bookings: Sequence[Booking]) -> None:
+    def book_all(self, calls: Sequence[PricedCall], bookings: Sequence[Booking]) -> None:
         """Remember the calls of a batch that were booked; those with one start together."""
-        together: dict[str, int] = {}
+        total: dict[str, int] = {}
         start = 0
         for call, booking in zip(calls, bookings, strict=True):
             if not booking.start:
                 continue
-            if booking.start != start and together:
-                self.book(together, start)
-                together = {}
+            if booking.start != start and total:
+                self.book(total, start)
+                total = {}
             start = booking.start
             for resource, amount in call.amounts.items():
-                together[resource] = together.get(resource, 0) + amount
-        if together:
-            self.book(together, start)
+                total[resource] = total.get(resource, 0) + amount
+        if total:
+            self.book(total, start)
 
     def correct(self, correction: Correction) -> None:
         """Change the record of a call to what it really used."""
@@ -100,7 +100,7 @@ class Record:
                 window.unbook(-more, correction.start)
 
 
-class Alone:
+class Outage:
     """Admit without the store; instants are ns of the store's clock, as last known."""
 
     def __init__(
@@ -157,12 +157,12 @@ class Alone:
             self._slots.used = held
         return self._gates.earliest(amounts, max(now, self._record.last))[0]
 
-    def fitting(self, calls: Sequence[Priced], now: int, *, held: int) -> tuple[int, int]:
+    def fitting(self, calls: Sequence[PricedCall], now: int, *, held: int) -> tuple[int, int]:
         """Return how many of ``calls``, in order, may pass now, and from when on the next one may."""
-        together: Counter[str] = Counter()
+        total: Counter[str] = Counter()
         for number, call in enumerate(calls):
-            together.update(call.amounts)
-            when = self.earliest(together, now, held=held)
+            total.update(call.amounts)
+            when = self.earliest(total, now, held=held)
             if when > max(now, self._record.last):
                 return number, when
         return len(calls), NEVER

@@ -10,7 +10,7 @@ from typing import Any
 
 from asyncbucket.stores import servers
 from asyncbucket.stores.redis_ledger import RedisLedger
-from asyncbucket.stores.script import Dialect
+from asyncbucket.stores.script import Codec
 from asyncbucket.stores.servers import Server
 from asyncbucket.stores.store import Snapshot, Terms, check_membership
 
@@ -32,7 +32,7 @@ class RedisStore:
 
         The client stays yours: closing the store leaves it open. Set its time-outs below a second.
         """
-        return cls(servers.given(client))
+        return cls(servers.server_of(client))
 
     @property
     def url(self) -> str:
@@ -41,7 +41,7 @@ class RedisStore:
 
     def check(self, terms: Terms) -> None:
         """See `asyncbucket.stores.store.Store.check`."""
-        Dialect(terms)
+        Codec(terms)
 
     async def open(
         self, name: str, terms: Terms, *, worker: str | None = None, slot_ttl: float = 30.0
@@ -54,8 +54,8 @@ class RedisStore:
 
     async def peek(self, name: str) -> Snapshot | None:
         """See `asyncbucket.stores.store.Store.peek`."""
-        onlooker = RedisLedger(self._server, name, "", 0)
-        return await onlooker.look()
+        reader = RedisLedger(self._server, name, "", 0)
+        return await reader.look()
 
     async def names(self) -> list[str]:
         """See `asyncbucket.stores.store.Store.names`."""

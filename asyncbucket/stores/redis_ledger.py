@@ -27,8 +27,8 @@ from asyncbucket.errors import StoreError
 from asyncbucket.feedback.pause import Pause
 from asyncbucket.stores import about
 from asyncbucket.stores.bell import Bell
-from asyncbucket.stores.returns import behind, undone
-from asyncbucket.stores.script import GRAIN, Dialect
+from asyncbucket.stores.returns import merged, reversal
+from asyncbucket.stores.script import GRAIN, Codec
 from asyncbucket.stores.servers import PATIENCE, Server
 from asyncbucket.stores.store import (
     Batch,
@@ -40,7 +40,7 @@ from asyncbucket.stores.store import (
 )
 
 #: Seconds that the first answer may take, including connecting and parsing the script.
-_FIRST: Final = 2.0
+_FIRST_PATIENCE: Final = 2.0
 
 
 class RedisLedger:
@@ -54,28 +54,28 @@ class RedisLedger:
         hash_tag = f"asyncbucket:{{{name}}}"
         self._keys = tuple(f"{hash_tag}:{part}" for part in ("state", "slots", "workers"))
         self._channel = f"{hash_tag}:wake:"
-        self._dialect = Dialect(Terms(limits=()))
+        self._codec = Codec(Terms(limits=()))
         #: The epoch that the worker knows, when it last heard of it, and how long it lives unused.
         self._epoch = ""
-        self._heard = self._life = 0.0
-        self._flight = asyncio.Lock()
+        self._epoch_heard_at = self._epoch_life = 0.0
+        self._request_lock = asyncio.Lock()
         self._closed = False
         self._number = 0
         #: Slots that this worker was given and has not given back.
         self._held: set[str] = set()
         #: Slots given back since the last heartbeat began.
-        self._gone: set[str] = set()
+        self._released: set[str] = set()
         #: The last batch, if it is unknown whether it was booked.
-        self._doubt: Batch | None = None
+        self._in_doubt: Batch | None = None
         #: Whether that batch found the store's state lost.
         self._lost = False
         #: What came back while the store could not be told.
-        self._kept = Batch()
+        self._pending = Batch()
         self._tasks: set[asyncio.Task[Any]] = set()
         #: Whether the last batch left calls waiting.
-        self._waits = False
+        self._has_waiting_calls = False
         channels = (f"{self._channel}{worker}", f"{self._channel}*")
-        self._bell = Bell(server, channels, self._missed)
+        self._bell = Bell(server, channels, self._missed_ring)
 
     @property
     def name(self) -> str:
@@ -87,7 +87,7 @@ class RedisLedger:
 
     @property
     def terms(self) -> Terms:
-        return self._dialect.terms
+        return self._codec.terms
 
     async def commit(self, batch: Batch) -> Receipt:
         """See `asyncbucket.stores.store.Ledger.commit`."""
@@ -111,7 +111,7 @@ class RedisLedger:
             self._spawn(self._flush())
 
     def _undo(self, batch: Batch, receipt: Receipt) -> None:
-        self._kept = behind(self._kept, undone(batch, receipt))
+        self._pending = merged(self._pending, reversal(batch, receipt))
 
     async def _flush(self) -> None:
         """Report what came back, if possible now; otherwise it waits for the next batch."""
@@ -119,71 +119,73 @@ class RedisLedger:
             await self._commit(Batch())
 
     async def _commit(self, batch: Batch) -> Receipt:
-        kept = False
+        is_recorded = False
         try:
-            async with asyncio.timeout(PATIENCE), self._flight:
-                await self._settle_doubt()
-                batch, self._kept = behind(self._kept, batch), Batch()
-                self._doubt, kept = batch, True
+            async with asyncio.timeout(PATIENCE), self._request_lock:
+                await self._resolve_in_doubt()
+                batch, self._pending = merged(self._pending, batch), Batch()
+                self._in_doubt, is_recorded = batch, True
                 self._number += 1
-                receipt = await self._fly(batch)
-                self._doubt = None
+                receipt = await self._send(batch)
+                self._in_doubt = None
                 lost, self._lost = self._lost or receipt.lost, False
                 return dataclasses.replace(receipt, lost=lost)
         except TimeoutError as error:
-            raise self._server.silent() from error
+            raise self._server.timeout_error() from error
         finally:
-            if not kept:  # nothing of it was sent
-                self._kept = behind(self._kept, dataclasses.replace(batch, calls=()))
+            if not is_recorded:  # nothing of it was sent
+                self._pending = merged(self._pending, dataclasses.replace(batch, calls=()))
 
-    async def _settle_doubt(self) -> None:
+    async def _resolve_in_doubt(self) -> None:
         """Find out what became of a batch that got no answer; give back what was booked."""
-        if self._doubt is not None:
-            receipt = await self._fly(self._doubt)
-            self._undo(self._doubt, receipt)
-            self._doubt = None
+        if self._in_doubt is not None:
+            receipt = await self._send(self._in_doubt)
+            self._undo(self._in_doubt, receipt)
+            self._in_doubt = None
             self._lost |= receipt.lost
 
-    async def _fly(self, batch: Batch) -> Receipt:
+    async def _send(self, batch: Batch) -> Receipt:
         """Send ``batch`` under the current number; if the terms have changed, under the new ones."""
         self._bell.reset()
         changed = None
         while True:
-            dialect = self._dialect
+            codec = self._codec
             reply = await self._run(
                 "commit",
                 self._number,
                 batch.horizon // GRAIN,
                 len(self._held.difference(batch.released)),
-                dialect.corrections(batch.corrections),
+                codec.corrections(batch.corrections),
                 json.dumps(batch.released) if batch.released else "",
-                dialect.calls(batch.calls),
+                codec.calls(batch.calls),
             )
             if "bookings" in reply:
-                slot = f"{self._worker}:{self._number}:"
-                receipt = dialect.receipt(reply, batch, slot, changed)
-                self._waits = receipt.ask_at > 0
+                slot_prefix = f"{self._worker}:{self._number}:"
+                receipt = codec.receipt(reply, batch, slot_prefix, changed)
+                self._has_waiting_calls = receipt.ask_at > 0
                 self._held.difference_update(batch.released)
-                self._gone.update(batch.released)
-                self._held.update(each.slot for each in receipt.bookings if each.slot is not None)
+                self._released.update(batch.released)
+                self._held.update(
+                    booking.slot for booking in receipt.bookings if booking.slot is not None
+                )
                 return receipt
             changed = self._adopt(reply)
 
     async def join(self, terms: Terms) -> None:
         """Make or join the limiter, under ``terms``."""
-        self._dialect = Dialect(terms)
-        await self._ask("open", patience=_FIRST)
+        self._codec = Codec(terms)
+        await self._ask("open", patience=_FIRST_PATIENCE)
 
     async def heartbeat(self, slots: Sequence[str]) -> Pulse:
         """See `asyncbucket.stores.store.Ledger.heartbeat`."""
-        gone = self._gone = set()
+        released = self._released = set()
         try:
             # Not while a batch is in flight: a slot that it gives back must not be taken again.
-            async with asyncio.timeout(PATIENCE), self._flight:
-                held = [slot for slot in slots if slot not in gone]
+            async with asyncio.timeout(PATIENCE), self._request_lock:
+                held = [slot for slot in slots if slot not in released]
                 reply = await self._run("heartbeat", json.dumps(held))
         except TimeoutError as error:
-            raise self._server.silent() from error
+            raise self._server.timeout_error() from error
         changed = self._adopt(reply) if "terms" in reply else None
         return Pulse(
             now=reply["now"] * GRAIN,
@@ -196,10 +198,10 @@ class RedisLedger:
         """See `asyncbucket.stores.store.Ledger.changed`."""
         return await self._bell.wait(timeout)
 
-    async def _missed(self) -> int:
-        reply = await self._ask("turn", int(self._waits))
-        come: int = reply["come"]
-        return come
+    async def _missed_ring(self) -> int:
+        reply = await self._ask("turn", int(self._has_waiting_calls))
+        delay: int = reply["come"]
+        return delay
 
     async def pause(self, span: int, *, gradually: bool = False) -> None:
         """See `asyncbucket.stores.store.Ledger.pause`."""
@@ -210,9 +212,9 @@ class RedisLedger:
 
     async def configure(self, terms: Terms) -> None:
         """See `asyncbucket.stores.store.Ledger.configure`."""
-        dialect = Dialect(terms)
-        await self._ask("configure", dialect.text)
-        self._dialect = dialect
+        codec = Codec(terms)
+        await self._ask("configure", codec.terms_text)
+        self._codec = codec
 
     async def peek(self) -> Snapshot:
         """See `asyncbucket.stores.store.Ledger.peek`."""
@@ -222,10 +224,10 @@ class RedisLedger:
 
     async def look(self) -> Snapshot | None:
         """Return a snapshot; None if there is no such limiter."""
-        reply = await self._ask("peek", patience=PATIENCE if self._worker else _FIRST)
+        reply = await self._ask("peek", patience=PATIENCE if self._worker else _FIRST_PATIENCE)
         if not reply:
             return None
-        terms = Dialect.read(reply["terms"]).terms
+        terms = Codec.from_config(reply["terms"]).terms
         uses = zip(terms.limits, reply["uses"][::2], reply["uses"][1::2], strict=True)
         return Snapshot(
             now=reply["now"] * GRAIN,
@@ -244,40 +246,42 @@ class RedisLedger:
         self._closed = True
         await self._bell.aclose()
         with contextlib.suppress(StoreError):
-            if self._doubt or self._kept.corrections or self._kept.released:
+            if self._in_doubt or self._pending.corrections or self._pending.released:
                 await self._commit(Batch())
             await self._ask("leave")
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _adopt(self, reply: dict[str, Any]) -> Terms:
-        self._dialect = Dialect.read(reply["terms"])
-        return self._dialect.terms
+        self._codec = Codec.from_config(reply["terms"])
+        return self._codec.terms
 
     async def _ask(self, verb: str, *args: str | int, patience: float = PATIENCE) -> dict[str, Any]:
         try:
             async with asyncio.timeout(patience):
                 return await self._run(verb, *args)
         except TimeoutError as error:
-            raise self._server.silent(patience) from error
+            raise self._server.timeout_error(patience) from error
 
     async def _run(self, verb: str, *args: str | int) -> dict[str, Any]:
         # An epoch that may have expired by itself, with nothing left to remember, is not a loss.
-        known = self._epoch if time.monotonic() < self._heard + self._life else ""
+        known_epoch = (
+            self._epoch if time.monotonic() < self._epoch_heard_at + self._epoch_life else ""
+        )
         sent = time.monotonic()
         reply = await self._server.run(
             self._keys,
             verb,
             self._worker,
-            known,
+            known_epoch,
             secrets.token_hex(8),
-            self._dialect.text if self._worker else "",
+            self._codec.terms_text if self._worker else "",
             self._channel,
             self._ttl,
             *args,
         )
         self._epoch = reply.get("epoch", self._epoch)
         if "life" in reply:
-            self._heard, self._life = sent, reply["life"] * 1e-3
+            self._epoch_heard_at, self._epoch_life = sent, reply["life"] * 1e-3
         return reply
 
     def __repr__(self) -> str:

@@ -12,7 +12,7 @@ _GATHER: Final = 50_000_000
 _GATHER_BRIEFLY: Final = 500_000
 
 #: What a loop that has ended leaves: slots held by calls, and what the store may not have heard.
-Left: TypeAlias = tuple[frozenset[str], Batch]
+Leftover: TypeAlias = tuple[frozenset[str], Batch]
 
 
 class Returns:
@@ -24,7 +24,7 @@ class Returns:
         #: Slots that went with the last batch, which may not have arrived.
         self._sent: tuple[str, ...] = ()
         #: When it must be reported, even if no call goes.
-        self.tell_at = NEVER
+        self.report_at = NEVER
 
     def __bool__(self) -> bool:
         return bool(self._corrections or self._released)
@@ -44,16 +44,16 @@ class Returns:
         ``busy_until``.
         """
         soon, late = now + _GATHER_BRIEFLY, now + _GATHER
-        self.tell_at = min(self.tell_at, min(late, max(soon, busy_until)) if awaited else late)
+        self.report_at = min(self.report_at, min(late, max(soon, busy_until)) if awaited else late)
 
     def take(self) -> Batch:
         """Return it as a batch, and start gathering anew."""
-        told = Batch(corrections=tuple(self._corrections), released=tuple(self._released))
-        self._corrections, self._released, self.tell_at = [], [], NEVER
-        self._sent = told.released
-        return told
+        batch = Batch(corrections=tuple(self._corrections), released=tuple(self._released))
+        self._corrections, self._released, self.report_at = [], [], NEVER
+        self._sent = batch.released
+        return batch
 
-    def untold(self) -> Batch:
+    def unreported(self) -> Batch:
         """Return what the store may not have heard, for another desk to report.
 
         A slot may be given back twice, a correction may not: corrections of a batch that was not
@@ -62,7 +62,7 @@ class Returns:
         return Batch(corrections=tuple(self._corrections), released=(*self._sent, *self._released))
 
 
-def undone(batch: Batch, receipt: Receipt) -> Batch:
+def reversal(batch: Batch, receipt: Receipt) -> Batch:
     """Return a batch that gives back everything booked for the calls of ``batch``, if any was."""
     calls = batch.calls if receipt.bookings else ()
     booked = [
@@ -76,7 +76,7 @@ def undone(batch: Batch, receipt: Receipt) -> Batch:
     )
 
 
-def behind(first: Batch, batch: Batch) -> Batch:
+def merged(first: Batch, batch: Batch) -> Batch:
     """Return ``batch`` with the corrections and releases of ``first`` before its own."""
     return replace(
         batch,

@@ -31,9 +31,9 @@ _PARTS: Final = ("window", "bucket", "state", "limits", "turns", "slots", "admit
 GRAIN: Final = 1_000
 #: The most that a meter is meant to hold, in units or ticks. A double counts exactly to 128 times
 #: that; the rest is for debts.
-_MOST: Final = 1 << 46
+_MAX_AMOUNT: Final = 1 << 46
 #: The most that one call may have used: a larger debt would be the same, as it is never paid off.
-_MOST_USED: Final = _MOST << 6
+_MAX_USED: Final = _MAX_AMOUNT << 6
 _OUTCOMES: Final = {-1: Outcome.FULL, -2: Outcome.LATER, -3: Outcome.NEVER}
 _PAUSED: Final = -1
 
@@ -51,31 +51,33 @@ def digest() -> str:
     return hashlib.sha1(source().encode(), usedforsecurity=False).hexdigest()
 
 
-class Dialect:
+class Codec:
     """Encode batches and decode answers under given terms: which resource has which number."""
 
     def __init__(self, terms: Terms) -> None:
         limits = sorted(terms.limits, key=lambda limit: (limit.resource, limit.window))
         self.terms = Terms(limits=tuple(limits), concurrency=terms.concurrency)
         self.resources = tuple(dict.fromkeys(limit.resource for limit in limits))
-        self.text = json.dumps(self._config(limits), separators=(",", ":"))
+        self.terms_text = json.dumps(self._config(limits), separators=(",", ":"))
         names = (None, *self.resources, "concurrency")
-        self._bounds = {_PAUSED: "paused", **dict(enumerate(names))}
+        self._bound_names = {_PAUSED: "paused", **dict(enumerate(names))}
 
     def _config(self, limits: Sequence[Limit]) -> dict[str, Any]:
         numbers = {name: number for number, name in enumerate(self.resources, 1)}
         config: dict[str, Any] = {
-            "limits": [[each.resource, each.amount, each.per, each.burst] for each in limits],
+            "limits": [[limit.resource, limit.amount, limit.per, limit.burst] for limit in limits],
             "resources": len(numbers),
-            "meters": [_meter(each) | {"resource": numbers[each.resource]} for each in limits],
+            "meters": [
+                _meter_config(limit) | {"resource": numbers[limit.resource]} for limit in limits
+            ],
         }
         if self.terms.concurrency is not None:
             config["concurrency"] = self.terms.concurrency
         return config
 
     @classmethod
-    def read(cls, config: dict[str, Any]) -> "Dialect":
-        """Return the dialect of terms that another worker has set."""
+    def from_config(cls, config: dict[str, Any]) -> "Codec":
+        """Return the codec for terms that another worker has set."""
         limits = tuple(
             Limit(resource, amount, per=per, burst=burst)
             for resource, amount, per, burst in config["limits"]
@@ -85,11 +87,11 @@ class Dialect:
     def corrections(self, corrections: Sequence[Correction]) -> str:
         """Encode corrections: for each its start, then what was booked and used of every resource."""
         flat: list[int] = []
-        for each in corrections:
-            flat.append(each.start // GRAIN)
-            flat += [each.booked.get(name, 0) for name in self.resources]
-            used = {**each.booked, **each.used}
-            flat += [min(used.get(name, 0), _MOST_USED) for name in self.resources]
+        for correction in corrections:
+            flat.append(correction.start // GRAIN)
+            flat += [correction.booked.get(name, 0) for name in self.resources]
+            used = {**correction.booked, **correction.used}
+            flat += [min(used.get(name, 0), _MAX_USED) for name in self.resources]
         return json.dumps(flat, separators=(",", ":")) if flat else ""
 
     def calls(self, calls: Sequence[Amounts]) -> str:
@@ -99,20 +101,24 @@ class Dialect:
         return json.dumps(flat, separators=(",", ":")) if flat else ""
 
     def receipt(
-        self, reply: dict[str, Any], batch: Batch, slot: str, changed: Terms | None
+        self, reply: dict[str, Any], batch: Batch, slot_prefix: str, changed: Terms | None
     ) -> Receipt:
-        """Decode the answer to ``batch``, whose slots' names begin with ``slot``."""
+        """Decode the answer to ``batch``, whose slots' names begin with ``slot_prefix``."""
         now = reply["now"] * GRAIN
         flat = reply["bookings"]
-        counted = self.terms.concurrency is not None
+        counts_slots = self.terms.concurrency is not None
         bookings: list[Booking] = []
         for index, (offset, bound) in enumerate(zip(flat[::2], flat[1::2], strict=True)):
-            bound_by = self._bounds.get(bound)  # may be missing if set under earlier terms
+            bound_by = self._bound_names.get(bound)  # may be missing if set under earlier terms
             if offset < 0:
                 bookings.append(Booking(_OUTCOMES[offset], 0, bound_by))
                 continue
-            held = f"{slot}{index}" if counted and batch.calls[index].get("concurrency") else None
-            bookings.append(Booking(Outcome.BOOKED, now + offset * GRAIN, bound_by, held))
+            slot = (
+                f"{slot_prefix}{index}"
+                if counts_slots and batch.calls[index].get("concurrency")
+                else None
+            )
+            bookings.append(Booking(Outcome.BOOKED, now + offset * GRAIN, bound_by, slot))
         return Receipt(
             now=now,
             bookings=tuple(bookings),
@@ -126,10 +132,10 @@ class Dialect:
         )
 
 
-def _meter(limit: Limit) -> dict[str, Any]:
+def _meter_config(limit: Limit) -> dict[str, Any]:
     """Return the numbers of a limit's meters, in whole microseconds, rounded to the safe side."""
-    if limit.amount > _MOST:
-        raise ValueError(f"a store counts to {_MOST:,}: {limit} is above; lower the limit")
+    if limit.amount > _MAX_AMOUNT:
+        raise ValueError(f"a store counts to {_MAX_AMOUNT:,}: {limit} is above; lower the limit")
     _, window, bucket = keep(limit, None, 0)
     meter: dict[str, Any] = {
         "key": f"{limit.resource}:{limit.window}",
@@ -138,19 +144,19 @@ def _meter(limit: Limit) -> dict[str, Any]:
         "hold": -(-window._hold // GRAIN),  # noqa: SLF001 - as above
     }
     if bucket is not None:
-        p, q = _ticks(Fraction(bucket.p, bucket.q * GRAIN), limit.amount + bucket.burst)
+        p, q = _ticks_per_unit(Fraction(bucket.p, bucket.q * GRAIN), limit.amount + bucket.burst)
         meter |= {"burst": bucket.burst, "p": p, "q": q}
     return meter
 
 
-def _ticks(each: Fraction, most: int) -> tuple[int, int]:
+def _ticks_per_unit(time_per_unit: Fraction, most: int) -> tuple[int, int]:
     """Return microseconds per unit as a fraction with which ``most`` units can be counted.
 
     It is exact unless amount and window are both huge. Then a unit takes longer than it should, by
     less than a ten-thousandth for up to a billion units.
     """
-    p, q = each.as_integer_ratio()
-    if p * most <= _MOST:
+    p, q = time_per_unit.as_integer_ratio()
+    if p * most <= _MAX_AMOUNT:
         return p, q
-    q = max(1, int(_MOST / most / each))
-    return -(-each.numerator * q // each.denominator), q
+    q = max(1, int(_MAX_AMOUNT / most / time_per_unit))
+    return -(-time_per_unit.numerator * q // time_per_unit.denominator), q

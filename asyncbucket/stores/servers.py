@@ -43,12 +43,12 @@ FAILURES: Final = (
     OSError,
     asyncio.IncompleteReadError,
 )
-_NO_RIGHT: Final = (
+_NO_PERMISSION: Final = (
     "refuses the login: {}; the docs' page on shared stores has the ACL that it needs"
 )
 #: What failures mean, and what to do about them; the first kind that fits counts.
 _REMEDIES: Final = (
-    (exceptions.NoPermissionError, _NO_RIGHT),
+    (exceptions.NoPermissionError, _NO_PERMISSION),
     (
         exceptions.AuthenticationError,
         "refuses the login: {}; look at user and password in its URL",
@@ -83,19 +83,19 @@ class Server:
         client: Any,
         *,
         owned: bool = True,
-        listener: Callable[[], Any] | None = None,
+        make_listener: Callable[[], Any] | None = None,
         others: Sequence[Any] = (),
     ) -> None:
         """Take over ``client``, and, if ``owned``, ``others`` that are closed with it.
 
-        ``listener`` makes a client to listen on; by default it is the same one.
+        ``make_listener`` makes a client to listen on; by default it is the same one.
         """
         self.url = url
         self.client = client
         self._owned = owned
         self._others = others
-        self._listener = listener
-        self._listening: Any = None
+        self._make_listener = make_listener
+        self._listener: Any = None
         #: Connections belong to the loop on which they were made.
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -115,7 +115,7 @@ class Server:
         try:
             text = await self._send(keys, args)
         except FAILURES as error:
-            raise self._explain(error) from error
+            raise self._store_error(error) from error
         reply: dict[str, Any] = json.loads(text)
         return reply
 
@@ -141,32 +141,32 @@ class Server:
         try:
             found = [key async for key in self.client.scan_iter(match=pattern, count=1_000)]
         except FAILURES as error:
-            raise self._explain(error) from error
+            raise self._store_error(error) from error
         return [key.decode() if isinstance(key, bytes) else key for key in found]
 
-    def silent(self, patience: float = PATIENCE) -> StoreError:
+    def timeout_error(self, patience: float = PATIENCE) -> StoreError:
         """Return the error of a server that does not answer within ``patience`` seconds."""
         return StoreError(
             f"the store {self.url} gave no answer within {patience:g} s; "
             f"see whether it runs and how far away it is"
         )
 
-    def _explain(self, error: Exception) -> StoreError:
+    def _store_error(self, error: Exception) -> StoreError:
         if isinstance(error, exceptions.TimeoutError):
-            return self.silent()
-        words = _without(str(error), _secrets_of(self.client)).rstrip(".")
-        words = _TRAILER.sub("", words)
-        return StoreError(f"the store {self.url} {_remedy(error, words)}")
+            return self.timeout_error()
+        message = _without_secrets(str(error), _secrets_of(self.client)).rstrip(".")
+        message = _TRAILER.sub("", message)
+        return StoreError(f"the store {self.url} {_remedy(error, message)}")
 
     def pubsub(self) -> Any:
         """Return something to listen with; in a cluster on any node, as the last one may be gone."""
-        self._listening = self.client if self._listener is None else self._listener()
-        return self._listening.pubsub()
+        self._listener = self.client if self._make_listener is None else self._make_listener()
+        return self._listener.pubsub()
 
     async def aclose(self) -> None:
         """Close the connections that were made here."""
-        if self._listening is not None and self._listening is not self.client:
-            await self._listening.aclose()
+        if self._listener is not None and self._listener is not self.client:
+            await self._listener.aclose()
         if self._owned:
             for client in (self.client, *self._others):
                 await client.aclose()
@@ -183,29 +183,37 @@ def connect(url: str) -> Server:
     shown, split = without_password(url), urlsplit(url)
     scheme = split.scheme
     # With one of /?# in the password, the host would end there, and the URL be misread.
-    torn = "@" in url and "@" not in split.netloc and scheme != "unix"
-    if torn and "@" in split.path + split.fragment:
+    is_torn = "@" in url and "@" not in split.netloc and scheme != "unix"
+    if is_torn and "@" in split.path + split.fragment:
         raise ValueError(f"{shown!r} cannot be read: {ESCAPES}")
     try:
         if scheme.endswith("+sentinel"):
-            client, watchers = _sentinel(url)
-            return Server(shown, client, others=watchers)
+            client, sentinels = _sentinel(url)
+            return Server(shown, client, others=sentinels)
         if scheme.endswith("+cluster"):
-            client, listener = _cluster(url)
-            return Server(shown, client, listener=listener)
+            client, make_listener = _cluster(url)
+            return Server(shown, client, make_listener=make_listener)
         return Server(shown, _single(url))
     except (ValueError, TypeError) as error:
         _, colon, port = split.netloc.rpartition(":")
-        no_port = "" if not colon or port.isdecimal() else port  # a password without a host
-        words = ESCAPES if torn else _without(str(error), [split.password or "", no_port])
-        raise ValueError(f"{shown!r} cannot be read: {words}") from None
+        invalid_port = "" if not colon or port.isdecimal() else port  # a password without a host
+        message = (
+            ESCAPES
+            if is_torn
+            else _without_secrets(str(error), [split.password or "", invalid_port])
+        )
+        raise ValueError(f"{shown!r} cannot be read: {message}") from None
 
 
-def given(client: Any) -> Server:
+def server_of(client: Any) -> Server:
     """Return the server that the user's client is connected to."""
     if not isinstance(client, (Redis, RedisCluster)):
-        kind = f"{type(client).__module__}.{type(client).__qualname__}"  # a URL holds a password
-        raise TypeError(f"a client must be a redis.asyncio.Redis or RedisCluster, not a {kind}")
+        class_name = (
+            f"{type(client).__module__}.{type(client).__qualname__}"  # a URL holds a password
+        )
+        raise TypeError(
+            f"a client must be a redis.asyncio.Redis or RedisCluster, not a {class_name}"
+        )
     kind = "cluster" if isinstance(client, RedisCluster) else "server"
     return Server(f"redis ({kind} of your client)", client, owned=False)
 
@@ -220,7 +228,7 @@ def _settings() -> dict[str, Any]:
     }
 
 
-def _parts(url: str) -> tuple[dict[str, Any], list[tuple[str, int]], list[str]]:
+def _parse_url(url: str) -> tuple[dict[str, Any], list[tuple[str, int]], list[str]]:
     """Return the settings, the hosts and the path of ``scheme://user:password@a:1,b:2/path?...``."""
     split = urlsplit(url)
     login, at, hosts = split.netloc.rpartition("@")
@@ -228,8 +236,8 @@ def _parts(url: str) -> tuple[dict[str, Any], list[tuple[str, int]], list[str]]:
     if split.scheme.startswith("rediss"):
         settings["ssl"] = True
     nodes: list[tuple[str, int]] = []
-    for each in hosts.split(","):
-        host, colon, port = each.rpartition(":")
+    for address in hosts.split(","):
+        host, colon, port = address.rpartition(":")
         if not colon or not port.isdecimal():
             raise ValueError("write host:port, with commas in between")
         nodes.append((host, int(port)))
@@ -247,42 +255,42 @@ def _single(url: str) -> Any:
         raise ValueError(f"a database must be a number, not {database!r}: redis://host:6379/0")
     if "," in split.netloc.rpartition("@")[2]:
         raise ValueError("for several servers write redis+cluster:// or redis+sentinel://")
-    plain = url.replace("valkey", "redis", 1) if split.scheme.startswith("valkey") else url
-    client: Any = Redis.from_url(plain, **settings)
+    redis_url = url.replace("valkey", "redis", 1) if split.scheme.startswith("valkey") else url
+    client: Any = Redis.from_url(redis_url, **settings)
     client.connection_pool.make_connection()  # not connected, but unknown settings are refused
     return client
 
 
 def _sentinel(url: str) -> tuple[Any, Sequence[Any]]:
     """Return a client of the primary, and those of the sentinels that know which it is."""
-    settings, nodes, path = _parts(url)
+    settings, nodes, path = _parse_url(url)
     if not path:
         raise ValueError("write the service after the hosts: redis+sentinel://host:port/service/0")
     if path[1:]:
         settings["db"] = int(path[1])
-    theirs = _settings()
+    sentinel_settings = _settings()
     if "sentinel_password" in settings:
-        theirs["password"] = settings.pop("sentinel_password")
+        sentinel_settings["password"] = settings.pop("sentinel_password")
     if "sentinel_username" in settings:
-        theirs["username"] = settings.pop("sentinel_username")
+        sentinel_settings["username"] = settings.pop("sentinel_username")
     for name in list(settings):
         if name.startswith("ssl"):
-            theirs[name] = settings[name]
-    kind: Any = Sentinel
-    sentinel = kind(nodes, sentinel_kwargs=theirs, **settings)
+            sentinel_settings[name] = settings[name]
+    sentinel_class: Any = Sentinel
+    sentinel = sentinel_class(nodes, sentinel_kwargs=sentinel_settings, **settings)
     return sentinel.master_for(path[0]), sentinel.sentinels
 
 
 def _cluster(url: str) -> tuple[Any, Callable[[], Any]]:
-    settings, nodes, _ = _parts(url)
+    settings, nodes, _ = _parse_url(url)
     client = RedisCluster(startup_nodes=[ClusterNode(*node) for node in nodes], **settings)
 
-    def listener() -> Any:
+    def make_listener() -> Any:
         """Return a client of any node: a cluster delivers messages on all."""
         node = client.get_random_node()
         return Redis(host=node.host, port=int(node.port), **settings)
 
-    return client, listener
+    return client, make_listener
 
 
 def _secrets_of(client: Any) -> list[str]:
@@ -292,18 +300,18 @@ def _secrets_of(client: Any) -> list[str]:
     return [str(kwargs["password"])] if kwargs.get("password") else []
 
 
-def _without(words: str, secrets: list[str]) -> str:
+def _without_secrets(message: str, secrets: list[str]) -> str:
     for secret in secrets:
         if secret:
-            words = words.replace(secret, "***")
-    return words
+            message = message.replace(secret, "***")
+    return message
 
 
-def _remedy(error: Exception, words: str) -> str:
+def _remedy(error: Exception, message: str) -> str:
     """Say what a failure means to the person who must fix it."""
-    if words.startswith("ACL failure"):  # in a script, so it is of another kind
-        return _NO_RIGHT.format(words)
+    if message.startswith("ACL failure"):  # in a script, so it is of another kind
+        return _NO_PERMISSION.format(message)
     if isinstance(error, MasterNotFoundError):  # behind the colon it describes its clients
-        words = words.partition(" : ")[0]
-    said = (said for kinds, said in _REMEDIES if isinstance(error, kinds))
-    return next(said, "failed: {}").format(words or type(error).__name__)
+        message = message.partition(" : ")[0]
+    templates = (template for error_types, template in _REMEDIES if isinstance(error, error_types))
+    return next(templates, "failed: {}").format(message or type(error).__name__)

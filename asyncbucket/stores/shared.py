@@ -24,10 +24,12 @@ from asyncbucket.loops import reset_after_fork
 from asyncbucket.stores import open_store
 from asyncbucket.stores.counter import Counter
 from asyncbucket.stores.orders import Orders
-from asyncbucket.stores.returns import Left
+from asyncbucket.stores.returns import Leftover
 from asyncbucket.stores.store import Store, Terms, check_membership
 
-_ALONE: Final = "with a store, concurrency must be a number: one process alone cannot find it"
+_AUTO_REFUSED: Final = (
+    "with a store, concurrency must be a number: one process alone cannot find it"
+)
 
 
 def share(
@@ -50,9 +52,9 @@ def share(
     """
     check_membership(account.name, slot_ttl)
     if account.adaptive is not None:
-        raise ValueError(_ALONE)
-    make = functools.partial(_made, _anchored(store))
-    shared = Shared(account, make, on_outage=on_outage, slot_ttl=slot_ttl)
+        raise ValueError(_AUTO_REFUSED)
+    make_store = functools.partial(_as_store, _with_absolute_path(store))
+    shared = Shared(account, make_store, on_outage=on_outage, slot_ttl=slot_ttl)
     # A wrong URL is refused here, not at the first call, and so are limits that are too large.
     shared.check((), None)
     with account.budget.lock:
@@ -62,16 +64,16 @@ def share(
     return shared
 
 
-def _anchored(store: Any) -> Any:
+def _with_absolute_path(store: Any) -> Any:
     """Return ``store`` with a relative path made absolute, so that changing directories is harmless."""
     if isinstance(store, str) and store.lower().startswith("sqlite:"):
         return open_store(store).url
     return store
 
 
-def _made(store: Any) -> Store:
-    made: Store = store if hasattr(store, "check") else open_store(store)
-    return made
+def _as_store(store: Any) -> Store:
+    opened: Store = store if hasattr(store, "check") else open_store(store)
+    return opened
 
 
 class Shared(Remote):
@@ -80,13 +82,13 @@ class Shared(Remote):
     def __init__(
         self,
         account: Account,
-        make: functools.partial[Store],
+        make_store: functools.partial[Store],
         *,
         on_outage: OnOutage,
         slot_ttl: float,
     ) -> None:
         self.account = account
-        self.make = make
+        self.make_store = make_store
         self.on_outage: OnOutage = on_outage
         self.slot_ttl = slot_ttl
         self.after_fork()
@@ -96,9 +98,9 @@ class Shared(Remote):
         """Start afresh in a child process: loops, and what they hold at the store, are the parent's."""
         self._counters: dict[asyncio.AbstractEventLoop, Counter] = {}
         #: What loops that have ended left behind; the next desk that looks takes it over.
-        self.estate: collections.deque[Left] = collections.deque()
+        self.leftovers: collections.deque[Leftover] = collections.deque()
         #: Limits and pauses that the store has to hear of.
-        self.orders = Orders(self.hear)
+        self.orders = Orders(self.adopt_terms)
         #: The units that were left of each limit when a desk was last closed.
         self.last_left: dict[Limit, int] = {}
 
@@ -106,29 +108,29 @@ class Shared(Remote):
         """Return the counter of a loop."""
         counter = self._counters.get(loop)
         if counter is None:
-            self.bury()
+            self.drop_closed_loops()
             counter = self._counters[loop] = Counter(self, loop)
         return counter
 
-    def put_off_locked(self, now: int) -> None:
+    def redate_locked(self, now: int) -> None:
         """Date to ``now``, in the limits below the root, all calls at the counters."""
         for counter in list(self._counters.values()):
             if not counter.loop.is_closed():
-                counter.put_off_locked(now)
+                counter.redate_locked(now)
 
-    def inherit(self, left: Left) -> None:
+    def report_leftover(self, leftover: Leftover) -> None:
         """Report to the store what came back to a loop that has ended: now, or by the next desk."""
-        self.bury()  # the call that gives a slot back here is among what that loop left
-        self.estate.append(left)
-        any(counter.take_over() for counter in self._at_work())
+        self.drop_closed_loops()  # the call that gives a slot back here is among what that loop left
+        self.leftovers.append(leftover)
+        any(counter.take_over() for counter in self._running_first())
 
-    def bury(self) -> None:
+    def drop_closed_loops(self) -> None:
         """Drop the counters of loops that have ended, but keep what they left behind."""
-        for loop in [each for each in list(self._counters) if each.is_closed()]:
+        for loop in [loop for loop in list(self._counters) if loop.is_closed()]:
             counter = self._counters.pop(loop, None)
             if counter is not None:  # else another thread was faster
                 self.last_left = counter.left() or self.last_left
-                self.estate.extend(counter.left_behind())
+                self.leftovers.extend(counter.leftovers())
 
     def terms(self, changes: Iterable[Limit] = (), concurrency: int | None = None) -> Terms:
         """Return the limits as they are, or as they would be after ``changes``."""
@@ -150,12 +152,12 @@ class Shared(Remote):
 
     def held_up(self) -> tuple[str, int] | None:
         """See `asyncbucket.limiter.remote.Remote`."""
-        known = (counter.held_up() for counter in self._at_work())
+        known = (counter.held_up() for counter in self._running_first())
         return next(filter(None, known), None)
 
     def waiting(self) -> int:
         """See `asyncbucket.limiter.remote.Remote`."""
-        return sum(counter.waiting() for counter in self._at_work())
+        return sum(counter.waiting() for counter in self._running_first())
 
     def pause(self, span: int, *, gradually: bool) -> None:
         """See `asyncbucket.limiter.remote.Remote`."""
@@ -164,13 +166,13 @@ class Shared(Remote):
 
     async def close(self, store: Store) -> None:
         """Close a store that was made here; one that was given is closed by its maker."""
-        (given,) = self.make.args
+        (given,) = self.make_store.args
         if store is not given:
             await store.aclose()
 
     def options(self) -> dict[str, Any]:
         """See `asyncbucket.limiter.remote.Remote`: by a URL, another process reaches the same store."""
-        (store,) = self.make.args
+        (store,) = self.make_store.args
         if not isinstance(store, str):
             return {}
         return {"store": store, "on_outage": self.on_outage, "slot_ttl": self.slot_ttl}
@@ -178,8 +180,8 @@ class Shared(Remote):
     def check(self, changes: Iterable[Limit], concurrency: Concurrency | None) -> None:
         """See `asyncbucket.limiter.remote.Remote`."""
         if not isinstance(concurrency, int | None):
-            raise ValueError(_ALONE)  # noqa: TRY004 - "auto" is of the right type elsewhere
-        self.make().check(self.terms(changes, concurrency))
+            raise ValueError(_AUTO_REFUSED)  # noqa: TRY004 - "auto" is of the right type elsewhere
+        self.make_store().check(self.terms(changes, concurrency))
 
     def configure(self) -> None:
         """See `asyncbucket.limiter.remote.Remote`."""
@@ -188,9 +190,9 @@ class Shared(Remote):
 
     def _ring(self) -> None:
         """Make one desk tell the store, which tells the other processes."""
-        any(counter.ring() for counter in self._at_work())
+        any(counter.ring() for counter in self._running_first())
 
-    def _at_work(self) -> Iterable[Counter]:
+    def _running_first(self) -> Iterable[Counter]:
         """Return the counters, those of running loops first, newer ones before older ones.
 
         A loop that is not running hears nothing until it runs again.
@@ -198,7 +200,7 @@ class Shared(Remote):
         youngest_first = reversed(self._counters.values())
         return sorted(youngest_first, key=lambda counter: not counter.loop.is_running())
 
-    def hear(self, terms: Terms) -> None:
+    def adopt_terms(self, terms: Terms) -> None:
         """Adopt limits that another process has set; limits that it does not name are removed."""
         account, before = self.account, self.terms()
         named = {limit.key for limit in terms.limits}
@@ -218,9 +220,9 @@ class Shared(Remote):
 
         It covers the running loop, loops that have ended, and threads without a loop if none waits.
         """
-        self.bury()
+        self.drop_closed_loops()
         loop, background = asyncio.get_running_loop(), self.account.budget.background.loop
-        if self.estate or loop in self._counters:
+        if self.leftovers or loop in self._counters:
             await self.counter(loop).aclose()
         if background in self._counters and not self.account.waiting:
             closing = self._counters[background].aclose()

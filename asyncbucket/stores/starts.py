@@ -10,7 +10,7 @@ from asyncbucket.meters import Amounts
 from asyncbucket.pacer import NAP
 
 
-class Waiting(Protocol):
+class WaitingCall(Protocol):
     """A call in the line."""
 
     @property
@@ -19,11 +19,11 @@ class Waiting(Protocol):
         ...
 
 
-W = TypeVar("W", bound=Waiting)
+W = TypeVar("W", bound=WaitingCall)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Grant:
+class Reservation:
     """Say what an admitted call was given."""
 
     #: When it was booked, by the store's clock: the ``start`` of a `Correction`.
@@ -43,15 +43,15 @@ class Line(Protocol[W]):
         """Return the calls that go next, at most ``most``; they stay in line."""
         ...
 
-    def book(self, waiting: W, grant: Grant) -> None:
+    def book(self, waiter: W, reservation: Reservation) -> None:
         """Take a call out of the line: it will go at ``grant.start``, unless it gives up."""
         ...
 
-    def admit(self, waiting: W, grant: Grant) -> None:
+    def admit(self, waiter: W, reservation: Reservation) -> None:
         """Let a booked call go, because its start has come."""
         ...
 
-    def refuse(self, waiting: W, bound_by: str) -> None:
+    def refuse(self, waiter: W, bound_by: str) -> None:
         """Take a call out of the line that exceeds a limit and can never pass."""
         ...
 
@@ -64,49 +64,49 @@ class Starts(Generic[W]):
     """Hold a line's calls from booking to start; belongs to one loop's thread."""
 
     def __init__(
-        self, line: Line[W], clock: Callable[[], int], on_fall: Callable[[Exception], None]
+        self, line: Line[W], clock: Callable[[], int], on_failure: Callable[[Exception], None]
     ) -> None:
         self._line = line
         self._clock = clock
-        self._on_fall = on_fall
+        self._on_failure = on_failure
         #: In order of their starts.
-        self._booked: collections.OrderedDict[W, Grant] = collections.OrderedDict()
+        self._booked: collections.OrderedDict[W, Reservation] = collections.OrderedDict()
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, waiting: W, grant: Grant) -> None:
-        """Add a call that was booked after all others; a later `let_go` lets it go."""
-        self._booked[waiting] = grant
-        self._line.book(waiting, grant)
+    def add(self, waiter: W, reservation: Reservation) -> None:
+        """Add a call that was booked after all others; a later `admit_due` lets it go."""
+        self._booked[waiter] = reservation
+        self._line.book(waiter, reservation)
 
-    def discard(self, waiting: W) -> None:
+    def discard(self, waiter: W) -> None:
         """Forget a call, if it is here."""
-        self._booked.pop(waiting, None)
+        self._booked.pop(waiter, None)
 
-    def let_go(self) -> None:
+    def admit_due(self) -> None:
         """Admit the calls whose start has come, and set the timer for the next."""
-        self._stop()
+        self._cancel_timer()
         booked, now = self._booked, self._clock()
         while booked and next(iter(booked.values())).start <= now:
             self._line.admit(*booked.popitem(last=False))
         if booked:
             nap = (next(iter(booked.values())).start - self._clock()) * 1e-9
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(max(NAP, nap), self._let_go_late)
+            self._timer = loop.call_later(max(NAP, nap), self._on_timer)
 
-    def close(self) -> list[tuple[W, Grant]]:
+    def close(self) -> list[tuple[W, Reservation]]:
         """Let nobody go any more; return the calls that are left."""
-        self._stop()
+        self._cancel_timer()
         left = list(self._booked.items())
         self._booked.clear()
         return left
 
-    def _let_go_late(self) -> None:
+    def _on_timer(self) -> None:
         try:
-            self.let_go()
+            self.admit_due()
         except Exception as error:  # noqa: BLE001 - the loop would log it, and the others wait on
-            self._on_fall(error)
+            self._on_failure(error)
 
-    def _stop(self) -> None:
+    def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -124,9 +124,9 @@ def test_store_server_that_may_forget_bookings_is_noted(policy: str) -> None:
     good = {"valkey": "8.1.1", "clock": "in step", "memory": "unbounded", "persistence": "none"}
     trap = {"clock": "5 s ahead", "memory": f"9 bytes at most and {policy}"}
 
-    assert list(shared.traps("x", good)) == []
-    assert list(shared.traps("x", {"schema": "1"})) == []
-    found = said(shared.traps("x", {**trap, "persistence": "snapshots alone"}))
+    assert list(shared.risky_settings("x", good)) == []
+    assert list(shared.risky_settings("x", {"schema": "1"})) == []
+    found = said(shared.risky_settings("x", {**trap, "persistence": "snapshots alone"}))
     assert found == [
         ("note", "the clock of x is 5 s ahead"),
         (
@@ -140,7 +140,7 @@ def test_store_server_that_may_forget_bookings_is_noted(policy: str) -> None:
         "memory": f"unbounded or 9 bytes at most and {policy}",
         "persistence": "none or snapshots alone",
     }
-    assert len(list(shared.traps("x", cluster))) == 3
+    assert len(list(shared.risky_settings("x", cluster))) == 3
 
 
 def test_unreachable_store_is_named_without_its_password() -> None:

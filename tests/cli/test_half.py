@@ -10,7 +10,7 @@ from rich.console import Console
 from asyncbucket.cli import as_ctrl_c
 from asyncbucket.cli.demo import half, load
 from asyncbucket.cli.demo.gauge import LimiterGauge
-from asyncbucket.cli.demo.scenario import Wish, scenario_of
+from asyncbucket.cli.demo.scenario import DemoOptions, scenario_of
 from asyncbucket.cli.demo.screen import screen_for
 from asyncbucket.cli.demo.tally import Tally
 from asyncbucket.testing import ProviderProcess
@@ -31,7 +31,7 @@ def test_sigterm_during_a_finalizer_ends_the_run(monkeypatch: pytest.MonkeyPatch
         await asyncio.wait_for(asyncio.Event().wait(), 5)
 
     monkeypatch.setattr(load, "run", hang)
-    scenario, tally = scenario_of(Wish()), Tally(None)
+    scenario, tally = scenario_of(DemoOptions()), Tally(None)
     screen = screen_for(Console(), scenario, silent=True)
     before = signal.signal(signal.SIGTERM, as_ctrl_c)
     try:
@@ -60,7 +60,7 @@ def test_signal_while_the_provider_starts_ends_the_demo(
     monkeypatch.setattr(ProviderProcess, "stop", stop)
     before = signal.signal(signal.SIGTERM, as_ctrl_c)
     try:
-        with pytest.raises(KeyboardInterrupt), half._bundled(scenario_of(Wish())):
+        with pytest.raises(KeyboardInterrupt), half._bundled(scenario_of(DemoOptions())):
             called.append("used")
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -4,7 +4,7 @@ import pytest
 
 from asyncbucket import Limit, Limiter
 from asyncbucket.cli.demo.outcome import outcome_of, share_used
-from asyncbucket.cli.demo.scenario import Wish, scenario_of
+from asyncbucket.cli.demo.scenario import DemoOptions, scenario_of
 from asyncbucket.cli.demo.tally import Tally
 from asyncbucket.cli.demo.traffic import Arrival
 
@@ -62,7 +62,7 @@ async def test_wait_percentiles_include_calls_that_passed_at_once() -> None:
         tally.limiter.acquire_nowait().release()
     tally.waits += [(2.0, "tokens"), (1.0, "requests")]
 
-    outcome = outcome_of(scenario_of(Wish()), tally, [], tokens_known=True)
+    outcome = outcome_of(scenario_of(DemoOptions()), tally, [], tokens_known=True)
 
     assert (outcome.wait(0.5), outcome.wait(0.9), outcome.wait(0.95)) == (0.0, 1.0, 2.0)
     assert outcome.bound_by == {"tokens": 1, "requests": 1}
@@ -70,7 +70,7 @@ async def test_wait_percentiles_include_calls_that_passed_at_once() -> None:
 
 def test_waits_are_unknown_without_asyncbucket() -> None:
     """A client's back-off is not an admission."""
-    outcome = outcome_of(scenario_of(Wish()), Tally(), [], tokens_known=True)
+    outcome = outcome_of(scenario_of(DemoOptions()), Tally(), [], tokens_known=True)
 
     assert outcome.wait(0.5) is None
 
@@ -81,7 +81,7 @@ def test_calls_count_answers_and_failures_but_no_retries() -> None:
     tally.traffic.requests, tally.traffic.refused, tally.traffic.answered = 100, 60, 40
     tally.failures["RateLimitError"] = 5
 
-    outcome = outcome_of(scenario_of(Wish()), tally, at(0.0), tokens_known=False)
+    outcome = outcome_of(scenario_of(DemoOptions()), tally, at(0.0), tokens_known=False)
 
     assert (outcome.calls, outcome.failed, outcome.requests, outcome.refused) == (45, 5, 100, 60)
     assert outcome.binding is not None

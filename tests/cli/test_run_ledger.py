@@ -172,9 +172,9 @@ def test_second_run_on_the_same_file_is_refused(out: Path) -> None:
 def test_admissions_since_the_last_note_survive_a_kill(out: Path) -> None:
     """They are those after the last note of the limiter's bookings."""
     ledger = opened(out)
-    ledger.admitted({"requests": 1})
-    ledger.keep({"at": 1})
-    ledger.admitted({"requests": 1, "tokens": 5})
+    ledger.note_admission({"requests": 1})
+    ledger.save({"at": 1})
+    ledger.note_admission({"requests": 1, "tokens": 5})
     killed(ledger)
 
     with opened(out) as again:
@@ -189,7 +189,7 @@ def test_shortened_file_of_answers_is_read_again(out: Path) -> None:
     with opened(out) as ledger:
         answered(ledger, prompt("a"))
         answered(ledger, prompt("b", 2))
-        ledger.keep({})
+        ledger.save({})
     out.write_bytes(out.read_bytes().splitlines(keepends=True)[1])
 
     with opened(out) as again:

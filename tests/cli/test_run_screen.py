@@ -39,9 +39,9 @@ def shown(
     screen = screen_for(console, **{"quiet": False} | options)
 
     async def main() -> None:
-        showing = asyncio.create_task(screen.keep_up(tally, limiter))
+        showing = asyncio.create_task(screen.show_until_cancelled(tally, limiter))
         await asyncio.sleep(seconds)
-        screen.say("stopping")
+        screen.print_line("stopping")
         showing.cancel()
         await asyncio.wait([showing])
 
@@ -171,8 +171,8 @@ def test_known_failure_reason_is_still_counted_after_many_others() -> None:
     tally = Tally()
 
     for number in range(30):
-        tally.blame("timeout")
-        tally.blame(f"error in request {number}")
+        tally.count_reason("timeout")
+        tally.count_reason(f"error in request {number}")
 
     assert tally.reasons["timeout"] == 30
     assert tally.reasons.total() == 60

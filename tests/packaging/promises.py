@@ -331,8 +331,8 @@ def says_its_version() -> None:
 
 def draws_a_trace() -> None:
     """A picture is drawn of what `limiter.trace()` kept."""
+    from asyncbucket.cli.trace.history import read
     from asyncbucket.cli.trace.picture import draw
-    from asyncbucket.cli.trace.story import read
 
     paced = limiter()
     trace = paced.trace()

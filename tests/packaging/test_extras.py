@@ -26,6 +26,7 @@ SERVES = {
     "http": ("http",),
     "llama_index": ("llama-index",),
     "retry": ("llama-index",),
+    "stores/about.py": ("redis",),
     "stores/redis.py": ("redis",),
     "stores/servers.py": ("redis",),
     "telemetry/gauges.py": ("prometheus",),

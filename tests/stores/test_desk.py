@@ -19,7 +19,7 @@ from asyncbucket.limits import Limit
 from asyncbucket.stores import Correction, Terms, open_store
 from asyncbucket.stores.desk import Desk
 from asyncbucket.stores.orders import Orders
-from asyncbucket.stores.starts import Grant
+from asyncbucket.stores.starts import Reservation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,8 +39,8 @@ class Call:
 
     def __init__(self, amounts: dict[str, int]) -> None:
         self.amounts = amounts
-        self.granted: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
-        self.grant: Grant | None = None
+        self.admission: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
+        self.reservation: Reservation | None = None
 
 
 class Fifo:
@@ -52,17 +52,17 @@ class Fifo:
     def heads(self, most: int) -> Sequence[Call]:
         return tuple(itertools.islice(self.calls, most))
 
-    def book(self, waiting: Call, grant: Grant) -> None:
-        self.calls.remove(waiting)
-        waiting.grant = grant
+    def book(self, waiter: Call, reservation: Reservation) -> None:
+        self.calls.remove(waiter)
+        waiter.reservation = reservation
 
-    def admit(self, waiting: Call, grant: Grant) -> None:
-        if not waiting.granted.done():
-            waiting.granted.set_result(grant)
+    def admit(self, waiter: Call, reservation: Reservation) -> None:
+        if not waiter.admission.done():
+            waiter.admission.set_result(reservation)
 
-    def refuse(self, waiting: Call, bound_by: str) -> None:
-        self.calls.remove(waiting)
-        waiting.granted.set_exception(ValueError(bound_by))
+    def refuse(self, waiter: Call, bound_by: str) -> None:
+        self.calls.remove(waiter)
+        waiter.admission.set_exception(ValueError(bound_by))
 
     def abandon(self, error: Exception) -> None:
         raise AssertionError from error
@@ -82,12 +82,12 @@ class Worker:
         self.desk.ring()
         return call
 
-    async def acquire(self, amounts: dict[str, int] | None = None) -> Grant:
-        return await self.ask(amounts).granted
+    async def acquire(self, amounts: dict[str, int] | None = None) -> Reservation:
+        return await self.ask(amounts).admission
 
-    def release(self, grant: Grant) -> None:
-        if grant.slot is not None:
-            self.desk.release(grant.slot)
+    def release(self, reservation: Reservation) -> None:
+        if reservation.slot is not None:
+            self.desk.release(reservation.slot)
 
 
 @pytest.fixture
@@ -136,21 +136,21 @@ async def test_fifty_waiters_cost_at_most_one_round_trip_per_call(
 ) -> None:
     """This includes reservations, settlements and releases, by the server's own count."""
     worker = await hire(url, terms("100/s burst 10", concurrency=concurrency))
-    grants = 0
+    admitted = 0
 
     async def agent() -> None:
-        nonlocal grants
+        nonlocal admitted
         for _ in range(3):
-            grant = await worker.acquire()
-            grants += 1
+            reservation = await worker.acquire()
+            admitted += 1
             await asyncio.sleep(0.01)
-            worker.desk.correct(Correction(start=grant.booked_at, booked=CALL, used=CALL))
-            worker.release(grant)
+            worker.desk.correct(Correction(start=reservation.booked_at, booked=CALL, used=CALL))
+            worker.release(reservation)
 
     before = await scripts_run(redis)
     await asyncio.gather(*(agent() for _ in range(50)))
-    assert grants == 150
-    assert await scripts_run(redis) - before <= grants
+    assert admitted == 150
+    assert await scripts_run(redis) - before <= admitted
 
 
 @pytest.mark.real_clock
@@ -161,20 +161,20 @@ async def test_workers_short_of_slots_cost_at_most_one_round_trip_per_call(
     """Four workers share 50 slots among 100 agents, whether slots or the limit bind."""
     workers = [await hire(url, terms(f"{limit} burst 10", concurrency=50)) for _ in range(4)]
     chance = random.Random(1)
-    end, grants = time.monotonic() + 4, 0
+    end, admitted = time.monotonic() + 4, 0
 
     async def agent(worker: Worker) -> None:
-        nonlocal grants
+        nonlocal admitted
         while time.monotonic() < end:
-            grant = await worker.acquire()
-            grants += 1
+            reservation = await worker.acquire()
+            admitted += 1
             await asyncio.sleep(chance.uniform(0.15, 0.45))
-            worker.release(grant)
+            worker.release(reservation)
 
     before = await scripts_run(redis)
     await asyncio.gather(*(agent(worker) for worker in workers * 25))
-    assert grants >= least
-    assert await scripts_run(redis) - before <= grants
+    assert admitted >= least
+    assert await scripts_run(redis) - before <= admitted
 
 
 @pytest.mark.real_clock
@@ -189,10 +189,10 @@ async def test_workers_competing_for_a_limit_take_turns(
 
     async def agent(worker: Worker) -> None:
         for _ in range(4):
-            grant = await worker.acquire()
-            went.append((grant.booked_at, worker))
+            reservation = await worker.acquire()
+            went.append((reservation.booked_at, worker))
             await asyncio.sleep(0.03)
-            worker.release(grant)
+            worker.release(reservation)
 
     await asyncio.gather(*(agent(worker) for worker in workers * 4))
     order = [worker for _, worker in sorted(went, key=lambda each: each[0])][3:]
@@ -206,9 +206,9 @@ async def test_idle_acquire_takes_less_than_5_ms(url: str, hire: Any) -> None:
     times: list[float] = []
     for _ in range(200):
         begun = time.perf_counter()
-        grant = await worker.acquire()
+        reservation = await worker.acquire()
         times.append(time.perf_counter() - begun)
-        worker.release(grant)
+        worker.release(reservation)
     # The median is below 1 ms on a quiet machine; a busy one is allowed five times that.
     assert sorted(times)[100] < 0.005
 
@@ -220,11 +220,11 @@ async def test_released_slot_admits_call_of_another_worker(url: str, redis: Any,
     held = await one.acquire()
     waiting = two.ask()
     await asyncio.sleep(0.1)
-    assert not waiting.granted.done()
+    assert not waiting.admission.done()
     before = await scripts_run(redis)
     one.release(held)
     async with asyncio.timeout(0.5):
-        two.release(await waiting.granted)
+        two.release(await waiting.admission)
     assert await scripts_run(redis) - before <= 3
 
 
@@ -233,8 +233,8 @@ async def test_call_above_limit_is_refused_without_holding_up_the_next(url: str,
     worker = await hire(url, terms("10/s"))
     never, soon = worker.ask({"requests": 11}), worker.ask()
     with pytest.raises(ValueError, match="requests"):
-        await never.granted
-    await soon.granted
+        await never.admission
+    await soon.admission
 
 
 async def test_cancelled_call_returns_units_and_slot_booked_ahead(url: str, hire: Any) -> None:
@@ -242,9 +242,9 @@ async def test_cancelled_call_returns_units_and_slot_booked_ahead(url: str, hire
     worker = await hire(url, terms("100 requests/minute burst 1", concurrency=5))
     await worker.acquire()
     late = worker.ask()
-    await until(lambda: late.grant)
-    assert late.grant is not None
-    worker.desk.cancel(late, late.grant)
+    await until(lambda: late.reservation)
+    assert late.reservation is not None
+    worker.desk.cancel(late, late.reservation)
     await asyncio.sleep(0.15)
     seen = await worker.desk.ledger.peek()
     assert (seen.limits[0].used, seen.slots) == (1, 1)
@@ -256,8 +256,8 @@ async def test_closing_desk_returns_bookings_that_have_not_started(url: str, hir
     two = await hire(url, one.desk.ledger.terms)
     await one.acquire()
     late = one.ask()
-    await until(lambda: late.grant)
-    assert late.grant is not None
+    await until(lambda: late.reservation)
+    assert late.reservation is not None
     await one.desk.aclose()
     seen = await two.desk.ledger.peek()
     assert (seen.limits[0].used, seen.slots, seen.workers) == (1, 1, 1)
@@ -269,11 +269,11 @@ async def test_desk_takes_over_slots_and_bookings_of_closed_desk(url: str, hire:
     two = await hire(url, one.desk.ledger.terms, slot_ttl=0.3)
     held = await one.acquire()
     late = one.ask()
-    await until(lambda: late.grant)
-    left = one.desk.left_behind()
+    await until(lambda: late.reservation)
+    leftover = one.desk.leftover()
     await one.desk.aclose()
 
-    two.desk.take_over(left)
+    two.desk.take_over(leftover)
     await asyncio.sleep(0.6)
     seen = await two.desk.ledger.peek()
     assert (seen.limits[0].used, seen.slots, seen.workers) == (1, 1, 1)
@@ -290,16 +290,16 @@ async def test_closing_desk_does_not_return_cancelled_booking_twice(url: str, hi
     for call in [
         two.ask() for _ in range(3)
     ]:  # in one batch, so that they come back at one instant
-        await call.granted
+        await call.admission
     late, other = one.ask(), two.ask()
-    await until(lambda: late.grant and other.grant)
-    assert late.grant is not None
-    assert not late.granted.done()
+    await until(lambda: late.reservation and other.reservation)
+    assert late.reservation is not None
+    assert not late.admission.done()
 
-    one.desk.cancel(late, late.grant)
+    one.desk.cancel(late, late.reservation)
     await one.desk.aclose()
 
-    await other.granted
+    await other.admission
     assert (await two.desk.ledger.peek()).limits[0].used == 1
 
 
@@ -319,7 +319,7 @@ async def test_only_the_longest_pause_is_sent_with_its_remaining_time(hire: Any,
     orders = Orders()
     for seconds in (1, 30, 2):
         orders.pause(now + seconds * 1_000_000_000, gradually=False)
-    await orders.tell(worker.desk.ledger, lambda: now + 10_000_000_000)
+    await orders.report(worker.desk.ledger, lambda: now + 10_000_000_000)
     orders.pause(now + 29_000_000_000, gradually=False)
     assert not orders
     snapshot = await worker.desk.ledger.peek()
@@ -345,13 +345,13 @@ async def test_worker_goes_on_with_its_share_when_store_is_lost(
     getattr(server, fault)()
     begun = time.perf_counter()
     call = workers[0].ask()
-    await call.granted
+    await call.admission
     assert time.perf_counter() - begun < 1.0
-    assert call.grant is not None
-    assert call.grant.booked_at == 0
-    assert workers[0].desk.alone
+    assert call.reservation is not None
+    assert call.reservation.booked_at == 0
+    assert workers[0].desk.is_store_gone
     server.thaw() if fault == "freeze" else server.start()
-    await until(lambda: not workers[0].desk.alone)
+    await until(lambda: not workers[0].desk.is_store_gone)
     kinds = [type(event) for event in workers[0].events]
     assert kinds == [StoreLost, StoreRecovered]
     lines = [record.getMessage() for record in caplog.records]
@@ -405,9 +405,9 @@ async def test_open_outage_policy_admits_all_and_closed_admits_none(
     server.kill()
     calls = [worker.ask() for _ in range(30)]
     await asyncio.sleep(0.4)
-    assert sum(call.granted.done() for call in calls) == passing
+    assert sum(call.admission.done() for call in calls) == passing
     server.start()
-    await until(lambda: not worker.desk.alone)
+    await until(lambda: not worker.desk.is_store_gone)
     if passing:
         await asyncio.sleep(0.1)
         assert (await worker.desk.ledger.peek()).limits[0].available <= -20, "no debt was told"

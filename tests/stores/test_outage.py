@@ -79,7 +79,7 @@ class MemoryLedger:
 
     async def changed(self, *, timeout: float) -> bool:
         await asyncio.sleep(min(timeout, 0.005))
-        return self.place.books.turn(self.worker, self.place.clock())
+        return self.place.books.should_ask(self.worker, self.place.clock())
 
     async def pause(self, span: int, *, gradually: bool = False) -> None:
         raise NotImplementedError(span, gradually)

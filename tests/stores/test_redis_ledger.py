@@ -238,7 +238,7 @@ async def test_batch_whose_answer_was_lost_is_recognized_and_undone(store: Redis
     """A batch that was booked, but whose answer was lost, is recognised by its number."""
     ledger = await store.open("once", terms("100 requests/minute burst 100"))
     first = await ledger.commit(Batch(calls=(FREE,) * 3))
-    ledger._doubt = Batch(calls=(FREE,) * 3)  # as if the answer had not arrived
+    ledger._in_doubt = Batch(calls=(FREE,) * 3)  # as if the answer had not arrived
     second = await ledger.commit(Batch(calls=(FREE,)))
     assert outcomes(first) == ["booked"] * 3
     assert outcomes(second) == ["booked"]

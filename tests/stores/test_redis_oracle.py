@@ -51,7 +51,7 @@ class Oracle:
             if limit.burst is not None and limit.burst != limit.amount:
                 rate = Fraction(limit.amount * SECOND, limit.window)
                 bucket = Bucket(rate=rate, burst=limit.burst)
-                ticks = script._meter(limit)
+                ticks = script._meter_config(limit)
                 bucket.p, bucket.q = ticks["p"] * MICROSECOND, ticks["q"]
                 bucket.depth = limit.burst * bucket.p
                 self.meters.append((limit, bucket))
@@ -149,7 +149,7 @@ def test_redis_script_gives_the_same_answers_as_the_meters(
 def test_script_ticks_are_exact_or_on_the_safe_side(amount: int, per: int, share: float) -> None:
     """A unit takes exactly its time, or longer by less than a ten-thousandth."""
     limit = Limit("requests", amount, per=per, burst=max(1, int(amount * share)))
-    meter = script._meter(limit)
+    meter = script._meter_config(limit)
     if "p" in meter:
         exact = Fraction(per * 1_000_000, amount)
         assert exact <= Fraction(meter["p"], meter["q"]) <= exact * Fraction(10_001, 10_000)

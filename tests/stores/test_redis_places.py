@@ -202,7 +202,7 @@ async def test_worker_listens_on_another_node_when_its_node_is_gone(
     """A cluster delivers messages on all nodes: who is called must hear it on one that is left."""
     gone, there = [Redis(port=port, **_settings()) for port in (1, shared_server.port)]
     nodes = iter([gone, there])
-    store = RedisStore(Server("cluster", redis, owned=False, listener=lambda: next(nodes)))
+    store = RedisStore(Server("cluster", redis, owned=False, make_listener=lambda: next(nodes)))
     one, two = [await store.open("elsewhere", terms(concurrency=1)) for _ in range(2)]
     held = await one.commit(Batch(calls=(CALL,)))
     assert outcomes(await two.commit(Batch(calls=(CALL,)))) == ["full"]

@@ -337,12 +337,12 @@ async def test_call_cancelled_at_admission_returns_slot_and_delays_nobody(
     remote: Any = limiter._account.remote
     counter = remote.counter(asyncio.get_running_loop())
     async with asyncio.timeout(5):
-        while not counter._grants:  # noqa: ASYNC110 - nothing signals this
+        while not counter._reserved:  # noqa: ASYNC110 - nothing signals this
             await asyncio.sleep(0.002)
-    waiter, grant = next(iter(counter._grants.items()))
+    waiter, reservation = next(iter(counter._reserved.items()))
 
     calls[0].cancel()
-    counter.admit(waiter, grant)
+    counter.admit(waiter, reservation)
 
     async with asyncio.timeout(5):
         ended = await asyncio.gather(*calls, return_exceptions=True)

@@ -8,7 +8,7 @@ from asyncbucket import Limit
 from asyncbucket.feedback.pause import Pause
 from asyncbucket.meters import Bucket, Window
 from asyncbucket.stores import Batch, Correction, Outcome, Terms
-from asyncbucket.stores.sqlite import verbs, written
+from asyncbucket.stores.sqlite import serialization, verbs
 from asyncbucket.stores.sqlite.books import Books
 from asyncbucket.stores.sqlite.clock import Reading, SharedClock
 from asyncbucket.stores.sqlite.verbs import Commit, Configure, Heartbeat, Hold, Leave, Verb
@@ -64,41 +64,41 @@ def test_books_rebuilt_from_journal_match_the_original(seed: int) -> None:
     """Books read from text at any point, and fed the journal since, give the same answers."""
     random = Random(seed)
     ours, now, starts = Books(TERMS), 0, [0]
-    theirs = written.from_text(written.to_text(ours))
+    theirs = serialization.from_text(serialization.to_text(ours))
     for step in range(300):
         now += random.randrange(2 * SECOND)
         verb = some_verb(random, starts)
-        ours_says = verbs.do(verb, ours, now)
-        assert verbs.do(verbs.from_text(verbs.to_text(verb)), theirs, now) == ours_says
-        assert ours.check() == theirs.check()
+        ours_says = verbs.apply(verb, ours, now)
+        assert verbs.apply(verbs.from_text(verbs.to_text(verb)), theirs, now) == ours_says
+        assert ours.checksum() == theirs.checksum()
         if isinstance(verb, Commit):
             starts += [b.start for b in ours_says.bookings if b.outcome is Outcome.BOOKED]
         if step % 50 == seed:
-            theirs = written.from_text(written.to_text(theirs))
-        assert ours.turn("a", now + SECOND) == theirs.turn("a", now + SECOND)
+            theirs = serialization.from_text(serialization.to_text(theirs))
+        assert ours.should_ask("a", now + SECOND) == theirs.should_ask("a", now + SECOND)
     assert ours.peek(now) == theirs.peek(now)
-    assert written.to_text(ours) == written.to_text(theirs)
+    assert serialization.to_text(ours) == serialization.to_text(theirs)
 
 
 def test_every_meter_field_is_saved_or_derived_from_terms() -> None:
     """Each new slot of a meter must be written, too, and only this test would tell."""
     follow = {"burst", "p", "q", "depth", "slack"}
-    assert set(written.BUCKET) | follow == set(Bucket.__slots__)
+    assert set(serialization.BUCKET) | follow == set(Bucket.__slots__)
     follow = {"amount", "window", "_grain", "_hold"}
-    assert {*written.WINDOW, *follow, "lent"} == set(Window.__slots__)
-    assert set(written.PAUSE) == set(Pause.__slots__)
+    assert {*serialization.WINDOW, *follow, "lent"} == set(Window.__slots__)
+    assert set(serialization.PAUSE) == set(Pause.__slots__)
     held_otherwise = {"terms", "limits", "gates", "line", "turns", "pause"}
-    assert set(written.BOOKS) | held_otherwise == set(vars(Books(TERMS)))
+    assert set(serialization.BOOKS) | held_otherwise == set(vars(Books(TERMS)))
 
 
 def test_asking_whose_turn_it_is_does_not_change_books() -> None:
     """Processes look at different instants, and must still keep the same books."""
     books = Books(TERMS)
-    verbs.do(Commit("a", LIFE, Batch(calls=({"concurrency": 1},) * 7)), books, 0)
-    before = written.to_text(books)
-    assert books.turn("a", 90 * SECOND)
-    assert not books.turn("a", SECOND)
-    assert written.to_text(books) == before
+    verbs.apply(Commit("a", LIFE, Batch(calls=({"concurrency": 1},) * 7)), books, 0)
+    before = serialization.to_text(books)
+    assert books.should_ask("a", 90 * SECOND)
+    assert not books.should_ask("a", SECOND)
+    assert serialization.to_text(books) == before
 
 
 def test_unknown_journal_entry_is_refused() -> None:
@@ -112,8 +112,8 @@ def test_bookings_of_lost_file_are_charged_to_its_successor() -> None:
     limit = Terms(limits=(Limit("requests", 100, per=60, burst=10),))
     ours = Books(limit)
     ours.commit("a", Batch(calls=({"requests": 2},)), 0, life=LIFE)
-    origin = written.from_text(written.to_text(ours))
-    copied, afresh = written.from_text(written.to_text(ours)), Books(limit)
+    origin = serialization.from_text(serialization.to_text(ours))
+    copied, afresh = serialization.from_text(serialization.to_text(ours)), Books(limit)
     ours.commit("a", Batch(calls=({"requests": 3},)), 0, life=LIFE)
     for each in (copied, afresh):
         each.commit("b", Batch(calls=({"requests": 4},)), 0, life=LIFE)

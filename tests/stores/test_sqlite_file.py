@@ -20,9 +20,9 @@ import pytest
 from asyncbucket import Limit, StoreError
 from asyncbucket.stores import Batch, Correction, Outcome, Terms, open_store
 from asyncbucket.stores.sqlite import SQLiteLedger, SQLiteStore, from_url
-from asyncbucket.stores.sqlite.clerk import Clerk
 from asyncbucket.stores.sqlite.clock import SharedClock
 from asyncbucket.stores.sqlite.file import VERSION
+from asyncbucket.stores.sqlite.file_thread import FileThread
 
 TERMS = Terms(limits=(Limit("requests", 1_000, per=86_400, burst=1_000),), concurrency=10)
 #: Virtual time does not apply to locks and disks.
@@ -132,7 +132,7 @@ async def test_garbage_collected_store_closes_its_file(path: Path) -> None:
     ledger = await SQLiteStore(path).open("openai", TERMS)
     gc.collect()
     await ledger.commit(Batch(calls=(CALL,)))
-    thread = ledger._clerk._thread
+    thread = ledger._file_thread._thread
     assert thread is not None
     del ledger
     gc.collect()
@@ -227,7 +227,7 @@ async def test_sqlite_failure_raises_store_error_with_file_and_cause(
             (sqlite3.SQLITE_READONLY, "give this user the right to write the file and its folder"),
         ):
             error.sqlite_errorcode = code
-            monkeypatch.setattr(ledger._clerk, "_enter", _raising(error))
+            monkeypatch.setattr(ledger._file_thread, "_apply", _raising(error))
             with pytest.raises(StoreError, match=f"{path}.*{why}"):
                 await ledger.commit(Batch(calls=(CALL,)))
         monkeypatch.undo()
@@ -313,7 +313,7 @@ async def test_booking_undone_while_lock_is_held_is_returned_later(path: Path) -
         with locked(path):
             ledger._undo(Batch(calls=(CALL,)), receipt)
             await asyncio.sleep(0.4)
-            assert ledger._kept.corrections
+            assert ledger._pending.corrections
         snapshot = await ledger.peek()
         assert (snapshot.limits[0].used, snapshot.slots) == (0, 0)
 
@@ -322,20 +322,20 @@ async def test_caller_cancelled_as_answer_arrives_is_charged_nothing(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The booking was made and reported, but its caller was cancelled at that moment."""
-    put = Clerk.put
+    put = FileThread.put
     tasks: list[asyncio.Task[Any]] = []
 
-    def put_and_cancel(clerk: Clerk, job: Any) -> None:
+    def put_and_cancel(file_thread: FileThread, job: Any) -> None:
         def done(*what: Any) -> None:
             job.done(*what)
             for task in tasks:
                 task.cancel()
             tasks.clear()
 
-        put(clerk, dataclasses.replace(job, done=done))
+        put(file_thread, dataclasses.replace(job, done=done))
 
     async with opened(path) as ledger:
-        monkeypatch.setattr(Clerk, "put", put_and_cancel)
+        monkeypatch.setattr(FileThread, "put", put_and_cancel)
         tasks.append(asyncio.create_task(ledger.commit(Batch(calls=(CALL,)))))
         with pytest.raises(asyncio.CancelledError):
             await tasks[0]
@@ -366,14 +366,14 @@ async def test_unresponsive_disk_raises_store_error_and_charges_nothing(
 ) -> None:
     """A hanging write holds up only its thread; what it books in the end is given back."""
     async with opened(path) as ledger:
-        clerk = ledger._clerk
-        serve, hang = clerk._serve, threading.Event()
+        file_thread = ledger._file_thread
+        serve, hang = file_thread._serve, threading.Event()
 
         def hanging(*args: Any) -> None:
             hang.wait()
             serve(*args)
 
-        monkeypatch.setattr(clerk, "_serve", hanging)
+        monkeypatch.setattr(file_thread, "_serve", hanging)
         with pytest.raises(StoreError, match=r"the disk has not answered for 0.2 s: .*patience=5"):
             await ledger.commit(Batch(calls=(CALL,)))
         monkeypatch.undo()
@@ -386,13 +386,13 @@ async def test_opening_store_may_take_longer_than_patience(
 ) -> None:
     """A slow disk takes its time to create the tables, and the first call waits for that."""
     store = SQLiteStore(path)
-    connect = store._clerk._file._connect
+    connect = store._file_thread._file._connect
 
     def slowly() -> sqlite3.Connection:
         time.sleep(0.5)
         return connect()
 
-    monkeypatch.setattr(store._clerk._file, "_connect", slowly)
+    monkeypatch.setattr(store._file_thread._file, "_connect", slowly)
     ledger = await store.open("openai", TERMS)
     assert await used(ledger) == 0
     await store.aclose()
@@ -599,7 +599,7 @@ async def test_internal_error_raises_store_error_and_store_works_on(
 ) -> None:
     """The thread lives on, and nothing is booked."""
     async with opened(path) as ledger:
-        books = ledger._clerk._shelves["openai"].books
+        books = ledger._file_thread._replicas["openai"].books
         monkeypatch.setattr(books, "commit", mistaken)
         with pytest.raises(StoreError, match="ZeroDivisionError: division by zero"):
             await ledger.commit(Batch(calls=(CALL,)))

@@ -28,7 +28,7 @@ import asyncio, json, sys, time
 from asyncbucket import Limiter
 
 def start_of(lease):  # on the clock that all share; when the call goes is the scheduler's affair
-    return next(m._entry.grant.booked_at for m, _ in lease._gates.meters if hasattr(m, "_entry"))
+    return next(m._entry.reservation.booked_at for m, _ in lease._gates.meters if hasattr(m, "_entry"))
 
 async def main():
     limiter = Limiter(

@@ -9,25 +9,25 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from asyncbucket.cli import INTERRUPTED, interrupts_held_back
+from asyncbucket.cli import INTERRUPTED, interrupts_blocked
 from asyncbucket.cli.demo import report
 from asyncbucket.cli.demo.outcome import Outcome
-from asyncbucket.cli.demo.scenario import Scenario, Wish, scenario_of
+from asyncbucket.cli.demo.scenario import DemoOptions, Scenario, scenario_of
 from asyncbucket.cli.demo.screen import screen_for
-from asyncbucket.cli.ends import DONE, FAILED
+from asyncbucket.cli.exits import DONE, FAILED
 from asyncbucket.wording import one_line
 
-__all__ = ["Wish", "run"]
+__all__ = ["DemoOptions", "run"]
 
 
-def run(wish: Wish, *, as_json: bool = False) -> int:
+def run(options: DemoOptions, *, as_json: bool = False) -> int:
     """Run the demo and return its exit status: 0, 1 if a paced call failed, 130 after Ctrl-C or SIGTERM.
 
     Raises:
         ValueError: the options don't fit together.
         ImportError: an extra is missing.
     """
-    scenario = scenario_of(wish)
+    scenario = scenario_of(options)
     console = Console(highlight=False)
     outcomes: list[Outcome] = []
     try:
@@ -48,7 +48,7 @@ def _run(scenario: Scenario, console: Console, outcomes: list[Outcome], *, silen
     if not silent:
         console.print(report.headline(scenario), markup=False)
     # LlamaIndex takes seconds to load; by now there is something to read on the screen.
-    with interrupts_held_back():
+    with interrupts_blocked():
         from asyncbucket.cli.demo.half import run_half
         from asyncbucket.cli.demo.load import Fatal
 

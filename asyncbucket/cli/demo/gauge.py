@@ -35,15 +35,15 @@ class ProviderGauge:
         self._provider = provider
         self._limits = scenario.limits
         self._window = scenario.window
-        self._seen = deque([(time.monotonic(), 0, 0)])
+        self._samples = deque([(time.monotonic(), 0, 0)])
 
     async def read(self) -> list[Use]:
         statistics = await asyncio.to_thread(self._provider.statistics)
         now = time.monotonic()
-        self._seen.append((now, statistics.admitted, statistics.tokens))
-        while self._seen[0][0] < now - self._window:
-            self._seen.popleft()
-        _, admitted, tokens = self._seen[0]
+        self._samples.append((now, statistics.admitted, statistics.tokens))
+        while self._samples[0][0] < now - self._window:
+            self._samples.popleft()
+        _, admitted, tokens = self._samples[0]
         used = {"requests": statistics.admitted - admitted, "tokens": statistics.tokens - tokens}
         return [Use(limit, used[limit.resource]) for limit in self._limits]
 

@@ -6,7 +6,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from asyncbucket.cli import interrupts_held_back
+from asyncbucket.cli import interrupts_blocked
 from asyncbucket.cli.demo import load
 from asyncbucket.cli.demo.gauge import Gauge, LimiterGauge, ProviderGauge
 from asyncbucket.cli.demo.outcome import Outcome, name_of, outcome_of
@@ -86,7 +86,7 @@ def _bundled(scenario: Scenario) -> Generator[ProviderProcess]:
         reply_tokens=_REPLY_TOKENS,
     )
     try:
-        with interrupts_held_back():
+        with interrupts_blocked():
             provider.start()
         yield provider
     finally:

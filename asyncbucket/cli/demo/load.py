@@ -24,12 +24,12 @@ from pydantic import PrivateAttr
 from asyncbucket.cli.demo.scenario import Scenario
 from asyncbucket.cli.demo.tally import Tally
 from asyncbucket.cli.demo.traffic import CountingTransport
-from asyncbucket.cli.provider import secret_free
+from asyncbucket.cli.provider import without_key
 from asyncbucket.llama_index import RateLimitWaitEvent
 
 #: How many agents start before the loop gets a break; each costs some milliseconds of CPU.
-_AT_ONCE: Final = 4
-_TEXTS_OF_A_BATCH: Final = 10
+_STARTS_BEFORE_BREAK: Final = 4
+_BATCH_SIZE: Final = 10
 _CITIES: Final = ("Lima", "Oslo", "Accra", "Perth", "Quito", "Turin", "Kyoto", "Dakar")
 #: Errors that any other call would get, too: the demo ends at the first one.
 _FATAL: Final = frozenset({401, 403, 404})
@@ -80,7 +80,7 @@ async def models(
         embed_model: Any = None
         if scenario.embed_model is not None:
             embed_model = OpenAIEmbedding(
-                model_name=scenario.embed_model, embed_batch_size=_TEXTS_OF_A_BATCH, **common
+                model_name=scenario.embed_model, embed_batch_size=_BATCH_SIZE, **common
             )
         if tally.limiter is not None:
             llm = tally.limiter.wrap(llm)
@@ -96,61 +96,61 @@ async def run(scenario: Scenario, tally: Tally, *, api_base: str) -> None:
     Raises:
         Fatal: the first call failed in a way that all others would, too.
     """
-    _load_what_loads_late()
+    _preload()
     async with models(scenario, tally, api_base=api_base) as (llm, embed_model):
         jobs = list(_jobs(scenario, tally, llm, embed_model))
         tally.started_ns = time.monotonic_ns()
         try:
-            with _waits_noted(tally):
-                await _all(jobs, tally, scenario.api_key)
+            with _recording_waits(tally):
+                await _run_all(jobs, tally, scenario.api_key)
         finally:
             tally.ended_ns = time.monotonic_ns()
 
 
-def _load_what_loads_late() -> None:
+def _preload() -> None:
     """Load what the first call would load: half a second of CPU that belongs to neither run."""
     import_module("openai.resources")
     get_tokenizer()
 
 
-async def _all(jobs: list[Job], tally: Tally, secret: str) -> None:
+async def _run_all(jobs: list[Job], tally: Tally, api_key: str) -> None:
     try:
         async with asyncio.TaskGroup() as group:
             for number, job in enumerate(jobs, 1):
-                group.create_task(_do(job, tally, secret))
-                if number % _AT_ONCE == 0:
+                group.create_task(_run_job(job, tally, api_key))
+                if number % _STARTS_BEFORE_BREAK == 0:
                     await asyncio.sleep(0.001)
     except* Fatal as errors:
         raise errors.exceptions[0] from None
 
 
-async def _do(job: Job, tally: Tally, secret: str) -> None:
+async def _run_job(job: Job, tally: Tally, api_key: str) -> None:
     tally.begun += 1
     try:
         await job()
     except Exception as error:  # noqa: BLE001 - whatever ends an agent is counted and shown
         if getattr(error, "status_code", None) in _FATAL:
-            raise Fatal(secret_free(f"{type(error).__name__}: {error}", secret)) from None
-        tally.failures[_kind(error, secret)] += 1
+            raise Fatal(without_key(f"{type(error).__name__}: {error}", api_key)) from None
+        tally.failures[_error_key(error, api_key)] += 1
 
 
-def _kind(error: Exception, secret: str) -> str:
+def _error_key(error: Exception, api_key: str) -> str:
     """Return a name by which equal errors are counted together; providers' messages all differ."""
     name = type(error).__name__
     if hasattr(error, "status_code"):
         code = getattr(error, "code", None)
         return f"{name} ({code})" if code else name
-    return secret_free(f"{name}: {error}", secret)
+    return without_key(f"{name}: {error}", api_key)
 
 
 def _jobs(scenario: Scenario, tally: Tally, llm: Any, embed_model: Any) -> Iterator[Job]:
     """Yield agents, with the batches spread evenly among them."""
-    made = 0
+    batches = 0
     for number in range(scenario.agents):
         yield _agent(number, tally, llm)
-        while made < (number + 1) * scenario.batches // scenario.agents:
-            yield _batch(made, tally, embed_model)
-            made += 1
+        while batches < (number + 1) * scenario.batches // scenario.agents:
+            yield _batch(batches, tally, embed_model)
+            batches += 1
 
 
 def _agent(number: int, tally: Tally, llm: Any) -> Job:
@@ -168,7 +168,7 @@ def _agent(number: int, tally: Tally, llm: Any) -> Job:
 def _batch(number: int, tally: Tally, embed_model: Any) -> Job:
     texts = [
         f"Report {number}.{line}: the harbour of {_CITIES[line % len(_CITIES)]} in fine weather."
-        for line in range(_TEXTS_OF_A_BATCH)
+        for line in range(_BATCH_SIZE)
     ]
 
     async def job() -> None:
@@ -197,7 +197,7 @@ class _WaitHandler(BaseEventHandler):
 
 
 @contextmanager
-def _waits_noted(tally: Tally) -> Generator[None]:
+def _recording_waits(tally: Tally) -> Generator[None]:
     dispatcher = get_dispatcher()
     handler = _WaitHandler(tally.waits)
     dispatcher.add_event_handler(handler)

@@ -4,9 +4,16 @@ from typing import Annotated, Final
 
 import typer
 
-from asyncbucket.cli.demo.scenario import Wish
-from asyncbucket.cli.ends import in_a_line
-from asyncbucket.cli.typed import Rpm, Tpm, count, named, switch, words
+from asyncbucket.cli.demo.scenario import DemoOptions
+from asyncbucket.cli.exits import errors_in_one_line
+from asyncbucket.cli.option_types import (
+    Rpm,
+    Tpm,
+    count_option,
+    flag_option,
+    name_option,
+    text_option,
+)
 
 #: A backspace keeps the lines of a paragraph as they are.
 EXAMPLES: Final = """\b
@@ -20,22 +27,26 @@ Examples:
 
 def demo(  # noqa: PLR0913 - one for each option
     *,
-    agents: Annotated[int | None, count("How many agents run at once.", most=10_000)] = None,
+    agents: Annotated[
+        int | None, count_option("How many agents run at once.", maximum=10_000)
+    ] = None,
     rpm: Rpm = None,
     tpm: Tpm = None,
-    concurrency: Annotated[int | None, count("Calls in flight at most, when paced.")] = None,
-    model: Annotated[str | None, named("A chat model of a real provider.")] = None,
+    concurrency: Annotated[int | None, count_option("Calls in flight at most, when paced.")] = None,
+    model: Annotated[str | None, name_option("A chat model of a real provider.")] = None,
     api_base: Annotated[
-        str | None, words("A real provider; default: OpenAI.", metavar="URL")
+        str | None, text_option("A real provider; default: OpenAI.", metavar="URL")
     ] = None,
-    embed_model: Annotated[str | None, named("An embedding model of it; default: none.")] = None,
-    compare: Annotated[bool, switch("Also run it without asyncbucket.", "--compare")] = False,
+    embed_model: Annotated[
+        str | None, name_option("An embedding model of it; default: none.")
+    ] = None,
+    compare: Annotated[bool, flag_option("Also run it without asyncbucket.", "--compare")] = False,
     seconds: Annotated[
         float | None,
         typer.Option(min=2, max=3600, metavar="S", help="How long the paced run should take."),
     ] = None,
-    quick: Annotated[bool, switch("The same as --seconds 6.", "--quick")] = False,
-    as_json: Annotated[bool, switch("Print the figures as JSON.", "--json")] = False,
+    quick: Annotated[bool, flag_option("The same as --seconds 6.", "--quick")] = False,
+    as_json: Annotated[bool, flag_option("Print the figures as JSON.", "--json")] = False,
 ) -> None:
     """Run LlamaIndex agents under a provider's limits, without asyncbucket and with it.
 
@@ -44,7 +55,7 @@ def demo(  # noqa: PLR0913 - one for each option
     Say with --rpm or --tpm what the key allows. A real provider is called without asyncbucket only
     if you add --compare.
     """
-    wish = Wish(
+    options = DemoOptions(
         agents=agents,
         rpm=rpm,
         tpm=tpm,
@@ -55,7 +66,7 @@ def demo(  # noqa: PLR0913 - one for each option
         compare=compare,
         seconds=6.0 if quick and seconds is None else seconds,
     )
-    with in_a_line("the demo"):
+    with errors_in_one_line("the demo"):
         from asyncbucket.cli.demo import command
 
-        raise typer.Exit(command.run(wish, as_json=as_json))
+        raise typer.Exit(command.run(options, as_json=as_json))

@@ -123,5 +123,5 @@ def share_used(
         limit.amount * min(1.0, (seconds - start) / limit.per)
         for start in (index * limit.per for index in range(math.ceil(seconds / limit.per)))
     ]
-    counted = sum(min(used[window], most) for window, most in enumerate(allowed))
+    counted = sum(min(used[window], amount) for window, amount in enumerate(allowed))
     return counted / sum(allowed)

@@ -12,7 +12,7 @@ from rich.text import Text
 from asyncbucket.cli.demo.outcome import Outcome
 from asyncbucket.cli.demo.scenario import Scenario
 from asyncbucket.cli.plot import Canvas, against_limit, shows_blocks, sparkline
-from asyncbucket.cli.provider import place
+from asyncbucket.cli.provider import shown_url
 from asyncbucket.plan.result import percent
 from asyncbucket.wording import counted, named, one_line
 
@@ -26,7 +26,7 @@ def headline(scenario: Scenario) -> str:
         batches = "batch" if scenario.batches == 1 else "batches"
         work += f" and {scenario.batches:,} {batches} of embeddings"
     limits = " and ".join(counted(limit.amount, limit.resource) for limit in scenario.limits)
-    where = "a bundled provider" if scenario.api_base is None else place(scenario.api_base)
+    where = "a bundled provider" if scenario.api_base is None else shown_url(scenario.api_base)
     buckets = "" if scenario.api_base else "\n(token buckets, full at the start)"
     return f"{work}, all at once,\nagainst {where}: {limits} every {scenario.window:g} s{buckets}\n"
 
@@ -64,7 +64,7 @@ def as_dict(scenario: Scenario, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         )
         runs.append(run)
     return {
-        "provider": "bundled" if scenario.api_base is None else place(scenario.api_base),
+        "provider": "bundled" if scenario.api_base is None else shown_url(scenario.api_base),
         "model": scenario.model,
         "limits": [
             {"resource": limit.resource, "amount": limit.amount, "per": limit.per}
@@ -86,8 +86,8 @@ def _table(console: Console, scenario: Scenario, outcomes: Sequence[Outcome]) ->
     table.add_row("agents finished", *(_finished(outcome) for outcome in outcomes))
     table.add_row("calls", *(f"{outcome.calls:,}" for outcome in outcomes))
     table.add_row("HTTP requests", *(f"{outcome.requests:,}" for outcome in outcomes))
-    table.add_row("429s", *(_bad(outcome.refused) for outcome in outcomes))
-    table.add_row("failed", *(_bad(outcome.failed) for outcome in outcomes))
+    table.add_row("429s", *(_error_count(outcome.refused) for outcome in outcomes))
+    table.add_row("failed", *(_error_count(outcome.failed) for outcome in outcomes))
     table.add_row("wall time", *(f"{outcome.seconds:.1f} s" for outcome in outcomes))
     for limit in scenario.limits:
         label = f"share of limit used: {limit.resource}"
@@ -105,7 +105,7 @@ def _finished(outcome: Outcome) -> Text:
     return Text(f"{outcome.agents_finished:,} of {outcome.agents:,}", style)
 
 
-def _bad(count: int) -> Text:
+def _error_count(count: int) -> Text:
     return Text(f"{count:,}", "bold red" if count else "bold green")
 
 
@@ -124,10 +124,10 @@ def _seconds(value: float | None) -> str:
 def _bound_by(outcome: Outcome) -> str:
     if not outcome.paced:
         return _UNKNOWN
-    return _list(outcome.bound_by) or "nothing"
+    return _counts_text(outcome.bound_by) or "nothing"
 
 
-def _list(counts: Mapping[str, int]) -> str:
+def _counts_text(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{named(name)} {count:,}" for name, count in counts.items())
 
 

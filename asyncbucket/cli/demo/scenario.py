@@ -11,24 +11,24 @@ from asyncbucket.limits import Limit
 #: The bundled provider's limits hold over windows of this length, unless the demo is too short.
 WINDOW: Final = 6.0
 #: The fewest windows that the paced run takes; with fewer, only the start would be visible.
-WINDOWS: Final = 4
+MIN_WINDOWS: Final = 4
 SECONDS: Final = 36.0
 RPM: Final = 1_200
 #: One call in this many is a batch of embeddings; an agent makes two calls, around its tool.
-A_BATCH_IN: Final = 12
-CALLS_OF_AN_AGENT: Final = 2
+CALLS_PER_BATCH: Final = 12
+CALLS_PER_AGENT: Final = 2
 #: What a call takes on average; and the least that a window must hold, or none would ever pass.
-TOKENS_OF_A_CALL: Final = 150
-TOKENS_AT_LEAST: Final = 250
+TOKENS_PER_CALL: Final = 150
+MIN_WINDOW_TOKENS: Final = 250
 MODEL: Final = "gpt-4o-mini"
 EMBED_MODEL: Final = "text-embedding-3-small"
-AGENTS_OF_A_REAL_DEMO: Final = 20
+REAL_AGENTS: Final = 20
 CONCURRENCY: Final = 60
-CONCURRENCY_OF_A_REAL_DEMO: Final = 20
+REAL_CONCURRENCY: Final = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class DemoOptions:
     """The options as given; None for those that were not."""
 
     agents: int | None = None
@@ -83,49 +83,51 @@ class Scenario:
         return self.agents + self.batches
 
 
-def scenario_of(wish: Wish) -> Scenario:
+def scenario_of(options: DemoOptions) -> Scenario:
     """Fill in what was not given.
 
     Raises:
         ValueError: something needed is missing, or an option fits only the other provider.
     """
-    if wish.model or wish.api_base or wish.embed_model:
-        return _real(wish)
-    if wish.compare:
+    if options.model or options.api_base or options.embed_model:
+        return _real(options)
+    if options.compare:
         raise ValueError("--compare is for a real provider; the bundled one always compares")
-    return _bundled(wish)
+    return _bundled(options)
 
 
-def _bundled(wish: Wish) -> Scenario:
-    rpm, seconds = wish.rpm or RPM, wish.seconds or SECONDS
-    tpm = wish.tpm or max(rpm, RPM) * TOKENS_AT_LEAST  # enough for all requests
-    window = round(min(WINDOW, seconds / WINDOWS), 3)
-    tokens = _in_window(tpm, window)
-    if tokens < TOKENS_AT_LEAST:
+def _bundled(options: DemoOptions) -> Scenario:
+    rpm, seconds = options.rpm or RPM, options.seconds or SECONDS
+    tpm = options.tpm or max(rpm, RPM) * MIN_WINDOW_TOKENS  # enough for all requests
+    window = round(min(WINDOW, seconds / MIN_WINDOWS), 3)
+    tokens = _per_window(tpm, window)
+    if tokens < MIN_WINDOW_TOKENS:
         raise ValueError(
             f"{tpm:,} tokens a minute are {tokens:,} in the demo's {window:g} s, and a call takes up to "
-            f"{TOKENS_AT_LEAST}: give --tpm {math.ceil(TOKENS_AT_LEAST * 60 / window)} or more"
+            f"{MIN_WINDOW_TOKENS}: give --tpm {math.ceil(MIN_WINDOW_TOKENS * 60 / window)} or more"
         )
-    calls = min(rpm, tpm / TOKENS_OF_A_CALL) * seconds / 60
-    batches = round((wish.agents or calls / CALLS_OF_AN_AGENT) / (A_BATCH_IN / CALLS_OF_AN_AGENT))
-    agents = wish.agents or max(1, round((calls - batches) / CALLS_OF_AN_AGENT))
+    calls = min(rpm, tpm / TOKENS_PER_CALL) * seconds / 60
+    batches = round(
+        (options.agents or calls / CALLS_PER_AGENT) / (CALLS_PER_BATCH / CALLS_PER_AGENT)
+    )
+    agents = options.agents or max(1, round((calls - batches) / CALLS_PER_AGENT))
     return Scenario(
         agents=agents,
         batches=max(1, batches),
         limits=(
-            Limit("requests", _in_window(rpm, window), per=window),
+            Limit("requests", _per_window(rpm, window), per=window),
             Limit("tokens", tokens, per=window),
         ),
-        concurrency=wish.concurrency or CONCURRENCY,
+        concurrency=options.concurrency or CONCURRENCY,
     )
 
 
-def _in_window(a_minute: int, window: float) -> int:
-    return max(1, round(a_minute * window / 60))
+def _per_window(per_minute: int, window: float) -> int:
+    return max(1, round(per_minute * window / 60))
 
 
-def _real(wish: Wish) -> Scenario:
-    if wish.seconds is not None:
+def _real(options: DemoOptions) -> Scenario:
+    if options.seconds is not None:
         raise ValueError(
             "--seconds and --quick are for the bundled provider; use --agents to say how many "
             "agents ask a real one"
@@ -138,25 +140,25 @@ def _real(wish: Wish) -> Scenario:
         )
     limits = [
         Limit(resource, amount, per=60)
-        for resource, amount in (("requests", wish.rpm), ("tokens", wish.tpm))
+        for resource, amount in (("requests", options.rpm), ("tokens", options.tpm))
         if amount is not None
     ]
     if not limits:
         raise ValueError(
             "give the limits of your key with --rpm and --tpm, e.g. --rpm 500 --tpm 200000"
         )
-    if wish.api_base is not None:
-        provider.check(wish.api_base)
-    agents = wish.agents or AGENTS_OF_A_REAL_DEMO
-    batches = max(1, agents // (A_BATCH_IN // CALLS_OF_AN_AGENT)) if wish.embed_model else 0
+    if options.api_base is not None:
+        provider.check_url(options.api_base)
+    agents = options.agents or REAL_AGENTS
+    batches = max(1, agents // (CALLS_PER_BATCH // CALLS_PER_AGENT)) if options.embed_model else 0
     return Scenario(
         agents=agents,
         batches=batches,
         limits=tuple(limits),
-        concurrency=wish.concurrency or CONCURRENCY_OF_A_REAL_DEMO,
-        model=wish.model or MODEL,
-        embed_model=wish.embed_model,
-        api_base=wish.api_base or provider.OPENAI,
+        concurrency=options.concurrency or REAL_CONCURRENCY,
+        model=options.model or MODEL,
+        embed_model=options.embed_model,
+        api_base=options.api_base or provider.OPENAI,
         api_key=key,
-        compare=wish.compare,
+        compare=options.compare,
     )

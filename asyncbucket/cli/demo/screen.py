@@ -15,7 +15,7 @@ from asyncbucket.cli.demo.scenario import Scenario
 from asyncbucket.cli.demo.tally import Tally
 
 #: Seconds between two plain lines.
-_EVERY: Final = 2.0
+_LINE_INTERVAL: Final = 2.0
 _BAR: Final = 30
 
 
@@ -58,12 +58,12 @@ class _LineScreen:
 
     def begin(self, name: str) -> None:
         self._console.print(f"{name}:")
-        self._next = time.monotonic() + _EVERY
+        self._next = time.monotonic() + _LINE_INTERVAL
 
     def show(self, tally: Tally, uses: Sequence[Use]) -> None:
         del uses
         if time.monotonic() >= self._next:
-            self._next += _EVERY
+            self._next += _LINE_INTERVAL
             done = f"{tally.agents_finished:,}/{self._scenario.agents:,} agents"
             line = f"{tally.seconds:3.0f} s {done}; {_counts(tally)}"
             self._console.print(line, soft_wrap=True)
@@ -102,8 +102,8 @@ class _LiveScreen:
         finished = f"{tally.agents_finished:,} of {agents:,} finished"
         grid.add_row("agents", _bar(tally.agents_finished, agents), finished)
         head = Text.assemble((self._name, "bold"), f"  {tally.seconds:.0f} s")
-        flying = f"{_counts(tally)}, {tally.traffic.in_flight:,} in flight"
-        return Group(Text(), head, grid, Text(flying))
+        traffic_line = f"{_counts(tally)}, {tally.traffic.in_flight:,} in flight"
+        return Group(Text(), head, grid, Text(traffic_line))
 
 
 def _bar(used: int, amount: int) -> ProgressBar:

@@ -43,5 +43,5 @@ class Tally:
         """Calls that wait: in the limiter's line, or in a client's back-off."""
         if self.limiter is not None:
             return self.limiter.statistics().waiting
-        over = self.agents_finished + self.batches_finished + self.failed
-        return max(0, self.begun - over - self.traffic.in_flight)
+        finished = self.agents_finished + self.batches_finished + self.failed
+        return max(0, self.begun - finished - self.traffic.in_flight)

@@ -13,9 +13,15 @@ from asyncbucket.cli.doctor.findings import Finding, bad, good, note
 _SDKS: Final = (("openai", "openai", 3), ("anthropic", "anthropic", 1))
 _FAMILIES: Final = ("httpx", "httpx2")
 #: The packages of asyncbucket's extras that have a range of versions worth checking.
-_RANGED: Final = ("llama-index-core", "stamina", "redis", "prometheus-client", "durationpy")
+_CHECKED_PACKAGES: Final = (
+    "llama-index-core",
+    "stamina",
+    "redis",
+    "prometheus-client",
+    "durationpy",
+)
 
-Look = Callable[[str], str | None]
+VersionLookup = Callable[[str], str | None]
 
 
 def version_of(package: str) -> str | None:
@@ -26,9 +32,9 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def http_families(look: Look = version_of) -> Iterator[Finding]:
+def http_families(lookup: VersionLookup = version_of) -> Iterator[Finding]:
     """Report which HTTP clients are installed."""
-    found = {family: look(family) for family in _FAMILIES}
+    found = {family: lookup(family) for family in _FAMILIES}
     if not any(found.values()):
         yield note(
             "HTTP",
@@ -36,9 +42,9 @@ def http_families(look: Look = version_of) -> Iterator[Finding]:
             "pip install httpx",
         )
         return
-    said = ", ".join(f"{family} {number}" for family, number in found.items() if number)
-    yield good("HTTP", said)
-    if look("durationpy") is None:
+    versions = ", ".join(f"{family} {number}" for family, number in found.items() if number)
+    yield good("HTTP", versions)
+    if lookup("durationpy") is None:
         yield note(
             "HTTP",
             "headers that say durations such as 6m0s cannot be read",
@@ -46,14 +52,14 @@ def http_families(look: Look = version_of) -> Iterator[Finding]:
         )
 
 
-def sdks(look: Look = version_of) -> Iterator[Finding]:
+def sdks(lookup: VersionLookup = version_of) -> Iterator[Finding]:
     """Report which SDKs are installed, which HTTP library they use, and how often they retry."""
-    for package, module, turned in _SDKS:
-        number = look(package)
+    for package, module, first_httpx2_major in _SDKS:
+        number = lookup(package)
         if number is None:
             continue
-        family = _FAMILIES[_major(number) >= turned]
-        if look(family) is None:
+        family = _FAMILIES[_major(number) >= first_httpx2_major]
+        if lookup(family) is None:
             yield bad(
                 package,
                 f"{package} {number} sends by {family}, which is not installed",
@@ -75,13 +81,13 @@ def _retries_of(package: str, module: str) -> Iterator[Finding]:
         )
 
 
-def llama_index(look: Look = version_of) -> Iterator[Finding]:
+def llama_index(lookup: VersionLookup = version_of) -> Iterator[Finding]:
     """Report the version of LlamaIndex, and which of its retries multiply."""
-    number = look("llama-index-core")
+    number = lookup("llama-index-core")
     if number is None:
         return
     yield good("LlamaIndex", f"llama-index-core {number}")
-    if look("llama-index-llms-openai") is not None:
+    if lookup("llama-index-llms-openai") is not None:
         model = importlib.import_module("llama_index.llms.openai").OpenAI
         retries = model.model_fields["max_retries"].default
         yield note(
@@ -93,7 +99,7 @@ def llama_index(look: Look = version_of) -> Iterator[Finding]:
 
 
 def ranges(
-    look: Look = version_of,
+    lookup: VersionLookup = version_of,
     wanted: Callable[[], list[str] | None] = lambda: requires("asyncbucket"),
 ) -> Iterator[Finding]:
     """Compare versions with those that asyncbucket is tested with."""
@@ -103,8 +109,8 @@ def ranges(
         lines = wanted() or []
     except (ModuleNotFoundError, PackageNotFoundError):  # without packaging, or in a source tree
         return
-    for package in _RANGED:
-        number = look(package)
+    for package in _CHECKED_PACKAGES:
+        number = lookup(package)
         for requirement in map(Requirement, lines):
             if number is None or requirement.name != package:
                 continue
@@ -118,9 +124,9 @@ def ranges(
             break
 
 
-def tokenizer(look: Look = version_of) -> Iterator[Finding]:
+def tokenizer(lookup: VersionLookup = version_of) -> Iterator[Finding]:
     """Report how texts are counted, and whether that may need the network."""
-    if look("llama-index-core") is not None:
+    if lookup("llama-index-core") is not None:
         from asyncbucket.llama_index.tokens import bundled_tokenizer
 
         if bundled_tokenizer() is None:

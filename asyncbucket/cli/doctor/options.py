@@ -7,10 +7,10 @@ from typing import Annotated, Final
 
 import typer
 
-from asyncbucket.cli import interrupts_held_back
+from asyncbucket.cli import interrupts_blocked
 from asyncbucket.cli.doctor.findings import Finding, State, bad
-from asyncbucket.cli.ends import FAILED, in_a_line
-from asyncbucket.cli.typed import switch, words
+from asyncbucket.cli.exits import FAILED, errors_in_one_line
+from asyncbucket.cli.option_types import flag_option, text_option
 from asyncbucket.wording import one_line
 
 EXAMPLES: Final = """\b
@@ -30,28 +30,28 @@ def doctor(
     *,
     store: Annotated[
         str | None,
-        words("A store to look at, e.g. redis://host:6379/0.", metavar="URL"),
+        text_option("A store to look at, e.g. redis://host:6379/0.", metavar="URL"),
     ] = None,
-    as_json: Annotated[bool, switch("Print the findings as JSON.", "--json")] = False,
+    as_json: Annotated[bool, flag_option("Print the findings as JSON.", "--json")] = False,
 ) -> None:
     """Check what is installed and set up here, and say what to fix.
 
     The status is 1 if something is wrong. In a store it makes a limiter of its own, which expires.
     """
-    with in_a_line("doctor"):
-        findings = list(_look(store))
+    with errors_in_one_line("doctor"):
+        findings = list(_findings(store))
         if as_json:
-            typer.echo(json.dumps([_as_dict(each) for each in findings], indent=2))
+            typer.echo(json.dumps([_as_dict(finding) for finding in findings], indent=2))
         else:
             _show(findings)
-    if any(each.state is State.BAD for each in findings):
+    if any(finding.state is State.BAD for finding in findings):
         raise typer.Exit(FAILED)
 
 
-def _look(store: str | None) -> Iterator[Finding]:
+def _findings(store: str | None) -> Iterator[Finding]:
     from asyncbucket.cli.doctor import installed, surroundings
 
-    looks: list[Callable[[], Iterable[Finding]]] = [
+    checks: list[Callable[[], Iterable[Finding]]] = [
         surroundings.interpreter,
         surroundings.event_loop,
         surroundings.clock,
@@ -63,21 +63,21 @@ def _look(store: str | None) -> Iterator[Finding]:
         surroundings.environment,
         surroundings.project,
     ]
-    for look in looks:
-        with interrupts_held_back():  # most of them load something
-            yield from _safely(look)
+    for check in checks:
+        with interrupts_blocked():  # most of them load something
+            yield from _run_check(check)
     if store is not None:
         from asyncbucket.cli.doctor import shared
 
-        yield from _safely(partial(shared.store, store))
+        yield from _run_check(partial(shared.store, store))
 
 
-def _safely(look: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+def _run_check(check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
     """Yield the findings; a package that breaks when it is loaded is a finding, too."""
     try:
-        yield from look()
+        yield from check()
     except Exception as error:  # noqa: BLE001 - others' packages may raise anything
-        name = getattr(look, "__name__", "store").replace("_", " ")
+        name = getattr(check, "__name__", "store").replace("_", " ")
         found = f"looking failed: {type(error).__name__}: {error}"
         yield bad(name, found, "reinstall what the message names, or report it with the message")
 

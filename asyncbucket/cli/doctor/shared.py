@@ -28,46 +28,51 @@ def store(url: str) -> list[Finding]:
     """Check the store at ``url``: open it, book a call in it several times, and peek."""
     shown = without_password(url)
     try:
-        return asyncio.run(asyncio.wait_for(_look(open_store(url), shown), _PATIENCE))
+        return asyncio.run(asyncio.wait_for(_measure(open_store(url), shown), _PATIENCE))
     except (StoreError, TimeoutError, OSError) as error:
         why = str(error) or f"no answer within {_PATIENCE:g} s"
         is_file = url.startswith("sqlite:")
         first = "make the file one that can be written" if is_file else "start the server"
-        said = why if shown in why else f"{shown}: {why}"
-        return [bad("store", said, f"{first}, or correct the URL")]
+        text = why if shown in why else f"{shown}: {why}"
+        return [bad("store", text, f"{first}, or correct the URL")]
     except (ImportError, ValueError) as error:
         return [bad("store", str(error), "correct the URL, or install what it names")]
 
 
-async def _look(place: Store, shown: str) -> list[Finding]:
+async def _measure(opened: Store, shown: str) -> list[Finding]:
     try:
-        ledger = await place.open(NAME, _TERMS, slot_ttl=5.0)
+        ledger = await opened.open(NAME, _TERMS, slot_ttl=5.0)
         try:
             trips: list[float] = []
             for _ in range(_TRIPS):
-                begun = time.perf_counter()
+                started = time.perf_counter()
                 receipt = await ledger.commit(Batch(calls=({"requests": 1},)))
-                trips.append(time.perf_counter() - begun)
+                trips.append(time.perf_counter() - started)
                 if receipt.bookings[0].outcome is not Outcome.BOOKED:
                     raise StoreError(f"a call was {receipt.bookings[0].outcome.value}, not booked")
             details = (await ledger.peek()).details
-            return [_answers(shown, statistics.median(trips), details), *traps(shown, details)]
+            return [
+                _latency_finding(shown, statistics.median(trips), details),
+                *risky_settings(shown, details),
+            ]
         finally:
             await ledger.aclose()
     finally:
-        await place.aclose()
+        await opened.aclose()
 
 
-def _answers(shown: str, trip: float, details: dict[str, str]) -> Finding:
-    told = ", ".join(f"{name} {value}" for name, value in details.items())
-    said = f"{shown} answers in {trip * 1e3:.2g} ms" + (f" ({told})" if told else "")
+def _latency_finding(shown: str, trip: float, details: dict[str, str]) -> Finding:
+    shown_details = ", ".join(f"{name} {value}" for name, value in details.items())
+    text = f"{shown} answers in {trip * 1e3:.2g} ms" + (
+        f" ({shown_details})" if shown_details else ""
+    )
     if trip > _SLOW:
         remedy = "keep the store near its workers: a call that waits waits a round trip more"
-        return note("store", said, remedy)
-    return good("store", said)
+        return note("store", text, remedy)
+    return good("store", text)
 
 
-def traps(shown: str, details: dict[str, str]) -> Iterator[Finding]:
+def risky_settings(shown: str, details: dict[str, str]) -> Iterator[Finding]:
     """Find settings with which a server forgets bookings: at a restart, a fail-over or any time."""
     clock = details.get("clock", "in step")
     if clock != "in step":

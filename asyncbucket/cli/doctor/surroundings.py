@@ -16,7 +16,7 @@ from asyncbucket.cli.doctor.installed import version_of
 from asyncbucket.settings import from_env, from_toml, limiters_in_toml
 
 _PREFIX: Final = "ASYNCBUCKET_"
-_CORRECT: Final = "correct the table; docs/plan.md shows one"
+_REMEDY: Final = "correct the table; docs/plan.md shows one"
 #: A clock coarser than this (s) admits calls in visible steps.
 _COARSE: Final = 0.002
 
@@ -24,21 +24,25 @@ _COARSE: Final = 0.002
 def interpreter() -> Iterator[Finding]:
     """Report the interpreter."""
     number = version_of("asyncbucket") or "(not installed)"
-    locked = getattr(sys, "_is_gil_enabled", lambda: True)()
-    threads = "" if locked else ", free-threaded"
+    gil_enabled = getattr(sys, "_is_gil_enabled", lambda: True)()
+    threads = "" if gil_enabled else ", free-threaded"
     python = ".".join(map(str, sys.version_info[:3]))
     yield good(
         "asyncbucket", f"asyncbucket {number} on {sys.implementation.name} {python}{threads}"
     )
 
 
-def event_loop(make: Callable[[], Any] = asyncio.new_event_loop) -> Iterator[Finding]:
+def event_loop(make_loop: Callable[[], Any] = asyncio.new_event_loop) -> Iterator[Finding]:
     """Report which event loop ``asyncio.run`` takes."""
-    loop = make()
-    kind = f"{type(loop).__module__.partition('.')[0]}.{type(loop).__name__}"
+    loop = make_loop()
+    loop_name = f"{type(loop).__module__.partition('.')[0]}.{type(loop).__name__}"
     loop.close()
-    spare = importlib.util.find_spec("uvloop") is not None and not kind.startswith("uvloop")
-    yield good("event loop", kind + (" (uvloop is installed, and not used)" if spare else ""))
+    uvloop_unused = importlib.util.find_spec("uvloop") is not None and not loop_name.startswith(
+        "uvloop"
+    )
+    yield good(
+        "event loop", loop_name + (" (uvloop is installed, and not used)" if uvloop_unused else "")
+    )
 
 
 def clock(resolution: float | None = None) -> Iterator[Finding]:
@@ -71,25 +75,25 @@ def project() -> Iterator[Finding]:
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
-        yield bad("settings", str(error), _CORRECT)
+        yield bad("settings", str(error), _REMEDY)
         return
     for name in names:
         call = f"Limiter.from_toml({'' if name is None else f'limiter={name!r}'})"
-        yield from _settings(call, partial(from_toml, Limiter, limiter=name), _CORRECT)
+        yield from _settings(call, partial(from_toml, Limiter, limiter=name), _REMEDY)
 
 
 def _settings(call: str, make: Callable[[], Limiter], remedy: str) -> Iterator[Finding]:
     """Report what ``call`` returns, or why it fails."""
     try:
-        with warnings.catch_warnings(record=True, action="always") as told:
+        with warnings.catch_warnings(record=True, action="always") as caught:
             limiter = make()
     except (ImportError, ValueError) as error:  # also of a store whose extra is missing
         yield bad("settings", str(error), remedy)
         return
-    yield good("settings", f"{call}: {_said(limiter)}")
-    for warning in told:
+    yield good("settings", f"{call}: {_limits_text(limiter)}")
+    for warning in caught:
         yield note("settings", str(warning.message), "they may have changed: look there")
 
 
-def _said(limiter: Limiter) -> str:
+def _limits_text(limiter: Limiter) -> str:
     return ", ".join(map(str, limiter.limits)) or f"concurrency {limiter.concurrency}"

@@ -8,24 +8,24 @@ from typing import Annotated, Any, Final, overload
 
 import typer
 
-from asyncbucket.cli.ends import in_a_line
-from asyncbucket.cli.typed import (
+from asyncbucket.cli.exits import errors_in_one_line
+from asyncbucket.cli.option_types import (
     Preset,
     Rpd,
     Rpm,
     Tpd,
     Tpm,
-    count,
-    file,
-    named,
-    published,
-    switch,
-    whole,
-    words,
+    count_option,
+    file_option,
+    flag_option,
+    name_option,
+    preset_limits,
+    read_count,
+    text_option,
 )
 from asyncbucket.limits import KEYWORDS, Limit, read_limits
 from asyncbucket.plan import AgentTree, Arrivals, Plan, Poisson, Tenant
-from asyncbucket.plan import plan as foresee
+from asyncbucket.plan import plan as make_plan
 
 #: A backspace keeps the lines of a paragraph as they are.
 EXAMPLES: Final = """\b
@@ -37,27 +37,27 @@ Examples:
 """
 
 #: What a tenant may have besides limits.
-_SIDES: Final = ("weight", "tokens", "input_tokens", "output_tokens", "latency", "poisson")
+_TENANT_KEYS: Final = ("weight", "tokens", "input_tokens", "output_tokens", "latency", "poisson")
 
 
-def _samples_of(text: str) -> Any:
-    return words(text, metavar="N|FILE")
+def _samples_option(text: str) -> Any:
+    return text_option(text, metavar="N|FILE")
 
 
 def plan(  # noqa: PLR0913 - one for each option
     *,
     # What is asked.
-    calls: Annotated[int | None, count("How many calls; default: all samples.")] = None,
+    calls: Annotated[int | None, count_option("How many calls; default: all samples.")] = None,
     tokens: Annotated[
-        str | None, _samples_of("Tokens a call, or JSONL: prompts, requests, numbers.")
+        str | None, _samples_option("Tokens a call, or JSONL: prompts, requests, numbers.")
     ] = None,
-    input_tokens: Annotated[str | None, _samples_of("Tokens sent, if limited apart.")] = None,
-    output_tokens: Annotated[str | None, _samples_of("Tokens expected back.")] = None,
+    input_tokens: Annotated[str | None, _samples_option("Tokens sent, if limited apart.")] = None,
+    output_tokens: Annotated[str | None, _samples_option("Tokens expected back.")] = None,
     used_tokens: Annotated[
-        str | None, _samples_of("Tokens really used; default: as reserved.")
+        str | None, _samples_option("Tokens really used; default: as reserved.")
     ] = None,
     latency: Annotated[
-        str, words("Seconds a call takes, or JSONL of them.", metavar="S|FILE")
+        str, text_option("Seconds a call takes, or JSONL of them.", metavar="S|FILE")
     ] = "0",
     # What is allowed.
     rpm: Rpm = None,
@@ -65,40 +65,43 @@ def plan(  # noqa: PLR0913 - one for each option
     rpd: Rpd = None,
     tpd: Tpd = None,
     limits: Annotated[
-        list[str] | None, words('Any other limit, e.g. "40k ITPM" or "10/s burst 1".', "--also")
+        list[str] | None,
+        text_option('Any other limit, e.g. "40k ITPM" or "10/s burst 1".', "--also"),
     ] = None,
     preset: Preset = None,
-    concurrency: Annotated[int | None, count("Calls in flight at most.")] = None,
+    concurrency: Annotated[int | None, count_option("Calls in flight at most.")] = None,
     # When calls come, and whose they are.
     poisson: Annotated[
-        float | None, words("Calls come by chance, so many a second.", metavar="RATE")
+        float | None, text_option("Calls come by chance, so many a second.", metavar="RATE")
     ] = None,
-    agents: Annotated[int | None, count("Agents, each with calls in a row.")] = None,
-    steps: Annotated[int, count("Calls of each agent.")] = 1,
-    depth: Annotated[int, count("Generations of agents.")] = 1,
-    fan_out: Annotated[int, count("Agents that each one calls when it is done.")] = 1,
+    agents: Annotated[int | None, count_option("Agents, each with calls in a row.")] = None,
+    steps: Annotated[int, count_option("Calls of each agent.")] = 1,
+    depth: Annotated[int, count_option("Generations of agents.")] = 1,
+    fan_out: Annotated[int, count_option("Agents that each one calls when it is done.")] = 1,
     tenant: Annotated[
         list[str] | None,
-        words('Who shares the limits, e.g. "acme weight=2 calls=500 rpm=60".'),
+        text_option('Who shares the limits, e.g. "acme weight=2 calls=500 rpm=60".'),
     ] = None,
-    profile: Annotated[str, named("How requests are charged: openai, anthropic, ...")] = "openai",
+    profile: Annotated[
+        str, name_option("How requests are charged: openai, anthropic, ...")
+    ] = "openai",
     # What is found out, and shown.
     what_if: Annotated[
-        bool | None, switch("Say what other limits would bring.", "--what-if/--no-what-if")
+        bool | None, flag_option("Say what other limits would bring.", "--what-if/--no-what-if")
     ] = None,
-    seed: Annotated[int, words("Seed of all random numbers.", metavar="N")] = 0,
-    out: Annotated[Path | None, file("Draw it: .png, .svg or .pdf.")] = None,
-    dark: Annotated[bool, switch("Draw on a dark background.", "--dark")] = False,
-    as_json: Annotated[bool, switch("Print the plan as JSON.", "--json")] = False,
+    seed: Annotated[int, text_option("Seed of all random numbers.", metavar="N")] = 0,
+    out: Annotated[Path | None, file_option("Draw it: .png, .svg or .pdf.")] = None,
+    dark: Annotated[bool, flag_option("Draw on a dark background.", "--dark")] = False,
+    as_json: Annotated[bool, flag_option("Print the plan as JSON.", "--json")] = False,
 ) -> None:
     """Say how long calls take under limits, what binds, and what other limits would bring.
 
     The calls run through the real limiter on virtual time: nothing is sent, nothing waits.
     """
-    with in_a_line("plan"):
-        planned = foresee(
+    with errors_in_one_line("plan"):
+        planned = make_plan(
             *(limits or ()),
-            *published(preset),
+            *preset_limits(preset),
             calls=calls,
             tokens=_samples(tokens),
             input_tokens=_samples(input_tokens),
@@ -146,7 +149,7 @@ def _samples(text: str | None) -> float | Path | None:
     """
     if text is None:
         return None
-    for read in (float, whole):
+    for read in (float, read_count):
         with contextlib.suppress(ValueError):
             return read(text)
     if not Path(text).exists():
@@ -156,10 +159,10 @@ def _samples(text: str | None) -> float | Path | None:
 
 def _tenants(texts: Iterable[str]) -> dict[str, Tenant]:
     found: dict[str, Tenant] = {}
-    for name, each in map(_tenant, texts):
+    for name, tenant in map(_tenant, texts):
         if name in found:
             raise ValueError(f"--tenant {name!r} is given twice: each is one tenant of its own")
-        found[name] = each
+        found[name] = tenant
     return found
 
 
@@ -169,43 +172,43 @@ def _tenant(text: str) -> tuple[str, Tenant]:
     Raises:
         ValueError: a word is not known.
     """
-    name, *told = text.split() or [""]
+    name, *words = text.split() or [""]
     if not name or "=" in name:
         raise ValueError(f'--tenant {text!r}: a name comes first, e.g. "acme weight=2 calls=500"')
-    given: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     limits: list[Limit] = []
-    for word in told:
-        side, _, value = word.partition("=")
-        if side in KEYWORDS:
-            limits += read_limits((), {side: _whole(side, value)})
-        elif side in ("calls", "concurrency"):
-            given[side] = _whole(side, value)
-        elif side in _SIDES and value:
-            given[side] = Poisson(_number(side, value)) if side == "poisson" else _samples(value)
-        elif side == "priority":
-            given[side] = value
+    for word in words:
+        key, _, value = word.partition("=")
+        if key in KEYWORDS:
+            limits += read_limits((), {key: _whole(key, value)})
+        elif key in ("calls", "concurrency"):
+            fields[key] = _whole(key, value)
+        elif key in _TENANT_KEYS and value:
+            fields[key] = Poisson(_number(key, value)) if key == "poisson" else _samples(value)
+        elif key == "priority":
+            fields[key] = value
         else:
-            known = ", ".join((*_SIDES, "calls", "concurrency", "priority", *KEYWORDS))
+            known = ", ".join((*_TENANT_KEYS, "calls", "concurrency", "priority", *KEYWORDS))
             raise ValueError(
                 f"--tenant {text!r}: {word!r} is not of the form weight=2; known: {known}"
             )
-    if "poisson" in given:
-        given["arrivals"] = given.pop("poisson")
-    return name, Tenant(limits=tuple(limits), **given)
+    if "poisson" in fields:
+        fields["arrivals"] = fields.pop("poisson")
+    return name, Tenant(limits=tuple(limits), **fields)
 
 
-def _number(side: str, value: str) -> float:
+def _number(key: str, value: str) -> float:
     try:
         return float(value)
     except ValueError:
-        raise ValueError(f"--tenant: {side} must be a number, not {value!r}") from None
+        raise ValueError(f"--tenant: {key} must be a number, not {value!r}") from None
 
 
-def _whole(side: str, value: str) -> int:
+def _whole(key: str, value: str) -> int:
     try:
-        return whole(value)
+        return read_count(value)
     except ValueError as error:
-        raise ValueError(f"--tenant: {side}: {error}") from None
+        raise ValueError(f"--tenant: {key}: {error}") from None
 
 
 def _arrivals(

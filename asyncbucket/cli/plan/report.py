@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from asyncbucket.cli.plot import Canvas, against_limit, shows_blocks, written
+from asyncbucket.cli.plot import Canvas, against_limit, format_rates, shows_blocks
 from asyncbucket.plan.result import Plan, details, limit_in_words, table, tenants
 
 
@@ -34,12 +34,12 @@ def _limits(plan: Plan, *, unicode: bool) -> Table:
 
 
 def _table(rows: Sequence[tuple[str, ...]], *, unicode: bool) -> Table:
-    head, *others = rows
+    header, *body = rows
     shown = Table(box=box.SIMPLE_HEAD if unicode else box.ASCII2, pad_edge=False)
-    shown.add_column(head[0])
-    for name in head[1:]:
+    shown.add_column(header[0])
+    for name in header[1:]:
         shown.add_column(name, justify="right")
-    for row in others:
+    for row in body:
         shown.add_row(*map(Text, row))
     return shown
 
@@ -53,21 +53,21 @@ def _plot(console: Console, canvas: Canvas, plan: Plan) -> None:
     columns = columns_of(plan, canvas)
     limit = rate or max(columns)
     if max(columns) > 2 * limit:
-        title += f", {written(max(columns), limit)[0]} the peak"
+        title += f", {format_rates(max(columns), limit)[0]} the peak"
     console.print(Text(title, "bold"))
     console.print(against_limit(canvas, columns, limit, style="green"))
 
 
 def columns_of(plan: Plan, canvas: Canvas) -> list[float]:
     """Return the admissions a second in each column, from the parts of the plan that it covers."""
-    part = plan.duration / len(plan.timeline)
-    wide = canvas.bins * canvas.bin / canvas.columns
+    slice_seconds = plan.duration / len(plan.timeline)
+    column_seconds = canvas.bins * canvas.bin / canvas.columns
     columns = [0.0] * canvas.columns
     for number, count in enumerate(plan.timeline):
-        start, end = number * part, (number + 1) * part
-        column = int(start / wide)
+        start, end = number * slice_seconds, (number + 1) * slice_seconds
+        column = int(start / column_seconds)
         while start < end and column < len(columns):
-            border = min(end, (column + 1) * wide)
-            columns[column] += count / part * (border - start) / wide
-            start, column = border, column + 1
+            slice_end = min(end, (column + 1) * column_seconds)
+            columns[column] += count / slice_seconds * (slice_end - start) / column_seconds
+            start, column = slice_end, column + 1
     return columns

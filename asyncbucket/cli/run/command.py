@@ -14,12 +14,12 @@ from rich.console import Console
 
 from asyncbucket.batch.progress import StandardError
 from asyncbucket.cli import INTERRUPTED
-from asyncbucket.cli.ends import DONE, FAILED, WRONG
+from asyncbucket.cli.exits import CANNOT_RUN, DONE, FAILED
 from asyncbucket.cli.run import report
-from asyncbucket.cli.run.estimate import as_dict, describe, estimate, foresee
+from asyncbucket.cli.run.estimate import as_dict, describe, estimate, plan_calls
 from asyncbucket.cli.run.feed import count_lines
 from asyncbucket.cli.run.job import STANDARD, Job
-from asyncbucket.cli.run.ledger import unusable
+from asyncbucket.cli.run.ledger import unusable_error
 from asyncbucket.cli.run.screen import screen_for
 from asyncbucket.cli.run.tally import Tally
 from asyncbucket.cli.run.work import Run
@@ -37,7 +37,7 @@ def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
     console = Console(file=file, highlight=False, emoji=False)
     tally = Tally(price=job.price)
     if job.source != STANDARD:
-        tally.total = count_lines(job.source, job.most)
+        tally.total = count_lines(job.source, job.max_lines)
     if not quiet:
         console.print(report.headline(job, tally), markup=False, soft_wrap=True)
     tally.started = time.monotonic()
@@ -48,11 +48,11 @@ def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
     except (KeyboardInterrupt, asyncio.CancelledError):
         tally.stopping = interrupted = True
     except sqlite3.Error as error:
-        raise unusable(job.checkpoint, error) from error
+        raise unusable_error(job.checkpoint, error) from error
     tally.ended = time.monotonic()
-    _say(job, tally, console, quiet=quiet, as_json=as_json)
+    _print_summary(job, tally, console, quiet=quiet, as_json=as_json)
     if tally.fatal is not None:
-        return WRONG
+        return CANNOT_RUN
     if interrupted or tally.stopping:
         return INTERRUPTED
     return FAILED if tally.failed or tally.bad else DONE
@@ -63,12 +63,12 @@ async def _run(job: Job, tally: Tally, console: Console, *, quiet: bool) -> None
     await Run(job, tally, screen_for(console, quiet=quiet, shared=shared)).run()
 
 
-def _say(job: Job, tally: Tally, console: Console, *, quiet: bool, as_json: bool) -> None:
+def _print_summary(job: Job, tally: Tally, console: Console, *, quiet: bool, as_json: bool) -> None:
     if not quiet:
         console.print(report.summary(job, tally), markup=False, soft_wrap=True)
     if tally.fatal is not None:
-        said = one_line(tally.fatal)
-        console.print(f"error: no request succeeds: {said}", markup=False, soft_wrap=True)
+        reason = one_line(tally.fatal)
+        console.print(f"error: no request succeeds: {reason}", markup=False, soft_wrap=True)
     if as_json:
         print(json.dumps(tally.as_dict(), indent=2))  # noqa: T201 - a command's output
 
@@ -78,7 +78,7 @@ def dry_run(job: Job, *, latency: float, as_json: bool = False) -> int:
     job.check()
     tally = Tally(price=job.price)
     found = asyncio.run(estimate(job, tally))
-    planned = foresee(job, found, latency=latency)
+    planned = plan_calls(job, found, latency=latency)
     if as_json:
         print(json.dumps(as_dict(job, tally, found, planned), indent=2))  # noqa: T201 - a command's output
     else:

@@ -38,33 +38,33 @@ class Estimate:
     unbounded: bool = False
     costs: list[Cost] = field(default_factory=list[Cost])
 
-    def add(self, request: Request, cost: Cost, chance: random.Random) -> None:
+    def add(self, request: Request, cost: Cost, rng: random.Random) -> None:
         """Count a call; a random sample of many costs is kept."""
         self.calls += 1
         self.input_tokens += cost.get("input_tokens", 0)
         # What may be written and has to be paid, even if a provider charges less at admission.
-        asked = sent(request.path, request.body)
-        self.output_tokens += asked.output(FORESEEN)
-        self.unbounded |= asked.writes and asked.max_output is None
+        parsed_request = sent(request.path, request.body)
+        self.output_tokens += parsed_request.output(FORESEEN)
+        self.unbounded |= parsed_request.writes and parsed_request.max_output is None
         if len(self.costs) < _SAMPLES:
             self.costs.append(cost)
-        elif (place := chance.randrange(self.calls)) < _SAMPLES:
-            self.costs[place] = cost
+        elif (index := rng.randrange(self.calls)) < _SAMPLES:
+            self.costs[index] = cost
 
 
 async def estimate(job: Job, tally: Tally) -> Estimate:
     """Read the lines that would be sent."""
     host = urlsplit(job.api_base).hostname or ""
     profile = profile_of(host) if job.profile is None else profile_named(job.profile)
-    found, chance = Estimate(), random.Random(0)  # noqa: S311 - a sample, no secret
-    known = job.goes_on
+    found, rng = Estimate(), random.Random(0)  # noqa: S311 - a sample, no secret
+    resumes = job.resumes
     with Ledger(
-        Path(job.out) if known else None, job.checkpoint if known else None, job.settings
+        Path(job.out) if resumes else None, job.checkpoint if resumes else None, job.settings
     ) as ledger:
         async for task in tasks(job, ledger, Errors(None), tally):
             cost = _cost(profile, task.request, host)
             if cost is not None:
-                found.add(task.request, cost, chance)
+                found.add(task.request, cost, rng)
     return found
 
 
@@ -72,7 +72,7 @@ def _cost(profile: Profile, request: Request, host: str) -> Cost | None:
     return profile.cost(Call("POST", host, request.path, request.body, FORESEEN))
 
 
-def foresee(job: Job, found: Estimate, *, latency: float) -> "Plan | None":
+def plan_calls(job: Job, found: Estimate, *, latency: float) -> "Plan | None":
     """Return the plan of the calls that were found; None if there are none."""
     if not found.calls:
         return None

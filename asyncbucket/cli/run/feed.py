@@ -18,7 +18,7 @@ from asyncbucket.cli.run.tally import Tally
 
 _CHUNK: Final = 1 << 18
 #: The longest line; a batch file of OpenAI's may have 200 MB in total.
-_LONGEST: Final = 64 << 20
+_MAX_LINE: Final = 64 << 20
 
 
 class Task(NamedTuple):
@@ -38,7 +38,7 @@ async def tasks(job: Job, ledger: Ledger, errors: Errors, tally: Tally) -> Async
             found = []
             for data in chunk:
                 number += 1
-                if job.most is not None and number > job.most:
+                if job.max_lines is not None and number > job.max_lines:
                     break
                 task = _task(number, data, job, ledger, errors, tally)
                 if task is not None:
@@ -47,7 +47,7 @@ async def tasks(job: Job, ledger: Ledger, errors: Errors, tally: Tally) -> Async
             if tally.stopping:
                 return
             yield task
-        if job.most is not None and number >= job.most:
+        if job.max_lines is not None and number >= job.max_lines:
             return
 
 
@@ -55,23 +55,23 @@ def _task(
     number: int, data: bytes | None, job: Job, ledger: Ledger, errors: Errors, tally: Tally
 ) -> Task | None:
     try:
-        request = read_request(number, _whole(data), job)
+        request = read_request(number, _complete_line(data), job)
         if request is None:
             return None
         key, done = ledger.look_up(request)
     except BadLine as bad:
         tally.bad += 1
         tally.reasons[f"line {number}: {bad}" if tally.bad <= 3 else "other bad lines"] += 1  # noqa: PLR2004 - a few tell enough
-        failed = failure(line=number, custom_id=bad.custom_id, code="bad_line", message=str(bad))
-        errors.write(failed)
+        line = failure(line=number, custom_id=bad.custom_id, code="bad_line", message=str(bad))
+        errors.write(line)
         return None
     tally.earlier += done
     return None if done else Task(request, key)
 
 
-def _whole(data: bytes | None) -> bytes:
+def _complete_line(data: bytes | None) -> bytes:
     if data is None:
-        raise BadLine(f"the line has more than {_LONGEST >> 20} MB")
+        raise BadLine(f"the line has more than {_MAX_LINE >> 20} MB")
     return data
 
 
@@ -83,13 +83,13 @@ async def _chunks(job: Job) -> AsyncIterator[list[bytes | None]]:
         while chunk := await _read(file.fileno()):
             first, *others = (rest + chunk).split(b"\n")
             if others:
-                *whole, rest = others
-                lines: list[bytes | None] = [None if skipping else first, *whole]
+                *complete, rest = others
+                lines: list[bytes | None] = [None if skipping else first, *complete]
                 skipping = False
                 yield lines
             else:
                 rest = b"" if skipping else first
-            if len(rest) > _LONGEST:
+            if len(rest) > _MAX_LINE:
                 rest, skipping = b"", True
         if skipping or rest:
             yield [None if skipping else rest]
@@ -107,7 +107,7 @@ async def _read(descriptor: int) -> bytes:
     loop = asyncio.get_running_loop()
     done: asyncio.Future[bytes] = loop.create_future()
 
-    def end(data: bytes, error: OSError | None) -> None:
+    def finish(data: bytes, error: OSError | None) -> None:
         if done.done():  # cancelled
             return
         if error is None:
@@ -122,7 +122,7 @@ async def _read(descriptor: int) -> bytes:
         except OSError as error:
             failed = error
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it
-            loop.call_soon_threadsafe(end, data, failed)
+            loop.call_soon_threadsafe(finish, data, failed)
 
     threading.Thread(target=read, name="asyncbucket run", daemon=True).start()
     return await done

@@ -64,9 +64,9 @@ class Job:
         endpoint: where a plain prompt is sent.
         system: the system message before each prompt.
         max_tokens: the most tokens of a reply, if a line does not say.
-        most: only this many lines are read, from the first; None for all.
+        max_lines: only this many lines are read, from the first; None for all.
         restart: start over, whatever was answered before.
-        bounded: whether the user said how many calls may be in flight.
+        has_concurrency_option: whether the user said how many calls may be in flight.
     """
 
     source: str
@@ -83,10 +83,10 @@ class Job:
     price: Price | None = None
     attempts: int = 5
     timeout: float = 600.0
-    most: int | None = None
+    max_lines: int | None = None
     errors: Path | None = None
     restart: bool = False
-    bounded: bool = False
+    has_concurrency_option: bool = False
 
     @property
     def checkpoint(self) -> Path | None:
@@ -102,25 +102,25 @@ class Job:
         return out.parent / f"{out.stem}.errors{out.suffix}"
 
     @property
-    def goes_on(self) -> bool:
+    def resumes(self) -> bool:
         """Whether there are answers to continue from; their index may be lost."""
         return self.out != STANDARD and not self.restart and Path(self.out).exists()
 
     @property
-    def place(self) -> str:
+    def shown_api_base(self) -> str:
         """Where requests go, in a form that may be shown: without a password in the URL."""
-        return provider.place(self.api_base)
+        return provider.shown_url(self.api_base)
 
-    def secret_free(self, text: str) -> str:
+    def without_key(self, text: str) -> str:
         """Return ``text`` without the key, which a provider's error may quote."""
-        return provider.secret_free(text, self.api_key)
+        return provider.without_key(text, self.api_key)
 
     @property
     def settings(self) -> dict[str, Any]:
         """The settings on which answers depend: with others, it is another run."""
         return {
             "model": self.model,
-            "api_base": self.place,
+            "api_base": self.shown_api_base,
             "endpoint": self.endpoint,
             "system": self.system,
             "max_tokens": self.max_tokens,
@@ -132,7 +132,7 @@ class Job:
         Raises:
             ValueError: the message says what, and the remedy.
         """
-        if not self.limits and not self.bounded:
+        if not self.limits and not self.has_concurrency_option:
             raise ValueError(
                 "say what your key may do: --rpm and --tpm, e.g. --rpm 500 --tpm 200000; or, for a "
                 "server without limits, --concurrency 20 or --concurrency auto"
@@ -143,7 +143,7 @@ class Job:
                     f"no request takes any {limit.resource}, so {limit} would hold up none: limit "
                     f"requests, tokens, input_tokens or output_tokens"
                 )
-        provider.check(self.api_base)
+        provider.check_url(self.api_base)
         if self.source != STANDARD and not Path(self.source).is_file():
             raise ValueError(
                 f"{self.source!r} is not a file that can be read: name one, or pipe the lines in and give -"

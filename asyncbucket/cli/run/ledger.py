@@ -26,7 +26,7 @@ from asyncbucket.cli.run.output import PREFIX, append
 from asyncbucket.cli.run.request import BadLine, Request
 
 #: How each of our lines begins, complete or not.
-_BEGINNING: Final = b'{"id":"' + PREFIX.encode()
+_LINE_START: Final = b'{"id":"' + PREFIX.encode()
 _SCHEMA: Final = """
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = OFF;
@@ -36,10 +36,10 @@ CREATE TABLE IF NOT EXISTS admissions (at INTEGER NOT NULL, cost TEXT NOT NULL);
 CREATE TEMP TABLE seen (key BLOB PRIMARY KEY, line INTEGER NOT NULL, times INTEGER NOT NULL)
 WITHOUT ROWID;
 """
-_OURS: Final = frozenset({"about", "answered", "admissions"})
+_OUR_TABLES: Final = frozenset({"about", "answered", "admissions"})
 #: How SQLite files begin, unless they were never flushed.
-_HEAD: Final = b"SQLite format 3\0"
-_SEE: Final = """
+_SQLITE_MAGIC: Final = b"SQLite format 3\0"
+_NOTE_SEEN: Final = """
 INSERT INTO seen VALUES (?, ?, 1) ON CONFLICT (key) DO UPDATE SET times = times + 1
 RETURNING line, times
 """
@@ -69,13 +69,13 @@ class Ledger:
     ) -> None:
         self._out = out
         self._settings = settings
-        self._new: list[tuple[bytes]] = []
+        self._unindexed: list[tuple[bytes]] = []
         self._path = ":memory:" if checkpoint is None else str(checkpoint)
         self._database = self._connect()
         self._file: BinaryIO | None = None
         try:
             if restart:  # by now no other run uses the files
-                self._forget()
+                self._delete_all()
             if out is not None:
                 self._file = out.open("ab", buffering=0)
                 if restart:
@@ -91,48 +91,48 @@ class Ledger:
             with contextlib.ExitStack() as undo:
                 database = sqlite3.connect(self._path, timeout=0.5, isolation_level=None)
                 undo.callback(database.close)
-                self._take(database)
+                self._lock(database)
                 undo.pop_all()
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
                 raise ValueError(
                     f"{self._out} is being written by another run: let it end, or give another -o"
                 ) from None
-            raise unusable(self._path, error) from None
+            raise unusable_error(self._path, error) from None
         except sqlite3.DatabaseError:
             if not _is_broken(Path(self._path)):
-                raise self._not_ours(self._path) from None
-            for end in ("", "-wal", "-shm"):
-                Path(f"{self._path}{end}").unlink(missing_ok=True)
+                raise self._foreign_file_error(self._path) from None
+            for suffix in ("", "-wal", "-shm"):
+                Path(f"{self._path}{suffix}").unlink(missing_ok=True)
             return self._connect()
         return database
 
-    def _take(self, database: sqlite3.Connection) -> None:
+    def _lock(self, database: sqlite3.Connection) -> None:
         """Lock the file for this run, and make the tables in it."""
         database.execute("PRAGMA locking_mode = EXCLUSIVE")
-        if other_tables(database, _OURS):
-            raise self._not_ours(self._path)
+        if other_tables(database, _OUR_TABLES):
+            raise self._foreign_file_error(self._path)
         database.executescript(_SCHEMA)
         database.execute("BEGIN EXCLUSIVE")
         database.execute("COMMIT")
 
-    def _forget(self) -> None:
-        for table in _OURS:
+    def _delete_all(self) -> None:
+        for table in _OUR_TABLES:
             self._database.execute(f"DELETE FROM {table}")  # noqa: S608 - names of our own
 
-    def _about(self, name: str) -> Any:
+    def _read_about(self, name: str) -> Any:
         row = self._database.execute("SELECT value FROM about WHERE name = ?", (name,)).fetchone()
         return None if row is None else json.loads(row[0])
 
-    def _note(self, name: str, value: Any) -> None:
+    def _write_about(self, name: str, value: Any) -> None:
         text = json.dumps(value)
         self._database.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", (name, text))
 
     def _check_settings(self) -> None:
-        before = self._about("settings")
+        before = self._read_about("settings")
         answered = self._database.execute("SELECT 1 FROM answered LIMIT 1").fetchone()
         if before is None or answered is None:
-            self._note("settings", self._settings)
+            self._write_about("settings", self._settings)
             return
         for name, value in self._settings.items():
             if before.get(name) != value:
@@ -143,33 +143,33 @@ class Ledger:
 
     def _catch_up(self, out: Path) -> None:
         """Index what was written after the last update, and cut off an incomplete line at the end."""
-        noted = self._about("size") or 0
-        if noted > out.stat().st_size:  # somebody shortened it: it is read again
+        indexed_size = self._read_about("size") or 0
+        if indexed_size > out.stat().st_size:  # somebody shortened it: it is read again
             self._database.execute("DELETE FROM answered")
-            noted = 0
-        whole = noted
+            indexed_size = 0
+        complete_size = indexed_size
         with out.open("rb") as file:
-            file.seek(noted)
+            file.seek(indexed_size)
             for line in file:
                 if not line.endswith(b"\n"):
-                    if not (line.startswith(_BEGINNING) or _BEGINNING.startswith(line)):
-                        raise self._not_ours(out)
+                    if not (line.startswith(_LINE_START) or _LINE_START.startswith(line)):
+                        raise self._foreign_file_error(out)
                     break
-                self._new.append((self._key_in(line),))
-                whole += len(line)
-                if len(self._new) >= 10_000:  # noqa: PLR2004 - a transaction of some size
-                    self._write(whole)
-        os.truncate(out, whole)
-        self._write(whole)
+                self._unindexed.append((self._key_in(line),))
+                complete_size += len(line)
+                if len(self._unindexed) >= 10_000:  # noqa: PLR2004 - a transaction of some size
+                    self._write(complete_size)
+        os.truncate(out, complete_size)
+        self._write(complete_size)
 
     def _key_in(self, line: bytes) -> bytes:
         try:
             found = json.loads(line)["id"]
             return bytes.fromhex(found.removeprefix(PREFIX))
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise self._not_ours(self._out) from None
+            raise self._foreign_file_error(self._out) from None
 
-    def _not_ours(self, path: object) -> ValueError:
+    def _foreign_file_error(self, path: object) -> ValueError:
         remedy = ", or --restart to overwrite it" if path == self._out else ""
         return ValueError(
             f"{path} exists and was not written by `asyncbucket run`: give another -o{remedy}"
@@ -183,7 +183,7 @@ class Ledger:
         """
         known = request.custom_id.encode("utf-8", "surrogatepass") if request.named else request.key
         row = (b"n" + known if request.named else b"k" + known, request.line)
-        ((line, times),) = self._database.execute(_SEE, row).fetchall()
+        ((line, times),) = self._database.execute(_NOTE_SEEN, row).fetchall()
         if request.named and times > 1:
             why = f"custom_id {request.custom_id!r} is that of line {line} already"
             raise BadLine(why, request.custom_id)
@@ -204,9 +204,9 @@ class Ledger:
         """Append an answer; from then on it survives the end of this process."""
         if self._file is not None and self._out is not None:
             append(line, self._file, self._out)
-            self._new.append((key,))
+            self._unindexed.append((key,))
 
-    def admitted(self, cost: dict[str, int]) -> None:
+    def note_admission(self, cost: dict[str, int]) -> None:
         """Write down an admission, before its request leaves."""
         row = (time.time_ns(), json.dumps(cost))
         self._database.execute("INSERT INTO admissions VALUES (?, ?)", row)
@@ -218,24 +218,24 @@ class Ledger:
 
     def bookings(self) -> dict[str, Any] | None:
         """Return the limiter's bookings as they were kept."""
-        found: dict[str, Any] | None = self._about("bookings")
+        found: dict[str, Any] | None = self._read_about("bookings")
         return found
 
-    def keep(self, bookings: dict[str, Any]) -> None:
+    def save(self, bookings: dict[str, Any]) -> None:
         """Update the index, with the limiter's bookings of this very instant."""
         self._write(None if self._file is None else self._file.tell(), bookings)
 
     def _write(self, size: int | None, bookings: dict[str, Any] | None = None) -> None:
         database = self._database
         database.execute("BEGIN")
-        database.executemany("INSERT OR IGNORE INTO answered VALUES (?)", self._new)
+        database.executemany("INSERT OR IGNORE INTO answered VALUES (?)", self._unindexed)
         if size is not None:
-            self._note("size", size)
+            self._write_about("size", size)
         if bookings is not None:
-            self._note("bookings", bookings)
+            self._write_about("bookings", bookings)
             database.execute("DELETE FROM admissions")
         database.execute("COMMIT")
-        self._new.clear()
+        self._unindexed.clear()
 
     def close(self) -> None:
         """Close the files."""
@@ -248,14 +248,14 @@ class Ledger:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
         self.close()
 
 
-def unusable(path: object, error: sqlite3.Error) -> ValueError:
+def unusable_error(path: object, error: sqlite3.Error) -> ValueError:
     """Return the error for an index that cannot be read or written."""
     return ValueError(
         f"{path}, the index of the answers, cannot be written ({error}): make room and run the same "
@@ -266,4 +266,4 @@ def unusable(path: object, error: sqlite3.Error) -> ValueError:
 def _is_broken(path: Path) -> bool:
     """Tell whether an unreadable file may have been a database: only then it is made anew."""
     with path.open("rb") as file:
-        return file.read(len(_HEAD)) in (_HEAD, bytes(len(_HEAD)))
+        return file.read(len(_SQLITE_MAGIC)) in (_SQLITE_MAGIC, bytes(len(_SQLITE_MAGIC)))

@@ -6,23 +6,23 @@ from typing import Annotated, Any, Final, Literal
 
 import typer
 
-from asyncbucket.cli.ends import in_a_line
-from asyncbucket.cli.provider import OPENAI
-from asyncbucket.cli.run.job import CONCURRENCY, PATHS, STANDARD, Job, Price, key_from, limits_of
-from asyncbucket.cli.typed import (
+from asyncbucket.cli.exits import errors_in_one_line
+from asyncbucket.cli.option_types import (
     Preset,
     Rpd,
     Rpm,
     Tpd,
     Tpm,
-    count,
-    file,
-    named,
-    published,
-    switch,
-    whole,
-    words,
+    count_option,
+    file_option,
+    flag_option,
+    name_option,
+    preset_limits,
+    read_count,
+    text_option,
 )
+from asyncbucket.cli.provider import OPENAI
+from asyncbucket.cli.run.job import CONCURRENCY, PATHS, STANDARD, Job, Price, key_from, limits_of
 
 #: A backspace keeps the lines of a paragraph as they are.
 EXAMPLES: Final = """\b
@@ -39,52 +39,60 @@ def run(  # noqa: PLR0913 - one for each option
         str, typer.Argument(metavar="FILE", help="Batch lines or prompts, one a line; - is stdin.")
     ],
     *,
-    out: Annotated[str, file("Answers as JSONL; - is stdout.", "--out", "-o")] = STANDARD,
-    model: Annotated[str | None, named("The model; default: what the lines say.")] = None,
+    out: Annotated[str, file_option("Answers as JSONL; - is stdout.", "--out", "-o")] = STANDARD,
+    model: Annotated[str | None, name_option("The model; default: what the lines say.")] = None,
     # What is allowed.
     rpm: Rpm = None,
     tpm: Tpm = None,
     rpd: Rpd = None,
     tpd: Tpd = None,
     limits: Annotated[
-        list[str] | None, words('Any other limit, e.g. "40k ITPM" or "10/s".', "--also")
+        list[str] | None, text_option('Any other limit, e.g. "40k ITPM" or "10/s".', "--also")
     ] = None,
     preset: Preset = None,
     concurrency: Annotated[
-        str | None, words(f"Calls at once; default: {CONCURRENCY}.", metavar="N|auto")
+        str | None, text_option(f"Calls at once; default: {CONCURRENCY}.", metavar="N|auto")
     ] = None,
     # Where requests go, and what is in them.
     api_base: Annotated[
-        str | None, words("Any OpenAI-compatible server; default: OpenAI.", metavar="URL")
+        str | None, text_option("Any OpenAI-compatible server; default: OpenAI.", metavar="URL")
     ] = None,
     key_variable: Annotated[
-        str, named("The variable that holds the key.", "--key-from")
+        str, name_option("The variable that holds the key.", "--key-from")
     ] = "OPENAI_API_KEY",
-    endpoint: Annotated[str, named("Where prompts go: chat, responses, embeddings.")] = "chat",
-    system: Annotated[str | None, words("The system message before each prompt.")] = None,
-    max_tokens: Annotated[int | None, count("For a reply, if the line sets none.")] = None,
+    endpoint: Annotated[
+        str, name_option("Where prompts go: chat, responses, embeddings.")
+    ] = "chat",
+    system: Annotated[str | None, text_option("The system message before each prompt.")] = None,
+    max_tokens: Annotated[int | None, count_option("For a reply, if the line sets none.")] = None,
     # How much, and how often.
-    most: Annotated[int | None, count("The first N lines only.", "--limit")] = None,
+    most: Annotated[int | None, count_option("The first N lines only.", "--limit")] = None,
     price: Annotated[
-        str | None, words("Dollars for a million tokens, e.g. 0.15/0.60.", metavar="IN/OUT")
+        str | None, text_option("Dollars for a million tokens, e.g. 0.15/0.60.", metavar="IN/OUT")
     ] = None,
-    errors: Annotated[Path | None, file("Failed lines; default: beside the answers.")] = None,
-    attempts: Annotated[int, count("Attempts for a line, the first included.")] = 5,
+    errors: Annotated[
+        Path | None, file_option("Failed lines; default: beside the answers.")
+    ] = None,
+    attempts: Annotated[int, count_option("Attempts for a line, the first included.")] = 5,
     timeout: Annotated[
         float,
         typer.Option(min=1, metavar="S", help="Seconds for a reply, time in line not counted."),
     ] = 600.0,
-    profile: Annotated[str | None, named("How calls are charged; default: by the host.")] = None,
+    profile: Annotated[
+        str | None, name_option("How calls are charged; default: by the host.")
+    ] = None,
     latency: Annotated[
         float, typer.Option(min=0, metavar="S", help="Seconds a call takes, for --dry-run.")
     ] = 2.0,
     dry_run: Annotated[
-        bool, switch("Send nothing; say how long it would take.", "--dry-run")
+        bool, flag_option("Send nothing; say how long it would take.", "--dry-run")
     ] = False,
-    restart: Annotated[bool, switch("Start over: delete the answers so far.", "--restart")] = False,
+    restart: Annotated[
+        bool, flag_option("Start over: delete the answers so far.", "--restart")
+    ] = False,
     # What is shown.
-    quiet: Annotated[bool, switch("Show nothing but errors.", "--quiet", "-q")] = False,
-    as_json: Annotated[bool, switch("Print the summary as JSON on stdout.", "--json")] = False,
+    quiet: Annotated[bool, flag_option("Show nothing but errors.", "--quiet", "-q")] = False,
+    as_json: Annotated[bool, flag_option("Print the summary as JSON on stdout.", "--json")] = False,
 ) -> None:
     """Send every line of a file to a model, under your limits, and write every answer once.
 
@@ -97,7 +105,7 @@ def run(  # noqa: PLR0913 - one for each option
     can be, 130 after Ctrl-C.
     """
     base = api_base or os.environ.get("OPENAI_BASE_URL") or OPENAI
-    with in_a_line("run"):
+    with errors_in_one_line("run"):
         from asyncbucket.cli.run import command
 
         if as_json and out == STANDARD and not dry_run:
@@ -106,7 +114,7 @@ def run(  # noqa: PLR0913 - one for each option
             source=source,
             out=out,
             limits=limits_of(
-                [*(limits or ()), *published(preset)], rpm=rpm, tpm=tpm, rpd=rpd, tpd=tpd
+                [*(limits or ()), *preset_limits(preset)], rpm=rpm, tpm=tpm, rpd=rpd, tpd=tpd
             ),
             concurrency=_concurrency(concurrency),
             model=model,
@@ -119,10 +127,10 @@ def run(  # noqa: PLR0913 - one for each option
             price=None if price is None else Price.parse(price),
             attempts=attempts,
             timeout=timeout,
-            most=most,
+            max_lines=most,
             errors=errors,
             restart=restart,
-            bounded=concurrency is not None,
+            has_concurrency_option=concurrency is not None,
         )
         if dry_run:
             status = command.dry_run(job, latency=latency, as_json=as_json)
@@ -137,7 +145,7 @@ def _concurrency(text: str | None) -> int | Literal["auto"]:
     if text == "auto":
         return "auto"
     try:
-        return whole(text)
+        return read_count(text)
     except ValueError:
         raise ValueError(
             f"--concurrency must be a number from 1 on, or auto, not {text!r}"

@@ -10,19 +10,19 @@ from asyncbucket.limits import Limit
 from asyncbucket.wording import counted, one_line, rounded, written_out
 
 #: Words for the usual windows.
-_PERS: Final[dict[float, str]] = {1: "a second", 60: "a minute", 86_400: "a day"}
+_WINDOW_NAMES: Final[dict[float, str]] = {1: "a second", 60: "a minute", 86_400: "a day"}
 
 
 def headline(job: Job, tally: Tally) -> str:
     """Say in a line or two what will be done, and under which limits."""
-    limits = [_said(limit) for limit in job.limits]
+    limits = [_limit_text(limit) for limit in job.limits]
     limits.append(
         f"{job.concurrency} at once" if job.concurrency != "auto" else "as many as go well"
     )
     lines = "" if tally.total is None else f", {counted(tally.total, 'lines')}"
     model = "" if job.model is None else f" with {job.model}"
     source = "standard input" if job.source == STANDARD else job.source
-    return f"{source}{lines}{model}; {job.place}\n{', '.join(limits)}"
+    return f"{source}{lines}{model}; {job.shown_api_base}\n{', '.join(limits)}"
 
 
 def summary(job: Job, tally: Tally) -> str:
@@ -59,6 +59,6 @@ def _errors(job: Job, tally: Tally) -> str:
     return f", failed lines: {job.errors_file}" if tally.failed or tally.bad else ""
 
 
-def _said(limit: Limit) -> str:
-    per = _PERS.get(limit.per, f"per {written_out(limit.per)} s")
+def _limit_text(limit: Limit) -> str:
+    per = _WINDOW_NAMES.get(limit.per, f"per {written_out(limit.per)} s")
     return f"{counted(limit.amount, limit.resource)} {per}"

@@ -8,20 +8,20 @@ from asyncbucket.batch.keys import digest
 from asyncbucket.cli.run.job import PATHS, Job
 
 #: The member of a body that holds the question, by path.
-_ASKED: Final = {
+_PROMPT_BY_PATH: Final = {
     "/v1/chat/completions": "messages",
     "/v1/responses": "input",
     "/v1/embeddings": "input",
     "/v1/completions": "prompt",
 }
 #: The member that limits the reply, by path, as this program writes it.
-_BOUND: Final = {
+_MAX_TOKENS_BY_PATH: Final = {
     "/v1/chat/completions": "max_completion_tokens",
     "/v1/responses": "max_output_tokens",
     "/v1/completions": "max_tokens",
 }
-_BOUNDS: Final = frozenset({"max_tokens", "max_completion_tokens", "max_output_tokens"})
-_LONGEST_ID: Final = 512
+_MAX_TOKENS_MEMBERS: Final = frozenset({"max_tokens", "max_completion_tokens", "max_output_tokens"})
+_MAX_ID_LENGTH: Final = 512
 
 
 class BadLine(ValueError):  # noqa: N818 - it is about a line
@@ -75,14 +75,16 @@ def read_request(number: int, data: bytes, job: Job) -> Request | None:
 
 def _request(number: int, text: str, job: Job) -> Request:
     if not text.startswith("{"):
-        return _made(number, None, PATHS[job.endpoint], _asking(_unquoted(text), job), job)
+        return _build_request(
+            number, None, PATHS[job.endpoint], _prompt_body(_unquoted(text), job), job
+        )
     try:
         line = json.loads(text)
     except ValueError as error:
         raise BadLine(f"not JSON: {error}") from None
     if "custom_id" in line or "body" in line:
         return _batch_line(number, line, job)
-    return _made(number, None, PATHS[job.endpoint], _body_of(line, job), job)
+    return _build_request(number, None, PATHS[job.endpoint], _body_of(line, job), job)
 
 
 def _unquoted(text: str) -> str:
@@ -96,7 +98,7 @@ def _unquoted(text: str) -> str:
     return text
 
 
-def _asking(prompt: str, job: Job) -> dict[str, Any]:
+def _prompt_body(prompt: str, job: Job) -> dict[str, Any]:
     """Return the members of a body that ask ``prompt``."""
     if job.endpoint == "chat":
         messages = [{"role": "user", "content": prompt}]
@@ -110,9 +112,9 @@ def _asking(prompt: str, job: Job) -> dict[str, Any]:
 
 def _body_of(line: dict[str, Any], job: Job) -> dict[str, Any]:
     """Return the body in a line without an envelope; ``{"prompt": "..."}`` is a prompt."""
-    if isinstance(line.get("prompt"), str) and _ASKED[PATHS[job.endpoint]] not in line:
+    if isinstance(line.get("prompt"), str) and _PROMPT_BY_PATH[PATHS[job.endpoint]] not in line:
         rest = {name: value for name, value in line.items() if name != "prompt"}
-        return _asking(line["prompt"], job) | rest
+        return _prompt_body(line["prompt"], job) | rest
     return line
 
 
@@ -120,38 +122,44 @@ def _batch_line(number: int, line: dict[str, Any], job: Job) -> Request:
     custom_id = line.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
         raise BadLine("custom_id is missing, or no text")
-    if len(custom_id) > _LONGEST_ID:
-        raise BadLine(f"custom_id has {len(custom_id):,} characters, more than {_LONGEST_ID}")
+    if len(custom_id) > _MAX_ID_LENGTH:
+        raise BadLine(f"custom_id has {len(custom_id):,} characters, more than {_MAX_ID_LENGTH}")
     try:
-        return _made(number, custom_id, *_posted(line, job), job)
+        return _build_request(number, custom_id, *_path_and_body(line, job), job)
     except BadLine as bad:
         bad.custom_id = custom_id
         raise
 
 
-def _posted(line: dict[str, Any], job: Job) -> tuple[str, dict[str, Any]]:
+def _path_and_body(line: dict[str, Any], job: Job) -> tuple[str, dict[str, Any]]:
     """Return the path of a batch line, and its body."""
     if line.get("method", "POST") != "POST":
         raise BadLine(f"method is {line['method']!r}, only POST can be sent")
     path, body = line.get("url", PATHS[job.endpoint]), line.get("body")
-    if not isinstance(path, str) or path not in _ASKED:
-        raise BadLine(f"url is {path!r}, known: {', '.join(_ASKED)}")
+    if not isinstance(path, str) or path not in _PROMPT_BY_PATH:
+        raise BadLine(f"url is {path!r}, known: {', '.join(_PROMPT_BY_PATH)}")
     if not isinstance(body, dict):
         raise BadLine("body is missing, or no object")
     return path, body
 
 
-def _made(number: int, custom_id: str | None, path: str, body: dict[str, Any], job: Job) -> Request:
+def _build_request(
+    number: int, custom_id: str | None, path: str, body: dict[str, Any], job: Job
+) -> Request:
     if job.model is not None:
         body = {**body, "model": job.model}
     if not isinstance(body.get("model"), str):
         raise BadLine("no model: give --model, or name one in the body")
-    if not body.get(_ASKED[path]):
-        raise BadLine(f"the body has no {_ASKED[path]}, which {path} needs")
+    if not body.get(_PROMPT_BY_PATH[path]):
+        raise BadLine(f"the body has no {_PROMPT_BY_PATH[path]}, which {path} needs")
     if body.get("stream"):
         raise BadLine("the body asks for a stream, which cannot be a line of a file")
-    if job.max_tokens is not None and path in _BOUND and not _BOUNDS & body.keys():
-        body = {**body, _BOUND[path]: job.max_tokens}
+    if (
+        job.max_tokens is not None
+        and path in _MAX_TOKENS_BY_PATH
+        and not _MAX_TOKENS_MEMBERS & body.keys()
+    ):
+        body = {**body, _MAX_TOKENS_BY_PATH[path]: job.max_tokens}
     content = json.dumps(body, sort_keys=True, separators=(",", ":"))
     identity = json.dumps([custom_id, path]) + content
     return Request(

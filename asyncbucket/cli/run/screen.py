@@ -15,19 +15,19 @@ from asyncbucket.limiter import Limiter
 from asyncbucket.wording import counted, with_verb
 
 #: Seconds between two updates on a terminal, and between two lines in a pipe.
-_LIVE: Final = 0.2
-_LINES: Final = 10.0
+_REFRESH_INTERVAL: Final = 0.2
+_LINE_INTERVAL: Final = 10.0
 _BAR: Final = 28
 
 
 class Screen(Protocol):
     """Show the progress of a run."""
 
-    async def keep_up(self, tally: Tally, limiter: Limiter) -> None:
+    async def show_until_cancelled(self, tally: Tally, limiter: Limiter) -> None:
         """Show it until cancelled."""
         ...
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Show a line that stays."""
         ...
 
@@ -45,24 +45,24 @@ def screen_for(console: Console, *, quiet: bool, shared: bool = False) -> Screen
 
 
 class _NoScreen:
-    async def keep_up(self, tally: Tally, limiter: Limiter) -> None: ...
-    def say(self, text: str) -> None: ...
+    async def show_until_cancelled(self, tally: Tally, limiter: Limiter) -> None: ...
+    def print_line(self, text: str) -> None: ...
 
 
 class _LineScreen:
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    async def keep_up(self, tally: Tally, limiter: Limiter) -> None:
+    async def show_until_cancelled(self, tally: Tally, limiter: Limiter) -> None:
         outlook = Outlook(limiter)
         while True:
-            await anyio.sleep(_LINES)
-            look = look_at(tally, outlook)
+            await anyio.sleep(_LINE_INTERVAL)
+            snapshot = take_snapshot(tally, outlook)
             of = "" if tally.total is None else f" of {tally.total:,}"
-            parts = [f"{tally.done:,}{of} done", *_pace(look, tally), *_counts(tally, limiter)]
-            self.say(f"{duration(tally.seconds):>6}  {', '.join(parts)}")
+            parts = [f"{tally.done:,}{of} done", *_pace(snapshot, tally), *_counts(tally, limiter)]
+            self.print_line(f"{duration(tally.seconds):>6}  {', '.join(parts)}")
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         self._console.print(text, soft_wrap=True, markup=False)
 
 
@@ -70,30 +70,30 @@ class _LiveScreen:
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    async def keep_up(self, tally: Tally, limiter: Limiter) -> None:
+    async def show_until_cancelled(self, tally: Tally, limiter: Limiter) -> None:
         outlook = Outlook(limiter)
         # Refreshed by this task only: a thread of rich's would compete with the calls.
         with Live(console=self._console, auto_refresh=False, transient=True) as live:
             while True:
-                live.update(self._view(tally, limiter, look_at(tally, outlook)), refresh=True)
-                await anyio.sleep(_LIVE)
+                live.update(self._view(tally, limiter, take_snapshot(tally, outlook)), refresh=True)
+                await anyio.sleep(_REFRESH_INTERVAL)
 
-    def _view(self, tally: Tally, limiter: Limiter, look: Snapshot) -> RenderableType:
+    def _view(self, tally: Tally, limiter: Limiter, snapshot: Snapshot) -> RenderableType:
         grid = Table.grid(padding=(0, 2, 0, 0))
         if tally.total is None:
             done = Text(counted(tally.done, "lines"), "bold")
-            grid.add_row(done, "  ".join(_pace(look, tally)))
+            grid.add_row(done, "  ".join(_pace(snapshot, tally)))
         else:
             done = Text(f"{tally.done:,} of {tally.total:,}", "bold")
             bar = ProgressBar(max(1, tally.total), tally.done, width=_BAR)
-            grid.add_row(done, bar, "  ".join(_pace(look, tally)))
+            grid.add_row(done, bar, "  ".join(_pace(snapshot, tally)))
         return Group(grid, Text("  ".join(_counts(tally, limiter)), "dim"))
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         self._console.print(text, markup=False)
 
 
-def look_at(tally: Tally, outlook: Outlook) -> Snapshot:
+def take_snapshot(tally: Tally, outlook: Outlook) -> Snapshot:
     """Estimate how long it will take, from what was done and from what the limits allow."""
     left = None
     if tally.total is not None:
@@ -104,12 +104,12 @@ def look_at(tally: Tally, outlook: Outlook) -> Snapshot:
     return outlook.snapshot(tally.answered + tally.failed, left=left)
 
 
-def _pace(look: Snapshot, tally: Tally) -> list[str]:
+def _pace(snapshot: Snapshot, tally: Tally) -> list[str]:
     if tally.stopping:  # the rest is left for the next run
         return ["stopping"]
-    words = look.words()
-    if look.bound_by is not None:
-        words.append(with_verb(look.bound_by, "bind"))
+    words = snapshot.words()
+    if snapshot.bound_by is not None:
+        words.append(with_verb(snapshot.bound_by, "bind"))
     return words
 
 

@@ -22,14 +22,14 @@ from asyncbucket.http.usage import read_usage
 from asyncbucket.limiter import Limiter
 from asyncbucket.retry import Retrier, Retry, Sent
 
-_MESSAGE: Final = 500
+_MAX_MESSAGE: Final = 500
 #: What parsing an unreadable reply raises; too deep nesting raises the latter.
-_NO_JSON: Final = (ValueError, RecursionError)
+_JSON_ERRORS: Final = (ValueError, RecursionError)
 #: Nobody could be reached, so nothing was sent.
 UNREACHABLE: Final = (httpx.ConnectError, httpx.ConnectTimeout)
 #: Connections kept for the next request. For each request httpcore compares idle ones in pairs: a
 #: hundred of them would take more time than everything else together.
-_IDLE: Final = 32
+_MAX_IDLE: Final = 32
 
 
 def request_id(response: httpx.Response) -> str:
@@ -46,12 +46,12 @@ class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
         self.request_id = request_id(response)
         try:
             self.body: Any = response.json()
-        except _NO_JSON:
-            self.body = response.text[:_MESSAGE]
+        except _JSON_ERRORS:
+            self.body = response.text[:_MAX_MESSAGE]
         super().__init__(f"HTTP {self.status_code}: {self.message}")
 
     @property
-    def is_of_another_server(self) -> bool:
+    def is_from_another_server(self) -> bool:
         """Whether a success did not come from the API, which would have answered in JSON."""
         return self.status_code < FIRST_ERROR
 
@@ -64,15 +64,15 @@ class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
     @property
     def message(self) -> str:
         """The error's message, for people."""
-        said = self.error.get("message") or self.body
-        if self.is_of_another_server:
-            said = f"the reply is not JSON: {said or 'it is empty'}"
-        return str(said or "no reason given")[:_MESSAGE]
+        text = self.error.get("message") or self.body
+        if self.is_from_another_server:
+            text = f"the reply is not JSON: {text or 'it is empty'}"
+        return str(text or "no reason given")[:_MAX_MESSAGE]
 
     @property
     def code(self) -> str:
         """The error's code, for programs."""
-        if self.is_of_another_server:
+        if self.is_from_another_server:
             return "no_json"
         return str(self.error.get("code") or self.error.get("type") or f"http_{self.status_code}")
 
@@ -125,15 +125,15 @@ class Sender:
             family="httpx",
             profile=job.profile,
             timeout=job.timeout,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=_IDLE),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=_MAX_IDLE),
             headers=_headers(job),
         )
         #: Requests that wait in line or in a back-off.
         self._unsent: dict[int, Reply] = {}
         self._begun = 0
         #: Set, and replaced, whenever a request is over.
-        self.over = anyio.Event()
-        self._forget = limiter.observe(self._hear)
+        self.request_ended = anyio.Event()
+        self._stop_observing = limiter.observe(self._on_event)
 
     async def send(self, request: Request, reply: Reply) -> None:
         """Send ``request``, and put the result into ``reply``.
@@ -148,7 +148,7 @@ class Sender:
         content = json.dumps(request.body, ensure_ascii=False).encode("utf-8", "backslashreplace")
         with reply.scope:
             self._begun += 1
-            self._waits(reply)
+            self._mark_unsent(reply)
             try:
                 await self._retrier.call(
                     functools.partial(self._attempt, reply, request.path, content), sent=reply.sent
@@ -156,8 +156,8 @@ class Sender:
             finally:
                 self._begun -= 1
                 self._unsent.pop(id(reply), None)
-                self.over.set()
-                self.over = anyio.Event()
+                self.request_ended.set()
+                self.request_ended = anyio.Event()
         if reply.scope.cancelled_caught:
             raise Stopped
 
@@ -171,16 +171,16 @@ class Sender:
         for reply in self._unsent.values():
             reply.scope.cancel()
 
-    def _waits(self, reply: Reply) -> None:
+    def _mark_unsent(self, reply: Reply) -> None:
         self._unsent[id(reply)] = reply
         if self._tally.stopping:
             reply.scope.cancel()
 
-    def _hear(self, event: Event) -> None:
+    def _on_event(self, event: Event) -> None:
         """Note an admission, first in the ledger; the request leaves after that."""
         if isinstance(event, Admitted):
             cost = {name: units for name, units in event.cost.items() if name != "concurrency"}
-            self._ledger.admitted(cost)
+            self._ledger.note_admission(cost)
             self._tally.admitted.update(cost)
             reply = _CURRENT.get()
             if reply is not None:
@@ -196,7 +196,7 @@ class Sender:
             )
         except httpx.HTTPError as error:
             self._tally.sent += not isinstance(error, UNREACHABLE)
-            self._waits(reply)
+            self._mark_unsent(reply)
             raise
         except BaseException:  # cancelled, in line or in flight
             self._tally.sent += id(reply) not in self._unsent
@@ -204,13 +204,13 @@ class Sender:
         self._tally.sent += 1
         if response.status_code >= FIRST_ERROR:
             self._tally.refused += response.status_code == RATE_LIMITED
-            self._waits(reply)
+            self._mark_unsent(reply)
             raise HTTPFailure(response)
         reply.status = response.status_code
         reply.request_id = request_id(response)
         try:
             reply.body = response.json()
-        except _NO_JSON:
+        except _JSON_ERRORS:
             raise HTTPFailure(response) from None
 
     async def __aenter__(self) -> Self:
@@ -219,12 +219,12 @@ class Sender:
 
     async def __aexit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._forget()
-        await self._client.__aexit__(kind, error, trace)
+        self._stop_observing()
+        await self._client.__aexit__(error_type, error, trace)
 
 
 def _headers(job: Job) -> dict[str, str]:

@@ -41,7 +41,7 @@ class Tally:
     #: Why no call can succeed, if none can.
     fatal: str | None = None
 
-    def blame(self, reason: str) -> None:
+    def count_reason(self, reason: str) -> None:
         """Count why a line failed; reasons beyond the first few are one."""
         known = reason in self.reasons or len(self.reasons) < _REASONS
         self.reasons[reason if known else "others"] += 1

@@ -27,16 +27,16 @@ from asyncbucket.retry import classify
 from asyncbucket.wording import counted
 
 #: Seconds between two updates of what is done.
-_KEEP: Final = 0.5
+_SAVE_INTERVAL: Final = 0.5
 #: Statuses that any other request would get, too: because of the key or the account.
 _FATAL: Final = frozenset({401, 402})
-_UNKNOWN: Final = 401
+_UNAUTHORIZED: Final = 401
 #: A key that may send no line, or one prompt that a moderator or a firewall turned away.
 _FORBIDDEN: Final = 403
 #: Statuses of a server, or of a path on it, that is not the API; or of one line's model.
-_ELSEWHERE: Final = frozenset({404, 405})
+_WRONG_SERVER: Final = frozenset({404, 405})
 #: This many failures in a row, each after its own attempts, are an outage, which ends the run.
-_OUTAGE: Final = 50
+_OUTAGE_FAILURES: Final = 50
 
 
 class Run:
@@ -61,7 +61,7 @@ class Run:
         self._errors = Errors(job.errors_file)
         self._stopped = anyio.Event()
         #: Consecutive requests, since the last answer, that failed in a way that all others may.
-        self._lost_in_a_row = 0
+        self._failures_in_a_row = 0
         self.limiter = Limiter(*job.limits, concurrency=job.concurrency, name="run")
         self._sender = Sender(job, self.limiter, self._ledger, tally)
 
@@ -70,12 +70,12 @@ class Run:
         with self._ledger as ledger, contextlib.closing(self._errors):
             restore(self.limiter, ledger.admissions(), saved=ledger.bookings())
             try:
-                ledger.keep(snapshot(self.limiter))
+                ledger.save(snapshot(self.limiter))
                 async with self._sender:
-                    with _on_signal(self._stop_once):
+                    with _on_signal(self._begin_stop):
                         await self._work()
             finally:
-                ledger.keep(snapshot(self.limiter))
+                ledger.save(snapshot(self.limiter))
 
     async def _work(self) -> None:
         """Do all the work.
@@ -94,27 +94,27 @@ class Run:
     async def _work_together(self) -> None:
         feed = tasks(self._job, self._ledger, self._errors, self._tally)
         async with anyio.create_task_group() as group:
-            group.start_soon(self._keep_books)
-            group.start_soon(self._screen.keep_up, self._tally, self.limiter)
+            group.start_soon(self._save_regularly)
+            group.start_soon(self._screen.show_until_cancelled, self._tally, self.limiter)
             with anyio.CancelScope() as reading:
                 group.start_soon(self._end_when_stopped, reading)
-                async with amap(self.limiter, self._do, feed, paced=True) as results:
+                async with amap(self.limiter, self._send_task, feed, paced=True) as results:
                     async for _ in results:
                         pass
             group.cancel_scope.cancel()
 
-    async def _do(self, task: Task) -> None:
+    async def _send_task(self, task: Task) -> None:
         reply = Reply()
         try:
             await self._sender.send(task.request, reply)
         except Stopped:
             return
         except (AsyncBucketError, HTTPFailure, httpx.HTTPError, httpx.InvalidURL) as error:
-            self._failed(task, error, reply)
+            self._write_failure(task, error, reply)
         else:
-            self._answered(task, reply)
+            self._write_answer(task, reply)
 
-    def _answered(self, task: Task, reply: Reply) -> None:
+    def _write_answer(self, task: Task, reply: Reply) -> None:
         """Write an answer as soon as it arrives, with nothing in between."""
         line = answer(
             key=task.key,
@@ -134,12 +134,12 @@ class Run:
         else:
             self._ledger.write(task.key, line)
         sent, received = reply.tokens()
-        self._lost_in_a_row = 0
+        self._failures_in_a_row = 0
         self._tally.answered += 1
         self._tally.input_tokens += sent
         self._tally.output_tokens += received
 
-    def _failed(self, task: Task, error: Exception, reply: Reply) -> None:
+    def _write_failure(self, task: Task, error: Exception, reply: Reply) -> None:
         tally, response = self._tally, None
         code, message = type(error).__name__, str(error) or "no more is known"
         if isinstance(error, HTTPFailure):
@@ -149,9 +149,9 @@ class Run:
                 "request_id": error.request_id,
                 "body": error.body,
             }
-        message = self._job.secret_free(message)
+        message = self._job.without_key(message)
         tally.failed += 1
-        tally.blame(f"{code}: {message}"[:200])
+        tally.count_reason(f"{code}: {message}"[:200])
         line = failure(
             line=task.request.line,
             custom_id=task.request.custom_id,
@@ -161,30 +161,30 @@ class Run:
             attempts=reply.attempts,
             waited=reply.waited,
         )
-        self._errors.write(self._job.secret_free(line.decode()).encode())
-        self._look_for_the_end(error)
+        self._errors.write(self._job.without_key(line.decode()).encode())
+        self._stop_if_hopeless(error)
 
-    def _look_for_the_end(self, error: Exception) -> None:
+    def _stop_if_hopeless(self, error: Exception) -> None:
         """Stop if every further request would fail, too."""
         tally, status = self._tally, getattr(error, "status_code", None)
         unreachable = isinstance(error, UNREACHABLE)
-        lost, elsewhere = status in _FATAL, unreachable or status in _ELSEWHERE
+        hopeless, wrong_server = status in _FATAL, unreachable or status in _WRONG_SERVER
         if isinstance(error, HTTPFailure):
-            lost |= error.code in EXHAUSTED
-            elsewhere |= error.is_of_another_server
-        lost |= elsewhere and not (tally.answered or (tally.earlier and not unreachable))
-        self._lost_in_a_row += elsewhere or status == _FORBIDDEN or classify(error).retry
-        if self._lost_in_a_row >= _OUTAGE:
-            lost = True
-        if lost and tally.fatal is None:
-            said = f"{str(error) or type(error).__name__} ({self._job.place})"
+            hopeless |= error.code in EXHAUSTED
+            wrong_server |= error.is_from_another_server
+        hopeless |= wrong_server and not (tally.answered or (tally.earlier and not unreachable))
+        self._failures_in_a_row += wrong_server or status == _FORBIDDEN or classify(error).retry
+        if self._failures_in_a_row >= _OUTAGE_FAILURES:
+            hopeless = True
+        if hopeless and tally.fatal is None:
+            text = f"{str(error) or type(error).__name__} ({self._job.shown_api_base})"
             if unreachable:
-                said += "; see that it runs, or correct --api-base"
-            elif elsewhere:
-                said += "; correct --api-base or --model"
-            elif status == _UNKNOWN:
-                said += "; correct the key, or name its variable with --key-from"
-            tally.fatal = self._job.secret_free(said)
+                text += "; see that it runs, or correct --api-base"
+            elif wrong_server:
+                text += "; correct --api-base or --model"
+            elif status == _UNAUTHORIZED:
+                text += "; correct the key, or name its variable with --key-from"
+            tally.fatal = self._job.without_key(text)
             self._stop()
 
     def _stop(self) -> None:
@@ -192,7 +192,7 @@ class Run:
         self._stopped.set()
         self._sender.stop()
 
-    def _stop_once(self) -> bool:
+    def _begin_stop(self) -> bool:
         """Begin to stop; return whether that is new."""
         if self._tally.stopping:
             return False
@@ -200,7 +200,7 @@ class Run:
         under_way = self._sender.under_way
         if under_way:
             are, them = ("are", "them") if under_way > 1 else ("is", "it")
-            self._screen.say(
+            self._screen.print_line(
                 f"stopping when {counted(under_way, 'requests')} under way {are} answered; "
                 f"Ctrl-C again to drop {them}"
             )
@@ -210,13 +210,13 @@ class Run:
         """End the reading, which may wait for ever for the next line of a pipe."""
         await self._stopped.wait()
         while self._sender.under_way:
-            await self._sender.over.wait()
+            await self._sender.request_ended.wait()
         reading.cancel()
 
-    async def _keep_books(self) -> None:
+    async def _save_regularly(self) -> None:
         while True:
-            await anyio.sleep(_KEEP)
-            self._ledger.keep(snapshot(self.limiter))
+            await anyio.sleep(_SAVE_INTERVAL)
+            self._ledger.save(snapshot(self.limiter))
 
 
 @contextlib.contextmanager

@@ -5,8 +5,8 @@ from typing import Annotated, Final
 
 import typer
 
-from asyncbucket.cli.ends import in_a_line
-from asyncbucket.cli.typed import file, switch
+from asyncbucket.cli.exits import errors_in_one_line
+from asyncbucket.cli.option_types import file_option, flag_option
 
 EXAMPLES: Final = """\b
 Examples:
@@ -20,13 +20,13 @@ def plot(
         Path, typer.Argument(metavar="TRACE", help="What limiter.trace().save(...) wrote.")
     ],
     *,
-    out: Annotated[Path, file("A .png, .svg or .pdf.", "-o", "--out")],
-    dark: Annotated[bool, switch("Draw on a dark background.", "--dark")] = False,
+    out: Annotated[Path, file_option("A .png, .svg or .pdf.", "-o", "--out")],
+    dark: Annotated[bool, flag_option("Draw on a dark background.", "--dark")] = False,
 ) -> None:
     """Draw a trace: admissions against each limit, the line of those who waited, and pauses."""
-    with in_a_line("plot"):
+    with errors_in_one_line("plot"):
+        from asyncbucket.cli.trace.history import read
         from asyncbucket.cli.trace.picture import draw
-        from asyncbucket.cli.trace.story import read
 
         draw(read(trace), out, dark=dark)
         typer.echo(f"drawn: {out}")

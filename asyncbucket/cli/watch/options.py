@@ -7,8 +7,8 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from asyncbucket.cli.ends import FAILED, in_a_line, said
-from asyncbucket.cli.typed import switch
+from asyncbucket.cli.exits import FAILED, error_message, errors_in_one_line
+from asyncbucket.cli.option_types import flag_option
 
 EXAMPLES: Final = """\b
 Examples:
@@ -26,8 +26,8 @@ def watch(
     interval: Annotated[
         float, typer.Option(min=0.1, max=60, metavar="S", help="Seconds between two looks.")
     ] = 1.0,
-    once: Annotated[bool, switch("Look once, then exit.", "--once")] = False,
-    as_json: Annotated[bool, switch("Print a line of JSON for each look.", "--json")] = False,
+    once: Annotated[bool, flag_option("Look once, then exit.", "--once")] = False,
+    as_json: Annotated[bool, flag_option("Print a line of JSON for each look.", "--json")] = False,
 ) -> None:
     """Show what running limiters do: how full each limit is, what binds, and who waits.
 
@@ -36,28 +36,28 @@ def watch(
     """
     from asyncbucket.cli.watch.source import SourceError, source
 
-    with in_a_line("watch"):
-        looks = _looks(source(url), None if once else interval)
+    with errors_in_one_line("watch"):
+        readings = _readings(source(url), None if once else interval)
         try:
             if as_json:
-                for seen in looks:
-                    typer.echo(json.dumps(seen))
+                for reading in readings:
+                    typer.echo(json.dumps(reading))
             else:
-                _show(looks, once=once)
+                _show(readings, once=once)
         except SourceError as error:
-            typer.echo(f"error: {said(error)}", err=True)
+            typer.echo(f"error: {error_message(error)}", err=True)
             raise typer.Exit(FAILED) from error
 
 
-def _looks(look: Any, interval: float | None) -> Iterator[dict[str, Any]]:
+def _readings(read: Any, interval: float | None) -> Iterator[dict[str, Any]]:
     while True:
-        yield look()
+        yield read()
         if interval is None:
             return
         time.sleep(interval)
 
 
-def _show(looks: Iterator[dict[str, Any]], *, once: bool) -> None:
+def _show(readings: Iterator[dict[str, Any]], *, once: bool) -> None:
     from rich.console import Console
     from rich.live import Live
 
@@ -66,25 +66,25 @@ def _show(looks: Iterator[dict[str, Any]], *, once: bool) -> None:
 
     console = Console(highlight=False)
     unicode = shows_blocks(console)
-    draws = console.is_terminal and not console.is_dumb_terminal
-    if once or not draws:
-        for views in _views(looks):
-            if draws:
+    can_draw = console.is_terminal and not console.is_dumb_terminal
+    if once or not can_draw:
+        for views in _views(readings):
+            if can_draw:
                 console.print(draw(views, width=console.width, unicode=unicode))
             else:
                 typer.echo("\n".join(plain(views)))
         return
     with Live(console=console, screen=False, auto_refresh=False) as live:
-        for views in _views(looks):
+        for views in _views(readings):
             live.update(draw(views, width=console.width, unicode=unicode), refresh=True)
 
 
-def _views(looks: Iterator[dict[str, Any]]) -> Iterator[list[Any]]:
+def _views(readings: Iterator[dict[str, Any]]) -> Iterator[list[Any]]:
     from asyncbucket.cli.watch.view import compare
 
     before: list[dict[str, Any]] = []
     last = time.monotonic()
-    for seen in looks:
+    for reading in readings:
         now = time.monotonic()
-        yield compare(seen["limiters"], before, now - last)
-        before, last = seen["limiters"], now
+        yield compare(reading["limiters"], before, now - last)
+        before, last = reading["limiters"], now

@@ -26,11 +26,11 @@ def _limiter(view: View, width: int, *, unicode: bool) -> Iterable[RenderableTyp
     for bar in view.bars:
         line = Text(_label(bar).ljust(labels))
         line.append("  ")
-        colour = "red" if bar.binds else "yellow" if bar.part >= _FULL else "green"
-        line.append(_bar(bar.part, min(room, 40), unicode=unicode), style=colour)
-        line.append(f" {bar.part:4.0%}")
+        colour = "red" if bar.binds else "yellow" if bar.fraction >= _FULL else "green"
+        line.append(_bar(bar.fraction, min(room, 40), unicode=unicode), style=colour)
+        line.append(f" {bar.fraction:4.0%}")
         if bar.binds:
-            what = "binds" if bar.part >= _FULL else "binds (paced)"
+            what = "binds" if bar.fraction >= _FULL else "binds (paced)"
             line.append(f" ◀ {what}" if unicode else f" < {what}", style="bold red")
         yield _indented(line)
     facts = Text((" · " if unicode else ", ").join(view.facts))
@@ -49,11 +49,11 @@ def _label(bar: Bar) -> str:
     return f"{bar.used:,} of {bar.limit}"
 
 
-def _bar(part: float, width: int, *, unicode: bool) -> str:
+def _bar(fraction: float, width: int, *, unicode: bool) -> str:
     if not unicode:
-        full = round(part * width)
+        full = round(fraction * width)
         return "[" + "#" * full + "-" * (width - full) + "]"
-    eighths = round(part * width * 8)
+    eighths = round(fraction * width * 8)
     bar = "█" * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
     return bar.ljust(width, "·")
 

@@ -13,25 +13,25 @@ from asyncbucket.stats.report import row_of
 from asyncbucket.stores import Snapshot, open_store, without_password
 
 #: What one reading returns: the JSON of `asyncbucket.stats.report`.
-Look = Callable[[], dict[str, Any]]
+Reader = Callable[[], dict[str, Any]]
 
 _PATIENCE: Final = 5.0
 _OK: Final = 200
 #: Members that every limiter has, a program's or a store's.
-_ALWAYS: Final = frozenset({"name", "limits", "paused", "in_flight"})
+_REQUIRED_MEMBERS: Final = frozenset({"name", "limits", "paused", "in_flight"})
 
 
 class SourceError(Exception):
     """Say why nothing can be read, and what to do about it."""
 
 
-def source(url: str) -> Look:
+def source(url: str) -> Reader:
     """Return a function that reads ``url``.
 
     Raises:
         ValueError: the URL is of an unknown kind.
     """
-    scheme, known, _ = url.partition("://")
+    scheme, separator, _ = url.partition("://")
     shown = without_password(url)
     if scheme == "http":
         try:
@@ -41,8 +41,8 @@ def source(url: str) -> Look:
             raise ValueError(f"{shown!r} names no port: give one up to 65535") from None
         return lambda: _fetch(http.client.HTTPConnection(host, port, timeout=_PATIENCE), shown)
     if scheme == "unix" and "?" not in url:
-        return lambda: _fetch(_Unix(unquote(urlsplit(url).path)), shown)
-    if not known or scheme == "https":
+        return lambda: _fetch(_UnixConnection(unquote(urlsplit(url).path)), shown)
+    if not separator or scheme == "https":
         raise ValueError(
             f"{shown!r} is not a limiter to watch: give the URL that limiter.serve_stats() returns "
             f"(http://127.0.0.1:4294, unix:///run/limits.sock) or a store's (redis://host:6379/0)"
@@ -51,7 +51,7 @@ def source(url: str) -> Look:
     return lambda: asyncio.run(_peek(url))
 
 
-class _Unix(http.client.HTTPConnection):
+class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: str) -> None:
         super().__init__("localhost", timeout=_PATIENCE)
         self._path = path
@@ -69,7 +69,7 @@ def _fetch(connection: http.client.HTTPConnection, url: str) -> dict[str, Any]:
         reply = connection.getresponse()
         if reply.status != _OK:
             raise SourceError(f"{url} answers {reply.status}: is that limiter.serve_stats()?")
-        seen: Any = json.loads(reply.read())
+        reply_data: Any = json.loads(reply.read())
     except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
         raise SourceError(
             f"nobody serves statistics at {url} ({str(error) or type(error).__name__}): does the "
@@ -77,17 +77,17 @@ def _fetch(connection: http.client.HTTPConnection, url: str) -> dict[str, Any]:
         ) from error
     finally:
         connection.close()
-    if not _is_report(seen):
+    if not _is_report(reply_data):
         raise SourceError(f"{url} answers something else: is that limiter.serve_stats()?")
-    report: dict[str, Any] = seen
+    report: dict[str, Any] = reply_data
     return report
 
 
-def _is_report(seen: object) -> bool:
-    """Tell whether ``seen`` reports limiters, and is not the JSON of another server."""
-    limiters = seen.get("limiters") if isinstance(seen, dict) else None
+def _is_report(reply_data: object) -> bool:
+    """Tell whether ``reply_data`` reports limiters, and is not the JSON of another server."""
+    limiters = reply_data.get("limiters") if isinstance(reply_data, dict) else None
     return isinstance(limiters, list) and all(
-        isinstance(each, dict) and each.keys() >= _ALWAYS for each in limiters
+        isinstance(limiter, dict) and limiter.keys() >= _REQUIRED_MEMBERS for limiter in limiters
     )
 
 
@@ -96,25 +96,29 @@ async def _peek(url: str) -> dict[str, Any]:
     store = open_store(url)
     try:
         names = await store.names()
-        looks = [(name, await store.peek(name)) for name in names]
+        snapshots = [(name, await store.peek(name)) for name in names]
     except StoreError as error:
         raise SourceError(str(error)) from error
     finally:
         await store.aclose()
     if not names:
         raise SourceError(f"no limiter is kept in {without_password(url)} yet")
-    return {"limiters": [_limiter(name, look) for name, look in looks if look is not None]}
+    return {
+        "limiters": [
+            _limiter(name, snapshot) for name, snapshot in snapshots if snapshot is not None
+        ]
+    }
 
 
-def _limiter(name: str, look: Snapshot) -> dict[str, Any]:
+def _limiter(name: str, snapshot: Snapshot) -> dict[str, Any]:
     return {
         "name": name,
-        "in_flight": look.slots,
-        "concurrency": look.terms.concurrency,
-        "paused": max(0, look.paused_until - look.now) * 1e-9,
-        "ahead": max(0, look.last_start - look.now) * 1e-9,
-        "workers": look.workers,
+        "in_flight": snapshot.slots,
+        "concurrency": snapshot.terms.concurrency,
+        "paused": max(0, snapshot.paused_until - snapshot.now) * 1e-9,
+        "ahead": max(0, snapshot.last_start - snapshot.now) * 1e-9,
+        "workers": snapshot.workers,
         "limits": [
-            row_of(use.limit, used=use.used, available=use.available) for use in look.limits
+            row_of(use.limit, used=use.used, available=use.available) for use in snapshot.limits
         ],
     }

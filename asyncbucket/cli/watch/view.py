@@ -18,7 +18,7 @@ class Bar:
     binds: bool
 
     @property
-    def part(self) -> float:
+    def fraction(self) -> float:
         """How much of it is used, from 0 to 1."""
         return min(1.0, max(0.0, self.used / self.amount))
 
@@ -51,21 +51,21 @@ class View:
         binding = now.get("bound_by")
         least = min(
             (
-                each["available"]
+                limit["available"]
                 for limiter in (now, *above)
-                for each in _limits(limiter)
-                if each["resource"] == binding
+                for limit in _limits(limiter)
+                if limit["resource"] == binding
             ),
             default=0,
         )
         bars = [
             Bar(
-                one_line(each["limit"]),
-                each["used"],
-                each["amount"],
-                each["resource"] == binding and each["available"] <= least,
+                one_line(limit["limit"]),
+                limit["used"],
+                limit["amount"],
+                limit["resource"] == binding and limit["available"] <= least,
             )
-            for each in _limits(now)
+            for limit in _limits(now)
         ]
         rate = 0.0
         if before is not None and seconds > 0 and "admitted" in now:
@@ -82,29 +82,29 @@ def compare(
     now: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]], seconds: float
 ) -> list[View]:
     """Compare all limiters of a reading with how they were ``seconds`` ago."""
-    then = {each["name"]: each for each in before}
+    earlier = {limiter["name"]: limiter for limiter in before}
     return [
         View.of(
-            each,
-            then.get(each["name"]),
+            limiter,
+            earlier.get(limiter["name"]),
             seconds,
-            above=[other for other in now if each["name"].startswith(f"{other['name']}/")],
+            above=[other for other in now if limiter["name"].startswith(f"{other['name']}/")],
         )
-        for each in now
+        for limiter in now
     ]
 
 
 def _limits(limiter: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Yield the limits of a limiter, with its slots as the last one."""
     yield from limiter["limits"]
-    slots, taken = limiter.get("concurrency"), limiter["in_flight"]
+    slots, slots_taken = limiter.get("concurrency"), limiter["in_flight"]
     if slots:
         yield {
             "limit": f"{slots:,} at once",
             "resource": "concurrency",
             "amount": slots,
-            "used": taken,
-            "available": slots - taken,
+            "used": slots_taken,
+            "available": slots - slots_taken,
         }
 
 
@@ -123,8 +123,8 @@ def _facts(now: Mapping[str, Any], rate: float) -> list[str]:
     if "admitted" in now:
         facts.append(f"{now['admitted']:,} admitted" + (f", {rate:,.1f}/s now" if rate else ""))
     facts += [
-        f"{now[field]:,} {said}"
-        for field, said in (
+        f"{now[field]:,} {phrase}"
+        for field, phrase in (
             ("upstream_429", "refused by the provider (429)"),
             ("refused", "turned away"),
             ("cancelled", "gave up"),
@@ -132,9 +132,9 @@ def _facts(now: Mapping[str, Any], rate: float) -> list[str]:
         if now.get(field)
     ]
     waits = now.get("waits") or {}
-    count = sum(each["count"] for each in waits.values())
+    count = sum(wait["count"] for wait in waits.values())
     if count:
-        mean = sum(each["seconds"] for each in waits.values()) / count
+        mean = sum(wait["seconds"] for wait in waits.values()) / count
         facts.append(f"{count:,} had to wait, {mean:,.1f} s on average")
     return facts
 

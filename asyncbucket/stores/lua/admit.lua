@@ -1,10 +1,10 @@
 -- Admission: which calls of a batch are booked, and what the others wait for.
 
-local BOOKED_NOT = { full = -1, later = -2, never = -3 }
+local NOT_BOOKED = { full = -1, later = -2, never = -3 }
 local PATIENCE = 1000000
 
 -- The resource of which the call wants more than ever passes, or nil.
-local function never(s, amounts, at)
+local function exceeded(s, amounts, at)
   for _, m in ipairs(s.meters) do
     if amounts[at + m.resource] > m.window.amount then
       return m.resource
@@ -60,11 +60,11 @@ local function correct(s, corrections)
 end
 
 -- Book `calls`, flat, for each the amount of every resource and its slots; see Ledger.commit. The
--- first that has to wait stops those behind it; return what it waits for: nil, or one of BOOKED_NOT.
+-- first that has to wait stops those behind it; return what it waits for: nil, or one of NOT_BOOKED.
 local function admit(s, worker, seq, calls, horizon, held)
   local n, size = s.config.resources, s.config.concurrency
   local a = { answers = {}, slots = {}, starts = {}, ask = 0, free = 0 }
-  local ahead, waited, wanted, edge, stop_bound = 0, 0, 0, nil, 0
+  local ahead, waited, wanted, latest_start, stop_bound = 0, 0, 0, nil, 0
   turns_prune(s, worker)
   local turn = turns_of(s, worker)
   if size then
@@ -75,26 +75,26 @@ local function admit(s, worker, seq, calls, horizon, held)
   for at = 0, #calls - 1, n + 1 do
     local answer, bound = a.stopped, stop_bound
     local slot = size and calls[at + n + 1] > 0
-    local over = never(s, calls, at)
-    if over then
-      answer, bound = BOOKED_NOT.never, over
-    elseif not answer and slot and not line_lets(s, a.free, ahead, held, seq) then
-      answer, bound = BOOKED_NOT.full, n + 1
+    local exceeded_resource = exceeded(s, calls, at)
+    if exceeded_resource then
+      answer, bound = NOT_BOOKED.never, exceeded_resource
+    elseif not answer and slot and not line_allows(s, a.free, ahead, held, seq) then
+      answer, bound = NOT_BOOKED.full, n + 1
       turns_leave(s, worker)
     elseif not answer then
-      local since = not edge and turns_since(s, worker, calls, at) or nil
+      local since = not latest_start and turns_since(s, worker, calls, at) or nil
       local when
       when, bound = earliest(s, calls, at, since)
       if bound == 0 and when > s.now then -- those who came first are held up by it
         bound = s.bound
       end
-      local ask = not edge and turns_wait(s, worker, when)
-      edge = edge or when + horizon
+      local ask = not latest_start and turns_wait(s, worker, when)
+      latest_start = latest_start or when + horizon
       if ask then
-        answer, a.ask = BOOKED_NOT.later, ask
+        answer, a.ask = NOT_BOOKED.later, ask
         turns_enter(s, worker, ask, { unpack(calls, at + 1, at + n) }, bound, since)
-      elseif when > edge then
-        answer, a.ask = BOOKED_NOT.later, math.max(s.now, s.last - horizon)
+      elseif when > latest_start then
+        answer, a.ask = NOT_BOOKED.later, math.max(s.now, s.last - horizon)
       else
         book(s, calls, at, when)
         s.bound = when > s.now and bound or 0
@@ -105,22 +105,22 @@ local function admit(s, worker, seq, calls, horizon, held)
         turn = nil
         if slot then
           a.starts[#a.starts + 1] = when
-          a.slots[#a.slots + 1] = worker .. ':' .. whole(seq) .. ':' .. at / (n + 1)
+          a.slots[#a.slots + 1] = worker .. ':' .. as_integer(seq) .. ':' .. at / (n + 1)
           a.free, held, ahead = a.free - 1, held + 1, #s.line
         end
-        a.answers[#a.answers + 1] = whole(when - s.now)
+        a.answers[#a.answers + 1] = as_integer(when - s.now)
       end
     end
     if answer then
-      a.answers[#a.answers + 1] = whole(answer)
-      if answer ~= BOOKED_NOT.never then
+      a.answers[#a.answers + 1] = as_integer(answer)
+      if answer ~= NOT_BOOKED.never then
         a.stopped, stop_bound = answer, bound
         wanted = wanted + 1
       end
     end
-    a.answers[#a.answers + 1] = whole(bound)
+    a.answers[#a.answers + 1] = as_integer(bound)
   end
-  if a.stopped == BOOKED_NOT.full then
+  if a.stopped == NOT_BOOKED.full then
     line_enter(s, worker, ahead, held, wanted)
   elseif #calls == 0 then
     turns_leave(s, worker)
@@ -132,7 +132,7 @@ end
 -- or those ahead in line may have been called in vain.
 local function ask_again(s, fresh_slots_end)
   local at = #s.line > 1 and s.now + PATIENCE or fresh_slots_end
-  local now = '(' .. whole(s.now)
+  local now = '(' .. as_integer(s.now)
   local first = redis.call('ZRANGEBYSCORE', KEYS[2], now, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
   return math.min(at, tonumber(first[2]) or at)
 end

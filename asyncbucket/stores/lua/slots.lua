@@ -9,18 +9,18 @@
 -- all but one in `ROUND` take back what they gave.) Whoever was called and does not come in time loses
 -- its place.
 
-local COME = 100000
+local CALL_TIMEOUT = 100000
 local FEW = 4
 local ROUND = 32
 
 local function slots_used(s)
-  return redis.call('ZCOUNT', KEYS[2], '(' .. whole(s.now), '+inf')
+  return redis.call('ZCOUNT', KEYS[2], '(' .. as_integer(s.now), '+inf')
 end
 
 local function line_prune(s, worker)
   local kept = {}
   for _, place in ipairs(s.line) do
-    if place[2] == 0 or s.now - place[2] <= COME or place[1] == worker then
+    if place[2] == 0 or s.now - place[2] <= CALL_TIMEOUT or place[1] == worker then
       kept[#kept + 1] = place
     end
   end
@@ -47,7 +47,7 @@ local function line_enter(s, worker, ahead, held, wanted)
 end
 
 -- Whether a worker that holds `held` slots, with `ahead` others before it, may take one of `free`.
-local function line_lets(s, free, ahead, held, seq)
+local function line_allows(s, free, ahead, held, seq)
   local kept = 0
   local first = (held >= FEW and seq % ROUND ~= 0) and 0 or 1
   for i, place in ipairs(s.line) do
@@ -57,9 +57,9 @@ local function line_lets(s, free, ahead, held, seq)
   return free > kept
 end
 
--- Call those whose turn has come, fewest slots first; return who is to be told at the end.
+-- Call those whose turn has come, fewest slots first; return whom to notify at the end.
 local function line_call(s, free)
-  local order, told = {}, {}
+  local order, notices = {}, {}
   for i, place in ipairs(s.line) do
     order[i] = { place, i }
   end
@@ -70,23 +70,23 @@ local function line_call(s, free)
     local place = order[i][1]
     if place[2] == 0 then
       place[2] = s.now
-      told[#told + 1] = { place[1], 0 }
+      notices[#notices + 1] = { place[1], 0 }
     end
   end
-  return told
+  return notices
 end
 
 -- Tell workers in how many microseconds to come.
-local function tell(channel, told)
-  for _, each in ipairs(told) do
-    redis.call('PUBLISH', channel .. each[1], whole(each[2]))
+local function notify(channel, notices)
+  for _, each in ipairs(notices) do
+    redis.call('PUBLISH', channel .. each[1], as_integer(each[2]))
   end
 end
 
--- Drop workers and slots that gave no sign of life in time. Not before `revive`: this is what a server
+-- Drop workers and slots that gave no sign of life in time. Not before `renew`: this is what a server
 -- short of memory never refuses, and behind it nothing else.
-local function bury(s)
-  local now = whole(s.now)
+local function expire(s)
+  local now = as_integer(s.now)
   local dead = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now)
   for _, worker in ipairs(dead) do
     line_leave(s, worker)
@@ -98,12 +98,12 @@ local function bury(s)
 end
 
 -- Prolong the life of a worker and of its slots; `starts` says since when, if not from now on.
-local function revive(s, worker, ttl, slots, starts)
-  redis.call('ZADD', KEYS[3], whole(s.now + ttl), worker)
+local function renew(s, worker, ttl, slots, starts)
+  redis.call('ZADD', KEYS[3], as_integer(s.now + ttl), worker)
   for i, slot in ipairs(slots) do
-    redis.call('ZADD', KEYS[2], whole((starts and starts[i] or s.now) + ttl), slot)
+    redis.call('ZADD', KEYS[2], as_integer((starts and starts[i] or s.now) + ttl), slot)
   end
-  redis.call('PEXPIRE', KEYS[2], whole(s.ttl * 2 / 1000 + 1000))
-  -- The names of the dead are needed as long as there is something of theirs to bury.
-  redis.call('PEXPIRE', KEYS[3], whole(lifetime(s) + s.ttl * 2 / 1000))
+  redis.call('PEXPIRE', KEYS[2], as_integer(s.ttl * 2 / 1000 + 1000))
+  -- The names of the dead are needed as long as there is something of theirs to remove.
+  redis.call('PEXPIRE', KEYS[3], as_integer(lifetime(s) + s.ttl * 2 / 1000))
 end

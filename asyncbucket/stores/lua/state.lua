@@ -8,7 +8,7 @@ local MINUTE = 60000000
 local FAR = 250000 -- a call whose start lies farther ahead is not booked, but for those of its batch
 local FOREVER = 1e15 -- ms: a server takes no time to live that is much longer
 
-local function whole(number)
+local function as_integer(number)
   return string.format('%.0f', number)
 end
 
@@ -27,13 +27,13 @@ local function prefix_of(key)
 end
 
 -- Give the meters of `config` their numbers and what was kept of them; return what is new.
-local function shape(s, config)
-  local meters, fresh = {}, {}
+local function build_meters(s, config)
+  local meters, new_keys = {}, {}
   for i, m in ipairs(config.meters) do
     local w, b = s.windows[m.key], s.buckets[m.key]
     if not w then
       w = window_new()
-      fresh[#fresh + 1] = m.key
+      new_keys[#new_keys + 1] = m.key
     end
     w.amount, w.grain, w.hold, w.prefix = m.amount, m.grain, m.hold, prefix_of(m.key)
     w.cache, w.dirty, w.gone = {}, {}, {}
@@ -52,7 +52,7 @@ local function shape(s, config)
     meters[i] = { resource = m.resource, window = w, bucket = b }
   end
   s.meters, s.config = meters, config
-  return fresh
+  return new_keys
 end
 
 -- Nothing is available until all has flowed in anew, behind the calls that were booked ahead: they go.
@@ -66,7 +66,7 @@ local function drain(s)
   end
 end
 
-local function blank(epoch)
+local function new_state(epoch)
   return {
     epoch = epoch, before = '', seen = 0, offset = 0, last = 0, bound = 0, paused = 0, ttl = 0,
     windows = {}, buckets = {}, line = {}, turns = {},
@@ -74,30 +74,30 @@ local function blank(epoch)
 end
 
 -- Load what is kept, or begin: with all available, unless a worker knows of an epoch that is gone.
-local function load(known, fresh_epoch, config_text, ttl)
+local function load(known_epoch, new_epoch, config_text, ttl)
   local kept = redis.call('HMGET', KEYS[1], 'state', 'config')
   local s
   if kept[1] then
     s = cmsgpack.unpack(kept[1])
     s.text = kept[2]
     clock(s)
-    shape(s, cjson.decode(s.text))
+    build_meters(s, cjson.decode(s.text))
   else
-    s = blank(fresh_epoch)
+    s = new_state(new_epoch)
     s.text = config_text
     clock(s)
-    shape(s, cjson.decode(s.text))
+    build_meters(s, cjson.decode(s.text))
   end
   s.ttl = math.max(s.ttl, tonumber(ttl))
-  if known ~= '' and known ~= s.epoch and known ~= s.before then
+  if known_epoch ~= '' and known_epoch ~= s.epoch and known_epoch ~= s.before then
     s.lost = true
-    s.before = known
+    s.before = known_epoch
     drain(s)
   end
   return s
 end
 
-local function keep_window(w)
+local function save_window(w)
   for at = 1, #w.gone, 500 do
     redis.call('HDEL', KEYS[1], unpack(w.gone, at, math.min(at + 499, #w.gone)))
   end
@@ -152,9 +152,9 @@ local function save(s)
   })
   redis.call('HSET', KEYS[1], 'state', kept, 'config', s.text)
   for _, m in ipairs(s.meters) do
-    keep_window(m.window)
+    save_window(m.window)
   end
-  redis.call('PEXPIRE', KEYS[1], whole(lifetime(s)))
+  redis.call('PEXPIRE', KEYS[1], as_integer(lifetime(s)))
 end
 
 -- Put other terms in force; what is booked under limits that stay, stays.
@@ -177,7 +177,7 @@ local function configure(s, text)
   end
   s.text = text
   s.turns = {} -- what they wait for is named by other numbers now: they ask again
-  for _, key in ipairs(shape(s, config)) do -- what was booked before it began gives nothing back
+  for _, key in ipairs(build_meters(s, config)) do -- what was booked before it began gives nothing back
     s.windows[key].forgotten = math.max(s.now, s.last)
   end
   return true

@@ -1,7 +1,7 @@
 -- Verbs: what a worker may ask. Every script is this one; ARGV[1] says which.
 
 local function reply(s, fields)
-  local parts = { '"now":' .. whole(s.now), '"epoch":"' .. s.epoch .. '"' }
+  local parts = { '"now":' .. as_integer(s.now), '"epoch":"' .. s.epoch .. '"' }
   for name, value in pairs(fields) do
     parts[#parts + 1] = '"' .. name .. '":' .. value
   end
@@ -16,28 +16,28 @@ end
 local function left(s)
   local units = {}
   for i, m in ipairs(s.meters) do
-    units[i] = whole(m.window.amount - m.window.used)
+    units[i] = as_integer(m.window.amount - m.window.used)
   end
   return '[' .. table.concat(units, ',') .. ']'
 end
 
 -- Those whose turn has come, each with the microseconds until then.
 local function due(s, free)
-  local told = {}
+  local notices = {}
   if s.config.concurrency and #s.line > 0 then
     line_prune(s)
-    told = line_call(s, free or s.config.concurrency - slots_used(s))
+    notices = line_call(s, free or s.config.concurrency - slots_used(s))
   end
   turns_prune(s)
   local first, delay = turns_call(s)
   if first then
-    told[#told + 1] = { first, delay }
+    notices[#notices + 1] = { first, delay }
   end
-  return told
+  return notices
 end
 
 -- What a worker says about itself comes first in ARGV, behind the verb.
-local worker, known, fresh, config, channel, ttl = unpack(ARGV, 2, 7)
+local worker, known_epoch, new_epoch, config, channel, ttl = unpack(ARGV, 2, 7)
 ttl = tonumber(ttl)
 
 local verbs = {}
@@ -45,7 +45,7 @@ local verbs = {}
 function verbs.commit(seq, horizon, held, corrections, released, calls)
   corrections, released, calls = read(corrections), read(released), read(calls)
   seq, horizon, held = tonumber(seq), tonumber(horizon), tonumber(held)
-  local s = load(known, fresh, config, ttl)
+  local s = load(known_epoch, new_epoch, config, ttl)
   if s.text ~= config then
     return reply(s, { terms = s.text })
   end
@@ -55,7 +55,7 @@ function verbs.commit(seq, horizon, held, corrections, released, calls)
     if tonumber(last) == seq then
       return text
     elseif tonumber(last) > seq then
-      return redis.error_reply('STALE batch ' .. whole(seq) .. ' after ' .. last)
+      return redis.error_reply('STALE batch ' .. as_integer(seq) .. ' after ' .. last)
     end
   end
   local debts = correct(s, corrections)
@@ -63,53 +63,53 @@ function verbs.commit(seq, horizon, held, corrections, released, calls)
     redis.call('ZREM', KEYS[2], unpack(released, at, math.min(at + 499, #released)))
   end
   local a = admit(s, worker, seq, calls, horizon, held)
-  if a.stopped == BOOKED_NOT.full then
+  if a.stopped == NOT_BOOKED.full then
     a.ask = ask_again(s, s.now + ttl)
   end
-  local told = due(s, a.free)
+  local notices = due(s, a.free)
   local text = reply(s, {
-    debts = whole(debts),
-    ask = whole(a.ask),
+    debts = as_integer(debts),
+    ask = as_integer(a.ask),
     lost = s.lost and 'true' or 'false',
-    life = whole(lifetime(s)),
+    life = as_integer(lifetime(s)),
     left = left(s),
     workers = redis.call('ZCARD', KEYS[3]),
-    crowded = tostring(#s.line > (a.stopped == BOOKED_NOT.full and 1 or 0)),
+    crowded = tostring(#s.line > (a.stopped == NOT_BOOKED.full and 1 or 0)),
     bookings = '[' .. table.concat(a.answers, ',') .. ']',
   })
   save(s)
-  redis.call('HSET', KEYS[1], 'r:' .. worker, whole(seq) .. ' ' .. text)
+  redis.call('HSET', KEYS[1], 'r:' .. worker, as_integer(seq) .. ' ' .. text)
   if #a.slots > 0 then
-    revive(s, worker, ttl, a.slots, a.starts)
+    renew(s, worker, ttl, a.slots, a.starts)
   end
-  tell(channel, told)
+  notify(channel, notices)
   return text
 end
 
 function verbs.open()
   redis.call('PUBLISH', channel .. worker, '-1') -- tells nobody, but is refused whom ACLs forbid to tell
-  local s = load(known, fresh, config, ttl)
+  local s = load(known_epoch, new_epoch, config, ttl)
   local other = configure(s, config)
-  revive(s, worker, ttl, {})
-  bury(s)
+  renew(s, worker, ttl, {})
+  expire(s)
   save(s)
   if other then
     redis.call('PUBLISH', channel .. '*', '0')
   end
-  return reply(s, { life = whole(lifetime(s)) })
+  return reply(s, { life = as_integer(lifetime(s)) })
 end
 
 function verbs.heartbeat(slots)
-  local s = load(known, fresh, config, ttl)
+  local s = load(known_epoch, new_epoch, config, ttl)
   for _, m in ipairs(s.meters) do -- perhaps nobody has booked anything for long
     window_forget(m.window, s.now)
   end
-  revive(s, worker, ttl, read(slots))
-  bury(s)
-  local told = due(s)
+  renew(s, worker, ttl, read(slots))
+  expire(s)
+  local notices = due(s)
   save(s)
-  tell(channel, told)
-  local fields = { workers = redis.call('ZCARD', KEYS[3]), life = whole(lifetime(s)), left = left(s) }
+  notify(channel, notices)
+  local fields = { workers = redis.call('ZCARD', KEYS[3]), life = as_integer(lifetime(s)), left = left(s) }
   if s.text ~= config then
     fields.terms = s.text
   end
@@ -117,7 +117,7 @@ function verbs.heartbeat(slots)
 end
 
 function verbs.pause(span, step)
-  local s = load(known, fresh, config, ttl)
+  local s = load(known_epoch, new_epoch, config, ttl)
   local till = s.now + tonumber(span)
   if till > s.paused then
     s.paused, s.ramp = till, nil
@@ -130,19 +130,19 @@ function verbs.pause(span, step)
 end
 
 function verbs.configure(text)
-  local s = load(known, fresh, config, ttl)
+  local s = load(known_epoch, new_epoch, config, ttl)
   if configure(s, text) then
-    local told = due(s)
+    local notices = due(s)
     save(s)
     redis.call('PUBLISH', channel .. '*', '0')
-    tell(channel, told)
+    notify(channel, notices)
   end
   return reply(s, {})
 end
 
 -- What the worker was told while it was not listening: in how long to come, or -1. Writes nothing.
 function verbs.turn(waits)
-  local s = load('', fresh, config, ttl)
+  local s = load('', new_epoch, config, ttl)
   local come = -1
   if s.text ~= config then
     come = 0
@@ -160,7 +160,7 @@ function verbs.turn(waits)
       end
     end
   end
-  return reply(s, { come = whole(come) })
+  return reply(s, { come = as_integer(come) })
 end
 
 -- Writes nothing.
@@ -168,7 +168,7 @@ function verbs.peek()
   if config == '' and redis.call('EXISTS', KEYS[1]) == 0 then
     return '{}'
   end
-  local s = load('', fresh, config, ttl)
+  local s = load('', new_epoch, config, ttl)
   local uses, date = {}, math.max(s.now, s.last) -- nothing more starts before
   for i, m in ipairs(s.meters) do
     local available = window_available(m.window, date)
@@ -178,15 +178,15 @@ function verbs.peek()
     if date > s.now then
       available = math.min(0, available)
     end
-    uses[i] = whole(m.window.used) .. ',' .. whole(available)
+    uses[i] = as_integer(m.window.used) .. ',' .. as_integer(available)
   end
   return reply(s, {
     terms = s.text,
     uses = '[' .. table.concat(uses, ',') .. ']',
-    slots = whole(s.config.concurrency and slots_used(s) or 0),
-    paused = whole(s.paused),
-    last = whole(s.last),
-    workers = whole(redis.call('ZCOUNT', KEYS[3], '(' .. whole(s.now), '+inf')),
+    slots = as_integer(s.config.concurrency and slots_used(s) or 0),
+    paused = as_integer(s.paused),
+    last = as_integer(s.last),
+    workers = as_integer(redis.call('ZCOUNT', KEYS[3], '(' .. as_integer(s.now), '+inf')),
   })
 end
 
@@ -194,14 +194,14 @@ function verbs.leave()
   if redis.call('EXISTS', KEYS[1]) == 0 then
     return '{}'
   end
-  local s = load('', fresh, config, ttl)
+  local s = load('', new_epoch, config, ttl)
   line_leave(s, worker)
   turns_leave(s, worker)
-  local told = due(s)
+  local notices = due(s)
   save(s)
   redis.call('ZREM', KEYS[3], worker)
   redis.call('HDEL', KEYS[1], 'r:' .. worker)
-  tell(channel, told)
+  notify(channel, notices)
   return '{}'
 end
 

@@ -4,11 +4,11 @@ No server, nothing to install. Bookings survive restarts, so limits of a day or 
 A process may be killed at any instant: the file holds whole batches only, and the slots of dead
 processes come back when they expire.
 
-The modules, bottom up: `books` is the arithmetic, pure, with `trip`, a batch's way through it, and
-`line`, who is next; `verbs` are the operations on it, as values; `written` is the books as text;
-`clock` the one clock of all processes; `file` the SQLite file, and `faults` what its errors mean;
-`shelf` a process's copy of the books; `clerk` the thread that works on the file; `closing` decides
-when files must be closed; `ledger` is what a worker uses.
+The modules, bottom up: `books` is the arithmetic, pure, with `admission`, a batch's way through it,
+and `line`, who is next; `verbs` are the operations on it, as values; `serialization` is the books as
+text; `clock` the one clock of all processes; `file` the SQLite file, and `faults` what its errors
+mean; `replica` a process's copy of the books; `file_thread` the thread that works on the file;
+`closing` decides when files must be closed; `ledger` is what a worker uses.
 """
 
 import asyncio
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-from asyncbucket.stores.sqlite.clerk import Clerk
 from asyncbucket.stores.sqlite.clock import SharedClock
 from asyncbucket.stores.sqlite.file import File
+from asyncbucket.stores.sqlite.file_thread import FileThread
 from asyncbucket.stores.sqlite.ledger import SQLiteLedger
 from asyncbucket.stores.store import Snapshot, Terms, check_membership
 
@@ -61,10 +61,10 @@ class SQLiteStore:
             raise ValueError(f"patience must be a positive number of seconds, not {patience!r}")
         self._path = Path(path).absolute()
         self._patience = patience
-        self._clerk = Clerk(
+        self._file_thread = FileThread(
             File(self._path, patience=patience), SharedClock() if clock is None else clock
         )
-        weakref.finalize(self, self._clerk.stop).atexit = False
+        weakref.finalize(self, self._file_thread.stop).atexit = False
 
     @property
     def url(self) -> str:
@@ -87,25 +87,25 @@ class SQLiteStore:
 
     async def peek(self, name: str) -> Snapshot | None:
         """See `asyncbucket.stores.store.Store.peek`; it makes no file if there is none."""
-        return await self._onlooker(name).look() if self._path.exists() else None
+        return await self._reader(name).look() if self._path.exists() else None
 
     async def names(self) -> list[str]:
         """See `asyncbucket.stores.store.Store.names`; it makes no file if there is none."""
-        return await self._onlooker("").names() if self._path.exists() else []
+        return await self._reader("").names() if self._path.exists() else []
 
-    def _onlooker(self, name: str) -> SQLiteLedger:
+    def _reader(self, name: str) -> SQLiteLedger:
         return self._ledger(name, Terms(limits=()), "", life=0)
 
     def _ledger(self, name: str, terms: Terms, worker: str, *, life: int) -> SQLiteLedger:
         ledger = SQLiteLedger(
-            self._clerk, name, terms, worker=worker, life=life, patience=self._patience
+            self._file_thread, name, terms, worker=worker, life=life, patience=self._patience
         )
         ledger.store = self
         return ledger
 
     async def aclose(self) -> None:
         """Finish what is in progress, and close the file."""
-        thread = self._clerk.stop()
+        thread = self._file_thread.stop()
         if thread is not None:
             await asyncio.to_thread(thread.join)
 

@@ -16,8 +16,8 @@ from asyncbucket.feedback.pause import Pause
 from asyncbucket.gates import Gates
 from asyncbucket.kept import Kept, keep
 from asyncbucket.meters import NEVER, Amounts, Bucket, Meter, Window
+from asyncbucket.stores.sqlite.admission import SLOT, Admission
 from asyncbucket.stores.sqlite.line import Line, Turns
-from asyncbucket.stores.sqlite.trip import SLOT, Trip
 from asyncbucket.stores.store import (
     FAR,
     Batch,
@@ -35,7 +35,7 @@ from asyncbucket.stores.store import (
 Key: TypeAlias = tuple[str, int]
 
 #: Books are kept for at least this long (ns).
-_LEAST: Final = 60_000_000_000
+_MIN_LIFE: Final = 60_000_000_000
 #: No instant in a file is later: a huge debt is practically never paid off.
 _FOREVER: Final = (1 << 63) - 1
 
@@ -73,7 +73,7 @@ class Books:
             self._correct(correction, debts_at)
         for slot in batch.released:
             self.slots.pop(slot, None)
-        bookings, ask_at = Trip(self, worker, batch, now, life=life).run()
+        bookings, ask_at = Admission(self, worker, batch, now, life=life).run()
         return Receipt(
             now=now,
             bookings=bookings,
@@ -81,7 +81,7 @@ class Books:
             ask_at=ask_at,
             left=self._left(now),
             workers=len(self.workers),
-            crowded=self.line.others(worker),
+            crowded=self.line.has_others(worker),
         )
 
     def heartbeat(self, worker: str, slots: tuple[str, ...], now: int, *, life: int) -> Pulse:
@@ -105,7 +105,7 @@ class Books:
         for limit in terms.limits:
             key = (limit.resource, limit.window)
             self.limits[key] = keep(limit, before.get(key), now, began=began)
-        self.gates = Gates((meter, name[0][0]) for name, meter, _ in self.each())
+        self.gates = Gates((meter, name[0][0]) for name, meter, _ in self.named_meters())
         self.terms = terms
         self.edition += 1
 
@@ -121,9 +121,9 @@ class Books:
         ``origin`` is what these were started from: an earlier copy of ours, or nothing.
         """
         when = max(now, self.last_start)
-        before = {name: meter.available(now) for name, meter, _ in origin.each()}
-        after = {name: meter.available(now) for name, meter, _ in ours.each()}
-        for name, meter, full in self.each():
+        before = {name: meter.available(now) for name, meter, _ in origin.named_meters()}
+        after = {name: meter.available(now) for name, meter, _ in ours.named_meters()}
+        for name, meter, full in self.named_meters():
             begun_with = before.get(name, full)
             lacking = begun_with - after.get(name, begun_with)
             if lacking > 0:
@@ -132,24 +132,24 @@ class Books:
         self.last_start = max(self.last_start, ours.last_start)
         self.given = max(self.given, ours.given)
 
-    def each(self) -> Iterator[tuple[tuple[Key, type], Meter, int]]:
+    def named_meters(self) -> Iterator[tuple[tuple[Key, type], Meter, int]]:
         """Yield each meter with a name for it, and with its size."""
         for key, (limit, window, bucket) in self.limits.items():
             yield (key, Window), window, limit.amount
             if bucket is not None:
                 yield (key, Bucket), bucket, bucket.burst
 
-    def turn(self, worker: str, now: int) -> bool:
+    def should_ask(self, worker: str, now: int) -> bool:
         """Return whether ``worker``, which waits, should ask again; change nothing."""
-        waiting = self.turns.of(worker)
-        if waiting is not None:
-            start, _ = self.earliest(waiting.amounts, now, since=waiting.since)
+        place = self.turns.of(worker)
+        if place is not None:
+            start, _ = self.earliest(place.amounts, now, since=place.since)
             first = self.turns.first(now, self.workers)
             return start <= now + FAR and (first is None or first.worker == worker)
         size = self.terms.concurrency
         held = self.held(now)
         free = NEVER if size is None else size - held.total()
-        return self.line.turn(worker, now, held, free=free)
+        return self.line.should_ask(worker, now, held, free=free)
 
     def peek(self, now: int) -> Snapshot:
         """See `asyncbucket.stores.store.Ledger.peek`."""
@@ -172,16 +172,16 @@ class Books:
             workers=len(self.workers),
         )
 
-    def until(self, now: int) -> int:
+    def expires_at(self, now: int) -> int:
         """Return from when on there is nothing left to remember, if nothing else happens."""
-        ends = [now + _LEAST, self.pause.until, *self.slots.values(), *self.workers.values()]
+        ends = [now + _MIN_LIFE, self.pause.until, *self.slots.values(), *self.workers.values()]
         for _, window, bucket in self.limits.values():
             ends.append(max(now, self.last_start) + 2 * window.window)
             if bucket is not None:
                 ends.append(bucket.tat // bucket.q + 1)
         return min(max(ends), _FOREVER)
 
-    def check(self) -> int:
+    def checksum(self) -> int:
         """Return a checksum that is the same for two copies of the same books.
 
         What windows and slots forget is left out, because they forget only when they are looked at.
@@ -195,12 +195,12 @@ class Books:
         """Count the slots that each worker holds; their names begin with the worker's."""
         return Counter(slot.partition(":")[0] for slot, until in self.slots.items() if until > now)
 
-    def slotless(self, worker: str, now: int, held: Mapping[str, int]) -> bool:
+    def has_no_slot_for(self, worker: str, now: int, held: Mapping[str, int]) -> bool:
         """Return whether there is no slot for a call of ``worker``."""
         size = self.terms.concurrency
         if size is None:
             return False
-        return size - len(self.slots) <= self.line.kept(worker, now, held)
+        return size - len(self.slots) <= self.line.reserved_for_others(worker, now, held)
 
     def exceeded(self, amounts: Amounts) -> str | None:
         """Return the resource of which ``amounts`` exceeds a limit."""
@@ -239,10 +239,10 @@ class Books:
         return Booking(Outcome.BOOKED, start, bound_by, slot)
 
     def _expire(self, now: int) -> None:
-        for living in (self.slots, self.workers):
-            if living and min(living.values()) <= now:
-                for name in [name for name, until in living.items() if until <= now]:
-                    del living[name]
+        for expiring in (self.slots, self.workers):
+            if expiring and min(expiring.values()) <= now:
+                for name in [name for name, until in expiring.items() if until <= now]:
+                    del expiring[name]
         self.line.expire(now)
         self.turns.expire(now, self.workers)
 
@@ -252,8 +252,8 @@ class Books:
     def _correct(self, correction: Correction, debts_at: int) -> None:
         for resource, used in correction.used.items():
             more = used - correction.booked.get(resource, 0)
-            for meter, counted in self.gates.meters if more else ():
-                if counted != resource:
+            for meter, meter_resource in self.gates.meters if more else ():
+                if meter_resource != resource:
                     continue
                 if more > 0:
                     meter.owe(more, debts_at)

@@ -31,7 +31,7 @@ class Reading(NamedTuple):
     last: int
 
 
-def this_boot() -> str:
+def boot_id() -> str:
     """Return a name for this boot of the machine, or "" if there is none."""
     with contextlib.suppress(OSError):
         return _BOOT.read_text("ascii").strip()
@@ -40,8 +40,8 @@ def this_boot() -> str:
 
 def steady() -> int:
     """Return nanoseconds that all processes of this machine share; suspended time is included."""
-    ticking = getattr(time, "CLOCK_BOOTTIME", None)
-    return time.monotonic_ns() if ticking is None else time.clock_gettime_ns(ticking)
+    clock_id = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic_ns() if clock_id is None else time.clock_gettime_ns(clock_id)
 
 
 class SharedClock:
@@ -55,7 +55,7 @@ class SharedClock:
         boot: str | None = None,
     ) -> None:
         self._steady = steady
-        self._boot = this_boot() if boot is None else boot
+        self._boot = boot_id() if boot is None else boot
         self._ahead = wall() - steady()
 
     def read(self, known: Reading | None) -> Reading:

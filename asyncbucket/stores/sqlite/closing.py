@@ -21,49 +21,49 @@ class Closable(Protocol):
         """End the thread when it has done its jobs; return it, to be joined."""
         ...
 
-    def stand_still(self) -> bool:
-        """Close the file, and keep it closed until `go_on`; return whether that succeeded in time."""
+    def suspend(self) -> bool:
+        """Close the file, and keep it closed until `resume`; return whether that succeeded in time."""
         ...
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Use the file again; a forked child has started afresh instead."""
         ...
 
 
 #: Neither hook can be undone, so there is one of each for all, which keeps none of them alive.
-_ALL: Final["weakref.WeakSet[Closable]"] = weakref.WeakSet()
+_CLOSABLES: Final["weakref.WeakSet[Closable]"] = weakref.WeakSet()
 #: Those that stand still because a thread forks, one at a time.
-_STANDING: Final[list[Closable]] = []
-_FORKING: Final = threading.Lock()
+_SUSPENDED: Final[list[Closable]] = []
+_FORK_LOCK: Final = threading.Lock()
 
 
-def look_after(each: Closable) -> None:
-    """Have the file of ``each`` closed in time, for as long as ``each`` lives."""
-    _ALL.add(each)
+def register_closable(closable: Closable) -> None:
+    """Have the file of ``closable`` closed in time, for as long as ``closable`` lives."""
+    _CLOSABLES.add(closable)
 
 
 @atexit.register
-def _finish() -> None:
-    for each in tuple(_ALL):
-        thread = each.stop()
+def _stop_all() -> None:
+    for closable in tuple(_CLOSABLES):
+        thread = closable.stop()
         if thread is not None:
             thread.join(timeout=1)
 
 
 def _before_fork() -> None:
-    _FORKING.acquire()
-    _STANDING.extend(each for each in tuple(_ALL) if each.stand_still())
+    _FORK_LOCK.acquire()
+    _SUSPENDED.extend(closable for closable in tuple(_CLOSABLES) if closable.suspend())
 
 
 def _after_fork_in_parent() -> None:
-    for each in _STANDING:
-        each.go_on()
+    for closable in _SUSPENDED:
+        closable.resume()
     _after_fork_in_child()
 
 
 def _after_fork_in_child() -> None:
-    _STANDING.clear()
-    _FORKING.release()
+    _SUSPENDED.clear()
+    _FORK_LOCK.release()
 
 
 with contextlib.suppress(AttributeError):  # Windows does not fork

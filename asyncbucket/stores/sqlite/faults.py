@@ -42,7 +42,7 @@ def code_of(error: sqlite3.Error) -> int:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
-def explained(error: sqlite3.Error, path: Path, *, patience: float) -> str:
+def explanation(error: sqlite3.Error, path: Path, *, patience: float) -> str:
     """Return what ``error`` means for the file at ``path``."""
     return f"{path}: " + _MEANINGS.get(code_of(error), _UNKNOWN).format(
         path=path,

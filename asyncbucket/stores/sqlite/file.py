@@ -2,7 +2,7 @@
 
 Tables. ``limiters`` has a row for each limiter: its books as of journal entry ``written``, as text;
 ``seq``, the number of its last journal entry; and ``until``, after which nothing needs to be
-remembered. ``lineage`` and ``origin`` are needed if a file is lost: see `Shelf`. ``journal`` holds
+remembered. ``lineage`` and ``origin`` are needed if a file is lost: see `Replica`. ``journal`` holds
 the entries since: what was done to the books, and when. A process that has the books as of some
 entry applies the later ones to get them as they are now. After some hundred entries the books are
 written anew, and the journal starts again. So a batch costs one short row, however much the meters
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from asyncbucket.errors import StoreError
-from asyncbucket.stores.sqlite.faults import BUSY, code_of, explained
+from asyncbucket.stores.sqlite.faults import BUSY, code_of, explanation
 
 T = TypeVar("T")
 
@@ -67,25 +67,25 @@ class File:
         self._connection: sqlite3.Connection | None = None
         self._identity: tuple[int, int] | None = None
         #: Counts the files found at this path: one may be deleted, and another made.
-        self.files = 0
+        self.generation = 0
         self._connections = 0
 
     @contextlib.contextmanager
     def transaction(self) -> Generator[sqlite3.Connection]:
         """Read and write in one step, or not at all."""
-        with self._explained(), self._begun("BEGIN IMMEDIATE") as connection:
+        with self._explaining_errors(), self._in_transaction("BEGIN IMMEDIATE") as connection:
             yield connection
 
     @contextlib.contextmanager
-    def view(self) -> Generator[sqlite3.Connection]:
+    def read_transaction(self) -> Generator[sqlite3.Connection]:
         """Read as of one instant, without holding up anyone."""
-        with self._explained(), self._begun("BEGIN") as connection:
+        with self._explaining_errors(), self._in_transaction("BEGIN") as connection:
             yield connection
 
     def changes(self) -> int:
         """Return a number that changes whenever another connection has written."""
-        with self._explained():
-            (count,) = self._connected().execute("PRAGMA data_version").fetchone()
+        with self._explaining_errors():
+            (count,) = self._current_connection().execute("PRAGMA data_version").fetchone()
             return int(count) + (self._connections << 32)
 
     def details(self) -> dict[str, str]:
@@ -110,16 +110,16 @@ class File:
             with contextlib.suppress(sqlite3.Error):
                 connection.close()
 
-    def forget(self) -> None:
+    def abandon_connection(self) -> None:
         """Leave the connection to the process that this one was forked from."""
         # It must not even be closed here, so it must not be garbage-collected either.
         _INHERITED.append(self._connection)
         self._connection = None
 
     @contextlib.contextmanager
-    def _begun(self, begin: str) -> Generator[sqlite3.Connection]:
-        connection = self._connected()
-        self._wait_for(lambda: connection.execute(begin))
+    def _in_transaction(self, begin: str) -> Generator[sqlite3.Connection]:
+        connection = self._current_connection()
+        self._retry_while_busy(lambda: connection.execute(begin))
         try:
             yield connection
             connection.execute("COMMIT")
@@ -129,19 +129,19 @@ class File:
                     connection.execute("ROLLBACK")
             raise
 
-    def _connected(self) -> sqlite3.Connection:
+    def _current_connection(self) -> sqlite3.Connection:
         """Return the connection to the file that is there now."""
-        if self._connection is not None and self._identity != self._found():
+        if self._connection is not None and self._identity != self._current_identity():
             self.close()
         if self._connection is None:
-            self._connection = self._wait_for(self._connect)
-            found = self._found()
-            self.files += found != self._identity
-            self._identity = found
+            self._connection = self._retry_while_busy(self._connect)
+            identity = self._current_identity()
+            self.generation += identity != self._identity
+            self._identity = identity
             self._connections += 1
         return self._connection
 
-    def _found(self) -> tuple[int, int] | None:
+    def _current_identity(self) -> tuple[int, int] | None:
         try:
             stat = self.path.stat()
         except OSError:
@@ -162,25 +162,25 @@ class File:
     def _prepare(self, connection: sqlite3.Connection) -> None:
         """Make the tables if the file is new; refuse a file that is not ours."""
         connection.execute("BEGIN")  # as of one instant: another process may be making the tables
-        application, version = self._owner(connection)
-        self._refuse_strangers(connection, application, version)
+        application, version = self._application_and_version(connection)
+        self._refuse_foreign_file(connection, application, version)
         connection.execute("COMMIT")
-        self._share(connection)
+        self._switch_to_wal(connection)
         connection.execute("PRAGMA synchronous = NORMAL")
         if version == 0:
             connection.execute("BEGIN IMMEDIATE")
-            if self._owner(connection)[1] == 0:  # nobody else was faster
+            if self._application_and_version(connection)[1] == 0:  # nobody else was faster
                 for statement in _TABLES:
                     connection.execute(statement)
             connection.execute("COMMIT")
 
     @staticmethod
-    def _owner(connection: sqlite3.Connection) -> tuple[int, int]:
+    def _application_and_version(connection: sqlite3.Connection) -> tuple[int, int]:
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         return application, version
 
-    def _refuse_strangers(
+    def _refuse_foreign_file(
         self, connection: sqlite3.Connection, application: int, version: int
     ) -> None:
         (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -195,16 +195,18 @@ class File:
                 f"to {VERSION}: upgrade asyncbucket, or use another file"
             )
 
-    def _share(self, connection: sqlite3.Connection) -> None:
+    def _switch_to_wal(self, connection: sqlite3.Connection) -> None:
         """Switch to WAL, which needs exclusive access for an instant."""
-        (mode,) = self._wait_for(lambda: connection.execute("PRAGMA journal_mode = WAL").fetchone())
+        (mode,) = self._retry_while_busy(
+            lambda: connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        )
         if mode != "wal":
             raise StoreError(
                 f"{self.path} cannot be shared: its file system gives no shared memory for a "
                 f"write-ahead log (journal mode {mode!r}); use a local disk, or a Redis store"
             )
 
-    def _wait_for(self, attempt: Callable[[], T]) -> T:
+    def _retry_while_busy(self, attempt: Callable[[], T]) -> T:
         """Try until nobody else holds the lock, as long as the patience lasts.
 
         SQLite can wait by itself, but sleeps longer and longer, up to 0.1 s. If many processes are
@@ -221,14 +223,14 @@ class File:
             time.sleep(random.uniform(*_NAP))  # noqa: S311 - no secret
 
     @contextlib.contextmanager
-    def _explained(self) -> Generator[None]:
+    def _explaining_errors(self) -> Generator[None]:
         """Raise SQLite's errors as errors of the store."""
         try:
             yield
         except sqlite3.Error as error:
             if code_of(error) not in BUSY:  # its state is unknown, so start afresh
                 self.close()
-            raise StoreError(explained(error, self.path, patience=self._patience)) from error
+            raise StoreError(explanation(error, self.path, patience=self._patience)) from error
 
 
 #: Connections of parent processes, kept so that they are never closed here.

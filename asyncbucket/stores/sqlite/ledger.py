@@ -8,9 +8,9 @@ from typing import Any, Final
 
 from asyncbucket.errors import StoreError
 from asyncbucket.loops import reset_after_fork
-from asyncbucket.stores.returns import behind, undone
-from asyncbucket.stores.sqlite.clerk import Answer, Clerk, Job, Names, Watch
-from asyncbucket.stores.sqlite.trip import SLOT
+from asyncbucket.stores.returns import merged, reversal
+from asyncbucket.stores.sqlite.admission import SLOT
+from asyncbucket.stores.sqlite.file_thread import Answer, FileThread, Job, ListNames, Watch
 from asyncbucket.stores.sqlite.verbs import Commit, Configure, Heartbeat, Hold, Leave, Verb
 from asyncbucket.stores.store import (
     Batch,
@@ -24,16 +24,23 @@ from asyncbucket.stores.store import (
 #: How much longer (s) than for the lock to wait for the thread's report.
 _GRACE: Final = 0.05
 #: Seconds that opening may take at least: a new file is flushed to the disk.
-_OPENING: Final = 5.0
+_OPEN_PATIENCE: Final = 5.0
 
 
 class SQLiteLedger:
     """Keep the meters of one limiter in a file; made by `SQLiteStore.open`."""
 
     def __init__(
-        self, clerk: Clerk, name: str, terms: Terms, *, worker: str, life: int, patience: float
+        self,
+        file_thread: FileThread,
+        name: str,
+        terms: Terms,
+        *,
+        worker: str,
+        life: int,
+        patience: float,
     ) -> None:
-        self._clerk = clerk
+        self._file_thread = file_thread
         self._name = name
         self._terms = terms
         self._worker = worker
@@ -41,10 +48,10 @@ class SQLiteLedger:
         self._patience = patience
         self._edition = 0
         #: What failed batches wanted corrected and released.
-        self._kept = Batch()
+        self._pending = Batch()
         #: Whether this worker stands in one of the store's lines.
         self._in_line = False
-        self._open = True
+        self._is_open = True
         #: The store, which must not be garbage-collected while its ledger lives.
         self.store: object = None
         reset_after_fork(self)
@@ -52,7 +59,7 @@ class SQLiteLedger:
     def after_fork(self) -> None:
         """Go on as another worker in a child process."""
         self._worker += "'"
-        self._kept = Batch()
+        self._pending = Batch()
         self._in_line = False
 
     @property
@@ -70,7 +77,7 @@ class SQLiteLedger:
     async def join(self) -> None:
         """Make the limiter if necessary, and put the terms in force."""
         heartbeat = Heartbeat(self._worker, self._life)
-        patience = max(self._patience, _OPENING)
+        patience = max(self._patience, _OPEN_PATIENCE)
         answer = await self._ask(Configure(self._terms), heartbeat, patience=patience)
         self._edition = answer.edition
 
@@ -79,16 +86,16 @@ class SQLiteLedger:
         answer = await self._commit(batch)
         receipt: Receipt = answer.result
         if receipt.bookings:
-            outcomes = {each.outcome for each in receipt.bookings}
+            outcomes = {booking.outcome for booking in receipt.bookings}
             self._in_line = Outcome.FULL in outcomes or (
                 Outcome.LATER in outcomes and Outcome.BOOKED not in outcomes
             )
-        return replace(receipt, changed=self._news(answer))
+        return replace(receipt, changed=self._changed_terms(answer))
 
     async def heartbeat(self, slots: Sequence[str]) -> Pulse:
         answer = await self._ask(Heartbeat(self._worker, self._life, tuple(slots)))
         pulse: Pulse = answer.result
-        return replace(pulse, changed=self._news(answer))
+        return replace(pulse, changed=self._changed_terms(answer))
 
     async def changed(self, *, timeout: float) -> bool:
         loop = asyncio.get_running_loop()
@@ -96,7 +103,7 @@ class SQLiteLedger:
         watch = Watch(self._name, self._worker, self._edition, self._in_line, changed)
         timer = loop.call_later(timeout, _give_up, changed)
         try:
-            self._clerk.put(watch)
+            self._file_thread.put(watch)
             return await changed
         finally:
             timer.cancel()
@@ -120,19 +127,19 @@ class SQLiteLedger:
 
     async def names(self) -> list[str]:
         """Return the names of all limiters in the file."""
-        names: list[str] = (await self._ask(kind=Names)).result
+        names: list[str] = (await self._ask(job_type=ListNames)).result
         return names
 
     async def aclose(self) -> None:
-        if self._open:
-            self._open = False
+        if self._is_open:
+            self._is_open = False
             with contextlib.suppress(StoreError):  # the line and the count expire by themselves
                 await self._ask(Leave(self._worker))
 
     def __repr__(self) -> str:
         return f"<SQLiteLedger {self._name!r}, worker {self._worker}>"
 
-    def _news(self, answer: Answer) -> Terms | None:
+    def _changed_terms(self, answer: Answer) -> Terms | None:
         """Return the terms in force if they differ from those we knew."""
         if answer.edition == self._edition:
             return None
@@ -142,22 +149,22 @@ class SQLiteLedger:
 
     async def _commit(self, batch: Batch) -> Answer:
         """Apply ``batch`` after what failed batches have left; undo what nobody awaits any more."""
-        kept, self._kept = self._kept, Batch()
-        batch = behind(kept, batch)
+        pending, self._pending = self._pending, Batch()
+        batch = merged(pending, batch)
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
-        def now() -> tuple[Verb, ...]:
-            wanted = replace(batch, calls=()) if answered.done() else batch
-            return (Commit(self._worker, self._life, wanted),)
+        def verbs() -> tuple[Verb, ...]:
+            to_apply = replace(batch, calls=()) if answered.done() else batch
+            return (Commit(self._worker, self._life, to_apply),)
 
         def done(answer: Answer | None, error: StoreError | None) -> None:
             if answer is None:
-                self._kept = behind(batch, self._kept)
+                self._pending = merged(batch, self._pending)
             elif answered.done():
                 self._undo(batch, answer.result)
-            _settle(answered, answer, error)
+            _resolve(answered, answer, error)
 
-        job = Job(self._name, now, answered.get_loop(), done)
+        job = Job(self._name, verbs, answered.get_loop(), done)
         try:
             return await self._wait(answered, job, self._patience)
         except asyncio.CancelledError:
@@ -168,55 +175,57 @@ class SQLiteLedger:
 
     def _undo(self, batch: Batch, receipt: Receipt) -> None:
         """Give back what was booked for a caller that is gone."""
-        back = undone(batch, receipt)
-        self._kept = behind(self._kept, back)
-        if back.corrections:
+        undo = reversal(batch, receipt)
+        self._pending = merged(self._pending, undo)
+        if undo.corrections:
             self._flush()
 
     def _flush(self) -> None:
         """Send what is kept now; if that fails, keep it."""
-        kept, self._kept = self._kept, Batch()
+        pending, self._pending = self._pending, Batch()
 
         def done(answer: Answer | None, _: StoreError | None) -> None:
             if answer is None:
-                self._kept = behind(kept, self._kept)
+                self._pending = merged(pending, self._pending)
 
-        verb = Commit(self._worker, self._life, kept)
+        verb = Commit(self._worker, self._life, pending)
         with contextlib.suppress(StoreError):  # closed meanwhile: it stays counted, and expires
-            self._clerk.put(Job(self._name, lambda: (verb,), asyncio.get_running_loop(), done))
+            self._file_thread.put(
+                Job(self._name, lambda: (verb,), asyncio.get_running_loop(), done)
+            )
 
     async def _ask(
-        self, *verbs: Verb, kind: type[Job] = Job, patience: float | None = None
+        self, *verbs: Verb, job_type: type[Job] = Job, patience: float | None = None
     ) -> Answer:
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
         def done(answer: Answer | None, error: StoreError | None) -> None:
-            _settle(answered, answer, error)
+            _resolve(answered, answer, error)
 
-        if self._kept.corrections or self._kept.released:
+        if self._pending.corrections or self._pending.released:
             self._flush()
-        job = kind(self._name, lambda: verbs, answered.get_loop(), done)
+        job = job_type(self._name, lambda: verbs, answered.get_loop(), done)
         return await self._wait(answered, job, patience or self._patience)
 
     async def _wait(self, answered: "asyncio.Future[Answer]", job: Job, patience: float) -> Answer:
         loop = answered.get_loop()
-        timer = loop.call_later(patience + _GRACE, _overdue, answered, patience)
+        timer = loop.call_later(patience + _GRACE, _time_out, answered, patience)
         try:
-            self._clerk.put(job)
+            self._file_thread.put(job)
             return await answered
         finally:
             timer.cancel()
 
 
-def _overdue(answered: "asyncio.Future[Answer]", patience: float) -> None:
+def _time_out(answered: "asyncio.Future[Answer]", patience: float) -> None:
     error = StoreError(
         f"the disk has not answered for {patience:g} s: see what keeps it busy, or allow more with "
         f"?patience={max(5, patience * 4):g}"
     )
-    _settle(answered, None, error)
+    _resolve(answered, None, error)
 
 
-def _settle(
+def _resolve(
     answered: "asyncio.Future[Answer]", answer: Answer | None, error: StoreError | None
 ) -> None:
     if answered.done():
@@ -235,11 +244,11 @@ def _give_up(changed: "asyncio.Future[bool]") -> None:
 def _check(batch: Batch) -> None:
     """Refuse amounts and instants that are not whole numbers from 0 on, before they are kept."""
     amounts: list[Mapping[str, Any]] = list(batch.calls)
-    for each in batch.corrections:
-        amounts += [each.booked, each.used, {"start": each.start}]
-    for each_amounts in (*amounts, {"horizon": batch.horizon}):
-        for name, amount in each_amounts.items():
+    for correction in batch.corrections:
+        amounts += [correction.booked, correction.used, {"start": correction.start}]
+    for named_amounts in (*amounts, {"horizon": batch.horizon}):
+        for name, amount in named_amounts.items():
             if type(amount) is not int or amount < 0:
                 raise ValueError(f"{name} must be a whole number from 0 on, not {amount!r}")
-        if each_amounts.get(SLOT, 0) > 1:
-            raise ValueError(f"a call takes one slot, not {each_amounts[SLOT]:,}")
+        if named_amounts.get(SLOT, 0) > 1:
+            raise ValueError(f"a call takes one slot, not {named_amounts[SLOT]:,}")

@@ -30,30 +30,30 @@ class Line:
     def __iter__(self) -> Iterator[tuple[str, int, int]]:
         return ((worker, *place) for worker, place in self._places.items())
 
-    def kept(self, worker: str, now: int, held: Mapping[str, int]) -> int:
+    def reserved_for_others(self, worker: str, now: int, held: Mapping[str, int]) -> int:
         """Return how many free slots are not for ``worker``, which may have no place yet.
 
         ``held`` says how many slots each worker holds.
         """
-        mine = held.get(worker, 0)
+        own_slots = held.get(worker, 0)
         total, ahead = 0, 1
         for other, until, wanted in self:
             if other == worker:
                 ahead = 0
             elif until > now:
-                total += min(max(0, mine + ahead - held.get(other, 0)), wanted)
+                total += min(max(0, own_slots + ahead - held.get(other, 0)), wanted)
         return total
 
-    def turn(self, worker: str, now: int, held: Mapping[str, int], *, free: int) -> bool:
+    def should_ask(self, worker: str, now: int, held: Mapping[str, int], *, free: int) -> bool:
         """Return whether ``worker`` should ask: there is a slot for it, or it has lost its place."""
         until, _ = self._places.get(worker, (0, 0))
-        return until <= now or free > self.kept(worker, now, held)
+        return until <= now or free > self.reserved_for_others(worker, now, held)
 
     def wanted(self, worker: str) -> int:
         """Return for how many calls ``worker`` waits."""
         return self._places.get(worker, (0, 0))[1]
 
-    def others(self, worker: str) -> bool:
+    def has_others(self, worker: str) -> bool:
         """Return whether anyone but ``worker`` waits."""
         return any(other != worker for other in self._places)
 
@@ -101,7 +101,7 @@ class Turns:
 
     def first(self, now: int, workers: Mapping[str, int]) -> Turn | None:
         """Return whose turn it is; ``workers`` says until when each lives."""
-        return next((each for each in self if not _silent(each, now, workers)), None)
+        return next((turn for turn in self if not _is_silent(turn, now, workers)), None)
 
     def of(self, worker: str) -> Turn | None:
         """Return the place of ``worker``, if it has one."""
@@ -117,9 +117,9 @@ class Turns:
 
     def expire(self, now: int, workers: Mapping[str, int]) -> None:
         """Drop the places of dead and silent workers."""
-        for each in [each for each in self if _silent(each, now, workers)]:
-            del self._places[each.worker]
+        for turn in [turn for turn in self if _is_silent(turn, now, workers)]:
+            del self._places[turn.worker]
 
 
-def _silent(turn: Turn, now: int, workers: Mapping[str, int]) -> bool:
+def _is_silent(turn: Turn, now: int, workers: Mapping[str, int]) -> bool:
     return turn.ask_at + _PATIENCE <= now or workers.get(turn.worker, 0) <= now

@@ -53,7 +53,7 @@ class Leave:
 Verb: TypeAlias = Commit | Heartbeat | Hold | Configure | Leave
 
 
-def do(verb: Verb, books: Books, now: int) -> Any:
+def apply(verb: Verb, books: Books, now: int) -> Any:
     """Apply ``verb`` to ``books`` at ``now``, and return its answer."""
     match verb:
         case Commit(worker, life, batch):
@@ -76,7 +76,10 @@ def to_text(verb: Verb) -> str:
                 "commit",
                 worker,
                 life,
-                [[each.start, dict(each.booked), dict(each.used)] for each in batch.corrections],
+                [
+                    [correction.start, dict(correction.booked), dict(correction.used)]
+                    for correction in batch.corrections
+                ],
                 batch.released,
                 [{name: n for name, n in amounts.items() if n} for amounts in batch.calls],
                 batch.horizon,

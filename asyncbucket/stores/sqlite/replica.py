@@ -10,15 +10,15 @@ import sqlite3
 from typing import Any, Final
 
 from asyncbucket.errors import StoreError
-from asyncbucket.stores.sqlite import verbs, written
+from asyncbucket.stores.sqlite import serialization, verbs
 from asyncbucket.stores.sqlite.books import Books
 from asyncbucket.stores.sqlite.verbs import Configure, Verb
 
 #: After this many entries in the journal the books are written anew.
-_ENTRIES: Final = 256
+_MAX_ENTRIES: Final = 256
 
 
-class Shelf:
+class Replica:
     """Keep the books of the limiter called ``name``; used inside transactions of one file."""
 
     def __init__(self, name: str) -> None:
@@ -30,61 +30,61 @@ class Shelf:
         self._seq = 0
         self._written = 0
         #: Which of the files at its path the copy belongs to.
-        self._file = 0
+        self._generation = 0
         #: Whether our copy differs from any file, or there is none.
         self._stale = True
         #: Whether this transaction has changed our copy.
         self._dirty = False
 
-    def catch_up(self, connection: sqlite3.Connection, file: int, now: int) -> None:
+    def catch_up(self, connection: sqlite3.Connection, generation: int, now: int) -> None:
         """Bring our copy up to the file; if the file was lost and made anew, put our copy into it."""
         row = connection.execute(
             "SELECT lineage, seq, written FROM limiters WHERE name = ?", (self.name,)
         ).fetchone()
         if row is None:
             if self.books is not None:
-                self._restore(connection, file, now)
+                self._restore(connection, generation, now)
             return
-        ours = self.books if file != self._file else None
+        ours = self.books if generation != self._generation else None
         lineage, seq, self._written = row
         if ours is not None or self._stale or self._seq < self._written:
             self._read(connection)
-        self._follow(connection, seq)
-        self._file = file
+        self._apply_journal(connection, seq)
+        self._generation = generation
         if ours is not None:
             self._absorb(connection, ours, now, known=lineage == self._lineage)
         self._lineage = lineage
 
-    def view(self, connection: sqlite3.Connection, file: int) -> None:
+    def refresh(self, connection: sqlite3.Connection, generation: int) -> None:
         """Apply what others have entered, if our copy is of this file; write nothing."""
-        if not self._stale and file == self._file:
-            self.catch_up(connection, file, 0)
+        if not self._stale and generation == self._generation:
+            self.catch_up(connection, generation, 0)
 
-    def enter(self, connection: sqlite3.Connection, file: int, verb: Verb, now: int) -> Any:
+    def apply(self, connection: sqlite3.Connection, generation: int, verb: Verb, now: int) -> Any:
         """Apply ``verb`` to the books, enter it in the journal, and return its answer."""
         self._dirty = True
         if self.books is None:
             assert isinstance(verb, Configure)
-            self._begin(connection, file, Books(verb.terms), now)
+            self._create(connection, generation, Books(verb.terms), now)
         assert self.books is not None
-        answer = verbs.do(verb, self.books, now)
+        answer = verbs.apply(verb, self.books, now)
         self._seq += 1
         connection.execute(
             "INSERT INTO journal VALUES (?, ?, ?, ?, ?)",
-            (self.name, self._seq, now, verbs.to_text(verb), self.books.check()),
+            (self.name, self._seq, now, verbs.to_text(verb), self.books.checksum()),
         )
         return answer
 
-    def put_away(self, connection: sqlite3.Connection, now: int) -> None:
+    def save(self, connection: sqlite3.Connection, now: int) -> None:
         """Note how far the journal goes; write the books anew if it has grown long."""
         if not self._dirty:
             return
         assert self.books is not None
         connection.execute(
             "UPDATE limiters SET seq = ?, until = ? WHERE name = ?",
-            (self._seq, self.books.until(now), self.name),
+            (self._seq, self.books.expires_at(now), self.name),
         )
-        if self._seq - self._written >= _ENTRIES:
+        if self._seq - self._written >= _MAX_ENTRIES:
             self._write(connection)
 
     def committed(self) -> None:
@@ -96,26 +96,28 @@ class Shelf:
         self._stale = self._stale or self._dirty
         self._dirty = False
 
-    def _begin(self, connection: sqlite3.Connection, file: int, books: Books, now: int) -> None:
+    def _create(
+        self, connection: sqlite3.Connection, generation: int, books: Books, now: int
+    ) -> None:
         connection.execute("DELETE FROM limiters WHERE until < ?", (now,))
         connection.execute("DELETE FROM journal WHERE name NOT IN (SELECT name FROM limiters)")
-        self.books, self._file = books, file
+        self.books, self._generation = books, generation
         self._lineage = secrets.token_hex(8)
         self._seq = self._written = 0
         self._insert(connection, "", now)
         self._stale = False
 
-    def _restore(self, connection: sqlite3.Connection, file: int, now: int) -> None:
+    def _restore(self, connection: sqlite3.Connection, generation: int, now: int) -> None:
         """Put our copy into the file, which was deleted, or had dropped it as outdated."""
         assert self.books is not None
-        self._file, self._dirty = file, True
-        self._insert(connection, written.to_text(self.books), now)
+        self._generation, self._dirty = generation, True
+        self._insert(connection, serialization.to_text(self.books), now)
         self._written = self._seq
         self._stale = False
 
     def _insert(self, connection: sqlite3.Connection, origin: str, now: int) -> None:
         assert self.books is not None
-        text, until = written.to_text(self.books), self.books.until(now)
+        text, until = serialization.to_text(self.books), self.books.expires_at(now)
         connection.execute(
             "INSERT INTO limiters VALUES (?, ?, ?, ?, ?, ?, ?)",
             (self.name, self._lineage, origin, until, self._seq, self._seq, text),
@@ -125,11 +127,11 @@ class Shelf:
         (text,) = connection.execute(
             "SELECT books FROM limiters WHERE name = ?", (self.name,)
         ).fetchone()
-        self.books = written.from_text(text)
+        self.books = serialization.from_text(text)
         self._seq = self._written
         self._stale = False
 
-    def _follow(self, connection: sqlite3.Connection, seq: int) -> None:
+    def _apply_journal(self, connection: sqlite3.Connection, seq: int) -> None:
         """Apply the entries up to ``seq`` that our copy lacks."""
         if self._seq == seq:
             return
@@ -139,9 +141,9 @@ class Shelf:
             (self.name, self._seq),
         )
         for number, at, entry, total in entries:
-            verbs.do(verbs.from_text(entry), self.books, at)
+            verbs.apply(verbs.from_text(entry), self.books, at)
             self._seq = number
-            if self.books.check() != total:
+            if self.books.checksum() != total:
                 self._stale = True
                 raise StoreError(
                     f"entry {number:,} of limiter {self.name!r} was made by a version of "
@@ -156,8 +158,10 @@ class Shelf:
         (origin,) = connection.execute(
             "SELECT origin FROM limiters WHERE name = ?", (self.name,)
         ).fetchone()
-        begun = written.from_text(origin) if known and origin else Books(self.books.terms)
-        self.books.absorb(ours, now, origin=begun)
+        origin_books = (
+            serialization.from_text(origin) if known and origin else Books(self.books.terms)
+        )
+        self.books.absorb(ours, now, origin=origin_books)
         self._dirty = True
         self._seq += 1
         self._write(connection)
@@ -167,7 +171,7 @@ class Shelf:
         assert self.books is not None
         connection.execute(
             "UPDATE limiters SET seq = ?, written = ?, books = ? WHERE name = ?",
-            (self._seq, self._seq, written.to_text(self.books), self.name),
+            (self._seq, self._seq, serialization.to_text(self.books), self.name),
         )
         connection.execute("DELETE FROM journal WHERE name = ?", (self.name,))
         self._written = self._seq

@@ -15,7 +15,7 @@ SLOT: Final = "concurrency"
 _SOON: Final = 5_000_000
 
 
-class Trip:
+class Admission:
     """Book the calls of a batch in order, until one has to wait in a line."""
 
     def __init__(self, books: "Books", worker: str, batch: Batch, now: int, *, life: int) -> None:
@@ -30,7 +30,7 @@ class Trip:
         self._turn = books.turns.of(worker)
         self._booked = 0
         #: Calls that would start later than this have to ask again.
-        self._edge = 0
+        self._latest_start = 0
         self._ask_at = 0
 
     def run(self) -> tuple[tuple[Booking, ...], int]:
@@ -42,7 +42,7 @@ class Trip:
             if exceeded is not None:
                 answers.append(Booking(Outcome.NEVER, bound_by=exceeded))
                 continue
-            answer = stop or self._next(amounts)
+            answer = stop or self._answer(amounts)
             if answer.outcome is not Outcome.BOOKED:
                 stop = answer
             answers.append(answer)
@@ -53,21 +53,21 @@ class Trip:
             self._books.turns.leave(self._worker)
         return tuple(answers), self._ask_at
 
-    def _next(self, amounts: Amounts) -> Booking:
+    def _answer(self, amounts: Amounts) -> Booking:
         """Book a call, or say what it has to wait for."""
         books, now = self._books, self._now
-        if amounts.get(SLOT) and books.slotless(self._worker, now, self._held):
+        if amounts.get(SLOT) and books.has_no_slot_for(self._worker, now, self._held):
             self._ask_at = min([now + ASK_AGAIN, *books.slots.values()])
             return Booking(Outcome.FULL, bound_by=SLOT)
         if not self._booked:
-            return self._first(amounts)
+            return self._answer_first(amounts)
         start, bound_by = books.earliest(amounts, now)
-        if start > self._edge:
+        if start > self._latest_start:
             self._ask_at = max(now, books.last_start - self._batch.horizon)
             return Booking(Outcome.LATER, bound_by=bound_by)
         return self._book(amounts, start, bound_by)
 
-    def _first(self, amounts: Amounts) -> Booking:
+    def _answer_first(self, amounts: Amounts) -> Booking:
         """Book the worker's next call if it may start soon and no other worker comes first."""
         books, now = self._books, self._now
         wanted = {name: amount for name, amount in amounts.items() if amount}
@@ -95,7 +95,7 @@ class Trip:
         books = self._books
         bound_by = bound_by or self._waited_for(amounts)
         if not self._booked:
-            self._edge = start + self._batch.horizon
+            self._latest_start = start + self._batch.horizon
         self._booked += 1
         self._held[self._worker] += 1
         books.line.leave(self._worker)

@@ -13,13 +13,13 @@ from asyncbucket.wording import one_line
 #: Exit statuses: all is well; it was done, but something is wrong; it cannot be done as requested.
 DONE: Final = 0
 FAILED: Final = 1
-WRONG: Final = 2
+CANNOT_RUN: Final = 2
 #: A full disk, a full quota, or a file of the largest possible size.
-_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @contextmanager
-def in_a_line(command: str) -> Generator[None]:
+def errors_in_one_line(command: str) -> Generator[None]:
     """End ``command`` with one line if the user can correct the error, and silently on Ctrl-C.
 
     Raises:
@@ -32,13 +32,13 @@ def in_a_line(command: str) -> Generator[None]:
     except BrokenPipeError:  # whoever reads the output has had enough: no error
         raise
     except (ImportError, OSError, ValueError) as error:
-        typer.echo(f"error: {said(error, command)}", err=True)
-        raise typer.Exit(WRONG) from error
+        typer.echo(f"error: {error_message(error, command)}", err=True)
+        raise typer.Exit(CANNOT_RUN) from error
 
 
-def said(error: Exception, command: str = "the command line") -> str:
+def error_message(error: Exception, command: str = "the command line") -> str:
     """Return what to say of ``error``; our own errors name their remedy already."""
-    if isinstance(error, OSError) and error.errno in _FULL:
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return f"{error.filename or 'the output'} cannot be written ({error.strerror}): make room"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename} cannot be used ({error.strerror}): give another path"

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Story:
+class History:
     """Hold what happened; instants are seconds from the first event on."""
 
     limiter: str
@@ -22,7 +22,7 @@ class Story:
     seconds: float
 
 
-def read(path: Path) -> Story:
+def read(path: Path) -> History:
     """Return the story in a trace.
 
     Raises:
@@ -43,7 +43,7 @@ def read(path: Path) -> Story:
     if len(lines) < 2:  # noqa: PLR2004 - the head and an event
         raise ValueError(f"{path}: nothing happened in this trace")
     try:
-        return _story(lines[0], lines[1:])
+        return _history(lines[0], lines[1:])
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: no trace, or one that was changed ({error!r}); write one by "
@@ -51,10 +51,10 @@ def read(path: Path) -> Story:
         ) from error
 
 
-def _story(head: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> Story:
+def _history(head: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> History:
     events = sorted(lines, key=lambda event: event["at"])
     start = events[0]["at"]
-    return Story(
+    return History(
         limiter=head["limiter"],
         limits=tuple(head["limits"]),
         admitted=tuple((e["at"] - start, e["cost"]) for e in events if e["event"] == "admitted"),

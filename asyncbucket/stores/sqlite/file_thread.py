@@ -1,11 +1,11 @@
-"""The clerk: the one thread that works on the file, for all ledgers of a store.
+"""The one thread that works on the file, for all ledgers of a store.
 
 The event loop never waits for the disk: it hands over jobs, and is called back. All jobs that came
-up while the clerk was busy become one transaction (group commit), so for the disk and the lock a
+up while the thread was busy become one transaction (group commit), so for the disk and the lock a
 batch of jobs costs as much as a single one. If that transaction fails, all its jobs fail, and so do
 those that have come up meanwhile: nobody waits behind a lock for longer than the store's patience.
 
-Slots that come back are noticed by polling: while somebody waits for one, the clerk checks every
+Slots that come back are noticed by polling: while somebody waits for one, the thread checks every
 few milliseconds whether another connection has written, which costs one look into shared memory.
 """
 
@@ -21,18 +21,18 @@ from typing import Any, Final, TypeAlias
 from asyncbucket.errors import StoreError
 from asyncbucket.loops import reset_after_fork
 from asyncbucket.stores.sqlite.clock import Reading, SharedClock
-from asyncbucket.stores.sqlite.closing import look_after
+from asyncbucket.stores.sqlite.closing import register_closable
 from asyncbucket.stores.sqlite.file import File
-from asyncbucket.stores.sqlite.shelf import Shelf
+from asyncbucket.stores.sqlite.replica import Replica
 from asyncbucket.stores.sqlite.verbs import Verb
 from asyncbucket.stores.store import Terms
 
-#: How often (s) the clerk checks for changes while somebody waits for one.
-_LOOK: Final = 0.005
+#: How often (s) the thread checks for changes while somebody waits for one.
+_POLL_INTERVAL: Final = 0.005
 #: How often (ns) it checks whether a slot has expired meanwhile.
-_EXPIRY: Final = 20_000_000
+_EXPIRY_INTERVAL: Final = 20_000_000
 #: The most jobs in one transaction.
-_BATCH: Final = 256
+_MAX_BATCH: Final = 256
 #: How long (s) a fork waits for a transaction to end; then it forks all the same.
 _FORK_PATIENCE: Final = 1.0
 
@@ -65,7 +65,7 @@ class Job:
     done: Done
 
 
-class Names(Job):
+class ListNames(Job):
     """Ask for the names of all limiters."""
 
 
@@ -80,16 +80,16 @@ class Watch:
     changed: "asyncio.Future[bool]"
 
 
-class Clerk:
+class FileThread:
     """Serve jobs in order, on a thread that starts with the first one."""
 
     def __init__(self, file: File, clock: SharedClock) -> None:
         self._file = file
         self._clock = clock
-        self._shelves: dict[str, Shelf] = {}
+        self._replicas: dict[str, Replica] = {}
         self.after_fork(new=True)
         reset_after_fork(self)
-        look_after(self)
+        register_closable(self)
 
     def after_fork(self, *, new: bool = False) -> None:
         """Start afresh in a child process: thread and connection are the parent's."""
@@ -98,30 +98,30 @@ class Clerk:
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
         #: Held while the file is in use, or is kept closed.
-        self._at_file = threading.Lock()
+        self._file_lock = threading.Lock()
         self._closed = False
         #: The file's state when waiters were last notified, and when time alone may change it.
-        self._seen = -1
-        self._look_again = 0
+        self._seen_changes = -1
+        self._next_check = 0
         if not new:
-            self._file.forget()
+            self._file.abandon_connection()
 
-    def stand_still(self) -> bool:
-        """Close the file, and keep it closed until `go_on`; return whether that succeeded in time."""
-        if not self._at_file.acquire(timeout=_FORK_PATIENCE):
+    def suspend(self) -> bool:
+        """Close the file, and keep it closed until `resume`; return whether that succeeded in time."""
+        if not self._file_lock.acquire(timeout=_FORK_PATIENCE):
             return False
         self._file.close()
         return True
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Use the file again."""
-        self._at_file.release()
+        self._file_lock.release()
 
     def put(self, job: Job | Watch) -> None:
         """Have ``job`` done; its ``done`` is called on its loop.
 
         Raises:
-            StoreError: the clerk was told to stop.
+            StoreError: the thread was told to stop.
         """
         with self._starting:
             if self._closed:
@@ -147,7 +147,7 @@ class Clerk:
             while self._step(jobs):
                 pass
         finally:
-            with self._at_file:
+            with self._file_lock:
                 self._file.close()
             self._thread = None
 
@@ -157,39 +157,39 @@ class Clerk:
         Between steps no job is referred to, because it would keep its ledger, and so its store,
         alive.
         """
-        batch, more = self._gathered(jobs)
-        with self._at_file:
+        batch, more = self._next_batch(jobs)
+        with self._file_lock:
             if batch:
                 self._serve(batch, jobs)
             if self._watches:
-                self._look()
+                self._notify_watches()
         return more
 
-    def _gathered(self, jobs: "queue.SimpleQueue[Job | Watch | None]") -> tuple[list[Job], bool]:
+    def _next_batch(self, jobs: "queue.SimpleQueue[Job | Watch | None]") -> tuple[list[Job], bool]:
         """Return the jobs that there are, and whether there will be more."""
         batch: list[Job] = []
-        wait: float | None = _LOOK if self._watches else None
+        wait: float | None = _POLL_INTERVAL if self._watches else None
         with contextlib.suppress(queue.Empty):
-            while len(batch) < _BATCH:
+            while len(batch) < _MAX_BATCH:
                 job = jobs.get(timeout=wait)
                 wait = 0
                 if job is None:
                     return batch, False
                 if isinstance(job, Watch):
                     self._watches.append(job)
-                    self._look_again = 0
+                    self._next_check = 0
                 else:
                     batch.append(job)
         return batch, True
 
     def _serve(self, batch: list[Job], jobs: "queue.SimpleQueue[Job | Watch | None]") -> None:
-        touched: dict[str, Shelf] = {}
+        touched: dict[str, Replica] = {}
         try:
             with self._file.transaction() as connection:
-                answers = self._enter(connection, batch, touched)
-            for shelf in touched.values():
-                shelf.committed()
-            self._look_again = 0
+                answers = self._apply(connection, batch, touched)
+            for replica in touched.values():
+                replica.committed()
+            self._next_check = 0
         except StoreError as error:
             failure = error
         except Exception as error:  # noqa: BLE001 - our own mistake must not end the thread
@@ -198,12 +198,12 @@ class Clerk:
         else:
             _call_back([(job, answer, None) for job, answer in zip(batch, answers, strict=True)])
             return
-        for shelf in touched.values():
-            shelf.failed()
-        batch += self._waiting(jobs)
+        for replica in touched.values():
+            replica.failed()
+        batch += self._queued_jobs(jobs)
         _call_back([(job, None, failure) for job in batch])
 
-    def _waiting(self, jobs: "queue.SimpleQueue[Job | Watch | None]") -> list[Job]:
+    def _queued_jobs(self, jobs: "queue.SimpleQueue[Job | Watch | None]") -> list[Job]:
         """Return the jobs that have come up during one that failed."""
         rest: list[Job] = []
         for _ in range(jobs.qsize()):
@@ -214,37 +214,37 @@ class Clerk:
                 jobs.put(job)
         return rest
 
-    def _enter(
-        self, connection: sqlite3.Connection, batch: list[Job], touched: dict[str, Shelf]
+    def _apply(
+        self, connection: sqlite3.Connection, batch: list[Job], touched: dict[str, Replica]
     ) -> list[Answer]:
         known = connection.execute("SELECT boot, ahead, last FROM clock").fetchone()
         reading = self._clock.read(None if known is None else Reading(*known))
         connection.execute("INSERT OR REPLACE INTO clock VALUES (1, ?, ?, ?)", reading)
-        now, file = reading.last, self._file.files
+        now, generation = reading.last, self._file.generation
         answers: list[Answer] = []
         for job in batch:
-            if isinstance(job, Names):
+            if isinstance(job, ListNames):
                 names = connection.execute(
                     "SELECT name FROM limiters WHERE until >= ? ORDER BY name", (now,)
                 ).fetchall()
                 answers.append(Answer([name for (name,) in names], 0, Terms(limits=())))
                 continue
-            shelf = touched.get(job.name)
-            if shelf is None:
-                shelf = touched[job.name] = self._shelves.setdefault(job.name, Shelf(job.name))
-                shelf.catch_up(connection, file, now)
-            answers.append(self._answer(connection, shelf, job.verbs(), now))
-        for shelf in touched.values():
-            shelf.put_away(connection, now)
+            replica = touched.get(job.name)
+            if replica is None:
+                replica = touched[job.name] = self._replicas.setdefault(job.name, Replica(job.name))
+                replica.catch_up(connection, generation, now)
+            answers.append(self._answer(connection, replica, job.verbs(), now))
+        for replica in touched.values():
+            replica.save(connection, now)
         return answers
 
     def _answer(
-        self, connection: sqlite3.Connection, shelf: Shelf, verbs: tuple[Verb, ...], now: int
+        self, connection: sqlite3.Connection, replica: Replica, verbs: tuple[Verb, ...], now: int
     ) -> Answer:
         result: Any = None
         for verb in verbs:
-            result = shelf.enter(connection, self._file.files, verb, now)
-        books = shelf.books
+            result = replica.apply(connection, self._file.generation, verb, now)
+        books = replica.books
         if books is None:
             return Answer(None, 0, Terms(limits=()))
         if not verbs:
@@ -252,34 +252,36 @@ class Clerk:
             result.details.update(self._file.details())
         return Answer(result, books.edition, books.terms)
 
-    def _look(self) -> None:
+    def _notify_watches(self) -> None:
         """Notify those that wait for a change if there was one."""
         self._watches = [watch for watch in self._watches if not watch.changed.done()]
         now = self._clock.now()
-        if not self._watches or not (self._follow() or now >= self._look_again):
+        if not self._watches or not (self._refresh_watched() or now >= self._next_check):
             return
-        self._look_again = now + _EXPIRY
+        self._next_check = now + _EXPIRY_INTERVAL
         for watch in [watch for watch in self._watches if self._is_due(watch, now)]:
             self._watches.remove(watch)
-            _call(watch.changed.get_loop(), _resolve, watch.changed)
+            _call_soon(watch.changed.get_loop(), _resolve, watch.changed)
 
-    def _follow(self) -> bool:
+    def _refresh_watched(self) -> bool:
         """Keep watched books up to date with the file; return whether it changed."""
         with contextlib.suppress(StoreError):  # the next commit reports it
             seen = self._file.changes()
-            if seen != self._seen:
-                with self._file.view() as connection:
+            if seen != self._seen_changes:
+                with self._file.read_transaction() as connection:
                     for name in {watch.name for watch in self._watches}:
-                        self._shelves[name].view(connection, self._file.files)
-                self._seen = seen
+                        self._replicas[name].refresh(connection, self._file.generation)
+                self._seen_changes = seen
                 return True
         return False
 
     def _is_due(self, watch: Watch, now: int) -> bool:
-        books = self._shelves[watch.name].books
+        books = self._replicas[watch.name].books
         if books is None:
             return False
-        return books.edition != watch.edition or (watch.in_line and books.turn(watch.worker, now))
+        return books.edition != watch.edition or (
+            watch.in_line and books.should_ask(watch.worker, now)
+        )
 
 
 def _call_back(done: Iterable[tuple[Job, Answer | None, StoreError | None]]) -> None:
@@ -289,7 +291,7 @@ def _call_back(done: Iterable[tuple[Job, Answer | None, StoreError | None]]) -> 
     for job, answer, error in done:
         by_loop.setdefault(job.loop, []).append((job.done, answer, error))
     for loop, calls in by_loop.items():
-        _call(loop, _run, calls)
+        _call_soon(loop, _run, calls)
 
 
 def _run(calls: list[tuple[Done, Answer | None, StoreError | None]]) -> None:
@@ -302,6 +304,6 @@ def _resolve(changed: "asyncio.Future[bool]") -> None:
         changed.set_result(True)
 
 
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
     with contextlib.suppress(RuntimeError):  # closed: nobody waits there any more
         loop.call_soon_threadsafe(function, *args)

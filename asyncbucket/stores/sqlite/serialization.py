@@ -20,13 +20,13 @@ BOOKS: Final = ("edition", "slots", "workers", "last_start", "last_bound", "give
 
 def to_text(books: Books) -> str:
     """Return ``books`` as text."""
-    data = _taken(books, BOOKS)
+    data = _attributes_of(books, BOOKS)
     data["terms"] = terms_to_data(books.terms)
-    data["pause"] = _taken(books.pause, PAUSE)
+    data["pause"] = _attributes_of(books.pause, PAUSE)
     data["line"] = list(books.line)
     data["turns"] = list(books.turns)
     data["meters"] = [
-        [_taken(window, WINDOW), None if bucket is None else _taken(bucket, BUCKET)]
+        [_attributes_of(window, WINDOW), None if bucket is None else _attributes_of(bucket, BUCKET)]
         for _, window, bucket in books.limits.values()
     ]
     return json.dumps(data, separators=(",", ":"))
@@ -36,23 +36,23 @@ def from_text(text: str) -> Books:
     """Return the books that `to_text` wrote."""
     data = json.loads(text)
     books = Books(terms_from_data(data["terms"]))
-    _put(books, BOOKS, data)
-    _put(books.pause, PAUSE, data["pause"])
+    _set_attributes(books, BOOKS, data)
+    _set_attributes(books.pause, PAUSE, data["pause"])
     books.line = Line(tuple(place) for place in data["line"])
     books.turns = Turns(Turn(*place) for place in data["turns"])
     for (_, window, bucket), (of_window, of_bucket) in zip(
         books.limits.values(), data["meters"], strict=True
     ):
-        _put(window, WINDOW, of_window)
+        _set_attributes(window, WINDOW, of_window)
         if bucket is not None:
-            _put(bucket, BUCKET, of_bucket)
+            _set_attributes(bucket, BUCKET, of_bucket)
     return books
 
 
-def _taken(thing: object, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: getattr(thing, name) for name in names}
+def _attributes_of(part: object, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(part, name) for name in names}
 
 
-def _put(thing: object, names: tuple[str, ...], data: dict[str, Any]) -> None:
+def _set_attributes(part: object, names: tuple[str, ...], data: dict[str, Any]) -> None:
     for name in names:
-        setattr(thing, name, data[name])
+        setattr(part, name, data[name])
