@@ -83,9 +83,9 @@ class Counter:
     def redate_locked(self, now: int) -> None:
         """Date to ``now``, in the limits below the root, all calls that wait here."""
         for waiter, passage in self._line.items():
-            self._line[waiter] = _put_off(waiter, passage, now)
+            self._line[waiter] = _redated(waiter, passage, now)
         for waiter, (reservation, passage) in self._reserved.items():
-            self._reserved[waiter] = reservation, _put_off(waiter, passage, now)
+            self._reserved[waiter] = reservation, _redated(waiter, passage, now)
 
     def leave(self, waiter: Waiter) -> bool:
         """See `asyncbucket.queue.Outlet`."""
@@ -135,7 +135,7 @@ class Counter:
                 return  # it gave up: its task gives the booking back, or has done so
             now = self._budget.clock()
             _, passage = self._reserved.pop(waiter)
-            gates, _, bound_by = _put_off(waiter, passage, now)
+            gates, _, bound_by = _redated(waiter, passage, now)
             # A call may use limited resources that it did not reserve.
             unreserved = dict.fromkeys(self._shared.account.resources(), 0)
             entry = Entry(self, reservation, {**unreserved, **waiter.amounts})
@@ -313,7 +313,7 @@ class Counter:
             await asyncio.wait(self._tasks)
 
 
-def _put_off(waiter: Waiter, passage: Passage, now: int) -> Passage:
+def _redated(waiter: Waiter, passage: Passage, now: int) -> Passage:
     if not passage.gates.windows:  # slots have no dates
         return passage
     redate(passage.gates, waiter.amounts, passage.when, now)
