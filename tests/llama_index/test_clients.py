@@ -396,6 +396,16 @@ async def test_call_failing_before_its_request_costs_nothing(make: Callable[...,
     assert charged(limiter) == [0, 0]
 
 
+def takes_an_empty_key() -> bool:
+    """Tell whether the SDK makes a client whose key is empty, as old versions do."""
+    try:
+        AsyncOpenAI(api_key="")
+    except openai.OpenAIError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(takes_an_empty_key(), reason="this version of the SDK sends a call without a key")
 async def test_call_without_a_key_costs_nothing() -> None:
     """No client can be made, so nothing can be sent."""
     limiter = Limiter("1000 RPM", "100k TPM")
