@@ -405,7 +405,9 @@ def takes_an_empty_key() -> bool:
     return True
 
 
-@pytest.mark.skipif(takes_an_empty_key(), reason="this version of the SDK sends a call without a key")
+@pytest.mark.skipif(
+    takes_an_empty_key(), reason="this version of the SDK sends a call without a key"
+)
 async def test_call_without_a_key_costs_nothing() -> None:
     """No client can be made, so nothing can be sent."""
     limiter = Limiter("1000 RPM", "100k TPM")
