@@ -27,6 +27,7 @@ import functools
 import inspect
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol, Self, TypeVar
 
@@ -103,12 +104,17 @@ def is_reporting(client: object) -> bool:
 class ClientsByLoop:
     """Hold the clients, one for each event loop, of models that share ``fields``; thread-safe."""
 
-    __slots__ = ("_clients", "_lock", "fields")
+    __slots__ = ("_clients", "_lock", "_made", "fields")
 
     def __init__(self, fields: dict[str, Any]) -> None:
         self.fields = fields
         self._clients: dict[asyncio.AbstractEventLoop, Any] = {}
+        self._made: weakref.WeakSet[Any] = weakref.WeakSet()
         self._lock = threading.Lock()
+
+    def is_foreign(self, client: object) -> bool:
+        """Tell whether somebody else has put ``client`` into the model, as tests do."""
+        return client is not None and client not in self._made
 
     def for_running_loop(self, make: Callable[[], C]) -> C:
         """Return the running loop's client, made by ``make()`` if there is none yet."""
@@ -119,6 +125,7 @@ class ClientsByLoop:
                 loop.create_task(closing)  # noqa: RUF006 - it never waits
             if loop not in self._clients:
                 self._clients[loop] = make()
+                self._made.add(self._clients[loop])
             client: C = self._clients[loop]
             return client
 

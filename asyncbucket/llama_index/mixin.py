@@ -151,6 +151,9 @@ def bind(model: object, pacing: Pacing) -> None:
         name: without_retries(value) if is_client(value) else value
         for name, value in _private(model).items()
     }
+    clients: ClientsByLoop | None = private.get(_CLIENTS)
+    if clients is not None and not clients.is_foreign(_private(model).get(_CLIENT)):
+        private[_CLIENT] = None  # a model that is paced again goes on with the same ones
     if private.get(_CLIENT) is None and private.get(_HTTP_CLIENT) is None:
         private.setdefault(_CLIENTS, ClientsByLoop(vars(model)))
     object.__setattr__(model, "__pydantic_private__", {**private, _PACING: pacing})
@@ -175,6 +178,8 @@ def _client_of_running_loop(model: object, make: Callable[[], Any]) -> Any:
         return make()
     if clients.fields is not vars(model):  # a copy, which may have another key
         clients = private[_CLIENTS] = ClientsByLoop(vars(model))
+    elif clients.is_foreign(private.get(_CLIENT)):
+        return make()
 
     def make_anew() -> Any:
         private[_CLIENT] = None

@@ -637,6 +637,20 @@ def test_client_given_by_the_user_is_kept_on_every_loop() -> None:
 
 
 @pytest.mark.usefixtures("openai_api")
+def test_client_put_into_a_wrapped_model_is_used_on_every_loop() -> None:
+    """Tests put one there that answers by itself, before the first call or after it."""
+    llm = Limiter("1000 RPM").wrap(make_openai())
+    for _ in range(2):
+        theirs = llm._aclient = AsyncOpenAI(api_key="theirs", base_url=API_BASE)
+        for _ in range(2):
+            asyncio.run(ask(llm))
+            assert llm._get_aclient() is theirs
+        llm._aclient = None
+        asyncio.run(ask(llm))
+        assert llm._get_aclient() is not theirs
+
+
+@pytest.mark.usefixtures("openai_api")
 def test_client_is_kept_while_its_loop_runs() -> None:
     """Each loop has one, which a model that is wrapped again shares."""
     limiter = Limiter("1000 RPM")
