@@ -9,9 +9,10 @@ server that is silent for a fifth of a second is not asked again.
 """
 
 import asyncio
+import contextlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -95,7 +96,6 @@ class Server:
         self._owned = owned
         self._others = others
         self._make_listener = make_listener
-        self._listener: Any = None
         #: Connections belong to the loop on which they were made.
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -158,15 +158,19 @@ class Server:
         message = _TRAILER.sub("", message)
         return StoreError(f"the store {self.url} {_remedy(error, message)}")
 
-    def pubsub(self) -> Any:
-        """Return something to listen with; in a cluster on any node, as the last one may be gone."""
-        self._listener = self.client if self._make_listener is None else self._make_listener()
-        return self._listener.pubsub()
+    @contextlib.asynccontextmanager
+    async def pubsub(self) -> AsyncGenerator[Any, None]:
+        """Give something to listen with; in a cluster on any node, as the last one may be gone."""
+        client = self.client if self._make_listener is None else self._make_listener()
+        try:
+            async with client.pubsub() as pubsub:
+                yield pubsub
+        finally:
+            if client is not self.client:
+                await client.aclose()
 
     async def aclose(self) -> None:
         """Close the connections that were made here."""
-        if self._listener is not None and self._listener is not self.client:
-            await self._listener.aclose()
         if self._owned:
             for client in (self.client, *self._others):
                 await client.aclose()
