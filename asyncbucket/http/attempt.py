@@ -15,7 +15,7 @@ from asyncbucket.http.body import (
     read_json,
     replies_of,
 )
-from asyncbucket.http.failures import FIRST_ERROR, classify, never_sent
+from asyncbucket.http.failures import FIRST_ERROR, end_failed, never_sent
 from asyncbucket.http.forecast import OutputForecast
 from asyncbucket.http.learn import HeaderReader, header_pairs
 from asyncbucket.http.profiles import Call, Profile
@@ -78,12 +78,7 @@ class Attempt:
 
     def failed(self, error: BaseException) -> None:
         """End without a reply; a request that never left costs nothing."""
-        if never_sent(error):
-            self._lease.undo()
-        elif classify(error).overloaded:
-            self._lease.overloaded()
-        else:
-            self._lease.failed()
+        end_failed(self._lease, error, unsent=never_sent(error))
 
     def request_sent(self) -> None:
         """Note that the request leaves only now."""

@@ -10,10 +10,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from time import time as wall_clock
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.errors import AsyncBucketError
 from asyncbucket.http import headers
+
+if TYPE_CHECKING:
+    from asyncbucket.limiter.lease import Lease
 
 #: The lowest HTTP status that is an error.
 FIRST_ERROR: Final = 400
@@ -138,6 +141,16 @@ def never_sent(error: BaseException | None) -> bool:
     if cause is not None and type(cause).__module__.startswith("aiohttp."):
         error = cause
     return not _class_names(error).isdisjoint(_NEVER_SENT)
+
+
+def end_failed(lease: "Lease", error: BaseException, *, unsent: bool) -> None:
+    """End a call's lease after ``error``: nothing is charged for what is known to be ``unsent``."""
+    if unsent:
+        lease.undo()
+    elif classify(error).overloaded:
+        lease.overloaded()
+    else:
+        lease.failed()
 
 
 def _judge_status(error: Exception, status: int, codes: frozenset[str]) -> Verdict:

@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from typing import Any, Final, TypeVar
 
 from asyncbucket.context import put_back
-from asyncbucket.http.failures import classify, never_sent
+from asyncbucket.http.failures import end_failed, never_sent
 from asyncbucket.http.held import HeldLease, held_leases, innermost_held_lease
 from asyncbucket.http.learn import HeaderReader
 from asyncbucket.http.usage import Usage, usage_of
@@ -75,12 +75,7 @@ class HeldCall(HeldLease):
 
     def failed(self, lease: Lease, error: BaseException) -> None:
         """End the call's lease; a call that is known to have sent nothing costs nothing."""
-        if self._has_sent_nothing(error):
-            lease.undo()
-        elif classify(error).overloaded:
-            lease.overloaded()
-        else:
-            lease.failed()
+        end_failed(lease, error, unsent=self._has_sent_nothing(error))
 
     def _has_sent_nothing(self, error: BaseException) -> bool:
         """Tell whether no request left, by what the client reported, or by the only one's error."""
