@@ -116,13 +116,12 @@ class ClientsByLoop:
         """Tell whether somebody else has put ``client`` into the model, as tests do."""
         return client is not None and client not in self._made
 
-    def for_running_loop(self, make: Callable[[], C]) -> C:
-        """Return the running loop's client, made by ``make()`` if there is none yet."""
-        loop = asyncio.get_running_loop()
+    def for_loop(self, loop: asyncio.AbstractEventLoop, make: Callable[[], C]) -> C:
+        """Return the client of ``loop``, which is running; ``make()`` makes one if there is none yet."""
         with self._lock:
             for closed in [client_loop for client_loop in self._clients if client_loop.is_closed()]:
                 closing = _discard(self._clients.pop(closed))
-                loop.create_task(closing)  # noqa: RUF006 - it never waits
+                loop.create_task(closing)  # it never waits
             if loop not in self._clients:
                 self._clients[loop] = make()
                 self._made.add(self._clients[loop])

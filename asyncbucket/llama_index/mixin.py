@@ -185,7 +185,7 @@ def _client_of_running_loop(model: object, make: Callable[[], Any]) -> Any:
         private[_CLIENT] = None
         return make()
 
-    return clients.for_running_loop(make_anew)
+    return clients.for_loop(loop, make_anew)
 
 
 def unpaced_private(model: object) -> dict[str, Any]:
