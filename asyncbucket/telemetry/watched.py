@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, runtime_checkable
 
+from asyncbucket.cost import Cost
 from asyncbucket.events import Callback, Event, Settled
 from asyncbucket.limiter import Limiter
 from asyncbucket.limiter.books import shown_name
@@ -153,7 +154,7 @@ def as_given(amounts: Mapping[str, int]) -> dict[str, int]:
 
     If the total alone was given, it is booked as input and as output, too: nobody knows its parts.
     """
-    given = {name: amount for name, amount in amounts.items() if amount and name != "concurrency"}
+    given = dict(Cost.of(amounts))
     if given.get("tokens") == given.get("input_tokens") == given.get("output_tokens"):
         for part in ("input_tokens", "output_tokens"):
             given.pop(part, None)
