@@ -39,6 +39,11 @@ class Format:
     used: tuple[int, int]
 
 
+#: What Cohere bills, and, beside it, what its limits count.
+COHERE_USAGE = {
+    "billed_units": {"input_tokens": 80, "output_tokens": 5},
+    "tokens": {"input_tokens": 90, "output_tokens": 7},
+}
 #: docs.litellm.ai/docs/completion/usage, docs.cohere.com/v2/reference/chat-stream and /embed,
 #: docs.ollama.com/api/chat, /generate and /embed; read in 2026.
 FORMATS = {
@@ -64,10 +69,7 @@ FORMATS = {
                 "id": "1",
                 "message": {"role": "assistant", "content": [{"type": "text", "text": "Hi."}]},
                 "finish_reason": "COMPLETE",
-                "usage": {
-                    "billed_units": {"input_tokens": 80, "output_tokens": 5},
-                    "tokens": {"input_tokens": 90, "output_tokens": 7},
-                },
+                "usage": COHERE_USAGE,
             }
         ),
         (100, 300),
@@ -83,10 +85,7 @@ FORMATS = {
                 "type": "message-end",
                 "delta": {
                     "finish_reason": "COMPLETE",
-                    "usage": {
-                        "billed_units": {"input_tokens": 80, "output_tokens": 5},
-                        "tokens": {"input_tokens": 90, "output_tokens": 7},
-                    },
+                    "usage": COHERE_USAGE,
                 },
             },
         ),
