@@ -46,8 +46,15 @@ _UPDATE_PATH: Final = re.compile(r"/(cancel|archive)/?$|/(chat/completions|runs|
 _MEMBER_KINDS: Final = {
     **dict.fromkeys(
         (
-            *("messages", "input", "prompt", "instructions", "system", "suffix"),
-            *("query", "documents", "texts"),
+            "messages",
+            "input",
+            "prompt",
+            "instructions",
+            "system",
+            "suffix",
+            "query",
+            "documents",
+            "texts",
         ),
         "text",
     ),

@@ -122,10 +122,8 @@ def read_usage(candidate: object) -> Usage | None:
 
 
 def _read_counts(counts: object) -> Usage | None:
-    input_tokens, output_tokens = (
-        _number(counts, *_INPUT) or 0,
-        _number(counts, *_OUTPUT) or 0,
-    )
+    input_tokens = _number(counts, *_INPUT) or 0
+    output_tokens = _number(counts, *_OUTPUT) or 0
     total = _number(counts, *_TOTAL) or 0
     if not (input_tokens or output_tokens or total):
         return None

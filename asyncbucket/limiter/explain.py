@@ -117,9 +117,8 @@ def _simulate_line(
     )
     copies: dict[int, object] = {}
     first: dict[object, int] = {}  # when the first in each line became the first
-    held_lines: set[object] = (
-        set()
-    )  # lines whose first waits for limits that do not apply to the call
+    # Lines whose first waits for limits that do not apply to the call.
+    held_lines: set[object] = set()
     gates = copy.deepcopy(account.path_gates, copies)
     waits: collections.Counter[str | None] = collections.Counter()
     ahead, when = 0, now

@@ -219,10 +219,8 @@ class Limiter(Doors, Steering, OfThisProcess):
         context = inherited.get()
         door = self._door_for(tenant, context)
         amounts = _amounts(door, cost, requests, tokens, input_tokens, output_tokens, resources)
-        end, urgency = (
-            door.deadline_for(timeout, deadline, context),
-            door.priority_for(priority, context),
-        )
+        end = door.deadline_for(timeout, deadline, context)
+        urgency = door.priority_for(priority, context)
         lease = door.try_now(amounts, on_loop=False)
         if lease is None:
             wait = functools.partial(door.wait, amounts, end, urgency, on_loop=False)

@@ -69,9 +69,9 @@ class HeldCall(HeldLease):
             self._sdk_usage,
         ):
             reported = reported | seen if reported is not None else seen
-        return (
-            reported if reported is None or self.profile is None else self.profile.counted(reported)
-        )
+        if reported is None or self.profile is None:
+            return reported
+        return self.profile.counted(reported)
 
     def failed(self, lease: Lease, error: BaseException) -> None:
         """End the call's lease; a call that is known to have sent nothing costs nothing."""

@@ -82,10 +82,8 @@ class _Stream(Generic[T]):
         self._ended = False
 
     def _hold(self, lease: Lease) -> None:
-        self._lease, self._held = (
-            lease,
-            HeldCall(self._pacing.limiter, lease, self._pacing.header_reader),
-        )
+        self._lease = lease
+        self._held = HeldCall(self._pacing.limiter, lease, self._pacing.header_reader)
 
     @contextlib.contextmanager
     def _step(self) -> Generator[None]:
@@ -144,8 +142,8 @@ class _Stream(Generic[T]):
 
     def _end_attempt(self, error: BaseException | None = None) -> None:
         """Give the slot back, and forget the attempt."""
-        (lease, held), self._lease = (self._lease, self._held), None
-        self._inner = self._held = None
+        lease, held = self._lease, self._held
+        self._inner = self._lease = self._held = None
         if lease is None:
             return
         if error is None:
