@@ -35,8 +35,9 @@ from asyncbucket.stores.store import Booking, Correction, Ledger, Outcome, Recei
 
 #: The most calls in one batch.
 _MAX_BATCH: Final = 512
-#: How long (ns) to let others ask first.
-_HEAD_START: Final = 5_000_000
+#: How long (ns) before the last booked start to ask again at the latest, or two trips if they take
+#: longer.
+_MARGIN: Final = 10_000_000
 
 _log: Final = logging.getLogger("asyncbucket")
 
@@ -250,6 +251,7 @@ class Desk(Generic[W]):
     async def _send_batch(self, heads: Sequence[W]) -> None:
         calls = tuple(waiter.amounts for waiter in heads)
         batch = replace(self._returns.take(), calls=calls, horizon=self._horizon)
+        asked_at = self._clock()
         try:
             receipt = await self.ledger.commit(batch)
         except StoreError as error:
@@ -259,21 +261,22 @@ class Desk(Generic[W]):
         self._lifeline.note_answer(receipt)
         self._crowded = receipt.crowded
         if heads:
-            self._plan(receipt, now)
+            self._plan(receipt, now, trip=now - asked_at)
             self._answer_calls(heads, receipt, now)
         self._starts.admit_due()
         if self._in_line:
             self._listen()
 
-    def _plan(self, receipt: Receipt, now: int) -> None:
-        """Decide when to send the next heads.
+    def _plan(self, receipt: Receipt, now: int, *, trip: int) -> None:
+        """Decide when to send the next heads; ``trip`` is how long (ns) this batch took.
 
         Not before all but a horizon of the booked starts has passed: others get their turn, and
-        more calls go with one trip. Nor at once while there is time: others ask at the same moment,
-        for the same units.
+        more calls go with one trip. Nor before half of the time up to the last start has passed:
+        others want the same units, and one that is late should not find them gone.
         """
         last = max((booking.start for booking in receipt.bookings), default=0)
-        others_first = min(receipt.now + _HEAD_START, last - 2 * _HEAD_START)
+        left = last - receipt.now
+        others_first = receipt.now + min(left // 2, left - max(_MARGIN, 2 * trip))
         ask_at = max(receipt.ask_at, last - self._horizon, others_first)
         self._ask_at = now + max(0, ask_at - receipt.now)
         self._last_start = max(self._last_start, now + last - receipt.now)

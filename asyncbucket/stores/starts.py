@@ -44,7 +44,7 @@ class Line(Protocol[W]):
         ...
 
     def book(self, waiter: W, reservation: Reservation) -> None:
-        """Take a call out of the line: it will go at ``grant.start``, unless it gives up."""
+        """Take a call out of the line: it will go at ``reservation.start``, unless it gives up."""
         ...
 
     def admit(self, waiter: W, reservation: Reservation) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from asyncbucket.events import Event, StoreLost, StoreRecovered
 from asyncbucket.limits import Limit
-from asyncbucket.stores import Correction, Terms, open_store
+from asyncbucket.stores import Batch, Correction, Receipt, Terms, open_store
 from asyncbucket.stores.desk import Desk
 from asyncbucket.stores.orders import Orders
 from asyncbucket.stores.starts import Reservation
@@ -48,9 +48,11 @@ class Fifo:
 
     def __init__(self) -> None:
         self.calls: collections.deque[Call] = collections.deque()
+        #: The most calls that it shows at a time.
+        self.most = 512
 
     def heads(self, most: int) -> Sequence[Call]:
-        return tuple(itertools.islice(self.calls, most))
+        return tuple(itertools.islice(self.calls, min(most, self.most)))
 
     def book(self, waiter: Call, reservation: Reservation) -> None:
         self.calls.remove(waiter)
@@ -197,6 +199,36 @@ async def test_workers_competing_for_a_limit_take_turns(
     await asyncio.gather(*(agent(worker) for worker in workers * 4))
     order = [worker for _, worker in sorted(went, key=lambda each: each[0])][3:]
     assert [one for one, next_one in itertools.pairwise(order) if one is next_one] == []
+
+
+@pytest.mark.real_clock
+async def test_worker_with_booked_calls_leaves_others_half_of_the_time_to_ask(
+    tmp_path: Path, hire: Any
+) -> None:
+    """A worker that is some milliseconds late still finds units that are freed at once.
+
+    Only a worker with a slow store asks earlier, so that its next calls are booked in time.
+    """
+    worker = await hire(f"sqlite:///{tmp_path / 'limits.db'}", terms("30 requests/s burst 30"))
+    worker.line.most = 5
+    trips: list[tuple[int, Receipt]] = []
+    commit = worker.desk.ledger.commit
+
+    async def timed(batch: Batch) -> Receipt:
+        asked_at = time.monotonic_ns()
+        receipt = await commit(batch)
+        trips.append((time.monotonic_ns() - asked_at, receipt))
+        return receipt
+
+    worker.desk.ledger.commit = timed
+    await asyncio.gather(*(worker.acquire() for _ in range(60)))
+    ahead = 0
+    for (trip, receipt), (_, next_receipt) in itertools.pairwise(trips):
+        left = max((booking.start for booking in receipt.bookings), default=0) - receipt.now
+        ahead += left > 20_000_000
+        margin = 10_000_000 + 2 * trip
+        assert next_receipt.now - receipt.now >= min(left // 2, left - margin)
+    assert ahead >= 2, "nothing was booked ahead"
 
 
 @pytest.mark.real_clock
