@@ -18,7 +18,8 @@ like one may mean something else by the same headers.
 
 Connections belong to an event loop. On another one, a request would still go out, but its reply
 would be lost: after a second `asyncio.run` every call would be made twice, and two threads with a
-loop each would wait for ever. So a paced model that makes its own client makes one for each loop.
+loop each would wait for ever. So a client that made its own httpx client has another one on each
+further loop.
 """
 
 import asyncio
@@ -27,9 +28,9 @@ import functools
 import inspect
 import sys
 import threading
-import weakref
+import types
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Protocol, Self, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from asyncbucket.http.held import HeldLease, innermost_held_lease
 from asyncbucket.http.profiles import GENERIC, profile_of
@@ -40,6 +41,9 @@ C = TypeVar("C")
 
 #: Marks the classes made here.
 _REPORTS: Final = "__asyncbucket_reports__"
+#: Where a client keeps its `HTTPClients`, and whose fields it was made from.
+_HTTP_CLIENTS: Final = "_asyncbucket_http_clients"
+_MADE_FOR: Final = "_asyncbucket_made_for"
 _BODY_STARTED: Final = "send_request_body.started"
 _HEADERS_RECEIVED: Final = "receive_response_headers.complete"
 
@@ -81,19 +85,31 @@ def is_client(value: object) -> bool:
 
 
 def without_retries(client: C) -> C:
-    """Return a copy of ``client`` that does not retry, on the same connections."""
+    """Return a copy of ``client`` that does not retry, on the same connections; or itself if it is one."""
     original: Any = client
+    if is_reporting(client) and original.max_retries == 0:
+        return client
     copied: C = original.with_options(max_retries=0)
     return make_reporting(copied)
 
 
-def make_reporting(client: C) -> C:
-    """Make ``client``, which must not be the user's own, report its requests; return it."""
+def make_reporting(client: C, fields: dict[str, Any] | None = None) -> C:
+    """Make ``client``, which must not be the user's own, report its requests; return it.
+
+    ``fields`` are those of the model that has just made it.
+    """
     cls: Any = type(client)
     if is_client(client) and not is_reporting(client):
         _detect_platform(client)
         client.__class__ = _reporting_class(cls)
+        vars(client)[_MADE_FOR] = fields
     return client
+
+
+def is_made_for_other(client: object, fields: dict[str, Any]) -> bool:
+    """Tell whether a model with fields other than these made ``client``."""
+    made_for = vars(client).get(_MADE_FOR) if is_reporting(client) else None
+    return made_for is not None and made_for is not fields
 
 
 def is_reporting(client: object) -> bool:
@@ -101,42 +117,33 @@ def is_reporting(client: object) -> bool:
     return _REPORTS in vars(type(client))
 
 
-class ClientsByLoop:
-    """Hold the clients, one for each event loop, of models that share ``fields``; thread-safe."""
+class HTTPClients:
+    """Hold the httpx clients of one SDK client, one for each event loop; thread-safe."""
 
-    __slots__ = ("_clients", "_lock", "_made", "fields")
+    __slots__ = ("_by_loop", "_first", "_lock")
 
-    def __init__(self, fields: dict[str, Any]) -> None:
-        self.fields = fields
-        self._clients: dict[asyncio.AbstractEventLoop, Any] = {}
-        self._made: weakref.WeakSet[Any] = weakref.WeakSet()
+    def __init__(self, first: Any) -> None:
+        #: The one that the SDK made, for the loop that asks first.
+        self._first: Any = first
+        self._by_loop: dict[asyncio.AbstractEventLoop, Any] = {}
         self._lock = threading.Lock()
 
-    def is_foreign(self, client: object) -> bool:
-        """Tell whether somebody else has put ``client`` into the model, as tests do."""
-        return client is not None and client not in self._made
-
-    def for_loop(self, loop: asyncio.AbstractEventLoop, make: Callable[[], C]) -> C:
+    def of(self, loop: asyncio.AbstractEventLoop, make: Callable[[], Any]) -> Any:
         """Return the client of ``loop``, which is running; ``make()`` makes one if there is none yet."""
         with self._lock:
-            for closed in [client_loop for client_loop in self._clients if client_loop.is_closed()]:
-                closing = _discard(self._clients.pop(closed))
+            for closed in [known for known in self._by_loop if known.is_closed()]:
+                closing = _discard(self._by_loop.pop(closed))
                 loop.create_task(closing)  # it never waits
-            if loop not in self._clients:
-                self._clients[loop] = make()
-                self._made.add(self._clients[loop])
-            client: C = self._clients[loop]
-            return client
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Self:
-        """Return one that no model shares: a copy has fields of its own."""
-        return type(self)({})
+            if loop not in self._by_loop:
+                first, self._first = self._first, None
+                self._by_loop[loop] = make() if first is None else first
+            return self._by_loop[loop]
 
 
 async def _discard(client: Any) -> None:
-    """Close a client after its loop, as far as possible; else it would try to when collected."""
+    """Close an httpx client after its loop, as far as possible; else the SDK would when collecting."""
     with contextlib.suppress(RuntimeError):  # its connections call their loop
-        await client.close()
+        await client.aclose()
 
 
 def _detect_platform(client: Any) -> None:
@@ -145,7 +152,7 @@ def _detect_platform(client: Any) -> None:
     An asynchronous client would do that in one of the event loop's threads, with a slot held, while
     all of these threads may be waiting for slots, as with ``asyncio.to_thread(llm.chat, ...)``.
     """
-    find = getattr(sys.modules[type(client).request.__module__], "get_platform", None)
+    find = getattr(_sdk(type(client)), "get_platform", None)
     if find is not None and getattr(client, "_platform", "") is None:
         client._platform = find()  # noqa: SLF001 - it exists for this
 
@@ -173,7 +180,7 @@ def _reporting_class(cls: type[Any]) -> type[Any]:
         return _note_reply(await cls.request(self, *args, **kwargs), kwargs)
 
     is_async = inspect.iscoroutinefunction(cls._prepare_request)
-    names = {
+    names: dict[str, Any] = {
         "__doc__": cls.__doc__,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -181,7 +188,40 @@ def _reporting_class(cls: type[Any]) -> type[Any]:
         "request": request_async if is_async else request,
         _REPORTS: True,
     }
+    own_http_class = getattr(_sdk(cls), "AsyncHttpxClientWrapper", None)
+    if is_async and own_http_class is not None:
+        names["_client"] = _http_client_by_loop(own_http_class)
     return type(cls.__name__, (cls,), names)
+
+
+def _sdk(cls: type[Any]) -> types.ModuleType:
+    """Return the SDK's module that has what all its clients share."""
+    return sys.modules[cls.request.__module__]
+
+
+def _http_client_by_loop(own_class: Callable[..., Any]) -> property:
+    """Return the attribute for a client's httpx client: one for each loop if it is of ``own_class``.
+
+    That is the class of those that the SDK makes itself; all others are the user's.
+    """
+
+    def get(client: Any) -> Any:
+        original = vars(client)["_client"]
+        loop = asyncio._get_running_loop()  # noqa: SLF001 - None outside
+        if loop is None or original.__class__ is not own_class:
+            return original
+        attributes = vars(client)
+        clients: HTTPClients = attributes.get(_HTTP_CLIENTS) or attributes.setdefault(
+            _HTTP_CLIENTS, HTTPClients(original)
+        )
+        make = functools.partial(own_class, base_url=client.base_url, timeout=client.timeout)
+        return clients.of(loop, make)
+
+    def set_(client: Any, http_client: Any) -> None:
+        vars(client).pop(_HTTP_CLIENTS, None)
+        vars(client)["_client"] = http_client
+
+    return property(get, set_)
 
 
 def _note_reply(reply: Any, arguments: Mapping[str, Any]) -> Any:

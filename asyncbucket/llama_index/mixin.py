@@ -1,6 +1,5 @@
 """What paced LLMs, embedding models and tools have in common."""
 
-import asyncio
 import functools
 import types
 from collections.abc import Callable
@@ -10,8 +9,8 @@ from llama_index.core.schema import BaseComponent
 
 from asyncbucket.limiter import Limiter
 from asyncbucket.llama_index.clients import (
-    ClientsByLoop,
     is_client,
+    is_made_for_other,
     is_reporting,
     make_reporting,
     without_retries,
@@ -27,10 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
 _PACING: Final = "_asyncbucket_pacing"
-_CLIENTS: Final = "_asyncbucket_clients"
-#: Where models keep their asynchronous client once it is made, and what the user gave instead.
-_CLIENT: Final = "_aclient"
-_HTTP_CLIENT: Final = "_async_http_client"
 
 
 class _NoRetries:
@@ -107,12 +102,12 @@ class Paced:
     def _get_client(self, *args: Any, **kwargs: Any) -> Any:
         base: Any = super()  # some models have it
         make = functools.partial(base._get_client, *args, **kwargs)  # noqa: SLF001 - an override
-        return _reporting_client(self, make)
+        return _reporting_client(self, "_client", make)
 
     def _get_aclient(self, *args: Any, **kwargs: Any) -> Any:
         base: Any = super()
         make = functools.partial(base._get_aclient, *args, **kwargs)  # noqa: SLF001 - as above
-        return _reporting_client(self, functools.partial(_client_of_running_loop, self, make))
+        return _reporting_client(self, "_aclient", make)
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         return reduce(self, pacing_of(self))
@@ -151,47 +146,29 @@ def bind(model: object, pacing: Pacing) -> None:
         name: without_retries(value) if is_client(value) else value
         for name, value in _private(model).items()
     }
-    clients: ClientsByLoop | None = private.get(_CLIENTS)
-    if clients is not None and not clients.is_foreign(_private(model).get(_CLIENT)):
-        private[_CLIENT] = None  # a model that is paced again goes on with the same ones
-    if private.get(_CLIENT) is None and private.get(_HTTP_CLIENT) is None:
-        private.setdefault(_CLIENTS, ClientsByLoop(vars(model)))
     object.__setattr__(model, "__pydantic_private__", {**private, _PACING: pacing})
 
 
-def _reporting_client(model: object, make: Callable[[], Any]) -> Any:
-    """Make a client report if it was made under our `max_retries`; those in fields are the user's."""
+def _reporting_client(model: object, kept_as: str, make: Callable[[], Any]) -> Any:
+    """Make a client report if it was made under our `max_retries`; those in fields are the user's.
+
+    If the model keeps it, a copy of the model, which may have another key, makes one of its own.
+    """
     note_client(reports=True)  # making it sends nothing, even if that fails
+    private, fields = _private(model), vars(model)
+    if is_made_for_other(private.get(kept_as), fields):
+        private[kept_as] = None
+    is_kept = private.get(kept_as) is not None
     client = make()
-    if not any(client is value for value in vars(model).values()):
-        client = make_reporting(client)
+    if not any(client is value for value in fields.values()):
+        client = make_reporting(client, None if is_kept else fields)
     note_client(reports=is_reporting(client))
     return client
 
 
-def _client_of_running_loop(model: object, make: Callable[[], Any]) -> Any:
-    """Return the client that ``make()`` gives; if the model makes and keeps it, one for each loop."""
-    private = _private(model)
-    clients: ClientsByLoop | None = private.get(_CLIENTS)
-    loop = asyncio._get_running_loop()  # noqa: SLF001 - None outside
-    if clients is None or loop is None or not getattr(model, "reuse_client", False):
-        return make()
-    if clients.fields is not vars(model):  # a copy, which may have another key
-        clients = private[_CLIENTS] = ClientsByLoop(vars(model))
-    elif clients.is_foreign(private.get(_CLIENT)):
-        return make()
-
-    def make_anew() -> Any:
-        private[_CLIENT] = None
-        return make()
-
-    return clients.for_loop(loop, make_anew)
-
-
 def unpaced_private(model: object) -> dict[str, Any]:
     """Return the private values of ``model`` without ours."""
-    ours = {_PACING, _CLIENTS}
-    return {name: value for name, value in _private(model).items() if name not in ours}
+    return {name: value for name, value in _private(model).items() if name != _PACING}
 
 
 def _private(model: object) -> dict[str, Any]:

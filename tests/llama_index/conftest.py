@@ -1,10 +1,13 @@
 """What these tests share: records of instrumentation, and a scripted OpenAI."""
 
+import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, TypeAlias
 
 import httpx
 import pytest
@@ -16,6 +19,7 @@ from llama_index_instrumentation.span_handlers import NullSpanHandler
 from pydantic import PrivateAttr
 
 API_BASE = "https://llm.test/v1"
+Serve: TypeAlias = Callable[[Callable[..., Any]], contextlib.AbstractContextManager[str]]
 
 
 class _Events(BaseEventHandler):
@@ -212,12 +216,51 @@ class ScriptedOpenAI:
 
 
 @pytest.fixture
-def openai_api() -> Iterator[ScriptedOpenAI]:
+def scripted_openai() -> ScriptedOpenAI:
+    """Return an OpenAI API."""
+    return ScriptedOpenAI()
+
+
+@pytest.fixture
+def openai_api(scripted_openai: ScriptedOpenAI) -> Iterator[ScriptedOpenAI]:
     """Answer everything that goes to `API_BASE`, or to Groq, in place of the network."""
-    api = ScriptedOpenAI()
     with respx.mock(assert_all_called=False) as mock:
-        mock.route(host__in=["llm.test", "api.groq.com"]).mock(side_effect=api.answer)
-        yield api
+        mock.route(host__in=["llm.test", "api.groq.com"]).mock(side_effect=scripted_openai.answer)
+        yield scripted_openai
+
+
+@contextlib.contextmanager
+def served(answer: Callable[[httpx.Request], Any]) -> Generator[str]:
+    """Give the answers on loopback, over connections that stay open; yield the base URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            content = self.rfile.read(int(self.headers["content-length"]))
+            response = answer(httpx.Request("POST", f"{url}{self.path}", content=content))
+            self.send_response(response.status_code)
+            self.send_header("content-type", response.headers["content-type"])
+            self.send_header("content-length", str(len(response.content)))
+            self.end_headers()
+            self.wfile.write(response.content)
+
+        def log_message(self, format: str, *args: Any) -> None: ...  # noqa: A002
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+    try:
+        yield url
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def serve() -> Serve:
+    """Return a context manager's function that serves a scripted API, and yields its base URL."""
+    return served
 
 
 def error(status: int, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:

@@ -1,5 +1,7 @@
 """Anthropic's models are paced where they are installed."""
 
+import asyncio
+import gc
 import importlib
 import json
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ from asyncbucket import Limiter
 from asyncbucket.testing import virtual_time
 
 if TYPE_CHECKING:
-    from tests.llama_index.conftest import Instrumentation
+    from tests.llama_index.conftest import Instrumentation, Serve
 
 anthropic = pytest.importorskip("anthropic")
 integration = pytest.importorskip("llama_index.llms.anthropic")
@@ -147,6 +149,32 @@ async def test_structured_prediction_through_sdk_client_is_paced(api: ScriptedAn
     assert {one.name, many[0].name, three.name, four[0].name} == {"Ada"}
     now = limiter.statistics()
     assert (now.admitted, now.in_flight, len(api.requests)) == (4, 0, 4)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_call_is_sent_once_on_each_of_several_event_loops(
+    api: ScriptedAnthropic, serve: "Serve", caplog: pytest.LogCaptureFixture
+) -> None:
+    """A script may say ``asyncio.run(...)`` again and again; connections end with their loop."""
+    limiter = Limiter("1000 RPM")
+
+    async def ask() -> None:
+        await asyncio.gather(llm.achat(MESSAGES), llm.achat(MESSAGES))
+        assert [chunk async for chunk in await llm.astream_chat(MESSAGES)]
+
+    async def hang_up() -> None:
+        await llm._aclient.close()
+
+    with serve(api.answer) as url:
+        model = integration.Anthropic(model="claude-sonnet-4-5", api_key="k", base_url=url)
+        llm = limiter.wrap(model, retry=False)
+        for _ in range(3):
+            asyncio.run(ask())
+        asyncio.run(hang_up())
+        gc.collect()
+
+    assert len(api.requests) == limiter.statistics().admitted == 9
+    assert not caplog.records
 
 
 def test_refused_call_makes_five_requests_as_sdk_does_not_retry(api: ScriptedAnthropic) -> None:

@@ -30,7 +30,7 @@ from asyncbucket.testing import RateLimitedProvider, virtual_time
 
 if TYPE_CHECKING:
     from asyncbucket.testing.pytest_plugin import ProviderFactory
-    from tests.llama_index.conftest import ScriptedOpenAI
+    from tests.llama_index.conftest import ScriptedOpenAI, Serve
 
 API_BASE = "https://llm.test/v1"
 MESSAGES = [ChatMessage("hi")]
@@ -593,23 +593,32 @@ async def embed(model: OpenAIEmbedding) -> None:
 
 
 async def hang_up(llm: Any) -> None:
-    """Leave the clients of earlier loops, and close that of this one."""
-    await llm._get_aclient().close()
+    """Leave the connections of earlier loops, and close those of this one."""
+    client = llm._aclient if isinstance(llm, OpenAIResponses) else llm._get_aclient()
+    await client.close()
 
 
 # A connection that is still open when its loop ends is closed by the collector, which says so.
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.parametrize("call", [ask, read, embed])
+@pytest.mark.parametrize("kind", ["own client", "own client, made before", "user's client"])
 def test_call_is_sent_once_on_each_of_several_event_loops(
     rate_limited_provider: "ProviderFactory",
     call: Callable[[Any], Coroutine[Any, Any, None]],
+    kind: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A script may say ``asyncio.run(...)`` again and again; connections end with their loop."""
     provider = rate_limited_provider()
     limiter = Limiter("60k RPM")
-    model = OpenAIEmbedding if call is embed else OpenAI
-    llm = limiter.wrap(model(api_key="k", api_base=provider.base_url), retry=False)
+    cls: Any = OpenAIEmbedding if call is embed else OpenAI
+    options: dict[str, Any] = {"api_key": "k", "api_base": provider.base_url}
+    if kind == "user's client":
+        options["async_openai_client"] = AsyncOpenAI(api_key="k", base_url=provider.base_url)
+    model = cls(**options)
+    if kind == "own client, made before":
+        model._get_aclient()
+    llm = limiter.wrap(model, retry=False)
 
     for _ in range(3):
         asyncio.run(call(llm))
@@ -618,6 +627,28 @@ def test_call_is_sent_once_on_each_of_several_event_loops(
 
     assert provider.statistics().requests == (6 if call is ask else 3)
     assert limiter.statistics().admitted == provider.statistics().requests
+    assert not caplog.records
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+@pytest.mark.parametrize("call", [ask, read])
+def test_responses_call_is_sent_once_on_each_of_several_event_loops(
+    scripted_openai: "ScriptedOpenAI",
+    serve: "Serve",
+    call: Callable[[Any], Coroutine[Any, Any, None]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Such a model has its client from the start."""
+    limiter = Limiter("60k RPM")
+    with serve(scripted_openai.answer) as url:
+        llm = limiter.wrap(OpenAIResponses(api_key="k", api_base=f"{url}/v1"), retry=False)
+        for _ in range(3):
+            asyncio.run(call(llm))
+        asyncio.run(hang_up(llm))
+        gc.collect()
+
+    assert len(scripted_openai.requests) == (6 if call is ask else 3)
+    assert limiter.statistics().admitted == len(scripted_openai.requests)
     assert not caplog.records
 
 
@@ -651,30 +682,35 @@ def test_client_put_into_a_wrapped_model_is_used_on_every_loop() -> None:
 
 
 @pytest.mark.usefixtures("openai_api")
-def test_client_is_kept_while_its_loop_runs() -> None:
-    """Each loop has one, which a model that is wrapped again shares."""
+def test_connections_are_kept_while_their_loop_runs() -> None:
+    """Each loop has its own, which a model that is wrapped again shares."""
     limiter = Limiter("1000 RPM")
     llm = limiter.wrap(make_openai())
 
-    async def client() -> AsyncOpenAI:
+    async def http_client() -> Any:
         await ask(llm)
-        assert llm._get_aclient() is llm._get_aclient()
-        assert limiter.child("chat").wrap(llm)._get_aclient() is llm._get_aclient()
-        return llm._get_aclient()
+        first = llm._get_aclient()._client
+        again = limiter.child("chat").wrap(llm)
+        await ask(again)
+        assert again._get_aclient()._client is llm._get_aclient()._client is first
+        return first
 
-    assert asyncio.run(client()) is not asyncio.run(client())
+    assert asyncio.run(http_client()) is not asyncio.run(http_client())
 
 
+@pytest.mark.usefixtures("openai_api")
 async def test_copied_model_has_its_own_client() -> None:
     """Its key may be another one."""
     llm = Limiter("1000 RPM").wrap(make_openai())
-    other = llm.model_copy(update={"api_key": "other"})
     twin = copy.deepcopy(llm)
+    await ask(llm)
+    llm.chat(MESSAGES)
+    other = llm.model_copy(update={"api_key": "other"})
+    models = (llm, other, twin, llm.model_copy())
 
-    clients = [each._get_aclient() for each in (llm, other, twin, llm.model_copy())]
-
-    assert [client.api_key for client in clients] == ["k", "other", "k", "k"]
-    assert len(set(map(id, clients))) == 4
+    for clients in ([m._get_aclient() for m in models], [m._get_client() for m in models]):
+        assert [client.api_key for client in clients] == ["k", "other", "k", "k"]
+        assert len(set(map(id, clients))) == 4
 
 
 @pytest.mark.real_clock

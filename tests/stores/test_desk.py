@@ -216,7 +216,7 @@ async def test_worker_with_booked_calls_leaves_others_half_of_the_time_to_ask(
 
     async def timed(batch: Batch) -> Receipt:
         asked_at = time.monotonic_ns()
-        receipt = await commit(batch)
+        receipt: Receipt = await commit(batch)
         trips.append((time.monotonic_ns() - asked_at, receipt))
         return receipt
 
