@@ -23,7 +23,7 @@ class Lane:
 
     Args:
         limiter: what admits the calls.
-        pauses: the limiter that a refusal pauses.
+        paused_limiter: the one that a refusal pauses.
         learn: whether to read what headers say.
     """
 

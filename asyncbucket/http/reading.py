@@ -92,5 +92,5 @@ class RequestReader:
 
 
 def has_method(obj: object, name: str) -> bool:
-    """Tell whether ``given`` is an object, not a class, with the method ``name``."""
+    """Tell whether ``obj`` is an object, not a class, with the method ``name``."""
     return not isinstance(obj, type) and callable(getattr(obj, name, None))
