@@ -1,8 +1,10 @@
 """HTTP clients that are paced, and otherwise like those that the SDKs make."""
 
+import functools
 import importlib.util
 from typing import Any, Final
 
+from asyncbucket.http.by_loop import PerLoopTransport
 from asyncbucket.http.profiles import Profile
 from asyncbucket.http.routes import Routing
 from asyncbucket.http.transport import (
@@ -55,16 +57,31 @@ def http_client(
         "limits": library.Limits(**POOL),
         "follow_redirects": True,
     }
-    client: Any = (library.Client if sync else library.AsyncClient)(**(defaults | options))
-    pace = transport_sync if sync else transport
+    cls = library.Client if sync else library.AsyncClient
+    make_client: Any = functools.partial(cls, **(defaults | options))
+    client = make_client()
+
     pacing_options: dict[str, Any] = {"profile": profile, "learn": learn, "routes": routes}
+
+    def paced(pattern: Any) -> Any:
+        inner = _transport_for(pattern, client)
+        if sync:
+            return transport_sync(limiter, inner, **pacing_options)
+        per_loop = PerLoopTransport(lambda: _transport_for(pattern, make_client()), inner)
+        return transport(limiter, per_loop, **pacing_options)
+
     # Not `transport=`: a client that gets one makes no others, as for proxies, and these need its
     # options. There is no public way to wrap the transports that a client makes.
-    client._transport = pace(limiter, client._transport, **pacing_options)  # noqa: SLF001
+    client._transport = paced(None)  # noqa: SLF001
     for pattern, inner in client._mounts.items():  # noqa: SLF001
         if inner is not None:
-            client._mounts[pattern] = pace(limiter, inner, **pacing_options)  # noqa: SLF001
+            client._mounts[pattern] = paced(pattern)  # noqa: SLF001
     return client
+
+
+def _transport_for(pattern: Any, client: Any) -> Any:
+    """Return what ``client`` has mounted for ``pattern``, or its transport for everything else."""
+    return client._mounts.get(pattern, client._transport)  # noqa: SLF001
 
 
 def _library(family: Family) -> Any:

@@ -16,10 +16,12 @@ twice, in the SDK's back-off and in line, so they are mentioned once in the log.
 import importlib
 import logging
 import threading
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
 from asyncbucket.http.attempt import Attempt
+from asyncbucket.http.by_loop import PerLoopTransport
 from asyncbucket.http.failures import FIRST_ERROR
 from asyncbucket.http.lane import acquire_keywords
 from asyncbucket.http.layers import Layers
@@ -58,7 +60,7 @@ def transport(
     Args:
         limiter: what admits the requests.
         inner: the transport that sends them; it is closed with this one. By default the library's
-            own, with the SDKs' pool of 1,000 connections.
+            own, with the SDKs' pool of 1,000 connections; each event loop gets one of its own.
         family: the library of the default ``inner``; ``"auto"`` takes that of the first request.
         profile: a provider's name or a profile; by default it is found by the host of each request.
         learn: read what headers say is left; a limiter without limits adopts those that they
@@ -93,12 +95,11 @@ def transport_sync(
     )
 
 
-class _BaseTransport:
+class _BaseTransport(ABC):
     """What both kinds of transport share."""
 
-    #: The inner transport's method that sends a request, and the default transport's class name.
+    #: The inner transport's method that sends a request.
     _method = ""
-    _default_class = ""
 
     def __init__(
         self,
@@ -121,9 +122,9 @@ class _BaseTransport:
             inner = self._make(family)
         #: What sends the requests; None until the first request shows which library it is.
         self.inner: Any = inner
+        self._opening = threading.Lock()
         self._reader = RequestReader(limiter, profile=profile, learn=learn, routes=routes)
         self._layers = Layers(limiter)
-        self._entered = False
 
     @property
     def ignored_headers(self) -> int:
@@ -151,9 +152,16 @@ class _BaseTransport:
             )
         return inner
 
+    def _open(self, request: Any) -> Any:
+        """Make an inner transport of the library of ``request``."""
+        with self._opening:  # the first requests may come on several threads
+            if self.inner is None:
+                self.inner = self._make(family_of(request))
+        return self.inner
+
+    @abstractmethod
     def _make(self, family: str) -> Any:
-        library = library_named(family)
-        return getattr(library, self._default_class)(limits=library.Limits(**POOL))
+        """Return a transport of that library, with the SDKs' pool."""
 
     def _watch(self, attempt: Attempt, reply: Any, body_class: type[Any] | None) -> Any:
         """Return ``reply`` with a stream that watches the body."""
@@ -173,11 +181,10 @@ class PacedTransport(_BaseTransport):
     """Pace an async client's requests; made by `transport`."""
 
     _method = "handle_async_request"
-    _default_class = "AsyncHTTPTransport"
 
     async def handle_async_request(self, request: Any) -> Any:
         """Send ``request`` when it is its turn, and return the inner transport's response."""
-        inner = self.inner or await self._open(request)
+        inner = self.inner or self._open(request)
         lane, call, profile, cost = self._reader.read(request)
         limiter = lane.limiter
         self._layers.check(request)
@@ -203,12 +210,10 @@ class PacedTransport(_BaseTransport):
             if request.stream is paced_body:  # else its reader has put a body there to resend
                 request.stream = body
 
-    async def _open(self, request: Any) -> Any:
-        """Make an inner transport of the library of ``request``."""
-        self.inner = self._make(family_of(request))
-        if self._entered:
-            await self.inner.__aenter__()
-        return self.inner
+    def _make(self, family: str) -> Any:
+        library = library_named(family)
+        limits = library.Limits(**POOL)
+        return PerLoopTransport(lambda: library.AsyncHTTPTransport(limits=limits))
 
     async def aclose(self) -> None:
         """Close the inner transport."""
@@ -216,7 +221,6 @@ class PacedTransport(_BaseTransport):
             await self.inner.aclose()
 
     async def __aenter__(self) -> Self:
-        self._entered = True
         if self.inner is not None:
             await self.inner.__aenter__()
         return self
@@ -227,7 +231,6 @@ class PacedTransport(_BaseTransport):
         exc: BaseException | None = None,
         traceback: TracebackType | None = None,
     ) -> None:
-        self._entered = False
         if self.inner is not None:
             await self.inner.__aexit__(exc_type, exc, traceback)
 
@@ -236,11 +239,6 @@ class PacedTransportSync(_BaseTransport):
     """Pace a synchronous client's requests; made by `transport_sync`."""
 
     _method = "handle_request"
-    _default_class = "HTTPTransport"
-
-    def __init__(self, limiter: Limiter, inner: Any, **options: Any) -> None:
-        super().__init__(limiter, inner, **options)
-        self._opening = threading.Lock()
 
     def handle_request(self, request: Any) -> Any:
         """Send ``request`` when it is its turn, and return the inner transport's response."""
@@ -270,14 +268,9 @@ class PacedTransportSync(_BaseTransport):
             if request.stream is paced_body:  # else its reader has put a body there to resend
                 request.stream = body
 
-    def _open(self, request: Any) -> Any:
-        with self._opening:  # the first requests may come on several threads
-            if self.inner is None:
-                inner = self._make(family_of(request))
-                if self._entered:
-                    inner.__enter__()
-                self.inner = inner
-        return self.inner
+    def _make(self, family: str) -> Any:
+        library = library_named(family)
+        return library.HTTPTransport(limits=library.Limits(**POOL))
 
     def close(self) -> None:
         """Close the inner transport."""
@@ -285,7 +278,6 @@ class PacedTransportSync(_BaseTransport):
             self.inner.close()
 
     def __enter__(self) -> Self:
-        self._entered = True
         if self.inner is not None:
             self.inner.__enter__()
         return self
@@ -296,7 +288,6 @@ class PacedTransportSync(_BaseTransport):
         exc: BaseException | None = None,
         traceback: TracebackType | None = None,
     ) -> None:
-        self._entered = False
         if self.inner is not None:
             self.inner.__exit__(exc_type, exc, traceback)
 

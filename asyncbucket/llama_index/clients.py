@@ -23,15 +23,14 @@ further loop.
 """
 
 import asyncio
-import contextlib
 import functools
 import inspect
 import sys
-import threading
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol, TypeVar
 
+from asyncbucket.http.by_loop import ByLoop
 from asyncbucket.http.held import HeldLease, innermost_held_lease
 from asyncbucket.http.profiles import GENERIC, profile_of
 from asyncbucket.http.usage import usage_of
@@ -41,7 +40,7 @@ C = TypeVar("C")
 
 #: Marks the classes made here.
 _REPORTS: Final = "__asyncbucket_reports__"
-#: Where a client keeps its `HTTPClients`, and whose fields it was made from.
+#: Where a client keeps its httpx clients, by loop, and whose fields it was made from.
 _HTTP_CLIENTS: Final = "_asyncbucket_http_clients"
 _MADE_FOR: Final = "_asyncbucket_made_for"
 _BODY_STARTED: Final = "send_request_body.started"
@@ -117,35 +116,6 @@ def is_reporting(client: object) -> bool:
     return _REPORTS in vars(type(client))
 
 
-class HTTPClients:
-    """Hold the httpx clients of one SDK client, one for each event loop; thread-safe."""
-
-    __slots__ = ("_by_loop", "_first", "_lock")
-
-    def __init__(self, first: Any) -> None:
-        #: The one that the SDK made, for the loop that asks first.
-        self._first: Any = first
-        self._by_loop: dict[asyncio.AbstractEventLoop, Any] = {}
-        self._lock = threading.Lock()
-
-    def of(self, loop: asyncio.AbstractEventLoop, make: Callable[[], Any]) -> Any:
-        """Return the client of ``loop``, which is running; ``make()`` makes one if there is none yet."""
-        with self._lock:
-            for closed in [known for known in self._by_loop if known.is_closed()]:
-                closing = _discard(self._by_loop.pop(closed))
-                loop.create_task(closing)  # it never waits
-            if loop not in self._by_loop:
-                first, self._first = self._first, None
-                self._by_loop[loop] = make() if first is None else first
-            return self._by_loop[loop]
-
-
-async def _discard(client: Any) -> None:
-    """Close an httpx client after its loop, as far as possible; else the SDK would when collecting."""
-    with contextlib.suppress(RuntimeError):  # its connections call their loop
-        await client.aclose()
-
-
 def _detect_platform(client: Any) -> None:
     """Let ``client`` find out its platform before its first request.
 
@@ -207,15 +177,16 @@ def _http_client_by_loop(own_class: Callable[..., Any]) -> property:
 
     def get(client: Any) -> Any:
         original = vars(client)["_client"]
-        loop = asyncio._get_running_loop()  # noqa: SLF001 - None outside
-        if loop is None or original.__class__ is not own_class:
+        on_loop = asyncio._get_running_loop() is not None  # noqa: SLF001 - None outside
+        if not on_loop or original.__class__ is not own_class:
             return original
         attributes = vars(client)
-        clients: HTTPClients = attributes.get(_HTTP_CLIENTS) or attributes.setdefault(
-            _HTTP_CLIENTS, HTTPClients(original)
+        clients: ByLoop[Any] = attributes.get(_HTTP_CLIENTS) or attributes.setdefault(
+            _HTTP_CLIENTS, ByLoop(original)
         )
-        make = functools.partial(own_class, base_url=client.base_url, timeout=client.timeout)
-        return clients.of(loop, make)
+        return clients.current(
+            functools.partial(own_class, base_url=client.base_url, timeout=client.timeout)
+        )
 
     def set_(client: Any, http_client: Any) -> None:
         vars(client).pop(_HTTP_CLIENTS, None)

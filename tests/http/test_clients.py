@@ -9,11 +9,13 @@ import pytest
 
 from asyncbucket import Limiter
 from asyncbucket.http import clients
+from asyncbucket.http.by_loop import PerLoopTransport
 
 
 def inner_of(client: Any) -> Any:
-    """Return the transport that a paced client sends with."""
-    return client._transport.inner
+    """Return the transport that a paced client sends with, on this loop."""
+    inner = client._transport.inner
+    return inner.current() if isinstance(inner, PerLoopTransport) else inner
 
 
 async def test_http_client_has_sdk_defaults(library: Any, limiter: Limiter) -> None:
@@ -54,7 +56,7 @@ async def test_environment_proxy_transports_are_paced(
         paced = client._transport_for_url(request)
         assert paced is not client._transport
         assert paced.limiter is limiter
-        assert type(paced.inner) is library.AsyncHTTPTransport
+        assert type(paced.inner.current()) is library.AsyncHTTPTransport
         direct = client._transport_for_url(library.URL("https://local.test/"))
         assert direct is client._transport
 

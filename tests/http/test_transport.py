@@ -951,9 +951,9 @@ async def test_first_request_selects_inner_transport(library: Any, limiter: Limi
             reply = await asyncio.to_thread(client.get, provider.base_url)
             assert reply.status_code == 401
 
-    assert type(paced.inner) is library.AsyncHTTPTransport
+    assert type(paced.inner.current()) is library.AsyncHTTPTransport
     assert type(sync.inner) is library.HTTPTransport
-    assert "AsyncHTTPTransport" in repr(paced)
+    assert "above PerLoopTransport" in repr(paced)
 
 
 def test_first_requests_on_several_threads_share_one_inner_transport(
@@ -979,7 +979,7 @@ async def test_named_family_makes_inner_transport_at_once(limiter: Limiter) -> N
     """`family=` makes that library's inner transport at once."""
     paced = limiter.transport(family="httpx2")
 
-    assert type(paced.inner) is httpx2.AsyncHTTPTransport
+    assert type(paced.inner.current()) is httpx2.AsyncHTTPTransport
     await paced.aclose()
 
 

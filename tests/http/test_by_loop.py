@@ -1,0 +1,115 @@
+"""One paced client serves several event loops: each has connections of its own."""
+
+import asyncio
+import gc
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from asyncbucket import Limiter
+from tests.http.conftest import answering
+
+if TYPE_CHECKING:
+    from asyncbucket.testing.pytest_plugin import ProviderFactory
+
+URL = "https://llm.test/v1/chat/completions"
+BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+KEY = {"authorization": "Bearer k"}
+
+
+def with_transport(limiter: Limiter, library: Any) -> Any:
+    """Return a client with a paced transport."""
+    return library.AsyncClient(transport=limiter.transport())
+
+
+def made_by_limiter(limiter: Limiter, library: Any) -> Any:
+    """Return a client that a limiter has made."""
+    return limiter.http_client(family=library.__name__)
+
+
+async def ask(client: Any, url: str) -> None:
+    """Make two calls at once, so that two connections stay open."""
+    replies = await asyncio.gather(
+        *(client.post(f"{url}/chat/completions", json=BODY, headers=KEY) for _ in range(2))
+    )
+    assert [reply.status_code for reply in replies] == [200, 200]
+
+
+# A connection that is still open when its loop ends is closed by the collector, which says so.
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+@pytest.mark.parametrize("make", [with_transport, made_by_limiter])
+def test_request_is_sent_once_on_each_of_several_event_loops(
+    rate_limited_provider: "ProviderFactory",
+    library: Any,
+    limiter: Limiter,
+    make: Callable[[Limiter, Any], Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A script may say ``asyncio.run(...)`` again and again; connections end with their loop."""
+    provider = rate_limited_provider()
+    client = make(limiter, library)
+
+    for _ in range(3):
+        asyncio.run(ask(client, provider.base_url))
+    asyncio.run(client.aclose())
+    gc.collect()
+
+    assert provider.statistics().requests == limiter.statistics().admitted == 6
+    assert [record for record in caplog.records if record.name == "asyncio"] == []
+
+
+@pytest.mark.real_clock
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_loops_on_several_threads_share_no_connection(
+    rate_limited_provider: "ProviderFactory", library: Any, limiter: Limiter
+) -> None:
+    """They would wait for each other's replies; threads run on the machine's clock."""
+    provider = rate_limited_provider(latency=0.01)
+    client = with_transport(limiter, library)
+
+    def work() -> None:
+        for _ in range(3):
+            asyncio.run(ask(client, provider.base_url))
+
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(work) for _ in range(4)]:
+            done.result(timeout=30)
+    asyncio.run(client.aclose())
+    gc.collect()
+
+    assert provider.statistics().requests == limiter.statistics().admitted == 4 * 3 * 2
+
+
+def test_each_loop_has_a_transport_with_the_same_options(library: Any, limiter: Limiter) -> None:
+    """What a client makes for another loop is like what it made for the first."""
+    limits = library.Limits(max_connections=7)
+    client = limiter.http_client(family=library.__name__, limits=limits, proxy="http://[::1]:9")
+
+    async def pool() -> Any:
+        paced = client._transport_for_url(library.URL(URL))
+        assert paced.inner.current() is paced.inner.current()
+        return paced.inner.current()._pool
+
+    first, second = asyncio.run(pool()), asyncio.run(pool())
+
+    assert first is not second
+    assert first._max_connections == second._max_connections == 7
+    assert first._proxy_url == second._proxy_url
+
+
+def test_transport_given_by_the_user_is_used_on_every_loop(library: Any, limiter: Limiter) -> None:
+    """Whoever passes a transport decides on which loops it lives, mounted or not."""
+    theirs = library.MockTransport(answering(library, b"ok"))
+    options = {"family": library.__name__}
+    for client in (
+        library.AsyncClient(transport=limiter.transport(theirs)),
+        limiter.http_client(transport=theirs, **options),
+        limiter.http_client(mounts={"all://llm.test": theirs}, **options),
+    ):
+        for _ in range(2):
+            assert asyncio.run(client.get(URL)).content == b"ok"
+            asyncio.run(client.get(URL))
+
+    assert limiter.statistics().admitted == 12
