@@ -6,60 +6,94 @@ On another loop, a connection that is kept open sends a request into the void: i
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Self
 
 
-class _Connections(Protocol):
-    """A transport or a client, of httpx or httpx2."""
-
-    async def aclose(self) -> None: ...
-
-
-C = TypeVar("C", bound=_Connections)
+class _Entry(NamedTuple):
+    #: A transport or a client, of httpx or httpx2.
+    connections: Any
+    #: What closes it when its loop ends; None if it is somebody else's.
+    guard: AsyncGenerator[None] | None
 
 
-class ByLoop(Generic[C]):
-    """Hold a transport or client for each event loop that asks; thread-safe.
+class ByLoop:
+    """Hold a transport or client for each event loop that asks, until it ends; thread-safe.
 
     Args:
-        first: the one of the loop that asks first, if there is one already.
+        first: that of the loop that asks first, if there is one already.
+        keep_first: whether ``first`` is somebody else's client, which stays open: only its
+            connections are closed, once their loop has ended.
     """
 
-    __slots__ = ("_by_loop", "_first", "_lock")
+    __slots__ = ("_by_loop", "_first", "_keep_first", "_lock")
 
-    def __init__(self, first: C | None = None) -> None:
+    def __init__(self, first: Any = None, *, keep_first: bool = False) -> None:
         self._first = first
-        self._by_loop: dict[asyncio.AbstractEventLoop, C] = {}
+        self._keep_first = keep_first
+        self._by_loop: dict[asyncio.AbstractEventLoop, _Entry] = {}
         self._lock = threading.Lock()
 
-    def current(self, make: Callable[[], C]) -> C:
+    def current(self, make: Callable[[], Any]) -> Any:
         """Return that of the running loop; ``make()`` makes one if there is none yet."""
         loop = asyncio.get_running_loop()
         with self._lock:
-            known = self._by_loop.get(loop)
-            if known is None:
-                for ended in [each for each in self._by_loop if each.is_closed()]:
-                    closing = _discard(self._by_loop.pop(ended))
-                    loop.create_task(closing)  # noqa: RUF006 - it never waits
-                known, self._first = self._first, None
-                known = self._by_loop[loop] = make() if known is None else known
-            return known
+            if loop not in self._by_loop:
+                self._forget_ended(loop)
+                self._by_loop[loop] = self._next(make)
+            return self._by_loop[loop].connections
+
+    def _next(self, make: Callable[[], Any]) -> _Entry:
+        first, self._first = self._first, None
+        if first is not None and self._keep_first:
+            return _Entry(first, None)
+        connections = make() if first is None else first
+        guard = _closed_with_loop(connections)
+        with contextlib.suppress(StopIteration):  # it is open now
+            guard.asend(None).send(None)
+        return _Entry(connections, guard)
+
+    def _forget_ended(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Forget the loops that have ended; ``loop`` closes what these may have left open."""
+        for ended in [each for each in self._by_loop if each.is_closed()]:
+            connections, guard = self._by_loop.pop(ended)
+            closing = _close(_transports_of(connections) if guard is None else [connections])
+            loop.create_task(closing)  # it never waits
 
 
-async def _discard(connections: _Connections) -> None:
-    """Close connections after their loop, as far as possible: they are not left to the collector."""
-    with contextlib.suppress(RuntimeError):  # they call their loop
+async def _closed_with_loop(connections: Any) -> AsyncGenerator[None]:
+    """Close ``connections`` in the end: a loop that ends closes all generators that are open."""
+    try:
+        yield
+    finally:
         await connections.aclose()
 
 
+async def _close(left_open: Sequence[Any]) -> None:
+    """Close what was open when its loop was closed, as far as possible."""
+    for connections in left_open:
+        with contextlib.suppress(RuntimeError):  # they call their loop
+            await connections.aclose()
+
+
+def _transports_of(client: Any) -> list[Any]:
+    """Return the transports of a client of httpx or httpx2, which go on after they were closed."""
+    transports = (client._transport, *client._mounts.values())  # noqa: SLF001 - there is no public way
+    return [transport for transport in transports if transport is not None]
+
+
 class PerLoopTransport:
-    """Send requests by transports that ``make()`` makes, one for each event loop."""
+    """Send requests by transports that ``make()`` makes, one for each event loop.
+
+    Args:
+        make: makes a transport.
+        first: one that is made already.
+    """
 
     def __init__(self, make: Callable[[], Any], first: Any = None) -> None:
         self._make = make
-        self._transports: ByLoop[Any] = ByLoop(first)
+        self._transports = ByLoop(first)
 
     def current(self) -> Any:
         """Return the transport of the running loop."""

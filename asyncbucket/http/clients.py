@@ -63,12 +63,15 @@ def http_client(
 
     pacing_options: dict[str, Any] = {"profile": profile, "learn": learn, "routes": routes}
 
+    users = [options.get("transport"), *(options.get("mounts") or {}).values()]
+
     def paced(pattern: Any) -> Any:
         inner = _transport_for(pattern, client)
         if sync:
             return transport_sync(limiter, inner, **pacing_options)
-        per_loop = PerLoopTransport(lambda: _transport_for(pattern, make_client()), inner)
-        return transport(limiter, per_loop, **pacing_options)
+        if inner not in users:
+            inner = PerLoopTransport(lambda: _transport_for(pattern, make_client()), inner)
+        return transport(limiter, inner, **pacing_options)
 
     # Not `transport=`: a client that gets one makes no others, as for proxies, and these need its
     # options. There is no public way to wrap the transports that a client makes.

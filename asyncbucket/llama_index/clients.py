@@ -176,13 +176,13 @@ def _http_client_by_loop(own_class: Callable[..., Any]) -> property:
     """
 
     def get(client: Any) -> Any:
-        original = vars(client)["_client"]
+        attributes = vars(client)
+        original = attributes["_client"]
         on_loop = asyncio._get_running_loop() is not None  # noqa: SLF001 - None outside
         if not on_loop or original.__class__ is not own_class:
             return original
-        attributes = vars(client)
-        clients: ByLoop[Any] = attributes.get(_HTTP_CLIENTS) or attributes.setdefault(
-            _HTTP_CLIENTS, ByLoop(original)
+        clients: ByLoop = attributes.get(_HTTP_CLIENTS) or attributes.setdefault(
+            _HTTP_CLIENTS, ByLoop(original, keep_first=True)
         )
         return clients.current(
             functools.partial(own_class, base_url=client.base_url, timeout=client.timeout)

@@ -37,8 +37,6 @@ async def ask(client: Any, url: str) -> None:
     assert [reply.status_code for reply in replies] == [200, 200]
 
 
-# A connection that is still open when its loop ends is closed by the collector, which says so.
-@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.parametrize("make", [with_transport, made_by_limiter])
 def test_request_is_sent_once_on_each_of_several_event_loops(
     rate_limited_provider: "ProviderFactory",
@@ -60,8 +58,44 @@ def test_request_is_sent_once_on_each_of_several_event_loops(
     assert [record for record in caplog.records if record.name == "asyncio"] == []
 
 
-@pytest.mark.real_clock
+def test_connections_are_closed_when_their_loop_ends(
+    rate_limited_provider: "ProviderFactory", library: Any, limiter: Limiter
+) -> None:
+    """So a program that says ``asyncio.run(...)`` for each request keeps none open."""
+    provider = rate_limited_provider()
+    for client in (with_transport(limiter, library), made_by_limiter(limiter, library)):
+
+        async def pool(client: Any = client) -> Any:
+            await ask(client, provider.base_url)
+            return client._transport.inner.current()._pool
+
+        for _ in range(2):
+            assert asyncio.run(pool()).connections == []
+
+
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_loop_that_is_closed_at_once_leaves_nothing_to_complain_about(
+    rate_limited_provider: "ProviderFactory",
+    library: Any,
+    limiter: Limiter,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Without `asyncio.run`, nothing is told that its loop ends."""
+    provider = rate_limited_provider()
+    client = with_transport(limiter, library)
+
+    for _ in range(3):
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(ask(client, provider.base_url))
+        loop.close()
+    asyncio.run(client.aclose())
+    gc.collect()
+
+    assert provider.statistics().requests == 6
+    assert [record for record in caplog.records if record.name == "asyncio"] == []
+
+
+@pytest.mark.real_clock
 def test_loops_on_several_threads_share_no_connection(
     rate_limited_provider: "ProviderFactory", library: Any, limiter: Limiter
 ) -> None:
@@ -100,8 +134,13 @@ def test_each_loop_has_a_transport_with_the_same_options(library: Any, limiter: 
 
 
 def test_transport_given_by_the_user_is_used_on_every_loop(library: Any, limiter: Limiter) -> None:
-    """Whoever passes a transport decides on which loops it lives, mounted or not."""
-    theirs = library.MockTransport(answering(library, b"ok"))
+    """Whoever passes a transport decides on which loops it lives, and closes it; mounted or not."""
+
+    class Theirs(library.MockTransport):  # type: ignore[misc]
+        async def aclose(self) -> None:
+            raise AssertionError
+
+    theirs = Theirs(answering(library, b"ok"))
     options = {"family": library.__name__}
     for client in (
         library.AsyncClient(transport=limiter.transport(theirs)),

@@ -665,6 +665,7 @@ def test_client_given_by_the_user_is_kept_on_every_loop() -> None:
         ours = llm._get_aclient()
         asyncio.run(ask(llm))
         assert llm._get_aclient() is ours
+    assert not theirs.is_closed()
 
 
 @pytest.mark.usefixtures("openai_api")
