@@ -62,14 +62,13 @@ def http_client(
     client = make_client()
 
     pacing_options: dict[str, Any] = {"profile": profile, "learn": learn, "routes": routes}
-
-    users = [options.get("transport"), *(options.get("mounts") or {}).values()]
+    given = [options.get("transport"), *(options.get("mounts") or {}).values()]
 
     def paced(pattern: Any) -> Any:
         inner = _transport_for(pattern, client)
         if sync:
             return transport_sync(limiter, inner, **pacing_options)
-        if inner not in users:
+        if inner not in given:  # one that was given is the same on every loop
             inner = PerLoopTransport(lambda: _transport_for(pattern, make_client()), inner)
         return transport(limiter, inner, **pacing_options)
 
