@@ -40,9 +40,9 @@ C = TypeVar("C")
 
 #: Marks the classes made here.
 _REPORTS: Final = "__asyncbucket_reports__"
-#: Where a client keeps its httpx clients, by loop, and whose fields it was made from.
-_HTTP_CLIENTS: Final = "_asyncbucket_http_clients"
+#: Where a client keeps the fields of the model that made it, and an httpx client those of all loops.
 _MADE_FOR: Final = "_asyncbucket_made_for"
+_BY_LOOP: Final = "_asyncbucket_by_loop"
 _BODY_STARTED: Final = "send_request_body.started"
 _HEADERS_RECEIVED: Final = "receive_response_headers.complete"
 
@@ -176,20 +176,19 @@ def _http_client_by_loop(own_class: Callable[..., Any]) -> property:
     """
 
     def get(client: Any) -> Any:
-        attributes = vars(client)
-        original = attributes["_client"]
+        original = vars(client)["_client"]
         on_loop = asyncio._get_running_loop() is not None  # noqa: SLF001 - None outside
         if not on_loop or original.__class__ is not own_class:
             return original
-        clients: ByLoop = attributes.get(_HTTP_CLIENTS) or attributes.setdefault(
-            _HTTP_CLIENTS, ByLoop(original, keep_first=True)
+        attributes = vars(original)  # copies of an SDK's client share it
+        by_loop: ByLoop = attributes.get(_BY_LOOP) or attributes.setdefault(
+            _BY_LOOP, ByLoop(original, keep_first=True)
         )
-        return clients.current(
+        return by_loop.current(
             functools.partial(own_class, base_url=client.base_url, timeout=client.timeout)
         )
 
     def set_(client: Any, http_client: Any) -> None:
-        vars(client).pop(_HTTP_CLIENTS, None)
         vars(client)["_client"] = http_client
 
     return property(get, set_)

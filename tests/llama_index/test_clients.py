@@ -652,6 +652,49 @@ def test_responses_call_is_sent_once_on_each_of_several_event_loops(
     assert not caplog.records
 
 
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_models_that_share_a_client_send_once_on_loops_of_their_own(
+    rate_limited_provider: "ProviderFactory",
+) -> None:
+    """No model meets connections of a loop on which only another one was used."""
+    provider = rate_limited_provider()
+    theirs = AsyncOpenAI(api_key="k", base_url=provider.base_url)
+    limiter = Limiter("60k RPM")
+    one, two = (
+        limiter.wrap(OpenAI(api_key="k", async_openai_client=theirs), retry=False) for _ in "12"
+    )
+
+    for _ in range(2):
+        asyncio.run(ask(one))
+        asyncio.run(read(two))
+    gc.collect()
+
+    assert provider.statistics().requests == 6
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_copy_of_a_models_client_sends_once_on_each_of_several_event_loops(
+    rate_limited_provider: "ProviderFactory",
+) -> None:
+    """LlamaIndex and users make copies with other options; they have the loop's connections."""
+    provider = rate_limited_provider()
+    llm = Limiter("60k RPM").wrap(OpenAI(api_key="k", api_base=provider.base_url), retry=False)
+    outside = llm._get_aclient().with_options(timeout=30)
+
+    async def ask_directly(client: AsyncOpenAI) -> None:
+        await client.embeddings.create(model="m", input="hi")
+
+    async def ask_by_copy() -> None:
+        await ask_directly(llm._get_aclient().with_options(timeout=60))
+
+    for _ in range(2):
+        asyncio.run(ask_by_copy())
+        asyncio.run(ask_directly(outside))
+    gc.collect()
+
+    assert provider.statistics().requests == 4
+
+
 @pytest.mark.usefixtures("openai_api")
 def test_client_given_by_the_user_is_kept_on_every_loop() -> None:
     """Whoever passes a client or an HTTP client decides on which loops it lives."""
