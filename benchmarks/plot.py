@@ -10,8 +10,8 @@ from matplotlib.figure import Figure as Canvas
 
 from benchmarks.harness import Figure
 
-_OURS: Final = "#1f77b4"
-_THEIRS: Final = "#9aa0a6"
+OURS: Final = "#1f77b4"
+THEIRS: Final = "#9aa0a6"
 _COLOURED: Final = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 _INK: Final = {"light": "#202124", "dark": "#e8eaed"}
 _STYLE: Final = {
@@ -47,7 +47,7 @@ def _bars(axes: Axes, figure: Figure, ink: str) -> None:
     names = [row.name for row in rows]
     medians = [row.median for row in rows]
     spread = [[row.median - row.low for row in rows], [row.high - row.median for row in rows]]
-    colours = [_OURS if name.startswith("asyncbucket") else _THEIRS for name in names]
+    colours = [OURS if name.startswith("asyncbucket") else THEIRS for name in names]
     axes.barh(names, medians, xerr=spread, color=colours, ecolor=ink, error_kw={"lw": 0.8})
     if max(medians) > 20 * min(medians):
         axes.set_xscale("log")
