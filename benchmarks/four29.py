@@ -10,7 +10,6 @@ the provider, what failed by the caller.
 
 import argparse
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,11 +26,10 @@ from matplotlib.axes import Axes
 import asyncbucket
 from asyncbucket.testing import ProviderProcess
 from asyncbucket.testing.provider.policies import POLICY_NAMES, PolicyName
-from benchmarks.contenders import VERSIONS
 from benchmarks.harness import progress
 from benchmarks.plot import pages
 from benchmarks.provider import Chat, chat_through
-from benchmarks.report import machine
+from benchmarks.report import machine_line, versions_line, write_files
 
 MINUTE: Final = 12.0
 RPM: Final = 120
@@ -159,9 +157,8 @@ def page(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """Yield the table, with what it was measured on."""
     yield from table(outcomes)
     yield ""
-    yield "; ".join(f"{name}: {value}" for name, value in machine().items()) + "."
-    named = ("asyncbucket", "aiolimiter", "llama-index-core")
-    yield ", ".join(f"{name} {VERSIONS[name]}" for name in named) + "."
+    yield machine_line()
+    yield versions_line(("asyncbucket", "aiolimiter", "llama-index-core"))
 
 
 _REFUSED: Final = "#d93025"
@@ -208,10 +205,7 @@ def measure(*, calls: int = CALLS) -> list[Outcome]:
 
 def write(outcomes: Sequence[Outcome], folder: Path) -> None:
     """Write ``four29.md``, ``four29.json`` and the plots."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "four29.md").write_text("\n".join(page(outcomes)) + "\n", "utf-8")
-    content = json.dumps([asdict(each) for each in outcomes], indent=1)
-    (folder / "four29.json").write_text(content + "\n", "utf-8")
+    write_files(folder / "four29", page(outcomes), [asdict(each) for each in outcomes])
     plot(outcomes, folder)
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,23 +23,21 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Write ``results.md`` and ``results.json``."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "results.md").write_text("\n".join(self.lines()) + "\n", "utf-8")
         content = {
             "machine": machine(),
             "versions": VERSIONS,
             "figures": [_plain(figure) for figure in self.figures],
             "provider": [asdict(outcome) for outcome in self.outcomes],
         }
-        (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        write_files(folder / "results", self.lines(), content)
 
     def lines(self) -> Iterator[str]:
         """Yield the report as markdown."""
         yield "# Benchmarks"
         yield ""
-        yield "; ".join(f"{name}: {value}" for name, value in machine().items()) + "."
+        yield machine_line()
         yield ""
-        yield ", ".join(f"{name} {version}" for name, version in VERSIONS.items()) + "."
+        yield versions_line(VERSIONS)
         yield (
             "Median of the rounds, lowest and highest beside it; lower is better. "
             "`make bench` makes this page."
@@ -48,6 +46,23 @@ class Report:
             yield from _table(figure)
         if self.outcomes:
             yield from _refusals(self.outcomes)
+
+
+def write_files(path: Path, lines: Iterable[str], content: object) -> None:
+    """Write ``path.md`` with ``lines``, and ``path.json`` with ``content``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n", "utf-8")
+    path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
+def machine_line() -> str:
+    """Return what the figures depend on, as a sentence."""
+    return "; ".join(f"{name}: {value}" for name, value in machine().items()) + "."
+
+
+def versions_line(names: Iterable[str]) -> str:
+    """Return the versions of the distributions called ``names``, as a sentence."""
+    return ", ".join(f"{name} {VERSIONS[name]}" for name in names) + "."
 
 
 def machine() -> dict[str, str]:

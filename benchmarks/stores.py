@@ -29,10 +29,9 @@ import redis
 import redis.asyncio
 
 import asyncbucket
-from benchmarks.contenders import VERSIONS
 from benchmarks.harness import Acquire, progress
 from benchmarks.plot import OURS, THEIRS, pages
-from benchmarks.report import machine
+from benchmarks.report import machine_line, versions_line, write_files
 
 #: The limit: calls a second, and how many of them at once.
 RATE: Final = 200
@@ -220,9 +219,8 @@ def page(outcomes: Sequence[Outcome]) -> Iterator[str]:
     yield ""
     yield from table(outcomes)
     yield ""
-    yield "; ".join(f"{name}: {value}" for name, value in machine().items()) + "."
-    named = ("asyncbucket", "pyrate-limiter")
-    yield ", ".join(f"{name} {VERSIONS[name]}" for name in named) + "."
+    yield machine_line()
+    yield versions_line(("asyncbucket", "pyrate-limiter"))
 
 
 def plot(outcomes: Sequence[Outcome], folder: Path) -> None:
@@ -245,10 +243,7 @@ def plot(outcomes: Sequence[Outcome], folder: Path) -> None:
 
 def write(outcomes: Sequence[Outcome], folder: Path) -> None:
     """Write ``stores.md``, ``stores.json`` and the plots."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "stores.md").write_text("\n".join(page(outcomes)) + "\n", "utf-8")
-    content = json.dumps([asdict(each) for each in outcomes], indent=1)
-    (folder / "stores.json").write_text(content + "\n", "utf-8")
+    write_files(folder / "stores", page(outcomes), [asdict(each) for each in outcomes])
     plot(outcomes, folder)
 
 

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 
@@ -111,10 +110,5 @@ class PerLoopTransport:
         await self.current().__aenter__()
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None = None,
-        exc: BaseException | None = None,
-        traceback: TracebackType | None = None,
-    ) -> None:
-        await self.current().__aexit__(exc_type, exc, traceback)
+    async def __aexit__(self, *error: object) -> None:
+        await self.current().__aexit__(*error)
