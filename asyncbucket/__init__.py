@@ -3,9 +3,10 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from asyncbucket.context import deadline, priority, tenant
-from asyncbucket.cost import Cost
-from asyncbucket.errors import (
+from asyncbucket.core import errors, events
+from asyncbucket.core.context import deadline, priority, tenant
+from asyncbucket.core.cost import Cost
+from asyncbucket.core.errors import (
     AcquireTimeout,
     AsyncBucketError,
     CostExceedsLimit,
@@ -14,24 +15,33 @@ from asyncbucket.errors import (
     StoreError,
     WouldBlock,
 )
-from asyncbucket.limiter import Limiter, pace
-from asyncbucket.limiter.explain import Explanation
-from asyncbucket.limiter.lease import Lease
-from asyncbucket.limiter.statistics import LimitUse, Statistics, Waits
-from asyncbucket.limits import Limit
+from asyncbucket.core.explain import Explanation
+from asyncbucket.core.lease import Lease
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.pace import pace
+from asyncbucket.core.statistics import LimitUse, Statistics, Waits
+from asyncbucket.core.token_bucket import BucketStatistics, TokenBucket
 from asyncbucket.plan import plan
-from asyncbucket.token_bucket import BucketStatistics, TokenBucket
 
 if TYPE_CHECKING:
+    from asyncbucket.core import presets, settings
     from asyncbucket.plan import Plan
 
-_LAZY = frozenset({"batch", "presets", "settings", "stores", "telemetry", "testing"})
+_LAZY = {
+    "batch": "asyncbucket.batch",
+    "presets": "asyncbucket.core.presets",
+    "settings": "asyncbucket.core.settings",
+    "stores": "asyncbucket.stores",
+    "telemetry": "asyncbucket.telemetry",
+    "testing": "asyncbucket.testing",
+}
 
 
 def __getattr__(name: str) -> object:
     """Import what few programs need on first use: ``asyncbucket.telemetry``, `Plan`."""
     if name in _LAZY:
-        return import_module(f"asyncbucket.{name}")
+        return import_module(_LAZY[name])
     if name == "Plan":
         return import_module("asyncbucket.plan").Plan
     raise AttributeError(f"module 'asyncbucket' has no attribute {name!r}")
@@ -57,8 +67,12 @@ __all__ = [
     "Waits",
     "WouldBlock",
     "deadline",
+    "errors",
+    "events",
     "pace",
     "plan",
+    "presets",
     "priority",
+    "settings",
     "tenant",
 ]

@@ -97,7 +97,7 @@ def test_importing_asyncbucket_loads_no_optional_library() -> None:
     """`import asyncbucket` loads no library that only an adapter needs."""
     loaded = in_fresh_interpreter("import asyncbucket, sys; print(*sys.modules)")
 
-    assert "asyncbucket.limiter" in loaded
+    assert "asyncbucket.core.limiter" in loaded
     assert sorted(set(EXTRAS) & set(loaded)) == []
 
 

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from asyncbucket import Limit, Limiter
-from asyncbucket.presets import PresetWarning, preset, preset_names
+from asyncbucket.core.presets import PresetWarning, preset, preset_names
 
 NOW = date(2026, 11, 25)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import Limiter, LimitSyntaxError
-from asyncbucket.settings import from_env, from_toml
+from asyncbucket.core.settings import from_env, from_toml
 
 
 def env(**variables: str) -> Limiter:
@@ -51,7 +51,7 @@ def test_limits_variable_holds_limits_separated_by_semicolons() -> None:
     assert limits(limiter) == ["14,400 requests per 86,400 s", "3 images per 10 s"]
 
 
-@pytest.mark.filterwarnings("ignore::asyncbucket.presets.PresetWarning")
+@pytest.mark.filterwarnings("ignore::asyncbucket.core.presets.PresetWarning")
 def test_preset_variable_can_be_combined_with_further_limits() -> None:
     """Further limits can be added to a preset."""
     limiter = env(PRESET="openai/tier-2/gpt-4o-mini", RPD="20k")

@@ -26,8 +26,8 @@ from typing import Any, Final
 
 from asyncbucket.batch.item import Entry
 from asyncbucket.batch.keys import digest, is_plain, key_of
-from asyncbucket.errors import AsyncBucketError
-from asyncbucket.wording import shown
+from asyncbucket.core.errors import AsyncBucketError
+from asyncbucket.core.wording import shown
 
 _JSON, _PICKLE, _OWN = 0, 1, 2
 _VERSION: Final = "1"

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from asyncbucket.limiter import Limiter
-from asyncbucket.wording import rounded
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.wording import rounded
 
 #: Seconds over which a rate is computed, and between two samples of it.
 _RATE_SPAN: Final = 30.0

@@ -23,8 +23,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.levels import is_under, levels
+from asyncbucket.core.levels import is_under, levels
+from asyncbucket.core.limiter import Limiter
 
 #: How deep to look, and at how many objects.
 _MAX_DEPTH: Final = 6

@@ -4,10 +4,10 @@ import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
-from asyncbucket.cost import Cost
+from asyncbucket.core.cost import Cost
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.wording import shown
 from asyncbucket.http.running import give_up_slots, running
-from asyncbucket.limiter import Limiter
-from asyncbucket.wording import shown
 
 #: What an item costs: a `Cost`, keywords of `Limiter.acquire`, or a function that returns either.
 Price: TypeAlias = Cost | Mapping[str, float]

@@ -8,8 +8,8 @@ from typing import Any, Final, Literal, Protocol, TypeAlias
 import anyio
 
 from asyncbucket.batch.outlook import Outlook, Snapshot, duration
-from asyncbucket.limiter import Limiter
-from asyncbucket.wording import named
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.wording import named
 
 Shown: TypeAlias = bool | Literal["rich", "tqdm"]
 

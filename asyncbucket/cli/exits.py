@@ -8,7 +8,7 @@ from typing import Final
 import typer
 
 from asyncbucket.cli import INTERRUPTED
-from asyncbucket.wording import one_line
+from asyncbucket.core.wording import one_line
 
 #: Exit statuses: all is well; it was done, but something is wrong; it cannot be done as requested.
 DONE: Final = 0

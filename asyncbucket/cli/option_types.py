@@ -6,8 +6,8 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from asyncbucket.errors import LimitSyntaxError
-from asyncbucket.limits import Limit, read_amount
+from asyncbucket.core.errors import LimitSyntaxError
+from asyncbucket.core.limits import Limit, read_amount
 
 # Typer's functions return Any, whatever the option's type.
 
@@ -75,7 +75,7 @@ def preset_limits(preset: str | None) -> Iterable[Limit]:
     """
     if preset is None:
         return ()
-    from asyncbucket.presets import preset as limits_of
+    from asyncbucket.core.presets import preset as limits_of
 
     with warnings.catch_warnings(record=True, action="always") as caught:
         limits = limits_of(preset)

@@ -47,7 +47,7 @@ import math
 from dataclasses import dataclass
 from typing import Final, Literal, Self, TypeAlias
 
-from asyncbucket.numeric import is_integer
+from asyncbucket.core.wording import is_integer
 
 #: What people pass as ``concurrency=``: a fixed size, or bounds within which to find it.
 Concurrency: TypeAlias = int | Literal["auto"] | tuple[int, int]

@@ -38,9 +38,9 @@ with others at 0, 10, 40 and 60 %.
 
 from typing import ClassVar, Final
 
+from asyncbucket.core.meters import Window
 from asyncbucket.feedback.others import Others, with_margin
 from asyncbucket.feedback.slices import SLICE_COUNTS, possible_slices
-from asyncbucket.meters import Window
 
 #: Something counts as missing if it is at least this fraction (1/8) of the limit.
 _BUSY: Final = 8
@@ -207,7 +207,7 @@ class Headroom:
         self._level_at = self._last_report = now
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
-        """See `asyncbucket.meters.Meter.earliest`; with ``back``, now: a reply may bring good news."""
+        """See `asyncbucket.core.meters.Meter.earliest`; with ``back``, now: a reply may bring good news."""
         needed = self._needed_level(amount)
         level = self._expected_level(now, needed)
         if level is None or back:
@@ -233,7 +233,7 @@ class Headroom:
         return min(when, self._last_booking + self.window // _LEAST)
 
     def take(self, amount: int, now: int) -> bool:
-        """See `asyncbucket.meters.Meter.take`."""
+        """See `asyncbucket.core.meters.Meter.take`."""
         level = self._level
         if level is not None:
             if self._is_alone and now < self._last_report + self.window:
@@ -249,7 +249,7 @@ class Headroom:
         return True
 
     def book(self, amount: int, when: int) -> None:
-        """See `asyncbucket.meters.Meter.book`."""
+        """See `asyncbucket.core.meters.Meter.book`."""
         level = self._expected_level(when, self._needed_level(amount))
         if level is not None:
             self._level = level - self._share(amount) * self.window
@@ -263,11 +263,11 @@ class Headroom:
             slices.book(amount, when)
 
     def owe(self, amount: int, when: int) -> None:
-        """See `asyncbucket.meters.Meter.owe`."""
+        """See `asyncbucket.core.meters.Meter.owe`."""
         self.book(amount, when)
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
-        """See `asyncbucket.meters.Meter.unbook`; bookings before the latest report are counted in it."""
+        """See `asyncbucket.core.meters.Meter.unbook`; bookings before the latest report are counted in it."""
         if self._level is not None and when >= self._last_report:
             self._level += self._share(amount) * self.window
         self._booked -= amount
@@ -277,7 +277,7 @@ class Headroom:
             slices.unbook(amount, when, left)
 
     def available(self, now: int) -> int:
-        """See `asyncbucket.meters.Meter.available`: what is left, including any reserve for others."""
+        """See `asyncbucket.core.meters.Meter.available`: what is left, including any reserve for others."""
         level = self._expected_level(now)
         if level is None:
             return self.amount

@@ -3,7 +3,7 @@
 import math
 from typing import ClassVar, Final
 
-from asyncbucket.meters import NEVER
+from asyncbucket.core.meters import NEVER
 
 #: A slow start proceeds in steps, each a 16th of the pause, at most a quarter of a second,
 _STEPS: Final = 16
@@ -40,31 +40,31 @@ class Pause:
             self._calls = 1
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:  # noqa: ARG002 - all calls are alike
-        """See `asyncbucket.meters.Meter.earliest`."""
+        """See `asyncbucket.core.meters.Meter.earliest`."""
         return max(now, self.until)
 
     def take(self, amount: int, now: int) -> bool:
-        """See `asyncbucket.meters.Meter.take`."""
+        """See `asyncbucket.core.meters.Meter.take`."""
         if self.until > now:
             return False
         self.book(amount, now)
         return True
 
     def book(self, amount: int, when: int) -> None:  # noqa: ARG002 - all calls are alike
-        """See `asyncbucket.meters.Meter.book`: the next call of a slow start has its own instant."""
+        """See `asyncbucket.core.meters.Meter.book`: the next call of a slow start has its own instant."""
         if self._step:
             self._advance(1)
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:  # noqa: ARG002 - all calls are alike
-        """See `asyncbucket.meters.Meter.unbook`."""
+        """See `asyncbucket.core.meters.Meter.unbook`."""
         if self._step:
             self._advance(-1)
 
     def owe(self, amount: int, when: int) -> None:
-        """See `asyncbucket.meters.Meter.owe`: nothing is owed to a pause."""
+        """See `asyncbucket.core.meters.Meter.owe`: nothing is owed to a pause."""
 
     def available(self, now: int) -> int:
-        """See `asyncbucket.meters.Meter.available`."""
+        """See `asyncbucket.core.meters.Meter.available`."""
         return 0 if self.until > now else NEVER
 
     def _advance(self, calls: int) -> None:

@@ -30,8 +30,8 @@ ten seconds, replies up to 80 ms on the way, others that come evenly or at rando
 import math
 from typing import Final
 
+from asyncbucket.core.meters import Window
 from asyncbucket.feedback.others import with_margin
-from asyncbucket.meters import Window
 
 #: A limit may be counted in this many slices of its window: seconds of a minute, or ten seconds.
 SLICE_COUNTS: Final = (60, 6)

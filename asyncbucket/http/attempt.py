@@ -7,6 +7,7 @@ attempt fails, or the reply is dropped. With it the lease is dropped, which then
 from collections.abc import Callable
 from typing import Any, Final
 
+from asyncbucket.core.lease import Lease
 from asyncbucket.http.body import (
     Tail,
     find_usage,
@@ -21,7 +22,6 @@ from asyncbucket.http.learn import HeaderReader, header_pairs
 from asyncbucket.http.profiles import Call, Profile
 from asyncbucket.http.refusals import Refusals
 from asyncbucket.http.usage import Usage
-from asyncbucket.limiter.lease import Lease
 
 #: If calls wait, many leave at once: calls this close together (s) may arrive in another order.
 _REORDERING_LAG: Final = 0.2

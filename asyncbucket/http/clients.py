@@ -4,6 +4,7 @@ import functools
 import importlib.util
 from typing import Any, Final
 
+from asyncbucket.core.limiter import Limiter
 from asyncbucket.http.by_loop import PerLoopTransport
 from asyncbucket.http.profiles import Profile
 from asyncbucket.http.routes import Routing
@@ -16,7 +17,6 @@ from asyncbucket.http.transport import (
     transport,
     transport_sync,
 )
-from asyncbucket.limiter import Limiter
 
 #: The time-outs (s) of the SDKs of OpenAI and Anthropic: a reply may take ten minutes.
 _TIMEOUT: Final = 600.0

@@ -5,7 +5,7 @@ import threading
 from typing import Final
 from weakref import WeakKeyDictionary, WeakSet
 
-from asyncbucket.limiter import Limiter
+from asyncbucket.core.limiter import Limiter
 
 #: How many of them, on one event loop, cause a warning.
 WARNING_THRESHOLD: Final = 10

@@ -12,11 +12,11 @@ from itertools import chain
 from time import time as wall_clock
 from typing import TYPE_CHECKING, Any, Final
 
-from asyncbucket.errors import AsyncBucketError
+from asyncbucket.core.errors import AsyncBucketError
 from asyncbucket.http import headers
 
 if TYPE_CHECKING:
-    from asyncbucket.limiter.lease import Lease
+    from asyncbucket.core.lease import Lease
 
 #: The lowest HTTP status that is an error.
 FIRST_ERROR: Final = 400

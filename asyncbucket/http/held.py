@@ -18,11 +18,11 @@ from collections.abc import Generator, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
-from asyncbucket.context import put_back
+from asyncbucket.core.context import put_back
+from asyncbucket.core.lease import Lease
+from asyncbucket.core.levels import is_under
+from asyncbucket.core.limiter import Limiter
 from asyncbucket.http.failures import FIRST_ERROR
-from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.lease import Lease
-from asyncbucket.limiter.levels import is_under
 
 if TYPE_CHECKING:
     from asyncbucket.http.learn import HeaderReader

@@ -3,19 +3,19 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from asyncbucket.cost import Cost
+from asyncbucket.core.cost import Cost
+from asyncbucket.core.lease import Lease
+from asyncbucket.core.levels import effective_limiter, in_force
+from asyncbucket.core.limiter import Limiter
 from asyncbucket.http.attempt import Attempt
 from asyncbucket.http.body import replies_of, reports_own_usage
 from asyncbucket.http.forecast import OutputForecast
 from asyncbucket.http.learn import HeaderReader
 from asyncbucket.http.profiles import Call, Profile
 from asyncbucket.http.refusals import Refusals
-from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.lease import Lease
-from asyncbucket.limiter.levels import effective_limiter, in_force
 
 if TYPE_CHECKING:
-    from asyncbucket.limits import Limit
+    from asyncbucket.core.limits import Limit
 
 
 class Lane:

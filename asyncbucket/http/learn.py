@@ -14,11 +14,11 @@ from collections.abc import Iterable
 from typing import Any, Final, TypeAlias
 from weakref import WeakKeyDictionary
 
+from asyncbucket.core.levels import in_force, levels
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.limits import Key, Limit
 from asyncbucket.feedback.slices import share_of
 from asyncbucket.http.profiles import Profile, Told
-from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.levels import in_force, levels
-from asyncbucket.limits import Key, Limit
 
 #: A limiter, and the resource and the window of one of its limits.
 _LimitId: TypeAlias = tuple[Limiter, str, float]

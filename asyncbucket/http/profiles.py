@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from asyncbucket.cost import Cost
+from asyncbucket.core.cost import Cost
 from asyncbucket.http.body import Sent, sent
 from asyncbucket.http.usage import Usage
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
+from asyncbucket.core.levels import is_under
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.wording import shown
 from asyncbucket.http.profiles import Call
-from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.levels import is_under
-from asyncbucket.wording import shown
 
 #: A child's name, or the child itself; None for the transport's own limiter.
 Target: TypeAlias = str | Limiter | None

@@ -7,7 +7,7 @@ call is admitted, the tools around it give back their slots at the levels that b
 others they keep them: of a child ``tools`` with two slots, no more than two tools run, even if both
 call models of a sibling. What a tool costs stays charged.
 
-See `asyncbucket.limiter.lending` for which slots those are, and how two calls are kept from waiting
+See `asyncbucket.core.lending` for which slots those are, and how two calls are kept from waiting
 for each other.
 
 A model may call another one that is paced elsewhere: by a child of its limiter, or by a sibling. If
@@ -22,11 +22,11 @@ from collections.abc import Generator
 from contextvars import ContextVar
 from typing import Final
 
-from asyncbucket.context import put_back
+from asyncbucket.core.context import put_back
+from asyncbucket.core.lease import Lease
+from asyncbucket.core.lending import give_back
+from asyncbucket.core.limiter import Limiter
 from asyncbucket.http.held import LeaseRef, held_leases
-from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.lease import Lease
-from asyncbucket.limiter.lending import give_back
 
 
 class RunningCall(LeaseRef):

@@ -20,6 +20,8 @@ from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
+from asyncbucket.core.levels import is_under
+from asyncbucket.core.limiter import Limiter
 from asyncbucket.http.attempt import Attempt
 from asyncbucket.http.by_loop import PerLoopTransport
 from asyncbucket.http.failures import FIRST_ERROR
@@ -30,8 +32,6 @@ from asyncbucket.http.reading import RequestReader, has_method
 from asyncbucket.http.routes import Routing
 from asyncbucket.http.running import give_up_slots
 from asyncbucket.http.streams import reply_body_class, request_body
-from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.levels import is_under
 
 Family = Literal["auto", "httpx", "httpx2"]
 

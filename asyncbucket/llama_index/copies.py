@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 from llama_index.core.schema import BaseComponent
 from pydantic import BaseModel
 
-from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.passports import Passport, Passports, is_shared
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.passports import Passport, Passports, is_shared
 
 if TYPE_CHECKING:
     from asyncbucket.llama_index.mixin import Paced

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from llama_index.core.schema import ImageType
 
-    from asyncbucket.limiter import Limiter
+    from asyncbucket.core.limiter import Limiter
     from asyncbucket.llama_index.estimate import Estimator
     from asyncbucket.retry import Retry
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
-from asyncbucket.cost import rounded_up
+from asyncbucket.core.cost import rounded_up
 from asyncbucket.http.body import (
     IMAGE_TOKENS,
     LOW_DETAIL_IMAGE_TOKENS,

@@ -10,10 +10,10 @@ from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
 from pydantic import ConfigDict
 
+from asyncbucket.core.books import shown_name
+from asyncbucket.core.lease import Lease
+from asyncbucket.core.limiter import Limiter
 from asyncbucket.http.running import give_up_slots
-from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.books import shown_name
-from asyncbucket.limiter.lease import Lease
 from asyncbucket.llama_index.misuse import warn_of_time_out
 
 _dispatcher: Final = get_dispatcher(__name__)

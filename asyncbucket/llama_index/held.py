@@ -17,14 +17,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextvars import ContextVar
 from typing import Any, Final, TypeVar
 
-from asyncbucket.context import put_back
+from asyncbucket.core.context import put_back
+from asyncbucket.core.lease import Lease
+from asyncbucket.core.levels import is_under
+from asyncbucket.core.limiter import Limiter
 from asyncbucket.http.failures import end_failed, never_sent
 from asyncbucket.http.held import HeldLease, held_leases, innermost_held_lease
 from asyncbucket.http.learn import HeaderReader
 from asyncbucket.http.usage import Usage, usage_of
-from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.lease import Lease
-from asyncbucket.limiter.levels import is_under
 
 T = TypeVar("T")
 

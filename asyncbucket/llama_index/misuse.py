@@ -14,10 +14,10 @@ from typing import Any, Final
 from weakref import WeakSet
 
 import asyncbucket
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.wording import in_seconds
 from asyncbucket.http.duplicates import DUPLICATE_LIMITERS, WARNING_THRESHOLD
-from asyncbucket.limiter import Limiter
 from asyncbucket.llama_index.clients import is_client
-from asyncbucket.wording import in_seconds
 
 #: What `llama_index.core.workflow` sets around each step of a workflow.
 _STEP_VARIABLE: Final = "step_worker"

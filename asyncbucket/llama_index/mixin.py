@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from llama_index.core.schema import BaseComponent
 
-from asyncbucket.limiter import Limiter
+from asyncbucket.core.limiter import Limiter
 from asyncbucket.llama_index.clients import (
     is_client,
     is_made_for_other,

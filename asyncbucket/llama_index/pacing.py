@@ -5,13 +5,13 @@ import functools
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any, Self, TypeVar
 
-from asyncbucket.context import inherited
+from asyncbucket.core.context import inherited
+from asyncbucket.core.lease import Lease
+from asyncbucket.core.levels import effective_limiter, in_force, provider_of
+from asyncbucket.core.limiter import Limiter
 from asyncbucket.http.held import holding
 from asyncbucket.http.learn import HeaderReader
 from asyncbucket.http.usage import Usage, usage_of
-from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.lease import Lease
-from asyncbucket.limiter.levels import effective_limiter, in_force, provider_of
 from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator, Observer
 from asyncbucket.llama_index.events import admit, admit_sync
 from asyncbucket.llama_index.held import HeldCall, held_call, nested

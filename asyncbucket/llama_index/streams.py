@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 from llama_index_instrumentation.dispatcher import active_instrument_tags
 from llama_index_instrumentation.span import active_span_id
 
-from asyncbucket.context import inherited, put_back
+from asyncbucket.core.context import inherited, put_back
+from asyncbucket.core.lease import Lease
 from asyncbucket.http.held import holding
 from asyncbucket.http.usage import Usage, usage_of
-from asyncbucket.limiter.lease import Lease
 from asyncbucket.llama_index.estimate import Estimate
 from asyncbucket.llama_index.held import HeldCall
 from asyncbucket.llama_index.pacing import Pacing

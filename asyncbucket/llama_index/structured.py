@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llama_index.core.prompts import PromptTemplate
     from llama_index.core.types import Model
 
-    from asyncbucket.limiter import Limiter
+    from asyncbucket.core.limiter import Limiter
     from asyncbucket.llama_index.estimate import Estimator
     from asyncbucket.retry import Retry
 

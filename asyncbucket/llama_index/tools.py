@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar, cast
 
 from llama_index.core.tools.types import AsyncBaseTool
 
+from asyncbucket.core.doors import call_amounts
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.wording import shown
 from asyncbucket.http.running import is_running, running
-from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.doors import call_amounts
 from asyncbucket.llama_index.events import admit, admit_sync
 from asyncbucket.llama_index.mixin import LimiterAttribute, paced_subclass
-from asyncbucket.wording import shown
 
 T = TypeVar("T")
 

@@ -50,8 +50,8 @@ from llama_index.core.llms.llm import LLM
 from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.tools import BaseTool, FunctionTool
 
-from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.levels import is_under
+from asyncbucket.core.levels import is_under
+from asyncbucket.core.limiter import Limiter
 from asyncbucket.llama_index.clients import is_client
 from asyncbucket.llama_index.embedding import RateLimitedEmbedding, RateLimitedMultiModalEmbedding
 from asyncbucket.llama_index.estimate import Estimator

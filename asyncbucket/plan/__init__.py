@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
-from asyncbucket.limits import Limit, read_limits
+from asyncbucket.core.limits import Limit, read_limits
 
 if TYPE_CHECKING:
     from asyncbucket.plan.arrivals import AgentTree, Arrivals, Poisson

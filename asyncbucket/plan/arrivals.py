@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import Final, TypeAlias
 
-from asyncbucket.limiter.terms import read_count
-from asyncbucket.numeric import is_number, plain
-from asyncbucket.wording import shown
+from asyncbucket.core.terms import read_count
+from asyncbucket.core.wording import is_number, plain, shown
 
 #: The most calls of a plan: they take a minute or two and some gigabytes.
 MOST: Final = 10_000_000

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from asyncbucket.cost import COMMON, Cost
-from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.levels import in_force
-from asyncbucket.limits import Limit
+from asyncbucket.core.cost import COMMON, Cost
+from asyncbucket.core.levels import in_force
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.limits import Limit
 
 if TYPE_CHECKING:
     from asyncbucket.plan.drive import Call

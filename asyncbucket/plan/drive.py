@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from asyncbucket.limits import Limit
-from asyncbucket.meters import Amounts, Meter
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.meters import Amounts, Meter
 
 
 class GatesLike(Protocol):

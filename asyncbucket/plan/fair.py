@@ -14,13 +14,13 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
-from asyncbucket.errors import CostExceedsLimit
+from asyncbucket.core.errors import CostExceedsLimit
 from asyncbucket.plan.bounds import Bounds, cost_for
 from asyncbucket.plan.drive import Call, Record
 
 if TYPE_CHECKING:
-    from asyncbucket.limiter import Limiter
-    from asyncbucket.limiter.lease import Lease
+    from asyncbucket.core.lease import Lease
+    from asyncbucket.core.limiter import Limiter
     from asyncbucket.plan.load import Load
 
 _LOOK_AHEAD: Final = 512

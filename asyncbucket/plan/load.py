@@ -5,14 +5,14 @@ from dataclasses import fields
 from itertools import islice, repeat
 from typing import Any
 
-from asyncbucket.cost import Cost, amounts_of, rounded_up
-from asyncbucket.limiter.terms import read_count
-from asyncbucket.limits import Limit
+from asyncbucket.core.cost import Cost, amounts_of, rounded_up
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.terms import read_count
+from asyncbucket.core.wording import named, shown
 from asyncbucket.plan.arrivals import AgentTree, Arrivals, Poisson, instants_of, read_instants
 from asyncbucket.plan.drive import Call, Follow
 from asyncbucket.plan.samples import Samples, Series, Tokens, read_seconds
 from asyncbucket.plan.tenants import Tenant
-from asyncbucket.wording import named, shown
 
 _NANOSECONDS = 1_000_000_000
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from asyncbucket.errors import CostExceedsLimit
-from asyncbucket.limits import Limit
+from asyncbucket.core.errors import CostExceedsLimit
+from asyncbucket.core.limits import Limit
 from asyncbucket.plan.arrivals import MOST
 from asyncbucket.plan.bounds import Bound, Bounds, cost_for
 from asyncbucket.plan.drive import Record, drive

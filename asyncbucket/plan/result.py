@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from asyncbucket.wording import counted, in_seconds, named, rounded, with_verb
+from asyncbucket.core.wording import counted, in_seconds, named, rounded, with_verb
 
 _MINUTE: Final = 60
 _HOUR: Final = 3_600

@@ -8,9 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from asyncbucket.cost import Cost
-from asyncbucket.numeric import is_number, plain
-from asyncbucket.wording import shown
+from asyncbucket.core.cost import Cost
+from asyncbucket.core.wording import is_number, plain, shown
 
 Sample: TypeAlias = float | str | Cost | Mapping[str, Any]
 """A number; a text, whose tokens are counted; a cost; or an object, as in a line of JSONL."""

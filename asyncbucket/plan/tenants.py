@@ -4,15 +4,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from asyncbucket.core.limits import Limit, read_limits
+from asyncbucket.core.wording import is_integer
 from asyncbucket.feedback.adaptive import read_concurrency
-from asyncbucket.limits import Limit, read_limits
-from asyncbucket.numeric import is_integer
 from asyncbucket.plan.arrivals import Arrivals
 from asyncbucket.plan.bounds import Bounds
 from asyncbucket.plan.samples import Samples
 
 if TYPE_CHECKING:
-    from asyncbucket.context import Priority
+    from asyncbucket.core.context import Priority
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

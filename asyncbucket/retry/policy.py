@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
+from asyncbucket.core.wording import is_integer, is_number
 from asyncbucket.http.headers import WEEK
-from asyncbucket.numeric import is_integer, is_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

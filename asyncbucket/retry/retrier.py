@@ -6,13 +6,13 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from asyncbucket.errors import AsyncBucketError
-from asyncbucket.events import Retried
+from asyncbucket.core.books import shown_name
+from asyncbucket.core.errors import AsyncBucketError
+from asyncbucket.core.events import Retried
+from asyncbucket.core.levels import effective_limiter
+from asyncbucket.core.limiter import Limiter
 from asyncbucket.http.failures import Verdict
 from asyncbucket.http.refusals import Refusals, doubled
-from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.books import shown_name
-from asyncbucket.limiter.levels import effective_limiter
 from asyncbucket.retry.policy import Retry
 from asyncbucket.retry.stamina_loop import TryAgain, is_not_ours, named_like, with_retries
 from asyncbucket.retry.trial import Sent, Trial

@@ -5,10 +5,10 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from asyncbucket.errors import AsyncBucketError
+from asyncbucket.core.errors import AsyncBucketError
+from asyncbucket.core.wording import in_seconds
 from asyncbucket.http.failures import Verdict, classify
 from asyncbucket.retry.stamina_loop import TryAgain, is_stamina_off, try_again_class
-from asyncbucket.wording import in_seconds
 
 if TYPE_CHECKING:
     from asyncbucket.retry.retrier import Retrier

@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
-from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.statistics import Statistics, shares_used
-from asyncbucket.limits import Limit
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.statistics import Statistics, shares_used
 
 #: Names, fields and descriptions. A parent's numbers include its children's, as in its statistics.
 _GAUGES: Final = (

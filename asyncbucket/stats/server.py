@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, Final, Self
 from urllib.parse import quote
 
-from asyncbucket.limiter import Limiter
-from asyncbucket.numeric import is_integer
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.wording import is_integer
 from asyncbucket.stats.report import as_prometheus, check_names, report
 
 _LOOPBACK_NAMES: Final = ("localhost", "127.0.0.1", "[::1]")

@@ -8,9 +8,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final, Self
 
-from asyncbucket.events import Admitted, Cancelled, Event, Paused, Queued, Refused
-from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.terms import read_count
+from asyncbucket.core.events import Admitted, Cancelled, Event, Paused, Queued, Refused
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.terms import read_count
 
 #: The most events that are kept; no machine would hold more.
 _MOST: Final = 1_000_000_000

@@ -8,7 +8,7 @@ import re
 from typing import Final
 from urllib.parse import urlsplit
 
-from asyncbucket.errors import StoreError
+from asyncbucket.core.errors import StoreError
 from asyncbucket.stores.store import (
     Batch,
     Booking,

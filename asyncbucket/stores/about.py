@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from redis.asyncio import RedisCluster
 
+from asyncbucket.core.wording import in_seconds
 from asyncbucket.stores.servers import FAILURES
-from asyncbucket.wording import in_seconds
 
 #: Clocks that differ by less (s) are in step.
 _TOLERANCE: Final = 0.5

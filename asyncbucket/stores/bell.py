@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from asyncbucket.errors import StoreError
+from asyncbucket.core.errors import StoreError
 from asyncbucket.stores.lifeline import cancel_and_wait, is_cancelling
 from asyncbucket.stores.servers import FAILURES, Server
 

@@ -6,12 +6,13 @@ import itertools
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from asyncbucket.errors import AsyncBucketError, CostExceedsLimit, StoreError
-from asyncbucket.gates import Gates
-from asyncbucket.limiter.parts import redate
-from asyncbucket.limits import Limit
-from asyncbucket.meters import NEVER
-from asyncbucket.queue import Passage, Waiter
+from asyncbucket.core.errors import AsyncBucketError, CostExceedsLimit, StoreError
+from asyncbucket.core.gates import Gates
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.meters import NEVER
+from asyncbucket.core.parts import redate
+from asyncbucket.core.queue import Passage, Waiter
+from asyncbucket.core.wording import counted
 from asyncbucket.stores.desk import Desk
 from asyncbucket.stores.entry import Entry
 from asyncbucket.stores.late import LateReturns
@@ -19,7 +20,6 @@ from asyncbucket.stores.lifeline import is_cancelling
 from asyncbucket.stores.returns import Leftover
 from asyncbucket.stores.starts import Reservation
 from asyncbucket.stores.store import Batch, Correction, Store
-from asyncbucket.wording import counted
 
 if TYPE_CHECKING:
     from asyncbucket.stores.shared import Shared
@@ -62,11 +62,11 @@ class Counter:
         )
 
     def room(self) -> bool:
-        """See `asyncbucket.queue.Outlet`."""
+        """See `asyncbucket.core.queue.Outlet`."""
         return len(self._line) < self._room
 
     def push(self, waiter: Waiter, passage: Passage) -> None:
-        """See `asyncbucket.queue.Outlet`."""
+        """See `asyncbucket.core.queue.Outlet`."""
         self._line[waiter] = passage
         waiter.outlet = self
         if self._desk is not None:
@@ -76,7 +76,7 @@ class Counter:
             self._spawn(self._open())
 
     def redate(self, now: int) -> None:
-        """See `asyncbucket.queue.Outlet`."""
+        """See `asyncbucket.core.queue.Outlet`."""
         if self.room():
             self._shared.redate_locked(now)
 
@@ -88,7 +88,7 @@ class Counter:
             self._reserved[waiter] = reservation, _redated(waiter, passage, now)
 
     def leave(self, waiter: Waiter) -> bool:
-        """See `asyncbucket.queue.Outlet`."""
+        """See `asyncbucket.core.queue.Outlet`."""
         if waiter in self._line:
             passage = self._line.pop(waiter)
             if self._desk is not None:  # its place in the store's line is free

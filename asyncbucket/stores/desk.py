@@ -15,12 +15,12 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Final, Generic
 
-from asyncbucket.errors import StoreError
-from asyncbucket.events import Event
-from asyncbucket.limiter.terms import OnOutage
-from asyncbucket.limits import Limit
-from asyncbucket.meters import NEVER
-from asyncbucket.pacer import NAP
+from asyncbucket.core.errors import StoreError
+from asyncbucket.core.events import Event
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.meters import NEVER
+from asyncbucket.core.pacer import NAP
+from asyncbucket.core.terms import OnOutage
 from asyncbucket.stores.lifeline import (
     Lifeline,
     cancel_and_wait,

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import ClassVar, Protocol
 
-from asyncbucket.limiter.parts import Parts, add_debt, take_back
-from asyncbucket.meters import Amounts, Meter, Slots
+from asyncbucket.core.meters import Amounts, Meter, Slots
+from asyncbucket.core.parts import Parts, add_debt, take_back
 from asyncbucket.stores.starts import Reservation
 from asyncbucket.stores.store import Correction
 
@@ -53,12 +53,12 @@ class _BookedMeter:
         self._parts: Parts = [(units, entry.reservation.booked_at)]
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:  # noqa: ARG002 - the store has its own dates
-        """See `asyncbucket.meters.Meter.unbook`."""
+        """See `asyncbucket.core.meters.Meter.unbook`."""
         for back, start, rest in take_back(self._parts, amount):
             self._report(start, booked=rest + back, used=rest)
 
     def owe(self, amount: int, when: int) -> None:
-        """See `asyncbucket.meters.Meter.owe`."""
+        """See `asyncbucket.core.meters.Meter.owe`."""
         # The store dates it on arrival, which is no sooner, so a refund errs on the safe side.
         reservation = self._entry.reservation
         start = reservation.booked_at and reservation.booked_at + when - reservation.start
@@ -72,18 +72,18 @@ class _BookedMeter:
         )
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:  # noqa: ARG002 - it is booked
-        """See `asyncbucket.meters.Meter.earliest`."""
+        """See `asyncbucket.core.meters.Meter.earliest`."""
         return now
 
     def take(self, amount: int, now: int) -> bool:  # noqa: ARG002 - it is booked
-        """See `asyncbucket.meters.Meter.take`."""
+        """See `asyncbucket.core.meters.Meter.take`."""
         return True
 
     def book(self, amount: int, when: int) -> None:
-        """See `asyncbucket.meters.Meter.book`: it is booked."""
+        """See `asyncbucket.core.meters.Meter.book`: it is booked."""
 
     def available(self, now: int) -> int:  # noqa: ARG002 - the store knows
-        """See `asyncbucket.meters.Meter.available`."""
+        """See `asyncbucket.core.meters.Meter.available`."""
         return sum(units for units, _ in self._parts)
 
 

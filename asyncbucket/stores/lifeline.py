@@ -13,13 +13,13 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
-from asyncbucket.errors import StoreError
-from asyncbucket.events import Event, StoreLost, StoreRecovered
-from asyncbucket.limiter.terms import OnOutage
-from asyncbucket.meters import NEVER, Amounts
+from asyncbucket.core.errors import StoreError
+from asyncbucket.core.events import Event, StoreLost, StoreRecovered
+from asyncbucket.core.meters import NEVER, Amounts
+from asyncbucket.core.terms import OnOutage
+from asyncbucket.core.wording import in_seconds
 from asyncbucket.stores.outage import MAX_RETRY_INTERVAL, RECOVERY_TIME, Outage, PricedCall, Record
 from asyncbucket.stores.store import Correction, Ledger, Pulse, Receipt, Terms
-from asyncbucket.wording import in_seconds
 
 #: The most seconds between heartbeats.
 _MAX_HEARTBEAT_INTERVAL: Final = 5.0

@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Final, Protocol
 
-from asyncbucket.gates import Gates
-from asyncbucket.limiter.terms import OnOutage
-from asyncbucket.limits import Limit
-from asyncbucket.meters import NEVER, Amounts, Bucket, Meter, Slots, Window
+from asyncbucket.core.gates import Gates
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.meters import NEVER, Amounts, Bucket, Meter, Slots, Window
+from asyncbucket.core.terms import OnOutage
 from asyncbucket.stores.store import Booking, Correction, Terms
 
 #: The most seconds between attempts to reach a store that is gone; and after which all workers have

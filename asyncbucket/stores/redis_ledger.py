@@ -23,7 +23,7 @@ import time
 from collections.abc import Coroutine, Sequence
 from typing import Any, Final
 
-from asyncbucket.errors import StoreError
+from asyncbucket.core.errors import StoreError
 from asyncbucket.feedback.pause import Pause
 from asyncbucket.stores import about
 from asyncbucket.stores.bell import Bell

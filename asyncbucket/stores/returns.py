@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Final, TypeAlias
 
-from asyncbucket.meters import NEVER
+from asyncbucket.core.meters import NEVER
 from asyncbucket.stores.store import Batch, Correction, Outcome, Receipt
 
 #: For how long (ns) to gather while nobody is known to wait for it, and while somebody waits: less

@@ -14,9 +14,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
-from asyncbucket.kept import keep
-from asyncbucket.limits import Limit
-from asyncbucket.meters import Amounts
+from asyncbucket.core.kept import keep
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.meters import Amounts
 from asyncbucket.stores.store import (
     Batch,
     Booking,

@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from asyncbucket.errors import StoreError
+from asyncbucket.core.errors import StoreError
 from asyncbucket.stores import script
 
 try:

@@ -13,14 +13,14 @@ import functools
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
-from asyncbucket.events import LimitChanged
+from asyncbucket.core.account import Account
+from asyncbucket.core.events import LimitChanged
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.loops import reset_after_fork
+from asyncbucket.core.remote import Remote
+from asyncbucket.core.statistics import LimitUse
+from asyncbucket.core.terms import OnOutage
 from asyncbucket.feedback.adaptive import Concurrency
-from asyncbucket.limiter.account import Account
-from asyncbucket.limiter.remote import Remote
-from asyncbucket.limiter.statistics import LimitUse
-from asyncbucket.limiter.terms import OnOutage
-from asyncbucket.limits import Limit
-from asyncbucket.loops import reset_after_fork
 from asyncbucket.stores import open_store
 from asyncbucket.stores.counter import Counter
 from asyncbucket.stores.orders import Orders
@@ -142,7 +142,7 @@ class Shared(Remote):
         return Terms(limits=tuple(limits.values()), concurrency=concurrency)
 
     def use(self) -> Iterator[LimitUse]:
-        """See `asyncbucket.limiter.remote.Remote`: as the store's last reply said."""
+        """See `asyncbucket.core.remote.Remote`: as the store's last reply said."""
         left = self.last_left
         for counter in self._counters.values():
             left = counter.left() or left
@@ -151,16 +151,16 @@ class Shared(Remote):
             yield LimitUse(limit, used=limit.amount - available, available=available)
 
     def held_up(self) -> tuple[str, int] | None:
-        """See `asyncbucket.limiter.remote.Remote`."""
+        """See `asyncbucket.core.remote.Remote`."""
         known = (counter.held_up() for counter in self._running_first())
         return next(filter(None, known), None)
 
     def waiting(self) -> int:
-        """See `asyncbucket.limiter.remote.Remote`."""
+        """See `asyncbucket.core.remote.Remote`."""
         return sum(counter.waiting() for counter in self._running_first())
 
     def pause(self, span: int, *, gradually: bool) -> None:
-        """See `asyncbucket.limiter.remote.Remote`."""
+        """See `asyncbucket.core.remote.Remote`."""
         self.orders.pause(self.account.budget.clock() + span, gradually=gradually)
         self._ring()
 
@@ -171,20 +171,20 @@ class Shared(Remote):
             await store.aclose()
 
     def options(self) -> dict[str, Any]:
-        """See `asyncbucket.limiter.remote.Remote`: by a URL, another process reaches the same store."""
+        """See `asyncbucket.core.remote.Remote`: by a URL, another process reaches the same store."""
         (store,) = self.make_store.args
         if not isinstance(store, str):
             return {}
         return {"store": store, "on_outage": self.on_outage, "slot_ttl": self.slot_ttl}
 
     def check(self, changes: Iterable[Limit], concurrency: Concurrency | None) -> None:
-        """See `asyncbucket.limiter.remote.Remote`."""
+        """See `asyncbucket.core.remote.Remote`."""
         if not isinstance(concurrency, int | None):
             raise ValueError(_AUTO_REFUSED)  # noqa: TRY004 - "auto" is of the right type elsewhere
         self.make_store().check(self.terms(changes, concurrency))
 
     def configure(self) -> None:
-        """See `asyncbucket.limiter.remote.Remote`."""
+        """See `asyncbucket.core.remote.Remote`."""
         self.orders.configure(self.terms())
         self._ring()
 
@@ -216,7 +216,7 @@ class Shared(Remote):
             account.notify(LimitChanged, limit=f"concurrency {terms.concurrency}")
 
     async def aclose(self) -> None:
-        """See `asyncbucket.limiter.remote.Remote`.
+        """See `asyncbucket.core.remote.Remote`.
 
         It covers the running loop, loops that have ended, and threads without a loop if none waits.
         """

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from asyncbucket.meters import Amounts
-from asyncbucket.pacer import NAP
+from asyncbucket.core.meters import Amounts
+from asyncbucket.core.pacer import NAP
 
 
 class WaitingCall(Protocol):

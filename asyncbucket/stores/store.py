@@ -31,7 +31,7 @@ back.
 All instants are integer nanoseconds of the store's own clock, which never goes back and means
 nothing elsewhere: use differences. A worker that adds ``start - receipt.now`` to the moment when
 the receipt arrived is never early. Amounts are whole units by resource; ``"concurrency": 1`` is a
-slot. The arithmetic is that of `asyncbucket.meters`. A store may answer later than that by at most
+slot. The arithmetic is that of `asyncbucket.core.meters`. A store may answer later than that by at most
 one grain of its clock (a microsecond in Redis), never earlier.
 
 A failure raises `StoreError` within the store's patience (0.2 s). The calls of a failed batch count
@@ -44,9 +44,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol, Self
 
-from asyncbucket.limiter.terms import read_slot_ttl
-from asyncbucket.limits import Limit
-from asyncbucket.meters import Amounts
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.meters import Amounts
+from asyncbucket.core.terms import read_slot_ttl
 
 #: Nothing is booked that would start later than this many ns from now.
 FAR: Final = 250_000_000

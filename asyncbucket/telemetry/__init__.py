@@ -27,12 +27,12 @@ __all__ = ["llama_index", "logging", "opentelemetry", "prometheus"]
 
 
 def logging(
-    limiter: Source, *, threshold: float = 1.0, logger: Logger | str = "asyncbucket.events"
+    limiter: Source, *, threshold: float = 1.0, logger: Logger | str = "asyncbucket.core.events"
 ) -> Callable[[], None]:
     """Log each event as one readable line, with its fields as ``extra`` for structured logs.
 
     A wait of ``threshold`` or more is logged at INFO, everything else at DEBUG. An event's fields
-    are attributes of the log record: ``asyncbucket.limiter``, ``asyncbucket.waited`` and so on.
+    are attributes of the log record: ``asyncbucket.core.limiter``, ``asyncbucket.waited`` and so on.
 
     Args:
         limiter: the limiter to observe.

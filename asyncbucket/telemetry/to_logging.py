@@ -6,10 +6,9 @@ from logging import DEBUG, INFO, Logger, getLogger
 from typing import Any, Final
 
 from asyncbucket import events
-from asyncbucket.events import Callback, Event
-from asyncbucket.numeric import is_number
+from asyncbucket.core.events import Callback, Event
+from asyncbucket.core.wording import counted, in_seconds, is_number, named
 from asyncbucket.telemetry.watched import as_given
-from asyncbucket.wording import counted, in_seconds, named
 
 #: Prefix of the record's attributes, so that they cannot clash with its own.
 _PREFIX: Final = "asyncbucket."

@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol, TypeAlias
 
-from asyncbucket.limits import Limit
-from asyncbucket.numeric import is_number
-from asyncbucket.wording import counted, written_out
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.wording import counted, is_number, written_out
 
 NANOSECONDS = 1_000_000_000
 

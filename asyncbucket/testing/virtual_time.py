@@ -48,7 +48,7 @@ from pathlib import PurePath
 from types import TracebackType
 from typing import Any, Self, TypeVar, TypeVarTuple
 
-from asyncbucket.numeric import is_number
+from asyncbucket.core.wording import is_number
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")

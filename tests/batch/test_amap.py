@@ -14,7 +14,7 @@ import pytest
 
 from asyncbucket import AcquireTimeout, Cost, CostExceedsLimit, Limiter, priority
 from asyncbucket.batch import Item, amap, map_sync
-from asyncbucket.context import inherited, read_priority
+from asyncbucket.core.context import inherited, read_priority
 from asyncbucket.testing import VirtualTime
 
 

@@ -312,7 +312,7 @@ def test_each_table_of_pyproject_is_checked_by_itself(tmp_path: Path) -> None:
 
 def test_outdated_preset_in_settings_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not a warning with a line of code."""
-    monkeypatch.setattr("asyncbucket.presets._OLD", -1)
+    monkeypatch.setattr("asyncbucket.core.presets._OLD", -1)
     monkeypatch.setenv("ASYNCBUCKET_PRESET", "openrouter/free/any")
 
     (limits, age) = said(surroundings.environment())

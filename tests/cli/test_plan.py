@@ -115,7 +115,7 @@ def test_limits_of_options_texts_and_preset_are_combined() -> None:
 
 def test_outdated_preset_gives_a_one_line_note_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
     """The note does not show a line of code as a warning would, and goes to standard error."""
-    monkeypatch.setattr("asyncbucket.presets._OLD", -1)
+    monkeypatch.setattr("asyncbucket.core.presets._OLD", -1)
 
     result = CliRunner().invoke(
         app, ["plan", "--calls", "5", "--preset", "openrouter/free/any", "--json"]

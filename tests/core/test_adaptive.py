@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncbucket import Limiter
-from asyncbucket.errors import AcquireTimeout
+from asyncbucket.core.errors import AcquireTimeout
 from asyncbucket.feedback.adaptive import AUTO, Adaptive, Concurrency, read_concurrency
 from asyncbucket.testing import VirtualTime, virtual_time
 

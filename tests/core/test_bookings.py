@@ -1,7 +1,7 @@
 """What a limiter has booked, and how a later limiter books it again."""
 
 from asyncbucket import Limiter
-from asyncbucket.limiter.bookings import Booked, bookings, rebook, rebook_call
+from asyncbucket.core.bookings import Booked, bookings, rebook, rebook_call
 from asyncbucket.testing import VirtualClock
 
 SECOND = 1_000_000_000

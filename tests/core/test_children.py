@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncbucket import AcquireTimeout, Cost, CostExceedsLimit, Limit, Limiter, WouldBlock
-from asyncbucket.node import Node
-from asyncbucket.queue import Waiter
+from asyncbucket.core.node import Node
+from asyncbucket.core.queue import Waiter
 from asyncbucket.testing import VirtualTime, assert_never_over, virtual_time
 
 #: Tokens a minute of the key that tenants share, and its burst.

@@ -14,7 +14,7 @@ import pytest
 
 import asyncbucket
 from asyncbucket import AcquireTimeout, Limiter
-from asyncbucket.context import Inherited, inherited
+from asyncbucket.core.context import Inherited, inherited
 from asyncbucket.testing import VirtualTime
 
 

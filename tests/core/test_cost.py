@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncbucket import Cost, Limiter, TokenBucket, plan
-from asyncbucket.wording import rounded
+from asyncbucket.core.wording import rounded
 
 amounts = st.none() | st.integers(0, 10**6) | st.floats(0, 1e6)
 

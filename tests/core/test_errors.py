@@ -21,8 +21,8 @@ from asyncbucket import (
     errors,
     pace,
 )
+from asyncbucket.core.wording import one_line, shown
 from asyncbucket.testing import VirtualTime
-from asyncbucket.wording import one_line, shown
 
 NO_TIMES = [float("nan"), True, "5", [], b""]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import events
-from asyncbucket.events import Admitted, Event, Observers, Paused, Settled
+from asyncbucket.core.events import Admitted, Event, Observers, Paused, Settled
 
 ADMITTED = Admitted(
     limiter="openai/chat",

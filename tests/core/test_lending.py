@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from asyncbucket import Limiter, pace
-from asyncbucket.limiter.lease import Lease
-from asyncbucket.limiter.lending import give_back
+from asyncbucket.core.lease import Lease
+from asyncbucket.core.lending import give_back
 from asyncbucket.testing import VirtualClock, VirtualTime
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import Cost, Lease, Limit, Limiter, Statistics, TokenBucket
-from asyncbucket.limiter.statistics import LimitUse, Waits
+from asyncbucket.core.statistics import LimitUse, Waits
 from asyncbucket.testing import VirtualTime
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncbucket import Limit, Limiter, LimitSyntaxError, WouldBlock
-from asyncbucket.limits import KEYWORDS
+from asyncbucket.core.limits import KEYWORDS
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asyncbucket.core.gates import Gates
+from asyncbucket.core.meters import NEVER, Bucket, Meter, Slots, Window
 from asyncbucket.feedback.pause import Pause
-from asyncbucket.gates import Gates
-from asyncbucket.meters import NEVER, Bucket, Meter, Slots, Window
 from asyncbucket.testing import assert_within_bucket, busiest_window
 
 SECOND = 1_000_000_000

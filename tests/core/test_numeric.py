@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import AcquireTimeout, Limit, Limiter, TokenBucket, plan
-from asyncbucket.numeric import is_integer, is_number
+from asyncbucket.core.wording import is_integer, is_number
 from asyncbucket.testing import VirtualTime
 
 

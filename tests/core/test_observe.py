@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import AcquireTimeout, CostExceedsLimit, Limit, Limiter, QueueFull, WouldBlock
-from asyncbucket.events import (
+from asyncbucket.core.events import (
     Admitted,
     Cancelled,
     Event,

@@ -4,7 +4,7 @@ import dataclasses
 import pickle
 
 from asyncbucket import Limiter
-from asyncbucket.limiter.passports import Passport, Passports, is_shared
+from asyncbucket.core.passports import Passport, Passports, is_shared
 
 
 def elsewhere(passport: Passport) -> Passport:

@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 
 from asyncbucket import AcquireTimeout, Limiter, WouldBlock
+from asyncbucket.core.meters import NEVER
 from asyncbucket.feedback.pause import Pause
-from asyncbucket.meters import NEVER
 from asyncbucket.testing import VirtualTime
 
 

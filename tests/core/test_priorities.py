@@ -9,7 +9,7 @@ import pytest
 
 import asyncbucket
 from asyncbucket import Limiter
-from asyncbucket.context import Priority
+from asyncbucket.core.context import Priority
 from asyncbucket.testing import VirtualTime
 
 #: Most seconds between calls of "10 RPS burst 1": the eleventh also waits for the window.

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncbucket.meters import NEVER
-from asyncbucket.node import Node
-from asyncbucket.queue import Deadlines, Line, Waiter
+from asyncbucket.core.meters import NEVER
+from asyncbucket.core.node import Node
+from asyncbucket.core.queue import Deadlines, Line, Waiter
 
 #: No pacer serves these lines.
 NOBODY: Final[Any] = None

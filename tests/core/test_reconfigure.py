@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncbucket import CostExceedsLimit, Lease, Limit, Limiter, LimitSyntaxError, WouldBlock
-from asyncbucket.limiter.lending import give_back
+from asyncbucket.core.lending import give_back
 from asyncbucket.testing import VirtualTime, assert_never_over, virtual_time
 
 

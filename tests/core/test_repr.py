@@ -1,7 +1,7 @@
 import asyncio
 
 from asyncbucket import Limiter, LimitSyntaxError
-from asyncbucket.meters import Bucket, Slots, Window
+from asyncbucket.core.meters import Bucket, Slots, Window
 from asyncbucket.testing import VirtualTime
 
 

@@ -8,13 +8,13 @@ from typing import Any, Final
 import pytest
 
 from asyncbucket import Limit
-from asyncbucket.branch import Branch, Flow
-from asyncbucket.gates import Gates
-from asyncbucket.meters import NEVER, Slots, Window
-from asyncbucket.node import Node
-from asyncbucket.queue import EMPTY, Line, Waiter
-from asyncbucket.shares import Prices, Share, VirtualClock
-from asyncbucket.tree import Tree
+from asyncbucket.core.branch import Branch, Flow
+from asyncbucket.core.gates import Gates
+from asyncbucket.core.meters import NEVER, Slots, Window
+from asyncbucket.core.node import Node
+from asyncbucket.core.queue import EMPTY, Line, Waiter
+from asyncbucket.core.shares import Prices, Share, VirtualClock
+from asyncbucket.core.tree import Tree
 
 #: No pacer serves these lines.
 NOBODY: Final[Any] = None

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncbucket import AcquireTimeout, Limit, Limiter, WouldBlock
-from asyncbucket.limiter.account import Account
-from asyncbucket.limiter.levels import is_under
-from asyncbucket.limiter.rest import put_to_rest_locked
+from asyncbucket.core.account import Account
+from asyncbucket.core.levels import is_under
+from asyncbucket.core.rest import put_to_rest_locked
 from asyncbucket.testing import VirtualTime, assert_never_over, assert_within_bucket, virtual_time
 from tests.core.conftest import FakeLock
 

@@ -23,7 +23,7 @@ from asyncbucket import (
     holders,
     loops,
 )
-from asyncbucket.events import Event, Queued, Settled
+from asyncbucket.core.events import Event, Queued, Settled
 from asyncbucket.testing import VirtualClock, VirtualTime, assert_never_over
 
 #: Seconds after which a test that waits for another thread gives up.

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import asyncbucket
 from asyncbucket import CostExceedsLimit, Lease, Limiter
-from asyncbucket.branch import Branch
+from asyncbucket.core.branch import Branch
+from asyncbucket.core.tree import Tree
 from asyncbucket.testing import VirtualTime, virtual_time
-from asyncbucket.tree import Tree
 from tests.core.conftest import FakeLock
 
 #: Seconds after which a test that waits for another thread gives up.

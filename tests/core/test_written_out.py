@@ -5,7 +5,7 @@ import random
 import pytest
 
 from asyncbucket import TokenBucket, WouldBlock
-from asyncbucket.meters import Bucket
+from asyncbucket.core.meters import Bucket
 
 
 def passes_at_once(bucket: TokenBucket) -> None:

@@ -16,7 +16,7 @@ import httpx2
 import pytest
 
 from asyncbucket import Cost, CostExceedsLimit, Limiter, WouldBlock, tenant
-from asyncbucket.events import Admitted
+from asyncbucket.core.events import Admitted
 from asyncbucket.http import Call, ProviderProfile, Told, Usage
 from asyncbucket.http.held import HeldLease, holding
 from asyncbucket.testing import RateLimitedProvider, VirtualClock

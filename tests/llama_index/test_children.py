@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 import asyncbucket
 from asyncbucket import AcquireTimeout, CostExceedsLimit, Limit, Limiter
-from asyncbucket.limiter import passports
+from asyncbucket.core.limiter import passports
 from asyncbucket.llama_index import RateLimitedLLM
 from asyncbucket.llama_index.mixin import pacing_of
 from asyncbucket.testing import RateLimitedProvider, VirtualTime

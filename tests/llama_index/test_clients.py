@@ -24,8 +24,8 @@ from openai import AsyncAzureOpenAI, AsyncOpenAI
 from pydantic import PrivateAttr
 
 from asyncbucket import Limiter
+from asyncbucket.core.lease import Lease
 from asyncbucket.http.profiles import OPENAI, Profile
-from asyncbucket.limiter.lease import Lease
 from asyncbucket.testing import RateLimitedProvider, virtual_time
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from openai import RateLimitError
 
 import asyncbucket
 from asyncbucket import AcquireTimeout, Limiter
-from asyncbucket.context import Inherited, inherited
-from asyncbucket.events import Admitted, Event
+from asyncbucket.core.context import Inherited, inherited
+from asyncbucket.core.events import Admitted, Event
 from asyncbucket.testing import RateLimitedProvider, VirtualTime
 
 GIVEN = Inherited(priority=1, tenant="acme", deadline=1_000.0)

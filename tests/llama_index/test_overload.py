@@ -13,7 +13,7 @@ from llama_index.core.llms.mock import MockLLM
 from pydantic import PrivateAttr
 
 from asyncbucket import Limiter
-from asyncbucket.events import Event, Paused
+from asyncbucket.core.events import Event, Paused
 from asyncbucket.testing import virtual_time
 
 REQUEST = httpx.Request("POST", "http://127.0.0.1/v1/chat/completions")

@@ -124,7 +124,7 @@ def reads_settings() -> None:
     """Settings come from the environment, and the presets can be imported."""
     os.environ["PACKAGED_RPM"] = "500"
     assert Limiter.from_env("PACKAGED_").limits[0].amount == 500
-    assert asyncbucket.presets.__doc__
+    assert asyncbucket.core.presets.__doc__
 
 
 def has_virtual_time() -> None:

@@ -52,7 +52,7 @@ def test_import_loads_only_the_core_and_few_stdlib_modules(unpacked: Path) -> No
     done = alone(unpacked, "-c", code)
     loaded = set(done.stdout.split())
 
-    assert "asyncbucket.limiter" in loaded
+    assert "asyncbucket.core.limiter" in loaded
     assert {name for name in loaded if not name.startswith("asyncbucket")} <= ALSO
     parts = {name.rpartition(".")[0] for name in loaded if name.count(".") > 1}
-    assert parts == {"asyncbucket.feedback", "asyncbucket.limiter"}, "a part that few need"
+    assert parts == {"asyncbucket.feedback", "asyncbucket.core.limiter"}, "a part that few need"

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from asyncbucket.events import Event, StoreLost, StoreRecovered
-from asyncbucket.limits import Limit
+from asyncbucket.core.events import Event, StoreLost, StoreRecovered
+from asyncbucket.core.limits import Limit
 from asyncbucket.stores import Batch, Correction, Receipt, Terms, open_store
 from asyncbucket.stores.desk import Desk
 from asyncbucket.stores.orders import Orders

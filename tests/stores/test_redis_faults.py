@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from asyncbucket.limits import Limit
+from asyncbucket.core.limits import Limit
 from asyncbucket.stores import (
     Batch,
     Correction,
@@ -295,7 +295,7 @@ async def test_server_short_of_memory_books_nothing(
 
 WORKER = """
 import asyncio, sys
-from asyncbucket.limits import Limit
+from asyncbucket.core.limits import Limit
 from asyncbucket.stores import Batch, Terms, open_store
 
 async def main():

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import Limiter
-from asyncbucket.limits import Limit
+from asyncbucket.core.limits import Limit
 from asyncbucket.stores import (
     Batch,
     Booking,

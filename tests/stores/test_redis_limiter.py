@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from asyncbucket import AcquireTimeout, Limiter, StoreError
-from asyncbucket.events import Event, StoreLost, StoreRecovered
+from asyncbucket.core.events import Event, StoreLost, StoreRecovered
 from asyncbucket.stores import Terms, open_store
 from asyncbucket.testing import busiest_window
 

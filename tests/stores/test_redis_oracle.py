@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from asyncbucket.gates import Gates
-from asyncbucket.limits import Limit
-from asyncbucket.meters import Bucket, Meter, Window
+from asyncbucket.core.gates import Gates
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.meters import Bucket, Meter, Window
 from asyncbucket.stores import Batch, Correction, Outcome, Terms, open_store, script
 
 if TYPE_CHECKING:

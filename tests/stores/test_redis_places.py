@@ -12,7 +12,7 @@ import pytest
 from redis.asyncio import Redis
 
 from asyncbucket import Limiter
-from asyncbucket.limits import Limit
+from asyncbucket.core.limits import Limit
 from asyncbucket.stores import Batch, Receipt, StoreError, Terms, about, open_store
 from asyncbucket.stores.redis import RedisStore
 from asyncbucket.stores.servers import Server, _settings

@@ -21,7 +21,7 @@ from asyncbucket import (
     StoreError,
     WouldBlock,
 )
-from asyncbucket.events import Event, LimitChanged, Released, StoreLost
+from asyncbucket.core.events import Event, LimitChanged, Released, StoreLost
 from asyncbucket.feedback.adaptive import Adaptive
 from asyncbucket.http import OPENAI
 from asyncbucket.http.learn import HeaderReader

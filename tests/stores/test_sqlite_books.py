@@ -5,8 +5,8 @@ from random import Random
 import pytest
 
 from asyncbucket import Limit
+from asyncbucket.core.meters import Bucket, Window
 from asyncbucket.feedback.pause import Pause
-from asyncbucket.meters import Bucket, Window
 from asyncbucket.stores import Batch, Correction, Outcome, Terms
 from asyncbucket.stores.sqlite import serialization, verbs
 from asyncbucket.stores.sqlite.books import Books

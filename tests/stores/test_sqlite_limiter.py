@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import AcquireTimeout, Limit, Limiter, StoreError
-from asyncbucket.events import Event, StoreLost, StoreRecovered
+from asyncbucket.core.events import Event, StoreLost, StoreRecovered
 from asyncbucket.testing import assert_never_over
 
 #: The processes wait for each other, which virtual time cannot speed up.

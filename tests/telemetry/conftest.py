@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import Limit, LimitUse, Statistics
-from asyncbucket.events import Callback, Event, Observers
+from asyncbucket.core.events import Callback, Event, Observers
 
 COST = {
     "requests": 1,

@@ -24,7 +24,7 @@ from asyncbucket import AcquireTimeout, CostExceedsLimit, Limiter, QueueFull, Wo
 from asyncbucket.testing import RateLimitedProvider, VirtualTime
 
 if TYPE_CHECKING:
-    from asyncbucket.events import Event
+    from asyncbucket.core.events import Event
 
 #: What must never be shown: a key, a prompt, the password of a URL, the name of a tenant.
 CANARIES = ("sk-canary-key", "canary-prompt", "canary-password", "canary-tenant")

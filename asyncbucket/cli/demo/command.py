@@ -15,7 +15,7 @@ from asyncbucket.cli.demo.outcome import Outcome
 from asyncbucket.cli.demo.scenario import DemoOptions, Scenario, scenario_of
 from asyncbucket.cli.demo.screen import screen_for
 from asyncbucket.cli.exits import DONE, FAILED
-from asyncbucket.wording import one_line
+from asyncbucket.core.wording import one_line
 
 __all__ = ["DemoOptions", "run"]
 

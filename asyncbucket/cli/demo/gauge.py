@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from asyncbucket.cli.demo.scenario import Scenario
-from asyncbucket.limiter import Limiter
-from asyncbucket.limits import Limit
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.limits import Limit
 from asyncbucket.testing import ProviderProcess
 
 

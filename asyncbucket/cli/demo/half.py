@@ -14,7 +14,7 @@ from asyncbucket.cli.demo.scenario import Scenario
 from asyncbucket.cli.demo.screen import Screen
 from asyncbucket.cli.demo.tally import Tally
 from asyncbucket.cli.demo.traffic import Arrival
-from asyncbucket.limiter import Limiter
+from asyncbucket.core.limiter import Limiter
 from asyncbucket.testing import ProviderProcess
 
 _REFRESH: Final = 0.2

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from asyncbucket.cli.demo.scenario import Scenario
 from asyncbucket.cli.demo.tally import Tally
 from asyncbucket.cli.demo.traffic import Arrival
-from asyncbucket.limits import Limit
+from asyncbucket.core.limits import Limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

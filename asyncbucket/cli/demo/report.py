@@ -13,8 +13,8 @@ from asyncbucket.cli.demo.outcome import Outcome
 from asyncbucket.cli.demo.scenario import Scenario
 from asyncbucket.cli.plot import Canvas, against_limit, shows_blocks, sparkline
 from asyncbucket.cli.provider import shown_url
+from asyncbucket.core.wording import counted, named, one_line
 from asyncbucket.plan.result import percent
-from asyncbucket.wording import counted, named, one_line
 
 _UNKNOWN: Final = "-"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from asyncbucket.cli import provider
-from asyncbucket.limits import Limit
+from asyncbucket.core.limits import Limit
 
 #: The bundled provider's limits hold over windows of this length, unless the demo is too short.
 WINDOW: Final = 6.0

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from asyncbucket.cli.demo.traffic import Traffic
-from asyncbucket.limiter import Limiter
+from asyncbucket.core.limiter import Limiter
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from asyncbucket.cli import interrupts_blocked
 from asyncbucket.cli.doctor.findings import Finding, State, bad
 from asyncbucket.cli.exits import FAILED, errors_in_one_line
 from asyncbucket.cli.option_types import flag_option, text_option
-from asyncbucket.wording import one_line
+from asyncbucket.core.wording import one_line
 
 EXAMPLES: Final = """\b
 Examples:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Final
 
 from asyncbucket.cli.doctor.findings import Finding, bad, good, note
-from asyncbucket.errors import StoreError
-from asyncbucket.limits import Limit
+from asyncbucket.core.errors import StoreError
+from asyncbucket.core.limits import Limit
 from asyncbucket.stores import Batch, Outcome, Store, Terms, open_store, without_password
 
 #: The limiter that is made in the store for this check; nobody else uses it.

@@ -13,7 +13,7 @@ from typing import Any, Final
 from asyncbucket import Limiter
 from asyncbucket.cli.doctor.findings import Finding, bad, good, note
 from asyncbucket.cli.doctor.installed import version_of
-from asyncbucket.settings import from_env, from_toml, limiters_in_toml
+from asyncbucket.core.settings import from_env, from_toml, limiters_in_toml
 
 _PREFIX: Final = "ASYNCBUCKET_"
 _REMEDY: Final = "correct the table; docs/plan.md shows one"

@@ -23,7 +23,7 @@ from asyncbucket.cli.option_types import (
     read_count,
     text_option,
 )
-from asyncbucket.limits import KEYWORDS, Limit, read_limits
+from asyncbucket.core.limits import KEYWORDS, Limit, read_limits
 from asyncbucket.plan import AgentTree, Arrivals, Plan, Poisson, Tenant
 from asyncbucket.plan import plan as make_plan
 

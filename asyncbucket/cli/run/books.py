@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from asyncbucket.limiter import Limiter
-from asyncbucket.limiter.bookings import Booked, bookings, rebook, rebook_call
+from asyncbucket.core.bookings import Booked, bookings, rebook, rebook_call
+from asyncbucket.core.limiter import Limiter
 
 
 class Admission(NamedTuple):

@@ -23,7 +23,7 @@ from asyncbucket.cli.run.ledger import unusable_error
 from asyncbucket.cli.run.screen import screen_for
 from asyncbucket.cli.run.tally import Tally
 from asyncbucket.cli.run.work import Run
-from asyncbucket.wording import one_line
+from asyncbucket.core.wording import one_line
 
 
 def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:

@@ -14,11 +14,11 @@ from asyncbucket.cli.run.report import reasons
 from asyncbucket.cli.run.request import Request
 from asyncbucket.cli.run.screen import dollars
 from asyncbucket.cli.run.tally import Tally
-from asyncbucket.cost import Cost
+from asyncbucket.core.cost import Cost
+from asyncbucket.core.wording import counted
 from asyncbucket.http.body import sent
 from asyncbucket.http.forecast import FORESEEN
 from asyncbucket.http.profiles import Call, Profile, profile_named, profile_of
-from asyncbucket.wording import counted
 
 if TYPE_CHECKING:
     from asyncbucket.plan import Plan

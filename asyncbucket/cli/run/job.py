@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from asyncbucket.cli import provider
-from asyncbucket.cost import COMMON
+from asyncbucket.core.cost import COMMON
+from asyncbucket.core.limits import Limit, read_limits
 from asyncbucket.http.profiles import profile_named
-from asyncbucket.limits import Limit, read_limits
 
 Endpoint = Literal["chat", "responses", "embeddings"]
 

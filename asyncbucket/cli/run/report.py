@@ -6,8 +6,8 @@ from asyncbucket.batch.outlook import duration
 from asyncbucket.cli.run.job import STANDARD, Job
 from asyncbucket.cli.run.screen import dollars
 from asyncbucket.cli.run.tally import Tally
-from asyncbucket.limits import Limit
-from asyncbucket.wording import counted, one_line, rounded, written_out
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.wording import counted, one_line, rounded, written_out
 
 #: Words for the usual windows.
 _WINDOW_NAMES: Final[dict[float, str]] = {1: "a second", 60: "a minute", 86_400: "a day"}

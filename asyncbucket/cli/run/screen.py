@@ -11,8 +11,8 @@ from rich.text import Text
 
 from asyncbucket.batch.outlook import Outlook, Snapshot, duration
 from asyncbucket.cli.run.tally import Tally
-from asyncbucket.limiter import Limiter
-from asyncbucket.wording import counted, with_verb
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.wording import counted, with_verb
 
 #: Seconds between two updates on a terminal, and between two lines in a pipe.
 _REFRESH_INTERVAL: Final = 0.2

@@ -16,10 +16,10 @@ from asyncbucket.cli.run.job import Job
 from asyncbucket.cli.run.ledger import Ledger
 from asyncbucket.cli.run.request import Request
 from asyncbucket.cli.run.tally import Tally
-from asyncbucket.events import Admitted, Event
+from asyncbucket.core.events import Admitted, Event
+from asyncbucket.core.limiter import Limiter
 from asyncbucket.http.failures import FIRST_ERROR, RATE_LIMITED
 from asyncbucket.http.usage import read_usage
-from asyncbucket.limiter import Limiter
 from asyncbucket.retry import Retrier, Retry, Sent
 
 _MAX_MESSAGE: Final = 500

@@ -20,11 +20,11 @@ from asyncbucket.cli.run.output import Errors, answer, failure, to_standard_outp
 from asyncbucket.cli.run.screen import Screen
 from asyncbucket.cli.run.send import UNREACHABLE, HTTPFailure, Reply, Sender, Stopped
 from asyncbucket.cli.run.tally import Tally
-from asyncbucket.errors import AsyncBucketError
+from asyncbucket.core.errors import AsyncBucketError
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.wording import counted
 from asyncbucket.http.failures import EXHAUSTED
-from asyncbucket.limiter import Limiter
 from asyncbucket.retry import classify
-from asyncbucket.wording import counted
 
 #: Seconds between two updates of what is done.
 _SAVE_INTERVAL: Final = 0.5

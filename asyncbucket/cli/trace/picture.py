@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from asyncbucket.cli.canvas import LIMIT, LINE, OURS, PAUSE, canvas
 from asyncbucket.cli.trace.history import History
-from asyncbucket.wording import counted, named, written_out
+from asyncbucket.core.wording import counted, named, written_out
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from asyncbucket.wording import counted, in_seconds, one_line
+from asyncbucket.core.wording import counted, in_seconds, one_line
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Final
 
-from asyncbucket.meters import Amounts
+from asyncbucket.core.meters import Amounts
 from asyncbucket.stores.sqlite.line import ASK_AGAIN, Turn
 from asyncbucket.stores.store import FAR, Batch, Booking, Outcome
 

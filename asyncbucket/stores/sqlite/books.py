@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Final, TypeAlias
 
+from asyncbucket.core.gates import Gates
+from asyncbucket.core.kept import Kept, keep
+from asyncbucket.core.meters import NEVER, Amounts, Bucket, Meter, Window
 from asyncbucket.feedback.pause import Pause
-from asyncbucket.gates import Gates
-from asyncbucket.kept import Kept, keep
-from asyncbucket.meters import NEVER, Amounts, Bucket, Meter, Window
 from asyncbucket.stores.sqlite.admission import SLOT, Admission
 from asyncbucket.stores.sqlite.line import Line, Turns
 from asyncbucket.stores.store import (

@@ -23,7 +23,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Final, TypeVar
 
-from asyncbucket.errors import StoreError
+from asyncbucket.core.errors import StoreError
 from asyncbucket.stores.sqlite.faults import BUSY, code_of, explanation
 
 T = TypeVar("T")

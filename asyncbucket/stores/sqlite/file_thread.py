@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from asyncbucket.errors import StoreError
-from asyncbucket.loops import reset_after_fork
+from asyncbucket.core.errors import StoreError
+from asyncbucket.core.loops import reset_after_fork
 from asyncbucket.stores.sqlite.clock import Reading, SharedClock
 from asyncbucket.stores.sqlite.closing import register_closable
 from asyncbucket.stores.sqlite.file import File

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from asyncbucket.errors import StoreError
-from asyncbucket.loops import reset_after_fork
+from asyncbucket.core.errors import StoreError
+from asyncbucket.core.loops import reset_after_fork
 from asyncbucket.stores.returns import merged, reversal
 from asyncbucket.stores.sqlite.admission import SLOT
 from asyncbucket.stores.sqlite.file_thread import Answer, FileThread, Job, ListNames, Watch

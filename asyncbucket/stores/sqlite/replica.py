@@ -9,7 +9,7 @@ import secrets
 import sqlite3
 from typing import Any, Final
 
-from asyncbucket.errors import StoreError
+from asyncbucket.core.errors import StoreError
 from asyncbucket.stores.sqlite import serialization, verbs
 from asyncbucket.stores.sqlite.books import Books
 from asyncbucket.stores.sqlite.verbs import Configure, Verb

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
-from asyncbucket.limits import Limit
+from asyncbucket.core.limits import Limit
 from asyncbucket.stores.sqlite.books import Books
 from asyncbucket.stores.store import Batch, Correction, Terms
 

@@ -11,7 +11,7 @@ Subclass `StoreConformance` in a test module, say how the store is reached, and 
             return open_store(f"sqlite:///{self.path}")
 
 Each scenario opens limiters with fresh names and several connections, as processes would. Histories
-of calls, refunds and debts are compared with `asyncbucket.meters`: each start must be what the
+of calls, refunds and debts are compared with `asyncbucket.core.meters`: each start must be what the
 meters say at that instant of the store's clock. Scenarios run on the machine's clock, because that
 is what stores share; together they take about half a minute.
 """

@@ -4,7 +4,7 @@ import asyncio
 import time
 from random import Random
 
-from asyncbucket.meters import Amounts
+from asyncbucket.core.meters import Amounts
 from asyncbucket.stores.store import Batch, Correction, Ledger, Outcome
 from asyncbucket.testing.assertions import assert_never_over
 from asyncbucket.testing.store_conformance.oracle import Oracle
@@ -39,7 +39,7 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_random_history_matches_the_meters(self, place: Place) -> None:
-        """Calls, refunds and debts of two workers: each start is what `asyncbucket.meters` says."""
+        """Calls, refunds and debts of two workers: each start is what `asyncbucket.core.meters` says."""
         for seed, limiter_terms in enumerate(_HISTORIES * 2):
             name = f"{place.name}-{seed}"
             workers = [await place.worker(limiter_terms, name=name) for _ in range(2)]

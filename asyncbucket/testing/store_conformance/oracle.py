@@ -1,4 +1,4 @@
-"""What a store must answer: the meters of `asyncbucket.meters`, asked in the same order.
+"""What a store must answer: the meters of `asyncbucket.core.meters`, asked in the same order.
 
 The oracle is told what was asked and what the store answered, and computes what the answer had to
 be at that instant of the store's clock. It then books what the store has booked, so that
@@ -7,7 +7,7 @@ differences of a grain never add up.
 
 from fractions import Fraction
 
-from asyncbucket.meters import Amounts, Bucket, Meter, Window
+from asyncbucket.core.meters import Amounts, Bucket, Meter, Window
 from asyncbucket.stores.store import FAR, Batch, Booking, Outcome, Receipt, Terms
 
 

@@ -5,8 +5,8 @@ import secrets
 from collections.abc import Callable, Coroutine
 from typing import Any, ClassVar, TypeAlias
 
-from asyncbucket.limits import Limit
-from asyncbucket.meters import Amounts
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.meters import Amounts
 from asyncbucket.stores.store import Batch, Booking, Ledger, Outcome, Receipt, Store, Terms
 
 MILLISECOND = 1_000_000

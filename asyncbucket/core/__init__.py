@@ -1,0 +1,1 @@
+"""The limiter: the standard library alone, and no task but the one that waits for limits."""

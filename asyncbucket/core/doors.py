@@ -1,0 +1,301 @@
+"""What can be put behind a limiter: functions, models, HTTP clients, whole batches.
+
+Each method loads its adapter when it is called, so the core needs none of them.
+"""
+
+import functools
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ParamSpec,
+    Self,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    cast,
+    overload,
+)
+
+from asyncbucket.core.acquisition import Acquisition
+from asyncbucket.core.lease import Lease
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable, Awaitable, Generator, Iterable
+
+    from asyncbucket.batch import Item, Results
+    from asyncbucket.core.limiter import Limiter
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+class Wrapping(TypedDict, total=False):
+    """What `Doors.wrap` takes by keyword."""
+
+    child: "str | Limiter | None"
+    #: A ``Retry``, the most attempts, or False.
+    retry: Any
+    #: An ``Estimator``.
+    estimator: Any
+    #: A ``ToolCost``.
+    cost: Any
+
+
+class Doors(ABC):
+    """Put things behind the limits of a `Limiter`, which inherits all of these methods."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def acquire(self, **cost: Any) -> Acquisition:
+        """See `Limiter.acquire`."""
+
+    @abstractmethod
+    def acquire_sync(self, **cost: Any) -> Lease:
+        """See `Limiter.acquire_sync`."""
+
+    @classmethod
+    def from_env(cls, prefix: str = "ASYNCBUCKET_", **options: Any) -> Self:
+        """Return a limiter configured by environment variables such as ``ASYNCBUCKET_RPM=500``.
+
+        Args:
+            prefix: how the names of the variables begin.
+            options: as in `asyncbucket.core.settings.from_env`.
+
+        Raises:
+            LimitSyntaxError: a variable cannot be read, or none limits anything; a ValueError.
+        """
+        from asyncbucket.core.settings import from_env
+
+        return from_env(cls, prefix, **options)
+
+    @classmethod
+    def from_toml(cls, path: Any = None, **options: Any) -> Self:
+        """Return a limiter configured by ``[tool.asyncbucket]`` in a TOML file.
+
+        Args:
+            path: the file; by default ``asyncbucket.toml`` or ``pyproject.toml`` here or above.
+            options: as in `asyncbucket.core.settings.from_toml`.
+
+        Raises:
+            LimitSyntaxError: an entry cannot be read, or none limits anything; a ValueError.
+            FileNotFoundError: there is no such file.
+        """
+        from asyncbucket.core.settings import from_toml
+
+        return from_toml(cls, path, **options)
+
+    @property
+    def _limiter(self) -> "Limiter":
+        return cast("Limiter", self)
+
+    @overload
+    def paced(self, function: Callable[P, R], /) -> Callable[P, R]: ...
+    @overload
+    def paced(
+        self, /, **cost: float | str | Callable[..., float | str] | None
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+    def paced(self, function: Any = None, /, **cost: Any) -> Any:
+        """Decorate a function, async or plain, so that each call waits for an admission first.
+
+        Keywords are those of `acquire`. A callable is called with the call's own arguments:
+        ``@limiter.paced(tokens=lambda prompt: len(prompt) // 4)``.
+
+        Raises:
+            TypeError: it is not a function, or it is a generator function; or, when called, it is a
+                plain function that returns a coroutine.
+        """
+        if function is None:
+            return functools.partial(self._paced, cost=cost)
+        return self._paced(function, cost={})
+
+    def _paced(self, function: Callable[..., Any], *, cost: dict[str, Any]) -> Callable[..., Any]:
+        if not callable(function):
+            raise TypeError(
+                f"paced decorates a function, not {function!r}; amounts go by keyword: "
+                f"@limiter.paced(tokens=500)"
+            )
+        if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
+            raise TypeError(
+                f"{function.__qualname__} is a generator: a call of it holds nothing yet; "
+                f"acquire inside it, around what it iterates over"
+            )
+
+        @functools.wraps(function)
+        async def paced(*args: Any, **kwargs: Any) -> Any:
+            async with self.acquire(**call_amounts(cost, *args, **kwargs)):
+                return await function(*args, **kwargs)
+
+        @functools.wraps(function)
+        def paced_sync(*args: Any, **kwargs: Any) -> Any:
+            with self.acquire_sync(**call_amounts(cost, *args, **kwargs)) as lease:
+                result = function(*args, **kwargs)
+                if inspect.iscoroutine(result):  # it has not started
+                    result.close()
+                    lease.undo()
+                    raise TypeError(
+                        f"{function!r} is a plain function that returns a coroutine, which would "
+                        f"run when its admission is over: decorate an async def"
+                    )
+                return result
+
+        call = getattr(function, "__call__", None)  # noqa: B004 - of an object, it may be async
+        is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+        return paced if is_async else paced_sync
+
+    @overload
+    def wrap(self, obj: list[Any], **options: Unpack["Wrapping"]) -> list[Any]: ...
+    @overload
+    def wrap(self, obj: tuple[Any, ...], **options: Unpack["Wrapping"]) -> tuple[Any, ...]: ...
+    @overload
+    def wrap(self, obj: T, **options: Unpack["Wrapping"]) -> T: ...
+    def wrap(self, obj: Any, **options: Unpack["Wrapping"]) -> Any:
+        """Return ``obj``, a LlamaIndex LLM, embedding model or tool, paced by this limiter.
+
+        The result is of the same class, with the same fields, tools, streaming and structured
+        output. For a list it is a list. Needs the extra ``asyncbucket[llama-index]``.
+
+        >>> llm = limiter.wrap(OpenAI(model="gpt-4o-mini"), child="chat")
+        >>> tools = limiter.wrap([search, weather], child="tools")
+
+        Args:
+            obj: any LlamaIndex ``LLM``, ``BaseEmbedding`` or ``BaseTool``, or a list or tuple of
+                them; plain functions in it become tools.
+            options: ``child=``, a limiter below this one to use instead, or its name; ``retry=``
+                and ``estimator=`` of models; ``cost=`` of tools, one request by default. See
+                `asyncbucket.llama_index.wrap`.
+
+        Raises:
+            TypeError: ``obj`` cannot be wrapped, or an option does not apply to it.
+            ValueError: ``obj`` is paced by another limiter, or ``child`` is not below this one.
+        """
+        from asyncbucket.llama_index.wrap import wrap
+
+        return wrap(obj, self._limiter, **options)
+
+    def transport(self, inner: Any = None, **options: Any) -> Any:
+        """Return a paced transport for ``httpx.AsyncClient`` or ``httpx2.AsyncClient``.
+
+        Each HTTP attempt waits for its admission, and holds its slot until the body of the reply is
+        read, closed or dropped. Everything else is unchanged. Needs ``asyncbucket[http]``.
+
+        >>> http = httpx.AsyncClient(transport=limiter.transport())
+        >>> client = AsyncOpenAI(http_client=http, max_retries=0)
+
+        Args:
+            inner: the transport that sends the requests; by default the client's own kind.
+            options: ``family=``, ``profile=``, ``learn=`` and ``routes=``, as in
+                `asyncbucket.http.transport.transport`.
+
+        Raises:
+            ValueError, TypeError: an option cannot be understood.
+        """
+        from asyncbucket.http.transport import transport
+
+        return transport(self._limiter, inner, **options)
+
+    def transport_sync(self, inner: Any = None, **options: Any) -> Any:
+        """Return a paced transport for ``httpx.Client`` or ``httpx2.Client``; see `transport`."""
+        from asyncbucket.http.transport import transport_sync
+
+        return transport_sync(self._limiter, inner, **options)
+
+    def http_client(self, **options: Any) -> Any:
+        """Return a paced ``AsyncClient`` with the SDKs' settings for pool, time-outs and redirects.
+
+        >>> client = AsyncOpenAI(http_client=limiter.http_client(), max_retries=0)
+
+        Args:
+            options: ``family=``, ``sync=``, ``profile=``, ``learn=`` and ``routes=``, as in
+                `asyncbucket.http.clients.http_client`, and arguments for the client itself.
+
+        Raises:
+            ImportError: neither httpx nor httpx2 is installed.
+            ValueError, TypeError: an option cannot be understood.
+        """
+        from asyncbucket.http.clients import http_client
+
+        return http_client(self._limiter, **options)
+
+    def amap(
+        self,
+        fn: "Callable[[T], Awaitable[R]]",
+        items: "Iterable[T] | AsyncIterable[T]",
+        **options: Any,
+    ) -> "Results[T, R]":
+        """Call ``fn`` with each of ``items``, paced, and iterate over the results as they arrive.
+
+        Memory is bounded however many items there are. Needs ``asyncbucket[batch]``.
+
+        >>> async for item in limiter.amap(llm.acomplete, prompts, checkpoint="run.db"):
+        ...     print(item.index, item.result)
+
+        Args:
+            fn: an async function of one item.
+            items: any iterable, plain or async; it may be endless.
+            options: ``ordered=``, ``errors=``, ``show_progress=``, ``checkpoint=`` and others, as
+                in `asyncbucket.batch.amap`.
+        """
+        from asyncbucket.batch import amap
+
+        return amap(self._limiter, fn, items, **options)
+
+    @overload
+    def map(
+        self,
+        fn: "Callable[[T], Awaitable[R]]",
+        items: "Iterable[T] | AsyncIterable[T]",
+        **options: Any,
+    ) -> "Generator[Item[T, R]]": ...
+    @overload
+    def map(
+        self, fn: Callable[[T], R], items: "Iterable[T] | AsyncIterable[T]", **options: Any
+    ) -> "Generator[Item[T, R]]": ...
+    def map(self, fn: Callable[..., Any], items: Any, **options: Any) -> Any:
+        """Call ``fn`` with each of ``items``, paced, in code without an event loop; see `amap`."""
+        from asyncbucket.batch import map_sync
+
+        return map_sync(self._limiter, fn, items, **options)
+
+    def serve_stats(self, **options: Any) -> Any:
+        """Serve the statistics of this limiter and its children, read-only, on this machine only.
+
+        >>> server = limiter.serve_stats()
+        >>> server.url  # for: asyncbucket watch http://127.0.0.1:40317
+        'http://127.0.0.1:40317'
+
+        Args:
+            options: ``host=``, ``port=`` and ``path=``, as in `asyncbucket.stats.serve_stats`.
+
+        Raises:
+            ValueError: ``host`` is not a loopback address.
+            OSError: the port or the path is taken.
+        """
+        from asyncbucket.stats import serve_stats
+
+        return serve_stats(self._limiter, **options)
+
+    def trace(self, last: int = 10_000) -> Any:
+        """Keep the latest events from now on, for a plot or a test; see `asyncbucket.stats.Trace`.
+
+        Args:
+            last: how many are kept, at least 1.
+
+        Raises:
+            ValueError: ``last`` is not a whole number from 1 to a thousand million.
+        """
+        from asyncbucket.stats import Trace
+
+        return Trace(self._limiter, last=last)
+
+
+def call_amounts(cost: Mapping[str, Any], /, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Return the amounts of a call: a callable amount is called with the call's own arguments."""
+    return {
+        name: amount(*args, **kwargs) if callable(amount) else amount
+        for name, amount in cost.items()
+    }

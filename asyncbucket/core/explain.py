@@ -1,0 +1,180 @@
+"""Why would a call wait, for how long, and what would have to change?"""
+
+import collections
+import copy
+from dataclasses import dataclass
+
+from asyncbucket.core.account import Account
+from asyncbucket.core.cost import Cost
+from asyncbucket.core.gates import Gates
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.meters import NEVER, Amounts
+from asyncbucket.core.wording import counted, in_seconds, named, rounded, with_verb
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Show how many calls like the one in question a limit admits in the long run."""
+
+    #: The limiter with this limit: the one asked, or one above it.
+    limiter: str
+    limit: Limit
+    #: Calls a second.
+    calls: float
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Say which limit binds a call, how long it would wait, and what would have to change.
+
+    ``print`` it: it reads as a sentence.
+    """
+
+    cost: Cost
+    #: Seconds until such a call would pass, after all those ahead of it. None if that depends on a
+    #: slot being given back, or on the store that keeps the limits, of which only the latest reply
+    #: is known. Settling, cancelling and the call's own fair share shorten it.
+    wait: float | None
+    #: What most of the wait would be for: ``"requests"``, ``"tokens"``, ``"concurrency"``,
+    #: ``"paused"``; None if it would pass at once.
+    bound_by: str | None
+    #: Calls that may go before it: those that wait, except less urgent ones and those held up by
+    #: limits that do not apply to it.
+    ahead: int
+    #: How many such calls each limit admits in the long run, the tightest first.
+    rates: tuple[Rate, ...]
+
+    def __str__(self) -> str:
+        return "; ".join([self._now(), *self._in_the_long_run()])
+
+    def _now(self) -> str:
+        behind = f" behind {counted(self.ahead, 'calls')}" if self.ahead else ""
+        if self.bound_by is None:
+            return f"a call would pass at once{behind}"
+        if self.bound_by == "concurrency" and self.wait is None:
+            return f"a call would wait{behind} until a slot is given back"
+        why = (
+            "the limiter is paused"
+            if self.bound_by == "paused"
+            else with_verb(self.bound_by, "bind")
+        )
+        for_so_long = "" if self.wait is None else f" {in_seconds(self.wait)}"
+        return f"a call would wait{for_so_long}{behind}: {why}"
+
+    def _in_the_long_run(self) -> list[str]:
+        if not self.rates:
+            return ["no limit over time binds such calls"]
+        first, *others = self.rates
+        unit, seconds = _unit(first)
+        number, what = rounded(first.calls * seconds), with_verb(first.limit.resource, "allow")
+        calls = "call" if number == "1" else "calls"
+        sentences = [f"{what} {number} such {calls} {unit} ({self._written(first)})"]
+        for other in others[:1]:
+            number, what = rounded(other.calls * seconds), named(other.limit.resource)
+            without = f"without that limit, {what} would allow {number} {unit}"
+            sentences.append(f"{without} ({self._written(other)})")
+        return sentences
+
+    def _written(self, rate: Rate) -> str:
+        limit = rate.limit
+        paced = limit.burst is not None and limit.burst < limit.amount
+        text = f"{limit}, burst {limit.burst:,}" if paced else str(limit)
+        several = any(other.limiter != rate.limiter for other in self.rates)
+        return f"{rate.limiter}: {text}" if several else text
+
+
+def explain_locked(account: Account, amounts: dict[str, int], priority: int) -> Explanation:
+    """Explain what would happen to a call of these amounts; called with the budget's lock held."""
+    now = account.budget.clock()
+    gates, ahead, when, waits = _simulate_line(account, now, priority)
+    if when < NEVER:
+        due, binds = gates.earliest(amounts, when)
+        waits[binds] += due - when
+        when = due
+    ((bound_by, _),) = waits.most_common(1)
+    due, binds, ahead_in_store = _in_store(account.path[-1], amounts, now)
+    if due > when:
+        when, bound_by = due, binds
+    return Explanation(
+        cost=Cost.of(amounts),
+        wait=None if when >= NEVER else (when - now) * 1e-9,
+        bound_by=bound_by if when > now else None,
+        ahead=ahead + ahead_in_store,
+        rates=tuple(sorted(_rates(account, amounts), key=lambda rate: rate.calls)),
+    )
+
+
+def _simulate_line(
+    account: Account, now: int, priority: int
+) -> tuple[Gates, int, int, collections.Counter[str | None]]:
+    """Book all calls ahead in copies of the meters, in order of arrival.
+
+    Return the copies, how many calls there are, when the last one passes, and how long they wait for
+    what.
+    """
+    waiters = sorted(
+        waiter for pacer in account.budget.pacers.values() for waiter in pacer.queue.waiters()
+    )
+    copies: dict[int, object] = {}
+    first: dict[object, int] = {}  # when the first in each line became the first
+    # Lines whose first waits for limits that do not apply to the call.
+    held_lines: set[object] = set()
+    gates = copy.deepcopy(account.path_gates, copies)
+    waits: collections.Counter[str | None] = collections.Counter()
+    ahead, when = 0, now
+    for waiter in waiters:
+        other_nodes = [node for node in waiter.node.path if node not in account.path]
+        since = waiter.line.since
+        if any(node.gates.earliest(waiter.amounts, since)[0] > now for node in other_nodes):
+            held_lines.add(waiter.line)
+        if waiter.line in held_lines or waiter.line.priority < priority:
+            continue
+        ahead += 1
+        their_gates = copy.deepcopy(waiter.node.path_gates, copies)
+        due, binds = their_gates.earliest(waiter.amounts, first.get(waiter.line, since))
+        if due > when:
+            waits[binds] += due - when
+            when = due
+        if when < NEVER:
+            their_gates.book(waiter.amounts, when)
+            first[waiter.line] = when
+    return gates, ahead, when, waits
+
+
+def _in_store(root: Account, amounts: Amounts, now: int) -> tuple[int, str | None, int]:
+    """Return when the store may admit such a call, what binds, and how many calls are ahead.
+
+    It is `now` without a store. What is known is as last heard. `NEVER` means that it depends on
+    the store, or on a slot being given back.
+    """
+    if root.remote is None:
+        return now, None, 0
+    known, ahead = root.remote.held_up(), root.remote.waiting()
+    if known is not None:
+        bound_by, due = known
+        return (due if ahead <= 1 else NEVER), bound_by, ahead  # known of the first alone
+    if root.slots is not None and root.in_flight >= root.slots.size:
+        return NEVER, "concurrency", ahead
+    lacking = (
+        use.limit.resource
+        for use in root.remote.use()
+        if use.available < amounts.get(use.limit.resource, 0)
+    )
+    resource = next(lacking, None)
+    return (now if resource is None else NEVER), resource, ahead
+
+
+def _rates(account: Account, amounts: Amounts) -> list[Rate]:
+    return [
+        Rate(level.name, limit, limit.amount / limit.per / amounts[limit.resource])
+        for level in account.path
+        for limit, *_ in level.limits.values()
+        if amounts.get(limit.resource)
+    ]
+
+
+def _unit(rate: Rate) -> tuple[str, int]:
+    """Return a unit at least as long as the window, so that the rate is no fraction; and its seconds."""
+    units = (("a second", 1), ("a minute", 60), ("an hour", 3_600))
+    fit = (unit for unit in units if unit[1] >= rate.limit.per and rate.calls * unit[1] >= 1)
+    return next(fit, ("a day", 86_400))

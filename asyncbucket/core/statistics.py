@@ -1,0 +1,98 @@
+"""What a limiter has done so far: frozen snapshots."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.wording import in_seconds, with_verb
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """Sum up the calls that waited for one resource."""
+
+    count: int
+    #: Seconds in total.
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class LimitUse:
+    """Show one limit at one instant."""
+
+    limit: Limit
+    #: Units booked within the window, debts included.
+    used: int
+    #: Units that could pass now; negative while a debt is paid off.
+    available: int
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Show a limiter at one instant; counts begin when it was made."""
+
+    name: str
+    #: Calls admitted.
+    admitted: int
+    #: Calls refused: no room, too long a wait, a full queue, or a cost that can never pass.
+    refused: int
+    #: Calls that gave up while they waited.
+    cancelled: int
+    #: Calls that wait now.
+    waiting: int
+    #: Leases not yet released.
+    in_flight: int
+    #: Slots in all; None if concurrency is not limited.
+    concurrency: int | None
+    #: Seconds until a pause ends; 0 if there is none.
+    paused: float
+    #: Refusals (429) that the provider sent nevertheless.
+    upstream_429: int
+    #: Calls that passed without a slot because every slot was held on a blocked event loop.
+    overridden: int
+    #: How many calls waited, and how long, by what held them up.
+    waits: Mapping[str, Waits] = field(default_factory=dict)
+    #: Units given back by settling, by resource.
+    refunded: Mapping[str, int] = field(default_factory=dict)
+    #: How much of each limit is used, without the limits of the limiters above.
+    limits: tuple[LimitUse, ...] = ()
+    #: What holds up the first call in line now; None if nobody waits.
+    bound_by: str | None = None
+
+    def _repr_html_(self) -> str:
+        """Show it as a table in a notebook."""
+        from html import escape  # needed only in notebooks
+
+        rows = "".join(
+            f"<tr><td>{escape(str(use.limit))}</td>"
+            f'<td><meter value="{min(use.used / use.limit.amount, 1):.3f}"></meter></td>'
+            f"<td>{use.used:,} used, {use.available:,} available</td></tr>"
+            for use in self.limits
+        )
+        waits = ", ".join(
+            f"{each.count:,} for {escape(name)} ({each.seconds:,.1f} s)"
+            for name, each in self.waits.items()
+        )
+        most = "" if self.concurrency is None else f" of {self.concurrency:,}"
+        bound = self.bound_by not in {None, "paused"}  # a pause is mentioned below
+        binds = f" ({escape(with_verb(str(self.bound_by), 'bind'))})" if bound else ""
+        phrases = [
+            f"{self.admitted:,} admitted",
+            f"{self.waiting:,} waiting{binds}",
+            f"{self.in_flight:,}{most} in flight",
+            f"{self.refused:,} refused",
+            f"{self.cancelled:,} cancelled",
+            f"{self.upstream_429:,} upstream 429s",
+            f"paused for {in_seconds(self.paused)} more" if self.paused else "",
+            f"waited so far: {waits}" if waits else "",
+        ]
+        facts = " · ".join(filter(None, phrases))
+        return f"<b>{escape(self.name)}</b><br>{facts}<table>{rows}</table>"
+
+
+def shares_used(now: Statistics) -> dict[str, float]:
+    """Return the used fraction of each limit, and of the slots, by the labels that metrics have."""
+    shares = {use.limit.label: use.used / use.limit.amount for use in now.limits}
+    if now.concurrency:
+        shares["concurrency"] = now.in_flight / now.concurrency
+    return shares

@@ -1,0 +1,156 @@
+"""The terms of a limiter: which arguments are allowed."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Self, TypeAlias, TypedDict, get_args
+
+from asyncbucket.core.context import Priority, deadline_of, read_priority
+from asyncbucket.core.limits import Limit, read_limits
+from asyncbucket.core.wording import is_integer, is_number, plain
+from asyncbucket.feedback.adaptive import Concurrency, read_concurrency
+
+#: What to do while a store is gone: see `asyncbucket.stores.outage`.
+OnOutage: TypeAlias = Literal["share", "closed", "open"]
+#: Bounds for a slot's seconds to live without a heartbeat; at least one heartbeat must fit in.
+_SLOT_TTL: Final = (0.1, 86_400)
+
+
+class Keywords(TypedDict, total=False):
+    """What `Limiter.child` and `Limiter.key` take by keyword."""
+
+    #: The share compared with its siblings', any positive number; 1 by default.
+    weight: float
+    #: The most calls in flight; see `Limiter`.
+    concurrency: Concurrency | None
+    #: The most calls that may wait; the parent's bound applies as well.
+    max_queue: int | None
+    #: For calls that have none of their own; by default the parent's.
+    priority: Priority | None
+    #: The most seconds to wait, for calls that set none; by default the parent's.
+    timeout: float | None
+    rps: float | None
+    rpm: float | None
+    rph: float | None
+    rpd: float | None
+    tpm: float | None
+    tpd: float | None
+    itpm: float | None
+    otpm: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Hold the terms of a child."""
+
+    limits: tuple[Limit, ...] = ()
+    weight: float = 1.0
+    concurrency: Concurrency | None = None
+    max_queue: int | None = None
+    priority: int | None = None
+    timeout: float | None = None
+
+    @classmethod
+    def read(cls, limits: Iterable[str | Limit], keywords: Mapping[str, Any]) -> Self:
+        """Return terms from the arguments that people give.
+
+        Raises:
+            LimitSyntaxError: a limit cannot be read; a ValueError.
+            ValueError: a number is out of range.
+        """
+        others = dict(keywords)
+        priority = others.pop("priority", None)
+        terms = cls(
+            weight=read_weight(others.pop("weight", 1.0)),
+            concurrency=others.pop("concurrency", None),
+            max_queue=read_max_queue(others.pop("max_queue", None)),
+            priority=None if priority is None else read_priority(priority),
+            timeout=read_timeout(others.pop("timeout", None)),
+            limits=tuple(read_limits(limits, others)),
+        )
+        read_concurrency(terms.concurrency)
+        return terms
+
+
+def read_name(name: str) -> str:
+    """Return a limiter's name.
+
+    Raises:
+        TypeError: it is not a string.
+        ValueError: it holds surrogates, which logs and metrics cannot write.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, not {name!r}")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"name must be text that UTF-8 can write, for logs and metrics, not {name!r}"
+        ) from error
+    return name
+
+
+def read_weight(weight: float) -> float:
+    """Return a weight.
+
+    Raises:
+        ValueError: it is not a positive finite number.
+    """
+    if not is_number(weight) or not 1e-6 <= weight <= 1e6:  # noqa: PLR2004 - exact enough in floats
+        raise ValueError(f"weight must be a number from 0.000001 to 1,000,000, not {weight!r}")
+    return float(weight)
+
+
+def read_timeout(timeout: float | None) -> float | None:
+    """Return the most seconds to wait.
+
+    Raises:
+        ValueError: it is not a number from 0 on.
+    """
+    deadline_of(0, timeout=timeout)
+    return timeout
+
+
+def read_count(value: int, name: str, *, least: int = 0) -> int:
+    """Return a number of calls, or of other units.
+
+    Raises:
+        ValueError: it is not a whole number from ``least`` on.
+    """
+    if not is_integer(value) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    return int(value)
+
+
+def read_max_queue(value: int | None) -> int | None:
+    """Return the most calls that may wait; None for no bound.
+
+    Raises:
+        ValueError: it is not a whole number from 0 on.
+    """
+    return None if value is None else read_count(value, "max_queue")
+
+
+def read_on_outage(value: OnOutage) -> OnOutage:
+    """Return what to do while a store is gone.
+
+    Raises:
+        ValueError: it is not one of the words.
+    """
+    if value not in get_args(OnOutage):
+        words = ", ".join(get_args(OnOutage))
+        raise ValueError(f"on_outage must be one of {words}, not {value!r}")
+    return value
+
+
+def read_slot_ttl(seconds: float) -> float:
+    """Return the seconds after which a dead process's slots come back.
+
+    Raises:
+        ValueError: it is not a number from 0.1 to a day.
+    """
+    least, most = _SLOT_TTL
+    if not is_number(seconds) or not least <= seconds <= most:
+        raise ValueError(
+            f"slot_ttl must be a number of seconds from {least} to {most:,}, a day, not {seconds!r}"
+        )
+    return plain(seconds)

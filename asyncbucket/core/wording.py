@@ -1,0 +1,68 @@
+"""How amounts, times and values are read from people, and written for them."""
+
+from numbers import Integral, Real
+from typing import Final, TypeGuard
+
+#: Larger amounts are not written out: nobody needs all their digits.
+_MOST: Final = 10**18
+
+
+def named(resource: str) -> str:
+    """Return a resource as people call it: "input tokens"."""
+    return resource.replace("_", " ")
+
+
+def counted(amount: int, resource: str) -> str:
+    """Return an amount in words: "1 request", "36,055 input tokens"."""
+    name = named(resource)
+    number = f"{amount:,}" if amount <= _MOST else f"over {_MOST:,}"
+    return f"{number} {name.removesuffix('s') if amount == 1 else name}"
+
+
+def shown(value: object) -> str:
+    """Return ``value`` if it is a number, else its type, for errors: a string may be a prompt."""
+    return repr(value) if value is None or isinstance(value, (int, float)) else type(value).__name__
+
+
+def one_line(text: str) -> str:
+    """Return text from outside in one line, without characters that would control a terminal."""
+    return "".join(char if char.isprintable() else " " for char in " ".join(text.split()))
+
+
+def with_verb(resource: str, verb: str) -> str:
+    """Say what a resource does: "input tokens bind", "concurrency binds", "requests allow"."""
+    name = named(resource)
+    return f"{name} {verb if name.endswith('s') else verb + 's'}"
+
+
+def rounded(value: float) -> str:
+    """Return a number with three digits, or all digits before the point: "0.012", "3,600"."""
+    number = float(value)  # before Python 3.12 fractions have no such format
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"  # noqa: PLR2004 - three digits
+
+
+def in_seconds(value: float) -> str:
+    """Return a time in words: "0.25 s", "86,906 s"."""
+    return f"{rounded(value)} s"
+
+
+def written_out(per: float) -> str:
+    """Return a window's seconds with all digits: a month is "2,592,000", not "2.592e+06"."""
+    return f"{per:,.9g}"
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Tell whether ``value`` is a number, NaN and the infinities included."""
+    return isinstance(value, (int, float, Real)) and not isinstance(value, bool)
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Tell whether ``value`` is an integer."""
+    return isinstance(value, (int, Integral)) and not isinstance(value, bool)
+
+
+def plain(value: float) -> float:
+    """Return a number as Python's own: numpy's integers overflow in arithmetic."""
+    if type(value) in (int, float):
+        return value
+    return int(value) if is_integer(value) else float(value)
