@@ -145,7 +145,7 @@ class Bucket(Meter):
     def reshape(self, *, rate: float | Fraction, burst: int, now: int) -> None:
         """Change rate and burst; units that are missing stay missing until they are given back."""
         p, q, missing = self.p, self.q, max(0, self.tat - now * self.q)
-        earlier = [*self._earlier_bursts, (now * q, self.burst)][-_BURSTS:]
+        earlier = [*self._earlier_bursts, (now * q, self.burst)][-_BURSTS:] if self.burst else []
         self.p, self.q = (1_000_000_000 / exact_rate(rate)).as_integer_ratio()
         self.burst = burst
         self.depth = burst * self.p
@@ -222,7 +222,7 @@ class Bucket(Meter):
         # only if the whole call does and nothing was booked since, not even at the same instant. A
         # debt has earned nothing if it found the bucket neither full nor empty, or full just then.
         found = self._lows[later - 1] if start in self._dates[later - 1 : later] else self.depth
-        bursts = (old for until, old in self._earlier_bursts if start < until)
+        bursts = (old for until, old in self._earlier_bursts if start <= until)
         burst = next(bursts, self.burst)
         as_debt = burst == self.burst and (self.full_at == start or found != self.depth)
         if not as_debt and (left or self.tat != start + self.depth):

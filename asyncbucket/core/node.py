@@ -382,9 +382,7 @@ class Node:
         """Tell whether a limiter made anew would do the same, so that this one may be forgotten."""
         return not (
             self.in_flight or self.waiting or self.children or self.observers or self.learned
-        ) and all(
-            isinstance(meter, Window) and meter.is_as_new(now) for meter, _ in self.own
-        )
+        ) and all(isinstance(meter, Window) and meter.is_as_new(now) for meter, _ in self.own)
 
     def emit(self, event: Event) -> None:
         """Tell observers, here and above; without the lock."""
@@ -416,4 +414,3 @@ def latest(meters: Meters, amounts: Amounts, since: int) -> tuple[int, str | Non
 def shown_name(name: str) -> str:
     """Return a limiter's name as others may see it: with a star instead of a tenant."""
     return re.sub(r"/\*[^/]*", "/*", name) if "/*" in name else name
-
