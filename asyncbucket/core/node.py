@@ -160,7 +160,8 @@ class Node:
             self.takes = tuple((meter.take, resource) for meter, resource in self.meters)
             self._work_out_limits()
         bounded = () if parent is None else parent.bounded
-        self.bounded = bounded if self.slots >= NEVER else (self, *bounded)
+        is_kept_elsewhere = parent is None and self.pacer.place is not None
+        self.bounded = bounded if self.slots >= NEVER or is_kept_elsewhere else (self, *bounded)
 
     def _work_out_limits(self) -> None:
         self.most, self.prices = {}, {}
@@ -235,7 +236,7 @@ class Node:
 
         ``back`` assumes that this many slots had been given back.
         """
-        if self.in_flight - back >= self.slots:
+        if self.in_flight - back >= self.slots and self in self.bounded:
             return NEVER, "concurrency"
         return latest(self.own, amounts, since)
 

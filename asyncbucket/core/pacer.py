@@ -198,7 +198,7 @@ class Pacer:
         if alone and self.place is None and seat.loop is not None:  # nobody to look after but it
             due, line.bound_by = node.earliest_of_all(amounts, now)
             self.bound_by = line.bound_by
-            if due > now:
+            if now < due < NEVER or (due == NEVER and seat.leases):
                 seat.sleep(min(due, deadline or EMPTY), now)
                 return
         if line.living == 1 or seat.looks_at >= EMPTY or (deadline or EMPTY) < seat.looks_at:
@@ -299,9 +299,10 @@ class Pacer:
         known = None if self.place is None else self.place.held_up()
         lines = [line.bound_by for line in node.lines.values() if line.living]
         below = (each.line.bound_by for each in self.top.waiters() if node in each.line.node.path)
-        first = self.bound_by if node.parent is None else None
         store = None if known is None else known[0]
-        return next(filter(None, (first, *lines, *below, store, self.bound_by)), None)
+        # At the root the store's answer comes first, as it keeps these limits; below, the child's.
+        first = (store, self.bound_by) if node.parent is None else ()
+        return next(filter(None, (*first, *lines, *below, store, self.bound_by)), None)
 
     # --- the bell ---
 
@@ -363,6 +364,8 @@ class Pacer:
         """Admit all that may go; return when this seat must look again."""
         passed, root, place = 0, self.root, self.place
         while True:
+            if place is not None and not place.room(seat):  # it dates what stands there to now
+                return NEVER
             waiter, due = self.top.head(now)
             if waiter is None:
                 return due if due != NEVER else self._override(seat, now)
@@ -391,8 +394,6 @@ class Pacer:
                     due = min(now + _SLACK, due + line.node.spare(amounts) // 8)
                 return due
             if place is not None:
-                if not place.room(seat):
-                    return NEVER
                 self._push(place, waiter, now)
             elif passed < _BATCH:
                 passed += self._serve(waiter, now)
@@ -559,15 +560,16 @@ class Pacer:
         return bool(closed)
 
     def _bury(self, seat: Seat) -> None:
-        lines: set[Line] = set()
-        for waiter in [*self.top.waiters(), *seat.set_aside]:
+        lines = set(self.top.lines()) | {waiter.line for waiter in seat.set_aside}
+        for waiter in [*(each for line in lines for each in line.calls), *seat.set_aside]:
             if waiter.seat is seat and not waiter.done():
-                lines.add(waiter.line)
                 waiter.line.depart()
                 self._count_out(waiter.line.node, seat)
                 waiter.seat = NOWHERE
-        for line in lines:
-            line.calls = collections.deque(each for each in line.calls if each.seat is not NOWHERE)
+        for line in lines:  # those that gave up before go, too: their tasks count them out
+            line.calls = collections.deque(
+                each for each in line.calls if each.seat not in (NOWHERE, seat)
+            )
         seat.set_aside.clear()
 
     def _override(self, seat: Seat, now: int) -> int:

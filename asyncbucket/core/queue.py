@@ -136,9 +136,14 @@ class Flow:
         """
         raise NotImplementedError
 
+    def lines(self) -> Iterator["Line"]:
+        """Yield the lines here and below in which somebody waits."""
+        raise NotImplementedError
+
     def waiters(self) -> Iterator[AnyWaiter]:
         """Yield all who wait here and below."""
-        raise NotImplementedError
+        for line in self.lines():
+            yield from (waiter for waiter in line.calls if not waiter.done())
 
 
 class Line(Flow):
@@ -155,8 +160,8 @@ class Line(Flow):
         #: What last held up its head.
         self.bound_by: str | None = None
 
-    def waiters(self) -> Iterator[AnyWaiter]:
-        return (waiter for waiter in self.calls if not waiter.done())
+    def lines(self) -> Iterator["Line"]:
+        yield self
 
     def join(self, waiter: AnyWaiter, now: int) -> None:
         """Append ``waiter``."""
@@ -238,9 +243,9 @@ class Branch(Flow):
         self.clock = self._potential = self._weights = self._prices = 0.0
         self._joined = 0
 
-    def waiters(self) -> Iterator[AnyWaiter]:
+    def lines(self) -> Iterator[Line]:
         for flow in self.flows:
-            yield from flow.waiters()
+            yield from flow.lines()
 
     def add(self, flow: Flow) -> None:
         """Let ``flow`` compete, in which somebody waits anew."""
