@@ -218,8 +218,11 @@ class Oracle:
             paced = [each for each in history if each[0] <= when]
             while any(burst_of(limit) == limit.amount for _, limit in paced):
                 paced.pop(0)
-            if paced and history[-1][0] <= when:
-                self._check_bucket(level, booked, paced, when, call)
+            if paced:
+                # What went before it was paced, be it in the same instant, does not count.
+                began = paced[0][0] + (paced[0] is not history[0])
+                counted = {entry: left for entry, left in booked.items() if entry.date >= began}
+                self._check_bucket(level, counted, paced, when, call)
 
     def _check_bucket(
         self,
@@ -229,8 +232,9 @@ class Oracle:
         when: int,
         call: Call,
     ) -> None:
-        dated = sorted((each.date, left) for each, left in booked.items() if left)
-        dated = [each for each in dated if history[0][0] <= each[0] <= when]
+        dated = sorted(
+            (each.date, left) for each, left in booked.items() if left and each.date <= when
+        )
         total = 0
         for date, units in reversed(dated):
             total += units
@@ -531,7 +535,10 @@ class History:
         """Block the loop."""
         before = self.now
         self.time.advance(self.chance.choice([0.02, 1.0, 6.0, 200.0]) * self.chance.random())
-        self.oracle.jumps.append((before, self.now))
+        jumps = self.oracle.jumps
+        if jumps and jumps[-1][1] == before:
+            before, _ = jumps.pop()
+        jumps.append((before, self.now))
 
     async def check_rest(self) -> None:
         """Assert that nothing is left over."""
