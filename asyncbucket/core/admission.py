@@ -6,7 +6,7 @@ may be cancelled at whichever await.
 """
 
 from functools import partial
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import (
@@ -19,10 +19,12 @@ from asyncbucket.core.errors import (
 from asyncbucket.core.events import Cancelled, Reason, Refused
 from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Node
-from asyncbucket.core.pacer import Pacer
 from asyncbucket.core.queue import AnyWaiter
 from asyncbucket.core.seats import Seat
 from asyncbucket.core.wording import counted, in_seconds, with_verb
+
+if TYPE_CHECKING:
+    from asyncbucket.core.pacer import Pacer
 
 Refusal = TypeVar("Refusal", WouldBlock, AcquireTimeout, QueueFull)
 #: A deadline further back (ns) than this was probably meant as seconds from now.
@@ -124,12 +126,15 @@ def _withdraw_locked(waiter: AnyWaiter, asked: int) -> None:
         pacer.notify_locked(node, Cancelled, cost=cost, waited=waited)
 
 
-def too_late(
-    node: Node, amounts: Amounts, asked: int, deadline: int | None
-) -> AcquireTimeout | CostExceedsLimit:
+def too_late(node: Node, amounts: Amounts, asked: int, deadline: int | None) -> AcquireTimeout:
+    """Return the error of a call whose time is up.
+
+    Raises:
+        CostExceedsLimit: it can never pass, because limits have been lowered since.
+    """
     assert deadline is not None
     with node.pacer:
-        node.check(amounts)  # limits may have been lowered since
+        node.check(amounts)
         return _too_late_locked(node, amounts, asked, deadline)
 
 

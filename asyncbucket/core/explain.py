@@ -3,15 +3,18 @@
 import collections
 import copy
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Meters, Node, latest
-from asyncbucket.core.pacer import Pacer
-from asyncbucket.core.place import Place
-from asyncbucket.core.queue import Line
 from asyncbucket.core.wording import counted, in_seconds, named, rounded, with_verb
+
+if TYPE_CHECKING:
+    from asyncbucket.core.pacer import Pacer
+    from asyncbucket.core.place import Place
+    from asyncbucket.core.queue import Line
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,17 +12,19 @@ import warnings
 from collections.abc import Callable, Collection, Coroutine, Generator, Iterator, Mapping
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
 from asyncbucket.core.admission import REFUSALS, count_refusal, give_up, join, too_late
 from asyncbucket.core.cost import Cost, rounded_up
 from asyncbucket.core.errors import AsyncBucketError, CostExceedsLimit
 from asyncbucket.core.events import Admitted, Outcome, Queued, Released, Settled
 from asyncbucket.core.node import Meters, Node
-from asyncbucket.core.pacer import Pacer
 from asyncbucket.core.process import ATOMIC, OfThisProcess
 from asyncbucket.core.queue import AnyWaiter, Line, SyncWaiter, Waiter
 from asyncbucket.core.seats import Seat, ThreadSeat
+
+if TYPE_CHECKING:
+    from asyncbucket.core.pacer import Pacer
 
 #: What becomes of a call. One that gave some slots up for a call made inside it is `LENT`.
 ASKED, WAITING, HELD, LENT, OVER = range(5)
@@ -60,7 +62,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
     bound_by: str | None = None
     _state = ASKED
     _entered = False
-    _coroutine: Generator[Any, Any, Self] | None = None
+    _coroutine: Generator[Any, Any, Any] | None = None
     #: The meters that it passed, if it waited; and the line where it stood, whose share paid.
     _meters: Meters | None = None
     _line: Line | None = None
@@ -185,7 +187,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
                 give_up(waiter, asked, is_finalizer=isinstance(error, GeneratorExit))
                 raise
             if not in_time:
-                raise too_late(node, amounts, asked, deadline)
+                raise too_late(node, amounts, asked, deadline)  # noqa: TRY301 - counted below
             waiter.lease = None  # the seat may remember a deadline for long
         except BaseException as error:
             self._state = OVER

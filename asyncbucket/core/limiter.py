@@ -51,6 +51,9 @@ from asyncbucket.core.terms import (
 from asyncbucket.core.wording import is_integer, read_count, shown
 
 T = TypeVar("T")
+# A limiter touches the private parts of its parent, of its tenants and of their leases.
+# ruff: noqa: SLF001
+
 #: How many tenants' limiters are kept alive unless `per_key` says otherwise; and how many of those
 #: unused for the longest time are looked at whenever one is made.
 _ALIVE: Final = 1_000
@@ -361,7 +364,7 @@ class Limiter(doors.Doors, OfThisProcess):
         """Look whether calls have come and have paid for each limit; warn if many have not."""
         node = self._node
         limits = [window for level in node.path for window in level.limits.values()]
-        unpaid = [str(window.limit) for window in limits if not window.used]
+        unpaid = [str(window.limit) for window in limits if not window.was_used]
         self._is_proven = node.was_called and (not unpaid or node.admitted >= _MANY)
         if self._is_proven and unpaid:
             warnings.warn(

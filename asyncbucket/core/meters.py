@@ -292,12 +292,12 @@ class Window(Meter):
         "_closes",
         "_dates",
         "_forgotten",
-        "grain",
-        "hold",
         "_largest",
         "_last",
         "_units",
         "amount",
+        "grain",
+        "hold",
         "limit",
         "pace",
         "refuses",
@@ -366,7 +366,7 @@ class Window(Meter):
             self._open(now)
         self.used += amount  # as `_book` does, without the call: this is the hottest path
         self._last = now
-        if amount > self._largest:
+        if amount > self._largest:  # noqa: PLR1730 - `max` would be a call
             self._largest = amount
         return True
 
@@ -375,8 +375,7 @@ class Window(Meter):
         if self.pace is not None:
             self.pace.book(amount, when)
         self._book(amount, when)
-        if amount > self._largest:
-            self._largest = amount
+        self._largest = max(self._largest, amount)
 
     def owe(self, amount: int, when: int) -> None:
         """See `Meter.owe`."""
@@ -423,6 +422,11 @@ class Window(Meter):
     def lent(self, calls: int) -> int:
         """Return at least what ``calls`` open calls may still give back."""
         return min(self.used, calls * self._largest)
+
+    @property
+    def was_used(self) -> bool:
+        """Whether anything was ever booked."""
+        return bool(self.used or self._last or self._forgotten >= 0)
 
     def is_as_new(self, now: int) -> bool:
         """Tell whether a limit made anew would allow no more."""

@@ -100,7 +100,7 @@ class Node:
     meters: Meters
     #: What each of them takes of a newcomer; and the nodes whose slots are bounded.
     takes: tuple[tuple[Any, str], ...]
-    bounded: tuple[Self, ...]
+    bounded: tuple[Any, ...]
     #: The most that one call may cost of each resource.
     most: dict[str, int]
     #: How many seconds one unit takes of the fastest limit: see `price`.
@@ -273,7 +273,7 @@ class Node:
             amount = amounts.get(resource)
             if amount:
                 room = meter.available(now) // amount
-                if room < most:
+                if room < most:  # noqa: PLR1730 - `min` would be a call
                     most = room
                 if most > 1 and not meter.bulk:
                     most = 1
@@ -296,7 +296,7 @@ class Node:
             return 1.0
         for resource, seconds in prices.items():
             part = amounts.get(resource, 0) * seconds
-            if part > price:  # `max` would be a call
+            if part > price:  # noqa: PLR1730 - `max` would be a call
                 price = part
         return price
 

@@ -360,45 +360,50 @@ class Pacer:
                 waiter.set_result(False)
                 is_another_next |= self.gone_locked(waiter, now)
 
-    def _admit(self, seat: Seat, now: int) -> int:
+    def _admit(self, seat: Seat, now: int) -> int:  # noqa: C901 - one look, read in one piece
         """Admit all that may go; return when this seat must look again."""
-        passed, root, place = 0, self.root, self.place
-        while True:
-            if place is not None and not place.room(seat):  # it dates what stands there to now
-                return NEVER
+        passed, place = 0, self.place
+        while place is None or place.room(seat):  # which dates what stands there to now
             waiter, due = self.top.head(now)
             if waiter is None:
                 return due if due != NEVER else self._override(seat, now)
-            line, amounts = waiter.line, waiter.amounts
-            mine = waiter.seat is seat
-            alone = mine and self._is_single_file()
+            alone = waiter.seat is seat and self._is_single_file()
             if alone and place is None and passed < _BATCH:
-                served = self._serve_line(line, _BATCH - passed, now)
+                served = self._serve_line(waiter.line, _BATCH - passed, now)
                 passed += served
                 if served:
                     continue
-            due, bound_by = root.earliest(amounts, line.since)
+            due, bound_by = self.root.earliest(waiter.amounts, waiter.line.since)
             if due > now:
-                self.bound_by = line.bound_by = bound_by
-            if not mine:
+                self.bound_by = waiter.line.bound_by = bound_by
+            if waiter.seat is not seat:
                 if self._is_late(waiter.seat, now):
                     continue
-                if waiter.seat.looks_at > max(due, now):
-                    waiter.seat.ring(now)
-                return due if due >= NEVER else max(due, now) + _GRACE
-            if due >= NEVER:
-                return self._override(seat, now)
+                return self._leave_to(waiter.seat, due, now)
             if due > now:
-                if alone and due < now + _SLACK and self.waiting > 1:
-                    # Waking up takes longer than admitting: let several become due.
-                    due = min(now + _SLACK, due + line.node.spare(amounts) // 8)
-                return due
+                return self._override(seat, now) if due >= NEVER else self._wake(waiter, due, now)
             if place is not None:
                 self._push(place, waiter, now)
             elif passed < _BATCH:
                 passed += self._serve(waiter, now)
             else:
                 return now
+        return NEVER
+
+    def _leave_to(self, other: Seat, due: int, now: int) -> int:
+        """Let another seat admit the head, due at ``due``; return when to see whether it has."""
+        if other.looks_at > max(due, now):
+            other.ring(now)
+        return due if due >= NEVER else max(due, now) + _GRACE
+
+    def _wake(self, head: AnyWaiter, due: int, now: int) -> int:
+        """Return when to look for ``head``, due at ``due``; later if then several are due at once.
+
+        Waking up takes longer than admitting.
+        """
+        if due < now + _SLACK and self.waiting > 1 and self._is_single_file():
+            return min(now + _SLACK, due + head.line.node.spare(head.amounts) // 8)
+        return due
 
     def _is_single_file(self) -> bool:
         """Tell whether all who wait stand in one line, on one seat."""
@@ -412,6 +417,8 @@ class Pacer:
     def _serve(self, waiter: AnyWaiter, now: int) -> int:
         """Let the head of a line go; return 1 if it still waited, else 0."""
         line = waiter.line
+        if waiter.done():
+            return 0
         line.calls.popleft()
         bound_by = line.bound_by or self.bound_by
         if not self._let_go(waiter, now, bound_by):
@@ -429,42 +436,47 @@ class Pacer:
         while calls and count < most:
             waiter = calls[0]
             amounts = waiter.amounts
-            group = 0
             if waiter.done():
                 calls.popleft()
                 continue
             if len(calls) > 1 and calls[1].amounts == amounts:
                 room = node.room(amounts, now, most - count)
-                while calls and group < room:
-                    waiter = calls[0]
-                    if waiter.amounts is not amounts and waiter.amounts != amounts:
-                        break
-                    calls.popleft()
-                    if not waiter.done() and self._let_go(waiter, now, bound_by):
-                        group += 1
-                        waited += now - waiter.asked
-                        last = waiter
+                group = self._let_alike_go(calls, room, now, bound_by)
                 if group:
-                    node.book(amounts, now, group)
+                    node.book(amounts, now, len(group))
                 elif room < 1:
                     break
             elif node.take(amounts, now):
-                calls.popleft()
-                if self._let_go(waiter, now, bound_by):
-                    group = 1
-                    waited += now - waiter.asked
-                    last = waiter
-                else:
+                group = self._let_alike_go(calls, 1, now, bound_by)
+                if not group:  # it has given up in this very moment
                     node.unbook(node.meters, amounts, now)
             else:
                 break
             price = root.price(amounts)
-            count += group
-            total += group * price
+            total += len(group) * price
+            count += len(group)
+            waited += sum(group)
+            last = waiter
         if last is not None:
             worth = total / price if price else float(count)
             self._count_served(last, now, count, worth, waited, bound_by)
         return count
+
+    def _let_alike_go(
+        self, calls: "collections.deque[AnyWaiter]", most: int, now: int, bound_by: str | None
+    ) -> list[int]:
+        """Let the first call go and up to ``most`` that cost the same; return how long each waited."""
+        group: list[int] = []
+        amounts = calls[0].amounts
+        while calls and len(group) < most:
+            waiter = calls[0]
+            if waiter.amounts is not amounts and waiter.amounts != amounts:
+                break
+            calls.popleft()
+            waited = now - waiter.asked
+            if not waiter.done() and self._let_go(waiter, now, bound_by):
+                group.append(waited)
+        return group
 
     def _let_go(self, waiter: AnyWaiter, now: int, bound_by: str | None) -> bool:
         """Resolve ``waiter`` and make its lease hold; return whether it still waited."""

@@ -85,7 +85,7 @@ class Waiter(_Waiting, asyncio.Future[bool]):
     again and again.
     """
 
-    __slots__ = ("amounts", "asked", "lease", "line", "number", "seat")  # pyright: ignore
+    __slots__ = ("amounts", "asked", "lease", "line", "number", "seat")  # pyright: ignore[reportIncompatibleUnannotatedOverride, reportUninitializedInstanceVariable]
 
 
 class SyncWaiter(_Waiting, concurrent.futures.Future[bool]):

@@ -93,8 +93,7 @@ class LoopSeat(Seat):
         self._context = contextvars.Context()
 
     def ring(self, now: int) -> bool:
-        if now < self.looks_at:
-            self.looks_at = now
+        self.looks_at = min(self.looks_at, now)
         if self._rung:
             return True
         self._rung = True  # first: the other thread may come to look at once

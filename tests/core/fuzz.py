@@ -521,7 +521,9 @@ class History:
                 limit.resource,
                 amount,
                 per=limit.per,
-                burst=None if limit.burst is None else max(1, min(amount, round(factor * limit.burst))),
+                burst=None
+                if limit.burst is None
+                else max(1, min(amount, round(factor * limit.burst))),
             )
             for limit in limiter.limits
             for factor in (self.chance.choice([0.5, 1, 2]),)

@@ -2,20 +2,15 @@
 
 import asyncio
 import collections
-import contextlib
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from asyncbucket import AcquireTimeout, Cost, CostExceedsLimit, Limit, Limiter, WouldBlock
-from asyncbucket.core.node import Node
-from asyncbucket.core.queue import Waiter
+from asyncbucket import AcquireTimeout, CostExceedsLimit, Limit, Limiter, WouldBlock
 from asyncbucket.testing import VirtualTime, assert_never_over, virtual_time
 
 #: Tokens a minute of the key that tenants share, and its burst.
@@ -703,3 +698,23 @@ async def test_costly_call_stops_being_next_once_its_child_is_in_debt(
     assert virtual_time.now == pytest.approx(2.4)
     await costly
     assert virtual_time.now > 60
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+async def test_debt_of_one_child_lets_calls_of_others_go_at_once(
+    virtual_time: VirtualTime, depth: int
+) -> None:
+    """The child that was next is held up by its own limit now, and nobody waits for it."""
+    key = Limiter("10 tokens/h", clock=virtual_time.clock)
+    above = key if depth == 1 else key.child("team")
+    a, b = above.child("a", "5 requests/h burst 5"), above.child("b")
+    await b.acquire(tokens=10)
+    lease = await a.acquire()
+    first = asyncio.ensure_future(a.acquire(tokens=1))
+    await asyncio.sleep(1)
+    second = asyncio.ensure_future(b.acquire())
+    await asyncio.sleep(1)
+    assert not second.done()
+    lease.settle(requests=5)
+    assert (await second).waited == 1
+    first.cancel()
