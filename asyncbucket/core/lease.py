@@ -20,7 +20,7 @@ from asyncbucket.core.errors import AsyncBucketError, CostExceedsLimit
 from asyncbucket.core.events import Admitted, Outcome, Queued, Released, Settled
 from asyncbucket.core.node import Meters, Node
 from asyncbucket.core.process import ATOMIC, OfThisProcess
-from asyncbucket.core.queue import AnyWaiter, Line, SyncWaiter, Waiter
+from asyncbucket.core.queue import AnyWaiter, Line, Waiter
 from asyncbucket.core.seats import Seat, ThreadSeat
 
 if TYPE_CHECKING:
@@ -166,12 +166,10 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         node, amounts = self._node, self._amounts
         pacer: Pacer = node.pacer
         deadline = None if self._deadline is None else self._deadline()
-        waiter = Waiter() if seat is None else SyncWaiter()
-        waiter.lease = self
+        waiter: AnyWaiter | None = None
         try:
-            asked = join(
-                waiter, node, amounts, deadline=deadline, priority=self._priority, seat=seat
-            )
+            waiter = join(self, node, amounts, deadline, self._priority, seat)
+            asked = waiter.asked
             try:
                 if pacer.observed:
                     pacer.notify(node, Queued, cost=self.cost, waiting=node.waiting)

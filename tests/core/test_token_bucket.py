@@ -150,18 +150,3 @@ async def test_int_enum_member_is_accepted_as_amount(virtual_time: VirtualTime) 
     await bucket.acquire(Size.LARGE)
     bucket.acquire_nowait(Size.SMALL)
     assert bucket.statistics().available == 0
-
-
-@pytest.mark.parametrize("amount", [0, -1, True, 1.0, None])
-async def test_invalid_amount_is_refused_while_calls_wait(
-    virtual_time: VirtualTime, amount: int
-) -> None:
-    bucket = TokenBucket(rate=1.0, burst=10, clock=virtual_time.clock)
-    await bucket.acquire(5)
-    first = asyncio.create_task(bucket.acquire(8))
-    await asyncio.sleep(0)
-    with pytest.raises(ValueError, match="amount must be a whole number of units from 1 on"):
-        await bucket.acquire(amount)
-    assert bucket.statistics().available == 5
-    await first
-    assert virtual_time.now == 3.0
