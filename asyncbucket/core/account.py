@@ -174,9 +174,8 @@ class Account(Books):
         own_limit, window, _ = kept
         headroom = self.headrooms.get(key)
         if headroom is None:
-            headroom = Headroom(
-                amount=own_limit.amount, window=own_limit.window, ours=window.without_open_calls()
-            )
+            ours = window.without_open_calls()
+            headroom = Headroom(own_limit, ours.entries(self.budget.clock()))
             self.headrooms = {**self.headrooms, key: headroom}
             self.refresh_gates_locked()
         headroom.update(

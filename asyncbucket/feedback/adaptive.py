@@ -91,27 +91,6 @@ class Adaptive:
         start: the first size; it is brought within the bounds.
     """
 
-    __slots__ = (
-        "_anchor",
-        "_ceiling",
-        "_clean_since_cut",
-        "_cut_at",
-        "_full",
-        "_last_raise",
-        "_resume_size",
-        "_rounds",
-        "_rounds_held",
-        "_seen",
-        "_squares",
-        "_step",
-        "_total",
-        "_waited",
-        "_warmup",
-        "least",
-        "most",
-        "size",
-    )
-
     def __init__(self, *, least: int, most: int, start: int = _START) -> None:
         self.least = least
         self.most = most
@@ -139,6 +118,13 @@ class Adaptive:
 
     def __repr__(self) -> str:
         return f"<Adaptive {self.size} of {self.least} to {self.most:,}>"
+
+    def ended(self, outcome: str, *, started: int, now: int, waited: bool, full: bool) -> None:
+        """Take in the end of a call: the core's `Sizer`."""
+        if outcome == "ok":
+            self.succeeded(now - started, waited=waited, full=full)
+        elif outcome == "overloaded":
+            self.overloaded(started=started, now=now)
 
     def succeeded(self, latency: int, *, waited: bool, full: bool = True) -> None:
         """Take in a call that ended well.

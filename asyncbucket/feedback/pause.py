@@ -24,6 +24,7 @@ class Pause:
 
     bound_by: ClassVar[str | None] = "paused"
     remote: ClassVar[bool] = False
+    bulk: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.until = 0
@@ -62,6 +63,9 @@ class Pause:
 
     def owe(self, amount: int, when: int) -> None:
         """See `asyncbucket.core.meters.Meter.owe`: nothing is owed to a pause."""
+
+    def redate(self, amount: int, when: int, now: int) -> None:
+        """See `asyncbucket.core.meters.Meter.redate`: a step of a slow start is not moved."""
 
     def available(self, now: int) -> int:
         """See `asyncbucket.core.meters.Meter.available`."""
