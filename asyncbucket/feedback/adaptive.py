@@ -120,7 +120,7 @@ class Adaptive:
         return f"<Adaptive {self.size} of {self.least} to {self.most:,}>"
 
     def ended(self, outcome: str, *, started: int, now: int, waited: bool, full: bool) -> None:
-        """Take in the end of a call: the core's `Sizer`."""
+        """Take in the end of a call: see `asyncbucket.core.node.Sizer`."""
         if outcome == "ok":
             self.succeeded(now - started, waited=waited, full=full)
         elif outcome == "overloaded":

@@ -43,10 +43,11 @@ with others at 0, 10, 40 and 60 %.
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
 
 from asyncbucket.core.limits import Limit
-from asyncbucket.core.meters import Window
+from asyncbucket.core.meters import Meter, Window
 
 if TYPE_CHECKING:
     from asyncbucket.feedback.slices import Slices
@@ -72,7 +73,9 @@ _LEAST: Final = 20
 #: Where calls are to come evenly, this fraction (1/10) of a window's worth may pass at once.
 _AT_ONCE: Final = 10
 #: A limit may be counted in this many slices of its window: seconds of a minute, or ten seconds.
-_SLICE_COUNTS: Final = (60, 6)
+_SLICE_COUNTS: Final[tuple[int, ...]] = (60, 6)
+#: A window shorter than this (ns) is not counted in slices.
+_SHORTEST_SLICED: Final = 1_000_000_000
 
 
 def share_of(amount: int, slices: int = _SLICE_COUNTS[0]) -> int:
@@ -80,17 +83,13 @@ def share_of(amount: int, slices: int = _SLICE_COUNTS[0]) -> int:
     return -(-amount // slices)
 
 
-class Headroom:
+class Headroom(Meter):
     """Admit what the provider says is left of a limit. Levels are in units times window, hence exact.
 
     Args:
         limit: the limit, ours.
         ours: what we booked before the first report and no open call can give back: (date, units).
     """
-
-    bound_by: ClassVar[str | None] = None
-    remote: ClassVar[bool] = False
-    bulk: ClassVar[bool] = False
 
     def __init__(self, limit: Limit, ours: Iterable[tuple[int, int]] = ()) -> None:
         self.key = limit.key
@@ -110,7 +109,7 @@ class Headroom:
         self._reported_left = 0
         self._most_left = 0
         #: Units that we booked, in the last window and ever.
-        self._ours = Window(amount=limit.amount, window=limit.window)
+        self._ours = Window(replace(limit, burst=limit.amount))
         for when, units in ours:
             self._ours.book(units, when)
         self._booked = 0
@@ -122,7 +121,8 @@ class Headroom:
         #: The provider's limit, if it is higher than ours.
         self._provider_limit = limit.amount
         #: In how many slices the provider may count, and the shortest of these slices, if any.
-        self._slice_counts: tuple[int, ...] = () if self._is_long else _SLICE_COUNTS
+        is_sliced = _SHORTEST_SLICED <= limit.window <= _LONG
+        self._slice_counts = _SLICE_COUNTS if is_sliced else ()
         self._slices: Slices | None = None
 
     def update(
@@ -149,7 +149,7 @@ class Headroom:
         """
         if self._level is None:
             self._first_report = now
-        self._adopt_limit(amount, limit)
+        self._adopt_limit(amount, limit, now)
         low, high = remaining - booked_since, remaining + rounding
         self._update_slices(low, remaining, high, now)
         self._correct(low, high, now)
@@ -160,11 +160,11 @@ class Headroom:
             used = -high - self._booked
             self.others.update(used, now, total - high - ours, uncertainty, at_most=self._missing)
 
-    def _adopt_limit(self, amount: int, limit: int | None) -> None:
+    def _adopt_limit(self, amount: int, limit: int | None, now: int) -> None:
         """Adopt another limit; what was expected under the old one no longer counts."""
         if amount != self.amount:
             self.amount = amount
-            self._ours.reshape(amount=amount)
+            self._ours.reshape(replace(self._ours.limit, amount=amount, burst=amount), now)
             self._level = None
             self.others = Others(amount, self.window)
         provider_limit = max(limit or self._provider_limit, amount)
@@ -184,7 +184,8 @@ class Headroom:
                 if self._slices is None:
                     from asyncbucket.feedback.slices import Slices
 
-                    self._slices = Slices(share=share, length=self.window // self._slice_counts[0])
+                    length = self.window // self._slice_counts[0]
+                    self._slices = Slices(share, length, last_report=self._last_report)
                     self._slices.update(low, remaining, high, now)
                 return
             self._slice_counts, self._slices = self._slice_counts[1:], None
@@ -266,11 +267,6 @@ class Headroom:
         self._spread_until -= self._spacing(amount)
         if self._slices:
             self._slices.unbook(amount, when)
-
-    def redate(self, amount: int, when: int, now: int) -> None:
-        """See `asyncbucket.core.meters.Meter.redate`."""
-        self.unbook(amount, when)
-        self.book(amount, now)
 
     def available(self, now: int) -> int:
         """See `asyncbucket.core.meters.Meter.available`: what is left, including any reserve for others."""

@@ -33,6 +33,7 @@ with more of a slice to come, and wider spacing while others are active made no 
 import math
 from typing import Final
 
+from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import Window
 
 #: For network jitter our slices are longer by 1/64. (`Window` adds up to half as much.)
@@ -65,7 +66,7 @@ _SILENCE: Final = 2
 class Beat:
     """Find out when slices begin, from reports of what is left of them."""
 
-    def __init__(self, *, share: int, length: int) -> None:
+    def __init__(self, share: int, length: int) -> None:
         self._share = share
         self._length = length
         self._jitter = length // _JITTER
@@ -123,24 +124,26 @@ class Slices:
     Args:
         share: units in a slice.
         length: how long a slice is (ns).
+        last_report: when a report came last; 0 if none did.
     """
 
-    def __init__(self, *, share: int, length: int) -> None:
+    def __init__(self, share: int, length: int, *, last_report: int = 0) -> None:
         self.share = share
         self._length = length
         self._transit = length // _TRANSIT
-        self._window = Window(amount=share, window=length + length // _ROOM)
+        per = (length + length // _ROOM) / 1_000_000_000
+        self._window = Window(Limit("units", share, per=per, burst=share))
         #: Until when our bookings reach if spread evenly.
         self._spread_until = 0
         #: When the latest report came, and for how long we have listened.
-        self._last_report = 0
+        self._last_report = last_report
         self._observed = 0
         #: When a quarter of a slice began, what was left then, and what we booked in it.
         self._quarter_began = self._left_then = 0
         self._booked = 0
         #: In how many of them units came back.
         self._refills = 0
-        self._beat = Beat(share=share, length=length)
+        self._beat = Beat(share, length)
         #: When this slice ends; 0 as long as no beat was heard.
         self._slice_end = 0
         #: Units that we booked in it, and those that may count in the next one as well.
@@ -160,7 +163,7 @@ class Slices:
     @property
     def are_searched(self) -> bool:
         """Whether that may still be found out."""
-        return self._observed < _PATIENCE * self._length
+        return 0 < self._observed < _PATIENCE * self._length
 
     @property
     def are_refuted(self) -> bool:
