@@ -157,6 +157,8 @@ def _in_store(root: Node, amounts: Amounts, now: int) -> tuple[int, str | None, 
     if known is not None:
         bound_by, due = known
         return (due if ahead <= 1 else NEVER), bound_by, ahead  # known of the first alone
+    if root.in_flight >= root.slots:
+        return NEVER, "concurrency", ahead
     lacking = (
         use.limit.resource
         for use in place.use()

@@ -32,7 +32,7 @@ together. In total that is at most W/128, on the safe side.
 import bisect
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import ClassVar, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 from asyncbucket.core.limits import Limit
 
@@ -145,7 +145,7 @@ class Bucket(Meter):
     def reshape(self, *, rate: float | Fraction, burst: int, now: int) -> None:
         """Change rate and burst; units that are missing stay missing until they are given back."""
         p, q, missing = self.p, self.q, max(0, self.tat - now * self.q)
-        earlier = [*self._earlier_bursts, (now * q, self.burst)][-_BURSTS:]
+        earlier = [*self._earlier_bursts, (now * q, self.burst)][-_BURSTS:] if self.burst else []
         self.p, self.q = (1_000_000_000 / exact_rate(rate)).as_integer_ratio()
         self.burst = burst
         self.depth = burst * self.p
@@ -222,7 +222,7 @@ class Bucket(Meter):
         # only if the whole call does and nothing was booked since, not even at the same instant. A
         # debt has earned nothing if it found the bucket neither full nor empty, or full just then.
         found = self._lows[later - 1] if start in self._dates[later - 1 : later] else self.depth
-        bursts = (old for until, old in self._earlier_bursts if start < until)
+        bursts = (old for until, old in self._earlier_bursts if start <= until)
         burst = next(bursts, self.burst)
         as_debt = burst == self.burst and (self.full_at == start or found != self.depth)
         if not as_debt and (left or self.tat != start + self.depth):
@@ -255,6 +255,16 @@ class Bucket(Meter):
         backlog = self.tat - now * self.q
         return (self.depth - backlog) // self.p if backlog > 0 else self.burst
 
+    def state(self) -> list[Any]:
+        """Return all that it remembers, as plain data for `restore`."""
+        bursts = [list(each) for each in self._earlier_bursts]
+        return [self.tat, self.full_at, self._dates, self._lows, self.low, bursts]
+
+    def restore(self, state: list[Any]) -> None:
+        """Remember what a bucket of the same rate and burst did when it made ``state``."""
+        self.tat, self.full_at, self._dates, self._lows, self.low, bursts = state
+        self._earlier_bursts = [(until, burst) for until, burst in bursts]
+
     def spare(self, amount: int) -> int:
         """See `Meter.spare`: until the bucket is full."""
         return (self.burst - amount) * self.p // self.q
@@ -277,8 +287,8 @@ class Window(Meter):
         "_closes",
         "_dates",
         "_forgotten",
-        "_grain",
-        "_hold",
+        "grain",
+        "hold",
         "_largest",
         "_last",
         "_units",
@@ -290,7 +300,8 @@ class Window(Meter):
         "window",
     )
 
-    def __init__(self, limit: Limit) -> None:
+    def __init__(self, limit: Limit, *, began: int = -1) -> None:
+        """Keep ``limit``; calls booked up to ``began`` give nothing back."""
         self.window = limit.window
         #: Whether a call above the limit can never pass. A limit that a provider announced only
         #: holds such a call back, until it goes out alone, and its reply corrects the limit.
@@ -299,8 +310,8 @@ class Window(Meter):
         self.used = 0
         #: At least the most that one call has booked of them.
         self._largest = 0
-        self._grain = max(1, self.window // _GRAINS)
-        self._hold = self.window + _JITTER * self.window // _GRAINS
+        self.grain = max(1, self.window // _GRAINS)
+        self.hold = self.window + _JITTER * self.window // _GRAINS
         # Entries that take no more bookings, oldest first: the date of the last booking in each,
         # and its units; and the sum of those.
         self._dates: list[int] = []
@@ -309,7 +320,7 @@ class Window(Meter):
         #: The newest entry: its date, and until when it takes more bookings; 0 if there is none.
         self._last = self._closes = 0
         #: The date of the last entry that was forgotten.
-        self._forgotten = -1
+        self._forgotten = began
         #: What paces it, if the limit has a burst.
         self.pace: Bucket | None = None
         self.reshape(limit, 0)
@@ -336,8 +347,8 @@ class Window(Meter):
         for date, units in zip(self._dates, self._units, strict=True):
             over -= units
             if over <= 0:
-                return max(due, date + self._hold)
-        return max(due, self._last + self._hold) if over <= self.used - self._closed else NEVER
+                return max(due, date + self.hold)
+        return max(due, self._last + self.hold) if over <= self.used - self._closed else NEVER
 
     def take(self, amount: int, now: int) -> bool:
         """See `Meter.take`."""
@@ -391,6 +402,19 @@ class Window(Meter):
         """See `Meter.spare`: a window loses nothing, its pace may."""
         return NEVER if self.pace is None else self.pace.spare(amount)
 
+    def state(self) -> list[Any]:
+        """Return all that it remembers, as plain data for `restore`."""
+        newest = [self._last, self._closes, self.used, self._largest, self._forgotten]
+        return [self._dates, self._units, newest, None if self.pace is None else self.pace.state()]
+
+    def restore(self, state: list[Any]) -> None:
+        """Remember what a window of the same limit did when it made ``state``."""
+        self._dates, self._units, newest, pace = state
+        self._closed = sum(self._units)
+        self._last, self._closes, self.used, self._largest, self._forgotten = newest
+        if self.pace is not None:
+            self.pace.restore(pace)
+
     def lent(self, calls: int) -> int:
         """Return at least what ``calls`` open calls may still give back."""
         return min(self.used, calls * self._largest)
@@ -438,11 +462,11 @@ class Window(Meter):
             self._dates.append(self._last)
             self._units.append(self.used - self._closed)
             self._closed = self.used
-        self._closes = when + self._grain
+        self._closes = when + self.grain
 
     def _forget(self, now: int) -> None:
         """Drop the entries that no window reaching to ``now`` contains."""
-        horizon = now - self._hold
+        horizon = now - self.hold
         gone = bisect.bisect_right(self._dates, horizon)
         if gone:
             self._forgotten = self._dates[gone - 1]

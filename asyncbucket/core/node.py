@@ -160,7 +160,8 @@ class Node:
             self.takes = tuple((meter.take, resource) for meter, resource in self.meters)
             self._work_out_limits()
         bounded = () if parent is None else parent.bounded
-        self.bounded = bounded if self.slots >= NEVER else (self, *bounded)
+        is_kept_elsewhere = parent is None and self.pacer.place is not None
+        self.bounded = bounded if self.slots >= NEVER or is_kept_elsewhere else (self, *bounded)
 
     def _work_out_limits(self) -> None:
         self.most, self.prices = {}, {}
@@ -235,7 +236,7 @@ class Node:
 
         ``back`` assumes that this many slots had been given back.
         """
-        if self.in_flight - back >= self.slots:
+        if self.in_flight - back >= self.slots and self in self.bounded:
             return NEVER, "concurrency"
         return latest(self.own, amounts, since)
 
@@ -382,9 +383,7 @@ class Node:
         """Tell whether a limiter made anew would do the same, so that this one may be forgotten."""
         return not (
             self.in_flight or self.waiting or self.children or self.observers or self.learned
-        ) and all(
-            isinstance(meter, Window) and meter.is_as_new(now) for meter, _ in self.own
-        )
+        ) and all(isinstance(meter, Window) and meter.is_as_new(now) for meter, _ in self.own)
 
     def emit(self, event: Event) -> None:
         """Tell observers, here and above; without the lock."""
@@ -416,4 +415,3 @@ def latest(meters: Meters, amounts: Amounts, since: int) -> tuple[int, str | Non
 def shown_name(name: str) -> str:
     """Return a limiter's name as others may see it: with a star instead of a tenant."""
     return re.sub(r"/\*[^/]*", "/*", name) if "/*" in name else name
-

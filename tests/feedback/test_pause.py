@@ -66,6 +66,16 @@ def test_unbooked_call_of_slow_start_leaves_its_step_to_the_next() -> None:
     assert pause.until == 160 * MS + int(10 * MS * math.log2(3))
 
 
+def test_restored_pause_goes_on_as_the_one_before() -> None:
+    pause, other = paused(gradually=True), Pause()
+    pause.book(1, 160 * MS)
+    other.restore(pause.state())
+    for each in (pause, other):
+        each.book(1, each.until)
+
+    assert pause.until == other.until == 160 * MS + int(10 * MS * math.log2(3))
+
+
 def test_only_longer_pause_restarts_slow_start() -> None:
     pause = paused(gradually=True)
     pause.book(1, 160 * MS)

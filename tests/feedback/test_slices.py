@@ -279,7 +279,7 @@ def test_slices_continue_while_no_calls_are_made() -> None:
 
 
 def test_half_of_a_share_passes_until_slices_are_found_or_ruled_out() -> None:
-    slices = Slices(10, SECOND)
+    slices = Slices(10, SECOND, last_report=SECOND // 2)
     hear(slices, 10, SECOND)
     times: list[int] = []
     while (when := slices.earliest(1, SECOND)) < 5 * SECOND:
