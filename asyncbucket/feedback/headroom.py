@@ -74,8 +74,8 @@ _LEAST: Final = 20
 _AT_ONCE: Final = 10
 #: A limit may be counted in this many slices of its window: seconds of a minute, or ten seconds.
 _SLICE_COUNTS: Final[tuple[int, ...]] = (60, 6)
-#: A window shorter than this (ns) is not counted in slices.
-_SHORTEST_SLICED: Final = 1_000_000_000
+#: Windows as long as these (ns) may be.
+_SLICED: Final = range(1_000_000_000, _LONG + 1)
 
 
 def share_of(amount: int, slices: int = _SLICE_COUNTS[0]) -> int:
@@ -121,8 +121,7 @@ class Headroom(Meter):
         #: The provider's limit, if it is higher than ours.
         self._provider_limit = limit.amount
         #: In how many slices the provider may count, and the shortest of these slices, if any.
-        is_sliced = _SHORTEST_SLICED <= limit.window <= _LONG
-        self._slice_counts = _SLICE_COUNTS if is_sliced else ()
+        self._slice_counts = _SLICE_COUNTS if limit.window in _SLICED else ()
         self._slices: Slices | None = None
 
     def update(
@@ -148,17 +147,18 @@ class Headroom(Meter):
             rounding: by how many units ``remaining`` may have been rounded down.
         """
         if self._level is None:
-            self._first_report = now
+            self._first_report = self._last_report = now
+        since = self._last_report
         self._adopt_limit(amount, limit, now)
         low, high = remaining - booked_since, remaining + rounding
         self._update_slices(low, remaining, high, now)
         self._correct(low, high, now)
         if not (self._is_long or self._slices):
             ours = amount - self._ours.available(now)
-            total = max(amount, remaining + ours)  # the provider's limit may be far above ours
+            in_window = max(amount - ours, remaining) - high  # its limit may be far above ours
             uncertainty = max(booked_since, lent) + rounding
             used = -high - self._booked
-            self.others.update(used, now, total - high - ours, uncertainty, at_most=self._missing)
+            self.others.update(used, now, since, in_window, uncertainty, at_most=self._missing)
 
     def _adopt_limit(self, amount: int, limit: int | None, now: int) -> None:
         """Adopt another limit; what was expected under the old one no longer counts."""
@@ -173,22 +173,21 @@ class Headroom(Meter):
             self._slices = None  # of another size, if there are any
 
     def _update_slices(self, low: int, remaining: int, high: int, now: int) -> None:
-        """Tell the slices; if they are shown to be wrong, look for longer ones while there may be any."""
+        """Tell the slices; rule out those that are too short for the report."""
         if self._slices is not None:
             self._slices.update(low, remaining, high, now)
             if self._slices.are_refuted:
-                self._slice_counts, self._slices = (), None
-        while self._slice_counts:
-            share = share_of(self._provider_limit, self._slice_counts[0])
-            if remaining <= share:
-                if self._slices is None:
-                    from asyncbucket.feedback.slices import Slices
+                self._slice_counts = ()
+        limit, before = self._provider_limit, self._slice_counts
+        self._slice_counts = tuple(n for n in before if remaining <= share_of(limit, n))
+        if self._slice_counts != before or not before:
+            self._slices = None
+        if self._slice_counts and self._slices is None:
+            from asyncbucket.feedback.slices import Slices
 
-                    length = self.window // self._slice_counts[0]
-                    self._slices = Slices(share, length, last_report=self._last_report)
-                    self._slices.update(low, remaining, high, now)
-                return
-            self._slice_counts, self._slices = self._slice_counts[1:], None
+            count = self._slice_counts[0]
+            self._slices = Slices(share_of(limit, count), self.window // count, self._last_report)
+            self._slices.update(low, remaining, high, now)
 
     def _correct(self, low: int, high: int, now: int) -> None:
         """Move the level into the interval that a reply names, and update what is missing."""
@@ -325,25 +324,23 @@ class Others:
         #: The lowest usage beyond our bookings so far; None before any report.
         self._lowest: int | None = None
         self._lowest_at = 0
-        self._last_report = 0
         self._mean = 0
         #: Units per window.
         self.estimate = 0
 
     def update(
-        self, used: int, now: int, in_window: int, uncertainty: int, *, at_most: int
+        self, used: int, now: int, since: int, in_window: int, uncertainty: int, *, at_most: int
     ) -> None:
         """Take in that ``used`` units or up to ``uncertainty`` more were used beyond our bookings.
 
         Args:
             used: counted from any zero; only differences matter.
             now: the instant.
+            since: when the report before this one came.
             in_window: how much of it lies in the last window, at least.
             uncertainty: what we booked recently, which those numbers may or may not include.
             at_most: what comes back in a window less than the limit would bring.
         """
-        if self._lowest is None:
-            self._last_report = now
         if self._lowest is None or used + uncertainty <= self._lowest:  # that much has come back
             self._lowest, self._lowest_at = used + uncertainty, now
         latest = 0 if in_window <= self._noise else in_window + uncertainty // 2
@@ -352,8 +349,7 @@ class Others:
             elapsed = max(now - self._lowest_at, self._window // _SMOOTHING // 2)
             latest = max(latest, (taken + uncertainty // 2) * self._window // elapsed)
         latest = min(latest, at_most)
-        since_report, self._last_report = now - self._last_report, now
         # The estimate rises faster than it falls.
         memory = self._window // 2 if latest > self._mean else _MEMORY * self._window
-        self._mean += (latest - self._mean) * since_report // (memory + since_report)
+        self._mean += (latest - self._mean) * (now - since) // (memory + now - since)
         self.estimate = max(latest, self._mean)

@@ -59,8 +59,6 @@ _MEMORY: Final = 24
 _ENOUGH: Final = 0.8
 #: Others are active if they take at least this fraction (1/16) of a slice.
 _BUSY: Final = 16
-#: After half a slice without a report, a call is due that brings one, if there is room.
-_SILENCE: Final = 2
 
 
 class Beat:
@@ -74,7 +72,7 @@ class Beat:
         self._early = self._late = 0
         self.fits = 0
         #: What was left by the latest report, and when it came.
-        self._left: int | None = None
+        self.left: int | None = None
         self._last_report = 0
 
     @property
@@ -93,8 +91,8 @@ class Beat:
 
     def update(self, remaining: int, now: int) -> None:
         """Take in a report of what is left of a slice."""
-        left, last_report = self._left, self._last_report
-        self._left, self._last_report = remaining, now
+        left, last_report = self.left, self._last_report
+        self.left, self._last_report = remaining, now
         if left is None or now - last_report >= self._length // 2:
             return
         refilled = (now - last_report) * self._share // self._length
@@ -124,13 +122,12 @@ class Slices:
     Args:
         share: units in a slice.
         length: how long a slice is (ns).
-        last_report: when a report came last; 0 if none did.
+        last_report: when the report before the first came; then, if there was none.
     """
 
-    def __init__(self, share: int, length: int, *, last_report: int = 0) -> None:
+    def __init__(self, share: int, length: int, last_report: int) -> None:
         self.share = share
         self._length = length
-        self._transit = length // _TRANSIT
         per = (length + length // _ROOM) / 1_000_000_000
         self._window = Window(Limit("units", share, per=per, burst=share))
         #: Until when our bookings reach if spread evenly.
@@ -148,10 +145,8 @@ class Slices:
         self._slice_end = 0
         #: Units that we booked in it, and those that may count in the next one as well.
         self._ours = self._ours_next = 0
-        #: Units that others took of it, when that was reported, and whether nothing was left then.
-        self._others_taken = 0
-        self._reported_at = 0
-        self._is_exhausted = False
+        #: Units that others took of it, and when that was reported.
+        self._others_taken = self._reported_at = 0
         #: Units that others took of the latest slices, and how much of them we saw, in slices.
         self._others_seen = self._slices_seen = 0.0
 
@@ -182,19 +177,19 @@ class Slices:
 
     def update(self, low: int, remaining: int, high: int, now: int) -> None:
         """Take in a report that ``remaining`` is left of a slice, from ``low`` to ``high`` in truth."""
-        self._observed += min(now - self._last_report, self._length) if self._last_report else 0
+        self._observed += min(now - self._last_report, self._length)
         self._last_report = now
         if now - self._quarter_began >= self._length // _QUARTER:
             back = low + self._booked - self._left_then
             self._refills += back * _QUARTER >= self._booked > 0
             self._quarter_began, self._left_then, self._booked = now, high, 0
+        says_more = remaining or self._beat.left  # once nothing is left, others get no more
         self._beat.update(remaining, now)
         self._begin_slice(now)
-        slice_start = self._slice_end - self._length
-        if self._slice_end and now >= slice_start + self._transit and not self._is_exhausted:
+        begun = self._slice_end - self._length + self._length // _TRANSIT
+        if self._slice_end and now >= begun and says_more:
             self._others_taken = max(self._others_taken, self.share - remaining - self._ours)
             self._reported_at = now
-            self._is_exhausted = not remaining  # later reports say nothing about what others take
 
     def earliest(self, amount: int, now: int) -> int:
         """See `Headroom.earliest`; one call passes in every slice, whatever others take."""
@@ -213,7 +208,7 @@ class Slices:
         self._begin_slice(when)
         self._booked += amount
         self._ours += amount
-        if self._slice_end - when < self._beat.uncertainty + self._transit:
+        if self._slice_end - when < self._beat.uncertainty + self._length // _TRANSIT:
             self._ours_next += amount
         self._spread_until = max(when, self._spread_until) + self._spacing(amount)
         self._window.book(amount, when)
@@ -237,11 +232,10 @@ class Slices:
                 return
             slice_start = self._slice_end - self._length
             self._others_seen += self._others_taken - self._others_seen / _MEMORY
-            self._slices_seen += (
-                self._reported_at - slice_start
-            ) / self._length - self._slices_seen / _MEMORY
+            seen = (self._reported_at - slice_start) / self._length
+            self._slices_seen += seen - self._slices_seen / _MEMORY
             ours = self._ours_next
-        self._ours, self._ours_next, self._others_taken, self._is_exhausted = ours, 0, 0, False
+        self._ours, self._ours_next, self._others_taken = ours, 0, 0
         self._slice_end = self._beat.nearest(now + self._length // 2)
         self._reported_at = self._slice_end - self._length
 
@@ -256,7 +250,8 @@ class Slices:
         if free >= with_small_margin(others, amount) or (free >= 0 and not self._ours):
             return when
         if free >= with_small_margin(others, amount, minimal=True):
-            return min(self._slice_end, max(when, self._reported_at + self._length // _SILENCE))
+            # After half a slice without a report, a call is due that brings one.
+            return min(self._slice_end, max(when, self._reported_at + self._length // 2))
         return self._slice_end
 
     def _spacing(self, amount: int) -> int:

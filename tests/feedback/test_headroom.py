@@ -368,6 +368,21 @@ def test_deadline_is_not_refused_while_a_reply_may_raise_headroom() -> None:
         assert time.run(main()) == pytest.approx(1)
 
 
+def test_calls_that_wait_in_one_line_come_evenly_as_well() -> None:
+    """Ten are left of what may be a second: five pass at once, and none of the others with them."""
+    with virtual_time() as time:
+        limiter = Limiter("600 tokens/minute", clock=time.clock)
+
+        async def main() -> list[float]:
+            limiter.observe_remaining(10, resource="tokens", per=60)
+            calls = [asyncio.create_task(limiter.acquire(tokens=1).__aenter__()) for _ in range(20)]
+            return sorted([(await call).waited for call in calls])
+
+        waited = time.run(main())
+
+    assert [round(each, 1) for each in waited[:10]] == [0, 0, 0, 0, 0, 0.1, 0.2, 0.3, 0.4, 0.5]
+
+
 def test_report_on_window_without_limit_is_ignored() -> None:
     limiter = Limiter("600 RPM burst 600")
     limiter.observe_remaining(0, resource="tokens", per=60)

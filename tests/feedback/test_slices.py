@@ -105,7 +105,7 @@ def saturate(
     ``way`` ns. The first 16 seconds, in which slices are detected, do not count as use.
     """
     chance = random.Random(seed)
-    slices = Slices(provider.share, SECOND)
+    slices = Slices(provider.share, SECOND, SECOND)
     hear(slices, provider.share, SECOND)
     events: list[tuple[int, int, str, int]] = [(SECOND, 0, "ask", 0)]
     number = 0
@@ -199,7 +199,7 @@ def listen(meter: Slices | Headroom, taken: int) -> None:
 
 def known(*, taken: int = 0) -> Slices:
     """Return slices of a second whose beginning is known, and of which others take `taken`."""
-    slices = Slices(10, SECOND)
+    slices = Slices(10, SECOND, SECOND)
     listen(slices, taken)
     assert slices.are_known
     return slices
@@ -279,7 +279,7 @@ def test_slices_continue_while_no_calls_are_made() -> None:
 
 
 def test_half_of_a_share_passes_until_slices_are_found_or_ruled_out() -> None:
-    slices = Slices(10, SECOND, last_report=SECOND // 2)
+    slices = Slices(10, SECOND, SECOND // 2)
     hear(slices, 10, SECOND)
     times: list[int] = []
     while (when := slices.earliest(1, SECOND)) < 5 * SECOND:
@@ -297,7 +297,7 @@ def test_half_of_a_share_passes_until_slices_are_found_or_ruled_out() -> None:
 
 def refill(*, every: int) -> Slices:
     """Return slices of ten seconds after 14 s in which we took 5 a second, and all was back `every` s."""
-    slices = Slices(100, 10 * SECOND)
+    slices = Slices(100, 10 * SECOND, SECOND)
     hear(slices, 90, SECOND)
     for second in range(2, 15):
         slices.book(5, second * SECOND - SECOND // 2)
