@@ -186,6 +186,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
                 raise
             if not in_time:
                 raise too_late(node, amounts, asked, deadline)
+            waiter.lease = None  # the seat may remember a deadline for long
         except BaseException as error:
             self._state = OVER
             if isinstance(error, REFUSALS):

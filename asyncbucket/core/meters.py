@@ -46,7 +46,10 @@ _LOWS: Final = 511
 #: It remembers this many earlier bursts; a call that is open for longer errs on the safe side.
 _BURSTS: Final = 8
 
+#: What a call takes: resource -> whole units.
 Amounts = Mapping[str, int]
+#: No list of its own for each of ten thousand idle limiters; never changed.
+_NOTHING: Final[list[int]] = []
 
 
 class Meter(Protocol):
@@ -128,8 +131,8 @@ class Bucket(Meter):
         #: The last instant at which a booking found the bucket full, in the same unit.
         self.full_at = 0
         # The lows and their instants, both ascending, in q-ths of a nanosecond.
-        self._dates: list[int] = []
-        self._lows: list[int] = []
+        self._dates: list[int] = _NOTHING
+        self._lows: list[int] = _NOTHING
         #: The lowest backlog found by bookings that bypassed `book` (see `TokenBucket.acquire`); the
         #: next booking made here adds it to the others.
         self.low = NEVER
@@ -139,22 +142,25 @@ class Bucket(Meter):
         self.depth = self.slack = 0
         self.burst = 0
         #: Until when, in q-ths of ns, bookings were made under other bursts, and which.
-        self._earlier_bursts: list[tuple[int, int]] = []
+        self._earlier_bursts: tuple[tuple[int, int], ...] = ()
         self.reshape(rate=rate, burst=burst, now=0)
 
     def reshape(self, *, rate: float | Fraction, burst: int, now: int) -> None:
         """Change rate and burst; units that are missing stay missing until they are given back."""
         p, q, missing = self.p, self.q, max(0, self.tat - now * self.q)
-        earlier = [*self._earlier_bursts, (now * q, self.burst)][-_BURSTS:] if self.burst else []
+        earlier = [*self._earlier_bursts, (now * q, self.burst)] if self.burst else []
+        if len(earlier) > _BURSTS:
+            earlier[:2] = [(earlier[1][0], min(earlier[0][1], earlier[1][1]))]
         self.p, self.q = (1_000_000_000 / exact_rate(rate)).as_integer_ratio()
         self.burst = burst
         self.depth = burst * self.p
         self.slack = self.depth - self.p
         self.tat = now * self.q - -missing * self.p // p
         self.full_at = self.full_at * self.q // q
-        self._dates = [date * self.q // q for date in self._dates]
-        self._lows = [low * self.p // p for low in self._lows]
-        self._earlier_bursts = [(until * self.q // q, old) for until, old in earlier]
+        if self._dates:
+            self._dates = [date * self.q // q for date in self._dates]
+            self._lows = [low * self.p // p for low in self._lows]
+        self._earlier_bursts = tuple((until * self.q // q, old) for until, old in earlier)
         self.low = NEVER
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
@@ -199,14 +205,13 @@ class Bucket(Meter):
             return
         self.tat += cost
         dates, lows = self._dates, self._lows
-        if dates:
-            if dates[-1] == start:
-                return  # the first booking of this instant found the lower backlog
-            if dates[-1] <= self.full_at:
-                dates.clear()
-                lows.clear()
-            while lows and lows[-1] >= low:
-                del dates[-1], lows[-1]
+        if dates and dates[-1] == start:
+            return  # the first booking of this instant found the lower backlog
+        if not dates or dates[-1] <= self.full_at:
+            self._dates, self._lows = [start], [low]
+            return
+        while lows and lows[-1] >= low:
+            del dates[-1], lows[-1]
         dates.append(start)
         lows.append(low)
         if len(lows) > _LOWS:
@@ -263,7 +268,7 @@ class Bucket(Meter):
     def restore(self, state: list[Any]) -> None:
         """Remember what a bucket of the same rate and burst did when it made ``state``."""
         self.tat, self.full_at, self._dates, self._lows, self.low, bursts = state
-        self._earlier_bursts = [(until, burst) for until, burst in bursts]
+        self._earlier_bursts = tuple((until, burst) for until, burst in bursts)
 
     def spare(self, amount: int) -> int:
         """See `Meter.spare`: until the bucket is full."""
@@ -314,8 +319,8 @@ class Window(Meter):
         self.hold = self.window + _JITTER * self.window // _GRAINS
         # Entries that take no more bookings, oldest first: the date of the last booking in each,
         # and its units; and the sum of those.
-        self._dates: list[int] = []
-        self._units: list[int] = []
+        self._dates: list[int] = _NOTHING
+        self._units: list[int] = _NOTHING
         self._closed = 0
         #: The newest entry: its date, and until when it takes more bookings; 0 if there is none.
         self._last = self._closes = 0
@@ -459,6 +464,8 @@ class Window(Meter):
         """Close the newest entry, and begin another."""
         self._forget(when)
         if self._closes:
+            self._dates = self._dates or []
+            self._units = self._units or []
             self._dates.append(self._last)
             self._units.append(self.used - self._closed)
             self._closed = self.used

@@ -11,7 +11,7 @@ one comes (`Node.__getattr__`), and forgotten when limits change here or above.
 
 import re
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import MappingProxyType
 from typing import Any, Final, Protocol, Self, TypeAlias
 
@@ -69,6 +69,7 @@ class Node:
         "extra",
         "in_flight",
         "is_plain",
+        "last_words",
         "learned",
         "limits",
         "lines",
@@ -135,6 +136,8 @@ class Node:
         #: How many calls waited, and how long (ns) in total, by what bound them.
         self.waits: dict[str, list[int]] = EMPTY_MAPPING
         self.observers: Observers | None = None
+        #: Called before it is forgotten, if it was let go.
+        self.last_words: Callable[[Node], object] | None = None
         #: Where its calls wait, by priority: see `asyncbucket.core.queue`.
         self.lines: dict[int, Any] = EMPTY_MAPPING
         self.branches: dict[int, Any] = EMPTY_MAPPING
@@ -382,15 +385,21 @@ class Node:
 
     def is_as_new(self, now: int) -> bool:
         """Tell whether a limiter made anew would do the same, so that this one may be forgotten."""
-        return not (
-            self.in_flight or self.waiting or self.children or self.observers or self.learned
-        ) and all(isinstance(meter, Window) and meter.is_as_new(now) for meter, _ in self.own)
+        return (
+            not (self.in_flight or self.waiting or self.children or self.observers or self.learned)
+            and all(window.is_as_new(now) for window in self.limits.values())
+            and all(meter.available(now) >= NEVER for meter, _ in self.extra)
+        )
 
     def emit(self, event: Event) -> None:
         """Tell observers, here and above; without the lock."""
         for node in reversed(self.path):
             if node.observers is not None:
                 node.observers.emit(event)
+
+    def __del__(self) -> None:
+        if self.last_words is not None:
+            self.last_words(self)
 
     def after_fork(self) -> None:
         """Start afresh in a child process: calls that wait or are in flight are the parent's."""

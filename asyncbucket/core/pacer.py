@@ -316,8 +316,8 @@ class Pacer:
             rouse(node)
         now = self.clock() if now is None else now
         for seat in list(self.seats.values()):
-            if seat.waiting:
-                seat.ring(now)
+            if seat.waiting and not seat.ring(now):
+                self._bury(seat)
 
     def limits_changed_locked(self, node: Node) -> None:
         """Send newcomers and those who wait through the meters of ``node`` as they are now."""

@@ -169,6 +169,7 @@ class Line(Flow):
         self.calls.append(waiter)
         if not self.living:
             self.since = now
+        if not self.competes:  # also if all who stood here have given up
             self.arrive()
         self.living += 1
 

@@ -321,18 +321,6 @@ async def test_settling_after_window_has_passed_refunds_nothing(virtual_time: Vi
     assert limiter.statistics().limits[0].available == 0
 
 
-async def test_lease_repr_shows_state_cost_and_wait(virtual_time: VirtualTime) -> None:
-    limiter = Limiter("1/s", clock=virtual_time.clock)
-    await limiter.acquire()
-    lease = await limiter.acquire(tokens=5)
-    assert repr(lease) == (
-        "<Lease open Cost(requests=1, tokens=5, input_tokens=5, output_tokens=5) "
-        "waited=1.006 s bound_by=requests>"
-    )
-    lease.release()
-    assert repr(lease).startswith("<Lease released Cost(")
-
-
 @settings(deadline=None, max_examples=100)
 @given(
     reserved=st.integers(1, 60),

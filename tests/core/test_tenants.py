@@ -127,7 +127,7 @@ DONE: dict[str, tuple[Callable[[Limiter], Any], bool, Callable[[Limiter], object
     ),
     "parent": (lambda tenant: tenant.child("chat"), False, lambda tenant: tenant.children),
     "of tenants": (
-        lambda tenant: use(tenant.key("user", "images/s 5".replace("images/s 5", "5 RPM burst 5"))),
+        lambda tenant: use(tenant.key("user", "5 RPM burst 5")),
         False,
         lambda tenant: used(tenant.key("user")) == [1],
     ),
