@@ -201,8 +201,6 @@ class Headroom(Meter):
             since_report = now - self._last_report + self.window // _SMOOTHING
             shortfall = (expected - self._level) // since_report
             self._missing = min(self.amount, max(0, self._missing + shortfall))
-            if self._slices and (self._slices.are_searched or self._slices.are_known):
-                self._missing = 0
         self._growth = max(self.amount - self._missing, self.amount // _LEAST, 1)
         is_missing = self._missing * _NOISE >= self.amount
         self._margin = max(1, self._missing // _MARGIN) if is_missing else 0
