@@ -3,28 +3,22 @@
 import heapq
 import random
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
 
+from asyncbucket import Limit
 from asyncbucket.feedback.headroom import Headroom
-from asyncbucket.feedback.slices import (
-    SLICE_COUNTS,
-    Beat,
-    Slices,
-    possible_slices,
-    with_small_margin,
-)
+from asyncbucket.feedback.slices import Beat, Slices, with_small_margin
+from asyncbucket.testing import assert_never_over
 
 SECOND = 1_000_000_000
-MINUTE = 60 * SECOND
 MS = 1_000_000
 
 
 def beat(*words: tuple[float, int]) -> Beat:
     """Return a detector of one-second slices of ten units that heard these reports."""
-    found = Beat(share=10, length=SECOND)
+    found = Beat(10, SECOND)
     for when, left in words:
         found.update(left, round(when * SECOND))
     return found
@@ -33,7 +27,7 @@ def beat(*words: tuple[float, int]) -> Beat:
 def test_jumps_in_remaining_show_where_slices_begin() -> None:
     """Two jumps show where each slice begins, and so where later ones will."""
     heard = beat((0.2, 1), (0.4, 9))
-    assert heard.is_found
+    assert heard.fits == 1
     assert not heard.is_sure
     heard = beat((0.2, 1), (0.4, 9), (1.2, 2), (1.35, 8), (2.25, 0), (2.45, 9))
 
@@ -42,15 +36,16 @@ def test_jumps_in_remaining_show_where_slices_begin() -> None:
     assert heard.uncertainty <= 0.2 * SECOND
 
 
-def test_steady_refill_is_not_taken_for_a_slice() -> None:
-    """A bucket refills steadily: four more after 0.4 s do not indicate a slice."""
-    assert not beat((0, 1), (0.4, 5)).is_found
-    assert not beat((0, 5), (0.1, 4)).is_found
-
-
-def test_jump_after_half_a_slice_of_silence_is_ignored() -> None:
-    """The slice may have begun at any moment in between."""
-    assert not beat((0, 0), (0.5, 10)).is_found
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param([(0, 1), (0.4, 5)], id="four more after 0.4 s are a bucket's refill"),
+        pytest.param([(0, 5), (0.1, 4)], id="no more"),
+        pytest.param([(0, 0), (0.5, 10)], id="after half a slice of silence, no one knows when"),
+    ],
+)
+def test_no_slice_is_found_where_nothing_jumps(words: list[tuple[float, int]]) -> None:
+    assert not beat(*words).fits
 
 
 def test_irregular_jumps_do_not_make_slices_sure() -> None:
@@ -59,7 +54,7 @@ def test_irregular_jumps_do_not_make_slices_sure() -> None:
     jumps = [(when + 0.05, 9) for when, _ in words]
     heard = beat(*(word for pair in zip(words, jumps, strict=True) for word in pair))
 
-    assert heard.is_found
+    assert heard.fits
     assert not heard.is_sure
 
 
@@ -110,8 +105,8 @@ def saturate(
     ``way`` ns. The first 16 seconds, in which slices are detected, do not count as use.
     """
     chance = random.Random(seed)
-    slices = Slices(amount=60 * provider.share, window=MINUTE, number=60)
-    slices.update(provider.share, SECOND)
+    slices = Slices(provider.share, SECOND, SECOND)
+    hear(slices, provider.share, SECOND)
     events: list[tuple[int, int, str, int]] = [(SECOND, 0, "ask", 0)]
     number = 0
 
@@ -136,7 +131,7 @@ def saturate(
         elif what == "reply":
             later(chance.randint(0, way), "hear", provider.left(now))
         elif what == "hear":
-            slices.update(left, now)
+            hear(slices, left, now)
             later(0, "ask")
         else:
             while (when := slices.earliest(1, now)) <= now:
@@ -147,6 +142,11 @@ def saturate(
                 later(when - now, "ask")
     late = [used for index, used in provider.used.items() if 16 < index <= seconds]
     return sum(late) / (provider.share * (seconds - 16))
+
+
+def hear(slices: Slices, left: int, now: int) -> None:
+    """Report what is left; all that was booked is counted in it."""
+    slices.update(left, left, left, now)
 
 
 @pytest.mark.parametrize("phase", [0, 370 * MS, 990 * MS])
@@ -178,49 +178,51 @@ def test_shared_small_slices_are_well_used_with_few_refusals() -> None:
     assert provider.refused < 0.05 * 2_000
 
 
-def listen(
-    hear: Callable[[int, int], None], book: Callable[[int, int], None], share: int, taken: int
-) -> None:
-    """Hear for half a minute of slices that begin with each second, of which others take a part.
+def listen(meter: Slices | Headroom, taken: int) -> None:
+    """Hear for half a minute of slices of ten that begin with each second; others take a part.
 
     For some of that time we take the rest of each. The last report comes at 29.99 s.
     """
     for second in range(1, 30):
-        ours = share - taken if 9 < second < 25 else 0
-        for part, left in ((10, share), (450, share - taken), (900, 0), (990, 0)):
-            hear(left or share - taken - ours, second * SECOND + part * MS)
+        ours = 10 - taken if 9 < second < 25 else 0
+        end = 10 - taken - ours
+        for part, left in ((10, 10), (450, 10 - taken), (900, end), (990, end)):
+            when = second * SECOND + part * MS
+            if isinstance(meter, Slices):
+                hear(meter, left, when)
+            else:
+                meter.update(left, when, amount=600)
             if part == 450:
                 for _ in range(ours):
-                    book(1, second * SECOND + 500 * MS)
+                    meter.book(1, second * SECOND + 500 * MS)
 
 
-def known(*, taken: int = 0, share: int = 10) -> Slices:
+def known(*, taken: int = 0) -> Slices:
     """Return slices of a second whose beginning is known, and of which others take `taken`."""
-    slices = Slices(amount=60 * share, window=MINUTE, number=60)
-    listen(slices.update, slices.book, share, taken)
+    slices = Slices(10, SECOND, SECOND)
+    listen(slices, taken)
+    assert slices.are_known
     return slices
 
 
 def test_slice_reserves_others_share_until_its_end() -> None:
     """Others take six of ten: early at most two pass, and more once they have taken less."""
     slices = known(taken=6)
-    assert slices.is_known
     start = 30 * SECOND + 100 * MS
     early = 0
     while early < 9 and slices.earliest(1, start) <= start:
         slices.book(1, start)
         early += 1
     late = 30 * SECOND + 950 * MS
-    slices.update(9 - early, late)
+    hear(slices, 9 - early, late)
 
     assert early <= 2
     assert slices.earliest(1, late) == late
 
 
 def test_full_slice_delays_calls_until_next_slice() -> None:
-    """The next call passes once the next slice has begun."""
     slices = known(taken=6)
-    slices.update(0, 30 * SECOND + 500 * MS)
+    hear(slices, 0, 30 * SECOND + 500 * MS)
     slices.book(1, 30 * SECOND + 500 * MS)
     when = slices.earliest(1, 30 * SECOND + 600 * MS)
 
@@ -258,9 +260,9 @@ def test_unbooked_call_returns_units_only_to_its_own_slice() -> None:
     for _ in range(10):
         slices.book(1, now)
     assert slices.earliest(1, now + 600 * MS) > 31 * SECOND
-    slices.unbook(1, 29 * SECOND, 0)
+    slices.unbook(1, 29 * SECOND)
     assert slices.earliest(1, now + 600 * MS) > 31 * SECOND
-    slices.unbook(5, now, 0)
+    slices.unbook(5, now)
 
     assert slices.earliest(1, now + 600 * MS) == now + 600 * MS
 
@@ -276,26 +278,37 @@ def test_slices_continue_while_no_calls_are_made() -> None:
     assert 90 * SECOND < slices.earliest(10, now) <= 91 * SECOND + 100 * MS
 
 
-def test_slices_of_two_units_are_known_only_on_unshared_key() -> None:
-    """Of two in a slice no part can be left to others, so only when alone are slices known."""
-    assert known(share=2).is_known
-    assert not known(share=2, taken=1).is_known
+def test_half_of_a_share_passes_until_slices_are_found_or_ruled_out() -> None:
+    slices = Slices(10, SECOND, SECOND // 2)
+    hear(slices, 10, SECOND)
+    times: list[int] = []
+    while (when := slices.earliest(1, SECOND)) < 5 * SECOND:
+        slices.book(1, when)
+        times.append(when)
 
-
-def test_new_slices_delay_calls_after_half_a_share() -> None:
-    """This holds from the first reply until slices are detected or ruled out."""
-    slices = Slices(amount=600, window=MINUTE, number=60)
-    slices.update(10, SECOND)
-    assert slices.earliest(10, SECOND) == SECOND
-    slices.update(9, SECOND + 500 * MS)
-    for _ in range(5):
-        slices.book(1, SECOND + 500 * MS)
-
-    assert slices.is_searching
-    assert slices.earliest(1, 2 * SECOND + 400 * MS) > 2 * SECOND + 400 * MS
+    assert_never_over([(when, 1) for when in times], Limit("units", 5, per=1))
+    assert len(times) >= 19
+    assert times[2] - times[1] > 200 * MS
+    assert slices.are_searched
     for second in range(2, 11):
-        slices.update(9, second * SECOND)
-    assert not slices.is_searching
+        hear(slices, 9, second * SECOND)
+    assert not slices.are_searched
+
+
+def refill(*, every: int) -> Slices:
+    """Return slices of ten seconds after 14 s in which we took 5 a second, and all was back `every` s."""
+    slices = Slices(100, 10 * SECOND, SECOND)
+    hear(slices, 90, SECOND)
+    for second in range(2, 15):
+        slices.book(5, second * SECOND - SECOND // 2)
+        hear(slices, 90 - 5 * (second % every), second * SECOND)
+    return slices
+
+
+def test_units_that_come_back_all_the_time_rule_slices_out() -> None:
+    """In a slice, what was booked stays missing until it ends."""
+    assert refill(every=1).are_refuted
+    assert not refill(every=10).are_refuted
 
 
 def test_reserve_for_random_variation_shrinks_with_expected_use() -> None:
@@ -308,41 +321,10 @@ def test_reserve_for_random_variation_shrinks_with_expected_use() -> None:
     assert with_small_margin(400, 100, minimal=True) == 600
 
 
-def test_slices_are_tried_from_shortest_to_longest() -> None:
-    """If more is left than fits into a second, the limit may be counted in ten-second slices."""
-    assert [each.share for each in possible_slices(amount=600, window=MINUTE)] == [10, 100]
-    assert SLICE_COUNTS == (60, 6)
-    headroom = Headroom(amount=600, window=MINUTE)
-    headroom.update(90, SECOND, amount=600)
-    assert sum(headroom.take(1, SECOND) for _ in range(600)) < 100
-    headroom.update(600, MINUTE + 2 * SECOND, amount=600)
-
-    assert sum(headroom.take(1, MINUTE + 2 * SECOND) for _ in range(600)) == 600
-
-
-def test_lowered_limit_shrinks_slices() -> None:
-    """If the limit is lowered while it is counted in slices, the slices get smaller, too."""
-    headroom = Headroom(amount=600, window=MINUTE)
-    headroom.update(10, SECOND, amount=600)
-    headroom.update(5, 2 * SECOND, amount=300)
-
-    assert sum(headroom.take(1, 2 * SECOND) for _ in range(100)) <= 5
-
-
-def test_slice_size_follows_providers_limit_not_ours() -> None:
-    """Our limit is 300 of 600, but ten left are a full slice of the provider's, not twice ours."""
-    headroom = Headroom(amount=300, window=MINUTE)
-    headroom.update(10, SECOND, amount=300, limit=600)
-    headroom.update(10, 2 * SECOND, amount=300)
-
-    assert sum(headroom.take(1, 2 * SECOND) for _ in range(100)) <= 10
-    assert headroom.others == 0
-
-
 def test_known_slices_let_headroom_admit_at_next_slice_start() -> None:
     """What is left at the end of a slice tells nothing of the next one."""
-    headroom = Headroom(amount=600, window=MINUTE)
-    listen(lambda left, now: headroom.update(left, now, amount=600), headroom.book, 10, 0)
+    headroom = Headroom(Limit("requests", 600))
+    listen(headroom, 0)
     for _ in range(10):
         headroom.book(1, 29 * SECOND + 500 * MS)
     begun = headroom.earliest(1, 29 * SECOND + 995 * MS)
