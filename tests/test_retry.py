@@ -15,8 +15,8 @@ import stamina.instrumentation
 from stamina.instrumentation import RetryDetails
 
 from asyncbucket import AcquireTimeout, CostExceedsLimit, Limiter, QueueFull
-from asyncbucket.http.headers import WEEK
-from asyncbucket.http.refusals import Refusals
+from asyncbucket.providers.headers import WEEK
+from asyncbucket.providers.refusals import Refusals
 from asyncbucket.retry import Retrier, Retry, RetryBudget, Sent, Verdict, classify
 from asyncbucket.testing import VirtualTime, virtual_time
 from asyncbucket.testing.provider import RateLimitedProvider

@@ -8,20 +8,13 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from asyncbucket.core.lease import Lease
-from asyncbucket.http.body import (
-    Tail,
-    find_usage,
-    is_complete,
-    is_input_only,
-    read_json,
-    replies_of,
-)
-from asyncbucket.http.failures import FIRST_ERROR, end_failed, never_sent
-from asyncbucket.http.forecast import OutputForecast
-from asyncbucket.http.learn import HeaderReader, header_pairs
-from asyncbucket.http.profiles import Call, Profile
-from asyncbucket.http.refusals import Refusals
-from asyncbucket.http.usage import Usage
+from asyncbucket.providers.errors import FIRST_ERROR, end_failed, never_sent
+from asyncbucket.providers.forecast import OutputForecast
+from asyncbucket.providers.learn import HeaderReader, header_pairs
+from asyncbucket.providers.profiles import Call, Profile
+from asyncbucket.providers.refusals import Refusals
+from asyncbucket.providers.request import is_input_only, read_json, replies_of
+from asyncbucket.providers.usage import Tail, Usage, find_usage, is_complete
 
 #: If calls wait, many leave at once: calls this close together (s) may arrive in another order.
 _REORDERING_LAG: Final = 0.2

@@ -4,9 +4,8 @@ import functools
 import importlib.util
 from typing import Any, Final
 
+from asyncbucket.by_loop import PerLoopTransport
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.http.by_loop import PerLoopTransport
-from asyncbucket.http.profiles import Profile
 from asyncbucket.http.routes import Routing
 from asyncbucket.http.transport import (
     FAMILIES,
@@ -17,6 +16,7 @@ from asyncbucket.http.transport import (
     transport,
     transport_sync,
 )
+from asyncbucket.providers.profiles import Profile
 
 #: The time-outs (s) of the SDKs of OpenAI and Anthropic: a reply may take ten minutes.
 _TIMEOUT: Final = 600.0

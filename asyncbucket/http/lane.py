@@ -8,11 +8,11 @@ from asyncbucket.core.lease import Lease
 from asyncbucket.core.levels import effective_limiter, in_force
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.http.attempt import Attempt
-from asyncbucket.http.body import replies_of, reports_own_usage
-from asyncbucket.http.forecast import OutputForecast
-from asyncbucket.http.learn import HeaderReader
-from asyncbucket.http.profiles import Call, Profile
-from asyncbucket.http.refusals import Refusals
+from asyncbucket.providers.forecast import OutputForecast
+from asyncbucket.providers.learn import HeaderReader
+from asyncbucket.providers.profiles import Call, Profile
+from asyncbucket.providers.refusals import Refusals
+from asyncbucket.providers.request import replies_of, reports_own_usage
 
 if TYPE_CHECKING:
     from asyncbucket.core.limits import Limit

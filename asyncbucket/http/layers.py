@@ -6,10 +6,10 @@ Layers above it may pay for the same call, or retry it; and its limiter may be o
 import logging
 from typing import Any, Final
 
+from asyncbucket.by_loop import DUPLICATE_LIMITERS, WARNING_THRESHOLD
 from asyncbucket.core.levels import is_under
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.http.duplicates import DUPLICATE_LIMITERS, WARNING_THRESHOLD
-from asyncbucket.http.held import paying_limiter
+from asyncbucket.nesting import paying_limiter
 
 _RETRY_COUNT: Final = "x-stainless-retry-count"
 #: The headers that carry keys: of OpenAI and most others, Anthropic, Azure.

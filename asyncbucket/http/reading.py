@@ -6,10 +6,10 @@ from typing import Any, Final, TypeAlias
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.levels import provider_of
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.http.body import read_json
 from asyncbucket.http.lane import Lane
-from asyncbucket.http.profiles import Call, Profile, profile_named, profile_of
 from asyncbucket.http.routes import Routes, Routing
+from asyncbucket.providers.profiles import Call, Profile, profile_named, profile_of
+from asyncbucket.providers.request import read_json
 
 #: A request's lane, the call, its profile, and its cost; None if it needs no admission.
 PricedRequest: TypeAlias = tuple[Lane, Call, Profile, Cost | None]

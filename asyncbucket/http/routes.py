@@ -12,7 +12,7 @@ from typing import TypeAlias
 from asyncbucket.core.levels import is_under
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import shown
-from asyncbucket.http.profiles import Call
+from asyncbucket.providers.profiles import Call
 
 #: A child's name, or the child itself; None for the transport's own limiter.
 Target: TypeAlias = str | Limiter | None

@@ -20,18 +20,18 @@ from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
+from asyncbucket.by_loop import PerLoopTransport
 from asyncbucket.core.levels import is_under
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.http.attempt import Attempt
-from asyncbucket.http.by_loop import PerLoopTransport
-from asyncbucket.http.failures import FIRST_ERROR
 from asyncbucket.http.lane import acquire_keywords
 from asyncbucket.http.layers import Layers
-from asyncbucket.http.profiles import Profile
 from asyncbucket.http.reading import RequestReader, has_method
 from asyncbucket.http.routes import Routing
-from asyncbucket.http.running import give_up_slots
 from asyncbucket.http.streams import reply_body_class, request_body
+from asyncbucket.nesting import give_up_slots
+from asyncbucket.providers.errors import FIRST_ERROR
+from asyncbucket.providers.profiles import Profile
 
 Family = Literal["auto", "httpx", "httpx2"]
 

@@ -6,7 +6,7 @@ What is decided here, for each failed attempt:
    time-outs, lost connections, 408, 409, 429 and 5xx are retried; other 4xx and an exhausted quota
    are not.
 2. *Who waits?* A 429 concerns all users of the limiter, so all pause, by the rule of
-   `asyncbucket.http.refusals`: the refusals of one wave make one pause. If the server names no
+   `asyncbucket.providers.refusals`: the refusals of one wave make one pause. If the server names no
    time, the pause doubles from wave to wave.
 3. *When?* As the server says, plus up to a tenth; otherwise by exponential back-off, of which a
    random part between a half and the whole is waited. Never past the deadline, and never longer
@@ -20,7 +20,7 @@ provider's last error, the same object, with a note that says how often the call
 and `stamina_loop` is all that stamina gets to see of it.
 """
 
-from asyncbucket.http.failures import Verdict, classify
+from asyncbucket.providers.errors import Verdict, classify
 from asyncbucket.retry.policy import Retry, RetryBudget
 from asyncbucket.retry.retrier import Retrier
 from asyncbucket.retry.trial import Sent

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from asyncbucket.core.wording import is_integer, is_number
-from asyncbucket.http.headers import WEEK
+from asyncbucket.providers.headers import WEEK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

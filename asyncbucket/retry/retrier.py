@@ -11,8 +11,8 @@ from asyncbucket.core.errors import AsyncBucketError
 from asyncbucket.core.events import Retried
 from asyncbucket.core.levels import effective_limiter
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.http.failures import Verdict
-from asyncbucket.http.refusals import Refusals, doubled
+from asyncbucket.providers.errors import Verdict
+from asyncbucket.providers.refusals import Refusals, doubled
 from asyncbucket.retry.policy import Retry
 from asyncbucket.retry.stamina_loop import TryAgain, is_not_ours, named_like, with_retries
 from asyncbucket.retry.trial import Sent, Trial

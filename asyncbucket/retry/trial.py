@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from asyncbucket.core.errors import AsyncBucketError
 from asyncbucket.core.wording import in_seconds
-from asyncbucket.http.failures import Verdict, classify
+from asyncbucket.providers.errors import Verdict, classify
 from asyncbucket.retry.stamina_loop import TryAgain, is_stamina_off, try_again_class
 
 if TYPE_CHECKING:

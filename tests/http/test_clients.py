@@ -8,8 +8,8 @@ import openai
 import pytest
 
 from asyncbucket import Limiter
+from asyncbucket.by_loop import PerLoopTransport
 from asyncbucket.http import clients
-from asyncbucket.http.by_loop import PerLoopTransport
 
 
 def inner_of(client: Any) -> Any:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from asyncbucket.http import headers
+from asyncbucket.providers import headers
 from asyncbucket.testing.provider.headers import go_duration
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()

@@ -11,8 +11,8 @@ import pytest
 
 from asyncbucket import CostExceedsLimit, Limit, Limiter, WouldBlock
 from asyncbucket.http import ANTHROPIC, GROQ, OPENAI, Profile
-from asyncbucket.http.held import HeldLease
-from asyncbucket.http.learn import HeaderReader
+from asyncbucket.nesting import HeldLease
+from asyncbucket.providers.learn import HeaderReader
 from asyncbucket.testing import VirtualClock
 
 MINUTE = 60_000_000_000

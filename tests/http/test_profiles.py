@@ -7,8 +7,9 @@ import pytest
 
 from asyncbucket import Cost
 from asyncbucket.http import ANTHROPIC, AZURE, GENERIC, GROQ, OPENAI, Call, Profile, Usage
-from asyncbucket.http.body import find_usage, read_json, sent
-from asyncbucket.http.profiles import profile_named, profile_of
+from asyncbucket.providers.profiles import profile_named, profile_of
+from asyncbucket.providers.request import read_json, request_size
+from asyncbucket.providers.usage import find_usage
 
 MESSAGES = [{"role": "user", "content": "x" * 400}]
 USAGE = Usage(90, 7, 97)
@@ -177,12 +178,12 @@ def test_tokens_are_settled_only_for_providers_that_correct_them() -> None:
 )
 def test_every_part_of_request_counts_towards_input(body: dict[str, Any], tokens: int) -> None:
     """Text counts by its length, pictures and files by constants and size, the rest as JSON."""
-    assert sent("/v1/chat/completions", body).by_characters == tokens
+    assert request_size("/v1/chat/completions", body).by_characters == tokens
 
 
 def test_non_english_text_counts_more_by_size_than_by_characters() -> None:
     """For a provider that counts tokens, bytes are a better guess than characters."""
-    asked = sent("/api/chat", {"messages": [{"content": "これはテスト。"}]})
+    asked = request_size("/api/chat", {"messages": [{"content": "これはテスト。"}]})
 
     assert (asked.by_characters, asked.by_size) == (2, 6)
 
@@ -205,7 +206,7 @@ def test_max_output_is_read_by_any_name_if_positive_integer(
     body: dict[str, Any], limit: int | None
 ) -> None:
     """A value that is not a positive whole number sets no limit."""
-    assert sent("/v1/responses", body).max_output == limit
+    assert request_size("/v1/responses", body).max_output == limit
 
 
 @pytest.mark.parametrize(

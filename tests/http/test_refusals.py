@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import Limiter
-from asyncbucket.http.refusals import Refusals
+from asyncbucket.providers.refusals import Refusals
 from asyncbucket.testing import VirtualClock
 
 

@@ -18,7 +18,7 @@ import pytest
 from asyncbucket import Cost, CostExceedsLimit, Limiter, WouldBlock, tenant
 from asyncbucket.core.events import Admitted
 from asyncbucket.http import Call, ProviderProfile, Told, Usage
-from asyncbucket.http.held import HeldLease, holding
+from asyncbucket.nesting import HeldLease, holding
 from asyncbucket.testing import RateLimitedProvider, VirtualClock
 from tests.http.conftest import answering, chunked
 

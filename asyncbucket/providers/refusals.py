@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 from asyncbucket.core.levels import can_give_slots_up
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import in_seconds
-from asyncbucket.http.failures import RATE_LIMITED, Verdict, classify
+from asyncbucket.providers.errors import RATE_LIMITED, Verdict, classify
 
 #: The first pause (s) if the provider names none, and the longest.
 _FIRST_PAUSE: Final = 1.0

@@ -13,7 +13,7 @@ from time import time as wall_clock
 from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.core.errors import AsyncBucketError
-from asyncbucket.http import headers
+from asyncbucket.providers import headers
 
 if TYPE_CHECKING:
     from asyncbucket.core.lease import Lease

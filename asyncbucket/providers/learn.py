@@ -18,7 +18,7 @@ from asyncbucket.core.levels import in_force, levels
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Key, Limit
 from asyncbucket.feedback.slices import share_of
-from asyncbucket.http.profiles import Profile, Told
+from asyncbucket.providers.profiles import Profile, Told
 
 #: A limiter, and the resource and the window of one of its limits.
 _LimitId: TypeAlias = tuple[Limiter, str, float]
