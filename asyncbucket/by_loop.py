@@ -103,6 +103,11 @@ class PerLoopTransport:
         """Return the transport of the running loop."""
         return self._transports.current(self._make)
 
+    def on_this_loop(self) -> Any:
+        """Return the transport of the running loop, or this one if no loop runs."""
+        running = asyncio._get_running_loop() is not None  # noqa: SLF001 - None outside
+        return self.current() if running else self
+
     async def handle_async_request(self, request: Any) -> Any:
         """Send ``request``, and return the response."""
         return await self.current().handle_async_request(request)

@@ -127,14 +127,19 @@ def held_leases() -> Iterator[tuple[HeldLease, Lease]]:
         held = held.outer
 
 
-def paying_limiter(limiter: Limiter) -> Limiter | None:
-    """Return the limiter whose lease is held here, if it is ``limiter``, or below or above it.
+def on_one_path(limiter: Limiter, other: Limiter) -> bool:
+    """Tell whether a call of one of these limiters counts at the other, too.
 
-    If it is below, a lease of ``limiter`` would be a second one for the same call: if there is only
-    one slot, the call would wait for itself.
+    Then a lease of each would be two for the same call: if there is only one slot, the call would
+    wait for itself.
     """
+    return is_under(limiter, other) or is_under(other, limiter)
+
+
+def paying_limiter(limiter: Limiter) -> Limiter | None:
+    """Return the limiter whose lease is held here, if it is on one path with ``limiter``."""
     for held, _ in held_leases():
-        if is_under(held.limiter, limiter) or is_under(limiter, held.limiter):
+        if on_one_path(held.limiter, limiter):
             return held.limiter
     return None
 

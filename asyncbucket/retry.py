@@ -232,7 +232,8 @@ class Retrier:
     def call_sync(self, attempt: Callable[[], T], **options: Any) -> T:
         """Call a plain ``attempt()`` as `call` does, and block this thread during a back-off."""
         options.setdefault("tried", attempt)
-        return run(self.call(functools.partial(SYNC.call, attempt), io=SYNC, **options))
+        result: T = run(self.call(functools.partial(SYNC.call, attempt), io=SYNC, **options))
+        return result
 
     def succeeded(self, sent_at: float | None = None) -> None:
         """Count a success: it pays into the budget, and ends a series of earlier refusals."""

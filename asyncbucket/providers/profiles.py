@@ -25,7 +25,7 @@ settled by the usage.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from asyncbucket.core.cost import Cost
@@ -45,8 +45,8 @@ class Call:
     method: str
     host: str
     path: str
-    #: The JSON object that is sent; empty if it is none, or is streamed.
-    body: Mapping[str, Any]
+    #: The JSON object that is sent; empty if it is none, or is streamed. No repr shows the prompt.
+    body: Mapping[str, Any] = field(repr=False)
     #: Tokens that the reply probably stays under, judged by the latest replies.
     foreseen: int = 0
 

@@ -1,33 +1,35 @@
 """When the provider refuses calls: everyone waits, once, and for as long as it says.
 
-`classify` decides what a refusal means. This module decides what follows for the limiter. A refusal
-for rate, or for lack of slots, concerns all calls, and so does an overloaded provider (529, or a
-503 that says so). The refusals of one wave, which is everything in flight when the first one came
-back, make one pause. If the provider names no time, the pause doubles from wave to wave until a
-call succeeds, up to the time when the provider says that its limits are fully available again. If
-the limiter finds its concurrency by itself, a first wave that names no time reduces the slots and
-makes no pause: that is how a server says that there was one call too many. An exhausted quota does
-not pass by waiting, and pauses nobody.
+`asyncbucket.providers.errors` decides what a refusal means. This module decides what follows for
+the limiter. A refusal for rate, or for lack of slots, concerns all calls, and so does an overloaded
+provider (529, or a 503 that says so). The refusals of one wave, which is everything in flight when
+the first one came back, make one pause. If the provider names no time, the pause doubles from wave
+to wave until a call succeeds, up to the time when the provider says that its limits are fully
+available again. If the limiter finds its concurrency by itself, a first wave that names no time
+reduces the slots and makes no pause: that is how a server says that there was one call too many. An
+exhausted quota does not pass by waiting, and pauses nobody.
 
 Several parties may hear of one wave: each transport of a limiter, and each wrapped model's retries.
-What they have heard is kept once for each limiter, so it remains one wave.
+What they have heard is kept with the limiter, so it remains one wave.
 """
 
 import logging
 import math
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
-from weakref import WeakKeyDictionary
 
 from asyncbucket.core.levels import can_give_slots_up
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import in_seconds
-from asyncbucket.providers.errors import RATE_LIMITED, Verdict, classify
+from asyncbucket.providers.errors import RATE_LIMITED, Verdict, judge_reply
 
 #: The first pause (s) if the provider names none, and the longest.
 _FIRST_PAUSE: Final = 1.0
 _MAX_PAUSE: Final = 120.0
+#: A refusal's body may say what its headers do not; nobody passes until it is there, or for this (s).
+_PAUSE_FOR_BODY: Final = 0.05
 _EXPLANATIONS: Final = {
     "429": (
         "the provider refused a call (429); its limits may be lower than yours, or others use the "
@@ -43,53 +45,24 @@ _OVERLOADED: Final = 529
 _log: Final = logging.getLogger("asyncbucket")
 
 
-class _Refusal(Exception):  # noqa: N818 - never raised: it is only shown to `classify`
-    """Look like an SDK's error."""
-
-    def __init__(self, status: int, headers: Mapping[str, Any], body: Mapping[str, Any]) -> None:
-        super().__init__(status)
-        self.status_code = status
-        self.body = body
-        self.response = _Response(headers)
-
-
-class _Response:
-    __slots__ = ("headers",)
-
-    def __init__(self, headers: Mapping[str, Any]) -> None:
-        self.headers = headers
-
-
-class _RefusalState:
+@dataclass(slots=True)
+class _Waves:
     """What is known of one limiter's refusals, from whichever source."""
 
-    __slots__ = (
-        "first_wave_at",
-        "lock",
-        "paused_until",
-        "quiet_until",
-        "quota_warned",
-        "wave_started_at",
-        "waves",
-    )
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    #: Waves since a call last succeeded, and when the first of them came.
+    count: int = 0
+    first_at: float = -math.inf
+    #: When the latest wave came, and when its pause ends.
+    started_at: float = -math.inf
+    paused_until: float = -math.inf
+    #: Until when pauses are logged for debugging only.
+    quiet_until: float = -math.inf
+    quota_warned: bool = False
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        #: Waves since a call last succeeded, and when the first of them came.
-        self.waves = 0
-        self.first_wave_at = -math.inf
-        #: When the latest wave came, and when its pause ends.
-        self.wave_started_at = -math.inf
-        self.paused_until = -math.inf
-        self.quiet_until = -math.inf
-        self.quota_warned = False
-
-    def is_after_wave(self, now: float, sent_at: float | None) -> bool:
+    def is_over(self, now: float, sent_at: float | None) -> bool:
         """Tell whether a call sent at ``sent_at``, answered now, says more than the latest wave."""
-        return now >= self.paused_until and (sent_at is None or sent_at > self.wave_started_at)
-
-
-_STATES: Final[WeakKeyDictionary[Limiter, _RefusalState]] = WeakKeyDictionary()
+        return now >= self.paused_until and (sent_at is None or sent_at > self.started_at)
 
 
 class Refusals:
@@ -98,52 +71,55 @@ class Refusals:
     Safe on several threads.
     """
 
+    __slots__ = ("_limiter", "_waves")
+
     def __init__(self, limiter: Limiter) -> None:
         self._limiter = limiter
-        self._state = _STATES.setdefault(limiter, _RefusalState())
+        self._waves: _Waves = vars(limiter).setdefault("_refusals", _Waves())
 
     def succeeded(self, sent_at: float | None = None) -> None:
         """End a series of waves, unless the call was sent before the latest wave came."""
-        state = self._state
-        if state.waves:
-            with state.lock:
-                if state.is_after_wave(self._limiter.now(), sent_at):
-                    state.waves = 0
+        waves = self._waves
+        if waves.count:
+            with waves.lock:
+                if waves.is_over(self._limiter.now(), sent_at):
+                    waves.count = 0
 
     def lasted(self, *, waves: int) -> float:
         """Return for how long (s) no call has succeeded, if there were more than so many ``waves``."""
-        state = self._state
-        return self._limiter.now() - state.first_wave_at if state.waves > waves else 0.0
+        known = self._waves
+        return self._limiter.now() - known.first_at if known.count > waves else 0.0
 
     def judge(
         self,
         status: int,
         headers: Mapping[str, Any],
-        body: Mapping[str, Any],
+        body: Mapping[str, Any] | None,
         *,
         sent_at: float | None = None,
-    ) -> Verdict:
-        """Judge a reply whose status is an error, and pause the limiter if it concerns all."""
-        verdict = classify(_Refusal(status, headers, body))
-        if verdict.rate_limited:
-            self.pause(verdict.retry_after, whole_after=verdict.whole_after, sent_at=sent_at)
-        elif self._is_overload(status, verdict):
-            self.pause(verdict.retry_after, reason="overload", sent_at=sent_at)
-        elif status == RATE_LIMITED and not self._state.quota_warned:
-            self._state.quota_warned = True
+    ) -> tuple[Verdict, bool]:
+        """Judge a reply whose status is an error, and pause the limiter if it concerns all.
+
+        Without a ``body`` (None), also tell whether it may say more: then judge once more with it.
+        """
+        verdict = judge_reply(status, headers, body or {})
+        retry_after, named = verdict.retry_after, verdict.retry_after is not None
+        says_so = named or "overloaded" in verdict.reason
+        if verdict.rate_limited and body is None and not named:
+            self._limiter.pause(_PAUSE_FOR_BODY)
+        elif verdict.rate_limited:
+            self.pause(retry_after, whole_after=verdict.whole_after, sent_at=sent_at)
+        elif verdict.retry and (status == _OVERLOADED or (status == _UNAVAILABLE and says_so)):
+            self.pause(retry_after, reason="overload", sent_at=sent_at)
+        elif status == RATE_LIMITED and body is not None and not self._waves.quota_warned:
+            self._waves.quota_warned = True
             _log.warning(
                 "the provider refuses calls of limiter %r for good (%s): no waiting helps; "
                 "look at the account's plan and balance",
-                self._limiter.name,
-                verdict.reason,
+                *(self._limiter.name, verdict.reason),
             )
-        return verdict
-
-    def _is_overload(self, status: int, verdict: Verdict) -> bool:
-        if not verdict.retry:
-            return False
-        says_so = verdict.retry_after is not None or "overloaded" in verdict.reason
-        return status == _OVERLOADED or (status == _UNAVAILABLE and says_so)
+        may_say_more = status in (RATE_LIMITED, _UNAVAILABLE) and not (verdict.retry and named)
+        return verdict, body is None and may_say_more
 
     def pause(
         self,
@@ -171,38 +147,33 @@ class Refusals:
             longest: the most seconds.
             sent_at: when the call was sent, in seconds of the limiter's clock, if that is known.
         """
-        state = self._state
-        with state.lock:
+        waves = self._waves
+        with waves.lock:
             now = self._limiter.now()
-            new_wave = state.is_after_wave(now, sent_at)
+            new_wave = waves.is_over(now, sent_at)
             if new_wave:
-                state.waves += 1
-                state.wave_started_at = now
-                if state.waves == 1:
-                    state.first_wave_at = now
+                waves.count += 1
+                waves.started_at = now
+                waves.first_at = now if waves.count == 1 else waves.first_at
             if retry_after is not None:
                 seconds = min(retry_after, longest)
             elif not new_wave:
-                seconds = max(0.0, state.paused_until - now)
-            elif state.waves == 1 and can_give_slots_up(self._limiter):
+                seconds = max(0.0, waves.paused_until - now)
+            elif waves.count == 1 and can_give_slots_up(self._limiter):
                 seconds = 0.0
             else:
                 cap = longest if whole_after is None else min(longest, max(first, whole_after))
-                seconds = doubled(first, state.waves, most=cap)
-            state.paused_until = max(state.paused_until, now + seconds)
-            is_logged = new_wave and seconds > 0
-            is_warning = is_logged and now >= state.quiet_until
-            if is_warning:
-                state.quiet_until = now + _WARNING_INTERVAL
+                seconds = doubled(first, waves.count, most=cap)
+            waves.paused_until = max(waves.paused_until, now + seconds)
+            level = logging.NOTSET
+            if new_wave and seconds > 0:
+                level = logging.WARNING if now >= waves.quiet_until else logging.DEBUG
+            if level == logging.WARNING:
+                waves.quiet_until = now + _WARNING_INTERVAL
         self._limiter.pause(seconds, reason=reason, gradually=True)
-        if is_logged:
-            _log.log(
-                logging.WARNING if is_warning else logging.DEBUG,
-                "limiter %r pauses for %s: %s",
-                self._limiter.name,
-                in_seconds(seconds),
-                _EXPLANATIONS[reason],
-            )
+        if level:
+            name, why = self._limiter.name, _EXPLANATIONS[reason]
+            _log.log(level, "limiter %r pauses for %s: %s", name, in_seconds(seconds), why)
         return seconds
 
 

@@ -4,16 +4,14 @@ Every provider reports it in another place and under other names, and LlamaIndex
 comes: in `raw`, an object or a dict, or in `additional_kwargs`. This module has the one list of
 both. The numbers come from outside: anything but a number from 0 to ten million is ignored.
 
-A body that passes through a transport is untouched: references to its last chunks are kept
-(`Tail`). Once it is complete, the usage is found in them by its key, without parsing: a reply's
-text may contain the letters ``"usage"``, but JSON escapes the quotes around them, so those bytes can
-only be the real key. It is the key of an object, or, from Ollama, that of a number at the very end.
+In the bytes of a body the usage is found by its key, without parsing: a reply's text may contain
+the letters ``"usage"``, but JSON escapes the quotes around them, so those bytes can only be the real
+key. It is the key of an object, or, from Ollama, that of a number at the very end.
 """
 
 import functools
 import json
 import re
-from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -54,12 +52,8 @@ _CACHED: Final = "cached_tokens"
 #: More than any model's context, and too little to stop a limiter for good.
 _MAX_TOKENS: Final = 10_000_000
 
-#: How much of a reply is kept, in bytes: more than an error's body, or what follows the usage.
-_TAIL_BYTES: Final = 65_536
-#: How much of a compressed reply is kept; it must be complete to be decoded.
-_ENCODED_TAIL_BYTES: Final = 1_048_576
-#: The first bytes of a stream: Anthropic's first event has the tokens of the prompt.
-_HEAD_BYTES: Final = 4_096
+#: How much of the end, and after a key, is searched.
+_SEARCHED_BYTES: Final = 4_096
 #: The keys of an object with the usage: everybody's, then that of Cohere's embeddings.
 _USAGE_KEYS: Final = (b'"usage"', b'"billed_units"')
 _OBJECT_KEY: Final = re.compile(rb'"\w+"\s*:\s*(?=\{)')
@@ -201,37 +195,6 @@ def _get(holder: Any, name: str) -> Any:
     return getattr(holder, name, None)
 
 
-class Tail:
-    """Keep the end of a body that passes by, without copying it."""
-
-    __slots__ = ("_chunks", "_head", "_limit", "_size")
-
-    def __init__(self, *, encoded: bool = False) -> None:
-        self._chunks: deque[bytes] = deque()
-        self._head = b""
-        self._size = 0
-        self._limit = _ENCODED_TAIL_BYTES if encoded else _TAIL_BYTES
-
-    def add(self, chunk: bytes) -> None:
-        """Note the next chunk."""
-        chunks = self._chunks
-        if len(self._head) < _HEAD_BYTES:  # even the first event may come in pieces
-            self._head += chunk[: _HEAD_BYTES - len(self._head)]
-        chunks.append(chunk)
-        self._size += len(chunk)
-        while self._size - len(chunks[0]) >= self._limit:
-            self._size -= len(chunks.popleft())
-
-    def read(self) -> bytes:
-        """Return what is kept."""
-        return b"".join(self._chunks)
-
-    @property
-    def head(self) -> bytes:
-        """The first bytes."""
-        return self._head
-
-
 def is_complete(end: bytes) -> bool:
     """Tell whether a stream of events was complete, though it was not read to its end."""
     # The last event may be as long as the whole reply.
@@ -258,7 +221,7 @@ def _last_usage(end: bytes, key: bytes) -> Usage | None:
 
 def _usage_from_counts(end: bytes) -> Usage | None:
     return read_usage(
-        {name.decode(): int(count) for name, count in _TOKEN_COUNT.findall(end[-_HEAD_BYTES:])}
+        {name.decode(): int(count) for name, count in _TOKEN_COUNT.findall(end[-_SEARCHED_BYTES:])}
     )
 
 
@@ -266,7 +229,7 @@ def _usage_at(data: bytes, start: int) -> Usage | None:
     value = _OBJECT_KEY.match(data, start)
     if value is None:
         return None
-    text = data[value.end() : value.end() + _HEAD_BYTES].decode("utf-8", "replace")
+    text = data[value.end() : value.end() + _SEARCHED_BYTES].decode("utf-8", "replace")
     try:
         found, _ = _DECODER.raw_decode(text)
     except (ValueError, RecursionError):  # cut off, or not JSON

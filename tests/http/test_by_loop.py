@@ -67,7 +67,7 @@ def test_connections_are_closed_when_their_loop_ends(
 
         async def pool(client: Any = client) -> Any:
             await ask(client, provider.base_url)
-            return client._transport.inner.current()._pool
+            return client._transport.inner._pool
 
         for _ in range(2):
             assert asyncio.run(pool()).connections == []
@@ -123,8 +123,8 @@ def test_each_loop_has_a_transport_with_the_same_options(library: Any, limiter: 
 
     async def pool() -> Any:
         paced = client._transport_for_url(library.URL(URL))
-        assert paced.inner.current() is paced.inner.current()
-        return paced.inner.current()._pool
+        assert paced.inner is paced.inner
+        return paced.inner._pool
 
     first, second = asyncio.run(pool()), asyncio.run(pool())
 

@@ -4,18 +4,12 @@ import sys
 from typing import Any
 
 import httpx
+import httpx2
 import openai
 import pytest
 
 from asyncbucket import Limiter
-from asyncbucket.by_loop import PerLoopTransport
 from asyncbucket.http import clients
-
-
-def inner_of(client: Any) -> Any:
-    """Return the transport that a paced client sends with, on this loop."""
-    inner = client._transport.inner
-    return inner.current() if isinstance(inner, PerLoopTransport) else inner
 
 
 async def test_http_client_has_sdk_defaults(library: Any, limiter: Limiter) -> None:
@@ -24,8 +18,8 @@ async def test_http_client_has_sdk_defaults(library: Any, limiter: Limiter) -> N
         assert type(client) is library.AsyncClient
         assert client.timeout == library.Timeout(timeout=600, connect=5.0)
         assert client.follow_redirects
-        assert inner_of(client)._pool._max_connections == 1_000
-        assert inner_of(client)._pool._max_keepalive_connections == 100
+        assert client._transport.inner._pool._max_connections == 1_000
+        assert client._transport.inner._pool._max_keepalive_connections == 100
 
 
 async def test_http_client_defaults_match_openai_sdk() -> None:
@@ -34,7 +28,9 @@ async def test_http_client_defaults_match_openai_sdk() -> None:
     async with Limiter(concurrency=1).http_client() as ours, theirs:
         assert ours.timeout.as_dict() == theirs.timeout.as_dict()
         assert ours.follow_redirects == theirs.follow_redirects
-        assert inner_of(ours)._pool._max_connections == theirs._transport._pool._max_connections
+        assert (
+            ours._transport.inner._pool._max_connections == theirs._transport._pool._max_connections
+        )
 
 
 def test_sync_true_makes_synchronous_client(library: Any, limiter: Limiter) -> None:
@@ -42,7 +38,7 @@ def test_sync_true_makes_synchronous_client(library: Any, limiter: Limiter) -> N
     with limiter.http_client(family=library.__name__, sync=True, timeout=3) as client:
         assert type(client) is library.Client
         assert client.timeout == library.Timeout(3)
-        assert type(inner_of(client)) is library.HTTPTransport
+        assert type(client._transport.inner) is library.HTTPTransport
 
 
 async def test_environment_proxy_transports_are_paced(
@@ -56,7 +52,7 @@ async def test_environment_proxy_transports_are_paced(
         paced = client._transport_for_url(request)
         assert paced is not client._transport
         assert paced.limiter is limiter
-        assert type(paced.inner.current()) is library.AsyncHTTPTransport
+        assert type(paced.inner) is library.AsyncHTTPTransport
         direct = client._transport_for_url(library.URL("https://local.test/"))
         assert direct is client._transport
 
@@ -92,7 +88,45 @@ def test_missing_family_library_error_says_what_to_install(
             make(family="httpx2")
 
 
-async def test_auto_family_prefers_httpx(limiter: Limiter) -> None:
-    """If both are installed, it is httpx."""
-    async with limiter.http_client() as client:
-        assert type(client) is httpx.AsyncClient
+@pytest.mark.parametrize(
+    ("installed", "imported", "taken"),
+    [
+        (("httpx", "httpx2"), ("openai", "httpx", "httpx2"), "httpx"),
+        (("httpx", "httpx2"), ("sdk2", "httpx", "httpx2"), "httpx2"),
+        (("httpx2",), (), "httpx2"),
+        (("httpx", "httpx2"), ("httpx2",), "httpx2"),
+        (("httpx", "httpx2"), ("httpx", "httpx2"), None),
+        (("httpx", "httpx2"), ("openai", "sdk2"), None),
+    ],
+)
+def test_auto_family_is_that_of_the_imported_sdk_or_the_only_one(
+    limiter: Limiter,
+    monkeypatch: pytest.MonkeyPatch,
+    installed: tuple[str, ...],
+    imported: tuple[str, ...],
+    taken: str | None,
+) -> None:
+    """If both may be meant, the error says which to pass for which SDK."""
+
+    class SdkOnHttpx2:
+        class DefaultHttpxClient(httpx2.Client):
+            """What an SDK calls the class of the clients that it takes."""
+
+    modules: dict[str, Any] = {"httpx": httpx, "httpx2": httpx2, "openai": openai}
+    modules["sdk2"] = SdkOnHttpx2
+    monkeypatch.setattr(clients, "_SDKS", ("openai", "sdk2"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in installed or None)
+    for name in modules:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in imported:
+        monkeypatch.setitem(sys.modules, name, modules[name])
+    monkeypatch.setattr(clients, "library_named", modules.__getitem__)
+
+    if taken is None:
+        with pytest.raises(
+            ValueError, match=r"pass family='httpx' for SDKs on httpx .openai before"
+        ):
+            limiter.http_client()
+    else:
+        with limiter.http_client(sync=True) as client:
+            assert type(client) is modules[taken].Client

@@ -112,7 +112,7 @@ async def test_http_client_defaults_match_anthropic_sdk() -> None:
     """Pool, timeouts and redirects are those of Anthropic's own client."""
     theirs = anthropic.DefaultAsyncHttpxClient()
     async with Limiter(concurrency=1).http_client(family=FAMILY) as ours, theirs:
-        pool, their_pool = ours._transport.inner.current()._pool, theirs._transport._pool
+        pool, their_pool = ours._transport.inner._pool, theirs._transport._pool
         assert pool._max_connections == their_pool._max_connections
         assert pool._max_keepalive_connections == their_pool._max_keepalive_connections
         assert ours.follow_redirects == theirs.follow_redirects
