@@ -21,6 +21,7 @@ _OUTPUT_PATHS: Final = (
     "/v1/complete",  # not an upload's
     "/api/chat",
     "/api/generate",
+    "/v1/chat",
     "/v2/chat",
 )
 #: Suffixes of paths whose calls only send tokens. ``/messages/count_tokens`` is not among them: it
@@ -46,13 +47,22 @@ _MEMBER_KINDS: Final = {
             "query",
             "documents",
             "texts",
+            "message",
+            "chat_history",
+            "preamble",
         ),
         "text",
     ),
     **dict.fromkeys(("tools", "functions"), "tools"),
     **dict.fromkeys(("response_format", "text", "format", "output_config"), "json"),
     **dict.fromkeys(
-        ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_tokens_to_sample"),
+        (
+            "max_completion_tokens",
+            "max_tokens",
+            "max_output_tokens",
+            "max_new_tokens",
+            "max_tokens_to_sample",
+        ),
         "limit",
     ),
     "options": "options",

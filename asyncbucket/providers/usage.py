@@ -9,19 +9,24 @@ the letters ``"usage"``, but JSON escapes the quotes around them, so those bytes
 key. It is the key of an object, or, from Ollama, that of a number at the very end.
 """
 
-import functools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
+
+from asyncbucket.core.wording import is_number
+
+_Lookup: TypeAlias = Callable[[str], Any]
 
 #: Where a reply, or an event of a stream, keeps its usage.
-_USAGE_FIELDS: Final = ("usage", "usage_metadata")
+_USAGE_FIELDS: Final = ("usage", "usage_metadata", "meta")
 #: Where other objects keep the reply: LlamaIndex's, the first and last events of streams, Mistral's
 #: events.
 _WRAPPERS: Final = ("raw", "additional_kwargs", "response", "message", "data")
 
+#: What cannot hold usage.
+_NO_HOLDERS: Final = (str, list, type(None))
 #: Where Cohere keeps the numbers inside: what it processed, and what it charges for.
 _COHERE_FIELDS: Final = ("tokens", "billed_units")
 
@@ -47,15 +52,16 @@ _CACHE_WRITES: Final = ("cache_creation_input_tokens", "cacheWriteInputTokens")
 _CACHE_READS: Final = ("cache_read_input_tokens", "cacheReadInputTokens")
 #: OpenAI and those who speak its protocol count in the input what is read from their cache.
 _DETAILS: Final = ("prompt_tokens_details", "input_tokens_details")
-_CACHED: Final = "cached_tokens"
+_CACHED: Final = ("cached_tokens",)
 
 #: More than any model's context, and too little to stop a limiter for good.
 _MAX_TOKENS: Final = 10_000_000
 
 #: How much of the end, and after a key, is searched.
 _SEARCHED_BYTES: Final = 4_096
-#: The keys of an object with the usage: everybody's, then that of Cohere's embeddings.
-_USAGE_KEYS: Final = (b'"usage"', b'"billed_units"')
+#: The keys of an object with the usage: everybody's, and that of Cohere's first version and of its
+#: embeddings.
+_USAGE_KEYS: Final = (b'"usage"', b'"meta"')
 _OBJECT_KEY: Final = re.compile(rb'"\w+"\s*:\s*(?=\{)')
 #: The numbers at the end of Ollama's last line: docs.ollama.com/api/chat, read in 2026.
 _TOKEN_COUNT: Final = re.compile(rb'"(prompt_eval_count|eval_count)"\s*:\s*(\d{1,9})(?=\s*[,}])')
@@ -66,6 +72,7 @@ _END_MARKERS: Final = (
     b"\ndata:[DONE]",
     b'"eval_count"',
     b'"message-end"',
+    b'"stream-end"',
     b'"message_stop"',
     b'"response.completed"',
     b'"response.incomplete"',
@@ -120,79 +127,75 @@ def usage_of(reply: object) -> Usage | None:
 
     `reply` is a ``ChatResponse``, a ``CompletionResponse``, the object in their ``raw``, or an
     event or chunk of a stream; an object or a dict; from OpenAI (chat, responses, embeddings),
-    Anthropic, Gemini, Bedrock, Ollama or a compatible server. All zeros are no usage: some servers
-    send them until they know.
+    Anthropic, Gemini, Bedrock, Cohere, Ollama or a compatible server. All zeros are no usage: some
+    servers send them until they know.
     """
-    for candidate in _usage_candidates(reply):
-        usage = None if candidate is None else read_usage(candidate)
-        if usage is not None:
-            return usage
-    return None
-
-
-def _usage_candidates(reply: object) -> Iterator[object]:
-    """Yield the places where usage may be, the most reliable first."""
-    raw = _get(reply, "raw")
-    holders = [reply, *(_get(holder, name) for holder in (reply, raw) for name in _WRAPPERS)]
-    for holder in holders:
-        if holder is not None:
-            yield from (_get(holder, name) for name in _USAGE_FIELDS)
+    lookup = _lookup_in(reply)
+    inside = [lookup(name) for name in _WRAPPERS]
+    if inside[0] is not None:  # "raw"
+        inside += map(_lookup_in(inside[0]), _WRAPPERS)
+    holders = [reply, *(holder for holder in inside if not isinstance(holder, _NO_HOLDERS))]
+    lookups = [lookup, *map(_lookup_in, holders[1:])]
+    for lookup in lookups:
+        for name in _USAGE_FIELDS:
+            found = lookup(name)
+            usage = None if found is None else read_usage(found)
+            if usage is not None:
+                return usage
     # `additional_kwargs` of LlamaIndex's OpenAI, and Ollama's replies, hold the numbers directly.
-    yield from (holder for holder in holders if isinstance(holder, Mapping))
+    mappings = (holder for holder in holders if isinstance(holder, Mapping))
+    return next(filter(None, map(read_usage, mappings)), None)
 
 
 def read_usage(candidate: object) -> Usage | None:
     """Return the usage in ``candidate``, an object with token counts or with such objects, or None."""
-    found = map(_read_counts, (candidate, *(_get(candidate, name) for name in _COHERE_FIELDS)))
-    return next(filter(None, found), None)
+    lookup = _lookup_in(candidate)
+    usage = _read_counts(lookup)
+    for name in () if usage is not None else _COHERE_FIELDS:
+        inside = lookup(name)
+        usage = usage or (None if inside is None else _read_counts(_lookup_in(inside)))
+    return usage
 
 
-def _read_counts(counts: object) -> Usage | None:
-    input_tokens = _number(counts, *_INPUT) or 0
-    output_tokens = _number(counts, *_OUTPUT) or 0
-    total = _number(counts, *_TOTAL) or 0
+def _read_counts(lookup: _Lookup) -> Usage | None:
+    input_tokens = _number(lookup, _INPUT)
+    output_tokens = _number(lookup, _OUTPUT)
+    total = _number(lookup, _TOTAL)
     if not (input_tokens or output_tokens or total):
         return None
-    cache_writes = _number(counts, *_CACHE_WRITES) or 0
+    cache_writes = _number(lookup, _CACHE_WRITES)
     if total:
         rest = max(0, total - input_tokens - output_tokens)
         cache_writes = min(cache_writes, rest)  # gateways like LiteLLM count it in the prompt
         # Gemini counts thoughts in the total only, and Bedrock counts cache reads there.
-        output_tokens += max(0, rest - cache_writes - (_number(counts, *_CACHE_READS) or 0))
+        output_tokens += max(0, rest - cache_writes - _number(lookup, _CACHE_READS))
     input_tokens += cache_writes
-    details = (_get(counts, name) for name in _DETAILS)
-    cached = max(_number(detail, _CACHED) or 0 for detail in details)
-    return Usage(
-        input_tokens, output_tokens, input_tokens + output_tokens, min(input_tokens, cached)
-    )
+    details = (_number(_lookup_in(lookup(name)), _CACHED) for name in _DETAILS)
+    cached = min(input_tokens, max(details))
+    return Usage(input_tokens, output_tokens, input_tokens + output_tokens, cached)
 
 
-def _number(counts: object, *names: str) -> int | None:
-    """Return the first number under one of these names."""
-    lookup = counts.get if isinstance(counts, dict) else functools.partial(_get, counts)
+def _number(lookup: _Lookup, names: tuple[str, ...]) -> int:
+    """Return the first number under one of these names, or 0."""
     for name in names:
         value = lookup(name)
-        if value is None:
-            continue
-        if (
-            isinstance(value, (int, float))
-            and not isinstance(value, bool)
-            and 0 <= value <= _MAX_TOKENS
-        ):
+        if value is not None and is_number(value) and 0 <= value <= _MAX_TOKENS:
             return round(value)
-    return None
+    return 0
 
 
-def _get(holder: Any, name: str) -> Any:
-    if isinstance(holder, Mapping):
-        return holder.get(name)
-    attributes = getattr(holder, "__dict__", {})
-    if name in attributes:
-        return attributes[name]
+def _lookup_in(holder: Any) -> _Lookup:
+    """Return a function that looks up names in a mapping or an object; None if it has none."""
+    if type(holder) is dict:
+        lookup: _Lookup = holder.get
+        return lookup
     if hasattr(holder, "__pydantic_fields_set__"):
         # Asking pydantic for a missing attribute is slow, and each chunk of a stream is asked.
-        return (holder.__pydantic_extra__ or {}).get(name)
-    return getattr(holder, name, None)
+        fields: dict[str, Any] = vars(holder) | (holder.__pydantic_extra__ or {})
+        return fields.get
+    if isinstance(holder, Mapping):
+        return holder.get
+    return lambda name: getattr(holder, name, None)
 
 
 def is_complete(end: bytes) -> bool:
@@ -211,18 +214,20 @@ def find_usage(end: bytes, head: bytes = b"") -> Usage | None:
 
 
 def _last_usage(end: bytes, key: bytes) -> Usage | None:
-    usage, position, tries = None, end.rfind(key), 8
-    while usage is None and position >= 0 and tries:
-        usage = _usage_at(end, position)
+    position = len(end)
+    for _ in range(8):
         position = end.rfind(key, 0, position)
-        tries -= 1
-    return usage
+        if position < 0:
+            return None
+        usage = _usage_at(end, position)
+        if usage is not None:
+            return usage
+    return None
 
 
 def _usage_from_counts(end: bytes) -> Usage | None:
-    return read_usage(
-        {name.decode(): int(count) for name, count in _TOKEN_COUNT.findall(end[-_SEARCHED_BYTES:])}
-    )
+    counts = _TOKEN_COUNT.findall(end[-_SEARCHED_BYTES:])
+    return read_usage({name.decode(): int(count) for name, count in counts})
 
 
 def _usage_at(data: bytes, start: int) -> Usage | None:

@@ -44,7 +44,7 @@ COHERE_USAGE = {
     "billed_units": {"input_tokens": 80, "output_tokens": 5},
     "tokens": {"input_tokens": 90, "output_tokens": 7},
 }
-#: docs.litellm.ai/docs/completion/usage, docs.cohere.com/v2/reference/chat-stream and /embed,
+#: docs.litellm.ai/docs/completion/usage, docs.cohere.com/v2/reference/chat-stream and /embed, /v1/reference/chat,
 #: docs.ollama.com/api/chat, /generate and /embed; read in 2026.
 FORMATS = {
     "a stream of LiteLLM": Format(
@@ -88,6 +88,23 @@ FORMATS = {
                     "usage": COHERE_USAGE,
                 },
             },
+        ),
+        (100, 300),
+        (90, 7),
+    ),
+    "a reply of Cohere's first version": Format(
+        "/v1/chat",
+        {"message": "x" * 200, "chat_history": [{"message": "x" * 200}], "max_tokens": 300},
+        json.dumps({"text": "Hi.", "finish_reason": "COMPLETE", "meta": COHERE_USAGE}),
+        (100, 300),
+        (90, 7),
+    ),
+    "a stream of Cohere's first version": Format(
+        "/v1/chat",
+        {"message": "x" * 400, "max_tokens": 300, "stream": True},
+        lines(
+            {"event_type": "text-generation", "text": 'a "meta": {'},
+            {"event_type": "stream-end", "response": {"text": "Hi.", "meta": COHERE_USAGE}},
         ),
         (100, 300),
         (90, 7),
