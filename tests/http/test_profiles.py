@@ -275,3 +275,11 @@ def test_deeply_nested_body_is_still_priced() -> None:
         message = {"content": message}
     call = Call("POST", "h", "/v1/responses", {"max_tokens": 9, "messages": message}, 9)
     assert GENERIC.cost(call) == Cost(tokens=9, input_tokens=0, output_tokens=9)
+
+
+def test_repr_of_call_shows_no_prompt() -> None:
+    """Calls may end up in logs."""
+    call = Call("POST", "api.openai.com", "/v1/responses", {"input": "my secret"})
+
+    assert "secret" not in repr(call)
+    assert "/v1/responses" in repr(call)

@@ -4,10 +4,13 @@ import asyncio
 import contextlib
 import contextvars
 import gc
+import gzip
+import sys
 import threading
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -149,6 +152,76 @@ async def test_request_cancelled_while_waiting_is_not_sent_or_charged(library: A
 
     assert len(sent) == 1
     assert limiter.statistics().admitted == 1
+
+
+@pytest.mark.parametrize("status", [429, 503, 529, 500, 404])
+@pytest.mark.parametrize("headers", [{}, {"retry-after": "0.001"}])
+async def test_refused_reply_that_nobody_reads_holds_no_slot(
+    library: Any, status: int, headers: dict[str, str]
+) -> None:
+    """A stream that was refused may be kept unread while a fallback is asked."""
+    limiter = Limiter(concurrency=1)
+    replies = [
+        library.Response(status, headers=headers, stream=chunked(library, b"{}")),
+        library.Response(200, content=REPLY),
+    ]
+    async with client_over(library, limiter, lambda _: replies.pop(0)) as client:
+        refused = await client.send(client.build_request("POST", URL, json=BODY), stream=True)
+        assert in_flight(limiter) == 0
+        assert (await client.post(URL, json=BODY)).status_code == 200
+        await refused.aclose()
+
+    assert in_flight(limiter) == 0
+
+
+async def test_pause_begins_before_slot_of_refused_call_is_given_on(library: Any) -> None:
+    """A call in line must not be let go between the headers of a 429 and its body."""
+    limiter = Limiter(concurrency=1)
+    body = chunked(library, b"{}")
+    answer = giving(library.Response(429, stream=body))
+    async with client_over(library, limiter, answer) as client:
+        await client.send(client.build_request("GET", URL), stream=True)
+
+        with pytest.raises(WouldBlock):
+            limiter.acquire_nowait()
+    assert 0 < limiter.statistics().paused <= 0.05
+    assert limiter.statistics().upstream_429 == 0
+
+
+async def test_event_stream_of_a_get_holds_no_slot(library: Any, limiter: Limiter) -> None:
+    """MCP's clients keep one open for as long as they run; a POST's stream holds its slot."""
+    headers = {"content-type": "text/event-stream; charset=utf-8"}
+
+    def answer(_: Any) -> Any:
+        return library.Response(200, headers=headers, stream=chunked(library, b"data: 1\n\n"))
+
+    async with client_over(library, limiter, answer) as client:
+        async with client.stream("GET", URL) as reply:
+            assert in_flight(limiter) == 0
+            assert await reply.aread() == b"data: 1\n\n"
+        async with client.stream("POST", URL, json=BODY):
+            assert in_flight(limiter) == 1
+
+
+@pytest.mark.parametrize(("target", "teaches"), [("https://cdn.test/a", False), ("/b", True)])
+async def test_headers_of_host_reached_by_redirect_do_not_teach(
+    library: Any, target: str, *, teaches: bool
+) -> None:
+    """They report the limits of somebody else; the same host goes on teaching."""
+    clock = VirtualClock()
+    limiter = Limiter("1000 RPM burst 1000", clock=clock)
+
+    def answer(request: Any) -> Any:
+        clock.advance(0.1)
+        if request.url.path == "/v1/files":
+            headers = {"location": target, "x-ratelimit-remaining-requests": "900"}
+            return library.Response(302, headers=headers)
+        return library.Response(200, headers={"x-ratelimit-remaining-requests": "5"})
+
+    async with client_over(library, limiter, answer, profile="openai") as client:
+        await client.get("https://api.openai.com/v1/files", follow_redirects=True)
+
+    assert (limiter.statistics().limits[0].available < 6) is teaches
 
 
 async def test_failed_attempt_is_charged_and_gives_its_slot_back(
@@ -652,6 +725,32 @@ async def test_compressed_stream_settles_if_client_stops_at_done(
                 break
 
     assert used(limiter, "tokens") == 97
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "zstd"])
+async def test_reply_that_unpacks_to_too_much_stays_charged_as_reserved(
+    library: Any, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """A kilobyte may unpack to gigabytes; the same reply without the padding settles."""
+
+    class Brotli:
+        """Unpack what gzip has packed, as bounded as brotli does."""
+
+        def process(self, data: bytes, output_buffer_limit: int) -> bytes:
+            return gzip.decompress(data)[:output_buffer_limit]
+
+    packers: dict[str, Any] = {"gzip": gzip.compress, "br": gzip.compress}
+    monkeypatch.setitem(sys.modules, "brotli", SimpleNamespace(Decompressor=Brotli))
+    if encoding == "zstd":
+        packers["zstd"] = pytest.importorskip("zstandard").compress
+    for size, tokens in ((1_000, 97), (9_000_000, 400)):
+        limiter = Limiter("100k TPM")
+        packed = packers[encoding](REPLY[:-1] + b',"padding":"' + b"x" * size + b'"}')
+        answer = answering(library, packed, content_encoding=encoding)
+        client = client_over(library, limiter, answer, profile="generic")
+        async with client, client.stream("POST", URL, json=BODY) as reply:
+            assert b"".join([chunk async for chunk in reply.aiter_raw()]) == packed
+        assert used(limiter, "tokens") == tokens
 
 
 @pytest.mark.parametrize("encoding", ["deflate", "gzip, odd"])
