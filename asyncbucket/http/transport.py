@@ -18,7 +18,6 @@ which host was asked in the first place: what the headers of another host say is
 import importlib
 import logging
 import threading
-from types import TracebackType
 from typing import Any, Final, Literal, Self
 
 from asyncbucket.by_loop import DUPLICATE_LIMITERS, WARNING_THRESHOLD, PerLoopTransport
@@ -279,32 +278,19 @@ class PacedTransport:
             await self._inner.__aenter__()
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None = None,
-        exc: BaseException | None = None,
-        traceback: TracebackType | None = None,
-    ) -> None:
-        if self._inner is not None:
-            await self._inner.__aexit__(exc_type, exc, traceback)
-        else:
-            await self.aclose()
+    async def __aexit__(self, *error: object) -> None:
+        await (self.aclose() if self._inner is None else self._inner.__aexit__(*error))
 
     def __enter__(self) -> Self:
         if self._inner is not None:
             self._inner.__enter__()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None = None,
-        exc: BaseException | None = None,
-        traceback: TracebackType | None = None,
-    ) -> None:
-        if self._inner is not None:
-            self._inner.__exit__(exc_type, exc, traceback)
-        else:
+    def __exit__(self, *error: object) -> None:
+        if self._inner is None:
             self.close()
+        else:
+            self._inner.__exit__(*error)
 
 
 #: One transport serves both kinds of client; both names are in use.

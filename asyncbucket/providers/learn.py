@@ -12,11 +12,10 @@ import contextlib
 import math
 from collections.abc import Iterable
 from typing import Any, Final, TypeAlias
-from weakref import WeakKeyDictionary
 
 from asyncbucket.core.levels import in_force, levels
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.limits import Key, Limit
+from asyncbucket.core.limits import Limit
 from asyncbucket.feedback.slices import share_of
 from asyncbucket.providers.profiles import Profile, Told
 
@@ -27,13 +26,8 @@ _MAX_LENGTH: Final = 64
 _MAX_DIGITS: Final = 15
 #: How many times in a window replies are read, at most.
 _READS_PER_WINDOW: Final = 6_000
-#: More different limits than this are not announced in good faith.
-_MAX_LIMITS: Final = 64
 #: Windows longer than this (s) are not counted in slices.
 _MAX_SLICED_WINDOW: Final = 60
-
-#: The windows of each limiter about which something was heard, or assumed.
-_KNOWN_WINDOWS: Final[WeakKeyDictionary[Limiter, set[Key]]] = WeakKeyDictionary()
 
 
 class HeaderReader:
@@ -47,15 +41,11 @@ class HeaderReader:
 
     __slots__ = (
         "_assumed",
-        "_expected",
         "_ignore_until",
-        "_in_force",
-        "_indexes",
         "_learn",
         "_levels",
-        "_limit_ids",
         "_limiter",
-        "_min_interval",
+        "_profiles",
         "ignored",
     )
 
@@ -63,17 +53,11 @@ class HeaderReader:
         self._limiter = limiter
         self._levels = tuple(levels(limiter))
         self._learn = learn
-        #: For each profile, which limit each header belongs to.
-        self._indexes: dict[int, tuple[Profile, dict[bytes, tuple[int, bool]]]] = {}
-        #: Profiles for which a first reply is awaited or has come.
-        self._expected: dict[int, Profile] = {}
+        #: By their ids, the profiles for which a first reply is awaited or has come, and for each
+        #: header which of the limits it reports: what is left of it, or its amount.
+        self._profiles: dict[int, tuple[Profile, dict[bytes, tuple[Told, bool]]]] = {}
         #: What is assumed until that reply.
         self._assumed: dict[_LimitId, int] = {}
-        #: Which limits headers report, as long as the limits in force are these.
-        self._limit_ids: dict[tuple[int, int, int | None], _LimitId] = {}
-        self._in_force: tuple[Limit, ...] = ()
-        #: How long to ignore headers after reading some (s), and until when.
-        self._min_interval = 0.0
         self._ignore_until = -math.inf
         #: How many values were no numbers.
         self.ignored = 0
@@ -84,23 +68,19 @@ class HeaderReader:
         Until a reply says more, that is a slice of a window; see `asyncbucket.feedback.headroom`. A
         reply that says nothing ends the assumption.
         """
-        if not self._learn or id(profile) in self._expected:
+        if not self._learn or id(profile) in self._profiles:
             return
-        self._expected[id(profile)] = profile
-        windows = {reported.resource: reported.per for reported in profile.tells}
+        self._profiles[id(profile)] = profile, _headers_of(profile)
+        windows = {told.resource: min(told.per, _MAX_SLICED_WINDOW) for told in profile.tells}
         for limiter in self._levels:
-            known = _KNOWN_WINDOWS.setdefault(limiter, set())
+            # Windows about which something was heard or assumed, by whichever reader.
+            known: set[Any] = vars(limiter).setdefault("_known_windows", set())
             for limit in limiter.limits:
-                key = limit.key
-                if (
-                    limit.per <= min(windows.get(limit.resource, 0), _MAX_SLICED_WINDOW)
-                    and key not in known
-                ):
-                    known.add(key)
-                    self._assumed[limiter, *key] = limit.amount
-                    limiter.observe_remaining(
-                        share_of(limit.amount), resource=limit.resource, per=limit.per
-                    )
+                if limit.per <= windows.get(limit.resource, 0) and limit.key not in known:
+                    known.add(limit.key)
+                    self._assumed[limiter, *limit.key] = limit.amount
+                    share = share_of(limit.amount)
+                    limiter.observe_remaining(share, resource=limit.resource, per=limit.per)
 
     def is_due(self, now: float) -> bool:
         """Tell whether it is time to read headers again, at an instant of the limiter's clock.
@@ -122,41 +102,37 @@ class HeaderReader:
         """
         if not self._learn or not profile.tells:
             return
-        index = self._index(profile)
-        left: dict[int, int] = {}
-        limits: dict[int, int] = {}
+        _, index = self._profiles.get(id(profile)) or (profile, _headers_of(profile))
+        left: dict[Told, int] = {}
+        amounts: dict[Told, int] = {}
         for name, value in header_pairs(headers):
-            entry = index.get(name.lower())
-            if entry is not None:
-                told_index, is_remaining = entry
-                number = self._number(value)
-                if number is not None:
-                    (left if is_remaining else limits)[told_index] = number
-        if left or limits:
-            self._report(profile, left, limits, since)
+            told, is_left = index.get(name.lower(), (None, False))
+            number = None if told is None else self._number(value)
+            if told is not None and number is not None:
+                (left if is_left else amounts)[told] = number
+        if left or amounts:
+            self._report(left, amounts, since)
         if self._assumed and ok:
             assumed, self._assumed = self._assumed, {}  # at once: other threads read headers, too
             for (limiter, resource, per), amount in assumed.items():
                 limiter.observe_remaining(amount, resource=resource, per=per)
         if since is not None:
-            self._ignore_until = since + self._min_interval
+            windows = (limit.per for limit in in_force(self._limiter))
+            self._ignore_until = since + min(windows, default=0.0) / _READS_PER_WINDOW
 
-    def _report(
-        self, profile: Profile, left: dict[int, int], limits: dict[int, int], since: float | None
-    ) -> None:
+    def _report(self, left: dict[Told, int], amounts: dict[Told, int], since: float | None) -> None:
         """Tell the limiter; if several headers report one window, the lowest of each kind counts."""
+        self._adopt(amounts)
         remaining_by_limit: dict[_LimitId, list[tuple[int, int]]] = {}
         announced: dict[_LimitId, int] = {}
-        for told_index in left.keys() | limits.keys():
-            limit = limits.get(told_index) or None
-            limit_id = self._limit_id(profile, told_index, limits)
-            if limit is not None:
-                announced[limit_id] = min(limit, announced.get(limit_id, limit))
-            if told_index in left:
-                remaining = left[told_index] if limit is None else min(left[told_index], limit)
-                remaining_by_limit.setdefault(limit_id, []).append(
-                    (remaining, profile.tells[told_index].rounding)
-                )
+        for told in left.keys() | amounts.keys():
+            amount = amounts.get(told) or math.inf
+            limit_id = self._find_limit(told, amount)
+            if amount < math.inf:
+                announced[limit_id] = min(int(amount), announced.get(limit_id, int(amount)))
+            if told in left:
+                remaining = int(min(left[told], amount))
+                remaining_by_limit.setdefault(limit_id, []).append((remaining, told.rounding))
         for limit_id, reports in remaining_by_limit.items():
             if self._assumed:
                 self._assumed.pop(limit_id, None)
@@ -171,63 +147,43 @@ class HeaderReader:
                 rounding=rounding,
             )
 
-    def _limit_id(self, profile: Profile, told_index: int, limits: dict[int, int]) -> _LimitId:
-        """Return the limiter and the window that a header reports; adopt an announced limit here."""
-        limits_in_force = in_force(self._limiter)
-        if limits_in_force is not self._in_force:
-            self._in_force = limits_in_force
-            self._limit_ids.clear()
-            self._min_interval = (
-                min((limit.per for limit in limits_in_force), default=0.0) / _READS_PER_WINDOW
+    def _adopt(self, amounts: dict[Told, int]) -> None:
+        """Adopt limits; if a reply announces several for one window, the lowest counts."""
+        if any(above.limits for above in self._levels[1:]):
+            return
+        windows = {(told.resource, told.per) for told, amount in amounts.items() if amount}
+        for resource, per in windows:
+            amount = min(
+                amount
+                for told, amount in amounts.items()
+                if amount and (told.resource, told.per) == (resource, per)
             )
-        limit = limits.get(told_index) or None
-        key = id(profile), told_index, limit
-        limit_id = self._limit_ids.get(key)
-        if limit_id is None:
-            told = profile.tells[told_index]
-            if limit is not None and not any(above.limits for above in self._levels[1:]):
-                self._adopt(profile, told, limits)
-            limiter, per = self._find_limit(told, limit)
-            limit_id = limiter, told.resource, per
-            if len(self._limit_ids) < _MAX_LIMITS:
-                self._limit_ids[key] = limit_id
-        return limit_id
+            with contextlib.suppress(ValueError):  # no real limit is more than a store can count
+                limit = Limit(resource, amount, per=per)
+                if limit not in self._limiter.limits:
+                    self._limiter.learn(limit)
 
-    def _adopt(self, profile: Profile, told: Told, limits: dict[int, int]) -> None:
-        """Adopt a limit; if a reply announces several for one window, the lowest counts."""
-        window = told.resource, told.per
-        amounts = [
-            amount
-            for told_index, amount in limits.items()
-            if amount
-            and window == (profile.tells[told_index].resource, profile.tells[told_index].per)
-        ]
-        with contextlib.suppress(ValueError):  # no real limit is more than a store can count
-            self._limiter.learn(Limit(told.resource, min(amounts), per=told.per))
-
-    def _find_limit(self, told: Told, limit: int | None) -> tuple[Limiter, float]:
-        """Find the limiter and the window that a header reports."""
+    def _find_limit(self, told: Told, amount: float) -> _LimitId:
+        """Find the limiter and the window that a header reports, by the amount if it is finite."""
         candidates = [
-            (candidate, limiter)
+            (limit, limiter)
             for limiter in self._levels
-            for candidate in limiter.limits
-            if candidate.resource == told.resource
+            for limit in limiter.limits
+            if limit.resource == told.resource
         ]
-        same_window = [
-            (candidate, limiter) for candidate, limiter in candidates if candidate.per == told.per
-        ]
-        for candidate, limiter in (*same_window, *candidates):
-            if candidate.amount == limit:  # perhaps of another window
-                return limiter, candidate.per
-        if not same_window:
-            return self._limiter, told.per
-        if limit is None:
-            return same_window[-1][1], told.per
-        below = [pair for pair in same_window if pair[0].amount < limit]
-        nearest = max(
-            below or same_window, key=lambda pair: pair[0].amount if below else -pair[0].amount
-        )
-        return nearest[1], told.per
+        same_window = [pair for pair in candidates if pair[0].per == told.per]
+        for limit, limiter in (*same_window, *candidates):
+            if limit.amount == amount:  # perhaps of another window
+                return limiter, told.resource, limit.per
+        nearest = self._limiter
+        if same_window and amount == math.inf:
+            _, nearest = same_window[-1]
+        elif same_window:
+            below = [pair for pair in same_window if pair[0].amount < amount]
+            _, nearest = max(
+                below or same_window, key=lambda pair: pair[0].amount if below else -pair[0].amount
+            )
+        return nearest, told.resource, told.per
 
     def _number(self, value: bytes) -> int | None:
         value = value.strip(b" \t") if len(value) <= _MAX_LENGTH else b""
@@ -236,26 +192,19 @@ class HeaderReader:
         self.ignored += 1
         return None
 
-    def _index(self, profile: Profile) -> dict[bytes, tuple[int, bool]]:
-        known = self._indexes.get(id(profile))
-        if known is not None:
-            return known[1]
-        index: dict[bytes, tuple[int, bool]] = {}
-        for told_index, told in enumerate(profile.tells):
-            index[told.remaining.lower().encode()] = (told_index, True)
-            if told.limit is not None:
-                index[told.limit.lower().encode()] = (told_index, False)
-        self._indexes[id(profile)] = (profile, index)
-        return index
+
+def _headers_of(profile: Profile) -> dict[bytes, tuple[Told, bool]]:
+    """Return which limit each header reports, and whether it is what is left of it."""
+    left = {told.remaining.lower().encode(): (told, True) for told in profile.tells}
+    amounts = {told.limit.lower().encode(): (told, False) for told in profile.tells if told.limit}
+    return left | amounts
 
 
 def header_pairs(headers: Any) -> Iterable[tuple[bytes, bytes]]:
     """Return names and values in bytes, as httpx and httpx2 keep them."""
-    if isinstance(headers, list):
-        return headers
-    raw = getattr(headers, "raw", None)
-    if isinstance(raw, list):
-        return raw
+    pairs: Any = getattr(headers, "raw", headers)
+    if isinstance(pairs, list):
+        return pairs
     return [(_bytes(name), _bytes(value)) for name, value in headers.items()]
 
 

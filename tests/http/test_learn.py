@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import CostExceedsLimit, Limit, Limiter, WouldBlock
+from asyncbucket import Limiter, WouldBlock
 from asyncbucket.http import ANTHROPIC, GROQ, OPENAI, Profile
 from asyncbucket.nesting import HeldLease
 from asyncbucket.providers.learn import HeaderReader
@@ -417,16 +417,3 @@ def test_fuzzed_headers_raise_nothing_and_are_cheap_to_read(profile: Profile) ->
     for use in limiter.statistics().limits:
         assert use.used == 0
         assert use.available <= use.limit.amount
-
-
-def test_learned_limit_error_says_provider_set_it() -> None:
-    """The user cannot raise it here, because the provider set it."""
-    limiter = Limiter()
-    limiter.learn(Limit("tokens", 30, per=60))
-
-    with pytest.raises(CostExceedsLimit) as refused:
-        _ = limiter.acquire_nowait(tokens=500)
-    assert str(refused.value) == (
-        "cost of 500 tokens exceeds the limit of 30 tokens per 60 s and can never pass; "
-        "the provider announced that limit, so split the request"
-    )
