@@ -199,7 +199,6 @@ def used(limiter: Limiter) -> tuple[int, int]:
 async def test_call_is_settled_from_usage_in_each_provider_format(
     library: Any, form: Format
 ) -> None:
-    """It is charged by what it asks for until the reply is over, and then by what it used."""
     limiter = Limiter("10k ITPM", "10k OTPM")
     async with (
         answering(form.answer) as url,
@@ -235,7 +234,6 @@ async def test_stream_is_settled_when_the_client_stops_at_its_last_event(
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if "stream" in name])
 async def test_stream_cut_off_early_stays_charged_as_reserved(library: Any, name: str) -> None:
-    """Its usage comes last, and half a number is none."""
     form = FORMATS[name]
     cut = form.answer[: form.answer.index("90") + 1]
     limiter = Limiter("10k ITPM", "10k OTPM")

@@ -131,7 +131,6 @@ async def outcome(script: Script, http_client: Any) -> Any:
     "script", [chat, stream, responses, embeddings, errors, retries, broken_stream]
 )
 async def test_async_openai_sdk_behaves_as_without_transport(script: Script) -> None:
-    """Replies, streams, errors and retries are the same with the transport and without."""
     limiter = Limiter("10k RPM", "10M TPM", concurrency=1)
     plain = await outcome(script, None)
 
@@ -143,7 +142,6 @@ async def test_async_openai_sdk_behaves_as_without_transport(script: Script) -> 
 
 
 def test_sync_openai_sdk_behaves_as_without_transport() -> None:
-    """The synchronous client sees none, either."""
     limiter = Limiter("10k RPM", "10M TPM", concurrency=1)
     seen = []
     for http_client in (None, limiter.http_client(family=FAMILY, sync=True)):
@@ -197,7 +195,6 @@ async def test_provider_refuses_none_of_ninety_paced_calls(provider: RateLimited
 
 
 async def test_azure_call_is_charged_as_azure_charges_it() -> None:
-    """Azure counts prompt and max_tokens on arrival; the provider and the limiter agree."""
     limiter = Limiter("10k RPM", "10M TPM")
     with RateLimitedProvider(charge="azure", tpm=1_000_000) as provider:
         client = AsyncAzureOpenAI(
@@ -214,7 +211,6 @@ async def test_azure_call_is_charged_as_azure_charges_it() -> None:
 
 @pytest.mark.parametrize("family", ["httpx", "httpx2"])
 async def test_booked_tokens_match_provider_charge_within_two(family: str) -> None:
-    """The limiter books for each kind of call what the provider charges, or up to 2 tokens more."""
     library = importlib.import_module(family)
     limiter = Limiter("10k RPM", "10M TPM")
     part = {"type": "text", "text": "part"}
@@ -248,7 +244,6 @@ async def test_booked_tokens_match_provider_charge_within_two(family: str) -> No
 
 
 async def test_429_pauses_limiter_for_its_retry_after(caplog: pytest.LogCaptureFixture) -> None:
-    """If a 429 comes nevertheless, the limiter pauses for as long as it says."""
     limiter = Limiter("10k RPM", name="shared")
     with RateLimitedProvider() as provider:
         http_client = limiter.http_client(family=FAMILY)
@@ -266,7 +261,6 @@ async def test_429_pauses_limiter_for_its_retry_after(caplog: pytest.LogCaptureF
 
 
 async def test_cost_exceeds_limit_reaches_caller_through_sdk() -> None:
-    """Before version 3, the SDK takes any error of a transport for a lost connection."""
     limiter = Limiter("10 TPM")
     http_client = limiter.http_client(family=FAMILY)
     client = AsyncOpenAI(

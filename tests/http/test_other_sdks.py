@@ -92,7 +92,6 @@ async def script(http_client: Any) -> Any:
 
 
 async def test_anthropic_sdk_behaves_as_without_transport() -> None:
-    """A reply after a retry and two kinds of streams are the same, and are charged and settled."""
     limiter = Limiter("50 RPM burst 50", "30k ITPM", "8k OTPM", concurrency=1)
     plain = http.AsyncClient(transport=http.MockTransport(provider()))
     paced = http.AsyncClient(transport=limiter.transport(http.MockTransport(provider())))
@@ -109,7 +108,6 @@ async def test_anthropic_sdk_behaves_as_without_transport() -> None:
 
 
 async def test_http_client_defaults_match_anthropic_sdk() -> None:
-    """Pool, timeouts and redirects are those of Anthropic's own client."""
     theirs = anthropic.DefaultAsyncHttpxClient()
     async with Limiter(concurrency=1).http_client(family=FAMILY) as ours, theirs:
         pool, their_pool = ours._transport.inner._pool, theirs._transport._pool
