@@ -28,8 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.core.context import put_back
 from asyncbucket.core.lease import Lease
-from asyncbucket.core.lending import give_back
-from asyncbucket.core.levels import is_under
+from asyncbucket.core.levels import give_back, is_under
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.providers.errors import FIRST_ERROR
 

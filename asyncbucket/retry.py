@@ -30,10 +30,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar, cast
 
-from asyncbucket.core.books import shown_name
 from asyncbucket.core.errors import AsyncBucketError
 from asyncbucket.core.events import Retried
-from asyncbucket.core.levels import effective_limiter
+from asyncbucket.core.levels import effective_limiter, shown_name
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import in_seconds, is_integer, is_number
 from asyncbucket.providers.errors import Verdict, classify
@@ -305,7 +304,7 @@ class Retrier:
         """Tell the observers of the limiter that was asked that a call will be retried."""
         _log.debug("attempt %d: %s; again in %s", attempt, verdict.reason, in_seconds(delay))
         caller = effective_limiter(self._caller)
-        name, at = shown_name(caller.name), self.now()
+        name, at = shown_name(caller), self.now()
         caller.emit(
             Retried(limiter=name, at=at, attempt=attempt, error=verdict.reason, delay=delay)
         )

@@ -6,7 +6,7 @@ Each method loads its adapter when it is called, so the core needs none of them.
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -19,8 +19,10 @@ from typing import (
     overload,
 )
 
-from asyncbucket.core.acquisition import Acquisition
 from asyncbucket.core.lease import Lease
+from asyncbucket.core.meters import Window
+from asyncbucket.core.node import Node, Sizer
+from asyncbucket.core.place import Place
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Awaitable, Generator, Iterable
@@ -51,7 +53,7 @@ class Doors(ABC):
     __slots__ = ()
 
     @abstractmethod
-    def acquire(self, **cost: Any) -> Acquisition:
+    def acquire(self, **cost: Any) -> Lease:
         """See `Limiter.acquire`."""
 
     @abstractmethod
@@ -299,3 +301,55 @@ def call_amounts(cost: Mapping[str, Any], /, *args: Any, **kwargs: Any) -> dict[
         name: amount(*args, **kwargs) if callable(amount) else amount
         for name, amount in cost.items()
     }
+
+
+def find_pause(node: Node) -> Any:
+    """Return the pause of a limiter; with the lock held."""
+    from asyncbucket.feedback.pause import Pause
+
+    for pause in pauses(node):
+        return pause
+    node.extra = ((Pause(), "concurrency"), *node.extra)  # each call takes one of it
+    node.pacer.limits_changed_locked(node)
+    return node.extra[0][0]
+
+
+def pauses(node: Node) -> Iterator[Any]:
+    """Yield the pause of a limiter, if there has been one."""
+    for meter, _ in node.extra:
+        if meter.bound_by == "paused":
+            yield meter
+
+
+def find_headroom(node: Node, window: Window, now: int) -> Any:
+    """Return what is known of what a provider says is left of a limit; with the lock held."""
+    from asyncbucket.feedback.headroom import Headroom
+
+    for meter, _ in node.extra:
+        if getattr(meter, "key", None) == window.limit.key:
+            return meter
+    left = window.used - window.lent(node.in_flight)  # what no open call can give back
+    ours = []
+    for date, units in window.entries(now):
+        if left > 0:
+            ours.append((date, min(units, left)))
+        left -= units
+    headroom = Headroom(window.limit, ours)
+    node.extra = (*node.extra, (headroom, window.limit.resource))
+    node.pacer.limits_changed_locked(node)
+    return headroom
+
+
+def make_sizer(bounds: tuple[int, int], earlier: Sizer | None) -> Sizer:
+    """Return what finds the number of slots, on from where an earlier search is."""
+    from asyncbucket.feedback.adaptive import Adaptive
+
+    start = {} if earlier is None else {"start": earlier.size}
+    return Adaptive(least=bounds[0], most=bounds[1], **start)
+
+
+def open_place(node: Node, store: Any, **options: Any) -> Place:
+    """Return what keeps the limits of a root in a store."""
+    from asyncbucket.stores.place import open_place
+
+    return open_place(node, store, **options)

@@ -3,7 +3,7 @@
 import math
 from typing import ClassVar, Final
 
-from asyncbucket.core.meters import NEVER
+from asyncbucket.core.meters import NEVER, Meter
 
 #: A slow start proceeds in steps, each a 16th of the pause, at most a quarter of a second,
 _STEPS: Final = 16
@@ -12,7 +12,7 @@ _LONGEST_STEP: Final = 250_000_000
 _CALLS: Final = 256
 
 
-class Pause:
+class Pause(Meter):
     """Let nobody pass before ``until``; a slow start after it lets calls in gradually.
 
     The n-th call of a slow start may pass log2(n) steps after the end of the pause: one call at
@@ -23,7 +23,6 @@ class Pause:
     __slots__ = ("_calls", "_start", "_step", "until")
 
     bound_by: ClassVar[str | None] = "paused"
-    remote: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.until = 0
@@ -73,3 +72,6 @@ class Pause:
             return
         self._calls = max(1, self._calls + calls)
         self.until = self._start + int(self._step * math.log2(self._calls))
+
+    def redate(self, amount: int, when: int, now: int) -> None:
+        """See `asyncbucket.core.meters.Meter.redate`: instants do not move."""

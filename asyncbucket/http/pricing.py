@@ -14,7 +14,6 @@ from asyncbucket.providers.request import read_json
 
 if TYPE_CHECKING:
     from asyncbucket.core.cost import Cost
-    from asyncbucket.core.limits import Limit
 
 #: A request's lane, the call, its profile, and its cost; None if it needs no admission.
 PricedRequest: TypeAlias = "tuple[Lane, Call, Profile, Cost | None]"
@@ -32,24 +31,18 @@ class Lane:
         learn: whether to read what headers say.
     """
 
-    __slots__ = ("_settling", "forecast", "header_reader", "limiter", "refusals")
+    __slots__ = ("forecast", "header_reader", "limiter", "refusals")
 
     def __init__(self, limiter: Limiter, *, paused_limiter: Limiter, learn: bool) -> None:
         self.limiter = limiter
         self.header_reader = HeaderReader(limiter, learn=learn)
         self.refusals = Refusals(paused_limiter)
         self.forecast = OutputForecast()
-        #: For each profile: the limits when last looked at, and whether the profile settles any.
-        self._settling: dict[int, tuple[Profile, tuple[Limit, ...], bool]] = {}
 
     def settles_any_limit(self, profile: Profile) -> bool:
         """Tell whether a reply's usage corrects any limit in force."""
         limits = in_force(effective_limiter(self.limiter))
-        known = self._settling.get(id(profile))
-        if known is None or known[1] is not limits:
-            settles = any(limit.resource in profile.settles for limit in limits)
-            self._settling[id(profile)] = known = profile, limits, settles
-        return known[2]
+        return any(limit.resource in profile.settles for limit in limits)
 
 
 class RequestReader:

@@ -14,7 +14,7 @@ from typing import Final
 from prometheus_client import Gauge, Metric
 from prometheus_client.core import GaugeMetricFamily
 
-from asyncbucket.core.loops import reset_after_fork
+from asyncbucket.core.process import reset_after_fork
 from asyncbucket.telemetry.watched import Reading, Watched
 
 #: Seconds between two writes in multiprocess mode.

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, runtime_checkable
 
-from asyncbucket.core.books import shown_name
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.events import Callback, Event, Settled
 from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.node import shown_name
 from asyncbucket.core.statistics import Statistics, shares_used
-from asyncbucket.core.terms import read_count
+from asyncbucket.core.wording import read_count
 
 #: The label of limiters beyond those that are told apart.
 OTHER: Final = "other"

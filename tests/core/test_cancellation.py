@@ -31,63 +31,55 @@ async def steps(count: int) -> None:
 @pytest.mark.parametrize("cancel_first", [True, False])
 @pytest.mark.parametrize("after", range(8))
 @pytest.mark.parametrize("before", range(6))
-def test_waiter_cancelled_at_any_step_leaks_nothing(
+async def test_waiter_cancelled_at_any_step_leaks_nothing(
     virtual_time: VirtualTime, before: int, after: int, *, cancel_first: bool
 ) -> None:
     """Whether it waits, is being admitted or was just admitted: its slot comes back."""
+    limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+    holder = await limiter.acquire()
+    served: list[str] = []
 
-    async def main() -> None:
-        limiter = Limiter(concurrency=1, clock=virtual_time.clock)
-        holder = await limiter.acquire()
-        served: list[str] = []
+    async def call(name: str) -> None:
+        async with limiter.acquire():
+            served.append(name)
+            await asyncio.sleep(1)
 
-        async def call(name: str) -> None:
-            async with limiter.acquire():
-                served.append(name)
-                await asyncio.sleep(1)
-
-        first = asyncio.create_task(call("first"))
-        second = asyncio.create_task(call("second"))
-        await steps(before)
-        if cancel_first:
-            first.cancel()
-            await steps(after)
-            holder.release()
-        else:
-            holder.release()
-            await steps(after)
-            first.cancel()
-        await asyncio.gather(first, second, return_exceptions=True)
-        assert first.cancelled()
-        assert served[-1] == "second"
-        assert virtual_time.now == 1.0
-        nothing_is_left(limiter)
-
-    virtual_time.run(main())
+    first = asyncio.create_task(call("first"))
+    second = asyncio.create_task(call("second"))
+    await steps(before)
+    if cancel_first:
+        first.cancel()
+        await steps(after)
+        holder.release()
+    else:
+        holder.release()
+        await steps(after)
+        first.cancel()
+    await asyncio.gather(first, second, return_exceptions=True)
+    assert first.cancelled()
+    assert served[-1] == "second"
+    assert virtual_time.now == 1.0
+    nothing_is_left(limiter)
 
 
 @pytest.mark.parametrize("reach", range(10))
-def test_all_waiters_cancelled_at_any_step_leak_nothing(
+async def test_all_waiters_cancelled_at_any_step_leak_nothing(
     virtual_time: VirtualTime, reach: int
 ) -> None:
     """A slot is released, and at some step soon after that all waiting calls are cancelled."""
-
-    async def main() -> None:
-        limiter = Limiter("1000 TPM", concurrency=1, clock=virtual_time.clock)
-        holder = await limiter.acquire(tokens=10)
-        calls = [asyncio.create_task(acquire_and_release(limiter)) for _ in range(3)]
-        await virtual_time.all_blocked()
-        holder.release()
-        await steps(reach)
-        for call in calls:
-            call.cancel()
-        await asyncio.gather(*calls, return_exceptions=True)
-        nothing_is_left(limiter)
-        if reach < 2:
-            assert limiter.statistics().limits[0].used == 10
-            assert limiter.statistics().cancelled == 3
-
-    virtual_time.run(main())
+    limiter = Limiter("1000 TPM", concurrency=1, clock=virtual_time.clock)
+    holder = await limiter.acquire(tokens=10)
+    calls = [asyncio.create_task(acquire_and_release(limiter)) for _ in range(3)]
+    await virtual_time.all_blocked()
+    holder.release()
+    await steps(reach)
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+    nothing_is_left(limiter)
+    if reach < 2:
+        assert limiter.statistics().limits[0].used == 10
+        assert limiter.statistics().cancelled == 3
 
 
 async def acquire_and_release(limiter: Limiter) -> None:
@@ -96,80 +88,66 @@ async def acquire_and_release(limiter: Limiter) -> None:
         pass
 
 
-def test_release_and_cancellation_in_same_step_leak_nothing(virtual_time: VirtualTime) -> None:
+async def test_release_and_cancellation_in_same_step_leak_nothing(
+    virtual_time: VirtualTime,
+) -> None:
     """The bell rings for a line that is empty by the time the pacer looks."""
-
-    async def main() -> None:
-        limiter = Limiter(concurrency=1, clock=virtual_time.clock)
-        holder = await limiter.acquire()
-        call = asyncio.create_task(acquire_and_release(limiter))
-        await virtual_time.all_blocked()
-        holder.release()
-        call.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await call
-        nothing_is_left(limiter)
-
-    virtual_time.run(main())
+    limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+    holder = await limiter.acquire()
+    call = asyncio.create_task(acquire_and_release(limiter))
+    await virtual_time.all_blocked()
+    holder.release()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    nothing_is_left(limiter)
 
 
-def test_units_handed_to_cancelled_waiter_go_to_next_call(virtual_time: VirtualTime) -> None:
+async def test_units_handed_to_cancelled_waiter_go_to_next_call(virtual_time: VirtualTime) -> None:
     """If 90 of 100 tokens are handed over and given back, the next call passes at that instant."""
-
-    async def main() -> None:
-        limiter = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock)
-        holder = await limiter.acquire()
-        big = asyncio.ensure_future(limiter.acquire(tokens=90))
-        next_one = asyncio.ensure_future(limiter.acquire(tokens=90))
-        await virtual_time.all_blocked()
-        holder.release()
-        await asyncio.sleep(0)  # the pacer has handed it over; its task has not run yet
-        assert limiter.statistics().limits[0].used == 90
-        big.cancel()
-        lease = await next_one
-        assert lease.waited == virtual_time.now == 0.0
-        assert limiter.statistics().limits[0].used == 90
-        lease.release()
-
-    virtual_time.run(main())
+    limiter = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock)
+    holder = await limiter.acquire()
+    big = asyncio.ensure_future(limiter.acquire(tokens=90))
+    next_one = asyncio.ensure_future(limiter.acquire(tokens=90))
+    await virtual_time.all_blocked()
+    holder.release()
+    await asyncio.sleep(0)  # the pacer has handed it over; its task has not run yet
+    assert limiter.statistics().limits[0].used == 90
+    big.cancel()
+    lease = await next_one
+    assert lease.waited == virtual_time.now == 0.0
+    assert limiter.statistics().limits[0].used == 90
+    lease.release()
 
 
-def test_next_call_passes_at_once_when_head_is_cancelled(virtual_time: VirtualTime) -> None:
+async def test_next_call_passes_at_once_when_head_is_cancelled(virtual_time: VirtualTime) -> None:
     """If a costly call leaves the line, the cheap one behind it passes at that instant."""
-
-    async def main() -> None:
-        bucket = TokenBucket(rate=1.0, burst=10, clock=virtual_time.clock)
-        await bucket.acquire(9)
-        costly = asyncio.create_task(bucket.acquire(10))
-        cheap = asyncio.create_task(bucket.acquire(1))
-        await virtual_time.all_blocked()
-        assert bucket.statistics().waiting == 2
-        costly.cancel()
-        await cheap
-        assert virtual_time.now == 0.0
-        assert bucket.statistics().waiting == 0
-
-    virtual_time.run(main())
+    bucket = TokenBucket(rate=1.0, burst=10, clock=virtual_time.clock)
+    await bucket.acquire(9)
+    costly = asyncio.create_task(bucket.acquire(10))
+    cheap = asyncio.create_task(bucket.acquire(1))
+    await virtual_time.all_blocked()
+    assert bucket.statistics().waiting == 2
+    costly.cancel()
+    await cheap
+    assert virtual_time.now == 0.0
+    assert bucket.statistics().waiting == 0
 
 
 @pytest.mark.parametrize("depth", range(5))
-def test_bucket_takes_back_unit_handed_to_cancelled_waiter(
+async def test_bucket_takes_back_unit_handed_to_cancelled_waiter(
     virtual_time: VirtualTime, depth: int
 ) -> None:
     """Cancelled at any step around its own instant, it leaves its unit to the next call."""
-
-    async def main() -> None:
-        bucket = TokenBucket(rate=1.0, burst=1, clock=virtual_time.clock)
-        await bucket.acquire()
-        first = asyncio.create_task(bucket.acquire())
-        second = asyncio.create_task(bucket.acquire())
-        loop = asyncio.get_running_loop()
-        await virtual_time.all_blocked()
-        loop.call_at(1.0, call_after, depth, first.cancel)
-        await second
-        assert virtual_time.now == (1.0 if first.cancelled() else 2.0)
-
-    virtual_time.run(main())
+    bucket = TokenBucket(rate=1.0, burst=1, clock=virtual_time.clock)
+    await bucket.acquire()
+    first = asyncio.create_task(bucket.acquire())
+    second = asyncio.create_task(bucket.acquire())
+    loop = asyncio.get_running_loop()
+    await virtual_time.all_blocked()
+    loop.call_at(1.0, call_after, depth, first.cancel)
+    await second
+    assert virtual_time.now == (1.0 if first.cancelled() else 2.0)
 
 
 def call_after(steps_left: int, function: Callable[[], object]) -> None:
@@ -181,80 +159,64 @@ def call_after(steps_left: int, function: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("depth", range(4))
-def test_waiter_cancelled_at_its_deadline_takes_nothing(
+async def test_waiter_cancelled_at_its_deadline_takes_nothing(
     virtual_time: VirtualTime, depth: int
 ) -> None:
     """If the deadline and the cancellation come at about the same step, the call is gone."""
-
-    async def main() -> None:
-        limiter = Limiter(concurrency=1, clock=virtual_time.clock)
-        holder = await limiter.acquire()
-        late = asyncio.ensure_future(limiter.acquire(timeout=1))
-        loop = asyncio.get_running_loop()
-        await virtual_time.all_blocked()
-        loop.call_at(1.0, call_after, depth, late.cancel)
-        with pytest.raises((asyncio.CancelledError, AcquireTimeout)):
-            await late
-        holder.release()
-        nothing_is_left(limiter)
-
-    virtual_time.run(main())
+    limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+    holder = await limiter.acquire()
+    late = asyncio.ensure_future(limiter.acquire(timeout=1))
+    loop = asyncio.get_running_loop()
+    await virtual_time.all_blocked()
+    loop.call_at(1.0, call_after, depth, late.cancel)
+    with pytest.raises((asyncio.CancelledError, AcquireTimeout)):
+        await late
+    holder.release()
+    nothing_is_left(limiter)
 
 
-def test_coroutine_closed_while_waiting_leaves_line(virtual_time: VirtualTime) -> None:
-    """A coroutine that is closed while it waits leaves the line like a cancelled one."""
-
-    async def main() -> None:
-        limiter = Limiter(concurrency=1, clock=virtual_time.clock)
-        holder = await limiter.acquire()
-        acquisition = limiter.acquire()
-        acquisition.send(None)
-        assert limiter.statistics().waiting == 1
-        acquisition.close()
-        assert limiter.statistics().waiting == 0
-        holder.release()
-        nothing_is_left(limiter)
-
-    virtual_time.run(main())
+async def test_coroutine_closed_while_waiting_leaves_line(virtual_time: VirtualTime) -> None:
+    limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+    holder = await limiter.acquire()
+    acquisition = limiter.acquire()
+    acquisition.send(None)
+    assert limiter.statistics().waiting == 1
+    acquisition.close()
+    assert limiter.statistics().waiting == 0
+    holder.release()
+    nothing_is_left(limiter)
 
 
-def test_asyncio_wait_for_and_timeout_leave_nothing_behind(virtual_time: VirtualTime) -> None:
-    """Asyncio's own timeouts leave as little behind as `timeout=`."""
-
-    async def main() -> None:
-        limiter = Limiter(concurrency=1, clock=virtual_time.clock)
-        holder = await limiter.acquire()
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(limiter.acquire(), 1)
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(1), limiter.acquire():
-                pass
-        with pytest.raises(AcquireTimeout):
-            await limiter.acquire(timeout=1)
-        assert virtual_time.now == 3.0
-        assert limiter.statistics().cancelled == 2
-        assert limiter.statistics().refused == 1
-        holder.release()
-        nothing_is_left(limiter)
-
-    virtual_time.run(main())
+async def test_asyncio_wait_for_and_timeout_leave_nothing_behind(virtual_time: VirtualTime) -> None:
+    limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+    holder = await limiter.acquire()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(limiter.acquire(), 1)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1), limiter.acquire():
+            pass
+    with pytest.raises(AcquireTimeout):
+        await limiter.acquire(timeout=1)
+    assert virtual_time.now == 3.0
+    assert limiter.statistics().cancelled == 2
+    assert limiter.statistics().refused == 1
+    holder.release()
+    nothing_is_left(limiter)
 
 
 @pytest.mark.heavy
-def test_100_000_waiters_leave_line_when_cancelled_last_to_first(virtual_time: VirtualTime) -> None:
+async def test_100_000_waiters_leave_line_when_cancelled_last_to_first(
+    virtual_time: VirtualTime,
+) -> None:
     """A hundred thousand waiters leave from the back in about a second: each costs the same."""
-
-    async def main() -> None:
-        limiter = Limiter("1 RPM", clock=virtual_time.clock)
-        await limiter.acquire()
-        waiters = [Hand(limiter.acquire().__await__()) for _ in range(100_000)]
-        assert limiter.statistics().waiting == 100_000
-        for waiter in reversed(waiters):
-            waiter.cancel()
-        assert limiter.statistics().waiting == 0
-        assert limiter.statistics().cancelled == 100_000
-
-    virtual_time.run(main())
+    limiter = Limiter("1 RPM", clock=virtual_time.clock)
+    await limiter.acquire()
+    waiters = [Hand(limiter.acquire().__await__()) for _ in range(100_000)]
+    assert limiter.statistics().waiting == 100_000
+    for waiter in reversed(waiters):
+        waiter.cancel()
+    assert limiter.statistics().waiting == 0
+    assert limiter.statistics().cancelled == 100_000
 
 
 CANCELLED = asyncio.CancelledError
@@ -469,7 +431,6 @@ def test_any_history_keeps_order_and_limits_and_leaks_nothing(
 
 
 def test_tasks_dropped_on_closed_loop_are_counted_out_once() -> None:
-    """Calls that wait on a loop that is closed, cancelled or not, are counted out once."""
     held: list[object] = []
 
     async def forever(coroutine: Coroutine[Any, Any, object]) -> None:

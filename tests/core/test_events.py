@@ -47,13 +47,11 @@ def test_event_is_frozen_value_without_instance_dict(kind: type[Event]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_event_names_its_limiter_and_instant(kind: type[Event]) -> None:
-    """Every event names one limiter and one instant."""
     assert {"limiter", "at"} <= {field.name for field in dataclasses.fields(kind)}
     assert kind.__doc__
 
 
 def test_event_has_plain_values_and_survives_pickling() -> None:
-    """It consists of plain values only."""
     settled = Settled(limiter="openai", at=1.0, reserved={"tokens": 9}, used={"tokens": 7})
 
     assert dataclasses.asdict(settled) == {
@@ -67,7 +65,6 @@ def test_event_has_plain_values_and_survives_pickling() -> None:
 
 
 def test_event_repr_shows_all_fields() -> None:
-    """Its repr shows all its fields."""
     assert repr(ADMITTED) == (
         "Admitted(limiter='openai/chat', at=12.5, cost={'requests': 1, 'tokens': 900}, "
         "waited=1.8, bound_by='tokens', waiting=3, in_flight=20)"
@@ -75,7 +72,6 @@ def test_event_repr_shows_all_fields() -> None:
 
 
 def test_observers_are_called_in_order_they_were_added() -> None:
-    """All of them get the same object, in the order in which they were added."""
     observers = Observers()
     seen: list[tuple[str, Event]] = []
     observers.add(lambda event: seen.append(("first", event)))
@@ -239,8 +235,6 @@ def test_coroutine_function_is_refused_as_observer() -> None:
 
 
 def test_object_with_async_call_is_refused_as_observer() -> None:
-    """Its `__call__` is a coroutine function."""
-
     class Watch:
         async def __call__(self, _: Event) -> None: ...
 
@@ -276,7 +270,6 @@ def test_flush_delivers_postponed_event_once() -> None:
 
 
 def test_postponed_event_is_dropped_while_no_observer_is_registered() -> None:
-    """Events do not pile up, and a new observer gets none from before."""
     observers = Observers()
     observers.emit_later(ADMITTED)
     seen: list[Event] = []

@@ -63,13 +63,12 @@ def test_forked_process_has_all_slots_free_and_keeps_used_units() -> None:
 
 
 def test_lock_held_by_other_thread_at_fork_does_not_deadlock_forked_process() -> None:
-    """It does not matter which thread holds the lock at the fork."""
     run("""
         limiter = Limiter("100 TPM", concurrency=1)
         inside, out = threading.Event(), threading.Event()
 
         def hold():
-            with limiter._budget.lock:
+            with limiter._node.pacer.lock:
                 inside.set()
                 out.wait(20)
 
@@ -89,7 +88,6 @@ def test_lock_held_by_other_thread_at_fork_does_not_deadlock_forked_process() ->
 
 
 def test_calls_waiting_in_parent_process_do_not_wait_in_forked_process() -> None:
-    """The fork happens while a call waits in line in the parent."""
     run("""
         limiter = Limiter(concurrency=1)
         holder = limiter.acquire_nowait()
@@ -177,7 +175,6 @@ def test_calls_of_parent_process_that_end_in_forked_process_are_not_counted() ->
 
 
 def test_bucket_works_in_forked_process_with_units_of_its_own() -> None:
-    """From then on each process has its own units."""
     run("""
         bucket = TokenBucket(rate=0.001, burst=3)
         bucket.acquire_nowait()
@@ -192,7 +189,6 @@ def test_bucket_works_in_forked_process_with_units_of_its_own() -> None:
 
 
 def test_waiting_calls_and_slots_of_children_and_tenants_do_not_survive_fork() -> None:
-    """Waiting calls, slots and tenants in use belong to the parent."""
     run("""
         key = Limiter("100 RPM", concurrency=3)
         key.per_key("50 RPM", concurrency=1, alive=1)
@@ -206,7 +202,7 @@ def test_waiting_calls_and_slots_of_children_and_tenants_do_not_survive_fork() -
             ]
             await asyncio.sleep(0)
             assert key.statistics().waiting == 2
-            key._budget.lifecycle_lock.acquire()
+            key._tenants._lock.acquire()
 
             def check():
                 for limiter in (key, chat, key.key("acme")):
@@ -218,11 +214,11 @@ def test_waiting_calls_and_slots_of_children_and_tenants_do_not_survive_fork() -
                 key.key("acme").statistics()
                 for number in range(9):
                     key.key(str(number))
-                assert key._tenants().__len__() == 1
+                assert len(key._tenants._recent) == 1
                 os._exit(0)
 
             in_child(check)
-            key._budget.lifecycle_lock.release()
+            key._tenants._lock.release()
             for call in waiting:
                 call.cancel()
 

@@ -129,7 +129,6 @@ def test_amount_that_is_not_positive_whole_number_is_refused(amount: float) -> N
 
 @pytest.mark.parametrize("amount", [10**19, 1e308, 10**400], ids=["1e19", "1e308", "1e400"])
 def test_amount_above_1e18_is_refused(amount: float) -> None:
-    """Amounts beyond 1e18 are refused; a limit that no call reaches can be left out."""
     limiter = Limiter("60 RPM")
     for refuse in (Limiter, limiter.child("a").reconfigure, limiter.reconfigure):
         with pytest.raises(LimitSyntaxError, match=r"rpm must be at most 1e\+18; leave it out"):
@@ -150,7 +149,6 @@ def test_window_outside_1_ms_to_400_days_is_refused(per: float) -> None:
 
 
 def test_burst_above_limit_is_refused() -> None:
-    """A larger burst is refused, and the error shows both numbers."""
     with pytest.raises(LimitSyntaxError) as error:
         Limit("requests", 500, burst=1000)
     assert str(error.value) == (
@@ -163,19 +161,16 @@ def test_burst_above_limit_is_refused() -> None:
 
 @pytest.mark.parametrize("resource", ["", "two words", "1st", 5, None])
 def test_resource_that_is_not_a_name_is_refused(resource: str) -> None:
-    """Anything else is refused."""
     with pytest.raises(LimitSyntaxError, match="a resource must be a name such as requests, not"):
         Limit(resource, 5)
 
 
 def test_limit_on_concurrency_is_refused() -> None:
-    """It is a keyword of its own, not a `Limit`."""
     with pytest.raises(LimitSyntaxError, match=r"no window: pass concurrency=\.\.\."):
         Limit("concurrency", 5)
 
 
 def test_default_burst_is_a_tenth_for_requests_and_none_for_tokens() -> None:
-    """This is the default burst: at least one request, and none for tokens."""
     assert Limit("requests", 500).burst == 50
     assert Limit("requests", 5).burst == 1
     assert Limit("tokens", 500).burst is None
@@ -195,7 +190,6 @@ def test_limit_knows_its_window_keyword_label_and_text() -> None:
 
 
 def test_keywords_mean_same_as_limit_strings() -> None:
-    """Each keyword means the same as the text of that name; None means no limit."""
     for keyword in KEYWORDS:
         keywords: dict[str, Any] = {keyword: 7}
         assert Limiter(**keywords).limits == Limiter(f"7 {keyword.upper()}").limits
@@ -223,7 +217,6 @@ def test_unknown_keywords_and_duplicate_windows_are_refused() -> None:
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, float("nan"), True, "5"])
 def test_concurrency_and_max_queue_must_be_whole_numbers(value: int) -> None:
-    """`concurrency` and `max_queue` refuse anything else; the error shows the value."""
     with pytest.raises(ValueError) as error:
         Limiter(concurrency=value)
     assert str(error.value) == (

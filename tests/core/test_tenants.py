@@ -26,65 +26,51 @@ def crowd_out(limiter: Limiter, *, times: int = 8) -> None:
         limiter.key(f"passer-by {number} of {limiter.now()}")
 
 
-def test_tenant_is_same_limiter_by_key_and_by_acquire(virtual_time: VirtualTime) -> None:
-    """By `key` or `acquire(tenant=)`, it is the same limiter under the same limits."""
-
-    async def main() -> None:
-        key = Limiter("100 RPM", name="openai", clock=virtual_time.clock)
-        key.per_key("2 RPM burst 2", concurrency=5)
-        acme = key.key("acme")
-        assert key.key("acme") is acme
-        assert acme.parent is key
-        assert acme.limits == (Limit("requests", 2, burst=2),)
-        await acme.acquire()
-        await key.acquire(tenant="acme")
-        with pytest.raises(WouldBlock):
-            key.acquire_nowait(tenant="acme")
-        key.acquire_nowait(tenant="other")
-        assert key.statistics().admitted == 3
-
-    virtual_time.run(main())
+async def test_tenant_is_same_limiter_by_key_and_by_acquire(virtual_time: VirtualTime) -> None:
+    key = Limiter("100 RPM", name="openai", clock=virtual_time.clock)
+    key.per_key("2 RPM burst 2", concurrency=5)
+    acme = key.key("acme")
+    assert key.key("acme") is acme
+    assert acme.parent is key
+    assert acme.limits == (Limit("requests", 2, burst=2),)
+    await acme.acquire()
+    await key.acquire(tenant="acme")
+    with pytest.raises(WouldBlock):
+        key.acquire_nowait(tenant="acme")
+    key.acquire_nowait(tenant="other")
+    assert key.statistics().admitted == 3
 
 
-def test_telemetry_lists_only_tenants_with_calls(virtual_time: VirtualTime) -> None:
-    """Only tenants with calls waiting or in flight are listed, not the idle ones."""
-
-    async def main() -> None:
-        key = Limiter("60 RPM burst 1", clock=virtual_time.clock)
-        assert key._busy_tenants() == []
-        first, second = key.key("first"), key.key("second")
-        key.key("idle")
-        lease = await first.acquire()
-        waiting = asyncio.create_task(second.acquire())
-        await virtual_time.all_blocked()
-        assert key._busy_tenants() == [first, second]
-        lease.release()
-        assert key._busy_tenants() == [second]
-        (await waiting).release()
-        assert key._busy_tenants() == []
-
-    virtual_time.run(main())
+async def test_telemetry_lists_only_tenants_with_calls(virtual_time: VirtualTime) -> None:
+    key = Limiter("60 RPM burst 1", clock=virtual_time.clock)
+    assert key._busy_tenants() == []
+    first, second = key.key("first"), key.key("second")
+    key.key("idle")
+    lease = await first.acquire()
+    waiting = asyncio.create_task(second.acquire())
+    await virtual_time.all_blocked()
+    assert key._busy_tenants() == [first, second]
+    lease.release()
+    assert key._busy_tenants() == [second]
+    (await waiting).release()
+    assert key._busy_tenants() == []
 
 
-def test_name_of_tenant_is_never_shown(virtual_time: VirtualTime) -> None:
+async def test_name_of_tenant_is_never_shown(virtual_time: VirtualTime) -> None:
     """It appears in no name, repr, error or statistics, and `children` does not list it."""
-
-    async def main() -> None:
-        key = Limiter(name="openai", clock=virtual_time.clock)
-        secret = "jane@example.org"
-        tenant = key.key(secret, "1 RPM")
-        await tenant.acquire()
-        with pytest.raises(WouldBlock) as error:
-            tenant.acquire_nowait()
-        for text in (tenant.name, repr(tenant), str(error.value), repr(tenant.statistics())):
-            assert "jane" not in text
-        assert tenant.name == f"openai/{tenant.name.removeprefix('openai/')}"
-        assert tenant.name.startswith("openai/*")
-        assert len(tenant.name) == len("openai/*") + 16
-        assert dict(key.children) == {}
-        assert key.key("\ud800").name != tenant.name
-
-    virtual_time.run(main())
+    key = Limiter(name="openai", clock=virtual_time.clock)
+    secret = "jane@example.org"
+    tenant = key.key(secret, "1 RPM")
+    await tenant.acquire()
+    with pytest.raises(WouldBlock) as error:
+        tenant.acquire_nowait()
+    for text in (tenant.name, repr(tenant), str(error.value), repr(tenant.statistics())):
+        assert "jane" not in text
+    assert tenant.name == f"openai/{tenant.name.removeprefix('openai/')}"
+    assert tenant.name.startswith("openai/*")
+    assert len(tenant.name) == len("openai/*") + 16
+    assert dict(key.children) == {}
+    assert key.key("\ud800").name != tenant.name
 
 
 def test_tenant_keeps_its_own_terms_even_while_at_rest(virtual_time: VirtualTime) -> None:
@@ -132,49 +118,43 @@ def test_tenant_asked_for_last_is_alive_even_with_alive_0(virtual_time: VirtualT
     assert [each.statistics().limits[0].used for each in (first, second)] == [3, 3]
 
 
-def test_old_handle_works_after_its_tenant_was_put_to_rest(virtual_time: VirtualTime) -> None:
-    """A handle from before the rest sees the quota as it was left, in every method."""
-
-    async def main() -> None:
-        key = Limiter("1000 RPM", name="key", clock=virtual_time.clock)
-        key.per_key("60 TPM", "10 RPM burst 5", alive=2)
-        old = key.key("old")
-        (await old.acquire(tokens=40)).release()
-        methods: list[Callable[[], Any]] = [
-            lambda: old.explain(tokens=1).cost,
-            lambda: old.statistics().limits[0].used,
-            lambda: repr(old),
-            lambda: old.limits,
-            lambda: old.acquire_nowait(tokens=0).release(),
-            lambda: old.pause(0),
-            lambda: old.observe_remaining(5, resource="images", per=1),
-            lambda: old.learn(Limit("images", 3)),
-            lambda: old.max_queue,
-            lambda: old.acquire(tokens=1).close(),
-        ]
-        for method in methods:
-            account = old._account
-            crowd_out(key)
-            assert account.retired
-            assert len(key._tenants()) <= 3
-            method()
-            assert old.statistics().limits[0].used == 40
-            await asyncio.sleep(0.1)
+async def test_old_handle_works_after_its_tenant_was_put_to_rest(virtual_time: VirtualTime) -> None:
+    key = Limiter("1000 RPM", name="key", clock=virtual_time.clock)
+    key.per_key("60 TPM", "10 RPM burst 5", alive=2)
+    old = key.key("old")
+    (await old.acquire(tokens=40)).release()
+    methods: list[Callable[[], Any]] = [
+        lambda: old.explain(tokens=1).cost,
+        lambda: old.statistics().limits[0].used,
+        lambda: repr(old),
+        lambda: old.limits,
+        lambda: old.acquire_nowait(tokens=0).release(),
+        lambda: old.pause(0),
+        lambda: old.observe_remaining(5, resource="images", per=1),
+        lambda: old.learn(Limit("images", 3)),
+        lambda: old.max_queue,
+        lambda: old.acquire(tokens=1).close(),
+    ]
+    for method in methods:
+        account = old._account
         crowd_out(key)
-        waiting = asyncio.ensure_future(old.acquire(tokens=30))
-        await virtual_time.all_blocked()
-        assert not waiting.done()
-        assert key.key("old").statistics().waiting == 1
-        crowd_out(key)
-        assert key.statistics().waiting == 1
-        await waiting
-        assert virtual_time.now >= 60
-
-    virtual_time.run(main())
+        assert account.retired
+        assert len(key._tenants()) <= 3
+        method()
+        assert old.statistics().limits[0].used == 40
+        await asyncio.sleep(0.1)
+    crowd_out(key)
+    waiting = asyncio.ensure_future(old.acquire(tokens=30))
+    await virtual_time.all_blocked()
+    assert not waiting.done()
+    assert key.key("old").statistics().waiting == 1
+    crowd_out(key)
+    assert key.statistics().waiting == 1
+    await waiting
+    assert virtual_time.now >= 60
 
 
 def test_old_and_new_handles_of_tenant_give_same_children(virtual_time: VirtualTime) -> None:
-    """Handles from before and after a rest give the same children, with the same limits."""
     key = Limiter(clock=virtual_time.clock)
     key.per_key("10 RPM burst 10", alive=1)
     old = key.key("acme")
@@ -201,40 +181,34 @@ def test_old_and_new_handles_of_tenant_give_same_children(virtual_time: VirtualT
                 each.acquire_nowait()
 
 
-def test_busy_tenant_is_not_put_to_rest(virtual_time: VirtualTime) -> None:
-    """A tenant with calls, a pause, observers, changed terms or children is not put to rest."""
-
+async def test_busy_tenant_is_not_put_to_rest(virtual_time: VirtualTime) -> None:
     def idle(_: Limiter) -> None:
         pass
 
-    async def main() -> None:
-        key = Limiter(name="key", clock=virtual_time.clock)
-        key.per_key("100 RPM", alive=1)
-        reasons: list[tuple[bool, Callable[[Limiter], Any]]] = [
-            (False, idle),
-            (True, lambda limiter: limiter.acquire_nowait()),
-            (True, lambda limiter: limiter.pause(1)),
-            (True, lambda limiter: limiter.observe(print)),
-            (False, lambda limiter: limiter.observe(print)()),
-            (True, lambda limiter: limiter.reconfigure(rpm=50)),
-            (True, lambda limiter: limiter.reconfigure(weight=2)),
-            (True, lambda limiter: limiter.child("chat")),
-            (True, lambda limiter: limiter.key("its own tenant")),
-            (True, lambda limiter: limiter.observe_remaining(5, resource="requests", per=60)),
-            (False, lambda limiter: limiter.acquire_nowait().release()),
-        ]
-        for number, (busy, why) in enumerate(reasons):
-            limiter = key.key(f"tenant {number}")
-            account, held = limiter._account, why(limiter)
-            crowd_out(key, times=30)
-            assert account.retired != busy, number
-            del held
-
-    virtual_time.run(main())
+    key = Limiter(name="key", clock=virtual_time.clock)
+    key.per_key("100 RPM", alive=1)
+    reasons: list[tuple[bool, Callable[[Limiter], Any]]] = [
+        (False, idle),
+        (True, lambda limiter: limiter.acquire_nowait()),
+        (True, lambda limiter: limiter.pause(1)),
+        (True, lambda limiter: limiter.observe(print)),
+        (False, lambda limiter: limiter.observe(print)()),
+        (True, lambda limiter: limiter.reconfigure(rpm=50)),
+        (True, lambda limiter: limiter.reconfigure(weight=2)),
+        (True, lambda limiter: limiter.child("chat")),
+        (True, lambda limiter: limiter.key("its own tenant")),
+        (True, lambda limiter: limiter.observe_remaining(5, resource="requests", per=60)),
+        (False, lambda limiter: limiter.acquire_nowait().release()),
+    ]
+    for number, (busy, why) in enumerate(reasons):
+        limiter = key.key(f"tenant {number}")
+        account, held = limiter._account, why(limiter)
+        crowd_out(key, times=30)
+        assert account.retired != busy, number
+        del held
 
 
 def test_learned_limit_of_tenant_survives_rest(virtual_time: VirtualTime) -> None:
-    """A limit learned for one tenant lasts as long as the tenant is known."""
     key = Limiter(clock=virtual_time.clock)
     key.per_key(alive=1)
     key.key("learned").learn(Limit("requests", 7))
@@ -243,51 +217,43 @@ def test_learned_limit_of_tenant_survives_rest(virtual_time: VirtualTime) -> Non
 
 
 @pytest.mark.parametrize("limits", [(), ("100 RPM",)], ids=["slots only", "slots and window"])
-def test_tenant_whose_admitted_call_has_not_run_yet_is_not_put_to_rest(
+async def test_tenant_whose_admitted_call_has_not_run_yet_is_not_put_to_rest(
     virtual_time: VirtualTime, limits: tuple[str, ...]
 ) -> None:
     """Its slot is not given to another call meanwhile."""
-
-    async def main() -> None:
-        key = Limiter(clock=virtual_time.clock)
-        key.per_key(*limits, concurrency=1, alive=1)
-        held = await key.acquire(tenant="a")
-        waiting = asyncio.ensure_future(key.acquire(tenant="a"))
-        await virtual_time.all_blocked()
-        held.release()
-        account = key.key("a")._account
-        while account.waiting:
-            await asyncio.sleep(0)
-            crowd_out(key)
-        assert not account.retired
-        lease = await waiting
-        with pytest.raises(WouldBlock):
-            key.acquire_nowait(tenant="a")
-        lease.release()
-
-    virtual_time.run(main())
+    key = Limiter(clock=virtual_time.clock)
+    key.per_key(*limits, concurrency=1, alive=1)
+    held = await key.acquire(tenant="a")
+    waiting = asyncio.ensure_future(key.acquire(tenant="a"))
+    await virtual_time.all_blocked()
+    held.release()
+    account = key.key("a")._account
+    while account.waiting:
+        await asyncio.sleep(0)
+        crowd_out(key)
+    assert not account.retired
+    lease = await waiting
+    with pytest.raises(WouldBlock):
+        key.acquire_nowait(tenant="a")
+    lease.release()
 
 
-def test_debt_of_tenant_survives_rest(virtual_time: VirtualTime) -> None:
+async def test_debt_of_tenant_survives_rest(virtual_time: VirtualTime) -> None:
     """So is a debt to a bucket that lasts longer than the window remembers it."""
-
-    async def main() -> None:
-        key = Limiter(clock=virtual_time.clock)
-        key.per_key("600 TPM burst 60", alive=1)
-        await asyncio.sleep(1_000)
-        debtor, twin = key.key("debtor"), key.child("twin", "600 TPM burst 60")
-        for limiter in (debtor, twin):
-            async with limiter.acquire(tokens=60) as lease:
-                lease.settle(tokens=3_000)
-        for _ in range(12):
-            account = debtor._account
-            crowd_out(key)
-            assert account.retired
-            assert debtor.statistics().limits[0].available == twin.statistics().limits[0].available
-            await asyncio.sleep(29.5)
-        assert len(key._tenants()._resting) <= 8
-
-    virtual_time.run(main())
+    key = Limiter(clock=virtual_time.clock)
+    key.per_key("600 TPM burst 60", alive=1)
+    await asyncio.sleep(1_000)
+    debtor, twin = key.key("debtor"), key.child("twin", "600 TPM burst 60")
+    for limiter in (debtor, twin):
+        async with limiter.acquire(tokens=60) as lease:
+            lease.settle(tokens=3_000)
+    for _ in range(12):
+        account = debtor._account
+        crowd_out(key)
+        assert account.retired
+        assert debtor.statistics().limits[0].available == twin.statistics().limits[0].available
+        await asyncio.sleep(29.5)
+    assert len(key._tenants()._resting) <= 8
 
 
 asks = st.lists(
@@ -356,25 +322,23 @@ def test_memory_stays_bounded_however_many_tenants_come(virtual_time: VirtualTim
 
 
 @pytest.mark.heavy
-def test_10_000_idle_children_cost_no_tasks_and_little_memory(virtual_time: VirtualTime) -> None:
+async def test_10_000_idle_children_cost_no_tasks_and_little_memory(
+    virtual_time: VirtualTime,
+) -> None:
     """A child takes under 2 kB, with or without a limit of its own."""
-
-    async def main() -> None:
-        key = Limiter("1000 RPM", clock=virtual_time.clock)
+    key = Limiter("1000 RPM", clock=virtual_time.clock)
+    gc.collect()
+    tracemalloc.start()
+    for prefix, limits in (("plain", ()), ("limited", ("10 RPM",))):
+        before = tracemalloc.get_traced_memory()[0]
+        for number in range(10_000):
+            key.child(f"{prefix} {number}", *limits)
         gc.collect()
-        tracemalloc.start()
-        for prefix, limits in (("plain", ()), ("limited", ("10 RPM",))):
-            before = tracemalloc.get_traced_memory()[0]
-            for number in range(10_000):
-                key.child(f"{prefix} {number}", *limits)
-            gc.collect()
-            each = (tracemalloc.get_traced_memory()[0] - before) / 10_000
-            assert each < 2_048
-        tracemalloc.stop()
-        assert len(asyncio.all_tasks()) == 1
-        assert len(key.children) == 20_000
-
-    virtual_time.run(main())
+        each = (tracemalloc.get_traced_memory()[0] - before) / 10_000
+        assert each < 2_048
+    tracemalloc.stop()
+    assert len(asyncio.all_tasks()) == 1
+    assert len(key.children) == 20_000
 
 
 def test_threads_asking_for_one_tenant_get_same_limiter() -> None:
@@ -396,7 +360,6 @@ def test_threads_asking_for_one_tenant_get_same_limiter() -> None:
 
 
 def test_thread_asking_for_tenant_being_made_gets_same_limiter(virtual_time: VirtualTime) -> None:
-    """A thread that asks for a tenant while it is being made gets the same one."""
     key = Limiter(clock=virtual_time.clock)
     keys, found = key._tenants(), []
     make = keys._make
@@ -429,48 +392,43 @@ class Snatching(FakeLock):
 
 
 @pytest.mark.parametrize("how", ["nowait", "await", "refused", "line"])
-def test_call_is_booked_if_other_thread_puts_tenant_to_rest_meanwhile(
+async def test_call_is_booked_if_other_thread_puts_tenant_to_rest_meanwhile(
     virtual_time: VirtualTime, how: str
 ) -> None:
-    """If that happens before the lock is taken, the call is booked with the current account."""
-
-    async def main() -> None:
-        key = Limiter(clock=virtual_time.clock)
-        key.per_key("2 RPM burst 2", alive=1)
-        tenant = key.key("a")
+    key = Limiter(clock=virtual_time.clock)
+    key.per_key("2 RPM burst 2", alive=1)
+    tenant = key.key("a")
+    tenant.acquire_nowait().release()
+    if how in ("refused", "line"):
         tenant.acquire_nowait().release()
-        if how in ("refused", "line"):
-            tenant.acquire_nowait().release()
 
-        def retire() -> bool:
-            account = tenant._door._account
-            if account.retired:
-                return False
-            now = virtual_time.clock()
-            rest = put_to_rest_locked(account, now)
-            assert rest is not None
-            keys = key._tenants()
-            del keys._limiters["a"]
-            keys._resting["a"] = rest
-            return True
+    def retire() -> bool:
+        account = tenant._door._account
+        if account.retired:
+            return False
+        now = virtual_time.clock()
+        rest = put_to_rest_locked(account, now)
+        assert rest is not None
+        keys = key._tenants()
+        del keys._limiters["a"]
+        keys._resting["a"] = rest
+        return True
 
-        budget = key._budget
-        budget.lock = Snatching(retire, times=2)  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
-        if how == "nowait":
-            tenant.acquire_nowait().release()
-        elif how == "await":
-            (await tenant.acquire()).release()
-        elif how == "refused":
-            with pytest.raises(WouldBlock):
-                tenant.acquire_nowait()
-        else:
-            with pytest.raises(AcquireTimeout):
-                await tenant.acquire(timeout=1)
-        assert tenant.statistics().limits[0].used == 2
+    budget = key._budget
+    budget.lock = Snatching(retire, times=2)  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+    if how == "nowait":
+        tenant.acquire_nowait().release()
+    elif how == "await":
+        (await tenant.acquire()).release()
+    elif how == "refused":
         with pytest.raises(WouldBlock):
-            key.acquire_nowait(tenant="a")
-
-    virtual_time.run(main())
+            tenant.acquire_nowait()
+    else:
+        with pytest.raises(AcquireTimeout):
+            await tenant.acquire(timeout=1)
+    assert tenant.statistics().limits[0].used == 2
+    with pytest.raises(WouldBlock):
+        key.acquire_nowait(tenant="a")
 
 
 STEERED: dict[str, tuple[Callable[[Limiter], object], Callable[[Limiter], object]]] = {
@@ -497,13 +455,13 @@ def test_change_to_tenant_is_not_lost_to_concurrent_rest(how: str) -> None:
     others = threading.Thread(target=crowd_out, args=(key,))
 
     def in_between() -> bool:
-        key._budget.lock = plain
+        key._node.pacer.lock = plain
         others.start()
         others.join(0.1)  # until they are there, or were kept out for that long
         return True
 
-    plain = key._budget.lock
-    key._budget.lock = Snatching(in_between, times=1)  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+    plain = key._node.pacer.lock
+    key._node.pacer.lock = Snatching(in_between, times=1)  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
     steer(tenant)
     others.join(20)
     assert stands(key.key("a"))
@@ -526,7 +484,6 @@ def test_tenant_of_tenant_keeps_its_use_through_rest(virtual_time: VirtualTime) 
 
 
 def test_tenant_comes_back_on_changed_template_with_its_use(virtual_time: VirtualTime) -> None:
-    """If the template changes meanwhile, a tenant comes back on the new terms, with its use."""
     key = Limiter(clock=virtual_time.clock)
     key.per_key("100 RPM", "50 images/60s", alive=1)
     key.acquire_nowait(tenant="a", images=7).release()

@@ -64,7 +64,6 @@ def test_children_are_shared_by_loops_and_threads() -> None:
 
 
 def test_light_child_on_one_loop_is_not_starved_by_heavy_child_on_another() -> None:
-    """Shares hold across loops, even if the heavy child's calls all came first."""
     key = Limiter(concurrency=1)
     heavy, light = key.child("heavy"), key.child("light")
     holder = key.acquire_nowait()
@@ -128,7 +127,6 @@ def test_loop_that_ends_with_calls_in_tree_leaves_nothing_behind(virtual_time: V
 
 
 def test_loop_closed_with_calls_waiting_in_tree_is_counted_out() -> None:
-    """The next ring finds out, and also counts out calls that were cancelled but never ran."""
     key = Limiter(concurrency=1)
     agent = key.child("chat").child("agent")
     held = key.acquire_nowait()
@@ -170,14 +168,14 @@ def test_calls_cancelled_by_ending_loop_while_lock_is_taken_are_counted_out() ->
             asyncio.create_task(chat.acquire())  # noqa: RUF006 - to be cancelled by asyncio.run
         await asyncio.sleep(0)
         assert chat.statistics().waiting == 3
-        key._budget.lock = Contended()  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+        key._node.pacer.lock = Contended()  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
 
     asyncio.run(left_behind())
     for limiter in (key, chat):
         now = limiter.statistics()
         assert (now.waiting, now.cancelled) == (0, 3)
     held.release()
-    assert key._budget.pacers == {}
+    assert key._node.pacer.pacers == {}
 
 
 def test_blocked_loop_that_holds_slots_of_child_does_not_deadlock() -> None:
@@ -240,142 +238,121 @@ def test_call_in_tree_cancelled_at_any_step_gives_everything_back(
             account = limiter._account
             assert account.slots is None or account.slots.used == 0
             assert all(window.lent == 0 for _, window, _ in account.limits.values())
-        assert not key._budget.pacers or not any(
-            True for pacer in key._budget.pacers.values() for _ in pacer.queue.waiters()
+        assert not key._node.pacer.pacers or not any(
+            True for pacer in key._node.pacer.pacers.values() for _ in pacer.queue.waiters()
         )
 
     with virtual_time() as time:
         time.run(main(time))
 
 
-def test_refused_call_in_child_makes_room_for_call_behind_it(virtual_time: VirtualTime) -> None:
-    """The call behind it in the same child passes at that instant."""
-
-    async def main() -> None:
-        key = Limiter("100 TPM", clock=virtual_time.clock)
-        child = key.child("child", "100 TPM")
-        held = await child.acquire(tokens=40)
-        costly = asyncio.ensure_future(child.acquire(tokens=90))
-        cheap = asyncio.ensure_future(child.acquire(tokens=20))
-        await virtual_time.all_blocked()
-        child.reconfigure(tpm=60)
-        with pytest.raises(CostExceedsLimit):
-            await costly
-        assert (await cheap).waited == 0
-        held.release()
-
-    virtual_time.run(main())
+async def test_refused_call_in_child_makes_room_for_call_behind_it(
+    virtual_time: VirtualTime,
+) -> None:
+    key = Limiter("100 TPM", clock=virtual_time.clock)
+    child = key.child("child", "100 TPM")
+    held = await child.acquire(tokens=40)
+    costly = asyncio.ensure_future(child.acquire(tokens=90))
+    cheap = asyncio.ensure_future(child.acquire(tokens=20))
+    await virtual_time.all_blocked()
+    child.reconfigure(tpm=60)
+    with pytest.raises(CostExceedsLimit):
+        await costly
+    assert (await cheap).waited == 0
+    held.release()
 
 
-def test_timeout_in_line_of_one_tenant_does_not_affect_others(virtual_time: VirtualTime) -> None:
-    """A call that times out in one tenant's line does not affect the others."""
+async def test_timeout_in_line_of_one_tenant_does_not_affect_others(
+    virtual_time: VirtualTime,
+) -> None:
+    key = Limiter("60 RPM burst 1", clock=virtual_time.clock)
+    await key.acquire()
+    served: list[int] = []
 
-    async def main() -> None:
-        key = Limiter("60 RPM burst 1", clock=virtual_time.clock)
-        await key.acquire()
-        served: list[int] = []
+    async def call(number: int) -> None:
+        with (
+            contextlib.suppress(asyncbucket.AcquireTimeout),
+            asyncbucket.deadline(2.5 if number % 2 else 100),
+        ):
+            async with key.acquire(tenant=f"tenant {number % 3}"):
+                served.append(number)
 
-        async def call(number: int) -> None:
-            with (
-                contextlib.suppress(asyncbucket.AcquireTimeout),
-                asyncbucket.deadline(2.5 if number % 2 else 100),
-            ):
-                async with key.acquire(tenant=f"tenant {number % 3}"):
-                    served.append(number)
-
-        await asyncio.gather(*(call(number) for number in range(12)))
-        assert len(served) == 6 + sum(number % 2 for number in served)
-        assert virtual_time.now <= 10
-        assert key.statistics().waiting == 0
-
-    virtual_time.run(main())
+    await asyncio.gather(*(call(number) for number in range(12)))
+    assert len(served) == 6 + sum(number % 2 for number in served)
+    assert virtual_time.now <= 10
+    assert key.statistics().waiting == 0
 
 
-def test_cancelled_head_that_leaves_late_is_not_mistaken_for_new_head(
+async def test_cancelled_head_that_leaves_late_is_not_mistaken_for_new_head(
     virtual_time: VirtualTime,
 ) -> None:
     """It is cancelled, the pacer skips it, and another call becomes head before its task runs."""
-
-    async def main() -> None:
-        key = Limiter(clock=virtual_time.clock)
-        child, other = key.child("child", "1/s"), key.child("other", "1/s")
-        for limiter in (child, other):
-            await limiter.acquire()
-        waiting = asyncio.create_task(other.acquire())
-        gone = asyncio.create_task(child.acquire())
-        await asyncio.sleep(0)
-        key.pause(0.5)  # the pacer looks first
-        followers = [asyncio.create_task(child.acquire()) for _ in range(2)]
-        gone.cancel()
-        async with asyncio.timeout(60):
-            leases = await asyncio.gather(waiting, *followers)
-        assert [lease.bound_by for lease in leases] == ["requests"] * 3
-        assert (key.statistics().waiting, key.statistics().cancelled) == (0, 1)
-
-    virtual_time.run(main())
+    key = Limiter(clock=virtual_time.clock)
+    child, other = key.child("child", "1/s"), key.child("other", "1/s")
+    for limiter in (child, other):
+        await limiter.acquire()
+    waiting = asyncio.create_task(other.acquire())
+    gone = asyncio.create_task(child.acquire())
+    await asyncio.sleep(0)
+    key.pause(0.5)  # the pacer looks first
+    followers = [asyncio.create_task(child.acquire()) for _ in range(2)]
+    gone.cancel()
+    async with asyncio.timeout(60):
+        leases = await asyncio.gather(waiting, *followers)
+    assert [lease.bound_by for lease in leases] == ["requests"] * 3
+    assert (key.statistics().waiting, key.statistics().cancelled) == (0, 1)
 
 
-def test_pacer_forgets_deadlines_of_calls_that_have_passed(virtual_time: VirtualTime) -> None:
-    """Of thousands of calls with later deadlines, the pacer remembers only a few."""
-
-    async def main() -> None:
-        key = Limiter("100/s burst 1", clock=virtual_time.clock)
-        slow = key.child("slow", "1 RPH")
-        await slow.acquire()
-        patient = asyncio.ensure_future(slow.acquire(timeout=3_625))
-        await asyncio.sleep(10)
-        for _ in range(2_000):
-            await key.acquire(timeout=3_700)
-        (pacer,) = key._budget.pacers.values()
-        assert len(pacer._deadlines._heap) < 100
-        patient.cancel()
-
-    virtual_time.run(main())
+async def test_pacer_forgets_deadlines_of_calls_that_have_passed(virtual_time: VirtualTime) -> None:
+    key = Limiter("100/s burst 1", clock=virtual_time.clock)
+    slow = key.child("slow", "1 RPH")
+    await slow.acquire()
+    patient = asyncio.ensure_future(slow.acquire(timeout=3_625))
+    await asyncio.sleep(10)
+    for _ in range(2_000):
+        await key.acquire(timeout=3_700)
+    (pacer,) = key._node.pacer.pacers.values()
+    assert len(pacer._deadlines._heap) < 100
+    patient.cancel()
 
 
-def test_branch_keeps_few_entries_for_flow_that_sleeps_long(virtual_time: VirtualTime) -> None:
+async def test_branch_keeps_few_entries_for_flow_that_sleeps_long(
+    virtual_time: VirtualTime,
+) -> None:
     """A call that waits for a limit of a day is looked at each time another passes below it."""
-
-    async def main() -> None:
-        key = Limiter("1000/s", clock=virtual_time.clock)
-        agent = key.child("chat", "1M TPD").child("agent")
-        other = key.child("other", "1M TPH")
-        await agent.acquire(tokens=700_000)
-        await other.acquire(tokens=700_000)
-        costly = [asyncio.ensure_future(each.acquire(tokens=500_000)) for each in (agent, other)]
-        await asyncio.gather(*(agent.acquire(tokens=1, priority=1) for _ in range(2_000)))
-        (pacer,) = key._budget.pacers.values()
-        assert isinstance(pacer.queue, Tree)
-        classes = pacer.queue._classes
-        for branch in (classes, *(flow.source for flow in classes._flows.values())):
-            assert isinstance(branch, Branch)
-            assert len(branch._asleep) < 100
-        for each in costly:
-            each.cancel()
-
-    virtual_time.run(main())
+    key = Limiter("1000/s", clock=virtual_time.clock)
+    agent = key.child("chat", "1M TPD").child("agent")
+    other = key.child("other", "1M TPH")
+    await agent.acquire(tokens=700_000)
+    await other.acquire(tokens=700_000)
+    costly = [asyncio.ensure_future(each.acquire(tokens=500_000)) for each in (agent, other)]
+    await asyncio.gather(*(agent.acquire(tokens=1, priority=1) for _ in range(2_000)))
+    (pacer,) = key._node.pacer.pacers.values()
+    assert isinstance(pacer.queue, Tree)
+    classes = pacer.queue._classes
+    for branch in (classes, *(flow.source for flow in classes._flows.values())):
+        assert isinstance(branch, Branch)
+        assert len(branch._asleep) < 100
+    for each in costly:
+        each.cancel()
 
 
-def test_forked_process_starts_anew_at_every_level(virtual_time: VirtualTime) -> None:
+async def test_forked_process_starts_anew_at_every_level(virtual_time: VirtualTime) -> None:
     """`os.fork` leaves nobody waiting and nothing in flight, but what was used stays used."""
-
-    async def main() -> None:
-        key = Limiter("100 RPM", concurrency=3, clock=virtual_time.clock)
-        agent = key.child("chat", concurrency=2).child("agent", "10 RPM", concurrency=1)
-        held = [await agent.acquire(), await key.acquire()]
-        waiting = asyncio.ensure_future(agent.acquire())
-        await virtual_time.all_blocked()
-        lock = key._budget.lifecycle_lock
-        key._budget.after_fork()
-        for limiter in (key, *key.children.values(), agent):
-            now = limiter.statistics()
-            assert (now.waiting, now.in_flight) == (0, 0)
-        assert agent.statistics().limits[0].used == 1
-        assert agent._account._fairness is None
-        assert key._budget.lifecycle_lock is not lock
-        for lease in held:
-            lease.release()
-        assert key.statistics().in_flight == 0
-        waiting.cancel()
-
-    virtual_time.run(main())
+    key = Limiter("100 RPM", concurrency=3, clock=virtual_time.clock)
+    agent = key.child("chat", concurrency=2).child("agent", "10 RPM", concurrency=1)
+    held = [await agent.acquire(), await key.acquire()]
+    waiting = asyncio.ensure_future(agent.acquire())
+    await virtual_time.all_blocked()
+    lock = key._tenants._lock
+    key._node.pacer.after_fork()
+    for limiter in (key, *key.children.values(), agent):
+        now = limiter.statistics()
+        assert (now.waiting, now.in_flight) == (0, 0)
+    assert agent.statistics().limits[0].used == 1
+    assert agent._account._fairness is None
+    assert key._tenants._lock is not lock
+    for lease in held:
+        lease.release()
+    assert key.statistics().in_flight == 0
+    waiting.cancel()

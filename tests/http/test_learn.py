@@ -29,7 +29,7 @@ def said(**numbers: object) -> dict[str, object]:
 
 
 def test_remaining_header_lowers_available_units() -> None:
-    limiter = Limiter("500 RPM burst 500", "10k TPM")
+    limiter = Limiter("500 RPM burst 500", "10k TPM", clock=VirtualClock())
 
     HeaderReader(limiter).read(
         said(remaining_requests="40", limit_requests="500", remaining_tokens="900"), OPENAI

@@ -143,12 +143,12 @@ def test_log_record_carries_event_fields_by_name(
         )
 
     (record,) = caplog.records
-    assert record.name == "asyncbucket.core.events"
+    assert record.name == "asyncbucket.events"
     assert {key: value for key, value in vars(record).items() if key.startswith("asyncbucket")} == {
         "asyncbucket.event": "Admitted",
-        "asyncbucket.core.limiter": "openai",
+        "asyncbucket.limiter": "openai",
         "asyncbucket.at": 1.0,
-        "asyncbucket.core.cost": {
+        "asyncbucket.cost": {
             "requests": 1,
             "tokens": 900,
             "input_tokens": 600,

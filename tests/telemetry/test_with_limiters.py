@@ -20,7 +20,15 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from asyncbucket import AcquireTimeout, CostExceedsLimit, Limiter, QueueFull, WouldBlock, telemetry
+from asyncbucket import (
+    AcquireTimeout,
+    CostExceedsLimit,
+    Lease,
+    Limiter,
+    QueueFull,
+    WouldBlock,
+    telemetry,
+)
 from asyncbucket.testing import RateLimitedProvider, VirtualTime
 
 if TYPE_CHECKING:
@@ -304,7 +312,7 @@ async def test_telemetry_and_errors_reveal_no_secret(caplog: pytest.LogCaptureFi
                 own.acquire(tokens=1, timeout=0.001),
                 limiter.acquire(timeout=0.001, tenant=tenant),
             ):
-                held = await own.acquire() if asked.__class__.__name__ == "Acquisition" else None
+                held = await own.acquire() if isinstance(asked, Lease) else None
                 try:
                     await asked
                 except Exception as error:  # noqa: BLE001 - any error is checked

@@ -10,7 +10,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Unpack
 
-from asyncbucket.core.terms import read_count
+from asyncbucket.core.wording import read_count
 from asyncbucket.testing.provider.policies import Policy, make_policy
 from asyncbucket.testing.provider.settings import Failure, Options, Settings, settings_of
 from asyncbucket.testing.provider.statistics import Arrival, ProviderStatistics

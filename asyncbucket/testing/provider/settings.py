@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, TypedDict, get_args
 
-from asyncbucket.core.terms import read_count
-from asyncbucket.core.wording import is_number
+from asyncbucket.core.wording import is_number, read_count
 from asyncbucket.testing.provider.policies import POLICY_NAMES, SLICES, PolicyName
 
 NANOSECONDS = 1_000_000_000
