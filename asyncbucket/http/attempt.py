@@ -96,6 +96,9 @@ class Attempt:
 
     def _refused(self, reply: Any) -> None:
         """Judge a failed reply by its headers, and by its body if these do not suffice."""
+        if not self._teaches:
+            self._lease.failed()
+            return
         body = read_json(reply.content) if reply.is_closed else None
         refusals, sent_at = self._lane.refusals, self._sent_at
         verdict, needs_body = refusals.judge(
