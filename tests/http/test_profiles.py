@@ -175,6 +175,7 @@ def test_non_english_text_counts_more_by_size_than_by_characters() -> None:
     [
         ({"max_output_tokens": 5}, 5),
         ({"max_tokens_to_sample": 5}, 5),
+        ({"max_new_tokens": 5}, 5),
         ({"options": {"num_predict": 5}}, 5),
         ({"options": {"num_predict": -1}}, None),
         ({"options": "odd"}, None),
