@@ -26,9 +26,15 @@ _FIRST_SERVER_ERROR: Final = 500
 _OVERLOADED_STATUSES: Final = frozenset({408, RATE_LIMITED, 503, 504, 529})
 _TRANSIENT_STATUSES: Final = frozenset({408, 409, RATE_LIMITED})
 
-#: A 429 that will not pass by waiting: platform.openai.com/docs/guides/error-codes, read in 2025.
+#: A 429 that will not pass by waiting: platform.openai.com/docs/guides/error-codes, read in 2025,
+#: and docs.anthropic.com/en/api/errors, read in 2026.
 EXHAUSTED: Final = frozenset(
-    {"billing_hard_limit_reached", "billing_not_active", "insufficient_quota"}
+    {
+        "billing_hard_limit_reached",
+        "billing_not_active",
+        "enforced_spend_limit_reached",
+        "insufficient_quota",
+    }
 )
 #: Error events in a stream whose status was 200: OpenAI's `code` and `type`, Anthropic's `type`,
 #: and Bedrock's `Code`.

@@ -68,7 +68,7 @@ EVENT = {"error": {"type": "overloaded_error"}}
         ),
         *(
             (status_error(429, code), Verdict(retry=False, reason=f"HTTP 429 ({code})"))
-            for code in ("insufficient_quota", "billing_not_active", "billing_hard_limit_reached")
+            for code in ("insufficient_quota", "billing_not_active", "enforced_spend_limit_reached")
         ),
         (
             with_attributes(status_code=429, body={"error": {"type": "insufficient_quota"}}),
