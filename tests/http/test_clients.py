@@ -100,7 +100,11 @@ def test_auto_family_is_that_of_the_imported_sdk_or_the_only_one(
     modules: dict[str, Any] = {"httpx": httpx, "httpx2": httpx2, "openai": openai}
     modules["sdk2"] = SdkOnHttpx2
     monkeypatch.setattr(clients, "_SDKS", ("openai", "sdk2"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in installed or None)
+
+    def find_spec(name: str) -> object:
+        return name if name in installed else None
+
+    monkeypatch.setattr("importlib.util.find_spec", find_spec)
     for name in modules:
         monkeypatch.delitem(sys.modules, name, raising=False)
     for name in imported:

@@ -47,11 +47,12 @@ def client_over(library: Any, limiter: Limiter, answer: Any, **options: Any) -> 
     return library.AsyncClient(transport=limiter.transport(inner, **options))
 
 
-def giving(reply: Any) -> Any:
-    """Return a handler for MockTransport that gives `reply`."""
+def giving(*replies: Any) -> Any:
+    """Return a handler for MockTransport that gives one reply after the other, and then the last."""
+    rest = list(replies)
 
     def answer(_: Any) -> Any:
-        return reply
+        return rest.pop(0) if len(rest) > 1 else rest[0]
 
     return answer
 
@@ -78,7 +79,11 @@ async def test_slot_is_held_until_body_ends_however_that_is(
 ) -> None:
     error = library.ReadError("gone") if way == "broken" else None
     body = chunked(library, b"a", REPLY, error=error)
-    inner = library.MockTransport(lambda _: library.Response(200, stream=body))
+
+    def answer(_: Any) -> Any:
+        return library.Response(200, stream=body)
+
+    inner = library.MockTransport(answer)
     transport = limiter.transport(inner, profile="generic")
     client = (library.AsyncClient if io is ASYNC else library.Client)(transport=transport)
 
@@ -162,11 +167,11 @@ async def test_refused_reply_that_nobody_reads_holds_no_slot(
     library: Any, status: int, headers: dict[str, str]
 ) -> None:
     limiter = Limiter(concurrency=1)
-    replies = [
+    answer = giving(
         library.Response(status, headers=headers, stream=chunked(library, b"{}")),
         library.Response(200, content=REPLY),
-    ]
-    async with client_over(library, limiter, lambda _: replies.pop(0)) as client:
+    )
+    async with client_over(library, limiter, answer) as client:
         refused = await client.send(client.build_request("POST", URL, json=BODY), stream=True)
         assert in_flight(limiter) == 0
         assert (await client.post(URL, json=BODY)).status_code == 200
