@@ -28,7 +28,7 @@ from asyncbucket.providers.errors import RATE_LIMITED, Verdict, judge_reply
 #: The first pause (s) if the provider names none, and the longest.
 _FIRST_PAUSE: Final = 1.0
 _MAX_PAUSE: Final = 120.0
-#: A refusal's body may say what its headers do not; nobody passes until it is there, or for this (s).
+#: A refusal's body may say what its headers do not; for this long (s), nobody passes meanwhile.
 _PAUSE_FOR_BODY: Final = 0.05
 _EXPLANATIONS: Final = {
     "429": (
@@ -106,7 +106,8 @@ class Refusals:
         retry_after, named = verdict.retry_after, verdict.retry_after is not None
         says_so = named or "overloaded" in verdict.reason
         if verdict.rate_limited and body is None and not named:
-            self._limiter.pause(_PAUSE_FOR_BODY)
+            if not can_give_slots_up(self._limiter):  # else there are fewer slots now
+                self._limiter.pause(_PAUSE_FOR_BODY)
         elif verdict.rate_limited:
             self.pause(retry_after, whole_after=verdict.whole_after, sent_at=sent_at)
         elif verdict.retry and (status == _OVERLOADED or (status == _UNAVAILABLE and says_so)):
