@@ -30,6 +30,8 @@ _FIRST_PAUSE: Final = 1.0
 _MAX_PAUSE: Final = 120.0
 #: A refusal's body may say what its headers do not; for this long (s), nobody passes meanwhile.
 _PAUSE_FOR_BODY: Final = 0.05
+#: An exhausted account may name a time, too; one of so many seconds at most is surely a rate's.
+_SURELY_A_RATE: Final = 60.0
 _EXPLANATIONS: Final = {
     "429": (
         "the provider refused a call (429); its limits may be lower than yours, or others use the "
@@ -103,15 +105,16 @@ class Refusals:
         Without a ``body`` (None), also tell whether it may say more: then judge once more with it.
         """
         verdict = judge_reply(status, headers, body or {})
-        retry_after, named = verdict.retry_after, verdict.retry_after is not None
-        says_so = named or "overloaded" in verdict.reason
-        if verdict.rate_limited and body is None and not named:
+        asked = verdict.retry_after
+        says_so = asked is not None or "overloaded" in verdict.reason
+        unsure = verdict.rate_limited and body is None and (asked or math.inf) > _SURELY_A_RATE
+        if unsure:
             if not can_give_slots_up(self._limiter):  # else there are fewer slots now
                 self._limiter.pause(_PAUSE_FOR_BODY)
         elif verdict.rate_limited:
-            self.pause(retry_after, whole_after=verdict.whole_after, sent_at=sent_at)
+            self.pause(asked, whole_after=verdict.whole_after, sent_at=sent_at)
         elif verdict.retry and (status == _OVERLOADED or (status == _UNAVAILABLE and says_so)):
-            self.pause(retry_after, reason="overload", sent_at=sent_at)
+            self.pause(asked, reason="overload", sent_at=sent_at)
         elif status == RATE_LIMITED and body is not None and not self._waves.quota_warned:
             self._waves.quota_warned = True
             _log.warning(
@@ -119,8 +122,8 @@ class Refusals:
                 "look at the account's plan and balance",
                 *(self._limiter.name, verdict.reason),
             )
-        may_say_more = status in (RATE_LIMITED, _UNAVAILABLE) and not (verdict.retry and named)
-        return verdict, body is None and may_say_more
+        needs_body = unsure or (status in (RATE_LIMITED, _UNAVAILABLE) and asked is None)
+        return verdict, needs_body and body is None
 
     def pause(
         self,

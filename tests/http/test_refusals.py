@@ -53,6 +53,25 @@ def test_only_rate_and_overload_refusals_pause_limiter(
 
 
 @pytest.mark.parametrize(
+    ("headers", "at_once", "in_all"),
+    [({}, 0.05, 1), ({"retry-after": "60"}, 60, 60), ({"retry-after": "90"}, 0.05, 90)],
+)
+@pytest.mark.parametrize("code", ["rate_limit_exceeded", "insufficient_quota"])
+def test_pause_awaits_the_body_if_the_account_may_be_exhausted(
+    limiter: Limiter, headers: dict[str, str], at_once: float, in_all: float, code: str
+) -> None:
+    refusals = Refusals(limiter)
+    _, needs_body = refusals.judge(429, headers, None)
+    assert needs_body is (at_once != in_all)
+    assert limiter.statistics().paused == pytest.approx(at_once)
+
+    if needs_body:
+        refusals.judge(429, headers, error(code))
+    exhausted = needs_body and code == "insufficient_quota"
+    assert limiter.statistics().paused == pytest.approx(at_once if exhausted else in_all)
+
+
+@pytest.mark.parametrize(
     ("headers", "longest"),
     [
         ({"x-ratelimit-reset-requests": "120ms", "X-RateLimit-Reset-Tokens": "5s"}, 5),
