@@ -1,5 +1,6 @@
 """A refusal pauses everyone once, for as long as it says; none if waiting does not help."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -159,6 +160,23 @@ def test_late_reply_neither_ends_nor_starts_a_wave(limiter: Limiter, clock: Virt
     refusals.succeeded(sent_at=0)
     refusals.judge(429, {}, {}, sent_at=4)
     assert limiter.statistics().paused == 2
+
+
+def test_refusal_warning_is_logged_at_most_once_a_minute(
+    limiter: Limiter, clock: VirtualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusals = Refusals(limiter)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(11):
+            refusals.judge(429, {"retry-after": "7"}, {})
+            clock.advance(7)
+
+    first, second = (record.message for record in caplog.records)
+    assert first == second
+    assert first == (
+        "limiter 'shared' pauses for 7 s: the provider refused a call (429); its limits may be "
+        "lower than yours, or others use the same key"
+    )
 
 
 def test_empty_account_is_logged_once(limiter: Limiter, caplog: pytest.LogCaptureFixture) -> None:

@@ -231,20 +231,6 @@ async def test_host_reached_by_redirect_teaches_only_if_it_is_the_same(
     assert in_flight(limiter) == 0
 
 
-async def test_each_redirect_hop_is_admitted(library: Any, limiter: Limiter) -> None:
-    def answer(request: Any) -> Any:
-        if request.url.path == "/old":
-            return library.Response(307, headers={"location": "/new"})
-        return library.Response(200, content=request.content)
-
-    async with client_over(library, limiter, answer) as client:
-        reply = await client.post("https://x.test/old", content=b"hello", follow_redirects=True)
-
-    assert reply.content == b"hello"
-    assert [each.status_code for each in reply.history] == [307]
-    assert limiter.statistics().admitted == 2
-
-
 async def test_streamed_upload_is_not_read_before_sending(library: Any, limiter: Limiter) -> None:
     asked: list[str] = []
 
@@ -597,21 +583,6 @@ async def test_call_of_wrapped_model_is_charged_once_and_warns_once(
     (record,) = caplog.records
     assert "calls that a model has paid for by limiter 'default'" in record.message
     assert "charged once, above; give a model a plain client" in record.message
-
-
-@pytest.mark.parametrize("paid_above", [False, True])
-@pytest.mark.parametrize(("status", "lifts"), [(502, False), (200, True)])
-async def test_only_successful_reply_lifts_first_calls_cap(
-    library: Any, status: int, *, lifts: bool, paid_above: bool
-) -> None:
-    limiter = Limiter("600 RPM burst 600")
-    client = client_over(library, limiter, answering(library, status=status), profile="openai")
-    lease = await limiter.acquire() if paid_above else None
-    with contextlib.nullcontext() if lease is None else holding(HeldLease(limiter, lease)):
-        await client.post(URL, json=BODY)
-    await client.aclose()
-
-    assert (limiter.statistics().limits[0].available > 10) is lifts
 
 
 async def test_new_limiter_per_request_warns_once(
