@@ -45,7 +45,7 @@ def http_client(
     Args:
         limiter: what admits the requests.
         family: ``"httpx"`` (openai before 3, anthropic before 1) or ``"httpx2"``; ``"auto"`` takes
-            the one that the imported SDK is built on, or the only one that is installed or imported.
+            the one that the imported SDK is built on, or else the first installed.
         sync: return a synchronous client.
         profile: see `asyncbucket.http.transport.PacedTransport`.
         learn: see there.
@@ -54,7 +54,7 @@ def http_client(
 
     Raises:
         ImportError: the library is not installed.
-        ValueError: ``family`` or ``profile`` is not known, or both libraries may be meant.
+        ValueError: ``family`` or ``profile`` is not known, or imported SDKs are built on both.
     """
     check_family(family)
     library = library_named(_wanted_family() if family == "auto" else family)
@@ -89,17 +89,16 @@ def _transport_for(pattern: Any, client: Any) -> Any:
 
 
 def _wanted_family() -> str:
-    """Return the library that the imported SDKs are built on, or the only one there is."""
-    sdk_clients = (getattr(sys.modules.get(name), _SDK_CLIENT, None) for name in _SDKS)
-    wanted = {family_of(cls) for cls in sdk_clients if isinstance(cls, type)} - {None}
-    installed = [name for name in FAMILIES if importlib.util.find_spec(name) is not None]
-    if not installed:
+    """Return the library that the imported SDKs are built on, or else the first installed."""
+    classes = (getattr(sys.modules.get(name), _SDK_CLIENT, None) for name in _SDKS)
+    wanted = {family_of(cls) for cls in classes if isinstance(cls, type)}
+    if len(wanted) > 1:
+        raise ValueError(
+            "of the imported SDKs, one is built on httpx and one on httpx2: pass family='httpx' (openai "
+            "before 3, anthropic before 1) or family='httpx2' (openai from 3, anthropic from 1)"
+        )
+    installed = (name for name in FAMILIES if importlib.util.find_spec(name) is not None)
+    family = next(iter(wanted), None) or next(installed, None)
+    if family is None:
         raise ImportError(f"no HTTP client is installed: pip install {FAMILIES[0]}")
-    imported = [name for name in installed if name in sys.modules]
-    for candidates in (sorted(filter(None, wanted)), installed, imported):
-        if len(candidates) == 1:
-            return candidates[0]
-    raise ValueError(
-        "both httpx and httpx2 are installed: pass family='httpx' for SDKs on httpx (openai before 3, "
-        "anthropic before 1) or family='httpx2' for those on httpx2 (openai from 3, anthropic from 1)"
-    )
+    return family

@@ -78,19 +78,18 @@ def test_missing_family_library_error_says_what_to_install(
 @pytest.mark.parametrize(
     ("installed", "imported", "taken"),
     [
-        (("httpx", "httpx2"), ("openai", "httpx", "httpx2"), "httpx"),
-        (("httpx", "httpx2"), ("sdk2", "httpx", "httpx2"), "httpx2"),
-        (("httpx2",), (), "httpx2"),
-        (("httpx", "httpx2"), ("httpx2",), "httpx2"),
-        (("httpx", "httpx2"), ("httpx", "httpx2"), None),
-        (("httpx", "httpx2"), ("openai", "sdk2"), None),
+        ("httpx httpx2", "openai httpx httpx2", "httpx"),
+        ("httpx httpx2", "sdk2 httpx httpx2", "httpx2"),
+        ("httpx httpx2", "", "httpx"),
+        ("httpx2", "", "httpx2"),
+        ("httpx httpx2", "openai sdk2", None),
     ],
 )
-def test_auto_family_is_that_of_the_imported_sdk_or_the_only_one(
+def test_auto_family_is_that_of_the_imported_sdk_or_the_first_installed(
     limiter: Limiter,
     monkeypatch: pytest.MonkeyPatch,
-    installed: tuple[str, ...],
-    imported: tuple[str, ...],
+    installed: str,
+    imported: str,
     taken: str | None,
 ) -> None:
     class SdkOnHttpx2:
@@ -102,19 +101,17 @@ def test_auto_family_is_that_of_the_imported_sdk_or_the_only_one(
     monkeypatch.setattr(clients, "_SDKS", ("openai", "sdk2"))
 
     def find_spec(name: str) -> object:
-        return name if name in installed else None
+        return name if name in installed.split() else None
 
     monkeypatch.setattr("importlib.util.find_spec", find_spec)
     for name in modules:
         monkeypatch.delitem(sys.modules, name, raising=False)
-    for name in imported:
+    for name in imported.split():
         monkeypatch.setitem(sys.modules, name, modules[name])
     monkeypatch.setattr(clients, "library_named", modules.__getitem__)
 
     if taken is None:
-        with pytest.raises(
-            ValueError, match=r"pass family='httpx' for SDKs on httpx .openai before"
-        ):
+        with pytest.raises(ValueError, match=r"pass family='httpx' .openai before 3"):
             limiter.http_client()
     else:
         with limiter.http_client(sync=True) as client:
