@@ -60,6 +60,7 @@ def test_missing_http_library_error_says_what_to_install(
         return None
 
     monkeypatch.setattr("importlib.util.find_spec", find_nothing)
+    monkeypatch.setattr(clients, "_SDKS", ())
 
     with pytest.raises(ImportError, match="no HTTP client is installed: pip install httpx"):
         clients.http_client(limiter)
