@@ -85,4 +85,5 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
         result: T = done.value
         return result
     coroutine.close()
-    raise RuntimeError(f"{coroutine!r} suspended: it awaits something other than SYNC")
+    name = getattr(coroutine, "__qualname__", repr(coroutine))
+    raise RuntimeError(f"{name} was to block, but suspended: it must wait by its io object alone")
