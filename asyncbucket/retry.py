@@ -22,13 +22,12 @@ would count the time in line.) A call that succeeds at once never gets to it.
 """
 
 import functools
-import logging
 import math
 import random
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from asyncbucket.core.errors import AsyncBucketError
 from asyncbucket.core.events import Retried
@@ -48,8 +47,6 @@ except ModuleNotFoundError as missing:
 __all__ = ["Retrier", "Retry", "RetryBudget", "Sent", "Verdict", "classify"]
 
 T = TypeVar("T")
-
-_log: Final = logging.getLogger("asyncbucket")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,7 +299,6 @@ class Retrier:
 
     def notify(self, attempt: int, verdict: Verdict, delay: float) -> None:
         """Tell the observers of the limiter that was asked that a call will be retried."""
-        _log.debug("attempt %d: %s; again in %s", attempt, verdict.reason, in_seconds(delay))
         caller = effective_limiter(self._caller)
         name, at = shown_name(caller), self.now()
         caller.emit(

@@ -39,19 +39,6 @@ class Attempt:
         teaches: whether the headers of its reply are the provider's.
     """
 
-    __slots__ = (
-        "__weakref__",  # pyright: ignore[reportUninitializedInstanceVariable]
-        "_call",
-        "_ended",
-        "_lane",
-        "_lease",
-        "_profile",
-        "_reply",
-        "_sent_at",
-        "_tail",
-        "_teaches",
-    )
-
     def __init__(
         self, lane: Lane, lease: Lease, call: Call, profile: Profile, *, teaches: bool
     ) -> None:

@@ -39,16 +39,6 @@ class HeaderReader:
             ones.
     """
 
-    __slots__ = (
-        "_assumed",
-        "_ignore_until",
-        "_learn",
-        "_levels",
-        "_limiter",
-        "_profiles",
-        "ignored",
-    )
-
     def __init__(self, limiter: Limiter, *, learn: bool = True) -> None:
         self._limiter = limiter
         self._levels = tuple(levels(limiter))

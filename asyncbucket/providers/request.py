@@ -9,6 +9,7 @@ constants and by size, because in JSON they are base64 and not text; a document 
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final, TypeGuard
 
 #: Suffixes of paths whose calls make a model write.
@@ -87,24 +88,22 @@ LOW_DETAIL_IMAGE_TOKENS: Final = 85
 _BYTES_PER_TOKEN: Final = 64
 
 
+@dataclass(slots=True)
 class RequestSize:
     """Add up what a call sends and asks for."""
 
-    __slots__ = ("characters", "extra", "max_output", "replies", "size", "writes")
-
-    def __init__(self, *, writes: bool = False) -> None:
-        #: Whether the model writes a reply.
-        self.writes = writes
-        #: Characters of all text.
-        self.characters = 0
-        #: The same, in bytes of UTF-8.
-        self.size = 0
-        #: Tokens of what is not text, or is sent as token numbers.
-        self.extra = 0
-        #: The most tokens of one reply, if the call says so.
-        self.max_output: int | None = None
-        #: How many replies are asked for.
-        self.replies = 1
+    #: Whether the model writes a reply.
+    writes: bool = False
+    #: Characters of all text.
+    characters: int = 0
+    #: The same, in bytes of UTF-8.
+    size: int = 0
+    #: Tokens of what is not text, or is sent as token numbers.
+    extra: int = 0
+    #: The most tokens of one reply, if the call says so.
+    max_output: int | None = None
+    #: How many replies are asked for.
+    replies: int = 1
 
     @property
     def by_characters(self) -> int:
