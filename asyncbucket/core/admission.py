@@ -1,4 +1,4 @@
-"""How a call gets in that cannot pass at once: in turn, or not at all.
+"""How a call stands in line, gives up, and is refused: what binds, for how long, and the remedy.
 
 Whoever admits a call makes its lease hold (`Lease.hold_locked`), under the lock. Whoever gives up
 after that gives the lease back. So nothing is handed over that could be lost on the way, and a call
@@ -6,7 +6,7 @@ may be cancelled at whichever await.
 """
 
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import (
@@ -16,15 +16,17 @@ from asyncbucket.core.errors import (
     QueueFull,
     WouldBlock,
 )
-from asyncbucket.core.events import Cancelled, Queued, Reason, Refused
-from asyncbucket.core.meters import Amounts
+from asyncbucket.core.events import Cancelled, Reason, Refused
+from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Node
-from asyncbucket.core.pacer import Pacer
-from asyncbucket.core.queue import AnyWaiter, SyncWaiter, Waiter
-from asyncbucket.core.refusal import refusal_locked
-from asyncbucket.core.seats import Seat, ThreadSeat
-from asyncbucket.core.wording import counted, in_seconds
+from asyncbucket.core.queue import AnyWaiter
+from asyncbucket.core.seats import Seat
+from asyncbucket.core.wording import counted, in_seconds, with_verb
 
+if TYPE_CHECKING:
+    from asyncbucket.core.pacer import Pacer
+
+Refusal = TypeVar("Refusal", WouldBlock, AcquireTimeout, QueueFull)
 #: A deadline further back (ns) than this was probably meant as seconds from now.
 _LONG_PAST: Final = 1_000_000_000
 _AT_ONCE: Final = "without waiting"
@@ -35,7 +37,7 @@ _REASONS: Final[dict[type, Reason]] = {
     QueueFull: "queue_full",
     CostExceedsLimit: "too_costly",
 }
-_REFUSALS: Final = (WouldBlock, AcquireTimeout, QueueFull, CostExceedsLimit)
+REFUSALS: Final = (WouldBlock, AcquireTimeout, QueueFull, CostExceedsLimit)
 
 
 def refuse(node: Node, amounts: Amounts) -> None:
@@ -49,76 +51,38 @@ def refuse(node: Node, amounts: Amounts) -> None:
         with node.pacer:
             node.check(amounts)
             raise refusal_locked(WouldBlock, node, amounts, _AT_ONCE, "wait with acquire()")
-    except _REFUSALS as error:
-        _count_refusal(node, amounts, error)
+    except REFUSALS as error:
+        count_refusal(node, amounts, error)
         raise
 
 
-async def wait(
-    lease: Any, node: Node, amounts: Amounts, *, deadline: int | None, priority: int
-) -> None:
-    """Wait until ``lease`` holds: in turn."""
-    pacer: Pacer = node.pacer
-    try:
-        waiter = Waiter()
-        waiter.lease = lease
-        asked = _join(waiter, node, amounts, deadline=deadline, priority=priority)
-        try:
-            if pacer.observed:
-                pacer.notify(node, Queued, cost=Cost.of(amounts), waiting=node.waiting)
-            in_time = await waiter
-        except CostExceedsLimit:  # whoever raised it has taken the waiter out
-            raise
-        except BaseException as error:
-            _give_up(waiter, asked, is_finalizer=isinstance(error, GeneratorExit))
-            del waiter  # else the error's traceback would keep it alive
-            raise
-        if not in_time:
-            raise _too_late(node, amounts, asked, deadline)
-    except _REFUSALS as error:
-        _count_refusal(node, amounts, error)
-        raise
-
-
-def block(
-    lease: Any, node: Node, amounts: Amounts, *, deadline: int | None, priority: int
-) -> None:
-    """Block this thread until ``lease`` holds: in turn."""
-    pacer: Pacer = node.pacer
-    seat, waiter = ThreadSeat(pacer.look), SyncWaiter()
-    waiter.lease = lease
-    try:
-        asked = _join(waiter, node, amounts, deadline=deadline, priority=priority, seat=seat)
-        try:
-            pacer.notify(node, Queued, cost=Cost.of(amounts), waiting=node.waiting)
-            seat.block(waiter.done, pacer.clock)
-            in_time = waiter.result()
-        except CostExceedsLimit:
-            raise
-        except BaseException:
-            _give_up(waiter, asked)
-            raise
-        if not in_time:
-            raise _too_late(node, amounts, asked, deadline)
-    except _REFUSALS as error:
-        _count_refusal(node, amounts, error)
-        raise
-    finally:
-        pacer.do(partial(pacer.seats.pop, seat, None))
-
-
-def _join(
+def join(
     waiter: AnyWaiter,
     node: Node,
     amounts: Amounts,
     *,
     deadline: int | None,
     priority: int,
-    seat: Seat | None = None,
+    seat: Seat | None,
 ) -> int:
-    """Stand in line, unless that is hopeless; return since when."""
+    """Stand in line, unless that is hopeless; return since when.
+
+    Args:
+        waiter: what stands there.
+        node: the limiter.
+        amounts: what the call costs.
+        deadline: until when it may wait, in ns.
+        priority: larger numbers are more urgent.
+        seat: a blocked thread; None for the running loop.
+
+    Raises:
+        CostExceedsLimit: it can never pass.
+        QueueFull: too many calls wait already.
+        AcquireTimeout: it cannot pass in time.
+    """
     pacer: Pacer = node.pacer
-    with pacer:
+    pacer.lock.acquire()  # `with` would take twice the time
+    try:
         now = pacer.clock()
         node.check(amounts)
         for level in node.path:
@@ -136,9 +100,13 @@ def _join(
             pacer.seats[seat] = seat
         pacer.join_locked(waiter, node, amounts, seat, now, deadline=deadline, priority=priority)
         return now
+    finally:
+        pacer.lock.release()
+        if pacer.jobs:
+            pacer.catch_up()
 
 
-def _give_up(waiter: AnyWaiter, asked: int, *, is_finalizer: bool = False) -> None:
+def give_up(waiter: AnyWaiter, asked: int, *, is_finalizer: bool = False) -> None:
     """Withdraw a call that waits no longer; a finalizer tells nobody."""
     pacer: Pacer = waiter.line.node.pacer
     pacer.do(partial(_withdraw_locked, waiter, asked))
@@ -151,17 +119,22 @@ def _withdraw_locked(waiter: AnyWaiter, asked: int) -> None:
     pacer: Pacer = node.pacer
     now = pacer.clock()
     if pacer.withdraw_locked(waiter, now):
-        node.count("cancelled")
-    cost, waited = Cost.of(waiter.amounts), (now - asked) * 1e-9
-    pacer.notify_locked(node, Cancelled, cost=cost, waited=waited)
+        for each in node.path:
+            each.cancelled += 1
+    if pacer.observed:
+        cost, waited = Cost.of(waiter.amounts), (now - asked) * 1e-9
+        pacer.notify_locked(node, Cancelled, cost=cost, waited=waited)
 
 
-def _too_late(
-    node: Node, amounts: Amounts, asked: int, deadline: int | None
-) -> AcquireTimeout | CostExceedsLimit:
+def too_late(node: Node, amounts: Amounts, asked: int, deadline: int | None) -> AcquireTimeout:
+    """Return the error of a call whose time is up.
+
+    Raises:
+        CostExceedsLimit: it can never pass, because limits have been lowered since.
+    """
     assert deadline is not None
     with node.pacer:
-        node.check(amounts)  # limits may have been lowered since
+        node.check(amounts)
         return _too_late_locked(node, amounts, asked, deadline)
 
 
@@ -174,7 +147,7 @@ def _too_late_locked(node: Node, amounts: Amounts, asked: int, deadline: int) ->
     return refusal_locked(AcquireTimeout, node, amounts, how, remedy)
 
 
-def _count_refusal(node: Node, amounts: Amounts, error: AsyncBucketError) -> None:
+def count_refusal(node: Node, amounts: Amounts, error: AsyncBucketError) -> None:
     """Count a refused call, and tell observers."""
     pacer: Pacer = node.pacer
     with pacer:
@@ -188,3 +161,58 @@ def _count_refusal(node: Node, amounts: Amounts, error: AsyncBucketError) -> Non
             bound_by=getattr(error, "bound_by", None),
             retry_after=getattr(error, "retry_after", None),
         )
+
+
+def refusal_locked(
+    error_type: type[Refusal], node: Node, amounts: Amounts, how: str, remedy: str
+) -> Refusal:
+    """Return the error of a refusal, with what binds and for how long."""
+    pacer: Pacer = node.pacer
+    now = pacer.clock()
+    due, bound_by, why = _reason_locked(node, amounts, now, at_once=error_type is WouldBlock)
+    if bound_by == "paused":
+        remedy = remedy.removesuffix(" or the limit")  # no limit ends a pause
+    limited = node.resources()
+    named = [name for name, amount in amounts.items() if amount and name in limited]
+    what = ", ".join(counted(amounts[name], name) for name in named or Cost.of(amounts))
+    return error_type(
+        f"a call of {what} cannot pass {how}: {why}; {remedy}",
+        retry_after=None if due >= NEVER else (due - now) * 1e-9,
+        bound_by=bound_by,
+    )
+
+
+def _reason_locked(
+    node: Node, amounts: Amounts, now: int, *, at_once: bool
+) -> tuple[int, str | None, str]:
+    """Return when such a call could pass, or `NEVER` if unknown; what binds; and both in words."""
+    pacer: Pacer = node.pacer
+    due, bound_by = node.earliest_of_all(amounts, now)
+    if at_once and pacer.place is None:
+        for limit in (window.limit for level in node.path for window in level.limits.values()):
+            if limit.burst is not None and amounts.get(limit.resource, 0) > limit.burst:
+                burst = counted(limit.burst, limit.resource)
+                why = f"above a burst of {burst} it earns the rest while it is first in line"
+                return NEVER, limit.resource, why
+    if bound_by is None and pacer.place is not None:
+        known = pacer.place.held_up()
+        if known is None:
+            return NEVER, None, "the store that keeps its limits has to be asked"
+        bound_by, due = known[0], max(now, known[1])
+    if bound_by is None:
+        return pacer.next_look_locked(now), None, "others came first"
+    left = in_seconds((due - now) * 1e-9)
+    if bound_by == "paused":
+        return due, bound_by, f"the limiter is paused for {left} more"
+    if due < NEVER:
+        return due, bound_by, f"{with_verb(bound_by, 'bind')} for {left} more"
+    taken = [level.slots for level in node.bounded if level.in_flight >= level.slots]
+    slots = min(taken, default=0)  # 0: they are in a store
+    words = (
+        "the one slot is"
+        if slots == 1
+        else f"all {slots:,} slots are"
+        if slots
+        else "all slots are"
+    )
+    return due, bound_by, f"{words} taken"

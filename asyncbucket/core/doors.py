@@ -5,7 +5,6 @@ Each method loads its adapter when it is called, so the core needs none of them.
 
 import functools
 import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import (
     TYPE_CHECKING,
@@ -19,7 +18,6 @@ from typing import (
     overload,
 )
 
-from asyncbucket.core.lease import Lease
 from asyncbucket.core.meters import Window
 from asyncbucket.core.node import Node, Sizer
 from asyncbucket.core.place import Place
@@ -47,18 +45,10 @@ class Wrapping(TypedDict, total=False):
     cost: Any
 
 
-class Doors(ABC):
+class Doors:
     """Put things behind the limits of a `Limiter`, which inherits all of these methods."""
 
     __slots__ = ()
-
-    @abstractmethod
-    def acquire(self, **cost: Any) -> Lease:
-        """See `Limiter.acquire`."""
-
-    @abstractmethod
-    def acquire_sync(self, **cost: Any) -> Lease:
-        """See `Limiter.acquire_sync`."""
 
     @classmethod
     def from_env(cls, prefix: str = "ASYNCBUCKET_", **options: Any) -> Self:
@@ -90,10 +80,6 @@ class Doors(ABC):
         from asyncbucket.core.settings import from_toml
 
         return from_toml(cls, path, **options)
-
-    @property
-    def _limiter(self) -> "Limiter":
-        return cast("Limiter", self)
 
     @overload
     def paced(self, function: Callable[P, R], /) -> Callable[P, R]: ...
@@ -127,14 +113,16 @@ class Doors(ABC):
                 f"acquire inside it, around what it iterates over"
             )
 
+        limiter = cast("Limiter", self)
+
         @functools.wraps(function)
         async def paced(*args: Any, **kwargs: Any) -> Any:
-            async with self.acquire(**call_amounts(cost, *args, **kwargs)):
+            async with limiter.acquire(**call_amounts(cost, *args, **kwargs)):
                 return await function(*args, **kwargs)
 
         @functools.wraps(function)
         def paced_sync(*args: Any, **kwargs: Any) -> Any:
-            with self.acquire_sync(**call_amounts(cost, *args, **kwargs)) as lease:
+            with limiter.acquire_sync(**call_amounts(cost, *args, **kwargs)) as lease:
                 result = function(*args, **kwargs)
                 if inspect.iscoroutine(result):  # it has not started
                     result.close()
@@ -177,7 +165,7 @@ class Doors(ABC):
         """
         from asyncbucket.llama_index.wrap import wrap
 
-        return wrap(obj, self._limiter, **options)
+        return wrap(obj, cast("Limiter", self), **options)
 
     def transport(self, inner: Any = None, **options: Any) -> Any:
         """Return a paced transport for ``httpx.AsyncClient`` or ``httpx2.AsyncClient``.
@@ -198,13 +186,13 @@ class Doors(ABC):
         """
         from asyncbucket.http.transport import transport
 
-        return transport(self._limiter, inner, **options)
+        return transport(cast("Limiter", self), inner, **options)
 
     def transport_sync(self, inner: Any = None, **options: Any) -> Any:
         """Return a paced transport for ``httpx.Client`` or ``httpx2.Client``; see `transport`."""
         from asyncbucket.http.transport import transport_sync
 
-        return transport_sync(self._limiter, inner, **options)
+        return transport_sync(cast("Limiter", self), inner, **options)
 
     def http_client(self, **options: Any) -> Any:
         """Return a paced ``AsyncClient`` with the SDKs' settings for pool, time-outs and redirects.
@@ -221,7 +209,7 @@ class Doors(ABC):
         """
         from asyncbucket.http.clients import http_client
 
-        return http_client(self._limiter, **options)
+        return http_client(cast("Limiter", self), **options)
 
     def amap(
         self,
@@ -244,7 +232,7 @@ class Doors(ABC):
         """
         from asyncbucket.batch import amap
 
-        return amap(self._limiter, fn, items, **options)
+        return amap(cast("Limiter", self), fn, items, **options)
 
     @overload
     def map(
@@ -261,7 +249,7 @@ class Doors(ABC):
         """Call ``fn`` with each of ``items``, paced, in code without an event loop; see `amap`."""
         from asyncbucket.batch import map_sync
 
-        return map_sync(self._limiter, fn, items, **options)
+        return map_sync(cast("Limiter", self), fn, items, **options)
 
     def serve_stats(self, **options: Any) -> Any:
         """Serve the statistics of this limiter and its children, read-only, on this machine only.
@@ -279,7 +267,7 @@ class Doors(ABC):
         """
         from asyncbucket.stats import serve_stats
 
-        return serve_stats(self._limiter, **options)
+        return serve_stats(cast("Limiter", self), **options)
 
     def trace(self, last: int = 10_000) -> Any:
         """Keep the latest events from now on, for a plot or a test; see `asyncbucket.stats.Trace`.
@@ -292,7 +280,7 @@ class Doors(ABC):
         """
         from asyncbucket.stats import Trace
 
-        return Trace(self._limiter, last=last)
+        return Trace(cast("Limiter", self), last=last)
 
 
 def call_amounts(cost: Mapping[str, Any], /, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -352,4 +340,5 @@ def open_place(node: Node, store: Any, **options: Any) -> Place:
     """Return what keeps the limits of a root in a store."""
     from asyncbucket.stores.place import open_place
 
-    return open_place(node, store, **options)
+    place: Place = open_place(node, store, **options)
+    return place

@@ -3,15 +3,18 @@
 import collections
 import copy
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Meters, Node, latest
-from asyncbucket.core.pacer import Pacer
-from asyncbucket.core.place import Place
-from asyncbucket.core.queue import Line
 from asyncbucket.core.wording import counted, in_seconds, named, rounded, with_verb
+
+if TYPE_CHECKING:
+    from asyncbucket.core.pacer import Pacer
+    from asyncbucket.core.place import Place
+    from asyncbucket.core.queue import Line
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +160,8 @@ def _in_store(root: Node, amounts: Amounts, now: int) -> tuple[int, str | None, 
     if known is not None:
         bound_by, due = known
         return (due if ahead <= 1 else NEVER), bound_by, ahead  # known of the first alone
+    if root.in_flight >= root.slots:
+        return NEVER, "concurrency", ahead
     lacking = (
         use.limit.resource
         for use in place.use()

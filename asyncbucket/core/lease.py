@@ -12,17 +12,19 @@ import warnings
 from collections.abc import Callable, Collection, Coroutine, Generator, Iterator, Mapping
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
-from asyncbucket.core.admission import block, wait
+from asyncbucket.core.admission import REFUSALS, count_refusal, give_up, join, too_late
 from asyncbucket.core.cost import Cost, rounded_up
-from asyncbucket.core.errors import AsyncBucketError
-from asyncbucket.core.events import Admitted, Outcome, Released, Settled
+from asyncbucket.core.errors import AsyncBucketError, CostExceedsLimit
+from asyncbucket.core.events import Admitted, Outcome, Queued, Released, Settled
 from asyncbucket.core.node import Meters, Node
-from asyncbucket.core.pacer import Pacer
 from asyncbucket.core.process import ATOMIC, OfThisProcess
-from asyncbucket.core.queue import Line
-from asyncbucket.core.seats import Seat
+from asyncbucket.core.queue import AnyWaiter, Line, SyncWaiter, Waiter
+from asyncbucket.core.seats import Seat, ThreadSeat
+
+if TYPE_CHECKING:
+    from asyncbucket.core.pacer import Pacer
 
 #: What becomes of a call. One that gave some slots up for a call made inside it is `LENT`.
 ASKED, WAITING, HELD, LENT, OVER = range(5)
@@ -60,7 +62,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
     bound_by: str | None = None
     _state = ASKED
     _entered = False
-    _coroutine: Generator[Any, Any, Self] | None = None
+    _coroutine: Generator[Any, Any, Any] | None = None
     #: The meters that it passed, if it waited; and the line where it stood, whose share paid.
     _meters: Meters | None = None
     _line: Line | None = None
@@ -130,21 +132,18 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             self.__dict__.pop(name, None)
 
     def hold_locked(
-        self,
-        now: int,
-        seat: Seat,
-        meters: Meters,
-        line: Line,
-        waited: int,
-        bound_by: str | None,
+        self, now: int, waiter: AnyWaiter, bound_by: str | None, meters: Meters | None = None
     ) -> None:
-        """Note that it was booked in ``meters`` at ``now``, after it had stood in ``line``."""
+        """Note that it passed at ``now``, after it had waited as ``waiter``."""
+        seat, line = waiter.seat, waiter.line
         seat.leases += 1
         self._seat = seat
         self._when = now
         self._state = HELD
-        self._meters, self._line = meters, line
-        self.waited, self.bound_by = waited * 1e-9, bound_by
+        self._line = line
+        self._meters = line.node.meters if meters is None else meters
+        self.waited = (now - waiter.asked) * 1e-9
+        self.bound_by = bound_by
 
     def hand_back_locked(self) -> None:
         """Give everything back that it was just handed: the call gave up at that very moment."""
@@ -161,24 +160,55 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             yield from self._wait().__await__()
         return self
 
-    async def _wait(self) -> None:
+    async def _wait(self, seat: ThreadSeat | None = None) -> None:
+        """Wait in turn; in a blocked thread, its ``seat`` blocks, and nothing is awaited."""
         self._state = WAITING
+        node, amounts = self._node, self._amounts
+        pacer: Pacer = node.pacer
         deadline = None if self._deadline is None else self._deadline()
+        waiter = Waiter() if seat is None else SyncWaiter()
+        waiter.lease = self
         try:
-            await wait(
-                self, self._node, self._amounts, deadline=deadline, priority=self._priority
+            asked = join(
+                waiter, node, amounts, deadline=deadline, priority=self._priority, seat=seat
             )
-        except BaseException:
+            try:
+                if pacer.observed:
+                    pacer.notify(node, Queued, cost=self.cost, waiting=node.waiting)
+                if isinstance(waiter, Waiter):
+                    in_time = await waiter
+                else:
+                    assert seat is not None
+                    seat.block(waiter.done, pacer.clock)
+                    in_time = waiter.result()
+            except CostExceedsLimit:  # whoever raised it has taken the waiter out
+                raise
+            except BaseException as error:
+                give_up(waiter, asked, is_finalizer=isinstance(error, GeneratorExit))
+                raise
+            if not in_time:
+                raise too_late(node, amounts, asked, deadline)  # noqa: TRY301 - counted below
+            waiter.lease = None  # the seat may remember a deadline for long
+        except BaseException as error:
             self._state = OVER
+            if isinstance(error, REFUSALS):
+                count_refusal(node, amounts, error)
             raise
-        if self._node.pacer.observed:
+        finally:
+            del waiter  # else an error's traceback would keep it alive
+        if pacer.observed:
             self._notify_admitted()
 
     def _block(self) -> None:
         """Wait for the admission, blocking this thread."""
-        deadline = None if self._deadline is None else self._deadline()
-        block(self, self._node, self._amounts, deadline=deadline, priority=self._priority)
-        self._notify_admitted()
+        pacer: Pacer = self._node.pacer
+        seat = ThreadSeat(pacer.look)
+        try:
+            self._wait(seat).send(None)
+        except StopIteration:
+            pass
+        finally:
+            pacer.do(partial(pacer.seats.pop, seat, None))
 
     def _notify_admitted(self) -> None:
         node = self._node
@@ -323,7 +353,10 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         node, booked, reported = self._node, self._booked(), self._parts or {}
         pacer: Pacer = node.pacer
         if "tokens" not in used and not used.keys().isdisjoint(_TOKENS):
-            used = {**used, "tokens": self._total({**booked, **used}, used.keys() | reported.keys())}
+            used = {
+                **used,
+                "tokens": self._total({**booked, **used}, used.keys() | reported.keys()),
+            }
         if pacer.observed:
             corrects = {name: booked[name] for name in used if name in reported}
             pacer.notify_locked(node, Settled, reserved=self.cost, used=used, corrects=corrects)
@@ -490,22 +523,23 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         self._state = OVER
         seat.leases -= 1
         pacer: Pacer = node.pacer
-        awaited = False  # while slots are left, nobody waits for one
         for level in node.path if self._levels is None else self._levels:
             if level.sizer is not None:
-                awaited |= self._tell_sizer(level, outcome)
-            awaited |= level.in_flight >= level.slots
+                self._tell_sizer(level, outcome)
             level.in_flight -= 1
         if pacer.place is not None:
             pacer.place.ended(self)
-        if awaited and pacer.waiting:
-            pacer.ring_locked(node)
+        if pacer.waiting:
+            for level in node.bounded:
+                if level.in_flight + 1 >= level.slots:  # somebody may wait for this slot
+                    pacer.ring_locked(node)
+                    break
         if pacer.observed:
             held = (pacer.clock() - self._when) * 1e-9
             pacer.notify_locked(node, Released, cost=self.cost, held=held, outcome=outcome)
 
-    def _tell_sizer(self, level: Node, outcome: Outcome) -> bool:
-        """Tell what finds the number of slots how the call ended; return whether there are more."""
+    def _tell_sizer(self, level: Node, outcome: Outcome) -> None:
+        """Tell what finds the number of slots how the call ended."""
         assert level.sizer is not None
         level.sizer.ended(
             outcome,
@@ -515,7 +549,8 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             full=level.in_flight >= level.slots,
         )
         before, level.slots = level.slots, level.sizer.size
-        return level.slots > before
+        if level.slots > before:
+            level.pacer.ring_locked(self._node)
 
     def __del__(self) -> None:
         if self._state in (HELD, LENT):  # a finalizer may run anywhere, even inside the lock

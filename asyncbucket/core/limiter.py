@@ -51,6 +51,9 @@ from asyncbucket.core.terms import (
 from asyncbucket.core.wording import is_integer, read_count, shown
 
 T = TypeVar("T")
+# A limiter touches the private parts of its parent, of its tenants and of their leases.
+# ruff: noqa: SLF001
+
 #: How many tenants' limiters are kept alive unless `per_key` says otherwise; and how many of those
 #: unused for the longest time are looked at whenever one is made.
 _ALIVE: Final = 1_000
@@ -361,7 +364,7 @@ class Limiter(doors.Doors, OfThisProcess):
         """Look whether calls have come and have paid for each limit; warn if many have not."""
         node = self._node
         limits = [window for level in node.path for window in level.limits.values()]
-        unpaid = [str(window.limit) for window in limits if not window.used]
+        unpaid = [str(window.limit) for window in limits if not window.was_used]
         self._is_proven = node.was_called and (not unpaid or node.admitted >= _MANY)
         if self._is_proven and unpaid:
             warnings.warn(
@@ -473,6 +476,7 @@ class Limiter(doors.Doors, OfThisProcess):
 
     def _make_child(self, name: str, terms: Terms) -> "Limiter":
         """Return a new limiter below this one."""
+        self._keep()
         child = Limiter.__new__(Limiter)
         with self._node.pacer:
             node = Node(f"{self._node.name}/{name}", self._node)
@@ -634,7 +638,11 @@ class Limiter(doors.Doors, OfThisProcess):
                 pacer.notify_locked(node, LimitChanged, limit=str(limit))
             if concurrency is not None:
                 pacer.notify_locked(node, LimitChanged, limit=f"concurrency {node.slots}")
-        if isinstance(self._parent, Limiter) and self._parent._tenants is not None:
+        self._keep()
+
+    def _keep(self) -> None:
+        """See to it that this limiter is not let go, if it is a tenant's."""
+        if self._parent is not None and "/*" in self._node.name and self._parent._tenants:
             self._parent._tenants.keep(self)
 
     def _check_place(self, limits: Iterable[Limit], concurrency: Concurrency | None) -> None:
@@ -773,11 +781,12 @@ class Limiter(doors.Doors, OfThisProcess):
 
 
 class _Tenants:
-    """Keep a limiter for each tenant; of those beyond ``alive``, only what was used.
+    """Keep a limiter for each tenant, as long as it is used or not as good as new.
 
     A service may see a hundred thousand tenants a day, and a limiter for each would be a leak. Of
-    the limiters unused for the longest time, those that are as good as new are let go: one made
-    anew would do the same. A node that an old lease still holds is found again by name.
+    the limiters unused for the longest time, those beyond ``alive`` that are as good as new are let
+    go: one made anew would do the same. Whoever still holds one finds it again by name; if it was
+    used in the end, its node stays.
     """
 
     def __init__(self) -> None:
@@ -786,10 +795,14 @@ class _Tenants:
         self._lock = threading.RLock()
         self._own_terms: dict[str, Terms] = {}
         self._interned: dict[Terms, Terms] = {}
-        self._nodes: weakref.WeakValueDictionary[str, Node] = weakref.WeakValueDictionary()
+        #: All that are alive; in ``_recent`` in the order of their use, and kept alive by it.
+        self._limiters: weakref.WeakValueDictionary[str, Limiter] = weakref.WeakValueDictionary()
         self._recent: OrderedDict[str, Limiter] = OrderedDict()
-        #: Tenants that were reconfigured.
-        self._kept: set[str] = set()
+        #: Nodes that leases hold, or that were used after they were let go.
+        self._nodes: weakref.WeakValueDictionary[str, Node] = weakref.WeakValueDictionary()
+        self._used: dict[str, Node] = {}
+        #: Those that were reconfigured, or have children, by the names of their nodes.
+        self._kept: dict[str, Limiter] = {}
         reset_after_fork(self)
 
     def get(self, above: Limiter, tenant: str, terms: Terms | None) -> Limiter:
@@ -806,24 +819,31 @@ class _Tenants:
                         "with key(...).reconfigure(...)"
                     )
                 self._own_terms[tenant] = self._interned.setdefault(terms, terms)
-            limiter = self._recent.get(tenant) or self._make(above, tenant)
+            limiter = self._find(above, tenant)
+            limiter._node.last_words = None
             self._recent[tenant] = limiter
             self._recent.move_to_end(tenant)
+            for used in tuple(self._used):  # to be looked at again
+                self._recent[used] = self._find(above, used)
             self._let_go(above._node.pacer)
             return limiter
 
-    def _make(self, above: Limiter, tenant: str) -> Limiter:
-        terms, node = self._own_terms.get(tenant, self.default_terms), self._nodes.get(tenant)
+    def _find(self, above: Limiter, tenant: str) -> Limiter:
+        limiter = self._limiters.get(tenant)
+        if limiter is not None:
+            return limiter
+        terms = self._own_terms.get(tenant, self.default_terms)
+        node = self._used.pop(tenant, None) or self._nodes.get(tenant)
         if node is None:
             import hashlib  # OpenSSL loads slowly, and most limiters have no tenants
 
             text = tenant.encode(errors="surrogatepass")
             name = f"*{hashlib.blake2s(text, digest_size=8).hexdigest()}"
             limiter = above._make_child(name, terms)
-            self._nodes[tenant] = limiter._node
         else:
             limiter = Limiter.__new__(Limiter)
             limiter._set_up(node, above, terms)
+        self._limiters[tenant], self._nodes[tenant] = limiter, limiter._node
         return limiter
 
     def _let_go(self, pacer: Pacer) -> None:
@@ -832,21 +852,31 @@ class _Tenants:
             tenant, limiter = self._recent.popitem(last=False)
             with pacer:
                 is_as_new = limiter._node.is_as_new(pacer.clock())
-            if not is_as_new or limiter._tenants is not None or tenant in self._kept:
+            if is_as_new and limiter._node.name not in self._kept:
+                limiter._node.last_words = partial(self._look_after, tenant)
+            else:
                 self._recent[tenant] = limiter  # to the end: looked at again later
 
+    def _look_after(self, tenant: str, node: Node) -> None:
+        """Keep a node that was used after it was let go; nobody holds it any more."""
+
+        def keep_locked() -> None:
+            if not node.is_as_new(node.pacer.clock()):
+                self._used[tenant] = node
+
+        node.pacer.do(keep_locked)  # a finalizer may run anywhere, even inside the lock
+
     def keep(self, limiter: Limiter) -> None:
-        """Never let go of ``limiter``: it is not on the terms on which it would be made anew."""
-        with self._lock:
-            self._kept.update(
-                tenant for tenant, node in self._nodes.items() if node is limiter._node
-            )
+        """Never let go of ``limiter``: one made anew would be another, or lack what is below it."""
+        self._kept[limiter._node.name] = limiter
 
     def busy(self) -> list[Limiter]:
         """Return the limiters with calls that wait or are in flight now."""
         with self._lock:
             return [
-                each for each in self._recent.values() if each._node.waiting or each._node.in_flight
+                each
+                for each in tuple(self._limiters.values())
+                if each._node.waiting or each._node.in_flight
             ]
 
     def after_fork(self) -> None:

@@ -25,7 +25,9 @@ _OTHER_WORDS: Final = {
 #: A name that is this similar (of 1) to one of these is taken for a typing error.
 _NEAR: Final = 0.8
 _OFTEN_MISSPELLED: Final = {"tok": "tokens"} | {
-    word: meant for word, meant in _OTHER_WORDS.items() if word.startswith(("request", "token", "input", "output"))
+    word: meant
+    for word, meant in _OTHER_WORDS.items()
+    if word.startswith(("request", "token", "input", "output"))
 }
 _PREFIXES: Final = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 

@@ -32,7 +32,7 @@ together. In total that is at most W/128, on the safe side.
 import bisect
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import ClassVar, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 from asyncbucket.core.limits import Limit
 
@@ -46,7 +46,10 @@ _LOWS: Final = 511
 #: It remembers this many earlier bursts; a call that is open for longer errs on the safe side.
 _BURSTS: Final = 8
 
+#: What a call takes: resource -> whole units.
 Amounts = Mapping[str, int]
+#: No list of its own for each of ten thousand idle limiters; never changed.
+_NOTHING: Final[list[int]] = []
 
 
 class Meter(Protocol):
@@ -128,8 +131,8 @@ class Bucket(Meter):
         #: The last instant at which a booking found the bucket full, in the same unit.
         self.full_at = 0
         # The lows and their instants, both ascending, in q-ths of a nanosecond.
-        self._dates: list[int] = []
-        self._lows: list[int] = []
+        self._dates: list[int] = _NOTHING
+        self._lows: list[int] = _NOTHING
         #: The lowest backlog found by bookings that bypassed `book` (see `TokenBucket.acquire`); the
         #: next booking made here adds it to the others.
         self.low = NEVER
@@ -139,22 +142,25 @@ class Bucket(Meter):
         self.depth = self.slack = 0
         self.burst = 0
         #: Until when, in q-ths of ns, bookings were made under other bursts, and which.
-        self._earlier_bursts: list[tuple[int, int]] = []
+        self._earlier_bursts: tuple[tuple[int, int], ...] = ()
         self.reshape(rate=rate, burst=burst, now=0)
 
     def reshape(self, *, rate: float | Fraction, burst: int, now: int) -> None:
         """Change rate and burst; units that are missing stay missing until they are given back."""
         p, q, missing = self.p, self.q, max(0, self.tat - now * self.q)
-        earlier = [*self._earlier_bursts, (now * q, self.burst)][-_BURSTS:]
+        earlier = [*self._earlier_bursts, (now * q, self.burst)] if self.burst else []
+        if len(earlier) > _BURSTS:
+            earlier[:2] = [(earlier[1][0], min(earlier[0][1], earlier[1][1]))]
         self.p, self.q = (1_000_000_000 / exact_rate(rate)).as_integer_ratio()
         self.burst = burst
         self.depth = burst * self.p
         self.slack = self.depth - self.p
         self.tat = now * self.q - -missing * self.p // p
         self.full_at = self.full_at * self.q // q
-        self._dates = [date * self.q // q for date in self._dates]
-        self._lows = [low * self.p // p for low in self._lows]
-        self._earlier_bursts = [(until * self.q // q, old) for until, old in earlier]
+        if self._dates:
+            self._dates = [date * self.q // q for date in self._dates]
+            self._lows = [low * self.p // p for low in self._lows]
+        self._earlier_bursts = tuple((until * self.q // q, old) for until, old in earlier)
         self.low = NEVER
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
@@ -199,14 +205,13 @@ class Bucket(Meter):
             return
         self.tat += cost
         dates, lows = self._dates, self._lows
-        if dates:
-            if dates[-1] == start:
-                return  # the first booking of this instant found the lower backlog
-            if dates[-1] <= self.full_at:
-                dates.clear()
-                lows.clear()
-            while lows and lows[-1] >= low:
-                del dates[-1], lows[-1]
+        if dates and dates[-1] == start:
+            return  # the first booking of this instant found the lower backlog
+        if not dates or dates[-1] <= self.full_at:
+            self._dates, self._lows = [start], [low]
+            return
+        while lows and lows[-1] >= low:
+            del dates[-1], lows[-1]
         dates.append(start)
         lows.append(low)
         if len(lows) > _LOWS:
@@ -222,7 +227,7 @@ class Bucket(Meter):
         # only if the whole call does and nothing was booked since, not even at the same instant. A
         # debt has earned nothing if it found the bucket neither full nor empty, or full just then.
         found = self._lows[later - 1] if start in self._dates[later - 1 : later] else self.depth
-        bursts = (old for until, old in self._earlier_bursts if start < until)
+        bursts = (old for until, old in self._earlier_bursts if start <= until)
         burst = next(bursts, self.burst)
         as_debt = burst == self.burst and (self.full_at == start or found != self.depth)
         if not as_debt and (left or self.tat != start + self.depth):
@@ -255,6 +260,16 @@ class Bucket(Meter):
         backlog = self.tat - now * self.q
         return (self.depth - backlog) // self.p if backlog > 0 else self.burst
 
+    def state(self) -> list[Any]:
+        """Return all that it remembers, as plain data for `restore`."""
+        bursts = [list(each) for each in self._earlier_bursts]
+        return [self.tat, self.full_at, self._dates, self._lows, self.low, bursts]
+
+    def restore(self, state: list[Any]) -> None:
+        """Remember what a bucket of the same rate and burst did when it made ``state``."""
+        self.tat, self.full_at, self._dates, self._lows, self.low, bursts = state
+        self._earlier_bursts = tuple((until, burst) for until, burst in bursts)
+
     def spare(self, amount: int) -> int:
         """See `Meter.spare`: until the bucket is full."""
         return (self.burst - amount) * self.p // self.q
@@ -277,12 +292,12 @@ class Window(Meter):
         "_closes",
         "_dates",
         "_forgotten",
-        "_grain",
-        "_hold",
         "_largest",
         "_last",
         "_units",
         "amount",
+        "grain",
+        "hold",
         "limit",
         "pace",
         "refuses",
@@ -290,7 +305,8 @@ class Window(Meter):
         "window",
     )
 
-    def __init__(self, limit: Limit) -> None:
+    def __init__(self, limit: Limit, *, began: int = -1) -> None:
+        """Keep ``limit``; calls booked up to ``began`` give nothing back."""
         self.window = limit.window
         #: Whether a call above the limit can never pass. A limit that a provider announced only
         #: holds such a call back, until it goes out alone, and its reply corrects the limit.
@@ -299,17 +315,17 @@ class Window(Meter):
         self.used = 0
         #: At least the most that one call has booked of them.
         self._largest = 0
-        self._grain = max(1, self.window // _GRAINS)
-        self._hold = self.window + _JITTER * self.window // _GRAINS
+        self.grain = max(1, self.window // _GRAINS)
+        self.hold = self.window + _JITTER * self.window // _GRAINS
         # Entries that take no more bookings, oldest first: the date of the last booking in each,
         # and its units; and the sum of those.
-        self._dates: list[int] = []
-        self._units: list[int] = []
+        self._dates: list[int] = _NOTHING
+        self._units: list[int] = _NOTHING
         self._closed = 0
         #: The newest entry: its date, and until when it takes more bookings; 0 if there is none.
         self._last = self._closes = 0
         #: The date of the last entry that was forgotten.
-        self._forgotten = -1
+        self._forgotten = began
         #: What paces it, if the limit has a burst.
         self.pace: Bucket | None = None
         self.reshape(limit, 0)
@@ -336,8 +352,8 @@ class Window(Meter):
         for date, units in zip(self._dates, self._units, strict=True):
             over -= units
             if over <= 0:
-                return max(due, date + self._hold)
-        return max(due, self._last + self._hold) if over <= self.used - self._closed else NEVER
+                return max(due, date + self.hold)
+        return max(due, self._last + self.hold) if over <= self.used - self._closed else NEVER
 
     def take(self, amount: int, now: int) -> bool:
         """See `Meter.take`."""
@@ -350,7 +366,7 @@ class Window(Meter):
             self._open(now)
         self.used += amount  # as `_book` does, without the call: this is the hottest path
         self._last = now
-        if amount > self._largest:
+        if amount > self._largest:  # noqa: PLR1730 - `max` would be a call
             self._largest = amount
         return True
 
@@ -359,8 +375,7 @@ class Window(Meter):
         if self.pace is not None:
             self.pace.book(amount, when)
         self._book(amount, when)
-        if amount > self._largest:
-            self._largest = amount
+        self._largest = max(self._largest, amount)
 
     def owe(self, amount: int, when: int) -> None:
         """See `Meter.owe`."""
@@ -391,9 +406,27 @@ class Window(Meter):
         """See `Meter.spare`: a window loses nothing, its pace may."""
         return NEVER if self.pace is None else self.pace.spare(amount)
 
+    def state(self) -> list[Any]:
+        """Return all that it remembers, as plain data for `restore`."""
+        newest = [self._last, self._closes, self.used, self._largest, self._forgotten]
+        return [self._dates, self._units, newest, None if self.pace is None else self.pace.state()]
+
+    def restore(self, state: list[Any]) -> None:
+        """Remember what a window of the same limit did when it made ``state``."""
+        self._dates, self._units, newest, pace = state
+        self._closed = sum(self._units)
+        self._last, self._closes, self.used, self._largest, self._forgotten = newest
+        if self.pace is not None:
+            self.pace.restore(pace)
+
     def lent(self, calls: int) -> int:
         """Return at least what ``calls`` open calls may still give back."""
         return min(self.used, calls * self._largest)
+
+    @property
+    def was_used(self) -> bool:
+        """Whether anything was ever booked."""
+        return bool(self.used or self._last or self._forgotten >= 0)
 
     def is_as_new(self, now: int) -> bool:
         """Tell whether a limit made anew would allow no more."""
@@ -435,14 +468,16 @@ class Window(Meter):
         """Close the newest entry, and begin another."""
         self._forget(when)
         if self._closes:
+            self._dates = self._dates or []
+            self._units = self._units or []
             self._dates.append(self._last)
             self._units.append(self.used - self._closed)
             self._closed = self.used
-        self._closes = when + self._grain
+        self._closes = when + self.grain
 
     def _forget(self, now: int) -> None:
         """Drop the entries that no window reaching to ``now`` contains."""
-        horizon = now - self._hold
+        horizon = now - self.hold
         gone = bisect.bisect_right(self._dates, horizon)
         if gone:
             self._forgotten = self._dates[gone - 1]

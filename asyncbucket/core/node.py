@@ -11,7 +11,7 @@ one comes (`Node.__getattr__`), and forgotten when limits change here or above.
 
 import re
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import MappingProxyType
 from typing import Any, Final, Protocol, Self, TypeAlias
 
@@ -69,6 +69,7 @@ class Node:
         "extra",
         "in_flight",
         "is_plain",
+        "last_words",
         "learned",
         "limits",
         "lines",
@@ -99,7 +100,7 @@ class Node:
     meters: Meters
     #: What each of them takes of a newcomer; and the nodes whose slots are bounded.
     takes: tuple[tuple[Any, str], ...]
-    bounded: tuple[Self, ...]
+    bounded: tuple[Any, ...]
     #: The most that one call may cost of each resource.
     most: dict[str, int]
     #: How many seconds one unit takes of the fastest limit: see `price`.
@@ -135,6 +136,8 @@ class Node:
         #: How many calls waited, and how long (ns) in total, by what bound them.
         self.waits: dict[str, list[int]] = EMPTY_MAPPING
         self.observers: Observers | None = None
+        #: Called before it is forgotten, if it was let go.
+        self.last_words: Callable[[Node], object] | None = None
         #: Where its calls wait, by priority: see `asyncbucket.core.queue`.
         self.lines: dict[int, Any] = EMPTY_MAPPING
         self.branches: dict[int, Any] = EMPTY_MAPPING
@@ -160,7 +163,8 @@ class Node:
             self.takes = tuple((meter.take, resource) for meter, resource in self.meters)
             self._work_out_limits()
         bounded = () if parent is None else parent.bounded
-        self.bounded = bounded if self.slots >= NEVER else (self, *bounded)
+        is_kept_elsewhere = parent is None and self.pacer.place is not None
+        self.bounded = bounded if self.slots >= NEVER or is_kept_elsewhere else (self, *bounded)
 
     def _work_out_limits(self) -> None:
         self.most, self.prices = {}, {}
@@ -235,7 +239,7 @@ class Node:
 
         ``back`` assumes that this many slots had been given back.
         """
-        if self.in_flight - back >= self.slots:
+        if self.in_flight - back >= self.slots and self in self.bounded:
             return NEVER, "concurrency"
         return latest(self.own, amounts, since)
 
@@ -269,7 +273,7 @@ class Node:
             amount = amounts.get(resource)
             if amount:
                 room = meter.available(now) // amount
-                if room < most:
+                if room < most:  # noqa: PLR1730 - `min` would be a call
                     most = room
                 if most > 1 and not meter.bulk:
                     most = 1
@@ -292,7 +296,7 @@ class Node:
             return 1.0
         for resource, seconds in prices.items():
             part = amounts.get(resource, 0) * seconds
-            if part > price:  # `max` would be a call
+            if part > price:  # noqa: PLR1730 - `max` would be a call
                 price = part
         return price
 
@@ -380,10 +384,10 @@ class Node:
 
     def is_as_new(self, now: int) -> bool:
         """Tell whether a limiter made anew would do the same, so that this one may be forgotten."""
-        return not (
-            self.in_flight or self.waiting or self.children or self.observers or self.learned
-        ) and all(
-            isinstance(meter, Window) and meter.is_as_new(now) for meter, _ in self.own
+        return (
+            not (self.in_flight or self.waiting or self.children or self.observers or self.learned)
+            and all(window.is_as_new(now) for window in self.limits.values())
+            and all(meter.available(now) >= NEVER for meter, _ in self.extra)
         )
 
     def emit(self, event: Event) -> None:
@@ -391,6 +395,10 @@ class Node:
         for node in reversed(self.path):
             if node.observers is not None:
                 node.observers.emit(event)
+
+    def __del__(self) -> None:
+        if self.last_words is not None:
+            self.last_words(self)
 
     def after_fork(self) -> None:
         """Start afresh in a child process: calls that wait or are in flight are the parent's."""
@@ -416,4 +424,3 @@ def latest(meters: Meters, amounts: Amounts, since: int) -> tuple[int, str | Non
 def shown_name(name: str) -> str:
     """Return a limiter's name as others may see it: with a star instead of a tenant."""
     return re.sub(r"/\*[^/]*", "/*", name) if "/*" in name else name
-

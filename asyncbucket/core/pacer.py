@@ -198,7 +198,7 @@ class Pacer:
         if alone and self.place is None and seat.loop is not None:  # nobody to look after but it
             due, line.bound_by = node.earliest_of_all(amounts, now)
             self.bound_by = line.bound_by
-            if due > now:
+            if now < due < NEVER or (due == NEVER and seat.leases):
                 seat.sleep(min(due, deadline or EMPTY), now)
                 return
         if line.living == 1 or seat.looks_at >= EMPTY or (deadline or EMPTY) < seat.looks_at:
@@ -298,12 +298,11 @@ class Pacer:
             return None
         known = None if self.place is None else self.place.held_up()
         lines = [line.bound_by for line in node.lines.values() if line.living]
-        below = (
-            each.line.bound_by for each in self.top.waiters() if node in each.line.node.path
-        )
-        first = self.bound_by if node.parent is None else None
+        below = (each.line.bound_by for each in self.top.waiters() if node in each.line.node.path)
         store = None if known is None else known[0]
-        return next(filter(None, (first, *lines, *below, store, self.bound_by)), None)
+        # At the root the store's answer comes first, as it keeps these limits; below, the child's.
+        first = (store, self.bound_by) if node.parent is None else ()
+        return next(filter(None, (*first, *lines, *below, store, self.bound_by)), None)
 
     # --- the bell ---
 
@@ -317,8 +316,8 @@ class Pacer:
             rouse(node)
         now = self.clock() if now is None else now
         for seat in list(self.seats.values()):
-            if seat.waiting:
-                seat.ring(now)
+            if seat.waiting and not seat.ring(now):
+                self._bury(seat)
 
     def limits_changed_locked(self, node: Node) -> None:
         """Send newcomers and those who wait through the meters of ``node`` as they are now."""
@@ -361,45 +360,50 @@ class Pacer:
                 waiter.set_result(False)
                 is_another_next |= self.gone_locked(waiter, now)
 
-    def _admit(self, seat: Seat, now: int) -> int:
+    def _admit(self, seat: Seat, now: int) -> int:  # noqa: C901 - one look, read in one piece
         """Admit all that may go; return when this seat must look again."""
-        passed, root, place = 0, self.root, self.place
-        while True:
+        passed, place = 0, self.place
+        while place is None or place.room(seat):  # which dates what stands there to now
             waiter, due = self.top.head(now)
             if waiter is None:
                 return due if due != NEVER else self._override(seat, now)
-            line, amounts = waiter.line, waiter.amounts
-            mine = waiter.seat is seat
-            alone = mine and self._is_single_file()
-            if mine and place is None and passed < _BATCH:
-                calls = line.node.room(amounts, now, _BATCH - passed) if alone else 0
-                if calls > 0:
-                    passed += self._serve(waiter, calls, now)
+            alone = waiter.seat is seat and self._is_single_file()
+            if alone and place is None and passed < _BATCH:
+                served = self._serve_line(waiter.line, _BATCH - passed, now)
+                passed += served
+                if served:
                     continue
-            due, bound_by = root.earliest(amounts, line.since)
+            due, bound_by = self.root.earliest(waiter.amounts, waiter.line.since)
             if due > now:
-                self.bound_by = line.bound_by = bound_by
-            if not mine:
+                self.bound_by = waiter.line.bound_by = bound_by
+            if waiter.seat is not seat:
                 if self._is_late(waiter.seat, now):
                     continue
-                if waiter.seat.looks_at > max(due, now):
-                    waiter.seat.ring(now)
-                return due if due >= NEVER else max(due, now) + _GRACE
-            if due >= NEVER:
-                return self._override(seat, now)
+                return self._leave_to(waiter.seat, due, now)
             if due > now:
-                if alone and due < now + _SLACK and self.waiting > 1:
-                    # Waking up takes longer than admitting: let several become due.
-                    due = min(now + _SLACK, due + line.node.spare(amounts) // 8)
-                return due
+                return self._override(seat, now) if due >= NEVER else self._wake(waiter, due, now)
             if place is not None:
-                if not place.room(seat):
-                    return NEVER
                 self._push(place, waiter, now)
             elif passed < _BATCH:
-                passed += self._serve(waiter, 1, now)
+                passed += self._serve(waiter, now)
             else:
                 return now
+        return NEVER
+
+    def _leave_to(self, other: Seat, due: int, now: int) -> int:
+        """Let another seat admit the head, due at ``due``; return when to see whether it has."""
+        if other.looks_at > max(due, now):
+            other.ring(now)
+        return due if due >= NEVER else max(due, now) + _GRACE
+
+    def _wake(self, head: AnyWaiter, due: int, now: int) -> int:
+        """Return when to look for ``head``, due at ``due``; later if then several are due at once.
+
+        Waking up takes longer than admitting.
+        """
+        if due < now + _SLACK and self.waiting > 1 and self._is_single_file():
+            return min(now + _SLACK, due + head.line.node.spare(head.amounts) // 8)
+        return due
 
     def _is_single_file(self) -> bool:
         """Tell whether all who wait stand in one line, on one seat."""
@@ -410,39 +414,101 @@ class Pacer:
             flow = flow.only_flow
         return flow is not None
 
-    def _serve(self, first: AnyWaiter, most: int, now: int) -> int:
-        """Let ``first`` go, and up to ``most`` calls right behind it that cost the same."""
-        line, amounts, seat = first.line, first.amounts, first.seat
-        node, calls = line.node, line.calls
-        meters, bound_by = node.meters, line.bound_by or self.bound_by
-        count = waited = 0
+    def _serve(self, waiter: AnyWaiter, now: int) -> int:
+        """Let the head of a line go; return 1 if it still waited, else 0."""
+        line = waiter.line
+        if waiter.done():
+            return 0
+        line.calls.popleft()
+        bound_by = line.bound_by or self.bound_by
+        if not self._let_go(waiter, now, bound_by):
+            return 0
+        line.node.book(waiter.amounts, now)
+        self._count_served(waiter, now, 1, 1.0, now - waiter.asked, bound_by)
+        return 1
+
+    def _serve_line(self, line: Line, most: int, now: int) -> int:
+        """Let calls of the only line go, in order, as long as they fit; return how many did."""
+        node, calls, root = line.node, line.calls, self.root
+        bound_by = line.bound_by or self.bound_by
+        count, waited, price, total = 0, 0, 1.0, 0.0
+        last: AnyWaiter | None = None
         while calls and count < most:
             waiter = calls[0]
-            if not waiter.done():
-                if waiter.amounts is not amounts and waiter.amounts != amounts:
+            amounts = waiter.amounts
+            if waiter.done():
+                calls.popleft()
+                continue
+            if len(calls) > 1 and calls[1].amounts == amounts:
+                room = node.room(amounts, now, most - count)
+                group = self._let_alike_go(calls, room, now, bound_by)
+                if group:
+                    node.book(amounts, now, len(group))
+                elif room < 1:
                     break
-                with contextlib.suppress(*_DONE):
-                    waiter.set_result(True)
-                    waited += now - waiter.asked
-                    if waiter.lease is not None:
-                        waiter.lease.hold_locked(
-                            now, seat, meters, line, now - waiter.asked, bound_by
-                        )
-                    else:
-                        waiter.asked = now  # when it passed, from now on
-                    count += 1
+            elif node.take(amounts, now):
+                group = self._let_alike_go(calls, 1, now, bound_by)
+                if not group:  # it has given up in this very moment
+                    node.unbook(node.meters, amounts, now)
+            else:
+                break
+            price = root.price(amounts)
+            total += len(group) * price
+            count += len(group)
+            waited += sum(group)
+            last = waiter
+        if last is not None:
+            worth = total / price if price else float(count)
+            self._count_served(last, now, count, worth, waited, bound_by)
+        return count
+
+    def _let_alike_go(
+        self, calls: "collections.deque[AnyWaiter]", most: int, now: int, bound_by: str | None
+    ) -> list[int]:
+        """Let the first call go and up to ``most`` that cost the same; return how long each waited."""
+        group: list[int] = []
+        amounts = calls[0].amounts
+        while calls and len(group) < most:
+            waiter = calls[0]
+            if waiter.amounts is not amounts and waiter.amounts != amounts:
+                break
             calls.popleft()
-        if not count:
-            return 0
+            waited = now - waiter.asked
+            if not waiter.done() and self._let_go(waiter, now, bound_by):
+                group.append(waited)
+        return group
+
+    def _let_go(self, waiter: AnyWaiter, now: int, bound_by: str | None) -> bool:
+        """Resolve ``waiter`` and make its lease hold; return whether it still waited."""
+        try:
+            waiter.set_result(True)
+        except _DONE:  # cancelled since it was looked at, in a signal handler
+            return False
+        if waiter.lease is not None:
+            waiter.lease.hold_locked(now, waiter, bound_by)
+        else:
+            waiter.asked = now  # from now on when it passed
+        return True
+
+    def _count_served(
+        self,
+        last: AnyWaiter,
+        now: int,
+        calls: int,
+        worth: float,
+        waited: int,
+        bound_by: str | None,
+    ) -> None:
+        """Count ``calls`` calls that passed, up to ``last``, and charge the flows for them."""
+        line = last.line
+        node = line.node
         line.since = now
-        node.book(amounts, now, count)
         if bound_by is not None:
-            node.count_waits(count, waited, bound_by)
-        self._count_out(node, seat, count)
-        self.top.serve(first, count)
+            node.count_waits(calls, waited, bound_by)
+        self._count_out(node, last.seat, calls)
+        self.top.serve(last, calls, worth)
         if len(node.path) > 2:  # noqa: PLR2004 - a limiter above may sleep because of another call
             rouse(node)
-        return count
 
     def _push(self, place: Place, waiter: AnyWaiter, now: int) -> None:
         """Hand ``waiter`` over to the store, booked below the root."""
@@ -472,7 +538,7 @@ class Pacer:
         except _DONE:  # its task gives back what it took
             return False
         waited = now - waiter.asked
-        waiter.lease.hold_locked(now, seat, meters, line, waited, bound_by)
+        waiter.lease.hold_locked(now, waiter, bound_by, meters)
         for each in line.node.path:
             each.admitted += 1
         if bound_by is not None:
@@ -496,7 +562,7 @@ class Pacer:
         waiters, seat.set_aside = seat.set_aside, []
         for line, group in itertools.groupby(waiters, lambda waiter: waiter.line):
             line.calls = collections.deque(sorted((*group, *line.calls)))
-            line.arrive(0)
+            line.arrive()
 
     def bury_locked(self) -> bool:
         """Count out all who wait on loops that were closed; return whether there were any."""
@@ -506,15 +572,16 @@ class Pacer:
         return bool(closed)
 
     def _bury(self, seat: Seat) -> None:
-        lines: set[Line] = set()
-        for waiter in [*self.top.waiters(), *seat.set_aside]:
+        lines = set(self.top.lines()) | {waiter.line for waiter in seat.set_aside}
+        for waiter in [*(each for line in lines for each in line.calls), *seat.set_aside]:
             if waiter.seat is seat and not waiter.done():
-                lines.add(waiter.line)
                 waiter.line.depart()
                 self._count_out(waiter.line.node, seat)
                 waiter.seat = NOWHERE
-        for line in lines:
-            line.calls = collections.deque(each for each in line.calls if each.seat is not NOWHERE)
+        for line in lines:  # those that gave up before go, too: their tasks count them out
+            line.calls = collections.deque(
+                each for each in line.calls if each.seat not in (NOWHERE, seat)
+            )
         seat.set_aside.clear()
 
     def _override(self, seat: Seat, now: int) -> int:
@@ -538,7 +605,7 @@ class Pacer:
         due, _ = self.root.earliest(waiter.amounts, waiter.line.since, back)
         if due > now:
             return due
-        self._serve(waiter, 1, now)
+        self._serve(waiter, now)
         self.overridden += 1
         if self.overridden == 1:
             self.news.append(

@@ -48,7 +48,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, Final, TypeAlias
 
-from asyncbucket.core.meters import NEVER, Amounts
+from asyncbucket.core.meters import Amounts
 from asyncbucket.core.node import Node
 from asyncbucket.core.seats import EMPTY, SWEEP, Seat
 
@@ -85,7 +85,7 @@ class Waiter(_Waiting, asyncio.Future[bool]):
     again and again.
     """
 
-    __slots__ = ("amounts", "asked", "lease", "line", "number", "seat")  # pyright: ignore
+    __slots__ = ("amounts", "asked", "lease", "line", "number", "seat")  # pyright: ignore[reportIncompatibleUnannotatedOverride, reportUninitializedInstanceVariable]
 
 
 class SyncWaiter(_Waiting, concurrent.futures.Future[bool]):
@@ -121,7 +121,7 @@ class Flow:
         self.tag = self.price = self.credit = 0.0
         #: Until when its own limits hold it up; 0 if they do not.
         self.asleep = 0
-        #: In which look it was served last; how many wait here and below.
+        #: In which look it was served last; how many wait here: calls in a line, flows in a branch.
         self.look = self.living = 0
         #: Whether its weight and price are in the sums of the branch above.
         self.competes = False
@@ -136,9 +136,14 @@ class Flow:
         """
         raise NotImplementedError
 
+    def lines(self) -> Iterator["Line"]:
+        """Yield the lines here and below in which somebody waits."""
+        raise NotImplementedError
+
     def waiters(self) -> Iterator[AnyWaiter]:
         """Yield all who wait here and below."""
-        raise NotImplementedError
+        for line in self.lines():
+            yield from (waiter for waiter in line.calls if not waiter.done())
 
 
 class Line(Flow):
@@ -155,8 +160,8 @@ class Line(Flow):
         #: What last held up its head.
         self.bound_by: str | None = None
 
-    def waiters(self) -> Iterator[AnyWaiter]:
-        return (waiter for waiter in self.calls if not waiter.done())
+    def lines(self) -> Iterator["Line"]:
+        yield self
 
     def join(self, waiter: AnyWaiter, now: int) -> None:
         """Append ``waiter``."""
@@ -164,24 +169,29 @@ class Line(Flow):
         self.calls.append(waiter)
         if not self.living:
             self.since = now
-        self.arrive()
+        if not self.competes:  # also if all who stood here have given up
+            self.arrive()
+        self.living += 1
 
-    def arrive(self, calls: int = 1) -> None:
-        """Count calls in, here and above; let flows compete that were empty."""
+    def arrive(self) -> None:
+        """Let flows compete that were empty, or asleep, here and above; somebody waits here anew."""
         flow: Flow = self
+        is_new = not self.living
         while (branch := flow.above) is not None:
-            flow.living += calls
+            was_empty = not branch.living
+            branch.living += is_new
+            is_new = is_new and was_empty
             if not flow.competes:
                 branch.add(flow)
             flow = branch
 
-    def depart(self) -> None:
-        """Count one out that is done, wherever it stands, here and above."""
+    def depart(self, calls: int = 1) -> None:
+        """Count out ``calls`` calls that are done, wherever they stand."""
+        self.living -= calls
         flow: Flow = self
-        while (branch := flow.above) is not None:
-            flow.living -= 1
-            if not flow.living:
-                branch.leave(flow)
+        while not flow.living and (branch := flow.above) is not None:
+            branch.leave(flow)
+            branch.living -= 1
             flow = branch
         if len(self.calls) > 2 * self.living + SWEEP:
             self.calls = deque(self.waiters())
@@ -212,7 +222,16 @@ class Line(Flow):
 class Branch(Flow):
     """Choose among flows: the lowest tag of those that may go."""
 
-    __slots__ = ("_asleep", "_joined", "_potential", "_prices", "_ready", "_weights", "clock", "flows")
+    __slots__ = (
+        "_asleep",
+        "_joined",
+        "_potential",
+        "_prices",
+        "_ready",
+        "_weights",
+        "clock",
+        "flows",
+    )
 
     def __init__(self, node: Node, above: "Branch | None", weight: float, rank: int = 0) -> None:
         super().__init__(node, above, weight, rank)
@@ -225,9 +244,9 @@ class Branch(Flow):
         self.clock = self._potential = self._weights = self._prices = 0.0
         self._joined = 0
 
-    def waiters(self) -> Iterator[AnyWaiter]:
+    def lines(self) -> Iterator[Line]:
         for flow in self.flows:
-            yield from flow.waiters()
+            yield from flow.lines()
 
     def add(self, flow: Flow) -> None:
         """Let ``flow`` compete, in which somebody waits anew."""
@@ -326,19 +345,21 @@ class Branch(Flow):
             heapq.heappop(asleep)
         return asleep[0][0] if asleep else EMPTY
 
-    def serve(self, waiter: AnyWaiter, calls: int = 1) -> None:
-        """Charge the flows on the way to ``waiter``, which passed, with ``calls`` such calls."""
-        flow: Flow = waiter.line
+    def serve(self, waiter: AnyWaiter, calls: int = 1, worth: float = 1.0) -> None:
+        """Charge the flows on the way to ``waiter``, the last of ``calls`` calls that passed.
+
+        They cost as much as ``worth`` calls like the last.
+        """
+        line = waiter.line
+        flow: Flow = line
         look = self.node.pacer.looks
         while (branch := flow.above) is not None:
-            branch._charge_first(branch.node.price(waiter.amounts), calls)  # noqa: SLF001 - its own kind
+            branch._charge_first(branch.node.price(waiter.amounts), worth)  # noqa: SLF001 - its own kind
             flow.look = look
-            flow.living -= calls
-            if not flow.living:
-                branch.leave(flow)
             flow = branch
+        line.depart(calls)
 
-    def _charge_first(self, price: float, calls: int) -> None:
+    def _charge_first(self, price: float, worth: float) -> None:
         """Charge the flow that is first, and move virtual time."""
         flow = self._ready[0][1]
         if self.above is None:
@@ -348,9 +369,9 @@ class Branch(Flow):
         if flow.tag > self.clock:
             self.clock = self._potential = flow.tag
         weights = max(self._weights, flow.weight)  # sums of floats drift
-        self._potential += calls * price / weights
+        self._potential += worth * price / weights
         self.clock = max(self.clock, self._potential - self._prices / weights)
-        step = calls * price / flow.weight - flow.credit
+        step = worth * price / flow.weight - flow.credit
         flow.credit = max(0.0, -step)
         flow.tag += max(0.0, step)
         heapq.heapreplace(self._ready, (flow.tag, flow))

@@ -6,12 +6,12 @@ rung by synchronous code such as ``lease.release()``, which cannot await the Con
 a loop's thread there is nothing to lock out: between two awaits the task runs alone. So the
 Condition has a lock that always says it is held, and ringing is one ``notify``. Only that task waits
 on the Condition, so no notification is lost to a waiter that is being cancelled (CPython
-gh-112202), and nobody is woken in vain. It is there while somebody waits whom a look has left
-behind. The timer looks itself, without the detour of waking the task.
+gh-112202), and nobody is woken in vain. The task is there while several calls wait. For a lone one,
+and when the timer is due, the loop looks itself, without the detour of waking a task: so a slot
+that changes hands all the time costs no task.
 """
 
 import asyncio
-import contextlib
 import contextvars
 import heapq
 import threading
@@ -50,8 +50,9 @@ class Seat:
         self.set_aside: list[Any] = []
         self._deadlines: list[tuple[int, Any]] = []
 
-    def ring(self, now: int) -> None:
-        """Make it look soon; from any thread, with the pacer's lock held."""
+    def ring(self, now: int) -> bool:  # noqa: ARG002 - for those that can look
+        """Make it look soon; from any thread, with the lock held. Return whether it can be rung."""
+        return True
 
     def sleep(self, until: int, now: int) -> None:
         """Have it look at ``until``, if the bell does not ring before."""
@@ -82,44 +83,62 @@ class LoopSeat(Seat):
         super().__init__(look)
         self.loop: asyncio.AbstractEventLoop = loop
         self._bell = asyncio.Condition(_AlwaysHeldLock())
-        self._timer: asyncio.Handle | None = None
-        #: The task that sleeps on the bell, or is about to look for the first time.
+        #: The task that sleeps on the bell while several calls wait; and whether it sleeps.
         self._task: asyncio.Task[None] | None = None
+        self._is_asleep = False
+        self._timer: asyncio.Handle | None = None
         #: Whether the bell has rung and the loop has not come to look yet.
         self._rung = False
+        #: Looks are made for everyone, not in the context of the call that happened to come first.
+        self._context = contextvars.Context()
 
-    def ring(self, now: int) -> None:
+    def ring(self, now: int) -> bool:
         self.looks_at = min(self.looks_at, now)
         if self._rung:
-            return
-        self._rung = True
+            return True
+        self._rung = True  # first: the other thread may come to look at once
         if asyncio._get_running_loop() is self.loop:  # noqa: SLF001 - None in a plain thread
             self._wake()
         else:
-            with contextlib.suppress(RuntimeError):  # closed: found out when its turn comes
-                self.loop.call_soon_threadsafe(self._wake)
+            try:
+                self.loop.call_soon_threadsafe(self._wake, context=self._context)
+            except RuntimeError:  # it is closed
+                self._rung = False
+                return False
+        return True
 
     def _wake(self) -> None:
-        if self._task is not None:
+        """Have it look in the loop's next iteration."""
+        if self._is_asleep:
             self._bell.notify()
-            return
-        # Not loop.create_task: an eager factory would run it at once, with the lock held. The
-        # context is empty: it serves everyone, not the call that happened to come first.
-        self._task = asyncio.Task(
-            self._serve(), loop=self.loop, name="asyncbucket pacer", context=contextvars.Context()
-        )
+        elif self._task is None and self.waiting > 1:
+            # Not loop.create_task: an eager factory would run it at once, with the lock held.
+            self._task = asyncio.Task(
+                self._serve(), loop=self.loop, name="asyncbucket pacer", context=self._context
+            )
+        else:
+            self.loop.call_soon(self._tick, context=self._context)
 
     async def _serve(self) -> None:
         """Look whenever the bell rings, as long as somebody waits here."""
         try:
-            async with self._bell:
+            self._look()
+            while self.waiting:
+                self._is_asleep = True
+                await self._bell.wait()
+                self._is_asleep = False
                 self._look()
-                while self.waiting:
-                    await self._bell.wait()
-                    self._look()
         finally:
+            self._is_asleep = False
             self._task = None
-            self._rung = False
+
+    def _tick(self) -> None:
+        """Look without the detour of waking the task."""
+        try:
+            self._look()
+        finally:
+            if self._is_asleep and not self.waiting:  # it has nothing more to do
+                self._bell.notify()
 
     def _look(self) -> None:
         self._rung = False
@@ -132,18 +151,10 @@ class LoopSeat(Seat):
             self._timer.cancel()
             self._timer = None
         if until <= now:  # in the loop's next iteration
-            self._timer = self.loop.call_soon(self._tick)
+            self._timer = self.loop.call_soon(self._tick, context=self._context)
         elif until < NEVER:
             delay = min(max((until - now) * 1e-9, NAP), _LONGEST)
-            self._timer = self.loop.call_later(delay, self._tick)
-
-    def _tick(self) -> None:
-        self._timer = None
-        try:
-            self._look()
-        finally:
-            if not self.waiting and self._task is not None:  # it has nothing more to do
-                self._bell.notify()
+            self._timer = self.loop.call_later(delay, self._tick, context=self._context)
 
     def is_closed(self) -> bool:
         return self.loop.is_closed()
@@ -169,9 +180,10 @@ class ThreadSeat(Seat):
         super().__init__(look)
         self._bell = threading.Event()
 
-    def ring(self, now: int) -> None:
+    def ring(self, now: int) -> bool:
         self.looks_at = min(self.looks_at, now)
         self._bell.set()
+        return True
 
     def sleep(self, until: int, now: int) -> None:
         self.looks_at = until

@@ -20,23 +20,31 @@ class Pause(Meter):
     instant.
     """
 
-    __slots__ = ("_calls", "_start", "_step", "until")
+    __slots__ = ("_calls", "_start", "step", "until")
 
     bound_by: ClassVar[str | None] = "paused"
 
     def __init__(self) -> None:
         self.until = 0
         self._start = 0
-        #: The length of a step; 0 while there is no slow start.
-        self._step = 0
+        #: The length of a step (ns); 0 while there is no slow start.
+        self.step = 0
         self._calls = 1
 
     def begin(self, until: int, now: int, *, gradually: bool) -> None:
         """Pause until ``until``; an earlier pause that ends later stays, with its slow start."""
         if until > max(now, self.until):
             self.until = self._start = until
-            self._step = min((until - now) // _STEPS, _LONGEST_STEP) if gradually else 0
+            self.step = min((until - now) // _STEPS, _LONGEST_STEP) if gradually else 0
             self._calls = 1
+
+    def state(self) -> list[int]:
+        """Return all that it remembers, as plain data for `restore`."""
+        return [self.until, self._start, self.step, self._calls]
+
+    def restore(self, state: list[int]) -> None:
+        """Go on as the pause that made ``state``."""
+        self.until, self._start, self.step, self._calls = state
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:  # noqa: ARG002 - all calls are alike
         """See `asyncbucket.core.meters.Meter.earliest`."""
@@ -51,12 +59,12 @@ class Pause(Meter):
 
     def book(self, amount: int, when: int) -> None:  # noqa: ARG002 - all calls are alike
         """See `asyncbucket.core.meters.Meter.book`: the next call of a slow start has its own instant."""
-        if self._step:
+        if self.step:
             self._advance(1)
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:  # noqa: ARG002 - all calls are alike
         """See `asyncbucket.core.meters.Meter.unbook`."""
-        if self._step:
+        if self.step:
             self._advance(-1)
 
     def owe(self, amount: int, when: int) -> None:
@@ -68,10 +76,10 @@ class Pause(Meter):
 
     def _advance(self, calls: int) -> None:
         if self._calls >= _CALLS:
-            self._step = 0
+            self.step = 0
             return
         self._calls = max(1, self._calls + calls)
-        self.until = self._start + int(self._step * math.log2(self._calls))
+        self.until = self._start + int(self.step * math.log2(self._calls))
 
     def redate(self, amount: int, when: int, now: int) -> None:
         """See `asyncbucket.core.meters.Meter.redate`: instants do not move."""

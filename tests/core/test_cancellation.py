@@ -7,11 +7,11 @@ from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from asyncbucket import AcquireTimeout, Lease, Limiter, TokenBucket
-from asyncbucket.testing import VirtualTime, assert_never_over, virtual_time
+from asyncbucket.core.meters import NEVER, Meter
+from asyncbucket.testing import VirtualTime, virtual_time
+from tests.core.conftest import steps
 
 
 def nothing_is_left(limiter: Limiter) -> None:
@@ -20,12 +20,6 @@ def nothing_is_left(limiter: Limiter) -> None:
     assert (now.waiting, now.in_flight) == (0, 0)
     with limiter.acquire_nowait() as lease:
         assert lease.waited == 0
-
-
-async def steps(count: int) -> None:
-    """Let the loop run `count` times."""
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize("cancel_first", [True, False])
@@ -344,92 +338,6 @@ def test_600_000_cancellations_of_bucket_leak_nothing_and_keep_order() -> None:
         assert bucket.statistics().available == 100
 
 
-events = st.lists(
-    st.tuples(
-        st.sampled_from(["call", "call", "cancel", "release", "settle", "undo", "drop", "time"]),
-        st.integers(0, 200),
-        st.integers(0, 1000),
-    ),
-    max_size=80,
-)
-
-
-class Story:
-    """Play a history of calls, cancellations, refunds and dropped leases on one limiter."""
-
-    def __init__(self, time: VirtualTime, limiter: Limiter) -> None:
-        self._time = time
-        self._limiter = limiter
-        self._tasks: list[asyncio.Task[None]] = []
-        self._leases: dict[int, Lease] = {}
-        #: When each was admitted, and what it cost in the end. Calls of one instant need not run in
-        #: the order of their admissions: one that is handed a lease wakes an iteration of the loop
-        #: later than a newcomer that finds room after that.
-        self.costs: dict[int, tuple[int, int]] = {}
-
-    async def play(self, history: list[tuple[str, int, int]]) -> None:
-        """Do one thing after the other, and then let all remaining calls pass."""
-        for verb, amount, pick in history:
-            if verb == "call":
-                self._tasks.append(asyncio.create_task(self._call(len(self._tasks), amount)))
-            elif verb == "cancel" and self._tasks:
-                self._tasks[pick % len(self._tasks)].cancel()
-            elif verb == "time":
-                await asyncio.sleep(amount / 7)
-            elif self._leases:
-                self._end(verb, list(self._leases)[pick % len(self._leases)], amount)
-            await steps(pick % 3)
-        while not all(task.done() for task in self._tasks):
-            self._release_all()
-            await asyncio.sleep(1)
-        self._release_all()
-
-    async def _call(self, number: int, amount: int) -> None:
-        tokens = min(amount, 100)
-        self._leases[number] = await self._limiter.acquire(tokens=tokens)
-        self.costs[number] = (self._time.clock(), tokens)
-
-    def _end(self, verb: str, number: int, amount: int) -> None:
-        when, reserved = self.costs[number]
-        if verb == "settle":
-            self.costs[number] = (when, min(amount, reserved))
-            self._leases[number].settle(tokens=min(amount, reserved))
-        elif verb == "undo":
-            self.costs[number] = (when, 0)
-            self._leases.pop(number).undo()
-        elif verb == "release":
-            self._leases.pop(number).release()
-        else:
-            del self._leases[number]
-
-    def _release_all(self) -> None:
-        while self._leases:
-            self._leases.popitem()[1].release()
-
-
-@settings(deadline=None, max_examples=150)
-@given(events)
-@example([("call", 1, 0), ("call", 40, 1), ("call", 0, 0), ("settle", 0, 0)])
-def test_any_history_keeps_order_and_limits_and_leaks_nothing(
-    history: list[tuple[str, int, int]],
-) -> None:
-    """No limit is exceeded by the final costs of all calls, refunds included; nothing is lost."""
-    with virtual_time() as time:
-        limiter = Limiter(
-            "100 tokens/10s burst 40", "300 tokens/60s", concurrency=3, clock=time.clock
-        )
-        story = Story(time, limiter)
-        time.run(story.play(history))
-        in_order_of_arrival = [when for _, (when, _) in sorted(story.costs.items())]
-        assert in_order_of_arrival == sorted(in_order_of_arrival)
-        trace = [(when, actual) for when, actual in story.costs.values() if actual]
-        for limit in limiter.limits:
-            assert_never_over(trace, limit)
-        nothing_is_left(limiter)
-        time.advance(100)
-        assert [use.available for use in limiter.statistics().limits] == [40, 300]
-
-
 def test_tasks_dropped_on_closed_loop_are_counted_out_once() -> None:
     held: list[object] = []
 
@@ -453,3 +361,80 @@ def test_tasks_dropped_on_closed_loop_are_counted_out_once() -> None:
     held.clear()
     gc.collect()
     nothing_is_left(limiter)
+
+
+async def test_dropped_lease_that_waited_with_deadline_releases_itself(
+    virtual_time: VirtualTime,
+) -> None:
+    """Nothing that looks after deadlines keeps it alive."""
+    limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+    held = await limiter.acquire()
+    waiting = asyncio.create_task(limiter.acquire(timeout=1_000))
+    await virtual_time.all_blocked()
+    held.release()
+    await waiting
+    del waiting, held
+    await asyncio.sleep(0)  # until then the task is an argument of the callback that runs
+    limiter.acquire_nowait().release()
+    assert virtual_time.now == 0
+
+
+class Interrupting(Meter):
+    """Stand for Ctrl-C: call back when it is asked something for the n-th time within a look."""
+
+    def __init__(self, interrupt: Callable[[], object]) -> None:
+        self.interrupt = interrupt
+        self.left = 0
+
+    def _note(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.interrupt()
+
+    def earliest(self, amount: int, now: int, *, back: int = 0) -> int:  # noqa: ARG002
+        self._note()
+        return now
+
+    def take(self, amount: int, now: int) -> bool:  # noqa: ARG002
+        self._note()
+        return True
+
+    def book(self, amount: int, when: int) -> None:  # noqa: ARG002
+        self._note()
+
+    def owe(self, amount: int, when: int) -> None: ...
+
+    def unbook(self, amount: int, when: int, *, left: int = 0) -> None: ...
+
+    def available(self, now: int) -> int:  # noqa: ARG002
+        self._note()
+        return NEVER
+
+
+@pytest.mark.parametrize("question", range(1, 9))
+@pytest.mark.parametrize("path", [(), ("chat", "agent")])
+@pytest.mark.parametrize("others", [0, 2])
+async def test_call_cancelled_within_a_look_leaks_nothing(
+    virtual_time: VirtualTime, question: int, path: tuple[str, ...], others: int
+) -> None:
+    """Ctrl-C under ``asyncio.run`` cancels the main task between any two lines of Python."""
+    limiter = key = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock)
+    for name in path:
+        limiter = limiter.child(name)
+    holder = await limiter.acquire(tokens=10)
+    calls = [asyncio.create_task(acquire_and_release(limiter)) for _ in range(1 + others)]
+    meter = Interrupting(calls[0].cancel)
+    key._node.extra = ((meter, "tokens"),)
+    key._node.pacer.limits_changed_locked(key._node)
+    await virtual_time.all_blocked()
+    assert key.statistics().waiting == 1 + others
+    meter.left = question
+    holder.release()
+    await asyncio.gather(*calls, return_exceptions=True)
+    assert not any(call.cancelled() for call in calls[1:])
+    if question == 1:
+        assert calls[0].cancelled()
+    passed = sum(not call.cancelled() for call in calls)
+    assert key.statistics().limits[0].used == 10 * (1 + passed)
+    assert virtual_time.now == 0
+    nothing_is_left(key)

@@ -2,20 +2,15 @@
 
 import asyncio
 import collections
-import contextlib
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from asyncbucket import AcquireTimeout, Cost, CostExceedsLimit, Limit, Limiter, WouldBlock
-from asyncbucket.core.node import Node
-from asyncbucket.core.queue import Waiter
+from asyncbucket import AcquireTimeout, CostExceedsLimit, Limit, Limiter, WouldBlock
 from asyncbucket.testing import VirtualTime, assert_never_over, virtual_time
 
 #: Tokens a minute of the key that tenants share, and its burst.
@@ -705,158 +700,21 @@ async def test_costly_call_stops_being_next_once_its_child_is_in_debt(
     assert virtual_time.now > 60
 
 
-@dataclass(frozen=True)
-class Plant:
-    """Describe a limiter under another: its parent, limits, slots and weight."""
-
-    above: int
-    limits: tuple[Limit, ...]
-    concurrency: int | None
-    weight: float
-
-
-LIMITS: list[tuple[Limit, ...]] = [
-    (),
-    (),
-    (Limit("tokens", 100),),
-    (Limit("tokens", 300, burst=60),),
-    (Limit("requests", 30),),
-    (Limit("requests", 4, per=5, burst=4), Limit("tokens", 200)),
-    (Limit("requests", 100, per=600), Limit("tokens", 40, per=10)),
-]
-plants = st.builds(
-    Plant,
-    above=st.integers(0, 6),
-    limits=st.sampled_from(LIMITS),
-    concurrency=st.sampled_from([None, None, 1, 2, 5]),
-    weight=st.sampled_from([1.0, 1.0, 0.5, 3.0]),
-)
-
-
-def waiting_below(node: Node, heads: list[Waiter], now: int) -> tuple[list[Waiter], bool]:
-    """Return the calls that may be next below ``node``, and whether there must be one."""
-    may = [head for head in heads if head.node is node]
-    must = bool(may)
-    for child in {each for head in heads for each in head.node.path if each.parent is node}:
-        inside, some = waiting_below(child, heads, now)
-        passing = [
-            head for head in inside if child.gates.earliest(head.amounts, head.line.since)[0] <= now
-        ]
-        may += passing
-        must = must or (some and bool(passing) and len(passing) == len(inside))
-    return may, must
-
-
-def assert_nobody_is_stuck(root: Limiter) -> None:
-    """Assert, while all tasks are blocked, that no call waits that all limits would admit.
-
-    The call that is next at a limit may wait for it, and others behind it. So somebody is stuck
-    if every call that might be next, at each level, could pass.
-    """
-    budget = root._budget
-    heads: dict[int, Waiter] = {}
-    for pacer in budget.pacers.values():
-        for waiter in pacer.queue.waiters():
-            heads.setdefault(id(waiter.line), waiter)
-    now = budget.clock()
-    may, must = waiting_below(budget.root, list(heads.values()), now)
-    gates = budget.root.gates
-    passing = [h for h in may if gates.earliest(h.amounts, h.line.since)[0] <= now]
-    assert not (must and passing and len(passing) == len(may)), passing
-
-
-class Forest:
-    """Drive a random tree of limiters with calls that come, hold, settle and time out at random."""
-
-    def __init__(self, time: VirtualTime, plants: list[Plant], seed: int) -> None:
-        self.time = time
-        self.chance = random.Random(seed)
-        self.root = Limiter("200 TPM", "20 requests/10s burst 3", concurrency=4, clock=time.clock)
-        self.limiters = [self.root]
-        for number, plant in enumerate(plants):
-            above = self.limiters[plant.above % len(self.limiters)]
-            self.limiters.append(
-                above.child(
-                    str(number), *plant.limits, weight=plant.weight, concurrency=plant.concurrency
-                )
-            )
-        self.traces: dict[str, list[tuple[int, Cost]]] = {each.name: [] for each in self.limiters}
-        self.flying = dict.fromkeys(self.traces, 0)
-
-    def above(self, limiter: Limiter | None) -> Iterator[Limiter]:
-        """Yield ``limiter`` and those above it."""
-        while limiter is not None:
-            yield limiter
-            limiter = limiter.parent
-
-    async def call(self, limiter: Limiter) -> None:
-        """Call once, and note at each level what was used, and how many calls are in flight."""
-        chance = self.chance
-        tokens = chance.randint(0, 40)
-        timeout = chance.choice([None, None, None, 30.0])
-        priority = chance.choice([None, None, 1, -1])
-        async with limiter.acquire(tokens=tokens, timeout=timeout, priority=priority) as lease:
-            used = chance.randint(0, tokens) if chance.random() < 0.3 else tokens
-            for each in self.above(limiter):
-                self.traces[each.name].append(
-                    (self.time.clock(), Cost(requests=1, tokens=used or None))
-                )
-                self.flying[each.name] += 1
-                assert each.concurrency is None or self.flying[each.name] <= each.concurrency
-            try:
-                await asyncio.sleep(chance.choice([0, 0, 0.5, 5]))
-                lease.settle(tokens=used)
-            finally:
-                for each in self.above(limiter):
-                    self.flying[each.name] -= 1
-
-    async def caller(self, limiter: Limiter) -> None:
-        """Call again and again."""
-        while self.time.now < 150:
-            with contextlib.suppress(AcquireTimeout, TimeoutError):
-                if self.chance.random() < 0.2:
-                    async with asyncio.timeout(self.chance.random() * 20):
-                        await self.call(limiter)
-                else:
-                    await self.call(limiter)
-            if self.chance.random() < 0.3:
-                await asyncio.sleep(self.chance.random() * 10)
-
-    async def run(self) -> None:
-        """Run all callers for some minutes, and check at random times that nobody is stuck."""
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(self.caller(limiter))
-                for limiter in self.limiters
-                for _ in range(self.chance.randint(1, 4))
-            ]
-            while not all(task.done() for task in tasks):
-                await asyncio.sleep(self.chance.random() * 4)
-                await self.time.all_blocked()
-                assert_nobody_is_stuck(self.root)
-                assert self.time.now < 5_000
-
-    def check(self) -> None:
-        """Assert that every level kept its limits, and that nothing is left over."""
-        for limiter in self.limiters:
-            for limit in limiter.limits:
-                trace = [
-                    (at, cost.get(limit.resource, 0)) for at, cost in self.traces[limiter.name]
-                ]
-                assert_never_over([each for each in trace if each[1]], limit)
-            now = limiter.statistics()
-            assert (now.waiting, now.in_flight) == (0, 0)
-            account = limiter._account
-            assert account.slots is None or account.slots.used == 0
-            assert all(window.lent == 0 for _, window, _ in account.limits.values())
-
-
-@pytest.mark.heavy
-@settings(deadline=None, max_examples=100)
-@given(st.lists(plants, max_size=7), st.integers(0, 2**32))
-def test_random_trees_keep_all_limits_and_strand_no_waiter(trees: list[Plant], seed: int) -> None:
-    """Any depth, limits and slots at every level, random cancellations, refunds, priorities."""
-    with virtual_time() as time:
-        forest = Forest(time, trees, seed)
-        time.run(forest.run())
-    forest.check()
+@pytest.mark.parametrize("depth", [1, 2])
+async def test_debt_of_one_child_lets_calls_of_others_go_at_once(
+    virtual_time: VirtualTime, depth: int
+) -> None:
+    """The child that was next is held up by its own limit now, and nobody waits for it."""
+    key = Limiter("10 tokens/h", clock=virtual_time.clock)
+    above = key if depth == 1 else key.child("team")
+    a, b = above.child("a", "5 requests/h burst 5"), above.child("b")
+    await b.acquire(tokens=10)
+    lease = await a.acquire()
+    first = asyncio.ensure_future(a.acquire(tokens=1))
+    await asyncio.sleep(1)
+    second = asyncio.ensure_future(b.acquire())
+    await asyncio.sleep(1)
+    assert not second.done()
+    lease.settle(requests=5)
+    assert (await second).waited == 1
+    first.cancel()

@@ -23,9 +23,8 @@ async def test_nested_contexts_combine_and_are_reset_on_exit(virtual_time: Virtu
     assert inherited.get() is None
     with asyncbucket.priority("batch"), asyncbucket.tenant("acme"):
         with asyncbucket.priority(7), asyncbucket.deadline(5):
-            assert inherited.get() == Inherited(
-                priority=7, tenant="acme", deadline=asyncio.get_running_loop().time() + 5
-            )
+            end = virtual_time.now + 5
+            assert inherited.get() == Inherited(priority=7, tenant="acme", deadline=end)
         assert inherited.get() == Inherited(priority=-1, tenant="acme")
     assert inherited.get() is None
 
@@ -59,9 +58,7 @@ def test_context_can_be_entered_only_once() -> None:
         pass
 
 
-async def test_tasks_and_to_thread_inherit_context_but_threads_do_not(
-    virtual_time: VirtualTime,
-) -> None:
+async def test_tasks_and_to_thread_inherit_context_but_threads_do_not() -> None:
     seen: list[Any] = []
 
     def note() -> None:

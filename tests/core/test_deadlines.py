@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncbucket import AcquireTimeout, Lease, Limiter, TokenBucket
+from asyncbucket import AcquireTimeout, Cost, Lease, Limiter, TokenBucket
 from asyncbucket.testing import VirtualTime, virtual_time
 
 
@@ -159,11 +159,11 @@ async def test_each_call_times_out_at_its_own_deadline(virtual_time: VirtualTime
 async def test_new_earliest_deadline_wakes_pacer(virtual_time: VirtualTime) -> None:
     """It would sleep for the head's minute, but a call with a timeout of a second ends in time."""
     limiter = Limiter("1 RPM", "2 images/m", clock=virtual_time.clock)
-    await limiter.acquire(images=1)
+    await limiter.acquire(Cost(images=1))
     head = asyncio.ensure_future(limiter.acquire())
     await virtual_time.all_blocked()
     with pytest.raises(AcquireTimeout):
-        await limiter.acquire(requests=0, images=1, timeout=1)
+        await limiter.acquire(Cost(requests=0, images=1), timeout=1)
     assert virtual_time.now == 1.0
     await head
 

@@ -10,6 +10,7 @@ import asyncbucket
 from asyncbucket import (
     AcquireTimeout,
     AsyncBucketError,
+    Cost,
     CostExceedsLimit,
     Limit,
     Limiter,
@@ -70,7 +71,7 @@ async def test_cost_above_limit_fails_at_once(virtual_time: VirtualTime) -> None
         limiter.acquire_nowait(tokens=36_055)
     assert str(error.value) == message
     with pytest.raises(CostExceedsLimit) as error:
-        async with limiter.acquire(images=4):
+        async with limiter.acquire(Cost(images=4)):
             pass
     assert str(error.value) == (
         "cost of 4 images exceeds the limit of 3 images per 10 s and can never pass; "
@@ -253,15 +254,18 @@ def test_bucket_refuses_call_above_its_burst() -> None:
 def test_unknown_resource_is_refused_with_list_of_known_ones() -> None:
     """The error lists the known names; the four common ones are always accepted."""
     limiter = Limiter("5 RPM", "3 images/s")
+    mistyped: Any = {"imges": 3, "token": 5}
     with pytest.raises(TypeError) as error:
-        limiter.acquire(imges=3, token=5)
+        limiter.acquire(**mistyped)
     assert str(error.value) == (
         "no limit counts imges, token: this limiter counts images, input_tokens, output_tokens, "
         "requests, tokens"
     )
+    slots: Any = {"concurrency": 2}
     with pytest.raises(TypeError, match="a call takes one slot: concurrency is no part"):
-        limiter.acquire(concurrency=2)
-    limiter.acquire_nowait(tokens=5, input_tokens=5, images=1).release()
+        limiter.acquire(**slots)
+    amounts: Any = {"tokens": 5, "input_tokens": 5, "images": 1}
+    limiter.acquire_nowait(**amounts).release()
 
 
 def test_number_in_place_of_cost_is_refused() -> None:

@@ -242,57 +242,6 @@ def test_object_with_async_call_is_refused_as_observer() -> None:
         Observers().add(Watch())
 
 
-def test_postponed_event_comes_before_next_one() -> None:
-    """A finalizer may run inside an observer, so it only queues its event."""
-    observers = Observers()
-    seen: list[Event] = []
-    observers.add(seen.append)
-
-    observers.emit_later(paused(1))
-    observers.emit_later(paused(2))
-    assert seen == []
-
-    observers.emit(paused(3))
-    assert seen == [paused(1), paused(2), paused(3)]
-
-
-def test_flush_delivers_postponed_event_once() -> None:
-    """Reading the statistics delivers everything that happened before."""
-    observers = Observers()
-    seen: list[Event] = []
-    observers.add(seen.append)
-    observers.emit_later(ADMITTED)
-
-    observers.flush()
-    observers.flush()
-
-    assert seen == [ADMITTED]
-
-
-def test_postponed_event_is_dropped_while_no_observer_is_registered() -> None:
-    observers = Observers()
-    observers.emit_later(ADMITTED)
-    seen: list[Event] = []
-    observers.add(seen.append)
-
-    observers.flush()
-
-    assert seen == []
-
-
-def test_thousands_of_postponed_events_cause_no_deep_recursion() -> None:
-    """They are delivered one after the other."""
-    observers = Observers()
-    seen: list[Event] = []
-    observers.add(seen.append)
-    for _ in range(5_000):
-        observers.emit_later(ADMITTED)
-
-    observers.emit(ADMITTED)
-
-    assert len(seen) == 5_001
-
-
 def test_warning_reaches_stderr_when_logging_is_not_configured() -> None:
     """Without any logging set up, warnings still go to standard error."""
     code = "import asyncbucket, logging; logging.getLogger('asyncbucket').warning('look here')"

@@ -237,5 +237,26 @@ def test_explanation_spells_names_and_numbers_as_people_do() -> None:
     assert "requests allow 500 such calls a minute" in alike
     assert "without that limit, input tokens would allow 500 a minute" in alike
     assert "traffic allows 2 such calls a second" in str(
-        Limiter("6 traffic/s").explain(requests=0, traffic=3)
+        Limiter("6 traffic/s").explain(Cost(requests=0, traffic=3))
     )
+
+
+async def test_explained_wait_counts_no_slots_that_are_given_back_meanwhile(
+    virtual_time: VirtualTime,
+) -> None:
+    """A line longer than the slots does not make slots bind while they are all free."""
+    limiter = Limiter("500 RPM", "200k TPM", concurrency=20, clock=virtual_time.clock)
+
+    async def call() -> None:
+        async with limiter.acquire(tokens=2_000):
+            await asyncio.sleep(0.5)
+
+    calls = [asyncio.ensure_future(call()) for _ in range(200)]
+    await asyncio.sleep(30)
+    said = limiter.explain(tokens=2_000)
+    assert said.bound_by == "tokens"
+    assert (limiter.statistics().in_flight, said.ahead) == (0, 100)
+    lease = await limiter.acquire(tokens=2_000)
+    assert said.wait == pytest.approx(lease.waited, abs=1.0)
+    assert lease.waited == pytest.approx(90.7, abs=1.0)
+    await asyncio.gather(*calls)

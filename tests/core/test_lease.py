@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncbucket import Cost, Limiter
+from asyncbucket import Cost, CostExceedsLimit, Limit, Limiter, WouldBlock
 from asyncbucket.testing import VirtualTime, virtual_time
+from tests.core.conftest import available, used
 
 
 async def test_settling_below_reservation_refunds_at_once(virtual_time: VirtualTime) -> None:
@@ -133,45 +134,39 @@ def test_settlement_changes_only_named_resources_and_token_sum(virtual_time: Vir
     """Input or output tokens correct the sum; the sum leaves them alone."""
     limiter = Limiter("1k ITPM", "1k OTPM", "2k TPM", "5 images/s", clock=virtual_time.clock)
 
-    def used() -> list[int]:
-        return [use.used for use in limiter.statistics().limits]
-
-    lease = limiter.acquire_nowait(input_tokens=100, output_tokens=50, images=2)
+    lease = limiter.acquire_nowait(Cost(input_tokens=100, output_tokens=50, images=2))
     lease.settle(output_tokens=10)
-    assert used() == [100, 10, 110, 2]
+    assert used(limiter) == [100, 10, 110, 2]
     lease.settle(input_tokens=90)
-    assert used() == [90, 10, 100, 2]
+    assert used(limiter) == [90, 10, 100, 2]
     lease.settle(tokens=70, images=1)
-    assert used() == [90, 10, 70, 1]
+    assert used(limiter) == [90, 10, 70, 1]
     lease.settle()
-    assert used() == [90, 10, 70, 1]
+    assert used(limiter) == [90, 10, 70, 1]
     other = limiter.acquire_nowait(input_tokens=100, output_tokens=50)
     other.settle(requests=1)
     other.settle(output_tokens=10)
-    assert used() == [190, 20, 180, 1]
+    assert used(limiter) == [190, 20, 180, 1]
     other.undo()
     lease.settle(requests=3)
-    assert used() == [90, 10, 70, 1]
+    assert used(limiter) == [90, 10, 70, 1]
 
 
 def test_settling_one_part_alone_does_not_count_the_total_twice(virtual_time: VirtualTime) -> None:
     """An embedding that reserved tokens and reports its input has not used both."""
     limiter = Limiter("1k ITPM", "1k OTPM", "2k TPM", clock=virtual_time.clock)
 
-    def used() -> list[int]:
-        return [use.used for use in limiter.statistics().limits]
-
     lease = limiter.acquire_nowait(tokens=100)
     lease.settle(input_tokens=130)
-    assert used() == [130, 100, 130]
+    assert used(limiter) == [130, 100, 130]
     lease.settle(input_tokens=90)
-    assert used() == [90, 100, 100]
+    assert used(limiter) == [90, 100, 100]
     lease.settle(output_tokens=30)
-    assert used() == [90, 30, 120]
+    assert used(limiter) == [90, 30, 120]
     lease.undo()
     lease = limiter.acquire_nowait(Cost(requests=1))
     lease.settle(output_tokens=7)
-    assert used() == [0, 7, 7]
+    assert used(limiter) == [0, 7, 7]
 
 
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), True, "5"])
@@ -321,18 +316,6 @@ async def test_settling_after_window_has_passed_refunds_nothing(virtual_time: Vi
     assert limiter.statistics().limits[0].available == 0
 
 
-async def test_lease_repr_shows_state_cost_and_wait(virtual_time: VirtualTime) -> None:
-    limiter = Limiter("1/s", clock=virtual_time.clock)
-    await limiter.acquire()
-    lease = await limiter.acquire(tokens=5)
-    assert repr(lease) == (
-        "<Lease open Cost(requests=1, tokens=5, input_tokens=5, output_tokens=5) "
-        "waited=1.006 s bound_by=requests>"
-    )
-    lease.release()
-    assert repr(lease).startswith("<Lease released Cost(")
-
-
 @settings(deadline=None, max_examples=100)
 @given(
     reserved=st.integers(1, 60),
@@ -358,3 +341,40 @@ def test_at_least_last_settlement_is_counted(
             assert used == said[-1]
         lease.release()
         assert limiter.statistics().in_flight == 0
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.1])
+async def test_settling_call_above_burst_counts_by_burst_of_its_day(
+    virtual_time: VirtualTime, pause: float
+) -> None:
+    """It took the seven of a full bucket: settled to seven, it gives nothing back."""
+    limiter = Limiter(Limit("tokens", 50, per=10, burst=7), clock=virtual_time.clock)
+    lease = await limiter.acquire(tokens=20)
+    await asyncio.sleep(pause)
+    limiter.reconfigure(Limit("tokens", 50, per=10, burst=12))
+    before = available(limiter)
+    assert before == 5 + round(5 * pause - 0.4)
+    lease.settle(tokens=7)
+    assert available(limiter) == before
+
+
+async def test_call_above_learned_limit_goes_out_alone(virtual_time: VirtualTime) -> None:
+    """A limit that was announced once holds it back, and its reply corrects what was learned."""
+    limiter = Limiter(clock=virtual_time.clock)
+    limiter.learn(Limit("tokens", 5))
+    held = await limiter.acquire(tokens=3)
+    with pytest.raises(WouldBlock):
+        limiter.acquire_nowait(tokens=2_000)
+    waiting = asyncio.ensure_future(limiter.acquire(tokens=2_000))
+    await asyncio.sleep(30)
+    assert not waiting.done()
+    held.release()
+    lease = await waiting
+    assert virtual_time.now == 60 * 515 / 512
+    limiter.learn(Limit("tokens", 200_000))
+    assert (await limiter.acquire(tokens=190_000)).waited == 0
+    lease.settle(tokens=10)
+    given = Limiter("5 TPM", clock=virtual_time.clock)
+    given.learn(Limit("tokens", 200_000))
+    with pytest.raises(CostExceedsLimit):
+        given.acquire_nowait(tokens=6)

@@ -10,6 +10,7 @@ import pytest
 from asyncbucket import Cost, Lease, Limit, Limiter, Statistics, TokenBucket
 from asyncbucket.core.statistics import LimitUse, Waits
 from asyncbucket.testing import VirtualTime
+from tests.core.conftest import used
 
 
 async def test_acquire_can_be_awaited_or_entered(virtual_time: VirtualTime) -> None:
@@ -29,13 +30,20 @@ async def test_acquire_can_be_awaited_or_entered(virtual_time: VirtualTime) -> N
 
 
 async def test_acquisition_takes_nothing_until_it_is_awaited(virtual_time: VirtualTime) -> None:
-    """It may be made early, thrown away, closed, or awaited again for another lease."""
+    """It may be made early, thrown away, closed, or awaited again once it is released."""
     limiter = Limiter("10 RPS burst 10", clock=virtual_time.clock)
     acquisition = limiter.acquire()
     limiter.acquire().close()
     assert limiter.statistics().admitted == 0
-    first, second = await acquisition, await acquisition
-    assert first is not second
+    lease = await acquisition
+    with pytest.raises(RuntimeError, match=r"held already: call acquire\(\) for another lease"):
+        await acquisition
+    lease.settle(requests=4)
+    lease.release()
+    assert not (await acquisition).released
+    assert used(limiter) == [5]
+    lease.settle(requests=0)
+    assert used(limiter) == [4]
     assert limiter.statistics().admitted == 2
 
 
@@ -349,3 +357,36 @@ def test_learn_refuses_limit_given_as_string() -> None:
     """Texts are for people; what is learned comes from headers."""
     with pytest.raises(TypeError, match=r"learn\(\) takes a Limit, such as .*, not '60 RPM'"):
         Limiter().learn("60 RPM")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+
+async def test_repr_of_limiter_shows_name_limits_slots_and_waiting_calls(
+    virtual_time: VirtualTime,
+) -> None:
+    clock = virtual_time.clock
+    limiter = Limiter("14,400 RPD", "40k ITPM", concurrency=2, name="groq", clock=clock)
+    held = [await limiter.acquire() for _ in range(2)]
+    waiting = asyncio.ensure_future(limiter.acquire())
+    await virtual_time.all_blocked()
+    assert repr(limiter) == (
+        "<Limiter 'groq', 14,400 requests per 86,400 s, 40,000 input tokens per 60 s, "
+        "concurrency 2/2, 1 waiting>"
+    )
+    for lease in held:
+        lease.release()
+    (await waiting).release()
+    assert repr(Limiter()) == "<Limiter 'default', 0 waiting>"
+
+
+async def test_repr_of_lease_shows_state_cost_and_wait(virtual_time: VirtualTime) -> None:
+    limiter = Limiter("1/s", clock=virtual_time.clock)
+    await limiter.acquire()
+    lease = limiter.acquire(tokens=5)
+    cost = "Cost(requests=1, tokens=5, input_tokens=5, output_tokens=5)"
+    assert repr(lease).startswith(f"<Lease asked {cost}")
+    waiting = asyncio.ensure_future(lease)
+    await virtual_time.all_blocked()
+    assert repr(lease).startswith(f"<Lease waiting {cost}")
+    await waiting
+    assert repr(lease) == f"<Lease open {cost} waited=1.006 s bound_by=requests>"
+    lease.release()
+    assert repr(lease).startswith(f"<Lease released {cost}")

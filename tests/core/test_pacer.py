@@ -12,7 +12,7 @@ from typing import TypeVarTuple
 
 import pytest
 
-from asyncbucket import Limiter, TokenBucket
+from asyncbucket import Cost, Limiter, TokenBucket
 from asyncbucket.testing import VirtualTime, VirtualTimeLoop, assert_within_bucket
 
 Ts = TypeVarTuple("Ts")
@@ -317,10 +317,10 @@ async def test_one_pass_admits_calls_in_order_and_skips_cancelled_ones(
     went: list[tuple[float, int]] = []
 
     async def call(number: int, units: int) -> None:
-        await limiter.acquire(requests=0, units=units)
+        await limiter.acquire(Cost(requests=0, units=units))
         went.append((virtual_time.now, number))
 
-    await limiter.acquire(requests=0, units=10)
+    await limiter.acquire(Cost(requests=0, units=10))
     costs = [2, 2, 1, 1, 1, 1, 4, 4, 2, 2]
     calls = [asyncio.create_task(call(*each)) for each in enumerate(costs)]
     await virtual_time.all_blocked()
@@ -348,6 +348,6 @@ def test_call_above_burst_inherits_units_earned_by_cancelled_head(
         assert virtual_time.now == 10.0
 
     async def take(limiter: Limiter, units: int) -> None:
-        await limiter.acquire(requests=0, units=units)
+        await limiter.acquire(Cost(requests=0, units=units))
 
     virtual_time.run(main())

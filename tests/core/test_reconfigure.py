@@ -1,14 +1,11 @@
 """Limits change while calls wait."""
 
 import asyncio
-import contextlib
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from asyncbucket import CostExceedsLimit, Lease, Limit, Limiter, LimitSyntaxError, WouldBlock
-from asyncbucket.testing import VirtualTime, assert_never_over, virtual_time
+from asyncbucket import CostExceedsLimit, Limit, Limiter, LimitSyntaxError, WouldBlock
+from asyncbucket.testing import VirtualTime
 
 
 async def test_raised_limit_admits_waiting_call_at_once(virtual_time: VirtualTime) -> None:
@@ -231,42 +228,3 @@ def test_invalid_reconfigure_keeps_weight_of_child(virtual_time: VirtualTime) ->
 
     went = virtual_time.run(share())
     assert went[6:12].count(child.name) == 3
-
-
-changes = st.lists(
-    st.tuples(st.sampled_from([10, 20, 50, 100]), st.integers(1, 5), st.floats(0, 30)), max_size=8
-)
-
-
-@settings(deadline=None, max_examples=60)
-@given(changes, st.randoms(use_true_random=False))
-def test_changing_limits_never_admit_more_than_highest_of_them(
-    limits: list[tuple[int, int, float]], chance: object
-) -> None:
-    del chance
-    trace: list[tuple[int, int]] = []
-    leases: list[Lease] = []
-
-    async def caller(limiter: Limiter, time: VirtualTime, tokens: int) -> None:
-        with contextlib.suppress(CostExceedsLimit):
-            while time.now < 300:
-                async with limiter.acquire(tokens=tokens):
-                    trace.append((time.clock(), tokens))
-                    await asyncio.sleep(tokens / 10)
-
-    async def main(time: VirtualTime) -> None:
-        limiter = Limiter("50 TPM", concurrency=3, clock=time.clock)
-        async with asyncio.TaskGroup() as group:
-            for tokens in (1, 3, 7, 20, 2):
-                group.create_task(caller(limiter, time, tokens))
-            for amount, slots, delay in limits:
-                await asyncio.sleep(delay)
-                limiter.reconfigure(Limit("tokens", amount), concurrency=slots)
-        now = limiter.statistics()
-        assert (now.waiting, now.in_flight) == (0, 0)
-
-    with virtual_time() as time:
-        time.run(main(time))
-    highest = max([50, *(amount for amount, _, _ in limits)])
-    assert_never_over(trace, Limit("tokens", highest))
-    assert not leases
