@@ -7,12 +7,12 @@ for each request, and limits nothing.
 
 import asyncio
 import contextlib
-import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Final, NamedTuple, Self
 from weakref import WeakKeyDictionary, WeakSet
 
 from asyncbucket.core.limiter import Limiter
+from asyncbucket.waiting import Lock
 
 
 class _Entry(NamedTuple):
@@ -37,7 +37,7 @@ class ByLoop:
         self._first = first
         self._keep_first = keep_first
         self._by_loop: dict[asyncio.AbstractEventLoop, _Entry] = {}
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def current(self, make: Callable[[], Any]) -> Any:
         """Return that of the running loop; ``make()`` makes one if there is none yet."""
@@ -137,7 +137,7 @@ class DuplicateLimiters:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._seen: WeakKeyDictionary[
             asyncio.AbstractEventLoop, dict[int, tuple[WeakSet[Limiter], list[int]]]
         ] = WeakKeyDictionary()

@@ -24,7 +24,6 @@ would count the time in line.) A call that succeeds at once never gets to it.
 import functools
 import math
 import random
-import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -37,7 +36,7 @@ from asyncbucket.core.wording import in_seconds, is_integer, is_number
 from asyncbucket.providers.errors import Verdict, classify
 from asyncbucket.providers.headers import WEEK
 from asyncbucket.providers.refusals import Refusals, doubled
-from asyncbucket.waiting import ASYNC, IO, SYNC, run
+from asyncbucket.waiting import ASYNC, IO, SYNC, Lock, run
 
 try:
     import stamina
@@ -169,7 +168,7 @@ class Retrier:
         self.now = limiter.now
         self._caller = limiter if caller is None else caller
         self._chance = chance
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._budget = policy.budget.capacity
         self._refusals = Refusals(limiter)
 

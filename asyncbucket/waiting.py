@@ -5,14 +5,18 @@ An ``async def`` that does everything that may wait through an ``io`` object ser
 step, which `run` makes. (That costs 10.7 µs a call where a plain function costs 9.9.)
 
 A `StopIteration` cannot leave such a function: Python turns it into a `RuntimeError`.
+
+Nothing here is waited for while a lock is held, so both kinds of caller share `Lock`.
 """
 
 import functools
+import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, TypeAlias, TypeVar
 
 from asyncbucket.core.lease import Lease
 from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.process import reset_after_fork
 
 T = TypeVar("T")
 
@@ -87,3 +91,23 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     coroutine.close()
     name = getattr(coroutine, "__qualname__", repr(coroutine))
     raise RuntimeError(f"{name} was to block, but suspended: it must wait by its io object alone")
+
+
+class Lock:
+    """Lock as `threading.Lock` does; a child process finds it open, whoever held it at the fork."""
+
+    __slots__ = ("__weakref__", "_lock")  # pyright: ignore[reportUninitializedInstanceVariable]
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        reset_after_fork(self)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def after_fork(self) -> None:
+        """Replace the lock, which the parent may have held."""
+        self._lock = threading.Lock()

@@ -1,10 +1,12 @@
 import asyncio
 import io as stdlib_io
+import os
+import signal
 
 import pytest
 
 from asyncbucket import Limiter
-from asyncbucket.waiting import ASYNC, IO, SYNC, run
+from asyncbucket.waiting import ASYNC, IO, SYNC, Lock, run
 
 
 async def work(io: IO, numbers: object, limiter: Limiter) -> list[object]:
@@ -45,3 +47,16 @@ def test_blocking_function_that_suspends_is_refused_and_closed() -> None:
     ):
         run(wait())
     assert closed == [True]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_lock_that_was_held_at_a_fork_is_open_in_the_child() -> None:
+    lock = Lock()
+    with lock:
+        child = os.fork()
+        if not child:
+            signal.alarm(5)
+            with lock:
+                os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0

@@ -17,7 +17,6 @@ which host was asked in the first place: what the headers of another host say is
 
 import importlib
 import logging
-import threading
 from typing import Any, Final, Literal, Self
 
 from asyncbucket.by_loop import DUPLICATE_LIMITERS, WARNING_THRESHOLD, PerLoopTransport
@@ -30,7 +29,7 @@ from asyncbucket.http.routes import Routing
 from asyncbucket.nesting import give_up_slots, on_one_path, paying_limiter
 from asyncbucket.providers.errors import FIRST_ERROR
 from asyncbucket.providers.profiles import Profile
-from asyncbucket.waiting import ASYNC, IO, SYNC, run
+from asyncbucket.waiting import ASYNC, IO, SYNC, Lock, run
 
 Family = Literal["auto", "httpx", "httpx2"]
 
@@ -108,7 +107,7 @@ class PacedTransport:
         self._family = None if family == "auto" else library_named(family)
         #: The library's own transports, by the name of their method.
         self._made: dict[str, Any] = {}
-        self._making = threading.Lock()
+        self._making = Lock()
         self._reader = RequestReader(limiter, profile=profile, learn=learn, routes=routes)
         self._counted = self._seen_failure = False
         self._warned: set[str] = set()

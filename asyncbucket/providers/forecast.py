@@ -1,7 +1,6 @@
 """How long a reply will be, if nothing limits it, and what a call costs if it is that long."""
 
 import math
-import threading
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from asyncbucket.core.cost import Cost
 from asyncbucket.core.limits import Limit
 from asyncbucket.providers.profiles import Call, Profile
 from asyncbucket.providers.request import replies_of
+from asyncbucket.waiting import Lock
 
 #: Tokens expected before any reply; LlamaIndex assumes as many, too.
 FORESEEN: Final = 256
@@ -41,7 +41,7 @@ class OutputForecast:
         self._quantile = quantile
         self._latest = deque([start], maxlen=window)
         self._sorted = [start]
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def __repr__(self) -> str:
         return f"<OutputForecast {self.foresee():,} tokens from {len(self._latest)} replies>"
@@ -54,7 +54,7 @@ class OutputForecast:
     def __setstate__(self, state: tuple[float, deque[int]]) -> None:
         self._quantile, self._latest = state
         self._sorted = sorted(self._latest)
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def observe(self, output_tokens: int) -> None:
         """Remember the length of a reply, and forget the oldest."""

@@ -15,7 +15,6 @@ What they have heard is kept with the limiter, so it remains one wave.
 
 import logging
 import math
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -24,6 +23,7 @@ from asyncbucket.core.levels import can_give_slots_up
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import in_seconds
 from asyncbucket.providers.errors import RATE_LIMITED, Verdict, judge_reply
+from asyncbucket.waiting import Lock
 
 #: The first pause (s) if the provider names none, and the longest.
 _FIRST_PAUSE: Final = 1.0
@@ -51,7 +51,7 @@ _log: Final = logging.getLogger("asyncbucket")
 class _Waves:
     """What is known of one limiter's refusals, from whichever source."""
 
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: Lock = field(default_factory=Lock)
     #: Waves since a call last succeeded, and when the first of them came.
     count: int = 0
     first_at: float = -math.inf
