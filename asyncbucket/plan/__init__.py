@@ -96,7 +96,7 @@ def plan(  # noqa: PLR0913 - a plan has this many parameters
             each limit that any call waits for; by default up to 100,000 calls, or 20,000 with
             tenants.
         count_tokens: counts the tokens of a text; by default four characters are a token.
-        profile: how the provider charges a request's body: see `asyncbucket.http.profiles`.
+        profile: how the provider charges a request's body: see `asyncbucket.providers.profiles`.
         seed: the seed of everything that is drawn at random.
         limits_by_keyword: as for `Limiter`: ``rpm=500``, ``tpm=200_000``...
 

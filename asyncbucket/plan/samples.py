@@ -126,7 +126,7 @@ class Tokens:
         self._count = count
         self._profile = profile
         if profile != _PROFILE:  # a misspelt name is an error, with or without bodies
-            from asyncbucket.http.profiles import profile_named
+            from asyncbucket.providers.profiles import profile_named
 
             profile_named(profile)
 
@@ -147,11 +147,11 @@ class Tokens:
     def _of_text(self, text: str) -> int:
         if self._count is not None:
             return self._count(text)
-        from asyncbucket.http.body import Sent
+        from asyncbucket.providers.request import RequestSize
 
-        sent = Sent()
-        sent.add(text)
-        return sent.by_characters
+        size = RequestSize()
+        size.add(text)
+        return size.by_characters
 
     def _of_object(self, line: Mapping[str, Any]) -> Cost:
         """Return the cost of amounts, of a request's body, or of a line of a batch file."""
@@ -167,8 +167,8 @@ class Tokens:
         return self._of_body(body, line.get("url"))
 
     def _of_body(self, body: Mapping[str, Any], url: object) -> Cost:
-        from asyncbucket.http.forecast import FORESEEN
-        from asyncbucket.http.profiles import Call, profile_named
+        from asyncbucket.providers.forecast import FORESEEN
+        from asyncbucket.providers.profiles import Call, profile_named
 
         profile = profile_named(self._profile)
         path = url if isinstance(url, str) else _path_of(body)

@@ -24,7 +24,7 @@ from asyncbucket import (
 from asyncbucket.core.events import Event, LimitChanged, Released, StoreLost
 from asyncbucket.feedback.adaptive import Adaptive
 from asyncbucket.http import OPENAI
-from asyncbucket.http.learn import HeaderReader
+from asyncbucket.providers.learn import HeaderReader
 from asyncbucket.stores import Terms, open_store
 from asyncbucket.stores.redis import RedisStore
 from asyncbucket.stores.redis_ledger import RedisLedger

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import httpx
 
-from asyncbucket.http.failures import RATE_LIMITED
+from asyncbucket.providers.errors import RATE_LIMITED
 
 
 class Arrival(NamedTuple):

@@ -25,12 +25,12 @@ settled by the usage.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from asyncbucket.core.cost import Cost
-from asyncbucket.http.body import Sent, sent
-from asyncbucket.http.usage import Usage
+from asyncbucket.providers.request import RequestSize, request_size
+from asyncbucket.providers.usage import Usage
 
 _MINUTE: Final = 60
 #: What the user may limit besides the tokens that are counted at admission.
@@ -45,8 +45,8 @@ class Call:
     method: str
     host: str
     path: str
-    #: The JSON object that is sent; empty if it is none, or is streamed.
-    body: Mapping[str, Any]
+    #: The JSON object that is sent; empty if it is none, or is streamed. No repr shows the prompt.
+    body: Mapping[str, Any] = field(repr=False)
     #: Tokens that the reply probably stays under, judged by the latest replies.
     foreseen: int = 0
 
@@ -99,14 +99,16 @@ class ProviderProfile:
     hosts: tuple[str, ...] = ()
     tells: tuple[Told, ...] = ()
     #: Returns the tokens charged at admission: input, output, and both as the provider counts them.
-    charge: Callable[[Sent, int], tuple[int, int, int]]
+    charge: Callable[[RequestSize, int], tuple[int, int, int]]
     settles: frozenset[str] = frozenset({"tokens", "input_tokens", "output_tokens"})
     #: Whether its limits count the part of the input that came from its cache.
     counts_cached: bool = True
 
     def cost(self, call: Call) -> Cost:
         """See `Profile.cost`: one request, and tokens if a model reads or writes."""
-        asked = sent(call.path, call.body) if call.method == "POST" else Sent()  # a GET lists
+        asked = RequestSize()
+        if call.method == "POST":  # a GET lists
+            asked = request_size(call.path, call.body)
         given, received, both = self.charge(asked, call.foreseen)
         return Cost(tokens=both, input_tokens=given, output_tokens=received)
 
@@ -130,7 +132,7 @@ class ProviderProfile:
 _DEFAULT_OUTPUT: Final = 16
 
 
-def _openai(asked: Sent, foreseen: int) -> tuple[int, int, int]:
+def _openai(asked: RequestSize, foreseen: int) -> tuple[int, int, int]:
     """Charge the larger of the estimate by characters and ``max_tokens``.
 
     "Your rate limit is calculated as the maximum of max_tokens and the estimated number of tokens
@@ -141,7 +143,7 @@ def _openai(asked: Sent, foreseen: int) -> tuple[int, int, int]:
     return given, asked.output(foreseen), max(given, asked.output(_DEFAULT_OUTPUT))
 
 
-def _azure(asked: Sent, foreseen: int) -> tuple[int, int, int]:
+def _azure(asked: RequestSize, foreseen: int) -> tuple[int, int, int]:
     """Charge prompt, ``max_tokens`` and ``best_of``, all estimated at admission.
 
     learn.microsoft.com/azure/ai-services/openai/how-to/quota, "Understanding rate limits", read in
@@ -151,7 +153,7 @@ def _azure(asked: Sent, foreseen: int) -> tuple[int, int, int]:
     return given, asked.output(foreseen), given + asked.output(_DEFAULT_OUTPUT)
 
 
-def _anthropic(asked: Sent, foreseen: int) -> tuple[int, int, int]:
+def _anthropic(asked: RequestSize, foreseen: int) -> tuple[int, int, int]:
     """Charge the prompt, and the output that is expected.
 
     Output counts as it is produced, whatever ``max_tokens`` says; input counts without what is
@@ -164,7 +166,7 @@ def _anthropic(asked: Sent, foreseen: int) -> tuple[int, int, int]:
     return given, received, given + received
 
 
-def _prompt_and_output(asked: Sent, foreseen: int) -> tuple[int, int, int]:
+def _prompt_and_output(asked: RequestSize, foreseen: int) -> tuple[int, int, int]:
     """Charge the prompt, and the longest reply that is allowed, or else expected."""
     given = asked.by_size
     received = asked.output(foreseen)
@@ -185,7 +187,7 @@ def _anthropic_headers(resource: str, *, rounding: int = 0) -> Told:
 
 
 #: platform.openai.com/docs/guides/rate-limits, "Rate limits in headers", read in 2025. For models
-#: with few requests a day the headers report the day instead; `asyncbucket.http.learn` tells by the
+#: with few requests a day the headers report the day instead; `asyncbucket.providers.learn` tells by the
 #: limit.
 _OPENAI_TELLS: Final = (
     _ratelimit_headers("requests", "requests"),

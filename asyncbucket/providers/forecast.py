@@ -1,10 +1,17 @@
-"""How long a reply will be, if nothing limits it."""
+"""How long a reply will be, if nothing limits it, and what a call costs if it is that long."""
 
 import math
-import threading
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Final
+
+from asyncbucket.core.cost import Cost
+from asyncbucket.core.limits import Limit
+from asyncbucket.providers.profiles import Call, Profile
+from asyncbucket.providers.request import replies_of
+from asyncbucket.waiting import Lock
 
 #: Tokens expected before any reply; LlamaIndex assumes as many, too.
 FORESEEN: Final = 256
@@ -34,7 +41,7 @@ class OutputForecast:
         self._quantile = quantile
         self._latest = deque([start], maxlen=window)
         self._sorted = [start]
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def __repr__(self) -> str:
         return f"<OutputForecast {self.foresee():,} tokens from {len(self._latest)} replies>"
@@ -47,7 +54,7 @@ class OutputForecast:
     def __setstate__(self, state: tuple[float, deque[int]]) -> None:
         self._quantile, self._latest = state
         self._sorted = sorted(self._latest)
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def observe(self, output_tokens: int) -> None:
         """Remember the length of a reply, and forget the oldest."""
@@ -61,3 +68,30 @@ class OutputForecast:
         """Return the tokens that a reply probably stays under (nearest rank, no interpolation)."""
         with self._lock:
             return self._sorted[math.ceil(self._quantile * len(self._sorted)) - 1]
+
+
+def price(
+    call: Call, profile: Profile, limits: Iterable[Limit]
+) -> tuple[Call, Profile, Cost | None]:
+    """Return ``call`` as it is priced, the profile, and the cost: None if it needs no admission.
+
+    A mere forecast must not make a call impossible, so it is cut to what ``limits`` can ever admit.
+    """
+    cost = profile.cost(call)
+    excess = _excess(cost, limits)
+    if not excess:
+        return call, profile, cost
+    shorter = call
+    for replies in (replies_of(call.body), 1):  # a profile may count one forecast for all
+        shorter = replace(call, foreseen=max(0, call.foreseen - -(-excess // replies)))
+        cost = profile.cost(shorter)
+        if not _excess(cost, limits):
+            break
+    return shorter, profile, cost
+
+
+def _excess(cost: Cost | None, limits: Iterable[Limit]) -> int:
+    """Return by how much ``cost`` exceeds what any limit can ever admit."""
+    if cost is None:
+        return 0
+    return max([0, *(cost.get(limit.resource, 0) - limit.amount for limit in limits)])

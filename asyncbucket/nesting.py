@@ -1,12 +1,20 @@
-"""Who holds a lease at the moment: the guard against paying twice for one call.
+"""One call inside another: the guard against paying twice, and against waiting for oneself.
 
-Layers are stacked. LlamaIndex's public methods call each other: ``CustomLLM.achat`` calls ``chat``,
-which calls ``complete``, and each of them is paced. Beneath them there may be an HTTP client whose
-transport is paced, too. The outermost layer pays, and notes it in a context variable while the
-inner code runs; a layer that finds the note does not pay.
+**Paying once.** Layers are stacked. LlamaIndex's public methods call each other: ``CustomLLM.achat``
+calls ``chat``, which calls ``complete``, and each of them is paced. Beneath them there may be an
+HTTP client whose transport is paced, too. The outermost layer pays, and notes it in a context
+variable while the inner code runs; a layer that finds the note does not pay.
+
+**Giving slots back.** A tool may call a paced model, or another tool, or run a whole agent. While
+it waits for that it does nothing itself, yet holds a slot. If both pass the same limiter, be it
+only the root, the inner call may be waiting for that very slot: for ever, if all slots are held
+this way. So before an inner call is admitted, the calls around it give back their slots, for good,
+at the levels that both pass. At the others they keep them: of a child ``tools`` with two slots, no
+more than two tools run, even if both call models of a sibling. What a call costs stays charged. A
+model that calls another one gives up slots like a tool, unless its own call pays for that one.
 
 Two traps shape this module. First, a context outlives the call that ran in it: asyncio keeps a copy
-for every connection that the call opened, and a task started inside keeps one for good. So the note
+for every connection that the call opened, and a task started inside keeps one for good. So a note
 refers to its lease weakly (otherwise a pooled connection would hold a slot for ever), and counts
 only until the lease is released. Second, a variable set in the body of an async generator leaks
 into the code that iterates over it. So it is set around one step of the inner stream at a time.
@@ -20,13 +28,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.core.context import put_back
 from asyncbucket.core.lease import Lease
-from asyncbucket.core.levels import is_under
+from asyncbucket.core.levels import give_back, is_under
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.http.failures import FIRST_ERROR
+from asyncbucket.providers.errors import FIRST_ERROR
 
 if TYPE_CHECKING:
-    from asyncbucket.http.learn import HeaderReader
-    from asyncbucket.http.profiles import Profile, ProviderProfile
+    from asyncbucket.providers.learn import HeaderReader
+    from asyncbucket.providers.profiles import Profile, ProviderProfile
 
 
 class LeaseRef:
@@ -118,14 +126,19 @@ def held_leases() -> Iterator[tuple[HeldLease, Lease]]:
         held = held.outer
 
 
-def paying_limiter(limiter: Limiter) -> Limiter | None:
-    """Return the limiter whose lease is held here, if it is ``limiter``, or below or above it.
+def on_one_path(limiter: Limiter, other: Limiter) -> bool:
+    """Tell whether a call of one of these limiters counts at the other, too.
 
-    If it is below, a lease of ``limiter`` would be a second one for the same call: if there is only
-    one slot, the call would wait for itself.
+    Then a lease of each would be two for the same call: if there is only one slot, the call would
+    wait for itself.
     """
+    return is_under(limiter, other) or is_under(other, limiter)
+
+
+def paying_limiter(limiter: Limiter) -> Limiter | None:
+    """Return the limiter whose lease is held here, if it is on one path with ``limiter``."""
     for held, _ in held_leases():
-        if is_under(held.limiter, limiter) or is_under(limiter, held.limiter):
+        if on_one_path(held.limiter, limiter):
             return held.limiter
     return None
 
@@ -138,3 +151,60 @@ def holding(held: HeldLease) -> Generator[None]:
         yield
     finally:
         put_back(_HELD, token)
+
+
+class RunningCall(LeaseRef):
+    """Note that a tool's call runs in this context."""
+
+    __slots__ = ("has_inner_calls", "outer", "tool")
+
+    def __init__(self, tool: object, lease: Lease, outer: "RunningCall | None") -> None:
+        super().__init__(lease)
+        self.tool = tool
+        self.outer = outer
+        #: Whether another call was made inside.
+        self.has_inner_calls = False
+
+    def give_up_slots(self, limiter: Limiter) -> None:
+        """Give back the slots that a call of ``limiter`` needs."""
+        self.has_inner_calls = True
+        lease = self.lease
+        if lease is not None:
+            give_back(lease, limiter)
+
+
+_RUNNING: Final[ContextVar[RunningCall | None]] = ContextVar("asyncbucket tools", default=None)
+
+
+@contextlib.contextmanager
+def running(tool: object, lease: Lease) -> Generator[None]:
+    """Note that ``tool`` runs under ``lease`` in a ``with`` block."""
+    token = _RUNNING.set(RunningCall(tool, lease, _RUNNING.get()))
+    try:
+        yield
+    finally:
+        put_back(_RUNNING, token)
+
+
+def is_running(tool: object) -> bool:
+    """Tell whether a method of ``tool`` is running here: then another method is part of its call.
+
+    Once another call was made inside, such as a model's, a further call of ``tool`` is a new one.
+    """
+    current = _RUNNING.get()
+    return (
+        current is not None
+        and current.tool is tool
+        and not current.has_inner_calls
+        and current.lease is not None
+    )
+
+
+def give_up_slots(limiter: Limiter) -> None:
+    """Make the calls around this context give back the slots that a call of ``limiter`` needs."""
+    current = _RUNNING.get()
+    while current is not None:
+        current.give_up_slots(limiter)
+        current = current.outer
+    for _, lease in held_leases():
+        give_back(lease, limiter)

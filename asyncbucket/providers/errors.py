@@ -13,7 +13,7 @@ from time import time as wall_clock
 from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.core.errors import AsyncBucketError
-from asyncbucket.http import headers
+from asyncbucket.providers import headers
 
 if TYPE_CHECKING:
     from asyncbucket.core.lease import Lease
@@ -26,9 +26,15 @@ _FIRST_SERVER_ERROR: Final = 500
 _OVERLOADED_STATUSES: Final = frozenset({408, RATE_LIMITED, 503, 504, 529})
 _TRANSIENT_STATUSES: Final = frozenset({408, 409, RATE_LIMITED})
 
-#: A 429 that will not pass by waiting: platform.openai.com/docs/guides/error-codes, read in 2025.
+#: A 429 that will not pass by waiting: platform.openai.com/docs/guides/error-codes, read in 2025,
+#: and docs.anthropic.com/en/api/errors, read in 2026.
 EXHAUSTED: Final = frozenset(
-    {"billing_hard_limit_reached", "billing_not_active", "insufficient_quota"}
+    {
+        "billing_hard_limit_reached",
+        "billing_not_active",
+        "enforced_spend_limit_reached",
+        "insufficient_quota",
+    }
 )
 #: Error events in a stream whose status was 200: OpenAI's `code` and `type`, Anthropic's `type`,
 #: and Bedrock's `Code`.
@@ -110,9 +116,9 @@ def classify(error: BaseException) -> Verdict:
     refused = isinstance(error, AsyncBucketError) or isinstance(error.__cause__, AsyncBucketError)
     if refused or not isinstance(error, Exception):
         return Verdict(retry=False, reason=type(error).__name__)
-    status, codes = _status(error), frozenset(_codes(error))
+    status, codes = _status(error), _codes(error)
     if status is not None and status >= FIRST_ERROR:
-        return _judge_status(error, status, codes)
+        return _judge_status(status, _headers(error), codes)
     if codes & _TRANSIENT_CODES:
         reason = min(codes & _TRANSIENT_CODES)
         rate_limited = reason.startswith(_RATE_LIMIT_CODES)
@@ -129,6 +135,11 @@ def classify(error: BaseException) -> Verdict:
         reason=type(error).__name__,
         overloaded=bool(names & _TIMEOUTS),
     )
+
+
+def judge_reply(status: int, headers: Mapping[str, Any], body: Mapping[str, Any]) -> Verdict:
+    """Judge a reply whose ``status`` is an error, as `classify` does an SDK's error about it."""
+    return _judge_status(status, headers, _codes_in(body, body.get("error")))
 
 
 def never_sent(error: BaseException | None) -> bool:
@@ -153,10 +164,9 @@ def end_failed(lease: "Lease", error: BaseException, *, unsent: bool) -> None:
         lease.failed()
 
 
-def _judge_status(error: Exception, status: int, codes: frozenset[str]) -> Verdict:
+def _judge_status(status: int, reply_headers: Mapping[str, Any], codes: set[str]) -> Verdict:
     code = next((code for code in sorted(codes) if _CODE.fullmatch(code)), None)
     reason = f"HTTP {status} ({code})" if code else f"HTTP {status}"
-    reply_headers = _headers(error)
     transient = status in _TRANSIENT_STATUSES or status >= _FIRST_SERVER_ERROR
     if not transient or codes & EXHAUSTED or headers.forbids_retry(reply_headers):
         return Verdict(retry=False, reason=reason)
@@ -200,19 +210,19 @@ def _botocore(error: Exception, part: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _codes(error: Exception) -> Iterator[str]:
-    """Yield the codes and types in an error and its body, in lower case."""
+def _codes(error: Exception) -> set[str]:
     body: Any = getattr(error, "body", None)
-    holders: list[Any] = [vars(error), body, _botocore(error, "Error")]
-    if isinstance(body, Mapping):
-        holders.append(body.get("error"))
-    for holder in holders:
-        if isinstance(holder, Mapping):
-            for name in ("code", "type", "Code"):
-                value = holder.get(name)
-                # Anthropic's outer `type` is always "error".
-                if isinstance(value, str) and value != "error":
-                    yield value.lower()
+    inner = body.get("error") if isinstance(body, Mapping) else None
+    return _codes_in(vars(error), body, inner, _botocore(error, "Error"))
+
+
+def _codes_in(*holders: object) -> set[str]:
+    """Return the codes and types in these mappings, in lower case; others hold none."""
+    names = ("code", "type", "Code")
+    mappings = [holder for holder in holders if isinstance(holder, Mapping)]
+    found = [holder.get(name) for holder in mappings for name in names]
+    # Anthropic's outer `type` is always "error".
+    return {code.lower() for code in found if isinstance(code, str) and code != "error"}
 
 
 def _class_names(error: BaseException | None) -> set[str]:

@@ -1,24 +1,16 @@
-"""What a call's body says about its cost, and what is kept of a reply's body to find its usage.
+"""What a request's body says about its cost.
 
-A request's body is examined only if it is in memory already: a streamed upload stays a stream.
-Tokens are counted as providers do at admission, by characters; no tokenizer runs. Everything that
-is sent to the model counts: messages, instructions, tools and formats. Pictures, sound and files
-count by constants and by size, because in JSON they are base64 and not text; a document may be
-text.
-
-A reply's body passes through untouched. References to its last chunks are kept (`Tail`). Once it is
-complete, the usage is found in them by its key, without parsing: a reply's text may contain the
-letters ``"usage"``, but JSON escapes the quotes around them, so those bytes can only be the real
-key. It is the key of an object, or, from Ollama, that of a number at the very end.
+A body is examined only if it is in memory already: a streamed upload stays a stream. Tokens are
+counted as providers do at admission, by characters; no tokenizer runs. Everything that is sent to
+the model counts: messages, instructions, tools and formats. Pictures, sound and files count by
+constants and by size, because in JSON they are base64 and not text; a document may be text.
 """
 
 import json
 import re
-from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final, TypeGuard
-
-from asyncbucket.http.usage import Usage, read_usage
 
 #: Suffixes of paths whose calls make a model write.
 _OUTPUT_PATHS: Final = (
@@ -30,6 +22,7 @@ _OUTPUT_PATHS: Final = (
     "/v1/complete",  # not an upload's
     "/api/chat",
     "/api/generate",
+    "/v1/chat",
     "/v2/chat",
 )
 #: Suffixes of paths whose calls only send tokens. ``/messages/count_tokens`` is not among them: it
@@ -55,13 +48,22 @@ _MEMBER_KINDS: Final = {
             "query",
             "documents",
             "texts",
+            "message",
+            "chat_history",
+            "preamble",
         ),
         "text",
     ),
     **dict.fromkeys(("tools", "functions"), "tools"),
     **dict.fromkeys(("response_format", "text", "format", "output_config"), "json"),
     **dict.fromkeys(
-        ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_tokens_to_sample"),
+        (
+            "max_completion_tokens",
+            "max_tokens",
+            "max_output_tokens",
+            "max_new_tokens",
+            "max_tokens_to_sample",
+        ),
         "limit",
     ),
     "options": "options",
@@ -85,49 +87,23 @@ LOW_DETAIL_IMAGE_TOKENS: Final = 85
 #: Bytes of sound or of a file per token: a guess that the usage corrects.
 _BYTES_PER_TOKEN: Final = 64
 
-#: How much of a reply is kept, in bytes: more than an error's body, or what follows the usage.
-_TAIL_BYTES: Final = 65_536
-#: How much of a compressed reply is kept; it must be complete to be decoded.
-_ENCODED_TAIL_BYTES: Final = 1_048_576
-#: The first bytes of a stream: Anthropic's first event has the tokens of the prompt.
-_HEAD_BYTES: Final = 4_096
-#: The keys of an object with the usage: everybody's, then that of Cohere's embeddings.
-_USAGE_KEYS: Final = (b'"usage"', b'"billed_units"')
-_OBJECT_KEY: Final = re.compile(rb'"\w+"\s*:\s*(?=\{)')
-#: The numbers at the end of Ollama's last line: docs.ollama.com/api/chat, read in 2026.
-_TOKEN_COUNT: Final = re.compile(rb'"(prompt_eval_count|eval_count)"\s*:\s*(\d{1,9})(?=\s*[,}])')
-#: After one of these a stream is complete, even if the client reads no further. They cannot occur
-#: in what a model writes, because JSON escapes quotes and line ends.
-_END_MARKERS: Final = (
-    b"\ndata: [DONE]",
-    b"\ndata:[DONE]",
-    b'"eval_count"',
-    b'"message-end"',
-    b'"message_stop"',
-    b'"response.completed"',
-    b'"response.incomplete"',
-)
-_DECODER: Final = json.JSONDecoder()
 
-
-class Sent:
+@dataclass(slots=True)
+class RequestSize:
     """Add up what a call sends and asks for."""
 
-    __slots__ = ("characters", "extra", "max_output", "replies", "size", "writes")
-
-    def __init__(self, *, writes: bool = False) -> None:
-        #: Whether the model writes a reply.
-        self.writes = writes
-        #: Characters of all text.
-        self.characters = 0
-        #: The same, in bytes of UTF-8.
-        self.size = 0
-        #: Tokens of what is not text, or is sent as token numbers.
-        self.extra = 0
-        #: The most tokens of one reply, if the call says so.
-        self.max_output: int | None = None
-        #: How many replies are asked for.
-        self.replies = 1
+    #: Whether the model writes a reply.
+    writes: bool = False
+    #: Characters of all text.
+    characters: int = 0
+    #: The same, in bytes of UTF-8.
+    size: int = 0
+    #: Tokens of what is not text, or is sent as token numbers.
+    extra: int = 0
+    #: The most tokens of one reply, if the call says so.
+    max_output: int | None = None
+    #: How many replies are asked for.
+    replies: int = 1
 
     @property
     def by_characters(self) -> int:
@@ -199,9 +175,9 @@ def read_json(content: bytes | None) -> Mapping[str, Any]:
     return body if isinstance(body, dict) else {}
 
 
-def sent(path: str, body: Mapping[str, Any]) -> Sent:
+def request_size(path: str, body: Mapping[str, Any]) -> RequestSize:
     """Return what a call to ``path`` with the JSON ``body`` sends and asks for."""
-    found = Sent(
+    found = RequestSize(
         writes=path.rstrip("/").endswith(_OUTPUT_PATHS) and not _THREAD_MESSAGE_PATH.search(path)
     )
     found.replies = replies_of(body)
@@ -241,7 +217,7 @@ def replies_of(body: Mapping[str, Any]) -> int:
     return per_prompt * max(1, sum(not isinstance(prompt, int) for prompt in prompts))
 
 
-def _add_members(body: Mapping[str, Any], found: Sent) -> None:
+def _add_members(body: Mapping[str, Any], found: RequestSize) -> None:
     """Add up in ``found`` what ``body`` holds."""
     for name, value in body.items():
         kind = _MEMBER_KINDS.get(name)
@@ -284,76 +260,3 @@ def _detail(part: dict[str, Any]) -> object:
 def is_positive_integer(value: object) -> TypeGuard[int]:
     """Tell whether a member of a body is a whole number from 1 on."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-class Tail:
-    """Keep the end of a body that passes by, without copying it."""
-
-    __slots__ = ("_chunks", "_head", "_limit", "_size")
-
-    def __init__(self, *, encoded: bool = False) -> None:
-        self._chunks: deque[bytes] = deque()
-        self._head = b""
-        self._size = 0
-        self._limit = _ENCODED_TAIL_BYTES if encoded else _TAIL_BYTES
-
-    def add(self, chunk: bytes) -> None:
-        """Note the next chunk."""
-        chunks = self._chunks
-        if len(self._head) < _HEAD_BYTES:  # even the first event may come in pieces
-            self._head += chunk[: _HEAD_BYTES - len(self._head)]
-        chunks.append(chunk)
-        self._size += len(chunk)
-        while self._size - len(chunks[0]) >= self._limit:
-            self._size -= len(chunks.popleft())
-
-    def read(self) -> bytes:
-        """Return what is kept."""
-        return b"".join(self._chunks)
-
-    @property
-    def head(self) -> bytes:
-        """The first bytes."""
-        return self._head
-
-
-def is_complete(end: bytes) -> bool:
-    """Tell whether a stream of events was complete, though it was not read to its end."""
-    # The last event may be as long as the whole reply.
-    return any(mark in end for mark in _END_MARKERS)
-
-
-def find_usage(end: bytes, head: bytes = b"") -> Usage | None:
-    """Return the usage at the end of a reply's body, merged with that in its ``head``."""
-    key = next((key for key in _USAGE_KEYS if key in end), None)
-    usage = (None if key is None else _last_usage(end, key)) or _usage_from_counts(end)
-    first = head.find(_USAGE_KEYS[0])
-    early = None if first < 0 else _usage_at(head, first)
-    return early if usage is None else usage | early
-
-
-def _last_usage(end: bytes, key: bytes) -> Usage | None:
-    usage, position, tries = None, end.rfind(key), 8
-    while usage is None and position >= 0 and tries:
-        usage = _usage_at(end, position)
-        position = end.rfind(key, 0, position)
-        tries -= 1
-    return usage
-
-
-def _usage_from_counts(end: bytes) -> Usage | None:
-    return read_usage(
-        {name.decode(): int(count) for name, count in _TOKEN_COUNT.findall(end[-_HEAD_BYTES:])}
-    )
-
-
-def _usage_at(data: bytes, start: int) -> Usage | None:
-    value = _OBJECT_KEY.match(data, start)
-    if value is None:
-        return None
-    text = data[value.end() : value.end() + _HEAD_BYTES].decode("utf-8", "replace")
-    try:
-        found, _ = _DECODER.raw_decode(text)
-    except (ValueError, RecursionError):  # cut off, or not JSON
-        return None
-    return read_usage(found)
