@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from asyncbucket.http import headers
-from asyncbucket.testing.provider.headers import go_duration
+from asyncbucket.testing.provider.app import go_duration
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()
 

@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 
 import httpx
 import pytest
-from llama_index.core.agent.workflow import FunctionAgent, ReActAgent, ToolCallResult
+from llama_index.core.agent.workflow import FunctionAgent, ToolCallResult
 from llama_index.core.llms import ChatMessage
 from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai import OpenAI, OpenAIResponses
@@ -14,30 +14,12 @@ from pydantic import BaseModel
 from asyncbucket.testing.provider import RateLimitedProvider
 from asyncbucket.testing.pytest_plugin import ProviderFactory
 
-# LlamaIndex's own ReActAgent calls something that its workflow engine has deprecated.
-LLAMA_INDEX_WARNS = pytest.mark.filterwarnings("ignore:is_running called:DeprecationWarning")
-
 Connect: TypeAlias = Callable[[RateLimitedProvider], dict[str, Any]]
 
 
 def multiply(a: int, b: int) -> int:
     """Multiply two numbers."""
     return a * b
-
-
-def ask(agent: Any, question: str) -> Any:
-    """Start a run; as `Any`, because type checkers choose the deprecated overload."""
-    return agent.run(user_msg=question)
-
-
-async def check_that_it_calls_its_tool_once(agent: Any, provider: RateLimitedProvider) -> None:
-    """Ask ``agent``: one call asks for the tool, and one answers."""
-    run = ask(agent, "What is 6 x 7?")
-    results = [event async for event in run.stream_events() if isinstance(event, ToolCallResult)]
-
-    assert str(await run) == "You said: What is 6 x 7?"
-    assert [result.tool_output.raw_output for result in results] == [1]
-    assert provider.statistics().admitted == 2
 
 
 @pytest.fixture
@@ -57,41 +39,21 @@ async def connect() -> AsyncIterator[Connect]:
 async def test_function_agent_calls_its_tool_once_and_answers(
     rate_limited_provider: ProviderFactory, connect: Connect, model: Any, *, streaming: bool
 ) -> None:
-    """It makes two calls: one that asks for the tool, and one that answers."""
     provider = rate_limited_provider()
     llm = model(model="gpt-4o-mini", **connect(provider))
-    agent = FunctionAgent(tools=[multiply], llm=llm, streaming=streaming)
-    await check_that_it_calls_its_tool_once(agent, provider)
+    agent: Any = FunctionAgent(tools=[multiply], llm=llm, streaming=streaming)
 
+    run = agent.run(user_msg="What is 6 x 7?")
+    results = [event async for event in run.stream_events() if isinstance(event, ToolCallResult)]
 
-@LLAMA_INDEX_WARNS
-async def test_react_agent_calls_its_tool_once_and_answers(
-    rate_limited_provider: ProviderFactory, connect: Connect
-) -> None:
-    """The provider answers in ReAct's own format, which LlamaIndex parses."""
-    provider = rate_limited_provider()
-    llm = OpenAI(model="gpt-4o-mini", **connect(provider))
-    agent = ReActAgent(tools=[multiply], llm=llm)
-    await check_that_it_calls_its_tool_once(agent, provider)
-
-
-@LLAMA_INDEX_WARNS
-async def test_react_agent_without_tools_answers_at_once(
-    rate_limited_provider: ProviderFactory, connect: Connect
-) -> None:
-    """Without tools it makes one call."""
-    provider = rate_limited_provider()
-    agent = ReActAgent(tools=[], llm=OpenAI(model="gpt-4o-mini", **connect(provider)))
-
-    assert str(await ask(agent, "Hello")) == "You said: Hello"
-    assert provider.statistics().admitted == 1
+    assert str(await run) == "You said: What is 6 x 7?"
+    assert [result.tool_output.raw_output for result in results] == [1]
+    assert provider.statistics().admitted == 2
 
 
 async def test_structured_output_is_valid(
     rate_limited_provider: ProviderFactory, connect: Connect
 ) -> None:
-    """This works by JSON schema, and by a tool that must be called."""
-
     class Song(BaseModel):
         title: str
         seconds: int
@@ -106,7 +68,6 @@ async def test_structured_output_is_valid(
 async def test_each_embedding_batch_is_one_request(
     rate_limited_provider: ProviderFactory, connect: Connect
 ) -> None:
-    """25 texts in batches of 10 make three requests."""
     provider = rate_limited_provider()
     model = OpenAIEmbedding(embed_batch_size=10, **connect(provider))
 
