@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping
 from logging import DEBUG, INFO, Logger, getLogger
 from typing import Any, Final
 
-from asyncbucket import events
+from asyncbucket.core import events
 from asyncbucket.core.events import Callback, Event
 from asyncbucket.core.wording import counted, in_seconds, is_number, named
-from asyncbucket.telemetry.watched import as_given
+from asyncbucket.telemetry.metrics import as_given
 
 #: Prefix of the record's attributes, so that they cannot clash with its own.
 _PREFIX: Final = "asyncbucket."

@@ -69,7 +69,6 @@ async def ask_by_hand(limiter: Limiter, **options: Any) -> None:
 def test_waits_refusals_retries_and_pauses_are_reported_with_numbers(
     limiter: "ScriptedLimiter", seen: list[BaseEvent]
 ) -> None:
-    """A call that passed at once has no event, because nothing happened to it."""
     telemetry.llama_index(limiter)
     for waited in (0.0, 1.8):
         limiter.say(
@@ -93,7 +92,6 @@ def test_waits_refusals_retries_and_pauses_are_reported_with_numbers(
 
 
 def test_no_events_after_switching_off(limiter: "ScriptedLimiter", seen: list[BaseEvent]) -> None:
-    """Nothing watches any more."""
     telemetry.llama_index(limiter)()
     limiter.say(events.Paused, seconds=2.0, reason="429")
 
@@ -104,7 +102,6 @@ def test_no_events_after_switching_off(limiter: "ScriptedLimiter", seen: list[Ba
 def test_wait_event_is_in_the_span_of_its_caller(
     virtual_time: VirtualTime, seen: list[BaseEvent]
 ) -> None:
-    """If several wait at once, each wait is in the span of its own caller."""
     limiter = Limiter(concurrency=1, name="mine", clock=virtual_time.clock)
     telemetry.llama_index(limiter)
 
@@ -128,7 +125,6 @@ def test_wait_event_is_in_the_span_of_its_caller(
 def test_refusal_event_is_in_the_span_of_its_caller(
     virtual_time: VirtualTime, seen: list[BaseEvent]
 ) -> None:
-    """The trace shows why the step failed."""
     limiter = Limiter(concurrency=1, name="mine", clock=virtual_time.clock)
     telemetry.llama_index(limiter)
 
@@ -146,7 +142,6 @@ def test_refusal_event_is_in_the_span_of_its_caller(
 def test_wait_of_wrapped_model_is_reported_once(
     virtual_time: VirtualTime, seen: list[BaseEvent]
 ) -> None:
-    """The wrap reports it by itself; with both, it is still one event."""
     limiter = Limiter("2/s burst 1", name="mine", clock=virtual_time.clock)
     telemetry.llama_index(limiter)
     llm = limiter.wrap(MockLLM(max_tokens=3))
@@ -182,8 +177,6 @@ def test_wait_of_blocking_wrapped_model_is_reported_once(seen: list[BaseEvent]) 
 
 
 def test_pacing_and_watching_do_not_change_token_counts(virtual_time: VirtualTime) -> None:
-    """Pacing and watching do not change what LlamaIndex's own handler counts."""
-
     def count(*, watched: bool) -> list[tuple[int, int]]:
         counter = TokenCountingHandler()
         llm = MockLLM(max_tokens=5)
@@ -212,7 +205,6 @@ def test_pacing_and_watching_do_not_change_token_counts(virtual_time: VirtualTim
 def test_missing_library_error_names_its_extra(
     limiter: "ScriptedLimiter", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error says what to install."""
     monkeypatch.setitem(sys.modules, "llama_index_instrumentation", None)
     monkeypatch.delitem(sys.modules, "asyncbucket.telemetry.to_llama_index", raising=False)
     with pytest.raises(ImportError) as caught:

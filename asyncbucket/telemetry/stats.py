@@ -1,8 +1,12 @@
-"""A small endpoint on this machine only, for `asyncbucket watch`, for scripts and for Prometheus.
+"""What can be seen of limiters from outside: plain values, Prometheus's text, and their endpoint.
 
-It is read-only, listens only on loopback or on a unix socket, and has its own thread, so it answers
-even while the event loop is busy. A browser that was directed to it under a foreign host name gets
-nothing (DNS rebinding).
+The endpoint is for `asyncbucket watch`, for scripts and for Prometheus. It is read-only, listens
+only on loopback or on a unix socket, and has its own thread, so it answers even while the event
+loop is busy. A browser that was directed to it under a foreign host name gets nothing (DNS
+rebinding).
+
+A limiter's numbers include those of the limiters below it. Tenants are private: they count in the
+numbers of the limiter above, and are not listed.
 """
 
 import contextlib
@@ -15,19 +19,77 @@ import socket
 import socketserver
 import stat
 import threading
-from collections.abc import Generator, Sequence
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final, Self
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.statistics import Statistics, shares_used
 from asyncbucket.core.wording import is_integer
-from asyncbucket.stats.report import as_prometheus, check_names, report
 
-_LOOPBACK_NAMES: Final = ("localhost", "127.0.0.1", "[::1]")
 _LAST_PORT: Final = 65_535
-_ENDPOINTS: Final = "see / for limiters, /metrics for Prometheus"
+#: Names, types, fields and descriptions, as Prometheus shows them.
+_METRICS: Final = (
+    ("queued_requests", "gauge", "waiting", "Calls that wait for their admission now."),
+    ("in_flight_requests", "gauge", "in_flight", "Calls admitted and not yet over."),
+    ("paused_seconds", "gauge", "paused", "Seconds until the end of a pause."),
+    ("admitted_total", "counter", "admitted", "Calls that passed."),
+    ("refused_total", "counter", "refused", "Calls turned away."),
+    ("cancelled_total", "counter", "cancelled", "Calls that gave up while they waited."),
+    (
+        "upstream_429_total",
+        "counter",
+        "upstream_429",
+        "Calls that the provider refused for rate all the same.",
+    ),
+)
+
+
+def report(limiters: Sequence[Limiter]) -> dict[str, Any]:
+    """Return what can be seen of ``limiters`` and their children, in values that JSON can hold.
+
+    Shape: ``{"time": Unix seconds, "limiters": [{"name", "admitted", "waiting", "limits": [...]}]}``.
+    Times are seconds, amounts whole units.
+    """
+    return {"time": time.time(), "limiters": [_row(snapshot) for snapshot in _snapshots(limiters)]}
+
+
+def as_prometheus(limiters: Sequence[Limiter]) -> str:
+    """Return the same as text in Prometheus's format, version 0.0.4."""
+    snapshots = _snapshots(limiters)
+    lines: list[str] = []
+
+    def write(name: str, kind: str, text: str, samples: Iterable[tuple[str, float]]) -> None:
+        lines.extend([f"# HELP asyncbucket_{name} {text}", f"# TYPE asyncbucket_{name} {kind}"])
+        lines.extend(f"asyncbucket_{name}{{{labels}}} {value}" for labels, value in samples)
+
+    for name, kind, field, text in _METRICS:
+        samples = [(f"limiter={_quoted(each.name)}", getattr(each, field)) for each in snapshots]
+        write(name, kind, text, samples)
+    used = [
+        (f"limiter={_quoted(each.name)},limit={_quoted(label)}", share)
+        for each in snapshots
+        for label, share in shares_used(each).items()
+    ]
+    write("limit_used_ratio", "gauge", "Share of a limit that is used now, 1 for all of it.", used)
+    return "\n".join([*lines, ""])
+
+
+def row_of(limit: Limit, *, used: int, available: int) -> dict[str, Any]:
+    """Return how much of a limit is used, in values that JSON can hold."""
+    return {
+        "limit": str(limit),
+        "label": limit.label,
+        "resource": limit.resource,
+        "amount": limit.amount,
+        "per": limit.per,
+        "used": used,
+        "available": available,
+    }
 
 
 class StatsServer:
@@ -92,14 +154,15 @@ def serve_stats(
     for member in served:
         if not isinstance(member, Limiter):
             raise TypeError(f"serve_stats() shows limiters, not {type(member).__name__}")
-    check_names(served)
+    _check_names(served)
     if path is not None:
         where = Path(path).resolve()  # the program may change directories
         with _adding_address(str(where)):
             _remove_stale_socket(where)
             unix = _UnixServer(where, served)
         return StatsServer(unix, f"unix://{quote(str(where))}", where)
-    if not (host == "localhost" or _is_loopback(host)):
+    name = f"[{host}]" if ":" in host else host
+    if not _is_here(name):
         raise ValueError(
             f"statistics are served on this machine alone: host must be a loopback address such as "
             f"127.0.0.1, not {host!r}"
@@ -108,10 +171,59 @@ def serve_stats(
         raise ValueError(
             f"port must be a whole number from 0 (any that is free) to {_LAST_PORT}, not {port!r}"
         )
-    name = f"[{host}]" if ":" in host else host
     with _adding_address(f"{name}:{port}"):
         server = _TcpServer(host, int(port), served)
     return StatsServer(server, f"http://{name}:{server.server_address[1]}", None)
+
+
+def _check_names(limiters: Sequence[Limiter]) -> None:
+    """Refuse limiters of the same name, whose numbers could not be told apart."""
+    seen: set[str] = set()
+    for name in (member.name for limiter in limiters for member in _with_descendants(limiter)):
+        if name in seen:
+            raise ValueError(
+                f"two limiters to be shown are called {name!r}: give each a name= of its own, and "
+                f"leave out children, which are seen with their parents"
+            )
+        seen.add(name)
+
+
+def _with_descendants(limiter: Limiter) -> Iterator[Limiter]:
+    yield limiter
+    for child in limiter.children.values():
+        yield from _with_descendants(child)
+
+
+def _snapshots(limiters: Iterable[Limiter]) -> list[Statistics]:
+    return [member.statistics() for limiter in limiters for member in _with_descendants(limiter)]
+
+
+def _row(snapshot: Statistics) -> dict[str, Any]:
+    return {
+        "name": snapshot.name,
+        "admitted": snapshot.admitted,
+        "refused": snapshot.refused,
+        "cancelled": snapshot.cancelled,
+        "waiting": snapshot.waiting,
+        "in_flight": snapshot.in_flight,
+        "concurrency": snapshot.concurrency,
+        "paused": round(snapshot.paused, 3),
+        "upstream_429": snapshot.upstream_429,
+        "bound_by": snapshot.bound_by,
+        "waits": {
+            name: {"count": wait.count, "seconds": wait.seconds}
+            for name, wait in snapshot.waits.items()
+        },
+        "refunded": dict(snapshot.refunded),
+        "limits": [
+            row_of(use.limit, used=use.used, available=use.available) for use in snapshot.limits
+        ],
+    }
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return f'"{escaped}"'
 
 
 @contextlib.contextmanager
@@ -124,9 +236,11 @@ def _adding_address(where: str) -> Generator[None]:
         raise OSError(number, error.strerror or str(error), where) from error
 
 
-def _is_loopback(host: str) -> bool:
+def _is_here(host: str) -> bool:
+    """Tell whether a host, with or without a port, names this machine."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
 
@@ -157,15 +271,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer."""
-        host = (self.headers.get("Host") or "localhost").rsplit(":", 1)[0]
-        if host not in _LOOPBACK_NAMES and not _is_loopback(host.strip("[]")):
+        path = self.path.partition("?")[0]
+        if not _is_here(self.headers.get("Host") or "localhost"):
             self._reply(403, "text/plain", "this is for this machine alone\n")
-        elif self.path.partition("?")[0] == "/":
+        elif path == "/":
             self._reply(200, "application/json", json.dumps(report(self.limiters)))
-        elif self.path.partition("?")[0] == "/metrics":
+        elif path == "/metrics":
             self._reply(200, "text/plain; version=0.0.4", as_prometheus(self.limiters))
         else:
-            self._reply(404, "text/plain", f"nothing here; {_ENDPOINTS}\n")
+            self._reply(
+                404, "text/plain", "nothing here; see / for limiters, /metrics for Prometheus\n"
+            )
 
     def _reply(self, status: int, content_type: str, text: str) -> None:
         body = text.encode()
