@@ -10,7 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Final, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
 
 from asyncbucket.core import events
 from asyncbucket.core.books import shown_name
@@ -56,6 +56,9 @@ class Source(Protocol):
     def observe(self, callback: Callback) -> Callable[[], None]:
         """Call ``callback`` with every event."""
         ...
+
+
+S = TypeVar("S", bound=Source)
 
 
 def check_source(limiter: object) -> None:
@@ -155,7 +158,7 @@ class Metrics(ABC):
         """Return how full each limiter is now, by label."""
         readings: dict[str, Reading] = {}
         for source in self._sources.values():
-            for member in _with_children(source):
+            for member in with_children(source):
                 now = member.statistics()
                 name = shown_name(now.name)
                 label = self._path(name)[-1]
@@ -252,10 +255,11 @@ def as_given(amounts: Mapping[str, int]) -> dict[str, int]:
     return given
 
 
-def _with_children(limiter: Source) -> Iterator[Source]:
+def with_children(limiter: S) -> Iterator[S]:
+    """Yield a limiter and all below it, without tenants."""
     yield limiter
     for child in tuple(limiter.children.values()):
-        yield from _with_children(child)
+        yield from with_children(cast("S", child))
 
 
 def _self_and_ancestors(limiter: Source) -> Iterator[Source]:

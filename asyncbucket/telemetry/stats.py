@@ -11,6 +11,7 @@ numbers of the limiter above, and are not listed.
 
 import contextlib
 import errno
+import functools
 import http.server
 import ipaddress
 import json
@@ -20,7 +21,8 @@ import socketserver
 import stat
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final, Self
@@ -30,6 +32,7 @@ from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.statistics import Statistics, shares_used
 from asyncbucket.core.wording import is_integer
+from asyncbucket.telemetry.metrics import with_children
 
 _LAST_PORT: Final = 65_535
 #: Names, types, fields and descriptions, as Prometheus shows them.
@@ -95,8 +98,8 @@ def row_of(limit: Limit, *, used: int, available: int) -> dict[str, Any]:
 class StatsServer:
     """Serve the statistics of limiters; made by `Limiter.serve_stats`.
 
-    ``GET /`` returns JSON (see `asyncbucket.stats.report`), ``GET /metrics`` Prometheus's text. It
-    is a context manager that closes on leaving.
+    ``GET /`` returns JSON (see `report`), ``GET /metrics`` Prometheus's text. It is a
+    context manager that closes on leaving.
     """
 
     def __init__(self, server: socketserver.BaseServer, url: str, path: Path | None) -> None:
@@ -179,7 +182,7 @@ def serve_stats(
 def _check_names(limiters: Sequence[Limiter]) -> None:
     """Refuse limiters of the same name, whose numbers could not be told apart."""
     seen: set[str] = set()
-    for name in (member.name for limiter in limiters for member in _with_descendants(limiter)):
+    for name in (member.name for limiter in limiters for member in with_children(limiter)):
         if name in seen:
             raise ValueError(
                 f"two limiters to be shown are called {name!r}: give each a name= of its own, and "
@@ -188,37 +191,14 @@ def _check_names(limiters: Sequence[Limiter]) -> None:
         seen.add(name)
 
 
-def _with_descendants(limiter: Limiter) -> Iterator[Limiter]:
-    yield limiter
-    for child in limiter.children.values():
-        yield from _with_descendants(child)
-
-
 def _snapshots(limiters: Iterable[Limiter]) -> list[Statistics]:
-    return [member.statistics() for limiter in limiters for member in _with_descendants(limiter)]
+    return [member.statistics() for limiter in limiters for member in with_children(limiter)]
 
 
 def _row(snapshot: Statistics) -> dict[str, Any]:
-    return {
-        "name": snapshot.name,
-        "admitted": snapshot.admitted,
-        "refused": snapshot.refused,
-        "cancelled": snapshot.cancelled,
-        "waiting": snapshot.waiting,
-        "in_flight": snapshot.in_flight,
-        "concurrency": snapshot.concurrency,
-        "paused": round(snapshot.paused, 3),
-        "upstream_429": snapshot.upstream_429,
-        "bound_by": snapshot.bound_by,
-        "waits": {
-            name: {"count": wait.count, "seconds": wait.seconds}
-            for name, wait in snapshot.waits.items()
-        },
-        "refunded": dict(snapshot.refunded),
-        "limits": [
-            row_of(use.limit, used=use.used, available=use.available) for use in snapshot.limits
-        ],
-    }
+    rows = [row_of(use.limit, used=use.used, available=use.available) for use in snapshot.limits]
+    plain = asdict(replace(snapshot, limits=()))
+    return {**plain, "paused": round(snapshot.paused, 3), "limits": rows}
 
 
 def _quoted(text: str) -> str:
@@ -261,8 +241,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server_version = "asyncbucket"
     sys_version = ""
     timeout = 5.0
-    #: Set by the server.
-    limiters: Sequence[Limiter] = ()
+
+    def __init__(self, limiters: Sequence[Limiter], *request: Any) -> None:
+        self.limiters = limiters
+        super().__init__(*request)
 
     def handle(self) -> None:
         """Answer; if the client goes away meanwhile, print no traceback on somebody else's terminal."""
@@ -296,10 +278,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Print nothing: this is somebody else's terminal."""
 
 
-def _handler_class(limiters: Sequence[Limiter]) -> type[_Handler]:
-    return type("_Handler", (_Handler,), {"limiters": limiters})
-
-
 class _TcpServer(socketserver.ThreadingTCPServer):
     daemon_threads = True
     allow_reuse_address = True
@@ -307,7 +285,7 @@ class _TcpServer(socketserver.ThreadingTCPServer):
     def __init__(self, host: str, port: int, limiters: Sequence[Limiter]) -> None:
         if ":" in host:
             self.address_family = socket.AF_INET6
-        super().__init__((host, port), _handler_class(limiters))
+        super().__init__((host, port), functools.partial(_Handler, limiters))
 
 
 class _UnixServer(socketserver.ThreadingUnixStreamServer):
@@ -316,7 +294,7 @@ class _UnixServer(socketserver.ThreadingUnixStreamServer):
     def __init__(self, path: Path, limiters: Sequence[Limiter]) -> None:
         old_umask = os.umask(0o177)
         try:
-            super().__init__(str(path), _handler_class(limiters))
+            super().__init__(str(path), functools.partial(_Handler, limiters))
         finally:
             os.umask(old_umask)
 

@@ -29,26 +29,11 @@ from asyncbucket.telemetry.metrics import ACQUIRED, CANCELED, Add, Metrics, Sour
 #: Buckets in seconds: ASP.NET's, and longer ones, because waits of minutes are common here.
 BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 #: Names by which the GenAI conventions know a provider.
-PROVIDERS: Final = frozenset(
-    {
-        "anthropic",
-        "aws.bedrock",
-        "azure.ai.inference",
-        "azure.ai.openai",
-        "cohere",
-        "deepseek",
-        "gcp.gemini",
-        "gcp.gen_ai",
-        "gcp.vertex_ai",
-        "groq",
-        "ibm.watsonx.ai",
-        "mistral_ai",
-        "moonshot_ai",
-        "openai",
-        "perplexity",
-        "x_ai",
-    }
-)
+PROVIDERS: Final = frozenset({
+    "anthropic", "aws.bedrock", "azure.ai.inference", "azure.ai.openai", "cohere", "deepseek",
+    "gcp.gemini", "gcp.gen_ai", "gcp.vertex_ai", "groq", "ibm.watsonx.ai", "mistral_ai",
+    "moonshot_ai", "openai", "perplexity", "x_ai",
+})  # fmt: skip
 
 _SCOPE: Final = "asyncbucket"
 _PREFIX: Final = "asyncbucket.rate_limiting."

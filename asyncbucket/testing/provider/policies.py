@@ -1,14 +1,20 @@
 """How a provider counts: four policies, each a pure object that is given the time.
 
 They judge asyncbucket, so they share no code with it: asyncbucket books the future, these look at
-the past. Each holds one limit of N units a minute and answers three questions at an instant `now`
-(integer nanoseconds, never going backwards): how long until an amount would pass, what is left, and
-when all of it is back; and it is told what was admitted.
+the past. Each holds one `limit` of N units a minute. At an instant `now`, in integer nanoseconds
+that never go backwards, it says
+
+- `wait`: in how many nanoseconds an amount would pass; 0 is now, None is never,
+- `remaining`: how many units would pass now,
+- `reset`: in how many nanoseconds everything is back, if nothing else comes,
+
+and is told by `charge` what was admitted, and by `resize` of another limit from now on; what was
+used stays used.
 """
 
 from collections import deque
 from collections.abc import Callable
-from typing import Literal, Protocol, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 PolicyName: TypeAlias = Literal[
     "token_bucket", "sliding_window", "fixed_window", "one_second_slices"
@@ -16,33 +22,6 @@ PolicyName: TypeAlias = Literal[
 POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 SLICES = 60
-
-
-class Policy(Protocol):
-    """One limit as a provider enforces it."""
-
-    limit: int
-    """Units a minute."""
-
-    def wait(self, amount: int, now: int) -> int | None:
-        """Say in how many nanoseconds `amount` would pass: 0 is now, None is never."""
-        ...
-
-    def charge(self, amount: int, now: int) -> None:
-        """Count `amount` as admitted at `now`."""
-        ...
-
-    def remaining(self, now: int) -> int:
-        """Say how many units would pass now."""
-        ...
-
-    def reset(self, now: int) -> int:
-        """Say in how many nanoseconds everything is back, if nothing else comes."""
-        ...
-
-    def resize(self, limit: int, now: int) -> None:
-        """Change the limit from `now` on; what was used stays used."""
-        ...
 
 
 class TokenBucketPolicy:
@@ -204,6 +183,8 @@ class OneSecondSlicesPolicy(SlidingWindowPolicy):
         self._index = index
         return self._slice_used
 
+
+Policy: TypeAlias = TokenBucketPolicy | SlidingWindowPolicy | FixedWindowPolicy
 
 _POLICIES: dict[PolicyName, Callable[..., Policy]] = {
     "token_bucket": TokenBucketPolicy,
