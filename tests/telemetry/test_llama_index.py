@@ -91,14 +91,6 @@ def test_waits_refusals_retries_and_pauses_are_reported_with_numbers(
     assert names(seen) == [type(event).__name__ for event in seen]
 
 
-def test_no_events_after_switching_off(limiter: "ScriptedLimiter", seen: list[BaseEvent]) -> None:
-    telemetry.llama_index(limiter)()
-    limiter.say(events.Paused, seconds=2.0, reason="429")
-
-    assert seen == []
-    assert not limiter.observers
-
-
 def test_wait_event_is_in_the_span_of_its_caller(
     virtual_time: VirtualTime, seen: list[BaseEvent]
 ) -> None:

@@ -182,23 +182,14 @@ def test_invalid_threshold_logger_or_limiter_is_refused_at_once(limiter: "Script
     assert not limiter.observers
 
 
-def test_nothing_is_logged_after_switching_off(
+def test_nothing_is_logged_below_the_level_or_when_switched_off(
     limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture
 ) -> None:
     off = telemetry.logging(limiter)
-    off()
-    with caplog.at_level(logging.DEBUG):
-        limiter.say(events.Paused, seconds=1.0, reason="429")
-
-    assert caplog.records == []
-    assert not limiter.observers
-
-
-def test_lines_below_logger_level_are_not_made(
-    limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture
-) -> None:
-    telemetry.logging(limiter)
     with caplog.at_level(logging.INFO, "asyncbucket"):
         limiter.say(events.Released, cost=None, held=1.0, outcome="ok")
+    off()
+    with caplog.at_level(logging.DEBUG, "asyncbucket"):
+        limiter.say(events.Released, cost=COST, held=1.0, outcome="ok")
 
     assert caplog.records == []

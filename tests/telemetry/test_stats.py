@@ -108,15 +108,6 @@ def test_unix_socket_is_private_and_removed_afterwards(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_unix_socket_is_removed_even_after_a_change_of_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with busy().serve_stats(path="limits.sock"):
-        monkeypatch.chdir("/")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_existing_file_is_not_taken_over_as_a_socket(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("mine")
@@ -202,16 +193,6 @@ with limiter.serve_stats() as server, limiter.serve_stats(path=sys.argv[1]):
     assert (done.returncode, done.stdout, done.stderr) == (0, "200\n", "")
 
 
-def test_ipv6_loopback_is_served() -> None:
-    try:
-        server = busy().serve_stats(host="::1")
-    except OSError:
-        pytest.skip("this machine has no IPv6")
-    with server:
-        assert server.url.startswith("http://[::1]:")
-        assert "openai" in get(server.url)
-
-
 def test_notebook_shows_statistics_with_escaped_html(virtual_time: VirtualTime) -> None:
     limiter = Limiter("600 RPM", concurrency=1, name="<b>", clock=virtual_time.clock)
 
@@ -265,20 +246,20 @@ def test_trace_keeps_and_saves_the_last_events(virtual_time: VirtualTime, tmp_pa
     }
 
 
-@pytest.mark.parametrize("last", [0, -1, 1.5, True])
-def test_invalid_length_of_a_trace_is_refused(last: object) -> None:
-    with pytest.raises(ValueError, match="last must be a whole number of at least 1"):
-        Limiter("5 RPM").trace(cast("int", last))
-
-
-def test_trace_longer_than_any_memory_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"last must be at most 1,000,000,000 events, .* not 10{30}$"
-    ):
-        Limiter("5 RPM").trace(10**30)
-
-
 @pytest.mark.parametrize("limiters", ["chat", [3]])
 def test_serve_stats_refuses_what_is_not_a_limiter(limiters: Any) -> None:
     with pytest.raises(TypeError, match=r"shows limiters, not (str|int)$"):
         serve_stats(limiters)
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (0, "whole number of at least 1, not 0"),
+        (1.5, "whole number of at least 1, not 1.5"),
+        (10**30, "at most 1,000,000,000 events, .* not 10{30}$"),
+    ],
+)
+def test_invalid_length_of_a_trace_is_refused(last: object, message: str) -> None:
+    with pytest.raises(ValueError, match=f"last must be (a )?{message}"):
+        Limiter("5 RPM").trace(cast("int", last))

@@ -1,7 +1,6 @@
 """Real limiters and agents, and a provider that counts for itself."""
 
 import asyncio
-import gc
 import json
 import logging
 import sys
@@ -152,46 +151,6 @@ def test_every_outcome_of_calls_to_real_limiter_is_counted(virtual_time: Virtual
     assert seen["asyncbucket_tokens_total", "reserved", "mine"] == 30
     assert seen["asyncbucket_tokens_total", "used", "mine"] == 6
     assert seen["asyncbucket_tokens_total", "refunded", "mine"] == 6
-
-
-def test_observer_may_call_the_limiter(virtual_time: VirtualTime) -> None:
-    limiter = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock, name="mine")
-    told: list[str] = []
-
-    def ask(event: "Event") -> None:
-        told.append(type(event).__name__)
-        limiter.statistics()
-        limiter.explain(tokens=1)
-
-    limiter.observe(ask)
-
-    async def main() -> None:
-        lease = await limiter.acquire(tokens=10)
-        waiting = asyncio.create_task(limiter.acquire(tokens=10))
-        late = asyncio.create_task(limiter.acquire(tokens=10, timeout=1))
-        with pytest.raises(AcquireTimeout):
-            await late
-        waiting.cancel()
-        await asyncio.gather(waiting, return_exceptions=True)
-        lease.settle(tokens=4)
-        del lease
-        gc.collect()
-        limiter.statistics()
-        limiter.pause(1, reason="429")
-        limiter.reconfigure("200 TPM")
-
-    virtual_time.run(main())
-    assert told == [
-        "Admitted",
-        "Queued",
-        "Queued",
-        "Refused",
-        "Cancelled",
-        "Settled",
-        "Released",
-        "Paused",
-        "LimitChanged",
-    ]
 
 
 @pytest.mark.parametrize("threads", [False, True])

@@ -82,16 +82,6 @@ def test_exceeded_burst_fails_with_numbers() -> None:
         assert_within_bucket([*kept[:3], (SECOND - 1, 1)], rate=2.0, burst=2)
 
 
-def test_exceeded_fractional_burst_fails_with_numbers() -> None:
-    rate: Any = Fraction(1, 3)
-    burst: Any = Fraction(5, 2)
-
-    with pytest.raises(
-        AssertionError, match=r"bucket of 2\.5 refilled at 0\.333333/s admits 2\.5$"
-    ):
-        assert_within_bucket([(0, 1)] * 3, rate=rate, burst=burst)
-
-
 def test_limit_with_burst_is_checked_for_window_and_burst() -> None:
     limit = Limit(10, per=10, burst=2)
 

@@ -1,9 +1,4 @@
-from datetime import timedelta
-
-import durationpy
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from asyncbucket.testing.provider.app import go_duration
 
@@ -27,10 +22,3 @@ SECOND = 1_000_000_000
 )
 def test_duration_is_written_in_go_format(nanoseconds: int, text: str) -> None:
     assert go_duration(nanoseconds) == text
-
-
-@given(st.integers(min_value=0, max_value=100 * 3600 * SECOND))
-def test_duration_reads_back_rounded_up_to_a_millisecond(nanoseconds: int) -> None:
-    read = durationpy.from_str(go_duration(nanoseconds)) / timedelta(milliseconds=1)
-
-    assert read == -(-nanoseconds // MILLISECOND)

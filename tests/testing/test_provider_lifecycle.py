@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-import uvicorn
 
 from asyncbucket.testing.provider import ProviderProcess, RateLimitedProvider
 
@@ -106,22 +105,6 @@ def test_port_in_use_is_an_error_at_start() -> None:
         assert call(first).status_code == 200
 
 
-async def test_cancelled_start_leaves_no_thread() -> None:
-    before = set(threading.enumerate())
-
-    async def enter() -> None:
-        async with RateLimitedProvider():
-            await asyncio.Event().wait()
-
-    task = asyncio.create_task(enter())
-    await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-
-    assert set(threading.enumerate()) == before
-
-
 async def test_provider_process_has_the_interface_of_the_provider() -> None:
     async with ProviderProcess(rpm=600, latency=(0.0, 0.001), policy="sliding_window") as provider:
         assert provider.pid != os.getpid()
@@ -177,17 +160,6 @@ async def test_failed_start_can_be_retried(kind: Any) -> None:
             await second.__aenter__()
     async with second:
         assert call(second).status_code == 200
-
-
-def test_server_failure_at_start_is_the_cause_of_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def broken(*_: object, **__: object) -> None:
-        raise LookupError("no such thing")
-
-    monkeypatch.setattr(uvicorn.Server, "startup", broken)
-    with pytest.raises(RuntimeError, match="the provider's server did not start") as caught:
-        RateLimitedProvider().start()
-
-    assert isinstance(caught.value.__cause__, LookupError)
 
 
 def test_provider_process_leaves_ctrl_c_to_its_parent() -> None:

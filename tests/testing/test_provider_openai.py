@@ -10,11 +10,10 @@ from typing import Any, TypeAlias
 import httpx
 import openai
 import pytest
-from openai import AsyncOpenAI, OpenAI
+from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletionToolParam
 from pydantic import BaseModel, Field
 
-from asyncbucket.testing.assertions import assert_within_bucket
 from asyncbucket.testing.provider import RateLimitedProvider
 from asyncbucket.testing.pytest_plugin import ProviderFactory
 
@@ -70,19 +69,15 @@ async def test_chat_repeats_the_question_and_reports_usage(client: AsyncOpenAI) 
     assert reply.usage.total_tokens == 10
 
 
-async def test_max_tokens_cuts_the_reply(client: AsyncOpenAI) -> None:
+async def test_reply_is_padded_to_reply_tokens_and_cut_at_max_tokens(
+    provider: RateLimitedProvider, client: AsyncOpenAI
+) -> None:
+    provider.reconfigure(reply_tokens=300)
+    assert (await ask(client)).usage.completion_tokens == 300
     for name in ("max_tokens", "max_completion_tokens"):
         reply = await ask(client, "Hello " * 50, **{name: 5})
         assert reply.choices[0].finish_reason == "length"
         assert reply.usage.completion_tokens == 5
-
-
-async def test_reply_tokens_sets_the_length_of_replies(
-    provider: RateLimitedProvider, client: AsyncOpenAI
-) -> None:
-    provider.reconfigure(reply_tokens=300)
-
-    assert (await ask(client)).usage.completion_tokens == 300
 
 
 async def test_stream_joins_to_reply_and_ends_with_usage(client: AsyncOpenAI) -> None:
@@ -96,13 +91,6 @@ async def test_stream_joins_to_reply_and_ends_with_usage(client: AsyncOpenAI) ->
     assert last.choices == []
     assert last.usage.total_tokens == 2 + 4
     assert {chunk.usage for chunk in chunks[:-1]} == {None}
-
-
-async def test_stream_reports_no_usage_unless_asked(client: AsyncOpenAI) -> None:
-    chunks = [chunk async for chunk in await ask(client, stream=True)]
-
-    assert chunks[-1].choices[0].finish_reason == "stop"
-    assert {chunk.usage for chunk in chunks} == {None}
 
 
 async def test_model_calls_the_first_tool_once_and_then_answers(client: AsyncOpenAI) -> None:
@@ -139,16 +127,6 @@ async def test_tool_choice_is_obeyed(client: AsyncOpenAI) -> None:
     assert forced.choices[0].message.tool_calls[0].function.name == "multiply"
     assert chosen.choices[0].message.tool_calls[0].function.name == "other"
     assert unknown.choices[0].message.tool_calls is None
-
-
-async def test_tool_call_streams_in_pieces(client: AsyncOpenAI) -> None:
-    stream = await ask(client, tools=[MULTIPLY], stream=True)
-    deltas = [chunk.choices[0] async for chunk in stream]
-
-    calls = [choice.delta.tool_calls[0] for choice in deltas if choice.delta.tool_calls]
-    assert calls[0].function.name == "multiply"
-    assert json.loads("".join(call.function.arguments for call in calls)) == {"a": 1, "b": 3}
-    assert deltas[-1].finish_reason == "tool_calls"
 
 
 async def test_response_format_yields_valid_json(client: AsyncOpenAI) -> None:
@@ -288,16 +266,6 @@ async def test_azure_client_finds_its_deployment(provider: RateLimitedProvider) 
     assert reply.choices[0].message.content == "You said: Hello"
 
 
-def test_provider_works_with_synchronous_client(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider()
-    with OpenAI(base_url=provider.base_url, api_key="test-key") as client:
-        reply = client.chat.completions.create(
-            model=MODEL, messages=[{"role": "user", "content": "Hello"}]
-        )
-
-    assert reply.choices[0].message.content == "You said: Hello"
-
-
 @pytest.mark.parametrize("key", [None, "", "Bearer", "Basic abc"])
 async def test_call_without_key_gets_401(provider: RateLimitedProvider, key: str | None) -> None:
     headers = {} if key is None else {"authorization": key}
@@ -313,11 +281,9 @@ async def test_call_without_key_gets_401(provider: RateLimitedProvider, key: str
     ("path", "body", "message"),
     [
         ("chat/completions", {}, "you must provide a model parameter"),
-        ("chat/completions", {"model": "m"}, "'messages' must be a list of messages"),
         ("chat/completions", {"model": "m", "messages": []}, "'messages' must be a list"),
         ("chat/completions", {"model": "m", "messages": ["x"]}, "'messages' must hold objects"),
         ("chat/completions", {"model": "m", "messages": [{"content": 7}]}, "must be text or parts"),
-        ("chat/completions", {"model": "m", "messages": [{"content": [7]}]}, "must be an object"),
         (
             "chat/completions",
             {"model": "m", "messages": [{"content": "x"}], "max_tokens": 0},
@@ -400,28 +366,11 @@ async def test_429_names_limit_and_when_to_retry(rate_limited_provider: Provider
     assert error.response.headers["retry-after"] == "60"
     assert 59_000 < int(error.response.headers["retry-after-ms"]) <= 60_000
     assert error.response.headers["x-ratelimit-remaining-requests"] == "0"
-
-
-async def test_429_for_call_above_token_limit_has_no_retry_after(
-    rate_limited_provider: ProviderFactory,
-) -> None:
-    provider = rate_limited_provider(tpm=100)
+    provider.reconfigure(rpm=None, tpm=100)
     async with client_of(provider) as client:
         with pytest.raises(openai.RateLimitError, match="can never pass") as caught:
             await ask(client, max_tokens=101)
-
-    assert getattr(caught.value, "type", None) == "tokens"
     assert "retry-after" not in caught.value.response.headers
-
-
-async def test_sdk_retries_after_wait_named_in_429(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider(rpm=1, minute=0.2, policy="sliding_window")
-    async with AsyncOpenAI(base_url=provider.base_url, api_key="test-key", max_retries=2) as client:
-        for _ in range(2):
-            await ask(client)
-
-    seen = provider.statistics()
-    assert (seen.admitted, seen.refused_429) == (2, {"requests": 1})
 
 
 @pytest.mark.parametrize(
@@ -470,13 +419,6 @@ async def test_scripted_failures_have_given_status_code_and_retry_after(
     assert (quota.value.code, getattr(quota.value, "type", None)) == ("insufficient_quota",) * 2
     seen = provider.statistics()
     assert (seen.admitted, seen.errors, seen.refused_429) == (2, 1, {"scripted": 1})
-
-
-async def test_error_rate_of_one_fails_every_call(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider(error_rate=1.0)
-    async with client_of(provider) as client:
-        with pytest.raises(openai.InternalServerError):
-            await ask(client)
 
 
 async def test_stream_breaks_off_after_scripted_number_of_chunks(
@@ -530,30 +472,3 @@ async def test_slot_comes_back_when_client_disconnects(
     await until(lambda: provider.statistics().in_flight == 0)
 
     assert provider.statistics().disconnected == 1
-
-
-async def test_admitted_arrivals_of_a_flood_stay_within_the_bucket(
-    rate_limited_provider: ProviderFactory,
-) -> None:
-    provider = rate_limited_provider(rpm=20, minute=1.0)
-    async with client_of(provider) as client:
-        await asyncio.gather(*(ask(client) for _ in range(60)), return_exceptions=True)
-
-    trace = [(arrival.time_ns, 1) for arrival in provider.arrivals if arrival.admitted]
-    assert 20 <= len(trace) < 60
-    assert len(provider.arrivals) == 60
-    assert_within_bucket(trace, rate=20, burst=20)
-
-
-async def test_asgi_application_answers_without_a_server() -> None:
-    provider = RateLimitedProvider(rpm=1)
-    transport = httpx.ASGITransport(provider.app)
-    async with (
-        httpx.AsyncClient(transport=transport) as http,
-        AsyncOpenAI(
-            base_url="http://provider/v1", api_key="test-key", http_client=http, max_retries=0
-        ) as client,
-    ):
-        await ask(client)
-        with pytest.raises(openai.RateLimitError):
-            await ask(client)

@@ -261,27 +261,9 @@ def test_all_blocked_on_real_loop_raises_type_error() -> None:
         asyncio.run(time.all_blocked())
 
 
-def test_cancelled_wait_for_all_blocked_is_forgotten() -> None:
-    async def main() -> None:
-        waiting = asyncio.create_task(time.all_blocked())
-        await asyncio.sleep(0)
-        waiting.cancel()
-        await time.all_blocked()
-        assert waiting.cancelled()
-
-    with virtual_time() as time:
-        time.run(main())
-
-
 def test_virtual_time_loop_works_as_loop_factory() -> None:
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         runner.run(asyncio.sleep(86_400))
         loop = runner.get_loop()
         assert isinstance(loop, VirtualTimeLoop)
         assert loop.clock() == 86_400 * SECOND
-
-
-def test_fixture_gives_virtual_time(virtual_time: VirtualTime) -> None:
-    virtual_time.run(asyncio.sleep(1.5))
-
-    assert virtual_time.now == 1.5
