@@ -1,6 +1,7 @@
 """`python -m asyncbucket.testing.provider`: one line with the URL, and at the end the statistics."""
 
 import argparse
+import inspect
 import json
 import signal
 import sys
@@ -48,7 +49,7 @@ def _obey(provider: RateLimitedProvider, command: str, arguments: dict[str, Any]
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m asyncbucket.testing.provider",
-        description=(Options.__doc__ or "").replace("%", "%%"),
+        description=inspect.getdoc(Options),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
