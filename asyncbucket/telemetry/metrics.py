@@ -124,6 +124,7 @@ class Metrics(ABC):
                         f"{limiter.name!r} would count twice; switch that off first"
                     )
             self._sources = {**self._sources, key: limiter}
+            self._paths = {}  # it may be above limiters that were watched alone
         self._path(shown_name(limiter.name))
         stop = limiter.observe(self.observe)
 

@@ -262,6 +262,7 @@ def test_watching_one_tree_twice_in_a_registry_is_refused(
 ) -> None:
     tree = {"root": limiter, "leaf": limiter.child("chat").child("fast")}
     off = telemetry.prometheus(tree[first], registry=registry)
+    tree["leaf"].say(events.Paused, seconds=1.0, reason="lunch")
 
     with pytest.raises(ValueError, match="would count twice") as caught:
         telemetry.prometheus(tree[then], registry=registry)
@@ -275,6 +276,8 @@ def test_watching_one_tree_twice_in_a_registry_is_refused(
     telemetry.prometheus(tree[first], registry=CollectorRegistry())
     admit(tree["leaf"])
     assert scrape(registry)["asyncbucket_wait_seconds_count", "none", "openai/chat/fast"] == 1
+    root = scrape(registry).get(("asyncbucket_wait_seconds_count", "none", "openai"))
+    assert root == (None if then == "leaf" else 1)
 
 
 def test_invalid_watch_is_refused_and_leaves_registry_unchanged(

@@ -119,6 +119,7 @@ async def test_provider_process_has_the_interface_of_the_provider() -> None:
         provider.fail_next(status=503)
         assert call(provider).status_code == 503
         provider.reconfigure(rpm=2, latency=(0.0, 0.0))
+        assert " rpm=2 " in repr(provider)
         assert call(provider).status_code == 429
         with pytest.raises(ValueError, match="policy can't change while the provider runs"):
             provider.reconfigure(policy="fixed_window")

@@ -52,7 +52,8 @@ class Admission:
         self._lock = threading.Lock()
         self._policies: dict[str, Policy] = {}
         self._scripted: deque[Failure] = deque()
-        self._random = random.Random(options.seed)  # noqa: S311 - repeatable, not secret
+        self._errors = random.Random(options.seed)  # noqa: S311 - repeatable, not secret
+        self._latencies = random.Random(options.seed)  # noqa: S311
         self._arrivals: deque[Arrival] = deque(maxlen=_ARRIVALS_KEPT)
         self._refused: Counter[str] = Counter()
         self._endpoints: Counter[str] = Counter()
@@ -95,7 +96,7 @@ class Admission:
         if callable(latency):
             return latency()
         with self._lock:
-            return self._random.uniform(*latency) if isinstance(latency, tuple) else latency
+            return self._latencies.uniform(*latency) if isinstance(latency, tuple) else latency
 
     def budget(self) -> list[tuple[str, int, int, int]]:
         """Return for each limit its name, amount, what remains, and nanoseconds until it is full."""
@@ -161,7 +162,7 @@ class Admission:
                 return refusal
         if self._scripted:
             return self._scripted.popleft()
-        return failure or (Failure(500) if rate and self._random.random() < rate else None)
+        return failure or (Failure(500) if rate and self._errors.random() < rate else None)
 
     def _refusal(self, tokens: int, now: int) -> Refusal | None:
         slots, in_flight = self.options.concurrency, self._counts["in_flight"]

@@ -69,6 +69,8 @@ class Provider(Options, ABC):
             TypeError: There is no such option.
         """
         self._ask("reconfigure", **changes)
+        for name, value in changes.items():
+            setattr(self, name, value)
 
     def fail_next(self, count: int = 1, **failure: Any) -> None:
         """Let the next `count` calls fail, after those scripted before; 0 forgets all of them.
