@@ -15,11 +15,12 @@ such as ``openai/chat``, and all its tenants share the name ``openai/chat/*``.
 """
 
 from collections.abc import Callable, Mapping
-from logging import Logger
 from typing import TYPE_CHECKING
 
 from asyncbucket.telemetry.metrics import Source, check_source
 from asyncbucket.telemetry.stats import StatsServer, report, serve_stats
+from asyncbucket.telemetry.to_llama_index import llama_index
+from asyncbucket.telemetry.to_logging import logging
 from asyncbucket.telemetry.trace import Trace
 
 if TYPE_CHECKING:
@@ -37,29 +38,6 @@ __all__ = [
     "report",
     "serve_stats",
 ]
-
-
-def logging(
-    limiter: Source, *, threshold: float = 1.0, logger: Logger | str = "asyncbucket.events"
-) -> Callable[[], None]:
-    """Log each event as one readable line, with its fields as ``extra`` for structured logs.
-
-    A wait of ``threshold`` or more is logged at INFO, everything else at DEBUG. An event's fields
-    are attributes of the log record: ``asyncbucket.limiter``, ``asyncbucket.waited`` and so on.
-
-    Args:
-        limiter: the limiter to observe.
-        threshold: the shortest wait, in seconds, that is logged at INFO.
-        logger: where to log, a logger or its name.
-
-    Raises:
-        TypeError: ``limiter`` is not a limiter, or ``logger`` is not a logger.
-        ValueError: ``threshold`` is not a number of seconds from 0 on.
-    """
-    from asyncbucket.telemetry.to_logging import observer
-
-    check_source(limiter)
-    return limiter.observe(observer(logger, threshold=threshold))
 
 
 def prometheus(
@@ -138,26 +116,3 @@ def opentelemetry(
         attributes=attributes or {},
         max_limiters=max_limiters,
     )
-
-
-def llama_index(limiter: Source) -> Callable[[], None]:
-    """Send waits, refusals, pauses and retries through LlamaIndex's instrumentation.
-
-    They are events of `asyncbucket.llama_index`, dispatched in the span of the code that asked for
-    the admission. Waits that a wrapped model reports by itself are not reported twice.
-
-    Args:
-        limiter: the limiter to observe.
-
-    Raises:
-        ImportError: LlamaIndex is not installed; the message names the extra.
-        TypeError: ``limiter`` is not a limiter.
-    """
-    check_source(limiter)
-    try:
-        from asyncbucket.telemetry.to_llama_index import observer
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'events for LlamaIndex need {error.name}: pip install "asyncbucket[llama-index]"'
-        ) from error
-    return limiter.observe(observer)

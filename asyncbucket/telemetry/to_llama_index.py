@@ -1,39 +1,58 @@
 """Events through LlamaIndex's instrumentation, beside those of models and agents."""
 
-from typing import Final
-
-from llama_index_instrumentation import get_dispatcher
+from collections.abc import Callable
 
 from asyncbucket.core.events import Admitted, Event, Paused, Refused, Retried
-from asyncbucket.llama_index.events import (
-    RateLimitPauseEvent,
-    RateLimitRefusedEvent,
-    RateLimitRetryEvent,
-    RateLimitWaitEvent,
-    is_wait_reported,
-)
-
-_dispatcher: Final = get_dispatcher(__name__)
+from asyncbucket.telemetry.metrics import Source, check_source
 
 
-def observer(event: Event) -> None:
-    """Dispatch an event in the span of the code that asked for the admission."""
-    name = event.limiter
-    match event:
-        case Admitted(waited=waited, bound_by=bound_by) if waited > 0 and not is_wait_reported():
-            told = RateLimitWaitEvent(limiter=name, waited=waited, bound_by=bound_by)
-            _dispatcher.event(told)
-        case Refused(reason=reason, bound_by=bound_by, retry_after=retry_after):
-            _dispatcher.event(
-                RateLimitRefusedEvent(
-                    limiter=name, reason=reason, bound_by=bound_by, retry_after=retry_after
+def llama_index(limiter: Source) -> Callable[[], None]:
+    """Send waits, refusals, pauses and retries through LlamaIndex's instrumentation.
+
+    They are events of `asyncbucket.llama_index`, dispatched in the span of the code that asked for
+    the admission. Waits that a wrapped model reports by itself are not reported twice.
+
+    Args:
+        limiter: the limiter to observe.
+
+    Raises:
+        ImportError: LlamaIndex is not installed; the message names the extra.
+        TypeError: ``limiter`` is not a limiter.
+    """
+    check_source(limiter)
+    try:
+        from llama_index_instrumentation import get_dispatcher
+
+        from asyncbucket.llama_index import events as told
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'events for LlamaIndex need {error.name}: pip install "asyncbucket[llama-index]"'
+        ) from error
+    dispatch = get_dispatcher(__name__).event
+
+    def observe(event: Event) -> None:
+        name = event.limiter
+        match event:
+            case Admitted(waited=waited, bound_by=bound_by):
+                if waited > 0 and not told.is_wait_reported():
+                    dispatch(
+                        told.RateLimitWaitEvent(limiter=name, waited=waited, bound_by=bound_by)
+                    )
+            case Refused(reason=reason, bound_by=bound_by, retry_after=retry_after):
+                dispatch(
+                    told.RateLimitRefusedEvent(
+                        limiter=name, reason=reason, bound_by=bound_by, retry_after=retry_after
+                    )
                 )
-            )
-        case Retried(attempt=attempt, error=error, delay=delay):
-            _dispatcher.event(
-                RateLimitRetryEvent(limiter=name, attempt=attempt, error=error, delay=delay)
-            )
-        case Paused(seconds=seconds, reason=reason):
-            _dispatcher.event(RateLimitPauseEvent(limiter=name, seconds=seconds, reason=reason))
-        case _:
-            pass
+            case Retried(attempt=attempt, error=error, delay=delay):
+                dispatch(
+                    told.RateLimitRetryEvent(
+                        limiter=name, attempt=attempt, error=error, delay=delay
+                    )
+                )
+            case Paused(seconds=seconds, reason=reason):
+                dispatch(told.RateLimitPauseEvent(limiter=name, seconds=seconds, reason=reason))
+            case _:
+                pass
+
+    return limiter.observe(observe)

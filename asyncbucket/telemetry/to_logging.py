@@ -6,9 +6,9 @@ from logging import DEBUG, INFO, Logger, getLogger
 from typing import Any, Final
 
 from asyncbucket.core import events
-from asyncbucket.core.events import Callback, Event
+from asyncbucket.core.events import Event
 from asyncbucket.core.wording import counted, in_seconds, is_number, named
-from asyncbucket.telemetry.metrics import as_given
+from asyncbucket.telemetry.metrics import Source, as_given, check_source
 
 #: Prefix of the record's attributes, so that they cannot clash with its own.
 _PREFIX: Final = "asyncbucket."
@@ -16,8 +16,24 @@ _PREFIX: Final = "asyncbucket."
 _AMOUNTS: Final = {"cost", "reserved", "used", "corrects"}
 
 
-def observer(logger: Logger | str, *, threshold: float) -> Callback:
-    """Return an observer that logs each event, waits of ``threshold`` seconds or more at INFO."""
+def logging(
+    limiter: Source, *, threshold: float = 1.0, logger: Logger | str = "asyncbucket.events"
+) -> Callable[[], None]:
+    """Log each event as one readable line, with its fields as ``extra`` for structured logs.
+
+    A wait of ``threshold`` or more is logged at INFO, everything else at DEBUG. An event's fields
+    are attributes of the log record: ``asyncbucket.limiter``, ``asyncbucket.waited`` and so on.
+
+    Args:
+        limiter: the limiter to observe.
+        threshold: the shortest wait, in seconds, that is logged at INFO.
+        logger: where to log, a logger or its name.
+
+    Raises:
+        TypeError: ``limiter`` is not a limiter, or ``logger`` is not a logger.
+        ValueError: ``threshold`` is not a number of seconds from 0 on.
+    """
+    check_source(limiter)
     if not is_number(threshold) or not threshold >= 0:
         raise ValueError(f"threshold must be a number of seconds from 0 on, not {threshold!r}")
     log = getLogger(logger) if isinstance(logger, str) else logger
@@ -29,7 +45,7 @@ def observer(logger: Logger | str, *, threshold: float) -> Callback:
         if log.isEnabledFor(level):
             log.log(level, "%s: %s", event.limiter, _line(event), extra=_extra(event))
 
-    return observe
+    return limiter.observe(observe)
 
 
 def _extra(event: Event) -> dict[str, Any]:

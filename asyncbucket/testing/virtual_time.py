@@ -36,11 +36,10 @@ model.
 """
 
 import asyncio
-import contextlib
 import math
 import selectors
 import threading
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from contextvars import Context
 from pathlib import PurePath
@@ -315,8 +314,7 @@ class VirtualTime:
         self._runner.close()
 
 
-@contextlib.contextmanager
-def virtual_time(*, start: float = 0.0, debug: bool | None = None) -> Generator[VirtualTime]:
+def virtual_time(*, start: float = 0.0, debug: bool | None = None) -> VirtualTime:
     """Open a stretch of virtual time; see the module for what is guaranteed, `VirtualTime` for Args.
 
     Example:
@@ -324,5 +322,4 @@ def virtual_time(*, start: float = 0.0, debug: bool | None = None) -> Generator[
             time.run(asyncio.sleep(3600))
             assert time.now == 3600.0
     """
-    with VirtualTime(start=start, debug=debug) as time:
-        yield time
+    return VirtualTime(start=start, debug=debug)

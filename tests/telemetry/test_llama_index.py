@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from llama_index.core.callbacks import TokenCountingHandler
 from llama_index.core.llms import MockLLM
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
@@ -166,32 +165,6 @@ def test_wait_of_blocking_wrapped_model_is_reported_once(seen: list[BaseEvent]) 
     llm.complete("two")
 
     assert names(seen).count("RateLimitWaitEvent") == 1
-
-
-def test_pacing_and_watching_do_not_change_token_counts(virtual_time: VirtualTime) -> None:
-    def count(*, watched: bool) -> list[tuple[int, int]]:
-        counter = TokenCountingHandler()
-        llm = MockLLM(max_tokens=5)
-        llm.callback_manager.add_handler(counter)
-        if watched:
-            limiter = Limiter("2/s burst 1", clock=virtual_time.clock)
-            telemetry.llama_index(limiter)
-            llm = limiter.wrap(llm)
-
-        async def main() -> None:
-            for prompt in ("one", "two and three", "four"):
-                await llm.acomplete(prompt)
-
-        virtual_time.run(main())
-        # Models share handlers that they were not given, and so would those of later tests.
-        llm.callback_manager.remove_handler(counter)
-        return [
-            (each.prompt_token_count, each.completion_token_count)
-            for each in counter.llm_token_counts
-        ]
-
-    assert count(watched=True) == count(watched=False)
-    assert len(count(watched=True)) >= 3
 
 
 def test_missing_library_error_names_its_extra(

@@ -12,7 +12,6 @@ collect_ignore: list[str] = (
     if find_spec("openai") and find_spec("anthropic") and find_spec("durationpy")
     else [
         "test_headers.py",
-        "test_provider_agents.py",
         "test_provider_anthropic.py",
         "test_provider_lifecycle.py",
         "test_provider_openai.py",

@@ -153,10 +153,11 @@ class _Call:
             prompt = read_prompt(self.endpoint, body)
             reply = answer(prompt, reply_tokens=options.reply_tokens)
             tokens = charge(options.charge, prompt, reply)
+            whole, events = writer
             if prompt.stream:
-                events = writer.events(prompt, reply, self._number)
-                return prompt.model, tokens, replies.as_events(events)
-            return prompt.model, tokens, writer.whole(prompt, reply, self._number)
+                chunks = replies.as_events(events(prompt, reply, self._number))
+                return prompt.model, tokens, chunks
+            return prompt.model, tokens, whole(prompt, reply, self._number)
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as exc:
             # A part of the wrong JSON type, anywhere: reading takes the types for granted.
             raise InvalidRequestError(f"the request can't be understood: {exc!r}") from exc

@@ -6,8 +6,8 @@ import json
 import random
 import struct
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 from asyncbucket.testing.provider.prompt import Json, Prompt, Reply, read_count
 
@@ -272,15 +272,9 @@ def models() -> Json:
     return {"object": "list", "data": data}
 
 
-class Writer(NamedTuple):
-    """How one endpoint that generates text replies."""
-
-    whole: Callable[[Prompt, Reply, str], Event]
-    events: Callable[[Prompt, Reply, str], list[Event]]
-
-
+#: How each endpoint that generates text replies: whole, and in events.
 WRITERS = {
-    "chat/completions": Writer(chat, chat_events),
-    "responses": Writer(response, response_events),
-    "messages": Writer(message, message_events),
+    "chat/completions": (chat, chat_events),
+    "responses": (response, response_events),
+    "messages": (message, message_events),
 }
